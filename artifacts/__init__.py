@@ -1,0 +1,1 @@
+"""What crosses from planner to runtime: frozen dataclasses and the folder format."""

@@ -1,0 +1,27 @@
+"""Errors that a person can fix: one sentence, a hint, a documented exit code (docs/commands.md)."""
+
+import enum
+
+
+class Exit(enum.IntEnum):
+    OK = 0
+    UNEXPECTED = 1
+    USAGE = 2
+    INFEASIBLE = 3  # no plan fits the budget
+    CORRUPT = 4  # artifact or checkpoint is damaged or hostile
+    WRONG_MACHINE = 5  # artifact is valid but not for this machine
+    RESOURCES = 6  # out of memory, disk or a lock at run time
+    HUB = 7  # hub, network, gated, not in the cache
+    UNSUPPORTED = 8  # architecture or feature that we do not run
+    INTERRUPTED = 130
+    TERMINATED = 143
+
+
+class SubspecError(Exception):
+    """`message` says what was got and what was expected; `hint` says what to do about it."""
+
+    def __init__(self, exit_code: Exit, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+        self.message = message
+        self.hint = hint

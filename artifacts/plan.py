@@ -1,0 +1,109 @@
+"""Plan: where every exact weight lives, what is drafted and how deep, what it should cost.
+
+The planner writes it, the runtime obeys it. A pure function of spec, profile, budget and the
+user's own settings.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+DeviceKind = Literal["cpu", "cuda"]
+Method = Literal["substitute", "plain"]
+Int4Kernel = Literal["aten", "gemlite"]
+
+
+@dataclass(frozen=True)
+class Tree:
+    """The draft: a beam of `width` tokens per level, `depth` levels below the root."""
+
+    width: int
+    depth: int
+    temperature: float = 1.0  # draft probabilities are sharpened by it (arXiv 2509.18344)
+    stop_below: float = 0.0  # no further level once the best path's probability is below this
+
+    @property
+    def num_nodes(self) -> int:
+        return 1 + self.width * self.depth
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The fast tier while one method runs."""
+
+    resident: tuple[str, ...]  # names of the parts that stay in fast memory; the others stream
+    block_bytes: int  # size of one slot of the staging ring; a block is consecutive parts
+    num_slots: int
+    ledger: dict[str, int]  # purpose -> bytes of fast memory; sums to at most the budget
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.ledger.values())
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Probability that the target's next token is among the draft's children, given that the path
+    so far was accepted."""
+
+    width: int  # of the tree
+    probability: float
+    num_samples: int  # 0: the published prior, not a measurement
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    rates: tuple[Rate, ...]  # widths ascending
+
+    def probability(self, width: int) -> float:
+        """That of the widest known width that is not wider than `width`."""
+        known = [rate for rate in self.rates if rate.width <= width] or [self.rates[0]]
+        return known[-1].probability
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Seconds and bytes of one round (for plain decoding: of one token)."""
+
+    tokens_per_second: float
+    time_to_first_token_seconds: float  # for a prompt of PROMPT_TOKENS tokens
+    fast_peak_bytes: int
+    tokens_per_round: float
+    draft_seconds: float
+    verify_seconds: float
+    stream_seconds: float  # link time of the streamed bytes; hidden in part by verify and draft
+    compute_seconds: float
+    streamed_bytes: int
+
+
+PROMPT_TOKENS = 128  # the prompt length that predictions of the first token are given for
+
+
+@dataclass(frozen=True)
+class Option:
+    """One candidate that the search weighed, for the report."""
+
+    label: str
+    tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    device: DeviceKind
+    machine: str  # Profile.machine that the costs were measured on
+    budget_bytes: int
+    context: int  # tokens of prompt and answer together
+    method: Method
+    tree: Tree
+    verify_width: int  # rows of every exact pass, plain twin included: padded to this
+    num_threads: int  # of the CPU; a result's bits depend on it
+    int4_kernel: Int4Kernel
+    prefill_chunk: int  # query rows of one attention call during prefill
+    substitute: Placement | None  # None: the substitutes do not fit the budget
+    plain: Placement
+    predicted: dict[str, Prediction]  # by method
+    acceptance: Acceptance
+    options: tuple[Option, ...] = ()  # best first; what was not taken, and its predicted speed
+    reasons: tuple[str, ...] = ()  # one sentence per decision
+
+    def placement(self, method: Method) -> Placement | None:
+        return self.substitute if method == "substitute" else self.plain

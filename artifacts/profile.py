@@ -1,0 +1,58 @@
+"""Profile: what was measured on a machine with the runtime's own kernels, at a model's shapes."""
+
+from dataclasses import dataclass
+
+from subspec.artifacts.plan import DeviceKind, Int4Kernel
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one operation at `width` rows: the median, and the slowest of its repeats."""
+
+    width: int
+    seconds: float
+    slowest: float = 0.0
+
+
+@dataclass(frozen=True)
+class LinkRate:
+    block_bytes: int
+    bytes_per_second: float
+
+
+@dataclass(frozen=True)
+class Profile:
+    device: DeviceKind
+    machine: str  # device name, instruction set, torch version, threads
+    num_threads: int
+    free_bytes: int  # fast memory not in use when measured
+    overhead_bytes: int  # fast memory that the process takes before any weight (CUDA context)
+    link: tuple[LinkRate, ...]  # slow tier -> fast tier, block sizes ascending
+    exact_layer: tuple[Timing, ...]  # one decoder layer, cache half full, widths ascending
+    plain_layer_seconds: float  # the same at one row, unpadded, by the fastest kernels
+    draft_layer: tuple[Timing, ...]
+    exact_head: tuple[Timing, ...]
+    draft_head: tuple[Timing, ...]
+    prefill_token_seconds: float  # one token of a long prompt through one layer
+    round_seconds: float  # fixed cost of a round outside layers and heads
+    int4_kernel: Int4Kernel
+    position_free_widths: tuple[int, ...]  # widths at which a row's bits ignore its place
+
+    def link_rate(self, block_bytes: int) -> float:
+        """Bytes per second at `block_bytes`: of the largest measured block that is not larger."""
+        known = [p for p in self.link if p.block_bytes <= block_bytes]
+        return (known[-1] if known else self.link[0]).bytes_per_second
+
+
+def seconds_at(timings: tuple[Timing, ...], width: int) -> float:
+    """Piecewise linear in the width; beyond the last point in proportion to its slope."""
+    below = [t for t in timings if t.width <= width] or [timings[0]]
+    above = [t for t in timings if t.width >= width]
+    low = below[-1]
+    if low.width >= width or len(timings) == 1:
+        return low.seconds
+    high = above[0] if above else timings[-1]
+    if high is low:
+        low, high = timings[-2], timings[-1]
+    slope = (high.seconds - low.seconds) / (high.width - low.width)
+    return low.seconds + slope * (width - low.width)

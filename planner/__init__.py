@@ -1,0 +1,1 @@
+"""Model + machine -> plan -> artifact."""
