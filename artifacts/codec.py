@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def dump_json(value: Any) -> str:
-    """Dataclass, dict or list -> canonical JSON text: sorted keys, two spaces, final newline."""
+    """Dataclass, dict or list -> canonical JSON text: sorted keys, indented, final newline."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
     return json.dumps(value, sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
@@ -23,10 +23,11 @@ def parse_json(text: bytes | str, where: str) -> Any:
     """JSON text -> value; duplicate keys, NaN and infinities are refused."""
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(items)
-        if len(found) != len(items):
-            twice = next(k for i, (k, _) in enumerate(items) if k in dict(items[:i]))
-            raise ValueError(f"key {twice!r} is given twice")
+        found: dict[str, Any] = {}
+        for key, value in items:
+            if key in found:
+                raise ValueError(f"key {key[:60]!r} is given twice")
+            found[key] = value
         return found
 
     def constant(name: str) -> float:
@@ -40,9 +41,12 @@ def parse_json(text: bytes | str, where: str) -> Any:
 
     try:
         decoded = text.decode("utf-8") if isinstance(text, bytes) else text
-        return json.loads(
+        value = json.loads(
             decoded, object_pairs_hook=pairs, parse_constant=constant, parse_float=number
         )
+        if "\\u" in decoded:  # half a surrogate pair parses, and fails when it is written again
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        return value
     except RecursionError:
         raise SubspecError(Exit.CORRUPT, f"{where} is not valid JSON: nested too deep") from None
     except ValueError as error:
@@ -75,7 +79,7 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         return {key: _convert(args[1], item, f"{where}.{key}") for key, item in value.items()}
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         return _convert_fields(kind, value, where)
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) <= 1 << 1000:  # float() cannot overflow
         return float(value)
     if type(value) is not kind:
         raise _mismatch(where, f"{kind.__name__}", value)
@@ -89,7 +93,7 @@ def _convert_fields(kind: type, value: Any, where: str) -> Any:
     fields = {f.name: f for f in dataclasses.fields(kind)}
     for key in value:
         if key not in fields:
-            raise SubspecError(Exit.CORRUPT, f"{where} has an unknown key {key!r}")
+            raise SubspecError(Exit.CORRUPT, f"{where} has an unknown key {key[:60]!r}")
     missing = dataclasses.MISSING
     given = {}
     for name, field in fields.items():

@@ -4,8 +4,11 @@ The planner writes it, the runtime obeys it. A pure function of spec, profile, b
 user's own settings.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from subspec.artifacts.model import ModelSpec, Part, parts
 
 DeviceKind = Literal["cpu", "cuda"]
 Method = Literal["substitute", "plain"]
@@ -24,6 +27,13 @@ class Tree:
     @property
     def num_nodes(self) -> int:
         return 1 + self.width * self.depth
+
+
+ALIGNMENT = 256  # bytes; of every tensor in fast memory
+
+
+def aligned(num_bytes: int) -> int:
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
 
 
 @dataclass(frozen=True)
@@ -97,7 +107,7 @@ class Plan:
     verify_width: int  # rows of every exact pass, plain twin included: padded to this
     num_threads: int  # of the CPU; a result's bits depend on it
     int4_kernel: Int4Kernel
-    prefill_chunk: int  # query rows of one attention call during prefill
+    prefill_tokens: int  # of a prompt that go through the layers in one stream of the weights
     substitute: Placement | None  # None: the substitutes do not fit the budget
     plain: Placement
     predicted: dict[str, Prediction]  # by method
@@ -107,3 +117,31 @@ class Plan:
 
     def placement(self, method: Method) -> Placement | None:
         return self.substitute if method == "substitute" else self.plain
+
+
+@dataclass(frozen=True)
+class Block:
+    """Consecutive parts that cross the link in one transfer."""
+
+    parts: tuple[Part, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(part.padded_bytes for part in self.parts)
+
+
+def make_blocks(spec: ModelSpec, resident: Sequence[str], block_bytes: int) -> list[Block]:
+    """The parts that are not resident, in execution order, in blocks of at most `block_bytes`.
+
+    A block is one range of exact.safetensors: a resident part ends it.
+    """
+    inside, blocks, current, size = set(resident), [], list[Part](), 0
+    for part in parts(spec):
+        stays = part.name in inside
+        if current and (stays or size + part.padded_bytes > block_bytes):
+            blocks.append(Block(tuple(current)))
+            current, size = [], 0
+        if not stays:
+            current.append(part)
+            size += part.padded_bytes
+    return [*blocks, Block(tuple(current))] if current else blocks

@@ -4,13 +4,13 @@ import re
 
 from subspec.artifacts.errors import Exit, SubspecError
 
-UNITS = {
+UNITS: dict[str, int] = {
     "B": 1,
     **{f"{p}B": 1000 ** (i + 1) for i, p in enumerate("KMGTP")},
     **{f"{p}iB": 1024 ** (i + 1) for i, p in enumerate("KMGTP")},
 }
 LARGEST = 1024**5  # 1 PiB: anything above is a typing error
-SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([KMGTP]i?B|B|[KMGTP])", re.ASCII)
+SIZE = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,18})?) ?([KMGTP]i?B|B|[KMGTP])", re.ASCII)
 
 
 def parse_size(text: str) -> int:

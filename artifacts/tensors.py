@@ -12,7 +12,7 @@ import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Protocol
 
 from subspec.artifacts.codec import parse_json
 from subspec.artifacts.errors import Exit, SubspecError
@@ -20,6 +20,8 @@ from subspec.artifacts.model import PAGE_BYTES
 
 LARGEST_HEADER = 25 << 20
 MOST_TENSORS = 100_000
+MOST_DIMENSIONS = 8
+LARGEST_COUNT = 1 << 63  # of a dimension or a byte position; products stay printable
 ITEM_BYTES = {
     "U8": 1, "I8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
     "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
@@ -51,9 +53,12 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
                 f"{where} claims a header of {length} bytes, expected at most "
                 f"{min(LARGEST_HEADER, size - 8)}",
             )
-        header = parse_json(file.read(length), f"{where} (header)")
-    if not isinstance(header, dict) or len(header) > MOST_TENSORS:
-        raise SubspecError(Exit.CORRUPT, f"{where} does not list 1 to {MOST_TENSORS} tensors")
+        text = file.read(length)
+    if text.count(b"{") > MOST_TENSORS + 2:  # before it is parsed: a million entries take 500 MB
+        raise SubspecError(Exit.CORRUPT, f"{where} lists more than {MOST_TENSORS} tensors")
+    header = parse_json(text, f"{where} (header)")
+    if not isinstance(header, dict):
+        raise SubspecError(Exit.CORRUPT, f"{where} (header) is not an object")
     header.pop("__metadata__", None)
     found = {name: _stored(where, name, entry, 8 + length) for name, entry in header.items()}
     end = 8 + length
@@ -61,7 +66,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         if tensor.offset != end:
             raise SubspecError(
                 Exit.CORRUPT,
-                f"{where}: {tensor.name!r} begins at byte {tensor.offset}, expected {end}",
+                f"{where}: {tensor.name[:200]!r} begins at byte {tensor.offset}, expected {end}",
             )
         end += tensor.num_bytes
     if end != size:
@@ -76,21 +81,29 @@ def _stored(where: str, name: str, entry: object, base: int) -> StoredTensor:
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise wrong("no dtype, shape or data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in ITEM_BYTES:
-        raise wrong(f"an unknown dtype {dtype!r}")
-    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
-        raise wrong(f"the shape {str(shape)[:60]}, expected a list of counts")
-    if not isinstance(offsets, list) or not all(type(n) is int and n >= 0 for n in offsets):
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        raise wrong(f"an unknown dtype {str(dtype)[:60]!r}")
+    if not _are_counts(shape) or len(shape) > MOST_DIMENSIONS:
+        raise wrong(f"the shape {str(shape)[:60]}, expected at most {MOST_DIMENSIONS} counts")
+    if not _are_counts(offsets) or len(offsets) != 2:
         raise wrong(f"the offsets {str(offsets)[:60]}, expected two byte positions")
     num_bytes = ITEM_BYTES[dtype]
     for count in shape:
         num_bytes *= count
-    if len(offsets) != 2 or offsets[1] - offsets[0] != num_bytes:
+    if offsets[1] - offsets[0] != num_bytes:
         raise wrong(f"the offsets {offsets}, expected a range of {num_bytes} bytes")
     return StoredTensor(name, dtype, tuple(shape), base + offsets[0], num_bytes)
 
 
-def write_header(file: BinaryIO, tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> int:
+def _are_counts(value: object) -> bool:
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < LARGEST_COUNT for n in value)
+
+
+class Writable(Protocol):
+    def write(self, data: bytes, /) -> int: ...
+
+
+def write_header(file: Writable, tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> int:
     """Writes the header for (name, dtype, shape) in data order; returns the data's offset."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -124,3 +137,32 @@ def open_regular(path: Path) -> io.BufferedReader:
         os.close(descriptor)
         raise SubspecError(Exit.CORRUPT, f"{path.name} is not a regular file")
     return os.fdopen(descriptor, "rb")
+
+
+class TensorFile:
+    """Reads whole tensors; the page cache forgets them at the end (they are read once)."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> "TensorFile":
+        self._file = open_regular(self._path)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        self._file.close()
+
+    def read_into(self, target: memoryview, offset: int) -> None:
+        """Fills `target` from byte `offset`; raises SubspecError if the file ends before."""
+        done = 0
+        while done < len(target):
+            count = os.preadv(self._file.fileno(), [target[done:]], offset + done)
+            if count <= 0:
+                raise SubspecError(
+                    Exit.CORRUPT,
+                    f"{self._path.name} ends at byte {offset + done}, "
+                    f"expected {len(target) - done} more",
+                    "copy or download it again",
+                )
+            done += count

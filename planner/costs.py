@@ -1,0 +1,212 @@
+"""Bytes and seconds of a candidate plan; arithmetic, no torch.
+
+The ledger's formulas mirror what the runtime allocates: session.py takes each purpose from an
+arena of exactly this size, and tests compare the temporaries with `workspace_bytes`.
+"""
+
+from dataclasses import dataclass
+
+from subspec.artifacts.model import (
+    EMBEDDING,
+    ModelSpec,
+    linears,
+    parts,
+    resident_tensors,
+)
+from subspec.artifacts.plan import PROMPT_TOKENS, DeviceKind, Prediction, aligned
+from subspec.artifacts.profile import Profile, seconds_at
+
+DRAFT_BYTES = 2  # the draft computes in bf16
+SLOT_ALIGNMENT = 64  # runtime/cache.py
+GUARD_SHARE = 0.01  # of the budget: what operations allocate inside themselves
+GUARD_BYTES = 128 << 10  # and at least this
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a candidate's ledger depends on, beside the exact weights that stay resident."""
+
+    context: int
+    verify_width: int
+    draft_width: int  # 0: no draft
+    prefill_tokens: int
+    block_bytes: int
+    num_slots: int
+
+
+def ledger(
+    spec: ModelSpec, device: DeviceKind, shape: Shape, overhead_bytes: int, budget_bytes: int
+) -> dict[str, int]:
+    """Purpose -> bytes, without resident exact weights."""
+    drafts = shape.draft_width > 0
+    return {
+        "substitutes": substitutes_bytes(spec) if drafts else 0,
+        "embedding": aligned(spec.vocab_size * spec.hidden_size * spec.item_bytes),
+        "norms": small_bytes(spec),
+        "tables": tables_bytes(spec, shape, drafts),
+        "cache": cache_bytes(spec, shape.context, shape.verify_width),
+        "staging": shape.block_bytes * shape.num_slots,
+        "workspace": workspace_bytes(spec, device, shape),
+        "overhead": overhead_bytes,
+        "guard": max(GUARD_BYTES, int(budget_bytes * GUARD_SHARE)),
+    }
+
+
+def substitutes_bytes(spec: ModelSpec) -> int:
+    return sum(
+        aligned(n.num_weights // 2) + aligned(n.substitute_bytes - n.num_weights // 2)
+        for n in linears(spec)
+        if n.has_substitute
+    )
+
+
+def small_bytes(spec: ModelSpec) -> int:
+    """Norms, biases and matrices of odd shape."""
+    total = 0
+    for name, shape in resident_tensors(spec).items():
+        if not name.startswith(EMBEDDING):
+            total += aligned(count(shape) * spec.item_bytes)
+    return total
+
+
+def tables_bytes(spec: ModelSpec, shape: Shape, drafts: bool) -> int:
+    """Rope tables, and for a model that is not bf16 the draft's copies of tables and norms."""
+    positions = num_slots(shape.context, shape.verify_width)
+    total = 2 * aligned(positions * spec.head_size * spec.item_bytes)
+    if drafts and spec.dtype != "bfloat16":
+        total += 2 * aligned(positions * spec.head_size * DRAFT_BYTES)
+        for name, size in resident_tensors(spec).items():
+            if name.endswith(("norm.weight", ".bias")):
+                total += aligned(count(size) * DRAFT_BYTES)
+    return total
+
+
+def num_slots(context: int, verify_width: int) -> int:
+    return -(-(context + verify_width + 1) // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
+
+
+def cache_bytes(spec: ModelSpec, context: int, verify_width: int) -> int:
+    return aligned(num_slots(context, verify_width) * spec.kv_bytes_per_token)
+
+
+def exact_bytes(spec: ModelSpec) -> int:
+    """Everything that could be streamed."""
+    return sum(part.padded_bytes for part in parts(spec))
+
+
+def model_bytes(spec: ModelSpec) -> int:
+    """The checkpoint's own size."""
+    small = sum(count(shape) for shape in resident_tensors(spec).values()) * spec.item_bytes
+    return small + sum(part.num_bytes for part in parts(spec))
+
+
+def workspace_bytes(spec: ModelSpec, device: DeviceKind, shape: Shape) -> int:
+    """Peak of torch's temporaries over the passes; an upper bound, tested against a measurement."""
+    slots = num_slots(shape.context, shape.verify_width)
+    peak = max(
+        pass_bytes(spec, device, shape.prefill_tokens, slots, exact_attention=False)
+        + logits_bytes(spec, 1),
+        pass_bytes(spec, device, shape.verify_width, slots, exact_attention=True)
+        + logits_bytes(spec, shape.verify_width),
+        pass_bytes(spec, device, shape.draft_width, slots, exact_attention=False)
+        + 14 * shape.draft_width * spec.vocab_size,  # bf16 and f32 logits, sharpened f32
+    )
+    return aligned(peak)
+
+
+def pass_bytes(
+    spec: ModelSpec, device: DeviceKind, rows: int, slots: int, exact_attention: bool
+) -> int:
+    """Activations of `rows` rows in one layer, the larger of its two halves."""
+    item, hidden, inner = spec.item_bytes, spec.hidden_size, spec.intermediate_size
+    heads, kv_heads = spec.num_heads * spec.head_size, spec.num_kv_heads * spec.head_size
+    repeats = spec.num_heads // spec.num_kv_heads
+    some = min(rows, 128)  # rows of one attention call
+    piece = min(rows, 256)  # rows of one product or norm
+    if exact_attention:  # f64 scores of one KV head, three alive, its keys and values
+        scores = repeats * rows * slots * 25 + slots * spec.head_size * 16
+        scores += 2 * rows * heads * item
+    else:  # mask and its fold over the repeated heads; mask-free kernels are not assumed
+        scores = some * slots * (2 + item * (1 + repeats)) + 4 * some * heads * item
+        if device == "cuda":
+            scores += spec.num_heads * some * slots * 4  # the math kernel's scores
+    masks = rows * (rows + slots) + 8 * slots + rows * 64
+    norm = piece * hidden * (item + 12)
+    attention = rows * (heads + 2 * kv_heads) * item + max(
+        rows * hidden * item + norm,
+        5 * rows * kv_heads * item,
+        scores,
+        rows * hidden * item,
+    )
+    widest = max(inner, hidden)
+    mlp = rows * (hidden + inner) * item + max(
+        norm, 2 * piece * widest * item, rows * hidden * item
+    )
+    return rows * hidden * item * 2 + masks + max(attention, mlp)
+
+
+def logits_bytes(spec: ModelSpec, rows: int) -> int:
+    """Logits of all rows, and f64 working copies for the four rows sampled at a time."""
+    return rows * spec.vocab_size * spec.item_bytes + min(rows, 4) * spec.vocab_size * 72
+
+
+def count(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One point of the search: a tree (width 0: plain decoding), padding and staging."""
+
+    width: int
+    depth: int
+    verify_width: int
+    block_bytes: int
+    num_slots: int
+
+
+def predict(
+    spec: ModelSpec, profile: Profile, candidate: Candidate, streamed: int, rate: float, peak: int
+) -> Prediction:
+    """One round of `candidate` that streams `streamed` bytes; rate: acceptance per level.
+
+    verify = the longer of link and compute, plus one block of the shorter (the pipeline's ends).
+    What fits the staging ring crosses the link while the draft runs.
+    """
+    layers = spec.num_layers
+    speed = profile.link_rate(candidate.block_bytes)
+    blocks = max(1, -(-streamed // max(1, candidate.block_bytes)))
+    if candidate.width == 0:
+        draft, tokens = 0.0, 1.0
+        compute = layers * profile.plain_layer_seconds + seconds_at(profile.exact_head, 1)
+        ahead = 0.0
+    else:
+        step = layers * seconds_at(profile.draft_layer, candidate.width)
+        step += seconds_at(profile.draft_head, candidate.width)
+        draft = step * candidate.depth
+        tokens = expected_tokens(rate, candidate.depth)
+        compute = layers * seconds_at(profile.exact_layer, candidate.verify_width)
+        compute += seconds_at(profile.exact_head, candidate.verify_width)
+        ahead = min(candidate.block_bytes * candidate.num_slots, streamed, draft * speed)
+    link = (streamed - ahead) / speed
+    verify = max(link, compute) + min(link, compute) / blocks + profile.round_seconds
+    prompt = max(streamed / speed, PROMPT_TOKENS * layers * profile.prefill_token_seconds)
+    return Prediction(
+        tokens_per_second=tokens / (draft + verify),
+        time_to_first_token_seconds=prompt + seconds_at(profile.exact_head, 1),
+        fast_peak_bytes=peak,
+        tokens_per_round=tokens,
+        draft_seconds=draft,
+        verify_seconds=verify,
+        stream_seconds=streamed / speed,
+        compute_seconds=compute,
+        streamed_bytes=streamed,
+    )
+
+
+def expected_tokens(rate: float, depth: int) -> float:
+    """Tokens of a round when each level is accepted with probability `rate`: 1 + sum rate^n."""
+    return 1.0 + sum(rate**level for level in range(1, depth + 1))

@@ -1,0 +1,186 @@
+"""Fast memory: allocated once from the plan's ledger; its peak, measured."""
+
+import mmap
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from subspec.artifacts.errors import Exit, SubspecError
+from subspec.artifacts.model import PAGE_BYTES
+from subspec.artifacts.plan import aligned
+from subspec.artifacts.sizes import format_size
+
+HUGE_PAGE_BYTES = 2 << 20
+# Purposes that are not arenas: torch's own temporaries, the process's overhead, the safety margin.
+UNALLOCATED = ("workspace", "overhead", "guard")
+
+
+class FastMemory:
+    """One arena per purpose of the ledger; tensors are carved from it in order and never freed.
+
+    Asking for more than the ledger granted is a bug of ours, not a reason to grow.
+    """
+
+    def __init__(self, device: torch.device, ledger: dict[str, int]) -> None:
+        self.device = device
+        self._free: dict[str, Tensor] = {}
+        needed = sum(ledger.values())
+        if device.type == "cpu" and needed > free_bytes():
+            raise SubspecError(
+                Exit.RESOURCES,
+                f"the plan needs {format_size(needed)} of memory, free are "
+                f"{format_size(free_bytes())}",
+                f"close other programs, or plan again with --vram {free_bytes() * 9 // 10}B",
+            )
+        for purpose, num_bytes in ledger.items():
+            if purpose not in UNALLOCATED and num_bytes > 0:
+                self._free[purpose] = self._allocate(num_bytes)
+        self.arena_bytes = sum(arena.numel() for arena in self._free.values())
+
+    def take(self, purpose: str, num_bytes: int, alignment: int = 1) -> Tensor:
+        """uint8 [num_bytes] from an arena, advanced to the next aligned address."""
+        size = max(aligned(num_bytes), -(-num_bytes // alignment) * alignment)
+        arena = self._free.get(purpose)
+        left = 0 if arena is None else arena.numel()
+        assert arena is not None and size <= left, f"{purpose}: asked {size}, ledger has {left}"
+        self._free[purpose] = arena[size:]
+        return arena[:num_bytes]
+
+    def take_tensor(self, purpose: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        count = torch.Size(shape).numel()
+        return self.take(purpose, count * dtype.itemsize).view(dtype).view(shape)
+
+    def _allocate(self, num_bytes: int) -> Tensor:
+        if self.device.type == "cpu":
+            return host_buffer(num_bytes)
+        try:
+            return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
+        except torch.OutOfMemoryError:
+            free, _ = torch.cuda.mem_get_info(self.device)
+            raise SubspecError(
+                Exit.RESOURCES,
+                f"the plan needs another {format_size(num_bytes)} of GPU memory, "
+                f"free are {format_size(free)}",
+                "close what else uses the GPU, or plan again with a smaller --vram",
+            ) from None
+
+
+def free_bytes() -> int:
+    """Memory of this machine that new allocations can have."""
+    lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+    return int(dict(line.split(":", 1) for line in lines)["MemAvailable"].split()[0]) * 1024
+
+
+def host_buffer(num_bytes: int) -> Tensor:
+    """uint8 [num_bytes] at a page boundary (direct reads need that); in huge pages if large.
+
+    First touched here: a huge page costs most at its first touch, and 1.5x less per read after.
+    """
+    huge = num_bytes >= 4 * HUGE_PAGE_BYTES
+    alignment = HUGE_PAGE_BYTES if huge else PAGE_BYTES
+    size = -(-num_bytes // PAGE_BYTES) * PAGE_BYTES
+    try:
+        memory = mmap.mmap(-1, size + alignment, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise SubspecError(
+            Exit.RESOURCES,
+            f"cannot reserve {format_size(num_bytes)} of memory: {error.strerror}",
+            "plan again with a smaller --vram",
+        ) from None
+    if huge:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    whole = torch.frombuffer(memory, dtype=torch.uint8)
+    start = -whole.data_ptr() % alignment
+    return whole[start : start + size].fill_(0)[:num_bytes]
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The writable bytes of a contiguous host tensor uint8 [n]."""
+    return memoryview(tensor.numpy().data)
+
+
+class Temporaries(TorchDispatchMode):
+    """Live and peak bytes of the tensors that operations make while it is active.
+
+    What an operation allocates and frees inside itself is not seen: the ledger's guard covers it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live_bytes = 0
+        self.peak_bytes = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        outputs = func(*args, **(kwargs or {}))
+        given = {_storage_key(t) for t in _tensors((args, kwargs or {}))}
+        for tensor in _tensors(outputs):
+            key = _storage_key(tensor)
+            if key not in given and key not in self._known:
+                self._add(tensor, key)
+        return outputs
+
+    def _add(self, tensor: Tensor, key: int) -> None:
+        storage = tensor.untyped_storage()
+        num_bytes = storage.nbytes()
+        self._known.add(key)
+        self.live_bytes += num_bytes
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+
+        def freed() -> None:
+            self._known.discard(key)
+            self.live_bytes -= num_bytes
+
+        weakref.finalize(storage, freed)
+
+
+def _storage_key(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+
+
+class PeakMeter:
+    """Peak bytes of fast memory that this process used for the model.
+
+    cuda: everything, as the driver counts it (context, allocator, arenas). cpu: arenas and
+    temporaries; the interpreter and torch themselves are not counted against the cap.
+    """
+
+    def __init__(self, memory: FastMemory) -> None:
+        self._memory = memory
+        self._temporary_bytes = 0
+        if memory.device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(memory.device)
+            self._outside_bytes = total - free - torch.cuda.memory_reserved(memory.device)
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Measure temporaries inside the block (on cuda the allocator always does)."""
+        if self._memory.device.type == "cuda":
+            yield
+            return
+        with Temporaries() as seen:
+            yield
+        self._temporary_bytes = max(self._temporary_bytes, seen.peak_bytes)
+
+    @property
+    def peak_bytes(self) -> int:
+        if self._memory.device.type == "cuda":
+            reserved = torch.cuda.max_memory_reserved(self._memory.device)
+            return self._outside_bytes + reserved
+        return self._memory.arena_bytes + self._temporary_bytes

@@ -1,0 +1,76 @@
+"""Logits -> token. The noise for the token at position p depends on (seed, p) alone, so that
+speculation on or off gives the same tokens.
+
+T = rows, V = vocabulary
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ROWS_PER_CALL = 4  # f64 copies of [T, V] stay small
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Temperature 0 is greedy. top_k 0 and top_p 1 keep every token."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+def choose(logits: Tensor, positions: list[int], sampling: Sampling) -> Tensor:
+    """logits [T, V], the position of the token that each row chooses -> int64 [T].
+
+    Gumbel-max: argmax(log p + noise) is distributed as p. Ties go to the lowest id.
+    """
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    chosen = []
+    for first in range(0, len(positions), ROWS_PER_CALL):
+        some = slice(first, first + ROWS_PER_CALL)
+        kept = filter_logits(logits[some], sampling)
+        noise = {
+            position: position_noise(sampling.seed, position, logits.shape[1], logits.device)
+            for position in set(positions[some])
+        }
+        for row, position in enumerate(positions[some]):
+            kept[row] += noise[position]
+        chosen.append(kept.argmax(-1))
+    return torch.cat(chosen)
+
+
+def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
+    """f64 [T, V] after temperature, top-k, top-p, in transformers' order; -inf where cut off."""
+    scaled = logits.double() / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[1]:
+        smallest = scaled.topk(sampling.top_k, dim=-1).values[:, -1:]
+        scaled.masked_fill_(scaled < smallest, float("-inf"))
+    if sampling.top_p < 1:
+        ordered, order = scaled.sort(dim=-1, descending=True, stable=True)
+        probabilities = ordered.softmax(-1)
+        before = probabilities.cumsum(-1) - probabilities
+        cut = torch.zeros_like(scaled, dtype=torch.bool)
+        cut.scatter_(1, order, before >= sampling.top_p)
+        scaled.masked_fill_(cut, float("-inf"))
+    return scaled
+
+
+def position_noise(seed: int, position: int, size: int, device: torch.device) -> Tensor:
+    """Gumbel noise, f64 [size], a function of its arguments alone (per kind of device)."""
+    generator = torch.Generator(device)
+    generator.manual_seed(mix(seed, position))
+    uniform = torch.rand(size, dtype=torch.float64, device=device, generator=generator)
+    return -torch.log(-torch.log(uniform.clamp_min_(1e-300)))
+
+
+def mix(seed: int, position: int) -> int:
+    """63-bit hash of the pair (splitmix64's finaliser), so that neighbours are unrelated."""
+    mask = (1 << 64) - 1
+    value = (seed * 0x9E3779B97F4A7C15 + position * 0xD1B54A32D192ED03 + 1) & mask
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        value = ((value ^ (value >> shift)) * factor) & mask
+    return (value ^ (value >> 31)) >> 1

@@ -1,0 +1,371 @@
+"""Opens an artifact: places what is resident, owns caches and links; generate() yields token ids.
+
+It knows ids, not text: text.py does the rest.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from subspec.artifacts.errors import Exit, SubspecError
+from subspec.artifacts.model import (
+    EMBEDDING,
+    HEAD,
+    PAGE_BYTES,
+    Kind,
+    ModelSpec,
+    is_streamable,
+    linears,
+    parts,
+    resident_tensors,
+)
+from subspec.artifacts.plan import Method, Placement, Plan, make_blocks
+from subspec.artifacts.sizes import format_size
+from subspec.artifacts.store import Artifact
+from subspec.artifacts.tensors import StoredTensor, TensorFile, read_header
+from subspec.runtime.cache import Cache, num_slots
+from subspec.runtime.clock import Clock
+from subspec.runtime.decode import (
+    Model,
+    decode_plainly,
+    decode_unpadded,
+    prefill,
+    speculate,
+)
+from subspec.runtime.linear import Int4Weight, pack, packed_bytes, single_row_kernels
+from subspec.runtime.link import DirectFile, DiskLink, HostLink, Link
+from subspec.runtime.memory import FastMemory, PeakMeter, bytes_of, host_buffer
+from subspec.runtime.sampling import Sampling
+from subspec.runtime.stream import ExactWeights, Ring
+from subspec.runtime.substitutes import Substitutes
+from subspec.runtime.transformer import make_decoder
+
+DRAFT_DTYPE = torch.bfloat16  # what the 4-bit kernels take
+TORCH_DTYPES = {"U8": torch.uint8, "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+@dataclass
+class Stats:
+    """What one generation did; seconds and bytes are its own, not the session's."""
+
+    method: Method
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    time_to_first_token_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    generated_tokens: int = 0
+    accepted: list[int] = field(default_factory=list)  # drafted tokens accepted, by round
+    draft_seconds: float = 0.0
+    verify_seconds: float = 0.0
+    stream_wait_seconds: float = 0.0
+    streamed_bytes: int = 0  # while decoding; the prompt's pass is not counted
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """Tokens after the first one over the seconds after the first one."""
+        return (self.generated_tokens - 1) / self.decode_seconds if self.decode_seconds else 0.0
+
+
+class Session:
+    """One model in fast memory, one sequence. Close it, or use it as a context manager."""
+
+    def __init__(
+        self,
+        artifact: Artifact,
+        method: Method | None = None,
+        padded: bool = True,
+        device: str | None = None,
+        link_bandwidth: float | None = None,
+        progress: Callable[[str, float], None] = lambda stage, share: None,
+    ) -> None:
+        """method None: the plan's. padded False: plain decoding at one row, the fastest."""
+        plan, spec = artifact.plan, artifact.spec
+        self.method: Method = method or plan.method
+        placement = plan.placement(self.method)
+        if placement is None:
+            raise SubspecError(
+                Exit.INFEASIBLE,
+                "the substitutes do not fit this plan's budget of "
+                f"{format_size(plan.budget_bytes)}: it decodes plainly",
+                "drop --speculation, or plan again with a larger --vram",
+            )
+        self.artifact = artifact
+        self.plan = plan
+        self.placement = placement
+        self.padded = padded
+        self.device = open_device(plan, device)
+        torch.set_num_threads(plan.num_threads)
+        self.memory = FastMemory(self.device, placement.ledger)
+        self.peak = PeakMeter(self.memory)
+        loader = Loader(artifact, placement, self.memory, progress)
+        small = loader.small_tensors()
+        substitutes = loader.substitutes(small) if self.method == "substitute" else None
+        exact = loader.exact_weights(small, link_bandwidth)
+        slots = num_slots(plan.context, plan.verify_width)
+        dtype: torch.dtype = getattr(torch, spec.dtype)
+        shape = (spec.num_layers, 2, spec.num_kv_heads, slots, spec.head_size)
+        cache = Cache(self.memory.take_tensor("cache", shape, dtype))
+        decoder = make_decoder(spec, small, slots, dtype, loader.keep)
+        draft_decoder = decoder
+        if substitutes is not None and dtype != DRAFT_DTYPE:
+            draft_decoder = make_decoder(spec, small, slots, DRAFT_DTYPE, loader.keep)
+        self.model = Model(
+            plan=plan,
+            decoder=decoder,
+            exact=exact,
+            cache=cache,
+            clock=Clock(self.device),
+            draft_decoder=draft_decoder,
+            substitutes=substitutes,
+        )
+        self.stats = Stats(self.method)
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompt: list[int],
+        max_tokens: int,
+        sampling: Sampling,
+        eos: frozenset[int] = frozenset(),
+    ) -> Iterator[list[int]]:
+        """Yields new token ids as they are decided; ends after an id in `eos`, which it yields.
+
+        The cache keeps what the prompt shares with the sequence before it.
+        """
+        room = self.plan.context - len(prompt)
+        if not prompt or room < 1:
+            raise SubspecError(
+                Exit.USAGE,
+                f"the prompt has {len(prompt)} tokens, expected 1 to {self.plan.context - 1}",
+                f"shorten it, or plan with --context {len(prompt) + 256} or more",
+            )
+        model, cache, clock = self.model, self.model.cache, self.model.clock
+        cache.roll_back(min(cache.common_prefix(prompt), len(prompt) - 1))
+        stats = self.stats = Stats(self.method, len(prompt), cache.length)
+        clock.seconds.clear()
+        with self.peak.watch():
+            first = prefill(model, prompt[cache.length :], sampling)
+        stats.time_to_first_token_seconds = clock.seconds["prefill"]
+        stats.generated_tokens = 1
+        left = min(max_tokens, room) - 1
+        yield [first]
+        if left <= 0 or first in eos:
+            return
+        waited, streamed = model.exact.wait_seconds, model.exact.streamed_bytes
+        rounds = self._rounds(first, sampling)
+        while left > 0:
+            emitted = next(rounds)
+            kept = emitted[:left]
+            ends = [index for index, token in enumerate(kept) if token in eos]
+            kept = kept[: ends[0] + 1] if ends else kept
+            left -= len(kept)
+            stats.accepted.append(len(emitted) - 1)
+            stats.generated_tokens += len(kept)
+            stats.draft_seconds = clock.seconds.get("draft", 0.0)
+            stats.verify_seconds = clock.seconds["verify"]
+            stats.decode_seconds = stats.draft_seconds + stats.verify_seconds
+            stats.stream_wait_seconds = model.exact.wait_seconds - waited
+            stats.streamed_bytes = model.exact.streamed_bytes - streamed
+            cache.roll_back(len(prompt) + stats.generated_tokens - 1)
+            yield kept
+            if ends:
+                return
+
+    def _rounds(self, first: int, sampling: Sampling) -> Iterator[list[int]]:
+        if self.method == "substitute":
+            rounds = speculate(self.model, first, sampling)
+        elif self.padded:
+            rounds = decode_plainly(self.model, first, sampling)
+        else:
+            rounds = decode_unpadded(self.model, first, sampling)
+        with self.peak.watch():
+            emitted = next(rounds)
+        yield emitted
+        if self.method == "plain" and not self.padded and self.device.type == "cpu":
+            with single_row_kernels():
+                yield from rounds
+        else:
+            yield from rounds
+
+    @property
+    def predicted_tokens_per_second(self) -> float | None:
+        """The plan's word for this method; it says nothing about the padded twin."""
+        if self.method == "plain" and self.padded:
+            return None
+        return self.plan.predicted[self.method].tokens_per_second
+
+    def close(self) -> None:
+        self.model.exact.close()
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def machine_name(device: torch.device) -> str:
+    """What a plan's costs and a result's bits depend on."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    return f"{device.type}: {name}; torch {torch.__version__}"
+
+
+def open_device(plan: Plan, device: str | None) -> torch.device:
+    """The plan's device; `device` may pick one GPU of several. Caps what torch may take of it."""
+    chosen = torch.device(device or plan.device)
+    if chosen.type != plan.device:
+        raise SubspecError(
+            Exit.WRONG_MACHINE,
+            f"the plan is for {plan.device}, asked was {device}",
+            f"plan again with --device {device}",
+        )
+    if chosen.type == "cuda":
+        if not torch.cuda.is_available():
+            raise SubspecError(
+                Exit.WRONG_MACHINE,
+                "the plan is for a CUDA GPU and torch finds none",
+                "plan again with --device cpu",
+            )
+        chosen = torch.device("cuda", chosen.index or 0)
+        torch.cuda.set_device(chosen)
+        total = torch.cuda.get_device_properties(chosen).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, plan.budget_bytes / total), chosen)
+    return chosen
+
+
+class Loader:
+    """Reads an artifact's weights into the arenas of fast memory, one tensor at a time."""
+
+    def __init__(
+        self,
+        artifact: Artifact,
+        placement: Placement,
+        memory: FastMemory,
+        progress: Callable[[str, float], None],
+    ) -> None:
+        self._artifact = artifact
+        self._spec: ModelSpec = artifact.spec
+        self._placement = placement
+        self._memory = memory
+        self._progress = progress
+
+    def small_tensors(self) -> dict[str, Tensor]:
+        """Embedding, norms, biases and odd-shaped matrices, by checkpoint name."""
+        stored = read_header(self._artifact.path / "resident.safetensors")
+        found = {}
+        with TensorFile(self._artifact.path / "resident.safetensors") as file:
+            for name, shape in resident_tensors(self._spec).items():
+                purpose = "embedding" if name.startswith(EMBEDDING) else "norms"
+                tensor = read_tensor(file, stored[name])
+                target = self._memory.take_tensor(purpose, shape, tensor.dtype)
+                target.copy_(tensor)
+                found[name] = target
+        return found
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """A copy in fast memory of something that was computed at load."""
+        target = self._memory.take_tensor("tables", tuple(tensor.shape), tensor.dtype)
+        return target.copy_(tensor)
+
+    def substitutes(self, small: dict[str, Tensor]) -> Substitutes:
+        spec, path = self._spec, self._artifact.path / "substitutes.safetensors"
+        stored = read_header(path)
+        weights: dict[tuple[int, Kind], Int4Weight | Tensor] = {}
+        biases: dict[tuple[int, Kind], Tensor] = {}
+        every = linears(spec)
+        with TensorFile(path) as file:
+            for index, linear in enumerate(every):
+                key = linear.layer, linear.kind
+                if linear.has_bias:
+                    bias = small[f"{linear.name}.bias"]
+                    same = bias.dtype == DRAFT_DTYPE
+                    biases[key] = bias if same else self.keep(bias.to(DRAFT_DTYPE))
+                if not linear.has_substitute:
+                    weights[key] = fixed_weight(spec, linear.name, small)
+                    continue
+                codes, scale, zero = (
+                    read_tensor(file, stored[f"{linear.name}.{part}"])
+                    for part in ("codes", "scale", "zero")
+                )
+                room = packed_bytes(linear.out_features, linear.in_features)
+                weights[key] = pack(
+                    codes,
+                    scale,
+                    zero,
+                    self._artifact.plan.int4_kernel,
+                    *(self._memory.take("substitutes", num_bytes) for num_bytes in room),
+                )
+                self._progress("loading substitutes", (index + 1) / len(every))
+        return Substitutes(spec.num_layers, weights, biases)
+
+    def exact_weights(self, small: dict[str, Tensor], link_bandwidth: float | None) -> ExactWeights:
+        spec = self._spec
+        fixed = {
+            linear.name: fixed_weight(spec, linear.name, small)
+            for linear in linears(spec)
+            if not is_streamable(spec, linear)
+        }
+        biases = {
+            linear.name: small[f"{linear.name}.bias"] for linear in linears(spec) if linear.has_bias
+        }
+        resident = self._resident_parts()
+        return ExactWeights(spec, fixed, resident, biases, self._ring(link_bandwidth))
+
+    def _resident_parts(self) -> dict[str, Tensor]:
+        offsets = self._artifact.part_offsets()
+        wanted = set(self._placement.resident)
+        dtype: torch.dtype = getattr(torch, self._spec.dtype)
+        chosen = [part for part in parts(self._spec) if part.name in wanted]
+        file = DirectFile(self._artifact.path / "exact.safetensors")
+        found = {}
+        for index, part in enumerate(chosen):
+            target = self._memory.take("resident", part.padded_bytes, PAGE_BYTES)
+            if target.device.type == "cpu":
+                file.read_into(target, offsets[part.name].offset)
+            else:
+                through = host_buffer(part.padded_bytes)
+                file.read_into(through, offsets[part.name].offset)
+                target.copy_(through)
+            found[part.name] = target[: part.num_bytes].view(dtype).view(part.num_rows, -1)
+            self._progress("loading exact weights", (index + 1) / len(chosen))
+        file.close()
+        return found
+
+    def _ring(self, link_bandwidth: float | None) -> Ring | None:
+        placement = self._placement
+        blocks = make_blocks(self._spec, placement.resident, placement.block_bytes)
+        if not blocks:
+            return None
+        slots = [
+            self._memory.take("staging", placement.block_bytes, PAGE_BYTES)
+            for _ in range(placement.num_slots)
+        ]
+        where = self._artifact.part_offsets()
+        offsets = [where[block.parts[0].name].offset for block in blocks]
+        path = self._artifact.path / "exact.safetensors"
+        link: Link
+        if self._memory.device.type == "cpu":
+            link = DiskLink(path, slots, link_bandwidth)
+        else:
+            ranges = [(o, block.num_bytes) for o, block in zip(offsets, blocks, strict=True)]
+            link = HostLink(path, ranges, slots, link_bandwidth)
+        return Ring(blocks, offsets, link, placement.num_slots)
+
+
+def fixed_weight(spec: ModelSpec, name: str, small: dict[str, Tensor]) -> Tensor:
+    """The exact matrix of a linear that is never streamed."""
+    if name == HEAD and spec.tied_head:
+        return small[f"{EMBEDDING}.weight"]
+    return small[f"{name}.weight"]
+
+
+def read_tensor(file: TensorFile, stored: StoredTensor) -> Tensor:
+    """A whole tensor on the host, in its own dtype and shape."""
+    raw = torch.empty(stored.num_bytes, dtype=torch.uint8)
+    file.read_into(bytes_of(raw), stored.offset)
+    return raw.view(TORCH_DTYPES[stored.dtype]).view(stored.shape)

@@ -1,0 +1,157 @@
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from subspec.artifacts.checks import check_headers, check_plan, check_spec
+from subspec.artifacts.errors import Exit, SubspecError
+from subspec.artifacts.model import ModelSpec, Rope, linears, parts, resident_tensors
+from subspec.artifacts.plan import Acceptance, Placement, Plan, Rate, Tree
+from subspec.artifacts.tensors import ITEM_BYTES, write_header
+
+Stored = tuple[str, tuple[int, ...]]  # dtype and shape
+Header = dict[str, Stored]
+
+SPEC = ModelSpec(
+    family="llama", dtype="float16", hidden_size=128, intermediate_size=192, num_layers=1,
+    num_heads=4, num_kv_heads=2, head_size=32, vocab_size=64, norm_epsilon=1e-6,
+    max_positions=100, rope=Rope(10000.0), tied_head=True, mlp_bias=True,
+)  # fmt: skip
+LARGEST_PART = max(part.padded_bytes for part in parts(SPEC))
+STREAMING = Placement((), LARGEST_PART, 2, {"staging": 2 * LARGEST_PART, "cache": 1000})
+PLAN = Plan(
+    device="cpu", machine="test", budget_bytes=2 * LARGEST_PART + 1000, context=100,
+    method="substitute", tree=Tree(2, 3), verify_width=7, num_threads=1, int4_kernel="aten",
+    prefill_tokens=64, substitute=STREAMING, plain=STREAMING, predicted={},
+    acceptance=Acceptance((Rate(2, 0.9, 0),)),
+)  # fmt: skip
+
+
+def refused(where: str, check: Callable[[], None]) -> None:
+    start = time.monotonic()
+    with pytest.raises(SubspecError) as caught:
+        check()
+    assert time.monotonic() - start < 30  # no list of a billion layers, whatever the machine
+    assert caught.value.exit_code == Exit.CORRUPT
+    assert caught.value.message.startswith(f"{where}: ") and len(caught.value.message) < 600
+
+
+def test_a_sane_model_and_a_plan_that_just_fits_pass() -> None:
+    check_spec(SPEC)
+    check_plan(SPEC, PLAN)
+
+
+WRONG_MODELS: dict[str, dict[str, Any]] = {
+    "no layers": {"num_layers": 0},
+    "a billion layers": {"num_layers": 10**9},
+    "negative size": {"hidden_size": -64},
+    "huge vocabulary": {"vocab_size": 10**12},
+    "huge product": {"num_layers": 9999, "hidden_size": 1 << 20, "intermediate_size": 1 << 20},
+    "heads that do not divide": {"num_heads": 3},
+    "odd head": {"head_size": 31},
+    "window of none": {"sliding_window": 0},
+    "windowed layers without a window": {"windowed_layers": (0,)},
+    "windowed layer beyond the last": {"windowed_layers": (1,), "sliding_window": 8},
+    "theta": {"rope": Rope(0.0)},
+    "factor": {"rope": Rope(1e4, "linear", factor=0.0)},
+    "original positions": {"rope": Rope(1e4, "yarn", factor=2.0)},
+    "equal frequencies": {
+        "rope": Rope(1e4, "llama3", 2.0, 64, low_frequency_factor=2, high_frequency_factor=2)
+    },
+}
+
+
+@pytest.mark.parametrize("changes", WRONG_MODELS.values(), ids=WRONG_MODELS.keys())
+def test_a_model_that_no_checkpoint_describes_is_refused(changes: dict[str, Any]) -> None:
+    refused("model.json", lambda: check_spec(replace(SPEC, **changes)))
+
+
+WRONG_PLANS: dict[str, dict[str, Any]] = {
+    "no budget": {"budget_bytes": 0},
+    "budget beyond any machine": {"budget_bytes": 1 << 60},
+    "ledger over budget": {"budget_bytes": 2 * LARGEST_PART + 999},
+    "negative ledger": {"plain": replace(STREAMING, ledger={"a": -1, "b": 2})},
+    "unknown part": {"substitute": replace(STREAMING, resident=("model.layers.9.mlp.up_proj",))},
+    "one slot": {"plain": replace(STREAMING, num_slots=1)},
+    "a million slots": {"plain": replace(STREAMING, num_slots=10**6)},
+    "slots too small": {"plain": replace(STREAMING, block_bytes=LARGEST_PART - 1)},
+    "huge slots": {"plain": replace(STREAMING, block_bytes=1 << 62)},
+    "no width": {"tree": Tree(0, 3)},
+    "wide tree": {"tree": Tree(10**6, 1), "verify_width": 10**7},
+    "negative depth": {"tree": Tree(1, -1)},
+    "no temperature": {"tree": Tree(2, 3, temperature=0.0)},
+    "more nodes than rows": {"verify_width": 6},
+    "context beyond the model": {"context": 101},
+    "no context": {"context": 0},
+    "no threads": {"num_threads": 0},
+    "no prefill": {"prefill_tokens": 0},
+    "substitutes that are not there": {"substitute": None},
+}
+
+
+@pytest.mark.parametrize("changes", WRONG_PLANS.values(), ids=WRONG_PLANS.keys())
+def test_a_plan_that_does_not_go_together_is_refused(changes: dict[str, Any]) -> None:
+    refused("plan.json", lambda: check_plan(SPEC, replace(PLAN, **changes)))
+
+
+def test_a_plan_that_streams_nothing_needs_no_slots_and_no_ledger() -> None:
+    everything = Placement(tuple(part.name for part in parts(SPEC)), 0, 0, {})
+    check_plan(SPEC, replace(PLAN, plain=everything))
+
+
+def headers() -> dict[str, Header]:
+    """By file, as they should be."""
+    substitutes: Header = {}
+    for linear in linears(SPEC):
+        rows, groups = linear.out_features, linear.in_features // 64
+        substitutes[f"{linear.name}.codes"] = ("U8", (rows, linear.in_features // 2))
+        substitutes[f"{linear.name}.scale"] = ("F16", (rows, groups))
+        substitutes[f"{linear.name}.zero"] = ("F16", (rows, groups))
+    resident = {name: ("F16", shape) for name, shape in resident_tensors(SPEC).items()}
+    return {"substitutes.safetensors": substitutes, "resident.safetensors": resident}
+
+
+def write(folder: Path, files: dict[str, Header]) -> None:
+    for name, tensors in files.items():
+        with open(folder / name, "wb") as file:
+            listed = [(tensor, *rest) for tensor, rest in tensors.items()]
+            offset = write_header(file, listed)
+            sizes = [ITEM_BYTES[dtype] * math.prod(shape) for _, dtype, shape in listed]
+            file.truncate(offset + sum(sizes))
+
+
+def test_headers_that_hold_the_model_pass_with_more_beside_it(tmp_path: Path) -> None:
+    files = headers()
+    files["resident.safetensors"]["another"] = ("F32", (3,))
+    write(tmp_path, files)
+    check_headers(tmp_path, SPEC)
+
+
+@pytest.mark.parametrize("wrong", [None, ("BF16", (64, 128)), ("F16", (128, 64)), ("F16", (64,))])
+def test_a_resident_tensor_of_another_dtype_or_shape_is_refused(
+    tmp_path: Path, wrong: Stored | None
+) -> None:
+    files = headers()
+    del files["resident.safetensors"]["model.embed_tokens.weight"]
+    if wrong is not None:
+        files["resident.safetensors"]["model.embed_tokens.weight"] = wrong
+    write(tmp_path, files)
+    refused("resident.safetensors", lambda: check_headers(tmp_path, SPEC))
+
+
+@pytest.mark.parametrize("suffix", ["codes", "scale", "zero"])
+@pytest.mark.parametrize("wrong", [None, ("BF16", (128, 2)), ("U8", (128, 2)), ("F16", (2, 128))])
+def test_a_substitute_of_another_dtype_or_shape_is_refused(
+    tmp_path: Path, suffix: str, wrong: Stored | None
+) -> None:
+    files = headers()
+    name = f"model.layers.0.self_attn.q_proj.{suffix}"
+    del files["substitutes.safetensors"][name]
+    if wrong is not None:
+        files["substitutes.safetensors"][name] = wrong
+    write(tmp_path, files)
+    refused("substitutes.safetensors", lambda: check_headers(tmp_path, SPEC))

@@ -1,0 +1,232 @@
+import importlib.util
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from subspec.artifacts.errors import Exit, SubspecError
+from subspec.artifacts.model import GROUP_SIZE
+from subspec.artifacts.packing import dequantize, pack_nibbles, unpack_nibbles
+from subspec.planner import quantize as module
+from subspec.planner.quantize import (
+    LARGEST_FP16,
+    QUANTIZERS,
+    SMALLEST_SCALE,
+    Substitute,
+    quantize,
+    quantize_with_hqq,
+    relative_error,
+)
+
+needs_hqq = pytest.mark.skipif(
+    importlib.util.find_spec("hqq") is None, reason="needs the hqq package: pip install hqq"
+)
+
+
+def like_a_model(num_rows: int, num_columns: int, seed: int = 0) -> Tensor:
+    """Normal weights, a few rows far larger, one weight in 500 an outlier; bf16."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(num_rows, num_columns, generator=generator) * 0.03
+    weight *= torch.randn(num_rows, 1, generator=generator).exp()
+    outliers = torch.rand(num_rows, num_columns, generator=generator) < 0.002
+    return torch.where(outliers, weight * 10, weight).bfloat16()
+
+
+def codes_of(substitute: Substitute) -> Tensor:
+    return unpack_nibbles(substitute.codes).int()
+
+
+def same(a: Substitute, b: Substitute) -> bool:
+    return all(
+        torch.equal(x, y)
+        for x, y in zip((a.codes, a.scale, a.zero), (b.codes, b.scale, b.zero), strict=True)
+    )
+
+
+def rounded_to_nearest(weight: Tensor) -> Substitute:
+    groups = weight.float().view(-1, GROUP_SIZE)
+    low, high = torch.aminmax(groups, dim=1, keepdim=True)
+    scale = (high - low) / 15
+    codes = (groups / scale - low / scale).round().clamp(0, 15).to(torch.uint8)
+    shape = (weight.shape[0], -1)
+    return Substitute(
+        pack_nibbles(codes.view(shape)), scale.view(shape), (-low / scale).view(shape)
+    )
+
+
+def iterated_plainly(weight: Tensor, scale: Tensor) -> Substitute:
+    """The plain twin: hqq's iteration as it is written down, in units of weights, in f64."""
+    groups, scale = weight.double().view(-1, GROUP_SIZE), scale.double().view(-1, 1)
+    zero = -groups.amin(dim=1, keepdim=True) / scale
+    for _ in range(20):
+        codes = (groups / scale + zero).round().clamp(0, 15)
+        residual = groups - (codes - zero) * scale
+        shrunk = (residual.abs() - residual.abs().pow(0.7 - 1) / 10).clamp_min(0) * residual.sign()
+        zero = (codes - (groups - shrunk) / scale).mean(dim=1, keepdim=True)
+    zero = zero.half()
+    codes = (groups / scale + zero.double()).round().clamp(0, 15).to(torch.uint8)
+    shape = (weight.shape[0], -1)
+    return Substitute(pack_nibbles(codes.view(shape)), scale.half().view(shape), zero.view(shape))
+
+
+SPREADS = pytest.mark.parametrize("spread", [1.0, 40.0], ids=["not shrinking", "shrinking"])
+
+
+@SPREADS
+def test_the_iteration_in_units_of_codes_is_the_one_in_units_of_weights(spread: float) -> None:
+    weight = (like_a_model(128, 512).float() * spread).bfloat16()
+    ours = quantize(weight, "cpu")
+    plain = iterated_plainly(weight, ours.scale)
+    assert (codes_of(ours) == codes_of(plain)).float().mean() > 0.9995
+    assert (ours.zero - plain.zero).abs().max() < 0.05
+
+
+@SPREADS
+@needs_hqq
+@pytest.mark.filterwarnings("ignore")  # importing hqq imports torch.jit, which is deprecated
+def test_error_and_codes_are_those_of_hqq(spread: float) -> None:
+    weight = (like_a_model(256, 512).float() * spread).bfloat16()
+    ours, theirs = quantize(weight, "cpu"), quantize_with_hqq(weight, "cpu")
+    assert relative_error(weight, ours) == pytest.approx(relative_error(weight, theirs), rel=0.01)
+    difference = (codes_of(ours) - codes_of(theirs)).abs()
+    assert (difference == 0).float().mean() > 0.98
+    assert difference.max() <= 1
+
+
+def test_a_missing_hqq_package_is_named_with_the_line_that_installs_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "hqq.core.quantize", None)
+    with pytest.raises(SubspecError) as caught:
+        QUANTIZERS["hqq"](like_a_model(16, 64), "cpu")
+    assert caught.value.exit_code == Exit.USAGE
+    assert caught.value.hint == "pip install 'subspec[hqq]'"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_error_is_below_that_of_rounding_to_nearest(seed: int) -> None:
+    weight = like_a_model(64, 512, seed)
+    assert relative_error(weight, quantize(weight, "cpu")) < 0.98 * relative_error(
+        weight, rounded_to_nearest(weight)
+    )
+
+
+def test_tensors_have_the_stored_shapes_and_types() -> None:
+    substitute = quantize(like_a_model(48, 192), "cpu")
+    assert substitute.codes.shape == (48, 96) and substitute.codes.dtype == torch.uint8
+    assert substitute.scale.shape == (48, 3) and substitute.scale.dtype == torch.float16
+    assert substitute.zero.shape == (48, 3) and substitute.zero.dtype == torch.float16
+
+
+@pytest.mark.parametrize("magnitude", [1e-9, 1e-4, 0.03, 1.0, 1e3, 1e30])
+def test_every_code_is_the_nearest_one_for_the_stored_scale_and_zero(magnitude: float) -> None:
+    weight = (like_a_model(16, 256).float() * magnitude).bfloat16()
+    substitute = quantize(weight, "cpu")
+    exact, scale = weight.double(), substitute.scale.double().repeat_interleave(GROUP_SIZE, dim=1)
+    zero = substitute.zero.double().repeat_interleave(GROUP_SIZE, dim=1)
+    candidates = (torch.arange(16).view(-1, 1, 1) - zero) * scale  # [16, N, K]
+    best = (candidates - exact).abs().amin(dim=0)
+    got = ((codes_of(substitute).double() - zero) * scale - exact).abs()
+    slack = 1e-5 * scale + 1e-6 * exact.abs()  # the codes are computed in f32
+    assert (got <= best + slack).all()
+
+
+ODD = {
+    "zeros": torch.zeros(1, 64),
+    "constant": torch.full((1, 64), 0.37),
+    "negative constant": torch.full((1, 64), -123.0),
+    "large constant": torch.full((1, 64), 3e5),
+    "far from zero": torch.linspace(1000, 1000.5, 64)[None],
+    "tiny": torch.linspace(-1e-7, 1e-7, 64)[None],
+    "subnormal": torch.full((1, 64), 1e-40),
+    "one outlier": torch.cat((torch.full((1, 63), 1e-3), torch.full((1, 1), 1e4)), dim=1),
+    "huge": torch.linspace(-3, 3, 64)[None] * 1e38,
+    "huge and positive": torch.linspace(2, 3, 64)[None] * 1e38,
+    "fp16's largest": torch.linspace(-65504, 65504, 64)[None],
+}
+
+
+@pytest.mark.parametrize("weight", ODD.values(), ids=ODD.keys())
+def test_odd_groups_give_finite_normal_scales_and_finite_zeros(weight: Tensor) -> None:
+    substitute = quantize(weight, "cpu")
+    assert (substitute.scale >= SMALLEST_SCALE).all() and (substitute.scale <= LARGEST_FP16).all()
+    assert torch.isfinite(substitute.zero).all()
+    assert torch.isfinite(dequantize(unpack_nibbles(substitute.codes), substitute.scale,
+                                     substitute.zero)).all()  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["constant", "negative constant", "large constant",
+                                  "far from zero", "one outlier", "fp16's largest"])  # fmt: skip
+def test_odd_groups_within_reach_of_fp16_are_approximated(name: str) -> None:
+    assert relative_error(ODD[name], quantize(ODD[name], "cpu")) < 0.07  # 15 equal steps: 0.067
+
+
+def test_zeros_stay_zeros() -> None:
+    weight = torch.zeros(32, 128, dtype=torch.bfloat16)
+    weight[1:] = like_a_model(31, 128)
+    substitute = quantize(weight, "cpu")
+    restored = dequantize(unpack_nibbles(substitute.codes), substitute.scale, substitute.zero)
+    assert (restored[0] == 0).all()
+    assert relative_error(weight[:1], Substitute(*(t[:1] for t in vars(substitute).values()))) == 0
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_finite_are_counted_and_refused(bad: float) -> None:
+    weight = like_a_model(16, 128)
+    weight[3, 70] = weight[15, 127] = bad
+    with pytest.raises(SubspecError, match="2 of 2048 weights are NaN or infinite") as caught:
+        quantize(weight, "cpu")
+    assert caught.value.exit_code == Exit.CORRUPT
+
+
+def test_the_number_of_threads_changes_nothing() -> None:
+    weight = like_a_model(512, 512)  # 4,096 groups: two blocks with one thread, one with two
+    weight[100:200] *= 100  # these need the shrinking step
+    before, results = torch.get_num_threads(), []
+    try:
+        for num_threads in (1, 2, 3):
+            torch.set_num_threads(num_threads)
+            results.append(quantize(weight, "cpu"))
+    finally:
+        torch.set_num_threads(before)
+    assert same(results[0], results[1]) and same(results[0], results[2])
+
+
+@pytest.mark.parametrize("num_groups", [1, 7, 64, 1 << 20])
+def test_the_size_of_a_block_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, num_groups: int
+) -> None:
+    weight = like_a_model(32, 192)
+    weight[5:9] *= 100
+    expected = quantize(weight, "cpu")
+    monkeypatch.setattr(module, "CPU_GROUPS_PER_THREAD", num_groups)
+    assert same(quantize(weight, "cpu"), expected)
+
+
+def test_rows_are_quantised_independently_of_each_other() -> None:
+    weight = like_a_model(64, 128)
+    whole, part = quantize(weight, "cpu"), quantize(weight[16:32], "cpu")
+    assert torch.equal(whole.codes[16:32], part.codes)
+    assert torch.equal(whole.zero[16:32], part.zero)
+
+
+def test_a_strided_weight_gives_what_its_copy_gives() -> None:
+    weight = like_a_model(128, 64).t()
+    assert same(quantize(weight, "cpu"), quantize(weight.contiguous(), "cpu"))
+
+
+def test_the_weight_itself_is_left_alone() -> None:
+    weight = like_a_model(16, 64).float()
+    before = weight.clone()
+    quantize(weight, "cpu")
+    assert torch.equal(weight, before)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_gives_nearly_the_codes_of_the_cpu() -> None:
+    weight = like_a_model(256, 512)
+    on_gpu, on_cpu = quantize(weight, "cuda"), quantize(weight, "cpu")
+    assert (codes_of(on_gpu) == codes_of(on_cpu)).float().mean() > 0.999
+    assert relative_error(weight, on_gpu) == pytest.approx(relative_error(weight, on_cpu), rel=1e-3)
