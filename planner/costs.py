@@ -5,6 +5,7 @@ arena of exactly this size, and tests compare the temporaries with `workspace_by
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from subspec.artifacts.model import (
     EMBEDDING,
@@ -20,6 +21,9 @@ DRAFT_BYTES = 2  # the draft computes in bf16
 SLOT_ALIGNMENT = 64  # runtime/cache.py
 GUARD_SHARE = 0.01  # of the budget: what operations allocate inside themselves
 GUARD_BYTES = 128 << 10  # and at least this
+
+# A search asks the same of one model thousands of times, and counting its matrices takes a while.
+for_one_model = lru_cache(maxsize=4)
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ def ledger(
     }
 
 
+@for_one_model
 def substitutes_bytes(spec: ModelSpec) -> int:
     return sum(
         aligned(n.num_weights // 2) + aligned(n.substitute_bytes - n.num_weights // 2)
@@ -60,6 +65,7 @@ def substitutes_bytes(spec: ModelSpec) -> int:
     )
 
 
+@for_one_model
 def small_bytes(spec: ModelSpec) -> int:
     """Norms, biases and matrices of odd shape."""
     total = 0
@@ -74,11 +80,18 @@ def tables_bytes(spec: ModelSpec, shape: Shape, drafts: bool) -> int:
     positions = num_slots(shape.context, shape.verify_width)
     total = 2 * aligned(positions * spec.head_size * spec.item_bytes)
     if drafts and spec.dtype != "bfloat16":
-        total += 2 * aligned(positions * spec.head_size * DRAFT_BYTES)
-        for name, size in resident_tensors(spec).items():
-            if name.endswith(("norm.weight", ".bias")):
-                total += aligned(count(size) * DRAFT_BYTES)
+        total += 2 * aligned(positions * spec.head_size * DRAFT_BYTES) + draft_copies_bytes(spec)
     return total
+
+
+@for_one_model
+def draft_copies_bytes(spec: ModelSpec) -> int:
+    """Norms and biases once more, in the draft's type."""
+    return sum(
+        aligned(count(shape) * DRAFT_BYTES)
+        for name, shape in resident_tensors(spec).items()
+        if name.endswith(("norm.weight", ".bias"))
+    )
 
 
 def num_slots(context: int, verify_width: int) -> int:
@@ -89,11 +102,13 @@ def cache_bytes(spec: ModelSpec, context: int, verify_width: int) -> int:
     return aligned(num_slots(context, verify_width) * spec.kv_bytes_per_token)
 
 
+@for_one_model
 def exact_bytes(spec: ModelSpec) -> int:
     """Everything that could be streamed."""
     return sum(part.padded_bytes for part in parts(spec))
 
 
+@for_one_model
 def model_bytes(spec: ModelSpec) -> int:
     """The checkpoint's own size."""
     small = sum(count(shape) for shape in resident_tensors(spec).values()) * spec.item_bytes
@@ -169,16 +184,23 @@ class Candidate:
 
 
 def predict(
-    spec: ModelSpec, profile: Profile, candidate: Candidate, streamed: int, rate: float, peak: int
+    spec: ModelSpec,
+    profile: Profile,
+    candidate: Candidate,
+    streamed: int,
+    rate: float,
+    prefill_tokens: int,
+    peak: int,
 ) -> Prediction:
     """One round of `candidate` that streams `streamed` bytes; rate: acceptance per level.
 
     verify = the longer of link and compute, plus one block of the shorter (the pipeline's ends).
-    What fits the staging ring crosses the link while the draft runs.
+    What fits the staging ring crosses the link while the draft runs. Blocks are not rounded up:
+    then a byte less to stream could cost a whole block's time.
     """
     layers = spec.num_layers
     speed = profile.link_rate(candidate.block_bytes)
-    blocks = max(1, -(-streamed // max(1, candidate.block_bytes)))
+    blocks = max(1.0, streamed / max(1, candidate.block_bytes))
     if candidate.width == 0:
         draft, tokens = 0.0, 1.0
         compute = layers * profile.plain_layer_seconds + seconds_at(profile.exact_head, 1)
@@ -193,7 +215,8 @@ def predict(
         ahead = min(candidate.block_bytes * candidate.num_slots, streamed, draft * speed)
     link = (streamed - ahead) / speed
     verify = max(link, compute) + min(link, compute) / blocks + profile.round_seconds
-    prompt = max(streamed / speed, PROMPT_TOKENS * layers * profile.prefill_token_seconds)
+    passes = -(-PROMPT_TOKENS // prefill_tokens)
+    prompt = max(passes * streamed / speed, PROMPT_TOKENS * layers * profile.prefill_token_seconds)
     return Prediction(
         tokens_per_second=tokens / (draft + verify),
         time_to_first_token_seconds=prompt + seconds_at(profile.exact_head, 1),

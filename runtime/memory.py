@@ -117,6 +117,10 @@ class Temporaries(TorchDispatchMode):
         self.peak_bytes = 0
         self._known: set[int] = set()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # the default imports torch._dynamo, 0.8 s, at the first operation
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         outputs = func(*args, **(kwargs or {}))
         given = {_storage_key(t) for t in _tensors((args, kwargs or {}))}

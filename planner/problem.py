@@ -1,0 +1,188 @@
+"""What a search is given, and the candidates that it may choose from.
+
+The context and a prompt's share of memory are settled here, before any candidate is weighed.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from subspec.artifacts.errors import Exit, SubspecError
+from subspec.artifacts.model import ModelSpec, parts
+from subspec.artifacts.plan import Acceptance, Method
+from subspec.artifacts.profile import Profile
+from subspec.planner.costs import Candidate, Shape, for_one_model, ledger, workspace_bytes
+
+WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16)
+DEPTHS = (*range(1, 33), *range(34, 65, 2))
+NUM_SLOTS = (2, 3, 4)
+DEFAULT_CONTEXT = 4096  # halved until its keys and values fit their share of the budget
+CONTEXT_SHARE = 0.125
+SMALLEST_CONTEXT = 256
+# What the activations of a prompt that streams once may take: of the budget, and of what the
+# smallest plan leaves of it.
+PREFILL_SHARE = 0.15
+PREFILL_SLACK_SHARE = 0.5
+SMALLEST_PREFILL = 64
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the user fixed; None is ours to choose. Never overruled."""
+
+    context: int | None = None
+    width: int | None = None
+    depth: int | None = None
+    method: Method | None = None
+    ram_bytes: int | None = None  # host memory for the slow tier of a GPU
+
+    @property
+    def needs_draft(self) -> bool:
+        """A plan without a draft could not keep the wish: a tree was asked for, or the method."""
+        fixed_tree = self.width is not None or self.depth is not None
+        return self.method == "substitute" or (self.method is None and fixed_tree)
+
+
+@dataclass(frozen=True)
+class Problem:
+    spec: ModelSpec
+    profile: Profile
+    budget_bytes: int
+    wishes: Wishes
+    acceptance: Acceptance
+    context: int
+    prefill_tokens: int = SMALLEST_PREFILL
+    prefill_bytes: int = 0  # the workspace has at least these
+
+
+def pose(
+    spec: ModelSpec, profile: Profile, budget_bytes: int, wishes: Wishes, acceptance: Acceptance
+) -> Problem:
+    """Settles the context: the user's, or the largest of ours that leaves room for a draft, or at
+    least for plain decoding."""
+    if wishes.context is not None and wishes.context > spec.max_positions:
+        raise SubspecError(
+            Exit.USAGE,
+            f"--context {wishes.context} is more than the model's {spec.max_positions} positions",
+            f"--context {spec.max_positions} or less",
+        )
+    if not profile.position_free_widths:
+        raise SubspecError(
+            Exit.UNSUPPORTED,
+            "on this machine a row's result depends on its place at every width that was tried",
+            "plan for --device cpu",
+        )
+    contexts = [wishes.context or default_context(spec, budget_bytes)]
+    while wishes.context is None and contexts[-1] // 2 >= SMALLEST_CONTEXT:
+        contexts.append(contexts[-1] // 2)
+    posed = [
+        Problem(spec, profile, budget_bytes, wishes, acceptance, context) for context in contexts
+    ]
+    drafting = (problem for problem in posed if smallest_draft(problem) is not None)
+    decoding = (problem for problem in posed if smallest_plain(problem) is not None)
+    return with_prompt_share(next(drafting, None) or next(decoding, None) or posed[-1])
+
+
+def default_context(spec: ModelSpec, budget_bytes: int) -> int:
+    """The largest that ours would be; `pose` may halve it further to make a plan fit."""
+    context = min(DEFAULT_CONTEXT, spec.max_positions)
+    while context * spec.kv_bytes_per_token > CONTEXT_SHARE * budget_bytes:
+        if context // 2 < SMALLEST_CONTEXT:
+            break
+        context //= 2
+    return context
+
+
+def with_prompt_share(problem: Problem) -> Problem:
+    """Gives the activations of a prompt their bytes, and takes the most tokens that those hold.
+
+    The bytes grow evenly with the budget. If the tokens led, a little more memory could double
+    them and push out weights.
+    """
+    budget, smallest = problem.budget_bytes, smallest_draft(problem) or smallest_plain(problem)
+    slack = budget - sum(base_ledger(problem, smallest).values()) if smallest else 0
+    most = max(problem.context, SMALLEST_PREFILL)
+
+    def needed(tokens: int) -> int:
+        shape = Shape(problem.context, 1, 1, tokens, 0, 0)
+        return workspace_bytes(problem.spec, problem.profile.device, shape)
+
+    share = int(min(PREFILL_SHARE * budget, PREFILL_SLACK_SHARE * slack))
+    share = max(needed(SMALLEST_PREFILL), min(share, needed(most)))
+    above = bisect_right(range(most + 1), share, lo=SMALLEST_PREFILL, key=needed)
+    return replace(problem, prefill_tokens=above - 1, prefill_bytes=share)
+
+
+def candidates(problem: Problem) -> Iterator[Candidate]:
+    """Every draft; the one that takes the least memory first."""
+    wishes = problem.wishes
+    if wishes.method == "plain":
+        return
+    for width in (wishes.width,) if wishes.width else WIDTHS:
+        for depth in (wishes.depth,) if wishes.depth else DEPTHS:
+            padded = padded_width(problem.profile, 1 + width * depth)
+            if padded is not None:
+                for block, slots in staging(problem.spec):
+                    yield Candidate(width, depth, padded, block, slots)
+
+
+def plain_candidates(problem: Problem, verify_width: int) -> Iterator[Candidate]:
+    """Plain decoding; the one that takes the least memory first. `verify_width` is the padded
+    twin's, which must fit too."""
+    for block, slots in staging(problem.spec):
+        yield Candidate(0, 0, verify_width, block, slots)
+
+
+def smallest_draft(problem: Problem) -> Candidate | None:
+    """The draft that takes the least memory, if that fits."""
+    first = next(candidates(problem), None)
+    return first if first is not None and left_over(problem, first) >= 0 else None
+
+
+def smallest_plain(problem: Problem) -> Candidate | None:
+    first = next(plain_candidates(problem, narrowest(problem)))
+    return first if left_over(problem, first) >= 0 else None
+
+
+def narrowest(problem: Problem) -> int:
+    """The smallest verify width that the user's wishes allow."""
+    first = next(candidates(problem), None)
+    return first.verify_width if first else min(problem.profile.position_free_widths)
+
+
+def padded_width(profile: Profile, num_nodes: int) -> int | None:
+    """The smallest width at which a row's bits do not depend on its place."""
+    return min((w for w in profile.position_free_widths if w >= num_nodes), default=None)
+
+
+@for_one_model
+def staging(spec: ModelSpec) -> list[tuple[int, int]]:
+    """(block bytes, slots) worth trying: from the largest part up to a layer."""
+    sizes = [part.padded_bytes for part in parts(spec)]
+    if not sizes:
+        return [(0, 0)]
+    layer = sum(part.padded_bytes for part in parts(spec) if part.linear.layer == 0)
+    largest = max(sizes)
+    blocks = {largest, 2 * largest, max(largest, layer // 2), max(largest, layer)}
+    return [(block, slots) for block in sorted(blocks) for slots in NUM_SLOTS]
+
+
+def left_over(problem: Problem, candidate: Candidate) -> int:
+    """Bytes of the budget that resident exact weights may take; negative: it does not fit."""
+    return problem.budget_bytes - sum(base_ledger(problem, candidate).values())
+
+
+def base_ledger(problem: Problem, candidate: Candidate) -> dict[str, int]:
+    """Everything but resident exact weights."""
+    shape = Shape(
+        problem.context,
+        candidate.verify_width,
+        candidate.width,
+        problem.prefill_tokens,
+        candidate.block_bytes,
+        candidate.num_slots,
+    )
+    profile = problem.profile
+    base = ledger(problem.spec, profile.device, shape, profile.overhead_bytes, problem.budget_bytes)
+    base["workspace"] = max(base["workspace"], problem.prefill_bytes)
+    return base
