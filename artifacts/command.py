@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import io
 import json
 import os
 import signal
@@ -95,8 +96,7 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
             if error.errno not in DISK_IS_FULL:
                 raise
             discard(sys.stdout)
-            message = f"stdout cannot be written: {error.strerror}"
-            fail(SubspecError(Exit.RESOURCES, message, "make room"), as_json)
+            fail(SubspecError(Exit.RESOURCES, f"cannot write: {error.strerror}"), as_json)
 
     return run
 
@@ -132,7 +132,8 @@ def prepare_streams() -> None:
     sys.stdin = sys.stdin or open(0, encoding="utf-8")
     sys.stdout = sys.stdout or open(1, "w", encoding="utf-8")
     sys.stderr = sys.stderr or open(2, "w", encoding="utf-8")
-    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 def discard(*streams: TextIO) -> None:

@@ -1,8 +1,8 @@
 """subspec-plan: model + machine + budget -> artifact. Heavy imports wait until they are needed."""
 
 import json
+import os
 import re
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,18 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from subspec.artifacts.command import reported, size_option
+from subspec.artifacts.command import Program, reported, say, size_option
 from subspec.artifacts.errors import Exit, SubspecError
-from subspec.artifacts.sizes import parse_size
+from subspec.artifacts.sizes import parse_size, short_size
 
 if TYPE_CHECKING:
     from subspec.artifacts.model import ModelSpec
     from subspec.artifacts.plan import Acceptance, Plan
     from subspec.artifacts.profile import Profile
     from subspec.artifacts.store import Artifact
+    from subspec.planner.hub import Resolved
     from subspec.planner.search import Wishes
 
-CALIBRATION_TREES = ((1, 12), (3, 12))  # (width, depth) whose acceptance is measured
+CALIBRATION_WIDTHS = (1, 3)  # of the trees whose acceptance is measured
+CALIBRATION_DEPTH = 12
 
 Progress = Callable[[str, float], None]
 
@@ -42,13 +44,14 @@ class Options:
     depth: int | None
     method: str | None
     profile: Path | None
+    link_bandwidth: int | None
     quantizer: str
     dry_run: bool
     as_json: bool
     overwrite: bool
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--model", required=True, metavar="REF",
     help="A folder, org/name, hf://org/name@rev, a bare name such as Qwen2.5-32B, or demo.",
@@ -68,6 +71,10 @@ class Options:
 @click.option(
     "--profile", type=click.Path(path_type=Path), help="Plan for the machine of this profile.json."
 )
+@click.option(
+    "--link-bandwidth", callback=size_option, metavar="SIZE",
+    help="Plan as if the link gave SIZE a second.",
+)  # fmt: skip
 @click.option("--quantizer", type=click.Choice(["blocked", "hqq"]), default="blocked",
               show_default=True, help="hqq: the reference package, 9x slower.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Plan from config and headers; write nothing.")
@@ -81,21 +88,26 @@ def main(**given: Any) -> None:
     Exit codes, the SIZE grammar and the JSON object are in docs/commands.md.
     """
     options = Options(**given)
+    out = options.out or Path(default_name(options))
+    # A download may take an hour: what can be known to fail is asked first.
+    measured = known_profile(options)
+    if not options.dry_run:
+        check_out(out, options.overwrite)
     from subspec.planner.hub import resolve
 
     resolved = resolve(options.model, options.revision, weights=not options.dry_run)
     if resolved.note:
         say(resolved.note)
-    out = options.out or Path(default_name(options))
     with progress() as show:
-        plan, spec = (dry_run if options.dry_run else plan_and_build)(options, resolved, out, show)
+        run = dry_run if options.dry_run else plan_and_build
+        plan, spec = run(options, resolved, out, measured, show)
     from rich.console import Console
 
     from subspec.planner.explain import plan_json, print_plan
 
     print_plan(spec, plan, Console(stderr=True))
     if not options.dry_run:
-        say(f"wrote {out}/: subspec-run {out} \"your prompt\"")
+        say(f'wrote {out}/: subspec-run {out} "your prompt"')
     if options.as_json:
         print(json.dumps(plan_json(spec, plan, None if options.dry_run else out)))
     elif not options.dry_run:
@@ -103,55 +115,68 @@ def main(**given: Any) -> None:
 
 
 def plan_and_build(
-    options: Options, resolved: Any, out: Path, show: Progress
+    options: Options, resolved: "Resolved", out: Path, measured: "Profile | None", show: Progress
 ) -> "tuple[Plan, ModelSpec]":
-    from subspec.artifacts.folder import check_target
     from subspec.planner.build import build
     from subspec.planner.checkpoint import read_checkpoint
     from subspec.planner.quantize import QUANTIZERS
-    from subspec.planner.search import PRIOR, search
+    from subspec.planner.search import PRIOR
     from subspec.planner.tokenizer_files import read_tokenizer
 
-    check_target(out, options.overwrite)
     checkpoint = read_checkpoint(resolved.path, resolved.source)
     tokenizer = read_tokenizer(resolved.path)
-    profile = find_profile(options, checkpoint.spec, out, show)
-    wishes = wishes_of(options)
-    plan = search(checkpoint.spec, profile, options.vram, wishes, PRIOR)
+    profile = measured or measure_here(options, checkpoint.spec, out, show)
+    plan = solve(options, checkpoint.spec, profile, PRIOR)
 
     def replan(artifact: "Artifact") -> "Plan":
-        if options.profile is not None:  # another machine's plan cannot be run here
+        if measured is not None:  # another machine's plan cannot be run here
             return plan
-        acceptance = calibrate(artifact, wishes, show)
-        return search(checkpoint.spec, profile, options.vram, wishes, acceptance)
+        return solve(options, artifact.spec, profile, calibrate(options, artifact, show))
 
+    quantizer = QUANTIZERS[options.quantizer]
     final = build(
-        checkpoint,
-        tokenizer,
-        plan,
-        profile,
-        out,
-        options.overwrite,
-        QUANTIZERS[options.quantizer],
-        replan,
-        show,
+        checkpoint, tokenizer, plan, profile, out, options.overwrite, quantizer, replan, show
     )
     return final, checkpoint.spec
 
 
-def calibrate(artifact: "Artifact", wishes: "Wishes", show: Progress) -> "Acceptance":
+def dry_run(
+    options: Options, resolved: "Resolved", out: Path, measured: "Profile | None", show: Progress
+) -> "tuple[Plan, ModelSpec]":
+    from subspec.planner.checkpoint import read_spec
+    from subspec.planner.search import PRIOR
+
+    spec = read_spec(resolved.path, resolved.source)
+    profile = measured or measure_here(options, spec, out, show)
+    return solve(options, spec, profile, PRIOR), spec
+
+
+def solve(
+    options: Options, spec: "ModelSpec", profile: "Profile", acceptance: "Acceptance"
+) -> "Plan":
+    from subspec.planner.search import search
+
+    plan = search(spec, profile, options.vram, wishes_of(options), acceptance)
+    if options.link_bandwidth is None:
+        return plan
+    reason = f"planned as if the link gave {short_size(options.link_bandwidth)}/s at most"
+    return replace(plan, reasons=(f"{reason}: --link-bandwidth", *plan.reasons))
+
+
+def calibrate(options: Options, artifact: "Artifact", show: Progress) -> "Acceptance":
     """Acceptance measured by running the artifact with a few trees that fit its budget."""
     from subspec.artifacts.plan import Acceptance
     from subspec.planner.measure import measure_acceptance
     from subspec.planner.search import PRIOR, search
 
+    if options.method == "plain":
+        return PRIOR
     rates = []
-    for width, depth in CALIBRATION_TREES:
-        fixed = replace(wishes, width=width, depth=depth, method="substitute")
+    for width in (options.width,) if options.width else CALIBRATION_WIDTHS:
+        depth = options.depth or CALIBRATION_DEPTH
+        wishes = replace(wishes_of(options), width=width, depth=depth, method="substitute")
         try:
-            plan = search(
-                artifact.spec, artifact.profile, artifact.plan.budget_bytes, fixed, PRIOR
-            )
+            plan = search(artifact.spec, artifact.profile, options.vram, wishes, PRIOR)
         except SubspecError as error:
             if error.exit_code != Exit.INFEASIBLE:
                 raise
@@ -160,32 +185,61 @@ def calibrate(artifact: "Artifact", wishes: "Wishes", show: Progress) -> "Accept
     return Acceptance(tuple(rates)) if rates else PRIOR
 
 
-def dry_run(
-    options: Options, resolved: Any, out: Path, show: Progress
-) -> "tuple[Plan, ModelSpec]":
-    from subspec.planner.checkpoint import read_spec
-    from subspec.planner.search import PRIOR, search
+def known_profile(options: Options) -> "Profile | None":
+    """The profile of --profile, its link capped; None: this machine is to be measured."""
+    if options.profile is None:
+        from subspec.planner.machine import pick_device
 
-    spec = read_spec(resolved.path, resolved.source)
-    profile = find_profile(options, spec, out, show)
-    return search(spec, profile, options.vram, wishes_of(options), PRIOR), spec
+        pick_device(options.device)
+        return None
+    from subspec.planner.profiles import read_profile, with_link
+
+    profile = read_profile(options.profile)
+    if options.device is not None and options.device.partition(":")[0] != profile.device:
+        raise SubspecError(
+            Exit.USAGE,
+            f"--profile {options.profile} was measured on {profile.device}, "
+            f"--device says {options.device}",
+            "drop one of the two",
+        )
+    return with_link(profile, options.link_bandwidth) if options.link_bandwidth else profile
 
 
-def find_profile(options: Options, spec: "ModelSpec", out: Path, show: Progress) -> "Profile":
-    if options.profile is not None:
-        from subspec.artifacts.codec import load_dataclass, parse_json
-        from subspec.artifacts.profile import Profile
-
-        name = options.profile.name
-        if not options.profile.is_file():
-            raise SubspecError(Exit.USAGE, f"--profile {options.profile} is not a file")
-        return load_dataclass(Profile, parse_json(options.profile.read_bytes(), name), name)
+def measure_here(options: Options, spec: "ModelSpec", out: Path, show: Progress) -> "Profile":
     from subspec.planner.measure import measure, pick_device
+    from subspec.planner.profiles import with_link
     from subspec.planner.search import default_context
 
-    folder = next(parent for parent in out.absolute().parents if parent.exists())
     context = options.context or default_context(spec, options.vram)
-    return measure(spec, pick_device(options.device), folder, context, show)
+    if context > spec.max_positions:
+        raise SubspecError(
+            Exit.USAGE,
+            f"--context {context} is more than the model's {spec.max_positions} positions",
+            f"--context {spec.max_positions} or less",
+        )
+    # A cache beyond the budget fits no plan: it need not be timed, nor have room.
+    context = min(context, options.vram // spec.kv_bytes_per_token)
+    profile = measure(spec, pick_device(options.device), existing_parent(out), context, show)
+    return with_link(profile, options.link_bandwidth) if options.link_bandwidth else profile
+
+
+def check_out(out: Path, overwrite: bool) -> None:
+    """What new_folder() would refuse in the end, before any work."""
+    from subspec.artifacts.folder import check_target
+
+    try:
+        check_target(out, overwrite)
+        parent = existing_parent(out)
+    except OSError as error:
+        raise SubspecError(
+            Exit.USAGE, f"--out {out} cannot be used: {error.strerror}", "choose another --out"
+        ) from None
+    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
+        raise SubspecError(Exit.USAGE, f"cannot write in {parent}", "choose another --out")
+
+
+def existing_parent(out: Path) -> Path:
+    return next(parent for parent in out.absolute().parents if parent.exists())
 
 
 def wishes_of(options: Options) -> "Wishes":
@@ -196,19 +250,15 @@ def wishes_of(options: Options) -> "Wishes":
 
 def default_name(options: Options) -> str:
     """qwen2.5-32b-24gb, from the model's last name and the size."""
-    stem = options.model.rstrip("/").rpartition("/")[2].partition("@")[0].lower()
-    size = next(
-        f"{options.vram // unit}{name}"
-        for name, unit in (("gb", 10**9), ("mb", 10**6), ("b", 1))
-        if options.vram % unit == 0 or unit == 1
-    )
+    stem = options.model.partition("@")[0].rstrip("/").rpartition("/")[2]
+    if set(stem) <= set(".~"):  # a folder that is named by its place
+        stem = Path(options.model).expanduser().resolve().name
     if options.vram % parse_size("1GiB") == 0:
         size = f"{options.vram >> 30}gib"
-    return re.sub(r"[^a-z0-9._-]+", "-", f"{stem}-{size}")
-
-
-def say(line: str) -> None:
-    sys.stderr.write(line + "\n")
+    else:
+        units = (("gb", 10**9), ("mb", 10**6), ("b", 1))
+        size = next(f"{options.vram // n}{unit}" for unit, n in units if options.vram % n == 0)
+    return re.sub(r"[^a-z0-9._-]+", "-", f"{stem}-{size}".lower()).lstrip("-.")
 
 
 @contextmanager

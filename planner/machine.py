@@ -1,20 +1,27 @@
-"""What this machine is, whatever model will run on it: its device, its clock."""
+"""This machine, whatever model will run on it: its devices, its clock, the disk of a folder."""
 
 import os
 import re
 import statistics
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from subspec.artifacts.errors import Exit, SubspecError
+from subspec.artifacts.folder import DISK_IS_FULL
 
 DEVICE = re.compile(r"cpu|cuda(?::([0-9]{1,3}))?", re.ASCII)
+UNKNOWN_OVERHEAD_BYTES = 1 << 30  # at most this much of a GPU is ours if the driver does not say
 FEWEST_SAMPLES = 3
 MOST_SAMPLES = 25
 SECONDS_PER_ACTION = 0.1
-UNKNOWN_OVERHEAD_BYTES = 1 << 30  # at most this much of a GPU is ours if the driver does not say
+STREAM_SECONDS = 0.3
+STREAM_PASS_BYTES = 16 << 20
 
 
 def pick_device(name: str | None) -> str:
@@ -36,8 +43,8 @@ def pick_device(name: str | None) -> str:
     if int(match[1] or 0) >= count:
         raise SubspecError(
             Exit.WRONG_MACHINE,
-            f"--device {name}, but this machine has {count} of them",
-            f"use cuda:0 to cuda:{count - 1}",
+            f"--device {name}, but the GPUs of this machine are cuda:0 to cuda:{count - 1}",
+            "choose one of them",
         )
     return name
 
@@ -46,10 +53,11 @@ def gpu_overhead_bytes(device: torch.device) -> int:
     """What this process takes of the GPU beside its tensors: context, kernels, libraries."""
     free, total = torch.cuda.mem_get_info(device)
     reserved = torch.cuda.memory_reserved(device)
+    unknown = min(total - free - reserved, UNKNOWN_OVERHEAD_BYTES)
     try:
         import pynvml
     except ImportError:
-        return min(total - free - reserved, UNKNOWN_OVERHEAD_BYTES)
+        return unknown
     pynvml.nvmlInit()
     handle = pynvml.nvmlDeviceGetHandleByIndex(device.index or 0)
     ours = [
@@ -57,9 +65,8 @@ def gpu_overhead_bytes(device: torch.device) -> int:
         for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
         if process.pid == os.getpid() and process.usedGpuMemory
     ]
-    if not ours:  # in a container process ids are others than the driver's
-        return min(total - free - reserved, UNKNOWN_OVERHEAD_BYTES)
-    return max(ours[0] - reserved, 0)
+    # In a container our process id is not the one that the driver knows.
+    return max(ours[0] - reserved, 0) if ours else unknown
 
 
 def time_each(
@@ -71,20 +78,65 @@ def time_each(
     """
     for action in actions:
         action()
-    synchronize(device)
     samples: list[list[float]] = [[] for _ in actions]
     until = time.perf_counter() + SECONDS_PER_ACTION * len(actions)
     for taken in range(MOST_SAMPLES):
         if taken >= FEWEST_SAMPLES and time.perf_counter() > until:
             break
         for action, own in zip(actions, samples, strict=True):
+            _wait_for(device)
             started = time.perf_counter()
             action()
-            synchronize(device)
+            _wait_for(device)
             own.append(time.perf_counter() - started)
     return [(statistics.median(own), max(own)) for own in samples]
 
 
-def synchronize(device: torch.device) -> None:
+def _wait_for(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+@contextmanager
+def unnamed_file(folder: Path, num_bytes: int) -> Iterator[Path]:
+    """A path to random bytes on the disk of `folder`. However this process ends, nothing is left:
+    the file never has a name there."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            piece = os.urandom(1 << 20)
+            for _ in range(num_bytes // len(piece)):
+                file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())
+            yield Path(f"/proc/self/fd/{file.fileno()}")
+    except OSError as error:
+        raise SubspecError(
+            Exit.RESOURCES if error.errno in DISK_IS_FULL else Exit.USAGE,
+            f"cannot write a test file of {num_bytes >> 20} MiB in {folder}: {error.strerror}",
+            "make room or choose another --out",
+        ) from None
+
+
+class Stream(Protocol):
+    """A link of the runtime's with two slots."""
+
+    def begin(self, slot: int, offset: int, num_bytes: int) -> None: ...
+    def wait(self, slot: int) -> object: ...
+
+
+def stream_rate(link: Stream, num_bytes: int, block_bytes: int) -> float:
+    """Bytes per second over a file of `num_bytes`, read in a circle: the median over passes. Two
+    blocks are under way at any time, as in the runtime's ring."""
+    num_blocks, per_pass = num_bytes // block_bytes, max(2, STREAM_PASS_BYTES // block_bytes)
+    rates, index = list[float](), 0
+    link.begin(0, 0, block_bytes)
+    until = time.perf_counter() + STREAM_SECONDS
+    while not rates or time.perf_counter() < until:
+        started = time.perf_counter()
+        for _ in range(per_pass):
+            index += 1
+            link.begin(index % 2, index % num_blocks * block_bytes, block_bytes)
+            link.wait((index - 1) % 2)
+        rates.append(per_pass * block_bytes / (time.perf_counter() - started))
+    link.wait(index % 2)
+    return statistics.median(rates)

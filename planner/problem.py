@@ -11,7 +11,14 @@ from subspec.artifacts.errors import Exit, SubspecError
 from subspec.artifacts.model import ModelSpec, parts
 from subspec.artifacts.plan import Acceptance, Method
 from subspec.artifacts.profile import Profile
-from subspec.planner.costs import Candidate, Shape, for_one_model, ledger, workspace_bytes
+from subspec.planner.costs import (
+    Candidate,
+    Shape,
+    exact_bytes,
+    for_one_model,
+    ledger,
+    workspace_bytes,
+)
 
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16)
 DEPTHS = (*range(1, 33), *range(34, 65, 2))
@@ -97,18 +104,24 @@ def with_prompt_share(problem: Problem) -> Problem:
     """Gives the activations of a prompt their bytes, and takes the most tokens that those hold.
 
     The bytes grow evenly with the budget. If the tokens led, a little more memory could double
-    them and push out weights.
+    them and push out weights. Where all weights could stay none is pushed out: then a prompt in
+    pieces costs no streaming.
     """
     budget, smallest = problem.budget_bytes, smallest_draft(problem) or smallest_plain(problem)
-    slack = budget - sum(base_ledger(problem, smallest).values()) if smallest else 0
+    slack = left_over(problem, smallest) if smallest else 0
+    resident = Candidate(0, 0, narrowest(problem), 0, 0)
+    spare = left_over(problem, resident) - exact_bytes(problem.spec)
     most = max(problem.context, SMALLEST_PREFILL)
 
     def needed(tokens: int) -> int:
         shape = Shape(problem.context, 1, 1, tokens, 0, 0)
         return workspace_bytes(problem.spec, problem.profile.device, shape)
 
+    least = needed(SMALLEST_PREFILL)
     share = int(min(PREFILL_SHARE * budget, PREFILL_SLACK_SHARE * slack))
-    share = max(needed(SMALLEST_PREFILL), min(share, needed(most)))
+    if spare >= 0:
+        share = min(share, least + int(PREFILL_SLACK_SHARE * spare))
+    share = max(least, min(share, needed(most)))
     above = bisect_right(range(most + 1), share, lo=SMALLEST_PREFILL, key=needed)
     return replace(problem, prefill_tokens=above - 1, prefill_bytes=share)
 

@@ -214,7 +214,7 @@ def decide(problem: Problem, predicted: dict[str, Prediction]) -> tuple[Method, 
             f"the context is {problem.context} tokens: the keys and values of more would take too "
             "much of the budget"
         )
-    if problem.prefill_tokens < problem.context:
+    if problem.prefill_tokens < problem.context and predicted["plain"].streamed_bytes:
         reasons.append(
             f"a prompt streams the weights once per {problem.prefill_tokens} tokens: the "
             "activations of more would take too much of the budget"

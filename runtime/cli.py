@@ -1,8 +1,10 @@
-"""subspec-run ARTIFACT [PROMPT]: one prompt, or a chat. Heavy imports wait until they are needed."""
+"""subspec-run ARTIFACT [PROMPT]: one prompt, or a chat. Heavy imports wait until needed."""
 
 import json
-import resource
+import math
+import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,14 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from subspec.artifacts.command import reported, size_option
+from subspec.artifacts.command import HINT, Program, reported, say, size_option
 from subspec.artifacts.errors import Exit, SubspecError
-from subspec.artifacts.sizes import format_size, short_size
+from subspec.artifacts.sizes import format_size
 
 if TYPE_CHECKING:
-    from subspec.runtime.sampling import Sampling
+    from subspec.artifacts.store import Artifact
     from subspec.runtime.session import Session
     from subspec.runtime.text import Text
+
+LARGEST_PROMPT = 16 << 20  # bytes read from stdin
+DEVICE = re.compile(r"cpu|cuda(:[0-9]{1,3})?", re.ASCII)
+SECONDS_BETWEEN_LINES = 10.0  # of progress, where stderr is not a terminal
 
 Command = Callable[..., None]
 
@@ -48,6 +54,11 @@ class Options:
     full: bool = False
 
 
+# Of two flags the first needs the second, or excludes it.
+NEEDS = (("full", "check"), ("unpadded", "no_speculation"))
+EXCLUDES = (("as_json", "chat"), ("raw", "chat"), ("raw", "system"))
+
+
 def option(name: str, help: str, **settings: Any) -> Callable[[Command], Command]:
     """A click option whose default is the one of Options."""
     field = name.lstrip("-").replace("-", "_")
@@ -56,12 +67,35 @@ def option(name: str, help: str, **settings: Any) -> Callable[[Command], Command
     return click.option(name, default=default, show_default=shown, help=help, **settings)
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+def finite_option(context: click.Context, parameter: click.Parameter, value: float) -> float:
+    """click's ranges let nan through: it is not below, and not above."""
+    if not math.isfinite(value):
+        raise click.BadParameter(f"{value} is not a number{HINT}0.7 is one")
+    return value
+
+
+def device_option(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> str | None:
+    if value is not None and DEVICE.fullmatch(value) is None:
+        raise click.BadParameter(
+            f"{value!r} is not a device{HINT}cpu, cuda, or of several GPUs one, such as cuda:1"
+        )
+    return value
+
+
+@click.command(cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.argument("prompt", required=False)
 @option("--max-tokens", "Longest answer, in tokens.", type=click.IntRange(min=1))
-@option("--temperature", "0 takes the likeliest token.", type=click.FloatRange(min=0, max=100))
-@option("--top-p", "Sample from this share.", type=click.FloatRange(0, 1, min_open=True))
+@option(
+    "--temperature", "0 takes the likeliest token.",
+    type=click.FloatRange(0, 100), callback=finite_option,
+)  # fmt: skip
+@option(
+    "--top-p", "Sample from this share.",
+    type=click.FloatRange(0, 1, min_open=True), callback=finite_option,
+)  # fmt: skip
 @option("--top-k", "Sample from so many tokens; 0: all.", type=click.IntRange(min=0))
 @option("--seed", "The same seed gives the same tokens.", type=click.IntRange(0, 2**63 - 1))
 @option("--stop", "End before this text; may be repeated.", multiple=True)
@@ -71,10 +105,8 @@ def option(name: str, help: str, **settings: Any) -> Callable[[Command], Command
 @option("--no-speculation", "The plain twin: the same tokens without a draft.", is_flag=True)
 @option("--unpadded", "With --no-speculation: plain decoding at its fastest.", is_flag=True)
 @option("--vram", "Refuse a plan that takes more.", callback=size_option, metavar="SIZE")
-@option("--device", "One GPU of several, such as cuda:1.")
-@option(
-    "--link-bandwidth", "Slow the link to SIZE a second.", callback=size_option, metavar="SIZE"
-)
+@option("--device", "One GPU of several, such as cuda:1.", callback=device_option, metavar="DEVICE")
+@option("--link-bandwidth", "Slow the link to SIZE a second.", callback=size_option, metavar="SIZE")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 @option("--check", "Check the artifact's structure and stop.", is_flag=True)
 @option("--full", "With --check: every byte against its digest.", is_flag=True)
@@ -87,29 +119,54 @@ def main(**given: Any) -> None:
     object are in docs/commands.md.
     """
     options = Options(**given)
-    for flag, needs in (("full", "check"), ("unpadded", "no_speculation")):
-        if getattr(options, flag) and not getattr(options, needs):
-            needed = needs.replace("_", "-")
-            raise SubspecError(
-                Exit.USAGE, f"--{flag} was given without --{needed}", f"add --{needed}"
-            )
+    check_options(options)
     if options.check:
         check(options)
         return
+    artifact = open_checked(options)
     prompt = read_prompt(options)
-    with opened(options) as (session, text):
-        if prompt is None or options.chat:
+    from subspec.runtime.text import load_text
+
+    text = load_text(artifact.path / "tokenizer")
+    if prompt is None or options.chat:
+        with opened(artifact, options) as session:
             from subspec.runtime.chat import chat
 
             chat(session, text, options, prompt)
-        else:
-            answer_once(session, text, options, prompt)
+        return
+    ids = prompt_ids(artifact, text, options, prompt)  # before the weights load: it may not fit
+    with opened(artifact, options) as session:
+        from subspec.runtime.answer import answer_once
+
+        answer_once(session, text, options, ids)
+
+
+def check_options(options: Options) -> None:
+    """Raises SubspecError(USAGE) for what click cannot see."""
+    for flag, other in NEEDS:
+        if getattr(options, flag) and not getattr(options, other):
+            message = f"{spelled(flag)} was given without {spelled(other)}"
+            raise SubspecError(Exit.USAGE, message, f"add {spelled(other)}")
+    for flag, other in EXCLUDES:
+        if getattr(options, flag) and getattr(options, other):
+            message = f"{spelled(flag)} and {spelled(other)} exclude each other"
+            raise SubspecError(Exit.USAGE, message, "leave one out")
+    if "" in options.stop:
+        raise SubspecError(Exit.USAGE, "--stop is empty", "give the text that ends the answer")
+    try:
+        "".join([options.prompt or "", options.system or "", *options.stop]).encode("utf-8")
+    except UnicodeEncodeError:  # Python's stand-ins for bytes that are none
+        raise SubspecError(Exit.USAGE, "an argument is not UTF-8", "convert it to UTF-8") from None
+
+
+def spelled(field: str) -> str:
+    return "--json" if field == "as_json" else "--" + field.replace("_", "-")
 
 
 def check(options: Options) -> None:
-    from subspec.artifacts.store import open_artifact, verify
+    from subspec.artifacts.store import verify
 
-    artifact = open_artifact(options.artifact)
+    artifact = open_folder(options.artifact)
     size = sum(entry.num_bytes for entry in artifact.manifest.files)
     if options.full:
         verify(options.artifact)
@@ -117,41 +174,89 @@ def check(options: Options) -> None:
     if options.as_json:
         found = {"schema": "subspec.check/1", "bytes": size, "full": options.full, "ok": True}
         print(json.dumps(found))
-    sys.stderr.write(f"{options.artifact}: {format_size(size)}, {said}\n")
+    say(f"{options.artifact}: {format_size(size)}, {said}")
 
 
-def read_prompt(options: Options) -> str | None:
-    if options.prompt is None:
-        if options.as_json or not (options.chat or sys.stdin.isatty()):
-            raise SubspecError(
-                Exit.USAGE, "no PROMPT was given", "give a PROMPT, - for stdin, or --chat"
-            )
-        return None
-    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
-    if not prompt.strip():
-        raise SubspecError(Exit.USAGE, "the PROMPT is empty", "give some text")
-    return prompt
-
-
-@contextmanager
-def opened(options: Options) -> "Iterator[tuple[Session, Text]]":
-    """The model in fast memory and its tokenizer, progress on stderr."""
+def open_folder(path: Path) -> "Artifact":
+    """open_artifact, with a word for those who give the name of a model or a checkpoint."""
     from subspec.artifacts.store import open_artifact
 
-    artifact = open_artifact(options.artifact)
-    plan = artifact.plan
-    if options.vram is not None and options.vram < plan.budget_bytes:
+    is_checkpoint = (path / "config.json").exists() and not (path / "manifest.json").exists()
+    if path.exists() and not is_checkpoint:
+        return open_artifact(path)
+    what = "is a checkpoint, not an artifact" if is_checkpoint else "does not exist"
+    model = path if is_checkpoint or not path.is_absolute() else "REF"
+    raise SubspecError(
+        Exit.USAGE,
+        f"{path} {what}",
+        f"give a folder that was made with subspec-plan --model {model} --vram SIZE",
+    )
+
+
+def open_checked(options: Options) -> "Artifact":
+    artifact = open_folder(options.artifact)
+    budget = artifact.plan.budget_bytes
+    if options.vram is not None and options.vram < budget:
         raise SubspecError(
             Exit.WRONG_MACHINE,
-            f"the plan takes up to {format_size(plan.budget_bytes)}, --vram allows "
+            f"the plan takes up to {format_size(budget)}, --vram allows "
             f"{format_size(options.vram)}",
             f"plan again: subspec-plan --model {artifact.spec.source.repository} "
             f"--vram {options.vram}B",
         )
-    from subspec.runtime.session import Session, machine_name
-    from subspec.runtime.text import load_text
+    return artifact
 
-    text = load_text(artifact.path / "tokenizer")
+
+def read_prompt(options: Options) -> str | None:
+    """The PROMPT, or what a pipe brings; None for a chat on a terminal."""
+    prompt = options.prompt
+    if prompt is None and options.chat:
+        return None
+    if prompt is None and sys.stdin.isatty():
+        if not options.as_json:
+            return None
+        raise SubspecError(Exit.USAGE, "--json was given without a PROMPT", "give a PROMPT")
+    if prompt is None or prompt == "-":
+        raw = sys.stdin.buffer.read(LARGEST_PROMPT + 1)
+        if len(raw) > LARGEST_PROMPT:
+            message = f"stdin has more than {format_size(LARGEST_PROMPT)}"
+            raise SubspecError(Exit.USAGE, message, "give a shorter PROMPT")
+        try:
+            prompt = raw.decode("utf-8").removesuffix("\n")
+        except UnicodeDecodeError as error:
+            message = f"stdin is not UTF-8: {error.reason} at byte {error.start}"
+            raise SubspecError(Exit.USAGE, message, "convert it to UTF-8") from None
+    if not prompt.strip():
+        raise SubspecError(
+            Exit.USAGE, "the PROMPT is empty", "give some text, - for stdin, or --chat"
+        )
+    return prompt
+
+
+def prompt_ids(artifact: "Artifact", text: "Text", options: Options, prompt: str) -> list[int]:
+    if options.raw:
+        ids = text.plain_ids(prompt)
+    else:
+        messages = [{"role": "system", "content": options.system}] if options.system else []
+        ids = text.chat_ids([*messages, {"role": "user", "content": prompt}])
+        if text.template is None:
+            say("note: this model has no chat template, it continues the PROMPT as it is")
+    context = artifact.plan.context
+    if len(ids) >= context:
+        raise SubspecError(
+            Exit.USAGE,
+            f"the prompt has {len(ids)} tokens, the plan's context is {context}",
+            f"shorten it, or plan with --context {len(ids) + 256} or more",
+        )
+    return ids
+
+
+@contextmanager
+def opened(artifact: "Artifact", options: Options) -> "Iterator[Session]":
+    """The model in fast memory, progress on stderr."""
+    from subspec.runtime.session import Session, machine_name
+
+    plan = artifact.plan
     with Session(
         artifact,
         method="plain" if options.no_speculation else None,
@@ -162,132 +267,24 @@ def opened(options: Options) -> "Iterator[tuple[Session, Text]]":
     ) as session:
         here = machine_name(session.device)
         if here != plan.machine:
-            sys.stderr.write(
+            say(
                 f"note: planned on ({plan.machine}), running on ({here}): speeds will differ, "
-                "subspec-plan would fit the plan to this machine\n"
+                "subspec-plan would fit the plan to this machine"
             )
-        yield session, text
+        yield session
 
 
-def progress_line() -> Any:
-    """Progress on one line of a terminal; nothing elsewhere, since loading is brief."""
+def progress_line() -> Callable[[str, float], None]:
+    """Progress on one line of a terminal; elsewhere a line now and then, as a sign of life."""
+    spoken = time.monotonic()
 
     def show(stage: str, share: float) -> None:
+        nonlocal spoken
         if sys.stderr.isatty():
             sys.stderr.write(f"\r\033[K{stage} {share:4.0%}" if share < 1 else "\r\033[K")
             sys.stderr.flush()
+        elif time.monotonic() - spoken > SECONDS_BETWEEN_LINES:
+            spoken = time.monotonic()
+            say(f"{stage} {share:4.0%}")
 
     return show
-
-
-def answer_once(session: "Session", text: "Text", options: Options, prompt: str) -> None:
-    if options.raw:
-        ids = text.plain_ids(prompt)
-    else:
-        messages = [{"role": "system", "content": options.system}] if options.system else []
-        ids = text.chat_ids([*messages, {"role": "user", "content": prompt}])
-    answer = generate(session, text, options, ids, echo=not options.as_json)
-    if options.as_json:
-        print(json.dumps(answer.as_json(session), ensure_ascii=False))
-    else:
-        sys.stdout.write("\n")
-    sys.stderr.write(stats_line(session) + "\n")
-    if answer.finish_reason == "interrupted":
-        sys.stdout.flush()
-        sys.exit(int(Exit.INTERRUPTED))
-
-
-@dataclass(frozen=True)
-class Answer:
-    text: str
-    token_ids: list[int]
-    prompt_token_ids: list[int]
-    finish_reason: str  # "eos", "stop", "length" or "interrupted"
-
-    def as_json(self, session: "Session") -> dict[str, Any]:
-        return {
-            "schema": "subspec.run/1",
-            "text": self.text,
-            "token_ids": self.token_ids,
-            "prompt_token_ids": self.prompt_token_ids,
-            "finish_reason": self.finish_reason,
-            "method": session.method,
-            "stats": stats_json(session),
-        }
-
-
-def generate(
-    session: "Session", text: "Text", options: Options, ids: list[int], echo: bool
-) -> Answer:
-    """Runs the prompt `ids`; with `echo` the text streams to stdout as it becomes certain."""
-    from subspec.runtime.text import Printer
-
-    printer, token_ids, reason = Printer(text, options.stop), list[int](), "length"
-    eos = frozenset(session.artifact.spec.eos_token_ids)
-
-    def show(fresh: str) -> None:
-        if echo and fresh:
-            sys.stdout.write(fresh)
-            sys.stdout.flush()
-
-    try:
-        for emitted in session.generate(ids, options.max_tokens, sampling_of(options), eos):
-            before = printer.num_tokens
-            show(printer.feed(emitted))
-            token_ids += emitted[: printer.num_tokens - before]
-            if printer.stopped:
-                reason = "stop"
-                break
-            if emitted[-1] in eos:
-                reason = "eos"
-    except KeyboardInterrupt:
-        reason = "interrupted"
-    show(printer.finish())
-    return Answer(printer.text, token_ids, ids, reason)
-
-
-def sampling_of(options: Options) -> "Sampling":
-    from subspec.runtime.sampling import Sampling
-
-    return Sampling(options.temperature, options.top_k, options.top_p, options.seed)
-
-
-def stats_json(session: "Session") -> dict[str, Any]:
-    stats = session.stats
-    rounds = len(stats.accepted)
-    histogram = [stats.accepted.count(n) for n in range(max(stats.accepted, default=0) + 1)]
-    return {
-        "prompt_tokens": stats.prompt_tokens,
-        "reused_tokens": stats.reused_tokens,
-        "generated_tokens": stats.generated_tokens,
-        "decode_tokens_per_second": stats.decode_tokens_per_second,
-        "time_to_first_token_seconds": stats.time_to_first_token_seconds,
-        "rounds": rounds,
-        "mean_accepted_per_round": sum(stats.accepted) / rounds if rounds else 0.0,
-        "accepted_histogram": histogram,
-        "draft_seconds": stats.draft_seconds,
-        "verify_seconds": stats.verify_seconds,
-        "stream_wait_seconds": stats.stream_wait_seconds,
-        "streamed_bytes": stats.streamed_bytes,
-        "fast_peak_bytes": session.peak.peak_bytes,
-        "fast_cap_bytes": session.plan.budget_bytes,
-        "process_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "predicted_tokens_per_second": session.predicted_tokens_per_second,
-    }
-
-
-def stats_line(session: "Session") -> str:
-    """One line for a person: what was read, how fast, how much memory, against the prediction."""
-    stats, found = session.stats, stats_json(session)
-    rounds = max(1, found["rounds"])
-    predicted = found["predicted_tokens_per_second"]
-    said = [
-        f"prompt {stats.prompt_tokens} tokens ({stats.reused_tokens} reused), "
-        f"first after {stats.time_to_first_token_seconds:.2f} s",
-        f"{stats.generated_tokens} tokens at {stats.decode_tokens_per_second:.2f} tokens/s"
-        + (f" (predicted {predicted:.2f})" if predicted else ""),
-        f"accepted {found['mean_accepted_per_round']:.1f} a round",
-        f"streamed {short_size(stats.streamed_bytes / rounds)} a round",
-        f"peak {short_size(found['fast_peak_bytes'])} of {short_size(found['fast_cap_bytes'])}",
-    ]
-    return " · ".join(said)

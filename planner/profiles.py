@@ -1,0 +1,74 @@
+"""A Profile that was measured before, read with distrust; and one with a slower link."""
+
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+from subspec.artifacts.codec import load_dataclass
+from subspec.artifacts.errors import Exit, SubspecError
+from subspec.artifacts.profile import Profile, Timing
+from subspec.planner.fields import read_fields
+
+FASTEST = 1e15  # bytes a second
+SHORTEST, LONGEST = 1e-9, 1e6  # seconds of anything that is timed
+
+
+def read_profile(path: Path) -> Profile:
+    """Raises SubspecError: USAGE if there is no such file, CORRUPT for what makes no sense."""
+    if not path.is_file():
+        raise SubspecError(
+            Exit.USAGE,
+            f"--profile {path} is not a file",
+            "give the profile.json of an artifact, or leave --profile out to measure",
+        )
+    profile: Profile = load_dataclass(Profile, read_fields(path).values, path.name)
+    wrong = first_fault(profile)
+    if wrong:
+        raise SubspecError(
+            Exit.CORRUPT, f"{path.name}: {wrong}", "leave --profile out to measure this machine"
+        )
+    return profile
+
+
+def first_fault(profile: Profile) -> str:
+    """What no measurement gives, if there is any of it; "" otherwise."""
+    rates = profile.link
+    if not rates or any(a.block_bytes >= b.block_bytes for a, b in pairwise(rates)):
+        return "link is not a list of rates with ascending block_bytes"
+    if any(r.block_bytes < 1 or not 1 <= r.bytes_per_second <= FASTEST for r in rates):
+        return f"link has a rate that is not from 1 to {FASTEST:g} bytes a second"
+    timings = {
+        "exact_layer": profile.exact_layer,
+        "draft_layer": profile.draft_layer,
+        "exact_head": profile.exact_head,
+        "draft_head": profile.draft_head,
+    }
+    for name, points in timings.items():
+        if not are_timings(points):
+            return f"{name} is not a list of timings with ascending widths"
+    seconds = [point.seconds for points in timings.values() for point in points]
+    seconds += [profile.plain_layer_seconds, profile.prefill_token_seconds]
+    if (
+        not all(SHORTEST <= s <= LONGEST for s in seconds)
+        or not 0 <= profile.round_seconds < LONGEST
+    ):
+        return f"a time is not from {SHORTEST:g} to {LONGEST:g} seconds"
+    if not all(1 <= width <= 4096 for width in profile.position_free_widths):
+        return "position_free_widths has a width that is not from 1 to 4096"
+    if not 1 <= profile.num_threads <= 1024 or profile.overhead_bytes < 0:
+        return "num_threads or overhead_bytes is out of range"
+    return ""
+
+
+def are_timings(points: tuple[Timing, ...]) -> bool:
+    ascending = all(low.width < high.width for low, high in pairwise(points))
+    return bool(points) and points[0].width >= 1 and ascending
+
+
+def with_link(profile: Profile, bytes_per_second: int) -> Profile:
+    """The same machine as if its link gave no more than `bytes_per_second`."""
+    capped = (
+        replace(rate, bytes_per_second=min(rate.bytes_per_second, float(bytes_per_second)))
+        for rate in profile.link
+    )
+    return replace(profile, link=tuple(capped))

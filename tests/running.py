@@ -1,0 +1,129 @@
+"""Runs of subspec-run as a person starts them: in this process, in a child, on a terminal."""
+
+import errno
+import os
+import pty
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from select import select
+from typing import IO, Any
+
+import pytest
+from builders import build_artifact
+
+from subspec.artifacts.plan import Prediction
+from subspec.artifacts.store import write_json, write_manifest
+from subspec.planner.hub import DEMO
+from subspec.runtime.cli import main
+
+SUBSPEC_RUN = str(Path(sys.executable).with_name("subspec-run"))
+QUESTION = "Write the Python function add: adds two numbers"
+# The child takes the terminal that is its stdin, as a shell's job has one: Ctrl-C then works.
+ON_TERMINAL = (
+    "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+    "os.execv(sys.argv[1], sys.argv[1:])"
+)
+
+
+def demo_artifact(folder: Path) -> Path:
+    """The demo model under a plan made by hand, once per `folder`: half of it streams."""
+    out = folder / "demo-artifact"
+    if not out.exists():
+        artifact = build_artifact(DEMO, out, width=2, depth=3)
+        said = Prediction(50.0, 0.1, 9_000_000, 2.0, 0.01, 0.01, 0.01, 0.01, 4_000_000)
+        plan = replace(artifact.plan, predicted={"substitute": said, "plain": said})
+        write_json(out, "plan.json", plan)
+        write_manifest(out, artifact.manifest.producer, artifact.manifest.parts, {})
+    return out
+
+
+@dataclass(frozen=True)
+class Ended:
+    exit_code: int
+    out: str
+    err: str
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: object) -> Ended:
+    """The command in this process: no second import of torch."""
+    capsys.readouterr()
+    try:
+        code = main([str(word) for word in words]) or 0
+    except SystemExit as end:
+        code = int(end.code or 0)
+    said = capsys.readouterr()
+    return Ended(code, said.out, said.err)
+
+
+def start(*words: object, **settings: Any) -> "subprocess.Popen[bytes]":
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    command = [SUBSPEC_RUN, *map(str, words)]
+    return subprocess.Popen(command, **{**pipes, **settings})
+
+
+def opened(stream: "IO[bytes] | None") -> "IO[bytes]":
+    assert stream is not None
+    return stream
+
+
+class Terminal:
+    """A child on a terminal of its own. Its output is read up to what is expected."""
+
+    def __init__(self, *words: object) -> None:
+        self._mine, theirs = pty.openpty()
+        command = [sys.executable, "-c", ON_TERMINAL, SUBSPEC_RUN, *map(str, words)]
+        self.process = subprocess.Popen(
+            command,
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            start_new_session=True,
+            env={**os.environ, "TERM": "xterm"},
+        )
+        os.close(theirs)
+        self.screen = ""
+        self._num_seen = 0
+
+    def send(self, keys: str) -> None:
+        os.write(self._mine, keys.encode())
+
+    def expect(self, text: str, seconds: float = 60) -> str:
+        """What came up to `text`, which must come after what was expected before."""
+        limit = time.monotonic() + seconds
+        while (at := self.screen.find(text, self._num_seen)) < 0:
+            left = limit - time.monotonic()
+            if left < 0 or not self._read(left):
+                raise AssertionError(f"no {text!r} in {self.screen[self._num_seen :]!r}")
+        before, self._num_seen = self.screen[self._num_seen : at], at + len(text)
+        return before
+
+    def end(self, seconds: float = 60) -> int:
+        """The exit code; everything up to the end is on `screen`."""
+        limit = time.monotonic() + seconds
+        while self._read(max(0.0, limit - time.monotonic())):
+            pass
+        return self.process.wait(seconds)
+
+    def _read(self, seconds: float) -> bool:
+        if not select([self._mine], [], [], seconds)[0]:
+            return False
+        try:
+            data = os.read(self._mine, 1 << 16)
+        except OSError as error:  # what Linux says once the other side is closed
+            if error.errno != errno.EIO:
+                raise
+            data = b""
+        self.screen += data.decode("utf-8", "replace").replace("\r\n", "\n")
+        return bool(data)
+
+    def __enter__(self) -> "Terminal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        os.close(self._mine)

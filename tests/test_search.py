@@ -1,0 +1,295 @@
+"""The search: nothing feasible is better, more is never slower, the user is never overruled."""
+
+import random
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from toys import ACCEPTANCE, make_profile, make_spec
+
+from subspec.artifacts.checks import check_plan
+from subspec.artifacts.errors import Exit, SubspecError
+from subspec.artifacts.model import parts
+from subspec.artifacts.plan import Acceptance, Plan, Rate
+from subspec.artifacts.profile import LinkRate, Profile
+from subspec.artifacts.sizes import parse_size
+from subspec.planner import problem as problem_module
+from subspec.planner.costs import Candidate, exact_bytes, predict
+from subspec.planner.problem import candidates, left_over, pose
+from subspec.planner.search import PRIOR, Wishes, choose_resident, place, search
+
+BUDGETS = (6_000_000, 9_000_000, 10_000_000, 12_000_000, 14_500_000, 16_000_000, 30_000_000)
+LONG = Wishes(context=1024)
+CHECKED = random.Random(1).sample(range(5_800_000, 17_000_000), 40)
+
+
+def plan_for(budget_bytes: int, wishes: Wishes | None = None, **changes: Any) -> Plan:
+    given = {"spec": make_spec(), "profile": make_profile(), "acceptance": ACCEPTANCE, **changes}
+    wishes = wishes or Wishes(context=256)
+    return search(given["spec"], given["profile"], budget_bytes, wishes, given["acceptance"])
+
+
+def speed(plan: Plan) -> float:
+    return plan.predicted[plan.method].tokens_per_second
+
+
+def faster_link(factor: float) -> Profile:
+    profile = make_profile()
+    link = tuple(LinkRate(r.block_bytes, r.bytes_per_second * factor) for r in profile.link)
+    return replace(profile, link=link)
+
+
+@pytest.fixture
+def small_space(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(problem_module, "WIDTHS", (1, 2, 6))
+    monkeypatch.setattr(problem_module, "DEPTHS", (1, 3, 9, 10, 30))
+
+
+# Optimal
+
+
+@pytest.mark.parametrize("budget_bytes", BUDGETS)
+def test_nothing_feasible_is_better(budget_bytes: int, small_space: None) -> None:
+    """Every candidate, its parts named, its prediction asked of costs.py alone."""
+    spec, profile = make_spec(), make_profile()
+    posed = pose(spec, profile, budget_bytes, Wishes(context=256), ACCEPTANCE)
+    every = list(candidates(posed))
+    every += [replace(c, width=0, depth=0) for c in every]
+    speeds = []
+    for candidate in every:
+        ringless = replace(candidate, block_bytes=0, num_slots=0)
+        if left_over(posed, candidate) < 0 and left_over(posed, ringless) < exact_bytes(spec):
+            continue
+        streamed = exact_bytes(spec) - place(posed, candidate).ledger["resident"]
+        rate = ACCEPTANCE.probability(candidate.width)
+        found = predict(spec, profile, candidate, streamed, rate, posed.prefill_tokens, 0)
+        speeds.append(found.tokens_per_second)
+    assert speed(plan_for(budget_bytes)) == max(speeds)
+
+
+def test_it_abstains_where_speculation_does_not_pay() -> None:
+    """Everything fits: a draft could only lose time."""
+    plan = plan_for(30_000_000)
+    assert plan.method == "plain"
+    assert plan.predicted["plain"].streamed_bytes == 0
+    assert plan.substitute is not None  # kept for who asks for it
+    assert "would not pay" in plan.reasons[-1]
+
+
+def test_it_abstains_where_no_draft_fits() -> None:
+    plan = plan_for(6_500_000)
+    assert (plan.method, plan.substitute, plan.tree.depth) == ("plain", None, 0)
+    assert "do not fit" in plan.reasons[-1]
+
+
+def test_it_speculates_on_a_slow_link() -> None:
+    plan = plan_for(12_000_000)
+    assert plan.method == "substitute"
+    assert speed(plan) > 3 * plan.predicted["plain"].tokens_per_second
+
+
+# Monotone
+
+
+def never_falls(speeds: list[float]) -> None:
+    assert len(speeds) > 10
+    assert speeds == sorted(speeds)
+
+
+def test_more_memory_never_predicts_slower() -> None:
+    never_falls([speed(plan_for(budget_bytes)) for budget_bytes in sorted(CHECKED)])
+
+
+def test_prompts_take_no_weights_place_when_memory_grows(small_space: None) -> None:
+    """Wide layers: the activations of a prompt take as much as the weights."""
+    given = {
+        "spec": make_spec(intermediate_size=4096, num_heads=2),
+        "profile": make_profile(position_free_widths=(8,)),
+    }
+    plans = [plan_for(b, LONG, **given) for b in range(20_000_000, 120_000_000, 500_007)]
+    never_falls([speed(plan) for plan in plans])
+    tokens = [plan.prefill_tokens for plan in plans]
+    assert (min(tokens), max(tokens)) == (64, 1024)
+    streamed = [plan.predicted["plain"].streamed_bytes for plan in plans]
+    assert tokens[streamed.index(0)] < 100  # the weights come first
+
+
+@pytest.mark.parametrize("budget_bytes", [8_000_000, 11_000_000, 14_500_000])
+def test_a_faster_link_never_predicts_slower(budget_bytes: int, small_space: None) -> None:
+    factors = [1.35**n for n in range(-10, 20)]
+    never_falls([speed(plan_for(budget_bytes, profile=faster_link(f))) for f in factors])
+
+
+@pytest.mark.parametrize("budget_bytes", [9_000_000, 12_000_000])
+def test_higher_acceptance_never_predicts_slower(budget_bytes: int, small_space: None) -> None:
+    rates = [Acceptance((Rate(1, n / 40, 9), Rate(3, n / 30, 9))) for n in range(31)]
+    never_falls([speed(plan_for(budget_bytes, acceptance=rate)) for rate in rates])
+
+
+# Within the budget
+
+
+@pytest.mark.parametrize("wishes", [Wishes(), Wishes(context=256), Wishes(context=1024)])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_every_plan_passes_the_readers_check(
+    wishes: Wishes, device: str, dtype: str, small_space: None
+) -> None:
+    spec = make_spec(dtype=dtype, tied_head=dtype == "float32")
+    profile = make_profile(device=device, overhead_bytes=1_000_000 if device == "cuda" else 0)
+    num_plans = 0
+    for budget_bytes in (*CHECKED[:12], *BUDGETS, 20_000_000, 40_000_000, 60_000_000):
+        try:
+            plan = plan_for(budget_bytes, wishes, spec=spec, profile=profile)
+        except SubspecError as error:
+            assert error.exit_code == Exit.INFEASIBLE
+            continue
+        num_plans += 1
+        check_plan(spec, plan)
+        for placement in filter(None, (plan.substitute, plan.plain)):
+            assert placement.total_bytes <= budget_bytes
+            sizes = {part.name: part.padded_bytes for part in parts(spec)}
+            assert placement.ledger["resident"] == sum(sizes[n] for n in placement.resident)
+        for prediction in plan.predicted.values():
+            assert prediction.fast_peak_bytes <= budget_bytes
+    assert num_plans > 3
+
+
+@pytest.mark.parametrize(
+    "wishes",
+    [
+        Wishes(),
+        Wishes(context=1024),
+        Wishes(method="substitute"),
+        Wishes(method="plain"),
+        Wishes(width=3, depth=10),
+        Wishes(depth=20, context=512),
+    ],
+)
+def test_an_infeasible_request_names_the_smallest_cap_that_works(wishes: Wishes) -> None:
+    with pytest.raises(SubspecError) as caught:
+        plan_for(2_000_000, wishes)
+    assert caught.value.exit_code == Exit.INFEASIBLE
+    match = re.fullmatch(r"--vram (\d+B)", caught.value.hint)
+    assert match is not None
+    smallest = parse_size(match[1])
+    check_plan(make_spec(), plan_for(smallest, wishes))
+    with pytest.raises(SubspecError):
+        plan_for(smallest * 99 // 100, wishes)
+
+
+def test_a_tree_that_no_kernel_takes_is_infeasible_at_any_size() -> None:
+    with pytest.raises(SubspecError, match="does not exist") as caught:
+        plan_for(10**9, Wishes(width=8, depth=100))
+    assert (caught.value.exit_code, caught.value.hint) == (Exit.INFEASIBLE, "")
+
+
+def test_a_machine_without_position_free_kernels_is_refused() -> None:
+    with pytest.raises(SubspecError) as caught:
+        plan_for(10**9, profile=make_profile(position_free_widths=()))
+    assert caught.value.exit_code == Exit.UNSUPPORTED
+
+
+def test_what_streams_must_fit_the_host_memory_of_a_gpu() -> None:
+    wishes = Wishes(context=256, ram_bytes=1_000_000)
+    gpu = make_profile(device="cuda")
+    with pytest.raises(SubspecError, match="--ram is 1.00 MB") as caught:
+        plan_for(12_000_000, wishes, profile=gpu)
+    assert caught.value.exit_code == Exit.INFEASIBLE
+    assert plan_for(30_000_000, wishes, profile=gpu).plain.num_slots == 0
+    assert plan_for(12_000_000, wishes)  # on cpu the slow tier is the disk
+
+
+# The user's wishes
+
+
+@pytest.mark.parametrize("budget_bytes", [11_000_000, 14_500_000, 30_000_000])
+@pytest.mark.parametrize(
+    ("wishes", "kept"),
+    [
+        (Wishes(context=300), lambda plan: plan.context == 300),
+        (Wishes(width=2), lambda plan: plan.tree.width == 2),
+        (Wishes(depth=11), lambda plan: plan.tree.depth == 11),
+        (Wishes(width=1, depth=40), lambda plan: (plan.tree.width, plan.tree.depth) == (1, 40)),
+        (Wishes(method="plain"), lambda plan: plan.method == "plain" and plan.substitute is None),
+        (Wishes(method="substitute"), lambda plan: plan.method == "substitute"),
+    ],
+)
+def test_what_the_user_fixed_is_kept(
+    budget_bytes: int, wishes: Wishes, kept: Callable[[Plan], bool]
+) -> None:
+    plan = plan_for(budget_bytes, wishes)
+    assert kept(plan)
+    assert plan.verify_width >= plan.tree.num_nodes
+
+
+def test_a_fixed_tree_that_does_not_fit_is_an_error_and_not_plain_decoding() -> None:
+    assert plan_for(6_500_000).method == "plain"
+    with pytest.raises(SubspecError) as caught:
+        plan_for(6_500_000, Wishes(context=256, width=3))
+    assert caught.value.exit_code == Exit.INFEASIBLE
+
+
+def test_a_context_beyond_the_models_positions_is_a_usage_error() -> None:
+    with pytest.raises(SubspecError, match="4096 positions") as caught:
+        plan_for(10**9, Wishes(context=4097))
+    assert caught.value.exit_code == Exit.USAGE
+
+
+def test_the_context_is_ours_to_halve() -> None:
+    """Keys and values keep to an eighth of the budget, and a reason says so."""
+    assert plan_for(10**9, Wishes()).context == 4096
+    plan = plan_for(24_000_000, Wishes())
+    assert plan.context == 512
+    assert "the context is 512 tokens" in plan.reasons[0]
+
+
+def test_a_context_that_leaves_no_room_for_a_draft_is_halved_further() -> None:
+    profile = make_profile(device="cuda", overhead_bytes=7_800_000)
+    assert problem_module.default_context(make_spec(), 17_000_000) == 512
+    plan = plan_for(17_000_000, Wishes(), profile=profile)
+    assert (plan.context, plan.substitute is None) == (256, False)
+    assert plan_for(17_000_000, Wishes(context=512), profile=profile).substitute is None
+
+
+# Residency
+
+
+@pytest.mark.parametrize("tied_head", [False, True])
+def test_resident_parts_fill_the_bytes_in_execution_order(tied_head: bool) -> None:
+    every = parts(make_spec(tied_head=tied_head))
+    order = [part.name for part in every]
+    before = 0
+    for num_bytes in range(0, exact_bytes(make_spec()) + 200_000, 50_021):
+        stay = choose_resident(every, num_bytes)
+        names = [part.name for part in stay]
+        assert names == sorted(set(names), key=order.index)
+        taken = sum(part.padded_bytes for part in stay)
+        assert before <= taken <= num_bytes  # more bytes never hold less
+        others = [part.padded_bytes for part in every if part.name not in set(names)]
+        assert not others or taken + min(others) > num_bytes
+        before = taken
+    assert len(stay) == len(every)
+
+
+def test_whole_layers_are_spread_evenly() -> None:
+    every = parts(make_spec())
+    layer_bytes = sum(part.padded_bytes for part in every if part.linear.layer == 0)
+    stay = choose_resident(every, 2 * layer_bytes)
+    assert {part.linear.layer for part in stay} == {2, 6}
+
+
+def test_the_priors_are_marked_as_such() -> None:
+    assert all(rate.num_samples == 0 for rate in PRIOR.rates)
+    widths = [rate.width for rate in PRIOR.rates]
+    assert widths == sorted(widths)
+
+
+def test_the_ring_is_dropped_when_nothing_streams() -> None:
+    spec, wishes = make_spec(), Wishes(context=256, method="plain")
+    posed = pose(spec, make_profile(), 30_000_000, wishes, ACCEPTANCE)
+    placement = place(posed, Candidate(0, 0, 8, 1 << 20, 3))
+    assert (placement.block_bytes, placement.num_slots, placement.ledger["staging"]) == (0, 0, 0)
+    assert len(placement.resident) == len(parts(spec))
