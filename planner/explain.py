@@ -34,6 +34,7 @@ MOST_SEGMENTS = 12  # of a lane: a picture of the pipeline, not a count of its b
 NUM_TICKS = 5
 TIME_UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
 NUM_OPTIONS = 4  # on the terminal; the report shows all
+COMMIT = re.compile(r"[0-9a-f]{7,64}", re.ASCII)
 HUB_NAME = re.compile(r"[A-Za-z0-9._-]+/[A-Za-z0-9._-]+", re.ASCII)
 
 
@@ -42,7 +43,7 @@ def print_plan(spec: ModelSpec, plan: Plan, console: Console) -> None:
     placement, predicted = placement_of(plan), plan.predicted[plan.method]
     facts = Table.grid(padding=(0, 2))
     model = f"{parameters(spec)}, {format_size(model_bytes(spec))}, {spec.dtype}"
-    facts.add_row("model", Text(f"{printable(spec.source.repository)}: {model}"))
+    facts.add_row("model", Text(f"{one_line(spec.source.repository)}: {model}"))
     facts.add_row("budget", f"{format_size(plan.budget_bytes)} of {plan.device} memory")
     facts.add_row("method", f"{method_name(plan)}, context {plan.context} tokens")
     console.print(facts)
@@ -61,10 +62,10 @@ def print_plan(spec: ModelSpec, plan: Plan, console: Console) -> None:
         f"after {duration(predicted.time_to_first_token_seconds)}, prompt of {PROMPT_TOKENS}",
     )
     for index, option in enumerate(plan.options[:NUM_OPTIONS]):
-        line = f"{number(option.tokens_per_second)} tokens/s: {printable(option.label)}"
+        line = f"{number(option.tokens_per_second)} tokens/s: {one_line(option.label)}"
         costs.add_row("" if index else "weighed", Text(line))
     for index, reason in enumerate(plan.reasons):
-        costs.add_row("" if index else "because", Text(printable(reason)))
+        costs.add_row("" if index else "because", Text(one_line(reason)))
     console.print(costs)
 
 
@@ -114,6 +115,8 @@ def render_readme(spec: ModelSpec, plan: Plan) -> str:
         name=name,
         hub_name=name if HUB_NAME.fullmatch(name) else None,
         license=in_markdown(spec.source.license),
+        revision=in_markdown(spec.source.revision),
+        commit=COMMIT.fullmatch(spec.source.revision),
         machine=in_markdown(plan.machine),
         speed=speed_line(plan) if plan.method in plan.predicted else None,
     )
@@ -129,11 +132,11 @@ def render_report(spec: ModelSpec, plan: Plan, profile: Profile) -> str:
     total = max((lane.seconds for lane in lanes), default=0.0)
     return load("report.html").render(
         page(spec, plan),
-        name=printable(spec.source.repository) or "a model",
-        license=printable(spec.source.license),
-        machine=printable(plan.machine),
-        reasons=[printable(reason) for reason in plan.reasons],
-        options=[(printable(o.label), o.tokens_per_second, is_chosen(plan, o.label))
+        name=one_line(spec.source.repository) or "a model",
+        license=one_line(spec.source.license),
+        machine=one_line(plan.machine),
+        reasons=[one_line(reason) for reason in plan.reasons],
+        options=[(one_line(o.label), o.tokens_per_second, is_chosen(plan, o.label))
                  for o in plan.options],
         profile=profile,
         lanes=lanes,
@@ -151,7 +154,7 @@ def page(spec: ModelSpec, plan: Plan) -> dict[str, Any]:
     return {
         "spec": spec,
         "plan": plan,
-        "revision": printable(spec.source.revision),
+        "revision": one_line(spec.source.revision),
         "parameters": parameters(spec),
         "num_bytes": model_bytes(spec),
         "method": method_name(plan),
@@ -234,7 +237,7 @@ def ledger_rows(plan: Plan, placement: Placement) -> list[Row]:
     """The purposes that take bytes, and last what the plan leaves of the budget."""
     ledger, unused = placement.ledger, plan.budget_bytes - placement.total_bytes
     rows = [Row(name, label, ledger.get(name, 0)) for name, label in PURPOSES.items()]
-    rows += [Row("other", name, ledger[name]) for name in ledger if name not in PURPOSES]
+    rows += [Row("other", one_line(name), ledger[name]) for name in ledger if name not in PURPOSES]
     return [row for row in (*rows, Row("unused", "not used", unused)) if row.num_bytes > 0]
 
 
@@ -295,7 +298,7 @@ def duration(seconds: float) -> str:
     return f"{number(seconds / unit)} {name}" if seconds else "0 s"
 
 
-def printable(text: str) -> str:
+def one_line(text: str) -> str:
     """A name from elsewhere, without what steers a terminal or breaks a page."""
     return "".join(
         letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text
@@ -304,4 +307,4 @@ def printable(text: str) -> str:
 
 def in_markdown(text: str) -> str:
     """The same for a code span in a table."""
-    return re.sub(r"[`|]", "'", printable(text))
+    return re.sub(r"[`|]", "'", one_line(text))

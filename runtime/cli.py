@@ -254,24 +254,32 @@ def prompt_ids(artifact: "Artifact", text: "Text", options: Options, prompt: str
 @contextmanager
 def opened(artifact: "Artifact", options: Options) -> "Iterator[Session]":
     """The model in fast memory, progress on stderr."""
+    import torch
+
     from subspec.runtime.session import Session, machine_name
 
-    plan = artifact.plan
-    with Session(
-        artifact,
-        method="plain" if options.no_speculation else None,
-        padded=not options.unpadded,
-        device=options.device,
-        link_bandwidth=options.link_bandwidth,
-        progress=progress_line(),
-    ) as session:
-        here = machine_name(session.device)
-        if here != plan.machine:
-            say(
-                f"note: planned on ({plan.machine}), running on ({here}): speeds will differ, "
-                "subspec-plan would fit the plan to this machine"
-            )
-        yield session
+    try:
+        with Session(
+            artifact,
+            method="plain" if options.no_speculation else None,
+            padded=not options.unpadded,
+            device=options.device,
+            link_bandwidth=options.link_bandwidth,
+            progress=progress_line(),
+        ) as session:
+            here, planned = machine_name(session.device), artifact.plan.machine
+            if here != planned:
+                say(
+                    f"note: planned on ({planned}), running on ({here}): speeds will differ, "
+                    "subspec-plan would fit the plan to this machine"
+                )
+            yield session
+    except torch.OutOfMemoryError as error:
+        raise SubspecError(
+            Exit.RESOURCES,
+            f"the GPU ran out of memory: {str(error).partition('. ')[0]}",
+            "close what else uses the GPU, or plan again with a smaller --vram",
+        ) from None
 
 
 def progress_line() -> Callable[[str, float], None]:

@@ -155,6 +155,7 @@ class ExactWeights:
             assert self.ring is not None
             block, memory = self.ring.take()
             self._arrived = self._views(block, memory)
+            assert part.name in self._arrived, f"{part.name} was asked for out of order"
         return self._arrived[part.name]
 
     def _views(self, block: Block, memory: Tensor) -> dict[str, Tensor]:
