@@ -1,12 +1,22 @@
 """An excerpt of a model that tells the speed of the whole: some layers, some of the head, random
 weights."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from subspec.artifacts.model import GROUP_SIZE, ModelSpec, linears
+from subspec.artifacts.model import (
+    EMBEDDING,
+    GROUP_SIZE,
+    PAGE_BYTES,
+    ModelSpec,
+    linears,
+    parts,
+    resident_tensors,
+)
 
 CYCLED_BYTES = 96 << 20  # a pass goes through this many bytes of weights: caches must not flatter
 MOST_LAYERS = 24
@@ -26,6 +36,33 @@ def excerpt(spec: ModelSpec) -> ModelSpec:
         vocab_size=vocab_size,
         windowed_layers=tuple(layer for layer in spec.windowed_layers if layer < num_layers),
     )
+
+
+class Room(Protocol):
+    """The runtime's fast memory."""
+
+    def take(self, purpose: str, num_bytes: int, alignment: int = 1, /) -> Tensor: ...
+    def take_tensor(self, purpose: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor: ...
+
+
+def random_resident_tensors(spec: ModelSpec, room: Room) -> dict[str, Tensor]:
+    """Embedding, norms, biases and odd-shaped matrices, by checkpoint name."""
+    found = {}
+    for name, shape in resident_tensors(spec).items():
+        purpose = "embedding" if name.startswith(EMBEDDING) else "norms"
+        found[name] = room.take_tensor(purpose, shape, getattr(torch, spec.dtype))
+        fill_with_noise(found[name], shape[-1] ** -0.5)
+    return found
+
+
+def random_parts(spec: ModelSpec, room: Room) -> dict[str, Tensor]:
+    """Part name -> exact weights [rows, K]."""
+    found = {}
+    for part in parts(spec):
+        raw = room.take("resident", part.padded_bytes, PAGE_BYTES)[: part.num_bytes]
+        found[part.name] = raw.view(getattr(torch, spec.dtype)).view(part.num_rows, -1)
+        fill_with_noise(found[part.name], part.linear.in_features**-0.5)
+    return found
 
 
 def fill_with_noise(target: Tensor, scale: float) -> None:
@@ -49,3 +86,19 @@ def random_substitute(num_rows: int, num_columns: int) -> tuple[Tensor, Tensor, 
     groups = (num_rows, num_columns // GROUP_SIZE)
     scale = torch.full(groups, num_columns**-0.5 / 4, dtype=torch.float16)
     return codes, scale, torch.full(groups, 7.5, dtype=torch.float16)
+
+
+def ignores_place(
+    product: Callable[[Tensor, Tensor, Tensor], None], weight: Tensor, width: int
+) -> bool:
+    """Whether product(x, weight, out) gives a row the same bits wherever it stands among `width`.
+
+    One shuffle tells: every row stands elsewhere, and kernels differ by place in blocks and tails.
+    """
+    x = weight.new_empty(width, weight.shape[1])
+    fill_with_noise(x, 1.0)
+    order = torch.randperm(width, generator=torch.Generator().manual_seed(width)).to(x.device)
+    here, there = (x.new_ones(width, len(weight)) for _ in range(2))
+    product(x, weight, here)
+    product(x[order], weight, there)
+    return torch.equal(here[order], there)

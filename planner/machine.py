@@ -1,11 +1,12 @@
 """This machine, whatever model will run on it: its devices, its clock, the disk of a folder."""
 
+import math
 import os
 import re
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -14,11 +15,12 @@ import torch
 
 from subspec.artifacts.errors import Exit, SubspecError
 from subspec.artifacts.folder import DISK_IS_FULL
+from subspec.artifacts.profile import Timing
 
 DEVICE = re.compile(r"cpu|cuda(?::([0-9]{1,3}))?", re.ASCII)
 UNKNOWN_OVERHEAD_BYTES = 1 << 30  # at most this much of a GPU is ours if the driver does not say
-FEWEST_SAMPLES = 3
-MOST_SAMPLES = 25
+FEWEST_SAMPLES = 5
+MOST_SAMPLES = 60
 SECONDS_PER_ACTION = 0.1
 STREAM_SECONDS = 0.3
 STREAM_PASS_BYTES = 16 << 20
@@ -72,9 +74,11 @@ def gpu_overhead_bytes(device: torch.device) -> int:
 def time_each(
     actions: Sequence[Callable[[], object]], device: torch.device
 ) -> list[tuple[float, float]]:
-    """(median, slowest) wall seconds of each action, after one call that is not counted.
+    """(typical, slowest) wall seconds of each action, after one call that is not counted.
 
-    In turns: what disturbs the machine for a moment then hits all of them alike.
+    In turns: what disturbs the machine for a moment then hits all of them alike. Typical is the
+    lower quartile: on an idle machine that is the median less 1 or 2 %, and one program beside us
+    may make most calls ten times slower, because threads wait for each other.
     """
     for action in actions:
         action()
@@ -89,7 +93,22 @@ def time_each(
             action()
             _wait_for(device)
             own.append(time.perf_counter() - started)
-    return [(statistics.median(own), max(own)) for own in samples]
+    return [(sorted(own)[len(own) // 4], max(own)) for own in samples]
+
+
+def time_widths(
+    actions: Mapping[int, Callable[[], object]], device: torch.device, share: float = 1.0
+) -> tuple[Timing, ...]:
+    """Seconds at each width, ascending; the actions do `share` times what is asked for.
+
+    A pass that took longer than a wider one was disturbed: it counts as the wider one.
+    """
+    found, shortest = list[Timing](), math.inf
+    timed = time_each(list(actions.values()), device)
+    for width, (typical, slowest) in reversed(list(zip(actions, timed, strict=True))):
+        shortest = min(shortest, typical)
+        found.insert(0, Timing(width, shortest / share, slowest / share))
+    return tuple(found)
 
 
 def _wait_for(device: torch.device) -> None:

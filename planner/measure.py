@@ -4,31 +4,40 @@ The only file of the planner that imports the runtime: a profile times what will
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from subspec.artifacts.model import (
-    EMBEDDING,
     PAGE_BYTES,
     Kind,
     ModelSpec,
-    Part,
     is_streamable,
     linears,
-    parts,
-    resident_tensors,
 )
 from subspec.artifacts.plan import Int4Kernel, Plan, Rate, Tree
-from subspec.artifacts.profile import LinkRate, Profile, Timing
+from subspec.artifacts.profile import LinkRate, Profile, Timing, seconds_at
 from subspec.artifacts.store import Artifact
 from subspec.planner.costs import Shape, exact_bytes, ledger, substitutes_bytes
-from subspec.planner.excerpt import excerpt, fill_with_noise, random_substitute
-from subspec.planner.machine import gpu_overhead_bytes, stream_rate, time_each, unnamed_file
+from subspec.planner.excerpt import (
+    excerpt,
+    ignores_place,
+    random_parts,
+    random_resident_tensors,
+    random_substitute,
+)
+from subspec.planner.machine import (
+    gpu_overhead_bytes,
+    stream_rate,
+    time_each,
+    time_widths,
+    unnamed_file,
+)
 from subspec.planner.machine import pick_device as pick_device  # the caller's door is here
 from subspec.planner.problem import staging
 from subspec.runtime.attention import attend, attend_order_free
@@ -50,12 +59,22 @@ from subspec.runtime.session import DRAFT_DTYPE, Session, fixed_weight, machine_
 from subspec.runtime.stream import ExactWeights
 from subspec.runtime.substitutes import Substitutes
 from subspec.runtime.text import load_text
-from subspec.runtime.transformer import Attend, Decoder, Product, Rows, forward, make_decoder
+from subspec.runtime.transformer import (
+    Attend,
+    Decoder,
+    Product,
+    Rows,
+    attention_block,
+    forward,
+    make_decoder,
+    mlp_block,
+)
 from subspec.runtime.verify import accept
 
 EXACT_WIDTHS = (8, 16, 32, 64, 104)
 DRAFT_WIDTHS = (1, 2, 4, 8, 16)
-DRAFT_LEVELS = 5
+DRAFT_LEVELS = 5  # of the trees that are grown to time one level
+ACCEPT_DEPTH = 12
 PADDED_WIDTHS = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 104, 128, 160, 200, 256, 304, 400)
 USUAL_WIDTH = 128  # wider ones are tried only where that takes no longer than PLACE_SECONDS
 PLACE_SECONDS = 5.0
@@ -88,6 +107,7 @@ def measure(
         progress("measuring exact layers", 0.3)
         exact_layer, exact_head = bench.exact_timings()
         plain_layer, plain_head, prefill = bench.plain_seconds()
+        widest = exact_layer[-1]
         progress("measuring draft steps", 0.6)
         kernel, draft_layer, draft_head = bench.faster_draft()
         progress("measuring where rows may stand", 0.8)
@@ -99,11 +119,12 @@ def measure(
             overhead_bytes=gpu_overhead_bytes(target) if cuda else 0,
             link=link,
             exact_layer=exact_layer,
-            plain_layer_seconds=plain_layer,
+            # What took longer than more rows of the same would was disturbed.
+            plain_layer_seconds=min(plain_layer, exact_layer[0].seconds),
             draft_layer=draft_layer,
-            exact_head=(Timing(1, plain_head, plain_head), *exact_head),
+            exact_head=(Timing(1, min(plain_head, exact_head[0].seconds)), *exact_head),
             draft_head=draft_head,
-            prefill_token_seconds=prefill / PREFILL_ROWS,
+            prefill_token_seconds=min(prefill / PREFILL_ROWS, widest.seconds / widest.width),
             round_seconds=bench.round_seconds(),
             int4_kernel=kernel,
             position_free_widths=bench.position_free_widths(),
@@ -147,30 +168,29 @@ class Bench:
 
     def __init__(self, spec: ModelSpec, device: torch.device, context: int) -> None:
         self.full_spec, self.spec, self.device = spec, excerpt(spec), device
-        # Of a cut head every second counts for the whole head's.
         self.head_share = self.spec.vocab_size / spec.vocab_size
-        self.dtype: torch.dtype = getattr(torch, spec.dtype)
+        dtype: torch.dtype = getattr(torch, spec.dtype)
         held, widest = context // 2, max(PADDED_WIDTHS)
         shape = Shape(held + PREFILL_ROWS, widest, 1, 1, 0, 0)
         purposes = ledger(self.spec, "cuda" if device.type == "cuda" else "cpu", shape, 0, 0)
         purposes |= {"substitutes": 0, "resident": exact_bytes(self.spec)}
-        self._memory = FastMemory(device, purposes)
-        small = self._small_tensors()
+        self.memory = FastMemory(device, purposes)
+        small = random_resident_tensors(self.spec, self.memory)
         self.biases = {n.name: small[f"{n.name}.bias"] for n in linears(self.spec) if n.has_bias}
         self.fixed = {
             linear.name: fixed_weight(self.spec, linear.name, small)
             for linear in linears(self.spec)
-            if not (linear.has_substitute and is_streamable(self.spec, linear))
+            if not is_streamable(self.spec, linear)
         }
-        self.resident = {part.name: self._random_part(part) for part in parts(self.spec)}
+        self.resident = random_parts(self.spec, self.memory)
         self.exact = ExactWeights(self.spec, self.fixed, self.resident, self.biases, None)
         slots = num_slots(held + PREFILL_ROWS, widest)
         size = (self.spec.num_layers, 2, spec.num_kv_heads, slots, spec.head_size)
-        self.cache = Cache(self._memory.take_tensor("cache", size, self.dtype))
+        self.cache = Cache(self.memory.take_tensor("cache", size, dtype))
         self.cache.commit([0] * held)
-        self.decoder = make_decoder(self.spec, small, slots, self.dtype, self._keep)
+        self.decoder = make_decoder(self.spec, small, slots, dtype, self._keep)
         self.draft_decoder = self.decoder
-        if self.dtype != DRAFT_DTYPE:
+        if dtype != DRAFT_DTYPE:
             self.draft_decoder = make_decoder(self.spec, small, slots, DRAFT_DTYPE, self._keep)
 
     def exact_timings(self) -> tuple[tuple[Timing, ...], tuple[Timing, ...]]:
@@ -180,33 +200,33 @@ class Bench:
         def head(width: int) -> Callable[[], object]:
             return lambda: choose(to_logits(self._tree_rows(width)), [0] * width, Sampling())
 
-        layers = [
-            self._through_layers(self.decoder, self.exact, self._tree_rows(w), attend_order_free)
-            for w in EXACT_WIDTHS
-        ]
-        return self._timings(EXACT_WIDTHS, layers, [head(width) for width in EXACT_WIDTHS])
+        layers = {
+            width: self._one_layer(
+                self.decoder, self.exact, self._tree_rows(width), attend_order_free
+            )
+            for width in EXACT_WIDTHS
+        }
+        heads = {width: head(width) for width in EXACT_WIDTHS}
+        return self._timed(layers, heads)
 
     def plain_seconds(self) -> tuple[float, float, float]:
         """One row: a layer, the head. PREFILL_ROWS of a prompt: a layer."""
-        token, prompt = (
-            torch.zeros(count, dtype=torch.int64, device=self.device) for count in (1, PREFILL_ROWS)
-        )
+        row = torch.zeros(1, dtype=torch.int64, device=self.device)
+        prompt = causal_rows(self.cache, row.repeat(PREFILL_ROWS))
         to_logits = self._through_head(self.decoder, self.exact)
-        row, rows = causal_rows(self.cache, token), causal_rows(self.cache, prompt)
-        single = [
-            self._through_layers(self.decoder, self.exact, row, attend),
-            lambda: choose(to_logits(causal_rows(self.cache, token)), [0], Sampling()),
+        actions: list[Callable[[], object]] = [
+            self._one_layer(self.decoder, self.exact, causal_rows(self.cache, row), attend),
+            lambda: choose(to_logits(causal_rows(self.cache, row)), [0], Sampling()),
         ]
         with single_row_kernels() if self.device.type == "cpu" else nullcontext():
-            (layer, _), (head, _) = time_each(single, self.device)
-        many = [self._through_layers(self.decoder, self.exact, rows, attend)]
-        [(prefill, _)] = time_each(many, self.device)
-        num_layers = self.spec.num_layers
-        return layer / num_layers, head / self.head_share, prefill / num_layers
+            (layer, _), (head, _) = time_each(actions, self.device)
+        many = self._one_layer(self.decoder, self.exact, prompt, attend)
+        [(prefill, _)] = time_each([many], self.device)
+        return layer, head / self.head_share, prefill
 
     def faster_draft(self) -> tuple[Int4Kernel, tuple[Timing, ...], tuple[Timing, ...]]:
-        """The 4-bit kernel with the faster step of four rows; its layer, and what else a level of
-        the tree does."""
+        """The 4-bit kernel with the faster step of four rows; its layer, and what else one level
+        of a tree does."""
         aten = self.draft_timings("aten")
         if self.device.type == "cpu":
             return "aten", *aten
@@ -214,8 +234,7 @@ class Bench:
             gemlite = self.draft_timings("gemlite")
         except ImportError:
             return "aten", *aten
-        at_four = DRAFT_WIDTHS.index(4)
-        if gemlite[0][at_four].seconds < aten[0][at_four].seconds:
+        if seconds_at(gemlite[0], 4) < seconds_at(aten[0], 4):
             return "gemlite", *gemlite
         return "aten", *aten
 
@@ -230,25 +249,22 @@ class Bench:
         def levels(width: int) -> Callable[[], object]:
             return lambda: grow(root, Tree(width, DRAFT_LEVELS), max(EXACT_WIDTHS), draft_pass)
 
-        widths = tuple(width for width in DRAFT_WIDTHS if width <= self.spec.vocab_size)
-        layers = [
-            self._through_layers(self.draft_decoder, substitutes, self._tree_rows(w), attend)
-            for w in widths
-        ]
-        return self._timings(widths, layers, [levels(width) for width in widths], DRAFT_LEVELS)
+        layers = {
+            width: self._one_layer(self.draft_decoder, substitutes, self._tree_rows(width), attend)
+            for width in DRAFT_WIDTHS
+            if width <= self.spec.vocab_size
+        }
+        return self._timed(layers, {width: levels(width) for width in layers}, DRAFT_LEVELS)
 
     def round_seconds(self) -> float:
-        """Accepting and moving what was accepted in every layer's cache."""
-        depth, width = 12, 32
-        tree = root_only(torch.zeros(1, dtype=torch.int64, device=self.device), width)
-        verdict = accept(tree, tree.tokens, depth)
-        (accepting, _), (moving, _) = time_each(
-            [
-                lambda: accept(tree, tree.tokens, depth).emitted(),
-                lambda: self.cache.compact(verdict.path),
-            ],
-            self.device,
-        )
+        """Accepting, and moving what was accepted in every layer's cache."""
+        tree = root_only(torch.zeros(1, dtype=torch.int64, device=self.device), 32)
+        path = accept(tree, tree.tokens, ACCEPT_DEPTH).path
+        actions: list[Callable[[], object]] = [
+            lambda: accept(tree, tree.tokens, ACCEPT_DEPTH).emitted(),
+            lambda: self.cache.compact(path),
+        ]
+        (accepting, _), (moving, _) = time_each(actions, self.device)
         return accepting + moving / self.spec.num_layers * self.full_spec.num_layers
 
     def position_free_widths(self) -> tuple[int, ...]:
@@ -259,20 +275,44 @@ class Bench:
         for width in PADDED_WIDTHS:
             if width > USUAL_WIDTH and time.perf_counter() > until:
                 break
-            if all(ignores_place(weight, width) for weight in one_of_a_shape):
+            if all(
+                ignores_place(product, weight, width)
+                for product in (exact_product, exact_product_into)
+                for weight in one_of_a_shape
+            ):
                 found.append(width)
         return tuple(found)
 
+    def _timed(
+        self,
+        layers: Mapping[int, Callable[[], object]],
+        heads: Mapping[int, Callable[[], object]],
+        heads_per_action: int = 1,
+    ) -> tuple[tuple[Timing, ...], tuple[Timing, ...]]:
+        """Of one layer and of one whole head."""
+        share = heads_per_action * self.head_share
+        return time_widths(layers, self.device), time_widths(heads, self.device, share)
+
     def _tree_rows(self, width: int) -> Rows:
-        root = torch.zeros(1, dtype=torch.int64, device=self.device)
-        tree = root_only(root, width)
+        tree = root_only(torch.zeros(1, dtype=torch.int64, device=self.device), width)
         return tree_rows(self.cache, tree, torch.arange(width, device=self.device), tree.depths)
 
-    def _through_layers(
+    def _one_layer(
         self, decoder: Decoder, products: Iterable[Product], rows: Rows, attention: Attend
-    ) -> Callable[[], Tensor]:
-        layers = list(products)[:-1]
-        return lambda: forward(decoder, layers, rows, self.cache, attention)
+    ) -> Callable[[], None]:
+        """Each call runs the next layer: short, so that many calls are not disturbed, and from
+        memory, because the layers together are larger than a cache."""
+        layers = cycle(enumerate(list(products)[:-1]))
+        x = torch.ones(len(rows.tokens), self.spec.hidden_size, dtype=decoder.dtype).to(self.device)
+        cos, sin = decoder.cos[rows.positions], decoder.sin[rows.positions]
+
+        def run() -> None:
+            layer, product = next(layers)
+            attention_block(decoder, layer, product, x, cos, sin, rows, self.cache, attention)
+            mlp_block(decoder, layer, product, x)
+            x.fill_(1.0)  # random layers would make it grow
+
+        return run
 
     def _through_head(
         self, decoder: Decoder, products: Iterable[Product]
@@ -282,39 +322,8 @@ class Bench:
         short = replace(decoder, spec=replace(decoder.spec, num_layers=0))
         return lambda rows: forward(short, head, rows, self.cache, attend)
 
-    def _timings(
-        self,
-        widths: tuple[int, ...],
-        layers: Sequence[Callable[[], object]],
-        heads: Sequence[Callable[[], object]],
-        heads_per_action: int = 1,
-    ) -> tuple[tuple[Timing, ...], tuple[Timing, ...]]:
-        """Seconds of one layer and of one whole head at each width."""
-        timed = time_each([*layers, *heads], self.device)
-        shares = [float(self.spec.num_layers)] * len(widths)
-        shares += [heads_per_action * self.head_share] * len(widths)
-        found = [
-            Timing(width, median / share, slowest / share)
-            for width, share, (median, slowest) in zip(widths * 2, shares, timed, strict=True)
-        ]
-        return tuple(found[: len(widths)]), tuple(found[len(widths) :])
-
-    def _small_tensors(self) -> dict[str, Tensor]:
-        found = {}
-        for name, shape in resident_tensors(self.spec).items():
-            purpose = "embedding" if name.startswith(EMBEDDING) else "norms"
-            found[name] = self._memory.take_tensor(purpose, shape, self.dtype)
-            fill_with_noise(found[name], shape[-1] ** -0.5)
-        return found
-
-    def _random_part(self, part: Part) -> Tensor:
-        raw = self._memory.take("resident", part.padded_bytes, PAGE_BYTES)[: part.num_bytes]
-        weight = raw.view(self.dtype).view(part.num_rows, -1)
-        fill_with_noise(weight, part.linear.in_features**-0.5)
-        return weight
-
     def _keep(self, tensor: Tensor) -> Tensor:
-        target = self._memory.take_tensor("tables", tuple(tensor.shape), tensor.dtype)
+        target = self.memory.take_tensor("tables", tuple(tensor.shape), tensor.dtype)
         return target.copy_(tensor)
 
     def _random_substitutes(self, kernel: Int4Kernel) -> Substitutes:
@@ -331,20 +340,6 @@ class Bench:
             else:
                 weights[key] = self.fixed[linear.name]
         return Substitutes(self.spec.num_layers, weights, biases)
-
-
-def ignores_place(weight: Tensor, width: int) -> bool:
-    """Whether a row's products are the same bits wherever it stands among `width`."""
-    x = weight.new_empty(width, weight.shape[1])
-    fill_with_noise(x, 1.0)
-    order = torch.randperm(width, generator=torch.Generator().manual_seed(width)).to(x.device)
-    for product in (exact_product, exact_product_into):
-        here, there = (x.new_ones(width, len(weight)) for _ in range(2))
-        product(x, weight, here)
-        product(x[order], weight, there)
-        if not torch.equal(here[order], there):
-            return False
-    return True
 
 
 def measure_acceptance(artifact: Artifact, plan: Plan, progress: Progress) -> Rate:

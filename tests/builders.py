@@ -94,9 +94,7 @@ def build_artifact(checkpoint: Path, out: Path, **settings: object) -> Artifact:
     read = read_checkpoint(checkpoint, Source("test/model"))
     plan = make_plan(read.spec, **settings)  # type: ignore[arg-type]
     tokenizer = read_tokenizer(checkpoint)
-    build(
-        read, tokenizer, plan, PROFILE, out, False, quantize, lambda a: a.plan, lambda *_: None
-    )
+    build(read, tokenizer, plan, PROFILE, out, False, quantize, lambda a: a.plan, lambda *_: None)
     return open_artifact(out)
 
 

@@ -12,6 +12,7 @@ from select import select
 from typing import IO, Any
 
 import pytest
+import torch
 from builders import build_artifact
 
 from subspec.artifacts.plan import Prediction
@@ -32,6 +33,7 @@ def demo_artifact(folder: Path) -> Path:
     """The demo model under a plan made by hand, once per `folder`: half of it streams."""
     out = folder / "demo-artifact"
     if not out.exists():
+        torch.set_num_threads(1)  # two that wait for each other on a busy machine take minutes
         artifact = build_artifact(DEMO, out, width=2, depth=3)
         said = Prediction(50.0, 0.1, 9_000_000, 2.0, 0.01, 0.01, 0.01, 0.01, 4_000_000)
         plan = replace(artifact.plan, predicted={"substitute": said, "plain": said})
@@ -89,6 +91,12 @@ class Terminal:
 
     def send(self, keys: str) -> None:
         os.write(self._mine, keys.encode())
+
+    def interrupt(self) -> None:
+        """Ctrl-C, as late as a person's: a signal between a prompt and the wait for a key would
+        be seen at the next key."""
+        time.sleep(0.3)
+        self.send("\x03")
 
     def expect(self, text: str, seconds: float = 60) -> str:
         """What came up to `text`, which must come after what was expected before."""

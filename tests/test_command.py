@@ -1,4 +1,4 @@
-"""Errors as sentences and exit codes, whatever happens to the streams and whoever sends a signal."""
+"""Errors as sentences and exit codes, whatever happens to the streams, whoever sends a signal."""
 
 import json
 import os
@@ -60,7 +60,7 @@ def same_signal_handlers() -> Any:
 def run(*words: str) -> int:
     with pytest.raises(SystemExit) as ended:
         sys.exit(program(list(words)))
-    return int(ended.value.code or 0)  # type: ignore[call-overload]
+    return int(ended.value.code or 0)
 
 
 def start(act: str, *words: str, **settings: Any) -> "subprocess.Popen[bytes]":
@@ -181,7 +181,8 @@ def test_a_termination_closes_what_is_open_and_ends_with_143() -> None:
 
 def test_ctrl_c_pressed_again_while_leaving_prints_no_traceback() -> None:
     act = (
-        "\n    import atexit; atexit.register(lambda: (print('leaving', flush=True), time.sleep(1)))"
+        "\n    import atexit"
+        "\n    atexit.register(lambda: (print('leaving', flush=True), time.sleep(1)))"
         "\n    print('open', flush=True); time.sleep(60)"
     )
     with start(act) as child:

@@ -118,9 +118,7 @@ def prompts(demo: Artifact) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def plain_tokens(
-    demo: Artifact, prompts: list[list[int]]
-) -> dict[Sampling, list[list[int]]]:
+def plain_tokens(demo: Artifact, prompts: list[list[int]]) -> dict[Sampling, list[list[int]]]:
     """What the plain twin emits, everything resident."""
     artifact = replan(demo, resident_share=1.0, verify_width=32)
     with Session(artifact, method="plain") as session:

@@ -1,4 +1,4 @@
-"""A chat template is foreign code: what transformers makes of it, or an error in a second or two."""
+"""A chat template is foreign code: what transformers makes of it, or an error within seconds."""
 
 import json
 import time
@@ -79,7 +79,7 @@ TEMPLATES = {
     "demo": (DEMO / "chat_template.jinja").read_text("utf-8"),
     "in the manner of Qwen": QWEN,
     "in the manner of Llama 3": LLAMA,
-    "JSON and trimmed blocks": "  {% if true %}\n{{ messages | tojson(indent=2) }}\n  {% endif %}\n",
+    "JSON, trimmed blocks": "  {% if true %}\n{{ messages | tojson(indent=2) }}\n  {% endif %}\n",
 }
 CONVERSATIONS = {
     "one turn": [{"role": "user", "content": "Hi <b>\n"}],
@@ -109,13 +109,13 @@ def variables(messages: list[dict[str, str]]) -> dict[str, Any]:
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_a_template_renders_as_in_transformers(template: str, conversation: str) -> None:
     messages = CONVERSATIONS[conversation]
-    theirs, _ = render_jinja_template(
+    theirs: Any = render_jinja_template(
         [messages],
         chat_template=TEMPLATES[template],
         add_generation_prompt=True,
         bos_token="<|begin_of_text|>",
     )
-    assert reply_to(TEMPLATES[template], variables(messages)) == {"text": theirs[0]}
+    assert reply_to(TEMPLATES[template], variables(messages)) == {"text": theirs[0][0]}
 
 
 def test_the_child_renders_what_its_function_does() -> None:

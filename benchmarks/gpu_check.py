@@ -1,0 +1,107 @@
+"""What only a GPU can show, in one run: losslessness, memory against the cap, link, round terms.
+
+    python benchmarks/gpu_check.py --out DIR [--hidden 4096 --layers 24 --vram 4GB]
+
+Makes a widened demo model (mechanics of that size, not its acceptance), plans it for the GPU and
+checks: speculation and plain decoding give the same tokens, greedy and seeded; the driver's peak
+stays below the cap; how busy the link is while verifying; the terms of a round at full and at
+throttled link speed. Stories on stderr, one JSON object as the last line of stdout.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import torch
+
+from subspec.artifacts.command import reported, size_option
+from subspec.artifacts.errors import Exit, SubspecError
+from subspec.artifacts.sizes import format_size
+from subspec.artifacts.store import Artifact, open_artifact
+from subspec.runtime.sampling import Sampling
+from subspec.runtime.session import Session
+from subspec.runtime.text import load_text
+
+HERE = Path(__file__).parent
+PROMPTS = ("def read_file(path):\n", "class Cache:\n", "import os\n\n\ndef main():\n")
+LINKS = ("full", "25GB", "12GB")  # bytes per second; consumer PCIe 4.0 x16 and x8
+
+
+@click.command()
+@click.option("--out", type=click.Path(path_type=Path), required=True)
+@click.option("--hidden", default=4096, show_default=True)
+@click.option("--layers", default=24, show_default=True)
+@click.option("--vram", default="6GB", callback=size_option, show_default=True)
+@click.option("--tokens", default=96, show_default=True)
+@reported
+def main(out: Path, hidden: int, layers: int, vram: int, tokens: int) -> None:
+    """Check the CUDA path on this machine."""
+    if not torch.cuda.is_available():
+        raise SubspecError(Exit.WRONG_MACHINE, "torch finds no CUDA GPU", "run it where one is")
+    model, folder = out / "model", out / "artifact"
+    if not model.exists():
+        run("widen.py", "--hidden", hidden, "--layers", layers, "--no-check", "--out", model)
+    plan_command = ["subspec-plan", "--model", str(model.absolute()), "--vram", f"{vram}B"]
+    subprocess.run(
+        [*plan_command, "--device", "cuda", "--out", str(folder), "--overwrite"],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    artifact = open_artifact(folder)
+    found = {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "profile": {
+            "link_bytes_per_second": artifact.profile.link[-1].bytes_per_second,
+            "int4_kernel": artifact.profile.int4_kernel,
+        },
+        "lossless": check_lossless(artifact, tokens),
+        "speed": {link: speed(folder, link) for link in LINKS},
+    }
+    print(json.dumps(found))
+    if not all(found["lossless"].values()):
+        raise SubspecError(Exit.UNEXPECTED, "speculation changed tokens on this GPU")
+
+
+def check_lossless(artifact: Artifact, tokens: int) -> dict[str, bool]:
+    """Same tokens with and without speculation; peak memory below the cap."""
+    text = load_text(artifact.path / "tokenizer")
+    samplings = {"greedy": Sampling(), "seeded": Sampling(temperature=0.8, seed=1)}
+    said: dict[str, list[list[int]]] = {}
+    within = True
+    for method in ("substitute", "plain"):
+        with Session(artifact, method=method) as session:  # type: ignore[arg-type]
+            for name, sampling in samplings.items():
+                for prompt in PROMPTS:
+                    session.model.cache.roll_back(0)
+                    rounds = session.generate(text.plain_ids(prompt), tokens, sampling)
+                    said.setdefault(name, []).append([t for some in rounds for t in some])
+            peak = session.peak.peak_bytes
+            within &= peak <= artifact.plan.budget_bytes
+            print(
+                f"{method}: peak {format_size(peak)} of {format_size(artifact.plan.budget_bytes)}",
+                file=sys.stderr,
+            )
+        torch.cuda.empty_cache()
+    count = len(PROMPTS)
+    same = {name: runs[:count] == runs[count:] for name, runs in said.items()}
+    return {**same, "within_cap": within}
+
+
+def speed(folder: Path, link: str) -> dict[str, object]:
+    throttle = [] if link == "full" else ["--link-bandwidth", link]
+    print(f"link: {link}", file=sys.stderr)
+    last = run("speed.py", folder, *throttle).strip().splitlines()[-1]
+    found: dict[str, object] = json.loads(last)
+    return found
+
+
+def run(script: str, *arguments: object) -> str:
+    command = [sys.executable, str(HERE / script), *map(str, arguments)]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+if __name__ == "__main__":
+    main()

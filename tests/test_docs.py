@@ -1,0 +1,83 @@
+"""docs/commands.md and docs/format.md say what the code does."""
+
+import json
+import re
+from pathlib import Path
+
+import click
+import pytest
+from toys import ACCEPTANCE, make_profile, make_spec
+
+from subspec.artifacts.errors import Exit
+from subspec.artifacts.model import ModelSpec, Rope, Source
+from subspec.artifacts.plan import Acceptance, Plan, Prediction, Rate, Tree
+from subspec.artifacts.profile import LinkRate, Profile, Timing
+from subspec.artifacts.store import FORMAT_VERSION, REQUIRED, Manifest, PartEntry
+from subspec.planner import cli as plan_cli
+from subspec.planner.explain import plan_json
+from subspec.planner.search import Wishes, search
+from subspec.runtime import cli as run_cli
+
+DOCS = Path(__file__).parent.parent / "docs"
+COMMANDS = (DOCS / "commands.md").read_text("utf-8")
+FORMAT = (DOCS / "format.md").read_text("utf-8")
+SECTIONS = {
+    name: COMMANDS.split(f"\n## {name}\n")[1].split("\n## ")[0]
+    for name in ("subspec-plan", "subspec-run", "Exit codes")
+}
+
+
+def keys(value: object, path: str = "") -> set[str]:
+    """Every key of nested objects, with its path."""
+    if not isinstance(value, dict):
+        return set()
+    return {f"{path}.{k}" for k in value}.union(*(keys(v, f"{path}.{k}") for k, v in value.items()))
+
+
+@pytest.mark.parametrize(
+    ("name", "command"), [("subspec-plan", plan_cli.main), ("subspec-run", run_cli.main)]
+)
+def test_every_option_is_documented_and_every_documented_one_exists(
+    name: str, command: click.Command
+) -> None:
+    real = {o for p in command.params if isinstance(p, click.Option) for o in p.opts}
+    cells = [line.split(" | ")[0] for line in SECTIONS[name].splitlines() if line[:3] == "| `"]
+    documented = set(re.findall(r"--[a-z-]+", " ".join(c for c in cells if "--" in c)))
+    assert documented | {"--full", "--version"} == real | {"--full", "--version"}
+    assert name == "subspec-plan" or "--full" in SECTIONS[name]
+
+
+def test_the_exit_codes_are_those_of_the_code() -> None:
+    rows = re.findall(r"^\| (\d+) \| `(\w+)` \|", SECTIONS["Exit codes"], re.MULTILINE)
+    assert [(int(code), name) for code, name in rows] == [(c.value, c.name.lower()) for c in Exit]
+
+
+def test_the_plans_json_object_has_the_documented_keys() -> None:
+    shown = json.loads(SECTIONS["subspec-plan"].split("```json\n")[1].split("```")[0])
+    plan = search(make_spec(), make_profile(), 12_000_000, Wishes(), ACCEPTANCE)
+    assert keys(plan_json(make_spec(), plan, None)) == keys(shown)
+
+
+def test_the_runs_json_object_is_explained_key_by_key() -> None:
+    shown = json.loads(SECTIONS["subspec-run"].split("```json\n")[1].split("```")[0])
+    explained = re.findall(r"`(\w+)`", " ".join(
+        line.split(" | ")[0] for line in SECTIONS["subspec-run"].splitlines() if line[:3] == "| `"
+    ))  # fmt: skip
+    assert set(shown["stats"]) <= set(explained)
+    source = Path(run_cli.__file__).with_name("answer.py").read_text("utf-8")
+    assert all(f'"{key}"' in source for key in (*shown, *shown["stats"]))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [ModelSpec, Rope, Source, Plan, Tree, Prediction, Acceptance, Rate, Profile, Timing, LinkRate,
+     Manifest, PartEntry],
+)  # fmt: skip
+def test_every_field_of_the_format_is_named(kind: type) -> None:
+    for field in kind.__dataclass_fields__:  # type: ignore[attr-defined]
+        assert f"`{field}`" in FORMAT or f'"{field}"' in FORMAT, field
+
+
+def test_the_format_page_is_of_the_version_that_we_write() -> None:
+    assert FORMAT.startswith(f"# The artifact format, version {FORMAT_VERSION}\n")
+    assert all(f"`{name}`" in FORMAT for name in REQUIRED)

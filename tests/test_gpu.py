@@ -1,0 +1,70 @@
+"""The CUDA path: skipped without a GPU, run by `make gpu-check`."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from builders import build_artifact, replan
+
+from subspec.artifacts.packing import pack_nibbles
+from subspec.artifacts.store import Artifact
+from subspec.planner.hub import DEMO
+from subspec.runtime.linear import int4_product, int4_product_plainly, pack, packed_bytes
+from subspec.runtime.sampling import Sampling
+from subspec.runtime.session import Session
+from subspec.runtime.text import load_text
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    out = tmp_path_factory.mktemp("gpu") / "artifact"
+    return build_artifact(DEMO, out, device="cuda", context=512)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.8, seed=3)], ids=str)
+@pytest.mark.parametrize("plan", [(1, 24, 0.0), (6, 5, 0.5), (8, 3, 1.0)], ids=str)
+def test_speculation_gives_the_tokens_of_plain_decoding_on_cuda(
+    artifact: Artifact, plan: tuple[int, int, float], sampling: Sampling
+) -> None:
+    width, depth, share = plan
+    text = load_text(artifact.path / "tokenizer")
+    said = []
+    for method in ("substitute", "plain"):
+        chosen = replan(
+            artifact, width=width, depth=depth, resident_share=share, verify_width=64,
+            context=512, device="cuda",
+        )  # fmt: skip
+        with Session(chosen, method=method) as session:  # type: ignore[arg-type]
+            for prompt in ("def read_file(path):\n", "class Cache:\n"):
+                session.model.cache.roll_back(0)
+                rounds = session.generate(text.plain_ids(prompt), 96, sampling)
+                said.append([token for some in rounds for token in some])
+    assert said[:2] == said[2:]
+
+
+@pytest.mark.parametrize("kernel", ["aten", "gemlite"])
+@pytest.mark.parametrize("rows", [1, 6, 8])
+def test_the_cuda_4_bit_kernels_agree_with_their_plain_twin(kernel: str, rows: int) -> None:
+    if kernel == "gemlite":
+        pytest.importorskip("gemlite")
+    generator = torch.Generator().manual_seed(0)
+    codes = pack_nibbles(torch.randint(16, (256, 512), dtype=torch.uint8, generator=generator))
+    scale = (torch.rand(256, 8, generator=generator) * 0.01 + 0.001).half()
+    zero = (torch.rand(256, 8, generator=generator) * 15).half()
+    room = [torch.empty(n, dtype=torch.uint8, device="cuda") for n in packed_bytes(256, 512)]
+    weight = pack(codes, scale, zero, kernel, *room)  # type: ignore[arg-type]
+    x = torch.randn(rows, 512, generator=generator).bfloat16()
+    got = int4_product(x.cuda(), weight).float().cpu()
+    expected = int4_product_plainly(x, codes, scale, zero)
+    assert ((got - expected).norm() / expected.norm()).item() < 1e-2
+
+
+def test_planning_the_demo_model_for_cuda_measures_it(tmp_path: Path) -> None:
+    from subspec.planner.cli import main
+
+    out = tmp_path / "artifact"
+    arguments = ["--model", "demo", "--vram", "2GB", "--device", "cuda", "--out", str(out)]
+    main(arguments, standalone_mode=False)
+    assert (out / "manifest.json").exists()
