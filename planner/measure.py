@@ -53,9 +53,10 @@ from subspec.runtime.linear import (
     single_row_kernels,
 )
 from subspec.runtime.link import DiskLink
+from subspec.runtime.load import DRAFT_DTYPE, fixed_weight
 from subspec.runtime.memory import FastMemory, free_bytes, host_buffer
 from subspec.runtime.sampling import Sampling, choose
-from subspec.runtime.session import DRAFT_DTYPE, Session, fixed_weight, machine_name
+from subspec.runtime.session import Session, machine_name
 from subspec.runtime.stream import ExactWeights
 from subspec.runtime.substitutes import Substitutes
 from subspec.runtime.text import load_text
