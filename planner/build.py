@@ -1,7 +1,8 @@
 """Plan + checkpoint -> artifact folder, under a temporary name first."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def build(
     spec = checkpoint.spec
     check_space(spec, out)
     check_tied_head(checkpoint)
-    with new_folder(out, overwrite) as folder:
+    with no_empty_parents(out), new_folder(out, overwrite) as folder:
         known, entries = write_weights(folder, checkpoint, quantizer, progress)
         write_tokenizer(folder, tokenizer)
         write_json(folder, "model.json", spec)
@@ -59,6 +60,19 @@ def build(
         write_manifest(folder, PRODUCER, entries, known)
         open_artifact(folder)  # what nobody could open gets no name
     return plan
+
+
+@contextmanager
+def no_empty_parents(out: Path) -> Iterator[None]:
+    """An error inside the block takes along the folders that were made to hold `out`."""
+    missing = [parent for parent in out.absolute().parents if not parent.exists()]
+    try:
+        yield
+    except BaseException:
+        for parent in missing:
+            with suppress(OSError):  # not empty: somebody else uses it by now
+                parent.rmdir()
+        raise
 
 
 def write_plan(folder: Path, spec: ModelSpec, plan: Plan, profile: Profile) -> None:

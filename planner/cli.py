@@ -181,7 +181,8 @@ def calibrate(options: Options, artifact: "Artifact", show: Progress) -> "Accept
             if error.exit_code != Exit.INFEASIBLE:
                 raise
             continue  # a tree too wide for this budget will not be planned either
-        rates.append(measure_acceptance(artifact, plan, show))
+        rate = measure_acceptance(artifact, plan, show)
+        rates += [rate] if rate.num_samples else []  # none: every answer ended at once
     return Acceptance(tuple(rates)) if rates else PRIOR
 
 
@@ -230,6 +231,7 @@ def check_out(out: Path, overwrite: bool) -> None:
     try:
         check_target(out, overwrite)
         parent = existing_parent(out)
+        (parent / f".{out.name}.building").exists()  # is the name too long?
     except OSError as error:
         raise SubspecError(
             Exit.USAGE, f"--out {out} cannot be used: {error.strerror}", "choose another --out"

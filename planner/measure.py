@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
-from itertools import cycle
+from itertools import cycle, islice
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from subspec.artifacts.model import (
 from subspec.artifacts.plan import Int4Kernel, Plan, Rate, Tree
 from subspec.artifacts.profile import LinkRate, Profile, Timing, seconds_at
 from subspec.artifacts.store import Artifact
+from subspec.planner.calibration import NUM_TOKENS, calibration_prompts, rate_of
 from subspec.planner.costs import Shape, exact_bytes, ledger, substitutes_bytes
 from subspec.planner.excerpt import (
     excerpt,
@@ -83,12 +84,6 @@ PREFILL_ROWS = 128
 LARGEST_BLOCK = 64 << 20  # larger ones are not faster
 LINK_TEST_BYTES = (64 << 20, 256 << 20)  # at least and at most, in between the model's size
 CALIBRATION_SECONDS = 60.0  # per tree
-CALIBRATION_TOKENS = 40
-CALIBRATION_CHATS = (
-    "Write a Python function that reads a file and returns its lines.",
-    "Explain in a few sentences how a bicycle stays upright.",
-)
-CALIBRATION_TEXTS = ("import os\n\n\nclass Cache:\n", "The history of the steam engine")
 
 Progress = Callable[[str, float], None]
 
@@ -170,6 +165,8 @@ class Bench:
     def __init__(self, spec: ModelSpec, device: torch.device, context: int) -> None:
         self.full_spec, self.spec, self.device = spec, excerpt(spec), device
         self.head_share = self.spec.vocab_size / spec.vocab_size
+        # A short call is seldom disturbed; on cuda a long one hides the launch of its kernels.
+        self.layers_per_call = self.spec.num_layers if device.type == "cuda" else 1
         dtype: torch.dtype = getattr(torch, spec.dtype)
         held, widest = context // 2, max(PADDED_WIDTHS)
         shape = Shape(held + PREFILL_ROWS, widest, 1, 1, 0, 0)
@@ -202,9 +199,7 @@ class Bench:
             return lambda: choose(to_logits(self._tree_rows(width)), [0] * width, Sampling())
 
         layers = {
-            width: self._one_layer(
-                self.decoder, self.exact, self._tree_rows(width), attend_order_free
-            )
+            width: self._layers(self.decoder, self.exact, self._tree_rows(width), attend_order_free)
             for width in EXACT_WIDTHS
         }
         heads = {width: head(width) for width in EXACT_WIDTHS}
@@ -216,14 +211,15 @@ class Bench:
         prompt = causal_rows(self.cache, row.repeat(PREFILL_ROWS))
         to_logits = self._through_head(self.decoder, self.exact)
         actions: list[Callable[[], object]] = [
-            self._one_layer(self.decoder, self.exact, causal_rows(self.cache, row), attend),
+            self._layers(self.decoder, self.exact, causal_rows(self.cache, row), attend),
             lambda: choose(to_logits(causal_rows(self.cache, row)), [0], Sampling()),
         ]
         with single_row_kernels() if self.device.type == "cpu" else nullcontext():
             (layer, _), (head, _) = time_each(actions, self.device)
-        many = self._one_layer(self.decoder, self.exact, prompt, attend)
+        many = self._layers(self.decoder, self.exact, prompt, attend)
         [(prefill, _)] = time_each([many], self.device)
-        return layer, head / self.head_share, prefill
+        calls = self.layers_per_call
+        return layer / calls, head / self.head_share, prefill / calls
 
     def faster_draft(self) -> tuple[Int4Kernel, tuple[Timing, ...], tuple[Timing, ...]]:
         """The 4-bit kernel with the faster step of four rows; its layer, and what else one level
@@ -251,7 +247,7 @@ class Bench:
             return lambda: grow(root, Tree(width, DRAFT_LEVELS), max(EXACT_WIDTHS), draft_pass)
 
         layers = {
-            width: self._one_layer(self.draft_decoder, substitutes, self._tree_rows(width), attend)
+            width: self._layers(self.draft_decoder, substitutes, self._tree_rows(width), attend)
             for width in DRAFT_WIDTHS
             if width <= self.spec.vocab_size
         }
@@ -291,27 +287,28 @@ class Bench:
         heads_per_action: int = 1,
     ) -> tuple[tuple[Timing, ...], tuple[Timing, ...]]:
         """Of one layer and of one whole head."""
-        share = heads_per_action * self.head_share
-        return time_widths(layers, self.device), time_widths(heads, self.device, share)
+        return (
+            time_widths(layers, self.device, self.layers_per_call),
+            time_widths(heads, self.device, heads_per_action * self.head_share),
+        )
 
     def _tree_rows(self, width: int) -> Rows:
         tree = root_only(torch.zeros(1, dtype=torch.int64, device=self.device), width)
         return tree_rows(self.cache, tree, torch.arange(width, device=self.device), tree.depths)
 
-    def _one_layer(
+    def _layers(
         self, decoder: Decoder, products: Iterable[Product], rows: Rows, attention: Attend
     ) -> Callable[[], None]:
-        """Each call runs the next layer: short, so that many calls are not disturbed, and from
-        memory, because the layers together are larger than a cache."""
+        """Calls go round the layers, which together are larger than a cache."""
         layers = cycle(enumerate(list(products)[:-1]))
         x = torch.ones(len(rows.tokens), self.spec.hidden_size, dtype=decoder.dtype).to(self.device)
         cos, sin = decoder.cos[rows.positions], decoder.sin[rows.positions]
 
         def run() -> None:
-            layer, product = next(layers)
-            attention_block(decoder, layer, product, x, cos, sin, rows, self.cache, attention)
-            mlp_block(decoder, layer, product, x)
-            x.fill_(1.0)  # random layers would make it grow
+            for layer, product in islice(layers, self.layers_per_call):
+                attention_block(decoder, layer, product, x, cos, sin, rows, self.cache, attention)
+                mlp_block(decoder, layer, product, x)
+                x.fill_(1.0)  # random layers would make it grow
 
         return run
 
@@ -350,24 +347,17 @@ def measure_acceptance(artifact: Artifact, plan: Plan, progress: Progress) -> Ra
     would have been accepted.
     """
     plan = replace(plan, tree=replace(plan.tree, stop_below=0.0))
-    text = load_text(artifact.path / "tokenizer")
-    prompts = [text.chat_ids([{"role": "user", "content": chat}]) for chat in CALIBRATION_CHATS]
-    prompts += [text.plain_ids(beginning) for beginning in CALIBRATION_TEXTS]
+    prompts = calibration_prompts(load_text(artifact.path / "tokenizer"))
     eos = frozenset(artifact.spec.eos_token_ids)
-    accepted = rejected = 0
-    until = time.perf_counter() + CALIBRATION_SECONDS
+    accepted, until = list[int](), time.perf_counter() + CALIBRATION_SECONDS
     with Session(replace(artifact, plan=plan), method="substitute") as session:
         for index, prompt in enumerate(prompts):
             progress("measuring acceptance", index / len(prompts))
             ids = prompt[: plan.context // 2]
-            for _ in session.generate(ids, CALIBRATION_TOKENS, Sampling(), eos):
-                if time.perf_counter() > until and session.stats.accepted:
+            for _ in session.generate(ids, NUM_TOKENS, Sampling(), eos):
+                if session.stats.accepted and time.perf_counter() > until:
                     break
-            for count in session.stats.accepted:
-                accepted += count
-                rejected += count < plan.tree.depth
+            accepted += session.stats.accepted
             if time.perf_counter() > until:
                 break
-    total = accepted + rejected
-    # Laplace's rule: a short clean run does not promise that nothing is ever rejected.
-    return Rate(plan.tree.width, (accepted + 1) / (total + 2), total)
+    return rate_of(accepted, plan.tree)

@@ -175,7 +175,7 @@ class Session:
     @property
     def predicted_tokens_per_second(self) -> float | None:
         """The plan's word for this method; it says nothing about the padded twin."""
-        if self.method == "plain" and self.padded:
+        if self.method == "plain" and self.padded or self.method not in self.plan.predicted:
             return None
         return self.plan.predicted[self.method].tokens_per_second
 
@@ -215,7 +215,15 @@ def open_device(plan: Plan, device: str | None) -> torch.device:
                 "plan again with --device cpu",
             )
         chosen = torch.device("cuda", chosen.index or 0)
+        if chosen.index >= torch.cuda.device_count():
+            raise SubspecError(
+                Exit.WRONG_MACHINE,
+                f"--device {chosen}, but there are {torch.cuda.device_count()} GPUs",
+                "count them from 0",
+            )
         torch.cuda.set_device(chosen)
+        # What torch may allocate: the cap less the context, which torch does not count.
+        ours = plan.budget_bytes - plan.plain.ledger.get("overhead", 0)
         total = torch.cuda.get_device_properties(chosen).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, plan.budget_bytes / total), chosen)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, ours / total), chosen)
     return chosen

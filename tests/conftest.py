@@ -2,6 +2,8 @@
 
 import pytest
 
+import subspec.runtime  # noqa: F401  before any test imports torch: see there
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     marked = [item for item in items if item.get_closest_marker("gpu")]

@@ -1,0 +1,63 @@
+# make demo      the embedded model under a memory cap that it does not fit, in about a minute
+# make test      every quick test; make test-slow runs the others, make gpu-check what needs a GPU
+# make lint      what a reviewer need not look for
+#
+# Everything runs in a virtual environment: .venv, or the one that VENV names.
+
+VENV ?= .venv
+PYTHON ?= python3
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+CAP = 9MB
+# The demo model is a thousand times smaller than what people run: so is its link.
+LINK = 40MB
+
+.PHONY: demo test test-slow lint bench gpu-check clean
+
+demo: demo-artifact/manifest.json
+	@echo "== subspec-run: the exact weights stream while the 4-bit substitutes draft"
+	$(BIN)/subspec-run demo-artifact --link-bandwidth $(LINK) --raw "def read_file(path):" --max-tokens 120
+
+# Planned anew each time: a plan is only as good as what was measured on the machine as it is now.
+.PHONY: demo-artifact/manifest.json
+demo-artifact/manifest.json: $(VENV)/.subspec-installed
+	@echo "== the demo model has 9.9 MB of weights, the cap is $(CAP)"
+	@echo "== the link is slowed to $(LINK)/s: the model is a thousand times smaller than what people run"
+	$(BIN)/subspec-plan --model demo --vram $(CAP) --link-bandwidth $(LINK) --out demo-artifact --overwrite
+
+test: $(VENV)/.subspec-dev-installed
+	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+
+test-slow: $(VENV)/.subspec-dev-installed
+	$(BIN)/python -m pytest -q -m slow
+
+lint: $(VENV)/.subspec-dev-installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: demo-artifact/manifest.json
+	$(BIN)/python benchmarks/speed.py demo-artifact --link-bandwidth $(LINK)
+
+# The check starts subspec-plan by name.
+gpu-check: $(VENV)/.subspec-dev-installed
+	$(PIP) -c constraints.txt -e '.[gpu]'
+	$(BIN)/python -m pytest -q -m gpu
+	PATH="$$(cd $(BIN) && pwd):$$PATH" $(BIN)/python benchmarks/gpu_check.py --out build/gpu-check
+
+clean:
+	rm -rf demo-artifact build .mypy_cache .pytest_cache .ruff_cache
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch goes first and by its exact version: asked for loosely, pip would choose the newest one and
+# the gigabytes of CUDA that come with it. What follows then finds it installed.
+$(VENV)/.subspec-installed: $(BIN)/python pyproject.toml constraints.txt
+	$(PIP) -c constraints.txt torch==2.13.0
+	$(PIP) -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.subspec-dev-installed: $(VENV)/.subspec-installed
+	$(PIP) -c constraints.txt -e '.[dev]'
+	touch $@

@@ -1,0 +1,342 @@
+"""subspec-plan as a person uses it: every option, and every way to get one wrong."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from builders import PROFILE, random_checkpoint
+from safetensors.torch import load_file, save_file
+
+from subspec.artifacts.codec import dump_json
+from subspec.artifacts.store import open_artifact, verify
+from subspec.planner.cli import main
+from subspec.planner.hub import DEMO
+
+SUBSPEC_PLAN = str(Path(sys.executable).with_name("subspec-plan"))
+
+
+@dataclass(frozen=True)
+class Ended:
+    exit_code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Two that wait for each other take minutes on a busy machine."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder; profile.json lies beside it."""
+    (tmp_path / "profile.json").write_text(dump_json(PROFILE))
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def plan(capsys: pytest.CaptureFixture[str], *words: object, known: bool = True) -> Ended:
+    """The command in this process, `known`: for the machine of profile.json."""
+    given = ["--model", "demo", "--vram", "9MB", *map(str, words)]
+    given += ["--profile", "../profile.json"] if known and "--profile" not in given else []
+    capsys.readouterr()
+    try:
+        main(given)
+        code = 0
+    except SystemExit as end:
+        code = int(end.code or 0)
+    said = capsys.readouterr()
+    return Ended(code, said.out, said.err)
+
+
+# What it writes
+
+
+def test_the_demo_is_measured_planned_built_and_calibrated(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended = plan(capsys, "--link-bandwidth", "40MB", known=False)
+    assert (ended.exit_code, ended.out) == (0, "demo-9mb\n"), ended.err
+    assert [path.name for path in here.iterdir()] == ["demo-9mb"]
+    verify(here / "demo-9mb")
+    artifact = open_artifact(here / "demo-9mb")
+    assert artifact.plan.device == artifact.profile.device == "cpu"
+    assert artifact.plan.budget_bytes == 9_000_000
+    assert all(rate.bytes_per_second <= 40e6 for rate in artifact.profile.link)
+    assert "--link-bandwidth" in artifact.plan.reasons[0]
+    rates = artifact.plan.acceptance.rates
+    assert [rate.width for rate in rates] == [1, 3]
+    assert all(rate.num_samples > 20 and 0.5 < rate.probability < 1 for rate in rates)
+
+
+def test_another_machines_plan_is_built_without_running_it(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended = plan(capsys, "--out", "there", "--json")
+    assert ended.exit_code == 0, ended.err
+    found = json.loads(ended.out)
+    assert found["schema"] == "subspec.plan/1" and found["artifact"] == "there"
+    artifact = open_artifact(here / "there")
+    assert artifact.profile == PROFILE
+    assert artifact.plan.machine == "a test machine"
+    assert all(rate.num_samples == 0 for rate in artifact.plan.acceptance.rates)
+    assert "subspec-run there" in ended.err
+
+
+def test_a_dry_run_with_a_profile_imports_no_torch_and_writes_nothing(here: Path) -> None:
+    program = (
+        "import sys; from subspec.planner.cli import main; main(sys.argv[1:]);"
+        "print(sorted({'torch', 'numpy', 'transformers'} & sys.modules.keys()))"
+    )
+    words = ["--model", "demo", "--vram", "9MB", "--profile", "../profile.json", "--dry-run"]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *words, "--json"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    answer, imported = done.stdout.splitlines()
+    assert imported == "[]"
+    assert json.loads(answer)["artifact"] is None
+    assert list(here.iterdir()) == []
+
+
+def test_help_imports_no_torch() -> None:
+    program = (
+        "import sys; from subspec.planner.cli import main\n"
+        "try: main(['--help'])\n"
+        "finally: print(sorted({'torch', 'numpy', 'rich'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.endswith("[]\n"), done.stderr
+    assert "--link-bandwidth SIZE" in done.stdout
+
+
+def dry(capsys: pytest.CaptureFixture[str], *words: object) -> dict[str, object]:
+    ended = plan(capsys, *words, "--dry-run", "--json")
+    assert ended.exit_code == 0, ended.err
+    decisions: dict[str, object] = json.loads(ended.out)["decisions"]
+    return decisions
+
+
+def test_what_the_user_fixes_is_in_the_plan(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tree = dry(capsys, "--width", 2, "--depth", 5)["tree"]
+    assert isinstance(tree, dict) and (tree["width"], tree["depth"]) == (2, 5)
+    assert dry(capsys, "--context", 200)["context"] == 200
+    assert dry(capsys, "--method", "plain")["method"] == "plain"
+    assert dry(capsys, "--method", "substitute")["method"] == "substitute"
+    assert dry(capsys, "--ram", "1GB", "--device", "cpu")["device"] == "cpu"
+
+
+def test_a_slower_link_is_planned_for_and_said(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def seconds(*words: object) -> float:
+        ended = plan(capsys, *words, "--dry-run", "--json", "--method", "plain")
+        found = json.loads(ended.out)
+        said = any("40.00 MB/s" in reason for reason in found["decisions"]["reasons"])
+        assert said == ("--link-bandwidth" in words)
+        return float(found["predicted"]["stream_seconds"])
+
+    streamed = seconds()
+    assert seconds("--link-bandwidth", "40MB") == pytest.approx(streamed * 1e9 / 40e6)
+
+
+def test_the_quantizer_may_be_the_reference_package(
+    tmp_path: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("hqq.core.quantize")
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=2048, eos_token_id=2,
+    )  # fmt: skip
+    model = random_checkpoint(tmp_path / "model", config)
+    for quantizer in ("hqq", "blocked"):
+        words = ("--model", model, "--out", quantizer, "--quantizer", quantizer)
+        assert plan(capsys, *words).exit_code == 0
+    theirs, ours = (load_file(here / q / "substitutes.safetensors") for q in ("hqq", "blocked"))
+    assert all((theirs[name] == ours[name]).float().mean() > 0.9 for name in ours)
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["--vram", "9MB"], "demo-9mb"),
+        (["--vram", "1GiB"], "demo-1gib"),
+        (["--vram", "24GB"], "demo-24gb"),
+        (["--vram", "9000001B"], "demo-9000001b"),
+        (["--model", "../My Model/"], "my-model-9mb"),
+        (["--model", "."], "here-9mb"),
+    ],
+)
+def test_the_folder_is_named_after_model_and_size(
+    words: list[str], name: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if "." in words:
+        shutil.copytree(DEMO, here, dirs_exist_ok=True)
+    shutil.copytree(DEMO, here.parent / "My Model")
+    (here / name).mkdir()
+    (here / name / "mine").touch()
+    ended = plan(capsys, *words)
+    assert (ended.exit_code, ended.err.splitlines()[0]) == (2, f"error: {name} exists already")
+
+
+def test_an_artifact_is_replaced_only_if_asked(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan(capsys, "--method", "plain").exit_code == 0
+    before = open_artifact(here / "demo-9mb").plan
+    refused = plan(capsys)
+    assert refused.exit_code == 2 and "--overwrite" in refused.err
+    assert open_artifact(here / "demo-9mb").plan == before
+    assert plan(capsys, "--overwrite").exit_code == 0
+    assert open_artifact(here / "demo-9mb").plan != before
+    assert [path.name for path in here.iterdir()] == ["demo-9mb"]
+
+
+# What goes wrong
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--vram", "9mb"], 2, "'9mb' is not a size"),
+        (["--vram", "0B"], 2, "expected 1 byte to 1 PiB"),
+        (["--context", "5000"], 2, "more than the model's 4096 positions"),
+        (["--context", "3"], 2, "'--context': 3 is not in the range"),
+        (["--width", "0"], 2, "'--width': 0 is not in the range"),
+        (["--width", "64", "--depth", "128"], 3, "does not exist on this machine"),
+        (["--method", "magic"], 2, "'magic' is not one of"),
+        (["--quantizer", "magic"], 2, "'magic' is not one of"),
+        (["--link-bandwidth", "fast"], 2, "'fast' is not a size"),
+        (["--revision", "main"], 2, "--revision main is for the hub"),
+        (["--model", "./nowhere"], 2, "'./nowhere' does not exist"),
+        (["--model", "nobody"], 2, "neither a folder nor a known model family"),
+        (["--profile", "nowhere.json"], 2, "--profile nowhere.json is not a file"),
+        (["--profile", str(DEMO / "config.json")], 4, "config.json has an unknown key"),
+        (["--profile", str(DEMO / "model.safetensors")], 4, "is not valid JSON"),
+        (["--device", "cuda"], 2, "measured on cpu, --device says cuda"),
+        (["--out", "a/" + "x" * 300], 2, "File name too long"),
+        (["--out", "/dev/null/x"], 2, "cannot write in /dev/null"),
+        (["--out", "../profile.json"], 2, "exists already"),
+        (["--out", "../profile.json", "--overwrite"], 2, "is not an artifact"),
+        (["--out", "..", "--overwrite"], 2, "is not an artifact"),
+        (["prompt"], 2, "unexpected extra argument"),
+    ],
+)
+def test_a_wrong_argument_is_one_sentence_and_a_code_and_leaves_nothing(
+    words: list[str], code: int, message: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended = plan(capsys, *words)
+    assert ended.exit_code == code, ended.err
+    said = [line for line in ended.err.splitlines() if line]
+    assert said[0].startswith("error: ") and message in said[0]
+    assert all(line.startswith("hint: ") for line in said[1:])
+    assert ended.out == "" and list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--device", "gpu"], 2, "--device 'gpu' is not known"),
+        (["--device", "cpu:0"], 2, "--device 'cpu:0' is not known"),
+        (["--device", "cuda:x"], 2, "--device 'cuda:x' is not known"),
+        (["--context", "5000"], 2, "more than the model's 4096 positions"),
+        (["--out", "/proc/x"], 2, "cannot write a test file"),
+    ],
+)
+def test_a_wrong_argument_is_noticed_before_anything_is_timed(
+    words: list[str], code: int, message: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended = plan(capsys, *words, known=False)
+    assert (ended.exit_code, message in ended.err) == (code, True), ended.err
+    assert "layers" not in ended.err and list(here.iterdir()) == []
+
+
+def test_a_gpu_that_is_not_there_is_said(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    ended = plan(capsys, "--device", "cuda:1", known=False)
+    assert ended.exit_code == 5 and "torch finds no CUDA GPU" in ended.err
+
+
+def test_a_cap_below_the_floor_names_the_smallest_that_works(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended = plan(capsys, "--vram", "1MB", "--json")
+    assert ended.exit_code == 3
+    error = json.loads(ended.out)["error"]
+    assert error["code"] == "infeasible" and error["exit"] == 3
+    found = re.fullmatch(r"--vram (\d+B)", error["hint"])
+    assert found is not None
+    assert list(here.iterdir()) == []
+    again = plan(capsys, "--vram", found[1], "--out", "floor")
+    assert again.exit_code == 0, again.err
+    smaller = f"{int(found[1][:-1]) * 99 // 100}B"
+    assert plan(capsys, "--vram", smaller, "--dry-run").exit_code == 3
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return shutil.copytree(DEMO, tmp_path / "model")
+
+
+def test_a_weight_that_is_not_a_number_is_named(
+    model: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.3.mlp.up_proj.weight"][5, 5] = float("nan")
+    save_file(tensors, model / "model.safetensors")
+    ended = plan(capsys, "--model", model)
+    assert ended.exit_code == 4
+    assert "error: model.layers.3.mlp.up_proj.weight: 1 of" in ended.err
+    assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("config.json", {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, "GPT2LM"),
+        ("config.json", {"hidden_act": "gelu"}, "hidden_act"),
+        ("tokenizer.json", None, "has no tokenizer.json"),
+    ],
+)
+def test_a_model_that_is_not_ours_to_run_is_refused(
+    file: str, change: dict[str, object] | None, message: str, model: Path, here: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    if change is None:
+        (model / file).unlink()
+    else:
+        values = json.loads((model / file).read_text())
+        (model / file).write_text(json.dumps({**values, **change}))
+    ended = plan(capsys, "--model", model)
+    assert ended.exit_code == 8 and message in ended.err, ended.err
+    assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_build_leaves_nothing(number: int, code: int, here: Path) -> None:
+    words = ["--model", "demo", "--vram", "9MB", "--width", "1", "--depth", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # a busy machine would take its time
+    with subprocess.Popen(
+        [SUBSPEC_PLAN, *words], stderr=subprocess.PIPE, text=True, env=environment
+    ) as child:
+        assert child.stderr is not None
+        for line in child.stderr:
+            if line == "measuring acceptance\n":
+                child.send_signal(number)
+        assert child.wait() == code
+    assert list(here.iterdir()) == []
