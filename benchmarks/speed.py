@@ -23,10 +23,13 @@ from subspec.runtime.sampling import Sampling
 from subspec.runtime.session import Session
 from subspec.runtime.text import load_text
 
-PROMPTS = (
+CHATS = (
     "Write the Python function read_file: Read a file and return its lines.",
-    "Write the Python function join_paths: Join two or more path components.",
     "Write the Python function parse_date: Parse a date and return a tuple.",
+)
+TEXTS = (
+    'import os\nimport sys\n\n\nclass Parser:\n    """',
+    "def main(argv):\n    ",
 )
 
 
@@ -55,9 +58,12 @@ def run_all(artifact: Artifact, method: str, tokens: int, link_bandwidth: int | 
         padded=False,
         link_bandwidth=link_bandwidth,
     ) as session:
-        for prompt in PROMPTS:
-            ids = text.chat_ids([{"role": "user", "content": prompt}])
-            emitted = [t for some in session.generate(ids, tokens, Sampling()) for t in some]
+        prompts = [text.chat_ids([{"role": "user", "content": chat}]) for chat in CHATS]
+        prompts += [text.plain_ids(beginning) for beginning in TEXTS]
+        eos = frozenset(artifact.spec.eos_token_ids)
+        for ids in prompts:
+            session.model.cache.roll_back(0)
+            emitted = [t for some in session.generate(ids, tokens, Sampling(), eos) for t in some]
             stats, rounds = session.stats, max(1, len(session.stats.accepted))
             found.append(
                 Run(
@@ -88,7 +94,8 @@ def report(artifact: Artifact, runs: dict[str, list[Run]], link_bandwidth: int |
         predicted = plan.predicted.get(method)
         floor = mean(some, "streamed_bytes") / link
         summary[method] = {
-            "tokens_per_second": statistics.harmonic_mean([r.tokens_per_second for r in some]),
+            "tokens_per_second": sum(len(r.tokens) - 1 for r in some)
+            / sum(r.rounds * (r.draft_seconds + r.verify_seconds) for r in some),
             "predicted_tokens_per_second": predicted.tokens_per_second if predicted else None,
             "first_token_seconds": mean(some, "first_token_seconds"),
             "accepted_per_round": mean(some, "accepted"),

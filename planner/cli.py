@@ -181,7 +181,7 @@ def calibrate(options: Options, artifact: "Artifact", show: Progress) -> "Accept
             if error.exit_code != Exit.INFEASIBLE:
                 raise
             continue  # a tree too wide for this budget will not be planned either
-        rate = measure_acceptance(artifact, plan, show)
+        rate = measure_acceptance(artifact, plan, show, options.device)
         rates += [rate] if rate.num_samples else []  # none: every answer ended at once
     return Acceptance(tuple(rates)) if rates else PRIOR
 

@@ -74,6 +74,7 @@ from subspec.runtime.transformer import (
 from subspec.runtime.verify import accept
 
 EXACT_WIDTHS = (8, 16, 32, 64, 104)
+CUDA_WIDTHS = (200, 400)  # up to here a GPU may wait for memory: the slope before tells nothing
 DRAFT_WIDTHS = (1, 2, 4, 8, 16)
 DRAFT_LEVELS = 5  # of the trees that are grown to time one level
 ACCEPT_DEPTH = 12
@@ -95,6 +96,9 @@ def measure(
     disk whose speed counts. Takes seconds."""
     target = torch.device(device)
     cuda = target.type == "cuda"
+    if cuda:
+        target = torch.device("cuda", target.index or 0)
+        torch.cuda.set_device(target)
     free = torch.cuda.mem_get_info(target)[0] if cuda else free_bytes()
     progress("measuring the link", 0.0)
     link = measure_link(spec, target, folder)
@@ -125,6 +129,9 @@ def measure(
             int4_kernel=kernel,
             position_free_widths=bench.position_free_widths(),
         )
+    del bench
+    if cuda:
+        torch.cuda.empty_cache()  # the session that calibrates needs the room
     progress("measured", 1.0)
     return profile
 
@@ -165,6 +172,7 @@ class Bench:
     def __init__(self, spec: ModelSpec, device: torch.device, context: int) -> None:
         self.full_spec, self.spec, self.device = spec, excerpt(spec), device
         self.head_share = self.spec.vocab_size / spec.vocab_size
+        self.exact_widths = EXACT_WIDTHS + (CUDA_WIDTHS if device.type == "cuda" else ())
         # A short call is seldom disturbed; on cuda a long one hides the launch of its kernels.
         self.layers_per_call = self.spec.num_layers if device.type == "cuda" else 1
         dtype: torch.dtype = getattr(torch, spec.dtype)
@@ -200,9 +208,9 @@ class Bench:
 
         layers = {
             width: self._layers(self.decoder, self.exact, self._tree_rows(width), attend_order_free)
-            for width in EXACT_WIDTHS
+            for width in self.exact_widths
         }
-        heads = {width: head(width) for width in EXACT_WIDTHS}
+        heads = {width: head(width) for width in self.exact_widths}
         return self._timed(layers, heads)
 
     def plain_seconds(self) -> tuple[float, float, float]:
@@ -340,7 +348,9 @@ class Bench:
         return Substitutes(self.spec.num_layers, weights, biases)
 
 
-def measure_acceptance(artifact: Artifact, plan: Plan, progress: Progress) -> Rate:
+def measure_acceptance(
+    artifact: Artifact, plan: Plan, progress: Progress, device: str | None = None
+) -> Rate:
     """Acceptance per level of `plan`'s tree, from rounds of real decoding on the built artifact.
 
     Every tree is grown to its full depth: of a draft that stopped early nobody knows whether it
@@ -350,7 +360,7 @@ def measure_acceptance(artifact: Artifact, plan: Plan, progress: Progress) -> Ra
     prompts = calibration_prompts(load_text(artifact.path / "tokenizer"))
     eos = frozenset(artifact.spec.eos_token_ids)
     accepted, until = list[int](), time.perf_counter() + CALIBRATION_SECONDS
-    with Session(replace(artifact, plan=plan), method="substitute") as session:
+    with Session(replace(artifact, plan=plan), method="substitute", device=device) as session:
         for index, prompt in enumerate(prompts):
             progress("measuring acceptance", index / len(prompts))
             ids = prompt[: plan.context // 2]

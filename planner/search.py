@@ -144,7 +144,7 @@ def assemble(problem: Problem, plain: Scored, drafted: list[Scored]) -> Plan:
         budget_bytes=problem.budget_bytes,
         context=problem.context,
         method=method,
-        tree=make_tree(profile, drafted[0]) if drafted else Tree(1, 0),
+        tree=make_tree(drafted[0].candidate) if drafted else Tree(1, 0),
         verify_width=plain.candidate.verify_width,
         num_threads=profile.num_threads,
         int4_kernel=profile.int4_kernel,
@@ -193,16 +193,12 @@ def layer_bytes(members: list[Part]) -> int:
     return sum(part.padded_bytes for part in members)
 
 
-def make_tree(profile: Profile, scored: Scored) -> Tree:
-    """A level is worth its time if its chance of being reached times the speed exceeds one.
-
-    On cuda the early stop stays off: it would read a number back at every level.
-    """
-    candidate = scored.candidate
-    step = scored.prediction.draft_seconds / candidate.depth
-    stop = min(0.5, step * scored.speed) if profile.device == "cpu" else 0.0
-    temperature = 1.0 if candidate.width == 1 else SHARPENING
-    return Tree(candidate.width, candidate.depth, temperature, round(stop, 4))
+def make_tree(candidate: Candidate) -> Tree:
+    """No early stop: by the draft's own probabilities it cut most levels that would have been
+    accepted, and lost a sixth of the speed on a widened model (docs/LOG.md)."""
+    return Tree(
+        candidate.width, candidate.depth, temperature=1.0 if candidate.width == 1 else SHARPENING
+    )
 
 
 def decide(problem: Problem, predicted: dict[str, Prediction]) -> tuple[Method, tuple[str, ...]]:
