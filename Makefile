@@ -23,7 +23,7 @@ demo: demo-artifact/manifest.json
 demo-artifact/manifest.json: $(VENV)/.subspec-installed
 	@echo "== the demo model has 9.9 MB of weights, the cap is $(CAP)"
 	@echo "== the link is slowed to $(LINK)/s: the model is a thousand times smaller than what people run"
-	$(BIN)/subspec-plan --model demo --vram $(CAP) --link-bandwidth $(LINK) --out demo-artifact --overwrite
+	$(BIN)/subspec-plan --model demo --vram $(CAP) --device cpu --link-bandwidth $(LINK) --out demo-artifact --overwrite
 
 test: $(VENV)/.subspec-dev-installed
 	$(BIN)/python -m pytest -q -m "not slow and not gpu"

@@ -7,7 +7,7 @@ from subspec.artifacts.plan import DeviceKind, Int4Kernel
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one operation at `width` rows: the median, and the slowest of its repeats."""
+    """Seconds of one operation at `width` rows: a typical one, and the slowest."""
 
     width: int
     seconds: float

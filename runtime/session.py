@@ -71,7 +71,7 @@ class Session:
                 Exit.INFEASIBLE,
                 "the substitutes do not fit this plan's budget of "
                 f"{format_size(plan.budget_bytes)}: it decodes plainly",
-                "drop --speculation, or plan again with a larger --vram",
+                "run it with --no-speculation, or plan again with a larger --vram",
             )
         self.artifact = artifact
         self.plan = plan

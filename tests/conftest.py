@@ -2,7 +2,7 @@
 
 import pytest
 
-import subspec.runtime  # noqa: F401  before any test imports torch: see there
+import subspec.artifacts  # noqa: F401  before any test imports torch: see there
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
