@@ -48,8 +48,8 @@ def root_only(root: Tensor, verify_width: int) -> TokenTree:
 def grow(root: Tensor, tree: Tree, verify_width: int, draft_pass: DraftPass) -> TokenTree:
     """`draft_pass(token tree, nodes, depth)` -> logits [len(nodes), V] of the substitutes.
 
-    Stops early when the best path's chance of acceptance falls below `tree.stop_below` (one number read
-    back per level; plans for a GPU leave it at 0 and read nothing back).
+    Stops early when the best path's chance of acceptance falls below `tree.stop_below`: one number
+    is read back per level. Plans leave it at 0 (docs/LOG.md), and then nothing is.
     """
     blank = root_only(root, verify_width)
     tokens, parents, ancestors = blank.tokens, blank.parents, blank.ancestors

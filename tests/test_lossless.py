@@ -173,6 +173,42 @@ def assert_same_tokens(
             assert got == plain_tokens[sampling][index], f"prompt {index}"
 
 
+def test_sampled_output_is_distributed_as_the_target(tmp_path: Path) -> None:
+    """Chi-square over two sampled tokens, the second one verified behind a draft; vocabulary 16."""
+    import transformers
+
+    model_type, settings = tiny(
+        "qwen2", hidden_size=64, intermediate_size=64, num_hidden_layers=2, vocab_size=16,
+        num_attention_heads=2, num_key_value_heads=1,
+    )  # fmt: skip
+    config = transformers.AutoConfig.for_model(model_type, **settings)
+    folder = random_checkpoint(tmp_path / "checkpoint", config)
+    artifact = build_artifact(folder, tmp_path / "artifact", width=3, depth=2, context=64)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    prompt, temperature, draws = [3, 7, 1, 12], 1.5, 600
+
+    def target(ids: list[int]) -> torch.Tensor:
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0, -1].double()
+        best = logits.topk(4).indices
+        cut = torch.full_like(logits, float("-inf")).scatter(0, best, logits[best])
+        return (cut / temperature).softmax(-1)
+
+    first = target(prompt)
+    expected = torch.stack([first[t] * target([*prompt, t]) for t in range(16)]).flatten()
+    counts = torch.zeros(256, dtype=torch.float64)
+    with Session(artifact, method="substitute") as session:
+        for seed in range(draws):
+            one, two = run(session, prompt, Sampling(temperature, top_k=4, seed=seed), 2)
+            counts[one * 16 + two] += 1
+    assert counts[expected == 0].sum() == 0
+    likely = expected * draws >= 5  # the others are one cell together
+    got = torch.cat((counts[likely], counts[~likely].sum()[None]))
+    wanted = torch.cat((expected[likely], expected[~likely].sum()[None])) * draws
+    statistic = ((got - wanted) ** 2 / wanted.clamp_min(1e-9)).sum().item()
+    assert statistic < 50  # at most 16 degrees of freedom: p < 3e-5; the seeds are fixed
+
+
 def test_the_padded_width_does_not_change_bf16_tokens_much(tmp_path: Path) -> None:
     """Other widths may round otherwise: the promise is per plan. Most tokens agree all the same."""
     artifact = build_artifact(DEMO, tmp_path / "artifact")
