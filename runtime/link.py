@@ -18,6 +18,7 @@ from subspec.artifacts.errors import Exit, SubspecError
 from subspec.runtime.memory import bytes_of, host_buffer
 
 READ_BYTES = 64 << 20
+OVERSLEPT_SECONDS = 0.002
 
 
 class Link(Protocol):
@@ -109,6 +110,7 @@ class DiskLink:
         self._file.close()
 
     def _read_all(self) -> None:
+        due = 0.0
         while (request := self._requests.get()) is not None:
             slot, offset, num_bytes = request
             started = time.perf_counter()
@@ -118,7 +120,8 @@ class DiskLink:
                 self._filled[slot].put(error)
                 continue
             if self._bytes_per_second is not None:
-                due = started + num_bytes / self._bytes_per_second
+                # The last sleep may have been a little too long: that is made up for.
+                due = max(due, started - OVERSLEPT_SECONDS) + num_bytes / self._bytes_per_second
                 time.sleep(max(0.0, due - time.perf_counter()))
             self._filled[slot].put(None)
 
