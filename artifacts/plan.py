@@ -36,6 +36,14 @@ def aligned(num_bytes: int) -> int:
     return -(-num_bytes // ALIGNMENT) * ALIGNMENT
 
 
+SLOT_ALIGNMENT = 64  # live lengths of the KV cache are multiples of it: few distinct shapes
+
+
+def cache_slots(context: int, verify_width: int) -> int:
+    """KV slots for `context` tokens, one tree behind them, and the padding slot, aligned."""
+    return -(-(context + verify_width + 1) // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
+
+
 @dataclass(frozen=True)
 class Placement:
     """The fast tier while one method runs."""

@@ -14,11 +14,10 @@ from subspec.artifacts.model import (
     parts,
     resident_tensors,
 )
-from subspec.artifacts.plan import PROMPT_TOKENS, DeviceKind, Prediction, aligned
+from subspec.artifacts.plan import PROMPT_TOKENS, DeviceKind, Prediction, aligned, cache_slots
 from subspec.artifacts.profile import Profile, seconds_at
 
 DRAFT_BYTES = 2  # the draft computes in bf16
-SLOT_ALIGNMENT = 64  # runtime/cache.py
 GUARD_SHARE = 0.01  # of the budget: what operations allocate inside themselves
 GUARD_BYTES = 128 << 10  # and at least this
 
@@ -77,7 +76,7 @@ def small_bytes(spec: ModelSpec) -> int:
 
 def tables_bytes(spec: ModelSpec, shape: Shape, drafts: bool) -> int:
     """Rope tables, and for a model that is not bf16 the draft's copies of tables and norms."""
-    positions = num_slots(shape.context, shape.verify_width)
+    positions = cache_slots(shape.context, shape.verify_width)
     total = 2 * aligned(positions * spec.head_size * spec.item_bytes)
     if drafts and spec.dtype != "bfloat16":
         total += 2 * aligned(positions * spec.head_size * DRAFT_BYTES) + draft_copies_bytes(spec)
@@ -94,12 +93,8 @@ def draft_copies_bytes(spec: ModelSpec) -> int:
     )
 
 
-def num_slots(context: int, verify_width: int) -> int:
-    return -(-(context + verify_width + 1) // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
-
-
 def cache_bytes(spec: ModelSpec, context: int, verify_width: int) -> int:
-    return aligned(num_slots(context, verify_width) * spec.kv_bytes_per_token)
+    return aligned(cache_slots(context, verify_width) * spec.kv_bytes_per_token)
 
 
 @for_one_model
@@ -117,7 +112,7 @@ def model_bytes(spec: ModelSpec) -> int:
 
 def workspace_bytes(spec: ModelSpec, device: DeviceKind, shape: Shape) -> int:
     """Peak of torch's temporaries over the passes; an upper bound, tested against a measurement."""
-    slots = num_slots(shape.context, shape.verify_width)
+    slots = cache_slots(shape.context, shape.verify_width)
     peak = max(
         pass_bytes(spec, device, shape.prefill_tokens, slots, exact_attention=False)
         + logits_bytes(spec, 1),

@@ -20,7 +20,7 @@ from subspec.artifacts.model import (
     is_streamable,
     linears,
 )
-from subspec.artifacts.plan import Int4Kernel, Plan, Rate, Tree
+from subspec.artifacts.plan import Int4Kernel, Plan, Rate, Tree, cache_slots
 from subspec.artifacts.profile import LinkRate, Profile, Timing, seconds_at
 from subspec.artifacts.store import Artifact
 from subspec.planner.calibration import NUM_TOKENS, calibration_prompts, rate_of
@@ -42,7 +42,7 @@ from subspec.planner.machine import (
 from subspec.planner.machine import pick_device as pick_device  # the caller's door is here
 from subspec.planner.problem import staging
 from subspec.runtime.attention import attend, attend_order_free
-from subspec.runtime.cache import Cache, num_slots
+from subspec.runtime.cache import Cache
 from subspec.runtime.decode import causal_rows, tree_rows
 from subspec.runtime.draft import TokenTree, grow, root_only
 from subspec.runtime.linear import (
@@ -190,7 +190,7 @@ class Bench:
         }
         self.resident = random_parts(self.spec, self.memory)
         self.exact = ExactWeights(self.spec, self.fixed, self.resident, self.biases, None)
-        slots = num_slots(held + PREFILL_ROWS, widest)
+        slots = cache_slots(held + PREFILL_ROWS, widest)
         size = (self.spec.num_layers, 2, spec.num_kv_heads, slots, spec.head_size)
         self.cache = Cache(self.memory.take_tensor("cache", size, dtype))
         self.cache.commit([0] * held)

@@ -9,12 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-SLOT_ALIGNMENT = 64  # live lengths are multiples of it: few distinct shapes
-
-
-def num_slots(context: int, verify_width: int) -> int:
-    """Slots for `context` tokens, one tree behind them, and the padding slot, aligned."""
-    return -(-(context + verify_width + 1) // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
+from subspec.artifacts.plan import SLOT_ALIGNMENT
 
 
 @dataclass

@@ -14,7 +14,6 @@ class Clock:
 
     device: torch.device
     seconds: dict[str, float] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -24,4 +23,3 @@ class Clock:
             torch.cuda.current_stream(self.device).synchronize()
         elapsed = time.perf_counter() - started
         self.seconds[name] = self.seconds.get(name, 0.0) + elapsed
-        self.counts[name] = self.counts.get(name, 0) + 1

@@ -61,9 +61,7 @@ def grow(root: Tensor, tree: Tree, verify_width: int, draft_pass: DraftPass) -> 
         logits = draft_pass(grown, frontier, depth - 1).float()
         best, ids = logits.topk(min(tree.width, logits.shape[1]), dim=-1)  # [frontier, k] each
         sharp = log_probabilities(best, logits, tree.temperature)
-        chance = log_probabilities(best, logits, STOP_TEMPERATURE)
         scores, picked = (scores[:, None] + sharp).flatten().topk(tree.width)
-        likely = (likely[:, None] + chance).flatten()[picked]
         parent = frontier[picked // best.shape[1]]
         frontier = torch.arange(tree.width, device=root.device) + 1 + tree.width * (depth - 1)
         tokens[frontier] = ids.flatten()[picked]
@@ -74,8 +72,11 @@ def grow(root: Tensor, tree: Tree, verify_width: int, draft_pass: DraftPass) -> 
         first = grown.num_nodes
         depths = grown.depths[:first] + level_depths + grown.depths[first + tree.width :]
         grown = TokenTree(tokens, parents, ancestors, depths, first + tree.width)
-        if tree.stop_below > 0 and likely.max().exp().item() < tree.stop_below:
-            break
+        if tree.stop_below > 0:
+            chance = log_probabilities(best, logits, STOP_TEMPERATURE)
+            likely = (likely[:, None] + chance).flatten()[picked]
+            if likely.max().exp().item() < tree.stop_below:
+                break
     return grown
 
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 import torch
 
 from subspec.artifacts.errors import Exit, SubspecError
-from subspec.artifacts.plan import Method, Plan
+from subspec.artifacts.plan import Method, Plan, cache_slots
 from subspec.artifacts.sizes import format_size
 from subspec.artifacts.store import Artifact
-from subspec.runtime.cache import Cache, num_slots
+from subspec.runtime.cache import Cache
 from subspec.runtime.clock import Clock
 from subspec.runtime.decode import (
     Model,
@@ -86,7 +86,7 @@ class Session:
         small = loader.small_tensors()
         substitutes = loader.substitutes(small) if self.method == "substitute" else None
         exact = loader.exact_weights(small, link_bandwidth)
-        slots = num_slots(plan.context, plan.verify_width)
+        slots = cache_slots(plan.context, plan.verify_width)
         dtype: torch.dtype = getattr(torch, spec.dtype)
         shape = (spec.num_layers, 2, spec.num_kv_heads, slots, spec.head_size)
         cache = Cache(self.memory.take_tensor("cache", shape, dtype))

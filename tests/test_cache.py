@@ -2,7 +2,8 @@
 
 import torch
 
-from subspec.runtime.cache import Cache, num_slots
+from subspec.artifacts.plan import cache_slots
+from subspec.runtime.cache import Cache
 
 
 def make_cache() -> Cache:
@@ -45,8 +46,8 @@ def test_rolling_back_forgets_tokens_and_committing_adds_them() -> None:
 
 
 def test_there_are_slots_for_the_context_a_tree_and_the_padding() -> None:
-    assert num_slots(context=100, verify_width=27) == 128
-    assert num_slots(context=100, verify_width=28) == 192
+    assert cache_slots(context=100, verify_width=27) == 128
+    assert cache_slots(context=100, verify_width=28) == 192
 
 
 def test_live_lengths_are_aligned_and_never_longer_than_the_cache() -> None:
