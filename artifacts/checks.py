@@ -11,8 +11,8 @@ from subspec.artifacts.model import (
     GROUP_SIZE,
     DType,
     ModelSpec,
+    StoredPart,
     linears,
-    parts,
     resident_tensors,
 )
 from subspec.artifacts.plan import Placement, Plan
@@ -77,22 +77,20 @@ def check_headers(path: Path, spec: ModelSpec) -> None:
         rows, groups = linear.out_features, linear.in_features // GROUP_SIZE
         expected = {
             "codes": ("U8", (rows, linear.in_features // 2)),
-            "scale": ("F16", (rows, groups)),
-            "zero": ("F16", (rows, groups)),
+            "grid": ("BF16", (groups, rows, 2)),
         }
         for suffix, (dtype, shape) in expected.items():
             name = f"{linear.name}.{suffix}"
             _check_tensor("substitutes.safetensors", substitutes, name, dtype, shape)
 
 
-def check_plan(spec: ModelSpec, plan: Plan) -> None:
+def check_plan(spec: ModelSpec, stored: list[StoredPart], plan: Plan) -> None:
     """The plan names parts of this model, and its numbers go together."""
     if not 1 <= plan.budget_bytes <= LARGEST:
         raise _wrong("plan.json", f"budget_bytes is {plan.budget_bytes}, expected 1 to {LARGEST}")
-    part_bytes = {part.name: part.padded_bytes for part in parts(spec)}
     for label, placement in (("substitute", plan.substitute), ("plain", plan.plain)):
         if placement is not None:
-            _check_placement(label, placement, part_bytes, plan.budget_bytes)
+            _check_placement(label, placement, stored, plan.budget_bytes)
     tree = plan.tree
     sane = (
         1 <= tree.width <= 256
@@ -113,15 +111,23 @@ def check_plan(spec: ModelSpec, plan: Plan) -> None:
 
 
 def _check_placement(
-    label: str, placement: Placement, part_bytes: dict[str, int], budget_bytes: int
+    label: str, placement: Placement, stored: list[StoredPart], budget_bytes: int
 ) -> None:
-    for name in placement.resident:
-        if name not in part_bytes:
+    every = {part.name: part for part in stored}
+    held = {*placement.resident, *placement.split}
+    for name in (*placement.resident, *placement.split):
+        if name not in every:
             raise _wrong("plan.json", f"{label} places an unknown {name[:200]!r}")
+    for name in placement.split:
+        if every[name].encoding != "residual":
+            raise _wrong("plan.json", f"{label} splits {name}, which is stored raw")
+    # A residual is decoded over its substitute, unless that happened while loading.
+    decodes = any(p.encoding == "residual" and p.name not in placement.resident for p in stored)
+    if decodes and not placement.ledger.get("substitutes"):
+        raise _wrong("plan.json", f"{label} decodes residuals without their substitutes")
     num_slots, block_bytes = placement.num_slots, placement.block_bytes
-    largest = max(part_bytes.values(), default=0)
-    streams = len(set(placement.resident)) < len(part_bytes)
-    if streams and (num_slots < 2 or block_bytes < largest):
+    largest = max((part.padded_bytes for part in stored if part.name not in held), default=0)
+    if largest and (num_slots < 2 or block_bytes < largest):
         raise _wrong(
             "plan.json",
             f"{label} has {num_slots} slots of {block_bytes} bytes, expected 2 or more of "

@@ -7,13 +7,15 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-GROUP_SIZE = 64  # input features that share one scale and zero of a substitute
+GROUP_SIZE = 64  # input features that share one scale and center of a substitute
 PAGE_BYTES = 4096  # direct reads and slabs are aligned to it
 PART_BYTES = 64 << 20  # a larger matrix is stored, placed and streamed in row parts of this size
+PART_ROWS = 64  # parts begin at multiples of it; kernels tile rows by 64 at most
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 DType = Literal["bfloat16", "float16", "float32"]
 Kind = Literal["q", "k", "v", "o", "gate", "up", "down", "head"]
+Encoding = Literal["raw", "residual"]  # the checkpoint's bytes, or what the substitute leaves open
 
 LAYER_LINEARS: dict[Kind, str] = {  # in execution order
     "q": "self_attn.q_proj",
@@ -109,7 +111,7 @@ class Linear:
 
     @property
     def substitute_bytes(self) -> int:
-        """Codes of 4 bits, a 16-bit scale and a 16-bit zero for each group."""
+        """Codes of 4 bits, a 16-bit scale and a 16-bit center for each group."""
         return self.num_weights // 2 + self.num_weights // GROUP_SIZE * 4
 
 
@@ -130,7 +132,38 @@ class Part:
 
     @property
     def padded_bytes(self) -> int:
-        return -(-self.num_bytes // PAGE_BYTES) * PAGE_BYTES
+        return padded(self.num_bytes)
+
+    @property
+    def num_weights(self) -> int:
+        return self.num_rows * self.linear.in_features
+
+    @property
+    def can_be_residual(self) -> bool:
+        """Residuals come in tiles of rows (residual.py) over codes in tiles of rows (linear.py)."""
+        return self.linear.out_features % PART_ROWS == 0
+
+
+@dataclass(frozen=True)
+class StoredPart:
+    """A Part as it lies in exact.safetensors and crosses the link."""
+
+    part: Part
+    encoding: Encoding
+    num_bytes: int  # without padding
+
+    @property
+    def name(self) -> str:
+        return self.part.name
+
+    @property
+    def padded_bytes(self) -> int:
+        return padded(self.num_bytes)
+
+
+def padded(num_bytes: int) -> int:
+    """Up to the next page."""
+    return -(-num_bytes // PAGE_BYTES) * PAGE_BYTES
 
 
 def linears(spec: ModelSpec) -> list[Linear]:
@@ -181,7 +214,7 @@ def parts(spec: ModelSpec) -> list[Part]:
             continue
         row_bytes = linear.in_features * spec.item_bytes
         num_parts = math.ceil(linear.out_features * row_bytes / PART_BYTES)
-        rows = math.ceil(linear.out_features / num_parts / 64) * 64
+        rows = math.ceil(linear.out_features / num_parts / PART_ROWS) * PART_ROWS
         for first in range(0, linear.out_features, rows):
             num_rows = min(rows, linear.out_features - first)
             found.append(Part(linear, first, num_rows, num_rows * row_bytes))

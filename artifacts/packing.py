@@ -8,6 +8,8 @@ from torch import Tensor
 
 from subspec.artifacts.model import GROUP_SIZE
 
+CENTER_CODE = 8  # the code whose value is the center of its group's grid
+
 
 def pack_nibbles(codes: Tensor) -> Tensor:
     """uint8 [N, K] in 0..15 -> uint8 [N, K / 2]; an even column goes to the low nibble."""
@@ -19,11 +21,12 @@ def unpack_nibbles(packed: Tensor) -> Tensor:
     return torch.stack((packed & 15, packed >> 4), dim=-1).view(packed.shape[0], -1)
 
 
-def dequantize(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """codes uint8 [N, K], scale and zero [N, G] -> f32 [N, K]; weight = (code - zero) * scale.
+def dequantize(codes: Tensor, grid: Tensor) -> Tensor:
+    """codes uint8 [N, K], grid bf16 [G, N, 2] of (scale, center) -> f32 [N, K].
 
-    HQQ's convention (mobiusml/hqq): the zero is a real number.
+    weight = (code - CENTER_CODE) * scale + center, as ATen's 4-bit kernels have it. The product is
+    exact in f32, so that a fused multiply-add gives the same bits.
     """
-    grouped = codes.view(codes.shape[0], -1, GROUP_SIZE).float()
-    weight = (grouped - zero.float()[..., None]) * scale.float()[..., None]
-    return weight.view(codes.shape)
+    scale, center = grid.float().transpose(0, 1)[..., None].unbind(2)  # [N, G, 1] each
+    steps = codes.view(codes.shape[0], -1, GROUP_SIZE).float() - CENTER_CODE
+    return (steps * scale + center).view(codes.shape)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from subspec.artifacts.model import ModelSpec, Part, parts
+from subspec.artifacts.model import StoredPart
 
 DeviceKind = Literal["cpu", "cuda"]
 Method = Literal["substitute", "plain"]
@@ -48,7 +48,8 @@ def cache_slots(context: int, verify_width: int) -> int:
 class Placement:
     """The fast tier while one method runs."""
 
-    resident: tuple[str, ...]  # names of the parts that stay in fast memory; the others stream
+    resident: tuple[str, ...]  # names of the parts that stay in fast memory, ready for a product
+    split: tuple[str, ...]  # of those that stay there as residuals; all others stream
     block_bytes: int  # size of one slot of the staging ring; a block is consecutive parts
     num_slots: int
     ledger: dict[str, int]  # purpose -> bytes of fast memory; sums to at most the budget
@@ -89,7 +90,8 @@ class Prediction:
     draft_seconds: float
     verify_seconds: float
     stream_seconds: float  # link time of the streamed bytes; hidden in part by verify and draft
-    compute_seconds: float
+    compute_seconds: float  # decoding included
+    decode_seconds: float  # residuals -> exact weights
     streamed_bytes: int
 
 
@@ -118,6 +120,7 @@ class Plan:
     prefill_tokens: int  # of a prompt that go through the layers in one stream of the weights
     substitute: Placement | None  # None: the substitutes do not fit the budget
     plain: Placement
+    residual_layers: tuple[int, ...]  # whose exact weights are stored as residuals; the head: last
     predicted: dict[str, Prediction]  # by method
     acceptance: Acceptance
     options: tuple[Option, ...] = ()  # best first; what was not taken, and its predicted speed
@@ -131,22 +134,23 @@ class Plan:
 class Block:
     """Consecutive parts that cross the link in one transfer."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[StoredPart, ...]
 
     @property
     def num_bytes(self) -> int:
         return sum(part.padded_bytes for part in self.parts)
 
 
-def make_blocks(spec: ModelSpec, resident: Sequence[str], block_bytes: int) -> list[Block]:
-    """The parts that are not resident, in execution order, in blocks of at most `block_bytes`.
+def make_blocks(stored: Sequence[StoredPart], placement: Placement) -> list[Block]:
+    """What streams, in execution order, in blocks of at most `placement.block_bytes`.
 
-    A block is one range of exact.safetensors: a resident part ends it.
+    A block is one range of exact.safetensors: a part that stays in fast memory ends it.
     """
-    inside, blocks, current, size = set(resident), [], list[Part](), 0
-    for part in parts(spec):
+    inside = {*placement.resident, *placement.split}
+    blocks, current, size = list[Block](), list[StoredPart](), 0
+    for part in stored:
         stays = part.name in inside
-        if current and (stays or size + part.padded_bytes > block_bytes):
+        if current and (stays or size + part.padded_bytes > placement.block_bytes):
             blocks.append(Block(tuple(current)))
             current, size = [], 0
         if not stays:

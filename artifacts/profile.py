@@ -35,6 +35,7 @@ class Profile:
     draft_head: tuple[Timing, ...]
     prefill_token_seconds: float  # one token of a long prompt through one layer
     round_seconds: float  # fixed cost of a round outside layers and heads
+    decode_rate: float  # exact weights per second from residuals; 0: not on this machine
     int4_kernel: Int4Kernel
     position_free_widths: tuple[int, ...]  # widths at which a row's bits ignore its place
 

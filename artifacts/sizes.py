@@ -48,3 +48,9 @@ def _scaled(num_bytes: int | float, base: int, suffix: str) -> str:
         value /= base
         prefixes.pop(0)
     return f"{value:.0f} B" if prefixes[0] == "" else f"{value:.2f} {prefixes[0]}{suffix}"
+
+
+def weights_rate(per_second: float) -> str:
+    """1.89e9 -> "1.89 billion weights/s"."""
+    unit, name = (1e9, "billion") if per_second >= 1e9 else (1e6, "million")
+    return f"{per_second / unit:.3g} {name} weights/s"

@@ -4,24 +4,32 @@ import dataclasses
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from subspec.artifacts.checks import check_headers, check_plan, check_spec
 from subspec.artifacts.codec import dump_json, load_dataclass, parse_json
 from subspec.artifacts.errors import Exit, SubspecError
 from subspec.artifacts.folder import MANIFEST
 from subspec.artifacts.folder import new_folder as new_folder  # the writer's door is here
-from subspec.artifacts.model import PAGE_BYTES, ModelSpec, parts
+from subspec.artifacts.model import (
+    PAGE_BYTES,
+    Encoding,
+    ModelSpec,
+    StoredPart,
+    linears,
+    padded,
+    parts,
+)
 from subspec.artifacts.plan import Plan
 from subspec.artifacts.profile import Profile
 from subspec.artifacts.tensors import open_regular, read_header
 
 # Major: readers refuse another one. Minor: readers carry on with a newer one, which may have added
 # files, and keys at the top of a JSON file.
-FORMAT_VERSION = "1.0"
+FORMAT_VERSION = "2.0"
 VERSION = re.compile(r"([0-9]{1,4})\.([0-9]{1,4})", re.ASCII)
 CHUNK_BYTES = 64 << 20
 LARGEST_JSON = 8 << 20
@@ -31,10 +39,12 @@ REQUIRED = (
     "substitutes.safetensors", "exact.safetensors", "resident.safetensors",
     "tokenizer/tokenizer.json",
 )  # fmt: skip
+DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
 FILE_NAME = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*", re.ASCII)
 AGAIN = "copy or build the artifact again"
 
 T = TypeVar("T")
+Buffer = bytes | memoryview
 
 
 @dataclass(frozen=True)
@@ -52,7 +62,16 @@ class PartEntry:
     name: str
     offset: int  # from the beginning of the file; a multiple of PAGE_BYTES
     num_bytes: int  # without the padding up to the next page
-    encoding: Literal["raw"] = "raw"  # the checkpoint's bytes
+    encoding: Encoding
+    digest: str  # of these bytes: part_digest
+
+
+@dataclass(frozen=True)
+class SubstituteEntry:
+    """What the residuals of one matrix were made for: another draft would decode them wrongly."""
+
+    name: str  # of the linear
+    digest: str  # SHA-256 of its codes and then its grid, hexadecimal
 
 
 @dataclass(frozen=True)
@@ -61,6 +80,7 @@ class Manifest:
     producer: str
     files: tuple[FileEntry, ...]
     parts: tuple[PartEntry, ...]
+    substitutes: tuple[SubstituteEntry, ...]
 
 
 @dataclass(frozen=True)
@@ -73,8 +93,19 @@ class Artifact:
     plan: Plan
     profile: Profile
 
-    def part_offsets(self) -> dict[str, PartEntry]:
+    def part_entries(self) -> dict[str, PartEntry]:
         return {entry.name: entry for entry in self.manifest.parts}
+
+    def substitute_digests(self) -> dict[str, str]:
+        """By name of the linear."""
+        return {entry.name: entry.digest for entry in self.manifest.substitutes}
+
+    def stored_parts(self) -> list[StoredPart]:
+        """The exact weights as they are stored, in execution order."""
+        return [
+            StoredPart(part, entry.encoding, entry.num_bytes)
+            for part, entry in zip(parts(self.spec), self.manifest.parts, strict=True)
+        ]
 
 
 # Writing
@@ -85,7 +116,11 @@ def write_json(folder: Path, name: str, value: Any) -> None:
 
 
 def write_manifest(
-    folder: Path, producer: str, part_entries: tuple[PartEntry, ...], known: dict[str, FileEntry]
+    folder: Path,
+    producer: str,
+    part_entries: tuple[PartEntry, ...],
+    substitutes: tuple[SubstituteEntry, ...],
+    known: dict[str, FileEntry],
 ) -> Manifest:
     """Lists every file of `folder` with its digests; `known` saves hashing large files twice."""
     files = []
@@ -93,7 +128,7 @@ def write_manifest(
         name = file.relative_to(folder).as_posix()
         if name not in (MANIFEST, NEW_MANIFEST):
             files.append(known.get(name) or file_entry(folder, name))
-    manifest = Manifest(FORMAT_VERSION, producer, tuple(files), part_entries)
+    manifest = Manifest(FORMAT_VERSION, producer, tuple(files), part_entries, substitutes)
     text = dump_json(_sealed(asdict(manifest)))
     temporary = folder / NEW_MANIFEST
     temporary.write_text(text, encoding="utf-8")
@@ -106,6 +141,15 @@ def file_entry(folder: Path, name: str) -> FileEntry:
         chunks = tuple(hashlib.sha256(data).hexdigest() for data in _chunks(file))
         size = os.fstat(file.fileno()).st_size
     return FileEntry(name, name.partition("/")[0].partition(".")[0], size, chunks)
+
+
+def part_digest(stored: Iterable[Buffer], substitute_digest: str | None) -> str:
+    """SHA-256 of a part's stored bytes, hexadecimal; a residual's begins with the digest of the
+    substitute that it was made for, so that neither can be exchanged alone."""
+    found = hashlib.sha256(bytes.fromhex(substitute_digest) if substitute_digest else b"")
+    for piece in stored:
+        found.update(piece)
+    return found.hexdigest()
 
 
 def _sealed(body: dict[str, Any]) -> dict[str, Any]:
@@ -134,8 +178,10 @@ def open_artifact(path: Path) -> Artifact:
     check_spec(spec)
     check_headers(path, spec)
     _check_parts(path, manifest, spec)
-    check_plan(spec, plan)
-    return Artifact(path, manifest, spec, plan, profile)
+    _check_substitutes(manifest, spec)
+    artifact = Artifact(path, manifest, spec, plan, profile)
+    check_plan(spec, artifact.stored_parts(), plan)
+    return artifact
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -211,16 +257,37 @@ def _check_parts(path: Path, manifest: Manifest, spec: ModelSpec) -> None:
             f"{MANIFEST} lists {len(manifest.parts)} parts, the model has {len(expected)}"
         )
     for entry, part in zip(manifest.parts, expected, strict=True):
-        found = (entry.name, entry.num_bytes, entry.offset)
-        if found != (part.name, part.num_bytes, offset) or entry.offset % PAGE_BYTES:
+        residual = entry.encoding == "residual"
+        fits = (
+            part.can_be_residual and 0 < entry.num_bytes < part.num_bytes
+            if residual
+            else entry.num_bytes == part.num_bytes
+        )
+        placed = entry.name == part.name and entry.offset == offset and offset % PAGE_BYTES == 0
+        if not (fits and placed):
+            size = f"{'less than ' if residual else ''}{part.num_bytes} bytes"
             raise _corrupt(
-                f"{MANIFEST} lists the part {entry.name[:200]!r}, {entry.num_bytes} bytes at "
-                f"{entry.offset}, expected {part.name}, {part.num_bytes} bytes at {offset}, "
-                f"a multiple of {PAGE_BYTES}"
+                f"{MANIFEST} lists the part {entry.name[:200]!r}, {entry.encoding}, "
+                f"{entry.num_bytes} bytes at {entry.offset}, expected {part.name}, {size} at "
+                f"{offset}, a multiple of {PAGE_BYTES}"
             )
-        offset += part.padded_bytes
+        _check_digest(entry.name, entry.digest)
+        offset += padded(entry.num_bytes)
     if offset > end:
         raise _corrupt(f"exact.safetensors ends at byte {end}, its parts at {offset}")
+
+
+def _check_substitutes(manifest: Manifest, spec: ModelSpec) -> None:
+    expected = [linear.name for linear in linears(spec) if linear.has_substitute]
+    if [entry.name for entry in manifest.substitutes] != expected:
+        raise _corrupt(f"{MANIFEST} lists other substitutes than the model's {len(expected)}")
+    for entry in manifest.substitutes:
+        _check_digest(entry.name, entry.digest)
+
+
+def _check_digest(name: str, digest: str) -> None:
+    if DIGEST.fullmatch(digest) is None:
+        raise _corrupt(f"{MANIFEST}: the digest of {name[:200]!r} is {digest[:80]!r}")
 
 
 def _version(text: Any) -> tuple[int, int]:

@@ -103,21 +103,21 @@ class Writable(Protocol):
     def write(self, data: bytes, /) -> int: ...
 
 
-def write_header(file: Writable, tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> int:
-    """Writes the header for (name, dtype, shape) in data order; returns the data's offset."""
+def write_header(
+    file: Writable, tensors: Iterable[tuple[str, str, tuple[int, ...]]], num_bytes: int = 0
+) -> int:
+    """Writes the header for (name, dtype, shape) in data order, at least `num_bytes` long, to whole
+    pages; returns the data's offset."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, dtype, shape in tensors:
-        num_bytes = ITEM_BYTES[dtype]
+        size = ITEM_BYTES[dtype]
         for count in shape:
-            num_bytes *= count
-        header[name] = {
-            "dtype": dtype,
-            "shape": list(shape),
-            "data_offsets": [end, end + num_bytes],
-        }
-        end += num_bytes
+            size *= count
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + size]}
+        end += size
     text = json.dumps(header, separators=(",", ":")).encode()
+    text = text.ljust(num_bytes - 8)
     text += b" " * (-(len(text) + 8) % PAGE_BYTES)
     file.write(struct.pack("<Q", len(text)) + text)
     return 8 + len(text)

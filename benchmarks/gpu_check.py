@@ -2,10 +2,12 @@
 
     python benchmarks/gpu_check.py --out DIR [--hidden 4096 --layers 24 --vram 4GB]
 
-Makes a widened demo model (mechanics of that size, not its acceptance), plans it for the GPU and
-checks: speculation and plain decoding give the same tokens, greedy and seeded; the driver's peak
-stays below the cap; how busy the link is while verifying; the terms of a round at full and at
-throttled link speed. Stories on stderr, one JSON object as the last line of stdout.
+Makes a widened demo model (mechanics of that size, not its acceptance), plans it for the GPU with
+raw weights and with residuals, and checks for both: speculation and plain decoding give the same
+tokens, greedy and seeded; the driver's peak stays below the cap; how busy the link is while
+verifying; the terms of a round at full and at throttled link speed. And how fast residuals decode,
+as weights and as share of the memory's bandwidth. Stories on stderr, one JSON object as the last
+line of stdout.
 """
 
 import json
@@ -18,7 +20,7 @@ import torch
 
 from subspec.artifacts.command import reported, size_option
 from subspec.artifacts.errors import Exit, SubspecError
-from subspec.artifacts.sizes import format_size
+from subspec.artifacts.sizes import format_size, weights_rate
 from subspec.artifacts.store import Artifact, open_artifact
 from subspec.runtime.sampling import Sampling
 from subspec.runtime.session import Session
@@ -40,29 +42,68 @@ def main(out: Path, hidden: int, layers: int, vram: int, tokens: int) -> None:
     """Check the CUDA path on this machine."""
     if not torch.cuda.is_available():
         raise SubspecError(Exit.WRONG_MACHINE, "torch finds no CUDA GPU", "run it where one is")
-    model, folder = out / "model", out / "artifact"
+    model = out / "model"
     if not model.exists():
         run("widen.py", "--hidden", hidden, "--layers", layers, "--no-check", "--out", model)
-    plan_command = ["subspec-plan", "--model", str(model.absolute()), "--vram", f"{vram}B"]
-    subprocess.run(
-        [*plan_command, "--device", "cuda", "--out", str(folder), "--overwrite"],
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
-    artifact = open_artifact(folder)
-    found = {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "profile": {
+    found: dict[str, object] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
+    lossless = True
+    for encoding in ("raw", "residual"):
+        folder = out / encoding
+        plan_command = ["subspec-plan", "--model", str(model.absolute()), "--vram", f"{vram}B"]
+        plan_command += ["--device", "cuda", "--encoding", encoding]
+        subprocess.run(
+            [*plan_command, "--out", str(folder), "--overwrite"],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+        artifact = open_artifact(folder)
+        checked = check_lossless(artifact, tokens)
+        lossless &= all(checked.values())
+        found[encoding] = {
             "link_bytes_per_second": artifact.profile.link[-1].bytes_per_second,
             "int4_kernel": artifact.profile.int4_kernel,
-        },
-        "lossless": check_lossless(artifact, tokens),
-        "speed": {link: speed(folder, link) for link in LINKS},
-    }
+            "lossless": checked,
+            "speed": {link: speed(folder, link) for link in LINKS},
+        }
+    found["decode"] = decode(artifact)
     print(json.dumps(found))
-    if not all(found["lossless"].values()):
+    if not lossless:
         raise SubspecError(Exit.UNEXPECTED, "speculation changed tokens on this GPU")
+
+
+def decode(artifact: Artifact) -> dict[str, float]:
+    """Weights per second of the Triton decoder, and the memory traffic that this is: the residual
+    and the substitute are read, the weight is written."""
+    stored = artifact.stored_parts()
+    num_weights = sum(part.part.num_weights for part in stored)
+    residual_bits = 8 * sum(part.num_bytes for part in stored) / num_weights
+    rate = artifact.profile.decode_rate
+    moved = rate * (residual_bits / 8 + 4.5 / 8 + artifact.spec.item_bytes)
+    bandwidth = memory_bandwidth()
+    print(
+        f"decoding: {weights_rate(rate)}, {moved / bandwidth:.0%} of the memory's bandwidth",
+        file=sys.stderr,
+    )
+    return {
+        "weights_per_second": rate,
+        "bits_per_weight": residual_bits,
+        "memory_bytes_per_second": bandwidth,
+        "share_of_memory": moved / bandwidth,
+    }
+
+
+def memory_bandwidth() -> float:
+    """Bytes per second that a copy on the device reads and writes."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    target.copy_(source)
+    before.record()
+    for _ in range(10):
+        target.copy_(source)
+    after.record()
+    after.synchronize()
+    return 10 * 2 * source.numel() / (before.elapsed_time(after) / 1e3)
 
 
 def check_lossless(artifact: Artifact, tokens: int) -> dict[str, bool]:

@@ -48,16 +48,22 @@ def build(
     check_space(spec, out)
     check_tied_head(checkpoint)
     with no_empty_parents(out), new_folder(out, overwrite) as folder:
-        known, entries = write_weights(folder, checkpoint, quantizer, progress)
+        written = write_weights(folder, checkpoint, plan.residual_layers, quantizer, progress)
         write_tokenizer(folder, tokenizer)
         write_json(folder, "model.json", spec)
         write_json(folder, "profile.json", profile)
-        unfinished = Manifest(FORMAT_VERSION, PRODUCER, (), entries)
+        unfinished = Manifest(
+            FORMAT_VERSION,
+            PRODUCER,
+            tuple(written.files.values()),
+            written.parts,
+            written.substitutes,
+        )
         plan = replan(Artifact(folder, unfinished, spec, plan, profile))
         write_plan(folder, spec, plan, profile)
         copy_license(checkpoint.folder, folder)
         progress("writing the manifest", 1.0)
-        write_manifest(folder, PRODUCER, entries, known)
+        write_manifest(folder, PRODUCER, written.parts, written.substitutes, written.files)
         open_artifact(folder)  # what nobody could open gets no name
     return plan
 

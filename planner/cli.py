@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from subspec.artifacts.store import Artifact
     from subspec.planner.hub import Resolved
     from subspec.planner.search import Wishes
+    from subspec.planner.storage import Storage
 
 CALIBRATION_WIDTHS = (1, 3)  # of the trees whose acceptance is measured
 CALIBRATION_DEPTH = 12
@@ -46,6 +47,7 @@ class Options:
     profile: Path | None
     link_bandwidth: int | None
     quantizer: str
+    encoding: str
     dry_run: bool
     as_json: bool
     overwrite: bool
@@ -77,6 +79,8 @@ class Options:
 )  # fmt: skip
 @click.option("--quantizer", type=click.Choice(["blocked", "hqq"]), default="blocked",
               show_default=True, help="hqq: the reference package, 9x slower.")  # fmt: skip
+@click.option("--encoding", type=click.Choice(["auto", "residual", "raw"]), default="auto",
+              show_default=True, help="How exact weights are stored.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Plan from config and headers; write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 @click.option("--overwrite", is_flag=True, help="Replace an artifact at --out.")
@@ -121,6 +125,7 @@ def plan_and_build(
     from subspec.planner.checkpoint import read_checkpoint
     from subspec.planner.quantize import QUANTIZERS
     from subspec.planner.search import PRIOR
+    from subspec.planner.storage import Storage
     from subspec.planner.tokenizer_files import read_tokenizer
 
     checkpoint = read_checkpoint(resolved.path, resolved.source)
@@ -129,9 +134,12 @@ def plan_and_build(
     plan = solve(options, checkpoint.spec, profile, PRIOR)
 
     def replan(artifact: "Artifact") -> "Plan":
+        """The weights are as long as they turned out by now."""
+        stored = Storage(tuple(artifact.stored_parts()))
         if measured is not None:  # another machine's plan cannot be run here
-            return plan
-        return solve(options, artifact.spec, profile, calibrate(options, artifact, show))
+            return solve(options, artifact.spec, profile, PRIOR, stored)
+        acceptance = calibrate(options, artifact, stored, show)
+        return solve(options, artifact.spec, profile, acceptance, stored)
 
     quantizer = QUANTIZERS[options.quantizer]
     final = build(
@@ -152,18 +160,24 @@ def dry_run(
 
 
 def solve(
-    options: Options, spec: "ModelSpec", profile: "Profile", acceptance: "Acceptance"
+    options: Options,
+    spec: "ModelSpec",
+    profile: "Profile",
+    acceptance: "Acceptance",
+    stored: "Storage | None" = None,
 ) -> "Plan":
     from subspec.planner.search import search
 
-    plan = search(spec, profile, options.vram, wishes_of(options), acceptance)
+    plan = search(spec, profile, options.vram, wishes_of(options), acceptance, stored)
     if options.link_bandwidth is None:
         return plan
     reason = f"planned as if the link gave {short_size(options.link_bandwidth)}/s at most"
     return replace(plan, reasons=(f"{reason}: --link-bandwidth", *plan.reasons))
 
 
-def calibrate(options: Options, artifact: "Artifact", show: Progress) -> "Acceptance":
+def calibrate(
+    options: Options, artifact: "Artifact", stored: "Storage", show: Progress
+) -> "Acceptance":
     """Acceptance measured by running the artifact with a few trees that fit its budget."""
     from subspec.artifacts.plan import Acceptance
     from subspec.planner.measure import measure_acceptance
@@ -176,7 +190,7 @@ def calibrate(options: Options, artifact: "Artifact", show: Progress) -> "Accept
         depth = options.depth or CALIBRATION_DEPTH
         wishes = replace(wishes_of(options), width=width, depth=depth, method="substitute")
         try:
-            plan = search(artifact.spec, artifact.profile, options.vram, wishes, PRIOR)
+            plan = search(artifact.spec, artifact.profile, options.vram, wishes, PRIOR, stored)
         except SubspecError as error:
             if error.exit_code != Exit.INFEASIBLE:
                 raise
@@ -247,7 +261,14 @@ def existing_parent(out: Path) -> Path:
 def wishes_of(options: Options) -> "Wishes":
     from subspec.planner.search import Wishes
 
-    return Wishes(options.context, options.width, options.depth, options.method, options.ram)  # type: ignore[arg-type]
+    return Wishes(
+        options.context,
+        options.width,
+        options.depth,
+        options.method,  # type: ignore[arg-type]
+        options.ram,
+        options.encoding,  # type: ignore[arg-type]
+    )
 
 
 def default_name(options: Options) -> str:

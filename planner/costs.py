@@ -5,7 +5,6 @@ arena of exactly this size, and tests compare the temporaries with `workspace_by
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 from subspec.artifacts.model import (
     EMBEDDING,
@@ -16,13 +15,11 @@ from subspec.artifacts.model import (
 )
 from subspec.artifacts.plan import PROMPT_TOKENS, DeviceKind, Prediction, aligned, cache_slots
 from subspec.artifacts.profile import Profile, seconds_at
+from subspec.planner.storage import Storage, for_one_model
 
 DRAFT_BYTES = 2  # the draft computes in bf16
 GUARD_SHARE = 0.01  # of the budget: what operations allocate inside themselves
 GUARD_BYTES = 128 << 10  # and at least this
-
-# A search asks the same of one model thousands of times, and counting its matrices takes a while.
-for_one_model = lru_cache(maxsize=4)
 
 
 @dataclass(frozen=True)
@@ -35,6 +32,7 @@ class Shape:
     prefill_tokens: int
     block_bytes: int
     num_slots: int
+    scratch_bytes: int  # of one decoded part; 0: no weight is stored as a residual
 
 
 def ledger(
@@ -43,12 +41,14 @@ def ledger(
     """Purpose -> bytes, without resident exact weights."""
     drafts = shape.draft_width > 0
     return {
-        "substitutes": substitutes_bytes(spec) if drafts else 0,
+        # A residual is decoded over its substitute, whether that drafts or not.
+        "substitutes": substitutes_bytes(spec) if drafts or shape.scratch_bytes else 0,
         "embedding": aligned(spec.vocab_size * spec.hidden_size * spec.item_bytes),
         "norms": small_bytes(spec),
         "tables": tables_bytes(spec, shape, drafts),
         "cache": cache_bytes(spec, shape.context, shape.verify_width),
         "staging": shape.block_bytes * shape.num_slots,
+        "scratch": shape.scratch_bytes,
         "workspace": workspace_bytes(spec, device, shape),
         "overhead": overhead_bytes,
         "guard": max(GUARD_BYTES, int(budget_bytes * GUARD_SHARE)),
@@ -95,12 +95,6 @@ def draft_copies_bytes(spec: ModelSpec) -> int:
 
 def cache_bytes(spec: ModelSpec, context: int, verify_width: int) -> int:
     return aligned(cache_slots(context, verify_width) * spec.kv_bytes_per_token)
-
-
-@for_one_model
-def exact_bytes(spec: ModelSpec) -> int:
-    """Everything that could be streamed."""
-    return sum(part.padded_bytes for part in parts(spec))
 
 
 @for_one_model
@@ -169,8 +163,10 @@ def count(shape: tuple[int, ...]) -> int:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One point of the search: a tree (width 0: plain decoding), padding and staging."""
+    """One point of the search: how the weights are stored, a tree (width 0: plain decoding),
+    padding and staging."""
 
+    storage: Storage
     width: int
     depth: int
     verify_width: int
@@ -191,14 +187,17 @@ def predict(
 
     verify = the longer of link and compute, plus one block of the shorter (the pipeline's ends).
     What fits the staging ring crosses the link while the draft runs. Blocks are not rounded up:
-    then a byte less to stream could cost a whole block's time.
+    then a byte less to stream could cost a whole block's time. Residuals are decoded by the threads
+    that compute, in turn with the products.
     """
     layers = spec.num_layers
+    coded = candidate.storage.coded_weights
+    decode = coded / profile.decode_rate if coded else 0.0
     speed = profile.link_rate(candidate.block_bytes)
     blocks = max(1.0, streamed / max(1, candidate.block_bytes))
     if candidate.width == 0:
         draft, tokens = 0.0, 1.0
-        compute = layers * profile.plain_layer_seconds + seconds_at(profile.exact_head, 1)
+        compute = layers * profile.plain_layer_seconds + seconds_at(profile.exact_head, 1) + decode
         ahead = 0.0
     else:
         step = layers * seconds_at(profile.draft_layer, candidate.width)
@@ -206,12 +205,13 @@ def predict(
         draft = step * candidate.depth
         tokens = expected_tokens(rate, candidate.depth)
         compute = layers * seconds_at(profile.exact_layer, candidate.verify_width)
-        compute += seconds_at(profile.exact_head, candidate.verify_width)
+        compute += seconds_at(profile.exact_head, candidate.verify_width) + decode
         ahead = min(candidate.block_bytes * candidate.num_slots, streamed, draft * speed)
     link = (streamed - ahead) / speed
     verify = max(link, compute) + min(link, compute) / blocks + profile.round_seconds
     passes = -(-PROMPT_TOKENS // prefill_tokens)
-    prompt = max(passes * streamed / speed, PROMPT_TOKENS * layers * profile.prefill_token_seconds)
+    work = PROMPT_TOKENS * layers * profile.prefill_token_seconds + passes * decode
+    prompt = max(passes * streamed / speed, work)
     return Prediction(
         tokens_per_second=tokens / (draft + verify),
         time_to_first_token_seconds=prompt + seconds_at(profile.exact_head, 1),
@@ -221,6 +221,7 @@ def predict(
         verify_seconds=verify,
         stream_seconds=streamed / speed,
         compute_seconds=compute,
+        decode_seconds=decode,
         streamed_bytes=streamed,
     )
 

@@ -11,19 +11,21 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from subspec.artifacts.model import ModelSpec, parts
+from subspec.artifacts.model import GROUP_SIZE, ModelSpec, parts
 from subspec.artifacts.plan import PROMPT_TOKENS, Placement, Plan, Prediction
 from subspec.artifacts.profile import Profile
-from subspec.artifacts.sizes import format_size, short_size
+from subspec.artifacts.sizes import format_size, short_size, weights_rate
 from subspec.planner.costs import expected_tokens, model_bytes
 from subspec.templates import load
 
 PURPOSES = {  # of the ledger, as a person calls them, in the order of the report's bar
     "resident": "exact weights that stay",
+    "residuals": "residuals that stay",
     "substitutes": "4-bit substitutes, the draft",
     "embedding": "token embedding",
     "cache": "keys and values",
     "staging": "staging for streamed weights",
+    "scratch": "one decoded matrix",
     "workspace": "activations",
     "tables": "position tables",
     "norms": "norms and biases",
@@ -55,6 +57,7 @@ def print_plan(spec: ModelSpec, plan: Plan, console: Console) -> None:
         table.add_row(Text(row.label), format_size(row.num_bytes), share)
     console.print(table)
     costs = Table.grid(padding=(0, 2))
+    costs.add_row("streamed", streamed_line(spec, plan))
     costs.add_row("round", round_line(predicted))
     costs.add_row("speed", f"{speed_line(plan)}, predicted")
     costs.add_row(
@@ -96,7 +99,9 @@ def plan_json(spec: ModelSpec, plan: Plan, artifact: Path | None) -> dict[str, A
             "prefill_tokens": plan.prefill_tokens,
             "block_bytes": placement.block_bytes,
             "num_slots": placement.num_slots,
+            "residual_layers": list(plan.residual_layers),
             "resident_bytes": placement.ledger["resident"],
+            "split_bytes": placement.ledger["residuals"],
             "streamed_bytes": predicted.streamed_bytes,
             "reasons": list(plan.reasons),
         },
@@ -139,11 +144,13 @@ def render_report(spec: ModelSpec, plan: Plan, profile: Profile) -> str:
         options=[(one_line(o.label), o.tokens_per_second, is_chosen(plan, o.label))
                  for o in plan.options],
         profile=profile,
+        streamed=streamed_line(spec, plan) if plan.method in plan.predicted else "",
         lanes=lanes,
         total=total,
         ticks=ticks(total),
         expected_tokens=expected_tokens,
         number=number,
+        weights_rate=weights_rate,
         duration=duration,
     )  # fmt: skip
 
@@ -160,6 +167,7 @@ def page(spec: ModelSpec, plan: Plan) -> dict[str, Any]:
         "method": method_name(plan),
         "placement": placement,
         "num_parts": len(parts(spec)),
+        "coded": bool(plan.residual_layers),
         "ledger": ledger_rows(plan, placement),
         "predicted": plan.predicted.get(plan.method),
         "plain": plan.predicted.get("plain"),
@@ -266,11 +274,33 @@ def is_chosen(plan: Plan, label: str) -> bool:
 def round_line(predicted: Prediction) -> str:
     terms = f"stream {duration(predicted.stream_seconds)}"
     terms += f", compute {duration(predicted.compute_seconds)}"
+    if predicted.decode_seconds:
+        terms += f", decoding {duration(predicted.decode_seconds)} of that"
     verify = f"verify {duration(predicted.verify_seconds)} ({terms})"
     if not predicted.draft_seconds:
         return f"{verify} for 1 token"
     tokens = number(predicted.tokens_per_round)
     return f"draft {duration(predicted.draft_seconds)}, {verify} for {tokens} tokens expected"
+
+
+def streamed_line(spec: ModelSpec, plan: Plan) -> str:
+    """N (d + r) / 8 - V: draft bits and stored bits of every weight, less what fast memory holds
+    of both."""
+    placement, streamed = placement_of(plan), plan.predicted[plan.method].streamed_bytes
+    if not streamed:
+        return "nothing: all exact weights stay in fast memory"
+    count = sum(part.num_weights for part in parts(spec))
+    held = placement.ledger["resident"] + placement.ledger["residuals"]
+    draft_bits = 4 + 32 / GROUP_SIZE if placement.ledger["substitutes"] else 0.0
+    stored_bits = 8 * (streamed + held) / count
+    in_memory = count * draft_bits / 8 + held
+    bits = (
+        f"({draft_bits:.1f} + {stored_bits:.2f}) bits" if draft_bits else f"{stored_bits:.2f} bits"
+    )
+    return (
+        f"{big_number(count)} weights x {bits} - {short_size(int(in_memory))} in fast memory = "
+        f"{short_size(streamed)} a round"
+    )
 
 
 def speed_line(plan: Plan) -> str:
@@ -281,11 +311,14 @@ def speed_line(plan: Plan) -> str:
 
 
 def parameters(spec: ModelSpec) -> str:
-    count = model_bytes(spec) // spec.item_bytes
+    return f"{big_number(model_bytes(spec) // spec.item_bytes)} parameters"
+
+
+def big_number(count: int) -> str:
     for unit, name in ((10**9, "billion"), (10**6, "million")):
         if count >= unit:
-            return f"{number(count / unit)} {name} parameters"
-    return f"{count} parameters"
+            return f"{number(count / unit)} {name}"
+    return str(count)
 
 
 def number(value: float) -> str:

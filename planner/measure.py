@@ -3,6 +3,7 @@
 The only file of the planner that imports the runtime: a profile times what will run.
 """
 
+import importlib.util
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
@@ -13,10 +14,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from subspec.artifacts import compiled
 from subspec.artifacts.model import (
     PAGE_BYTES,
+    PART_ROWS,
     Kind,
+    Linear,
     ModelSpec,
+    Part,
     is_streamable,
     linears,
 )
@@ -24,9 +29,10 @@ from subspec.artifacts.plan import Int4Kernel, Plan, Rate, Tree, cache_slots
 from subspec.artifacts.profile import LinkRate, Profile, Timing, seconds_at
 from subspec.artifacts.store import Artifact
 from subspec.planner.calibration import NUM_TOKENS, calibration_prompts, rate_of
-from subspec.planner.costs import Shape, exact_bytes, ledger, substitutes_bytes
+from subspec.planner.costs import Shape, ledger, substitutes_bytes
 from subspec.planner.excerpt import (
     excerpt,
+    fill_with_noise,
     ignores_place,
     random_parts,
     random_resident_tensors,
@@ -41,12 +47,15 @@ from subspec.planner.machine import (
 )
 from subspec.planner.machine import pick_device as pick_device  # the caller's door is here
 from subspec.planner.problem import staging
+from subspec.planner.quantize import quantize
+from subspec.planner.storage import raw_storage, usual_storages
 from subspec.runtime.attention import attend, attend_order_free
 from subspec.runtime.cache import Cache
 from subspec.runtime.decode import causal_rows, tree_rows
 from subspec.runtime.draft import TokenTree, grow, root_only
 from subspec.runtime.linear import (
     Int4Weight,
+    cpu_tile_rows,
     exact_product,
     exact_product_into,
     pack,
@@ -58,6 +67,7 @@ from subspec.runtime.load import DRAFT_DTYPE, fixed_weight
 from subspec.runtime.memory import FastMemory, free_bytes, host_buffer
 from subspec.runtime.sampling import Sampling, choose
 from subspec.runtime.session import Session, machine_name
+from subspec.runtime.split import Restorer
 from subspec.runtime.stream import ExactWeights
 from subspec.runtime.substitutes import Substitutes
 from subspec.runtime.text import load_text
@@ -84,6 +94,7 @@ PLACE_SECONDS = 5.0
 PREFILL_ROWS = 128
 LARGEST_BLOCK = 64 << 20  # larger ones are not faster
 LINK_TEST_BYTES = (64 << 20, 256 << 20)  # at least and at most, in between the model's size
+DECODE_WEIGHTS = 1 << 21  # of one matrix, decoded at a time
 CALIBRATION_SECONDS = 60.0  # per tree
 
 Progress = Callable[[str, float], None]
@@ -126,6 +137,7 @@ def measure(
             draft_head=draft_head,
             prefill_token_seconds=min(prefill / PREFILL_ROWS, widest.seconds / widest.width),
             round_seconds=bench.round_seconds(),
+            decode_rate=bench.decode_rate(kernel),
             int4_kernel=kernel,
             position_free_widths=bench.position_free_widths(),
         )
@@ -138,11 +150,12 @@ def measure(
 
 def measure_link(spec: ModelSpec, device: torch.device, folder: Path) -> tuple[LinkRate, ...]:
     """Bytes per second from the slow tier, at the block sizes that a plan may stream."""
-    sizes = sorted({min(max(block, PAGE_BYTES), LARGEST_BLOCK) for block, _ in staging(spec)})
+    blocks = [b for way in (usual_storages(spec)[0], raw_storage(spec)) for b, _ in staging(way)]
+    sizes = sorted({min(max(block, PAGE_BYTES), LARGEST_BLOCK) for block in blocks})
     if device.type == "cuda":
         return tuple(LinkRate(size, host_rate(device, size)) for size in sizes)
     least, most = LINK_TEST_BYTES
-    num_bytes = min(max(exact_bytes(spec), least), most) >> 20 << 20
+    num_bytes = min(max(raw_storage(spec).num_bytes, least), most) >> 20 << 20
     with unnamed_file(folder, num_bytes) as path:
         return tuple(LinkRate(size, disk_rate(path, num_bytes, size)) for size in sizes)
 
@@ -177,9 +190,10 @@ class Bench:
         self.layers_per_call = self.spec.num_layers if device.type == "cuda" else 1
         dtype: torch.dtype = getattr(torch, spec.dtype)
         held, widest = context // 2, max(PADDED_WIDTHS)
-        shape = Shape(held + PREFILL_ROWS, widest, 1, 1, 0, 0)
+        stored = raw_storage(self.spec)
+        shape = Shape(held + PREFILL_ROWS, widest, 1, 1, 0, 0, 0)
         purposes = ledger(self.spec, "cuda" if device.type == "cuda" else "cpu", shape, 0, 0)
-        purposes |= {"substitutes": 0, "resident": exact_bytes(self.spec)}
+        purposes |= {"substitutes": 0, "resident": stored.num_bytes}
         self.memory = FastMemory(device, purposes)
         small = random_resident_tensors(self.spec, self.memory)
         self.biases = {n.name: small[f"{n.name}.bias"] for n in linears(self.spec) if n.has_bias}
@@ -189,7 +203,9 @@ class Bench:
             if not is_streamable(self.spec, linear)
         }
         self.resident = random_parts(self.spec, self.memory)
-        self.exact = ExactWeights(self.spec, self.fixed, self.resident, self.biases, None)
+        self.exact = ExactWeights(
+            self.spec, stored.parts, self.fixed, self.resident, self.biases, None
+        )
         slots = cache_slots(held + PREFILL_ROWS, widest)
         size = (self.spec.num_layers, 2, spec.num_kv_heads, slots, spec.head_size)
         self.cache = Cache(self.memory.take_tensor("cache", size, dtype))
@@ -271,6 +287,52 @@ class Bench:
         ]
         (accepting, _), (moving, _) = time_each(actions, self.device)
         return accepting + moving / self.spec.num_layers * self.full_spec.num_layers
+
+    def decode_rate(self, kernel: Int4Kernel) -> float:
+        """Exact weights per second from residuals, over the matrices of a layer; 0: too slow to be
+        thought of (no compiler, no Triton), or in a layout that nobody reads."""
+        on_cpu = self.device.type == "cpu"
+        if compiled.unavailable() is not None or (
+            not on_cpu and importlib.util.find_spec("triton") is None
+        ):
+            return 0.0
+        seconds = num_weights = 0.0
+        layer = [linear for linear in linears(self.spec) if linear.layer == 0]
+        one_of_a_shape = {(n.out_features, n.in_features): n for n in layer if n.has_substitute}
+        for linear in one_of_a_shape.values():
+            rows = max(PART_ROWS, min(linear.out_features, DECODE_WEIGHTS // linear.in_features))
+            rows = rows // PART_ROWS * PART_ROWS
+            if linear.out_features % PART_ROWS or (on_cpu and cpu_tile_rows(rows) is None):
+                continue
+            times = sum(
+                (n.out_features, n.in_features) == (linear.out_features, linear.in_features)
+                for n in layer
+            )
+            seconds += times * self._decode_seconds(linear, rows, kernel)
+            num_weights += times * rows * linear.in_features
+        return num_weights / seconds if seconds else 0.0
+
+    def _decode_seconds(self, linear: Linear, rows: int, kernel: Int4Kernel) -> float:
+        """Of the matrix's first rows."""
+        dtype: torch.dtype = getattr(torch, self.spec.dtype)
+        cut = replace(linear, out_features=rows)
+        part = Part(cut, 0, rows, cut.num_weights * self.spec.item_bytes)
+        weight = torch.empty(rows, linear.in_features, dtype=dtype)
+        fill_with_noise(weight, linear.in_features**-0.5)
+        made = quantize(weight, self.device)
+        stored = compiled.encode(weight, made.codes, made.grid, torch.get_num_threads())
+        room = [torch.empty(n, dtype=torch.uint8, device=self.device)
+                for n in packed_bytes(rows, linear.in_features)]  # fmt: skip
+        restorer = Restorer(
+            {(linear.layer, linear.kind): pack(made.codes, made.grid, kernel, *room)},
+            torch.empty(part.num_bytes, dtype=torch.uint8, device=self.device),
+            dtype,
+            torch.get_num_threads(),
+            torch.zeros(1, dtype=torch.int32, device=self.device),
+        )
+        stored = stored.to(self.device)
+        [(seconds, _)] = time_each([lambda: restorer.restore(part, stored)], self.device)
+        return seconds
 
     def position_free_widths(self) -> tuple[int, ...]:
         """Widths at which every product gives a row the same bits wherever it stands."""

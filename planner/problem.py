@@ -6,19 +6,15 @@ The context and a prompt's share of memory are settled here, before any candidat
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Literal
 
 from subspec.artifacts.errors import Exit, SubspecError
-from subspec.artifacts.model import ModelSpec, parts
+from subspec.artifacts.model import ModelSpec
 from subspec.artifacts.plan import Acceptance, Method
 from subspec.artifacts.profile import Profile
-from subspec.planner.costs import (
-    Candidate,
-    Shape,
-    exact_bytes,
-    for_one_model,
-    ledger,
-    workspace_bytes,
-)
+from subspec.planner.costs import Candidate, Shape, ledger, workspace_bytes
+from subspec.planner.storage import NUM_SHARES, Storage, storages
 
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16)
 DEPTHS = (*range(1, 33), *range(34, 65, 2))
@@ -42,6 +38,7 @@ class Wishes:
     depth: int | None = None
     method: Method | None = None
     ram_bytes: int | None = None  # host memory for the slow tier of a GPU
+    encoding: Literal["auto", "residual", "raw"] = "auto"
 
     @property
     def needs_draft(self) -> bool:
@@ -58,15 +55,21 @@ class Problem:
     wishes: Wishes
     acceptance: Acceptance
     context: int
+    storages: tuple[Storage, ...]  # to choose from; the raw one last, if it is among them
     prefill_tokens: int = SMALLEST_PREFILL
     prefill_bytes: int = 0  # the workspace has at least these
 
 
 def pose(
-    spec: ModelSpec, profile: Profile, budget_bytes: int, wishes: Wishes, acceptance: Acceptance
+    spec: ModelSpec,
+    profile: Profile,
+    budget_bytes: int,
+    wishes: Wishes,
+    acceptance: Acceptance,
+    stored: Storage | None = None,
 ) -> Problem:
     """Settles the context: the user's, or the largest of ours that leaves room for a draft, or at
-    least for plain decoding."""
+    least for plain decoding. stored: how an artifact holds the weights already."""
     if wishes.context is not None and wishes.context > spec.max_positions:
         raise SubspecError(
             Exit.USAGE,
@@ -79,11 +82,13 @@ def pose(
             "on this machine a row's result depends on its place at every width that was tried",
             "plan for --device cpu",
         )
+    choices = (stored,) if stored else storages(spec, wishes.encoding, profile.decode_rate > 0)
     contexts = [wishes.context or default_context(spec, budget_bytes)]
     while wishes.context is None and contexts[-1] // 2 >= SMALLEST_CONTEXT:
         contexts.append(contexts[-1] // 2)
     posed = [
-        Problem(spec, profile, budget_bytes, wishes, acceptance, context) for context in contexts
+        Problem(spec, profile, budget_bytes, wishes, acceptance, context, choices)
+        for context in contexts
     ]
     drafting = (problem for problem in posed if smallest_draft(problem) is not None)
     decoding = (problem for problem in posed if smallest_plain(problem) is not None)
@@ -109,12 +114,12 @@ def with_prompt_share(problem: Problem) -> Problem:
     """
     budget, smallest = problem.budget_bytes, smallest_draft(problem) or smallest_plain(problem)
     slack = left_over(problem, smallest) if smallest else 0
-    resident = Candidate(0, 0, narrowest(problem), 0, 0)
-    spare = left_over(problem, resident) - exact_bytes(problem.spec)
+    resident = Candidate(problem.storages[-1], 0, 0, narrowest(problem), 0, 0)
+    spare = left_over(problem, resident) - resident.storage.num_bytes
     most = max(problem.context, SMALLEST_PREFILL)
 
     def needed(tokens: int) -> int:
-        shape = Shape(problem.context, 1, 1, tokens, 0, 0)
+        shape = Shape(problem.context, 1, 1, tokens, 0, 0, 0)
         return workspace_bytes(problem.spec, problem.profile.device, shape)
 
     least = needed(SMALLEST_PREFILL)
@@ -127,7 +132,15 @@ def with_prompt_share(problem: Problem) -> Problem:
 
 
 def candidates(problem: Problem) -> Iterator[Candidate]:
-    """Every draft; the one that takes the least memory first."""
+    """Every draft, the smallest tree first."""
+    for width, depth, padded in trees(problem):
+        for storage in problem.storages:
+            for block, slots in staging(storage):
+                yield Candidate(storage, width, depth, padded, block, slots)
+
+
+def trees(problem: Problem) -> Iterator[tuple[int, int, int]]:
+    """(width, depth, verify width), widths and depths ascending."""
     wishes = problem.wishes
     if wishes.method == "plain":
         return
@@ -135,32 +148,43 @@ def candidates(problem: Problem) -> Iterator[Candidate]:
         for depth in (wishes.depth,) if wishes.depth else DEPTHS:
             padded = padded_width(problem.profile, 1 + width * depth)
             if padded is not None:
-                for block, slots in staging(problem.spec):
-                    yield Candidate(width, depth, padded, block, slots)
+                yield width, depth, padded
 
 
 def plain_candidates(problem: Problem, verify_width: int) -> Iterator[Candidate]:
-    """Plain decoding; the one that takes the least memory first. `verify_width` is the padded
-    twin's, which must fit too."""
-    for block, slots in staging(problem.spec):
-        yield Candidate(0, 0, verify_width, block, slots)
+    """Plain decoding. `verify_width` is the padded twin's, which must fit too."""
+    for storage in problem.storages:
+        for block, slots in staging(storage):
+            yield Candidate(storage, 0, 0, verify_width, block, slots)
 
 
 def smallest_draft(problem: Problem) -> Candidate | None:
     """The draft that takes the least memory, if that fits."""
-    first = next(candidates(problem), None)
-    return first if first is not None and left_over(problem, first) >= 0 else None
+    first = next(trees(problem), None)
+    if first is None:
+        return None
+    return smallest(problem, [
+        Candidate(storage, *first, *staging(storage)[0]) for storage in problem.storages
+    ])  # fmt: skip
 
 
 def smallest_plain(problem: Problem) -> Candidate | None:
-    first = next(plain_candidates(problem, narrowest(problem)))
-    return first if left_over(problem, first) >= 0 else None
+    verify_width = narrowest(problem)
+    return smallest(problem, [
+        Candidate(storage, 0, 0, verify_width, *staging(storage)[0])
+        for storage in problem.storages
+    ])  # fmt: skip
+
+
+def smallest(problem: Problem, some: list[Candidate]) -> Candidate | None:
+    best = max(some, key=lambda candidate: left_over(problem, candidate))
+    return best if left_over(problem, best) >= 0 else None
 
 
 def narrowest(problem: Problem) -> int:
     """The smallest verify width that the user's wishes allow."""
-    first = next(candidates(problem), None)
-    return first.verify_width if first else min(problem.profile.position_free_widths)
+    first = next(trees(problem), None)
+    return first[2] if first else min(problem.profile.position_free_widths)
 
 
 def padded_width(profile: Profile, num_nodes: int) -> int | None:
@@ -168,14 +192,13 @@ def padded_width(profile: Profile, num_nodes: int) -> int | None:
     return min((w for w in profile.position_free_widths if w >= num_nodes), default=None)
 
 
-@for_one_model
-def staging(spec: ModelSpec) -> list[tuple[int, int]]:
-    """(block bytes, slots) worth trying: from the largest part up to a layer."""
-    sizes = [part.padded_bytes for part in parts(spec)]
-    if not sizes:
+@lru_cache(maxsize=4 * (NUM_SHARES + 1))
+def staging(storage: Storage) -> list[tuple[int, int]]:
+    """(block bytes, slots) worth trying, from the largest part up to a layer; the smallest
+    first."""
+    if not storage.parts:
         return [(0, 0)]
-    layer = sum(part.padded_bytes for part in parts(spec) if part.linear.layer == 0)
-    largest = max(sizes)
+    layer, largest = storage.layer_bytes, storage.largest_part
     blocks = {largest, 2 * largest, max(largest, layer // 2), max(largest, layer)}
     return [(block, slots) for block in sorted(blocks) for slots in NUM_SLOTS]
 
@@ -194,6 +217,7 @@ def base_ledger(problem: Problem, candidate: Candidate) -> dict[str, int]:
         problem.prefill_tokens,
         candidate.block_bytes,
         candidate.num_slots,
+        candidate.storage.scratch_bytes,
     )
     profile = problem.profile
     base = ledger(problem.spec, profile.device, shape, profile.overhead_bytes, problem.budget_bytes)

@@ -53,6 +53,8 @@ def first_fault(profile: Profile) -> str:
         or not 0 <= profile.round_seconds < LONGEST
     ):
         return f"a time is not from {SHORTEST:g} to {LONGEST:g} seconds"
+    if not 0 <= profile.decode_rate <= FASTEST:
+        return f"decode_rate is not from 0 to {FASTEST:g} weights per second"
     if not all(1 <= width <= 4096 for width in profile.position_free_widths):
         return "position_free_widths has a width that is not from 1 to 4096"
     if not 1 <= profile.num_threads <= 1024 or profile.overhead_bytes < 0:

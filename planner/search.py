@@ -1,7 +1,8 @@
 """ModelSpec, Profile, budget -> the cheapest Plan that fits, or what is missing.
 
-The space is small: every tree x staging ring is tried. The fast memory that a candidate leaves
-holds exact weights. More of anything (memory, link, acceptance) never predicts fewer tokens/s.
+The space is small: every tree x storage x staging ring is tried. The fast memory that a candidate
+leaves holds exact weights, as they are stored. More of anything (memory, link, acceptance) never
+predicts fewer tokens/s.
 """
 
 from collections.abc import Iterable
@@ -9,7 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from subspec.artifacts.errors import Exit, SubspecError
-from subspec.artifacts.model import ModelSpec, Part, parts
+from subspec.artifacts.model import ModelSpec, StoredPart
 from subspec.artifacts.plan import (
     Acceptance,
     Method,
@@ -21,8 +22,8 @@ from subspec.artifacts.plan import (
     Tree,
 )
 from subspec.artifacts.profile import Profile
-from subspec.artifacts.sizes import LARGEST, format_size, short_size
-from subspec.planner.costs import Candidate, exact_bytes, predict
+from subspec.artifacts.sizes import LARGEST, format_size, short_size, weights_rate
+from subspec.planner.costs import Candidate, predict
 from subspec.planner.problem import (
     Problem,
     base_ledger,
@@ -36,6 +37,7 @@ from subspec.planner.problem import (
 )
 from subspec.planner.problem import Wishes as Wishes  # the caller's door is here
 from subspec.planner.problem import default_context as default_context
+from subspec.planner.storage import Storage, group_bytes
 
 SHARPENING = 0.2  # draft temperature of trees wider than 1 (arXiv 2509.18344, §4.2)
 # Until it is measured: hazards of 3.2 % (chain) and 1.5 % (6 wide), published for 8B-class models.
@@ -54,31 +56,38 @@ class Scored:
 
 
 def search(
-    spec: ModelSpec, profile: Profile, budget_bytes: int, wishes: Wishes, acceptance: Acceptance
+    spec: ModelSpec,
+    profile: Profile,
+    budget_bytes: int,
+    wishes: Wishes,
+    acceptance: Acceptance,
+    stored: Storage | None = None,
 ) -> Plan:
-    """Raises SubspecError(INFEASIBLE) with the smallest budget that works."""
-    problem = pose(spec, profile, budget_bytes, wishes, acceptance)
+    """stored: how an existing artifact holds the weights; None: the plan decides it. Raises
+    SubspecError(INFEASIBLE) with the smallest budget that works."""
+    problem = pose(spec, profile, budget_bytes, wishes, acceptance, stored)
     drafted = best_by_width(problem)
     plain = best(problem, plain_candidates(problem, narrowest(problem)))
     if plain is None or (wishes.needs_draft and not drafted):
-        needed = smallest_budget(spec, profile, wishes, acceptance)
+        needed = smallest_budget(problem)
         fits = f"needs {format_size(needed)}" if needed else "does not exist on this machine"
         raise SubspecError(
             Exit.INFEASIBLE,
             f"the budget is {format_size(budget_bytes)}, the smallest plan {fits}",
             f"--vram {needed}B" if needed else "",
         )
-    # Both methods share one verify width: the draft's if it pays, else the one that serves plain
-    # decoding best, and the draft must make do with it.
+    # Both methods share the weights as they are stored and one verify width: the draft's if it
+    # pays, else those that serve plain decoding best, and the draft must make do with them.
     if drafted and (wishes.method == "substitute" or drafted[0].speed > plain.speed):
-        plain = best(problem, plain_candidates(problem, drafted[0].candidate.verify_width))
+        same = replace(problem, storages=(drafted[0].candidate.storage,))
+        drafted = best_by_width(same)
+        plain = best(same, plain_candidates(same, drafted[0].candidate.verify_width))
         assert plain is not None, "it takes less than the draft"
         check_ram(problem, drafted[0])
     else:
-        only = (plain.candidate.verify_width,)
-        drafted = best_by_width(
-            replace(problem, profile=replace(profile, position_free_widths=only))
-        )
+        only = replace(profile, position_free_widths=(plain.candidate.verify_width,))
+        same = replace(problem, profile=only, storages=(plain.candidate.storage,))
+        drafted = best_by_width(same)
         check_ram(problem, plain)
     return assemble(problem, plain, drafted)
 
@@ -112,7 +121,7 @@ def estimate(problem: Problem, candidate: Candidate) -> Prediction | None:
 
     A candidate that keeps everything resident needs no staging ring.
     """
-    everything, left = exact_bytes(problem.spec), left_over(problem, candidate)
+    everything, left = candidate.storage.num_bytes, left_over(problem, candidate)
     if left + candidate.block_bytes * candidate.num_slots >= everything:
         return foresee(problem, candidate, 0, 0)
     return foresee(problem, candidate, everything - left, 0) if left >= 0 else None
@@ -121,8 +130,9 @@ def estimate(problem: Problem, candidate: Candidate) -> Prediction | None:
 def settle(problem: Problem, candidate: Candidate) -> Scored:
     """A candidate that fits, with its parts named and the prediction for what really streams."""
     placement = place(problem, candidate)
-    streamed = exact_bytes(problem.spec) - placement.ledger["resident"]
+    held = placement.ledger["resident"] + placement.ledger["residuals"]
     peak = placement.total_bytes - placement.ledger["guard"]
+    streamed = candidate.storage.num_bytes - held
     return Scored(candidate, placement, foresee(problem, candidate, streamed, peak))
 
 
@@ -137,6 +147,7 @@ def assemble(problem: Problem, plain: Scored, drafted: list[Scored]) -> Plan:
     found = {"plain": plain} | ({"substitute": drafted[0]} if drafted else {})
     predicted = {name: scored.prediction for name, scored in found.items()}
     method, reasons = decide(problem, predicted)
+    reasons = (*reasons, why_stored(problem, found[method]))
     profile = problem.profile
     return Plan(
         device=profile.device,
@@ -151,6 +162,7 @@ def assemble(problem: Problem, plain: Scored, drafted: list[Scored]) -> Plan:
         prefill_tokens=problem.prefill_tokens,
         substitute=drafted[0].placement if drafted else None,
         plain=plain.placement,
+        residual_layers=plain.candidate.storage.residual_layers,
         predicted=predicted,
         acceptance=problem.acceptance,
         options=list_options(plain, drafted),
@@ -161,36 +173,46 @@ def assemble(problem: Problem, plain: Scored, drafted: list[Scored]) -> Plan:
 def place(problem: Problem, candidate: Candidate) -> Placement:
     """Names the parts that stay, and drops the ring if all of them do."""
     ringless = replace(candidate, block_bytes=0, num_slots=0)
-    if left_over(problem, ringless) >= exact_bytes(problem.spec):
+    if left_over(problem, ringless) >= candidate.storage.num_bytes:
         candidate = ringless
-    stay = choose_resident(parts(problem.spec), left_over(problem, candidate))
+    stay = choose_held(candidate.storage, left_over(problem, candidate))
+    resident = [part for part in stay if part.encoding == "raw"]
+    split = [part for part in stay if part.encoding == "residual"]
     ledger = base_ledger(problem, candidate)
-    ledger["resident"] = layer_bytes(stay)
-    names = tuple(part.name for part in stay)
-    return Placement(names, candidate.block_bytes, candidate.num_slots, ledger)
+    ledger |= {"resident": group_bytes(resident), "residuals": group_bytes(split)}
+    return Placement(
+        tuple(part.name for part in resident),
+        tuple(part.name for part in split),
+        candidate.block_bytes,
+        candidate.num_slots,
+        ledger,
+    )
 
 
-def choose_resident(every: list[Part], num_bytes: int) -> list[Part]:
-    """Parts that fill `num_bytes`: whole layers, evenly spread so that the link is never left
-    without work, then single parts, largest first. In execution order."""
-    layers: dict[int, list[Part]] = {}
-    for part in every:
-        if part.linear.kind != "head":
-            layers.setdefault(part.linear.layer, []).append(part)
-    groups = list(layers.values())  # of equal size: then more bytes never hold less
-    num_whole = min(len(groups), num_bytes // layer_bytes(groups[0])) if groups else 0
-    spread = [groups[int((i + 0.5) * len(groups) / num_whole)] for i in range(num_whole)]
-    stay = {part.name for members in spread for part in members}
-    left = num_bytes - sum(map(layer_bytes, spread))
-    for part in sorted(every, key=lambda part: -part.padded_bytes):
-        if part.name not in stay and part.padded_bytes <= left:
+def choose_held(storage: Storage, num_bytes: int) -> list[StoredPart]:
+    """Parts that fill `num_bytes`, in execution order: whole layers, evenly spread so that the link
+    is never left without work, then single parts, largest first.
+
+    Layers that are stored raw come first. A byte that stays is a byte less to stream whichever
+    layer it belongs to, and the raw ones are raw to spare their decoding.
+    """
+    left, held = num_bytes, set[str]()
+    coded = set(storage.residual_layers)
+    for is_coded in (False, True):
+        layers = [
+            group for group in storage.layers if (group[0].part.linear.layer in coded) == is_coded
+        ]
+        size = max(map(group_bytes, layers), default=0)
+        num_whole = min(len(layers), left // size) if size else 0
+        for index in range(num_whole):
+            group = layers[int((index + 0.5) * len(layers) / num_whole)]
+            left -= group_bytes(group)
+            held |= {part.name for part in group}
+    for part in sorted(storage.parts, key=lambda part: -part.padded_bytes):
+        if part.name not in held and part.padded_bytes <= left:
             left -= part.padded_bytes
-            stay.add(part.name)
-    return [part for part in every if part.name in stay]
-
-
-def layer_bytes(members: list[Part]) -> int:
-    return sum(part.padded_bytes for part in members)
+            held.add(part.name)
+    return [part for part in storage.parts if part.name in held]
 
 
 def make_tree(candidate: Candidate) -> Tree:
@@ -228,6 +250,28 @@ def decide(problem: Problem, predicted: dict[str, Prediction]) -> tuple[Method, 
     return "substitute", (*reasons, f"speculation beats plain decoding: {ratio}")
 
 
+def why_stored(problem: Problem, chosen: Scored) -> str:
+    """Why the exact weights are stored as they are."""
+    profile, storage = problem.profile, chosen.candidate.storage
+    num_coded, num_layers = len(storage.residual_layers), storage.num_layers
+    link = profile.link_rate(chosen.candidate.block_bytes) / problem.spec.item_bytes
+    decode = weights_rate(profile.decode_rate)
+    rates = f"{decode} decode here, and the link brings {weights_rate(link)} as they are"
+    what = "the exact weights are stored "
+    if not num_coded:
+        what += "raw"
+    else:
+        what += f"as residuals of {storage.bits_per_residual:.1f} bits"
+        what += "" if num_coded == num_layers else f" in {num_coded} of {num_layers} layers"
+    if problem.wishes.encoding != "auto":
+        return f"{what}: that was asked for"
+    if not profile.decode_rate:
+        return f"{what}: no decoder for residuals was found"
+    if not chosen.prediction.streamed_bytes and not num_coded:
+        return f"{what}: all of them fit"
+    return f"{what}: {rates}"
+
+
 def list_options(plain: Scored, drafted: list[Scored]) -> tuple[Option, ...]:
     found = [Option("plain decoding, one token per pass", plain.speed)]
     found += [
@@ -249,15 +293,15 @@ def check_ram(problem: Problem, scored: Scored) -> None:
         )
 
 
-def smallest_budget(
-    spec: ModelSpec, profile: Profile, wishes: Wishes, acceptance: Acceptance
-) -> int:
+def smallest_budget(problem: Problem) -> int:
     """Bytes of the smallest budget that has a plan, to 0.1 %; 0 if none up to 8 TiB has."""
+    wishes = problem.wishes
+    stored = problem.storages[0] if len(problem.storages) == 1 else None
 
     def feasible(budget: int) -> bool:
-        problem = pose(spec, profile, budget, wishes, acceptance)
+        posed = pose(problem.spec, problem.profile, budget, wishes, problem.acceptance, stored)
         smallest = smallest_draft if wishes.needs_draft else smallest_plain
-        return smallest(problem) is not None
+        return smallest(posed) is not None
 
     low, high = 0, 1 << 43
     if not feasible(high):

@@ -4,14 +4,17 @@ One matrix at a time: peak memory stays near two of them, whatever the model's s
 """
 
 import hashlib
+import io
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from subspec.artifacts import compiled, residual
 from subspec.artifacts.checks import STORED_DTYPES
 from subspec.artifacts.errors import Exit, SubspecError
 from subspec.artifacts.model import (
@@ -22,10 +25,17 @@ from subspec.artifacts.model import (
     ModelSpec,
     Part,
     linears,
+    padded,
     parts,
     resident_tensors,
 )
-from subspec.artifacts.store import CHUNK_BYTES, FileEntry, PartEntry
+from subspec.artifacts.store import (
+    CHUNK_BYTES,
+    FileEntry,
+    PartEntry,
+    SubstituteEntry,
+    part_digest,
+)
 from subspec.artifacts.tensors import TensorFile, write_header
 from subspec.planner.checkpoint import Checkpoint
 from subspec.planner.quantize import Substitute
@@ -34,45 +44,82 @@ Quantizer = Callable[[Tensor, torch.device | str], Substitute]
 Progress = Callable[[str, float], None]
 
 
+@dataclass(frozen=True)
+class Written:
+    """What the manifest says about the weight files."""
+
+    files: dict[str, FileEntry]
+    parts: tuple[PartEntry, ...]
+    substitutes: tuple[SubstituteEntry, ...]
+
+
 def write_weights(
-    folder: Path, checkpoint: Checkpoint, quantizer: Quantizer, progress: Progress
-) -> tuple[dict[str, FileEntry], tuple[PartEntry, ...]]:
-    """The three weight files. Returns their digests and the places of the parts."""
+    folder: Path,
+    checkpoint: Checkpoint,
+    residual_layers: tuple[int, ...],
+    quantizer: Quantizer,
+    progress: Progress,
+) -> Written:
+    """The three weight files. residual_layers: those whose exact weights are stored as residuals,
+    where that is smaller; the head counts as the layer after the last."""
     names = ("exact.safetensors", "substitutes.safetensors", "resident.safetensors")
     with ExitStack() as stack:
         files = [stack.enter_context(HashedFile(folder / name)) for name in names]
         exact, substitutes, resident = files
-        entries = write_matrices(exact, substitutes, checkpoint, quantizer, progress)
+        parts_written, made = write_matrices(
+            exact, substitutes, checkpoint, residual_layers, quantizer, progress
+        )
         write_resident(resident, checkpoint)
-        return {file.path.name: file.finish() for file in files}, entries
+        return Written({file.path.name: file.finish() for file in files}, parts_written, made)
 
 
 def write_matrices(
     exact: "HashedFile",
     substitutes: "HashedFile",
     checkpoint: Checkpoint,
+    residual_layers: tuple[int, ...],
     quantizer: Quantizer,
     progress: Progress,
-) -> tuple[PartEntry, ...]:
-    """Every matrix that has a substitute: its parts, proven, and the substitute."""
+) -> tuple[tuple[PartEntry, ...], tuple[SubstituteEntry, ...]]:
+    """Every matrix that has a substitute: that, and its parts, each proven."""
     spec = checkpoint.spec
     device = "cuda" if torch.cuda.is_available() else "cpu"
     own_parts = {name: list(own) for name, own in groupby(parts(spec), lambda p: p.linear.name)}
-    write_header(exact, exact_header(spec))
+    # Residuals are as long as they turn out: until then the header's place is held.
+    sizes = {part.name: part.padded_bytes for part in parts(spec)}
+    room = write_header(exact, exact_header(spec, sizes))
     write_header(substitutes, substitutes_header(spec))
-    entries: list[PartEntry] = []
-    every = linears(spec)
+    entries, made = list[PartEntry](), list[SubstituteEntry]()
+    every = [linear for linear in linears(spec) if linear.has_substitute]
     for index, linear in enumerate(every):
         progress("quantising and packing", index / len(every))
-        if not linear.has_substitute:
-            continue
         weight = read_weight(checkpoint, source_name(spec, linear))
-        own = own_parts.get(linear.name, [])  # none: a tied head, which is the embedding
-        written = [write_part(exact, part, weight) for part in own]
-        prove_parts(exact, own, written, weight)
-        entries += written
-        write_substitute(substitutes, linear, weight, quantizer, device)
-    return tuple(entries)
+        substitute = write_substitute(substitutes, linear, weight, quantizer, device)
+        digest = substitute_digest(substitute)
+        made.append(SubstituteEntry(linear.name, digest))
+        for part in own_parts.get(linear.name, []):  # none: a tied head, which is the embedding
+            rows = slice(part.first_row, part.first_row + part.num_rows)
+            codes, grid = substitute.codes[rows], substitute.grid[:, rows]
+            wanted = linear.layer in residual_layers and part.can_be_residual
+            stored = encode_residual(weight[rows], codes, grid) if wanted else None
+            entry = write_part(exact, part, weight[rows], stored, digest)
+            prove_part(exact, part, entry, weight[rows], codes, grid)
+            entries.append(entry)
+            sizes[part.name] = padded(entry.num_bytes)
+    header = io.BytesIO()
+    write_header(header, exact_header(spec, sizes), room)
+    exact.rewrite_beginning(header.getvalue())
+    return tuple(entries), tuple(made)
+
+
+def encode_residual(weight: Tensor, codes: Tensor, grid: Tensor) -> Tensor | None:
+    """Rows of a matrix and of its substitute -> the residual, uint8 [bytes]; None if that would not
+    be smaller than the weights (many zeros; weights that were made from 8 bits)."""
+    if compiled.unavailable() is None:
+        stored = compiled.encode(weight, codes, grid, torch.get_num_threads())
+    else:
+        stored = residual.encode(weight, codes, grid)
+    return stored if stored.numel() < weight.nbytes else None
 
 
 def write_resident(file: "HashedFile", checkpoint: Checkpoint) -> None:
@@ -93,11 +140,14 @@ def write_resident(file: "HashedFile", checkpoint: Checkpoint) -> None:
         file.write(raw_bytes(weight))
 
 
-def exact_header(spec: ModelSpec) -> list[tuple[str, str, tuple[int, ...]]]:
-    """One U8 slab per layer, in execution order; the head's parts are the last slab."""
+def exact_header(
+    spec: ModelSpec, padded_bytes: dict[str, int]
+) -> list[tuple[str, str, tuple[int, ...]]]:
+    """One U8 slab per layer, in execution order; the head's parts are the last slab. padded_bytes:
+    by name of the part."""
     sizes: dict[int, int] = {}
     for part in parts(spec):
-        sizes[part.linear.layer] = sizes.get(part.linear.layer, 0) + part.padded_bytes
+        sizes[part.linear.layer] = sizes.get(part.linear.layer, 0) + padded_bytes[part.name]
     return [(f"layers.{layer}", "U8", (size,)) for layer, size in sizes.items()]
 
 
@@ -107,8 +157,7 @@ def substitutes_header(spec: ModelSpec) -> list[tuple[str, str, tuple[int, ...]]
         if linear.has_substitute:
             n, k = linear.out_features, linear.in_features
             found.append((f"{linear.name}.codes", "U8", (n, k // 2)))
-            found.append((f"{linear.name}.scale", "F16", (n, k // GROUP_SIZE)))
-            found.append((f"{linear.name}.zero", "F16", (n, k // GROUP_SIZE)))
+            found.append((f"{linear.name}.grid", "BF16", (k // GROUP_SIZE, n, 2)))
     return found
 
 
@@ -119,46 +168,64 @@ def source_name(spec: ModelSpec, linear: Linear) -> str:
     return f"{linear.name}.weight"
 
 
-def write_part(file: "HashedFile", part: Part, weight: Tensor) -> PartEntry:
+def write_part(
+    file: "HashedFile", part: Part, weight: Tensor, stored: Tensor | None, digest: str
+) -> PartEntry:
+    """weight: the part's rows; stored: their residual, or None: the rows themselves are written;
+    digest: that of the substitute."""
     offset = file.num_bytes
-    file.write(raw_bytes(weight[part.first_row : part.first_row + part.num_rows]))
-    file.write(bytes(part.padded_bytes - part.num_bytes))
     assert offset % PAGE_BYTES == 0
-    return PartEntry(part.name, offset, part.num_bytes)
+    data = raw_bytes(weight if stored is None else stored)
+    file.write(data)
+    file.write(bytes(-len(data) % PAGE_BYTES))
+    if stored is None:
+        return PartEntry(part.name, offset, len(data), "raw", part_digest([data], None))
+    return PartEntry(part.name, offset, len(data), "residual", part_digest([data], digest))
 
 
-def prove_parts(
-    file: "HashedFile", own: list[Part], entries: list[PartEntry], weight: Tensor
+def prove_part(
+    file: "HashedFile", part: Part, entry: PartEntry, weight: Tensor, codes: Tensor, grid: Tensor
 ) -> None:
-    """What a reader of the artifact will find at each entry is compared with the checkpoint's
-    bytes. (That the disk keeps them is what the digests are for.)"""
-    if not own:
-        return
+    """What a reader of the artifact will find at the entry, and decode with the substitute, is
+    compared with the checkpoint's bytes. (That the disk keeps it is what the digests are for.)"""
     file.flush()
     with TensorFile(file.path) as written:
-        for part, entry in zip(own, entries, strict=True):
-            got = bytearray(part.num_bytes)
-            written.read_into(memoryview(got), entry.offset)
-            expected = raw_bytes(weight[part.first_row : part.first_row + part.num_rows])
-            if got != expected:
-                raise SubspecError(
-                    Exit.RESOURCES,
-                    f"{part.name} was read back from {file.path} with other bytes than written",
-                    "check the disk",
-                )
+        got = torch.empty(entry.num_bytes, dtype=torch.uint8)
+        written.read_into(raw_bytes(got), entry.offset)
+    if entry.encoding == "residual":
+        got = decode_residual(got, codes, grid, weight.dtype)
+    if raw_bytes(got) != raw_bytes(weight):
+        raise SubspecError(
+            Exit.RESOURCES,
+            f"{part.name} was read back from {file.path} with other bytes than written",
+            "check the disk",
+        )
+
+
+def decode_residual(stored: Tensor, codes: Tensor, grid: Tensor, dtype: torch.dtype) -> Tensor:
+    if compiled.unavailable() is not None:
+        return residual.decode(stored, codes, grid, dtype)
+    out = torch.empty(codes.shape[0], codes.shape[1] * 2, dtype=dtype)
+    compiled.decode_into(out, stored, codes, grid, 0, torch.get_num_threads())
+    return out
 
 
 def write_substitute(
     file: "HashedFile", linear: Linear, weight: Tensor, quantizer: Quantizer, device: str
-) -> None:
+) -> Substitute:
     try:
         substitute = quantizer(weight, device)
     except SubspecError as error:
         raise SubspecError(
             error.exit_code, f"{linear.name}.weight: {error.message}", error.hint
         ) from None
-    for tensor in (substitute.codes, substitute.scale, substitute.zero):
+    for tensor in (substitute.codes, substitute.grid):
         file.write(raw_bytes(tensor))
+    return substitute
+
+
+def substitute_digest(substitute: Substitute) -> str:
+    return part_digest((raw_bytes(substitute.codes), raw_bytes(substitute.grid)), None)
 
 
 def read_weight(checkpoint: Checkpoint, name: str) -> Tensor:
@@ -205,6 +272,19 @@ class HashedFile:
 
     def flush(self) -> None:
         self._file.flush()
+
+    def rewrite_beginning(self, data: bytes) -> None:
+        """Other bytes at the file's beginning, within its first chunk, which is digested anew."""
+        assert len(data) <= min(CHUNK_BYTES, self.num_bytes)
+        self._file.flush()
+        with open(self.path, "r+b") as file:
+            file.write(data)
+            file.seek(0)
+            first = hashlib.sha256(file.read(CHUNK_BYTES))
+        if self._chunks:
+            self._chunks[0] = first.hexdigest()
+        else:
+            self._hash = first
 
     def finish(self) -> FileEntry:
         if self.num_bytes % CHUNK_BYTES:

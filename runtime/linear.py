@@ -14,12 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from subspec.artifacts.model import GROUP_SIZE
-from subspec.artifacts.packing import dequantize, unpack_nibbles
+from subspec.artifacts.packing import CENTER_CODE, dequantize, pack_nibbles, unpack_nibbles
 from subspec.artifacts.plan import DeviceKind, Int4Kernel
 
 ROWS_PER_CALL = 256  # a long prompt goes through a matrix in pieces, so that temporaries stay small
 ROWS_PER_TILE = {"AVX512": 64, "AVX2": 32}  # ATen's packed bytes differ per instruction set
-CUDA_INNER_TILES = 8  # a layout constant of ATen's CUDA int4 kernel
 
 
 def exact_product(x: Tensor, weight: Tensor, out: Tensor) -> None:
@@ -52,45 +51,50 @@ class Int4Weight:
     kernel: Int4Kernel
     device: DeviceKind
     packed: Any  # Tensor, or gemlite's layer
-    scale_zero: Tensor  # bf16 [G, N, 2]
+    grid: Tensor  # bf16 [G, N, 2], as stored
 
 
 def packed_bytes(num_rows: int, num_columns: int) -> tuple[int, int]:
-    """Bytes of (codes, scales and zeros) in ATen's layouts, the same on cpu and cuda."""
+    """Bytes of (codes, grid) in ATen's layouts, the same on cpu and cuda."""
     return num_rows * num_columns // 2, num_rows * num_columns // GROUP_SIZE * 4
 
 
+def cpu_tile_rows(num_rows: int) -> int | None:
+    """Rows per tile, 64 or 32, of ATen's packed 4-bit codes on this machine's CPU, for a matrix of
+    num_rows rows; see `_pack_cpu`. None where no whole number of tiles holds it, or the CPU has
+    neither AVX-512 nor AVX2: ATen then packs in another way."""
+    tile = ROWS_PER_TILE.get(torch.backends.cpu.get_cpu_capability())
+    return tile if tile is not None and num_rows % tile == 0 else None
+
+
+def inner_tiles(num_columns: int) -> int:
+    """Tiles of 16 columns in a row of ATen's CUDA layout: 8 where they divide K, else 4, which
+    divide every K of whole groups."""
+    return 8 if num_columns % 128 == 0 else 4
+
+
 def pack(
-    codes: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    kernel: Int4Kernel,
-    codes_out: Tensor,
-    sz_out: Tensor,
+    codes: Tensor, grid: Tensor, kernel: Int4Kernel, codes_out: Tensor, grid_out: Tensor
 ) -> Int4Weight:
     """Stored substitute -> kernel layout inside the given byte ranges of fast memory.
 
-    codes uint8 [N, K / 2], scale and zero fp16 [N, G] on the host; codes_out uint8 [N * K / 2] and
-    sz_out uint8 [N * G * 4] on the device. ATen computes (code - 8) * scale + zero', HQQ
-    (code - zero) * scale: zero' = (8 - zero) * scale.
+    codes uint8 [N, K / 2] and grid bf16 [G, N, 2] on the host; codes_out uint8 [N * K / 2] and
+    grid_out uint8 [N * G * 4] on the device. ATen's kernels read the grid as it is stored.
     """
     num_rows, num_columns = codes.shape[0], codes.shape[1] * 2
-    scale, zero = scale.float(), zero.float()
-    pair = torch.stack((scale, (8.0 - zero) * scale), -1).transpose(0, 1)
-    scale_zero = sz_out.view(torch.bfloat16).view(-1, num_rows, 2)
-    scale_zero.copy_(pair)
+    kept = grid_out.view(torch.bfloat16).view(grid.shape).copy_(grid)
     if codes_out.device.type == "cpu":
         packed = codes_out.view(num_rows, num_columns // 2)
         _pack_cpu(codes, packed)
-        return Int4Weight(kernel, "cpu", packed, scale_zero)
+        return Int4Weight(kernel, "cpu", packed, kept)
     if kernel == "gemlite":
-        return Int4Weight(kernel, "cuda", _pack_gemlite(codes, scale, zero), scale_zero)
+        return Int4Weight(kernel, "cuda", _pack_gemlite(codes, grid), kept)
     unpacked = unpack_nibbles(codes.to(codes_out.device))
     nibbles = unpacked[:, ::2] << 4 | unpacked[:, 1::2]
-    packed = torch.ops.aten._convert_weight_to_int4pack(nibbles, CUDA_INNER_TILES)
+    packed = torch.ops.aten._convert_weight_to_int4pack(nibbles, inner_tiles(num_columns))
     target = codes_out.view(torch.int32).view(packed.shape)
     target.copy_(packed)
-    return Int4Weight(kernel, "cuda", target, scale_zero)
+    return Int4Weight(kernel, "cuda", target, kept)
 
 
 def int4_product(x: Tensor, weight: Int4Weight) -> Tensor:
@@ -101,12 +105,12 @@ def int4_product(x: Tensor, weight: Int4Weight) -> Tensor:
         product = torch.ops.aten._weight_int4pack_mm_for_cpu
     else:
         product = torch.ops.aten._weight_int4pack_mm
-    return product(x, weight.packed, GROUP_SIZE, weight.scale_zero)  # type: ignore[no-any-return]
+    return product(x, weight.packed, GROUP_SIZE, weight.grid)  # type: ignore[no-any-return]
 
 
-def int4_product_plainly(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+def int4_product_plainly(x: Tensor, codes: Tensor, grid: Tensor) -> Tensor:
     """The plain twin of pack + int4_product: x [T, K] -> f32 [T, N]."""
-    return x.float() @ dequantize(unpack_nibbles(codes), scale, zero).t()
+    return x.float() @ dequantize(unpack_nibbles(codes), grid).t()
 
 
 def _pack_cpu(codes: Tensor, out: Tensor) -> None:
@@ -116,8 +120,8 @@ def _pack_cpu(codes: Tensor, out: Tensor) -> None:
     r + tile / 2 in its high one. Vectorised, and equal to ATen's own packing (tested).
     """
     num_rows, half = codes.shape
-    tile = ROWS_PER_TILE.get(torch.backends.cpu.get_cpu_capability())
-    if tile is None or num_rows % tile:
+    tile = cpu_tile_rows(num_rows)
+    if tile is None:
         unpacked = unpack_nibbles(codes).to(torch.int32)
         out.copy_(torch.ops.aten._convert_weight_to_int4pack_for_cpu(unpacked, 1))
         return
@@ -129,10 +133,21 @@ def _pack_cpu(codes: Tensor, out: Tensor) -> None:
         flat[first : first + tiles] = (halves[:, 0] | (halves[:, 1] << 4)).transpose(1, 2)
 
 
-def _pack_gemlite(codes: Tensor, scale: Tensor, zero: Tensor) -> Any:
-    """gemlite cannot be imported without a GPU, so its import stays in here (docs/LOG.md)."""
+def unpack_cpu(packed: Tensor, tile_rows: int) -> Tensor:
+    """The inverse of `_pack_cpu` for R rows, whole tiles of them: uint8 [R, K / 2] in ATen's layout
+    -> nibble pairs uint8 [R, K / 2]."""
+    num_rows, half = packed.shape
+    tiles = packed.view(num_rows // tile_rows, half * 2, tile_rows // 2).transpose(1, 2)
+    codes = torch.cat((tiles & 15, tiles >> 4), dim=1)
+    return pack_nibbles(codes.reshape(num_rows, half * 2))
+
+
+def _pack_gemlite(codes: Tensor, grid: Tensor) -> Any:
+    """HQQ's form, (code - zero) * scale, is what gemlite takes. It cannot be imported without a
+    GPU, so its import stays in here (docs/LOG.md)."""
     from gemlite.helper import A16W4_HQQ_INT
 
     quantized = unpack_nibbles(codes).cuda()
+    scale, center = grid.cuda().float().transpose(0, 1).reshape(-1, 2).split(1, dim=1)  # [N * G, 1]
     layer = A16W4_HQQ_INT(device="cuda", dtype=torch.bfloat16)
-    return layer.from_weights(quantized, scale.cuda().view(-1, 1), zero.cuda().view(-1, 1))
+    return layer.from_weights(quantized, scale.contiguous(), CENTER_CODE - center / scale)

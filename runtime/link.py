@@ -148,6 +148,10 @@ class HostLink:
         self._waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._wait_seconds = 0.0
 
+    def host_bytes(self, offset: int) -> Tensor:
+        """uint8: what lies at byte `offset` of the file, up to the end of its range."""
+        return self._host[offset]
+
     def begin(self, slot: int, offset: int, num_bytes: int) -> None:
         with torch.cuda.stream(self._copies):
             self._copies.wait_event(self._free[slot])

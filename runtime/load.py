@@ -1,6 +1,7 @@
 """An artifact's weights -> the arenas of fast memory, one tensor at a time, in kernel layouts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -10,18 +11,21 @@ from subspec.artifacts.model import (
     HEAD,
     PAGE_BYTES,
     Kind,
+    Linear,
     ModelSpec,
+    StoredPart,
     is_streamable,
     linears,
-    parts,
     resident_tensors,
 )
-from subspec.artifacts.plan import Placement, make_blocks
+from subspec.artifacts.plan import Block, Placement, make_blocks
 from subspec.artifacts.store import Artifact
 from subspec.artifacts.tensors import StoredTensor, TensorFile, read_header
+from subspec.runtime.digests import Digests
 from subspec.runtime.linear import Int4Weight, pack, packed_bytes
-from subspec.runtime.link import DirectFile, DiskLink, HostLink, Link
+from subspec.runtime.link import DirectFile, DiskLink, HostLink
 from subspec.runtime.memory import FastMemory, bytes_of, host_buffer
+from subspec.runtime.split import Restorer, decode_stored
 from subspec.runtime.stream import ExactWeights, Ring
 from subspec.runtime.substitutes import Substitutes
 
@@ -32,7 +36,8 @@ TORCH_DTYPES = {
 
 
 class Loader:
-    """Reads an artifact's weights into the arenas of fast memory, one tensor at a time."""
+    """Reads an artifact's weights into the arenas of fast memory, one tensor at a time, and checks
+    the digest of all it reads."""
 
     def __init__(
         self,
@@ -46,12 +51,19 @@ class Loader:
         self._placement = placement
         self._memory = memory
         self._progress = progress
+        self._digests = Digests(artifact.plan.num_threads)
+        self._substitute_digests = artifact.substitute_digests()
+        self._entries = artifact.part_entries()
+        self._dtype: torch.dtype = getattr(torch, artifact.spec.dtype)
 
     def small_tensors(self) -> dict[str, Tensor]:
         """Embedding, norms, biases and odd-shaped matrices, by checkpoint name."""
-        stored = read_header(self._artifact.path / "resident.safetensors")
+        path = self._artifact.path / "resident.safetensors"
+        [entry] = [e for e in self._artifact.manifest.files if e.path == path.name]
+        self._digests.check_file(path, entry)
+        stored = read_header(path)
         found = {}
-        with TensorFile(self._artifact.path / "resident.safetensors") as file:
+        with TensorFile(path) as file:
             for name, shape in resident_tensors(self._spec).items():
                 purpose = "embedding" if name.startswith(EMBEDDING) else "norms"
                 tensor = read_tensor(file, stored[name])
@@ -65,38 +77,47 @@ class Loader:
         target = self._memory.take_tensor("tables", tuple(tensor.shape), tensor.dtype)
         return target.copy_(tensor)
 
-    def substitutes(self, small: dict[str, Tensor]) -> Substitutes:
-        spec, path = self._spec, self._artifact.path / "substitutes.safetensors"
-        stored = read_header(path)
-        weights: dict[tuple[int, Kind], Int4Weight | Tensor] = {}
-        biases: dict[tuple[int, Kind], Tensor] = {}
-        every = linears(spec)
-        with TensorFile(path) as file:
+    def int4_weights(self) -> dict[tuple[int, Kind], Int4Weight]:
+        """Every substitute, in the layout of the plan's 4-bit kernel; empty if the plan has no room
+        for them: then nothing needs them."""
+        if not self._placement.ledger.get("substitutes"):
+            return {}
+        found = {}
+        every = [linear for linear in linears(self._spec) if linear.has_substitute]
+        with self._substitute_file() as read:
             for index, linear in enumerate(every):
-                key = linear.layer, linear.kind
-                if linear.has_bias:
-                    bias = small[f"{linear.name}.bias"]
-                    same = bias.dtype == DRAFT_DTYPE
-                    biases[key] = bias if same else self.keep(bias.to(DRAFT_DTYPE))
-                if not linear.has_substitute:
-                    weights[key] = fixed_weight(spec, linear.name, small)
-                    continue
-                codes, scale, zero = (
-                    read_tensor(file, stored[f"{linear.name}.{part}"])
-                    for part in ("codes", "scale", "zero")
-                )
+                codes, grid = read(linear)
                 room = packed_bytes(linear.out_features, linear.in_features)
-                weights[key] = pack(
+                found[linear.layer, linear.kind] = pack(
                     codes,
-                    scale,
-                    zero,
+                    grid,
                     self._artifact.plan.int4_kernel,
                     *(self._memory.take("substitutes", num_bytes) for num_bytes in room),
                 )
                 self._progress("loading substitutes", (index + 1) / len(every))
-        return Substitutes(spec.num_layers, weights, biases)
+        return found
 
-    def exact_weights(self, small: dict[str, Tensor], link_bandwidth: float | None) -> ExactWeights:
+    def substitutes(
+        self, small: dict[str, Tensor], int4: dict[tuple[int, Kind], Int4Weight]
+    ) -> Substitutes:
+        weights: dict[tuple[int, Kind], Int4Weight | Tensor] = {**int4}
+        biases: dict[tuple[int, Kind], Tensor] = {}
+        for linear in linears(self._spec):
+            key = linear.layer, linear.kind
+            if linear.has_bias:
+                bias = small[f"{linear.name}.bias"]
+                same = bias.dtype == DRAFT_DTYPE
+                biases[key] = bias if same else self.keep(bias.to(DRAFT_DTYPE))
+            if not linear.has_substitute:
+                weights[key] = fixed_weight(self._spec, linear.name, small)
+        return Substitutes(self._spec.num_layers, weights, biases)
+
+    def exact_weights(
+        self,
+        small: dict[str, Tensor],
+        int4: dict[tuple[int, Kind], Int4Weight],
+        link_bandwidth: float | None,
+    ) -> ExactWeights:
         spec = self._spec
         fixed = {
             linear.name: fixed_weight(spec, linear.name, small)
@@ -106,48 +127,137 @@ class Loader:
         biases = {
             linear.name: small[f"{linear.name}.bias"] for linear in linears(spec) if linear.has_bias
         }
-        resident = self._resident_parts()
-        return ExactWeights(spec, fixed, resident, biases, self._ring(link_bandwidth))
+        stored, held = self._artifact.stored_parts(), self._held_parts()
+        ring = self._ring(stored, link_bandwidth)
+        self._digests.finish()
+        restorer = self._restorer(stored, int4)
+        return ExactWeights(spec, stored, fixed, held, biases, ring, restorer)
 
-    def _resident_parts(self) -> dict[str, Tensor]:
-        offsets = self._artifact.part_offsets()
-        wanted = set(self._placement.resident)
-        dtype: torch.dtype = getattr(torch, self._spec.dtype)
-        chosen = [part for part in parts(self._spec) if part.name in wanted]
-        file = DirectFile(self._artifact.path / "exact.safetensors")
+    def close(self) -> None:
+        self._digests.close()
+
+    def _held_parts(self) -> dict[str, Tensor]:
+        """What stays in fast memory: [rows, K], or uint8 [bytes] of a residual."""
+        resident, split = set(self._placement.resident), set(self._placement.split)
+        chosen = [p for p in self._artifact.stored_parts() if p.name in resident | split]
         found = {}
-        for index, part in enumerate(chosen):
-            target = self._memory.take("resident", part.padded_bytes, PAGE_BYTES)
-            if target.device.type == "cpu":
-                file.read_into(target, offsets[part.name].offset)
-            else:
-                through = host_buffer(part.padded_bytes)
-                file.read_into(through, offsets[part.name].offset)
-                target.copy_(through)
-            found[part.name] = target[: part.num_bytes].view(dtype).view(part.num_rows, -1)
-            self._progress("loading exact weights", (index + 1) / len(chosen))
-        file.close()
+        file = DirectFile(self._artifact.path / "exact.safetensors")
+        try:
+            for index, part in enumerate(chosen):
+                if part.name in split:
+                    found[part.name] = self._place_stored(file, part, "residuals")
+                elif part.encoding == "raw":
+                    raw = self._place_stored(file, part, "resident")
+                    found[part.name] = raw.view(self._dtype).view(part.part.num_rows, -1)
+                else:
+                    found[part.name] = self._place_decoded(file, part)
+                self._progress("loading exact weights", (index + 1) / len(chosen))
+        finally:
+            file.close()
         return found
 
-    def _ring(self, link_bandwidth: float | None) -> Ring | None:
+    def _place_stored(self, file: DirectFile, part: StoredPart, purpose: str) -> Tensor:
+        """The bytes of the part in fast memory: uint8 [num_bytes]."""
+        target = self._memory.take(purpose, part.padded_bytes, PAGE_BYTES)
+        on_cpu = target.device.type == "cpu"
+        host = target if on_cpu else host_buffer(part.padded_bytes)
+        self._read_part(file, part, host)
+        if not on_cpu:
+            target.copy_(host)
+        return target[: part.num_bytes]
+
+    def _place_decoded(self, file: DirectFile, part: StoredPart) -> Tensor:
+        """A residual, decoded once and for all: [rows, K] in fast memory."""
+        host = host_buffer(part.padded_bytes)
+        self._read_part(file, part, host)
+        with self._substitute_file() as read:
+            codes, grid = read(part.part.linear)
+        self._digests.finish()  # a residual is decoded only over what it was made for
+        rows = slice(part.part.first_row, part.part.first_row + part.part.num_rows)
+        raw = self._memory.take("resident", part.part.padded_bytes, PAGE_BYTES)
+        target = raw[: part.part.num_bytes].view(self._dtype).view(part.part.num_rows, -1)
+        exact = decode_stored(
+            host[: part.num_bytes],
+            codes[rows],
+            grid[:, rows],
+            self._dtype,
+            self._artifact.plan.num_threads,
+        )
+        return target.copy_(exact)
+
+    def _read_part(self, file: DirectFile, part: StoredPart, host: Tensor) -> None:
+        file.read_into(host, self._entries[part.name].offset)
+        self._check_part(part, host)
+
+    def _check_part(self, part: StoredPart, host: Tensor) -> None:
+        """host: uint8, begins with the part's bytes."""
+        substitute = self._substitute_digests[part.part.linear.name]
+        self._digests.check_part(
+            part.name,
+            host[: part.num_bytes],
+            self._entries[part.name].digest,
+            substitute if part.encoding == "residual" else None,
+        )
+
+    def _check_block(self, block: Block, memory: Tensor) -> None:
+        """memory: uint8 on the host, the block's bytes. Raises SubspecError(CORRUPT)."""
+        offset = 0
+        for part in block.parts:
+            self._check_part(part, memory[offset:])
+            offset += part.padded_bytes
+        self._digests.finish()
+
+    @contextmanager
+    def _substitute_file(self) -> Iterator[Callable[[Linear], tuple[Tensor, Tensor]]]:
+        """Reads a linear's codes and grid as they are stored, on the host."""
+        path = self._artifact.path / "substitutes.safetensors"
+        stored = read_header(path)
+        with TensorFile(path) as file:
+
+            def read(linear: Linear) -> tuple[Tensor, Tensor]:
+                codes = read_tensor(file, stored[f"{linear.name}.codes"])
+                grid = read_tensor(file, stored[f"{linear.name}.grid"])
+                expected = self._substitute_digests[linear.name]
+                self._digests.check_substitute(linear.name, codes, grid, expected)
+                return codes, grid
+
+            yield read
+
+    def _restorer(
+        self, stored: list[StoredPart], int4: dict[tuple[int, Kind], Int4Weight]
+    ) -> Restorer | None:
+        resident = set(self._placement.resident)
+        coded = [p for p in stored if p.encoding == "residual" and p.name not in resident]
+        if not coded:
+            return None
+        largest = max(p.part.padded_bytes for p in coded)
+        return Restorer(
+            int4,
+            self._memory.take("scratch", largest, PAGE_BYTES),
+            self._dtype,
+            self._artifact.plan.num_threads,
+            torch.zeros(1, dtype=torch.int32, device=self._memory.device),
+        )
+
+    def _ring(self, stored: list[StoredPart], link_bandwidth: float | None) -> Ring | None:
         placement = self._placement
-        blocks = make_blocks(self._spec, placement.resident, placement.block_bytes)
+        blocks = make_blocks(stored, placement)
         if not blocks:
             return None
         slots = [
             self._memory.take("staging", placement.block_bytes, PAGE_BYTES)
             for _ in range(placement.num_slots)
         ]
-        where = self._artifact.part_offsets()
-        offsets = [where[block.parts[0].name].offset for block in blocks]
+        offsets = [self._entries[block.parts[0].name].offset for block in blocks]
         path = self._artifact.path / "exact.safetensors"
-        link: Link
         if self._memory.device.type == "cpu":
-            link = DiskLink(path, slots, link_bandwidth)
-        else:
-            ranges = [(o, block.num_bytes) for o, block in zip(offsets, blocks, strict=True)]
-            link = HostLink(path, ranges, slots, link_bandwidth)
-        return Ring(blocks, offsets, link, placement.num_slots)
+            disk = DiskLink(path, slots, link_bandwidth)
+            return Ring(blocks, offsets, disk, placement.num_slots, self._check_block)
+        ranges = [(o, block.num_bytes) for o, block in zip(offsets, blocks, strict=True)]
+        host = HostLink(path, ranges, slots, link_bandwidth)
+        for block, offset in zip(blocks, offsets, strict=True):
+            self._check_block(block, host.host_bytes(offset))
+        return Ring(blocks, offsets, host, placement.num_slots)
 
 
 def fixed_weight(spec: ModelSpec, name: str, small: dict[str, Tensor]) -> Tensor:

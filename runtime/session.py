@@ -82,10 +82,12 @@ class Session:
         torch.set_num_threads(plan.num_threads)
         self.memory = FastMemory(self.device, placement.ledger)
         self.peak = PeakMeter(self.memory)
-        loader = Loader(artifact, placement, self.memory, progress)
+        loader = self._loader = Loader(artifact, placement, self.memory, progress)
         small = loader.small_tensors()
-        substitutes = loader.substitutes(small) if self.method == "substitute" else None
-        exact = loader.exact_weights(small, link_bandwidth)
+        int4 = loader.int4_weights()
+        drafts = self.method == "substitute"
+        substitutes = loader.substitutes(small, int4) if drafts else None
+        exact = loader.exact_weights(small, int4, link_bandwidth)
         slots = cache_slots(plan.context, plan.verify_width)
         dtype: torch.dtype = getattr(torch, spec.dtype)
         shape = (spec.num_layers, 2, spec.num_kv_heads, slots, spec.head_size)
@@ -181,6 +183,7 @@ class Session:
 
     def close(self) -> None:
         self.model.exact.close()
+        self._loader.close()
 
     def __enter__(self) -> "Session":
         return self

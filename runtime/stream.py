@@ -5,25 +5,35 @@ The order is cyclic: at the end of a pass the next pass's first blocks are alrea
 they arrive while the draft runs.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from subspec.artifacts.errors import SubspecError
-from subspec.artifacts.model import Kind, Linear, ModelSpec, Part, linears, parts
+from subspec.artifacts.model import Kind, Linear, ModelSpec, Part, StoredPart, linears
 from subspec.artifacts.plan import Block
 from subspec.runtime.linear import exact_product, exact_product_into
 from subspec.runtime.link import Link
+from subspec.runtime.split import Restorer
 from subspec.runtime.transformer import Product
 
 
 class Ring:
     """Blocks in cyclic order through a few slots. `take` is called in exactly that order."""
 
-    def __init__(self, blocks: list[Block], offsets: list[int], link: Link, num_slots: int) -> None:
+    def __init__(
+        self,
+        blocks: list[Block],
+        offsets: list[int],
+        link: Link,
+        num_slots: int,
+        check: Callable[[Block, Tensor], None] = lambda block, memory: None,
+    ) -> None:
+        """`check` raises for bytes that are not the artifact's; asked when a block comes first."""
         self.streamed_bytes = 0
+        self._check = check
         self._blocks = blocks
         self._offsets = offsets
         self._link = link
@@ -39,6 +49,8 @@ class Ring:
         block = self._blocks[self._num_taken % len(self._blocks)]
         try:
             memory = self._link.wait(self._num_taken % self._num_slots)
+            if self._num_taken < len(self._blocks):
+                self._check(block, memory)
         except SubspecError:
             self._failed = True
             raise
@@ -77,23 +89,27 @@ class ExactWeights:
     def __init__(
         self,
         spec: ModelSpec,
+        stored: Sequence[StoredPart],
         fixed: dict[str, Tensor],
-        resident: dict[str, Tensor],
+        held: dict[str, Tensor],
         biases: dict[str, Tensor],
         ring: Ring | None,
+        restorer: Restorer | None = None,
     ) -> None:
-        """fixed: linear name -> [N, K] that is never placed (tied head, odd shapes); resident:
-        part name -> [rows, K]; biases: linear name -> [N]; ring: everything else."""
+        """fixed: linear name -> [N, K] that is never placed (tied head, odd shapes); held: part
+        name -> [rows, K] or the uint8 [bytes] of its residual; biases: linear name -> [N]; ring:
+        everything else; restorer: where anything is a residual."""
         self.ring = ring
         self._num_layers = spec.num_layers
         self._linears = {(linear.layer, linear.kind): linear for linear in linears(spec)}
-        self._parts: dict[str, list[Part]] = {}
-        for part in parts(spec):
-            self._parts.setdefault(part.linear.name, []).append(part)
+        self._parts: dict[str, list[StoredPart]] = {}
+        for part in stored:
+            self._parts.setdefault(part.part.linear.name, []).append(part)
         self._fixed = fixed
-        self._resident = resident
+        self._held = held
         self._biases = biases
-        self._dtype = getattr(torch, spec.dtype)
+        self._dtype: torch.dtype = getattr(torch, spec.dtype)
+        self._restorer = restorer
         self._arrived: dict[str, Tensor] = {}
 
     def __iter__(self) -> Iterator[Product]:
@@ -106,6 +122,8 @@ class ExactWeights:
             self._give_back()
             if not finished and self.ring is not None:
                 self.ring.skip_to_first()
+        if self._restorer is not None:
+            self._restorer.check()
 
     @property
     def streamed_bytes(self) -> int:
@@ -142,14 +160,23 @@ class ExactWeights:
         if fixed is not None:
             product(x, fixed, out)
             return
-        for part in self._parts[linear.name]:
+        for stored in self._parts[linear.name]:
+            part = stored.part
             columns = slice(part.first_row, part.first_row + part.num_rows)
             product(x, self._weight(part), out[:, columns])
 
     def _weight(self, part: Part) -> Tensor:
-        """[rows, K]; a streamed part is valid until a part of another block is asked for."""
-        if (found := self._resident.get(part.name)) is not None:
+        """[rows, K], valid until another part is asked for."""
+        found = self._held.get(part.name)
+        if found is None:
+            found = self._streamed(part)
+        if found.dtype != torch.uint8:
             return found
+        assert self._restorer is not None, f"{part.name} is a residual"
+        return self._restorer.restore(part, found)
+
+    def _streamed(self, part: Part) -> Tensor:
+        """As `held`; valid until a part of another block is asked for."""
         if part.name not in self._arrived:
             self._give_back()
             assert self.ring is not None
@@ -160,10 +187,12 @@ class ExactWeights:
 
     def _views(self, block: Block, memory: Tensor) -> dict[str, Tensor]:
         views, offset = {}, 0
-        for part in block.parts:
-            raw = memory[offset : offset + part.num_bytes]
-            views[part.name] = raw.view(self._dtype).view(part.num_rows, -1)
-            offset += part.padded_bytes
+        for stored in block.parts:
+            found = memory[offset : offset + stored.num_bytes]
+            if stored.encoding == "raw":
+                found = found.view(self._dtype).view(stored.part.num_rows, -1)
+            views[stored.name] = found
+            offset += stored.padded_bytes
         return views
 
     def _give_back(self) -> None:

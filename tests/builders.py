@@ -7,16 +7,17 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from subspec.artifacts.model import ModelSpec, Source, parts
+from subspec.artifacts.model import Encoding, ModelSpec, Source
 from subspec.artifacts.plan import Acceptance, Placement, Plan, Rate, Tree
 from subspec.artifacts.profile import LinkRate, Profile, Timing
 from subspec.artifacts.store import Artifact, open_artifact
 from subspec.planner.build import build
 from subspec.planner.checkpoint import read_checkpoint
-from subspec.planner.costs import Shape, exact_bytes, ledger
+from subspec.planner.costs import Shape, ledger
 from subspec.planner.hub import DEMO
 from subspec.planner.quantize import quantize
-from subspec.planner.search import choose_resident
+from subspec.planner.search import choose_held
+from subspec.planner.storage import Storage, group_bytes, raw_storage, usual_storages
 from subspec.planner.tokenizer_files import read_tokenizer
 
 PROFILE = Profile(
@@ -35,6 +36,7 @@ PROFILE = Profile(
     round_seconds=1e-4,
     int4_kernel="aten",
     position_free_widths=(8, 16, 24, 32, 48, 64),
+    decode_rate=1e9,
 )
 
 
@@ -48,22 +50,30 @@ def make_plan(
     num_slots: int = 2,
     num_threads: int = 1,
     device: str = "cpu",
+    storage: Storage | None = None,
 ) -> Plan:
-    """A plan made by hand: any tree, any share of the exact weights resident, the smallest ring.
+    """A plan made by hand: any tree, any share of the stored bytes in fast memory, the smallest
+    ring. storage: raw unless it is given.
 
     One thread: with more, a busy machine makes each of many thousand tiny products wait.
     """
+    storage = storage or raw_storage(spec)
     verify_width = verify_width or -(-(1 + width * depth) // 8) * 8
-    stay = choose_resident(parts(spec), int(exact_bytes(spec) * resident_share))
-    streams = len(stay) < len(parts(spec))
-    block = max((part.padded_bytes for part in parts(spec)), default=0) if streams else 0
+    stay = choose_held(storage, int(storage.num_bytes * resident_share))
+    resident = [part for part in stay if part.encoding == "raw"]
+    split = [part for part in stay if part.encoding == "residual"]
+    streams = len(stay) < len(storage.parts)
+    block = storage.largest_part if streams else 0
     slots = num_slots if streams else 0
 
     def placement(draft_width: int) -> Placement:
-        shape = Shape(context, verify_width, draft_width, context, block, slots)
+        shape = Shape(
+            context, verify_width, draft_width, context, block, slots, storage.scratch_bytes
+        )
         purposes = ledger(spec, "cuda" if device == "cuda" else "cpu", shape, 0, 0)
-        purposes["resident"] = sum(part.padded_bytes for part in stay)
-        return Placement(tuple(part.name for part in stay), block, slots, purposes)
+        purposes |= {"resident": group_bytes(resident), "residuals": group_bytes(split)}
+        names = [tuple(part.name for part in some) for some in (resident, split)]
+        return Placement(*names, block, slots, purposes)
 
     substitute, plain = placement(width), placement(0)
     return Plan(
@@ -79,6 +89,7 @@ def make_plan(
         prefill_tokens=context,
         substitute=substitute,
         plain=plain,
+        residual_layers=storage.residual_layers,
         predicted={},
         acceptance=Acceptance((Rate(1, 0.9, 0),)),
     )
@@ -86,15 +97,27 @@ def make_plan(
 
 def replan(artifact: Artifact, **settings: object) -> Artifact:
     """The same weights under another hand-made plan."""
-    return replace(artifact, plan=make_plan(artifact.spec, **settings))  # type: ignore[arg-type]
+    return replace(artifact, plan=plan_for(artifact, **settings))
 
 
-def build_artifact(checkpoint: Path, out: Path, **settings: object) -> Artifact:
+def plan_for(artifact: Artifact, **settings: object) -> Plan:
+    storage = Storage(tuple(artifact.stored_parts()))
+    return make_plan(artifact.spec, storage=storage, **settings)  # type: ignore[arg-type]
+
+
+def build_artifact(
+    checkpoint: Path, out: Path, encoding: Encoding = "raw", **settings: object
+) -> Artifact:
     """Quantises and packs a checkpoint folder under a hand-made plan."""
     read = read_checkpoint(checkpoint, Source("test/model"))
-    plan = make_plan(read.spec, **settings)  # type: ignore[arg-type]
+    wanted = raw_storage(read.spec) if encoding == "raw" else usual_storages(read.spec)[0]
+    plan = make_plan(read.spec, storage=wanted, **settings)  # type: ignore[arg-type]
+
+    def with_real_sizes(artifact: Artifact) -> Plan:
+        return plan_for(artifact, **settings)
+
     tokenizer = read_tokenizer(checkpoint)
-    build(read, tokenizer, plan, PROFILE, out, False, quantize, lambda a: a.plan, lambda *_: None)
+    build(read, tokenizer, plan, PROFILE, out, False, quantize, with_real_sizes, lambda *_: None)
     return open_artifact(out)
 
 

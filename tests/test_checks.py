@@ -9,7 +9,7 @@ import pytest
 
 from subspec.artifacts.checks import check_headers, check_plan, check_spec
 from subspec.artifacts.errors import Exit, SubspecError
-from subspec.artifacts.model import ModelSpec, Rope, linears, parts, resident_tensors
+from subspec.artifacts.model import ModelSpec, Rope, StoredPart, linears, parts, resident_tensors
 from subspec.artifacts.plan import Acceptance, Placement, Plan, Rate, Tree
 from subspec.artifacts.tensors import ITEM_BYTES, write_header
 
@@ -21,12 +21,14 @@ SPEC = ModelSpec(
     num_heads=4, num_kv_heads=2, head_size=32, vocab_size=64, norm_epsilon=1e-6,
     max_positions=100, rope=Rope(10000.0), tied_head=True, mlp_bias=True,
 )  # fmt: skip
-LARGEST_PART = max(part.padded_bytes for part in parts(SPEC))
-STREAMING = Placement((), LARGEST_PART, 2, {"staging": 2 * LARGEST_PART, "cache": 1000})
+RAW = [StoredPart(part, "raw", part.num_bytes) for part in parts(SPEC)]
+CODED = [StoredPart(part, "residual", part.num_bytes // 2) for part in parts(SPEC)]
+LARGEST_PART = max(part.padded_bytes for part in RAW)
+STREAMING = Placement((), (), LARGEST_PART, 2, {"staging": 2 * LARGEST_PART, "cache": 1000})
 PLAN = Plan(
     device="cpu", machine="test", budget_bytes=2 * LARGEST_PART + 1000, context=100,
     method="substitute", tree=Tree(2, 3), verify_width=7, num_threads=1, int4_kernel="aten",
-    prefill_tokens=64, substitute=STREAMING, plain=STREAMING, predicted={},
+    prefill_tokens=64, substitute=STREAMING, plain=STREAMING, residual_layers=(), predicted={},
     acceptance=Acceptance((Rate(2, 0.9, 0),)),
 )  # fmt: skip
 
@@ -42,7 +44,7 @@ def refused(where: str, check: Callable[[], None]) -> None:
 
 def test_a_sane_model_and_a_plan_that_just_fits_pass() -> None:
     check_spec(SPEC)
-    check_plan(SPEC, PLAN)
+    check_plan(SPEC, RAW, PLAN)
 
 
 WRONG_MODELS: dict[str, dict[str, Any]] = {
@@ -76,6 +78,7 @@ WRONG_PLANS: dict[str, dict[str, Any]] = {
     "ledger over budget": {"budget_bytes": 2 * LARGEST_PART + 999},
     "negative ledger": {"plain": replace(STREAMING, ledger={"a": -1, "b": 2})},
     "unknown part": {"substitute": replace(STREAMING, resident=("model.layers.9.mlp.up_proj",))},
+    "a raw part that is split": {"substitute": replace(STREAMING, split=(RAW[0].name,))},
     "one slot": {"plain": replace(STREAMING, num_slots=1)},
     "a million slots": {"plain": replace(STREAMING, num_slots=10**6)},
     "slots too small": {"plain": replace(STREAMING, block_bytes=LARGEST_PART - 1)},
@@ -95,12 +98,22 @@ WRONG_PLANS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("changes", WRONG_PLANS.values(), ids=WRONG_PLANS.keys())
 def test_a_plan_that_does_not_go_together_is_refused(changes: dict[str, Any]) -> None:
-    refused("plan.json", lambda: check_plan(SPEC, replace(PLAN, **changes)))
+    refused("plan.json", lambda: check_plan(SPEC, RAW, replace(PLAN, **changes)))
 
 
 def test_a_plan_that_streams_nothing_needs_no_slots_and_no_ledger() -> None:
-    everything = Placement(tuple(part.name for part in parts(SPEC)), 0, 0, {})
-    check_plan(SPEC, replace(PLAN, plain=everything))
+    everything = Placement(tuple(part.name for part in RAW), (), 0, 0, {})
+    check_plan(SPEC, RAW, replace(PLAN, plain=everything))
+
+
+def test_residuals_are_decoded_over_substitutes_in_memory() -> None:
+    refused("plan.json", lambda: check_plan(SPEC, CODED, PLAN))
+    with_them = replace(STREAMING, ledger={"substitutes": 1, "staging": 2 * LARGEST_PART})
+    check_plan(SPEC, CODED, replace(PLAN, substitute=with_them, plain=with_them))
+    split = replace(with_them, split=(CODED[0].name,))
+    check_plan(SPEC, CODED, replace(PLAN, substitute=split, plain=split))
+    loaded = replace(STREAMING, resident=tuple(part.name for part in CODED))  # decoded by then
+    check_plan(SPEC, CODED, replace(PLAN, substitute=loaded, plain=loaded))
 
 
 def headers() -> dict[str, Header]:
@@ -109,8 +122,7 @@ def headers() -> dict[str, Header]:
     for linear in linears(SPEC):
         rows, groups = linear.out_features, linear.in_features // 64
         substitutes[f"{linear.name}.codes"] = ("U8", (rows, linear.in_features // 2))
-        substitutes[f"{linear.name}.scale"] = ("F16", (rows, groups))
-        substitutes[f"{linear.name}.zero"] = ("F16", (rows, groups))
+        substitutes[f"{linear.name}.grid"] = ("BF16", (groups, rows, 2))
     resident = {name: ("F16", shape) for name, shape in resident_tensors(SPEC).items()}
     return {"substitutes.safetensors": substitutes, "resident.safetensors": resident}
 
@@ -143,8 +155,10 @@ def test_a_resident_tensor_of_another_dtype_or_shape_is_refused(
     refused("resident.safetensors", lambda: check_headers(tmp_path, SPEC))
 
 
-@pytest.mark.parametrize("suffix", ["codes", "scale", "zero"])
-@pytest.mark.parametrize("wrong", [None, ("BF16", (128, 2)), ("U8", (128, 2)), ("F16", (2, 128))])
+@pytest.mark.parametrize("suffix", ["codes", "grid"])
+@pytest.mark.parametrize(
+    "wrong", [None, ("BF16", (128, 2, 2)), ("U8", (128, 2)), ("F16", (2, 128, 2))]
+)
 def test_a_substitute_of_another_dtype_or_shape_is_refused(
     tmp_path: Path, suffix: str, wrong: Stored | None
 ) -> None:

@@ -1,25 +1,32 @@
 """Bytes and seconds of a candidate, against values worked out by hand."""
 
+from dataclasses import replace
+
 import pytest
 from toys import make_profile, make_spec
 
-from subspec.artifacts.model import parts, resident_tensors
+from subspec.artifacts.model import ModelSpec, parts, resident_tensors
 from subspec.planner.costs import (
     GUARD_BYTES,
     Candidate,
     Shape,
-    exact_bytes,
     expected_tokens,
     ledger,
     model_bytes,
     predict,
     substitutes_bytes,
 )
+from subspec.planner.storage import raw_storage, usual_storages
 
-SHAPE = Shape(256, 16, 3, 128, 1 << 20, 2)
-CHAIN = Candidate(1, 4, 8, 1 << 20, 2)
-PLAIN = Candidate(0, 0, 8, 1 << 20, 2)
+SHAPE = Shape(256, 16, 3, 128, 1 << 20, 2, 0)
+CODED, *_, RAW = usual_storages(make_spec())
+CHAIN = Candidate(RAW, 1, 4, 8, 1 << 20, 2)
+PLAIN = Candidate(RAW, 0, 0, 8, 1 << 20, 2)
 LINK = 100e6  # bytes per second of the toy's link at 1 MiB
+
+
+def exact_bytes(spec: ModelSpec) -> int:
+    return raw_storage(spec).num_bytes
 
 
 def test_exact_and_small_tensors_are_the_whole_model() -> None:
@@ -48,21 +55,37 @@ def test_a_ledger_names_every_purpose_once() -> None:
 
 def test_plain_decoding_pays_for_no_draft() -> None:
     spec = make_spec(dtype="float32")
-    plain = ledger(spec, "cpu", Shape(256, 16, 0, 128, 1 << 20, 2), 0, 10**9)
+    plain = ledger(spec, "cpu", Shape(256, 16, 0, 128, 1 << 20, 2, 0), 0, 10**9)
     drafted = ledger(spec, "cpu", SHAPE, 0, 10**9)
     assert plain["substitutes"] == 0
     assert plain["tables"] < drafted["tables"]
 
 
+def test_plain_decoding_of_residuals_needs_their_substitutes() -> None:
+    plain = ledger(make_spec(), "cpu", Shape(256, 16, 0, 128, 1 << 20, 2, 1 << 18), 0, 10**9)
+    assert plain["substitutes"] == substitutes_bytes(make_spec())
+    assert plain["scratch"] == 1 << 18
+
+
+def test_decoding_is_paid_by_every_weight_that_is_a_residual() -> None:
+    profile = make_profile(decode_rate=1e8)
+    found = predict(make_spec(), profile, replace(CHAIN, storage=CODED), 0, 0.5, 128, 0)
+    raw = predict(make_spec(), profile, CHAIN, 0, 0.5, 128, 0)
+    assert found.decode_seconds == pytest.approx(exact_bytes(make_spec()) / 2 / 1e8)
+    assert found.compute_seconds == pytest.approx(raw.compute_seconds + found.decode_seconds)
+    assert raw.decode_seconds == 0
+
+
 @pytest.mark.parametrize(
     "larger",
     [
-        Shape(512, 16, 3, 128, 1 << 20, 2),
-        Shape(256, 32, 3, 128, 1 << 20, 2),
-        Shape(256, 16, 8, 128, 1 << 20, 2),
-        Shape(256, 16, 3, 512, 1 << 20, 2),
-        Shape(256, 16, 3, 128, 2 << 20, 2),
-        Shape(256, 16, 3, 128, 1 << 20, 3),
+        Shape(512, 16, 3, 128, 1 << 20, 2, 0),
+        Shape(256, 32, 3, 128, 1 << 20, 2, 0),
+        Shape(256, 16, 8, 128, 1 << 20, 2, 0),
+        Shape(256, 16, 3, 512, 1 << 20, 2, 0),
+        Shape(256, 16, 3, 128, 2 << 20, 2, 0),
+        Shape(256, 16, 3, 128, 1 << 20, 3, 0),
+        Shape(256, 16, 3, 128, 1 << 20, 2, 1 << 18),
     ],
 )
 def test_more_of_anything_never_takes_less_memory(larger: Shape) -> None:
@@ -96,7 +119,7 @@ def test_a_round_on_a_slow_link_lasts_as_long_as_the_link() -> None:
 
 def test_no_more_than_the_ring_crosses_the_link_ahead() -> None:
     slow = make_profile(draft_layer=tuple(make_profile().draft_layer[-1:]))
-    deep = Candidate(8, 100, 8, 1 << 20, 2)
+    deep = Candidate(RAW, 8, 100, 8, 1 << 20, 2)
     found = predict(make_spec(), slow, deep, 10 << 20, 0.5, 128, 0)
     assert found.draft_seconds * LINK > 2 << 20
     link = (8 << 20) / LINK

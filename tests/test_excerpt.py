@@ -3,6 +3,7 @@ import torch
 from toys import make_spec
 
 from subspec.artifacts.model import linears
+from subspec.artifacts.packing import dequantize, unpack_nibbles
 from subspec.planner.excerpt import (
     CYCLED_BYTES,
     excerpt,
@@ -62,9 +63,15 @@ def test_noise_fills_a_tensor_with_finite_numbers(
 
 
 def test_a_random_substitute_has_the_stored_shapes() -> None:
-    codes, scale, zero = random_substitute(48, 192)
+    codes, grid = random_substitute(48, 192)
     assert codes.shape == (48, 96) and codes.dtype == torch.uint8
-    assert scale.shape == zero.shape == (48, 3)
+    assert grid.shape == (3, 48, 2) and grid.dtype == torch.bfloat16 and grid.is_contiguous()
+
+
+def test_a_random_substitute_has_weights_around_zero() -> None:
+    codes, grid = random_substitute(64, 1024)
+    weight = dequantize(unpack_nibbles(codes), grid)
+    assert abs(weight.mean().item()) < 0.05 * weight.std().item()
 
 
 @pytest.mark.parametrize("width", [8, 33, 300])

@@ -227,13 +227,14 @@ def test_the_json_object_has_the_documented_keys() -> None:
     assert sum(found["ledger"].values()) <= found["budget_bytes"] == 12_000_000
     assert set(found["decisions"]) == {
         "device", "method", "context", "tree", "verify_width", "int4_kernel", "threads",
-        "prefill_tokens", "block_bytes", "num_slots", "resident_bytes", "streamed_bytes", "reasons",
+        "prefill_tokens", "block_bytes", "num_slots", "residual_layers", "resident_bytes",
+        "split_bytes", "streamed_bytes", "reasons",
     }  # fmt: skip
     assert set(found["decisions"]["tree"]) == {"width", "depth", "temperature", "stop_below"}
     assert set(found["predicted"]) == {
         "tokens_per_second", "time_to_first_token_seconds", "fast_peak_bytes", "tokens_per_round",
-        "draft_seconds", "verify_seconds", "stream_seconds", "compute_seconds", "streamed_bytes",
-        "plain_tokens_per_second",
+        "draft_seconds", "verify_seconds", "stream_seconds", "compute_seconds", "decode_seconds",
+        "streamed_bytes", "plain_tokens_per_second",
     }  # fmt: skip
 
 

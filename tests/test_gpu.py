@@ -17,10 +17,10 @@ from subspec.runtime.text import load_text
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture(scope="module")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+@pytest.fixture(scope="module", params=["raw", "residual"])
+def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     out = tmp_path_factory.mktemp("gpu") / "artifact"
-    return build_artifact(DEMO, out, device="cuda", context=512)
+    return build_artifact(DEMO, out, request.param, device="cuda", context=512)
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.8, seed=3)], ids=str)
@@ -46,18 +46,22 @@ def test_speculation_gives_the_tokens_of_plain_decoding_on_cuda(
 
 @pytest.mark.parametrize("kernel", ["aten", "gemlite"])
 @pytest.mark.parametrize("rows", [1, 6, 8])
-def test_the_cuda_4_bit_kernels_agree_with_their_plain_twin(kernel: str, rows: int) -> None:
+@pytest.mark.parametrize("columns", [512, 192])  # 192: whole groups, but no whole 128 columns
+def test_the_cuda_4_bit_kernels_agree_with_their_plain_twin(
+    kernel: str, rows: int, columns: int
+) -> None:
     if kernel == "gemlite":
         pytest.importorskip("gemlite")
     generator = torch.Generator().manual_seed(0)
-    codes = pack_nibbles(torch.randint(16, (256, 512), dtype=torch.uint8, generator=generator))
-    scale = (torch.rand(256, 8, generator=generator) * 0.01 + 0.001).half()
-    zero = (torch.rand(256, 8, generator=generator) * 15).half()
-    room = [torch.empty(n, dtype=torch.uint8, device="cuda") for n in packed_bytes(256, 512)]
-    weight = pack(codes, scale, zero, kernel, *room)  # type: ignore[arg-type]
-    x = torch.randn(rows, 512, generator=generator).bfloat16()
+    codes = pack_nibbles(torch.randint(16, (256, columns), dtype=torch.uint8, generator=generator))
+    scale = torch.rand(columns // 64, 256, generator=generator) * 0.01 + 0.001
+    center = (torch.rand(columns // 64, 256, generator=generator) * 15 - 7) * scale
+    grid = torch.stack((scale, center), dim=-1).bfloat16()
+    room = [torch.empty(n, dtype=torch.uint8, device="cuda") for n in packed_bytes(256, columns)]
+    weight = pack(codes, grid, kernel, *room)  # type: ignore[arg-type]
+    x = torch.randn(rows, columns, generator=generator).bfloat16()
     got = int4_product(x.cuda(), weight).float().cpu()
-    expected = int4_product_plainly(x, codes, scale, zero)
+    expected = int4_product_plainly(x, codes, grid)
     assert ((got - expected).norm() / expected.norm()).item() < 1e-2
 
 

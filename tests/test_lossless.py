@@ -6,6 +6,7 @@ import pytest
 import torch
 from builders import build_artifact, demo_checkpoint, random_checkpoint, replan
 
+from subspec.artifacts.model import Encoding
 from subspec.artifacts.store import Artifact
 from subspec.planner.hub import DEMO
 from subspec.runtime.sampling import Sampling
@@ -15,15 +16,17 @@ from subspec.runtime.text import load_text
 NUM_PROMPTS, NUM_TOKENS = 40, 96
 GREEDY = Sampling()
 SEEDED = Sampling(temperature=0.8, top_k=0, top_p=0.95, seed=7)
-# (tree width, depth, share of the exact weights that is resident, verify width)
-PLANS = [
-    (1, 7, 0.0, 32),
-    (1, 24, 0.5, 32),
-    (3, 10, 1.0, 32),
-    (8, 3, 0.5, 32),
-    (2, 1, 0.0, 32),
-    (4, 7, 0.3, 32),
+ENCODINGS: tuple[Encoding, ...] = ("raw", "residual")
+# (tree width, depth, share of the exact weights that is resident, how they are stored)
+PLANS: list[tuple[int, int, float, Encoding]] = [
+    (1, 7, 0.0, "residual"),
+    (1, 24, 0.5, "raw"),
+    (3, 10, 1.0, "residual"),
+    (8, 3, 0.5, "residual"),
+    (2, 1, 0.0, "raw"),
+    (4, 7, 0.3, "residual"),
 ]
+VERIFY_WIDTH = 32
 
 
 def tiny(family: str, **settings: object) -> tuple[str, dict[str, object]]:
@@ -85,7 +88,10 @@ def test_f32_tokens_equal_transformers_greedy_decoding(family: str, tmp_path: Pa
     model_type, settings = FAMILIES[family]
     config = transformers.AutoConfig.for_model(model_type, **settings)
     folder = random_checkpoint(tmp_path / "checkpoint", config)
-    artifact = build_artifact(folder, tmp_path / "artifact", width=2, depth=5, context=160)
+    artifacts = [
+        build_artifact(folder, tmp_path / encoding, encoding, width=2, depth=5, context=160)
+        for encoding in ENCODINGS
+    ]
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for seed in range(3):
         generator = torch.Generator().manual_seed(seed)
@@ -93,20 +99,24 @@ def test_f32_tokens_equal_transformers_greedy_decoding(family: str, tmp_path: Pa
         expected = model.generate(
             torch.tensor([prompt]), max_new_tokens=60, do_sample=False, eos_token_id=None
         )[0, len(prompt) :].tolist()
-        for method in ("plain", "substitute"):
-            assert decode(artifact, method, prompt, GREEDY, 60) == expected, method
+        for artifact in artifacts:
+            for method in ("plain", "substitute"):
+                assert decode(artifact, method, prompt, GREEDY, 60) == expected, method
 
 
 @pytest.fixture(scope="module", params=["bfloat16", "float32"])
-def demo(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+def demos(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[Encoding, Artifact]:
+    """The demo model, its exact weights stored either way."""
     folder = tmp_path_factory.mktemp("demo")
-    dtype: torch.dtype = getattr(torch, request.param)
-    return build_artifact(demo_checkpoint(folder / "model", dtype), folder / "artifact")
+    source = demo_checkpoint(folder / "model", getattr(torch, request.param))
+    return {encoding: build_artifact(source, folder / encoding, encoding) for encoding in ENCODINGS}
 
 
 @pytest.fixture(scope="module")
-def prompts(demo: Artifact) -> list[list[int]]:
-    text = load_text(demo.path / "tokenizer")
+def prompts(demos: dict[Encoding, Artifact]) -> list[list[int]]:
+    text = load_text(demos["raw"].path / "tokenizer")
     source = (Path(__file__).parent / "builders.py").read_text()
     pieces = [source[at : at + 60 + at % 90] for at in range(0, len(source), 131)]
     chats = [
@@ -118,9 +128,11 @@ def prompts(demo: Artifact) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def plain_tokens(demo: Artifact, prompts: list[list[int]]) -> dict[Sampling, list[list[int]]]:
-    """What the plain twin emits, everything resident."""
-    artifact = replan(demo, resident_share=1.0, verify_width=32)
+def plain_tokens(
+    demos: dict[Encoding, Artifact], prompts: list[list[int]]
+) -> dict[Sampling, list[list[int]]]:
+    """What the plain twin emits, everything resident and raw."""
+    artifact = replan(demos["raw"], resident_share=1.0, verify_width=VERIFY_WIDTH)
     with Session(artifact, method="plain") as session:
         return {
             sampling: [run(session, prompt, sampling, NUM_TOKENS) for prompt in prompts]
@@ -131,41 +143,45 @@ def plain_tokens(demo: Artifact, prompts: list[list[int]]) -> dict[Sampling, lis
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 @pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
 def test_speculation_gives_the_tokens_of_plain_decoding(
-    demo: Artifact,
+    demos: dict[Encoding, Artifact],
     prompts: list[list[int]],
     plain_tokens: dict[Sampling, list[list[int]]],
-    plan: tuple[int, int, float, int],
+    plan: tuple[int, int, float, Encoding],
     sampling: Sampling,
 ) -> None:
     """The plans share the prompts out; the slow test below gives every prompt to every plan."""
     mine = range(PLANS.index(plan), NUM_PROMPTS, len(PLANS))
-    assert_same_tokens(demo, prompts, plain_tokens, plan, sampling, mine)
+    assert_same_tokens(demos, prompts, plain_tokens, plan, sampling, mine)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 @pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
 def test_speculation_gives_the_tokens_of_plain_decoding_for_every_prompt_and_plan(
-    demo: Artifact,
+    demos: dict[Encoding, Artifact],
     prompts: list[list[int]],
     plain_tokens: dict[Sampling, list[list[int]]],
-    plan: tuple[int, int, float, int],
+    plan: tuple[int, int, float, Encoding],
     sampling: Sampling,
 ) -> None:
-    assert_same_tokens(demo, prompts, plain_tokens, plan, sampling, range(NUM_PROMPTS))
+    assert_same_tokens(demos, prompts, plain_tokens, plan, sampling, range(NUM_PROMPTS))
 
 
 def assert_same_tokens(
-    demo: Artifact,
+    demos: dict[Encoding, Artifact],
     prompts: list[list[int]],
     plain_tokens: dict[Sampling, list[list[int]]],
-    plan: tuple[int, int, float, int],
+    plan: tuple[int, int, float, Encoding],
     sampling: Sampling,
     chosen: range,
 ) -> None:
-    width, depth, share, verify_width = plan
+    width, depth, share, encoding = plan
     artifact = replan(
-        demo, width=width, depth=depth, resident_share=share, verify_width=verify_width
+        demos[encoding],
+        width=width,
+        depth=depth,
+        resident_share=share,
+        verify_width=VERIFY_WIDTH,
     )
     with Session(artifact, method="substitute") as session:
         for index in chosen:

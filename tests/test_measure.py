@@ -25,6 +25,7 @@ from subspec.planner.hub import DEMO
 from subspec.planner.measure import PADDED_WIDTHS, measure, measure_acceptance, measure_link
 from subspec.planner.profiles import first_fault
 from subspec.planner.search import Wishes, search
+from subspec.planner.storage import usual_storages
 
 CPU = torch.device("cpu")
 
@@ -63,8 +64,12 @@ def test_the_profile_of_the_demo_makes_sense(tmp_path: Path) -> None:
     assert profile.plain_layer_seconds <= profile.exact_layer[0].seconds
     assert profile.prefill_token_seconds < profile.plain_layer_seconds
     assert {8, 16, 32, 64} <= set(profile.position_free_widths) <= set(PADDED_WIDTHS)
-    # The blocks of a plan for this model: from its largest part to a whole layer.
-    assert [rate.block_bytes for rate in profile.link] == [360448, 720896, 737280, 1474560]
+    # The blocks of a plan for this model: from its largest part to a whole layer, as residuals and
+    # raw.
+    blocks = {rate.block_bytes for rate in profile.link}
+    assert blocks >= {360448, 720896, 737280, 1474560}
+    assert min(blocks) == usual_storages(spec)[0].largest_part < 360448 / 2
+    assert 1e6 < profile.decode_rate < 1e11
     assert stages[0] == "measuring the link" and stages[-1] == "measured"
     assert list(tmp_path.iterdir()) == []
 

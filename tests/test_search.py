@@ -11,17 +11,19 @@ from toys import ACCEPTANCE, make_profile, make_spec
 
 from subspec.artifacts.checks import check_plan
 from subspec.artifacts.errors import Exit, SubspecError
-from subspec.artifacts.model import parts
+from subspec.artifacts.model import ModelSpec, parts
 from subspec.artifacts.plan import Acceptance, Plan, Rate
 from subspec.artifacts.profile import LinkRate, Profile
 from subspec.artifacts.sizes import parse_size
 from subspec.planner import problem as problem_module
-from subspec.planner.costs import Candidate, exact_bytes, predict
+from subspec.planner.costs import Candidate, predict
 from subspec.planner.problem import candidates, left_over, pose
-from subspec.planner.search import PRIOR, Wishes, choose_resident, place, search
+from subspec.planner.search import PRIOR, Wishes, choose_held, place, search
+from subspec.planner.storage import Storage, raw_storage, usual_storages
 
 BUDGETS = (6_000_000, 9_000_000, 10_000_000, 12_000_000, 14_500_000, 16_000_000, 30_000_000)
 LONG = Wishes(context=1024)
+DECODE_RATES = (0.0, 2e7, 2e8)  # weights/s; the toy's link brings 5e7 raw ones
 CHECKED = random.Random(1).sample(range(5_800_000, 17_000_000), 40)
 
 
@@ -50,23 +52,28 @@ def small_space(monkeypatch: pytest.MonkeyPatch) -> None:
 # Optimal
 
 
+@pytest.mark.parametrize("decode_rate", DECODE_RATES)
 @pytest.mark.parametrize("budget_bytes", BUDGETS)
-def test_nothing_feasible_is_better(budget_bytes: int, small_space: None) -> None:
+def test_nothing_feasible_is_better(
+    budget_bytes: int, decode_rate: float, small_space: None
+) -> None:
     """Every candidate, its parts named, its prediction asked of costs.py alone."""
-    spec, profile = make_spec(), make_profile()
+    spec, profile = make_spec(), make_profile(decode_rate=decode_rate)
     posed = pose(spec, profile, budget_bytes, Wishes(context=256), ACCEPTANCE)
     every = list(candidates(posed))
     every += [replace(c, width=0, depth=0) for c in every]
     speeds = []
     for candidate in every:
         ringless = replace(candidate, block_bytes=0, num_slots=0)
-        if left_over(posed, candidate) < 0 and left_over(posed, ringless) < exact_bytes(spec):
+        everything = candidate.storage.num_bytes
+        if left_over(posed, candidate) < 0 and left_over(posed, ringless) < everything:
             continue
-        streamed = exact_bytes(spec) - place(posed, candidate).ledger["resident"]
+        ledger = place(posed, candidate).ledger
+        streamed = everything - ledger["resident"] - ledger["residuals"]
         rate = ACCEPTANCE.probability(candidate.width)
         found = predict(spec, profile, candidate, streamed, rate, posed.prefill_tokens, 0)
         speeds.append(found.tokens_per_second)
-    assert speed(plan_for(budget_bytes)) == max(speeds)
+    assert speed(plan_for(budget_bytes, profile=profile)) == max(speeds)
 
 
 def test_it_abstains_where_speculation_does_not_pay() -> None:
@@ -75,13 +82,13 @@ def test_it_abstains_where_speculation_does_not_pay() -> None:
     assert plan.method == "plain"
     assert plan.predicted["plain"].streamed_bytes == 0
     assert plan.substitute is not None  # kept for who asks for it
-    assert "would not pay" in plan.reasons[-1]
+    assert any("would not pay" in reason for reason in plan.reasons)
 
 
 def test_it_abstains_where_no_draft_fits() -> None:
     plan = plan_for(6_500_000)
     assert (plan.method, plan.substitute, plan.tree.depth) == ("plain", None, 0)
-    assert "do not fit" in plan.reasons[-1]
+    assert any("do not fit" in reason for reason in plan.reasons)
 
 
 def test_it_speculates_on_a_slow_link() -> None:
@@ -98,8 +105,10 @@ def never_falls(speeds: list[float]) -> None:
     assert speeds == sorted(speeds)
 
 
-def test_more_memory_never_predicts_slower() -> None:
-    never_falls([speed(plan_for(budget_bytes)) for budget_bytes in sorted(CHECKED)])
+@pytest.mark.parametrize("decode_rate", DECODE_RATES)
+def test_more_memory_never_predicts_slower(decode_rate: float) -> None:
+    profile = make_profile(decode_rate=decode_rate)
+    never_falls([speed(plan_for(budget, profile=profile)) for budget in sorted(CHECKED)])
 
 
 def test_prompts_take_no_weights_place_when_memory_grows(small_space: None) -> None:
@@ -117,9 +126,17 @@ def test_prompts_take_no_weights_place_when_memory_grows(small_space: None) -> N
 
 
 @pytest.mark.parametrize("budget_bytes", [8_000_000, 11_000_000, 14_500_000])
+def test_faster_decoding_never_predicts_slower(budget_bytes: int, small_space: None) -> None:
+    rates = [0.0, *(1e6 * 1.5**n for n in range(20))]
+    profiles = [make_profile(decode_rate=rate) for rate in rates]
+    never_falls([speed(plan_for(budget_bytes, profile=profile)) for profile in profiles])
+
+
+@pytest.mark.parametrize("budget_bytes", [8_000_000, 11_000_000, 14_500_000])
 def test_a_faster_link_never_predicts_slower(budget_bytes: int, small_space: None) -> None:
     factors = [1.35**n for n in range(-10, 20)]
-    never_falls([speed(plan_for(budget_bytes, profile=faster_link(f))) for f in factors])
+    profiles = [replace(faster_link(factor), decode_rate=5e7) for factor in factors]
+    never_falls([speed(plan_for(budget_bytes, profile=profile)) for profile in profiles])
 
 
 @pytest.mark.parametrize("budget_bytes", [9_000_000, 12_000_000])
@@ -134,11 +151,13 @@ def test_higher_acceptance_never_predicts_slower(budget_bytes: int, small_space:
 @pytest.mark.parametrize("wishes", [Wishes(), Wishes(context=256), Wishes(context=1024)])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("decode_rate", [0.0, 5e7])
 def test_every_plan_passes_the_readers_check(
-    wishes: Wishes, device: str, dtype: str, small_space: None
+    wishes: Wishes, device: str, dtype: str, decode_rate: float, small_space: None
 ) -> None:
     spec = make_spec(dtype=dtype, tied_head=dtype == "float32")
-    profile = make_profile(device=device, overhead_bytes=1_000_000 if device == "cuda" else 0)
+    overhead = 1_000_000 if device == "cuda" else 0
+    profile = make_profile(device=device, overhead_bytes=overhead, decode_rate=decode_rate)
     num_plans = 0
     for budget_bytes in (*CHECKED[:12], *BUDGETS, 20_000_000, 40_000_000, 60_000_000):
         try:
@@ -147,11 +166,13 @@ def test_every_plan_passes_the_readers_check(
             assert error.exit_code == Exit.INFEASIBLE
             continue
         num_plans += 1
-        check_plan(spec, plan)
+        stored = stored_by(plan, spec)
+        check_plan(spec, list(stored.parts), plan)
+        sizes = {part.name: part.padded_bytes for part in stored.parts}
         for placement in filter(None, (plan.substitute, plan.plain)):
             assert placement.total_bytes <= budget_bytes
-            sizes = {part.name: part.padded_bytes for part in parts(spec)}
             assert placement.ledger["resident"] == sum(sizes[n] for n in placement.resident)
+            assert placement.ledger["residuals"] == sum(sizes[n] for n in placement.split)
         for prediction in plan.predicted.values():
             assert prediction.fast_peak_bytes <= budget_bytes
     assert num_plans > 3
@@ -175,7 +196,7 @@ def test_an_infeasible_request_names_the_smallest_cap_that_works(wishes: Wishes)
     match = re.fullmatch(r"--vram (\d+B)", caught.value.hint)
     assert match is not None
     smallest = parse_size(match[1])
-    check_plan(make_spec(), plan_for(smallest, wishes))
+    check_plan(make_spec(), list(raw_storage(make_spec()).parts), plan_for(smallest, wishes))
     with pytest.raises(SubspecError):
         plan_for(smallest * 99 // 100, wishes)
 
@@ -259,26 +280,99 @@ def test_a_context_that_leaves_no_room_for_a_draft_is_halved_further() -> None:
 
 @pytest.mark.parametrize("tied_head", [False, True])
 def test_resident_parts_fill_the_bytes_in_execution_order(tied_head: bool) -> None:
-    every = parts(make_spec(tied_head=tied_head))
-    order = [part.name for part in every]
-    before = 0
-    for num_bytes in range(0, exact_bytes(make_spec()) + 200_000, 50_021):
-        stay = choose_resident(every, num_bytes)
-        names = [part.name for part in stay]
-        assert names == sorted(set(names), key=order.index)
-        taken = sum(part.padded_bytes for part in stay)
-        assert before <= taken <= num_bytes  # more bytes never hold less
-        others = [part.padded_bytes for part in every if part.name not in set(names)]
-        assert not others or taken + min(others) > num_bytes
-        before = taken
-    assert len(stay) == len(every)
+    for storage in usual_storages(make_spec(tied_head=tied_head)):
+        order = [part.name for part in storage.parts]
+        before = 0
+        for num_bytes in range(0, storage.num_bytes + 200_000, 50_021):
+            stay = choose_held(storage, num_bytes)
+            names = [part.name for part in stay]
+            assert names == sorted(set(names), key=order.index)
+            taken = sum(part.padded_bytes for part in stay)
+            assert before <= taken <= num_bytes  # more bytes never hold less
+            others = [part.padded_bytes for part in storage.parts if part.name not in set(names)]
+            assert not others or taken + min(others) > num_bytes
+            before = taken
+        assert len(stay) == len(storage.parts)
 
 
 def test_whole_layers_are_spread_evenly() -> None:
-    every = parts(make_spec())
-    layer_bytes = sum(part.padded_bytes for part in every if part.linear.layer == 0)
-    stay = choose_resident(every, 2 * layer_bytes)
-    assert {part.linear.layer for part in stay} == {2, 6}
+    storage = raw_storage(make_spec())
+    stay = choose_held(storage, 2 * storage.layer_bytes)
+    assert {part.part.linear.layer for part in stay} == {2, 6}
+
+
+def test_layers_that_are_stored_raw_stay_first() -> None:
+    storage = usual_storages(make_spec())[2]  # 2 of 8
+    stay = choose_held(storage, 2 * storage.layer_bytes)
+    assert {part.encoding for part in stay} == {"raw"}
+
+
+# Encoding
+
+
+def stored_by(plan: Plan, spec: ModelSpec) -> Storage:
+    ways = usual_storages(spec)
+    return next(way for way in ways if way.residual_layers == plan.residual_layers)
+
+
+def decoding_at(weights_per_second: float) -> Profile:
+    """And a link that is the same for blocks of any size."""
+    return make_profile(link=(LinkRate(64 << 10, 100e6),), decode_rate=weights_per_second)
+
+
+def test_all_weights_are_residuals_where_the_link_is_slow() -> None:
+    plan = plan_for(9_000_000, profile=decoding_at(1e9))
+    assert plan.residual_layers == tuple(range(9))  # the head is the ninth
+    assert speed(plan) > 1.5 * speed(plan_for(9_000_000))
+    assert "residuals of 7.5 bits: 1 billion weights/s" in plan.reasons[-1]
+
+
+def test_all_weights_are_raw_where_decoding_is_slower_than_the_link() -> None:
+    plan = plan_for(9_000_000, profile=decoding_at(1e6))
+    assert plan.residual_layers == ()
+    assert "stored raw: 1 million weights/s decode here" in plan.reasons[-1]
+
+
+def test_some_layers_are_raw_where_that_keeps_link_and_decoder_busy() -> None:
+    plan = plan_for(10_000_000, profile=decoding_at(6e7))
+    assert 1 < len(plan.residual_layers) < 8
+    predicted = plan.predicted["substitute"]
+    assert predicted.stream_seconds == pytest.approx(predicted.compute_seconds, rel=0.3)
+    for encoding in ("raw", "residual"):
+        wishes = Wishes(context=256, encoding=encoding)  # type: ignore[arg-type]
+        assert speed(plan_for(10_000_000, wishes, profile=decoding_at(6e7))) < speed(plan)
+
+
+def test_a_split_layer_stays_in_half_the_bytes() -> None:
+    """More layers stay in the same memory."""
+    raw, split = plan_for(9_500_000), plan_for(9_500_000, profile=decoding_at(1e9))
+    assert raw.substitute is not None and split.substitute is not None
+    assert raw.substitute.split == () and split.substitute.resident == ()
+    assert len(split.substitute.split) > 1.5 * len(raw.substitute.resident)
+
+
+def test_the_encoding_that_was_asked_for_is_kept() -> None:
+    fast = make_profile(decode_rate=1e9)
+    raw = plan_for(12_000_000, Wishes(context=256, encoding="raw"), profile=fast)
+    assert raw.residual_layers == () and "that was asked for" in raw.reasons[-1]
+    slow = make_profile(decode_rate=1e6)
+    residual = plan_for(12_000_000, Wishes(context=256, encoding="residual"), profile=slow)
+    assert len(residual.residual_layers) == 9
+
+
+def test_residuals_that_were_asked_for_need_a_decoder() -> None:
+    with pytest.raises(SubspecError, match="no fast decoder") as caught:
+        plan_for(12_000_000, Wishes(context=256, encoding="residual"))
+    assert caught.value.exit_code == Exit.UNSUPPORTED
+    assert "C++ compiler" in caught.value.hint
+
+
+def test_an_artifacts_weights_are_planned_as_they_are_stored() -> None:
+    stored = usual_storages(make_spec())[3]
+    plan = search(
+        make_spec(), make_profile(decode_rate=1e9), 12_000_000, Wishes(), ACCEPTANCE, stored
+    )
+    assert plan.residual_layers == stored.residual_layers
 
 
 def test_the_priors_are_marked_as_such() -> None:
@@ -290,6 +384,6 @@ def test_the_priors_are_marked_as_such() -> None:
 def test_the_ring_is_dropped_when_nothing_streams() -> None:
     spec, wishes = make_spec(), Wishes(context=256, method="plain")
     posed = pose(spec, make_profile(), 30_000_000, wishes, ACCEPTANCE)
-    placement = place(posed, Candidate(0, 0, 8, 1 << 20, 3))
+    placement = place(posed, Candidate(raw_storage(spec), 0, 0, 8, 1 << 20, 3))
     assert (placement.block_bytes, placement.num_slots, placement.ledger["staging"]) == (0, 0, 0)
     assert len(placement.resident) == len(parts(spec))

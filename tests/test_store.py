@@ -21,7 +21,9 @@ from subspec.artifacts.store import (
     CHUNK_BYTES,
     FileEntry,
     PartEntry,
+    SubstituteEntry,
     open_artifact,
+    part_digest,
     read_manifest,
     verify,
     write_json,
@@ -44,11 +46,11 @@ FILES = ("manifest.json", "model.json", "plan.json", "profile.json", "tokenizer/
 
 def make_plan(spec: ModelSpec) -> Plan:
     largest = max(part.padded_bytes for part in parts(spec))
-    placement = Placement((parts(spec)[0].name,), largest, 2, {"staging": 2 * largest})
+    placement = Placement((parts(spec)[0].name,), (), largest, 2, {"staging": 2 * largest})
     return Plan(
         device="cpu", machine="test", budget_bytes=2 * largest, context=128, method="substitute",
         tree=Tree(2, 3), verify_width=8, num_threads=1, int4_kernel="aten", prefill_tokens=64,
-        substitute=placement, plain=placement, predicted={},
+        substitute=placement, plain=placement, residual_layers=(), predicted={},
         acceptance=Acceptance((Rate(2, 0.9, 0),)),
     )  # fmt: skip
 
@@ -60,6 +62,7 @@ def make_profile() -> Profile:
         link=(LinkRate(1 << 20, 1e9),), exact_layer=timing, plain_layer_seconds=0.001,
         draft_layer=timing, exact_head=timing, draft_head=timing, prefill_token_seconds=0.001,
         round_seconds=0.001, int4_kernel="aten", position_free_widths=(8,),
+        decode_rate=0.0,
     )  # fmt: skip
 
 
@@ -74,8 +77,7 @@ def make_artifact(folder: Path, spec: ModelSpec, seed: int | None) -> None:
         rows, groups = linear.out_features, linear.in_features // GROUP_SIZE
         tensors["substitutes"] += [
             (f"{linear.name}.codes", "U8", (rows, linear.in_features // 2)),
-            (f"{linear.name}.scale", "F16", (rows, groups)),
-            (f"{linear.name}.zero", "F16", (rows, groups)),
+            (f"{linear.name}.grid", "BF16", (groups, rows, 2)),
         ]
     known, offsets = {}, {}
     for role, listed in tensors.items():
@@ -91,14 +93,15 @@ def make_artifact(folder: Path, spec: ModelSpec, seed: int | None) -> None:
                 file.write(random.Random(seed).randbytes(num_bytes))
     entries, offset = [], offsets["exact"]
     for part in parts(spec):
-        entries.append(PartEntry(part.name, offset, part.num_bytes))
+        entries.append(PartEntry(part.name, offset, part.num_bytes, "raw", "0" * 64))
         offset += part.padded_bytes
     write_json(folder, "model.json", spec)
     write_json(folder, "plan.json", make_plan(spec))
     write_json(folder, "profile.json", make_profile())
     (folder / "tokenizer").mkdir()
     (folder / "tokenizer" / "tokenizer.json").write_text('{"version": "1.0"}')
-    write_manifest(folder, "test", tuple(entries), known)
+    drafts = tuple(SubstituteEntry(linear.name, "0" * 64) for linear in linears(spec))
+    write_manifest(folder, "test", tuple(entries), drafts, known)
 
 
 @pytest.fixture(scope="session")
@@ -127,7 +130,13 @@ def edit(folder: Path, name: str, change: Change) -> None:
     value = json.loads((folder / name).read_text())
     change(value)
     (folder / name).write_text(dump_json(value))
-    write_manifest(folder, "test", read_manifest(folder).parts, {})
+    reseal_files(folder)
+
+
+def reseal_files(folder: Path) -> None:
+    """The same manifest over the files as they are by now."""
+    listed = read_manifest(folder)
+    write_manifest(folder, "test", listed.parts, listed.substitutes, {})
 
 
 def refused(folder: Path, *words: str, code: Exit = Exit.CORRUPT) -> None:
@@ -155,7 +164,7 @@ def test_what_was_written_is_what_opens(artifact: Path) -> None:
     opened = open_artifact(artifact)
     assert opened.spec == TINY and opened.plan == make_plan(TINY)
     assert opened.profile == make_profile()
-    offsets = opened.part_offsets()
+    offsets = opened.part_entries()
     assert list(offsets) == [part.name for part in parts(TINY)]
     size = sum(file.stat().st_size for file in artifact.rglob("*") if file.name != "manifest.json")
     assert verify(artifact) == size - (artifact / "tokenizer").stat().st_size
@@ -258,7 +267,7 @@ def test_a_format_version_that_is_none_is_refused(artifact: Path, version: objec
     refused(artifact, "format_version")
 
 
-@pytest.mark.parametrize("version, hint", [("2.0", "upgrade subspec"), ("0.9", "build")])
+@pytest.mark.parametrize("version, hint", [("3.0", "upgrade subspec"), ("1.0", "build")])
 def test_another_major_format_is_named(artifact: Path, version: str, hint: str) -> None:
     reseal(artifact, lambda value: value.update(format_version=version, files=version))
     with pytest.raises(SubspecError, match=version) as caught:
@@ -271,7 +280,7 @@ def test_a_newer_minor_format_may_have_more_files_and_keys(artifact: Path) -> No
     for name in ("model.json", "plan.json", "profile.json"):
         edit(artifact, name, lambda value: value.update(future=1))
     refused(artifact, "model.json", "future")
-    reseal(artifact, lambda value: value.update(format_version="1.7", future=[]))
+    reseal(artifact, lambda value: value.update(format_version="2.7", future=[]))
     assert open_artifact(artifact).spec == TINY
     verify(artifact)
 
@@ -346,7 +355,7 @@ def test_parts_beyond_the_end_of_their_file_are_refused(artifact: Path) -> None:
     with open(artifact / "exact.safetensors", "wb") as file:
         write_header(file, [("short", "U8", (4096,))])
         file.write(bytes(4096))
-    write_manifest(artifact, "test", read_manifest(artifact).parts, {})
+    reseal_files(artifact)
     refused(artifact, "exact.safetensors ends at byte 8192, its parts at")
 
 
@@ -382,5 +391,30 @@ def test_what_is_not_an_artifact_says_so(tmp_path: Path) -> None:
 
 def test_a_manifest_that_was_cut_short_is_not_listed_by_the_next_one(artifact: Path) -> None:
     (artifact / ".manifest.json.new").write_text("{")
-    write_manifest(artifact, "test", read_manifest(artifact).parts, {})
+    reseal_files(artifact)
     verify(artifact)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        in_part(0, encoding="residual"),
+        in_part(0, encoding="residual", num_bytes=0),
+        in_part(0, digest="0" * 63),
+        in_part(0, digest="G" * 64),
+        lambda value: value["substitutes"].pop(),
+        lambda value: value["substitutes"][0].update(name="another"),
+        lambda value: value["substitutes"][0].update(digest=""),
+    ],
+)
+def test_a_part_or_substitute_that_cannot_be_is_refused(artifact: Path, change: Change) -> None:
+    """A residual is smaller than its weights, a digest has 64 digits, no substitute is missing."""
+    reseal(artifact, change)
+    refused(artifact, "manifest.json")
+
+
+def test_the_digest_of_a_residual_begins_with_that_of_its_substitute() -> None:
+    draft, stored = "ab" * 32, b"stored bytes"
+    assert part_digest([stored[:5], stored[5:]], None) == hashlib.sha256(stored).hexdigest()
+    expected = hashlib.sha256(bytes.fromhex(draft) + stored).hexdigest()
+    assert part_digest([stored], draft) == expected

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from subspec.artifacts.errors import SubspecError
 from subspec.artifacts.model import linears, parts
-from subspec.artifacts.plan import make_blocks
+from subspec.artifacts.plan import Placement, make_blocks
 from subspec.artifacts.store import Artifact
 from subspec.planner.hub import DEMO
 from subspec.runtime.link import DiskLink
@@ -60,16 +60,17 @@ def test_every_pass_sees_the_checkpoints_weights(
     from safetensors.torch import load_file
 
     spec, checkpoint = artifact.spec, load_file(DEMO / "model.safetensors")
-    resident = [part.name for part in parts(spec)][5:9]
+    stored = artifact.stored_parts()
+    resident = tuple(part.name for part in stored[5:9])
     block_bytes = 500_000
-    blocks = make_blocks(spec, resident, block_bytes)
-    where = artifact.part_offsets()
+    blocks = make_blocks(stored, Placement(resident, (), block_bytes, num_slots, {}))
+    where = artifact.part_entries()
     slots = [host_buffer(block_bytes // 4096 * 4096 + 4096) for _ in range(num_slots)]
     link = SlowLink(DiskLink(artifact.path / "exact.safetensors", slots, None), slots, copy_delay)
     ring = Ring(blocks, [where[b.parts[0].name].offset for b in blocks], link, num_slots)
     kept = {name: checkpoint[f"{name}.weight"] for name in resident}
     head = {"lm_head": checkpoint["model.embed_tokens.weight"]}
-    weights = ExactWeights(spec, head, kept, {}, ring)
+    weights = ExactWeights(spec, stored, head, kept, {}, ring)
     for _ in range(3):
         for layer, product in enumerate(weights):
             for linear in (n for n in linears(spec) if n.layer == layer):

@@ -86,7 +86,7 @@ def test_the_exact_bytes_are_those_of_the_checkpoint(
 ) -> None:
     source = in_dtype(checkpoints[name], dtype, tmp_path / "checkpoint")
     artifact = build_artifact(source, tmp_path / "artifact")
-    original, stored = load_file(source / "model.safetensors"), artifact.part_offsets()
+    original, stored = load_file(source / "model.safetensors"), artifact.part_entries()
     exact = (artifact.path / "exact.safetensors").read_bytes()
     for part in parts(artifact.spec):
         rows = original[f"{part.linear.name}.weight"][part.first_row :][: part.num_rows]
@@ -127,7 +127,7 @@ def test_a_large_matrix_is_stored_in_row_parts(
     head = [part for part in parts(artifact.spec) if part.linear.kind == "head"]
     assert len(head) > 2
     weight = as_bytes(load_file(source / "model.safetensors")["lm_head.weight"])
-    exact, stored = (artifact.path / "exact.safetensors").read_bytes(), artifact.part_offsets()
+    exact, stored = (artifact.path / "exact.safetensors").read_bytes(), artifact.part_entries()
     got = b"".join(exact[stored[p.name].offset :][: p.num_bytes] for p in head)
     assert got == weight
 
@@ -143,9 +143,9 @@ def test_the_substitutes_approximate_every_matrix_and_a_tied_head(
     names = {name.rpartition(".")[0] for name in found}
     assert len(names) == 7 * 2 + 1 and "lm_head" in names
     for name in names:
-        codes, scale, zero = (found[f"{name}.{suffix}"] for suffix in ("codes", "scale", "zero"))
+        codes, grid = found[f"{name}.codes"], found[f"{name}.grid"]
         weight = original[f"{name}.weight"]
-        error = weight - dequantize(unpack_nibbles(codes), scale, zero)
+        error = weight - dequantize(unpack_nibbles(codes), grid)
         assert error.norm() < 0.12 * weight.norm(), name
 
 

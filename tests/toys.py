@@ -33,7 +33,7 @@ def make_spec(**changes: Any) -> ModelSpec:
 
 
 def make_profile(**changes: Any) -> Profile:
-    """A slow link, on which speculation pays well."""
+    """A slow link, on which speculation pays well; no decoder for residuals."""
     profile = Profile(
         device="cpu",
         machine="cpu: a toy, 2 threads",
@@ -50,5 +50,6 @@ def make_profile(**changes: Any) -> Profile:
         round_seconds=1e-4,
         int4_kernel="aten",
         position_free_widths=(8, 16, 32, 64),
+        decode_rate=0.0,
     )
     return replace(profile, **changes)

@@ -1,0 +1,134 @@
+"""Residuals against raw weights: how fast they decode, and what that is worth on a slow link.
+
+    subspec-plan --model MODEL --vram SIZE --encoding raw --out raw
+    subspec-plan --model MODEL --vram SIZE --encoding residual --out residual
+    python benchmarks/residual.py raw residual [--link 0.25GB --link 0.5GB …]
+
+First the decoders on one matrix, beside what each link brings. Then both artifacts at each link:
+planned anew for it with the same measured acceptance, the same prompts in turns. The weights that
+stream are the only difference. The last line of stdout is one JSON object.
+"""
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import click
+import torch
+from speed import Run, run_all
+
+from subspec.artifacts import compiled, residual
+from subspec.artifacts.command import reported
+from subspec.artifacts.plan import Acceptance
+from subspec.artifacts.sizes import parse_size, short_size, weights_rate
+from subspec.artifacts.store import Artifact, open_artifact
+from subspec.planner.profiles import with_link
+from subspec.planner.quantize import quantize
+from subspec.planner.search import Wishes, search
+from subspec.planner.storage import Storage
+
+ROWS, COLUMNS = 2048, 2048
+LINKS = ("250MB", "500MB", "1GB", "2GB")
+
+
+def decode_rates() -> dict[str, float]:
+    """Weights per second of every decoder and of the encoder, on one matrix, once warm."""
+    torch.manual_seed(0)
+    weight = (torch.randn(ROWS, COLUMNS) * COLUMNS**-0.5).bfloat16()
+    made = quantize(weight, "cpu")
+    stored, out = residual.encode(weight, made.codes, made.grid), torch.empty_like(weight)
+    found = {"bits_per_weight": 8 * stored.numel() / weight.numel()}
+    tries: dict[str, Callable[[], object]] = {}
+    if (problem := compiled.unavailable()) is None:
+        for threads in sorted({1, torch.get_num_threads()}):
+            tries[f"decode, {threads} threads"] = lambda threads=threads: compiled.decode_into(  # type: ignore[misc]
+                out, stored, made.codes, made.grid, 0, threads
+            )
+        tries["encode, 1 thread"] = lambda: compiled.encode(weight, made.codes, made.grid, 1)
+    else:
+        print(f"no compiled decoder: {problem}", file=sys.stderr)
+    tries["decode, plain twin"] = lambda: residual.decode(
+        stored, made.codes, made.grid, weight.dtype
+    )
+    for name, action in tries.items():
+        action()
+        seconds = []
+        for _ in range(7 if "twin" not in name else 1):
+            started = time.perf_counter()
+            action()
+            seconds.append(time.perf_counter() - started)
+        found[name] = weight.numel() / statistics.median(seconds)
+        print(f"{name:22} {weights_rate(found[name])}", file=sys.stderr)
+    return found
+
+
+def planned_for(artifact: Artifact, acceptance: Acceptance, link: int) -> Artifact:
+    """The same weights under the plan that this link calls for."""
+    wishes = Wishes(context=artifact.plan.context, method="substitute")
+    plan = search(
+        artifact.spec,
+        with_link(artifact.profile, link),
+        artifact.plan.budget_bytes,
+        wishes,
+        acceptance,
+        Storage(tuple(artifact.stored_parts())),
+    )
+    return replace(artifact, plan=plan)
+
+
+def at_link(artifacts: dict[str, Artifact], link: int, tokens: int) -> dict[str, float]:
+    acceptance = artifacts["residual"].plan.acceptance
+    found: dict[str, float] = {"link_bytes_per_second": link}
+    for encoding, artifact in artifacts.items():
+        planned = planned_for(artifact, acceptance, link)
+        runs = run_all(planned, "substitute", tokens, link)
+        speed = speed_of(runs)
+        tree = planned.plan.tree
+        found[f"{encoding}_tokens_per_second"] = speed
+        found[f"{encoding}_predicted"] = planned.plan.predicted["substitute"].tokens_per_second
+        found[f"{encoding}_streamed_bytes"] = statistics.mean(r.streamed_bytes for r in runs)
+        print(
+            f"{short_size(link):>7}/s {encoding:9} {speed:6.2f} tokens/s "
+            f"(predicted {found[f'{encoding}_predicted']:.2f}), tree {tree.width} x {tree.depth}, "
+            f"{short_size(found[f'{encoding}_streamed_bytes'])} a round, "
+            f"verify {statistics.mean(r.verify_seconds for r in runs):.2f} s",
+            file=sys.stderr,
+        )
+    found["ratio"] = found["residual_tokens_per_second"] / found["raw_tokens_per_second"]
+    print(f"{short_size(link):>7}/s residual / raw: {found['ratio']:.2f}x", file=sys.stderr)
+    return found
+
+
+def speed_of(runs: list[Run]) -> float:
+    seconds = sum(r.rounds * (r.draft_seconds + r.verify_seconds) for r in runs)
+    return sum(len(r.tokens) - 1 for r in runs) / seconds
+
+
+@click.command()
+@click.argument("raw", type=click.Path(path_type=Path))
+@click.argument("coded", metavar="RESIDUAL", type=click.Path(path_type=Path))
+@click.option("--link", "links", multiple=True, default=LINKS, show_default=True, metavar="SIZE")
+@click.option("--tokens", default=64, show_default=True, help="Tokens per prompt.")
+@reported
+def main(raw: Path, coded: Path, links: tuple[str, ...], tokens: int) -> None:
+    """Compare an artifact of RAW weights with one of RESIDUALs of the same model and cap."""
+    artifacts = {"raw": open_artifact(raw), "residual": open_artifact(coded)}
+    rates = decode_rates()
+    size = artifacts["raw"].spec.item_bytes
+    for link in map(parse_size, links):
+        raw_rate, coded_rate = link / size, 8 * link / rates["bits_per_weight"]
+        print(
+            f"{short_size(link):>7}/s brings {weights_rate(raw_rate)} raw, "
+            f"{weights_rate(coded_rate)} as residuals",
+            file=sys.stderr,
+        )
+    found = [at_link(artifacts, parse_size(link), tokens) for link in links]
+    print(json.dumps({"rates": rates, "links": found}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""An exact weight from its residual and the substitute that fast memory already holds.
+
+The format and its plain twin are artifacts/residual.py; here is which decoder runs where, and how
+it finds the codes inside the 4-bit kernel's own layout, so that no second copy is kept.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from subspec.artifacts import compiled, residual
+from subspec.artifacts.errors import Exit, SubspecError
+from subspec.artifacts.model import Kind, Part
+from subspec.runtime.linear import Int4Weight, cpu_tile_rows, unpack_cpu
+
+
+@dataclass(frozen=True)
+class Restorer:
+    """Decodes one part at a time into `scratch`, which the next part overwrites."""
+
+    substitutes: dict[tuple[int, Kind], Int4Weight]
+    scratch: Tensor  # uint8, of the largest part
+    dtype: torch.dtype
+    num_threads: int
+    num_bad: Tensor  # int32 [1] on the device: tiles that could not be right (cuda)
+
+    def restore(self, part: Part, stored: Tensor) -> Tensor:
+        """stored uint8 -> the exact [rows, K], valid until the next call."""
+        out = self.scratch[: part.num_bytes].view(self.dtype).view(part.num_rows, -1)
+        substitute = self.substitutes[part.linear.layer, part.linear.kind]
+        if out.device.type == "cuda":
+            self._on_gpu(out, part, stored, substitute)
+        else:
+            restore_on_cpu(out, part.first_row, stored, substitute, self.num_threads)
+        return out
+
+    def check(self) -> None:
+        """After a pass: raises SubspecError(CORRUPT) if a tile was bad."""
+        if self.num_bad.device.type == "cuda" and int(self.num_bad):
+            raise SubspecError(
+                Exit.CORRUPT,
+                f"{int(self.num_bad)} tiles of residuals do not fit their substitutes",
+                "copy or build the artifact again",
+            )
+
+    def _on_gpu(self, out: Tensor, part: Part, stored: Tensor, substitute: Int4Weight) -> None:
+        from subspec.runtime import residual_triton  # triton: only where there is a GPU
+
+        gemlite = substitute.kernel == "gemlite"
+        codes = substitute.packed.W_q if gemlite else substitute.packed
+        residual_triton.decode_into(
+            out, stored, codes, substitute.grid, part.first_row, substitute.kernel, self.num_bad
+        )
+
+
+def restore_on_cpu(
+    out: Tensor, first_row: int, stored: Tensor, substitute: Int4Weight, num_threads: int
+) -> None:
+    """out [R, K] = rows `first_row`.. of the exact matrix; by the compiled decoder if there is one,
+    else by its plain twin."""
+    num_rows, num_columns = out.shape
+    tile_rows = cpu_tile_rows(substitute.grid.shape[1])
+    assert tile_rows is not None, "the plan keeps such a matrix raw"
+    half = num_columns // 2
+    codes = substitute.packed.view(-1)[first_row * half : (first_row + num_rows) * half]
+    grid = substitute.grid[:, first_row : first_row + num_rows]
+    if compiled.unavailable() is None:
+        compiled.decode_into(out, stored, codes, grid, tile_rows, num_threads)
+    else:
+        rows = unpack_cpu(codes.view(num_rows, half), tile_rows)
+        out.copy_(residual.decode(stored, rows, grid, out.dtype))
+
+
+def decode_stored(
+    stored: Tensor, codes: Tensor, grid: Tensor, dtype: torch.dtype, num_threads: int
+) -> Tensor:
+    """The exact [R, K] on the host, from a residual and its rows of the substitute as stored: codes
+    uint8 [R, K / 2], grid bf16 [G, R, 2]."""
+    if compiled.unavailable() is not None:
+        return residual.decode(stored, codes, grid, dtype)
+    out = torch.empty(codes.shape[0], codes.shape[1] * 2, dtype=dtype)
+    compiled.decode_into(out, stored, codes, grid, 0, num_threads)
+    return out

@@ -1,0 +1,86 @@
+"""Parts of matrices with their codes and grids, ordinary and adversarial, for tests of residuals.
+
+R = rows, K = columns, G = K / 64 groups
+"""
+
+import torch
+from torch import Tensor
+
+from subspec.artifacts.packing import pack_nibbles
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+KINDS = ("typical", "extreme", "on the grid", "tiny", "huge", "far away")
+
+
+def random_grid(kind: str, num_groups: int, num_rows: int, generator: torch.Generator) -> Tensor:
+    """bf16 [G, R, 2] of (scale, center), within what the format allows."""
+    shape = (num_groups, num_rows)
+    uniform, normal = (f(shape, generator=generator) for f in (torch.rand, torch.randn))
+    if kind == "typical":
+        scale = 0.002 + 0.01 * uniform
+        center = scale * normal * 2
+    elif kind == "extreme":
+        scale = 2.0 ** (uniform * 38 - 24)
+        center = (scale * normal * 50).clamp(-6e4, 6e4)
+    elif kind == "on the grid":  # interval ends exactly at zero and on powers of two
+        scale = 2.0 ** torch.randint(-14, 3, shape, generator=generator)
+        center = scale * torch.randint(-16, 17, shape, generator=generator) / 2
+    elif kind == "tiny":
+        scale = 2.0 ** (uniform * 9 - 59)
+        center = scale * normal * 8
+        center[uniform < 0.2] = 1e-40  # subnormal
+    elif kind == "huge":
+        scale = 2.0 ** (uniform * 9 + 50)
+        center = scale * normal * 8
+    else:
+        scale = 2.0 ** (uniform * 100 - 55)
+        center = normal.sign() * torch.finfo(torch.bfloat16).max * (uniform < 0.5)
+    grid = torch.stack((scale, center), -1).bfloat16()
+    grid[..., 0].clamp_(2.0**-59, 2.0**59)
+    assert grid.isfinite().all()
+    return grid
+
+
+def random_part(
+    kind: str,
+    num_rows: int,
+    num_columns: int,
+    dtype: torch.dtype,
+    stray: float = 0.03,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """weight [R, K] near its substitutes, a share `stray` of it any bits; codes [R, K]; grid."""
+    generator = torch.Generator().manual_seed(seed)
+    grid = random_grid(kind, num_columns // 64, num_rows, generator)
+    codes = torch.randint(0, 16, (num_rows, num_columns), dtype=torch.uint8, generator=generator)
+    scale, center = grid.float().transpose(0, 1).repeat_interleave(64, 1).unbind(-1)
+    inside = codes.float() - 8 + torch.rand(codes.shape, generator=generator) - 0.5
+    weight = (inside * scale + center).to(dtype)
+    anything = torch.randint(0, 1 << 32, codes.shape, generator=generator).int()
+    strays = torch.rand(codes.shape, generator=generator) < stray
+    bits = bits_of(weight)
+    return torch.where(strays, anything.to(bits.dtype), bits).view(dtype), codes, grid
+
+
+def every_pattern(dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """[64, 1024] with each of the 65,536 patterns once; f32: as upper halves of anything."""
+    generator = torch.Generator().manual_seed(seed)
+    patterns = torch.randperm(65536, generator=generator).view(64, 1024)
+    if dtype != torch.float32:
+        return patterns.short().view(dtype)
+    lower = torch.randint(0, 65536, patterns.shape, generator=generator)
+    return (patterns << 16 | lower).int().view(dtype)
+
+
+def bits_of(weight: Tensor) -> Tensor:
+    """Its bits as integers: NaN equals NaN, and -0 is not 0."""
+    return weight.view(torch.int32 if weight.dtype == torch.float32 else torch.int16)
+
+
+def in_layout(codes: Tensor, tile_rows: int) -> Tensor:
+    """codes uint8 [R, K] -> bytes as stored (0) or as ATen's CPU kernel wants them (32, 64)."""
+    if tile_rows == 0:
+        return pack_nibbles(codes)
+    num_rows, num_columns = codes.shape
+    halves = codes.view(num_rows // tile_rows, 2, tile_rows // 2, num_columns)
+    return (halves[:, 0] | halves[:, 1] << 4).transpose(1, 2).contiguous()

@@ -1,0 +1,303 @@
+"""The compiled residual against its plain twin, on streams good and hostile; how it is built."""
+
+import ctypes
+import mmap
+import os
+import shutil
+import stat
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from residual_parts import (
+    DTYPES,
+    KINDS,
+    bits_of,
+    every_pattern,
+    in_layout,
+    random_grid,
+    random_part,
+)
+from torch import Tensor
+
+from subspec.artifacts import compiled, residual
+from subspec.artifacts.errors import SubspecError
+from subspec.artifacts.packing import pack_nibbles
+
+BF16, FP16, F32 = DTYPES
+LAYOUTS = (0, 32, 64)
+
+
+@pytest.fixture(scope="module", params=[(), ("-DPORTABLE",)], ids=["native", "portable"])
+def library(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
+    """The functions of compiled.py, once as they are and once without intrinsics."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param:
+            patch.setattr(compiled, "FLAGS", (*compiled.FLAGS, *request.param))
+            patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.delenv("CXX", raising=False)
+        compiled._library.cache_clear()
+        assert compiled.unavailable() is None
+        yield
+    compiled._library.cache_clear()
+
+
+def decoded(
+    stored: Tensor, codes: Tensor, grid: Tensor, dtype: torch.dtype, layout: int, threads: int = 1
+) -> Tensor:
+    """codes [R, K], one per byte -> [R, K]; nothing around `out` may change."""
+    size, edge = codes.numel() * dtype.itemsize, 4096
+    around = torch.full((size + 2 * edge,), 0xA5, dtype=torch.uint8)
+    around = around[-around.data_ptr() % 64 :]
+    out = around[edge : edge + size].view(dtype).view(codes.shape)
+    try:
+        compiled.decode_into(out, stored, in_layout(codes, layout), grid, layout, threads)
+    finally:
+        assert (around[:edge] == 0xA5).all() and (around[edge + size :] == 0xA5).all()
+    return out
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_both_directions_agree_with_the_plain_twin(kind: str, dtype: torch.dtype) -> None:
+    for num_rows, num_columns, stray in ((64, 64, 0.03), (128, 192, 0.03), (64, 320, 1.0)):
+        weight, codes, grid = random_part(kind, num_rows, num_columns, dtype, stray)
+        stored = residual.encode(weight, pack_nibbles(codes), grid)
+        assert torch.equal(compiled.encode(weight, pack_nibbles(codes), grid, 1), stored)
+        for layout in LAYOUTS:
+            back = decoded(stored, codes, grid, dtype, layout)
+            assert torch.equal(bits_of(back), bits_of(weight))
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_pattern_survives(kind: str, dtype: torch.dtype) -> None:
+    weight = every_pattern(dtype)
+    _, codes, grid = random_part(kind, 64, 1024, dtype)
+    stored = compiled.encode(weight, pack_nibbles(codes), grid, 1)
+    assert torch.equal(stored, residual.encode(weight, pack_nibbles(codes), grid))
+    assert torch.equal(bits_of(decoded(stored, codes, grid, dtype, 64)), bits_of(weight))
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_threads_and_rows_of_a_larger_grid_change_nothing(dtype: torch.dtype) -> None:
+    weight, codes, grid = random_part("typical", 512, 1024, dtype)  # 256 tiles: up to 4 threads
+    whole = random_grid("extreme", 16, 1024, torch.Generator().manual_seed(1))
+    whole[:, 192 : 192 + 512] = grid
+    part = whole[:, 192 : 192 + 512]
+    stored = compiled.encode(weight, pack_nibbles(codes), grid, 1)
+    for threads in (1, 2, 3, 4, 9):
+        assert torch.equal(compiled.encode(weight, pack_nibbles(codes), part, threads), stored)
+        for layout in LAYOUTS:
+            back = decoded(stored, codes, part, dtype, layout, threads)
+            assert torch.equal(bits_of(back), bits_of(weight))
+
+
+@pytest.mark.usefixtures("library")
+def test_parts_at_row_offsets_decode_from_their_slice_of_the_codes() -> None:
+    weight, codes, grid = random_part("typical", 256, 128, BF16)
+    for layout in LAYOUTS:
+        all_codes = in_layout(codes, layout).view(-1)
+        for first, rows in ((0, 64), (64, 64), (128, 128)):
+            some = slice(first, first + rows)
+            own = residual.encode(weight[some], pack_nibbles(codes[some]), grid[:, some])
+            own_codes = all_codes[first * 64 : (first + rows) * 64]
+            out = torch.empty(rows, 128, dtype=BF16)
+            compiled.decode_into(out, own, own_codes, grid[:, some], layout, 1)
+            assert torch.equal(bits_of(out), bits_of(weight[some]))
+
+
+def test_the_packed_layouts_of_these_tests_are_those_of_aten() -> None:
+    capability = torch.backends.cpu.get_cpu_capability()
+    tile_rows = {"AVX512": 64, "AVX2": 32}.get(capability)
+    if tile_rows is None:
+        pytest.skip(f"ATen packs otherwise with {capability}")
+    _, codes, _ = random_part("typical", 128, 192, BF16)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
+    assert torch.equal(packed.view(-1), in_layout(codes, tile_rows).view(-1))
+
+
+# ---- hostile streams ----------------------------------------------------------------------------
+
+
+def before_a_wall(data: Tensor) -> Tensor:
+    """A copy of bytes whose end is the end of memory that may be read."""
+    page = mmap.PAGESIZE
+    size = -(-max(data.numel(), 1) // page) * page
+    area = mmap.mmap(-1, size + page)
+    memory = torch.frombuffer(area, dtype=torch.uint8)
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mprotect(ctypes.c_void_p(memory.data_ptr() + size), page, 0) == 0
+    copy = memory[size - data.numel() : size]
+    copy.copy_(data)
+    return copy
+
+
+def agree(stored: Tensor, codes: Tensor, grid: Tensor, dtype: torch.dtype) -> bool:
+    """Both twins refuse the stream (False), or both make the same of it (True)."""
+    try:
+        expected = residual.decode(stored, pack_nibbles(codes), grid, dtype)
+    except SubspecError as error:
+        with pytest.raises(SubspecError) as caught:
+            decoded(stored, codes, grid, dtype, 64)
+        assert caught.value.exit_code == error.exit_code
+        return False
+    assert torch.equal(bits_of(decoded(stored, codes, grid, dtype, 64)), bits_of(expected))
+    return True
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_damaged_streams_do_to_it_what_they_do_to_the_plain_twin(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, codes, grid = random_part("typical", 64, 128, dtype)
+    stored = residual.encode(weight, pack_nibbles(codes), grid)
+    index = residual.sections(stored, 64, 128, dtype).tile_index
+    wall = before_a_wall(stored)
+    outcomes = []
+    for trial in range(150):
+        wall.copy_(stored)
+        payload = wall[20:]
+        if trial < 60:  # a flipped bit anywhere
+            at = int(torch.randint(len(wall), (), generator=generator))
+            wall[at] ^= 1 << trial % 8
+        elif trial < 100:  # garbage, but for the index
+            payload.random_(generator=generator)
+        elif trial < 110:
+            payload.fill_(255)
+        else:  # tile boundaries moved
+            moved = torch.randint(int(index[-1]) + 1, (3,), generator=generator).sort()[0]
+            wall.view(torch.int32)[1:4] = moved.int()
+        outcomes.append(agree(wall, codes, grid, dtype))
+    assert {*outcomes} == {True, False}
+    for size in (0, 4, 20, 32, len(stored) - 4):
+        assert not agree(before_a_wall(stored[:size]), codes, grid, dtype)
+    assert agree(before_a_wall(stored), codes, grid, dtype)
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_codes_and_no_grid_lead_it_out_of_its_memory(dtype: torch.dtype) -> None:
+    """Also such as no artifact holds: NaN, infinities, negative scales."""
+    generator = torch.Generator().manual_seed(0)
+    weight, codes, grid = random_part("typical", 64, 128, dtype)
+    stored = before_a_wall(residual.encode(weight, pack_nibbles(codes), grid))
+    for _ in range(40):
+        wild_codes = torch.randint(0, 16, codes.shape, dtype=torch.uint8, generator=generator)
+        bits = torch.randint(-(1 << 15), 1 << 15, grid.shape, generator=generator)
+        wild_grid = bits.short().view(torch.bfloat16)
+        with pytest.raises(SubspecError):
+            decoded(stored, wild_codes, wild_grid, dtype, 64)
+        own = compiled.encode(weight, pack_nibbles(wild_codes), wild_grid, 1)
+        assert len(own) <= len(stored) * 4
+
+
+# ---- building -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty cache, and nothing loaded; afterwards as if nothing had been."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    compiled._library.cache_clear()
+    yield tmp_path
+    compiled._library.cache_clear()
+
+
+def fake_compiler(folder: Path, script: str) -> str:
+    """A program that answers --version and otherwise runs `script`, with the output as $last."""
+    path = folder / "compiler"
+    path.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && echo 1.0 && exit\n'
+        f"echo >>{folder}/builds\nfor last; do :; done\n{script}\n"
+    )
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A library that a fake compiler may hand out; built in a second, without optimisation."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
+    path = tmp_path_factory.mktemp("built") / "library.so"
+    flags = [flag for flag in compiled.FLAGS if flag != "-O3"]
+    compiled._output(["g++", *flags, str(compiled.SOURCE), "-o", str(path)])
+    return path
+
+
+def test_without_a_compiler_it_says_so(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler -O9")
+    reason = compiled.unavailable()
+    assert reason is not None and "no-such-compiler" in reason and "\n" not in reason
+
+
+def test_what_the_compiler_complains_about_is_passed_on(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = "echo a warning >&2; echo 'a.cpp:1: error: no such luck' >&2; exit 1"
+    monkeypatch.setenv("CXX", fake_compiler(fresh, script))
+    reason = compiled.unavailable()
+    assert reason is not None and "a.cpp:1: error: no such luck" in reason
+    assert [path.name for path in (fresh / "cache" / "subspec").iterdir()] == []
+
+
+def test_what_cannot_be_loaded_is_reported(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", fake_compiler(fresh, 'echo nonsense >"$last"'))
+    reason = compiled.unavailable()
+    assert reason is not None and "loaded" in reason
+
+
+def test_it_is_built_once_into_a_private_folder(
+    fresh: Path, built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", fake_compiler(fresh, f'cp {built} "$last"'))
+    for _ in range(2):
+        assert compiled.unavailable() is None
+        compiled._library.cache_clear()
+    folder = fresh / "cache" / "subspec"
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert [path.suffix for path in folder.iterdir()] == [".so"]
+    assert len((fresh / "builds").read_text()) == 1
+    monkeypatch.setattr(compiled, "FLAGS", (*compiled.FLAGS, "-g"))  # other flags, other file
+    assert compiled.unavailable() is None
+    assert len((fresh / "builds").read_text()) == 2 and len([*folder.iterdir()]) == 2
+
+
+def test_several_builds_at_once_do_not_disturb_each_other(
+    fresh: Path, built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", fake_compiler(fresh, f'sleep 0.1; cp {built} "$last"'))
+    reasons: list[str | None] = []
+    threads = [
+        threading.Thread(target=lambda: reasons.append(compiled.unavailable())) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert reasons == [None] * 4
+    assert len([*(fresh / "cache" / "subspec").iterdir()]) == 1
+
+
+def test_a_cache_that_others_may_write_to_or_that_cannot_be_is_not_used(
+    fresh: Path, built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", fake_compiler(fresh, f'cp {built} "$last"'))
+    folder = fresh / "cache" / "subspec"
+    folder.mkdir(parents=True)
+    folder.chmod(0o777)
+    assert compiled.unavailable() is None
+    assert [*folder.iterdir()] == []
+    compiled._library.cache_clear()
+    monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)
+    assert compiled.unavailable() is None
