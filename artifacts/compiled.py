@@ -19,6 +19,7 @@ from pathlib import Path
 import torch  # loads libgomp.so.1, which the library then shares with it
 from torch import Tensor
 
+from subspec.artifacts import residual
 from subspec.artifacts.model import GROUP_SIZE
 from subspec.artifacts.residual import (
     FRACTION_BITS,
@@ -44,8 +45,10 @@ def unavailable() -> str | None:
 
 
 def encode(weight: Tensor, codes: Tensor, grid: Tensor, num_threads: int) -> Tensor:
-    """What residual.encode returns for these tensors, on the CPU; `grid` may be rows of a larger
-    one, with a stride over its first dimension. Needs unavailable() to be None."""
+    """What residual.encode returns for these tensors, on the CPU, and by it where there is no
+    library; `grid` may be rows of a larger one, with a stride over its first dimension."""
+    if unavailable() is not None:
+        return residual.encode(weight, codes, grid)
     _check(weight, codes, grid)
     num_rows, num_columns = weight.shape
     assert codes.shape == (num_rows, num_columns // 2)
@@ -74,6 +77,18 @@ def encode(weight: Tensor, codes: Tensor, grid: Tensor, num_threads: int) -> Ten
     return torch.cat(stream)
 
 
+def decode(
+    stored: Tensor, codes: Tensor, grid: Tensor, dtype: torch.dtype, num_threads: int
+) -> Tensor:
+    """What residual.decode returns for these tensors, on the CPU, and by it where there is no
+    library."""
+    if unavailable() is not None:
+        return residual.decode(stored, codes, grid, dtype)
+    out = torch.empty(codes.shape[0], codes.shape[1] * 2, dtype=dtype)
+    decode_into(out, stored, codes, grid, 0, num_threads)
+    return out
+
+
 def decode_into(
     out: Tensor, stored: Tensor, codes: Tensor, grid: Tensor, tile_rows: int, num_threads: int
 ) -> None:
@@ -81,12 +96,13 @@ def decode_into(
 
     codes: the uint8 bytes of exactly these rows; tile_rows = 0: as stored, nibble pairs [R, K / 2];
     64 or 32: ATen's packed CPU layout, [R / tile_rows, K, tile_rows / 2] bytes, where byte (k, r)
-    holds row r in its low nibble and row r + tile_rows / 2 in its high one. grid as in `encode`.
+    holds row r in its low nibble and row r + tile_rows / 2 in its high one; 16: that of
+    runtime/int4.py, [R / 16, K / 8, 16, 4] bytes of nibble pairs. grid as in `encode`.
     Raises SubspecError(CORRUPT) like residual.decode; `out` then holds nothing of use. Needs
     unavailable() to be None.
     """
     _check(out, codes, grid)
-    assert tile_rows in (0, 32, 64) and out.shape[0] % (tile_rows or TILE_ROWS) == 0
+    assert tile_rows in (0, 16, 32, 64) and out.shape[0] % (tile_rows or TILE_ROWS) == 0
     assert out.data_ptr() % 16 == 0, "it is written in vectors"
     num_rows, num_columns = out.shape
     index, payload, lower = sections(stored, num_rows, num_columns, out.dtype)
@@ -129,28 +145,29 @@ def _loaded() -> ctypes.CDLL:
 
 @functools.cache
 def _library() -> ctypes.CDLL | str:
-    """The library of residual.cpp, or a sentence on why there is none."""
-    built = library(SOURCE)
-    if isinstance(built, str):
-        return built
+    """residual.cpp, or a sentence on why it is not there."""
+    found = library(SOURCE)
+    if isinstance(found, str):
+        return found
     number, size, address = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
-    built.subspec_encode.restype = size
-    built.subspec_encode.argtypes = (
+    found.subspec_encode.restype = size
+    found.subspec_encode.argtypes = (
         *(size, size, address, number, number),  # rows, columns, weights, fraction bits, is f32
         *(address, address, size),  # codes, grid, its stride
         *(address, address, number),  # index, payload, threads
     )
-    built.subspec_decode.restype = number
-    built.subspec_decode.argtypes = (
+    found.subspec_decode.restype = number
+    found.subspec_decode.argtypes = (
         *(size, size, address, number),  # rows, columns, codes, tile rows
         *(address, size, address, address, address),  # grid, its stride, index, payload, lower
         *(address, number, number),  # out, fraction bits, threads
     )
-    return built
+    return found
 
 
 def library(source: Path) -> ctypes.CDLL | str:
-    """A C++ file, built unless it has been, and loaded; or a sentence on why that failed."""
+    """`source`, a C++ file, as a shared library that is built where that has not been done; or one
+    sentence on why there is none."""
     command = shlex.split(os.environ.get("CXX", "")) or ["g++"]
     compiler = shutil.which(command[0])
     if compiler is None:

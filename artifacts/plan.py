@@ -12,7 +12,7 @@ from subspec.artifacts.model import StoredPart
 
 DeviceKind = Literal["cpu", "cuda"]
 Method = Literal["substitute", "plain"]
-Int4Kernel = Literal["aten", "gemlite"]
+Int4Kernel = Literal["aten", "gemlite", "w4a8"]  # the last: runtime/int4.cpp, on cpu
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Plan:
     prefill_tokens: int  # of a prompt that go through the layers in one stream of the weights
     substitute: Placement | None  # None: the substitutes do not fit the budget
     plain: Placement
-    residual_layers: tuple[int, ...]  # whose exact weights are stored as residuals; the head: last
+    residuals: tuple[str, ...]  # names of the parts that are stored as residuals
     predicted: dict[str, Prediction]  # by method
     acceptance: Acceptance
     options: tuple[Option, ...] = ()  # best first; what was not taken, and its predicted speed

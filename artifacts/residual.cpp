@@ -441,7 +441,8 @@ template <int N> void transpose(const uint8_t* in, uint8_t* out) {
 
 // Codes of one part. tile_rows 0: nibble pairs [rows, columns / 2]; 64 or 32: ATen's packed layout
 // [rows / tile_rows, columns, tile_rows / 2], where byte (k, r) holds row r in its low nibble and
-// row r + tile_rows / 2 in its high one.
+// row r + tile_rows / 2 in its high one; 16: that of runtime/int4.py, [rows / 16, columns / 8, 16, 4]
+// bytes, nibble pairs four bytes at a time.
 struct Codes {
     const uint8_t* bytes;
     int64_t num_columns;
@@ -454,15 +455,28 @@ struct Codes {
         const int64_t first = block * num_columns + group * TILE_COLUMNS;
         if (tile_rows == 64) unpack_tile<32>(bytes + first * 32, out);
         else if (tile_rows == 32) unpack_tile<16>(bytes + first * 16, out);
+        else if (tile_rows == 16) unpack_words(block, group, out);
         else unpack_pairs(block, group, out);
+    }
+    static void unpack_row(const uint8_t* pairs, uint8_t* out) {
+        for (int i = 0; i < TILE_COLUMNS / 2; i++) {
+            out[2 * i] = pairs[i] & 15;
+            out[2 * i + 1] = pairs[i] >> 4;
+        }
     }
     void unpack_pairs(int64_t band, int64_t group, uint8_t* out) const {
         for (int r = 0; r < TILE_ROWS; r++, out += TILE_COLUMNS) {
             const int64_t first = (band * TILE_ROWS + r) * num_columns + group * TILE_COLUMNS;
-            for (int i = 0; i < TILE_COLUMNS / 2; i++) {
-                out[2 * i] = bytes[first / 2 + i] & 15;
-                out[2 * i + 1] = bytes[first / 2 + i] >> 4;
-            }
+            unpack_row(bytes + first / 2, out);
+        }
+    }
+    void unpack_words(int64_t band, int64_t group, uint8_t* out) const {
+        for (int r = 0; r < TILE_ROWS; r++, out += TILE_COLUMNS) {
+            const int64_t block = (band * TILE_ROWS + r) / 16, row = r % 16;
+            const uint8_t* from = bytes + (block * num_columns + group * TILE_COLUMNS) * 8 + row * 4;
+            alignas(64) uint8_t pairs[TILE_COLUMNS / 2];
+            for (int i = 0; i < TILE_COLUMNS / 8; i++) memcpy(pairs + 4 * i, from + 64 * i, 4);
+            unpack_row(pairs, out);
         }
     }
     template <int N> static void unpack_tile(const uint8_t* from, uint8_t* out) {

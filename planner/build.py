@@ -48,7 +48,7 @@ def build(
     check_space(spec, out)
     check_tied_head(checkpoint)
     with no_empty_parents(out), new_folder(out, overwrite) as folder:
-        written = write_weights(folder, checkpoint, plan.residual_layers, quantizer, progress)
+        written = write_weights(folder, checkpoint, plan.residuals, quantizer, progress)
         write_tokenizer(folder, tokenizer)
         write_json(folder, "model.json", spec)
         write_json(folder, "profile.json", profile)

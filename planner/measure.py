@@ -49,6 +49,7 @@ from subspec.planner.machine import pick_device as pick_device  # the caller's d
 from subspec.planner.problem import staging
 from subspec.planner.quantize import quantize
 from subspec.planner.storage import raw_storage, usual_storages
+from subspec.runtime import int4
 from subspec.runtime.attention import attend, attend_order_free
 from subspec.runtime.cache import Cache
 from subspec.runtime.decode import causal_rows, tree_rows
@@ -248,16 +249,15 @@ class Bench:
     def faster_draft(self) -> tuple[Int4Kernel, tuple[Timing, ...], tuple[Timing, ...]]:
         """The 4-bit kernel with the faster step of four rows; its layer, and what else one level
         of a tree does."""
-        aten = self.draft_timings("aten")
+        timed: dict[Int4Kernel, tuple[tuple[Timing, ...], tuple[Timing, ...]]]
+        timed = {"aten": self.draft_timings("aten")}
         if self.device.type == "cpu":
-            return "aten", *aten
-        try:
-            gemlite = self.draft_timings("gemlite")
-        except ImportError:
-            return "aten", *aten
-        if seconds_at(gemlite[0], 4) < seconds_at(aten[0], 4):
-            return "gemlite", *gemlite
-        return "aten", *aten
+            if int4.unavailable() is None:
+                timed["w4a8"] = self.draft_timings("w4a8")
+        elif importlib.util.find_spec("gemlite") is not None:
+            timed["gemlite"] = self.draft_timings("gemlite")
+        kernel = min(timed, key=lambda name: seconds_at(timed[name][0], 4))
+        return kernel, *timed[kernel]
 
     def draft_timings(self, kernel: Int4Kernel) -> tuple[tuple[Timing, ...], tuple[Timing, ...]]:
         substitutes = self._random_substitutes(kernel)
@@ -302,7 +302,7 @@ class Bench:
         for linear in one_of_a_shape.values():
             rows = max(PART_ROWS, min(linear.out_features, DECODE_WEIGHTS // linear.in_features))
             rows = rows // PART_ROWS * PART_ROWS
-            if linear.out_features % PART_ROWS or (on_cpu and cpu_tile_rows(rows) is None):
+            if linear.out_features % PART_ROWS or (on_cpu and cpu_tile_rows(rows, kernel) is None):
                 continue
             times = sum(
                 (n.out_features, n.in_features) == (linear.out_features, linear.in_features)

@@ -162,7 +162,7 @@ def assemble(problem: Problem, plain: Scored, drafted: list[Scored]) -> Plan:
         prefill_tokens=problem.prefill_tokens,
         substitute=drafted[0].placement if drafted else None,
         plain=plain.placement,
-        residual_layers=plain.candidate.storage.residual_layers,
+        residuals=plain.candidate.storage.residuals,
         predicted=predicted,
         acceptance=problem.acceptance,
         options=list_options(plain, drafted),
@@ -193,26 +193,23 @@ def choose_held(storage: Storage, num_bytes: int) -> list[StoredPart]:
     """Parts that fill `num_bytes`, in execution order: whole layers, evenly spread so that the link
     is never left without work, then single parts, largest first.
 
-    Layers that are stored raw come first. A byte that stays is a byte less to stream whichever
-    layer it belongs to, and the raw ones are raw to spare their decoding.
+    Greedy in an order that does not depend on `num_bytes`: so more bytes never hold less.
     """
     left, held = num_bytes, set[str]()
-    coded = set(storage.residual_layers)
-    for is_coded in (False, True):
-        layers = [
-            group for group in storage.layers if (group[0].part.linear.layer in coded) == is_coded
-        ]
-        size = max(map(group_bytes, layers), default=0)
-        num_whole = min(len(layers), left // size) if size else 0
-        for index in range(num_whole):
-            group = layers[int((index + 0.5) * len(layers) / num_whole)]
-            left -= group_bytes(group)
+    singles = [[part] for part in sorted(storage.parts, key=lambda part: -part.padded_bytes)]
+    for group in (*evenly_spread(storage.layers), *singles):
+        needed = group_bytes(group)
+        if needed <= left and group[0].name not in held:
+            left -= needed
             held |= {part.name for part in group}
-    for part in sorted(storage.parts, key=lambda part: -part.padded_bytes):
-        if part.name not in held and part.padded_bytes <= left:
-            left -= part.padded_bytes
-            held.add(part.name)
     return [part for part in storage.parts if part.name in held]
+
+
+def evenly_spread(layers: list[list[StoredPart]]) -> list[list[StoredPart]]:
+    """In an order whose every beginning is spread over the whole: that of the reversed bits."""
+    digits = max(1, (len(layers) - 1).bit_length())
+    order = sorted(range(len(layers)), key=lambda index: f"{index:0{digits}b}"[::-1])
+    return [layers[index] for index in order]
 
 
 def make_tree(candidate: Candidate) -> Tree:
@@ -253,7 +250,7 @@ def decide(problem: Problem, predicted: dict[str, Prediction]) -> tuple[Method, 
 def why_stored(problem: Problem, chosen: Scored) -> str:
     """Why the exact weights are stored as they are."""
     profile, storage = problem.profile, chosen.candidate.storage
-    num_coded, num_layers = len(storage.residual_layers), storage.num_layers
+    num_coded, num_parts = len(storage.residuals), len(storage.parts)
     link = profile.link_rate(chosen.candidate.block_bytes) / problem.spec.item_bytes
     decode = weights_rate(profile.decode_rate)
     rates = f"{decode} decode here, and the link brings {weights_rate(link)} as they are"
@@ -262,7 +259,7 @@ def why_stored(problem: Problem, chosen: Scored) -> str:
         what += "raw"
     else:
         what += f"as residuals of {storage.bits_per_residual:.1f} bits"
-        what += "" if num_coded == num_layers else f" in {num_coded} of {num_layers} layers"
+        what += "" if num_coded == num_parts else f", {num_coded} of {num_parts} matrices"
     if problem.wishes.encoding != "auto":
         return f"{what}: that was asked for"
     if not profile.decode_rate:

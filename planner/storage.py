@@ -1,23 +1,23 @@
-"""How the exact weights may lie in the artifact: layers as residuals, layers raw.
+"""How the exact weights may lie in the artifact: some as residuals, some raw.
 
 A residual costs the link and the memory about half of the bytes, and a decoding at every use. So
-where the link is the slower all layers are residuals, where decoding is none, and in between as
+where the link is the slower all weights are residuals, where decoding is none, and in between as
 many as keep both busy.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from subspec.artifacts.errors import Exit, SubspecError
-from subspec.artifacts.model import ModelSpec, Part, StoredPart, padded, parts
+from subspec.artifacts.model import ModelSpec, StoredPart, padded, parts
 
 # A search asks the same of one model thousands of times, and counting its matrices takes a while.
 for_one_model = lru_cache(maxsize=4)
 
 # Bits of a stored weight until it is encoded: normal to Student-t rows give 7.1 to 7.6 in bf16.
 RESIDUAL_BITS = {"bfloat16": 7.4, "float16": 10.4, "float32": 23.4}
-NUM_SHARES = 8  # of the layers: 0, 1/8, ... 1 of them raw
+NUM_SHARES = 8  # of the weights: 0, 1/8, ... 1 of them raw
 
 
 @dataclass(frozen=True, eq=False)  # compared by identity: it is the key of what is worked out once
@@ -50,14 +50,9 @@ class Storage:
         return list(found.values())
 
     @cached_property
-    def num_layers(self) -> int:
-        """The head, where it can be streamed, is one of them."""
-        return len({part.part.linear.layer for part in self.parts})
-
-    @cached_property
-    def residual_layers(self) -> tuple[int, ...]:
-        found = {p.part.linear.layer for p in self.parts if p.encoding == "residual"}
-        return tuple(sorted(found))
+    def residuals(self) -> tuple[str, ...]:
+        """Names of the parts that are stored as residuals."""
+        return tuple(part.name for part in self.parts if part.encoding == "residual")
 
     @cached_property
     def coded_weights(self) -> int:
@@ -103,26 +98,29 @@ def storages(spec: ModelSpec, encoding: str, decodes: bool) -> tuple[Storage, ..
 
 @for_one_model
 def usual_storages(spec: ModelSpec) -> tuple[Storage, ...]:
-    """From all layers as residuals to all raw. A raw layer here and there, evenly spread, so that
-    neither the link nor the decoder is ever without work."""
-    count = spec.num_layers
-    raw_counts = sorted({round(count * share / NUM_SHARES) for share in range(NUM_SHARES + 1)})
-    found = []
-    for num_raw in raw_counts[:-1]:
-        raw = {int((i + 0.5) * count / num_raw) for i in range(num_raw)}
-        found.append(Storage(tuple(estimated(spec, part, raw) for part in parts(spec))))
-    return (*found, raw_storage(spec))
+    """From all weights as residuals to all raw. A raw matrix here and there, evenly spread by
+    bytes, so that neither the link nor the decoder is ever without work."""
+    found: dict[tuple[str, ...], Storage] = {}
+    for share in range(NUM_SHARES):
+        storage = Storage(tuple(spread(spec, share / NUM_SHARES)))
+        found.setdefault(storage.residuals, storage)
+    found[()] = raw_storage(spec)
+    return tuple(found.values())
+
+
+def spread(spec: ModelSpec, raw_share: float) -> Iterator[StoredPart]:
+    """The parts, a share of their bytes raw; the others as long as residuals usually are."""
+    due = 0.0  # bytes that should have been raw by now
+    for part in parts(spec):
+        due += raw_share * part.num_bytes
+        if due >= part.num_bytes / 2 and raw_share > 0 or not part.can_be_residual:
+            due -= part.num_bytes
+            yield StoredPart(part, "raw", part.num_bytes)
+        else:
+            bits = part.num_weights * RESIDUAL_BITS[spec.dtype]
+            yield StoredPart(part, "residual", padded(int(bits / 8)))
 
 
 @for_one_model
 def raw_storage(spec: ModelSpec) -> Storage:
     return Storage(tuple(StoredPart(part, "raw", part.num_bytes) for part in parts(spec)))
-
-
-def estimated(spec: ModelSpec, part: Part, raw_layers: set[int]) -> StoredPart:
-    """The part before anything is encoded."""
-    if part.linear.layer in raw_layers or not part.can_be_residual:
-        return StoredPart(part, "raw", part.num_bytes)
-    return StoredPart(
-        part, "residual", padded(int(part.num_weights * RESIDUAL_BITS[spec.dtype] / 8))
-    )

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from subspec.artifacts import compiled, residual
+from subspec.artifacts import compiled
 from subspec.artifacts.checks import STORED_DTYPES
 from subspec.artifacts.errors import Exit, SubspecError
 from subspec.artifacts.model import (
@@ -56,18 +56,18 @@ class Written:
 def write_weights(
     folder: Path,
     checkpoint: Checkpoint,
-    residual_layers: tuple[int, ...],
+    residuals: tuple[str, ...],
     quantizer: Quantizer,
     progress: Progress,
 ) -> Written:
-    """The three weight files. residual_layers: those whose exact weights are stored as residuals,
-    where that is smaller; the head counts as the layer after the last."""
+    """The three weight files. residuals: names of the parts to store as such, where that is
+    smaller."""
     names = ("exact.safetensors", "substitutes.safetensors", "resident.safetensors")
     with ExitStack() as stack:
         files = [stack.enter_context(HashedFile(folder / name)) for name in names]
         exact, substitutes, resident = files
         parts_written, made = write_matrices(
-            exact, substitutes, checkpoint, residual_layers, quantizer, progress
+            exact, substitutes, checkpoint, residuals, quantizer, progress
         )
         write_resident(resident, checkpoint)
         return Written({file.path.name: file.finish() for file in files}, parts_written, made)
@@ -77,7 +77,7 @@ def write_matrices(
     exact: "HashedFile",
     substitutes: "HashedFile",
     checkpoint: Checkpoint,
-    residual_layers: tuple[int, ...],
+    residuals: tuple[str, ...],
     quantizer: Quantizer,
     progress: Progress,
 ) -> tuple[tuple[PartEntry, ...], tuple[SubstituteEntry, ...]]:
@@ -100,7 +100,7 @@ def write_matrices(
         for part in own_parts.get(linear.name, []):  # none: a tied head, which is the embedding
             rows = slice(part.first_row, part.first_row + part.num_rows)
             codes, grid = substitute.codes[rows], substitute.grid[:, rows]
-            wanted = linear.layer in residual_layers and part.can_be_residual
+            wanted = part.name in residuals and part.can_be_residual
             stored = encode_residual(weight[rows], codes, grid) if wanted else None
             entry = write_part(exact, part, weight[rows], stored, digest)
             prove_part(exact, part, entry, weight[rows], codes, grid)
@@ -115,10 +115,7 @@ def write_matrices(
 def encode_residual(weight: Tensor, codes: Tensor, grid: Tensor) -> Tensor | None:
     """Rows of a matrix and of its substitute -> the residual, uint8 [bytes]; None if that would not
     be smaller than the weights (many zeros; weights that were made from 8 bits)."""
-    if compiled.unavailable() is None:
-        stored = compiled.encode(weight, codes, grid, torch.get_num_threads())
-    else:
-        stored = residual.encode(weight, codes, grid)
+    stored = compiled.encode(weight, codes, grid, torch.get_num_threads())
     return stored if stored.numel() < weight.nbytes else None
 
 
@@ -193,21 +190,13 @@ def prove_part(
         got = torch.empty(entry.num_bytes, dtype=torch.uint8)
         written.read_into(raw_bytes(got), entry.offset)
     if entry.encoding == "residual":
-        got = decode_residual(got, codes, grid, weight.dtype)
+        got = compiled.decode(got, codes, grid, weight.dtype, torch.get_num_threads())
     if raw_bytes(got) != raw_bytes(weight):
         raise SubspecError(
             Exit.RESOURCES,
             f"{part.name} was read back from {file.path} with other bytes than written",
             "check the disk",
         )
-
-
-def decode_residual(stored: Tensor, codes: Tensor, grid: Tensor, dtype: torch.dtype) -> Tensor:
-    if compiled.unavailable() is not None:
-        return residual.decode(stored, codes, grid, dtype)
-    out = torch.empty(codes.shape[0], codes.shape[1] * 2, dtype=dtype)
-    compiled.decode_into(out, stored, codes, grid, 0, torch.get_num_threads())
-    return out
 
 
 def write_substitute(

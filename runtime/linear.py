@@ -16,6 +16,7 @@ from torch import Tensor
 from subspec.artifacts.model import GROUP_SIZE
 from subspec.artifacts.packing import CENTER_CODE, dequantize, pack_nibbles, unpack_nibbles
 from subspec.artifacts.plan import DeviceKind, Int4Kernel
+from subspec.runtime import int4
 
 ROWS_PER_CALL = 256  # a long prompt goes through a matrix in pieces, so that temporaries stay small
 ROWS_PER_TILE = {"AVX512": 64, "AVX2": 32}  # ATen's packed bytes differ per instruction set
@@ -59,12 +60,29 @@ def packed_bytes(num_rows: int, num_columns: int) -> tuple[int, int]:
     return num_rows * num_columns // 2, num_rows * num_columns // GROUP_SIZE * 4
 
 
-def cpu_tile_rows(num_rows: int) -> int | None:
-    """Rows per tile, 64 or 32, of ATen's packed 4-bit codes on this machine's CPU, for a matrix of
-    num_rows rows; see `_pack_cpu`. None where no whole number of tiles holds it, or the CPU has
-    neither AVX-512 nor AVX2: ATen then packs in another way."""
+def cpu_tile_rows(num_rows: int, kernel: Int4Kernel = "aten") -> int | None:
+    """Rows per tile of the packed 4-bit codes on this machine's CPU, for a matrix of num_rows rows:
+    16 of w4a8's; 64 or 32 of ATen's, see `_pack_cpu`, and None where no whole number of those
+    holds it, or the CPU has neither AVX-512 nor AVX2: ATen then packs in another way."""
+    if kernel == "w4a8":
+        return int4.BLOCK_ROWS
     tile = ROWS_PER_TILE.get(torch.backends.cpu.get_cpu_capability())
     return tile if tile is not None and num_rows % tile == 0 else None
+
+
+def read_codes(weight: Int4Weight, first_row: int, num_rows: int) -> tuple[Tensor, int]:
+    """The bytes of some rows inside a packed substitute on the CPU, and the rows per tile of their
+    layout. Rows come in whole tiles of 64."""
+    num_bytes_per_row = weight.packed.shape[1]
+    tile_rows = cpu_tile_rows(weight.packed.shape[0], weight.kernel)
+    assert tile_rows is not None, "the plan keeps such a matrix raw"
+    bytes_of_rows = slice(first_row * num_bytes_per_row, (first_row + num_rows) * num_bytes_per_row)
+    return weight.packed.view(-1)[bytes_of_rows].view(num_rows, -1), tile_rows
+
+
+def unpack(packed: Tensor, tile_rows: int) -> Tensor:
+    """What `read_codes` returns -> nibble pairs uint8 [R, K / 2], as stored."""
+    return int4.unpack(packed) if tile_rows == int4.BLOCK_ROWS else unpack_cpu(packed, tile_rows)
 
 
 def inner_tiles(num_columns: int) -> int:
@@ -85,7 +103,7 @@ def pack(
     kept = grid_out.view(torch.bfloat16).view(grid.shape).copy_(grid)
     if codes_out.device.type == "cpu":
         packed = codes_out.view(num_rows, num_columns // 2)
-        _pack_cpu(codes, packed)
+        (int4.pack if kernel == "w4a8" else _pack_cpu)(codes, packed)
         return Int4Weight(kernel, "cpu", packed, kept)
     if kernel == "gemlite":
         return Int4Weight(kernel, "cuda", _pack_gemlite(codes, grid), kept)
@@ -99,6 +117,8 @@ def pack(
 
 def int4_product(x: Tensor, weight: Int4Weight) -> Tensor:
     """x bf16 [T, K] -> bf16 [T, N]."""
+    if weight.kernel == "w4a8":
+        return int4.product(x, weight.packed, weight.grid, torch.get_num_threads())
     if weight.kernel == "gemlite":
         return weight.packed(x)  # type: ignore[no-any-return]
     if weight.device == "cpu":

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from subspec.artifacts import compiled
+from subspec.artifacts.errors import Exit, SubspecError
 from subspec.artifacts.model import (
     EMBEDDING,
     HEAD,
@@ -21,11 +23,12 @@ from subspec.artifacts.model import (
 from subspec.artifacts.plan import Block, Placement, make_blocks
 from subspec.artifacts.store import Artifact
 from subspec.artifacts.tensors import StoredTensor, TensorFile, read_header
+from subspec.runtime import int4
 from subspec.runtime.digests import Digests
 from subspec.runtime.linear import Int4Weight, pack, packed_bytes
 from subspec.runtime.link import DirectFile, DiskLink, HostLink
 from subspec.runtime.memory import FastMemory, bytes_of, host_buffer
-from subspec.runtime.split import Restorer, decode_stored
+from subspec.runtime.split import Restorer
 from subspec.runtime.stream import ExactWeights, Ring
 from subspec.runtime.substitutes import Substitutes
 
@@ -82,6 +85,13 @@ class Loader:
         for them: then nothing needs them."""
         if not self._placement.ledger.get("substitutes"):
             return {}
+        kernel = self._artifact.plan.int4_kernel
+        if kernel == "w4a8" and (problem := int4.unavailable()) is not None:
+            raise SubspecError(
+                Exit.WRONG_MACHINE,
+                f"the plan's 4-bit kernel, w4a8, cannot be built here: {problem}",
+                "install a C++ compiler, or plan again on this machine",
+            )
         found = {}
         every = [linear for linear in linears(self._spec) if linear.has_substitute]
         with self._substitute_file() as read:
@@ -91,7 +101,7 @@ class Loader:
                 found[linear.layer, linear.kind] = pack(
                     codes,
                     grid,
-                    self._artifact.plan.int4_kernel,
+                    kernel,
                     *(self._memory.take("substitutes", num_bytes) for num_bytes in room),
                 )
                 self._progress("loading substitutes", (index + 1) / len(every))
@@ -176,7 +186,7 @@ class Loader:
         rows = slice(part.part.first_row, part.part.first_row + part.part.num_rows)
         raw = self._memory.take("resident", part.part.padded_bytes, PAGE_BYTES)
         target = raw[: part.part.num_bytes].view(self._dtype).view(part.part.num_rows, -1)
-        exact = decode_stored(
+        exact = compiled.decode(
             host[: part.num_bytes],
             codes[rows],
             grid[:, rows],

@@ -106,6 +106,7 @@ class Session:
             substitutes=substitutes,
         )
         self.stats = Stats(self.method)
+        self._watched_length = 0
 
     @torch.inference_mode()
     def generate(
@@ -165,9 +166,12 @@ class Session:
             rounds = decode_plainly(self.model, first, sampling)
         else:
             rounds = decode_unpadded(self.model, first, sampling)
-        with self.peak.watch():
-            emitted = next(rounds)
-        yield emitted
+        length = self.model.cache.length
+        if length >= 2 * self._watched_length:  # temporaries grow with it; watching takes time
+            self._watched_length = length
+            with self.peak.watch():
+                emitted = next(rounds)
+            yield emitted
         if self.method == "plain" and not self.padded and self.device.type == "cpu":
             with single_row_kernels():
                 yield from rounds

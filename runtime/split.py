@@ -12,7 +12,7 @@ from torch import Tensor
 from subspec.artifacts import compiled, residual
 from subspec.artifacts.errors import Exit, SubspecError
 from subspec.artifacts.model import Kind, Part
-from subspec.runtime.linear import Int4Weight, cpu_tile_rows, unpack_cpu
+from subspec.runtime.linear import Int4Weight, read_codes, unpack
 
 
 @dataclass(frozen=True)
@@ -59,26 +59,9 @@ def restore_on_cpu(
 ) -> None:
     """out [R, K] = rows `first_row`.. of the exact matrix; by the compiled decoder if there is one,
     else by its plain twin."""
-    num_rows, num_columns = out.shape
-    tile_rows = cpu_tile_rows(substitute.grid.shape[1])
-    assert tile_rows is not None, "the plan keeps such a matrix raw"
-    half = num_columns // 2
-    codes = substitute.packed.view(-1)[first_row * half : (first_row + num_rows) * half]
-    grid = substitute.grid[:, first_row : first_row + num_rows]
+    codes, tile_rows = read_codes(substitute, first_row, out.shape[0])
+    grid = substitute.grid[:, first_row : first_row + out.shape[0]]
     if compiled.unavailable() is None:
         compiled.decode_into(out, stored, codes, grid, tile_rows, num_threads)
     else:
-        rows = unpack_cpu(codes.view(num_rows, half), tile_rows)
-        out.copy_(residual.decode(stored, rows, grid, out.dtype))
-
-
-def decode_stored(
-    stored: Tensor, codes: Tensor, grid: Tensor, dtype: torch.dtype, num_threads: int
-) -> Tensor:
-    """The exact [R, K] on the host, from a residual and its rows of the substitute as stored: codes
-    uint8 [R, K / 2], grid bf16 [G, R, 2]."""
-    if compiled.unavailable() is not None:
-        return residual.decode(stored, codes, grid, dtype)
-    out = torch.empty(codes.shape[0], codes.shape[1] * 2, dtype=dtype)
-    compiled.decode_into(out, stored, codes, grid, 0, num_threads)
-    return out
+        out.copy_(residual.decode(stored, unpack(codes, tile_rows), grid, out.dtype))

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from subspec.artifacts.model import Encoding, ModelSpec, Source
-from subspec.artifacts.plan import Acceptance, Placement, Plan, Rate, Tree
+from subspec.artifacts.plan import Acceptance, Int4Kernel, Placement, Plan, Rate, Tree
 from subspec.artifacts.profile import LinkRate, Profile, Timing
 from subspec.artifacts.store import Artifact, open_artifact
 from subspec.planner.build import build
@@ -51,6 +51,7 @@ def make_plan(
     num_threads: int = 1,
     device: str = "cpu",
     storage: Storage | None = None,
+    int4_kernel: Int4Kernel = "aten",
 ) -> Plan:
     """A plan made by hand: any tree, any share of the stored bytes in fast memory, the smallest
     ring. storage: raw unless it is given.
@@ -85,11 +86,11 @@ def make_plan(
         tree=Tree(width, depth, temperature=1.0 if width == 1 else 0.2),
         verify_width=verify_width,
         num_threads=num_threads,
-        int4_kernel="aten",
+        int4_kernel=int4_kernel,
         prefill_tokens=context,
         substitute=substitute,
         plain=plain,
-        residual_layers=storage.residual_layers,
+        residuals=storage.residuals,
         predicted={},
         acceptance=Acceptance((Rate(1, 0.9, 0),)),
     )

@@ -78,9 +78,13 @@ def bits_of(weight: Tensor) -> Tensor:
 
 
 def in_layout(codes: Tensor, tile_rows: int) -> Tensor:
-    """codes uint8 [R, K] -> bytes as stored (0) or as ATen's CPU kernel wants them (32, 64)."""
+    """codes uint8 [R, K] -> bytes as stored (0), as our CPU kernel wants them (16), or ATen's (32,
+    64)."""
     if tile_rows == 0:
         return pack_nibbles(codes)
     num_rows, num_columns = codes.shape
+    if tile_rows == 16:
+        words = pack_nibbles(codes).view(num_rows // 16, 16, num_columns // 8, 4)
+        return words.transpose(1, 2).contiguous()
     halves = codes.view(num_rows // tile_rows, 2, tile_rows // 2, num_columns)
     return (halves[:, 0] | halves[:, 1] << 4).transpose(1, 2).contiguous()

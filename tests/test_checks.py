@@ -28,7 +28,7 @@ STREAMING = Placement((), (), LARGEST_PART, 2, {"staging": 2 * LARGEST_PART, "ca
 PLAN = Plan(
     device="cpu", machine="test", budget_bytes=2 * LARGEST_PART + 1000, context=100,
     method="substitute", tree=Tree(2, 3), verify_width=7, num_threads=1, int4_kernel="aten",
-    prefill_tokens=64, substitute=STREAMING, plain=STREAMING, residual_layers=(), predicted={},
+    prefill_tokens=64, substitute=STREAMING, plain=STREAMING, residuals=(), predicted={},
     acceptance=Acceptance((Rate(2, 0.9, 0),)),
 )  # fmt: skip
 

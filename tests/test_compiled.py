@@ -27,7 +27,7 @@ from subspec.artifacts.errors import SubspecError
 from subspec.artifacts.packing import pack_nibbles
 
 BF16, FP16, F32 = DTYPES
-LAYOUTS = (0, 32, 64)
+LAYOUTS = (0, 16, 32, 64)
 
 
 @pytest.fixture(scope="module", params=[(), ("-DPORTABLE",)], ids=["native", "portable"])

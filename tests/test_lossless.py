@@ -7,8 +7,10 @@ import torch
 from builders import build_artifact, demo_checkpoint, random_checkpoint, replan
 
 from subspec.artifacts.model import Encoding
+from subspec.artifacts.plan import Int4Kernel
 from subspec.artifacts.store import Artifact
 from subspec.planner.hub import DEMO
+from subspec.runtime import int4
 from subspec.runtime.sampling import Sampling
 from subspec.runtime.session import Session
 from subspec.runtime.text import load_text
@@ -17,14 +19,17 @@ NUM_PROMPTS, NUM_TOKENS = 40, 96
 GREEDY = Sampling()
 SEEDED = Sampling(temperature=0.8, top_k=0, top_p=0.95, seed=7)
 ENCODINGS: tuple[Encoding, ...] = ("raw", "residual")
-# (tree width, depth, share of the exact weights that is resident, how they are stored)
-PLANS: list[tuple[int, int, float, Encoding]] = [
-    (1, 7, 0.0, "residual"),
-    (1, 24, 0.5, "raw"),
-    (3, 10, 1.0, "residual"),
-    (8, 3, 0.5, "residual"),
-    (2, 1, 0.0, "raw"),
-    (4, 7, 0.3, "residual"),
+FASTEST: Int4Kernel = "aten" if int4.unavailable() else "w4a8"
+# tree width, depth, share of the exact weights that is resident, how they are stored, and the
+# kernel that drafts
+DraftPlan = tuple[int, int, float, Encoding, Int4Kernel]
+PLANS: list[DraftPlan] = [
+    (1, 7, 0.0, "residual", FASTEST),
+    (1, 24, 0.5, "raw", "aten"),
+    (3, 10, 1.0, "residual", "aten"),
+    (8, 3, 0.5, "residual", FASTEST),
+    (2, 1, 0.0, "raw", FASTEST),
+    (4, 7, 0.3, "residual", FASTEST),
 ]
 VERIFY_WIDTH = 32
 
@@ -146,7 +151,7 @@ def test_speculation_gives_the_tokens_of_plain_decoding(
     demos: dict[Encoding, Artifact],
     prompts: list[list[int]],
     plain_tokens: dict[Sampling, list[list[int]]],
-    plan: tuple[int, int, float, Encoding],
+    plan: DraftPlan,
     sampling: Sampling,
 ) -> None:
     """The plans share the prompts out; the slow test below gives every prompt to every plan."""
@@ -161,7 +166,7 @@ def test_speculation_gives_the_tokens_of_plain_decoding_for_every_prompt_and_pla
     demos: dict[Encoding, Artifact],
     prompts: list[list[int]],
     plain_tokens: dict[Sampling, list[list[int]]],
-    plan: tuple[int, int, float, Encoding],
+    plan: DraftPlan,
     sampling: Sampling,
 ) -> None:
     assert_same_tokens(demos, prompts, plain_tokens, plan, sampling, range(NUM_PROMPTS))
@@ -171,17 +176,18 @@ def assert_same_tokens(
     demos: dict[Encoding, Artifact],
     prompts: list[list[int]],
     plain_tokens: dict[Sampling, list[list[int]]],
-    plan: tuple[int, int, float, Encoding],
+    plan: DraftPlan,
     sampling: Sampling,
     chosen: range,
 ) -> None:
-    width, depth, share, encoding = plan
+    width, depth, share, encoding, kernel = plan
     artifact = replan(
         demos[encoding],
         width=width,
         depth=depth,
         resident_share=share,
         verify_width=VERIFY_WIDTH,
+        int4_kernel=kernel,
     )
     with Session(artifact, method="substitute") as session:
         for index in chosen:

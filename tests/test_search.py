@@ -23,6 +23,7 @@ from subspec.planner.storage import Storage, raw_storage, usual_storages
 
 BUDGETS = (6_000_000, 9_000_000, 10_000_000, 12_000_000, 14_500_000, 16_000_000, 30_000_000)
 LONG = Wishes(context=1024)
+NUM_PARTS = len(parts(make_spec()))
 DECODE_RATES = (0.0, 2e7, 2e8)  # weights/s; the toy's link brings 5e7 raw ones
 CHECKED = random.Random(1).sample(range(5_800_000, 17_000_000), 40)
 
@@ -297,14 +298,9 @@ def test_resident_parts_fill_the_bytes_in_execution_order(tied_head: bool) -> No
 
 def test_whole_layers_are_spread_evenly() -> None:
     storage = raw_storage(make_spec())
-    stay = choose_held(storage, 2 * storage.layer_bytes)
-    assert {part.part.linear.layer for part in stay} == {2, 6}
-
-
-def test_layers_that_are_stored_raw_stay_first() -> None:
-    storage = usual_storages(make_spec())[2]  # 2 of 8
-    stay = choose_held(storage, 2 * storage.layer_bytes)
-    assert {part.encoding for part in stay} == {"raw"}
+    for num_layers, expected in ((1, {0}), (2, {0, 4}), (4, {0, 2, 4, 6})):
+        stay = choose_held(storage, num_layers * storage.layer_bytes)
+        assert {part.part.linear.layer for part in stay} == expected
 
 
 # Encoding
@@ -312,7 +308,7 @@ def test_layers_that_are_stored_raw_stay_first() -> None:
 
 def stored_by(plan: Plan, spec: ModelSpec) -> Storage:
     ways = usual_storages(spec)
-    return next(way for way in ways if way.residual_layers == plan.residual_layers)
+    return next(way for way in ways if way.residuals == plan.residuals)
 
 
 def decoding_at(weights_per_second: float) -> Profile:
@@ -322,20 +318,20 @@ def decoding_at(weights_per_second: float) -> Profile:
 
 def test_all_weights_are_residuals_where_the_link_is_slow() -> None:
     plan = plan_for(9_000_000, profile=decoding_at(1e9))
-    assert plan.residual_layers == tuple(range(9))  # the head is the ninth
+    assert len(plan.residuals) == NUM_PARTS
     assert speed(plan) > 1.5 * speed(plan_for(9_000_000))
     assert "residuals of 7.5 bits: 1 billion weights/s" in plan.reasons[-1]
 
 
 def test_all_weights_are_raw_where_decoding_is_slower_than_the_link() -> None:
     plan = plan_for(9_000_000, profile=decoding_at(1e6))
-    assert plan.residual_layers == ()
+    assert plan.residuals == ()
     assert "stored raw: 1 million weights/s decode here" in plan.reasons[-1]
 
 
-def test_some_layers_are_raw_where_that_keeps_link_and_decoder_busy() -> None:
+def test_some_weights_are_raw_where_that_keeps_link_and_decoder_busy() -> None:
     plan = plan_for(10_000_000, profile=decoding_at(6e7))
-    assert 1 < len(plan.residual_layers) < 8
+    assert 5 < len(plan.residuals) < NUM_PARTS - 5
     predicted = plan.predicted["substitute"]
     assert predicted.stream_seconds == pytest.approx(predicted.compute_seconds, rel=0.3)
     for encoding in ("raw", "residual"):
@@ -354,10 +350,10 @@ def test_a_split_layer_stays_in_half_the_bytes() -> None:
 def test_the_encoding_that_was_asked_for_is_kept() -> None:
     fast = make_profile(decode_rate=1e9)
     raw = plan_for(12_000_000, Wishes(context=256, encoding="raw"), profile=fast)
-    assert raw.residual_layers == () and "that was asked for" in raw.reasons[-1]
+    assert raw.residuals == () and "that was asked for" in raw.reasons[-1]
     slow = make_profile(decode_rate=1e6)
     residual = plan_for(12_000_000, Wishes(context=256, encoding="residual"), profile=slow)
-    assert len(residual.residual_layers) == 9
+    assert len(residual.residuals) == NUM_PARTS
 
 
 def test_residuals_that_were_asked_for_need_a_decoder() -> None:
@@ -372,7 +368,7 @@ def test_an_artifacts_weights_are_planned_as_they_are_stored() -> None:
     plan = search(
         make_spec(), make_profile(decode_rate=1e9), 12_000_000, Wishes(), ACCEPTANCE, stored
     )
-    assert plan.residual_layers == stored.residual_layers
+    assert plan.residuals == stored.residuals
 
 
 def test_the_priors_are_marked_as_such() -> None:

@@ -50,7 +50,7 @@ def make_plan(spec: ModelSpec) -> Plan:
     return Plan(
         device="cpu", machine="test", budget_bytes=2 * largest, context=128, method="substitute",
         tree=Tree(2, 3), verify_width=8, num_threads=1, int4_kernel="aten", prefill_tokens=64,
-        substitute=placement, plain=placement, residual_layers=(), predicted={},
+        substitute=placement, plain=placement, residuals=(), predicted={},
         acceptance=Acceptance((Rate(2, 0.9, 0),)),
     )  # fmt: skip
 
