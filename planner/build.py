@@ -1,5 +1,6 @@
 """Plan + checkpoint -> artifact folder, under a temporary name first."""
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -66,6 +67,31 @@ def build(
         write_manifest(folder, PRODUCER, written.parts, written.substitutes, written.files)
         open_artifact(folder)  # what nobody could open gets no name
     return plan
+
+
+def rebuild(artifact: Artifact, plan: Plan, profile: Profile, out: Path, overwrite: bool) -> None:
+    """The artifact under another plan, as `out`: its own folder, or one beside it. The weights are
+    linked, not copied. Raises SubspecError(USAGE) if `out` is on another disk."""
+    rewritten = {"plan.json", "profile.json", "README.md", "report.html"}
+    kept = [entry for entry in artifact.manifest.files if entry.path not in rewritten]
+    with no_empty_parents(out), new_folder(out, overwrite) as folder:
+        for entry in kept:
+            target = folder / entry.path
+            target.parent.mkdir(exist_ok=True)
+            try:
+                os.link(artifact.path / entry.path, target)
+            except OSError as error:
+                raise SubspecError(
+                    Exit.USAGE,
+                    f"{entry.path} cannot be linked into {out}: {error.strerror}",
+                    f"choose an --out on the disk of {artifact.path}",
+                ) from None
+        write_json(folder, "profile.json", profile)
+        write_plan(folder, artifact.spec, plan, profile)
+        listed = artifact.manifest
+        known = {entry.path: entry for entry in kept}
+        write_manifest(folder, listed.producer, listed.parts, listed.substitutes, known)
+        open_artifact(folder)
 
 
 @contextmanager

@@ -34,7 +34,8 @@ Progress = Callable[[str, float], None]
 class Options:
     """The command line, as click parsed it."""
 
-    model: str
+    model: str | None
+    source: Path | None
     vram: int
     device: str | None
     context: int | None
@@ -49,14 +50,20 @@ class Options:
     quantizer: str
     encoding: str
     dry_run: bool
+    print_plan: bool
+    reprofile: bool
     as_json: bool
     overwrite: bool
 
 
 @click.command(cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
-    "--model", required=True, metavar="REF",
+    "--model", metavar="REF",
     help="A folder, org/name, hf://org/name@rev, a bare name such as Qwen2.5-32B, or demo.",
+)  # fmt: skip
+@click.option(
+    "--from", "source", type=click.Path(path_type=Path), metavar="ARTIFACT",
+    help="Plan an artifact anew: its weights stay as they are.",
 )  # fmt: skip
 @click.option(
     "--vram", required=True, callback=size_option, metavar="SIZE",
@@ -82,16 +89,23 @@ class Options:
 @click.option("--encoding", type=click.Choice(["auto", "residual", "raw"]), default="auto",
               show_default=True, help="How exact weights are stored.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Plan from config and headers; write nothing.")
+@click.option("--reprofile", is_flag=True, help="With --from: measure this machine again.")
+@click.option("--print-plan", is_flag=True, help="With --from: plan.json on stdout, no folder.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 @click.option("--overwrite", is_flag=True, help="Replace an artifact at --out.")
 @click.version_option(package_name="subspec")
 @reported
 def main(**given: Any) -> None:
-    """Plan the model REF for a cap on fast memory and write an artifact for subspec-run.
+    """Plan the model REF, or an ARTIFACT anew, for a cap on fast memory and write an artifact for
+    subspec-run.
 
     Exit codes, the SIZE grammar and the JSON object are in docs/commands.md.
     """
     options = Options(**given)
+    check_options(options)
+    if options.source is not None:
+        plan_anew(options, options.source)
+        return
     out = options.out or Path(default_name(options))
     # A download may take an hour: what can be known to fail is asked first.
     measured = known_profile(options)
@@ -99,12 +113,18 @@ def main(**given: Any) -> None:
         check_out(out, options.overwrite)
     from subspec.planner.hub import resolve
 
+    assert options.model is not None, "check_options asks for it"
     resolved = resolve(options.model, options.revision, weights=not options.dry_run)
     if resolved.note:
         say(resolved.note)
     with progress() as show:
         run = dry_run if options.dry_run else plan_and_build
         plan, spec = run(options, resolved, out, measured, show)
+    report(options, spec, plan, out)
+
+
+def report(options: Options, spec: "ModelSpec", plan: "Plan", out: Path) -> None:
+    """The table on stderr; on stdout the folder, or the JSON object."""
     from rich.console import Console
 
     from subspec.planner.explain import plan_json, print_plan
@@ -116,6 +136,63 @@ def main(**given: Any) -> None:
         print(json.dumps(plan_json(spec, plan, None if options.dry_run else out)))
     elif not options.dry_run:
         print(out)
+
+
+def check_options(options: Options) -> None:
+    """Raises SubspecError(USAGE) for what click cannot see."""
+    if (options.model is None) == (options.source is None):
+        got = "neither" if options.model is None else "both"
+        raise SubspecError(
+            Exit.USAGE,
+            f"{got} of --model REF and --from ARTIFACT given, expected one",
+            "--model for a checkpoint, --from to plan an artifact anew",
+        )
+    for flag, given in (("--print-plan", options.print_plan), ("--reprofile", options.reprofile)):
+        if given and options.source is None:
+            raise SubspecError(
+                Exit.USAGE, f"{flag} was given without --from", "add --from ARTIFACT"
+            )
+    if options.source is not None and (options.encoding != "auto" or options.revision):
+        raise SubspecError(
+            Exit.USAGE,
+            "--from keeps the weights as they are stored: --encoding and --revision do not apply",
+            "leave them out, or plan with --model",
+        )
+
+
+def plan_anew(options: Options, source: Path) -> None:
+    """--from: another plan over the weights of an artifact, in its folder or in one beside it."""
+    from subspec.artifacts.codec import dump_json
+    from subspec.artifacts.store import open_artifact
+    from subspec.planner.build import rebuild
+    from subspec.planner.storage import Storage
+
+    artifact = open_artifact(source)
+    out = options.out or source
+    writes = not (options.dry_run or options.print_plan)
+    if writes:
+        check_out(out, overwrite=options.overwrite or options.out is None)
+    with progress() as show:
+        profile = known_profile(options) or profile_for(options, artifact, out, show)
+    stored = Storage(tuple(artifact.stored_parts()))
+    plan = solve(options, artifact.spec, profile, artifact.plan.acceptance, stored)
+    if options.print_plan:
+        print(dump_json(plan), end="")
+        return
+    if writes:
+        rebuild(artifact, plan, profile, out, overwrite=options.overwrite or options.out is None)
+    report(options, artifact.spec, plan, out)
+
+
+def profile_for(options: Options, artifact: "Artifact", out: Path, show: Progress) -> "Profile":
+    """The artifact's own profile if it was measured on this machine, else a new one."""
+    from subspec.planner.measure import machine_name, pick_device
+
+    if not options.reprofile:
+        if artifact.profile.machine == machine_name(pick_device(options.device)):
+            return artifact.profile
+        say(f"the profile is of another machine ({artifact.profile.machine}): measuring this one")
+    return measure_here(options, artifact.spec, out, show)
 
 
 def plan_and_build(
@@ -166,8 +243,11 @@ def solve(
     acceptance: "Acceptance",
     stored: "Storage | None" = None,
 ) -> "Plan":
+    from subspec.planner.profiles import with_link
     from subspec.planner.search import search
 
+    if options.link_bandwidth is not None:
+        profile = with_link(profile, options.link_bandwidth)
     plan = search(spec, profile, options.vram, wishes_of(options), acceptance, stored)
     if options.link_bandwidth is None:
         return plan
@@ -181,16 +261,19 @@ def calibrate(
     """Acceptance measured by running the artifact with a few trees that fit its budget."""
     from subspec.artifacts.plan import Acceptance
     from subspec.planner.measure import measure_acceptance
+    from subspec.planner.profiles import with_link
     from subspec.planner.search import PRIOR, search
 
     if options.method == "plain":
         return PRIOR
-    rates = []
+    profile, rates = artifact.profile, []
+    if options.link_bandwidth is not None:
+        profile = with_link(profile, options.link_bandwidth)
     for width in (options.width,) if options.width else CALIBRATION_WIDTHS:
         depth = options.depth or CALIBRATION_DEPTH
         wishes = replace(wishes_of(options), width=width, depth=depth, method="substitute")
         try:
-            plan = search(artifact.spec, artifact.profile, options.vram, wishes, PRIOR, stored)
+            plan = search(artifact.spec, profile, options.vram, wishes, PRIOR, stored)
         except SubspecError as error:
             if error.exit_code != Exit.INFEASIBLE:
                 raise
@@ -201,13 +284,13 @@ def calibrate(
 
 
 def known_profile(options: Options) -> "Profile | None":
-    """The profile of --profile, its link capped; None: this machine is to be measured."""
+    """The profile of --profile; None: this machine is to be measured."""
     if options.profile is None:
         from subspec.planner.machine import pick_device
 
         pick_device(options.device)
         return None
-    from subspec.planner.profiles import read_profile, with_link
+    from subspec.planner.profiles import read_profile
 
     profile = read_profile(options.profile)
     if options.device is not None and options.device.partition(":")[0] != profile.device:
@@ -217,12 +300,11 @@ def known_profile(options: Options) -> "Profile | None":
             f"--device says {options.device}",
             "drop one of the two",
         )
-    return with_link(profile, options.link_bandwidth) if options.link_bandwidth else profile
+    return profile
 
 
 def measure_here(options: Options, spec: "ModelSpec", out: Path, show: Progress) -> "Profile":
     from subspec.planner.measure import measure, pick_device
-    from subspec.planner.profiles import with_link
     from subspec.planner.search import default_context
 
     context = options.context or default_context(spec, options.vram)
@@ -234,8 +316,7 @@ def measure_here(options: Options, spec: "ModelSpec", out: Path, show: Progress)
         )
     # A cache beyond the budget fits no plan: it need not be timed, nor have room.
     context = min(context, options.vram // spec.kv_bytes_per_token)
-    profile = measure(spec, pick_device(options.device), existing_parent(out), context, show)
-    return with_link(profile, options.link_bandwidth) if options.link_bandwidth else profile
+    return measure(spec, pick_device(options.device), existing_parent(out), context, show)
 
 
 def check_out(out: Path, overwrite: bool) -> None:
@@ -273,9 +354,10 @@ def wishes_of(options: Options) -> "Wishes":
 
 def default_name(options: Options) -> str:
     """qwen2.5-32b-24gb, from the model's last name and the size."""
-    stem = options.model.partition("@")[0].rstrip("/").rpartition("/")[2]
+    model = options.model or ""
+    stem = model.partition("@")[0].rstrip("/").rpartition("/")[2]
     if set(stem) <= set(".~"):  # a folder that is named by its place
-        stem = Path(options.model).expanduser().resolve().name
+        stem = Path(model).expanduser().resolve().name
     if options.vram % parse_size("1GiB") == 0:
         size = f"{options.vram >> 30}gib"
     else:
@@ -309,3 +391,7 @@ def progress() -> Iterator[Progress]:
             bars.update(task, description=stage, completed=share)
 
         yield bar
+
+
+if __name__ == "__main__":
+    main()

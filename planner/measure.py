@@ -67,7 +67,8 @@ from subspec.runtime.link import DiskLink
 from subspec.runtime.load import DRAFT_DTYPE, fixed_weight
 from subspec.runtime.memory import FastMemory, free_bytes, host_buffer
 from subspec.runtime.sampling import Sampling, choose
-from subspec.runtime.session import Session, machine_name
+from subspec.runtime.session import Session
+from subspec.runtime.session import machine_name as name_of_device
 from subspec.runtime.split import Restorer
 from subspec.runtime.stream import ExactWeights
 from subspec.runtime.substitutes import Substitutes
@@ -125,7 +126,7 @@ def measure(
         progress("measuring where rows may stand", 0.8)
         profile = Profile(
             device="cuda" if cuda else "cpu",
-            machine=machine_name(target),
+            machine=name_of_device(target),
             num_threads=torch.get_num_threads(),
             free_bytes=free,
             overhead_bytes=gpu_overhead_bytes(target) if cuda else 0,
@@ -147,6 +148,11 @@ def measure(
         torch.cuda.empty_cache()  # the session that calibrates needs the room
     progress("measured", 1.0)
     return profile
+
+
+def machine_name(device: str) -> str:
+    """The `machine` that a profile of this device would have now."""
+    return name_of_device(torch.device(device))
 
 
 def measure_link(spec: ModelSpec, device: torch.device, folder: Path) -> tuple[LinkRate, ...]:

@@ -104,7 +104,7 @@ def device_option(
 @option("--chat", "Several turns; the default on a terminal without PROMPT.", is_flag=True)
 @option("--no-speculation", "The plain twin: the same tokens without a draft.", is_flag=True)
 @option("--unpadded", "With --no-speculation: plain decoding at its fastest.", is_flag=True)
-@option("--vram", "Refuse a plan that takes more.", callback=size_option, metavar="SIZE")
+@option("--vram", "Plan anew if the plan takes more.", callback=size_option, metavar="SIZE")
 @option("--device", "One GPU of several, such as cuda:1.", callback=device_option, metavar="DEVICE")
 @option("--link-bandwidth", "Slow the link to SIZE a second.", callback=size_option, metavar="SIZE")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
@@ -196,14 +196,15 @@ def open_folder(path: Path) -> "Artifact":
 def open_checked(options: Options) -> "Artifact":
     artifact = open_folder(options.artifact)
     budget = artifact.plan.budget_bytes
-    if options.vram is not None and options.vram < budget:
-        raise SubspecError(
-            Exit.WRONG_MACHINE,
-            f"the plan takes up to {format_size(budget)}, --vram allows "
-            f"{format_size(options.vram)}",
-            f"plan again: subspec-plan --model {artifact.spec.source.repository} "
-            f"--vram {options.vram}B",
-        )
+    if options.vram is None or options.vram >= budget:
+        return artifact
+    from subspec.runtime.replan import planned_anew
+
+    artifact = planned_anew(artifact, options.vram, options.device)
+    say(
+        f"note: planned for {format_size(budget)}, planned anew for {format_size(options.vram)}; "
+        f"to keep that: subspec-plan --from {artifact.path} --vram {options.vram}B"
+    )
     return artifact
 
 

@@ -90,7 +90,6 @@ def refused(ended: Ended, code: Exit, message: str, hint: str) -> None:
         (["--chat", "--json"], Exit.USAGE, "exclude each other", "leave one out"),
         (["--chat", "--raw"], Exit.USAGE, "exclude each other", "leave one out"),
         (["--stop", ""], Exit.USAGE, "--stop is empty", "text that ends"),
-        (["--vram", "5MB"], Exit.WRONG_MACHINE, "--vram allows 5.00 MB", "plan again"),
         (["--vram", "5mb"], Exit.USAGE, "'5mb' is not a size", "a small b means bits"),
         (["--vram", "-1GB"], Exit.USAGE, "'-1GB' is not a size", "a number and a unit"),
         (["--link-bandwidth", "fast"], Exit.USAGE, "'fast' is not a size", "a number and"),
