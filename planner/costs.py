@@ -33,6 +33,7 @@ class Shape:
     block_bytes: int
     num_slots: int
     scratch_bytes: int  # of one decoded part; 0: no weight is stored as a residual
+    num_threads: int  # of the CPU
 
 
 def ledger(
@@ -108,28 +109,32 @@ def workspace_bytes(spec: ModelSpec, device: DeviceKind, shape: Shape) -> int:
     """Peak of torch's temporaries over the passes; an upper bound, tested against a measurement."""
     slots = cache_slots(shape.context, shape.verify_width)
     peak = max(
-        pass_bytes(spec, device, shape.prefill_tokens, slots, exact_attention=False)
-        + logits_bytes(spec, 1),
-        pass_bytes(spec, device, shape.verify_width, slots, exact_attention=True)
+        pass_bytes(spec, device, shape.prefill_tokens, slots) + logits_bytes(spec, 1),
+        pass_bytes(spec, device, shape.verify_width, slots, exact_threads=shape.num_threads)
         + logits_bytes(spec, shape.verify_width),
-        pass_bytes(spec, device, shape.draft_width, slots, exact_attention=False)
+        pass_bytes(spec, device, shape.draft_width, slots)
         + 14 * shape.draft_width * spec.vocab_size,  # bf16 and f32 logits, sharpened f32
     )
     return aligned(peak)
 
 
 def pass_bytes(
-    spec: ModelSpec, device: DeviceKind, rows: int, slots: int, exact_attention: bool
+    spec: ModelSpec, device: DeviceKind, rows: int, slots: int, exact_threads: int = 0
 ) -> int:
-    """Activations of `rows` rows in one layer, the larger of its two halves."""
+    """Activations of `rows` rows in one layer, the larger of its two halves. exact_threads: those
+    of exact attention; 0: the fast one."""
     item, hidden, inner = spec.item_bytes, spec.hidden_size, spec.intermediate_size
     heads, kv_heads = spec.num_heads * spec.head_size, spec.num_kv_heads * spec.head_size
     repeats = spec.num_heads // spec.num_kv_heads
     some = min(rows, 128)  # rows of one attention call
     piece = min(rows, 256)  # rows of one product or norm
-    if exact_attention:  # f64 scores of one KV head, three alive, its keys and values
-        scores = repeats * rows * slots * 25 + slots * spec.head_size * 16
-        scores += 2 * rows * heads * item
+    if exact_threads:
+        # By the plain twin: f64 scores of one KV head, three alive, its keys and values. Compiled:
+        # for each thread keys and values of a KV head in f32, and the scores of 16 rows.
+        twin = repeats * rows * slots * 25 + slots * spec.head_size * 16
+        per_thread = 4 * ((slots + 16) * (2 * (spec.head_size + 16) + 18) + 16 * spec.head_size)
+        compiled = exact_threads * per_thread + 4 * (slots + 16)
+        scores = max(twin, compiled) + 2 * rows * heads * item
     else:  # mask and its fold over the repeated heads; mask-free kernels are not assumed
         scores = some * slots * (2 + item * (1 + repeats)) + 4 * some * heads * item
         if device == "cuda":

@@ -50,7 +50,7 @@ from subspec.planner.problem import staging
 from subspec.planner.quantize import quantize
 from subspec.planner.storage import raw_storage, usual_storages
 from subspec.runtime import int4
-from subspec.runtime.attention import attend, attend_order_free
+from subspec.runtime.attention import attend, attend_exactly
 from subspec.runtime.cache import Cache
 from subspec.runtime.decode import causal_rows, tree_rows
 from subspec.runtime.draft import TokenTree, grow, root_only
@@ -198,7 +198,7 @@ class Bench:
         dtype: torch.dtype = getattr(torch, spec.dtype)
         held, widest = context // 2, max(PADDED_WIDTHS)
         stored = raw_storage(self.spec)
-        shape = Shape(held + PREFILL_ROWS, widest, 1, 1, 0, 0, 0)
+        shape = Shape(held + PREFILL_ROWS, widest, 1, 1, 0, 0, 0, 1)
         purposes = ledger(self.spec, "cuda" if device.type == "cuda" else "cpu", shape, 0, 0)
         purposes |= {"substitutes": 0, "resident": stored.num_bytes}
         self.memory = FastMemory(device, purposes)
@@ -230,7 +230,7 @@ class Bench:
             return lambda: choose(to_logits(self._tree_rows(width)), [0] * width, Sampling())
 
         layers = {
-            width: self._layers(self.decoder, self.exact, self._tree_rows(width), attend_order_free)
+            width: self._layers(self.decoder, self.exact, self._tree_rows(width), attend_exactly)
             for width in self.exact_widths
         }
         heads = {width: head(width) for width in self.exact_widths}

@@ -119,7 +119,7 @@ def with_prompt_share(problem: Problem) -> Problem:
     most = max(problem.context, SMALLEST_PREFILL)
 
     def needed(tokens: int) -> int:
-        shape = Shape(problem.context, 1, 1, tokens, 0, 0, 0)
+        shape = Shape(problem.context, 1, 1, tokens, 0, 0, 0, problem.profile.num_threads)
         return workspace_bytes(problem.spec, problem.profile.device, shape)
 
     least = needed(SMALLEST_PREFILL)
@@ -218,6 +218,7 @@ def base_ledger(problem: Problem, candidate: Candidate) -> dict[str, int]:
         candidate.block_bytes,
         candidate.num_slots,
         candidate.storage.scratch_bytes,
+        problem.profile.num_threads,
     )
     profile = problem.profile
     base = ledger(problem.spec, profile.device, shape, profile.overhead_bytes, problem.budget_bytes)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from subspec.artifacts.plan import Plan
-from subspec.runtime.attention import attend, attend_order_free
+from subspec.runtime.attention import attend, attend_exactly
 from subspec.runtime.cache import Cache
 from subspec.runtime.clock import Clock
 from subspec.runtime.draft import DraftPass, TokenTree, grow, root_only
@@ -102,7 +102,7 @@ def exact_choices(model: Model, tree: TokenTree, sampling: Sampling) -> Tensor:
     """The exact model's next token at every row of the tree: int64 [W]."""
     nodes = torch.arange(len(tree.depths), device=tree.tokens.device)
     rows = tree_rows(model.cache, tree, nodes, tree.depths)
-    logits = forward(model.decoder, model.exact, rows, model.cache, attend_order_free)
+    logits = forward(model.decoder, model.exact, rows, model.cache, attend_exactly)
     positions = [model.cache.length + depth + 1 for depth in tree.depths]
     return choose(logits, positions, sampling)
 

@@ -69,7 +69,14 @@ def make_plan(
 
     def placement(draft_width: int) -> Placement:
         shape = Shape(
-            context, verify_width, draft_width, context, block, slots, storage.scratch_bytes
+            context,
+            verify_width,
+            draft_width,
+            context,
+            block,
+            slots,
+            storage.scratch_bytes,
+            num_threads,
         )
         purposes = ledger(spec, "cuda" if device == "cuda" else "cpu", shape, 0, 0)
         purposes |= {"resident": group_bytes(resident), "residuals": group_bytes(split)}

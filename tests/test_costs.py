@@ -18,7 +18,7 @@ from subspec.planner.costs import (
 )
 from subspec.planner.storage import raw_storage, usual_storages
 
-SHAPE = Shape(256, 16, 3, 128, 1 << 20, 2, 0)
+SHAPE = Shape(256, 16, 3, 128, 1 << 20, 2, 0, 2)
 CODED, *_, RAW = usual_storages(make_spec())
 CHAIN = Candidate(RAW, 1, 4, 8, 1 << 20, 2)
 PLAIN = Candidate(RAW, 0, 0, 8, 1 << 20, 2)
@@ -55,14 +55,14 @@ def test_a_ledger_names_every_purpose_once() -> None:
 
 def test_plain_decoding_pays_for_no_draft() -> None:
     spec = make_spec(dtype="float32")
-    plain = ledger(spec, "cpu", Shape(256, 16, 0, 128, 1 << 20, 2, 0), 0, 10**9)
+    plain = ledger(spec, "cpu", Shape(256, 16, 0, 128, 1 << 20, 2, 0, 2), 0, 10**9)
     drafted = ledger(spec, "cpu", SHAPE, 0, 10**9)
     assert plain["substitutes"] == 0
     assert plain["tables"] < drafted["tables"]
 
 
 def test_plain_decoding_of_residuals_needs_their_substitutes() -> None:
-    plain = ledger(make_spec(), "cpu", Shape(256, 16, 0, 128, 1 << 20, 2, 1 << 18), 0, 10**9)
+    plain = ledger(make_spec(), "cpu", Shape(256, 16, 0, 128, 1 << 20, 2, 1 << 18, 2), 0, 10**9)
     assert plain["substitutes"] == substitutes_bytes(make_spec())
     assert plain["scratch"] == 1 << 18
 
@@ -79,13 +79,14 @@ def test_decoding_is_paid_by_every_weight_that_is_a_residual() -> None:
 @pytest.mark.parametrize(
     "larger",
     [
-        Shape(512, 16, 3, 128, 1 << 20, 2, 0),
-        Shape(256, 32, 3, 128, 1 << 20, 2, 0),
-        Shape(256, 16, 8, 128, 1 << 20, 2, 0),
-        Shape(256, 16, 3, 512, 1 << 20, 2, 0),
-        Shape(256, 16, 3, 128, 2 << 20, 2, 0),
-        Shape(256, 16, 3, 128, 1 << 20, 3, 0),
-        Shape(256, 16, 3, 128, 1 << 20, 2, 1 << 18),
+        Shape(512, 16, 3, 128, 1 << 20, 2, 0, 2),
+        Shape(256, 32, 3, 128, 1 << 20, 2, 0, 2),
+        Shape(256, 16, 8, 128, 1 << 20, 2, 0, 2),
+        Shape(256, 16, 3, 512, 1 << 20, 2, 0, 2),
+        Shape(256, 16, 3, 128, 2 << 20, 2, 0, 2),
+        Shape(256, 16, 3, 128, 1 << 20, 3, 0, 2),
+        Shape(256, 16, 3, 128, 1 << 20, 2, 1 << 18, 2),
+        Shape(256, 16, 3, 128, 1 << 20, 2, 0, 8),
     ],
 )
 def test_more_of_anything_never_takes_less_memory(larger: Shape) -> None:
