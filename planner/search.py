@@ -263,7 +263,7 @@ def why_stored(problem: Problem, chosen: Scored) -> str:
     if problem.wishes.encoding != "auto":
         return f"{what}: that was asked for"
     if not profile.decode_rate:
-        return f"{what}: no decoder for residuals was found"
+        return f"{what}: there is no fast decoder for residuals here (a C++ compiler builds one)"
     if not chosen.prediction.streamed_bytes and not num_coded:
         return f"{what}: all of them fit"
     return f"{what}: {rates}"

@@ -65,10 +65,6 @@ class Storage:
         coded = [p.part.padded_bytes for p in self.parts if p.encoding == "residual"]
         return max(coded, default=0)
 
-    @property
-    def has_residuals(self) -> bool:
-        return self.scratch_bytes > 0
-
     @cached_property
     def bits_per_residual(self) -> float:
         """Of one weight that is stored as a residual, everything counted."""

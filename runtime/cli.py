@@ -274,6 +274,8 @@ def opened(artifact: "Artifact", options: Options) -> "Iterator[Session]":
                     f"note: planned on ({planned}), running on ({here}): speeds will differ, "
                     "subspec-plan would fit the plan to this machine"
                 )
+            if (problem := session.slow_decoder) is not None:
+                say(f"note: residuals decode slowly here: {problem}")
             yield session
     except torch.OutOfMemoryError as error:
         raise SubspecError(

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from subspec.artifacts.errors import Exit, SubspecError
 from subspec.artifacts.model import GROUP_SIZE
 from subspec.artifacts.packing import CENTER_CODE, dequantize, pack_nibbles, unpack_nibbles
 from subspec.artifacts.plan import DeviceKind, Int4Kernel
@@ -72,10 +73,16 @@ def cpu_tile_rows(num_rows: int, kernel: Int4Kernel = "aten") -> int | None:
 
 def read_codes(weight: Int4Weight, first_row: int, num_rows: int) -> tuple[Tensor, int]:
     """The bytes of some rows inside a packed substitute on the CPU, and the rows per tile of their
-    layout. Rows come in whole tiles of 64."""
+    layout. Rows come in whole tiles of 64. Raises SubspecError(WRONG_MACHINE) for a layout that is
+    unknown to us: plans that are made on such a machine keep all weights raw."""
     num_bytes_per_row = weight.packed.shape[1]
     tile_rows = cpu_tile_rows(weight.packed.shape[0], weight.kernel)
-    assert tile_rows is not None, "the plan keeps such a matrix raw"
+    if tile_rows is None:
+        raise SubspecError(
+            Exit.WRONG_MACHINE,
+            "on this CPU, which lacks AVX2, residuals cannot be decoded over ATen's 4-bit layout",
+            "plan again on this machine, or build the artifact with --encoding raw",
+        )
     bytes_of_rows = slice(first_row * num_bytes_per_row, (first_row + num_rows) * num_bytes_per_row)
     return weight.packed.view(-1)[bytes_of_rows].view(num_rows, -1), tile_rows
 

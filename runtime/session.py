@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from subspec.artifacts import compiled
 from subspec.artifacts.errors import Exit, SubspecError
 from subspec.artifacts.plan import Method, Plan, cache_slots
 from subspec.artifacts.sizes import format_size
@@ -184,6 +185,12 @@ class Session:
         if self.method == "plain" and self.padded or self.method not in self.plan.predicted:
             return None
         return self.plan.predicted[self.method].tokens_per_second
+
+    @property
+    def slow_decoder(self) -> str | None:
+        """Why residuals are decoded by the plain twin, a hundred times slower; else None."""
+        on_cpu = self.device.type == "cpu"
+        return compiled.unavailable() if on_cpu and self.placement.ledger.get("scratch") else None
 
     def close(self) -> None:
         self.model.exact.close()

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders import build_artifact
 from running import QUESTION, Ended, Terminal, demo_artifact, opened, run, start
 
+from subspec.artifacts import compiled
 from subspec.artifacts.errors import Exit
 from subspec.planner.hub import DEMO
 from subspec.runtime import answer, cli, session
@@ -282,3 +284,13 @@ def test_an_exhausted_gpu_is_a_sentence(
     ended = run(capsys, artifact, QUESTION)
     assert ended.exit_code == Exit.RESOURCES
     assert "error: the GPU ran out of memory" in ended.err and "Traceback" not in ended.err
+
+
+def test_residuals_that_decode_slowly_are_said_so(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = build_artifact(DEMO, tmp_path / "artifact", "residual", resident_share=1.0)
+    monkeypatch.setattr(compiled, "unavailable", lambda: "there is no C++ compiler")
+    ended = run(capsys, artifact.path, "def", "--raw", "--max-tokens", 2)
+    assert ended.exit_code == 0
+    assert "note: residuals decode slowly here: there is no C++ compiler" in ended.err
