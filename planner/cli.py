@@ -152,10 +152,12 @@ def check_options(options: Options) -> None:
             raise SubspecError(
                 Exit.USAGE, f"{flag} was given without --from", "add --from ARTIFACT"
             )
-    if options.source is not None and (options.encoding != "auto" or options.revision):
+    makes_weights = options.encoding != "auto" or options.quantizer != "blocked"
+    if options.source is not None and (makes_weights or options.revision):
         raise SubspecError(
             Exit.USAGE,
-            "--from keeps the weights as they are stored: --encoding and --revision do not apply",
+            "--from keeps the weights as they are stored: --encoding, --quantizer and --revision "
+            "do not apply",
             "leave them out, or plan with --model",
         )
 
@@ -348,7 +350,7 @@ def wishes_of(options: Options) -> "Wishes":
         options.depth,
         options.method,  # type: ignore[arg-type]
         options.ram,
-        options.encoding,  # type: ignore[arg-type]
+        options.encoding if options.source is None else "kept",  # type: ignore[arg-type]
     )
 
 

@@ -38,7 +38,7 @@ class Wishes:
     depth: int | None = None
     method: Method | None = None
     ram_bytes: int | None = None  # host memory for the slow tier of a GPU
-    encoding: Literal["auto", "residual", "raw"] = "auto"
+    encoding: Literal["auto", "residual", "raw", "kept"] = "auto"  # kept: an artifact's, as it is
 
     @property
     def needs_draft(self) -> bool:

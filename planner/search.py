@@ -260,6 +260,8 @@ def why_stored(problem: Problem, chosen: Scored) -> str:
     else:
         what += f"as residuals of {storage.bits_per_residual:.1f} bits"
         what += "" if num_coded == num_parts else f", {num_coded} of {num_parts} matrices"
+    if problem.wishes.encoding == "kept":
+        return f"{what}: the artifact keeps them so"
     if problem.wishes.encoding != "auto":
         return f"{what}: that was asked for"
     if not profile.decode_rate:

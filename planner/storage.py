@@ -109,7 +109,7 @@ def spread(spec: ModelSpec, raw_share: float) -> Iterator[StoredPart]:
     due = 0.0  # bytes that should have been raw by now
     for part in parts(spec):
         due += raw_share * part.num_bytes
-        if due >= part.num_bytes / 2 and raw_share > 0 or not part.can_be_residual:
+        if due >= part.num_bytes / 2 or not part.can_be_residual:
             due -= part.num_bytes
             yield StoredPart(part, "raw", part.num_bytes)
         else:

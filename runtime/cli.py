@@ -274,8 +274,11 @@ def opened(artifact: "Artifact", options: Options) -> "Iterator[Session]":
                     f"note: planned on ({planned}), running on ({here}): speeds will differ, "
                     "subspec-plan would fit the plan to this machine"
                 )
-            if (problem := session.slow_decoder) is not None:
-                say(f"note: residuals decode slowly here: {problem}")
+            if (problem := session.missing_kernels) is not None:
+                say(
+                    "note: without the C++ kernels residuals decode a hundred times slower, exact "
+                    f"attention several times, and near-ties may round otherwise: {problem}"
+                )
             yield session
     except torch.OutOfMemoryError as error:
         raise SubspecError(

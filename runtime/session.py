@@ -187,10 +187,9 @@ class Session:
         return self.plan.predicted[self.method].tokens_per_second
 
     @property
-    def slow_decoder(self) -> str | None:
-        """Why residuals are decoded by the plain twin, a hundred times slower; else None."""
-        on_cpu = self.device.type == "cpu"
-        return compiled.unavailable() if on_cpu and self.placement.ledger.get("scratch") else None
+    def missing_kernels(self) -> str | None:
+        """Why plain twins do the work of the C++ kernels; None: they do not."""
+        return compiled.unavailable() if self.device.type == "cpu" else None
 
     def close(self) -> None:
         self.model.exact.close()

@@ -107,6 +107,7 @@ def test_a_folder_on_another_disk_is_refused_and_nothing_is_left(
         (["--model", "demo", "--print-plan"], "--print-plan was given without --from"),
         (["--model", "demo", "--reprofile"], "--reprofile was given without --from"),
         (["--from", "x", "--encoding", "raw"], "keeps the weights as they are stored"),
+        (["--from", "x", "--quantizer", "hqq"], "keeps the weights as they are stored"),
         (["--from", "x", "--revision", "main"], "keeps the weights as they are stored"),
         (["--from", "nothing"], "nothing is not a folder"),
     ],
@@ -132,9 +133,12 @@ def test_the_printed_plan_is_the_one_that_would_be_written(
 def test_an_anew_planned_artifact_has_the_plan_of_the_search(artifact: Path) -> None:
     opened = open_artifact(artifact)
     stored = Storage(tuple(opened.stored_parts()))
-    expected = search(opened.spec, opened.profile, 8_000_000, Wishes(), PRIOR, stored)
+    kept = Wishes(encoding="kept")
+    expected = search(opened.spec, opened.profile, 8_000_000, kept, PRIOR, stored)
     assert plan("--from", artifact, "--vram", "8MB") == 0
-    assert open_artifact(artifact).plan == expected
+    found = open_artifact(artifact).plan
+    assert found == expected
+    assert found.reasons[-1].endswith("the artifact keeps them so")
 
 
 def test_a_smaller_cap_is_kept_on_the_fly(

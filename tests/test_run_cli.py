@@ -286,11 +286,12 @@ def test_an_exhausted_gpu_is_a_sentence(
     assert "error: the GPU ran out of memory" in ended.err and "Traceback" not in ended.err
 
 
-def test_residuals_that_decode_slowly_are_said_so(
+def test_kernels_that_are_missing_are_said_so(
     tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     artifact = build_artifact(DEMO, tmp_path / "artifact", "residual", resident_share=1.0)
     monkeypatch.setattr(compiled, "unavailable", lambda: "there is no C++ compiler")
     ended = run(capsys, artifact.path, "def", "--raw", "--max-tokens", 2)
     assert ended.exit_code == 0
-    assert "note: residuals decode slowly here: there is no C++ compiler" in ended.err
+    assert "note: without the C++ kernels residuals decode a hundred times slower" in ended.err
+    assert "there is no C++ compiler" in ended.err
