@@ -9,14 +9,13 @@ A = query heads, B = KV heads, T = query rows, S = live slots, D = head size
 """
 
 import ctypes
-import functools
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from subspec.artifacts import compiled
+from subspec.artifacts import cpp
 
 SOURCE = Path(__file__).with_name("attention.cpp")
 PIECE = 16  # that of attention.cpp
@@ -64,7 +63,7 @@ def attend_in_order(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) ->
     size = scratch_bytes(num_threads, num_slots, head_size)
     scratch = torch.empty(size, dtype=torch.uint8)
     assert scratch.data_ptr() % 64 == 0, "it is used as vectors"
-    _loaded().subspec_attend(
+    cpp.loaded(SOURCE, _declare).subspec_attend(
         num_heads,
         num_kv_heads,
         num_rows,
@@ -117,22 +116,10 @@ def attend_order_free(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) 
 def unavailable() -> str | None:
     """None if `attend_in_order` works, which builds attention.cpp where that has not been done;
     else why not."""
-    library = _library()
-    return library if isinstance(library, str) else None
+    return cpp.unavailable(SOURCE, _declare)
 
 
-def _loaded() -> ctypes.CDLL:
-    library = _library()
-    assert not isinstance(library, str), library
-    return library
-
-
-@functools.cache
-def _library() -> ctypes.CDLL | str:
-    """The library, or a sentence on why there is none."""
-    library = compiled.library(SOURCE)
-    if isinstance(library, str):
-        return library
+def _declare(library: ctypes.CDLL) -> None:
     number, size, address = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
     library.subspec_attend.restype = None
     library.subspec_attend.argtypes = (
@@ -142,4 +129,3 @@ def _library() -> ctypes.CDLL | str:
         *(address, address, size, size),  # visible, out, its strides
         *(address, number),  # scratch, threads
     )
-    return library

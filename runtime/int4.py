@@ -4,13 +4,12 @@ T = rows of activations, N = output features, K = input features, G = K / GROUP_
 """
 
 import ctypes
-import functools
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from subspec.artifacts import compiled
+from subspec.artifacts import cpp
 from subspec.artifacts.model import GROUP_SIZE
 from subspec.artifacts.packing import CENTER_CODE, unpack_nibbles
 
@@ -22,8 +21,7 @@ SMALLEST_GROUP = 2.0**-100  # a group of activations that are all smaller counts
 
 def unavailable() -> str | None:
     """None if `product` works, which builds int4.cpp where that has not been done; else why not."""
-    library = _library()
-    return library if isinstance(library, str) else None
+    return cpp.unavailable(SOURCE, _declare)
 
 
 def pack(codes: Tensor, out: Tensor) -> None:
@@ -68,7 +66,7 @@ def product(
     assert out.shape == (num_tokens, num_rows) and out.stride(1) == 1
     assert packed.is_contiguous() and packed.numel() * 2 == num_rows * num_columns
     assert grid.is_contiguous()
-    _loaded().subspec_int4_product(
+    cpp.loaded(SOURCE, _declare).subspec_int4_product(
         num_tokens,
         num_columns,
         x.data_ptr(),
@@ -107,18 +105,7 @@ def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     return values, torch.where(usable, largest / LARGEST_VALUE, beyond)
 
 
-def _loaded() -> ctypes.CDLL:
-    library = _library()
-    assert not isinstance(library, str), library
-    return library
-
-
-@functools.cache
-def _library() -> ctypes.CDLL | str:
-    """The library, or a sentence on why there is none."""
-    library = compiled.library(SOURCE)
-    if isinstance(library, str):
-        return library
+def _declare(library: ctypes.CDLL) -> None:
     number, size, address = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
     library.subspec_int4_product.restype = None
     library.subspec_int4_product.argtypes = (
@@ -126,4 +113,3 @@ def _library() -> ctypes.CDLL | str:
         *(size, address, address),  # rows of W, codes, grid
         *(address, size, number),  # out, its stride, threads
     )
-    return library

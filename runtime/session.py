@@ -13,6 +13,7 @@ from subspec.artifacts.errors import Exit, SubspecError
 from subspec.artifacts.plan import Method, Plan, cache_slots
 from subspec.artifacts.sizes import format_size
 from subspec.artifacts.store import Artifact
+from subspec.runtime import attention
 from subspec.runtime.cache import Cache
 from subspec.runtime.clock import Clock
 from subspec.runtime.decode import (
@@ -189,7 +190,9 @@ class Session:
     @property
     def missing_kernels(self) -> str | None:
         """Why plain twins do the work of the C++ kernels; None: they do not."""
-        return compiled.unavailable() if self.device.type == "cpu" else None
+        if self.device.type == "cuda":
+            return None
+        return compiled.unavailable() or attention.unavailable()
 
     def close(self) -> None:
         self.model.exact.close()

@@ -1,16 +1,14 @@
 """Attention: the fast kernel, the compiled one that verification uses, and its plain twin."""
 
-import platform
-import shutil
 from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
 import torch
 import torch.nn.functional as F
+from instruction_sets import Build, built
 from torch import Tensor
 
-from subspec.artifacts import compiled
 from subspec.runtime import attention
 from subspec.runtime.attention import (
     attend,
@@ -23,12 +21,11 @@ from subspec.runtime.attention import (
 A, B, T, S, D = 14, 2, 24, 192, 32  # query heads, KV heads, rows, slots, head size
 F32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
-# What the compiler is told, and the flag of /proc/cpuinfo that the result needs
-BUILDS: dict[str, tuple[tuple[str, ...], str]] = {
-    "native": ((), ""),
-    "avx512f": (("-march=haswell", "-mavx512f"), "avx512f"),
-    "avx2": (("-march=haswell",), "avx2"),
-    "sse2": (("-march=x86-64",), "sse2"),
+BUILDS = {
+    "native": Build((), ""),
+    "avx512f": Build(("-march=haswell", "-mavx512f"), "avx512f"),
+    "avx2": Build(("-march=haswell",), "avx2"),
+    "sse2": Build(("-march=x86-64",), "sse2"),
 }
 SHAPES = [  # A, B, T, S, D
     (14, 2, 24, 192, 32),
@@ -44,20 +41,9 @@ def build(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[None]:
     """attend_in_order() as it is, and as built for other instruction sets."""
-    flags, needed = BUILDS[request.param]
-    if shutil.which("g++") is None:
-        pytest.skip("no g++")
-    if flags and (platform.machine() != "x86_64" or needed not in compiled._processor().split()):
-        pytest.skip(f"not a processor with {needed}")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("CXX", raising=False)
-        if flags:
-            patch.setattr(compiled, "FLAGS", (*compiled.FLAGS, *flags))
-            patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        attention._library.cache_clear()
+    with built(BUILDS[request.param], tmp_path_factory.mktemp("cache")):
         assert attention.unavailable() is None
         yield
-    attention._library.cache_clear()
 
 
 @pytest.fixture
@@ -108,7 +94,7 @@ def test_all_agree_with_grouped_query_attention_of_torch(dtype: torch.dtype) -> 
 def test_without_a_compiler_the_plain_twin_is_what_verifies(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(attention, "_library", lambda: "there is none")
+    monkeypatch.setattr(attention, "unavailable", lambda: "there is none")
     assert equal_bits(attend_exactly(*inputs(BF16)), attend_order_free(*inputs(BF16)))
 
 

@@ -1,16 +1,12 @@
-"""The compiled residual against its plain twin, on streams good and hostile; how it is built."""
+"""The compiled residual against its plain twin, on streams good and hostile."""
 
 import ctypes
 import mmap
-import os
-import shutil
-import stat
-import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
+from instruction_sets import Build, built
 from residual_parts import (
     DTYPES,
     KINDS,
@@ -35,17 +31,9 @@ def library(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[None]:
     """The functions of compiled.py, once as they are and once without intrinsics."""
-    if shutil.which("g++") is None:
-        pytest.skip("no g++")
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param:
-            patch.setattr(compiled, "FLAGS", (*compiled.FLAGS, *request.param))
-            patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        patch.delenv("CXX", raising=False)
-        compiled._library.cache_clear()
+    with built(Build(request.param, ""), tmp_path_factory.mktemp("cache")):
         assert compiled.unavailable() is None
         yield
-    compiled._library.cache_clear()
 
 
 def decoded(
@@ -199,105 +187,3 @@ def test_no_codes_and_no_grid_lead_it_out_of_its_memory(dtype: torch.dtype) -> N
             decoded(stored, wild_codes, wild_grid, dtype, 64)
         own = compiled.encode(weight, pack_nibbles(wild_codes), wild_grid, 1)
         assert len(own) <= len(stored) * 4
-
-
-# ---- building -----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty cache, and nothing loaded; afterwards as if nothing had been."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    compiled._library.cache_clear()
-    yield tmp_path
-    compiled._library.cache_clear()
-
-
-def fake_compiler(folder: Path, script: str) -> str:
-    """A program that answers --version and otherwise runs `script`, with the output as $last."""
-    path = folder / "compiler"
-    path.write_text(
-        '#!/bin/sh\n[ "$1" = --version ] && echo 1.0 && exit\n'
-        f"echo >>{folder}/builds\nfor last; do :; done\n{script}\n"
-    )
-    path.chmod(0o755)
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A library that a fake compiler may hand out; built in a second, without optimisation."""
-    if shutil.which("g++") is None:
-        pytest.skip("no g++")
-    path = tmp_path_factory.mktemp("built") / "library.so"
-    flags = [flag for flag in compiled.FLAGS if flag != "-O3"]
-    compiled._output(["g++", *flags, str(compiled.SOURCE), "-o", str(path)])
-    return path
-
-
-def test_without_a_compiler_it_says_so(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", "no-such-compiler -O9")
-    reason = compiled.unavailable()
-    assert reason is not None and "no-such-compiler" in reason and "\n" not in reason
-
-
-def test_what_the_compiler_complains_about_is_passed_on(
-    fresh: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    script = "echo a warning >&2; echo 'a.cpp:1: error: no such luck' >&2; exit 1"
-    monkeypatch.setenv("CXX", fake_compiler(fresh, script))
-    reason = compiled.unavailable()
-    assert reason is not None and "a.cpp:1: error: no such luck" in reason
-    assert [path.name for path in (fresh / "cache" / "subspec").iterdir()] == []
-
-
-def test_what_cannot_be_loaded_is_reported(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", fake_compiler(fresh, 'echo nonsense >"$last"'))
-    reason = compiled.unavailable()
-    assert reason is not None and "loaded" in reason
-
-
-def test_it_is_built_once_into_a_private_folder(
-    fresh: Path, built: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CXX", fake_compiler(fresh, f'cp {built} "$last"'))
-    for _ in range(2):
-        assert compiled.unavailable() is None
-        compiled._library.cache_clear()
-    folder = fresh / "cache" / "subspec"
-    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    assert [path.suffix for path in folder.iterdir()] == [".so"]
-    assert len((fresh / "builds").read_text()) == 1
-    monkeypatch.setattr(compiled, "FLAGS", (*compiled.FLAGS, "-g"))  # other flags, other file
-    assert compiled.unavailable() is None
-    assert len((fresh / "builds").read_text()) == 2 and len([*folder.iterdir()]) == 2
-
-
-def test_several_builds_at_once_do_not_disturb_each_other(
-    fresh: Path, built: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CXX", fake_compiler(fresh, f'sleep 0.1; cp {built} "$last"'))
-    reasons: list[str | None] = []
-    threads = [
-        threading.Thread(target=lambda: reasons.append(compiled.unavailable())) for _ in range(4)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert reasons == [None] * 4
-    assert len([*(fresh / "cache" / "subspec").iterdir()]) == 1
-
-
-def test_a_cache_that_others_may_write_to_or_that_cannot_be_is_not_used(
-    fresh: Path, built: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CXX", fake_compiler(fresh, f'cp {built} "$last"'))
-    folder = fresh / "cache" / "subspec"
-    folder.mkdir(parents=True)
-    folder.chmod(0o777)
-    assert compiled.unavailable() is None
-    assert [*folder.iterdir()] == []
-    compiled._library.cache_clear()
-    monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)
-    assert compiled.unavailable() is None

@@ -1,24 +1,22 @@
 """The 4-bit product of CPUs: its layout, and every instruction set against the plain twin."""
 
-import platform
-import shutil
 from collections.abc import Iterator
 
 import pytest
 import torch
+from instruction_sets import Build, built
 from torch import Tensor
 
-from subspec.artifacts import compiled
+from subspec.artifacts import cpp
 from subspec.artifacts.packing import dequantize, pack_nibbles, unpack_nibbles
 from subspec.planner.quantize import quantize
 from subspec.runtime import int4
 
-# What the compiler is told, and the flag of /proc/cpuinfo that the result needs
-BUILDS: dict[str, tuple[tuple[str, ...], str]] = {
-    "native": ((), ""),
-    "avx-vnni": (("-march=haswell", "-mavxvnni"), "avx_vnni"),
-    "avx2": (("-march=haswell",), "avx2"),
-    "sse2": (("-march=x86-64",), "sse2"),
+BUILDS = {
+    "native": Build((), ""),
+    "avx-vnni": Build(("-march=haswell", "-mavxvnni"), "avx_vnni"),
+    "avx2": Build(("-march=haswell",), "avx2"),
+    "sse2": Build(("-march=x86-64",), "sse2"),
 }
 SHAPES = [(16, 64), (48, 192), (256, 512), (64, 1088), (2048, 64)]  # N, K
 
@@ -28,20 +26,9 @@ def build(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[None]:
     """product() as it is, and as built for other instruction sets."""
-    flags, needed = BUILDS[request.param]
-    if shutil.which("g++") is None:
-        pytest.skip("no g++")
-    if flags and (platform.machine() != "x86_64" or needed not in compiled._processor().split()):
-        pytest.skip(f"not a processor with {needed}")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("CXX", raising=False)
-        if flags:
-            patch.setattr(compiled, "FLAGS", (*compiled.FLAGS, *flags))
-            patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        int4._library.cache_clear()
+    with built(BUILDS[request.param], tmp_path_factory.mktemp("cache")):
         assert int4.unavailable() is None
         yield
-    int4._library.cache_clear()
 
 
 def stored(n: int, k: int) -> tuple[Tensor, Tensor]:
@@ -171,7 +158,7 @@ def test_codes_and_grid_are_taken_exactly() -> None:
 
 def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    int4._library.cache_clear()
+    cpp.library.cache_clear()
     reason = int4.unavailable()
     assert reason is not None and "no-such-compiler" in reason
-    int4._library.cache_clear()
+    cpp.library.cache_clear()

@@ -1,0 +1,122 @@
+"""C++ sources as libraries: each is built once per machine and loaded with ctypes."""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import stat
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch  # noqa: F401  loads libgomp.so.1, which the libraries then share with it
+
+# No fast-math: windows and rounding are IEEE arithmetic. No contraction: results may not depend on
+# which multiplications and additions a compiler finds side by side.
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC")
+LONGEST_BUILD_SECONDS = 120
+
+Declare = Callable[[ctypes.CDLL], None]
+
+
+def unavailable(source: Path, declare: Declare) -> str | None:
+    """None if `source` works, which builds it where that has not been done; else one sentence on
+    why not."""
+    found = library(source, declare)
+    return found if isinstance(found, str) else None
+
+
+def loaded(source: Path, declare: Declare) -> ctypes.CDLL:
+    """The library of a `source` that is not unavailable."""
+    found = library(source, declare)
+    assert not isinstance(found, str), found
+    return found
+
+
+@functools.cache
+def library(source: Path, declare: Declare) -> ctypes.CDLL | str:
+    """The library, once `declare` has given its functions their types, or why there is none."""
+    found = _found(source)
+    if not isinstance(found, str):
+        declare(found)
+    return found
+
+
+def _found(source: Path) -> ctypes.CDLL | str:
+    command = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    compiler = shutil.which(command[0])
+    if compiler is None:
+        return f"there is no C++ compiler {command[0]!r} (install g++ or set CXX)"
+    command[0] = compiler
+    try:
+        version = _output([*command, "--version"])
+        key = "\0".join((*command, version, *FLAGS, platform.machine(), _processor()))
+        digest = hashlib.sha256(key.encode() + source.read_bytes()).hexdigest()
+        folder = _cache_folder()
+        if folder is not None:
+            return _opened(command, source, folder / f"{source.stem}-{digest[:32]}.so")
+        with tempfile.TemporaryDirectory() as private:  # once loaded, the file may go
+            return _opened(command, source, Path(private) / f"{source.stem}.so")
+    except subprocess.CalledProcessError as error:
+        lines = error.stderr.splitlines() or [f"exit status {error.returncode}"]
+        line = next((line for line in lines if "error" in line), lines[0])
+        return f"{command[0]} failed: {line.strip()[:300]}"
+    except subprocess.TimeoutExpired as error:
+        return f"{command[0]} took longer than {error.timeout:.0f} seconds"
+    except OSError as error:
+        return f"{source.name} could not be built or loaded: {error}"
+
+
+def _opened(command: list[str], source: Path, target: Path) -> ctypes.CDLL:
+    """Loads `target`, which is built under another name first if it is not there: whoever else
+    does the same at the same time gets the same file."""
+    if not target.exists():
+        descriptor, unfinished = tempfile.mkstemp(dir=target.parent, suffix=".so")
+        os.close(descriptor)
+        try:
+            _output([*command, *FLAGS, str(source), "-o", unfinished])
+            os.replace(unfinished, target)
+        finally:
+            Path(unfinished).unlink(missing_ok=True)
+    return ctypes.CDLL(str(target))
+
+
+def _output(command: list[str]) -> str:
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=True,
+        timeout=LONGEST_BUILD_SECONDS,
+    )
+    return done.stdout
+
+
+def _processor() -> str:
+    """The instruction sets that -march=native may use, as the kernel lists them."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+def _cache_folder() -> Path | None:
+    """The user's own folder for such files, mode 0700; None if there cannot be one.
+
+    Code is loaded from it, so it is not used if somebody else could write to it.
+    """
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = Path(base) / "subspec"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+    except (OSError, RuntimeError):  # Path.home() raises RuntimeError if there is none
+        return None
+    private = status.st_uid == os.getuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return folder if private and os.access(folder, os.W_OK | os.X_OK) else None
