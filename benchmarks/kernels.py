@@ -1,0 +1,112 @@
+"""The CPU kernels against what they replaced and against the memory's own speed, in one run.
+
+    python benchmarks/kernels.py [--layers 24 --hidden 2048 --inner 5632]
+
+4-bit products of one draft step (all matrices of all layers, so that nothing stays in a cache) at
+several rows: ours, ATen's, and the time to read the same bytes once. Exact attention: ours and its
+plain twin. Decoding of residuals is in benchmarks/residual.py. The last line of stdout is one JSON
+object; milliseconds, lower quartiles.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+
+import click
+import torch
+from torch import Tensor
+
+from subspec.artifacts.command import reported
+from subspec.artifacts.plan import Int4Kernel
+from subspec.planner.excerpt import random_substitute
+from subspec.planner.machine import time_each
+from subspec.runtime.attention import attend_exactly, attend_order_free
+from subspec.runtime.linear import Int4Weight, int4_product, pack, packed_bytes
+
+CPU = torch.device("cpu")
+ROWS = (1, 2, 3, 4, 8, 16)
+KERNELS: tuple[Int4Kernel, ...] = ("w4a8", "aten")
+ATTENTION = (  # query heads, KV heads, rows, slots, head size
+    (16, 16, 64, 600, 128),
+    (16, 16, 16, 600, 128),
+    (28, 4, 64, 2048, 128),
+    (28, 4, 8, 2048, 128),
+    (14, 2, 64, 600, 64),
+)
+
+
+def draft_weights(kernel: Int4Kernel, layers: int, hidden: int, inner: int) -> list[Int4Weight]:
+    shapes = [*[(hidden, hidden)] * 4, (inner, hidden), (inner, hidden), (hidden, inner)]
+    made = {shape: random_substitute(*shape) for shape in set(shapes)}
+    found = []
+    for shape in shapes * layers:
+        room = [torch.empty(count, dtype=torch.uint8) for count in packed_bytes(*shape)]
+        found.append(pack(*made[shape], kernel, *room))
+    return found
+
+
+def draft_step(weights: list[Int4Weight], rows: int) -> Callable[[], None]:
+    columns = {2 * weight.packed.shape[1] for weight in weights}
+    x = {count: torch.randn(rows, count).bfloat16() for count in columns}
+
+    def run() -> None:
+        for weight in weights:
+            int4_product(x[2 * weight.packed.shape[1]], weight)
+
+    return run
+
+
+def read_once(weights: list[Int4Weight]) -> Callable[[], None]:
+    pieces = [w.packed.view(-1).view(torch.int64) for w in weights]
+    pieces += [weight.grid.view(-1).view(torch.int64) for weight in weights]
+
+    def run() -> None:
+        for piece in pieces:
+            piece.max()
+
+    return run
+
+
+def attention_inputs(shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    heads, kv_heads, rows, slots, size = shape
+    q = torch.randn(heads, rows, size).bfloat16()
+    keys, values = torch.randn(2, kv_heads, slots, size).bfloat16()
+    return q, keys, values, torch.arange(slots) < slots - rows + torch.arange(rows)[:, None]
+
+
+@click.command()
+@click.option("--layers", default=24, show_default=True)
+@click.option("--hidden", default=2048, show_default=True)
+@click.option("--inner", default=5632, show_default=True)
+@reported
+def main(layers: int, hidden: int, inner: int) -> None:
+    """Time the CPU kernels of this machine."""
+    found: dict[str, dict[str, float]] = {}
+
+    def say(name: str, actions: dict[str, Callable[[], object]]) -> None:
+        times = time_each(list(actions.values()), CPU)
+        found[name] = {what: 1e3 * t for what, (t, _) in zip(actions, times, strict=True)}
+        words = "  ".join(f"{what} {ms:8.2f} ms" for what, ms in found[name].items())
+        print(f"{name:28} {words}", file=sys.stderr)
+
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        weights = {kernel: draft_weights(kernel, layers, hidden, inner) for kernel in KERNELS}
+        for rows in ROWS:
+            steps: dict[str, Callable[[], object]] = {"read": read_once(weights["w4a8"])}
+            steps |= {kernel: draft_step(some, rows) for kernel, some in weights.items()}
+            say(f"draft products, {rows} rows", steps)
+        for shape in ATTENTION:
+            given = attention_inputs(shape)
+            say(
+                f"attention {' '.join(map(str, shape))}",
+                {
+                    "ours": lambda given=given: attend_exactly(*given),  # type: ignore[misc]
+                    "twin": lambda given=given: attend_order_free(*given),  # type: ignore[misc]
+                },
+            )
+    print(json.dumps({"threads": torch.get_num_threads(), "milliseconds": found}))
+
+
+if __name__ == "__main__":
+    main()
