@@ -200,7 +200,7 @@ def open_checked(options: Options) -> "Artifact":
         return artifact
     from subspec.runtime.replan import planned_anew
 
-    artifact = planned_anew(artifact, options.vram, options.device)
+    artifact = planned_anew(artifact, options.vram, options.device, options.link_bandwidth)
     say(
         f"note: planned for {format_size(budget)}, planned anew for {format_size(options.vram)}; "
         f"to keep that: subspec-plan --from {artifact.path} --vram {options.vram}B"

@@ -16,10 +16,14 @@ from subspec.artifacts.store import Artifact
 PLANNER = (sys.executable, "-m", "subspec.planner.cli")
 
 
-def planned_anew(artifact: Artifact, vram: int, device: str | None) -> Artifact:
-    """The same weights under a plan for `vram` bytes. Raises the planner's own SubspecError."""
+def planned_anew(
+    artifact: Artifact, vram: int, device: str | None, link_bandwidth: int | None
+) -> Artifact:
+    """The same weights under a plan for `vram` bytes, and for a link of no more than
+    `link_bandwidth` bytes a second. Raises the planner's own SubspecError."""
     command = [*PLANNER, "--from", str(artifact.path), "--vram", f"{vram}B", "--print-plan"]
     command += ["--device", device] if device else []
+    command += ["--link-bandwidth", f"{link_bandwidth}B"] if link_bandwidth else []
     ended = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if ended.returncode:
         raise planners_error(ended.returncode, ended.stderr)

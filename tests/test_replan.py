@@ -157,9 +157,19 @@ def test_a_smaller_cap_is_kept_on_the_fly(
 
 def test_a_cap_that_no_plan_keeps_ends_with_the_planners_words(artifact: Path) -> None:
     with pytest.raises(SubspecError, match="the smallest plan needs") as caught:
-        planned_anew(open_artifact(artifact), 1_000_000, None)
+        planned_anew(open_artifact(artifact), 1_000_000, None, None)
     assert caught.value.exit_code == Exit.INFEASIBLE
     assert caught.value.hint.startswith("--vram ")
+
+
+def test_a_link_that_is_slowed_down_is_planned_for(artifact: Path) -> None:
+    plans = [
+        planned_anew(open_artifact(artifact), 7_000_000, None, link).plan
+        for link in (None, 20_000_000)
+    ]
+    free, slow = (plan.predicted["plain"] for plan in plans)
+    assert slow.stream_seconds == pytest.approx(slow.streamed_bytes / 20e6)
+    assert slow.stream_seconds > 2 * free.stream_seconds
 
 
 def test_a_planner_that_dies_is_reported_with_its_last_words() -> None:
