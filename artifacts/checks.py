@@ -4,11 +4,14 @@ JSON has right types by now (codec.py); here are the values. Everything that mem
 with is bounded before it is used.
 """
 
+from itertools import pairwise
 from pathlib import Path
 
+from subspec.artifacts.acceptance import Acceptance
 from subspec.artifacts.errors import Exit, SubspecError
 from subspec.artifacts.model import (
     GROUP_SIZE,
+    PAGE_BYTES,
     DType,
     ModelSpec,
     StoredPart,
@@ -108,6 +111,28 @@ def check_plan(spec: ModelSpec, stored: list[StoredPart], plan: Plan) -> None:
             f"{tree.temperature}, verify width {plan.verify_width}, context {plan.context}, "
             f"{plan.num_threads} threads, prefill {plan.prefill_tokens} do not go together",
         )
+    _check_acceptance(plan.acceptance)
+
+
+def _check_acceptance(acceptance: Acceptance) -> None:
+    """Trees of ascending widths that were tried, and accepted at most as often, less the deeper."""
+    curves = acceptance.curves
+    widths = [curve.width for curve in curves]
+    if not curves or widths != sorted(widths):
+        raise _wrong("plan.json", "acceptance has no curves of ascending widths")
+    for curve in curves:
+        levels = list(zip(curve.tried, curve.accepted, strict=False))
+        if (
+            not 1 <= curve.width <= 256
+            or not 1 <= len(curve.tried) == len(curve.accepted) <= 1024
+            or not all(0 <= accepted <= tried for tried, accepted in levels)
+            or any(deeper > higher for (_, higher), (deeper, _) in pairwise(levels))
+        ):
+            raise _wrong(
+                "plan.json",
+                f"acceptance of width {curve.width} on {curve.kind[:60]!r} has counts that no "
+                "trees have",
+            )
 
 
 def _check_placement(
@@ -127,11 +152,11 @@ def _check_placement(
         raise _wrong("plan.json", f"{label} decodes residuals without their substitutes")
     num_slots, block_bytes = placement.num_slots, placement.block_bytes
     largest = max((part.padded_bytes for part in stored if part.name not in held), default=0)
-    if largest and (num_slots < 2 or block_bytes < largest):
+    if largest and (num_slots < 2 or block_bytes < largest or block_bytes % PAGE_BYTES):
         raise _wrong(
             "plan.json",
             f"{label} has {num_slots} slots of {block_bytes} bytes, expected 2 or more of "
-            f"{largest}",
+            f"{largest} or more, a multiple of {PAGE_BYTES}",
         )
     ring_bytes = max(num_slots, 0) * max(block_bytes, 0)
     needed = max(placement.total_bytes, ring_bytes)

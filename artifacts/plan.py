@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from subspec.artifacts.acceptance import Acceptance
 from subspec.artifacts.model import StoredPart
 
 DeviceKind = Literal["cpu", "cuda"]
@@ -60,31 +61,23 @@ class Placement:
 
 
 @dataclass(frozen=True)
-class Rate:
-    """Probability that the target's next token is among the draft's children, given that the path
-    so far was accepted."""
+class Usage:
+    """What a prediction is for: speed depends on how long the prompt and the answer are."""
 
-    width: int  # of the tree
-    probability: float
-    num_samples: int  # 0: the published prior, not a measurement
+    prompt_tokens: int
+    answer_tokens: int
+    kind: str = ""  # of text, as the calibration names it; "": all kinds
 
 
-@dataclass(frozen=True)
-class Acceptance:
-    rates: tuple[Rate, ...]  # widths ascending
-
-    def probability(self, width: int) -> float:
-        """That of the widest known width that is not wider than `width`."""
-        known = [rate for rate in self.rates if rate.width <= width] or [self.rates[0]]
-        return known[-1].probability
+USUAL = Usage(128, 256)  # what a plan's own predictions are for, as far as its context allows
 
 
 @dataclass(frozen=True)
 class Prediction:
     """Seconds and bytes of one round (for plain decoding: of one token)."""
 
-    tokens_per_second: float
-    time_to_first_token_seconds: float  # for a prompt of PROMPT_TOKENS tokens
+    tokens_per_second: float  # of an answer, after its first token; its last round overshoots
+    time_to_first_token_seconds: float
     fast_peak_bytes: int
     tokens_per_round: float
     draft_seconds: float
@@ -95,15 +88,40 @@ class Prediction:
     streamed_bytes: int
 
 
-PROMPT_TOKENS = 128  # the prompt length that predictions of the first token are given for
-
-
 @dataclass(frozen=True)
 class Option:
     """One candidate that the search weighed, for the report."""
 
     label: str
     tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class Point:
+    """What the best plan for another budget or another context would reach."""
+
+    budget_bytes: int
+    context: int
+    method: Method
+    tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the user fixed; None is ours to choose. Never overruled."""
+
+    context: int | None = None
+    width: int | None = None
+    depth: int | None = None
+    method: Method | None = None
+    ram_bytes: int | None = None  # host memory for the slow tier of a GPU
+    encoding: Literal["auto", "residual", "raw", "kept"] = "auto"  # kept: an artifact's, as it is
+
+    @property
+    def needs_draft(self) -> bool:
+        """A plan without a draft could not keep the wish: a tree was asked for, or the method."""
+        fixed_tree = self.width is not None or self.depth is not None
+        return self.method == "substitute" or (self.method is None and fixed_tree)
 
 
 @dataclass(frozen=True)
@@ -125,6 +143,9 @@ class Plan:
     acceptance: Acceptance
     options: tuple[Option, ...] = ()  # best first; what was not taken, and its predicted speed
     reasons: tuple[str, ...] = ()  # one sentence per decision
+    wishes: Wishes = Wishes()
+    by_budget: tuple[Point, ...] = ()  # budgets ascending, for the report
+    by_context: tuple[Point, ...] = ()  # contexts ascending
 
     def placement(self, method: Method) -> Placement | None:
         return self.substitute if method == "substitute" else self.plain

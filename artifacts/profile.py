@@ -21,23 +21,45 @@ class LinkRate:
 
 
 @dataclass(frozen=True)
+class Learned:
+    """How much longer real rounds took than the profile's own terms add up to; 1: as long."""
+
+    draft: float = 1.0
+    verify: float = 1.0
+    plain: float = 1.0  # a token of plain decoding
+    prompt: float = 1.0  # the first token
+    num_rounds: int = 0  # that this rests on
+
+
+LIVE_TOKENS = 128  # in the cache while layers are timed
+MORE_TOKENS = 1024  # what the timings of attention are for
+
+
+@dataclass(frozen=True)
 class Profile:
     device: DeviceKind
-    machine: str  # device name, instruction set, torch version, threads
+    machine: str  # device name, instruction set, torch version, processors
     num_threads: int
     free_bytes: int  # fast memory not in use when measured
+    pinnable_bytes: int  # host memory that the process could pin; 0: not probed
     overhead_bytes: int  # fast memory that the process takes before any weight (CUDA context)
     link: tuple[LinkRate, ...]  # slow tier -> fast tier, block sizes ascending
-    exact_layer: tuple[Timing, ...]  # one decoder layer, cache half full, widths ascending
-    plain_layer_seconds: float  # the same at one row, unpadded, by the fastest kernels
+    busy_link: float  # share of its speed that the link keeps while layers are computed
+    busy_compute: float  # share of its speed that a layer keeps while the link is busy
+    digest_rate: float  # bytes per second of the check when weights are first read
+    exact_layer: tuple[Timing, ...]  # one decoder layer, LIVE_TOKENS in the cache, widths ascending
+    fast_layer: tuple[Timing, ...]  # the same unpadded, by the fastest kernels: a token, a prompt
     draft_layer: tuple[Timing, ...]
+    exact_attention: tuple[Timing, ...]  # MORE_TOKENS more in the cache, in one layer
+    fast_attention: tuple[Timing, ...]
+    draft_attention: tuple[Timing, ...]
     exact_head: tuple[Timing, ...]
     draft_head: tuple[Timing, ...]
-    prefill_token_seconds: float  # one token of a long prompt through one layer
     round_seconds: float  # fixed cost of a round outside layers and heads
     decode_rate: float  # exact weights per second from residuals; 0: not on this machine
     int4_kernel: Int4Kernel
     position_free_widths: tuple[int, ...]  # widths at which a row's bits ignore its place
+    learned: Learned = Learned()
 
     def link_rate(self, block_bytes: int) -> float:
         """Bytes per second at `block_bytes`: of the largest measured block that is not larger."""

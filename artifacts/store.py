@@ -25,11 +25,12 @@ from subspec.artifacts.model import (
 )
 from subspec.artifacts.plan import Plan
 from subspec.artifacts.profile import Profile
+from subspec.artifacts.runs import RUNS
 from subspec.artifacts.tensors import open_regular, read_header
 
 # Major: readers refuse another one. Minor: readers carry on with a newer one, which may have added
 # files, and keys at the top of a JSON file.
-FORMAT_VERSION = "2.0"
+FORMAT_VERSION = "3.0"
 VERSION = re.compile(r"([0-9]{1,4})\.([0-9]{1,4})", re.ASCII)
 CHUNK_BYTES = 64 << 20
 LARGEST_JSON = 8 << 20
@@ -122,11 +123,12 @@ def write_manifest(
     substitutes: tuple[SubstituteEntry, ...],
     known: dict[str, FileEntry],
 ) -> Manifest:
-    """Lists every file of `folder` with its digests; `known` saves hashing large files twice."""
+    """Lists every file of `folder` but the run records with its digests; `known` saves hashing
+    large files twice."""
     files = []
     for file in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = file.relative_to(folder).as_posix()
-        if name not in (MANIFEST, NEW_MANIFEST):
+        if name not in (MANIFEST, NEW_MANIFEST, RUNS):
             files.append(known.get(name) or file_entry(folder, name))
     manifest = Manifest(FORMAT_VERSION, producer, tuple(files), part_entries, substitutes)
     text = dump_json(_sealed(asdict(manifest)))
@@ -229,7 +231,7 @@ def _check_files(path: Path, manifest: Manifest) -> None:
     """Every listed file is there with its size, under a name that means one file everywhere."""
     names: set[str] = set()
     for entry in manifest.files:
-        if not _is_file_name(entry.path):
+        if not _is_file_name(entry.path) or entry.path.lower() == RUNS:  # which grows
             raise _corrupt(f"{MANIFEST} names a file {entry.path[:200]!r}")
         if entry.path.lower() in names:
             raise _corrupt(f"{MANIFEST} lists {entry.path} twice")

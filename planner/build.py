@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -11,6 +11,7 @@ from subspec.artifacts.errors import Exit, SubspecError
 from subspec.artifacts.model import ModelSpec
 from subspec.artifacts.plan import Plan
 from subspec.artifacts.profile import Profile
+from subspec.artifacts.runs import Run, carry_runs, read_runs
 from subspec.artifacts.sizes import format_size
 from subspec.artifacts.store import (
     FORMAT_VERSION,
@@ -29,7 +30,7 @@ from subspec.planner.weights import Progress, Quantizer, write_weights
 
 PRODUCER = f"subspec {version('subspec')}"
 
-Replan = Callable[[Artifact], Plan]
+Improve = Callable[[Artifact], tuple[Plan, Profile]]
 
 
 def build(
@@ -40,11 +41,11 @@ def build(
     out: Path,
     overwrite: bool,
     quantizer: Quantizer,
-    replan: Replan,
+    improve: Improve,
     progress: Progress,
 ) -> Plan:
-    """Writes the artifact `out`. `replan` may improve the plan once the weights can be run; what it
-    returns is stored, and returned. An error leaves nothing behind."""
+    """Writes the artifact `out`. `improve` may find a better plan and learn about the machine once
+    the weights can be run; what it returns is stored. An error leaves nothing behind."""
     spec = checkpoint.spec
     check_space(spec, out)
     check_tied_head(checkpoint)
@@ -60,7 +61,8 @@ def build(
             written.parts,
             written.substitutes,
         )
-        plan = replan(Artifact(folder, unfinished, spec, plan, profile))
+        plan, profile = improve(Artifact(folder, unfinished, spec, plan, profile))
+        write_json(folder, "profile.json", profile)
         write_plan(folder, spec, plan, profile)
         copy_license(checkpoint.folder, folder)
         progress("writing the manifest", 1.0)
@@ -71,7 +73,8 @@ def build(
 
 def rebuild(artifact: Artifact, plan: Plan, profile: Profile, out: Path, overwrite: bool) -> None:
     """The artifact under another plan, as `out`: its own folder, or one beside it. The weights are
-    linked, not copied. Raises SubspecError(USAGE) if `out` is on another disk."""
+    linked, not copied; run records stay in their own folder. Raises SubspecError(USAGE) if `out` is
+    on another disk."""
     rewritten = {"plan.json", "profile.json", "README.md", "report.html"}
     kept = [entry for entry in artifact.manifest.files if entry.path not in rewritten]
     with no_empty_parents(out), new_folder(out, overwrite) as folder:
@@ -87,11 +90,14 @@ def rebuild(artifact: Artifact, plan: Plan, profile: Profile, out: Path, overwri
                     f"choose an --out on the disk of {artifact.path}",
                 ) from None
         write_json(folder, "profile.json", profile)
-        write_plan(folder, artifact.spec, plan, profile)
+        here = [run for run in read_runs(artifact.path) if run.machine == profile.machine]
+        write_plan(folder, artifact.spec, plan, profile, here)
         listed = artifact.manifest
         known = {entry.path: entry for entry in kept}
         write_manifest(folder, listed.producer, listed.parts, listed.substitutes, known)
         open_artifact(folder)
+        if out.resolve() == artifact.path.resolve():
+            carry_runs(artifact.path, folder)
 
 
 @contextmanager
@@ -107,11 +113,14 @@ def no_empty_parents(out: Path) -> Iterator[None]:
         raise
 
 
-def write_plan(folder: Path, spec: ModelSpec, plan: Plan, profile: Profile) -> None:
-    """plan.json and the pages that people read."""
+def write_plan(
+    folder: Path, spec: ModelSpec, plan: Plan, profile: Profile, runs: Sequence[Run] = ()
+) -> None:
+    """plan.json and the pages that people read; runs: what the report holds the planner to."""
     write_json(folder, "plan.json", plan)
     (folder / "README.md").write_text(render_readme(spec, plan), encoding="utf-8")
-    (folder / "report.html").write_text(render_report(spec, plan, profile), encoding="utf-8")
+    report = render_report(spec, plan, profile, runs)
+    (folder / "report.html").write_text(report, encoding="utf-8")
 
 
 def check_space(spec: ModelSpec, out: Path) -> None:

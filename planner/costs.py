@@ -1,4 +1,4 @@
-"""Bytes and seconds of a candidate plan; arithmetic, no torch.
+"""Bytes of a candidate plan; arithmetic, no torch.
 
 The ledger's formulas mirror what the runtime allocates: session.py takes each purpose from an
 arena of exactly this size, and tests compare the temporaries with `workspace_bytes`.
@@ -13,9 +13,8 @@ from subspec.artifacts.model import (
     parts,
     resident_tensors,
 )
-from subspec.artifacts.plan import PROMPT_TOKENS, DeviceKind, Prediction, aligned, cache_slots
-from subspec.artifacts.profile import Profile, seconds_at
-from subspec.planner.storage import Storage, for_one_model
+from subspec.artifacts.plan import DeviceKind, aligned, cache_slots
+from subspec.planner.storage import for_one_model
 
 DRAFT_BYTES = 2  # the draft computes in bf16
 GUARD_SHARE = 0.01  # of the budget: what operations allocate inside themselves
@@ -112,7 +111,10 @@ def workspace_bytes(spec: ModelSpec, device: DeviceKind, shape: Shape) -> int:
         pass_bytes(spec, device, shape.prefill_tokens, slots) + logits_bytes(spec, 1),
         pass_bytes(spec, device, shape.verify_width, slots, exact_threads=shape.num_threads)
         + logits_bytes(spec, shape.verify_width),
-        pass_bytes(spec, device, shape.draft_width, slots)
+        max(
+            pass_bytes(spec, device, shape.draft_width, slots),
+            compiled_draft_bytes(spec, shape.draft_width, slots, shape.num_threads),
+        )
         + 14 * shape.draft_width * spec.vocab_size,  # bf16 and f32 logits, sharpened f32
     )
     return aligned(peak)
@@ -154,6 +156,17 @@ def pass_bytes(
     return rows * hidden * item * 2 + masks + max(attention, mlp)
 
 
+def compiled_draft_bytes(spec: ModelSpec, rows: int, slots: int, num_threads: int) -> int:
+    """Of the draft's compiled layers: rows, rope, masks, and the scratch of draft_layers.cpp, whose
+    groups of 64 activations take 76 bytes; on a CPU, in bf16."""
+    heads, kv_heads = spec.num_heads * spec.head_size, spec.num_kv_heads * spec.head_size
+    groups = (max(spec.hidden_size, heads) + spec.intermediate_size) * 76 // 64
+    threads = 4 * num_threads * 64 * (spec.head_size + 15)
+    scratch = rows * (groups + 2 * (heads + 2 * kv_heads)) + threads + 4 * 64
+    masks = rows * (rows + slots * 11) + 8 * slots + rows * 64
+    return rows * (2 * spec.hidden_size + 4 * spec.head_size) + masks + scratch
+
+
 def logits_bytes(spec: ModelSpec, rows: int) -> int:
     """Logits of all rows, and f64 working copies for the four rows sampled at a time."""
     return rows * spec.vocab_size * spec.item_bytes + min(rows, 4) * spec.vocab_size * 72
@@ -164,73 +177,3 @@ def count(shape: tuple[int, ...]) -> int:
     for size in shape:
         total *= size
     return total
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One point of the search: how the weights are stored, a tree (width 0: plain decoding),
-    padding and staging."""
-
-    storage: Storage
-    width: int
-    depth: int
-    verify_width: int
-    block_bytes: int
-    num_slots: int
-
-
-def predict(
-    spec: ModelSpec,
-    profile: Profile,
-    candidate: Candidate,
-    streamed: int,
-    rate: float,
-    prefill_tokens: int,
-    peak: int,
-) -> Prediction:
-    """One round of `candidate` that streams `streamed` bytes; rate: acceptance per level.
-
-    verify = the longer of link and compute, plus one block of the shorter (the pipeline's ends).
-    What fits the staging ring crosses the link while the draft runs. Blocks are not rounded up:
-    then a byte less to stream could cost a whole block's time. Residuals are decoded by the threads
-    that compute, in turn with the products.
-    """
-    layers = spec.num_layers
-    coded = candidate.storage.coded_weights
-    decode = coded / profile.decode_rate if coded else 0.0
-    speed = profile.link_rate(candidate.block_bytes)
-    blocks = max(1.0, streamed / max(1, candidate.block_bytes))
-    if candidate.width == 0:
-        draft, tokens = 0.0, 1.0
-        compute = layers * profile.plain_layer_seconds + seconds_at(profile.exact_head, 1) + decode
-        ahead = 0.0
-    else:
-        step = layers * seconds_at(profile.draft_layer, candidate.width)
-        step += seconds_at(profile.draft_head, candidate.width)
-        draft = step * candidate.depth
-        tokens = expected_tokens(rate, candidate.depth)
-        compute = layers * seconds_at(profile.exact_layer, candidate.verify_width)
-        compute += seconds_at(profile.exact_head, candidate.verify_width) + decode
-        ahead = min(candidate.block_bytes * candidate.num_slots, streamed, draft * speed)
-    link = (streamed - ahead) / speed
-    verify = max(link, compute) + min(link, compute) / blocks + profile.round_seconds
-    passes = -(-PROMPT_TOKENS // prefill_tokens)
-    work = PROMPT_TOKENS * layers * profile.prefill_token_seconds + passes * decode
-    prompt = max(passes * streamed / speed, work)
-    return Prediction(
-        tokens_per_second=tokens / (draft + verify),
-        time_to_first_token_seconds=prompt + seconds_at(profile.exact_head, 1),
-        fast_peak_bytes=peak,
-        tokens_per_round=tokens,
-        draft_seconds=draft,
-        verify_seconds=verify,
-        stream_seconds=streamed / speed,
-        compute_seconds=compute,
-        decode_seconds=decode,
-        streamed_bytes=streamed,
-    )
-
-
-def expected_tokens(rate: float, depth: int) -> float:
-    """Tokens of a round when each level is accepted with probability `rate`: 1 + sum rate^n."""
-    return 1.0 + sum(rate**level for level in range(1, depth + 1))

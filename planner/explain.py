@@ -3,19 +3,35 @@ as a program does: the object of `subspec-plan --json`."""
 
 import math
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from subspec.artifacts.acceptance import Acceptance, mean_rate, pooled
 from subspec.artifacts.model import GROUP_SIZE, ModelSpec, parts
-from subspec.artifacts.plan import PROMPT_TOKENS, Placement, Plan, Prediction
-from subspec.artifacts.profile import Profile
+from subspec.artifacts.plan import USUAL, Method, Placement, Plan, Prediction
+from subspec.artifacts.profile import MORE_TOKENS, Learned, Profile
+from subspec.artifacts.runs import Run
 from subspec.artifacts.sizes import format_size, short_size, weights_rate
-from subspec.planner.costs import expected_tokens, model_bytes
+from subspec.planner.charts import (
+    TIME_UNITS,
+    acceptance_chart,
+    budget_chart,
+    context_chart,
+    runs_chart,
+    shown_kinds,
+    ticks,
+    timeline,
+)
+from subspec.planner.costs import model_bytes
+from subspec.planner.outlook import next_gigabyte
+from subspec.planner.predict import emitted_by_depth, rounds_needed, usage_within
 from subspec.templates import load
 
 PURPOSES = {  # of the ledger, as a person calls them, in the order of the report's bar
@@ -32,9 +48,6 @@ PURPOSES = {  # of the ledger, as a person calls them, in the order of the repor
     "overhead": "GPU context and runtime",
     "guard": "safety margin",
 }
-MOST_SEGMENTS = 12  # of a lane: a picture of the pipeline, not a count of its blocks
-NUM_TICKS = 5
-TIME_UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
 NUM_OPTIONS = 4  # on the terminal; the report shows all
 COMMIT = re.compile(r"[0-9a-f]{7,64}", re.ASCII)
 HUB_NAME = re.compile(r"[A-Za-z0-9._-]+/[A-Za-z0-9._-]+", re.ASCII)
@@ -62,8 +75,14 @@ def print_plan(spec: ModelSpec, plan: Plan, console: Console) -> None:
     costs.add_row("speed", f"{speed_line(plan)}, predicted")
     costs.add_row(
         "first token",
-        f"after {duration(predicted.time_to_first_token_seconds)}, prompt of {PROMPT_TOKENS}",
+        f"after {duration(predicted.time_to_first_token_seconds)}, prompt of "
+        f"{usage_within(plan.context, USUAL).prompt_tokens}",
     )
+    if expected := acceptance_line(plan):
+        kinds = ", ".join(f"{row.kind} {number(row.tokens)}" for row in kind_rows(plan))
+        costs.add_row("acceptance", Text(f"{expected}; {kinds}" if kinds else expected))
+    if more := next_gigabyte(plan):
+        costs.add_row("more memory", more)
     for index, option in enumerate(plan.options[:NUM_OPTIONS]):
         line = f"{number(option.tokens_per_second)} tokens/s: {one_line(option.label)}"
         costs.add_row("" if index else "weighed", Text(line))
@@ -109,6 +128,14 @@ def plan_json(spec: ModelSpec, plan: Plan, artifact: Path | None) -> dict[str, A
             **asdict(predicted),
             "plain_tokens_per_second": plan.predicted["plain"].tokens_per_second,
         },
+        "acceptance": {
+            "measured": plan.acceptance.measured,
+            "trees": plan.acceptance.num_trees() if plan.acceptance.measured else 0,
+            "tokens_per_round": plan.acceptance.tokens(plan.tree.width, plan.tree.depth),
+            "margin": margin_of(plan.acceptance, plan.tree.width, plan.tree.depth),
+        },
+        "by_budget": [asdict(point) for point in plan.by_budget],
+        "by_context": [asdict(point) for point in plan.by_context],
     }
 
 
@@ -124,11 +151,13 @@ def render_readme(spec: ModelSpec, plan: Plan) -> str:
         commit=COMMIT.fullmatch(spec.source.revision),
         machine=in_markdown(plan.machine),
         speed=speed_line(plan) if plan.method in plan.predicted else None,
+        acceptance=acceptance_line(plan),
     )
 
 
-def render_report(spec: ModelSpec, plan: Plan, profile: Profile) -> str:
-    """report.html: one page that needs nothing else, a script least of all."""
+def render_report(spec: ModelSpec, plan: Plan, profile: Profile, runs: Sequence[Run] = ()) -> str:
+    """report.html: one page that needs nothing else, a script least of all. runs: those that
+    predictions of this artifact were for, under this plan or an earlier one."""
     lanes = [
         timeline(name, plan.predicted[name], placement)
         for name in ("substitute", "plain")
@@ -144,11 +173,23 @@ def render_report(spec: ModelSpec, plan: Plan, profile: Profile) -> str:
         options=[(one_line(o.label), o.tokens_per_second, is_chosen(plan, o.label))
                  for o in plan.options],
         profile=profile,
+        learned=learned_rows(profile.learned),
+        more_tokens=MORE_TOKENS,
         streamed=streamed_line(spec, plan) if plan.method in plan.predicted else "",
         lanes=lanes,
         total=total,
         ticks=ticks(total),
-        expected_tokens=expected_tokens,
+        by_budget=budget_chart(plan),
+        by_context=context_chart(plan),
+        more_memory=next_gigabyte(plan) if plan.method in plan.predicted else "",
+        curve=acceptance_chart(plan.acceptance, plan.tree),
+        widths=width_rows(plan),
+        kinds=kind_rows(plan),
+        all_kinds=expected(plan, plan.tree.width, ""),
+        runs=runs,
+        dots=runs_chart(runs),
+        compared=compared_rows(runs),
+        one_line=one_line,
         number=number,
         weights_rate=weights_rate,
         duration=duration,
@@ -171,7 +212,7 @@ def page(spec: ModelSpec, plan: Plan) -> dict[str, Any]:
         "ledger": ledger_rows(plan, placement),
         "predicted": plan.predicted.get(plan.method),
         "plain": plan.predicted.get("plain"),
-        "prompt_tokens": PROMPT_TOKENS,
+        "usage": usage_within(plan.context, USUAL),
         "format_size": format_size,
         "short_size": short_size,
     }
@@ -186,67 +227,133 @@ class Row:
     num_bytes: int
 
 
-@dataclass(frozen=True)
-class Bar:
-    """A stretch of a lane, in seconds from the beginning of the round."""
-
-    kind: str  # draft, compute or link: its colour
-    start: float
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Timeline:
-    """One round of a method, as the report draws it."""
-
-    method: str
-    prediction: Prediction
-    seconds: float
-    ahead_seconds: float  # link time that passes while the draft runs
-    compute: tuple[Bar, ...]
-    link: tuple[Bar, ...]
-
-
-def timeline(method: str, prediction: Prediction, placement: Placement) -> Timeline:
-    """Blocks arrive and are computed in turn: the shorter of the two lanes has gaps."""
-    draft, verify = prediction.draft_seconds, prediction.verify_seconds
-    ring_bytes = placement.block_bytes * placement.num_slots
-    share = min(1.0, ring_bytes / prediction.streamed_bytes) if prediction.streamed_bytes else 0.0
-    ahead = min(draft, prediction.stream_seconds * share)
-    link, compute = prediction.stream_seconds - ahead, prediction.compute_seconds
-    blocks = math.ceil(prediction.streamed_bytes / max(1, placement.block_bytes))
-    count = max(1, min(MOST_SEGMENTS, blocks))
-    starts = [draft + index * verify / count for index in range(count)]
-    lanes = [Bar("compute", begin + (verify - compute) / count, compute / count)
-             for begin in starts]  # fmt: skip
-    copies = [Bar("link", begin, link / count) for begin in starts]
-    return Timeline(
-        method,
-        prediction,
-        draft + verify,
-        ahead,
-        tuple(bar for bar in (Bar("draft", 0.0, draft), *lanes) if bar.seconds > 0),
-        tuple(bar for bar in (Bar("link", 0.0, ahead), *copies) if bar.seconds > 0),
-    )
-
-
-def ticks(seconds: float) -> list[tuple[float, str]]:
-    """At most NUM_TICKS round numbers after 0, up to `seconds`, and their labels."""
-    if seconds <= 0:
-        return []
-    power = 10.0 ** math.floor(math.log10(seconds / NUM_TICKS))
-    step = next(power * n for n in (1, 2, 5, 10) if seconds / (power * n) <= NUM_TICKS)
-    unit, name = next(((u, n) for u, n in TIME_UNITS if step >= 0.999 * u), TIME_UNITS[-1])
-    places = [index * step for index in range(int(seconds / step) + 1)]
-    return [(place, f"{place / unit:g} {name}" if place else "0") for place in places]
-
-
 def ledger_rows(plan: Plan, placement: Placement) -> list[Row]:
     """The purposes that take bytes, and last what the plan leaves of the budget."""
     ledger, unused = placement.ledger, plan.budget_bytes - placement.total_bytes
     rows = [Row(name, label, ledger.get(name, 0)) for name, label in PURPOSES.items()]
     rows += [Row("other", one_line(name), ledger[name]) for name in ledger if name not in PURPOSES]
     return [row for row in (*rows, Row("unused", "not used", unused)) if row.num_bytes > 0]
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What trees are expected to bring, of one width or on one kind of text."""
+
+    width: int
+    kind: str
+    num_trees: int
+    level_rate: float  # mean over all levels
+    tokens: float  # of a round at the plan's depth
+    margin: float | None
+    tokens_per_second: float | None  # of the usual answer; None: the plan predicts no draft
+
+
+def width_rows(plan: Plan) -> list[Expected]:
+    return [expected(plan, curve.width, "") for curve in pooled(plan.acceptance)]
+
+
+def kind_rows(plan: Plan) -> list[Expected]:
+    """At the plan's width; empty without a draft, and where there is one kind only."""
+    kinds = shown_kinds(plan.acceptance) if plan.tree.depth else []
+    return [expected(plan, plan.tree.width, kind) for kind in kinds]
+
+
+def expected(plan: Plan, width: int, kind: str) -> Expected:
+    acceptance, depth = plan.acceptance, plan.tree.depth
+    curves = pooled(acceptance, kind)  # of the narrower of two measured widths, as the margin is
+    curve = ([curve for curve in curves if curve.width <= width] or curves[:1])[-1]
+    return Expected(
+        width,
+        one_line(kind),
+        curve.tried[0],
+        mean_rate(curve),
+        acceptance.tokens(width, depth, kind),
+        margin_of(acceptance, width, depth, kind),
+        speed_on(plan, kind),
+    )
+
+
+def speed_on(plan: Plan, kind: str) -> float | None:
+    """Tokens/s of the usual answer if all text were of this kind."""
+    predicted = plan.predicted.get("substitute")
+    if predicted is None:
+        return None
+    emitted = emitted_by_depth(plan.acceptance, plan.tree.width, plan.tree.depth, kind)[-1]
+    num_tokens = max(1, usage_within(plan.context, USUAL).answer_tokens - 1)
+    round_seconds = predicted.draft_seconds + predicted.verify_seconds
+    return num_tokens / (rounds_needed(num_tokens, emitted) * round_seconds)
+
+
+def acceptance_line(plan: Plan) -> str:
+    """ "" without a draft."""
+    acceptance, tree = plan.acceptance, plan.tree
+    if not tree.depth:
+        return ""
+    tokens = f"{number(acceptance.tokens(tree.width, tree.depth))} tokens a round"
+    if not acceptance.measured:
+        return f"by published figures, not measured: {tokens}"
+    margin = margin_of(acceptance, tree.width, tree.depth)
+    known = "" if margin is None else f" ± {number(margin)}"
+    return f"measured on {acceptance.num_trees()} trees: {tokens}{known}"
+
+
+def margin_of(acceptance: Acceptance, width: int, depth: int, kind: str = "") -> float | None:
+    """None: nothing was measured, or wider trees only."""
+    margin = acceptance.margin(width, depth, kind)
+    return margin if math.isfinite(margin) else None
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Medians of one figure over recorded runs."""
+
+    label: str
+    num_runs: int
+    predicted: str
+    actual: str
+    off: float  # 0.1: 10 % more than predicted
+
+
+def compared_rows(runs: Sequence[Run]) -> list[Compared]:
+    rows = list[Compared | None]()
+    names: tuple[tuple[Method, str], ...] = ("substitute", "speculation"), ("plain", "plain")
+    for method, name in names:
+        some = [run for run in runs if run.method == method]
+        # A prompt that is in the cache already, or waits for digests, is another figure.
+        whole = [run for run in some if not run.reused_tokens and not run.first_of_session]
+        rows += [
+            compared(f"{name}, tokens/s", number, [
+                (run.predicted_tokens_per_second, run.tokens_per_second) for run in some
+            ]),
+            compared(f"{name}, first token", duration, [
+                (run.predicted_first_token_seconds, run.first_token_seconds) for run in whole
+            ]),
+            compared(f"{name}, peak memory", short_size, [
+                (run.predicted_peak_bytes, run.fast_peak_bytes) for run in some
+            ]),
+        ]  # fmt: skip
+    return [row for row in rows if row is not None]
+
+
+def compared(
+    label: str, shown: Callable[[float], str], pairs: Sequence[tuple[float | None, float]]
+) -> Compared | None:
+    """None: nothing was predicted."""
+    known = [(said, was) for said, was in pairs if said]
+    if not known:
+        return None
+    said, was = (median(values) for values in zip(*known, strict=True))
+    return Compared(label, len(known), shown(said), shown(was), was / said - 1)
+
+
+def learned_rows(learned: Learned) -> list[tuple[str, float]]:
+    """What real rounds took in parts of the profile's terms, phase by phase."""
+    return [
+        ("draft", learned.draft),
+        ("verification", learned.verify),
+        ("a token of plain decoding", learned.plain),
+        ("first token", learned.prompt),
+    ]
 
 
 def placement_of(plan: Plan) -> Placement:

@@ -5,6 +5,7 @@ import os
 import re
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -141,6 +142,7 @@ class Stream(Protocol):
 
     def begin(self, slot: int, offset: int, num_bytes: int) -> None: ...
     def wait(self, slot: int) -> object: ...
+    def close(self) -> None: ...
 
 
 def stream_rate(link: Stream, num_bytes: int, block_bytes: int) -> float:
@@ -159,3 +161,40 @@ def stream_rate(link: Stream, num_bytes: int, block_bytes: int) -> float:
         rates.append(per_pass * block_bytes / (time.perf_counter() - started))
     link.wait(index % 2)
     return statistics.median(rates)
+
+
+@contextmanager
+def streaming(link: Stream, num_bytes: int, block_bytes: int) -> Iterator[Callable[[], float]]:
+    """Keeps the link busy inside the block, as `stream_rate` does; yields what tells its rate so
+    far, in bytes per second."""
+    num_blocks, arrived, ended = num_bytes // block_bytes, [0], threading.Event()
+    started = time.perf_counter()
+
+    def run() -> None:
+        link.begin(0, 0, block_bytes)
+        while not ended.is_set():
+            arrived[0] += 1
+            index = arrived[0]
+            link.begin(index % 2, index % num_blocks * block_bytes, block_bytes)
+            link.wait((index - 1) % 2)
+        link.wait(arrived[0] % 2)
+
+    thread = threading.Thread(target=run, name="subspec-stream", daemon=True)
+    thread.start()
+    try:
+        yield lambda: arrived[0] * block_bytes / (time.perf_counter() - started)
+    finally:
+        ended.set()
+        thread.join()
+
+
+def repetitions(action: Callable[[], object], device: torch.device) -> float:
+    """How often per second the action runs, over a while: what disturbs it counts."""
+    action()
+    _wait_for(device)
+    started, count = time.perf_counter(), 0
+    while not count or time.perf_counter() - started < STREAM_SECONDS:
+        action()
+        count += 1
+        _wait_for(device)
+    return count / (time.perf_counter() - started)

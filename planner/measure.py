@@ -5,8 +5,8 @@ The only file of the planner that imports the runtime: a profile times what will
 
 import importlib.util
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
@@ -25,10 +25,16 @@ from subspec.artifacts.model import (
     is_streamable,
     linears,
 )
-from subspec.artifacts.plan import Int4Kernel, Plan, Rate, Tree, cache_slots
-from subspec.artifacts.profile import LinkRate, Profile, Timing, seconds_at
-from subspec.artifacts.store import Artifact
-from subspec.planner.calibration import NUM_TOKENS, calibration_prompts, rate_of
+from subspec.artifacts.plan import Int4Kernel, Tree, cache_slots
+from subspec.artifacts.profile import (
+    LIVE_TOKENS,
+    MORE_TOKENS,
+    LinkRate,
+    Profile,
+    Timing,
+    seconds_at,
+)
+from subspec.artifacts.store import part_digest
 from subspec.planner.costs import Shape, ledger, substitutes_bytes
 from subspec.planner.excerpt import (
     excerpt,
@@ -39,21 +45,28 @@ from subspec.planner.excerpt import (
     random_substitute,
 )
 from subspec.planner.machine import (
+    Stream,
     gpu_overhead_bytes,
+    repetitions,
     stream_rate,
+    streaming,
     time_each,
     time_widths,
     unnamed_file,
 )
 from subspec.planner.machine import pick_device as pick_device  # the caller's door is here
+from subspec.planner.pinnable import pinnable_bytes
 from subspec.planner.problem import staging
+from subspec.planner.profiles import SHORTEST
 from subspec.planner.quantize import quantize
 from subspec.planner.storage import raw_storage, usual_storages
 from subspec.runtime import int4
 from subspec.runtime.attention import attend, attend_exactly
 from subspec.runtime.cache import Cache
 from subspec.runtime.decode import causal_rows, tree_rows
+from subspec.runtime.digests import Digests
 from subspec.runtime.draft import TokenTree, grow, root_only
+from subspec.runtime.draft_layers import DraftLayers, compiled_layers, run_layers
 from subspec.runtime.linear import (
     Int4Weight,
     cpu_tile_rows,
@@ -65,14 +78,12 @@ from subspec.runtime.linear import (
 )
 from subspec.runtime.link import DiskLink
 from subspec.runtime.load import DRAFT_DTYPE, fixed_weight
-from subspec.runtime.memory import FastMemory, free_bytes, host_buffer
+from subspec.runtime.memory import FastMemory, bytes_of, free_bytes, host_buffer
 from subspec.runtime.sampling import Sampling, choose
-from subspec.runtime.session import Session
 from subspec.runtime.session import machine_name as name_of_device
 from subspec.runtime.split import Restorer
 from subspec.runtime.stream import ExactWeights
 from subspec.runtime.substitutes import Substitutes
-from subspec.runtime.text import load_text
 from subspec.runtime.transformer import (
     Attend,
     Decoder,
@@ -90,21 +101,22 @@ CUDA_WIDTHS = (200, 400)  # up to here a GPU may wait for memory: the slope befo
 DRAFT_WIDTHS = (1, 2, 4, 8, 16)
 DRAFT_LEVELS = 5  # of the trees that are grown to time one level
 ACCEPT_DEPTH = 12
+ATTENTION_WIDTHS = (1, 8, 64)
+FAST_WIDTHS = (1, 16, 128)  # a token of plain decoding; prompts
+LOADED_WIDTH = 32  # of the layers that are timed against a busy link
 PADDED_WIDTHS = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 104, 128, 160, 200, 256, 304, 400)
 USUAL_WIDTH = 128  # wider ones are tried only where that takes no longer than PLACE_SECONDS
 PLACE_SECONDS = 5.0
-PREFILL_ROWS = 128
+DIGEST_BYTES = 4 << 20  # of one part
 LARGEST_BLOCK = 64 << 20  # larger ones are not faster
+LEAST_SHARE = 0.2  # of its speed: less is a disturbance, not contention
 LINK_TEST_BYTES = (64 << 20, 256 << 20)  # at least and at most, in between the model's size
 DECODE_WEIGHTS = 1 << 21  # of one matrix, decoded at a time
-CALIBRATION_SECONDS = 60.0  # per tree
 
 Progress = Callable[[str, float], None]
 
 
-def measure(
-    spec: ModelSpec, device: str, folder: Path, context: int, progress: Progress
-) -> Profile:
+def measure(spec: ModelSpec, device: str, folder: Path, progress: Progress) -> Profile:
     """Profile of this machine at the model's shapes. `folder`: where the artifact will lie, on the
     disk whose speed counts. Takes seconds."""
     target = torch.device(device)
@@ -114,13 +126,14 @@ def measure(
         torch.cuda.set_device(target)
     free = torch.cuda.mem_get_info(target)[0] if cuda else free_bytes()
     progress("measuring the link", 0.0)
-    link = measure_link(spec, target, folder)
-    with torch.inference_mode():
-        bench = Bench(spec, target, context)
-        progress("measuring exact layers", 0.3)
+    with slow_tier(spec, target, folder) as open_link, torch.inference_mode():
+        link = tuple(measure_link(open_link, size) for size in block_sizes(spec))
+        bench = Bench(spec, target)
+        progress("measuring exact layers", 0.2)
         exact_layer, exact_head = bench.exact_timings()
-        plain_layer, plain_head, prefill = bench.plain_seconds()
-        widest = exact_layer[-1]
+        fast_layer, plain_head = bench.fast_timings()
+        progress("measuring layers and the link at once", 0.5)
+        busy_link, busy_compute = bench.contention(open_link, link[-1])
         progress("measuring draft steps", 0.6)
         kernel, draft_layer, draft_head = bench.faster_draft()
         progress("measuring where rows may stand", 0.8)
@@ -129,15 +142,21 @@ def measure(
             machine=name_of_device(target),
             num_threads=torch.get_num_threads(),
             free_bytes=free,
+            pinnable_bytes=pinnable_bytes(device, raw_storage(spec).num_bytes) if cuda else 0,
             overhead_bytes=gpu_overhead_bytes(target) if cuda else 0,
             link=link,
+            busy_link=busy_link,
+            busy_compute=busy_compute,
+            digest_rate=digest_rate(),
             exact_layer=exact_layer,
             # What took longer than more rows of the same would was disturbed.
-            plain_layer_seconds=min(plain_layer, exact_layer[0].seconds),
+            fast_layer=never_longer(fast_layer, exact_layer),
             draft_layer=draft_layer,
+            exact_attention=bench.attention_timings(attend_exactly, bench.decoder.dtype),
+            fast_attention=bench.attention_timings(attend, bench.decoder.dtype),
+            draft_attention=bench.attention_timings(attend, DRAFT_DTYPE),
             exact_head=(Timing(1, min(plain_head, exact_head[0].seconds)), *exact_head),
             draft_head=draft_head,
-            prefill_token_seconds=min(prefill / PREFILL_ROWS, widest.seconds / widest.width),
             round_seconds=bench.round_seconds(),
             decode_rate=bench.decode_rate(kernel),
             int4_kernel=kernel,
@@ -145,7 +164,7 @@ def measure(
         )
     del bench
     if cuda:
-        torch.cuda.empty_cache()  # the session that calibrates needs the room
+        torch.cuda.empty_cache()  # the session that rehearses needs the room
     progress("measured", 1.0)
     return profile
 
@@ -155,50 +174,94 @@ def machine_name(device: str) -> str:
     return name_of_device(torch.device(device))
 
 
-def measure_link(spec: ModelSpec, device: torch.device, folder: Path) -> tuple[LinkRate, ...]:
-    """Bytes per second from the slow tier, at the block sizes that a plan may stream."""
-    blocks = [b for way in (usual_storages(spec)[0], raw_storage(spec)) for b, _ in staging(way)]
-    sizes = sorted({min(max(block, PAGE_BYTES), LARGEST_BLOCK) for block in blocks})
-    if device.type == "cuda":
-        return tuple(LinkRate(size, host_rate(device, size)) for size in sizes)
+OpenLink = Callable[[int], Stream]  # with two slots of so many bytes
+
+
+@contextmanager
+def slow_tier(spec: ModelSpec, device: torch.device, folder: Path) -> Iterator[OpenLink]:
+    """Links to something as large as the model, within limits: a file on the disk of `folder`, or
+    host memory."""
     least, most = LINK_TEST_BYTES
     num_bytes = min(max(raw_storage(spec).num_bytes, least), most) >> 20 << 20
+    if device.type == "cuda":
+        yield lambda block_bytes: HostCopies(device, block_bytes)
+        return
     with unnamed_file(folder, num_bytes) as path:
-        return tuple(LinkRate(size, disk_rate(path, num_bytes, size)) for size in sizes)
+        yield lambda block_bytes: DiskLink(path, [host_buffer(block_bytes) for _ in range(2)], None)
 
 
-def disk_rate(path: Path, num_bytes: int, block_bytes: int) -> float:
-    slots = [host_buffer(block_bytes) for _ in range(2)]
-    link = DiskLink(path, slots, None)
+def block_sizes(spec: ModelSpec) -> list[int]:
+    """Bytes of the blocks that a plan may stream, ascending."""
+    blocks = [b for way in (usual_storages(spec)[0], raw_storage(spec)) for b, _ in staging(way)]
+    return sorted({min(max(block, PAGE_BYTES), LARGEST_BLOCK) for block in blocks})
+
+
+def measure_link(open_link: OpenLink, block_bytes: int) -> LinkRate:
+    """Over a file of the least size at least; blocks are read in a circle."""
+    link = open_link(block_bytes)
     try:
-        return stream_rate(link, num_bytes, block_bytes)
+        return LinkRate(block_bytes, stream_rate(link, LINK_TEST_BYTES[0], block_bytes))
     finally:
         link.close()
 
 
-def host_rate(device: torch.device, block_bytes: int) -> float:
-    host = host_buffer(block_bytes)
-    torch.cuda.cudart().cudaHostRegister(host.data_ptr(), block_bytes, 1)
-    target = torch.empty(block_bytes, dtype=torch.uint8, device=device)
-    [(seconds, _)] = time_each([lambda: target.copy_(host, non_blocking=True)], device)
-    torch.cuda.cudart().cudaHostUnregister(host.data_ptr())
-    return block_bytes / seconds
+class HostCopies:
+    """cuda: copies of one pinned block on a stream of their own, as HostLink makes them."""
+
+    def __init__(self, device: torch.device, block_bytes: int) -> None:
+        self._host = host_buffer(block_bytes)
+        torch.cuda.cudart().cudaHostRegister(self._host.data_ptr(), block_bytes, 1)
+        self._slots = [torch.empty(block_bytes, dtype=torch.uint8, device=device) for _ in range(2)]
+        self._copies = torch.cuda.Stream(device)
+        self._filled = [torch.cuda.Event() for _ in range(2)]
+
+    def begin(self, slot: int, offset: int, num_bytes: int) -> None:
+        with torch.cuda.stream(self._copies):
+            self._slots[slot].copy_(self._host, non_blocking=True)
+            self._filled[slot].record(self._copies)
+
+    def wait(self, slot: int) -> None:
+        self._filled[slot].synchronize()
+
+    def close(self) -> None:
+        self._copies.synchronize()
+        torch.cuda.cudart().cudaHostUnregister(self._host.data_ptr())
+
+
+def digest_rate() -> float:
+    """Bytes per second of the check that weights pass when they are first read."""
+    num_threads = torch.get_num_threads()
+    data = torch.zeros(DIGEST_BYTES, dtype=torch.uint8)
+    expected = part_digest([bytes_of(data)], None)
+    digests = Digests(num_threads)
+
+    def check() -> None:
+        for _ in range(num_threads):
+            digests.check_part("a part", data, expected, None)
+        digests.finish()
+
+    [(seconds, _)] = time_each([check], torch.device("cpu"))
+    digests.close()
+    return num_threads * DIGEST_BYTES / seconds
+
+
+def never_longer(some: tuple[Timing, ...], than: tuple[Timing, ...]) -> tuple[Timing, ...]:
+    return tuple(replace(t, seconds=min(t.seconds, seconds_at(than, t.width))) for t in some)
 
 
 class Bench:
-    """An excerpt of the model, placed as the session places it; a cache half full of `context`
-    tokens."""
+    """An excerpt of the model, placed as the session places it; a cache of LIVE_TOKENS tokens."""
 
-    def __init__(self, spec: ModelSpec, device: torch.device, context: int) -> None:
+    def __init__(self, spec: ModelSpec, device: torch.device) -> None:
         self.full_spec, self.spec, self.device = spec, excerpt(spec), device
         self.head_share = self.spec.vocab_size / spec.vocab_size
         self.exact_widths = EXACT_WIDTHS + (CUDA_WIDTHS if device.type == "cuda" else ())
         # A short call is seldom disturbed; on cuda a long one hides the launch of its kernels.
         self.layers_per_call = self.spec.num_layers if device.type == "cuda" else 1
         dtype: torch.dtype = getattr(torch, spec.dtype)
-        held, widest = context // 2, max(PADDED_WIDTHS)
+        held, widest = LIVE_TOKENS + MORE_TOKENS, max(PADDED_WIDTHS)
         stored = raw_storage(self.spec)
-        shape = Shape(held + PREFILL_ROWS, widest, 1, 1, 0, 0, 0, 1)
+        shape = Shape(held, widest, 1, 1, 0, 0, 0, 1)
         purposes = ledger(self.spec, "cuda" if device.type == "cuda" else "cpu", shape, 0, 0)
         purposes |= {"substitutes": 0, "resident": stored.num_bytes}
         self.memory = FastMemory(device, purposes)
@@ -213,10 +276,10 @@ class Bench:
         self.exact = ExactWeights(
             self.spec, stored.parts, self.fixed, self.resident, self.biases, None
         )
-        slots = cache_slots(held + PREFILL_ROWS, widest)
+        slots = cache_slots(held, widest)
         size = (self.spec.num_layers, 2, spec.num_kv_heads, slots, spec.head_size)
         self.cache = Cache(self.memory.take_tensor("cache", size, dtype))
-        self.cache.commit([0] * held)
+        self.cache.commit([0] * LIVE_TOKENS)
         self.decoder = make_decoder(self.spec, small, slots, dtype, self._keep)
         self.draft_decoder = self.decoder
         if dtype != DRAFT_DTYPE:
@@ -234,23 +297,60 @@ class Bench:
             for width in self.exact_widths
         }
         heads = {width: head(width) for width in self.exact_widths}
-        return self._timed(layers, heads)
+        return self._timed(layers, heads, 1, self.layers_per_call)
 
-    def plain_seconds(self) -> tuple[float, float, float]:
-        """One row: a layer, the head. PREFILL_ROWS of a prompt: a layer."""
+    def fast_timings(self) -> tuple[tuple[Timing, ...], float]:
+        """One layer unpadded: one row as plain decoding has it, more of a prompt. And a head."""
         row = torch.zeros(1, dtype=torch.int64, device=self.device)
-        prompt = causal_rows(self.cache, row.repeat(PREFILL_ROWS))
+        layers = {
+            width: self._layers(
+                self.decoder, self.exact, causal_rows(self.cache, row.repeat(width)), attend
+            )
+            for width in FAST_WIDTHS
+        }
         to_logits = self._through_head(self.decoder, self.exact)
         actions: list[Callable[[], object]] = [
-            self._layers(self.decoder, self.exact, causal_rows(self.cache, row), attend),
+            layers[1],
             lambda: choose(to_logits(causal_rows(self.cache, row)), [0], Sampling()),
         ]
         with single_row_kernels() if self.device.type == "cpu" else nullcontext():
-            (layer, _), (head, _) = time_each(actions, self.device)
-        many = self._layers(self.decoder, self.exact, prompt, attend)
-        [(prefill, _)] = time_each([many], self.device)
+            (layer, slowest), (head, _) = time_each(actions, self.device)
         calls = self.layers_per_call
-        return layer / calls, head / self.head_share, prefill / calls
+        prompts = time_widths({w: layers[w] for w in FAST_WIDTHS[1:]}, self.device, calls)
+        return (Timing(1, layer / calls, slowest / calls), *prompts), head / self.head_share
+
+    def attention_timings(self, attention: Attend, dtype: torch.dtype) -> tuple[Timing, ...]:
+        """What MORE_TOKENS more in the cache cost, in one layer."""
+
+        def action(width: int, live: int) -> Callable[[], object]:
+            query = torch.ones(self.spec.num_heads, width, self.spec.head_size, dtype=dtype)
+            query, (keys, values) = query.to(self.device), self.cache.read(0, live)
+            visible = torch.ones(width, live, dtype=torch.bool, device=self.device)
+            return lambda: attention(query, keys, values, visible)
+
+        near, far = (
+            time_widths({w: action(w, live) for w in ATTENTION_WIDTHS}, self.device)
+            for live in (LIVE_TOKENS, LIVE_TOKENS + MORE_TOKENS)
+        )
+        return tuple(
+            Timing(f.width, max(f.seconds - n.seconds, SHORTEST), f.slowest)
+            for n, f in zip(near, far, strict=True)
+        )
+
+    def contention(self, open_link: OpenLink, idle: LinkRate) -> tuple[float, float]:
+        """Shares of their idle speeds that the link and the layers keep while both are busy."""
+        action = self._layers(
+            self.decoder, self.exact, self._tree_rows(LOADED_WIDTH), attend_exactly
+        )
+        alone = repetitions(action, self.device)
+        link = open_link(idle.block_bytes)
+        try:
+            with streaming(link, LINK_TEST_BYTES[0], idle.block_bytes) as bytes_per_second:
+                loaded = repetitions(action, self.device)
+                busy = bytes_per_second()
+        finally:
+            link.close()
+        return share_kept(busy, idle.bytes_per_second), share_kept(loaded, alone)
 
     def faster_draft(self) -> tuple[Int4Kernel, tuple[Timing, ...], tuple[Timing, ...]]:
         """The 4-bit kernel with the faster step of four rows; its layer, and what else one level
@@ -276,12 +376,17 @@ class Bench:
         def levels(width: int) -> Callable[[], object]:
             return lambda: grow(root, Tree(width, DRAFT_LEVELS), max(EXACT_WIDTHS), draft_pass)
 
+        widths = [width for width in DRAFT_WIDTHS if width <= self.spec.vocab_size]
+        heads = {width: levels(width) for width in widths}
+        fused = compiled_layers(self.draft_decoder, substitutes, self.cache)
+        if fused is not None:  # one call runs all layers
+            passes = {width: self._fused(fused, self._tree_rows(width)) for width in widths}
+            return self._timed(passes, heads, DRAFT_LEVELS, self.spec.num_layers)
         layers = {
             width: self._layers(self.draft_decoder, substitutes, self._tree_rows(width), attend)
-            for width in DRAFT_WIDTHS
-            if width <= self.spec.vocab_size
+            for width in widths
         }
-        return self._timed(layers, {width: levels(width) for width in layers}, DRAFT_LEVELS)
+        return self._timed(layers, heads, DRAFT_LEVELS, self.layers_per_call)
 
     def round_seconds(self) -> float:
         """Accepting, and moving what was accepted in every layer's cache."""
@@ -360,11 +465,12 @@ class Bench:
         self,
         layers: Mapping[int, Callable[[], object]],
         heads: Mapping[int, Callable[[], object]],
-        heads_per_action: int = 1,
+        heads_per_action: int,
+        layers_per_action: int,
     ) -> tuple[tuple[Timing, ...], tuple[Timing, ...]]:
         """Of one layer and of one whole head."""
         return (
-            time_widths(layers, self.device, self.layers_per_call),
+            time_widths(layers, self.device, layers_per_action),
             time_widths(heads, self.device, heads_per_action * self.head_share),
         )
 
@@ -387,6 +493,10 @@ class Bench:
                 x.fill_(1.0)  # random layers would make it grow
 
         return run
+
+    def _fused(self, layers: DraftLayers, rows: Rows) -> Callable[[], None]:
+        x = torch.empty(len(rows.tokens), self.spec.hidden_size, dtype=DRAFT_DTYPE)
+        return lambda: run_layers(layers, x.fill_(1.0), rows, self.cache)
 
     def _through_head(
         self, decoder: Decoder, products: Iterable[Product]
@@ -416,26 +526,5 @@ class Bench:
         return Substitutes(self.spec.num_layers, weights, biases)
 
 
-def measure_acceptance(
-    artifact: Artifact, plan: Plan, progress: Progress, device: str | None = None
-) -> Rate:
-    """Acceptance per level of `plan`'s tree, from rounds of real decoding on the built artifact.
-
-    Every tree is grown to its full depth: of a draft that stopped early nobody knows whether it
-    would have been accepted.
-    """
-    plan = replace(plan, tree=replace(plan.tree, stop_below=0.0))
-    prompts = calibration_prompts(load_text(artifact.path / "tokenizer"))
-    eos = frozenset(artifact.spec.eos_token_ids)
-    accepted, until = list[int](), time.perf_counter() + CALIBRATION_SECONDS
-    with Session(replace(artifact, plan=plan), method="substitute", device=device) as session:
-        for index, prompt in enumerate(prompts):
-            progress("measuring acceptance", index / len(prompts))
-            ids = prompt[: plan.context // 2]
-            for _ in session.generate(ids, NUM_TOKENS, Sampling(), eos):
-                if session.stats.accepted and time.perf_counter() > until:
-                    break
-            accepted += session.stats.accepted
-            if time.perf_counter() > until:
-                break
-    return rate_of(accepted, plan.tree)
+def share_kept(loaded: float, idle: float) -> float:
+    return min(1.0, max(LEAST_SHARE, loaded / idle))

@@ -5,15 +5,16 @@ The context and a prompt's share of memory are settled here, before any candidat
 
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Literal
 
+from subspec.artifacts.acceptance import Acceptance
 from subspec.artifacts.errors import Exit, SubspecError
-from subspec.artifacts.model import ModelSpec
-from subspec.artifacts.plan import Acceptance, Method
+from subspec.artifacts.model import PAGE_BYTES, ModelSpec
+from subspec.artifacts.plan import USUAL, Usage, Wishes
 from subspec.artifacts.profile import Profile
-from subspec.planner.costs import Candidate, Shape, ledger, workspace_bytes
+from subspec.planner.costs import Shape, ledger, workspace_bytes
+from subspec.planner.predict import Candidate, Emissions, Passes, emissions, passes_of, usage_within
 from subspec.planner.storage import NUM_SHARES, Storage, storages
 
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16)
@@ -29,25 +30,7 @@ PREFILL_SLACK_SHARE = 0.5
 SMALLEST_PREFILL = 64
 
 
-@dataclass(frozen=True)
-class Wishes:
-    """What the user fixed; None is ours to choose. Never overruled."""
-
-    context: int | None = None
-    width: int | None = None
-    depth: int | None = None
-    method: Method | None = None
-    ram_bytes: int | None = None  # host memory for the slow tier of a GPU
-    encoding: Literal["auto", "residual", "raw", "kept"] = "auto"  # kept: an artifact's, as it is
-
-    @property
-    def needs_draft(self) -> bool:
-        """A plan without a draft could not keep the wish: a tree was asked for, or the method."""
-        fixed_tree = self.width is not None or self.depth is not None
-        return self.method == "substitute" or (self.method is None and fixed_tree)
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared by identity: it is the key of what is worked out once
 class Problem:
     spec: ModelSpec
     profile: Profile
@@ -56,6 +39,8 @@ class Problem:
     acceptance: Acceptance
     context: int
     storages: tuple[Storage, ...]  # to choose from; the raw one last, if it is among them
+    usage: Usage  # what the predictions are for
+    emissions: Emissions = field(repr=False)
     prefill_tokens: int = SMALLEST_PREFILL
     prefill_bytes: int = 0  # the workspace has at least these
 
@@ -86,10 +71,16 @@ def pose(
     contexts = [wishes.context or default_context(spec, budget_bytes)]
     while wishes.context is None and contexts[-1] // 2 >= SMALLEST_CONTEXT:
         contexts.append(contexts[-1] // 2)
-    posed = [
-        Problem(spec, profile, budget_bytes, wishes, acceptance, context, choices)
-        for context in contexts
-    ]
+    widths = (wishes.width,) if wishes.width else WIDTHS
+    found = emissions(acceptance, widths, wishes.depth or DEPTHS[-1])
+
+    def posed_for(context: int) -> Problem:
+        usage = usage_within(context, USUAL)
+        return Problem(
+            spec, profile, budget_bytes, wishes, acceptance, context, choices, usage, found
+        )
+
+    posed = [posed_for(context) for context in contexts]
     drafting = (problem for problem in posed if smallest_draft(problem) is not None)
     decoding = (problem for problem in posed if smallest_plain(problem) is not None)
     return with_prompt_share(next(drafting, None) or next(decoding, None) or posed[-1])
@@ -199,28 +190,72 @@ def staging(storage: Storage) -> list[tuple[int, int]]:
     if not storage.parts:
         return [(0, 0)]
     layer, largest = storage.layer_bytes, storage.largest_part
-    blocks = {largest, 2 * largest, max(largest, layer // 2), max(largest, layer)}
+    half = layer // 2 // PAGE_BYTES * PAGE_BYTES
+    blocks = {largest, 2 * largest, max(largest, half), max(largest, layer)}
     return [(block, slots) for block in sorted(blocks) for slots in NUM_SLOTS]
 
 
 def left_over(problem: Problem, candidate: Candidate) -> int:
     """Bytes of the budget that resident exact weights may take; negative: it does not fit."""
-    return problem.budget_bytes - sum(base_ledger(problem, candidate).values())
+    scratch = candidate.storage.scratch_bytes
+    left = left_without_ring(problem, candidate.width, candidate.verify_width, scratch)
+    return left - candidate.block_bytes * candidate.num_slots
+
+
+# A search asks the same of one tree once for each storage and ring.
+for_one_tree = lru_cache(maxsize=1024)
+
+
+@for_one_tree
+def left_without_ring(problem: Problem, width: int, verify_width: int, scratch_bytes: int) -> int:
+    purposes = ledger_of(problem, width, verify_width, 0, 0, scratch_bytes)
+    return problem.budget_bytes - sum(purposes.values())
+
+
+@for_one_tree
+def passes_for(problem: Problem, width: int, depth: int, verify_width: int) -> Passes:
+    return passes_of(
+        problem.spec,
+        problem.profile,
+        width,
+        depth,
+        verify_width,
+        problem.prefill_tokens,
+        problem.usage,
+    )
 
 
 def base_ledger(problem: Problem, candidate: Candidate) -> dict[str, int]:
     """Everything but resident exact weights."""
-    shape = Shape(
-        problem.context,
-        candidate.verify_width,
+    return ledger_of(
+        problem,
         candidate.width,
-        problem.prefill_tokens,
+        candidate.verify_width,
         candidate.block_bytes,
         candidate.num_slots,
         candidate.storage.scratch_bytes,
-        problem.profile.num_threads,
     )
+
+
+def ledger_of(
+    problem: Problem,
+    width: int,
+    verify_width: int,
+    block_bytes: int,
+    num_slots: int,
+    scratch_bytes: int,
+) -> dict[str, int]:
     profile = problem.profile
+    shape = Shape(
+        problem.context,
+        verify_width,
+        width,
+        problem.prefill_tokens,
+        block_bytes,
+        num_slots,
+        scratch_bytes,
+        profile.num_threads,
+    )
     base = ledger(problem.spec, profile.device, shape, profile.overhead_bytes, problem.budget_bytes)
     base["workspace"] = max(base["workspace"], problem.prefill_bytes)
     return base

@@ -40,6 +40,10 @@ def first_fault(profile: Profile) -> str:
     timings = {
         "exact_layer": profile.exact_layer,
         "draft_layer": profile.draft_layer,
+        "fast_layer": profile.fast_layer,
+        "exact_attention": profile.exact_attention,
+        "fast_attention": profile.fast_attention,
+        "draft_attention": profile.draft_attention,
         "exact_head": profile.exact_head,
         "draft_head": profile.draft_head,
     }
@@ -47,14 +51,22 @@ def first_fault(profile: Profile) -> str:
         if not are_timings(points):
             return f"{name} is not a list of timings with ascending widths"
     seconds = [point.seconds for points in timings.values() for point in points]
-    seconds += [profile.plain_layer_seconds, profile.prefill_token_seconds]
     if (
         not all(SHORTEST <= s <= LONGEST for s in seconds)
         or not 0 <= profile.round_seconds < LONGEST
     ):
         return f"a time is not from {SHORTEST:g} to {LONGEST:g} seconds"
-    if not 0 <= profile.decode_rate <= FASTEST:
-        return f"decode_rate is not from 0 to {FASTEST:g} weights per second"
+    for name, rate in (("decode", profile.decode_rate), ("digest", profile.digest_rate)):
+        if not 0 <= rate <= FASTEST:
+            return f"{name}_rate is not from 0 to {FASTEST:g} a second"
+    if not all(0.01 <= share <= 1 for share in (profile.busy_link, profile.busy_compute)):
+        return "busy_link or busy_compute is not from 0.01 to 1"
+    learned = profile.learned
+    factors = (learned.draft, learned.verify, learned.plain, learned.prompt)
+    if not all(0.01 <= factor <= 100 for factor in factors) or learned.num_rounds < 0:
+        return "learned has a factor that is not from 0.01 to 100"
+    if min(profile.free_bytes, profile.pinnable_bytes) < 0:
+        return "free_bytes or pinnable_bytes is below 0"
     if not all(1 <= width <= 4096 for width in profile.position_free_widths):
         return "position_free_widths has a width that is not from 1 to 4096"
     if not 1 <= profile.num_threads <= 1024 or profile.overhead_bytes < 0:
@@ -68,9 +80,16 @@ def are_timings(points: tuple[Timing, ...]) -> bool:
 
 
 def with_link(profile: Profile, bytes_per_second: int) -> Profile:
-    """The same machine as if its link gave no more than `bytes_per_second`."""
+    """The same machine as if its link gave no more than `bytes_per_second`. What it gives while
+    layers are computed is more than that no longer; and it slows them less, the less it gives."""
     capped = (
         replace(rate, bytes_per_second=min(rate.bytes_per_second, float(bytes_per_second)))
         for rate in profile.link
     )
-    return replace(profile, link=tuple(capped))
+    share = min(1.0, bytes_per_second / profile.link[-1].bytes_per_second)
+    return replace(
+        profile,
+        link=tuple(capped),
+        busy_link=min(1.0, profile.busy_link / share),
+        busy_compute=1 - (1 - profile.busy_compute) * min(1.0, share / profile.busy_link),
+    )

@@ -9,39 +9,34 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import groupby
 
+from subspec.artifacts.acceptance import Acceptance, Curve
 from subspec.artifacts.errors import Exit, SubspecError
 from subspec.artifacts.model import ModelSpec, StoredPart
-from subspec.artifacts.plan import (
-    Acceptance,
-    Method,
-    Option,
-    Placement,
-    Plan,
-    Prediction,
-    Rate,
-    Tree,
-)
+from subspec.artifacts.plan import Method, Option, Placement, Plan, Prediction, Tree, Wishes
 from subspec.artifacts.profile import Profile
 from subspec.artifacts.sizes import LARGEST, format_size, short_size, weights_rate
-from subspec.planner.costs import Candidate, predict
+from subspec.planner.predict import Candidate, predict
 from subspec.planner.problem import (
     Problem,
     base_ledger,
     candidates,
     left_over,
     narrowest,
+    passes_for,
     plain_candidates,
     pose,
     smallest_draft,
     smallest_plain,
 )
-from subspec.planner.problem import Wishes as Wishes  # the caller's door is here
 from subspec.planner.problem import default_context as default_context
 from subspec.planner.storage import Storage, group_bytes
 
 SHARPENING = 0.2  # draft temperature of trees wider than 1 (arXiv 2509.18344, §4.2)
 # Until it is measured: hazards of 3.2 % (chain) and 1.5 % (6 wide), published for 8B-class models.
-PRIOR = Acceptance((Rate(1, 0.968, 0), Rate(3, 0.978, 0), Rate(6, 0.985, 0)))
+PRIOR = Acceptance(
+    (Curve(1, "", (1000,), (968,)), Curve(3, "", (1000,), (978,)), Curve(6, "", (1000,), (985,))),
+    measured=False,
+)
 
 
 @dataclass(frozen=True)
@@ -137,9 +132,9 @@ def settle(problem: Problem, candidate: Candidate) -> Scored:
 
 
 def foresee(problem: Problem, candidate: Candidate, streamed: int, peak: int) -> Prediction:
-    rate = problem.acceptance.probability(candidate.width)
-    prefill = problem.prefill_tokens
-    return predict(problem.spec, problem.profile, candidate, streamed, rate, prefill, peak)
+    emitted = problem.emissions[candidate.width][candidate.depth]
+    passes = passes_for(problem, candidate.width, candidate.depth, candidate.verify_width)
+    return predict(problem.profile, candidate, passes, streamed, emitted, peak, problem.usage)
 
 
 def assemble(problem: Problem, plain: Scored, drafted: list[Scored]) -> Plan:
@@ -148,14 +143,16 @@ def assemble(problem: Problem, plain: Scored, drafted: list[Scored]) -> Plan:
     predicted = {name: scored.prediction for name, scored in found.items()}
     method, reasons = decide(problem, predicted)
     reasons = (*reasons, why_stored(problem, found[method]))
-    profile = problem.profile
+    profile, tree = problem.profile, Tree(1, 0)
+    if drafted:
+        tree = make_tree(drafted[0].candidate.width, drafted[0].candidate.depth)
     return Plan(
         device=profile.device,
         machine=profile.machine,
         budget_bytes=problem.budget_bytes,
         context=problem.context,
         method=method,
-        tree=make_tree(drafted[0].candidate) if drafted else Tree(1, 0),
+        tree=tree,
         verify_width=plain.candidate.verify_width,
         num_threads=profile.num_threads,
         int4_kernel=profile.int4_kernel,
@@ -167,6 +164,7 @@ def assemble(problem: Problem, plain: Scored, drafted: list[Scored]) -> Plan:
         acceptance=problem.acceptance,
         options=list_options(plain, drafted),
         reasons=reasons,
+        wishes=problem.wishes,
     )
 
 
@@ -212,12 +210,10 @@ def evenly_spread(layers: list[list[StoredPart]]) -> list[list[StoredPart]]:
     return [layers[index] for index in order]
 
 
-def make_tree(candidate: Candidate) -> Tree:
+def make_tree(width: int, depth: int) -> Tree:
     """No early stop: by the draft's own probabilities it cut most levels that would have been
     accepted, and lost a sixth of the speed on a widened model (docs/LOG.md)."""
-    return Tree(
-        candidate.width, candidate.depth, temperature=1.0 if candidate.width == 1 else SHARPENING
-    )
+    return Tree(width, depth, temperature=1.0 if width == 1 else SHARPENING)
 
 
 def decide(problem: Problem, predicted: dict[str, Prediction]) -> tuple[Method, tuple[str, ...]]:
@@ -281,14 +277,23 @@ def list_options(plain: Scored, drafted: list[Scored]) -> tuple[Option, ...]:
 
 def check_ram(problem: Problem, scored: Scored) -> None:
     """On cuda what streams lies in pinned host memory."""
+    if problem.profile.device != "cuda":
+        return
+    streamed, pinnable = scored.prediction.streamed_bytes, problem.profile.pinnable_bytes
     ram = problem.wishes.ram_bytes
-    streamed = scored.prediction.streamed_bytes
-    if problem.profile.device == "cuda" and ram is not None and streamed > ram:
+    if ram is not None and streamed > ram:
         raise SubspecError(
             Exit.INFEASIBLE,
             f"{short_size(streamed)} of exact weights stream from host memory, --ram is "
             f"{short_size(ram)}",
             f"--ram {-(-streamed // 10**9)}GB, or a larger --vram",
+        )
+    if pinnable and streamed > pinnable:
+        raise SubspecError(
+            Exit.INFEASIBLE,
+            f"{short_size(streamed)} of exact weights stream from host memory, this process can "
+            f"pin {short_size(pinnable)}",
+            "a larger --vram, a higher `ulimit -l`, or more memory for this container",
         )
 
 

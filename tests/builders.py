@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from subspec.artifacts.acceptance import Acceptance, Curve
 from subspec.artifacts.model import Encoding, ModelSpec, Source
-from subspec.artifacts.plan import Acceptance, Int4Kernel, Placement, Plan, Rate, Tree
+from subspec.artifacts.plan import Int4Kernel, Placement, Plan, Tree
 from subspec.artifacts.profile import LinkRate, Profile, Timing
 from subspec.artifacts.store import Artifact, open_artifact
 from subspec.planner.build import build
@@ -19,20 +20,27 @@ from subspec.planner.quantize import quantize
 from subspec.planner.search import choose_held
 from subspec.planner.storage import Storage, group_bytes, raw_storage, usual_storages
 from subspec.planner.tokenizer_files import read_tokenizer
+from subspec.runtime.session import machine_name
 
 PROFILE = Profile(
     device="cpu",
-    machine="a test machine",
+    machine=machine_name(torch.device("cpu")),
     num_threads=2,
     free_bytes=1 << 33,
+    pinnable_bytes=0,
     overhead_bytes=0,
     link=(LinkRate(1 << 20, 1e9), LinkRate(64 << 20, 2e9)),
+    busy_link=0.8,
+    busy_compute=0.9,
+    digest_rate=1e9,
     exact_layer=(Timing(1, 1e-3), Timing(64, 4e-3)),
-    plain_layer_seconds=5e-4,
+    fast_layer=(Timing(1, 5e-4), Timing(128, 2e-3)),
     draft_layer=(Timing(1, 2e-4), Timing(8, 1e-3)),
+    exact_attention=(Timing(1, 1e-5), Timing(64, 2e-4)),
+    fast_attention=(Timing(1, 1e-5), Timing(64, 1e-4)),
+    draft_attention=(Timing(1, 1e-5), Timing(64, 1e-4)),
     exact_head=(Timing(1, 1e-4), Timing(64, 1e-3)),
     draft_head=(Timing(1, 1e-4), Timing(8, 4e-4)),
-    prefill_token_seconds=1e-5,
     round_seconds=1e-4,
     int4_kernel="aten",
     position_free_widths=(8, 16, 24, 32, 48, 64),
@@ -99,7 +107,7 @@ def make_plan(
         plain=plain,
         residuals=storage.residuals,
         predicted={},
-        acceptance=Acceptance((Rate(1, 0.9, 0),)),
+        acceptance=Acceptance((Curve(1, "", (10,), (9,)),), measured=False),
     )
 
 
@@ -121,8 +129,8 @@ def build_artifact(
     wanted = raw_storage(read.spec) if encoding == "raw" else usual_storages(read.spec)[0]
     plan = make_plan(read.spec, storage=wanted, **settings)  # type: ignore[arg-type]
 
-    def with_real_sizes(artifact: Artifact) -> Plan:
-        return plan_for(artifact, **settings)
+    def with_real_sizes(artifact: Artifact) -> tuple[Plan, Profile]:
+        return plan_for(artifact, **settings), PROFILE
 
     tokenizer = read_tokenizer(checkpoint)
     build(read, tokenizer, plan, PROFILE, out, False, quantize, with_real_sizes, lambda *_: None)

@@ -18,6 +18,7 @@ from transformers import Qwen2Config
 from subspec.artifacts.errors import Exit, SubspecError
 from subspec.artifacts.model import Source
 from subspec.artifacts.plan import Plan
+from subspec.artifacts.profile import Learned, Profile
 from subspec.artifacts.store import Artifact, open_artifact, verify
 from subspec.planner.build import build
 from subspec.planner.checkpoint import read_checkpoint
@@ -85,15 +86,20 @@ def test_the_licence_of_the_checkpoint_goes_with_its_weights(
     assert (artifact.path / "LICENSE").read_text() == "all rights reversed"
 
 
-def test_the_plan_may_be_improved_on_the_finished_weights(checkpoint: Path, tmp_path: Path) -> None:
-    def replan(artifact: Artifact) -> Plan:
+def test_plan_and_profile_may_be_improved_on_the_finished_weights(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    def improve(artifact: Artifact) -> tuple[Plan, Profile]:
         with Session(artifact) as session:
             assert len(next(iter(session.generate([1, 2, 3], 4, Sampling())))) == 1
-        return replace(artifact.plan, reasons=("it ran",))
+        taught = replace(artifact.profile, learned=Learned(verify=1.5, num_rounds=7))
+        return replace(artifact.plan, reasons=("it ran",)), taught
 
-    returned = build_with(checkpoint, tmp_path / "artifact", replan=replan)
+    returned = build_with(checkpoint, tmp_path / "artifact", improve=improve)
     assert returned.reasons == ("it ran",)
-    assert open_artifact(tmp_path / "artifact").plan == returned
+    written = open_artifact(tmp_path / "artifact")
+    assert written.plan == returned
+    assert written.profile == replace(PROFILE, learned=Learned(verify=1.5, num_rounds=7))
 
 
 def build_with(source: Path, out: Path, **changes: Any) -> Plan:
@@ -104,7 +110,7 @@ def build_with(source: Path, out: Path, **changes: Any) -> Plan:
         "profile": PROFILE,
         "overwrite": False,
         "quantizer": quantize,
-        "replan": lambda artifact: artifact.plan,
+        "improve": lambda artifact: (artifact.plan, artifact.profile),
         "progress": lambda stage, share: None,
     }
     return build(checkpoint, out=out, **{**arguments, **changes})
@@ -114,20 +120,20 @@ def build_with(source: Path, out: Path, **changes: Any) -> Plan:
 def test_an_error_at_the_end_leaves_nothing(
     failure: type[BaseException], checkpoint: Path, tmp_path: Path
 ) -> None:
-    def replan(artifact: Artifact) -> Plan:
+    def improve(artifact: Artifact) -> tuple[Plan, Profile]:
         raise failure
 
     with pytest.raises(failure):
-        build_with(checkpoint, tmp_path / "new" / "folder" / "artifact", replan=replan)
+        build_with(checkpoint, tmp_path / "new" / "folder" / "artifact", improve=improve)
     assert everything_in(tmp_path) == set()
 
 
 def test_what_cannot_be_opened_gets_no_name(checkpoint: Path, tmp_path: Path) -> None:
-    def replan(artifact: Artifact) -> Plan:
-        return replace(artifact.plan, verify_width=1)
+    def improve(artifact: Artifact) -> tuple[Plan, Profile]:
+        return replace(artifact.plan, verify_width=1), artifact.profile
 
     with pytest.raises(SubspecError, match="do not go together"):
-        build_with(checkpoint, tmp_path / "artifact", replan=replan)
+        build_with(checkpoint, tmp_path / "artifact", improve=improve)
     assert everything_in(tmp_path) == set()
 
 

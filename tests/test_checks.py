@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
+from subspec.artifacts.acceptance import Acceptance, Curve
 from subspec.artifacts.checks import check_headers, check_plan, check_spec
 from subspec.artifacts.errors import Exit, SubspecError
 from subspec.artifacts.model import ModelSpec, Rope, StoredPart, linears, parts, resident_tensors
-from subspec.artifacts.plan import Acceptance, Placement, Plan, Rate, Tree
+from subspec.artifacts.plan import Placement, Plan, Tree
 from subspec.artifacts.tensors import ITEM_BYTES, write_header
 
 Stored = tuple[str, tuple[int, ...]]  # dtype and shape
@@ -29,7 +30,7 @@ PLAN = Plan(
     device="cpu", machine="test", budget_bytes=2 * LARGEST_PART + 1000, context=100,
     method="substitute", tree=Tree(2, 3), verify_width=7, num_threads=1, int4_kernel="aten",
     prefill_tokens=64, substitute=STREAMING, plain=STREAMING, residuals=(), predicted={},
-    acceptance=Acceptance((Rate(2, 0.9, 0),)),
+    acceptance=Acceptance((Curve(2, "code", (10, 6), (6, 3)),), measured=True),
 )  # fmt: skip
 
 
@@ -81,6 +82,7 @@ WRONG_PLANS: dict[str, dict[str, Any]] = {
     "a raw part that is split": {"substitute": replace(STREAMING, split=(RAW[0].name,))},
     "one slot": {"plain": replace(STREAMING, num_slots=1)},
     "a million slots": {"plain": replace(STREAMING, num_slots=10**6)},
+    "blocks of half pages": {"plain": replace(STREAMING, block_bytes=STREAMING.block_bytes + 2048)},
     "slots too small": {"plain": replace(STREAMING, block_bytes=LARGEST_PART - 1)},
     "huge slots": {"plain": replace(STREAMING, block_bytes=1 << 62)},
     "no width": {"tree": Tree(0, 3)},
@@ -93,12 +95,42 @@ WRONG_PLANS: dict[str, dict[str, Any]] = {
     "no threads": {"num_threads": 0},
     "no prefill": {"prefill_tokens": 0},
     "substitutes that are not there": {"substitute": None},
+    "nothing accepted or rejected": {"acceptance": Acceptance((), measured=True)},
 }
 
 
 @pytest.mark.parametrize("changes", WRONG_PLANS.values(), ids=WRONG_PLANS.keys())
 def test_a_plan_that_does_not_go_together_is_refused(changes: dict[str, Any]) -> None:
     refused("plan.json", lambda: check_plan(SPEC, RAW, replace(PLAN, **changes)))
+
+
+WRONG_COUNTS: dict[str, tuple[Curve, ...]] = {
+    "no level": (Curve(2, "", (), ()),),
+    "more levels than any tree has": (Curve(2, "", (1,) * 1025, (1,) * 1025),),
+    "a level without its other count": (Curve(2, "", (9, 5), (5,)),),
+    "more accepted than tried": (Curve(2, "", (9,), (10,)),),
+    "fewer than none": (Curve(2, "", (9,), (-1,)),),
+    "a level tried behind one that was rejected": (Curve(2, "", (9, 6), (5, 2)),),
+    "a tree of width 0": (Curve(0, "", (9,), (5,)),),
+    "a tree wider than any": (Curve(257, "", (9,), (5,)),),
+    "widths that descend": (Curve(3, "a", (9,), (5,)), Curve(1, "a", (9,), (5,))),
+}
+
+
+@pytest.mark.parametrize("curves", WRONG_COUNTS.values(), ids=WRONG_COUNTS.keys())
+def test_counts_that_no_trees_have_are_refused(curves: tuple[Curve, ...]) -> None:
+    plan = replace(PLAN, acceptance=Acceptance(curves, measured=True))
+    refused("plan.json", lambda: check_plan(SPEC, RAW, plan))
+
+
+def test_curves_of_several_kinds_may_have_one_width() -> None:
+    """A tree may end with its text: then fewer tried a level than accepted the one above it."""
+    curves = (
+        Curve(1, "b", (9, 5, 0), (5, 0, 0)),
+        Curve(1, "a", (9, 2), (5, 2)),
+        Curve(3, "", (1,), (0,)),
+    )
+    check_plan(SPEC, RAW, replace(PLAN, acceptance=Acceptance(curves, measured=True)))
 
 
 def test_a_plan_that_streams_nothing_needs_no_slots_and_no_ledger() -> None:

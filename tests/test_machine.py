@@ -1,5 +1,6 @@
 import os
 import resource
+import threading
 import time
 from pathlib import Path
 
@@ -11,7 +12,9 @@ from subspec.artifacts.profile import Timing
 from subspec.planner import machine
 from subspec.planner.machine import (
     pick_device,
+    repetitions,
     stream_rate,
+    streaming,
     time_each,
     time_widths,
     unnamed_file,
@@ -117,6 +120,54 @@ def test_a_link_is_timed_in_a_circle_with_two_blocks_under_way(clock: Clock) -> 
     assert stream_rate(link, 10 << 20, 3 << 20) == pytest.approx(100e6)
     assert set(link.offsets) == {0, 3 << 20, 6 << 20}, "a block at the end would be cut short"
     assert link.under_way == []
+
+
+class WaitingLink(SlowLink):
+    """One whose blocks take a millisecond each, by the real clock."""
+
+    def __init__(self) -> None:
+        self.under_way, self.offsets = [], []
+
+    def wait(self, slot: int) -> None:
+        time.sleep(0.001)
+        first, _, _ = self.under_way.pop(0)
+        assert first == slot
+
+
+def test_a_link_is_kept_busy_while_something_else_runs_and_not_longer() -> None:
+    link = WaitingLink()
+    with streaming(link, 10 << 20, 3 << 20) as bytes_per_second:
+        while len(link.offsets) < 20:
+            time.sleep(0.001)
+        assert 3 << 20 < bytes_per_second() < 1.2 * (3 << 20) / 0.001
+    num_blocks = len(link.offsets)
+    assert set(link.offsets) == {0, 3 << 20, 6 << 20}
+    assert link.under_way == [], "a block under way would be written into freed memory"
+    assert "subspec-stream" not in {thread.name for thread in threading.enumerate()}
+    time.sleep(0.01)
+    assert len(link.offsets) == num_blocks
+
+
+def test_a_busy_link_rests_again_after_an_error() -> None:
+    link = WaitingLink()
+    with pytest.raises(RuntimeError, match="a layer failed"):
+        with streaming(link, 8 << 20, 1 << 20):
+            raise RuntimeError("a layer failed")
+    assert link.under_way == []
+    assert "subspec-stream" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_repetitions_count_what_is_disturbed(clock: Clock) -> None:
+    """The mean of 10 and 50 ms, not the usual one; the first call does not count."""
+    action = clock.action(9.0, *(0.01, 0.05) * 99)
+    assert repetitions(action, CPU) == pytest.approx(1 / 0.03, rel=0.1)
+    assert action.num_calls == 1 + 2 * machine.STREAM_SECONDS / 0.06
+
+
+def test_a_slow_action_is_repeated_once(clock: Clock) -> None:
+    action = clock.action(5.0)
+    assert repetitions(action, CPU) == pytest.approx(0.2)
+    assert action.num_calls == 2
 
 
 def test_without_a_gpu_the_device_is_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,28 +3,37 @@
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from builders import build_artifact, make_plan, random_checkpoint
 from toys import ACCEPTANCE, make_spec
-from transformers import Qwen2Config
 
 from subspec.artifacts.model import ModelSpec, Source
-from subspec.artifacts.plan import Rate, Tree
-from subspec.artifacts.profile import Profile
-from subspec.artifacts.store import Artifact
+from subspec.artifacts.plan import Wishes
+from subspec.artifacts.profile import Learned, Profile, Timing, seconds_at
 from subspec.planner import machine
 from subspec.planner import measure as module
 from subspec.planner.checkpoint import read_spec
 from subspec.planner.costs import model_bytes
 from subspec.planner.hub import DEMO
-from subspec.planner.measure import PADDED_WIDTHS, measure, measure_acceptance, measure_link
-from subspec.planner.profiles import first_fault
-from subspec.planner.search import Wishes, search
+from subspec.planner.measure import (
+    ATTENTION_WIDTHS,
+    FAST_WIDTHS,
+    LARGEST_BLOCK,
+    LEAST_SHARE,
+    PADDED_WIDTHS,
+    block_sizes,
+    digest_rate,
+    measure,
+    measure_link,
+    never_longer,
+    share_kept,
+    slow_tier,
+)
+from subspec.planner.profiles import SHORTEST, first_fault
+from subspec.planner.search import search
 from subspec.planner.storage import usual_storages
 
 CPU = torch.device("cpu")
@@ -46,14 +55,14 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PLACE_SECONDS", 0.0)
 
 
-def measured(spec: ModelSpec, folder: Path, context: int = 256) -> Profile:
-    return measure(spec, "cpu", folder, context, lambda stage, share: None)
+def measured(spec: ModelSpec, folder: Path) -> Profile:
+    return measure(spec, "cpu", folder, lambda stage, share: None)
 
 
 def test_the_profile_of_the_demo_makes_sense(tmp_path: Path) -> None:
     spec = read_spec(DEMO, Source("demo"))
     stages = []
-    profile = measure(spec, "cpu", tmp_path, 256, lambda stage, share: stages.append(stage))
+    profile = measure(spec, "cpu", tmp_path, lambda stage, share: stages.append(stage))
     assert first_fault(profile) == ""
     assert profile.device == "cpu" and "torch" in profile.machine
     assert profile.num_threads == 1 and profile.free_bytes > 1 << 28
@@ -61,8 +70,16 @@ def test_the_profile_of_the_demo_makes_sense(tmp_path: Path) -> None:
         seconds = [timing.seconds for timing in timings]
         assert seconds == sorted(seconds)
         assert seconds[-1] < 1, "a layer of 0.6 million weights"
-    assert profile.plain_layer_seconds <= profile.exact_layer[0].seconds
-    assert profile.prefill_token_seconds < profile.plain_layer_seconds
+    fast = profile.fast_layer
+    assert tuple(timing.width for timing in fast) == FAST_WIDTHS
+    assert fast[0].seconds <= profile.exact_layer[0].seconds
+    assert fast[-1].seconds / fast[-1].width < fast[0].seconds, "a token of a prompt is cheaper"
+    for timings in (profile.exact_attention, profile.fast_attention, profile.draft_attention):
+        assert tuple(timing.width for timing in timings) == ATTENTION_WIDTHS
+        assert 100 * SHORTEST < timings[-1].seconds < 0.1, "1024 tokens more take some time"
+    assert all(LEAST_SHARE <= kept <= 1 for kept in (profile.busy_link, profile.busy_compute))
+    assert 1e7 < profile.digest_rate < 1e12
+    assert (profile.pinnable_bytes, profile.learned) == (0, Learned())
     assert {8, 16, 32, 64} <= set(profile.position_free_widths) <= set(PADDED_WIDTHS)
     # The blocks of a plan for this model: from its largest part to a whole layer, as residuals and
     # raw.
@@ -101,13 +118,6 @@ def test_every_kind_of_model_can_be_measured_and_planned(kind: str, tmp_path: Pa
     assert plan.predicted[plan.method].tokens_per_second > 0
 
 
-@pytest.mark.usefixtures("hasty")
-def test_a_long_context_takes_a_cache_half_full_and_more_time(tmp_path: Path) -> None:
-    spec = make_spec(num_layers=1)
-    short, long = (measured(spec, tmp_path, context) for context in (16, 4096))
-    assert long.exact_layer[-1].seconds > 2 * short.exact_layer[-1].seconds
-
-
 LARGE = """
 import resource, sys
 from pathlib import Path
@@ -117,7 +127,7 @@ from subspec.planner import machine, measure
 machine.FEWEST_SAMPLES, machine.SECONDS_PER_ACTION, machine.STREAM_SECONDS = 1, 0.0, 0.0
 spec = make_spec(hidden_size=5120, intermediate_size=27648, num_layers=64, num_heads=40,
                  num_kv_heads=8, head_size=128, vocab_size=152064)
-measure.measure(spec, "cpu", Path(sys.argv[2]), 4096, lambda *_: None)
+measure.measure(spec, "cpu", Path(sys.argv[2]), lambda *_: None)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
 
@@ -132,63 +142,44 @@ def test_a_model_of_32_billion_weights_is_measured_in_little_memory(tmp_path: Pa
 
 @pytest.mark.usefixtures("hasty")
 def test_the_link_is_timed_on_the_disk_of_the_artifact_by_a_file_without_a_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    seen = []
-
-    def look(path: Path, num_bytes: int, block_bytes: int) -> float:
-        assert os.stat(path).st_size == num_bytes == 4 << 20
-        assert os.stat(path).st_dev == os.stat(tmp_path).st_dev
+    with slow_tier(make_spec(), CPU, tmp_path) as open_link:
+        names = [Path(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")]
+        files = [path for path in names if path.exists() and is_inside(path, tmp_path)]
+        assert [path.stat().st_size for path in files] == [4 << 20]
         assert list(tmp_path.iterdir()) == []
-        seen.append(block_bytes)
-        return 1e9
-
-    monkeypatch.setattr(module, "disk_rate", look)
-    rates = measure_link(make_spec(), CPU, tmp_path)
-    assert [rate.block_bytes for rate in rates] == seen == sorted(seen)
-
-
-# Acceptance
+        link = open_link(1 << 20)
+        link.begin(1, 3 << 20, 1 << 20)
+        assert len(set(link.wait(1).tolist())) == 256  # type: ignore[attr-defined]
+        link.close()
+        rate = measure_link(open_link, 1 << 20)
+        assert rate.block_bytes == 1 << 20 and rate.bytes_per_second > 1e6
+    assert list(tmp_path.iterdir()) == []
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    torch.set_num_threads(1)
-    return build_artifact(DEMO, tmp_path_factory.mktemp("demo") / "artifact", resident_share=1.0)
+def is_inside(link: Path, folder: Path) -> bool:
+    return os.readlink(link).startswith(f"{folder}/")
 
 
-def rate(artifact: Artifact, width: int, depth: int, stop_below: float = 0.0) -> Rate:
-    plan = make_plan(artifact.spec, width=width, depth=depth, resident_share=1.0)
-    plan = replace(plan, num_threads=1, tree=replace(plan.tree, stop_below=stop_below))
-    return measure_acceptance(artifact, plan, lambda stage, share: None)
+def test_the_link_is_timed_with_blocks_that_a_plan_may_stream() -> None:
+    large = make_spec(hidden_size=8192, intermediate_size=32768, num_heads=128, vocab_size=32768)
+    for spec in (make_spec(), make_spec(num_layers=1, vocab_size=64), large):
+        sizes = block_sizes(spec)
+        assert sizes == sorted(set(sizes))
+        assert sizes[0] <= usual_storages(spec)[0].largest_part and sizes[-1] <= LARGEST_BLOCK
+    assert block_sizes(large)[-1] == LARGEST_BLOCK
 
 
-def test_the_draft_of_the_demo_is_mostly_accepted_and_more_so_if_it_is_wider(
-    demo: Artifact,
-) -> None:
-    chain, tree = rate(demo, 1, 5), rate(demo, 3, 5)
-    assert (chain.width, tree.width) == (1, 3)
-    assert 0.75 < chain.probability < tree.probability < 1
-    assert min(chain.num_samples, tree.num_samples) > 80
+def test_the_check_of_weights_takes_time() -> None:
+    assert 1e7 < digest_rate() < 1e12
 
 
-def test_a_draft_that_would_stop_early_is_measured_to_its_full_depth(demo: Artifact) -> None:
-    assert rate(demo, 1, 5, stop_below=0.9) == rate(demo, 1, 5)
+def test_a_share_that_is_kept_is_no_gain_and_no_standstill() -> None:
+    assert [share_kept(loaded, 10.0) for loaded in (5.0, 11.0, 0.0)] == [0.5, 1.0, LEAST_SHARE]
 
 
-def test_a_slow_machine_is_asked_for_one_round_only(
-    demo: Artifact, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "CALIBRATION_SECONDS", 0.0)
-    assert 1 <= rate(demo, 1, 5).num_samples <= 5
-
-
-def test_the_draft_of_random_weights_is_seldom_accepted(tmp_path: Path) -> None:
-    config = Qwen2Config(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, vocab_size=2048, tie_word_embeddings=False, eos_token_id=2,
-    )  # fmt: skip
-    source = random_checkpoint(tmp_path / "checkpoint", config)
-    artifact = build_artifact(source, tmp_path / "artifact", resident_share=1.0)
-    assert artifact.plan.tree == Tree(1, 7)
-    assert 0 < rate(artifact, 1, 5).probability < 0.9
+def test_what_took_longer_than_more_rows_of_the_same_was_disturbed() -> None:
+    exact = (Timing(8, 2.0), Timing(16, 3.0))
+    found = never_longer((Timing(1, 5.0, 6.0), Timing(16, 2.5, 2.6)), exact)
+    assert found == (Timing(1, seconds_at(exact, 1), 6.0), Timing(16, 2.5, 2.6))

@@ -12,13 +12,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import PROFILE, random_checkpoint
+from builders import PROFILE, build_artifact, random_checkpoint
+from run_records import make_run
 from safetensors.torch import load_file, save_file
 
 from subspec.artifacts.codec import dump_json
-from subspec.artifacts.store import open_artifact, verify
+from subspec.artifacts.runs import append_run, plan_digest, read_runs
+from subspec.artifacts.store import Artifact, open_artifact, verify
+from subspec.planner.calibration import shipped_samples
 from subspec.planner.cli import main
 from subspec.planner.hub import DEMO
+from subspec.planner.learn import LEAST, MOST
 
 SUBSPEC_PLAN = str(Path(sys.executable).with_name("subspec-plan"))
 
@@ -50,9 +54,13 @@ def plan(capsys: pytest.CaptureFixture[str], *words: object, known: bool = True)
     """The command in this process, `known`: for the machine of profile.json."""
     given = ["--model", "demo", "--vram", "9MB", *map(str, words)]
     given += ["--profile", "../profile.json"] if known and "--profile" not in given else []
+    return run(capsys, *given)
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: object) -> Ended:
     capsys.readouterr()
     try:
-        main(given)
+        main([str(word) for word in words])
         code = 0
     except SystemExit as end:
         code = int(end.code or 0)
@@ -63,7 +71,7 @@ def plan(capsys: pytest.CaptureFixture[str], *words: object, known: bool = True)
 # What it writes
 
 
-def test_the_demo_is_measured_planned_built_and_calibrated(
+def test_the_demo_is_measured_planned_built_and_rehearsed(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ended = plan(capsys, "--link-bandwidth", "40MB", known=False)
@@ -77,9 +85,18 @@ def test_the_demo_is_measured_planned_built_and_calibrated(
     assert predicted.stream_seconds == pytest.approx(predicted.streamed_bytes / 40e6)
     assert all(rate.bytes_per_second > 40e6 for rate in artifact.profile.link)
     assert "--link-bandwidth" in artifact.plan.reasons[0]
-    rates = artifact.plan.acceptance.rates
-    assert [rate.width for rate in rates] == [1, 3]
-    assert all(rate.num_samples > 20 and 0.5 < rate.probability < 1 for rate in rates)
+    acceptance = artifact.plan.acceptance
+    assert acceptance.measured and acceptance.num_trees() > 50
+    assert set(acceptance.kinds) == {sample.kind for sample in shipped_samples()}
+    assert sorted({curve.width for curve in acceptance.curves}) == [1, 3, 8]
+    assert 2 < acceptance.tokens(1, 6) < acceptance.tokens(3, 6) < 7
+    assert acceptance.margin(3, 6) < 0.5
+    learned = artifact.profile.learned
+    assert learned.num_rounds > 50
+    assert all(LEAST < factor < MOST for factor in (learned.draft, learned.verify, learned.plain))
+    budgets = [point.budget_bytes for point in artifact.plan.by_budget]
+    assert budgets == sorted(set(budgets)) and {9_000_000, 9_900_000} <= set(budgets)
+    assert artifact.plan.context in {point.context for point in artifact.plan.by_context}
 
 
 def test_another_machines_plan_is_built_without_running_it(
@@ -91,8 +108,8 @@ def test_another_machines_plan_is_built_without_running_it(
     assert found["schema"] == "subspec.plan/1" and found["artifact"] == "there"
     artifact = open_artifact(here / "there")
     assert artifact.profile == PROFILE
-    assert artifact.plan.machine == "a test machine"
-    assert all(rate.num_samples == 0 for rate in artifact.plan.acceptance.rates)
+    assert artifact.plan.machine == PROFILE.machine
+    assert not artifact.plan.acceptance.measured
     assert "subspec-run there" in ended.err
 
 
@@ -250,6 +267,11 @@ def test_an_artifact_is_replaced_only_if_asked(
         (["--revision", "main"], 2, "--revision main is for the hub"),
         (["--model", "./nowhere"], 2, "'./nowhere' does not exist"),
         (["--model", "nobody"], 2, "neither a folder nor a known model family"),
+        (["--calibration", "nowhere.jsonl"], 2, "nowhere.jsonl is missing"),
+        (["--calibration", str(DEMO / "config.json")], 2, "config.json line 1 is not valid JSON"),
+        (["--calibrate", "there"], 2, "2 of --model REF, --from ARTIFACT and --calibrate ARTIFACT"),
+        (["--reprofile"], 2, "--reprofile was given without --from"),
+        (["--print-plan"], 2, "--print-plan was given without --from"),
         (["--profile", "nowhere.json"], 2, "--profile nowhere.json is not a file"),
         (["--profile", str(DEMO / "config.json")], 4, "config.json has an unknown key"),
         (["--profile", str(DEMO / "model.safetensors")], 4, "is not valid JSON"),
@@ -289,6 +311,107 @@ def test_a_wrong_argument_is_noticed_before_anything_is_timed(
     ended = plan(capsys, *words, known=False)
     assert (ended.exit_code, message in ended.err) == (code, True), ended.err
     assert "layers" not in ended.err and list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model", "demo"], "--vram SIZE is missing"),
+        (["--vram", "9MB"], "none of --model REF, --from ARTIFACT and --calibrate ARTIFACT given"),
+        (["--calibrate", "there", "--reprofile"], "--reprofile was given without --from"),
+        (["--calibrate", "there", "--profile", "x.json"], "--calibrate takes what runs taught"),
+        (["--calibrate", "there", "--calibration", "x"], "--calibrate takes what runs taught"),
+        (["--calibrate", "there", "--encoding", "raw"], "the weights of an artifact stay"),
+        (["--calibrate", "there"], "there is not a folder"),
+    ],
+)
+def test_what_does_not_go_together_is_said(
+    words: list[str], message: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended = run(capsys, *words)
+    assert ended.exit_code == 2 and message in ended.err, ended.err
+    assert ended.out == "" and list(here.iterdir()) == []
+
+
+# An artifact planned anew
+
+
+@pytest.fixture
+def there(here: Path) -> Artifact:
+    """Of the demo, under a plan made by hand."""
+    return build_artifact(DEMO, here / "there", width=2, depth=3)
+
+
+def test_recorded_runs_are_folded_into_the_plan(
+    there: Artifact, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = {"plan": plan_digest(there.plan), "machine": there.plan.machine}
+    for changes in (own, own, {**own, "machine": "another"}, {**own, "plan": "0" * 64}):
+        append_run(there.path, make_run(**changes))
+    ended = run(capsys, "--calibrate", "there", "--vram", "9MB", "--json")
+    assert ended.exit_code == 0, ended.err
+    after = open_artifact(there.path)
+    verify(there.path)
+    [curve] = after.plan.acceptance.curves  # the plan made by hand had none that was measured
+    assert (curve.width, curve.kind) == (2, "runs")
+    assert (curve.tried, curve.accepted) == ((8, 6, 4), (6, 4, 4))
+    learned = after.profile.learned
+    assert learned.num_rounds == 8 and learned.draft != 1 and learned.verify != 1
+    assert (learned.plain, learned.prompt) != (1, 1)
+    assert replace(after.profile, learned=there.profile.learned) == there.profile
+    assert len(read_runs(there.path)) == 4
+    assert json.loads(ended.out)["acceptance"]["measured"] is True
+
+
+def test_an_artifact_without_runs_of_its_plan_says_how_to_get_some(
+    there: Artifact, capsys: pytest.CaptureFixture[str]
+) -> None:
+    append_run(there.path, make_run())
+    before = (there.path / "plan.json").read_bytes()
+    ended = run(capsys, "--calibrate", "there")
+    assert ended.exit_code == 2
+    assert "no record of a run of its plan on this machine (1 of others)" in ended.err
+    assert 'hint: run it first: subspec-run there "your prompt"' in ended.err
+    assert (there.path / "plan.json").read_bytes() == before
+
+
+def test_calibrating_asks_again_for_what_was_asked_for(
+    there: Artifact, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended = run(capsys, "--from", "there", "--vram", "9MB", "--context", 200, "--depth", 2)
+    assert ended.exit_code == 0, ended.err
+    planned = open_artifact(there.path).plan
+    own = {"plan": plan_digest(planned), "machine": planned.machine}
+    append_run(there.path, make_run(**own))
+    assert run(capsys, "--calibrate", "there").exit_code == 0
+    after = open_artifact(there.path).plan
+    assert after.acceptance.kinds == ("runs",)
+    assert (after.budget_bytes, after.context, after.tree.depth) == (9_000_000, 200, 2)
+    assert after.wishes == planned.wishes
+
+
+def test_without_a_size_an_artifact_keeps_its_own(
+    there: Artifact, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(capsys, "--from", "there", "--vram", "9200kB").exit_code == 2
+    assert run(capsys, "--from", "there", "--vram", "9200KB").exit_code == 0
+    ended = run(capsys, "--from", "there", "--print-plan")
+    assert ended.exit_code == 0, ended.err
+    assert json.loads(ended.out)["budget_bytes"] == 9_200_000
+
+
+def test_acceptance_is_measured_on_prompts_of_ones_own(
+    there: Artifact, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = ['{"kind": "sql", "text": "SELECT name FROM"}', '{"chat": "Write a poem"}']
+    (here / "mine.jsonl").write_text("\n".join(lines))
+    words = ("--from", "there", "--vram", "9MB", "--calibration", "mine.jsonl", "--out", "mine")
+    ended = run(capsys, *words)
+    assert (ended.exit_code, ended.out) == (0, "mine\n"), ended.err
+    plan = open_artifact(here / "mine").plan
+    assert plan.acceptance.measured
+    assert set(plan.acceptance.kinds) == {"sql", "own"}
+    assert not open_artifact(there.path).plan.acceptance.measured
 
 
 def test_a_gpu_that_is_not_there_is_said(
@@ -363,7 +486,7 @@ def test_an_interrupted_build_leaves_nothing(number: int, code: int, here: Path)
     ) as child:
         assert child.stderr is not None
         for line in child.stderr:
-            if line == "measuring acceptance\n":
+            if line == "rehearsing the plan\n":
                 child.send_signal(number)
         assert child.wait() == code
     assert list(here.iterdir()) == []

@@ -7,6 +7,7 @@ import pytest
 from toys import make_profile
 
 from subspec.artifacts.errors import Exit, SubspecError
+from subspec.artifacts.profile import Learned
 from subspec.planner.profiles import read_profile, with_link
 
 
@@ -17,8 +18,15 @@ def write(folder: Path, values: Any) -> Path:
 
 
 def test_a_profile_is_read_as_it_was_written(tmp_path: Path) -> None:
-    profile = make_profile()
-    assert read_profile(write(tmp_path, asdict(profile))) == profile
+    learned = Learned(draft=1.1, verify=1.2, plain=0.9, prompt=1.3, num_rounds=40)
+    for profile in (make_profile(), make_profile(learned=learned, pinnable_bytes=1 << 34)):
+        assert read_profile(write(tmp_path, asdict(profile))) == profile
+
+
+def test_what_no_run_taught_yet_may_be_left_out(tmp_path: Path) -> None:
+    values = asdict(make_profile())
+    del values["learned"]
+    assert read_profile(write(tmp_path, values)).learned == Learned()
 
 
 TIMING = {"width": 1, "seconds": 1e-4, "slowest": 1e-4}
@@ -33,8 +41,20 @@ FAULTS: dict[str, tuple[str, Any]] = {
     "widths that do not ascend": ("draft_layer", [TIMING, TIMING]),
     "a width of 0": ("exact_head", [{**TIMING, "width": 0}]),
     "time that runs backwards": ("draft_head", [{**TIMING, "seconds": -1.0}]),
-    "a time too short": ("plain_layer_seconds", 1e-300),
-    "a time too long": ("prefill_token_seconds", 1e300),
+    "a time too short": ("fast_layer", [{**TIMING, "seconds": 1e-300}]),
+    "a time too long": ("exact_attention", [{**TIMING, "seconds": 1e300}]),
+    "no attention": ("fast_attention", []),
+    "attention whose widths do not ascend": ("draft_attention", [TIMING, TIMING]),
+    "a link that stops while layers are computed": ("busy_link", 0.0),
+    "layers that stop while the link is busy": ("busy_compute", 0.0),
+    "layers that are helped by a busy link": ("busy_compute", 1.1),
+    "a check beyond physics": ("digest_rate", 1e300),
+    "decoding that runs backwards": ("decode_rate", -1.0),
+    "a draft that takes no time in reality": ("learned", {"draft": 0.0}),
+    "a prompt a thousand times slower than promised": ("learned", {"prompt": 1000.0}),
+    "fewer than no rounds": ("learned", {"num_rounds": -1}),
+    "memory less than none": ("free_bytes", -1),
+    "pinnable memory less than none": ("pinnable_bytes", -1),
     "a negative overhead": ("overhead_bytes", -1),
     "a negative round": ("round_seconds", -1.0),
     "no threads": ("num_threads", 0),
@@ -68,6 +88,26 @@ def test_a_missing_file_and_a_folder_are_a_wrong_argument(tmp_path: Path) -> Non
 def test_a_slower_link_changes_only_what_is_faster_than_it() -> None:
     profile = make_profile()
     slow, fast = profile.link
-    capped = with_link(profile, 60_000_000)
-    assert capped.link == (slow, replace(fast, bytes_per_second=60e6))
-    assert replace(capped, link=profile.link) == profile
+    capped = with_link(profile, 90_000_000)
+    assert capped.link == (slow, replace(fast, bytes_per_second=90e6))
+    contention = {"busy_link": profile.busy_link, "busy_compute": profile.busy_compute}
+    assert replace(capped, link=profile.link, **contention) == profile
+    assert with_link(profile, 10**9) == replace(profile, busy_compute=pytest.approx(0.9))
+
+
+@pytest.mark.parametrize(
+    ("rate", "busy_link", "busy_compute"),
+    [
+        (100_000_000, 0.8, 0.9),
+        (90_000_000, 0.8 / 0.9, 0.9),  # it still gives 80 MB/s beside compute
+        (80_000_000, 1.0, 0.9),
+        (40_000_000, 1.0, 0.95),  # half of that, and it does half of the harm
+        (1, 1.0, 1.0),
+    ],
+)
+def test_a_slower_link_and_layers_hinder_each_other_less(
+    rate: int, busy_link: float, busy_compute: float
+) -> None:
+    """The toy's link has 100 MB/s, 0.8 of it while layers are computed, at 0.9 of their speed."""
+    capped = with_link(make_profile(), rate)
+    assert (capped.busy_link, capped.busy_compute) == pytest.approx((busy_link, busy_compute))

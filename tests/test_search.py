@@ -9,22 +9,31 @@ from typing import Any
 import pytest
 from toys import ACCEPTANCE, make_profile, make_spec
 
+from subspec.artifacts.acceptance import Acceptance, Curve
 from subspec.artifacts.checks import check_plan
 from subspec.artifacts.errors import Exit, SubspecError
 from subspec.artifacts.model import ModelSpec, parts
-from subspec.artifacts.plan import Acceptance, Plan, Rate
-from subspec.artifacts.profile import LinkRate, Profile
+from subspec.artifacts.plan import USUAL, Plan, Wishes
+from subspec.artifacts.profile import Learned, LinkRate, Profile
 from subspec.artifacts.sizes import parse_size
 from subspec.planner import problem as problem_module
-from subspec.planner.costs import Candidate, predict
-from subspec.planner.problem import candidates, left_over, pose
-from subspec.planner.search import PRIOR, Wishes, choose_held, place, search
+from subspec.planner.predict import (
+    Candidate,
+    emitted_by_depth,
+    passes_of,
+    predict,
+    usage_within,
+)
+from subspec.planner.problem import base_ledger, candidates, left_over, pose
+from subspec.planner.profiles import with_link
+from subspec.planner.search import PRIOR, choose_held, place, search
 from subspec.planner.storage import Storage, raw_storage, usual_storages
 
 BUDGETS = (6_000_000, 9_000_000, 10_000_000, 12_000_000, 14_500_000, 16_000_000, 30_000_000)
 LONG = Wishes(context=1024)
 NUM_PARTS = len(parts(make_spec()))
 DECODE_RATES = (0.0, 2e7, 2e8)  # weights/s; the toy's link brings 5e7 raw ones
+SHARES = ((1.0, 1.0), (0.2, 0.2), (0.05, 0.9), (0.9, 0.05))  # kept while link and compute are busy
 CHECKED = random.Random(1).sample(range(5_800_000, 17_000_000), 40)
 
 
@@ -38,8 +47,11 @@ def speed(plan: Plan) -> float:
     return plan.predicted[plan.method].tokens_per_second
 
 
-def faster_link(factor: float) -> Profile:
-    profile = make_profile()
+def sharing(shares: tuple[float, float], **changes: Any) -> Profile:
+    return make_profile(busy_link=shares[0], busy_compute=shares[1], **changes)
+
+
+def faster_link(profile: Profile, factor: float) -> Profile:
     link = tuple(LinkRate(r.block_bytes, r.bytes_per_second * factor) for r in profile.link)
     return replace(profile, link=link)
 
@@ -55,24 +67,31 @@ def small_space(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("decode_rate", DECODE_RATES)
 @pytest.mark.parametrize("budget_bytes", BUDGETS)
+@pytest.mark.parametrize("shares", [(0.8, 0.9), (0.2, 0.2)])
 def test_nothing_feasible_is_better(
-    budget_bytes: int, decode_rate: float, small_space: None
+    budget_bytes: int, decode_rate: float, shares: tuple[float, float], small_space: None
 ) -> None:
-    """Every candidate, its parts named, its prediction asked of costs.py alone."""
-    spec, profile = make_spec(), make_profile(decode_rate=decode_rate)
+    """Every candidate, its ledger added up, its parts named, its prediction asked of predict.py."""
+    spec, profile = make_spec(), sharing(shares, decode_rate=decode_rate)
     posed = pose(spec, profile, budget_bytes, Wishes(context=256), ACCEPTANCE)
+    usage = usage_within(256, USUAL)
     every = list(candidates(posed))
     every += [replace(c, width=0, depth=0) for c in every]
     speeds = []
     for candidate in every:
         ringless = replace(candidate, block_bytes=0, num_slots=0)
         everything = candidate.storage.num_bytes
-        if left_over(posed, candidate) < 0 and left_over(posed, ringless) < everything:
+        left, most = (budget_bytes - sum(base_ledger(posed, c).values())
+                      for c in (candidate, ringless))  # fmt: skip
+        assert (left, most) == (left_over(posed, candidate), left_over(posed, ringless))
+        if left < 0 and most < everything:
             continue
         ledger = place(posed, candidate).ledger
         streamed = everything - ledger["resident"] - ledger["residuals"]
-        rate = ACCEPTANCE.probability(candidate.width)
-        found = predict(spec, profile, candidate, streamed, rate, posed.prefill_tokens, 0)
+        emitted = emitted_by_depth(ACCEPTANCE, candidate.width, candidate.depth, "")[-1]
+        passes = passes_of(spec, profile, candidate.width, candidate.depth,
+                           candidate.verify_width, posed.prefill_tokens, usage)  # fmt: skip
+        found = predict(profile, candidate, passes, streamed, emitted, 0, usage)
         speeds.append(found.tokens_per_second)
     assert speed(plan_for(budget_bytes, profile=profile)) == max(speeds)
 
@@ -92,6 +111,27 @@ def test_it_abstains_where_no_draft_fits() -> None:
     assert any("do not fit" in reason for reason in plan.reasons)
 
 
+def test_it_abstains_where_real_rounds_were_too_slow() -> None:
+    """The same machine and cap, once runs have taught what rounds take."""
+    taught = make_profile(learned=Learned(draft=5.0, verify=5.0, num_rounds=40))
+    assert plan_for(12_000_000).method == "substitute"
+    plan = plan_for(12_000_000, profile=taught)
+    assert plan.method == "plain"
+    said = " ".join(plan.reasons)
+    ratio = re.search(r"would not pay: ([0-9.]+) against ([0-9.]+) tokens/s", said)
+    assert ratio is not None and float(ratio[1]) < float(ratio[2])
+
+
+def test_it_abstains_where_drafts_are_rejected() -> None:
+    never = Acceptance((Curve(1, "", (2000,), (0,)), Curve(3, "", (2000,), (0,))), measured=True)
+    plan = plan_for(12_000_000, acceptance=never)
+    assert plan.method == "plain"
+    assert any("speculation would not pay" in reason for reason in plan.reasons)
+    asked = plan_for(12_000_000, Wishes(context=256, method="substitute"), acceptance=never)
+    assert asked.method == "substitute"
+    assert any("speculation was asked for" in reason for reason in asked.reasons)
+
+
 def test_it_speculates_on_a_slow_link() -> None:
     plan = plan_for(12_000_000)
     assert plan.method == "substitute"
@@ -109,6 +149,14 @@ def never_falls(speeds: list[float]) -> None:
 @pytest.mark.parametrize("decode_rate", DECODE_RATES)
 def test_more_memory_never_predicts_slower(decode_rate: float) -> None:
     profile = make_profile(decode_rate=decode_rate)
+    never_falls([speed(plan_for(budget, profile=profile)) for budget in sorted(CHECKED)])
+
+
+@pytest.mark.parametrize("shares", SHARES)
+def test_more_memory_never_predicts_slower_however_link_and_compute_hinder_each_other(
+    shares: tuple[float, float], small_space: None
+) -> None:
+    profile = sharing(shares, decode_rate=1e8)
     never_falls([speed(plan_for(budget, profile=profile)) for budget in sorted(CHECKED)])
 
 
@@ -134,16 +182,40 @@ def test_faster_decoding_never_predicts_slower(budget_bytes: int, small_space: N
 
 
 @pytest.mark.parametrize("budget_bytes", [8_000_000, 11_000_000, 14_500_000])
-def test_a_faster_link_never_predicts_slower(budget_bytes: int, small_space: None) -> None:
-    factors = [1.35**n for n in range(-10, 20)]
-    profiles = [replace(faster_link(factor), decode_rate=5e7) for factor in factors]
-    never_falls([speed(plan_for(budget_bytes, profile=profile)) for profile in profiles])
+@pytest.mark.parametrize("shares", [(0.8, 0.9), *SHARES])
+def test_a_faster_link_never_predicts_slower(
+    budget_bytes: int, shares: tuple[float, float], small_space: None
+) -> None:
+    """One that is faster by itself, and one that is throttled less."""
+    profile = sharing(shares, decode_rate=5e7)
+    quicker = [faster_link(profile, 1.35**n) for n in range(-10, 20)]
+    never_falls([speed(plan_for(budget_bytes, profile=some)) for some in quicker])
+    freer = [with_link(profile, int(5e6 * 1.2**n)) for n in range(20)]
+    never_falls([speed(plan_for(budget_bytes, profile=some)) for some in freer])
 
 
 @pytest.mark.parametrize("budget_bytes", [9_000_000, 12_000_000])
-def test_higher_acceptance_never_predicts_slower(budget_bytes: int, small_space: None) -> None:
-    rates = [Acceptance((Rate(1, n / 40, 9), Rate(3, n / 30, 9))) for n in range(31)]
-    never_falls([speed(plan_for(budget_bytes, acceptance=rate)) for rate in rates])
+@pytest.mark.parametrize("context", [16, 64, 256])
+def test_higher_acceptance_never_predicts_slower(
+    budget_bytes: int, context: int, small_space: None
+) -> None:
+    """Also of answers that are shorter than the deepest tree."""
+    counts = [(Curve(1, "", (4000,), (100 * n,)), Curve(3, "", (3000,), (100 * n,)))
+              for n in range(31)]  # fmt: skip
+    rates = [Acceptance(curves, measured=True) for curves in counts]
+    wishes = Wishes(context=context)
+    never_falls([speed(plan_for(budget_bytes, wishes, acceptance=rate)) for rate in rates])
+
+
+def test_one_level_that_is_accepted_more_often_never_predicts_slower(small_space: None) -> None:
+    """Whatever the other levels do."""
+    pick = random.Random(5)
+    for level in (0, 1, 5, 12):
+        tried = [1000] * 13
+        below = [pick.randrange(100, 1000) for _ in tried]
+        more = [[*below[:level], n, *below[level + 1 :]] for n in range(100, 1001, 60)]
+        rates = [Acceptance((Curve(1, "", tuple(tried), tuple(a)),), True) for a in more]
+        never_falls([speed(plan_for(9_000_000, acceptance=rate)) for rate in rates])
 
 
 # Within the budget
@@ -224,6 +296,19 @@ def test_what_streams_must_fit_the_host_memory_of_a_gpu() -> None:
     assert plan_for(12_000_000, wishes)  # on cpu the slow tier is the disk
 
 
+def test_what_streams_must_be_what_the_process_can_pin() -> None:
+    gpu = make_profile(device="cuda", pinnable_bytes=1_000_000)
+    with pytest.raises(SubspecError, match="this process can pin 1.00 MB") as caught:
+        plan_for(12_000_000, profile=gpu)
+    assert caught.value.exit_code == Exit.INFEASIBLE and "ulimit -l" in caught.value.hint
+    for fine in (
+        replace(gpu, pinnable_bytes=0),  # not tried
+        replace(gpu, pinnable_bytes=1 << 30),
+        replace(gpu, device="cpu"),
+    ):
+        assert plan_for(12_000_000, profile=fine).predicted["plain"].streamed_bytes > 1_000_000
+
+
 # The user's wishes
 
 
@@ -243,7 +328,7 @@ def test_what_the_user_fixed_is_kept(
     budget_bytes: int, wishes: Wishes, kept: Callable[[Plan], bool]
 ) -> None:
     plan = plan_for(budget_bytes, wishes)
-    assert kept(plan)
+    assert kept(plan) and plan.wishes == wishes
     assert plan.verify_width >= plan.tree.num_nodes
 
 
@@ -372,9 +457,10 @@ def test_an_artifacts_weights_are_planned_as_they_are_stored() -> None:
 
 
 def test_the_priors_are_marked_as_such() -> None:
-    assert all(rate.num_samples == 0 for rate in PRIOR.rates)
-    widths = [rate.width for rate in PRIOR.rates]
+    assert not PRIOR.measured
+    widths = [curve.width for curve in PRIOR.curves]
     assert widths == sorted(widths)
+    assert plan_for(12_000_000, acceptance=PRIOR).acceptance == PRIOR
 
 
 def test_the_ring_is_dropped_when_nothing_streams() -> None:

@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
+from subspec.artifacts.acceptance import Acceptance, Curve
 from subspec.artifacts.codec import dump_json
 from subspec.artifacts.errors import Exit, SubspecError
 from subspec.artifacts.model import GROUP_SIZE, ModelSpec, Rope, linears, parts, resident_tensors
-from subspec.artifacts.plan import Acceptance, Placement, Plan, Rate, Tree
-from subspec.artifacts.profile import LinkRate, Profile, Timing
+from subspec.artifacts.plan import Placement, Plan, Point, Tree
+from subspec.artifacts.profile import Learned, LinkRate, Profile, Timing
 from subspec.artifacts.store import (
     CHUNK_BYTES,
     FileEntry,
@@ -51,18 +52,20 @@ def make_plan(spec: ModelSpec) -> Plan:
         device="cpu", machine="test", budget_bytes=2 * largest, context=128, method="substitute",
         tree=Tree(2, 3), verify_width=8, num_threads=1, int4_kernel="aten", prefill_tokens=64,
         substitute=placement, plain=placement, residuals=(), predicted={},
-        acceptance=Acceptance((Rate(2, 0.9, 0),)),
+        acceptance=Acceptance((Curve(2, "code", (9, 5), (5, 3)),), measured=True),
+        by_budget=(Point(2 * largest, 128, "substitute", 5.0),),
     )  # fmt: skip
 
 
 def make_profile() -> Profile:
     timing = (Timing(1, 0.001),)
     return Profile(
-        device="cpu", machine="test", num_threads=1, free_bytes=1 << 30, overhead_bytes=0,
-        link=(LinkRate(1 << 20, 1e9),), exact_layer=timing, plain_layer_seconds=0.001,
-        draft_layer=timing, exact_head=timing, draft_head=timing, prefill_token_seconds=0.001,
-        round_seconds=0.001, int4_kernel="aten", position_free_widths=(8,),
-        decode_rate=0.0,
+        device="cpu", machine="test", num_threads=1, free_bytes=1 << 30, pinnable_bytes=0,
+        overhead_bytes=0, link=(LinkRate(1 << 20, 1e9),), busy_link=0.8, busy_compute=0.9,
+        digest_rate=1e9, exact_layer=timing, fast_layer=timing, draft_layer=timing,
+        exact_attention=timing, fast_attention=timing, draft_attention=timing, exact_head=timing,
+        draft_head=timing, round_seconds=0.001, decode_rate=0.0, int4_kernel="aten",
+        position_free_widths=(8,), learned=Learned(verify=1.25, num_rounds=40),
     )  # fmt: skip
 
 
@@ -267,7 +270,7 @@ def test_a_format_version_that_is_none_is_refused(artifact: Path, version: objec
     refused(artifact, "format_version")
 
 
-@pytest.mark.parametrize("version, hint", [("3.0", "upgrade subspec"), ("1.0", "build")])
+@pytest.mark.parametrize("version, hint", [("4.0", "upgrade subspec"), ("2.0", "build")])
 def test_another_major_format_is_named(artifact: Path, version: str, hint: str) -> None:
     reseal(artifact, lambda value: value.update(format_version=version, files=version))
     with pytest.raises(SubspecError, match=version) as caught:
@@ -280,7 +283,7 @@ def test_a_newer_minor_format_may_have_more_files_and_keys(artifact: Path) -> No
     for name in ("model.json", "plan.json", "profile.json"):
         edit(artifact, name, lambda value: value.update(future=1))
     refused(artifact, "model.json", "future")
-    reseal(artifact, lambda value: value.update(format_version="2.7", future=[]))
+    reseal(artifact, lambda value: value.update(format_version="3.7", future=[]))
     assert open_artifact(artifact).spec == TINY
     verify(artifact)
 

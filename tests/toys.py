@@ -3,11 +3,14 @@
 from dataclasses import replace
 from typing import Any
 
+from subspec.artifacts.acceptance import Acceptance, Curve
 from subspec.artifacts.model import ModelSpec, Rope, Source
-from subspec.artifacts.plan import Acceptance, Rate
 from subspec.artifacts.profile import LinkRate, Profile, Timing
 
-ACCEPTANCE = Acceptance((Rate(1, 0.8, 120), Rate(3, 0.9, 0)))
+# Most levels are accepted, as often deep in a tree as at its root.
+ACCEPTANCE = Acceptance(
+    (Curve(1, "code", (500,), (400,)), Curve(3, "code", (500,), (450,))), measured=True
+)
 
 
 def make_spec(**changes: Any) -> ModelSpec:
@@ -39,14 +42,20 @@ def make_profile(**changes: Any) -> Profile:
         machine="cpu: a toy, 2 threads",
         num_threads=2,
         free_bytes=1 << 33,
+        pinnable_bytes=0,
         overhead_bytes=0,
         link=(LinkRate(64 << 10, 50e6), LinkRate(1 << 20, 100e6)),
+        busy_link=0.8,
+        busy_compute=0.9,
+        digest_rate=1e9,
         exact_layer=(Timing(1, 1e-4, 1.5e-4), Timing(8, 2e-4, 3e-4), Timing(64, 8e-4, 9e-4)),
-        plain_layer_seconds=8e-5,
+        fast_layer=(Timing(1, 8e-5), Timing(128, 1.28e-3)),
         draft_layer=(Timing(1, 5e-5, 6e-5), Timing(8, 2e-4, 3e-4)),
+        exact_attention=(Timing(1, 1e-5), Timing(64, 2e-4)),
+        fast_attention=(Timing(1, 1e-5), Timing(64, 1e-4)),
+        draft_attention=(Timing(1, 1e-5), Timing(64, 1e-4)),
         exact_head=(Timing(1, 1e-4, 1e-4), Timing(64, 4e-4, 5e-4)),
         draft_head=(Timing(1, 5e-5, 5e-5), Timing(8, 1e-4, 1e-4)),
-        prefill_token_seconds=1e-5,
         round_seconds=1e-4,
         int4_kernel="aten",
         position_free_widths=(8, 16, 32, 64),

@@ -1,0 +1,115 @@
+"""How deep trees of a draft are accepted: what was counted, and what that promises.
+
+Level n of a tree is tried if its path was accepted down to level n - 1 and the exact model's next
+token is known there, so a tree that ends with its text counts as far as it can be judged
+(Kaplan-Meier). A tree's first n levels are those of the tree n deep: one deep tree tells all.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+from operator import mul
+
+# A level's own counts weigh against the mean of its tree as if that had been tried so often.
+PRIOR_TRIALS = 20
+TWO_SIDED_95 = 1.96
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Counts of the trees of one width on one kind of text, level by level from the first."""
+
+    width: int
+    kind: str
+    tried: tuple[int, ...]
+    accepted: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    curves: tuple[Curve, ...]  # widths ascending
+    measured: bool  # False: published figures, until something was measured here
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(curve.kind for curve in self.curves))
+
+    def num_trees(self, kind: str = "") -> int:
+        """Most that were tried at one width; kind "": of all kinds."""
+        return max((c.tried[0] for c in pooled(self, kind) if c.tried), default=0)
+
+    def reached(self, width: int, depth: int, kind: str = "") -> tuple[float, ...]:
+        """Probability that a path is accepted down to level 1, 2, ... `depth` of a tree."""
+        return tuple(accumulate(level_rates(self, width, depth, kind), mul))
+
+    def tokens(self, width: int, depth: int, kind: str = "") -> float:
+        """Of one round: what is accepted, and the exact model's own."""
+        return 1.0 + sum(self.reached(width, depth, kind))
+
+    def margin(self, width: int, depth: int, kind: str = "") -> float:
+        """Half of the 95 % confidence interval of `tokens`, by the delta method; of the narrower
+        of two measured widths. inf: nothing was measured."""
+        known = [curve for curve in pooled(self, kind) if curve.width <= width]
+        if not known or not self.measured:
+            return math.inf
+        rates, reached = level_rates(self, width, depth, kind), self.reached(width, depth, kind)
+        tried = known[-1].tried
+        variance = 0.0
+        for level, rate in enumerate(rates[: len(tried)]):
+            slope = sum(reached[level:]) / rate
+            variance += slope**2 * rate * (1 - rate) / max(1, tried[level])
+        return TWO_SIDED_95 * math.sqrt(variance)
+
+
+def mean_rate(curve: Curve) -> float:
+    """Of a level, all levels alike. By Laplace's rule: a short run without a rejection does not
+    promise that there is never one."""
+    return (sum(curve.accepted) + 1) / (sum(curve.tried) + 2)
+
+
+@lru_cache(maxsize=256)
+def level_rates(acceptance: Acceptance, width: int, depth: int, kind: str) -> tuple[float, ...]:
+    """Probability that level 1, 2, ... is accepted if those above it were; between two measured
+    widths straight over the logarithm of the width, beyond them as at the nearest."""
+    curves = pooled(acceptance, kind)
+    low = ([c for c in curves if c.width <= width] or curves[:1])[-1]
+    high = next((c for c in curves if c.width >= width), low)
+    share = 0.0
+    if high.width > low.width:
+        share = math.log(width / low.width) / math.log(high.width / low.width)
+    pairs = zip(smoothed(low, depth), smoothed(high, depth), strict=True)
+    return tuple(below + share * (above - below) for below, above in pairs)
+
+
+def smoothed(curve: Curve, depth: int) -> list[float]:
+    """Each level's own rate, drawn towards the mean the less it was tried."""
+    mean, missing = mean_rate(curve), (0,) * depth
+    pairs = zip(curve.accepted + missing, curve.tried + missing, strict=True)
+    rates = [(a + PRIOR_TRIALS * mean) / (t + PRIOR_TRIALS) for a, t in pairs]
+    return rates[:depth]
+
+
+def pooled(acceptance: Acceptance, kind: str = "") -> list[Curve]:
+    """One curve per width: of `kind` if that was measured, else of all kinds together."""
+    own = [curve for curve in acceptance.curves if curve.kind == kind]
+    return merged(own or acceptance.curves, kind if own else "")
+
+
+def merged(curves: Iterable[Curve], kind: str) -> list[Curve]:
+    """The counts of one width added up; widths ascending."""
+    by_width: dict[int, list[Curve]] = {}
+    for curve in curves:
+        by_width.setdefault(curve.width, []).append(curve)
+    return [
+        Curve(width, kind, added(c.tried for c in some), added(c.accepted for c in some))
+        for width, some in sorted(by_width.items())
+    ]
+
+
+def added(counts: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
+    """Level by level; a shorter one has no more."""
+    rows = list(counts)
+    longest = max((len(row) for row in rows), default=0)
+    return tuple(sum(row[level] for row in rows if level < len(row)) for level in range(longest))

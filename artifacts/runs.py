@@ -1,0 +1,223 @@
+"""Run records: what each answer did against what its plan said, one JSON line per answer.
+
+They are the user's own: no text, no token ids, in no manifest. `runs.jsonl` lies in the artifact's
+folder, or where that cannot be written in the user's cache. A courtesy: one that cannot be written
+is left out, one that cannot be read is skipped.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from subspec.artifacts.codec import dump_json, load_dataclass, parse_json
+from subspec.artifacts.errors import SubspecError
+from subspec.artifacts.folder import MANIFEST
+from subspec.artifacts.plan import Method, Plan
+
+RUNS = "runs.jsonl"
+MOST_RUNS = 1000  # the newest are kept; the file grows to twice that before it is cut
+LARGEST_FILE = 4 << 20  # bytes; of a larger one the end is read
+LONGEST_LINE = 16 << 10
+MOST_LEVELS = 1024  # of a tree, as checks.py has it
+LARGEST_COUNT = 1 << 62
+LONGEST_SECONDS = 1e9
+TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z", re.ASCII)
+DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
+# Neither a link out of a foreign folder is followed, nor a FIFO waited for.
+SAFELY = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+
+@dataclass(frozen=True)
+class Run:
+    """One answer of at least one round."""
+
+    time: str  # UTC at its end, "2026-11-20T16:45:00Z"
+    plan: str  # plan_digest of the plan that ran
+    machine: str  # as in Plan
+    method: Method
+    padded: bool  # False: plain decoding at one row
+    link_bandwidth: int | None  # the link was slowed to so many bytes a second
+    greedy: bool
+    prompt_tokens: int
+    reused_tokens: int  # of the prompt, in the cache already
+    generated_tokens: int
+    first_of_session: bool  # its first token waited for digests too
+    tried: tuple[int, ...]  # by level: rounds that drafted it and accepted those above it
+    accepted: tuple[int, ...]  # at index n: rounds that accepted n drafted tokens of the text
+    draft_seconds: float
+    verify_seconds: float
+    stream_wait_seconds: float
+    first_token_seconds: float
+    streamed_bytes: int
+    fast_peak_bytes: int
+    predicted_tokens_per_second: float | None
+    predicted_first_token_seconds: float | None
+    predicted_peak_bytes: int | None
+
+    @property
+    def rounds(self) -> int:
+        return sum(self.accepted)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens after the first one over the seconds after the first one."""
+        seconds = self.draft_seconds + self.verify_seconds
+        return (self.generated_tokens - 1) / seconds if seconds else 0.0
+
+    @property
+    def accepted_by_level(self) -> tuple[int, ...]:
+        """Beside `tried`: of those rounds, how many accepted the level too."""
+        return tuple(sum(self.accepted[level:]) for level in range(1, len(self.tried) + 1))
+
+
+def plan_digest(plan: Plan) -> str:
+    """SHA-256 of its plan.json, hexadecimal."""
+    return hashlib.sha256(dump_json(plan).encode()).hexdigest()
+
+
+def append_run(artifact_path: Path, run: Run) -> None:
+    """Says nothing if there is no place for it."""
+    line = dump_run(run)
+    try:
+        append_line(artifact_path / RUNS, line)
+    except OSError:
+        with suppress(OSError, RuntimeError):
+            path = cache_file(artifact_path)
+            path.parent.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            path.parent.mkdir(exist_ok=True)
+            append_line(path, line)
+
+
+def read_runs(artifact_path: Path) -> tuple[Run, ...]:
+    """The newest MOST_RUNS, oldest first."""
+    lines = last_lines(artifact_path / RUNS)
+    with suppress(OSError, RuntimeError):
+        lines += last_lines(cache_file(artifact_path))
+    found = (load_run(line) for line in lines)
+    runs = sorted((run for run in found if run is not None), key=lambda run: run.time)
+    return tuple(runs[-MOST_RUNS:])
+
+
+def carry_runs(source: Path, target: Path) -> None:
+    """The records of the folder `source` into `target`, which is to take its name.
+
+    Linked: an answer that ends meanwhile still adds its own.
+    """
+    with suppress(OSError):
+        if stat.S_ISREG(os.lstat(source / RUNS).st_mode):
+            os.link(source / RUNS, target / RUNS)
+
+
+# One line, both directions
+
+
+def dump_run(run: Run) -> bytes:
+    text = json.dumps(asdict(run), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return text.encode("ascii") + b"\n"
+
+
+def load_run(line: bytes) -> Run | None:
+    """None: broken, or not of this program."""
+    if len(line) > LONGEST_LINE:
+        return None
+    try:
+        run: Run = load_dataclass(Run, parse_json(line, RUNS), RUNS)
+    except SubspecError:
+        return None
+    return run if is_sound(run) else None
+
+
+def is_sound(run: Run) -> bool:
+    """Its numbers are some that an answer can have."""
+    counts = (
+        run.prompt_tokens, run.reused_tokens, run.generated_tokens, run.streamed_bytes,
+        run.fast_peak_bytes, run.link_bandwidth or 0, run.predicted_peak_bytes or 0,
+        *run.tried, *run.accepted,
+    )  # fmt: skip
+    seconds = (
+        run.draft_seconds, run.verify_seconds, run.stream_wait_seconds, run.first_token_seconds,
+        run.predicted_first_token_seconds or 0.0,
+    )  # fmt: skip
+    speed = run.predicted_tokens_per_second
+    return (
+        TIME.fullmatch(run.time) is not None
+        and DIGEST.fullmatch(run.plan) is not None
+        and all(0 <= count <= LARGEST_COUNT for count in counts)
+        and all(0 <= some <= LONGEST_SECONDS for some in seconds)
+        and (speed is None or 0 < speed <= LARGEST_COUNT)
+        and len(run.tried) <= MOST_LEVELS
+        and len(run.accepted) <= len(run.tried) + 1
+        and all(a <= t for a, t in zip(run.accepted_by_level, run.tried, strict=True))
+        and run.rounds > 0
+        and run.generated_tokens > 1
+        and run.draft_seconds + run.verify_seconds > 0
+    )
+
+
+# The file
+
+
+def cache_file(artifact_path: Path) -> Path:
+    """Where the records of a folder lie that cannot be written. Raises OSError without a manifest,
+    RuntimeError without a home."""
+    manifest = (artifact_path / MANIFEST).read_bytes()
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    name = hashlib.sha256(manifest).hexdigest()[:16]
+    return Path(base) / "subspec" / "runs" / f"{name}.jsonl"
+
+
+def append_line(path: Path, line: bytes) -> None:
+    """In one write, so that two processes do not mix their lines. Raises OSError."""
+    with regular_file(path, os.O_RDWR | os.O_APPEND | os.O_CREAT) as descriptor:
+        size = os.fstat(descriptor).st_size
+        torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"  # by a disk that was full
+        os.write(descriptor, b"\n" + line if torn else line)
+    lines = last_lines(path)
+    if len(lines) > 2 * MOST_RUNS or size > LARGEST_FILE:
+        replace_lines(path, lines[-MOST_RUNS:])
+
+
+def last_lines(path: Path) -> list[bytes]:
+    """Those within the last LARGEST_FILE bytes; none of a file that cannot be read."""
+    try:
+        with regular_file(path, os.O_RDONLY) as descriptor:
+            first = max(0, os.fstat(descriptor).st_size - LARGEST_FILE)
+            data = os.pread(descriptor, LARGEST_FILE, first)
+    except OSError:
+        return []
+    lines = data.split(b"\n")
+    return [line for line in (lines[1:] if first else lines) if line]
+
+
+def replace_lines(path: Path, lines: list[bytes]) -> None:
+    """What another process adds meanwhile is lost: a record, no more."""
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with open(descriptor, "wb") as file:
+            os.fchmod(descriptor, stat.S_IMODE(path.stat().st_mode))
+            file.write(b"".join(line + b"\n" for line in lines))
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+@contextmanager
+def regular_file(path: Path, flags: int) -> Iterator[int]:
+    """A descriptor inside the block. Raises OSError, also for what is no regular file."""
+    descriptor = os.open(path, flags | SAFELY, 0o644)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        yield descriptor
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,120 @@
+"""What real rounds took, against what the profile's terms add up to: the corrections of a Profile.
+
+Rounds come from the planner's own rehearsal and from the records of a user's runs.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+
+from subspec.artifacts.acceptance import Acceptance, Curve, merged
+from subspec.artifacts.plan import Method, Plan, Prediction, Usage
+from subspec.artifacts.profile import Learned, Profile
+from subspec.artifacts.runs import Run
+
+TRIMMED = 0.1  # share of the quickest and of the slowest rounds that a mean leaves out
+LEAST, MOST = 0.2, 5.0  # a correction beyond is a mistake of something else
+
+Foretell = Callable[[Method, Usage], Prediction]
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Rounds of one answer: seconds of one phase, and what was predicted for each of them."""
+
+    actual: tuple[float, ...]
+    predicted: float
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """What was timed, phase by phase."""
+
+    draft: tuple[Timed, ...] = ()
+    verify: tuple[Timed, ...] = ()
+    plain: tuple[Timed, ...] = ()
+    prompt: tuple[Timed, ...] = ()
+
+    def and_also(self, other: "Rounds") -> "Rounds":
+        return Rounds(
+            self.draft + other.draft,
+            self.verify + other.verify,
+            self.plain + other.plain,
+            self.prompt + other.prompt,
+        )
+
+
+def learned(rounds: Rounds) -> Learned:
+    return Learned(
+        draft=slowdown(rounds.draft),
+        verify=slowdown(rounds.verify),
+        plain=slowdown(rounds.plain),
+        prompt=slowdown(rounds.prompt),
+        num_rounds=sum(len(timed.actual) for timed in (*rounds.verify, *rounds.plain)),
+    )
+
+
+def updated(before: Learned, rounds: Rounds, found: Learned) -> Learned:
+    """`found`, and what was known before of phases that were not timed."""
+    return Learned(
+        draft=found.draft if rounds.draft else before.draft,
+        verify=found.verify if rounds.verify else before.verify,
+        plain=found.plain if rounds.plain else before.plain,
+        prompt=found.prompt if rounds.prompt else before.prompt,
+        num_rounds=found.num_rounds or before.num_rounds,
+    )
+
+
+def slowdown(some: Sequence[Timed]) -> float:
+    """Actual over predicted seconds; 1 where nothing was timed."""
+    ratios = sorted(a / t.predicted for t in some for a in t.actual if t.predicted > 0)
+    if not ratios:
+        return 1.0
+    cut = int(len(ratios) * TRIMMED)
+    return min(MOST, max(LEAST, fmean(ratios[cut : len(ratios) - cut])))
+
+
+def unlearned(profile: Profile) -> Profile:
+    """The profile as it was measured."""
+    return replace(profile, learned=Learned())
+
+
+def rounds_of_runs(runs: Iterable[Run], foretell: Foretell) -> Rounds:
+    """`foretell` predicts without corrections. Of a run only the sums are known: each of its rounds
+    counts as its mean."""
+    found = Rounds()
+    for run in runs:
+        usage = Usage(run.prompt_tokens, max(2, run.generated_tokens))
+        said = foretell(run.method, usage)
+        verify = repeated(run.verify_seconds, run.rounds, said.verify_seconds)
+        prompt: tuple[Timed, ...] = ()
+        if not run.reused_tokens and not run.first_of_session:
+            prompt = repeated(run.first_token_seconds, 1, said.time_to_first_token_seconds)
+        if run.method == "plain":
+            # The padded twin takes longer: no plan promises its speed.
+            found = found.and_also(Rounds(plain=() if run.padded else verify, prompt=prompt))
+        else:
+            draft = repeated(run.draft_seconds, run.rounds, said.draft_seconds)
+            found = found.and_also(Rounds(draft, verify, (), prompt))
+    return found
+
+
+def repeated(seconds: float, rounds: int, predicted: float) -> tuple[Timed, ...]:
+    return (Timed((seconds / rounds,) * rounds, predicted),) if rounds else ()
+
+
+def with_runs(acceptance: Acceptance, plan: Plan, runs: Iterable[Run]) -> Acceptance:
+    """Adds what the runs' trees were accepted, as a kind of its own."""
+    own = [curve_of(run, plan) for run in runs if run.method == "substitute" and any(run.tried)]
+    if not own:
+        return acceptance
+    others = [curve for curve in acceptance.curves if acceptance.measured and curve.kind != RUNS]
+    curves = sorted((*others, *merged(own, RUNS)), key=lambda curve: (curve.width, curve.kind))
+    return Acceptance(tuple(curves), measured=True)
+
+
+RUNS = "runs"  # the kind of text that a user's own runs are
+
+
+def curve_of(run: Run, plan: Plan) -> Curve:
+    return Curve(plan.tree.width, RUNS, run.tried, run.accepted_by_level)

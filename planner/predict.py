@@ -1,0 +1,203 @@
+"""Seconds of a candidate plan, and what that makes in tokens/s; arithmetic, no torch.
+
+A round is a draft and a verification. Every term is a measurement of the profile at the candidate's
+widths; `learned` is what real rounds took longer than their terms.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from subspec.artifacts.acceptance import Acceptance
+from subspec.artifacts.model import ModelSpec
+from subspec.artifacts.plan import Prediction, Usage
+from subspec.artifacts.profile import LIVE_TOKENS, MORE_TOKENS, Profile, Timing, seconds_at
+from subspec.planner.storage import Storage
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One point of the search: how the weights are stored, a tree (width 0: plain decoding),
+    padding and staging."""
+
+    storage: Storage
+    width: int
+    depth: int
+    verify_width: int
+    block_bytes: int
+    num_slots: int
+
+
+@dataclass(frozen=True)
+class Emitted:
+    """Tokens of one round: expectations of their number and of its square."""
+
+    mean: float
+    mean_square: float
+
+
+ONE_TOKEN = Emitted(1.0, 1.0)  # a pass of plain decoding
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Seconds that are computed with a tree, however the weights are stored and streamed."""
+
+    draft: float  # all levels
+    exact: float  # the verification, or a token of plain decoding
+    prompt: float  # a piece of the prompt, without the head
+    num_prompts: int  # pieces of the prompt; the weights stream once for each
+    head: float  # at one row
+
+
+def emitted_by_depth(
+    acceptance: Acceptance, width: int, deepest: int, kind: str
+) -> tuple[Emitted, ...]:
+    """Of trees 0, 1, ... `deepest` levels deep. A round emits what was accepted and one more."""
+    reached = acceptance.reached(width, deepest, kind)
+    means = accumulate(reached, initial=1.0)
+    squares = accumulate(((2 * n + 1) * p for n, p in enumerate(reached, 1)), initial=1.0)
+    return tuple(Emitted(mean, square) for mean, square in zip(means, squares, strict=True))
+
+
+def rounds_needed(num_tokens: int, emitted: Emitted) -> float:
+    """Expected rounds until `num_tokens` are out: by Wald's identity, the last round's overshoot
+    being that of a renewal process."""
+    overshoot = (emitted.mean_square - emitted.mean) / (2 * emitted.mean)
+    return max(1.0, (num_tokens + overshoot) / emitted.mean)
+
+
+def passes_of(
+    spec: ModelSpec,
+    profile: Profile,
+    width: int,
+    depth: int,
+    verify_width: int,
+    prefill_tokens: int,
+    usage: Usage,
+) -> Passes:
+    """Of a tree (width 0: plain decoding), in the middle of an answer."""
+    live = usage.prompt_tokens + usage.answer_tokens / 2
+    head = seconds_at(profile.exact_head, 1)
+    if width:
+        draft = draft_seconds(spec, profile, width, depth, live)
+        exact = pass_seconds(spec, profile.exact_layer, profile.exact_attention, verify_width, live)
+        exact += seconds_at(profile.exact_head, verify_width)
+    else:
+        draft = 0.0
+        exact = pass_seconds(spec, profile.fast_layer, profile.fast_attention, 1, live) + head
+    rows, before = min(prefill_tokens, usage.prompt_tokens), usage.prompt_tokens / 2
+    prompt = pass_seconds(spec, profile.fast_layer, profile.fast_attention, rows, before)
+    return Passes(draft, exact, prompt, -(-usage.prompt_tokens // prefill_tokens), head)
+
+
+def predict(
+    profile: Profile,
+    candidate: Candidate,
+    passes: Passes,
+    streamed: int,
+    emitted: Emitted,
+    peak: int,
+    usage: Usage,
+) -> Prediction:
+    """One round of `candidate` that streams `streamed` bytes.
+
+    What fits the staging ring crosses the link while the draft runs. Residuals are decoded by the
+    threads that compute, in turn with the products.
+    """
+    learned, coded = profile.learned, candidate.storage.coded_weights
+    decode = coded / profile.decode_rate if coded else 0.0
+    speed = profile.link_rate(candidate.block_bytes)
+    draft, compute = passes.draft * learned.draft, passes.exact + decode
+    # By the draft's own term: what verification was learned to take is compared with that too.
+    ahead = min(candidate.block_bytes * candidate.num_slots, streamed, passes.draft * speed)
+    verify = pipelined(profile, candidate, streamed, (streamed - ahead) / speed, compute)
+    verify = (verify + profile.round_seconds) * (
+        learned.verify if candidate.width else learned.plain
+    )
+    num_tokens = max(1, usage.answer_tokens - 1)  # the first one is the prompt's
+    return Prediction(
+        tokens_per_second=num_tokens / (rounds_needed(num_tokens, emitted) * (draft + verify)),
+        time_to_first_token_seconds=prompt_seconds(profile, candidate, passes, streamed, decode),
+        fast_peak_bytes=peak,
+        tokens_per_round=emitted.mean,
+        draft_seconds=draft,
+        verify_seconds=verify,
+        stream_seconds=streamed / speed,
+        compute_seconds=compute,
+        decode_seconds=decode,
+        streamed_bytes=streamed,
+    )
+
+
+def draft_seconds(
+    spec: ModelSpec, profile: Profile, tree_width: int, depth: int, live: float
+) -> float:
+    """The first level has one row, the root."""
+
+    def level(width: int) -> float:
+        layers = pass_seconds(spec, profile.draft_layer, profile.draft_attention, width, live)
+        return layers + seconds_at(profile.draft_head, width)
+
+    return level(1) + (depth - 1) * level(tree_width)
+
+
+def prompt_seconds(
+    profile: Profile, candidate: Candidate, passes: Passes, streamed: int, decode: float
+) -> float:
+    """Until the first token of a prompt that nothing came before. The first time that the weights
+    stream they are checked."""
+    one = passes.prompt + decode
+    checked = streamed / profile.digest_rate if profile.digest_rate else 0.0
+    link = streamed / profile.link_rate(candidate.block_bytes)
+    seconds = pipelined(profile, candidate, streamed, link, one + checked)
+    seconds += (passes.num_prompts - 1) * pipelined(profile, candidate, streamed, link, one)
+    return (seconds + passes.head) * profile.learned.prompt
+
+
+def pass_seconds(
+    spec: ModelSpec,
+    layer: tuple[Timing, ...],
+    attention: tuple[Timing, ...],
+    width: int,
+    live: float,
+) -> float:
+    """All layers at `width` rows with `live` tokens in the cache."""
+    more = (live - LIVE_TOKENS) / MORE_TOKENS * seconds_at(attention, width)
+    return spec.num_layers * max(0.0, seconds_at(layer, width) + more)
+
+
+def pipelined(
+    profile: Profile, candidate: Candidate, streamed: int, link: float, compute: float
+) -> float:
+    """Both lanes at once, and at the ends one block of the shorter alone. Blocks are not rounded
+    up: then a byte less to stream could cost a whole block's time."""
+    blocks = max(1.0, streamed / max(1, candidate.block_bytes))
+    return both_at_once(profile, link, compute) + min(link, compute) / blocks
+
+
+def both_at_once(profile: Profile, link: float, compute: float) -> float:
+    """Each lane slows the other until the shorter has ended; the longer has its full speed then."""
+    slow_link, slow_compute = link / profile.busy_link, compute / profile.busy_compute
+    if slow_link >= slow_compute:
+        return link + slow_compute * (1 - profile.busy_link)
+    return compute + slow_link * (1 - profile.busy_compute)
+
+
+def usage_within(context: int, usage: Usage) -> Usage:
+    """The usage as far as `context` tokens allow it."""
+    prompt = min(usage.prompt_tokens, context // 2)
+    return Usage(prompt, min(usage.answer_tokens, context - prompt), usage.kind)
+
+
+Emissions = dict[int, Sequence[Emitted]]  # by tree width, then by depth
+
+
+def emissions(
+    acceptance: Acceptance, widths: Sequence[int], deepest: int, kind: str = ""
+) -> Emissions:
+    """For all trees that a search may try, worked out once. Width 0 is plain decoding."""
+    found: Emissions = {0: (ONE_TOKEN,)}
+    for width in widths:
+        found[width] = emitted_by_depth(acceptance, width, deepest, kind)
+    return found

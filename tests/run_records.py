@@ -1,0 +1,69 @@
+"""A plan and the records of its runs, made by hand; no torch, no weights."""
+
+from dataclasses import replace
+from typing import Any
+
+from subspec.artifacts.acceptance import Acceptance, Curve
+from subspec.artifacts.plan import Placement, Plan, Prediction, Tree
+from subspec.artifacts.runs import Run, plan_digest
+
+MACHINE = "cpu: a toy, 2 cpus"
+PLACEMENT = Placement((), (), 4096, 2, {"staging": 8192})
+SAID = Prediction(
+    tokens_per_second=20.0,
+    time_to_first_token_seconds=0.5,
+    fast_peak_bytes=8_000_000,
+    tokens_per_round=2.5,
+    draft_seconds=0.05,
+    verify_seconds=0.075,
+    stream_seconds=0.05,
+    compute_seconds=0.02,
+    decode_seconds=0.0,
+    streamed_bytes=5_000_000,  # 100 MB a second
+)
+PLAN = Plan(
+    device="cpu",
+    machine=MACHINE,
+    budget_bytes=9_000_000,
+    context=256,
+    method="substitute",
+    tree=Tree(2, 3),
+    verify_width=8,
+    num_threads=1,
+    int4_kernel="aten",
+    prefill_tokens=64,
+    substitute=PLACEMENT,
+    plain=PLACEMENT,
+    residuals=(),
+    predicted={"substitute": SAID, "plain": replace(SAID, tokens_per_second=8.0)},
+    acceptance=Acceptance((Curve(2, "code", (980, 784, 588), (784, 588, 294)),), measured=True),
+)
+RUN = Run(
+    time="2026-11-20T16:45:00Z",
+    plan=plan_digest(PLAN),
+    machine=MACHINE,
+    method="substitute",
+    padded=True,
+    link_bandwidth=None,
+    greedy=True,
+    prompt_tokens=24,
+    reused_tokens=0,
+    generated_tokens=11,
+    first_of_session=False,
+    tried=(4, 3, 2),
+    accepted=(1, 1, 0, 2),
+    draft_seconds=0.25,
+    verify_seconds=0.375,
+    stream_wait_seconds=0.125,
+    first_token_seconds=0.5,
+    streamed_bytes=20_000_000,
+    fast_peak_bytes=7_500_000,
+    predicted_tokens_per_second=20.0,
+    predicted_first_token_seconds=0.5,
+    predicted_peak_bytes=8_000_000,
+)
+
+
+def make_run(**changes: Any) -> Run:
+    """4 rounds, 16 tokens/s."""
+    return replace(RUN, **changes)

@@ -1,0 +1,315 @@
+"""A rehearsal: its trees are accepted as real ones are, its rounds are timed as they are."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from builders import PROFILE, build_artifact, random_checkpoint, replan
+from transformers import Qwen2Config
+
+from subspec.artifacts.acceptance import Acceptance
+from subspec.artifacts.checks import check_plan
+from subspec.artifacts.plan import Method, Prediction, Usage
+from subspec.artifacts.store import Artifact
+from subspec.planner import rehearse as module
+from subspec.planner.calibration import Sample, shipped_samples
+from subspec.planner.hub import DEMO
+from subspec.planner.outlook import foretell
+from subspec.planner.rehearse import (
+    DEEPEST,
+    WIDTHS,
+    Counts,
+    Played,
+    Rehearsal,
+    Setting,
+    judge,
+    play,
+    rehearse,
+    replay,
+)
+from subspec.planner.search import make_tree
+from subspec.planner.storage import Storage
+from subspec.runtime.decode import draft_pass, exact_choices
+from subspec.runtime.draft import grow
+from subspec.runtime.sampling import Sampling
+from subspec.runtime.session import Session
+from subspec.runtime.verify import accept
+
+LONG = float("inf")  # until when there is time
+CODE = [
+    Sample("code", "def read(path):\n    "),
+    Sample("code", "import json\n\n\nclass Config:\n"),
+]
+PROSE = [Sample("prose", "The first house on the left was built in")]
+PROMPT = list(range(10, 50))
+SAID = Prediction(50.0, 0.1, 9_000_000, 2.0, 0.01, 0.02, 0.01, 0.01, 0.0, 4_000_000)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Two that wait for each other take minutes on a busy machine."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """Under a plan whose verification has room for any tree of 5 levels."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("demo") / "artifact"
+    return build_artifact(DEMO, folder, width=3, depth=5, verify_width=48, resident_share=0.8)
+
+
+def said(method: Method, usage: Usage) -> Prediction:
+    return SAID
+
+
+def rehearsed(artifact: Artifact, samples: Sequence[Sample]) -> Rehearsal:
+    return rehearse(artifact, artifact.plan, said, samples, Setting(), lambda *_: None)
+
+
+def played(session: Session, prompt: list[int], num_tokens: int = 40) -> Played:
+    return play(session, prompt, num_tokens, said, LONG)
+
+
+def run(session: Session, prompt: list[int], num_tokens: int) -> list[int]:
+    return [t for some in session.generate(prompt, num_tokens, Sampling()) for t in some]
+
+
+# Trees over a known answer
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_tree_is_judged_as_the_exact_weights_accept_it(width: int, demo: Artifact) -> None:
+    """The same tree, grown, verified and accepted by what decoding does, from every place."""
+    depth, found = 5, list[tuple[int, int]]()
+    with Session(demo) as session, torch.inference_mode():
+        known, model = played(session, PROMPT).tokens, session.model
+        for start in range(len(known) - depth - 2, len(PROMPT) - 1, -1):
+            model.cache.roll_back(start)
+            root = torch.tensor([known[start]])
+            tree = grow(root, make_tree(width, depth), demo.plan.verify_width, draft_pass(model))
+            emitted = accept(tree, exact_choices(model, tree, Sampling()), depth).emitted()
+            assert emitted == [*known[start + 1 : start + 1 + len(emitted)]]
+            judged = judge(session, known[start : start + depth + 1], width)
+            assert judged == (len(emitted) - 1, min(len(emitted), depth))
+            found.append(judged)
+    assert len(set(found)) > 1, "trees of one kind prove little"
+
+
+def test_rounds_of_the_plan_are_judged_as_they_went(demo: Artifact) -> None:
+    depth = demo.plan.tree.depth
+    with Session(demo) as session, torch.inference_mode():
+        answer = played(session, PROMPT, 80)
+        accepted = session.stats.accepted
+        assert len(answer.starts) == len(accepted) > 12
+        for start, number in reversed(list(zip(answer.starts, accepted, strict=True))):
+            session.model.cache.roll_back(start)
+            judged = judge(session, answer.tokens[start : start + depth + 1], 3)
+            assert judged[0] == number
+
+
+def test_what_follows_the_end_of_the_answer_is_not_tried(demo: Artifact) -> None:
+    with Session(demo) as session, torch.inference_mode():
+        known = played(session, PROMPT).tokens
+        for start in range(len(known) - 1, len(PROMPT), -1):
+            session.model.cache.roll_back(start)
+            accepted, tried = judge(session, known[start:], 3)
+            assert accepted <= tried <= min(accepted + 1, len(known) - 1 - start)
+            if start == len(known) - 1:
+                assert (accepted, tried) == (0, 0)
+
+
+def test_a_tree_is_no_deeper_than_the_cache_has_room_for(demo: Artifact) -> None:
+    """The last slot belongs to padding; a level of trees 3 wide needs three more."""
+    with Session(replan(demo, width=1, depth=7, context=55)) as session, torch.inference_mode():
+        cache = session.model.cache
+        assert cache.padding_slot == 63
+        cache.commit([5] * 60)
+        known = [5] * 10
+        assert judge(session, known, 3) == (0, 0)
+        assert 1 <= judge(session, known, 1)[1] <= 2
+        cache.roll_back(59)
+        assert judge(session, known, 3)[1] == 1
+        assert judge(session, known, 8) == (0, 0)
+
+
+def test_a_session_goes_on_after_its_trees_were_replayed(demo: Artifact) -> None:
+    with Session(demo) as session:
+        expected = run(session, PROMPT, 40)
+    counts: dict[tuple[int, str], Counts] = {}
+    with Session(demo) as session, torch.inference_mode():
+        for _ in range(2):
+            answer = played(session, PROMPT)
+            assert list(answer.tokens[len(PROMPT) :])[:40] == expected
+            replay(session, answer, "code", counts, LONG)
+        once = {key: counts[key].tried[0] // 2 for key in counts}
+        assert once == {(width, "code"): len(answer.starts) for width in WIDTHS}
+    with Session(demo) as session, torch.inference_mode():
+        replay(session, played(session, PROMPT), "code", counts, LONG)
+        assert run(session, PROMPT, 40) == expected
+
+
+# Counts
+
+
+def test_counts_of_a_tree_end_with_the_first_level_that_failed() -> None:
+    counts = Counts()
+    for judged in ((3, 4), (0, 1), (2, 2), (0, 0)):
+        counts.add(*judged)
+    curve = counts.curve(3, "code")
+    assert (curve.tried, curve.accepted) == ((3, 2, 1, 1), (2, 2, 1, 0))
+    assert Counts().curve(1, "").tried == ()
+
+
+@pytest.fixture(scope="module")
+def both(demo: Artifact) -> Rehearsal:
+    torch.set_num_threads(1)
+    return rehearsed(demo, [*CODE, *PROSE])
+
+
+def measured(rehearsal: Rehearsal) -> Acceptance:
+    assert rehearsal.acceptance is not None and rehearsal.acceptance.measured
+    return rehearsal.acceptance
+
+
+def test_no_level_is_tried_more_often_than_the_one_above_it_was_accepted(
+    demo: Artifact, both: Rehearsal
+) -> None:
+    curves = measured(both).curves
+    assert [(c.width, c.kind) for c in curves] == [
+        (width, kind) for width in WIDTHS for kind in ("code", "prose")
+    ]
+    for curve in curves:
+        assert 1 <= len(curve.tried) == len(curve.accepted) <= DEEPEST
+        assert all(a <= t for a, t in zip(curve.accepted, curve.tried, strict=True))
+        assert all(t <= a for t, a in zip(curve.tried[1:], curve.accepted, strict=False))
+    check_plan(demo.spec, demo.stored_parts(), replace(demo.plan, acceptance=measured(both)))
+
+
+def test_kinds_are_kept_apart(demo: Artifact, both: Rehearsal) -> None:
+    for kind, samples in (("code", CODE), ("prose", PROSE)):
+        alone = measured(rehearsed(demo, samples)).curves
+        assert alone == tuple(c for c in measured(both).curves if c.kind == kind)
+
+
+def test_the_draft_of_the_demo_is_mostly_accepted_and_more_so_if_it_is_wider(
+    both: Rehearsal,
+) -> None:
+    found = measured(both)
+    tokens = [found.tokens(width, 8) for width in WIDTHS]
+    assert 2.5 < tokens[0] < tokens[1] < tokens[2] < 9
+
+
+def test_the_draft_of_random_weights_is_seldom_accepted(tmp_path: Path) -> None:
+    config = Qwen2Config(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, vocab_size=2048, tie_word_embeddings=False, eos_token_id=2,
+    )  # fmt: skip
+    source = random_checkpoint(tmp_path / "checkpoint", config)
+    artifact = build_artifact(source, tmp_path / "artifact", resident_share=1.0)
+    assert measured(rehearsed(artifact, CODE)).reached(1, 1)[0] < 0.9
+
+
+# What can come in the way
+
+
+def test_an_answer_that_ends_at_once_teaches_nothing(demo: Artifact) -> None:
+    with Session(demo) as session:
+        [first] = run(session, [*range(5, 25)], 1)
+    brief = replace(demo, spec=replace(demo.spec, eos_token_ids=(first,)))
+    with Session(brief) as session, torch.inference_mode():
+        answer = played(session, [*range(5, 25)])
+        assert answer.tokens == (*range(5, 25), first) and answer.starts == ()
+        counts: dict[tuple[int, str], Counts] = {}
+        replay(session, answer, "code", counts, LONG)
+        assert counts == {}
+    assert all(timed.actual == () for timed in (*answer.rounds.draft, *answer.rounds.verify))
+
+
+@pytest.mark.parametrize("context", [16, 40])
+def test_a_context_that_ends_the_answers_early_is_enough(context: int, demo: Artifact) -> None:
+    small = replan(demo, width=3, depth=5, context=context)
+    for curve in measured(rehearsed(small, CODE)).curves:
+        assert len(curve.tried) < context - context // 2
+
+
+def test_a_slow_machine_is_asked_for_one_round_only(
+    demo: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "DRAFT_SECONDS", 0.0)
+    monkeypatch.setattr(module, "PLAIN_SECONDS", 0.0)
+    found = rehearsed(demo, [*CODE, *PROSE])
+    assert measured(found).kinds == ("code",)
+    assert all(curve.tried[0] == 1 for curve in measured(found).curves)
+    assert [len(timed.actual) for timed in found.rounds.verify] == [0]
+
+
+def test_a_plan_without_a_draft_is_timed_and_nothing_is_judged(demo: Artifact) -> None:
+    plain = replace(demo, plan=replace(demo.plan, method="plain", substitute=None))
+    found = rehearsed(plain, CODE)
+    assert found.acceptance is None
+    assert found.rounds.draft == found.rounds.verify == ()
+    [timed] = found.rounds.plain
+    assert len(timed.actual) == module.PLAIN_TOKENS - 2  # less the prompt's and a round that warms
+
+
+# Times
+
+
+def test_every_round_but_an_answers_first_is_timed(demo: Artifact) -> None:
+    asked = list[tuple[Method, Usage]]()
+
+    def ask(method: Method, usage: Usage) -> Prediction:
+        asked.append((method, usage))
+        return replace(SAID, verify_seconds=0.001 * usage.prompt_tokens)
+
+    with Session(demo) as session, torch.inference_mode():
+        first, second = (play(session, PROMPT[:n], 20, ask, LONG) for n in (30, 10))
+        stats = session.stats
+    assert [(method, usage.prompt_tokens) for method, usage in asked] == [
+        ("substitute", 30), ("substitute", 10),
+    ]  # fmt: skip
+    assert all(20 <= usage.answer_tokens <= 25 for _, usage in asked)
+    [draft], [verify] = second.rounds.draft, second.rounds.verify
+    assert (draft.predicted, verify.predicted) == (SAID.draft_seconds, 0.01)
+    assert len(draft.actual) == len(verify.actual) == len(second.starts) - 1
+    assert min(*draft.actual, *verify.actual) > 0
+    assert sum(verify.actual) < stats.verify_seconds
+    # The first answer of a session waits for digests, which no run of a user does twice.
+    assert first.rounds.prompt == ()
+    assert [timed.actual for timed in second.rounds.prompt] == [
+        (stats.time_to_first_token_seconds,)
+    ]
+
+
+def test_a_slower_link_is_rehearsed_at_its_speed(demo: Artifact) -> None:
+    streams = replan(demo, width=3, depth=5, resident_share=0.0)
+    storage = Storage(tuple(demo.stored_parts()))
+
+    def promised(method: Method, usage: Usage) -> Prediction:
+        return foretell(demo.spec, PROFILE, streams.plan, storage, method, usage)
+
+    found = rehearse(
+        streams, streams.plan, promised, CODE[:1], Setting(link_bandwidth=100e6), lambda *_: None
+    )
+    [timed] = found.rounds.plain
+    assert timed.predicted > 0
+    assert min(timed.actual) > 0.8 * storage.num_bytes / 100e6
+
+
+def test_the_shipped_prompts_take_turns_until_time_is_up(
+    demo: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "DRAFT_SECONDS", 4.0)
+    monkeypatch.setattr(module, "NUM_TOKENS", 4)
+    monkeypatch.setattr(module, "WIDTHS", (1,))
+    stages = list[tuple[str, float]]()
+    found = rehearse(
+        demo, demo.plan, said, shipped_samples(), Setting(), lambda *s: stages.append(s)
+    )
+    assert {name for name, _ in stages} == {"rehearsing the plan"}
+    shares = [share for _, share in stages]
+    assert shares == sorted(shares) and (shares[0], shares[-1]) == (0.0, 1.0)
+    assert set(measured(found).kinds) <= {sample.kind for sample in shipped_samples()}
