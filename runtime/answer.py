@@ -7,13 +7,15 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from subspec.artifacts.command import leave, printable, say
 from subspec.artifacts.errors import Exit
+from subspec.artifacts.runs import Run, append_run, plan_digest
 from subspec.artifacts.sizes import short_size
 from subspec.runtime.sampling import Sampling
-from subspec.runtime.session import Session
+from subspec.runtime.session import Session, machine_name
 from subspec.runtime.text import Printer, Text
 
 if TYPE_CHECKING:
@@ -69,7 +71,7 @@ def generate(
             sys.stdout.write(printable(fresh))
             sys.stdout.flush()
 
-    with first_interrupt_noted() as interrupted:
+    with recorded(session, options), first_interrupt_noted() as interrupted:
         for emitted in session.generate(ids, options.max_tokens, sampling, eos):
             before = printer.num_tokens
             show(printer.feed(emitted))
@@ -109,6 +111,55 @@ def first_interrupt_noted() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
+@contextmanager
+def recorded(session: Session, options: "Options") -> Iterator[None]:
+    """The answer that is made inside the block joins the artifact's run records, also if it was
+    interrupted; not if no round was decoded."""
+    before = session.stats
+    try:
+        yield
+    finally:
+        stats = session.stats
+        if stats is not before and stats.accepted and not options.no_record:
+            append_run(session.artifact.path, run_of(session, options))
+
+
+def run_of(session: Session, options: "Options") -> Run:
+    stats, plan = session.stats, session.plan
+    said = plan.predicted.get(session.method)
+    # What was drafted behind the end of the text says nothing about it. A second Ctrl-C may have
+    # come between the two lists.
+    rounds = [(min(pair), pair[1]) for pair in zip(stats.accepted, stats.judged, strict=False)]
+    levels = range(1, plan.tree.depth + 1) if session.method == "substitute" else ()
+    return Run(
+        time=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        plan=plan_digest(plan),
+        machine=machine_name(session.device),
+        method=session.method,
+        padded=session.padded,
+        link_bandwidth=options.link_bandwidth,
+        greedy=options.temperature == 0,
+        prompt_tokens=stats.prompt_tokens,
+        reused_tokens=stats.reused_tokens,
+        generated_tokens=stats.generated_tokens,
+        first_of_session=stats.first_of_session,
+        tried=tuple(
+            sum(accepted >= level - 1 and judged >= level for accepted, judged in rounds)
+            for level in levels
+        ),
+        accepted=tuple(histogram([accepted for accepted, _ in rounds])),
+        draft_seconds=stats.draft_seconds,
+        verify_seconds=stats.verify_seconds,
+        stream_wait_seconds=stats.stream_wait_seconds,
+        first_token_seconds=stats.time_to_first_token_seconds,
+        streamed_bytes=stats.streamed_bytes,
+        fast_peak_bytes=session.peak.peak_bytes,
+        predicted_tokens_per_second=session.predicted_tokens_per_second,
+        predicted_first_token_seconds=said.time_to_first_token_seconds if said else None,
+        predicted_peak_bytes=said.fast_peak_bytes if said else None,
+    )
+
+
 def cut_off(answer: Answer, session: Session, options: "Options") -> str:
     """Why the answer is shorter than the model wanted; empty if it is not."""
     if answer.finish_reason != "length":
@@ -121,7 +172,6 @@ def cut_off(answer: Answer, session: Session, options: "Options") -> str:
 def stats_json(session: Session) -> dict[str, Any]:
     stats = session.stats
     rounds = len(stats.accepted)
-    histogram = [stats.accepted.count(n) for n in range(max(stats.accepted, default=0) + 1)]
     return {
         "prompt_tokens": stats.prompt_tokens,
         "reused_tokens": stats.reused_tokens,
@@ -130,7 +180,7 @@ def stats_json(session: Session) -> dict[str, Any]:
         "time_to_first_token_seconds": stats.time_to_first_token_seconds,
         "rounds": rounds,
         "mean_accepted_per_round": sum(stats.accepted) / rounds if rounds else 0.0,
-        "accepted_histogram": histogram,
+        "accepted_histogram": histogram(stats.accepted),
         "draft_seconds": stats.draft_seconds,
         "verify_seconds": stats.verify_seconds,
         "stream_wait_seconds": stats.stream_wait_seconds,
@@ -140,6 +190,11 @@ def stats_json(session: Session) -> dict[str, Any]:
         "process_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "predicted_tokens_per_second": session.predicted_tokens_per_second,
     }
+
+
+def histogram(accepted: list[int]) -> list[int]:
+    """At index n: rounds that accepted n."""
+    return [accepted.count(n) for n in range(max(accepted, default=0) + 1)]
 
 
 def stats_line(session: Session) -> str:

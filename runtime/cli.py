@@ -47,16 +47,22 @@ class Options:
     no_speculation: bool = False
     unpadded: bool = False
     vram: int | None = None
+    no_replan: bool = False
     device: str | None = None
     link_bandwidth: int | None = None
     as_json: bool = False
     check: bool = False
     full: bool = False
+    stats: bool = False
+    no_record: bool = False
 
 
 # Of two flags the first needs the second, or excludes it.
 NEEDS = (("full", "check"), ("unpadded", "no_speculation"))
-EXCLUDES = (("as_json", "chat"), ("raw", "chat"), ("raw", "system"))
+EXCLUDES = (
+    ("as_json", "chat"), ("raw", "chat"), ("raw", "system"), ("vram", "no_replan"),
+    ("stats", "prompt"), ("stats", "chat"), ("stats", "check"),
+)  # fmt: skip
 
 
 def option(name: str, help: str, **settings: Any) -> Callable[[Command], Command]:
@@ -105,11 +111,14 @@ def device_option(
 @option("--no-speculation", "The plain twin: the same tokens without a draft.", is_flag=True)
 @option("--unpadded", "With --no-speculation: plain decoding at its fastest.", is_flag=True)
 @option("--vram", "Plan anew if the plan takes more.", callback=size_option, metavar="SIZE")
-@option("--device", "One GPU of several, such as cuda:1.", callback=device_option, metavar="DEVICE")
+@option("--no-replan", "Obey the plan as it is, whatever the machine.", is_flag=True)
+@option("--device", "cpu, or one GPU such as cuda:1.", callback=device_option, metavar="DEVICE")
 @option("--link-bandwidth", "Slow the link to SIZE a second.", callback=size_option, metavar="SIZE")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 @option("--check", "Check the artifact's structure and stop.", is_flag=True)
 @option("--full", "With --check: every byte against its digest.", is_flag=True)
+@option("--stats", "What the answers so far say about the plan.", is_flag=True)
+@option("--no-record", "Leave the answers out of the run records.", is_flag=True)
 @click.version_option(package_name="subspec")
 @reported
 def main(**given: Any) -> None:
@@ -123,8 +132,14 @@ def main(**given: Any) -> None:
     if options.check:
         check(options)
         return
-    artifact = open_checked(options)
+    if options.stats:
+        from subspec.runtime.history import report
+
+        report(open_folder(options.artifact), options.as_json)
+        return
+    artifact = open_folder(options.artifact)
     prompt = read_prompt(options)
+    artifact = planned_for_here(artifact, options)
     from subspec.runtime.text import load_text
 
     text = load_text(artifact.path / "tokenizer")
@@ -160,7 +175,8 @@ def check_options(options: Options) -> None:
 
 
 def spelled(field: str) -> str:
-    return "--json" if field == "as_json" else "--" + field.replace("_", "-")
+    names = {"as_json": "--json", "prompt": "a PROMPT"}
+    return names.get(field, "--" + field.replace("_", "-"))
 
 
 def check(options: Options) -> None:
@@ -193,18 +209,22 @@ def open_folder(path: Path) -> "Artifact":
     )
 
 
-def open_checked(options: Options) -> "Artifact":
-    artifact = open_folder(options.artifact)
-    budget = artifact.plan.budget_bytes
-    if options.vram is None or options.vram >= budget:
+def planned_for_here(artifact: "Artifact", options: Options) -> "Artifact":
+    """Under its own plan, or under one that this machine can obey."""
+    if options.no_replan:
         return artifact
-    from subspec.runtime.replan import planned_anew
+    from subspec.runtime.replan import fitted
 
-    artifact = planned_anew(artifact, options.vram, options.device, options.link_bandwidth)
-    say(
-        f"note: planned for {format_size(budget)}, planned anew for {format_size(options.vram)}; "
-        f"to keep that: subspec-plan --from {artifact.path} --vram {options.vram}B"
+    artifact, note = fitted(
+        artifact,
+        "plain" if options.no_speculation else None,
+        options.vram,
+        options.device,
+        options.link_bandwidth,
+        progress_line() if sys.stderr.isatty() else lambda *_: None,  # elsewhere one line is all
     )
+    if note:
+        say(f"note: {note}")
     return artifact
 
 

@@ -1,18 +1,26 @@
 """One answer: its text, its figures, its JSON, and what Ctrl-C does to it."""
 
+import io
 import json
 import signal
+import sys
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from run_records import PLAN
 from running import QUESTION, demo_artifact, run
 
-from subspec.runtime.answer import generate
+from subspec.artifacts.plan import Tree
+from subspec.artifacts.runs import RUNS, plan_digest, read_runs
+from subspec.artifacts.store import open_artifact
+from subspec.runtime.answer import generate, run_of
 from subspec.runtime.cli import Options
-from subspec.runtime.session import Stats
+from subspec.runtime.session import Session, Stats
 from subspec.runtime.text import load_text
 
 STATS = {
@@ -40,8 +48,7 @@ def test_the_answer_is_on_stdout_and_its_figures_on_stderr(artifact: Path, capsy
     ended = run(capsys, artifact, QUESTION, "--max-tokens", 6)
     assert ended.exit_code == 0
     assert ended.out.startswith("def ") and ended.out.endswith("\n")
-    note, line = ended.err.splitlines()
-    assert note.startswith("note: planned on (a test machine), running on (cpu: ")
+    [line] = ended.err.splitlines()
     assert line.startswith("prompt 24 tokens, first token after ")
     for part in ("6 tokens at ", "(predicted 50.0)", "accepted ", "streamed ", "peak "):
         assert part in line
@@ -94,6 +101,113 @@ def test_an_answer_ends_at_its_end_token_or_before_a_stop_string(
     assert cut["text"] == whole["text"].partition("self")[0]
     assert cut["token_ids"] == whole["token_ids"][: len(cut["token_ids"])]
     assert "cut off" not in ended.err
+
+
+# Run records
+
+
+@pytest.fixture
+def unrecorded(artifact: Path) -> Path:
+    """The artifact, its records forgotten."""
+    (artifact / RUNS).unlink(missing_ok=True)
+    return artifact
+
+
+def test_an_answer_is_recorded_with_its_figures(unrecorded: Path, capsys: Capture) -> None:
+    words = ("--max-tokens", 20, "--json", "--link-bandwidth", "900MB", "--temperature", 0.5)
+    stats = json.loads(run(capsys, unrecorded, QUESTION, *words).out)["stats"]
+    [found] = read_runs(unrecorded)
+    plan = open_artifact(unrecorded).plan
+    assert found.plan == plan_digest(plan) and found.machine.startswith("cpu: ")
+    assert (found.method, found.padded, found.greedy) == ("substitute", True, False)
+    assert found.link_bandwidth == 900_000_000 and found.first_of_session
+    assert found.rounds == stats["rounds"] and len(found.tried) == plan.tree.depth
+    for name in ("prompt_tokens", "reused_tokens", "generated_tokens", "draft_seconds",
+                 "verify_seconds", "stream_wait_seconds", "streamed_bytes", "fast_peak_bytes",
+                 "predicted_tokens_per_second"):  # fmt: skip
+        assert getattr(found, name) == stats[name]
+    assert found.first_token_seconds == stats["time_to_first_token_seconds"]
+    assert found.tokens_per_second == pytest.approx(stats["decode_tokens_per_second"])
+    said = plan.predicted["substitute"]
+    assert found.predicted_first_token_seconds == said.time_to_first_token_seconds
+    assert found.predicted_peak_bytes == said.fast_peak_bytes
+    texts = {name for name, value in asdict(found).items() if isinstance(value, str)}
+    assert texts == {"time", "plan", "machine", "method"}  # none of the prompt, none of the answer
+
+
+def test_plain_decoding_is_recorded_without_levels(unrecorded: Path, capsys: Capture) -> None:
+    for flags in (("--no-speculation",), ("--no-speculation", "--unpadded")):
+        run(capsys, unrecorded, QUESTION, "--max-tokens", 4, *flags)
+    twin, plain = read_runs(unrecorded)
+    assert (twin.padded, plain.padded) == (True, False)
+    for found in (twin, plain):
+        assert (found.method, found.tried, found.accepted) == ("plain", (), (3,))
+    assert (twin.predicted_tokens_per_second, plain.predicted_tokens_per_second) == (None, 50.0)
+
+
+def test_no_record_and_an_answer_of_one_token_leave_none(unrecorded: Path, capsys: Capture) -> None:
+    run(capsys, unrecorded, QUESTION, "--max-tokens", 4, "--no-record")
+    run(capsys, unrecorded, QUESTION, "--max-tokens", 1)
+    assert read_runs(unrecorded) == () and not (unrecorded / RUNS).exists()
+
+
+def test_each_turn_of_a_chat_is_recorded_but_not_one_that_does_not_fit(
+    unrecorded: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns = f"{QUESTION}\n{'word ' * 300}\nand for floats\n".encode()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(turns), encoding="utf-8"))
+    assert run(capsys, unrecorded, "--chat", "--max-tokens", 6).exit_code == 0
+    first, second = read_runs(unrecorded)
+    assert first.first_of_session and not second.first_of_session
+    assert first.reused_tokens == 0 < second.reused_tokens
+
+
+def test_an_answer_is_recorded_up_to_where_it_was_interrupted(unrecorded: Path) -> None:
+    artifact, text = open_artifact(unrecorded), load_text(unrecorded / "tokenizer")
+    options = Options(unrecorded, stop=("never",))
+    with Session(artifact) as session:
+        decode, rounds = session.generate, 0
+
+        def pressed(*given: Any) -> Iterator[list[int]]:
+            nonlocal rounds
+            for emitted in decode(*given):
+                yield emitted
+                rounds += 1
+                if rounds == 3:
+                    signal.raise_signal(signal.SIGINT)
+                    signal.raise_signal(signal.SIGINT)
+
+        session.generate = pressed  # type: ignore[method-assign]
+        with pytest.raises(KeyboardInterrupt):
+            generate(session, text, options, [5] * 20, echo=False)
+    [found] = read_runs(unrecorded)
+    assert found.rounds == 2 and found.generated_tokens > 2
+
+
+def test_levels_count_as_far_as_the_text_goes() -> None:
+    """Three rounds of a tree of 4 levels: all accepted; one of four; the end of the text at the
+    second level, behind which two more were accepted."""
+    stats = Stats("substitute", accepted=[4, 1, 4], judged=[4, 4, 2])
+    found = run_of(recorded_session(stats), Options(Path()))
+    assert found.tried == (3, 3, 1, 1)
+    assert found.accepted == (0, 1, 1, 0, 1)
+    assert found.accepted_by_level == (3, 2, 1, 1)
+
+
+def recorded_session(stats: Stats) -> Any:
+    """What a record is made of, beside the figures of the answer."""
+    return SimpleNamespace(
+        stats=stats,
+        plan=replace(PLAN, tree=Tree(2, 4)),
+        method=stats.method,
+        padded=True,
+        device=torch.device("cpu"),
+        peak=SimpleNamespace(peak_bytes=1),
+        predicted_tokens_per_second=None,
+    )
+
+
+# Text and signals
 
 
 def fake_session(ids: list[int], after: Any = lambda: None) -> Any:
