@@ -5,12 +5,14 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import stat
 import subprocess
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch  # noqa: F401  loads libgomp.so.1, which the libraries then share with it
@@ -19,6 +21,7 @@ import torch  # noqa: F401  loads libgomp.so.1, which the libraries then share w
 # which multiplications and additions a compiler finds side by side.
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC")
 LONGEST_BUILD_SECONDS = 120
+LOCAL_INCLUDE = re.compile(rb'^[ \t]*#[ \t]*include[ \t]*"([^"\n]+)"', re.MULTILINE)
 
 Declare = Callable[[ctypes.CDLL], None]
 
@@ -37,6 +40,12 @@ def loaded(source: Path, declare: Declare) -> ctypes.CDLL:
     return found
 
 
+def build_ahead(sources: Iterable[Path]) -> None:
+    """Starts to build, each in a thread, what is not there yet; who needs it waits for the rest."""
+    for source in sources:
+        threading.Thread(target=_found, args=(source,), name="subspec-build", daemon=True).start()
+
+
 @functools.cache
 def library(source: Path, declare: Declare) -> ctypes.CDLL | str:
     """The library, once `declare` has given its functions their types, or why there is none."""
@@ -47,6 +56,16 @@ def library(source: Path, declare: Declare) -> ctypes.CDLL | str:
 
 
 def _found(source: Path) -> ctypes.CDLL | str:
+    with _lock(source):
+        return _built(source)
+
+
+@functools.cache
+def _lock(source: Path) -> threading.Lock:
+    return threading.Lock()
+
+
+def _built(source: Path) -> ctypes.CDLL | str:
     command = shlex.split(os.environ.get("CXX", "")) or ["g++"]
     compiler = shutil.which(command[0])
     if compiler is None:
@@ -55,7 +74,8 @@ def _found(source: Path) -> ctypes.CDLL | str:
     try:
         version = _output([*command, "--version"])
         key = "\0".join((*command, version, *FLAGS, platform.machine(), _processor()))
-        digest = hashlib.sha256(key.encode() + source.read_bytes()).hexdigest()
+        text = b"\0".join(_texts(source))
+        digest = hashlib.sha256(key.encode() + text).hexdigest()
         folder = _cache_folder()
         if folder is not None:
             return _opened(command, source, folder / f"{source.stem}-{digest[:32]}.so")
@@ -69,6 +89,18 @@ def _found(source: Path) -> ctypes.CDLL | str:
         return f"{command[0]} took longer than {error.timeout:.0f} seconds"
     except OSError as error:
         return f"{source.name} could not be built or loaded: {error}"
+
+
+def _texts(source: Path) -> list[bytes]:
+    """The bytes of `source` and of every file that it includes in quotes, directly or not."""
+    paths, texts = [source], list[bytes]()
+    for path in paths:  # grows
+        texts.append(path.read_bytes())
+        for name in LOCAL_INCLUDE.findall(texts[-1]):
+            included = (path.parent / os.fsdecode(name)).resolve()
+            if included not in paths:
+                paths.append(included)
+    return texts
 
 
 def _opened(command: list[str], source: Path, target: Path) -> ctypes.CDLL:

@@ -81,6 +81,29 @@ def test_it_is_built_once_into_a_private_folder(
     assert len((fresh / "builds").read_text()) == 2 and len([*folder.iterdir()]) == 2
 
 
+def test_a_change_in_what_a_source_includes_is_another_library(
+    fresh: Path, built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", fake_compiler(fresh, f'cp {built} "$last"'))
+    source, header, deeper = (fresh / name for name in ("a.cpp", "b.hpp", "c.hpp"))
+    source.write_text('#include <algorithm>\n  # include "b.hpp"  // and that c\n')
+    header.write_text('#pragma once\n#include "c.hpp"\n')
+    deeper.write_text('#include "b.hpp"\n')  # a circle ends too
+
+    def builds() -> int:
+        cpp.library.cache_clear()
+        assert cpp.unavailable(source, lambda library: None) is None
+        return len((fresh / "builds").read_text())
+
+    assert builds() == builds() == 1
+    deeper.write_text('#include "b.hpp"\nconstexpr int ROWS = 16;\n')
+    assert builds() == builds() == 2
+    header.unlink()
+    cpp.library.cache_clear()
+    reason = cpp.unavailable(source, lambda library: None)
+    assert reason is not None and "b.hpp" in reason
+
+
 def test_several_builds_at_once_do_not_disturb_each_other(
     fresh: Path, built: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
