@@ -23,12 +23,12 @@ from speed import Run, run_all
 
 from subspec.artifacts import compiled, residual
 from subspec.artifacts.command import reported
-from subspec.artifacts.plan import Acceptance
+from subspec.artifacts.plan import Acceptance, Wishes
 from subspec.artifacts.sizes import parse_size, short_size, weights_rate
 from subspec.artifacts.store import Artifact, open_artifact
 from subspec.planner.profiles import with_link
 from subspec.planner.quantize import quantize
-from subspec.planner.search import Wishes, search
+from subspec.planner.search import search
 from subspec.planner.storage import Storage
 
 ROWS, COLUMNS = 2048, 2048

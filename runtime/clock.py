@@ -1,11 +1,38 @@
-"""Where the time of a generation goes: seconds per phase, on either device."""
+"""Where the time of a generation goes: seconds per phase on either device, and spans if asked for.
+
+A trace is spans in lanes, written as Chrome's trace events: Perfetto and chrome://tracing open it.
+"""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+
+# Ends a span now: lane, name, when it started (time.perf_counter), what else to say of it.
+Record = Callable[[str, str, float, dict[str, int]], None]
+
+# From top to bottom in a viewer. Spans of one lane follow each other.
+LANES = ("prefill", "draft", "verify", "layer", "product", "decode", "wait", "copy")
+
+
+def unrecorded(lane: str, name: str, started: float, detail: dict[str, int]) -> None:
+    """The record of what runs without a clock."""
+
+
+@dataclass(frozen=True)
+class Span:
+    lane: str  # one of LANES
+    name: str
+    start_seconds: float  # of time.perf_counter
+    seconds: float
+    detail: dict[str, int]  # unit -> amount: bytes, weights
+
+    @property
+    def end_seconds(self) -> float:
+        return self.start_seconds + self.seconds
 
 
 @dataclass
@@ -13,6 +40,7 @@ class Clock:
     """Phases do not overlap. On cuda a phase ends when its kernels have: one synchronize each."""
 
     device: torch.device
+    spans: list[Span] | None = None  # None: not recorded
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -23,3 +51,48 @@ class Clock:
             torch.cuda.current_stream(self.device).synchronize()
         elapsed = time.perf_counter() - started
         self.seconds[name] = self.seconds.get(name, 0.0) + elapsed
+        self.record(name, name, started, {})
+
+    def record(self, lane: str, name: str, started: float, detail: dict[str, int]) -> None:
+        """Ends a span now; a `Record`. Any thread may call it."""
+        if self.spans is not None:
+            self.spans.append(Span(lane, name, started, time.perf_counter() - started, detail))
+
+
+def overlap_seconds(some: Iterable[Span], others: Sequence[Span]) -> float:
+    """How long one of `some` runs while one of `others` does; neither overlap among themselves."""
+    return sum(
+        max(0.0, min(a.end_seconds, b.end_seconds) - max(a.start_seconds, b.start_seconds))
+        for a in some
+        for b in others
+    )
+
+
+def chrome_trace(spans: Sequence[Span], about: dict[str, str]) -> dict[str, Any]:
+    """Spans -> the JSON object of the Trace Event Format; microseconds since the first span."""
+    zero = min((span.start_seconds for span in spans), default=0.0)
+    used = {span.lane for span in spans}
+    lanes = {lane: number for number, lane in enumerate(LANES, 1) if lane in used}
+    events: list[dict[str, Any]] = []
+    for lane, number in lanes.items():
+        common = {"ph": "M", "pid": 1, "tid": number}
+        events.append({"name": "thread_name", **common, "args": {"name": lane}})
+        events.append({"name": "thread_sort_index", **common, "args": {"sort_index": number}})
+    for span in sorted(spans, key=lambda span: span.start_seconds):
+        # Whole nanoseconds: a span must not seem to begin before the one that it follows has ended.
+        start, end = (round(1e9 * (t - zero)) for t in (span.start_seconds, span.end_seconds))
+        detail = dict(span.detail)
+        if "bytes" in detail and end > start:
+            detail["bytes_per_second"] = round(detail["bytes"] * 1e9 / (end - start))
+        events.append(
+            {
+                "name": span.name,
+                "ph": "X",
+                "pid": 1,
+                "tid": lanes[span.lane],
+                "ts": start / 1e3,
+                "dur": (end - start) / 1e3,
+                "args": detail,
+            }
+        )
+    return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": about}

@@ -7,16 +7,18 @@ order and noise that depends on the position only, so a token's logits are bit-e
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from subspec.artifacts.plan import Plan
+from subspec.runtime import draft_layers
 from subspec.runtime.attention import attend, attend_exactly
 from subspec.runtime.cache import Cache
 from subspec.runtime.clock import Clock
 from subspec.runtime.draft import DraftPass, TokenTree, grow, root_only
+from subspec.runtime.draft_layers import DraftLayers
 from subspec.runtime.sampling import Sampling, choose
 from subspec.runtime.stream import ExactWeights
 from subspec.runtime.substitutes import Substitutes
@@ -35,18 +37,21 @@ class Model:
     clock: Clock
     draft_decoder: Decoder  # the same tensors; bf16 where the 4-bit kernels need it
     substitutes: Substitutes | None  # None: plain decoding only
+    draft_layers: DraftLayers | None  # the draft's layers, compiled; None: their plain twin runs
 
 
-def speculate(model: Model, root: int, sampling: Sampling) -> Iterator[list[int]]:
+def speculate(model: Model, root: int, sampling: Sampling, max_tokens: int) -> Iterator[list[int]]:
     """Yields what each round emits: the accepted tokens and one more, at least one.
 
-    `root` is the last emitted token; its keys and values are not in the cache yet.
+    `root` is the last emitted token; its keys and values are not in the cache yet. No level is
+    drafted that `max_tokens` leaves no room for.
     """
     plan, cache, clock = model.plan, model.cache, model.clock
     while True:
         with clock.phase("draft"):
             token = torch.tensor([root], device=model.decoder.embedding.device)
-            tree = grow(token, plan.tree, plan.verify_width, draft_pass(model))
+            shape = replace(plan.tree, depth=max(0, min(plan.tree.depth, max_tokens - 1)))
+            tree = grow(token, shape, plan.verify_width, draft_pass(model))
         with clock.phase("verify"):
             choices = exact_choices(model, tree, sampling)
             verdict = accept(tree, choices, plan.tree.depth)
@@ -54,6 +59,7 @@ def speculate(model: Model, root: int, sampling: Sampling) -> Iterator[list[int]
             emitted = verdict.emitted()
         cache.commit([root, *emitted[:-1]])
         root = emitted[-1]
+        max_tokens -= len(emitted)
         yield emitted
 
 
@@ -115,6 +121,8 @@ def draft_pass(model: Model) -> DraftPass:
 
     def run(tree: TokenTree, nodes: Tensor, depth: int) -> Tensor:
         rows = tree_rows(model.cache, tree, nodes, (depth,) * len(nodes))
+        if model.draft_layers is not None:
+            return draft_layers.forward(model.draft_layers, rows, model.cache)
         return forward(model.draft_decoder, substitutes, rows, model.cache, attend)
 
     return run

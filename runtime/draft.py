@@ -5,7 +5,7 @@ Node 0 is the root, the last token that was emitted. Nodes of level d are 1 + k 
 arXiv 2509.18344 §4: the k best continuations over all parents form the next level.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -46,14 +46,24 @@ def root_only(root: Tensor, verify_width: int) -> TokenTree:
 
 
 def grow(root: Tensor, tree: Tree, verify_width: int, draft_pass: DraftPass) -> TokenTree:
-    """`draft_pass(token tree, nodes, depth)` -> logits [len(nodes), V] of the substitutes.
+    """The tree with all its levels, or fewer if `tree.stop_below` says so."""
+    grown = root_only(root, verify_width)
+    for deeper in levels(root, tree, verify_width, draft_pass):
+        grown = deeper
+    return grown
 
-    Stops early when the best path's chance of acceptance falls below `tree.stop_below`: one number
+
+def levels(
+    root: Tensor, tree: Tree, verify_width: int, draft_pass: DraftPass
+) -> Iterator[TokenTree]:
+    """The tree after each of its levels; all share their tensors.
+
+    `draft_pass(token tree, nodes, depth)` -> logits [len(nodes), V] of the substitutes.
+    Ends early when the best path's chance of acceptance falls below `tree.stop_below`: one number
     is read back per level. Plans leave it at 0 (docs/LOG.md), and then nothing is.
     """
-    blank = root_only(root, verify_width)
-    tokens, parents, ancestors = blank.tokens, blank.parents, blank.ancestors
-    grown = blank
+    grown = root_only(root, verify_width)
+    tokens, parents, ancestors = grown.tokens, grown.parents, grown.ancestors
     frontier = torch.zeros(1, dtype=torch.int64, device=root.device)
     scores = torch.zeros(1, device=root.device)  # log of the sharpened path probability
     likely = torch.zeros(1, device=root.device)  # log of the chance that the path is accepted
@@ -72,12 +82,12 @@ def grow(root: Tensor, tree: Tree, verify_width: int, draft_pass: DraftPass) -> 
         first = grown.num_nodes
         depths = grown.depths[:first] + level_depths + grown.depths[first + tree.width :]
         grown = TokenTree(tokens, parents, ancestors, depths, first + tree.width)
+        yield grown
         if tree.stop_below > 0:
             chance = log_probabilities(best, logits, STOP_TEMPERATURE)
             likely = (likely[:, None] + chance).flatten()[picked]
             if likely.max().exp().item() < tree.stop_below:
-                break
-    return grown
+                return
 
 
 def log_probabilities(some: Tensor, logits: Tensor, temperature: float) -> Tensor:

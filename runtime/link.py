@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from subspec.artifacts.errors import Exit, SubspecError
+from subspec.runtime.clock import Record, unrecorded
 from subspec.runtime.memory import bytes_of, host_buffer
 
 READ_BYTES = 64 << 20
@@ -74,8 +75,15 @@ class DirectFile:
 class DiskLink:
     """cpu: one reader thread; the interpreter is free while it reads."""
 
-    def __init__(self, path: Path, slots: list[Tensor], bytes_per_second: float | None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        slots: list[Tensor],
+        bytes_per_second: float | None,
+        record: Record = unrecorded,
+    ) -> None:
         self._wait_seconds = 0.0
+        self._record = record
         self._file = DirectFile(path)
         self._slots = slots
         self._bytes_per_second = bytes_per_second
@@ -93,6 +101,7 @@ class DiskLink:
         started = time.perf_counter()
         error = self._filled[slot].get()
         self._wait_seconds += time.perf_counter() - started
+        self._record("wait", f"slot {slot}", started, {})
         if error is not None:
             raise error
         return self._slots[slot]
@@ -123,6 +132,7 @@ class DiskLink:
                 # The last sleep may have been a little too long: that is made up for.
                 due = max(due, started - OVERSLEPT_SECONDS) + num_bytes / self._bytes_per_second
                 time.sleep(max(0.0, due - time.perf_counter()))
+            self._record("copy", f"slot {slot}", started, {"offset": offset, "bytes": num_bytes})
             self._filled[slot].put(None)
 
 

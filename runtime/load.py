@@ -24,6 +24,7 @@ from subspec.artifacts.plan import Block, Placement, make_blocks
 from subspec.artifacts.store import Artifact
 from subspec.artifacts.tensors import StoredTensor, TensorFile, read_header
 from subspec.runtime import int4
+from subspec.runtime.clock import Record, unrecorded
 from subspec.runtime.digests import Digests
 from subspec.runtime.linear import Int4Weight, pack, packed_bytes
 from subspec.runtime.link import DirectFile, DiskLink, HostLink
@@ -48,12 +49,14 @@ class Loader:
         placement: Placement,
         memory: FastMemory,
         progress: Callable[[str, float], None],
+        record: Record = unrecorded,
     ) -> None:
         self._artifact = artifact
         self._spec: ModelSpec = artifact.spec
         self._placement = placement
         self._memory = memory
         self._progress = progress
+        self._record = record
         self._digests = Digests(artifact.plan.num_threads)
         self._substitute_digests = artifact.substitute_digests()
         self._entries = artifact.part_entries()
@@ -141,7 +144,7 @@ class Loader:
         ring = self._ring(stored, link_bandwidth)
         self._digests.finish()
         restorer = self._restorer(stored, int4)
-        return ExactWeights(spec, stored, fixed, held, biases, ring, restorer)
+        return ExactWeights(spec, stored, fixed, held, biases, ring, restorer, self._record)
 
     def close(self) -> None:
         self._digests.close()
@@ -247,6 +250,7 @@ class Loader:
             self._dtype,
             self._artifact.plan.num_threads,
             torch.zeros(1, dtype=torch.int32, device=self._memory.device),
+            self._record,
         )
 
     def _ring(self, stored: list[StoredPart], link_bandwidth: float | None) -> Ring | None:
@@ -261,7 +265,7 @@ class Loader:
         offsets = [self._entries[block.parts[0].name].offset for block in blocks]
         path = self._artifact.path / "exact.safetensors"
         if self._memory.device.type == "cpu":
-            disk = DiskLink(path, slots, link_bandwidth)
+            disk = DiskLink(path, slots, link_bandwidth, self._record)
             return Ring(blocks, offsets, disk, placement.num_slots, self._check_block)
         ranges = [(o, block.num_bytes) for o, block in zip(offsets, blocks, strict=True)]
         host = HostLink(path, ranges, slots, link_bandwidth)

@@ -3,19 +3,21 @@
 It knows ids, not text: text.py does the rest.
 """
 
+import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 
-from subspec.artifacts import compiled
+from subspec.artifacts import compiled, cpp
 from subspec.artifacts.errors import Exit, SubspecError
 from subspec.artifacts.plan import Method, Plan, cache_slots
 from subspec.artifacts.sizes import format_size
 from subspec.artifacts.store import Artifact
-from subspec.runtime import attention
+from subspec.runtime import attention, draft_layers, int4
 from subspec.runtime.cache import Cache
-from subspec.runtime.clock import Clock
+from subspec.runtime.clock import Clock, unrecorded
 from subspec.runtime.decode import (
     Model,
     decode_plainly,
@@ -29,6 +31,8 @@ from subspec.runtime.memory import FastMemory, PeakMeter
 from subspec.runtime.sampling import Sampling
 from subspec.runtime.transformer import make_decoder
 
+KERNELS = (compiled.SOURCE, attention.SOURCE, int4.SOURCE, draft_layers.SOURCE)
+
 
 @dataclass
 class Stats:
@@ -40,7 +44,9 @@ class Stats:
     time_to_first_token_seconds: float = 0.0
     decode_seconds: float = 0.0
     generated_tokens: int = 0
+    first_of_session: bool = False  # its first token waits for digests too
     accepted: list[int] = field(default_factory=list)  # drafted tokens accepted, by round
+    judged: list[int] = field(default_factory=list)  # levels drafted before the text ended
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
     stream_wait_seconds: float = 0.0
@@ -63,8 +69,10 @@ class Session:
         device: str | None = None,
         link_bandwidth: float | None = None,
         progress: Callable[[str, float], None] = lambda stage, share: None,
+        trace: bool = False,
     ) -> None:
-        """method None: the plan's. padded False: plain decoding at one row, the fastest."""
+        """method None: the plan's. padded False: plain decoding at one row, the fastest. trace:
+        `model.clock.spans` says what ran when."""
         plan, spec = artifact.plan, artifact.spec
         self.method: Method = method or plan.method
         placement = plan.placement(self.method)
@@ -82,14 +90,19 @@ class Session:
         self.padded = padded and plan.method == "substitute"
         self.device = open_device(plan, device)
         torch.set_num_threads(plan.num_threads)
+        if self.device.type == "cpu":
+            cpp.build_ahead(KERNELS)  # while the weights load
         self.memory = FastMemory(self.device, placement.ledger)
         self.peak = PeakMeter(self.memory)
-        loader = self._loader = Loader(artifact, placement, self.memory, progress)
+        clock = Clock(self.device, spans=[] if trace else None)
+        # On cuda the host would time launches: only whole phases are recorded there.
+        record = clock.record if self.device.type == "cpu" else unrecorded
+        loader = self._loader = Loader(artifact, placement, self.memory, progress, record)
         small = loader.small_tensors()
-        int4 = loader.int4_weights()
+        packed = loader.int4_weights()
         drafts = self.method == "substitute"
-        substitutes = loader.substitutes(small, int4) if drafts else None
-        exact = loader.exact_weights(small, int4, link_bandwidth)
+        substitutes = loader.substitutes(small, packed) if drafts else None
+        exact = loader.exact_weights(small, packed, link_bandwidth)
         slots = cache_slots(plan.context, plan.verify_width)
         dtype: torch.dtype = getattr(torch, spec.dtype)
         shape = (spec.num_layers, 2, spec.num_kv_heads, slots, spec.head_size)
@@ -98,14 +111,18 @@ class Session:
         draft_decoder = decoder
         if substitutes is not None and dtype != DRAFT_DTYPE:
             draft_decoder = make_decoder(spec, small, slots, DRAFT_DTYPE, loader.keep)
+        fused = None
+        if substitutes is not None:
+            fused = draft_layers.compiled_layers(draft_decoder, substitutes, cache)
         self.model = Model(
             plan=plan,
             decoder=decoder,
             exact=exact,
             cache=cache,
-            clock=Clock(self.device),
+            clock=clock,
             draft_decoder=draft_decoder,
             substitutes=substitutes,
+            draft_layers=fused,
         )
         self.stats = Stats(self.method)
         self._watched_length = 0
@@ -131,7 +148,9 @@ class Session:
             )
         model, cache, clock = self.model, self.model.cache, self.model.clock
         cache.roll_back(min(cache.common_prefix(prompt), len(prompt) - 1))
-        stats = self.stats = Stats(self.method, len(prompt), cache.length)
+        stats = Stats(self.method, len(prompt), cache.length)
+        stats.first_of_session = self.stats.prompt_tokens == 0
+        self.stats = stats
         clock.seconds.clear()
         with self.peak.watch():
             first = prefill(model, prompt[cache.length :], sampling)
@@ -142,12 +161,14 @@ class Session:
         if left <= 0 or first in eos:
             return
         waited, streamed = model.exact.wait_seconds, model.exact.streamed_bytes
-        rounds = self._rounds(first, sampling)
+        rounds = self._rounds(first, sampling, left)
         while left > 0:
             emitted = next(rounds)
             kept = emitted[:left]
             ends = [index for index, token in enumerate(kept) if token in eos]
             kept = kept[: ends[0] + 1] if ends else kept
+            drafted = min(self.plan.tree.depth, left - 1) if self.method == "substitute" else 0
+            stats.judged.append(min(drafted, len(kept)) if ends else drafted)
             left -= len(kept)
             stats.accepted.append(len(emitted) - 1)
             stats.generated_tokens += len(kept)
@@ -161,9 +182,9 @@ class Session:
             if ends:
                 return
 
-    def _rounds(self, first: int, sampling: Sampling) -> Iterator[list[int]]:
+    def _rounds(self, first: int, sampling: Sampling, left: int) -> Iterator[list[int]]:
         if self.method == "substitute":
-            rounds = speculate(self.model, first, sampling)
+            rounds = speculate(self.model, first, sampling, left)
         elif self.padded:
             rounds = decode_plainly(self.model, first, sampling)
         else:
@@ -192,7 +213,10 @@ class Session:
         """Why plain twins do the work of the C++ kernels; None: they do not."""
         if self.device.type == "cuda":
             return None
-        return compiled.unavailable() or attention.unavailable()
+        problem = compiled.unavailable() or attention.unavailable()
+        if problem is None and self.plan.int4_kernel == "w4a8":
+            problem = draft_layers.unavailable()
+        return problem
 
     def close(self) -> None:
         self.model.exact.close()
@@ -206,11 +230,13 @@ class Session:
 
 
 def machine_name(device: torch.device) -> str:
-    """What a plan's costs and a result's bits depend on."""
+    """What a plan's costs and a result's bits depend on, the same throughout a process."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        name = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+        linux = sys.platform == "linux"  # elsewhere a process has no set of its own
+        num_cpus = len(os.sched_getaffinity(0)) if linux else os.cpu_count()
+        name = f"{torch.backends.cpu.get_cpu_capability()}, {num_cpus} cpus"
     return f"{device.type}: {name}; torch {torch.__version__}"
 
 

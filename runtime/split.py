@@ -4,6 +4,7 @@ The format and its plain twin are artifacts/residual.py; here is which decoder r
 it finds the codes inside the 4-bit kernel's own layout, so that no second copy is kept.
 """
 
+import time
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from subspec.artifacts import compiled, residual
 from subspec.artifacts.errors import Exit, SubspecError
 from subspec.artifacts.model import Kind, Part
+from subspec.runtime.clock import Record, unrecorded
 from subspec.runtime.linear import Int4Weight, read_codes, unpack
 
 
@@ -24,15 +26,18 @@ class Restorer:
     dtype: torch.dtype
     num_threads: int
     num_bad: Tensor  # int32 [1] on the device: tiles that could not be right (cuda)
+    record: Record = unrecorded
 
     def restore(self, part: Part, stored: Tensor) -> Tensor:
         """stored uint8 -> the exact [rows, K], valid until the next call."""
+        started = time.perf_counter()
         out = self.scratch[: part.num_bytes].view(self.dtype).view(part.num_rows, -1)
         substitute = self.substitutes[part.linear.layer, part.linear.kind]
         if out.device.type == "cuda":
             self._on_gpu(out, part, stored, substitute)
         else:
             restore_on_cpu(out, part.first_row, stored, substitute, self.num_threads)
+        self.record("decode", part.name, started, {"weights": part.num_weights})
         return out
 
     def check(self) -> None:

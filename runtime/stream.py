@@ -5,6 +5,7 @@ The order is cyclic: at the end of a pass the next pass's first blocks are alrea
 they arrive while the draft runs.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from subspec.artifacts.errors import SubspecError
 from subspec.artifacts.model import Kind, Linear, ModelSpec, Part, StoredPart, linears
 from subspec.artifacts.plan import Block
+from subspec.runtime.clock import Record, unrecorded
 from subspec.runtime.linear import exact_product, exact_product_into
 from subspec.runtime.link import Link
 from subspec.runtime.split import Restorer
@@ -95,6 +97,7 @@ class ExactWeights:
         biases: dict[str, Tensor],
         ring: Ring | None,
         restorer: Restorer | None = None,
+        record: Record = unrecorded,
     ) -> None:
         """fixed: linear name -> [N, K] that is never placed (tied head, odd shapes); held: part
         name -> [rows, K] or the uint8 [bytes] of its residual; biases: linear name -> [N]; ring:
@@ -110,13 +113,17 @@ class ExactWeights:
         self._biases = biases
         self._dtype: torch.dtype = getattr(torch, spec.dtype)
         self._restorer = restorer
+        self._record = record
         self._arrived: dict[str, Tensor] = {}
 
     def __iter__(self) -> Iterator[Product]:
         finished = False
         try:
             for layer in range(self._num_layers + 1):
+                started = time.perf_counter()
                 yield partial(self._product, layer)
+                name = f"layer {layer}" if layer < self._num_layers else "head"
+                self._record("layer", name, started, {})
             finished = True
         finally:
             self._give_back()
@@ -158,12 +165,17 @@ class ExactWeights:
     ) -> None:
         fixed = self._fixed.get(linear.name)
         if fixed is not None:
+            started = time.perf_counter()
             product(x, fixed, out)
+            self._record("product", linear.name, started, {})
             return
         for stored in self._parts[linear.name]:
             part = stored.part
             columns = slice(part.first_row, part.first_row + part.num_rows)
-            product(x, self._weight(part), out[:, columns])
+            weight = self._weight(part)
+            started = time.perf_counter()
+            product(x, weight, out[:, columns])
+            self._record("product", part.name, started, {})
 
     def _weight(self, part: Part) -> Tensor:
         """[rows, K], valid until another part is asked for."""

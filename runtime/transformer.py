@@ -61,7 +61,7 @@ def forward(
     last_only: bool = False,
 ) -> Tensor:
     """Rows through all layers -> logits [T, V], or [1, V] of the last row."""
-    x = F.embedding(rows.tokens, decoder.embedding).to(decoder.dtype)
+    x = embed(decoder, rows.tokens)
     cos, sin = decoder.cos[rows.positions], decoder.sin[rows.positions]
     logits = x
     for layer, product in enumerate(products):
@@ -69,9 +69,16 @@ def forward(
             attention_block(decoder, layer, product, x, cos, sin, rows, cache, attend)
             mlp_block(decoder, layer, product, x)
         else:
-            x = normalize(decoder, FINAL_NORM, x[-1:] if last_only else x)
-            logits = product("head", x)
+            logits = to_logits(decoder, product, x[-1:] if last_only else x)
     return logits
+
+
+def embed(decoder: Decoder, tokens: Tensor) -> Tensor:
+    return F.embedding(tokens, decoder.embedding).to(decoder.dtype)
+
+
+def to_logits(decoder: Decoder, head: Product, x: Tensor) -> Tensor:
+    return head("head", normalize(decoder, FINAL_NORM, x))
 
 
 def attention_block(

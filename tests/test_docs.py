@@ -8,14 +8,16 @@ import click
 import pytest
 from toys import ACCEPTANCE, make_profile, make_spec
 
+from subspec.artifacts.acceptance import Acceptance, Curve
 from subspec.artifacts.errors import Exit
 from subspec.artifacts.model import ModelSpec, Rope, Source
-from subspec.artifacts.plan import Acceptance, Plan, Prediction, Rate, Tree
-from subspec.artifacts.profile import LinkRate, Profile, Timing
+from subspec.artifacts.plan import Option, Placement, Plan, Point, Prediction, Tree, Wishes
+from subspec.artifacts.profile import Learned, LinkRate, Profile, Timing
+from subspec.artifacts.runs import Run
 from subspec.artifacts.store import FORMAT_VERSION, REQUIRED, Manifest, PartEntry
 from subspec.planner import cli as plan_cli
 from subspec.planner.explain import plan_json
-from subspec.planner.search import Wishes, search
+from subspec.planner.search import search
 from subspec.runtime import cli as run_cli
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -70,8 +72,8 @@ def test_the_runs_json_object_is_explained_key_by_key() -> None:
 
 @pytest.mark.parametrize(
     "kind",
-    [ModelSpec, Rope, Source, Plan, Tree, Prediction, Acceptance, Rate, Profile, Timing, LinkRate,
-     Manifest, PartEntry],
+    [ModelSpec, Rope, Source, Plan, Tree, Placement, Prediction, Acceptance, Curve, Option, Point,
+     Wishes, Profile, Timing, LinkRate, Learned, Manifest, PartEntry, Run],
 )  # fmt: skip
 def test_every_field_of_the_format_is_named(kind: type) -> None:
     for field in kind.__dataclass_fields__:  # type: ignore[attr-defined]

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from subspec.artifacts.plan import Tree
-from subspec.runtime.draft import TokenTree, grow, root_only
+from subspec.runtime.draft import TokenTree, grow, levels, root_only
 from subspec.runtime.verify import accept, accept_plainly
 
 V = 11  # vocabulary
@@ -52,6 +52,39 @@ def test_a_tree_stops_early_when_its_best_path_is_unlikely() -> None:
     tree = grow(torch.tensor([0]), Tree(1, 9, stop_below=0.005), 16, table_draft(flat))
     assert tree.num_nodes == 1 + 3  # 1/11, 1/121, then 1/1331 is below: that level is the last
     assert tree.depths == (0, 1, 2, 3, *(0,) * 12)
+    every = levels(torch.tensor([0]), Tree(1, 9, stop_below=0.005), 16, table_draft(flat))
+    assert [level.num_nodes for level in every] == [2, 3, 4]
+
+
+@pytest.mark.parametrize("width", [1, 4])
+def test_the_first_levels_of_a_tree_are_those_of_a_shallower_one(width: int) -> None:
+    """All levels share their tensors: what a level says, it says before the next one is grown."""
+    root, draft, num_levels = torch.tensor([4]), table_draft(random_table(2)), 0
+    for num_levels, tree in enumerate(levels(root, Tree(width, 5), 24, draft), 1):
+        alone = grow(root, Tree(width, num_levels), 24, draft)
+        assert (tree.num_nodes, tree.depths) == (1 + width * num_levels, alone.depths)
+        for found, expected in (
+            (tree.tokens, alone.tokens),
+            (tree.parents, alone.parents),
+            (tree.ancestors, alone.ancestors),
+        ):
+            assert torch.equal(found, expected)
+    assert num_levels == 5
+    assert list(levels(root, Tree(width, 0), 24, draft)) == []
+
+
+def test_a_level_is_drafted_only_when_it_is_asked_for() -> None:
+    table, asked = random_table(3), list[int]()
+
+    def draft(tree: TokenTree, nodes: Tensor, depth: int) -> Tensor:
+        asked.append(depth)
+        return table[tree.tokens[nodes]]
+
+    grown = levels(torch.tensor([4]), Tree(2, 6), 16, draft)
+    assert asked == []
+    next(grown)
+    next(grown)
+    assert asked == [0, 1]
 
 
 def test_depths_and_parents_describe_one_tree() -> None:

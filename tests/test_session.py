@@ -1,17 +1,23 @@
 """A session: its memory is the ledger's, its cache is reused, its ends are clean."""
 
+import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from builders import build_artifact, demo_checkpoint, random_checkpoint, replan
+from torch import Tensor
 
 from subspec.artifacts.errors import Exit, SubspecError
 from subspec.artifacts.store import Artifact
 from subspec.planner.hub import DEMO
+from subspec.runtime import decode
+from subspec.runtime.decode import draft_pass
+from subspec.runtime.draft import DraftPass, TokenTree
 from subspec.runtime.sampling import Sampling
-from subspec.runtime.session import Session
+from subspec.runtime.session import Session, machine_name
 
 PROMPT = list(range(10, 50))
 
@@ -112,6 +118,46 @@ def test_generation_ends_at_an_end_of_text_inside_an_accepted_block(artifact: Ar
         assert session.model.cache.tokens == [*PROMPT, *ended[:-1]]
 
 
+def test_levels_behind_the_end_of_the_text_are_not_judged(artifact: Artifact) -> None:
+    depth = artifact.plan.tree.depth
+    with Session(artifact) as session:
+        tokens, left = run(session, PROMPT, 30), 29
+        for judged, accepted in zip(session.stats.judged, session.stats.accepted, strict=True):
+            assert judged == min(depth, left - 1) and accepted <= judged
+            left -= accepted + 1
+        assert session.stats.first_of_session and left == 0
+        session.model.cache.roll_back(0)
+        *_, last = session.generate(PROMPT, 30, Sampling(), frozenset([tokens[9]]))
+        assert session.stats.judged[-1] == len(last) < depth
+        assert not session.stats.first_of_session
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 9, 30])
+def test_no_level_is_drafted_that_the_answer_has_no_room_for(
+    tokens: int, artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each level takes a pass of the draft, and the exact model's own token has the last place."""
+    depths = list[int]()
+
+    def counted(model: decode.Model) -> DraftPass:
+        real = draft_pass(model)
+
+        def run(tree: TokenTree, nodes: Tensor, depth: int) -> Tensor:
+            depths.append(depth)
+            return real(tree, nodes, depth)
+
+        return run
+
+    monkeypatch.setattr(decode, "draft_pass", counted)
+    with Session(artifact) as session:
+        assert len(run(session, PROMPT, tokens)) == tokens
+        left, expected = tokens - 1, list[int]()
+        for accepted in session.stats.accepted:
+            expected += range(min(artifact.plan.tree.depth, left - 1))
+            left -= accepted + 1
+        assert (depths, left) == (expected, 0)
+
+
 @pytest.mark.parametrize("tokens", [1, 2, 7])
 def test_exactly_as_many_tokens_as_asked_for(artifact: Artifact, tokens: int) -> None:
     with Session(artifact) as session:
@@ -149,6 +195,27 @@ def test_prompts_in_several_streams_give_the_same_tokens(artifact: Artifact) -> 
         with Session(replace(artifact, plan=plan)) as session:
             answers.append(run(session, prompt, 10))
     assert answers[0] == answers[1]
+
+
+def test_the_name_of_a_machine_does_not_depend_on_what_a_session_sets() -> None:
+    cpu, threads = torch.device("cpu"), torch.get_num_threads()
+    name = machine_name(cpu)
+    try:
+        torch.set_num_threads(threads + 1)
+        assert machine_name(cpu) == name
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process has no set of its own")
+def test_the_name_of_a_machine_counts_the_cpus_that_the_process_may_use() -> None:
+    usable = os.sched_getaffinity(0)
+    assert f", {len(usable)} cpus; torch " in machine_name(torch.device("cpu"))
+    try:
+        os.sched_setaffinity(0, {min(usable)})
+        assert ", 1 cpus; torch " in machine_name(torch.device("cpu"))
+    finally:
+        os.sched_setaffinity(0, usable)
 
 
 def test_a_plan_for_a_gpu_says_so_where_there_is_none(artifact: Artifact) -> None:
