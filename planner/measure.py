@@ -7,7 +7,7 @@ import importlib.util
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -112,6 +112,7 @@ LARGEST_BLOCK = 64 << 20  # larger ones are not faster
 LEAST_SHARE = 0.2  # of its speed: less is a disturbance, not contention
 LINK_TEST_BYTES = (64 << 20, 256 << 20)  # at least and at most, in between the model's size
 DECODE_WEIGHTS = 1 << 21  # of one matrix, decoded at a time
+DECODED_BYTES = 64 << 20  # that decoding goes round
 
 Progress = Callable[[str, float], None]
 
@@ -135,7 +136,7 @@ def measure(spec: ModelSpec, device: str, folder: Path, progress: Progress) -> P
         progress("measuring layers and the link at once", 0.5)
         busy_link, busy_compute = bench.contention(open_link, link[-1])
         progress("measuring draft steps", 0.6)
-        kernel, draft_layer, draft_head = bench.faster_draft()
+        kernel, draft = bench.faster_draft()
         progress("measuring where rows may stand", 0.8)
         profile = Profile(
             device="cuda" if cuda else "cpu",
@@ -151,12 +152,12 @@ def measure(spec: ModelSpec, device: str, folder: Path, progress: Progress) -> P
             exact_layer=exact_layer,
             # What took longer than more rows of the same would was disturbed.
             fast_layer=never_longer(fast_layer, exact_layer),
-            draft_layer=draft_layer,
+            draft_layer=draft.layer,
             exact_attention=bench.attention_timings(attend_exactly, bench.decoder.dtype),
             fast_attention=bench.attention_timings(attend, bench.decoder.dtype),
-            draft_attention=bench.attention_timings(attend, DRAFT_DTYPE),
+            draft_attention=draft.attention,
             exact_head=(Timing(1, min(plain_head, exact_head[0].seconds)), *exact_head),
-            draft_head=draft_head,
+            draft_head=draft.head,
             round_seconds=bench.round_seconds(),
             decode_rate=bench.decode_rate(kernel),
             int4_kernel=kernel,
@@ -249,6 +250,22 @@ def never_longer(some: tuple[Timing, ...], than: tuple[Timing, ...]) -> tuple[Ti
     return tuple(replace(t, seconds=min(t.seconds, seconds_at(than, t.width))) for t in some)
 
 
+def difference(near: tuple[Timing, ...], far: tuple[Timing, ...]) -> tuple[Timing, ...]:
+    return tuple(
+        Timing(f.width, max(f.seconds - n.seconds, SHORTEST), f.slowest)
+        for n, f in zip(near, far, strict=True)
+    )
+
+
+@dataclass(frozen=True)
+class DraftTimings:
+    """One level of a draft, by its rows."""
+
+    layer: tuple[Timing, ...]
+    attention: tuple[Timing, ...]  # MORE_TOKENS more in the cache, in one layer
+    head: tuple[Timing, ...]  # what else it does
+
+
 class Bench:
     """An excerpt of the model, placed as the session places it; a cache of LIVE_TOKENS tokens."""
 
@@ -332,10 +349,7 @@ class Bench:
             time_widths({w: action(w, live) for w in ATTENTION_WIDTHS}, self.device)
             for live in (LIVE_TOKENS, LIVE_TOKENS + MORE_TOKENS)
         )
-        return tuple(
-            Timing(f.width, max(f.seconds - n.seconds, SHORTEST), f.slowest)
-            for n, f in zip(near, far, strict=True)
-        )
+        return difference(near, far)
 
     def contention(self, open_link: OpenLink, idle: LinkRate) -> tuple[float, float]:
         """Shares of their idle speeds that the link and the layers keep while both are busy."""
@@ -352,20 +366,18 @@ class Bench:
             link.close()
         return share_kept(busy, idle.bytes_per_second), share_kept(loaded, alone)
 
-    def faster_draft(self) -> tuple[Int4Kernel, tuple[Timing, ...], tuple[Timing, ...]]:
-        """The 4-bit kernel with the faster step of four rows; its layer, and what else one level
-        of a tree does."""
-        timed: dict[Int4Kernel, tuple[tuple[Timing, ...], tuple[Timing, ...]]]
-        timed = {"aten": self.draft_timings("aten")}
+    def faster_draft(self) -> tuple[Int4Kernel, DraftTimings]:
+        """The 4-bit kernel with the faster layer of four rows."""
+        timed: dict[Int4Kernel, DraftTimings] = {"aten": self.draft_timings("aten")}
         if self.device.type == "cpu":
             if int4.unavailable() is None:
                 timed["w4a8"] = self.draft_timings("w4a8")
         elif importlib.util.find_spec("gemlite") is not None:
             timed["gemlite"] = self.draft_timings("gemlite")
-        kernel = min(timed, key=lambda name: seconds_at(timed[name][0], 4))
-        return kernel, *timed[kernel]
+        kernel = min(timed, key=lambda name: seconds_at(timed[name].layer, 4))
+        return kernel, timed[kernel]
 
-    def draft_timings(self, kernel: Int4Kernel) -> tuple[tuple[Timing, ...], tuple[Timing, ...]]:
+    def draft_timings(self, kernel: Int4Kernel) -> DraftTimings:
         substitutes = self._random_substitutes(kernel)
         to_logits = self._through_head(self.draft_decoder, substitutes)
         root = torch.zeros(1, dtype=torch.int64, device=self.device)
@@ -381,12 +393,18 @@ class Bench:
         fused = compiled_layers(self.draft_decoder, substitutes, self.cache)
         if fused is not None:  # one call runs all layers
             passes = {width: self._fused(fused, self._tree_rows(width)) for width in widths}
-            return self._timed(passes, heads, DRAFT_LEVELS, self.spec.num_layers)
+            layer, head = self._timed(passes, heads, DRAFT_LEVELS, self.spec.num_layers)
+            self.cache.commit([0] * MORE_TOKENS)
+            longer = {width: self._fused(fused, self._tree_rows(width)) for width in widths}
+            self.cache.roll_back(LIVE_TOKENS)
+            far = time_widths(longer, self.device, self.spec.num_layers)
+            return DraftTimings(layer, difference(layer, far), head)
         layers = {
             width: self._layers(self.draft_decoder, substitutes, self._tree_rows(width), attend)
             for width in widths
         }
-        return self._timed(layers, heads, DRAFT_LEVELS, self.layers_per_call)
+        layer, head = self._timed(layers, heads, DRAFT_LEVELS, self.layers_per_call)
+        return DraftTimings(layer, self.attention_timings(attend, DRAFT_DTYPE), head)
 
     def round_seconds(self) -> float:
         """Accepting, and moving what was accepted in every layer's cache."""
@@ -424,7 +442,8 @@ class Bench:
         return num_weights / seconds if seconds else 0.0
 
     def _decode_seconds(self, linear: Linear, rows: int, kernel: Int4Kernel) -> float:
-        """Of the matrix's first rows."""
+        """Of the matrix's first rows; calls go round copies, which together are larger than a
+        cache: what streams has never been read before."""
         dtype: torch.dtype = getattr(torch, self.spec.dtype)
         cut = replace(linear, out_features=rows)
         part = Part(cut, 0, rows, cut.num_weights * self.spec.item_bytes)
@@ -432,17 +451,24 @@ class Bench:
         fill_with_noise(weight, linear.in_features**-0.5)
         made = quantize(weight, self.device)
         stored = compiled.encode(weight, made.codes, made.grid, torch.get_num_threads())
-        room = [torch.empty(n, dtype=torch.uint8, device=self.device)
-                for n in packed_bytes(rows, linear.in_features)]  # fmt: skip
-        restorer = Restorer(
-            {(linear.layer, linear.kind): pack(made.codes, made.grid, kernel, *room)},
-            torch.empty(part.num_bytes, dtype=torch.uint8, device=self.device),
-            dtype,
-            torch.get_num_threads(),
-            torch.zeros(1, dtype=torch.int32, device=self.device),
-        )
-        stored = stored.to(self.device)
-        [(seconds, _)] = time_each([lambda: restorer.restore(part, stored)], self.device)
+        scratch = torch.empty(part.num_bytes, dtype=torch.uint8, device=self.device)
+
+        def copy() -> Callable[[], object]:
+            room = [torch.empty(n, dtype=torch.uint8, device=self.device)
+                    for n in packed_bytes(rows, linear.in_features)]  # fmt: skip
+            restorer = Restorer(
+                {(linear.layer, linear.kind): pack(made.codes, made.grid, kernel, *room)},
+                scratch,
+                dtype,
+                torch.get_num_threads(),
+                torch.zeros(1, dtype=torch.int32, device=self.device),
+            )
+            own = stored.to(self.device, copy=True)
+            return lambda: restorer.restore(part, own)
+
+        read_bytes = len(stored) + sum(packed_bytes(rows, linear.in_features))
+        copies = cycle([copy() for _ in range(-(-DECODED_BYTES // read_bytes))])
+        [(seconds, _)] = time_each([lambda: next(copies)()], self.device)
         return seconds
 
     def position_free_widths(self) -> tuple[int, ...]:
