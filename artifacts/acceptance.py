@@ -6,14 +6,17 @@ token is known there, so a tree that ends with its text counts as far as it can 
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 from operator import mul
 
-# A level's own counts weigh against the mean of its tree as if that had been tried so often.
-PRIOR_TRIALS = 20
+# A level's own counts weigh against what it is drawn to as if that had been tried so often: all
+# kinds of text to the mean of their tree, one kind to all kinds (empirical Bayes: a few prompts
+# differ more from each other than kinds do).
+LEVEL_TRIALS = 20
+KIND_TRIALS = 40
 TWO_SIDED_95 = 1.96
 
 
@@ -74,21 +77,26 @@ def level_rates(acceptance: Acceptance, width: int, depth: int, kind: str) -> tu
     """Probability that level 1, 2, ... is accepted if those above it were; between two measured
     widths straight over the logarithm of the width, beyond them as at the nearest."""
     curves = pooled(acceptance, kind)
+
+    def rates_of(curve: Curve) -> list[float]:
+        if curve.kind == "":
+            return smoothed(curve, (mean_rate(curve),) * depth, LEVEL_TRIALS)
+        return smoothed(curve, level_rates(acceptance, curve.width, depth, ""), KIND_TRIALS)
+
     low = ([c for c in curves if c.width <= width] or curves[:1])[-1]
     high = next((c for c in curves if c.width >= width), low)
     share = 0.0
     if high.width > low.width:
         share = math.log(width / low.width) / math.log(high.width / low.width)
-    pairs = zip(smoothed(low, depth), smoothed(high, depth), strict=True)
+    pairs = zip(rates_of(low), rates_of(high), strict=True)
     return tuple(below + share * (above - below) for below, above in pairs)
 
 
-def smoothed(curve: Curve, depth: int) -> list[float]:
-    """Each level's own rate, drawn towards the mean the less it was tried."""
-    mean, missing = mean_rate(curve), (0,) * depth
-    pairs = zip(curve.accepted + missing, curve.tried + missing, strict=True)
-    rates = [(a + PRIOR_TRIALS * mean) / (t + PRIOR_TRIALS) for a, t in pairs]
-    return rates[:depth]
+def smoothed(curve: Curve, towards: Sequence[float], trials: int) -> list[float]:
+    """Each level's own rate, drawn to what is expected there the less it was tried."""
+    missing = (0,) * len(towards)
+    counted = zip(towards, curve.accepted + missing, curve.tried + missing, strict=False)
+    return [(a + trials * expected) / (t + trials) for expected, a, t in counted]
 
 
 def pooled(acceptance: Acceptance, kind: str = "") -> list[Curve]:

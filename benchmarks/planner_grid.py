@@ -1,24 +1,30 @@
 """Is the planner's word kept? Plans for caps x contexts, run on kinds of text they have not seen.
 
-    python benchmarks/planner_grid.py ARTIFACT [--caps 0.35,0.5,0.65] [--contexts 512,2048]
+    python benchmarks/planner_grid.py ARTIFACT [--caps 0.4,0.5,0.65] [--contexts 512,2048]
 
+First the machine is measured and the artifact rehearsed, as `subspec-plan --from --reprofile` does.
 Caps are sizes (8GB) or shares of the model. Every cell (cap, context, kind of text) prints what was
 predicted and reached, in tokens/s, and the peak; every (cap, context) also plain decoding unpadded,
 and rivals picked by hand: half the depth, a chain, a wider tree, the smallest tree with most
-residency. In the end a cap that is too small is asked for, and the smallest that the error names is
-run. Prompts fill a third of the context. The last line of stdout is one JSON object.
+residency. A rival and the plan decode each prompt in turns. In the end a cap that is too small is
+asked for, and the smallest that the error names is run. Prompts fill a third of the context.
+
+A shared machine has fast and slow minutes: `repeats` says how far the plan's own speed moved when
+it decoded the same prompts again against each rival. The last line of stdout is one JSON object.
 """
 
 import json
 import re
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import cycle
 from pathlib import Path
 
 import click
+import torch
 
 from subspec.artifacts.command import reported, size_option
 from subspec.artifacts.errors import SubspecError
@@ -29,6 +35,7 @@ from subspec.artifacts.store import Artifact, open_artifact
 from subspec.planner.calibration import Sample, read_samples, sample_ids
 from subspec.planner.costs import model_bytes
 from subspec.planner.outlook import foretell
+from subspec.planner.planning import Options, plan_anew
 from subspec.planner.profiles import with_link
 from subspec.planner.search import search
 from subspec.planner.storage import Storage
@@ -120,6 +127,35 @@ def long_prompts(text: Text, samples: tuple[Sample, ...], context: int, count: i
     return found
 
 
+@contextmanager
+def warm(
+    artifact: Artifact, plan: Plan, method: Method, ids: list[int], link_bandwidth: int | None
+) -> Iterator[Session]:
+    """A session whose weights have been checked: that happens when they stream first."""
+    staged = replace(artifact, plan=plan)
+    with Session(staged, method, padded=False, link_bandwidth=link_bandwidth) as session:
+        for _ in session.generate(ids[:16], 2, Sampling()):
+            pass
+        yield session
+
+
+def run_one(session: Session, kind: str, ids: list[int], tokens: int) -> Ran:
+    eos = frozenset(session.artifact.spec.eos_token_ids)
+    session.model.cache.roll_back(0)
+    for _ in session.generate(ids, tokens, Sampling(), eos):
+        pass
+    stats = session.stats
+    return Ran(
+        kind,
+        len(ids),
+        stats.generated_tokens,
+        stats.decode_seconds,
+        stats.time_to_first_token_seconds,
+        len(stats.accepted),
+        session.peak.peak_bytes,
+    )
+
+
 def run(
     artifact: Artifact,
     plan: Plan,
@@ -128,28 +164,10 @@ def run(
     tokens: int,
     link_bandwidth: int | None,
 ) -> list[Ran]:
-    """One session; what is checked when it streams first is not counted."""
-    found = []
-    with Session(
-        replace(artifact, plan=plan), method, padded=False, link_bandwidth=link_bandwidth
-    ) as session:
-        eos = frozenset(artifact.spec.eos_token_ids)
-        for _ in session.generate(next(iter(prompts.values()))[0][:16], 2, Sampling()):
-            pass
-        for kind, some in prompts.items():
-            for ids in some:
-                session.model.cache.roll_back(0)
-                for _ in session.generate(ids, tokens, Sampling(), eos):
-                    pass
-                stats = session.stats
-                found.append(
-                    Ran(
-                        kind, len(ids), stats.generated_tokens, stats.decode_seconds,
-                        stats.time_to_first_token_seconds, len(stats.accepted),
-                        session.peak.peak_bytes,
-                    )
-                )  # fmt: skip
-    return found
+    """All prompts in one session."""
+    listed = [(kind, ids) for kind, some in prompts.items() for ids in some]
+    with warm(artifact, plan, method, listed[0][1], link_bandwidth) as session:
+        return [run_one(session, kind, ids, tokens) for kind, ids in listed]
 
 
 def speed(some: list[Ran]) -> float:
@@ -173,6 +191,8 @@ def cells_of(
         ]  # fmt: skip
         answered = [one.answer_tokens - 1 for one in own]
         seconds = [n / s.tokens_per_second for n, s in zip(answered, said, strict=True)]
+        a_round = [s.draft_seconds + s.verify_seconds for s in said]
+        rounds = [total / one for total, one in zip(seconds, a_round, strict=True)]
         cells.append(
             Cell(
                 plan.budget_bytes,
@@ -183,7 +203,7 @@ def cells_of(
                 speed(own),
                 statistics.mean(s.time_to_first_token_seconds for s in said),
                 statistics.mean(one.first_seconds for one in own),
-                said[0].tokens_per_round,
+                sum(answered) / sum(rounds),
                 sum(answered) / sum(one.rounds for one in own),
                 max(s.fast_peak_bytes for s in said),
                 max(one.peak_bytes for one in own),
@@ -219,24 +239,51 @@ def run_rivals(
     tokens: int,
     link_bandwidth: int | None,
 ) -> list[Rival]:
-    """Each against the plan, one after the other over the same prompts; then the plan once more."""
-    found: list[tuple[str, float]] = []
+    """Those that fit."""
+    rivals = []
     for name, wishes in rivals_of(plan).items():
         try:
-            other = planner(
-                plan.budget_bytes, replace(wishes, context=plan.context, method="substitute")
-            )
+            fixed = replace(wishes, context=plan.context, method="substitute")
+            other = planner(plan.budget_bytes, fixed)
         except SubspecError:
-            continue  # it does not fit
-        found.append(
-            (name, speed(run(artifact, other, "substitute", prompts, tokens, link_bandwidth)))
-        )
-    again = speed(run(artifact, plan, plan.method, prompts, tokens, link_bandwidth))
-    rivals = [Rival(plan.budget_bytes, plan.context, name, fast, again) for name, fast in found]
-    for rival in rivals:
-        said = f"{rival.tokens_per_second:.2f}, the plan {again:.2f} ({rival.advantage:+.0%})"
-        say(f"    rival {rival.name}: {said}")
+            continue
+        theirs, ours = duel(artifact, other, plan, prompts, tokens, link_bandwidth)
+        rival = Rival(plan.budget_bytes, plan.context, name, theirs, ours)
+        say(f"    rival {name}: {theirs:.2f}, the plan {ours:.2f} ({rival.advantage:+.0%})")
+        rivals.append(rival)
     return rivals
+
+
+def duel(
+    artifact: Artifact,
+    rival: Plan,
+    plan: Plan,
+    prompts: Prompts,
+    tokens: int,
+    link_bandwidth: int | None,
+) -> tuple[float, float]:
+    """tokens/s of both; they decode each prompt in turns, and who begins alternates."""
+    listed = [(kind, ids) for kind, some in prompts.items() for ids in some]
+    first = listed[0][1]
+    theirs, ours = list[Ran](), list[Ran]()
+    with (
+        warm(artifact, rival, "substitute", first, link_bandwidth) as challenger,
+        warm(artifact, plan, plan.method, first, link_bandwidth) as holder,
+    ):
+        for index, (kind, ids) in enumerate(listed):
+            pair = [(challenger, theirs), (holder, ours)]
+            for session, ran in pair if index % 2 else pair[::-1]:
+                ran.append(run_one(session, kind, ids, tokens))
+    return speed(theirs), speed(ours)
+
+
+def repeats(rivals: list[Rival]) -> float:
+    """The largest share by which a plan's own speed differed between its duels."""
+    by_plan: dict[tuple[int, int], list[float]] = {}
+    for rival in rivals:
+        key = (rival.budget_bytes, rival.context)
+        by_plan.setdefault(key, []).append(rival.plans_tokens_per_second)
+    return max((max(some) / min(some) - 1 for some in by_plan.values()), default=0.0)
 
 
 def run_plain(
@@ -287,7 +334,7 @@ def say(line: str) -> None:
 @click.command()
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option(
-    "--caps", default="0.35,0.5,0.65", show_default=True, help="Sizes, or shares of the model."
+    "--caps", default="0.4,0.5,0.65", show_default=True, help="Sizes, or shares of the model."
 )
 @click.option("--contexts", default="512,2048", show_default=True)
 @click.option("--prompts", "count", default=2, show_default=True, help="Of each kind.")
@@ -307,20 +354,35 @@ def main(
     """Predicted against actual, cell by cell, for plans over ARTIFACT's weights."""
     opened = open_artifact(artifact)
     spec, stored = opened.spec, Storage(tuple(opened.stored_parts()))
-    profile = with_link(opened.profile, link_bandwidth) if link_bandwidth else opened.profile
-    acceptance = opened.plan.acceptance
+    torch.set_num_threads(opened.plan.num_threads)
+    asked = opened.plan.budget_bytes
+    say(f"measuring and rehearsing for {short_size(asked)}")
+    options = Options(
+        source=artifact, vram=asked, link_bandwidth=link_bandwidth, reprofile=True, dry_run=True
+    )
+    plan, profile = plan_anew(options, opened, artifact, None, lambda *_: None)
+    acceptance = plan.acceptance
+    say(f"learned: {profile.learned}")
+    if link_bandwidth:
+        profile = with_link(profile, link_bandwidth)
     text, samples = load_text(artifact / "tokenizer"), read_samples(PROMPTS)
 
     def planner(budget: int, wishes: Wishes) -> Plan:
-        return search(spec, profile, budget, replace(wishes, encoding="kept"), acceptance, stored)
+        fixed = replace(wishes, encoding="kept")
+        return search(spec, profile, budget, fixed, acceptance, stored, usage)
 
     cells, rivals, plain = list[Cell](), list[Rival](), list[Plain]()
     for context in map(int, contexts.split(",")):
+        usage = Usage(max(SHORTEST, int(context * SHARE_OF_CONTEXT)), tokens)
         prompts = long_prompts(text, samples, context, count)
         first = {kind: some[:1] for kind, some in prompts.items()}
         for cap in caps.split(","):
             budget = budget_of(cap, model_bytes(spec))
-            plan = planner(budget, Wishes(context=context))
+            try:
+                plan = planner(budget, Wishes(context=context))
+            except SubspecError as error:
+                say(f"{short_size(budget)}, context {context}: {error.message}")
+                continue
             ran = run(opened, plan, plan.method, prompts, tokens, link_bandwidth)
             found = cells_of(opened, profile, plan, stored, ran)
             for cell in found:
@@ -340,6 +402,7 @@ def main(
         ),
         "worst_peak_error": max(abs(c.peak_actual / c.peak_predicted - 1) for c in cells),
         "cells_above_the_cap": sum(cell.peak_actual > cell.budget_bytes for cell in cells),
+        "repeats": repeats(rivals),
         "rivals_faster": sum(r.tokens_per_second > RIVAL_SHARE * r.plans_tokens_per_second
                              for r in rivals),
         "smallest_cap": smallest_cap(opened, planner, prompts, link_bandwidth),

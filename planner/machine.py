@@ -20,10 +20,10 @@ from subspec.artifacts.profile import Timing
 
 DEVICE = re.compile(r"cpu|cuda(?::([0-9]{1,3}))?", re.ASCII)
 UNKNOWN_OVERHEAD_BYTES = 1 << 30  # at most this much of a GPU is ours if the driver does not say
-FEWEST_SAMPLES = 5
+FEWEST_SAMPLES = 3
 MOST_SAMPLES = 60
-SECONDS_PER_ACTION = 0.1
-STREAM_SECONDS = 0.3
+SECONDS_PER_ACTION = 0.06
+STREAM_SECONDS = 0.24
 STREAM_PASS_BYTES = 16 << 20
 
 

@@ -31,28 +31,28 @@ Progress = Callable[[str, float], None]
 class Options:
     """The command line, as click parsed it."""
 
-    model: str | None
-    source: Path | None  # --from
-    calibrate: Path | None
-    vram: int | None  # None: the artifact's
-    device: str | None
-    context: int | None
-    out: Path | None
-    revision: str | None
-    ram: int | None
-    width: int | None
-    depth: int | None
-    method: str | None
-    profile: Path | None
-    calibration: Path | None
-    link_bandwidth: int | None
-    quantizer: str
-    encoding: str
-    dry_run: bool
-    print_plan: bool
-    reprofile: bool
-    as_json: bool
-    overwrite: bool
+    model: str | None = None
+    source: Path | None = None  # --from
+    calibrate: Path | None = None
+    vram: int | None = None  # None: the artifact's
+    device: str | None = None
+    context: int | None = None
+    out: Path | None = None
+    revision: str | None = None
+    ram: int | None = None
+    width: int | None = None
+    depth: int | None = None
+    method: str | None = None
+    profile: Path | None = None
+    calibration: Path | None = None
+    link_bandwidth: int | None = None
+    quantizer: str = "blocked"
+    encoding: str = "auto"
+    dry_run: bool = False
+    print_plan: bool = False
+    reprofile: bool = False
+    as_json: bool = False
+    overwrite: bool = False
 
     @property
     def artifact(self) -> Path | None:

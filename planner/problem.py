@@ -52,6 +52,7 @@ def pose(
     wishes: Wishes,
     acceptance: Acceptance,
     stored: Storage | None = None,
+    usage: Usage = USUAL,
 ) -> Problem:
     """Settles the context: the user's, or the largest of ours that leaves room for a draft, or at
     least for plain decoding. stored: how an artifact holds the weights already."""
@@ -75,9 +76,9 @@ def pose(
     found = emissions(acceptance, widths, wishes.depth or DEPTHS[-1])
 
     def posed_for(context: int) -> Problem:
-        usage = usage_within(context, USUAL)
+        within = usage_within(context, usage)
         return Problem(
-            spec, profile, budget_bytes, wishes, acceptance, context, choices, usage, found
+            spec, profile, budget_bytes, wishes, acceptance, context, choices, within, found
         )
 
     posed = [posed_for(context) for context in contexts]

@@ -1,12 +1,15 @@
 """A Profile that was measured before, read with distrust; and one with a slower link."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 from subspec.artifacts.codec import load_dataclass
 from subspec.artifacts.errors import Exit, SubspecError
-from subspec.artifacts.profile import Profile, Timing
+from subspec.artifacts.profile import LinkRate, Profile, Timing
 from subspec.planner.fields import read_fields
 
 FASTEST = 1e15  # bytes a second
@@ -77,6 +80,28 @@ def first_fault(profile: Profile) -> str:
 def are_timings(points: tuple[Timing, ...]) -> bool:
     ascending = all(low.width < high.width for low, high in pairwise(points))
     return bool(points) and points[0].width >= 1 and ascending
+
+
+def typical_of(profiles: Sequence[Profile]) -> Profile:
+    """Several of one machine as one: of each time and rate the middle one."""
+    found: dict[str, Any] = {}
+    for name, first in vars(profiles[0]).items():
+        values = [getattr(profile, name) for profile in profiles]
+        if isinstance(first, float):
+            found[name] = median(values)
+        elif isinstance(first, tuple) and first and isinstance(first[0], Timing | LinkRate):
+            found[name] = tuple(middle_of(some) for some in zip(*values, strict=True))
+    return replace(profiles[0], **found)
+
+
+def middle_of(some: Sequence[Timing] | Sequence[LinkRate]) -> Timing | LinkRate:
+    """Of one width, or of one block size."""
+    timings = [one for one in some if isinstance(one, Timing)]
+    if timings:
+        seconds, slowest = median(t.seconds for t in timings), max(t.slowest for t in timings)
+        return Timing(timings[0].width, seconds, slowest)
+    rates = [one for one in some if isinstance(one, LinkRate)]
+    return LinkRate(rates[0].block_bytes, median(rate.bytes_per_second for rate in rates))
 
 
 def with_link(profile: Profile, bytes_per_second: int) -> Profile:

@@ -12,7 +12,17 @@ from itertools import groupby
 from subspec.artifacts.acceptance import Acceptance, Curve
 from subspec.artifacts.errors import Exit, SubspecError
 from subspec.artifacts.model import ModelSpec, StoredPart
-from subspec.artifacts.plan import Method, Option, Placement, Plan, Prediction, Tree, Wishes
+from subspec.artifacts.plan import (
+    USUAL,
+    Method,
+    Option,
+    Placement,
+    Plan,
+    Prediction,
+    Tree,
+    Usage,
+    Wishes,
+)
 from subspec.artifacts.profile import Profile
 from subspec.artifacts.sizes import LARGEST, format_size, short_size, weights_rate
 from subspec.planner.predict import Candidate, predict
@@ -57,10 +67,11 @@ def search(
     wishes: Wishes,
     acceptance: Acceptance,
     stored: Storage | None = None,
+    usage: Usage = USUAL,
 ) -> Plan:
-    """stored: how an existing artifact holds the weights; None: the plan decides it. Raises
-    SubspecError(INFEASIBLE) with the smallest budget that works."""
-    problem = pose(spec, profile, budget_bytes, wishes, acceptance, stored)
+    """stored: how an existing artifact holds the weights; None: the plan decides it. usage: what it
+    is to be fast for. Raises SubspecError(INFEASIBLE) with the smallest budget that works."""
+    problem = pose(spec, profile, budget_bytes, wishes, acceptance, stored, usage)
     drafted = best_by_width(problem)
     plain = best(problem, plain_candidates(problem, narrowest(problem)))
     if plain is None or (wishes.needs_draft and not drafted):

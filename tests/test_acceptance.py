@@ -7,7 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from subspec.artifacts.acceptance import PRIOR_TRIALS, Acceptance, Curve, added, level_rates
+from subspec.artifacts.acceptance import (
+    KIND_TRIALS,
+    LEVEL_TRIALS,
+    Acceptance,
+    Curve,
+    added,
+    level_rates,
+)
 
 RATES = (0.9, 0.85, 0.8, 0.9, 0.7, 0.6)
 
@@ -21,8 +28,8 @@ def measured(*curves: Curve) -> Acceptance:
 
 def test_a_level_is_drawn_towards_the_mean_of_its_tree_the_less_it_was_tried() -> None:
     """11 of 14 by Laplace's rule are 12 of 16; they weigh as 20 trials."""
-    found = level_rates(measured(Curve(1, "code", (10, 4), (8, 3))), 1, 3, "code")
-    assert PRIOR_TRIALS == 20
+    found = level_rates(measured(Curve(1, "", (10, 4), (8, 3))), 1, 3, "")
+    assert LEVEL_TRIALS == 20
     assert found == pytest.approx(((8 + 15) / 30, (3 + 15) / 24, 15 / 20))
 
 
@@ -61,14 +68,23 @@ CODE = (Curve(1, "code", (30, 20), (20, 10)), Curve(3, "code", (30,), (25,)))
 PROSE = (Curve(1, "prose", (10, 4, 1), (4, 1, 0)),)
 
 
-def test_kinds_are_told_apart_and_pooled_by_adding_their_counts() -> None:
+def test_kinds_are_pooled_by_adding_their_counts() -> None:
     both = measured(CODE[0], *PROSE, CODE[1])
     together = measured(Curve(1, "", (40, 24, 1), (24, 11, 0)), replace(CODE[1], kind=""))
     assert both.kinds == ("code", "prose")
     for width in (1, 2, 3):
-        assert both.reached(width, 4, "code") == measured(*CODE).reached(width, 4)
-        assert both.reached(width, 4, "prose") == measured(*PROSE).reached(width, 4)
         assert both.reached(width, 4) == together.reached(width, 4)
+
+
+def test_a_kind_is_drawn_towards_all_kinds_the_less_it_was_tried() -> None:
+    """74 of 100 are accepted in all, 75 of 102 by Laplace's rule; a kind's 40 trials more are
+    accepted as often as those of all kinds."""
+    both = measured(Curve(1, "code", (60,), (54,)), Curve(1, "prose", (40,), (20,)))
+    every = (74 + 20 * 75 / 102) / 120
+    assert KIND_TRIALS == 40
+    assert both.reached(1, 1) == pytest.approx((every,))
+    assert both.reached(1, 1, "code") == pytest.approx(((54 + 40 * every) / 100,))
+    assert both.reached(1, 1, "prose") == pytest.approx(((20 + 40 * every) / 80,))
 
 
 def test_a_kind_that_is_missing_is_expected_to_be_as_all_are() -> None:

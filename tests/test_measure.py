@@ -20,6 +20,7 @@ from subspec.planner.costs import model_bytes
 from subspec.planner.hub import DEMO
 from subspec.planner.measure import (
     ATTENTION_WIDTHS,
+    DRAFT_WIDTHS,
     FAST_WIDTHS,
     LARGEST_BLOCK,
     LEAST_SHARE,
@@ -75,7 +76,7 @@ def test_the_profile_of_the_demo_makes_sense(tmp_path: Path) -> None:
     assert fast[0].seconds <= profile.exact_layer[0].seconds
     assert fast[-1].seconds / fast[-1].width < fast[0].seconds, "a token of a prompt is cheaper"
     for timings in (profile.exact_attention, profile.fast_attention, profile.draft_attention):
-        assert tuple(timing.width for timing in timings) == ATTENTION_WIDTHS
+        assert {timing.width for timing in timings} in (set(ATTENTION_WIDTHS), set(DRAFT_WIDTHS))
         assert 100 * SHORTEST < timings[-1].seconds < 0.1, "1024 tokens more take some time"
     assert all(LEAST_SHARE <= kept <= 1 for kept in (profile.busy_link, profile.busy_compute))
     assert 1e7 < profile.digest_rate < 1e12
@@ -87,7 +88,7 @@ def test_the_profile_of_the_demo_makes_sense(tmp_path: Path) -> None:
     assert blocks >= {360448, 720896, 737280, 1474560}
     assert min(blocks) == usual_storages(spec)[0].largest_part < 360448 / 2
     assert 1e6 < profile.decode_rate < 1e11
-    assert stages[0] == "measuring the link" and stages[-1] == "measured"
+    assert stages[0] == "measuring" and stages[-1] == "measured"
     assert list(tmp_path.iterdir()) == []
 
 

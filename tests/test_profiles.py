@@ -7,8 +7,8 @@ import pytest
 from toys import make_profile
 
 from subspec.artifacts.errors import Exit, SubspecError
-from subspec.artifacts.profile import Learned
-from subspec.planner.profiles import read_profile, with_link
+from subspec.artifacts.profile import Learned, LinkRate, Timing
+from subspec.planner.profiles import read_profile, typical_of, with_link
 
 
 def write(folder: Path, values: Any) -> Path:
@@ -111,3 +111,20 @@ def test_a_slower_link_and_layers_hinder_each_other_less(
     """The toy's link has 100 MB/s, 0.8 of it while layers are computed, at 0.9 of their speed."""
     capped = with_link(make_profile(), rate)
     assert (capped.busy_link, capped.busy_compute) == pytest.approx((busy_link, busy_compute))
+
+
+def test_of_several_profiles_the_middle_of_each_figure_counts_and_the_slowest_time() -> None:
+    """A shared machine has fast and slow moments; they do not hit all figures of one pass."""
+    one, two, three = (
+        make_profile(
+            busy_link=share,
+            draft_layer=(Timing(1, seconds, 2 * seconds),),
+            link=(LinkRate(4096, rate),),
+        )
+        for share, seconds, rate in ((0.9, 3.0, 1e9), (0.7, 1.0, 3e9), (0.8, 2.0, 2e9))
+    )
+    found = typical_of([one, two, three])
+    assert found.busy_link == 0.8
+    assert found.draft_layer == (Timing(1, 2.0, 6.0),)
+    assert found.link == (LinkRate(4096, 2e9),)
+    assert found.exact_layer == one.exact_layer and found.machine == one.machine
