@@ -1,4 +1,4 @@
-# make demo      the embedded model under a memory cap that it does not fit, in about a minute
+# make demo      the embedded model under a memory cap that it does not fit, in a minute and a half
 # make test      every quick test; make test-slow runs the others, make gpu-check what needs a GPU
 # make lint      what a reviewer need not look for
 #

@@ -177,7 +177,8 @@ def test_runs_are_a_kind_of_text_of_their_own() -> None:
     found = with_runs(PLAN.acceptance, PLAN, [make_run(), plain, make_run()])
     assert found == Acceptance((CODE, Curve(2, "runs", (8, 6, 4), (6, 4, 4))), measured=True)
     assert found.num_trees("runs") == 8
-    assert found.reached(2, 3, "code") == PLAN.acceptance.reached(2, 3, "code")
+    before = PLAN.acceptance.reached(2, 3, "code")  # of many trees: all kinds weigh little there
+    assert found.reached(2, 3, "code") == pytest.approx(before, rel=1e-3)
 
 
 def test_curves_stay_in_the_order_that_a_reader_asks_for() -> None:
