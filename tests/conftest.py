@@ -1,8 +1,16 @@
-"""Tests that need a GPU are skipped where there is none."""
+"""Tests that need a GPU are skipped where there is none; Ctrl-C works also in a background job."""
+
+import signal
 
 import pytest
 
 import subspec.artifacts  # noqa: F401  before any test imports torch: see there
+
+
+def pytest_configure() -> None:
+    """A shell's background job ignores the signal, and its children would too."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
