@@ -28,7 +28,7 @@ import torch
 
 from subspec.artifacts.command import reported, size_option
 from subspec.artifacts.errors import SubspecError
-from subspec.artifacts.plan import Method, Plan, Usage, Wishes
+from subspec.artifacts.plan import USUAL, Method, Plan, Usage, Wishes
 from subspec.artifacts.profile import Profile
 from subspec.artifacts.sizes import parse_size, short_size
 from subspec.artifacts.store import Artifact, open_artifact
@@ -112,10 +112,15 @@ Prompts = dict[str, list[list[int]]]  # token ids by kind of text
 Planner = Callable[[int, Wishes], Plan]
 
 
+def prompt_length(context: int) -> int:
+    """Tokens of a prompt under a plan for `context`."""
+    return max(SHORTEST, int(context * SHARE_OF_CONTEXT))
+
+
 def long_prompts(text: Text, samples: tuple[Sample, ...], context: int, count: int) -> Prompts:
     """`count` prompts of each kind, each as long as a third of the context: samples of that kind
     after another, the last one to be continued."""
-    wanted = max(SHORTEST, int(context * SHARE_OF_CONTEXT))
+    wanted = prompt_length(context)
     found: Prompts = {}
     for kind in dict.fromkeys(sample.kind for sample in samples):
         own = [sample_ids(text, sample) for sample in samples if sample.kind == kind]
@@ -369,11 +374,12 @@ def main(
 
     def planner(budget: int, wishes: Wishes) -> Plan:
         fixed = replace(wishes, encoding="kept")
+        prompt_tokens = prompt_length(wishes.context) if wishes.context else USUAL.prompt_tokens
+        usage = Usage(prompt_tokens, tokens)
         return search(spec, profile, budget, fixed, acceptance, stored, usage)
 
     cells, rivals, plain = list[Cell](), list[Rival](), list[Plain]()
     for context in map(int, contexts.split(",")):
-        usage = Usage(max(SHORTEST, int(context * SHARE_OF_CONTEXT)), tokens)
         prompts = long_prompts(text, samples, context, count)
         first = {kind: some[:1] for kind, some in prompts.items()}
         for cap in caps.split(","):

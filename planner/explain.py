@@ -30,7 +30,7 @@ from subspec.planner.charts import (
     timeline,
 )
 from subspec.planner.costs import model_bytes
-from subspec.planner.outlook import next_gigabyte
+from subspec.planner.outlook import what_more_memory_buys
 from subspec.planner.predict import emitted_by_depth, rounds_needed, usage_within
 from subspec.templates import load
 
@@ -81,7 +81,7 @@ def print_plan(spec: ModelSpec, plan: Plan, console: Console) -> None:
     if expected := acceptance_line(plan):
         kinds = ", ".join(f"{row.kind} {number(row.tokens)}" for row in kind_rows(plan))
         costs.add_row("acceptance", Text(f"{expected}; {kinds}" if kinds else expected))
-    if more := next_gigabyte(plan):
+    if more := what_more_memory_buys(plan):
         costs.add_row("more memory", more)
     for index, option in enumerate(plan.options[:NUM_OPTIONS]):
         line = f"{number(option.tokens_per_second)} tokens/s: {one_line(option.label)}"
@@ -181,7 +181,7 @@ def render_report(spec: ModelSpec, plan: Plan, profile: Profile, runs: Sequence[
         ticks=ticks(total),
         by_budget=budget_chart(plan),
         by_context=context_chart(plan),
-        more_memory=next_gigabyte(plan) if plan.method in plan.predicted else "",
+        more_memory=what_more_memory_buys(plan) if plan.method in plan.predicted else "",
         curve=acceptance_chart(plan.acceptance, plan.tree),
         widths=width_rows(plan),
         kinds=kind_rows(plan),

@@ -8,6 +8,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -167,25 +168,26 @@ def stream_rate(link: Stream, num_bytes: int, block_bytes: int) -> float:
 def streaming(link: Stream, num_bytes: int, block_bytes: int) -> Iterator[Callable[[], float]]:
     """Keeps the link busy inside the block, as `stream_rate` does; yields what tells its rate so
     far, in bytes per second."""
-    num_blocks, arrived, ended = num_bytes // block_bytes, [0], threading.Event()
-    started = time.perf_counter()
+    num_blocks, ended = num_bytes // block_bytes, threading.Event()
+    num_arrived, started = 0, time.perf_counter()
 
     def run() -> None:
+        nonlocal num_arrived
         link.begin(0, 0, block_bytes)
         while not ended.is_set():
-            arrived[0] += 1
-            index = arrived[0]
+            index = num_arrived + 1
             link.begin(index % 2, index % num_blocks * block_bytes, block_bytes)
             link.wait((index - 1) % 2)
-        link.wait(arrived[0] % 2)
+            num_arrived = index
+        link.wait(num_arrived % 2)
 
-    thread = threading.Thread(target=run, name="subspec-stream", daemon=True)
-    thread.start()
-    try:
-        yield lambda: arrived[0] * block_bytes / (time.perf_counter() - started)
-    finally:
-        ended.set()
-        thread.join()
+    with ThreadPoolExecutor(1, thread_name_prefix="subspec-stream") as thread:
+        reading = thread.submit(run)
+        try:
+            yield lambda: num_arrived * block_bytes / (time.perf_counter() - started)
+        finally:
+            ended.set()
+    reading.result()  # raises what a read raised
 
 
 def repetitions(action: Callable[[], object], device: torch.device) -> float:

@@ -20,8 +20,8 @@ from subspec.planner.storage import Storage, group_bytes
 
 BUDGET_STEPS = (0.4, 0.5, 0.625, 0.75, 0.875, 1.125, 1.25, 1.5, 1.75, 2.0)  # of the plan's own
 CONTEXTS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
-NEXT_BYTES = 10**9  # "the next GB"
-NEXT_SHARE = 0.1  # of the budget, where that is less than the next GB
+NEXT_BYTES = 10**9  # what is asked after: a GB more
+NEXT_SHARE = 0.1  # of the budget, where that is less
 
 Solve = Callable[[int, int | None], Plan]  # budget, context -> the best plan; None: ours to choose
 
@@ -102,7 +102,7 @@ def next_bytes(budget_bytes: int) -> int:
     return min(NEXT_BYTES, int(budget_bytes * NEXT_SHARE))
 
 
-def next_gigabyte(plan: Plan) -> str:
+def what_more_memory_buys(plan: Plan) -> str:
     """One sentence; "" where it was not looked into."""
     more = next_bytes(plan.budget_bytes)
     wanted = plan.budget_bytes + more

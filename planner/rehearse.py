@@ -128,7 +128,8 @@ def play(
     eos = frozenset(session.artifact.spec.eos_token_ids)
     tokens, starts, clock = [*prompt], list[int](), [(0.0, 0.0)]
     session.model.cache.roll_back(0)
-    checked = session.model.exact.streamed_bytes > 0
+    exact = session.model.exact
+    checked = exact.ring is None or exact.streamed_bytes > 0
     for emitted in session.generate(prompt, num_tokens + depth, Sampling(), eos):
         stats = session.stats
         if len(tokens) > len(prompt):

@@ -143,7 +143,7 @@ def test_a_link_is_kept_busy_while_something_else_runs_and_not_longer() -> None:
     num_blocks = len(link.offsets)
     assert set(link.offsets) == {0, 3 << 20, 6 << 20}
     assert link.under_way == [], "a block under way would be written into freed memory"
-    assert "subspec-stream" not in {thread.name for thread in threading.enumerate()}
+    assert not any(thread.name.startswith("subspec-stream") for thread in threading.enumerate())
     time.sleep(0.01)
     assert len(link.offsets) == num_blocks
 
@@ -154,7 +154,17 @@ def test_a_busy_link_rests_again_after_an_error() -> None:
         with streaming(link, 8 << 20, 1 << 20):
             raise RuntimeError("a layer failed")
     assert link.under_way == []
-    assert "subspec-stream" not in {thread.name for thread in threading.enumerate()}
+    assert not any(thread.name.startswith("subspec-stream") for thread in threading.enumerate())
+
+
+def test_what_a_read_beside_a_layer_raised_is_raised_here() -> None:
+    class Broken(WaitingLink):
+        def wait(self, slot: int) -> None:
+            raise SubspecError(Exit.CORRUPT, "reading failed")
+
+    with pytest.raises(SubspecError, match="reading failed"):
+        with streaming(Broken(), 8 << 20, 1 << 20):
+            pass
 
 
 def test_repetitions_count_what_is_disturbed(clock: Clock) -> None:

@@ -14,7 +14,7 @@ from subspec.planner.outlook import (
     CONTEXTS,
     foretell,
     next_bytes,
-    next_gigabyte,
+    what_more_memory_buys,
     with_outlook,
 )
 from subspec.planner.predict import usage_within
@@ -180,13 +180,13 @@ def test_what_the_next_gb_buys_is_one_sentence(speed: float, sentence: str) -> N
             Point(15_000_000, 256, "plain", 50.0),
         ),
     )
-    assert next_gigabyte(plan) == sentence
+    assert what_more_memory_buys(plan) == sentence
 
 
 def test_a_budget_that_was_not_looked_into_is_not_spoken_of() -> None:
-    assert next_gigabyte(plan_for(12_000_000)) == ""
+    assert what_more_memory_buys(plan_for(12_000_000)) == ""
 
 
 def test_the_next_gb_is_among_the_budgets_that_are_tried() -> None:
     plan = with_outlook(plan_for(12_000_000), best, fixed_context=True, most_positions=4096)
-    assert next_gigabyte(plan).startswith("1.20 MB more would buy ")
+    assert what_more_memory_buys(plan).startswith("1.20 MB more would buy ")
