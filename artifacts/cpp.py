@@ -8,7 +8,6 @@ import platform
 import re
 import shlex
 import shutil
-import stat
 import subprocess
 import tempfile
 import threading
@@ -16,6 +15,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch  # noqa: F401  loads libgomp.so.1, which the libraries then share with it
+
+from subspec.artifacts.users_cache import users_folder
 
 # No fast-math: windows and rounding are IEEE arithmetic. No contraction: results may not depend on
 # which multiplications and additions a compiler finds side by side.
@@ -76,7 +77,7 @@ def _built(source: Path) -> ctypes.CDLL | str:
         key = "\0".join((*command, version, *FLAGS, platform.machine(), _processor()))
         text = b"\0".join(_texts(source))
         digest = hashlib.sha256(key.encode() + text).hexdigest()
-        folder = _cache_folder()
+        folder = users_folder("kernels")
         if folder is not None:
             return _opened(command, source, folder / f"{source.stem}-{digest[:32]}.so")
         with tempfile.TemporaryDirectory() as private:  # once loaded, the file may go
@@ -136,19 +137,3 @@ def _processor() -> str:
     except OSError:
         return platform.processor()
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
-
-
-def _cache_folder() -> Path | None:
-    """The user's own folder for such files, mode 0700; None if there cannot be one.
-
-    Code is loaded from it, so it is not used if somebody else could write to it.
-    """
-    try:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        folder = Path(base) / "subspec"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = folder.stat()
-    except (OSError, RuntimeError):  # Path.home() raises RuntimeError if there is none
-        return None
-    private = status.st_uid == os.getuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    return folder if private and os.access(folder, os.W_OK | os.X_OK) else None

@@ -21,6 +21,7 @@ from subspec.artifacts.codec import dump_json, load_dataclass, parse_json
 from subspec.artifacts.errors import SubspecError
 from subspec.artifacts.folder import MANIFEST
 from subspec.artifacts.plan import Method, Plan
+from subspec.artifacts.users_cache import users_folder
 
 RUNS = "runs.jsonl"
 MOST_RUNS = 1000  # the newest are kept; the file grows to twice that before it is cut
@@ -89,18 +90,17 @@ def append_run(artifact_path: Path, run: Run) -> None:
     try:
         append_line(artifact_path / RUNS, line)
     except OSError:
-        with suppress(OSError, RuntimeError):
-            path = cache_file(artifact_path)
-            path.parent.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            path.parent.mkdir(exist_ok=True)
-            append_line(path, line)
+        with suppress(OSError):
+            if (path := cache_file(artifact_path)) is not None:
+                append_line(path, line)
 
 
 def read_runs(artifact_path: Path) -> tuple[Run, ...]:
     """The newest MOST_RUNS, oldest first."""
     lines = last_lines(artifact_path / RUNS)
-    with suppress(OSError, RuntimeError):
-        lines += last_lines(cache_file(artifact_path))
+    with suppress(OSError):
+        if (path := cache_file(artifact_path)) is not None:
+            lines += last_lines(path)
     found = (load_run(line) for line in lines)
     runs = sorted((run for run in found if run is not None), key=lambda run: run.time)
     return tuple(runs[-MOST_RUNS:])
@@ -165,13 +165,12 @@ def is_sound(run: Run) -> bool:
 # The file
 
 
-def cache_file(artifact_path: Path) -> Path:
-    """Where the records of a folder lie that cannot be written. Raises OSError without a manifest,
-    RuntimeError without a home."""
+def cache_file(artifact_path: Path) -> Path | None:
+    """Where the records of a folder lie that cannot be written; None: nowhere. Raises OSError
+    without a manifest."""
     manifest = (artifact_path / MANIFEST).read_bytes()
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    name = hashlib.sha256(manifest).hexdigest()[:16]
-    return Path(base) / "subspec" / "runs" / f"{name}.jsonl"
+    folder = users_folder("runs")
+    return folder / f"{hashlib.sha256(manifest).hexdigest()[:16]}.jsonl" if folder else None
 
 
 def append_line(path: Path, line: bytes) -> None:

@@ -27,6 +27,7 @@ from subspec.artifacts.plan import Method, Plan
 from subspec.artifacts.sizes import format_size
 from subspec.artifacts.store import LARGEST_JSON, Artifact
 from subspec.artifacts.tensors import open_regular
+from subspec.artifacts.users_cache import users_folder
 from subspec.runtime.memory import free_bytes
 from subspec.runtime.session import machine_name
 
@@ -151,7 +152,7 @@ def solve_again(
     artifact: Artifact, found: Mismatch, link_bandwidth: int | None, progress: Progress
 ) -> Plan:
     """The plan that `found` asks for: as it was kept, else by the planner."""
-    folder = cache_folder()
+    folder = users_folder("plans")
     entry = folder / entry_name(artifact, found, link_bandwidth) if folder else None
     plan = read_entry(entry, artifact, found) if entry else None
     if plan is None:
@@ -216,19 +217,6 @@ def load_plan(text: bytes | str, artifact: Artifact) -> Plan:
 
 
 # The cache: an entry is the text of a plan.json, named after all that it depends on.
-
-
-def cache_folder() -> Path | None:
-    """Where plans are kept, only for this user; None if there is no such place."""
-    try:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        ours = Path(base) / "subspec"
-        ours.mkdir(mode=0o700, parents=True, exist_ok=True)
-        folder = ours / "plans"
-        folder.mkdir(mode=0o700, exist_ok=True)
-    except (OSError, RuntimeError):  # Path.home() raises RuntimeError if there is none
-        return None
-    return folder
 
 
 def entry_name(artifact: Artifact, found: Mismatch, link_bandwidth: int | None) -> str:

@@ -56,7 +56,7 @@ def test_what_the_compiler_complains_about_is_passed_on(
     monkeypatch.setenv("CXX", fake_compiler(fresh, script))
     reason = compiled.unavailable()
     assert reason is not None and "a.cpp:1: error: no such luck" in reason
-    assert [path.name for path in (fresh / "cache" / "subspec").iterdir()] == []
+    assert [path.name for path in (fresh / "cache" / "subspec" / "kernels").iterdir()] == []
 
 
 def test_what_cannot_be_loaded_is_reported(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,7 +72,7 @@ def test_it_is_built_once_into_a_private_folder(
     for _ in range(2):
         assert compiled.unavailable() is None
         cpp.library.cache_clear()
-    folder = fresh / "cache" / "subspec"
+    folder = fresh / "cache" / "subspec" / "kernels"
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert [path.suffix for path in folder.iterdir()] == [".so"]
     assert len((fresh / "builds").read_text()) == 1
@@ -117,14 +117,14 @@ def test_several_builds_at_once_do_not_disturb_each_other(
     for thread in threads:
         thread.join()
     assert reasons == [None] * 4
-    assert len([*(fresh / "cache" / "subspec").iterdir()]) == 1
+    assert len([*(fresh / "cache" / "subspec" / "kernels").iterdir()]) == 1
 
 
 def test_a_cache_that_others_may_write_to_or_that_cannot_be_is_not_used(
     fresh: Path, built: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CXX", fake_compiler(fresh, f'cp {built} "$last"'))
-    folder = fresh / "cache" / "subspec"
+    folder = fresh / "cache" / "subspec" / "kernels"
     folder.mkdir(parents=True)
     folder.chmod(0o777)
     assert compiled.unavailable() is None

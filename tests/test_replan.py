@@ -3,9 +3,7 @@
 import json
 import os
 import shutil
-import stat
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from subspec.artifacts.codec import dump_json
 from subspec.artifacts.errors import Exit, SubspecError
 from subspec.artifacts.plan import Plan, Wishes
 from subspec.artifacts.store import Artifact, open_artifact, verify
+from subspec.artifacts.users_cache import users_folder
 from subspec.planner.build import rebuild
 from subspec.planner.cli import main as plan_command
 from subspec.planner.hub import DEMO
@@ -29,7 +28,6 @@ from subspec.runtime.memory import free_bytes
 from subspec.runtime.replan import (
     Here,
     Mismatch,
-    cache_folder,
     entry_name,
     fitted,
     look_around,
@@ -276,9 +274,10 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     """A cache of the test's own, with what was compiled before."""
     users = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     base = tmp_path_factory.mktemp("cache")
-    (base / "subspec").mkdir(mode=0o700)
-    for library in (users / "subspec").glob("*.so"):
-        shutil.copy(library, base / "subspec")
+    kernels = base / "subspec" / "kernels"
+    kernels.mkdir(mode=0o700, parents=True)
+    for library in (users / "subspec" / "kernels").glob("*.so"):
+        shutil.copy(library, kernels)
     monkeypatch.setenv("XDG_CACHE_HOME", str(base))
     return base / "subspec" / "plans"
 
@@ -291,7 +290,7 @@ def smaller() -> Mismatch:
 def test_an_entry_is_the_text_of_a_plan_and_is_read_back(artifact: Path, cache: Path) -> None:
     opened = open_artifact(artifact)
     found = Mismatch("machine", opened.plan.budget_bytes, None, HERE, "")
-    assert cache_folder() == cache
+    assert users_folder("plans") == cache
     entry = cache / "entry.json"
     write_entry(entry, opened.plan)
     assert entry.read_bytes() == (artifact / "plan.json").read_bytes()
@@ -305,7 +304,7 @@ def test_an_entry_that_is_damaged_or_of_another_plan_is_not_taken(
     opened = open_artifact(artifact)
     plan = opened.plan
     found = Mismatch("machine", plan.budget_bytes, None, HERE, "")
-    folder = cache_folder()
+    folder = users_folder("plans")
     assert folder is not None
     entry = folder / "entry.json"
     text = dump_json(plan)
@@ -351,7 +350,7 @@ def test_an_entrys_name_depends_on_all_that_its_plan_does(
 def test_the_entries_that_were_used_longest_ago_make_room(artifact: Path, cache: Path) -> None:
     opened = open_artifact(artifact)
     found = Mismatch("machine", opened.plan.budget_bytes, None, HERE, "")
-    assert cache_folder() == cache
+    assert users_folder("plans") == cache
     for index in range(70):
         write_entry(cache / f"{index}.json", opened.plan)
         os.utime(cache / f"{index}.json", (index, index))
@@ -367,25 +366,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(
 ) -> None:
     write_entry(tmp_path / "no" / "folder" / "entry.json", PLAN)
     monkeypatch.setenv("XDG_CACHE_HOME", str(artifact / "plan.json"))
-    assert cache_folder() is None
-
-
-def test_the_cache_is_the_users_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, open_umask: None
-) -> None:
-    """Compiled code lies in the folder above, which is refused if others can write to it."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "new"))
-    folder = cache_folder()
-    assert folder == tmp_path / "new" / "subspec" / "plans"
-    for path in (folder, folder.parent):
-        assert stat.S_IMODE(path.stat().st_mode) == 0o700
-
-
-@pytest.fixture
-def open_umask() -> Iterator[None]:
-    before = os.umask(0)
-    yield
-    os.umask(before)
+    assert users_folder("plans") is None
 
 
 # As a person meets it
@@ -481,7 +462,7 @@ def test_a_context_that_shrank_is_said_so(artifact: Path, cache: Path) -> None:
     opened = open_artifact(artifact)
     opened = replace(opened, plan=replace(opened.plan, budget_bytes=20_000_000))
     here = look_around(opened.plan, None)
-    assert here is not None and cache_folder() == cache
+    assert here is not None and users_folder("plans") == cache
     found = mismatch(opened.plan, "substitute", here, 19_000_000)
     assert found is not None
     kept = replace(opened.plan, context=200, budget_bytes=19_000_000)
