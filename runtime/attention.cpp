@@ -21,6 +21,8 @@
 #include <immintrin.h>
 #endif
 
+#include "exponent.hpp"
+
 namespace {
 
 #if defined(__AVX512F__)
@@ -93,20 +95,6 @@ inline Bits narrow(Floats x, Fp16) {
     const Bits finite = magnitude < 0x38800000 ? subnormal : normal;
     const Bits beyond = magnitude > INFINITE ? Bits{} + 0x7e00 : Bits{} + 0x7c00;
     return sign | (magnitude >= 0x47800000 ? beyond : finite);
-}
-
-// 2^x for x <= 0: 0 below 2^-126, NaN for NaN. Relative error 1e-7.
-inline Floats power_of_two(Floats x) {
-    constexpr float SHIFT = 3 << 22;  // a float of this size keeps no fraction: adding it rounds
-    const Floats shifted = x + SHIFT, f = x - (shifted - SHIFT);
-    Floats p = f * 0.000153533605f + 0.0013398875f;
-    p = p * f + 0.00961843692f;
-    p = p * f + 0.0555033237f;
-    p = p * f + 0.240226477f;
-    p = p * f + 0.693147182f;
-    p = p * f + 1.0f;
-    const Floats power = (Floats)((Bits)p + ((Bits)shifted << 23));
-    return x < -126.0f ? Floats{} : x == x ? power : x;
 }
 
 // ---- one block of LANES rows --------------------------------------------------------------------
@@ -204,7 +192,7 @@ Floats score(const Call& call, const Entry* queries, const Entry* keys, int64_t 
 Floats weigh(Floats most, int64_t num, const Scratch& s) {
     Floats total = {};
     for (int64_t i = 0; i < num; i++) {
-        const Floats weight = power_of_two(load(s.scores + i * LANES) - most);
+        const Floats weight = power_of_two<Bits>(load(s.scores + i * LANES) - most);
         store(s.scores + i * LANES, weight);
         total += weight;
     }

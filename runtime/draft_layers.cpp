@@ -11,6 +11,7 @@
 
 #include <cmath>
 
+#include "exponent.hpp"
 #include "int4.hpp"
 
 namespace {
@@ -76,22 +77,8 @@ inline Floats fused(Floats x, Floats y, Floats sum) {
 #endif
 }
 
-// 2^x for x <= 0: 0 below 2^-126, NaN for NaN. Relative error 1e-7.
-inline Floats power_of_two(Floats x) {
-    constexpr float SHIFT = 3 << 22;  // a float of this size keeps no fraction: adding it rounds
-    const Floats shifted = x + SHIFT, f = x - (shifted - SHIFT);
-    Floats p = f * 0.000153533605f + 0.0013398875f;
-    p = p * f + 0.00961843692f;
-    p = p * f + 0.0555033237f;
-    p = p * f + 0.240226477f;
-    p = p * f + 0.693147182f;
-    p = p * f + 1.0f;
-    const Floats power = (Floats)((Bits)p + ((Bits)shifted << 23));
-    return x < -126.0f ? Floats{} : x == x ? power : x;
-}
-
 inline Floats silu(Floats x) {
-    const Floats power = power_of_two((Floats)((Bits)x | ~MAGNITUDE) * 1.44269504f);  // e^-|x|
+    const Floats power = power_of_two<Bits>((Floats)((Bits)x | ~MAGNITUDE) * 1.44269504f);  // e^-|x|
     return x * (x < 0 ? power : Floats{} + 1) / (1 + power);
 }
 
@@ -412,7 +399,7 @@ void attend_slots(Query& query, uint32_t seen, const float* keys, const float* v
     }
     most = largest(most);
     if (most[0] > query.most) {
-        const Floats factor = power_of_two(Floats{} + query.most - most);
+        const Floats factor = power_of_two<Bits>(Floats{} + query.most - most);
         for (Floats& total : query.total) total *= factor;
         for (int64_t d = 0; d < dims; d += LANES)
             store(query.mean + d, load_floats(query.mean + d) * factor);
@@ -420,7 +407,7 @@ void attend_slots(Query& query, uint32_t seen, const float* keys, const float* v
     }
     float weights[SLOTS];
     for (int p = 0; p < SLOTS / LANES; p++) {
-        const Floats weight = power_of_two(scores[p] - most);
+        const Floats weight = power_of_two<Bits>(scores[p] - most);
         store(weights + p * LANES, weight);
         query.total[p] += weight;
     }

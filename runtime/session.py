@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -31,7 +32,7 @@ from subspec.runtime.memory import FastMemory, PeakMeter
 from subspec.runtime.sampling import Sampling
 from subspec.runtime.transformer import make_decoder
 
-KERNELS = (compiled.SOURCE, attention.SOURCE, int4.SOURCE, draft_layers.SOURCE)
+Kernel = tuple[Path, Callable[[], str | None]]  # its source, and why it cannot be used
 
 
 @dataclass
@@ -90,8 +91,8 @@ class Session:
         self.padded = padded and plan.method == "substitute"
         self.device = open_device(plan, device)
         torch.set_num_threads(plan.num_threads)
-        if self.device.type == "cpu":
-            cpp.build_ahead(KERNELS)  # while the weights load
+        self._kernels = needed_kernels(plan, self.method) if self.device.type == "cpu" else []
+        cpp.build_ahead(source for source, _ in self._kernels)  # while the weights load
         self.memory = FastMemory(self.device, placement.ledger)
         self.peak = PeakMeter(self.memory)
         clock = Clock(self.device, spans=[] if trace else None)
@@ -211,12 +212,8 @@ class Session:
     @property
     def missing_kernels(self) -> str | None:
         """Why plain twins do the work of the C++ kernels; None: they do not."""
-        if self.device.type == "cuda":
-            return None
-        problem = compiled.unavailable() or attention.unavailable()
-        if problem is None and self.plan.int4_kernel == "w4a8":
-            problem = draft_layers.unavailable()
-        return problem
+        problems = (unavailable() for _, unavailable in self._kernels)
+        return next((problem for problem in problems if problem is not None), None)
 
     def close(self) -> None:
         self.model.exact.close()
@@ -227,6 +224,18 @@ class Session:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def needed_kernels(plan: Plan, method: Method) -> list[Kernel]:
+    """What decoding by `method` calls on a CPU."""
+    found: list[Kernel] = [(attention.SOURCE, attention.unavailable)]
+    if plan.residuals:
+        found.append((compiled.SOURCE, compiled.unavailable))
+    if plan.int4_kernel == "w4a8" and (plan.residuals or method == "substitute"):
+        found.append((int4.SOURCE, int4.unavailable))
+    if plan.int4_kernel == "w4a8" and method == "substitute":
+        found.append((draft_layers.SOURCE, draft_layers.unavailable))
+    return found
 
 
 def machine_name(device: torch.device) -> str:
