@@ -18,18 +18,10 @@ from subspec.artifacts.model import ModelSpec, Source
 from subspec.artifacts.plan import Option, Plan, Point, Wishes
 from subspec.artifacts.profile import Learned
 from subspec.artifacts.sizes import format_size
-from subspec.planner.explain import (
-    Row,
-    duration,
-    ledger_rows,
-    number,
-    plan_json,
-    print_plan,
-    render_readme,
-    render_report,
-)
+from subspec.planner.explain import plan_json, print_plan, render_readme, render_report
 from subspec.planner.outlook import with_outlook
 from subspec.planner.search import PRIOR, search
+from subspec.planner.wording import ledger_rows, number
 
 HOSTILE = "</title><script>alert(1)</script>\n---\n| `x` [/nope] \x1b[2J\x00 & \"'\u202e"
 SPEC = make_spec()
@@ -410,30 +402,3 @@ def test_a_dry_run_has_no_artifact() -> None:
     assert found["artifact"] is None
     assert found["decisions"]["method"] == "plain"
     assert found["decisions"]["streamed_bytes"] == 0
-
-
-# Words and numbers
-
-
-@pytest.mark.parametrize(
-    ("value", "text"), [(0, "0.00"), (3.14159, "3.14"), (31.4159, "31.4"), (31415.9, "31416")]
-)
-def test_numbers_have_three_digits(value: float, text: str) -> None:
-    assert number(value) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0.0, "0 s"), (12e-6, "12.0 µs"), (0.25, "250 ms"), (1.5, "1.50 s"), (2e-7, "0.20 µs")],
-)
-def test_times_have_a_unit(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
-
-
-def test_purposes_that_we_do_not_know_are_shown_by_their_name() -> None:
-    plan = make_plan()
-    placement = replace(plan.plain, ledger={"resident": 10, "graphs": 5, "norms": 0})
-    assert ledger_rows(replace(plan, budget_bytes=15), placement) == [
-        Row("resident", "exact weights that stay", 10),
-        Row("other", "graphs", 5),
-    ]
