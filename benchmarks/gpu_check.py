@@ -5,9 +5,9 @@
 Makes a widened demo model (mechanics of that size, not its acceptance), plans it for the GPU with
 raw weights and with residuals, and checks for both: speculation and plain decoding give the same
 tokens, greedy and seeded; the driver's peak stays below the cap; how busy the link is while
-verifying; the terms of a round at full and at throttled link speed. And how fast residuals decode,
-as weights and as share of the memory's bandwidth. Stories on stderr, one JSON object as the last
-line of stdout.
+verifying; the terms of a round at full and at throttled link speed; a draft's level with and
+without CUDA graphs. And how fast residuals decode, as weights and as share of the memory's
+bandwidth. Stories on stderr, one JSON object as the last line of stdout.
 """
 
 import json
@@ -63,6 +63,7 @@ def main(out: Path, hidden: int, layers: int, vram: int, tokens: int) -> None:
             "link_bytes_per_second": artifact.profile.link[-1].bytes_per_second,
             "int4_kernel": artifact.profile.int4_kernel,
             "lossless": checked,
+            "draft_level_seconds": draft_level_seconds(artifact, tokens),
             "speed": {link: speed(folder, link) for link in LINKS},
         }
     found["decode"] = decode(artifact)
@@ -129,6 +130,26 @@ def check_lossless(artifact: Artifact, tokens: int) -> dict[str, bool]:
     count = len(PROMPTS)
     same = {name: runs[:count] == runs[count:] for name, runs in said.items()}
     return {**same, "within_cap": within}
+
+
+def draft_level_seconds(artifact: Artifact, tokens: int) -> dict[str, float]:
+    """Of one level: launched kernel by kernel, and as captured graphs; how long the substitutes
+    take to be read at the memory's bandwidth is the floor."""
+    found = {}
+    prompt = load_text(artifact.path / "tokenizer").plain_ids(PROMPTS[0])
+    for name, graphs in (("kernels", False), ("graphs", True)):
+        with Session(artifact, method="substitute", graphs=graphs) as session:
+            for _ in range(2):  # the first time builds and captures
+                session.model.cache.roll_back(0)
+                for _ in session.generate(prompt, tokens, Sampling()):
+                    pass
+            stats, problem = session.stats, session.missing_graphs
+            found[name] = stats.draft_seconds / max(1, sum(stats.judged))
+            print(f"a draft level by {name}: {found[name] * 1e3:.2f} ms", problem or "",
+                  file=sys.stderr)  # fmt: skip
+            read_bytes = session.placement.ledger["substitutes"]
+        torch.cuda.empty_cache()
+    return found | {"floor": read_bytes / memory_bandwidth()}
 
 
 def speed(folder: Path, link: str) -> dict[str, object]:

@@ -104,7 +104,7 @@ def draft_passes(
 
     def passes(num_rows: int) -> dict[str, Callable[[], object]]:
         tree = root_only(torch.zeros(1, dtype=torch.int64), num_rows)
-        rows = tree_rows(cache, tree, torch.arange(num_rows), tree.depths)
+        rows = tree_rows(tree, torch.arange(num_rows), cache.behind(num_rows))
         return {
             "products": draft_step(weights, num_rows),
             "compiled": lambda: draft_layers.forward(compiled, rows, cache),

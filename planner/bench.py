@@ -33,6 +33,7 @@ from subspec.runtime.attention import attend, attend_exactly
 from subspec.runtime.cache import Cache
 from subspec.runtime.decode import causal_rows, tree_rows
 from subspec.runtime.draft import TokenTree, grow, root_only
+from subspec.runtime.draft_graphs import Action, Replay, capture_on_gpu
 from subspec.runtime.draft_layers import DraftLayers, compiled_layers, run_layers
 from subspec.runtime.linear import (
     Int4Weight,
@@ -122,7 +123,7 @@ class Bench:
         to_logits = self._through_head(self.decoder, self.exact)
 
         def head(width: int) -> Callable[[], object]:
-            return lambda: choose(to_logits(self._tree_rows(width)), [0] * width, Sampling())
+            return lambda: to_logits(self._tree_rows(width)).argmax(-1)
 
         layers = {
             width: self._layers(self.decoder, self.exact, self._tree_rows(width), attend_exactly)
@@ -143,7 +144,7 @@ class Bench:
         to_logits = self._through_head(self.decoder, self.exact)
         actions: list[Callable[[], object]] = [
             layers[1],
-            lambda: choose(to_logits(causal_rows(self.cache, row)), [0], Sampling()),
+            lambda: choose(to_logits(causal_rows(self.cache, row))[0], 0, Sampling()),
         ]
         with single_row_kernels() if self.device.type == "cpu" else nullcontext():
             (layer, slowest), (head, _) = time_each(actions, self.device)
@@ -186,8 +187,8 @@ class Bench:
         to_logits = self._through_head(self.draft_decoder, substitutes)
         root = torch.zeros(1, dtype=torch.int64, device=self.device)
 
-        def draft_pass(tree: TokenTree, nodes: Tensor, depth: int) -> Tensor:
-            return to_logits(tree_rows(self.cache, tree, nodes, (depth,) * len(nodes)))
+        def draft_pass(tree: TokenTree, nodes: Tensor) -> Tensor:
+            return to_logits(tree_rows(tree, nodes, self.cache.behind(len(tree.tokens))))
 
         def levels(width: int) -> Callable[[], object]:
             return lambda: grow(root, Tree(width, DRAFT_LEVELS), max(EXACT_WIDTHS), draft_pass)
@@ -203,10 +204,14 @@ class Bench:
             self.cache.roll_back(LIVE_TOKENS)
             far = time_widths(longer, self.device, self.spec.num_layers)
             return DraftTimings(layer, difference(layer, far), head)
-        layers = {
+        layers: dict[int, Callable[[], object]] = {
             width: self._layers(self.draft_decoder, substitutes, self._tree_rows(width), attend)
             for width in widths
         }
+        if self.device.type == "cuda":
+            capture = capture_on_gpu(self.device)
+            layers = {width: replayed(layers[width], capture) for width in widths}
+            heads = {width: replayed(heads[width], capture) for width in widths}
         layer, head = self._timed(layers, heads, DRAFT_LEVELS, self.layers_per_call)
         return DraftTimings(layer, self.attention_timings(attend, DRAFT_DTYPE), head)
 
@@ -252,7 +257,8 @@ class Bench:
 
     def _tree_rows(self, width: int) -> Rows:
         tree = root_only(torch.zeros(1, dtype=torch.int64, device=self.device), width)
-        return tree_rows(self.cache, tree, torch.arange(width, device=self.device), tree.depths)
+        nodes = torch.arange(width, device=self.device)
+        return tree_rows(tree, nodes, self.cache.behind(width))
 
     def _layers(
         self, decoder: Decoder, products: Iterable[Product], rows: Rows, attention: Attend
@@ -300,6 +306,15 @@ class Bench:
             else:
                 weights[key] = self.fixed[linear.name]
         return Substitutes(self.spec.num_layers, weights, biases)
+
+
+def replayed(action: Action, capture: Callable[[Action], Replay]) -> Action:
+    """The action as the runtime would launch it: as a graph, where that works."""
+    action()  # builds what is not built yet
+    try:
+        return capture(action)
+    except RuntimeError:
+        return action
 
 
 def difference(near: tuple[Timing, ...], far: tuple[Timing, ...]) -> tuple[Timing, ...]:

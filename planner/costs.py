@@ -19,6 +19,7 @@ from subspec.planner.storage import for_one_model
 DRAFT_BYTES = 2  # the draft computes in bf16
 GUARD_SHARE = 0.01  # of the budget: what operations allocate inside themselves
 GUARD_BYTES = 128 << 10  # and at least this
+GRAPH_BYTES_PER_LAYER = 512 << 10  # of all graphs of a draft; estimated: 2 x 12 of 20 kernels, 1 kB
 
 
 @dataclass(frozen=True)
@@ -107,17 +108,20 @@ def model_bytes(spec: ModelSpec) -> int:
 def workspace_bytes(spec: ModelSpec, device: DeviceKind, shape: Shape) -> int:
     """Peak of torch's temporaries over the passes; an upper bound, tested against a measurement."""
     slots = cache_slots(shape.context, shape.verify_width)
-    peak = max(
+    exact = max(
         pass_bytes(spec, device, shape.prefill_tokens, slots) + logits_bytes(spec, 1),
         pass_bytes(spec, device, shape.verify_width, slots, exact_threads=shape.num_threads)
         + logits_bytes(spec, shape.verify_width),
-        max(
-            pass_bytes(spec, device, shape.draft_width, slots),
-            compiled_draft_bytes(spec, shape.draft_width, slots, shape.num_threads),
-        )
-        + 14 * shape.draft_width * spec.vocab_size,  # bf16 and f32 logits, sharpened f32
     )
-    return aligned(peak)
+    draft = max(
+        pass_bytes(spec, device, shape.draft_width, slots),
+        compiled_draft_bytes(spec, shape.draft_width, slots, shape.num_threads),
+    )
+    draft += 14 * shape.draft_width * spec.vocab_size  # bf16 and f32 logits, sharpened f32
+    if device == "cuda" and shape.draft_width > 0:
+        # Captured levels keep their temporaries, and the driver something for each kernel.
+        return aligned(exact + draft) + spec.num_layers * GRAPH_BYTES_PER_LAYER
+    return aligned(max(exact, draft))
 
 
 def pass_bytes(
@@ -168,8 +172,8 @@ def compiled_draft_bytes(spec: ModelSpec, rows: int, slots: int, num_threads: in
 
 
 def logits_bytes(spec: ModelSpec, rows: int) -> int:
-    """Logits of all rows, and f64 working copies for the four rows sampled at a time."""
-    return rows * spec.vocab_size * spec.item_bytes + min(rows, 4) * spec.vocab_size * 72
+    """Logits of all rows, and the f64 working copies of the one that is sampled."""
+    return rows * spec.vocab_size * spec.item_bytes + spec.vocab_size * 72
 
 
 def count(shape: tuple[int, ...]) -> int:

@@ -7,9 +7,19 @@ node i at slot length + i; the last slot takes what padding rows write.
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from subspec.artifacts.plan import SLOT_ALIGNMENT
+
+
+@dataclass(frozen=True)
+class Behind:
+    """Where a tree lies in the cache: behind the committed tokens."""
+
+    length: Tensor  # int64 [], how many those are; on the device, where a captured graph reads it
+    live_slots: int  # that a pass over the tree attends to, visible or not
+    padding_slot: int
 
 
 @dataclass
@@ -27,6 +37,12 @@ class Cache:
 
     def live_slots(self, end: int) -> int:
         return min(-(-end // SLOT_ALIGNMENT) * SLOT_ALIGNMENT, self.keys_values.shape[3])
+
+    def behind(self, num_rows: int) -> Behind:
+        """Of a tree of so many rows. The live slots are those of the whole tree, whatever of it is
+        drafted yet, so that every pass of a round has one shape."""
+        length = torch.full((), self.length, device=self.keys_values.device)
+        return Behind(length, self.live_slots(self.length + num_rows), self.padding_slot)
 
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """keys, values [B, T, D] -> slots [T]."""

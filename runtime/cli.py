@@ -46,6 +46,7 @@ class Options:
     chat: bool = False
     no_speculation: bool = False
     unpadded: bool = False
+    no_graphs: bool = False
     vram: int | None = None
     no_replan: bool = False
     device: str | None = None
@@ -110,6 +111,7 @@ def device_option(
 @option("--chat", "Several turns; the default on a terminal without PROMPT.", is_flag=True)
 @option("--no-speculation", "The plain twin: the same tokens without a draft.", is_flag=True)
 @option("--unpadded", "With --no-speculation: plain decoding at its fastest.", is_flag=True)
+@option("--no-graphs", "On a GPU: launch a draft's kernels one by one.", is_flag=True)
 @option("--vram", "Plan anew if the plan takes more.", callback=size_option, metavar="SIZE")
 @option("--no-replan", "Obey the plan as it is, whatever the machine.", is_flag=True)
 @option("--device", "cpu, or one GPU such as cuda:1.", callback=device_option, metavar="DEVICE")
@@ -287,6 +289,7 @@ def opened(artifact: "Artifact", options: Options) -> "Iterator[Session]":
             device=options.device,
             link_bandwidth=options.link_bandwidth,
             progress=progress_line(),
+            graphs=not options.no_graphs,
         ) as session:
             here, planned = machine_name(session.device), artifact.plan.machine
             if here != planned:
@@ -300,6 +303,8 @@ def opened(artifact: "Artifact", options: Options) -> "Iterator[Session]":
                     f"attention several times, and near-ties may round otherwise: {problem}"
                 )
             yield session
+            if (problem := session.missing_graphs) is not None:
+                say(f"note: the draft's kernels were launched one by one: {problem}")
     except torch.OutOfMemoryError as error:
         raise SubspecError(
             Exit.RESOURCES,

@@ -8,22 +8,24 @@ order and noise that depends on the position only, so a token's logits are bit-e
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from subspec.artifacts.plan import Plan
-from subspec.runtime import draft_layers
+from subspec.runtime import draft_graphs, draft_layers
 from subspec.runtime.attention import attend, attend_exactly
-from subspec.runtime.cache import Cache
+from subspec.runtime.cache import Behind, Cache
 from subspec.runtime.clock import Clock
 from subspec.runtime.draft import DraftPass, TokenTree, grow, root_only
+from subspec.runtime.draft_graphs import DraftGraphs
 from subspec.runtime.draft_layers import DraftLayers
 from subspec.runtime.sampling import Sampling, choose
 from subspec.runtime.stream import ExactWeights
 from subspec.runtime.substitutes import Substitutes
 from subspec.runtime.transformer import Decoder, Rows, forward
-from subspec.runtime.verify import accept
+from subspec.runtime.verify import Verdict, accept, walk
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Model:
     draft_decoder: Decoder  # the same tensors; bf16 where the 4-bit kernels need it
     substitutes: Substitutes | None  # None: plain decoding only
     draft_layers: DraftLayers | None  # the draft's layers, compiled; None: their plain twin runs
+    draft_graphs: DraftGraphs | None  # its levels, captured; None: their plain twin runs
 
 
 def speculate(model: Model, root: int, sampling: Sampling, max_tokens: int) -> Iterator[list[int]]:
@@ -50,11 +53,9 @@ def speculate(model: Model, root: int, sampling: Sampling, max_tokens: int) -> I
     while True:
         with clock.phase("draft"):
             token = torch.tensor([root], device=model.decoder.embedding.device)
-            shape = replace(plan.tree, depth=max(0, min(plan.tree.depth, max_tokens - 1)))
-            tree = grow(token, shape, plan.verify_width, draft_pass(model))
+            tree = draft(model, token, max(0, min(plan.tree.depth, max_tokens - 1)))
         with clock.phase("verify"):
-            choices = exact_choices(model, tree, sampling)
-            verdict = accept(tree, choices, plan.tree.depth)
+            verdict = judge(model, tree, sampling)
             cache.compact(verdict.path)
             emitted = verdict.emitted()
         cache.commit([root, *emitted[:-1]])
@@ -68,8 +69,8 @@ def decode_plainly(model: Model, root: int, sampling: Sampling) -> Iterator[list
     while True:
         with model.clock.phase("verify"):
             token = torch.tensor([root], device=model.decoder.embedding.device)
-            choices = exact_choices(model, root_only(token, model.plan.verify_width), sampling)
-            emitted = int(choices[0])
+            logits = exact_logits(model, root_only(token, model.plan.verify_width))
+            emitted = choose(logits[0], model.cache.length + 1, sampling)
         model.cache.commit([root])
         root = emitted
         yield [emitted]
@@ -82,7 +83,7 @@ def decode_unpadded(model: Model, root: int, sampling: Sampling) -> Iterator[lis
             token = torch.tensor([root], device=model.decoder.embedding.device)
             rows = causal_rows(model.cache, token)
             logits = forward(model.decoder, model.exact, rows, model.cache, attend)
-            emitted = int(choose(logits, [model.cache.length + 1], sampling)[0])
+            emitted = choose(logits[0], model.cache.length + 1, sampling)
         model.cache.commit([root])
         root = emitted
         yield [emitted]
@@ -101,26 +102,50 @@ def prefill(model: Model, tokens: list[int], sampling: Sampling) -> int:
             rows = causal_rows(model.cache, torch.tensor(some, device=device))
             logits = forward(model.decoder, model.exact, rows, model.cache, attend, last_only=True)
             model.cache.commit(some)
-        return int(choose(logits, [model.cache.length], sampling)[0])
+        return choose(logits[0], model.cache.length, sampling)
 
 
-def exact_choices(model: Model, tree: TokenTree, sampling: Sampling) -> Tensor:
-    """The exact model's next token at every row of the tree: int64 [W]."""
-    nodes = torch.arange(len(tree.depths), device=tree.tokens.device)
-    rows = tree_rows(model.cache, tree, nodes, tree.depths)
-    logits = forward(model.decoder, model.exact, rows, model.cache, attend_exactly)
-    positions = [model.cache.length + depth + 1 for depth in tree.depths]
-    return choose(logits, positions, sampling)
+def draft(model: Model, root: Tensor, depth: int) -> TokenTree:
+    """The plan's tree over the token `root`, int64 [1], no deeper than `depth`."""
+    plan = model.plan
+    if model.draft_graphs is not None:
+        passes = partial(draft_pass, model)
+        return draft_graphs.grow(model.draft_graphs, root, depth, model.cache, passes)
+    return grow(root, replace(plan.tree, depth=depth), plan.verify_width, draft_pass(model))
 
 
-def draft_pass(model: Model) -> DraftPass:
+def judge(model: Model, tree: TokenTree, sampling: Sampling) -> Verdict:
+    """What the exact model would say, from the root as far as the tree has it.
+
+    An argmax takes no time: all rows have theirs on the device. A sample takes some: only what is
+    on the path is drawn.
+    """
+    logits, first = exact_logits(model, tree), model.cache.length + 1
+    if sampling.temperature == 0:
+        return accept(tree, logits.argmax(-1), model.plan.tree.depth)
+
+    def drawn(node: int, depth: int) -> int:
+        return choose(logits[node], first + depth, sampling)
+
+    return walk(tree, drawn, model.plan.tree.depth)
+
+
+def exact_logits(model: Model, tree: TokenTree) -> Tensor:
+    """The exact model's, at every row of the tree: [W, V]."""
+    num_rows = len(tree.tokens)
+    nodes = torch.arange(num_rows, device=tree.tokens.device)
+    rows = tree_rows(tree, nodes, model.cache.behind(num_rows))
+    return forward(model.decoder, model.exact, rows, model.cache, attend_exactly)
+
+
+def draft_pass(model: Model, behind: Behind | None = None) -> DraftPass:
     """The substitutes' logits for some nodes of a tree; they write approximate keys and values
-    into the tree's slots, which verification overwrites."""
+    into the tree's slots, which verification overwrites. behind None: the committed tokens."""
     substitutes = model.substitutes
     assert substitutes is not None
 
-    def run(tree: TokenTree, nodes: Tensor, depth: int) -> Tensor:
-        rows = tree_rows(model.cache, tree, nodes, (depth,) * len(nodes))
+    def run(tree: TokenTree, nodes: Tensor) -> Tensor:
+        rows = tree_rows(tree, nodes, behind or model.cache.behind(len(tree.tokens)))
         if model.draft_layers is not None:
             return draft_layers.forward(model.draft_layers, rows, model.cache)
         return forward(model.draft_decoder, substitutes, rows, model.cache, attend)
@@ -128,24 +153,17 @@ def draft_pass(model: Model) -> DraftPass:
     return run
 
 
-def tree_rows(cache: Cache, tree: TokenTree, nodes: Tensor, depths: tuple[int, ...]) -> Rows:
-    """Rows for `nodes` of a tree that lies behind the committed tokens.
-
-    The live slots are those of the committed tokens and of the whole tree, whatever was drafted,
-    so that every pass of a round has one shape.
-    """
-    length, device = cache.length, tree.tokens.device
-    live = cache.live_slots(length + len(tree.depths))
-    visible = torch.zeros(len(nodes), live, dtype=torch.bool, device=device)
-    visible[:, :length] = True
-    visible[:, length : length + len(tree.depths)] = tree.ancestors[nodes]
-    slot_positions = torch.arange(live, device=device)
-    slot_positions[length : length + len(tree.depths)] = length + torch.tensor(
-        tree.depths, device=device
-    )
-    slots = torch.where(nodes < tree.num_nodes, length + nodes, cache.padding_slot)
-    positions = length + torch.tensor(depths, device=device)
-    return Rows(tree.tokens[nodes], positions, slots, slot_positions, visible)
+def tree_rows(tree: TokenTree, nodes: Tensor, behind: Behind) -> Rows:
+    """Rows for `nodes` of a tree that lies behind the committed tokens."""
+    slots = torch.arange(behind.live_slots, device=nodes.device)
+    slots_of_tree = slots[: len(tree.tokens)] + behind.length
+    visible = (slots < behind.length).repeat(len(nodes), 1)
+    visible[:, slots_of_tree] = tree.ancestors[nodes]
+    slot_positions = slots.clone()
+    slot_positions[slots_of_tree] = behind.length + tree.depths
+    own = torch.where(nodes < tree.num_nodes, behind.length + nodes, behind.padding_slot)
+    positions = behind.length + tree.depths[nodes]
+    return Rows(tree.tokens[nodes], positions, own, slot_positions, visible)
 
 
 def causal_rows(cache: Cache, tokens: Tensor) -> Rows:

@@ -6,7 +6,7 @@ arXiv 2509.18344 §4: the k best continuations over all parents form the next le
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from subspec.artifacts.plan import Tree
 # 0.7-0.9 97 %).
 STOP_TEMPERATURE = 0.5
 
-DraftPass = Callable[["TokenTree", Tensor, int], Tensor]
+DraftPass = Callable[["TokenTree", Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class TokenTree:
     tokens: Tensor  # int64 [W]
     parents: Tensor  # int64 [W]; the root's is itself
     ancestors: Tensor  # bool [W, W]: row i marks node i and everything above it
-    depths: tuple[int, ...]  # of each of the W rows
+    depths: Tensor  # int64 [W]; the root's is 0
     num_nodes: int
 
 
@@ -40,7 +40,7 @@ def root_only(root: Tensor, verify_width: int) -> TokenTree:
         tokens=root.repeat(verify_width),
         parents=torch.zeros(verify_width, dtype=torch.int64, device=root.device),
         ancestors=ancestors,
-        depths=(0,) * verify_width,
+        depths=torch.zeros(verify_width, dtype=torch.int64, device=root.device),
         num_nodes=1,
     )
 
@@ -58,36 +58,55 @@ def levels(
 ) -> Iterator[TokenTree]:
     """The tree after each of its levels; all share their tensors.
 
-    `draft_pass(token tree, nodes, depth)` -> logits [len(nodes), V] of the substitutes.
+    `draft_pass(token tree, nodes)` -> logits [len(nodes), V] of the substitutes.
     Ends early when the best path's chance of acceptance falls below `tree.stop_below`: one number
     is read back per level. Plans leave it at 0 (docs/LOG.md), and then nothing is.
     """
     grown = root_only(root, verify_width)
-    tokens, parents, ancestors = grown.tokens, grown.parents, grown.ancestors
-    frontier = torch.zeros(1, dtype=torch.int64, device=root.device)
-    scores = torch.zeros(1, device=root.device)  # log of the sharpened path probability
-    likely = torch.zeros(1, device=root.device)  # log of the chance that the path is accepted
-    for depth in range(1, tree.depth + 1):
-        logits = draft_pass(grown, frontier, depth - 1).float()
-        best, ids = logits.topk(min(tree.width, logits.shape[1]), dim=-1)  # [frontier, k] each
-        sharp = log_probabilities(best, logits, tree.temperature)
-        scores, picked = (scores[:, None] + sharp).flatten().topk(tree.width)
-        parent = frontier[picked // best.shape[1]]
-        frontier = torch.arange(tree.width, device=root.device) + 1 + tree.width * (depth - 1)
-        tokens[frontier] = ids.flatten()[picked]
-        parents[frontier] = parent
-        ancestors[frontier] = ancestors[parent]
-        ancestors[frontier, frontier] = True
-        level_depths = (depth,) * tree.width
-        first = grown.num_nodes
-        depths = grown.depths[:first] + level_depths + grown.depths[first + tree.width :]
-        grown = TokenTree(tokens, parents, ancestors, depths, first + tree.width)
+    last = Level.of_root(root.device)
+    for _ in range(tree.depth):
+        children = torch.arange(tree.width, device=root.device) + grown.num_nodes
+        last = add_level(grown, last, children, tree, draft_pass)
+        grown = replace(grown, num_nodes=grown.num_nodes + tree.width)
         yield grown
-        if tree.stop_below > 0:
-            chance = log_probabilities(best, logits, STOP_TEMPERATURE)
-            likely = (likely[:, None] + chance).flatten()[picked]
-            if likely.max().exp().item() < tree.stop_below:
-                return
+        if tree.stop_below > 0 and last.chances.max().exp().item() < tree.stop_below:
+            return
+
+
+@dataclass(frozen=True)
+class Level:
+    """The last level of a tree, from which the next one grows."""
+
+    nodes: Tensor  # int64 [k]
+    scores: Tensor  # f32 [k]: log of the sharpened path probability
+    chances: Tensor  # f32 [k]: log of the chance that the path is accepted; 0 where nobody asks
+
+    @staticmethod
+    def of_root(device: torch.device) -> "Level":
+        zero = torch.zeros(1, device=device)
+        return Level(zero.long(), zero, zero)
+
+
+def add_level(
+    grown: TokenTree, last: Level, children: Tensor, tree: Tree, draft_pass: DraftPass
+) -> Level:
+    """Writes the k best continuations of the last level into the rows `children`, int64 [k].
+
+    Static shapes, nothing read back and no number of the host's: a captured graph can do it.
+    """
+    logits = draft_pass(grown, last.nodes).float()
+    best, ids = logits.topk(min(tree.width, logits.shape[1]), dim=-1)  # [last level, k] each
+    sharp = log_probabilities(best, logits, tree.temperature)
+    scores, picked = (last.scores[:, None] + sharp).flatten().topk(tree.width)
+    parents = last.nodes[picked // best.shape[1]]
+    grown.tokens[children] = ids.flatten()[picked]
+    grown.parents[children] = parents
+    grown.depths[children] = grown.depths[parents] + 1
+    grown.ancestors[children] = grown.ancestors[parents].scatter(1, children[:, None], True)
+    chances = last.chances[picked // best.shape[1]]
+    if tree.stop_below > 0:
+        chances += log_probabilities(best, logits, STOP_TEMPERATURE).flatten()[picked]
+    return Level(children, scores, chances)
 
 
 def log_probabilities(some: Tensor, logits: Tensor, temperature: float) -> Tensor:

@@ -1,15 +1,13 @@
 """Logits -> token. The noise for the token at position p depends on (seed, p) alone, so that
 speculation on or off gives the same tokens.
 
-T = rows, V = vocabulary
+V = vocabulary
 """
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-ROWS_PER_CALL = 4  # f64 copies of [T, V] stay small
 
 
 @dataclass(frozen=True)
@@ -22,40 +20,29 @@ class Sampling:
     seed: int = 0
 
 
-def choose(logits: Tensor, positions: list[int], sampling: Sampling) -> Tensor:
-    """logits [T, V], the position of the token that each row chooses -> int64 [T].
+def choose(logits: Tensor, position: int, sampling: Sampling) -> int:
+    """The token at `position`, from its logits [V].
 
     Gumbel-max: argmax(log p + noise) is distributed as p. Ties go to the lowest id.
     """
-    if sampling.temperature == 0:
-        return logits.argmax(-1)
-    chosen = []
-    for first in range(0, len(positions), ROWS_PER_CALL):
-        some = slice(first, first + ROWS_PER_CALL)
-        kept = filter_logits(logits[some], sampling)
-        noise = {
-            position: position_noise(sampling.seed, position, logits.shape[1], logits.device)
-            for position in set(positions[some])
-        }
-        for row, position in enumerate(positions[some]):
-            kept[row] += noise[position]
-        chosen.append(kept.argmax(-1))
-    return torch.cat(chosen)
+    if sampling.temperature > 0:
+        noise = position_noise(sampling.seed, position, len(logits), logits.device)
+        logits = filter_logits(logits, sampling).add_(noise)
+    return int(logits.argmax())
 
 
 def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
-    """f64 [T, V] after temperature, top-k, top-p, in transformers' order; -inf where cut off."""
+    """f64 [V] after temperature, top-k, top-p, in transformers' order; -inf where cut off."""
     scaled = logits.double() / sampling.temperature
-    if 0 < sampling.top_k < logits.shape[1]:
-        smallest = scaled.topk(sampling.top_k, dim=-1).values[:, -1:]
+    if 0 < sampling.top_k < len(logits):
+        smallest = scaled.topk(sampling.top_k).values[-1]
         scaled.masked_fill_(scaled < smallest, float("-inf"))
     if sampling.top_p < 1:
-        ordered, order = scaled.sort(dim=-1, descending=True, stable=True)
+        kept = scaled.isfinite().nonzero().flatten()  # a sort of them all takes long
+        ordered, order = scaled[kept].sort(descending=True, stable=True)
         probabilities = ordered.softmax(-1)
         before = probabilities.cumsum(-1) - probabilities
-        cut = torch.zeros_like(scaled, dtype=torch.bool)
-        cut.scatter_(1, order, before >= sampling.top_p)
-        scaled.masked_fill_(cut, float("-inf"))
+        scaled[kept[order[before >= sampling.top_p]]] = float("-inf")
     return scaled
 
 

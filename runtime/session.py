@@ -16,7 +16,7 @@ from subspec.artifacts.errors import Exit, SubspecError
 from subspec.artifacts.plan import Method, Plan, cache_slots
 from subspec.artifacts.sizes import format_size
 from subspec.artifacts.store import Artifact
-from subspec.runtime import attention, draft_layers, int4
+from subspec.runtime import attention, draft_graphs, draft_layers, int4
 from subspec.runtime.cache import Cache
 from subspec.runtime.clock import Clock, unrecorded
 from subspec.runtime.decode import (
@@ -71,9 +71,10 @@ class Session:
         link_bandwidth: float | None = None,
         progress: Callable[[str, float], None] = lambda stage, share: None,
         trace: bool = False,
+        graphs: bool = True,
     ) -> None:
         """method None: the plan's. padded False: plain decoding at one row, the fastest. trace:
-        `model.clock.spans` says what ran when."""
+        `model.clock.spans` says what ran when. graphs: on cuda, the draft's levels are captured."""
         plan, spec = artifact.plan, artifact.spec
         self.method: Method = method or plan.method
         placement = plan.placement(self.method)
@@ -115,6 +116,10 @@ class Session:
         fused = None
         if substitutes is not None:
             fused = draft_layers.compiled_layers(draft_decoder, substitutes, cache)
+        levels = None
+        if drafts and graphs and self.device.type == "cuda" and plan.tree.stop_below == 0:
+            capture = draft_graphs.capture_on_gpu(self.device)
+            levels = draft_graphs.make_graphs(plan.tree, plan.verify_width, self.device, capture)
         self.model = Model(
             plan=plan,
             decoder=decoder,
@@ -124,6 +129,7 @@ class Session:
             draft_decoder=draft_decoder,
             substitutes=substitutes,
             draft_layers=fused,
+            draft_graphs=levels,
         )
         self.stats = Stats(self.method)
         self._watched_length = 0
@@ -214,6 +220,11 @@ class Session:
         """Why plain twins do the work of the C++ kernels; None: they do not."""
         problems = (unavailable() for _, unavailable in self._kernels)
         return next((problem for problem in problems if problem is not None), None)
+
+    @property
+    def missing_graphs(self) -> str | None:
+        """Why the draft's levels are not captured; None: they are, or nobody asked for it."""
+        return self.model.draft_graphs.problem if self.model.draft_graphs else None
 
     def close(self) -> None:
         self.model.exact.close()

@@ -5,6 +5,7 @@ token there (argmax, or its sample), so whatever the draft proposed, what is emi
 target's. A child is accepted if it is that token.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +33,7 @@ def accept(tree: TokenTree, choices: Tensor, depth: int) -> Verdict:
     wrong[0] = False
     alive = ~(tree.ancestors & wrong).any(1) & (nodes < tree.num_nodes)
     # Siblings differ in their token, so the alive nodes form one path, one node per depth.
-    depths = torch.tensor(tree.depths, device=device).clamp_(max=depth + 1)
+    depths = tree.depths.clamp(max=depth + 1)
     path = torch.zeros(depth + 2, dtype=torch.int64, device=device)
     path.scatter_(0, torch.where(alive, depths, depth + 1), nodes)
     path = path[: depth + 1]
@@ -44,14 +45,22 @@ def accept(tree: TokenTree, choices: Tensor, depth: int) -> Verdict:
     return Verdict(path, torch.cat((accepted[None], emitted)))
 
 
-def accept_plainly(tree: TokenTree, choices: list[int]) -> list[int]:
-    """The plain twin: a walk from the root -> emitted tokens."""
+def walk(tree: TokenTree, choose: Callable[[int, int], int], depth: int) -> Verdict:
+    """The plain twin: from the root, `choose(node, its depth)` after `choose`. Few choices are
+    made, one after the other on the host: for those that take long."""
     tokens, parents = tree.tokens.tolist(), tree.parents.tolist()
-    node, emitted = 0, [choices[0]]
+    path, emitted = [0], [choose(0, 0)]
     while True:
-        children = [i for i in range(1, tree.num_nodes) if parents[i] == node]
-        match = [i for i in children if tokens[i] == emitted[-1]]
-        if not match:
-            return emitted
-        node = match[0]
-        emitted.append(choices[node])
+        match = (
+            node
+            for node in range(path[-1] + 1, tree.num_nodes)
+            if parents[node] == path[-1] and tokens[node] == emitted[-1]
+        )
+        node = next(match, None)
+        if node is None:
+            break
+        emitted.append(choose(node, len(path)))
+        path.append(node)
+    padded = path + [0] * (depth + 1 - len(path))
+    result = torch.tensor([len(path) - 1, *emitted])
+    return Verdict(torch.tensor(padded, device=tree.tokens.device), result)

@@ -6,14 +6,14 @@ from torch import Tensor
 
 from subspec.artifacts.plan import Tree
 from subspec.runtime.draft import TokenTree, grow, levels, root_only
-from subspec.runtime.verify import accept, accept_plainly
+from subspec.runtime.verify import accept, walk
 
 V = 11  # vocabulary
 
 
 def table_draft(table: Tensor):  # type: ignore[no-untyped-def]
     """A draft whose logits depend on the node's token only: row t of `table` [V, V]."""
-    return lambda tree, nodes, depth: table[tree.tokens[nodes]]
+    return lambda tree, nodes: table[tree.tokens[nodes]]
 
 
 def random_table(seed: int, sharpness: float = 3.0) -> Tensor:
@@ -51,7 +51,7 @@ def test_a_tree_stops_early_when_its_best_path_is_unlikely() -> None:
     flat = torch.zeros(V, V)
     tree = grow(torch.tensor([0]), Tree(1, 9, stop_below=0.005), 16, table_draft(flat))
     assert tree.num_nodes == 1 + 3  # 1/11, 1/121, then 1/1331 is below: that level is the last
-    assert tree.depths == (0, 1, 2, 3, *(0,) * 12)
+    assert tree.depths.tolist() == [0, 1, 2, 3, *(0,) * 12]
     every = levels(torch.tensor([0]), Tree(1, 9, stop_below=0.005), 16, table_draft(flat))
     assert [level.num_nodes for level in every] == [2, 3, 4]
 
@@ -62,10 +62,11 @@ def test_the_first_levels_of_a_tree_are_those_of_a_shallower_one(width: int) -> 
     root, draft, num_levels = torch.tensor([4]), table_draft(random_table(2)), 0
     for num_levels, tree in enumerate(levels(root, Tree(width, 5), 24, draft), 1):
         alone = grow(root, Tree(width, num_levels), 24, draft)
-        assert (tree.num_nodes, tree.depths) == (1 + width * num_levels, alone.depths)
+        assert tree.num_nodes == 1 + width * num_levels
         for found, expected in (
             (tree.tokens, alone.tokens),
             (tree.parents, alone.parents),
+            (tree.depths, alone.depths),
             (tree.ancestors, alone.ancestors),
         ):
             assert torch.equal(found, expected)
@@ -76,8 +77,8 @@ def test_the_first_levels_of_a_tree_are_those_of_a_shallower_one(width: int) -> 
 def test_a_level_is_drafted_only_when_it_is_asked_for() -> None:
     table, asked = random_table(3), list[int]()
 
-    def draft(tree: TokenTree, nodes: Tensor, depth: int) -> Tensor:
-        asked.append(depth)
+    def draft(tree: TokenTree, nodes: Tensor) -> Tensor:
+        asked.append(int(tree.depths[nodes[0]]))
         return table[tree.tokens[nodes]]
 
     grown = levels(torch.tensor([4]), Tree(2, 6), 16, draft)
@@ -106,10 +107,18 @@ def test_acceptance_on_the_device_equals_the_walk_from_the_root(seed: int) -> No
     for node in range(1, tree.num_nodes):  # a target that likes the draft: long paths happen
         if torch.rand(1, generator=generator) < 0.7:
             choices[tree.parents[node]] = tree.tokens[node]
-    verdict = accept(tree, choices, depth)
-    expected = accept_plainly(tree, choices.tolist())
+    verdict, asked = accept(tree, choices, depth), list[tuple[int, int]]()
+
+    def choose(node: int, level: int) -> int:
+        asked.append((node, level))
+        return int(choices[node])
+
+    walked = walk(tree, choose, depth)
+    expected = walked.emitted()
     assert verdict.emitted() == expected
     path = verdict.path[: len(expected)].tolist()
+    assert walked.path.tolist() == path + [0] * (depth + 1 - len(path))
+    assert asked == [(node, level) for level, node in enumerate(path)], "no other choice is made"
     assert [tree.depths[node] for node in path] == list(range(len(expected)))
     assert tree.tokens[path[1:]].tolist() == expected[:-1]
 

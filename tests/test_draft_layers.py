@@ -295,12 +295,12 @@ def test_the_demo_models_drafts_are_those_of_the_twin(tmp_path: Path) -> None:
             root = torch.tensor([prefill(model, prompt, Sampling())])
             tree = grow(root, artifact.plan.tree, artifact.plan.verify_width, draft_pass(model))
             for depth in range(6):
-                nodes = torch.tensor([n for n, d in enumerate(tree.depths) if d == depth])
+                nodes = (tree.depths == depth).nonzero().flatten()
                 nodes = nodes[nodes < tree.num_nodes]
                 kept = model.cache.keys_values.clone()
-                got = draft_pass(model)(tree, nodes, depth).float()
+                got = draft_pass(model)(tree, nodes).float()
                 model.cache.keys_values.copy_(kept)
-                expected = draft_pass(twin)(tree, nodes, depth).float()
+                expected = draft_pass(twin)(tree, nodes).float()
                 same += int((got.argmax(1) == expected.argmax(1)).sum())
                 num_rows += len(nodes)
                 farthest = max(farthest, distance(got, expected))
@@ -365,7 +365,7 @@ def test_the_temporaries_of_a_draft_step_are_those_that_the_planner_grants(
         tree = root_only(torch.tensor([5]), artifact.plan.verify_width)
         nodes = torch.arange(width)
         with Temporaries() as seen:
-            draft_pass(model)(tree, nodes, 0)
+            draft_pass(model)(tree, nodes)
         slots = model.cache.keys_values.shape[3]
         of_logits = 4 * width * spec.vocab_size
         granted = compiled_draft_bytes(spec, width, slots, artifact.plan.num_threads) + of_logits

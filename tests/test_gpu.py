@@ -44,6 +44,24 @@ def test_speculation_gives_the_tokens_of_plain_decoding_on_cuda(
     assert said[:2] == said[2:]
 
 
+@pytest.mark.parametrize("shape", [(1, 8), (6, 5)], ids=str)
+def test_captured_levels_draft_what_single_kernels_do(
+    artifact: Artifact, shape: tuple[int, int]
+) -> None:
+    """Long enough for a second set of graphs. ATen's kernel gives the same bits every time."""
+    chosen = replan(artifact, width=shape[0], depth=shape[1], context=512, device="cuda")
+    said, accepted = [], []
+    for graphs in (False, True):
+        with Session(chosen, graphs=graphs) as session:
+            rounds = session.generate([*range(40, 60)], 200, Sampling())
+            said.append([token for some in rounds for token in some])
+            accepted.append(session.stats.accepted)
+            assert session.missing_graphs is None
+            captured = session.model.draft_graphs
+            assert captured is None if not graphs else captured and len(captured.replays) > 1
+    assert said[0] == said[1] and accepted[0] == accepted[1]
+
+
 @pytest.mark.parametrize("kernel", ["aten", "gemlite"])
 @pytest.mark.parametrize("rows", [1, 6, 8])
 @pytest.mark.parametrize("columns", [512, 192])  # 192: whole groups, but no whole 128 columns

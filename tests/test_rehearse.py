@@ -31,7 +31,7 @@ from subspec.planner.rehearse import (
 )
 from subspec.planner.search import make_tree
 from subspec.planner.storage import Storage
-from subspec.runtime.decode import draft_pass, exact_choices
+from subspec.runtime.decode import draft_pass, exact_logits
 from subspec.runtime.draft import grow
 from subspec.runtime.sampling import Sampling
 from subspec.runtime.session import Session
@@ -90,7 +90,7 @@ def test_a_tree_is_judged_as_the_exact_weights_accept_it(width: int, demo: Artif
             model.cache.roll_back(start)
             root = torch.tensor([known[start]])
             tree = grow(root, make_tree(width, depth), demo.plan.verify_width, draft_pass(model))
-            emitted = accept(tree, exact_choices(model, tree, Sampling()), depth).emitted()
+            emitted = accept(tree, exact_logits(model, tree).argmax(-1), depth).emitted()
             assert emitted == [*known[start + 1 : start + 1 + len(emitted)]]
             judged = judge(session, known[start : start + depth + 1], width)
             assert judged == (len(emitted) - 1, min(len(emitted), depth))

@@ -1,0 +1,133 @@
+"""A draft's levels as CUDA graphs: the fast twin of `grow` of draft.py.
+
+One by one, the kernels of a level take the host longer to launch than the GPU to run. A graph of
+them is launched at once: captured once for the first level and once for the others, replayed for
+every level of every round. It reads and writes tensors that stay where they are: the root, how many
+tokens are committed, the tree. It attends to a fixed number of live slots, so a longer cache needs
+other graphs: live slots are rounded up to few different numbers.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from subspec.artifacts.plan import SLOT_ALIGNMENT, Tree
+from subspec.runtime import draft
+from subspec.runtime.cache import Behind, Cache
+from subspec.runtime.draft import DraftPass, Level, TokenTree, add_level, root_only
+
+LARGEST_STEP = 0.25  # of the live slots: what rounding up adds to them at most
+
+Action = Callable[[], object]
+Replay = Callable[[], None]
+PassesBehind = Callable[[Behind], DraftPass]  # the substitutes' passes over a tree that lies there
+
+
+@dataclass
+class DraftGraphs:
+    """One round at a time: the tree of the round before is overwritten."""
+
+    tree: Tree
+    capture: Callable[[Action], Replay]  # records an action without running it
+    length: Tensor  # int64 [], committed tokens
+    root: Tensor  # int64 [1]
+    grown: TokenTree  # all of its rows count as nodes: a graph does not know how many levels follow
+    last: Level  # the level that the next replay continues
+    children: Tensor  # int64 [k], the nodes that it writes
+    replays: dict[int, tuple[Replay, Replay]] = field(default_factory=dict)  # by live slots
+    problem: str | None = None  # why levels are launched kernel by kernel after all
+
+
+def make_graphs(
+    tree: Tree, verify_width: int, device: torch.device, capture: Callable[[Action], Replay]
+) -> DraftGraphs:
+    root = torch.zeros(1, dtype=torch.int64, device=device)
+    nodes = torch.zeros(tree.width, dtype=torch.int64, device=device)
+    scores = torch.zeros(tree.width, device=device)
+    return DraftGraphs(
+        tree=tree,
+        capture=capture,
+        length=torch.zeros((), dtype=torch.int64, device=device),
+        root=root,
+        grown=replace(root_only(root, verify_width), num_nodes=verify_width),
+        last=Level(nodes, scores, scores.clone()),
+        children=nodes.clone(),
+    )
+
+
+def grow(
+    graphs: DraftGraphs, root: Tensor, depth: int, cache: Cache, passes: PassesBehind
+) -> TokenTree:
+    """The tree's first `depth` levels, behind the committed tokens. root int64 [1].
+
+    Where live slots reach a number for the first time a round goes kernel by kernel, which builds
+    what is not built yet, and the graphs are captured after it.
+    """
+    num_rows = len(graphs.grown.tokens)
+    usual = cache.behind(num_rows)
+    live_slots = min(rounded_up(usual.live_slots), cache.padding_slot + 1)
+    if depth == 0 or live_slots not in graphs.replays:
+        tree, behind = replace(graphs.tree, depth=depth), replace(usual, live_slots=live_slots)
+        grown = draft.grow(root, tree, num_rows, passes(behind))
+        if depth > 0 and graphs.problem is None:
+            capture_levels(graphs, live_slots, cache, passes)
+        return grown
+    first, following = graphs.replays[live_slots]
+    graphs.root.copy_(root)
+    graphs.length.fill_(cache.length)
+    for level in range(depth):
+        (following if level else first)()
+    return replace(graphs.grown, num_nodes=1 + graphs.tree.width * depth)
+
+
+def capture_levels(
+    graphs: DraftGraphs, live_slots: int, cache: Cache, passes: PassesBehind
+) -> None:
+    draft_pass = passes(Behind(graphs.length, live_slots, cache.padding_slot))
+    grown, last, children = graphs.grown, graphs.last, graphs.children
+    at_root = Level.of_root(graphs.root.device)
+
+    def add(before: Level) -> None:
+        level = add_level(grown, before, children, graphs.tree, draft_pass)
+        last.nodes.copy_(children)
+        last.scores.copy_(level.scores)
+        children.add_(graphs.tree.width)
+
+    def first() -> None:
+        fresh = root_only(graphs.root, len(grown.tokens))
+        grown.tokens.copy_(fresh.tokens)
+        grown.parents.copy_(fresh.parents)
+        grown.ancestors.copy_(fresh.ancestors)
+        grown.depths.copy_(fresh.depths)
+        torch.arange(1, graphs.tree.width + 1, out=children)
+        add(at_root)
+
+    try:
+        graphs.replays[live_slots] = graphs.capture(first), graphs.capture(lambda: add(last))
+    except RuntimeError as error:
+        graphs.problem = f"CUDA graphs cannot be captured: {str(error).partition(chr(10))[0]}"
+
+
+def rounded_up(live_slots: int) -> int:
+    """To a multiple of a step that grows with it, so that a long context has few graphs."""
+    step = SLOT_ALIGNMENT
+    while 2 * step <= LARGEST_STEP * live_slots:
+        step *= 2
+    return -(-live_slots // step) * step
+
+
+def capture_on_gpu(device: torch.device) -> Callable[[Action], Replay]:
+    """All graphs take their temporaries from one pool: they never run at the same time."""
+    pool = torch.cuda.graph_pool_handle()
+
+    def capture(action: Action) -> Replay:
+        graph = torch.cuda.CUDAGraph()
+        # Copies of the ring may go on meanwhile: they are other threads' and other streams'.
+        with torch.cuda.device(device):
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                action()
+        return graph.replay
+
+    return capture

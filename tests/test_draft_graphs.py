@@ -1,0 +1,135 @@
+"""Captured levels against the plain twin. On a CPU a capture is the action itself: what is tested
+is that replaying it, on tensors that stay where they are, grows the same trees."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from builders import build_artifact, replan
+from torch import Tensor
+
+from subspec.artifacts.plan import Tree
+from subspec.artifacts.store import Artifact
+from subspec.planner.hub import DEMO
+from subspec.runtime import draft
+from subspec.runtime.cache import Behind, Cache
+from subspec.runtime.draft import DraftPass, TokenTree
+from subspec.runtime.draft_graphs import DraftGraphs, grow, make_graphs, rounded_up
+from subspec.runtime.sampling import Sampling
+from subspec.runtime.session import Session
+
+CPU = torch.device("cpu")
+V, W = 11, 24
+
+
+def graphs_of(tree: Tree, verify_width: int = W) -> DraftGraphs:
+    return make_graphs(tree, verify_width, CPU, capture=lambda action: lambda: void(action()))
+
+
+def void(result: object) -> None:
+    """A replay returns nothing."""
+
+
+def cache_of(length: int, slots: int = 2048) -> Cache:
+    return Cache(torch.zeros(1, 2, 1, slots, 1), [0] * length)
+
+
+def lengths_count(behind: Behind) -> DraftPass:
+    """Logits of the node's token and depth, and of how many tokens are committed."""
+    table = torch.randn(V, V, generator=torch.Generator().manual_seed(6)) * 3
+
+    def run(tree: TokenTree, nodes: Tensor) -> Tensor:
+        shift = behind.length + tree.depths[nodes]
+        return table[(tree.tokens[nodes] + shift) % V]
+
+    return run
+
+
+def same(got: TokenTree, expected: TokenTree) -> bool:
+    nodes = slice(got.num_nodes)
+    pairs = [
+        (got.tokens, expected.tokens),
+        (got.parents, expected.parents),
+        (got.depths, expected.depths),
+        (got.ancestors, expected.ancestors),
+    ]
+    assert got.num_nodes == expected.num_nodes
+    return all(torch.equal(one[nodes], other[nodes]) for one, other in pairs)
+
+
+@pytest.mark.parametrize("width", [1, 4])
+def test_replayed_levels_are_those_of_the_plain_twin(width: int) -> None:
+    tree = Tree(width, 5, temperature=0.5)
+    graphs = graphs_of(tree)
+    for turn, (length, depth) in enumerate([(3, 5), (9, 5), (14, 2), (15, 0), (20, 4), (500, 5)]):
+        cache, root = cache_of(length), torch.tensor([turn])
+        expected = draft.grow(root, replace(tree, depth=depth), W, lengths_count(cache.behind(W)))
+        assert same(grow(graphs, root, depth, cache, lengths_count), expected)
+    assert list(graphs.replays) == [64, 640] and graphs.problem is None
+
+
+def test_the_first_round_of_a_length_is_not_replayed() -> None:
+    """It builds the kernels that a capture would otherwise have to build."""
+    captured: list[object] = []
+
+    def capture(action):  # type: ignore[no-untyped-def]
+        captured.append(action)
+        return lambda: void(action())
+
+    graphs = make_graphs(Tree(2, 3), W, CPU, capture)
+    grow(graphs, torch.tensor([1]), 3, cache_of(5), lengths_count)
+    assert len(captured) == 2 and list(graphs.replays) == [64]
+    grow(graphs, torch.tensor([1]), 3, cache_of(6), lengths_count)
+    assert len(captured) == 2
+
+
+def test_where_a_capture_fails_levels_go_on_kernel_by_kernel() -> None:
+    tries: list[object] = []
+
+    def capture(action):  # type: ignore[no-untyped-def]
+        tries.append(action)
+        raise RuntimeError("CUDA error: operation not permitted\nCompile with X")
+
+    graphs = make_graphs(Tree(2, 3), W, CPU, capture)
+    for length in (5, 6, 700):
+        cache, root = cache_of(length), torch.tensor([length % V])
+        expected = draft.grow(root, Tree(2, 3), W, lengths_count(cache.behind(W)))
+        assert same(grow(graphs, root, 3, cache, lengths_count), expected)
+    assert len(tries) == 1
+    assert graphs.problem == "CUDA graphs cannot be captured: CUDA error: operation not permitted"
+
+
+def test_live_slots_are_rounded_up_to_few_numbers_and_by_a_quarter_at_most() -> None:
+    every = {live: rounded_up(live) for live in range(64, 32769, 64)}
+    assert all(live <= up <= max(1.25 * live, live + 63) for live, up in every.items())
+    assert len(set(every.values())) <= 32
+    assert [rounded_up(live) for live in (64, 65, 512, 576, 1088)] == [64, 128, 512, 640, 1280]
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return build_artifact(DEMO, tmp_path_factory.mktemp("graphs") / "artifact", context=512)
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (4, 5)], ids=str)
+def test_an_answer_is_the_same_with_and_without_graphs(
+    shape: tuple[int, int], artifact: Artifact
+) -> None:
+    chosen = replan(artifact, width=shape[0], depth=shape[1], context=512)
+    said, accepted = [], []
+    for captured in (False, True):
+        with Session(chosen) as session:
+            plan = session.plan
+            graphs = graphs_of(plan.tree, plan.verify_width) if captured else None
+            session.model = replace(session.model, draft_graphs=graphs)
+            rounds = session.generate([*range(40, 60)], 150, Sampling())
+            said.append([token for some in rounds for token in some])
+            accepted.append(session.stats.accepted)
+            if graphs is not None:
+                assert len(graphs.replays) > 1, "the answer outgrew the first live slots"
+    assert said[0] == said[1] and accepted[0] == accepted[1]
+
+
+def test_graphs_are_for_gpus(artifact: Artifact) -> None:
+    with Session(artifact) as session:
+        assert session.model.draft_graphs is None and session.missing_graphs is None
