@@ -44,8 +44,8 @@ class Profile:
     pinnable_bytes: int  # host memory that the process could pin; 0: not probed
     overhead_bytes: int  # fast memory that the process takes before any weight (CUDA context)
     link: tuple[LinkRate, ...]  # slow tier -> fast tier, block sizes ascending
-    busy_link: float  # share of its speed that the link keeps while layers are computed
-    busy_compute: float  # share of its speed that a layer keeps while the link is busy
+    busy_link: float  # share of its speed that the link keeps while layers are computed, and
+    busy_compute: float  # that a layer keeps while the link is busy; both with the largest blocks
     digest_rate: float  # bytes per second of the check when weights are first read
     exact_layer: tuple[Timing, ...]  # one decoder layer, LIVE_TOKENS in the cache, widths ascending
     fast_layer: tuple[Timing, ...]  # the same unpadded, by the fastest kernels: a token, a prompt
@@ -65,6 +65,13 @@ class Profile:
         """Bytes per second at `block_bytes`: of the largest measured block that is not larger."""
         known = [p for p in self.link if p.block_bytes <= block_bytes]
         return (known[-1] if known else self.link[0]).bytes_per_second
+
+    def busy_shares(self, bytes_per_second: float) -> tuple[float, float]:
+        """(of the link, of a layer): what they keep where the link gives no more than that. What it
+        gives beside a layer may be all of it then; and it slows layers less, the less it gives."""
+        share = min(1.0, bytes_per_second / self.link[-1].bytes_per_second)
+        taken = min(1.0, share / self.busy_link)
+        return min(1.0, self.busy_link / share), 1 - (1 - self.busy_compute) * taken
 
 
 def seconds_at(timings: tuple[Timing, ...], width: int) -> float:

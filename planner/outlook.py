@@ -34,9 +34,11 @@ def foretell(
     placement = plan.placement(method)
     assert placement is not None, "the plan has no placement for this method"
     tree = plan.tree if method == "substitute" else replace(plan.tree, width=0, depth=0)
+    ready = set(placement.resident)
+    decoded = tuple(name for name in stored.residuals if name in ready)
     candidate = Candidate(
-        stored, tree.width, tree.depth, plan.verify_width, placement.block_bytes,
-        placement.num_slots,
+        replace(stored, decoded=decoded), tree.width, tree.depth, plan.verify_width,
+        placement.block_bytes, placement.num_slots,
     )  # fmt: skip
     inside = {*placement.resident, *placement.split}
     streamed = group_bytes([part for part in stored.parts if part.name not in inside])

@@ -173,15 +173,17 @@ def pipelined(
     """Both lanes at once, and at the ends one block of the shorter alone. Blocks are not rounded
     up: then a byte less to stream could cost a whole block's time."""
     blocks = max(1.0, streamed / max(1, candidate.block_bytes))
-    return both_at_once(profile, link, compute) + min(link, compute) / blocks
+    shares = profile.busy_shares(profile.link_rate(candidate.block_bytes))
+    return both_at_once(shares, link, compute) + min(link, compute) / blocks
 
 
-def both_at_once(profile: Profile, link: float, compute: float) -> float:
+def both_at_once(busy_shares: tuple[float, float], link: float, compute: float) -> float:
     """Each lane slows the other until the shorter has ended; the longer has its full speed then."""
-    slow_link, slow_compute = link / profile.busy_link, compute / profile.busy_compute
+    busy_link, busy_compute = busy_shares
+    slow_link, slow_compute = link / busy_link, compute / busy_compute
     if slow_link >= slow_compute:
-        return link + slow_compute * (1 - profile.busy_link)
-    return compute + slow_link * (1 - profile.busy_compute)
+        return link + slow_compute * (1 - busy_link)
+    return compute + slow_link * (1 - busy_compute)
 
 
 def usage_within(context: int, usage: Usage) -> Usage:

@@ -15,7 +15,7 @@ from subspec.artifacts.plan import USUAL, Usage, Wishes
 from subspec.artifacts.profile import Profile
 from subspec.planner.costs import Shape, ledger, workspace_bytes
 from subspec.planner.predict import Candidate, Emissions, Passes, emissions, passes_of, usage_within
-from subspec.planner.storage import NUM_SHARES, Storage, storages
+from subspec.planner.storage import NUM_SHARES, Storage, held_decoded, storages
 
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16)
 DEPTHS = (*range(1, 33), *range(34, 65, 2))
@@ -38,7 +38,7 @@ class Problem:
     wishes: Wishes
     acceptance: Acceptance
     context: int
-    storages: tuple[Storage, ...]  # to choose from; the raw one last, if it is among them
+    storages: tuple[Storage, ...]  # to choose from; last the one that decodes least at every use
     usage: Usage  # what the predictions are for
     emissions: Emissions = field(repr=False)
     prefill_tokens: int = SMALLEST_PREFILL
@@ -68,7 +68,10 @@ def pose(
             "on this machine a row's result depends on its place at every width that was tried",
             "plan for --device cpu",
         )
-    choices = (stored,) if stored else storages(spec, wishes.encoding, profile.decode_rate > 0)
+    decodes = profile.decode_rate > 0
+    choices = held_decoded(stored) if stored else storages(spec, wishes.encoding, decodes)
+    if not decodes:  # while loading a slow decoder will do
+        choices = tuple(storage for storage in choices if not storage.coded_weights)
     contexts = [wishes.context or default_context(spec, budget_bytes)]
     while wishes.context is None and contexts[-1] // 2 >= SMALLEST_CONTEXT:
         contexts.append(contexts[-1] // 2)
@@ -101,13 +104,11 @@ def with_prompt_share(problem: Problem) -> Problem:
     """Gives the activations of a prompt their bytes, and takes the most tokens that those hold.
 
     The bytes grow evenly with the budget. If the tokens led, a little more memory could double
-    them and push out weights. Where all weights could stay none is pushed out: then a prompt in
-    pieces costs no streaming.
+    them and push out weights. Where all weights could stay, as they are stored or decoded, none is
+    pushed out: then a prompt in pieces costs no streaming.
     """
     budget, smallest = problem.budget_bytes, smallest_draft(problem) or smallest_plain(problem)
     slack = left_over(problem, smallest) if smallest else 0
-    resident = Candidate(problem.storages[-1], 0, 0, narrowest(problem), 0, 0)
-    spare = left_over(problem, resident) - resident.storage.num_bytes
     most = max(problem.context, SMALLEST_PREFILL)
 
     def needed(tokens: int) -> int:
@@ -116,11 +117,21 @@ def with_prompt_share(problem: Problem) -> Problem:
 
     least = needed(SMALLEST_PREFILL)
     share = int(min(PREFILL_SHARE * budget, PREFILL_SLACK_SHARE * slack))
-    if spare >= 0:
-        share = min(share, least + int(PREFILL_SLACK_SHARE * spare))
+    alike = stored_like(problem, problem.storages[-1])
+    for storage in (alike[0], alike[-1]):
+        resident = Candidate(storage, 0, 0, narrowest(problem), 0, 0)
+        spare = left_over(problem, resident) - storage.num_bytes
+        if spare >= 0:
+            share = min(share, least + int(PREFILL_SLACK_SHARE * spare))
     share = max(least, min(share, needed(most)))
     above = bisect_right(range(most + 1), share, lo=SMALLEST_PREFILL, key=needed)
     return replace(problem, prefill_tokens=above - 1, prefill_bytes=share)
+
+
+def stored_like(problem: Problem, wanted: Storage) -> tuple[Storage, ...]:
+    """Those of the problem's storages that an artifact made for `wanted` can have: they differ in
+    what is held decoded, the first holds least."""
+    return tuple(some for some in problem.storages if some.parts == wanted.parts)
 
 
 def candidates(problem: Problem) -> Iterator[Candidate]:
@@ -188,7 +199,7 @@ def padded_width(profile: Profile, num_nodes: int) -> int | None:
 def staging(storage: Storage) -> list[tuple[int, int]]:
     """(block bytes, slots) worth trying, from the largest part up to a layer; the smallest
     first."""
-    if not storage.parts:
+    if not storage.as_stored:
         return [(0, 0)]
     layer, largest = storage.layer_bytes, storage.largest_part
     half = layer // 2 // PAGE_BYTES * PAGE_BYTES
@@ -197,10 +208,13 @@ def staging(storage: Storage) -> list[tuple[int, int]]:
 
 
 def left_over(problem: Problem, candidate: Candidate) -> int:
-    """Bytes of the budget that resident exact weights may take; negative: it does not fit."""
-    scratch = candidate.storage.scratch_bytes
-    left = left_without_ring(problem, candidate.width, candidate.verify_width, scratch)
-    return left - candidate.block_bytes * candidate.num_slots
+    """Bytes of the budget that exact weights may take as they are stored; negative: it does not
+    fit."""
+    storage = candidate.storage
+    left = left_without_ring(
+        problem, candidate.width, candidate.verify_width, storage.scratch_bytes
+    )
+    return left - storage.decoded_bytes - candidate.block_bytes * candidate.num_slots
 
 
 # A search asks the same of one tree once for each storage and ring.

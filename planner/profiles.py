@@ -105,16 +105,10 @@ def middle_of(some: Sequence[Timing] | Sequence[LinkRate]) -> Timing | LinkRate:
 
 
 def with_link(profile: Profile, bytes_per_second: int) -> Profile:
-    """The same machine as if its link gave no more than `bytes_per_second`. What it gives while
-    layers are computed is more than that no longer; and it slows them less, the less it gives."""
+    """The same machine as if its link gave no more than `bytes_per_second`."""
     capped = (
         replace(rate, bytes_per_second=min(rate.bytes_per_second, float(bytes_per_second)))
         for rate in profile.link
     )
-    share = min(1.0, bytes_per_second / profile.link[-1].bytes_per_second)
-    return replace(
-        profile,
-        link=tuple(capped),
-        busy_link=min(1.0, profile.busy_link / share),
-        busy_compute=1 - (1 - profile.busy_compute) * min(1.0, share / profile.busy_link),
-    )
+    busy_link, busy_compute = profile.busy_shares(bytes_per_second)
+    return replace(profile, link=tuple(capped), busy_link=busy_link, busy_compute=busy_compute)

@@ -1,8 +1,8 @@
 """ModelSpec, Profile, budget -> the cheapest Plan that fits, or what is missing.
 
 The space is small: every tree x storage x staging ring is tried. The fast memory that a candidate
-leaves holds exact weights, as they are stored. More of anything (memory, link, acceptance) never
-predicts fewer tokens/s.
+leaves holds exact weights, as they are stored; a storage may ask that some residuals are held
+decoded. More of anything (memory, link, acceptance) never predicts fewer tokens/s.
 """
 
 from collections.abc import Iterable
@@ -37,6 +37,7 @@ from subspec.planner.problem import (
     pose,
     smallest_draft,
     smallest_plain,
+    stored_like,
 )
 from subspec.planner.problem import default_context as default_context
 from subspec.planner.storage import Storage, group_bytes
@@ -75,24 +76,27 @@ def search(
     drafted = best_by_width(problem)
     plain = best(problem, plain_candidates(problem, narrowest(problem)))
     if plain is None or (wishes.needs_draft and not drafted):
-        needed = smallest_budget(problem)
+        needed = smallest_budget(problem, stored)
         fits = f"needs {format_size(needed)}" if needed else "does not exist on this machine"
         raise SubspecError(
             Exit.INFEASIBLE,
             f"the budget is {format_size(budget_bytes)}, the smallest plan {fits}",
-            f"--vram {needed}B" if needed else "",
+            how_to_fit(problem, needed, stored),
         )
     # Both methods share the weights as they are stored and one verify width: the draft's if it
-    # pays, else those that serve plain decoding best, and the draft must make do with them.
+    # pays, else those that serve plain decoding best, and the draft must make do with them. What
+    # is held decoded is each one's own choice.
     if drafted and (wishes.method == "substitute" or drafted[0].speed > plain.speed):
-        same = replace(problem, storages=(drafted[0].candidate.storage,))
+        alike = stored_like(problem, drafted[0].candidate.storage)
+        same = replace(problem, storages=alike)
         drafted = best_by_width(same)
         plain = best(same, plain_candidates(same, drafted[0].candidate.verify_width))
         assert plain is not None, "it takes less than the draft"
         check_ram(problem, drafted[0])
     else:
         only = replace(profile, position_free_widths=(plain.candidate.verify_width,))
-        same = replace(problem, profile=only, storages=(plain.candidate.storage,))
+        alike = stored_like(problem, plain.candidate.storage)
+        same = replace(problem, profile=only, storages=alike)
         drafted = best_by_width(same)
         check_ram(problem, plain)
     return assemble(problem, plain, drafted)
@@ -135,10 +139,10 @@ def estimate(problem: Problem, candidate: Candidate) -> Prediction | None:
 
 def settle(problem: Problem, candidate: Candidate) -> Scored:
     """A candidate that fits, with its parts named and the prediction for what really streams."""
-    placement = place(problem, candidate)
+    placement, storage = place(problem, candidate), candidate.storage
     held = placement.ledger["resident"] + placement.ledger["residuals"]
     peak = placement.total_bytes - placement.ledger["guard"]
-    streamed = candidate.storage.num_bytes - held
+    streamed = storage.num_bytes + storage.decoded_bytes - held
     return Scored(candidate, placement, foresee(problem, candidate, streamed, peak))
 
 
@@ -181,16 +185,18 @@ def assemble(problem: Problem, plain: Scored, drafted: list[Scored]) -> Plan:
 
 def place(problem: Problem, candidate: Candidate) -> Placement:
     """Names the parts that stay, and drops the ring if all of them do."""
-    ringless = replace(candidate, block_bytes=0, num_slots=0)
-    if left_over(problem, ringless) >= candidate.storage.num_bytes:
+    storage, ringless = candidate.storage, replace(candidate, block_bytes=0, num_slots=0)
+    if left_over(problem, ringless) >= storage.num_bytes:
         candidate = ringless
-    stay = choose_held(candidate.storage, left_over(problem, candidate))
-    resident = [part for part in stay if part.encoding == "raw"]
+    stay = choose_held(storage, left_over(problem, candidate))
+    raw = [part for part in stay if part.encoding == "raw"]
     split = [part for part in stay if part.encoding == "residual"]
+    ready = {*storage.decoded, *(part.name for part in raw)}
     ledger = base_ledger(problem, candidate)
-    ledger |= {"resident": group_bytes(resident), "residuals": group_bytes(split)}
+    ledger["resident"] = group_bytes(raw) + storage.decoded_bytes
+    ledger["residuals"] = group_bytes(split)
     return Placement(
-        tuple(part.name for part in resident),
+        tuple(part.name for part in storage.parts if part.name in ready),
         tuple(part.name for part in split),
         candidate.block_bytes,
         candidate.num_slots,
@@ -199,19 +205,19 @@ def place(problem: Problem, candidate: Candidate) -> Placement:
 
 
 def choose_held(storage: Storage, num_bytes: int) -> list[StoredPart]:
-    """Parts that fill `num_bytes`, in execution order: whole layers, evenly spread so that the link
-    is never left without work, then single parts, largest first.
+    """Parts that fill `num_bytes` as they are stored, in execution order: whole layers, evenly
+    spread so that the link is never left without work, then single parts, largest first.
 
     Greedy in an order that does not depend on `num_bytes`: so more bytes never hold less.
     """
     left, held = num_bytes, set[str]()
-    singles = [[part] for part in sorted(storage.parts, key=lambda part: -part.padded_bytes)]
+    singles = [[part] for part in sorted(storage.as_stored, key=lambda part: -part.padded_bytes)]
     for group in (*evenly_spread(storage.layers), *singles):
         needed = group_bytes(group)
         if needed <= left and group[0].name not in held:
             left -= needed
             held |= {part.name for part in group}
-    return [part for part in storage.parts if part.name in held]
+    return [part for part in storage.as_stored if part.name in held]
 
 
 def evenly_spread(layers: list[list[StoredPart]]) -> list[list[StoredPart]]:
@@ -255,7 +261,14 @@ def decide(problem: Problem, predicted: dict[str, Prediction]) -> tuple[Method, 
 
 
 def why_stored(problem: Problem, chosen: Scored) -> str:
-    """Why the exact weights are stored as they are."""
+    """Why the exact weights are stored as they are, and how many are held otherwise."""
+    storage = chosen.candidate.storage
+    decoded = len(storage.decoded)
+    held = f"; {decoded} of {len(storage.parts)} matrices are held decoded" if decoded else ""
+    return why_encoded(problem, chosen) + held
+
+
+def why_encoded(problem: Problem, chosen: Scored) -> str:
     profile, storage = problem.profile, chosen.candidate.storage
     num_coded, num_parts = len(storage.residuals), len(storage.parts)
     link = profile.link_rate(chosen.candidate.block_bytes) / problem.spec.item_bytes
@@ -308,10 +321,19 @@ def check_ram(problem: Problem, scored: Scored) -> None:
         )
 
 
-def smallest_budget(problem: Problem) -> int:
-    """Bytes of the smallest budget that has a plan, to 0.1 %; 0 if none up to 8 TiB has."""
+def how_to_fit(problem: Problem, needed: int, stored: Storage | None) -> str:
+    if not needed:
+        return ""
+    hint = f"--vram {needed}B"
+    if stored and stored.residuals and not problem.profile.decode_rate:
+        hint += ", or install a C++ compiler (g++): here residuals are decoded only while loading"
+    return hint
+
+
+def smallest_budget(problem: Problem, stored: Storage | None) -> int:
+    """Bytes of the smallest budget that has a plan, to 0.1 %; 0 if none up to 8 TiB has. stored: as
+    of `search`."""
     wishes = problem.wishes
-    stored = problem.storages[0] if len(problem.storages) == 1 else None
 
     def feasible(budget: int) -> bool:
         posed = pose(problem.spec, problem.profile, budget, wishes, problem.acceptance, stored)

@@ -2,38 +2,54 @@
 
 A residual costs the link and the memory about half of the bytes, and a decoding at every use. So
 where the link is the slower all weights are residuals, where decoding is none, and in between as
-many as keep both busy.
+many as keep both busy. An artifact that is there already keeps its residuals: where memory is left
+and decoding is the slower, some are decoded once, while loading, and fast memory holds the weights.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from subspec.artifacts.errors import Exit, SubspecError
-from subspec.artifacts.model import ModelSpec, StoredPart, padded, parts
+from subspec.artifacts.model import ModelSpec, Part, StoredPart, padded, parts
 
 # A search asks the same of one model thousands of times, and counting its matrices takes a while.
 for_one_model = lru_cache(maxsize=4)
 
 # Bits of a stored weight until it is encoded: normal to Student-t rows give 7.1 to 7.6 in bf16.
 RESIDUAL_BITS = {"bfloat16": 7.4, "float16": 10.4, "float32": 23.4}
-NUM_SHARES = 8  # of the weights: 0, 1/8, ... 1 of them raw
+NUM_SHARES = 8  # of the weights: 0, 1/8, ... 1 of them raw; of the residuals: held decoded
 
 
 @dataclass(frozen=True, eq=False)  # compared by identity: it is the key of what is worked out once
 class Storage:
-    """One way to store the exact weights."""
+    """One way to store the exact weights, and which of their residuals fast memory holds decoded,
+    whatever else stays there."""
 
     parts: tuple[StoredPart, ...]  # in execution order
+    decoded: tuple[str, ...] = ()  # residuals that are decoded while loading; in execution order
+
+    @cached_property
+    def as_stored(self) -> tuple[StoredPart, ...]:
+        """The parts that stream, or stay, as they are stored: all but those held decoded."""
+        decoded = set(self.decoded)
+        return tuple(part for part in self.parts if part.name not in decoded)
+
+    @cached_property
+    def decoded_bytes(self) -> int:
+        """Of fast memory, for the parts that are held decoded."""
+        decoded = set(self.decoded)
+        return sum(part.part.padded_bytes for part in self.parts if part.name in decoded)
 
     @cached_property
     def num_bytes(self) -> int:
-        """What would stream if nothing stayed in fast memory."""
-        return sum(part.padded_bytes for part in self.parts)
+        """What would stream if nothing else stayed in fast memory."""
+        return group_bytes(self.as_stored)
 
     @cached_property
     def largest_part(self) -> int:
-        return max((part.padded_bytes for part in self.parts), default=0)
+        """Of those that may stream."""
+        return max((part.padded_bytes for part in self.as_stored), default=0)
 
     @cached_property
     def layer_bytes(self) -> int:
@@ -42,37 +58,38 @@ class Storage:
 
     @cached_property
     def layers(self) -> list[list[StoredPart]]:
-        """The head aside."""
+        """What may stream of each; the head aside."""
         found: dict[int, list[StoredPart]] = {}
-        for part in self.parts:
+        for part in self.as_stored:
             if part.part.linear.kind != "head":
                 found.setdefault(part.part.linear.layer, []).append(part)
         return list(found.values())
 
     @cached_property
     def residuals(self) -> tuple[str, ...]:
-        """Names of the parts that are stored as residuals."""
+        """Names of the parts that are stored as residuals, those held decoded among them."""
         return tuple(part.name for part in self.parts if part.encoding == "residual")
 
     @cached_property
     def coded_weights(self) -> int:
         """That are decoded at every use."""
-        return sum(part.part.num_weights for part in self.parts if part.encoding == "residual")
+        return sum(p.part.num_weights for p in self.as_stored if p.encoding == "residual")
 
     @cached_property
     def scratch_bytes(self) -> int:
         """Where one part is decoded at a time; 0: nothing is."""
-        coded = [p.part.padded_bytes for p in self.parts if p.encoding == "residual"]
+        coded = [p.part.padded_bytes for p in self.as_stored if p.encoding == "residual"]
         return max(coded, default=0)
 
     @cached_property
     def bits_per_residual(self) -> float:
         """Of one weight that is stored as a residual, everything counted."""
-        coded = sum(part.padded_bytes for part in self.parts if part.encoding == "residual")
-        return 8 * coded / self.coded_weights if self.coded_weights else 0.0
+        coded = [part for part in self.parts if part.encoding == "residual"]
+        num_weights = sum(part.part.num_weights for part in coded)
+        return 8 * group_bytes(coded) / num_weights if num_weights else 0.0
 
 
-def group_bytes(group: Sequence[StoredPart]) -> int:
+def group_bytes(group: Iterable[StoredPart]) -> int:
     return sum(part.padded_bytes for part in group)
 
 
@@ -88,7 +105,7 @@ def storages(spec: ModelSpec, encoding: str, decodes: bool) -> tuple[Storage, ..
     if encoding == "raw" or not decodes:
         return (raw_storage(spec),)
     if encoding == "residual":
-        return usual_storages(spec)[:1]
+        return held_decoded(usual_storages(spec)[0])
     return usual_storages(spec)
 
 
@@ -106,15 +123,36 @@ def usual_storages(spec: ModelSpec) -> tuple[Storage, ...]:
 
 def spread(spec: ModelSpec, raw_share: float) -> Iterator[StoredPart]:
     """The parts, a share of their bytes raw; the others as long as residuals usually are."""
-    due = 0.0  # bytes that should have been raw by now
-    for part in parts(spec):
-        due += raw_share * part.num_bytes
-        if due >= part.num_bytes / 2 or not part.can_be_residual:
-            due -= part.num_bytes
+    every = parts(spec)
+    raw = set(evenly_raw(every, raw_share))
+    for part in every:
+        if part in raw:
             yield StoredPart(part, "raw", part.num_bytes)
         else:
             bits = part.num_weights * RESIDUAL_BITS[spec.dtype]
             yield StoredPart(part, "residual", padded(int(bits / 8)))
+
+
+def evenly_raw(some: Iterable[Part], share: float) -> Iterator[Part]:
+    """A share of their bytes, evenly spread over their order; what can be nothing but raw is among
+    it whatever the share."""
+    due = 0.0  # bytes that should have been raw by now
+    for part in some:
+        due += share * part.num_bytes
+        if due >= part.num_bytes / 2 or not part.can_be_residual:
+            due -= part.num_bytes
+            yield part
+
+
+@for_one_model
+def held_decoded(storage: Storage) -> tuple[Storage, ...]:
+    """The storage with none of its residuals held decoded, then more and more, then all."""
+    coded = [part.part for part in storage.parts if part.encoding == "residual"]
+    found: dict[tuple[str, ...], Storage] = {(): storage}
+    for share in range(1, NUM_SHARES + 1):
+        decoded = tuple(part.name for part in evenly_raw(coded, share / NUM_SHARES))
+        found.setdefault(decoded, replace(storage, decoded=decoded))
+    return tuple(found.values())
 
 
 @for_one_model

@@ -56,6 +56,19 @@ def test_a_plan_foretells_for_the_usual_usage_what_it_predicts(
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_what_a_plan_holds_decoded_is_not_foretold_to_be_decoded(method: Method) -> None:
+    """Nor to stream: the artifact alone does not say what is held so."""
+    stored = usual_storages(SPEC)[0]
+    slow = make_profile(decode_rate=2e7)
+    plan = search(SPEC, slow, 13_500_000, Wishes(context=256), ACCEPTANCE, stored)
+    placement = plan.placement(method)
+    assert placement is not None and 0 < len(placement.resident) < len(stored.parts)
+    found = foretell(SPEC, slow, plan, stored, method, usage_within(256, USUAL))
+    expected = plan.predicted[method]
+    assert found == replace(expected, fast_peak_bytes=found.fast_peak_bytes)
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_a_short_prompt_leaves_some_of_the_workspace_alone(method: Method) -> None:
     plan = plan_for(40_000_000, context=1024)
     placement = plan.placement(method)

@@ -198,16 +198,16 @@ def sharing(busy_link: float, busy_compute: float) -> Profile:
 
 
 def test_the_longer_lane_has_its_full_speed_once_the_shorter_has_ended() -> None:
-    profile = sharing(0.8, 0.5)
-    assert both_at_once(profile, 10.0, 1.0) == pytest.approx(2 + (10 - 2 * 0.8))
-    assert both_at_once(profile, 2.0, 10.0) == pytest.approx(2.5 + (10 - 2.5 * 0.5))
-    assert both_at_once(profile, 8.0, 5.0) == pytest.approx(10)  # both end at once
-    assert both_at_once(profile, 0.0, 3.0) == both_at_once(profile, 3.0, 0.0) == 3
+    shares = (0.8, 0.5)
+    assert both_at_once(shares, 10.0, 1.0) == pytest.approx(2 + (10 - 2 * 0.8))
+    assert both_at_once(shares, 2.0, 10.0) == pytest.approx(2.5 + (10 - 2.5 * 0.5))
+    assert both_at_once(shares, 8.0, 5.0) == pytest.approx(10)  # both end at once
+    assert both_at_once(shares, 0.0, 3.0) == both_at_once(shares, 3.0, 0.0) == 3
 
 
 def test_lanes_that_do_not_disturb_each_other_take_as_long_as_the_longer() -> None:
-    assert both_at_once(sharing(1.0, 1.0), 2.0, 7.0) == 7
-    assert both_at_once(sharing(1.0, 1.0), 8.0, 7.0) == 8
+    assert both_at_once((1.0, 1.0), 2.0, 7.0) == 7
+    assert both_at_once((1.0, 1.0), 8.0, 7.0) == 8
 
 
 @pytest.mark.parametrize("busy_link", SHARES)
@@ -215,13 +215,13 @@ def test_lanes_that_do_not_disturb_each_other_take_as_long_as_the_longer() -> No
 def test_more_work_takes_no_less_time_and_a_little_more_takes_little(
     busy_link: float, busy_compute: float
 ) -> None:
-    profile, step = sharing(busy_link, busy_compute), 1 / 64
+    shares, step = (busy_link, busy_compute), 1 / 64
     most = step / min(busy_link, busy_compute)
     for other in (0.0, 0.1, 1.0, 3.0, 40.0):
         some = [step * n for n in range(400)]
         for seconds in (
-            [both_at_once(profile, link, other) for link in some],
-            [both_at_once(profile, other, compute) for compute in some],
+            [both_at_once(shares, link, other) for link in some],
+            [both_at_once(shares, other, compute) for compute in some],
         ):
             assert all(-1e-9 <= b - a <= most + 1e-9 for a, b in pairwise(seconds))
             assert all(s >= max(n, other) for s, n in zip(seconds, some, strict=True))
@@ -264,10 +264,12 @@ def test_a_link_that_is_throttled_less_is_never_slower(
 
 def test_a_link_throttled_below_what_it_keeps_beside_compute_is_slowed_by_nothing() -> None:
     """At 0.4 of its speed, of which it keeps 0.8: it does half of its harm."""
-    slow = with_link(sharing(0.8, 0.5), 40_000_000)
-    assert (slow.busy_link, slow.busy_compute) == (1.0, 0.75)
-    assert both_at_once(slow, 10.0, 1.5) == pytest.approx(10)
-    assert both_at_once(slow, 4.0, 10.0) == pytest.approx(10 + 4 * 0.25)
+    profile = sharing(0.8, 0.5)
+    slow, shares = with_link(profile, 40_000_000), profile.busy_shares(40e6)
+    assert (slow.busy_link, slow.busy_compute) == shares == (1.0, 0.75)
+    assert slow.busy_shares(40e6) == shares, "throttled again it is the same"
+    assert both_at_once(shares, 10.0, 1.5) == pytest.approx(10)
+    assert both_at_once(shares, 4.0, 10.0) == pytest.approx(10 + 4 * 0.25)
 
 
 # The first token

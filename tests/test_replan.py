@@ -163,7 +163,32 @@ def test_an_anew_planned_artifact_has_the_plan_of_the_search(artifact: Path) -> 
     assert plan("--from", artifact, "--vram", "8MB") == 0
     found = open_artifact(artifact).plan
     assert replace(found, by_budget=(), by_context=()) == expected
-    assert found.reasons[-1].endswith("the artifact keeps them so")
+    assert "the artifact keeps them so" in found.reasons[-1]
+
+
+def test_an_artifact_that_decodes_slowly_is_planned_to_hold_some_residuals_decoded(
+    artifact: Path, tmp_path: Path
+) -> None:
+    """By subspec-plan, and by subspec-run for a smaller cap; the tokens stay the same."""
+    before = open_artifact(artifact)
+    slow = tmp_path / "slow.json"
+    slow.write_text(dump_json(replace(before.profile, decode_rate=1e6)))
+    words = ("--width", 2, "--depth", 3, "--method", "substitute", "--profile", slow)
+    assert plan("--from", artifact, "--vram", "11MB", *words) == 0
+    verify(artifact)
+    anew = open_artifact(artifact)
+    smaller, note = fitted(anew, None, 9_000_000, None, None)
+    assert "planned anew for 9.00 MB" in note
+    counts = []
+    for some in (anew, smaller):
+        assert some.plan.residuals == before.plan.residuals
+        assert some.plan.substitute is not None
+        resident = some.plan.substitute.resident
+        assert set(resident) <= set(some.plan.residuals)
+        assert f"; {len(resident)} of 42 matrices are held decoded" in some.plan.reasons[-1]
+        assert tokens(some) == tokens(before)
+        counts.append(len(resident))
+    assert 42 > counts[0] > counts[1] > 0
 
 
 # What keeps a plan from being obeyed

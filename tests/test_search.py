@@ -17,6 +17,7 @@ from subspec.artifacts.plan import USUAL, Plan, Wishes
 from subspec.artifacts.profile import Learned, LinkRate, Profile
 from subspec.artifacts.sizes import parse_size
 from subspec.planner import problem as problem_module
+from subspec.planner.costs import model_bytes
 from subspec.planner.predict import (
     Candidate,
     emitted_by_depth,
@@ -27,7 +28,7 @@ from subspec.planner.predict import (
 from subspec.planner.problem import base_ledger, candidates, left_over, pose
 from subspec.planner.profiles import with_link
 from subspec.planner.search import PRIOR, choose_held, place, search
-from subspec.planner.storage import Storage, raw_storage, usual_storages
+from subspec.planner.storage import Storage, group_bytes, raw_storage, usual_storages
 
 BUDGETS = (6_000_000, 9_000_000, 10_000_000, 12_000_000, 14_500_000, 16_000_000, 30_000_000)
 LONG = Wishes(context=1024)
@@ -38,9 +39,9 @@ CHECKED = random.Random(1).sample(range(5_800_000, 17_000_000), 40)
 
 
 def plan_for(budget_bytes: int, wishes: Wishes | None = None, **changes: Any) -> Plan:
-    given = {"spec": make_spec(), "profile": make_profile(), "acceptance": ACCEPTANCE, **changes}
-    wishes = wishes or Wishes(context=256)
-    return search(given["spec"], given["profile"], budget_bytes, wishes, given["acceptance"])
+    usual = {"spec": make_spec(), "profile": make_profile(), "acceptance": ACCEPTANCE}
+    given = {**usual, "wishes": wishes or Wishes(context=256), **changes}
+    return search(budget_bytes=budget_bytes, **given)
 
 
 def speed(plan: Plan) -> float:
@@ -71,29 +72,52 @@ def small_space(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nothing_feasible_is_better(
     budget_bytes: int, decode_rate: float, shares: tuple[float, float], small_space: None
 ) -> None:
+    profile = sharing(shares, decode_rate=decode_rate)
+    assert speed(plan_for(budget_bytes, profile=profile)) == best_of_all(budget_bytes, profile)
+
+
+@pytest.mark.parametrize("decode_rate", DECODE_RATES)
+@pytest.mark.parametrize("budget_bytes", [*BUDGETS, 18_000_000, 20_000_000])
+@pytest.mark.parametrize("stored", [0, 5])
+def test_nothing_feasible_is_better_for_the_residuals_of_an_artifact(
+    budget_bytes: int, decode_rate: float, stored: int, small_space: None
+) -> None:
+    profile, storage = make_profile(decode_rate=decode_rate), usual_storages(make_spec())[stored]
+    best = best_of_all(budget_bytes, profile, storage)
+    if best:
+        assert speed(plan_for(budget_bytes, profile=profile, stored=storage)) == best
+    else:  # without a decoder
+        with pytest.raises(SubspecError):
+            plan_for(budget_bytes, profile=profile, stored=storage)
+
+
+def best_of_all(budget_bytes: int, profile: Profile, stored: Storage | None = None) -> float:
     """Every candidate, its ledger added up, its parts named, its prediction asked of predict.py."""
-    spec, profile = make_spec(), sharing(shares, decode_rate=decode_rate)
-    posed = pose(spec, profile, budget_bytes, Wishes(context=256), ACCEPTANCE)
+    spec = make_spec()
+    posed = pose(spec, profile, budget_bytes, Wishes(context=256), ACCEPTANCE, stored)
     usage = usage_within(256, USUAL)
     every = list(candidates(posed))
     every += [replace(c, width=0, depth=0) for c in every]
-    speeds = []
+    speeds = [0.0]
     for candidate in every:
         ringless = replace(candidate, block_bytes=0, num_slots=0)
+        decoded = [p for p in candidate.storage.parts if p.name in candidate.storage.decoded]
+        decoded_bytes = sum(p.part.num_bytes for p in decoded)  # whole pages
         everything = candidate.storage.num_bytes
-        left, most = (budget_bytes - sum(base_ledger(posed, c).values())
+        left, most = (budget_bytes - sum(base_ledger(posed, c).values()) - decoded_bytes
                       for c in (candidate, ringless))  # fmt: skip
         assert (left, most) == (left_over(posed, candidate), left_over(posed, ringless))
         if left < 0 and most < everything:
             continue
-        ledger = place(posed, candidate).ledger
-        streamed = everything - ledger["resident"] - ledger["residuals"]
+        placement = place(posed, candidate)
+        inside = {*placement.resident, *placement.split}
+        streamed = group_bytes(p for p in candidate.storage.parts if p.name not in inside)
         emitted = emitted_by_depth(ACCEPTANCE, candidate.width, candidate.depth, "")[-1]
         passes = passes_of(spec, profile, candidate.width, candidate.depth,
                            candidate.verify_width, posed.prefill_tokens, usage)  # fmt: skip
         found = predict(profile, candidate, passes, streamed, emitted, 0, usage)
         speeds.append(found.tokens_per_second)
-    assert speed(plan_for(budget_bytes, profile=profile)) == max(speeds)
+    return max(speeds)
 
 
 def test_it_abstains_where_speculation_does_not_pay() -> None:
@@ -150,6 +174,24 @@ def never_falls(speeds: list[float]) -> None:
 def test_more_memory_never_predicts_slower(decode_rate: float) -> None:
     profile = make_profile(decode_rate=decode_rate)
     never_falls([speed(plan_for(budget, profile=profile)) for budget in sorted(CHECKED)])
+
+
+@pytest.mark.parametrize("decode_rate", DECODE_RATES)
+@pytest.mark.parametrize("stored", [0, 5])
+@pytest.mark.parametrize("wishes", [Wishes(context=256), LONG])
+def test_more_memory_never_predicts_slower_for_the_residuals_of_an_artifact(
+    decode_rate: float, stored: int, wishes: Wishes, small_space: None
+) -> None:
+    """Up to where all of them are held decoded."""
+    given = {
+        "profile": make_profile(decode_rate=decode_rate),
+        "stored": usual_storages(make_spec())[stored],
+    }
+    from_bytes = (13_600_000 if wishes == LONG else 9_100_000) if decode_rate else 19_100_000
+    budgets = range(from_bytes, 26_000_000, 290_007)
+    plans = [plan_for(budget, wishes, **given) for budget in budgets]
+    never_falls([speed(plan) for plan in plans])
+    assert plans[-1].predicted[plans[-1].method].decode_seconds == 0
 
 
 @pytest.mark.parametrize("shares", SHARES)
@@ -225,30 +267,41 @@ def test_one_level_that_is_accepted_more_often_never_predicts_slower(small_space
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("decode_rate", [0.0, 5e7])
+@pytest.mark.parametrize("stored", [None, 0, 5])
 def test_every_plan_passes_the_readers_check(
-    wishes: Wishes, device: str, dtype: str, decode_rate: float, small_space: None
+    wishes: Wishes,
+    device: str,
+    dtype: str,
+    decode_rate: float,
+    stored: int | None,
+    small_space: None,
 ) -> None:
     spec = make_spec(dtype=dtype, tied_head=dtype == "float32")
     overhead = 1_000_000 if device == "cuda" else 0
     profile = make_profile(device=device, overhead_bytes=overhead, decode_rate=decode_rate)
+    given = {"spec": spec, "profile": profile}
+    if stored is not None:
+        given["stored"] = usual_storages(spec)[stored]
     num_plans = 0
-    for budget_bytes in (*CHECKED[:12], *BUDGETS, 20_000_000, 40_000_000, 60_000_000):
+    for budget_bytes in (*CHECKED[:12], *BUDGETS, 20_000_000, 40_000_000, 60_000_000, 80_000_000):
         try:
-            plan = plan_for(budget_bytes, wishes, spec=spec, profile=profile)
+            plan = plan_for(budget_bytes, wishes, **given)
         except SubspecError as error:
             assert error.exit_code == Exit.INFEASIBLE
             continue
         num_plans += 1
-        stored = stored_by(plan, spec)
-        check_plan(spec, list(stored.parts), plan)
-        sizes = {part.name: part.padded_bytes for part in stored.parts}
+        parts_of_plan = stored_by(plan, spec).parts
+        check_plan(spec, list(parts_of_plan), plan)
+        sizes = {part.name: part.padded_bytes for part in parts_of_plan}
+        raw_sizes = {part.name: part.part.padded_bytes for part in parts_of_plan}
         for placement in filter(None, (plan.substitute, plan.plain)):
             assert placement.total_bytes <= budget_bytes
-            assert placement.ledger["resident"] == sum(sizes[n] for n in placement.resident)
+            assert placement.ledger["resident"] == sum(raw_sizes[n] for n in placement.resident)
+            assert not set(placement.resident) & set(placement.split)
             assert placement.ledger["residuals"] == sum(sizes[n] for n in placement.split)
         for prediction in plan.predicted.values():
             assert prediction.fast_peak_bytes <= budget_bytes
-    assert num_plans > 3
+    assert num_plans > 3 or (stored is not None and num_plans > 0)
 
 
 @pytest.mark.parametrize(
@@ -354,7 +407,7 @@ def test_the_context_is_ours_to_halve() -> None:
 
 
 def test_a_context_that_leaves_no_room_for_a_draft_is_halved_further() -> None:
-    profile = make_profile(device="cuda", overhead_bytes=7_800_000)
+    profile = make_profile(device="cuda", overhead_bytes=4_000_000)
     assert problem_module.default_context(make_spec(), 17_000_000) == 512
     plan = plan_for(17_000_000, Wishes(), profile=profile)
     assert (plan.context, plan.substitute is None) == (256, False)
@@ -454,6 +507,93 @@ def test_an_artifacts_weights_are_planned_as_they_are_stored() -> None:
         make_spec(), make_profile(decode_rate=1e9), 12_000_000, Wishes(), ACCEPTANCE, stored
     )
     assert plan.residuals == stored.residuals
+
+
+# Held decoded
+
+
+TALL = make_spec(num_layers=32)  # so that its weights are most of what a plan takes
+CODED = usual_storages(TALL)[0]
+NUM_CODED = len(CODED.residuals)
+DECODING_BOUND = make_profile(link=(LinkRate(64 << 10, 10e9),), decode_rate=2e7)
+LINK_BOUND = make_profile(link=(LinkRate(64 << 10, 50e6),), decode_rate=1e10)
+
+
+def num_decoded(plan: Plan) -> int:
+    """By the method that the plan chose."""
+    placement = plan.placement(plan.method)
+    assert placement is not None
+    return len(set(placement.resident) & set(plan.residuals))
+
+
+def only_as_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(problem_module, "held_decoded", lambda stored: (stored,))
+
+
+def plan_tall(share: float, profile: Profile, **changes: Any) -> Plan:
+    """For so much of what the model takes as it is."""
+    budget_bytes = int(share * model_bytes(TALL))
+    return plan_for(budget_bytes, **{"spec": TALL, "profile": profile, "stored": CODED, **changes})
+
+
+@pytest.mark.parametrize("share", [0.75, 0.85, 0.95, 1.0])
+def test_where_decoding_is_the_slower_memory_that_is_left_holds_residuals_decoded(
+    share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_tall(share, DECODING_BOUND)
+    count = num_decoded(plan)
+    assert 0 < count < NUM_CODED and plan.residuals == CODED.residuals
+    assert plan.reasons[-1].endswith(f"; {count} of {NUM_CODED} matrices are held decoded")
+    only_as_stored(monkeypatch)
+    without = plan_tall(share, DECODING_BOUND)
+    assert num_decoded(without) == 0 and "held decoded" not in without.reasons[-1]
+    assert speed(without) < 1.001 * speed(plan_tall(0.6, DECODING_BOUND))  # memory bought nothing
+    assert speed(plan) > 1.1 * speed(without)
+
+
+@pytest.mark.parametrize("share", [0.6, 0.75, 0.9])
+def test_where_the_link_is_the_slower_no_residual_is_held_decoded(share: float) -> None:
+    plan = plan_tall(share, LINK_BOUND)
+    assert plan.predicted[plan.method].streamed_bytes > 0
+    assert plan.substitute is not None
+    assert plan.substitute.resident == plan.plain.resident == ()
+
+
+def test_a_new_artifact_has_raw_matrices_instead() -> None:
+    """Held or streamed: a mixture of its own is never slower than residuals that are decoded."""
+    for share in (0.75, 1.0):
+        plan = plan_tall(share, DECODING_BOUND, stored=None)
+        assert num_decoded(plan) == 0
+        assert speed(plan) >= speed(plan_tall(share, DECODING_BOUND))
+
+
+def test_residuals_that_were_asked_for_may_be_held_decoded_too() -> None:
+    wishes = Wishes(context=256, encoding="residual")
+    plan = plan_tall(0.9, DECODING_BOUND, stored=None, wishes=wishes)
+    assert len(plan.residuals) == NUM_CODED > num_decoded(plan) > 0
+    assert "that was asked for; " in plan.reasons[-1]
+
+
+def test_each_method_holds_decoded_what_serves_it() -> None:
+    """Once plain decoding holds all decoded it needs no substitutes: their memory helps with it."""
+    plan = plan_tall(1.2, DECODING_BOUND)
+    assert plan.substitute is not None
+    assert len(plan.plain.resident) == NUM_CODED > len(plan.substitute.resident) > 0
+    assert plan.plain.ledger["substitutes"] == plan.plain.ledger["scratch"] == 0
+    assert plan.substitute.ledger["substitutes"] > 0
+    assert plan.residuals == CODED.residuals
+
+
+def test_without_a_decoder_residuals_are_decoded_while_loading_or_not_at_all() -> None:
+    without = make_profile()
+    assert num_decoded(plan_tall(1.5, without)) == NUM_CODED
+    with pytest.raises(SubspecError) as caught:
+        plan_tall(0.9, without)
+    assert caught.value.exit_code == Exit.INFEASIBLE
+    match = re.fullmatch(r"--vram (\d+B), or install a C\+\+ compiler.*", caught.value.hint)
+    assert match is not None
+    smallest = plan_for(parse_size(match[1]), spec=TALL, stored=CODED)
+    assert num_decoded(smallest) == NUM_CODED
 
 
 def test_the_priors_are_marked_as_such() -> None:

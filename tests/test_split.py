@@ -7,16 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import build_artifact, demo_checkpoint, replan
+from builders import PROFILE, build_artifact, demo_checkpoint, replan
 from safetensors.torch import load_file
 
 from subspec.artifacts import compiled
 from subspec.artifacts.errors import Exit, SubspecError
 from subspec.artifacts.model import StoredPart, linears
-from subspec.artifacts.plan import Placement
+from subspec.artifacts.plan import Placement, Wishes
 from subspec.artifacts.store import Artifact, open_artifact, verify
 from subspec.artifacts.tensors import read_header
 from subspec.planner.hub import DEMO
+from subspec.planner.search import PRIOR, search
+from subspec.planner.storage import Storage
 from subspec.runtime.sampling import Sampling
 from subspec.runtime.session import Session
 
@@ -101,6 +103,34 @@ def test_a_residual_can_be_decoded_for_good_while_loading(bf16: Artifact) -> Non
     everything = Placement(tuple(part.name for part in stored), (), 0, 0, ledger)
     loaded = replace(bf16, plan=replace(plan, plain=everything))
     assert tokens(loaded, "plain") == tokens(bf16, "plain")
+
+
+@pytest.mark.parametrize("method", ["substitute", "plain"])
+def test_a_plan_that_holds_some_residuals_decoded_says_the_same_in_its_ledgers_bytes(
+    bf16: Artifact, method: str
+) -> None:
+    """Planned for a decoder that is far slower than the link. What is held decoded is never decoded
+    again."""
+    stored = Storage(tuple(bf16.stored_parts()))
+    wishes = Wishes(context=256, width=2, depth=3, method="substitute", encoding="kept")
+    slow, fast = (replace(PROFILE, num_threads=1, decode_rate=rate) for rate in (1e6, 1e12))
+    plan, none = (search(bf16.spec, p, 11_000_000, wishes, PRIOR, stored) for p in (slow, fast))
+    every = set(plan.residuals)
+    assert plan.verify_width == none.verify_width and every == set(none.residuals)
+    with Session(replace(bf16, plan=plan), method=method, trace=True) as session:  # type: ignore[arg-type]
+        placement = session.placement
+        assert 0 < len(placement.resident) < len(every) and placement.split
+        got = [t for some in session.generate(PROMPT, 24, Sampling()) for t in some]
+        unused = {name: arena.numel() for name, arena in session.memory._free.items()}
+        assert max(unused.values()) == 0, f"the ledger grants more than is used: {unused}"
+        assert session.peak.peak_bytes <= plan.predicted[method].fast_peak_bytes <= 11_000_000
+        spans = session.model.clock.spans
+        assert spans is not None
+        decoded = {span.name for span in spans if span.lane == "decode"}
+        assert decoded == every - set(placement.resident)
+    without = none.placement(method)  # type: ignore[arg-type]
+    assert without is not None and without.resident == ()
+    assert got == tokens(replace(bf16, plan=none), method)
 
 
 def tokens(artifact: Artifact, method: str = "substitute") -> list[int]:
