@@ -53,7 +53,7 @@ def draft_weights(kernel: Int4Kernel, layers: int, hidden: int, inner: int) -> l
     made = {shape: random_substitute(*shape) for shape in set(shapes)}
     found = []
     for shape in shapes * layers:
-        room = [torch.empty(count, dtype=torch.uint8) for count in packed_bytes(*shape)]
+        room = [torch.empty(count, dtype=torch.uint8) for count in packed_bytes(*shape, kernel)]
         found.append(pack(*made[shape], kernel, *room))
     return found
 
@@ -89,7 +89,9 @@ def draft_passes(
         rope=Rope(10_000.0),
         tied_head=False,
     )
-    room = [torch.empty(count, dtype=torch.uint8) for count in packed_bytes(VOCABULARY, hidden)]
+    room = [
+        torch.empty(count, dtype=torch.uint8) for count in packed_bytes(VOCABULARY, hidden, "w4a8")
+    ]
     weights = [*layer_weights, pack(*random_substitute(VOCABULARY, hidden), "w4a8", *room)]
     named = zip(linears(spec), weights, strict=True)
     substitutes = Substitutes(layers, {(n.layer, n.kind): weight for n, weight in named}, {})

@@ -27,7 +27,7 @@ import click
 import torch
 
 from subspec.artifacts.command import reported, size_option
-from subspec.artifacts.errors import SubspecError
+from subspec.artifacts.errors import Exit, SubspecError
 from subspec.artifacts.plan import USUAL, Method, Plan, Usage, Wishes
 from subspec.artifacts.profile import Profile
 from subspec.artifacts.sizes import parse_size, short_size
@@ -124,6 +124,9 @@ def long_prompts(text: Text, samples: tuple[Sample, ...], context: int, count: i
     found: Prompts = {}
     for kind in dict.fromkeys(sample.kind for sample in samples):
         own = [sample_ids(text, sample) for sample in samples if sample.kind == kind]
+        if count > len(own):
+            found_ones = f"--prompts {count}, and there are {len(own)} of the kind {kind}"
+            raise SubspecError(Exit.USAGE, found_ones, f"--prompts {len(own)}")
         for last in range(count):
             ids, before = list(own[last]), cycle(own[last + 1 :] + own[: last + 1])
             while len(ids) < wanted:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from subspec.artifacts.model import Kind, ModelSpec, is_streamable, linears
-from subspec.artifacts.plan import Int4Kernel, Tree, cache_slots
+from subspec.artifacts.plan import DeviceKind, Int4Kernel, Tree, cache_slots
 from subspec.artifacts.profile import LIVE_TOKENS, MORE_TOKENS, Timing, seconds_at
 from subspec.planner.costs import Shape, ledger, substitutes_bytes
 from subspec.planner.excerpt import (
@@ -95,7 +95,8 @@ class Bench:
         held, widest = LIVE_TOKENS + MORE_TOKENS, max(PADDED_WIDTHS)
         stored = raw_storage(self.spec)
         shape = Shape(held, widest, 1, 1, 0, 0, 0, 1)
-        purposes = ledger(self.spec, "cuda" if device.type == "cuda" else "cpu", shape, 0, 0)
+        kind: DeviceKind = "cuda" if device.type == "cuda" else "cpu"
+        purposes = ledger(self.spec, kind, "aten", shape, 0, 0)
         purposes |= {"substitutes": 0, "resident": stored.num_bytes}
         self.memory = FastMemory(device, purposes)
         small = random_resident_tensors(self.spec, self.memory)
@@ -293,7 +294,7 @@ class Bench:
         return target.copy_(tensor)
 
     def _random_substitutes(self, kernel: Int4Kernel) -> Substitutes:
-        memory = FastMemory(self.device, {"substitutes": substitutes_bytes(self.spec)})
+        memory = FastMemory(self.device, {"substitutes": substitutes_bytes(self.spec, kernel)})
         weights: dict[tuple[int, Kind], Int4Weight | Tensor] = {}
         biases = {}
         for linear in linears(self.spec):
@@ -301,7 +302,10 @@ class Bench:
             if linear.has_bias:
                 biases[key] = self.biases[linear.name].to(DRAFT_DTYPE)
             if linear.has_substitute:
-                room = [memory.take("substitutes", num_bytes) for num_bytes in packed_bytes(*size)]
+                room = [
+                    memory.take("substitutes", num_bytes)
+                    for num_bytes in packed_bytes(*size, kernel)
+                ]
                 weights[key] = pack(*random_substitute(*size), kernel, *room)
             else:
                 weights[key] = self.fixed[linear.name]

@@ -124,7 +124,7 @@ def write_plan(
 
 
 def check_space(spec: ModelSpec, out: Path) -> None:
-    needed = int((model_bytes(spec) + substitutes_bytes(spec)) * 1.02) + (1 << 20)
+    needed = int((model_bytes(spec) + substitutes_bytes(spec, "aten")) * 1.02) + (1 << 20)
     parent = next(folder for folder in out.absolute().parents if folder.exists())
     free = shutil.disk_usage(parent).free
     if free < needed:

@@ -13,7 +13,7 @@ from subspec.artifacts.model import (
     parts,
     resident_tensors,
 )
-from subspec.artifacts.plan import DeviceKind, aligned, cache_slots
+from subspec.artifacts.plan import DeviceKind, Int4Kernel, aligned, cache_slots
 from subspec.planner.storage import for_one_model
 
 DRAFT_BYTES = 2  # the draft computes in bf16
@@ -37,13 +37,18 @@ class Shape:
 
 
 def ledger(
-    spec: ModelSpec, device: DeviceKind, shape: Shape, overhead_bytes: int, budget_bytes: int
+    spec: ModelSpec,
+    device: DeviceKind,
+    kernel: Int4Kernel,
+    shape: Shape,
+    overhead_bytes: int,
+    budget_bytes: int,
 ) -> dict[str, int]:
     """Purpose -> bytes, without resident exact weights."""
     drafts = shape.draft_width > 0
     return {
         # A residual is decoded over its substitute, whether that drafts or not.
-        "substitutes": substitutes_bytes(spec) if drafts or shape.scratch_bytes else 0,
+        "substitutes": substitutes_bytes(spec, kernel) if drafts or shape.scratch_bytes else 0,
         "embedding": aligned(spec.vocab_size * spec.hidden_size * spec.item_bytes),
         "norms": small_bytes(spec),
         "tables": tables_bytes(spec, shape, drafts),
@@ -57,9 +62,11 @@ def ledger(
 
 
 @for_one_model
-def substitutes_bytes(spec: ModelSpec) -> int:
+def substitutes_bytes(spec: ModelSpec, kernel: Int4Kernel) -> int:
+    """Codes and grid; gemlite has the grid twice (runtime/linear.py)."""
+    grids = 2 if kernel == "gemlite" else 1
     return sum(
-        aligned(n.num_weights // 2) + aligned(n.substitute_bytes - n.num_weights // 2)
+        aligned(n.num_weights // 2) + grids * aligned(n.substitute_bytes - n.num_weights // 2)
         for n in linears(spec)
         if n.has_substitute
     )

@@ -61,7 +61,7 @@ def decode_seconds(
 
     def copy() -> Callable[[], object]:
         room = [torch.empty(n, dtype=torch.uint8, device=device)
-                for n in packed_bytes(rows, linear.in_features)]  # fmt: skip
+                for n in packed_bytes(rows, linear.in_features, kernel)]  # fmt: skip
         restorer = Restorer(
             {(linear.layer, linear.kind): pack(made.codes, made.grid, kernel, *room)},
             scratch,
@@ -72,7 +72,7 @@ def decode_seconds(
         own = stored.to(device, copy=True)
         return lambda: restorer.restore(part, own)
 
-    read_bytes = len(stored) + sum(packed_bytes(rows, linear.in_features))
+    read_bytes = len(stored) + sum(packed_bytes(rows, linear.in_features, kernel))
     copies = cycle([copy() for _ in range(-(-DECODED_BYTES // read_bytes))])
     [(seconds, _)] = time_each([lambda: next(copies)()], device)
     return seconds

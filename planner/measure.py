@@ -31,6 +31,7 @@ from subspec.planner.pinnable import pinnable_bytes
 from subspec.planner.problem import staging
 from subspec.planner.profiles import typical_of
 from subspec.planner.storage import raw_storage, usual_storages
+from subspec.runtime import gemlite_kernel
 from subspec.runtime.attention import attend, attend_exactly
 from subspec.runtime.digests import Digests
 from subspec.runtime.link import DiskLink
@@ -72,6 +73,8 @@ def measure(spec: ModelSpec, device: str, folder: Path, progress: Progress) -> P
             overhead_bytes=gpu_overhead_bytes(target) if cuda else 0,
             position_free_widths=bench.position_free_widths(),
         )
+    if kernel == "gemlite":
+        gemlite_kernel.keep_tuning(target)
     del bench
     if cuda:
         torch.cuda.empty_cache()  # the session that rehearses needs the room

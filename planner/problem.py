@@ -271,6 +271,13 @@ def ledger_of(
         scratch_bytes,
         profile.num_threads,
     )
-    base = ledger(problem.spec, profile.device, shape, profile.overhead_bytes, problem.budget_bytes)
+    base = ledger(
+        problem.spec,
+        profile.device,
+        profile.int4_kernel,
+        shape,
+        profile.overhead_bytes,
+        problem.budget_bytes,
+    )
     base["workspace"] = max(base["workspace"], problem.prefill_bytes)
     return base

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from subspec.artifacts.errors import Exit, SubspecError
 from subspec.artifacts.model import GROUP_SIZE
-from subspec.artifacts.packing import CENTER_CODE, dequantize, pack_nibbles, unpack_nibbles
+from subspec.artifacts.packing import dequantize, pack_nibbles, unpack_nibbles
 from subspec.artifacts.plan import DeviceKind, Int4Kernel
-from subspec.runtime import int4
+from subspec.runtime import gemlite_kernel, int4
 
 ROWS_PER_CALL = 256  # a long prompt goes through a matrix in pieces, so that temporaries stay small
 ROWS_PER_TILE = {"AVX512": 64, "AVX2": 32}  # ATen's packed bytes differ per instruction set
@@ -52,13 +52,15 @@ class Int4Weight:
 
     kernel: Int4Kernel
     device: DeviceKind
-    packed: Any  # Tensor, or gemlite's layer
+    packed: Any  # Tensor, or GemliteWeight
     grid: Tensor  # bf16 [G, N, 2], as stored
 
 
-def packed_bytes(num_rows: int, num_columns: int) -> tuple[int, int]:
-    """Bytes of (codes, grid) in ATen's layouts, the same on cpu and cuda."""
-    return num_rows * num_columns // 2, num_rows * num_columns // GROUP_SIZE * 4
+def packed_bytes(num_rows: int, num_columns: int, kernel: Int4Kernel) -> tuple[int, ...]:
+    """Of the codes, and of the grid as it is stored: residuals are decoded by it, and ATen's
+    kernels read it. gemlite wants one of its own."""
+    grid = num_rows * num_columns // GROUP_SIZE * 4
+    return (num_rows * num_columns // 2, grid, *((grid,) if kernel == "gemlite" else ()))
 
 
 def cpu_tile_rows(num_rows: int, kernel: Int4Kernel = "aten") -> int | None:
@@ -99,27 +101,19 @@ def inner_tiles(num_columns: int) -> int:
 
 
 def pack(
-    codes: Tensor, grid: Tensor, kernel: Int4Kernel, codes_out: Tensor, grid_out: Tensor
+    codes: Tensor, grid: Tensor, kernel: Int4Kernel, codes_out: Tensor, *grids_out: Tensor
 ) -> Int4Weight:
-    """Stored substitute -> kernel layout inside the given byte ranges of fast memory.
-
-    codes uint8 [N, K / 2] and grid bf16 [G, N, 2] on the host; codes_out uint8 [N * K / 2] and
-    grid_out uint8 [N * G * 4] on the device. ATen's kernels read the grid as it is stored.
-    """
-    num_rows, num_columns = codes.shape[0], codes.shape[1] * 2
-    kept = grid_out.view(torch.bfloat16).view(grid.shape).copy_(grid)
-    if codes_out.device.type == "cpu":
-        packed = codes_out.view(num_rows, num_columns // 2)
-        (int4.pack if kernel == "w4a8" else _pack_cpu)(codes, packed)
-        return Int4Weight(kernel, "cpu", packed, kept)
+    """Stored substitute -> kernel layout inside the byte ranges of fast memory that `packed_bytes`
+    asks for. codes uint8 [N, K / 2] and grid bf16 [G, N, 2] on the host."""
+    kept = grids_out[0].view(torch.bfloat16).view(grid.shape).copy_(grid)
     if kernel == "gemlite":
-        return Int4Weight(kernel, "cuda", _pack_gemlite(codes, grid), kept)
-    unpacked = unpack_nibbles(codes.to(codes_out.device))
-    nibbles = unpacked[:, ::2] << 4 | unpacked[:, 1::2]
-    packed = torch.ops.aten._convert_weight_to_int4pack(nibbles, inner_tiles(num_columns))
-    target = codes_out.view(torch.int32).view(packed.shape)
-    target.copy_(packed)
-    return Int4Weight(kernel, "cuda", target, kept)
+        own = gemlite_kernel.pack(codes, grid, codes_out, grids_out[1])
+        return Int4Weight(kernel, "cuda", own, kept)
+    if codes_out.device.type == "cuda":
+        return Int4Weight(kernel, "cuda", _pack_cuda(codes, codes_out), kept)
+    packed = codes_out.view(codes.shape)
+    (int4.pack if kernel == "w4a8" else _pack_cpu)(codes, packed)
+    return Int4Weight(kernel, "cpu", packed, kept)
 
 
 def int4_product(x: Tensor, weight: Int4Weight) -> Tensor:
@@ -127,7 +121,7 @@ def int4_product(x: Tensor, weight: Int4Weight) -> Tensor:
     if weight.kernel == "w4a8":
         return int4.product(x, weight.packed, weight.grid, torch.get_num_threads())
     if weight.kernel == "gemlite":
-        return weight.packed(x)  # type: ignore[no-any-return]
+        return gemlite_kernel.product(x, weight.packed)
     if weight.device == "cpu":
         product = torch.ops.aten._weight_int4pack_mm_for_cpu
     else:
@@ -138,6 +132,21 @@ def int4_product(x: Tensor, weight: Int4Weight) -> Tensor:
 def int4_product_plainly(x: Tensor, codes: Tensor, grid: Tensor) -> Tensor:
     """The plain twin of pack + int4_product: x [T, K] -> f32 [T, N]."""
     return x.float() @ dequantize(unpack_nibbles(codes), grid).t()
+
+
+def _pack_cuda(codes: Tensor, out: Tensor) -> Tensor:
+    """uint8 [N, K / 2] of nibble pairs on the host -> ATen's CUDA layout int32 [N / 8, K / (16 I),
+    32, I / 2] in `out`, in pieces of few rows: temporaries of a few MB."""
+    num_rows, half = codes.shape
+    inner = inner_tiles(2 * half)
+    target = out.view(torch.int32).view(num_rows // 8, 2 * half // (16 * inner), 32, inner // 2)
+    some = max(8, (1 << 20) // half // 8 * 8)
+    for first in range(0, num_rows, some):
+        unpacked = unpack_nibbles(codes[first : first + some].to(out.device))
+        pairs = unpacked[:, ::2] << 4 | unpacked[:, 1::2]
+        packed = torch.ops.aten._convert_weight_to_int4pack(pairs, inner)
+        target[first // 8 : first // 8 + len(packed)] = packed
+    return target
 
 
 def _pack_cpu(codes: Tensor, out: Tensor) -> None:
@@ -167,14 +176,3 @@ def unpack_cpu(packed: Tensor, tile_rows: int) -> Tensor:
     tiles = packed.view(num_rows // tile_rows, half * 2, tile_rows // 2).transpose(1, 2)
     codes = torch.cat((tiles & 15, tiles >> 4), dim=1)
     return pack_nibbles(codes.reshape(num_rows, half * 2))
-
-
-def _pack_gemlite(codes: Tensor, grid: Tensor) -> Any:
-    """HQQ's form, (code - zero) * scale, is what gemlite takes. It cannot be imported without a
-    GPU, so its import stays in here (docs/LOG.md)."""
-    from gemlite.helper import A16W4_HQQ_INT
-
-    quantized = unpack_nibbles(codes).cuda()
-    scale, center = grid.cuda().float().transpose(0, 1).reshape(-1, 2).split(1, dim=1)  # [N * G, 1]
-    layer = A16W4_HQQ_INT(device="cuda", dtype=torch.bfloat16)
-    return layer.from_weights(quantized, scale.contiguous(), CENTER_CODE - center / scale)

@@ -100,7 +100,7 @@ class Loader:
         with self._substitute_file() as read:
             for index, linear in enumerate(every):
                 codes, grid = read(linear)
-                room = packed_bytes(linear.out_features, linear.in_features)
+                room = packed_bytes(linear.out_features, linear.in_features, kernel)
                 found[linear.layer, linear.kind] = pack(
                     codes,
                     grid,

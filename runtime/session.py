@@ -16,7 +16,7 @@ from subspec.artifacts.errors import Exit, SubspecError
 from subspec.artifacts.plan import Method, Plan, cache_slots
 from subspec.artifacts.sizes import format_size
 from subspec.artifacts.store import Artifact
-from subspec.runtime import attention, draft_graphs, draft_layers, int4
+from subspec.runtime import attention, draft_graphs, draft_layers, gemlite_kernel, int4
 from subspec.runtime.cache import Cache
 from subspec.runtime.clock import Clock, unrecorded
 from subspec.runtime.decode import (
@@ -227,6 +227,8 @@ class Session:
         return self.model.draft_graphs.problem if self.model.draft_graphs else None
 
     def close(self) -> None:
+        if self.plan.int4_kernel == "gemlite":
+            gemlite_kernel.keep_tuning(self.device)
         self.model.exact.close()
         self._loader.close()
 

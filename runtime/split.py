@@ -53,7 +53,7 @@ class Restorer:
         from subspec.runtime import residual_triton  # triton: only where there is a GPU
 
         gemlite = substitute.kernel == "gemlite"
-        codes = substitute.packed.W_q if gemlite else substitute.packed
+        codes = substitute.packed.codes if gemlite else substitute.packed
         residual_triton.decode_into(
             out, stored, codes, substitute.grid, part.first_row, substitute.kernel, self.num_bad
         )

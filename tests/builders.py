@@ -86,7 +86,7 @@ def make_plan(
             storage.scratch_bytes,
             num_threads,
         )
-        purposes = ledger(spec, "cuda" if device == "cuda" else "cpu", shape, 0, 0)
+        purposes = ledger(spec, "cuda" if device == "cuda" else "cpu", int4_kernel, shape, 0, 0)
         purposes |= {"resident": group_bytes(resident), "residuals": group_bytes(split)}
         names = [tuple(part.name for part in some) for some in (resident, split)]
         return Placement(*names, block, slots, purposes)

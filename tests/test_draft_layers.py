@@ -131,7 +131,7 @@ def make_toy(spec: ModelSpec) -> Toy:
     for linear in linears(spec):
         key, shape = (linear.layer, linear.kind), (linear.out_features, linear.in_features)
         made = quantize((noise(*shape) * 1.5 * shape[1] ** -0.5).to(BF16), "cpu")
-        room = [torch.empty(count, dtype=torch.uint8) for count in packed_bytes(*shape)]
+        room = [torch.empty(count, dtype=torch.uint8) for count in packed_bytes(*shape, "w4a8")]
         weights[key] = pack(made.codes, made.grid, "w4a8", *room)
         exact[key] = dequantize(unpack_nibbles(made.codes), made.grid)
         if linear.has_bias:

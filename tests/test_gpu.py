@@ -75,7 +75,8 @@ def test_the_cuda_4_bit_kernels_agree_with_their_plain_twin(
     scale = torch.rand(columns // 64, 256, generator=generator) * 0.01 + 0.001
     center = (torch.rand(columns // 64, 256, generator=generator) * 15 - 7) * scale
     grid = torch.stack((scale, center), dim=-1).bfloat16()
-    room = [torch.empty(n, dtype=torch.uint8, device="cuda") for n in packed_bytes(256, columns)]
+    sizes = packed_bytes(256, columns, kernel)  # type: ignore[arg-type]
+    room = [torch.empty(size, dtype=torch.uint8, device="cuda") for size in sizes]
     weight = pack(codes, grid, kernel, *room)  # type: ignore[arg-type]
     x = torch.randn(rows, columns, generator=generator).bfloat16()
     got = int4_product(x.cuda(), weight).float().cpu()

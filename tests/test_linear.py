@@ -31,7 +31,7 @@ def stored(n: int, k: int) -> tuple[Tensor, Tensor]:
 
 
 def packed_in_room(codes: Tensor, grid: Tensor) -> tuple[Int4Weight, list[Tensor]]:
-    sizes = packed_bytes(codes.shape[0], codes.shape[1] * 2)
+    sizes = packed_bytes(codes.shape[0], codes.shape[1] * 2, "aten")
     room = [torch.empty(size, dtype=torch.uint8) for size in sizes]
     return pack(codes, grid, "aten", *room), room
 

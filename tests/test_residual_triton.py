@@ -289,10 +289,11 @@ def test_the_4_bit_kernels_keep_their_codes_as_the_plain_layouts_say(
     if kernel == "gemlite":
         pytest.importorskip("gemlite")
     codes, grid = random_substitute(num_columns)
-    room = [torch.empty(n, dtype=torch.uint8, device="cuda") for n in packed_bytes(*codes.shape)]
+    sizes = packed_bytes(*codes.shape, kernel)
+    room = [torch.empty(size, dtype=torch.uint8, device="cuda") for size in sizes]
     packed = pack(pack_nibbles(codes), grid, kernel, *room).packed
     if kernel == "gemlite":
-        assert torch.equal(packed.W_q.cpu(), gemlite_layout(codes))
+        assert torch.equal(packed.codes.cpu(), gemlite_layout(codes))
     else:
         assert torch.equal(packed.cpu(), aten_layout(codes, packed.shape[3] * 2))
 
