@@ -53,6 +53,7 @@ class Run:
     first_of_session: bool  # its first token waited for digests too
     tried: tuple[int, ...]  # by level: rounds that drafted it and accepted those above it
     accepted: tuple[int, ...]  # at index n: rounds that accepted n drafted tokens of the text
+    drafted_levels: int  # of all rounds; the last ones of an answer may have no room for all
     draft_seconds: float
     verify_seconds: float
     stream_wait_seconds: float
@@ -140,7 +141,7 @@ def is_sound(run: Run) -> bool:
     counts = (
         run.prompt_tokens, run.reused_tokens, run.generated_tokens, run.streamed_bytes,
         run.fast_peak_bytes, run.link_bandwidth or 0, run.predicted_peak_bytes or 0,
-        *run.tried, *run.accepted,
+        run.drafted_levels, *run.tried, *run.accepted,
     )  # fmt: skip
     seconds = (
         run.draft_seconds, run.verify_seconds, run.stream_wait_seconds, run.first_token_seconds,
@@ -157,6 +158,7 @@ def is_sound(run: Run) -> bool:
         and len(run.accepted) <= len(run.tried) + 1
         and all(a <= t for a, t in zip(run.accepted_by_level, run.tried, strict=True))
         and run.rounds > 0
+        and run.drafted_levels <= run.rounds * len(run.tried)
         and run.generated_tokens > 1
         and run.draft_seconds + run.verify_seconds > 0
     )

@@ -94,7 +94,8 @@ def rounds_of_runs(runs: Iterable[Run], foretell: Foretell) -> Rounds:
             # The padded twin takes longer: no plan promises its speed.
             found = found.and_also(Rounds(plain=() if run.padded else verify, prompt=prompt))
         else:
-            draft = repeated(run.draft_seconds, run.rounds, said.draft_seconds)
+            share = run.drafted_levels / max(1, run.rounds * len(run.tried))  # of whole trees
+            draft = repeated(run.draft_seconds, run.rounds, said.draft_seconds * share)
             found = found.and_also(Rounds(draft, verify, (), prompt))
     return found
 

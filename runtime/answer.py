@@ -148,6 +148,7 @@ def run_of(session: Session, options: "Options") -> Run:
             for level in levels
         ),
         accepted=tuple(histogram([accepted for accepted, _ in rounds])),
+        drafted_levels=stats.drafted_levels,
         draft_seconds=stats.draft_seconds,
         verify_seconds=stats.verify_seconds,
         stream_wait_seconds=stats.stream_wait_seconds,

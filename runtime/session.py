@@ -48,6 +48,7 @@ class Stats:
     first_of_session: bool = False  # its first token waits for digests too
     accepted: list[int] = field(default_factory=list)  # drafted tokens accepted, by round
     judged: list[int] = field(default_factory=list)  # levels drafted before the text ended
+    drafted_levels: int = 0  # of all rounds
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
     stream_wait_seconds: float = 0.0
@@ -175,6 +176,7 @@ class Session:
             ends = [index for index, token in enumerate(kept) if token in eos]
             kept = kept[: ends[0] + 1] if ends else kept
             drafted = min(self.plan.tree.depth, left - 1) if self.method == "substitute" else 0
+            stats.drafted_levels += drafted
             stats.judged.append(min(drafted, len(kept)) if ends else drafted)
             left -= len(kept)
             stats.accepted.append(len(emitted) - 1)

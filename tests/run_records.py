@@ -52,6 +52,7 @@ RUN = Run(
     first_of_session=False,
     tried=(4, 3, 2),
     accepted=(1, 1, 0, 2),
+    drafted_levels=12,
     draft_seconds=0.25,
     verify_seconds=0.375,
     stream_wait_seconds=0.125,

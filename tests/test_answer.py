@@ -122,6 +122,7 @@ def test_an_answer_is_recorded_with_its_figures(unrecorded: Path, capsys: Captur
     assert (found.method, found.padded, found.greedy) == ("substitute", True, False)
     assert found.link_bandwidth == 900_000_000 and found.first_of_session
     assert found.rounds == stats["rounds"] and len(found.tried) == plan.tree.depth
+    assert 0 < found.drafted_levels <= found.rounds * plan.tree.depth
     for name in ("prompt_tokens", "reused_tokens", "generated_tokens", "draft_seconds",
                  "verify_seconds", "stream_wait_seconds", "streamed_bytes", "fast_peak_bytes",
                  "predicted_tokens_per_second"):  # fmt: skip

@@ -95,6 +95,7 @@ def run_like(plan_of: Prediction, factor: float, rounds: int, **changes: Any) ->
     """A run of `rounds` rounds, `factor` times as long as predicted."""
     given: dict[str, Any] = {
         "accepted": (rounds,),
+        "drafted_levels": 3 * rounds,
         "draft_seconds": factor * rounds * plan_of.draft_seconds,
         "verify_seconds": factor * rounds * plan_of.verify_seconds,
         "first_token_seconds": factor * plan_of.time_to_first_token_seconds,
@@ -109,6 +110,13 @@ def test_a_run_counts_as_so_many_rounds_of_its_mean() -> None:
     assert found.verify == (Timed((0.09375,) * 4, 0.075),)
     assert found.prompt == (Timed((0.5,), 0.5),)
     assert found.plain == ()
+
+
+def test_levels_that_an_answers_end_had_no_room_for_are_not_counted_as_drafted() -> None:
+    cut = make_run(drafted_levels=9)  # of 4 trees of 3 levels
+    found = rounds_of_runs([cut], said)
+    assert found.draft == (Timed((0.0625,) * 4, 0.05 * 0.75),)
+    assert found.verify == rounds_of_runs([make_run()], said).verify
 
 
 def test_each_run_is_compared_with_what_is_promised_for_its_own_usage() -> None:
