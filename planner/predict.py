@@ -91,6 +91,39 @@ def passes_of(
     return Passes(draft, exact, prompt, -(-usage.prompt_tokens // prefill_tokens), head)
 
 
+@dataclass(frozen=True)
+class Round:
+    """Seconds of one round; the draft's and the verification's as they are expected to be, their
+    terms as they were measured."""
+
+    draft: float
+    verify: float
+    stream: float
+    compute: float  # with decoding
+    decode: float
+
+    def tokens_per_second(self, emitted: Emitted, usage: Usage) -> float:
+        num_tokens = max(1, usage.answer_tokens - 1)  # the first one is the prompt's
+        return num_tokens / (rounds_needed(num_tokens, emitted) * (self.draft + self.verify))
+
+
+def round_of(profile: Profile, candidate: Candidate, passes: Passes, streamed: int) -> Round:
+    """One round of `candidate` that streams `streamed` bytes.
+
+    What fits the staging ring crosses the link while the draft runs. Residuals are decoded by the
+    threads that compute, in turn with the products.
+    """
+    learned, coded = profile.learned, candidate.storage.coded_weights
+    decode = coded / profile.decode_rate if coded else 0.0
+    speed, compute = profile.link_rate(candidate.block_bytes), passes.exact + decode
+    # By the draft's own term: what verification was learned to take is compared with that too.
+    ahead = min(candidate.block_bytes * candidate.num_slots, streamed, passes.draft * speed)
+    lanes = Lanes(profile.busy_shares(speed), max(1.0, streamed / max(1, candidate.block_bytes)))
+    verify = lanes.seconds((streamed - ahead) / speed, compute) + profile.round_seconds
+    verify *= learned.verify if candidate.width else learned.plain
+    return Round(passes.draft * learned.draft, verify, streamed / speed, compute, decode)
+
+
 def predict(
     profile: Profile,
     candidate: Candidate,
@@ -100,32 +133,19 @@ def predict(
     peak: int,
     usage: Usage,
 ) -> Prediction:
-    """One round of `candidate` that streams `streamed` bytes.
-
-    What fits the staging ring crosses the link while the draft runs. Residuals are decoded by the
-    threads that compute, in turn with the products.
-    """
-    learned, coded = profile.learned, candidate.storage.coded_weights
-    decode = coded / profile.decode_rate if coded else 0.0
-    speed = profile.link_rate(candidate.block_bytes)
-    draft, compute = passes.draft * learned.draft, passes.exact + decode
-    # By the draft's own term: what verification was learned to take is compared with that too.
-    ahead = min(candidate.block_bytes * candidate.num_slots, streamed, passes.draft * speed)
-    verify = pipelined(profile, candidate, streamed, (streamed - ahead) / speed, compute)
-    verify = (verify + profile.round_seconds) * (
-        learned.verify if candidate.width else learned.plain
-    )
-    num_tokens = max(1, usage.answer_tokens - 1)  # the first one is the prompt's
+    found = round_of(profile, candidate, passes, streamed)
     return Prediction(
-        tokens_per_second=num_tokens / (rounds_needed(num_tokens, emitted) * (draft + verify)),
-        time_to_first_token_seconds=prompt_seconds(profile, candidate, passes, streamed, decode),
+        tokens_per_second=found.tokens_per_second(emitted, usage),
+        time_to_first_token_seconds=prompt_seconds(
+            profile, candidate, passes, streamed, found.decode
+        ),
         fast_peak_bytes=peak,
         tokens_per_round=emitted.mean,
-        draft_seconds=draft,
-        verify_seconds=verify,
-        stream_seconds=streamed / speed,
-        compute_seconds=compute,
-        decode_seconds=decode,
+        draft_seconds=found.draft,
+        verify_seconds=found.verify,
+        stream_seconds=found.stream,
+        compute_seconds=found.compute,
+        decode_seconds=found.decode,
         streamed_bytes=streamed,
     )
 
@@ -149,9 +169,10 @@ def prompt_seconds(
     stream they are checked."""
     one = passes.prompt + decode
     checked = streamed / profile.digest_rate if profile.digest_rate else 0.0
-    link = streamed / profile.link_rate(candidate.block_bytes)
-    seconds = pipelined(profile, candidate, streamed, link, one + checked)
-    seconds += (passes.num_prompts - 1) * pipelined(profile, candidate, streamed, link, one)
+    speed = profile.link_rate(candidate.block_bytes)
+    lanes = Lanes(profile.busy_shares(speed), max(1.0, streamed / max(1, candidate.block_bytes)))
+    seconds = lanes.seconds(streamed / speed, one + checked)
+    seconds += (passes.num_prompts - 1) * lanes.seconds(streamed / speed, one)
     return (seconds + passes.head) * profile.learned.prompt
 
 
@@ -167,14 +188,16 @@ def pass_seconds(
     return spec.num_layers * max(0.0, seconds_at(layer, width) + more)
 
 
-def pipelined(
-    profile: Profile, candidate: Candidate, streamed: int, link: float, compute: float
-) -> float:
-    """Both lanes at once, and at the ends one block of the shorter alone. Blocks are not rounded
-    up: then a byte less to stream could cost a whole block's time."""
-    blocks = max(1.0, streamed / max(1, candidate.block_bytes))
-    shares = profile.busy_shares(profile.link_rate(candidate.block_bytes))
-    return both_at_once(shares, link, compute) + min(link, compute) / blocks
+@dataclass(frozen=True)
+class Lanes:
+    """The link and the threads that compute, over a stream of blocks."""
+
+    busy_shares: tuple[float, float]
+    num_blocks: float  # not rounded up: then a byte less to stream could cost a whole block's time
+
+    def seconds(self, link: float, compute: float) -> float:
+        """Both lanes at once, and at the ends one block of the shorter alone."""
+        return both_at_once(self.busy_shares, link, compute) + min(link, compute) / self.num_blocks
 
 
 def both_at_once(busy_shares: tuple[float, float], link: float, compute: float) -> float:

@@ -25,7 +25,7 @@ from subspec.artifacts.plan import (
 )
 from subspec.artifacts.profile import Profile
 from subspec.artifacts.sizes import LARGEST, format_size, short_size, weights_rate
-from subspec.planner.predict import Candidate, predict
+from subspec.planner.predict import Candidate, predict, round_of
 from subspec.planner.problem import (
     Problem,
     base_ledger,
@@ -115,7 +115,7 @@ def best(problem: Problem, group: Iterable[Candidate]) -> Scored | None:
     The estimate lets a part be cut anywhere and is never slower: the first that falls behind what
     is found ends the search.
     """
-    estimates = [(hope.tokens_per_second, c) for c in group if (hope := estimate(problem, c))]
+    estimates = [(hope, c) for c in group if (hope := estimate(problem, c)) is not None]
     found: Scored | None = None
     for speed, candidate in sorted(estimates, key=lambda pair: -pair[0]):
         if found is not None and speed <= found.speed:
@@ -126,15 +126,20 @@ def best(problem: Problem, group: Iterable[Candidate]) -> Scored | None:
     return found
 
 
-def estimate(problem: Problem, candidate: Candidate) -> Prediction | None:
-    """The prediction with the leftover full of exact weights; None if the candidate does not fit.
+def estimate(problem: Problem, candidate: Candidate) -> float | None:
+    """tokens/s with the leftover full of exact weights; None if the candidate does not fit.
 
     A candidate that keeps everything resident needs no staging ring.
     """
     everything, left = candidate.storage.num_bytes, left_over(problem, candidate)
     if left + candidate.block_bytes * candidate.num_slots >= everything:
-        return foresee(problem, candidate, 0, 0)
-    return foresee(problem, candidate, everything - left, 0) if left >= 0 else None
+        left = everything
+    if left < 0:
+        return None
+    passes = passes_for(problem, candidate.width, candidate.depth, candidate.verify_width)
+    emitted = problem.emissions[candidate.width][candidate.depth]
+    found = round_of(problem.profile, candidate, passes, everything - left)
+    return found.tokens_per_second(emitted, problem.usage)
 
 
 def settle(problem: Problem, candidate: Candidate) -> Scored:

@@ -207,12 +207,14 @@ def round_line(predicted: Prediction) -> str:
 
 def streamed_line(spec: ModelSpec, plan: Plan) -> str:
     """N (d + r) / 8 - V: draft bits and stored bits of every weight, less what fast memory holds
-    of both."""
+    of both. What is held decoded is not among these weights."""
     placement, streamed = placement_of(plan), plan.predicted[plan.method].streamed_bytes
     if not streamed:
         return "nothing: all exact weights stay in fast memory"
-    count = sum(part.num_weights for part in parts(spec))
+    decoded = set(placement.resident) & set(plan.residuals)
+    count = sum(part.num_weights for part in parts(spec) if part.name not in decoded)
     held = placement.ledger["resident"] + placement.ledger["residuals"]
+    held -= sum(part.padded_bytes for part in parts(spec) if part.name in decoded)
     draft_bits = 4 + 32 / GROUP_SIZE if placement.ledger["substitutes"] else 0.0
     stored_bits = 8 * (streamed + held) / count
     in_memory = count * draft_bits / 8 + held
@@ -222,6 +224,7 @@ def streamed_line(spec: ModelSpec, plan: Plan) -> str:
     return (
         f"{big_number(count)} weights x {bits} - {short_size(int(in_memory))} in fast memory = "
         f"{short_size(streamed)} a round"
+        + (f"; {len(decoded)} more matrices are held decoded" if decoded else "")
     )
 
 

@@ -5,9 +5,23 @@ from dataclasses import replace
 import pytest
 from toys import ACCEPTANCE, make_profile, make_spec
 
+from subspec.artifacts.model import parts
 from subspec.artifacts.plan import Wishes
+from subspec.artifacts.profile import LinkRate
+from subspec.artifacts.sizes import short_size
+from subspec.planner.costs import model_bytes
 from subspec.planner.search import search
-from subspec.planner.wording import Row, big_number, duration, in_markdown, ledger_rows, number
+from subspec.planner.storage import usual_storages
+from subspec.planner.wording import (
+    Row,
+    big_number,
+    duration,
+    in_markdown,
+    ledger_rows,
+    number,
+    placement_of,
+    streamed_line,
+)
 
 
 @pytest.mark.parametrize(
@@ -32,6 +46,24 @@ def test_purposes_that_we_do_not_know_are_shown_by_their_name() -> None:
         Row("resident", "exact weights that stay", 10),
         Row("other", "graphs", 5),
     ]
+
+
+def test_what_streams_is_the_stored_weights_less_what_memory_holds_of_them() -> None:
+    """Those held decoded aside: their bits would be a mixture of both."""
+    spec = make_spec(num_layers=32)
+    profile = make_profile(link=(LinkRate(64 << 10, 100e6),), decode_rate=2e7)
+    stored = usual_storages(spec)[0]
+    budget = int(0.8 * model_bytes(spec))
+    plan = search(spec, profile, budget, Wishes(), ACCEPTANCE, stored)
+    decoded = set(plan.residuals) & set(placement_of(plan).resident)
+    streamed = plan.predicted[plan.method].streamed_bytes
+    assert decoded and streamed
+    line = streamed_line(spec, plan)
+    count = sum(part.num_weights for part in parts(spec) if part.name not in decoded)
+    assert line.startswith(f"{big_number(count)} weights x (4.5 + {stored.bits_per_residual:.2f})")
+    assert line.endswith(
+        f"{short_size(streamed)} a round; {len(decoded)} more matrices are held decoded"
+    )
 
 
 def test_large_counts_are_said_in_words() -> None:
