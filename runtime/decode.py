@@ -154,14 +154,15 @@ def draft_pass(model: Model, behind: Behind | None = None) -> DraftPass:
 
 
 def tree_rows(tree: TokenTree, nodes: Tensor, behind: Behind) -> Rows:
-    """Rows for `nodes` of a tree that lies behind the committed tokens."""
+    """Rows for `nodes` of a tree that lies behind the committed tokens. Nothing is read back, and
+    nothing comes from the host but numbers that stay the same: a captured graph can do it."""
     slots = torch.arange(behind.live_slots, device=nodes.device)
     slots_of_tree = slots[: len(tree.tokens)] + behind.length
     visible = (slots < behind.length).repeat(len(nodes), 1)
     visible[:, slots_of_tree] = tree.ancestors[nodes]
     slot_positions = slots.clone()
     slot_positions[slots_of_tree] = behind.length + tree.depths
-    own = torch.where(nodes < tree.num_nodes, behind.length + nodes, behind.padding_slot)
+    own = (behind.length + nodes).masked_fill_(nodes >= tree.num_nodes, behind.padding_slot)
     positions = behind.length + tree.depths[nodes]
     return Rows(tree.tokens[nodes], positions, own, slot_positions, visible)
 

@@ -35,7 +35,7 @@ class TokenTree:
 def root_only(root: Tensor, verify_width: int) -> TokenTree:
     """A tree without a draft: what plain decoding verifies. root int64 [1]."""
     ancestors = torch.zeros(verify_width, verify_width, dtype=torch.bool, device=root.device)
-    ancestors[:, 0] = True
+    ancestors[:, 0].fill_(True)
     return TokenTree(
         tokens=root.repeat(verify_width),
         parents=torch.zeros(verify_width, dtype=torch.int64, device=root.device),

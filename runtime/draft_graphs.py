@@ -21,7 +21,7 @@ from subspec.runtime.draft import DraftPass, Level, TokenTree, add_level, root_o
 LARGEST_STEP = 0.25  # of the live slots: what rounding up adds to them at most
 
 Action = Callable[[], object]
-Replay = Callable[[], None]
+Replay = Callable[[], object]
 PassesBehind = Callable[[Behind], DraftPass]  # the substitutes' passes over a tree that lies there
 
 
@@ -118,6 +118,17 @@ def rounded_up(live_slots: int) -> int:
     return -(-live_slots // step) * step
 
 
+@dataclass(frozen=True)
+class Captured:
+    """A graph, and the action: it owns the tensors whose addresses the graph has."""
+
+    graph: torch.cuda.CUDAGraph
+    action: Action
+
+    def __call__(self) -> None:
+        self.graph.replay()
+
+
 def capture_on_gpu(device: torch.device) -> Callable[[Action], Replay]:
     """All graphs take their temporaries from one pool: they never run at the same time."""
     pool = torch.cuda.graph_pool_handle()
@@ -128,6 +139,6 @@ def capture_on_gpu(device: torch.device) -> Callable[[Action], Replay]:
         with torch.cuda.device(device):
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 action()
-        return graph.replay
+        return Captured(graph, action)
 
     return capture

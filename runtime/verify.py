@@ -30,19 +30,19 @@ def accept(tree: TokenTree, choices: Tensor, depth: int) -> Verdict:
     device = choices.device
     nodes = torch.arange(len(choices), device=device)
     wrong = (tree.tokens != choices[tree.parents]) | (nodes >= tree.num_nodes)
-    wrong[0] = False
+    wrong[0].fill_(False)
     alive = ~(tree.ancestors & wrong).any(1) & (nodes < tree.num_nodes)
     # Siblings differ in their token, so the alive nodes form one path, one node per depth.
     depths = tree.depths.clamp(max=depth + 1)
     path = torch.zeros(depth + 2, dtype=torch.int64, device=device)
-    path.scatter_(0, torch.where(alive, depths, depth + 1), nodes)
+    path.scatter_(0, depths.masked_fill(~alive, depth + 1), nodes)
     path = path[: depth + 1]
-    accepted = alive.sum() - 1  # without the root
+    accepted = alive.sum()[None] - 1  # without the root; [1], as one number would be read back
     steps = torch.arange(depth + 1, device=device)
     last = path[accepted]
     following = tree.tokens[path.roll(-1)]
     emitted = torch.where(steps < accepted, following, choices[last])
-    return Verdict(path, torch.cat((accepted[None], emitted)))
+    return Verdict(path, torch.cat((accepted, emitted)))
 
 
 def walk(tree: TokenTree, choose: Callable[[int, int], int], depth: int) -> Verdict:

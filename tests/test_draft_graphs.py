@@ -2,32 +2,32 @@
 is that replaying it, on tensors that stay where they are, grows the same trees."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from builders import build_artifact, replan
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from subspec.artifacts.plan import Tree
 from subspec.artifacts.store import Artifact
 from subspec.planner.hub import DEMO
 from subspec.runtime import draft
 from subspec.runtime.cache import Behind, Cache
+from subspec.runtime.decode import tree_rows
 from subspec.runtime.draft import DraftPass, TokenTree
 from subspec.runtime.draft_graphs import DraftGraphs, grow, make_graphs, rounded_up
 from subspec.runtime.sampling import Sampling
 from subspec.runtime.session import Session
+from subspec.runtime.verify import accept
 
 CPU = torch.device("cpu")
 V, W = 11, 24
 
 
 def graphs_of(tree: Tree, verify_width: int = W) -> DraftGraphs:
-    return make_graphs(tree, verify_width, CPU, capture=lambda action: lambda: void(action()))
-
-
-def void(result: object) -> None:
-    """A replay returns nothing."""
+    return make_graphs(tree, verify_width, CPU, capture=lambda action: action)
 
 
 def cache_of(length: int, slots: int = 2048) -> Cache:
@@ -74,7 +74,7 @@ def test_the_first_round_of_a_length_is_not_replayed() -> None:
 
     def capture(action):  # type: ignore[no-untyped-def]
         captured.append(action)
-        return lambda: void(action())
+        return action
 
     graphs = make_graphs(Tree(2, 3), W, CPU, capture)
     grow(graphs, torch.tensor([1]), 3, cache_of(5), lengths_count)
@@ -104,6 +104,53 @@ def test_live_slots_are_rounded_up_to_few_numbers_and_by_a_quarter_at_most() -> 
     assert all(live <= up <= max(1.25 * live, live + 63) for live, up in every.items())
     assert len(set(every.values())) <= 32
     assert [rounded_up(live) for live in (64, 65, 512, 576, 1088)] == [64, 128, 512, 640, 1280]
+
+
+class Operations(TorchDispatchMode):
+    """Names of what runs while it is active."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: set[str] = set()
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+# A number read back, a number brought to the device, numbers of a list: a capture fails at each,
+# and outside of one each waits for the GPU.
+WAIT = {"_local_scalar_dense.default", "where.ScalarOther", "where.ScalarSelf", "where.Scalar",
+        "lift_fresh.default", "nonzero.default", "masked_select.default"}  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_a_level_its_rows_and_acceptance_wait_for_nothing(width: int) -> None:
+    cache, root = cache_of(70), torch.tensor([3])
+    rows = []
+
+    def passes(behind: Behind) -> DraftPass:
+        def run(tree: TokenTree, nodes: Tensor) -> Tensor:
+            rows.append(tree_rows(tree, nodes, behind))
+            return logits[nodes]
+
+        return run
+
+    logits = torch.randn(W, V, generator=torch.Generator().manual_seed(1))
+    graphs, choices = graphs_of(Tree(width, 4)), logits.argmax(-1)
+    grow(graphs, root, 4, cache, passes)
+    first, following = graphs.replays[128]
+    with Operations() as seen:
+        first()
+        following()
+        verdict = accept(replace(graphs.grown, num_nodes=1 + 2 * width), choices, 4)
+    assert seen.names & {"topk.default", "index_put_.default", "masked_fill_.Scalar"}
+    assert not seen.names & WAIT, "see the comment above"
+    assert len(verdict.emitted()) >= 1 and len(rows) > 4
 
 
 @pytest.fixture(scope="module")
