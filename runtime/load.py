@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -156,15 +157,17 @@ class Loader:
         found = {}
         file = DirectFile(self._artifact.path / "exact.safetensors")
         try:
-            for index, part in enumerate(chosen):
-                if part.name in split:
-                    found[part.name] = self._place_stored(file, part, "residuals")
-                elif part.encoding == "raw":
-                    raw = self._place_stored(file, part, "resident")
-                    found[part.name] = raw.view(self._dtype).view(part.part.num_rows, -1)
-                else:
-                    found[part.name] = self._place_decoded(file, part)
-                self._progress("loading exact weights", (index + 1) / len(chosen))
+            with self._substitute_file() as read:
+                read_once = lru_cache(maxsize=1)(read)  # parts of a matrix follow each other
+                for index, part in enumerate(chosen):
+                    if part.name in split:
+                        found[part.name] = self._place_stored(file, part, "residuals")
+                    elif part.encoding == "raw":
+                        raw = self._place_stored(file, part, "resident")
+                        found[part.name] = raw.view(self._dtype).view(part.part.num_rows, -1)
+                    else:
+                        found[part.name] = self._place_decoded(file, part, read_once)
+                    self._progress("loading exact weights", (index + 1) / len(chosen))
         finally:
             file.close()
         return found
@@ -179,12 +182,17 @@ class Loader:
             target.copy_(host)
         return target[: part.num_bytes]
 
-    def _place_decoded(self, file: DirectFile, part: StoredPart) -> Tensor:
-        """A residual, decoded once and for all: [rows, K] in fast memory."""
+    def _place_decoded(
+        self,
+        file: DirectFile,
+        part: StoredPart,
+        read: Callable[[Linear], tuple[Tensor, Tensor]],
+    ) -> Tensor:
+        """A residual, decoded once and for all: [rows, K] in fast memory. read: a substitute, as it
+        is stored."""
         host = host_buffer(part.padded_bytes)
         self._read_part(file, part, host)
-        with self._substitute_file() as read:
-            codes, grid = read(part.part.linear)
+        codes, grid = read(part.part.linear)
         self._digests.finish()  # a residual is decoded only over what it was made for
         rows = slice(part.part.first_row, part.part.first_row + part.part.num_rows)
         raw = self._memory.take("resident", part.part.padded_bytes, PAGE_BYTES)
