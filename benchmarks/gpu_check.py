@@ -144,7 +144,7 @@ def draft_level_seconds(artifact: Artifact, tokens: int) -> dict[str, float]:
                 for _ in session.generate(prompt, tokens, Sampling()):
                     pass
             stats, problem = session.stats, session.missing_graphs
-            found[name] = stats.draft_seconds / max(1, sum(stats.judged))
+            found[name] = stats.draft_seconds / max(1, stats.drafted_levels)
             print(f"a draft level by {name}: {found[name] * 1e3:.2f} ms", problem or "",
                   file=sys.stderr)  # fmt: skip
             read_bytes = session.placement.ledger["substitutes"]

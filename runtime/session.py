@@ -117,7 +117,7 @@ class Session:
         fused = None
         if substitutes is not None:
             fused = draft_layers.compiled_layers(draft_decoder, substitutes, cache)
-        levels = None
+        levels = None  # `stop_below` reads a number back after each: nothing to capture
         if drafts and graphs and self.device.type == "cuda" and plan.tree.stop_below == 0:
             capture = draft_graphs.capture_on_gpu(self.device)
             levels = draft_graphs.make_graphs(plan.tree, plan.verify_width, self.device, capture)
@@ -229,10 +229,10 @@ class Session:
         return self.model.draft_graphs.problem if self.model.draft_graphs else None
 
     def close(self) -> None:
-        if self.plan.int4_kernel == "gemlite":
-            gemlite_kernel.keep_tuning(self.device)
         self.model.exact.close()
         self._loader.close()
+        if self.model.substitutes is not None and self.plan.int4_kernel == "gemlite":
+            gemlite_kernel.keep_tuning(self.device)
 
     def __enter__(self) -> "Session":
         return self

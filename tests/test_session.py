@@ -11,13 +11,14 @@ from builders import build_artifact, demo_checkpoint, random_checkpoint, replan
 from torch import Tensor
 
 from subspec.artifacts.errors import Exit, SubspecError
+from subspec.artifacts.plan import Int4Kernel, Method
 from subspec.artifacts.store import Artifact
 from subspec.planner.hub import DEMO
 from subspec.runtime import decode
 from subspec.runtime.decode import draft_pass
 from subspec.runtime.draft import DraftPass, TokenTree
 from subspec.runtime.sampling import Sampling
-from subspec.runtime.session import Session, machine_name
+from subspec.runtime.session import Session, machine_name, needed_kernels
 
 PROMPT = list(range(10, 50))
 
@@ -244,3 +245,22 @@ def test_the_unpadded_baseline_gives_plain_tokens(artifact: Artifact) -> None:
         fast = run(session, PROMPT, 8)
     with Session(artifact, method="plain") as session:
         assert run(session, PROMPT, 8)[:4] == fast[:4]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "residuals", "method", "sources"),
+    [
+        ("aten", (), "substitute", {"attention"}),
+        ("aten", ("a part",), "plain", {"attention", "residual"}),
+        ("w4a8", (), "plain", {"attention"}),
+        ("w4a8", ("a part",), "plain", {"attention", "residual", "int4"}),
+        ("w4a8", (), "substitute", {"attention", "int4", "draft_layers"}),
+    ],
+)
+def test_only_kernels_that_the_method_calls_are_built(
+    kernel: Int4Kernel, residuals: tuple[str, ...], method: Method, sources: set[str],
+    artifact: Artifact,
+) -> None:  # fmt: skip
+    """Residuals are decoded over the layout of the 4-bit kernel, whoever drafts."""
+    plan = replace(artifact.plan, int4_kernel=kernel, residuals=residuals)
+    assert {source.stem for source, _ in needed_kernels(plan, method)} == sources
