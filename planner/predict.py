@@ -115,13 +115,12 @@ def round_of(profile: Profile, candidate: Candidate, passes: Passes, streamed: i
     """
     learned, coded = profile.learned, candidate.storage.coded_weights
     decode = coded / profile.decode_rate if coded else 0.0
-    speed, compute = profile.link_rate(candidate.block_bytes), passes.exact + decode
+    lanes, compute = lanes_of(profile, candidate, streamed), passes.exact + decode
     # By the draft's own term: what verification was learned to take is compared with that too.
-    ahead = min(candidate.block_bytes * candidate.num_slots, streamed, passes.draft * speed)
-    lanes = Lanes(profile.busy_shares(speed), max(1.0, streamed / max(1, candidate.block_bytes)))
-    verify = lanes.seconds((streamed - ahead) / speed, compute) + profile.round_seconds
+    ahead = min(candidate.block_bytes * candidate.num_slots, streamed, passes.draft * lanes.speed)
+    verify = lanes.seconds((streamed - ahead) / lanes.speed, compute) + profile.round_seconds
     verify *= learned.verify if candidate.width else learned.plain
-    return Round(passes.draft * learned.draft, verify, streamed / speed, compute, decode)
+    return Round(passes.draft * learned.draft, verify, streamed / lanes.speed, compute, decode)
 
 
 def predict(
@@ -169,10 +168,10 @@ def prompt_seconds(
     stream they are checked."""
     one = passes.prompt + decode
     checked = streamed / profile.digest_rate if profile.digest_rate else 0.0
-    speed = profile.link_rate(candidate.block_bytes)
-    lanes = Lanes(profile.busy_shares(speed), max(1.0, streamed / max(1, candidate.block_bytes)))
-    seconds = lanes.seconds(streamed / speed, one + checked)
-    seconds += (passes.num_prompts - 1) * lanes.seconds(streamed / speed, one)
+    lanes = lanes_of(profile, candidate, streamed)
+    link = streamed / lanes.speed
+    seconds = lanes.seconds(link, one + checked)
+    seconds += (passes.num_prompts - 1) * lanes.seconds(link, one)
     return (seconds + passes.head) * profile.learned.prompt
 
 
@@ -192,12 +191,19 @@ def pass_seconds(
 class Lanes:
     """The link and the threads that compute, over a stream of blocks."""
 
+    speed: float  # of the link, bytes per second
     busy_shares: tuple[float, float]
     num_blocks: float  # not rounded up: then a byte less to stream could cost a whole block's time
 
     def seconds(self, link: float, compute: float) -> float:
         """Both lanes at once, and at the ends one block of the shorter alone."""
         return both_at_once(self.busy_shares, link, compute) + min(link, compute) / self.num_blocks
+
+
+def lanes_of(profile: Profile, candidate: Candidate, streamed: int) -> Lanes:
+    speed = profile.link_rate(candidate.block_bytes)
+    num_blocks = max(1.0, streamed / max(1, candidate.block_bytes))
+    return Lanes(speed, profile.busy_shares(speed), num_blocks)
 
 
 def both_at_once(busy_shares: tuple[float, float], link: float, compute: float) -> float:
