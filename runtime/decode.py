@@ -55,7 +55,7 @@ def speculate(model: Model, root: int, sampling: Sampling, max_tokens: int) -> I
             token = torch.tensor([root], device=model.decoder.embedding.device)
             tree = draft(model, token, max(0, min(plan.tree.depth, max_tokens - 1)))
         with clock.phase("verify"):
-            verdict = judge(model, tree, sampling)
+            verdict = verify(model, tree, sampling)
             cache.compact(verdict.path)
             emitted = verdict.emitted()
         cache.commit([root, *emitted[:-1]])
@@ -114,7 +114,7 @@ def draft(model: Model, root: Tensor, depth: int) -> TokenTree:
     return grow(root, replace(plan.tree, depth=depth), plan.verify_width, draft_pass(model))
 
 
-def judge(model: Model, tree: TokenTree, sampling: Sampling) -> Verdict:
+def verify(model: Model, tree: TokenTree, sampling: Sampling) -> Verdict:
     """What the exact model would say, from the root as far as the tree has it.
 
     An argmax takes no time: all rows have theirs on the device. A sample takes some: only what is

@@ -20,6 +20,7 @@ from subspec.artifacts.plan import DeviceKind, Int4Kernel
 from subspec.runtime import gemlite_kernel, int4
 
 ROWS_PER_CALL = 256  # a long prompt goes through a matrix in pieces, so that temporaries stay small
+PIECE_BYTES = 1 << 20  # of codes that are packed for CUDA at a time: temporaries of a few MB
 ROWS_PER_TILE = {"AVX512": 64, "AVX2": 32}  # ATen's packed bytes differ per instruction set
 
 
@@ -136,11 +137,11 @@ def int4_product_plainly(x: Tensor, codes: Tensor, grid: Tensor) -> Tensor:
 
 def _pack_cuda(codes: Tensor, out: Tensor) -> Tensor:
     """uint8 [N, K / 2] of nibble pairs on the host -> ATen's CUDA layout int32 [N / 8, K / (16 I),
-    32, I / 2] in `out`, in pieces of few rows: temporaries of a few MB."""
+    32, I / 2] in `out`, in pieces of few rows."""
     num_rows, half = codes.shape
     inner = inner_tiles(2 * half)
     target = out.view(torch.int32).view(num_rows // 8, 2 * half // (16 * inner), 32, inner // 2)
-    some = max(8, (1 << 20) // half // 8 * 8)
+    some = max(8, PIECE_BYTES // half // 8 * 8)
     for first in range(0, num_rows, some):
         unpacked = unpack_nibbles(codes[first : first + some].to(out.device))
         pairs = unpacked[:, ::2] << 4 | unpacked[:, 1::2]

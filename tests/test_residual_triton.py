@@ -21,6 +21,7 @@ from subspec.artifacts import residual
 from subspec.artifacts.errors import Exit, SubspecError
 from subspec.artifacts.packing import pack_nibbles
 from subspec.artifacts.plan import Int4Kernel
+from subspec.runtime import linear
 from subspec.runtime.linear import pack, packed_bytes
 
 triton = pytest.importorskip("triton")
@@ -284,8 +285,10 @@ def assert_divisions_are_exact(device: str) -> None:
 @pytest.mark.parametrize("num_columns", [192, 256])
 @pytest.mark.parametrize("kernel", ["aten", "gemlite"])
 def test_the_4_bit_kernels_keep_their_codes_as_the_plain_layouts_say(
-    kernel: Int4Kernel, num_columns: int
+    kernel: Int4Kernel, num_columns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also where a matrix is packed in several pieces."""
+    monkeypatch.setattr(linear, "PIECE_BYTES", 24 * num_columns // 2)
     if kernel == "gemlite":
         pytest.importorskip("gemlite")
     codes, grid = random_substitute(num_columns)
