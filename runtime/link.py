@@ -152,6 +152,7 @@ class HostLink:
         self._bytes_per_second = bytes_per_second
         self._host = pinned_copy(path, ranges)
         self._copies = torch.cuda.Stream(self._device)
+        self._delays = torch.cuda.Stream(self._device)
         # A slot begins free: both events count as recorded in the past.
         self._filled = [torch.cuda.Event() for _ in slots]
         self._free = [torch.cuda.Event() for _ in slots]
@@ -165,9 +166,10 @@ class HostLink:
     def begin(self, slot: int, offset: int, num_bytes: int) -> None:
         with torch.cuda.stream(self._copies):
             self._copies.wait_event(self._free[slot])
+            delay = self._delay(num_bytes)
             self._slots[slot][:num_bytes].copy_(self._host[offset], non_blocking=True)
-            if self._bytes_per_second is not None:
-                self._throttle(num_bytes)
+            if delay is not None:
+                self._copies.wait_event(delay)
             self._filled[slot].record(self._copies)
 
     def wait(self, slot: int) -> Tensor:
@@ -197,12 +199,18 @@ class HostLink:
             torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())
         self._host.clear()
 
-    def _throttle(self, num_bytes: int) -> None:
-        """Keeps the copy stream busy as long as a slower link would be (benchmarks)."""
-        assert self._bytes_per_second is not None
-        clock_rate = torch.cuda.get_device_properties(self._device).clock_rate * 1e3
-        # The copy itself runs too: what is slept is the difference to a fast link's time.
-        torch.cuda._sleep(int(num_bytes / self._bytes_per_second * clock_rate))
+    def _delay(self, num_bytes: int) -> torch.cuda.Event | None:
+        """Passes when a slower link would have brought what is copied from now on (benchmarks). It
+        runs beside the copy: after it, the two would add up."""
+        if self._bytes_per_second is None:
+            return None
+        cycles_per_second = torch.cuda.get_device_properties(self._device).clock_rate * 1e3
+        self._delays.wait_stream(self._copies)
+        with torch.cuda.stream(self._delays):
+            torch.cuda._sleep(int(num_bytes / self._bytes_per_second * cycles_per_second))
+        due = torch.cuda.Event()
+        due.record(self._delays)
+        return due
 
 
 def pinned_copy(path: Path, ranges: list[tuple[int, int]]) -> dict[int, Tensor]:

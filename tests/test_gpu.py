@@ -1,5 +1,6 @@
 """The CUDA path: skipped without a GPU, run by `make gpu-check`."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from subspec.artifacts.packing import pack_nibbles
 from subspec.artifacts.store import Artifact
 from subspec.planner.hub import DEMO
 from subspec.runtime.linear import int4_product, int4_product_plainly, pack, packed_bytes
+from subspec.runtime.link import HostLink
 from subspec.runtime.sampling import Sampling
 from subspec.runtime.session import Session
 from subspec.runtime.text import load_text
@@ -91,3 +93,22 @@ def test_planning_the_demo_model_for_cuda_measures_it(tmp_path: Path) -> None:
     arguments = ["--model", "demo", "--vram", "2GB", "--device", "cuda", "--out", str(out)]
     main(arguments, standalone_mode=False)
     assert (out / "manifest.json").exists()
+
+
+def test_a_slowed_link_takes_the_time_that_was_asked_for(tmp_path: Path) -> None:
+    """Not the copy's own beside it."""
+    block_bytes, count, asked = 16 << 20, 32, 2e9
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(block_bytes))
+    slots = [torch.empty(block_bytes, dtype=torch.uint8, device="cuda") for _ in range(2)]
+    link = HostLink(path, [(0, block_bytes)], slots, asked)
+    try:
+        started = time.perf_counter()
+        for index in range(count):
+            link.begin(index % 2, 0, block_bytes)
+            link.release(index % 2)
+        torch.cuda.synchronize()
+        taken = time.perf_counter() - started
+    finally:
+        link.close()
+    assert taken == pytest.approx(count * block_bytes / asked, rel=0.15)
