@@ -29,6 +29,7 @@ class Learned:
     plain: float = 1.0  # a token of plain decoding
     prompt: float = 1.0  # the first token
     num_rounds: int = 0  # that this rests on
+    link_bandwidth: int | None = None  # bytes per second that they were slowed to, if they were
 
 
 LIVE_TOKENS = 128  # in the cache while layers are timed

@@ -36,7 +36,7 @@ from subspec.planner.calibration import Sample, read_samples, sample_ids
 from subspec.planner.costs import model_bytes
 from subspec.planner.outlook import foretell
 from subspec.planner.planning import Options, plan_anew
-from subspec.planner.profiles import with_link
+from subspec.planner.profiles import under_link
 from subspec.planner.search import search
 from subspec.planner.storage import Storage
 from subspec.runtime.sampling import Sampling
@@ -371,8 +371,7 @@ def main(
     plan, profile = plan_anew(options, opened, artifact, None, lambda *_: None)
     acceptance = plan.acceptance
     say(f"learned: {profile.learned}")
-    if link_bandwidth:
-        profile = with_link(profile, link_bandwidth)
+    profile = under_link(profile, link_bandwidth)
     text, samples = load_text(artifact / "tokenizer"), read_samples(PROMPTS)
 
     def planner(budget: int, wishes: Wishes) -> Plan:

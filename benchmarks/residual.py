@@ -26,7 +26,7 @@ from subspec.artifacts.command import reported
 from subspec.artifacts.plan import Acceptance, Wishes
 from subspec.artifacts.sizes import parse_size, short_size, weights_rate
 from subspec.artifacts.store import Artifact, open_artifact
-from subspec.planner.profiles import with_link
+from subspec.planner.profiles import under_link
 from subspec.planner.quantize import quantize
 from subspec.planner.search import search
 from subspec.planner.storage import Storage
@@ -71,7 +71,7 @@ def planned_for(artifact: Artifact, acceptance: Acceptance, link: int) -> Artifa
     wishes = Wishes(context=artifact.plan.context, method="substitute")
     plan = search(
         artifact.spec,
-        with_link(artifact.profile, link),
+        under_link(artifact.profile, link),
         artifact.plan.budget_bytes,
         wishes,
         acceptance,

@@ -44,24 +44,28 @@ class Rounds:
         )
 
 
-def learned(rounds: Rounds) -> Learned:
+def learned(rounds: Rounds, link_bandwidth: int | None = None) -> Learned:
+    """link_bandwidth: what they were slowed to, bytes per second; None: nothing."""
     return Learned(
         draft=slowdown(rounds.draft),
         verify=slowdown(rounds.verify),
         plain=slowdown(rounds.plain),
         prompt=slowdown(rounds.prompt),
         num_rounds=sum(len(timed.actual) for timed in (*rounds.verify, *rounds.plain)),
+        link_bandwidth=link_bandwidth,
     )
 
 
 def updated(before: Learned, rounds: Rounds, found: Learned) -> Learned:
-    """`found`, and what was known before of phases that were not timed."""
+    """`found`, and what was known before, at the same speed of the link, of phases that were not
+    timed."""
     return Learned(
         draft=found.draft if rounds.draft else before.draft,
         verify=found.verify if rounds.verify else before.verify,
         plain=found.plain if rounds.plain else before.plain,
         prompt=found.prompt if rounds.prompt else before.prompt,
         num_rounds=found.num_rounds or before.num_rounds,
+        link_bandwidth=found.link_bandwidth,
     )
 
 

@@ -149,7 +149,7 @@ def rehearsed(
     setting = Setting(options.link_bandwidth, options.device)
     seen = rehearse(artifact, trial, foretelling(options, spec, profile, trial, stored), samples,
                     setting, show)  # fmt: skip
-    profile = replace(profile, learned=learned(seen.rounds))
+    profile = replace(profile, learned=learned(seen.rounds, options.link_bandwidth))
     plan = solve(options, spec, profile, seen.acceptance or PRIOR, stored)
     return with_sweeps(options, spec, profile, stored, plan), profile
 
@@ -192,7 +192,8 @@ def learn_from(
     free = [run for run in runs if run.link_bandwidth == options.link_bandwidth]
     promised = foretelling(options, artifact.spec, profile, artifact.plan, stored)
     rounds = rounds_of_runs(free, promised)
-    return replace(profile, learned=updated(profile.learned, rounds, learned(rounds)))
+    found = learned(rounds, options.link_bandwidth)
+    return replace(profile, learned=updated(slowed(options, profile).learned, rounds, found))
 
 
 def profile_for(options: Options, artifact: "Artifact", out: Path, show: Progress) -> "Profile":
@@ -283,11 +284,9 @@ def with_sweeps(
 
 def slowed(options: Options, profile: "Profile") -> "Profile":
     """The profile under --link-bandwidth."""
-    from subspec.planner.profiles import with_link
+    from subspec.planner.profiles import under_link
 
-    if options.link_bandwidth is None:
-        return profile
-    return with_link(profile, options.link_bandwidth)
+    return under_link(profile, options.link_bandwidth)
 
 
 def samples_of(options: Options) -> "tuple[Sample, ...]":

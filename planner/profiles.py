@@ -9,7 +9,7 @@ from typing import Any
 
 from subspec.artifacts.codec import load_dataclass
 from subspec.artifacts.errors import Exit, SubspecError
-from subspec.artifacts.profile import LinkRate, Profile, Timing
+from subspec.artifacts.profile import Learned, LinkRate, Profile, Timing
 from subspec.planner.fields import read_fields
 
 FASTEST = 1e15  # bytes a second
@@ -68,6 +68,8 @@ def first_fault(profile: Profile) -> str:
     factors = (learned.draft, learned.verify, learned.plain, learned.prompt)
     if not all(0.01 <= factor <= 100 for factor in factors) or learned.num_rounds < 0:
         return "learned has a factor that is not from 0.01 to 100"
+    if learned.link_bandwidth is not None and learned.link_bandwidth < 1:
+        return "learned was learned over a link without bandwidth"
     if min(profile.free_bytes, profile.pinnable_bytes) < 0:
         return "free_bytes or pinnable_bytes is below 0"
     if not all(1 <= width <= 4096 for width in profile.position_free_widths):
@@ -102,6 +104,18 @@ def middle_of(some: Sequence[Timing] | Sequence[LinkRate]) -> Timing | LinkRate:
         return Timing(timings[0].width, seconds, slowest)
     rates = [one for one in some if isinstance(one, LinkRate)]
     return LinkRate(rates[0].block_bytes, median(rate.bytes_per_second for rate in rates))
+
+
+def under_link(profile: Profile, bytes_per_second: int | None) -> Profile:
+    """For plans under --link-bandwidth; None: without it. What rounds at another speed of the link
+    taught says nothing here, but of drafts, which stream nothing."""
+    learned = profile.learned
+    if learned.link_bandwidth != bytes_per_second:
+        learned = Learned(
+            draft=learned.draft, num_rounds=learned.num_rounds, link_bandwidth=bytes_per_second
+        )
+    profile = replace(profile, learned=learned)
+    return profile if bytes_per_second is None else with_link(profile, bytes_per_second)
 
 
 def with_link(profile: Profile, bytes_per_second: int) -> Profile:

@@ -8,7 +8,7 @@ from toys import make_profile
 
 from subspec.artifacts.errors import Exit, SubspecError
 from subspec.artifacts.profile import Learned, LinkRate, Timing
-from subspec.planner.profiles import read_profile, typical_of, with_link
+from subspec.planner.profiles import read_profile, typical_of, under_link, with_link
 
 
 def write(folder: Path, values: Any) -> Path:
@@ -53,6 +53,7 @@ FAULTS: dict[str, tuple[str, Any]] = {
     "a draft that takes no time in reality": ("learned", {"draft": 0.0}),
     "a prompt a thousand times slower than promised": ("learned", {"prompt": 1000.0}),
     "fewer than no rounds": ("learned", {"num_rounds": -1}),
+    "rounds over a link that stood still": ("learned", {"link_bandwidth": 0}),
     "memory less than none": ("free_bytes", -1),
     "pinnable memory less than none": ("pinnable_bytes", -1),
     "a negative overhead": ("overhead_bytes", -1),
@@ -83,6 +84,17 @@ def test_a_missing_file_and_a_folder_are_a_wrong_argument(tmp_path: Path) -> Non
         with pytest.raises(SubspecError, match="is not a file") as caught:
             read_profile(path)
         assert caught.value.exit_code == Exit.USAGE
+
+
+def test_what_a_slowed_link_taught_counts_for_plans_at_that_speed() -> None:
+    taught = Learned(1.1, 1.2, 1.3, 1.4, num_rounds=40, link_bandwidth=50_000_000)
+    profile = make_profile(learned=taught)
+    assert under_link(profile, 50_000_000) == with_link(profile, 50_000_000)
+    for other in (None, 60_000_000):
+        learned = under_link(profile, other).learned
+        assert learned == Learned(draft=1.1, num_rounds=40, link_bandwidth=other)
+    usual = make_profile(learned=replace(taught, link_bandwidth=None))
+    assert under_link(usual, None) == usual
 
 
 def test_a_slower_link_changes_only_what_is_faster_than_it() -> None:
