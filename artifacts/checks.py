@@ -4,10 +4,11 @@ JSON has right types by now (codec.py); here are the values. Everything that mem
 with is bounded before it is used.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from subspec.artifacts.acceptance import Acceptance
+from subspec.artifacts.acceptance import Curve
 from subspec.artifacts.errors import Exit, SubspecError
 from subspec.artifacts.model import (
     GROUP_SIZE,
@@ -99,6 +100,7 @@ def check_plan(spec: ModelSpec, stored: list[StoredPart], plan: Plan) -> None:
         1 <= tree.width <= 256
         and 0 <= tree.depth <= 1024
         and tree.temperature > 0
+        and 0 <= tree.stop_below < 1
         and tree.num_nodes <= plan.verify_width <= 4096
         and 1 <= plan.context <= spec.max_positions
         and 1 <= plan.num_threads <= 1024
@@ -108,15 +110,20 @@ def check_plan(spec: ModelSpec, stored: list[StoredPart], plan: Plan) -> None:
         raise _wrong(
             "plan.json",
             f"method {plan.method}, tree {tree.width}x{tree.depth} at temperature "
-            f"{tree.temperature}, verify width {plan.verify_width}, context {plan.context}, "
-            f"{plan.num_threads} threads, prefill {plan.prefill_tokens} do not go together",
+            f"{tree.temperature} that ends below {tree.stop_below}, verify width "
+            f"{plan.verify_width}, context {plan.context}, {plan.num_threads} threads, prefill "
+            f"{plan.prefill_tokens} do not go together",
         )
-    _check_acceptance(plan.acceptance)
+    stopping = plan.acceptance.stopping
+    stops = [some.stop_below for some in stopping]
+    if not all(0 < stop < 1 for stop in stops) or any(b <= a for a, b in pairwise(stops)):
+        raise _wrong("plan.json", f"acceptance has trees that end below {stops[:9]}")
+    for curves in (plan.acceptance.curves, *(c for s in stopping for c in (s.curves, s.followed))):
+        _check_curves(curves)
 
 
-def _check_acceptance(acceptance: Acceptance) -> None:
+def _check_curves(curves: Sequence[Curve]) -> None:
     """Trees of ascending widths that were tried, and accepted at most as often, less the deeper."""
-    curves = acceptance.curves
     widths = [curve.width for curve in curves]
     if not curves or widths != sorted(widths):
         raise _wrong("plan.json", "acceptance has no curves of ascending widths")

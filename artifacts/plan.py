@@ -23,7 +23,8 @@ class Tree:
     width: int
     depth: int
     temperature: float = 1.0  # draft probabilities are sharpened by it (arXiv 2509.18344)
-    stop_below: float = 0.0  # no further level once the best path's probability is below this
+    # No level follows one whose paths are less probable than this, all together and sharpened.
+    stop_below: float = 0.0
 
     @property
     def num_nodes(self) -> int:
@@ -86,6 +87,7 @@ class Prediction:
     compute_seconds: float  # decoding included
     decode_seconds: float  # residuals -> exact weights
     streamed_bytes: int
+    levels_per_round: float = 0.0  # drafted
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,11 @@ class Plan:
     wishes: Wishes = Wishes()
     by_budget: tuple[Point, ...] = ()  # budgets ascending, for the report
     by_context: tuple[Point, ...] = ()  # contexts ascending
+
+    @property
+    def tree_acceptance(self) -> Acceptance:
+        """Of trees that end where this plan's do."""
+        return self.acceptance.under(self.tree.stop_below)
 
     def placement(self, method: Method) -> Placement | None:
         return self.substitute if method == "substitute" else self.plain

@@ -51,7 +51,7 @@ class Run:
     reused_tokens: int  # of the prompt, in the cache already
     generated_tokens: int
     first_of_session: bool  # its first token waited for digests too
-    tried: tuple[int, ...]  # by level: rounds that drafted it and accepted those above it
+    tried: tuple[int, ...]  # by level: rounds that accepted those above it, and drafted it or ended
     accepted: tuple[int, ...]  # at index n: rounds that accepted n drafted tokens of the text
     drafted_levels: int  # of all rounds; the last ones of an answer may have no room for all
     draft_seconds: float

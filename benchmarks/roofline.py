@@ -80,7 +80,7 @@ def trace_rounds(session: Session, beginning: str) -> Traced:
     rounds = session.generate(text.plain_ids(beginning), context, Sampling())
     list(islice(rounds, 1 + WARM_UP_ROUNDS))  # the prompt's pass comes first
     stats = session.stats
-    waited, streamed, levels = stats.stream_wait_seconds, stats.streamed_bytes, sum(stats.judged)
+    waited, streamed, levels = stats.stream_wait_seconds, stats.streamed_bytes, stats.drafted_levels
     spans.clear()
     num_rounds = sum(1 for _ in islice(rounds, TRACED_ROUNDS))
     if not num_rounds:
@@ -92,7 +92,7 @@ def trace_rounds(session: Session, beginning: str) -> Traced:
     return Traced(
         list(spans),
         num_rounds,
-        sum(stats.judged) - levels,
+        stats.drafted_levels - levels,
         stats.stream_wait_seconds - waited,
         stats.streamed_bytes - streamed,
     )

@@ -56,11 +56,11 @@ def foretell(
     idle = placement.ledger["guard"] + placement.ledger["workspace"] - workspace
     emitted = ONE_TOKEN
     if tree.width:
-        emitted = emitted_by_depth(plan.acceptance, tree.width, tree.depth, usage.kind)[-1]
+        emitted = emitted_by_depth(
+            plan.acceptance, tree.width, tree.depth, usage.kind, tree.stop_below
+        )[-1]
     peak = placement.total_bytes - idle
-    passes = passes_of(
-        spec, profile, tree.width, tree.depth, plan.verify_width, plan.prefill_tokens, usage
-    )
+    passes = passes_of(spec, profile, tree.width, plan.verify_width, plan.prefill_tokens, usage)
     return predict(profile, candidate, passes, streamed, emitted, peak, usage)
 
 

@@ -277,7 +277,10 @@ def with_sweeps(
 
     def best(budget: int, context: int | None) -> "Plan":
         wishes = replace(wishes_of(options), context=context)
-        return search(spec, slow, budget, wishes, plan.acceptance, stored)
+        return search(
+            spec, slow, budget, wishes, plan.acceptance, stored,
+            likely_speed=plan.predicted[plan.method].tokens_per_second,
+        )  # fmt: skip
 
     return with_outlook(plan, best, options.context is not None, spec.max_positions)
 

@@ -4,7 +4,7 @@ A round is a draft and a verification. Every term is a measurement of the profil
 widths; `learned` is what real rounds took longer than their terms.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -30,34 +30,51 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Emitted:
-    """Tokens of one round: expectations of their number and of its square."""
+    """What a round is expected to give."""
 
-    mean: float
+    mean: float  # tokens
     mean_square: float
+    levels: float  # drafted
+    stop_below: float = 0.0  # of the tree that gives it
 
 
-ONE_TOKEN = Emitted(1.0, 1.0)  # a pass of plain decoding
+# Where only some matrices are decoded, some blocks keep the link longer than the threads, others
+# the threads. A ring of two slots cannot even that out: while one is read, only the other is
+# filled. That costs 12 to 25 % of a pass whose lanes are equally long, and nothing with a slot more
+# (docs/LOG.md).
+TURNS = 0.15
+
+ONE_TOKEN = Emitted(1.0, 1.0, 0.0)  # a pass of plain decoding
 
 
 @dataclass(frozen=True)
 class Passes:
     """Seconds that are computed with a tree, however the weights are stored and streamed."""
 
-    draft: float  # all levels
+    first_level: float  # of the draft: its root
+    level: float  # of the draft
     exact: float  # the verification, or a token of plain decoding
     prompt: float  # a piece of the prompt, without the head
     num_prompts: int  # pieces of the prompt; the weights stream once for each
     head: float  # at one row
 
+    def draft(self, levels: float) -> float:
+        """So many levels, at least one; 0: plain decoding."""
+        return self.first_level + (levels - 1) * self.level if levels else 0.0
+
 
 def emitted_by_depth(
-    acceptance: Acceptance, width: int, deepest: int, kind: str
+    acceptance: Acceptance, width: int, deepest: int, kind: str, stop_below: float = 0.0
 ) -> tuple[Emitted, ...]:
     """Of trees 0, 1, ... `deepest` levels deep. A round emits what was accepted and one more."""
-    reached = acceptance.reached(width, deepest, kind)
+    reached = acceptance.under(stop_below).reached(width, deepest, kind)
+    levels = acceptance.levels(width, deepest, kind, stop_below)
     means = accumulate(reached, initial=1.0)
     squares = accumulate(((2 * n + 1) * p for n, p in enumerate(reached, 1)), initial=1.0)
-    return tuple(Emitted(mean, square) for mean, square in zip(means, squares, strict=True))
+    return tuple(
+        Emitted(mean, square, drafted, stop_below)
+        for mean, square, drafted in zip(means, squares, levels, strict=True)
+    )
 
 
 def rounds_needed(num_tokens: int, emitted: Emitted) -> float:
@@ -71,7 +88,6 @@ def passes_of(
     spec: ModelSpec,
     profile: Profile,
     width: int,
-    depth: int,
     verify_width: int,
     prefill_tokens: int,
     usage: Usage,
@@ -80,15 +96,20 @@ def passes_of(
     live = usage.prompt_tokens + usage.answer_tokens / 2
     head = seconds_at(profile.exact_head, 1)
     if width:
-        draft = draft_seconds(spec, profile, width, depth, live)
         exact = pass_seconds(spec, profile.exact_layer, profile.exact_attention, verify_width, live)
         exact += seconds_at(profile.exact_head, verify_width)
     else:
-        draft = 0.0
         exact = pass_seconds(spec, profile.fast_layer, profile.fast_attention, 1, live) + head
     rows, before = min(prefill_tokens, usage.prompt_tokens), usage.prompt_tokens / 2
     prompt = pass_seconds(spec, profile.fast_layer, profile.fast_attention, rows, before)
-    return Passes(draft, exact, prompt, -(-usage.prompt_tokens // prefill_tokens), head)
+    return Passes(
+        first_level=level_seconds(spec, profile, 1, live),
+        level=level_seconds(spec, profile, width, live) if width else 0.0,
+        exact=exact,
+        prompt=prompt,
+        num_prompts=-(-usage.prompt_tokens // prefill_tokens),
+        head=head,
+    )
 
 
 @dataclass(frozen=True)
@@ -107,8 +128,10 @@ class Round:
         return num_tokens / (rounds_needed(num_tokens, emitted) * (self.draft + self.verify))
 
 
-def round_of(profile: Profile, candidate: Candidate, passes: Passes, streamed: int) -> Round:
-    """One round of `candidate` that streams `streamed` bytes.
+def round_of(
+    profile: Profile, candidate: Candidate, passes: Passes, streamed: int, levels: float
+) -> Round:
+    """One round of `candidate` that drafts `levels` and streams `streamed` bytes.
 
     What fits the staging ring crosses the link while the draft runs. Residuals are decoded by the
     threads that compute, in turn with the products.
@@ -117,10 +140,11 @@ def round_of(profile: Profile, candidate: Candidate, passes: Passes, streamed: i
     decode = coded / profile.decode_rate if coded else 0.0
     lanes, compute = lanes_of(profile, candidate, streamed), passes.exact + decode
     # By the draft's own term: what verification was learned to take is compared with that too.
-    ahead = min(candidate.block_bytes * candidate.num_slots, streamed, passes.draft * lanes.speed)
+    draft = passes.draft(levels)
+    ahead = min(candidate.block_bytes * candidate.num_slots, streamed, draft * lanes.speed)
     verify = lanes.seconds((streamed - ahead) / lanes.speed, compute) + profile.round_seconds
     verify *= learned.verify if candidate.width else learned.plain
-    return Round(passes.draft * learned.draft, verify, streamed / lanes.speed, compute, decode)
+    return Round(draft * learned.draft, verify, streamed / lanes.speed, compute, decode)
 
 
 def predict(
@@ -132,7 +156,7 @@ def predict(
     peak: int,
     usage: Usage,
 ) -> Prediction:
-    found = round_of(profile, candidate, passes, streamed)
+    found = round_of(profile, candidate, passes, streamed, emitted.levels)
     return Prediction(
         tokens_per_second=found.tokens_per_second(emitted, usage),
         time_to_first_token_seconds=prompt_seconds(
@@ -140,6 +164,7 @@ def predict(
         ),
         fast_peak_bytes=peak,
         tokens_per_round=emitted.mean,
+        levels_per_round=emitted.levels,
         draft_seconds=found.draft,
         verify_seconds=found.verify,
         stream_seconds=found.stream,
@@ -149,16 +174,10 @@ def predict(
     )
 
 
-def draft_seconds(
-    spec: ModelSpec, profile: Profile, tree_width: int, depth: int, live: float
-) -> float:
-    """The first level has one row, the root."""
-
-    def level(width: int) -> float:
-        layers = pass_seconds(spec, profile.draft_layer, profile.draft_attention, width, live)
-        return layers + seconds_at(profile.draft_head, width)
-
-    return level(1) + (depth - 1) * level(tree_width)
+def level_seconds(spec: ModelSpec, profile: Profile, rows: int, live: float) -> float:
+    """One level of a draft; the first one has one row, the root."""
+    layers = pass_seconds(spec, profile.draft_layer, profile.draft_attention, rows, live)
+    return layers + seconds_at(profile.draft_head, rows)
 
 
 def prompt_seconds(
@@ -194,16 +213,19 @@ class Lanes:
     speed: float  # of the link, bytes per second
     busy_shares: tuple[float, float]
     num_blocks: float  # not rounded up: then a byte less to stream could cost a whole block's time
+    turns: float  # share of the shorter lane's time in which both wait for each other
 
     def seconds(self, link: float, compute: float) -> float:
         """Both lanes at once, and at the ends one block of the shorter alone."""
-        return both_at_once(self.busy_shares, link, compute) + min(link, compute) / self.num_blocks
+        alone = min(link, compute) * (1 / self.num_blocks + self.turns)
+        return both_at_once(self.busy_shares, link, compute) + alone
 
 
 def lanes_of(profile: Profile, candidate: Candidate, streamed: int) -> Lanes:
     speed = profile.link_rate(candidate.block_bytes)
     num_blocks = max(1.0, streamed / max(1, candidate.block_bytes))
-    return Lanes(speed, profile.busy_shares(speed), num_blocks)
+    turns = TURNS if candidate.num_slots == 2 and candidate.storage.is_mixed else 0.0
+    return Lanes(speed, profile.busy_shares(speed), num_blocks, turns)
 
 
 def both_at_once(busy_shares: tuple[float, float], link: float, compute: float) -> float:
@@ -227,8 +249,38 @@ Emissions = dict[int, Sequence[Emitted]]  # by tree width, then by depth
 def emissions(
     acceptance: Acceptance, widths: Sequence[int], deepest: int, kind: str = ""
 ) -> Emissions:
-    """For all trees that a search may try, worked out once. Width 0 is plain decoding."""
+    """For all trees that a search may try, none of which ends early, worked out once. Width 0 is
+    plain decoding."""
     found: Emissions = {0: (ONE_TOKEN,)}
     for width in widths:
         found[width] = emitted_by_depth(acceptance, width, deepest, kind)
+    return found
+
+
+def ending_early(
+    acceptance: Acceptance,
+    trees: Emissions,
+    tokens_per_second: float,
+    level_seconds: Callable[[int], float],
+    kind: str = "",
+) -> Emissions:
+    """Each tree with the stop that serves a plan of `tokens_per_second` best: a level is worth its
+    tokens less what the plan would emit in its time. level_seconds: of a tree's width.
+
+    Solving for that speed again and again finds the fastest plan (Dinkelbach 1967): no stop is ever
+    chosen that is slower, and where none changes any more no other would be faster.
+    """
+
+    def worth(emitted: Emitted, level: float) -> float:
+        return emitted.mean - tokens_per_second * emitted.levels * level
+
+    found: Emissions = {0: trees[0]}
+    for width in trees.keys() - {0}:
+        level, deepest = level_seconds(width), len(trees[width]) - 1
+        ways = [
+            emitted_by_depth(acceptance, width, deepest, kind, stop) for stop in acceptance.stops
+        ]
+        found[width] = tuple(
+            max(some, key=lambda emitted: worth(emitted, level)) for some in zip(*ways, strict=True)
+        )
     return found

@@ -14,7 +14,16 @@ from subspec.artifacts.model import PAGE_BYTES, ModelSpec
 from subspec.artifacts.plan import USUAL, Usage, Wishes
 from subspec.artifacts.profile import Profile
 from subspec.planner.costs import Shape, ledger, workspace_bytes
-from subspec.planner.predict import Candidate, Emissions, Passes, emissions, passes_of, usage_within
+from subspec.planner.predict import (
+    Candidate,
+    Emissions,
+    Passes,
+    emissions,
+    ending_early,
+    level_seconds,
+    passes_of,
+    usage_within,
+)
 from subspec.planner.storage import NUM_SHARES, Storage, held_decoded, storages
 
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16)
@@ -76,7 +85,7 @@ def pose(
     while wishes.context is None and contexts[-1] // 2 >= SMALLEST_CONTEXT:
         contexts.append(contexts[-1] // 2)
     widths = (wishes.width,) if wishes.width else WIDTHS
-    found = emissions(acceptance, widths, wishes.depth or DEPTHS[-1])
+    found = emissions(acceptance, widths, wishes.depth or DEPTHS[-1], usage.kind)
 
     def posed_for(context: int) -> Problem:
         within = usage_within(context, usage)
@@ -98,6 +107,20 @@ def default_context(spec: ModelSpec, budget_bytes: int) -> int:
             break
         context //= 2
     return context
+
+
+def with_early_ends(problem: Problem, tokens_per_second: float) -> Problem:
+    """Each tree with the stop that serves a plan of that speed best."""
+    live = problem.usage.prompt_tokens + problem.usage.answer_tokens / 2
+    spec, profile = problem.spec, problem.profile
+    found = ending_early(
+        problem.acceptance,
+        problem.emissions,
+        tokens_per_second,
+        lambda width: profile.learned.draft * level_seconds(spec, profile, width, live),
+        problem.usage.kind,
+    )
+    return replace(problem, emissions=found)
 
 
 def with_prompt_share(problem: Problem) -> Problem:
@@ -228,12 +251,11 @@ def left_without_ring(problem: Problem, width: int, verify_width: int, scratch_b
 
 
 @for_one_tree
-def passes_for(problem: Problem, width: int, depth: int, verify_width: int) -> Passes:
+def passes_for(problem: Problem, width: int, verify_width: int) -> Passes:
     return passes_of(
         problem.spec,
         problem.profile,
         width,
-        depth,
         verify_width,
         problem.prefill_tokens,
         problem.usage,

@@ -38,11 +38,14 @@ from subspec.planner.problem import (
     smallest_draft,
     smallest_plain,
     stored_like,
+    with_early_ends,
 )
 from subspec.planner.problem import default_context as default_context
 from subspec.planner.storage import Storage, group_bytes
 
-SHARPENING = 0.2  # draft temperature of trees wider than 1 (arXiv 2509.18344, §4.2)
+# Of the draft's probabilities (arXiv 2509.18344, §4.2). A chain is the same at any temperature, but
+# where it ends is not: the sharp ones tell best what is accepted (docs/LOG.md).
+SHARPENING = 0.2
 # Until it is measured: hazards of 3.2 % (chain) and 1.5 % (6 wide), published for 8B-class models.
 PRIOR = Acceptance(
     (Curve(1, "", (1000,), (968,)), Curve(3, "", (1000,), (978,)), Curve(6, "", (1000,), (985,))),
@@ -69,11 +72,13 @@ def search(
     acceptance: Acceptance,
     stored: Storage | None = None,
     usage: Usage = USUAL,
+    likely_speed: float = 0.0,
 ) -> Plan:
     """stored: how an existing artifact holds the weights; None: the plan decides it. usage: what it
-    is to be fast for. Raises SubspecError(INFEASIBLE) with the smallest budget that works."""
+    is to be fast for. likely_speed: tokens/s of a similar plan, from where the search is shorter.
+    Raises SubspecError(INFEASIBLE) with the smallest budget that works."""
     problem = pose(spec, profile, budget_bytes, wishes, acceptance, stored, usage)
-    drafted = best_by_width(problem)
+    problem, drafted = best_drafts(problem, likely_speed)
     plain = best(problem, plain_candidates(problem, narrowest(problem)))
     if plain is None or (wishes.needs_draft and not drafted):
         needed = smallest_budget(problem, stored)
@@ -100,6 +105,24 @@ def search(
         drafted = best_by_width(same)
         check_ram(problem, plain)
     return assemble(problem, plain, drafted)
+
+
+def best_drafts(problem: Problem, likely_speed: float) -> tuple[Problem, list[Scored]]:
+    """`best_by_width`, and the problem with trees that end where the best of them is fastest. Not
+    those of a depth that the user fixed: it is never overruled."""
+    if problem.wishes.depth is not None or not problem.acceptance.stopping:
+        return problem, best_by_width(problem)
+    problem = with_early_ends(problem, likely_speed)
+    drafted = best_by_width(problem)
+    while drafted:
+        again = with_early_ends(problem, drafted[0].speed)
+        if again.emissions == problem.emissions:
+            break
+        faster = best_by_width(again)
+        if faster[0].speed <= drafted[0].speed:
+            break
+        problem, drafted = again, faster
+    return problem, drafted
 
 
 def best_by_width(problem: Problem) -> list[Scored]:
@@ -136,9 +159,9 @@ def estimate(problem: Problem, candidate: Candidate) -> float | None:
         left = everything
     if left < 0:
         return None
-    passes = passes_for(problem, candidate.width, candidate.depth, candidate.verify_width)
+    passes = passes_for(problem, candidate.width, candidate.verify_width)
     emitted = problem.emissions[candidate.width][candidate.depth]
-    found = round_of(problem.profile, candidate, passes, everything - left)
+    found = round_of(problem.profile, candidate, passes, everything - left, emitted.levels)
     return found.tokens_per_second(emitted, problem.usage)
 
 
@@ -153,7 +176,7 @@ def settle(problem: Problem, candidate: Candidate) -> Scored:
 
 def foresee(problem: Problem, candidate: Candidate, streamed: int, peak: int) -> Prediction:
     emitted = problem.emissions[candidate.width][candidate.depth]
-    passes = passes_for(problem, candidate.width, candidate.depth, candidate.verify_width)
+    passes = passes_for(problem, candidate.width, candidate.verify_width)
     return predict(problem.profile, candidate, passes, streamed, emitted, peak, problem.usage)
 
 
@@ -162,10 +185,13 @@ def assemble(problem: Problem, plain: Scored, drafted: list[Scored]) -> Plan:
     found = {"plain": plain} | ({"substitute": drafted[0]} if drafted else {})
     predicted = {name: scored.prediction for name, scored in found.items()}
     method, reasons = decide(problem, predicted)
+    if method == "substitute":
+        reasons = (*reasons, *why_shorter(drafted[0], problem))
     reasons = (*reasons, why_stored(problem, found[method]))
     profile, tree = problem.profile, Tree(1, 0)
     if drafted:
-        tree = make_tree(drafted[0].candidate.width, drafted[0].candidate.depth)
+        width, depth = drafted[0].candidate.width, drafted[0].candidate.depth
+        tree = make_tree(width, depth, problem.emissions[width][depth].stop_below)
     return Plan(
         device=profile.device,
         machine=profile.machine,
@@ -210,32 +236,20 @@ def place(problem: Problem, candidate: Candidate) -> Placement:
 
 
 def choose_held(storage: Storage, num_bytes: int) -> list[StoredPart]:
-    """Parts that fill `num_bytes` as they are stored, in execution order: whole layers, evenly
-    spread so that the link is never left without work, then single parts, largest first.
+    """Parts that fill `num_bytes` as they are stored, in execution order.
 
     Greedy in an order that does not depend on `num_bytes`: so more bytes never hold less.
     """
     left, held = num_bytes, set[str]()
-    singles = [[part] for part in sorted(storage.as_stored, key=lambda part: -part.padded_bytes)]
-    for group in (*evenly_spread(storage.layers), *singles):
-        needed = group_bytes(group)
-        if needed <= left and group[0].name not in held:
-            left -= needed
-            held |= {part.name for part in group}
+    for part in storage.held_first:
+        if part.padded_bytes <= left:
+            left -= part.padded_bytes
+            held.add(part.name)
     return [part for part in storage.as_stored if part.name in held]
 
 
-def evenly_spread(layers: list[list[StoredPart]]) -> list[list[StoredPart]]:
-    """In an order whose every beginning is spread over the whole: that of the reversed bits."""
-    digits = max(1, (len(layers) - 1).bit_length())
-    order = sorted(range(len(layers)), key=lambda index: f"{index:0{digits}b}"[::-1])
-    return [layers[index] for index in order]
-
-
-def make_tree(width: int, depth: int) -> Tree:
-    """No early stop: by the draft's own probabilities it cut most levels that would have been
-    accepted, and lost a sixth of the speed on a widened model (docs/LOG.md)."""
-    return Tree(width, depth, temperature=1.0 if width == 1 else SHARPENING)
+def make_tree(width: int, depth: int, stop_below: float = 0.0) -> Tree:
+    return Tree(width, depth, SHARPENING, stop_below)
 
 
 def decide(problem: Problem, predicted: dict[str, Prediction]) -> tuple[Method, tuple[str, ...]]:
@@ -263,6 +277,18 @@ def decide(problem: Problem, predicted: dict[str, Prediction]) -> tuple[Method, 
     if drafted <= plain:
         return "plain", (*reasons, f"speculation would not pay: {ratio}")
     return "substitute", (*reasons, f"speculation beats plain decoding: {ratio}")
+
+
+def why_shorter(chosen: Scored, problem: Problem) -> tuple[str, ...]:
+    """Empty for whole trees."""
+    width, depth = chosen.candidate.width, chosen.candidate.depth
+    emitted = problem.emissions[width][depth]
+    if not emitted.stop_below:
+        return ()
+    return (
+        f"a draft ends early where it finds its paths improbable, together below "
+        f"{emitted.stop_below:.0%}: {emitted.levels:.1f} of {depth} levels on average",
+    )
 
 
 def why_stored(problem: Problem, chosen: Scored) -> str:

@@ -9,10 +9,12 @@ and decoding is the slower, some are decoded once, while loading, and fast memor
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from typing import get_args
 
 from subspec.artifacts.errors import Exit, SubspecError
-from subspec.artifacts.model import ModelSpec, Part, StoredPart, padded, parts
+from subspec.artifacts.model import Kind, ModelSpec, Part, StoredPart, padded, parts
 
+KINDS: tuple[Kind, ...] = get_args(Kind)  # in execution order
 # A search asks the same of one model thousands of times, and counting its matrices takes a while.
 for_one_model = lru_cache(maxsize=4)
 
@@ -66,6 +68,26 @@ class Storage:
         return list(found.values())
 
     @cached_property
+    def held_first(self) -> list[StoredPart]:
+        """What may stream, in the order in which more and more of it stays in fast memory.
+
+        The first matrix of every layer, then the second, each in layers that are evenly spread: so
+        all layers stream about the same, in one piece, and neither the link nor compute is without
+        work for longer than a part of a layer.
+        """
+        order = {layer: rank for rank, layer in enumerate(evenly_spread(self._num_layers))}
+
+        def rank(part: StoredPart) -> tuple[int, int, int]:
+            linear = part.part.linear
+            return KINDS.index(linear.kind), part.part.first_row, order[linear.layer]
+
+        return sorted(self.as_stored, key=rank)
+
+    @cached_property
+    def _num_layers(self) -> int:
+        return 1 + max((part.part.linear.layer for part in self.parts), default=0)
+
+    @cached_property
     def residuals(self) -> tuple[str, ...]:
         """Names of the parts that are stored as residuals, those held decoded among them."""
         return tuple(part.name for part in self.parts if part.encoding == "residual")
@@ -74,6 +96,12 @@ class Storage:
     def coded_weights(self) -> int:
         """That are decoded at every use."""
         return sum(p.part.num_weights for p in self.as_stored if p.encoding == "residual")
+
+    @cached_property
+    def is_mixed(self) -> bool:
+        """Some matrices are raw, decoded at every use, or held decoded, and others are not."""
+        num_coded = sum(part.encoding == "residual" for part in self.as_stored)
+        return bool(self.residuals) and num_coded < len(self.parts)
 
     @cached_property
     def scratch_bytes(self) -> int:
@@ -87,6 +115,13 @@ class Storage:
         coded = [part for part in self.parts if part.encoding == "residual"]
         num_weights = sum(part.part.num_weights for part in coded)
         return 8 * group_bytes(coded) / num_weights if num_weights else 0.0
+
+
+def evenly_spread(count: int) -> list[int]:
+    """0 .. count - 1 in an order whose every beginning is spread over the whole: that of the
+    reversed bits."""
+    digits = max(1, (count - 1).bit_length())
+    return sorted(range(count), key=lambda index: f"{index:0{digits}b}"[::-1])
 
 
 def group_bytes(group: Iterable[StoredPart]) -> int:

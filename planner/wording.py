@@ -74,8 +74,10 @@ def kind_rows(plan: Plan) -> list[Expected]:
 
 
 def expected(plan: Plan, width: int, kind: str) -> Expected:
-    acceptance, depth = plan.acceptance, plan.tree.depth
-    curves = pooled(acceptance, kind)  # of the narrower of two measured widths, as the margin is
+    acceptance, depth = plan.tree_acceptance, plan.tree.depth
+    curves = pooled(
+        plan.acceptance, kind
+    )  # of the narrower of two measured widths, as the margin is
     curve = ([curve for curve in curves if curve.width <= width] or curves[:1])[-1]
     return Expected(
         width,
@@ -93,15 +95,19 @@ def speed_on(plan: Plan, kind: str) -> float | None:
     predicted = plan.predicted.get("substitute")
     if predicted is None:
         return None
-    emitted = emitted_by_depth(plan.acceptance, plan.tree.width, plan.tree.depth, kind)[-1]
+    tree = plan.tree
+    emitted = emitted_by_depth(plan.acceptance, tree.width, tree.depth, kind, tree.stop_below)[-1]
     num_tokens = max(1, usage_within(plan.context, USUAL).answer_tokens - 1)
-    round_seconds = predicted.draft_seconds + predicted.verify_seconds
+    draft_seconds = predicted.draft_seconds
+    if tree.stop_below and predicted.levels_per_round:
+        draft_seconds *= emitted.levels / predicted.levels_per_round
+    round_seconds = draft_seconds + predicted.verify_seconds
     return num_tokens / (rounds_needed(num_tokens, emitted) * round_seconds)
 
 
 def acceptance_line(plan: Plan) -> str:
     """ "" without a draft."""
-    acceptance, tree = plan.acceptance, plan.tree
+    acceptance, tree = plan.tree_acceptance, plan.tree
     if not tree.depth:
         return ""
     tokens = f"{number(acceptance.tokens(tree.width, tree.depth))} tokens a round"
@@ -181,8 +187,8 @@ def method_name(plan: Plan) -> str:
     if plan.method == "plain":
         return "plain decoding"
     tree = plan.tree
-    shape = f"a chain of {tree.depth}" if tree.width == 1 else f"a tree {tree.width} wide, " \
-        f"{tree.depth} deep"  # fmt: skip
+    depth = f"at most {tree.depth}" if tree.stop_below else f"{tree.depth}"
+    shape = f"a chain of {depth}" if tree.width == 1 else f"a tree {tree.width} wide, {depth} deep"
     return f"speculation with {shape}"
 
 

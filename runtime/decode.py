@@ -43,8 +43,17 @@ class Model:
     draft_graphs: DraftGraphs | None  # its levels, captured; None: their plain twin runs
 
 
-def speculate(model: Model, root: int, sampling: Sampling, max_tokens: int) -> Iterator[list[int]]:
-    """Yields what each round emits: the accepted tokens and one more, at least one.
+@dataclass(frozen=True)
+class Round:
+    """What a draft and its verification gave; of plain decoding, one pass."""
+
+    emitted: list[int]  # the accepted tokens and one more
+    num_levels: int = 0  # drafted
+    ended_early: bool = False  # the draft found that no further level would pay (Tree.stop_below)
+
+
+def speculate(model: Model, root: int, sampling: Sampling, max_tokens: int) -> Iterator[Round]:
+    """Round after round, each emits one token at least.
 
     `root` is the last emitted token; its keys and values are not in the cache yet. No level is
     drafted that `max_tokens` leaves no room for.
@@ -53,7 +62,8 @@ def speculate(model: Model, root: int, sampling: Sampling, max_tokens: int) -> I
     while True:
         with clock.phase("draft"):
             token = torch.tensor([root], device=model.decoder.embedding.device)
-            tree = draft(model, token, max(0, min(plan.tree.depth, max_tokens - 1)))
+            depth = max(0, min(plan.tree.depth, max_tokens - 1))
+            tree = draft(model, token, depth)
         with clock.phase("verify"):
             verdict = verify(model, tree, sampling)
             cache.compact(verdict.path)
@@ -61,10 +71,11 @@ def speculate(model: Model, root: int, sampling: Sampling, max_tokens: int) -> I
         cache.commit([root, *emitted[:-1]])
         root = emitted[-1]
         max_tokens -= len(emitted)
-        yield emitted
+        num_levels = (tree.num_nodes - 1) // plan.tree.width
+        yield Round(emitted, num_levels, ended_early=num_levels < depth)
 
 
-def decode_plainly(model: Model, root: int, sampling: Sampling) -> Iterator[list[int]]:
+def decode_plainly(model: Model, root: int, sampling: Sampling) -> Iterator[Round]:
     """The plain twin: one token per pass, padded to the same width, without a draft."""
     while True:
         with model.clock.phase("verify"):
@@ -73,10 +84,10 @@ def decode_plainly(model: Model, root: int, sampling: Sampling) -> Iterator[list
             emitted = choose(logits[0], model.cache.length + 1, sampling)
         model.cache.commit([root])
         root = emitted
-        yield [emitted]
+        yield Round([emitted])
 
 
-def decode_unpadded(model: Model, root: int, sampling: Sampling) -> Iterator[list[int]]:
+def decode_unpadded(model: Model, root: int, sampling: Sampling) -> Iterator[Round]:
     """The fastest plain decoding: one row, fast attention. The baseline of every speed figure."""
     while True:
         with model.clock.phase("verify"):
@@ -86,7 +97,7 @@ def decode_unpadded(model: Model, root: int, sampling: Sampling) -> Iterator[lis
             emitted = choose(logits[0], model.cache.length + 1, sampling)
         model.cache.commit([root])
         root = emitted
-        yield [emitted]
+        yield Round([emitted])
 
 
 def prefill(model: Model, tokens: list[int], sampling: Sampling) -> int:

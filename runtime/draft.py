@@ -13,11 +13,6 @@ from torch import Tensor
 
 from subspec.artifacts.plan import Tree
 
-# A greedy target accepts a draft's favourite of probability p more often than p. The probability at
-# this temperature is close to how often (published logs: p 0.3-0.5 accepted 68 %, 0.5-0.7 85 %,
-# 0.7-0.9 97 %).
-STOP_TEMPERATURE = 0.5
-
 DraftPass = Callable[["TokenTree", Tensor], Tensor]
 
 
@@ -48,19 +43,18 @@ def root_only(root: Tensor, verify_width: int) -> TokenTree:
 def grow(root: Tensor, tree: Tree, verify_width: int, draft_pass: DraftPass) -> TokenTree:
     """The tree with all its levels, or fewer if `tree.stop_below` says so."""
     grown = root_only(root, verify_width)
-    for deeper in levels(root, tree, verify_width, draft_pass):
+    for deeper, _ in levels(root, tree, verify_width, draft_pass):
         grown = deeper
     return grown
 
 
 def levels(
     root: Tensor, tree: Tree, verify_width: int, draft_pass: DraftPass
-) -> Iterator[TokenTree]:
-    """The tree after each of its levels; all share their tensors.
+) -> Iterator[tuple[TokenTree, "Level"]]:
+    """The tree after each of its levels, and that level; all trees share their tensors.
 
     `draft_pass(token tree, nodes)` -> logits [len(nodes), V] of the substitutes.
-    Ends early when the best path's chance of acceptance falls below `tree.stop_below`: one number
-    is read back per level. Plans leave it at 0 (docs/LOG.md), and then nothing is.
+    Ends early where `tree.stop_below` says so: one number is read back per level then.
     """
     grown = root_only(root, verify_width)
     last = Level.of_root(root.device)
@@ -68,8 +62,8 @@ def levels(
         children = torch.arange(tree.width, device=root.device) + grown.num_nodes
         last = add_level(grown, last, children, tree, draft_pass)
         grown = replace(grown, num_nodes=grown.num_nodes + tree.width)
-        yield grown
-        if tree.stop_below > 0 and last.chances.max().exp().item() < tree.stop_below:
+        yield grown, last
+        if stops(tree, last):
             return
 
 
@@ -79,12 +73,22 @@ class Level:
 
     nodes: Tensor  # int64 [k]
     scores: Tensor  # f32 [k]: log of the sharpened path probability
-    chances: Tensor  # f32 [k]: log of the chance that the path is accepted; 0 where nobody asks
 
     @staticmethod
     def of_root(device: torch.device) -> "Level":
         zero = torch.zeros(1, device=device)
-        return Level(zero.long(), zero, zero)
+        return Level(zero.long(), zero)
+
+
+def stops(tree: Tree, last: Level) -> bool:
+    """Whether the draft has lost its way."""
+    return tree.stop_below > 0 and probability(last) < tree.stop_below
+
+
+def probability(level: Level) -> float:
+    """Of its paths, all together, sharpened as their ranking is: the less, the less likely is one
+    of them accepted. Reads a number back."""
+    return level.scores.logsumexp(0).exp().item()
 
 
 def add_level(
@@ -103,10 +107,7 @@ def add_level(
     grown.parents[children] = parents
     grown.depths[children] = grown.depths[parents] + 1
     grown.ancestors[children] = grown.ancestors[parents].scatter(1, children[:, None], True)
-    chances = last.chances[picked // best.shape[1]]
-    if tree.stop_below > 0:
-        chances += log_probabilities(best, logits, STOP_TEMPERATURE).flatten()[picked]
-    return Level(children, scores, chances)
+    return Level(children, scores)
 
 
 def log_probabilities(some: Tensor, logits: Tensor, temperature: float) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from subspec.artifacts.plan import SLOT_ALIGNMENT, Tree
 from subspec.runtime import draft
 from subspec.runtime.cache import Behind, Cache
-from subspec.runtime.draft import DraftPass, Level, TokenTree, add_level, root_only
+from subspec.runtime.draft import DraftPass, Level, TokenTree, add_level, root_only, stops
 
 LARGEST_STEP = 0.25  # of the live slots: what rounding up adds to them at most
 
@@ -52,7 +52,7 @@ def make_graphs(
         length=torch.zeros((), dtype=torch.int64, device=device),
         root=root,
         grown=replace(root_only(root, verify_width), num_nodes=verify_width),
-        last=Level(nodes, scores, scores.clone()),
+        last=Level(nodes, scores),
         children=nodes.clone(),
     )
 
@@ -60,7 +60,8 @@ def make_graphs(
 def grow(
     graphs: DraftGraphs, root: Tensor, depth: int, cache: Cache, passes: PassesBehind
 ) -> TokenTree:
-    """The tree's first `depth` levels, behind the committed tokens. root int64 [1].
+    """The tree's first `depth` levels, or fewer if it ends early, behind the committed tokens.
+    root int64 [1].
 
     Where live slots reach a number for the first time a round goes kernel by kernel, which builds
     what is not built yet, and the graphs are captured after it.
@@ -77,9 +78,11 @@ def grow(
     first, following = graphs.replays[live_slots]
     graphs.root.copy_(root)
     graphs.length.fill_(cache.length)
-    for level in range(depth):
-        (following if level else first)()
-    return replace(graphs.grown, num_nodes=1 + graphs.tree.width * depth)
+    num_levels = 0
+    while num_levels < depth and not (num_levels and stops(graphs.tree, graphs.last)):
+        (following if num_levels else first)()
+        num_levels += 1
+    return replace(graphs.grown, num_nodes=1 + graphs.tree.width * num_levels)
 
 
 def capture_levels(

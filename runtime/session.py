@@ -21,6 +21,7 @@ from subspec.runtime.cache import Cache
 from subspec.runtime.clock import Clock, unrecorded
 from subspec.runtime.decode import (
     Model,
+    Round,
     decode_plainly,
     decode_unpadded,
     prefill,
@@ -47,7 +48,7 @@ class Stats:
     generated_tokens: int = 0
     first_of_session: bool = False  # its first token waits for digests too
     accepted: list[int] = field(default_factory=list)  # drafted tokens accepted, by round
-    judged: list[int] = field(default_factory=list)  # levels drafted before the text ended
+    judged: list[int] = field(default_factory=list)  # levels known to be accepted or not, by round
     drafted_levels: int = 0  # of all rounds
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
@@ -117,8 +118,8 @@ class Session:
         fused = None
         if substitutes is not None:
             fused = draft_layers.compiled_layers(draft_decoder, substitutes, cache)
-        levels = None  # `stop_below` reads a number back after each: nothing to capture
-        if drafts and graphs and self.device.type == "cuda" and plan.tree.stop_below == 0:
+        levels = None
+        if drafts and graphs and self.device.type == "cuda":
             capture = draft_graphs.capture_on_gpu(self.device)
             levels = draft_graphs.make_graphs(plan.tree, plan.verify_width, self.device, capture)
         self.model = Model(
@@ -171,15 +172,15 @@ class Session:
         waited, streamed = model.exact.wait_seconds, model.exact.streamed_bytes
         rounds = self._rounds(first, sampling, left)
         while left > 0:
-            emitted = next(rounds)
-            kept = emitted[:left]
+            done = next(rounds)
+            kept = done.emitted[:left]
             ends = [index for index, token in enumerate(kept) if token in eos]
             kept = kept[: ends[0] + 1] if ends else kept
-            drafted = min(self.plan.tree.depth, left - 1) if self.method == "substitute" else 0
-            stats.drafted_levels += drafted
-            stats.judged.append(min(drafted, len(kept)) if ends else drafted)
+            stats.drafted_levels += done.num_levels
+            judged = done.num_levels + done.ended_early  # the next level was not accepted, that is
+            stats.judged.append(min(judged, len(kept)) if ends else judged)
             left -= len(kept)
-            stats.accepted.append(len(emitted) - 1)
+            stats.accepted.append(len(done.emitted) - 1)
             stats.generated_tokens += len(kept)
             stats.draft_seconds = clock.seconds.get("draft", 0.0)
             stats.verify_seconds = clock.seconds["verify"]
@@ -191,7 +192,7 @@ class Session:
             if ends:
                 return
 
-    def _rounds(self, first: int, sampling: Sampling, left: int) -> Iterator[list[int]]:
+    def _rounds(self, first: int, sampling: Sampling, left: int) -> Iterator[Round]:
         if self.method == "substitute":
             rounds = speculate(self.model, first, sampling, left)
         elif self.padded:
@@ -202,8 +203,8 @@ class Session:
         if length >= 2 * self._watched_length:  # temporaries grow with it; watching takes time
             self._watched_length = length
             with self.peak.watch():
-                emitted = next(rounds)
-            yield emitted
+                first_round = next(rounds)
+            yield first_round
         if self.method == "plain" and not self.padded and self.device.type == "cpu":
             with single_row_kernels():
                 yield from rounds

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from subspec.artifacts.acceptance import Acceptance, Curve
 from subspec.artifacts.model import Encoding, ModelSpec, Source
-from subspec.artifacts.plan import Int4Kernel, Placement, Plan, Tree
+from subspec.artifacts.plan import Int4Kernel, Placement, Plan
 from subspec.artifacts.profile import LinkRate, Profile, Timing
 from subspec.artifacts.store import Artifact, open_artifact
 from subspec.planner.build import build
@@ -17,7 +17,7 @@ from subspec.planner.checkpoint import read_checkpoint
 from subspec.planner.costs import Shape, ledger
 from subspec.planner.hub import DEMO
 from subspec.planner.quantize import quantize
-from subspec.planner.search import choose_held
+from subspec.planner.search import choose_held, make_tree
 from subspec.planner.storage import Storage, group_bytes, raw_storage, usual_storages
 from subspec.planner.tokenizer_files import read_tokenizer
 from subspec.runtime.session import machine_name
@@ -60,6 +60,7 @@ def make_plan(
     device: str = "cpu",
     storage: Storage | None = None,
     int4_kernel: Int4Kernel = "aten",
+    stop_below: float = 0.0,
 ) -> Plan:
     """A plan made by hand: any tree, any share of the stored bytes in fast memory, the smallest
     ring. storage: raw unless it is given.
@@ -98,7 +99,7 @@ def make_plan(
         budget_bytes=max(substitute.total_bytes, plain.total_bytes),
         context=context,
         method="substitute",
-        tree=Tree(width, depth, temperature=1.0 if width == 1 else 0.2),
+        tree=make_tree(width, depth, stop_below),
         verify_width=verify_width,
         num_threads=num_threads,
         int4_kernel=int4_kernel,

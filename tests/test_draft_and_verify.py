@@ -47,20 +47,20 @@ def path_of(tree: TokenTree, node: int) -> list[int]:
     return tree.tokens[tree.ancestors[node]].tolist()  # type: ignore[no-any-return]
 
 
-def test_a_tree_stops_early_when_its_best_path_is_unlikely() -> None:
+def test_a_tree_ends_early_when_its_paths_are_unlikely() -> None:
     flat = torch.zeros(V, V)
     tree = grow(torch.tensor([0]), Tree(1, 9, stop_below=0.005), 16, table_draft(flat))
     assert tree.num_nodes == 1 + 3  # 1/11, 1/121, then 1/1331 is below: that level is the last
     assert tree.depths.tolist() == [0, 1, 2, 3, *(0,) * 12]
     every = levels(torch.tensor([0]), Tree(1, 9, stop_below=0.005), 16, table_draft(flat))
-    assert [level.num_nodes for level in every] == [2, 3, 4]
+    assert [grown.num_nodes for grown, _ in every] == [2, 3, 4]
 
 
 @pytest.mark.parametrize("width", [1, 4])
 def test_the_first_levels_of_a_tree_are_those_of_a_shallower_one(width: int) -> None:
     """All levels share their tensors: what a level says, it says before the next one is grown."""
     root, draft, num_levels = torch.tensor([4]), table_draft(random_table(2)), 0
-    for num_levels, tree in enumerate(levels(root, Tree(width, 5), 24, draft), 1):
+    for num_levels, (tree, _) in enumerate(levels(root, Tree(width, 5), 24, draft), 1):
         alone = grow(root, Tree(width, num_levels), 24, draft)
         assert tree.num_nodes == 1 + width * num_levels
         for found, expected in (

@@ -68,6 +68,43 @@ def test_replayed_levels_are_those_of_the_plain_twin(width: int) -> None:
     assert list(graphs.replays) == [64, 640] and graphs.problem is None
 
 
+@pytest.mark.parametrize("width", [1, 4])
+@pytest.mark.parametrize("stop_below", [0.4, 0.6, 0.8])
+def test_a_draft_that_ends_early_ends_where_the_plain_twin_does(
+    width: int, stop_below: float
+) -> None:
+    tree, shapes = Tree(width, 5, 1.0 if width == 1 else 2.0, stop_below), set[int]()
+    graphs = graphs_of(tree)
+    for turn in range(60):
+        length, depth = 3 + 5 * turn, turn % 7 and 5
+        cache, root = cache_of(length), torch.tensor([turn % V])
+        expected = draft.grow(root, replace(tree, depth=depth), W, lengths_count(cache.behind(W)))
+        assert same(grow(graphs, root, depth, cache, lengths_count), expected)
+        shapes.add((expected.num_nodes - 1) // width)
+    assert len(graphs.replays) < 10 and graphs.problem is None
+    assert len(shapes - {0, 5}) > 1, "trees of one depth prove little"
+
+
+def test_a_replayed_draft_runs_no_level_that_it_does_not_keep() -> None:
+    ran = list[int]()
+
+    def passes(behind: Behind) -> DraftPass:
+        real = lengths_count(behind)
+
+        def run(tree: TokenTree, nodes: Tensor) -> Tensor:
+            ran.append(int(tree.depths[nodes[0]]))
+            return real(tree, nodes)
+
+        return run
+
+    graphs = graphs_of(Tree(2, 5, 0.5, 0.5))
+    for turn in range(40):
+        ran.clear()
+        grown = grow(graphs, torch.tensor([turn % V]), 5, cache_of(3 + turn % 20), passes)
+        if turn:  # the first round captures
+            assert ran == [*range((grown.num_nodes - 1) // 2)]
+
+
 def test_the_first_round_of_a_length_is_not_replayed() -> None:
     """It builds the kernels that a capture would otherwise have to build."""
     captured: list[object] = []
@@ -158,11 +195,12 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     return build_artifact(DEMO, tmp_path_factory.mktemp("graphs") / "artifact", context=512)
 
 
-@pytest.mark.parametrize("shape", [(1, 8), (4, 5)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 8, 0.0), (4, 5, 0.0), (3, 8, 0.9)], ids=str)
 def test_an_answer_is_the_same_with_and_without_graphs(
-    shape: tuple[int, int], artifact: Artifact
+    shape: tuple[int, int, float], artifact: Artifact
 ) -> None:
-    chosen = replan(artifact, width=shape[0], depth=shape[1], context=512)
+    width, depth, stop_below = shape
+    chosen = replan(artifact, width=width, depth=depth, context=512, stop_below=stop_below)
     said, accepted = [], []
     for captured in (False, True):
         with Session(chosen) as session:
@@ -171,7 +209,7 @@ def test_an_answer_is_the_same_with_and_without_graphs(
             session.model = replace(session.model, draft_graphs=graphs)
             rounds = session.generate([*range(40, 60)], 150, Sampling())
             said.append([token for some in rounds for token in some])
-            accepted.append(session.stats.accepted)
+            accepted.append((session.stats.accepted, session.stats.drafted_levels))
             if graphs is not None:
                 assert len(graphs.replays) > 1, "the answer outgrew the first live slots"
     assert said[0] == said[1] and accepted[0] == accepted[1]

@@ -7,7 +7,7 @@ import pytest
 from run_records import PLAN, make_run
 from toys import ACCEPTANCE, make_profile, make_spec
 
-from subspec.artifacts.acceptance import Acceptance, Curve
+from subspec.artifacts.acceptance import Acceptance, Curve, Stopping
 from subspec.artifacts.checks import check_plan
 from subspec.artifacts.model import StoredPart, parts
 from subspec.artifacts.plan import Method, Prediction, Usage, Wishes
@@ -29,7 +29,7 @@ from subspec.planner.outlook import foretell
 from subspec.planner.search import search
 from subspec.planner.storage import raw_storage
 
-SAID = Prediction(20.0, 0.5, 8_000_000, 2.5, 0.05, 0.075, 0.05, 0.02, 0.0, 5_000_000)
+SAID = Prediction(20.0, 0.5, 8_000_000, 2.5, 0.05, 0.075, 0.05, 0.02, 0.0, 5_000_000, 3.0)
 
 
 def said(method: Method, usage: Usage) -> Prediction:
@@ -95,7 +95,7 @@ def run_like(plan_of: Prediction, factor: float, rounds: int, **changes: Any) ->
     """A run of `rounds` rounds, `factor` times as long as predicted."""
     given: dict[str, Any] = {
         "accepted": (rounds,),
-        "drafted_levels": 3 * rounds,
+        "drafted_levels": round(plan_of.levels_per_round * rounds),
         "draft_seconds": factor * rounds * plan_of.draft_seconds,
         "verify_seconds": factor * rounds * plan_of.verify_seconds,
         "first_token_seconds": factor * plan_of.time_to_first_token_seconds,
@@ -117,6 +117,19 @@ def test_levels_that_an_answers_end_had_no_room_for_are_not_counted_as_drafted()
     found = rounds_of_runs([cut], said)
     assert found.draft == (Timed((0.0625,) * 4, 0.05 * 0.75),)
     assert found.verify == rounds_of_runs([make_run()], said).verify
+
+
+def test_drafts_that_end_early_are_compared_level_by_level() -> None:
+    """As if each of its rounds had drafted the levels that are expected of it."""
+    for drafted, expected in ((12, 2.0), (6, 2.0), (7, 1.4)):
+        promised = replace(SAID, levels_per_round=expected)
+        found = rounds_of_runs([make_run(drafted_levels=drafted)], lambda *_, p=promised: p)
+        [draft] = found.draft
+        assert draft.actual == (0.0625,) * 4
+        assert draft.predicted == pytest.approx(0.05 * drafted / (4 * expected))
+        assert found.verify == rounds_of_runs([make_run()], said).verify
+    without = rounds_of_runs([make_run(drafted_levels=0)], said)  # answers of two tokens
+    assert learned(without).draft == 1.0
 
 
 def test_each_run_is_compared_with_what_is_promised_for_its_own_usage() -> None:
@@ -187,6 +200,24 @@ def test_runs_are_a_kind_of_text_of_their_own() -> None:
     assert found.num_trees("runs") == 8
     before = PLAN.acceptance.reached(2, 3, "code")  # of many trees: all kinds weigh little there
     assert found.reached(2, 3, "code") == pytest.approx(before, rel=1e-3)
+
+
+def test_runs_give_the_same_counts_to_all_ways_of_ending() -> None:
+    """Also those of a plan that ends early; how many levels follow is not counted by a run."""
+    early = replace(PLAN, tree=replace(PLAN.tree, stop_below=0.3))
+    some = Curve(2, "code", (980, 700, 500), (700, 500, 200))
+    followed = (Curve(2, "code", (980, 800, 600), (800, 600, 300)),)
+    stopping = tuple(Stopping(stop, (some,), followed) for stop in (0.15, 0.3))
+    before = replace(PLAN.acceptance, stopping=stopping)
+    found = with_runs(before, early, [make_run(drafted_levels=8), make_run()])
+    runs = Curve(2, "runs", (8, 6, 4), (6, 4, 4))
+    assert found.curves == (CODE, runs)
+    assert found.stopping == tuple(replace(one, curves=(some, runs)) for one in stopping)
+    assert with_runs(found, early, [make_run(drafted_levels=8), make_run()]) == found
+    assert found.stops == before.stops
+    spec = make_spec()
+    stored = [StoredPart(part, "raw", part.num_bytes) for part in parts(spec)]
+    check_plan(spec, stored, search(spec, make_profile(), 12_000_000, Wishes(context=256), found))
 
 
 def test_curves_stay_in_the_order_that_a_reader_asks_for() -> None:

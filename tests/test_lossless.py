@@ -21,15 +21,16 @@ SEEDED = Sampling(temperature=0.8, top_k=0, top_p=0.95, seed=7)
 ENCODINGS: tuple[Encoding, ...] = ("raw", "residual")
 FASTEST: Int4Kernel = "aten" if int4.unavailable() else "w4a8"
 # tree width, depth, share of the exact weights that is resident, how they are stored, and the
-# kernel that drafts
-DraftPlan = tuple[int, int, float, Encoding, Int4Kernel]
+# kernel that drafts, and what a draft ends early below
+DraftPlan = tuple[int, int, float, Encoding, Int4Kernel, float]
 PLANS: list[DraftPlan] = [
-    (1, 7, 0.0, "residual", FASTEST),
-    (1, 24, 0.5, "raw", "aten"),
-    (3, 10, 1.0, "residual", "aten"),
-    (8, 3, 0.5, "residual", FASTEST),
-    (2, 1, 0.0, "raw", FASTEST),
-    (4, 7, 0.3, "residual", FASTEST),
+    (1, 7, 0.0, "residual", FASTEST, 0.0),
+    (1, 24, 0.5, "raw", "aten", 0.0),
+    (3, 10, 1.0, "residual", "aten", 0.0),
+    (8, 3, 0.5, "residual", FASTEST, 0.0),
+    (2, 1, 0.0, "raw", FASTEST, 0.0),
+    (4, 7, 0.3, "residual", FASTEST, 0.0),
+    (3, 10, 0.5, "raw", FASTEST, 0.9),
 ]
 VERIFY_WIDTH = 32
 
@@ -180,7 +181,7 @@ def assert_same_tokens(
     sampling: Sampling,
     chosen: range,
 ) -> None:
-    width, depth, share, encoding, kernel = plan
+    width, depth, share, encoding, kernel, stop_below = plan
     artifact = replan(
         demos[encoding],
         width=width,
@@ -188,6 +189,7 @@ def assert_same_tokens(
         resident_share=share,
         verify_width=VERIFY_WIDTH,
         int4_kernel=kernel,
+        stop_below=stop_below,
     )
     with Session(artifact, method="substitute") as session:
         for index in chosen:

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 from toys import ACCEPTANCE, make_profile, make_spec
 
-from subspec.artifacts.acceptance import Acceptance, Curve
+from subspec.artifacts.acceptance import Acceptance, Curve, Stopping
 from subspec.artifacts.errors import Exit, SubspecError
 from subspec.artifacts.plan import USUAL, Method, Plan, Point, Prediction, Usage, Wishes
+from subspec.artifacts.profile import Timing
 from subspec.planner.outlook import (
     BUDGET_STEPS,
     CONTEXTS,
@@ -100,6 +101,22 @@ def test_a_longer_cache_makes_a_round_longer() -> None:
         near, far = (foretold(plan, method, Usage(prompt, 256)) for prompt in (128, 3000))
         assert far.compute_seconds > 1.2 * near.compute_seconds
         assert far.time_to_first_token_seconds > 10 * near.time_to_first_token_seconds
+
+
+def test_a_plan_that_ends_its_drafts_early_promises_what_they_give() -> None:
+    """Half of the trees go on, and are accepted: the others end after one level that is not."""
+    half, all_of = (Curve(3, "code", (4000, n), (n, n)) for n in (2000, 1980))
+    early = Stopping(0.3, (all_of,), (Curve(3, "code", (4000, 2000), (2000, 1980)),))
+    stopping = Acceptance((half,), measured=True, stopping=(early,))
+    dear = {"draft_layer": (Timing(1, 2e-3), Timing(8, 4e-3))}
+    plan = plan_for(9_000_000, acceptance=stopping, **dear)
+    assert plan.tree.stop_below == 0.3
+    found = foretold(plan, "substitute", usage_within(256, USUAL), **dear)
+    expected = plan.predicted["substitute"]
+    assert found == replace(expected, fast_peak_bytes=found.fast_peak_bytes)
+    tree = plan.tree
+    assert found.levels_per_round == stopping.levels(tree.width, tree.depth, "", 0.3)[-1]
+    assert found.tokens_per_round == pytest.approx(plan.tree_acceptance.tokens(3, tree.depth))
 
 
 # Other budgets and contexts

@@ -1,8 +1,10 @@
-"""A rehearsal: its trees are accepted as real ones are, its rounds are timed as they are."""
+"""A rehearsal: of what it decodes trees are judged, and its rounds are timed as they are."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,28 +16,16 @@ from subspec.artifacts.checks import check_plan
 from subspec.artifacts.plan import Method, Prediction, Usage
 from subspec.artifacts.store import Artifact
 from subspec.planner import rehearse as module
+from subspec.planner import replay as replay_module
 from subspec.planner.calibration import Sample, shipped_samples
 from subspec.planner.hub import DEMO
 from subspec.planner.outlook import foretell
-from subspec.planner.rehearse import (
-    DEEPEST,
-    WIDTHS,
-    Counts,
-    Played,
-    Rehearsal,
-    Setting,
-    judge,
-    play,
-    rehearse,
-    replay,
-)
-from subspec.planner.search import make_tree
+from subspec.planner.rehearse import Played, Rehearsal, Setting, play, rehearse
+from subspec.planner.replay import DEEPEST, STOPS, WIDTHS, Trees, replay
 from subspec.planner.storage import Storage
-from subspec.runtime.decode import draft_pass, exact_logits
-from subspec.runtime.draft import grow
 from subspec.runtime.sampling import Sampling
 from subspec.runtime.session import Session
-from subspec.runtime.verify import accept
+from subspec.runtime.text import load_text
 
 LONG = float("inf")  # until when there is time
 CODE = [
@@ -44,7 +34,7 @@ CODE = [
 ]
 PROSE = [Sample("prose", "The first house on the left was built in")]
 PROMPT = list(range(10, 50))
-SAID = Prediction(50.0, 0.1, 9_000_000, 2.0, 0.01, 0.02, 0.01, 0.01, 0.0, 4_000_000)
+SAID = Prediction(50.0, 0.1, 9_000_000, 2.0, 0.01, 0.02, 0.01, 0.01, 0.0, 4_000_000, 5.0)
 
 
 @pytest.fixture(autouse=True)
@@ -77,90 +67,7 @@ def run(session: Session, prompt: list[int], num_tokens: int) -> list[int]:
     return [t for some in session.generate(prompt, num_tokens, Sampling()) for t in some]
 
 
-# Trees over a known answer
-
-
-@pytest.mark.parametrize("width", WIDTHS)
-def test_a_tree_is_judged_as_the_exact_weights_accept_it(width: int, demo: Artifact) -> None:
-    """The same tree, grown, verified and accepted by what decoding does, from every place."""
-    depth, found = 5, list[tuple[int, int]]()
-    with Session(demo) as session, torch.inference_mode():
-        known, model = played(session, PROMPT).tokens, session.model
-        for start in range(len(known) - depth - 2, len(PROMPT) - 1, -1):
-            model.cache.roll_back(start)
-            root = torch.tensor([known[start]])
-            tree = grow(root, make_tree(width, depth), demo.plan.verify_width, draft_pass(model))
-            emitted = accept(tree, exact_logits(model, tree).argmax(-1), depth).emitted()
-            assert emitted == [*known[start + 1 : start + 1 + len(emitted)]]
-            judged = judge(session, known[start : start + depth + 1], width)
-            assert judged == (len(emitted) - 1, min(len(emitted), depth))
-            found.append(judged)
-    assert len(set(found)) > 1, "trees of one kind prove little"
-
-
-def test_rounds_of_the_plan_are_judged_as_they_went(demo: Artifact) -> None:
-    depth = demo.plan.tree.depth
-    with Session(demo) as session, torch.inference_mode():
-        answer = played(session, PROMPT, 80)
-        accepted = session.stats.accepted
-        assert len(answer.starts) == len(accepted) > 12
-        for start, number in reversed(list(zip(answer.starts, accepted, strict=True))):
-            session.model.cache.roll_back(start)
-            judged = judge(session, answer.tokens[start : start + depth + 1], 3)
-            assert judged[0] == number
-
-
-def test_what_follows_the_end_of_the_answer_is_not_tried(demo: Artifact) -> None:
-    with Session(demo) as session, torch.inference_mode():
-        known = played(session, PROMPT).tokens
-        for start in range(len(known) - 1, len(PROMPT), -1):
-            session.model.cache.roll_back(start)
-            accepted, tried = judge(session, known[start:], 3)
-            assert accepted <= tried <= min(accepted + 1, len(known) - 1 - start)
-            if start == len(known) - 1:
-                assert (accepted, tried) == (0, 0)
-
-
-def test_a_tree_is_no_deeper_than_the_cache_has_room_for(demo: Artifact) -> None:
-    """The last slot belongs to padding; a level of trees 3 wide needs three more."""
-    with Session(replan(demo, width=1, depth=7, context=55)) as session, torch.inference_mode():
-        cache = session.model.cache
-        assert cache.padding_slot == 63
-        cache.commit([5] * 60)
-        known = [5] * 10
-        assert judge(session, known, 3) == (0, 0)
-        assert 1 <= judge(session, known, 1)[1] <= 2
-        cache.roll_back(59)
-        assert judge(session, known, 3)[1] == 1
-        assert judge(session, known, 8) == (0, 0)
-
-
-def test_a_session_goes_on_after_its_trees_were_replayed(demo: Artifact) -> None:
-    with Session(demo) as session:
-        expected = run(session, PROMPT, 40)
-    counts: dict[tuple[int, str], Counts] = {}
-    with Session(demo) as session, torch.inference_mode():
-        for _ in range(2):
-            answer = played(session, PROMPT)
-            assert list(answer.tokens[len(PROMPT) :])[:40] == expected
-            replay(session, answer, "code", counts, LONG)
-        once = {key: counts[key].tried[0] // 2 for key in counts}
-        assert once == {(width, "code"): len(answer.starts) for width in WIDTHS}
-    with Session(demo) as session, torch.inference_mode():
-        replay(session, played(session, PROMPT), "code", counts, LONG)
-        assert run(session, PROMPT, 40) == expected
-
-
-# Counts
-
-
-def test_counts_of_a_tree_end_with_the_first_level_that_failed() -> None:
-    counts = Counts()
-    for judged in ((3, 4), (0, 1), (2, 2), (0, 0)):
-        counts.add(*judged)
-    curve = counts.curve(3, "code")
-    assert (curve.tried, curve.accepted) == ((3, 2, 1, 1), (2, 2, 1, 0))
-    assert Counts().curve(1, "").tried == ()
+# Acceptance
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +84,7 @@ def measured(rehearsal: Rehearsal) -> Acceptance:
 def test_no_level_is_tried_more_often_than_the_one_above_it_was_accepted(
     demo: Artifact, both: Rehearsal
 ) -> None:
+    assert measured(both).stops == (0.0, *STOPS)
     curves = measured(both).curves
     assert [(c.width, c.kind) for c in curves] == [
         (width, kind) for width in WIDTHS for kind in ("code", "prose")
@@ -222,9 +130,9 @@ def test_an_answer_that_ends_at_once_teaches_nothing(demo: Artifact) -> None:
     with Session(brief) as session, torch.inference_mode():
         answer = played(session, [*range(5, 25)])
         assert answer.tokens == (*range(5, 25), first) and answer.starts == ()
-        counts: dict[tuple[int, str], Counts] = {}
-        replay(session, answer, "code", counts, LONG)
-        assert counts == {}
+        trees: Trees = {}
+        replay(session, answer.tokens, answer.starts, "code", trees, LONG)
+        assert trees == {}
     assert all(timed.actual == () for timed in (*answer.rounds.draft, *answer.rounds.verify))
 
 
@@ -284,6 +192,34 @@ def test_every_round_but_an_answers_first_is_timed(demo: Artifact) -> None:
     ]
 
 
+def test_the_drafts_of_rounds_count_as_if_each_had_drafted_the_mean(
+    demo: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounds of a plan that ends early draft more levels and fewer."""
+    passed = list[tuple[float, int]]()
+    early = replan(demo, width=3, depth=5, verify_width=48, stop_below=0.97)
+    prompt = load_text(demo.path / "tokenizer").plain_ids(CODE[0].prompt)
+
+    def promised(method: Method, usage: Usage) -> Prediction:
+        return replace(SAID, levels_per_round=2.5)
+
+    with Session(early) as session, torch.inference_mode():
+        generate = session.generate
+
+        def watched(*words: Any) -> Iterator[list[int]]:
+            for emitted in generate(*words):
+                passed.append((session.stats.draft_seconds, session.stats.drafted_levels))
+                yield emitted
+
+        monkeypatch.setattr(session, "generate", watched)
+        answer = play(session, prompt, 40, promised, LONG)
+    rounds = [(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(passed)][1:]
+    assert len({levels for _, levels in rounds}) > 1, "all rounds drafted alike"
+    [draft] = answer.rounds.draft
+    assert draft.predicted == SAID.draft_seconds
+    assert draft.actual == pytest.approx([seconds * 2.5 / levels for seconds, levels in rounds])
+
+
 def test_a_slower_link_is_rehearsed_at_its_speed(demo: Artifact) -> None:
     streams = replan(demo, width=3, depth=5, resident_share=0.0)
     storage = Storage(tuple(demo.stored_parts()))
@@ -304,7 +240,7 @@ def test_the_shipped_prompts_take_turns_until_time_is_up(
 ) -> None:
     monkeypatch.setattr(module, "DRAFT_SECONDS", 4.0)
     monkeypatch.setattr(module, "NUM_TOKENS", 4)
-    monkeypatch.setattr(module, "WIDTHS", (1,))
+    monkeypatch.setattr(replay_module, "WIDTHS", (1,))
     stages = list[tuple[str, float]]()
     found = rehearse(
         demo, demo.plan, said, shipped_samples(), Setting(), lambda *s: stages.append(s)

@@ -4,6 +4,7 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from subspec.artifacts.checks import check_plan
 from subspec.artifacts.errors import Exit, SubspecError
 from subspec.artifacts.model import ModelSpec, parts
 from subspec.artifacts.plan import USUAL, Plan, Wishes
-from subspec.artifacts.profile import Learned, LinkRate, Profile
+from subspec.artifacts.profile import Learned, LinkRate, Profile, Timing
 from subspec.artifacts.sizes import parse_size
 from subspec.planner import problem as problem_module
 from subspec.planner.costs import model_bytes
@@ -27,7 +28,8 @@ from subspec.planner.predict import (
 )
 from subspec.planner.problem import base_ledger, candidates, left_over, pose
 from subspec.planner.profiles import with_link
-from subspec.planner.search import PRIOR, choose_held, place, search
+from subspec.planner.replay import DEEPEST, STOPS, Judged, Trees, acceptance_of
+from subspec.planner.search import PRIOR, SHARPENING, choose_held, place, search
 from subspec.planner.storage import Storage, group_bytes, raw_storage, usual_storages
 
 BUDGETS = (6_000_000, 9_000_000, 10_000_000, 12_000_000, 14_500_000, 16_000_000, 30_000_000)
@@ -91,10 +93,16 @@ def test_nothing_feasible_is_better_for_the_residuals_of_an_artifact(
             plan_for(budget_bytes, profile=profile, stored=storage)
 
 
-def best_of_all(budget_bytes: int, profile: Profile, stored: Storage | None = None) -> float:
-    """Every candidate, its ledger added up, its parts named, its prediction asked of predict.py."""
+def best_of_all(
+    budget_bytes: int,
+    profile: Profile,
+    stored: Storage | None = None,
+    acceptance: Acceptance = ACCEPTANCE,
+) -> float:
+    """Every candidate and every stop that was tried, its ledger added up, its parts named, its
+    prediction asked of predict.py."""
     spec = make_spec()
-    posed = pose(spec, profile, budget_bytes, Wishes(context=256), ACCEPTANCE, stored)
+    posed = pose(spec, profile, budget_bytes, Wishes(context=256), acceptance, stored)
     usage = usage_within(256, USUAL)
     every = list(candidates(posed))
     every += [replace(c, width=0, depth=0) for c in every]
@@ -112,11 +120,12 @@ def best_of_all(budget_bytes: int, profile: Profile, stored: Storage | None = No
         placement = place(posed, candidate)
         inside = {*placement.resident, *placement.split}
         streamed = group_bytes(p for p in candidate.storage.parts if p.name not in inside)
-        emitted = emitted_by_depth(ACCEPTANCE, candidate.width, candidate.depth, "")[-1]
-        passes = passes_of(spec, profile, candidate.width, candidate.depth,
-                           candidate.verify_width, posed.prefill_tokens, usage)  # fmt: skip
-        found = predict(profile, candidate, passes, streamed, emitted, 0, usage)
-        speeds.append(found.tokens_per_second)
+        passes = passes_of(spec, profile, candidate.width, candidate.verify_width,
+                           posed.prefill_tokens, usage)  # fmt: skip
+        for stop_below in acceptance.stops:
+            ways = emitted_by_depth(acceptance, candidate.width, candidate.depth, "", stop_below)
+            found = predict(profile, candidate, passes, streamed, ways[-1], 0, usage)
+            speeds.append(found.tokens_per_second)
     return max(speeds)
 
 
@@ -160,6 +169,118 @@ def test_it_speculates_on_a_slow_link() -> None:
     plan = plan_for(12_000_000)
     assert plan.method == "substitute"
     assert speed(plan) > 3 * plan.predicted["plain"].tokens_per_second
+
+
+# Ended early
+
+
+def mixed(seed: int, easy_share: float = 0.5) -> Acceptance:
+    """Of trees in text that is easy, and of such in text that is not: they know which."""
+    pick, trees = random.Random(seed), Trees()
+    for width, easy_rate, hard_rate in ((1, 0.98, 0.5), (3, 0.99, 0.65)):
+        for _ in range(3000):
+            easy = pick.random() < easy_share
+            now, seen, accepted, rejected = 1.0, list[float](), 0, False
+            while len(seen) < DEEPEST and not (rejected and now < STOPS[0]):
+                now *= pick.uniform(0.97, 1.0) if easy else pick.uniform(0.4, 0.9)
+                seen.append(now)
+                rejected = rejected or pick.random() > (easy_rate if easy else hard_rate)
+                accepted += not rejected
+            judged = Judged(accepted, accepted + rejected, tuple(seen))
+            trees.setdefault((width, "code"), []).append(judged)
+    found = acceptance_of(trees)
+    assert found is not None
+    return found
+
+
+MIXED = mixed(1)
+WHOLE = replace(MIXED, stopping=())
+SLOW_DRAFTS = {"draft_layer": (Timing(1, 6e-4), Timing(8, 1e-3))}
+
+
+def drafted_speed(plan: Plan) -> float:
+    return plan.predicted["substitute"].tokens_per_second
+
+
+@pytest.mark.parametrize("budget_bytes", [9_000_000, 12_000_000, 16_000_000])
+@pytest.mark.parametrize("decode_rate", [0.0, 2e8])
+@pytest.mark.parametrize("layer_seconds", [5e-5, 6e-4, 3e-3])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_no_tree_and_stop_that_is_feasible_is_better(
+    budget_bytes: int, decode_rate: float, layer_seconds: float, seed: int, small_space: None
+) -> None:
+    """But for what crosses the link while a longer draft runs, which no stop is chosen by."""
+    layer = (Timing(1, layer_seconds), Timing(8, 2 * layer_seconds))
+    profile = make_profile(decode_rate=decode_rate, draft_layer=layer)
+    acceptance = mixed(seed, easy_share=0.3 * seed)
+    found = speed(plan_for(budget_bytes, profile=profile, acceptance=acceptance))
+    best = best_of_all(budget_bytes, profile, acceptance=acceptance)
+    assert 0.995 * best <= found <= best
+
+
+@pytest.mark.parametrize("seed", [3, 4, 5])
+@pytest.mark.parametrize("layer_seconds", [2e-5, 3e-4, 1e-3, 4e-3])
+def test_stops_that_may_be_chosen_never_predict_slower(
+    seed: int, layer_seconds: float, small_space: None
+) -> None:
+    acceptance = mixed(seed, easy_share=0.25 * (seed - 2))
+    profile = make_profile(draft_layer=(Timing(1, layer_seconds), Timing(8, 2 * layer_seconds)))
+    for budget_bytes in CHECKED[:8]:
+        with_stops, without = (
+            plan_for(budget_bytes, profile=profile, acceptance=some)
+            for some in (acceptance, replace(acceptance, stopping=()))
+        )
+        assert speed(with_stops) >= speed(without)
+
+
+def test_drafts_end_early_where_levels_are_dear_and_a_reason_says_how_many_are_left() -> None:
+    plan = plan_for(12_000_000, profile=make_profile(**SLOW_DRAFTS), acceptance=MIXED)
+    without = plan_for(12_000_000, profile=make_profile(**SLOW_DRAFTS), acceptance=WHOLE)
+    assert plan.method == "substitute" and plan.tree.stop_below in STOPS
+    assert plan.tree.temperature == SHARPENING
+    assert drafted_speed(plan) > 1.03 * drafted_speed(without)
+    predicted = plan.predicted["substitute"]
+    levels = MIXED.levels(plan.tree.width, plan.tree.depth, "", plan.tree.stop_below)[-1]
+    assert predicted.levels_per_round == levels < plan.tree.depth
+    tokens = MIXED.under(plan.tree.stop_below).tokens(plan.tree.width, plan.tree.depth)
+    assert predicted.tokens_per_round == pytest.approx(tokens)
+    [reason] = [reason for reason in plan.reasons if "ends early" in reason]
+    assert f"together below {plan.tree.stop_below:.0%}" in reason
+    assert f"{levels:.1f} of {plan.tree.depth} levels on average" in reason
+    stored = list(stored_by(plan, make_spec()).parts)
+    check_plan(make_spec(), stored, plan)
+
+
+@pytest.mark.parametrize("wishes", [Wishes(context=256, depth=9), Wishes(256, 3, 20)], ids=str)
+def test_a_draft_of_a_depth_that_the_user_fixed_is_never_ended_early(wishes: Wishes) -> None:
+    profile = make_profile(**SLOW_DRAFTS)
+    plan, whole = (
+        plan_for(12_000_000, wishes, profile=profile, acceptance=some) for some in (MIXED, WHOLE)
+    )
+    assert plan.tree == whole.tree and plan.tree.depth == wishes.depth
+    assert plan.tree.stop_below == 0 and plan.predicted == whole.predicted
+    assert plan.predicted["substitute"].levels_per_round == wishes.depth
+    assert not any("ends early" in reason for reason in plan.reasons)
+    free = plan_for(12_000_000, Wishes(context=256, width=3), profile=profile, acceptance=MIXED)
+    assert free.tree.width == 3 and free.tree.stop_below > 0
+
+
+def test_without_a_stop_that_was_tried_drafts_are_whole() -> None:
+    for acceptance in (WHOLE, ACCEPTANCE, PRIOR):
+        plan = plan_for(12_000_000, profile=make_profile(**SLOW_DRAFTS), acceptance=acceptance)
+        assert plan.substitute is not None and plan.tree.stop_below == 0
+        assert plan.predicted["substitute"].levels_per_round == plan.tree.depth
+        assert not any("ends early" in reason for reason in plan.reasons)
+
+
+@pytest.mark.parametrize("likely_speed", [1e-3, 1.0, 10.0, 1e3, 1e6])
+def test_from_wherever_the_search_begins_it_ends_at_the_same_speed(
+    likely_speed: float, small_space: None
+) -> None:
+    given = {"profile": make_profile(**SLOW_DRAFTS), "acceptance": MIXED}
+    for budget_bytes in (9_000_000, 12_000_000, 16_000_000):
+        found = speed(plan_for(budget_bytes, likely_speed=likely_speed, **given))
+        assert found == pytest.approx(speed(plan_for(budget_bytes, **given)), rel=0.005)
 
 
 # Monotone
@@ -434,11 +555,21 @@ def test_resident_parts_fill_the_bytes_in_execution_order(tied_head: bool) -> No
         assert len(stay) == len(storage.parts)
 
 
-def test_whole_layers_are_spread_evenly() -> None:
+def test_all_layers_hold_the_same_first_matrices_but_one() -> None:
+    """A layer streams its end, in one piece; layers that hold one more are spread evenly."""
     storage = raw_storage(make_spec())
-    for num_layers, expected in ((1, {0}), (2, {0, 4}), (4, {0, 2, 4, 6})):
-        stay = choose_held(storage, num_layers * storage.layer_bytes)
-        assert {part.part.linear.layer for part in stay} == expected
+    layers = {part.part.linear.layer for part in storage.parts if part.part.linear.kind != "head"}
+    for num_bytes in accumulate((p.padded_bytes for p in storage.held_first), initial=0):
+        stay = choose_held(storage, num_bytes)
+        held = {n: [p.name for p in stay if p.part.linear.layer == n] for n in layers}
+        for layer, own in held.items():
+            every = [p.name for p in storage.parts if p.part.linear.layer == layer]
+            assert own == every[: len(own)]
+        counts = {len(own) for own in held.values()}
+        assert max(counts) - min(counts) <= 1
+        more = sorted(n for n, own in held.items() if len(own) == max(counts))
+        gaps = [b - a for a, b in zip(more, [*more[1:], more[0] + len(layers)], strict=True)]
+        assert max(gaps) <= 2 * min(gaps)
 
 
 # Encoding

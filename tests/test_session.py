@@ -133,6 +133,60 @@ def test_levels_behind_the_end_of_the_text_are_not_judged(artifact: Artifact) ->
         assert not session.stats.first_of_session
 
 
+@pytest.mark.parametrize("width", [1, 3])
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.8, "top_p": 0.9, "seed": 3}], ids=str)
+def test_drafts_that_end_early_change_no_token(
+    width: int, settings: dict[str, float], artifact: Artifact
+) -> None:
+    said, levels = [], []
+    for stop_below in (0.0, 0.5, 0.9):
+        shape = {"width": width, "depth": 7, "verify_width": 24}
+        with Session(replan(artifact, stop_below=stop_below, **shape)) as session:
+            said.append(run(session, PROMPT, 60, **settings))
+            levels.append(session.stats.drafted_levels)
+    assert said[0] == said[1] == said[2]
+    assert levels[2] < levels[0], "none ended early"
+
+
+def test_levels_that_were_drafted_are_counted_and_the_next_one_is_judged(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a draft ended early it is known that no further level was accepted."""
+    depths = list[int]()
+
+    def counted(model: decode.Model) -> DraftPass:
+        real = draft_pass(model)
+
+        def run(tree: TokenTree, nodes: Tensor) -> Tensor:
+            depths.append(int(tree.depths[nodes[0]]))
+            return real(tree, nodes)
+
+        return run
+
+    monkeypatch.setattr(decode, "draft_pass", counted)
+    chosen = replan(artifact, width=2, depth=7, verify_width=16, stop_below=0.98)
+    with Session(chosen) as session:
+        left, early, before = 59, 0, 0
+        for emitted in session.generate(PROMPT, 60, Sampling()):
+            stats = session.stats
+            assert stats.drafted_levels == len(depths)
+            if not stats.accepted:  # the prompt's token
+                continue
+            room = min(7, left - 1)
+            drafted = len(depths) - before
+            assert depths[before:] == [*range(drafted)] and drafted <= room
+            assert stats.judged[-1] == min(drafted + 1, room)
+            assert stats.accepted[-1] <= drafted
+            early += drafted < room
+            left, before = left - len(emitted), len(depths)
+        assert left == 0 and early > 3
+        tokens = session.model.cache.tokens[len(PROMPT) :]
+    ends = frozenset([tokens[25]])
+    with Session(chosen) as session:
+        *_, last = session.generate(PROMPT, 60, Sampling(), ends)
+        assert session.stats.judged[-1] <= len(last), "nothing is known behind the end of the text"
+
+
 @pytest.mark.parametrize("tokens", [1, 2, 3, 9, 30])
 def test_no_level_is_drafted_that_the_answer_has_no_room_for(
     tokens: int, artifact: Artifact, monkeypatch: pytest.MonkeyPatch

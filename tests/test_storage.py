@@ -107,3 +107,20 @@ def test_a_new_artifact_may_hold_residuals_decoded_only_if_it_must_have_residual
     assert storages(SPEC, "auto", decodes=False) == (raw_storage(SPEC),)
     with pytest.raises(SubspecError):
         storages(SPEC, "residual", decodes=False)
+
+
+def test_what_is_held_is_spread_over_the_layers() -> None:
+    """A matrix of every second layer first, then of those between."""
+    first = [part for part in RAW.held_first if part.part.linear.kind == "q"]
+    assert RAW.held_first[: len(first)] == first
+    layers = [part.part.linear.layer for part in first]
+    assert layers[: (len(layers) + 1) // 2] == sorted(
+        range(0, len(layers), 2), key=lambda layer: layers.index(layer)
+    )
+    assert sorted(RAW.held_first, key=RAW.parts.index) == list(RAW.parts)
+
+
+def test_storages_of_one_encoding_are_not_mixed() -> None:
+    mixed = usual_storages(SPEC)[2]
+    assert [storage.is_mixed for storage in (RAW, CODED, mixed)] == [False, False, True]
+    assert [storage.is_mixed for storage in held_decoded(CODED)[1:3]] == [True, True]

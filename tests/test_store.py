@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from subspec.artifacts.acceptance import Acceptance, Curve
+from subspec.artifacts.acceptance import Acceptance, Curve, Stopping
 from subspec.artifacts.codec import dump_json
 from subspec.artifacts.errors import Exit, SubspecError
 from subspec.artifacts.model import GROUP_SIZE, ModelSpec, Rope, linears, parts, resident_tensors
@@ -270,7 +270,7 @@ def test_a_format_version_that_is_none_is_refused(artifact: Path, version: objec
     refused(artifact, "format_version")
 
 
-@pytest.mark.parametrize("version, hint", [("4.0", "upgrade subspec"), ("2.0", "build")])
+@pytest.mark.parametrize("version, hint", [("5.0", "upgrade subspec"), ("3.0", "build")])
 def test_another_major_format_is_named(artifact: Path, version: str, hint: str) -> None:
     reseal(artifact, lambda value: value.update(format_version=version, files=version))
     with pytest.raises(SubspecError, match=version) as caught:
@@ -283,7 +283,7 @@ def test_a_newer_minor_format_may_have_more_files_and_keys(artifact: Path) -> No
     for name in ("model.json", "plan.json", "profile.json"):
         edit(artifact, name, lambda value: value.update(future=1))
     refused(artifact, "model.json", "future")
-    reseal(artifact, lambda value: value.update(format_version="3.7", future=[]))
+    reseal(artifact, lambda value: value.update(format_version="4.7", future=[]))
     assert open_artifact(artifact).spec == TINY
     verify(artifact)
 
@@ -385,6 +385,89 @@ def test_a_moved_read_only_artifact_opens_and_stays_as_it_is(artifact: Path) -> 
     finally:
         for path in everything:
             path.chmod(0o755)
+
+
+# Drafts that end early
+
+
+STOPPING: dict[str, Any] = {
+    "stop_below": 0.3,
+    "curves": [{"width": 2, "kind": "code", "tried": [9, 5], "accepted": [5, 2]}],
+    "followed": [{"width": 2, "kind": "code", "tried": [9, 7], "accepted": [7, 1]}],
+}
+PREDICTED: dict[str, Any] = {
+    "tokens_per_second": 5.0, "time_to_first_token_seconds": 0.1, "fast_peak_bytes": 1000,
+    "tokens_per_round": 2.0, "draft_seconds": 0.1, "verify_seconds": 0.2, "stream_seconds": 0.1,
+    "compute_seconds": 0.1, "decode_seconds": 0.0, "streamed_bytes": 1000,
+}  # fmt: skip
+
+
+def with_stopping(*stopping: dict[str, Any]) -> Change:
+    return lambda plan: plan["acceptance"].update(stopping=list(stopping))
+
+
+def test_a_plan_of_before_drafts_ended_early_opens(artifact: Path) -> None:
+    """It says neither where they end nor how many levels they draft."""
+
+    def aged(plan: Any) -> None:
+        del plan["acceptance"]["stopping"]
+        del plan["tree"]["stop_below"]
+        plan["predicted"] = {"substitute": PREDICTED}
+
+    edit(artifact, "plan.json", aged)
+    plan = open_artifact(artifact).plan
+    assert (plan.acceptance.stopping, plan.tree.stop_below) == ((), 0.0)
+    assert plan.predicted["substitute"].levels_per_round == 0.0
+    assert plan.tree_acceptance is plan.acceptance
+
+
+def test_where_drafts_end_is_read_as_it_was_written(artifact: Path) -> None:
+    def ending(plan: Any) -> None:
+        with_stopping(STOPPING, {**STOPPING, "stop_below": 0.5})(plan)
+        plan["tree"]["stop_below"] = 0.3
+        plan["predicted"] = {"substitute": {**PREDICTED, "levels_per_round": 2.25}}
+
+    edit(artifact, "plan.json", ending)
+    plan = open_artifact(artifact).plan
+    curves, followed = Curve(2, "code", (9, 5), (5, 2)), Curve(2, "code", (9, 7), (7, 1))
+    assert plan.acceptance.stopping == (
+        Stopping(0.3, (curves,), (followed,)), Stopping(0.5, (curves,), (followed,)),
+    )  # fmt: skip
+    assert plan.tree_acceptance.curves == (curves,)
+    assert (plan.tree.stop_below, plan.predicted["substitute"].levels_per_round) == (0.3, 2.25)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda plan: plan["tree"].update(stop_below=-0.25),
+        lambda plan: plan["tree"].update(stop_below=1.0),
+        lambda plan: plan["tree"].update(stop_below="0.3"),
+        lambda plan: plan["acceptance"].update(stopping=0.3),
+        with_stopping({**STOPPING, "stop_below": 0.0}),
+        with_stopping({**STOPPING, "stop_below": 0.5}, STOPPING),
+        with_stopping(STOPPING, STOPPING),
+        with_stopping({**STOPPING, "curves": []}),
+        with_stopping({**STOPPING, "followed": []}),
+        with_stopping({key: STOPPING[key] for key in ("stop_below", "curves")}),
+        with_stopping({**STOPPING, "curves": [{**STOPPING["curves"][0], "accepted": [10, 2]}]}),
+        with_stopping({**STOPPING, "followed": [{**STOPPING["followed"][0], "tried": [9, 8]}]}),
+    ],
+)
+def test_drafts_that_end_where_none_can_are_refused(artifact: Path, change: Change) -> None:
+    edit(artifact, "plan.json", change)
+    refused(artifact, "plan.json")
+
+
+def test_a_stop_that_is_no_number_is_refused(artifact: Path) -> None:
+    edit(artifact, "plan.json", lambda plan: plan["tree"].update(stop_below=0.25))
+    text = (artifact / "plan.json").read_text()
+    assert text.count('"stop_below": 0.25') == 1
+    for word in ("NaN", "Infinity", "1e999"):
+        changed = text.replace('"stop_below": 0.25', f'"stop_below": {word}')
+        (artifact / "plan.json").write_text(changed)
+        reseal_files(artifact)
+        refused(artifact, "plan.json")
 
 
 def test_what_is_not_an_artifact_says_so(tmp_path: Path) -> None:
