@@ -19,6 +19,7 @@ from subspec.runtime.draft import TokenTree, levels, probability
 from subspec.runtime.session import Session
 
 WIDTHS = (1, 3, 8)
+WIDEST_EVERY = 3  # starts
 DEEPEST = 32
 STOPS = (0.15, 0.3, 0.5)  # what Tree.stop_below may be
 
@@ -65,9 +66,10 @@ def replay(
     """Judges trees where rounds began, at the indices `starts` of prompt and answer, one place at
     least, the last first: what a tree leaves in the cache lies behind the starts still to come."""
     vocab_size = session.artifact.spec.vocab_size
-    for start in reversed(starts):
+    for number, start in enumerate(reversed(starts)):
         session.model.cache.roll_back(start)
-        for width in WIDTHS:
+        # The widest takes longest, and a plan has it least.
+        for width in WIDTHS[:-1] if number % WIDEST_EVERY else WIDTHS:
             if width <= vocab_size:
                 judged = judge(session, tokens[start:], width)
                 trees.setdefault((width, kind), []).append(judged)
