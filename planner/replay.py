@@ -21,7 +21,7 @@ from subspec.runtime.session import Session
 WIDTHS = (1, 3, 8)
 WIDEST_EVERY = 3  # starts
 DEEPEST = 32
-STOPS = (0.15, 0.3, 0.5)  # what Tree.stop_below may be
+STOPS = (0.1, 0.2, 0.3)  # what Tree.stop_below may be
 
 
 @dataclass(frozen=True)
