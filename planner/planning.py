@@ -145,7 +145,9 @@ def rehearsed(
     from subspec.planner.search import PRIOR
 
     spec, profile = artifact.spec, unlearned(profile)
-    trial = solve(options, spec, profile, artifact.plan.acceptance, stored)
+    # Of whole trees: where their rounds begin trees are judged (EARLY_BIAS of search.py).
+    known = replace(artifact.plan.acceptance, stopping=())
+    trial = solve(options, spec, profile, known, stored)
     setting = Setting(options.link_bandwidth, options.device)
     seen = rehearse(artifact, trial, foretelling(options, spec, profile, trial, stored), samples,
                     setting, show)  # fmt: skip
