@@ -127,7 +127,8 @@ def best_drafts(problem: Problem, likely_speed: float) -> tuple[Problem, list[Sc
     if not whole:
         return problem, whole
     shorter, drafted = best_ends(problem, whole[0].speed)
-    doubt = EARLY_BIAS + EARLY_SPREAD / math.sqrt(problem.acceptance.num_trees())
+    num_trees = max(1, problem.acceptance.num_trees())
+    doubt = EARLY_BIAS + EARLY_SPREAD / math.sqrt(num_trees)
     if drafted[0].speed < (1 + doubt) * whole[0].speed:
         return problem, whole
     return shorter, drafted

@@ -29,7 +29,15 @@ from subspec.planner.predict import (
 from subspec.planner.problem import base_ledger, candidates, left_over, pose
 from subspec.planner.profiles import with_link
 from subspec.planner.replay import DEEPEST, STOPS, Judged, Trees, acceptance_of
-from subspec.planner.search import PRIOR, SHARPENING, choose_held, place, search
+from subspec.planner.search import (
+    EARLY_BIAS,
+    PRIOR,
+    SHARPENING,
+    best_ends,
+    choose_held,
+    place,
+    search,
+)
 from subspec.planner.storage import Storage, group_bytes, raw_storage, usual_storages
 
 BUDGETS = (6_000_000, 9_000_000, 10_000_000, 12_000_000, 14_500_000, 16_000_000, 30_000_000)
@@ -174,11 +182,11 @@ def test_it_speculates_on_a_slow_link() -> None:
 # Ended early
 
 
-def mixed(seed: int, easy_share: float = 0.5) -> Acceptance:
+def mixed(seed: int, easy_share: float = 0.5, num_trees: int = 3000) -> Acceptance:
     """Of trees in text that is easy, and of such in text that is not: they know which."""
     pick, trees = random.Random(seed), Trees()
     for width, easy_rate, hard_rate in ((1, 0.98, 0.5), (3, 0.99, 0.65)):
-        for _ in range(3000):
+        for _ in range(num_trees):
             easy = pick.random() < easy_share
             now, seen, accepted, rejected = 1.0, list[float](), 0, False
             while len(seen) < DEEPEST and not (rejected and now < STOPS[0]):
@@ -231,6 +239,19 @@ def test_stops_that_may_be_chosen_never_predict_slower(
             for some in (acceptance, replace(acceptance, stopping=()))
         )
         assert speed(with_stops) >= speed(without)
+
+
+def test_what_few_trees_promise_is_not_believed() -> None:
+    """Both would gain; four trees may have been lucky."""
+    profile = make_profile(**SLOW_DRAFTS)
+    for num_trees, early in ((4, False), (3000, True)):
+        acceptance = mixed(1, num_trees=num_trees)
+        plan = plan_for(12_000_000, profile=profile, acceptance=acceptance)
+        assert (plan.tree.stop_below > 0) == early
+        posed = pose(make_spec(), profile, 12_000_000, Wishes(context=256), acceptance, None, USUAL)
+        _, shorter = best_ends(posed, speed(plan))
+        promised = shorter[0].speed / drafted_speed(plan) - 1
+        assert promised > EARLY_BIAS if not early else promised == pytest.approx(0, abs=0.01)
 
 
 def test_drafts_end_early_where_levels_are_dear_and_a_reason_says_how_many_are_left() -> None:
