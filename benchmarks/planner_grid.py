@@ -221,7 +221,10 @@ def cells_of(
 
 
 def name_of(plan: Plan) -> str:
-    return "plain" if plan.method == "plain" else f"{plan.tree.width}x{plan.tree.depth}"
+    if plan.method == "plain":
+        return "plain"
+    at_most = "<" if plan.tree.stop_below else ""  # drafts may end early
+    return f"{plan.tree.width}x{at_most}{plan.tree.depth}"
 
 
 def rivals_of(plan: Plan) -> dict[str, Wishes]:
