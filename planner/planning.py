@@ -145,7 +145,7 @@ def rehearsed(
     from subspec.planner.search import PRIOR
 
     spec, profile = artifact.spec, unlearned(profile)
-    # Of whole trees: where their rounds begin trees are judged (EARLY_BIAS of search.py).
+    # Of whole trees: where their rounds begin trees are judged (EARLY_BIAS of predict.py).
     known = replace(artifact.plan.acceptance, stopping=())
     trial = solve(options, spec, profile, known, stored)
     setting = Setting(options.link_bandwidth, options.device)
@@ -277,14 +277,11 @@ def with_sweeps(
 
     slow = slowed(options, profile)
 
-    # Drafts of the other plans end early if this one's do: it is not asked for each again.
-    early = plan.tree.stop_below > 0
-    acceptance = plan.acceptance if early else replace(plan.acceptance, stopping=())
-    speed = plan.predicted[plan.method].tokens_per_second if early else 0.0
+    speed = plan.predicted[plan.method].tokens_per_second
 
     def best(budget: int, context: int | None) -> "Plan":
         wishes = replace(wishes_of(options), context=context)
-        return search(spec, slow, budget, wishes, acceptance, stored, likely_speed=speed)
+        return search(spec, slow, budget, wishes, plan.acceptance, stored, likely_speed=speed)
 
     return with_outlook(plan, best, options.context is not None, spec.max_positions)
 

@@ -5,7 +5,6 @@ leaves holds exact weights, as they are stored; a storage may ask that some resi
 decoded. More of anything (memory, link, acceptance) never predicts fewer tokens/s.
 """
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -26,7 +25,7 @@ from subspec.artifacts.plan import (
 )
 from subspec.artifacts.profile import Profile
 from subspec.artifacts.sizes import LARGEST, format_size, short_size, weights_rate
-from subspec.planner.predict import Candidate, predict, round_of
+from subspec.planner.predict import Candidate, early_doubt, predict, round_of
 from subspec.planner.problem import (
     Problem,
     base_ledger,
@@ -54,13 +53,6 @@ PRIOR = Acceptance(
 )
 
 
-# What drafts that end early must promise to be believed: replayed trees begin where rounds of whole
-# trees do, and rounds that end early begin in harder places, which takes 4 to 5 % of speed. And on
-# few trees what seems to be gained is luck: 27 promised 5 %, and 5 % were lost (docs/LOG.md).
-EARLY_BIAS = 0.045
-EARLY_SPREAD = 0.3  # of the gain, from tree to tree
-
-
 @dataclass(frozen=True)
 class Scored:
     candidate: Candidate
@@ -83,9 +75,8 @@ def search(
     likely_speed: float = 0.0,
 ) -> Plan:
     """stored: how an existing artifact holds the weights; None: the plan decides it. usage: what it
-    is to be fast for. likely_speed: tokens/s of a similar plan whose drafts end early: so may this
-    one's, without asking whether it pays. Raises SubspecError(INFEASIBLE) with the smallest budget
-    that works."""
+    is to be fast for. likely_speed: tokens/s of a similar plan, from where the search is shorter.
+    Raises SubspecError(INFEASIBLE) with the smallest budget that works."""
     problem = pose(spec, profile, budget_bytes, wishes, acceptance, stored, usage)
     problem, drafted = best_drafts(problem, likely_speed)
     plain = best(problem, plain_candidates(problem, narrowest(problem)))
@@ -117,26 +108,11 @@ def search(
 
 
 def best_drafts(problem: Problem, likely_speed: float) -> tuple[Problem, list[Scored]]:
-    """`best_by_width`, and the problem with trees that end early if that is sure to pay. A depth
-    that the user fixed is never overruled."""
-    if problem.wishes.depth is not None or not problem.acceptance.stopping:
+    """`best_by_width`, and the problem with trees that end where the best of them is fastest. Not
+    those of a depth that the user fixed: it is never overruled."""
+    if problem.wishes.depth is not None:
         return problem, best_by_width(problem)
-    if likely_speed:
-        return best_ends(problem, likely_speed)
-    whole = best_by_width(problem)
-    if not whole:
-        return problem, whole
-    shorter, drafted = best_ends(problem, whole[0].speed)
-    num_trees = max(1, problem.acceptance.num_trees())
-    doubt = EARLY_BIAS + EARLY_SPREAD / math.sqrt(num_trees)
-    if drafted[0].speed < (1 + doubt) * whole[0].speed:
-        return problem, whole
-    return shorter, drafted
-
-
-def best_ends(problem: Problem, speed: float) -> tuple[Problem, list[Scored]]:
-    """With the stops that are fastest, found from a plan of `speed` tokens/s on."""
-    problem = with_early_ends(problem, speed)
+    problem = with_early_ends(problem, likely_speed)
     drafted = best_by_width(problem)
     while drafted:
         again = with_early_ends(problem, drafted[0].speed)
@@ -311,7 +287,8 @@ def why_shorter(chosen: Scored, problem: Problem) -> tuple[str, ...]:
         return ()
     return (
         f"a draft ends early where it finds its paths improbable, together below "
-        f"{emitted.stop_below:.0%}: {emitted.levels:.1f} of {depth} levels on average",
+        f"{emitted.stop_below:.0%}: {emitted.levels:.1f} of {depth} levels on average "
+        f"({early_doubt(problem.acceptance):.0%} of what they were accepted is not counted on)",
     )
 
 

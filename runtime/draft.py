@@ -58,13 +58,13 @@ def levels(
     """
     grown = root_only(root, verify_width)
     last = Level.of_root(root.device)
-    for _ in range(tree.depth):
+    for level in range(tree.depth):
+        if level and stops(tree, last):
+            return
         children = torch.arange(tree.width, device=root.device) + grown.num_nodes
         last = add_level(grown, last, children, tree, draft_pass)
         grown = replace(grown, num_nodes=grown.num_nodes + tree.width)
         yield grown, last
-        if stops(tree, last):
-            return
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from subspec.planner.predict import (
     Candidate,
     Emitted,
     both_at_once,
+    early_doubt,
     emissions,
     emitted_by_depth,
     ending_early,
@@ -175,9 +176,9 @@ def test_a_plan_without_a_speed_never_ends_a_draft_early() -> None:
 def test_what_a_tree_emits_and_drafts_is_that_of_trees_which_ended_so() -> None:
     for stop_below in (0.0, 0.15, 0.5):
         found = emitted_by_depth(EARLY, 2, DEEP, "", stop_below)
-        under = EARLY.under(stop_below)
+        under, doubt = EARLY.under(stop_below), early_doubt(EARLY) if stop_below else 0.0
         assert [emitted.mean for emitted in found] == pytest.approx(
-            [under.tokens(2, depth) for depth in range(DEEP + 1)]
+            [1 + (1 - doubt) * (under.tokens(2, depth) - 1) for depth in range(DEEP + 1)]
         )
         assert [emitted.levels for emitted in found] == [*EARLY.levels(2, DEEP, "", stop_below)]
         assert {emitted.stop_below for emitted in found} == {stop_below}

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from toys import ACCEPTANCE, make_profile, make_spec
 
-from subspec.artifacts.acceptance import Acceptance, Curve
+from subspec.artifacts.acceptance import Acceptance, Curve, Stopping
 from subspec.artifacts.checks import check_plan
 from subspec.artifacts.errors import Exit, SubspecError
 from subspec.artifacts.model import ModelSpec, parts
@@ -21,6 +21,7 @@ from subspec.planner import problem as problem_module
 from subspec.planner.costs import model_bytes
 from subspec.planner.predict import (
     Candidate,
+    early_doubt,
     emitted_by_depth,
     passes_of,
     predict,
@@ -30,10 +31,8 @@ from subspec.planner.problem import base_ledger, candidates, left_over, pose
 from subspec.planner.profiles import with_link
 from subspec.planner.replay import DEEPEST, STOPS, Judged, Trees, acceptance_of
 from subspec.planner.search import (
-    EARLY_BIAS,
     PRIOR,
     SHARPENING,
-    best_ends,
     choose_held,
     place,
     search,
@@ -241,17 +240,42 @@ def test_stops_that_may_be_chosen_never_predict_slower(
         assert speed(with_stops) >= speed(without)
 
 
+def times(curves: tuple[Curve, ...], factor: int) -> tuple[Curve, ...]:
+    return tuple(
+        replace(
+            curve,
+            tried=tuple(factor * count for count in curve.tried),
+            accepted=tuple(factor * count for count in curve.accepted),
+        )
+        for curve in curves
+    )
+
+
 def test_what_few_trees_promise_is_not_believed() -> None:
-    """Both would gain; four trees may have been lucky."""
-    profile = make_profile(**SLOW_DRAFTS)
-    for num_trees, early in ((4, False), (3000, True)):
-        acceptance = mixed(1, num_trees=num_trees)
-        plan = plan_for(12_000_000, profile=profile, acceptance=acceptance)
-        assert (plan.tree.stop_below > 0) == early
-        posed = pose(make_spec(), profile, 12_000_000, Wishes(context=256), acceptance, None, USUAL)
-        _, shorter = best_ends(posed, speed(plan))
-        promised = shorter[0].speed / drafted_speed(plan) - 1
-        assert promised > EARLY_BIAS if not early else promised == pytest.approx(0, abs=0.01)
+    """Of the same rates, counted a hundred times as often, it is."""
+    profile = make_profile(draft_layer=(Timing(1, 1e-4), Timing(8, 2e-4)))
+    few = mixed(1, num_trees=30)
+    many = Acceptance(
+        times(few.curves, 100),
+        True,
+        tuple(
+            Stopping(some.stop_below, times(some.curves, 100), times(some.followed, 100))
+            for some in few.stopping
+        ),
+    )
+    plans = [plan_for(12_000_000, profile=profile, acceptance=some) for some in (few, many)]
+    assert [plan.tree.stop_below > 0 for plan in plans] == [False, True]
+
+
+@pytest.mark.parametrize("num_trees", [30, 100, 3000])
+def test_more_memory_never_predicts_slower_where_drafts_may_end_early(
+    num_trees: int, small_space: None
+) -> None:
+    profile, acceptance = make_profile(**SLOW_DRAFTS), mixed(1, num_trees=num_trees)
+    budgets = range(7_000_000, 20_000_000, 400_009)
+    never_falls([
+        speed(plan_for(budget, profile=profile, acceptance=acceptance)) for budget in budgets
+    ])  # fmt: skip
 
 
 def test_drafts_end_early_where_levels_are_dear_and_a_reason_says_how_many_are_left() -> None:
@@ -263,11 +287,13 @@ def test_drafts_end_early_where_levels_are_dear_and_a_reason_says_how_many_are_l
     predicted = plan.predicted["substitute"]
     levels = MIXED.levels(plan.tree.width, plan.tree.depth, "", plan.tree.stop_below)[-1]
     assert predicted.levels_per_round == levels < plan.tree.depth
-    tokens = MIXED.under(plan.tree.stop_below).tokens(plan.tree.width, plan.tree.depth)
-    assert predicted.tokens_per_round == pytest.approx(tokens)
+    accepted = MIXED.under(plan.tree.stop_below).tokens(plan.tree.width, plan.tree.depth) - 1
+    doubt = early_doubt(MIXED)
+    assert predicted.tokens_per_round == pytest.approx(1 + (1 - doubt) * accepted)
     [reason] = [reason for reason in plan.reasons if "ends early" in reason]
     assert f"together below {plan.tree.stop_below:.0%}" in reason
     assert f"{levels:.1f} of {plan.tree.depth} levels on average" in reason
+    assert f"({doubt:.0%} of what they were accepted is not counted on)" in reason
     stored = list(stored_by(plan, make_spec()).parts)
     check_plan(make_spec(), stored, plan)
 
