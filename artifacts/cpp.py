@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import torch  # noqa: F401  loads libgomp.so.1, which the libraries then share with it
@@ -25,6 +26,10 @@ LONGEST_BUILD_SECONDS = 120
 LOCAL_INCLUDE = re.compile(rb'^[ \t]*#[ \t]*include[ \t]*"([^"\n]+)"', re.MULTILINE)
 
 Declare = Callable[[ctypes.CDLL], None]
+
+
+class NoCompiler(Exception):
+    """One sentence."""
 
 
 def unavailable(source: Path, declare: Declare) -> str | None:
@@ -67,29 +72,50 @@ def _lock(source: Path) -> threading.Lock:
 
 
 def _built(source: Path) -> ctypes.CDLL | str:
-    command = shlex.split(os.environ.get("CXX", "")) or ["g++"]
-    compiler = shutil.which(command[0])
-    if compiler is None:
-        return f"there is no C++ compiler {command[0]!r} (install g++ or set CXX)"
-    command[0] = compiler
     try:
-        version = _output([*command, "--version"])
-        key = "\0".join((*command, version, *FLAGS, platform.machine(), _processor()))
-        text = b"\0".join(_texts(source))
-        digest = hashlib.sha256(key.encode() + text).hexdigest()
         folder = users_folder("kernels")
         if folder is not None:
-            return _opened(command, source, folder / f"{source.stem}-{digest[:32]}.so")
+            return _opened(source, folder / library_name(source))
         with tempfile.TemporaryDirectory() as private:  # once loaded, the file may go
-            return _opened(command, source, Path(private) / f"{source.stem}.so")
+            return _opened(source, Path(private) / f"{source.stem}.so")
+    except NoCompiler as error:
+        return str(error)
     except subprocess.CalledProcessError as error:
         lines = error.stderr.splitlines() or [f"exit status {error.returncode}"]
         line = next((line for line in lines if "error" in line), lines[0])
-        return f"{command[0]} failed: {line.strip()[:300]}"
+        return f"{Path(error.cmd[0]).name} failed: {line.strip()[:300]}"
     except subprocess.TimeoutExpired as error:
-        return f"{command[0]} took longer than {error.timeout:.0f} seconds"
+        return f"the C++ compiler took longer than {error.timeout:.0f} seconds"
     except OSError as error:
         return f"{source.name} could not be built or loaded: {error}"
+
+
+def library_name(source: Path) -> str:
+    """Of what `source` becomes on such a machine: instruction sets, sources, flags. Not of the
+    compiler's version: results do not depend on it, and a machine may have none."""
+    words = (*_compiler(), *FLAGS, platform.machine(), _processor())
+    key = b"\0".join((*map(str.encode, words), *_texts(source)))
+    return f"{source.stem}-{hashlib.sha256(key).hexdigest()[:32]}.so"
+
+
+# Elsewhere: libraries travel with an artifact to machines that need not build them then.
+
+
+def built_file(source: Path) -> Path | None:
+    """The library of a `source` that is not unavailable; None: it is kept nowhere."""
+    folder = users_folder("kernels")
+    path = folder / library_name(source) if folder else None
+    return path if path is not None and path.exists() else None
+
+
+def adopt(source: Path, library: bytes) -> bool:
+    """Keeps what was built of `source` on such a machine, to be loaded from now on. It is a
+    program: who calls this trusts it. False: there is no place to keep it."""
+    folder = users_folder("kernels")
+    if folder is None:
+        return False
+    _put(folder / library_name(source), lambda unfinished: unfinished.write_bytes(library))
+    return True
 
 
 def _texts(source: Path) -> list[bytes]:
@@ -104,22 +130,38 @@ def _texts(source: Path) -> list[bytes]:
     return texts
 
 
-def _opened(command: list[str], source: Path, target: Path) -> ctypes.CDLL:
-    """Loads `target`, which is built under another name first if it is not there: whoever else
-    does the same at the same time gets the same file."""
-    if not target.exists():
-        descriptor, unfinished = tempfile.mkstemp(dir=target.parent, suffix=".so")
-        os.close(descriptor)
-        try:
-            _output([*command, *FLAGS, str(source), "-o", unfinished])
-            os.replace(unfinished, target)
-        finally:
-            Path(unfinished).unlink(missing_ok=True)
+def _opened(source: Path, target: Path) -> ctypes.CDLL:
+    """Loads `target`, built if it is not there or cannot be loaded: it may be damaged, or made for
+    another C library."""
+    if target.exists():
+        with suppress(OSError):
+            return ctypes.CDLL(str(target))
+    name, *options = _compiler()
+    compiler = shutil.which(name)
+    if compiler is None:
+        raise NoCompiler(f"there is no C++ compiler {name!r} (install g++ or set CXX)")
+    command = [compiler, *options, *FLAGS, str(source), "-o"]
+    _put(target, lambda unfinished: _run([*command, str(unfinished)]))
     return ctypes.CDLL(str(target))
 
 
-def _output(command: list[str]) -> str:
-    done = subprocess.run(
+def _compiler() -> list[str]:
+    return shlex.split(os.environ.get("CXX", "")) or ["g++"]
+
+
+def _put(target: Path, write: Callable[[Path], object]) -> None:
+    """Under another name first: whoever else does the same at the same time gets the same file."""
+    descriptor, unfinished = tempfile.mkstemp(dir=target.parent, suffix=".so")
+    os.close(descriptor)
+    try:
+        write(Path(unfinished))
+        os.replace(unfinished, target)
+    finally:
+        Path(unfinished).unlink(missing_ok=True)
+
+
+def _run(command: list[str]) -> None:
+    subprocess.run(
         command,
         capture_output=True,
         text=True,
@@ -127,7 +169,6 @@ def _output(command: list[str]) -> str:
         check=True,
         timeout=LONGEST_BUILD_SECONDS,
     )
-    return done.stdout
 
 
 def _processor() -> str:

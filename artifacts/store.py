@@ -30,7 +30,7 @@ from subspec.artifacts.tensors import open_regular, read_header
 
 # Major: readers refuse another one. Minor: readers carry on with a newer one, which may have added
 # files, and keys at the top of a JSON file.
-FORMAT_VERSION = "4.0"
+FORMAT_VERSION = "4.1"
 VERSION = re.compile(r"([0-9]{1,4})\.([0-9]{1,4})", re.ASCII)
 CHUNK_BYTES = 64 << 20
 LARGEST_JSON = 8 << 20

@@ -10,6 +10,7 @@ import os
 import stat
 import struct
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -19,6 +20,7 @@ from subspec.artifacts.errors import Exit, SubspecError
 from subspec.artifacts.model import PAGE_BYTES
 
 LARGEST_HEADER = 25 << 20
+AHEAD_BYTES = 4 << 20  # at a time
 MOST_TENSORS = 100_000
 MOST_DIMENSIONS = 8
 LARGEST_COUNT = 1 << 63  # of a dimension or a byte position; products stay printable
@@ -137,6 +139,16 @@ def open_regular(path: Path) -> io.BufferedReader:
         os.close(descriptor)
         raise SubspecError(Exit.CORRUPT, f"{path.name} is not a regular file")
     return os.fdopen(descriptor, "rb")
+
+
+def read_ahead(path: Path, num_bytes: int) -> None:
+    """Brings the first bytes of a file into the page cache. What is wrong with the file is left for
+    its reader to say."""
+    buffer = bytearray(AHEAD_BYTES)
+    with suppress(SubspecError, OSError), open_regular(path) as file:
+        # (posix_fadvise would bring no more than the device's own window, 128 KB of many.)
+        while num_bytes > 0 and (count := file.readinto1(buffer)):
+            num_bytes -= count
 
 
 class TensorFile:

@@ -72,6 +72,7 @@ def plan_and_build(
     from subspec.planner.build import build
     from subspec.planner.checkpoint import read_checkpoint
     from subspec.planner.quantize import QUANTIZERS
+    from subspec.planner.rehearse import ship_kernels
     from subspec.planner.search import PRIOR
     from subspec.planner.storage import Storage
     from subspec.planner.tokenizer_files import read_tokenizer
@@ -88,7 +89,9 @@ def plan_and_build(
         if measured is not None:  # another machine's plan cannot be run here
             final = solve(options, artifact.spec, profile, PRIOR, stored)
             return with_sweeps(options, artifact.spec, profile, stored, final), profile
-        return rehearsed(options, artifact, profile, stored, samples, show)
+        final, learned = rehearsed(options, artifact, profile, stored, samples, show)
+        ship_kernels(artifact.path, final)
+        return final, learned
 
     final = build(
         checkpoint, tokenizer, plan, profile, out, options.overwrite,

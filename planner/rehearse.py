@@ -6,17 +6,19 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 
 from subspec.artifacts.acceptance import Acceptance
 from subspec.artifacts.plan import Method, Plan, Usage
+from subspec.artifacts.shipped import ship
 from subspec.artifacts.store import Artifact
 from subspec.planner.calibration import NUM_TOKENS, Sample, in_turns, sample_ids
 from subspec.planner.learn import Foretell, Rounds, Timed
 from subspec.planner.replay import Trees, acceptance_of, replay
 from subspec.runtime.sampling import Sampling
-from subspec.runtime.session import Session
+from subspec.runtime.session import Session, kernel_sources
 from subspec.runtime.text import load_text
 
 DRAFT_SECONDS = 120.0  # for speculation and its replays, at most
@@ -80,6 +82,11 @@ def rehearse(
         rounds = rounds.and_also(played.rounds)
     progress("rehearsing the plan", 1.0)
     return Rehearsal(acceptance_of(trees), rounds)
+
+
+def ship_kernels(folder: Path, plan: Plan) -> None:
+    """What was compiled here for the plan's decoding goes into the artifact `folder`."""
+    ship(folder, kernel_sources(plan))
 
 
 def opened(artifact: Artifact, method: Method, setting: Setting) -> Session:

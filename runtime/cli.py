@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from subspec.runtime.text import Text
 
 LARGEST_PROMPT = 16 << 20  # bytes read from stdin
+LOADED_FIRST_BYTES = 2 << 30  # what a disk brings in a second
 DEVICE = re.compile(r"cpu|cuda(:[0-9]{1,3})?", re.ASCII)
 SECONDS_BETWEEN_LINES = 10.0  # of progress, where stderr is not a terminal
 
@@ -49,6 +50,7 @@ class Options:
     no_graphs: bool = False
     vram: int | None = None
     no_replan: bool = False
+    trust_kernels: bool = False
     device: str | None = None
     link_bandwidth: int | None = None
     as_json: bool = False
@@ -114,6 +116,7 @@ def device_option(
 @option("--no-graphs", "On a GPU: launch a draft's kernels one by one.", is_flag=True)
 @option("--vram", "Plan anew if the plan takes more.", callback=size_option, metavar="SIZE")
 @option("--no-replan", "Obey the plan as it is, whatever the machine.", is_flag=True)
+@option("--trust-kernels", "Load the compiled kernels that ARTIFACT brings.", is_flag=True)
 @option("--device", "cpu, or one GPU such as cuda:1.", callback=device_option, metavar="DEVICE")
 @option("--link-bandwidth", "Slow the link to SIZE a second.", callback=size_option, metavar="SIZE")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
@@ -140,7 +143,10 @@ def main(**given: Any) -> None:
         report(open_folder(options.artifact), options.as_json)
         return
     artifact = open_folder(options.artifact)
+    begin_to_read(artifact, options)
     prompt = read_prompt(options)
+    if options.trust_kernels:
+        trust_kernels(artifact)
     artifact = planned_for_here(artifact, options)
     from subspec.runtime.text import load_text
 
@@ -209,6 +215,29 @@ def open_folder(path: Path) -> "Artifact":
         f"{path} {what}",
         f"give a folder that was made with subspec-plan --model {model} --vram SIZE",
     )
+
+
+def begin_to_read(artifact: "Artifact", options: Options) -> None:
+    """The disk is idle while torch is imported, a second or two: what is loaded first comes into
+    the page cache meanwhile."""
+    from threading import Thread
+
+    from subspec.artifacts.tensors import read_ahead
+
+    placement = artifact.plan.placement("plain" if options.no_speculation else artifact.plan.method)
+    if placement is not None and placement.ledger.get("substitutes"):
+        path = artifact.path / "substitutes.safetensors"
+        Thread(target=read_ahead, args=(path, LOADED_FIRST_BYTES), daemon=True).start()
+
+
+def trust_kernels(artifact: "Artifact") -> None:
+    """Before anything is built or planned for this machine."""
+    from subspec.artifacts.shipped import adopt
+    from subspec.runtime.session import kernel_sources
+
+    missing = adopt(artifact, kernel_sources(artifact.plan))
+    if missing:
+        say(f"note: not brought for this machine, to be built here: {', '.join(missing)}")
 
 
 def planned_for_here(artifact: "Artifact", options: Options) -> "Artifact":
@@ -298,9 +327,11 @@ def opened(artifact: "Artifact", options: Options) -> "Iterator[Session]":
                     "subspec-plan would fit the plan to this machine"
                 )
             if (problem := session.missing_kernels) is not None:
+                trust = " (--trust-kernels would load the artifact's own)"
                 say(
                     "note: without the C++ kernels residuals decode a hundred times slower, exact "
                     f"attention several times, and near-ties may round otherwise: {problem}"
+                    f"{trust if session.brings_kernels else ''}"
                 )
             yield session
             if (problem := session.missing_graphs) is not None:

@@ -22,6 +22,7 @@ from subspec.artifacts.model import (
     resident_tensors,
 )
 from subspec.artifacts.plan import Block, Placement, make_blocks
+from subspec.artifacts.shipped import brought
 from subspec.artifacts.store import Artifact
 from subspec.artifacts.tensors import StoredTensor, TensorFile, read_header
 from subspec.runtime import int4
@@ -94,7 +95,9 @@ class Loader:
             raise SubspecError(
                 Exit.WRONG_MACHINE,
                 f"the plan's 4-bit kernel, w4a8, cannot be built here: {problem}",
-                "install a C++ compiler, or plan again on this machine",
+                "add --trust-kernels to load the one that the artifact brings"
+                if brought(self._artifact, int4.SOURCE)
+                else "install a C++ compiler, or plan again on this machine",
             )
         found = {}
         every = [linear for linear in linears(self._spec) if linear.has_substitute]
@@ -220,13 +223,14 @@ class Loader:
             substitute if part.encoding == "residual" else None,
         )
 
-    def _check_block(self, block: Block, memory: Tensor) -> None:
-        """memory: uint8 on the host, the block's bytes. Raises SubspecError(CORRUPT)."""
+    def _check_block(self, block: Block, memory: Tensor) -> Callable[[], None]:
+        """Begins to compare; what is returned waits. memory: uint8 on the host, the block's bytes,
+        unchanged until then. Raises SubspecError(CORRUPT)."""
         offset = 0
         for part in block.parts:
             self._check_part(part, memory[offset:])
             offset += part.padded_bytes
-        self._digests.finish()
+        return self._digests.finish
 
     @contextmanager
     def _substitute_file(self) -> Iterator[Callable[[Linear], tuple[Tensor, Tensor]]]:
@@ -279,6 +283,7 @@ class Loader:
         host = HostLink(path, ranges, slots, link_bandwidth)
         for block, offset in zip(blocks, offsets, strict=True):
             self._check_block(block, host.host_bytes(offset))
+        self._digests.finish()
         return Ring(blocks, offsets, host, placement.num_slots)
 
 

@@ -14,6 +14,7 @@ import torch
 from subspec.artifacts import compiled, cpp
 from subspec.artifacts.errors import Exit, SubspecError
 from subspec.artifacts.plan import Method, Plan, cache_slots
+from subspec.artifacts.shipped import brought
 from subspec.artifacts.sizes import format_size
 from subspec.artifacts.store import Artifact
 from subspec.runtime import attention, draft_graphs, draft_layers, gemlite_kernel, int4
@@ -94,7 +95,7 @@ class Session:
         self.padded = padded and plan.method == "substitute"
         self.device = open_device(plan, device)
         torch.set_num_threads(plan.num_threads)
-        self._kernels = needed_kernels(plan, self.method) if self.device.type == "cpu" else []
+        self._kernels = needed_kernels(plan, self.method)
         cpp.build_ahead(source for source, _ in self._kernels)  # while the weights load
         self.memory = FastMemory(self.device, placement.ledger)
         self.peak = PeakMeter(self.memory)
@@ -225,6 +226,11 @@ class Session:
         return next((problem for problem in problems if problem is not None), None)
 
     @property
+    def brings_kernels(self) -> bool:
+        """Whether the artifact has those of this machine that are not trusted yet."""
+        return any(brought(self.artifact, source) is not None for source, _ in self._kernels)
+
+    @property
     def missing_graphs(self) -> str | None:
         """Why the draft's levels are not captured; None: they are, or nobody asked for it."""
         return self.model.draft_graphs.problem if self.model.draft_graphs else None
@@ -242,8 +248,16 @@ class Session:
         self.close()
 
 
+def kernel_sources(plan: Plan) -> list[Path]:
+    """What is compiled for decoding by any of the plan's methods."""
+    drafts = plan.substitute is not None
+    return [source for source, _ in needed_kernels(plan, "substitute" if drafts else "plain")]
+
+
 def needed_kernels(plan: Plan, method: Method) -> list[Kernel]:
-    """What decoding by `method` calls on a CPU."""
+    """What decoding by `method` calls."""
+    if plan.device != "cpu":
+        return []
     found: list[Kernel] = [(attention.SOURCE, attention.unavailable)]
     if plan.residuals:
         found.append((compiled.SOURCE, compiled.unavailable))

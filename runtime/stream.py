@@ -21,6 +21,12 @@ from subspec.runtime.link import Link
 from subspec.runtime.split import Restorer
 from subspec.runtime.transformer import Product
 
+Check = Callable[[Block, Tensor], Callable[[], None]]  # begins; what it returns waits, and raises
+
+
+def unchecked(block: Block, memory: Tensor) -> Callable[[], None]:
+    return lambda: None
+
 
 class Ring:
     """Blocks in cyclic order through a few slots. `take` is called in exactly that order."""
@@ -31,11 +37,13 @@ class Ring:
         offsets: list[int],
         link: Link,
         num_slots: int,
-        check: Callable[[Block, Tensor], None] = lambda block, memory: None,
+        check: Check = unchecked,
     ) -> None:
-        """`check` raises for bytes that are not the artifact's; asked when a block comes first."""
+        """`check` finds bytes that are not the artifact's; asked when a block comes first. It runs
+        beside the compute that reads the block, and is waited for before another one comes."""
         self.streamed_bytes = 0
         self._check = check
+        self._checked: Callable[[], None] = lambda: None
         self._blocks = blocks
         self._offsets = offsets
         self._link = link
@@ -51,17 +59,24 @@ class Ring:
         block = self._blocks[self._num_taken % len(self._blocks)]
         try:
             memory = self._link.wait(self._num_taken % self._num_slots)
-            if self._num_taken < len(self._blocks):
-                self._check(block, memory)
         except SubspecError:
             self._failed = True
             raise
+        if self._num_taken < len(self._blocks):
+            self._checked = self._check(block, memory)
         self._num_taken += 1
         self.streamed_bytes += block.num_bytes
         return block, memory
 
     def give_back(self) -> None:
-        """The compute that reads the block taken last is issued: its slot may be filled anew."""
+        """The compute that reads the block taken last is issued: its slot may be filled anew.
+        Raises what the block's check found."""
+        try:
+            self._checked()
+        except SubspecError:
+            self._failed = True
+            raise
+        self._checked = lambda: None
         self._link.release((self._num_taken - 1) % self._num_slots)
         self._begin()
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from subspec.artifacts import compiled, cpp
+from subspec.artifacts.users_cache import users_folder
 
 
 @pytest.fixture
@@ -22,12 +23,9 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def fake_compiler(folder: Path, script: str) -> str:
-    """A program that answers --version and otherwise runs `script`, with the output as $last."""
+    """A program that runs `script`, with the output as $last."""
     path = folder / "compiler"
-    path.write_text(
-        '#!/bin/sh\n[ "$1" = --version ] && echo 1.0 && exit\n'
-        f"echo >>{folder}/builds\nfor last; do :; done\n{script}\n"
-    )
+    path.write_text(f"#!/bin/sh\necho >>{folder}/builds\nfor last; do :; done\n{script}\n")
     path.chmod(0o755)
     return str(path)
 
@@ -39,7 +37,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("no g++")
     path = tmp_path_factory.mktemp("built") / "library.so"
     flags = [flag for flag in cpp.FLAGS if flag != "-O3"]
-    cpp._output(["g++", *flags, str(compiled.SOURCE), "-o", str(path)])
+    cpp._run(["g++", *flags, str(compiled.SOURCE), "-o", str(path)])
     return path
 
 
@@ -63,6 +61,28 @@ def test_what_cannot_be_loaded_is_reported(fresh: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("CXX", fake_compiler(fresh, 'echo nonsense >"$last"'))
     reason = compiled.unavailable()
     assert reason is not None and "loaded" in reason
+
+
+def test_what_was_kept_and_cannot_be_loaded_is_built_again(
+    fresh: Path, built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", fake_compiler(fresh, f'cp {built} "$last"'))
+    folder = users_folder("kernels")
+    assert folder is not None
+    kept = folder / cpp.library_name(compiled.SOURCE)
+    kept.write_bytes(b"nonsense")
+    assert compiled.unavailable() is None
+    assert kept.stat().st_size == built.stat().st_size
+
+
+def test_what_is_kept_needs_no_compiler(
+    fresh: Path, built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", fake_compiler(fresh, f'cp {built} "$last"'))
+    assert compiled.unavailable() is None
+    cpp.library.cache_clear()
+    (fresh / "compiler").unlink()
+    assert compiled.unavailable() is None
 
 
 def test_it_is_built_once_into_a_private_folder(

@@ -18,11 +18,13 @@ from safetensors.torch import load_file, save_file
 
 from subspec.artifacts.codec import dump_json
 from subspec.artifacts.runs import append_run, plan_digest, read_runs
+from subspec.artifacts.shipped import brought
 from subspec.artifacts.store import Artifact, open_artifact, verify
 from subspec.planner.calibration import shipped_samples
 from subspec.planner.cli import main
 from subspec.planner.hub import DEMO
 from subspec.planner.learn import LEAST, MOST
+from subspec.runtime.session import kernel_sources
 
 SUBSPEC_PLAN = str(Path(sys.executable).with_name("subspec-plan"))
 
@@ -97,6 +99,9 @@ def test_the_demo_is_measured_planned_built_and_rehearsed(
     budgets = [point.budget_bytes for point in artifact.plan.by_budget]
     assert budgets == sorted(set(budgets)) and {9_000_000, 9_900_000} <= set(budgets)
     assert artifact.plan.context in {point.context for point in artifact.plan.by_context}
+    if shutil.which("g++") is not None:
+        sources = kernel_sources(artifact.plan)
+        assert sources and all(brought(artifact, source) is not None for source in sources)
 
 
 def test_another_machines_plan_is_built_without_running_it(
@@ -110,6 +115,7 @@ def test_another_machines_plan_is_built_without_running_it(
     assert artifact.profile == PROFILE
     assert artifact.plan.machine == PROFILE.machine
     assert not artifact.plan.acceptance.measured
+    assert not (here / "there" / "kernels").exists(), "this machine's would be of no use there"
     assert "subspec-run there" in ended.err
 
 

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,13 @@ import torch
 from builders import build_artifact, replan
 from torch import Tensor
 
-from subspec.artifacts.errors import SubspecError
+from subspec.artifacts.errors import Exit, SubspecError
 from subspec.artifacts.model import linears, parts
-from subspec.artifacts.plan import Placement, make_blocks
+from subspec.artifacts.plan import Block, Placement, make_blocks
 from subspec.artifacts.store import Artifact
 from subspec.planner.hub import DEMO
 from subspec.runtime.link import DiskLink
+from subspec.runtime.load import Loader
 from subspec.runtime.memory import host_buffer
 from subspec.runtime.sampling import Sampling
 from subspec.runtime.session import Session
@@ -113,6 +115,80 @@ def test_a_file_that_shrinks_while_it_streams_is_an_error_not_a_wrong_weight(
             file.truncate(1 << 20)
         with pytest.raises(SubspecError, match="exact.safetensors ends at byte"):
             list(tokens)
+
+
+class Checks:
+    """What a ring's checks are asked, and when they are waited for."""
+
+    def __init__(self, wrong: int | None) -> None:
+        self.begun, self.ended = list[bytes](), 0
+        self._wrong = wrong
+
+    def begin(self, block: Block, memory: Tensor) -> Callable[[], None]:
+        assert self.ended == len(self.begun), "one at a time: its slot must stay as it is"
+        seen = bytes(memory[: block.num_bytes].numpy())
+        self.begun.append(seen)
+
+        def wait() -> None:
+            assert bytes(memory[: block.num_bytes].numpy()) == seen, "the slot was filled anew"
+            self.ended += 1
+            if self.ended == self._wrong:
+                raise SubspecError(Exit.CORRUPT, "that block is wrong")
+
+        return wait
+
+
+def checked_ring(artifact: Artifact, checks: Checks) -> tuple[Ring, int]:
+    blocks = make_blocks(artifact.stored_parts(), Placement((), (), 500_000, 2, {}))
+    slots = [host_buffer(126 * 4096) for _ in range(2)]
+    link = SlowLink(DiskLink(artifact.path / "exact.safetensors", slots, None), slots, 0.0)
+    offsets = [artifact.part_entries()[block.parts[0].name].offset for block in blocks]
+    return Ring(blocks, offsets, link, 2, checks.begin), len(blocks)
+
+
+def test_a_block_is_checked_the_first_time_while_it_is_computed_with(artifact: Artifact) -> None:
+    checks = Checks(None)
+    ring, num_blocks = checked_ring(artifact, checks)
+    for _ in range(2 * num_blocks):
+        ring.take()
+        assert len(checks.begun) <= num_blocks
+        ring.give_back()
+        assert checks.ended == len(checks.begun), "nothing comes into a slot that is being checked"
+    assert len(checks.begun) == num_blocks
+    ring.close()
+
+
+def test_a_block_that_is_wrong_ends_the_pass_before_another_comes(artifact: Artifact) -> None:
+    ring, _ = checked_ring(artifact, Checks(wrong=2))
+    ring.take()
+    ring.give_back()
+    ring.take()
+    with pytest.raises(SubspecError, match="that block is wrong"):
+        ring.give_back()
+    ring.skip_to_first()  # ends: nothing more is taken
+    ring.close()
+
+
+def test_the_last_block_of_a_pass_is_checked_before_the_pass_has_ended(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So no token depends on bytes that were not compared."""
+    asked = list[str]()
+    begin = Loader._check_block
+
+    def note(loader: Loader, block: Block, memory: Tensor) -> Callable[[], None]:
+        wait = begin(loader, block, memory)
+
+        def noted() -> None:
+            wait()
+            asked.append(block.parts[-1].name)
+
+        return noted
+
+    monkeypatch.setattr(Loader, "_check_block", note)
+    with Session(replan(artifact, resident_share=0.0), method="plain") as session:
+        next(session.generate([5] * 20, 3, Sampling()))
+        assert asked[-1] == artifact.stored_parts()[-1].name
 
 
 def test_a_slower_link_is_slower_by_the_bytes_it_moves(artifact: Artifact) -> None:

@@ -11,7 +11,13 @@ import torch
 
 from subspec.artifacts.errors import Exit, SubspecError
 from subspec.artifacts.model import PAGE_BYTES
-from subspec.artifacts.tensors import StoredTensor, open_regular, read_header, write_header
+from subspec.artifacts.tensors import (
+    StoredTensor,
+    open_regular,
+    read_ahead,
+    read_header,
+    write_header,
+)
 
 
 def safetensors_bytes(header: object, data: bytes = b"") -> bytes:
@@ -185,3 +191,13 @@ def test_half_a_million_tiny_tensors_are_refused_before_they_are_parsed(tmp_path
     text = "{" + ",".join(one % number for number in range(300_000)) + "}"
     path.write_bytes(safetensors_bytes(text.encode()))
     assert "more than 100000 tensors" in refused(path).message
+
+
+def test_reading_ahead_reads_and_says_nothing_of_what_is_wrong(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(10_000))
+    for wanted in (0, 1, 10_000, 1 << 40):
+        read_ahead(path, wanted)
+    read_ahead(tmp_path / "missing", 10)
+    os.mkfifo(tmp_path / "fifo")
+    read_ahead(tmp_path / "fifo", 10)
