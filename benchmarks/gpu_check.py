@@ -1,6 +1,6 @@
 """What only a GPU can show, in one run: losslessness, memory against the cap, link, round terms.
 
-    python benchmarks/gpu_check.py --out DIR [--hidden 4096 --layers 24 --vram 4GB]
+    python benchmarks/gpu_check.py --out DIR [--hidden 4096 --layers 24 --vram 6GB]
 
 Makes a widened demo model (mechanics of that size, not its acceptance), plans it for the GPU with
 raw weights and with residuals, and checks for both: speculation and plain decoding give the same
@@ -28,7 +28,6 @@ from subspec.runtime.text import load_text
 
 HERE = Path(__file__).parent
 PROMPTS = ("def read_file(path):\n", "class Cache:\n", "import os\n\n\ndef main():\n")
-LINKS = ("full", "25GB", "12GB")  # bytes per second; consumer PCIe 4.0 x16 and x8
 
 
 @click.command()
@@ -37,8 +36,14 @@ LINKS = ("full", "25GB", "12GB")  # bytes per second; consumer PCIe 4.0 x16 and 
 @click.option("--layers", default=24, show_default=True)
 @click.option("--vram", default="6GB", callback=size_option, show_default=True)
 @click.option("--tokens", default=96, show_default=True)
+@click.option(
+    "--links",
+    default="full,25GB,12GB",
+    show_default=True,
+    help="Bytes a second; consumer PCIe 4.0 x16 and x8 by default.",
+)
 @reported
-def main(out: Path, hidden: int, layers: int, vram: int, tokens: int) -> None:
+def main(out: Path, hidden: int, layers: int, vram: int, tokens: int, links: str) -> None:
     """Check the CUDA path on this machine."""
     if not torch.cuda.is_available():
         raise SubspecError(Exit.WRONG_MACHINE, "torch finds no CUDA GPU", "run it where one is")
@@ -49,13 +54,12 @@ def main(out: Path, hidden: int, layers: int, vram: int, tokens: int) -> None:
     lossless = True
     for encoding in ("raw", "residual"):
         folder = out / encoding
-        plan_command = ["subspec-plan", "--model", str(model.absolute()), "--vram", f"{vram}B"]
-        plan_command += ["--device", "cuda", "--encoding", encoding]
-        subprocess.run(
-            [*plan_command, "--out", str(folder), "--overwrite"],
-            check=True,
-            stdout=subprocess.DEVNULL,
-        )
+        asked = {"--model": model.absolute(), "--vram": f"{vram}B", "--out": folder}
+        asked |= {"--device": "cuda", "--encoding": encoding}
+        words = [str(word) for pair in asked.items() for word in pair]
+        planner = [sys.executable, "-P", "-m", "subspec.planner.cli"]
+        command = [*planner, *words, "--overwrite"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         artifact = open_artifact(folder)
         checked = check_lossless(artifact, tokens)
         lossless &= all(checked.values())
@@ -64,7 +68,7 @@ def main(out: Path, hidden: int, layers: int, vram: int, tokens: int) -> None:
             "int4_kernel": artifact.profile.int4_kernel,
             "lossless": checked,
             "draft_level_seconds": draft_level_seconds(artifact, tokens),
-            "speed": {link: speed(folder, link) for link in LINKS},
+            "speed": {link: speed(folder, link) for link in links.split(",")},
         }
     found["decode"] = decode(artifact)
     print(json.dumps(found))

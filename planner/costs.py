@@ -19,6 +19,9 @@ from subspec.planner.storage import for_one_model
 DRAFT_BYTES = 2  # the draft computes in bf16
 GUARD_SHARE = 0.01  # of the budget: what operations allocate inside themselves
 GUARD_BYTES = 128 << 10  # and at least this
+# cuda: cuBLAS' workspaces, 32 MiB on each of two streams of a Hopper, 8 elsewhere; what segments of
+# torch's allocator are rounded up by.
+ALLOCATOR_BYTES = (64 << 20) + (48 << 20)
 GRAPH_BYTES_PER_LAYER = 512 << 10  # of all graphs of a draft; estimated: 2 x 12 of 20 kernels, 1 kB
 
 
@@ -125,10 +128,11 @@ def workspace_bytes(spec: ModelSpec, device: DeviceKind, shape: Shape) -> int:
         compiled_draft_bytes(spec, shape.draft_width, slots, shape.num_threads),
     )
     draft += 14 * shape.draft_width * spec.vocab_size  # bf16 and f32 logits, sharpened f32
-    if device == "cuda" and shape.draft_width > 0:
-        # Captured levels keep their temporaries, and the driver something for each kernel.
-        return aligned(exact + draft) + spec.num_layers * GRAPH_BYTES_PER_LAYER
-    return aligned(max(exact, draft))
+    if device == "cpu":
+        return aligned(max(exact, draft))
+    # Captured levels keep their temporaries, and the driver something for each kernel.
+    graphs = spec.num_layers * GRAPH_BYTES_PER_LAYER if shape.draft_width > 0 else 0
+    return aligned(exact + draft) + graphs + ALLOCATOR_BYTES
 
 
 def pass_bytes(

@@ -62,13 +62,13 @@ def gpu_overhead_bytes(device: torch.device) -> int:
         import pynvml
     except ImportError:
         return unknown
-    pynvml.nvmlInit()
-    handle = pynvml.nvmlDeviceGetHandleByIndex(device.index or 0)
-    ours = [
-        process.usedGpuMemory
-        for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
-        if process.pid == os.getpid() and process.usedGpuMemory
-    ]
+    try:
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByIndex(device.index or 0)
+        processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+    except pynvml.NVMLError:
+        return unknown
+    ours = [p.usedGpuMemory for p in processes if p.pid == os.getpid() and p.usedGpuMemory]
     # In a container our process id is not the one that the driver knows.
     return max(ours[0] - reserved, 0) if ours else unknown
 
@@ -114,8 +114,8 @@ def time_widths(
 
 
 def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type == "cuda":  # not for copies that go on beside it, on a stream of their own
+        torch.cuda.current_stream(device).synchronize()
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from subspec.planner.problem import staging
 from subspec.planner.profiles import typical_of
 from subspec.planner.storage import raw_storage, usual_storages
 from subspec.runtime import gemlite_kernel
-from subspec.runtime.attention import attend, attend_exactly
+from subspec.runtime.attention import attend, attend_exactly, without_cudnn
 from subspec.runtime.digests import Digests
 from subspec.runtime.link import DiskLink
 from subspec.runtime.memory import bytes_of, free_bytes, host_buffer
@@ -56,6 +56,7 @@ def measure(spec: ModelSpec, device: str, folder: Path, progress: Progress) -> P
     if cuda:
         target = torch.device("cuda", target.index or 0)
         torch.cuda.set_device(target)
+        without_cudnn()  # as sessions do
     free = torch.cuda.mem_get_info(target)[0] if cuda else free_bytes()
     with slow_tier(spec, target, folder) as open_link, torch.inference_mode():
         progress("measuring", 0.0)
@@ -75,7 +76,7 @@ def measure(spec: ModelSpec, device: str, folder: Path, progress: Progress) -> P
         )
     if kernel == "gemlite":
         gemlite_kernel.keep_tuning(target)
-    del bench
+    del bench, substitutes
     if cuda:
         torch.cuda.empty_cache()  # the session that rehearses needs the room
     progress("measured", 1.0)
@@ -183,7 +184,8 @@ class HostCopies:
         self._filled = [torch.cuda.Event() for _ in range(2)]
 
     def begin(self, slot: int, offset: int, num_bytes: int) -> None:
-        with torch.cuda.stream(self._copies):
+        # Called from a thread of its own, and inference mode is each thread's own.
+        with torch.inference_mode(), torch.cuda.stream(self._copies):
             self._slots[slot].copy_(self._host, non_blocking=True)
             self._filled[slot].record(self._copies)
 

@@ -35,6 +35,13 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
     return output.view(num_heads, num_rows, head_size).to(q.dtype)
 
 
+def without_cudnn() -> None:
+    """Leaves `attend` on cuda the kernels that take any shape at once. cuDNN makes a plan for each
+    number of rows and slots that is new, up to 37 ms of the host (huggingface/transformers#48163),
+    and both change from prompt to prompt."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def attend_exactly(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
     """The same, but the other rows, their number and the hidden slots never change a bit."""
     if q.device.type == "cpu" and unavailable() is None:

@@ -8,6 +8,7 @@ other graphs: live slots are rounded up to few different numbers.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -72,7 +73,9 @@ def grow(
     if depth == 0 or live_slots not in graphs.replays:
         tree, behind = replace(graphs.tree, depth=depth), replace(usual, live_slots=live_slots)
         grown = draft.grow(root, tree, num_rows, passes(behind))
-        if depth > 0 and graphs.problem is None:
+        # What was never run has kernels to be chosen and built, which a capture forbids.
+        all_ran = grown.num_nodes > 1 + graphs.tree.width or graphs.tree.depth == 1
+        if depth > 0 and all_ran and graphs.problem is None:
             capture_levels(graphs, live_slots, cache, passes)
         return grown
     first, following = graphs.replays[live_slots]
@@ -108,7 +111,9 @@ def capture_levels(
         add(at_root)
 
     try:
-        graphs.replays[live_slots] = graphs.capture(first), graphs.capture(lambda: add(last))
+        at_first = graphs.capture(first)
+        others = graphs.capture(lambda: add(last)) if graphs.tree.depth > 1 else at_first
+        graphs.replays[live_slots] = at_first, others
     except RuntimeError as error:
         graphs.problem = f"CUDA graphs cannot be captured: {str(error).partition(chr(10))[0]}"
 
@@ -137,11 +142,19 @@ def capture_on_gpu(device: torch.device) -> Callable[[Action], Replay]:
     pool = torch.cuda.graph_pool_handle()
 
     def capture(action: Action) -> Replay:
-        graph = torch.cuda.CUDAGraph()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
         # Copies of the ring may go on meanwhile: they are other threads' and other streams'.
         with torch.cuda.device(device):
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                action()
+            try:
+                with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                    action()
+            except BaseException:
+                # Where a capture fails torch 2.11 leaves its stream the current one, and goes on
+                # allocating for the graph (pytorch/pytorch#180395).
+                torch.cuda.set_stream(stream)
+                with suppress(RuntimeError):
+                    torch._C._cuda_endAllocateToPool(device.index or 0, pool)
+                raise
         return Captured(graph, action)
 
     return capture

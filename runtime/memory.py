@@ -2,8 +2,9 @@
 
 import mmap
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,12 @@ HUGE_PAGE_BYTES = 2 << 20
 UNALLOCATED = ("workspace", "overhead", "guard")
 
 
+@dataclass(frozen=True)
+class Arena:
+    bytes: Tensor  # uint8
+    release: Callable[[], object]
+
+
 class FastMemory:
     """One arena per purpose of the ledger; tensors are carved from it in order and never freed.
 
@@ -29,6 +36,7 @@ class FastMemory:
 
     def __init__(self, device: torch.device, ledger: dict[str, int]) -> None:
         self.device = device
+        self._arenas: list[Arena] = []
         self._free: dict[str, Tensor] = {}
         needed = sum(ledger.values())
         if device.type == "cpu" and needed > free_bytes():
@@ -40,8 +48,15 @@ class FastMemory:
             )
         for purpose, num_bytes in ledger.items():
             if purpose not in UNALLOCATED and num_bytes > 0:
-                self._free[purpose] = self._allocate(num_bytes)
+                self._arenas.append(self._allocate(num_bytes))
+                self._free[purpose] = self._arenas[-1].bytes
         self.arena_bytes = sum(arena.numel() for arena in self._free.values())
+
+    def release(self) -> None:
+        """Gives the memory back, whoever still knows tensors that lie in it: they hold nothing of
+        use any more."""
+        for arena in self._arenas:
+            arena.release()
 
     def take(self, purpose: str, num_bytes: int, alignment: int = 1) -> Tensor:
         """uint8 [num_bytes] from an arena, advanced to the next aligned address."""
@@ -56,11 +71,14 @@ class FastMemory:
         count = torch.Size(shape).numel()
         return self.take(purpose, count * dtype.itemsize).view(dtype).view(shape)
 
-    def _allocate(self, num_bytes: int) -> Tensor:
+    def _allocate(self, num_bytes: int) -> "Arena":
+        """Zeros: what was never written may be read and weighted with 0, and 0 times NaN is NaN."""
         if self.device.type == "cpu":
-            return host_buffer(num_bytes)
+            pages, memory = host_pages(num_bytes)
+            return Arena(memory, lambda: pages.madvise(mmap.MADV_DONTNEED))
         try:
-            return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
+            memory = torch.zeros(num_bytes, dtype=torch.uint8, device=self.device)
+            return Arena(memory, lambda: memory.untyped_storage().resize_(0))
         except torch.OutOfMemoryError:
             free, _ = torch.cuda.mem_get_info(self.device)
             raise SubspecError(
@@ -78,7 +96,13 @@ def free_bytes() -> int:
 
 
 def host_buffer(num_bytes: int) -> Tensor:
-    """uint8 [num_bytes] at a page boundary (direct reads need that); in huge pages if large.
+    """uint8 [num_bytes] of `host_pages`, freed with the last tensor that lies in it."""
+    return host_pages(num_bytes)[1]
+
+
+def host_pages(num_bytes: int) -> tuple[mmap.mmap, Tensor]:
+    """uint8 [num_bytes] of zeros at a page boundary (direct reads need that); in huge pages if
+    large. And the mapping that it lies in.
 
     First touched here: a huge page costs most at its first touch, and 1.5x less per read after.
     """
@@ -97,7 +121,7 @@ def host_buffer(num_bytes: int) -> Tensor:
         memory.madvise(mmap.MADV_HUGEPAGE)
     whole = torch.frombuffer(memory, dtype=torch.uint8)
     start = -whole.data_ptr() % alignment
-    return whole[start : start + size].fill_(0)[:num_bytes]
+    return memory, whole[start : start + size].fill_(0)[:num_bytes]
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
@@ -168,9 +192,9 @@ class PeakMeter:
     def __init__(self, memory: FastMemory) -> None:
         self._memory = memory
         self._temporary_bytes = 0
+        self._outside_bytes = 0
         if memory.device.type == "cuda":
-            free, total = torch.cuda.mem_get_info(memory.device)
-            self._outside_bytes = total - free - torch.cuda.memory_reserved(memory.device)
+            torch.cuda.reset_peak_memory_stats(memory.device)  # of an earlier session
 
     @contextmanager
     def watch(self) -> Iterator[None]:
@@ -185,6 +209,9 @@ class PeakMeter:
     @property
     def peak_bytes(self) -> int:
         if self._memory.device.type == "cuda":
-            reserved = torch.cuda.max_memory_reserved(self._memory.device)
-            return self._outside_bytes + reserved
+            # Libraries and graphs take theirs when they are first used, past the allocator.
+            free, total = torch.cuda.mem_get_info(self._memory.device)
+            outside = total - free - torch.cuda.memory_reserved(self._memory.device)
+            self._outside_bytes = max(self._outside_bytes, outside)
+            return self._outside_bytes + torch.cuda.max_memory_reserved(self._memory.device)
         return self._memory.arena_bytes + self._temporary_bytes

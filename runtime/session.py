@@ -236,10 +236,19 @@ class Session:
         return self.model.draft_graphs.problem if self.model.draft_graphs else None
 
     def close(self) -> None:
+        """Fast memory is free again then: the next session may need it."""
         self.model.exact.close()
         self._loader.close()
         if self.model.substitutes is not None and self.plan.int4_kernel == "gemlite":
             gemlite_kernel.keep_tuning(self.device)
+        if self.model.draft_graphs is not None:
+            self.model.draft_graphs.replays.clear()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.memory.release()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.set_per_process_memory_fraction(1.0, self.device)
 
     def __enter__(self) -> "Session":
         return self
@@ -303,6 +312,7 @@ def open_device(plan: Plan, device: str | None) -> torch.device:
                 "count them from 0",
             )
         torch.cuda.set_device(chosen)
+        attention.without_cudnn()
         # What torch may allocate: the cap less the context, which torch does not count.
         ours = plan.budget_bytes - plan.plain.ledger.get("overhead", 0)
         total = torch.cuda.get_device_properties(chosen).total_memory

@@ -120,6 +120,24 @@ def test_the_first_round_of_a_length_is_not_replayed() -> None:
     assert len(captured) == 2
 
 
+def test_only_what_has_run_is_captured() -> None:
+    """A first level has one row, the others have more: other kernels."""
+    captured: list[object] = []
+
+    def capture(action):  # type: ignore[no-untyped-def]
+        captured.append(action)
+        return action
+
+    graphs = make_graphs(Tree(2, 3), W, CPU, capture)
+    for depth, expected in ((0, 0), (1, 0), (2, 2)):
+        grow(graphs, torch.tensor([1]), depth, cache_of(5), lengths_count)
+        assert len(captured) == expected
+    flat = make_graphs(Tree(2, 1), W, CPU, capture)
+    for _ in range(2):  # the second time it is replayed
+        grown = grow(flat, torch.tensor([1]), 1, cache_of(5), lengths_count)
+        assert grown.num_nodes == 3 and len(captured) == 3
+
+
 def test_where_a_capture_fails_levels_go_on_kernel_by_kernel() -> None:
     tries: list[object] = []
 

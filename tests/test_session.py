@@ -17,6 +17,7 @@ from subspec.planner.hub import DEMO
 from subspec.runtime import decode
 from subspec.runtime.decode import draft_pass
 from subspec.runtime.draft import DraftPass, TokenTree
+from subspec.runtime.memory import FastMemory
 from subspec.runtime.sampling import Sampling
 from subspec.runtime.session import Session, machine_name, needed_kernels
 
@@ -318,3 +319,28 @@ def test_only_kernels_that_the_method_calls_are_built(
     """Residuals are decoded over the layout of the 4-bit kernel, whoever drafts."""
     plan = replace(artifact.plan, int4_kernel=kernel, residuals=residuals)
     assert {source.stem for source, _ in needed_kernels(plan, method)} == sources
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text("ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_fast_memory_is_zeros_and_is_given_back_whoever_still_knows_of_it() -> None:
+    before = resident_bytes()
+    memory = FastMemory(torch.device("cpu"), {"cache": 64 << 20, "resident": 5000, "guard": 9})
+    known = memory.take("cache", 64 << 20)
+    assert not known.any() and resident_bytes() - before > 60 << 20
+    known.fill_(7)
+    memory.release()
+    assert resident_bytes() - before < 8 << 20
+    assert memory.arena_bytes == (64 << 20) + 5000
+
+
+def test_a_closed_session_leaves_room_for_the_next(artifact: Artifact) -> None:
+    """Also while a variable still holds it, as after a `with`."""
+    with Session(replan(artifact, context=4096)) as session:
+        run(session, PROMPT, 4)
+        arenas = session.memory.arena_bytes
+        before = resident_bytes()
+    assert before - resident_bytes() > 0.8 * arenas > 8 << 20
+    assert session.peak.peak_bytes > arenas, "what it was is still known"
