@@ -27,6 +27,7 @@ from subspec.runtime.session import Session
 from subspec.runtime.text import load_text
 
 HERE = Path(__file__).parent
+ENCODINGS = ("raw", "residual")
 PROMPTS = ("def read_file(path):\n", "class Cache:\n", "import os\n\n\ndef main():\n")
 
 
@@ -42,38 +43,59 @@ PROMPTS = ("def read_file(path):\n", "class Cache:\n", "import os\n\n\ndef main(
     show_default=True,
     help="Bytes a second; consumer PCIe 4.0 x16 and x8 by default.",
 )
+@click.option("--few-prompts", is_flag=True, help="Rehearse on one prompt of each kind.")
 @reported
-def main(out: Path, hidden: int, layers: int, vram: int, tokens: int, links: str) -> None:
+def main(
+    out: Path, hidden: int, layers: int, vram: int, tokens: int, links: str, few_prompts: bool
+) -> None:
     """Check the CUDA path on this machine."""
     if not torch.cuda.is_available():
         raise SubspecError(Exit.WRONG_MACHINE, "torch finds no CUDA GPU", "run it where one is")
+    out.mkdir(parents=True, exist_ok=True)
     model = out / "model"
     if not model.exists():
         run("widen.py", "--hidden", hidden, "--layers", layers, "--no-check", "--out", model)
-    found: dict[str, object] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
+    given = {"--model": model.absolute(), "--vram": f"{vram}B", "--device": "cuda"}
+    if few_prompts:
+        given["--calibration"] = few(out / "few.jsonl")
+    # What runs in processes of its own comes first: where the driver does not tell processes apart,
+    # all that this one takes of the GPU would count as theirs.
+    artifacts, found = dict[str, Artifact](), dict[str, dict[str, object]]()
+    for encoding in ENCODINGS:
+        artifacts[encoding] = plan(out / encoding, {**given, "--encoding": encoding})
+        speeds = {link: speed(out / encoding, link) for link in links.split(",")}
+        found[encoding] = {"speed": speeds}
     lossless = True
-    for encoding in ("raw", "residual"):
-        folder = out / encoding
-        asked = {"--model": model.absolute(), "--vram": f"{vram}B", "--out": folder}
-        asked |= {"--device": "cuda", "--encoding": encoding}
-        words = [str(word) for pair in asked.items() for word in pair]
-        planner = [sys.executable, "-P", "-m", "subspec.planner.cli"]
-        command = [*planner, *words, "--overwrite"]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        artifact = open_artifact(folder)
+    for encoding, artifact in artifacts.items():
         checked = check_lossless(artifact, tokens)
         lossless &= all(checked.values())
-        found[encoding] = {
+        found[encoding] |= {
             "link_bytes_per_second": artifact.profile.link[-1].bytes_per_second,
             "int4_kernel": artifact.profile.int4_kernel,
             "lossless": checked,
             "draft_level_seconds": draft_level_seconds(artifact, tokens),
-            "speed": {link: speed(folder, link) for link in links.split(",")},
         }
-    found["decode"] = decode(artifact)
-    print(json.dumps(found))
+        print(json.dumps(found), file=sys.stderr, flush=True)  # should what follows fail
+    here = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
+    print(json.dumps({**here, **found, "decode": decode(artifact)}))
     if not lossless:
         raise SubspecError(Exit.UNEXPECTED, "speculation changed tokens on this GPU")
+
+
+def plan(folder: Path, given: dict[str, object]) -> Artifact:
+    words = [str(word) for pair in given.items() for word in pair]
+    planner = [sys.executable, "-P", "-m", "subspec.planner.cli"]
+    command = [*planner, *words, "--out", str(folder), "--overwrite"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return open_artifact(folder)
+
+
+def few(path: Path) -> Path:
+    """The first held-out prompt of each kind, written to `path`."""
+    lines = (HERE / "prompts.jsonl").read_text("utf-8").splitlines()
+    first = {json.loads(line)["kind"]: line for line in reversed(lines)}
+    path.write_text("\n".join(first.values()) + "\n", encoding="utf-8")
+    return path
 
 
 def decode(artifact: Artifact) -> dict[str, float]:
@@ -108,11 +130,15 @@ def memory_bandwidth() -> float:
         target.copy_(source)
     after.record()
     after.synchronize()
-    return 10 * 2 * source.numel() / (before.elapsed_time(after) / 1e3)
+    rate: float = 10 * 2 * source.numel() / (before.elapsed_time(after) / 1e3)
+    del source, target
+    torch.cuda.empty_cache()
+    return rate
 
 
 def check_lossless(artifact: Artifact, tokens: int) -> dict[str, bool]:
     """Same tokens with and without speculation; peak memory below the cap."""
+    print(f"{artifact.path.name}: same tokens, below the cap?", file=sys.stderr)
     text = load_text(artifact.path / "tokenizer")
     samplings = {"greedy": Sampling(), "seeded": Sampling(temperature=0.8, seed=1)}
     said: dict[str, list[list[int]]] = {}
@@ -130,7 +156,6 @@ def check_lossless(artifact: Artifact, tokens: int) -> dict[str, bool]:
                 f"{method}: peak {format_size(peak)} of {format_size(artifact.plan.budget_bytes)}",
                 file=sys.stderr,
             )
-        torch.cuda.empty_cache()
     count = len(PROMPTS)
     same = {name: runs[:count] == runs[count:] for name, runs in said.items()}
     return {**same, "within_cap": within}
@@ -152,7 +177,6 @@ def draft_level_seconds(artifact: Artifact, tokens: int) -> dict[str, float]:
             print(f"a draft level by {name}: {found[name] * 1e3:.2f} ms", problem or "",
                   file=sys.stderr)  # fmt: skip
             read_bytes = session.placement.ledger["substitutes"]
-        torch.cuda.empty_cache()
     return found | {"floor": read_bytes / memory_bandwidth()}
 
 

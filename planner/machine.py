@@ -17,6 +17,7 @@ import torch
 
 from subspec.artifacts.errors import Exit, SubspecError
 from subspec.artifacts.folder import DISK_IS_FULL
+from subspec.artifacts.gpu_memory import held_bytes
 from subspec.artifacts.profile import Timing
 
 DEVICE = re.compile(r"cpu|cuda(?::([0-9]{1,3}))?", re.ASCII)
@@ -55,22 +56,11 @@ def pick_device(name: str | None) -> str:
 
 def gpu_overhead_bytes(device: torch.device) -> int:
     """What this process takes of the GPU beside its tensors: context, kernels, libraries."""
+    reserved, held = torch.cuda.memory_reserved(device), held_bytes(device)
+    if held is not None:
+        return max(held - reserved, 0)
     free, total = torch.cuda.mem_get_info(device)
-    reserved = torch.cuda.memory_reserved(device)
-    unknown = min(total - free - reserved, UNKNOWN_OVERHEAD_BYTES)
-    try:
-        import pynvml
-    except ImportError:
-        return unknown
-    try:
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(device.index or 0)
-        processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
-    except pynvml.NVMLError:
-        return unknown
-    ours = [p.usedGpuMemory for p in processes if p.pid == os.getpid() and p.usedGpuMemory]
-    # In a container our process id is not the one that the driver knows.
-    return max(ours[0] - reserved, 0) if ours else unknown
+    return min(total - free - reserved, UNKNOWN_OVERHEAD_BYTES)
 
 
 def time_each(

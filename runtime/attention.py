@@ -32,7 +32,8 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
     output = F.scaled_dot_product_attention(
         folded, keys[None], values[None], attn_mask=bias.repeat(repeats, 1)
     )
-    return output.view(num_heads, num_rows, head_size).to(q.dtype)
+    # Some kernels on cuda return the rows outermost: no view of that is one of the heads.
+    return output.reshape(num_heads, num_rows, head_size).to(q.dtype)
 
 
 def without_cudnn() -> None:

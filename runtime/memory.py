@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from subspec.artifacts.errors import Exit, SubspecError
+from subspec.artifacts.gpu_memory import held_bytes
 from subspec.artifacts.model import PAGE_BYTES
 from subspec.artifacts.plan import aligned
 from subspec.artifacts.sizes import format_size
@@ -209,9 +210,12 @@ class PeakMeter:
     @property
     def peak_bytes(self) -> int:
         if self._memory.device.type == "cuda":
+            device, held = self._memory.device, held_bytes(self._memory.device)
+            if held is None:  # other programs' count as ours
+                free, total = torch.cuda.mem_get_info(device)
+                held = total - free
             # Libraries and graphs take theirs when they are first used, past the allocator.
-            free, total = torch.cuda.mem_get_info(self._memory.device)
-            outside = total - free - torch.cuda.memory_reserved(self._memory.device)
+            outside = held - torch.cuda.memory_reserved(device)
             self._outside_bytes = max(self._outside_bytes, outside)
-            return self._outside_bytes + torch.cuda.max_memory_reserved(self._memory.device)
+            return self._outside_bytes + torch.cuda.max_memory_reserved(device)
         return self._memory.arena_bytes + self._temporary_bytes

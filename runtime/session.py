@@ -313,6 +313,7 @@ def open_device(plan: Plan, device: str | None) -> torch.device:
             )
         torch.cuda.set_device(chosen)
         attention.without_cudnn()
+        torch.cuda.empty_cache()  # what others of this process cached would count against the cap
         # What torch may allocate: the cap less the context, which torch does not count.
         ours = plan.budget_bytes - plan.plain.ledger.get("overhead", 0)
         total = torch.cuda.get_device_properties(chosen).total_memory

@@ -91,6 +91,18 @@ def test_all_agree_with_grouped_query_attention_of_torch(dtype: torch.dtype) -> 
         torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
 
 
+def test_a_kernel_may_return_its_rows_outermost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the memory-efficient one does on GPUs."""
+    given, real = inputs(torch.bfloat16), F.scaled_dot_product_attention
+    expected = attend(*given)
+
+    def rows_outermost(*tensors: Tensor, **settings: Tensor) -> Tensor:
+        return real(*tensors, **settings).transpose(1, 2).contiguous().transpose(1, 2)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", rows_outermost)
+    assert equal_bits(attend(*given), expected)
+
+
 def test_without_a_compiler_the_plain_twin_is_what_verifies(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
