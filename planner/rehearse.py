@@ -21,7 +21,7 @@ from subspec.runtime.sampling import Sampling
 from subspec.runtime.session import Session, kernel_sources
 from subspec.runtime.text import load_text
 
-DRAFT_SECONDS = 120.0  # for speculation and its replays, at most
+DRAFT_SECONDS = 180.0  # for speculation and its replays, at most
 PLAIN_SECONDS = 10.0
 PLAIN_TOKENS = 12
 
