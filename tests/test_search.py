@@ -18,7 +18,7 @@ from subspec.artifacts.plan import USUAL, Plan, Wishes
 from subspec.artifacts.profile import Learned, LinkRate, Profile, Timing
 from subspec.artifacts.sizes import parse_size
 from subspec.planner import problem as problem_module
-from subspec.planner.costs import model_bytes
+from subspec.planner.costs import ALLOCATOR_BYTES, model_bytes
 from subspec.planner.predict import (
     Candidate,
     early_doubt,
@@ -451,7 +451,9 @@ def test_every_plan_passes_the_readers_check(
     if stored is not None:
         given["stored"] = usual_storages(spec)[stored]
     num_plans = 0
-    for budget_bytes in (*CHECKED[:12], *BUDGETS, 20_000_000, 40_000_000, 60_000_000, 80_000_000):
+    room = ALLOCATOR_BYTES if device == "cuda" else 0
+    for small in (*CHECKED[:12], *BUDGETS, 20_000_000, 40_000_000, 60_000_000, 80_000_000):
+        budget_bytes = small + room
         try:
             plan = plan_for(budget_bytes, wishes, **given)
         except SubspecError as error:
@@ -511,23 +513,24 @@ def test_what_streams_must_fit_the_host_memory_of_a_gpu() -> None:
     wishes = Wishes(context=256, ram_bytes=1_000_000)
     gpu = make_profile(device="cuda")
     with pytest.raises(SubspecError, match="--ram is 1.00 MB") as caught:
-        plan_for(12_000_000, wishes, profile=gpu)
+        plan_for(12_000_000 + ALLOCATOR_BYTES, wishes, profile=gpu)
     assert caught.value.exit_code == Exit.INFEASIBLE
-    assert plan_for(30_000_000, wishes, profile=gpu).plain.num_slots == 0
+    assert plan_for(30_000_000 + ALLOCATOR_BYTES, wishes, profile=gpu).plain.num_slots == 0
     assert plan_for(12_000_000, wishes)  # on cpu the slow tier is the disk
 
 
 def test_what_streams_must_be_what_the_process_can_pin() -> None:
     gpu = make_profile(device="cuda", pinnable_bytes=1_000_000)
     with pytest.raises(SubspecError, match="this process can pin 1.00 MB") as caught:
-        plan_for(12_000_000, profile=gpu)
+        plan_for(12_000_000 + ALLOCATOR_BYTES, profile=gpu)
     assert caught.value.exit_code == Exit.INFEASIBLE and "ulimit -l" in caught.value.hint
-    for fine in (
-        replace(gpu, pinnable_bytes=0),  # not tried
-        replace(gpu, pinnable_bytes=1 << 30),
-        replace(gpu, device="cpu"),
+    for fine, room in (
+        (replace(gpu, pinnable_bytes=0), ALLOCATOR_BYTES),  # not tried
+        (replace(gpu, pinnable_bytes=1 << 30), ALLOCATOR_BYTES),
+        (replace(gpu, device="cpu"), 0),
     ):
-        assert plan_for(12_000_000, profile=fine).predicted["plain"].streamed_bytes > 1_000_000
+        plan = plan_for(12_000_000 + room, profile=fine)
+        assert plan.predicted["plain"].streamed_bytes > 1_000_000
 
 
 # The user's wishes
@@ -574,7 +577,10 @@ def test_the_context_is_ours_to_halve() -> None:
     assert "the context is 512 tokens" in plan.reasons[0]
 
 
-def test_a_context_that_leaves_no_room_for_a_draft_is_halved_further() -> None:
+def test_a_context_that_leaves_no_room_for_a_draft_is_halved_further(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("subspec.planner.costs.ALLOCATOR_BYTES", 0)  # more than this whole model
     profile = make_profile(device="cuda", overhead_bytes=4_000_000)
     assert problem_module.default_context(make_spec(), 17_000_000) == 512
     plan = plan_for(17_000_000, Wishes(), profile=profile)
