@@ -7,6 +7,7 @@ they arrive while the draft runs.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 
 import torch
@@ -50,18 +51,17 @@ class Ring:
         self._num_slots = num_slots
         self._num_begun = 0
         self._num_taken = 0
-        self._failed = False
+        self._failure: SubspecError | None = None  # kept: nothing is taken after it
         for _ in range(num_slots):
             self._begin()
 
     def take(self) -> tuple[Block, Tensor]:
         """The next block and its bytes, valid until `give_back`."""
+        if self._failure is not None:
+            raise self._failure
         block = self._blocks[self._num_taken % len(self._blocks)]
-        try:
+        with self._failures_kept():
             memory = self._link.wait(self._num_taken % self._num_slots)
-        except SubspecError:
-            self._failed = True
-            raise
         if self._num_taken < len(self._blocks):
             self._checked = self._check(block, memory)
         self._num_taken += 1
@@ -71,14 +71,23 @@ class Ring:
     def give_back(self) -> None:
         """The compute that reads the block taken last is issued: its slot may be filled anew.
         Raises what the block's check found."""
-        try:
-            self._checked()
-        except SubspecError:
-            self._failed = True
-            raise
-        self._checked = lambda: None
+        self.settle()
         self._link.release((self._num_taken - 1) % self._num_slots)
         self._begin()
+
+    def settle(self) -> None:
+        """Waits for the check of the block taken last, and raises what it found."""
+        with self._failures_kept():
+            self._checked()
+        self._checked = lambda: None
+
+    @contextmanager
+    def _failures_kept(self) -> Iterator[None]:
+        try:
+            yield
+        except SubspecError as error:
+            self._failure = error
+            raise
 
     def _begin(self) -> None:
         index = self._num_begun % len(self._blocks)
@@ -88,7 +97,7 @@ class Ring:
 
     def skip_to_first(self) -> None:
         """After a pass that was cut short: take what is under way until block 0 is next."""
-        while self._num_taken % len(self._blocks) and not self._failed:
+        while self._num_taken % len(self._blocks):
             self.take()
             self.give_back()
 
@@ -141,9 +150,11 @@ class ExactWeights:
                 self._record("layer", name, started, {})
             finished = True
         finally:
-            self._give_back()
-            if not finished and self.ring is not None:
-                self.ring.skip_to_first()
+            # Of a pass that was cut short the ring keeps a failure: the next pass raises it.
+            with nullcontext() if finished else suppress(SubspecError):
+                self._give_back()
+                if not finished and self.ring is not None:
+                    self.ring.skip_to_first()
         if self._restorer is not None:
             self._restorer.check()
 
@@ -200,7 +211,12 @@ class ExactWeights:
         if found.dtype != torch.uint8:
             return found
         assert self._restorer is not None, f"{part.name} is a residual"
-        return self._restorer.restore(part, found)
+        try:
+            return self._restorer.restore(part, found)
+        except SubspecError:
+            if self.ring is not None:
+                self.ring.settle()  # its digest says better what is wrong with it
+            raise
 
     def _streamed(self, part: Part) -> Tensor:
         """As `held`; valid until a part of another block is asked for."""
