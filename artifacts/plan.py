@@ -13,7 +13,7 @@ from subspec.artifacts.model import StoredPart
 
 DeviceKind = Literal["cpu", "cuda"]
 Method = Literal["substitute", "plain"]
-Int4Kernel = Literal["aten", "gemlite", "w4a8"]  # the last: runtime/int4.cpp, on cpu
+Int4Kernel = Literal["aten", "gemlite", "w4a8"]  # the last: runtime/kernels/int4.cpp, on cpu
 
 
 @dataclass(frozen=True)

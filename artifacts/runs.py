@@ -17,11 +17,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from subspec.artifacts.codec import dump_json, load_dataclass, parse_json
-from subspec.artifacts.errors import SubspecError
-from subspec.artifacts.folder import MANIFEST
+from subspec.artifacts.common.errors import SubspecError
+from subspec.artifacts.common.user_cache import users_folder
+from subspec.artifacts.format.codec import dump_json, load_dataclass, parse_json
+from subspec.artifacts.format.folder import MANIFEST
 from subspec.artifacts.plan import Method, Plan
-from subspec.artifacts.users_cache import users_folder
 
 RUNS = "runs.jsonl"
 MOST_RUNS = 1000  # the newest are kept; the file grows to twice that before it is cut

@@ -18,13 +18,13 @@ from pathlib import Path
 import click
 import torch
 
-from subspec.artifacts.command import reported, size_option
-from subspec.artifacts.errors import Exit, SubspecError
-from subspec.artifacts.sizes import format_size, weights_rate
-from subspec.artifacts.store import Artifact, open_artifact
-from subspec.runtime.sampling import Sampling
+from subspec.artifacts.common.command import reported, size_option
+from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.common.sizes import format_size, weights_rate
+from subspec.artifacts.format.store import Artifact, open_artifact
+from subspec.runtime.model.sampling import Sampling
 from subspec.runtime.session import Session
-from subspec.runtime.text import load_text
+from subspec.runtime.text.tokenizer import load_text
 
 HERE = Path(__file__).parent
 ENCODINGS = ("raw", "residual")

@@ -17,21 +17,21 @@ import click
 import torch
 from torch import Tensor
 
-from subspec.artifacts.command import reported
+from subspec.artifacts.common.command import reported
 from subspec.artifacts.model import ModelSpec, Rope, linears, resident_tensors
 from subspec.artifacts.plan import Int4Kernel
-from subspec.planner.excerpt import fill_with_noise, random_substitute
-from subspec.planner.machine import time_each
-from subspec.runtime import draft_layers
-from subspec.runtime.attention import attend, attend_exactly, attend_order_free
-from subspec.runtime.cache import Cache
+from subspec.planner.machine.excerpt import fill_with_noise, random_substitute
+from subspec.planner.machine.timing import time_each
 from subspec.runtime.decode import tree_rows
-from subspec.runtime.draft import root_only
-from subspec.runtime.draft_layers import compiled_layers
-from subspec.runtime.linear import Int4Weight, int4_product, pack, packed_bytes
+from subspec.runtime.draft import compiled_layers
+from subspec.runtime.draft.beam import root_only
+from subspec.runtime.draft.compiled_layers import compile_layers
+from subspec.runtime.draft.substitutes import Substitutes
+from subspec.runtime.kernels.linear import Int4Weight, int4_product, pack, packed_bytes
 from subspec.runtime.memory import host_buffer
-from subspec.runtime.substitutes import Substitutes
-from subspec.runtime.transformer import forward, make_decoder
+from subspec.runtime.model.attention import attend, attend_exactly, attend_order_free
+from subspec.runtime.model.cache import Cache
+from subspec.runtime.model.transformer import forward, make_decoder
 
 CPU = torch.device("cpu")
 ROWS = (1, 2, 3, 4, 8, 16)
@@ -101,7 +101,7 @@ def draft_passes(
     room_of_cache = host_buffer(2 * torch.Size(shape).numel())  # in huge pages, as a session's is
     cache = Cache(room_of_cache.view(torch.bfloat16).view(shape), [0] * TOKENS)
     fill_with_noise(cache.keys_values, 1.0)
-    compiled = compiled_layers(decoder, substitutes, cache)
+    compiled = compile_layers(decoder, substitutes, cache)
     assert compiled is not None
 
     def passes(num_rows: int) -> dict[str, Callable[[], object]]:
@@ -109,7 +109,7 @@ def draft_passes(
         rows = tree_rows(tree, torch.arange(num_rows), cache.behind(num_rows))
         return {
             "products": draft_step(weights, num_rows),
-            "compiled": lambda: draft_layers.forward(compiled, rows, cache),
+            "compiled": lambda: compiled_layers.forward(compiled, rows, cache),
             "twin": lambda: forward(decoder, substitutes, rows, cache, attend),
         }
 

@@ -26,22 +26,22 @@ from pathlib import Path
 import click
 import torch
 
-from subspec.artifacts.command import reported, size_option
-from subspec.artifacts.errors import Exit, SubspecError
+from subspec.artifacts.common.command import reported, size_option
+from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.common.sizes import parse_size, short_size
+from subspec.artifacts.format.store import Artifact, open_artifact
 from subspec.artifacts.plan import USUAL, Method, Plan, Usage, Wishes
 from subspec.artifacts.profile import Profile
-from subspec.artifacts.sizes import parse_size, short_size
-from subspec.artifacts.store import Artifact, open_artifact
-from subspec.planner.calibration import Sample, read_samples, sample_ids
-from subspec.planner.costs import model_bytes
-from subspec.planner.outlook import foretell
+from subspec.planner.machine.profiles import under_link
 from subspec.planner.planning import Options, plan_anew
-from subspec.planner.profiles import under_link
-from subspec.planner.search import search
-from subspec.planner.storage import Storage
-from subspec.runtime.sampling import Sampling
+from subspec.planner.rehearse.calibration import Sample, read_samples, sample_ids
+from subspec.planner.solve.costs import model_bytes
+from subspec.planner.solve.outlook import foretell
+from subspec.planner.solve.search import search
+from subspec.planner.solve.storage import Storage
+from subspec.runtime.model.sampling import Sampling
 from subspec.runtime.session import Session
-from subspec.runtime.text import Text, load_text
+from subspec.runtime.text.tokenizer import Text, load_text
 
 PROMPTS = Path(__file__).with_name("prompts.jsonl")
 SHARE_OF_CONTEXT = 1 / 3  # that a prompt fills

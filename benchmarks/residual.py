@@ -21,15 +21,16 @@ import click
 import torch
 from speed import Run, run_all
 
-from subspec.artifacts import compiled, residual
-from subspec.artifacts.command import reported
+from subspec.artifacts.common.command import reported
+from subspec.artifacts.common.sizes import parse_size, short_size, weights_rate
+from subspec.artifacts.format import residual
+from subspec.artifacts.format.store import Artifact, open_artifact
+from subspec.artifacts.native import residual_cpu
 from subspec.artifacts.plan import Acceptance, Wishes
-from subspec.artifacts.sizes import parse_size, short_size, weights_rate
-from subspec.artifacts.store import Artifact, open_artifact
-from subspec.planner.profiles import under_link
-from subspec.planner.quantize import quantize
-from subspec.planner.search import search
-from subspec.planner.storage import Storage
+from subspec.planner.build.quantize import quantize
+from subspec.planner.machine.profiles import under_link
+from subspec.planner.solve.search import search
+from subspec.planner.solve.storage import Storage
 
 ROWS, COLUMNS = 2048, 2048
 LINKS = ("250MB", "500MB", "1GB", "2GB")
@@ -43,12 +44,12 @@ def decode_rates() -> dict[str, float]:
     stored, out = residual.encode(weight, made.codes, made.grid), torch.empty_like(weight)
     found = {"bits_per_weight": 8 * stored.numel() / weight.numel()}
     tries: dict[str, Callable[[], object]] = {}
-    if (problem := compiled.unavailable()) is None:
+    if (problem := residual_cpu.unavailable()) is None:
         for threads in sorted({1, torch.get_num_threads()}):
-            tries[f"decode, {threads} threads"] = lambda threads=threads: compiled.decode_into(  # type: ignore[misc]
+            tries[f"decode, {threads} threads"] = lambda threads=threads: residual_cpu.decode_into(  # type: ignore[misc]
                 out, stored, made.codes, made.grid, 0, threads
             )
-        tries["encode, 1 thread"] = lambda: compiled.encode(weight, made.codes, made.grid, 1)
+        tries["encode, 1 thread"] = lambda: residual_cpu.encode(weight, made.codes, made.grid, 1)
     else:
         print(f"no compiled decoder: {problem}", file=sys.stderr)
     tries["decode, plain twin"] = lambda: residual.decode(

@@ -13,15 +13,15 @@ from pathlib import Path
 
 import torch
 
-from subspec.artifacts.errors import Exit, SubspecError
+from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.common.sizes import short_size
+from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.model import linears
-from subspec.artifacts.sizes import short_size
-from subspec.artifacts.store import Artifact
 from subspec.runtime.clock import Span, chrome_trace, overlap_seconds
 from subspec.runtime.load import DRAFT_DTYPE
-from subspec.runtime.sampling import Sampling
+from subspec.runtime.model.sampling import Sampling
 from subspec.runtime.session import Session
-from subspec.runtime.text import load_text
+from subspec.runtime.text.tokenizer import load_text
 
 WARM_UP_ROUNDS = 2
 TRACED_ROUNDS = 8

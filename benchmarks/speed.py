@@ -30,13 +30,13 @@ from roofline import (
     write_trace,
 )
 
-from subspec.artifacts.command import reported, size_option
-from subspec.artifacts.errors import Exit, SubspecError
-from subspec.artifacts.sizes import short_size
-from subspec.artifacts.store import Artifact, open_artifact
-from subspec.runtime.sampling import Sampling
+from subspec.artifacts.common.command import reported, size_option
+from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.common.sizes import short_size
+from subspec.artifacts.format.store import Artifact, open_artifact
+from subspec.runtime.model.sampling import Sampling
 from subspec.runtime.session import Session
-from subspec.runtime.text import load_text
+from subspec.runtime.text.tokenizer import load_text
 
 CHATS = (
     "Write the Python function read_file: Read a file and return its lines.",

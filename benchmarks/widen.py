@@ -36,10 +36,10 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
-from subspec.artifacts.errors import Exit, SubspecError
+from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.format.tensors import read_header, write_header
 from subspec.artifacts.model import GROUP_SIZE, ModelSpec, Source
-from subspec.artifacts.tensors import read_header, write_header
-from subspec.planner.config import read_config
+from subspec.planner.model.config import read_config
 
 Files = dict[str, Path]  # by the name of the source tensor
 Recipes = dict[str, "Recipe"]  # by the name of the wide tensor

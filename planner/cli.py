@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from subspec.artifacts.command import Program, reported, say, size_option
-from subspec.artifacts.errors import Exit, SubspecError
-from subspec.artifacts.sizes import parse_size
+from subspec.artifacts.common.command import Program, reported, say, size_option
+from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.common.sizes import parse_size
 from subspec.planner.planning import Options
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def main(**given: Any) -> None:
     measured = known_profile(options)
     if not options.dry_run:
         check_out(out, options.overwrite)
-    from subspec.planner.hub import resolve
+    from subspec.planner.model.hub import resolve
 
     assert options.model is not None, "check_options asks for it"
     resolved = resolve(options.model, options.revision, weights=not options.dry_run)
@@ -104,7 +104,7 @@ def report(options: Options, spec: "ModelSpec", plan: "Plan", out: Path) -> None
     """The table on stderr; on stdout the folder, or the JSON object."""
     from rich.console import Console
 
-    from subspec.planner.explain import plan_json, print_plan
+    from subspec.planner.report.explain import plan_json, print_plan
 
     print_plan(spec, plan, Console(stderr=True))
     if not options.dry_run:
@@ -152,9 +152,9 @@ def check_options(options: Options) -> None:
 def plan_artifact(options: Options, source: Path) -> None:
     """--from and --calibrate: another plan over the weights of an artifact, in its folder or in one
     beside it."""
-    from subspec.artifacts.codec import dump_json
-    from subspec.artifacts.store import open_artifact
-    from subspec.planner.build import rebuild
+    from subspec.artifacts.format.codec import dump_json
+    from subspec.artifacts.format.store import open_artifact
+    from subspec.planner.build.artifact import rebuild
     from subspec.planner.planning import asked_before, known_profile, plan_anew
 
     artifact = open_artifact(source)
@@ -178,7 +178,7 @@ def plan_artifact(options: Options, source: Path) -> None:
 
 def check_out(out: Path, overwrite: bool) -> None:
     """What new_folder() would refuse in the end, before any work."""
-    from subspec.artifacts.folder import check_target
+    from subspec.artifacts.format.folder import check_target
     from subspec.planner.planning import existing_parent
 
     try:

@@ -8,21 +8,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from subspec.artifacts.command import say
-from subspec.artifacts.errors import Exit, SubspecError
-from subspec.artifacts.sizes import short_size
+from subspec.artifacts.common.command import say
+from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.common.sizes import short_size
 
 if TYPE_CHECKING:
     from subspec.artifacts.acceptance import Acceptance
+    from subspec.artifacts.format.store import Artifact
     from subspec.artifacts.model import ModelSpec
     from subspec.artifacts.plan import Plan, Wishes
     from subspec.artifacts.profile import Profile
     from subspec.artifacts.runs import Run
-    from subspec.artifacts.store import Artifact
-    from subspec.planner.calibration import Sample
-    from subspec.planner.hub import Resolved
-    from subspec.planner.learn import Foretell
-    from subspec.planner.storage import Storage
+    from subspec.planner.model.hub import Resolved
+    from subspec.planner.rehearse.calibration import Sample
+    from subspec.planner.rehearse.learn import Foretell
+    from subspec.planner.solve.storage import Storage
 
 Progress = Callable[[str, float], None]
 
@@ -69,13 +69,13 @@ def plan_and_build(
     options: Options, resolved: "Resolved", out: Path, measured: "Profile | None", show: Progress
 ) -> "tuple[Plan, ModelSpec]":
     """A checkpoint becomes an artifact."""
-    from subspec.planner.build import build
-    from subspec.planner.checkpoint import read_checkpoint
-    from subspec.planner.quantize import QUANTIZERS
-    from subspec.planner.rehearse import ship_kernels
-    from subspec.planner.search import PRIOR
-    from subspec.planner.storage import Storage
-    from subspec.planner.tokenizer_files import read_tokenizer
+    from subspec.planner.build.artifact import build
+    from subspec.planner.build.quantize import QUANTIZERS
+    from subspec.planner.model.checkpoint import read_checkpoint
+    from subspec.planner.model.tokenizer_files import read_tokenizer
+    from subspec.planner.rehearse.rehearsal import ship_kernels
+    from subspec.planner.solve.search import PRIOR
+    from subspec.planner.solve.storage import Storage
 
     samples = samples_of(options)
     checkpoint = read_checkpoint(resolved.path, resolved.source)
@@ -104,8 +104,8 @@ def dry_run(
     options: Options, resolved: "Resolved", out: Path, measured: "Profile | None", show: Progress
 ) -> "tuple[Plan, ModelSpec]":
     """From config and headers alone."""
-    from subspec.planner.checkpoint import read_spec
-    from subspec.planner.search import PRIOR
+    from subspec.planner.model.checkpoint import read_spec
+    from subspec.planner.solve.search import PRIOR
 
     spec = read_spec(resolved.path, resolved.source)
     profile = measured or measure_here(options, spec, out, show)
@@ -116,8 +116,8 @@ def plan_anew(
     options: Options, artifact: "Artifact", out: Path, known: "Profile | None", show: Progress
 ) -> "tuple[Plan, Profile]":
     """Another plan over the weights of an artifact, which stay as they are. known: --profile."""
-    from subspec.planner.learn import with_runs
-    from subspec.planner.storage import Storage
+    from subspec.planner.rehearse.learn import with_runs
+    from subspec.planner.solve.storage import Storage
 
     spec, acceptance = artifact.spec, artifact.plan.acceptance
     stored, samples = Storage(tuple(artifact.stored_parts())), samples_of(options)
@@ -143,9 +143,9 @@ def rehearsed(
     show: Progress,
 ) -> "tuple[Plan, Profile]":
     """Runs the best plan that is known so far, and plans again with what that taught."""
-    from subspec.planner.learn import learned, unlearned
-    from subspec.planner.rehearse import Setting, rehearse
-    from subspec.planner.search import PRIOR
+    from subspec.planner.rehearse.learn import learned, unlearned
+    from subspec.planner.rehearse.rehearsal import Setting, rehearse
+    from subspec.planner.solve.search import PRIOR
 
     spec, profile = artifact.spec, unlearned(profile)
     # Of whole trees: where their rounds begin trees are judged (EARLY_BIAS of predict.py).
@@ -164,8 +164,8 @@ def foretelling(
 ) -> "Foretell":
     """What the plan promises for a usage, by the profile's own terms. A check of what streams first
     is left out: it happens once."""
-    from subspec.planner.learn import unlearned
-    from subspec.planner.outlook import foretell
+    from subspec.planner.rehearse.learn import unlearned
+    from subspec.planner.solve.outlook import foretell
 
     bare = replace(unlearned(slowed(options, profile)), digest_rate=0.0)
     return lambda method, usage: foretell(spec, bare, plan, stored, method, usage)
@@ -192,7 +192,7 @@ def learn_from(
     options: Options, artifact: "Artifact", profile: "Profile", stored: "Storage", runs: "list[Run]"
 ) -> "Profile":
     """Folds the runs' times into the profile; phases without a run stay as they were."""
-    from subspec.planner.learn import learned, rounds_of_runs, updated
+    from subspec.planner.rehearse.learn import learned, rounds_of_runs, updated
 
     free = [run for run in runs if run.link_bandwidth == options.link_bandwidth]
     promised = foretelling(options, artifact.spec, profile, artifact.plan, stored)
@@ -203,7 +203,7 @@ def learn_from(
 
 def profile_for(options: Options, artifact: "Artifact", out: Path, show: Progress) -> "Profile":
     """The artifact's own profile if it was measured on this machine, else a new one."""
-    from subspec.planner.measure import machine_name, pick_device
+    from subspec.planner.machine.measure import machine_name, pick_device
 
     if not options.reprofile:
         if artifact.profile.machine == machine_name(pick_device(options.device)):
@@ -215,11 +215,11 @@ def profile_for(options: Options, artifact: "Artifact", out: Path, show: Progres
 def known_profile(options: Options) -> "Profile | None":
     """The profile of --profile; None: this machine is to be measured."""
     if options.profile is None:
-        from subspec.planner.machine import pick_device
+        from subspec.planner.machine.timing import pick_device
 
         pick_device(options.device)
         return None
-    from subspec.planner.profiles import read_profile
+    from subspec.planner.machine.profiles import read_profile
 
     profile = read_profile(options.profile)
     if options.device is not None and options.device.partition(":")[0] != profile.device:
@@ -233,7 +233,7 @@ def known_profile(options: Options) -> "Profile | None":
 
 
 def measure_here(options: Options, spec: "ModelSpec", out: Path, show: Progress) -> "Profile":
-    from subspec.planner.measure import measure, pick_device
+    from subspec.planner.machine.measure import measure, pick_device
 
     if options.context is not None and options.context > spec.max_positions:
         raise SubspecError(
@@ -257,7 +257,7 @@ def solve(
     acceptance: "Acceptance",
     stored: "Storage | None" = None,
 ) -> "Plan":
-    from subspec.planner.search import search
+    from subspec.planner.solve.search import search
 
     slow = slowed(options, profile)
     plan = search(spec, slow, options.budget, wishes_of(options), acceptance, stored)
@@ -275,8 +275,8 @@ def with_sweeps(
     plan: "Plan",
 ) -> "Plan":
     """The plan with what other budgets and contexts would give."""
-    from subspec.planner.outlook import with_outlook
-    from subspec.planner.search import search
+    from subspec.planner.solve.outlook import with_outlook
+    from subspec.planner.solve.search import search
 
     slow = slowed(options, profile)
 
@@ -291,13 +291,13 @@ def with_sweeps(
 
 def slowed(options: Options, profile: "Profile") -> "Profile":
     """The profile under --link-bandwidth."""
-    from subspec.planner.profiles import under_link
+    from subspec.planner.machine.profiles import under_link
 
     return under_link(profile, options.link_bandwidth)
 
 
 def samples_of(options: Options) -> "tuple[Sample, ...]":
-    from subspec.planner.calibration import read_samples, shipped_samples
+    from subspec.planner.rehearse.calibration import read_samples, shipped_samples
 
     if options.calibration is None:
         return shipped_samples()

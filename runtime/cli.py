@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from subspec.artifacts.command import HINT, Program, reported, say, size_option
-from subspec.artifacts.errors import Exit, SubspecError
-from subspec.artifacts.sizes import format_size
+from subspec.artifacts.common.command import HINT, Program, reported, say, size_option
+from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.common.sizes import format_size
 
 if TYPE_CHECKING:
-    from subspec.artifacts.store import Artifact
+    from subspec.artifacts.format.store import Artifact
     from subspec.runtime.session import Session
-    from subspec.runtime.text import Text
+    from subspec.runtime.text.tokenizer import Text
 
 LARGEST_PROMPT = 16 << 20  # bytes read from stdin
 LOADED_FIRST_BYTES = 2 << 30  # what a disk brings in a second
@@ -138,7 +138,7 @@ def main(**given: Any) -> None:
         check(options)
         return
     if options.stats:
-        from subspec.runtime.history import report
+        from subspec.runtime.app.history import report
 
         report(open_folder(options.artifact), options.as_json)
         return
@@ -148,18 +148,18 @@ def main(**given: Any) -> None:
     if options.trust_kernels:
         trust_kernels(artifact)
     artifact = planned_for_here(artifact, options)
-    from subspec.runtime.text import load_text
+    from subspec.runtime.text.tokenizer import load_text
 
     text = load_text(artifact.path / "tokenizer")
     if prompt is None or options.chat:
         with opened(artifact, options) as session:
-            from subspec.runtime.chat import chat
+            from subspec.runtime.app.chat import chat
 
             chat(session, text, options, prompt)
         return
     ids = prompt_ids(artifact, text, options, prompt)  # before the weights load: it may not fit
     with opened(artifact, options) as session:
-        from subspec.runtime.answer import answer_once
+        from subspec.runtime.app.answer import answer_once
 
         answer_once(session, text, options, ids)
 
@@ -188,7 +188,7 @@ def spelled(field: str) -> str:
 
 
 def check(options: Options) -> None:
-    from subspec.artifacts.store import verify
+    from subspec.artifacts.format.store import verify
 
     artifact = open_folder(options.artifact)
     size = sum(entry.num_bytes for entry in artifact.manifest.files)
@@ -203,7 +203,7 @@ def check(options: Options) -> None:
 
 def open_folder(path: Path) -> "Artifact":
     """open_artifact, with a word for those who give the name of a model or a checkpoint."""
-    from subspec.artifacts.store import open_artifact
+    from subspec.artifacts.format.store import open_artifact
 
     is_checkpoint = (path / "config.json").exists() and not (path / "manifest.json").exists()
     if path.exists() and not is_checkpoint:
@@ -222,7 +222,7 @@ def begin_to_read(artifact: "Artifact", options: Options) -> None:
     the page cache meanwhile."""
     from threading import Thread
 
-    from subspec.artifacts.tensors import read_ahead
+    from subspec.artifacts.format.tensors import read_ahead
 
     placement = artifact.plan.placement("plain" if options.no_speculation else artifact.plan.method)
     if placement is not None and placement.ledger.get("substitutes"):
@@ -232,7 +232,7 @@ def begin_to_read(artifact: "Artifact", options: Options) -> None:
 
 def trust_kernels(artifact: "Artifact") -> None:
     """Before anything is built or planned for this machine."""
-    from subspec.artifacts.shipped import adopt
+    from subspec.artifacts.format.prebuilt import adopt
     from subspec.runtime.session import kernel_sources
 
     missing = adopt(artifact, kernel_sources(artifact.plan))
@@ -244,7 +244,7 @@ def planned_for_here(artifact: "Artifact", options: Options) -> "Artifact":
     """Under its own plan, or under one that this machine can obey."""
     if options.no_replan:
         return artifact
-    from subspec.runtime.replan import fitted
+    from subspec.runtime.app.replan import fitted
 
     artifact, note = fitted(
         artifact,

@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 
 from subspec.artifacts.plan import Plan
-from subspec.runtime import draft_graphs, draft_layers
-from subspec.runtime.attention import attend, attend_exactly
-from subspec.runtime.cache import Behind, Cache
 from subspec.runtime.clock import Clock
-from subspec.runtime.draft import DraftPass, TokenTree, grow, root_only
-from subspec.runtime.draft_graphs import DraftGraphs
-from subspec.runtime.draft_layers import DraftLayers
-from subspec.runtime.sampling import Sampling, choose
-from subspec.runtime.stream import ExactWeights
-from subspec.runtime.substitutes import Substitutes
-from subspec.runtime.transformer import Decoder, Rows, forward
+from subspec.runtime.draft import compiled_layers, graphs
+from subspec.runtime.draft.beam import DraftPass, TokenTree, grow, root_only
+from subspec.runtime.draft.compiled_layers import DraftLayers
+from subspec.runtime.draft.graphs import DraftGraphs
+from subspec.runtime.draft.substitutes import Substitutes
+from subspec.runtime.model.attention import attend, attend_exactly
+from subspec.runtime.model.cache import Behind, Cache
+from subspec.runtime.model.sampling import Sampling, choose
+from subspec.runtime.model.transformer import Decoder, Rows, forward
+from subspec.runtime.stream.exact_weights import ExactWeights
 from subspec.runtime.verify import Verdict, accept, walk
 
 
@@ -121,7 +121,7 @@ def draft(model: Model, root: Tensor, depth: int) -> TokenTree:
     plan = model.plan
     if model.draft_graphs is not None:
         passes = partial(draft_pass, model)
-        return draft_graphs.grow(model.draft_graphs, root, depth, model.cache, passes)
+        return graphs.grow(model.draft_graphs, root, depth, model.cache, passes)
     return grow(root, replace(plan.tree, depth=depth), plan.verify_width, draft_pass(model))
 
 
@@ -158,7 +158,7 @@ def draft_pass(model: Model, behind: Behind | None = None) -> DraftPass:
     def run(tree: TokenTree, nodes: Tensor) -> Tensor:
         rows = tree_rows(tree, nodes, behind or model.cache.behind(len(tree.tokens)))
         if model.draft_layers is not None:
-            return draft_layers.forward(model.draft_layers, rows, model.cache)
+            return compiled_layers.forward(model.draft_layers, rows, model.cache)
         return forward(model.draft_decoder, substitutes, rows, model.cache, attend)
 
     return run

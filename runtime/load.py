@@ -7,8 +7,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from subspec.artifacts import compiled
-from subspec.artifacts.errors import Exit, SubspecError
+from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.format.prebuilt import brought
+from subspec.artifacts.format.store import Artifact
+from subspec.artifacts.format.tensors import StoredTensor, TensorFile, read_header
 from subspec.artifacts.model import (
     EMBEDDING,
     HEAD,
@@ -21,19 +23,17 @@ from subspec.artifacts.model import (
     linears,
     resident_tensors,
 )
+from subspec.artifacts.native import residual_cpu
 from subspec.artifacts.plan import Block, Placement, make_blocks
-from subspec.artifacts.shipped import brought
-from subspec.artifacts.store import Artifact
-from subspec.artifacts.tensors import StoredTensor, TensorFile, read_header
-from subspec.runtime import int4
 from subspec.runtime.clock import Record, unrecorded
-from subspec.runtime.digests import Digests
-from subspec.runtime.linear import Int4Weight, pack, packed_bytes
-from subspec.runtime.link import DirectFile, DiskLink, HostLink
+from subspec.runtime.draft.substitutes import Substitutes
+from subspec.runtime.kernels import int4
+from subspec.runtime.kernels.linear import Int4Weight, pack, packed_bytes
 from subspec.runtime.memory import FastMemory, bytes_of, host_buffer
-from subspec.runtime.split import Restorer
-from subspec.runtime.stream import ExactWeights, Ring
-from subspec.runtime.substitutes import Substitutes
+from subspec.runtime.stream.digests import Digests
+from subspec.runtime.stream.exact_weights import ExactWeights, Ring
+from subspec.runtime.stream.link import DirectFile, DiskLink, HostLink
+from subspec.runtime.stream.residual_decoder import Restorer
 
 DRAFT_DTYPE = torch.bfloat16  # what the 4-bit kernels take
 TORCH_DTYPES = {
@@ -200,7 +200,7 @@ class Loader:
         rows = slice(part.part.first_row, part.part.first_row + part.part.num_rows)
         raw = self._memory.take("resident", part.part.padded_bytes, PAGE_BYTES)
         target = raw[: part.part.num_bytes].view(self._dtype).view(part.part.num_rows, -1)
-        exact = compiled.decode(
+        exact = residual_cpu.decode(
             host[: part.num_bytes],
             codes[rows],
             grid[:, rows],

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from subspec.artifacts.errors import Exit, SubspecError
-from subspec.artifacts.gpu_memory import held_bytes
+from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.common.gpu_memory import held_bytes
+from subspec.artifacts.common.sizes import format_size
 from subspec.artifacts.model import PAGE_BYTES
 from subspec.artifacts.plan import aligned
-from subspec.artifacts.sizes import format_size
 
 HUGE_PAGE_BYTES = 2 << 20
 # Purposes that are not arenas: torch's own temporaries, the process's overhead, the safety margin.

@@ -11,14 +11,12 @@ from pathlib import Path
 
 import torch
 
-from subspec.artifacts import compiled, cpp
-from subspec.artifacts.errors import Exit, SubspecError
+from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.common.sizes import format_size
+from subspec.artifacts.format.prebuilt import brought
+from subspec.artifacts.format.store import Artifact
+from subspec.artifacts.native import cpp, residual_cpu
 from subspec.artifacts.plan import Method, Plan, cache_slots
-from subspec.artifacts.shipped import brought
-from subspec.artifacts.sizes import format_size
-from subspec.artifacts.store import Artifact
-from subspec.runtime import attention, draft_graphs, draft_layers, gemlite_kernel, int4
-from subspec.runtime.cache import Cache
 from subspec.runtime.clock import Clock, unrecorded
 from subspec.runtime.decode import (
     Model,
@@ -28,11 +26,16 @@ from subspec.runtime.decode import (
     prefill,
     speculate,
 )
-from subspec.runtime.linear import single_row_kernels
+from subspec.runtime.draft import compiled_layers
+from subspec.runtime.draft import graphs as draft_graphs
+from subspec.runtime.kernels import gemlite_kernel, int4
+from subspec.runtime.kernels.linear import single_row_kernels
 from subspec.runtime.load import DRAFT_DTYPE, Loader
 from subspec.runtime.memory import FastMemory, PeakMeter
-from subspec.runtime.sampling import Sampling
-from subspec.runtime.transformer import make_decoder
+from subspec.runtime.model import attention
+from subspec.runtime.model.cache import Cache
+from subspec.runtime.model.sampling import Sampling
+from subspec.runtime.model.transformer import make_decoder
 
 Kernel = tuple[Path, Callable[[], str | None]]  # its source, and why it cannot be used
 
@@ -118,7 +121,7 @@ class Session:
             draft_decoder = make_decoder(spec, small, slots, DRAFT_DTYPE, loader.keep)
         fused = None
         if substitutes is not None:
-            fused = draft_layers.compiled_layers(draft_decoder, substitutes, cache)
+            fused = compiled_layers.compile_layers(draft_decoder, substitutes, cache)
         levels = None
         if drafts and graphs and self.device.type == "cuda":
             capture = draft_graphs.capture_on_gpu(self.device)
@@ -269,11 +272,11 @@ def needed_kernels(plan: Plan, method: Method) -> list[Kernel]:
         return []
     found: list[Kernel] = [(attention.SOURCE, attention.unavailable)]
     if plan.residuals:
-        found.append((compiled.SOURCE, compiled.unavailable))
+        found.append((residual_cpu.SOURCE, residual_cpu.unavailable))
     if plan.int4_kernel == "w4a8" and (plan.residuals or method == "substitute"):
         found.append((int4.SOURCE, int4.unavailable))
     if plan.int4_kernel == "w4a8" and method == "substitute":
-        found.append((draft_layers.SOURCE, draft_layers.unavailable))
+        found.append((compiled_layers.SOURCE, compiled_layers.unavailable))
     return found
 
 

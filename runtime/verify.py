@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from subspec.runtime.draft import TokenTree
+from subspec.runtime.draft.beam import TokenTree
 
 
 @dataclass(frozen=True)

@@ -8,18 +8,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from subspec.artifacts.acceptance import Acceptance, Curve
+from subspec.artifacts.format.store import Artifact, open_artifact
 from subspec.artifacts.model import Encoding, ModelSpec, Source
 from subspec.artifacts.plan import Int4Kernel, Placement, Plan
 from subspec.artifacts.profile import LinkRate, Profile, Timing
-from subspec.artifacts.store import Artifact, open_artifact
-from subspec.planner.build import build
-from subspec.planner.checkpoint import read_checkpoint
-from subspec.planner.costs import Shape, ledger
-from subspec.planner.hub import DEMO
-from subspec.planner.quantize import quantize
-from subspec.planner.search import choose_held, make_tree
-from subspec.planner.storage import Storage, group_bytes, raw_storage, usual_storages
-from subspec.planner.tokenizer_files import read_tokenizer
+from subspec.planner.build.artifact import build
+from subspec.planner.build.quantize import quantize
+from subspec.planner.model.checkpoint import read_checkpoint
+from subspec.planner.model.hub import DEMO
+from subspec.planner.model.tokenizer_files import read_tokenizer
+from subspec.planner.solve.costs import Shape, ledger
+from subspec.planner.solve.search import choose_held, make_tree
+from subspec.planner.solve.storage import Storage, group_bytes, raw_storage, usual_storages
 from subspec.runtime.session import machine_name
 
 PROFILE = Profile(

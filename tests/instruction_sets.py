@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from subspec.artifacts import cpp
+from subspec.artifacts.native import cpp
 
 
 @dataclass(frozen=True)

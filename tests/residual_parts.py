@@ -6,7 +6,7 @@ R = rows, K = columns, G = K / 64 groups
 import torch
 from torch import Tensor
 
-from subspec.artifacts.packing import pack_nibbles
+from subspec.artifacts.format.packing import pack_nibbles
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 KINDS = ("typical", "extreme", "on the grid", "tiny", "huge", "far away")

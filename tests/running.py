@@ -15,9 +15,9 @@ import pytest
 import torch
 from builders import build_artifact
 
+from subspec.artifacts.format.store import write_json, write_manifest
 from subspec.artifacts.plan import Prediction
-from subspec.artifacts.store import write_json, write_manifest
-from subspec.planner.hub import DEMO
+from subspec.planner.model.hub import DEMO
 from subspec.runtime.cli import main
 
 SUBSPEC_RUN = str(Path(sys.executable).with_name("subspec-run"))

@@ -9,15 +9,15 @@ import pytest
 from toys import ACCEPTANCE, make_profile, make_spec
 
 from subspec.artifacts.acceptance import Acceptance, Curve
-from subspec.artifacts.errors import Exit
+from subspec.artifacts.common.errors import Exit
+from subspec.artifacts.format.store import FORMAT_VERSION, REQUIRED, Manifest, PartEntry
 from subspec.artifacts.model import ModelSpec, Rope, Source
 from subspec.artifacts.plan import Option, Placement, Plan, Point, Prediction, Tree, Wishes
 from subspec.artifacts.profile import Learned, LinkRate, Profile, Timing
 from subspec.artifacts.runs import Run
-from subspec.artifacts.store import FORMAT_VERSION, REQUIRED, Manifest, PartEntry
 from subspec.planner import cli as plan_cli
-from subspec.planner.explain import plan_json
-from subspec.planner.search import search
+from subspec.planner.report.explain import plan_json
+from subspec.planner.solve.search import search
 from subspec.runtime import cli as run_cli
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -66,7 +66,7 @@ def test_the_runs_json_object_is_explained_key_by_key() -> None:
         line.split(" | ")[0] for line in SECTIONS["subspec-run"].splitlines() if line[:3] == "| `"
     ))  # fmt: skip
     assert set(shown["stats"]) <= set(explained)
-    source = Path(run_cli.__file__).with_name("answer.py").read_text("utf-8")
+    source = Path(run_cli.__file__).with_name("app").joinpath("answer.py").read_text("utf-8")
     assert all(f'"{key}"' in source for key in (*shown, *shown["stats"]))
 
 

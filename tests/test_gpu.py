@@ -7,14 +7,14 @@ import pytest
 import torch
 from builders import build_artifact, replan
 
-from subspec.artifacts.packing import pack_nibbles
-from subspec.artifacts.store import Artifact
-from subspec.planner.hub import DEMO
-from subspec.runtime.linear import int4_product, int4_product_plainly, pack, packed_bytes
-from subspec.runtime.link import HostLink
-from subspec.runtime.sampling import Sampling
+from subspec.artifacts.format.packing import pack_nibbles
+from subspec.artifacts.format.store import Artifact
+from subspec.planner.model.hub import DEMO
+from subspec.runtime.kernels.linear import int4_product, int4_product_plainly, pack, packed_bytes
+from subspec.runtime.model.sampling import Sampling
 from subspec.runtime.session import Session
-from subspec.runtime.text import load_text
+from subspec.runtime.stream.link import HostLink
+from subspec.runtime.text.tokenizer import load_text
 
 pytestmark = pytest.mark.gpu
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 from builders import build_artifact, demo_checkpoint, random_checkpoint, replan
 
+from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.model import Encoding
 from subspec.artifacts.plan import Int4Kernel
-from subspec.artifacts.store import Artifact
-from subspec.planner.hub import DEMO
-from subspec.runtime import int4
-from subspec.runtime.sampling import Sampling
+from subspec.planner.model.hub import DEMO
+from subspec.runtime.kernels import int4
+from subspec.runtime.model.sampling import Sampling
 from subspec.runtime.session import Session
-from subspec.runtime.text import load_text
+from subspec.runtime.text.tokenizer import load_text
 
 NUM_PROMPTS, NUM_TOKENS = 40, 96
 GREEDY = Sampling()

@@ -7,14 +7,24 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
+TREE = README.partition("## The tree")[2].partition("```")[2].partition("```")[0].lstrip("\n")
 
 
-@pytest.mark.parametrize("folder", ["artifacts", "planner", "runtime", "benchmarks"])
-def test_the_tree_names_every_file(folder: str) -> None:
-    block = re.split(rf"\n{folder}/ *", README)[1].split("\n```")[0]
-    listed = re.findall(r"^  (\S+\.py) ", re.split(r"\n\S", block)[0], re.MULTILINE)
-    on_disk = {path.name for path in (ROOT / folder).glob("*.py")} - {"__init__.py"}
-    assert set(listed) == on_disk
+def listed(folder: Path) -> set[str]:
+    """The names on the folder's line of the tree, up to two spaces; a subfolder's is indented."""
+    depth = len(folder.relative_to(ROOT).parts) - 1
+    block = re.split(rf"\n{folder.relative_to(ROOT).parts[0]}/ +", "\n" + TREE)[1]
+    lines = ["  " * depth + folder.name + "/ " + block] if not depth else block.splitlines()
+    line = next(one for one in lines if re.match(rf" *{folder.name}/", one))
+    return set(re.split(r"/ +", line.splitlines()[0], maxsplit=1)[1].split("   ")[0].split())
+
+
+@pytest.mark.parametrize("package", ["artifacts", "planner", "runtime", "benchmarks"])
+def test_the_tree_names_every_module(package: str) -> None:
+    folders = [ROOT / package, *(p.parent for p in (ROOT / package).glob("*/__init__.py"))]
+    for folder in folders:
+        on_disk = {path.stem for path in folder.glob("*.py")} - {"__init__"}
+        assert listed(folder) == on_disk, folder
 
 
 def test_every_make_target_that_is_named_exists() -> None:

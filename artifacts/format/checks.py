@@ -1,0 +1,191 @@
+"""What a structural check asks of a ModelSpec, a Plan and the headers beside them.
+
+JSON has right types by now (codec.py); here are the values. Everything that memory or time grows
+with is bounded before it is used.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+from subspec.artifacts.acceptance import Curve
+from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.common.sizes import LARGEST, short_size
+from subspec.artifacts.format.tensors import StoredTensor, read_header
+from subspec.artifacts.model import (
+    GROUP_SIZE,
+    PAGE_BYTES,
+    DType,
+    ModelSpec,
+    StoredPart,
+    linears,
+    resident_tensors,
+)
+from subspec.artifacts.plan import Placement, Plan
+
+LARGEST_COUNTS = {
+    "hidden_size": 1 << 20,
+    "intermediate_size": 1 << 20,
+    "num_layers": 10_000,
+    "num_heads": 1 << 20,
+    "num_kv_heads": 1 << 20,
+    "head_size": 1 << 20,
+    "vocab_size": 1 << 24,
+    "max_positions": 1 << 30,
+}
+LARGEST_MODEL_BYTES = 1 << 44  # 16 TiB, about 262,144 parts
+STORED_DTYPES: dict[DType, str] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+
+def check_spec(spec: ModelSpec) -> None:
+    """Raises SubspecError(CORRUPT) for a model that no checkpoint describes."""
+    for name, largest in LARGEST_COUNTS.items():
+        count = getattr(spec, name)
+        if not 1 <= count <= largest:
+            raise _wrong("model.json", f"{name} is {count}, expected 1 to {largest}")
+    if spec.num_heads % spec.num_kv_heads or spec.head_size % 2:
+        raise _wrong(
+            "model.json",
+            f"{spec.num_heads} heads of {spec.head_size} over {spec.num_kv_heads} key-value heads "
+            "do not divide",
+        )
+    num_bytes = sum(linear.num_weights for linear in linears(spec)) * spec.item_bytes
+    if num_bytes > LARGEST_MODEL_BYTES:
+        raise _wrong("model.json", f"describes {short_size(num_bytes)} of weights")
+    window = spec.sliding_window
+    if any(not 0 <= layer < spec.num_layers for layer in spec.windowed_layers):
+        raise _wrong("model.json", f"windowed_layers names a layer beyond {spec.num_layers}")
+    if (window is None and spec.windowed_layers) or (window is not None and window < 1):
+        raise _wrong("model.json", f"sliding_window is {window}, expected a count of positions")
+    rope = spec.rope
+    scaled = rope.kind in ("llama3", "yarn")
+    if rope.theta <= 0 or rope.factor <= 0 or (scaled and rope.original_max_positions < 1):
+        raise _wrong(
+            "model.json",
+            f"rope has theta {rope.theta}, factor {rope.factor}, original_max_positions "
+            f"{rope.original_max_positions}, expected positive numbers",
+        )
+    if rope.kind == "llama3" and rope.low_frequency_factor == rope.high_frequency_factor:
+        raise _wrong("model.json", "rope has equal low and high frequency factors")
+
+
+def check_headers(path: Path, spec: ModelSpec) -> None:
+    """resident.safetensors and substitutes.safetensors hold what the spec calls for."""
+    resident = read_header(path / "resident.safetensors")
+    for name, shape in resident_tensors(spec).items():
+        _check_tensor("resident.safetensors", resident, name, STORED_DTYPES[spec.dtype], shape)
+    substitutes = read_header(path / "substitutes.safetensors")
+    for linear in linears(spec):
+        if not linear.has_substitute:
+            continue
+        rows, groups = linear.out_features, linear.in_features // GROUP_SIZE
+        expected = {
+            "codes": ("U8", (rows, linear.in_features // 2)),
+            "grid": ("BF16", (groups, rows, 2)),
+        }
+        for suffix, (dtype, shape) in expected.items():
+            name = f"{linear.name}.{suffix}"
+            _check_tensor("substitutes.safetensors", substitutes, name, dtype, shape)
+
+
+def check_plan(spec: ModelSpec, stored: list[StoredPart], plan: Plan) -> None:
+    """The plan names parts of this model, and its numbers go together."""
+    if not 1 <= plan.budget_bytes <= LARGEST:
+        raise _wrong("plan.json", f"budget_bytes is {plan.budget_bytes}, expected 1 to {LARGEST}")
+    for label, placement in (("substitute", plan.substitute), ("plain", plan.plain)):
+        if placement is not None:
+            _check_placement(label, placement, stored, plan.budget_bytes)
+    tree = plan.tree
+    sane = (
+        1 <= tree.width <= 256
+        and 0 <= tree.depth <= 1024
+        and tree.temperature > 0
+        and 0 <= tree.stop_below < 1
+        and tree.num_nodes <= plan.verify_width <= 4096
+        and 1 <= plan.context <= spec.max_positions
+        and 1 <= plan.num_threads <= 1024
+        and plan.prefill_tokens >= 1
+    )
+    if not sane or (plan.method == "substitute" and plan.substitute is None):
+        raise _wrong(
+            "plan.json",
+            f"method {plan.method}, tree {tree.width}x{tree.depth} at temperature "
+            f"{tree.temperature} that ends below {tree.stop_below}, verify width "
+            f"{plan.verify_width}, context {plan.context}, {plan.num_threads} threads, prefill "
+            f"{plan.prefill_tokens} do not go together",
+        )
+    stopping = plan.acceptance.stopping
+    stops = [some.stop_below for some in stopping]
+    if not all(0 < stop < 1 for stop in stops) or any(b <= a for a, b in pairwise(stops)):
+        raise _wrong("plan.json", f"acceptance has trees that end below {stops[:9]}")
+    for curves in (plan.acceptance.curves, *(c for s in stopping for c in (s.curves, s.followed))):
+        _check_curves(curves)
+
+
+def _check_curves(curves: Sequence[Curve]) -> None:
+    """Trees of ascending widths that were tried, and accepted at most as often, less the deeper."""
+    widths = [curve.width for curve in curves]
+    if not curves or widths != sorted(widths):
+        raise _wrong("plan.json", "acceptance has no curves of ascending widths")
+    for curve in curves:
+        levels = list(zip(curve.tried, curve.accepted, strict=False))
+        if (
+            not 1 <= curve.width <= 256
+            or not 1 <= len(curve.tried) == len(curve.accepted) <= 1024
+            or not all(0 <= accepted <= tried for tried, accepted in levels)
+            or any(deeper > higher for (_, higher), (deeper, _) in pairwise(levels))
+        ):
+            raise _wrong(
+                "plan.json",
+                f"acceptance of width {curve.width} on {curve.kind[:60]!r} has counts that no "
+                "trees have",
+            )
+
+
+def _check_placement(
+    label: str, placement: Placement, stored: list[StoredPart], budget_bytes: int
+) -> None:
+    every = {part.name: part for part in stored}
+    held = {*placement.resident, *placement.split}
+    for name in (*placement.resident, *placement.split):
+        if name not in every:
+            raise _wrong("plan.json", f"{label} places an unknown {name[:200]!r}")
+    for name in placement.split:
+        if every[name].encoding != "residual":
+            raise _wrong("plan.json", f"{label} splits {name}, which is stored raw")
+    # A residual is decoded over its substitute, unless that happened while loading.
+    decodes = any(p.encoding == "residual" and p.name not in placement.resident for p in stored)
+    if decodes and not placement.ledger.get("substitutes"):
+        raise _wrong("plan.json", f"{label} decodes residuals without their substitutes")
+    num_slots, block_bytes = placement.num_slots, placement.block_bytes
+    largest = max((part.padded_bytes for part in stored if part.name not in held), default=0)
+    if largest and (num_slots < 2 or block_bytes < largest or block_bytes % PAGE_BYTES):
+        raise _wrong(
+            "plan.json",
+            f"{label} has {num_slots} slots of {block_bytes} bytes, expected 2 or more of "
+            f"{largest} or more, a multiple of {PAGE_BYTES}",
+        )
+    ring_bytes = max(num_slots, 0) * max(block_bytes, 0)
+    needed = max(placement.total_bytes, ring_bytes)
+    if needed > budget_bytes or min(placement.ledger.values(), default=0) < 0:
+        raise _wrong(
+            "plan.json",
+            f"{label} adds up to {short_size(needed)}, its budget is {short_size(budget_bytes)}",
+        )
+
+
+def _check_tensor(
+    where: str,
+    tensors: dict[str, StoredTensor],
+    name: str,
+    dtype: str,
+    shape: tuple[int, ...],
+) -> None:
+    stored = tensors.get(name)
+    if stored is None or stored.shape != shape or stored.dtype != dtype:
+        got = "missing" if stored is None else f"{stored.dtype} {list(stored.shape)}"
+        raise _wrong(where, f"{name} is {got}, expected {dtype} {list(shape)}")
+
+
+def _wrong(where: str, what: str) -> SubspecError:
+    return SubspecError(Exit.CORRUPT, f"{where}: {what}", "copy or build the artifact again")

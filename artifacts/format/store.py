@@ -1,0 +1,343 @@
+"""The artifact folder: write, open, check. docs/format.md describes it for other readers."""
+
+import dataclasses
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.format.checks import check_headers, check_plan, check_spec
+from subspec.artifacts.format.codec import dump_json, load_dataclass, parse_json
+from subspec.artifacts.format.folder import MANIFEST
+from subspec.artifacts.format.folder import new_folder as new_folder  # the writer's door is here
+from subspec.artifacts.format.tensors import open_regular, read_header
+from subspec.artifacts.model import (
+    PAGE_BYTES,
+    Encoding,
+    ModelSpec,
+    StoredPart,
+    linears,
+    padded,
+    parts,
+)
+from subspec.artifacts.plan import Plan
+from subspec.artifacts.profile import Profile
+from subspec.artifacts.runs import RUNS
+
+# Major: readers refuse another one. Minor: readers carry on with a newer one, which may have added
+# files, and keys at the top of a JSON file.
+FORMAT_VERSION = "4.1"
+VERSION = re.compile(r"([0-9]{1,4})\.([0-9]{1,4})", re.ASCII)
+CHUNK_BYTES = 64 << 20
+LARGEST_JSON = 8 << 20
+NEW_MANIFEST = f".{MANIFEST}.new"
+REQUIRED = (
+    "model.json", "plan.json", "profile.json",
+    "substitutes.safetensors", "exact.safetensors", "resident.safetensors",
+    "tokenizer/tokenizer.json",
+)  # fmt: skip
+DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
+FILE_NAME = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*", re.ASCII)
+AGAIN = "copy or build the artifact again"
+
+T = TypeVar("T")
+Buffer = bytes | memoryview
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    path: str  # relative, "/" between folders
+    role: str
+    num_bytes: int
+    chunks: tuple[str, ...]  # SHA-256 of each 64 MiB, hexadecimal
+
+
+@dataclass(frozen=True)
+class PartEntry:
+    """Where one Part lies in exact.safetensors."""
+
+    name: str
+    offset: int  # from the beginning of the file; a multiple of PAGE_BYTES
+    num_bytes: int  # without the padding up to the next page
+    encoding: Encoding
+    digest: str  # of these bytes: part_digest
+
+
+@dataclass(frozen=True)
+class SubstituteEntry:
+    """What the residuals of one matrix were made for: another draft would decode them wrongly."""
+
+    name: str  # of the linear
+    digest: str  # SHA-256 of its codes and then its grid, hexadecimal
+
+
+@dataclass(frozen=True)
+class Manifest:
+    format_version: str
+    producer: str
+    files: tuple[FileEntry, ...]
+    parts: tuple[PartEntry, ...]
+    substitutes: tuple[SubstituteEntry, ...]
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An opened folder. Nothing but JSON and headers has been read."""
+
+    path: Path
+    manifest: Manifest
+    spec: ModelSpec
+    plan: Plan
+    profile: Profile
+
+    def part_entries(self) -> dict[str, PartEntry]:
+        return {entry.name: entry for entry in self.manifest.parts}
+
+    def substitute_digests(self) -> dict[str, str]:
+        """By name of the linear."""
+        return {entry.name: entry.digest for entry in self.manifest.substitutes}
+
+    def stored_parts(self) -> list[StoredPart]:
+        """The exact weights as they are stored, in execution order."""
+        return [
+            StoredPart(part, entry.encoding, entry.num_bytes)
+            for part, entry in zip(parts(self.spec), self.manifest.parts, strict=True)
+        ]
+
+
+# Writing
+
+
+def write_json(folder: Path, name: str, value: Any) -> None:
+    (folder / name).write_text(dump_json(value), encoding="utf-8")
+
+
+def write_manifest(
+    folder: Path,
+    producer: str,
+    part_entries: tuple[PartEntry, ...],
+    substitutes: tuple[SubstituteEntry, ...],
+    known: dict[str, FileEntry],
+) -> Manifest:
+    """Lists every file of `folder` but the run records with its digests; `known` saves hashing
+    large files twice."""
+    files = []
+    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+        name = file.relative_to(folder).as_posix()
+        if name not in (MANIFEST, NEW_MANIFEST, RUNS):
+            files.append(known.get(name) or file_entry(folder, name))
+    manifest = Manifest(FORMAT_VERSION, producer, tuple(files), part_entries, substitutes)
+    text = dump_json(_sealed(asdict(manifest)))
+    temporary = folder / NEW_MANIFEST
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, folder / MANIFEST)
+    return manifest
+
+
+def file_entry(folder: Path, name: str) -> FileEntry:
+    with open_regular(folder / name) as file:
+        chunks = tuple(hashlib.sha256(data).hexdigest() for data in _chunks(file))
+        size = os.fstat(file.fileno()).st_size
+    return FileEntry(name, name.partition("/")[0].partition(".")[0], size, chunks)
+
+
+def part_digest(stored: Iterable[Buffer], substitute_digest: str | None) -> str:
+    """SHA-256 of a part's stored bytes, hexadecimal; a residual's begins with the digest of the
+    substitute that it was made for, so that neither can be exchanged alone."""
+    found = hashlib.sha256(bytes.fromhex(substitute_digest) if substitute_digest else b"")
+    for piece in stored:
+        found.update(piece)
+    return found.hexdigest()
+
+
+def _sealed(body: dict[str, Any]) -> dict[str, Any]:
+    return {**body, "digest": hashlib.sha256(dump_json(body).encode()).hexdigest()}
+
+
+# Opening
+
+
+def open_artifact(path: Path) -> Artifact:
+    """Structural check: JSON, sizes and headers; reads no weights. Raises SubspecError."""
+    if not path.is_dir():
+        raise SubspecError(Exit.USAGE, f"{path} is not a folder", "give the folder of an artifact")
+    if not (path / MANIFEST).exists():
+        raise SubspecError(
+            Exit.CORRUPT,
+            f"{path} has no {MANIFEST}: not an artifact, or one that was never finished",
+            "make one with subspec-plan --model REF --vram SIZE",
+        )
+    manifest = read_manifest(path)
+    _check_files(path, manifest)
+    newer = _version(manifest.format_version) > _version(FORMAT_VERSION)
+    spec = _load(ModelSpec, _read_json(path, "model.json"), "model.json", newer)
+    plan = _load(Plan, _read_json(path, "plan.json"), "plan.json", newer)
+    profile = _load(Profile, _read_json(path, "profile.json"), "profile.json", newer)
+    check_spec(spec)
+    check_headers(path, spec)
+    _check_parts(path, manifest, spec)
+    _check_substitutes(manifest, spec)
+    artifact = Artifact(path, manifest, spec, plan, profile)
+    check_plan(spec, artifact.stored_parts(), plan)
+    return artifact
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of the folder `path`, its own digest checked; no other file is looked at."""
+    text = _read_small(path, MANIFEST)
+    value = parse_json(text, MANIFEST)
+    if not isinstance(value, dict):
+        raise _corrupt(f"{MANIFEST} is not an object")
+    version, ours = _version(value.get("format_version")), _version(FORMAT_VERSION)
+    if version[0] != ours[0]:
+        raise SubspecError(
+            Exit.WRONG_MACHINE,
+            f"the artifact has format {value['format_version']}, "
+            f"this program reads {FORMAT_VERSION}",
+            "upgrade subspec" if version > ours else "build the artifact again",
+        )
+    value.pop("digest", None)
+    # Compared as text, so that every byte of the file counts, spaces and order included.
+    if dump_json(_sealed(value)).encode() != text:
+        raise _corrupt(f"{MANIFEST} does not match its own digest")
+    return _load(Manifest, value, MANIFEST, version > ours)
+
+
+def verify(path: Path) -> int:
+    """Complete check: every byte of every listed file. Returns the bytes read."""
+    artifact = open_artifact(path)
+    total = 0
+    for entry in artifact.manifest.files:
+        with open_regular(path / entry.path) as file:
+            digests = tuple(hashlib.sha256(data).hexdigest() for data in _chunks(file))
+        if len(digests) != len(entry.chunks):
+            raise _corrupt(
+                f"{entry.path} has {len(digests)} chunks, the manifest lists {len(entry.chunks)}"
+            )
+        for index, (got, expected) in enumerate(zip(digests, entry.chunks, strict=True)):
+            if got != expected:
+                first = index * CHUNK_BYTES
+                last = min(first + CHUNK_BYTES, entry.num_bytes)
+                raise _corrupt(f"{entry.path}: bytes {first} to {last} do not match their digest")
+        total += entry.num_bytes
+    return total
+
+
+def _check_files(path: Path, manifest: Manifest) -> None:
+    """Every listed file is there with its size, under a name that means one file everywhere."""
+    names: set[str] = set()
+    for entry in manifest.files:
+        if not _is_file_name(entry.path) or entry.path.lower() == RUNS:  # which grows
+            raise _corrupt(f"{MANIFEST} names a file {entry.path[:200]!r}")
+        if entry.path.lower() in names:
+            raise _corrupt(f"{MANIFEST} lists {entry.path} twice")
+        names.add(entry.path.lower())
+        _check_inside(path, entry.path)
+        with open_regular(path / entry.path) as file:
+            size = os.fstat(file.fileno()).st_size
+        if size != entry.num_bytes:
+            raise _corrupt(f"{entry.path} is {size} bytes, the manifest says {entry.num_bytes}")
+    listed = {entry.path for entry in manifest.files}
+    for name in REQUIRED:
+        if name not in listed:
+            raise _corrupt(f"{MANIFEST} does not list {name}")
+
+
+def _check_parts(path: Path, manifest: Manifest, spec: ModelSpec) -> None:
+    """The parts are this model's, in execution order and without a gap: the runtime reads
+    neighbours in one go. All of them lie in the data of exact.safetensors."""
+    tensors = read_header(path / "exact.safetensors").values()
+    offset = min((tensor.offset for tensor in tensors), default=0)
+    end = max((tensor.offset + tensor.num_bytes for tensor in tensors), default=0)
+    expected = parts(spec)
+    if len(manifest.parts) != len(expected):
+        raise _corrupt(
+            f"{MANIFEST} lists {len(manifest.parts)} parts, the model has {len(expected)}"
+        )
+    for entry, part in zip(manifest.parts, expected, strict=True):
+        residual = entry.encoding == "residual"
+        fits = (
+            part.can_be_residual and 0 < entry.num_bytes < part.num_bytes
+            if residual
+            else entry.num_bytes == part.num_bytes
+        )
+        placed = entry.name == part.name and entry.offset == offset and offset % PAGE_BYTES == 0
+        if not (fits and placed):
+            size = f"{'less than ' if residual else ''}{part.num_bytes} bytes"
+            raise _corrupt(
+                f"{MANIFEST} lists the part {entry.name[:200]!r}, {entry.encoding}, "
+                f"{entry.num_bytes} bytes at {entry.offset}, expected {part.name}, {size} at "
+                f"{offset}, a multiple of {PAGE_BYTES}"
+            )
+        _check_digest(entry.name, entry.digest)
+        offset += padded(entry.num_bytes)
+    if offset > end:
+        raise _corrupt(f"exact.safetensors ends at byte {end}, its parts at {offset}")
+
+
+def _check_substitutes(manifest: Manifest, spec: ModelSpec) -> None:
+    expected = [linear.name for linear in linears(spec) if linear.has_substitute]
+    if [entry.name for entry in manifest.substitutes] != expected:
+        raise _corrupt(f"{MANIFEST} lists other substitutes than the model's {len(expected)}")
+    for entry in manifest.substitutes:
+        _check_digest(entry.name, entry.digest)
+
+
+def _check_digest(name: str, digest: str) -> None:
+    if DIGEST.fullmatch(digest) is None:
+        raise _corrupt(f"{MANIFEST}: the digest of {name[:200]!r} is {digest[:80]!r}")
+
+
+def _version(text: Any) -> tuple[int, int]:
+    match = VERSION.fullmatch(text) if isinstance(text, str) else None
+    if match is None:
+        raise _corrupt(f"{MANIFEST}: format_version is {str(text)[:60]!r}, expected two numbers")
+    return int(match[1]), int(match[2])
+
+
+def _load(kind: type[T], value: Any, where: str, newer: bool) -> T:
+    """Value from JSON -> `kind`; of a newer minor format the keys that we do not know are left."""
+    if newer and isinstance(value, dict):
+        known = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+        value = {key: item for key, item in value.items() if key in known}
+    return load_dataclass(kind, value, where)
+
+
+def _read_small(path: Path, name: str) -> bytes:
+    _check_inside(path, name)
+    with open_regular(path / name) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > LARGEST_JSON:
+            raise _corrupt(f"{name} is {size} bytes, expected at most {LARGEST_JSON}")
+        return file.read()
+
+
+def _read_json(path: Path, name: str) -> Any:
+    return parse_json(_read_small(path, name), name)
+
+
+def _is_file_name(name: str) -> bool:
+    """Plain ASCII: no drive, no backslash, no two spellings of one name but for capitals."""
+    return (
+        len(name) <= 255
+        and FILE_NAME.fullmatch(name) is not None
+        and not {".", ".."} & set(name.split("/"))
+    )
+
+
+def _check_inside(path: Path, name: str) -> None:
+    if not Path(os.path.realpath(path / name)).is_relative_to(os.path.realpath(path)):
+        raise _corrupt(f"{name} is a link that leads out of {path}")
+
+
+def _corrupt(message: str) -> SubspecError:
+    return SubspecError(Exit.CORRUPT, message, AGAIN)
+
+
+def _chunks(file: Any) -> Iterator[bytes]:
+    while data := file.read(CHUNK_BYTES):
+        yield data

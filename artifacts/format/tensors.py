@@ -1,0 +1,180 @@
+"""safetensors files: read a header with distrust, write one as a stream; both directions here.
+
+The format is the one of huggingface/safetensors: u64 length, JSON header, tensors without gaps.
+We pad the header with spaces so that the data begins on a page: direct reads need that.
+"""
+
+import io
+import json
+import os
+import stat
+import struct
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.format.codec import parse_json
+from subspec.artifacts.model import PAGE_BYTES
+
+LARGEST_HEADER = 25 << 20
+AHEAD_BYTES = 4 << 20  # at a time
+MOST_TENSORS = 100_000
+MOST_DIMENSIONS = 8
+LARGEST_COUNT = 1 << 63  # of a dimension or a byte position; products stay printable
+ITEM_BYTES = {
+    "U8": 1, "I8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+    "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
+    "F32": 4, "I32": 4, "U32": 4, "F64": 8, "I64": 8, "U64": 8,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    name: str
+    dtype: str  # safetensors' name: "BF16"
+    shape: tuple[int, ...]
+    offset: int  # from the beginning of the file
+    num_bytes: int
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """Name -> tensor of a safetensors file, every number checked against the file's real size."""
+    where = path.name
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            raise SubspecError(Exit.CORRUPT, f"{where} is {size} bytes, too short for a header")
+        (length,) = struct.unpack("<Q", prefix)
+        if length > min(LARGEST_HEADER, size - 8):
+            raise SubspecError(
+                Exit.CORRUPT,
+                f"{where} claims a header of {length} bytes, expected at most "
+                f"{min(LARGEST_HEADER, size - 8)}",
+            )
+        text = file.read(length)
+    if text.count(b"{") > MOST_TENSORS + 2:  # before it is parsed: a million entries take 500 MB
+        raise SubspecError(Exit.CORRUPT, f"{where} lists more than {MOST_TENSORS} tensors")
+    header = parse_json(text, f"{where} (header)")
+    if not isinstance(header, dict):
+        raise SubspecError(Exit.CORRUPT, f"{where} (header) is not an object")
+    header.pop("__metadata__", None)
+    found = {name: _stored(where, name, entry, 8 + length) for name, entry in header.items()}
+    end = 8 + length
+    for tensor in sorted(found.values(), key=lambda t: (t.offset, t.num_bytes)):
+        if tensor.offset != end:
+            raise SubspecError(
+                Exit.CORRUPT,
+                f"{where}: {tensor.name[:200]!r} begins at byte {tensor.offset}, expected {end}",
+            )
+        end += tensor.num_bytes
+    if end != size:
+        raise SubspecError(Exit.CORRUPT, f"{where} is {size} bytes, its header describes {end}")
+    return found
+
+
+def _stored(where: str, name: str, entry: object, base: int) -> StoredTensor:
+    def wrong(what: str) -> SubspecError:
+        return SubspecError(Exit.CORRUPT, f"{where}: tensor {name[:200]!r} has {what}")
+
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        raise wrong("no dtype, shape or data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        raise wrong(f"an unknown dtype {str(dtype)[:60]!r}")
+    if not _are_counts(shape) or len(shape) > MOST_DIMENSIONS:
+        raise wrong(f"the shape {str(shape)[:60]}, expected at most {MOST_DIMENSIONS} counts")
+    if not _are_counts(offsets) or len(offsets) != 2:
+        raise wrong(f"the offsets {str(offsets)[:60]}, expected two byte positions")
+    num_bytes = ITEM_BYTES[dtype]
+    for count in shape:
+        num_bytes *= count
+    if offsets[1] - offsets[0] != num_bytes:
+        raise wrong(f"the offsets {offsets}, expected a range of {num_bytes} bytes")
+    return StoredTensor(name, dtype, tuple(shape), base + offsets[0], num_bytes)
+
+
+def _are_counts(value: object) -> bool:
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < LARGEST_COUNT for n in value)
+
+
+class Writable(Protocol):
+    def write(self, data: bytes, /) -> int: ...
+
+
+def write_header(
+    file: Writable, tensors: Iterable[tuple[str, str, tuple[int, ...]]], num_bytes: int = 0
+) -> int:
+    """Writes the header for (name, dtype, shape) in data order, at least `num_bytes` long, to whole
+    pages; returns the data's offset."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, dtype, shape in tensors:
+        size = ITEM_BYTES[dtype]
+        for count in shape:
+            size *= count
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text = text.ljust(num_bytes - 8)
+    text += b" " * (-(len(text) + 8) % PAGE_BYTES)
+    file.write(struct.pack("<Q", len(text)) + text)
+    return 8 + len(text)
+
+
+def open_regular(path: Path) -> io.BufferedReader:
+    """Opens a regular file: a FIFO, a device or a folder is refused instead of waited for."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise SubspecError(Exit.CORRUPT, f"{path.name} is missing in {path.parent}") from None
+    except OSError as error:
+        raise SubspecError(
+            Exit.CORRUPT, f"{path.name} cannot be opened: {error.strerror}"
+        ) from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise SubspecError(Exit.CORRUPT, f"{path.name} is not a regular file")
+    return os.fdopen(descriptor, "rb")
+
+
+def read_ahead(path: Path, num_bytes: int) -> None:
+    """Brings the first bytes of a file into the page cache. What is wrong with the file is left for
+    its reader to say."""
+    buffer = bytearray(AHEAD_BYTES)
+    with suppress(SubspecError, OSError), open_regular(path) as file:
+        # (posix_fadvise would bring no more than the device's own window, 128 KB of many.)
+        while num_bytes > 0 and (count := file.readinto1(buffer)):
+            num_bytes -= count
+
+
+class TensorFile:
+    """Reads whole tensors; the page cache forgets them at the end (they are read once)."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> "TensorFile":
+        self._file = open_regular(self._path)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        self._file.close()
+
+    def read_into(self, target: memoryview, offset: int) -> None:
+        """Fills `target` from byte `offset`; raises SubspecError if the file ends before."""
+        done = 0
+        while done < len(target):
+            count = os.preadv(self._file.fileno(), [target[done:]], offset + done)
+            if count <= 0:
+                raise SubspecError(
+                    Exit.CORRUPT,
+                    f"{self._path.name} ends at byte {offset + done}, "
+                    f"expected {len(target) - done} more",
+                    "copy or download it again",
+                )
+            done += count

@@ -1,0 +1,155 @@
+"""Plan + checkpoint -> artifact folder, under a temporary name first."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from importlib.metadata import version
+from pathlib import Path
+
+from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.common.sizes import format_size
+from subspec.artifacts.format.store import (
+    FORMAT_VERSION,
+    Artifact,
+    Manifest,
+    new_folder,
+    open_artifact,
+    write_json,
+    write_manifest,
+)
+from subspec.artifacts.model import ModelSpec
+from subspec.artifacts.plan import Plan
+from subspec.artifacts.profile import Profile
+from subspec.artifacts.runs import Run, carry_runs, read_runs
+from subspec.planner.build.weights import Progress, Quantizer, write_weights
+from subspec.planner.model.checkpoint import Checkpoint, check_tied_head
+from subspec.planner.model.tokenizer_files import TokenizerFiles
+from subspec.planner.report.explain import render_readme, render_report
+from subspec.planner.solve.costs import model_bytes, substitutes_bytes
+
+PRODUCER = f"subspec {version('subspec')}"
+
+Improve = Callable[[Artifact], tuple[Plan, Profile]]
+
+
+def build(
+    checkpoint: Checkpoint,
+    tokenizer: TokenizerFiles,
+    plan: Plan,
+    profile: Profile,
+    out: Path,
+    overwrite: bool,
+    quantizer: Quantizer,
+    improve: Improve,
+    progress: Progress,
+) -> Plan:
+    """Writes the artifact `out`. `improve` may find a better plan and learn about the machine once
+    the weights can be run; what it returns is stored. An error leaves nothing behind."""
+    spec = checkpoint.spec
+    check_space(spec, out)
+    check_tied_head(checkpoint)
+    with no_empty_parents(out), new_folder(out, overwrite) as folder:
+        written = write_weights(folder, checkpoint, plan.residuals, quantizer, progress)
+        write_tokenizer(folder, tokenizer)
+        write_json(folder, "model.json", spec)
+        write_json(folder, "profile.json", profile)
+        unfinished = Manifest(
+            FORMAT_VERSION,
+            PRODUCER,
+            tuple(written.files.values()),
+            written.parts,
+            written.substitutes,
+        )
+        plan, profile = improve(Artifact(folder, unfinished, spec, plan, profile))
+        write_json(folder, "profile.json", profile)
+        write_plan(folder, spec, plan, profile)
+        copy_license(checkpoint.folder, folder)
+        progress("writing the manifest", 1.0)
+        write_manifest(folder, PRODUCER, written.parts, written.substitutes, written.files)
+        open_artifact(folder)  # what nobody could open gets no name
+    return plan
+
+
+def rebuild(artifact: Artifact, plan: Plan, profile: Profile, out: Path, overwrite: bool) -> None:
+    """The artifact under another plan, as `out`: its own folder, or one beside it. The weights are
+    linked, not copied; run records stay in their own folder. Raises SubspecError(USAGE) if `out` is
+    on another disk."""
+    rewritten = {"plan.json", "profile.json", "README.md", "report.html"}
+    kept = [entry for entry in artifact.manifest.files if entry.path not in rewritten]
+    with no_empty_parents(out), new_folder(out, overwrite) as folder:
+        for entry in kept:
+            target = folder / entry.path
+            target.parent.mkdir(exist_ok=True)
+            try:
+                os.link(artifact.path / entry.path, target)
+            except OSError as error:
+                raise SubspecError(
+                    Exit.USAGE,
+                    f"{entry.path} cannot be linked into {out}: {error.strerror}",
+                    f"choose an --out on the disk of {artifact.path}",
+                ) from None
+        write_json(folder, "profile.json", profile)
+        here = [run for run in read_runs(artifact.path) if run.machine == profile.machine]
+        write_plan(folder, artifact.spec, plan, profile, here)
+        listed = artifact.manifest
+        known = {entry.path: entry for entry in kept}
+        write_manifest(folder, listed.producer, listed.parts, listed.substitutes, known)
+        open_artifact(folder)
+        if out.resolve() == artifact.path.resolve():
+            carry_runs(artifact.path, folder)
+
+
+@contextmanager
+def no_empty_parents(out: Path) -> Iterator[None]:
+    """An error inside the block takes along the folders that were made to hold `out`."""
+    missing = [parent for parent in out.absolute().parents if not parent.exists()]
+    try:
+        yield
+    except BaseException:
+        for parent in missing:
+            with suppress(OSError):  # not empty: somebody else uses it by now
+                parent.rmdir()
+        raise
+
+
+def write_plan(
+    folder: Path, spec: ModelSpec, plan: Plan, profile: Profile, runs: Sequence[Run] = ()
+) -> None:
+    """plan.json and the pages that people read; runs: what the report holds the planner to."""
+    write_json(folder, "plan.json", plan)
+    (folder / "README.md").write_text(render_readme(spec, plan), encoding="utf-8")
+    report = render_report(spec, plan, profile, runs)
+    (folder / "report.html").write_text(report, encoding="utf-8")
+
+
+def check_space(spec: ModelSpec, out: Path) -> None:
+    needed = int((model_bytes(spec) + substitutes_bytes(spec, "aten")) * 1.02) + (1 << 20)
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise SubspecError(
+            Exit.RESOURCES,
+            f"the artifact needs {format_size(needed)} of disk, {parent} has {format_size(free)}",
+            "free space, or choose another --out",
+        )
+
+
+def write_tokenizer(folder: Path, files: TokenizerFiles) -> None:
+    target = folder / "tokenizer"
+    target.mkdir()
+    shutil.copyfile(files.tokenizer_json, target / "tokenizer.json")
+    if files.chat_template is not None:
+        (target / "chat_template.jinja").write_text(files.chat_template, encoding="utf-8")
+    write_json(target, "generation_config.json", files.generation_config)
+    settings = {
+        "special_tokens": files.special_tokens,
+        "begins_with_bos": bool(files.add_bos_token),
+    }
+    write_json(target, "settings.json", settings)
+
+
+def copy_license(source: Path, folder: Path) -> None:
+    for name in ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)

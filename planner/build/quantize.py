@@ -1,0 +1,209 @@
+"""One full-precision weight -> its 4-bit substitute: HQQ, group 64 along the input features.
+
+The algorithm is that of mobiusml/hqq (`optimize_weights_proximal_legacy`: 20 proximal iterations
+on the zero, p = 0.7, beta = 10), with these differences. What is stored is what the 4-bit kernels
+compute with, a bf16 scale and a bf16 center: the scale is rounded before the zero is fitted for
+it, and the codes are rounded once more for both. There is no early stop: it looks at the whole
+matrix, so that a group's codes would depend on its neighbours. And the iteration runs in units of
+codes: see `_fit_zero`.
+
+N = output features, K = input features, G = K / GROUP_SIZE, B = groups of one block
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.format.packing import CENTER_CODE, dequantize, pack_nibbles, unpack_nibbles
+from subspec.artifacts.model import GROUP_SIZE
+
+HIGHEST_CODE = 15
+ITERATIONS = 20
+POWER = 0.7  # hqq's lp_norm
+BETA = 10.0
+SHRINK_BEGINS = 0.17  # |x| - |x|^(POWER - 1) / BETA is negative up to |x| = 0.1701
+
+SMALLEST_SCALE = 2.0**-59  # no end of a code's interval, center + (code - 8 +- 1/2) * scale, is a
+LARGEST_SCALE = 2.0**59  # subnormal f32, which a machine may take for zero, and none overflows
+LARGEST_CENTER = torch.finfo(torch.bfloat16).max
+CENTER_STEPS = 256 * 7  # a center within as many steps of 0 is rounded to bf16 by at most 7 steps
+
+# Speed only: the codes do not depend on them. A thread's share of the temporaries fits its cache; a
+# GPU wants few large launches, of about 0.4 GB of temporaries.
+CPU_GROUPS_PER_THREAD = 2048
+CUDA_GROUPS = 1 << 18
+HQQ_WEIGHTS_PER_CALL = 1 << 24  # hqq's temporaries are about ten times this, in f32
+
+
+@dataclass(frozen=True)
+class Substitute:
+    """weight ~ (code - CENTER_CODE) * scale + center, on the host, as an artifact stores it."""
+
+    codes: Tensor  # uint8 [N, K / 2], packed by pack_nibbles
+    grid: Tensor  # bf16 [G, N, 2]: scale, within SMALLEST_ and LARGEST_SCALE, and center, finite
+
+
+@torch.no_grad()
+def quantize(weight: Tensor, device: torch.device | str) -> Substitute:
+    """weight bf16, fp16 or f32 [N, K] on any device -> its substitute, computed on `device`.
+
+    Every group is quantised on its own, so the result depends neither on the number of rows nor on
+    that of threads; it may differ in a few codes between a CPU and a GPU. Raises
+    SubspecError(CORRUPT) if a weight is NaN or infinite; the caller knows the tensor's name.
+    """
+    _check(weight)
+    device = torch.device(device)
+    groups = weight.reshape(-1, GROUP_SIZE)
+    codes = torch.empty(len(groups), GROUP_SIZE // 2, dtype=torch.uint8)
+    grid = torch.empty(len(groups), 2, dtype=torch.bfloat16)
+    on_cpu = device.type == "cpu"
+    num_groups = CPU_GROUPS_PER_THREAD * torch.get_num_threads() if on_cpu else CUDA_GROUPS
+    for first in range(0, len(groups), num_groups):
+        block = slice(first, first + num_groups)
+        original = groups[block].to(device, torch.float32)  # [B, 64]
+        low, high = torch.aminmax(original, dim=1, keepdim=True)
+        scale = _fit_scale(low, high).bfloat16().float()
+        stored = _grid(scale, _fit_zero(original, low, high, scale))
+        codes[block] = pack_nibbles(_nearest_codes(original, stored))
+        grid[block] = stored
+    return _substitute(weight, codes, grid)
+
+
+@torch.no_grad()
+def quantize_with_hqq(weight: Tensor, device: torch.device | str) -> Substitute:
+    """The same with the hqq package: the reference. Its early stop looks at HQQ_WEIGHTS_PER_CALL
+    weights. Raises SubspecError(USAGE) without the package, else as `quantize`."""
+    try:
+        from hqq.core.quantize import Quantizer  # 3 s and torch._dynamo: only when asked for
+    except ImportError as error:
+        raise SubspecError(
+            Exit.USAGE, f"the quantizer hqq cannot be loaded: {error}", "pip install 'subspec[hqq]'"
+        ) from None
+    _check(weight)
+    groups = weight.reshape(-1, GROUP_SIZE)
+    num_groups = HQQ_WEIGHTS_PER_CALL // GROUP_SIZE
+    blocks = []
+    for original in groups.split(num_groups):
+        original = original.to(device, torch.float32)
+        _, found = Quantizer.quantize(
+            original, nbits=4, group_size=GROUP_SIZE, axis=1, bitpack=False, device=str(device)
+        )
+        scale = found["scale"].float().clamp(SMALLEST_SCALE, LARGEST_SCALE).bfloat16().float()
+        stored = _grid(scale, found["zero"].float().nan_to_num(0.0))
+        codes = pack_nibbles(_nearest_codes(original, stored))
+        blocks.append((codes.cpu(), stored.cpu()))
+    codes, grid = (torch.cat(tensors) for tensors in zip(*blocks, strict=True))
+    return _substitute(weight, codes, grid)
+
+
+QUANTIZERS: dict[str, Callable[[Tensor, torch.device | str], Substitute]] = {
+    "blocked": quantize,
+    "hqq": quantize_with_hqq,
+}
+
+
+@torch.no_grad()
+def relative_error(weight: Tensor, substitute: Substitute) -> float:
+    """|weight - substitute| / |weight| in the Frobenius norm; 0 for a matrix of zeros."""
+    squared_error = squared_norm = 0.0
+    rows = max(1, (1 << 22) // weight.shape[1])  # temporaries of about 100 MB
+    pieces = zip(
+        weight.split(rows),
+        substitute.codes.split(rows),
+        substitute.grid.split(rows, dim=1),
+        strict=True,
+    )
+    for exact, codes, grid in pieces:
+        exact = exact.cpu().double()  # the square of a large bf16 overflows f32
+        approximate = dequantize(unpack_nibbles(codes), grid).double()
+        squared_error += (exact - approximate).square().sum().item()
+        squared_norm += exact.square().sum().item()
+    return float((squared_error / squared_norm) ** 0.5) if squared_norm else 0.0
+
+
+def _fit_scale(low: Tensor, high: Tensor) -> Tensor:
+    """Smallest and largest weight f32 [B, 1] of each group -> scale f32 [B, 1].
+
+    The range over 15, but large enough that the codes reach a group that is narrow and far from 0
+    (a constant one) wherever bf16 puts the center: it moves by up to 1/256 of itself.
+    """
+    magnitude = torch.maximum(low.abs(), high.abs())
+    scale = torch.maximum((high - low) / HIGHEST_CODE, magnitude / CENTER_STEPS)
+    return scale.clamp_(SMALLEST_SCALE, LARGEST_SCALE)
+
+
+def _fit_zero(original: Tensor, low: Tensor, high: Tensor, scale: Tensor) -> Tensor:
+    """original f32 [B, 64], low, high and scale f32 [B, 1] -> zero f32 [B, 1].
+
+    hqq begins with the lowest weight at code 0, and repeats: e = shrink(residual);
+    zero = mean(code - (weight - e) / scale), with the residual weight - (code - zero) * scale. In
+    units of codes, r = residual / scale, that is zero -= mean(r - e / scale). And e is exactly 0
+    unless |residual| > SHRINK_BEGINS, which few groups of a language model reach: the others need
+    no power, which is most of hqq's time.
+    """
+    scaled = original / scale  # [B, 64]
+    # A scale at one of its bounds is not that of the range, and its group begins around the center:
+    # zeros are exactly 0, and where bf16 moves the center there are codes on either side.
+    at_bound = ((high - low) / scale - HIGHEST_CODE).abs() > 1
+    middle = low / 2 + high / 2  # the sum of two large f32 would overflow
+    zero = torch.where(at_bound, CENTER_CODE - middle / scale, -low / scale)
+    # A residual beyond half a code is a weight outside the range, so the outermost two tell.
+    allowed = SHRINK_BEGINS / scale
+    allowed = allowed.masked_fill_(allowed <= 0.5, -torch.inf)
+    lowest, highest = -allowed - low / scale, HIGHEST_CODE + allowed - high / scale
+    residual, codes = torch.empty_like(scaled), torch.empty_like(scaled)
+    for _ in range(ITERATIONS):
+        torch.add(scaled, zero, out=residual)
+        torch.round(residual, out=codes).clamp_(0, HIGHEST_CODE)
+        residual.sub_(codes)
+        large = ((zero < lowest) | (zero > highest)).squeeze(1).nonzero().squeeze(1)
+        if len(large):
+            residual[large] = _without_shrunk(residual[large], scale[large])
+        zero.sub_(residual.mean(dim=1, keepdim=True))
+    return zero
+
+
+def _without_shrunk(residual: Tensor, scale: Tensor) -> Tensor:
+    """residual - shrink(residual), both f32 [B, 64] in units of codes; scale f32 [B, 1].
+
+    In f64, because torch computes a power in f32 by different code at the ends of a thread's share.
+    """
+    exact = residual.double() * scale
+    magnitude = exact.abs()
+    shrunk = (magnitude - magnitude.pow(POWER - 1) / BETA).clamp_min_(0.0)
+    return ((exact - shrunk.copysign_(exact)) / scale).float()
+
+
+def _grid(scale: Tensor, zero: Tensor) -> Tensor:
+    """scale, already a bf16 number, and zero, both f32 [B, 1] -> (scale, center), bf16 [B, 2]."""
+    center = ((CENTER_CODE - zero) * scale).clamp_(-LARGEST_CENTER, LARGEST_CENTER)
+    return torch.cat((scale, center), dim=1).bfloat16()
+
+
+def _nearest_codes(original: Tensor, grid: Tensor) -> Tensor:
+    """original f32 [B, 64], grid bf16 [B, 2] -> their best codes, uint8 [B, 64]."""
+    scale, center = grid[:, :1].float(), grid[:, 1:].float()
+    codes = (original - center).div_(scale).round_().add_(CENTER_CODE)
+    return codes.clamp_(0, HIGHEST_CODE).to(torch.uint8)
+
+
+def _check(weight: Tensor) -> None:
+    assert weight.dim() == 2 and weight.shape[1] % GROUP_SIZE == 0, "has_substitute is false"
+    assert weight.dtype in (torch.bfloat16, torch.float16, torch.float32), weight.dtype
+    num_bad = sum(int((~torch.isfinite(rows)).sum()) for rows in weight.split(1024))
+    if num_bad:
+        raise SubspecError(
+            Exit.CORRUPT,
+            f"{num_bad} of {weight.numel()} weights are NaN or infinite, expected finite numbers",
+            "download the checkpoint again",
+        )
+
+
+def _substitute(weight: Tensor, codes: Tensor, grid: Tensor) -> Substitute:
+    """Tensors with one row per group, [N * G, ...], -> those of a matrix."""
+    rows = weight.shape[0]
+    by_row = grid.view(rows, -1, 2)  # [N, G, 2]
+    return Substitute(codes.view(rows, -1), by_row.transpose(0, 1).contiguous())

@@ -1,0 +1,287 @@
+"""Checkpoint -> the three weight files of an artifact: quantised, repacked, proven.
+
+One matrix at a time: peak memory stays near two of them, whatever the model's size.
+"""
+
+import hashlib
+import io
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.format.checks import STORED_DTYPES
+from subspec.artifacts.format.store import (
+    CHUNK_BYTES,
+    FileEntry,
+    PartEntry,
+    SubstituteEntry,
+    part_digest,
+)
+from subspec.artifacts.format.tensors import TensorFile, write_header
+from subspec.artifacts.model import (
+    EMBEDDING,
+    GROUP_SIZE,
+    PAGE_BYTES,
+    Linear,
+    ModelSpec,
+    Part,
+    linears,
+    padded,
+    parts,
+    resident_tensors,
+)
+from subspec.artifacts.native import residual_cpu
+from subspec.planner.build.quantize import Substitute
+from subspec.planner.model.checkpoint import Checkpoint
+
+Quantizer = Callable[[Tensor, torch.device | str], Substitute]
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class Written:
+    """What the manifest says about the weight files."""
+
+    files: dict[str, FileEntry]
+    parts: tuple[PartEntry, ...]
+    substitutes: tuple[SubstituteEntry, ...]
+
+
+def write_weights(
+    folder: Path,
+    checkpoint: Checkpoint,
+    residuals: tuple[str, ...],
+    quantizer: Quantizer,
+    progress: Progress,
+) -> Written:
+    """The three weight files. residuals: names of the parts to store as such, where that is
+    smaller."""
+    names = ("exact.safetensors", "substitutes.safetensors", "resident.safetensors")
+    with ExitStack() as stack:
+        files = [stack.enter_context(HashedFile(folder / name)) for name in names]
+        exact, substitutes, resident = files
+        parts_written, made = write_matrices(
+            exact, substitutes, checkpoint, residuals, quantizer, progress
+        )
+        write_resident(resident, checkpoint)
+        return Written({file.path.name: file.finish() for file in files}, parts_written, made)
+
+
+def write_matrices(
+    exact: "HashedFile",
+    substitutes: "HashedFile",
+    checkpoint: Checkpoint,
+    residuals: tuple[str, ...],
+    quantizer: Quantizer,
+    progress: Progress,
+) -> tuple[tuple[PartEntry, ...], tuple[SubstituteEntry, ...]]:
+    """Every matrix that has a substitute: that, and its parts, each proven."""
+    spec = checkpoint.spec
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    own_parts = {name: list(own) for name, own in groupby(parts(spec), lambda p: p.linear.name)}
+    # Residuals are as long as they turn out: until then the header's place is held.
+    sizes = {part.name: part.padded_bytes for part in parts(spec)}
+    room = write_header(exact, exact_header(spec, sizes))
+    write_header(substitutes, substitutes_header(spec))
+    entries, made = list[PartEntry](), list[SubstituteEntry]()
+    every = [linear for linear in linears(spec) if linear.has_substitute]
+    for index, linear in enumerate(every):
+        progress("quantising and packing", index / len(every))
+        weight = read_weight(checkpoint, source_name(spec, linear))
+        substitute = write_substitute(substitutes, linear, weight, quantizer, device)
+        digest = substitute_digest(substitute)
+        made.append(SubstituteEntry(linear.name, digest))
+        for part in own_parts.get(linear.name, []):  # none: a tied head, which is the embedding
+            rows = slice(part.first_row, part.first_row + part.num_rows)
+            codes, grid = substitute.codes[rows], substitute.grid[:, rows]
+            wanted = part.name in residuals and part.can_be_residual
+            stored = encode_residual(weight[rows], codes, grid) if wanted else None
+            entry = write_part(exact, part, weight[rows], stored, digest)
+            prove_part(exact, part, entry, weight[rows], codes, grid)
+            entries.append(entry)
+            sizes[part.name] = padded(entry.num_bytes)
+    header = io.BytesIO()
+    write_header(header, exact_header(spec, sizes), room)
+    exact.rewrite_beginning(header.getvalue())
+    return tuple(entries), tuple(made)
+
+
+def encode_residual(weight: Tensor, codes: Tensor, grid: Tensor) -> Tensor | None:
+    """Rows of a matrix and of its substitute -> the residual, uint8 [bytes]; None if that would not
+    be smaller than the weights (many zeros; weights that were made from 8 bits)."""
+    stored = residual_cpu.encode(weight, codes, grid, torch.get_num_threads())
+    return stored if stored.numel() < weight.nbytes else None
+
+
+def write_resident(file: "HashedFile", checkpoint: Checkpoint) -> None:
+    """Embedding, norms, biases and matrices of odd shape, each checked: no quantiser sees them."""
+    dtype = STORED_DTYPES[checkpoint.spec.dtype]
+    shapes = resident_tensors(checkpoint.spec)
+    write_header(file, ((name, dtype, shape) for name, shape in shapes.items()))
+    for name in shapes:
+        weight = read_weight(checkpoint, name)
+        num_bad = sum(int((~rows.isfinite()).sum()) for rows in weight.split(1024))
+        if num_bad:
+            raise SubspecError(
+                Exit.CORRUPT,
+                f"{name}: {num_bad} of {weight.numel()} weights are NaN or infinite, expected "
+                "finite numbers",
+                "download the checkpoint again",
+            )
+        file.write(raw_bytes(weight))
+
+
+def exact_header(
+    spec: ModelSpec, padded_bytes: dict[str, int]
+) -> list[tuple[str, str, tuple[int, ...]]]:
+    """One U8 slab per layer, in execution order; the head's parts are the last slab. padded_bytes:
+    by name of the part."""
+    sizes: dict[int, int] = {}
+    for part in parts(spec):
+        sizes[part.linear.layer] = sizes.get(part.linear.layer, 0) + padded_bytes[part.name]
+    return [(f"layers.{layer}", "U8", (size,)) for layer, size in sizes.items()]
+
+
+def substitutes_header(spec: ModelSpec) -> list[tuple[str, str, tuple[int, ...]]]:
+    found: list[tuple[str, str, tuple[int, ...]]] = []
+    for linear in linears(spec):
+        if linear.has_substitute:
+            n, k = linear.out_features, linear.in_features
+            found.append((f"{linear.name}.codes", "U8", (n, k // 2)))
+            found.append((f"{linear.name}.grid", "BF16", (k // GROUP_SIZE, n, 2)))
+    return found
+
+
+def source_name(spec: ModelSpec, linear: Linear) -> str:
+    """The checkpoint tensor of a matrix; a tied head is the embedding."""
+    if linear.kind == "head" and spec.tied_head:
+        return f"{EMBEDDING}.weight"
+    return f"{linear.name}.weight"
+
+
+def write_part(
+    file: "HashedFile", part: Part, weight: Tensor, stored: Tensor | None, digest: str
+) -> PartEntry:
+    """weight: the part's rows; stored: their residual, or None: the rows themselves are written;
+    digest: that of the substitute."""
+    offset = file.num_bytes
+    assert offset % PAGE_BYTES == 0
+    data = raw_bytes(weight if stored is None else stored)
+    file.write(data)
+    file.write(bytes(-len(data) % PAGE_BYTES))
+    if stored is None:
+        return PartEntry(part.name, offset, len(data), "raw", part_digest([data], None))
+    return PartEntry(part.name, offset, len(data), "residual", part_digest([data], digest))
+
+
+def prove_part(
+    file: "HashedFile", part: Part, entry: PartEntry, weight: Tensor, codes: Tensor, grid: Tensor
+) -> None:
+    """What a reader of the artifact will find at the entry, and decode with the substitute, is
+    compared with the checkpoint's bytes. (That the disk keeps it is what the digests are for.)"""
+    file.flush()
+    with TensorFile(file.path) as written:
+        got = torch.empty(entry.num_bytes, dtype=torch.uint8)
+        written.read_into(raw_bytes(got), entry.offset)
+    if entry.encoding == "residual":
+        got = residual_cpu.decode(got, codes, grid, weight.dtype, torch.get_num_threads())
+    if raw_bytes(got) != raw_bytes(weight):
+        raise SubspecError(
+            Exit.RESOURCES,
+            f"{part.name} was read back from {file.path} with other bytes than written",
+            "check the disk",
+        )
+
+
+def write_substitute(
+    file: "HashedFile", linear: Linear, weight: Tensor, quantizer: Quantizer, device: str
+) -> Substitute:
+    try:
+        substitute = quantizer(weight, device)
+    except SubspecError as error:
+        raise SubspecError(
+            error.exit_code, f"{linear.name}.weight: {error.message}", error.hint
+        ) from None
+    for tensor in (substitute.codes, substitute.grid):
+        file.write(raw_bytes(tensor))
+    return substitute
+
+
+def substitute_digest(substitute: Substitute) -> str:
+    return part_digest((raw_bytes(substitute.codes), raw_bytes(substitute.grid)), None)
+
+
+def read_weight(checkpoint: Checkpoint, name: str) -> Tensor:
+    """A checkpoint tensor on the host, in its own dtype."""
+    stored = checkpoint.tensors[name]
+    raw = torch.empty(stored.num_bytes, dtype=torch.uint8)
+    with TensorFile(stored.file) as file:
+        file.read_into(memoryview(raw.numpy().data), stored.offset)
+    dtype: torch.dtype = getattr(torch, checkpoint.spec.dtype)
+    return raw.view(dtype).view(stored.shape)
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+class HashedFile:
+    """A file written front to back, its chunk digests taken on the way."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.num_bytes = 0
+        self._file = open(path, "wb")
+        self._hash = hashlib.sha256()
+        self._chunks: list[str] = []
+
+    def __enter__(self) -> "HashedFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def write(self, data: bytes | memoryview) -> int:
+        view = memoryview(data)
+        while view:
+            room = CHUNK_BYTES - self.num_bytes % CHUNK_BYTES
+            piece, view = view[:room], view[room:]
+            self._hash.update(piece)
+            self._file.write(piece)
+            self.num_bytes += len(piece)
+            if self.num_bytes % CHUNK_BYTES == 0:
+                self._end_chunk()
+        return len(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def rewrite_beginning(self, data: bytes) -> None:
+        """Other bytes at the file's beginning, within its first chunk, which is digested anew."""
+        assert len(data) <= min(CHUNK_BYTES, self.num_bytes)
+        self._file.flush()
+        with open(self.path, "r+b") as file:
+            file.write(data)
+            file.seek(0)
+            first = hashlib.sha256(file.read(CHUNK_BYTES))
+        if self._chunks:
+            self._chunks[0] = first.hexdigest()
+        else:
+            self._hash = first
+
+    def finish(self) -> FileEntry:
+        if self.num_bytes % CHUNK_BYTES:
+            self._end_chunk()
+        self._file.close()
+        role = self.path.name.partition(".")[0]
+        return FileEntry(self.path.name, role, self.num_bytes, tuple(self._chunks))
+
+    def _end_chunk(self) -> None:
+        self._chunks.append(self._hash.hexdigest())
+        self._hash = hashlib.sha256()

@@ -1,0 +1,87 @@
+"""How fast exact weights come from residuals, with the runtime's decoder."""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import cycle
+
+import torch
+
+from subspec.artifacts.model import PART_BYTES, PART_ROWS, Linear, ModelSpec, Part, linears
+from subspec.artifacts.native import residual_cpu
+from subspec.artifacts.plan import Int4Kernel
+from subspec.planner.build.quantize import quantize
+from subspec.planner.machine.excerpt import fill_with_noise
+from subspec.planner.machine.timing import time_each
+from subspec.runtime.kernels.linear import cpu_tile_rows, pack, packed_bytes
+from subspec.runtime.stream.residual_decoder import Restorer
+
+DECODE_WEIGHTS = 1 << 21  # of one matrix, decoded at a time
+DECODED_BYTES = 64 << 20  # that decoding goes round
+CALLS_ON_CUDA = 16
+
+
+def decode_rate(spec: ModelSpec, device: torch.device, kernel: Int4Kernel) -> float:
+    """Exact weights per second from residuals, over the matrices of a layer; 0: too slow to be
+    thought of (no compiler, no Triton), or in a layout that nobody reads."""
+    on_cpu = device.type == "cpu"
+    if residual_cpu.unavailable() is not None or (
+        not on_cpu and importlib.util.find_spec("triton") is None
+    ):
+        return 0.0
+    seconds = num_weights = 0.0
+    layer = [linear for linear in linears(spec) if linear.layer == 0]
+    one_of_a_shape = {(n.out_features, n.in_features): n for n in layer if n.has_substitute}
+    for linear in one_of_a_shape.values():
+        most = DECODE_WEIGHTS if on_cpu else PART_BYTES // spec.item_bytes
+        rows = max(PART_ROWS, min(linear.out_features, most // linear.in_features))
+        rows = rows // PART_ROWS * PART_ROWS
+        if linear.out_features % PART_ROWS or (on_cpu and cpu_tile_rows(rows, kernel) is None):
+            continue
+        times = sum(
+            (n.out_features, n.in_features) == (linear.out_features, linear.in_features)
+            for n in layer
+        )
+        seconds += times * decode_seconds(spec, device, linear, rows, kernel)
+        num_weights += times * rows * linear.in_features
+    return num_weights / seconds if seconds else 0.0
+
+
+def decode_seconds(
+    spec: ModelSpec, device: torch.device, linear: Linear, rows: int, kernel: Int4Kernel
+) -> float:
+    """Of the matrix's first rows; calls go round copies, which together are larger than a
+    cache: what streams has never been read before."""
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    cut = replace(linear, out_features=rows)
+    part = Part(cut, 0, rows, cut.num_weights * spec.item_bytes)
+    weight = torch.empty(rows, linear.in_features, dtype=dtype)
+    fill_with_noise(weight, linear.in_features**-0.5)
+    made = quantize(weight, device)
+    stored = residual_cpu.encode(weight, made.codes, made.grid, torch.get_num_threads())
+    scratch = torch.empty(part.num_bytes, dtype=torch.uint8, device=device)
+
+    def copy() -> Callable[[], object]:
+        room = [torch.empty(n, dtype=torch.uint8, device=device)
+                for n in packed_bytes(rows, linear.in_features, kernel)]  # fmt: skip
+        restorer = Restorer(
+            {(linear.layer, linear.kind): pack(made.codes, made.grid, kernel, *room)},
+            scratch,
+            dtype,
+            torch.get_num_threads(),
+            torch.zeros(1, dtype=torch.int32, device=device),
+        )
+        own = stored.to(device, copy=True)
+        return lambda: restorer.restore(part, own)
+
+    read_bytes = len(stored) + sum(packed_bytes(rows, linear.in_features, kernel))
+    copies = cycle([copy() for _ in range(-(-DECODED_BYTES // read_bytes))])
+    # A GPU decodes while the host launches what follows: one call alone would time a launch.
+    calls = 1 if device.type == "cpu" else CALLS_ON_CUDA
+
+    def decode() -> None:
+        for _ in range(calls):
+            next(copies)()
+
+    [(seconds, _)] = time_each([decode], device)
+    return seconds / calls

@@ -1,0 +1,328 @@
+"""Times what a model's passes are made of on this machine, in an excerpt of it: layers, attention
+and heads, with the runtime's kernels.
+
+Knows neither links nor files; `measure.py` says what is timed for a profile, and how often.
+"""
+
+import importlib.util
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from itertools import cycle, islice
+
+import torch
+from torch import Tensor
+
+from subspec.artifacts.model import Kind, ModelSpec, is_streamable, linears
+from subspec.artifacts.plan import DeviceKind, Int4Kernel, Tree, cache_slots
+from subspec.artifacts.profile import LIVE_TOKENS, MORE_TOKENS, Timing, seconds_at
+from subspec.planner.machine.excerpt import (
+    excerpt,
+    ignores_place,
+    random_parts,
+    random_resident_tensors,
+    random_substitute,
+)
+from subspec.planner.machine.profiles import SHORTEST
+from subspec.planner.machine.timing import time_each, time_widths
+from subspec.planner.solve.costs import Shape, ledger, substitutes_bytes
+from subspec.planner.solve.storage import raw_storage
+from subspec.runtime.decode import causal_rows, tree_rows
+from subspec.runtime.draft.beam import TokenTree, grow, root_only
+from subspec.runtime.draft.compiled_layers import DraftLayers, compile_layers, run_layers
+from subspec.runtime.draft.graphs import Action, Replay, capture_on_gpu
+from subspec.runtime.draft.substitutes import Substitutes
+from subspec.runtime.kernels import int4
+from subspec.runtime.kernels.linear import (
+    Int4Weight,
+    exact_product,
+    exact_product_into,
+    pack,
+    packed_bytes,
+    single_row_kernels,
+)
+from subspec.runtime.load import DRAFT_DTYPE, fixed_weight
+from subspec.runtime.memory import FastMemory
+from subspec.runtime.model.attention import attend, attend_exactly
+from subspec.runtime.model.cache import Cache
+from subspec.runtime.model.sampling import Sampling, choose
+from subspec.runtime.model.transformer import (
+    Attend,
+    Decoder,
+    Product,
+    Rows,
+    attention_block,
+    forward,
+    make_decoder,
+    mlp_block,
+)
+from subspec.runtime.stream.exact_weights import ExactWeights
+from subspec.runtime.verify import accept
+
+EXACT_WIDTHS = (8, 16, 32, 64, 104)
+CUDA_WIDTHS = (200, 400)  # up to here a GPU may wait for memory: the slope before tells nothing
+DRAFT_WIDTHS = (1, 2, 4, 8, 16)
+DRAFT_LEVELS = 5  # of the trees that are grown to time one level
+ACCEPT_DEPTH = 12
+ATTENTION_WIDTHS = (1, 8, 64)
+FAST_WIDTHS = (1, 16, 128)  # a token of plain decoding; prompts
+LOADED_WIDTH = 32  # of the layers that are timed against a busy link
+PADDED_WIDTHS = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 104, 128, 160, 200, 256, 304, 400)
+USUAL_WIDTH = 128  # wider ones are tried only where that takes no longer than PLACE_SECONDS
+PLACE_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class DraftTimings:
+    """One level of a draft, by its rows."""
+
+    layer: tuple[Timing, ...]
+    attention: tuple[Timing, ...]  # MORE_TOKENS more in the cache, in one layer
+    head: tuple[Timing, ...]  # what else it does
+
+
+class Bench:
+    """An excerpt of the model, placed as the session places it; a cache of LIVE_TOKENS tokens."""
+
+    def __init__(self, spec: ModelSpec, device: torch.device) -> None:
+        self.full_spec, self.spec, self.device = spec, excerpt(spec), device
+        self.head_share = self.spec.vocab_size / spec.vocab_size
+        self.exact_widths = EXACT_WIDTHS + (CUDA_WIDTHS if device.type == "cuda" else ())
+        # A short call is seldom disturbed; on cuda a long one hides the launch of its kernels.
+        self.layers_per_call = self.spec.num_layers if device.type == "cuda" else 1
+        dtype: torch.dtype = getattr(torch, spec.dtype)
+        held, widest = LIVE_TOKENS + MORE_TOKENS, max(PADDED_WIDTHS)
+        stored = raw_storage(self.spec)
+        shape = Shape(held, widest, 1, 1, 0, 0, 0, 1)
+        kind: DeviceKind = "cuda" if device.type == "cuda" else "cpu"
+        purposes = ledger(self.spec, kind, "aten", shape, 0, 0)
+        purposes |= {"substitutes": 0, "resident": stored.num_bytes}
+        self.memory = FastMemory(device, purposes)
+        small = random_resident_tensors(self.spec, self.memory)
+        self.biases = {n.name: small[f"{n.name}.bias"] for n in linears(self.spec) if n.has_bias}
+        self.fixed = {
+            linear.name: fixed_weight(self.spec, linear.name, small)
+            for linear in linears(self.spec)
+            if not is_streamable(self.spec, linear)
+        }
+        self.resident = random_parts(self.spec, self.memory)
+        self.exact = ExactWeights(
+            self.spec, stored.parts, self.fixed, self.resident, self.biases, None
+        )
+        slots = cache_slots(held, widest)
+        size = (self.spec.num_layers, 2, spec.num_kv_heads, slots, spec.head_size)
+        self.cache = Cache(self.memory.take_tensor("cache", size, dtype))
+        self.cache.commit([0] * LIVE_TOKENS)
+        self.decoder = make_decoder(self.spec, small, slots, dtype, self._keep)
+        self.draft_decoder = self.decoder
+        if dtype != DRAFT_DTYPE:
+            self.draft_decoder = make_decoder(self.spec, small, slots, DRAFT_DTYPE, self._keep)
+
+    def exact_timings(self) -> tuple[tuple[Timing, ...], tuple[Timing, ...]]:
+        """One layer, and what else a verification does: rows, embedding, head, choices."""
+        to_logits = self._through_head(self.decoder, self.exact)
+
+        def head(width: int) -> Callable[[], object]:
+            return lambda: to_logits(self._tree_rows(width)).argmax(-1)
+
+        layers = {
+            width: self._layers(self.decoder, self.exact, self._tree_rows(width), attend_exactly)
+            for width in self.exact_widths
+        }
+        heads = {width: head(width) for width in self.exact_widths}
+        return self._timed(layers, heads, 1, self.layers_per_call)
+
+    def fast_timings(self) -> tuple[tuple[Timing, ...], float]:
+        """One layer unpadded: one row as plain decoding has it, more of a prompt. And a head."""
+        row = torch.zeros(1, dtype=torch.int64, device=self.device)
+        layers = {
+            width: self._layers(
+                self.decoder, self.exact, causal_rows(self.cache, row.repeat(width)), attend
+            )
+            for width in FAST_WIDTHS
+        }
+        to_logits = self._through_head(self.decoder, self.exact)
+        actions: list[Callable[[], object]] = [
+            layers[1],
+            lambda: choose(to_logits(causal_rows(self.cache, row))[0], 0, Sampling()),
+        ]
+        with single_row_kernels() if self.device.type == "cpu" else nullcontext():
+            (layer, slowest), (head, _) = time_each(actions, self.device)
+        calls = self.layers_per_call
+        prompts = time_widths({w: layers[w] for w in FAST_WIDTHS[1:]}, self.device, calls)
+        return (Timing(1, layer / calls, slowest / calls), *prompts), head / self.head_share
+
+    def attention_timings(self, attention: Attend, dtype: torch.dtype) -> tuple[Timing, ...]:
+        """What MORE_TOKENS more in the cache cost, in one layer."""
+
+        def action(width: int, live: int) -> Callable[[], object]:
+            query = torch.ones(self.spec.num_heads, width, self.spec.head_size, dtype=dtype)
+            query, (keys, values) = query.to(self.device), self.cache.read(0, live)
+            visible = torch.ones(width, live, dtype=torch.bool, device=self.device)
+            return lambda: attention(query, keys, values, visible)
+
+        near, far = (
+            time_widths({w: action(w, live) for w in ATTENTION_WIDTHS}, self.device)
+            for live in (LIVE_TOKENS, LIVE_TOKENS + MORE_TOKENS)
+        )
+        return difference(near, far)
+
+    def loaded_layers(self) -> Callable[[], None]:
+        """What is timed against a busy link: layers of a verification of LOADED_WIDTH rows."""
+        return self._layers(self.decoder, self.exact, self._tree_rows(LOADED_WIDTH), attend_exactly)
+
+    def faster_kernel(self) -> tuple[Int4Kernel, Substitutes]:
+        """The 4-bit kernel with the faster layer of four rows, and substitutes in its layout."""
+        kernels: list[Int4Kernel] = ["aten"]
+        if self.device.type == "cpu":
+            kernels += ["w4a8"] if int4.unavailable() is None else []
+        elif importlib.util.find_spec("gemlite") is not None:
+            kernels.append("gemlite")
+        packed = {kernel: self._random_substitutes(kernel) for kernel in kernels}
+        layers = {kernel: self.draft_timings(packed[kernel]).layer for kernel in kernels}
+        fastest = min(kernels, key=lambda kernel: seconds_at(layers[kernel], 4))
+        return fastest, packed[fastest]
+
+    def draft_timings(self, substitutes: Substitutes) -> DraftTimings:
+        to_logits = self._through_head(self.draft_decoder, substitutes)
+        root = torch.zeros(1, dtype=torch.int64, device=self.device)
+
+        def draft_pass(tree: TokenTree, nodes: Tensor) -> Tensor:
+            return to_logits(tree_rows(tree, nodes, self.cache.behind(len(tree.tokens))))
+
+        def levels(width: int) -> Callable[[], object]:
+            return lambda: grow(root, Tree(width, DRAFT_LEVELS), max(EXACT_WIDTHS), draft_pass)
+
+        widths = [width for width in DRAFT_WIDTHS if width <= self.spec.vocab_size]
+        heads = {width: levels(width) for width in widths}
+        fused = compile_layers(self.draft_decoder, substitutes, self.cache)
+        if fused is not None:  # one call runs all layers
+            passes = {width: self._fused(fused, self._tree_rows(width)) for width in widths}
+            layer, head = self._timed(passes, heads, DRAFT_LEVELS, self.spec.num_layers)
+            self.cache.commit([0] * MORE_TOKENS)
+            longer = {width: self._fused(fused, self._tree_rows(width)) for width in widths}
+            self.cache.roll_back(LIVE_TOKENS)
+            far = time_widths(longer, self.device, self.spec.num_layers)
+            return DraftTimings(layer, difference(layer, far), head)
+        layers: dict[int, Callable[[], object]] = {
+            width: self._layers(self.draft_decoder, substitutes, self._tree_rows(width), attend)
+            for width in widths
+        }
+        if self.device.type == "cuda":
+            capture = capture_on_gpu(self.device)
+            layers = {width: replayed(layers[width], capture) for width in widths}
+            heads = {width: replayed(heads[width], capture) for width in widths}
+        layer, head = self._timed(layers, heads, DRAFT_LEVELS, self.layers_per_call)
+        return DraftTimings(layer, self.attention_timings(attend, DRAFT_DTYPE), head)
+
+    def round_seconds(self) -> float:
+        """Accepting, and moving what was accepted in every layer's cache."""
+        tree = root_only(torch.zeros(1, dtype=torch.int64, device=self.device), 32)
+        path = accept(tree, tree.tokens, ACCEPT_DEPTH).path
+        actions: list[Callable[[], object]] = [
+            lambda: accept(tree, tree.tokens, ACCEPT_DEPTH).emitted(),
+            lambda: self.cache.compact(path),
+        ]
+        (accepting, _), (moving, _) = time_each(actions, self.device)
+        return accepting + moving / self.spec.num_layers * self.full_spec.num_layers
+
+    def position_free_widths(self) -> tuple[int, ...]:
+        """Widths at which every product gives a row the same bits wherever it stands."""
+        every = (*self.resident.values(), *self.fixed.values())
+        one_of_a_shape = {weight.shape: weight for weight in every}.values()
+        found, until = list[int](), time.perf_counter() + PLACE_SECONDS
+        for width in PADDED_WIDTHS:
+            if width > USUAL_WIDTH and time.perf_counter() > until:
+                break
+            if all(
+                ignores_place(product, weight, width)
+                for product in (exact_product, exact_product_into)
+                for weight in one_of_a_shape
+            ):
+                found.append(width)
+        return tuple(found)
+
+    def _timed(
+        self,
+        layers: Mapping[int, Callable[[], object]],
+        heads: Mapping[int, Callable[[], object]],
+        heads_per_action: int,
+        layers_per_action: int,
+    ) -> tuple[tuple[Timing, ...], tuple[Timing, ...]]:
+        """Of one layer and of one whole head."""
+        return (
+            time_widths(layers, self.device, layers_per_action),
+            time_widths(heads, self.device, heads_per_action * self.head_share),
+        )
+
+    def _tree_rows(self, width: int) -> Rows:
+        tree = root_only(torch.zeros(1, dtype=torch.int64, device=self.device), width)
+        nodes = torch.arange(width, device=self.device)
+        return tree_rows(tree, nodes, self.cache.behind(width))
+
+    def _layers(
+        self, decoder: Decoder, products: Iterable[Product], rows: Rows, attention: Attend
+    ) -> Callable[[], None]:
+        """Calls go round the layers, which together are larger than a cache."""
+        layers = cycle(enumerate(list(products)[:-1]))
+        x = torch.ones(len(rows.tokens), self.spec.hidden_size, dtype=decoder.dtype).to(self.device)
+        cos, sin = decoder.cos[rows.positions], decoder.sin[rows.positions]
+
+        def run() -> None:
+            for layer, product in islice(layers, self.layers_per_call):
+                attention_block(decoder, layer, product, x, cos, sin, rows, self.cache, attention)
+                mlp_block(decoder, layer, product, x)
+                x.fill_(1.0)  # random layers would make it grow
+
+        return run
+
+    def _fused(self, layers: DraftLayers, rows: Rows) -> Callable[[], None]:
+        x = torch.empty(len(rows.tokens), self.spec.hidden_size, dtype=DRAFT_DTYPE)
+        return lambda: run_layers(layers, x.fill_(1.0), rows, self.cache)
+
+    def _through_head(
+        self, decoder: Decoder, products: Iterable[Product]
+    ) -> Callable[[Rows], Tensor]:
+        """What a pass does outside its layers."""
+        head = list(products)[-1:]
+        short = replace(decoder, spec=replace(decoder.spec, num_layers=0))
+        return lambda rows: forward(short, head, rows, self.cache, attend)
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        target = self.memory.take_tensor("tables", tuple(tensor.shape), tensor.dtype)
+        return target.copy_(tensor)
+
+    def _random_substitutes(self, kernel: Int4Kernel) -> Substitutes:
+        memory = FastMemory(self.device, {"substitutes": substitutes_bytes(self.spec, kernel)})
+        weights: dict[tuple[int, Kind], Int4Weight | Tensor] = {}
+        biases = {}
+        for linear in linears(self.spec):
+            key, size = (linear.layer, linear.kind), (linear.out_features, linear.in_features)
+            if linear.has_bias:
+                biases[key] = self.biases[linear.name].to(DRAFT_DTYPE)
+            if linear.has_substitute:
+                room = [
+                    memory.take("substitutes", num_bytes)
+                    for num_bytes in packed_bytes(*size, kernel)
+                ]
+                weights[key] = pack(*random_substitute(*size), kernel, *room)
+            else:
+                weights[key] = self.fixed[linear.name]
+        return Substitutes(self.spec.num_layers, weights, biases)
+
+
+def replayed(action: Action, capture: Callable[[Action], Replay]) -> Action:
+    """The action as the runtime would launch it: as a graph, where that works."""
+    action()  # builds what is not built yet
+    try:
+        return capture(action)
+    except RuntimeError:
+        return action
+
+
+def difference(near: tuple[Timing, ...], far: tuple[Timing, ...]) -> tuple[Timing, ...]:
+    return tuple(
+        Timing(f.width, max(f.seconds - n.seconds, SHORTEST), f.slowest)
+        for n, f in zip(near, far, strict=True)
+    )

@@ -1,0 +1,157 @@
+"""How much host memory can be pinned, found out by a child process that may be killed over it.
+
+Free memory does not say: cgroups, WSL2, RLIMIT_MEMLOCK and the driver have limits of their own.
+This file is also the child's program; on the CPU it knows nothing of torch.
+"""
+
+import ctypes
+import mmap
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+TIME_LIMIT_SECONDS = 60.0
+SMALLEST_PIECE = 256 << 20
+LARGEST_PIECE = 4 << 30
+RESERVE_BYTES = 1 << 30  # always left free, or a 20th of the memory if that is more
+PORTABLE = 1  # cudaHostRegister: pinned for every GPU's context
+# A container's own cgroup stands here. Kubernetes ends all of it if one process takes too much, so
+# the child must not run into this limit.
+CONTAINER = Path("/sys/fs/cgroup")
+
+
+def pinnable_bytes(device: str, wanted_bytes: int) -> int:
+    """Host bytes that can be pinned for `device` beside what is pinned already.
+
+    At least `wanted_bytes` if so much can be; 0 if it is unknown, or less than SMALLEST_PIECE.
+    What is reached within TIME_LIMIT_SECONDS counts: on a slow machine more may be possible.
+    """
+    child = [
+        sys.executable,
+        "-P",
+        "-m",
+        "subspec.planner.machine.pinnable",
+        device,
+        str(wanted_bytes),
+    ]
+    return last_total(output_of(child, TIME_LIMIT_SECONDS), wanted_bytes)
+
+
+def output_of(command: Sequence[str], seconds: float) -> bytes:
+    """What it printed until it ended, was killed, or `seconds` had passed. Its memory is free then:
+    it has been waited for."""
+    try:
+        return subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=seconds
+        ).stdout
+    except subprocess.TimeoutExpired as error:
+        return error.stdout or b""
+    except OSError:
+        return b""
+
+
+def last_total(output: bytes, wanted_bytes: int) -> int:
+    """Of the complete lines that are a number the child may reach; 0 if there is none."""
+    lines = output.split(b"\n")[:-1]
+    found = [int(line) for line in lines if re.fullmatch(rb"[0-9]{1,18}", line)]
+    most = whole_pieces(wanted_bytes + SMALLEST_PIECE - 1)
+    return max((total for total in found if total <= most), default=0)
+
+
+def whole_pieces(num_bytes: int) -> int:
+    return num_bytes // SMALLEST_PIECE * SMALLEST_PIECE
+
+
+# The child
+
+
+def totals(
+    wanted_bytes: int, pin: Callable[[int], bool], spare: Callable[[], int]
+) -> Iterator[int]:
+    """The bytes pinned after each piece.
+
+    Pieces grow to a quarter of what is reached, which bounds what a killed child could not report.
+    One that is refused, or not to spare, is tried again at half its size.
+    """
+    wanted = whole_pieces(wanted_bytes + SMALLEST_PIECE - 1)
+    reached, largest = 0, LARGEST_PIECE
+    while reached < wanted and largest:
+        piece = max(SMALLEST_PIECE, whole_pieces(reached // 4))
+        piece = min(piece, largest, wanted - reached)
+        if piece <= spare() and pin(piece):
+            reached += piece
+            yield reached
+        else:
+            largest = whole_pieces(piece // 2)
+
+
+def pin_function(device: str) -> Callable[[int], bool]:
+    """Reserves, pins and holds as many bytes as it is given; False: it was refused."""
+    lock = mlock() if device == "cpu" else host_register(device)
+    held: list[mmap.mmap] = []
+
+    def pin(num_bytes: int) -> bool:
+        try:
+            memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError:
+            return False
+        with suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        if not lock(ctypes.addressof(ctypes.c_char.from_buffer(memory)), num_bytes):
+            memory.close()
+            return False
+        held.append(memory)
+        return True
+
+    return pin
+
+
+def mlock() -> Callable[[int, int], bool]:
+    call = ctypes.CDLL(None).mlock
+    return lambda address, size: call(ctypes.c_void_p(address), ctypes.c_size_t(size)) == 0
+
+
+def host_register(device: str) -> Callable[[int, int], bool]:
+    import torch
+
+    torch.cuda.set_device(torch.device(device).index or 0)
+    cudart = torch.cuda.cudart()
+    return lambda address, size: int(cudart.cudaHostRegister(address, size, PORTABLE)) == 0
+
+
+def spare_bytes() -> int:
+    """What the machine, and the container if this is one, have to spare before the next piece."""
+    lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+    fields = dict(line.split(":", 1) for line in lines)
+    machine = [int(fields[name].split()[0]) << 10 for name in ("MemTotal", "MemAvailable")]
+    return min(less_reserve(*both) for both in [machine, *cgroup_memory(CONTAINER)])
+
+
+def less_reserve(total: int, available: int) -> int:
+    return available - max(RESERVE_BYTES, total // 20)
+
+
+def cgroup_memory(folder: Path) -> list[tuple[int, int]]:
+    """(limit, what is left of it) of a cgroup v2; [] if it has none. Caches of files give way."""
+    try:
+        limit, used = (int((folder / f"memory.{x}").read_text()) for x in ("max", "current"))
+        lines = (folder / "memory.stat").read_text().splitlines()
+        fields = dict(line.split() for line in lines)
+        caches = int(fields["active_file"]) + int(fields["inactive_file"])
+    except (OSError, ValueError, KeyError):  # no such cgroup; the limit is the word max
+        return []
+    return [(limit, limit - used + caches)]
+
+
+def main(device: str, wanted_bytes: int) -> None:
+    with suppress(OSError):  # if memory runs out, the kernel is to choose this process
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    for total in totals(wanted_bytes, pin_function(device), spare_bytes):
+        print(total, flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))

@@ -1,0 +1,83 @@
+"""Typed access to a JSON object that somebody else wrote: config.json and its neighbours."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.format.codec import parse_json
+from subspec.artifacts.format.tensors import open_regular
+
+LARGEST_JSON = 32 << 20  # an index of 100,000 tensors has 10 MB
+
+
+@dataclass(frozen=True)
+class Fields:
+    """One JSON object; each accessor checks type and range and raises SubspecError(CORRUPT).
+    `null` counts as left out."""
+
+    where: str
+    values: dict[str, Any]
+
+    def integer(self, name: str, low: int, high: int, default: int | None = None) -> int:
+        value = self._value(name, default)
+        if type(value) is not int or not low <= value <= high:
+            raise self.wrong(name, value, f"an integer from {low} to {high}")
+        return value
+
+    def number(self, name: str, low: float, high: float, default: float | None = None) -> float:
+        value = self._value(name, default)
+        if type(value) not in (int, float) or not low <= value <= high:
+            raise self.wrong(name, value, f"a number from {low:g} to {high:g}")
+        return float(value)
+
+    def flag(self, name: str, default: bool) -> bool:
+        value = self._value(name, default)
+        if type(value) is not bool:
+            raise self.wrong(name, value, "true or false")
+        return value
+
+    def text(self, name: str, default: str) -> str:
+        value = self._value(name, default)
+        if type(value) is not str:
+            raise self.wrong(name, value, "a string")
+        return value
+
+    def texts(self, name: str) -> list[str]:
+        value = self._value(name, [])
+        if not isinstance(value, list) or not all(type(item) is str for item in value):
+            raise self.wrong(name, value, "a list of strings")
+        return value
+
+    def has(self, name: str) -> bool:
+        return self.values.get(name) is not None
+
+    def wrong(self, name: str, value: Any, expected: str) -> SubspecError:
+        got = repr(value)[:60]
+        return SubspecError(Exit.CORRUPT, f"{self.where}: {name} is {got}, expected {expected}")
+
+    def unsupported(self, name: str, supported: str) -> SubspecError:
+        got = repr(self.values.get(name))[:60]
+        message = f"{self.where}: {name} is {got}, we compute only {supported}"
+        return SubspecError(Exit.UNSUPPORTED, message)
+
+    def _value(self, name: str, default: Any) -> Any:
+        value = self.values.get(name)
+        if value is None and default is None:
+            raise SubspecError(Exit.CORRUPT, f"{self.where} lacks {name}")
+        return default if value is None else value
+
+
+def read_fields(path: Path) -> Fields:
+    """A JSON file that holds one object. Raises SubspecError(CORRUPT)."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > LARGEST_JSON:
+            raise SubspecError(
+                Exit.CORRUPT, f"{path.name} is {size} bytes, expected at most {LARGEST_JSON}"
+            )
+        values = parse_json(file.read(), path.name)
+    if not isinstance(values, dict):
+        raise SubspecError(Exit.CORRUPT, f"{path.name} is not an object")
+    return Fields(path.name, values)

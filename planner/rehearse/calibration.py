@@ -1,0 +1,126 @@
+"""What a draft is tried on: prompts of several kinds, from JSON Lines, ours or a user's."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Literal, Protocol
+
+from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.format.codec import load_dataclass, parse_json
+from subspec.artifacts.format.tensors import open_regular
+
+SHIPPED = Path(__file__).with_name("calibration.jsonl")
+NUM_TOKENS = 128  # of each answer; what follows the first words is easier to guess (docs/LOG.md)
+LARGEST_FILE = 1_000_000  # bytes
+MOST_PROMPTS = 1000
+KIND = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,19}", re.ASCII)
+SHAPES = 'a line is an object: {"kind": "code", "text": "def "}, {"chat": "Hi"} or {"messages": []}'
+
+
+class Text(Protocol):
+    """The runtime's tokenizer."""
+
+    def chat_ids(self, messages: list[dict[str, str]]) -> list[int]: ...
+    def plain_ids(self, text: str) -> list[int]: ...
+
+
+@dataclass(frozen=True)
+class Message:
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    kind: str  # acceptance is told apart by it
+    prompt: str | tuple[Message, ...]  # text is continued as it is, messages are answered
+
+
+@dataclass(frozen=True)
+class Line:
+    """One object of a file; of the last three exactly one is given."""
+
+    kind: str = "own"
+    text: str | None = None
+    chat: str | None = None  # short for messages with one of a user
+    messages: tuple[Message, ...] | None = None
+
+
+def shipped_samples() -> tuple[Sample, ...]:
+    return read_samples(SHIPPED)
+
+
+def read_samples(path: Path) -> tuple[Sample, ...]:
+    """One sample per line of a JSON Lines file; blank lines do not count.
+
+    Raises SubspecError(USAGE) for a file that cannot be read and for the first line that is wrong.
+    """
+    try:
+        with open_regular(path) as file:
+            content = file.read(LARGEST_FILE + 1)
+    except SubspecError as error:  # a user's own file is not damaged, it is the wrong one
+        raise SubspecError(Exit.USAGE, error.message, "give a file of prompts") from None
+    if len(content) > LARGEST_FILE:
+        message = f"{path.name} has more than {LARGEST_FILE} bytes"
+        raise SubspecError(Exit.USAGE, message, "some dozens of short prompts are enough")
+    try:
+        lines = content.decode("utf-8").split("\n")  # a string may hold U+2028: no splitlines()
+    except UnicodeDecodeError as error:
+        message = f"{path.name} is not UTF-8: {error.reason} at byte {error.start}"
+        raise SubspecError(Exit.USAGE, message, "convert it to UTF-8") from None
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
+        raise SubspecError(Exit.USAGE, f"{path.name} holds no prompt", SHAPES)
+    if len(numbered) > MOST_PROMPTS:
+        message = f"{path.name} has {len(numbered)} prompts, expected at most {MOST_PROMPTS}"
+        raise SubspecError(Exit.USAGE, message, "some dozens are enough")
+    return tuple(read_sample(line, f"{path.name} line {number}") for number, line in numbered)
+
+
+def read_sample(line: str, where: str) -> Sample:
+    """`where` names file and line in what is raised, SubspecError(USAGE)."""
+    try:
+        read: Line = load_dataclass(Line, parse_json(line, where), where)
+    except SubspecError as error:
+        raise SubspecError(Exit.USAGE, error.message, SHAPES) from None
+    if not KIND.fullmatch(read.kind):
+        message = f"{where} has the kind {read.kind[:60]!r}"
+        raise SubspecError(Exit.USAGE, message, "a kind is one short word, such as code or chat")
+    chat = None if read.chat is None else (Message("user", read.chat),)
+    given = [p for p in (read.text, chat, read.messages) if p is not None]
+    if len(given) != 1:
+        message = f"{where} has {len(given)} prompts, expected one of text, chat and messages"
+        raise SubspecError(Exit.USAGE, message, SHAPES)
+    sample = Sample(read.kind, given[0])
+    if not contents(sample) or not all(content.strip() for content in contents(sample)):
+        raise SubspecError(Exit.USAGE, f"{where} has an empty prompt", "write some text")
+    if not isinstance(sample.prompt, str) and sample.prompt[-1].role != "user":
+        message = f"{where} ends with the {sample.prompt[-1].role}'s message, expected the user's"
+        raise SubspecError(Exit.USAGE, message, "the last message is what will be answered")
+    return sample
+
+
+def contents(sample: Sample) -> list[str]:
+    prompt = sample.prompt
+    return [prompt] if isinstance(prompt, str) else [message.content for message in prompt]
+
+
+def sample_ids(text: Text, sample: Sample) -> list[int]:
+    """Messages go through the chat template; where that fails the model is run on plain text."""
+    if isinstance(sample.prompt, str):
+        return text.plain_ids(sample.prompt)
+    try:
+        return text.chat_ids([asdict(message) for message in sample.prompt])
+    except SubspecError:
+        return text.plain_ids("\n\n".join(contents(sample)))
+
+
+def in_turns(samples: Iterable[Sample]) -> list[Sample]:
+    """The first of each kind, then the second of each, ...: cut short, all kinds are seen alike."""
+    by_kind: dict[str, list[Sample]] = {}
+    for sample in samples:
+        by_kind.setdefault(sample.kind, []).append(sample)
+    turns = zip_longest(*by_kind.values())
+    return [sample for turn in turns for sample in turn if sample is not None]

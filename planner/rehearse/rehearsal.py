@@ -1,0 +1,133 @@
+"""A built artifact decodes calibration prompts: how long real rounds take, and (`replay.py`) how
+deep drafts are accepted there.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+from subspec.artifacts.acceptance import Acceptance
+from subspec.artifacts.format.prebuilt import ship
+from subspec.artifacts.format.store import Artifact
+from subspec.artifacts.plan import Method, Plan, Usage
+from subspec.planner.rehearse.calibration import NUM_TOKENS, Sample, in_turns, sample_ids
+from subspec.planner.rehearse.learn import Foretell, Rounds, Timed
+from subspec.planner.rehearse.replay import Trees, acceptance_of, replay
+from subspec.runtime.model.sampling import Sampling
+from subspec.runtime.session import Session, kernel_sources
+from subspec.runtime.text.tokenizer import load_text
+
+DRAFT_SECONDS = 180.0  # for speculation and its replays, at most
+PLAIN_SECONDS = 10.0
+PLAIN_TOKENS = 12
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How the artifact is run."""
+
+    link_bandwidth: float | None = None
+    device: str | None = None
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    acceptance: Acceptance | None  # None: no tree was judged
+    rounds: Rounds
+
+
+@dataclass(frozen=True)
+class Played:
+    """One answer as it was decoded."""
+
+    tokens: tuple[int, ...]  # of prompt and answer
+    starts: tuple[int, ...]  # where rounds began: the index of each one's root in `tokens`
+    rounds: Rounds
+
+
+@torch.inference_mode()
+def rehearse(
+    artifact: Artifact,
+    plan: Plan,
+    foretell: Foretell,
+    samples: Sequence[Sample],
+    setting: Setting,
+    progress: Progress,
+) -> Rehearsal:
+    """Runs `plan` over the samples, all kinds alike, until they or the time is up; `foretell`: what
+    it promises for a usage, without corrections."""
+    staged, text = replace(artifact, plan=plan), load_text(artifact.path / "tokenizer")
+    turns = [(sample.kind, sample_ids(text, sample)) for sample in in_turns(samples)]
+    trees: Trees = {}
+    rounds = Rounds()
+    if plan.substitute is not None:
+        with opened(staged, "substitute", setting) as session:
+            until = time.perf_counter() + DRAFT_SECONDS
+            for index, (kind, prompt) in enumerate(turns):
+                progress("rehearsing the plan", index / len(turns))
+                played = play(session, prompt, NUM_TOKENS, foretell, until)
+                rounds = rounds.and_also(played.rounds)
+                replay(session, played.tokens, played.starts, kind, trees, until)
+                if time.perf_counter() > until:
+                    break
+    with opened(staged, "plain", setting) as session:
+        until = time.perf_counter() + PLAIN_SECONDS
+        played = play(session, turns[0][1], PLAIN_TOKENS, foretell, until)
+        rounds = rounds.and_also(played.rounds)
+    progress("rehearsing the plan", 1.0)
+    return Rehearsal(acceptance_of(trees), rounds)
+
+
+def ship_kernels(folder: Path, plan: Plan) -> None:
+    """What was compiled here for the plan's decoding goes into the artifact `folder`."""
+    ship(folder, kernel_sources(plan))
+
+
+def opened(artifact: Artifact, method: Method, setting: Setting) -> Session:
+    return Session(
+        artifact,
+        method,
+        padded=False,
+        device=setting.device,
+        link_bandwidth=setting.link_bandwidth,
+    )
+
+
+def play(
+    session: Session, prompt: list[int], num_tokens: int, foretell: Foretell, until: float
+) -> Played:
+    """Decodes greedily, one round at least. The answer may become longer, so that no round's tree
+    is cut for the end; and the first round is not timed: the session watches its temporaries."""
+    depth = session.plan.tree.depth if session.method == "substitute" else 0
+    prompt = prompt[: session.plan.context // 2]
+    eos = frozenset(session.artifact.spec.eos_token_ids)
+    tokens, starts, clock = [*prompt], list[int](), [(0.0, 0.0, 0)]
+    session.model.cache.roll_back(0)
+    exact = session.model.exact
+    checked = exact.ring is None or exact.streamed_bytes > 0
+    for emitted in session.generate(prompt, num_tokens + depth, Sampling(), eos):
+        stats = session.stats
+        if len(tokens) > len(prompt):
+            clock.append((stats.draft_seconds, stats.verify_seconds, stats.drafted_levels))
+            starts.append(len(tokens) - 1)
+        tokens += emitted
+        if len(tokens) - len(prompt) >= num_tokens or (starts and time.perf_counter() > until):
+            break
+    said = foretell(session.method, Usage(len(prompt), len(tokens) - len(prompt)))
+    passed = [(b[0] - a[0], b[1] - a[1], b[2] - a[2]) for a, b in pairwise(clock)][1:]
+    drafted = [seconds * said.levels_per_round / max(1, levels) for seconds, _, levels in passed]
+    draft = (Timed(tuple(drafted), said.draft_seconds),)  # each as if it had drafted the mean
+    verify = (Timed(tuple(seconds for _, seconds, _ in passed), said.verify_seconds),)
+    first = Timed((session.stats.time_to_first_token_seconds,), said.time_to_first_token_seconds)
+    asked = (first,) if checked else ()  # what streams first is checked as well
+    if session.method == "plain":
+        rounds = Rounds(plain=verify, prompt=asked)
+    else:
+        rounds = Rounds(draft, verify, prompt=asked)
+    return Played(tuple(tokens), tuple(starts), rounds)

@@ -1,0 +1,117 @@
+"""What a plan would do for another usage, and what other budgets and contexts would buy."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.common.sizes import short_size
+from subspec.artifacts.model import ModelSpec
+from subspec.artifacts.plan import Method, Plan, Point, Prediction, Usage
+from subspec.artifacts.profile import Profile
+from subspec.planner.solve.costs import Shape, workspace_bytes
+from subspec.planner.solve.predict import (
+    ONE_TOKEN,
+    Candidate,
+    emitted_by_depth,
+    passes_of,
+    predict,
+)
+from subspec.planner.solve.storage import Storage, group_bytes
+
+BUDGET_STEPS = (0.4, 0.5, 0.625, 0.75, 0.875, 1.125, 1.25, 1.5, 1.75, 2.0)  # of the plan's own
+CONTEXTS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
+NEXT_BYTES = 10**9  # what is asked after: a GB more
+NEXT_SHARE = 0.1  # of the budget, where that is less
+
+Solve = Callable[[int, int | None], Plan]  # budget, context -> the best plan; None: ours to choose
+
+
+def foretell(
+    spec: ModelSpec, profile: Profile, plan: Plan, stored: Storage, method: Method, usage: Usage
+) -> Prediction:
+    """What `plan` promises for `usage`; its own predictions are for the usual one. The peak is that
+    of the usage too: a short prompt leaves some of its workspace alone."""
+    placement = plan.placement(method)
+    assert placement is not None, "the plan has no placement for this method"
+    tree = plan.tree if method == "substitute" else replace(plan.tree, width=0, depth=0)
+    ready = set(placement.resident)
+    decoded = tuple(name for name in stored.residuals if name in ready)
+    candidate = Candidate(
+        replace(stored, decoded=decoded), tree.width, tree.depth, plan.verify_width,
+        placement.block_bytes, placement.num_slots,
+    )  # fmt: skip
+    inside = {*placement.resident, *placement.split}
+    streamed = group_bytes([part for part in stored.parts if part.name not in inside])
+    shape = Shape(
+        plan.context,
+        plan.verify_width if method == "substitute" else 1,
+        tree.width,
+        min(plan.prefill_tokens, usage.prompt_tokens),
+        placement.block_bytes,
+        placement.num_slots,
+        placement.ledger["scratch"],
+        plan.num_threads,
+    )
+    workspace = min(workspace_bytes(spec, plan.device, shape), placement.ledger["workspace"])
+    idle = placement.ledger["guard"] + placement.ledger["workspace"] - workspace
+    emitted = ONE_TOKEN
+    if tree.width:
+        emitted = emitted_by_depth(
+            plan.acceptance, tree.width, tree.depth, usage.kind, tree.stop_below
+        )[-1]
+    peak = placement.total_bytes - idle
+    passes = passes_of(spec, profile, tree.width, plan.verify_width, plan.prefill_tokens, usage)
+    return predict(profile, candidate, passes, streamed, emitted, peak, usage)
+
+
+def with_outlook(plan: Plan, solve: Solve, fixed_context: bool, most_positions: int) -> Plan:
+    """The plan with what other budgets and other contexts would give. A context that the user fixed
+    stays fixed while budgets change."""
+    context = plan.context if fixed_context else None
+    sizes = [int(plan.budget_bytes * step) for step in BUDGET_STEPS]
+    sizes.append(plan.budget_bytes + next_bytes(plan.budget_bytes))
+    budgets = points(solve, [(size, context) for size in sizes])
+    contexts = points(
+        solve, [(plan.budget_bytes, some) for some in CONTEXTS if some <= most_positions]
+    )
+    own = Point(plan.budget_bytes, plan.context, plan.method, speed_of(plan))
+    return replace(
+        plan,
+        by_budget=tuple(sorted({*budgets, own}, key=lambda point: point.budget_bytes)),
+        by_context=tuple(sorted({*contexts, own}, key=lambda point: point.context)),
+    )
+
+
+def points(solve: Solve, asked: Sequence[tuple[int, int | None]]) -> list[Point]:
+    """Where there is a plan at all."""
+    found = []
+    for budget, context in asked:
+        try:
+            plan = solve(budget, context)
+        except SubspecError as error:
+            if error.exit_code != Exit.INFEASIBLE:
+                raise
+            continue
+        found.append(Point(budget, plan.context, plan.method, speed_of(plan)))
+    return found
+
+
+def speed_of(plan: Plan) -> float:
+    return plan.predicted[plan.method].tokens_per_second
+
+
+def next_bytes(budget_bytes: int) -> int:
+    return min(NEXT_BYTES, int(budget_bytes * NEXT_SHARE))
+
+
+def what_more_memory_buys(plan: Plan) -> str:
+    """One sentence; "" where it was not looked into."""
+    more = next_bytes(plan.budget_bytes)
+    wanted = plan.budget_bytes + more
+    point = next((p for p in plan.by_budget if p.budget_bytes == wanted), None)
+    if point is None:
+        return ""
+    gain = point.tokens_per_second / speed_of(plan) - 1
+    if gain < 0.005:
+        return f"{short_size(more)} more would buy nothing"
+    return f"{short_size(more)} more would buy {gain:.0%}: {point.tokens_per_second:.2f} tokens/s"

@@ -1,0 +1,305 @@
+"""What a search is given, and the candidates that it may choose from.
+
+The context and a prompt's share of memory are settled here, before any candidate is weighed.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+
+from subspec.artifacts.acceptance import Acceptance
+from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.model import PAGE_BYTES, ModelSpec
+from subspec.artifacts.plan import USUAL, Usage, Wishes
+from subspec.artifacts.profile import Profile
+from subspec.planner.solve.costs import Shape, ledger, workspace_bytes
+from subspec.planner.solve.predict import (
+    Candidate,
+    Emissions,
+    Passes,
+    emissions,
+    ending_early,
+    level_seconds,
+    passes_of,
+    usage_within,
+)
+from subspec.planner.solve.storage import NUM_SHARES, Storage, held_decoded, storages
+
+WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16)
+DEPTHS = (*range(1, 33), *range(34, 65, 2))
+NUM_SLOTS = (2, 3, 4)
+DEFAULT_CONTEXT = 4096  # halved until its keys and values fit their share of the budget
+CONTEXT_SHARE = 0.125
+SMALLEST_CONTEXT = 256
+# What the activations of a prompt that streams once may take: of the budget, and of what the
+# smallest plan leaves of it.
+PREFILL_SHARE = 0.15
+PREFILL_SLACK_SHARE = 0.5
+SMALLEST_PREFILL = 64
+
+
+@dataclass(frozen=True, eq=False)  # compared by identity: it is the key of what is worked out once
+class Problem:
+    spec: ModelSpec
+    profile: Profile
+    budget_bytes: int
+    wishes: Wishes
+    acceptance: Acceptance
+    context: int
+    storages: tuple[Storage, ...]  # to choose from; last the one that decodes least at every use
+    usage: Usage  # what the predictions are for
+    emissions: Emissions = field(repr=False)
+    prefill_tokens: int = SMALLEST_PREFILL
+    prefill_bytes: int = 0  # the workspace has at least these
+
+
+def pose(
+    spec: ModelSpec,
+    profile: Profile,
+    budget_bytes: int,
+    wishes: Wishes,
+    acceptance: Acceptance,
+    stored: Storage | None = None,
+    usage: Usage = USUAL,
+) -> Problem:
+    """Settles the context: the user's, or the largest of ours that leaves room for a draft, or at
+    least for plain decoding. stored: how an artifact holds the weights already."""
+    if wishes.context is not None and wishes.context > spec.max_positions:
+        raise SubspecError(
+            Exit.USAGE,
+            f"--context {wishes.context} is more than the model's {spec.max_positions} positions",
+            f"--context {spec.max_positions} or less",
+        )
+    if not profile.position_free_widths:
+        raise SubspecError(
+            Exit.UNSUPPORTED,
+            "on this machine a row's result depends on its place at every width that was tried",
+            "plan for --device cpu",
+        )
+    decodes = profile.decode_rate > 0
+    choices = held_decoded(stored) if stored else storages(spec, wishes.encoding, decodes)
+    if not decodes:  # while loading a slow decoder will do
+        choices = tuple(storage for storage in choices if not storage.coded_weights)
+    contexts = [wishes.context or default_context(spec, budget_bytes)]
+    while wishes.context is None and contexts[-1] // 2 >= SMALLEST_CONTEXT:
+        contexts.append(contexts[-1] // 2)
+    widths = (wishes.width,) if wishes.width else WIDTHS
+    found = emissions(acceptance, widths, wishes.depth or DEPTHS[-1], usage.kind)
+
+    def posed_for(context: int) -> Problem:
+        within = usage_within(context, usage)
+        return Problem(
+            spec, profile, budget_bytes, wishes, acceptance, context, choices, within, found
+        )
+
+    posed = [posed_for(context) for context in contexts]
+    drafting = (problem for problem in posed if smallest_draft(problem) is not None)
+    decoding = (problem for problem in posed if smallest_plain(problem) is not None)
+    return with_prompt_share(next(drafting, None) or next(decoding, None) or posed[-1])
+
+
+def default_context(spec: ModelSpec, budget_bytes: int) -> int:
+    """The largest that ours would be; `pose` may halve it further to make a plan fit."""
+    context = min(DEFAULT_CONTEXT, spec.max_positions)
+    while context * spec.kv_bytes_per_token > CONTEXT_SHARE * budget_bytes:
+        if context // 2 < SMALLEST_CONTEXT:
+            break
+        context //= 2
+    return context
+
+
+def with_early_ends(problem: Problem, tokens_per_second: float) -> Problem:
+    """Each tree with the stop that serves a plan of that speed best."""
+    live = problem.usage.prompt_tokens + problem.usage.answer_tokens / 2
+    spec, profile = problem.spec, problem.profile
+    found = ending_early(
+        problem.acceptance,
+        problem.emissions,
+        tokens_per_second,
+        lambda width: profile.learned.draft * level_seconds(spec, profile, width, live),
+        problem.usage.kind,
+    )
+    return replace(problem, emissions=found)
+
+
+def with_prompt_share(problem: Problem) -> Problem:
+    """Gives the activations of a prompt their bytes, and takes the most tokens that those hold.
+
+    The bytes grow evenly with the budget. If the tokens led, a little more memory could double
+    them and push out weights. Where all weights could stay, as they are stored or decoded, none is
+    pushed out: then a prompt in pieces costs no streaming.
+    """
+    budget, smallest = problem.budget_bytes, smallest_draft(problem) or smallest_plain(problem)
+    slack = left_over(problem, smallest) if smallest else 0
+    most = max(problem.context, SMALLEST_PREFILL)
+
+    def needed(tokens: int) -> int:
+        shape = Shape(problem.context, 1, 1, tokens, 0, 0, 0, problem.profile.num_threads)
+        return workspace_bytes(problem.spec, problem.profile.device, shape)
+
+    least = needed(SMALLEST_PREFILL)
+    share = int(min(PREFILL_SHARE * budget, PREFILL_SLACK_SHARE * slack))
+    alike = stored_like(problem, problem.storages[-1])
+    for storage in (alike[0], alike[-1]):
+        resident = Candidate(storage, 0, 0, narrowest(problem), 0, 0)
+        spare = left_over(problem, resident) - storage.num_bytes
+        if spare >= 0:
+            share = min(share, least + int(PREFILL_SLACK_SHARE * spare))
+    share = max(least, min(share, needed(most)))
+    above = bisect_right(range(most + 1), share, lo=SMALLEST_PREFILL, key=needed)
+    return replace(problem, prefill_tokens=above - 1, prefill_bytes=share)
+
+
+def stored_like(problem: Problem, wanted: Storage) -> tuple[Storage, ...]:
+    """Those of the problem's storages that an artifact made for `wanted` can have: they differ in
+    what is held decoded, the first holds least."""
+    return tuple(some for some in problem.storages if some.parts == wanted.parts)
+
+
+def candidates(problem: Problem) -> Iterator[Candidate]:
+    """Every draft, the smallest tree first."""
+    for width, depth, padded in trees(problem):
+        for storage in problem.storages:
+            for block, slots in staging(storage):
+                yield Candidate(storage, width, depth, padded, block, slots)
+
+
+def trees(problem: Problem) -> Iterator[tuple[int, int, int]]:
+    """(width, depth, verify width), widths and depths ascending."""
+    wishes = problem.wishes
+    if wishes.method == "plain":
+        return
+    for width in (wishes.width,) if wishes.width else WIDTHS:
+        for depth in (wishes.depth,) if wishes.depth else DEPTHS:
+            padded = padded_width(problem.profile, 1 + width * depth)
+            if padded is not None:
+                yield width, depth, padded
+
+
+def plain_candidates(problem: Problem, verify_width: int) -> Iterator[Candidate]:
+    """Plain decoding. `verify_width` is the padded twin's, which must fit too."""
+    for storage in problem.storages:
+        for block, slots in staging(storage):
+            yield Candidate(storage, 0, 0, verify_width, block, slots)
+
+
+def smallest_draft(problem: Problem) -> Candidate | None:
+    """The draft that takes the least memory, if that fits."""
+    first = next(trees(problem), None)
+    if first is None:
+        return None
+    return smallest(problem, [
+        Candidate(storage, *first, *staging(storage)[0]) for storage in problem.storages
+    ])  # fmt: skip
+
+
+def smallest_plain(problem: Problem) -> Candidate | None:
+    verify_width = narrowest(problem)
+    return smallest(problem, [
+        Candidate(storage, 0, 0, verify_width, *staging(storage)[0])
+        for storage in problem.storages
+    ])  # fmt: skip
+
+
+def smallest(problem: Problem, some: list[Candidate]) -> Candidate | None:
+    best = max(some, key=lambda candidate: left_over(problem, candidate))
+    return best if left_over(problem, best) >= 0 else None
+
+
+def narrowest(problem: Problem) -> int:
+    """The smallest verify width that the user's wishes allow."""
+    first = next(trees(problem), None)
+    return first[2] if first else min(problem.profile.position_free_widths)
+
+
+def padded_width(profile: Profile, num_nodes: int) -> int | None:
+    """The smallest width at which a row's bits do not depend on its place."""
+    return min((w for w in profile.position_free_widths if w >= num_nodes), default=None)
+
+
+@lru_cache(maxsize=4 * (NUM_SHARES + 1))
+def staging(storage: Storage) -> list[tuple[int, int]]:
+    """(block bytes, slots) worth trying, from the largest part up to a layer; the smallest
+    first."""
+    if not storage.as_stored:
+        return [(0, 0)]
+    layer, largest = storage.layer_bytes, storage.largest_part
+    half = layer // 2 // PAGE_BYTES * PAGE_BYTES
+    blocks = {largest, 2 * largest, max(largest, half), max(largest, layer)}
+    return [(block, slots) for block in sorted(blocks) for slots in NUM_SLOTS]
+
+
+def left_over(problem: Problem, candidate: Candidate) -> int:
+    """Bytes of the budget that exact weights may take as they are stored; negative: it does not
+    fit."""
+    storage = candidate.storage
+    left = left_without_ring(
+        problem, candidate.width, candidate.verify_width, storage.scratch_bytes
+    )
+    return left - storage.decoded_bytes - candidate.block_bytes * candidate.num_slots
+
+
+# A search asks the same of one tree once for each storage and ring.
+for_one_tree = lru_cache(maxsize=1024)
+
+
+@for_one_tree
+def left_without_ring(problem: Problem, width: int, verify_width: int, scratch_bytes: int) -> int:
+    purposes = ledger_of(problem, width, verify_width, 0, 0, scratch_bytes)
+    return problem.budget_bytes - sum(purposes.values())
+
+
+@for_one_tree
+def passes_for(problem: Problem, width: int, verify_width: int) -> Passes:
+    return passes_of(
+        problem.spec,
+        problem.profile,
+        width,
+        verify_width,
+        problem.prefill_tokens,
+        problem.usage,
+    )
+
+
+def base_ledger(problem: Problem, candidate: Candidate) -> dict[str, int]:
+    """Everything but resident exact weights."""
+    return ledger_of(
+        problem,
+        candidate.width,
+        candidate.verify_width,
+        candidate.block_bytes,
+        candidate.num_slots,
+        candidate.storage.scratch_bytes,
+    )
+
+
+def ledger_of(
+    problem: Problem,
+    width: int,
+    verify_width: int,
+    block_bytes: int,
+    num_slots: int,
+    scratch_bytes: int,
+) -> dict[str, int]:
+    profile = problem.profile
+    shape = Shape(
+        problem.context,
+        verify_width,
+        width,
+        problem.prefill_tokens,
+        block_bytes,
+        num_slots,
+        scratch_bytes,
+        profile.num_threads,
+    )
+    base = ledger(
+        problem.spec,
+        profile.device,
+        profile.int4_kernel,
+        shape,
+        profile.overhead_bytes,
+        problem.budget_bytes,
+    )
+    base["workspace"] = max(base["workspace"], problem.prefill_bytes)
+    return base

@@ -1,0 +1,381 @@
+"""ModelSpec, Profile, budget -> the cheapest Plan that fits, or what is missing.
+
+The space is small: every tree x storage x staging ring is tried. The fast memory that a candidate
+leaves holds exact weights, as they are stored; a storage may ask that some residuals are held
+decoded. More of anything (memory, link, acceptance) never predicts fewer tokens/s.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+from subspec.artifacts.acceptance import Acceptance, Curve
+from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.common.sizes import LARGEST, format_size, short_size, weights_rate
+from subspec.artifacts.model import ModelSpec, StoredPart
+from subspec.artifacts.plan import (
+    USUAL,
+    Method,
+    Option,
+    Placement,
+    Plan,
+    Prediction,
+    Tree,
+    Usage,
+    Wishes,
+)
+from subspec.artifacts.profile import Profile
+from subspec.planner.solve.predict import Candidate, early_doubt, predict, round_of
+from subspec.planner.solve.problem import (
+    Problem,
+    base_ledger,
+    candidates,
+    left_over,
+    narrowest,
+    passes_for,
+    plain_candidates,
+    pose,
+    smallest_draft,
+    smallest_plain,
+    stored_like,
+    with_early_ends,
+)
+from subspec.planner.solve.problem import default_context as default_context
+from subspec.planner.solve.storage import Storage, group_bytes
+
+# Of the draft's probabilities (arXiv 2509.18344, §4.2). A chain is the same at any temperature, but
+# where it ends is not: the sharp ones tell best what is accepted (docs/LOG.md).
+SHARPENING = 0.2
+# Until it is measured: hazards of 3.2 % (chain) and 1.5 % (6 wide), published for 8B-class models.
+PRIOR = Acceptance(
+    (Curve(1, "", (1000,), (968,)), Curve(3, "", (1000,), (978,)), Curve(6, "", (1000,), (985,))),
+    measured=False,
+)
+
+
+@dataclass(frozen=True)
+class Scored:
+    candidate: Candidate
+    placement: Placement
+    prediction: Prediction
+
+    @property
+    def speed(self) -> float:
+        return self.prediction.tokens_per_second
+
+
+def search(
+    spec: ModelSpec,
+    profile: Profile,
+    budget_bytes: int,
+    wishes: Wishes,
+    acceptance: Acceptance,
+    stored: Storage | None = None,
+    usage: Usage = USUAL,
+    likely_speed: float = 0.0,
+) -> Plan:
+    """stored: how an existing artifact holds the weights; None: the plan decides it. usage: what it
+    is to be fast for. likely_speed: tokens/s of a similar plan, from where the search is shorter.
+    Raises SubspecError(INFEASIBLE) with the smallest budget that works."""
+    problem = pose(spec, profile, budget_bytes, wishes, acceptance, stored, usage)
+    problem, drafted = best_drafts(problem, likely_speed)
+    plain = best(problem, plain_candidates(problem, narrowest(problem)))
+    if plain is None or (wishes.needs_draft and not drafted):
+        needed = smallest_budget(problem, stored)
+        fits = f"needs {format_size(needed)}" if needed else "does not exist on this machine"
+        raise SubspecError(
+            Exit.INFEASIBLE,
+            f"the budget is {format_size(budget_bytes)}, the smallest plan {fits}",
+            how_to_fit(problem, needed, stored),
+        )
+    # Both methods share the weights as they are stored and one verify width: the draft's if it
+    # pays, else those that serve plain decoding best, and the draft must make do with them. What
+    # is held decoded is each one's own choice.
+    if drafted and (wishes.method == "substitute" or drafted[0].speed > plain.speed):
+        alike = stored_like(problem, drafted[0].candidate.storage)
+        same = replace(problem, storages=alike)
+        drafted = best_by_width(same)
+        plain = best(same, plain_candidates(same, drafted[0].candidate.verify_width))
+        assert plain is not None, "it takes less than the draft"
+        check_ram(problem, drafted[0])
+    else:
+        only = replace(profile, position_free_widths=(plain.candidate.verify_width,))
+        alike = stored_like(problem, plain.candidate.storage)
+        same = replace(problem, profile=only, storages=alike)
+        drafted = best_by_width(same)
+        check_ram(problem, plain)
+    return assemble(problem, plain, drafted)
+
+
+def best_drafts(problem: Problem, likely_speed: float) -> tuple[Problem, list[Scored]]:
+    """`best_by_width`, and the problem with trees that end where the best of them is fastest. Not
+    those of a depth that the user fixed: it is never overruled."""
+    if problem.wishes.depth is not None:
+        return problem, best_by_width(problem)
+    problem = with_early_ends(problem, likely_speed)
+    drafted = best_by_width(problem)
+    while drafted:
+        again = with_early_ends(problem, drafted[0].speed)
+        if again.emissions == problem.emissions:
+            break
+        faster = best_by_width(again)
+        if faster[0].speed <= drafted[0].speed:
+            break
+        problem, drafted = again, faster
+    return problem, drafted
+
+
+def best_by_width(problem: Problem) -> list[Scored]:
+    """The best candidate of every tree width, best first; empty if no draft fits."""
+    by_width = groupby(candidates(problem), key=lambda candidate: candidate.width)
+    found = [scored for _, group in by_width if (scored := best(problem, group)) is not None]
+    return sorted(found, key=lambda scored: -scored.speed)
+
+
+def best(problem: Problem, group: Iterable[Candidate]) -> Scored | None:
+    """The fastest candidate by what its named parts stream.
+
+    The estimate lets a part be cut anywhere and is never slower: the first that falls behind what
+    is found ends the search.
+    """
+    estimates = [(hope, c) for c in group if (hope := estimate(problem, c)) is not None]
+    found: Scored | None = None
+    for speed, candidate in sorted(estimates, key=lambda pair: -pair[0]):
+        if found is not None and speed <= found.speed:
+            break
+        scored = settle(problem, candidate)
+        if found is None or scored.speed > found.speed:
+            found = scored
+    return found
+
+
+def estimate(problem: Problem, candidate: Candidate) -> float | None:
+    """tokens/s with the leftover full of exact weights; None if the candidate does not fit.
+
+    A candidate that keeps everything resident needs no staging ring.
+    """
+    everything, left = candidate.storage.num_bytes, left_over(problem, candidate)
+    if left + candidate.block_bytes * candidate.num_slots >= everything:
+        left = everything
+    if left < 0:
+        return None
+    passes = passes_for(problem, candidate.width, candidate.verify_width)
+    emitted = problem.emissions[candidate.width][candidate.depth]
+    found = round_of(problem.profile, candidate, passes, everything - left, emitted.levels)
+    return found.tokens_per_second(emitted, problem.usage)
+
+
+def settle(problem: Problem, candidate: Candidate) -> Scored:
+    """A candidate that fits, with its parts named and the prediction for what really streams."""
+    placement, storage = place(problem, candidate), candidate.storage
+    held = placement.ledger["resident"] + placement.ledger["residuals"]
+    peak = placement.total_bytes - placement.ledger["guard"]
+    streamed = storage.num_bytes + storage.decoded_bytes - held
+    return Scored(candidate, placement, foresee(problem, candidate, streamed, peak))
+
+
+def foresee(problem: Problem, candidate: Candidate, streamed: int, peak: int) -> Prediction:
+    emitted = problem.emissions[candidate.width][candidate.depth]
+    passes = passes_for(problem, candidate.width, candidate.verify_width)
+    return predict(problem.profile, candidate, passes, streamed, emitted, peak, problem.usage)
+
+
+def assemble(problem: Problem, plain: Scored, drafted: list[Scored]) -> Plan:
+    """`drafted`: best first; empty if no draft fits."""
+    found = {"plain": plain} | ({"substitute": drafted[0]} if drafted else {})
+    predicted = {name: scored.prediction for name, scored in found.items()}
+    method, reasons = decide(problem, predicted)
+    if method == "substitute":
+        reasons = (*reasons, *why_shorter(drafted[0], problem))
+    reasons = (*reasons, why_stored(problem, found[method]))
+    profile, tree = problem.profile, Tree(1, 0)
+    if drafted:
+        width, depth = drafted[0].candidate.width, drafted[0].candidate.depth
+        tree = make_tree(width, depth, problem.emissions[width][depth].stop_below)
+    return Plan(
+        device=profile.device,
+        machine=profile.machine,
+        budget_bytes=problem.budget_bytes,
+        context=problem.context,
+        method=method,
+        tree=tree,
+        verify_width=plain.candidate.verify_width,
+        num_threads=profile.num_threads,
+        int4_kernel=profile.int4_kernel,
+        prefill_tokens=problem.prefill_tokens,
+        substitute=drafted[0].placement if drafted else None,
+        plain=plain.placement,
+        residuals=plain.candidate.storage.residuals,
+        predicted=predicted,
+        acceptance=problem.acceptance,
+        options=list_options(plain, drafted),
+        reasons=reasons,
+        wishes=problem.wishes,
+    )
+
+
+def place(problem: Problem, candidate: Candidate) -> Placement:
+    """Names the parts that stay, and drops the ring if all of them do."""
+    storage, ringless = candidate.storage, replace(candidate, block_bytes=0, num_slots=0)
+    if left_over(problem, ringless) >= storage.num_bytes:
+        candidate = ringless
+    stay = choose_held(storage, left_over(problem, candidate))
+    raw = [part for part in stay if part.encoding == "raw"]
+    split = [part for part in stay if part.encoding == "residual"]
+    ready = {*storage.decoded, *(part.name for part in raw)}
+    ledger = base_ledger(problem, candidate)
+    ledger["resident"] = group_bytes(raw) + storage.decoded_bytes
+    ledger["residuals"] = group_bytes(split)
+    return Placement(
+        tuple(part.name for part in storage.parts if part.name in ready),
+        tuple(part.name for part in split),
+        candidate.block_bytes,
+        candidate.num_slots,
+        ledger,
+    )
+
+
+def choose_held(storage: Storage, num_bytes: int) -> list[StoredPart]:
+    """Parts that fill `num_bytes` as they are stored, in execution order.
+
+    Greedy in an order that does not depend on `num_bytes`: so more bytes never hold less.
+    """
+    left, held = num_bytes, set[str]()
+    for part in storage.held_first:
+        if part.padded_bytes <= left:
+            left -= part.padded_bytes
+            held.add(part.name)
+    return [part for part in storage.as_stored if part.name in held]
+
+
+def make_tree(width: int, depth: int, stop_below: float = 0.0) -> Tree:
+    return Tree(width, depth, SHARPENING, stop_below)
+
+
+def decide(problem: Problem, predicted: dict[str, Prediction]) -> tuple[Method, tuple[str, ...]]:
+    """The method and the reasons, one sentence each."""
+    plain = predicted["plain"].tokens_per_second
+    reasons = []
+    if problem.wishes.context is None and problem.context < default_context(problem.spec, LARGEST):
+        reasons.append(
+            f"the context is {problem.context} tokens: the keys and values of more would take too "
+            "much of the budget"
+        )
+    if problem.prefill_tokens < problem.context and predicted["plain"].streamed_bytes:
+        reasons.append(
+            f"a prompt streams the weights once per {problem.prefill_tokens} tokens: the "
+            "activations of more would take too much of the budget"
+        )
+    if problem.wishes.method == "plain":
+        return "plain", (*reasons, "plain decoding was asked for")
+    if "substitute" not in predicted:
+        return "plain", (*reasons, "the substitutes do not fit the budget: plain decoding")
+    drafted = predicted["substitute"].tokens_per_second
+    ratio = f"{drafted:.2f} against {plain:.2f} tokens/s"
+    if problem.wishes.method == "substitute":
+        return "substitute", (*reasons, f"speculation was asked for: {ratio}")
+    if drafted <= plain:
+        return "plain", (*reasons, f"speculation would not pay: {ratio}")
+    return "substitute", (*reasons, f"speculation beats plain decoding: {ratio}")
+
+
+def why_shorter(chosen: Scored, problem: Problem) -> tuple[str, ...]:
+    """Empty for whole trees."""
+    width, depth = chosen.candidate.width, chosen.candidate.depth
+    emitted = problem.emissions[width][depth]
+    if not emitted.stop_below:
+        return ()
+    return (
+        f"a draft ends early where it finds its paths improbable, together below "
+        f"{emitted.stop_below:.0%}: {emitted.levels:.1f} of {depth} levels on average "
+        f"({early_doubt(problem.acceptance):.0%} of what they were accepted is not counted on)",
+    )
+
+
+def why_stored(problem: Problem, chosen: Scored) -> str:
+    """Why the exact weights are stored as they are, and how many are held otherwise."""
+    storage = chosen.candidate.storage
+    decoded = len(storage.decoded)
+    held = f"; {decoded} of {len(storage.parts)} matrices are held decoded" if decoded else ""
+    return why_encoded(problem, chosen) + held
+
+
+def why_encoded(problem: Problem, chosen: Scored) -> str:
+    profile, storage = problem.profile, chosen.candidate.storage
+    num_coded, num_parts = len(storage.residuals), len(storage.parts)
+    link = profile.link_rate(chosen.candidate.block_bytes) / problem.spec.item_bytes
+    decode = weights_rate(profile.decode_rate)
+    rates = f"{decode} decode here, and the link brings {weights_rate(link)} as they are"
+    what = "the exact weights are stored "
+    if not num_coded:
+        what += "raw"
+    else:
+        what += f"as residuals of {storage.bits_per_residual:.1f} bits"
+        what += "" if num_coded == num_parts else f", {num_coded} of {num_parts} matrices"
+    if problem.wishes.encoding == "kept":
+        return f"{what}: the artifact keeps them so"
+    if problem.wishes.encoding != "auto":
+        return f"{what}: that was asked for"
+    if not profile.decode_rate:
+        return f"{what}: there is no fast decoder for residuals here (a C++ compiler builds one)"
+    if not chosen.prediction.streamed_bytes and not num_coded:
+        return f"{what}: all of them fit"
+    return f"{what}: {rates}"
+
+
+def list_options(plain: Scored, drafted: list[Scored]) -> tuple[Option, ...]:
+    found = [Option("plain decoding, one token per pass", plain.speed)]
+    found += [
+        Option(f"tree {s.candidate.width} wide, {s.candidate.depth} deep", s.speed) for s in drafted
+    ]
+    return tuple(sorted(found, key=lambda option: -option.tokens_per_second))
+
+
+def check_ram(problem: Problem, scored: Scored) -> None:
+    """On cuda what streams lies in pinned host memory."""
+    if problem.profile.device != "cuda":
+        return
+    streamed, pinnable = scored.prediction.streamed_bytes, problem.profile.pinnable_bytes
+    ram = problem.wishes.ram_bytes
+    if ram is not None and streamed > ram:
+        raise SubspecError(
+            Exit.INFEASIBLE,
+            f"{short_size(streamed)} of exact weights stream from host memory, --ram is "
+            f"{short_size(ram)}",
+            f"--ram {-(-streamed // 10**9)}GB, or a larger --vram",
+        )
+    if pinnable and streamed > pinnable:
+        raise SubspecError(
+            Exit.INFEASIBLE,
+            f"{short_size(streamed)} of exact weights stream from host memory, this process can "
+            f"pin {short_size(pinnable)}",
+            "a larger --vram, a higher `ulimit -l`, or more memory for this container",
+        )
+
+
+def how_to_fit(problem: Problem, needed: int, stored: Storage | None) -> str:
+    if not needed:
+        return ""
+    hint = f"--vram {needed}B"
+    if stored and stored.residuals and not problem.profile.decode_rate:
+        hint += ", or install a C++ compiler (g++): here residuals are decoded only while loading"
+    return hint
+
+
+def smallest_budget(problem: Problem, stored: Storage | None) -> int:
+    """Bytes of the smallest budget that has a plan, to 0.1 %; 0 if none up to 8 TiB has. stored: as
+    of `search`."""
+    wishes = problem.wishes
+
+    def feasible(budget: int) -> bool:
+        posed = pose(problem.spec, problem.profile, budget, wishes, problem.acceptance, stored)
+        smallest = smallest_draft if wishes.needs_draft else smallest_plain
+        return smallest(posed) is not None
+
+    low, high = 0, 1 << 43
+    if not feasible(high):
+        return 0
+    while high - low > high // 1000 + 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if feasible(middle) else (middle, high)
+    return high

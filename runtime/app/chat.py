@@ -1,0 +1,136 @@
+"""A chat on the terminal: several turns over one KV cache."""
+
+import sys
+from typing import TYPE_CHECKING
+
+from subspec.artifacts.common.command import say
+from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.runtime.app.answer import cut_off, generate, stats_line
+from subspec.runtime.session import Session
+from subspec.runtime.text.tokenizer import Text
+
+if TYPE_CHECKING:
+    from subspec.runtime.cli import Options
+
+HELP = '''  /clear          forget the conversation
+  /system TEXT    set the system message, without TEXT remove it; forgets the conversation
+  /stats          figures of the last answer
+  /exit           leave, as Ctrl-D does
+  """             begins and ends a turn of several lines
+Ctrl-C ends an answer; twice in a row it leaves.'''
+SAME = {"/?": "/help", "/reset": "/clear", "/bye": "/exit", "/quit": "/exit"}
+QUOTES = '"""'
+
+
+def chat(session: Session, text: Text, options: "Options", first: str | None) -> None:
+    """Reads turns until /exit or the end of stdin. `first`: a turn given on the command line."""
+    say(f"{session.artifact.spec.source.repository}: /help lists the commands, Ctrl-D leaves")
+    conversation = Conversation(session, text, options)
+    if first is not None:
+        conversation.take(first)
+    while not conversation.ended:
+        try:
+            turn = next_turn()
+        except KeyboardInterrupt:
+            if conversation.interrupted:
+                raise
+            conversation.interrupted = True
+            say("\nCtrl-C once more leaves; /help lists the commands")
+            continue
+        except UnicodeDecodeError as error:
+            say(f"that line is not UTF-8: {error.reason} at byte {error.start}")
+            continue
+        if turn is None:
+            return
+        conversation.interrupted = False
+        conversation.take(turn)
+
+
+class Conversation:
+    """The messages so far, and what the person's next line does to them."""
+
+    def __init__(self, session: Session, text: Text, options: "Options") -> None:
+        self._session = session
+        self._text = text
+        self._options = options
+        self._system = options.system or ""
+        self._messages: list[dict[str, str]] = []
+        self._clear()
+        self.ended = False
+        self.interrupted = False  # the last thing the person did was Ctrl-C
+
+    def take(self, turn: str) -> None:
+        command, _, rest = turn.partition(" ")
+        command = SAME.get(command, command)
+        if not command.startswith("/"):
+            if turn:
+                self._answer(turn)
+        elif command == "/exit":
+            self.ended = True
+        elif command == "/help":
+            say(HELP)
+        elif command == "/clear":
+            self._clear()
+            say("conversation cleared")
+        elif command == "/system":
+            self._system = rest.strip()
+            self._clear()
+            say(f"system message {'set' if self._system else 'removed'}, conversation cleared")
+        elif command == "/stats":
+            answered = self._session.stats.generated_tokens > 0
+            say(stats_line(self._session) if answered else "no answer yet")
+        else:
+            say(f"{command} is not a command; /help lists them")
+
+    def _clear(self) -> None:
+        self._messages = [{"role": "system", "content": self._system}] if self._system else []
+
+    def _answer(self, turn: str) -> None:
+        asked = [*self._messages, {"role": "user", "content": turn}]
+        try:
+            ids = self._text.chat_ids(asked)
+            answer = generate(self._session, self._text, self._options, ids, echo=True)
+        except SubspecError as error:
+            if error.exit_code != Exit.USAGE:
+                raise
+            # Too long, or the template refuses it: the conversation goes on without this turn.
+            say(f"error: {error.message}\n\nhint: /clear, or {error.hint}")
+            return
+        sys.stdout.write("\n\n" if sys.stdout.isatty() else "\n")
+        sys.stdout.flush()
+        if why := cut_off(answer, self._session, self._options):
+            say(f"({why})")
+        self.interrupted = answer.finish_reason == "interrupted"
+        self._messages = [*asked, {"role": "assistant", "content": answer.text}]
+
+
+def next_turn() -> str | None:
+    """What the person says next: a line, or lines between triple quotes; None at the end."""
+    line = next_line("> ")
+    if line is None or not line.lstrip().startswith(QUOTES):
+        return None if line is None else line.strip()
+    lines = [line.lstrip().removeprefix(QUOTES)]
+    while not lines[-1].rstrip().endswith(QUOTES):
+        line = next_line("... ")
+        if line is None:
+            break
+        lines.append(line)
+    return "\n".join(lines).rstrip().removesuffix(QUOTES).strip()
+
+
+def next_line(prompt: str) -> str | None:
+    """One line without its end; None at the end of stdin."""
+    if not sys.stdin.isatty():
+        raw = sys.stdin.buffer.readline()
+        return raw.decode("utf-8").rstrip("\r\n") if raw else None
+    import readline  # noqa: F401  line editing and history for input()
+
+    try:
+        if sys.stdout.isatty():
+            return input(prompt)
+        sys.stderr.write(prompt)  # stdout is a file: it gets the answers alone
+        sys.stderr.flush()
+        return input()
+    except EOFError:
+        say("")  # the shell's own prompt begins on a new line
+        return None

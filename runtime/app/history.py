@@ -1,0 +1,317 @@
+"""What the run records say about the plan: speed, first token, memory, acceptance by level.
+
+From JSON alone: no weights are read, no torch is imported.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import accumulate, islice
+from operator import mul
+from statistics import median
+from typing import Any
+
+from subspec.artifacts.common.command import printable
+from subspec.artifacts.common.sizes import short_size
+from subspec.artifacts.format.store import Artifact
+from subspec.artifacts.plan import USUAL, Method, Plan
+from subspec.artifacts.runs import Run, plan_digest, read_runs
+
+FEWEST_ANSWERS = 5  # that a hint is built on
+LARGEST_DRIFT = 0.1  # that needs none
+SAME_LINK = 0.99  # of the plan's link rate
+SHOWN_LEVELS = (1, 2, 3, 4, 6, 8, 12, 16, 24)  # and the deepest
+SHOWN_LEVELS_OF_DEEP = (1, 2, 4, 8, 16, 32, 64)  # trees of more than DEEP levels
+DEEP = 32
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure over several answers, and what the plan says; None: it says nothing."""
+
+    median: float
+    lowest: float
+    highest: float
+    predicted: float | None
+
+    @property
+    def drift(self) -> float | None:
+        """0.1: 10 % more than predicted."""
+        return self.median / self.predicted - 1 if self.predicted else None
+
+
+@dataclass(frozen=True)
+class Level:
+    level: int
+    tried: int  # rounds that drafted it and accepted those above it
+    accepted: int  # of them
+    reached: float | None  # share of rounds whose path is accepted down to here; None: not tried
+    expected: float  # by the plan
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Those that one way of decoding gave."""
+
+    method: Method
+    padded: bool
+    answers: int
+    tokens: int
+    prompt_tokens: float  # median, as the next one
+    answer_tokens: float
+    tokens_per_second: Figure
+    first_token_seconds: Figure
+    digests_checked: bool  # within every first token
+    tokens_per_round: Figure
+    fast_peak_bytes: Figure
+    levels: tuple[Level, ...]  # of the draft; empty without one
+
+
+@dataclass(frozen=True)
+class History:
+    machine: str
+    budget_bytes: int
+    ways: tuple[Answers, ...]  # that of the plan first
+    left_out: dict[str, int]  # why -> answers
+
+
+# Why an answer says nothing about the plan's predictions.
+OTHER_PLAN, OTHER_MACHINE, SLOWER_LINK = "other_plan", "other_machine", "slower_link"
+REASONS = {
+    OTHER_PLAN: "under another plan",
+    OTHER_MACHINE: "on another machine",
+    SLOWER_LINK: "over a slower link",
+}
+
+
+def report(artifact: Artifact, as_json: bool) -> None:
+    """On stdout."""
+    history = summary(artifact.plan, read_runs(artifact.path))
+    hint = hint_of(history, str(artifact.path))
+    if as_json:
+        print(json.dumps(history_json(history, hint)))
+        return
+    for line in history_lines(history, artifact.plan, str(artifact.path)):
+        print(printable(line))
+    if hint:
+        print(printable(f"\nhint: {hint}"))
+
+
+def summary(plan: Plan, runs: Sequence[Run]) -> History:
+    digest = plan_digest(plan)
+    left_out = Counter(why for run in runs if (why := why_left_out(plan, digest, run)) is not None)
+    ways: dict[tuple[bool, Method, bool], list[Run]] = {}
+    for run in runs:
+        if why_left_out(plan, digest, run) is None:
+            ways.setdefault((run.method != plan.method, run.method, run.padded), []).append(run)
+    return History(
+        machine=plan.machine,
+        budget_bytes=plan.budget_bytes,
+        ways=tuple(answers_of(plan, some) for _, some in sorted(ways.items())),
+        left_out={why: left_out[why] for why in REASONS},
+    )
+
+
+def why_left_out(plan: Plan, digest: str, run: Run) -> str | None:
+    """None: it is one that the plan's predictions are for."""
+    if run.plan != digest:
+        return OTHER_PLAN
+    if run.machine != plan.machine:
+        return OTHER_MACHINE
+    said = plan.predicted.get(run.method)
+    if run.link_bandwidth is None or said is None or said.stream_seconds <= 0:
+        return None
+    counted_on = said.streamed_bytes / said.stream_seconds
+    return SLOWER_LINK if run.link_bandwidth < SAME_LINK * counted_on else None
+
+
+def answers_of(plan: Plan, runs: Sequence[Run]) -> Answers:
+    """runs: at least one, all of one way of decoding."""
+    newest, tree = runs[-1], plan.tree
+    # Digests take longer than the weights come: such a first token is another figure.
+    settled = [run for run in runs if not run.first_of_session]
+    drafts = newest.method == "substitute"
+    return Answers(
+        method=newest.method,
+        padded=newest.padded,
+        answers=len(runs),
+        tokens=sum(run.generated_tokens for run in runs),
+        prompt_tokens=median(run.prompt_tokens for run in runs),
+        answer_tokens=median(run.generated_tokens for run in runs),
+        tokens_per_second=figure(
+            [run.tokens_per_second for run in runs], newest.predicted_tokens_per_second
+        ),
+        first_token_seconds=figure(
+            [run.first_token_seconds for run in settled or runs],
+            newest.predicted_first_token_seconds,
+        ),
+        digests_checked=not settled,
+        tokens_per_round=figure(
+            [(run.generated_tokens - 1) / run.rounds for run in runs],
+            plan.tree_acceptance.tokens(tree.width, tree.depth) if drafts else 1.0,
+        ),
+        fast_peak_bytes=figure([run.fast_peak_bytes for run in runs], newest.predicted_peak_bytes),
+        levels=levels_of(plan, runs) if drafts else (),
+    )
+
+
+def figure(values: Sequence[float], predicted: float | None) -> Figure:
+    return Figure(median(values), min(values), max(values), predicted)
+
+
+def levels_of(plan: Plan, runs: Sequence[Run]) -> tuple[Level, ...]:
+    """The share is a product over levels, so that a tree which its text cut short counts as far as
+    it goes (Kaplan-Meier)."""
+    depth = plan.tree.depth
+    tried, accepted = [0] * depth, [0] * depth
+    for run in runs:
+        counts = zip(run.tried, run.accepted_by_level, strict=True)
+        for level, (tries, accepts) in enumerate(islice(counts, depth)):
+            tried[level] += tries
+            accepted[level] += accepts
+    rates = [a / t if t else 0.0 for a, t in zip(accepted, tried, strict=True)]
+    reached = accumulate(rates, mul)
+    expected = plan.tree_acceptance.reached(plan.tree.width, depth)
+    return tuple(
+        Level(index + 1, tried[index], accepted[index], share if tried[index] else None, said)
+        for index, (share, said) in enumerate(zip(reached, expected, strict=True))
+    )
+
+
+def hint_of(history: History, path: str) -> str | None:
+    """What to do about a plan that is off; None: it is not, or too little is known."""
+    for way in history.ways:
+        drift = way.tokens_per_second.drift
+        if drift is not None and abs(drift) > LARGEST_DRIFT and way.answers >= FEWEST_ANSWERS:
+            return f"subspec-plan --calibrate {path} folds these runs into the plan"
+    return None
+
+
+# The object of --json and the text, beside each other
+
+
+def history_json(history: History, hint: str | None) -> dict[str, Any]:
+    """docs/commands.md describes every key."""
+    return {
+        "schema": "subspec.stats/1",
+        "machine": history.machine,
+        "fast_cap_bytes": history.budget_bytes,
+        "methods": [way_json(way) for way in history.ways],
+        "left_out": history.left_out,
+        "hint": hint,
+    }
+
+
+def way_json(way: Answers) -> dict[str, Any]:
+    return {
+        **asdict(way),
+        "tokens_per_second": figure_json(way.tokens_per_second),
+        "first_token_seconds": figure_json(way.first_token_seconds),
+        "tokens_per_round": figure_json(way.tokens_per_round),
+        "fast_peak_bytes": figure_json(way.fast_peak_bytes),
+    }
+
+
+def figure_json(some: Figure) -> dict[str, Any]:
+    return {**asdict(some), "drift": some.drift}
+
+
+def history_lines(history: History, plan: Plan, path: str) -> list[str]:
+    left_out = ", ".join(
+        f"{counted(number, 'answer')} {REASONS[why]}"
+        for why, number in history.left_out.items()
+        if number
+    )
+    if not history.ways:
+        said = f"no answers are recorded for {path} as it is planned"
+        return [f"{said}; not counted: {left_out}" if left_out else f"{said}: run it first"]
+    lines = [f"{path}, planned on ({history.machine}), cap {short_size(history.budget_bytes)}"]
+    for way in history.ways:
+        lines += [
+            "",
+            f"{way_name(way, plan)}: {counted(way.answers, 'answer')}, {way.tokens} tokens",
+        ]
+        lines += aligned_columns(figure_rows(way))
+        lines += [f"  {note}" for note in notes_of(way)]
+        if way.levels:
+            source = "what was measured" if plan.acceptance.measured else "published figures"
+            lines += ["", f"acceptance; the plan expects {source}"]
+            lines += aligned_columns(level_rows(way.levels))
+    return [*lines, "", f"not counted: {left_out}"] if left_out else lines
+
+
+def way_name(way: Answers, plan: Plan) -> str:
+    if way.method == "substitute":
+        return f"speculation, tree {plan.tree.width} wide, {plan.tree.depth} deep"
+    return "plain twin" if way.padded else "plain decoding"
+
+
+def figure_rows(way: Answers) -> list[tuple[str, ...]]:
+    figures = [
+        ("tokens/s", way.tokens_per_second, number),
+        ("first token", way.first_token_seconds, seconds),
+        ("peak memory", way.fast_peak_bytes, short_size),
+    ]
+    if way.levels:
+        figures.insert(1, ("tokens a round", way.tokens_per_round, number))
+    rows: list[tuple[str, ...]] = [("", "median", "lowest", "highest", "predicted", "drift")]
+    for name, some, shown in figures:
+        predicted = "-" if some.predicted is None else shown(some.predicted)
+        drift = "-" if some.drift is None else f"{some.drift:+.0%}"
+        spread = (shown(some.median), shown(some.lowest), shown(some.highest))
+        rows.append((name, *spread, predicted, drift))
+    return rows
+
+
+def notes_of(way: Answers) -> list[str]:
+    """What to keep in mind where a figure is off."""
+    notes = []
+    if way.tokens_per_second.predicted is not None:
+        notes.append(
+            f"predicted for a prompt of {USUAL.prompt_tokens} tokens, an answer of "
+            f"{USUAL.answer_tokens}; these had {way.prompt_tokens:.0f} and {way.answer_tokens:.0f}"
+        )
+    if way.digests_checked:
+        notes.append("every first token waited for digests too: each was its session's first")
+    return notes
+
+
+def level_rows(levels: Sequence[Level]) -> list[tuple[str, ...]]:
+    """A few levels, and the deepest."""
+    depth = len(levels)
+    shown = SHOWN_LEVELS_OF_DEEP if depth > DEEP else SHOWN_LEVELS
+    rows: list[tuple[str, ...]] = [("level", "tried", "accepted to here", "planned")]
+    for one in levels:
+        if one.level in shown or one.level == depth:
+            reached = "-" if one.reached is None else f"{one.reached:.0%}"
+            rows.append((str(one.level), str(one.tried), reached, f"{one.expected:.0%}"))
+    return rows
+
+
+def aligned_columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Indented; the first column to the left, the others to the right."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    return [
+        "  "
+        + "  ".join(
+            [
+                row[0].ljust(widths[0]),
+                *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)),
+            ]
+        )
+        for row in rows
+    ]
+
+
+def counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def number(value: float) -> str:
+    """Two decimals while they mean something."""
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}"
+
+
+def seconds(value: float) -> str:
+    return f"{value:.2f} s"

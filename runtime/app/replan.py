@@ -1,0 +1,265 @@
+"""A plan that cannot be obeyed here is solved again, by subspec-plan as a command.
+
+The runtime imports nothing of the planner, and the artifact's folder is not touched: what was
+solved is kept in the user's cache, so that the next start need not wait for it.
+"""
+
+import hashlib
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.common.sizes import format_size
+from subspec.artifacts.common.user_cache import users_folder
+from subspec.artifacts.format.checks import check_plan
+from subspec.artifacts.format.codec import dump_json, load_dataclass, parse_json
+from subspec.artifacts.format.folder import MANIFEST
+from subspec.artifacts.format.store import LARGEST_JSON, Artifact
+from subspec.artifacts.format.tensors import open_regular
+from subspec.artifacts.plan import Method, Plan
+from subspec.runtime.memory import free_bytes
+from subspec.runtime.session import machine_name
+
+PLANNER = (sys.executable, "-P", "-m", "subspec.planner.cli")
+MARGIN = 0.03  # of what is free now; it may be less by the time the weights are loaded
+STEPS = 32  # to a plan's budget: free memory differs from run to run, the kept plan should not
+MOST_KEPT = 64
+
+# A machine alone is no reason to give up: the stored plan would run, at another speed.
+Cause = Literal["machine", "cap", "device", "memory"]
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class Here:
+    """Where a plan is to run."""
+
+    device: str  # cpu, cuda or cuda:N
+    machine: str  # machine_name of it
+    free_bytes: int  # of its fast memory; what this process takes beside tensors is taken already
+
+    @property
+    def kind(self) -> str:
+        return self.device.partition(":")[0]
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """What keeps a plan from being obeyed, and what to plan for instead."""
+
+    cause: Cause
+    budget_bytes: int
+    context: int | None  # None: the planner's choice, for a smaller budget
+    here: Here
+    said: str  # both in one sentence
+
+
+def fitted(
+    artifact: Artifact,
+    method: Method | None,
+    vram: int | None,
+    device: str | None,
+    link_bandwidth: int | None,
+    progress: Progress = lambda stage, share: None,
+) -> tuple[Artifact, str]:
+    """The same weights under a plan that can be obeyed here, and a sentence on why it is another
+    one; "" if it is not. method None: the plan's. Raises the planner's own SubspecError."""
+    plan = artifact.plan
+    here = look_around(plan, device)
+    found = mismatch(plan, method or plan.method, here, vram) if here else None
+    if found is None:
+        return artifact, ""
+    try:
+        solved = solve_again(artifact, found, link_bandwidth, progress)
+    except SubspecError as error:
+        if found.cause == "machine":
+            return artifact, (
+                f"could not be planned anew for this machine ({error.message}): the stored plan "
+                "is obeyed, as --no-replan would at once"
+            )
+        if found.cause == "memory":
+            message = f"free are {format_size(found.here.free_bytes)}: {error.message}"
+            hint = "close other programs that use this memory"
+            raise SubspecError(error.exit_code, message, hint) from None
+        raise
+    said = found.said
+    if solved.context < plan.context:
+        said += f", context {solved.context} tokens instead of {plan.context}"
+    keep = shlex.join(["subspec-plan", *planner_words(artifact, found)])
+    return replace(artifact, plan=solved), f"{said}; to keep that: {keep}"
+
+
+def look_around(plan: Plan, device: str | None) -> Here | None:
+    """The device asked for or the plan's, if there is one; the cpu where a plan finds no GPU. None:
+    no such device, which a session has a sentence for."""
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    chosen = device or (plan.device if num_gpus else "cpu")
+    if chosen == "cpu":
+        return Here(chosen, machine_name(torch.device("cpu")), free_bytes())
+    gpu = torch.device("cuda", torch.device(chosen).index or 0)
+    if gpu.index >= num_gpus:
+        return None
+    return Here(chosen, machine_name(gpu), torch.cuda.mem_get_info(gpu)[0])
+
+
+def mismatch(plan: Plan, method: Method, here: Here, vram: int | None) -> Mismatch | None:
+    """None: `plan` can be obeyed `here`. vram: the user's cap, if there is one; a larger one than
+    the plan's counts only where there must be another plan anyway."""
+    placement = plan.placement(method)
+    assert placement is not None, "check_plan asks for the substitutes of a plan that drafts"
+    wanted = plan.budget_bytes if vram is None else vram
+    same_kind, foreign = here.kind == plan.device, here.machine != plan.machine
+    overhead = placement.ledger.get("overhead", 0) if same_kind else 0
+    cramped = same_kind and placement.total_bytes - overhead > here.free_bytes
+    capped = wanted < plan.budget_bytes
+    if not (foreign or cramped or capped):
+        return None
+    budget = wanted if foreign else min(wanted, plan.budget_bytes)
+    room = int((here.free_bytes + overhead) * (1 - MARGIN))
+    free = ""
+    if budget > room:
+        step = max(1, plan.budget_bytes // STEPS)
+        budget = max(1, room // step) * step
+        free = f", free here are {format_size(here.free_bytes)}"
+    if foreign:
+        planned = "planned on another machine" if same_kind else f"planned for {plan.device}"
+        planned += f" ({plan.machine})"
+        anew = "this one" if same_kind else here.device
+        anew += "" if budget == plan.budget_bytes else f" and {format_size(budget)}"
+    else:
+        planned, anew = f"planned for {format_size(plan.budget_bytes)}", format_size(budget)
+    return Mismatch(
+        "memory" if cramped else "device" if not same_kind else "cap" if capped else "machine",
+        budget,
+        plan.context if budget >= plan.budget_bytes else None,
+        here,
+        f"{planned}{free}: planned anew for {anew}",
+    )
+
+
+def solve_again(
+    artifact: Artifact, found: Mismatch, link_bandwidth: int | None, progress: Progress
+) -> Plan:
+    """The plan that `found` asks for: as it was kept, else by the planner."""
+    folder = users_folder("plans")
+    entry = folder / entry_name(artifact, found, link_bandwidth) if folder else None
+    plan = read_entry(entry, artifact, found) if entry else None
+    if plan is None:
+        progress("planning anew", 0.0)
+        try:
+            plan = planned_anew(artifact, found, link_bandwidth)
+        finally:
+            progress("planning anew", 1.0)
+        if entry is not None:
+            write_entry(entry, plan)
+    return plan
+
+
+def planned_anew(artifact: Artifact, found: Mismatch, link_bandwidth: int | None) -> Plan:
+    """By subspec-plan, for a link of no more than `link_bandwidth` bytes a second. Measures this
+    machine where the artifact's profile is of another one, which takes seconds."""
+    command = [*PLANNER, *planner_words(artifact, found), "--print-plan"]
+    command += ["--link-bandwidth", f"{link_bandwidth}B"] if link_bandwidth else []
+    try:
+        ended = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    except OSError as error:
+        message = f"subspec-plan cannot be started: {error.strerror}"
+        raise SubspecError(Exit.UNEXPECTED, message, "install subspec again") from None
+    if ended.returncode:
+        raise planners_error(ended.returncode, ended.stderr)
+    return load_plan(ended.stdout, artifact)
+
+
+def planner_words(artifact: Artifact, found: Mismatch) -> list[str]:
+    words = ["--from", str(artifact.path), "--vram", f"{found.budget_bytes}B"]
+    words += ["--device", found.here.device]
+    wishes = artifact.plan.wishes
+    fixed = {
+        "--context": found.context,
+        "--width": wishes.width,
+        "--depth": wishes.depth,
+        "--method": wishes.method,
+        "--ram": f"{wishes.ram_bytes}B" if wishes.ram_bytes else None,
+    }
+    return words + [str(word) for pair in fixed.items() if pair[1] is not None for word in pair]
+
+
+def planners_error(code: int, said: str) -> SubspecError:
+    """What subspec-plan wrote on stderr, as an error of ours: `error: …` and `hint: …`."""
+    lines = said.splitlines()
+    found = {
+        word: next((x.removeprefix(f"{word}: ") for x in lines if x.startswith(f"{word}: ")), "")
+        for word in ("error", "hint")
+    }
+    known = code in {int(one) for one in Exit} and found["error"]
+    return SubspecError(
+        Exit(code) if known else Exit.UNEXPECTED,
+        found["error"] or f"subspec-plan ended with code {code}: {(lines or [''])[-1][:300]}",
+        found["hint"],
+    )
+
+
+def load_plan(text: bytes | str, artifact: Artifact) -> Plan:
+    plan: Plan = load_dataclass(Plan, parse_json(text, "the new plan"), "the new plan")
+    check_plan(artifact.spec, artifact.stored_parts(), plan)
+    return plan
+
+
+# The cache: an entry is the text of a plan.json, named after all that it depends on.
+
+
+def entry_name(artifact: Artifact, found: Mismatch, link_bandwidth: int | None) -> str:
+    depends_on = {
+        "manifest": digest((artifact.path / MANIFEST).read_bytes()),
+        "plan": digest(dump_json(artifact.plan).encode()),
+        "machine": found.here.machine,
+        "device": found.here.device,
+        "budget_bytes": found.budget_bytes,
+        "link_bandwidth": link_bandwidth,
+        "subspec": version("subspec"),
+    }
+    return digest(dump_json(depends_on).encode()) + ".json"
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def write_entry(path: Path, plan: Plan) -> None:
+    """Whole or not at all; the entries that were used longest ago make room. A disk that takes
+    nothing costs the next start its seconds, and is no error."""
+    with suppress(OSError):
+        descriptor, unfinished = tempfile.mkstemp(dir=path.parent, suffix=".new")
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                file.write(dump_json(plan))
+            os.replace(unfinished, path)
+        finally:
+            Path(unfinished).unlink(missing_ok=True)
+        by_age = sorted(path.parent.iterdir(), key=lambda entry: entry.stat().st_mtime)
+        for entry in by_age[:-MOST_KEPT]:
+            entry.unlink(missing_ok=True)
+
+
+def read_entry(path: Path, artifact: Artifact, found: Mismatch) -> Plan | None:
+    """None: there is none, it is damaged, or it is not what its name says."""
+    try:
+        with open_regular(path) as file:
+            plan = load_plan(file.read(LARGEST_JSON), artifact)
+    except (SubspecError, OSError):
+        return None
+    with suppress(OSError):
+        os.utime(path)  # its last use
+    asked = (found.here.kind, found.here.machine, found.budget_bytes)
+    return plan if (plan.device, plan.machine, plan.budget_bytes) == asked else None

@@ -1,0 +1,104 @@
+"""gemlite's 4-bit products on GPUs, over tensors that lie where the ledger says.
+
+gemlite cannot be imported without a GPU, so it is imported where it is called. What it finds out
+about its kernels on a GPU (their tuning) is kept in the user's cache: it takes minutes.
+N = output features, K = input features, G = K / GROUP_SIZE
+"""
+
+import functools
+import hashlib
+import os
+import shutil
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from subspec.artifacts.common.user_cache import users_folder
+from subspec.artifacts.format.packing import CENTER_CODE
+from subspec.artifacts.model import GROUP_SIZE
+
+
+@dataclass(frozen=True)
+class GemliteWeight:
+    codes: Tensor  # int32 [K / 8, N]; nibble j of row r is column 8 r + j
+    scales: Tensor  # bf16 [G, N]
+    offsets: Tensor  # bf16 [G, N]; a weight is code * scale + offset
+
+
+def pack(codes: Tensor, grid: Tensor, codes_out: Tensor, grid_out: Tensor) -> GemliteWeight:
+    """codes uint8 [N, K / 2] and grid bf16 [G, N, 2] as stored, on the host -> the same in the
+    given bytes of fast memory, uint8 [N * K / 2] and uint8 [G * N * 4]."""
+    num_groups, num_rows, _ = grid.shape
+    words = codes_out.view(torch.int32).view(-1, num_rows)
+    words.copy_(codes.view(torch.int32).t())
+    scales, offsets = grid_out.view(torch.bfloat16).view(2, num_groups, num_rows)
+    scale, center = grid.float().unbind(-1)
+    scales.copy_(scale)
+    offsets.copy_(center - CENTER_CODE * scale)
+    return GemliteWeight(words, scales, offsets)
+
+
+def product(x: Tensor, weight: GemliteWeight) -> Tensor:
+    """x bf16 [T, K] -> bf16 [T, N]."""
+    from gemlite import forward_functional
+
+    more_tensors, meta = _form(x.device)
+    tensors = [weight.codes, weight.scales, weight.offsets, *more_tensors]
+    return forward_functional(x, None, tensors, meta)  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _form(device: torch.device) -> tuple[list[Tensor], list[int]]:
+    """What gemlite says of a weight beside codes and grid, taken from a small one that it packed
+    itself: types, group size, layout."""
+    from gemlite.helper import A16W4_HQQ_INT
+
+    _load_tuning(device)
+    codes = torch.zeros(64, 2 * GROUP_SIZE, dtype=torch.uint8, device=device)
+    ones = torch.ones(codes.numel() // GROUP_SIZE, 1, dtype=torch.bfloat16, device=device)
+    small = A16W4_HQQ_INT(device=str(device), dtype=torch.bfloat16).from_weights(codes, ones, ones)
+    return small.get_tensor_args()[3:], small.get_meta_args()
+
+
+# The tuning: JSON by gemlite's own functions, which do not note what it was tuned for.
+
+
+def _load_tuning(device: torch.device) -> None:
+    import gemlite
+
+    path = tuning_file(torch.cuda.get_device_name(device))
+    if path is not None and path.exists():
+        gemlite.load_config(str(path), print_error=False)
+
+
+def keep_tuning(device: torch.device) -> None:
+    """Adds to the file what this process has found out. A disk that takes nothing costs the next
+    start its minutes, and is no error."""
+    import gemlite
+
+    path = tuning_file(torch.cuda.get_device_name(device))
+    if path is None:
+        return
+    with suppress(OSError):
+        descriptor, unfinished = tempfile.mkstemp(dir=path.parent, suffix=".new")
+        os.close(descriptor)
+        try:
+            if path.exists():
+                shutil.copyfile(path, unfinished)
+            gemlite.cache_config(unfinished)  # reads what is there and adds to it
+            os.replace(unfinished, path)
+        finally:
+            Path(unfinished).unlink(missing_ok=True)
+
+
+def tuning_file(gpu: str) -> Path | None:
+    """One for each GPU and each set of versions; None: there is no place for it."""
+    folder = users_folder("kernels")
+    known = (gpu, *(version(name) for name in ("gemlite", "triton", "torch")))
+    digest = hashlib.sha256("\0".join(known).encode()).hexdigest()
+    return folder / f"gemlite-{digest[:32]}.json" if folder else None

@@ -1,0 +1,139 @@
+"""Grouped-query attention over cache slots: fast for drafts and prompts, exact for verification.
+
+The query heads that share a KV head are folded into rows, so that keys and values are never
+repeated and one code serves both devices, chains and trees. The exact functions give a row the same
+bits wherever it stands: `attend_in_order`, compiled from attention.cpp for CPUs, because it takes
+the slots one by one, and `attend_order_free`, its plain twin, because it is far more precise than
+what it returns.
+A = query heads, B = KV heads, T = query rows, S = live slots, D = head size
+"""
+
+import ctypes
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from subspec.artifacts.native import cpp
+
+SOURCE = Path(__file__).parents[1] / "kernels" / "attention.cpp"
+PIECE = 16  # that of attention.cpp
+ELEMENT_BITS = {torch.float32: 32, torch.float16: 16, torch.bfloat16: -16}
+
+
+def attend(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
+    """q [A, T, D]; keys, values [B, S, D]; visible bool [T, S] -> [A, T, D] in q's dtype."""
+    num_heads, num_rows, head_size = q.shape
+    repeats = num_heads // keys.shape[0]
+    folded = q.to(keys.dtype).reshape(1, keys.shape[0], repeats * num_rows, head_size)
+    bias = torch.zeros(visible.shape, dtype=keys.dtype, device=q.device)
+    bias.masked_fill_(~visible, float("-inf"))
+    output = F.scaled_dot_product_attention(
+        folded, keys[None], values[None], attn_mask=bias.repeat(repeats, 1)
+    )
+    # Some kernels on cuda return the rows outermost: no view of that is one of the heads.
+    return output.reshape(num_heads, num_rows, head_size).to(q.dtype)
+
+
+def without_cudnn() -> None:
+    """Leaves `attend` on cuda the kernels that take any shape at once. cuDNN makes a plan for each
+    number of rows and slots that is new, up to 37 ms of the host (huggingface/transformers#48163),
+    and both change from prompt to prompt."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def attend_exactly(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
+    """The same, but the other rows, their number and the hidden slots never change a bit."""
+    if q.device.type == "cpu" and unavailable() is None:
+        return attend_in_order(q, keys, values, visible)
+    return attend_order_free(q, keys, values, visible)
+
+
+def attend_in_order(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
+    """The same in f32, on the CPU, one slot after the other in ascending order.
+
+    The bits of a row depend only on its q and on the sequence of the keys and values that it sees:
+    not on hidden slots, their number or what is in them, the other rows, its place among them or
+    the number of threads. A row that sees nothing becomes zeros. Needs unavailable() to be None;
+    what was built for another instruction set may round differently.
+    """
+    (num_heads, num_rows, head_size), (num_kv_heads, num_slots, _) = q.shape, keys.shape
+    assert q.dtype == keys.dtype == values.dtype and visible.dtype == torch.bool
+    assert all(tensor.device.type == "cpu" for tensor in (q, keys, values, visible))
+    assert keys.shape == values.shape == (num_kv_heads, num_slots, head_size)
+    assert visible.shape == (num_rows, num_slots)
+    assert num_heads % num_kv_heads == 0 and head_size % 2 == 0
+    assert keys[0].is_contiguous() and values[0].is_contiguous() and q.stride(2) == 1
+    visible, out = visible.contiguous(), torch.empty_like(q)
+    assert out.stride(2) == 1
+    num_threads = torch.get_num_threads()
+    size = scratch_bytes(num_threads, num_slots, head_size)
+    scratch = torch.empty(size, dtype=torch.uint8)
+    assert scratch.data_ptr() % 64 == 0, "it is used as vectors"
+    cpp.loaded(SOURCE, _declare).subspec_attend(
+        num_heads,
+        num_kv_heads,
+        num_rows,
+        num_slots,
+        head_size,
+        ELEMENT_BITS[q.dtype],
+        q.data_ptr(),
+        q.stride(0),
+        q.stride(1),
+        keys.data_ptr(),
+        keys.stride(0),
+        values.data_ptr(),
+        values.stride(0),
+        visible.data_ptr(),
+        out.data_ptr(),
+        out.stride(0),
+        out.stride(1),
+        scratch.data_ptr(),
+        num_threads,
+    )
+    return out
+
+
+def scratch_bytes(num_threads: int, num_slots: int, head_size: int) -> int:
+    """What `attend_in_order` allocates beside its result: per thread, the keys and values of a KV
+    head in f32 and the scores of 16 rows."""
+    slots, dims = (-(-size // PIECE) * PIECE for size in (num_slots, head_size))
+    per_thread = slots * (2 * dims + PIECE + 2) + dims * PIECE
+    return 4 * (slots + num_threads * per_thread)
+
+
+def attend_order_free(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
+    """The plain twin of `attend_in_order`, and what CUDA uses: in fp64, one KV head at a time.
+
+    After rounding to q's dtype the result does not depend on which slots the visible keys are in,
+    nor on how many hidden ones lie between them; hidden values must be finite.
+    """
+    num_heads, num_rows, head_size = q.shape
+    repeats = num_heads // keys.shape[0]
+    folded = q.reshape(keys.shape[0], repeats * num_rows, head_size)
+    hidden = ~visible.repeat(repeats, 1)
+    output = torch.empty_like(folded)
+    for head in range(keys.shape[0]):
+        scores = folded[head].double() @ keys[head].double().t()
+        scores.mul_(head_size**-0.5).masked_fill_(hidden, float("-inf"))
+        output[head] = scores.softmax(-1) @ values[head].double()
+    return output.view(num_heads, num_rows, head_size)
+
+
+def unavailable() -> str | None:
+    """None if `attend_in_order` works, which builds attention.cpp where that has not been done;
+    else why not."""
+    return cpp.unavailable(SOURCE, _declare)
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    number, size, address = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
+    library.subspec_attend.restype = None
+    library.subspec_attend.argtypes = (
+        *(size, size, size, size, size, number),  # A, B, T, S, D, bits of an element
+        *(address, size, size),  # q, its strides
+        *(address, size, address, size),  # keys and values, their strides over heads
+        *(address, address, size, size),  # visible, out, its strides
+        *(address, number),  # scratch, threads
+    )

@@ -1,0 +1,195 @@
+"""Text <-> token ids: chat template, tokeniser, and a decoder that never splits a character."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.format.codec import load_dataclass, parse_json
+from subspec.artifacts.format.tensors import open_regular
+from subspec.runtime.text.chat_template import render
+
+TOKENIZER = "tokenizer.json"
+SETTINGS = "settings.json"
+TEMPLATE = "chat_template.jinja"
+KNOWN_SETTINGS = ("special_tokens", "begins_with_bos")
+LARGEST_TOKENIZER = 128 << 20  # bytes; the largest known has 35 MB
+LARGEST_TEMPLATE = 1 << 20
+INCOMPLETE = "\ufffd"  # what bytes decode to that are no character, or not one yet
+MOST_INCOMPLETE = 16  # tokens; a character has 4 bytes, so what lasts longer never completes
+
+
+@dataclass(frozen=True)
+class Settings:
+    """tokenizer/settings.json: what the template refers to, and whether text begins with bos."""
+
+    special_tokens: dict[str, str | None] = field(default_factory=dict)
+    begins_with_bos: bool = False  # False: tokenizer.json's own post-processor decides
+
+
+@dataclass(frozen=True)
+class Text:
+    """The artifact's tokenizer folder."""
+
+    tokenizer: Tokenizer
+    template: str | None
+    special_tokens: dict[str, str | None]
+    begins_with_bos: bool
+
+    def chat_ids(self, messages: list[dict[str, str]]) -> list[int]:
+        """Messages -> ids, the assistant's turn opened. A model without a template: plain text."""
+        if self.template is None:
+            return self.plain_ids("\n\n".join(message["content"] for message in messages))
+        return self._encode(self.render(messages), add_special_tokens=False)
+
+    def plain_ids(self, text: str) -> list[int]:
+        """Special tokens in `text` count as such; it begins with one bos if the model's does."""
+        ids = self._encode(text, add_special_tokens=True)
+        bos = self.tokenizer.token_to_id(self.special_tokens.get("bos_token") or "")
+        if bos is None:
+            return ids
+        if self.begins_with_bos and ids[:1] != [bos]:
+            return [bos, *ids]
+        return ids[1:] if ids[:2] == [bos, bos] else ids  # it was in the text as well
+
+    def render(self, messages: list[dict[str, str]]) -> str:
+        """Raises SubspecError: USAGE for what the template refuses, CORRUPT if it fails."""
+        safe = [{**m, "content": self._without_control_tokens(m["content"])} for m in messages]
+        known = {name: token for name, token in self.special_tokens.items() if token is not None}
+        variables = {"messages": safe, "tools": None, "documents": None, **known}
+        return render(self.template or "", {**variables, "add_generation_prompt": True})
+
+    def _without_control_tokens(self, content: str) -> str:
+        """A person's text cannot forge turns: special tokens in it are broken up by a zero-width
+        space, so that they tokenise as ordinary text."""
+        for token in self.tokenizer.get_added_tokens_decoder().values():
+            if token.special and len(token.content) > 1 and token.content in content:
+                broken = token.content[0] + "\u200b" + token.content[1:]
+                content = content.replace(token.content, broken)
+        return content
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        try:
+            ids: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        except Exception as error:  # tokenizers raises bare Exception
+            raise SubspecError(
+                Exit.CORRUPT, f"{TOKENIZER} cannot encode the text: {str(error)[:200]}"
+            ) from None
+        return ids
+
+
+def load_text(folder: Path) -> Text:
+    """`folder`: the artifact's tokenizer/."""
+    try:
+        tokenizer = Tokenizer.from_buffer(_read(folder / TOKENIZER, LARGEST_TOKENIZER))
+    except SubspecError:
+        raise
+    except Exception as error:  # tokenizers raises bare Exception
+        raise SubspecError(
+            Exit.CORRUPT, f"{TOKENIZER} cannot be read: {str(error)[:200]}"
+        ) from None
+    tokenizer.no_truncation()  # some files carry the settings of a training run
+    tokenizer.no_padding()
+    settings, template = Settings(), None
+    if (folder / SETTINGS).exists():
+        value = parse_json(_read(folder / SETTINGS, LARGEST_TEMPLATE), SETTINGS)
+        if isinstance(value, dict):  # a newer minor format may have added keys
+            value = {key: item for key, item in value.items() if key in KNOWN_SETTINGS}
+        settings = load_dataclass(Settings, value, SETTINGS)
+    if (folder / TEMPLATE).exists():
+        try:
+            template = _read(folder / TEMPLATE, LARGEST_TEMPLATE).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise SubspecError(Exit.CORRUPT, f"{TEMPLATE} is not UTF-8: {error}") from None
+    return Text(tokenizer, template, settings.special_tokens, settings.begins_with_bos)
+
+
+def _read(path: Path, most: int) -> bytes:
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise SubspecError(
+                Exit.CORRUPT, f"{path.name} is {size} bytes, expected at most {most}"
+            )
+        return file.read()
+
+
+class Decoder:
+    """Ids, one by one -> text in whole characters; together they give the text of all ids."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []  # since the last safe place to begin
+        self._num_shown = 0  # of `_ids`, how many have been given out
+        self._shown = ""  # their text; what a token adds depends on those before it
+        self._num_waiting = 0
+
+    def feed(self, token: int) -> str:
+        self._ids.append(token)
+        text = self._decode()
+        self._num_waiting = self._num_waiting + 1 if text.endswith(INCOMPLETE) else 0
+        return "" if 0 < self._num_waiting < MOST_INCOMPLETE else self._give(text)
+
+    def finish(self) -> str:
+        """The rest, an unfinished character as U+FFFD."""
+        return self._give(self._decode())
+
+    def _give(self, text: str) -> str:
+        fresh = text[len(self._shown) :]
+        if fresh:  # else these were special tokens, before which it is not safe to begin
+            self._ids = self._ids[self._num_shown :]
+            self._num_shown = len(self._ids)
+            self._shown = self._decode()
+        return fresh
+
+    def _decode(self) -> str:
+        text: str = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        return text
+
+
+class Printer:
+    """Ids -> text, stop strings cut off. The text is the model's: `printable` before a terminal."""
+
+    def __init__(self, text: Text, stop: tuple[str, ...] = ()) -> None:
+        self._decoder = Decoder(text.tokenizer)
+        self._stop = stop
+        self._held = ""
+        self.text = ""
+        self.stopped = False
+        self.num_tokens = 0  # that the text needed, the one that completed a stop string included
+
+    def feed(self, ids: list[int]) -> str:
+        """Text that is now certain. After a stop string was met, `stopped` is True."""
+        fresh = ""
+        for token in ids:
+            if self.stopped:
+                break
+            self.num_tokens += 1
+            fresh += self._release(self._decoder.feed(token), final=False)
+        self.text += fresh
+        return fresh
+
+    def finish(self) -> str:
+        """What was held back because it could have begun a stop string."""
+        fresh = "" if self.stopped else self._release(self._decoder.finish(), final=True)
+        self.text += fresh
+        return fresh
+
+    def _release(self, decoded: str, final: bool) -> str:
+        self._held += decoded
+        found = [at for s in self._stop if (at := self._held.find(s)) >= 0]
+        if found:
+            self.stopped = True
+            certain, self._held = self._held[: min(found)], ""
+            return certain
+        keep = 0 if final else self._possible_stop()
+        certain = self._held[: len(self._held) - keep]
+        self._held = self._held[len(self._held) - keep :]
+        return certain
+
+    def _possible_stop(self) -> int:
+        """Length of the longest end of the held text that a stop string could begin with."""
+        lengths = [n for s in self._stop for n in range(1, len(s)) if self._held.endswith(s[:n])]
+        return max(lengths, default=0)

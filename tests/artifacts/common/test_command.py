@@ -1,0 +1,200 @@
+"""Errors as sentences and exit codes, whatever happens to the streams, whoever sends a signal."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from subspec.artifacts.common.command import Program, printable, reported, size_option
+from subspec.artifacts.common.errors import Exit, SubspecError
+
+# A program of its own in a child: `act` is what the command does.
+PROGRAM = """
+import os, sys, time
+import click
+from subspec.artifacts.common.command import Program, reported
+from subspec.artifacts.common.errors import Exit, SubspecError
+
+@click.command(cls=Program)
+@click.option("--json", "as_json", is_flag=True)
+@reported
+def main(as_json):
+    {act}
+
+sys.exit(main())
+"""
+
+
+@click.command(cls=Program)
+@click.argument("artifact")
+@click.option("--vram", callback=size_option)
+@click.option("--count", type=click.IntRange(min=1))
+@click.option("--json", "as_json", is_flag=True)
+@reported
+def program(artifact: str, **_: Any) -> None:
+    if artifact == "broken":
+        raise SubspecError(Exit.CORRUPT, "plan.json is \x1b[2Jbroken", "build it again")
+    if artifact == "endless":
+        raise KeyboardInterrupt
+    if artifact == "huge":
+        raise MemoryError
+    if artifact == "bug":
+        raise ZeroDivisionError
+    print("done")
+
+
+@pytest.fixture(autouse=True)
+def same_signal_handlers() -> Any:
+    """Leaving after Ctrl-C ignores the next one: right for a process, not for this one."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def run(*words: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        sys.exit(program(list(words)))
+    return int(ended.value.code or 0)
+
+
+def start(act: str, *words: str, **settings: Any) -> "subprocess.Popen[bytes]":
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    code = PROGRAM.format(act=act)
+    return subprocess.Popen([sys.executable, "-c", code, *words], **{**pipes, **settings})
+
+
+@pytest.mark.parametrize(
+    ("words", "message", "hint"),
+    [
+        ([], "Missing argument 'ARTIFACT'", "--help lists the options"),
+        (["a", "--vram", "24gb"], "'24gb' is not a size", "a small b means bits"),
+        (["a", "--count", "0"], "0 is not in the range x>=1", "--help lists the options"),
+        (["a", "--count"], "Option '--count' requires an argument", "--help lists the options"),
+        (["a", "--nope"], "No such option", "--help lists the options"),
+        (["a", "good", "day"], "unexpected extra arguments (good day)", "only in quotes"),
+    ],
+)
+def test_a_wrong_command_line_is_a_sentence_a_hint_and_exit_code_2(
+    capsys: pytest.CaptureFixture[str], words: list[str], message: str, hint: str
+) -> None:
+    assert run(*words) == Exit.USAGE
+    said = capsys.readouterr()
+    assert said.out == ""
+    first, _, second = said.err.partition("\n\nhint: ")
+    assert first.startswith("error: ") and message in first and "\n" not in first
+    assert hint in second
+
+
+def test_with_json_a_wrong_command_line_is_an_object_on_stdout(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run("a", "--vram", "24gb", "--json") == Exit.USAGE
+    found = json.loads(capsys.readouterr().out)
+    assert found["schema"] == "subspec.error/1"
+    assert found["error"]["code"] == "usage" and found["error"]["exit"] == 2
+    assert "is not a size" in found["error"]["message"]
+    assert found["error"]["hint"].startswith("a small b means bits")
+
+
+def test_an_error_of_the_command_keeps_its_code_and_steers_no_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run("broken", "--json") == Exit.CORRUPT
+    said = capsys.readouterr()
+    assert said.err == "error: plan.json is [2Jbroken\n\nhint: build it again\n"
+    assert "\x1b" not in said.out
+    assert json.loads(said.out)["error"]["message"] == "plan.json is \x1b[2Jbroken"
+
+
+def test_interrupt_and_memory_error_have_their_codes_and_a_bug_its_traceback(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run("endless") == Exit.INTERRUPTED
+    assert "interrupted" in capsys.readouterr().err
+    assert run("huge") == Exit.RESOURCES
+    assert "out of memory" in capsys.readouterr().err
+    with pytest.raises(ZeroDivisionError):
+        program(["bug"])
+
+
+def test_help_and_success_end_with_0(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--help") == 0
+    assert run("a") == 0
+    assert capsys.readouterr().out.endswith("done\n")
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    act = "[print('a line of the answer', flush=True) for _ in range(100000)]"
+    with start(act) as child:
+        assert child.stdout is not None and child.stderr is not None
+        assert child.stdout.read(10) == b"a line of "
+        child.stdout.close()
+        assert child.stderr.read() == b""
+    assert child.returncode == 0
+
+
+def test_a_full_disk_behind_stdout_is_one_sentence() -> None:
+    with open("/dev/full", "wb") as full, start("print('x' * 100000)", stdout=full) as child:
+        assert child.stderr is not None
+        assert child.stderr.read() == b"error: cannot write: No space left on device\n"
+    assert child.returncode == Exit.RESOURCES
+
+
+def test_with_closed_streams_no_file_gets_their_numbers(tmp_path: Path) -> None:
+    act = (
+        f"[os.open({str(tmp_path)!r} + '/' + name, os.O_CREAT | os.O_RDWR) for name in 'abc']; "
+        "print('lost'); os.write(1, b'noise of a library'); os.write(2, b'noise')"
+    )
+    command = [sys.executable, "-c", PROGRAM.format(act=act)]
+    ended = subprocess.run(["sh", "-c", '"$@" <&- >&- 2>&-', "sh", *command])
+    assert ended.returncode == 0
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [b""] * 3
+
+
+def test_what_the_locale_cannot_print_is_a_question_mark() -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    with start("print('caf\\u00e9 \\u4f60')", env=environment) as child:
+        assert child.stdout is not None
+        assert child.stdout.read() == b"caf\xe9 ?\n"
+    assert child.returncode == 0
+
+
+def test_a_termination_closes_what_is_open_and_ends_with_143() -> None:
+    act = (
+        "\n    try: print('open', flush=True); time.sleep(60)"
+        "\n    finally: print('closed', flush=True)"
+    )
+    with start(act) as child:
+        assert child.stdout is not None and child.stderr is not None
+        assert child.stdout.readline() == b"open\n"
+        child.terminate()
+        assert child.stdout.read() == b"closed\n"
+        assert child.stderr.read() == b""
+    assert child.returncode == Exit.TERMINATED
+
+
+def test_ctrl_c_pressed_again_while_leaving_prints_no_traceback() -> None:
+    act = (
+        "\n    import atexit"
+        "\n    atexit.register(lambda: (print('leaving', flush=True), time.sleep(1)))"
+        "\n    print('open', flush=True); time.sleep(60)"
+    )
+    with start(act) as child:
+        assert child.stdout is not None and child.stderr is not None
+        assert child.stdout.readline() == b"open\n"
+        child.send_signal(signal.SIGINT)
+        assert child.stdout.readline() == b"leaving\n"
+        child.send_signal(signal.SIGINT)
+        assert child.stderr.read() == b"\ninterrupted\n"
+    assert child.returncode == Exit.INTERRUPTED
+
+
+def test_printable_text_keeps_all_but_what_steers_a_terminal() -> None:
+    clipboard = "\x1b]52;c;ZXZpbA==\x07"
+    assert printable(f"a\tb\n{clipboard}\x9b2J\x7f\r é 你 🙂") == "a\tb\n]52;c;ZXZpbA==2J é 你 🙂"

@@ -1,0 +1,242 @@
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from subspec.artifacts.acceptance import Acceptance, Curve, Stopping
+from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.format.checks import check_headers, check_plan, check_spec
+from subspec.artifacts.format.tensors import ITEM_BYTES, write_header
+from subspec.artifacts.model import ModelSpec, Rope, StoredPart, linears, parts, resident_tensors
+from subspec.artifacts.plan import Placement, Plan, Tree
+
+Stored = tuple[str, tuple[int, ...]]  # dtype and shape
+Header = dict[str, Stored]
+
+SPEC = ModelSpec(
+    family="llama", dtype="float16", hidden_size=128, intermediate_size=192, num_layers=1,
+    num_heads=4, num_kv_heads=2, head_size=32, vocab_size=64, norm_epsilon=1e-6,
+    max_positions=100, rope=Rope(10000.0), tied_head=True, mlp_bias=True,
+)  # fmt: skip
+RAW = [StoredPart(part, "raw", part.num_bytes) for part in parts(SPEC)]
+CODED = [StoredPart(part, "residual", part.num_bytes // 2) for part in parts(SPEC)]
+LARGEST_PART = max(part.padded_bytes for part in RAW)
+STREAMING = Placement((), (), LARGEST_PART, 2, {"staging": 2 * LARGEST_PART, "cache": 1000})
+PLAN = Plan(
+    device="cpu", machine="test", budget_bytes=2 * LARGEST_PART + 1000, context=100,
+    method="substitute", tree=Tree(2, 3), verify_width=7, num_threads=1, int4_kernel="aten",
+    prefill_tokens=64, substitute=STREAMING, plain=STREAMING, residuals=(), predicted={},
+    acceptance=Acceptance((Curve(2, "code", (10, 6), (6, 3)),), measured=True),
+)  # fmt: skip
+
+
+def refused(where: str, check: Callable[[], None]) -> None:
+    start = time.monotonic()
+    with pytest.raises(SubspecError) as caught:
+        check()
+    assert time.monotonic() - start < 30  # no list of a billion layers, whatever the machine
+    assert caught.value.exit_code == Exit.CORRUPT
+    assert caught.value.message.startswith(f"{where}: ") and len(caught.value.message) < 600
+
+
+def test_a_sane_model_and_a_plan_that_just_fits_pass() -> None:
+    check_spec(SPEC)
+    check_plan(SPEC, RAW, PLAN)
+
+
+WRONG_MODELS: dict[str, dict[str, Any]] = {
+    "no layers": {"num_layers": 0},
+    "a billion layers": {"num_layers": 10**9},
+    "negative size": {"hidden_size": -64},
+    "huge vocabulary": {"vocab_size": 10**12},
+    "huge product": {"num_layers": 9999, "hidden_size": 1 << 20, "intermediate_size": 1 << 20},
+    "heads that do not divide": {"num_heads": 3},
+    "odd head": {"head_size": 31},
+    "window of none": {"sliding_window": 0},
+    "windowed layers without a window": {"windowed_layers": (0,)},
+    "windowed layer beyond the last": {"windowed_layers": (1,), "sliding_window": 8},
+    "theta": {"rope": Rope(0.0)},
+    "factor": {"rope": Rope(1e4, "linear", factor=0.0)},
+    "original positions": {"rope": Rope(1e4, "yarn", factor=2.0)},
+    "equal frequencies": {
+        "rope": Rope(1e4, "llama3", 2.0, 64, low_frequency_factor=2, high_frequency_factor=2)
+    },
+}
+
+
+@pytest.mark.parametrize("changes", WRONG_MODELS.values(), ids=WRONG_MODELS.keys())
+def test_a_model_that_no_checkpoint_describes_is_refused(changes: dict[str, Any]) -> None:
+    refused("model.json", lambda: check_spec(replace(SPEC, **changes)))
+
+
+WRONG_PLANS: dict[str, dict[str, Any]] = {
+    "no budget": {"budget_bytes": 0},
+    "budget beyond any machine": {"budget_bytes": 1 << 60},
+    "ledger over budget": {"budget_bytes": 2 * LARGEST_PART + 999},
+    "negative ledger": {"plain": replace(STREAMING, ledger={"a": -1, "b": 2})},
+    "unknown part": {"substitute": replace(STREAMING, resident=("model.layers.9.mlp.up_proj",))},
+    "a raw part that is split": {"substitute": replace(STREAMING, split=(RAW[0].name,))},
+    "one slot": {"plain": replace(STREAMING, num_slots=1)},
+    "a million slots": {"plain": replace(STREAMING, num_slots=10**6)},
+    "blocks of half pages": {"plain": replace(STREAMING, block_bytes=STREAMING.block_bytes + 2048)},
+    "slots too small": {"plain": replace(STREAMING, block_bytes=LARGEST_PART - 1)},
+    "huge slots": {"plain": replace(STREAMING, block_bytes=1 << 62)},
+    "no width": {"tree": Tree(0, 3)},
+    "wide tree": {"tree": Tree(10**6, 1), "verify_width": 10**7},
+    "negative depth": {"tree": Tree(1, -1)},
+    "no temperature": {"tree": Tree(2, 3, temperature=0.0)},
+    "a stop below nothing": {"tree": Tree(2, 3, stop_below=-0.1)},
+    "a stop below everything": {"tree": Tree(2, 3, stop_below=1.0)},
+    "a stop that is no number": {"tree": Tree(2, 3, stop_below=math.nan)},
+    "more nodes than rows": {"verify_width": 6},
+    "context beyond the model": {"context": 101},
+    "no context": {"context": 0},
+    "no threads": {"num_threads": 0},
+    "no prefill": {"prefill_tokens": 0},
+    "substitutes that are not there": {"substitute": None},
+    "nothing accepted or rejected": {"acceptance": Acceptance((), measured=True)},
+}
+
+
+@pytest.mark.parametrize("changes", WRONG_PLANS.values(), ids=WRONG_PLANS.keys())
+def test_a_plan_that_does_not_go_together_is_refused(changes: dict[str, Any]) -> None:
+    refused("plan.json", lambda: check_plan(SPEC, RAW, replace(PLAN, **changes)))
+
+
+WRONG_COUNTS: dict[str, tuple[Curve, ...]] = {
+    "no level": (Curve(2, "", (), ()),),
+    "more levels than any tree has": (Curve(2, "", (1,) * 1025, (1,) * 1025),),
+    "a level without its other count": (Curve(2, "", (9, 5), (5,)),),
+    "more accepted than tried": (Curve(2, "", (9,), (10,)),),
+    "fewer than none": (Curve(2, "", (9,), (-1,)),),
+    "a level tried behind one that was rejected": (Curve(2, "", (9, 6), (5, 2)),),
+    "a tree of width 0": (Curve(0, "", (9,), (5,)),),
+    "a tree wider than any": (Curve(257, "", (9,), (5,)),),
+    "widths that descend": (Curve(3, "a", (9,), (5,)), Curve(1, "a", (9,), (5,))),
+}
+
+
+@pytest.mark.parametrize("curves", WRONG_COUNTS.values(), ids=WRONG_COUNTS.keys())
+def test_counts_that_no_trees_have_are_refused(curves: tuple[Curve, ...]) -> None:
+    plan = replace(PLAN, acceptance=Acceptance(curves, measured=True))
+    refused("plan.json", lambda: check_plan(SPEC, RAW, plan))
+
+
+@pytest.mark.parametrize("curves", [(), *WRONG_COUNTS.values()], ids=["none", *WRONG_COUNTS])
+@pytest.mark.parametrize("where", ["curves", "followed"])
+def test_counts_that_no_trees_which_end_early_have_are_refused(
+    where: str, curves: tuple[Curve, ...]
+) -> None:
+    fine = Stopping(0.3, PLAN.acceptance.curves, PLAN.acceptance.curves)
+    for stopping in (
+        (ended := replace(fine, **{where: curves}),),
+        (fine, replace(ended, stop_below=0.5)),
+    ):
+        plan = replace(PLAN, acceptance=replace(PLAN.acceptance, stopping=stopping))
+        refused("plan.json", partial(check_plan, SPEC, RAW, plan))
+
+
+@pytest.mark.parametrize(
+    "stops",
+    [(0.0,), (-0.1,), (1.0,), (math.nan,), (math.inf,), (0.5, 0.3), (0.3, 0.3), (0.3, math.nan)],
+    ids=str,
+)
+def test_stops_that_do_not_ascend_between_0_and_1_are_refused(stops: tuple[float, ...]) -> None:
+    curves = PLAN.acceptance.curves
+    stopping = tuple(Stopping(stop, curves, curves) for stop in stops)
+    plan = replace(PLAN, acceptance=replace(PLAN.acceptance, stopping=stopping))
+    refused("plan.json", lambda: check_plan(SPEC, RAW, plan))
+
+
+def test_a_plan_whose_drafts_end_early_passes() -> None:
+    curves = PLAN.acceptance.curves
+    stopping = tuple(Stopping(stop, curves, curves) for stop in (0.15, 0.3, 0.999))
+    acceptance = replace(PLAN.acceptance, stopping=stopping)
+    for stop_below in (0.0, 0.15, 0.2, 0.9999):
+        tree = Tree(2, 3, 0.2, stop_below)
+        check_plan(SPEC, RAW, replace(PLAN, tree=tree, acceptance=acceptance))
+
+
+def test_curves_of_several_kinds_may_have_one_width() -> None:
+    """A tree may end with its text: then fewer tried a level than accepted the one above it."""
+    curves = (
+        Curve(1, "b", (9, 5, 0), (5, 0, 0)),
+        Curve(1, "a", (9, 2), (5, 2)),
+        Curve(3, "", (1,), (0,)),
+    )
+    check_plan(SPEC, RAW, replace(PLAN, acceptance=Acceptance(curves, measured=True)))
+
+
+def test_a_plan_that_streams_nothing_needs_no_slots_and_no_ledger() -> None:
+    everything = Placement(tuple(part.name for part in RAW), (), 0, 0, {})
+    check_plan(SPEC, RAW, replace(PLAN, plain=everything))
+
+
+def test_residuals_are_decoded_over_substitutes_in_memory() -> None:
+    refused("plan.json", lambda: check_plan(SPEC, CODED, PLAN))
+    with_them = replace(STREAMING, ledger={"substitutes": 1, "staging": 2 * LARGEST_PART})
+    check_plan(SPEC, CODED, replace(PLAN, substitute=with_them, plain=with_them))
+    split = replace(with_them, split=(CODED[0].name,))
+    check_plan(SPEC, CODED, replace(PLAN, substitute=split, plain=split))
+    loaded = replace(STREAMING, resident=tuple(part.name for part in CODED))  # decoded by then
+    check_plan(SPEC, CODED, replace(PLAN, substitute=loaded, plain=loaded))
+
+
+def headers() -> dict[str, Header]:
+    """By file, as they should be."""
+    substitutes: Header = {}
+    for linear in linears(SPEC):
+        rows, groups = linear.out_features, linear.in_features // 64
+        substitutes[f"{linear.name}.codes"] = ("U8", (rows, linear.in_features // 2))
+        substitutes[f"{linear.name}.grid"] = ("BF16", (groups, rows, 2))
+    resident = {name: ("F16", shape) for name, shape in resident_tensors(SPEC).items()}
+    return {"substitutes.safetensors": substitutes, "resident.safetensors": resident}
+
+
+def write(folder: Path, files: dict[str, Header]) -> None:
+    for name, tensors in files.items():
+        with open(folder / name, "wb") as file:
+            listed = [(tensor, *rest) for tensor, rest in tensors.items()]
+            offset = write_header(file, listed)
+            sizes = [ITEM_BYTES[dtype] * math.prod(shape) for _, dtype, shape in listed]
+            file.truncate(offset + sum(sizes))
+
+
+def test_headers_that_hold_the_model_pass_with_more_beside_it(tmp_path: Path) -> None:
+    files = headers()
+    files["resident.safetensors"]["another"] = ("F32", (3,))
+    write(tmp_path, files)
+    check_headers(tmp_path, SPEC)
+
+
+@pytest.mark.parametrize("wrong", [None, ("BF16", (64, 128)), ("F16", (128, 64)), ("F16", (64,))])
+def test_a_resident_tensor_of_another_dtype_or_shape_is_refused(
+    tmp_path: Path, wrong: Stored | None
+) -> None:
+    files = headers()
+    del files["resident.safetensors"]["model.embed_tokens.weight"]
+    if wrong is not None:
+        files["resident.safetensors"]["model.embed_tokens.weight"] = wrong
+    write(tmp_path, files)
+    refused("resident.safetensors", lambda: check_headers(tmp_path, SPEC))
+
+
+@pytest.mark.parametrize("suffix", ["codes", "grid"])
+@pytest.mark.parametrize(
+    "wrong", [None, ("BF16", (128, 2, 2)), ("U8", (128, 2)), ("F16", (2, 128, 2))]
+)
+def test_a_substitute_of_another_dtype_or_shape_is_refused(
+    tmp_path: Path, suffix: str, wrong: Stored | None
+) -> None:
+    files = headers()
+    name = f"model.layers.0.self_attn.q_proj.{suffix}"
+    del files["substitutes.safetensors"][name]
+    if wrong is not None:
+        files["substitutes.safetensors"][name] = wrong
+    write(tmp_path, files)
+    refused("substitutes.safetensors", lambda: check_headers(tmp_path, SPEC))

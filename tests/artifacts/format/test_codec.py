@@ -1,0 +1,126 @@
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+
+from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.format.codec import dump_json, load_dataclass, parse_json
+
+
+@dataclass(frozen=True)
+class Inner:
+    count: int
+    share: float = 0.5
+
+
+@dataclass(frozen=True)
+class Outer:
+    name: str
+    kind: Literal["a", "b"]
+    flag: bool
+    items: tuple[Inner, ...]
+    table: dict[str, float]
+    limit: int | None = None
+
+
+EXAMPLE = Outer("x", "b", True, (Inner(1), Inner(2, 0.25)), {"y": 1.0, "é": 2.5}, 3)
+
+
+def load(value: object) -> Outer:
+    return load_dataclass(Outer, value, "file.json")
+
+
+def changed(**change: object) -> dict[str, object]:
+    value = parse_json(dump_json(EXAMPLE), "file.json")
+    return {**value, **change}
+
+
+def test_json_has_literal_bytes() -> None:
+    assert dump_json({"b": [1, 2.5], "a": "é"}) == '{\n "a": "é",\n "b": [\n  1,\n  2.5\n ]\n}\n'
+
+
+def test_a_dataclass_comes_back_as_it_was() -> None:
+    assert load(parse_json(dump_json(EXAMPLE), "file.json")) == EXAMPLE
+
+
+def test_a_field_left_out_takes_its_default_and_a_whole_number_is_a_float() -> None:
+    value = changed(items=[{"count": 1}], table={"y": 7})
+    del value["limit"]
+    loaded = load(value)
+    assert loaded.items == (Inner(1, 0.5),)
+    assert type(loaded.table["y"]) is float
+    assert loaded.limit is None
+
+
+@pytest.mark.parametrize(
+    ("change", "path"),
+    [
+        ({"name": 1}, "file.json.name"),
+        ({"kind": "c"}, "file.json.kind"),
+        ({"kind": ["a"]}, "file.json.kind"),
+        ({"flag": 1}, "file.json.flag"),
+        ({"items": {}}, "file.json.items"),
+        ({"items": [{"count": True}]}, "file.json.items[0].count"),
+        ({"items": [{"count": 1.0}]}, "file.json.items[0].count"),
+        ({"items": [{"count": 1, "other": 2}]}, "'other'"),
+        ({"items": [{"share": 1.0}]}, "'count'"),
+        ({"items": [3]}, "file.json.items[0]"),
+        ({"table": {"y": "1"}}, "file.json.table.y"),
+        ({"table": {"y": 10**400}}, "file.json.table.y"),
+        ({"table": []}, "file.json.table"),
+        ({"limit": "3"}, "file.json.limit"),
+        ({"more": 1}, "'more'"),
+    ],
+)
+def test_a_wrong_field_is_named(change: dict[str, object], path: str) -> None:
+    with pytest.raises(SubspecError) as caught:
+        load(changed(**change))
+    assert caught.value.exit_code == Exit.CORRUPT
+    assert path in caught.value.message
+
+
+@pytest.mark.parametrize("value", [None, 3, "x", []])
+def test_what_is_not_an_object_is_refused(value: object) -> None:
+    with pytest.raises(SubspecError, match="expected an object"):
+        load(value)
+
+
+MANY = ",".join(f'"{number}":0' for number in range(100_000))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"{",
+        b'{"a": 1, "a": 2}',
+        b'{"a": {"b": 1, "b": 1}}',
+        b"[NaN]",
+        b"[Infinity]",
+        b"[-1e400]",
+        b"[1e400]",
+        b"[" * 1_000_000,
+        b'{"a":' * 100_000,
+        b'["\\ud800"]',
+        b'{"\\udfff": 1}',
+        b'\xef\xbb\xbf{"a": 1}',
+        b'["\xff"]',
+        b"[" + b"9" * 5000 + b"]",
+        b"[1] 2",
+        ("{" + MANY + ',"0":0}').encode(),
+    ],
+    ids=lambda text: repr(text[:16]),
+)
+def test_hostile_json_is_refused_at_once_with_the_files_name(text: bytes) -> None:
+    start = time.monotonic()
+    with pytest.raises(SubspecError) as caught:
+        parse_json(text, "file.json")
+    assert time.monotonic() - start < 1
+    assert caught.value.exit_code == Exit.CORRUPT
+    assert caught.value.message.startswith("file.json is not valid JSON")
+    assert len(caught.value.message) < 300
+
+
+def test_escaped_characters_beyond_the_basic_plane_are_read() -> None:
+    assert parse_json(b'["\\ud83d\\ude00\\u00e9"]', "file.json") == ["😀é"]

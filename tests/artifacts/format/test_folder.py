@@ -1,0 +1,213 @@
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.format.folder import new_folder
+
+
+def fill(folder: Path, text: str) -> None:
+    """What makes a folder an artifact in the eyes of --overwrite, and one more level."""
+    for name in ("manifest.json", "plan.json", "tokenizer/tokenizer.json"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+
+
+def build(path: Path, text: str, overwrite: bool = False) -> None:
+    with new_folder(path, overwrite) as folder:
+        fill(folder, text)
+
+
+def text_of(path: Path) -> str | None:
+    """The text of a complete folder; None: there is none."""
+    if not path.exists():
+        return None
+    texts = {file.read_text() for file in path.rglob("*.json")}
+    assert len(texts) == 1 and len(list(path.rglob("*.json"))) == 3
+    return texts.pop()
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_folder_takes_its_name_at_the_end_and_nothing_else_stays(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "artifact"
+    with new_folder(target, overwrite=False) as folder:
+        fill(folder, "new")
+        assert not target.exists() and folder.parent == target.parent
+    assert text_of(target) == "new"
+    assert names(target.parent) == ["artifact"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("existing", [False, True])
+def test_an_error_leaves_everything_as_it_was(
+    tmp_path: Path, error: type[BaseException], existing: bool
+) -> None:
+    target = tmp_path / "artifact"
+    if existing:
+        build(target, "old")
+    with pytest.raises(error), new_folder(target, overwrite=existing) as folder:
+        fill(folder, "new")
+        raise error
+    assert text_of(target) == ("old" if existing else None)
+    assert names(tmp_path) == (["artifact"] if existing else [])
+
+
+def test_an_existing_artifact_is_replaced_only_with_overwrite(tmp_path: Path) -> None:
+    target = tmp_path / "artifact"
+    build(target, "old")
+    with pytest.raises(SubspecError, match="exists already") as caught:
+        build(target, "new")
+    assert caught.value.exit_code == Exit.USAGE and "--overwrite" in caught.value.hint
+    assert text_of(target) == "old"
+    build(target, "new", overwrite=True)
+    assert text_of(target) == "new"
+    assert names(tmp_path) == ["artifact"]
+
+
+@pytest.mark.parametrize("content", ["thesis.tex", "manifest.json", "plan.json"])
+def test_a_folder_that_is_not_an_artifact_is_never_overwritten(
+    tmp_path: Path, content: str
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / content).write_text("precious")
+    with pytest.raises(SubspecError, match="is not an artifact") as caught:
+        build(tmp_path / "mine", "new", overwrite=True)
+    assert caught.value.exit_code == Exit.USAGE
+    assert (tmp_path / "mine" / content).read_text() == "precious"
+    assert names(tmp_path) == ["mine"]
+
+
+def test_a_file_is_never_overwritten_and_an_empty_folder_may_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(SubspecError, match="is not an artifact"):
+        build(tmp_path / "file", "new", overwrite=True)
+    (tmp_path / "empty").mkdir()
+    build(tmp_path / "empty", "new", overwrite=True)
+    assert text_of(tmp_path / "empty") == "new"
+
+
+def test_a_link_is_followed_and_stays_a_link(tmp_path: Path) -> None:
+    build(tmp_path / "real", "old")
+    (tmp_path / "link").symlink_to("real")
+    build(tmp_path / "link", "new", overwrite=True)
+    assert (tmp_path / "link").is_symlink()
+    assert text_of(tmp_path / "real") == "new"
+
+
+def test_a_place_that_cannot_be_written_is_a_usage_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SubspecError, match="cannot write in") as caught:
+        build(tmp_path / "file" / "artifact", "new")
+    assert caught.value.exit_code == Exit.USAGE
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path) -> None:
+    target = tmp_path / "artifact"
+    with pytest.raises(SubspecError, match="No space left") as caught, new_folder(target, False):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert caught.value.exit_code == Exit.RESOURCES
+    assert names(tmp_path) == []
+
+
+def test_other_system_errors_pass_as_they_are(tmp_path: Path) -> None:
+    with pytest.raises(ConnectionError), new_folder(tmp_path / "artifact", False):
+        raise ConnectionError
+
+
+# Where the builder is killed: before which call of what, counted from the start of the block.
+KILLS = {
+    "at once": "die()",
+    "half written": "(folder / 'manifest.json').write_text('ne'); die()",
+    "written": "fill(folder); die()",
+    "before syncing": "fill(folder); before(module, '_sync_tree', 1)",
+    "while syncing": "fill(folder); before(module, '_sync', 3)",
+    "before the first rename": "fill(folder); before(Path, 'rename', 1)",
+    "between the renames": "fill(folder); before(Path, 'rename', 2)",
+    "before removing the old one": "fill(folder); before(module.shutil, 'rmtree', 1)",
+    "while removing the old one": "fill(folder); before(os, 'rmdir', 1)",
+}
+BUILDER = """
+import os, signal, sys
+from pathlib import Path
+from subspec.artifacts.format import folder as module
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def before(owner, name, count):
+    original, calls = getattr(owner, name), []
+    def counted(*arguments, **options):
+        calls.append(name)
+        return (die if len(calls) == count else original)(*arguments, **options)
+    setattr(owner, name, counted)
+
+def fill(folder):
+    for name in ("manifest.json", "plan.json", "tokenizer/tokenizer.json"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("new")
+
+with module.new_folder(Path(sys.argv[1]), overwrite=True) as folder:
+    exec(sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("existing", [False, True], ids=["new", "overwriting"])
+@pytest.mark.parametrize("where", KILLS)
+def test_a_kill_leaves_no_half_folder_and_the_next_build_cleans_up(
+    tmp_path: Path, where: str, existing: bool
+) -> None:
+    target = tmp_path / "artifact"
+    if existing:
+        build(target, "old")
+    command = [sys.executable, "-c", BUILDER, str(target), KILLS[where]]
+    code = subprocess.run(command, timeout=60).returncode
+    only_when_overwriting = where in list(KILLS)[-3:]
+    assert code == (0 if only_when_overwriting and not existing else -signal.SIGKILL)
+    left = text_of(target)  # also asserts that it is complete
+    assert left in ((None, "old", "new") if existing else (None, "new"))
+    if existing and left is None:
+        with pytest.raises(SubspecError, match="exists already"):  # the next call has put it back
+            build(target, "next", overwrite=False)
+        assert text_of(target) == "old"
+    build(target, "next", overwrite=True)
+    assert text_of(target) == "next"
+    assert names(tmp_path) == ["artifact"]
+
+
+def test_a_second_builder_of_one_target_is_refused_and_does_no_harm(tmp_path: Path) -> None:
+    target = tmp_path / "artifact"
+    with new_folder(target, overwrite=False) as folder:
+        fill(folder, "first")
+        with pytest.raises(SubspecError, match=f"another process, {os.getpid()}$") as caught:
+            build(target, "second", overwrite=True)
+        assert caught.value.exit_code == Exit.RESOURCES
+        build(tmp_path / "other", "at the same time")
+    assert text_of(target) == "first"
+    assert names(tmp_path) == ["artifact", "other"]
+
+
+def test_the_lock_of_a_killed_builder_is_free(tmp_path: Path) -> None:
+    target = tmp_path / "artifact"
+    waiting = "fill(folder); print('ready', flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", BUILDER, str(target), waiting],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline() == "ready\n"
+        with pytest.raises(SubspecError, match=f"another process, {other.pid}$"):
+            build(target, "mine")
+        other.kill()
+    assert other.returncode == -signal.SIGKILL and not target.exists()
+    build(target, "mine")
+    assert text_of(target) == "mine"
+    assert names(tmp_path) == ["artifact"]

@@ -1,0 +1,130 @@
+"""Compiled kernels travel with an artifact, and nothing of them is loaded unasked."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from builders import build_artifact
+from running import QUESTION, run
+
+from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.format.prebuilt import FOLDER, adopt, brought, ship
+from subspec.artifacts.format.store import Artifact, open_artifact, verify, write_manifest
+from subspec.artifacts.native import cpp, residual_cpu
+from subspec.planner.model.hub import DEMO
+from subspec.runtime.model import attention
+from subspec.runtime.session import kernel_sources
+
+SOURCES = [attention.SOURCE, residual_cpu.SOURCE]
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """Residuals, and the kernels of this machine."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
+    folder = tmp_path_factory.mktemp("shipped") / "artifact"
+    made = build_artifact(DEMO, folder, "residual", resident_share=1.0)
+    assert kernel_sources(made.plan) == SOURCES
+    assert all(kernel.unavailable() is None for kernel in (attention, residual_cpu))
+    ship(folder, kernel_sources(made.plan))
+    return sealed(folder)
+
+
+def sealed(folder: Path) -> Artifact:
+    """What is in the folder now is what its manifest lists."""
+    listed = open_artifact(folder).manifest
+    write_manifest(folder, listed.producer, listed.parts, listed.substitutes, {})
+    return open_artifact(folder)
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Another user of such a machine, who has no compiler; yields where kernels are kept."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    cpp.library.cache_clear()
+    yield tmp_path / "cache" / "subspec" / "kernels"
+    cpp.library.cache_clear()
+
+
+def test_what_was_built_is_listed_with_its_digest(artifact: Artifact) -> None:
+    entries = [entry for entry in artifact.manifest.files if entry.role == FOLDER]
+    assert [entry.path for entry in entries] == sorted(
+        f"{FOLDER}/{cpp.library_name(source)}" for source in SOURCES
+    )
+    assert verify(artifact.path) > sum(entry.num_bytes for entry in entries) > 0
+
+
+def test_with_the_users_word_no_compiler_is_needed(artifact: Artifact, elsewhere: Path) -> None:
+    assert residual_cpu.unavailable() == "there is no C++ compiler 'g++' (install g++ or set CXX)"
+    cpp.library.cache_clear()
+    assert adopt(artifact, SOURCES) == []
+    assert {path.name for path in elsewhere.iterdir()} == set(map(cpp.library_name, SOURCES))
+    assert residual_cpu.unavailable() is None and attention.unavailable() is None
+
+
+def test_a_flipped_bit_is_an_error_and_is_not_kept(
+    artifact: Artifact, elsewhere: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(artifact.path, tmp_path / "copy")
+    copy = open_artifact(tmp_path / "copy")
+    entry = brought(copy, residual_cpu.SOURCE)
+    assert entry is not None
+    damaged = bytearray((copy.path / entry.path).read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    (copy.path / entry.path).write_bytes(damaged)
+    with pytest.raises(SubspecError, match="does not match its digest") as error:
+        adopt(copy, [residual_cpu.SOURCE])
+    assert error.value.exit_code == Exit.CORRUPT
+    assert not elsewhere.exists() or not [*elsewhere.iterdir()]
+
+
+def test_kernels_of_other_sources_flags_or_processors_are_not_brought(
+    artifact: Artifact, elsewhere: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    changed = tmp_path / "residual.cpp"
+    changed.write_bytes(residual_cpu.SOURCE.read_bytes() + b"\n")
+    assert adopt(artifact, [changed]) == ["residual"]
+    for name, value in (("FLAGS", (*cpp.FLAGS, "-g")), ("_processor", lambda: "another")):
+        with monkeypatch.context() as patch:
+            patch.setattr(cpp, name, value)
+            assert adopt(artifact, SOURCES) == ["attention", "residual"]
+    monkeypatch.setenv("CXX", "g++ -mno-avx512f")
+    assert brought(artifact, residual_cpu.SOURCE) is None
+
+
+def test_where_nothing_can_be_kept_nothing_is_adopted(
+    artifact: Artifact, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)
+    assert adopt(artifact, SOURCES) == ["attention", "residual"]
+
+
+def test_a_person_without_a_compiler_is_told_of_them_and_may_trust_them(
+    artifact: Artifact,
+    elsewhere: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = (artifact.path, QUESTION, "--max-tokens", 4, "--no-replan", "--no-record")
+    ended = run(capsys, *words)
+    assert ended.exit_code == 0
+    assert "there is no C++ compiler" in ended.err
+    assert "(--trust-kernels would load the artifact's own)" in ended.err
+    assert not [*elsewhere.iterdir()], "nothing of it is kept unasked"
+    cpp.library.cache_clear()
+    trusted = run(capsys, *words, "--trust-kernels")
+    assert trusted.exit_code == 0 and "compiler" not in trusted.err
+    assert trusted.out == ended.out
+
+
+def test_what_an_artifact_does_not_bring_is_said(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    bare = build_artifact(DEMO, tmp_path / "artifact", "residual", resident_share=1.0)
+    ended = run(capsys, bare.path, QUESTION, "--max-tokens", 2, "--no-record", "--trust-kernels")
+    assert ended.exit_code == 0
+    said = "note: not brought for this machine, to be built here: attention, residual"
+    assert said in ended.err

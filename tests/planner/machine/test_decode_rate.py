@@ -1,0 +1,33 @@
+"""How fast residuals become weights; 0 where nothing decodes them."""
+
+import pytest
+import torch
+from toys import make_spec
+
+from subspec.artifacts.native import residual_cpu
+from subspec.planner.machine import timing
+from subspec.planner.machine.decode_rate import decode_rate
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(1)
+    monkeypatch.setattr(timing, "FEWEST_SAMPLES", 1)
+    monkeypatch.setattr(timing, "SECONDS_PER_ACTION", 0.0)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_decoding_takes_time(dtype: str) -> None:
+    assert 1e6 < decode_rate(make_spec(dtype=dtype), CPU, "aten") < 1e11
+
+
+def test_nothing_is_decoded_without_4_bit_substitutes() -> None:
+    odd = make_spec(hidden_size=72, intermediate_size=100, head_size=18)
+    assert decode_rate(odd, CPU, "aten") == 0.0
+
+
+def test_nothing_is_decoded_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(residual_cpu, "unavailable", lambda: "there is none")
+    assert decode_rate(make_spec(), CPU, "aten") == 0.0

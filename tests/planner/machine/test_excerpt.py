@@ -1,0 +1,89 @@
+import pytest
+import torch
+from toys import make_spec
+
+from subspec.artifacts.format.packing import dequantize, unpack_nibbles
+from subspec.artifacts.model import linears
+from subspec.planner.machine.excerpt import (
+    CYCLED_BYTES,
+    excerpt,
+    fill_with_noise,
+    ignores_place,
+    random_substitute,
+)
+from subspec.runtime.kernels.linear import exact_product, exact_product_into
+
+QWEN_32B = make_spec(
+    hidden_size=5120, intermediate_size=27648, num_layers=64, num_heads=40, num_kv_heads=8,
+    head_size=128, vocab_size=152064,
+)  # fmt: skip
+
+
+def test_a_small_model_is_measured_whole() -> None:
+    assert excerpt(make_spec()) == make_spec()
+
+
+def test_of_a_large_model_one_layer_and_part_of_the_head_are_measured() -> None:
+    found = excerpt(QWEN_32B)
+    assert found.num_layers == 1
+    head = linears(found)[-1]
+    assert 0.9 * CYCLED_BYTES < head.num_weights * found.item_bytes <= CYCLED_BYTES
+    assert found.hidden_size == QWEN_32B.hidden_size
+
+
+def test_layers_in_between_make_more_than_a_cache_holds() -> None:
+    spec = make_spec(hidden_size=1536, intermediate_size=8960, num_layers=28, head_size=128)
+    found = excerpt(spec)
+    layer_bytes = sum(n.num_weights for n in linears(spec) if n.layer == 0) // 2
+    assert CYCLED_BYTES - layer_bytes < found.num_layers * layer_bytes <= CYCLED_BYTES
+
+
+def test_windows_of_layers_that_are_left_out_are_left_out() -> None:
+    spec = make_spec(num_layers=60, sliding_window=8, windowed_layers=(3, 30, 59))
+    assert excerpt(spec).windowed_layers == (3,)
+
+
+@pytest.mark.parametrize("vocab_size", [152064, 152063, 151937])
+def test_a_part_of_the_head_has_a_substitute_only_if_the_whole_has(vocab_size: int) -> None:
+    spec = make_spec(hidden_size=5120, vocab_size=vocab_size)
+    assert linears(excerpt(spec))[-1].has_substitute == linears(spec)[-1].has_substitute
+    assert excerpt(spec).vocab_size < vocab_size
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (300, 1000)])
+def test_noise_fills_a_tensor_with_finite_numbers(
+    dtype: torch.dtype, shape: tuple[int, int]
+) -> None:
+    target = torch.full(shape, float("nan"), dtype=dtype)
+    fill_with_noise(target, 0.5)
+    assert target.isfinite().all()
+    if target.numel() > 1000:
+        assert target.float().std().item() == pytest.approx(0.5, rel=0.02)
+
+
+def test_a_random_substitute_has_the_stored_shapes() -> None:
+    codes, grid = random_substitute(48, 192)
+    assert codes.shape == (48, 96) and codes.dtype == torch.uint8
+    assert grid.shape == (3, 48, 2) and grid.dtype == torch.bfloat16 and grid.is_contiguous()
+
+
+def test_a_random_substitute_has_weights_around_zero() -> None:
+    codes, grid = random_substitute(64, 1024)
+    weight = dequantize(unpack_nibbles(codes), grid)
+    assert abs(weight.mean().item()) < 0.05 * weight.std().item()
+
+
+@pytest.mark.parametrize("width", [8, 33, 300])
+def test_a_product_that_looks_at_the_place_of_a_row_is_found_out(width: int) -> None:
+    weight = torch.empty(64, 128, dtype=torch.bfloat16)
+    fill_with_noise(weight, 0.1)
+
+    def slanted(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
+        exact_product(x, weight, out)
+        out[-1] += 1
+
+    assert not ignores_place(slanted, weight, width)
+    if width % 8 == 0 and width <= 256:
+        assert ignores_place(exact_product, weight, width)
+        assert ignores_place(exact_product_into, weight, width)

@@ -1,0 +1,182 @@
+"""A profile is measured for any model that we run, in bounded memory, and nothing is left of it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from toys import ACCEPTANCE, make_spec
+
+from subspec.artifacts.model import ModelSpec, Source
+from subspec.artifacts.plan import Wishes
+from subspec.artifacts.profile import Learned, Profile, Timing, seconds_at
+from subspec.planner.machine import measure as module
+from subspec.planner.machine import microbench, timing
+from subspec.planner.machine.measure import (
+    LARGEST_BLOCK,
+    LEAST_SHARE,
+    block_sizes,
+    digest_rate,
+    measure,
+    measure_link,
+    never_longer,
+    share_kept,
+    slow_tier,
+)
+from subspec.planner.machine.microbench import PADDED_WIDTHS
+from subspec.planner.machine.profiles import SHORTEST, first_fault
+from subspec.planner.model.checkpoint import read_spec
+from subspec.planner.model.hub import DEMO
+from subspec.planner.solve.costs import model_bytes
+from subspec.planner.solve.search import search
+from subspec.planner.solve.storage import usual_storages
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Two that wait for each other take minutes on a busy machine."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sample of everything: for what does not depend on the numbers."""
+    monkeypatch.setattr(timing, "FEWEST_SAMPLES", 1)
+    monkeypatch.setattr(timing, "SECONDS_PER_ACTION", 0.0)
+    monkeypatch.setattr(timing, "STREAM_SECONDS", 0.0)
+    monkeypatch.setattr(module, "LINK_TEST_BYTES", (4 << 20, 4 << 20))
+    monkeypatch.setattr(microbench, "PLACE_SECONDS", 0.0)
+
+
+def measured(spec: ModelSpec, folder: Path) -> Profile:
+    return measure(spec, "cpu", folder, lambda stage, share: None)
+
+
+def test_the_profile_of_the_demo_makes_sense(tmp_path: Path) -> None:
+    spec = read_spec(DEMO, Source("demo"))
+    stages = []
+    profile = measure(spec, "cpu", tmp_path, lambda stage, share: stages.append(stage))
+    assert first_fault(profile) == ""
+    assert profile.device == "cpu" and "torch" in profile.machine
+    assert profile.num_threads == 1 and profile.free_bytes > 1 << 28
+    for timings in (profile.exact_layer, profile.draft_layer, profile.exact_head):
+        seconds = [timing.seconds for timing in timings]
+        assert seconds == sorted(seconds)
+        assert seconds[-1] < 1, "a layer of 0.6 million weights"
+    fast = profile.fast_layer
+    assert fast[0].seconds <= profile.exact_layer[0].seconds
+    assert fast[-1].seconds / fast[-1].width < fast[0].seconds, "a token of a prompt is cheaper"
+    for timings in (profile.exact_attention, profile.fast_attention, profile.draft_attention):
+        assert 100 * SHORTEST < timings[-1].seconds < 0.1, "1024 tokens more take some time"
+    assert all(LEAST_SHARE <= kept <= 1 for kept in (profile.busy_link, profile.busy_compute))
+    assert 1e7 < profile.digest_rate < 1e12
+    assert (profile.pinnable_bytes, profile.learned) == (0, Learned())
+    assert {8, 16, 32, 64} <= set(profile.position_free_widths) <= set(PADDED_WIDTHS)
+    # The blocks of a plan for this model: from its largest part to a whole layer, as residuals and
+    # raw.
+    blocks = {rate.block_bytes for rate in profile.link}
+    assert blocks >= {360448, 720896, 737280, 1474560}
+    assert min(blocks) == usual_storages(spec)[0].largest_part < 360448 / 2
+    assert 1e6 < profile.decode_rate < 1e11
+    assert stages[0] == "measuring" and stages[-1] == "measured"
+    assert list(tmp_path.iterdir()) == []
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "untied, f32": {"dtype": "float32"},
+    "tied, f16": {"dtype": "float16", "tied_head": True},
+    "one layer, norms in the attention": {"num_layers": 1, "qk_norm": True, "qkv_bias": False},
+    "biases everywhere": {"output_bias": True, "mlp_bias": True},
+    "windows": {"sliding_window": 24, "windowed_layers": (1, 3, 5)},
+    "a window on the first layer alone, seven heads to one": {
+        "sliding_window": 24, "windowed_layers": (0,), "num_heads": 7, "num_kv_heads": 1,
+    },
+    "no shape that 4 bits take": {
+        "hidden_size": 72, "intermediate_size": 100, "head_size": 18, "vocab_size": 2001,
+    },
+    "a head alone without a substitute, f32": {"vocab_size": 2001, "dtype": "float32"},
+    "a tiny vocabulary": {"vocab_size": 16},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.usefixtures("hasty")
+def test_every_kind_of_model_can_be_measured_and_planned(kind: str, tmp_path: Path) -> None:
+    spec = make_spec(**{"hidden_size": 64, "intermediate_size": 128, "head_size": 32} | KINDS[kind])
+    profile = measured(spec, tmp_path)
+    assert first_fault(profile) == ""
+    plan = search(spec, profile, 20 * model_bytes(spec), Wishes(), ACCEPTANCE)
+    assert plan.predicted[plan.method].tokens_per_second > 0
+
+
+LARGE = """
+import resource, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from toys import make_spec
+from subspec.planner.machine import timing
+from subspec.planner.machine import measure
+timing.FEWEST_SAMPLES, timing.SECONDS_PER_ACTION, timing.STREAM_SECONDS = 1, 0.0, 0.0
+spec = make_spec(hidden_size=5120, intermediate_size=27648, num_layers=64, num_heads=40,
+                 num_kv_heads=8, head_size=128, vocab_size=152064)
+measure.measure(spec, "cpu", Path(sys.argv[2]), lambda *_: None)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+@pytest.mark.slow
+def test_a_model_of_32_billion_weights_is_measured_in_little_memory(tmp_path: Path) -> None:
+    words = [sys.executable, "-c", LARGE, str(Path(__file__).parents[2]), str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 2.5e9
+
+
+@pytest.mark.usefixtures("hasty")
+def test_the_link_is_timed_on_the_disk_of_the_artifact_by_a_file_without_a_name(
+    tmp_path: Path,
+) -> None:
+    with slow_tier(make_spec(), CPU, tmp_path) as open_link:
+        names = [Path(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")]
+        files = [path for path in names if path.exists() and is_inside(path, tmp_path)]
+        assert [path.stat().st_size for path in files] == [4 << 20]
+        assert list(tmp_path.iterdir()) == []
+        link = open_link(1 << 20)
+        link.begin(1, 3 << 20, 1 << 20)
+        assert len(set(link.wait(1).tolist())) == 256  # type: ignore[attr-defined]
+        link.close()
+        rate = measure_link(open_link, 1 << 20)
+        assert rate.block_bytes == 1 << 20 and rate.bytes_per_second > 1e6
+    assert list(tmp_path.iterdir()) == []
+
+
+def is_inside(link: Path, folder: Path) -> bool:
+    return os.readlink(link).startswith(f"{folder}/")
+
+
+def test_the_link_is_timed_with_blocks_that_a_plan_may_stream() -> None:
+    large = make_spec(hidden_size=8192, intermediate_size=32768, num_heads=128, vocab_size=32768)
+    for spec in (make_spec(), make_spec(num_layers=1, vocab_size=64), large):
+        sizes = block_sizes(spec)
+        assert sizes == sorted(set(sizes))
+        assert sizes[0] <= usual_storages(spec)[0].largest_part and sizes[-1] <= LARGEST_BLOCK
+    assert block_sizes(large)[-1] == LARGEST_BLOCK
+
+
+def test_the_check_of_weights_takes_time() -> None:
+    assert 1e7 < digest_rate() < 1e12
+
+
+def test_a_share_that_is_kept_is_no_gain_and_no_standstill() -> None:
+    assert [share_kept(loaded, 10.0) for loaded in (5.0, 11.0, 0.0)] == [0.5, 1.0, LEAST_SHARE]
+
+
+def test_what_took_longer_than_more_rows_of_the_same_was_disturbed() -> None:
+    exact = (Timing(8, 2.0), Timing(16, 3.0))
+    found = never_longer((Timing(1, 5.0, 6.0), Timing(16, 2.5, 2.6)), exact)
+    assert found == (Timing(1, seconds_at(exact, 1), 6.0), Timing(16, 2.5, 2.6))

@@ -1,0 +1,83 @@
+"""What a pass is made of is timed at every width that a profile has, in any model that we run."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from toys import make_spec
+
+from subspec.artifacts.profile import LIVE_TOKENS, Timing
+from subspec.planner.machine import microbench as module
+from subspec.planner.machine import timing
+from subspec.planner.machine.microbench import (
+    ATTENTION_WIDTHS,
+    DRAFT_WIDTHS,
+    EXACT_WIDTHS,
+    FAST_WIDTHS,
+    PADDED_WIDTHS,
+    USUAL_WIDTH,
+    Bench,
+    difference,
+)
+from subspec.planner.machine.profiles import SHORTEST
+from subspec.runtime.model.attention import attend
+
+CPU = torch.device("cpu")
+SMALL = make_spec(hidden_size=64, intermediate_size=128, head_size=32)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Two that wait for each other take minutes on a busy machine."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sample of everything: nothing here depends on the numbers."""
+    monkeypatch.setattr(timing, "FEWEST_SAMPLES", 1)
+    monkeypatch.setattr(timing, "SECONDS_PER_ACTION", 0.0)
+
+
+def widths(timings: tuple[Timing, ...]) -> tuple[int, ...]:
+    return tuple(timing.width for timing in timings)
+
+
+@torch.inference_mode()
+def test_every_part_of_a_pass_is_timed_at_its_widths() -> None:
+    bench = Bench(SMALL, CPU)
+    layer, head = bench.exact_timings()
+    assert widths(layer) == widths(head) == EXACT_WIDTHS
+    fast, plain_head = bench.fast_timings()
+    assert widths(fast) == FAST_WIDTHS and plain_head > 0
+    assert widths(bench.attention_timings(attend, bench.decoder.dtype)) == ATTENTION_WIDTHS
+    _, substitutes = bench.faster_kernel()
+    draft = bench.draft_timings(substitutes)
+    assert widths(draft.layer) == widths(draft.head) == DRAFT_WIDTHS
+    assert widths(draft.attention) in (ATTENTION_WIDTHS, DRAFT_WIDTHS)  # layer by layer; fused
+    assert bench.round_seconds() > 0
+    assert bench.cache.length == LIVE_TOKENS, "as it was before"
+
+
+@torch.inference_mode()
+def test_a_draft_is_no_wider_than_the_vocabulary() -> None:
+    bench = Bench(replace(SMALL, vocab_size=4), CPU)
+    _, substitutes = bench.faster_kernel()
+    assert widths(bench.draft_timings(substitutes).layer) == (1, 2, 4)
+
+
+@torch.inference_mode()
+def test_wide_passes_are_tried_only_while_there_is_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(SMALL, CPU)
+    found = bench.position_free_widths()
+    assert set(found) <= set(PADDED_WIDTHS)
+    monkeypatch.setattr(module, "PLACE_SECONDS", 0.0)
+    assert bench.position_free_widths() == tuple(w for w in found if w <= USUAL_WIDTH)
+
+
+def test_more_tokens_never_take_less_time() -> None:
+    near, far = (
+        (Timing(1, 2.0, 3.0), Timing(8, 5.0, 6.0)),
+        (Timing(1, 2.5, 4.0), Timing(8, 4.0, 7.0)),
+    )
+    assert difference(near, far) == (Timing(1, 0.5, 4.0), Timing(8, SHORTEST, 7.0))

@@ -1,0 +1,299 @@
+import json
+import os
+import struct
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.model import Source
+from subspec.planner.model.checkpoint import (
+    INDEX,
+    WEIGHTS,
+    check_tied_head,
+    read_checkpoint,
+    read_spec,
+    shard_names,
+)
+
+SOURCE = Source("org/tiny", "0" * 40, "mit")
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "vocab_size": 10,
+    "dtype": "bfloat16",
+}
+LAYER = "model.layers.0"
+SHAPES = {
+    "model.embed_tokens.weight": [10, 8],
+    f"{LAYER}.input_layernorm.weight": [8],
+    f"{LAYER}.self_attn.q_proj.weight": [8, 8],
+    f"{LAYER}.self_attn.k_proj.weight": [8, 8],
+    f"{LAYER}.self_attn.v_proj.weight": [8, 8],
+    f"{LAYER}.self_attn.o_proj.weight": [8, 8],
+    f"{LAYER}.post_attention_layernorm.weight": [8],
+    f"{LAYER}.mlp.gate_proj.weight": [12, 8],
+    f"{LAYER}.mlp.up_proj.weight": [12, 8],
+    f"{LAYER}.mlp.down_proj.weight": [8, 12],
+    "model.norm.weight": [8],
+    "lm_head.weight": [10, 8],
+}
+ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "I8": 1, "F8_E4M3": 1}
+
+
+def write_safetensors(path: Path, tensors: dict[str, tuple[str, list[int]]]) -> None:
+    """Each tensor's bytes are its own index, so that a wrong offset shows."""
+    header, data = {}, b""
+    for index, (name, (dtype, shape)) in enumerate(tensors.items()):
+        num_bytes = ITEM_BYTES[dtype]
+        for count in shape:
+            num_bytes *= count
+        offsets = [len(data), len(data) + num_bytes]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+        data += bytes([index]) * num_bytes
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+def tensors(dtype: str = "BF16") -> dict[str, tuple[str, list[int]]]:
+    return {name: (dtype, shape) for name, shape in SHAPES.items()}
+
+
+def write(
+    folder: Path, found: dict[str, tuple[str, list[int]]] | None = None, **config: Any
+) -> Path:
+    (folder / "config.json").write_text(json.dumps({**CONFIG, **config}))
+    write_safetensors(folder / WEIGHTS, tensors() if found is None else found)
+    return folder
+
+
+def write_shards(folder: Path, change: Callable[[dict[str, Any]], None] | None = None) -> Path:
+    """Two shards and their index, whose weight_map `change` may spoil."""
+    write(folder)
+    (folder / WEIGHTS).unlink()
+    names, weight_map = list(SHAPES), {}
+    for number, held in enumerate((names[:5], names[5:]), start=1):
+        shard = f"model-0000{number}-of-00002.safetensors"
+        write_safetensors(folder / shard, {name: tensors()[name] for name in held})
+        weight_map.update(dict.fromkeys(held, shard))
+    if change is not None:
+        change(weight_map)
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+def refused(folder: Path, exit_code: Exit = Exit.CORRUPT) -> SubspecError:
+    with pytest.raises(SubspecError) as caught:
+        read_checkpoint(folder, SOURCE)
+    assert caught.value.exit_code == exit_code
+    return caught.value
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "mistral"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_tensors_of_a_saved_transformers_model_are_found_with_their_bytes(
+    tmp_path: Path, family: str, tied: bool
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's own deprecated corners, at import
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = AutoConfig.for_model(
+            family,
+            **{key: CONFIG[key] for key in list(CONFIG)[2:-1]},
+            num_key_value_heads=1,
+            head_dim=6,
+            tie_word_embeddings=tied,
+        )
+        if family == "llama":
+            config.attention_bias = config.mlp_bias = True
+        build: Any = AutoModelForCausalLM.from_config
+        model = build(config, dtype=torch.bfloat16)
+        model.save_pretrained(tmp_path, max_shard_size="1KB")
+    checkpoint = read_checkpoint(tmp_path, SOURCE)
+    expected = dict(model.named_parameters())
+    assert checkpoint.tensors.keys() == expected.keys()
+    assert checkpoint.spec.dtype == "bfloat16"
+    assert checkpoint.spec.tied_head is tied
+    assert len(shard_names(tmp_path)) > 1
+    for name, tensor in checkpoint.tensors.items():
+        stored = tensor.file.read_bytes()[tensor.offset : tensor.offset + tensor.num_bytes]
+        assert stored == expected[name].detach().view(torch.int16).numpy().tobytes()
+        assert tensor.shape == tuple(expected[name].shape)
+        assert tensor.dtype == "BF16"
+
+
+def test_shards_and_a_single_file_hold_the_same_tensors(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    one = read_checkpoint(write(tmp_path / "one"), SOURCE)
+    two = read_checkpoint(write_shards(tmp_path / "two"), SOURCE)
+    assert one.spec == two.spec
+    assert one.tensors.keys() == two.tensors.keys() == SHAPES.keys()
+
+
+@pytest.mark.parametrize(
+    ("stored", "dtype"), [("BF16", "bfloat16"), ("F16", "float16"), ("F32", "float32")]
+)
+def test_the_dtype_is_that_of_the_tensors_whatever_the_config_says(
+    tmp_path: Path, stored: str, dtype: str
+) -> None:
+    assert read_checkpoint(write(tmp_path, tensors(stored)), SOURCE).spec.dtype == dtype
+    assert read_spec(tmp_path, SOURCE).dtype == dtype
+
+
+def test_tensors_that_the_spec_does_not_call_for_are_left_out(tmp_path: Path) -> None:
+    more = {f"{LAYER}.self_attn.rotary_emb.inv_freq": ("F32", [2]), "model.layers.1.x": ("I8", [1])}
+    checkpoint = read_checkpoint(write(tmp_path, {**tensors(), **more}), SOURCE)
+    assert checkpoint.tensors.keys() == SHAPES.keys()
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_missing_tensor_is_named(tmp_path: Path, name: str) -> None:
+    found = tensors()
+    del found[name]
+    assert name in refused(write(tmp_path, found)).message
+
+
+def test_a_missing_head_is_told_about_tying(tmp_path: Path) -> None:
+    found = tensors()
+    del found["lm_head.weight"]
+    assert "tie_word_embeddings" in refused(write(tmp_path, found)).hint
+    tied = read_checkpoint(write(tmp_path, found, tie_word_embeddings=True), SOURCE)
+    assert tied.spec.tied_head
+    check_tied_head(tied)
+
+
+def test_a_tied_head_stays_tied_beside_its_own_copy_but_the_copy_must_be_equal(
+    tmp_path: Path,
+) -> None:
+    tied = read_checkpoint(write(tmp_path, tie_word_embeddings=True), SOURCE)
+    assert tied.spec.tied_head
+    with pytest.raises(SubspecError, match=r"lm_head\.weight") as caught:
+        check_tied_head(tied)
+    assert caught.value.exit_code == Exit.CORRUPT
+    head, embedding = tied.tensors["lm_head.weight"], tied.tensors["model.embed_tokens.weight"]
+    content = bytearray(head.file.read_bytes())
+    content[head.offset : head.offset + head.num_bytes] = content[
+        embedding.offset : embedding.offset + embedding.num_bytes
+    ]
+    head.file.write_bytes(content)
+    check_tied_head(tied)
+
+
+def test_header_and_config_must_agree_on_every_shape(tmp_path: Path) -> None:
+    name = f"{LAYER}.mlp.up_proj.weight"
+    error = refused(write(tmp_path, {**tensors(), name: ("BF16", [8, 12])}))
+    assert all(part in error.message for part in (WEIGHTS, name, "[8, 12]", "[12, 8]"))
+    assert "expected [11, 8]" in refused(write(tmp_path, vocab_size=11)).message
+    assert "q_proj" in refused(write(tmp_path, head_dim=6)).message
+    refused(write(tmp_path, num_hidden_layers=10_000))
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "I8"])
+def test_quantised_weights_are_refused(tmp_path: Path, dtype: str) -> None:
+    error = refused(write(tmp_path, tensors(dtype)), Exit.UNSUPPORTED)
+    assert dtype in error.message
+    assert "original" in error.hint
+
+
+def test_a_second_dtype_is_refused_by_the_tensors_name(tmp_path: Path) -> None:
+    mixed = {**tensors(), "model.norm.weight": ("F32", [8])}
+    error = refused(write(tmp_path, mixed), Exit.UNSUPPORTED)
+    assert "model.norm.weight" in error.message
+    assert "F32" in error.message
+
+
+@pytest.mark.parametrize(
+    "shard",
+    [
+        "../outside.safetensors",
+        "/etc/outside.safetensors",
+        "sub/model.safetensors",
+        "..\\model.safetensors",
+        "C:model.safetensors",
+        "model\0.safetensors",
+        "x" * 300 + ".safetensors",
+        "pytorch_model.bin",
+        "",
+        3,
+        None,
+        ["model.safetensors"],
+    ],
+    ids=lambda shard: str(shard)[:30],
+)
+def test_an_index_leads_nowhere_but_to_files_of_its_own_folder(
+    tmp_path: Path, shard: object
+) -> None:
+    write_safetensors(tmp_path.parent / "outside.safetensors", tensors())
+    write_shards(tmp_path, lambda found: found.update({"model.norm.weight": shard}))
+    error = refused(tmp_path)
+    assert INDEX in error.message
+    assert "model.norm.weight" in error.message
+    assert len(error.message) < 300
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    write_shards(tmp_path)
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    assert "model-00002-of-00002.safetensors is missing" in refused(tmp_path).message
+
+
+def test_a_tensor_placed_in_a_shard_that_lacks_it_is_refused(tmp_path: Path) -> None:
+    first = "model-00001-of-00002.safetensors"
+    write_shards(tmp_path, lambda found: found.update({"lm_head.weight": first}))
+    error = refused(tmp_path)
+    assert "lm_head.weight" in error.message
+    assert first in error.message
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"weight_map": []}',
+        '{"weight_map": {}}',
+        "{}",
+        "[]",
+        '{"weight_map": {"a": "b", "a": "c"}}',
+    ],
+)
+def test_an_index_without_a_map_is_refused(tmp_path: Path, text: str) -> None:
+    write_shards(tmp_path)
+    (tmp_path / INDEX).write_text(text)
+    assert INDEX in refused(tmp_path).message
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "model.gguf"])
+def test_other_formats_alone_are_refused_with_a_way_out(tmp_path: Path, name: str) -> None:
+    write(tmp_path)
+    (tmp_path / WEIGHTS).rename(tmp_path / name)
+    error = refused(tmp_path, Exit.UNSUPPORTED)
+    assert name in error.message
+    assert "save_pretrained" in error.hint
+
+
+def test_a_folder_without_weights_and_a_pipe_in_their_place_are_refused(tmp_path: Path) -> None:
+    write(tmp_path)
+    (tmp_path / WEIGHTS).unlink()
+    assert "no weights" in refused(tmp_path).message
+    os.mkfifo(tmp_path / WEIGHTS)
+    assert "not a regular file" in refused(tmp_path).message
+
+
+def test_a_dry_run_believes_the_config_only_while_weights_are_missing(tmp_path: Path) -> None:
+    write_shards(tmp_path)
+    complete = read_spec(tmp_path, SOURCE)
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    assert read_spec(tmp_path, SOURCE) == complete
+    (tmp_path / INDEX).unlink()
+    assert read_spec(tmp_path, SOURCE) == complete
+    write(tmp_path, tensors("F16"))
+    assert read_spec(tmp_path, SOURCE).dtype == "float16"

@@ -1,0 +1,350 @@
+"""Compared with transformers' own reading of the same file, family by family."""
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.model import ModelSpec, Rope, Source
+from subspec.planner.model.config import read_config
+
+SOURCE = Source("org/tiny", "0" * 40, "mit")
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "vocab_size": 80,
+}
+CLASSES = {
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+}
+FULL, SLIDING = "full_attention", "sliding_attention"
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+def config(family: str = "llama", **fields: Any) -> dict[str, Any]:
+    return {"architectures": [CLASSES[family]], "model_type": family, **SIZES, **fields}
+
+
+def write(folder: Path, values: object, generation: object = None) -> Path:
+    (folder / "config.json").write_text(values if isinstance(values, str) else json.dumps(values))
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+    return folder
+
+
+def read(folder: Path, values: object, generation: object = None) -> ModelSpec:
+    return read_config(write(folder, values, generation), SOURCE)
+
+
+@pytest.fixture(scope="module")
+def transformers() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's own deprecated corners, at import
+        import transformers
+        import transformers.modeling_rope_utils
+        from transformers import AutoConfig, AutoModelForCausalLM  # noqa: F401  (both are lazy)
+
+        return transformers
+
+
+def by_transformers(transformers: Any, folder: Path) -> dict[str, Any]:
+    """What transformers computes with, under our names."""
+    theirs = transformers.AutoConfig.from_pretrained(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = transformers.AutoModelForCausalLM.from_config(theirs)
+    layer = model.model.layers[0]
+    attention, norm = layer.self_attn, layer.input_layernorm
+    windows = [other.self_attn for other in model.model.layers]
+    if theirs.model_type == "mistral":
+        windows = [theirs.sliding_window for _ in windows]
+    else:
+        windows = [getattr(attention, "sliding_window", None) for attention in windows]
+    rope = theirs.rope_parameters
+    return {
+        "hidden_size": theirs.hidden_size,
+        "num_layers": len(model.model.layers),
+        "num_heads": attention.q_proj.out_features // attention.head_dim,
+        "num_kv_heads": attention.k_proj.out_features // attention.head_dim,
+        "head_size": attention.head_dim,
+        "norm_epsilon": norm.variance_epsilon,
+        "tied_head": model.lm_head.weight is model.model.embed_tokens.weight,
+        "qkv_bias": attention.q_proj.bias is not None,
+        "output_bias": attention.o_proj.bias is not None,
+        "mlp_bias": layer.mlp.up_proj.bias is not None,
+        "qk_norm": hasattr(attention, "q_norm"),
+        "windows": windows,
+        "rope": (rope["rope_theta"], rope["rope_type"], rope.get("factor", 1.0)),
+        "attention_factor": model.model.rotary_emb.attention_scaling,
+        "original": rope.get("original_max_position_embeddings", 0),
+    }
+
+
+def by_us(spec: ModelSpec) -> dict[str, Any]:
+    names = (
+        "hidden_size num_layers num_heads num_kv_heads head_size norm_epsilon tied_head qkv_bias "
+        "output_bias mlp_bias qk_norm"
+    )
+    windowed = set(spec.windowed_layers)
+    return {
+        **{name: getattr(spec, name) for name in names.split()},
+        "windows": [spec.sliding_window if n in windowed else None for n in range(spec.num_layers)],
+        "rope": (spec.rope.theta, spec.rope.kind, spec.rope.factor),
+        "attention_factor": pytest.approx(spec.rope.attention_factor, rel=1e-12),
+        "original": spec.rope.original_max_positions,
+    }
+
+
+NEW_AND_OLD = [
+    config("qwen2", num_key_value_heads=2, dtype="bfloat16"),
+    config("qwen2", num_key_value_heads=None, num_attention_heads=8),
+    config("qwen2", num_key_value_heads=2, head_dim=32, tie_word_embeddings=True),
+    config("qwen2", num_attention_heads=32, use_sliding_window=True, max_window_layers=1),
+    config("qwen2", num_key_value_heads=2, use_sliding_window=True, num_hidden_layers=30),
+    config("qwen2", num_key_value_heads=2, use_sliding_window=False, sliding_window=16),
+    config(
+        "qwen2",
+        num_key_value_heads=2,
+        use_sliding_window=True,
+        sliding_window=16,
+        layer_types=[FULL, SLIDING, FULL],
+        rope_parameters={"rope_theta": 5e5, "rope_type": "default"},
+    ),
+    config("qwen2", num_key_value_heads=2, use_sliding_window=True, sliding_window=None),
+    config("qwen3", num_key_value_heads=2),
+    config("qwen3", num_key_value_heads=2, head_dim=16, attention_bias=True, rope_theta=1e6),
+    config("qwen3", num_key_value_heads=1, rope_scaling=YARN, max_position_embeddings=64),
+    config("llama"),
+    config("llama", num_key_value_heads=1, attention_bias=True, mlp_bias=True, rms_norm_eps=1e-5),
+    config("llama", rope_theta=5e5, rope_scaling=LLAMA3, torch_dtype="bfloat16"),
+    config("llama", rope_parameters={**LLAMA3, "rope_theta": 5e5}),
+    config("llama", rope_scaling={"type": "linear", "factor": 2}),
+    config("llama", rope_scaling={**YARN, "mscale": 1.0, "mscale_all_dim": 0.8}),
+    config("llama", rope_scaling={**YARN, "mscale": 0.5}),
+    config("llama", rope_scaling={**YARN, "attention_factor": 1.25, "beta_fast": 16}),
+    config("llama", rope_scaling={"type": "yarn", "factor": 1}),
+    config("llama", head_dim=8, layer_types=[SLIDING] * 3),
+    config("mistral", num_attention_heads=8),
+    config("mistral", num_key_value_heads=2, head_dim=32, sliding_window=None),
+    config("mistral", num_key_value_heads=2, sliding_window=16, rope_theta=10000),
+]
+
+
+@pytest.mark.parametrize("values", NEW_AND_OLD, ids=lambda values: values["model_type"])
+def test_a_config_means_what_it_means_to_transformers(
+    tmp_path: Path, transformers: Any, values: dict[str, Any]
+) -> None:
+    ours = read(tmp_path, values)
+    assert by_us(ours) == by_transformers(transformers, tmp_path)
+    assert ours.source == SOURCE
+
+
+@pytest.mark.parametrize("family", CLASSES)
+def test_what_save_pretrained_writes_reads_like_the_short_form(
+    tmp_path: Path, transformers: Any, family: str
+) -> None:
+    short = read(tmp_path, config(family, num_key_value_heads=2, dtype="bfloat16"))
+    written = transformers.AutoConfig.from_pretrained(tmp_path)
+    written.save_pretrained(tmp_path)
+    assert "rope_parameters" in json.loads((tmp_path / "config.json").read_text())
+    assert read_config(tmp_path, SOURCE) == short
+    assert short.max_positions == written.max_position_embeddings
+    assert short.vocab_size == written.vocab_size
+    assert short.dtype == "bfloat16"
+
+
+def test_the_fields_of_llama3_and_yarn_are_kept(tmp_path: Path) -> None:
+    assert read(tmp_path, config(rope_theta=5e5, rope_scaling=LLAMA3)).rope == Rope(
+        5e5, "llama3", 8.0, 64, 1.0, 4.0
+    )
+    rope = read(tmp_path, config(rope_scaling={**YARN, "beta_fast": 16, "beta_slow": 2})).rope
+    assert (rope.beta_fast, rope.beta_slow) == (16.0, 2.0)
+
+
+def test_yarn_reaches_beyond_the_configs_positions_and_llama3_does_not(tmp_path: Path) -> None:
+    positions: dict[str, Any] = {"max_position_embeddings": 64}
+    assert read(tmp_path, config(rope_scaling=YARN, **positions)).max_positions == 256
+    assert (
+        read(tmp_path, config(rope_scaling=YARN, max_position_embeddings=512)).max_positions == 512
+    )
+    assert read(tmp_path, config(rope_scaling=LLAMA3, **positions)).max_positions == 64
+
+
+def test_a_window_that_no_position_can_leave_is_no_window(tmp_path: Path) -> None:
+    at_limit = config("mistral", num_key_value_heads=2, max_position_embeddings=32)
+    assert read(tmp_path, {**at_limit, "sliding_window": 32}).sliding_window is None
+    inside = read(tmp_path, {**at_limit, "sliding_window": 31})
+    assert (inside.sliding_window, inside.windowed_layers) == (31, (0, 1, 2))
+
+
+@pytest.mark.parametrize(
+    ("in_config", "in_generation", "expected"),
+    [
+        ({"eos_token_id": 5}, None, (5,)),
+        ({"eos_token_id": [5, 6]}, None, (5, 6)),
+        ({"eos_token_id": 5}, {"eos_token_id": [7, 5, 7]}, (7, 5)),
+        ({"eos_token_id": 5}, {"eos_token_id": None}, (5,)),
+        ({"eos_token_id": 5}, {}, (5,)),
+        ({"eos_token_id": None}, None, ()),
+        ({"eos_token_id": None}, {"eos_token_id": 0}, (0,)),
+        ({}, None, (2,)),  # what transformers' LlamaConfig takes
+    ],
+)
+def test_end_tokens_are_those_of_the_generation_config_if_it_has_any(
+    tmp_path: Path, in_config: dict[str, Any], in_generation: object, expected: tuple[int, ...]
+) -> None:
+    assert read(tmp_path, config(**in_config), in_generation).eos_token_ids == expected
+
+
+def test_only_llama_and_mistral_have_an_end_token_by_default(tmp_path: Path) -> None:
+    assert read(tmp_path, config("mistral", num_key_value_heads=2)).eos_token_ids == (2,)
+    assert read(tmp_path, config("qwen3", num_key_value_heads=2)).eos_token_ids == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, "GPT2LMHeadModel"),
+        ({"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "SequenceClassification"),
+        ({"architectures": None}, "no architecture"),
+        ({"model_type": "qwen2_moe"}, "qwen2_moe"),
+        ({"model_type": None}, "''"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"per_layer_config": {"0": {"mlp_bias": True}}}, "per_layer_config"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "longrope"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "rope_parameters"),
+        ({"rope_scaling": {**YARN, "truncate": False}}, "truncate"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.25}}, "partial_rotary_factor"),
+        ({"dtype": "float8_e4m3fn"}, "float8_e4m3fn"),
+    ],
+    ids=str,
+)
+def test_what_we_do_not_compute_is_refused_by_name(
+    tmp_path: Path, change: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(SubspecError) as caught:
+        read(tmp_path, config(**change))
+    assert caught.value.exit_code == Exit.UNSUPPORTED
+    assert "config.json" in caught.value.message
+    assert named in caught.value.message
+
+
+def test_unknown_layer_types_are_refused_where_they_have_a_meaning(tmp_path: Path) -> None:
+    with pytest.raises(SubspecError, match="chunked_attention") as caught:
+        read(
+            tmp_path, config("qwen3", num_key_value_heads=2, layer_types=["chunked_attention"] * 3)
+        )
+    assert caught.value.exit_code == Exit.UNSUPPORTED
+
+
+def test_an_unknown_architecture_is_told_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(SubspecError) as caught:
+        read(tmp_path, config(architectures=["MambaForCausalLM"], model_type="mamba"))
+    assert all(name in caught.value.message for name in CLASSES.values())
+
+
+def test_a_models_own_code_is_never_run_but_harmless_beside_a_known_class(tmp_path: Path) -> None:
+    own_code: dict[str, Any] = {"auto_map": {"AutoModelForCausalLM": "modeling_evil.Evil"}}
+    (tmp_path / "modeling_evil.py").write_text("raise SystemExit('this ran')")
+    assert read(tmp_path, config(**own_code)).family == "llama"
+    with pytest.raises(SubspecError, match="auto_map") as caught:
+        read(tmp_path, config(architectures=["EvilForCausalLM"], **own_code))
+    assert caught.value.exit_code == Exit.UNSUPPORTED
+
+
+HOSTILE: list[tuple[str, dict[str, Any], str]] = [
+    ("llama", {"hidden_size": 0}, "hidden_size"),
+    ("llama", {"hidden_size": -64}, "hidden_size"),
+    ("llama", {"hidden_size": 1 << 40}, "hidden_size"),
+    ("llama", {"hidden_size": 64.0}, "hidden_size"),
+    ("llama", {"hidden_size": "64"}, "hidden_size"),
+    ("llama", {"hidden_size": True}, "hidden_size"),
+    ("llama", {"hidden_size": None}, "hidden_size"),
+    ("llama", {"intermediate_size": 0}, "intermediate_size"),
+    ("llama", {"num_hidden_layers": 0}, "num_hidden_layers"),
+    ("llama", {"num_hidden_layers": 10**9}, "num_hidden_layers"),
+    ("llama", {"num_attention_heads": 0}, "num_attention_heads"),
+    ("llama", {"num_attention_heads": 128}, "head_dim"),
+    ("llama", {"num_key_value_heads": 3}, "num_key_value_heads"),
+    ("llama", {"num_key_value_heads": 0}, "num_key_value_heads"),
+    ("qwen2", {}, "num_key_value_heads"),  # 32 where left out, which does not divide 4 heads
+    ("llama", {"head_dim": 7}, "head_dim"),
+    ("llama", {"head_dim": 0}, "head_dim"),
+    ("llama", {"vocab_size": 10**12}, "vocab_size"),
+    ("llama", {"max_position_embeddings": 10**15}, "max_position_embeddings"),
+    ("llama", {"max_position_embeddings": 0}, "max_position_embeddings"),
+    ("llama", {"rms_norm_eps": 0}, "rms_norm_eps"),
+    ("llama", {"rms_norm_eps": "1e-6"}, "rms_norm_eps"),
+    ("llama", {"rope_theta": 0}, "rope_theta"),
+    ("llama", {"rope_theta": -1e4}, "rope_theta"),
+    ("llama", {"rope_theta": float("nan")}, "NaN"),
+    ("llama", {"rope_theta": float("inf")}, "Infinity"),
+    ("llama", {"rope_theta": 10**4000}, "rope_theta"),
+    ("llama", {"rope_parameters": {"rope_theta": 0.0}}, "rope_theta"),
+    ("llama", {"rope_parameters": [1]}, "rope_parameters"),
+    ("llama", {"rope_scaling": "linear"}, "rope_scaling"),
+    ("llama", {"rope_scaling": {"type": 3}}, "type"),
+    ("llama", {"rope_scaling": {"type": "linear"}}, "factor"),
+    ("llama", {"rope_scaling": {"type": "linear", "factor": 0}}, "factor"),
+    ("llama", {"rope_scaling": {**LLAMA3, "high_freq_factor": 1.0}}, "high_freq_factor"),
+    ("llama", {"rope_scaling": {**LLAMA3, "low_freq_factor": None}}, "low_freq_factor"),
+    ("llama", {"rope_scaling": {**YARN, "original_max_position_embeddings": 0}}, "original_max"),
+    ("llama", {"rope_scaling": {**YARN, "attention_factor": 0.0}}, "attention_factor"),
+    ("llama", {"tie_word_embeddings": "false"}, "tie_word_embeddings"),
+    ("llama", {"attention_bias": 1}, "attention_bias"),
+    ("llama", {"architectures": "LlamaForCausalLM"}, "architectures"),
+    ("llama", {"eos_token_id": -1}, "eos_token_id"),
+    ("llama", {"eos_token_id": "</s>"}, "eos_token_id"),
+    ("llama", {"eos_token_id": [1] * 100_000}, "eos_token_id"),
+    ("mistral", {"sliding_window": 0, "num_key_value_heads": 2}, "sliding_window"),
+    ("qwen3", {"layer_types": [FULL], "num_key_value_heads": 2}, "layer_types"),
+    ("qwen3", {"layer_types": [SLIDING] * 3, "num_key_value_heads": 2}, "layer_types"),
+    ("qwen3", {"layer_types": "full_attention", "num_key_value_heads": 2}, "layer_types"),
+]
+
+
+@pytest.mark.parametrize(("family", "change", "named"), HOSTILE, ids=lambda part: str(part)[:60])
+def test_a_number_that_makes_no_sense_is_refused_by_name(
+    tmp_path: Path, family: str, change: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(SubspecError) as caught:
+        read(tmp_path, config(family, **change))
+    assert caught.value.exit_code == Exit.CORRUPT
+    assert caught.value.message.startswith("config.json")
+    assert named in caught.value.message
+    assert len(caught.value.message) < 300
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "{", '{"hidden_size": 1, "hidden_size": 2}'])
+def test_what_is_not_one_json_object_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(SubspecError, match=r"config\.json") as caught:
+        read(tmp_path, text)
+    assert caught.value.exit_code == Exit.CORRUPT
+
+
+def test_a_missing_and_a_huge_config_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(SubspecError, match=r"config\.json is missing"):
+        read_config(tmp_path, SOURCE)
+    with (tmp_path / "config.json").open("wb") as file:
+        file.truncate(1 << 40)  # sparse
+    with pytest.raises(SubspecError, match="expected at most"):
+        read_config(tmp_path, SOURCE)

@@ -1,0 +1,252 @@
+"""What real rounds teach: factors on the terms of a profile, and one more kind of text."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from run_records import PLAN, make_run
+from toys import ACCEPTANCE, make_profile, make_spec
+
+from subspec.artifacts.acceptance import Acceptance, Curve, Stopping
+from subspec.artifacts.format.checks import check_plan
+from subspec.artifacts.model import StoredPart, parts
+from subspec.artifacts.plan import Method, Prediction, Usage, Wishes
+from subspec.artifacts.profile import Learned
+from subspec.artifacts.runs import Run
+from subspec.planner.rehearse.learn import (
+    LEAST,
+    MOST,
+    Rounds,
+    Timed,
+    learned,
+    rounds_of_runs,
+    slowdown,
+    unlearned,
+    updated,
+    with_runs,
+)
+from subspec.planner.solve.outlook import foretell
+from subspec.planner.solve.search import search
+from subspec.planner.solve.storage import raw_storage
+
+SAID = Prediction(20.0, 0.5, 8_000_000, 2.5, 0.05, 0.075, 0.05, 0.02, 0.0, 5_000_000, 3.0)
+
+
+def said(method: Method, usage: Usage) -> Prediction:
+    """Plain decoding takes twice as long for a token."""
+    return replace(SAID, verify_seconds=0.15) if method == "plain" else SAID
+
+
+# Factors
+
+
+def test_the_quickest_and_the_slowest_rounds_do_not_count() -> None:
+    """One of ten at either end: a first touch, another program's turn."""
+    usual = Timed((0.1, 0.2, 0.3, 0.4) * 2, 0.1)
+    outliers = Timed((0.0001, 900.0), 0.1)
+    assert slowdown([usual, outliers]) == pytest.approx(2.5)
+    assert slowdown([Timed((0.1, 0.3), 0.1)]) == pytest.approx(2.0)  # too few to leave any out
+
+
+def test_rounds_of_several_answers_count_by_what_was_predicted_for_each() -> None:
+    assert slowdown([Timed((0.2, 0.2), 0.1), Timed((3.0,) * 2, 1.0)]) == pytest.approx(2.5)
+
+
+def test_where_nothing_was_timed_the_prediction_stays() -> None:
+    assert slowdown([]) == slowdown([Timed((), 0.1)]) == slowdown([Timed((0.5,), 0.0)]) == 1.0
+    assert learned(Rounds()) == Learned()
+
+
+def test_a_factor_beyond_reason_is_a_mistake_of_something_else() -> None:
+    assert slowdown([Timed((50.0,), 0.1)]) == MOST
+    assert slowdown([Timed((1e-9,), 0.1)]) == LEAST
+
+
+def test_phases_are_learned_apart() -> None:
+    found = learned(
+        Rounds(
+            draft=(Timed((0.11,) * 3, 0.1),),
+            verify=(Timed((0.12,) * 3, 0.1),),
+            plain=(Timed((0.09,) * 2, 0.1),),
+            prompt=(Timed((0.13,), 0.1),),
+        )
+    )
+    assert found.num_rounds == 5
+    factors = (found.draft, found.verify, found.plain, found.prompt)
+    assert factors == pytest.approx((1.1, 1.2, 0.9, 1.3))
+
+
+def test_what_was_not_timed_stays_as_it_was_known() -> None:
+    before = Learned(draft=1.1, verify=1.2, plain=1.3, prompt=1.4, num_rounds=90)
+    rounds = Rounds(verify=(Timed((0.2,) * 4, 0.1),))
+    assert updated(before, rounds, learned(rounds)) == replace(before, verify=2.0, num_rounds=4)
+    assert updated(before, Rounds(), learned(Rounds())) == before
+
+
+def test_a_profile_without_what_was_learned_is_the_one_that_was_measured() -> None:
+    taught = make_profile(learned=Learned(draft=1.1, verify=1.2, num_rounds=9))
+    assert unlearned(taught) == make_profile()
+
+
+# Runs
+
+
+def run_like(plan_of: Prediction, factor: float, rounds: int, **changes: Any) -> Run:
+    """A run of `rounds` rounds, `factor` times as long as predicted."""
+    given: dict[str, Any] = {
+        "accepted": (rounds,),
+        "drafted_levels": round(plan_of.levels_per_round * rounds),
+        "draft_seconds": factor * rounds * plan_of.draft_seconds,
+        "verify_seconds": factor * rounds * plan_of.verify_seconds,
+        "first_token_seconds": factor * plan_of.time_to_first_token_seconds,
+    }
+    return make_run(**{**given, **changes})
+
+
+def test_a_run_counts_as_so_many_rounds_of_its_mean() -> None:
+    """4 rounds in 0.25 and 0.375 s."""
+    found = rounds_of_runs([make_run()], said)
+    assert found.draft == (Timed((0.0625,) * 4, 0.05),)
+    assert found.verify == (Timed((0.09375,) * 4, 0.075),)
+    assert found.prompt == (Timed((0.5,), 0.5),)
+    assert found.plain == ()
+
+
+def test_levels_that_an_answers_end_had_no_room_for_are_not_counted_as_drafted() -> None:
+    cut = make_run(drafted_levels=9)  # of 4 trees of 3 levels
+    found = rounds_of_runs([cut], said)
+    assert found.draft == (Timed((0.0625,) * 4, 0.05 * 0.75),)
+    assert found.verify == rounds_of_runs([make_run()], said).verify
+
+
+def test_drafts_that_end_early_are_compared_level_by_level() -> None:
+    """As if each of its rounds had drafted the levels that are expected of it."""
+    for drafted, expected in ((12, 2.0), (6, 2.0), (7, 1.4)):
+        promised = replace(SAID, levels_per_round=expected)
+        found = rounds_of_runs([make_run(drafted_levels=drafted)], lambda *_, p=promised: p)
+        [draft] = found.draft
+        assert draft.actual == (0.0625,) * 4
+        assert draft.predicted == pytest.approx(0.05 * drafted / (4 * expected))
+        assert found.verify == rounds_of_runs([make_run()], said).verify
+    without = rounds_of_runs([make_run(drafted_levels=0)], said)  # answers of two tokens
+    assert learned(without).draft == 1.0
+
+
+def test_each_run_is_compared_with_what_is_promised_for_its_own_usage() -> None:
+    asked = list[tuple[Method, Usage]]()
+
+    def ask(method: Method, usage: Usage) -> Prediction:
+        asked.append((method, usage))
+        return SAID
+
+    rounds_of_runs([make_run(), make_run(method="plain", prompt_tokens=9)], ask)
+    assert asked == [("substitute", Usage(24, 11)), ("plain", Usage(9, 11))]
+
+
+def test_plain_decoding_at_one_row_is_learned_and_its_padded_twin_is_not() -> None:
+    fast = make_run(method="plain", padded=False, draft_seconds=0.0, verify_seconds=0.9)
+    found = rounds_of_runs([fast], said)
+    assert (found.draft, found.verify) == ((), ())
+    assert learned(found).plain == pytest.approx(0.9 / 4 / 0.15)
+    assert rounds_of_runs([replace(fast, padded=True)], said).plain == ()
+
+
+@pytest.mark.parametrize("changes", [{"reused_tokens": 5}, {"first_of_session": True}])
+def test_a_first_token_that_others_or_digests_share_in_is_not_learned(
+    changes: dict[str, Any],
+) -> None:
+    found = rounds_of_runs([make_run(**changes)], said)
+    assert found.prompt == () and len(found.verify) == 1
+
+
+def test_runs_fold_into_the_profile_until_its_predictions_are_theirs() -> None:
+    spec, profile, stored = make_spec(), make_profile(), raw_storage(make_spec())
+    plan = search(spec, profile, 12_000_000, Wishes(context=256), ACCEPTANCE, stored)
+
+    def promised(method: Method, usage: Usage) -> Prediction:
+        return foretell(spec, replace(profile, digest_rate=0.0), plan, stored, method, usage)
+
+    runs = []
+    for prompt_tokens, num_rounds, factor in ((20, 30, 1.2), (90, 60, 1.3), (120, 30, 1.4)):
+        usage = Usage(prompt_tokens, 100)
+        tokens = {"prompt_tokens": prompt_tokens, "generated_tokens": 100}
+        drafted, plain = promised("substitute", usage), promised("plain", usage)
+        runs.append(run_like(drafted, factor, num_rounds, **tokens))
+        runs.append(run_like(plain, 2 * factor, num_rounds, method="plain", padded=False, **tokens))
+    rounds = rounds_of_runs(runs, promised)
+    taught = replace(profile, learned=learned(rounds))
+    assert taught.learned.draft == pytest.approx(1.3, rel=0.02)
+    assert taught.learned.num_rounds == 240
+    for method, factor in (("substitute", 1.3), ("plain", 2.6)):
+        usage = Usage(90, 100)
+        after = foretell(spec, taught, plan, stored, method, usage)  # type: ignore[arg-type]
+        before = promised(method, usage)  # type: ignore[arg-type]
+        seconds = before.draft_seconds + before.verify_seconds
+        found = after.draft_seconds + after.verify_seconds
+        assert found == pytest.approx(factor * seconds, rel=0.03)
+
+
+# Acceptance
+
+
+CODE = Curve(2, "code", (980, 784, 588), (784, 588, 294))
+
+
+def test_runs_are_a_kind_of_text_of_their_own() -> None:
+    """4 rounds each: one accepted none, one 1, two all 3 levels."""
+    plain = make_run(method="plain", accepted=(9,), tried=())
+    found = with_runs(PLAN.acceptance, PLAN, [make_run(), plain, make_run()])
+    assert found == Acceptance((CODE, Curve(2, "runs", (8, 6, 4), (6, 4, 4))), measured=True)
+    assert found.num_trees("runs") == 8
+    before = PLAN.acceptance.reached(2, 3, "code")  # of many trees: all kinds weigh little there
+    assert found.reached(2, 3, "code") == pytest.approx(before, rel=1e-3)
+
+
+def test_runs_give_the_same_counts_to_all_ways_of_ending() -> None:
+    """Also those of a plan that ends early; how many levels follow is not counted by a run."""
+    early = replace(PLAN, tree=replace(PLAN.tree, stop_below=0.3))
+    some = Curve(2, "code", (980, 700, 500), (700, 500, 200))
+    followed = (Curve(2, "code", (980, 800, 600), (800, 600, 300)),)
+    stopping = tuple(Stopping(stop, (some,), followed) for stop in (0.15, 0.3))
+    before = replace(PLAN.acceptance, stopping=stopping)
+    found = with_runs(before, early, [make_run(drafted_levels=8), make_run()])
+    runs = Curve(2, "runs", (8, 6, 4), (6, 4, 4))
+    assert found.curves == (CODE, runs)
+    assert found.stopping == tuple(replace(one, curves=(some, runs)) for one in stopping)
+    assert with_runs(found, early, [make_run(drafted_levels=8), make_run()]) == found
+    assert found.stops == before.stops
+    spec = make_spec()
+    stored = [StoredPart(part, "raw", part.num_bytes) for part in parts(spec)]
+    check_plan(spec, stored, search(spec, make_profile(), 12_000_000, Wishes(context=256), found))
+
+
+def test_curves_stay_in_the_order_that_a_reader_asks_for() -> None:
+    wider = Acceptance((CODE, replace(CODE, width=8)), measured=True)
+    found = with_runs(wider, PLAN, [make_run()])
+    assert [(curve.width, curve.kind) for curve in found.curves] == [
+        (2, "code"), (2, "runs"), (8, "code"),
+    ]  # fmt: skip
+    spec = make_spec()
+    stored = [StoredPart(part, "raw", part.num_bytes) for part in parts(spec)]
+    plan = search(spec, make_profile(), 12_000_000, Wishes(context=256), found)
+    check_plan(spec, stored, plan)
+
+
+def test_what_was_published_does_not_count_once_something_was_measured() -> None:
+    prior = replace(PLAN.acceptance, measured=False)
+    assert with_runs(prior, PLAN, [make_run()]) == Acceptance(
+        (Curve(2, "runs", (4, 3, 2), (3, 2, 2)),), measured=True
+    )
+
+
+def test_runs_that_were_added_before_are_not_counted_twice() -> None:
+    once = with_runs(PLAN.acceptance, PLAN, [make_run()])
+    assert with_runs(once, PLAN, [make_run()]) == once
+
+
+@pytest.mark.parametrize("tried", [(), (0, 0, 0), None])
+def test_without_a_tree_there_is_nothing_to_add(tried: tuple[int, ...] | None) -> None:
+    """Answers of two tokens draft no level, plain decoding none at all."""
+    runs = [] if tried is None else [make_run(tried=tried, accepted=(3,))]
+    runs.append(make_run(method="plain", tried=(), accepted=(9,)))
+    assert with_runs(PLAN.acceptance, PLAN, runs) is PLAN.acceptance

@@ -1,0 +1,224 @@
+"""What a plan promises for another usage, and what other budgets and contexts would give."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from toys import ACCEPTANCE, make_profile, make_spec
+
+from subspec.artifacts.acceptance import Acceptance, Curve, Stopping
+from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.plan import USUAL, Method, Plan, Point, Prediction, Usage, Wishes
+from subspec.artifacts.profile import Timing
+from subspec.planner.solve.outlook import (
+    BUDGET_STEPS,
+    CONTEXTS,
+    foretell,
+    next_bytes,
+    what_more_memory_buys,
+    with_outlook,
+)
+from subspec.planner.solve.predict import early_doubt, usage_within
+from subspec.planner.solve.search import search
+from subspec.planner.solve.storage import usual_storages
+
+SPEC = make_spec()
+METHODS: tuple[Method, ...] = ("substitute", "plain")
+TWO_KINDS = Acceptance(
+    (Curve(1, "code", (500,), (450,)), Curve(1, "prose", (500,), (200,))), measured=True
+)
+
+
+def plan_for(budget_bytes: int, context: int | None = 256, **changes: Any) -> Plan:
+    acceptance = changes.pop("acceptance", ACCEPTANCE)
+    wishes = Wishes(context=context)
+    return search(SPEC, make_profile(**changes), budget_bytes, wishes, acceptance)
+
+
+def foretold(plan: Plan, method: Method, usage: Usage, **changes: Any) -> Prediction:
+    stored = next(way for way in usual_storages(SPEC) if way.residuals == plan.residuals)
+    return foretell(SPEC, make_profile(**changes), plan, stored, method, usage)
+
+
+# Other usages
+
+
+@pytest.mark.parametrize("budget_bytes", [9_000_000, 12_000_000, 30_000_000])
+@pytest.mark.parametrize("decode_rate", [0.0, 5e7])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_plan_foretells_for_the_usual_usage_what_it_predicts(
+    budget_bytes: int, decode_rate: float, method: Method
+) -> None:
+    """But for the peak, which is that of a prompt as long as the usual one."""
+    plan = plan_for(budget_bytes, decode_rate=decode_rate)
+    found = foretold(plan, method, usage_within(256, USUAL), decode_rate=decode_rate)
+    expected = plan.predicted[method]
+    assert found == replace(expected, fast_peak_bytes=found.fast_peak_bytes)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_a_plan_holds_decoded_is_not_foretold_to_be_decoded(method: Method) -> None:
+    """Nor to stream: the artifact alone does not say what is held so."""
+    stored = usual_storages(SPEC)[0]
+    slow = make_profile(decode_rate=2e7)
+    plan = search(SPEC, slow, 13_500_000, Wishes(context=256), ACCEPTANCE, stored)
+    placement = plan.placement(method)
+    assert placement is not None and 0 < len(placement.resident) < len(stored.parts)
+    found = foretell(SPEC, slow, plan, stored, method, usage_within(256, USUAL))
+    expected = plan.predicted[method]
+    assert found == replace(expected, fast_peak_bytes=found.fast_peak_bytes)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_short_prompt_leaves_some_of_the_workspace_alone(method: Method) -> None:
+    plan = plan_for(40_000_000, context=1024)
+    placement = plan.placement(method)
+    assert placement is not None and plan.prefill_tokens > 64
+    most = placement.total_bytes - placement.ledger["guard"]
+    peaks = [foretold(plan, method, Usage(n, 10)).fast_peak_bytes for n in (16, 64, 256, 1000)]
+    assert peaks == sorted(peaks) and peaks[0] < peaks[-1] <= most
+    assert peaks[0] > most - placement.ledger["workspace"]
+
+
+def test_a_kind_of_text_is_as_fast_as_it_is_accepted() -> None:
+    plan = plan_for(9_000_000, acceptance=TWO_KINDS)
+    code, every, prose = (
+        foretold(plan, "substitute", Usage(128, 128, kind)) for kind in ("code", "", "prose")
+    )
+    tree = plan.tree
+    for found, kind in ((code, "code"), (every, ""), (prose, "prose")):
+        expected = TWO_KINDS.tokens(tree.width, tree.depth, kind)
+        assert found.tokens_per_round == pytest.approx(expected)
+    assert code.tokens_per_second > every.tokens_per_second > prose.tokens_per_second
+    assert code.verify_seconds == prose.verify_seconds
+    plain = [foretold(plan, "plain", Usage(128, 128, kind)) for kind in ("code", "prose")]
+    assert plain[0] == plain[1]
+
+
+def test_a_longer_cache_makes_a_round_longer() -> None:
+    plan = plan_for(80_000_000, context=4096)
+    for method in METHODS:
+        near, far = (foretold(plan, method, Usage(prompt, 256)) for prompt in (128, 3000))
+        assert far.compute_seconds > 1.2 * near.compute_seconds
+        assert far.time_to_first_token_seconds > 10 * near.time_to_first_token_seconds
+
+
+def test_a_plan_that_ends_its_drafts_early_promises_what_they_give() -> None:
+    """Half of the trees go on, and are accepted: the others end after one level that is not."""
+    half, all_of = (Curve(3, "code", (4000, n), (n, n)) for n in (2000, 1980))
+    early = Stopping(0.3, (all_of,), (Curve(3, "code", (4000, 2000), (2000, 1980)),))
+    stopping = Acceptance((half,), measured=True, stopping=(early,))
+    dear = {"draft_layer": (Timing(1, 2e-3), Timing(8, 4e-3))}
+    plan = plan_for(9_000_000, acceptance=stopping, **dear)
+    assert plan.tree.stop_below == 0.3
+    found = foretold(plan, "substitute", usage_within(256, USUAL), **dear)
+    expected = plan.predicted["substitute"]
+    assert found == replace(expected, fast_peak_bytes=found.fast_peak_bytes)
+    tree = plan.tree
+    assert found.levels_per_round == stopping.levels(tree.width, tree.depth, "", 0.3)[-1]
+    accepted = plan.tree_acceptance.tokens(tree.width, tree.depth) - 1
+    counted = 1 - early_doubt(stopping)
+    assert found.tokens_per_round == pytest.approx(1 + counted * accepted)
+
+
+# Other budgets and contexts
+
+
+def best(budget_bytes: int, context: int | None) -> Plan:
+    return plan_for(budget_bytes, context)
+
+
+def test_every_budget_and_context_that_has_a_plan_is_a_point() -> None:
+    plan = with_outlook(plan_for(12_000_000), best, fixed_context=True, most_positions=4096)
+    budgets = [int(12_000_000 * step) for step in BUDGET_STEPS]
+    assert [p.budget_bytes for p in plan.by_budget] == sorted(
+        # Of the smallest nothing fits.
+        {*budgets[1:], 12_000_000, 13_200_000}
+    )
+    with pytest.raises(SubspecError):
+        best(budgets[0], 256)
+    assert {point.context for point in plan.by_budget} == {256}
+    own = Point(12_000_000, 256, plan.method, plan.predicted[plan.method].tokens_per_second)
+    assert own in plan.by_budget and own in plan.by_context
+    contexts = [point.context for point in plan.by_context]
+    assert contexts == [256, *(some for some in CONTEXTS if some <= contexts[-1])]
+    with pytest.raises(SubspecError):
+        best(12_000_000, 2 * contexts[-1])
+    assert {point.budget_bytes for point in plan.by_context} == {12_000_000}
+    for point in (*plan.by_budget, *plan.by_context):
+        found = best(point.budget_bytes, point.context)
+        assert point.method == found.method
+        assert point.tokens_per_second == found.predicted[found.method].tokens_per_second
+
+
+def test_more_memory_is_shown_as_never_slower() -> None:
+    plan = with_outlook(plan_for(12_000_000), best, fixed_context=True, most_positions=4096)
+    speeds = [point.tokens_per_second for point in plan.by_budget]
+    assert speeds == sorted(speeds) and speeds[-1] > 2 * speeds[0]
+    assert {point.method for point in plan.by_budget} == {"substitute", "plain"}
+
+
+def test_a_context_that_is_ours_is_chosen_anew_for_every_budget() -> None:
+    asked = list[tuple[int, int | None]]()
+
+    def solve(budget_bytes: int, context: int | None) -> Plan:
+        asked.append((budget_bytes, context))
+        return best(budget_bytes, context)
+
+    plan = with_outlook(plan_for(24_000_000, None), solve, False, most_positions=700)
+    assert {context for budget, context in asked if budget != 24_000_000} == {None}
+    assert [context for budget, context in asked if budget == 24_000_000] == [512]
+    assert len({point.context for point in plan.by_budget}) > 1
+    # The plan's own context is a point once.
+    assert [point.context for point in plan.by_context] == [512] and plan.context == 512
+
+
+def test_an_error_other_than_too_little_memory_is_not_passed_over() -> None:
+    def broken(budget_bytes: int, context: int | None) -> Plan:
+        raise SubspecError(Exit.UNSUPPORTED, "a bug", "")
+
+    with pytest.raises(SubspecError, match="a bug"):
+        with_outlook(plan_for(12_000_000), broken, fixed_context=True, most_positions=4096)
+
+
+# The next GB
+
+
+@pytest.mark.parametrize(
+    ("budget_bytes", "more"), [(8 * 10**9, 8 * 10**8), (24 * 10**9, 10**9), (9_000_000, 900_000)]
+)
+def test_the_next_gb_is_a_tenth_of_a_small_budget(budget_bytes: int, more: int) -> None:
+    assert next_bytes(budget_bytes) == more
+
+
+@pytest.mark.parametrize(
+    ("speed", "sentence"),
+    [
+        (1.31, "1.20 MB more would buy 31%: 13.10 tokens/s"),
+        (1.006, "1.20 MB more would buy 1%: 10.06 tokens/s"),
+        (1.004, "1.20 MB more would buy nothing"),
+        (1.0, "1.20 MB more would buy nothing"),
+    ],
+)
+def test_what_the_next_gb_buys_is_one_sentence(speed: float, sentence: str) -> None:
+    plan = plan_for(12_000_000)
+    said = replace(plan.predicted[plan.method], tokens_per_second=10.0)
+    plan = replace(
+        plan,
+        predicted={**plan.predicted, plan.method: said},
+        by_budget=(
+            Point(12_000_000, 256, plan.method, 10.0),
+            Point(13_200_000, 256, "plain", 10 * speed),
+            Point(15_000_000, 256, "plain", 50.0),
+        ),
+    )
+    assert what_more_memory_buys(plan) == sentence
+
+
+def test_a_budget_that_was_not_looked_into_is_not_spoken_of() -> None:
+    assert what_more_memory_buys(plan_for(12_000_000)) == ""
+
+
+def test_the_next_gb_is_among_the_budgets_that_are_tried() -> None:
+    plan = with_outlook(plan_for(12_000_000), best, fixed_context=True, most_positions=4096)
+    assert what_more_memory_buys(plan).startswith("1.20 MB more would buy ")

@@ -1,0 +1,401 @@
+"""Seconds and tokens of a candidate, against values worked out by hand and counts of all rounds."""
+
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from toys import make_profile, make_spec
+
+from subspec.artifacts.acceptance import Acceptance, Curve, Stopping
+from subspec.artifacts.plan import USUAL, Prediction, Usage
+from subspec.artifacts.profile import LIVE_TOKENS, MORE_TOKENS, Learned, Profile, Timing
+from subspec.planner.machine.profiles import with_link
+from subspec.planner.solve.predict import (
+    ONE_TOKEN,
+    Candidate,
+    Emitted,
+    both_at_once,
+    early_doubt,
+    emissions,
+    emitted_by_depth,
+    ending_early,
+    level_seconds,
+    passes_of,
+    predict,
+    rounds_needed,
+    usage_within,
+)
+from subspec.planner.solve.storage import raw_storage, usual_storages
+
+CODED, *_, RAW = usual_storages(make_spec())
+CHAIN = Candidate(RAW, 1, 4, 8, 1 << 20, 2)
+PLAIN = Candidate(RAW, 0, 0, 8, 1 << 20, 2)
+LINK = 100e6  # bytes per second of the toy's link at 1 MiB
+HALF = Acceptance((Curve(1, "", (1000,), (500,)),), measured=True)
+AS_TIMED = Usage(64, 2 * (LIVE_TOKENS - 64))  # halfway through it the cache is as it was timed
+ALONE: dict[str, float] = {"busy_link": 1.0, "busy_compute": 1.0}
+SHARES = (0.01, 0.2, 0.5, 0.9, 1.0)
+
+
+def predicted(
+    candidate: Candidate,
+    streamed: int = 0,
+    emitted: Emitted | None = None,
+    prefill_tokens: int = 128,
+    usage: Usage = AS_TIMED,
+    **changes: Any,
+) -> Prediction:
+    profile = make_profile(**changes)
+    passes = passes_of(
+        make_spec(), profile, candidate.width, candidate.verify_width, prefill_tokens, usage
+    )
+    emitted = emitted or replace(ONE_TOKEN, levels=candidate.depth)
+    return predict(profile, candidate, passes, streamed, emitted, 0, usage)
+
+
+def never_rises(seconds: list[float]) -> None:
+    assert all(after <= before * (1 + 1e-12) for before, after in pairwise(seconds))
+
+
+# Tokens of a round, rounds of an answer
+
+
+def test_a_round_emits_what_was_accepted_and_the_exact_models_own() -> None:
+    """Half of the drafts are right: 1, 2, 3, 4 tokens in 1/2, 1/4, 1/8, 1/8 of the rounds."""
+    assert emitted_by_depth(HALF, 1, 3, "") == (
+        ONE_TOKEN,
+        Emitted(1.5, 0.5 + 4 * 0.5, 1.0),
+        Emitted(1.75, 0.5 + 4 * 0.25 + 9 * 0.25, 2.0),
+        Emitted(1.875, 0.5 + 4 * 0.25 + 9 * 0.125 + 16 * 0.125, 3.0),
+    )
+
+
+def test_what_a_search_may_try_is_worked_out_for_every_width_and_depth() -> None:
+    code = Acceptance((Curve(1, "code", (9,), (8,)), Curve(3, "json", (9,), (9,))), measured=True)
+    found = emissions(code, (1, 2, 3), 5, "code")
+    assert set(found) == {0, 1, 2, 3} and found[0] == (ONE_TOKEN,)
+    assert all(found[width] == emitted_by_depth(code, width, 5, "code") for width in (1, 2, 3))
+
+
+def counted_rounds(num_tokens: int, reached: list[float]) -> float:
+    """The expectation, from all ways in which the rounds of an answer can go."""
+    levels = [1.0, *reached, 0.0]
+    shares = [here - deeper for here, deeper in pairwise(levels)]
+    needed = [0.0]
+    for left in range(1, num_tokens + 1):
+        rest = (share * needed[max(0, left - n)] for n, share in enumerate(shares, 1))
+        needed.append(1 + sum(rest))
+    return needed[num_tokens]
+
+
+def emitted_with(reached: list[float]) -> Emitted:
+    squares = sum((2 * n + 1) * p for n, p in enumerate(reached, 1))
+    return Emitted(1 + sum(reached), 1 + squares, len(reached))
+
+
+@pytest.mark.parametrize("rate", [0.3, 0.8, 0.95, 0.99])
+@pytest.mark.parametrize("depth", [1, 4, 10, 32])
+@pytest.mark.parametrize("num_tokens", [127, 255])
+def test_the_rounds_of_an_answer_are_those_of_a_count_of_all_ways(
+    rate: float, depth: int, num_tokens: int
+) -> None:
+    """The last round's overshoot included, which is 11 % of what the deepest tree needs."""
+    reached = [rate**level for level in range(1, depth + 1)]
+    found = rounds_needed(num_tokens, emitted_with(reached))
+    assert found == pytest.approx(counted_rounds(num_tokens, reached), rel=0.02)
+
+
+def test_an_answer_as_short_as_a_tree_is_deep_is_near_enough() -> None:
+    for num_tokens in (1, 2, 5, 11, 23):
+        reached = [0.9**level for level in range(1, 17)]
+        found = rounds_needed(num_tokens, emitted_with(reached))
+        assert found == pytest.approx(counted_rounds(num_tokens, reached), rel=0.13)
+        assert found >= 1
+
+
+def test_plain_decoding_needs_a_round_for_each_token() -> None:
+    assert [rounds_needed(n, ONE_TOKEN) for n in (1, 2, 255)] == [1, 2, 255]
+
+
+# Ended early
+
+
+EARLY = Acceptance(
+    (Curve(1, "", (990, 940, 880), (940, 880, 810)), Curve(3, "", (990, 960), (960, 920))),
+    measured=True,
+    stopping=(
+        Stopping(
+            0.15,
+            (Curve(1, "", (990, 940, 870), (940, 870, 780)), Curve(3, "", (990,), (950,))),
+            (Curve(1, "", (990, 900, 800), (900, 800, 640)), Curve(3, "", (990,), (940,))),
+        ),
+        Stopping(
+            0.5,
+            (Curve(1, "", (990, 930, 800), (930, 800, 640)), Curve(3, "", (990,), (930,))),
+            (Curve(1, "", (990, 700), (700, 450)), Curve(3, "", (990,), (800,))),
+        ),
+    ),
+)
+DEEP = 24
+
+
+@pytest.mark.parametrize("tokens_per_second", [0.1, 3.0, 10.0, 30.0, 100.0, 1000.0])
+def test_each_tree_ends_where_that_gives_most_tokens_less_what_its_time_is_worth(
+    tokens_per_second: float,
+) -> None:
+    trees, seconds = emissions(EARLY, (1, 2, 3), DEEP), {1: 1e-3, 2: 1.5e-3, 3: 4e-3}
+    found = ending_early(EARLY, trees, tokens_per_second, seconds.__getitem__)
+    assert set(found) == set(trees) and found[0] == (ONE_TOKEN,)
+    for width, level in seconds.items():
+        every = [emitted_by_depth(EARLY, width, DEEP, "", stop) for stop in (0.0, 0.15, 0.5)]
+        assert len(found[width]) == DEEP + 1
+        for depth, chosen in enumerate(found[width]):
+            ways = [way[depth] for way in every]
+            worth = [way.mean - tokens_per_second * level * way.levels for way in ways]
+            assert chosen == ways[worth.index(max(worth))]
+
+
+def test_a_faster_plan_ends_its_drafts_no_later() -> None:
+    trees = emissions(EARLY, (1,), DEEP)
+    speeds = [1.15**n for n in range(60)]
+    found = [ending_early(EARLY, trees, speed, lambda _: 1e-3)[1][DEEP] for speed in speeds]
+    never_rises([emitted.levels for emitted in found])
+    never_rises([emitted.mean for emitted in found])
+    assert (found[0].stop_below, found[-1].stop_below) == (0.0, 0.5)
+    assert {emitted.stop_below for emitted in found} == {0.0, 0.15, 0.5}
+
+
+def test_a_plan_without_a_speed_never_ends_a_draft_early() -> None:
+    trees = emissions(EARLY, (1, 3), DEEP)
+    assert ending_early(EARLY, trees, 0.0, lambda _: 1.0) == trees
+    whole = replace(EARLY, stopping=())
+    assert ending_early(whole, trees, 1e9, lambda _: 1.0) == trees
+
+
+def test_what_a_tree_emits_and_drafts_is_that_of_trees_which_ended_so() -> None:
+    for stop_below in (0.0, 0.15, 0.5):
+        found = emitted_by_depth(EARLY, 2, DEEP, "", stop_below)
+        under, doubt = EARLY.under(stop_below), early_doubt(EARLY) if stop_below else 0.0
+        assert [emitted.mean for emitted in found] == pytest.approx(
+            [1 + (1 - doubt) * (under.tokens(2, depth) - 1) for depth in range(DEEP + 1)]
+        )
+        assert [emitted.levels for emitted in found] == [*EARLY.levels(2, DEEP, "", stop_below)]
+        assert {emitted.stop_below for emitted in found} == {stop_below}
+
+
+# A round
+
+
+def test_a_round_on_a_slow_link_lasts_as_long_as_the_link() -> None:
+    """10 MiB stream, less than 2 MiB of them arrive while the draft runs; one block of compute is
+    left at the end."""
+    found = predicted(CHAIN, 10 << 20, emitted_by_depth(HALF, 1, 4, "")[-1], **ALONE)
+    assert found.draft_seconds == pytest.approx(4 * (8 * 5e-5 + 5e-5))
+    assert found.compute_seconds == pytest.approx(8 * 2e-4 + 1e-4 + 7 / 63 * 3e-4)
+    ahead = found.draft_seconds * LINK
+    assert ahead < 2 << 20
+    link = ((10 << 20) - ahead) / LINK
+    assert found.verify_seconds == pytest.approx(link + found.compute_seconds / 10 + 1e-4)
+    assert found.stream_seconds == (10 << 20) / LINK
+    assert found.tokens_per_round == 1.9375
+    rounds = rounds_needed(127, emitted_by_depth(HALF, 1, 4, "")[-1])
+    total = found.draft_seconds + found.verify_seconds
+    assert found.tokens_per_second == pytest.approx(127 / (rounds * total))
+
+
+def test_no_more_than_the_ring_crosses_the_link_ahead() -> None:
+    slow = tuple(make_profile().draft_layer[-1:])
+    found = predicted(replace(CHAIN, width=8, depth=100), 10 << 20, draft_layer=slow, **ALONE)
+    assert found.draft_seconds * LINK > 2 << 20
+    link = (8 << 20) / LINK
+    assert found.verify_seconds == pytest.approx(link + found.compute_seconds / 10 + 1e-4)
+
+
+def test_the_first_level_of_a_draft_has_one_row() -> None:
+    found = predicted(replace(CHAIN, width=8, depth=3))
+    assert found.draft_seconds == pytest.approx((8 * 5e-5 + 5e-5) + 2 * (8 * 2e-4 + 1e-4))
+
+
+def test_a_round_pays_for_the_levels_that_it_is_expected_to_draft() -> None:
+    """The first one, and as many more as follow it on average; a tree's depth is not asked for."""
+    first, level = 8 * 5e-5 + 5e-5, 8 * 2e-4 + 1e-4
+    wide = replace(CHAIN, width=8, depth=30)
+    for levels, seconds in ((1.0, first), (2.5, first + 1.5 * level), (30.0, first + 29 * level)):
+        found = predicted(wide, emitted=Emitted(3.0, 12.0, levels, 0.3))
+        assert found.draft_seconds == pytest.approx(seconds)
+        assert found.levels_per_round == levels
+    passes = passes_of(make_spec(), make_profile(), 8, 32, 128, AS_TIMED)
+    assert (passes.first_level, passes.level) == pytest.approx((first, level))
+    assert level_seconds(make_spec(), make_profile(), 8, LIVE_TOKENS) == pytest.approx(level)
+    assert passes.draft(0) == 0 and passes.draft(2.5) == passes.first_level + 1.5 * passes.level
+    taught = predicted(wide, emitted=Emitted(3.0, 12.0, 2.5), learned=Learned(draft=2.0))
+    assert taught.draft_seconds == pytest.approx(2 * (first + 1.5 * level))
+
+
+def test_plain_decoding_is_one_unpadded_pass() -> None:
+    found = predicted(PLAIN)
+    assert found.draft_seconds == found.stream_seconds == 0
+    assert found.compute_seconds == pytest.approx(8 * 8e-5 + 1e-4)
+    assert found.verify_seconds == pytest.approx(found.compute_seconds + 1e-4)
+    assert found.tokens_per_second == pytest.approx(1 / found.verify_seconds)
+
+
+def test_decoding_is_paid_by_every_weight_that_is_a_residual() -> None:
+    found = predicted(replace(CHAIN, storage=CODED), decode_rate=1e8)
+    raw = predicted(CHAIN, decode_rate=1e8)
+    assert found.decode_seconds == pytest.approx(raw_storage(make_spec()).num_bytes / 2 / 1e8)
+    assert found.compute_seconds == pytest.approx(raw.compute_seconds + found.decode_seconds)
+    assert raw.decode_seconds == 0
+
+
+@pytest.mark.parametrize(
+    ("candidate", "layers", "attention"),
+    [(PLAIN, 8, 1e-5), (CHAIN, 8, 1e-5 + 7 / 63 * 1.9e-4)],
+)
+def test_attention_is_paid_by_the_token_in_the_cache(
+    candidate: Candidate, layers: int, attention: float
+) -> None:
+    """In the middle of an answer. No pass takes less than no time."""
+    near, far = (
+        predicted(candidate, usage=Usage(prompt, 256)) for prompt in (100, 100 + MORE_TOKENS)
+    )
+    assert far.compute_seconds - near.compute_seconds == pytest.approx(layers * attention)
+    steep = {"fast_attention": (Timing(1, 1.0),), "exact_attention": (Timing(1, 1.0),)}
+    assert 0 < predicted(candidate, usage=Usage(1, 2), **steep).compute_seconds < 1e-3
+
+
+def test_what_real_rounds_took_longer_is_expected_of_all_rounds() -> None:
+    factors = Learned(draft=1.5, verify=2.0, plain=3.0, prompt=4.0)
+    for candidate, verify in ((CHAIN, factors.verify), (PLAIN, factors.plain)):
+        bare, more = (predicted(candidate, learned=some) for some in (Learned(), factors))
+        assert more.draft_seconds == pytest.approx(1.5 * bare.draft_seconds)
+        assert more.verify_seconds == pytest.approx(verify * bare.verify_seconds)
+        first = bare.time_to_first_token_seconds
+        assert more.time_to_first_token_seconds == pytest.approx(4 * first)
+
+
+# Link and compute at once
+
+
+def sharing(busy_link: float, busy_compute: float) -> Profile:
+    return make_profile(busy_link=busy_link, busy_compute=busy_compute)
+
+
+def test_the_longer_lane_has_its_full_speed_once_the_shorter_has_ended() -> None:
+    shares = (0.8, 0.5)
+    assert both_at_once(shares, 10.0, 1.0) == pytest.approx(2 + (10 - 2 * 0.8))
+    assert both_at_once(shares, 2.0, 10.0) == pytest.approx(2.5 + (10 - 2.5 * 0.5))
+    assert both_at_once(shares, 8.0, 5.0) == pytest.approx(10)  # both end at once
+    assert both_at_once(shares, 0.0, 3.0) == both_at_once(shares, 3.0, 0.0) == 3
+
+
+def test_lanes_that_do_not_disturb_each_other_take_as_long_as_the_longer() -> None:
+    assert both_at_once((1.0, 1.0), 2.0, 7.0) == 7
+    assert both_at_once((1.0, 1.0), 8.0, 7.0) == 8
+
+
+@pytest.mark.parametrize("busy_link", SHARES)
+@pytest.mark.parametrize("busy_compute", SHARES)
+def test_more_work_takes_no_less_time_and_a_little_more_takes_little(
+    busy_link: float, busy_compute: float
+) -> None:
+    shares, step = (busy_link, busy_compute), 1 / 64
+    most = step / min(busy_link, busy_compute)
+    for other in (0.0, 0.1, 1.0, 3.0, 40.0):
+        some = [step * n for n in range(400)]
+        for seconds in (
+            [both_at_once(shares, link, other) for link in some],
+            [both_at_once(shares, other, compute) for compute in some],
+        ):
+            assert all(-1e-9 <= b - a <= most + 1e-9 for a, b in pairwise(seconds))
+            assert all(s >= max(n, other) for s, n in zip(seconds, some, strict=True))
+
+
+@pytest.mark.parametrize("candidate", [CHAIN, PLAIN])
+@pytest.mark.parametrize("layer_seconds", [1e-5, 1e-3, 1e-1])
+@pytest.mark.parametrize("share", SHARES)
+def test_a_byte_less_to_stream_is_never_slower(
+    candidate: Candidate, layer_seconds: float, share: float
+) -> None:
+    """Also where a whole number of blocks begins, and on either side of link = compute."""
+    layer = (Timing(1, layer_seconds),)
+    seconds = [
+        predicted(candidate, streamed, fast_layer=layer, exact_layer=layer, busy_link=share,
+                  busy_compute=1.01 - share).verify_seconds
+        for streamed in range(20 << 20, 0, -99_991)
+    ]  # fmt: skip
+    never_rises(seconds)
+
+
+@pytest.mark.parametrize("busy_link", SHARES)
+@pytest.mark.parametrize("busy_compute", SHARES)
+@pytest.mark.parametrize("layer_seconds", [1e-4, 1e-2, 4e-2])
+def test_a_link_that_is_throttled_less_is_never_slower(
+    busy_link: float, busy_compute: float, layer_seconds: float
+) -> None:
+    """Even where link and compute hinder each other so much that one after the other is better."""
+    layer, whole = (Timing(1, layer_seconds),), sharing(busy_link, busy_compute)
+    throttled = [with_link(whole, int(1e6 * 1.1**n)) for n in range(70)]
+    assert throttled[0].link[-1].bytes_per_second == 1e6
+    assert throttled[-1] == replace(whole, busy_compute=pytest.approx(busy_compute))
+    for candidate in (CHAIN, PLAIN):
+        never_rises([
+            predicted(candidate, 10 << 20, fast_layer=layer, exact_layer=layer, link=slow.link,
+                      busy_link=slow.busy_link, busy_compute=slow.busy_compute).verify_seconds
+            for slow in throttled
+        ])  # fmt: skip
+
+
+def test_a_link_throttled_below_what_it_keeps_beside_compute_is_slowed_by_nothing() -> None:
+    """At 0.4 of its speed, of which it keeps 0.8: it does half of its harm."""
+    profile = sharing(0.8, 0.5)
+    slow, shares = with_link(profile, 40_000_000), profile.busy_shares(40e6)
+    assert (slow.busy_link, slow.busy_compute) == shares == (1.0, 0.75)
+    assert slow.busy_shares(40e6) == shares, "throttled again it is the same"
+    assert both_at_once(shares, 10.0, 1.5) == pytest.approx(10)
+    assert both_at_once(shares, 4.0, 10.0) == pytest.approx(10 + 4 * 0.25)
+
+
+# The first token
+
+
+def test_the_first_token_comes_after_the_prompt_and_one_head() -> None:
+    """128 tokens, 64 of them in the cache on average: half a LIVE_TOKENS less than was timed."""
+    found = predicted(PLAIN, usage=Usage(128, 0))
+    attention = (64 - LIVE_TOKENS) / MORE_TOKENS * (1e-4 + 64 / 63 * 9e-5)
+    assert found.time_to_first_token_seconds == pytest.approx(8 * (1.28e-3 + attention) + 1e-4)
+
+
+def test_weights_that_stream_for_the_first_time_are_checked() -> None:
+    given: dict[str, Any] = {"streamed": 10 << 20, "usage": USUAL, **ALONE}
+    checked, bare = (
+        predicted(CHAIN, digest_rate=rate, **given).time_to_first_token_seconds
+        for rate in (10e6, 0.0)
+    )
+    assert bare == pytest.approx((10 << 20) / LINK, rel=0.05)  # the link is the longer
+    assert checked == pytest.approx((10 << 20) / 10e6, rel=0.05)  # the check is
+    assert predicted(CHAIN, usage=USUAL).time_to_first_token_seconds < 0.02
+
+
+def test_a_prompt_in_two_pieces_streams_the_weights_twice_and_checks_them_once() -> None:
+    given: dict[str, Any] = {"streamed": 10**8, "usage": Usage(128, 128), "digest_rate": 5e7}
+    whole = predicted(PLAIN, prefill_tokens=128, **given, **ALONE)
+    halves = predicted(PLAIN, prefill_tokens=64, **given, **ALONE)
+    extra = halves.time_to_first_token_seconds - whole.time_to_first_token_seconds
+    assert extra == pytest.approx(10**8 / LINK, rel=0.01)
+    assert predicted(PLAIN, prefill_tokens=100, **given).time_to_first_token_seconds > extra
+
+
+# Usage
+
+
+@pytest.mark.parametrize(
+    ("context", "prompt", "answer"),
+    [(4096, 128, 256), (384, 128, 256), (256, 128, 128), (100, 50, 50), (17, 8, 9)],
+)
+def test_the_usual_prompt_and_answer_keep_within_the_context(
+    context: int, prompt: int, answer: int
+) -> None:
+    assert usage_within(context, USUAL) == Usage(prompt, answer)
+    assert usage_within(context, replace(USUAL, kind="code")).kind == "code"

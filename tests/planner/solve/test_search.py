@@ -1,0 +1,797 @@
+"""The search: nothing feasible is better, more is never slower, the user is never overruled."""
+
+import random
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import accumulate
+from typing import Any
+
+import pytest
+from toys import ACCEPTANCE, make_profile, make_spec
+
+from subspec.artifacts.acceptance import Acceptance, Curve, Stopping
+from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.common.sizes import parse_size
+from subspec.artifacts.format.checks import check_plan
+from subspec.artifacts.model import ModelSpec, parts
+from subspec.artifacts.plan import USUAL, Plan, Wishes
+from subspec.artifacts.profile import Learned, LinkRate, Profile, Timing
+from subspec.planner.machine.profiles import with_link
+from subspec.planner.rehearse.replay import DEEPEST, STOPS, Judged, Trees, acceptance_of
+from subspec.planner.solve import problem as problem_module
+from subspec.planner.solve.costs import ALLOCATOR_BYTES, model_bytes
+from subspec.planner.solve.predict import (
+    Candidate,
+    early_doubt,
+    emitted_by_depth,
+    passes_of,
+    predict,
+    usage_within,
+)
+from subspec.planner.solve.problem import base_ledger, candidates, left_over, pose
+from subspec.planner.solve.search import (
+    PRIOR,
+    SHARPENING,
+    choose_held,
+    place,
+    search,
+)
+from subspec.planner.solve.storage import Storage, group_bytes, raw_storage, usual_storages
+
+BUDGETS = (6_000_000, 9_000_000, 10_000_000, 12_000_000, 14_500_000, 16_000_000, 30_000_000)
+LONG = Wishes(context=1024)
+NUM_PARTS = len(parts(make_spec()))
+DECODE_RATES = (0.0, 2e7, 2e8)  # weights/s; the toy's link brings 5e7 raw ones
+SHARES = ((1.0, 1.0), (0.2, 0.2), (0.05, 0.9), (0.9, 0.05))  # kept while link and compute are busy
+CHECKED = random.Random(1).sample(range(5_800_000, 17_000_000), 40)
+
+
+def plan_for(budget_bytes: int, wishes: Wishes | None = None, **changes: Any) -> Plan:
+    usual = {"spec": make_spec(), "profile": make_profile(), "acceptance": ACCEPTANCE}
+    given = {**usual, "wishes": wishes or Wishes(context=256), **changes}
+    return search(budget_bytes=budget_bytes, **given)
+
+
+def speed(plan: Plan) -> float:
+    return plan.predicted[plan.method].tokens_per_second
+
+
+def sharing(shares: tuple[float, float], **changes: Any) -> Profile:
+    return make_profile(busy_link=shares[0], busy_compute=shares[1], **changes)
+
+
+def faster_link(profile: Profile, factor: float) -> Profile:
+    link = tuple(LinkRate(r.block_bytes, r.bytes_per_second * factor) for r in profile.link)
+    return replace(profile, link=link)
+
+
+@pytest.fixture
+def small_space(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(problem_module, "WIDTHS", (1, 2, 6))
+    monkeypatch.setattr(problem_module, "DEPTHS", (1, 3, 9, 10, 30))
+
+
+# Optimal
+
+
+@pytest.mark.parametrize("decode_rate", DECODE_RATES)
+@pytest.mark.parametrize("budget_bytes", BUDGETS)
+@pytest.mark.parametrize("shares", [(0.8, 0.9), (0.2, 0.2)])
+def test_nothing_feasible_is_better(
+    budget_bytes: int, decode_rate: float, shares: tuple[float, float], small_space: None
+) -> None:
+    profile = sharing(shares, decode_rate=decode_rate)
+    assert speed(plan_for(budget_bytes, profile=profile)) == best_of_all(budget_bytes, profile)
+
+
+@pytest.mark.parametrize("decode_rate", DECODE_RATES)
+@pytest.mark.parametrize("budget_bytes", [*BUDGETS, 18_000_000, 20_000_000])
+@pytest.mark.parametrize("stored", [0, 5])
+def test_nothing_feasible_is_better_for_the_residuals_of_an_artifact(
+    budget_bytes: int, decode_rate: float, stored: int, small_space: None
+) -> None:
+    profile, storage = make_profile(decode_rate=decode_rate), usual_storages(make_spec())[stored]
+    best = best_of_all(budget_bytes, profile, storage)
+    if best:
+        assert speed(plan_for(budget_bytes, profile=profile, stored=storage)) == best
+    else:  # without a decoder
+        with pytest.raises(SubspecError):
+            plan_for(budget_bytes, profile=profile, stored=storage)
+
+
+def best_of_all(
+    budget_bytes: int,
+    profile: Profile,
+    stored: Storage | None = None,
+    acceptance: Acceptance = ACCEPTANCE,
+) -> float:
+    """Every candidate and every stop that was tried, its ledger added up, its parts named, its
+    prediction asked of predict.py."""
+    spec = make_spec()
+    posed = pose(spec, profile, budget_bytes, Wishes(context=256), acceptance, stored)
+    usage = usage_within(256, USUAL)
+    every = list(candidates(posed))
+    every += [replace(c, width=0, depth=0) for c in every]
+    speeds = [0.0]
+    for candidate in every:
+        ringless = replace(candidate, block_bytes=0, num_slots=0)
+        decoded = [p for p in candidate.storage.parts if p.name in candidate.storage.decoded]
+        decoded_bytes = sum(p.part.num_bytes for p in decoded)  # whole pages
+        everything = candidate.storage.num_bytes
+        left, most = (budget_bytes - sum(base_ledger(posed, c).values()) - decoded_bytes
+                      for c in (candidate, ringless))  # fmt: skip
+        assert (left, most) == (left_over(posed, candidate), left_over(posed, ringless))
+        if left < 0 and most < everything:
+            continue
+        placement = place(posed, candidate)
+        inside = {*placement.resident, *placement.split}
+        streamed = group_bytes(p for p in candidate.storage.parts if p.name not in inside)
+        passes = passes_of(spec, profile, candidate.width, candidate.verify_width,
+                           posed.prefill_tokens, usage)  # fmt: skip
+        for stop_below in acceptance.stops:
+            ways = emitted_by_depth(acceptance, candidate.width, candidate.depth, "", stop_below)
+            found = predict(profile, candidate, passes, streamed, ways[-1], 0, usage)
+            speeds.append(found.tokens_per_second)
+    return max(speeds)
+
+
+def test_it_abstains_where_speculation_does_not_pay() -> None:
+    """Everything fits: a draft could only lose time."""
+    plan = plan_for(30_000_000)
+    assert plan.method == "plain"
+    assert plan.predicted["plain"].streamed_bytes == 0
+    assert plan.substitute is not None  # kept for who asks for it
+    assert any("would not pay" in reason for reason in plan.reasons)
+
+
+def test_it_abstains_where_no_draft_fits() -> None:
+    plan = plan_for(6_500_000)
+    assert (plan.method, plan.substitute, plan.tree.depth) == ("plain", None, 0)
+    assert any("do not fit" in reason for reason in plan.reasons)
+
+
+def test_it_abstains_where_real_rounds_were_too_slow() -> None:
+    """The same machine and cap, once runs have taught what rounds take."""
+    taught = make_profile(learned=Learned(draft=5.0, verify=5.0, num_rounds=40))
+    assert plan_for(12_000_000).method == "substitute"
+    plan = plan_for(12_000_000, profile=taught)
+    assert plan.method == "plain"
+    said = " ".join(plan.reasons)
+    ratio = re.search(r"would not pay: ([0-9.]+) against ([0-9.]+) tokens/s", said)
+    assert ratio is not None and float(ratio[1]) < float(ratio[2])
+
+
+def test_it_abstains_where_drafts_are_rejected() -> None:
+    never = Acceptance((Curve(1, "", (2000,), (0,)), Curve(3, "", (2000,), (0,))), measured=True)
+    plan = plan_for(12_000_000, acceptance=never)
+    assert plan.method == "plain"
+    assert any("speculation would not pay" in reason for reason in plan.reasons)
+    asked = plan_for(12_000_000, Wishes(context=256, method="substitute"), acceptance=never)
+    assert asked.method == "substitute"
+    assert any("speculation was asked for" in reason for reason in asked.reasons)
+
+
+def test_it_speculates_on_a_slow_link() -> None:
+    plan = plan_for(12_000_000)
+    assert plan.method == "substitute"
+    assert speed(plan) > 3 * plan.predicted["plain"].tokens_per_second
+
+
+# Ended early
+
+
+def mixed(seed: int, easy_share: float = 0.5, num_trees: int = 3000) -> Acceptance:
+    """Of trees in text that is easy, and of such in text that is not: they know which."""
+    pick, trees = random.Random(seed), Trees()
+    for width, easy_rate, hard_rate in ((1, 0.98, 0.5), (3, 0.99, 0.65)):
+        for _ in range(num_trees):
+            easy = pick.random() < easy_share
+            now, seen, accepted, rejected = 1.0, list[float](), 0, False
+            while len(seen) < DEEPEST and not (rejected and now < STOPS[0]):
+                now *= pick.uniform(0.97, 1.0) if easy else pick.uniform(0.4, 0.9)
+                seen.append(now)
+                rejected = rejected or pick.random() > (easy_rate if easy else hard_rate)
+                accepted += not rejected
+            judged = Judged(accepted, accepted + rejected, tuple(seen))
+            trees.setdefault((width, "code"), []).append(judged)
+    found = acceptance_of(trees)
+    assert found is not None
+    return found
+
+
+MIXED = mixed(1)
+WHOLE = replace(MIXED, stopping=())
+SLOW_DRAFTS = {"draft_layer": (Timing(1, 6e-4), Timing(8, 1e-3))}
+
+
+def drafted_speed(plan: Plan) -> float:
+    return plan.predicted["substitute"].tokens_per_second
+
+
+@pytest.mark.parametrize("budget_bytes", [9_000_000, 12_000_000, 16_000_000])
+@pytest.mark.parametrize("decode_rate", [0.0, 2e8])
+@pytest.mark.parametrize("layer_seconds", [5e-5, 6e-4, 3e-3])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_no_tree_and_stop_that_is_feasible_is_better(
+    budget_bytes: int, decode_rate: float, layer_seconds: float, seed: int, small_space: None
+) -> None:
+    """But for what crosses the link while a longer draft runs, which no stop is chosen by."""
+    layer = (Timing(1, layer_seconds), Timing(8, 2 * layer_seconds))
+    profile = make_profile(decode_rate=decode_rate, draft_layer=layer)
+    acceptance = mixed(seed, easy_share=0.3 * seed)
+    found = speed(plan_for(budget_bytes, profile=profile, acceptance=acceptance))
+    best = best_of_all(budget_bytes, profile, acceptance=acceptance)
+    assert 0.995 * best <= found <= best
+
+
+@pytest.mark.parametrize("seed", [3, 4, 5])
+@pytest.mark.parametrize("layer_seconds", [2e-5, 3e-4, 1e-3, 4e-3])
+def test_stops_that_may_be_chosen_never_predict_slower(
+    seed: int, layer_seconds: float, small_space: None
+) -> None:
+    acceptance = mixed(seed, easy_share=0.25 * (seed - 2))
+    profile = make_profile(draft_layer=(Timing(1, layer_seconds), Timing(8, 2 * layer_seconds)))
+    for budget_bytes in CHECKED[:8]:
+        with_stops, without = (
+            plan_for(budget_bytes, profile=profile, acceptance=some)
+            for some in (acceptance, replace(acceptance, stopping=()))
+        )
+        assert speed(with_stops) >= speed(without)
+
+
+def times(curves: tuple[Curve, ...], factor: int) -> tuple[Curve, ...]:
+    return tuple(
+        replace(
+            curve,
+            tried=tuple(factor * count for count in curve.tried),
+            accepted=tuple(factor * count for count in curve.accepted),
+        )
+        for curve in curves
+    )
+
+
+def test_what_few_trees_promise_is_not_believed() -> None:
+    """Of the same rates, counted a hundred times as often, it is."""
+    profile = make_profile(draft_layer=(Timing(1, 2e-4), Timing(8, 4e-4)))
+    few = mixed(1, num_trees=30)
+    many = Acceptance(
+        times(few.curves, 100),
+        True,
+        tuple(
+            Stopping(some.stop_below, times(some.curves, 100), times(some.followed, 100))
+            for some in few.stopping
+        ),
+    )
+    plans = [plan_for(12_000_000, profile=profile, acceptance=some) for some in (few, many)]
+    assert [plan.tree.stop_below > 0 for plan in plans] == [False, True]
+
+
+@pytest.mark.parametrize("num_trees", [30, 100, 3000])
+def test_more_memory_never_predicts_slower_where_drafts_may_end_early(
+    num_trees: int, small_space: None
+) -> None:
+    profile, acceptance = make_profile(**SLOW_DRAFTS), mixed(1, num_trees=num_trees)
+    budgets = range(7_000_000, 20_000_000, 400_009)
+    never_falls([
+        speed(plan_for(budget, profile=profile, acceptance=acceptance)) for budget in budgets
+    ])  # fmt: skip
+
+
+def test_drafts_end_early_where_levels_are_dear_and_a_reason_says_how_many_are_left() -> None:
+    plan = plan_for(12_000_000, profile=make_profile(**SLOW_DRAFTS), acceptance=MIXED)
+    without = plan_for(12_000_000, profile=make_profile(**SLOW_DRAFTS), acceptance=WHOLE)
+    assert plan.method == "substitute" and plan.tree.stop_below in STOPS
+    assert plan.tree.temperature == SHARPENING
+    assert drafted_speed(plan) > 1.03 * drafted_speed(without)
+    predicted = plan.predicted["substitute"]
+    levels = MIXED.levels(plan.tree.width, plan.tree.depth, "", plan.tree.stop_below)[-1]
+    assert predicted.levels_per_round == levels < plan.tree.depth
+    accepted = MIXED.under(plan.tree.stop_below).tokens(plan.tree.width, plan.tree.depth) - 1
+    doubt = early_doubt(MIXED)
+    assert predicted.tokens_per_round == pytest.approx(1 + (1 - doubt) * accepted)
+    [reason] = [reason for reason in plan.reasons if "ends early" in reason]
+    assert f"together below {plan.tree.stop_below:.0%}" in reason
+    assert f"{levels:.1f} of {plan.tree.depth} levels on average" in reason
+    assert f"({doubt:.0%} of what they were accepted is not counted on)" in reason
+    stored = list(stored_by(plan, make_spec()).parts)
+    check_plan(make_spec(), stored, plan)
+
+
+@pytest.mark.parametrize("wishes", [Wishes(context=256, depth=9), Wishes(256, 3, 20)], ids=str)
+def test_a_draft_of_a_depth_that_the_user_fixed_is_never_ended_early(wishes: Wishes) -> None:
+    profile = make_profile(**SLOW_DRAFTS)
+    plan, whole = (
+        plan_for(12_000_000, wishes, profile=profile, acceptance=some) for some in (MIXED, WHOLE)
+    )
+    assert plan.tree == whole.tree and plan.tree.depth == wishes.depth
+    assert plan.tree.stop_below == 0 and plan.predicted == whole.predicted
+    assert plan.predicted["substitute"].levels_per_round == wishes.depth
+    assert not any("ends early" in reason for reason in plan.reasons)
+    free = plan_for(12_000_000, Wishes(context=256, width=3), profile=profile, acceptance=MIXED)
+    assert free.tree.width == 3 and free.tree.stop_below > 0
+
+
+def test_without_a_stop_that_was_tried_drafts_are_whole() -> None:
+    for acceptance in (WHOLE, ACCEPTANCE, PRIOR):
+        plan = plan_for(12_000_000, profile=make_profile(**SLOW_DRAFTS), acceptance=acceptance)
+        assert plan.substitute is not None and plan.tree.stop_below == 0
+        assert plan.predicted["substitute"].levels_per_round == plan.tree.depth
+        assert not any("ends early" in reason for reason in plan.reasons)
+
+
+@pytest.mark.parametrize("likely_speed", [1e-3, 1.0, 10.0, 1e3, 1e6])
+def test_from_wherever_the_search_begins_it_ends_at_the_same_speed(
+    likely_speed: float, small_space: None
+) -> None:
+    given = {"profile": make_profile(**SLOW_DRAFTS), "acceptance": MIXED}
+    for budget_bytes in (9_000_000, 12_000_000, 16_000_000):
+        found = speed(plan_for(budget_bytes, likely_speed=likely_speed, **given))
+        assert found == pytest.approx(speed(plan_for(budget_bytes, **given)), rel=0.005)
+
+
+# Monotone
+
+
+def never_falls(speeds: list[float]) -> None:
+    assert len(speeds) > 10
+    assert speeds == sorted(speeds)
+
+
+@pytest.mark.parametrize("decode_rate", DECODE_RATES)
+def test_more_memory_never_predicts_slower(decode_rate: float) -> None:
+    profile = make_profile(decode_rate=decode_rate)
+    never_falls([speed(plan_for(budget, profile=profile)) for budget in sorted(CHECKED)])
+
+
+@pytest.mark.parametrize("decode_rate", DECODE_RATES)
+@pytest.mark.parametrize("stored", [0, 5])
+@pytest.mark.parametrize("wishes", [Wishes(context=256), LONG])
+def test_more_memory_never_predicts_slower_for_the_residuals_of_an_artifact(
+    decode_rate: float, stored: int, wishes: Wishes, small_space: None
+) -> None:
+    """Up to where all of them are held decoded."""
+    given = {
+        "profile": make_profile(decode_rate=decode_rate),
+        "stored": usual_storages(make_spec())[stored],
+    }
+    from_bytes = (13_600_000 if wishes == LONG else 9_100_000) if decode_rate else 19_100_000
+    budgets = range(from_bytes, 26_000_000, 290_007)
+    plans = [plan_for(budget, wishes, **given) for budget in budgets]
+    never_falls([speed(plan) for plan in plans])
+    assert plans[-1].predicted[plans[-1].method].decode_seconds == 0
+
+
+@pytest.mark.parametrize("shares", SHARES)
+def test_more_memory_never_predicts_slower_however_link_and_compute_hinder_each_other(
+    shares: tuple[float, float], small_space: None
+) -> None:
+    profile = sharing(shares, decode_rate=1e8)
+    never_falls([speed(plan_for(budget, profile=profile)) for budget in sorted(CHECKED)])
+
+
+def test_prompts_take_no_weights_place_when_memory_grows(small_space: None) -> None:
+    """Wide layers: the activations of a prompt take as much as the weights."""
+    given = {
+        "spec": make_spec(intermediate_size=4096, num_heads=2),
+        "profile": make_profile(position_free_widths=(8,)),
+    }
+    plans = [plan_for(b, LONG, **given) for b in range(20_000_000, 120_000_000, 500_007)]
+    never_falls([speed(plan) for plan in plans])
+    tokens = [plan.prefill_tokens for plan in plans]
+    assert (min(tokens), max(tokens)) == (64, 1024)
+    streamed = [plan.predicted["plain"].streamed_bytes for plan in plans]
+    assert tokens[streamed.index(0)] < 100  # the weights come first
+
+
+@pytest.mark.parametrize("budget_bytes", [8_000_000, 11_000_000, 14_500_000])
+def test_faster_decoding_never_predicts_slower(budget_bytes: int, small_space: None) -> None:
+    rates = [0.0, *(1e6 * 1.5**n for n in range(20))]
+    profiles = [make_profile(decode_rate=rate) for rate in rates]
+    never_falls([speed(plan_for(budget_bytes, profile=profile)) for profile in profiles])
+
+
+@pytest.mark.parametrize("budget_bytes", [8_000_000, 11_000_000, 14_500_000])
+@pytest.mark.parametrize("shares", [(0.8, 0.9), *SHARES])
+def test_a_faster_link_never_predicts_slower(
+    budget_bytes: int, shares: tuple[float, float], small_space: None
+) -> None:
+    """One that is faster by itself, and one that is throttled less."""
+    profile = sharing(shares, decode_rate=5e7)
+    quicker = [faster_link(profile, 1.35**n) for n in range(-10, 20)]
+    never_falls([speed(plan_for(budget_bytes, profile=some)) for some in quicker])
+    freer = [with_link(profile, int(5e6 * 1.2**n)) for n in range(20)]
+    never_falls([speed(plan_for(budget_bytes, profile=some)) for some in freer])
+
+
+@pytest.mark.parametrize("budget_bytes", [9_000_000, 12_000_000])
+@pytest.mark.parametrize("context", [16, 64, 256])
+def test_higher_acceptance_never_predicts_slower(
+    budget_bytes: int, context: int, small_space: None
+) -> None:
+    """Also of answers that are shorter than the deepest tree."""
+    counts = [(Curve(1, "", (4000,), (100 * n,)), Curve(3, "", (3000,), (100 * n,)))
+              for n in range(31)]  # fmt: skip
+    rates = [Acceptance(curves, measured=True) for curves in counts]
+    wishes = Wishes(context=context)
+    never_falls([speed(plan_for(budget_bytes, wishes, acceptance=rate)) for rate in rates])
+
+
+def test_one_level_that_is_accepted_more_often_never_predicts_slower(small_space: None) -> None:
+    """Whatever the other levels do."""
+    pick = random.Random(5)
+    for level in (0, 1, 5, 12):
+        tried = [1000] * 13
+        below = [pick.randrange(100, 1000) for _ in tried]
+        more = [[*below[:level], n, *below[level + 1 :]] for n in range(100, 1001, 60)]
+        rates = [Acceptance((Curve(1, "", tuple(tried), tuple(a)),), True) for a in more]
+        never_falls([speed(plan_for(9_000_000, acceptance=rate)) for rate in rates])
+
+
+# Within the budget
+
+
+@pytest.mark.parametrize("wishes", [Wishes(), Wishes(context=256), Wishes(context=1024)])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("decode_rate", [0.0, 5e7])
+@pytest.mark.parametrize("stored", [None, 0, 5])
+def test_every_plan_passes_the_readers_check(
+    wishes: Wishes,
+    device: str,
+    dtype: str,
+    decode_rate: float,
+    stored: int | None,
+    small_space: None,
+) -> None:
+    spec = make_spec(dtype=dtype, tied_head=dtype == "float32")
+    overhead = 1_000_000 if device == "cuda" else 0
+    profile = make_profile(device=device, overhead_bytes=overhead, decode_rate=decode_rate)
+    given = {"spec": spec, "profile": profile}
+    if stored is not None:
+        given["stored"] = usual_storages(spec)[stored]
+    num_plans = 0
+    room = ALLOCATOR_BYTES if device == "cuda" else 0
+    for small in (*CHECKED[:12], *BUDGETS, 20_000_000, 40_000_000, 60_000_000, 80_000_000):
+        budget_bytes = small + room
+        try:
+            plan = plan_for(budget_bytes, wishes, **given)
+        except SubspecError as error:
+            assert error.exit_code == Exit.INFEASIBLE
+            continue
+        num_plans += 1
+        parts_of_plan = stored_by(plan, spec).parts
+        check_plan(spec, list(parts_of_plan), plan)
+        sizes = {part.name: part.padded_bytes for part in parts_of_plan}
+        raw_sizes = {part.name: part.part.padded_bytes for part in parts_of_plan}
+        for placement in filter(None, (plan.substitute, plan.plain)):
+            assert placement.total_bytes <= budget_bytes
+            assert placement.ledger["resident"] == sum(raw_sizes[n] for n in placement.resident)
+            assert not set(placement.resident) & set(placement.split)
+            assert placement.ledger["residuals"] == sum(sizes[n] for n in placement.split)
+        for prediction in plan.predicted.values():
+            assert prediction.fast_peak_bytes <= budget_bytes
+    assert num_plans > 3 or (stored is not None and num_plans > 0)
+
+
+@pytest.mark.parametrize(
+    "wishes",
+    [
+        Wishes(),
+        Wishes(context=1024),
+        Wishes(method="substitute"),
+        Wishes(method="plain"),
+        Wishes(width=3, depth=10),
+        Wishes(depth=20, context=512),
+    ],
+)
+def test_an_infeasible_request_names_the_smallest_cap_that_works(wishes: Wishes) -> None:
+    with pytest.raises(SubspecError) as caught:
+        plan_for(2_000_000, wishes)
+    assert caught.value.exit_code == Exit.INFEASIBLE
+    match = re.fullmatch(r"--vram (\d+B)", caught.value.hint)
+    assert match is not None
+    smallest = parse_size(match[1])
+    check_plan(make_spec(), list(raw_storage(make_spec()).parts), plan_for(smallest, wishes))
+    with pytest.raises(SubspecError):
+        plan_for(smallest * 99 // 100, wishes)
+
+
+def test_a_tree_that_no_kernel_takes_is_infeasible_at_any_size() -> None:
+    with pytest.raises(SubspecError, match="does not exist") as caught:
+        plan_for(10**9, Wishes(width=8, depth=100))
+    assert (caught.value.exit_code, caught.value.hint) == (Exit.INFEASIBLE, "")
+
+
+def test_a_machine_without_position_free_kernels_is_refused() -> None:
+    with pytest.raises(SubspecError) as caught:
+        plan_for(10**9, profile=make_profile(position_free_widths=()))
+    assert caught.value.exit_code == Exit.UNSUPPORTED
+
+
+def test_what_streams_must_fit_the_host_memory_of_a_gpu() -> None:
+    wishes = Wishes(context=256, ram_bytes=1_000_000)
+    gpu = make_profile(device="cuda")
+    with pytest.raises(SubspecError, match="--ram is 1.00 MB") as caught:
+        plan_for(12_000_000 + ALLOCATOR_BYTES, wishes, profile=gpu)
+    assert caught.value.exit_code == Exit.INFEASIBLE
+    assert plan_for(30_000_000 + ALLOCATOR_BYTES, wishes, profile=gpu).plain.num_slots == 0
+    assert plan_for(12_000_000, wishes)  # on cpu the slow tier is the disk
+
+
+def test_what_streams_must_be_what_the_process_can_pin() -> None:
+    gpu = make_profile(device="cuda", pinnable_bytes=1_000_000)
+    with pytest.raises(SubspecError, match="this process can pin 1.00 MB") as caught:
+        plan_for(12_000_000 + ALLOCATOR_BYTES, profile=gpu)
+    assert caught.value.exit_code == Exit.INFEASIBLE and "ulimit -l" in caught.value.hint
+    for fine, room in (
+        (replace(gpu, pinnable_bytes=0), ALLOCATOR_BYTES),  # not tried
+        (replace(gpu, pinnable_bytes=1 << 30), ALLOCATOR_BYTES),
+        (replace(gpu, device="cpu"), 0),
+    ):
+        plan = plan_for(12_000_000 + room, profile=fine)
+        assert plan.predicted["plain"].streamed_bytes > 1_000_000
+
+
+# The user's wishes
+
+
+@pytest.mark.parametrize("budget_bytes", [11_000_000, 14_500_000, 30_000_000])
+@pytest.mark.parametrize(
+    ("wishes", "kept"),
+    [
+        (Wishes(context=300), lambda plan: plan.context == 300),
+        (Wishes(width=2), lambda plan: plan.tree.width == 2),
+        (Wishes(depth=11), lambda plan: plan.tree.depth == 11),
+        (Wishes(width=1, depth=40), lambda plan: (plan.tree.width, plan.tree.depth) == (1, 40)),
+        (Wishes(method="plain"), lambda plan: plan.method == "plain" and plan.substitute is None),
+        (Wishes(method="substitute"), lambda plan: plan.method == "substitute"),
+    ],
+)
+def test_what_the_user_fixed_is_kept(
+    budget_bytes: int, wishes: Wishes, kept: Callable[[Plan], bool]
+) -> None:
+    plan = plan_for(budget_bytes, wishes)
+    assert kept(plan) and plan.wishes == wishes
+    assert plan.verify_width >= plan.tree.num_nodes
+
+
+def test_a_fixed_tree_that_does_not_fit_is_an_error_and_not_plain_decoding() -> None:
+    assert plan_for(6_500_000).method == "plain"
+    with pytest.raises(SubspecError) as caught:
+        plan_for(6_500_000, Wishes(context=256, width=3))
+    assert caught.value.exit_code == Exit.INFEASIBLE
+
+
+def test_a_context_beyond_the_models_positions_is_a_usage_error() -> None:
+    with pytest.raises(SubspecError, match="4096 positions") as caught:
+        plan_for(10**9, Wishes(context=4097))
+    assert caught.value.exit_code == Exit.USAGE
+
+
+def test_the_context_is_ours_to_halve() -> None:
+    """Keys and values keep to an eighth of the budget, and a reason says so."""
+    assert plan_for(10**9, Wishes()).context == 4096
+    plan = plan_for(24_000_000, Wishes())
+    assert plan.context == 512
+    assert "the context is 512 tokens" in plan.reasons[0]
+
+
+def test_a_context_that_leaves_no_room_for_a_draft_is_halved_further(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        "subspec.planner.solve.costs.ALLOCATOR_BYTES", 0
+    )  # more than this whole model
+    profile = make_profile(device="cuda", overhead_bytes=4_000_000)
+    assert problem_module.default_context(make_spec(), 17_000_000) == 512
+    plan = plan_for(17_000_000, Wishes(), profile=profile)
+    assert (plan.context, plan.substitute is None) == (256, False)
+    assert plan_for(17_000_000, Wishes(context=512), profile=profile).substitute is None
+
+
+# Residency
+
+
+@pytest.mark.parametrize("tied_head", [False, True])
+def test_resident_parts_fill_the_bytes_in_execution_order(tied_head: bool) -> None:
+    for storage in usual_storages(make_spec(tied_head=tied_head)):
+        order = [part.name for part in storage.parts]
+        before = 0
+        for num_bytes in range(0, storage.num_bytes + 200_000, 50_021):
+            stay = choose_held(storage, num_bytes)
+            names = [part.name for part in stay]
+            assert names == sorted(set(names), key=order.index)
+            taken = sum(part.padded_bytes for part in stay)
+            assert before <= taken <= num_bytes  # more bytes never hold less
+            others = [part.padded_bytes for part in storage.parts if part.name not in set(names)]
+            assert not others or taken + min(others) > num_bytes
+            before = taken
+        assert len(stay) == len(storage.parts)
+
+
+def test_all_layers_hold_the_same_first_matrices_but_one() -> None:
+    """A layer streams its end, in one piece; layers that hold one more are spread evenly."""
+    storage = raw_storage(make_spec())
+    layers = {part.part.linear.layer for part in storage.parts if part.part.linear.kind != "head"}
+    for num_bytes in accumulate((p.padded_bytes for p in storage.held_first), initial=0):
+        stay = choose_held(storage, num_bytes)
+        held = {n: [p.name for p in stay if p.part.linear.layer == n] for n in layers}
+        for layer, own in held.items():
+            every = [p.name for p in storage.parts if p.part.linear.layer == layer]
+            assert own == every[: len(own)]
+        counts = {len(own) for own in held.values()}
+        assert max(counts) - min(counts) <= 1
+        more = sorted(n for n, own in held.items() if len(own) == max(counts))
+        gaps = [b - a for a, b in zip(more, [*more[1:], more[0] + len(layers)], strict=True)]
+        assert max(gaps) <= 2 * min(gaps)
+
+
+# Encoding
+
+
+def stored_by(plan: Plan, spec: ModelSpec) -> Storage:
+    ways = usual_storages(spec)
+    return next(way for way in ways if way.residuals == plan.residuals)
+
+
+def decoding_at(weights_per_second: float) -> Profile:
+    """And a link that is the same for blocks of any size."""
+    return make_profile(link=(LinkRate(64 << 10, 100e6),), decode_rate=weights_per_second)
+
+
+def test_all_weights_are_residuals_where_the_link_is_slow() -> None:
+    plan = plan_for(9_000_000, profile=decoding_at(1e9))
+    assert len(plan.residuals) == NUM_PARTS
+    assert speed(plan) > 1.5 * speed(plan_for(9_000_000))
+    assert "residuals of 7.5 bits: 1 billion weights/s" in plan.reasons[-1]
+
+
+def test_all_weights_are_raw_where_decoding_is_slower_than_the_link() -> None:
+    plan = plan_for(9_000_000, profile=decoding_at(1e6))
+    assert plan.residuals == ()
+    assert "stored raw: 1 million weights/s decode here" in plan.reasons[-1]
+
+
+def test_some_weights_are_raw_where_that_keeps_link_and_decoder_busy() -> None:
+    plan = plan_for(10_000_000, profile=decoding_at(6e7))
+    assert 5 < len(plan.residuals) < NUM_PARTS - 5
+    predicted = plan.predicted["substitute"]
+    assert predicted.stream_seconds == pytest.approx(predicted.compute_seconds, rel=0.3)
+    for encoding in ("raw", "residual"):
+        wishes = Wishes(context=256, encoding=encoding)  # type: ignore[arg-type]
+        assert speed(plan_for(10_000_000, wishes, profile=decoding_at(6e7))) < speed(plan)
+
+
+def test_a_split_layer_stays_in_half_the_bytes() -> None:
+    """More layers stay in the same memory."""
+    raw, split = plan_for(9_500_000), plan_for(9_500_000, profile=decoding_at(1e9))
+    assert raw.substitute is not None and split.substitute is not None
+    assert raw.substitute.split == () and split.substitute.resident == ()
+    assert len(split.substitute.split) > 1.5 * len(raw.substitute.resident)
+
+
+def test_the_encoding_that_was_asked_for_is_kept() -> None:
+    fast = make_profile(decode_rate=1e9)
+    raw = plan_for(12_000_000, Wishes(context=256, encoding="raw"), profile=fast)
+    assert raw.residuals == () and "that was asked for" in raw.reasons[-1]
+    slow = make_profile(decode_rate=1e6)
+    residual = plan_for(12_000_000, Wishes(context=256, encoding="residual"), profile=slow)
+    assert len(residual.residuals) == NUM_PARTS
+
+
+def test_residuals_that_were_asked_for_need_a_decoder() -> None:
+    with pytest.raises(SubspecError, match="no fast decoder") as caught:
+        plan_for(12_000_000, Wishes(context=256, encoding="residual"))
+    assert caught.value.exit_code == Exit.UNSUPPORTED
+    assert "C++ compiler" in caught.value.hint
+
+
+def test_an_artifacts_weights_are_planned_as_they_are_stored() -> None:
+    stored = usual_storages(make_spec())[3]
+    plan = search(
+        make_spec(), make_profile(decode_rate=1e9), 12_000_000, Wishes(), ACCEPTANCE, stored
+    )
+    assert plan.residuals == stored.residuals
+
+
+# Held decoded
+
+
+TALL = make_spec(num_layers=32)  # so that its weights are most of what a plan takes
+CODED = usual_storages(TALL)[0]
+NUM_CODED = len(CODED.residuals)
+DECODING_BOUND = make_profile(link=(LinkRate(64 << 10, 10e9),), decode_rate=2e7)
+LINK_BOUND = make_profile(link=(LinkRate(64 << 10, 50e6),), decode_rate=1e10)
+
+
+def num_decoded(plan: Plan) -> int:
+    """By the method that the plan chose."""
+    placement = plan.placement(plan.method)
+    assert placement is not None
+    return len(set(placement.resident) & set(plan.residuals))
+
+
+def only_as_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(problem_module, "held_decoded", lambda stored: (stored,))
+
+
+def plan_tall(share: float, profile: Profile, **changes: Any) -> Plan:
+    """For so much of what the model takes as it is."""
+    budget_bytes = int(share * model_bytes(TALL))
+    return plan_for(budget_bytes, **{"spec": TALL, "profile": profile, "stored": CODED, **changes})
+
+
+@pytest.mark.parametrize("share", [0.75, 0.85, 0.95, 1.0])
+def test_where_decoding_is_the_slower_memory_that_is_left_holds_residuals_decoded(
+    share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_tall(share, DECODING_BOUND)
+    count = num_decoded(plan)
+    assert 0 < count < NUM_CODED and plan.residuals == CODED.residuals
+    assert plan.reasons[-1].endswith(f"; {count} of {NUM_CODED} matrices are held decoded")
+    only_as_stored(monkeypatch)
+    without = plan_tall(share, DECODING_BOUND)
+    assert num_decoded(without) == 0 and "held decoded" not in without.reasons[-1]
+    assert speed(without) < 1.001 * speed(plan_tall(0.6, DECODING_BOUND))  # memory bought nothing
+    assert speed(plan) > 1.1 * speed(without)
+
+
+@pytest.mark.parametrize("share", [0.6, 0.75, 0.9])
+def test_where_the_link_is_the_slower_no_residual_is_held_decoded(share: float) -> None:
+    plan = plan_tall(share, LINK_BOUND)
+    assert plan.predicted[plan.method].streamed_bytes > 0
+    assert plan.substitute is not None
+    assert plan.substitute.resident == plan.plain.resident == ()
+
+
+def test_a_new_artifact_has_raw_matrices_instead() -> None:
+    """Held or streamed: a mixture of its own is never slower than residuals that are decoded."""
+    for share in (0.75, 1.0):
+        plan = plan_tall(share, DECODING_BOUND, stored=None)
+        assert num_decoded(plan) == 0
+        assert speed(plan) >= speed(plan_tall(share, DECODING_BOUND))
+
+
+def test_residuals_that_were_asked_for_may_be_held_decoded_too() -> None:
+    wishes = Wishes(context=256, encoding="residual")
+    plan = plan_tall(0.9, DECODING_BOUND, stored=None, wishes=wishes)
+    assert len(plan.residuals) == NUM_CODED > num_decoded(plan) > 0
+    assert "that was asked for; " in plan.reasons[-1]
+
+
+def test_each_method_holds_decoded_what_serves_it() -> None:
+    """Once plain decoding holds all decoded it needs no substitutes: their memory helps with it."""
+    plan = plan_tall(1.2, DECODING_BOUND)
+    assert plan.substitute is not None
+    assert len(plan.plain.resident) == NUM_CODED > len(plan.substitute.resident) > 0
+    assert plan.plain.ledger["substitutes"] == plan.plain.ledger["scratch"] == 0
+    assert plan.substitute.ledger["substitutes"] > 0
+    assert plan.residuals == CODED.residuals
+
+
+def test_without_a_decoder_residuals_are_decoded_while_loading_or_not_at_all() -> None:
+    without = make_profile()
+    assert num_decoded(plan_tall(1.5, without)) == NUM_CODED
+    with pytest.raises(SubspecError) as caught:
+        plan_tall(0.9, without)
+    assert caught.value.exit_code == Exit.INFEASIBLE
+    match = re.fullmatch(r"--vram (\d+B), or install a C\+\+ compiler.*", caught.value.hint)
+    assert match is not None
+    smallest = plan_for(parse_size(match[1]), spec=TALL, stored=CODED)
+    assert num_decoded(smallest) == NUM_CODED
+
+
+def test_the_priors_are_marked_as_such() -> None:
+    assert not PRIOR.measured
+    widths = [curve.width for curve in PRIOR.curves]
+    assert widths == sorted(widths)
+    assert plan_for(12_000_000, acceptance=PRIOR).acceptance == PRIOR
+
+
+def test_the_ring_is_dropped_when_nothing_streams() -> None:
+    spec, wishes = make_spec(), Wishes(context=256, method="plain")
+    posed = pose(spec, make_profile(), 30_000_000, wishes, ACCEPTANCE)
+    placement = place(posed, Candidate(raw_storage(spec), 0, 0, 8, 1 << 20, 3))
+    assert (placement.block_bytes, placement.num_slots, placement.ledger["staging"]) == (0, 0, 0)
+    assert len(placement.resident) == len(parts(spec))

@@ -1,0 +1,498 @@
+"""subspec-plan as a person uses it: every option, and every way to get one wrong."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from builders import PROFILE, build_artifact, random_checkpoint
+from run_records import make_run
+from safetensors.torch import load_file, save_file
+
+from subspec.artifacts.format.codec import dump_json
+from subspec.artifacts.format.prebuilt import brought
+from subspec.artifacts.format.store import Artifact, open_artifact, verify
+from subspec.artifacts.runs import append_run, plan_digest, read_runs
+from subspec.planner.cli import main
+from subspec.planner.model.hub import DEMO
+from subspec.planner.rehearse.calibration import shipped_samples
+from subspec.planner.rehearse.learn import LEAST, MOST
+from subspec.runtime.session import kernel_sources
+
+SUBSPEC_PLAN = str(Path(sys.executable).with_name("subspec-plan"))
+
+
+@dataclass(frozen=True)
+class Ended:
+    exit_code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Two that wait for each other take minutes on a busy machine."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder; profile.json lies beside it."""
+    (tmp_path / "profile.json").write_text(dump_json(PROFILE))
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def plan(capsys: pytest.CaptureFixture[str], *words: object, known: bool = True) -> Ended:
+    """The command in this process, `known`: for the machine of profile.json."""
+    given = ["--model", "demo", "--vram", "9MB", *map(str, words)]
+    given += ["--profile", "../profile.json"] if known and "--profile" not in given else []
+    return run(capsys, *given)
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: object) -> Ended:
+    capsys.readouterr()
+    try:
+        main([str(word) for word in words])
+        code = 0
+    except SystemExit as end:
+        code = int(end.code or 0)
+    said = capsys.readouterr()
+    return Ended(code, said.out, said.err)
+
+
+# What it writes
+
+
+def test_the_demo_is_measured_planned_built_and_rehearsed(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended = plan(capsys, "--link-bandwidth", "40MB", known=False)
+    assert (ended.exit_code, ended.out) == (0, "demo-9mb\n"), ended.err
+    assert [path.name for path in here.iterdir()] == ["demo-9mb"]
+    verify(here / "demo-9mb")
+    artifact = open_artifact(here / "demo-9mb")
+    assert artifact.plan.device == artifact.profile.device == "cpu"
+    assert artifact.plan.budget_bytes == 9_000_000
+    predicted = artifact.plan.predicted["plain"]  # for the slower link; the profile is as is
+    assert predicted.stream_seconds == pytest.approx(predicted.streamed_bytes / 40e6)
+    assert all(rate.bytes_per_second > 40e6 for rate in artifact.profile.link)
+    assert "--link-bandwidth" in artifact.plan.reasons[0]
+    acceptance = artifact.plan.acceptance
+    assert acceptance.measured and acceptance.num_trees() > 50
+    assert set(acceptance.kinds) == {sample.kind for sample in shipped_samples()}
+    assert sorted({curve.width for curve in acceptance.curves}) == [1, 3, 8]
+    assert 2 < acceptance.tokens(1, 6) < acceptance.tokens(3, 6) < 7
+    assert acceptance.margin(3, 6) < 0.5
+    learned = artifact.profile.learned
+    assert learned.num_rounds > 50
+    assert all(LEAST < factor < MOST for factor in (learned.draft, learned.verify, learned.plain))
+    budgets = [point.budget_bytes for point in artifact.plan.by_budget]
+    assert budgets == sorted(set(budgets)) and {9_000_000, 9_900_000} <= set(budgets)
+    assert artifact.plan.context in {point.context for point in artifact.plan.by_context}
+    if shutil.which("g++") is not None:
+        sources = kernel_sources(artifact.plan)
+        assert sources and all(brought(artifact, source) is not None for source in sources)
+
+
+def test_another_machines_plan_is_built_without_running_it(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended = plan(capsys, "--out", "there", "--json")
+    assert ended.exit_code == 0, ended.err
+    found = json.loads(ended.out)
+    assert found["schema"] == "subspec.plan/1" and found["artifact"] == "there"
+    artifact = open_artifact(here / "there")
+    assert artifact.profile == PROFILE
+    assert artifact.plan.machine == PROFILE.machine
+    assert not artifact.plan.acceptance.measured
+    assert not (here / "there" / "kernels").exists(), "this machine's would be of no use there"
+    assert "subspec-run there" in ended.err
+
+
+def test_a_dry_run_with_a_profile_imports_no_torch_and_writes_nothing(here: Path) -> None:
+    program = (
+        "import sys; from subspec.planner.cli import main; main(sys.argv[1:]);"
+        "print(sorted({'torch', 'numpy', 'transformers'} & sys.modules.keys()))"
+    )
+    words = ["--model", "demo", "--vram", "9MB", "--profile", "../profile.json", "--dry-run"]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *words, "--json"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    answer, imported = done.stdout.splitlines()
+    assert imported == "[]"
+    assert json.loads(answer)["artifact"] is None
+    assert list(here.iterdir()) == []
+
+
+def test_help_imports_no_torch() -> None:
+    program = (
+        "import sys; from subspec.planner.cli import main\n"
+        "try: main(['--help'])\n"
+        "finally: print(sorted({'torch', 'numpy', 'rich'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.endswith("[]\n"), done.stderr
+    assert "--link-bandwidth SIZE" in done.stdout
+
+
+def dry(capsys: pytest.CaptureFixture[str], *words: object) -> dict[str, object]:
+    ended = plan(capsys, *words, "--dry-run", "--json")
+    assert ended.exit_code == 0, ended.err
+    decisions: dict[str, object] = json.loads(ended.out)["decisions"]
+    return decisions
+
+
+def test_what_the_user_fixes_is_in_the_plan(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tree = dry(capsys, "--width", 2, "--depth", 5)["tree"]
+    assert isinstance(tree, dict) and (tree["width"], tree["depth"]) == (2, 5)
+    assert dry(capsys, "--context", 200)["context"] == 200
+    assert dry(capsys, "--method", "plain")["method"] == "plain"
+    assert dry(capsys, "--method", "substitute")["method"] == "substitute"
+    assert dry(capsys, "--ram", "1GB", "--device", "cpu")["device"] == "cpu"
+
+
+def test_a_slower_link_is_planned_for_and_said(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def seconds(*words: object) -> float:
+        fixed = ("--dry-run", "--json", "--method", "plain", "--encoding", "raw")
+        ended = plan(capsys, *words, *fixed)
+        found = json.loads(ended.out)
+        said = any("40.00 MB/s" in reason for reason in found["decisions"]["reasons"])
+        assert said == ("--link-bandwidth" in words)
+        return float(found["predicted"]["stream_seconds"])
+
+    streamed = seconds()
+    assert seconds("--link-bandwidth", "40MB") == pytest.approx(streamed * 1e9 / 40e6)
+
+
+def test_the_quantizer_may_be_the_reference_package(
+    tmp_path: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("hqq.core.quantize")
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=2048, eos_token_id=2,
+    )  # fmt: skip
+    model = random_checkpoint(tmp_path / "model", config)
+    for quantizer in ("hqq", "blocked"):
+        words = ("--model", model, "--out", quantizer, "--quantizer", quantizer)
+        assert plan(capsys, *words).exit_code == 0
+    theirs, ours = (load_file(here / q / "substitutes.safetensors") for q in ("hqq", "blocked"))
+    for name, own in ours.items():
+        if name.endswith("codes"):
+            assert (theirs[name] == own).float().mean() > 0.9
+        else:
+            scale, center = own.float().unbind(-1)
+            their_scale, their_center = theirs[name].float().unbind(-1)
+            assert torch.equal(scale, their_scale)
+            assert ((center - their_center).abs() < 0.1 * scale).float().mean() > 0.9
+
+
+def test_the_encoding_that_was_asked_for_is_in_the_plan(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert dry(capsys, "--encoding", "raw")["residual_parts"] == 0
+    assert dry(capsys, "--encoding", "residual")["residual_parts"] == 42
+
+
+def test_residuals_where_nothing_decodes_them_are_refused_with_the_way_out(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here.parent / "profile.json").write_text(dump_json(replace(PROFILE, decode_rate=0.0)))
+    ended = plan(capsys, "--encoding", "residual")
+    assert ended.exit_code == 8
+    assert "no fast decoder" in ended.err and "hint: install a C++ compiler" in ended.err
+    assert dry(capsys)["residual_parts"] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["--vram", "9MB"], "demo-9mb"),
+        (["--vram", "1GiB"], "demo-1gib"),
+        (["--vram", "24GB"], "demo-24gb"),
+        (["--vram", "9000001B"], "demo-9000001b"),
+        (["--model", "../My Model/"], "my-model-9mb"),
+        (["--model", "."], "here-9mb"),
+    ],
+)
+def test_the_folder_is_named_after_model_and_size(
+    words: list[str], name: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if "." in words:
+        shutil.copytree(DEMO, here, dirs_exist_ok=True)
+    shutil.copytree(DEMO, here.parent / "My Model")
+    (here / name).mkdir()
+    (here / name / "mine").touch()
+    ended = plan(capsys, *words)
+    assert (ended.exit_code, ended.err.splitlines()[0]) == (2, f"error: {name} exists already")
+
+
+def test_an_artifact_is_replaced_only_if_asked(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan(capsys, "--method", "plain").exit_code == 0
+    before = open_artifact(here / "demo-9mb").plan
+    refused = plan(capsys)
+    assert refused.exit_code == 2 and "--overwrite" in refused.err
+    assert open_artifact(here / "demo-9mb").plan == before
+    assert plan(capsys, "--overwrite").exit_code == 0
+    assert open_artifact(here / "demo-9mb").plan != before
+    assert [path.name for path in here.iterdir()] == ["demo-9mb"]
+
+
+# What goes wrong
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--vram", "9mb"], 2, "'9mb' is not a size"),
+        (["--vram", "0B"], 2, "expected 1 byte to 1 PiB"),
+        (["--context", "5000"], 2, "more than the model's 4096 positions"),
+        (["--context", "3"], 2, "'--context': 3 is not in the range"),
+        (["--width", "0"], 2, "'--width': 0 is not in the range"),
+        (["--width", "64", "--depth", "128"], 3, "does not exist on this machine"),
+        (["--method", "magic"], 2, "'magic' is not one of"),
+        (["--quantizer", "magic"], 2, "'magic' is not one of"),
+        (["--link-bandwidth", "fast"], 2, "'fast' is not a size"),
+        (["--revision", "main"], 2, "--revision main is for the hub"),
+        (["--model", "./nowhere"], 2, "'./nowhere' does not exist"),
+        (["--model", "nobody"], 2, "neither a folder nor a known model family"),
+        (["--calibration", "nowhere.jsonl"], 2, "nowhere.jsonl is missing"),
+        (["--calibration", str(DEMO / "config.json")], 2, "config.json line 1 is not valid JSON"),
+        (["--calibrate", "there"], 2, "2 of --model REF, --from ARTIFACT and --calibrate ARTIFACT"),
+        (["--reprofile"], 2, "--reprofile was given without --from"),
+        (["--print-plan"], 2, "--print-plan was given without --from"),
+        (["--profile", "nowhere.json"], 2, "--profile nowhere.json is not a file"),
+        (["--profile", str(DEMO / "config.json")], 4, "config.json has an unknown key"),
+        (["--profile", str(DEMO / "model.safetensors")], 4, "is not valid JSON"),
+        (["--device", "cuda"], 2, "measured on cpu, --device says cuda"),
+        (["--out", "a/" + "x" * 300], 2, "File name too long"),
+        (["--out", "/dev/null/x"], 2, "cannot write in /dev/null"),
+        (["--out", "../profile.json"], 2, "exists already"),
+        (["--out", "../profile.json", "--overwrite"], 2, "is not an artifact"),
+        (["--out", "..", "--overwrite"], 2, "is not an artifact"),
+        (["prompt"], 2, "unexpected extra argument"),
+    ],
+)
+def test_a_wrong_argument_is_one_sentence_and_a_code_and_leaves_nothing(
+    words: list[str], code: int, message: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended = plan(capsys, *words)
+    assert ended.exit_code == code, ended.err
+    said = [line for line in ended.err.splitlines() if line]
+    assert said[0].startswith("error: ") and message in said[0]
+    assert all(line.startswith("hint: ") for line in said[1:])
+    assert ended.out == "" and list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--device", "gpu"], 2, "--device 'gpu' is not known"),
+        (["--device", "cpu:0"], 2, "--device 'cpu:0' is not known"),
+        (["--device", "cuda:x"], 2, "--device 'cuda:x' is not known"),
+        (["--context", "5000"], 2, "more than the model's 4096 positions"),
+        (["--out", "/proc/x"], 2, "cannot write a test file"),
+    ],
+)
+def test_a_wrong_argument_is_noticed_before_anything_is_timed(
+    words: list[str], code: int, message: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended = plan(capsys, *words, known=False)
+    assert (ended.exit_code, message in ended.err) == (code, True), ended.err
+    assert "layers" not in ended.err and list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model", "demo"], "--vram SIZE is missing"),
+        (["--vram", "9MB"], "none of --model REF, --from ARTIFACT and --calibrate ARTIFACT given"),
+        (["--calibrate", "there", "--reprofile"], "--reprofile was given without --from"),
+        (["--calibrate", "there", "--profile", "x.json"], "--calibrate takes what runs taught"),
+        (["--calibrate", "there", "--calibration", "x"], "--calibrate takes what runs taught"),
+        (["--calibrate", "there", "--encoding", "raw"], "the weights of an artifact stay"),
+        (["--calibrate", "there"], "there is not a folder"),
+    ],
+)
+def test_what_does_not_go_together_is_said(
+    words: list[str], message: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended = run(capsys, *words)
+    assert ended.exit_code == 2 and message in ended.err, ended.err
+    assert ended.out == "" and list(here.iterdir()) == []
+
+
+# An artifact planned anew
+
+
+@pytest.fixture
+def there(here: Path) -> Artifact:
+    """Of the demo, under a plan made by hand."""
+    return build_artifact(DEMO, here / "there", width=2, depth=3)
+
+
+def test_recorded_runs_are_folded_into_the_plan(
+    there: Artifact, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = {"plan": plan_digest(there.plan), "machine": there.plan.machine}
+    for changes in (own, own, {**own, "machine": "another"}, {**own, "plan": "0" * 64}):
+        append_run(there.path, make_run(**changes))
+    ended = run(capsys, "--calibrate", "there", "--vram", "9MB", "--json")
+    assert ended.exit_code == 0, ended.err
+    after = open_artifact(there.path)
+    verify(there.path)
+    [curve] = after.plan.acceptance.curves  # the plan made by hand had none that was measured
+    assert (curve.width, curve.kind) == (2, "runs")
+    assert (curve.tried, curve.accepted) == ((8, 6, 4), (6, 4, 4))
+    learned = after.profile.learned
+    assert learned.num_rounds == 8 and learned.draft != 1 and learned.verify != 1
+    assert (learned.plain, learned.prompt) != (1, 1)
+    assert replace(after.profile, learned=there.profile.learned) == there.profile
+    assert len(read_runs(there.path)) == 4
+    assert json.loads(ended.out)["acceptance"]["measured"] is True
+
+
+def test_an_artifact_without_runs_of_its_plan_says_how_to_get_some(
+    there: Artifact, capsys: pytest.CaptureFixture[str]
+) -> None:
+    append_run(there.path, make_run())
+    before = (there.path / "plan.json").read_bytes()
+    ended = run(capsys, "--calibrate", "there")
+    assert ended.exit_code == 2
+    assert "no record of a run of its plan on this machine (1 of others)" in ended.err
+    assert 'hint: run it first: subspec-run there "your prompt"' in ended.err
+    assert (there.path / "plan.json").read_bytes() == before
+
+
+def test_calibrating_asks_again_for_what_was_asked_for(
+    there: Artifact, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended = run(capsys, "--from", "there", "--vram", "9MB", "--context", 200, "--depth", 2)
+    assert ended.exit_code == 0, ended.err
+    planned = open_artifact(there.path).plan
+    own = {"plan": plan_digest(planned), "machine": planned.machine}
+    append_run(there.path, make_run(**own))
+    assert run(capsys, "--calibrate", "there").exit_code == 0
+    after = open_artifact(there.path).plan
+    assert after.acceptance.kinds == ("runs",)
+    assert (after.budget_bytes, after.context, after.tree.depth) == (9_000_000, 200, 2)
+    assert after.wishes == planned.wishes
+
+
+def test_without_a_size_an_artifact_keeps_its_own(
+    there: Artifact, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(capsys, "--from", "there", "--vram", "9200kB").exit_code == 2
+    assert run(capsys, "--from", "there", "--vram", "9200KB").exit_code == 0
+    ended = run(capsys, "--from", "there", "--print-plan")
+    assert ended.exit_code == 0, ended.err
+    assert json.loads(ended.out)["budget_bytes"] == 9_200_000
+
+
+def test_acceptance_is_measured_on_prompts_of_ones_own(
+    there: Artifact, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = ['{"kind": "sql", "text": "SELECT name FROM"}', '{"chat": "Write a poem"}']
+    (here / "mine.jsonl").write_text("\n".join(lines))
+    words = ("--from", "there", "--vram", "9MB", "--calibration", "mine.jsonl", "--out", "mine")
+    ended = run(capsys, *words)
+    assert (ended.exit_code, ended.out) == (0, "mine\n"), ended.err
+    plan = open_artifact(here / "mine").plan
+    assert plan.acceptance.measured
+    assert set(plan.acceptance.kinds) == {"sql", "own"}
+    assert not open_artifact(there.path).plan.acceptance.measured
+
+
+def test_a_gpu_that_is_not_there_is_said(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    ended = plan(capsys, "--device", "cuda:1", known=False)
+    assert ended.exit_code == 5 and "torch finds no CUDA GPU" in ended.err
+
+
+def test_a_cap_below_the_floor_names_the_smallest_that_works(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended = plan(capsys, "--vram", "1MB", "--json")
+    assert ended.exit_code == 3
+    error = json.loads(ended.out)["error"]
+    assert error["code"] == "infeasible" and error["exit"] == 3
+    found = re.fullmatch(r"--vram (\d+B)", error["hint"])
+    assert found is not None
+    assert list(here.iterdir()) == []
+    again = plan(capsys, "--vram", found[1], "--out", "floor")
+    assert again.exit_code == 0, again.err
+    smaller = f"{int(found[1][:-1]) * 99 // 100}B"
+    assert plan(capsys, "--vram", smaller, "--dry-run").exit_code == 3
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return shutil.copytree(DEMO, tmp_path / "model")
+
+
+def test_a_weight_that_is_not_a_number_is_named(
+    model: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.3.mlp.up_proj.weight"][5, 5] = float("nan")
+    save_file(tensors, model / "model.safetensors")
+    ended = plan(capsys, "--model", model)
+    assert ended.exit_code == 4
+    assert "error: model.layers.3.mlp.up_proj.weight: 1 of" in ended.err
+    assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("config.json", {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, "GPT2LM"),
+        ("config.json", {"hidden_act": "gelu"}, "hidden_act"),
+        ("tokenizer.json", None, "has no tokenizer.json"),
+    ],
+)
+def test_a_model_that_is_not_ours_to_run_is_refused(
+    file: str, change: dict[str, object] | None, message: str, model: Path, here: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    if change is None:
+        (model / file).unlink()
+    else:
+        values = json.loads((model / file).read_text())
+        (model / file).write_text(json.dumps({**values, **change}))
+    ended = plan(capsys, "--model", model)
+    assert ended.exit_code == 8 and message in ended.err, ended.err
+    assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_build_leaves_nothing(number: int, code: int, here: Path) -> None:
+    words = ["--model", "demo", "--vram", "9MB", "--width", "1", "--depth", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # a busy machine would take its time
+    with subprocess.Popen(
+        [SUBSPEC_PLAN, *words], stderr=subprocess.PIPE, text=True, env=environment
+    ) as child:
+        assert child.stderr is not None
+        for line in child.stderr:
+            if line == "rehearsing the plan\n":
+                child.send_signal(number)
+        assert child.wait() == code
+    assert list(here.iterdir()) == []

@@ -1,0 +1,268 @@
+"""One answer: its text, its figures, its JSON, and what Ctrl-C does to it."""
+
+import io
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from run_records import PLAN
+from running import QUESTION, demo_artifact, run
+
+from subspec.artifacts.format.store import open_artifact
+from subspec.artifacts.plan import Tree
+from subspec.artifacts.runs import RUNS, plan_digest, read_runs
+from subspec.runtime.app.answer import generate, run_of
+from subspec.runtime.cli import Options
+from subspec.runtime.session import Session, Stats
+from subspec.runtime.text.tokenizer import load_text
+
+STATS = {
+    "prompt_tokens", "reused_tokens", "generated_tokens", "decode_tokens_per_second",
+    "time_to_first_token_seconds", "rounds", "mean_accepted_per_round", "accepted_histogram",
+    "draft_seconds", "verify_seconds", "stream_wait_seconds", "streamed_bytes", "fast_peak_bytes",
+    "fast_cap_bytes", "process_peak_bytes", "predicted_tokens_per_second",
+}  # fmt: skip
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return demo_artifact(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(autouse=True)
+def same_signal_handlers() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_the_answer_is_on_stdout_and_its_figures_on_stderr(artifact: Path, capsys: Capture) -> None:
+    ended = run(capsys, artifact, QUESTION, "--max-tokens", 6)
+    assert ended.exit_code == 0
+    assert ended.out.startswith("def ") and ended.out.endswith("\n")
+    [line] = ended.err.splitlines()
+    assert line.startswith("prompt 24 tokens, first token after ")
+    for part in ("6 tokens at ", "(predicted 50.0)", "accepted ", "streamed ", "peak "):
+        assert part in line
+    assert line.endswith("cut off at --max-tokens 6")
+
+
+def test_json_is_one_object_with_the_documented_keys(artifact: Path, capsys: Capture) -> None:
+    ended = run(capsys, artifact, QUESTION, "--max-tokens", 6, "--json")
+    found = json.loads(ended.out)
+    assert ended.out.count("\n") == 1 and ended.out.isascii()
+    assert set(found) == {
+        "schema", "text", "token_ids", "prompt_token_ids", "finish_reason", "method", "stats",
+    }  # fmt: skip
+    assert set(found["stats"]) == STATS
+    assert found["schema"] == "subspec.run/1" and found["method"] == "substitute"
+    assert found["finish_reason"] == "length" and len(found["token_ids"]) == 6
+    text = load_text(artifact / "tokenizer")
+    assert found["text"] == text.tokenizer.decode(found["token_ids"])
+    assert found["prompt_token_ids"] == text.chat_ids([{"role": "user", "content": QUESTION}])
+    stats = found["stats"]
+    assert stats["generated_tokens"] == 6 and stats["prompt_tokens"] == 24
+    assert sum(stats["accepted_histogram"]) == stats["rounds"] > 0
+    assert 0 < stats["fast_peak_bytes"] <= stats["fast_cap_bytes"] < stats["process_peak_bytes"]
+
+
+def test_plain_decoding_gives_the_same_tokens_and_says_so(artifact: Path, capsys: Capture) -> None:
+    drafted, plain, fast = (
+        json.loads(run(capsys, artifact, QUESTION, "--max-tokens", 6, "--json", *flags).out)
+        for flags in ((), ("--no-speculation",), ("--no-speculation", "--unpadded"))
+    )
+    assert plain["token_ids"] == drafted["token_ids"] and plain["method"] == "plain"
+    assert plain["stats"]["predicted_tokens_per_second"] is None
+    assert fast["stats"]["predicted_tokens_per_second"] == 50.0
+    line = run(capsys, artifact, QUESTION, "--max-tokens", 2, "--no-speculation").err
+    assert "accepted" not in line and "2 tokens at " in line
+
+
+def test_an_answer_of_one_token_claims_no_speed(artifact: Path, capsys: Capture) -> None:
+    assert " · 1 token · peak " in run(capsys, artifact, QUESTION, "--max-tokens", 1).err
+
+
+def test_an_answer_ends_at_its_end_token_or_before_a_stop_string(
+    artifact: Path, capsys: Capture
+) -> None:
+    whole = json.loads(run(capsys, artifact, QUESTION, "--json").out)
+    assert whole["finish_reason"] == "eos"
+    ended = run(capsys, artifact, QUESTION, "--json", "--stop", "nothing", "--stop", "self")
+    cut = json.loads(ended.out)
+    assert cut["finish_reason"] == "stop"
+    assert cut["text"] == whole["text"].partition("self")[0]
+    assert cut["token_ids"] == whole["token_ids"][: len(cut["token_ids"])]
+    assert "cut off" not in ended.err
+
+
+# Run records
+
+
+@pytest.fixture
+def unrecorded(artifact: Path) -> Path:
+    """The artifact, its records forgotten."""
+    (artifact / RUNS).unlink(missing_ok=True)
+    return artifact
+
+
+def test_an_answer_is_recorded_with_its_figures(unrecorded: Path, capsys: Capture) -> None:
+    words = ("--max-tokens", 20, "--json", "--link-bandwidth", "900MB", "--temperature", 0.5)
+    stats = json.loads(run(capsys, unrecorded, QUESTION, *words).out)["stats"]
+    [found] = read_runs(unrecorded)
+    plan = open_artifact(unrecorded).plan
+    assert found.plan == plan_digest(plan) and found.machine.startswith("cpu: ")
+    assert (found.method, found.padded, found.greedy) == ("substitute", True, False)
+    assert found.link_bandwidth == 900_000_000 and found.first_of_session
+    assert found.rounds == stats["rounds"] and len(found.tried) == plan.tree.depth
+    assert 0 < found.drafted_levels <= found.rounds * plan.tree.depth
+    for name in ("prompt_tokens", "reused_tokens", "generated_tokens", "draft_seconds",
+                 "verify_seconds", "stream_wait_seconds", "streamed_bytes", "fast_peak_bytes",
+                 "predicted_tokens_per_second"):  # fmt: skip
+        assert getattr(found, name) == stats[name]
+    assert found.first_token_seconds == stats["time_to_first_token_seconds"]
+    assert found.tokens_per_second == pytest.approx(stats["decode_tokens_per_second"])
+    said = plan.predicted["substitute"]
+    assert found.predicted_first_token_seconds == said.time_to_first_token_seconds
+    assert found.predicted_peak_bytes == said.fast_peak_bytes
+    texts = {name for name, value in asdict(found).items() if isinstance(value, str)}
+    assert texts == {"time", "plan", "machine", "method"}  # none of the prompt, none of the answer
+
+
+def test_plain_decoding_is_recorded_without_levels(unrecorded: Path, capsys: Capture) -> None:
+    for flags in (("--no-speculation",), ("--no-speculation", "--unpadded")):
+        run(capsys, unrecorded, QUESTION, "--max-tokens", 4, *flags)
+    twin, plain = read_runs(unrecorded)
+    assert (twin.padded, plain.padded) == (True, False)
+    for found in (twin, plain):
+        assert (found.method, found.tried, found.accepted) == ("plain", (), (3,))
+    assert (twin.predicted_tokens_per_second, plain.predicted_tokens_per_second) == (None, 50.0)
+
+
+def test_no_record_and_an_answer_of_one_token_leave_none(unrecorded: Path, capsys: Capture) -> None:
+    run(capsys, unrecorded, QUESTION, "--max-tokens", 4, "--no-record")
+    run(capsys, unrecorded, QUESTION, "--max-tokens", 1)
+    assert read_runs(unrecorded) == () and not (unrecorded / RUNS).exists()
+
+
+def test_each_turn_of_a_chat_is_recorded_but_not_one_that_does_not_fit(
+    unrecorded: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns = f"{QUESTION}\n{'word ' * 300}\nand for floats\n".encode()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(turns), encoding="utf-8"))
+    assert run(capsys, unrecorded, "--chat", "--max-tokens", 6).exit_code == 0
+    first, second = read_runs(unrecorded)
+    assert first.first_of_session and not second.first_of_session
+    assert first.reused_tokens == 0 < second.reused_tokens
+
+
+def test_an_answer_is_recorded_up_to_where_it_was_interrupted(unrecorded: Path) -> None:
+    artifact, text = open_artifact(unrecorded), load_text(unrecorded / "tokenizer")
+    options = Options(unrecorded, stop=("never",))
+    with Session(artifact) as session:
+        decode, rounds = session.generate, 0
+
+        def pressed(*given: Any) -> Iterator[list[int]]:
+            nonlocal rounds
+            for emitted in decode(*given):
+                yield emitted
+                rounds += 1
+                if rounds == 3:
+                    signal.raise_signal(signal.SIGINT)
+                    signal.raise_signal(signal.SIGINT)
+
+        session.generate = pressed  # type: ignore[method-assign]
+        with pytest.raises(KeyboardInterrupt):
+            generate(session, text, options, [5] * 20, echo=False)
+    [found] = read_runs(unrecorded)
+    assert found.rounds == 2 and found.generated_tokens > 2
+
+
+def test_levels_count_as_far_as_the_text_goes() -> None:
+    """Three rounds of a tree of 4 levels: all accepted; one of four; the end of the text at the
+    second level, behind which two more were accepted."""
+    stats = Stats("substitute", accepted=[4, 1, 4], judged=[4, 4, 2])
+    found = run_of(recorded_session(stats), Options(Path()))
+    assert found.tried == (3, 3, 1, 1)
+    assert found.accepted == (0, 1, 1, 0, 1)
+    assert found.accepted_by_level == (3, 2, 1, 1)
+
+
+def recorded_session(stats: Stats) -> Any:
+    """What a record is made of, beside the figures of the answer."""
+    return SimpleNamespace(
+        stats=stats,
+        plan=replace(PLAN, tree=Tree(2, 4)),
+        method=stats.method,
+        padded=True,
+        device=torch.device("cpu"),
+        peak=SimpleNamespace(peak_bytes=1),
+        predicted_tokens_per_second=None,
+    )
+
+
+# Text and signals
+
+
+def fake_session(ids: list[int], after: Any = lambda: None) -> Any:
+    """A session that says `ids` one by one; `after` runs before each but the first."""
+
+    def say_ids(*_: object) -> Iterator[list[int]]:
+        for index, token in enumerate(ids):
+            if index:
+                after()
+            yield [token]
+
+    spec = SimpleNamespace(eos_token_ids=(2,))
+    return SimpleNamespace(
+        artifact=SimpleNamespace(spec=spec),
+        generate=say_ids,
+        stats=Stats("plain"),
+        plan=SimpleNamespace(context=256, budget_bytes=1),
+        peak=SimpleNamespace(peak_bytes=1),
+        method="plain",
+        predicted_tokens_per_second=None,
+    )
+
+
+def test_escape_sequences_reach_json_but_no_terminal(artifact: Path, capsys: Capture) -> None:
+    text = load_text(artifact / "tokenizer")
+    written = "a\x1b]52;c;ZXZpbA==\x07b\x9bc\n"
+    session = fake_session(text.tokenizer.encode(written).ids)
+    found = generate(session, text, Options(artifact), [1], echo=True)
+    assert capsys.readouterr().out == "a]52;c;ZXZpbA==bc\n"
+    assert found.text == written
+    assert json.dumps(found.as_json(session)).isprintable()
+
+
+def test_the_first_ctrl_c_ends_the_answer_between_rounds_the_second_at_once(
+    artifact: Path, capsys: Capture
+) -> None:
+    text = load_text(artifact / "tokenizer")
+    ids = text.tokenizer.encode("one two three four").ids
+    once = fake_session(ids, lambda: signal.raise_signal(signal.SIGINT))
+    found = generate(once, text, Options(artifact), [1], echo=False)
+    assert found.finish_reason == "interrupted" and found.token_ids == ids[:2]
+
+    def twice() -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(fake_session(ids, twice), text, Options(artifact), [1], echo=False)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_is_left_alone_where_it_is_ignored(artifact: Path) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    text = load_text(artifact / "tokenizer")
+    session = fake_session([65, 66], lambda: signal.raise_signal(signal.SIGINT))
+    found = generate(session, text, Options(artifact, max_tokens=2), [1], echo=False)
+    assert found.finish_reason == "length"

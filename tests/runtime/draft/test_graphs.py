@@ -1,0 +1,238 @@
+"""Captured levels against the plain twin. On a CPU a capture is the action itself: what is tested
+is that replaying it, on tensors that stay where they are, grows the same trees."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from builders import build_artifact, replan
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from subspec.artifacts.format.store import Artifact
+from subspec.artifacts.plan import Tree
+from subspec.planner.model.hub import DEMO
+from subspec.runtime.decode import tree_rows
+from subspec.runtime.draft import beam
+from subspec.runtime.draft.beam import DraftPass, TokenTree
+from subspec.runtime.draft.graphs import DraftGraphs, grow, make_graphs, rounded_up
+from subspec.runtime.model.cache import Behind, Cache
+from subspec.runtime.model.sampling import Sampling
+from subspec.runtime.session import Session
+from subspec.runtime.verify import accept
+
+CPU = torch.device("cpu")
+V, W = 11, 24
+
+
+def graphs_of(tree: Tree, verify_width: int = W) -> DraftGraphs:
+    return make_graphs(tree, verify_width, CPU, capture=lambda action: action)
+
+
+def cache_of(length: int, slots: int = 2048) -> Cache:
+    return Cache(torch.zeros(1, 2, 1, slots, 1), [0] * length)
+
+
+def lengths_count(behind: Behind) -> DraftPass:
+    """Logits of the node's token and depth, and of how many tokens are committed."""
+    table = torch.randn(V, V, generator=torch.Generator().manual_seed(6)) * 3
+
+    def run(tree: TokenTree, nodes: Tensor) -> Tensor:
+        shift = behind.length + tree.depths[nodes]
+        return table[(tree.tokens[nodes] + shift) % V]
+
+    return run
+
+
+def same(got: TokenTree, expected: TokenTree) -> bool:
+    nodes = slice(got.num_nodes)
+    pairs = [
+        (got.tokens, expected.tokens),
+        (got.parents, expected.parents),
+        (got.depths, expected.depths),
+        (got.ancestors, expected.ancestors),
+    ]
+    assert got.num_nodes == expected.num_nodes
+    return all(torch.equal(one[nodes], other[nodes]) for one, other in pairs)
+
+
+@pytest.mark.parametrize("width", [1, 4])
+def test_replayed_levels_are_those_of_the_plain_twin(width: int) -> None:
+    tree = Tree(width, 5, temperature=0.5)
+    graphs = graphs_of(tree)
+    for turn, (length, depth) in enumerate([(3, 5), (9, 5), (14, 2), (15, 0), (20, 4), (500, 5)]):
+        cache, root = cache_of(length), torch.tensor([turn])
+        expected = beam.grow(root, replace(tree, depth=depth), W, lengths_count(cache.behind(W)))
+        assert same(grow(graphs, root, depth, cache, lengths_count), expected)
+    assert list(graphs.replays) == [64, 640] and graphs.problem is None
+
+
+@pytest.mark.parametrize("width", [1, 4])
+@pytest.mark.parametrize("stop_below", [0.4, 0.6, 0.8])
+def test_a_draft_that_ends_early_ends_where_the_plain_twin_does(
+    width: int, stop_below: float
+) -> None:
+    tree, shapes = Tree(width, 5, 1.0 if width == 1 else 2.0, stop_below), set[int]()
+    graphs = graphs_of(tree)
+    for turn in range(60):
+        length, depth = 3 + 5 * turn, turn % 7 and 5
+        cache, root = cache_of(length), torch.tensor([turn % V])
+        expected = beam.grow(root, replace(tree, depth=depth), W, lengths_count(cache.behind(W)))
+        assert same(grow(graphs, root, depth, cache, lengths_count), expected)
+        shapes.add((expected.num_nodes - 1) // width)
+    assert len(graphs.replays) < 10 and graphs.problem is None
+    assert len(shapes - {0, 5}) > 1, "trees of one depth prove little"
+
+
+def test_a_replayed_draft_runs_no_level_that_it_does_not_keep() -> None:
+    ran = list[int]()
+
+    def passes(behind: Behind) -> DraftPass:
+        real = lengths_count(behind)
+
+        def run(tree: TokenTree, nodes: Tensor) -> Tensor:
+            ran.append(int(tree.depths[nodes[0]]))
+            return real(tree, nodes)
+
+        return run
+
+    graphs = graphs_of(Tree(2, 5, 0.5, 0.5))
+    for turn in range(40):
+        ran.clear()
+        grown = grow(graphs, torch.tensor([turn % V]), 5, cache_of(3 + turn % 20), passes)
+        if turn:  # the first round captures
+            assert ran == [*range((grown.num_nodes - 1) // 2)]
+
+
+def test_the_first_round_of_a_length_is_not_replayed() -> None:
+    """It builds the kernels that a capture would otherwise have to build."""
+    captured: list[object] = []
+
+    def capture(action):  # type: ignore[no-untyped-def]
+        captured.append(action)
+        return action
+
+    graphs = make_graphs(Tree(2, 3), W, CPU, capture)
+    grow(graphs, torch.tensor([1]), 3, cache_of(5), lengths_count)
+    assert len(captured) == 2 and list(graphs.replays) == [64]
+    grow(graphs, torch.tensor([1]), 3, cache_of(6), lengths_count)
+    assert len(captured) == 2
+
+
+def test_only_what_has_run_is_captured() -> None:
+    """A first level has one row, the others have more: other kernels."""
+    captured: list[object] = []
+
+    def capture(action):  # type: ignore[no-untyped-def]
+        captured.append(action)
+        return action
+
+    graphs = make_graphs(Tree(2, 3), W, CPU, capture)
+    for depth, expected in ((0, 0), (1, 0), (2, 2)):
+        grow(graphs, torch.tensor([1]), depth, cache_of(5), lengths_count)
+        assert len(captured) == expected
+    flat = make_graphs(Tree(2, 1), W, CPU, capture)
+    for _ in range(2):  # the second time it is replayed
+        grown = grow(flat, torch.tensor([1]), 1, cache_of(5), lengths_count)
+        assert grown.num_nodes == 3 and len(captured) == 3
+
+
+def test_where_a_capture_fails_levels_go_on_kernel_by_kernel() -> None:
+    tries: list[object] = []
+
+    def capture(action):  # type: ignore[no-untyped-def]
+        tries.append(action)
+        raise RuntimeError("CUDA error: operation not permitted\nCompile with X")
+
+    graphs = make_graphs(Tree(2, 3), W, CPU, capture)
+    for length in (5, 6, 700):
+        cache, root = cache_of(length), torch.tensor([length % V])
+        expected = beam.grow(root, Tree(2, 3), W, lengths_count(cache.behind(W)))
+        assert same(grow(graphs, root, 3, cache, lengths_count), expected)
+    assert len(tries) == 1
+    assert graphs.problem == "CUDA graphs cannot be captured: CUDA error: operation not permitted"
+
+
+def test_live_slots_are_rounded_up_to_few_numbers_and_by_a_quarter_at_most() -> None:
+    every = {live: rounded_up(live) for live in range(64, 32769, 64)}
+    assert all(live <= up <= max(1.25 * live, live + 63) for live, up in every.items())
+    assert len(set(every.values())) <= 32
+    assert [rounded_up(live) for live in (64, 65, 512, 576, 1088)] == [64, 128, 512, 640, 1280]
+
+
+class Operations(TorchDispatchMode):
+    """Names of what runs while it is active."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: set[str] = set()
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+# A number read back, a number brought to the device, numbers of a list: a capture fails at each,
+# and outside of one each waits for the GPU.
+WAIT = {"_local_scalar_dense.default", "where.ScalarOther", "where.ScalarSelf", "where.Scalar",
+        "lift_fresh.default", "nonzero.default", "masked_select.default"}  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_a_level_its_rows_and_acceptance_wait_for_nothing(width: int) -> None:
+    cache, root = cache_of(70), torch.tensor([3])
+    rows = []
+
+    def passes(behind: Behind) -> DraftPass:
+        def run(tree: TokenTree, nodes: Tensor) -> Tensor:
+            rows.append(tree_rows(tree, nodes, behind))
+            return logits[nodes]
+
+        return run
+
+    logits = torch.randn(W, V, generator=torch.Generator().manual_seed(1))
+    graphs, choices = graphs_of(Tree(width, 4)), logits.argmax(-1)
+    grow(graphs, root, 4, cache, passes)
+    first, following = graphs.replays[128]
+    with Operations() as seen:
+        first()
+        following()
+        verdict = accept(replace(graphs.grown, num_nodes=1 + 2 * width), choices, 4)
+    assert seen.names & {"topk.default", "index_put_.default", "masked_fill_.Scalar"}
+    assert not seen.names & WAIT, "see the comment above"
+    assert len(verdict.emitted()) >= 1 and len(rows) > 4
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return build_artifact(DEMO, tmp_path_factory.mktemp("graphs") / "artifact", context=512)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 0.0), (4, 5, 0.0), (3, 8, 0.9)], ids=str)
+def test_an_answer_is_the_same_with_and_without_graphs(
+    shape: tuple[int, int, float], artifact: Artifact
+) -> None:
+    width, depth, stop_below = shape
+    chosen = replan(artifact, width=width, depth=depth, context=512, stop_below=stop_below)
+    said, accepted = [], []
+    for captured in (False, True):
+        with Session(chosen) as session:
+            plan = session.plan
+            graphs = graphs_of(plan.tree, plan.verify_width) if captured else None
+            session.model = replace(session.model, draft_graphs=graphs)
+            rounds = session.generate([*range(40, 60)], 150, Sampling())
+            said.append([token for some in rounds for token in some])
+            accepted.append((session.stats.accepted, session.stats.drafted_levels))
+            if graphs is not None:
+                assert len(graphs.replays) > 1, "the answer outgrew the first live slots"
+    assert said[0] == said[1] and accepted[0] == accepted[1]
+
+
+def test_graphs_are_for_gpus(artifact: Artifact) -> None:
+    with Session(artifact) as session:
+        assert session.model.draft_graphs is None and session.missing_graphs is None

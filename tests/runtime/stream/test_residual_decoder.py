@@ -1,0 +1,222 @@
+"""Exact weights as residuals over the substitutes in memory: the same bits, or an error."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from builders import PROFILE, build_artifact, demo_checkpoint, replan
+from safetensors.torch import load_file
+
+from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.format.store import Artifact, open_artifact, verify
+from subspec.artifacts.format.tensors import read_header
+from subspec.artifacts.model import StoredPart, linears
+from subspec.artifacts.native import residual_cpu
+from subspec.artifacts.plan import Placement, Wishes
+from subspec.planner.model.hub import DEMO
+from subspec.planner.solve.search import PRIOR, search
+from subspec.planner.solve.storage import Storage
+from subspec.runtime.model.sampling import Sampling
+from subspec.runtime.session import Session
+
+PROMPT = [5 + n % 90 for n in range(30)]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", params=[torch.bfloat16, torch.float16, torch.float32], ids=str)
+def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    folder = tmp_path_factory.mktemp("split")
+    source = demo_checkpoint(folder / "model", request.param)
+    return build_artifact(source, folder / "artifact", "residual", resident_share=0.3)
+
+
+@pytest.fixture(scope="module")
+def bf16(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    out = tmp_path_factory.mktemp("bf16") / "artifact"
+    return build_artifact(DEMO, out, "residual", resident_share=0.3)
+
+
+def products(session: Session) -> dict[str, torch.Tensor]:
+    """Every exact matrix of a pass, read through its product."""
+    found = {}
+    spec = session.artifact.spec
+    dtype = getattr(torch, spec.dtype)
+    for layer, product in enumerate(session.model.exact):
+        for linear in (n for n in linears(spec) if n.layer == layer):
+            x = torch.eye(linear.in_features, dtype=dtype)
+            found[linear.name] = product(linear.kind, x).t()
+    return found
+
+
+def test_every_product_is_that_of_the_checkpoints_weight(artifact: Artifact) -> None:
+    original = load_file(DEMO / "model.safetensors")
+    dtype = getattr(torch, artifact.spec.dtype)
+    encodings = {part.encoding for part in artifact.stored_parts()}
+    assert encodings == {"residual"}
+    assert artifact.plan.plain.split and artifact.plan.plain.num_slots
+    with Session(artifact, method="plain") as session, torch.inference_mode():
+        for _ in range(2):  # the first pass is checked against the digests, the second is not
+            for name, got in products(session).items():
+                if name == "lm_head":
+                    continue
+                bias = original.get(f"{name}.bias")
+                expected = original[f"{name}.weight"].to(dtype)
+                if bias is not None:
+                    expected = expected + bias.to(dtype)[:, None]
+                assert torch.equal(got, expected), name
+
+
+def test_a_residual_is_smaller_than_the_weights(artifact: Artifact) -> None:
+    """Everything counted; small matrices pay for pages and guards."""
+    most = {"bfloat16": 7.7, "float16": 10.9, "float32": 23.7}[artifact.spec.dtype]
+    for part in artifact.stored_parts():
+        if part.part.num_weights >= 1 << 16:
+            assert 8 * part.num_bytes / part.part.num_weights < most, part.name
+
+
+def test_the_plain_twin_decodes_the_same_tokens(
+    bf16: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast = tokens(bf16)
+    monkeypatch.setattr(residual_cpu, "unavailable", lambda: "no compiler")
+    assert tokens(bf16) == fast
+
+
+def test_residuals_and_raw_weights_give_the_same_tokens(bf16: Artifact, tmp_path: Path) -> None:
+    raw = build_artifact(DEMO, tmp_path / "raw", "raw", resident_share=0.3)
+    assert tokens(raw) == tokens(bf16)
+
+
+def test_a_residual_can_be_decoded_for_good_while_loading(bf16: Artifact) -> None:
+    """A plan with memory to spare: no substitute stays for plain decoding."""
+    stored = bf16.stored_parts()
+    plan, raw_bytes = bf16.plan, sum(part.part.padded_bytes for part in stored)
+    ledger = {**plan.plain.ledger, "resident": raw_bytes, "residuals": 0, "staging": 0}
+    ledger |= {"substitutes": 0, "scratch": 0}
+    everything = Placement(tuple(part.name for part in stored), (), 0, 0, ledger)
+    loaded = replace(bf16, plan=replace(plan, plain=everything))
+    assert tokens(loaded, "plain") == tokens(bf16, "plain")
+
+
+@pytest.mark.parametrize("method", ["substitute", "plain"])
+def test_a_plan_that_holds_some_residuals_decoded_says_the_same_in_its_ledgers_bytes(
+    bf16: Artifact, method: str
+) -> None:
+    """Planned for a decoder that is far slower than the link. What is held decoded is never decoded
+    again."""
+    stored = Storage(tuple(bf16.stored_parts()))
+    wishes = Wishes(context=256, width=2, depth=3, method="substitute", encoding="kept")
+    slow, fast = (replace(PROFILE, num_threads=1, decode_rate=rate) for rate in (1e6, 1e12))
+    plan, none = (search(bf16.spec, p, 11_000_000, wishes, PRIOR, stored) for p in (slow, fast))
+    every = set(plan.residuals)
+    assert plan.verify_width == none.verify_width and every == set(none.residuals)
+    with Session(replace(bf16, plan=plan), method=method, trace=True) as session:  # type: ignore[arg-type]
+        placement = session.placement
+        assert 0 < len(placement.resident) < len(every) and placement.split
+        got = [t for some in session.generate(PROMPT, 24, Sampling()) for t in some]
+        unused = {name: arena.numel() for name, arena in session.memory._free.items()}
+        assert max(unused.values()) == 0, f"the ledger grants more than is used: {unused}"
+        assert session.peak.peak_bytes <= plan.predicted[method].fast_peak_bytes <= 11_000_000
+        spans = session.model.clock.spans
+        assert spans is not None
+        decoded = {span.name for span in spans if span.lane == "decode"}
+        assert decoded == every - set(placement.resident)
+    without = none.placement(method)  # type: ignore[arg-type]
+    assert without is not None and without.resident == ()
+    assert got == tokens(replace(bf16, plan=none), method)
+
+
+def tokens(artifact: Artifact, method: str = "substitute") -> list[int]:
+    with Session(artifact, method=method) as session:  # type: ignore[arg-type]
+        return [t for some in session.generate(PROMPT, 24, Sampling()) for t in some]
+
+
+# Corruption
+
+
+def flip_in_part(folder: Path, at: int) -> None:
+    """One bit of a streamed part, `at` bytes from its beginning."""
+    part = next(p for p in streamed(open_artifact(folder)) if p.num_bytes > at + 4096)
+    offset = open_artifact(folder).part_entries()[part.name].offset
+    flip(folder / "exact.safetensors", offset + at)
+
+
+def streamed(artifact: Artifact) -> list[StoredPart]:
+    placement = artifact.plan.plain
+    held = {*placement.resident, *placement.split}
+    return [part for part in artifact.stored_parts() if part.name not in held]
+
+
+def flip(path: Path, offset: int) -> None:
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        [byte] = file.read(1)
+        file.seek(offset)
+        file.write(bytes([byte ^ 1]))
+
+
+def flip_tensor(name: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        path = folder / f"{'substitutes' if 'proj' in name else 'resident'}.safetensors"
+        flip(path, read_header(path)[name].offset + 100)
+
+    return change
+
+
+def flip_held(folder: Path) -> None:
+    opened = open_artifact(folder)
+    flip(folder / "exact.safetensors", opened.part_entries()[opened.plan.plain.split[0]].offset + 9)
+
+
+DAMAGES = {
+    "a tile's place": lambda folder: flip_in_part(folder, 8),
+    "a residual": lambda folder: flip_in_part(folder, 5000),
+    "a residual that stays": flip_held,
+    "a code": flip_tensor("model.layers.1.mlp.up_proj.codes"),
+    "a scale": flip_tensor("model.layers.2.self_attn.k_proj.grid"),
+    "an embedding": flip_tensor("model.embed_tokens.weight"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+@pytest.mark.parametrize("method", ["plain", "substitute"])
+def test_damage_is_an_error_before_a_token(
+    bf16: Artifact, tmp_path: Path, method: str, damage: Callable[[Path], None]
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(bf16.path, copy)
+    damage(copy)
+    emitted = []
+    with pytest.raises(SubspecError, match="does not match its digest") as caught:
+        with Session(open_artifact(copy), method=method) as session:  # type: ignore[arg-type]
+            emitted += list(session.generate(PROMPT, 4, Sampling()))
+    assert caught.value.exit_code == Exit.CORRUPT
+    assert not emitted
+    with pytest.raises(SubspecError, match="do not match their digest"):
+        verify(copy)
+
+
+def test_a_substitute_is_not_exchanged_under_its_residuals(bf16: Artifact) -> None:
+    """The digests of a part and of its substitute belong together."""
+    listed = bf16.manifest
+    swapped = tuple(
+        replace(entry, digest=listed.substitutes[1].digest) if index == 0 else entry
+        for index, entry in enumerate(listed.substitutes)
+    )
+    changed = replace(bf16, manifest=replace(listed, substitutes=swapped))
+    with pytest.raises(SubspecError, match="does not match its digest"):
+        tokens(changed)
+
+
+def test_a_plan_may_be_changed_over_the_same_residuals(bf16: Artifact) -> None:
+    expected = tokens(replan(bf16, resident_share=0.0, verify_width=16), "plain")
+    for share in (0.5, 1.0):
+        changed = replan(bf16, resident_share=share, verify_width=16)
+        assert tokens(changed, "plain") == expected

@@ -1,0 +1,213 @@
+"""What ran when: spans are recorded only if asked for, and are what Chrome's trace viewers read."""
+
+import json
+from itertools import pairwise
+
+import pytest
+import torch
+from builders import build_artifact
+
+from subspec.artifacts.format.store import Artifact
+from subspec.artifacts.plan import make_blocks
+from subspec.planner.model.hub import DEMO
+from subspec.runtime.clock import LANES, Clock, Span, chrome_trace, overlap_seconds
+from subspec.runtime.model.sampling import Sampling
+from subspec.runtime.session import Session
+
+CPU = torch.device("cpu")
+PROMPT = list(range(10, 50))
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """Residuals, half of which stream."""
+    folder = tmp_path_factory.mktemp("clock") / "artifact"
+    return build_artifact(DEMO, folder, encoding="residual", width=2, depth=3)
+
+
+def test_nothing_is_recorded_unless_it_is_asked_for() -> None:
+    clock = Clock(CPU)
+    with clock.phase("verify"):
+        clock.record("decode", "a part", 0.0, {})
+    assert clock.spans is None
+    assert clock.seconds["verify"] > 0.0
+
+
+def test_a_phase_is_a_span_too() -> None:
+    clock = Clock(CPU, spans=[])
+    for _ in range(2):
+        with clock.phase("draft"):
+            sum(range(10_000))
+    assert clock.spans is not None
+    assert [(span.lane, span.name) for span in clock.spans] == [("draft", "draft")] * 2
+    total = sum(span.seconds for span in clock.spans)
+    assert total >= clock.seconds["draft"] > 0.0
+
+
+def test_a_trace_is_what_perfetto_reads() -> None:
+    spans = [
+        Span("copy", "slot 1", 12.000001, 0.002, {"offset": 4096, "bytes": 1000}),
+        Span("verify", "verify", 12.0, 0.0025, {}),
+    ]
+    assert json.dumps(chrome_trace(spans, {"artifact": "a"}), indent=1) == TRACE
+
+
+TRACE = """{
+ "traceEvents": [
+  {
+   "name": "thread_name",
+   "ph": "M",
+   "pid": 1,
+   "tid": 3,
+   "args": {
+    "name": "verify"
+   }
+  },
+  {
+   "name": "thread_sort_index",
+   "ph": "M",
+   "pid": 1,
+   "tid": 3,
+   "args": {
+    "sort_index": 3
+   }
+  },
+  {
+   "name": "thread_name",
+   "ph": "M",
+   "pid": 1,
+   "tid": 8,
+   "args": {
+    "name": "copy"
+   }
+  },
+  {
+   "name": "thread_sort_index",
+   "ph": "M",
+   "pid": 1,
+   "tid": 8,
+   "args": {
+    "sort_index": 8
+   }
+  },
+  {
+   "name": "verify",
+   "ph": "X",
+   "pid": 1,
+   "tid": 3,
+   "ts": 0.0,
+   "dur": 2500.0,
+   "args": {}
+  },
+  {
+   "name": "slot 1",
+   "ph": "X",
+   "pid": 1,
+   "tid": 8,
+   "ts": 1.0,
+   "dur": 2000.0,
+   "args": {
+    "offset": 4096,
+    "bytes": 1000,
+    "bytes_per_second": 500000
+   }
+  }
+ ],
+ "displayTimeUnit": "ms",
+ "otherData": {
+  "artifact": "a"
+ }
+}"""
+
+
+def test_a_trace_of_nothing_is_a_trace() -> None:
+    assert chrome_trace([], {})["traceEvents"] == []
+
+
+def test_only_what_runs_at_the_same_time_overlaps() -> None:
+    def spans(*ranges: tuple[float, float]) -> list[Span]:
+        return [Span("copy", "", start, end - start, {}) for start, end in ranges]
+
+    copies = spans((0.0, 2.0), (3.0, 5.0), (9.0, 10.0))
+    assert overlap_seconds(copies, spans((1.0, 4.0), (4.5, 5.5))) == 1.0 + 1.0 + 0.5
+    assert overlap_seconds(copies, []) == 0.0
+
+
+def lanes_of(spans: list[Span]) -> dict[str, list[Span]]:
+    found: dict[str, list[Span]] = {}
+    for span in sorted(spans, key=lambda span: span.start_seconds):
+        found.setdefault(span.lane, []).append(span)
+    return found
+
+
+@pytest.fixture(scope="module")
+def traced(artifact: Artifact) -> dict[str, list[Span]]:
+    """All lanes of one prompt and its answer."""
+    with Session(artifact, trace=True) as session:
+        list(session.generate(PROMPT, 12, Sampling()))
+        spans = session.model.clock.spans
+        assert spans is not None
+    return lanes_of(spans)  # closed: the reader has ended
+
+
+def test_a_session_records_nothing_by_default(artifact: Artifact) -> None:
+    with Session(artifact) as session:
+        tokens = list(session.generate(PROMPT, 4, Sampling()))
+        assert session.model.clock.spans is None
+    with Session(artifact, trace=True) as session:
+        assert list(session.generate(PROMPT, 4, Sampling())) == tokens
+
+
+def test_every_lane_has_spans_that_follow_each_other(traced: dict[str, list[Span]]) -> None:
+    assert set(traced) == set(LANES)
+    for lane, spans in traced.items():
+        for before, after in pairwise(spans):
+            assert before.end_seconds <= after.start_seconds + 1e-9, f"{lane}: {before}, {after}"
+
+
+def test_every_block_that_streams_is_a_copy(
+    artifact: Artifact, traced: dict[str, list[Span]]
+) -> None:
+    placement = artifact.plan.substitute
+    assert placement is not None
+    blocks = make_blocks(artifact.stored_parts(), placement)
+    where = artifact.part_entries()
+    expected = [
+        {"offset": where[block.parts[0].name].offset, "bytes": block.num_bytes} for block in blocks
+    ]
+    num_passes = len(traced["prefill"]) + len(traced["verify"])
+    waited = num_passes * len(blocks)
+    assert len(traced["wait"]) == waited
+    # What the next pass takes first is on its way already.
+    copies = [span.detail for span in traced["copy"]]
+    assert copies == (expected * (num_passes + 1))[: waited + placement.num_slots]
+    assert len({span.name for span in traced["copy"]}) == placement.num_slots
+
+
+def test_every_residual_is_decoded_once_a_pass_inside_its_layer(
+    artifact: Artifact, traced: dict[str, list[Span]]
+) -> None:
+    coded = [p for p in artifact.stored_parts() if p.encoding == "residual"]
+    num_passes = len(traced["prefill"]) + len(traced["verify"])
+    names = [span.name for span in traced["decode"]]
+    assert names == [part.name for part in coded] * num_passes
+    assert [s.detail["weights"] for s in traced["decode"][: len(coded)]] == [
+        part.part.num_weights for part in coded
+    ]
+    layers = [f"layer {n}" for n in range(artifact.spec.num_layers)] + ["head"]
+    assert [span.name for span in traced["layer"]] == layers * num_passes
+    for lane in ("decode", "product", "wait"):
+        seconds = sum(span.seconds for span in traced[lane])
+        assert overlap_seconds(traced[lane], traced["layer"]) == pytest.approx(seconds)
+    together = sum(span.seconds for lane in ("decode", "product", "wait") for span in traced[lane])
+    assert together <= sum(span.seconds for span in traced["layer"])
+
+
+def test_plain_decoding_is_traced_too(artifact: Artifact) -> None:
+    with Session(artifact, method="plain", padded=False, trace=True) as session:
+        list(session.generate(PROMPT, 3, Sampling()))
+        spans = session.model.clock.spans
+        assert spans is not None
+    lanes = lanes_of(spans)
+    assert "draft" not in lanes
+    assert [len(lanes[lane]) for lane in ("prefill", "verify")] == [1, 2]

@@ -1,0 +1,305 @@
+"""subspec-run as a person meets it: answers, figures, refusals, signals, what it imports."""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from builders import build_artifact
+from running import QUESTION, Ended, Terminal, demo_artifact, opened, run, start
+
+from subspec.artifacts.common.errors import Exit
+from subspec.artifacts.native import residual_cpu
+from subspec.planner.model.hub import DEMO
+from subspec.runtime import cli, session
+from subspec.runtime.app import answer
+from subspec.runtime.cli import Options
+from subspec.runtime.text.tokenizer import Text, load_text
+
+SLOW = ("--link-bandwidth", "15MB")  # a round takes a third of a second
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return demo_artifact(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture
+def copied(artifact: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(artifact, tmp_path / "copy"))
+
+
+def pipe(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
+
+
+# Prompts
+
+
+def test_system_and_raw_change_what_the_model_reads(artifact: Path, capsys: Capture) -> None:
+    text = load_text(artifact / "tokenizer")
+    words = (artifact, "def f", "--json", "--max-tokens", 1)
+    system = json.loads(run(capsys, *words, "--system", "Be brief.").out)
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "def f"}]
+    assert system["prompt_token_ids"] == text.chat_ids(messages)
+    raw = json.loads(run(capsys, *words, "--raw").out)
+    assert raw["prompt_token_ids"] == text.tokenizer.encode("def f").ids
+
+
+def test_a_model_without_a_template_says_that_it_continues(artifact: Path, capsys: Capture) -> None:
+    text = load_text(artifact / "tokenizer")
+    bare = Text(text.tokenizer, None, {}, False)
+    opened_artifact = cli.open_folder(artifact)
+    ids = cli.prompt_ids(opened_artifact, bare, Options(artifact), "def f")
+    assert ids == text.tokenizer.encode("def f").ids
+    assert "no chat template" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [(), ("-",)])
+def test_the_prompt_may_come_through_a_pipe(
+    artifact: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    pipe(monkeypatch, f"{QUESTION} é\n".encode())
+    found = json.loads(run(capsys, artifact, *words, "--json", "--max-tokens", 1).out)
+    expected = load_text(artifact / "tokenizer").chat_ids(
+        [{"role": "user", "content": f"{QUESTION} é"}]
+    )
+    assert found["prompt_token_ids"] == expected
+
+
+# Refusals
+
+
+def refused(ended: Ended, code: Exit, message: str, hint: str) -> None:
+    assert ended.exit_code == code
+    assert ended.out == ""
+    first, _, second = ended.err.partition("\n\nhint: ")
+    assert first.startswith("error: ") and "\n" not in first
+    assert message in first and hint in second
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message", "hint"),
+    [
+        (["--full"], Exit.USAGE, "--full was given without --check", "add --check"),
+        (["--unpadded"], Exit.USAGE, "without --no-speculation", "add --no-speculation"),
+        (["--raw", "--system", "s"], Exit.USAGE, "exclude each other", "leave one out"),
+        (["--chat", "--json"], Exit.USAGE, "exclude each other", "leave one out"),
+        (["--chat", "--raw"], Exit.USAGE, "exclude each other", "leave one out"),
+        (["--vram", "9MB", "--no-replan"], Exit.USAGE, "exclude each other", "leave one out"),
+        (["--stats"], Exit.USAGE, "--stats and a PROMPT exclude each other", "leave one out"),
+        (["--stats", "--chat"], Exit.USAGE, "exclude each other", "leave one out"),
+        (["--stop", ""], Exit.USAGE, "--stop is empty", "text that ends"),
+        (["--vram", "5mb"], Exit.USAGE, "'5mb' is not a size", "a small b means bits"),
+        (["--vram", "-1GB"], Exit.USAGE, "'-1GB' is not a size", "a number and a unit"),
+        (["--link-bandwidth", "fast"], Exit.USAGE, "'fast' is not a size", "a number and"),
+        (["--top-p", "0"], Exit.USAGE, "0.0 is not in the range 0<x<=1", "--help"),
+        (["--top-p", "nan"], Exit.USAGE, "nan is not a number", "0.7"),
+        (["--temperature", "nan"], Exit.USAGE, "nan is not a number", "0.7"),
+        (["--temperature", "-1"], Exit.USAGE, "-1.0 is not in the range", "--help"),
+        (["--max-tokens", "0"], Exit.USAGE, "0 is not in the range x>=1", "--help"),
+        (["--seed", "-1"], Exit.USAGE, "-1 is not in the range", "--help"),
+        (["--device", "tpu"], Exit.USAGE, "'tpu' is not a device", "cuda:1"),
+        (["--device", "cuda"], Exit.WRONG_MACHINE, "the plan is for cpu", "plan again"),
+    ],
+)
+def test_a_wrong_argument_is_one_sentence_a_hint_and_a_code(
+    artifact: Path, capsys: Capture, words: list[str], code: Exit, message: str, hint: str
+) -> None:
+    prompt = [] if "--chat" in words else [QUESTION]
+    ended = run(capsys, artifact, *prompt, *words)
+    if "--json" in words:
+        ended = Ended(ended.exit_code, "", ended.err)
+    refused(ended, code, message, hint)
+
+
+def test_an_argument_that_is_not_utf8_is_refused(artifact: Path, capsys: Capture) -> None:
+    broken = os.fsdecode(b"caf\xe9")
+    refused(run(capsys, artifact, broken), Exit.USAGE, "not UTF-8", "convert")
+    refused(run(capsys, artifact, "a", "--system", broken), Exit.USAGE, "not UTF-8", "convert")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "the PROMPT is empty"),
+        (b" \n\t\n", "the PROMPT is empty"),
+        (b"abc \xff", "stdin is not UTF-8: invalid start byte at byte 4"),
+        (b"x" * 101, "stdin has more than 100 B"),
+    ],
+)
+def test_a_pipe_that_brings_no_prompt_is_refused(
+    artifact: Path,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+    data: bytes,
+    message: str,
+) -> None:
+    monkeypatch.setattr(cli, "LARGEST_PROMPT", 100)
+    pipe(monkeypatch, data)
+    refused(run(capsys, artifact), Exit.USAGE, message, "")
+
+
+def test_an_empty_prompt_is_refused(artifact: Path, capsys: Capture) -> None:
+    refused(run(capsys, artifact, "  "), Exit.USAGE, "the PROMPT is empty", "give some text")
+
+
+def test_a_prompt_that_does_not_fit_is_refused_before_the_weights_load(
+    artifact: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "Session", None)
+    ended = run(capsys, artifact, "word " * 400)
+    refused(ended, Exit.USAGE, "tokens, the plan's context is 256", "--context")
+
+
+def test_a_folder_that_is_no_artifact_is_refused_with_the_way_out(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    refused(run(capsys, tmp_path / "no", "a"), Exit.USAGE, "does not exist", "--model REF")
+    refused(run(capsys, "org/name", "a"), Exit.USAGE, "does not exist", "--model org/name")
+    refused(run(capsys, DEMO, "a"), Exit.USAGE, "is a checkpoint", f"--model {DEMO}")
+    refused(run(capsys, __file__, "a"), Exit.USAGE, "is not a folder", "give the folder")
+    refused(run(capsys, tmp_path, "a"), Exit.CORRUPT, "has no manifest.json", "subspec-plan")
+
+
+def test_a_truncated_artifact_is_refused(copied: Path, capsys: Capture) -> None:
+    os.truncate(copied / "exact.safetensors", 5000)
+    refused(run(capsys, copied, "a"), Exit.CORRUPT, "exact.safetensors is 5000 bytes", "again")
+
+
+def test_errors_are_objects_with_json(copied: Path, capsys: Capture) -> None:
+    os.truncate(copied / "plan.json", 10)
+    ended = run(capsys, copied, "a", "--json")
+    found = json.loads(ended.out)
+    assert found["schema"] == "subspec.error/1"
+    assert set(found["error"]) == {"code", "exit", "message", "hint"}
+    assert found["error"]["code"] == "corrupt" and found["error"]["exit"] == ended.exit_code == 4
+    assert ended.err.startswith("error: plan.json")
+
+
+def test_check_reads_the_structure_and_full_every_byte(copied: Path, capsys: Capture) -> None:
+    quick, full = run(capsys, copied, "--check"), run(capsys, copied, "--check", "--full")
+    assert quick.exit_code == full.exit_code == 0
+    assert "structure is sound" in quick.err and "every byte matches" in full.err
+    with open(copied / "exact.safetensors", "r+b") as file:
+        file.seek(-10_000, os.SEEK_END)
+        file.write(b"damage")
+    assert run(capsys, copied, "--check").exit_code == 0
+    ended = run(capsys, copied, "--check", "--full", "--json")
+    assert ended.exit_code == Exit.CORRUPT
+    assert "do not match their digest" in json.loads(ended.out)["error"]["message"]
+    found = json.loads(run(capsys, copied, "--check", "--json").out)
+    assert found["schema"] == "subspec.check/1" and found["ok"] and not found["full"]
+
+
+def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "SECONDS_BETWEEN_LINES", 0.0)
+    cli.progress_line()("loading", 0.5)
+    assert capsys.readouterr().err == "loading  50%\n"
+
+
+# In a child, as it is started
+
+
+IMPORTED = """
+import sys
+from subspec.runtime.cli import main
+try:
+    main(sys.argv[1:])
+finally:
+    print(*sorted(sys.modules), file=sys.stderr)
+"""
+
+
+def imported_by(*words: object) -> set[str]:
+    command = [sys.executable, "-c", IMPORTED, *map(str, words)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    return set(ended.stderr.splitlines()[-1].split())
+
+
+def test_help_imports_nothing_heavy() -> None:
+    heavy = {"torch", "numpy", "transformers", "tokenizers", "jinja2", "rich", "huggingface_hub"}
+    assert not heavy & imported_by("--help")
+
+
+def test_statistics_import_no_torch(artifact: Path) -> None:
+    assert not {"torch", "numpy", "tokenizers"} & imported_by(artifact, "--stats")
+
+
+def test_a_run_imports_no_planner_and_no_compiler(artifact: Path) -> None:
+    found = imported_by(artifact, "hi", "--max-tokens", 2)
+    foreign = {"transformers", "hqq", "scipy", "accelerate", "datasets", "rich", "huggingface_hub"}
+    assert "torch" in found
+    assert not foreign & found
+    for compiler in ("torch._dynamo", "torch._inductor", "sympy", "subspec.planner"):
+        assert compiler not in found
+
+
+def test_a_reader_that_goes_away_ends_the_run_in_silence(artifact: Path) -> None:
+    with start(artifact, QUESTION, *SLOW) as child:
+        assert len(opened(child.stdout).read(2)) == 2
+        opened(child.stdout).close()
+        said = opened(child.stderr).read().decode().splitlines()
+    assert child.returncode == 0
+    assert said == []
+
+
+def test_sigterm_ends_the_run_with_143_and_without_a_traceback(artifact: Path) -> None:
+    with start(artifact, QUESTION, *SLOW) as child:
+        assert len(opened(child.stdout).read(2)) == 2
+        child.terminate()
+        said = opened(child.stderr).read().decode().splitlines()
+    assert child.returncode == Exit.TERMINATED
+    assert said == []
+
+
+def test_ctrl_c_ends_the_answer_with_its_figures_and_130(artifact: Path) -> None:
+    with Terminal(artifact, QUESTION, *SLOW) as terminal:
+        terminal.expect("def")
+        terminal.interrupt()
+        assert terminal.end() == Exit.INTERRUPTED
+        answered, _, figures = terminal.screen.rpartition("\nprompt 24 tokens")
+        assert "first token after" in figures and figures.endswith("MB\n")
+        assert "^C" in answered and "Traceback" not in terminal.screen
+        with pytest.raises(ProcessLookupError):  # nothing of it is left
+            os.killpg(terminal.process.pid, 0)
+
+
+def test_ctrl_c_while_loading_is_no_traceback(artifact: Path) -> None:
+    with Terminal(artifact, QUESTION, "--link-bandwidth", "100KB") as terminal:
+        terminal.expect("loading")
+        terminal.send("\x03")
+        terminal.send("\x03")  # in case the load was over and a round of a minute has begun
+        assert terminal.end() == Exit.INTERRUPTED
+        assert "Traceback" not in terminal.screen
+
+
+def test_an_exhausted_gpu_is_a_sentence(
+    artifact: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhausted(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(answer, "generate", exhausted)
+    ended = run(capsys, artifact, QUESTION)
+    assert ended.exit_code == Exit.RESOURCES
+    assert "error: the GPU ran out of memory" in ended.err and "Traceback" not in ended.err
+
+
+def test_kernels_that_are_missing_are_said_so(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = build_artifact(DEMO, tmp_path / "artifact", "residual", resident_share=1.0)
+    monkeypatch.setattr(residual_cpu, "unavailable", lambda: "there is no C++ compiler")
+    ended = run(capsys, artifact.path, "def", "--raw", "--max-tokens", 2)
+    assert ended.exit_code == 0
+    assert "note: without the C++ kernels residuals decode a hundred times slower" in ended.err
+    assert "there is no C++ compiler" in ended.err

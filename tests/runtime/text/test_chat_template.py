@@ -1,0 +1,183 @@
+"""A chat template is foreign code: what transformers makes of it, or an error within seconds."""
+
+import json
+import time
+from typing import Any
+
+import pytest
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.planner.model.hub import DEMO
+from subspec.runtime.text.chat_template import LONGEST_TEXT, render, reply_to
+
+# Written here in the manner of the families' own: what they lean on is in them.
+QWEN = """\
+{%- if tools %}
+    {{- '<|im_start|>system\\n# Tools\\n' }}
+    {%- for tool in tools %}{{- tool | tojson }}{%- endfor %}
+{%- else %}
+    {%- if messages[0].role == 'system' %}
+        {{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}
+    {%- else %}
+        {{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}
+    {%- endif %}
+{%- endif %}
+{%- set state = namespace(last=messages|length - 1) %}
+{%- for message in messages[::-1] %}
+    {%- if message.role == 'user' and not message.content.startswith('<tool') %}
+        {%- set state.last = messages|length - 1 - loop.index0 %}
+        {%- break %}
+    {%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- if message.role == 'system' and loop.first %}{%- continue %}{%- endif %}
+    {%- if message.role == 'assistant' %}
+        {%- set content = message.content.split('</think>')[-1].lstrip('\\n') %}
+        {{- '<|im_start|>assistant\\n' }}{% generation %}{{- content }}{% endgeneration %}
+        {{- '<|im_end|>\\n' }}
+    {%- else %}
+        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+LLAMA = """\
+{{- bos_token }}
+{%- if custom_tools is defined %}
+    {%- set tools = custom_tools %}
+{%- endif %}
+{%- if not date_string is defined %}
+    {%- set date_string = strftime_now("%Y") %}
+{%- endif %}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system_message = messages[0]['content']|trim %}
+    {%- set messages = messages[1:] %}
+{%- else %}
+    {%- set system_message = "" %}
+{%- endif %}
+<|start_header_id|>system<|end_header_id|>
+
+Today Date: {{ date_string }}
+
+{{ system_message }}<|eot_id|>
+{% for message in messages %}
+    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
+        {{- raise_exception('Conversation roles must alternate user/assistant/...') }}
+    {%- endif %}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
+    {{- message['content'] | trim + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+{%- endif %}
+{{- pad_token }}
+"""
+TEMPLATES = {
+    "demo": (DEMO / "chat_template.jinja").read_text("utf-8"),
+    "in the manner of Qwen": QWEN,
+    "in the manner of Llama 3": LLAMA,
+    "JSON, trimmed blocks": "  {% if true %}\n{{ messages | tojson(indent=2) }}\n  {% endif %}\n",
+}
+CONVERSATIONS = {
+    "one turn": [{"role": "user", "content": "Hi <b>\n"}],
+    "system, é and 你": [
+        {"role": "system", "content": " Be brief. "},
+        {"role": "user", "content": "é 你 🙂 \"'"},
+    ],
+    "three turns": [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "<think>\nno\n</think>\n\nb"},
+        {"role": "user", "content": ""},
+    ],
+}
+
+
+def variables(messages: list[dict[str, str]]) -> dict[str, Any]:
+    return {
+        "messages": messages,
+        "tools": None,
+        "documents": None,
+        "bos_token": "<|begin_of_text|>",
+        "add_generation_prompt": True,
+    }
+
+
+@pytest.mark.parametrize("conversation", CONVERSATIONS)
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_template_renders_as_in_transformers(template: str, conversation: str) -> None:
+    messages = CONVERSATIONS[conversation]
+    theirs: Any = render_jinja_template(
+        [messages],
+        chat_template=TEMPLATES[template],
+        add_generation_prompt=True,
+        bos_token="<|begin_of_text|>",
+    )
+    assert reply_to(TEMPLATES[template], variables(messages)) == {"text": theirs[0][0]}
+
+
+def test_the_child_renders_what_its_function_does() -> None:
+    messages = CONVERSATIONS["system, é and 你"]
+    assert {"text": render(LLAMA, variables(messages))} == reply_to(LLAMA, variables(messages))
+
+
+def test_what_a_template_refuses_is_a_usage_error_in_its_own_words() -> None:
+    twice = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]
+    with pytest.raises(SubspecError, match="roles must alternate") as refused:
+        render(LLAMA, variables(twice))
+    assert refused.value.exit_code == Exit.USAGE
+    assert "--raw" in refused.value.hint
+
+
+@pytest.mark.parametrize(
+    ("template", "word"),
+    [
+        ("{% for a in messages %}", "end of template"),
+        ("{{ messages[0].content + 1 }}", "can only concatenate str"),
+        ("{{ messages[0].nothing.more }}", "no attribute 'nothing'"),
+        ("{% include 'other' %}", "no loader"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
+        ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "recursion"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ range(10 ** 9) | length }}", "[Rr]ange too big"),
+        ("{{ ('a' * 2000000000) | length }}", "more than 512 MiB"),
+        ("{{ 'a' | center(2000000000) }}", "more than 512 MiB"),
+        ("{{ '%2000000000d' % 1 }}", "more than 512 MiB"),
+        ("{{ '{:2000000000d}'.format(1) }}", "more than 512 MiB"),
+        ("{{ [1, 2] | tojson(indent=1000000000) }}", "more than 512 MiB"),
+        (
+            "{% set n = namespace(s='aaaaaaaa') %}"
+            "{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
+            "more than 512 MiB",
+        ),
+        ("{% for i in range(90000) %}{{ 'a' * 100 }}{% endfor %}", "more than 4194304 characters"),
+        (
+            "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+            "computed for more than 2 s",
+        ),
+    ],
+)
+def test_a_hostile_template_ends_as_an_error(template: str, word: str) -> None:
+    started = time.process_time()
+    with pytest.raises(SubspecError, match=word) as failed:
+        render(template, variables([{"role": "user", "content": "a"}]))
+    assert failed.value.exit_code == Exit.CORRUPT
+    assert len(failed.value.message) < 700
+    assert time.process_time() - started < 1  # of this process: the child paid
+
+
+def test_a_message_without_content_fails_as_a_sentence() -> None:
+    nothing: Any = [{"role": "user", "content": None}]
+    with pytest.raises(SubspecError, match="chat template failed: can only concatenate str"):
+        render(TEMPLATES["demo"], variables(nothing))
+
+
+def test_a_long_but_honest_prompt_renders() -> None:
+    content = "x" * (LONGEST_TEXT - 100)
+    assert content in render(TEMPLATES["demo"], variables([{"role": "user", "content": content}]))
+
+
+def test_the_reply_is_ascii_so_that_any_locale_carries_it() -> None:
+    assert json.dumps(reply_to("{{ '你' }}", {})).isascii()
