@@ -34,7 +34,7 @@ class Curve:
 class Stopping:
     """Trees that end where they find their own paths improbable."""
 
-    stop_below: float  # Tree.stop_below
+    min_path_probability: float  # Tree.min_path_probability
     curves: tuple[Curve, ...]  # a level that the tree ended before was not accepted
     followed: tuple[Curve, ...]  # levels that were drafted, and as accepted: followed by another
 
@@ -47,27 +47,31 @@ class Acceptance:
 
     @property
     def stops(self) -> tuple[float, ...]:
-        """Every Tree.stop_below of which anything is known."""
-        return (0.0, *(stopping.stop_below for stopping in self.stopping))
+        """Every Tree.min_path_probability of which anything is known."""
+        return (0.0, *(stopping.min_path_probability for stopping in self.stopping))
 
-    def under(self, stop_below: float) -> "Acceptance":
+    def under(self, min_path_probability: float) -> "Acceptance":
         """Of trees that end so: `curves` are theirs."""
-        stopping = self._stopping(stop_below)
+        stopping = self._stopping(min_path_probability)
         return Acceptance(stopping.curves, self.measured) if stopping else self
 
     def levels(
-        self, width: int, deepest: int, kind: str = "", stop_below: float = 0.0
+        self, width: int, deepest: int, kind: str = "", min_path_probability: float = 0.0
     ) -> tuple[float, ...]:
         """Expected number that a tree 0, 1, ... `deepest` levels deep drafts before it ends."""
-        stopping = self._stopping(stop_below)
+        stopping = self._stopping(min_path_probability)
         if stopping is None or not deepest:
             return tuple(map(float, range(deepest + 1)))
         followed = Acceptance(stopping.followed, self.measured).reached(width, deepest - 1, kind)
         return tuple(accumulate((1.0, *followed), initial=0.0))
 
-    def _stopping(self, stop_below: float) -> Stopping | None:
+    def _stopping(self, min_path_probability: float) -> Stopping | None:
         """A threshold that was not tried counts as the next lower one that was."""
-        known = [stopping for stopping in self.stopping if stopping.stop_below <= stop_below]
+        known = [
+            stopping
+            for stopping in self.stopping
+            if stopping.min_path_probability <= min_path_probability
+        ]
         return known[-1] if known else None
 
     @property

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-GROUP_SIZE = 64  # input features that share one scale and center of a substitute
+GROUP_SIZE = 64  # input features that share one scale and zero_point of a substitute
 PAGE_BYTES = 4096  # direct reads and slabs are aligned to it
 PART_BYTES = 64 << 20  # a larger matrix is stored, placed and streamed in row parts of this size
 PART_ROWS = 64  # parts begin at multiples of it; kernels tile rows by 64 at most
@@ -111,7 +111,7 @@ class Linear:
 
     @property
     def substitute_bytes(self) -> int:
-        """Codes of 4 bits, a 16-bit scale and a 16-bit center for each group."""
+        """Codes of 4 bits, a 16-bit scale and a 16-bit zero_point for each group."""
         return self.num_weights // 2 + self.num_weights // GROUP_SIZE * 4
 
 

@@ -24,7 +24,7 @@ class Tree:
     depth: int
     temperature: float = 1.0  # draft probabilities are sharpened by it (arXiv 2509.18344)
     # No level follows one whose paths are less probable than this, all together and sharpened.
-    stop_below: float = 0.0
+    min_path_probability: float = 0.0
 
     @property
     def num_nodes(self) -> int:
@@ -109,7 +109,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Wishes:
+class Constraints:
     """What the user fixed; None is ours to choose. Never overruled."""
 
     context: int | None = None
@@ -145,14 +145,14 @@ class Plan:
     acceptance: Acceptance
     options: tuple[Option, ...] = ()  # best first; what was not taken, and its predicted speed
     reasons: tuple[str, ...] = ()  # one sentence per decision
-    wishes: Wishes = Wishes()
+    constraints: Constraints = Constraints()
     by_budget: tuple[Point, ...] = ()  # budgets ascending, for the report
     by_context: tuple[Point, ...] = ()  # contexts ascending
 
     @property
     def tree_acceptance(self) -> Acceptance:
         """Of trees that end where this plan's do."""
-        return self.acceptance.under(self.tree.stop_below)
+        return self.acceptance.under(self.tree.min_path_probability)
 
     def placement(self, method: Method) -> Placement | None:
         return self.substitute if method == "substitute" else self.plain

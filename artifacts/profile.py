@@ -21,7 +21,7 @@ class LinkRate:
 
 
 @dataclass(frozen=True)
-class Learned:
+class Corrections:
     """How much longer real rounds took than the profile's own terms add up to; 1: as long."""
 
     draft: float = 1.0
@@ -45,8 +45,10 @@ class Profile:
     pinnable_bytes: int  # host memory that the process could pin; 0: not probed
     overhead_bytes: int  # fast memory that the process takes before any weight (CUDA context)
     link: tuple[LinkRate, ...]  # slow tier -> fast tier, block sizes ascending
-    busy_link: float  # share of its speed that the link keeps while layers are computed, and
-    busy_compute: float  # that a layer keeps while the link is busy; both with the largest blocks
+    contended_link: float  # share of its speed that the link keeps while layers are computed, and
+    contended_compute: (
+        float  # that a layer keeps while the link is busy; both with the largest blocks
+    )
     digest_rate: float  # bytes per second of the check when weights are first read
     exact_layer: tuple[Timing, ...]  # one decoder layer, LIVE_TOKENS in the cache, widths ascending
     fast_layer: tuple[Timing, ...]  # the same unpadded, by the fastest kernels: a token, a prompt
@@ -57,22 +59,24 @@ class Profile:
     exact_head: tuple[Timing, ...]
     draft_head: tuple[Timing, ...]
     round_seconds: float  # fixed cost of a round outside layers and heads
-    decode_rate: float  # exact weights per second from residuals; 0: not on this machine
+    residual_weights_per_second: (
+        float  # exact weights per second from residuals; 0: not on this machine
+    )
     int4_kernel: Int4Kernel
-    position_free_widths: tuple[int, ...]  # widths at which a row's bits ignore its place
-    learned: Learned = Learned()
+    batch_invariant_widths: tuple[int, ...]  # widths at which a row's bits ignore its place
+    corrections: Corrections = Corrections()
 
     def link_rate(self, block_bytes: int) -> float:
         """Bytes per second at `block_bytes`: of the largest measured block that is not larger."""
         known = [p for p in self.link if p.block_bytes <= block_bytes]
         return (known[-1] if known else self.link[0]).bytes_per_second
 
-    def busy_shares(self, bytes_per_second: float) -> tuple[float, float]:
+    def contended_shares(self, bytes_per_second: float) -> tuple[float, float]:
         """(of the link, of a layer): what they keep where the link gives no more than that. What it
         gives beside a layer may be all of it then; and it slows layers less, the less it gives."""
         share = min(1.0, bytes_per_second / self.link[-1].bytes_per_second)
-        taken = min(1.0, share / self.busy_link)
-        return min(1.0, self.busy_link / share), 1 - (1 - self.busy_compute) * taken
+        taken = min(1.0, share / self.contended_link)
+        return min(1.0, self.contended_link / share), 1 - (1 - self.contended_compute) * taken
 
 
 def seconds_at(timings: tuple[Timing, ...], width: int) -> float:

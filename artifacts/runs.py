@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from subspec.artifacts.common.errors import SubspecError
-from subspec.artifacts.common.user_cache import users_folder
+from subspec.artifacts.common.user_cache import user_cache_dir
 from subspec.artifacts.format.codec import dump_json, load_dataclass, parse_json
 from subspec.artifacts.format.folder import MANIFEST
 from subspec.artifacts.plan import Method, Plan
@@ -171,7 +171,7 @@ def cache_file(artifact_path: Path) -> Path | None:
     """Where the records of a folder lie that cannot be written; None: nowhere. Raises OSError
     without a manifest."""
     manifest = (artifact_path / MANIFEST).read_bytes()
-    folder = users_folder("runs")
+    folder = user_cache_dir("runs")
     return folder / f"{hashlib.sha256(manifest).hexdigest()[:16]}.jsonl" if folder else None
 
 

@@ -24,7 +24,7 @@ from subspec.artifacts.common.sizes import format_size, weights_rate
 from subspec.artifacts.format.store import Artifact, open_artifact
 from subspec.runtime.model.sampling import Sampling
 from subspec.runtime.session import Session
-from subspec.runtime.text.tokenizer import load_text
+from subspec.runtime.text.tokenizer import load_tokenizer
 
 HERE = Path(__file__).parent
 ENCODINGS = ("raw", "residual")
@@ -104,7 +104,7 @@ def decode(artifact: Artifact) -> dict[str, float]:
     stored = artifact.stored_parts()
     num_weights = sum(part.part.num_weights for part in stored)
     residual_bits = 8 * sum(part.num_bytes for part in stored) / num_weights
-    rate = artifact.profile.decode_rate
+    rate = artifact.profile.residual_weights_per_second
     moved = rate * (residual_bits / 8 + 4.5 / 8 + artifact.spec.item_bytes)
     bandwidth = memory_bandwidth()
     print(
@@ -139,7 +139,7 @@ def memory_bandwidth() -> float:
 def check_lossless(artifact: Artifact, tokens: int) -> dict[str, bool]:
     """Same tokens with and without speculation; peak memory below the cap."""
     print(f"{artifact.path.name}: same tokens, below the cap?", file=sys.stderr)
-    text = load_text(artifact.path / "tokenizer")
+    text = load_tokenizer(artifact.path / "tokenizer")
     samplings = {"greedy": Sampling(), "seeded": Sampling(temperature=0.8, seed=1)}
     said: dict[str, list[list[int]]] = {}
     within = True
@@ -165,7 +165,7 @@ def draft_level_seconds(artifact: Artifact, tokens: int) -> dict[str, float]:
     """Of one level: launched kernel by kernel, and as captured graphs; how long the substitutes
     take to be read at the memory's bandwidth is the floor."""
     found = {}
-    prompt = load_text(artifact.path / "tokenizer").plain_ids(PROMPTS[0])
+    prompt = load_tokenizer(artifact.path / "tokenizer").plain_ids(PROMPTS[0])
     for name, graphs in (("kernels", False), ("graphs", True)):
         with Session(artifact, method="substitute", graphs=graphs) as session:
             for _ in range(2):  # the first time builds and captures

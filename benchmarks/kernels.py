@@ -29,7 +29,7 @@ from subspec.runtime.draft.compiled_layers import compile_layers
 from subspec.runtime.draft.substitutes import Substitutes
 from subspec.runtime.kernels.linear import Int4Weight, int4_product, pack, packed_bytes
 from subspec.runtime.memory import host_buffer
-from subspec.runtime.model.attention import attend, attend_exactly, attend_order_free
+from subspec.runtime.model.attention import attend, attend_batch_invariant, attend_in_fp64
 from subspec.runtime.model.cache import Cache
 from subspec.runtime.model.transformer import forward, make_decoder
 
@@ -118,7 +118,7 @@ def draft_passes(
 
 def read_once(weights: list[Int4Weight]) -> Callable[[], None]:
     pieces = [w.packed.view(-1).view(torch.int64) for w in weights]
-    pieces += [weight.grid.view(-1).view(torch.int64) for weight in weights]
+    pieces += [weight.qparams.view(-1).view(torch.int64) for weight in weights]
 
     def run() -> None:
         for piece in pieces:
@@ -171,8 +171,8 @@ def main(layers: int, hidden: int, inner: int) -> None:
             say(
                 f"attention {' '.join(map(str, shape))}",
                 {
-                    "ours": lambda given=given: attend_exactly(*given),  # type: ignore[misc]
-                    "twin": lambda given=given: attend_order_free(*given),  # type: ignore[misc]
+                    "ours": lambda given=given: attend_batch_invariant(*given),  # type: ignore[misc]
+                    "twin": lambda given=given: attend_in_fp64(*given),  # type: ignore[misc]
                 },
             )
     threads = torch.get_num_threads()

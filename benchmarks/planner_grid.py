@@ -30,18 +30,18 @@ from subspec.artifacts.common.command import reported, size_option
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.sizes import parse_size, short_size
 from subspec.artifacts.format.store import Artifact, open_artifact
-from subspec.artifacts.plan import USUAL, Method, Plan, Usage, Wishes
+from subspec.artifacts.plan import USUAL, Constraints, Method, Plan, Usage
 from subspec.artifacts.profile import Profile
 from subspec.planner.machine.profiles import under_link
 from subspec.planner.planning import Options, plan_anew
 from subspec.planner.rehearse.calibration import Sample, read_samples, sample_ids
 from subspec.planner.solve.costs import model_bytes
-from subspec.planner.solve.outlook import foretell
+from subspec.planner.solve.outlook import predict_for
 from subspec.planner.solve.search import search
 from subspec.planner.solve.storage import Storage
 from subspec.runtime.model.sampling import Sampling
 from subspec.runtime.session import Session
-from subspec.runtime.text.tokenizer import Text, load_text
+from subspec.runtime.text.tokenizer import Text, load_tokenizer
 
 PROMPTS = Path(__file__).with_name("prompts.jsonl")
 SHARE_OF_CONTEXT = 1 / 3  # that a prompt fills
@@ -109,7 +109,7 @@ class Ran:
 
 
 Prompts = dict[str, list[list[int]]]  # token ids by kind of text
-Planner = Callable[[int, Wishes], Plan]
+Planner = Callable[[int, Constraints], Plan]
 
 
 def prompt_length(context: int) -> int:
@@ -191,7 +191,7 @@ def cells_of(
     for kind in dict.fromkeys(one.kind for one in ran):
         own = [one for one in ran if one.kind == kind]
         said = [
-            foretell(
+            predict_for(
                 artifact.spec, checked, plan, stored, plan.method,
                 Usage(one.prompt_tokens, one.answer_tokens, kind),
             )
@@ -223,22 +223,22 @@ def cells_of(
 def name_of(plan: Plan) -> str:
     if plan.method == "plain":
         return "plain"
-    at_most = "<" if plan.tree.stop_below else ""  # drafts may end early
+    at_most = "<" if plan.tree.min_path_probability else ""  # drafts may end early
     return f"{plan.tree.width}x{at_most}{plan.tree.depth}"
 
 
-def rivals_of(plan: Plan) -> dict[str, Wishes]:
+def rivals_of(plan: Plan) -> dict[str, Constraints]:
     """What a person might have picked instead."""
     width, depth = (plan.tree.width, plan.tree.depth) if plan.method == "substitute" else (1, 8)
     return {
-        f"half as deep, {width}x{max(1, depth // 2)}": Wishes(
+        f"half as deep, {width}x{max(1, depth // 2)}": Constraints(
             width=width, depth=max(1, depth // 2)
         ),
-        f"a chain, 1x{depth}": Wishes(width=1, depth=depth),
-        f"twice as wide, {2 * width}x{max(1, depth // 2)}": Wishes(
+        f"a chain, 1x{depth}": Constraints(width=1, depth=depth),
+        f"twice as wide, {2 * width}x{max(1, depth // 2)}": Constraints(
             width=2 * width, depth=max(1, depth // 2)
         ),
-        "most residency, 1x6": Wishes(width=1, depth=6),
+        "most residency, 1x6": Constraints(width=1, depth=6),
     }
 
 
@@ -252,9 +252,9 @@ def run_rivals(
 ) -> list[Rival]:
     """Those that fit."""
     rivals = []
-    for name, wishes in rivals_of(plan).items():
+    for name, constraints in rivals_of(plan).items():
         try:
-            fixed = replace(wishes, context=plan.context, method="substitute")
+            fixed = replace(constraints, context=plan.context, method="substitute")
             other = planner(plan.budget_bytes, fixed)
         except SubspecError:
             continue
@@ -309,7 +309,7 @@ def run_plain(
     some = dict([*prompts.items()][:1])
     [ran] = run(artifact, plan, "plain", some, PLAIN_TOKENS, link_bandwidth)
     usage = Usage(ran.prompt_tokens, PLAIN_TOKENS)
-    said = foretell(artifact.spec, profile, plan, stored, "plain", usage).tokens_per_second
+    said = predict_for(artifact.spec, profile, plan, stored, "plain", usage).tokens_per_second
     say(f"    plain, unpadded: predicted {said:.2f}, actual {speed([ran]):.2f} tokens/s")
     return Plain(plan.budget_bytes, plan.context, said, speed([ran]))
 
@@ -319,12 +319,12 @@ def smallest_cap(
 ) -> dict[str, object]:
     """Asks for far too little; the cap that the refusal names must work."""
     try:
-        planner(model_bytes(artifact.spec) // 50, Wishes())
+        planner(model_bytes(artifact.spec) // 50, Constraints())
     except SubspecError as error:
         named = re.search(r"--vram (\d+)B", error.hint)
         assert named is not None, f"no cap is named: {error.hint}"
         budget = int(named[1])
-        plan = planner(budget, Wishes())
+        plan = planner(budget, Constraints())
         short = {kind: [some[0][: plan.context // 2]] for kind, some in prompts.items()}
         ran = run(artifact, plan, plan.method, short, 8, link_bandwidth)
         peak = max(one.peak_bytes for one in ran)
@@ -373,13 +373,15 @@ def main(
     )
     plan, profile = plan_anew(options, opened, artifact, None, lambda *_: None)
     acceptance = plan.acceptance
-    say(f"learned: {profile.learned}")
+    say(f"corrections: {profile.corrections}")
     profile = under_link(profile, link_bandwidth)
-    text, samples = load_text(artifact / "tokenizer"), read_samples(PROMPTS)
+    text, samples = load_tokenizer(artifact / "tokenizer"), read_samples(PROMPTS)
 
-    def planner(budget: int, wishes: Wishes) -> Plan:
-        fixed = replace(wishes, encoding="kept")
-        prompt_tokens = prompt_length(wishes.context) if wishes.context else USUAL.prompt_tokens
+    def planner(budget: int, constraints: Constraints) -> Plan:
+        fixed = replace(constraints, encoding="kept")
+        prompt_tokens = (
+            prompt_length(constraints.context) if constraints.context else USUAL.prompt_tokens
+        )
         usage = Usage(prompt_tokens, tokens)
         return search(spec, profile, budget, fixed, acceptance, stored, usage)
 
@@ -390,7 +392,7 @@ def main(
         for cap in caps.split(","):
             budget = budget_of(cap, model_bytes(spec))
             try:
-                plan = planner(budget, Wishes(context=context))
+                plan = planner(budget, Constraints(context=context))
             except SubspecError as error:
                 say(f"{short_size(budget)}, context {context}: {error.message}")
                 continue

@@ -26,7 +26,7 @@ from subspec.artifacts.common.sizes import parse_size, short_size, weights_rate
 from subspec.artifacts.format import residual
 from subspec.artifacts.format.store import Artifact, open_artifact
 from subspec.artifacts.native import residual_cpu
-from subspec.artifacts.plan import Acceptance, Wishes
+from subspec.artifacts.plan import Acceptance, Constraints
 from subspec.planner.build.quantize import quantize
 from subspec.planner.machine.profiles import under_link
 from subspec.planner.solve.search import search
@@ -41,19 +41,19 @@ def decode_rates() -> dict[str, float]:
     torch.manual_seed(0)
     weight = (torch.randn(ROWS, COLUMNS) * COLUMNS**-0.5).bfloat16()
     made = quantize(weight, "cpu")
-    stored, out = residual.encode(weight, made.codes, made.grid), torch.empty_like(weight)
+    stored, out = residual.encode(weight, made.codes, made.qparams), torch.empty_like(weight)
     found = {"bits_per_weight": 8 * stored.numel() / weight.numel()}
     tries: dict[str, Callable[[], object]] = {}
     if (problem := residual_cpu.unavailable()) is None:
         for threads in sorted({1, torch.get_num_threads()}):
             tries[f"decode, {threads} threads"] = lambda threads=threads: residual_cpu.decode_into(  # type: ignore[misc]
-                out, stored, made.codes, made.grid, 0, threads
+                out, stored, made.codes, made.qparams, 0, threads
             )
-        tries["encode, 1 thread"] = lambda: residual_cpu.encode(weight, made.codes, made.grid, 1)
+        tries["encode, 1 thread"] = lambda: residual_cpu.encode(weight, made.codes, made.qparams, 1)
     else:
         print(f"no compiled decoder: {problem}", file=sys.stderr)
     tries["decode, plain twin"] = lambda: residual.decode(
-        stored, made.codes, made.grid, weight.dtype
+        stored, made.codes, made.qparams, weight.dtype
     )
     for name, action in tries.items():
         action()
@@ -69,12 +69,12 @@ def decode_rates() -> dict[str, float]:
 
 def planned_for(artifact: Artifact, acceptance: Acceptance, link: int) -> Artifact:
     """The same weights under the plan that this link calls for."""
-    wishes = Wishes(context=artifact.plan.context, method="substitute")
+    constraints = Constraints(context=artifact.plan.context, method="substitute")
     plan = search(
         artifact.spec,
         under_link(artifact.profile, link),
         artifact.plan.budget_bytes,
-        wishes,
+        constraints,
         acceptance,
         Storage(tuple(artifact.stored_parts())),
     )

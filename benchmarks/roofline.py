@@ -21,7 +21,7 @@ from subspec.runtime.clock import Span, chrome_trace, overlap_seconds
 from subspec.runtime.load import DRAFT_DTYPE
 from subspec.runtime.model.sampling import Sampling
 from subspec.runtime.session import Session
-from subspec.runtime.text.tokenizer import load_text
+from subspec.runtime.text.tokenizer import load_tokenizer
 
 WARM_UP_ROUNDS = 2
 TRACED_ROUNDS = 8
@@ -73,7 +73,7 @@ class Roofline:
 
 def trace_rounds(session: Session, beginning: str) -> Traced:
     """Of a text that begins so. The session was opened with trace=True."""
-    text, spans = load_text(session.artifact.path / "tokenizer"), session.model.clock.spans
+    text, spans = load_tokenizer(session.artifact.path / "tokenizer"), session.model.clock.spans
     assert spans is not None
     context = session.plan.context
     # Without ends of text: rounds go on until the context is full.
@@ -127,7 +127,7 @@ def ceilings(session: Session, link_bandwidth: int | None) -> Ceilings:
         matmul_flops=2 * x.numel() * len(weight) / timed[1],
         draft_levels=tree.depth / (timed[2] + (tree.depth - 1) * timed[3]),
         link_bytes=link_rate(artifact, "substitute", link_bandwidth),
-        decoded_weights=artifact.profile.decode_rate,
+        decoded_weights=artifact.profile.residual_weights_per_second,
     )
 
 

@@ -36,7 +36,7 @@ from subspec.artifacts.common.sizes import short_size
 from subspec.artifacts.format.store import Artifact, open_artifact
 from subspec.runtime.model.sampling import Sampling
 from subspec.runtime.session import Session
-from subspec.runtime.text.tokenizer import load_text
+from subspec.runtime.text.tokenizer import load_tokenizer
 
 CHATS = (
     "Write the Python function read_file: Read a file and return its lines.",
@@ -65,7 +65,7 @@ class Run:
 
 
 def run_all(artifact: Artifact, method: str, tokens: int, link_bandwidth: int | None) -> list[Run]:
-    text = load_text(artifact.path / "tokenizer")
+    text = load_tokenizer(artifact.path / "tokenizer")
     found = []
     with Session(
         artifact,

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from subspec.artifacts.acceptance import Acceptance
     from subspec.artifacts.format.store import Artifact
     from subspec.artifacts.model import ModelSpec
-    from subspec.artifacts.plan import Plan, Wishes
+    from subspec.artifacts.plan import Constraints, Plan
     from subspec.artifacts.profile import Profile
     from subspec.artifacts.runs import Run
     from subspec.planner.model.hub import Resolved
     from subspec.planner.rehearse.calibration import Sample
-    from subspec.planner.rehearse.learn import Foretell
+    from subspec.planner.rehearse.corrections import PredictFor
     from subspec.planner.solve.storage import Storage
 
 Progress = Callable[[str, float], None]
@@ -73,7 +73,7 @@ def plan_and_build(
     from subspec.planner.build.quantize import QUANTIZERS
     from subspec.planner.model.checkpoint import read_checkpoint
     from subspec.planner.model.tokenizer_files import read_tokenizer
-    from subspec.planner.rehearse.rehearsal import ship_kernels
+    from subspec.planner.rehearse.rehearsal import pack_kernels
     from subspec.planner.solve.search import PRIOR
     from subspec.planner.solve.storage import Storage
 
@@ -89,9 +89,9 @@ def plan_and_build(
         if measured is not None:  # another machine's plan cannot be run here
             final = solve(options, artifact.spec, profile, PRIOR, stored)
             return with_sweeps(options, artifact.spec, profile, stored, final), profile
-        final, learned = rehearsed(options, artifact, profile, stored, samples, show)
-        ship_kernels(artifact.path, final)
-        return final, learned
+        final, corrections = rehearsed(options, artifact, profile, stored, samples, show)
+        pack_kernels(artifact.path, final)
+        return final, corrections
 
     final = build(
         checkpoint, tokenizer, plan, profile, out, options.overwrite,
@@ -116,7 +116,7 @@ def plan_anew(
     options: Options, artifact: "Artifact", out: Path, known: "Profile | None", show: Progress
 ) -> "tuple[Plan, Profile]":
     """Another plan over the weights of an artifact, which stay as they are. known: --profile."""
-    from subspec.planner.rehearse.learn import with_runs
+    from subspec.planner.rehearse.corrections import with_runs
     from subspec.planner.solve.storage import Storage
 
     spec, acceptance = artifact.spec, artifact.plan.acceptance
@@ -125,9 +125,9 @@ def plan_anew(
     if options.calibration is not None or (options.reprofile and not options.print_plan):
         return rehearsed(options, artifact, profile, stored, samples, show)
     if options.calibrate is not None:
-        runs = runs_to_learn_from(artifact, profile)
+        runs = recorded_runs(artifact, profile)
         acceptance = with_runs(acceptance, artifact.plan, runs)
-        profile = learn_from(options, artifact, profile, stored, runs)
+        profile = corrections_from(options, artifact, profile, stored, runs)
     plan = solve(options, spec, profile, acceptance, stored)
     if not options.print_plan:
         plan = with_sweeps(options, spec, profile, stored, plan)
@@ -143,35 +143,35 @@ def rehearsed(
     show: Progress,
 ) -> "tuple[Plan, Profile]":
     """Runs the best plan that is known so far, and plans again with what that taught."""
-    from subspec.planner.rehearse.learn import learned, unlearned
+    from subspec.planner.rehearse.corrections import corrections, without_corrections
     from subspec.planner.rehearse.rehearsal import Setting, rehearse
     from subspec.planner.solve.search import PRIOR
 
-    spec, profile = artifact.spec, unlearned(profile)
+    spec, profile = artifact.spec, without_corrections(profile)
     # Of whole trees: where their rounds begin trees are judged (EARLY_BIAS of predict.py).
     known = replace(artifact.plan.acceptance, stopping=())
     trial = solve(options, spec, profile, known, stored)
     setting = Setting(options.link_bandwidth, options.device)
-    seen = rehearse(artifact, trial, foretelling(options, spec, profile, trial, stored), samples,
+    seen = rehearse(artifact, trial, predictor(options, spec, profile, trial, stored), samples,
                     setting, show)  # fmt: skip
-    profile = replace(profile, learned=learned(seen.rounds, options.link_bandwidth))
+    profile = replace(profile, corrections=corrections(seen.rounds, options.link_bandwidth))
     plan = solve(options, spec, profile, seen.acceptance or PRIOR, stored)
     return with_sweeps(options, spec, profile, stored, plan), profile
 
 
-def foretelling(
+def predictor(
     options: Options, spec: "ModelSpec", profile: "Profile", plan: "Plan", stored: "Storage"
-) -> "Foretell":
+) -> "PredictFor":
     """What the plan promises for a usage, by the profile's own terms. A check of what streams first
     is left out: it happens once."""
-    from subspec.planner.rehearse.learn import unlearned
-    from subspec.planner.solve.outlook import foretell
+    from subspec.planner.rehearse.corrections import without_corrections
+    from subspec.planner.solve.outlook import predict_for
 
-    bare = replace(unlearned(slowed(options, profile)), digest_rate=0.0)
-    return lambda method, usage: foretell(spec, bare, plan, stored, method, usage)
+    bare = replace(without_corrections(slowed(options, profile)), digest_rate=0.0)
+    return lambda method, usage: predict_for(spec, bare, plan, stored, method, usage)
 
 
-def runs_to_learn_from(artifact: "Artifact", profile: "Profile") -> "list[Run]":
+def recorded_runs(artifact: "Artifact", profile: "Profile") -> "list[Run]":
     """The recorded runs of this plan on the profile's machine. Raises SubspecError(USAGE) if there
     are none."""
     from subspec.artifacts.runs import plan_digest, read_runs
@@ -188,17 +188,19 @@ def runs_to_learn_from(artifact: "Artifact", profile: "Profile") -> "list[Run]":
     return runs
 
 
-def learn_from(
+def corrections_from(
     options: Options, artifact: "Artifact", profile: "Profile", stored: "Storage", runs: "list[Run]"
 ) -> "Profile":
     """Folds the runs' times into the profile; phases without a run stay as they were."""
-    from subspec.planner.rehearse.learn import learned, rounds_of_runs, updated
+    from subspec.planner.rehearse.corrections import corrections, rounds_of_runs, updated
 
     free = [run for run in runs if run.link_bandwidth == options.link_bandwidth]
-    promised = foretelling(options, artifact.spec, profile, artifact.plan, stored)
+    promised = predictor(options, artifact.spec, profile, artifact.plan, stored)
     rounds = rounds_of_runs(free, promised)
-    found = learned(rounds, options.link_bandwidth)
-    return replace(profile, learned=updated(slowed(options, profile).learned, rounds, found))
+    found = corrections(rounds, options.link_bandwidth)
+    return replace(
+        profile, corrections=updated(slowed(options, profile).corrections, rounds, found)
+    )
 
 
 def profile_for(options: Options, artifact: "Artifact", out: Path, show: Progress) -> "Profile":
@@ -260,7 +262,7 @@ def solve(
     from subspec.planner.solve.search import search
 
     slow = slowed(options, profile)
-    plan = search(spec, slow, options.budget, wishes_of(options), acceptance, stored)
+    plan = search(spec, slow, options.budget, constraints_of(options), acceptance, stored)
     if options.link_bandwidth is None:
         return plan
     reason = f"planned as if the link gave {short_size(options.link_bandwidth)}/s at most"
@@ -283,8 +285,8 @@ def with_sweeps(
     speed = plan.predicted[plan.method].tokens_per_second
 
     def best(budget: int, context: int | None) -> "Plan":
-        wishes = replace(wishes_of(options), context=context)
-        return search(spec, slow, budget, wishes, plan.acceptance, stored, likely_speed=speed)
+        constraints = replace(constraints_of(options), context=context)
+        return search(spec, slow, budget, constraints, plan.acceptance, stored, likely_speed=speed)
 
     return with_outlook(plan, best, options.context is not None, spec.max_positions)
 
@@ -311,10 +313,10 @@ def samples_of(options: Options) -> "tuple[Sample, ...]":
     return samples
 
 
-def wishes_of(options: Options) -> "Wishes":
-    from subspec.artifacts.plan import Wishes
+def constraints_of(options: Options) -> "Constraints":
+    from subspec.artifacts.plan import Constraints
 
-    return Wishes(
+    return Constraints(
         options.context,
         options.width,
         options.depth,
@@ -326,15 +328,15 @@ def wishes_of(options: Options) -> "Wishes":
 
 def asked_before(options: Options, artifact: "Artifact") -> Options:
     """What is not asked for now stays as the artifact's plan was asked for."""
-    wishes = artifact.plan.wishes
+    constraints = artifact.plan.constraints
     return replace(
         options,
         vram=options.vram or artifact.plan.budget_bytes,
-        context=options.context or wishes.context,
-        width=options.width or wishes.width,
-        depth=options.depth or wishes.depth,
-        method=options.method or wishes.method,
-        ram=options.ram or wishes.ram_bytes,
+        context=options.context or constraints.context,
+        width=options.width or constraints.width,
+        depth=options.depth or constraints.depth,
+        method=options.method or constraints.method,
+        ram=options.ram or constraints.ram_bytes,
     )
 
 

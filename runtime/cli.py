@@ -148,9 +148,9 @@ def main(**given: Any) -> None:
     if options.trust_kernels:
         trust_kernels(artifact)
     artifact = planned_for_here(artifact, options)
-    from subspec.runtime.text.tokenizer import load_text
+    from subspec.runtime.text.tokenizer import load_tokenizer
 
-    text = load_text(artifact.path / "tokenizer")
+    text = load_tokenizer(artifact.path / "tokenizer")
     if prompt is None or options.chat:
         with opened(artifact, options) as session:
             from subspec.runtime.app.chat import chat
@@ -232,10 +232,10 @@ def begin_to_read(artifact: "Artifact", options: Options) -> None:
 
 def trust_kernels(artifact: "Artifact") -> None:
     """Before anything is built or planned for this machine."""
-    from subspec.artifacts.format.prebuilt import adopt
+    from subspec.artifacts.format.prebuilt import install_prebuilt
     from subspec.runtime.session import kernel_sources
 
-    missing = adopt(artifact, kernel_sources(artifact.plan))
+    missing = install_prebuilt(artifact, kernel_sources(artifact.plan))
     if missing:
         say(f"note: not brought for this machine, to be built here: {', '.join(missing)}")
 
@@ -331,7 +331,7 @@ def opened(artifact: "Artifact", options: Options) -> "Iterator[Session]":
                 say(
                     "note: without the C++ kernels residuals decode a hundred times slower, exact "
                     f"attention several times, and near-ties may round otherwise: {problem}"
-                    f"{trust if session.brings_kernels else ''}"
+                    f"{trust if session.has_prebuilt_kernels else ''}"
                 )
             yield session
             if (problem := session.missing_graphs) is not None:

@@ -20,8 +20,8 @@ from subspec.runtime.draft.beam import DraftPass, TokenTree, grow, root_only
 from subspec.runtime.draft.compiled_layers import DraftLayers
 from subspec.runtime.draft.graphs import DraftGraphs
 from subspec.runtime.draft.substitutes import Substitutes
-from subspec.runtime.model.attention import attend, attend_exactly
-from subspec.runtime.model.cache import Behind, Cache
+from subspec.runtime.model.attention import attend, attend_batch_invariant
+from subspec.runtime.model.cache import Cache, TreeSlots
 from subspec.runtime.model.sampling import Sampling, choose
 from subspec.runtime.model.transformer import Decoder, Rows, forward
 from subspec.runtime.stream.exact_weights import ExactWeights
@@ -49,7 +49,9 @@ class Round:
 
     emitted: list[int]  # the accepted tokens and one more
     num_levels: int = 0  # drafted
-    ended_early: bool = False  # the draft found that no further level would pay (Tree.stop_below)
+    ended_early: bool = (
+        False  # the draft found that no further level would pay (Tree.min_path_probability)
+    )
 
 
 def speculate(model: Model, root: int, sampling: Sampling, max_tokens: int) -> Iterator[Round]:
@@ -146,10 +148,10 @@ def exact_logits(model: Model, tree: TokenTree) -> Tensor:
     num_rows = len(tree.tokens)
     nodes = torch.arange(num_rows, device=tree.tokens.device)
     rows = tree_rows(tree, nodes, model.cache.behind(num_rows))
-    return forward(model.decoder, model.exact, rows, model.cache, attend_exactly)
+    return forward(model.decoder, model.exact, rows, model.cache, attend_batch_invariant)
 
 
-def draft_pass(model: Model, behind: Behind | None = None) -> DraftPass:
+def draft_pass(model: Model, behind: TreeSlots | None = None) -> DraftPass:
     """The substitutes' logits for some nodes of a tree; they write approximate keys and values
     into the tree's slots, which verification overwrites. behind None: the committed tokens."""
     substitutes = model.substitutes
@@ -164,7 +166,7 @@ def draft_pass(model: Model, behind: Behind | None = None) -> DraftPass:
     return run
 
 
-def tree_rows(tree: TokenTree, nodes: Tensor, behind: Behind) -> Rows:
+def tree_rows(tree: TokenTree, nodes: Tensor, behind: TreeSlots) -> Rows:
     """Rows for `nodes` of a tree that lies behind the committed tokens. Nothing is read back, and
     nothing comes from the host but numbers that stay the same: a captured graph can do it."""
     slots = torch.arange(behind.live_slots, device=nodes.device)

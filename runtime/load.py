@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.artifacts.format.prebuilt import brought
+from subspec.artifacts.format.prebuilt import find_prebuilt
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.format.tensors import StoredTensor, TensorFile, read_header
 from subspec.artifacts.model import (
@@ -33,7 +33,7 @@ from subspec.runtime.memory import FastMemory, bytes_of, host_buffer
 from subspec.runtime.stream.digests import Digests
 from subspec.runtime.stream.exact_weights import ExactWeights, Ring
 from subspec.runtime.stream.link import DirectFile, DiskLink, HostLink
-from subspec.runtime.stream.residual_decoder import Restorer
+from subspec.runtime.stream.residual_decoder import ResidualDecoder
 
 DRAFT_DTYPE = torch.bfloat16  # what the 4-bit kernels take
 TORCH_DTYPES = {
@@ -96,18 +96,18 @@ class Loader:
                 Exit.WRONG_MACHINE,
                 f"the plan's 4-bit kernel, w4a8, cannot be built here: {problem}",
                 "add --trust-kernels to load the one that the artifact brings"
-                if brought(self._artifact, int4.SOURCE)
+                if find_prebuilt(self._artifact, int4.SOURCE)
                 else "install a C++ compiler, or plan again on this machine",
             )
         found = {}
         every = [linear for linear in linears(self._spec) if linear.has_substitute]
         with self._substitute_file() as read:
             for index, linear in enumerate(every):
-                codes, grid = read(linear)
+                codes, qparams = read(linear)
                 room = packed_bytes(linear.out_features, linear.in_features, kernel)
                 found[linear.layer, linear.kind] = pack(
                     codes,
-                    grid,
+                    qparams,
                     kernel,
                     *(self._memory.take("substitutes", num_bytes) for num_bytes in room),
                 )
@@ -147,8 +147,8 @@ class Loader:
         stored, held = self._artifact.stored_parts(), self._held_parts()
         ring = self._ring(stored, link_bandwidth)
         self._digests.finish()
-        restorer = self._restorer(stored, int4)
-        return ExactWeights(spec, stored, fixed, held, biases, ring, restorer, self._record)
+        residual_decoder = self._residual_decoder(stored, int4)
+        return ExactWeights(spec, stored, fixed, held, biases, ring, residual_decoder, self._record)
 
     def close(self) -> None:
         self._digests.close()
@@ -195,7 +195,7 @@ class Loader:
         is stored."""
         host = host_buffer(part.padded_bytes)
         self._read_part(file, part, host)
-        codes, grid = read(part.part.linear)
+        codes, qparams = read(part.part.linear)
         self._digests.finish()  # a residual is decoded only over what it was made for
         rows = slice(part.part.first_row, part.part.first_row + part.part.num_rows)
         raw = self._memory.take("resident", part.part.padded_bytes, PAGE_BYTES)
@@ -203,7 +203,7 @@ class Loader:
         exact = residual_cpu.decode(
             host[: part.num_bytes],
             codes[rows],
-            grid[:, rows],
+            qparams[:, rows],
             self._dtype,
             self._artifact.plan.num_threads,
         )
@@ -234,29 +234,29 @@ class Loader:
 
     @contextmanager
     def _substitute_file(self) -> Iterator[Callable[[Linear], tuple[Tensor, Tensor]]]:
-        """Reads a linear's codes and grid as they are stored, on the host."""
+        """Reads a linear's codes and qparams as they are stored, on the host."""
         path = self._artifact.path / "substitutes.safetensors"
         stored = read_header(path)
         with TensorFile(path) as file:
 
             def read(linear: Linear) -> tuple[Tensor, Tensor]:
                 codes = read_tensor(file, stored[f"{linear.name}.codes"])
-                grid = read_tensor(file, stored[f"{linear.name}.grid"])
+                qparams = read_tensor(file, stored[f"{linear.name}.qparams"])
                 expected = self._substitute_digests[linear.name]
-                self._digests.check_substitute(linear.name, codes, grid, expected)
-                return codes, grid
+                self._digests.check_substitute(linear.name, codes, qparams, expected)
+                return codes, qparams
 
             yield read
 
-    def _restorer(
+    def _residual_decoder(
         self, stored: list[StoredPart], int4: dict[tuple[int, Kind], Int4Weight]
-    ) -> Restorer | None:
+    ) -> ResidualDecoder | None:
         resident = set(self._placement.resident)
         coded = [p for p in stored if p.encoding == "residual" and p.name not in resident]
         if not coded:
             return None
         largest = max(p.part.padded_bytes for p in coded)
-        return Restorer(
+        return ResidualDecoder(
             int4,
             self._memory.take("scratch", largest, PAGE_BYTES),
             self._dtype,

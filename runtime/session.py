@@ -13,7 +13,7 @@ import torch
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.sizes import format_size
-from subspec.artifacts.format.prebuilt import brought
+from subspec.artifacts.format.prebuilt import find_prebuilt
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.native import cpp, residual_cpu
 from subspec.artifacts.plan import Method, Plan, cache_slots
@@ -229,9 +229,9 @@ class Session:
         return next((problem for problem in problems if problem is not None), None)
 
     @property
-    def brings_kernels(self) -> bool:
+    def has_prebuilt_kernels(self) -> bool:
         """Whether the artifact has those of this machine that are not trusted yet."""
-        return any(brought(self.artifact, source) is not None for source, _ in self._kernels)
+        return any(find_prebuilt(self.artifact, source) is not None for source, _ in self._kernels)
 
     @property
     def missing_graphs(self) -> str | None:

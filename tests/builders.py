@@ -30,8 +30,8 @@ PROFILE = Profile(
     pinnable_bytes=0,
     overhead_bytes=0,
     link=(LinkRate(1 << 20, 1e9), LinkRate(64 << 20, 2e9)),
-    busy_link=0.8,
-    busy_compute=0.9,
+    contended_link=0.8,
+    contended_compute=0.9,
     digest_rate=1e9,
     exact_layer=(Timing(1, 1e-3), Timing(64, 4e-3)),
     fast_layer=(Timing(1, 5e-4), Timing(128, 2e-3)),
@@ -43,8 +43,8 @@ PROFILE = Profile(
     draft_head=(Timing(1, 1e-4), Timing(8, 4e-4)),
     round_seconds=1e-4,
     int4_kernel="aten",
-    position_free_widths=(8, 16, 24, 32, 48, 64),
-    decode_rate=1e9,
+    batch_invariant_widths=(8, 16, 24, 32, 48, 64),
+    residual_weights_per_second=1e9,
 )
 
 
@@ -60,7 +60,7 @@ def make_plan(
     device: str = "cpu",
     storage: Storage | None = None,
     int4_kernel: Int4Kernel = "aten",
-    stop_below: float = 0.0,
+    min_path_probability: float = 0.0,
 ) -> Plan:
     """A plan made by hand: any tree, any share of the stored bytes in fast memory, the smallest
     ring. storage: raw unless it is given.
@@ -99,7 +99,7 @@ def make_plan(
         budget_bytes=max(substitute.total_bytes, plain.total_bytes),
         context=context,
         method="substitute",
-        tree=make_tree(width, depth, stop_below),
+        tree=make_tree(width, depth, min_path_probability),
         verify_width=verify_width,
         num_threads=num_threads,
         int4_kernel=int4_kernel,

@@ -1,4 +1,4 @@
-"""Parts of matrices with their codes and grids, ordinary and adversarial, for tests of residuals.
+"""Parts of matrices with their codes and qparams, ordinary and adversarial, for tests of residuals.
 
 R = rows, K = columns, G = K / 64 groups
 """
@@ -9,36 +9,36 @@ from torch import Tensor
 from subspec.artifacts.format.packing import pack_nibbles
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-KINDS = ("typical", "extreme", "on the grid", "tiny", "huge", "far away")
+KINDS = ("typical", "extreme", "on the qparams", "tiny", "huge", "far away")
 
 
-def random_grid(kind: str, num_groups: int, num_rows: int, generator: torch.Generator) -> Tensor:
-    """bf16 [G, R, 2] of (scale, center), within what the format allows."""
+def random_qparams(kind: str, num_groups: int, num_rows: int, generator: torch.Generator) -> Tensor:
+    """bf16 [G, R, 2] of (scale, zero_point), within what the format allows."""
     shape = (num_groups, num_rows)
     uniform, normal = (f(shape, generator=generator) for f in (torch.rand, torch.randn))
     if kind == "typical":
         scale = 0.002 + 0.01 * uniform
-        center = scale * normal * 2
+        zero_point = scale * normal * 2
     elif kind == "extreme":
         scale = 2.0 ** (uniform * 38 - 24)
-        center = (scale * normal * 50).clamp(-6e4, 6e4)
-    elif kind == "on the grid":  # interval ends exactly at zero and on powers of two
+        zero_point = (scale * normal * 50).clamp(-6e4, 6e4)
+    elif kind == "on the qparams":  # interval ends exactly at zero and on powers of two
         scale = 2.0 ** torch.randint(-14, 3, shape, generator=generator)
-        center = scale * torch.randint(-16, 17, shape, generator=generator) / 2
+        zero_point = scale * torch.randint(-16, 17, shape, generator=generator) / 2
     elif kind == "tiny":
         scale = 2.0 ** (uniform * 9 - 59)
-        center = scale * normal * 8
-        center[uniform < 0.2] = 1e-40  # subnormal
+        zero_point = scale * normal * 8
+        zero_point[uniform < 0.2] = 1e-40  # subnormal
     elif kind == "huge":
         scale = 2.0 ** (uniform * 9 + 50)
-        center = scale * normal * 8
+        zero_point = scale * normal * 8
     else:
         scale = 2.0 ** (uniform * 100 - 55)
-        center = normal.sign() * torch.finfo(torch.bfloat16).max * (uniform < 0.5)
-    grid = torch.stack((scale, center), -1).bfloat16()
-    grid[..., 0].clamp_(2.0**-59, 2.0**59)
-    assert grid.isfinite().all()
-    return grid
+        zero_point = normal.sign() * torch.finfo(torch.bfloat16).max * (uniform < 0.5)
+    qparams = torch.stack((scale, zero_point), -1).bfloat16()
+    qparams[..., 0].clamp_(2.0**-59, 2.0**59)
+    assert qparams.isfinite().all()
+    return qparams
 
 
 def random_part(
@@ -49,17 +49,17 @@ def random_part(
     stray: float = 0.03,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """weight [R, K] near its substitutes, a share `stray` of it any bits; codes [R, K]; grid."""
+    """weight [R, K] near its substitutes, a share `stray` of it any bits; codes [R, K]; qparams."""
     generator = torch.Generator().manual_seed(seed)
-    grid = random_grid(kind, num_columns // 64, num_rows, generator)
+    qparams = random_qparams(kind, num_columns // 64, num_rows, generator)
     codes = torch.randint(0, 16, (num_rows, num_columns), dtype=torch.uint8, generator=generator)
-    scale, center = grid.float().transpose(0, 1).repeat_interleave(64, 1).unbind(-1)
+    scale, zero_point = qparams.float().transpose(0, 1).repeat_interleave(64, 1).unbind(-1)
     inside = codes.float() - 8 + torch.rand(codes.shape, generator=generator) - 0.5
-    weight = (inside * scale + center).to(dtype)
+    weight = (inside * scale + zero_point).to(dtype)
     anything = torch.randint(0, 1 << 32, codes.shape, generator=generator).int()
     strays = torch.rand(codes.shape, generator=generator) < stray
     bits = bits_of(weight)
-    return torch.where(strays, anything.to(bits.dtype), bits).view(dtype), codes, grid
+    return torch.where(strays, anything.to(bits.dtype), bits).view(dtype), codes, qparams
 
 
 def every_pattern(dtype: torch.dtype, seed: int = 0) -> Tensor:

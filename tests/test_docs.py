@@ -12,8 +12,8 @@ from subspec.artifacts.acceptance import Acceptance, Curve
 from subspec.artifacts.common.errors import Exit
 from subspec.artifacts.format.store import FORMAT_VERSION, REQUIRED, Manifest, PartEntry
 from subspec.artifacts.model import ModelSpec, Rope, Source
-from subspec.artifacts.plan import Option, Placement, Plan, Point, Prediction, Tree, Wishes
-from subspec.artifacts.profile import Learned, LinkRate, Profile, Timing
+from subspec.artifacts.plan import Constraints, Option, Placement, Plan, Point, Prediction, Tree
+from subspec.artifacts.profile import Corrections, LinkRate, Profile, Timing
 from subspec.artifacts.runs import Run
 from subspec.planner import cli as plan_cli
 from subspec.planner.report.explain import plan_json
@@ -56,7 +56,7 @@ def test_the_exit_codes_are_those_of_the_code() -> None:
 
 def test_the_plans_json_object_has_the_documented_keys() -> None:
     shown = json.loads(SECTIONS["subspec-plan"].split("```json\n")[1].split("```")[0])
-    plan = search(make_spec(), make_profile(), 12_000_000, Wishes(), ACCEPTANCE)
+    plan = search(make_spec(), make_profile(), 12_000_000, Constraints(), ACCEPTANCE)
     assert keys(plan_json(make_spec(), plan, None)) == keys(shown)
 
 
@@ -73,7 +73,7 @@ def test_the_runs_json_object_is_explained_key_by_key() -> None:
 @pytest.mark.parametrize(
     "kind",
     [ModelSpec, Rope, Source, Plan, Tree, Placement, Prediction, Acceptance, Curve, Option, Point,
-     Wishes, Profile, Timing, LinkRate, Learned, Manifest, PartEntry, Run],
+     Constraints, Profile, Timing, LinkRate, Corrections, Manifest, PartEntry, Run],
 )  # fmt: skip
 def test_every_field_of_the_format_is_named(kind: type) -> None:
     for field in kind.__dataclass_fields__:  # type: ignore[attr-defined]

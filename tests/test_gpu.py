@@ -14,7 +14,7 @@ from subspec.runtime.kernels.linear import int4_product, int4_product_plainly, p
 from subspec.runtime.model.sampling import Sampling
 from subspec.runtime.session import Session
 from subspec.runtime.stream.link import HostLink
-from subspec.runtime.text.tokenizer import load_text
+from subspec.runtime.text.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.gpu
 
@@ -31,7 +31,7 @@ def test_speculation_gives_the_tokens_of_plain_decoding_on_cuda(
     artifact: Artifact, plan: tuple[int, int, float], sampling: Sampling
 ) -> None:
     width, depth, share = plan
-    text = load_text(artifact.path / "tokenizer")
+    text = load_tokenizer(artifact.path / "tokenizer")
     said = []
     for method in ("substitute", "plain"):
         chosen = replan(
@@ -75,14 +75,14 @@ def test_the_cuda_4_bit_kernels_agree_with_their_plain_twin(
     generator = torch.Generator().manual_seed(0)
     codes = pack_nibbles(torch.randint(16, (256, columns), dtype=torch.uint8, generator=generator))
     scale = torch.rand(columns // 64, 256, generator=generator) * 0.01 + 0.001
-    center = (torch.rand(columns // 64, 256, generator=generator) * 15 - 7) * scale
-    grid = torch.stack((scale, center), dim=-1).bfloat16()
+    zero_point = (torch.rand(columns // 64, 256, generator=generator) * 15 - 7) * scale
+    qparams = torch.stack((scale, zero_point), dim=-1).bfloat16()
     sizes = packed_bytes(256, columns, kernel)  # type: ignore[arg-type]
     room = [torch.empty(size, dtype=torch.uint8, device="cuda") for size in sizes]
-    weight = pack(codes, grid, kernel, *room)  # type: ignore[arg-type]
+    weight = pack(codes, qparams, kernel, *room)  # type: ignore[arg-type]
     x = torch.randn(rows, columns, generator=generator).bfloat16()
     got = int4_product(x.cuda(), weight).float().cpu()
-    expected = int4_product_plainly(x, codes, grid)
+    expected = int4_product_plainly(x, codes, qparams)
     assert ((got - expected).norm() / expected.norm()).item() < 1e-2
 
 

@@ -13,7 +13,7 @@ from subspec.planner.model.hub import DEMO
 from subspec.runtime.kernels import int4
 from subspec.runtime.model.sampling import Sampling
 from subspec.runtime.session import Session
-from subspec.runtime.text.tokenizer import load_text
+from subspec.runtime.text.tokenizer import load_tokenizer
 
 NUM_PROMPTS, NUM_TOKENS = 40, 96
 GREEDY = Sampling()
@@ -122,7 +122,7 @@ def demos(
 
 @pytest.fixture(scope="module")
 def prompts(demos: dict[Encoding, Artifact]) -> list[list[int]]:
-    text = load_text(demos["raw"].path / "tokenizer")
+    text = load_tokenizer(demos["raw"].path / "tokenizer")
     source = (Path(__file__).parent / "builders.py").read_text()
     pieces = [source[at : at + 60 + at % 90] for at in range(0, len(source), 131)]
     chats = [
@@ -181,7 +181,7 @@ def assert_same_tokens(
     sampling: Sampling,
     chosen: range,
 ) -> None:
-    width, depth, share, encoding, kernel, stop_below = plan
+    width, depth, share, encoding, kernel, min_path_probability = plan
     artifact = replan(
         demos[encoding],
         width=width,
@@ -189,7 +189,7 @@ def assert_same_tokens(
         resident_share=share,
         verify_width=VERIFY_WIDTH,
         int4_kernel=kernel,
-        stop_below=stop_below,
+        min_path_probability=min_path_probability,
     )
     with Session(artifact, method="substitute") as session:
         for index in chosen:
@@ -236,7 +236,7 @@ def test_sampled_output_is_distributed_as_the_target(tmp_path: Path) -> None:
 def test_the_padded_width_does_not_change_bf16_tokens_much(tmp_path: Path) -> None:
     """Other widths may round otherwise: the promise is per plan. Most tokens agree all the same."""
     artifact = build_artifact(DEMO, tmp_path / "artifact")
-    prompt = load_text(artifact.path / "tokenizer").plain_ids("def main():\n    ")
+    prompt = load_tokenizer(artifact.path / "tokenizer").plain_ids("def main():\n    ")
     texts = [
         decode(replan(artifact, verify_width=width), "plain", prompt, GREEDY, 32)
         for width in (8, 64)

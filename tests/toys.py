@@ -45,8 +45,8 @@ def make_profile(**changes: Any) -> Profile:
         pinnable_bytes=0,
         overhead_bytes=0,
         link=(LinkRate(64 << 10, 50e6), LinkRate(1 << 20, 100e6)),
-        busy_link=0.8,
-        busy_compute=0.9,
+        contended_link=0.8,
+        contended_compute=0.9,
         digest_rate=1e9,
         exact_layer=(Timing(1, 1e-4, 1.5e-4), Timing(8, 2e-4, 3e-4), Timing(64, 8e-4, 9e-4)),
         fast_layer=(Timing(1, 8e-5), Timing(128, 1.28e-3)),
@@ -58,7 +58,7 @@ def make_profile(**changes: Any) -> Profile:
         draft_head=(Timing(1, 5e-5, 5e-5), Timing(8, 1e-4, 1e-4)),
         round_seconds=1e-4,
         int4_kernel="aten",
-        position_free_widths=(8, 16, 32, 64),
-        decode_rate=0.0,
+        batch_invariant_widths=(8, 16, 32, 64),
+        residual_weights_per_second=0.0,
     )
     return replace(profile, **changes)

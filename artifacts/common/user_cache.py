@@ -5,7 +5,7 @@ import stat
 from pathlib import Path
 
 
-def users_folder(kind: str) -> Path | None:
+def user_cache_dir(kind: str) -> Path | None:
     """Where files of one kind lie, for this user alone; None if there cannot be such a folder.
 
     Code is loaded from here, so it is not used if somebody else could write to it.

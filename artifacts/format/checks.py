@@ -81,7 +81,7 @@ def check_headers(path: Path, spec: ModelSpec) -> None:
         rows, groups = linear.out_features, linear.in_features // GROUP_SIZE
         expected = {
             "codes": ("U8", (rows, linear.in_features // 2)),
-            "grid": ("BF16", (groups, rows, 2)),
+            "qparams": ("BF16", (groups, rows, 2)),
         }
         for suffix, (dtype, shape) in expected.items():
             name = f"{linear.name}.{suffix}"
@@ -100,7 +100,7 @@ def check_plan(spec: ModelSpec, stored: list[StoredPart], plan: Plan) -> None:
         1 <= tree.width <= 256
         and 0 <= tree.depth <= 1024
         and tree.temperature > 0
-        and 0 <= tree.stop_below < 1
+        and 0 <= tree.min_path_probability < 1
         and tree.num_nodes <= plan.verify_width <= 4096
         and 1 <= plan.context <= spec.max_positions
         and 1 <= plan.num_threads <= 1024
@@ -110,12 +110,12 @@ def check_plan(spec: ModelSpec, stored: list[StoredPart], plan: Plan) -> None:
         raise _wrong(
             "plan.json",
             f"method {plan.method}, tree {tree.width}x{tree.depth} at temperature "
-            f"{tree.temperature} that ends below {tree.stop_below}, verify width "
+            f"{tree.temperature} that ends below {tree.min_path_probability}, verify width "
             f"{plan.verify_width}, context {plan.context}, {plan.num_threads} threads, prefill "
             f"{plan.prefill_tokens} do not go together",
         )
     stopping = plan.acceptance.stopping
-    stops = [some.stop_below for some in stopping]
+    stops = [some.min_path_probability for some in stopping]
     if not all(0 < stop < 1 for stop in stops) or any(b <= a for a, b in pairwise(stops)):
         raise _wrong("plan.json", f"acceptance has trees that end below {stops[:9]}")
     for curves in (plan.acceptance.curves, *(c for s in stopping for c in (s.curves, s.followed))):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from subspec.artifacts.model import GROUP_SIZE
 
-CENTER_CODE = 8  # the code whose value is the center of its group's grid
+ZERO_POINT_CODE = 8  # the code whose value is the zero_point of its group's qparams
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
@@ -21,12 +21,12 @@ def unpack_nibbles(packed: Tensor) -> Tensor:
     return torch.stack((packed & 15, packed >> 4), dim=-1).view(packed.shape[0], -1)
 
 
-def dequantize(codes: Tensor, grid: Tensor) -> Tensor:
-    """codes uint8 [N, K], grid bf16 [G, N, 2] of (scale, center) -> f32 [N, K].
+def dequantize(codes: Tensor, qparams: Tensor) -> Tensor:
+    """codes uint8 [N, K], qparams bf16 [G, N, 2] of (scale, zero_point) -> f32 [N, K].
 
-    weight = (code - CENTER_CODE) * scale + center, as ATen's 4-bit kernels have it. The product is
-    exact in f32, so that a fused multiply-add gives the same bits.
+    weight = (code - ZERO_POINT_CODE) * scale + zero_point, as ATen's 4-bit kernels have
+    it. The product is exact in f32, so that a fused multiply-add gives the same bits.
     """
-    scale, center = grid.float().transpose(0, 1)[..., None].unbind(2)  # [N, G, 1] each
-    steps = codes.view(codes.shape[0], -1, GROUP_SIZE).float() - CENTER_CODE
-    return (steps * scale + center).view(codes.shape)
+    scale, zero_point = qparams.float().transpose(0, 1)[..., None].unbind(2)  # [N, G, 1] each
+    steps = codes.view(codes.shape[0], -1, GROUP_SIZE).float() - ZERO_POINT_CODE
+    return (steps * scale + zero_point).view(codes.shape)

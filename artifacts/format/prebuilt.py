@@ -17,7 +17,7 @@ from subspec.artifacts.native import cpp
 FOLDER = "kernels"
 
 
-def ship(folder: Path, sources: Iterable[Path]) -> None:
+def pack_prebuilt(folder: Path, sources: Iterable[Path]) -> None:
     """Copies what was built of `sources` into the artifact `folder`, before its manifest is
     written."""
     for source in sources:
@@ -27,19 +27,19 @@ def ship(folder: Path, sources: Iterable[Path]) -> None:
             shutil.copyfile(built, folder / FOLDER / built.name)
 
 
-def brought(artifact: Artifact, source: Path) -> FileEntry | None:
+def find_prebuilt(artifact: Artifact, source: Path) -> FileEntry | None:
     """The library of `source` for this machine; None: the artifact has none."""
     wanted = f"{FOLDER}/{cpp.library_name(source)}"
     return next((entry for entry in artifact.manifest.files if entry.path == wanted), None)
 
 
-def adopt(artifact: Artifact, sources: Iterable[Path]) -> list[str]:
+def install_prebuilt(artifact: Artifact, sources: Iterable[Path]) -> list[str]:
     """What the artifact brings of `sources` is loaded from now on; returns the names of those that
     it does not bring. Raises SubspecError(CORRUPT) for one that is not as the manifest says."""
     missing = []
     for source in sources:
-        entry = brought(artifact, source)
-        if entry is None or not cpp.adopt(source, checked(artifact.path, entry)):
+        entry = find_prebuilt(artifact, source)
+        if entry is None or not cpp.install_prebuilt(source, checked(artifact.path, entry)):
             missing.append(source.stem)
     return missing
 

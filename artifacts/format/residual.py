@@ -1,8 +1,8 @@
 """Residual of exact weights: what their 4-bit substitutes leave open, about 7 bits per weight.
 
-A code and its group's scale and center confine a weight to a *window* of 16-bit patterns. Encoder
-and decoder list the window from these alone; the stream only says which entry it is. How many bits
-that takes is known before any bit is read: bit positions are prefix sums over known widths, no
+A code and its group's scale and zero point confine a weight to a *window* of 16-bit patterns.
+Encoder and decoder list the window from these alone; the stream only says which entry it is. How
+many bits that takes is known before any bit is read: bit positions are prefix sums over known widths, no
 lengths are stored, and all weights decode in parallel. This module is the plain form of the format,
 on any device; residual.cpp and runtime/kernels/residual_triton.py are its fast twins.
 
@@ -29,7 +29,7 @@ from subspec.artifacts.format.packing import unpack_nibbles
 from subspec.artifacts.model import GROUP_SIZE
 
 TILE_ROWS = 32
-TILE_COLUMNS = GROUP_SIZE  # a row of a tile is one group: one scale, one center
+TILE_COLUMNS = GROUP_SIZE  # a row of a tile is one group: one scale, one zero_point
 TILE_WEIGHTS = TILE_ROWS * TILE_COLUMNS
 GUARD_WORDS = 3  # a decoder may always read three words
 BINADES = 6  # kept below the top of a window that reaches zero; smaller weights are escaped
@@ -60,14 +60,15 @@ class Sections(NamedTuple):
     lower: Tensor  # int16 [R, K], the lower halves of f32 weights; else empty
 
 
-def encode(weight: Tensor, codes: Tensor, grid: Tensor) -> Tensor:
-    """weight [R, K] bf16, fp16 or f32, codes uint8 [R, K / 2] of nibble pairs, grid bf16 [G, R, 2]
-    of (scale, center) -> uint8 [bytes]. R is a multiple of TILE_ROWS, all on one device."""
+def encode(weight: Tensor, codes: Tensor, qparams: Tensor) -> Tensor:
+    """weight [R, K] bf16, fp16 or f32, codes uint8 [R, K / 2] of nibble pairs, qparams bf16
+    [G, R, 2] of (scale, zero_point) -> uint8 [bytes]. R is a multiple of TILE_ROWS, all on one
+    device."""
     fraction_bits, radix = FRACTION_BITS[weight.dtype], RADIX[weight.dtype]
     halves = weight.view(torch.int16).view(*weight.shape, -1)  # [R, K, 1 or 2], the lower one first
     tiled_patterns = _tiled(halves[..., -1])
     ends, payload = [torch.zeros(1, dtype=torch.long, device=weight.device)], []
-    for place, windows in _chunks(codes, grid, fraction_bits):
+    for place, windows in _chunks(codes, qparams, fraction_bits):
         patterns = tiled_patterns[place].view(-1, TILE_WEIGHTS).long() & 0xFFFF  # [t, 2048]
         entries, escaped = _entries(patterns, windows)
         sizes, bits, offsets = _layout(windows, radix)
@@ -89,10 +90,10 @@ def encode(weight: Tensor, codes: Tensor, grid: Tensor) -> Tensor:
     return torch.cat((stream, halves[..., 0].contiguous().view(torch.uint8).flatten()))
 
 
-def decode(stored: Tensor, codes: Tensor, grid: Tensor, dtype: torch.dtype) -> Tensor:
+def decode(stored: Tensor, codes: Tensor, qparams: Tensor, dtype: torch.dtype) -> Tensor:
     """Inverse of encode: stored uint8 [bytes] -> [R, K] of `dtype`, bit for bit.
 
-    Raises SubspecError(CORRUPT) for bytes that are not a stream of these codes and this grid by
+    Raises SubspecError(CORRUPT) for bytes that are not a stream of these codes and this qparams by
     their structure; that they are the right ones is for a digest to say.
     """
     fraction_bits, radix = FRACTION_BITS[dtype], RADIX[dtype]
@@ -100,7 +101,7 @@ def decode(stored: Tensor, codes: Tensor, grid: Tensor, dtype: torch.dtype) -> T
     index, payload, lower = sections(stored, num_rows, num_columns, dtype)
     out = torch.empty(num_rows, num_columns, dtype=torch.int16, device=stored.device)
     tiled_out, first_tile = _tiled(out), 0
-    for place, windows in _chunks(codes, grid, fraction_bits):
+    for place, windows in _chunks(codes, qparams, fraction_bits):
         own = index[first_tile : first_tile + len(windows.floor) + 1].long()
         words = payload[int(own[0]) : int(own[-1]) + GUARD_WORDS].long() & 0xFFFF_FFFF
         first, num_words = own[:-1] - own[0], own.diff()
@@ -158,24 +159,24 @@ def _tiled(matrix: Tensor) -> Tensor:
 
 
 def _chunks(
-    codes: Tensor, grid: Tensor, fraction_bits: int
+    codes: Tensor, qparams: Tensor, fraction_bits: int
 ) -> Iterator[tuple[tuple[Tensor, Tensor], Windows]]:
     """Some tiles at a time: their (band, column) [t] in a tiled matrix, their windows [t, 2048]."""
-    num_groups = grid.shape[0]
-    assert grid.shape == (codes.shape[1] * 2 // GROUP_SIZE, codes.shape[0], 2)
+    num_groups = qparams.shape[0]
+    assert qparams.shape == (codes.shape[1] * 2 // GROUP_SIZE, codes.shape[0], 2)
     tiled_codes = codes.view(-1, TILE_ROWS, num_groups, TILE_COLUMNS // 2).transpose(1, 2)
-    tiled_grid = grid.unflatten(1, (-1, TILE_ROWS)).transpose(0, 1)  # [R / 32, G, 32, 2]
+    tiled_qparams = qparams.unflatten(1, (-1, TILE_ROWS)).transpose(0, 1)  # [R / 32, G, 32, 2]
     num_tiles = codes.numel() * 2 // TILE_WEIGHTS
     for first in range(0, num_tiles, CHUNK_TILES):
         tile = torch.arange(first, min(first + CHUNK_TILES, num_tiles), device=codes.device)
         place = (tile // num_groups, tile % num_groups)
         chosen = unpack_nibbles(tiled_codes[place].flatten(0, 1)).view(-1, TILE_ROWS, TILE_COLUMNS)
-        scale, center = tiled_grid[place].float()[..., None, :].unbind(-1)  # [t, 32, 1]
-        yield place, _windows(chosen, scale, center, fraction_bits)
+        scale, zero_point = tiled_qparams[place].float()[..., None, :].unbind(-1)  # [t, 32, 1]
+        yield place, _windows(chosen, scale, zero_point, fraction_bits)
 
 
-def _windows(codes: Tensor, scale: Tensor, center: Tensor, fraction_bits: int) -> Windows:
-    """codes uint8 [t, 32, 64], scale and center f32 [t, 32, 1] -> windows [t, 2048].
+def _windows(codes: Tensor, scale: Tensor, zero_point: Tensor, fraction_bits: int) -> Windows:
+    """codes uint8 [t, 32, 64], scale and zero_point f32 [t, 32, 1] -> windows [t, 2048].
 
     The only floating-point operations of the format, in f32 and rounded to nearest even: the
     product has at most 5 + 8 significant bits and is exact, so that a fused multiply-add gives the
@@ -183,8 +184,8 @@ def _windows(codes: Tensor, scale: Tensor, center: Tensor, fraction_bits: int) -
     matter either. Keep them as they are written.
     """
     step = codes.float() - 8
-    low = ((step - 0.5) * scale + center).flatten(1)
-    high = ((step + 0.5) * scale + center).flatten(1)
+    low = ((step - 0.5) * scale + zero_point).flatten(1)
+    high = ((step + 0.5) * scale + zero_point).flatten(1)
     low_magnitude, high_magnitude = _magnitude(low, fraction_bits), _magnitude(high, fraction_bits)
     top_positive = torch.where(high >= 0, high_magnitude, -1)  # -1: no value of this sign
     top_negative = torch.where(low < 0, low_magnitude, -1)

@@ -72,7 +72,7 @@ class SubstituteEntry:
     """What the residuals of one matrix were made for: another draft would decode them wrongly."""
 
     name: str  # of the linear
-    digest: str  # SHA-256 of its codes and then its grid, hexadecimal
+    digest: str  # SHA-256 of its codes and then its qparams, hexadecimal
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch  # noqa: F401  loads libgomp.so.1, which the libraries then share with it
 
-from subspec.artifacts.common.user_cache import users_folder
+from subspec.artifacts.common.user_cache import user_cache_dir
 
 # No fast-math: windows and rounding are IEEE arithmetic. No contraction: results may not depend on
 # which multiplications and additions a compiler finds side by side.
@@ -73,7 +73,7 @@ def _lock(source: Path) -> threading.Lock:
 
 def _built(source: Path) -> ctypes.CDLL | str:
     try:
-        folder = users_folder("kernels")
+        folder = user_cache_dir("kernels")
         if folder is not None:
             return _opened(source, folder / library_name(source))
         with tempfile.TemporaryDirectory() as private:  # once loaded, the file may go
@@ -103,15 +103,15 @@ def library_name(source: Path) -> str:
 
 def built_file(source: Path) -> Path | None:
     """The library of a `source` that is not unavailable; None: it is kept nowhere."""
-    folder = users_folder("kernels")
+    folder = user_cache_dir("kernels")
     path = folder / library_name(source) if folder else None
     return path if path is not None and path.exists() else None
 
 
-def adopt(source: Path, library: bytes) -> bool:
+def install_prebuilt(source: Path, library: bytes) -> bool:
     """Keeps what was built of `source` on such a machine, to be loaded from now on. It is a
     program: who calls this trusts it. False: there is no place to keep it."""
-    folder = users_folder("kernels")
+    folder = user_cache_dir("kernels")
     if folder is None:
         return False
     _put(folder / library_name(source), lambda unfinished: unfinished.write_bytes(library))

@@ -2,7 +2,7 @@
 // first page specifies the format. compiled.py builds this file and calls its last two functions.
 //
 // A tile (32 x 64 weights) is worked on in small local arrays: its codes, its words and its 16-bit
-// patterns are copied in or out as wholes. Widths follow from codes and grid alone and are bounded
+// patterns are copied in or out as wholes. Widths follow from codes and qparams alone and are bounded
 // for any values of these, so nothing that a stream holds can lead outside of the arrays; whether
 // its length was right is one comparison at the end of a tile. The loops are written for the
 // compiler to vectorise; with AVX-512, bf16 and f32 are decoded by a path in intrinsics.
@@ -41,7 +41,7 @@ struct Float16 {
     using Codes = uint16_t;
 };
 
-// bfloat16 [groups, rows, 2] of (scale, center); the groups may lie further apart.
+// bfloat16 [groups, rows, 2] of (scale, zero_point); the groups may lie further apart.
 struct Grid {
     const uint16_t* pairs;
     int64_t group_stride;
@@ -52,7 +52,7 @@ struct Grid {
         return x;
     }
     float scale(int64_t group, int64_t row) const { return at(group, row, 0); }
-    float center(int64_t group, int64_t row) const { return at(group, row, 1); }
+    float zero_point(int64_t group, int64_t row) const { return at(group, row, 1); }
 };
 
 // ---- windows ------------------------------------------------------------------------------------
@@ -65,11 +65,11 @@ template <class Format> inline int16_t narrowed(float x) {
     const int32_t magnitude = std::max((bits & 0x7fffffff) - (112 << 23), 0) >> 13;
     return (int16_t)(std::min(magnitude, 0x7bff) | (bits >> 31 & 0x8000));
 }
-template <class Format> inline int16_t low_end(int32_t code, float scale, float center) {
-    return narrowed<Format>(((float)code - 8.5f) * scale + center);
+template <class Format> inline int16_t low_end(int32_t code, float scale, float zero_point) {
+    return narrowed<Format>(((float)code - 8.5f) * scale + zero_point);
 }
-template <class Format> inline int16_t high_end(int32_t code, float scale, float center) {
-    return narrowed<Format>(((float)code - 7.5f) * scale + center);
+template <class Format> inline int16_t high_end(int32_t code, float scale, float zero_point) {
+    return narrowed<Format>(((float)code - 7.5f) * scale + zero_point);
 }
 
 // _windows of residual.py, shorter because low < high and neither is -0. Entry `last` is the
@@ -99,7 +99,7 @@ template <class Format> struct Row {
     alignas(64) int32_t product[PAIRS];  // of the window sizes of two weights
     alignas(64) int64_t width[NUMBERS];  // bits of a number
 
-    Row(const uint8_t* codes, float scale, float center) {
+    Row(const uint8_t* codes, float scale, float zero_point) {
         alignas(64) int32_t code[TILE_COLUMNS];
         for (int n = 0; n < NUMBERS; n++) {
             typename Format::Codes four;
@@ -112,8 +112,8 @@ template <class Format> struct Row {
         }
         alignas(64) int16_t low[TILE_COLUMNS], high[TILE_COLUMNS];
         for (int i = 0; i < TILE_COLUMNS; i++) {
-            low[i] = low_end<Format>(code[i], scale, center);
-            high[i] = high_end<Format>(code[i], scale, center);
+            low[i] = low_end<Format>(code[i], scale, zero_point);
+            high[i] = high_end<Format>(code[i], scale, zero_point);
         }
         for (int i = 0; i < TILE_COLUMNS; i++) {
             const Window window = window_between<Format>(low[i], high[i]);
@@ -150,12 +150,12 @@ template <class Format> struct Row {
 // row's bits begin in the tile's, and moves behind them. Quotients of such small integers, taken in
 // Real, never round up to the next integer.
 template <class Format>
-uint64_t decode_row(const uint8_t* codes, float scale, float center, const uint8_t* bits,
+uint64_t decode_row(const uint8_t* codes, float scale, float zero_point, const uint8_t* bits,
                     uint64_t& offset, uint16_t* patterns) {
     constexpr int RADIX = Format::RADIX;
     constexpr int PAIRS = Row<Format>::PAIRS, NUMBERS = Row<Format>::NUMBERS;
     using Real = typename Format::Real;
-    const Row<Format> row(codes, scale, center);
+    const Row<Format> row(codes, scale, zero_point);
     alignas(64) double number[NUMBERS];
     for (int n = 0; n < NUMBERS; n++) {
         uint64_t value;
@@ -204,13 +204,13 @@ uint64_t decode_row(const uint8_t* codes, float scale, float center, const uint8
 
 // Decodes the weights of a tile and marks those that are escaped, a mask per row -> bits read.
 template <class Format>
-uint64_t decode_rows(const uint8_t* codes, const Grid& grid, int64_t group, int64_t first_row,
+uint64_t decode_rows(const uint8_t* codes, const Grid& qparams, int64_t group, int64_t first_row,
                      const uint8_t* bits, uint16_t* patterns, uint64_t* escaped) {
     uint64_t offset = 0;
     for (int r = 0; r < TILE_ROWS; r++) {
-        const float scale = grid.scale(group, first_row + r);
-        const float center = grid.center(group, first_row + r);
-        escaped[r] = decode_row<Format>(codes + r * TILE_COLUMNS, scale, center, bits, offset,
+        const float scale = qparams.scale(group, first_row + r);
+        const float zero_point = qparams.zero_point(group, first_row + r);
+        escaped[r] = decode_row<Format>(codes + r * TILE_COLUMNS, scale, zero_point, bits, offset,
                                         patterns + r * TILE_COLUMNS);
     }
     return offset;
@@ -242,11 +242,11 @@ inline __m512d whole(__m512d x) {
 struct alignas(64) Table {
     int32_t floor[16], positive[16];
     float size[16];
-    void fill(float scale, float center) {
+    void fill(float scale, float zero_point) {
         for (int code = 0; code < 16; code++) {
-            const int16_t low = low_end<BFloat16>(code, scale, center);
+            const int16_t low = low_end<BFloat16>(code, scale, zero_point);
             const Window window =
-                window_between<BFloat16>(low, high_end<BFloat16>(code, scale, center));
+                window_between<BFloat16>(low, high_end<BFloat16>(code, scale, zero_point));
             floor[code] = window.floor;
             positive[code] = window.positive;
             size[code] = (float)(window.last + 1);
@@ -258,12 +258,12 @@ struct alignas(64) Table {
 // represent them exactly. Three short loops: the steps of one row wait for each other, those of
 // different rows do not, and the processor overlaps what is close together.
 template <>
-uint64_t decode_rows<BFloat16>(const uint8_t* codes, const Grid& grid, int64_t group,
+uint64_t decode_rows<BFloat16>(const uint8_t* codes, const Grid& qparams, int64_t group,
                                int64_t first_row, const uint8_t* bits, uint16_t* patterns,
                                uint64_t* escaped) {
     Table tables[TILE_ROWS];
     for (int r = 0; r < TILE_ROWS; r++)
-        tables[r].fill(grid.scale(group, first_row + r), grid.center(group, first_row + r));
+        tables[r].fill(qparams.scale(group, first_row + r), qparams.zero_point(group, first_row + r));
 
     // Every number, fetched and split into two for two weights each.
     alignas(64) float joined[TILE_ROWS][2][16];
@@ -350,11 +350,11 @@ uint64_t decode_rows<BFloat16>(const uint8_t* codes, const Grid& grid, int64_t g
 
 // words [MOST_WORDS + BEYOND_WORDS], the tile's first -> was num_words the number of these?
 template <class Format>
-bool decode_tile(const uint8_t* codes, const Grid& grid, int64_t group, int64_t first_row,
+bool decode_tile(const uint8_t* codes, const Grid& qparams, int64_t group, int64_t first_row,
                  const uint32_t* words, int64_t num_words, uint16_t* patterns) {
     uint64_t escaped[TILE_ROWS];
     uint16_t place[TILE_WEIGHTS];
-    const uint64_t num_bits = decode_rows<Format>(codes, grid, group, first_row,
+    const uint64_t num_bits = decode_rows<Format>(codes, qparams, group, first_row,
                                                   (const uint8_t*)words, patterns, escaped);
     int num_escapes = 0;
     for (int r = 0; r < TILE_ROWS; r++)
@@ -370,7 +370,7 @@ bool decode_tile(const uint8_t* codes, const Grid& grid, int64_t group, int64_t 
 
 // patterns [32][64] -> words [MOST_WORDS + BEYOND_WORDS]; returns how many are the tile's.
 template <class Format>
-int64_t encode_tile(const uint8_t* codes, const Grid& grid, int64_t group, int64_t first_row,
+int64_t encode_tile(const uint8_t* codes, const Grid& qparams, int64_t group, int64_t first_row,
                     const uint16_t* patterns, uint32_t* words) {
     constexpr int RADIX = Format::RADIX;
     constexpr int PAIRS = Row<Format>::PAIRS, NUMBERS = Row<Format>::NUMBERS;
@@ -378,8 +378,8 @@ int64_t encode_tile(const uint8_t* codes, const Grid& grid, int64_t group, int64
     int num_escapes = 0;
     uint64_t offset = 0, pending = 0;  // the bits from offset / 8 * 8 on
     for (int r = 0; r < TILE_ROWS; r++, codes += TILE_COLUMNS, patterns += TILE_COLUMNS) {
-        const Row<Format> row(codes, grid.scale(group, first_row + r),
-                              grid.center(group, first_row + r));
+        const Row<Format> row(codes, qparams.scale(group, first_row + r),
+                              qparams.zero_point(group, first_row + r));
         alignas(64) uint16_t pattern[TILE_COLUMNS];
         for (int n = 0; n < NUMBERS; n++) {
             pattern[n] = patterns[RADIX * n];
@@ -510,7 +510,7 @@ inline int worth_it(int64_t num_tiles, int num_threads) {
 }
 
 template <class Format>
-bool decode_part(int64_t num_rows, int64_t num_columns, const Codes& codes, const Grid& grid,
+bool decode_part(int64_t num_rows, int64_t num_columns, const Codes& codes, const Grid& qparams,
                  const int32_t* index, const uint32_t* payload, const uint16_t* lower, void* out,
                  int num_threads) {
     const int64_t num_groups = num_columns / TILE_COLUMNS, block_rows = codes.block_rows();
@@ -534,7 +534,7 @@ bool decode_part(int64_t num_rows, int64_t num_columns, const Codes& codes, cons
                     continue;
                 }
                 memcpy(words, payload + index[tile], 4 * num_words);
-                wrong |= !decode_tile<Format>(of_block + r * TILE_COLUMNS, grid, group, first_row,
+                wrong |= !decode_tile<Format>(of_block + r * TILE_COLUMNS, qparams, group, first_row,
                                               words, num_words, patterns);
                 for (int i = 0; i < TILE_ROWS; i++) {
                     const int64_t at = (first_row + i) * num_columns + group * TILE_COLUMNS;
@@ -559,7 +559,7 @@ bool decode_part(int64_t num_rows, int64_t num_columns, const Codes& codes, cons
 // tiles before them were as long as a tile can be; then the shares are moved together.
 template <class Format>
 int64_t encode_part(int64_t num_rows, int64_t num_columns, const uint16_t* halves, bool is_f32,
-                    const Codes& codes, const Grid& grid, int32_t* index, uint32_t* payload,
+                    const Codes& codes, const Grid& qparams, int32_t* index, uint32_t* payload,
                     int num_threads) {
     const int64_t num_groups = num_columns / TILE_COLUMNS;
     const int64_t num_tiles = num_rows / TILE_ROWS * num_groups;
@@ -581,7 +581,7 @@ int64_t encode_part(int64_t num_rows, int64_t num_columns, const uint16_t* halve
                 if (!is_f32) memcpy(row, halves + at, 2 * TILE_COLUMNS);
                 else for (int k = 0; k < TILE_COLUMNS; k++) row[k] = halves[2 * (at + k) + 1];
             }
-            const int64_t num_words = encode_tile<Format>(of_tile, grid, group, band * TILE_ROWS,
+            const int64_t num_words = encode_tile<Format>(of_tile, qparams, group, band * TILE_ROWS,
                                                           patterns, words);
             memcpy(end, words, 4 * num_words);
             end += num_words;
@@ -604,21 +604,21 @@ int64_t encode_part(int64_t num_rows, int64_t num_columns, const uint16_t* halve
 // [tiles * MOST_WORDS], which is filled from its beginning. Returns the number of words.
 extern "C" int64_t subspec_encode(int64_t num_rows, int64_t num_columns, const void* weights,
                                   int fraction_bits, int is_f32, const uint8_t* codes,
-                                  const uint16_t* grid, int64_t group_stride, int32_t* index,
+                                  const uint16_t* qparams, int64_t group_stride, int32_t* index,
                                   uint32_t* payload, int num_threads) {
     const auto encode = fraction_bits == 7 ? encode_part<BFloat16> : encode_part<Float16>;
     return encode(num_rows, num_columns, (const uint16_t*)weights, is_f32 != 0,
-                  {codes, num_columns, 0}, {grid, group_stride}, index, payload, num_threads);
+                  {codes, num_columns, 0}, {qparams, group_stride}, index, payload, num_threads);
 }
 
 // index: checked to rise from 0 to the words of payload. lower: of f32 weights, else null. Returns
 // 0 if the words of every tile were right; otherwise what is in `out` has no meaning.
 extern "C" int subspec_decode(int64_t num_rows, int64_t num_columns, const uint8_t* codes,
-                              int tile_rows, const uint16_t* grid, int64_t group_stride,
+                              int tile_rows, const uint16_t* qparams, int64_t group_stride,
                               const int32_t* index, const uint32_t* payload,
                               const uint16_t* lower, void* out, int fraction_bits,
                               int num_threads) {
     const auto decode = fraction_bits == 7 ? decode_part<BFloat16> : decode_part<Float16>;
-    return !decode(num_rows, num_columns, {codes, num_columns, tile_rows}, {grid, group_stride},
+    return !decode(num_rows, num_columns, {codes, num_columns, tile_rows}, {qparams, group_stride},
                    index, payload, lower, out, num_threads);
 }

@@ -30,12 +30,12 @@ def unavailable() -> str | None:
     return cpp.unavailable(SOURCE, _declare)
 
 
-def encode(weight: Tensor, codes: Tensor, grid: Tensor, num_threads: int) -> Tensor:
+def encode(weight: Tensor, codes: Tensor, qparams: Tensor, num_threads: int) -> Tensor:
     """What residual.encode returns for these tensors, on the CPU, and by it where there is no
-    library; `grid` may be rows of a larger one, with a stride over its first dimension."""
+    library; `qparams` may be rows of a larger one, with a stride over its first dimension."""
     if unavailable() is not None:
-        return residual.encode(weight, codes, grid)
-    _check(weight, codes, grid)
+        return residual.encode(weight, codes, qparams)
+    _check(weight, codes, qparams)
     num_rows, num_columns = weight.shape
     assert codes.shape == (num_rows, num_columns // 2)
     num_tiles = weight.numel() // TILE_WEIGHTS
@@ -49,8 +49,8 @@ def encode(weight: Tensor, codes: Tensor, grid: Tensor, num_threads: int) -> Ten
         FRACTION_BITS[weight.dtype],
         weight.dtype == torch.float32,
         codes.data_ptr(),
-        grid.data_ptr(),
-        grid.stride(0),
+        qparams.data_ptr(),
+        qparams.stride(0),
         index.data_ptr(),
         payload.data_ptr(),
         num_threads,
@@ -64,30 +64,30 @@ def encode(weight: Tensor, codes: Tensor, grid: Tensor, num_threads: int) -> Ten
 
 
 def decode(
-    stored: Tensor, codes: Tensor, grid: Tensor, dtype: torch.dtype, num_threads: int
+    stored: Tensor, codes: Tensor, qparams: Tensor, dtype: torch.dtype, num_threads: int
 ) -> Tensor:
     """What residual.decode returns for these tensors, on the CPU, and by it where there is no
     library."""
     if unavailable() is not None:
-        return residual.decode(stored, codes, grid, dtype)
+        return residual.decode(stored, codes, qparams, dtype)
     out = torch.empty(codes.shape[0], codes.shape[1] * 2, dtype=dtype)
-    decode_into(out, stored, codes, grid, 0, num_threads)
+    decode_into(out, stored, codes, qparams, 0, num_threads)
     return out
 
 
 def decode_into(
-    out: Tensor, stored: Tensor, codes: Tensor, grid: Tensor, tile_rows: int, num_threads: int
+    out: Tensor, stored: Tensor, codes: Tensor, qparams: Tensor, tile_rows: int, num_threads: int
 ) -> None:
     """Fills out [R, K] (bf16, fp16 or f32) with what residual.decode returns for stored uint8.
 
     codes: the uint8 bytes of exactly these rows; tile_rows = 0: as stored, nibble pairs [R, K / 2];
     64 or 32: ATen's packed CPU layout, [R / tile_rows, K, tile_rows / 2] bytes, where byte (k, r)
     holds row r in its low nibble and row r + tile_rows / 2 in its high one; 16: that of
-    runtime/kernels/int4.py, [R / 16, K / 8, 16, 4] bytes of nibble pairs. grid as in `encode`.
+    runtime/kernels/int4.py, [R / 16, K / 8, 16, 4] bytes of nibble pairs. qparams as in `encode`.
     Raises SubspecError(CORRUPT) like residual.decode; `out` then holds nothing of use. Needs
     unavailable() to be None.
     """
-    _check(out, codes, grid)
+    _check(out, codes, qparams)
     assert tile_rows in (0, 16, 32, 64) and out.shape[0] % (tile_rows or TILE_ROWS) == 0
     assert out.data_ptr() % 16 == 0, "it is written in vectors"
     num_rows, num_columns = out.shape
@@ -97,8 +97,8 @@ def decode_into(
         num_columns,
         codes.data_ptr(),
         tile_rows,
-        grid.data_ptr(),
-        grid.stride(0),
+        qparams.data_ptr(),
+        qparams.stride(0),
         index.data_ptr(),
         payload.data_ptr(),
         lower.data_ptr() if out.dtype == torch.float32 else None,
@@ -110,17 +110,17 @@ def decode_into(
         raise corrupt("the length of a tile does not fit its weights")
 
 
-def _check(weight: Tensor, codes: Tensor, grid: Tensor) -> None:
+def _check(weight: Tensor, codes: Tensor, qparams: Tensor) -> None:
     """What the library relies on: shapes, dtypes, contiguous memory of the CPU."""
     assert weight.dtype in FRACTION_BITS and codes.dtype == torch.uint8
-    assert grid.dtype == torch.bfloat16
-    assert all(tensor.device.type == "cpu" for tensor in (weight, codes, grid))
+    assert qparams.dtype == torch.bfloat16
+    assert all(tensor.device.type == "cpu" for tensor in (weight, codes, qparams))
     num_rows, num_columns = weight.shape
     assert num_rows % TILE_ROWS == 0 and num_columns % GROUP_SIZE == 0
     assert weight.is_contiguous() and codes.is_contiguous()
     assert codes.numel() * 2 == weight.numel()
-    assert grid.shape == (num_columns // GROUP_SIZE, num_rows, 2)
-    assert grid.stride()[1:] == (2, 1)
+    assert qparams.shape == (num_columns // GROUP_SIZE, num_rows, 2)
+    assert qparams.stride()[1:] == (2, 1)
 
 
 def _declare(library: ctypes.CDLL) -> None:
@@ -128,12 +128,12 @@ def _declare(library: ctypes.CDLL) -> None:
     library.subspec_encode.restype = size
     library.subspec_encode.argtypes = (
         *(size, size, address, number, number),  # rows, columns, weights, fraction bits, is f32
-        *(address, address, size),  # codes, grid, its stride
+        *(address, address, size),  # codes, qparams, its stride
         *(address, address, number),  # index, payload, threads
     )
     library.subspec_decode.restype = number
     library.subspec_decode.argtypes = (
         *(size, size, address, number),  # rows, columns, codes, tile rows
-        *(address, size, address, address, address),  # grid, its stride, index, payload, lower
+        *(address, size, address, address, address),  # qparams, its stride, index, payload, lower
         *(address, number, number),  # out, fraction bits, threads
     )

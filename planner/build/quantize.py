@@ -2,7 +2,7 @@
 
 The algorithm is that of mobiusml/hqq (`optimize_weights_proximal_legacy`: 20 proximal iterations
 on the zero, p = 0.7, beta = 10), with these differences. What is stored is what the 4-bit kernels
-compute with, a bf16 scale and a bf16 center: the scale is rounded before the zero is fitted for
+compute with, a bf16 scale and a bf16 zero_point: the scale is rounded before the zero is fitted for
 it, and the codes are rounded once more for both. There is no early stop: it looks at the whole
 matrix, so that a group's codes would depend on its neighbours. And the iteration runs in units of
 codes: see `_fit_zero`.
@@ -17,7 +17,12 @@ import torch
 from torch import Tensor
 
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.artifacts.format.packing import CENTER_CODE, dequantize, pack_nibbles, unpack_nibbles
+from subspec.artifacts.format.packing import (
+    ZERO_POINT_CODE,
+    dequantize,
+    pack_nibbles,
+    unpack_nibbles,
+)
 from subspec.artifacts.model import GROUP_SIZE
 
 HIGHEST_CODE = 15
@@ -26,10 +31,14 @@ POWER = 0.7  # hqq's lp_norm
 BETA = 10.0
 SHRINK_BEGINS = 0.17  # |x| - |x|^(POWER - 1) / BETA is negative up to |x| = 0.1701
 
-SMALLEST_SCALE = 2.0**-59  # no end of a code's interval, center + (code - 8 +- 1/2) * scale, is a
+SMALLEST_SCALE = (
+    2.0**-59
+)  # no end of a code's interval, zero_point + (code - 8 +- 1/2) * scale, is a
 LARGEST_SCALE = 2.0**59  # subnormal f32, which a machine may take for zero, and none overflows
-LARGEST_CENTER = torch.finfo(torch.bfloat16).max
-CENTER_STEPS = 256 * 7  # a center within as many steps of 0 is rounded to bf16 by at most 7 steps
+LARGEST_ZERO_POINT = torch.finfo(torch.bfloat16).max
+ZERO_POINT_STEPS = (
+    256 * 7
+)  # a zero_point within as many steps of 0 is rounded to bf16 by at most 7 steps
 
 # Speed only: the codes do not depend on them. A thread's share of the temporaries fits its cache; a
 # GPU wants few large launches, of about 0.4 GB of temporaries.
@@ -40,10 +49,12 @@ HQQ_WEIGHTS_PER_CALL = 1 << 24  # hqq's temporaries are about ten times this, in
 
 @dataclass(frozen=True)
 class Substitute:
-    """weight ~ (code - CENTER_CODE) * scale + center, on the host, as an artifact stores it."""
+    """weight ~ (code - ZERO_POINT_CODE) * scale + zero_point, on the host, as it is stored."""
 
     codes: Tensor  # uint8 [N, K / 2], packed by pack_nibbles
-    grid: Tensor  # bf16 [G, N, 2]: scale, within SMALLEST_ and LARGEST_SCALE, and center, finite
+    qparams: (
+        Tensor  # bf16 [G, N, 2]: scale, within SMALLEST_ and LARGEST_SCALE, and zero_point, finite
+    )
 
 
 @torch.no_grad()
@@ -58,7 +69,7 @@ def quantize(weight: Tensor, device: torch.device | str) -> Substitute:
     device = torch.device(device)
     groups = weight.reshape(-1, GROUP_SIZE)
     codes = torch.empty(len(groups), GROUP_SIZE // 2, dtype=torch.uint8)
-    grid = torch.empty(len(groups), 2, dtype=torch.bfloat16)
+    qparams = torch.empty(len(groups), 2, dtype=torch.bfloat16)
     on_cpu = device.type == "cpu"
     num_groups = CPU_GROUPS_PER_THREAD * torch.get_num_threads() if on_cpu else CUDA_GROUPS
     for first in range(0, len(groups), num_groups):
@@ -66,10 +77,10 @@ def quantize(weight: Tensor, device: torch.device | str) -> Substitute:
         original = groups[block].to(device, torch.float32)  # [B, 64]
         low, high = torch.aminmax(original, dim=1, keepdim=True)
         scale = _fit_scale(low, high).bfloat16().float()
-        stored = _grid(scale, _fit_zero(original, low, high, scale))
+        stored = _qparams(scale, _fit_zero(original, low, high, scale))
         codes[block] = pack_nibbles(_nearest_codes(original, stored))
-        grid[block] = stored
-    return _substitute(weight, codes, grid)
+        qparams[block] = stored
+    return _substitute(weight, codes, qparams)
 
 
 @torch.no_grad()
@@ -92,11 +103,11 @@ def quantize_with_hqq(weight: Tensor, device: torch.device | str) -> Substitute:
             original, nbits=4, group_size=GROUP_SIZE, axis=1, bitpack=False, device=str(device)
         )
         scale = found["scale"].float().clamp(SMALLEST_SCALE, LARGEST_SCALE).bfloat16().float()
-        stored = _grid(scale, found["zero"].float().nan_to_num(0.0))
+        stored = _qparams(scale, found["zero"].float().nan_to_num(0.0))
         codes = pack_nibbles(_nearest_codes(original, stored))
         blocks.append((codes.cpu(), stored.cpu()))
-    codes, grid = (torch.cat(tensors) for tensors in zip(*blocks, strict=True))
-    return _substitute(weight, codes, grid)
+    codes, qparams = (torch.cat(tensors) for tensors in zip(*blocks, strict=True))
+    return _substitute(weight, codes, qparams)
 
 
 QUANTIZERS: dict[str, Callable[[Tensor, torch.device | str], Substitute]] = {
@@ -113,12 +124,12 @@ def relative_error(weight: Tensor, substitute: Substitute) -> float:
     pieces = zip(
         weight.split(rows),
         substitute.codes.split(rows),
-        substitute.grid.split(rows, dim=1),
+        substitute.qparams.split(rows, dim=1),
         strict=True,
     )
-    for exact, codes, grid in pieces:
+    for exact, codes, qparams in pieces:
         exact = exact.cpu().double()  # the square of a large bf16 overflows f32
-        approximate = dequantize(unpack_nibbles(codes), grid).double()
+        approximate = dequantize(unpack_nibbles(codes), qparams).double()
         squared_error += (exact - approximate).square().sum().item()
         squared_norm += exact.square().sum().item()
     return float((squared_error / squared_norm) ** 0.5) if squared_norm else 0.0
@@ -128,10 +139,10 @@ def _fit_scale(low: Tensor, high: Tensor) -> Tensor:
     """Smallest and largest weight f32 [B, 1] of each group -> scale f32 [B, 1].
 
     The range over 15, but large enough that the codes reach a group that is narrow and far from 0
-    (a constant one) wherever bf16 puts the center: it moves by up to 1/256 of itself.
+    (a constant one) wherever bf16 puts the zero_point: it moves by up to 1/256 of itself.
     """
     magnitude = torch.maximum(low.abs(), high.abs())
-    scale = torch.maximum((high - low) / HIGHEST_CODE, magnitude / CENTER_STEPS)
+    scale = torch.maximum((high - low) / HIGHEST_CODE, magnitude / ZERO_POINT_STEPS)
     return scale.clamp_(SMALLEST_SCALE, LARGEST_SCALE)
 
 
@@ -145,11 +156,11 @@ def _fit_zero(original: Tensor, low: Tensor, high: Tensor, scale: Tensor) -> Ten
     no power, which is most of hqq's time.
     """
     scaled = original / scale  # [B, 64]
-    # A scale at one of its bounds is not that of the range, and its group begins around the center:
-    # zeros are exactly 0, and where bf16 moves the center there are codes on either side.
+    # A scale at one of its bounds is not that of the range, and its group begins around zero_point:
+    # zeros are exactly 0, and where bf16 moves the zero_point there are codes on either side.
     at_bound = ((high - low) / scale - HIGHEST_CODE).abs() > 1
     middle = low / 2 + high / 2  # the sum of two large f32 would overflow
-    zero = torch.where(at_bound, CENTER_CODE - middle / scale, -low / scale)
+    zero = torch.where(at_bound, ZERO_POINT_CODE - middle / scale, -low / scale)
     # A residual beyond half a code is a weight outside the range, so the outermost two tell.
     allowed = SHRINK_BEGINS / scale
     allowed = allowed.masked_fill_(allowed <= 0.5, -torch.inf)
@@ -177,16 +188,16 @@ def _without_shrunk(residual: Tensor, scale: Tensor) -> Tensor:
     return ((exact - shrunk.copysign_(exact)) / scale).float()
 
 
-def _grid(scale: Tensor, zero: Tensor) -> Tensor:
-    """scale, already a bf16 number, and zero, both f32 [B, 1] -> (scale, center), bf16 [B, 2]."""
-    center = ((CENTER_CODE - zero) * scale).clamp_(-LARGEST_CENTER, LARGEST_CENTER)
-    return torch.cat((scale, center), dim=1).bfloat16()
+def _qparams(scale: Tensor, zero: Tensor) -> Tensor:
+    """scale, already a bf16 number, and zero, both f32 [B, 1] -> bf16 [B, 2]."""
+    zero_point = ((ZERO_POINT_CODE - zero) * scale).clamp_(-LARGEST_ZERO_POINT, LARGEST_ZERO_POINT)
+    return torch.cat((scale, zero_point), dim=1).bfloat16()
 
 
-def _nearest_codes(original: Tensor, grid: Tensor) -> Tensor:
-    """original f32 [B, 64], grid bf16 [B, 2] -> their best codes, uint8 [B, 64]."""
-    scale, center = grid[:, :1].float(), grid[:, 1:].float()
-    codes = (original - center).div_(scale).round_().add_(CENTER_CODE)
+def _nearest_codes(original: Tensor, qparams: Tensor) -> Tensor:
+    """original f32 [B, 64], qparams bf16 [B, 2] -> their best codes, uint8 [B, 64]."""
+    scale, zero_point = qparams[:, :1].float(), qparams[:, 1:].float()
+    codes = (original - zero_point).div_(scale).round_().add_(ZERO_POINT_CODE)
     return codes.clamp_(0, HIGHEST_CODE).to(torch.uint8)
 
 
@@ -202,8 +213,8 @@ def _check(weight: Tensor) -> None:
         )
 
 
-def _substitute(weight: Tensor, codes: Tensor, grid: Tensor) -> Substitute:
+def _substitute(weight: Tensor, codes: Tensor, qparams: Tensor) -> Substitute:
     """Tensors with one row per group, [N * G, ...], -> those of a matrix."""
     rows = weight.shape[0]
-    by_row = grid.view(rows, -1, 2)  # [N, G, 2]
+    by_row = qparams.view(rows, -1, 2)  # [N, G, 2]
     return Substitute(codes.view(rows, -1), by_row.transpose(0, 1).contiguous())

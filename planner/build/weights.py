@@ -99,11 +99,11 @@ def write_matrices(
         made.append(SubstituteEntry(linear.name, digest))
         for part in own_parts.get(linear.name, []):  # none: a tied head, which is the embedding
             rows = slice(part.first_row, part.first_row + part.num_rows)
-            codes, grid = substitute.codes[rows], substitute.grid[:, rows]
+            codes, qparams = substitute.codes[rows], substitute.qparams[:, rows]
             wanted = part.name in residuals and part.can_be_residual
-            stored = encode_residual(weight[rows], codes, grid) if wanted else None
+            stored = encode_residual(weight[rows], codes, qparams) if wanted else None
             entry = write_part(exact, part, weight[rows], stored, digest)
-            prove_part(exact, part, entry, weight[rows], codes, grid)
+            prove_part(exact, part, entry, weight[rows], codes, qparams)
             entries.append(entry)
             sizes[part.name] = padded(entry.num_bytes)
     header = io.BytesIO()
@@ -112,10 +112,10 @@ def write_matrices(
     return tuple(entries), tuple(made)
 
 
-def encode_residual(weight: Tensor, codes: Tensor, grid: Tensor) -> Tensor | None:
+def encode_residual(weight: Tensor, codes: Tensor, qparams: Tensor) -> Tensor | None:
     """Rows of a matrix and of its substitute -> the residual, uint8 [bytes]; None if that would not
     be smaller than the weights (many zeros; weights that were made from 8 bits)."""
-    stored = residual_cpu.encode(weight, codes, grid, torch.get_num_threads())
+    stored = residual_cpu.encode(weight, codes, qparams, torch.get_num_threads())
     return stored if stored.numel() < weight.nbytes else None
 
 
@@ -154,7 +154,7 @@ def substitutes_header(spec: ModelSpec) -> list[tuple[str, str, tuple[int, ...]]
         if linear.has_substitute:
             n, k = linear.out_features, linear.in_features
             found.append((f"{linear.name}.codes", "U8", (n, k // 2)))
-            found.append((f"{linear.name}.grid", "BF16", (k // GROUP_SIZE, n, 2)))
+            found.append((f"{linear.name}.qparams", "BF16", (k // GROUP_SIZE, n, 2)))
     return found
 
 
@@ -181,7 +181,7 @@ def write_part(
 
 
 def prove_part(
-    file: "HashedFile", part: Part, entry: PartEntry, weight: Tensor, codes: Tensor, grid: Tensor
+    file: "HashedFile", part: Part, entry: PartEntry, weight: Tensor, codes: Tensor, qparams: Tensor
 ) -> None:
     """What a reader of the artifact will find at the entry, and decode with the substitute, is
     compared with the checkpoint's bytes. (That the disk keeps it is what the digests are for.)"""
@@ -190,7 +190,7 @@ def prove_part(
         got = torch.empty(entry.num_bytes, dtype=torch.uint8)
         written.read_into(raw_bytes(got), entry.offset)
     if entry.encoding == "residual":
-        got = residual_cpu.decode(got, codes, grid, weight.dtype, torch.get_num_threads())
+        got = residual_cpu.decode(got, codes, qparams, weight.dtype, torch.get_num_threads())
     if raw_bytes(got) != raw_bytes(weight):
         raise SubspecError(
             Exit.RESOURCES,
@@ -208,13 +208,13 @@ def write_substitute(
         raise SubspecError(
             error.exit_code, f"{linear.name}.weight: {error.message}", error.hint
         ) from None
-    for tensor in (substitute.codes, substitute.grid):
+    for tensor in (substitute.codes, substitute.qparams):
         file.write(raw_bytes(tensor))
     return substitute
 
 
 def substitute_digest(substitute: Substitute) -> str:
-    return part_digest((raw_bytes(substitute.codes), raw_bytes(substitute.grid)), None)
+    return part_digest((raw_bytes(substitute.codes), raw_bytes(substitute.qparams)), None)
 
 
 def read_weight(checkpoint: Checkpoint, name: str) -> Tensor:

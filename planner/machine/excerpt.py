@@ -78,14 +78,14 @@ def fill_with_noise(target: Tensor, scale: float) -> None:
 
 
 def random_substitute(num_rows: int, num_columns: int) -> tuple[Tensor, Tensor]:
-    """Codes and grid on the host, as an artifact stores them."""
+    """Codes and qparams on the host, as an artifact stores them."""
     generator = torch.Generator().manual_seed(0)
     count = num_rows * num_columns // 2
     some = torch.randint(256, (min(count, 1 << 16),), dtype=torch.uint8, generator=generator)
     codes = some.repeat(-(-count // len(some)))[:count].view(num_rows, -1)
     scale = num_columns**-0.5 / 4
-    grid = torch.tensor((scale, scale / 2), dtype=torch.bfloat16)  # codes 0 to 15 around 0
-    return codes, grid.repeat(num_columns // GROUP_SIZE, num_rows, 1)
+    qparams = torch.tensor((scale, scale / 2), dtype=torch.bfloat16)  # codes 0 to 15 around 0
+    return codes, qparams.repeat(num_columns // GROUP_SIZE, num_rows, 1)
 
 
 def ignores_place(

@@ -1,7 +1,8 @@
 """Times the link, the kernels and one layer of this machine -> Profile, with the runtime's code: a
 profile times what will run.
 
-What a pass is made of is timed by `bench.py`, the decoding of residuals by `decode_rate.py`.
+What a pass is made of is timed by `microbench.py`, the decoding of residuals by
+`residual_rate.py`.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,10 +16,10 @@ from subspec.artifacts.format.store import part_digest
 from subspec.artifacts.model import PAGE_BYTES, ModelSpec
 from subspec.artifacts.plan import Int4Kernel
 from subspec.artifacts.profile import LinkRate, Profile, Timing, seconds_at
-from subspec.planner.machine.decode_rate import decode_rate
 from subspec.planner.machine.microbench import Bench
 from subspec.planner.machine.pinnable import pinnable_bytes
 from subspec.planner.machine.profiles import typical_of
+from subspec.planner.machine.residual_rate import residual_weights_per_second
 from subspec.planner.machine.timing import (
     Stream,
     gpu_overhead_bytes,
@@ -34,7 +35,7 @@ from subspec.planner.solve.storage import raw_storage, usual_storages
 from subspec.runtime.draft.substitutes import Substitutes
 from subspec.runtime.kernels import gemlite_kernel
 from subspec.runtime.memory import bytes_of, free_bytes, host_buffer
-from subspec.runtime.model.attention import attend, attend_exactly, without_cudnn
+from subspec.runtime.model.attention import attend, attend_batch_invariant, without_cudnn
 from subspec.runtime.session import machine_name as name_of_device
 from subspec.runtime.stream.digests import Digests
 from subspec.runtime.stream.link import DiskLink
@@ -72,7 +73,7 @@ def measure(spec: ModelSpec, device: str, folder: Path, progress: Progress) -> P
             free_bytes=free,
             pinnable_bytes=pinnable_bytes(device, raw_storage(spec).num_bytes) if cuda else 0,
             overhead_bytes=gpu_overhead_bytes(target) if cuda else 0,
-            position_free_widths=bench.position_free_widths(),
+            batch_invariant_widths=bench.batch_invariant_widths(),
         )
     if kernel == "gemlite":
         gemlite_kernel.keep_tuning(target)
@@ -145,7 +146,7 @@ def measured_once(
     fast_layer, plain_head = bench.fast_timings()
     draft = bench.draft_timings(substitutes)
     link = tuple(measure_link(open_link, size) for size in block_sizes(bench.full_spec))
-    busy_link, busy_compute = contention(bench, open_link, link[-1])
+    contended_link, contended_compute = contention(bench, open_link, link[-1])
     return Profile(
         device="cuda" if bench.device.type == "cuda" else "cpu",
         machine=name_of_device(bench.device),
@@ -154,22 +155,22 @@ def measured_once(
         pinnable_bytes=0,
         overhead_bytes=0,
         link=link,
-        busy_link=busy_link,
-        busy_compute=busy_compute,
+        contended_link=contended_link,
+        contended_compute=contended_compute,
         digest_rate=digest_rate(),
         exact_layer=exact_layer,
         # What took longer than more rows of the same would was disturbed.
         fast_layer=never_longer(fast_layer, exact_layer),
         draft_layer=draft.layer,
-        exact_attention=bench.attention_timings(attend_exactly, bench.decoder.dtype),
+        exact_attention=bench.attention_timings(attend_batch_invariant, bench.decoder.dtype),
         fast_attention=bench.attention_timings(attend, bench.decoder.dtype),
         draft_attention=draft.attention,
         exact_head=(Timing(1, min(plain_head, exact_head[0].seconds)), *exact_head),
         draft_head=draft.head,
         round_seconds=bench.round_seconds(),
-        decode_rate=decode_rate(bench.spec, bench.device, kernel),
+        residual_weights_per_second=residual_weights_per_second(bench.spec, bench.device, kernel),
         int4_kernel=kernel,
-        position_free_widths=(),
+        batch_invariant_widths=(),
     )
 
 

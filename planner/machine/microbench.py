@@ -44,7 +44,7 @@ from subspec.runtime.kernels.linear import (
 )
 from subspec.runtime.load import DRAFT_DTYPE, fixed_weight
 from subspec.runtime.memory import FastMemory
-from subspec.runtime.model.attention import attend, attend_exactly
+from subspec.runtime.model.attention import attend, attend_batch_invariant
 from subspec.runtime.model.cache import Cache
 from subspec.runtime.model.sampling import Sampling, choose
 from subspec.runtime.model.transformer import (
@@ -127,7 +127,9 @@ class Bench:
             return lambda: to_logits(self._tree_rows(width)).argmax(-1)
 
         layers = {
-            width: self._layers(self.decoder, self.exact, self._tree_rows(width), attend_exactly)
+            width: self._layers(
+                self.decoder, self.exact, self._tree_rows(width), attend_batch_invariant
+            )
             for width in self.exact_widths
         }
         heads = {width: head(width) for width in self.exact_widths}
@@ -170,7 +172,9 @@ class Bench:
 
     def loaded_layers(self) -> Callable[[], None]:
         """What is timed against a busy link: layers of a verification of LOADED_WIDTH rows."""
-        return self._layers(self.decoder, self.exact, self._tree_rows(LOADED_WIDTH), attend_exactly)
+        return self._layers(
+            self.decoder, self.exact, self._tree_rows(LOADED_WIDTH), attend_batch_invariant
+        )
 
     def faster_kernel(self) -> tuple[Int4Kernel, Substitutes]:
         """The 4-bit kernel with the faster layer of four rows, and substitutes in its layout."""
@@ -227,7 +231,7 @@ class Bench:
         (accepting, _), (moving, _) = time_each(actions, self.device)
         return accepting + moving / self.spec.num_layers * self.full_spec.num_layers
 
-    def position_free_widths(self) -> tuple[int, ...]:
+    def batch_invariant_widths(self) -> tuple[int, ...]:
         """Widths at which every product gives a row the same bits wherever it stands."""
         every = (*self.resident.values(), *self.fixed.values())
         one_of_a_shape = {weight.shape: weight for weight in every}.values()

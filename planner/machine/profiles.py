@@ -9,7 +9,7 @@ from typing import Any
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format.codec import load_dataclass
-from subspec.artifacts.profile import Learned, LinkRate, Profile, Timing
+from subspec.artifacts.profile import Corrections, LinkRate, Profile, Timing
 from subspec.planner.model.fields import read_fields
 
 FASTEST = 1e15  # bytes a second
@@ -59,21 +59,24 @@ def first_fault(profile: Profile) -> str:
         or not 0 <= profile.round_seconds < LONGEST
     ):
         return f"a time is not from {SHORTEST:g} to {LONGEST:g} seconds"
-    for name, rate in (("decode", profile.decode_rate), ("digest", profile.digest_rate)):
+    for name, rate in (
+        ("decode", profile.residual_weights_per_second),
+        ("digest", profile.digest_rate),
+    ):
         if not 0 <= rate <= FASTEST:
             return f"{name}_rate is not from 0 to {FASTEST:g} a second"
-    if not all(0.01 <= share <= 1 for share in (profile.busy_link, profile.busy_compute)):
-        return "busy_link or busy_compute is not from 0.01 to 1"
-    learned = profile.learned
-    factors = (learned.draft, learned.verify, learned.plain, learned.prompt)
-    if not all(0.01 <= factor <= 100 for factor in factors) or learned.num_rounds < 0:
-        return "learned has a factor that is not from 0.01 to 100"
-    if learned.link_bandwidth is not None and learned.link_bandwidth < 1:
-        return "learned was learned over a link without bandwidth"
+    if not all(0.01 <= share <= 1 for share in (profile.contended_link, profile.contended_compute)):
+        return "contended_link or contended_compute is not from 0.01 to 1"
+    corrections = profile.corrections
+    factors = (corrections.draft, corrections.verify, corrections.plain, corrections.prompt)
+    if not all(0.01 <= factor <= 100 for factor in factors) or corrections.num_rounds < 0:
+        return "corrections has a factor that is not from 0.01 to 100"
+    if corrections.link_bandwidth is not None and corrections.link_bandwidth < 1:
+        return "corrections were learned over a link without bandwidth"
     if min(profile.free_bytes, profile.pinnable_bytes) < 0:
         return "free_bytes or pinnable_bytes is below 0"
-    if not all(1 <= width <= 4096 for width in profile.position_free_widths):
-        return "position_free_widths has a width that is not from 1 to 4096"
+    if not all(1 <= width <= 4096 for width in profile.batch_invariant_widths):
+        return "batch_invariant_widths has a width that is not from 1 to 4096"
     if not 1 <= profile.num_threads <= 1024 or profile.overhead_bytes < 0:
         return "num_threads or overhead_bytes is out of range"
     return ""
@@ -109,12 +112,14 @@ def middle_of(some: Sequence[Timing] | Sequence[LinkRate]) -> Timing | LinkRate:
 def under_link(profile: Profile, bytes_per_second: int | None) -> Profile:
     """For plans under --link-bandwidth; None: without it. What rounds at another speed of the link
     taught says nothing here, but of drafts, which stream nothing."""
-    learned = profile.learned
-    if learned.link_bandwidth != bytes_per_second:
-        learned = Learned(
-            draft=learned.draft, num_rounds=learned.num_rounds, link_bandwidth=bytes_per_second
+    corrections = profile.corrections
+    if corrections.link_bandwidth != bytes_per_second:
+        corrections = Corrections(
+            draft=corrections.draft,
+            num_rounds=corrections.num_rounds,
+            link_bandwidth=bytes_per_second,
         )
-    profile = replace(profile, learned=learned)
+    profile = replace(profile, corrections=corrections)
     return profile if bytes_per_second is None else with_link(profile, bytes_per_second)
 
 
@@ -124,5 +129,10 @@ def with_link(profile: Profile, bytes_per_second: int) -> Profile:
         replace(rate, bytes_per_second=min(rate.bytes_per_second, float(bytes_per_second)))
         for rate in profile.link
     )
-    busy_link, busy_compute = profile.busy_shares(bytes_per_second)
-    return replace(profile, link=tuple(capped), busy_link=busy_link, busy_compute=busy_compute)
+    contended_link, contended_compute = profile.contended_shares(bytes_per_second)
+    return replace(
+        profile,
+        link=tuple(capped),
+        contended_link=contended_link,
+        contended_compute=contended_compute,
+    )

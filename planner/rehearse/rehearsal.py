@@ -11,15 +11,15 @@ from pathlib import Path
 import torch
 
 from subspec.artifacts.acceptance import Acceptance
-from subspec.artifacts.format.prebuilt import ship
+from subspec.artifacts.format.prebuilt import pack_prebuilt
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.plan import Method, Plan, Usage
 from subspec.planner.rehearse.calibration import NUM_TOKENS, Sample, in_turns, sample_ids
-from subspec.planner.rehearse.learn import Foretell, Rounds, Timed
+from subspec.planner.rehearse.corrections import PredictFor, Rounds, Timed
 from subspec.planner.rehearse.replay import Trees, acceptance_of, replay
 from subspec.runtime.model.sampling import Sampling
 from subspec.runtime.session import Session, kernel_sources
-from subspec.runtime.text.tokenizer import load_text
+from subspec.runtime.text.tokenizer import load_tokenizer
 
 DRAFT_SECONDS = 180.0  # for speculation and its replays, at most
 PLAIN_SECONDS = 10.0
@@ -43,7 +43,7 @@ class Rehearsal:
 
 
 @dataclass(frozen=True)
-class Played:
+class DecodedSample:
     """One answer as it was decoded."""
 
     tokens: tuple[int, ...]  # of prompt and answer
@@ -55,14 +55,14 @@ class Played:
 def rehearse(
     artifact: Artifact,
     plan: Plan,
-    foretell: Foretell,
+    predict_for: PredictFor,
     samples: Sequence[Sample],
     setting: Setting,
     progress: Progress,
 ) -> Rehearsal:
-    """Runs `plan` over the samples, all kinds alike, until they or the time is up; `foretell`: what
-    it promises for a usage, without corrections."""
-    staged, text = replace(artifact, plan=plan), load_text(artifact.path / "tokenizer")
+    """Runs `plan` over the samples, all kinds alike, until they or the time is up. `predict_for`:
+    what it promises for a usage, without corrections."""
+    staged, text = replace(artifact, plan=plan), load_tokenizer(artifact.path / "tokenizer")
     turns = [(sample.kind, sample_ids(text, sample)) for sample in in_turns(samples)]
     trees: Trees = {}
     rounds = Rounds()
@@ -71,22 +71,22 @@ def rehearse(
             until = time.perf_counter() + DRAFT_SECONDS
             for index, (kind, prompt) in enumerate(turns):
                 progress("rehearsing the plan", index / len(turns))
-                played = play(session, prompt, NUM_TOKENS, foretell, until)
+                played = play(session, prompt, NUM_TOKENS, predict_for, until)
                 rounds = rounds.and_also(played.rounds)
                 replay(session, played.tokens, played.starts, kind, trees, until)
                 if time.perf_counter() > until:
                     break
     with opened(staged, "plain", setting) as session:
         until = time.perf_counter() + PLAIN_SECONDS
-        played = play(session, turns[0][1], PLAIN_TOKENS, foretell, until)
+        played = play(session, turns[0][1], PLAIN_TOKENS, predict_for, until)
         rounds = rounds.and_also(played.rounds)
     progress("rehearsing the plan", 1.0)
     return Rehearsal(acceptance_of(trees), rounds)
 
 
-def ship_kernels(folder: Path, plan: Plan) -> None:
+def pack_kernels(folder: Path, plan: Plan) -> None:
     """What was compiled here for the plan's decoding goes into the artifact `folder`."""
-    ship(folder, kernel_sources(plan))
+    pack_prebuilt(folder, kernel_sources(plan))
 
 
 def opened(artifact: Artifact, method: Method, setting: Setting) -> Session:
@@ -100,8 +100,8 @@ def opened(artifact: Artifact, method: Method, setting: Setting) -> Session:
 
 
 def play(
-    session: Session, prompt: list[int], num_tokens: int, foretell: Foretell, until: float
-) -> Played:
+    session: Session, prompt: list[int], num_tokens: int, predict_for: PredictFor, until: float
+) -> DecodedSample:
     """Decodes greedily, one round at least. The answer may become longer, so that no round's tree
     is cut for the end; and the first round is not timed: the session watches its temporaries."""
     depth = session.plan.tree.depth if session.method == "substitute" else 0
@@ -119,7 +119,7 @@ def play(
         tokens += emitted
         if len(tokens) - len(prompt) >= num_tokens or (starts and time.perf_counter() > until):
             break
-    said = foretell(session.method, Usage(len(prompt), len(tokens) - len(prompt)))
+    said = predict_for(session.method, Usage(len(prompt), len(tokens) - len(prompt)))
     passed = [(b[0] - a[0], b[1] - a[1], b[2] - a[2]) for a, b in pairwise(clock)][1:]
     drafted = [seconds * said.levels_per_round / max(1, levels) for seconds, _, levels in passed]
     draft = (Timed(tuple(drafted), said.draft_seconds),)  # each as if it had drafted the mean
@@ -130,4 +130,4 @@ def play(
         rounds = Rounds(plain=verify, prompt=asked)
     else:
         rounds = Rounds(draft, verify, prompt=asked)
-    return Played(tuple(tokens), tuple(starts), rounds)
+    return DecodedSample(tuple(tokens), tuple(starts), rounds)

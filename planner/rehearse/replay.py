@@ -21,11 +21,11 @@ from subspec.runtime.session import Session
 WIDTHS = (1, 3, 8)
 WIDEST_EVERY = 3  # starts
 DEEPEST = 32
-STOPS = (0.1, 0.2, 0.3)  # what Tree.stop_below may be
+STOPS = (0.1, 0.2, 0.3)  # what Tree.min_path_probability may be
 
 
 @dataclass(frozen=True)
-class Judged:
+class TreeOutcome:
     """A tree over text that is known."""
 
     accepted: int  # levels
@@ -35,7 +35,7 @@ class Judged:
     ]  # of each level that was drafted, those behind a rejected one too
 
 
-Trees = dict[tuple[int, str], list[Judged]]  # by width and kind of text
+Trees = dict[tuple[int, str], list[TreeOutcome]]  # by width and kind of text
 
 
 @dataclass
@@ -77,7 +77,7 @@ def replay(
             return
 
 
-def judge(session: Session, known: Sequence[int], width: int) -> Judged:
+def judge(session: Session, known: Sequence[int], width: int) -> TreeOutcome:
     """A tree over `known`, its root and what follows. It is grown on where it was rejected, as a
     draft that does not know is, until every plan would end it."""
     cache = session.model.cache
@@ -86,7 +86,7 @@ def judge(session: Session, known: Sequence[int], width: int) -> Judged:
     root = torch.tensor(known[:1], device=session.device)
     probabilities, alive, accepted, rejected = list[float](), 0, 0, False
     if len(known) < 2 or tree.depth < 1:
-        return Judged(0, 0, ())
+        return TreeOutcome(0, 0, ())
     for grown, level in levels(root, tree, tree.num_nodes, draft_pass(session.model)):
         probabilities.append(probability(level))
         if not rejected:
@@ -96,7 +96,7 @@ def judge(session: Session, known: Sequence[int], width: int) -> Judged:
                 alive, accepted = child, accepted + 1
         if accepted + 1 == len(known) or (rejected and probabilities[-1] < STOPS[0]):
             break
-    return Judged(accepted, accepted + rejected, tuple(probabilities))
+    return TreeOutcome(accepted, accepted + rejected, tuple(probabilities))
 
 
 def child_of(parent: int, token: int, tree: TokenTree, width: int) -> int | None:
@@ -113,16 +113,16 @@ def acceptance_of(trees: Trees) -> Acceptance | None:
         return None
     stopping = tuple(
         Stopping(
-            stop_below,
-            tuple(curves_of(trees, partial(accepted_under, stop_below))),
-            tuple(curves_of(trees, partial(followed_under, stop_below))),
+            min_path_probability,
+            tuple(curves_of(trees, partial(accepted_under, min_path_probability))),
+            tuple(curves_of(trees, partial(followed_under, min_path_probability))),
         )
-        for stop_below in STOPS
+        for min_path_probability in STOPS
     )
     return Acceptance(whole, True, stopping)
 
 
-def curves_of(trees: Trees, count: Callable[[Judged], tuple[int, int]]) -> Iterator[Curve]:
+def curves_of(trees: Trees, count: Callable[[TreeOutcome], tuple[int, int]]) -> Iterator[Curve]:
     """Per width and kind; count: (levels accepted, levels tried) of a tree."""
     for (width, kind), judged in sorted(trees.items()):
         counts = Counts()
@@ -132,21 +132,21 @@ def curves_of(trees: Trees, count: Callable[[Judged], tuple[int, int]]) -> Itera
             yield counts.curve(width, kind)
 
 
-def last_level(stop_below: float, judged: Judged) -> int | None:
+def last_level(min_path_probability: float, judged: TreeOutcome) -> int | None:
     """Where the tree would have ended; None: it would have gone on."""
-    below = (level for level, p in enumerate(judged.probabilities, 1) if p < stop_below)
+    below = (level for level, p in enumerate(judged.probabilities, 1) if p < min_path_probability)
     return next(below, None)
 
 
-def accepted_under(stop_below: float, judged: Judged) -> tuple[int, int]:
-    last = last_level(stop_below, judged)
+def accepted_under(min_path_probability: float, judged: TreeOutcome) -> tuple[int, int]:
+    last = last_level(min_path_probability, judged)
     if last is None or judged.accepted < last:
         return judged.accepted, judged.tried
     return last, min(last + 1, judged.tried)
 
 
-def followed_under(stop_below: float, judged: Judged) -> tuple[int, int]:
-    last = last_level(stop_below, judged)
+def followed_under(min_path_probability: float, judged: TreeOutcome) -> tuple[int, int]:
+    last = last_level(min_path_probability, judged)
     if last is None:
         return len(judged.probabilities), len(judged.probabilities)
     return last - 1, last

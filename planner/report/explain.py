@@ -27,12 +27,12 @@ from subspec.planner.report.charts import (
 from subspec.planner.report.wording import (
     acceptance_line,
     compared_rows,
+    correction_rows,
     duration,
     expected,
     in_markdown,
     is_chosen,
     kind_rows,
-    learned_rows,
     ledger_rows,
     margin_of,
     method_name,
@@ -175,7 +175,7 @@ def render_report(spec: ModelSpec, plan: Plan, profile: Profile, runs: Sequence[
         options=[(one_line(o.label), o.tokens_per_second, is_chosen(plan, o.label))
                  for o in plan.options],
         profile=profile,
-        learned=learned_rows(profile.learned),
+        corrections=correction_rows(profile.corrections),
         more_tokens=MORE_TOKENS,
         streamed=streamed_line(spec, plan) if plan.method in plan.predicted else "",
         lanes=lanes,

@@ -11,7 +11,7 @@ from subspec.artifacts.acceptance import Acceptance, mean_rate, pooled
 from subspec.artifacts.common.sizes import short_size
 from subspec.artifacts.model import GROUP_SIZE, ModelSpec, parts
 from subspec.artifacts.plan import USUAL, Method, Placement, Plan, Prediction
-from subspec.artifacts.profile import Learned
+from subspec.artifacts.profile import Corrections
 from subspec.artifacts.runs import Run
 from subspec.planner.report.charts import TIME_UNITS, shown_kinds
 from subspec.planner.solve.costs import model_bytes
@@ -96,10 +96,12 @@ def speed_on(plan: Plan, kind: str) -> float | None:
     if predicted is None:
         return None
     tree = plan.tree
-    emitted = emitted_by_depth(plan.acceptance, tree.width, tree.depth, kind, tree.stop_below)[-1]
+    emitted = emitted_by_depth(
+        plan.acceptance, tree.width, tree.depth, kind, tree.min_path_probability
+    )[-1]
     num_tokens = max(1, usage_within(plan.context, USUAL).answer_tokens - 1)
     draft_seconds = predicted.draft_seconds
-    if tree.stop_below and predicted.levels_per_round:
+    if tree.min_path_probability and predicted.levels_per_round:
         draft_seconds *= emitted.levels / predicted.levels_per_round
     round_seconds = draft_seconds + predicted.verify_seconds
     return num_tokens / (rounds_needed(num_tokens, emitted) * round_seconds)
@@ -167,13 +169,13 @@ def compared(
     return Compared(label, len(known), shown(said), shown(was), was / said - 1)
 
 
-def learned_rows(learned: Learned) -> list[tuple[str, float]]:
+def correction_rows(corrections: Corrections) -> list[tuple[str, float]]:
     """What real rounds took in parts of the profile's terms, phase by phase."""
     return [
-        ("draft", learned.draft),
-        ("verification", learned.verify),
-        ("a token of plain decoding", learned.plain),
-        ("first token", learned.prompt),
+        ("draft", corrections.draft),
+        ("verification", corrections.verify),
+        ("a token of plain decoding", corrections.plain),
+        ("first token", corrections.prompt),
     ]
 
 
@@ -187,7 +189,7 @@ def method_name(plan: Plan) -> str:
     if plan.method == "plain":
         return "plain decoding"
     tree = plan.tree
-    depth = f"at most {tree.depth}" if tree.stop_below else f"{tree.depth}"
+    depth = f"at most {tree.depth}" if tree.min_path_probability else f"{tree.depth}"
     shape = f"a chain of {depth}" if tree.width == 1 else f"a tree {tree.width} wide, {depth} deep"
     return f"speculation with {shape}"
 

@@ -66,10 +66,10 @@ def ledger(
 
 @for_one_model
 def substitutes_bytes(spec: ModelSpec, kernel: Int4Kernel) -> int:
-    """Codes and grid; gemlite has the grid twice (runtime/kernels/linear.py)."""
-    grids = 2 if kernel == "gemlite" else 1
+    """Codes and qparams; gemlite has the qparams twice (runtime/kernels/linear.py)."""
+    qparams = 2 if kernel == "gemlite" else 1
     return sum(
-        aligned(n.num_weights // 2) + grids * aligned(n.substitute_bytes - n.num_weights // 2)
+        aligned(n.num_weights // 2) + qparams * aligned(n.substitute_bytes - n.num_weights // 2)
         for n in linears(spec)
         if n.has_substitute
     )

@@ -26,7 +26,7 @@ NEXT_SHARE = 0.1  # of the budget, where that is less
 Solve = Callable[[int, int | None], Plan]  # budget, context -> the best plan; None: ours to choose
 
 
-def foretell(
+def predict_for(
     spec: ModelSpec, profile: Profile, plan: Plan, stored: Storage, method: Method, usage: Usage
 ) -> Prediction:
     """What `plan` promises for `usage`; its own predictions are for the usual one. The peak is that
@@ -57,7 +57,7 @@ def foretell(
     emitted = ONE_TOKEN
     if tree.width:
         emitted = emitted_by_depth(
-            plan.acceptance, tree.width, tree.depth, usage.kind, tree.stop_below
+            plan.acceptance, tree.width, tree.depth, usage.kind, tree.min_path_probability
         )[-1]
     peak = placement.total_bytes - idle
     passes = passes_of(spec, profile, tree.width, plan.verify_width, plan.prefill_tokens, usage)

@@ -1,7 +1,7 @@
 """Seconds of a candidate plan, and what that makes in tokens/s; arithmetic, no torch.
 
 A round is a draft and a verification. Every term is a measurement of the profile at the candidate's
-widths; `learned` is what real rounds took longer than their terms.
+widths; `corrections` is what real rounds took longer than their terms.
 """
 
 import math
@@ -36,7 +36,7 @@ class Emitted:
     mean: float  # tokens
     mean_square: float
     levels: float  # drafted
-    stop_below: float = 0.0  # of the tree that gives it
+    min_path_probability: float = 0.0  # of the tree that gives it
 
 
 # Where only some matrices are decoded, some blocks keep the link longer than the threads, others
@@ -72,17 +72,17 @@ class Passes:
 
 
 def emitted_by_depth(
-    acceptance: Acceptance, width: int, deepest: int, kind: str, stop_below: float = 0.0
+    acceptance: Acceptance, width: int, deepest: int, kind: str, min_path_probability: float = 0.0
 ) -> tuple[Emitted, ...]:
     """Of trees 0, 1, ... `deepest` levels deep. A round emits what was accepted and one more."""
-    counted = 1 - early_doubt(acceptance) if stop_below else 1.0
-    shares = acceptance.under(stop_below).reached(width, deepest, kind)
+    counted = 1 - early_doubt(acceptance) if min_path_probability else 1.0
+    shares = acceptance.under(min_path_probability).reached(width, deepest, kind)
     reached = tuple(counted * share for share in shares)
-    levels = acceptance.levels(width, deepest, kind, stop_below)
+    levels = acceptance.levels(width, deepest, kind, min_path_probability)
     means = accumulate(reached, initial=1.0)
     squares = accumulate(((2 * n + 1) * p for n, p in enumerate(reached, 1)), initial=1.0)
     return tuple(
-        Emitted(mean, square, drafted, stop_below)
+        Emitted(mean, square, drafted, min_path_probability)
         for mean, square, drafted in zip(means, squares, levels, strict=True)
     )
 
@@ -152,15 +152,15 @@ def round_of(
     What fits the staging ring crosses the link while the draft runs. Residuals are decoded by the
     threads that compute, in turn with the products.
     """
-    learned, coded = profile.learned, candidate.storage.coded_weights
-    decode = coded / profile.decode_rate if coded else 0.0
+    corrections, coded = profile.corrections, candidate.storage.coded_weights
+    decode = coded / profile.residual_weights_per_second if coded else 0.0
     lanes, compute = lanes_of(profile, candidate, streamed), passes.exact + decode
     # By the draft's own term: what verification was learned to take is compared with that too.
     draft = passes.draft(levels)
     ahead = min(candidate.block_bytes * candidate.num_slots, streamed, draft * lanes.speed)
     verify = lanes.seconds((streamed - ahead) / lanes.speed, compute) + profile.round_seconds
-    verify *= learned.verify if candidate.width else learned.plain
-    return Round(draft * learned.draft, verify, streamed / lanes.speed, compute, decode)
+    verify *= corrections.verify if candidate.width else corrections.plain
+    return Round(draft * corrections.draft, verify, streamed / lanes.speed, compute, decode)
 
 
 def predict(
@@ -207,7 +207,7 @@ def prompt_seconds(
     link = streamed / lanes.speed
     seconds = lanes.seconds(link, one + checked)
     seconds += (passes.num_prompts - 1) * lanes.seconds(link, one)
-    return (seconds + passes.head) * profile.learned.prompt
+    return (seconds + passes.head) * profile.corrections.prompt
 
 
 def pass_seconds(
@@ -227,30 +227,30 @@ class Lanes:
     """The link and the threads that compute, over a stream of blocks."""
 
     speed: float  # of the link, bytes per second
-    busy_shares: tuple[float, float]
+    contended_shares: tuple[float, float]
     num_blocks: float  # not rounded up: then a byte less to stream could cost a whole block's time
     turns: float  # share of the shorter lane's time in which both wait for each other
 
     def seconds(self, link: float, compute: float) -> float:
         """Both lanes at once, and at the ends one block of the shorter alone."""
         alone = min(link, compute) * (1 / self.num_blocks + self.turns)
-        return both_at_once(self.busy_shares, link, compute) + alone
+        return both_at_once(self.contended_shares, link, compute) + alone
 
 
 def lanes_of(profile: Profile, candidate: Candidate, streamed: int) -> Lanes:
     speed = profile.link_rate(candidate.block_bytes)
     num_blocks = max(1.0, streamed / max(1, candidate.block_bytes))
     turns = TURNS if candidate.num_slots == 2 and candidate.storage.is_mixed else 0.0
-    return Lanes(speed, profile.busy_shares(speed), num_blocks, turns)
+    return Lanes(speed, profile.contended_shares(speed), num_blocks, turns)
 
 
-def both_at_once(busy_shares: tuple[float, float], link: float, compute: float) -> float:
+def both_at_once(contended_shares: tuple[float, float], link: float, compute: float) -> float:
     """Each lane slows the other until the shorter has ended; the longer has its full speed then."""
-    busy_link, busy_compute = busy_shares
-    slow_link, slow_compute = link / busy_link, compute / busy_compute
+    contended_link, contended_compute = contended_shares
+    slow_link, slow_compute = link / contended_link, compute / contended_compute
     if slow_link >= slow_compute:
-        return link + slow_compute * (1 - busy_link)
-    return compute + slow_link * (1 - busy_compute)
+        return link + slow_compute * (1 - contended_link)
+    return compute + slow_link * (1 - contended_compute)
 
 
 def usage_within(context: int, usage: Usage) -> Usage:

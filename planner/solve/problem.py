@@ -11,7 +11,7 @@ from functools import lru_cache
 from subspec.artifacts.acceptance import Acceptance
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.model import PAGE_BYTES, ModelSpec
-from subspec.artifacts.plan import USUAL, Usage, Wishes
+from subspec.artifacts.plan import USUAL, Constraints, Usage
 from subspec.artifacts.profile import Profile
 from subspec.planner.solve.costs import Shape, ledger, workspace_bytes
 from subspec.planner.solve.predict import (
@@ -44,7 +44,7 @@ class Problem:
     spec: ModelSpec
     profile: Profile
     budget_bytes: int
-    wishes: Wishes
+    constraints: Constraints
     acceptance: Acceptance
     context: int
     storages: tuple[Storage, ...]  # to choose from; last the one that decodes least at every use
@@ -54,49 +54,50 @@ class Problem:
     prefill_bytes: int = 0  # the workspace has at least these
 
 
-def pose(
+def make_problem(
     spec: ModelSpec,
     profile: Profile,
     budget_bytes: int,
-    wishes: Wishes,
+    constraints: Constraints,
     acceptance: Acceptance,
     stored: Storage | None = None,
     usage: Usage = USUAL,
 ) -> Problem:
     """Settles the context: the user's, or the largest of ours that leaves room for a draft, or at
     least for plain decoding. stored: how an artifact holds the weights already."""
-    if wishes.context is not None and wishes.context > spec.max_positions:
+    if constraints.context is not None and constraints.context > spec.max_positions:
         raise SubspecError(
             Exit.USAGE,
-            f"--context {wishes.context} is more than the model's {spec.max_positions} positions",
+            f"--context {constraints.context} is more than the model's {spec.max_positions} "
+            "positions",
             f"--context {spec.max_positions} or less",
         )
-    if not profile.position_free_widths:
+    if not profile.batch_invariant_widths:
         raise SubspecError(
             Exit.UNSUPPORTED,
             "on this machine a row's result depends on its place at every width that was tried",
             "plan for --device cpu",
         )
-    decodes = profile.decode_rate > 0
-    choices = held_decoded(stored) if stored else storages(spec, wishes.encoding, decodes)
+    decodes = profile.residual_weights_per_second > 0
+    choices = held_decoded(stored) if stored else storages(spec, constraints.encoding, decodes)
     if not decodes:  # while loading a slow decoder will do
         choices = tuple(storage for storage in choices if not storage.coded_weights)
-    contexts = [wishes.context or default_context(spec, budget_bytes)]
-    while wishes.context is None and contexts[-1] // 2 >= SMALLEST_CONTEXT:
+    contexts = [constraints.context or default_context(spec, budget_bytes)]
+    while constraints.context is None and contexts[-1] // 2 >= SMALLEST_CONTEXT:
         contexts.append(contexts[-1] // 2)
-    widths = (wishes.width,) if wishes.width else WIDTHS
-    found = emissions(acceptance, widths, wishes.depth or DEPTHS[-1], usage.kind)
+    widths = (constraints.width,) if constraints.width else WIDTHS
+    found = emissions(acceptance, widths, constraints.depth or DEPTHS[-1], usage.kind)
 
-    def posed_for(context: int) -> Problem:
+    def problem_for(context: int) -> Problem:
         within = usage_within(context, usage)
         return Problem(
-            spec, profile, budget_bytes, wishes, acceptance, context, choices, within, found
+            spec, profile, budget_bytes, constraints, acceptance, context, choices, within, found
         )
 
-    posed = [posed_for(context) for context in contexts]
-    drafting = (problem for problem in posed if smallest_draft(problem) is not None)
-    decoding = (problem for problem in posed if smallest_plain(problem) is not None)
-    return with_prompt_share(next(drafting, None) or next(decoding, None) or posed[-1])
+    problems = [problem_for(context) for context in contexts]
+    drafting = (problem for problem in problems if smallest_draft(problem) is not None)
+    decoding = (problem for problem in problems if smallest_plain(problem) is not None)
+    return with_prompt_share(next(drafting, None) or next(decoding, None) or problems[-1])
 
 
 def default_context(spec: ModelSpec, budget_bytes: int) -> int:
@@ -117,7 +118,7 @@ def with_early_ends(problem: Problem, tokens_per_second: float) -> Problem:
         problem.acceptance,
         problem.emissions,
         tokens_per_second,
-        lambda width: profile.learned.draft * level_seconds(spec, profile, width, live),
+        lambda width: profile.corrections.draft * level_seconds(spec, profile, width, live),
         problem.usage.kind,
     )
     return replace(problem, emissions=found)
@@ -167,11 +168,11 @@ def candidates(problem: Problem) -> Iterator[Candidate]:
 
 def trees(problem: Problem) -> Iterator[tuple[int, int, int]]:
     """(width, depth, verify width), widths and depths ascending."""
-    wishes = problem.wishes
-    if wishes.method == "plain":
+    constraints = problem.constraints
+    if constraints.method == "plain":
         return
-    for width in (wishes.width,) if wishes.width else WIDTHS:
-        for depth in (wishes.depth,) if wishes.depth else DEPTHS:
+    for width in (constraints.width,) if constraints.width else WIDTHS:
+        for depth in (constraints.depth,) if constraints.depth else DEPTHS:
             padded = padded_width(problem.profile, 1 + width * depth)
             if padded is not None:
                 yield width, depth, padded
@@ -208,14 +209,14 @@ def smallest(problem: Problem, some: list[Candidate]) -> Candidate | None:
 
 
 def narrowest(problem: Problem) -> int:
-    """The smallest verify width that the user's wishes allow."""
+    """The smallest verify width that the user's constraints allow."""
     first = next(trees(problem), None)
-    return first[2] if first else min(problem.profile.position_free_widths)
+    return first[2] if first else min(problem.profile.batch_invariant_widths)
 
 
 def padded_width(profile: Profile, num_nodes: int) -> int | None:
     """The smallest width at which a row's bits do not depend on its place."""
-    return min((w for w in profile.position_free_widths if w >= num_nodes), default=None)
+    return min((w for w in profile.batch_invariant_widths if w >= num_nodes), default=None)
 
 
 @lru_cache(maxsize=4 * (NUM_SHARES + 1))

@@ -15,6 +15,7 @@ from subspec.artifacts.common.sizes import LARGEST, format_size, short_size, wei
 from subspec.artifacts.model import ModelSpec, StoredPart
 from subspec.artifacts.plan import (
     USUAL,
+    Constraints,
     Method,
     Option,
     Placement,
@@ -22,7 +23,6 @@ from subspec.artifacts.plan import (
     Prediction,
     Tree,
     Usage,
-    Wishes,
 )
 from subspec.artifacts.profile import Profile
 from subspec.planner.solve.predict import Candidate, early_doubt, predict, round_of
@@ -31,10 +31,10 @@ from subspec.planner.solve.problem import (
     base_ledger,
     candidates,
     left_over,
+    make_problem,
     narrowest,
     passes_for,
     plain_candidates,
-    pose,
     smallest_draft,
     smallest_plain,
     stored_like,
@@ -68,7 +68,7 @@ def search(
     spec: ModelSpec,
     profile: Profile,
     budget_bytes: int,
-    wishes: Wishes,
+    constraints: Constraints,
     acceptance: Acceptance,
     stored: Storage | None = None,
     usage: Usage = USUAL,
@@ -77,10 +77,10 @@ def search(
     """stored: how an existing artifact holds the weights; None: the plan decides it. usage: what it
     is to be fast for. likely_speed: tokens/s of a similar plan, from where the search is shorter.
     Raises SubspecError(INFEASIBLE) with the smallest budget that works."""
-    problem = pose(spec, profile, budget_bytes, wishes, acceptance, stored, usage)
+    problem = make_problem(spec, profile, budget_bytes, constraints, acceptance, stored, usage)
     problem, drafted = best_drafts(problem, likely_speed)
     plain = best(problem, plain_candidates(problem, narrowest(problem)))
-    if plain is None or (wishes.needs_draft and not drafted):
+    if plain is None or (constraints.needs_draft and not drafted):
         needed = smallest_budget(problem, stored)
         fits = f"needs {format_size(needed)}" if needed else "does not exist on this machine"
         raise SubspecError(
@@ -91,7 +91,7 @@ def search(
     # Both methods share the weights as they are stored and one verify width: the draft's if it
     # pays, else those that serve plain decoding best, and the draft must make do with them. What
     # is held decoded is each one's own choice.
-    if drafted and (wishes.method == "substitute" or drafted[0].speed > plain.speed):
+    if drafted and (constraints.method == "substitute" or drafted[0].speed > plain.speed):
         alike = stored_like(problem, drafted[0].candidate.storage)
         same = replace(problem, storages=alike)
         drafted = best_by_width(same)
@@ -99,7 +99,7 @@ def search(
         assert plain is not None, "it takes less than the draft"
         check_ram(problem, drafted[0])
     else:
-        only = replace(profile, position_free_widths=(plain.candidate.verify_width,))
+        only = replace(profile, batch_invariant_widths=(plain.candidate.verify_width,))
         alike = stored_like(problem, plain.candidate.storage)
         same = replace(problem, profile=only, storages=alike)
         drafted = best_by_width(same)
@@ -110,7 +110,7 @@ def search(
 def best_drafts(problem: Problem, likely_speed: float) -> tuple[Problem, list[Scored]]:
     """`best_by_width`, and the problem with trees that end where the best of them is fastest. Not
     those of a depth that the user fixed: it is never overruled."""
-    if problem.wishes.depth is not None:
+    if problem.constraints.depth is not None:
         return problem, best_by_width(problem)
     problem = with_early_ends(problem, likely_speed)
     drafted = best_by_width(problem)
@@ -143,7 +143,7 @@ def best(problem: Problem, group: Iterable[Candidate]) -> Scored | None:
     for speed, candidate in sorted(estimates, key=lambda pair: -pair[0]):
         if found is not None and speed <= found.speed:
             break
-        scored = settle(problem, candidate)
+        scored = score(problem, candidate)
         if found is None or scored.speed > found.speed:
             found = scored
     return found
@@ -165,16 +165,16 @@ def estimate(problem: Problem, candidate: Candidate) -> float | None:
     return found.tokens_per_second(emitted, problem.usage)
 
 
-def settle(problem: Problem, candidate: Candidate) -> Scored:
+def score(problem: Problem, candidate: Candidate) -> Scored:
     """A candidate that fits, with its parts named and the prediction for what really streams."""
     placement, storage = place(problem, candidate), candidate.storage
     held = placement.ledger["resident"] + placement.ledger["residuals"]
     peak = placement.total_bytes - placement.ledger["guard"]
     streamed = storage.num_bytes + storage.decoded_bytes - held
-    return Scored(candidate, placement, foresee(problem, candidate, streamed, peak))
+    return Scored(candidate, placement, predict_scored(problem, candidate, streamed, peak))
 
 
-def foresee(problem: Problem, candidate: Candidate, streamed: int, peak: int) -> Prediction:
+def predict_scored(problem: Problem, candidate: Candidate, streamed: int, peak: int) -> Prediction:
     emitted = problem.emissions[candidate.width][candidate.depth]
     passes = passes_for(problem, candidate.width, candidate.verify_width)
     return predict(problem.profile, candidate, passes, streamed, emitted, peak, problem.usage)
@@ -191,7 +191,7 @@ def assemble(problem: Problem, plain: Scored, drafted: list[Scored]) -> Plan:
     profile, tree = problem.profile, Tree(1, 0)
     if drafted:
         width, depth = drafted[0].candidate.width, drafted[0].candidate.depth
-        tree = make_tree(width, depth, problem.emissions[width][depth].stop_below)
+        tree = make_tree(width, depth, problem.emissions[width][depth].min_path_probability)
     return Plan(
         device=profile.device,
         machine=profile.machine,
@@ -210,7 +210,7 @@ def assemble(problem: Problem, plain: Scored, drafted: list[Scored]) -> Plan:
         acceptance=problem.acceptance,
         options=list_options(plain, drafted),
         reasons=reasons,
-        wishes=problem.wishes,
+        constraints=problem.constraints,
     )
 
 
@@ -248,15 +248,17 @@ def choose_held(storage: Storage, num_bytes: int) -> list[StoredPart]:
     return [part for part in storage.as_stored if part.name in held]
 
 
-def make_tree(width: int, depth: int, stop_below: float = 0.0) -> Tree:
-    return Tree(width, depth, SHARPENING, stop_below)
+def make_tree(width: int, depth: int, min_path_probability: float = 0.0) -> Tree:
+    return Tree(width, depth, SHARPENING, min_path_probability)
 
 
 def decide(problem: Problem, predicted: dict[str, Prediction]) -> tuple[Method, tuple[str, ...]]:
     """The method and the reasons, one sentence each."""
     plain = predicted["plain"].tokens_per_second
     reasons = []
-    if problem.wishes.context is None and problem.context < default_context(problem.spec, LARGEST):
+    if problem.constraints.context is None and problem.context < default_context(
+        problem.spec, LARGEST
+    ):
         reasons.append(
             f"the context is {problem.context} tokens: the keys and values of more would take too "
             "much of the budget"
@@ -266,13 +268,13 @@ def decide(problem: Problem, predicted: dict[str, Prediction]) -> tuple[Method, 
             f"a prompt streams the weights once per {problem.prefill_tokens} tokens: the "
             "activations of more would take too much of the budget"
         )
-    if problem.wishes.method == "plain":
+    if problem.constraints.method == "plain":
         return "plain", (*reasons, "plain decoding was asked for")
     if "substitute" not in predicted:
         return "plain", (*reasons, "the substitutes do not fit the budget: plain decoding")
     drafted = predicted["substitute"].tokens_per_second
     ratio = f"{drafted:.2f} against {plain:.2f} tokens/s"
-    if problem.wishes.method == "substitute":
+    if problem.constraints.method == "substitute":
         return "substitute", (*reasons, f"speculation was asked for: {ratio}")
     if drafted <= plain:
         return "plain", (*reasons, f"speculation would not pay: {ratio}")
@@ -283,11 +285,11 @@ def why_shorter(chosen: Scored, problem: Problem) -> tuple[str, ...]:
     """Empty for whole trees."""
     width, depth = chosen.candidate.width, chosen.candidate.depth
     emitted = problem.emissions[width][depth]
-    if not emitted.stop_below:
+    if not emitted.min_path_probability:
         return ()
     return (
         f"a draft ends early where it finds its paths improbable, together below "
-        f"{emitted.stop_below:.0%}: {emitted.levels:.1f} of {depth} levels on average "
+        f"{emitted.min_path_probability:.0%}: {emitted.levels:.1f} of {depth} levels on average "
         f"({early_doubt(problem.acceptance):.0%} of what they were accepted is not counted on)",
     )
 
@@ -304,7 +306,7 @@ def why_encoded(problem: Problem, chosen: Scored) -> str:
     profile, storage = problem.profile, chosen.candidate.storage
     num_coded, num_parts = len(storage.residuals), len(storage.parts)
     link = profile.link_rate(chosen.candidate.block_bytes) / problem.spec.item_bytes
-    decode = weights_rate(profile.decode_rate)
+    decode = weights_rate(profile.residual_weights_per_second)
     rates = f"{decode} decode here, and the link brings {weights_rate(link)} as they are"
     what = "the exact weights are stored "
     if not num_coded:
@@ -312,11 +314,11 @@ def why_encoded(problem: Problem, chosen: Scored) -> str:
     else:
         what += f"as residuals of {storage.bits_per_residual:.1f} bits"
         what += "" if num_coded == num_parts else f", {num_coded} of {num_parts} matrices"
-    if problem.wishes.encoding == "kept":
+    if problem.constraints.encoding == "kept":
         return f"{what}: the artifact keeps them so"
-    if problem.wishes.encoding != "auto":
+    if problem.constraints.encoding != "auto":
         return f"{what}: that was asked for"
-    if not profile.decode_rate:
+    if not profile.residual_weights_per_second:
         return f"{what}: there is no fast decoder for residuals here (a C++ compiler builds one)"
     if not chosen.prediction.streamed_bytes and not num_coded:
         return f"{what}: all of them fit"
@@ -336,7 +338,7 @@ def check_ram(problem: Problem, scored: Scored) -> None:
     if problem.profile.device != "cuda":
         return
     streamed, pinnable = scored.prediction.streamed_bytes, problem.profile.pinnable_bytes
-    ram = problem.wishes.ram_bytes
+    ram = problem.constraints.ram_bytes
     if ram is not None and streamed > ram:
         raise SubspecError(
             Exit.INFEASIBLE,
@@ -357,7 +359,7 @@ def how_to_fit(problem: Problem, needed: int, stored: Storage | None) -> str:
     if not needed:
         return ""
     hint = f"--vram {needed}B"
-    if stored and stored.residuals and not problem.profile.decode_rate:
+    if stored and stored.residuals and not problem.profile.residual_weights_per_second:
         hint += ", or install a C++ compiler (g++): here residuals are decoded only while loading"
     return hint
 
@@ -365,12 +367,14 @@ def how_to_fit(problem: Problem, needed: int, stored: Storage | None) -> str:
 def smallest_budget(problem: Problem, stored: Storage | None) -> int:
     """Bytes of the smallest budget that has a plan, to 0.1 %; 0 if none up to 8 TiB has. stored: as
     of `search`."""
-    wishes = problem.wishes
+    constraints = problem.constraints
 
     def feasible(budget: int) -> bool:
-        posed = pose(problem.spec, problem.profile, budget, wishes, problem.acceptance, stored)
-        smallest = smallest_draft if wishes.needs_draft else smallest_plain
-        return smallest(posed) is not None
+        smaller = make_problem(
+            problem.spec, problem.profile, budget, constraints, problem.acceptance, stored
+        )
+        smallest = smallest_draft if constraints.needs_draft else smallest_plain
+        return smallest(smaller) is not None
 
     low, high = 0, 1 << 43
     if not feasible(high):

@@ -16,7 +16,7 @@ from subspec.artifacts.common.sizes import short_size
 from subspec.artifacts.runs import Run, append_run, plan_digest
 from subspec.runtime.model.sampling import Sampling
 from subspec.runtime.session import Session, machine_name
-from subspec.runtime.text.tokenizer import Printer, Text
+from subspec.runtime.text.tokenizer import StreamingDetokenizer, Text
 
 if TYPE_CHECKING:
     from subspec.runtime.cli import Options
@@ -62,7 +62,7 @@ def generate(
 
     Ctrl-C ends the answer after the round under way; a second one does not wait for it.
     """
-    printer, token_ids, reason = Printer(text, options.stop), list[int](), "length"
+    printer, token_ids, reason = StreamingDetokenizer(text, options.stop), list[int](), "length"
     eos = frozenset(session.artifact.spec.eos_token_ids)
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
 
@@ -187,7 +187,7 @@ def stats_json(session: Session) -> dict[str, Any]:
         "stream_wait_seconds": stats.stream_wait_seconds,
         "streamed_bytes": stats.streamed_bytes,
         "fast_peak_bytes": session.peak.peak_bytes,
-        "fast_cap_bytes": session.plan.budget_bytes,
+        "budget_bytes": session.plan.budget_bytes,
         "process_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "predicted_tokens_per_second": session.predicted_tokens_per_second,
     }
@@ -217,7 +217,7 @@ def stats_line(session: Session) -> str:
     if rounds and stats.streamed_bytes:
         said.append(f"streamed {short_size(stats.streamed_bytes / rounds)} a round")
     said.append(
-        f"peak {short_size(found['fast_peak_bytes'])} of {short_size(found['fast_cap_bytes'])}"
+        f"peak {short_size(found['fast_peak_bytes'])} of {short_size(found['budget_bytes'])}"
     )
     return " · ".join(said)
 

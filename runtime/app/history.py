@@ -196,7 +196,7 @@ def history_json(history: History, hint: str | None) -> dict[str, Any]:
     return {
         "schema": "subspec.stats/1",
         "machine": history.machine,
-        "fast_cap_bytes": history.budget_bytes,
+        "budget_bytes": history.budget_bytes,
         "methods": [way_json(way) for way in history.ways],
         "left_out": history.left_out,
         "hint": hint,

@@ -21,7 +21,7 @@ import torch
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.sizes import format_size
-from subspec.artifacts.common.user_cache import users_folder
+from subspec.artifacts.common.user_cache import user_cache_dir
 from subspec.artifacts.format.checks import check_plan
 from subspec.artifacts.format.codec import dump_json, load_dataclass, parse_json
 from subspec.artifacts.format.folder import MANIFEST
@@ -152,7 +152,7 @@ def solve_again(
     artifact: Artifact, found: Mismatch, link_bandwidth: int | None, progress: Progress
 ) -> Plan:
     """The plan that `found` asks for: as it was kept, else by the planner."""
-    folder = users_folder("plans")
+    folder = user_cache_dir("plans")
     entry = folder / entry_name(artifact, found, link_bandwidth) if folder else None
     plan = read_entry(entry, artifact, found) if entry else None
     if plan is None:
@@ -184,13 +184,13 @@ def planned_anew(artifact: Artifact, found: Mismatch, link_bandwidth: int | None
 def planner_words(artifact: Artifact, found: Mismatch) -> list[str]:
     words = ["--from", str(artifact.path), "--vram", f"{found.budget_bytes}B"]
     words += ["--device", found.here.device]
-    wishes = artifact.plan.wishes
+    constraints = artifact.plan.constraints
     fixed = {
         "--context": found.context,
-        "--width": wishes.width,
-        "--depth": wishes.depth,
-        "--method": wishes.method,
-        "--ram": f"{wishes.ram_bytes}B" if wishes.ram_bytes else None,
+        "--width": constraints.width,
+        "--depth": constraints.depth,
+        "--method": constraints.method,
+        "--ram": f"{constraints.ram_bytes}B" if constraints.ram_bytes else None,
     }
     return words + [str(word) for pair in fixed.items() if pair[1] is not None for word in pair]
 

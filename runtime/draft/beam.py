@@ -41,7 +41,7 @@ def root_only(root: Tensor, verify_width: int) -> TokenTree:
 
 
 def grow(root: Tensor, tree: Tree, verify_width: int, draft_pass: DraftPass) -> TokenTree:
-    """The tree with all its levels, or fewer if `tree.stop_below` says so."""
+    """The tree with all its levels, or fewer if `tree.min_path_probability` says so."""
     grown = root_only(root, verify_width)
     for deeper, _ in levels(root, tree, verify_width, draft_pass):
         grown = deeper
@@ -54,7 +54,7 @@ def levels(
     """The tree after each of its levels, and that level; all trees share their tensors.
 
     `draft_pass(token tree, nodes)` -> logits [len(nodes), V] of the substitutes.
-    Ends early where `tree.stop_below` says so: one number is read back per level then.
+    Ends early where `tree.min_path_probability` says so: one number is read back per level then.
     """
     grown = root_only(root, verify_width)
     last = Level.of_root(root.device)
@@ -82,7 +82,7 @@ class Level:
 
 def stops(tree: Tree, last: Level) -> bool:
     """Whether the draft has lost its way."""
-    return tree.stop_below > 0 and probability(last) < tree.stop_below
+    return tree.min_path_probability > 0 and probability(last) < tree.min_path_probability
 
 
 def probability(level: Level) -> float:

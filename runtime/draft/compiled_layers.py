@@ -43,7 +43,7 @@ class _Sizes(ctypes.Structure):
 
 
 class _Linear(ctypes.Structure):
-    _fields_ = [("codes", _address), ("grid", _address), ("bias", _address)]
+    _fields_ = [("codes", _address), ("qparams", _address), ("bias", _address)]
 
 
 class _Layer(ctypes.Structure):
@@ -96,8 +96,8 @@ def compile_layers(decoder: Decoder, substitutes: Substitutes, cache: Cache) -> 
         made, name = _Layer(), f"model.layers.{index}"
         for kind in LAYER_LINEARS:
             weight, bias = weights[index, kind], substitutes.biases.get((index, kind))
-            assert weight.packed.is_contiguous() and weight.grid.is_contiguous()
-            setattr(made, kind, _Linear(*map(_at, (weight.packed, weight.grid, bias))))
+            assert weight.packed.is_contiguous() and weight.qparams.is_contiguous()
+            setattr(made, kind, _Linear(*map(_at, (weight.packed, weight.qparams, bias))))
         made.input_norm = _at(decoder.norms[f"{name}.input_layernorm"])
         made.post_norm = _at(decoder.norms[f"{name}.post_attention_layernorm"])
         if spec.qk_norm:

@@ -17,13 +17,15 @@ from torch import Tensor
 from subspec.artifacts.plan import SLOT_ALIGNMENT, Tree
 from subspec.runtime.draft import beam
 from subspec.runtime.draft.beam import DraftPass, Level, TokenTree, add_level, root_only, stops
-from subspec.runtime.model.cache import Behind, Cache
+from subspec.runtime.model.cache import Cache, TreeSlots
 
 LARGEST_STEP = 0.25  # of the live slots: what rounding up adds to them at most
 
 Action = Callable[[], object]
 Replay = Callable[[], object]
-PassesBehind = Callable[[Behind], DraftPass]  # the substitutes' passes over a tree that lies there
+PassesOverSlots = Callable[
+    [TreeSlots], DraftPass
+]  # the substitutes' passes over a tree that lies there
 
 
 @dataclass
@@ -59,7 +61,7 @@ def make_graphs(
 
 
 def grow(
-    graphs: DraftGraphs, root: Tensor, depth: int, cache: Cache, passes: PassesBehind
+    graphs: DraftGraphs, root: Tensor, depth: int, cache: Cache, passes: PassesOverSlots
 ) -> TokenTree:
     """The tree's first `depth` levels, or fewer if it ends early, behind the committed tokens.
     root int64 [1].
@@ -89,9 +91,9 @@ def grow(
 
 
 def capture_levels(
-    graphs: DraftGraphs, live_slots: int, cache: Cache, passes: PassesBehind
+    graphs: DraftGraphs, live_slots: int, cache: Cache, passes: PassesOverSlots
 ) -> None:
-    draft_pass = passes(Behind(graphs.length, live_slots, cache.padding_slot))
+    draft_pass = passes(TreeSlots(graphs.length, live_slots, cache.padding_slot))
     grown, last, children = graphs.grown, graphs.last, graphs.children
     at_root = Level.of_root(graphs.root.device)
 

@@ -29,7 +29,7 @@ struct Sizes {
 };
 struct Linear {
     const uint8_t* codes;
-    const uint16_t *grid, *bias;  // bias: bf16 [N], or null
+    const uint16_t *qparams, *bias;  // bias: bf16 [N], or null
 };
 struct Layer {
     Linear q, k, v, o, gate, up, down;
@@ -220,7 +220,7 @@ void normalize(const Pass& pass, const uint16_t* weight) {
 }
 
 inline Weight weight_of(const Linear& linear, int64_t num_rows, const Activations& x) {
-    return {num_rows, x.num_groups, linear.codes, linear.grid};
+    return {num_rows, x.num_groups, linear.codes, linear.qparams};
 }
 
 // A vector of a product, rounded as its twin does it.

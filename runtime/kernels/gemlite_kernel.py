@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from subspec.artifacts.common.user_cache import users_folder
-from subspec.artifacts.format.packing import CENTER_CODE
+from subspec.artifacts.common.user_cache import user_cache_dir
+from subspec.artifacts.format.packing import ZERO_POINT_CODE
 from subspec.artifacts.model import GROUP_SIZE
 
 
@@ -30,16 +30,16 @@ class GemliteWeight:
     offsets: Tensor  # bf16 [G, N]; a weight is code * scale + offset
 
 
-def pack(codes: Tensor, grid: Tensor, codes_out: Tensor, grid_out: Tensor) -> GemliteWeight:
-    """codes uint8 [N, K / 2] and grid bf16 [G, N, 2] as stored, on the host -> the same in the
+def pack(codes: Tensor, qparams: Tensor, codes_out: Tensor, qparams_out: Tensor) -> GemliteWeight:
+    """codes uint8 [N, K / 2] and qparams bf16 [G, N, 2] as stored, on the host -> the same in the
     given bytes of fast memory, uint8 [N * K / 2] and uint8 [G * N * 4]."""
-    num_groups, num_rows, _ = grid.shape
+    num_groups, num_rows, _ = qparams.shape
     words = codes_out.view(torch.int32).view(-1, num_rows)
     words.copy_(codes.view(torch.int32).t())
-    scales, offsets = grid_out.view(torch.bfloat16).view(2, num_groups, num_rows)
-    scale, center = grid.float().unbind(-1)
+    scales, offsets = qparams_out.view(torch.bfloat16).view(2, num_groups, num_rows)
+    scale, zero_point = qparams.float().unbind(-1)
     scales.copy_(scale)
-    offsets.copy_(center - CENTER_CODE * scale)
+    offsets.copy_(zero_point - ZERO_POINT_CODE * scale)
     return GemliteWeight(words, scales, offsets)
 
 
@@ -54,7 +54,7 @@ def product(x: Tensor, weight: GemliteWeight) -> Tensor:
 
 @functools.cache
 def _form(device: torch.device) -> tuple[list[Tensor], list[int]]:
-    """What gemlite says of a weight beside codes and grid, taken from a small one that it packed
+    """What gemlite says of a weight beside codes and qparams, taken from a small one that it packed
     itself: types, group size, layout."""
     from gemlite.helper import A16W4_HQQ_INT
 
@@ -98,7 +98,7 @@ def keep_tuning(device: torch.device) -> None:
 
 def tuning_file(gpu: str) -> Path | None:
     """One for each GPU and each set of versions; None: there is no place for it."""
-    folder = users_folder("kernels")
+    folder = user_cache_dir("kernels")
     known = (gpu, *(version(name) for name in ("gemlite", "triton", "torch")))
     digest = hashlib.sha256("\0".join(known).encode()).hexdigest()
     return folder / f"gemlite-{digest[:32]}.json" if folder else None

@@ -13,11 +13,11 @@ constexpr int PIECE_ROWS = 32;  // of x, which go through all of W together
 // x: bf16 [rows, columns]; out: bf16 [rows, W's rows], its rows `stride` elements apart.
 extern "C" void subspec_int4_product(int64_t num_rows, int64_t num_columns, const uint16_t* x,
                                      int64_t weight_rows, const uint8_t* codes,
-                                     const uint16_t* grid, uint16_t* out, int64_t stride,
+                                     const uint16_t* qparams, uint16_t* out, int64_t stride,
                                      int num_threads) {
     thread_local std::vector<Group> kept;  // between calls
     const int64_t num_groups = num_columns / GROUP_SIZE;
-    const Weight weight = {weight_rows, num_groups, codes, grid};
+    const Weight weight = {weight_rows, num_groups, codes, qparams};
     const size_t needed = std::min<int64_t>(num_rows, PIECE_ROWS) * num_groups;
     if (kept.size() < needed) kept.resize(needed);
     const int64_t worth = std::max<int64_t>(1, weight_rows * num_columns / WEIGHTS_PER_THREAD);

@@ -129,7 +129,7 @@ struct Activations {
 struct Weight {
     int64_t num_rows, num_groups;
     const uint8_t* codes;  // [rows / 16, groups, 8 lines, 16 rows, 4]: even column, odd column << 4
-    const uint16_t* grid;  // bf16 [groups, rows, 2] of (scale, center)
+    const uint16_t* qparams;  // bf16 [groups, rows, 2] of (scale, zero_point)
 };
 
 typedef Floats Block[MOST_ROWS][PARTS];  // rows of x, 16 rows of W
@@ -139,10 +139,10 @@ template <int ROWS>
 void multiply(const Group* x, const Weight& weight, int64_t block, Block& out) {
     const int64_t num_groups = weight.num_groups;
     const uint8_t* codes = weight.codes + block * num_groups * LINES * LINE_BYTES;
-    const uint16_t* grid = weight.grid + block * BLOCK_ROWS * 2;
+    const uint16_t* qparams = weight.qparams + block * BLOCK_ROWS * 2;
     Floats total[ROWS][PARTS] = {};
-    for (int64_t g = 0; g < num_groups; g++, x += ROWS, grid += weight.num_rows * 2) {
-        __builtin_prefetch(grid + BLOCK_ROWS * 2);  // of the next block: each lies elsewhere
+    for (int64_t g = 0; g < num_groups; g++, x += ROWS, qparams += weight.num_rows * 2) {
+        __builtin_prefetch(qparams + BLOCK_ROWS * 2);  // of the next block: each lies elsewhere
         Ints sum[ROWS][PARTS];
         for (int r = 0; r < ROWS; r++)
             for (int p = 0; p < PARTS; p++) sum[r][p] = Ints{} + x[r].start;
@@ -162,11 +162,11 @@ void multiply(const Group* x, const Weight& weight, int64_t block, Block& out) {
             }
         }
         for (int p = 0; p < PARTS; p++) {
-            const Bits pairs = load(grid + p * LANES * 2);
-            const Floats scale = (Floats)(pairs << 16), center = (Floats)(pairs & 0xffff0000);
+            const Bits pairs = load(qparams + p * LANES * 2);
+            const Floats scale = (Floats)(pairs << 16), zero_point = (Floats)(pairs & 0xffff0000);
             for (int r = 0; r < ROWS; r++) {
                 const Floats steps = __builtin_convertvector(sum[r][p], Floats);
-                total[r][p] += x[r].scale * (scale * steps + center * x[r].sum);
+                total[r][p] += x[r].scale * (scale * steps + zero_point * x[r].sum);
             }
         }
     }

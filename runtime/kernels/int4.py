@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from subspec.artifacts.format.packing import CENTER_CODE, unpack_nibbles
+from subspec.artifacts.format.packing import ZERO_POINT_CODE, unpack_nibbles
 from subspec.artifacts.model import GROUP_SIZE
 from subspec.artifacts.native import cpp
 
@@ -45,34 +45,34 @@ def unpack(packed: Tensor) -> Tensor:
 
 
 def product(
-    x: Tensor, packed: Tensor, grid: Tensor, num_threads: int, out: Tensor | None = None
+    x: Tensor, packed: Tensor, qparams: Tensor, num_threads: int, out: Tensor | None = None
 ) -> Tensor:
     """x bf16 [T, K] -> `out`, bf16 [T, N], which may be a column range of a wider tensor.
 
-    packed: the N * K / 2 bytes that `pack` wrote; grid bf16 [G, N, 2] as stored. Every group of 64
-    activations is rounded to multiples of 1 / 127 of its largest one, which changes a result by
+    packed: the N * K / 2 bytes that `pack` wrote; qparams bf16 [G, N, 2] as stored. Every group of
+    64 activations is rounded to multiples of 1 / 127 of its largest one, which changes a result by
     0.6 %, or 2 % where one activation in 500 is 100 times larger than the others; 4-bit weights
     change it by 9 %. Beside that only f32 sums and the result are rounded. The bits of a row depend
     neither on the other rows nor on num_threads. A row with an infinity or NaN becomes NaN. Needs
     unavailable() to be None.
     """
     num_tokens, num_columns = x.shape
-    num_groups, num_rows, _ = grid.shape
+    num_groups, num_rows, _ = qparams.shape
     if out is None:
         out = x.new_empty(num_tokens, num_rows)
     x = x.contiguous()
-    assert x.dtype == grid.dtype == out.dtype == torch.bfloat16
+    assert x.dtype == qparams.dtype == out.dtype == torch.bfloat16
     assert num_columns == num_groups * GROUP_SIZE and num_rows % BLOCK_ROWS == 0
     assert out.shape == (num_tokens, num_rows) and out.stride(1) == 1
     assert packed.is_contiguous() and packed.numel() * 2 == num_rows * num_columns
-    assert grid.is_contiguous()
+    assert qparams.is_contiguous()
     cpp.loaded(SOURCE, _declare).subspec_int4_product(
         num_tokens,
         num_columns,
         x.data_ptr(),
         num_rows,
         packed.data_ptr(),
-        grid.data_ptr(),
+        qparams.data_ptr(),
         out.data_ptr(),
         out.stride(0),
         num_threads,
@@ -80,17 +80,17 @@ def product(
     return out
 
 
-def product_plainly(x: Tensor, codes: Tensor, grid: Tensor) -> Tensor:
-    """The plain twin of pack + product: x bf16 [T, K], codes uint8 [N, K / 2] and grid bf16
+def product_plainly(x: Tensor, codes: Tensor, qparams: Tensor) -> Tensor:
+    """The plain twin of pack + product: x bf16 [T, K], codes uint8 [N, K / 2] and qparams bf16
     [G, N, 2] as stored -> f32 [T, N], which `product` rounds to bf16."""
     values, x_scale = _quantize(x)
-    steps = unpack_nibbles(codes).view(codes.shape[0], -1, GROUP_SIZE).float() - CENTER_CODE
+    steps = unpack_nibbles(codes).view(codes.shape[0], -1, GROUP_SIZE).float() - ZERO_POINT_CODE
     sums = torch.einsum("tgk,ngk->gtn", values, steps)  # whole numbers below 2**16: exact
-    scale, center = grid.float()[:, None].unbind(-1)  # [G, 1, N] each
+    scale, zero_point = qparams.float()[:, None].unbind(-1)  # [G, 1, N] each
     of_center = values.sum(-1).t()[..., None]  # [G, T, 1]
     total = torch.zeros(sums.shape[1:])
-    for g in range(len(grid)):  # one after the other, as the kernel adds them up
-        total += x_scale[:, g] * (scale[g] * sums[g] + center[g] * of_center[g])
+    for g in range(len(qparams)):  # one after the other, as the kernel adds them up
+        total += x_scale[:, g] * (scale[g] * sums[g] + zero_point[g] * of_center[g])
     return total
 
 
@@ -110,6 +110,6 @@ def _declare(library: ctypes.CDLL) -> None:
     library.subspec_int4_product.restype = None
     library.subspec_int4_product.argtypes = (
         *(size, size, address),  # rows, columns, x
-        *(size, address, address),  # rows of W, codes, grid
+        *(size, address, address),  # rows of W, codes, qparams
         *(address, size, number),  # out, its stride, threads
     )

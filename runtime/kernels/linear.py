@@ -54,14 +54,14 @@ class Int4Weight:
     kernel: Int4Kernel
     device: DeviceKind
     packed: Any  # Tensor, or GemliteWeight
-    grid: Tensor  # bf16 [G, N, 2], as stored
+    qparams: Tensor  # bf16 [G, N, 2], as stored
 
 
 def packed_bytes(num_rows: int, num_columns: int, kernel: Int4Kernel) -> tuple[int, ...]:
-    """Of the codes, and of the grid as it is stored: residuals are decoded by it, and ATen's
+    """Of the codes, and of the qparams as it is stored: residuals are decoded by it, and ATen's
     kernels read it. gemlite wants one of its own."""
-    grid = num_rows * num_columns // GROUP_SIZE * 4
-    return (num_rows * num_columns // 2, grid, *((grid,) if kernel == "gemlite" else ()))
+    qparams = num_rows * num_columns // GROUP_SIZE * 4
+    return (num_rows * num_columns // 2, qparams, *((qparams,) if kernel == "gemlite" else ()))
 
 
 def cpu_tile_rows(num_rows: int, kernel: Int4Kernel = "aten") -> int | None:
@@ -102,13 +102,13 @@ def inner_tiles(num_columns: int) -> int:
 
 
 def pack(
-    codes: Tensor, grid: Tensor, kernel: Int4Kernel, codes_out: Tensor, *grids_out: Tensor
+    codes: Tensor, qparams: Tensor, kernel: Int4Kernel, codes_out: Tensor, *qparams_out: Tensor
 ) -> Int4Weight:
     """Stored substitute -> kernel layout inside the byte ranges of fast memory that `packed_bytes`
-    asks for. codes uint8 [N, K / 2] and grid bf16 [G, N, 2] on the host."""
-    kept = grids_out[0].view(torch.bfloat16).view(grid.shape).copy_(grid)
+    asks for. codes uint8 [N, K / 2] and qparams bf16 [G, N, 2] on the host."""
+    kept = qparams_out[0].view(torch.bfloat16).view(qparams.shape).copy_(qparams)
     if kernel == "gemlite":
-        own = gemlite_kernel.pack(codes, grid, codes_out, grids_out[1])
+        own = gemlite_kernel.pack(codes, qparams, codes_out, qparams_out[1])
         return Int4Weight(kernel, "cuda", own, kept)
     if codes_out.device.type == "cuda":
         return Int4Weight(kernel, "cuda", _pack_cuda(codes, codes_out), kept)
@@ -120,19 +120,19 @@ def pack(
 def int4_product(x: Tensor, weight: Int4Weight) -> Tensor:
     """x bf16 [T, K] -> bf16 [T, N]."""
     if weight.kernel == "w4a8":
-        return int4.product(x, weight.packed, weight.grid, torch.get_num_threads())
+        return int4.product(x, weight.packed, weight.qparams, torch.get_num_threads())
     if weight.kernel == "gemlite":
         return gemlite_kernel.product(x, weight.packed)
     if weight.device == "cpu":
         product = torch.ops.aten._weight_int4pack_mm_for_cpu
     else:
         product = torch.ops.aten._weight_int4pack_mm
-    return product(x, weight.packed, GROUP_SIZE, weight.grid)  # type: ignore[no-any-return]
+    return product(x, weight.packed, GROUP_SIZE, weight.qparams)  # type: ignore[no-any-return]
 
 
-def int4_product_plainly(x: Tensor, codes: Tensor, grid: Tensor) -> Tensor:
+def int4_product_plainly(x: Tensor, codes: Tensor, qparams: Tensor) -> Tensor:
     """The plain twin of pack + int4_product: x [T, K] -> f32 [T, N]."""
-    return x.float() @ dequantize(unpack_nibbles(codes), grid).t()
+    return x.float() @ dequantize(unpack_nibbles(codes), qparams).t()
 
 
 def _pack_cuda(codes: Tensor, out: Tensor) -> Tensor:

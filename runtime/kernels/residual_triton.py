@@ -41,7 +41,7 @@ def decode_into(
     out: Tensor,
     stored: Tensor,
     codes: Tensor,
-    grid: Tensor,
+    qparams: Tensor,
     first_row: int,
     layout: Int4Kernel,
     mismatches: Tensor,
@@ -49,8 +49,8 @@ def decode_into(
     """Writes rows first_row .. first_row + R of a matrix; all tensors on one CUDA device.
 
     out [R, K] bf16, fp16 or f32, contiguous, at a multiple of 8 bytes. stored uint8 [bytes] of
-    these rows, at a multiple of 4 bytes. grid bf16 [G, N, 2] and codes belong to the whole matrix,
-    the codes in the layout of the 4-bit kernel that computes with them:
+    these rows, at a multiple of 4 bytes. qparams bf16 [G, N, 2] and codes belong to the whole
+    matrix, the codes in the layout of the 4-bit kernel that computes with them:
     "aten": int32 [N / 8, K / (16 I), 32, I / 2], from torch's _convert_weight_to_int4pack
     "gemlite": int32 [K / 8, N], column 8 r + j in nibble j of row r
 
@@ -60,12 +60,12 @@ def decode_into(
     SubspecError(CORRUPT) where the length of `stored` is impossible.
     """
     num_rows, num_columns = out.shape
-    whole_rows, num_groups = grid.shape[1], grid.shape[0]
+    whole_rows, num_groups = qparams.shape[1], qparams.shape[0]
     assert num_rows % TILE_ROWS == 0 and first_row % TILE_ROWS == 0, (num_rows, first_row)
     assert first_row + num_rows <= whole_rows and num_columns == num_groups * TILE_COLUMNS
-    assert out.is_contiguous() and codes.is_contiguous() and grid.is_contiguous()
+    assert out.is_contiguous() and codes.is_contiguous() and qparams.is_contiguous()
     assert codes.dtype == torch.int32 and codes.numel() == whole_rows * num_columns // 8
-    assert grid.dtype == torch.bfloat16 and mismatches.dtype == torch.int32
+    assert qparams.dtype == torch.bfloat16 and mismatches.dtype == torch.int32
     num_tiles = out.numel() // TILE_WEIGHTS
     is_f32 = out.dtype == torch.float32
     lower_bytes = 2 * out.numel() if is_f32 else 0
@@ -81,7 +81,7 @@ def decode_into(
         even.view(torch.int32),
         even.view(torch.int16),
         codes,
-        grid.view(torch.int32),
+        qparams.view(torch.int32),
         mismatches,
         first_row,
         whole_rows,
@@ -105,7 +105,7 @@ def _decode_tile(
     words: tl.tensor,  # int32: the stored bytes
     halves: tl.tensor,  # int16: the stored bytes once more, for the escapes
     codes: tl.tensor,  # int32
-    scales: tl.tensor,  # int32 [G, N]: scale in the low half, center in the high one
+    scales: tl.tensor,  # int32 [G, N]: scale in the low half, zero_point in the high one
     mismatches: tl.tensor,  # int32 [1]
     first_row: tl.tensor,
     whole_rows: tl.tensor,  # N
@@ -127,15 +127,15 @@ def _decode_tile(
     whole_row = first_row + band * _ROWS
     pair = tl.load(scales + group.to(tl.int64) * whole_rows + whole_row + row)
     scale = (pair << 16).to(tl.float32, bitcast=True)
-    center = (pair & -65536).to(tl.float32, bitcast=True)
+    zero_point = (pair & -65536).to(tl.float32, bitcast=True)
     if LANE_WORDS == 0:
         place = codes + (group.to(tl.int64) * 8) * whole_rows + whole_row
         word01 = _rotate(tl.load(place + row_quad // 2 * whole_rows + row), row_quad % 2 * 16)
         word23 = word01
-        floor0, positive0, last0 = _window(word01, 1, scale, center, FRACTION_BITS)
-        floor1, positive1, last1 = _window(word01, 5, scale, center, FRACTION_BITS)
-        floor2, positive2, last2 = _window(word23, 9, scale, center, FRACTION_BITS)
-        floor3, positive3, last3 = _window(word23, 13, scale, center, FRACTION_BITS)
+        floor0, positive0, last0 = _window(word01, 1, scale, zero_point, FRACTION_BITS)
+        floor1, positive1, last1 = _window(word01, 5, scale, zero_point, FRACTION_BITS)
+        floor2, positive2, last2 = _window(word23, 9, scale, zero_point, FRACTION_BITS)
+        floor3, positive3, last3 = _window(word23, 13, scale, zero_point, FRACTION_BITS)
     else:
         # Blocks of 8 rows x 32 LANE_WORDS columns; there, column k of row n belongs to lane
         # 4 (n % 8) + k % 8 / 2, word k / 32, nibble k % 32 / 8, plus 4 in an odd column.
@@ -147,10 +147,10 @@ def _decode_tile(
         nibble = row_quad % 8 // 2 * 4
         word01 = _rotate(tl.load(place), nibble)
         word23 = _rotate(tl.load(place + LANE_WORDS), nibble)
-        floor0, positive0, last0 = _window(word01, 1, scale, center, FRACTION_BITS)
-        floor1, positive1, last1 = _window(word01, 17, scale, center, FRACTION_BITS)
-        floor2, positive2, last2 = _window(word23, 1, scale, center, FRACTION_BITS)
-        floor3, positive3, last3 = _window(word23, 17, scale, center, FRACTION_BITS)
+        floor0, positive0, last0 = _window(word01, 1, scale, zero_point, FRACTION_BITS)
+        floor1, positive1, last1 = _window(word01, 17, scale, zero_point, FRACTION_BITS)
+        floor2, positive2, last2 = _window(word23, 1, scale, zero_point, FRACTION_BITS)
+        floor3, positive3, last3 = _window(word23, 17, scale, zero_point, FRACTION_BITS)
 
     # 2. How many bits the quad has, hence where they are.
     pair01 = (last0 + 1) * (last1 + 1)  # below 2^22, fp16: 2^28
@@ -236,13 +236,13 @@ def _window(
     word: tl.tensor,
     POSITION: tl.constexpr,
     scale: tl.tensor,
-    center: tl.tensor,
+    zero_point: tl.tensor,
     FRACTION_BITS: tl.constexpr,
 ) -> tl.tensor:
     """The code is in `word` at bit POSITION >= 1 -> floor, how many have sign +, the escape."""
     exact = ((word & (15 << POSITION)) | ((150 - POSITION) << 23)).to(tl.float32, bitcast=True)
-    low = (exact - (2.0 ** (23 - POSITION) + 8.5)) * scale + center
-    high = (exact - (2.0 ** (23 - POSITION) + 7.5)) * scale + center
+    low = (exact - (2.0 ** (23 - POSITION) + 8.5)) * scale + zero_point
+    high = (exact - (2.0 ** (23 - POSITION) + 7.5)) * scale + zero_point
     low = _signed_pattern(low, FRACTION_BITS)
     high = _signed_pattern(high, FRACTION_BITS)
     # As numbers, patterns of the wanted sign are magnitudes and those of the other are negative.
@@ -259,7 +259,7 @@ def _window(
 def _signed_pattern(x: tl.tensor, FRACTION_BITS: tl.constexpr) -> tl.tensor:
     """f32 -> the 16-bit pattern of its truncation, widened to an int32.
 
-    The plain form keeps magnitudes finite; for bf16 they are, as the bounds of a grid see to it.
+    The plain form keeps magnitudes finite; for bf16 they are, as the bounds of a qparams see to it.
     """
     bits = x.to(tl.int32, bitcast=True)
     if FRACTION_BITS == 7:

@@ -3,7 +3,7 @@
 The query heads that share a KV head are folded into rows, so that keys and values are never
 repeated and one code serves both devices, chains and trees. The exact functions give a row the same
 bits wherever it stands: `attend_in_order`, compiled from attention.cpp for CPUs, because it takes
-the slots one by one, and `attend_order_free`, its plain twin, because it is far more precise than
+the slots one by one, and `attend_in_fp64`, its plain twin, because it is far more precise than
 what it returns.
 A = query heads, B = KV heads, T = query rows, S = live slots, D = head size
 """
@@ -43,11 +43,11 @@ def without_cudnn() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def attend_exactly(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
+def attend_batch_invariant(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
     """The same, but the other rows, their number and the hidden slots never change a bit."""
     if q.device.type == "cpu" and unavailable() is None:
         return attend_in_order(q, keys, values, visible)
-    return attend_order_free(q, keys, values, visible)
+    return attend_in_fp64(q, keys, values, visible)
 
 
 def attend_in_order(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ def scratch_bytes(num_threads: int, num_slots: int, head_size: int) -> int:
     return 4 * (slots + num_threads * per_thread)
 
 
-def attend_order_free(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
+def attend_in_fp64(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
     """The plain twin of `attend_in_order`, and what CUDA uses: in fp64, one KV head at a time.
 
     After rounding to q's dtype the result does not depend on which slots the visible keys are in,

@@ -14,7 +14,7 @@ from subspec.artifacts.plan import SLOT_ALIGNMENT
 
 
 @dataclass(frozen=True)
-class Behind:
+class TreeSlots:
     """Where a tree lies in the cache: behind the committed tokens."""
 
     length: Tensor  # int64 [], how many those are; on the device, where a captured graph reads it
@@ -38,11 +38,11 @@ class Cache:
     def live_slots(self, end: int) -> int:
         return min(-(-end // SLOT_ALIGNMENT) * SLOT_ALIGNMENT, self.keys_values.shape[3])
 
-    def behind(self, num_rows: int) -> Behind:
+    def behind(self, num_rows: int) -> TreeSlots:
         """Of a tree of so many rows. The live slots are those of the whole tree, whatever of it is
         drafted yet, so that every pass of a round has one shape."""
         length = torch.full((), self.length, device=self.keys_values.device)
-        return Behind(length, self.live_slots(self.length + num_rows), self.padding_slot)
+        return TreeSlots(length, self.live_slots(self.length + num_rows), self.padding_slot)
 
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """keys, values [B, T, D] -> slots [T]."""

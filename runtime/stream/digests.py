@@ -30,9 +30,9 @@ class Digests:
         digest of the matrix's substitute if this is a residual."""
         self._submit(name, expected, lambda: part_digest([bytes_of(stored)], substitute))
 
-    def check_substitute(self, name: str, codes: Tensor, grid: Tensor, expected: str) -> None:
-        """codes uint8 and grid bf16 on the host, as they are stored."""
-        pieces = [bytes_of(codes.view(-1)), bytes_of(grid.view(-1).view(codes.dtype))]
+    def check_substitute(self, name: str, codes: Tensor, qparams: Tensor, expected: str) -> None:
+        """codes uint8 and qparams bf16 on the host, as they are stored."""
+        pieces = [bytes_of(codes.view(-1)), bytes_of(qparams.view(-1).view(codes.dtype))]
         self._submit(name, expected, lambda: part_digest(pieces, None))
 
     def check_file(self, path: Path, entry: FileEntry) -> None:

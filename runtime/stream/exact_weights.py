@@ -20,7 +20,7 @@ from subspec.runtime.clock import Record, unrecorded
 from subspec.runtime.kernels.linear import exact_product, exact_product_into
 from subspec.runtime.model.transformer import Product
 from subspec.runtime.stream.link import Link
-from subspec.runtime.stream.residual_decoder import Restorer
+from subspec.runtime.stream.residual_decoder import ResidualDecoder
 
 Check = Callable[[Block, Tensor], Callable[[], None]]  # begins; what it returns waits, and raises
 
@@ -120,12 +120,12 @@ class ExactWeights:
         held: dict[str, Tensor],
         biases: dict[str, Tensor],
         ring: Ring | None,
-        restorer: Restorer | None = None,
+        residual_decoder: ResidualDecoder | None = None,
         record: Record = unrecorded,
     ) -> None:
         """fixed: linear name -> [N, K] that is never placed (tied head, odd shapes); held: part
         name -> [rows, K] or the uint8 [bytes] of its residual; biases: linear name -> [N]; ring:
-        everything else; restorer: where anything is a residual."""
+        everything else; residual_decoder: where anything is a residual."""
         self.ring = ring
         self._num_layers = spec.num_layers
         self._linears = {(linear.layer, linear.kind): linear for linear in linears(spec)}
@@ -136,7 +136,7 @@ class ExactWeights:
         self._held = held
         self._biases = biases
         self._dtype: torch.dtype = getattr(torch, spec.dtype)
-        self._restorer = restorer
+        self._residual_decoder = residual_decoder
         self._record = record
         self._arrived: dict[str, Tensor] = {}
 
@@ -155,8 +155,8 @@ class ExactWeights:
                 self._give_back()
                 if not finished and self.ring is not None:
                     self.ring.skip_to_first()
-        if self._restorer is not None:
-            self._restorer.check()
+        if self._residual_decoder is not None:
+            self._residual_decoder.check()
 
     @property
     def streamed_bytes(self) -> int:
@@ -210,9 +210,9 @@ class ExactWeights:
             found = self._streamed(part)
         if found.dtype != torch.uint8:
             return found
-        assert self._restorer is not None, f"{part.name} is a residual"
+        assert self._residual_decoder is not None, f"{part.name} is a residual"
         try:
-            return self._restorer.restore(part, found)
+            return self._residual_decoder.restore(part, found)
         except SubspecError:
             if self.ring is not None:
                 self.ring.settle()  # its digest says better what is wrong with it

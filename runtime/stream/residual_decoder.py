@@ -19,7 +19,7 @@ from subspec.runtime.kernels.linear import Int4Weight, read_codes, unpack
 
 
 @dataclass(frozen=True)
-class Restorer:
+class ResidualDecoder:
     """Decodes one part at a time into `scratch`, which the next part overwrites."""
 
     substitutes: dict[tuple[int, Kind], Int4Weight]
@@ -37,7 +37,7 @@ class Restorer:
         if out.device.type == "cuda":
             self._on_gpu(out, part, stored, substitute)
         else:
-            restore_on_cpu(out, part.first_row, stored, substitute, self.num_threads)
+            decode_on_cpu(out, part.first_row, stored, substitute, self.num_threads)
         self.record("decode", part.name, started, {"weights": part.num_weights})
         return out
 
@@ -56,18 +56,18 @@ class Restorer:
         gemlite = substitute.kernel == "gemlite"
         codes = substitute.packed.codes if gemlite else substitute.packed
         residual_triton.decode_into(
-            out, stored, codes, substitute.grid, part.first_row, substitute.kernel, self.num_bad
+            out, stored, codes, substitute.qparams, part.first_row, substitute.kernel, self.num_bad
         )
 
 
-def restore_on_cpu(
+def decode_on_cpu(
     out: Tensor, first_row: int, stored: Tensor, substitute: Int4Weight, num_threads: int
 ) -> None:
     """out [R, K] = rows `first_row`.. of the exact matrix; by the compiled decoder if there is one,
     else by its plain twin."""
     codes, tile_rows = read_codes(substitute, first_row, out.shape[0])
-    grid = substitute.grid[:, first_row : first_row + out.shape[0]]
+    qparams = substitute.qparams[:, first_row : first_row + out.shape[0]]
     if residual_cpu.unavailable() is None:
-        residual_cpu.decode_into(out, stored, codes, grid, tile_rows, num_threads)
+        residual_cpu.decode_into(out, stored, codes, qparams, tile_rows, num_threads)
     else:
-        out.copy_(residual.decode(stored, unpack(codes, tile_rows), grid, out.dtype))
+        out.copy_(residual.decode(stored, unpack(codes, tile_rows), qparams, out.dtype))

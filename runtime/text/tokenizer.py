@@ -80,7 +80,7 @@ class Text:
         return ids
 
 
-def load_text(folder: Path) -> Text:
+def load_tokenizer(folder: Path) -> Text:
     """`folder`: the artifact's tokenizer/."""
     try:
         tokenizer = Tokenizer.from_buffer(_read(folder / TOKENIZER, LARGEST_TOKENIZER))
@@ -149,7 +149,7 @@ class Decoder:
         return text
 
 
-class Printer:
+class StreamingDetokenizer:
     """Ids -> text, stop strings cut off. The text is the model's: `printable` before a terminal."""
 
     def __init__(self, text: Text, stop: tuple[str, ...] = ()) -> None:

@@ -204,7 +204,9 @@ def test_a_stop_that_was_not_tried_is_expected_to_be_as_the_next_lower_one() -> 
     assert THREE_WAYS.stops == (0.0, 0.3, 0.5)
     for asked, known in ((0.3, EARLY), (0.4, EARLY), (0.5, EARLIER), (0.99, EARLIER)):
         assert THREE_WAYS.under(asked) == Acceptance(known.curves, True)
-        assert THREE_WAYS.levels(1, 9, "", asked) == THREE_WAYS.levels(1, 9, "", known.stop_below)
+        assert THREE_WAYS.levels(1, 9, "", asked) == THREE_WAYS.levels(
+            1, 9, "", known.min_path_probability
+        )
     assert THREE_WAYS.under(0.0) is THREE_WAYS.under(0.29) is THREE_WAYS
     prior = Acceptance(WHOLE, False, (EARLY,))
     assert prior.under(0.3) == Acceptance(EARLY.curves, False)
@@ -224,10 +226,10 @@ def test_a_tree_that_ends_early_drafts_its_first_level_and_what_follows_it() -> 
     assert THREE_WAYS.levels(1, 1, "", 0.3) == (0, 1)
 
 
-@pytest.mark.parametrize("stop_below", [0.0, 0.3, 0.9])
-def test_a_tree_without_a_level_drafts_none(stop_below: float) -> None:
-    assert THREE_WAYS.levels(1, 0, "", stop_below) == (0,)
-    assert THREE_WAYS.levels(8, 0, "json", stop_below) == (0,)
+@pytest.mark.parametrize("min_path_probability", [0.0, 0.3, 0.9])
+def test_a_tree_without_a_level_drafts_none(min_path_probability: float) -> None:
+    assert THREE_WAYS.levels(1, 0, "", min_path_probability) == (0,)
+    assert THREE_WAYS.levels(8, 0, "json", min_path_probability) == (0,)
 
 
 def test_the_levels_of_a_tree_are_those_of_the_chain_that_made_the_counts() -> None:

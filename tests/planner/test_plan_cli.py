@@ -17,13 +17,13 @@ from run_records import make_run
 from safetensors.torch import load_file, save_file
 
 from subspec.artifacts.format.codec import dump_json
-from subspec.artifacts.format.prebuilt import brought
+from subspec.artifacts.format.prebuilt import find_prebuilt
 from subspec.artifacts.format.store import Artifact, open_artifact, verify
 from subspec.artifacts.runs import append_run, plan_digest, read_runs
 from subspec.planner.cli import main
 from subspec.planner.model.hub import DEMO
 from subspec.planner.rehearse.calibration import shipped_samples
-from subspec.planner.rehearse.learn import LEAST, MOST
+from subspec.planner.rehearse.corrections import LEAST, MOST
 from subspec.runtime.session import kernel_sources
 
 SUBSPEC_PLAN = str(Path(sys.executable).with_name("subspec-plan"))
@@ -93,15 +93,18 @@ def test_the_demo_is_measured_planned_built_and_rehearsed(
     assert sorted({curve.width for curve in acceptance.curves}) == [1, 3, 8]
     assert 2 < acceptance.tokens(1, 6) < acceptance.tokens(3, 6) < 7
     assert acceptance.margin(3, 6) < 0.5
-    learned = artifact.profile.learned
-    assert learned.num_rounds > 50
-    assert all(LEAST < factor < MOST for factor in (learned.draft, learned.verify, learned.plain))
+    corrections = artifact.profile.corrections
+    assert corrections.num_rounds > 50
+    assert all(
+        LEAST < factor < MOST
+        for factor in (corrections.draft, corrections.verify, corrections.plain)
+    )
     budgets = [point.budget_bytes for point in artifact.plan.by_budget]
     assert budgets == sorted(set(budgets)) and {9_000_000, 9_900_000} <= set(budgets)
     assert artifact.plan.context in {point.context for point in artifact.plan.by_context}
     if shutil.which("g++") is not None:
         sources = kernel_sources(artifact.plan)
-        assert sources and all(brought(artifact, source) is not None for source in sources)
+        assert sources and all(find_prebuilt(artifact, source) is not None for source in sources)
 
 
 def test_another_machines_plan_is_built_without_running_it(
@@ -212,7 +215,9 @@ def test_the_encoding_that_was_asked_for_is_in_the_plan(
 def test_residuals_where_nothing_decodes_them_are_refused_with_the_way_out(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (here.parent / "profile.json").write_text(dump_json(replace(PROFILE, decode_rate=0.0)))
+    (here.parent / "profile.json").write_text(
+        dump_json(replace(PROFILE, residual_weights_per_second=0.0))
+    )
     ended = plan(capsys, "--encoding", "residual")
     assert ended.exit_code == 8
     assert "no fast decoder" in ended.err and "hint: install a C++ compiler" in ended.err
@@ -361,10 +366,10 @@ def test_recorded_runs_are_folded_into_the_plan(
     [curve] = after.plan.acceptance.curves  # the plan made by hand had none that was measured
     assert (curve.width, curve.kind) == (2, "runs")
     assert (curve.tried, curve.accepted) == ((8, 6, 4), (6, 4, 4))
-    learned = after.profile.learned
-    assert learned.num_rounds == 8 and learned.draft != 1 and learned.verify != 1
-    assert (learned.plain, learned.prompt) != (1, 1)
-    assert replace(after.profile, learned=there.profile.learned) == there.profile
+    corrections = after.profile.corrections
+    assert corrections.num_rounds == 8 and corrections.draft != 1 and corrections.verify != 1
+    assert (corrections.plain, corrections.prompt) != (1, 1)
+    assert replace(after.profile, corrections=there.profile.corrections) == there.profile
     assert len(read_runs(there.path)) == 4
     assert json.loads(ended.out)["acceptance"]["measured"] is True
 
@@ -393,7 +398,7 @@ def test_calibrating_asks_again_for_what_was_asked_for(
     after = open_artifact(there.path).plan
     assert after.acceptance.kinds == ("runs",)
     assert (after.budget_bytes, after.context, after.tree.depth) == (9_000_000, 200, 2)
-    assert after.wishes == planned.wishes
+    assert after.constraints == planned.constraints
 
 
 def test_without_a_size_an_artifact_keeps_its_own(

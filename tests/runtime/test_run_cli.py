@@ -19,7 +19,7 @@ from subspec.planner.model.hub import DEMO
 from subspec.runtime import cli, session
 from subspec.runtime.app import answer
 from subspec.runtime.cli import Options
-from subspec.runtime.text.tokenizer import Text, load_text
+from subspec.runtime.text.tokenizer import Text, load_tokenizer
 
 SLOW = ("--link-bandwidth", "15MB")  # a round takes a third of a second
 Capture = pytest.CaptureFixture[str]
@@ -43,7 +43,7 @@ def pipe(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
 
 
 def test_system_and_raw_change_what_the_model_reads(artifact: Path, capsys: Capture) -> None:
-    text = load_text(artifact / "tokenizer")
+    text = load_tokenizer(artifact / "tokenizer")
     words = (artifact, "def f", "--json", "--max-tokens", 1)
     system = json.loads(run(capsys, *words, "--system", "Be brief.").out)
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "def f"}]
@@ -53,7 +53,7 @@ def test_system_and_raw_change_what_the_model_reads(artifact: Path, capsys: Capt
 
 
 def test_a_model_without_a_template_says_that_it_continues(artifact: Path, capsys: Capture) -> None:
-    text = load_text(artifact / "tokenizer")
+    text = load_tokenizer(artifact / "tokenizer")
     bare = Text(text.tokenizer, None, {}, False)
     opened_artifact = cli.open_folder(artifact)
     ids = cli.prompt_ids(opened_artifact, bare, Options(artifact), "def f")
@@ -67,7 +67,7 @@ def test_the_prompt_may_come_through_a_pipe(
 ) -> None:
     pipe(monkeypatch, f"{QUESTION} é\n".encode())
     found = json.loads(run(capsys, artifact, *words, "--json", "--max-tokens", 1).out)
-    expected = load_text(artifact / "tokenizer").chat_ids(
+    expected = load_tokenizer(artifact / "tokenizer").chat_ids(
         [{"role": "user", "content": f"{QUESTION} é"}]
     )
     assert found["prompt_token_ids"] == expected

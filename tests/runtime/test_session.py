@@ -140,9 +140,11 @@ def test_drafts_that_end_early_change_no_token(
     width: int, settings: dict[str, float], artifact: Artifact
 ) -> None:
     said, levels = [], []
-    for stop_below in (0.0, 0.5, 0.9):
+    for min_path_probability in (0.0, 0.5, 0.9):
         shape = {"width": width, "depth": 7, "verify_width": 24}
-        with Session(replan(artifact, stop_below=stop_below, **shape)) as session:
+        with Session(
+            replan(artifact, min_path_probability=min_path_probability, **shape)
+        ) as session:
             said.append(run(session, PROMPT, 60, **settings))
             levels.append(session.stats.drafted_levels)
     assert said[0] == said[1] == said[2]
@@ -165,7 +167,7 @@ def test_levels_that_were_drafted_are_counted_and_the_next_one_is_judged(
         return run
 
     monkeypatch.setattr(decode, "draft_pass", counted)
-    chosen = replan(artifact, width=2, depth=7, verify_width=16, stop_below=0.98)
+    chosen = replan(artifact, width=2, depth=7, verify_width=16, min_path_probability=0.98)
     with Session(chosen) as session:
         left, early, before = 59, 0, 0
         for emitted in session.generate(PROMPT, 60, Sampling()):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from subspec.artifacts.common.user_cache import users_folder
+from subspec.artifacts.common.user_cache import user_cache_dir
 
 
 @pytest.fixture(autouse=True)
@@ -22,17 +22,17 @@ def open_umask() -> Iterator[None]:
 
 
 def test_a_folder_is_the_users_own(ours: Path, open_umask: None) -> None:
-    assert users_folder("plans") == ours / "plans"
+    assert user_cache_dir("plans") == ours / "plans"
     for path in (ours, ours / "plans"):
         assert stat.S_IMODE(path.stat().st_mode) == 0o700
-    assert users_folder("plans") == ours / "plans"
+    assert user_cache_dir("plans") == ours / "plans"
 
 
 @pytest.mark.parametrize("open_one", ["", "kernels"])
 def test_a_folder_that_others_may_write_to_is_not_used(ours: Path, open_one: str) -> None:
-    assert users_folder("kernels") is not None
+    assert user_cache_dir("kernels") is not None
     (ours / open_one).chmod(0o777)
-    assert users_folder("kernels") is None
+    assert user_cache_dir("kernels") is None
 
 
 def test_without_a_place_for_a_cache_there_is_none(
@@ -41,4 +41,4 @@ def test_without_a_place_for_a_cache_there_is_none(
     (tmp_path / "file").touch()
     for impossible in (os.devnull, str(tmp_path / "file")):
         monkeypatch.setenv("XDG_CACHE_HOME", impossible)
-        assert users_folder("plans") is None
+        assert user_cache_dir("plans") is None

@@ -90,9 +90,9 @@ WRONG_PLANS: dict[str, dict[str, Any]] = {
     "wide tree": {"tree": Tree(10**6, 1), "verify_width": 10**7},
     "negative depth": {"tree": Tree(1, -1)},
     "no temperature": {"tree": Tree(2, 3, temperature=0.0)},
-    "a stop below nothing": {"tree": Tree(2, 3, stop_below=-0.1)},
-    "a stop below everything": {"tree": Tree(2, 3, stop_below=1.0)},
-    "a stop that is no number": {"tree": Tree(2, 3, stop_below=math.nan)},
+    "a stop below nothing": {"tree": Tree(2, 3, min_path_probability=-0.1)},
+    "a stop below everything": {"tree": Tree(2, 3, min_path_probability=1.0)},
+    "a stop that is no number": {"tree": Tree(2, 3, min_path_probability=math.nan)},
     "more nodes than rows": {"verify_width": 6},
     "context beyond the model": {"context": 101},
     "no context": {"context": 0},
@@ -135,7 +135,7 @@ def test_counts_that_no_trees_which_end_early_have_are_refused(
     fine = Stopping(0.3, PLAN.acceptance.curves, PLAN.acceptance.curves)
     for stopping in (
         (ended := replace(fine, **{where: curves}),),
-        (fine, replace(ended, stop_below=0.5)),
+        (fine, replace(ended, min_path_probability=0.5)),
     ):
         plan = replace(PLAN, acceptance=replace(PLAN.acceptance, stopping=stopping))
         refused("plan.json", partial(check_plan, SPEC, RAW, plan))
@@ -157,8 +157,8 @@ def test_a_plan_whose_drafts_end_early_passes() -> None:
     curves = PLAN.acceptance.curves
     stopping = tuple(Stopping(stop, curves, curves) for stop in (0.15, 0.3, 0.999))
     acceptance = replace(PLAN.acceptance, stopping=stopping)
-    for stop_below in (0.0, 0.15, 0.2, 0.9999):
-        tree = Tree(2, 3, 0.2, stop_below)
+    for min_path_probability in (0.0, 0.15, 0.2, 0.9999):
+        tree = Tree(2, 3, 0.2, min_path_probability)
         check_plan(SPEC, RAW, replace(PLAN, tree=tree, acceptance=acceptance))
 
 
@@ -193,7 +193,7 @@ def headers() -> dict[str, Header]:
     for linear in linears(SPEC):
         rows, groups = linear.out_features, linear.in_features // 64
         substitutes[f"{linear.name}.codes"] = ("U8", (rows, linear.in_features // 2))
-        substitutes[f"{linear.name}.grid"] = ("BF16", (groups, rows, 2))
+        substitutes[f"{linear.name}.qparams"] = ("BF16", (groups, rows, 2))
     resident = {name: ("F16", shape) for name, shape in resident_tensors(SPEC).items()}
     return {"substitutes.safetensors": substitutes, "resident.safetensors": resident}
 
@@ -226,7 +226,7 @@ def test_a_resident_tensor_of_another_dtype_or_shape_is_refused(
     refused("resident.safetensors", lambda: check_headers(tmp_path, SPEC))
 
 
-@pytest.mark.parametrize("suffix", ["codes", "grid"])
+@pytest.mark.parametrize("suffix", ["codes", "qparams"])
 @pytest.mark.parametrize(
     "wrong", [None, ("BF16", (128, 2, 2)), ("U8", (128, 2)), ("F16", (2, 128, 2))]
 )

@@ -23,8 +23,8 @@ def test_packing_undoes_unpacking_for_every_byte() -> None:
 
 def test_dequantizing_gives_the_numbers_computed_by_hand() -> None:
     codes = torch.tensor([[3] * 64 + [5] * 64, [0] * 64 + [15] * 64], dtype=torch.uint8)
-    grid = torch.tensor([[[0.5, 3.5], [0.25, 3.0]], [[2.0, 1.0], [1.0, -7.0]]]).bfloat16()
-    weight = dequantize(codes, grid)
+    qparams = torch.tensor([[[0.5, 3.5], [0.25, 3.0]], [[2.0, 1.0], [1.0, -7.0]]]).bfloat16()
+    weight = dequantize(codes, qparams)
     assert weight.dtype == torch.float32
     expected = torch.tensor([[1.0] * 64 + [-5.0] * 64, [1.0] * 64 + [0.0] * 64])
     assert torch.equal(weight, expected)
@@ -32,7 +32,7 @@ def test_dequantizing_gives_the_numbers_computed_by_hand() -> None:
 
 def test_dequantizing_rounds_once_to_f32() -> None:
     codes = torch.arange(64, dtype=torch.uint8).remainder(16).expand(7, 64).contiguous()
-    grid = torch.randn(1, 7, 2, generator=torch.Generator().manual_seed(0)).bfloat16()
-    scale, center = grid[0].double().split(1, dim=1)
-    exact = (codes.double() - 8) * scale + center
-    assert torch.equal(dequantize(codes, grid), exact.float())
+    qparams = torch.randn(1, 7, 2, generator=torch.Generator().manual_seed(0)).bfloat16()
+    scale, zero_point = qparams[0].double().split(1, dim=1)
+    exact = (codes.double() - 8) * scale + zero_point
+    assert torch.equal(dequantize(codes, qparams), exact.float())

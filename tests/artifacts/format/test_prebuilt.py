@@ -10,7 +10,7 @@ from builders import build_artifact
 from running import QUESTION, run
 
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.artifacts.format.prebuilt import FOLDER, adopt, brought, ship
+from subspec.artifacts.format.prebuilt import FOLDER, find_prebuilt, install_prebuilt, pack_prebuilt
 from subspec.artifacts.format.store import Artifact, open_artifact, verify, write_manifest
 from subspec.artifacts.native import cpp, residual_cpu
 from subspec.planner.model.hub import DEMO
@@ -29,7 +29,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     made = build_artifact(DEMO, folder, "residual", resident_share=1.0)
     assert kernel_sources(made.plan) == SOURCES
     assert all(kernel.unavailable() is None for kernel in (attention, residual_cpu))
-    ship(folder, kernel_sources(made.plan))
+    pack_prebuilt(folder, kernel_sources(made.plan))
     return sealed(folder)
 
 
@@ -61,7 +61,7 @@ def test_what_was_built_is_listed_with_its_digest(artifact: Artifact) -> None:
 def test_with_the_users_word_no_compiler_is_needed(artifact: Artifact, elsewhere: Path) -> None:
     assert residual_cpu.unavailable() == "there is no C++ compiler 'g++' (install g++ or set CXX)"
     cpp.library.cache_clear()
-    assert adopt(artifact, SOURCES) == []
+    assert install_prebuilt(artifact, SOURCES) == []
     assert {path.name for path in elsewhere.iterdir()} == set(map(cpp.library_name, SOURCES))
     assert residual_cpu.unavailable() is None and attention.unavailable() is None
 
@@ -71,13 +71,13 @@ def test_a_flipped_bit_is_an_error_and_is_not_kept(
 ) -> None:
     shutil.copytree(artifact.path, tmp_path / "copy")
     copy = open_artifact(tmp_path / "copy")
-    entry = brought(copy, residual_cpu.SOURCE)
+    entry = find_prebuilt(copy, residual_cpu.SOURCE)
     assert entry is not None
     damaged = bytearray((copy.path / entry.path).read_bytes())
     damaged[len(damaged) // 2] ^= 1
     (copy.path / entry.path).write_bytes(damaged)
     with pytest.raises(SubspecError, match="does not match its digest") as error:
-        adopt(copy, [residual_cpu.SOURCE])
+        install_prebuilt(copy, [residual_cpu.SOURCE])
     assert error.value.exit_code == Exit.CORRUPT
     assert not elsewhere.exists() or not [*elsewhere.iterdir()]
 
@@ -87,20 +87,20 @@ def test_kernels_of_other_sources_flags_or_processors_are_not_brought(
 ) -> None:
     changed = tmp_path / "residual.cpp"
     changed.write_bytes(residual_cpu.SOURCE.read_bytes() + b"\n")
-    assert adopt(artifact, [changed]) == ["residual"]
+    assert install_prebuilt(artifact, [changed]) == ["residual"]
     for name, value in (("FLAGS", (*cpp.FLAGS, "-g")), ("_processor", lambda: "another")):
         with monkeypatch.context() as patch:
             patch.setattr(cpp, name, value)
-            assert adopt(artifact, SOURCES) == ["attention", "residual"]
+            assert install_prebuilt(artifact, SOURCES) == ["attention", "residual"]
     monkeypatch.setenv("CXX", "g++ -mno-avx512f")
-    assert brought(artifact, residual_cpu.SOURCE) is None
+    assert find_prebuilt(artifact, residual_cpu.SOURCE) is None
 
 
 def test_where_nothing_can_be_kept_nothing_is_adopted(
     artifact: Artifact, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)
-    assert adopt(artifact, SOURCES) == ["attention", "residual"]
+    assert install_prebuilt(artifact, SOURCES) == ["attention", "residual"]
 
 
 def test_a_person_without_a_compiler_is_told_of_them_and_may_trust_them(

@@ -8,7 +8,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from residual_parts import DTYPES, KINDS, bits_of, every_pattern, random_grid, random_part
+from residual_parts import DTYPES, KINDS, bits_of, every_pattern, random_part, random_qparams
 from torch import Tensor
 
 from subspec.artifacts.common.errors import Exit, SubspecError
@@ -19,13 +19,13 @@ ALL = torch.arange(65536)
 BF16, FP16, F32 = DTYPES
 
 
-def round_trip(weight: Tensor, codes: Tensor, grid: Tensor) -> Tensor:
-    stored = residual.encode(weight, pack_nibbles(codes), grid)
-    return residual.decode(stored, pack_nibbles(codes), grid, weight.dtype)
+def round_trip(weight: Tensor, codes: Tensor, qparams: Tensor) -> Tensor:
+    stored = residual.encode(weight, pack_nibbles(codes), qparams)
+    return residual.decode(stored, pack_nibbles(codes), qparams, weight.dtype)
 
 
 def test_a_worked_example_has_these_literal_bytes() -> None:
-    # scale s = 2^-7, center s / 2; of every four weights the last one is minus zero, an escape.
+    # scale s = 2^-7, zero_point s / 2; of every four weights the last one is minus zero, an escape.
     # code  low, high   floor  window         weight, pattern  entry
     #   10  2 s, 3 s    3C80   65 + 0 + 1      0.02     3CA4      36
     #    7   -s, 0      3901   0 + 768 + 1    -0.001    BA83     386
@@ -34,7 +34,7 @@ def test_a_worked_example_has_these_literal_bytes() -> None:
     # 36 + 66 (386 + 769 (13 + 66 * 768)) = 0x99618102, and 66 * 769 * 66 * 769 needs 32 bits
     weight = torch.tensor([0.02, -0.001, 0.025, -0.0]).repeat(32, 16).bfloat16()
     codes = torch.tensor([10, 7, 11, 8], dtype=torch.uint8).repeat(32, 16)
-    grid = torch.tensor([2.0**-7, 2.0**-8]).expand(1, 32, 2).bfloat16()
+    qparams = torch.tensor([2.0**-7, 2.0**-8]).expand(1, 32, 2).bfloat16()
     number = 36 + 66 * (386 + 769 * (13 + 66 * 768))
     expected = (
         bytes.fromhex("00000000 00030000")  # tile 0 is words 0 to 768
@@ -42,14 +42,14 @@ def test_a_worked_example_has_these_literal_bytes() -> None:
         + bytes.fromhex("00800080") * 256  # 512 escapes
         + bytes(12)
     )
-    stored = residual.encode(weight, pack_nibbles(codes), grid)
+    stored = residual.encode(weight, pack_nibbles(codes), qparams)
     assert stored.numpy().tobytes() == expected
     exact = weight.float() + 2.0**-20  # f32: the same, then the lower halves
     lower = bits_of(exact).numpy().astype("<u4") & 0xFFFF
     upper = (bits_of(exact) >> 16).short().view(BF16)
-    stored = residual.encode(exact, pack_nibbles(codes), grid)
+    stored = residual.encode(exact, pack_nibbles(codes), qparams)
     assert stored.numpy().tobytes() == (
-        residual.encode(upper, pack_nibbles(codes), grid).numpy().tobytes()
+        residual.encode(upper, pack_nibbles(codes), qparams).numpy().tobytes()
         + lower.astype("<u2").tobytes()
     )
 
@@ -65,28 +65,30 @@ def test_a_large_stream_has_this_literal_digest(dtype: torch.dtype) -> None:
     noise = noise.view(num_rows, num_columns)
     codes = noise % 16
     group = torch.arange(num_columns // 64)[:, None] * num_rows + torch.arange(num_rows)
-    scale, center = group * 37 % 64 + 64, group * 29 % 121 - 60  # in 2^-14 and 2^-10
-    grid = torch.stack((scale * 2.0**-14, center * 2.0**-10), -1).bfloat16()
-    spread = (x.t().repeat_interleave(64, 1) for x in (scale, center))
+    scale, zero_point = group * 37 % 64 + 64, group * 29 % 121 - 60  # in 2^-14 and 2^-10
+    qparams = torch.stack((scale * 2.0**-14, zero_point * 2.0**-10), -1).bfloat16()
+    spread = (x.t().repeat_interleave(64, 1) for x in (scale, zero_point))
     eighths = (codes - 8) * 8 + noise // 16 % 8 - 4
     weight = (eighths * next(spread) + 128 * next(spread)) * 2.0**-17
     bits = bits_of(weight.to(dtype))
     bits = torch.where(noise // 128 % 16 == 0, (noise * 40503).to(bits.dtype), bits)
-    stored = residual.encode(bits.view(dtype), pack_nibbles(codes.to(torch.uint8)), grid)
+    stored = residual.encode(bits.view(dtype), pack_nibbles(codes.to(torch.uint8)), qparams)
     assert hashlib.sha256(stored.numpy().tobytes()).hexdigest()[:16] == DIGESTS[dtype]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_bit_serial_decoder_reads_the_same_weights(kind: str, dtype: torch.dtype) -> None:
-    weight, codes, grid = random_part(kind, 64, 64, dtype)
-    stored = residual.encode(weight, pack_nibbles(codes), grid).numpy().tobytes()
-    assert decode_bit_by_bit(stored, codes, grid, dtype) == [
+    weight, codes, qparams = random_part(kind, 64, 64, dtype)
+    stored = residual.encode(weight, pack_nibbles(codes), qparams).numpy().tobytes()
+    assert decode_bit_by_bit(stored, codes, qparams, dtype) == [
         int(bits) % (1 << 8 * dtype.itemsize) for bits in bits_of(weight).flatten()
     ]
 
 
-def decode_bit_by_bit(stored: bytes, codes: Tensor, grid: Tensor, dtype: torch.dtype) -> list[int]:
+def decode_bit_by_bit(
+    stored: bytes, codes: Tensor, qparams: Tensor, dtype: torch.dtype
+) -> list[int]:
     """Written from the specification alone: one bit at a time, no shared code."""
     num_rows, num_columns = codes.shape
     num_groups, f = num_columns // 64, np.float32
@@ -99,9 +101,9 @@ def decode_bit_by_bit(stored: bytes, codes: Tensor, grid: Tensor, dtype: torch.d
         return min(max(bits - (112 << 23), 0) >> 13, 0x7BFF)
 
     def window(row: int, column: int) -> tuple[int, int, int]:
-        scale, center = (f(x) for x in grid[column // 64, row].tolist())
+        scale, zero_point = (f(x) for x in qparams[column // 64, row].tolist())
         step = f(int(codes[row, column]) - 8)
-        low, high = (step - f(0.5)) * scale + center, (step + f(0.5)) * scale + center
+        low, high = (step - f(0.5)) * scale + zero_point, (step + f(0.5)) * scale + zero_point
         top_positive = magnitude(high) if high >= 0 else -1
         top_negative = magnitude(low) if low < 0 else -1
         bottom = magnitude(low) if low >= 0 else magnitude(high) if high < 0 else 0
@@ -143,35 +145,35 @@ def decode_bit_by_bit(stored: bytes, codes: Tensor, grid: Tensor, dtype: torch.d
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_pattern_survives(kind: str, dtype: torch.dtype) -> None:
-    _, codes, grid = random_part(kind, 64, 1024, dtype)
+    _, codes, qparams = random_part(kind, 64, 1024, dtype)
     weight = every_pattern(dtype)
-    assert torch.equal(bits_of(round_trip(weight, codes, grid)), bits_of(weight))
+    assert torch.equal(bits_of(round_trip(weight, codes, qparams)), bits_of(weight))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tiles_do_not_depend_on_each_other(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weight, codes, grid = random_part("typical", 96, 192, dtype)
-    stored = residual.encode(weight, pack_nibbles(codes), grid)
+    weight, codes, qparams = random_part("typical", 96, 192, dtype)
+    stored = residual.encode(weight, pack_nibbles(codes), qparams)
     index, payload, _ = residual.sections(stored, 96, 192, dtype)
     for t in range(9):
         rows = slice(t // 3 * 32, t // 3 * 32 + 32)
         columns = slice(t % 3 * 64, t % 3 * 64 + 64)
-        own_codes, own_grid = pack_nibbles(codes[rows, columns]), grid[t % 3 :][:1, rows]
-        own = residual.encode(weight[rows, columns].contiguous(), own_codes, own_grid)
+        own_codes, own_qparams = pack_nibbles(codes[rows, columns]), qparams[t % 3 :][:1, rows]
+        own = residual.encode(weight[rows, columns].contiguous(), own_codes, own_qparams)
         own_payload = residual.sections(own, 32, 64, dtype).payload
         assert torch.equal(payload[index[t] : index[t + 1]], own_payload[:-3])
     monkeypatch.setattr(residual, "CHUNK_TILES", 2)  # leaves no trace
-    assert torch.equal(residual.encode(weight, pack_nibbles(codes), grid), stored)
-    assert torch.equal(bits_of(round_trip(weight, codes, grid)), bits_of(weight))
+    assert torch.equal(residual.encode(weight, pack_nibbles(codes), qparams), stored)
+    assert torch.equal(bits_of(round_trip(weight, codes, qparams)), bits_of(weight))
 
 
 def test_a_part_may_be_rows_of_a_larger_grid() -> None:
-    weight, codes, grid = random_part("typical", 64, 128, BF16)
-    whole = random_grid("extreme", 2, 256, torch.Generator().manual_seed(1))
-    whole[:, 96:160] = grid
-    stored = residual.encode(weight, pack_nibbles(codes), grid)
+    weight, codes, qparams = random_part("typical", 64, 128, BF16)
+    whole = random_qparams("extreme", 2, 256, torch.Generator().manual_seed(1))
+    whole[:, 96:160] = qparams
+    stored = residual.encode(weight, pack_nibbles(codes), qparams)
     assert torch.equal(residual.encode(weight, pack_nibbles(codes), whole[:, 96:160]), stored)
     back = residual.decode(stored, pack_nibbles(codes), whole[:, 96:160], BF16)
     assert torch.equal(bits_of(back), bits_of(weight))
@@ -179,16 +181,16 @@ def test_a_part_may_be_rows_of_a_larger_grid() -> None:
 
 @pytest.mark.parametrize(("dtype", "most"), [(BF16, 7.15), (FP16, 10.25), (F32, 23.1)], ids=str)
 def test_normal_weights_take_about_seven_bits(dtype: torch.dtype, most: float) -> None:
-    """A change that costs size is a bug too: nearest codes on a minimum-to-maximum grid."""
+    """A change that costs size is a bug too: nearest codes on a minimum-to-maximum qparams."""
     weight = (torch.randn(512, 512, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
     groups = weight.float().view(512, -1, 64)
     low, high = groups.amin(2), groups.amax(2)
     scale = ((high - low) / 15).bfloat16()
-    center = (low + 8 * scale.float()).bfloat16()
-    steps = (groups - center.float()[..., None]) / scale.float()[..., None]
+    zero_point = (low + 8 * scale.float()).bfloat16()
+    steps = (groups - zero_point.float()[..., None]) / scale.float()[..., None]
     codes = (steps.round() + 8).clamp(0, 15).to(torch.uint8).view(512, 512)
-    grid = torch.stack((scale, center), -1).transpose(0, 1).contiguous()
-    stored = residual.encode(weight, pack_nibbles(codes), grid)
+    qparams = torch.stack((scale, zero_point), -1).transpose(0, 1).contiguous()
+    stored = residual.encode(weight, pack_nibbles(codes), qparams)
     assert 8 * stored.numel() / weight.numel() < most
 
 
@@ -196,16 +198,20 @@ def test_normal_weights_take_about_seven_bits(dtype: torch.dtype, most: float) -
 
 
 def windows_of(kind: str, fraction_bits: int) -> list[tuple[residual.Windows, float, float, int]]:
-    """For 4 groups and all codes: (window of 1 weight, scale, center, code)."""
-    grid = random_grid(kind, 1, 4, torch.Generator().manual_seed(0))[0].float()
+    """For 4 groups and all codes: (window of 1 weight, scale, zero_point, code)."""
+    qparams = random_qparams(kind, 1, 4, torch.Generator().manual_seed(0))[0].float()
     found = []
-    for scale, center in grid:
+    for scale, zero_point in qparams:
         for code in range(16):
-            tensors = (torch.tensor([[[code]]]).byte(), scale.view(1, 1, 1), center.view(1, 1, 1))
+            tensors = (
+                torch.tensor([[[code]]]).byte(),
+                scale.view(1, 1, 1),
+                zero_point.view(1, 1, 1),
+            )
             window = residual.Windows(
                 *map(torch.flatten, residual._windows(*tensors, fraction_bits))
             )
-            found.append((window, float(scale), float(center), code))
+            found.append((window, float(scale), float(zero_point), code))
     return found
 
 
@@ -227,8 +233,8 @@ def test_entries_and_patterns_of_a_window_invert_each_other(kind: str, fraction_
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_window_holds_all_of_its_interval_down_to_its_floor(kind: str) -> None:
     values = ALL.short().view(BF16).double()
-    for window, scale, center, code in windows_of(kind, 7):
-        low, high = (code - 8.5) * scale + center, (code - 7.5) * scale + center
+    for window, scale, zero_point, code in windows_of(kind, 7):
+        low, high = (code - 8.5) * scale + zero_point, (code - 7.5) * scale + zero_point
         member = (values >= low) & (values <= high) & ((ALL & 0x7FFF) >= window.floor)
         assert not (member & residual._entries(ALL, window)[1]).any()
 
@@ -236,13 +242,13 @@ def test_a_window_holds_all_of_its_interval_down_to_its_floor(kind: str) -> None
 @pytest.mark.parametrize("kind", KINDS)
 def test_interval_ends_are_what_every_machine_computes(kind: str) -> None:
     """The product is exact, so that one rounding or two give the same; nothing is subnormal."""
-    grid = random_grid(kind, 1, 40, torch.Generator().manual_seed(0))[0].float()
-    for scale, center in grid:
+    qparams = random_qparams(kind, 1, 40, torch.Generator().manual_seed(0))[0].float()
+    for scale, zero_point in qparams:
         for half_step in range(-17, 17, 2):
             product = half_step / 2 * scale
             assert Fraction(float(product)) == Fraction(half_step, 2) * Fraction(float(scale))
-            exact = Fraction(float(product)) + Fraction(float(center))
-            end = float(product + center)
+            exact = Fraction(float(product)) + Fraction(float(zero_point))
+            end = float(product + zero_point)
             assert end == float(np.float32(0)) if exact == 0 else abs(end) >= 2.0**-126
             error = abs(Fraction(end) - exact)
             for way in (-np.inf, np.inf):
@@ -294,18 +300,18 @@ def changed(word: int, by: int) -> Callable[[Tensor], Tensor]:
 def test_a_malformed_stream_is_refused(
     dtype: torch.dtype, damage: Callable[[Tensor], Tensor]
 ) -> None:
-    weight, codes, grid = random_part("typical", 64, 128, dtype)
-    stored = damage(residual.encode(weight, pack_nibbles(codes), grid).clone())
+    weight, codes, qparams = random_part("typical", 64, 128, dtype)
+    stored = damage(residual.encode(weight, pack_nibbles(codes), qparams).clone())
     with pytest.raises(SubspecError, match="residual") as caught:
-        residual.decode(stored, pack_nibbles(codes), grid, dtype)
+        residual.decode(stored, pack_nibbles(codes), qparams, dtype)
     assert caught.value.exit_code == Exit.CORRUPT and caught.value.hint
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_an_escape_that_the_stream_has_no_room_for_is_refused(dtype: torch.dtype) -> None:
-    weight, codes, grid = random_part("typical", 32, 64, dtype, stray=0)
-    stored = residual.encode(weight, pack_nibbles(codes), grid)
+    weight, codes, qparams = random_part("typical", 32, 64, dtype, stray=0)
+    stored = residual.encode(weight, pack_nibbles(codes), qparams)
     words = residual.sections(stored, 32, 64, dtype).payload
     words[: len(words) // 2] = -1  # numbers beyond the largest: escapes all
     with pytest.raises(SubspecError, match="escapes"):
-        residual.decode(stored, pack_nibbles(codes), grid, dtype)
+        residual.decode(stored, pack_nibbles(codes), qparams, dtype)

@@ -30,7 +30,7 @@ from subspec.artifacts.format.store import (
 from subspec.artifacts.format.tensors import ITEM_BYTES, write_header
 from subspec.artifacts.model import GROUP_SIZE, ModelSpec, Rope, linears, parts, resident_tensors
 from subspec.artifacts.plan import Placement, Plan, Point, Tree
-from subspec.artifacts.profile import Learned, LinkRate, Profile, Timing
+from subspec.artifacts.profile import Corrections, LinkRate, Profile, Timing
 
 Json = dict[str, Any]
 Change = Callable[[Json], object]
@@ -61,11 +61,11 @@ def make_profile() -> Profile:
     timing = (Timing(1, 0.001),)
     return Profile(
         device="cpu", machine="test", num_threads=1, free_bytes=1 << 30, pinnable_bytes=0,
-        overhead_bytes=0, link=(LinkRate(1 << 20, 1e9),), busy_link=0.8, busy_compute=0.9,
+        overhead_bytes=0, link=(LinkRate(1 << 20, 1e9),), contended_link=0.8, contended_compute=0.9,
         digest_rate=1e9, exact_layer=timing, fast_layer=timing, draft_layer=timing,
         exact_attention=timing, fast_attention=timing, draft_attention=timing, exact_head=timing,
-        draft_head=timing, round_seconds=0.001, decode_rate=0.0, int4_kernel="aten",
-        position_free_widths=(8,), learned=Learned(verify=1.25, num_rounds=40),
+        draft_head=timing, round_seconds=0.001, residual_weights_per_second=0.0, int4_kernel="aten",
+        batch_invariant_widths=(8,), corrections=Corrections(verify=1.25, num_rounds=40),
     )  # fmt: skip
 
 
@@ -80,7 +80,7 @@ def make_artifact(folder: Path, spec: ModelSpec, seed: int | None) -> None:
         rows, groups = linear.out_features, linear.in_features // GROUP_SIZE
         tensors["substitutes"] += [
             (f"{linear.name}.codes", "U8", (rows, linear.in_features // 2)),
-            (f"{linear.name}.grid", "BF16", (groups, rows, 2)),
+            (f"{linear.name}.qparams", "BF16", (groups, rows, 2)),
         ]
     known, offsets = {}, {}
     for role, listed in tensors.items():
@@ -391,7 +391,7 @@ def test_a_moved_read_only_artifact_opens_and_stays_as_it_is(artifact: Path) -> 
 
 
 STOPPING: dict[str, Any] = {
-    "stop_below": 0.3,
+    "min_path_probability": 0.3,
     "curves": [{"width": 2, "kind": "code", "tried": [9, 5], "accepted": [5, 2]}],
     "followed": [{"width": 2, "kind": "code", "tried": [9, 7], "accepted": [7, 1]}],
 }
@@ -411,20 +411,20 @@ def test_a_plan_of_before_drafts_ended_early_opens(artifact: Path) -> None:
 
     def aged(plan: Any) -> None:
         del plan["acceptance"]["stopping"]
-        del plan["tree"]["stop_below"]
+        del plan["tree"]["min_path_probability"]
         plan["predicted"] = {"substitute": PREDICTED}
 
     edit(artifact, "plan.json", aged)
     plan = open_artifact(artifact).plan
-    assert (plan.acceptance.stopping, plan.tree.stop_below) == ((), 0.0)
+    assert (plan.acceptance.stopping, plan.tree.min_path_probability) == ((), 0.0)
     assert plan.predicted["substitute"].levels_per_round == 0.0
     assert plan.tree_acceptance is plan.acceptance
 
 
 def test_where_drafts_end_is_read_as_it_was_written(artifact: Path) -> None:
     def ending(plan: Any) -> None:
-        with_stopping(STOPPING, {**STOPPING, "stop_below": 0.5})(plan)
-        plan["tree"]["stop_below"] = 0.3
+        with_stopping(STOPPING, {**STOPPING, "min_path_probability": 0.5})(plan)
+        plan["tree"]["min_path_probability"] = 0.3
         plan["predicted"] = {"substitute": {**PREDICTED, "levels_per_round": 2.25}}
 
     edit(artifact, "plan.json", ending)
@@ -434,22 +434,25 @@ def test_where_drafts_end_is_read_as_it_was_written(artifact: Path) -> None:
         Stopping(0.3, (curves,), (followed,)), Stopping(0.5, (curves,), (followed,)),
     )  # fmt: skip
     assert plan.tree_acceptance.curves == (curves,)
-    assert (plan.tree.stop_below, plan.predicted["substitute"].levels_per_round) == (0.3, 2.25)
+    assert (plan.tree.min_path_probability, plan.predicted["substitute"].levels_per_round) == (
+        0.3,
+        2.25,
+    )
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        lambda plan: plan["tree"].update(stop_below=-0.25),
-        lambda plan: plan["tree"].update(stop_below=1.0),
-        lambda plan: plan["tree"].update(stop_below="0.3"),
+        lambda plan: plan["tree"].update(min_path_probability=-0.25),
+        lambda plan: plan["tree"].update(min_path_probability=1.0),
+        lambda plan: plan["tree"].update(min_path_probability="0.3"),
         lambda plan: plan["acceptance"].update(stopping=0.3),
-        with_stopping({**STOPPING, "stop_below": 0.0}),
-        with_stopping({**STOPPING, "stop_below": 0.5}, STOPPING),
+        with_stopping({**STOPPING, "min_path_probability": 0.0}),
+        with_stopping({**STOPPING, "min_path_probability": 0.5}, STOPPING),
         with_stopping(STOPPING, STOPPING),
         with_stopping({**STOPPING, "curves": []}),
         with_stopping({**STOPPING, "followed": []}),
-        with_stopping({key: STOPPING[key] for key in ("stop_below", "curves")}),
+        with_stopping({key: STOPPING[key] for key in ("min_path_probability", "curves")}),
         with_stopping({**STOPPING, "curves": [{**STOPPING["curves"][0], "accepted": [10, 2]}]}),
         with_stopping({**STOPPING, "followed": [{**STOPPING["followed"][0], "tried": [9, 8]}]}),
     ],
@@ -460,11 +463,11 @@ def test_drafts_that_end_where_none_can_are_refused(artifact: Path, change: Chan
 
 
 def test_a_stop_that_is_no_number_is_refused(artifact: Path) -> None:
-    edit(artifact, "plan.json", lambda plan: plan["tree"].update(stop_below=0.25))
+    edit(artifact, "plan.json", lambda plan: plan["tree"].update(min_path_probability=0.25))
     text = (artifact / "plan.json").read_text()
-    assert text.count('"stop_below": 0.25') == 1
+    assert text.count('"min_path_probability": 0.25') == 1
     for word in ("NaN", "Infinity", "1e999"):
-        changed = text.replace('"stop_below": 0.25', f'"stop_below": {word}')
+        changed = text.replace('"min_path_probability": 0.25', f'"min_path_probability": {word}')
         (artifact / "plan.json").write_text(changed)
         reseal_files(artifact)
         refused(artifact, "plan.json")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from subspec.artifacts.common.user_cache import users_folder
+from subspec.artifacts.common.user_cache import user_cache_dir
 from subspec.artifacts.native import cpp, residual_cpu
 
 
@@ -67,7 +67,7 @@ def test_what_was_kept_and_cannot_be_loaded_is_built_again(
     fresh: Path, built: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CXX", fake_compiler(fresh, f'cp {built} "$last"'))
-    folder = users_folder("kernels")
+    folder = user_cache_dir("kernels")
     assert folder is not None
     kept = folder / cpp.library_name(residual_cpu.SOURCE)
     kept.write_bytes(b"nonsense")

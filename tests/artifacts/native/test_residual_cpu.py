@@ -13,8 +13,8 @@ from residual_parts import (
     bits_of,
     every_pattern,
     in_layout,
-    random_grid,
     random_part,
+    random_qparams,
 )
 from torch import Tensor
 
@@ -38,7 +38,12 @@ def library(
 
 
 def decoded(
-    stored: Tensor, codes: Tensor, grid: Tensor, dtype: torch.dtype, layout: int, threads: int = 1
+    stored: Tensor,
+    codes: Tensor,
+    qparams: Tensor,
+    dtype: torch.dtype,
+    layout: int,
+    threads: int = 1,
 ) -> Tensor:
     """codes [R, K], one per byte -> [R, K]; nothing around `out` may change."""
     size, edge = codes.numel() * dtype.itemsize, 4096
@@ -46,7 +51,7 @@ def decoded(
     around = around[-around.data_ptr() % 64 :]
     out = around[edge : edge + size].view(dtype).view(codes.shape)
     try:
-        residual_cpu.decode_into(out, stored, in_layout(codes, layout), grid, layout, threads)
+        residual_cpu.decode_into(out, stored, in_layout(codes, layout), qparams, layout, threads)
     finally:
         assert (around[:edge] == 0xA5).all() and (around[edge + size :] == 0xA5).all()
     return out
@@ -57,11 +62,11 @@ def decoded(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_both_directions_agree_with_the_plain_twin(kind: str, dtype: torch.dtype) -> None:
     for num_rows, num_columns, stray in ((64, 64, 0.03), (128, 192, 0.03), (64, 320, 1.0)):
-        weight, codes, grid = random_part(kind, num_rows, num_columns, dtype, stray)
-        stored = residual.encode(weight, pack_nibbles(codes), grid)
-        assert torch.equal(residual_cpu.encode(weight, pack_nibbles(codes), grid, 1), stored)
+        weight, codes, qparams = random_part(kind, num_rows, num_columns, dtype, stray)
+        stored = residual.encode(weight, pack_nibbles(codes), qparams)
+        assert torch.equal(residual_cpu.encode(weight, pack_nibbles(codes), qparams, 1), stored)
         for layout in LAYOUTS:
-            back = decoded(stored, codes, grid, dtype, layout)
+            back = decoded(stored, codes, qparams, dtype, layout)
             assert torch.equal(bits_of(back), bits_of(weight))
 
 
@@ -70,20 +75,20 @@ def test_both_directions_agree_with_the_plain_twin(kind: str, dtype: torch.dtype
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_pattern_survives(kind: str, dtype: torch.dtype) -> None:
     weight = every_pattern(dtype)
-    _, codes, grid = random_part(kind, 64, 1024, dtype)
-    stored = residual_cpu.encode(weight, pack_nibbles(codes), grid, 1)
-    assert torch.equal(stored, residual.encode(weight, pack_nibbles(codes), grid))
-    assert torch.equal(bits_of(decoded(stored, codes, grid, dtype, 64)), bits_of(weight))
+    _, codes, qparams = random_part(kind, 64, 1024, dtype)
+    stored = residual_cpu.encode(weight, pack_nibbles(codes), qparams, 1)
+    assert torch.equal(stored, residual.encode(weight, pack_nibbles(codes), qparams))
+    assert torch.equal(bits_of(decoded(stored, codes, qparams, dtype, 64)), bits_of(weight))
 
 
 @pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_threads_and_rows_of_a_larger_grid_change_nothing(dtype: torch.dtype) -> None:
-    weight, codes, grid = random_part("typical", 512, 1024, dtype)  # 256 tiles: up to 4 threads
-    whole = random_grid("extreme", 16, 1024, torch.Generator().manual_seed(1))
-    whole[:, 192 : 192 + 512] = grid
+    weight, codes, qparams = random_part("typical", 512, 1024, dtype)  # 256 tiles: up to 4 threads
+    whole = random_qparams("extreme", 16, 1024, torch.Generator().manual_seed(1))
+    whole[:, 192 : 192 + 512] = qparams
     part = whole[:, 192 : 192 + 512]
-    stored = residual_cpu.encode(weight, pack_nibbles(codes), grid, 1)
+    stored = residual_cpu.encode(weight, pack_nibbles(codes), qparams, 1)
     for threads in (1, 2, 3, 4, 9):
         assert torch.equal(residual_cpu.encode(weight, pack_nibbles(codes), part, threads), stored)
         for layout in LAYOUTS:
@@ -93,15 +98,15 @@ def test_threads_and_rows_of_a_larger_grid_change_nothing(dtype: torch.dtype) ->
 
 @pytest.mark.usefixtures("library")
 def test_parts_at_row_offsets_decode_from_their_slice_of_the_codes() -> None:
-    weight, codes, grid = random_part("typical", 256, 128, BF16)
+    weight, codes, qparams = random_part("typical", 256, 128, BF16)
     for layout in LAYOUTS:
         all_codes = in_layout(codes, layout).view(-1)
         for first, rows in ((0, 64), (64, 64), (128, 128)):
             some = slice(first, first + rows)
-            own = residual.encode(weight[some], pack_nibbles(codes[some]), grid[:, some])
+            own = residual.encode(weight[some], pack_nibbles(codes[some]), qparams[:, some])
             own_codes = all_codes[first * 64 : (first + rows) * 64]
             out = torch.empty(rows, 128, dtype=BF16)
-            residual_cpu.decode_into(out, own, own_codes, grid[:, some], layout, 1)
+            residual_cpu.decode_into(out, own, own_codes, qparams[:, some], layout, 1)
             assert torch.equal(bits_of(out), bits_of(weight[some]))
 
 
@@ -131,16 +136,16 @@ def before_a_wall(data: Tensor) -> Tensor:
     return copy
 
 
-def agree(stored: Tensor, codes: Tensor, grid: Tensor, dtype: torch.dtype) -> bool:
+def agree(stored: Tensor, codes: Tensor, qparams: Tensor, dtype: torch.dtype) -> bool:
     """Both twins refuse the stream (False), or both make the same of it (True)."""
     try:
-        expected = residual.decode(stored, pack_nibbles(codes), grid, dtype)
+        expected = residual.decode(stored, pack_nibbles(codes), qparams, dtype)
     except SubspecError as error:
         with pytest.raises(SubspecError) as caught:
-            decoded(stored, codes, grid, dtype, 64)
+            decoded(stored, codes, qparams, dtype, 64)
         assert caught.value.exit_code == error.exit_code
         return False
-    assert torch.equal(bits_of(decoded(stored, codes, grid, dtype, 64)), bits_of(expected))
+    assert torch.equal(bits_of(decoded(stored, codes, qparams, dtype, 64)), bits_of(expected))
     return True
 
 
@@ -148,8 +153,8 @@ def agree(stored: Tensor, codes: Tensor, grid: Tensor, dtype: torch.dtype) -> bo
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_damaged_streams_do_to_it_what_they_do_to_the_plain_twin(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
-    weight, codes, grid = random_part("typical", 64, 128, dtype)
-    stored = residual.encode(weight, pack_nibbles(codes), grid)
+    weight, codes, qparams = random_part("typical", 64, 128, dtype)
+    stored = residual.encode(weight, pack_nibbles(codes), qparams)
     index = residual.sections(stored, 64, 128, dtype).tile_index
     wall = before_a_wall(stored)
     outcomes = []
@@ -166,11 +171,11 @@ def test_damaged_streams_do_to_it_what_they_do_to_the_plain_twin(dtype: torch.dt
         else:  # tile boundaries moved
             moved = torch.randint(int(index[-1]) + 1, (3,), generator=generator).sort()[0]
             wall.view(torch.int32)[1:4] = moved.int()
-        outcomes.append(agree(wall, codes, grid, dtype))
+        outcomes.append(agree(wall, codes, qparams, dtype))
     assert {*outcomes} == {True, False}
     for size in (0, 4, 20, 32, len(stored) - 4):
-        assert not agree(before_a_wall(stored[:size]), codes, grid, dtype)
-    assert agree(before_a_wall(stored), codes, grid, dtype)
+        assert not agree(before_a_wall(stored[:size]), codes, qparams, dtype)
+    assert agree(before_a_wall(stored), codes, qparams, dtype)
 
 
 @pytest.mark.usefixtures("library")
@@ -178,13 +183,13 @@ def test_damaged_streams_do_to_it_what_they_do_to_the_plain_twin(dtype: torch.dt
 def test_no_codes_and_no_grid_lead_it_out_of_its_memory(dtype: torch.dtype) -> None:
     """Also such as no artifact holds: NaN, infinities, negative scales."""
     generator = torch.Generator().manual_seed(0)
-    weight, codes, grid = random_part("typical", 64, 128, dtype)
-    stored = before_a_wall(residual.encode(weight, pack_nibbles(codes), grid))
+    weight, codes, qparams = random_part("typical", 64, 128, dtype)
+    stored = before_a_wall(residual.encode(weight, pack_nibbles(codes), qparams))
     for _ in range(40):
         wild_codes = torch.randint(0, 16, codes.shape, dtype=torch.uint8, generator=generator)
-        bits = torch.randint(-(1 << 15), 1 << 15, grid.shape, generator=generator)
-        wild_grid = bits.short().view(torch.bfloat16)
+        bits = torch.randint(-(1 << 15), 1 << 15, qparams.shape, generator=generator)
+        wild_qparams = bits.short().view(torch.bfloat16)
         with pytest.raises(SubspecError):
-            decoded(stored, wild_codes, wild_grid, dtype, 64)
-        own = residual_cpu.encode(weight, pack_nibbles(wild_codes), wild_grid, 1)
+            decoded(stored, wild_codes, wild_qparams, dtype, 64)
+        own = residual_cpu.encode(weight, pack_nibbles(wild_codes), wild_qparams, 1)
         assert len(own) <= len(stored) * 4

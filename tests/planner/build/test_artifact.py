@@ -19,7 +19,7 @@ from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format.store import Artifact, open_artifact, verify
 from subspec.artifacts.model import Source
 from subspec.artifacts.plan import Plan
-from subspec.artifacts.profile import Learned, Profile
+from subspec.artifacts.profile import Corrections, Profile
 from subspec.planner.build.artifact import build
 from subspec.planner.build.quantize import quantize
 from subspec.planner.model.checkpoint import read_checkpoint
@@ -92,14 +92,14 @@ def test_plan_and_profile_may_be_improved_on_the_finished_weights(
     def improve(artifact: Artifact) -> tuple[Plan, Profile]:
         with Session(artifact) as session:
             assert len(next(iter(session.generate([1, 2, 3], 4, Sampling())))) == 1
-        taught = replace(artifact.profile, learned=Learned(verify=1.5, num_rounds=7))
+        taught = replace(artifact.profile, corrections=Corrections(verify=1.5, num_rounds=7))
         return replace(artifact.plan, reasons=("it ran",)), taught
 
     returned = build_with(checkpoint, tmp_path / "artifact", improve=improve)
     assert returned.reasons == ("it ran",)
     written = open_artifact(tmp_path / "artifact")
     assert written.plan == returned
-    assert written.profile == replace(PROFILE, learned=Learned(verify=1.5, num_rounds=7))
+    assert written.profile == replace(PROFILE, corrections=Corrections(verify=1.5, num_rounds=7))
 
 
 def build_with(source: Path, out: Path, **changes: Any) -> Plan:

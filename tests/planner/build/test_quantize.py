@@ -38,25 +38,25 @@ def codes_of(substitute: Substitute) -> Tensor:
 
 
 def per_weight(substitute: Substitute) -> tuple[Tensor, Tensor]:
-    """scale and center, f64 [N, K] each"""
-    grid = substitute.grid.double().transpose(0, 1).repeat_interleave(GROUP_SIZE, dim=1)
-    return grid[..., 0], grid[..., 1]
+    """scale and zero_point, f64 [N, K] each"""
+    qparams = substitute.qparams.double().transpose(0, 1).repeat_interleave(GROUP_SIZE, dim=1)
+    return qparams[..., 0], qparams[..., 1]
 
 
 def restored(substitute: Substitute) -> Tensor:
-    return dequantize(unpack_nibbles(substitute.codes), substitute.grid)
+    return dequantize(unpack_nibbles(substitute.codes), substitute.qparams)
 
 
 def same(a: Substitute, b: Substitute) -> bool:
-    return torch.equal(a.codes, b.codes) and torch.equal(a.grid, b.grid)
+    return torch.equal(a.codes, b.codes) and torch.equal(a.qparams, b.qparams)
 
 
-def of_groups(weight: Tensor, codes: Tensor, scale: Tensor, center: Tensor) -> Substitute:
-    """codes [N * G, 64], scale and center [N * G, 1] in any dtype -> a Substitute with a grid in
-    the dtype of scale"""
+def of_groups(weight: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor) -> Substitute:
+    """codes [N * G, 64], scale and zero_point [N * G, 1] in any dtype -> a Substitute with qparams
+    in the dtype of scale"""
     rows = weight.shape[0]
     packed = pack_nibbles(codes.to(torch.uint8).view(rows, -1))
-    return Substitute(packed, torch.cat((scale, center), 1).view(rows, -1, 2).transpose(0, 1))
+    return Substitute(packed, torch.cat((scale, zero_point), 1).view(rows, -1, 2).transpose(0, 1))
 
 
 def rounded_to_nearest(weight: Tensor) -> Substitute:
@@ -77,9 +77,9 @@ def iterated_plainly(weight: Tensor, scale: Tensor) -> Substitute:
         residual = groups - (codes - zero) * scale
         shrunk = (residual.abs() - residual.abs().pow(0.7 - 1) / 10).clamp_min(0) * residual.sign()
         zero = (codes - (groups - shrunk) / scale).mean(dim=1, keepdim=True)
-    center = ((8 - zero) * scale).bfloat16()
-    codes = ((groups - center.double()) / scale).round().add(8).clamp(0, 15)
-    return of_groups(weight, codes, scale.bfloat16(), center)
+    zero_point = ((8 - zero) * scale).bfloat16()
+    codes = ((groups - zero_point.double()) / scale).round().add(8).clamp(0, 15)
+    return of_groups(weight, codes, scale.bfloat16(), zero_point)
 
 
 SPREADS = pytest.mark.parametrize("spread", [1.0, 40.0], ids=["not shrinking", "shrinking"])
@@ -89,9 +89,9 @@ SPREADS = pytest.mark.parametrize("spread", [1.0, 40.0], ids=["not shrinking", "
 def test_the_iteration_in_units_of_codes_is_the_one_in_units_of_weights(spread: float) -> None:
     weight = (like_a_model(128, 512).float() * spread).bfloat16()
     ours = quantize(weight, "cpu")
-    plain = iterated_plainly(weight, ours.grid[..., 0])
+    plain = iterated_plainly(weight, ours.qparams[..., 0])
     assert (codes_of(ours) == codes_of(plain)).float().mean() > 0.9995
-    steps_apart = (ours.grid - plain.grid)[..., 1].abs() / ours.grid[..., 0]
+    steps_apart = (ours.qparams - plain.qparams)[..., 1].abs() / ours.qparams[..., 0]
     assert steps_apart.max() < 0.1 and (steps_apart < 0.01).float().mean() > 0.99
 
 
@@ -128,8 +128,8 @@ def test_the_error_is_below_that_of_rounding_to_nearest(seed: int) -> None:
 def test_tensors_have_the_stored_shapes_and_types() -> None:
     substitute = quantize(like_a_model(48, 192), "cpu")
     assert substitute.codes.shape == (48, 96) and substitute.codes.dtype == torch.uint8
-    assert substitute.grid.shape == (3, 48, 2) and substitute.grid.dtype == torch.bfloat16
-    assert substitute.codes.is_contiguous() and substitute.grid.is_contiguous()
+    assert substitute.qparams.shape == (3, 48, 2) and substitute.qparams.dtype == torch.bfloat16
+    assert substitute.codes.is_contiguous() and substitute.qparams.is_contiguous()
 
 
 @pytest.mark.parametrize("offset", [0.0, 3.0])
@@ -137,10 +137,10 @@ def test_tensors_have_the_stored_shapes_and_types() -> None:
 def test_every_code_is_the_nearest_one_for_the_stored_grid(magnitude: float, offset: float) -> None:
     weight = ((like_a_model(16, 256).float() + offset) * magnitude).bfloat16()
     substitute = quantize(weight, "cpu")
-    exact, (scale, center) = weight.double(), per_weight(substitute)
-    candidates = (torch.arange(16).view(-1, 1, 1) - 8) * scale + center  # [16, N, K]
+    exact, (scale, zero_point) = weight.double(), per_weight(substitute)
+    candidates = (torch.arange(16).view(-1, 1, 1) - 8) * scale + zero_point  # [16, N, K]
     best = (candidates - exact).abs().amin(dim=0)
-    got = ((codes_of(substitute) - 8) * scale + center - exact).abs()
+    got = ((codes_of(substitute) - 8) * scale + zero_point - exact).abs()
     assert (got <= best + 1e-5 * scale).all()  # the codes are computed in f32
 
 
@@ -165,16 +165,16 @@ ODD = {
 }
 
 
-def sane(grid: Tensor) -> bool:
-    scale, center = grid.unbind(-1)
+def sane(qparams: Tensor) -> bool:
+    scale, zero_point = qparams.unbind(-1)
     in_range = (scale >= SMALLEST_SCALE) & (scale <= LARGEST_SCALE)
-    return bool((in_range & torch.isfinite(center)).all())
+    return bool((in_range & torch.isfinite(zero_point)).all())
 
 
 @pytest.mark.parametrize("weight", ODD.values(), ids=ODD.keys())
 def test_odd_groups_give_scales_within_the_range_and_finite_centers(weight: Tensor) -> None:
     substitute = quantize(weight, "cpu")
-    assert sane(substitute.grid)
+    assert sane(substitute.qparams)
     assert torch.isfinite(restored(substitute)).all()
 
 
@@ -183,7 +183,7 @@ def test_odd_groups_give_scales_within_the_range_and_finite_centers(weight: Tens
 def test_odd_groups_give_as_sane_a_grid_with_hqq() -> None:
     for name, weight in ODD.items():
         substitute = quantize_with_hqq(weight, "cpu")
-        assert sane(substitute.grid) and torch.isfinite(restored(substitute)).all(), name
+        assert sane(substitute.qparams) and torch.isfinite(restored(substitute)).all(), name
 
 
 def test_weights_of_any_finite_bits_give_a_sane_grid() -> None:
@@ -193,7 +193,7 @@ def test_weights_of_any_finite_bits_give_a_sane_grid() -> None:
     weight[:32] = weight[:32, :1] * (1 + weight[32:].sign() * 1e-3)  # of one magnitude
     weight = weight.nan_to_num()
     substitute = quantize(weight, "cpu")
-    assert sane(substitute.grid)
+    assert sane(substitute.qparams)
     assert torch.isfinite(restored(substitute)).all()
 
 
@@ -206,7 +206,7 @@ def test_odd_groups_are_approximated(name: str) -> None:
 
 @pytest.mark.parametrize("spread", [0.0, 1e-4, 1e-3, 1e-2])
 def test_narrow_groups_far_from_zero_are_as_near_as_bf16_allows(spread: float) -> None:
-    """A center has 8 bits, so that it may lie beside the group: the codes must reach it."""
+    """A zero_point has 8 bits, so that it may lie beside the group: the codes must reach it."""
     generator = torch.Generator().manual_seed(0)
     far = torch.randn(256, 1, generator=generator).sign() * torch.logspace(-6, 6, 256)[:, None]
     weight = far * (1 + spread * torch.rand(256, 128, generator=generator))
@@ -228,7 +228,7 @@ def test_zeros_have_the_middle_code_and_stay_zeros() -> None:
     weight[0, 64:] = -0.0
     substitute = quantize(weight, "cpu")
     assert (restored(substitute)[0] == 0).all()
-    assert (codes_of(substitute)[0] == 8).all() and (substitute.grid[:, 0, 1] == 0).all()
+    assert (codes_of(substitute)[0] == 8).all() and (substitute.qparams[:, 0, 1] == 0).all()
     assert relative_error(weight[:1], quantize(weight[:1], "cpu")) == 0
 
 
@@ -269,7 +269,7 @@ def test_rows_are_quantised_independently_of_each_other() -> None:
     weight = like_a_model(64, 128)
     whole, part = quantize(weight, "cpu"), quantize(weight[16:32], "cpu")
     assert torch.equal(whole.codes[16:32], part.codes)
-    assert torch.equal(whole.grid[:, 16:32], part.grid)
+    assert torch.equal(whole.qparams[:, 16:32], part.qparams)
 
 
 def test_a_strided_weight_gives_what_its_copy_gives() -> None:

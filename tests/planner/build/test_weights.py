@@ -143,9 +143,9 @@ def test_the_substitutes_approximate_every_matrix_and_a_tied_head(
     names = {name.rpartition(".")[0] for name in found}
     assert len(names) == 7 * 2 + 1 and "lm_head" in names
     for name in names:
-        codes, grid = found[f"{name}.codes"], found[f"{name}.grid"]
+        codes, qparams = found[f"{name}.codes"], found[f"{name}.qparams"]
         weight = original[f"{name}.weight"]
-        error = weight - dequantize(unpack_nibbles(codes), grid)
+        error = weight - dequantize(unpack_nibbles(codes), qparams)
         assert error.norm() < 0.12 * weight.norm(), name
 
 

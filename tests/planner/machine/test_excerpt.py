@@ -63,14 +63,16 @@ def test_noise_fills_a_tensor_with_finite_numbers(
 
 
 def test_a_random_substitute_has_the_stored_shapes() -> None:
-    codes, grid = random_substitute(48, 192)
+    codes, qparams = random_substitute(48, 192)
     assert codes.shape == (48, 96) and codes.dtype == torch.uint8
-    assert grid.shape == (3, 48, 2) and grid.dtype == torch.bfloat16 and grid.is_contiguous()
+    assert (
+        qparams.shape == (3, 48, 2) and qparams.dtype == torch.bfloat16 and qparams.is_contiguous()
+    )
 
 
 def test_a_random_substitute_has_weights_around_zero() -> None:
-    codes, grid = random_substitute(64, 1024)
-    weight = dequantize(unpack_nibbles(codes), grid)
+    codes, qparams = random_substitute(64, 1024)
+    weight = dequantize(unpack_nibbles(codes), qparams)
     assert abs(weight.mean().item()) < 0.05 * weight.std().item()
 
 

@@ -11,8 +11,8 @@ import torch
 from toys import ACCEPTANCE, make_spec
 
 from subspec.artifacts.model import ModelSpec, Source
-from subspec.artifacts.plan import Wishes
-from subspec.artifacts.profile import Learned, Profile, Timing, seconds_at
+from subspec.artifacts.plan import Constraints
+from subspec.artifacts.profile import Corrections, Profile, Timing, seconds_at
 from subspec.planner.machine import measure as module
 from subspec.planner.machine import microbench, timing
 from subspec.planner.machine.measure import (
@@ -73,16 +73,18 @@ def test_the_profile_of_the_demo_makes_sense(tmp_path: Path) -> None:
     assert fast[-1].seconds / fast[-1].width < fast[0].seconds, "a token of a prompt is cheaper"
     for timings in (profile.exact_attention, profile.fast_attention, profile.draft_attention):
         assert 100 * SHORTEST < timings[-1].seconds < 0.1, "1024 tokens more take some time"
-    assert all(LEAST_SHARE <= kept <= 1 for kept in (profile.busy_link, profile.busy_compute))
+    assert all(
+        LEAST_SHARE <= kept <= 1 for kept in (profile.contended_link, profile.contended_compute)
+    )
     assert 1e7 < profile.digest_rate < 1e12
-    assert (profile.pinnable_bytes, profile.learned) == (0, Learned())
-    assert {8, 16, 32, 64} <= set(profile.position_free_widths) <= set(PADDED_WIDTHS)
+    assert (profile.pinnable_bytes, profile.corrections) == (0, Corrections())
+    assert {8, 16, 32, 64} <= set(profile.batch_invariant_widths) <= set(PADDED_WIDTHS)
     # The blocks of a plan for this model: from its largest part to a whole layer, as residuals and
     # raw.
     blocks = {rate.block_bytes for rate in profile.link}
     assert blocks >= {360448, 720896, 737280, 1474560}
     assert min(blocks) == usual_storages(spec)[0].largest_part < 360448 / 2
-    assert 1e6 < profile.decode_rate < 1e11
+    assert 1e6 < profile.residual_weights_per_second < 1e11
     assert stages[0] == "measuring" and stages[-1] == "measured"
     assert list(tmp_path.iterdir()) == []
 
@@ -110,7 +112,7 @@ def test_every_kind_of_model_can_be_measured_and_planned(kind: str, tmp_path: Pa
     spec = make_spec(**{"hidden_size": 64, "intermediate_size": 128, "head_size": 32} | KINDS[kind])
     profile = measured(spec, tmp_path)
     assert first_fault(profile) == ""
-    plan = search(spec, profile, 20 * model_bytes(spec), Wishes(), ACCEPTANCE)
+    plan = search(spec, profile, 20 * model_bytes(spec), Constraints(), ACCEPTANCE)
     assert plan.predicted[plan.method].tokens_per_second > 0
 
 

@@ -69,10 +69,10 @@ def test_a_draft_is_no_wider_than_the_vocabulary() -> None:
 @torch.inference_mode()
 def test_wide_passes_are_tried_only_while_there_is_time(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench(SMALL, CPU)
-    found = bench.position_free_widths()
+    found = bench.batch_invariant_widths()
     assert set(found) <= set(PADDED_WIDTHS)
     monkeypatch.setattr(module, "PLACE_SECONDS", 0.0)
-    assert bench.position_free_widths() == tuple(w for w in found if w <= USUAL_WIDTH)
+    assert bench.batch_invariant_widths() == tuple(w for w in found if w <= USUAL_WIDTH)
 
 
 def test_more_tokens_never_take_less_time() -> None:

@@ -7,7 +7,7 @@ import pytest
 from toys import make_profile
 
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.artifacts.profile import Learned, LinkRate, Timing
+from subspec.artifacts.profile import Corrections, LinkRate, Timing
 from subspec.planner.machine.profiles import read_profile, typical_of, under_link, with_link
 
 
@@ -18,15 +18,15 @@ def write(folder: Path, values: Any) -> Path:
 
 
 def test_a_profile_is_read_as_it_was_written(tmp_path: Path) -> None:
-    learned = Learned(draft=1.1, verify=1.2, plain=0.9, prompt=1.3, num_rounds=40)
-    for profile in (make_profile(), make_profile(learned=learned, pinnable_bytes=1 << 34)):
+    corrections = Corrections(draft=1.1, verify=1.2, plain=0.9, prompt=1.3, num_rounds=40)
+    for profile in (make_profile(), make_profile(corrections=corrections, pinnable_bytes=1 << 34)):
         assert read_profile(write(tmp_path, asdict(profile))) == profile
 
 
 def test_what_no_run_taught_yet_may_be_left_out(tmp_path: Path) -> None:
     values = asdict(make_profile())
-    del values["learned"]
-    assert read_profile(write(tmp_path, values)).learned == Learned()
+    del values["corrections"]
+    assert read_profile(write(tmp_path, values)).corrections == Corrections()
 
 
 TIMING = {"width": 1, "seconds": 1e-4, "slowest": 1e-4}
@@ -45,21 +45,21 @@ FAULTS: dict[str, tuple[str, Any]] = {
     "a time too long": ("exact_attention", [{**TIMING, "seconds": 1e300}]),
     "no attention": ("fast_attention", []),
     "attention whose widths do not ascend": ("draft_attention", [TIMING, TIMING]),
-    "a link that stops while layers are computed": ("busy_link", 0.0),
-    "layers that stop while the link is busy": ("busy_compute", 0.0),
-    "layers that are helped by a busy link": ("busy_compute", 1.1),
+    "a link that stops while layers are computed": ("contended_link", 0.0),
+    "layers that stop while the link is busy": ("contended_compute", 0.0),
+    "layers that are helped by a busy link": ("contended_compute", 1.1),
     "a check beyond physics": ("digest_rate", 1e300),
-    "decoding that runs backwards": ("decode_rate", -1.0),
-    "a draft that takes no time in reality": ("learned", {"draft": 0.0}),
-    "a prompt a thousand times slower than promised": ("learned", {"prompt": 1000.0}),
-    "fewer than no rounds": ("learned", {"num_rounds": -1}),
-    "rounds over a link that stood still": ("learned", {"link_bandwidth": 0}),
+    "decoding that runs backwards": ("residual_weights_per_second", -1.0),
+    "a draft that takes no time in reality": ("corrections", {"draft": 0.0}),
+    "a prompt a thousand times slower than promised": ("corrections", {"prompt": 1000.0}),
+    "fewer than no rounds": ("corrections", {"num_rounds": -1}),
+    "rounds over a link that stood still": ("corrections", {"link_bandwidth": 0}),
     "memory less than none": ("free_bytes", -1),
     "pinnable memory less than none": ("pinnable_bytes", -1),
     "a negative overhead": ("overhead_bytes", -1),
     "a negative round": ("round_seconds", -1.0),
     "no threads": ("num_threads", 0),
-    "a row of width 0": ("position_free_widths", [0, 8]),
+    "a row of width 0": ("batch_invariant_widths", [0, 8]),
 }  # fmt: skip
 
 
@@ -87,13 +87,13 @@ def test_a_missing_file_and_a_folder_are_a_wrong_argument(tmp_path: Path) -> Non
 
 
 def test_what_a_slowed_link_taught_counts_for_plans_at_that_speed() -> None:
-    taught = Learned(1.1, 1.2, 1.3, 1.4, num_rounds=40, link_bandwidth=50_000_000)
-    profile = make_profile(learned=taught)
+    taught = Corrections(1.1, 1.2, 1.3, 1.4, num_rounds=40, link_bandwidth=50_000_000)
+    profile = make_profile(corrections=taught)
     assert under_link(profile, 50_000_000) == with_link(profile, 50_000_000)
     for other in (None, 60_000_000):
-        learned = under_link(profile, other).learned
-        assert learned == Learned(draft=1.1, num_rounds=40, link_bandwidth=other)
-    usual = make_profile(learned=replace(taught, link_bandwidth=None))
+        corrections = under_link(profile, other).corrections
+        assert corrections == Corrections(draft=1.1, num_rounds=40, link_bandwidth=other)
+    usual = make_profile(corrections=replace(taught, link_bandwidth=None))
     assert under_link(usual, None) == usual
 
 
@@ -102,13 +102,16 @@ def test_a_slower_link_changes_only_what_is_faster_than_it() -> None:
     slow, fast = profile.link
     capped = with_link(profile, 90_000_000)
     assert capped.link == (slow, replace(fast, bytes_per_second=90e6))
-    contention = {"busy_link": profile.busy_link, "busy_compute": profile.busy_compute}
+    contention = {
+        "contended_link": profile.contended_link,
+        "contended_compute": profile.contended_compute,
+    }
     assert replace(capped, link=profile.link, **contention) == profile
-    assert with_link(profile, 10**9) == replace(profile, busy_compute=pytest.approx(0.9))
+    assert with_link(profile, 10**9) == replace(profile, contended_compute=pytest.approx(0.9))
 
 
 @pytest.mark.parametrize(
-    ("rate", "busy_link", "busy_compute"),
+    ("rate", "contended_link", "contended_compute"),
     [
         (100_000_000, 0.8, 0.9),
         (90_000_000, 0.8 / 0.9, 0.9),  # it still gives 80 MB/s beside compute
@@ -118,25 +121,27 @@ def test_a_slower_link_changes_only_what_is_faster_than_it() -> None:
     ],
 )
 def test_a_slower_link_and_layers_hinder_each_other_less(
-    rate: int, busy_link: float, busy_compute: float
+    rate: int, contended_link: float, contended_compute: float
 ) -> None:
     """The toy's link has 100 MB/s, 0.8 of it while layers are computed, at 0.9 of their speed."""
     capped = with_link(make_profile(), rate)
-    assert (capped.busy_link, capped.busy_compute) == pytest.approx((busy_link, busy_compute))
+    assert (capped.contended_link, capped.contended_compute) == pytest.approx(
+        (contended_link, contended_compute)
+    )
 
 
 def test_of_several_profiles_the_middle_of_each_figure_counts_and_the_slowest_time() -> None:
     """A shared machine has fast and slow moments; they do not hit all figures of one pass."""
     one, two, three = (
         make_profile(
-            busy_link=share,
+            contended_link=share,
             draft_layer=(Timing(1, seconds, 2 * seconds),),
             link=(LinkRate(4096, rate),),
         )
         for share, seconds, rate in ((0.9, 3.0, 1e9), (0.7, 1.0, 3e9), (0.8, 2.0, 2e9))
     )
     found = typical_of([one, two, three])
-    assert found.busy_link == 0.8
+    assert found.contended_link == 0.8
     assert found.draft_layer == (Timing(1, 2.0, 6.0),)
     assert found.link == (LinkRate(4096, 2e9),)
     assert found.exact_layer == one.exact_layer and found.machine == one.machine

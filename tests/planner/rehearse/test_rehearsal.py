@@ -19,13 +19,13 @@ from subspec.planner.model.hub import DEMO
 from subspec.planner.rehearse import rehearsal as module
 from subspec.planner.rehearse import replay as replay_module
 from subspec.planner.rehearse.calibration import Sample, shipped_samples
-from subspec.planner.rehearse.rehearsal import Played, Rehearsal, Setting, play, rehearse
+from subspec.planner.rehearse.rehearsal import DecodedSample, Rehearsal, Setting, play, rehearse
 from subspec.planner.rehearse.replay import DEEPEST, STOPS, WIDTHS, Trees, replay
-from subspec.planner.solve.outlook import foretell
+from subspec.planner.solve.outlook import predict_for
 from subspec.planner.solve.storage import Storage
 from subspec.runtime.model.sampling import Sampling
 from subspec.runtime.session import Session
-from subspec.runtime.text.tokenizer import load_text
+from subspec.runtime.text.tokenizer import load_tokenizer
 
 LONG = float("inf")  # until when there is time
 CODE = [
@@ -59,7 +59,7 @@ def rehearsed(artifact: Artifact, samples: Sequence[Sample]) -> Rehearsal:
     return rehearse(artifact, artifact.plan, said, samples, Setting(), lambda *_: None)
 
 
-def played(session: Session, prompt: list[int], num_tokens: int = 40) -> Played:
+def played(session: Session, prompt: list[int], num_tokens: int = 40) -> DecodedSample:
     return play(session, prompt, num_tokens, said, LONG)
 
 
@@ -197,8 +197,8 @@ def test_the_drafts_of_rounds_count_as_if_each_had_drafted_the_mean(
 ) -> None:
     """Rounds of a plan that ends early draft more levels and fewer."""
     passed = list[tuple[float, int]]()
-    early = replan(demo, width=3, depth=5, verify_width=48, stop_below=0.97)
-    prompt = load_text(demo.path / "tokenizer").plain_ids(CODE[0].prompt)
+    early = replan(demo, width=3, depth=5, verify_width=48, min_path_probability=0.97)
+    prompt = load_tokenizer(demo.path / "tokenizer").plain_ids(CODE[0].prompt)
 
     def promised(method: Method, usage: Usage) -> Prediction:
         return replace(SAID, levels_per_round=2.5)
@@ -225,7 +225,7 @@ def test_a_slower_link_is_rehearsed_at_its_speed(demo: Artifact) -> None:
     storage = Storage(tuple(demo.stored_parts()))
 
     def promised(method: Method, usage: Usage) -> Prediction:
-        return foretell(demo.spec, PROFILE, streams.plan, storage, method, usage)
+        return predict_for(demo.spec, PROFILE, streams.plan, storage, method, usage)
 
     found = rehearse(
         streams, streams.plan, promised, CODE[:1], Setting(link_bandwidth=100e6), lambda *_: None

@@ -16,14 +16,14 @@ from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.plan import Method, Prediction, Tree, Usage
 from subspec.planner.model.hub import DEMO
 from subspec.planner.rehearse import replay as module
-from subspec.planner.rehearse.rehearsal import Played, play
+from subspec.planner.rehearse.rehearsal import DecodedSample, play
 from subspec.planner.rehearse.replay import (
     DEEPEST,
     STOPS,
     WIDEST_EVERY,
     WIDTHS,
     Counts,
-    Judged,
+    TreeOutcome,
     Trees,
     acceptance_of,
     accepted_under,
@@ -38,7 +38,7 @@ from subspec.runtime.decode import draft_pass, exact_logits
 from subspec.runtime.draft.beam import Level, grow, levels, probability, stops
 from subspec.runtime.model.sampling import Sampling
 from subspec.runtime.session import Session
-from subspec.runtime.text.tokenizer import load_text
+from subspec.runtime.text.tokenizer import load_tokenizer
 from subspec.runtime.verify import accept
 
 LONG = float("inf")  # until when there is time
@@ -64,7 +64,7 @@ def said(method: Method, usage: Usage) -> Prediction:
     return SAID
 
 
-def played(session: Session, prompt: list[int], num_tokens: int = 40) -> Played:
+def played(session: Session, prompt: list[int], num_tokens: int = 40) -> DecodedSample:
     return play(session, prompt, num_tokens, said, LONG)
 
 
@@ -75,7 +75,7 @@ def run(session: Session, prompt: list[int], num_tokens: int) -> list[int]:
 def places(session: Session, most_known: int) -> Iterator[tuple[int, ...]]:
     """From where a tree may grow, with the session's cache as it was there: its root and what
     follows, of two answers. The draft is less sure of the second."""
-    text = load_text(session.artifact.path / "tokenizer")
+    text = load_tokenizer(session.artifact.path / "tokenizer")
     for prompt in (PROMPT, text.plain_ids("def read(path):\n    ")):
         known = played(session, prompt).tokens
         for start in range(len(known) - 2, len(prompt) - 1, -1):
@@ -151,8 +151,8 @@ def test_the_probabilities_are_those_that_a_draft_compares(width: int, demo: Art
             drafted = levels(root, tree, tree.num_nodes, draft_pass(model))
             for expected, (_, level) in zip(judged.probabilities, drafted, strict=False):
                 assert probability(level) == expected
-                assert not stops(replace(tree, stop_below=expected), level)
-                assert stops(replace(tree, stop_below=expected * (1 + 1e-6)), level)
+                assert not stops(replace(tree, min_path_probability=expected), level)
+                assert stops(replace(tree, min_path_probability=expected * (1 + 1e-6)), level)
                 assert not stops(tree, level)
                 num_levels += 1
     assert num_levels > 20
@@ -162,8 +162,8 @@ def test_the_probability_of_a_level_is_that_of_all_its_paths() -> None:
     """0.5 and 0.25 are 0.75, and it is not less than that."""
     level = Level(torch.tensor([1, 2]), torch.tensor([0.5, 0.25]).log())
     assert probability(level) == pytest.approx(0.75)
-    assert stops(Tree(2, 9, stop_below=0.76), level)
-    assert not stops(Tree(2, 9, stop_below=0.74), level)
+    assert stops(Tree(2, 9, min_path_probability=0.76), level)
+    assert not stops(Tree(2, 9, min_path_probability=0.74), level)
     assert not stops(Tree(2, 9), Level(torch.tensor([1]), torch.tensor([-1e9])))
 
 
@@ -188,7 +188,7 @@ def test_what_follows_the_end_of_the_answer_is_not_tried(demo: Artifact) -> None
             assert judged.accepted <= judged.tried
             assert judged.tried <= min(judged.accepted + 1, len(known) - 1 - start)
             if start == len(known) - 1:
-                assert judged == Judged(0, 0, ())
+                assert judged == TreeOutcome(0, 0, ())
 
 
 def test_a_tree_is_no_deeper_than_the_cache_has_room_for(demo: Artifact) -> None:
@@ -198,13 +198,13 @@ def test_a_tree_is_no_deeper_than_the_cache_has_room_for(demo: Artifact) -> None
         assert cache.padding_slot == 63
         cache.commit([5] * 60)
         known = [5] * 10
-        assert judge(session, known, 3) == Judged(0, 0, ())
+        assert judge(session, known, 3) == TreeOutcome(0, 0, ())
         judged = judge(session, known, 1)
         assert 1 <= judged.tried <= 2 and len(judged.probabilities) <= 2
         cache.roll_back(59)
         judged = judge(session, known, 3)
         assert judged.tried == len(judged.probabilities) == 1
-        assert judge(session, known, 8) == Judged(0, 0, ())
+        assert judge(session, known, 8) == TreeOutcome(0, 0, ())
 
 
 def test_a_session_goes_on_after_its_trees_were_replayed(demo: Artifact) -> None:
@@ -249,7 +249,7 @@ class Draft:
     known: int  # levels before the text ends
     room: int  # levels that the cache has room for
 
-    def judged(self) -> Judged:
+    def judged(self) -> TreeOutcome:
         """As `judge` sees it."""
         deepest = min(self.room, DEEPEST)
         seen, accepted, rejected = list[float](), 0, False
@@ -263,15 +263,15 @@ class Draft:
                 rejected = True
             if rejected and seen[-1] < STOPS[0]:
                 break
-        return Judged(accepted, accepted + rejected, tuple(seen))
+        return TreeOutcome(accepted, accepted + rejected, tuple(seen))
 
-    def replayed(self, stop_below: float) -> tuple[tuple[int, int], tuple[int, int]]:
+    def replayed(self, min_path_probability: float) -> tuple[tuple[int, int], tuple[int, int]]:
         """Drafted by the rule, then judged: levels accepted and tried, followed and drafted."""
         deepest = min(self.room, DEEPEST)
         drafted = 0
         while drafted < deepest:
             drafted += 1
-            if self.probabilities[drafted - 1] < stop_below:
+            if self.probabilities[drafted - 1] < min_path_probability:
                 break
         accepted = tried = 0
         for level in range(min(deepest, self.known)):
@@ -281,7 +281,7 @@ class Draft:
             accepted += 1
         # How a draft goes on behind the end of its text is not known.
         seen = min(drafted, self.known) if all(self.accepted[: self.known]) else drafted
-        followed = sum(p >= stop_below for p in self.probabilities[:seen])
+        followed = sum(p >= min_path_probability for p in self.probabilities[:seen])
         return (accepted, tried), (followed, seen)
 
 
@@ -305,11 +305,17 @@ def test_ended_early_a_tree_counts_as_one_that_was_grown_by_the_rule() -> None:
     cases = dict.fromkeys(("alive", "dead before", "at the last accepted", "text", "deepest"), 0)
     for draft in random_drafts(1, 4000):
         judged = draft.judged()
-        for stop_below in (*STOPS, 0.9):
-            accepted, followed = draft.replayed(stop_below)
-            assert accepted_under(stop_below, judged) == accepted, (draft, stop_below)
-            assert followed_under(stop_below, judged) == followed, (draft, stop_below)
-            last = last_level(stop_below, judged)
+        for min_path_probability in (*STOPS, 0.9):
+            accepted, followed = draft.replayed(min_path_probability)
+            assert accepted_under(min_path_probability, judged) == accepted, (
+                draft,
+                min_path_probability,
+            )
+            assert followed_under(min_path_probability, judged) == followed, (
+                draft,
+                min_path_probability,
+            )
+            last = last_level(min_path_probability, judged)
             if last is None:
                 cases["text"] += judged.accepted == draft.known
                 cases["deepest"] += judged.accepted == DEEPEST
@@ -323,7 +329,7 @@ def test_ended_early_a_tree_counts_as_one_that_was_grown_by_the_rule() -> None:
 
 
 def test_trees_that_ended_early_worked_out_by_hand() -> None:
-    fell = Judged(3, 4, (0.9, 0.6, 0.4, 0.2, 0.1))
+    fell = TreeOutcome(3, 4, (0.9, 0.6, 0.4, 0.2, 0.1))
     assert [last_level(stop, fell) for stop in (0.05, 0.15, 0.3, 0.5, 0.95)] == [None, 5, 4, 3, 1]
     # The fourth level is drafted, and rejected; or it is not drafted, which is known to cost it.
     assert [accepted_under(stop, fell) for stop in (0.05, 0.3, 0.5, 0.65, 0.95)] == [
@@ -332,16 +338,16 @@ def test_trees_that_ended_early_worked_out_by_hand() -> None:
     assert [followed_under(stop, fell) for stop in (0.05, 0.3, 0.5, 0.95)] == [
         (5, 5), (3, 4), (2, 3), (0, 1),
     ]  # fmt: skip
-    nothing = Judged(0, 0, ())
+    nothing = TreeOutcome(0, 0, ())
     assert accepted_under(0.5, nothing) == followed_under(0.5, nothing) == (0, 0)
 
 
 def test_where_the_text_ends_no_level_behind_it_was_tried_by_any_tree() -> None:
     """Whether it ended early there or not: else only the trees that did would count."""
-    ended = Judged(2, 2, (0.9, 0.2))
+    ended = TreeOutcome(2, 2, (0.9, 0.2))
     assert accepted_under(0.15, ended) == accepted_under(0.5, ended) == (2, 2)
     assert followed_under(0.15, ended) == (2, 2) and followed_under(0.5, ended) == (1, 2)
-    whole = Judged(DEEPEST, DEEPEST, (*(0.9,) * (DEEPEST - 1), 0.2))
+    whole = TreeOutcome(DEEPEST, DEEPEST, (*(0.9,) * (DEEPEST - 1), 0.2))
     assert accepted_under(0.5, whole) == (DEEPEST, DEEPEST)
 
 
@@ -382,12 +388,14 @@ def test_what_is_counted_of_trees_that_end_early_is_what_they_draft_and_emit() -
     trees: Trees = {(1, "code"): [draft.judged() for draft in drafts]}
     found = acceptance_of(trees)
     assert found is not None
-    for stop_below in STOPS:
-        replayed = [draft.replayed(stop_below) for draft in drafts]
+    for min_path_probability in STOPS:
+        replayed = [draft.replayed(min_path_probability) for draft in drafts]
         tokens = 1 + sum(accepted for (accepted, _), _ in replayed) / len(drafts)
         drafted = sum(seen for _, (_, seen) in replayed) / len(drafts)
-        assert found.under(stop_below).tokens(1, DEEPEST) == pytest.approx(tokens, rel=0.01)
-        levels_of = found.levels(1, DEEPEST, "", stop_below)
+        assert found.under(min_path_probability).tokens(1, DEEPEST) == pytest.approx(
+            tokens, rel=0.01
+        )
+        levels_of = found.levels(1, DEEPEST, "", min_path_probability)
         assert levels_of[-1] == pytest.approx(drafted, rel=0.01)
 
 
@@ -398,9 +406,9 @@ def test_counts_pass_the_readers_check(demo: Artifact) -> None:
 
 
 def test_without_a_tree_that_was_tried_there_is_no_acceptance() -> None:
-    nothing: Trees = {(1, "code"): [Judged(0, 0, ())], (3, "code"): []}
+    nothing: Trees = {(1, "code"): [TreeOutcome(0, 0, ())], (3, "code"): []}
     assert acceptance_of({}) is None and acceptance_of(nothing) is None
-    some = {**nothing, (8, "code"): [Judged(1, 2, (0.9, 0.8, 0.05))]}
+    some = {**nothing, (8, "code"): [TreeOutcome(1, 2, (0.9, 0.8, 0.05))]}
     found = acceptance_of(some)
     assert isinstance(found, Acceptance)
     assert found.curves == (Curve(8, "code", (1, 1), (1, 0)),)
@@ -420,17 +428,20 @@ def test_a_real_tree_ends_and_is_accepted_as_its_judged_twin(
             if len(known) <= depth:
                 continue
             judged = judge(session, known, width)
-            for stop_below in (STOPS[-1], 0.9, 0.98):
-                tree = make_tree(width, depth, stop_below)
+            for min_path_probability in (STOPS[-1], 0.9, 0.98):
+                tree = make_tree(width, depth, min_path_probability)
                 root = torch.tensor([known[0]])
                 grown = grow(root, tree, tree.num_nodes, draft_pass(model))
                 num_levels = (grown.num_nodes - 1) // width
-                last = last_level(stop_below, judged)
+                last = last_level(min_path_probability, judged)
                 assert num_levels == (last or depth)
                 emitted = accept(grown, exact_logits(model, grown).argmax(-1), depth).emitted()
                 accepted = len(emitted) - 1
-                assert accepted_under(stop_below, judged) == (accepted, min(len(emitted), depth))
-                assert followed_under(stop_below, judged) == (
+                assert accepted_under(min_path_probability, judged) == (
+                    accepted,
+                    min(len(emitted), depth),
+                )
+                assert followed_under(min_path_probability, judged) == (
                     num_levels - (last is not None), num_levels,
                 )  # fmt: skip
                 ended += num_levels < depth

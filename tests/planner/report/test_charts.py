@@ -9,7 +9,7 @@ from run_records import make_run
 from toys import ACCEPTANCE, make_profile, make_spec
 
 from subspec.artifacts.acceptance import Acceptance, Curve
-from subspec.artifacts.plan import Method, Plan, Point, Tree, Wishes
+from subspec.artifacts.plan import Constraints, Method, Plan, Point, Tree
 from subspec.artifacts.runs import Run
 from subspec.planner.report.charts import (
     MOST_KINDS,
@@ -40,7 +40,7 @@ MEASURED = Acceptance(
 
 
 def make_plan(**changes: object) -> Plan:
-    plan = search(make_spec(), make_profile(), 12_000_000, Wishes(context=256), ACCEPTANCE)
+    plan = search(make_spec(), make_profile(), 12_000_000, Constraints(context=256), ACCEPTANCE)
     return replace(plan, **changes)  # type: ignore[arg-type]
 
 

@@ -16,8 +16,8 @@ from toys import ACCEPTANCE, make_profile, make_spec
 from subspec.artifacts.acceptance import Acceptance, Curve
 from subspec.artifacts.common.sizes import format_size
 from subspec.artifacts.model import ModelSpec, Source
-from subspec.artifacts.plan import Option, Plan, Point, Wishes
-from subspec.artifacts.profile import Learned
+from subspec.artifacts.plan import Constraints, Option, Plan, Point
+from subspec.artifacts.profile import Corrections
 from subspec.planner.report.explain import plan_json, print_plan, render_readme, render_report
 from subspec.planner.report.wording import ledger_rows, number
 from subspec.planner.solve.outlook import with_outlook
@@ -42,14 +42,14 @@ MEASURED = Acceptance(
 def make_plan(
     budget_bytes: int = BUDGETS["speculation"], acceptance: Acceptance = ACCEPTANCE
 ) -> Plan:
-    return search(SPEC, make_profile(), budget_bytes, Wishes(context=256), acceptance)
+    return search(SPEC, make_profile(), budget_bytes, Constraints(context=256), acceptance)
 
 
 def explored(plan: Plan) -> Plan:
     """With what other budgets and contexts would give."""
 
     def solve(budget: int, context: int | None) -> Plan:
-        return search(SPEC, make_profile(), budget, Wishes(context=context), plan.acceptance)
+        return search(SPEC, make_profile(), budget, Constraints(context=context), plan.acceptance)
 
     return with_outlook(plan, solve, False, SPEC.max_positions)
 
@@ -132,10 +132,10 @@ def test_the_report_says_what_was_measured() -> None:
 def test_the_report_says_in_words_what_slows_and_what_was_learned() -> None:
     said = words(render_report(SPEC, make_plan(), make_profile()))
     assert "the link keeps 80 % of its speed while layers are computed, a layer 90 %" in said
-    assert "learned from real roundsnothing yet" in said
-    learned = Learned(1.08, 0.96, 1.02, 1.21, 145)
-    said = words(render_report(SPEC, make_plan(), make_profile(learned=learned)))
-    assert "learned from 145 real rounds" in said
+    assert "corrections from real roundsnothing yet" in said
+    corrections = Corrections(1.08, 0.96, 1.02, 1.21, 145)
+    said = words(render_report(SPEC, make_plan(), make_profile(corrections=corrections)))
+    assert "corrections from 145 real rounds" in said
     assert "draft 1.08, verification 0.96, a token of plain decoding 1.02, first token 1.21" in said
 
 
@@ -213,9 +213,9 @@ def test_the_report_compares_runs_with_what_was_predicted_for_them() -> None:
 
 def test_the_report_stays_small() -> None:
     curves = tuple(Curve(3, f"kind-{n}", (30,) * 64, (29,) * 64) for n in range(30))
-    wishes = Wishes(context=256, width=3, depth=20)
+    constraints = Constraints(context=256, width=3, depth=20)
     measured = Acceptance(curves, measured=True)
-    plan = explored(search(SPEC, make_profile(), 12_000_000, wishes, measured))
+    plan = explored(search(SPEC, make_profile(), 12_000_000, constraints, measured))
     runs = [make_run(verify_seconds=0.3 + n / 1000) for n in range(1000)]
     page = render_report(SPEC, plan, make_profile(), runs)
     assert len(page.encode()) < 60_000
@@ -354,7 +354,12 @@ def test_the_json_object_has_the_documented_keys() -> None:
         "prefill_tokens", "block_bytes", "num_slots", "residual_parts", "resident_bytes",
         "split_bytes", "streamed_bytes", "reasons",
     }  # fmt: skip
-    assert set(found["decisions"]["tree"]) == {"width", "depth", "temperature", "stop_below"}
+    assert set(found["decisions"]["tree"]) == {
+        "width",
+        "depth",
+        "temperature",
+        "min_path_probability",
+    }
     assert set(found["predicted"]) == {
         "tokens_per_second", "time_to_first_token_seconds", "fast_peak_bytes", "tokens_per_round",
         "draft_seconds", "verify_seconds", "stream_seconds", "compute_seconds", "decode_seconds",
@@ -383,7 +388,7 @@ def test_the_json_object_tells_acceptance_and_the_outlook() -> None:
 
 def test_a_margin_that_wider_trees_do_not_tell_is_left_out() -> None:
     wide = Acceptance((Curve(8, "code", (500,), (450,)),), measured=True)
-    plan = search(SPEC, make_profile(), 12_000_000, Wishes(context=256, width=1), wide)
+    plan = search(SPEC, make_profile(), 12_000_000, Constraints(context=256, width=1), wide)
     assert plan_json(SPEC, plan, None)["acceptance"]["margin"] is None
     text = printed(SPEC, plan)
     assert "measured on 500 trees: " in text and "±" not in text

@@ -7,7 +7,7 @@ from toys import ACCEPTANCE, make_profile, make_spec
 
 from subspec.artifacts.common.sizes import short_size
 from subspec.artifacts.model import parts
-from subspec.artifacts.plan import Wishes
+from subspec.artifacts.plan import Constraints
 from subspec.artifacts.profile import LinkRate
 from subspec.planner.report.wording import (
     Row,
@@ -40,7 +40,7 @@ def test_times_have_a_unit(seconds: float, text: str) -> None:
 
 
 def test_purposes_that_we_do_not_know_are_shown_by_their_name() -> None:
-    plan = search(make_spec(), make_profile(), 12_000_000, Wishes(context=256), ACCEPTANCE)
+    plan = search(make_spec(), make_profile(), 12_000_000, Constraints(context=256), ACCEPTANCE)
     placement = replace(plan.plain, ledger={"resident": 10, "graphs": 5, "norms": 0})
     assert ledger_rows(replace(plan, budget_bytes=15), placement) == [
         Row("resident", "exact weights that stay", 10),
@@ -51,10 +51,10 @@ def test_purposes_that_we_do_not_know_are_shown_by_their_name() -> None:
 def test_what_streams_is_the_stored_weights_less_what_memory_holds_of_them() -> None:
     """Those held decoded aside: their bits would be a mixture of both."""
     spec = make_spec(num_layers=32)
-    profile = make_profile(link=(LinkRate(64 << 10, 100e6),), decode_rate=2e7)
+    profile = make_profile(link=(LinkRate(64 << 10, 100e6),), residual_weights_per_second=2e7)
     stored = usual_storages(spec)[0]
     budget = int(0.8 * model_bytes(spec))
-    plan = search(spec, profile, budget, Wishes(), ACCEPTANCE, stored)
+    plan = search(spec, profile, budget, Constraints(), ACCEPTANCE, stored)
     decoded = set(plan.residuals) & set(placement_of(plan).resident)
     streamed = plan.predicted[plan.method].streamed_bytes
     assert decoded and streamed

@@ -8,13 +8,13 @@ from toys import ACCEPTANCE, make_profile, make_spec
 
 from subspec.artifacts.acceptance import Acceptance, Curve, Stopping
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.artifacts.plan import USUAL, Method, Plan, Point, Prediction, Usage, Wishes
+from subspec.artifacts.plan import USUAL, Constraints, Method, Plan, Point, Prediction, Usage
 from subspec.artifacts.profile import Timing
 from subspec.planner.solve.outlook import (
     BUDGET_STEPS,
     CONTEXTS,
-    foretell,
     next_bytes,
+    predict_for,
     what_more_memory_buys,
     with_outlook,
 )
@@ -31,27 +31,32 @@ TWO_KINDS = Acceptance(
 
 def plan_for(budget_bytes: int, context: int | None = 256, **changes: Any) -> Plan:
     acceptance = changes.pop("acceptance", ACCEPTANCE)
-    wishes = Wishes(context=context)
-    return search(SPEC, make_profile(**changes), budget_bytes, wishes, acceptance)
+    constraints = Constraints(context=context)
+    return search(SPEC, make_profile(**changes), budget_bytes, constraints, acceptance)
 
 
 def foretold(plan: Plan, method: Method, usage: Usage, **changes: Any) -> Prediction:
     stored = next(way for way in usual_storages(SPEC) if way.residuals == plan.residuals)
-    return foretell(SPEC, make_profile(**changes), plan, stored, method, usage)
+    return predict_for(SPEC, make_profile(**changes), plan, stored, method, usage)
 
 
 # Other usages
 
 
 @pytest.mark.parametrize("budget_bytes", [9_000_000, 12_000_000, 30_000_000])
-@pytest.mark.parametrize("decode_rate", [0.0, 5e7])
+@pytest.mark.parametrize("residual_weights_per_second", [0.0, 5e7])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_plan_foretells_for_the_usual_usage_what_it_predicts(
-    budget_bytes: int, decode_rate: float, method: Method
+    budget_bytes: int, residual_weights_per_second: float, method: Method
 ) -> None:
     """But for the peak, which is that of a prompt as long as the usual one."""
-    plan = plan_for(budget_bytes, decode_rate=decode_rate)
-    found = foretold(plan, method, usage_within(256, USUAL), decode_rate=decode_rate)
+    plan = plan_for(budget_bytes, residual_weights_per_second=residual_weights_per_second)
+    found = foretold(
+        plan,
+        method,
+        usage_within(256, USUAL),
+        residual_weights_per_second=residual_weights_per_second,
+    )
     expected = plan.predicted[method]
     assert found == replace(expected, fast_peak_bytes=found.fast_peak_bytes)
 
@@ -60,11 +65,11 @@ def test_a_plan_foretells_for_the_usual_usage_what_it_predicts(
 def test_what_a_plan_holds_decoded_is_not_foretold_to_be_decoded(method: Method) -> None:
     """Nor to stream: the artifact alone does not say what is held so."""
     stored = usual_storages(SPEC)[0]
-    slow = make_profile(decode_rate=2e7)
-    plan = search(SPEC, slow, 13_500_000, Wishes(context=256), ACCEPTANCE, stored)
+    slow = make_profile(residual_weights_per_second=2e7)
+    plan = search(SPEC, slow, 13_500_000, Constraints(context=256), ACCEPTANCE, stored)
     placement = plan.placement(method)
     assert placement is not None and 0 < len(placement.resident) < len(stored.parts)
-    found = foretell(SPEC, slow, plan, stored, method, usage_within(256, USUAL))
+    found = predict_for(SPEC, slow, plan, stored, method, usage_within(256, USUAL))
     expected = plan.predicted[method]
     assert found == replace(expected, fast_peak_bytes=found.fast_peak_bytes)
 
@@ -110,7 +115,7 @@ def test_a_plan_that_ends_its_drafts_early_promises_what_they_give() -> None:
     stopping = Acceptance((half,), measured=True, stopping=(early,))
     dear = {"draft_layer": (Timing(1, 2e-3), Timing(8, 4e-3))}
     plan = plan_for(9_000_000, acceptance=stopping, **dear)
-    assert plan.tree.stop_below == 0.3
+    assert plan.tree.min_path_probability == 0.3
     found = foretold(plan, "substitute", usage_within(256, USUAL), **dear)
     expected = plan.predicted["substitute"]
     assert found == replace(expected, fast_peak_bytes=found.fast_peak_bytes)

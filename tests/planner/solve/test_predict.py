@@ -9,7 +9,7 @@ from toys import make_profile, make_spec
 
 from subspec.artifacts.acceptance import Acceptance, Curve, Stopping
 from subspec.artifacts.plan import USUAL, Prediction, Usage
-from subspec.artifacts.profile import LIVE_TOKENS, MORE_TOKENS, Learned, Profile, Timing
+from subspec.artifacts.profile import LIVE_TOKENS, MORE_TOKENS, Corrections, Profile, Timing
 from subspec.planner.machine.profiles import with_link
 from subspec.planner.solve.predict import (
     ONE_TOKEN,
@@ -34,7 +34,7 @@ PLAIN = Candidate(RAW, 0, 0, 8, 1 << 20, 2)
 LINK = 100e6  # bytes per second of the toy's link at 1 MiB
 HALF = Acceptance((Curve(1, "", (1000,), (500,)),), measured=True)
 AS_TIMED = Usage(64, 2 * (LIVE_TOKENS - 64))  # halfway through it the cache is as it was timed
-ALONE: dict[str, float] = {"busy_link": 1.0, "busy_compute": 1.0}
+ALONE: dict[str, float] = {"contended_link": 1.0, "contended_compute": 1.0}
 SHARES = (0.01, 0.2, 0.5, 0.9, 1.0)
 
 
@@ -162,8 +162,8 @@ def test_a_faster_plan_ends_its_drafts_no_later() -> None:
     found = [ending_early(EARLY, trees, speed, lambda _: 1e-3)[1][DEEP] for speed in speeds]
     never_rises([emitted.levels for emitted in found])
     never_rises([emitted.mean for emitted in found])
-    assert (found[0].stop_below, found[-1].stop_below) == (0.0, 0.5)
-    assert {emitted.stop_below for emitted in found} == {0.0, 0.15, 0.5}
+    assert (found[0].min_path_probability, found[-1].min_path_probability) == (0.0, 0.5)
+    assert {emitted.min_path_probability for emitted in found} == {0.0, 0.15, 0.5}
 
 
 def test_a_plan_without_a_speed_never_ends_a_draft_early() -> None:
@@ -174,14 +174,19 @@ def test_a_plan_without_a_speed_never_ends_a_draft_early() -> None:
 
 
 def test_what_a_tree_emits_and_drafts_is_that_of_trees_which_ended_so() -> None:
-    for stop_below in (0.0, 0.15, 0.5):
-        found = emitted_by_depth(EARLY, 2, DEEP, "", stop_below)
-        under, doubt = EARLY.under(stop_below), early_doubt(EARLY) if stop_below else 0.0
+    for min_path_probability in (0.0, 0.15, 0.5):
+        found = emitted_by_depth(EARLY, 2, DEEP, "", min_path_probability)
+        under, doubt = (
+            EARLY.under(min_path_probability),
+            early_doubt(EARLY) if min_path_probability else 0.0,
+        )
         assert [emitted.mean for emitted in found] == pytest.approx(
             [1 + (1 - doubt) * (under.tokens(2, depth) - 1) for depth in range(DEEP + 1)]
         )
-        assert [emitted.levels for emitted in found] == [*EARLY.levels(2, DEEP, "", stop_below)]
-        assert {emitted.stop_below for emitted in found} == {stop_below}
+        assert [emitted.levels for emitted in found] == [
+            *EARLY.levels(2, DEEP, "", min_path_probability)
+        ]
+        assert {emitted.min_path_probability for emitted in found} == {min_path_probability}
 
 
 # A round
@@ -229,7 +234,7 @@ def test_a_round_pays_for_the_levels_that_it_is_expected_to_draft() -> None:
     assert (passes.first_level, passes.level) == pytest.approx((first, level))
     assert level_seconds(make_spec(), make_profile(), 8, LIVE_TOKENS) == pytest.approx(level)
     assert passes.draft(0) == 0 and passes.draft(2.5) == passes.first_level + 1.5 * passes.level
-    taught = predicted(wide, emitted=Emitted(3.0, 12.0, 2.5), learned=Learned(draft=2.0))
+    taught = predicted(wide, emitted=Emitted(3.0, 12.0, 2.5), corrections=Corrections(draft=2.0))
     assert taught.draft_seconds == pytest.approx(2 * (first + 1.5 * level))
 
 
@@ -242,8 +247,8 @@ def test_plain_decoding_is_one_unpadded_pass() -> None:
 
 
 def test_decoding_is_paid_by_every_weight_that_is_a_residual() -> None:
-    found = predicted(replace(CHAIN, storage=CODED), decode_rate=1e8)
-    raw = predicted(CHAIN, decode_rate=1e8)
+    found = predicted(replace(CHAIN, storage=CODED), residual_weights_per_second=1e8)
+    raw = predicted(CHAIN, residual_weights_per_second=1e8)
     assert found.decode_seconds == pytest.approx(raw_storage(make_spec()).num_bytes / 2 / 1e8)
     assert found.compute_seconds == pytest.approx(raw.compute_seconds + found.decode_seconds)
     assert raw.decode_seconds == 0
@@ -266,9 +271,9 @@ def test_attention_is_paid_by_the_token_in_the_cache(
 
 
 def test_what_real_rounds_took_longer_is_expected_of_all_rounds() -> None:
-    factors = Learned(draft=1.5, verify=2.0, plain=3.0, prompt=4.0)
+    factors = Corrections(draft=1.5, verify=2.0, plain=3.0, prompt=4.0)
     for candidate, verify in ((CHAIN, factors.verify), (PLAIN, factors.plain)):
-        bare, more = (predicted(candidate, learned=some) for some in (Learned(), factors))
+        bare, more = (predicted(candidate, corrections=some) for some in (Corrections(), factors))
         assert more.draft_seconds == pytest.approx(1.5 * bare.draft_seconds)
         assert more.verify_seconds == pytest.approx(verify * bare.verify_seconds)
         first = bare.time_to_first_token_seconds
@@ -278,8 +283,8 @@ def test_what_real_rounds_took_longer_is_expected_of_all_rounds() -> None:
 # Link and compute at once
 
 
-def sharing(busy_link: float, busy_compute: float) -> Profile:
-    return make_profile(busy_link=busy_link, busy_compute=busy_compute)
+def sharing(contended_link: float, contended_compute: float) -> Profile:
+    return make_profile(contended_link=contended_link, contended_compute=contended_compute)
 
 
 def test_the_longer_lane_has_its_full_speed_once_the_shorter_has_ended() -> None:
@@ -295,13 +300,13 @@ def test_lanes_that_do_not_disturb_each_other_take_as_long_as_the_longer() -> No
     assert both_at_once((1.0, 1.0), 8.0, 7.0) == 8
 
 
-@pytest.mark.parametrize("busy_link", SHARES)
-@pytest.mark.parametrize("busy_compute", SHARES)
+@pytest.mark.parametrize("contended_link", SHARES)
+@pytest.mark.parametrize("contended_compute", SHARES)
 def test_more_work_takes_no_less_time_and_a_little_more_takes_little(
-    busy_link: float, busy_compute: float
+    contended_link: float, contended_compute: float
 ) -> None:
-    shares, step = (busy_link, busy_compute), 1 / 64
-    most = step / min(busy_link, busy_compute)
+    shares, step = (contended_link, contended_compute), 1 / 64
+    most = step / min(contended_link, contended_compute)
     for other in (0.0, 0.1, 1.0, 3.0, 40.0):
         some = [step * n for n in range(400)]
         for seconds in (
@@ -321,28 +326,29 @@ def test_a_byte_less_to_stream_is_never_slower(
     """Also where a whole number of blocks begins, and on either side of link = compute."""
     layer = (Timing(1, layer_seconds),)
     seconds = [
-        predicted(candidate, streamed, fast_layer=layer, exact_layer=layer, busy_link=share,
-                  busy_compute=1.01 - share).verify_seconds
+        predicted(candidate, streamed, fast_layer=layer, exact_layer=layer, contended_link=share,
+                  contended_compute=1.01 - share).verify_seconds
         for streamed in range(20 << 20, 0, -99_991)
     ]  # fmt: skip
     never_rises(seconds)
 
 
-@pytest.mark.parametrize("busy_link", SHARES)
-@pytest.mark.parametrize("busy_compute", SHARES)
+@pytest.mark.parametrize("contended_link", SHARES)
+@pytest.mark.parametrize("contended_compute", SHARES)
 @pytest.mark.parametrize("layer_seconds", [1e-4, 1e-2, 4e-2])
 def test_a_link_that_is_throttled_less_is_never_slower(
-    busy_link: float, busy_compute: float, layer_seconds: float
+    contended_link: float, contended_compute: float, layer_seconds: float
 ) -> None:
     """Even where link and compute hinder each other so much that one after the other is better."""
-    layer, whole = (Timing(1, layer_seconds),), sharing(busy_link, busy_compute)
+    layer, whole = (Timing(1, layer_seconds),), sharing(contended_link, contended_compute)
     throttled = [with_link(whole, int(1e6 * 1.1**n)) for n in range(70)]
     assert throttled[0].link[-1].bytes_per_second == 1e6
-    assert throttled[-1] == replace(whole, busy_compute=pytest.approx(busy_compute))
+    assert throttled[-1] == replace(whole, contended_compute=pytest.approx(contended_compute))
     for candidate in (CHAIN, PLAIN):
         never_rises([
             predicted(candidate, 10 << 20, fast_layer=layer, exact_layer=layer, link=slow.link,
-                      busy_link=slow.busy_link, busy_compute=slow.busy_compute).verify_seconds
+                      contended_link=slow.contended_link,
+                      contended_compute=slow.contended_compute).verify_seconds
             for slow in throttled
         ])  # fmt: skip
 
@@ -350,9 +356,9 @@ def test_a_link_that_is_throttled_less_is_never_slower(
 def test_a_link_throttled_below_what_it_keeps_beside_compute_is_slowed_by_nothing() -> None:
     """At 0.4 of its speed, of which it keeps 0.8: it does half of its harm."""
     profile = sharing(0.8, 0.5)
-    slow, shares = with_link(profile, 40_000_000), profile.busy_shares(40e6)
-    assert (slow.busy_link, slow.busy_compute) == shares == (1.0, 0.75)
-    assert slow.busy_shares(40e6) == shares, "throttled again it is the same"
+    slow, shares = with_link(profile, 40_000_000), profile.contended_shares(40e6)
+    assert (slow.contended_link, slow.contended_compute) == shares == (1.0, 0.75)
+    assert slow.contended_shares(40e6) == shares, "throttled again it is the same"
     assert both_at_once(shares, 10.0, 1.5) == pytest.approx(10)
     assert both_at_once(shares, 4.0, 10.0) == pytest.approx(10 + 4 * 0.25)
 

@@ -15,10 +15,10 @@ from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.sizes import parse_size
 from subspec.artifacts.format.checks import check_plan
 from subspec.artifacts.model import ModelSpec, parts
-from subspec.artifacts.plan import USUAL, Plan, Wishes
-from subspec.artifacts.profile import Learned, LinkRate, Profile, Timing
+from subspec.artifacts.plan import USUAL, Constraints, Plan
+from subspec.artifacts.profile import Corrections, LinkRate, Profile, Timing
 from subspec.planner.machine.profiles import with_link
-from subspec.planner.rehearse.replay import DEEPEST, STOPS, Judged, Trees, acceptance_of
+from subspec.planner.rehearse.replay import DEEPEST, STOPS, TreeOutcome, Trees, acceptance_of
 from subspec.planner.solve import problem as problem_module
 from subspec.planner.solve.costs import ALLOCATOR_BYTES, model_bytes
 from subspec.planner.solve.predict import (
@@ -29,7 +29,7 @@ from subspec.planner.solve.predict import (
     predict,
     usage_within,
 )
-from subspec.planner.solve.problem import base_ledger, candidates, left_over, pose
+from subspec.planner.solve.problem import base_ledger, candidates, left_over, make_problem
 from subspec.planner.solve.search import (
     PRIOR,
     SHARPENING,
@@ -40,16 +40,16 @@ from subspec.planner.solve.search import (
 from subspec.planner.solve.storage import Storage, group_bytes, raw_storage, usual_storages
 
 BUDGETS = (6_000_000, 9_000_000, 10_000_000, 12_000_000, 14_500_000, 16_000_000, 30_000_000)
-LONG = Wishes(context=1024)
+LONG = Constraints(context=1024)
 NUM_PARTS = len(parts(make_spec()))
 DECODE_RATES = (0.0, 2e7, 2e8)  # weights/s; the toy's link brings 5e7 raw ones
 SHARES = ((1.0, 1.0), (0.2, 0.2), (0.05, 0.9), (0.9, 0.05))  # kept while link and compute are busy
 CHECKED = random.Random(1).sample(range(5_800_000, 17_000_000), 40)
 
 
-def plan_for(budget_bytes: int, wishes: Wishes | None = None, **changes: Any) -> Plan:
+def plan_for(budget_bytes: int, constraints: Constraints | None = None, **changes: Any) -> Plan:
     usual = {"spec": make_spec(), "profile": make_profile(), "acceptance": ACCEPTANCE}
-    given = {**usual, "wishes": wishes or Wishes(context=256), **changes}
+    given = {**usual, "constraints": constraints or Constraints(context=256), **changes}
     return search(budget_bytes=budget_bytes, **given)
 
 
@@ -58,7 +58,7 @@ def speed(plan: Plan) -> float:
 
 
 def sharing(shares: tuple[float, float], **changes: Any) -> Profile:
-    return make_profile(busy_link=shares[0], busy_compute=shares[1], **changes)
+    return make_profile(contended_link=shares[0], contended_compute=shares[1], **changes)
 
 
 def faster_link(profile: Profile, factor: float) -> Profile:
@@ -75,23 +75,29 @@ def small_space(monkeypatch: pytest.MonkeyPatch) -> None:
 # Optimal
 
 
-@pytest.mark.parametrize("decode_rate", DECODE_RATES)
+@pytest.mark.parametrize("residual_weights_per_second", DECODE_RATES)
 @pytest.mark.parametrize("budget_bytes", BUDGETS)
 @pytest.mark.parametrize("shares", [(0.8, 0.9), (0.2, 0.2)])
 def test_nothing_feasible_is_better(
-    budget_bytes: int, decode_rate: float, shares: tuple[float, float], small_space: None
+    budget_bytes: int,
+    residual_weights_per_second: float,
+    shares: tuple[float, float],
+    small_space: None,
 ) -> None:
-    profile = sharing(shares, decode_rate=decode_rate)
+    profile = sharing(shares, residual_weights_per_second=residual_weights_per_second)
     assert speed(plan_for(budget_bytes, profile=profile)) == best_of_all(budget_bytes, profile)
 
 
-@pytest.mark.parametrize("decode_rate", DECODE_RATES)
+@pytest.mark.parametrize("residual_weights_per_second", DECODE_RATES)
 @pytest.mark.parametrize("budget_bytes", [*BUDGETS, 18_000_000, 20_000_000])
 @pytest.mark.parametrize("stored", [0, 5])
 def test_nothing_feasible_is_better_for_the_residuals_of_an_artifact(
-    budget_bytes: int, decode_rate: float, stored: int, small_space: None
+    budget_bytes: int, residual_weights_per_second: float, stored: int, small_space: None
 ) -> None:
-    profile, storage = make_profile(decode_rate=decode_rate), usual_storages(make_spec())[stored]
+    profile, storage = (
+        make_profile(residual_weights_per_second=residual_weights_per_second),
+        usual_storages(make_spec())[stored],
+    )
     best = best_of_all(budget_bytes, profile, storage)
     if best:
         assert speed(plan_for(budget_bytes, profile=profile, stored=storage)) == best
@@ -109,9 +115,11 @@ def best_of_all(
     """Every candidate and every stop that was tried, its ledger added up, its parts named, its
     prediction asked of predict.py."""
     spec = make_spec()
-    posed = pose(spec, profile, budget_bytes, Wishes(context=256), acceptance, stored)
+    problem = make_problem(
+        spec, profile, budget_bytes, Constraints(context=256), acceptance, stored
+    )
     usage = usage_within(256, USUAL)
-    every = list(candidates(posed))
+    every = list(candidates(problem))
     every += [replace(c, width=0, depth=0) for c in every]
     speeds = [0.0]
     for candidate in every:
@@ -119,18 +127,20 @@ def best_of_all(
         decoded = [p for p in candidate.storage.parts if p.name in candidate.storage.decoded]
         decoded_bytes = sum(p.part.num_bytes for p in decoded)  # whole pages
         everything = candidate.storage.num_bytes
-        left, most = (budget_bytes - sum(base_ledger(posed, c).values()) - decoded_bytes
+        left, most = (budget_bytes - sum(base_ledger(problem, c).values()) - decoded_bytes
                       for c in (candidate, ringless))  # fmt: skip
-        assert (left, most) == (left_over(posed, candidate), left_over(posed, ringless))
+        assert (left, most) == (left_over(problem, candidate), left_over(problem, ringless))
         if left < 0 and most < everything:
             continue
-        placement = place(posed, candidate)
+        placement = place(problem, candidate)
         inside = {*placement.resident, *placement.split}
         streamed = group_bytes(p for p in candidate.storage.parts if p.name not in inside)
         passes = passes_of(spec, profile, candidate.width, candidate.verify_width,
-                           posed.prefill_tokens, usage)  # fmt: skip
-        for stop_below in acceptance.stops:
-            ways = emitted_by_depth(acceptance, candidate.width, candidate.depth, "", stop_below)
+                           problem.prefill_tokens, usage)  # fmt: skip
+        for min_path_probability in acceptance.stops:
+            ways = emitted_by_depth(
+                acceptance, candidate.width, candidate.depth, "", min_path_probability
+            )
             found = predict(profile, candidate, passes, streamed, ways[-1], 0, usage)
             speeds.append(found.tokens_per_second)
     return max(speeds)
@@ -153,7 +163,7 @@ def test_it_abstains_where_no_draft_fits() -> None:
 
 def test_it_abstains_where_real_rounds_were_too_slow() -> None:
     """The same machine and cap, once runs have taught what rounds take."""
-    taught = make_profile(learned=Learned(draft=5.0, verify=5.0, num_rounds=40))
+    taught = make_profile(corrections=Corrections(draft=5.0, verify=5.0, num_rounds=40))
     assert plan_for(12_000_000).method == "substitute"
     plan = plan_for(12_000_000, profile=taught)
     assert plan.method == "plain"
@@ -167,7 +177,7 @@ def test_it_abstains_where_drafts_are_rejected() -> None:
     plan = plan_for(12_000_000, acceptance=never)
     assert plan.method == "plain"
     assert any("speculation would not pay" in reason for reason in plan.reasons)
-    asked = plan_for(12_000_000, Wishes(context=256, method="substitute"), acceptance=never)
+    asked = plan_for(12_000_000, Constraints(context=256, method="substitute"), acceptance=never)
     assert asked.method == "substitute"
     assert any("speculation was asked for" in reason for reason in asked.reasons)
 
@@ -193,7 +203,7 @@ def mixed(seed: int, easy_share: float = 0.5, num_trees: int = 3000) -> Acceptan
                 seen.append(now)
                 rejected = rejected or pick.random() > (easy_rate if easy else hard_rate)
                 accepted += not rejected
-            judged = Judged(accepted, accepted + rejected, tuple(seen))
+            judged = TreeOutcome(accepted, accepted + rejected, tuple(seen))
             trees.setdefault((width, "code"), []).append(judged)
     found = acceptance_of(trees)
     assert found is not None
@@ -210,15 +220,21 @@ def drafted_speed(plan: Plan) -> float:
 
 
 @pytest.mark.parametrize("budget_bytes", [9_000_000, 12_000_000, 16_000_000])
-@pytest.mark.parametrize("decode_rate", [0.0, 2e8])
+@pytest.mark.parametrize("residual_weights_per_second", [0.0, 2e8])
 @pytest.mark.parametrize("layer_seconds", [5e-5, 6e-4, 3e-3])
 @pytest.mark.parametrize("seed", [1, 2])
 def test_no_tree_and_stop_that_is_feasible_is_better(
-    budget_bytes: int, decode_rate: float, layer_seconds: float, seed: int, small_space: None
+    budget_bytes: int,
+    residual_weights_per_second: float,
+    layer_seconds: float,
+    seed: int,
+    small_space: None,
 ) -> None:
     """But for what crosses the link while a longer draft runs, which no stop is chosen by."""
     layer = (Timing(1, layer_seconds), Timing(8, 2 * layer_seconds))
-    profile = make_profile(decode_rate=decode_rate, draft_layer=layer)
+    profile = make_profile(
+        residual_weights_per_second=residual_weights_per_second, draft_layer=layer
+    )
     acceptance = mixed(seed, easy_share=0.3 * seed)
     found = speed(plan_for(budget_bytes, profile=profile, acceptance=acceptance))
     best = best_of_all(budget_bytes, profile, acceptance=acceptance)
@@ -259,12 +275,12 @@ def test_what_few_trees_promise_is_not_believed() -> None:
         times(few.curves, 100),
         True,
         tuple(
-            Stopping(some.stop_below, times(some.curves, 100), times(some.followed, 100))
+            Stopping(some.min_path_probability, times(some.curves, 100), times(some.followed, 100))
             for some in few.stopping
         ),
     )
     plans = [plan_for(12_000_000, profile=profile, acceptance=some) for some in (few, many)]
-    assert [plan.tree.stop_below > 0 for plan in plans] == [False, True]
+    assert [plan.tree.min_path_probability > 0 for plan in plans] == [False, True]
 
 
 @pytest.mark.parametrize("num_trees", [30, 100, 3000])
@@ -281,41 +297,50 @@ def test_more_memory_never_predicts_slower_where_drafts_may_end_early(
 def test_drafts_end_early_where_levels_are_dear_and_a_reason_says_how_many_are_left() -> None:
     plan = plan_for(12_000_000, profile=make_profile(**SLOW_DRAFTS), acceptance=MIXED)
     without = plan_for(12_000_000, profile=make_profile(**SLOW_DRAFTS), acceptance=WHOLE)
-    assert plan.method == "substitute" and plan.tree.stop_below in STOPS
+    assert plan.method == "substitute" and plan.tree.min_path_probability in STOPS
     assert plan.tree.temperature == SHARPENING
     assert drafted_speed(plan) > 1.03 * drafted_speed(without)
     predicted = plan.predicted["substitute"]
-    levels = MIXED.levels(plan.tree.width, plan.tree.depth, "", plan.tree.stop_below)[-1]
+    levels = MIXED.levels(plan.tree.width, plan.tree.depth, "", plan.tree.min_path_probability)[-1]
     assert predicted.levels_per_round == levels < plan.tree.depth
-    accepted = MIXED.under(plan.tree.stop_below).tokens(plan.tree.width, plan.tree.depth) - 1
+    accepted = (
+        MIXED.under(plan.tree.min_path_probability).tokens(plan.tree.width, plan.tree.depth) - 1
+    )
     doubt = early_doubt(MIXED)
     assert predicted.tokens_per_round == pytest.approx(1 + (1 - doubt) * accepted)
     [reason] = [reason for reason in plan.reasons if "ends early" in reason]
-    assert f"together below {plan.tree.stop_below:.0%}" in reason
+    assert f"together below {plan.tree.min_path_probability:.0%}" in reason
     assert f"{levels:.1f} of {plan.tree.depth} levels on average" in reason
     assert f"({doubt:.0%} of what they were accepted is not counted on)" in reason
     stored = list(stored_by(plan, make_spec()).parts)
     check_plan(make_spec(), stored, plan)
 
 
-@pytest.mark.parametrize("wishes", [Wishes(context=256, depth=9), Wishes(256, 3, 20)], ids=str)
-def test_a_draft_of_a_depth_that_the_user_fixed_is_never_ended_early(wishes: Wishes) -> None:
+@pytest.mark.parametrize(
+    "constraints", [Constraints(context=256, depth=9), Constraints(256, 3, 20)], ids=str
+)
+def test_a_draft_of_a_depth_that_the_user_fixed_is_never_ended_early(
+    constraints: Constraints,
+) -> None:
     profile = make_profile(**SLOW_DRAFTS)
     plan, whole = (
-        plan_for(12_000_000, wishes, profile=profile, acceptance=some) for some in (MIXED, WHOLE)
+        plan_for(12_000_000, constraints, profile=profile, acceptance=some)
+        for some in (MIXED, WHOLE)
     )
-    assert plan.tree == whole.tree and plan.tree.depth == wishes.depth
-    assert plan.tree.stop_below == 0 and plan.predicted == whole.predicted
-    assert plan.predicted["substitute"].levels_per_round == wishes.depth
+    assert plan.tree == whole.tree and plan.tree.depth == constraints.depth
+    assert plan.tree.min_path_probability == 0 and plan.predicted == whole.predicted
+    assert plan.predicted["substitute"].levels_per_round == constraints.depth
     assert not any("ends early" in reason for reason in plan.reasons)
-    free = plan_for(12_000_000, Wishes(context=256, width=3), profile=profile, acceptance=MIXED)
-    assert free.tree.width == 3 and free.tree.stop_below > 0
+    free = plan_for(
+        12_000_000, Constraints(context=256, width=3), profile=profile, acceptance=MIXED
+    )
+    assert free.tree.width == 3 and free.tree.min_path_probability > 0
 
 
 def test_without_a_stop_that_was_tried_drafts_are_whole() -> None:
     for acceptance in (WHOLE, ACCEPTANCE, PRIOR):
         plan = plan_for(12_000_000, profile=make_profile(**SLOW_DRAFTS), acceptance=acceptance)
-        assert plan.substitute is not None and plan.tree.stop_below == 0
+        assert plan.substitute is not None and plan.tree.min_path_probability == 0
         assert plan.predicted["substitute"].levels_per_round == plan.tree.depth
         assert not any("ends early" in reason for reason in plan.reasons)
 
@@ -338,26 +363,30 @@ def never_falls(speeds: list[float]) -> None:
     assert speeds == sorted(speeds)
 
 
-@pytest.mark.parametrize("decode_rate", DECODE_RATES)
-def test_more_memory_never_predicts_slower(decode_rate: float) -> None:
-    profile = make_profile(decode_rate=decode_rate)
+@pytest.mark.parametrize("residual_weights_per_second", DECODE_RATES)
+def test_more_memory_never_predicts_slower(residual_weights_per_second: float) -> None:
+    profile = make_profile(residual_weights_per_second=residual_weights_per_second)
     never_falls([speed(plan_for(budget, profile=profile)) for budget in sorted(CHECKED)])
 
 
-@pytest.mark.parametrize("decode_rate", DECODE_RATES)
+@pytest.mark.parametrize("residual_weights_per_second", DECODE_RATES)
 @pytest.mark.parametrize("stored", [0, 5])
-@pytest.mark.parametrize("wishes", [Wishes(context=256), LONG])
+@pytest.mark.parametrize("constraints", [Constraints(context=256), LONG])
 def test_more_memory_never_predicts_slower_for_the_residuals_of_an_artifact(
-    decode_rate: float, stored: int, wishes: Wishes, small_space: None
+    residual_weights_per_second: float, stored: int, constraints: Constraints, small_space: None
 ) -> None:
     """Up to where all of them are held decoded."""
     given = {
-        "profile": make_profile(decode_rate=decode_rate),
+        "profile": make_profile(residual_weights_per_second=residual_weights_per_second),
         "stored": usual_storages(make_spec())[stored],
     }
-    from_bytes = (13_600_000 if wishes == LONG else 9_100_000) if decode_rate else 19_100_000
+    from_bytes = (
+        (13_600_000 if constraints == LONG else 9_100_000)
+        if residual_weights_per_second
+        else 19_100_000
+    )
     budgets = range(from_bytes, 26_000_000, 290_007)
-    plans = [plan_for(budget, wishes, **given) for budget in budgets]
+    plans = [plan_for(budget, constraints, **given) for budget in budgets]
     never_falls([speed(plan) for plan in plans])
     assert plans[-1].predicted[plans[-1].method].decode_seconds == 0
 
@@ -366,7 +395,7 @@ def test_more_memory_never_predicts_slower_for_the_residuals_of_an_artifact(
 def test_more_memory_never_predicts_slower_however_link_and_compute_hinder_each_other(
     shares: tuple[float, float], small_space: None
 ) -> None:
-    profile = sharing(shares, decode_rate=1e8)
+    profile = sharing(shares, residual_weights_per_second=1e8)
     never_falls([speed(plan_for(budget, profile=profile)) for budget in sorted(CHECKED)])
 
 
@@ -374,7 +403,7 @@ def test_prompts_take_no_weights_place_when_memory_grows(small_space: None) -> N
     """Wide layers: the activations of a prompt take as much as the weights."""
     given = {
         "spec": make_spec(intermediate_size=4096, num_heads=2),
-        "profile": make_profile(position_free_widths=(8,)),
+        "profile": make_profile(batch_invariant_widths=(8,)),
     }
     plans = [plan_for(b, LONG, **given) for b in range(20_000_000, 120_000_000, 500_007)]
     never_falls([speed(plan) for plan in plans])
@@ -387,7 +416,7 @@ def test_prompts_take_no_weights_place_when_memory_grows(small_space: None) -> N
 @pytest.mark.parametrize("budget_bytes", [8_000_000, 11_000_000, 14_500_000])
 def test_faster_decoding_never_predicts_slower(budget_bytes: int, small_space: None) -> None:
     rates = [0.0, *(1e6 * 1.5**n for n in range(20))]
-    profiles = [make_profile(decode_rate=rate) for rate in rates]
+    profiles = [make_profile(residual_weights_per_second=rate) for rate in rates]
     never_falls([speed(plan_for(budget_bytes, profile=profile)) for profile in profiles])
 
 
@@ -397,7 +426,7 @@ def test_a_faster_link_never_predicts_slower(
     budget_bytes: int, shares: tuple[float, float], small_space: None
 ) -> None:
     """One that is faster by itself, and one that is throttled less."""
-    profile = sharing(shares, decode_rate=5e7)
+    profile = sharing(shares, residual_weights_per_second=5e7)
     quicker = [faster_link(profile, 1.35**n) for n in range(-10, 20)]
     never_falls([speed(plan_for(budget_bytes, profile=some)) for some in quicker])
     freer = [with_link(profile, int(5e6 * 1.2**n)) for n in range(20)]
@@ -413,8 +442,8 @@ def test_higher_acceptance_never_predicts_slower(
     counts = [(Curve(1, "", (4000,), (100 * n,)), Curve(3, "", (3000,), (100 * n,)))
               for n in range(31)]  # fmt: skip
     rates = [Acceptance(curves, measured=True) for curves in counts]
-    wishes = Wishes(context=context)
-    never_falls([speed(plan_for(budget_bytes, wishes, acceptance=rate)) for rate in rates])
+    constraints = Constraints(context=context)
+    never_falls([speed(plan_for(budget_bytes, constraints, acceptance=rate)) for rate in rates])
 
 
 def test_one_level_that_is_accepted_more_often_never_predicts_slower(small_space: None) -> None:
@@ -431,22 +460,28 @@ def test_one_level_that_is_accepted_more_often_never_predicts_slower(small_space
 # Within the budget
 
 
-@pytest.mark.parametrize("wishes", [Wishes(), Wishes(context=256), Wishes(context=1024)])
+@pytest.mark.parametrize(
+    "constraints", [Constraints(), Constraints(context=256), Constraints(context=1024)]
+)
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("decode_rate", [0.0, 5e7])
+@pytest.mark.parametrize("residual_weights_per_second", [0.0, 5e7])
 @pytest.mark.parametrize("stored", [None, 0, 5])
 def test_every_plan_passes_the_readers_check(
-    wishes: Wishes,
+    constraints: Constraints,
     device: str,
     dtype: str,
-    decode_rate: float,
+    residual_weights_per_second: float,
     stored: int | None,
     small_space: None,
 ) -> None:
     spec = make_spec(dtype=dtype, tied_head=dtype == "float32")
     overhead = 1_000_000 if device == "cuda" else 0
-    profile = make_profile(device=device, overhead_bytes=overhead, decode_rate=decode_rate)
+    profile = make_profile(
+        device=device,
+        overhead_bytes=overhead,
+        residual_weights_per_second=residual_weights_per_second,
+    )
     given = {"spec": spec, "profile": profile}
     if stored is not None:
         given["stored"] = usual_storages(spec)[stored]
@@ -455,7 +490,7 @@ def test_every_plan_passes_the_readers_check(
     for small in (*CHECKED[:12], *BUDGETS, 20_000_000, 40_000_000, 60_000_000, 80_000_000):
         budget_bytes = small + room
         try:
-            plan = plan_for(budget_bytes, wishes, **given)
+            plan = plan_for(budget_bytes, constraints, **given)
         except SubspecError as error:
             assert error.exit_code == Exit.INFEASIBLE
             continue
@@ -475,48 +510,48 @@ def test_every_plan_passes_the_readers_check(
 
 
 @pytest.mark.parametrize(
-    "wishes",
+    "constraints",
     [
-        Wishes(),
-        Wishes(context=1024),
-        Wishes(method="substitute"),
-        Wishes(method="plain"),
-        Wishes(width=3, depth=10),
-        Wishes(depth=20, context=512),
+        Constraints(),
+        Constraints(context=1024),
+        Constraints(method="substitute"),
+        Constraints(method="plain"),
+        Constraints(width=3, depth=10),
+        Constraints(depth=20, context=512),
     ],
 )
-def test_an_infeasible_request_names_the_smallest_cap_that_works(wishes: Wishes) -> None:
+def test_an_infeasible_request_names_the_smallest_cap_that_works(constraints: Constraints) -> None:
     with pytest.raises(SubspecError) as caught:
-        plan_for(2_000_000, wishes)
+        plan_for(2_000_000, constraints)
     assert caught.value.exit_code == Exit.INFEASIBLE
     match = re.fullmatch(r"--vram (\d+B)", caught.value.hint)
     assert match is not None
     smallest = parse_size(match[1])
-    check_plan(make_spec(), list(raw_storage(make_spec()).parts), plan_for(smallest, wishes))
+    check_plan(make_spec(), list(raw_storage(make_spec()).parts), plan_for(smallest, constraints))
     with pytest.raises(SubspecError):
-        plan_for(smallest * 99 // 100, wishes)
+        plan_for(smallest * 99 // 100, constraints)
 
 
 def test_a_tree_that_no_kernel_takes_is_infeasible_at_any_size() -> None:
     with pytest.raises(SubspecError, match="does not exist") as caught:
-        plan_for(10**9, Wishes(width=8, depth=100))
+        plan_for(10**9, Constraints(width=8, depth=100))
     assert (caught.value.exit_code, caught.value.hint) == (Exit.INFEASIBLE, "")
 
 
 def test_a_machine_without_position_free_kernels_is_refused() -> None:
     with pytest.raises(SubspecError) as caught:
-        plan_for(10**9, profile=make_profile(position_free_widths=()))
+        plan_for(10**9, profile=make_profile(batch_invariant_widths=()))
     assert caught.value.exit_code == Exit.UNSUPPORTED
 
 
 def test_what_streams_must_fit_the_host_memory_of_a_gpu() -> None:
-    wishes = Wishes(context=256, ram_bytes=1_000_000)
+    constraints = Constraints(context=256, ram_bytes=1_000_000)
     gpu = make_profile(device="cuda")
     with pytest.raises(SubspecError, match="--ram is 1.00 MB") as caught:
-        plan_for(12_000_000 + ALLOCATOR_BYTES, wishes, profile=gpu)
+        plan_for(12_000_000 + ALLOCATOR_BYTES, constraints, profile=gpu)
     assert caught.value.exit_code == Exit.INFEASIBLE
-    assert plan_for(30_000_000 + ALLOCATOR_BYTES, wishes, profile=gpu).plain.num_slots == 0
-    assert plan_for(12_000_000, wishes)  # on cpu the slow tier is the disk
+    assert plan_for(30_000_000 + ALLOCATOR_BYTES, constraints, profile=gpu).plain.num_slots == 0
+    assert plan_for(12_000_000, constraints)  # on cpu the slow tier is the disk
 
 
 def test_what_streams_must_be_what_the_process_can_pin() -> None:
@@ -533,46 +568,52 @@ def test_what_streams_must_be_what_the_process_can_pin() -> None:
         assert plan.predicted["plain"].streamed_bytes > 1_000_000
 
 
-# The user's wishes
+# The user's constraints
 
 
 @pytest.mark.parametrize("budget_bytes", [11_000_000, 14_500_000, 30_000_000])
 @pytest.mark.parametrize(
-    ("wishes", "kept"),
+    ("constraints", "kept"),
     [
-        (Wishes(context=300), lambda plan: plan.context == 300),
-        (Wishes(width=2), lambda plan: plan.tree.width == 2),
-        (Wishes(depth=11), lambda plan: plan.tree.depth == 11),
-        (Wishes(width=1, depth=40), lambda plan: (plan.tree.width, plan.tree.depth) == (1, 40)),
-        (Wishes(method="plain"), lambda plan: plan.method == "plain" and plan.substitute is None),
-        (Wishes(method="substitute"), lambda plan: plan.method == "substitute"),
+        (Constraints(context=300), lambda plan: plan.context == 300),
+        (Constraints(width=2), lambda plan: plan.tree.width == 2),
+        (Constraints(depth=11), lambda plan: plan.tree.depth == 11),
+        (
+            Constraints(width=1, depth=40),
+            lambda plan: (plan.tree.width, plan.tree.depth) == (1, 40),
+        ),
+        (
+            Constraints(method="plain"),
+            lambda plan: plan.method == "plain" and plan.substitute is None,
+        ),
+        (Constraints(method="substitute"), lambda plan: plan.method == "substitute"),
     ],
 )
 def test_what_the_user_fixed_is_kept(
-    budget_bytes: int, wishes: Wishes, kept: Callable[[Plan], bool]
+    budget_bytes: int, constraints: Constraints, kept: Callable[[Plan], bool]
 ) -> None:
-    plan = plan_for(budget_bytes, wishes)
-    assert kept(plan) and plan.wishes == wishes
+    plan = plan_for(budget_bytes, constraints)
+    assert kept(plan) and plan.constraints == constraints
     assert plan.verify_width >= plan.tree.num_nodes
 
 
 def test_a_fixed_tree_that_does_not_fit_is_an_error_and_not_plain_decoding() -> None:
     assert plan_for(6_500_000).method == "plain"
     with pytest.raises(SubspecError) as caught:
-        plan_for(6_500_000, Wishes(context=256, width=3))
+        plan_for(6_500_000, Constraints(context=256, width=3))
     assert caught.value.exit_code == Exit.INFEASIBLE
 
 
 def test_a_context_beyond_the_models_positions_is_a_usage_error() -> None:
     with pytest.raises(SubspecError, match="4096 positions") as caught:
-        plan_for(10**9, Wishes(context=4097))
+        plan_for(10**9, Constraints(context=4097))
     assert caught.value.exit_code == Exit.USAGE
 
 
 def test_the_context_is_ours_to_halve() -> None:
     """Keys and values keep to an eighth of the budget, and a reason says so."""
-    assert plan_for(10**9, Wishes()).context == 4096
-    plan = plan_for(24_000_000, Wishes())
+    assert plan_for(10**9, Constraints()).context == 4096
+    plan = plan_for(24_000_000, Constraints())
     assert plan.context == 512
     assert "the context is 512 tokens" in plan.reasons[0]
 
@@ -585,9 +626,9 @@ def test_a_context_that_leaves_no_room_for_a_draft_is_halved_further(
     )  # more than this whole model
     profile = make_profile(device="cuda", overhead_bytes=4_000_000)
     assert problem_module.default_context(make_spec(), 17_000_000) == 512
-    plan = plan_for(17_000_000, Wishes(), profile=profile)
+    plan = plan_for(17_000_000, Constraints(), profile=profile)
     assert (plan.context, plan.substitute is None) == (256, False)
-    assert plan_for(17_000_000, Wishes(context=512), profile=profile).substitute is None
+    assert plan_for(17_000_000, Constraints(context=512), profile=profile).substitute is None
 
 
 # Residency
@@ -637,7 +678,9 @@ def stored_by(plan: Plan, spec: ModelSpec) -> Storage:
 
 def decoding_at(weights_per_second: float) -> Profile:
     """And a link that is the same for blocks of any size."""
-    return make_profile(link=(LinkRate(64 << 10, 100e6),), decode_rate=weights_per_second)
+    return make_profile(
+        link=(LinkRate(64 << 10, 100e6),), residual_weights_per_second=weights_per_second
+    )
 
 
 def test_all_weights_are_residuals_where_the_link_is_slow() -> None:
@@ -659,8 +702,8 @@ def test_some_weights_are_raw_where_that_keeps_link_and_decoder_busy() -> None:
     predicted = plan.predicted["substitute"]
     assert predicted.stream_seconds == pytest.approx(predicted.compute_seconds, rel=0.3)
     for encoding in ("raw", "residual"):
-        wishes = Wishes(context=256, encoding=encoding)  # type: ignore[arg-type]
-        assert speed(plan_for(10_000_000, wishes, profile=decoding_at(6e7))) < speed(plan)
+        constraints = Constraints(context=256, encoding=encoding)  # type: ignore[arg-type]
+        assert speed(plan_for(10_000_000, constraints, profile=decoding_at(6e7))) < speed(plan)
 
 
 def test_a_split_layer_stays_in_half_the_bytes() -> None:
@@ -672,17 +715,17 @@ def test_a_split_layer_stays_in_half_the_bytes() -> None:
 
 
 def test_the_encoding_that_was_asked_for_is_kept() -> None:
-    fast = make_profile(decode_rate=1e9)
-    raw = plan_for(12_000_000, Wishes(context=256, encoding="raw"), profile=fast)
+    fast = make_profile(residual_weights_per_second=1e9)
+    raw = plan_for(12_000_000, Constraints(context=256, encoding="raw"), profile=fast)
     assert raw.residuals == () and "that was asked for" in raw.reasons[-1]
-    slow = make_profile(decode_rate=1e6)
-    residual = plan_for(12_000_000, Wishes(context=256, encoding="residual"), profile=slow)
+    slow = make_profile(residual_weights_per_second=1e6)
+    residual = plan_for(12_000_000, Constraints(context=256, encoding="residual"), profile=slow)
     assert len(residual.residuals) == NUM_PARTS
 
 
 def test_residuals_that_were_asked_for_need_a_decoder() -> None:
     with pytest.raises(SubspecError, match="no fast decoder") as caught:
-        plan_for(12_000_000, Wishes(context=256, encoding="residual"))
+        plan_for(12_000_000, Constraints(context=256, encoding="residual"))
     assert caught.value.exit_code == Exit.UNSUPPORTED
     assert "C++ compiler" in caught.value.hint
 
@@ -690,7 +733,12 @@ def test_residuals_that_were_asked_for_need_a_decoder() -> None:
 def test_an_artifacts_weights_are_planned_as_they_are_stored() -> None:
     stored = usual_storages(make_spec())[3]
     plan = search(
-        make_spec(), make_profile(decode_rate=1e9), 12_000_000, Wishes(), ACCEPTANCE, stored
+        make_spec(),
+        make_profile(residual_weights_per_second=1e9),
+        12_000_000,
+        Constraints(),
+        ACCEPTANCE,
+        stored,
     )
     assert plan.residuals == stored.residuals
 
@@ -701,8 +749,8 @@ def test_an_artifacts_weights_are_planned_as_they_are_stored() -> None:
 TALL = make_spec(num_layers=32)  # so that its weights are most of what a plan takes
 CODED = usual_storages(TALL)[0]
 NUM_CODED = len(CODED.residuals)
-DECODING_BOUND = make_profile(link=(LinkRate(64 << 10, 10e9),), decode_rate=2e7)
-LINK_BOUND = make_profile(link=(LinkRate(64 << 10, 50e6),), decode_rate=1e10)
+DECODING_BOUND = make_profile(link=(LinkRate(64 << 10, 10e9),), residual_weights_per_second=2e7)
+LINK_BOUND = make_profile(link=(LinkRate(64 << 10, 50e6),), residual_weights_per_second=1e10)
 
 
 def num_decoded(plan: Plan) -> int:
@@ -754,8 +802,8 @@ def test_a_new_artifact_has_raw_matrices_instead() -> None:
 
 
 def test_residuals_that_were_asked_for_may_be_held_decoded_too() -> None:
-    wishes = Wishes(context=256, encoding="residual")
-    plan = plan_tall(0.9, DECODING_BOUND, stored=None, wishes=wishes)
+    constraints = Constraints(context=256, encoding="residual")
+    plan = plan_tall(0.9, DECODING_BOUND, stored=None, constraints=constraints)
     assert len(plan.residuals) == NUM_CODED > num_decoded(plan) > 0
     assert "that was asked for; " in plan.reasons[-1]
 
@@ -790,8 +838,8 @@ def test_the_priors_are_marked_as_such() -> None:
 
 
 def test_the_ring_is_dropped_when_nothing_streams() -> None:
-    spec, wishes = make_spec(), Wishes(context=256, method="plain")
-    posed = pose(spec, make_profile(), 30_000_000, wishes, ACCEPTANCE)
-    placement = place(posed, Candidate(raw_storage(spec), 0, 0, 8, 1 << 20, 3))
+    spec, constraints = make_spec(), Constraints(context=256, method="plain")
+    problem = make_problem(spec, make_profile(), 30_000_000, constraints, ACCEPTANCE)
+    placement = place(problem, Candidate(raw_storage(spec), 0, 0, 8, 1 << 20, 3))
     assert (placement.block_bytes, placement.num_slots, placement.ledger["staging"]) == (0, 0, 0)
     assert len(placement.resident) == len(parts(spec))

@@ -21,13 +21,13 @@ from subspec.artifacts.runs import RUNS, plan_digest, read_runs
 from subspec.runtime.app.answer import generate, run_of
 from subspec.runtime.cli import Options
 from subspec.runtime.session import Session, Stats
-from subspec.runtime.text.tokenizer import load_text
+from subspec.runtime.text.tokenizer import load_tokenizer
 
 STATS = {
     "prompt_tokens", "reused_tokens", "generated_tokens", "decode_tokens_per_second",
     "time_to_first_token_seconds", "rounds", "mean_accepted_per_round", "accepted_histogram",
     "draft_seconds", "verify_seconds", "stream_wait_seconds", "streamed_bytes", "fast_peak_bytes",
-    "fast_cap_bytes", "process_peak_bytes", "predicted_tokens_per_second",
+    "budget_bytes", "process_peak_bytes", "predicted_tokens_per_second",
 }  # fmt: skip
 Capture = pytest.CaptureFixture[str]
 
@@ -65,13 +65,13 @@ def test_json_is_one_object_with_the_documented_keys(artifact: Path, capsys: Cap
     assert set(found["stats"]) == STATS
     assert found["schema"] == "subspec.run/1" and found["method"] == "substitute"
     assert found["finish_reason"] == "length" and len(found["token_ids"]) == 6
-    text = load_text(artifact / "tokenizer")
+    text = load_tokenizer(artifact / "tokenizer")
     assert found["text"] == text.tokenizer.decode(found["token_ids"])
     assert found["prompt_token_ids"] == text.chat_ids([{"role": "user", "content": QUESTION}])
     stats = found["stats"]
     assert stats["generated_tokens"] == 6 and stats["prompt_tokens"] == 24
     assert sum(stats["accepted_histogram"]) == stats["rounds"] > 0
-    assert 0 < stats["fast_peak_bytes"] <= stats["fast_cap_bytes"] < stats["process_peak_bytes"]
+    assert 0 < stats["fast_peak_bytes"] <= stats["budget_bytes"] < stats["process_peak_bytes"]
 
 
 def test_plain_decoding_gives_the_same_tokens_and_says_so(artifact: Path, capsys: Capture) -> None:
@@ -164,7 +164,7 @@ def test_each_turn_of_a_chat_is_recorded_but_not_one_that_does_not_fit(
 
 
 def test_an_answer_is_recorded_up_to_where_it_was_interrupted(unrecorded: Path) -> None:
-    artifact, text = open_artifact(unrecorded), load_text(unrecorded / "tokenizer")
+    artifact, text = open_artifact(unrecorded), load_tokenizer(unrecorded / "tokenizer")
     options = Options(unrecorded, stop=("never",))
     with Session(artifact) as session:
         decode, rounds = session.generate, 0
@@ -233,7 +233,7 @@ def fake_session(ids: list[int], after: Any = lambda: None) -> Any:
 
 
 def test_escape_sequences_reach_json_but_no_terminal(artifact: Path, capsys: Capture) -> None:
-    text = load_text(artifact / "tokenizer")
+    text = load_tokenizer(artifact / "tokenizer")
     written = "a\x1b]52;c;ZXZpbA==\x07b\x9bc\n"
     session = fake_session(text.tokenizer.encode(written).ids)
     found = generate(session, text, Options(artifact), [1], echo=True)
@@ -245,7 +245,7 @@ def test_escape_sequences_reach_json_but_no_terminal(artifact: Path, capsys: Cap
 def test_the_first_ctrl_c_ends_the_answer_between_rounds_the_second_at_once(
     artifact: Path, capsys: Capture
 ) -> None:
-    text = load_text(artifact / "tokenizer")
+    text = load_tokenizer(artifact / "tokenizer")
     ids = text.tokenizer.encode("one two three four").ids
     once = fake_session(ids, lambda: signal.raise_signal(signal.SIGINT))
     found = generate(once, text, Options(artifact), [1], echo=False)
@@ -262,7 +262,7 @@ def test_the_first_ctrl_c_ends_the_answer_between_rounds_the_second_at_once(
 
 def test_ctrl_c_is_left_alone_where_it_is_ignored(artifact: Path) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    text = load_text(artifact / "tokenizer")
+    text = load_tokenizer(artifact / "tokenizer")
     session = fake_session([65, 66], lambda: signal.raise_signal(signal.SIGINT))
     found = generate(session, text, Options(artifact, max_tokens=2), [1], echo=False)
     assert found.finish_reason == "length"

@@ -113,7 +113,7 @@ def test_what_is_expected_of_drafts_that_end_early_is_what_such_drafts_gave() ->
     stopping = (Stopping(0.3, (early,), (Curve(2, "code", (980, 800), (800, 600)),)),)
     acceptance = replace(PLAN.acceptance, stopping=stopping)
     whole = replace(PLAN, acceptance=acceptance)
-    ending = replace(whole, tree=replace(PLAN.tree, stop_below=0.3))
+    ending = replace(whole, tree=replace(PLAN.tree, min_path_probability=0.3))
     reached = Acceptance((early,), measured=True).reached(2, 3)
     for plan, expected in ((ending, reached), (whole, PLAN.acceptance.reached(2, 3))):
         way = answers_of(plan, [make_run(drafted_levels=8)])

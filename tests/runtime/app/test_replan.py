@@ -14,10 +14,10 @@ from running import run
 from toys import make_spec
 
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.artifacts.common.user_cache import users_folder
+from subspec.artifacts.common.user_cache import user_cache_dir
 from subspec.artifacts.format.codec import dump_json
 from subspec.artifacts.format.store import Artifact, open_artifact, verify
-from subspec.artifacts.plan import Plan, Wishes
+from subspec.artifacts.plan import Constraints, Plan
 from subspec.planner.build.artifact import rebuild
 from subspec.planner.cli import main as plan_command
 from subspec.planner.model.hub import DEMO
@@ -158,7 +158,7 @@ def test_the_printed_plan_is_the_one_that_would_be_written_without_its_outlook(
 def test_an_anew_planned_artifact_has_the_plan_of_the_search(artifact: Path) -> None:
     opened = open_artifact(artifact)
     stored = Storage(tuple(opened.stored_parts()))
-    kept = Wishes(encoding="kept")
+    kept = Constraints(encoding="kept")
     expected = search(opened.spec, opened.profile, 8_000_000, kept, PRIOR, stored)
     assert plan("--from", artifact, "--vram", "8MB") == 0
     found = open_artifact(artifact).plan
@@ -172,7 +172,7 @@ def test_an_artifact_that_decodes_slowly_is_planned_to_hold_some_residuals_decod
     """By subspec-plan, and by subspec-run for a smaller cap; the tokens stay the same."""
     before = open_artifact(artifact)
     slow = tmp_path / "slow.json"
-    slow.write_text(dump_json(replace(before.profile, decode_rate=1e6)))
+    slow.write_text(dump_json(replace(before.profile, residual_weights_per_second=1e6)))
     words = ("--width", 2, "--depth", 3, "--method", "substitute", "--profile", slow)
     assert plan("--from", artifact, "--vram", "11MB", *words) == 0
     verify(artifact)
@@ -315,7 +315,7 @@ def smaller() -> Mismatch:
 def test_an_entry_is_the_text_of_a_plan_and_is_read_back(artifact: Path, cache: Path) -> None:
     opened = open_artifact(artifact)
     found = Mismatch("machine", opened.plan.budget_bytes, None, HERE, "")
-    assert users_folder("plans") == cache
+    assert user_cache_dir("plans") == cache
     entry = cache / "entry.json"
     write_entry(entry, opened.plan)
     assert entry.read_bytes() == (artifact / "plan.json").read_bytes()
@@ -329,7 +329,7 @@ def test_an_entry_that_is_damaged_or_of_another_plan_is_not_taken(
     opened = open_artifact(artifact)
     plan = opened.plan
     found = Mismatch("machine", plan.budget_bytes, None, HERE, "")
-    folder = users_folder("plans")
+    folder = user_cache_dir("plans")
     assert folder is not None
     entry = folder / "entry.json"
     text = dump_json(plan)
@@ -375,7 +375,7 @@ def test_an_entrys_name_depends_on_all_that_its_plan_does(
 def test_the_entries_that_were_used_longest_ago_make_room(artifact: Path, cache: Path) -> None:
     opened = open_artifact(artifact)
     found = Mismatch("machine", opened.plan.budget_bytes, None, HERE, "")
-    assert users_folder("plans") == cache
+    assert user_cache_dir("plans") == cache
     for index in range(70):
         write_entry(cache / f"{index}.json", opened.plan)
         os.utime(cache / f"{index}.json", (index, index))
@@ -391,7 +391,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(
 ) -> None:
     write_entry(tmp_path / "no" / "folder" / "entry.json", PLAN)
     monkeypatch.setenv("XDG_CACHE_HOME", str(artifact / "plan.json"))
-    assert users_folder("plans") is None
+    assert user_cache_dir("plans") is None
 
 
 # As a person meets it
@@ -423,7 +423,7 @@ def test_a_smaller_cap_is_kept_on_the_fly_and_solved_only_once(
     ended = run(capsys, *words(artifact, "--vram", "7MB"))
     assert ended.exit_code == 0, ended.err
     stats = json.loads(ended.out)["stats"]
-    assert stats["fast_cap_bytes"] == 7_000_000 >= stats["fast_peak_bytes"]
+    assert stats["budget_bytes"] == 7_000_000 >= stats["fast_peak_bytes"]
     [note] = notes(ended.err)
     assert "planned anew for 7.00 MB" in note
     assert f"subspec-plan --from {artifact} --vram 7000000B --device cpu" in note
@@ -487,7 +487,7 @@ def test_a_context_that_shrank_is_said_so(artifact: Path, cache: Path) -> None:
     opened = open_artifact(artifact)
     opened = replace(opened, plan=replace(opened.plan, budget_bytes=20_000_000))
     here = look_around(opened.plan, None)
-    assert here is not None and users_folder("plans") == cache
+    assert here is not None and user_cache_dir("plans") == cache
     found = mismatch(opened.plan, "substitute", here, 19_000_000)
     assert found is not None
     kept = replace(opened.plan, context=200, budget_bytes=19_000_000)

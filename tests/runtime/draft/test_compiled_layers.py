@@ -129,8 +129,8 @@ def make_toy(spec: ModelSpec) -> Toy:
 
     small = {}
     for name, shape in resident_tensors(spec).items():
-        center, size = (1.0, 0.2) if "norm" in name else (0.0, 0.2 if "bias" in name else 1.0)
-        small[name] = (center + size * noise(*shape)).to(BF16)
+        zero_point, size = (1.0, 0.2) if "norm" in name else (0.0, 0.2 if "bias" in name else 1.0)
+        small[name] = (zero_point + size * noise(*shape)).to(BF16)
     weights: dict[tuple[int, Kind], Int4Weight | Tensor] = {}
     exact: dict[tuple[int, Kind], Int4Weight | Tensor] = {}
     biases: dict[tuple[int, Kind], Tensor] = {}
@@ -138,8 +138,8 @@ def make_toy(spec: ModelSpec) -> Toy:
         key, shape = (linear.layer, linear.kind), (linear.out_features, linear.in_features)
         made = quantize((noise(*shape) * 1.5 * shape[1] ** -0.5).to(BF16), "cpu")
         room = [torch.empty(count, dtype=torch.uint8) for count in packed_bytes(*shape, "w4a8")]
-        weights[key] = pack(made.codes, made.grid, "w4a8", *room)
-        exact[key] = dequantize(unpack_nibbles(made.codes), made.grid)
+        weights[key] = pack(made.codes, made.qparams, "w4a8", *room)
+        exact[key] = dequantize(unpack_nibbles(made.codes), made.qparams)
         if linear.has_bias:
             biases[key] = small[f"{linear.name}.bias"]
     return Toy(

@@ -49,10 +49,10 @@ def path_of(tree: TokenTree, node: int) -> list[int]:
 
 def test_a_tree_ends_early_when_its_paths_are_unlikely() -> None:
     flat = torch.zeros(V, V)
-    tree = grow(torch.tensor([0]), Tree(1, 9, stop_below=0.005), 16, table_draft(flat))
+    tree = grow(torch.tensor([0]), Tree(1, 9, min_path_probability=0.005), 16, table_draft(flat))
     assert tree.num_nodes == 1 + 3  # 1/11, 1/121, then 1/1331 is below: that level is the last
     assert tree.depths.tolist() == [0, 1, 2, 3, *(0,) * 12]
-    every = levels(torch.tensor([0]), Tree(1, 9, stop_below=0.005), 16, table_draft(flat))
+    every = levels(torch.tensor([0]), Tree(1, 9, min_path_probability=0.005), 16, table_draft(flat))
     assert [grown.num_nodes for grown, _ in every] == [2, 3, 4]
 
 

@@ -17,7 +17,7 @@ from subspec.runtime.decode import tree_rows
 from subspec.runtime.draft import beam
 from subspec.runtime.draft.beam import DraftPass, TokenTree
 from subspec.runtime.draft.graphs import DraftGraphs, grow, make_graphs, rounded_up
-from subspec.runtime.model.cache import Behind, Cache
+from subspec.runtime.model.cache import Cache, TreeSlots
 from subspec.runtime.model.sampling import Sampling
 from subspec.runtime.session import Session
 from subspec.runtime.verify import accept
@@ -34,7 +34,7 @@ def cache_of(length: int, slots: int = 2048) -> Cache:
     return Cache(torch.zeros(1, 2, 1, slots, 1), [0] * length)
 
 
-def lengths_count(behind: Behind) -> DraftPass:
+def lengths_count(behind: TreeSlots) -> DraftPass:
     """Logits of the node's token and depth, and of how many tokens are committed."""
     table = torch.randn(V, V, generator=torch.Generator().manual_seed(6)) * 3
 
@@ -69,11 +69,11 @@ def test_replayed_levels_are_those_of_the_plain_twin(width: int) -> None:
 
 
 @pytest.mark.parametrize("width", [1, 4])
-@pytest.mark.parametrize("stop_below", [0.4, 0.6, 0.8])
+@pytest.mark.parametrize("min_path_probability", [0.4, 0.6, 0.8])
 def test_a_draft_that_ends_early_ends_where_the_plain_twin_does(
-    width: int, stop_below: float
+    width: int, min_path_probability: float
 ) -> None:
-    tree, shapes = Tree(width, 5, 1.0 if width == 1 else 2.0, stop_below), set[int]()
+    tree, shapes = Tree(width, 5, 1.0 if width == 1 else 2.0, min_path_probability), set[int]()
     graphs = graphs_of(tree)
     for turn in range(60):
         length, depth = 3 + 5 * turn, turn % 7 and 5
@@ -88,7 +88,7 @@ def test_a_draft_that_ends_early_ends_where_the_plain_twin_does(
 def test_a_replayed_draft_runs_no_level_that_it_does_not_keep() -> None:
     ran = list[int]()
 
-    def passes(behind: Behind) -> DraftPass:
+    def passes(behind: TreeSlots) -> DraftPass:
         real = lengths_count(behind)
 
         def run(tree: TokenTree, nodes: Tensor) -> Tensor:
@@ -188,7 +188,7 @@ def test_a_level_its_rows_and_acceptance_wait_for_nothing(width: int) -> None:
     cache, root = cache_of(70), torch.tensor([3])
     rows = []
 
-    def passes(behind: Behind) -> DraftPass:
+    def passes(behind: TreeSlots) -> DraftPass:
         def run(tree: TokenTree, nodes: Tensor) -> Tensor:
             rows.append(tree_rows(tree, nodes, behind))
             return logits[nodes]
@@ -217,8 +217,10 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 def test_an_answer_is_the_same_with_and_without_graphs(
     shape: tuple[int, int, float], artifact: Artifact
 ) -> None:
-    width, depth, stop_below = shape
-    chosen = replan(artifact, width=width, depth=depth, context=512, stop_below=stop_below)
+    width, depth, min_path_probability = shape
+    chosen = replan(
+        artifact, width=width, depth=depth, context=512, min_path_probability=min_path_probability
+    )
     said, accepted = [], []
     for captured in (False, True):
         with Session(chosen) as session:

@@ -20,28 +20,30 @@ GPU = torch.device("cuda", 0)
 def substitute(num_rows: int, num_columns: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(2)
     codes = torch.randint(16, (num_rows, num_columns), dtype=torch.uint8, generator=generator)
-    grid = torch.randn(num_columns // 64, num_rows, 2, generator=generator)
-    return codes, grid.bfloat16()
+    qparams = torch.randn(num_columns // 64, num_rows, 2, generator=generator)
+    return codes, qparams.bfloat16()
 
 
 def test_codes_and_grid_lie_in_the_given_bytes_and_mean_what_is_stored() -> None:
-    codes, grid = substitute(48, 192)
+    codes, qparams = substitute(48, 192)
     room = [torch.empty(n, dtype=torch.uint8) for n in packed_bytes(48, 192, "gemlite")]
-    weight = pack(pack_nibbles(codes), grid, "gemlite", *room)
+    weight = pack(pack_nibbles(codes), qparams, "gemlite", *room)
     own = weight.packed
     assert own.codes.shape == (24, 48) and own.codes.is_contiguous()
     assert own.scales.shape == own.offsets.shape == (3, 48) and own.offsets.is_contiguous()
-    where = [tensor.untyped_storage().data_ptr() for tensor in (own.codes, weight.grid, own.scales)]
+    where = [
+        tensor.untyped_storage().data_ptr() for tensor in (own.codes, weight.qparams, own.scales)
+    ]
     assert where == [one.data_ptr() for one in room]
-    assert torch.equal(weight.grid, grid)
+    assert torch.equal(weight.qparams, qparams)
 
     nibbles = (own.codes.long()[..., None] >> (4 * torch.arange(8))) & 15  # [K / 8, N, 8]
     unpacked = nibbles.permute(1, 0, 2).flatten(1)
     assert torch.equal(unpacked, codes.long())
     steps = unpacked.view(48, 3, 64) * own.scales.float().t()[..., None]
     values = (steps + own.offsets.float().t()[..., None]).flatten(1)
-    # The offset of code 0 is rounded to bf16: it lies eight steps from the center.
-    assert (values - dequantize(codes, grid)).abs().max() <= own.offsets.abs().max() / 2**8
+    # The offset of code 0 is rounded to bf16: it lies eight steps from the zero_point.
+    assert (values - dequantize(codes, qparams)).abs().max() <= own.offsets.abs().max() / 2**8
 
 
 def test_only_gemlite_has_its_grid_twice() -> None:

@@ -32,12 +32,12 @@ def build(
 
 
 def stored(n: int, k: int) -> tuple[Tensor, Tensor]:
-    """codes uint8 [N, K / 2], grid bf16 [G, N, 2]"""
+    """codes uint8 [N, K / 2], qparams bf16 [G, N, 2]"""
     generator = torch.Generator().manual_seed(n + k)
     codes = torch.randint(16, (n, k), dtype=torch.uint8, generator=generator)
     scale = torch.rand(k // 64, n, generator=generator) * 0.01 + 0.001
-    center = (torch.rand(k // 64, n, generator=generator) * 15 - 7) * scale
-    return pack_nibbles(codes), torch.stack((scale, center), dim=-1).bfloat16()
+    zero_point = (torch.rand(k // 64, n, generator=generator) * 15 - 7) * scale
+    return pack_nibbles(codes), torch.stack((scale, zero_point), dim=-1).bfloat16()
 
 
 def packed(codes: Tensor) -> Tensor:
@@ -80,37 +80,37 @@ def test_codes_read_back_from_blocks_are_the_stored_ones(shape: tuple[int, int])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("rows", [1, 2, 3, 7, 8, 9, 16, 37])
 def test_every_bit_is_that_of_the_plain_twin(shape: tuple[int, int], rows: int) -> None:
-    codes, grid = stored(*shape)
+    codes, qparams = stored(*shape)
     x = activations(rows, shape[1])
-    got = int4.product(x, packed(codes), grid, 1)
-    assert torch.equal(got, int4.product_plainly(x, codes, grid).bfloat16())
+    got = int4.product(x, packed(codes), qparams, 1)
+    assert torch.equal(got, int4.product_plainly(x, codes, qparams).bfloat16())
 
 
 @pytest.mark.usefixtures("build")
 def test_a_row_depends_neither_on_the_others_nor_on_the_number_of_threads() -> None:
-    codes, grid = stored(2048, 704)  # enough for 5 threads
+    codes, qparams = stored(2048, 704)  # enough for 5 threads
     blocks, x = packed(codes), activations(21, 704)
-    alone = torch.cat([int4.product(row[None], blocks, grid, 1) for row in x])
+    alone = torch.cat([int4.product(row[None], blocks, qparams, 1) for row in x])
     for threads in (1, 2, 3, 5):
-        assert torch.equal(int4.product(x, blocks, grid, threads), alone)
-        assert torch.equal(int4.product(x.flip(0), blocks, grid, threads), alone.flip(0))
+        assert torch.equal(int4.product(x, blocks, qparams, threads), alone)
+        assert torch.equal(int4.product(x.flip(0), blocks, qparams, threads), alone.flip(0))
         for rows in (2, 4, 5):
-            assert torch.equal(int4.product(x[-rows:], blocks, grid, threads), alone[-rows:])
+            assert torch.equal(int4.product(x[-rows:], blocks, qparams, threads), alone[-rows:])
 
 
 @pytest.mark.usefixtures("build")
 def test_it_can_fill_a_column_range_of_a_wider_tensor() -> None:
-    codes, grid = stored(48, 192)
+    codes, qparams = stored(48, 192)
     x = activations(3, 192)
     wide = torch.zeros(3, 100, dtype=torch.bfloat16)
-    int4.product(x, packed(codes), grid, 1, wide[:, 10:58])
-    assert torch.equal(wide[:, 10:58], int4.product(x, packed(codes), grid, 1))
+    int4.product(x, packed(codes), qparams, 1, wide[:, 10:58])
+    assert torch.equal(wide[:, 10:58], int4.product(x, packed(codes), qparams, 1))
     assert wide[:, :10].abs().sum() + wide[:, 58:].abs().sum() == 0
 
 
 @pytest.mark.usefixtures("build")
 def test_activations_of_any_finite_size_stay_finite_and_zeros_give_zero() -> None:
-    codes, grid = stored(64, 256)
+    codes, qparams = stored(64, 256)
     x = activations(6, 256)
     x[0] = 0
     x[1, :64] = 0
@@ -118,41 +118,41 @@ def test_activations_of_any_finite_size_stay_finite_and_zeros_give_zero() -> Non
     x[3] *= 2.0**-100  # on both sides of what counts as zero
     x[4] *= 2.0**110
     x[5, 64:] = -x[5, :192]
-    got = int4.product(x, packed(codes), grid, 1)
-    assert torch.equal(got, int4.product_plainly(x, codes, grid).bfloat16())
+    got = int4.product(x, packed(codes), qparams, 1)
+    assert torch.equal(got, int4.product_plainly(x, codes, qparams).bfloat16())
     assert got.isfinite().all()
     assert (got[[0, 2]] == 0).all() and got[3:].abs().amin(1).gt(0).all()
 
 
 @pytest.mark.usefixtures("build")
 def test_a_row_with_an_infinity_or_nan_becomes_nan_and_leaves_the_others_alone() -> None:
-    codes, grid = stored(32, 192)
+    codes, qparams = stored(32, 192)
     x = activations(4, 192)
-    expected = int4.product(x, packed(codes), grid, 1)
+    expected = int4.product(x, packed(codes), qparams, 1)
     x[1, 70], x[2, 3] = torch.inf, torch.nan
-    got = int4.product(x, packed(codes), grid, 1)
+    got = int4.product(x, packed(codes), qparams, 1)
     assert got[1:3].isnan().all() and torch.equal(got[[0, 3]], expected[[0, 3]])
-    assert int4.product_plainly(x, codes, grid)[1:3].isnan().all()
+    assert int4.product_plainly(x, codes, qparams)[1:3].isnan().all()
 
 
 @pytest.mark.usefixtures("build")
 def test_eight_bit_activations_change_a_product_by_less_than_a_percent() -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(512, 1024, generator=generator) * 0.02
-    weight[:, :64] += 0.1  # a center far from 0
+    weight[:, :64] += 0.1  # a zero_point far from 0
     substitute = quantize(weight.bfloat16(), "cpu")
     x = activations(8, 1024)
-    got = int4.product(x, packed(substitute.codes), substitute.grid, 1).float()
-    exact = x.float() @ dequantize(unpack_nibbles(substitute.codes), substitute.grid).t()
+    got = int4.product(x, packed(substitute.codes), substitute.qparams, 1).float()
+    exact = x.float() @ dequantize(unpack_nibbles(substitute.codes), substitute.qparams).t()
     assert ((got - exact).norm(dim=1) / exact.norm(dim=1)).max() < 0.01
 
 
 @pytest.mark.usefixtures("build")
 def test_codes_and_grid_are_taken_exactly() -> None:
-    codes, grid = stored(64, 192)
+    codes, qparams = stored(64, 192)
     one_hot = torch.eye(192, dtype=torch.bfloat16)  # row k picks column k; 127 / 127 is exact
-    got = int4.product(one_hot, packed(codes), grid, 1)
-    expected = dequantize(unpack_nibbles(codes), grid).t()
+    got = int4.product(one_hot, packed(codes), qparams, 1)
+    expected = dequantize(unpack_nibbles(codes), qparams).t()
     torch.testing.assert_close(got.float(), expected, rtol=2**-8, atol=0)
 
 

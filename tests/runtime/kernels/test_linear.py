@@ -22,30 +22,30 @@ from subspec.runtime.kernels.linear import (
 
 
 def stored(n: int, k: int) -> tuple[Tensor, Tensor]:
-    """codes uint8 [N, K / 2], grid bf16 [G, N, 2]"""
+    """codes uint8 [N, K / 2], qparams bf16 [G, N, 2]"""
     generator = torch.Generator().manual_seed(n + k)
     codes = torch.randint(16, (n, k), dtype=torch.uint8, generator=generator)
     scale = torch.rand(k // 64, n, generator=generator) * 0.01 + 0.001
-    center = (torch.rand(k // 64, n, generator=generator) * 15 - 7) * scale
-    return pack_nibbles(codes), torch.stack((scale, center), dim=-1).bfloat16()
+    zero_point = (torch.rand(k // 64, n, generator=generator) * 15 - 7) * scale
+    return pack_nibbles(codes), torch.stack((scale, zero_point), dim=-1).bfloat16()
 
 
-def packed_in_room(codes: Tensor, grid: Tensor) -> tuple[Int4Weight, list[Tensor]]:
+def packed_in_room(codes: Tensor, qparams: Tensor) -> tuple[Int4Weight, list[Tensor]]:
     sizes = packed_bytes(codes.shape[0], codes.shape[1] * 2, "aten")
     room = [torch.empty(size, dtype=torch.uint8) for size in sizes]
-    return pack(codes, grid, "aten", *room), room
+    return pack(codes, qparams, "aten", *room), room
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (128, 256), (704, 128), (48, 64), (2048, 192)])
 def test_packing_equals_atens_own_layout(shape: tuple[int, int]) -> None:
-    codes, grid = stored(*shape)
-    weight, room = packed_in_room(codes, grid)
+    codes, qparams = stored(*shape)
+    weight, room = packed_in_room(codes, qparams)
     unpacked = unpack_nibbles(codes).int()
     expected = torch.ops.aten._convert_weight_to_int4pack_for_cpu(unpacked, 1)
     assert torch.equal(weight.packed, expected)
-    assert torch.equal(weight.grid, grid)
+    assert torch.equal(weight.qparams, qparams)
     assert weight.packed.data_ptr() == room[0].data_ptr()
-    assert weight.grid.data_ptr() == room[1].data_ptr()
+    assert weight.qparams.data_ptr() == room[1].data_ptr()
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (192, 256)])
@@ -54,8 +54,8 @@ def test_codes_read_back_from_tiles_are_the_stored_ones(shape: tuple[int, int]) 
     tile = cpu_tile_rows(num_rows)
     if tile is None:
         pytest.skip("this CPU has no tiles")
-    codes, grid = stored(*shape)
-    packed = packed_in_room(codes, grid)[0].packed
+    codes, qparams = stored(*shape)
+    packed = packed_in_room(codes, qparams)[0].packed
     assert torch.equal(unpack_cpu(packed, tile), codes)
     half = packed[num_rows // 2 :] if num_rows // 2 % tile == 0 else packed  # rows lie together
     assert torch.equal(unpack_cpu(half, tile), codes[-len(half) :])
@@ -80,10 +80,10 @@ def test_tiles_on_cuda_divide_every_row_of_whole_groups() -> None:
 
 @pytest.mark.parametrize("rows", [1, 3, 8])
 def test_the_4_bit_kernel_agrees_with_its_plain_twin(rows: int) -> None:
-    codes, grid = stored(256, 512)
+    codes, qparams = stored(256, 512)
     x = torch.randn(rows, 512, generator=torch.Generator().manual_seed(0)).bfloat16()
-    got = int4_product(x, packed_in_room(codes, grid)[0]).float()
-    expected = int4_product_plainly(x, codes, grid)
+    got = int4_product(x, packed_in_room(codes, qparams)[0]).float()
+    expected = int4_product_plainly(x, codes, qparams)
     # The kernel adds up in f32, in another order, and rounds the sum to bf16.
     torch.testing.assert_close(got, expected, rtol=2**-8, atol=1e-5)
 
@@ -92,12 +92,12 @@ def test_the_4_bit_kernel_agrees_with_its_plain_twin(rows: int) -> None:
 def test_the_4_bit_kernel_computes_with_exactly_what_is_stored(shape: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(shape, generator=generator) * 0.02
-    weight[:, :64] += 0.3  # a center far from 0
+    weight[:, :64] += 0.3  # a zero_point far from 0
     substitute = quantize(weight.bfloat16(), "cpu")
     one_hot = torch.eye(shape[1], dtype=torch.bfloat16)  # row k picks column k of the weight
-    kernel = packed_in_room(substitute.codes, substitute.grid)[0]
+    kernel = packed_in_room(substitute.codes, substitute.qparams)[0]
     got = torch.cat([int4_product(some, kernel) for some in one_hot.split(8)])
-    expected = dequantize(unpack_nibbles(substitute.codes), substitute.grid)
+    expected = dequantize(unpack_nibbles(substitute.codes), substitute.qparams)
     assert torch.equal(got, expected.t().bfloat16())
 
 

@@ -55,35 +55,35 @@ def test_the_kernel_agrees_with_its_plain_twin_under_the_interpreter() -> None:
 def check_decoding_a_part_gives_the_bits_that_were_encoded(
     dtype: torch.dtype, layout: Int4Kernel, inner_tiles: int, num_columns: int
 ) -> None:
-    codes, grid = random_substitute(num_columns)
-    weight = nearby(codes, grid, dtype)
-    got, mismatches = encode_and_decode(weight, codes, grid, layout, inner_tiles)
+    codes, qparams = random_substitute(num_columns)
+    weight = nearby(codes, qparams, dtype)
+    got, mismatches = encode_and_decode(weight, codes, qparams, layout, inner_tiles)
     assert same_bits(got, weight[FIRST_ROW : FIRST_ROW + NUM_ROWS])
     assert mismatches == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def check_arbitrary_patterns_come_through_as_escapes(dtype: torch.dtype) -> None:
-    codes, grid = random_substitute(64)
+    codes, qparams = random_substitute(64)
     weight = any_patterns((ROWS, 64), dtype)
-    got, mismatches = encode_and_decode(weight, codes, grid, "aten", 4)
+    got, mismatches = encode_and_decode(weight, codes, qparams, "aten", 4)
     assert same_bits(got, weight[FIRST_ROW : FIRST_ROW + NUM_ROWS])
     assert mismatches == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def check_extreme_grids_give_the_windows_of_the_plain_twin(dtype: torch.dtype) -> None:
-    codes, grid = random_substitute(64)
+    codes, qparams = random_substitute(64)
     scales = torch.tensor([2.0**-59, 2.0**59, 2.0**-14, 1.0, 3e-3])
     steps = torch.tensor([0.0, -0.0, 0.5, -7.5, 8.5, -8.5, 8.53125, 1e3])  # where zero may lie
     scale = scales.repeat_interleave(len(steps))
-    center = scale * steps.repeat(len(scales))
+    zero_point = scale * steps.repeat(len(scales))
     largest = torch.finfo(torch.bfloat16).max
     for at, extreme in enumerate((largest, -largest, 2.0**-130, -65504.0)):
-        center[at * 9] = extreme
-    grid[0, FIRST_ROW : FIRST_ROW + 40] = torch.stack((scale, center), -1).bfloat16()
-    weight = nearby(codes, grid, dtype)
-    got, mismatches = encode_and_decode(weight, codes, grid, "gemlite", 0)
+        zero_point[at * 9] = extreme
+    qparams[0, FIRST_ROW : FIRST_ROW + 40] = torch.stack((scale, zero_point), -1).bfloat16()
+    weight = nearby(codes, qparams, dtype)
+    got, mismatches = encode_and_decode(weight, codes, qparams, "gemlite", 0)
     assert same_bits(got, weight[FIRST_ROW : FIRST_ROW + NUM_ROWS])
     assert mismatches == 0
 
@@ -92,10 +92,10 @@ def check_extreme_grids_give_the_windows_of_the_plain_twin(dtype: torch.dtype) -
 def check_a_damaged_stream_is_counted_where_the_twin_refuses_it_and_reads_nothing_else(
     dtype: torch.dtype,
 ) -> None:
-    codes, grid = random_substitute(64)
+    codes, qparams = random_substitute(64)
     rows = slice(FIRST_ROW, FIRST_ROW + NUM_ROWS)
     stored = residual.encode(
-        nearby(codes, grid, dtype)[rows], pack_nibbles(codes[rows]), grid[:, rows]
+        nearby(codes, qparams, dtype)[rows], pack_nibbles(codes[rows]), qparams[:, rows]
     )
     packed, refused = aten_layout(codes, 4), []
     num_tiles = NUM_ROWS // residual.TILE_ROWS
@@ -108,11 +108,11 @@ def check_a_damaged_stream_is_counted_where_the_twin_refuses_it_and_reads_nothin
         for around in (0x00, 0xFF):  # what lies before and after must not matter
             room = torch.full((len(stored) + 8192,), around, dtype=torch.uint8)
             part = room[4096 : 4096 + len(stored)].copy_(damaged)
-            results.append(decode(part, packed, grid, dtype, "aten"))
+            results.append(decode(part, packed, qparams, dtype, "aten"))
         assert same_bits(results[0][0], results[1][0])
         assert results[0][1] == results[1][1]
         try:
-            expected = residual.decode(damaged, pack_nibbles(codes[rows]), grid[:, rows], dtype)
+            expected = residual.decode(damaged, pack_nibbles(codes[rows]), qparams[:, rows], dtype)
         except SubspecError:
             assert results[0][1] > 0
             refused.append(place)
@@ -124,26 +124,26 @@ def check_a_damaged_stream_is_counted_where_the_twin_refuses_it_and_reads_nothin
 
 @pytest.mark.parametrize("ahead", [True, False])
 def check_a_word_beside_the_tiles_is_counted_as_the_twin_refuses_it(ahead: bool) -> None:
-    codes, grid = random_substitute(64)
+    codes, qparams = random_substitute(64)
     rows = slice(FIRST_ROW, FIRST_ROW + NUM_ROWS)
-    weight = nearby(codes, grid, torch.bfloat16)
-    stored = residual.encode(weight[rows], pack_nibbles(codes[rows]), grid[:, rows])
+    weight = nearby(codes, qparams, torch.bfloat16)
+    stored = residual.encode(weight[rows], pack_nibbles(codes[rows]), qparams[:, rows])
     index, tiles = stored.view(torch.int32).split((3, len(stored) // 4 - 3))
     extra = torch.zeros(1, dtype=torch.int32)
     words = torch.cat((index + 1, extra, tiles) if ahead else (index, tiles, extra))
     damaged = words.view(torch.uint8)
-    _, mismatches = decode(damaged, aten_layout(codes, 4), grid, torch.bfloat16, "aten")
+    _, mismatches = decode(damaged, aten_layout(codes, 4), qparams, torch.bfloat16, "aten")
     assert mismatches == 1
     with pytest.raises(SubspecError, match="a residual is damaged"):
-        residual.decode(damaged, pack_nibbles(codes[rows]), grid[:, rows], torch.bfloat16)
+        residual.decode(damaged, pack_nibbles(codes[rows]), qparams[:, rows], torch.bfloat16)
 
 
 def check_a_stream_of_an_impossible_length_is_refused() -> None:
-    codes, grid = random_substitute(64)
+    codes, qparams = random_substitute(64)
     stored = torch.zeros(4 * (3 + residual.GUARD_WORDS), dtype=torch.uint8)
     for length in (0, 4 * 5, len(stored) - 1):
         with pytest.raises(SubspecError, match=f"it is {length} bytes") as caught:
-            decode(stored[:length], aten_layout(codes, 4), grid, torch.bfloat16, "aten")
+            decode(stored[:length], aten_layout(codes, 4), qparams, torch.bfloat16, "aten")
         assert caught.value.exit_code == Exit.CORRUPT
 
 
@@ -165,24 +165,24 @@ def check_divisions_are_exact() -> None:
 
 
 def random_substitute(num_columns: int) -> tuple[Tensor, Tensor]:
-    """-> codes uint8 [ROWS, K], grid bf16 [G, ROWS, 2], its zeros within and beyond the codes."""
+    """-> codes uint8 [ROWS, K], qparams bf16 [G, ROWS, 2], zeros within and beyond codes."""
     generator = torch.Generator().manual_seed(num_columns)
     codes = torch.randint(16, (ROWS, num_columns), dtype=torch.uint8, generator=generator)
     shape = (num_columns // 64, ROWS)
     scale = torch.rand(shape, generator=generator) * 0.01 + 0.001
-    center = torch.randn(shape, generator=generator) * 5 * scale
-    return codes, torch.stack((scale, center), -1).bfloat16()
+    zero_point = torch.randn(shape, generator=generator) * 5 * scale
+    return codes, torch.stack((scale, zero_point), -1).bfloat16()
 
 
-def nearby(codes: Tensor, grid: Tensor, dtype: torch.dtype) -> Tensor:
+def nearby(codes: Tensor, qparams: Tensor, dtype: torch.dtype) -> Tensor:
     """[ROWS, K] around the values that the codes stand for, with some escapes and the ends."""
-    scale, center = grid.float().transpose(0, 1)[..., None].unbind(2)  # [N, G, 1]
+    scale, zero_point = qparams.float().transpose(0, 1)[..., None].unbind(2)  # [N, G, 1]
     grouped = codes.view(ROWS, -1, 64)
     generator = torch.Generator().manual_seed(1)
     offset = (torch.rand(grouped.shape, generator=generator) - 0.5) * 1.02
     offset[..., ::7] = 0.5
     offset[..., ::11] = -0.5
-    weight = ((grouped.float() - 8 + offset) * scale + center).view(codes.shape).to(dtype)
+    weight = ((grouped.float() - 8 + offset) * scale + zero_point).view(codes.shape).to(dtype)
     weight[:, ::37] = 0
     return weight
 
@@ -218,26 +218,26 @@ def gemlite_layout(codes: Tensor) -> Tensor:
 def encode_and_decode(
     weight: Tensor,
     codes: Tensor,
-    grid: Tensor,
+    qparams: Tensor,
     layout: Int4Kernel,
     inner_tiles: int,
     device: str = "cpu",
 ) -> tuple[Tensor, int]:
     rows = slice(FIRST_ROW, FIRST_ROW + NUM_ROWS)
-    stored = residual.encode(weight[rows], pack_nibbles(codes[rows]), grid[:, rows])
+    stored = residual.encode(weight[rows], pack_nibbles(codes[rows]), qparams[:, rows])
     room = torch.zeros(len(stored) + 4, dtype=torch.uint8, device=device)
     part = room[4:].copy_(stored)  # at no multiple of 8 bytes
     packed = aten_layout(codes, inner_tiles) if layout == "aten" else gemlite_layout(codes)
-    return decode(part, packed.to(device), grid.to(device), weight.dtype, layout)
+    return decode(part, packed.to(device), qparams.to(device), weight.dtype, layout)
 
 
 def decode(
-    stored: Tensor, packed: Tensor, grid: Tensor, dtype: torch.dtype, layout: Int4Kernel
+    stored: Tensor, packed: Tensor, qparams: Tensor, dtype: torch.dtype, layout: Int4Kernel
 ) -> tuple[Tensor, int]:
     device = stored.device
-    out = torch.empty(NUM_ROWS, grid.shape[0] * 64, dtype=dtype, device=device)
+    out = torch.empty(NUM_ROWS, qparams.shape[0] * 64, dtype=dtype, device=device)
     mismatches = torch.zeros(1, dtype=torch.int32, device=device)
-    residual_triton.decode_into(out, stored, packed, grid, FIRST_ROW, layout, mismatches)
+    residual_triton.decode_into(out, stored, packed, qparams, FIRST_ROW, layout, mismatches)
     return out.cpu(), int(mismatches)
 
 
@@ -291,10 +291,10 @@ def test_the_4_bit_kernels_keep_their_codes_as_the_plain_layouts_say(
     monkeypatch.setattr(linear, "PIECE_BYTES", 24 * num_columns // 2)
     if kernel == "gemlite":
         pytest.importorskip("gemlite")
-    codes, grid = random_substitute(num_columns)
+    codes, qparams = random_substitute(num_columns)
     sizes = packed_bytes(*codes.shape, kernel)
     room = [torch.empty(size, dtype=torch.uint8, device="cuda") for size in sizes]
-    packed = pack(pack_nibbles(codes), grid, kernel, *room).packed
+    packed = pack(pack_nibbles(codes), qparams, kernel, *room).packed
     if kernel == "gemlite":
         assert torch.equal(packed.codes.cpu(), gemlite_layout(codes))
     else:
@@ -312,10 +312,10 @@ def test_decoding_on_cuda_gives_the_bits_that_were_encoded(
     inner_tiles: int,
     num_columns: int,
 ) -> None:
-    codes, grid = random_substitute(num_columns)
+    codes, qparams = random_substitute(num_columns)
     shape = (ROWS, num_columns)
-    weight = nearby(codes, grid, dtype) if weights is nearby else any_patterns(shape, dtype)
-    got, mismatches = encode_and_decode(weight, codes, grid, layout, inner_tiles, "cuda")
+    weight = nearby(codes, qparams, dtype) if weights is nearby else any_patterns(shape, dtype)
+    got, mismatches = encode_and_decode(weight, codes, qparams, layout, inner_tiles, "cuda")
     assert same_bits(got, weight[FIRST_ROW : FIRST_ROW + NUM_ROWS])
     assert mismatches == 0
 

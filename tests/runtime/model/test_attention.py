@@ -12,9 +12,9 @@ from torch import Tensor
 from subspec.runtime.model import attention
 from subspec.runtime.model.attention import (
     attend,
-    attend_exactly,
+    attend_batch_invariant,
+    attend_in_fp64,
     attend_in_order,
-    attend_order_free,
     scratch_bytes,
 )
 
@@ -86,7 +86,7 @@ def test_all_agree_with_grouped_query_attention_of_torch(dtype: torch.dtype) -> 
     k, v = (t.float().repeat_interleave(A // B, 0) for t in (keys, values))
     expected = F.scaled_dot_product_attention(q.float(), k, v, attn_mask=visible)
     tolerance = 1e-5 if dtype == F32 else 2e-2
-    for attention_of in (attend, attend_exactly, attend_order_free):
+    for attention_of in (attend, attend_batch_invariant, attend_in_fp64):
         got = attention_of(q, keys, values, visible).float()
         torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
 
@@ -107,7 +107,7 @@ def test_without_a_compiler_the_plain_twin_is_what_verifies(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(attention, "unavailable", lambda: "there is none")
-    assert equal_bits(attend_exactly(*inputs(BF16)), attend_order_free(*inputs(BF16)))
+    assert equal_bits(attend_batch_invariant(*inputs(BF16)), attend_in_fp64(*inputs(BF16)))
 
 
 # ---- the plain twin -----------------------------------------------------------------------------
@@ -118,17 +118,17 @@ def test_the_order_free_twin_gives_the_same_bits_wherever_the_slots_are(
     dtype: torch.dtype,
 ) -> None:
     q, keys, values, visible = inputs(dtype)
-    expected = attend_order_free(q, keys, values, visible)
+    expected = attend_in_fp64(q, keys, values, visible)
     for seed in range(5):
         order = torch.randperm(S, generator=torch.Generator().manual_seed(seed))
-        moved = attend_order_free(q, keys[:, order], values[:, order], visible[:, order])
+        moved = attend_in_fp64(q, keys[:, order], values[:, order], visible[:, order])
         assert torch.equal(moved, expected)
 
 
 def test_the_order_free_twin_ignores_how_many_hidden_slots_there_are() -> None:
     q, keys, values, visible = inputs(BF16)
-    expected = attend_order_free(q, keys, values, visible)
-    shorter = attend_order_free(q, keys[:, :128], values[:, :128], visible[:, :128])
+    expected = attend_in_fp64(q, keys, values, visible)
+    shorter = attend_in_fp64(q, keys[:, :128], values[:, :128], visible[:, :128])
     assert torch.equal(shorter, expected)
 
 
@@ -140,7 +140,7 @@ def test_the_order_free_twin_ignores_how_many_hidden_slots_there_are() -> None:
 def test_in_f32_it_differs_from_the_plain_twin_by_rounding_only(
     shape: tuple[int, int, int, int, int],
 ) -> None:
-    got, expected = attend_in_order(*inputs(F32, shape)), attend_order_free(*inputs(F32, shape))
+    got, expected = attend_in_order(*inputs(F32, shape)), attend_in_fp64(*inputs(F32, shape))
     torch.testing.assert_close(got, expected, rtol=2e-6, atol=2e-6)
 
 
@@ -150,7 +150,7 @@ def test_in_16_bits_it_returns_what_the_plain_twin_does_but_for_ties(dtype: torc
     enough, step = (0.997, 2**-7) if dtype == BF16 else (0.98, 2**-10)
     for shape in SHAPES:
         got = attend_in_order(*inputs(dtype, shape))
-        expected = attend_order_free(*inputs(dtype, shape))
+        expected = attend_in_fp64(*inputs(dtype, shape))
         assert (got == expected).float().mean() >= enough
         torch.testing.assert_close(got, expected, rtol=step, atol=2e-6)
 
@@ -301,7 +301,7 @@ def test_a_result_is_rounded_to_the_nearest_and_ties_to_even(dtype: torch.dtype)
 def test_large_scores_neither_overflow_nor_hide_what_is_equally_large() -> None:
     q, keys, values, visible = inputs(F32)
     got = attend_in_order(q * 1e4, keys * 1e4, values, visible)
-    torch.testing.assert_close(got, attend_order_free(q * 1e4, keys * 1e4, values, visible))
+    torch.testing.assert_close(got, attend_in_fp64(q * 1e4, keys * 1e4, values, visible))
 
 
 @pytest.mark.usefixtures("build")

@@ -15,7 +15,7 @@ from subspec.artifacts.format.store import Artifact, open_artifact, verify
 from subspec.artifacts.format.tensors import read_header
 from subspec.artifacts.model import StoredPart, linears
 from subspec.artifacts.native import residual_cpu
-from subspec.artifacts.plan import Placement, Wishes
+from subspec.artifacts.plan import Constraints, Placement
 from subspec.planner.model.hub import DEMO
 from subspec.planner.solve.search import PRIOR, search
 from subspec.planner.solve.storage import Storage
@@ -112,9 +112,13 @@ def test_a_plan_that_holds_some_residuals_decoded_says_the_same_in_its_ledgers_b
     """Planned for a decoder that is far slower than the link. What is held decoded is never decoded
     again."""
     stored = Storage(tuple(bf16.stored_parts()))
-    wishes = Wishes(context=256, width=2, depth=3, method="substitute", encoding="kept")
-    slow, fast = (replace(PROFILE, num_threads=1, decode_rate=rate) for rate in (1e6, 1e12))
-    plan, none = (search(bf16.spec, p, 11_000_000, wishes, PRIOR, stored) for p in (slow, fast))
+    constraints = Constraints(context=256, width=2, depth=3, method="substitute", encoding="kept")
+    slow, fast = (
+        replace(PROFILE, num_threads=1, residual_weights_per_second=rate) for rate in (1e6, 1e12)
+    )
+    plan, none = (
+        search(bf16.spec, p, 11_000_000, constraints, PRIOR, stored) for p in (slow, fast)
+    )
     every = set(plan.residuals)
     assert plan.verify_width == none.verify_width and every == set(none.residuals)
     with Session(replace(bf16, plan=plan), method=method, trace=True) as session:  # type: ignore[arg-type]
@@ -180,7 +184,7 @@ DAMAGES = {
     "a residual": lambda folder: flip_in_part(folder, 5000),
     "a residual that stays": flip_held,
     "a code": flip_tensor("model.layers.1.mlp.up_proj.codes"),
-    "a scale": flip_tensor("model.layers.2.self_attn.k_proj.grid"),
+    "a scale": flip_tensor("model.layers.2.self_attn.k_proj.qparams"),
     "an embedding": flip_tensor("model.embed_tokens.weight"),
 }
 

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.planner.model.hub import DEMO
-from subspec.runtime.text.tokenizer import Decoder, Printer, Text, load_text
+from subspec.runtime.text.tokenizer import Decoder, StreamingDetokenizer, Text, load_tokenizer
 
 TRICKY = [
     "café",
@@ -84,8 +84,8 @@ def byte_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     return [bytes_to_pieces[c] for c in "".join(piece for piece, _ in pieces)]
 
 
-def printed(text: Text, ids: list[int], *stop: str) -> tuple[list[str], Printer]:
-    printer = Printer(text, stop)
+def printed(text: Text, ids: list[int], *stop: str) -> tuple[list[str], StreamingDetokenizer]:
+    printer = StreamingDetokenizer(text, stop)
     pieces = [printer.feed([token]) for token in ids if not printer.stopped]
     return [*pieces, printer.finish()], printer
 
@@ -154,7 +154,7 @@ def test_a_stop_string_cuts_the_text_wherever_the_rounds_fall(
     demo: Text, stop: list[str], expected: str, size: int
 ) -> None:
     ids = byte_ids(demo.tokenizer, "abcdefabcdefg")
-    printer, shown = Printer(demo, tuple(stop)), ""
+    printer, shown = StreamingDetokenizer(demo, tuple(stop)), ""
     for first in range(0, len(ids), size):
         if not printer.stopped:
             shown += printer.feed(ids[first : first + size])
@@ -164,7 +164,7 @@ def test_a_stop_string_cuts_the_text_wherever_the_rounds_fall(
 
 
 def test_tokens_after_a_stop_string_are_not_counted(demo: Text) -> None:
-    printer = Printer(demo, ("cd",))
+    printer = StreamingDetokenizer(demo, ("cd",))
     assert printer.feed(byte_ids(demo.tokenizer, "abcdef")) == "ab"
     assert printer.num_tokens == 4 and printer.stopped
 
@@ -247,17 +247,17 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_tokenizer_folder_loads_with_or_without_template_and_settings(folder: Path) -> None:
-    whole = load_text(folder)
+    whole = load_tokenizer(folder)
     assert whole.special_tokens == {"eos_token": "<|im_end|>"} and whole.template is not None
     (folder / "settings.json").unlink()
     (folder / "chat_template.jinja").unlink()
-    bare = load_text(folder)
+    bare = load_tokenizer(folder)
     assert bare.special_tokens == {} and bare.template is None and not bare.begins_with_bos
 
 
 def test_a_newer_format_may_have_added_settings(folder: Path) -> None:
     (folder / "settings.json").write_text('{"begins_with_bos": true, "novelty": 1}')
-    assert load_text(folder).begins_with_bos
+    assert load_tokenizer(folder).begins_with_bos
 
 
 def test_a_tokenizer_that_truncates_or_pads_does_neither_here(folder: Path) -> None:
@@ -265,7 +265,7 @@ def test_a_tokenizer_that_truncates_or_pads_does_neither_here(folder: Path) -> N
     tokenizer.enable_truncation(4)
     tokenizer.enable_padding(length=64)
     tokenizer.save(str(folder / "tokenizer.json"))
-    assert 4 < len(load_text(folder).plain_ids("one two three four five six")) < 64
+    assert 4 < len(load_tokenizer(folder).plain_ids("one two three four five six")) < 64
 
 
 @pytest.mark.parametrize(
@@ -285,13 +285,13 @@ def test_a_tokenizer_that_truncates_or_pads_does_neither_here(folder: Path) -> N
 def test_a_damaged_file_is_named(folder: Path, name: str, content: bytes, word: str) -> None:
     (folder / name).write_bytes(content)
     with pytest.raises(SubspecError, match=word) as failed:
-        load_text(folder)
+        load_tokenizer(folder)
     assert failed.value.exit_code == Exit.CORRUPT
 
 
 def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(SubspecError, match="tokenizer.json is missing"):
-        load_text(tmp_path)
+        load_tokenizer(tmp_path)
 
 
 def test_text_that_the_tokenizer_cannot_take_is_an_error_not_a_traceback(demo: Text) -> None:

@@ -14,14 +14,14 @@ from subspec.planner.build.quantize import quantize
 from subspec.planner.machine.excerpt import fill_with_noise
 from subspec.planner.machine.timing import time_each
 from subspec.runtime.kernels.linear import cpu_tile_rows, pack, packed_bytes
-from subspec.runtime.stream.residual_decoder import Restorer
+from subspec.runtime.stream.residual_decoder import ResidualDecoder
 
 DECODE_WEIGHTS = 1 << 21  # of one matrix, decoded at a time
 DECODED_BYTES = 64 << 20  # that decoding goes round
 CALLS_ON_CUDA = 16
 
 
-def decode_rate(spec: ModelSpec, device: torch.device, kernel: Int4Kernel) -> float:
+def residual_weights_per_second(spec: ModelSpec, device: torch.device, kernel: Int4Kernel) -> float:
     """Exact weights per second from residuals, over the matrices of a layer; 0: too slow to be
     thought of (no compiler, no Triton), or in a layout that nobody reads."""
     on_cpu = device.type == "cpu"
@@ -58,21 +58,21 @@ def decode_seconds(
     weight = torch.empty(rows, linear.in_features, dtype=dtype)
     fill_with_noise(weight, linear.in_features**-0.5)
     made = quantize(weight, device)
-    stored = residual_cpu.encode(weight, made.codes, made.grid, torch.get_num_threads())
+    stored = residual_cpu.encode(weight, made.codes, made.qparams, torch.get_num_threads())
     scratch = torch.empty(part.num_bytes, dtype=torch.uint8, device=device)
 
     def copy() -> Callable[[], object]:
         room = [torch.empty(n, dtype=torch.uint8, device=device)
                 for n in packed_bytes(rows, linear.in_features, kernel)]  # fmt: skip
-        restorer = Restorer(
-            {(linear.layer, linear.kind): pack(made.codes, made.grid, kernel, *room)},
+        residual_decoder = ResidualDecoder(
+            {(linear.layer, linear.kind): pack(made.codes, made.qparams, kernel, *room)},
             scratch,
             dtype,
             torch.get_num_threads(),
             torch.zeros(1, dtype=torch.int32, device=device),
         )
         own = stored.to(device, copy=True)
-        return lambda: restorer.restore(part, own)
+        return lambda: residual_decoder.restore(part, own)
 
     read_bytes = len(stored) + sum(packed_bytes(rows, linear.in_features, kernel))
     copies = cycle([copy() for _ in range(-(-DECODED_BYTES // read_bytes))])

@@ -10,22 +10,22 @@ from toys import ACCEPTANCE, make_profile, make_spec
 from subspec.artifacts.acceptance import Acceptance, Curve, Stopping
 from subspec.artifacts.format.checks import check_plan
 from subspec.artifacts.model import StoredPart, parts
-from subspec.artifacts.plan import Method, Prediction, Usage, Wishes
-from subspec.artifacts.profile import Learned
+from subspec.artifacts.plan import Constraints, Method, Prediction, Usage
+from subspec.artifacts.profile import Corrections
 from subspec.artifacts.runs import Run
-from subspec.planner.rehearse.learn import (
+from subspec.planner.rehearse.corrections import (
     LEAST,
     MOST,
     Rounds,
     Timed,
-    learned,
+    corrections,
     rounds_of_runs,
     slowdown,
-    unlearned,
     updated,
     with_runs,
+    without_corrections,
 )
-from subspec.planner.solve.outlook import foretell
+from subspec.planner.solve.outlook import predict_for
 from subspec.planner.solve.search import search
 from subspec.planner.solve.storage import raw_storage
 
@@ -54,7 +54,7 @@ def test_rounds_of_several_answers_count_by_what_was_predicted_for_each() -> Non
 
 def test_where_nothing_was_timed_the_prediction_stays() -> None:
     assert slowdown([]) == slowdown([Timed((), 0.1)]) == slowdown([Timed((0.5,), 0.0)]) == 1.0
-    assert learned(Rounds()) == Learned()
+    assert corrections(Rounds()) == Corrections()
 
 
 def test_a_factor_beyond_reason_is_a_mistake_of_something_else() -> None:
@@ -63,7 +63,7 @@ def test_a_factor_beyond_reason_is_a_mistake_of_something_else() -> None:
 
 
 def test_phases_are_learned_apart() -> None:
-    found = learned(
+    found = corrections(
         Rounds(
             draft=(Timed((0.11,) * 3, 0.1),),
             verify=(Timed((0.12,) * 3, 0.1),),
@@ -77,15 +77,15 @@ def test_phases_are_learned_apart() -> None:
 
 
 def test_what_was_not_timed_stays_as_it_was_known() -> None:
-    before = Learned(draft=1.1, verify=1.2, plain=1.3, prompt=1.4, num_rounds=90)
+    before = Corrections(draft=1.1, verify=1.2, plain=1.3, prompt=1.4, num_rounds=90)
     rounds = Rounds(verify=(Timed((0.2,) * 4, 0.1),))
-    assert updated(before, rounds, learned(rounds)) == replace(before, verify=2.0, num_rounds=4)
-    assert updated(before, Rounds(), learned(Rounds())) == before
+    assert updated(before, rounds, corrections(rounds)) == replace(before, verify=2.0, num_rounds=4)
+    assert updated(before, Rounds(), corrections(Rounds())) == before
 
 
 def test_a_profile_without_what_was_learned_is_the_one_that_was_measured() -> None:
-    taught = make_profile(learned=Learned(draft=1.1, verify=1.2, num_rounds=9))
-    assert unlearned(taught) == make_profile()
+    taught = make_profile(corrections=Corrections(draft=1.1, verify=1.2, num_rounds=9))
+    assert without_corrections(taught) == make_profile()
 
 
 # Runs
@@ -129,7 +129,7 @@ def test_drafts_that_end_early_are_compared_level_by_level() -> None:
         assert draft.predicted == pytest.approx(0.05 * drafted / (4 * expected))
         assert found.verify == rounds_of_runs([make_run()], said).verify
     without = rounds_of_runs([make_run(drafted_levels=0)], said)  # answers of two tokens
-    assert learned(without).draft == 1.0
+    assert corrections(without).draft == 1.0
 
 
 def test_each_run_is_compared_with_what_is_promised_for_its_own_usage() -> None:
@@ -147,7 +147,7 @@ def test_plain_decoding_at_one_row_is_learned_and_its_padded_twin_is_not() -> No
     fast = make_run(method="plain", padded=False, draft_seconds=0.0, verify_seconds=0.9)
     found = rounds_of_runs([fast], said)
     assert (found.draft, found.verify) == ((), ())
-    assert learned(found).plain == pytest.approx(0.9 / 4 / 0.15)
+    assert corrections(found).plain == pytest.approx(0.9 / 4 / 0.15)
     assert rounds_of_runs([replace(fast, padded=True)], said).plain == ()
 
 
@@ -161,10 +161,10 @@ def test_a_first_token_that_others_or_digests_share_in_is_not_learned(
 
 def test_runs_fold_into_the_profile_until_its_predictions_are_theirs() -> None:
     spec, profile, stored = make_spec(), make_profile(), raw_storage(make_spec())
-    plan = search(spec, profile, 12_000_000, Wishes(context=256), ACCEPTANCE, stored)
+    plan = search(spec, profile, 12_000_000, Constraints(context=256), ACCEPTANCE, stored)
 
     def promised(method: Method, usage: Usage) -> Prediction:
-        return foretell(spec, replace(profile, digest_rate=0.0), plan, stored, method, usage)
+        return predict_for(spec, replace(profile, digest_rate=0.0), plan, stored, method, usage)
 
     runs = []
     for prompt_tokens, num_rounds, factor in ((20, 30, 1.2), (90, 60, 1.3), (120, 30, 1.4)):
@@ -174,12 +174,12 @@ def test_runs_fold_into_the_profile_until_its_predictions_are_theirs() -> None:
         runs.append(run_like(drafted, factor, num_rounds, **tokens))
         runs.append(run_like(plain, 2 * factor, num_rounds, method="plain", padded=False, **tokens))
     rounds = rounds_of_runs(runs, promised)
-    taught = replace(profile, learned=learned(rounds))
-    assert taught.learned.draft == pytest.approx(1.3, rel=0.02)
-    assert taught.learned.num_rounds == 240
+    taught = replace(profile, corrections=corrections(rounds))
+    assert taught.corrections.draft == pytest.approx(1.3, rel=0.02)
+    assert taught.corrections.num_rounds == 240
     for method, factor in (("substitute", 1.3), ("plain", 2.6)):
         usage = Usage(90, 100)
-        after = foretell(spec, taught, plan, stored, method, usage)  # type: ignore[arg-type]
+        after = predict_for(spec, taught, plan, stored, method, usage)  # type: ignore[arg-type]
         before = promised(method, usage)  # type: ignore[arg-type]
         seconds = before.draft_seconds + before.verify_seconds
         found = after.draft_seconds + after.verify_seconds
@@ -204,7 +204,7 @@ def test_runs_are_a_kind_of_text_of_their_own() -> None:
 
 def test_runs_give_the_same_counts_to_all_ways_of_ending() -> None:
     """Also those of a plan that ends early; how many levels follow is not counted by a run."""
-    early = replace(PLAN, tree=replace(PLAN.tree, stop_below=0.3))
+    early = replace(PLAN, tree=replace(PLAN.tree, min_path_probability=0.3))
     some = Curve(2, "code", (980, 700, 500), (700, 500, 200))
     followed = (Curve(2, "code", (980, 800, 600), (800, 600, 300)),)
     stopping = tuple(Stopping(stop, (some,), followed) for stop in (0.15, 0.3))
@@ -217,7 +217,9 @@ def test_runs_give_the_same_counts_to_all_ways_of_ending() -> None:
     assert found.stops == before.stops
     spec = make_spec()
     stored = [StoredPart(part, "raw", part.num_bytes) for part in parts(spec)]
-    check_plan(spec, stored, search(spec, make_profile(), 12_000_000, Wishes(context=256), found))
+    check_plan(
+        spec, stored, search(spec, make_profile(), 12_000_000, Constraints(context=256), found)
+    )
 
 
 def test_curves_stay_in_the_order_that_a_reader_asks_for() -> None:
@@ -228,7 +230,7 @@ def test_curves_stay_in_the_order_that_a_reader_asks_for() -> None:
     ]  # fmt: skip
     spec = make_spec()
     stored = [StoredPart(part, "raw", part.num_bytes) for part in parts(spec)]
-    plan = search(spec, make_profile(), 12_000_000, Wishes(context=256), found)
+    plan = search(spec, make_profile(), 12_000_000, Constraints(context=256), found)
     check_plan(spec, stored, plan)
 
 

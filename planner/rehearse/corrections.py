@@ -9,13 +9,13 @@ from statistics import fmean
 
 from subspec.artifacts.acceptance import Acceptance, Curve, merged
 from subspec.artifacts.plan import Method, Plan, Prediction, Usage
-from subspec.artifacts.profile import Learned, Profile
+from subspec.artifacts.profile import Corrections, Profile
 from subspec.artifacts.runs import Run
 
 TRIMMED = 0.1  # share of the quickest and of the slowest rounds that a mean leaves out
 LEAST, MOST = 0.2, 5.0  # a correction beyond is a mistake of something else
 
-Foretell = Callable[[Method, Usage], Prediction]
+PredictFor = Callable[[Method, Usage], Prediction]
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class Rounds:
         )
 
 
-def learned(rounds: Rounds, link_bandwidth: int | None = None) -> Learned:
+def corrections(rounds: Rounds, link_bandwidth: int | None = None) -> Corrections:
     """link_bandwidth: what they were slowed to, bytes per second; None: nothing."""
-    return Learned(
+    return Corrections(
         draft=slowdown(rounds.draft),
         verify=slowdown(rounds.verify),
         plain=slowdown(rounds.plain),
@@ -56,10 +56,10 @@ def learned(rounds: Rounds, link_bandwidth: int | None = None) -> Learned:
     )
 
 
-def updated(before: Learned, rounds: Rounds, found: Learned) -> Learned:
+def updated(before: Corrections, rounds: Rounds, found: Corrections) -> Corrections:
     """`found`, and what was known before, at the same speed of the link, of phases that were not
     timed."""
-    return Learned(
+    return Corrections(
         draft=found.draft if rounds.draft else before.draft,
         verify=found.verify if rounds.verify else before.verify,
         plain=found.plain if rounds.plain else before.plain,
@@ -78,18 +78,18 @@ def slowdown(some: Sequence[Timed]) -> float:
     return min(MOST, max(LEAST, fmean(ratios[cut : len(ratios) - cut])))
 
 
-def unlearned(profile: Profile) -> Profile:
+def without_corrections(profile: Profile) -> Profile:
     """The profile as it was measured."""
-    return replace(profile, learned=Learned())
+    return replace(profile, corrections=Corrections())
 
 
-def rounds_of_runs(runs: Iterable[Run], foretell: Foretell) -> Rounds:
-    """`foretell` predicts without corrections. Of a run only the sums are known: each of its rounds
-    counts as its mean."""
+def rounds_of_runs(runs: Iterable[Run], predict_for: PredictFor) -> Rounds:
+    """`predict_for` predicts without corrections. Of a run only the sums are known: each of its
+    rounds counts as its mean."""
     found = Rounds()
     for run in runs:
         usage = Usage(run.prompt_tokens, max(2, run.generated_tokens))
-        said = foretell(run.method, usage)
+        said = predict_for(run.method, usage)
         verify = repeated(run.verify_seconds, run.rounds, said.verify_seconds)
         prompt: tuple[Timed, ...] = ()
         if not run.reused_tokens and not run.first_of_session:

@@ -6,7 +6,7 @@ from toys import make_spec
 
 from subspec.artifacts.native import residual_cpu
 from subspec.planner.machine import timing
-from subspec.planner.machine.decode_rate import decode_rate
+from subspec.planner.machine.residual_rate import residual_weights_per_second
 
 CPU = torch.device("cpu")
 
@@ -20,14 +20,14 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_decoding_takes_time(dtype: str) -> None:
-    assert 1e6 < decode_rate(make_spec(dtype=dtype), CPU, "aten") < 1e11
+    assert 1e6 < residual_weights_per_second(make_spec(dtype=dtype), CPU, "aten") < 1e11
 
 
 def test_nothing_is_decoded_without_4_bit_substitutes() -> None:
     odd = make_spec(hidden_size=72, intermediate_size=100, head_size=18)
-    assert decode_rate(odd, CPU, "aten") == 0.0
+    assert residual_weights_per_second(odd, CPU, "aten") == 0.0
 
 
 def test_nothing_is_decoded_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(residual_cpu, "unavailable", lambda: "there is none")
-    assert decode_rate(make_spec(), CPU, "aten") == 0.0
+    assert residual_weights_per_second(make_spec(), CPU, "aten") == 0.0
