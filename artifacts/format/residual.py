@@ -2,9 +2,9 @@
 
 A code and its group's scale and zero point confine a weight to a *window* of 16-bit patterns.
 Encoder and decoder list the window from these alone; the stream only says which entry it is. How
-many bits that takes is known before any bit is read: bit positions are prefix sums over known widths, no
-lengths are stored, and all weights decode in parallel. This module is the plain form of the format,
-on any device; residual.cpp and runtime/kernels/residual_triton.py are its fast twins.
+many bits that takes is known before any bit is read: bit positions are prefix sums over known
+widths, no lengths are stored, and all weights decode in parallel. This module is the plain form of
+the format, on any device; residual.cpp and runtime/kernels/residual_triton.py are its fast twins.
 
     part     index int32 [tiles + 1] | tiles | 3 zero words | f32 only: lower halves u16 [R, K]
              index: first word of each tile; last, the words of all. Little-endian u32 words.

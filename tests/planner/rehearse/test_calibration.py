@@ -180,7 +180,7 @@ def test_what_predictions_are_tested_on_was_held_out() -> None:
 
 def test_the_shipped_prompts_are_in_the_wheel() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]
-    assert "*.jsonl" in settings["package-data"]["subspec.planner"]
+    assert "*.jsonl" in settings["package-data"]["subspec.planner.rehearse"]
 
 
 def test_a_sample_written_as_messages_is_read_again(tmp_path: Path) -> None:
