@@ -31,10 +31,8 @@ from subspec.artifacts.model import (
     Linear,
     ModelSpec,
     Part,
-    linears,
+    HEAD,
     padded,
-    parts,
-    resident_tensors,
 )
 from subspec.artifacts.native import residual_cpu
 from subspec.planner.build.quantize import Substitute
@@ -62,14 +60,16 @@ def write_weights(
 ) -> Written:
     """The three weight files. residuals: names of the parts to store as such, where that is
     smaller."""
-    names = ("exact.safetensors", "substitutes.safetensors", "resident.safetensors")
+    names = ("exact.safetensors", "substitutes.safetensors", "resident.safetensors", "embedding.safetensors")
+    spec = checkpoint.spec
     with ExitStack() as stack:
         files = [stack.enter_context(HashedFile(folder / name)) for name in names]
-        exact, substitutes, resident = files
+        exact, substitutes, resident, embedding = files
         parts_written, made = write_matrices(
             exact, substitutes, checkpoint, residuals, quantizer, progress
         )
         write_resident(resident, checkpoint)
+        write_small(embedding, checkpoint, {f'{EMBEDDING}.weight': (spec.vocab_size, spec.hidden_size)})
         return Written({file.path.name: file.finish() for file in files}, parts_written, made)
 
 
@@ -84,20 +84,20 @@ def write_matrices(
     """Every matrix that has a substitute: that, and its parts, each proven."""
     spec = checkpoint.spec
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    own_parts = {name: list(own) for name, own in groupby(parts(spec), lambda p: p.linear.name)}
+    own_parts = {name: list(own) for name, own in groupby(spec.parts, lambda p: p.linear.name)}
     # Residuals are as long as they turn out: until then the header's place is held.
-    sizes = {part.name: part.padded_bytes for part in parts(spec)}
+    sizes = {part.name: part.padded_bytes for part in spec.parts}
     room = write_header(exact, exact_header(spec, sizes))
     write_header(substitutes, substitutes_header(spec))
     entries, made = list[PartEntry](), list[SubstituteEntry]()
-    every = [linear for linear in linears(spec) if linear.has_substitute]
+    every = [linear for linear in spec.linears if linear.has_substitute]
     for index, linear in enumerate(every):
         progress("quantising and packing", index / len(every))
-        weight = read_weight(checkpoint, source_name(spec, linear))
+        weight = head_weight(checkpoint) if linear.name == HEAD else read_weight(checkpoint, f'{linear.name}.weight')
         substitute = write_substitute(substitutes, linear, weight, quantizer, device)
         digest = substitute_digest(substitute)
         made.append(SubstituteEntry(linear.name, digest))
-        for part in own_parts.get(linear.name, []):  # none: a tied head, which is the embedding
+        for part in own_parts[linear.name]:  # none: a tied head, which is the embedding
             rows = slice(part.first_row, part.first_row + part.num_rows)
             codes, qparams = substitute.codes[rows], substitute.qparams[:, rows]
             wanted = part.name in residuals and part.can_be_residual
@@ -121,11 +121,14 @@ def encode_residual(weight: Tensor, codes: Tensor, qparams: Tensor) -> Tensor | 
 
 def write_resident(file: "HashedFile", checkpoint: Checkpoint) -> None:
     """Embedding, norms, biases and matrices of odd shape, each checked: no quantiser sees them."""
+    write_small(file, checkpoint, checkpoint.spec.resident_shapes)
+
+
+def write_small(file, checkpoint, shapes):
     dtype = STORED_DTYPES[checkpoint.spec.dtype]
-    shapes = resident_tensors(checkpoint.spec)
     write_header(file, ((name, dtype, shape) for name, shape in shapes.items()))
     for name in shapes:
-        weight = read_weight(checkpoint, name)
+        weight = head_weight(checkpoint) if name == f'{HEAD}.weight' else read_weight(checkpoint, name)
         num_bad = sum(int((~rows.isfinite()).sum()) for rows in weight.split(1024))
         if num_bad:
             raise SubspecError(
@@ -143,14 +146,14 @@ def exact_header(
     """One U8 slab per layer, in execution order; the head's parts are the last slab. padded_bytes:
     by name of the part."""
     sizes: dict[int, int] = {}
-    for part in parts(spec):
+    for part in spec.parts:
         sizes[part.linear.layer] = sizes.get(part.linear.layer, 0) + padded_bytes[part.name]
     return [(f"layers.{layer}", "U8", (size,)) for layer, size in sizes.items()]
 
 
 def substitutes_header(spec: ModelSpec) -> list[tuple[str, str, tuple[int, ...]]]:
     found: list[tuple[str, str, tuple[int, ...]]] = []
-    for linear in linears(spec):
+    for linear in spec.linears:
         if linear.has_substitute:
             n, k = linear.out_features, linear.in_features
             found.append((f"{linear.name}.codes", "U8", (n, k // 2)))
@@ -158,11 +161,10 @@ def substitutes_header(spec: ModelSpec) -> list[tuple[str, str, tuple[int, ...]]
     return found
 
 
-def source_name(spec: ModelSpec, linear: Linear) -> str:
-    """The checkpoint tensor of a matrix; a tied head is the embedding."""
-    if linear.kind == "head" and spec.tied_head:
-        return f"{EMBEDDING}.weight"
-    return f"{linear.name}.weight"
+def head_weight(checkpoint):
+    spec = checkpoint.spec
+    weight = read_weight(checkpoint, f"{EMBEDDING}.weight" if spec.tied_head else f"{HEAD}.weight")
+    return torch.nn.functional.pad(weight, (0, 0, 0, spec.linears[-1].padding_rows))
 
 
 def write_part(

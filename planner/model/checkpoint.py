@@ -14,8 +14,6 @@ from subspec.artifacts.model import (
     DType,
     ModelSpec,
     Source,
-    linears,
-    resident_tensors,
 )
 from subspec.planner.model.config import CONFIG, read_config
 from subspec.planner.model.fields import read_fields
@@ -112,11 +110,12 @@ def check_tied_head(checkpoint: Checkpoint) -> None:
 
 def _shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Checkpoint name -> shape of every tensor that the spec calls for."""
-    found: dict[str, tuple[int, ...]] = {}
-    for linear in linears(spec):
-        if not (linear.kind == "head" and spec.tied_head):
-            found[f"{linear.name}.weight"] = (linear.out_features, linear.in_features)
-    return {**found, **resident_tensors(spec)}
+    found: dict[str, tuple[int, ...]] = {f"{EMBEDDING}.weight": (spec.vocab_size, spec.hidden_size)}
+    for linear in spec.linears:
+        if not (linear.name == HEAD and spec.tied_head):
+            found[f"{linear.name}.weight"] = (linear.out_features - linear.padding_rows, linear.in_features)
+    small = {k: v for k, v in spec.resident_shapes.items() if len(v) == 1}
+    return {**found, **small}
 
 
 def _stored_tensors(folder: Path) -> dict[str, tuple[Path, StoredTensor]]:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Literal, cast
 
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.artifacts.model import DTYPE_BYTES, DType, ModelSpec, Rope, Source
+from dataclasses import replace
+from subspec.artifacts.model import DTYPE_BYTES, Attention, Block, Dense, DType, LayerSpec, ModelSpec, NormStyle, Rope, Source
 from subspec.planner.model.fields import Fields, read_fields
 
 CONFIG = "config.json"
@@ -65,29 +66,23 @@ def read_config(folder: Path, source: Source) -> ModelSpec:
     rope, positions = _rope(config, positions)
     window, windowed_layers = _windows(config, name, num_layers, positions)
     attention_bias = name in ("llama", "qwen3") and config.flag("attention_bias", False)
+    rope = replace(rope, size=head_size)
+    layers = []
+    for layer in range(num_layers):
+        attention = Attention(
+            num_heads, num_kv_heads, head_size, head_size**-0.5, rope,
+            window if layer in windowed_layers else None,
+            name == "qwen2" or attention_bias, attention_bias,
+            "head" if name == "qwen3" else "none",
+        )
+        dense = Dense(config.integer("intermediate_size", 1, LARGEST_WIDTH), name == "llama" and config.flag("mlp_bias", False))
+        layers.append(LayerSpec((Block(attention, "input_layernorm"), Block(dense, "post_attention_layernorm"))))
     return ModelSpec(
-        family=name,
-        dtype=_dtype(config),
-        hidden_size=hidden_size,
-        intermediate_size=config.integer("intermediate_size", 1, LARGEST_WIDTH),
-        num_layers=num_layers,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_size=head_size,
-        vocab_size=config.integer("vocab_size", 1, LARGEST_VOCABULARY),
-        norm_epsilon=config.number("rms_norm_eps", 1e-15, 1.0, 1e-6),
-        max_positions=positions,
-        rope=rope,
+        family=name, dtype=_dtype(config), hidden_size=hidden_size,
+        vocab_size=config.integer("vocab_size", 1, LARGEST_VOCABULARY), max_positions=positions,
+        layers=tuple(layers), norm=NormStyle(config.number("rms_norm_eps", 1e-15, 1.0, 1e-6)),
         tied_head=config.flag("tie_word_embeddings", False),
-        qkv_bias=name == "qwen2" or attention_bias,
-        output_bias=attention_bias,
-        mlp_bias=name == "llama" and config.flag("mlp_bias", False),
-        qk_norm=name == "qwen3",
-        sliding_window=window,
-        windowed_layers=windowed_layers,
-        eos_token_ids=_end_tokens(folder, config, family),
-        source=source,
-    )
+        eos_token_ids=_end_tokens(folder, config, family), source=source)
 
 
 def _family(config: Fields) -> FamilyName:
@@ -180,13 +175,13 @@ def _rope(config: Fields, max_positions: int) -> tuple[Rope, int]:
         raise partial.unsupported("partial_rotary_factor", "1")
     theta = (rope if rope.has("rope_theta") else config).number("rope_theta", 2.0, 1e18, 10_000.0)
     if kind == "default":
-        return Rope(theta), max_positions
+        return Rope(theta, 0), max_positions
     if kind not in ("linear", "llama3", "yarn"):
         name = "rope_type" if rope.has("rope_type") else "type"
         raise rope.unsupported(name, "default, linear, llama3 and yarn")
     factor = rope.number("factor", 1.0, 1e6)
     if kind == "linear":
-        return Rope(theta, "linear", factor), max_positions
+        return Rope(theta, 0, "linear", False, factor), max_positions
     origin = config if config.has("original_max_position_embeddings") else rope
     original = origin.integer("original_max_position_embeddings", 1, MOST_POSITIONS, max_positions)
     if kind == "yarn":
@@ -196,7 +191,7 @@ def _rope(config: Fields, max_positions: int) -> tuple[Rope, int]:
     high = rope.number("high_freq_factor", 1e-3, 1e6)
     if high <= low:
         raise rope.wrong("high_freq_factor", high, f"more than low_freq_factor, {low:g}")
-    return Rope(theta, "llama3", factor, original, low, high), max_positions
+    return Rope(theta, 0, "llama3", False, factor, original, low, high), max_positions
 
 
 def _yarn(rope: Fields, theta: float, factor: float, original: int) -> Rope:
@@ -213,7 +208,9 @@ def _yarn(rope: Fields, theta: float, factor: float, original: int) -> Rope:
         attention_factor = gain(mscale) / gain(mscale_all)
     return Rope(
         theta,
+        0,
         "yarn",
+        False,
         factor,
         original,
         beta_fast=rope.number("beta_fast", 0.0, 1e6, 32.0) or 32.0,  # 0 counts as left out there
