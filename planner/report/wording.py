@@ -77,17 +77,17 @@ def placement_of(plan: Plan) -> Placement:
 
 
 def round_rows(plan: Plan) -> Rows:
-    """The terms of one round of each method; plain decoding's round is one token."""
-    said = [plan.predicted[name] for name in METHODS if name in plan.predicted]
-    rows: Rows = [("draft", *(duration(p.draft_seconds) for p in said))]
-    rows.append(("verify", *(duration(p.verify_seconds) for p in said)))
-    rows.append(("compute, during verify", *(duration(p.compute_seconds) for p in said)))
+    """A term of one round, and its value for each method; plain decoding's round is one token."""
+    rounds = [plan.predicted[name] for name in METHODS if name in plan.predicted]
+    rows: Rows = [("draft", *(duration(p.draft_seconds) for p in rounds))]
+    rows.append(("verify", *(duration(p.verify_seconds) for p in rounds)))
+    rows.append(("compute, during verify", *(duration(p.compute_seconds) for p in rounds)))
     if plan.residuals:
-        rows.append(("of it, decoding residuals", *(duration(p.decode_seconds) for p in said)))
-    rows.append(("link, during draft and verify", *(duration(p.stream_seconds) for p in said)))
-    rows.append(("bytes streamed", *(short_size(p.streamed_bytes) for p in said)))
-    rows.append(("tokens expected", *(number(p.tokens_per_round) for p in said)))
-    rows.append(("tokens/s", *(number(p.tokens_per_second) for p in said)))
+        rows.append(("of it, decoding residuals", *(duration(p.decode_seconds) for p in rounds)))
+    rows.append(("link, during draft and verify", *(duration(p.stream_seconds) for p in rounds)))
+    rows.append(("bytes streamed", *(short_size(p.streamed_bytes) for p in rounds)))
+    rows.append(("tokens expected", *(number(p.tokens_per_round) for p in rounds)))
+    rows.append(("tokens/s", *(number(p.tokens_per_second) for p in rounds)))
     return rows
 
 
