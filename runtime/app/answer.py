@@ -12,6 +12,7 @@ from typing import Any
 
 from subspec.artifacts.common.command import leave, printable, say
 from subspec.artifacts.common.errors import Exit
+from subspec.artifacts.common.formatting import counted, duration, number
 from subspec.artifacts.common.sizes import short_size
 from subspec.artifacts.runs import Run, append_run, plan_digest
 from subspec.runtime.engine import Engine, machine_name
@@ -216,28 +217,19 @@ def stats_line(engine: Engine, sequence: Sequence) -> str:
     rounds, predicted = found["rounds"], found["predicted_tokens_per_second"]
     reused = f" ({stats.reused_tokens} reused)" if stats.reused_tokens else ""
     said = [
-        f"prompt {counted(stats.prompt_tokens)}{reused}, "
-        f"first token after {stats.time_to_first_token_seconds:.2f} s",
+        f"prompt {counted(stats.prompt_tokens, 'token')}{reused}, "
+        f"first token after {duration(stats.time_to_first_token_seconds)}",
     ]
-    speed = counted(stats.generated_tokens)
+    speed = counted(stats.generated_tokens, "token")
     if rounds:
-        speed += f" at {digits(stats.decode_tokens_per_second)} tokens/s"
-        speed += f" (predicted {digits(predicted)})" if predicted else ""
+        speed += f" at {number(stats.decode_tokens_per_second)} tokens/s"
+        speed += f" (predicted {number(predicted)})" if predicted else ""
     said.append(speed)
     if rounds and engine.method == "substitute":
-        said.append(f"accepted {found['mean_accepted_per_round']:.1f} a round")
+        said.append(f"accepted {found['mean_accepted_per_round']:.1f} per round")
     if rounds and stats.streamed_bytes:
-        said.append(f"streamed {short_size(stats.streamed_bytes / rounds)} a round")
+        said.append(f"streamed {short_size(stats.streamed_bytes / rounds)} per round")
     said.append(
         f"peak {short_size(found['fast_peak_bytes'])} of {short_size(found['budget_bytes'])}"
     )
     return " · ".join(said)
-
-
-def counted(tokens: int) -> str:
-    return f"{tokens} token" if tokens == 1 else f"{tokens} tokens"
-
-
-def digits(speed: float) -> str:
-    """Two decimals while they mean something."""
-    return f"{speed:.2f}" if speed < 10 else f"{speed:.1f}"
