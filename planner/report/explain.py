@@ -13,6 +13,7 @@ from rich.text import Text
 
 from subspec.artifacts.common.formatting import duration, number
 from subspec.artifacts.common.sizes import format_size, short_size
+from subspec.artifacts.footprint import model_bytes
 from subspec.artifacts.model import ModelSpec
 from subspec.artifacts.plan import USUAL, Plan
 from subspec.artifacts.profile import Profile
@@ -26,7 +27,6 @@ from subspec.planner.report.wording import (
     cost_rows,
     decision_rows,
     in_markdown,
-    ledger_bytes,
     ledger_rows,
     margin_of,
     method_name,
@@ -41,7 +41,6 @@ from subspec.planner.report.wording import (
     speed_line,
     streamed_line,
 )
-from subspec.planner.solve.costs import model_bytes
 from subspec.planner.solve.outlook import what_more_memory_buys
 from subspec.planner.solve.predict import usage_within
 from subspec.templates import load
@@ -92,7 +91,7 @@ def print_plan(spec: ModelSpec, plan: Plan, console: Console) -> None:
 def plan_json(spec: ModelSpec, plan: Plan, artifact: Path | None) -> dict[str, Any]:
     """docs/commands.md describes every key."""
     placement, predicted = placement_of(plan), plan.predicted[plan.method]
-    ledger, acceptance, tree = ledger_bytes(placement), plan.acceptance, plan.tree
+    ledger, acceptance, tree = asdict(placement.ledger), plan.acceptance, plan.tree
     return {
         "schema": "subspec.plan/1",
         "model": {

@@ -10,17 +10,16 @@ from statistics import median
 from subspec.artifacts.acceptance import Acceptance
 from subspec.artifacts.common.formatting import big_number, duration, number
 from subspec.artifacts.common.sizes import format_size, short_size, weights_rate
-from subspec.artifacts.model import ModelSpec, parts
+from subspec.artifacts.footprint import model_bytes
+from subspec.artifacts.model import ModelSpec
 from subspec.artifacts.plan import Method, Placement, Plan, Prediction
 from subspec.artifacts.profile import Profile
 from subspec.artifacts.runs import Run
-from subspec.planner.solve.costs import model_bytes
 
 PURPOSES = {  # of the ledger, in the order of the report's bar
     "resident": "resident exact weights",
     "residuals": "resident residuals",
     "substitutes": "4-bit substitutes (draft)",
-    "embedding": "token embedding",
     "cache": "KV cache",
     "staging": "staging ring",
     "scratch": "scratch for one decoded matrix",
@@ -48,29 +47,22 @@ class Share:
     num_bytes: int
 
 
-def ledger_bytes(placement: Placement) -> dict[str, int]:
-    """Purpose -> bytes of fast memory."""
-    return placement.ledger
-
-
 def ledger_rows(plan: Plan) -> list[Share]:
     """The purposes that take bytes, and last what the plan leaves unused."""
-    ledger = ledger_bytes(placement_of(plan))
-    rows = [Share(name, label, ledger.get(name, 0)) for name, label in PURPOSES.items()]
-    rows.append(Share("unused", "unused", plan.budget_bytes - sum(ledger.values())))
+    ledger = placement_of(plan).ledger
+    rows = [Share(name, label, getattr(ledger, name)) for name, label in PURPOSES.items()]
+    rows.append(Share("unused", "unused", plan.budget_bytes - ledger.total_bytes))
     return [row for row in rows if row.num_bytes > 0]
 
 
 def resident_bytes(plan: Plan) -> int:
     """Exact weights in fast memory, residuals included."""
-    ledger = ledger_bytes(placement_of(plan))
-    return ledger["resident"] + ledger["residuals"]
+    ledger = placement_of(plan).ledger
+    return ledger.resident + ledger.residuals
 
 
 def placement_of(plan: Plan) -> Placement:
-    placement = plan.placement(plan.method)
-    assert placement is not None, "check_plan asks for it"
-    return placement
+    return plan.placement(plan.method)
 
 
 # Time
@@ -232,13 +224,13 @@ def method_name(plan: Plan) -> str:
 def streamed_line(spec: ModelSpec, plan: Plan) -> str:
     """What streams, and what of the exact weights is resident."""
     placement, streamed = placement_of(plan), plan.predicted[plan.method].streamed_bytes
-    total = len(parts(spec))
+    total = len(spec.parts)
     if not streamed:
         return f"nothing: all {total} matrices are resident"
-    inside = len(placement.resident) + len(placement.split)
+    inside = len(placement.resident) + len(placement.residuals)
     line = f"{short_size(streamed)} per round, {total - inside} of {total} matrices; "
     line += f"{len(placement.resident)} are resident"
-    return line + (f", {len(placement.split)} as residuals" if placement.split else "")
+    return line + (f", {len(placement.residuals)} as residuals" if placement.residuals else "")
 
 
 def decision_rows(plan: Plan) -> Rows:
