@@ -239,7 +239,7 @@ def begin_to_read(artifact: "Artifact", options: Options) -> None:
 
     from subspec.artifacts.format.tensors import read_ahead
 
-    method: "Method" = "plain" if options.no_speculation else artifact.plan.method
+    method: Method = "plain" if options.no_speculation else artifact.plan.method
     placement = artifact.plan.placements.get(method)
     if placement is not None and placement.ledger.substitutes:
         path = artifact.path / "substitutes.safetensors"

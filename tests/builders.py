@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from subspec.artifacts.acceptance import Acceptance, Curve
+from subspec.artifacts.footprint import Ring, Shape, make_ledger
 from subspec.artifacts.format.store import Artifact, open_artifact
 from subspec.artifacts.model import Encoding, ModelSpec, Source
-from subspec.artifacts.footprint import Ring, Shape, make_ledger
 from subspec.artifacts.plan import DeviceKind, Int4Kernel, Method, Placement, Plan
 from subspec.artifacts.profile import LinkRate, Profile, Timing
 from subspec.planner.build.artifact import build
@@ -18,8 +18,14 @@ from subspec.planner.build.quantize import quantize
 from subspec.planner.model.checkpoint import read_checkpoint
 from subspec.planner.model.hub import DEMO
 from subspec.planner.model.tokenizer_files import read_tokenizer
-from subspec.planner.solve.search import choose_held, make_tree
-from subspec.planner.solve.storage import Storage, group_bytes, raw_storage, usual_storages
+from subspec.planner.solve.problem import make_tree
+from subspec.planner.solve.storage import (
+    Storage,
+    choose_resident,
+    group_bytes,
+    raw_storage,
+    usual_storages,
+)
 from subspec.runtime.engine import machine_name
 
 PROFILE = Profile(
@@ -70,7 +76,7 @@ def make_plan(
     """
     storage = storage or raw_storage(spec)
     verify_width = verify_width or -(-(1 + width * depth) // 8) * 8
-    stay = choose_held(storage, int(storage.num_bytes * resident_share))
+    stay = choose_resident(storage, int(storage.num_bytes * resident_share))
     resident = [part for part in stay if part.encoding == "raw"]
     residuals = [part for part in stay if part.encoding == "residual"]
     streams = len(stay) < len(storage.parts)

@@ -27,11 +27,11 @@ from subspec.artifacts.format.tensors import TensorFile, write_header
 from subspec.artifacts.model import (
     EMBEDDING,
     GROUP_SIZE,
+    HEAD,
     PAGE_BYTES,
     Linear,
     ModelSpec,
     Part,
-    HEAD,
     padded,
 )
 from subspec.artifacts.native import residual_cpu
@@ -60,7 +60,12 @@ def write_weights(
 ) -> Written:
     """The three weight files. residuals: names of the parts to store as such, where that is
     smaller."""
-    names = ("exact.safetensors", "substitutes.safetensors", "resident.safetensors", "embedding.safetensors")
+    names = (
+        "exact.safetensors",
+        "substitutes.safetensors",
+        "resident.safetensors",
+        "embedding.safetensors",
+    )
     spec = checkpoint.spec
     with ExitStack() as stack:
         files = [stack.enter_context(HashedFile(folder / name)) for name in names]
@@ -69,7 +74,9 @@ def write_weights(
             exact, substitutes, checkpoint, residuals, quantizer, progress
         )
         write_resident(resident, checkpoint)
-        write_small(embedding, checkpoint, {f'{EMBEDDING}.weight': (spec.vocab_size, spec.hidden_size)})
+        write_small(
+            embedding, checkpoint, {f"{EMBEDDING}.weight": (spec.vocab_size, spec.hidden_size)}
+        )
         return Written({file.path.name: file.finish() for file in files}, parts_written, made)
 
 
@@ -93,7 +100,11 @@ def write_matrices(
     every = [linear for linear in spec.linears if linear.has_substitute]
     for index, linear in enumerate(every):
         progress("quantising and packing", index / len(every))
-        weight = head_weight(checkpoint) if linear.name == HEAD else read_weight(checkpoint, f'{linear.name}.weight')
+        weight = (
+            head_weight(checkpoint)
+            if linear.name == HEAD
+            else read_weight(checkpoint, f"{linear.name}.weight")
+        )
         substitute = write_substitute(substitutes, linear, weight, quantizer, device)
         digest = substitute_digest(substitute)
         made.append(SubstituteEntry(linear.name, digest))
@@ -128,7 +139,9 @@ def write_small(file, checkpoint, shapes):
     dtype = STORED_DTYPES[checkpoint.spec.dtype]
     write_header(file, ((name, dtype, shape) for name, shape in shapes.items()))
     for name in shapes:
-        weight = head_weight(checkpoint) if name == f'{HEAD}.weight' else read_weight(checkpoint, name)
+        weight = (
+            head_weight(checkpoint) if name == f"{HEAD}.weight" else read_weight(checkpoint, name)
+        )
         num_bad = sum(int((~rows.isfinite()).sum()) for rows in weight.split(1024))
         if num_bad:
             raise SubspecError(

@@ -113,7 +113,10 @@ def _shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     found: dict[str, tuple[int, ...]] = {f"{EMBEDDING}.weight": (spec.vocab_size, spec.hidden_size)}
     for linear in spec.linears:
         if not (linear.name == HEAD and spec.tied_head):
-            found[f"{linear.name}.weight"] = (linear.out_features - linear.padding_rows, linear.in_features)
+            found[f"{linear.name}.weight"] = (
+                linear.out_features - linear.padding_rows,
+                linear.in_features,
+            )
     small = {k: v for k, v in spec.resident_shapes.items() if len(v) == 1}
     return {**found, **small}
 

@@ -5,13 +5,23 @@ Whatever we do not compute exactly as it does is refused here, by name.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, cast
 
 from subspec.artifacts.common.errors import Exit, SubspecError
-from dataclasses import replace
-from subspec.artifacts.model import DTYPE_BYTES, Attention, Block, Dense, DType, LayerSpec, ModelSpec, NormStyle, Rope, Source
+from subspec.artifacts.model import (
+    DTYPE_BYTES,
+    Attention,
+    Block,
+    Dense,
+    DType,
+    LayerSpec,
+    ModelSpec,
+    NormStyle,
+    Rope,
+    Source,
+)
 from subspec.planner.model.fields import Fields, read_fields
 
 CONFIG = "config.json"
@@ -70,19 +80,37 @@ def read_config(folder: Path, source: Source) -> ModelSpec:
     layers = []
     for layer in range(num_layers):
         attention = Attention(
-            num_heads, num_kv_heads, head_size, head_size**-0.5, rope,
+            num_heads,
+            num_kv_heads,
+            head_size,
+            head_size**-0.5,
+            rope,
             window if layer in windowed_layers else None,
-            name == "qwen2" or attention_bias, attention_bias,
+            name == "qwen2" or attention_bias,
+            attention_bias,
             "head" if name == "qwen3" else "none",
         )
-        dense = Dense(config.integer("intermediate_size", 1, LARGEST_WIDTH), name == "llama" and config.flag("mlp_bias", False))
-        layers.append(LayerSpec((Block(attention, "input_layernorm"), Block(dense, "post_attention_layernorm"))))
+        dense = Dense(
+            config.integer("intermediate_size", 1, LARGEST_WIDTH),
+            name == "llama" and config.flag("mlp_bias", False),
+        )
+        layers.append(
+            LayerSpec(
+                (Block(attention, "input_layernorm"), Block(dense, "post_attention_layernorm"))
+            )
+        )
     return ModelSpec(
-        family=name, dtype=_dtype(config), hidden_size=hidden_size,
-        vocab_size=config.integer("vocab_size", 1, LARGEST_VOCABULARY), max_positions=positions,
-        layers=tuple(layers), norm=NormStyle(config.number("rms_norm_eps", 1e-15, 1.0, 1e-6)),
+        family=name,
+        dtype=_dtype(config),
+        hidden_size=hidden_size,
+        vocab_size=config.integer("vocab_size", 1, LARGEST_VOCABULARY),
+        max_positions=positions,
+        layers=tuple(layers),
+        norm=NormStyle(config.number("rms_norm_eps", 1e-15, 1.0, 1e-6)),
         tied_head=config.flag("tie_word_embeddings", False),
-        eos_token_ids=_end_tokens(folder, config, family), source=source)
+        eos_token_ids=_end_tokens(folder, config, family),
+        source=source,
+    )
 
 
 def _family(config: Fields) -> FamilyName:

@@ -66,7 +66,7 @@ class Storage:
         return list(found.values())
 
     @cached_property
-    def held_first(self) -> list[StoredPart]:
+    def resident_first(self) -> list[StoredPart]:
         """What may stream, in the order in which more and more of it stays in fast memory.
 
         The first matrix of every layer, then the second, each in layers that are evenly spread: so
@@ -97,12 +97,6 @@ class Storage:
         return sum(p.part.num_weights for p in self.as_stored if p.encoding == "residual")
 
     @cached_property
-    def is_mixed(self) -> bool:
-        """Some matrices are raw, decoded at every use, or held decoded, and others are not."""
-        num_coded = sum(part.encoding == "residual" for part in self.as_stored)
-        return bool(self.residuals) and num_coded < len(self.parts)
-
-    @cached_property
     def scratch_bytes(self) -> int:
         """Where one part is decoded at a time; 0: nothing is."""
         coded = [p.part.padded_bytes for p in self.as_stored if p.encoding == "residual"]
@@ -114,6 +108,19 @@ class Storage:
         coded = [part for part in self.parts if part.encoding == "residual"]
         num_weights = sum(part.part.num_weights for part in coded)
         return 8 * group_bytes(coded) / num_weights if num_weights else 0.0
+
+
+def choose_resident(storage: Storage, num_bytes: int) -> list[StoredPart]:
+    """Parts that fill `num_bytes` as they are stored, in execution order.
+
+    Greedy in an order that does not depend on `num_bytes`: more bytes never hold less.
+    """
+    left, chosen = num_bytes, set[str]()
+    for part in storage.resident_first:
+        if part.padded_bytes <= left:
+            left -= part.padded_bytes
+            chosen.add(part.name)
+    return [part for part in storage.as_stored if part.name in chosen]
 
 
 def evenly_spread(count: int) -> list[int]:

@@ -61,12 +61,12 @@ class SubstituteDrafter:
             passes = self.pass_over
             return [graphs.grow(self.captured[cache], roots[0], depths[0], cache, passes)]
         caches = [turn.cache for turn in turns]
-        return grow(roots, depths, self.tree, self.verify_width, self.draft_pass(caches))
+        draft_pass = self.draft_pass(caches, self.verify_width)
+        return grow(roots, depths, self.tree, self.verify_width, draft_pass)
 
-    def draft_pass(self, caches: Sequence[Cache]) -> DraftPass:
-        """Passes over trees that follow what each cache has committed."""
-        slots = [cache.tree_slots(self.verify_width) for cache in caches]
-        return self._over(caches, slots)
+    def draft_pass(self, caches: Sequence[Cache], num_rows: int) -> DraftPass:
+        """Passes over trees of `num_rows` rows that follow what each cache has committed."""
+        return self._over(caches, [cache.tree_slots(num_rows) for cache in caches])
 
     def pass_over(self, cache: Cache, slots: TreeSlots) -> DraftPass:
         """Passes over one tree that lies in `slots`."""
