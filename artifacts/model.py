@@ -1,31 +1,25 @@
-"""ModelSpec: a decoder as the planner and the runtime both see it, without a checkpoint.
+"""ModelSpec: a decoder as data, layer by layer, without a checkpoint.
 
-Tensor names are the checkpoint's own (`model.layers.0.self_attn.q_proj`), less ".weight".
+A layer is a sequence of blocks, and a block is x += multiplier * after(body(before(x))) with two
+optional norms: so pre-norm, post-norm and sandwich-norm decoders are one form. Norms are named,
+because roles and names disagree between families. Names are canonical, whatever a checkpoint calls
+its tensors: `model.layers.3.self_attn.q_proj`, less ".weight".
 """
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
-GROUP_SIZE = 64  # input features that share one scale and zero_point of a substitute
+GROUP_SIZE = 64  # input features that share one scale and zero point of a substitute
 PAGE_BYTES = 4096  # direct reads and slabs are aligned to it
 PART_BYTES = 64 << 20  # a larger matrix is stored, placed and streamed in row parts of this size
 PART_ROWS = 64  # parts begin at multiples of it; kernels tile rows by 64 at most
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 DType = Literal["bfloat16", "float16", "float32"]
-Kind = Literal["q", "k", "v", "o", "gate", "up", "down", "head"]
 Encoding = Literal["raw", "residual"]  # the checkpoint's bytes, or what the substitute leaves open
 
-LAYER_LINEARS: dict[Kind, str] = {  # in execution order
-    "q": "self_attn.q_proj",
-    "k": "self_attn.k_proj",
-    "v": "self_attn.v_proj",
-    "o": "self_attn.o_proj",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
-}
 EMBEDDING = "model.embed_tokens"
 FINAL_NORM = "model.norm"
 HEAD = "lm_head"
@@ -33,17 +27,94 @@ HEAD = "lm_head"
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary embedding. The fields beyond `theta` are used by the kinds named beside them."""
+    """Rotary embedding (arXiv 2104.09864). Fields beyond `interleaved` are of the kinds named."""
 
     theta: float
-    kind: Literal["default", "linear", "llama3", "yarn"] = "default"
+    size: int  # leading features of a head that rotate; those behind them pass unchanged
+    kind: Literal["default", "linear", "llama3", "yarn", "longrope"] = "default"
+    interleaved: bool = False  # pairs (0, 1), (2, 3), ..., instead of (i, i + size / 2)
     factor: float = 1.0  # linear, llama3, yarn
     original_max_positions: int = 0  # llama3, yarn
     low_frequency_factor: float = 1.0  # llama3
     high_frequency_factor: float = 4.0  # llama3
-    beta_fast: float = 32.0  # yarn
+    beta_fast: float = 32.0  # yarn (arXiv 2309.00071)
     beta_slow: float = 1.0  # yarn
-    attention_factor: float = 1.0  # yarn: multiplies cos and sin
+    truncate: bool = True  # yarn: the ramp between the betas ends at whole dimensions
+    attention_factor: float = 1.0  # yarn, longrope: multiplies cos and sin
+    divisors: tuple[float, ...] = ()  # longrope (arXiv 2402.13753): of each frequency; [size / 2]
+
+
+@dataclass(frozen=True)
+class QueryGrowth:
+    """Queries grow with their position: q *= 1 + beta * ln(1 + floor(position / positions))."""
+
+    beta: float
+    positions: int
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Grouped-query attention: <name>.q_proj, k_proj, v_proj, o_proj."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    scale: float  # of the scores q k
+    rope: Rope | None  # None: no positions (NoPE)
+    window: int | None = None  # positions that a query sees, its own included; None: all
+    qkv_bias: bool = False
+    output_bias: bool = False
+    # RMSNorms <name>.q_norm and k_norm before the rotation: over each head, or all heads together.
+    qk_norm: Literal["none", "head", "all_heads"] = "none"
+    query_growth: QueryGrowth | None = None
+    name: str = "self_attn"
+    kind: Literal["attention"] = "attention"
+
+    @property
+    def query_size(self) -> int:
+        return self.num_heads * self.head_size
+
+    @property
+    def kv_size(self) -> int:
+        return self.num_kv_heads * self.head_size
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Gated feed-forward, down(silu(gate(x)) * up(x)): <name>.gate_proj, up_proj, down_proj."""
+
+    inner_size: int
+    bias: bool = False
+    name: str = "mlp"
+    kind: Literal["dense"] = "dense"
+
+
+@dataclass(frozen=True)
+class Block:
+    """x += multiplier * after(body(before(x)))."""
+
+    body: Attention | Dense
+    before: str | None  # name of an RMSNorm under the layer
+    after: str | None = None
+    multiplier: float = 1.0
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    blocks: tuple[Block, ...]
+
+    @property
+    def attentions(self) -> tuple[Attention, ...]:
+        """Those that keep keys and values."""
+        return tuple(block.body for block in self.blocks if isinstance(block.body, Attention))
+
+
+@dataclass(frozen=True)
+class NormStyle:
+    """RMSNorm (arXiv 1910.07467)."""
+
+    epsilon: float
+    rounds_late: bool = False  # the weight is applied in f32; else after rounding to the dtype
 
 
 @dataclass(frozen=True)
@@ -57,35 +128,86 @@ class Source:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    family: Literal["qwen2", "qwen3", "llama", "mistral"]
+    family: str  # for people and records: nothing is decided by it
     dtype: DType
     hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_size: int
     vocab_size: int
-    norm_epsilon: float
     max_positions: int
-    rope: Rope
-    tied_head: bool
-    qkv_bias: bool = False
-    output_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: bool = False
-    sliding_window: int | None = None  # positions a query sees, itself included
-    windowed_layers: tuple[int, ...] = ()  # the layers that `sliding_window` holds for
+    layers: tuple[LayerSpec, ...]
+    norm: NormStyle
+    tied_head: bool  # the head is the embedding matrix
+    embedding_scale: float = 1.0  # multiplies embedding rows
+    logits_divisor: float = 1.0
+    rope_in_f32: bool = False  # q and k are rotated in f32 and then rounded
     eos_token_ids: tuple[int, ...] = ()
     source: Source = field(default_factory=lambda: Source(""))
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
 
     @property
     def item_bytes(self) -> int:
         return DTYPE_BYTES[self.dtype]
 
-    @property
+    @cached_property
     def kv_bytes_per_token(self) -> int:
-        return 2 * self.num_layers * self.num_kv_heads * self.head_size * self.item_bytes
+        sizes = (one.kv_size for layer in self.layers for one in layer.attentions)
+        return 2 * sum(sizes) * self.item_bytes
+
+    @cached_property
+    def ropes(self) -> tuple[Rope, ...]:
+        """The distinct ones: each needs a table."""
+        found = (one.rope for layer in self.layers for one in layer.attentions if one.rope)
+        return tuple(dict.fromkeys(found))
+
+    @cached_property
+    def linears(self) -> tuple["Linear", ...]:
+        """Every matrix product of a forward pass in execution order, the head last."""
+        found = [
+            Linear(f"{layer_name(index)}.{name}", index, place, *shape)
+            for index, layer in enumerate(self.layers)
+            for place, (name, shape) in enumerate(_linear_shapes(self, layer).items())
+        ]
+        padding = -self.vocab_size % PART_ROWS
+        rows = self.vocab_size + padding
+        found.append(Linear(HEAD, self.num_layers, 0, rows, self.hidden_size, False, padding))
+        return tuple(found)
+
+    @cached_property
+    def parts(self) -> tuple["Part", ...]:
+        """Every exact weight that can be streamed, in execution order. A matrix without a
+        substitute is needed by the draft as it is: it is always resident and not listed."""
+        return tuple(
+            part for linear in self.linears if linear.has_substitute for part in _parts(self, linear)
+        )
+
+    @cached_property
+    def norm_sizes(self) -> dict[str, int]:
+        """Name -> length of every RMSNorm weight, in execution order."""
+        found = dict[str, int]()
+        for index, layer in enumerate(self.layers):
+            for block in layer.blocks:
+                found |= {f"{layer_name(index)}.{k}": n for k, n in _norm_sizes(self, block).items()}
+        found[FINAL_NORM] = self.hidden_size
+        return found
+
+    @cached_property
+    def resident_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Tensor name -> shape of what is always in fast memory, exact: norms, biases and the
+        matrices that have no substitute."""
+        found = dict[str, tuple[int, ...]]()
+        for linear in self.linears:
+            if linear.has_bias:
+                found[f"{linear.name}.bias"] = (linear.out_features,)
+            if not linear.has_substitute:
+                found[f"{linear.name}.weight"] = (linear.out_features, linear.in_features)
+        return found | {f"{name}.weight": (size,) for name, size in self.norm_sizes.items()}
+
+    @property
+    def embedding_bytes(self) -> int:
+        """Of the embedding matrix, whose rows come from slow memory."""
+        return self.vocab_size * self.hidden_size * self.item_bytes
 
 
 @dataclass(frozen=True)
@@ -93,11 +215,12 @@ class Linear:
     """One matrix of y = x W^T + b, W [out_features, in_features]."""
 
     name: str
-    kind: Kind
     layer: int  # the head's is num_layers
+    place: int  # in its layer, in execution order
     out_features: int
     in_features: int
     has_bias: bool
+    padding_rows: int = 0  # zeros at the end of a head, so that 4 bits take any vocabulary
 
     @property
     def num_weights(self) -> int:
@@ -111,7 +234,7 @@ class Linear:
 
     @property
     def substitute_bytes(self) -> int:
-        """Codes of 4 bits, a 16-bit scale and a 16-bit zero_point for each group."""
+        """Codes of 4 bits, a 16-bit scale and a 16-bit zero point for each group."""
         return self.num_weights // 2 + self.num_weights // GROUP_SIZE * 4
 
 
@@ -161,79 +284,50 @@ class StoredPart:
         return padded(self.num_bytes)
 
 
+def layer_name(index: int) -> str:
+    return f"model.layers.{index}"
+
+
 def padded(num_bytes: int) -> int:
     """Up to the next page."""
     return -(-num_bytes // PAGE_BYTES) * PAGE_BYTES
 
 
-def linears(spec: ModelSpec) -> list[Linear]:
-    """Every matrix product of a forward pass in execution order, the head last."""
-    heads, kv_heads = spec.num_heads * spec.head_size, spec.num_kv_heads * spec.head_size
-    hidden, inner = spec.hidden_size, spec.intermediate_size
-    shapes: dict[Kind, tuple[int, int, bool]] = {
-        "q": (heads, hidden, spec.qkv_bias),
-        "k": (kv_heads, hidden, spec.qkv_bias),
-        "v": (kv_heads, hidden, spec.qkv_bias),
-        "o": (hidden, heads, spec.output_bias),
-        "gate": (inner, hidden, spec.mlp_bias),
-        "up": (inner, hidden, spec.mlp_bias),
-        "down": (hidden, inner, spec.mlp_bias),
-    }
-    found = [
-        Linear(f"model.layers.{layer}.{path}", kind, layer, *shapes[kind])
-        for layer in range(spec.num_layers)
-        for kind, path in LAYER_LINEARS.items()
-    ]
-    found.append(Linear(HEAD, "head", spec.num_layers, spec.vocab_size, hidden, False))
+def _linear_shapes(spec: ModelSpec, layer: LayerSpec) -> dict[str, tuple[int, int, bool]]:
+    """Name under the layer -> (out features, in features, has a bias), in execution order."""
+    found = dict[str, tuple[int, int, bool]]()
+    hidden = spec.hidden_size
+    for block in layer.blocks:
+        body = block.body
+        if isinstance(body, Attention):
+            found[f"{body.name}.q_proj"] = (body.query_size, hidden, body.qkv_bias)
+            found[f"{body.name}.k_proj"] = (body.kv_size, hidden, body.qkv_bias)
+            found[f"{body.name}.v_proj"] = (body.kv_size, hidden, body.qkv_bias)
+            found[f"{body.name}.o_proj"] = (hidden, body.query_size, body.output_bias)
+        else:
+            found[f"{body.name}.gate_proj"] = (body.inner_size, hidden, body.bias)
+            found[f"{body.name}.up_proj"] = (body.inner_size, hidden, body.bias)
+            found[f"{body.name}.down_proj"] = (hidden, body.inner_size, body.bias)
     return found
 
 
-def norms(spec: ModelSpec) -> dict[str, int]:
-    """Name -> length of every RMSNorm weight, in execution order."""
-    found = {}
-    for layer in range(spec.num_layers):
-        prefix = f"model.layers.{layer}"
-        found[f"{prefix}.input_layernorm"] = spec.hidden_size
-        if spec.qk_norm:
-            found[f"{prefix}.self_attn.q_norm"] = spec.head_size
-            found[f"{prefix}.self_attn.k_norm"] = spec.head_size
-        found[f"{prefix}.post_attention_layernorm"] = spec.hidden_size
-    found[FINAL_NORM] = spec.hidden_size
-    return found
+def _norm_sizes(spec: ModelSpec, block: Block) -> dict[str, int]:
+    """Name under the layer -> length, in execution order."""
+    found = {block.before: spec.hidden_size} if block.before else {}
+    body = block.body
+    if isinstance(body, Attention) and body.qk_norm != "none":
+        whole = body.qk_norm == "all_heads"
+        found[f"{body.name}.q_norm"] = body.query_size if whole else body.head_size
+        found[f"{body.name}.k_norm"] = body.kv_size if whole else body.head_size
+    return found | ({block.after: spec.hidden_size} if block.after else {})
 
 
-def parts(spec: ModelSpec) -> list[Part]:
-    """Every exact weight that can be streamed, in execution order.
-
-    A tied head is the embedding, and a matrix without a substitute is needed by the draft as it
-    is: both live in fast memory and are not listed.
-    """
+def _parts(spec: ModelSpec, linear: Linear) -> list[Part]:
+    row_bytes = linear.in_features * spec.item_bytes
+    num_parts = math.ceil(linear.out_features * row_bytes / PART_BYTES)
+    rows = math.ceil(linear.out_features / num_parts / PART_ROWS) * PART_ROWS
     found = []
-    for linear in linears(spec):
-        if not is_streamable(spec, linear):
-            continue
-        row_bytes = linear.in_features * spec.item_bytes
-        num_parts = math.ceil(linear.out_features * row_bytes / PART_BYTES)
-        rows = math.ceil(linear.out_features / num_parts / PART_ROWS) * PART_ROWS
-        for first in range(0, linear.out_features, rows):
-            num_rows = min(rows, linear.out_features - first)
-            found.append(Part(linear, first, num_rows, num_rows * row_bytes))
-    return found
-
-
-def is_streamable(spec: ModelSpec, linear: Linear) -> bool:
-    return linear.has_substitute and not (linear.kind == "head" and spec.tied_head)
-
-
-def resident_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Checkpoint name -> shape of what is always in fast memory, exact: embedding, norms, biases
-    and the matrices that have no substitute."""
-    found: dict[str, tuple[int, ...]] = {f"{EMBEDDING}.weight": (spec.vocab_size, spec.hidden_size)}
-    for linear in linears(spec):
-        if linear.has_bias:
-            found[f"{linear.name}.bias"] = (linear.out_features,)
-        if not linear.has_substitute and not (linear.kind == "head" and spec.tied_head):
-            found[f"{linear.name}.weight"] = (linear.out_features, linear.in_features)
-    for name, length in norms(spec).items():
-        found[f"{name}.weight"] = (length,)
+    for first in range(0, linear.out_features, rows):
+        num_rows = min(rows, linear.out_features - first)
+        found.append(Part(linear, first, num_rows, num_rows * row_bytes))
     return found
