@@ -107,6 +107,10 @@ def load_config(written: Fields) -> Any:
     for name, largest in COUNTS.items():
         if written.has(name):
             written.integer(name, 1, largest)
+    flags = written.values.get("no_rope_layers")  # looked up by layer
+    num_layers = written.values.get("num_hidden_layers")
+    if isinstance(flags, list) and num_layers is not None and len(flags) < num_layers:
+        raise written.wrong("no_rope_layers", flags, f"{num_layers} entries, not {len(flags)}")
     check_rope(written)
     values = {name: _copy(written.values[name]) for name in READ if name in written.values}
     with reading(written.where):
