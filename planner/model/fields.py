@@ -10,6 +10,13 @@ from subspec.artifacts.format.codec import parse_json
 from subspec.artifacts.format.tensors import open_regular
 
 LARGEST_JSON = 32 << 20  # an index of 100,000 tensors has 10 MB
+GIT_LFS = b"version https://git-lfs.github.com/"  # how the stand-in for a large file begins
+
+# A bound for every number, far above any model: what follows may then multiply and enumerate them.
+LARGEST_WIDTH = 1 << 20
+MOST_LAYERS = 10_000
+LARGEST_VOCABULARY = 1 << 24
+MOST_POSITIONS = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -32,15 +39,15 @@ class Fields:
             raise self.wrong(name, value, f"a number from {low:g} to {high:g}")
         return float(value)
 
-    def flag(self, name: str, default: bool) -> bool:
+    def flag(self, name: str, default: bool | None = None) -> bool:
         value = self._value(name, default)
-        if type(value) is not bool:
+        if value is not True and value is not False:
             raise self.wrong(name, value, "true or false")
         return value
 
-    def text(self, name: str, default: str) -> str:
+    def text(self, name: str, default: str | None = None) -> str:
         value = self._value(name, default)
-        if type(value) is not str:
+        if not isinstance(value, str):
             raise self.wrong(name, value, "a string")
         return value
 
@@ -49,6 +56,13 @@ class Fields:
         if not isinstance(value, list) or not all(type(item) is str for item in value):
             raise self.wrong(name, value, "a list of strings")
         return value
+
+    def numbers(self, name: str, low: float, high: float, count: int) -> tuple[float, ...]:
+        value = self._value(name, None)
+        fine = isinstance(value, list) and len(value) == count
+        if not fine or not all(type(n) in (int, float) and low <= n <= high for n in value):
+            raise self.wrong(name, value, f"{count} numbers from {low:g} to {high:g}")
+        return tuple(float(number) for number in value)
 
     def has(self, name: str) -> bool:
         return self.values.get(name) is not None
@@ -77,7 +91,19 @@ def read_fields(path: Path) -> Fields:
             raise SubspecError(
                 Exit.CORRUPT, f"{path.name} is {size} bytes, expected at most {LARGEST_JSON}"
             )
-        values = parse_json(file.read(), path.name)
+        content = file.read()
+    refuse_git_lfs(path, content)
+    values = parse_json(content, path.name)
     if not isinstance(values, dict):
         raise SubspecError(Exit.CORRUPT, f"{path.name} is not an object")
     return Fields(path.name, values)
+
+
+def refuse_git_lfs(path: Path, content: bytes) -> None:
+    """Raises SubspecError(CORRUPT) if `content` is only Git LFS's stand-in for a file."""
+    if content.startswith(GIT_LFS):
+        raise SubspecError(
+            Exit.CORRUPT,
+            f"{path.name} is a Git LFS pointer, expected the file itself",
+            f"run `git lfs pull` in {path.parent}, or download the checkpoint again",
+        )

@@ -1,20 +1,25 @@
 import json
 import os
 import struct
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from families import FAMILIES, save_random_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.model import Source
 from subspec.planner.model.checkpoint import (
     INDEX,
     WEIGHTS,
+    Checkpoint,
     check_tied_head,
     read_checkpoint,
+    read_pieces,
     read_spec,
     shard_names,
 )
@@ -62,6 +67,10 @@ def write_safetensors(path: Path, tensors: dict[str, tuple[str, list[int]]]) -> 
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
 
 
+def as_bytes(tensor: torch.Tensor) -> bytes:
+    return bytes(tensor.detach().contiguous().view(torch.uint8).numpy().data)
+
+
 def tensors(dtype: str = "BF16") -> dict[str, tuple[str, list[int]]]:
     return {name: (dtype, shape) for name, shape in SHAPES.items()}
 
@@ -96,39 +105,84 @@ def refused(folder: Path, exit_code: Exit = Exit.CORRUPT) -> SubspecError:
     return caught.value
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "mistral"])
+def stored_bytes(checkpoint: Checkpoint, name: str) -> bytes:
+    pieces = read_pieces(checkpoint.rows[name])
+    return b"".join(bytes(piece.view(torch.uint8).numpy().data) for piece in pieces)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_tensors_of_a_saved_transformers_model_are_found_with_their_bytes(
-    tmp_path: Path, family: str, tied: bool
+    tmp_path: Path, tied: bool
 ) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch's own deprecated corners, at import
-        import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        config = AutoConfig.for_model(
-            family,
-            **{key: CONFIG[key] for key in list(CONFIG)[2:-1]},
-            num_key_value_heads=1,
-            head_dim=6,
-            tie_word_embeddings=tied,
-        )
-        if family == "llama":
-            config.attention_bias = config.mlp_bias = True
-        build: Any = AutoModelForCausalLM.from_config
-        model = build(config, dtype=torch.bfloat16)
-        model.save_pretrained(tmp_path, max_shard_size="1KB")
+    config = AutoConfig.for_model(
+        "llama",
+        **{key: CONFIG[key] for key in list(CONFIG)[2:-1]},
+        num_key_value_heads=1,
+        head_dim=6,
+        tie_word_embeddings=tied,
+        attention_bias=True,
+        mlp_bias=True,
+    )
+    build: Any = AutoModelForCausalLM.from_config
+    model = build(config, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path, max_shard_size="1KB")
     checkpoint = read_checkpoint(tmp_path, SOURCE)
     expected = dict(model.named_parameters())
-    assert checkpoint.tensors.keys() == expected.keys()
+    assert checkpoint.rows.keys() == expected.keys() | {"lm_head.weight"}
     assert checkpoint.spec.dtype == "bfloat16"
     assert checkpoint.spec.tied_head is tied
     assert len(shard_names(tmp_path)) > 1
-    for name, tensor in checkpoint.tensors.items():
-        stored = tensor.file.read_bytes()[tensor.offset : tensor.offset + tensor.num_bytes]
-        assert stored == expected[name].detach().view(torch.int16).numpy().tobytes()
-        assert tensor.shape == tuple(expected[name].shape)
-        assert tensor.dtype == "BF16"
+    for name, parameter in expected.items():
+        assert stored_bytes(checkpoint, name) == as_bytes(parameter)
+
+
+def test_fused_matrices_are_found_as_rows(tmp_path: Path) -> None:
+    case = {**FAMILIES["phi3, window"], "vocab_size": 64}
+    model = save_random_model(tmp_path, AutoConfig.for_model(**case))
+    checkpoint = read_checkpoint(tmp_path, SOURCE)
+    layer = model.model.layers[1]
+    q, k, v = layer.self_attn.qkv_proj.weight.split((128, 64, 64))
+    gate, up = layer.mlp.gate_up_proj.weight.split((192, 192))
+    for name, expected in (("q", q), ("k", k), ("v", v)):
+        found = stored_bytes(checkpoint, f"model.layers.1.self_attn.{name}_proj.weight")
+        assert found == as_bytes(expected)
+    for name, expected in (("gate", gate), ("up", up)):
+        found = stored_bytes(checkpoint, f"model.layers.1.mlp.{name}_proj.weight")
+        assert found == as_bytes(expected)
+    assert checkpoint.rows["model.layers.1.mlp.up_proj.weight"].first == 192
+
+
+def test_a_fused_matrix_of_other_rows_is_refused(tmp_path: Path) -> None:
+    found = tensors()
+    for name in ("q", "k", "v"):
+        del found[f"{LAYER}.self_attn.{name}_proj.weight"]
+    fused = f"{LAYER}.self_attn.qkv_proj.weight"
+    read_checkpoint(write(tmp_path, {**found, fused: ("BF16", [24, 8])}), SOURCE)
+    error = refused(write(tmp_path, {**found, fused: ("BF16", [23, 8])}))
+    assert fused in error.message and "[24, 8]" in error.message
+
+
+@pytest.mark.parametrize("prefix", ["", "model.language_model.", "language_model.model."])
+def test_a_decoder_is_found_under_other_prefixes(tmp_path: Path, prefix: str) -> None:
+    renamed = {name.replace("model.", prefix, 1): tensor for name, tensor in tensors().items()}
+    plain, other = tmp_path / "plain", tmp_path / "other"
+    plain.mkdir()
+    other.mkdir()
+    expected = read_checkpoint(write(plain), SOURCE)
+    found = read_checkpoint(write(other, renamed), SOURCE)
+    assert found.spec == expected.spec
+    assert found.rows.keys() == expected.rows.keys()
+    for name in SHAPES:
+        assert stored_bytes(found, name) == stored_bytes(expected, name)
+
+
+def test_a_matrix_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = read_checkpoint(write(tmp_path), SOURCE)
+    whole = stored_bytes(checkpoint, f"{LAYER}.mlp.up_proj.weight")
+    monkeypatch.setattr("subspec.planner.model.checkpoint.MAPPED_BYTES", 3 * 16)
+    pieces = list(read_pieces(checkpoint.rows[f"{LAYER}.mlp.up_proj.weight"]))
+    assert [len(piece) for piece in pieces] == [3, 3, 3, 3]
+    assert stored_bytes(checkpoint, f"{LAYER}.mlp.up_proj.weight") == whole
 
 
 def test_shards_and_a_single_file_hold_the_same_tensors(tmp_path: Path) -> None:
@@ -137,7 +191,7 @@ def test_shards_and_a_single_file_hold_the_same_tensors(tmp_path: Path) -> None:
     one = read_checkpoint(write(tmp_path / "one"), SOURCE)
     two = read_checkpoint(write_shards(tmp_path / "two"), SOURCE)
     assert one.spec == two.spec
-    assert one.tensors.keys() == two.tensors.keys() == SHAPES.keys()
+    assert one.rows.keys() == two.rows.keys() == SHAPES.keys()
 
 
 @pytest.mark.parametrize(
@@ -153,7 +207,7 @@ def test_the_dtype_is_that_of_the_tensors_whatever_the_config_says(
 def test_tensors_that_the_spec_does_not_call_for_are_left_out(tmp_path: Path) -> None:
     more = {f"{LAYER}.self_attn.rotary_emb.inv_freq": ("F32", [2]), "model.layers.1.x": ("I8", [1])}
     checkpoint = read_checkpoint(write(tmp_path, {**tensors(), **more}), SOURCE)
-    assert checkpoint.tensors.keys() == SHAPES.keys()
+    assert checkpoint.rows.keys() == SHAPES.keys()
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -180,13 +234,24 @@ def test_a_tied_head_stays_tied_beside_its_own_copy_but_the_copy_must_be_equal(
     with pytest.raises(SubspecError, match=r"lm_head\.weight") as caught:
         check_tied_head(tied)
     assert caught.value.exit_code == Exit.CORRUPT
-    head, embedding = tied.tensors["lm_head.weight"], tied.tensors["model.embed_tokens.weight"]
-    content = bytearray(head.file.read_bytes())
-    content[head.offset : head.offset + head.num_bytes] = content[
-        embedding.offset : embedding.offset + embedding.num_bytes
-    ]
-    head.file.write_bytes(content)
+    same = tmp_path / "same"
+    same.mkdir()
+    write(same, tie_word_embeddings=True)
+    stored = load_file(same / WEIGHTS)
+    stored["lm_head.weight"] = stored["model.embed_tokens.weight"].clone()
+    save_file(stored, same / WEIGHTS)
+    check_tied_head(read_checkpoint(same, SOURCE))
+
+
+def test_of_a_tied_pair_the_head_alone_may_be_stored(tmp_path: Path) -> None:
+    """As safetensors.torch.save_model leaves it."""
+    found = tensors()
+    del found["model.embed_tokens.weight"]
+    tied = read_checkpoint(write(tmp_path, found, tie_word_embeddings=True), SOURCE)
     check_tied_head(tied)
+    embedding = tied.rows["model.embed_tokens.weight"]
+    assert tied.rows["lm_head.weight"] == embedding
+    assert embedding.tensor.name == "lm_head.weight"
 
 
 def test_header_and_config_must_agree_on_every_shape(tmp_path: Path) -> None:
@@ -247,6 +312,12 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     assert "model-00002-of-00002.safetensors is missing" in refused(tmp_path).message
 
 
+def test_a_listed_tensor_that_nobody_needs_may_be_missing(tmp_path: Path) -> None:
+    first = "model-00001-of-00002.safetensors"
+    write_shards(tmp_path, lambda found: found.update({"model.layers.7.ghost": first}))
+    assert read_checkpoint(tmp_path, SOURCE).rows.keys() == SHAPES.keys()
+
+
 def test_a_tensor_placed_in_a_shard_that_lacks_it_is_refused(tmp_path: Path) -> None:
     first = "model-00001-of-00002.safetensors"
     write_shards(tmp_path, lambda found: found.update({"lm_head.weight": first}))
@@ -278,6 +349,43 @@ def test_other_formats_alone_are_refused_with_a_way_out(tmp_path: Path, name: st
     error = refused(tmp_path, Exit.UNSUPPORTED)
     assert name in error.message
     assert "save_pretrained" in error.hint
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "config.json"])
+def test_a_git_lfs_pointer_is_named_as_such(tmp_path: Path, name: str) -> None:
+    write(tmp_path)
+    (tmp_path / name).write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 12345\n"
+    )
+    error = refused(tmp_path)
+    assert name in error.message and "Git LFS" in error.message
+    assert "git lfs pull" in error.hint
+
+
+def test_a_damaged_file_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    whole = (write(tmp_path) / WEIGHTS).read_bytes()
+    changes = {
+        "too short": whole[:5],
+        "cut off": whole[:-3],
+        "longer than described": whole + b"x",
+        "no JSON": whole[:8] + b"x" * (len(whole) - 8),
+        "a header beyond the file": struct.pack("<Q", 1 << 60) + whole[8:],
+        "an unknown dtype": whole.replace(b"BF16", b"XF16", 1),
+        "overlapping tensors": whole.replace(b"[0, 160]", b"[0, 158]", 1),
+    }
+    for what, content in changes.items():
+        (tmp_path / WEIGHTS).write_bytes(content)
+        error = refused(tmp_path)
+        assert WEIGHTS in error.message, what
+        assert "\n" not in error.message and len(error.message) < 300, what
+
+
+def test_a_header_of_too_many_tensors_is_refused_before_it_is_parsed(tmp_path: Path) -> None:
+    write(tmp_path)
+    names = (f'"{n}":{{"dtype":"BF16","shape":[0],"data_offsets":[0,0]}}' for n in range(100_100))
+    text = ("{" + ",".join(names) + "}").encode()
+    (tmp_path / WEIGHTS).write_bytes(struct.pack("<Q", len(text)) + text)
+    assert "more than 100000 tensors" in refused(tmp_path).message
 
 
 def test_a_folder_without_weights_and_a_pipe_in_their_place_are_refused(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
-"""Compared with transformers' own reading of the same file, family by family."""
+"""What each field means is compared with transformers' model; the logits: test_families.py."""
 
 import json
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,9 @@ from typing import Any
 import pytest
 
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.artifacts.model import ModelSpec, Rope, Source
+from subspec.artifacts.model import Attention, Dense, ModelSpec, QueryGrowth, Rope, Source
 from subspec.planner.model.config import read_config
+from subspec.planner.model.families import FAMILIES
 
 SOURCE = Source("org/tiny", "0" * 40, "mit")
 SIZES = {
@@ -18,12 +20,6 @@ SIZES = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "vocab_size": 80,
-}
-CLASSES = {
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
 }
 FULL, SLIDING = "full_attention", "sliding_attention"
 LLAMA3 = {
@@ -37,7 +33,8 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 
 
 def config(family: str = "llama", **fields: Any) -> dict[str, Any]:
-    return {"architectures": [CLASSES[family]], "model_type": family, **SIZES, **fields}
+    architectures = [FAMILIES[family].architecture]
+    return {"architectures": architectures, "model_type": family, **SIZES, **fields}
 
 
 def write(folder: Path, values: object, generation: object = None) -> Path:
@@ -95,18 +92,40 @@ def by_transformers(transformers: Any, folder: Path) -> dict[str, Any]:
     }
 
 
+def attentions(spec: ModelSpec) -> list[Attention]:
+    return [layer.attentions[0] for layer in spec.layers]
+
+
+def rope_of(spec: ModelSpec) -> Rope:
+    """The one of all layers."""
+    (rope,) = spec.ropes
+    return rope
+
+
+def windows_of(spec: ModelSpec) -> list[int | None]:
+    return [attention.window for attention in attentions(spec)]
+
+
 def by_us(spec: ModelSpec) -> dict[str, Any]:
-    names = (
-        "hidden_size num_layers num_heads num_kv_heads head_size norm_epsilon tied_head qkv_bias "
-        "output_bias mlp_bias qk_norm"
-    )
-    windowed = set(spec.windowed_layers)
+    attention, rope = attentions(spec)[0], rope_of(spec)
+    dense = spec.layers[0].blocks[1].body
+    assert isinstance(dense, Dense)
     return {
-        **{name: getattr(spec, name) for name in names.split()},
-        "windows": [spec.sliding_window if n in windowed else None for n in range(spec.num_layers)],
-        "rope": (spec.rope.theta, spec.rope.kind, spec.rope.factor),
-        "attention_factor": pytest.approx(spec.rope.attention_factor, rel=1e-12),
-        "original": spec.rope.original_max_positions,
+        "hidden_size": spec.hidden_size,
+        "num_layers": spec.num_layers,
+        "num_heads": attention.num_heads,
+        "num_kv_heads": attention.num_kv_heads,
+        "head_size": attention.head_size,
+        "norm_epsilon": spec.norm.epsilon,
+        "tied_head": spec.tied_head,
+        "qkv_bias": attention.qkv_bias,
+        "output_bias": attention.output_bias,
+        "mlp_bias": dense.bias,
+        "qk_norm": attention.qk_norm == "head",
+        "windows": windows_of(spec),
+        "rope": (rope.theta, rope.kind, rope.factor),
+        "attention_factor": pytest.approx(rope.attention_factor, rel=1e-12),
+        "original": rope.original_max_positions,
     }
 
 
@@ -154,7 +173,8 @@ def test_a_config_means_what_it_means_to_transformers(
     assert ours.source == SOURCE
 
 
-@pytest.mark.parametrize("family", CLASSES)
+# What each class takes for itself, where the config says nothing: 2 heads divide all of them.
+@pytest.mark.parametrize("family", FAMILIES)
 def test_what_save_pretrained_writes_reads_like_the_short_form(
     tmp_path: Path, transformers: Any, family: str
 ) -> None:
@@ -165,15 +185,87 @@ def test_what_save_pretrained_writes_reads_like_the_short_form(
     assert read_config(tmp_path, SOURCE) == short
     assert short.max_positions == written.max_position_embeddings
     assert short.vocab_size == written.vocab_size
+    assert short.tied_head == written.tie_word_embeddings
     assert short.dtype == "bfloat16"
 
 
-def test_the_fields_of_llama3_and_yarn_are_kept(tmp_path: Path) -> None:
-    assert read(tmp_path, config(rope_theta=5e5, rope_scaling=LLAMA3)).rope == Rope(
-        5e5, "llama3", 8.0, 64, 1.0, 4.0
+def test_a_mistral_with_layer_types_is_read_as_transformers_does(
+    tmp_path: Path, transformers: Any
+) -> None:
+    values = config(
+        "mistral",
+        num_key_value_heads=2,
+        head_dim=16,
+        sliding_window=16,
+        layer_types=[SLIDING, FULL, SLIDING],
     )
-    rope = read(tmp_path, config(rope_scaling={**YARN, "beta_fast": 16, "beta_slow": 2})).rope
-    assert (rope.beta_fast, rope.beta_slow) == (16.0, 2.0)
+    assert windows_of(read(tmp_path, values)) == [16, None, 16]
+    assert transformers.AutoConfig.from_pretrained(tmp_path).model_type == "ministral"
+
+
+def test_no_field_of_a_config_names_another_file(tmp_path: Path) -> None:
+    (tmp_path / "config.5.0.0.json").write_text(json.dumps(config(hidden_size=4096)))
+    names = {"configuration_files": ["config.5.0.0.json"], "_name_or_path": "../elsewhere"}
+    assert read(tmp_path, config(**names)).hidden_size == 64
+
+
+def test_smollm3_turns_no_positions_in_some_layers(tmp_path: Path) -> None:
+    spec = read(tmp_path, config("smollm3", num_key_value_heads=2, no_rope_layers=[1, 0, 1]))
+    assert [attention.rope is None for attention in attentions(spec)] == [False, True, False]
+
+
+def test_olmo3_has_a_rope_of_its_own_for_full_layers(tmp_path: Path) -> None:
+    spec = read(tmp_path, config("olmo3", num_hidden_layers=4, rope_scaling=YARN))
+    kinds = [attention.rope.kind for attention in attentions(spec) if attention.rope]
+    assert kinds == ["default", "default", "default", "yarn"]
+    assert windows_of(spec) == [None] * 4  # 4096 positions: none can leave a window of 4096
+    assert len(spec.ropes) == 2
+
+
+def test_longrope_ends_where_its_other_frequencies_begin(tmp_path: Path) -> None:
+    scaling = {"type": "longrope", "short_factor": [1.0] * 6, "long_factor": [3.0] * 6}
+    values = config(
+        "phi3",
+        partial_rotary_factor=0.75,
+        max_position_embeddings=512,
+        original_max_position_embeddings=128,
+        rope_scaling=scaling,
+    )
+    for name in ("longrope", "yarn"):  # the class takes its yarn for longrope
+        spec = read(tmp_path, {**values, "rope_scaling": {**scaling, "type": name}})
+        assert spec.max_positions == 128
+        rope = rope_of(spec)
+        assert (rope.kind, rope.size, rope.divisors) == ("longrope", 12, (1.0,) * 6)
+        assert rope.attention_factor == pytest.approx(math.sqrt(1 + math.log(4) / math.log(128)))
+
+
+def test_the_queries_of_ministral3_grow(tmp_path: Path) -> None:
+    spec = read(tmp_path, config("ministral3", num_key_value_heads=2))
+    assert attentions(spec)[0].query_growth == QueryGrowth(0.1, 16384)
+
+
+def test_the_multipliers_of_granite_are_kept(tmp_path: Path) -> None:
+    spec = read(
+        tmp_path,
+        config(
+            "granite",
+            attention_multiplier=0.5,
+            embedding_multiplier=12,
+            logits_scaling=8.0,
+            residual_multiplier=0.25,
+        ),
+    )
+    assert (attentions(spec)[0].scale, spec.embedding_scale, spec.logits_divisor) == (0.5, 12, 8)
+    assert {block.multiplier for layer in spec.layers for block in layer.blocks} == {0.25}
+
+
+def test_the_fields_of_llama3_and_yarn_are_kept(tmp_path: Path) -> None:
+    assert rope_of(read(tmp_path, config(rope_theta=5e5, rope_scaling=LLAMA3))) == Rope(
+        5e5, 16, "llama3", False, 8.0, 64, 1.0, 4.0
+    )
+    scaling = {**YARN, "beta_fast": 16, "beta_slow": 2, "truncate": False}
+    rope = rope_of(read(tmp_path, config(rope_scaling=scaling)))
+    assert (rope.beta_fast, rope.beta_slow, rope.truncate) == (16.0, 2.0, False)
 
 
 def test_yarn_reaches_beyond_the_configs_positions_and_llama3_does_not(tmp_path: Path) -> None:
@@ -187,9 +279,8 @@ def test_yarn_reaches_beyond_the_configs_positions_and_llama3_does_not(tmp_path:
 
 def test_a_window_that_no_position_can_leave_is_no_window(tmp_path: Path) -> None:
     at_limit = config("mistral", num_key_value_heads=2, max_position_embeddings=32)
-    assert read(tmp_path, {**at_limit, "sliding_window": 32}).sliding_window is None
-    inside = read(tmp_path, {**at_limit, "sliding_window": 31})
-    assert (inside.sliding_window, inside.windowed_layers) == (31, (0, 1, 2))
+    assert windows_of(read(tmp_path, {**at_limit, "sliding_window": 32})) == [None] * 3
+    assert windows_of(read(tmp_path, {**at_limit, "sliding_window": 31})) == [31] * 3
 
 
 @pytest.mark.parametrize(
@@ -211,9 +302,14 @@ def test_end_tokens_are_those_of_the_generation_config_if_it_has_any(
     assert read(tmp_path, config(**in_config), in_generation).eos_token_ids == expected
 
 
-def test_only_llama_and_mistral_have_an_end_token_by_default(tmp_path: Path) -> None:
-    assert read(tmp_path, config("mistral", num_key_value_heads=2)).eos_token_ids == (2,)
-    assert read(tmp_path, config("qwen3", num_key_value_heads=2)).eos_token_ids == ()
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [("mistral", (2,)), ("qwen3", ()), ("glm4", (151329, 151336, 151338)), ("phi3", (32000,))],
+)
+def test_a_config_without_end_tokens_has_those_of_its_class(
+    tmp_path: Path, family: str, expected: tuple[int, ...]
+) -> None:
+    assert read(tmp_path, config(family, num_key_value_heads=2)).eos_token_ids == expected
 
 
 @pytest.mark.parametrize(
@@ -229,9 +325,8 @@ def test_only_llama_and_mistral_have_an_end_token_by_default(tmp_path: Path) -> 
         ({"hidden_act": "gelu"}, "gelu"),
         ({"per_layer_config": {"0": {"mlp_bias": True}}}, "per_layer_config"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
-        ({"rope_scaling": {"rope_type": "longrope"}}, "longrope"),
-        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "rope_parameters"),
-        ({"rope_scaling": {**YARN, "truncate": False}}, "truncate"),
+        ({"is_causal": False}, "is_causal"),
+        ({"model_type": "gemma3", "text_config": {}}, "gemma3"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"rope_parameters": {"partial_rotary_factor": 0.25}}, "partial_rotary_factor"),
         ({"dtype": "float8_e4m3fn"}, "float8_e4m3fn"),
@@ -259,7 +354,7 @@ def test_unknown_layer_types_are_refused_where_they_have_a_meaning(tmp_path: Pat
 def test_an_unknown_architecture_is_told_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(SubspecError) as caught:
         read(tmp_path, config(architectures=["MambaForCausalLM"], model_type="mamba"))
-    assert all(name in caught.value.message for name in CLASSES.values())
+    assert all(family.architecture in caught.value.message for family in FAMILIES.values())
 
 
 def test_a_models_own_code_is_never_run_but_harmless_beside_a_known_class(tmp_path: Path) -> None:
@@ -283,7 +378,7 @@ HOSTILE: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"num_hidden_layers": 0}, "num_hidden_layers"),
     ("llama", {"num_hidden_layers": 10**9}, "num_hidden_layers"),
     ("llama", {"num_attention_heads": 0}, "num_attention_heads"),
-    ("llama", {"num_attention_heads": 128}, "head_dim"),
+    ("llama", {"num_attention_heads": 128}, "number of attention heads"),
     ("llama", {"num_key_value_heads": 3}, "num_key_value_heads"),
     ("llama", {"num_key_value_heads": 0}, "num_key_value_heads"),
     ("qwen2", {}, "num_key_value_heads"),  # 32 where left out, which does not divide 4 heads
@@ -316,6 +411,18 @@ HOSTILE: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"eos_token_id": "</s>"}, "eos_token_id"),
     ("llama", {"eos_token_id": [1] * 100_000}, "eos_token_id"),
     ("mistral", {"sliding_window": 0, "num_key_value_heads": 2}, "sliding_window"),
+    ("llama", {"rope_parameters": {FULL: {"rope_theta": 1e4}}}, "rope_parameters"),
+    ("llama", {"rope_scaling": {**YARN, "truncate": 1}}, "truncate"),
+    ("llama", {"rope_scaling": {"rope_type": "longrope"}}, "short_factor"),
+    ("phi3", {"rope_scaling": {"type": "longrope", "short_factor": [1], "long_factor": [1]}}, "sh"),
+    ("phi3", {"original_max_position_embeddings": 0}, "original_max"),
+    ("glm4", {"partial_rotary_factor": 0.01, "num_key_value_heads": 2}, "partial_rotary_factor"),
+    ("granite", {"logits_scaling": 0.0}, "logits_scaling"),
+    ("granite", {"attention_multiplier": None}, "attention_multiplier"),
+    ("ministral3", {"num_key_value_heads": 2, "rope_parameters": YARN}, "llama_4_scaling_beta"),
+    ("smollm3", {"no_rope_layer_interval": 0}, "no_rope_layer_interval"),
+    ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers"),
+    ("smollm3", {"no_rope_layers": [2, 2, 2]}, "no_rope_layers"),
     ("qwen3", {"layer_types": [FULL], "num_key_value_heads": 2}, "layer_types"),
     ("qwen3", {"layer_types": [SLIDING] * 3, "num_key_value_heads": 2}, "layer_types"),
     ("qwen3", {"layer_types": "full_attention", "num_key_value_heads": 2}, "layer_types"),

@@ -1,0 +1,224 @@
+"""What the decoder of each model_type computes, where it differs from Llama's; after transformers'
+models/*/modeling_*.py. A family is one function here and one case in tests/families.py."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.model import Attention, Block, Dense, LayerSpec, QueryGrowth
+from subspec.planner.model.fields import LARGEST_WIDTH, MOST_LAYERS, MOST_POSITIONS, Fields
+from subspec.planner.model.rope import BOUNDS, ORIGINAL, read_rope, rope_values
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+MULTIPLIER = (1e-6, 1e6)  # of granite's
+
+
+@dataclass(frozen=True)
+class Norms:
+    """Names of the norms before and after attention and feed-forward."""
+
+    attention: tuple[str | None, str | None]
+    dense: tuple[str | None, str | None]
+
+
+PRE = Norms(("input_layernorm", None), ("post_attention_layernorm", None))
+POST = Norms((None, "post_attention_layernorm"), (None, "post_feedforward_layernorm"))
+SANDWICH = Norms(
+    ("input_layernorm", "post_self_attn_layernorm"),
+    ("post_attention_layernorm", "post_mlp_layernorm"),
+)
+
+
+@dataclass(frozen=True)
+class Style:
+    """One model's answers to what families differ in; the defaults are Llama's without biases."""
+
+    windows: Literal["none", "all_layers", "layer_types"] = "none"
+    norms: Norms = PRE
+    rounds_late: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: Literal["none", "head", "all_heads"] = "none"
+    interleaved_rope: bool = False
+    partial_rope: bool = False
+    rope_in_f32: bool = False
+    rotates: tuple[bool, ...] | None = None  # which layers turn positions; None: all
+    query_growth: QueryGrowth | None = None
+    attention_scale: float | None = None  # None: head_size ** -0.5
+    residual_multiplier: float = 1.0
+    embedding_scale: float = 1.0
+    logits_divisor: float = 1.0
+
+
+@dataclass(frozen=True)
+class Family:
+    architecture: str
+    read: Callable[[Fields], Style]  # of transformers' config object
+
+
+def _llama(config: Fields) -> Style:
+    bias = config.flag("attention_bias")
+    return Style(qkv_bias=bias, output_bias=bias, mlp_bias=config.flag("mlp_bias"))
+
+
+def _qwen2(config: Fields) -> Style:
+    return Style(qkv_bias=True, windows="layer_types")
+
+
+def _qwen3(config: Fields) -> Style:
+    bias = config.flag("attention_bias")
+    return Style(qkv_bias=bias, output_bias=bias, qk_norm="head", windows="layer_types")
+
+
+def _mistral(config: Fields) -> Style:
+    return Style(windows="all_layers")
+
+
+def _ministral(config: Fields) -> Style:
+    return Style(windows="layer_types")
+
+
+def _ministral3(config: Fields) -> Style:
+    values = rope_values(config, FULL)
+    beta = values.number("llama_4_scaling_beta", *BOUNDS["llama_4_scaling_beta"])
+    growth = QueryGrowth(beta, values.integer(ORIGINAL, 1, MOST_POSITIONS))
+    return Style(windows="all_layers", query_growth=growth)
+
+
+def _smollm3(config: Fields) -> Style:
+    flags = config.values.get("no_rope_layers")  # 1: this layer does turn positions
+    fine = isinstance(flags, list) and all(type(flag) is int and flag in (0, 1) for flag in flags)
+    if not fine or len(flags) < config.integer("num_hidden_layers", 1, MOST_LAYERS):
+        raise config.wrong("no_rope_layers", flags, "0 or 1 for each layer")
+    rotates = tuple(bool(flag) for flag in flags)
+    return replace(_llama(config), windows="layer_types", rotates=rotates)
+
+
+def _olmo2(config: Fields) -> Style:
+    bias = config.flag("attention_bias")
+    return Style(
+        qkv_bias=bias,
+        output_bias=bias,
+        norms=POST,
+        rounds_late=True,
+        qk_norm="all_heads",
+        rope_in_f32=True,
+    )
+
+
+def _olmo3(config: Fields) -> Style:
+    return replace(_olmo2(config), windows="layer_types")
+
+
+def _phi3(config: Fields) -> Style:
+    return Style(windows="all_layers", partial_rope=True)
+
+
+def _glm4(config: Fields) -> Style:
+    return Style(
+        qkv_bias=config.flag("attention_bias"),
+        norms=SANDWICH,
+        interleaved_rope=True,
+        partial_rope=True,
+    )
+
+
+def _granite(config: Fields) -> Style:
+    return replace(
+        _llama(config),
+        attention_scale=config.number("attention_multiplier", *MULTIPLIER),
+        residual_multiplier=config.number("residual_multiplier", *MULTIPLIER),
+        embedding_scale=config.number("embedding_multiplier", *MULTIPLIER),
+        logits_divisor=config.number("logits_scaling", *MULTIPLIER),
+    )
+
+
+def _seed_oss(config: Fields) -> Style:
+    return Style(
+        qkv_bias=config.flag("attention_bias"),
+        output_bias=config.flag("attention_out_bias"),
+        mlp_bias=config.flag("mlp_bias"),
+    )
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family("LlamaForCausalLM", _llama),
+    "qwen2": Family("Qwen2ForCausalLM", _qwen2),
+    "qwen3": Family("Qwen3ForCausalLM", _qwen3),
+    "mistral": Family("MistralForCausalLM", _mistral),
+    "ministral": Family("MinistralForCausalLM", _ministral),
+    "ministral3": Family("Ministral3ForCausalLM", _ministral3),
+    "smollm3": Family("SmolLM3ForCausalLM", _smollm3),
+    "olmo2": Family("Olmo2ForCausalLM", _olmo2),
+    "olmo3": Family("Olmo3ForCausalLM", _olmo3),
+    "phi3": Family("Phi3ForCausalLM", _phi3),
+    "glm4": Family("Glm4ForCausalLM", _glm4),
+    "granite": Family("GraniteForCausalLM", _granite),
+    "seed_oss": Family("SeedOssForCausalLM", _seed_oss),
+}
+
+
+def read_layers(config: Fields, style: Style, max_positions: int) -> tuple[LayerSpec, ...]:
+    """config: transformers' object."""
+    heads = config.integer("num_attention_heads", 1, LARGEST_WIDTH)
+    kv_heads = config.integer("num_key_value_heads", 1, LARGEST_WIDTH)
+    if heads % kv_heads:
+        raise config.wrong("num_key_value_heads", kv_heads, f"a divisor of {heads} heads")
+    head_size = config.integer("hidden_size", 1, LARGEST_WIDTH) // heads
+    head_size = config.integer("head_dim", 1, LARGEST_WIDTH, head_size)
+    if head_size % 2:
+        raise config.wrong("head_dim", head_size, "an even number")
+    types = _layer_types(config, style)
+    partial, interleaved = style.partial_rope, style.interleaved_rope
+    ropes = {kind: read_rope(config, kind, head_size, interleaved, partial) for kind in set(types)}
+    windows = {kind: _window(config, kind, max_positions) for kind in set(types)}
+    dense = Dense(config.integer("intermediate_size", 1, LARGEST_WIDTH), style.mlp_bias)
+    layers = []
+    for index, kind in enumerate(types):
+        attention = Attention(
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_size=head_size,
+            scale=style.attention_scale or head_size**-0.5,
+            rope=ropes[kind] if style.rotates is None or style.rotates[index] else None,
+            window=windows[kind],
+            qkv_bias=style.qkv_bias,
+            output_bias=style.output_bias,
+            qk_norm=style.qk_norm,
+            query_growth=style.query_growth,
+        )
+        blocks = (
+            Block(attention, *style.norms.attention, style.residual_multiplier),
+            Block(dense, *style.norms.dense, style.residual_multiplier),
+        )
+        layers.append(LayerSpec(blocks))
+    return tuple(layers)
+
+
+def _layer_types(config: Fields, style: Style) -> list[str]:
+    num_layers = config.integer("num_hidden_layers", 1, MOST_LAYERS)
+    if style.windows == "none":
+        return [FULL] * num_layers
+    if style.windows == "all_layers":
+        return [SLIDING if config.has("sliding_window") else FULL] * num_layers
+    types = config.texts("layer_types")
+    if not set(types) <= {FULL, SLIDING}:
+        raise config.unsupported("layer_types", f"{FULL} and {SLIDING}")
+    if len(types) != num_layers:
+        raise config.wrong("layer_types", types, f"{num_layers} entries, not {len(types)}")
+    return types
+
+
+def _window(config: Fields, layer_type: str, max_positions: int) -> int | None:
+    """A query at p sees the positions above p - window. A window that no position can leave is
+    none."""
+    if layer_type == FULL:
+        return None
+    if not config.has("sliding_window"):
+        raise SubspecError(
+            Exit.CORRUPT, f"{config.where}: layer_types has {SLIDING}, sliding_window is off"
+        )
+    window = config.integer("sliding_window", 1, MOST_POSITIONS)
+    return window if window < max_positions else None

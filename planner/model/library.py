@@ -1,0 +1,30 @@
+"""transformers, called on files that somebody else wrote."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from subspec.artifacts.common.errors import Exit, SubspecError
+
+LONGEST_REASON = 160  # characters
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Inside the block transformers says nothing on stderr, and whatever it raises becomes
+    SubspecError(CORRUPT) with one sentence that begins with `what`, the file."""
+    from transformers.utils import logging  # 1 s, and torch's: only who plans pays it
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    except SubspecError:
+        raise
+    except Exception as error:  # it has no class of its own: TypeError, KeyError, ImportError, ...
+        reason = " ".join(str(error).split())[:LONGEST_REASON] or "no reason given"
+        raise SubspecError(
+            Exit.CORRUPT,
+            f"{what} cannot be read by transformers: {type(error).__name__}: {reason}",
+        ) from error
+    finally:
+        logging.set_verbosity(before)

@@ -1,0 +1,124 @@
+"""The forward pass that a ModelSpec describes, in plain torch: the twin of the fast one.
+
+T tokens, H hidden, D head size, V vocabulary
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from subspec.artifacts.model import (
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    Attention,
+    Block,
+    Dense,
+    ModelSpec,
+    Rope,
+    layer_name,
+)
+
+Weights = Callable[[str], Tensor]  # "model.norm.weight" -> the tensor
+
+
+def logits_of(spec: ModelSpec, weights: Weights, tokens: Tensor) -> Tensor:
+    """tokens [T] -> [T, V]"""
+    x = F.embedding(tokens, weights(f"{EMBEDDING}.weight")) * spec.embedding_scale
+    for index, layer in enumerate(spec.layers):
+        for block in layer.blocks:
+            x = x + _block(spec, block, weights, layer_name(index), x)
+    x = _norm(spec, x, weights(f"{FINAL_NORM}.weight"))
+    return F.linear(x, weights(f"{HEAD}.weight")) / spec.logits_divisor
+
+
+def _block(spec: ModelSpec, block: Block, weights: Weights, layer: str, x: Tensor) -> Tensor:
+    def norm(name: str | None, x: Tensor) -> Tensor:
+        return x if name is None else _norm(spec, x, weights(f"{layer}.{name}.weight"))
+
+    def linear(name: str, x: Tensor, has_bias: bool) -> Tensor:
+        bias = weights(f"{layer}.{name}.bias") if has_bias else None
+        return F.linear(x, weights(f"{layer}.{name}.weight"), bias)
+
+    body, normed = block.body, norm(block.before, x)
+    if isinstance(body, Dense):
+        gate = F.silu(linear(f"{body.name}.gate_proj", normed, body.bias))
+        up = linear(f"{body.name}.up_proj", normed, body.bias)
+        out = linear(f"{body.name}.down_proj", gate * up, body.bias)
+    else:
+        q, k, v = (linear(f"{body.name}.{n}_proj", normed, body.qkv_bias) for n in "qkv")
+        if body.qk_norm == "all_heads":
+            q, k = norm(f"{body.name}.q_norm", q), norm(f"{body.name}.k_norm", k)
+        q, k, v = (some.unflatten(1, (-1, body.head_size)) for some in (q, k, v))
+        if body.qk_norm == "head":
+            q, k = norm(f"{body.name}.q_norm", q), norm(f"{body.name}.k_norm", k)
+        mixed = _attend(body, *(some.transpose(0, 1) for some in (q, k, v)))
+        out = linear(f"{body.name}.o_proj", mixed.transpose(0, 1).flatten(1), body.output_bias)
+    return norm(block.after, out) * block.multiplier
+
+
+def _attend(attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """[heads, T, D] each"""
+    positions = torch.arange(q.shape[1])
+    if attention.rope is not None:
+        q, k = (_rotate(some, attention.rope, positions) for some in (q, k))
+    growth = attention.query_growth
+    if growth is not None:
+        steps = torch.floor(positions / growth.positions)
+        q = q * (1 + growth.beta * torch.log(1 + steps))[:, None]
+    repeats = attention.num_heads // attention.num_kv_heads
+    k, v = k.repeat_interleave(repeats, 0), v.repeat_interleave(repeats, 0)
+    distance = positions[:, None] - positions
+    hidden = distance < 0
+    if attention.window is not None:
+        hidden |= distance >= attention.window
+    scores = q @ k.transpose(1, 2) * attention.scale
+    return scores.masked_fill(hidden, -math.inf).softmax(-1) @ v
+
+
+def _rotate(x: Tensor, rope: Rope, positions: Tensor) -> Tensor:
+    angles = positions.float()[:, None] * frequencies(rope)  # [T, size / 2]
+    cos, sin = angles.cos() * rope.attention_factor, angles.sin() * rope.attention_factor
+    turned, passed = x[..., : rope.size], x[..., rope.size :]
+    first, second = turned.chunk(2, -1)
+    if rope.interleaved:
+        first, second = turned[..., 0::2], turned[..., 1::2]
+    pair = (first * cos - second * sin, second * cos + first * sin)
+    turned = torch.stack(pair, -1).flatten(-2) if rope.interleaved else torch.cat(pair, -1)
+    return torch.cat((turned, passed), -1)
+
+
+def frequencies(rope: Rope) -> Tensor:
+    """f32 [size / 2]"""
+    plain = 1.0 / rope.theta ** (torch.arange(0, rope.size, 2).float() / rope.size)
+    if rope.kind == "default":
+        return plain
+    if rope.kind == "linear":
+        return plain / rope.factor
+    if rope.kind == "longrope":
+        return plain / torch.tensor(rope.divisors)
+    original = rope.original_max_positions
+    if rope.kind == "llama3":
+        low, high = rope.low_frequency_factor, rope.high_frequency_factor
+        turns = original * plain / (2 * math.pi)
+        smooth = ((turns - low) / (high - low)).clamp(0, 1)
+        return (1 - smooth) * plain / rope.factor + smooth * plain
+
+    def dimension(turns: float) -> float:
+        return rope.size * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    first, last = dimension(rope.beta_fast), dimension(rope.beta_slow)
+    if rope.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, rope.size - 1)
+    ramp = ((torch.arange(rope.size // 2) - first) / (last - first or 0.001)).clamp(0, 1)
+    return plain / rope.factor * ramp + plain * (1 - ramp)
+
+
+def _norm(spec: ModelSpec, x: Tensor, weight: Tensor) -> Tensor:
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + spec.norm.epsilon)
+    return (normed * weight.float()).to(x.dtype)
