@@ -151,10 +151,6 @@ class ModelSpec:
         return len(self.layers)
 
     @property
-    def num_layers(self) -> int:
-        return len(self.layers)
-
-    @property
     def item_bytes(self) -> int:
         return DTYPE_BYTES[self.dtype]
 
@@ -168,6 +164,11 @@ class ModelSpec:
         """The distinct ones: each needs a table."""
         found = (one.rope for layer in self.layers for one in layer.attentions if one.rope)
         return tuple(dict.fromkeys(found))
+
+    @cached_property
+    def bodies(self) -> tuple[Attention | Dense, ...]:
+        """The distinct ones."""
+        return tuple(dict.fromkeys(block.body for layer in self.layers for block in layer.blocks))
 
     @cached_property
     def linears(self) -> tuple["Linear", ...]:
@@ -187,7 +188,10 @@ class ModelSpec:
         """Every exact weight that can be streamed, in execution order. A matrix without a
         substitute is needed by the draft as it is: it is always resident and not listed."""
         return tuple(
-            part for linear in self.linears if linear.has_substitute for part in _parts(self, linear)
+            part
+            for linear in self.linears
+            if linear.has_substitute
+            for part in _parts(self, linear)
         )
 
     @cached_property
@@ -196,7 +200,9 @@ class ModelSpec:
         found = dict[str, int]()
         for index, layer in enumerate(self.layers):
             for block in layer.blocks:
-                found |= {f"{layer_name(index)}.{k}": n for k, n in _norm_sizes(self, block).items()}
+                found |= {
+                    f"{layer_name(index)}.{k}": n for k, n in _norm_sizes(self, block).items()
+                }
         found[FINAL_NORM] = self.hidden_size
         return found
 

@@ -234,12 +234,8 @@ def substitute_digest(substitute: Substitute) -> str:
 
 def read_weight(checkpoint: Checkpoint, name: str) -> Tensor:
     """A checkpoint tensor on the host, in its own dtype."""
-    stored = checkpoint.tensors[name]
-    raw = torch.empty(stored.num_bytes, dtype=torch.uint8)
-    with TensorFile(stored.file) as file:
-        file.read_into(memoryview(raw.numpy().data), stored.offset)
-    dtype: torch.dtype = getattr(torch, checkpoint.spec.dtype)
-    return raw.view(dtype).view(stored.shape)
+    from subspec.planner.model.checkpoint import read_pieces
+    return torch.cat(list(read_pieces(checkpoint.rows[name])))
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
