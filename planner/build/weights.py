@@ -235,6 +235,7 @@ def substitute_digest(substitute: Substitute) -> str:
 def read_weight(checkpoint: Checkpoint, name: str) -> Tensor:
     """A checkpoint tensor on the host, in its own dtype."""
     from subspec.planner.model.checkpoint import read_pieces
+
     return torch.cat(list(read_pieces(checkpoint.rows[name])))
 
 
