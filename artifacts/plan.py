@@ -87,7 +87,6 @@ class Prediction:
     compute_seconds: float  # decoding included
     decode_seconds: float  # residuals -> exact weights
     streamed_bytes: int
-    levels_per_round: float = 0.0  # drafted
 
 
 @dataclass(frozen=True)
@@ -118,6 +117,7 @@ class Constraints:
     method: Method | None = None
     ram_bytes: int | None = None  # host memory for the slow tier of a GPU
     encoding: Literal["auto", "residual", "raw", "kept"] = "auto"  # kept: an artifact's, as it is
+    min_path_probability: float | None = None  # Tree.min_path_probability
 
     @property
     def needs_draft(self) -> bool:
@@ -148,11 +148,6 @@ class Plan:
     constraints: Constraints = Constraints()
     by_budget: tuple[Point, ...] = ()  # budgets ascending, for the report
     by_context: tuple[Point, ...] = ()  # contexts ascending
-
-    @property
-    def tree_acceptance(self) -> Acceptance:
-        """Of trees that end where this plan's do."""
-        return self.acceptance.under(self.tree.min_path_probability)
 
     def placement(self, method: Method) -> Placement | None:
         return self.substitute if method == "substitute" else self.plain

@@ -18,7 +18,8 @@ from subspec.planner.model.checkpoint import read_checkpoint
 from subspec.planner.model.hub import DEMO
 from subspec.planner.model.tokenizer_files import read_tokenizer
 from subspec.planner.solve.costs import Shape, ledger
-from subspec.planner.solve.search import choose_held, make_tree
+from subspec.planner.solve.problem import make_tree
+from subspec.planner.solve.search import choose_held
 from subspec.planner.solve.storage import Storage, group_bytes, raw_storage, usual_storages
 from subspec.runtime.session import machine_name
 

@@ -107,7 +107,8 @@ def slow_tier(spec: ModelSpec, device: torch.device, folder: Path) -> Iterator[O
 
 def block_sizes(spec: ModelSpec) -> list[int]:
     """Bytes of the blocks that a plan may stream, ascending."""
-    blocks = [b for way in (usual_storages(spec)[0], raw_storage(spec)) for b, _ in staging(way)]
+    ways = usual_storages(spec)[0], raw_storage(spec)
+    blocks = {ring.block_bytes if ring else 0 for way in ways for ring in staging(way)}
     return sorted({min(max(block, PAGE_BYTES), LARGEST_BLOCK) for block in blocks})
 
 

@@ -121,8 +121,8 @@ def play(
             break
     said = predict_for(session.method, Usage(len(prompt), len(tokens) - len(prompt)))
     passed = [(b[0] - a[0], b[1] - a[1], b[2] - a[2]) for a, b in pairwise(clock)][1:]
-    drafted = [seconds * said.levels_per_round / max(1, levels) for seconds, _, levels in passed]
-    draft = (Timed(tuple(drafted), said.draft_seconds),)  # each as if it had drafted the mean
+    drafted = [seconds * depth / max(1, levels) for seconds, _, levels in passed]
+    draft = (Timed(tuple(drafted), said.draft_seconds),)  # each as if it had drafted a whole tree
     verify = (Timed(tuple(seconds for _, seconds, _ in passed), said.verify_seconds),)
     first = Timed((session.stats.time_to_first_token_seconds,), said.time_to_first_token_seconds)
     asked = (first,) if checked else ()  # what streams first is checked as well

@@ -15,7 +15,7 @@ from subspec.artifacts.profile import Corrections
 from subspec.artifacts.runs import Run
 from subspec.planner.report.charts import TIME_UNITS, shown_kinds
 from subspec.planner.solve.costs import model_bytes
-from subspec.planner.solve.predict import emitted_by_depth, rounds_needed, usage_within
+from subspec.planner.solve.predict import rounds_needed, usage_within, yields_by_depth
 
 PURPOSES = {  # of the ledger, as a person calls them, in the order of the report's bar
     "resident": "exact weights that stay",
@@ -74,7 +74,7 @@ def kind_rows(plan: Plan) -> list[Expected]:
 
 
 def expected(plan: Plan, width: int, kind: str) -> Expected:
-    acceptance, depth = plan.tree_acceptance, plan.tree.depth
+    acceptance, depth = plan.acceptance, plan.tree.depth
     curves = pooled(
         plan.acceptance, kind
     )  # of the narrower of two measured widths, as the margin is
@@ -95,21 +95,15 @@ def speed_on(plan: Plan, kind: str) -> float | None:
     predicted = plan.predicted.get("substitute")
     if predicted is None:
         return None
-    tree = plan.tree
-    emitted = emitted_by_depth(
-        plan.acceptance, tree.width, tree.depth, kind, tree.min_path_probability
-    )[-1]
+    gives = yields_by_depth(plan.acceptance, plan.tree.width, plan.tree.depth, kind)[-1]
     num_tokens = max(1, usage_within(plan.context, USUAL).answer_tokens - 1)
-    draft_seconds = predicted.draft_seconds
-    if tree.min_path_probability and predicted.levels_per_round:
-        draft_seconds *= emitted.levels / predicted.levels_per_round
-    round_seconds = draft_seconds + predicted.verify_seconds
-    return num_tokens / (rounds_needed(num_tokens, emitted) * round_seconds)
+    round_seconds = predicted.draft_seconds + predicted.verify_seconds
+    return num_tokens / (rounds_needed(num_tokens, gives) * round_seconds)
 
 
 def acceptance_line(plan: Plan) -> str:
     """ "" without a draft."""
-    acceptance, tree = plan.tree_acceptance, plan.tree
+    acceptance, tree = plan.acceptance, plan.tree
     if not tree.depth:
         return ""
     tokens = f"{number(acceptance.tokens(tree.width, tree.depth))} tokens a round"

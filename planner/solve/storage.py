@@ -98,12 +98,6 @@ class Storage:
         return sum(p.part.num_weights for p in self.as_stored if p.encoding == "residual")
 
     @cached_property
-    def is_mixed(self) -> bool:
-        """Some matrices are raw, decoded at every use, or held decoded, and others are not."""
-        num_coded = sum(part.encoding == "residual" for part in self.as_stored)
-        return bool(self.residuals) and num_coded < len(self.parts)
-
-    @cached_property
     def scratch_bytes(self) -> int:
         """Where one part is decoded at a time; 0: nothing is."""
         coded = [p.part.padded_bytes for p in self.as_stored if p.encoding == "residual"]

@@ -149,7 +149,7 @@ def answers_of(plan: Plan, runs: Sequence[Run]) -> Answers:
         digests_checked=not settled,
         tokens_per_round=figure(
             [(run.generated_tokens - 1) / run.rounds for run in runs],
-            plan.tree_acceptance.tokens(tree.width, tree.depth) if drafts else 1.0,
+            plan.acceptance.tokens(tree.width, tree.depth) if drafts else 1.0,
         ),
         fast_peak_bytes=figure([run.fast_peak_bytes for run in runs], newest.predicted_peak_bytes),
         levels=levels_of(plan, runs) if drafts else (),
@@ -172,7 +172,7 @@ def levels_of(plan: Plan, runs: Sequence[Run]) -> tuple[Level, ...]:
             accepted[level] += accepts
     rates = [a / t if t else 0.0 for a, t in zip(accepted, tried, strict=True)]
     reached = accumulate(rates, mul)
-    expected = plan.tree_acceptance.reached(plan.tree.width, depth)
+    expected = plan.acceptance.reached(plan.tree.width, depth)
     return tuple(
         Level(index + 1, tried[index], accepted[index], share if tried[index] else None, said)
         for index, (share, said) in enumerate(zip(reached, expected, strict=True))

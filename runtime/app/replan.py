@@ -190,6 +190,7 @@ def planner_words(artifact: Artifact, found: Mismatch) -> list[str]:
         "--width": constraints.width,
         "--depth": constraints.depth,
         "--method": constraints.method,
+        "--draft-min-probability": constraints.min_path_probability,
         "--ram": f"{constraints.ram_bytes}B" if constraints.ram_bytes else None,
     }
     return words + [str(word) for pair in fixed.items() if pair[1] is not None for word in pair]

@@ -9,7 +9,6 @@ import pytest
 from run_records import MACHINE, PLAN, make_run
 from toys import make_profile, make_spec
 
-from subspec.artifacts.acceptance import Acceptance, Curve, Stopping
 from subspec.artifacts.format.store import Artifact, Manifest
 from subspec.artifacts.plan import Tree
 from subspec.artifacts.runs import Run, append_run, plan_digest
@@ -106,19 +105,6 @@ def test_a_tree_that_its_text_cut_short_counts_as_far_as_it_goes() -> None:
     assert [(one.tried, one.accepted) for one in levels] == [(10, 8), (6, 3), (0, 0)]
     assert [one.reached for one in levels] == [pytest.approx(0.8), pytest.approx(0.4), None]
     assert [one.expected for one in levels] == list(PLAN.acceptance.reached(2, 3))
-
-
-def test_what_is_expected_of_drafts_that_end_early_is_what_such_drafts_gave() -> None:
-    early = Curve(2, "code", (980, 700, 500), (700, 500, 200))
-    stopping = (Stopping(0.3, (early,), (Curve(2, "code", (980, 800), (800, 600)),)),)
-    acceptance = replace(PLAN.acceptance, stopping=stopping)
-    whole = replace(PLAN, acceptance=acceptance)
-    ending = replace(whole, tree=replace(PLAN.tree, min_path_probability=0.3))
-    reached = Acceptance((early,), measured=True).reached(2, 3)
-    for plan, expected in ((ending, reached), (whole, PLAN.acceptance.reached(2, 3))):
-        way = answers_of(plan, [make_run(drafted_levels=8)])
-        assert tuple(level.expected for level in way.levels) == expected
-        assert way.tokens_per_round.predicted == pytest.approx(1 + sum(expected))
 
 
 def test_few_levels_of_a_deep_tree_are_shown_the_deepest_among_them() -> None:
