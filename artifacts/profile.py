@@ -80,7 +80,8 @@ class Profile:
 
 
 def seconds_at(timings: tuple[Timing, ...], width: int) -> float:
-    """Piecewise linear in the width; beyond the last point in proportion to its slope."""
+    """Piecewise linear in the width; beyond the last point in proportion to its slope, if that
+    rises: measured times need not ascend with the width."""
     below = [t for t in timings if t.width <= width] or [timings[0]]
     above = [t for t in timings if t.width >= width]
     low = below[-1]
@@ -90,4 +91,6 @@ def seconds_at(timings: tuple[Timing, ...], width: int) -> float:
     if high is low:
         low, high = timings[-2], timings[-1]
     slope = (high.seconds - low.seconds) / (high.width - low.width)
+    if not above:
+        return high.seconds + max(0.0, slope) * (width - high.width)
     return low.seconds + slope * (width - low.width)
