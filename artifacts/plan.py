@@ -6,9 +6,19 @@ user's own settings.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from subspec.artifacts.acceptance import Acceptance
+from subspec.artifacts.common.bounds import (
+    MOST_LEVELS,
+    Below,
+    Between,
+    Count,
+    Threads,
+    TreeWidth,
+    VerifyWidth,
+)
+from subspec.artifacts.common.sizes import LARGEST
 from subspec.artifacts.model import StoredPart
 
 DeviceKind = Literal["cpu", "cuda"]
@@ -16,15 +26,21 @@ Method = Literal["substitute", "plain"]
 Int4Kernel = Literal["aten", "gemlite", "w4a8"]  # the last: runtime/kernels/int4.cpp, on cpu
 
 
+Budget = Annotated[int, Between(1, LARGEST)]
+Positive = Annotated[int, Between(1, 1 << 62)]
+Probability = Annotated[float, Between(0, 1), Below(1)]
+
+
 @dataclass(frozen=True)
 class Tree:
     """The draft: a beam of `width` tokens per level, `depth` levels below the root."""
 
-    width: int
-    depth: int
-    temperature: float = 1.0  # draft probabilities are sharpened by it (arXiv 2509.18344)
+    width: TreeWidth
+    depth: Annotated[int, Between(0, MOST_LEVELS)]
+    # Draft probabilities are sharpened by it (arXiv 2509.18344).
+    temperature: Annotated[float, Between(1e-6, 1e6)] = 1.0
     # No level follows one whose paths are less probable than this, all together and sharpened.
-    min_path_probability: float = 0.0
+    min_path_probability: Probability = 0.0
 
     @property
     def num_nodes(self) -> int:
@@ -52,9 +68,9 @@ class Placement:
 
     resident: tuple[str, ...]  # names of the parts that stay in fast memory, ready for a product
     split: tuple[str, ...]  # of those that stay there as residuals; all others stream
-    block_bytes: int  # size of one slot of the staging ring; a block is consecutive parts
-    num_slots: int
-    ledger: dict[str, int]  # purpose -> bytes of fast memory; sums to at most the budget
+    block_bytes: Count  # size of one slot of the staging ring; a block is consecutive parts
+    num_slots: Count
+    ledger: dict[str, Count]  # purpose -> bytes of fast memory; sums to at most the budget
 
     @property
     def total_bytes(self) -> int:
@@ -111,13 +127,13 @@ class Point:
 class Constraints:
     """What the user fixed; None is ours to choose. Never overruled."""
 
-    context: int | None = None
-    width: int | None = None
-    depth: int | None = None
+    context: Positive | None = None
+    width: TreeWidth | None = None
+    depth: Annotated[int, Between(1, MOST_LEVELS)] | None = None
     method: Method | None = None
-    ram_bytes: int | None = None  # host memory for the slow tier of a GPU
+    ram_bytes: Budget | None = None  # host memory for the slow tier of a GPU
     encoding: Literal["auto", "residual", "raw", "kept"] = "auto"  # kept: an artifact's, as it is
-    min_path_probability: float | None = None  # Tree.min_path_probability
+    min_path_probability: Probability | None = None  # Tree.min_path_probability
 
     @property
     def needs_draft(self) -> bool:
@@ -130,14 +146,14 @@ class Constraints:
 class Plan:
     device: DeviceKind
     machine: str  # Profile.machine that the costs were measured on
-    budget_bytes: int
-    context: int  # tokens of prompt and answer together
+    budget_bytes: Budget
+    context: Positive  # tokens of prompt and answer together
     method: Method
     tree: Tree
-    verify_width: int  # rows of every exact pass, plain twin included: padded to this
-    num_threads: int  # of the CPU; a result's bits depend on it
+    verify_width: VerifyWidth  # rows of every exact pass, plain twin included: padded to this
+    num_threads: Threads  # of the CPU; a result's bits depend on it
     int4_kernel: Int4Kernel
-    prefill_tokens: int  # of a prompt that go through the layers in one stream of the weights
+    prefill_tokens: Positive  # of a prompt that go through the layers in one stream of the weights
     substitute: Placement | None  # None: the substitutes do not fit the budget
     plain: Placement
     residuals: tuple[str, ...]  # names of the parts that are stored as residuals

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from subspec.artifacts.model import Kind, ModelSpec, is_streamable, linears
 from subspec.artifacts.plan import DeviceKind, Int4Kernel, Tree, cache_slots
-from subspec.artifacts.profile import LIVE_TOKENS, MORE_TOKENS, Timing, seconds_at
+from subspec.artifacts.profile import LIVE_TOKENS, MORE_TOKENS, SHORTEST, Timing, seconds_at
 from subspec.planner.machine.excerpt import (
     excerpt,
     ignores_place,
@@ -24,7 +24,6 @@ from subspec.planner.machine.excerpt import (
     random_resident_tensors,
     random_substitute,
 )
-from subspec.planner.machine.profiles import SHORTEST
 from subspec.planner.machine.timing import USUAL_EFFORT, Effort, time_each, time_widths
 from subspec.planner.solve.costs import Shape, ledger, substitutes_bytes
 from subspec.planner.solve.storage import raw_storage

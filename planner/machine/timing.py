@@ -39,8 +39,8 @@ class Effort:
     place_seconds: float = 5.0  # for widths beyond USUAL_WIDTH (microbench.py)
     # Of what the link is timed over, in between the model's size. It is read from its beginning to
     # its end before a byte is read again, so that what keeps the last bytes (a host's page cache, a
-    # disk's own memory, a processor's last level) has others by then: at least as much as no
-    # processor's cache holds, and at most what the slowest of disks takes a few seconds to write.
+    # disk's own memory, a processor's last level) has others by then. At least one of the largest
+    # blocks (LARGEST_BLOCK of measure.py); at most what takes a few seconds to write.
     least_link_bytes: int = 64 << 20
     most_link_bytes: int = 1 << 30
 

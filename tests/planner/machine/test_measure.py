@@ -11,9 +11,10 @@ import pytest
 import torch
 from toys import ACCEPTANCE, make_spec
 
+from subspec.artifacts.format.codec import dump_json
 from subspec.artifacts.model import ModelSpec, Source
 from subspec.artifacts.plan import Constraints
-from subspec.artifacts.profile import Corrections, Profile
+from subspec.artifacts.profile import SHORTEST, Corrections, Profile
 from subspec.planner.machine.measure import (
     LARGEST_BLOCK,
     LEAST_SHARE,
@@ -25,7 +26,7 @@ from subspec.planner.machine.measure import (
     slow_tier,
 )
 from subspec.planner.machine.microbench import PADDED_WIDTHS
-from subspec.planner.machine.profiles import SHORTEST, first_fault
+from subspec.planner.machine.profiles import read_profile
 from subspec.planner.machine.timing import Effort
 from subspec.planner.model.checkpoint import read_spec
 from subspec.planner.model.hub import DEMO
@@ -57,11 +58,17 @@ def measured(spec: ModelSpec, folder: Path) -> Profile:
     return measure(spec, "cpu", folder, lambda stage, share: None, HASTY)
 
 
+def written(profile: Profile, folder: Path) -> Path:
+    path = folder / "profile.json"
+    path.write_text(dump_json(profile))
+    return path
+
+
 def test_the_profile_of_the_demo_makes_sense(tmp_path: Path) -> None:
     spec = read_spec(DEMO, Source("demo"))
     stages = []
     profile = measure(spec, "cpu", tmp_path, lambda stage, share: stages.append(stage))
-    assert first_fault(profile) == ""
+    assert read_profile(written(profile, tmp_path)) == profile
     assert profile.device == "cpu" and "torch" in profile.machine
     assert profile.num_threads == 1 and profile.free_bytes > 1 << 28
     for timings in (profile.exact_layer, profile.draft_layer, profile.exact_head):
@@ -85,7 +92,7 @@ def test_the_profile_of_the_demo_makes_sense(tmp_path: Path) -> None:
     assert min(blocks) == usual_storages(spec)[0].largest_part < 360448 / 2
     assert 1e6 < profile.residual_weights_per_second < 1e11
     assert stages[0] == "measuring" and stages[-1] == "measured"
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["profile.json"]
 
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -109,7 +116,7 @@ KINDS: dict[str, dict[str, Any]] = {
 def test_every_kind_of_model_can_be_measured_and_planned(kind: str, tmp_path: Path) -> None:
     spec = make_spec(**{"hidden_size": 64, "intermediate_size": 128, "head_size": 32} | KINDS[kind])
     profile = measured(spec, tmp_path)
-    assert first_fault(profile) == ""
+    assert read_profile(written(profile, tmp_path)) == profile
     plan = search(spec, profile, 20 * model_bytes(spec), Constraints(), ACCEPTANCE)
     assert plan.predicted[plan.method].tokens_per_second > 0
 

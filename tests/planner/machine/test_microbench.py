@@ -6,7 +6,7 @@ import pytest
 import torch
 from toys import make_spec
 
-from subspec.artifacts.profile import LIVE_TOKENS, Timing
+from subspec.artifacts.profile import LIVE_TOKENS, SHORTEST, Timing
 from subspec.planner.machine.microbench import (
     ATTENTION_WIDTHS,
     DRAFT_WIDTHS,
@@ -17,7 +17,6 @@ from subspec.planner.machine.microbench import (
     Bench,
     difference,
 )
-from subspec.planner.machine.profiles import SHORTEST
 from subspec.planner.machine.timing import Effort
 from subspec.runtime.model.attention import attend
 
