@@ -13,6 +13,16 @@ from subspec.planner.model.fields import Fields, read_fields
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
+SENTENCEPIECE = "tokenizer.model"
+# All that transformers reads a tokenizer from.
+TOKENIZER_FILES = (
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    CHAT_TEMPLATE,
+    SENTENCEPIECE,
+    "added_tokens.json",
+    "special_tokens_map.json",
+)
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")  # what templates refer to
 LARGEST_TOKENIZER = 128 << 20  # the largest known has 35 MB
 LARGEST_TEMPLATE = 1 << 20
