@@ -1,10 +1,11 @@
-"""Checkpoint -> the three weight files of an artifact: quantised, repacked, proven.
+"""Checkpoint -> the weight files of an artifact: quantised, repacked, proven.
 
 One matrix at a time: peak memory stays near two of them, whatever the model's size.
 """
 
 import hashlib
 import io
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,7 +16,6 @@ import torch
 from torch import Tensor
 
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.artifacts.format.checks import STORED_DTYPES
 from subspec.artifacts.format.store import (
     CHUNK_BYTES,
     FileEntry,
@@ -28,20 +28,20 @@ from subspec.artifacts.model import (
     EMBEDDING,
     GROUP_SIZE,
     PAGE_BYTES,
+    DType,
     Linear,
     ModelSpec,
     Part,
-    linears,
     padded,
-    parts,
-    resident_tensors,
 )
 from subspec.artifacts.native import residual_cpu
 from subspec.planner.build.quantize import Substitute
-from subspec.planner.model.checkpoint import Checkpoint
+from subspec.planner.model.checkpoint import DTYPES, Checkpoint, read_pieces
 
 Quantizer = Callable[[Tensor, torch.device | str], Substitute]
 Progress = Callable[[str, float], None]
+
+STORED_DTYPES: dict[DType, str] = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -60,16 +60,16 @@ def write_weights(
     quantizer: Quantizer,
     progress: Progress,
 ) -> Written:
-    """The three weight files. residuals: names of the parts to store as such, where that is
-    smaller."""
-    names = ("exact.safetensors", "substitutes.safetensors", "resident.safetensors")
+    """residuals: names of the parts to store as such, where that is smaller."""
+    names = ("embedding", "resident", "exact", "substitutes")
     with ExitStack() as stack:
-        files = [stack.enter_context(HashedFile(folder / name)) for name in names]
-        exact, substitutes, resident = files
+        files = [stack.enter_context(HashedFile(folder / f"{name}.safetensors")) for name in names]
+        embedding, resident, exact, substitutes = files
+        write_embedding(embedding, checkpoint)
+        write_resident(resident, checkpoint)
         parts_written, made = write_matrices(
             exact, substitutes, checkpoint, residuals, quantizer, progress
         )
-        write_resident(resident, checkpoint)
         return Written({file.path.name: file.finish() for file in files}, parts_written, made)
 
 
@@ -84,20 +84,20 @@ def write_matrices(
     """Every matrix that has a substitute: that, and its parts, each proven."""
     spec = checkpoint.spec
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    own_parts = {name: list(own) for name, own in groupby(parts(spec), lambda p: p.linear.name)}
+    own_parts = {name: list(own) for name, own in groupby(spec.parts, lambda p: p.linear.name)}
     # Residuals are as long as they turn out: until then the header's place is held.
-    sizes = {part.name: part.padded_bytes for part in parts(spec)}
+    sizes = {part.name: part.padded_bytes for part in spec.parts}
     room = write_header(exact, exact_header(spec, sizes))
     write_header(substitutes, substitutes_header(spec))
     entries, made = list[PartEntry](), list[SubstituteEntry]()
-    every = [linear for linear in linears(spec) if linear.has_substitute]
+    every = [linear for linear in spec.linears if linear.has_substitute]
     for index, linear in enumerate(every):
         progress("quantising and packing", index / len(every))
-        weight = read_weight(checkpoint, source_name(spec, linear))
+        weight = read_weight(checkpoint, linear)
         substitute = write_substitute(substitutes, linear, weight, quantizer, device)
         digest = substitute_digest(substitute)
         made.append(SubstituteEntry(linear.name, digest))
-        for part in own_parts.get(linear.name, []):  # none: a tied head, which is the embedding
+        for part in own_parts[linear.name]:
             rows = slice(part.first_row, part.first_row + part.num_rows)
             codes, qparams = substitute.codes[rows], substitute.qparams[:, rows]
             wanted = part.name in residuals and part.can_be_residual
@@ -119,22 +119,40 @@ def encode_residual(weight: Tensor, codes: Tensor, qparams: Tensor) -> Tensor | 
     return stored if stored.numel() < weight.nbytes else None
 
 
+def write_embedding(file: "HashedFile", checkpoint: Checkpoint) -> None:
+    """The embedding matrix alone: the runtime reads single rows of it from slow memory."""
+    spec, name = checkpoint.spec, f"{EMBEDDING}.weight"
+    shape = (spec.vocab_size, spec.hidden_size)
+    write_header(file, [(name, STORED_DTYPES[spec.dtype], shape)])
+    write_exactly(file, checkpoint, name)
+
+
 def write_resident(file: "HashedFile", checkpoint: Checkpoint) -> None:
-    """Embedding, norms, biases and matrices of odd shape, each checked: no quantiser sees them."""
-    dtype = STORED_DTYPES[checkpoint.spec.dtype]
-    shapes = resident_tensors(checkpoint.spec)
-    write_header(file, ((name, dtype, shape) for name, shape in shapes.items()))
-    for name in shapes:
-        weight = read_weight(checkpoint, name)
-        num_bad = sum(int((~rows.isfinite()).sum()) for rows in weight.split(1024))
+    """Norms, biases and matrices of odd shape."""
+    spec = checkpoint.spec
+    dtype, padding_rows = STORED_DTYPES[spec.dtype], {}
+    for linear in spec.linears:
+        padding_rows[f"{linear.name}.weight"] = linear.padding_rows
+    write_header(file, ((name, dtype, shape) for name, shape in spec.resident_shapes.items()))
+    for name, shape in spec.resident_shapes.items():
+        write_exactly(file, checkpoint, name)
+        rows = padding_rows.get(name, 0)
+        file.write(bytes(rows * spec.item_bytes * math.prod(shape[1:])))
+
+
+def write_exactly(file: "HashedFile", checkpoint: Checkpoint, name: str) -> None:
+    """The checkpoint's bytes, checked: no quantizer sees them."""
+    rows = checkpoint.rows[name]
+    for piece in read_pieces(rows):
+        num_bad = int((~piece.isfinite()).sum())
         if num_bad:
             raise SubspecError(
                 Exit.CORRUPT,
-                f"{name}: {num_bad} of {weight.numel()} weights are NaN or infinite, expected "
-                "finite numbers",
+                f"{rows.tensor.name}: {num_bad} weights are NaN or infinite, expected finite "
+                "numbers",
                 "download the checkpoint again",
             )
-        file.write(raw_bytes(weight))
+        file.write(raw_bytes(piece))
 
 
 def exact_header(
@@ -143,26 +161,19 @@ def exact_header(
     """One U8 slab per layer, in execution order; the head's parts are the last slab. padded_bytes:
     by name of the part."""
     sizes: dict[int, int] = {}
-    for part in parts(spec):
+    for part in spec.parts:
         sizes[part.linear.layer] = sizes.get(part.linear.layer, 0) + padded_bytes[part.name]
     return [(f"layers.{layer}", "U8", (size,)) for layer, size in sizes.items()]
 
 
 def substitutes_header(spec: ModelSpec) -> list[tuple[str, str, tuple[int, ...]]]:
     found: list[tuple[str, str, tuple[int, ...]]] = []
-    for linear in linears(spec):
+    for linear in spec.linears:
         if linear.has_substitute:
             n, k = linear.out_features, linear.in_features
             found.append((f"{linear.name}.codes", "U8", (n, k // 2)))
             found.append((f"{linear.name}.qparams", "BF16", (k // GROUP_SIZE, n, 2)))
     return found
-
-
-def source_name(spec: ModelSpec, linear: Linear) -> str:
-    """The checkpoint tensor of a matrix; a tied head is the embedding."""
-    if linear.kind == "head" and spec.tied_head:
-        return f"{EMBEDDING}.weight"
-    return f"{linear.name}.weight"
 
 
 def write_part(
@@ -217,14 +228,16 @@ def substitute_digest(substitute: Substitute) -> str:
     return part_digest((raw_bytes(substitute.codes), raw_bytes(substitute.qparams)), None)
 
 
-def read_weight(checkpoint: Checkpoint, name: str) -> Tensor:
-    """A checkpoint tensor on the host, in its own dtype."""
-    stored = checkpoint.tensors[name]
-    raw = torch.empty(stored.num_bytes, dtype=torch.uint8)
-    with TensorFile(stored.file) as file:
-        file.read_into(memoryview(raw.numpy().data), stored.offset)
+def read_weight(checkpoint: Checkpoint, linear: Linear) -> Tensor:
+    """The exact matrix on the host, in its own dtype; a head's padding is zeros."""
     dtype: torch.dtype = getattr(torch, checkpoint.spec.dtype)
-    return raw.view(dtype).view(stored.shape)
+    weight = torch.empty(linear.out_features, linear.in_features, dtype=dtype)
+    first = 0
+    for piece in read_pieces(checkpoint.rows[f"{linear.name}.weight"]):
+        weight[first : first + len(piece)] = piece
+        first += len(piece)
+    weight[first:] = 0
+    return weight
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
