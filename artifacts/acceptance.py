@@ -31,48 +31,9 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Stopping:
-    """Trees that end where they find their own paths improbable."""
-
-    min_path_probability: float  # Tree.min_path_probability
-    curves: tuple[Curve, ...]  # a level that the tree ended before was not accepted
-    followed: tuple[Curve, ...]  # levels that were drafted, and as accepted: followed by another
-
-
-@dataclass(frozen=True)
 class Acceptance:
-    curves: tuple[Curve, ...]  # of whole trees; widths ascending
+    curves: tuple[Curve, ...]  # widths ascending
     measured: bool  # False: published figures, until something was measured here
-    stopping: tuple[Stopping, ...] = ()  # of the same trees, ended early; thresholds ascending
-
-    @property
-    def stops(self) -> tuple[float, ...]:
-        """Every Tree.min_path_probability of which anything is known."""
-        return (0.0, *(stopping.min_path_probability for stopping in self.stopping))
-
-    def under(self, min_path_probability: float) -> "Acceptance":
-        """Of trees that end so: `curves` are theirs."""
-        stopping = self._stopping(min_path_probability)
-        return Acceptance(stopping.curves, self.measured) if stopping else self
-
-    def levels(
-        self, width: int, deepest: int, kind: str = "", min_path_probability: float = 0.0
-    ) -> tuple[float, ...]:
-        """Expected number that a tree 0, 1, ... `deepest` levels deep drafts before it ends."""
-        stopping = self._stopping(min_path_probability)
-        if stopping is None or not deepest:
-            return tuple(map(float, range(deepest + 1)))
-        followed = Acceptance(stopping.followed, self.measured).reached(width, deepest - 1, kind)
-        return tuple(accumulate((1.0, *followed), initial=0.0))
-
-    def _stopping(self, min_path_probability: float) -> Stopping | None:
-        """A threshold that was not tried counts as the next lower one that was."""
-        known = [
-            stopping
-            for stopping in self.stopping
-            if stopping.min_path_probability <= min_path_probability
-        ]
-        return known[-1] if known else None
 
     @property
     def kinds(self) -> tuple[str, ...]:

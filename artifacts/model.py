@@ -142,6 +142,10 @@ class ModelSpec:
     eos_token_ids: tuple[int, ...] = ()
     source: Source = field(default_factory=lambda: Source(""))
 
+    def __hash__(self) -> int:
+        """Cheap: what is worked out once for a model is looked up often."""
+        return hash((self.family, self.hidden_size, self.vocab_size, len(self.layers)))
+
     @property
     def num_layers(self) -> int:
         return len(self.layers)
@@ -162,6 +166,11 @@ class ModelSpec:
         return tuple(dict.fromkeys(found))
 
     @cached_property
+    def bodies(self) -> tuple[Attention | Dense, ...]:
+        """The distinct ones."""
+        return tuple(dict.fromkeys(block.body for layer in self.layers for block in layer.blocks))
+
+    @cached_property
     def linears(self) -> tuple["Linear", ...]:
         """Every matrix product of a forward pass in execution order, the head last."""
         found = [
@@ -179,7 +188,10 @@ class ModelSpec:
         """Every exact weight that can be streamed, in execution order. A matrix without a
         substitute is needed by the draft as it is: it is always resident and not listed."""
         return tuple(
-            part for linear in self.linears if linear.has_substitute for part in _parts(self, linear)
+            part
+            for linear in self.linears
+            if linear.has_substitute
+            for part in _parts(self, linear)
         )
 
     @cached_property
@@ -188,7 +200,9 @@ class ModelSpec:
         found = dict[str, int]()
         for index, layer in enumerate(self.layers):
             for block in layer.blocks:
-                found |= {f"{layer_name(index)}.{k}": n for k, n in _norm_sizes(self, block).items()}
+                found |= {
+                    f"{layer_name(index)}.{k}": n for k, n in _norm_sizes(self, block).items()
+                }
         found[FINAL_NORM] = self.hidden_size
         return found
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from subspec.artifacts.acceptance import Acceptance
+from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.common.sizes import format_size
 from subspec.artifacts.model import StoredPart
 
 DeviceKind = Literal["cpu", "cuda"]
@@ -31,19 +33,31 @@ class Tree:
         return 1 + self.width * self.depth
 
 
-ALIGNMENT = 256  # bytes; of every tensor in fast memory
+@dataclass(frozen=True)
+class Ledger:
+    """Bytes of fast memory by purpose. All but the last three are arenas of exactly that size."""
 
+    substitutes: int = 0
+    residuals: int = 0  # exact weights that stay as residuals
+    resident: int = 0  # exact weights that stay ready for a product
+    norms: int = 0  # norms, biases and the matrices that have no substitute
+    tables: int = 0  # rope tables, and the draft's copies in its dtype
+    cache: int = 0  # keys and values of all sequences
+    staging: int = 0  # slots that streamed weights arrive in
+    scratch: int = 0  # one matrix decoded from its residual
+    workspace: int = 0  # temporaries of torch and of our kernels
+    overhead: int = 0  # what the process takes before any weight (CUDA context)
+    guard: int = 0  # what operations allocate inside themselves
 
-def aligned(num_bytes: int) -> int:
-    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
+    @property
+    def total_bytes(self) -> int:
+        return sum(vars(self).values())
 
-
-SLOT_ALIGNMENT = 64  # live lengths of the KV cache are multiples of it: few distinct shapes
-
-
-def cache_slots(context: int, verify_width: int) -> int:
-    """KV slots for `context` tokens, one tree behind them, and the padding slot, aligned."""
-    return -(-(context + verify_width + 1) // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
+    @property
+    def arenas(self) -> dict[str, int]:
+        """Purpose -> bytes of what is allocated once, when a model is opened."""
+        unallocated = ("workspace", "overhead", "guard")
+        return {name: size for name, size in vars(self).items() if name not in unallocated}
 
 
 @dataclass(frozen=True)
@@ -51,14 +65,10 @@ class Placement:
     """The fast tier while one method runs."""
 
     resident: tuple[str, ...]  # names of the parts that stay in fast memory, ready for a product
-    split: tuple[str, ...]  # of those that stay there as residuals; all others stream
+    residuals: tuple[str, ...]  # of those that stay there as residuals; all others stream
     block_bytes: int  # size of one slot of the staging ring; a block is consecutive parts
     num_slots: int
-    ledger: dict[str, int]  # purpose -> bytes of fast memory; sums to at most the budget
-
-    @property
-    def total_bytes(self) -> int:
-        return sum(self.ledger.values())
+    ledger: Ledger  # sums to at most the budget
 
 
 @dataclass(frozen=True)
@@ -87,7 +97,6 @@ class Prediction:
     compute_seconds: float  # decoding included
     decode_seconds: float  # residuals -> exact weights
     streamed_bytes: int
-    levels_per_round: float = 0.0  # drafted
 
 
 @dataclass(frozen=True)
@@ -118,6 +127,8 @@ class Constraints:
     method: Method | None = None
     ram_bytes: int | None = None  # host memory for the slow tier of a GPU
     encoding: Literal["auto", "residual", "raw", "kept"] = "auto"  # kept: an artifact's, as it is
+    min_path_probability: float | None = None  # Tree.min_path_probability
+    num_sequences: int = 1
 
     @property
     def needs_draft(self) -> bool:
@@ -131,17 +142,17 @@ class Plan:
     device: DeviceKind
     machine: str  # Profile.machine that the costs were measured on
     budget_bytes: int
-    context: int  # tokens of prompt and answer together
+    context: int  # tokens of prompt and answer together, of each sequence
+    num_sequences: int  # that can be in memory at once
     method: Method
     tree: Tree
     verify_width: int  # rows of every exact pass, plain twin included: padded to this
     num_threads: int  # of the CPU; a result's bits depend on it
     int4_kernel: Int4Kernel
     prefill_tokens: int  # of a prompt that go through the layers in one stream of the weights
-    substitute: Placement | None  # None: the substitutes do not fit the budget
-    plain: Placement
+    placements: dict[Method, Placement]  # a method without one does not fit the budget
     residuals: tuple[str, ...]  # names of the parts that are stored as residuals
-    predicted: dict[str, Prediction]  # by method
+    predicted: dict[Method, Prediction]
     acceptance: Acceptance
     options: tuple[Option, ...] = ()  # best first; what was not taken, and its predicted speed
     reasons: tuple[str, ...] = ()  # one sentence per decision
@@ -149,13 +160,16 @@ class Plan:
     by_budget: tuple[Point, ...] = ()  # budgets ascending, for the report
     by_context: tuple[Point, ...] = ()  # contexts ascending
 
-    @property
-    def tree_acceptance(self) -> Acceptance:
-        """Of trees that end where this plan's do."""
-        return self.acceptance.under(self.tree.min_path_probability)
-
-    def placement(self, method: Method) -> Placement | None:
-        return self.substitute if method == "substitute" else self.plain
+    def placement(self, method: Method) -> Placement:
+        """Raises SubspecError(INFEASIBLE) for a method that has none."""
+        if method not in self.placements:
+            raise SubspecError(
+                Exit.INFEASIBLE,
+                f"this plan has no room for the method {method!r} in its budget of "
+                f"{format_size(self.budget_bytes)}",
+                "run it with --no-speculation, or plan again with a larger --vram",
+            )
+        return self.placements[method]
 
 
 @dataclass(frozen=True)
@@ -174,7 +188,7 @@ def make_blocks(stored: Sequence[StoredPart], placement: Placement) -> list[Bloc
 
     A block is one range of exact.safetensors: a part that stays in fast memory ends it.
     """
-    inside = {*placement.resident, *placement.split}
+    inside = {*placement.resident, *placement.residuals}
     blocks, current, size = list[Block](), list[StoredPart](), 0
     for part in stored:
         stays = part.name in inside

@@ -41,7 +41,7 @@ from subspec.planner.solve.search import search
 from subspec.planner.solve.storage import Storage
 from subspec.runtime.model.sampling import Sampling
 from subspec.runtime.session import Session
-from subspec.runtime.text.tokenizer import Text, load_tokenizer
+from subspec.runtime.text.tokenizer import ChatTokenizer, load_tokenizer
 
 PROMPTS = Path(__file__).with_name("prompts.jsonl")
 SHARE_OF_CONTEXT = 1 / 3  # that a prompt fills
@@ -117,7 +117,7 @@ def prompt_length(context: int) -> int:
     return max(SHORTEST, int(context * SHARE_OF_CONTEXT))
 
 
-def long_prompts(text: Text, samples: tuple[Sample, ...], context: int, count: int) -> Prompts:
+def long_prompts(text: ChatTokenizer, samples: tuple[Sample, ...], context: int, count: int) -> Prompts:
     """`count` prompts of each kind, each as long as a third of the context: samples of that kind
     after another, the last one to be continued."""
     wanted = prompt_length(context)

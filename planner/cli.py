@@ -47,6 +47,11 @@ Progress = Callable[[str, float], None]
 @click.option("--ram", callback=size_option, metavar="SIZE", help="Cap on pinned host memory.")
 @click.option("--width", type=click.IntRange(1, 64), help="Fix the tree's width.")
 @click.option("--depth", type=click.IntRange(1, 128), help="Fix the tree's depth.")
+@click.option(
+    "--draft-min-probability", "min_path_probability", metavar="P",
+    type=click.FloatRange(0, 1, max_open=True),
+    help="End a draft at the first level whose paths are together less probable than P.",
+)  # fmt: skip
 @click.option("--method", type=click.Choice(["substitute", "plain"]), help="Fix the method.")
 @click.option(
     "--profile", type=click.Path(path_type=Path), help="Plan for the machine of this profile.json."

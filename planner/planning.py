@@ -43,6 +43,7 @@ class Options:
     width: int | None = None
     depth: int | None = None
     method: str | None = None
+    min_path_probability: float | None = None  # --draft-min-probability
     profile: Path | None = None
     calibration: Path | None = None
     link_bandwidth: int | None = None
@@ -148,9 +149,9 @@ def rehearsed(
     from subspec.planner.solve.search import PRIOR
 
     spec, profile = artifact.spec, without_corrections(profile)
-    # Of whole trees: where their rounds begin trees are judged (EARLY_BIAS of predict.py).
-    known = replace(artifact.plan.acceptance, stopping=())
-    trial = solve(options, spec, profile, known, stored)
+    # Of whole trees, as predictions are: where its rounds begin acceptance is measured.
+    whole = replace(options, min_path_probability=None)
+    trial = solve(whole, spec, profile, artifact.plan.acceptance, stored)
     setting = Setting(options.link_bandwidth, options.device)
     seen = rehearse(artifact, trial, predictor(options, spec, profile, trial, stored), samples,
                     setting, show)  # fmt: skip
@@ -196,7 +197,7 @@ def corrections_from(
 
     free = [run for run in runs if run.link_bandwidth == options.link_bandwidth]
     promised = predictor(options, artifact.spec, profile, artifact.plan, stored)
-    rounds = rounds_of_runs(free, promised)
+    rounds = rounds_of_runs(free, artifact.plan.tree.depth, promised)
     found = corrections(rounds, options.link_bandwidth)
     return replace(
         profile, corrections=updated(slowed(options, profile).corrections, rounds, found)
@@ -282,11 +283,9 @@ def with_sweeps(
 
     slow = slowed(options, profile)
 
-    speed = plan.predicted[plan.method].tokens_per_second
-
     def best(budget: int, context: int | None) -> "Plan":
         constraints = replace(constraints_of(options), context=context)
-        return search(spec, slow, budget, constraints, plan.acceptance, stored, likely_speed=speed)
+        return search(spec, slow, budget, constraints, plan.acceptance, stored)
 
     return with_outlook(plan, best, options.context is not None, spec.max_positions)
 
@@ -323,12 +322,13 @@ def constraints_of(options: Options) -> "Constraints":
         options.method,  # type: ignore[arg-type]
         options.ram,
         options.encoding if options.artifact is None else "kept",  # type: ignore[arg-type]
+        options.min_path_probability,
     )
 
 
 def asked_before(options: Options, artifact: "Artifact") -> Options:
     """What is not asked for now stays as the artifact's plan was asked for."""
-    constraints = artifact.plan.constraints
+    constraints, stop = artifact.plan.constraints, options.min_path_probability
     return replace(
         options,
         vram=options.vram or artifact.plan.budget_bytes,
@@ -337,6 +337,7 @@ def asked_before(options: Options, artifact: "Artifact") -> Options:
         depth=options.depth or constraints.depth,
         method=options.method or constraints.method,
         ram=options.ram or constraints.ram_bytes,
+        min_path_probability=constraints.min_path_probability if stop is None else stop,
     )
 
 

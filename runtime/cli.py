@@ -19,8 +19,10 @@ from subspec.artifacts.common.sizes import format_size
 
 if TYPE_CHECKING:
     from subspec.artifacts.format.store import Artifact
-    from subspec.runtime.session import Session
-    from subspec.runtime.text.tokenizer import Text
+    from subspec.artifacts.plan import Method
+    from subspec.runtime.app.answer import Answering
+    from subspec.runtime.engine import Engine
+    from subspec.runtime.text.tokenizer import ChatTokenizer
 
 LARGEST_PROMPT = 16 << 20  # bytes read from stdin
 LOADED_FIRST_BYTES = 2 << 30  # what a disk brings in a second
@@ -150,18 +152,31 @@ def main(**given: Any) -> None:
     artifact = planned_for_here(artifact, options)
     from subspec.runtime.text.tokenizer import load_tokenizer
 
-    text = load_tokenizer(artifact.path / "tokenizer")
+    tokenizer = load_tokenizer(artifact.path / "tokenizer")
     if prompt is None or options.chat:
-        with opened(artifact, options) as session:
+        with opened(artifact, options) as engine:
             from subspec.runtime.app.chat import chat
 
-            chat(session, text, options, prompt)
+            how = answering(artifact, options)
+            chat(engine, tokenizer, how, options.system or "", prompt)
         return
-    ids = prompt_ids(artifact, text, options, prompt)  # before the weights load: it may not fit
-    with opened(artifact, options) as session:
+    # Before the weights load: it may not fit.
+    ids = prompt_ids(artifact, tokenizer, options, prompt)
+    with opened(artifact, options) as engine:
         from subspec.runtime.app.answer import answer_once
 
-        answer_once(session, text, options, ids)
+        answer_once(engine, tokenizer, answering(artifact, options), ids, options.as_json)
+
+
+def answering(artifact: "Artifact", options: Options) -> "Answering":
+    from subspec.runtime.app.answer import Answering
+    from subspec.runtime.model.sampling import Sampling
+    from subspec.runtime.sequence import GenerationParams
+
+    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
+    ends = frozenset(artifact.spec.eos_token_ids)
+    params = GenerationParams(options.max_tokens, sampling, ends)
+    return Answering(params, options.stop, options.link_bandwidth, not options.no_record)
 
 
 def check_options(options: Options) -> None:
@@ -224,8 +239,9 @@ def begin_to_read(artifact: "Artifact", options: Options) -> None:
 
     from subspec.artifacts.format.tensors import read_ahead
 
-    placement = artifact.plan.placement("plain" if options.no_speculation else artifact.plan.method)
-    if placement is not None and placement.ledger.get("substitutes"):
+    method: Method = "plain" if options.no_speculation else artifact.plan.method
+    placement = artifact.plan.placements.get(method)
+    if placement is not None and placement.ledger.substitutes:
         path = artifact.path / "substitutes.safetensors"
         Thread(target=read_ahead, args=(path, LOADED_FIRST_BYTES), daemon=True).start()
 
@@ -233,11 +249,11 @@ def begin_to_read(artifact: "Artifact", options: Options) -> None:
 def trust_kernels(artifact: "Artifact") -> None:
     """Before anything is built or planned for this machine."""
     from subspec.artifacts.format.prebuilt import install_prebuilt
-    from subspec.runtime.session import kernel_sources
+    from subspec.runtime.engine import kernel_sources
 
     missing = install_prebuilt(artifact, kernel_sources(artifact.plan))
     if missing:
-        say(f"note: not brought for this machine, to be built here: {', '.join(missing)}")
+        say(f"note: no prebuilt kernels for this machine, compiling: {', '.join(missing)}")
 
 
 def planned_for_here(artifact: "Artifact", options: Options) -> "Artifact":
@@ -285,13 +301,15 @@ def read_prompt(options: Options) -> str | None:
     return prompt
 
 
-def prompt_ids(artifact: "Artifact", text: "Text", options: Options, prompt: str) -> list[int]:
+def prompt_ids(
+    artifact: "Artifact", tokenizer: "ChatTokenizer", options: Options, prompt: str
+) -> list[int]:
     if options.raw:
-        ids = text.plain_ids(prompt)
+        ids = tokenizer.plain_ids(prompt)
     else:
         messages = [{"role": "system", "content": options.system}] if options.system else []
-        ids = text.chat_ids([*messages, {"role": "user", "content": prompt}])
-        if text.template is None:
+        ids = tokenizer.chat_ids([*messages, {"role": "user", "content": prompt}])
+        if tokenizer.template is None:
             say("note: this model has no chat template, it continues the PROMPT as it is")
     context = artifact.plan.context
     if len(ids) >= context:
@@ -304,37 +322,36 @@ def prompt_ids(artifact: "Artifact", text: "Text", options: Options, prompt: str
 
 
 @contextmanager
-def opened(artifact: "Artifact", options: Options) -> "Iterator[Session]":
+def opened(artifact: "Artifact", options: Options) -> "Iterator[Engine]":
     """The model in fast memory, progress on stderr."""
     import torch
 
-    from subspec.runtime.session import Session, machine_name
+    from subspec.runtime.engine import Engine, OpenOptions, machine_name
 
+    how = OpenOptions(
+        method="plain" if options.no_speculation else None,
+        padded=not options.unpadded,
+        device=options.device,
+        link_bandwidth=options.link_bandwidth,
+        graphs=not options.no_graphs,
+    )
     try:
-        with Session(
-            artifact,
-            method="plain" if options.no_speculation else None,
-            padded=not options.unpadded,
-            device=options.device,
-            link_bandwidth=options.link_bandwidth,
-            progress=progress_line(),
-            graphs=not options.no_graphs,
-        ) as session:
-            here, planned = machine_name(session.device), artifact.plan.machine
+        with Engine.open(artifact, how, progress_line()) as engine:
+            here, planned = machine_name(engine.device), artifact.plan.machine
             if here != planned:
                 say(
                     f"note: planned on ({planned}), running on ({here}): speeds will differ, "
                     "subspec-plan would fit the plan to this machine"
                 )
-            if (problem := session.missing_kernels) is not None:
+            if (problem := engine.missing_kernels) is not None:
                 trust = " (--trust-kernels would load the artifact's own)"
                 say(
                     "note: without the C++ kernels residuals decode a hundred times slower, exact "
                     f"attention several times, and near-ties may round otherwise: {problem}"
-                    f"{trust if session.has_prebuilt_kernels else ''}"
+                    f"{trust if engine.has_prebuilt_kernels else ''}"
                 )
-            yield session
-            if (problem := session.missing_graphs) is not None:
+            yield engine
+            if (problem := engine.missing_graphs) is not None:
                 say(f"note: the draft's kernels were launched one by one: {problem}")
     except torch.OutOfMemoryError as error:
         raise SubspecError(

@@ -1,220 +1,355 @@
-"""An artifact's weights -> the arenas of fast memory, one tensor at a time, in kernel layouts."""
+"""Weights -> the arenas of fast memory, in kernel layouts, piece by piece: while a model loads, no
+more memory is taken than while it runs.
 
-from collections.abc import Callable, Iterator
+The weights are an artifact's (`ArtifactWeights`), or random ones of the same shapes (the planner's
+microbenchmarks).
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.footprint import packed_bytes
 from subspec.artifacts.format.prebuilt import find_prebuilt
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.format.tensors import StoredTensor, TensorFile, read_header
-from subspec.artifacts.model import (
-    EMBEDDING,
-    HEAD,
-    PAGE_BYTES,
-    Kind,
-    Linear,
-    ModelSpec,
-    StoredPart,
-    is_streamable,
-    linears,
-    resident_tensors,
-)
+from subspec.artifacts.model import EMBEDDING, PAGE_BYTES, Linear, ModelSpec, Part, StoredPart
 from subspec.artifacts.native import residual_cpu
-from subspec.artifacts.plan import Block, Placement, make_blocks
+from subspec.artifacts.plan import Block, Int4Kernel, Placement, Plan, make_blocks
 from subspec.runtime.clock import Record, unrecorded
 from subspec.runtime.draft.substitutes import Substitutes
 from subspec.runtime.kernels import int4
-from subspec.runtime.kernels.linear import Int4Weight, pack, packed_bytes
+from subspec.runtime.kernels.linear import (
+    Int4Weight,
+    empty_weight,
+    pack_qparams,
+    pack_rows,
+    piece_rows,
+)
 from subspec.runtime.memory import FastMemory, bytes_of, host_buffer
-from subspec.runtime.stream.digests import Digests
-from subspec.runtime.stream.exact_weights import ExactWeights, Ring
+from subspec.runtime.model.embedding import FileRows, MappedRows
+from subspec.runtime.stream.digests import Digests, compare_digest
 from subspec.runtime.stream.link import DirectFile, DiskLink, HostLink
 from subspec.runtime.stream.residual_decoder import ResidualDecoder
+from subspec.runtime.stream.ring import Ring
 
 DRAFT_DTYPE = torch.bfloat16  # what the 4-bit kernels take
 TORCH_DTYPES = {
     "U8": torch.uint8, "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32,
 }  # fmt: skip
+PIECE_BYTES = 1 << 20  # of a tensor that are read at a time
+
+Progress = Callable[[str, float], None]
 
 
-class Loader:
-    """Reads an artifact's weights into the arenas of fast memory, one tensor at a time, and checks
-    the digest of all it reads."""
+class WeightFiles(Protocol):
+    """Where weights come from."""
 
-    def __init__(
+    def read_tensor(self, name: str, target: Tensor) -> None:
+        """Fills a resident tensor, in fast memory."""
+
+    def read_substitute(self, linear: Linear, weight: Int4Weight) -> None:
+        """Fills a substitute's layout. May return before it has; `finish` waits."""
+
+    def read_exact(self, stored: StoredPart, target: Tensor) -> None:
+        """Fills target [rows, K], in fast memory, decoded if it is stored as a residual."""
+
+    def read_stored(self, stored: StoredPart, target: Tensor) -> None:
+        """Fills target uint8 [padded bytes], in fast memory at a page, with the part as stored."""
+
+    def finish(self) -> None:
+        """Waits for what is under way. Raises SubspecError(CORRUPT) for what is damaged."""
+
+
+# Placing: which tensor lies in which arena
+
+
+def place_tensors(spec: ModelSpec, memory: FastMemory, files: WeightFiles) -> dict[str, Tensor]:
+    """Norms, biases and matrices without a substitute, by name."""
+    found = {}
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    for name, shape in spec.resident_shapes.items():
+        found[name] = memory.take_tensor("norms", shape, dtype)
+        files.read_tensor(name, found[name])
+    return found
+
+
+def place_substitutes(
+    spec: ModelSpec,
+    kernel: Int4Kernel,
+    memory: FastMemory,
+    files: WeightFiles,
+    progress: Progress = lambda stage, share: None,
+) -> dict[str, Int4Weight]:
+    """Every substitute, in the layout of the 4-bit kernel, by the matrix's name."""
+    found = {}
+    every = [linear for linear in spec.linears if linear.has_substitute]
+    for index, linear in enumerate(every):
+        shape = linear.out_features, linear.in_features
+        room = [memory.take("substitutes", size) for size in packed_bytes(*shape, kernel)]
+        found[linear.name] = empty_weight(*shape, kernel, room)
+        files.read_substitute(linear, found[linear.name])
+        progress("loading substitutes", (index + 1) / len(every))
+    return found
+
+
+def place_resident(
+    spec: ModelSpec,
+    stored: Sequence[StoredPart],
+    placement: Placement,
+    memory: FastMemory,
+    files: WeightFiles,
+    progress: Progress = lambda stage, share: None,
+) -> dict[str, Tensor]:
+    """What stays of the exact weights, by part: [rows, K], or uint8 [bytes] of a residual."""
+    ready, residuals = set(placement.resident), set(placement.residuals)
+    chosen = [part for part in stored if part.name in ready | residuals]
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    found = {}
+    for index, one in enumerate(chosen):
+        if one.name in residuals:
+            room = memory.take("residuals", one.padded_bytes, PAGE_BYTES)
+            files.read_stored(one, room)
+            found[one.name] = room[: one.num_bytes]
+        else:
+            room = memory.take("resident", one.part.padded_bytes, PAGE_BYTES)
+            exact = room[: one.part.num_bytes].view(dtype).view(one.part.num_rows, -1)
+            if one.encoding == "raw":
+                files.read_stored(one, room)
+            else:
+                files.read_exact(one, exact)
+            found[one.name] = exact
+        progress("loading exact weights", (index + 1) / len(chosen))
+    return found
+
+
+def biases_of(spec: ModelSpec, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {one.name: tensors[f"{one.name}.bias"] for one in spec.linears if one.has_bias}
+
+
+def unplaced_weights(spec: ModelSpec, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The exact matrices that have no substitute: always resident, draft and verification share
+    them."""
+    return {
+        one.name: tensors[f"{one.name}.weight"] for one in spec.linears if not one.has_substitute
+    }
+
+
+def make_substitutes(
+    spec: ModelSpec,
+    tensors: dict[str, Tensor],
+    packed: dict[str, Int4Weight],
+    keep: Callable[[Tensor], Tensor],
+) -> Substitutes:
+    biases = {
+        name: bias if bias.dtype == DRAFT_DTYPE else keep(bias.to(DRAFT_DTYPE))
+        for name, bias in biases_of(spec, tensors).items()
+    }
+    return Substitutes(spec.num_layers, {**packed, **unplaced_weights(spec, tensors)}, biases)
+
+
+def make_residual_decoder(
+    spec: ModelSpec,
+    stored: Sequence[StoredPart],
+    placement: Placement,
+    packed: dict[str, Int4Weight],
+    memory: FastMemory,
+    num_threads: int,
+    record: Record = unrecorded,
+) -> ResidualDecoder | None:
+    """None: no weight is decoded at its use."""
+    ready = set(placement.resident)
+    coded = [p for p in stored if p.encoding == "residual" and p.name not in ready]
+    if not coded:
+        return None
+    largest = max(p.part.padded_bytes for p in coded)
+    return ResidualDecoder(
+        packed,
+        memory.take("scratch", largest, PAGE_BYTES),
+        getattr(torch, spec.dtype),
+        num_threads,
+        torch.zeros(1, dtype=torch.int32, device=memory.device),
+        record,
+    )
+
+
+def check_kernel(artifact: Artifact, plan: Plan) -> None:
+    """Raises SubspecError(WRONG_MACHINE) if the plan's 4-bit kernel cannot be built here."""
+    if plan.int4_kernel == "w4a8" and (problem := int4.unavailable()) is not None:
+        raise SubspecError(
+            Exit.WRONG_MACHINE,
+            f"the plan's 4-bit kernel, w4a8, cannot be built here: {problem}",
+            "add --trust-kernels to load the one in the artifact"
+            if find_prebuilt(artifact, int4.SOURCE)
+            else "install a C++ compiler, or plan again on this machine",
+        )
+
+
+# Reading an artifact
+
+
+class ArtifactWeights:
+    """Reads an artifact's weights, and checks the digest of all it reads."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        self._path = artifact.path
+        self._num_threads = artifact.plan.num_threads
+        self._dtype: torch.dtype = getattr(torch, artifact.spec.dtype)
+        self._entries = artifact.part_entries()
+        self._substitute_digests = artifact.substitute_digests()
+        self._files = {entry.path: entry for entry in artifact.manifest.files}
+        self._digests = Digests(artifact.plan.num_threads)
+        self._headers: dict[str, dict[str, StoredTensor]] = {}
+        self._checked = set[str]()
+
+    def read_tensor(self, name: str, target: Tensor) -> None:
+        stored = self._header("resident.safetensors")[name]
+        flat = target.view(-1)
+        step = PIECE_BYTES // target.itemsize
+        with TensorFile(self._path / "resident.safetensors") as file:
+            for first in range(0, len(flat), step):
+                piece = torch.empty(min(step, len(flat) - first), dtype=TORCH_DTYPES[stored.dtype])
+                offset = stored.offset + first * target.itemsize
+                file.read_into(bytes_of(piece.view(torch.uint8)), offset)
+                flat[first : first + len(piece)] = piece
+
+    def read_substitute(self, linear: Linear, weight: Int4Weight) -> None:
+        """In a thread, beside others: codes and then qparams pass through its digest."""
+        header = self._header("substitutes.safetensors")
+        codes, qparams = (header[f"{linear.name}.{kind}"] for kind in ("codes", "qparams"))
+        expected = self._substitute_digests[linear.name]
+
+        def read() -> None:
+            digest = hashlib.sha256()
+            with TensorFile(self._path / "substitutes.safetensors") as file:
+                for first, piece in row_pieces(file, codes, piece_rows(weight)):
+                    digest.update(bytes_of(piece.view(-1)))
+                    pack_rows(weight, first, piece)
+                whole = read_whole(file, qparams)
+            digest.update(bytes_of(whole.view(-1).view(torch.uint8)))
+            pack_qparams(weight, whole)
+            compare_digest(linear.name, digest.hexdigest(), expected)
+
+        self._digests.submit(read)
+
+    def read_stored(self, stored: StoredPart, target: Tensor) -> None:
+        on_cpu = target.device.type == "cpu"
+        host = target if on_cpu else host_buffer(stored.padded_bytes)
+        with self._exact_file() as file:
+            self._read_part(file, stored, host)
+        if not on_cpu:
+            target.copy_(host)
+
+    def read_exact(self, stored: StoredPart, target: Tensor) -> None:
+        """A residual is decoded once and for all over the substitute as the artifact stores it."""
+        part = stored.part
+        host = host_buffer(stored.padded_bytes)
+        with self._exact_file() as file:
+            self._read_part(file, stored, host)
+        codes, qparams = self._substitute_rows(part)
+        self._digests.finish()  # a residual is decoded only over what it was made for
+        on_cpu = target.device.type == "cpu"
+        out = target if on_cpu else torch.empty(target.shape, dtype=target.dtype)
+        residual_cpu.decode_any(host[: stored.num_bytes], codes, qparams, out, self._num_threads)
+        if not on_cpu:
+            target.copy_(out)
+
+    def open_embedding(self, device: torch.device) -> FileRows | MappedRows:
+        path = self._path / "embedding.safetensors"
+        self._digests.check_file(path, self._files[path.name])
+        stored = self._header(path.name)[f"{EMBEDDING}.weight"]
+        if device.type == "cpu":
+            return FileRows(path, stored, self._dtype)
+        return MappedRows(path, stored, self._dtype, device)
+
+    def check_resident(self) -> None:
+        """Begins to compare what `read_tensor` reads with its digest."""
+        name = "resident.safetensors"
+        self._digests.check_file(self._path / name, self._files[name])
+
+    def open_ring(
         self,
-        artifact: Artifact,
+        stored: Sequence[StoredPart],
         placement: Placement,
         memory: FastMemory,
-        progress: Callable[[str, float], None],
-        record: Record = unrecorded,
-    ) -> None:
-        self._artifact = artifact
-        self._spec: ModelSpec = artifact.spec
-        self._placement = placement
-        self._memory = memory
-        self._progress = progress
-        self._record = record
-        self._digests = Digests(artifact.plan.num_threads)
-        self._substitute_digests = artifact.substitute_digests()
-        self._entries = artifact.part_entries()
-        self._dtype: torch.dtype = getattr(torch, artifact.spec.dtype)
-
-    def small_tensors(self) -> dict[str, Tensor]:
-        """Embedding, norms, biases and odd-shaped matrices, by checkpoint name."""
-        path = self._artifact.path / "resident.safetensors"
-        [entry] = [e for e in self._artifact.manifest.files if e.path == path.name]
-        self._digests.check_file(path, entry)
-        stored = read_header(path)
-        found = {}
-        with TensorFile(path) as file:
-            for name, shape in resident_tensors(self._spec).items():
-                purpose = "embedding" if name.startswith(EMBEDDING) else "norms"
-                tensor = read_tensor(file, stored[name])
-                target = self._memory.take_tensor(purpose, shape, tensor.dtype)
-                target.copy_(tensor)
-                found[name] = target
-        return found
-
-    def keep(self, tensor: Tensor) -> Tensor:
-        """A copy in fast memory of something that was computed at load."""
-        target = self._memory.take_tensor("tables", tuple(tensor.shape), tensor.dtype)
-        return target.copy_(tensor)
-
-    def int4_weights(self) -> dict[tuple[int, Kind], Int4Weight]:
-        """Every substitute, in the layout of the plan's 4-bit kernel; empty if the plan has no room
-        for them: then nothing needs them."""
-        if not self._placement.ledger.get("substitutes"):
-            return {}
-        kernel = self._artifact.plan.int4_kernel
-        if kernel == "w4a8" and (problem := int4.unavailable()) is not None:
-            raise SubspecError(
-                Exit.WRONG_MACHINE,
-                f"the plan's 4-bit kernel, w4a8, cannot be built here: {problem}",
-                "add --trust-kernels to load the one that the artifact brings"
-                if find_prebuilt(self._artifact, int4.SOURCE)
-                else "install a C++ compiler, or plan again on this machine",
-            )
-        found = {}
-        every = [linear for linear in linears(self._spec) if linear.has_substitute]
-        with self._substitute_file() as read:
-            for index, linear in enumerate(every):
-                codes, qparams = read(linear)
-                room = packed_bytes(linear.out_features, linear.in_features, kernel)
-                found[linear.layer, linear.kind] = pack(
-                    codes,
-                    qparams,
-                    kernel,
-                    *(self._memory.take("substitutes", num_bytes) for num_bytes in room),
-                )
-                self._progress("loading substitutes", (index + 1) / len(every))
-        return found
-
-    def substitutes(
-        self, small: dict[str, Tensor], int4: dict[tuple[int, Kind], Int4Weight]
-    ) -> Substitutes:
-        weights: dict[tuple[int, Kind], Int4Weight | Tensor] = {**int4}
-        biases: dict[tuple[int, Kind], Tensor] = {}
-        for linear in linears(self._spec):
-            key = linear.layer, linear.kind
-            if linear.has_bias:
-                bias = small[f"{linear.name}.bias"]
-                same = bias.dtype == DRAFT_DTYPE
-                biases[key] = bias if same else self.keep(bias.to(DRAFT_DTYPE))
-            if not linear.has_substitute:
-                weights[key] = fixed_weight(self._spec, linear.name, small)
-        return Substitutes(self._spec.num_layers, weights, biases)
-
-    def exact_weights(
-        self,
-        small: dict[str, Tensor],
-        int4: dict[tuple[int, Kind], Int4Weight],
         link_bandwidth: float | None,
-    ) -> ExactWeights:
-        spec = self._spec
-        fixed = {
-            linear.name: fixed_weight(spec, linear.name, small)
-            for linear in linears(spec)
-            if not is_streamable(spec, linear)
-        }
-        biases = {
-            linear.name: small[f"{linear.name}.bias"] for linear in linears(spec) if linear.has_bias
-        }
-        stored, held = self._artifact.stored_parts(), self._held_parts()
-        ring = self._ring(stored, link_bandwidth)
+        record: Record,
+    ) -> Ring | None:
+        """What streams, through the plan's staging slots; None: nothing does."""
+        blocks = make_blocks(stored, placement)
+        if not blocks:
+            return None
+        slots = [
+            memory.take("staging", placement.block_bytes, PAGE_BYTES)
+            for _ in range(placement.num_slots)
+        ]
+        offsets = [self._entries[block.parts[0].name].offset for block in blocks]
+        path = self._path / "exact.safetensors"
+        if memory.device.type == "cpu":
+            disk = DiskLink(path, slots, link_bandwidth, record)
+            return Ring(blocks, offsets, disk, len(slots), self._dtype, self._check_block)
+        ranges = [(o, block.num_bytes) for o, block in zip(offsets, blocks, strict=True)]
+        host = HostLink(path, ranges, slots, link_bandwidth)
+        try:
+            for block, offset in zip(blocks, offsets, strict=True):
+                self._check_block(block, host.host_bytes(offset))
+            self._digests.finish()
+            return Ring(blocks, offsets, host, len(slots), self._dtype)
+        except BaseException:
+            host.close()
+            raise
+
+    def finish(self) -> None:
         self._digests.finish()
-        residual_decoder = self._residual_decoder(stored, int4)
-        return ExactWeights(spec, stored, fixed, held, biases, ring, residual_decoder, self._record)
 
     def close(self) -> None:
         self._digests.close()
 
-    def _held_parts(self) -> dict[str, Tensor]:
-        """What stays in fast memory: [rows, K], or uint8 [bytes] of a residual."""
-        resident, split = set(self._placement.resident), set(self._placement.split)
-        chosen = [p for p in self._artifact.stored_parts() if p.name in resident | split]
-        found = {}
-        file = DirectFile(self._artifact.path / "exact.safetensors")
+    def _header(self, name: str) -> dict[str, StoredTensor]:
+        if name not in self._headers:
+            self._headers[name] = read_header(self._path / name)
+        return self._headers[name]
+
+    @contextmanager
+    def _exact_file(self) -> Iterator[DirectFile]:
+        file = DirectFile(self._path / "exact.safetensors")
         try:
-            with self._substitute_file() as read:
-                read_once = lru_cache(maxsize=1)(read)  # parts of a matrix follow each other
-                for index, part in enumerate(chosen):
-                    if part.name in split:
-                        found[part.name] = self._place_stored(file, part, "residuals")
-                    elif part.encoding == "raw":
-                        raw = self._place_stored(file, part, "resident")
-                        found[part.name] = raw.view(self._dtype).view(part.part.num_rows, -1)
-                    else:
-                        found[part.name] = self._place_decoded(file, part, read_once)
-                    self._progress("loading exact weights", (index + 1) / len(chosen))
+            yield file
         finally:
             file.close()
-        return found
 
-    def _place_stored(self, file: DirectFile, part: StoredPart, purpose: str) -> Tensor:
-        """The bytes of the part in fast memory: uint8 [num_bytes]."""
-        target = self._memory.take(purpose, part.padded_bytes, PAGE_BYTES)
-        on_cpu = target.device.type == "cpu"
-        host = target if on_cpu else host_buffer(part.padded_bytes)
-        self._read_part(file, part, host)
-        if not on_cpu:
-            target.copy_(host)
-        return target[: part.num_bytes]
-
-    def _place_decoded(
-        self,
-        file: DirectFile,
-        part: StoredPart,
-        read: Callable[[Linear], tuple[Tensor, Tensor]],
-    ) -> Tensor:
-        """A residual, decoded once and for all: [rows, K] in fast memory. read: a substitute, as it
-        is stored."""
-        host = host_buffer(part.padded_bytes)
-        self._read_part(file, part, host)
-        codes, qparams = read(part.part.linear)
-        self._digests.finish()  # a residual is decoded only over what it was made for
-        rows = slice(part.part.first_row, part.part.first_row + part.part.num_rows)
-        raw = self._memory.take("resident", part.part.padded_bytes, PAGE_BYTES)
-        target = raw[: part.part.num_bytes].view(self._dtype).view(part.part.num_rows, -1)
-        exact = residual_cpu.decode(
-            host[: part.num_bytes],
-            codes[rows],
-            qparams[:, rows],
-            self._dtype,
-            self._artifact.plan.num_threads,
-        )
-        return target.copy_(exact)
+    def _substitute_rows(self, part: Part) -> tuple[Tensor, Tensor]:
+        """Codes uint8 [R, K / 2] and qparams bf16 [G, R, 2] of a part, as stored. The whole
+        substitute is checked the first time."""
+        header = self._header("substitutes.safetensors")
+        codes, qparams = (header[f"{part.linear.name}.{kind}"] for kind in ("codes", "qparams"))
+        rows = slice(part.first_row, part.first_row + part.num_rows)
+        half = codes.shape[1]
+        with TensorFile(self._path / "substitutes.safetensors") as file:
+            whole = read_whole(file, qparams)
+            own = torch.empty(part.num_rows, half, dtype=torch.uint8)
+            file.read_into(bytes_of(own.view(-1)), codes.offset + part.first_row * half)
+            if part.linear.name not in self._checked:
+                digest = hashlib.sha256()
+                for _, piece in row_pieces(file, codes, max(1, PIECE_BYTES // half)):
+                    digest.update(bytes_of(piece.view(-1)))
+                digest.update(bytes_of(whole.view(-1).view(torch.uint8)))
+                expected = self._substitute_digests[part.linear.name]
+                compare_digest(part.linear.name, digest.hexdigest(), expected)
+                self._checked.add(part.linear.name)
+        return own, whole[:, rows]
 
     def _read_part(self, file: DirectFile, part: StoredPart, host: Tensor) -> None:
         file.read_into(host, self._entries[part.name].offset)
         self._check_part(part, host)
 
     def _check_part(self, part: StoredPart, host: Tensor) -> None:
-        """host: uint8, begins with the part's bytes."""
+        """host: uint8, begins with the part's bytes, unchanged until `finish`."""
         substitute = self._substitute_digests[part.part.linear.name]
         self._digests.check_part(
             part.name,
@@ -232,69 +367,19 @@ class Loader:
             offset += part.padded_bytes
         return self._digests.finish
 
-    @contextmanager
-    def _substitute_file(self) -> Iterator[Callable[[Linear], tuple[Tensor, Tensor]]]:
-        """Reads a linear's codes and qparams as they are stored, on the host."""
-        path = self._artifact.path / "substitutes.safetensors"
-        stored = read_header(path)
-        with TensorFile(path) as file:
 
-            def read(linear: Linear) -> tuple[Tensor, Tensor]:
-                codes = read_tensor(file, stored[f"{linear.name}.codes"])
-                qparams = read_tensor(file, stored[f"{linear.name}.qparams"])
-                expected = self._substitute_digests[linear.name]
-                self._digests.check_substitute(linear.name, codes, qparams, expected)
-                return codes, qparams
-
-            yield read
-
-    def _residual_decoder(
-        self, stored: list[StoredPart], int4: dict[tuple[int, Kind], Int4Weight]
-    ) -> ResidualDecoder | None:
-        resident = set(self._placement.resident)
-        coded = [p for p in stored if p.encoding == "residual" and p.name not in resident]
-        if not coded:
-            return None
-        largest = max(p.part.padded_bytes for p in coded)
-        return ResidualDecoder(
-            int4,
-            self._memory.take("scratch", largest, PAGE_BYTES),
-            self._dtype,
-            self._artifact.plan.num_threads,
-            torch.zeros(1, dtype=torch.int32, device=self._memory.device),
-            self._record,
-        )
-
-    def _ring(self, stored: list[StoredPart], link_bandwidth: float | None) -> Ring | None:
-        placement = self._placement
-        blocks = make_blocks(stored, placement)
-        if not blocks:
-            return None
-        slots = [
-            self._memory.take("staging", placement.block_bytes, PAGE_BYTES)
-            for _ in range(placement.num_slots)
-        ]
-        offsets = [self._entries[block.parts[0].name].offset for block in blocks]
-        path = self._artifact.path / "exact.safetensors"
-        if self._memory.device.type == "cpu":
-            disk = DiskLink(path, slots, link_bandwidth, self._record)
-            return Ring(blocks, offsets, disk, placement.num_slots, self._check_block)
-        ranges = [(o, block.num_bytes) for o, block in zip(offsets, blocks, strict=True)]
-        host = HostLink(path, ranges, slots, link_bandwidth)
-        for block, offset in zip(blocks, offsets, strict=True):
-            self._check_block(block, host.host_bytes(offset))
-        self._digests.finish()
-        return Ring(blocks, offsets, host, placement.num_slots)
+def row_pieces(
+    file: TensorFile, stored: StoredTensor, num_rows: int
+) -> Iterator[tuple[int, Tensor]]:
+    """(first row, uint8 [rows, bytes of a row]) of a stored matrix of bytes, in order."""
+    total, size = stored.shape
+    for first in range(0, total, num_rows):
+        piece = torch.empty(min(num_rows, total - first), size, dtype=torch.uint8)
+        file.read_into(bytes_of(piece.view(-1)), stored.offset + first * size)
+        yield first, piece
 
 
-def fixed_weight(spec: ModelSpec, name: str, small: dict[str, Tensor]) -> Tensor:
-    """The exact matrix of a linear that is never streamed."""
-    if name == HEAD and spec.tied_head:
-        return small[f"{EMBEDDING}.weight"]
-    return small[f"{name}.weight"]
-
-
-def read_tensor(file: TensorFile, stored: StoredTensor) -> Tensor:
+def read_whole(file: TensorFile, stored: StoredTensor) -> Tensor:
     """A whole tensor on the host, in its own dtype and shape."""
     raw = torch.empty(stored.num_bytes, dtype=torch.uint8)
     file.read_into(bytes_of(raw), stored.offset)

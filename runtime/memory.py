@@ -15,12 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.gpu_memory import held_bytes
 from subspec.artifacts.common.sizes import format_size
+from subspec.artifacts.footprint import aligned
 from subspec.artifacts.model import PAGE_BYTES
-from subspec.artifacts.plan import aligned
+from subspec.artifacts.plan import Ledger
 
 HUGE_PAGE_BYTES = 2 << 20
-# Purposes that are not arenas: torch's own temporaries, the process's overhead, the safety margin.
-UNALLOCATED = ("workspace", "overhead", "guard")
+HOST_FLAGS = 1 | 2  # of cudaHostRegister: portable, mapped
 
 
 @dataclass(frozen=True)
@@ -35,22 +35,26 @@ class FastMemory:
     Asking for more than the ledger granted is a bug of ours, not a reason to grow.
     """
 
-    def __init__(self, device: torch.device, ledger: dict[str, int]) -> None:
+    def __init__(self, device: torch.device, ledger: Ledger) -> None:
         self.device = device
         self._arenas: list[Arena] = []
         self._free: dict[str, Tensor] = {}
-        needed = sum(ledger.values())
+        needed = ledger.total_bytes
         if device.type == "cpu" and needed > free_bytes():
             raise SubspecError(
                 Exit.RESOURCES,
-                f"the plan needs {format_size(needed)} of memory, free are "
-                f"{format_size(free_bytes())}",
+                f"the plan needs {format_size(needed)} of memory, but only "
+                f"{format_size(free_bytes())} are free",
                 f"close other programs, or plan again with --vram {free_bytes() * 9 // 10}B",
             )
-        for purpose, num_bytes in ledger.items():
-            if purpose not in UNALLOCATED and num_bytes > 0:
-                self._arenas.append(self._allocate(num_bytes))
-                self._free[purpose] = self._arenas[-1].bytes
+        try:
+            for purpose, num_bytes in ledger.arenas.items():
+                if num_bytes > 0:
+                    self._arenas.append(self._allocate(num_bytes))
+                    self._free[purpose] = self._arenas[-1].bytes
+        except BaseException:
+            self.release()
+            raise
         self.arena_bytes = sum(arena.numel() for arena in self._free.values())
 
     def release(self) -> None:
@@ -85,7 +89,7 @@ class FastMemory:
             raise SubspecError(
                 Exit.RESOURCES,
                 f"the plan needs another {format_size(num_bytes)} of GPU memory, "
-                f"free are {format_size(free)}",
+                f"but only {format_size(free)} are free",
                 "close what else uses the GPU, or plan again with a smaller --vram",
             ) from None
 
@@ -123,6 +127,24 @@ def host_pages(num_bytes: int) -> tuple[mmap.mmap, Tensor]:
     whole = torch.frombuffer(memory, dtype=torch.uint8)
     start = -whole.data_ptr() % alignment
     return memory, whole[start : start + size].fill_(0)[:num_bytes]
+
+
+def pinned_buffer(num_bytes: int) -> Tensor:
+    """uint8 [num_bytes] of host memory that the GPU reads directly (page-locked, mapped), exactly
+    as large as it is: torch's pinned allocator would round up to a power of two. `unpin` it."""
+    buffer = host_buffer(num_bytes)
+    status = int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), num_bytes, HOST_FLAGS))
+    if status:
+        raise SubspecError(
+            Exit.RESOURCES,
+            f"pinning {num_bytes} bytes of host memory failed (CUDA error {status})",
+            "free host memory, raise `ulimit -l`, or plan with a larger --vram",
+        )
+    return buffer
+
+
+def unpin(buffer: Tensor) -> None:
+    torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

@@ -8,19 +8,25 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from subspec.artifacts.acceptance import Acceptance, Curve
+from subspec.artifacts.footprint import Ring, Shape, make_ledger
 from subspec.artifacts.format.store import Artifact, open_artifact
 from subspec.artifacts.model import Encoding, ModelSpec, Source
-from subspec.artifacts.plan import Int4Kernel, Placement, Plan
+from subspec.artifacts.plan import DeviceKind, Int4Kernel, Method, Placement, Plan
 from subspec.artifacts.profile import LinkRate, Profile, Timing
 from subspec.planner.build.artifact import build
 from subspec.planner.build.quantize import quantize
 from subspec.planner.model.checkpoint import read_checkpoint
 from subspec.planner.model.hub import DEMO
 from subspec.planner.model.tokenizer_files import read_tokenizer
-from subspec.planner.solve.costs import Shape, ledger
-from subspec.planner.solve.search import choose_held, make_tree
-from subspec.planner.solve.storage import Storage, group_bytes, raw_storage, usual_storages
-from subspec.runtime.session import machine_name
+from subspec.planner.solve.problem import make_tree
+from subspec.planner.solve.storage import (
+    Storage,
+    choose_resident,
+    group_bytes,
+    raw_storage,
+    usual_storages,
+)
+from subspec.runtime.engine import machine_name
 
 PROFILE = Profile(
     device="cpu",
@@ -57,6 +63,7 @@ def make_plan(
     verify_width: int | None = None,
     num_slots: int = 2,
     num_threads: int = 1,
+    num_sequences: int = 1,
     device: str = "cpu",
     storage: Storage | None = None,
     int4_kernel: Int4Kernel = "aten",
@@ -69,43 +76,50 @@ def make_plan(
     """
     storage = storage or raw_storage(spec)
     verify_width = verify_width or -(-(1 + width * depth) // 8) * 8
-    stay = choose_held(storage, int(storage.num_bytes * resident_share))
+    stay = choose_resident(storage, int(storage.num_bytes * resident_share))
     resident = [part for part in stay if part.encoding == "raw"]
-    split = [part for part in stay if part.encoding == "residual"]
+    residuals = [part for part in stay if part.encoding == "residual"]
     streams = len(stay) < len(storage.parts)
-    block = storage.largest_part if streams else 0
-    slots = num_slots if streams else 0
+    ring = Ring(storage.largest_part, num_slots) if streams else None
+    kind: DeviceKind = "cuda" if device == "cuda" else "cpu"
 
-    def placement(draft_width: int) -> Placement:
+    def placement(draft_width: int | None) -> Placement:
         shape = Shape(
             context,
+            num_sequences,
             verify_width,
             draft_width,
             context,
-            block,
-            slots,
-            storage.scratch_bytes,
             num_threads,
+            ring,
+            storage.scratch_bytes or None,
         )
-        purposes = ledger(spec, "cuda" if device == "cuda" else "cpu", int4_kernel, shape, 0, 0)
-        purposes |= {"resident": group_bytes(resident), "residuals": group_bytes(split)}
-        names = [tuple(part.name for part in some) for some in (resident, split)]
-        return Placement(*names, block, slots, purposes)
+        purposes = replace(
+            make_ledger(spec, kind, int4_kernel, shape, 0, 0),
+            resident=group_bytes(resident),
+            residuals=group_bytes(residuals),
+        )
+        names = [tuple(part.name for part in some) for some in (resident, residuals)]
+        block_bytes, slots = (ring.block_bytes, ring.num_slots) if ring else (0, 0)
+        return Placement(*names, block_bytes, slots, purposes)
 
-    substitute, plain = placement(width), placement(0)
+    placements: dict[Method, Placement] = {
+        "substitute": placement(width),
+        "plain": placement(None),
+    }
     return Plan(
-        device="cuda" if device == "cuda" else "cpu",
+        device=kind,
         machine=PROFILE.machine,
-        budget_bytes=max(substitute.total_bytes, plain.total_bytes),
+        budget_bytes=max(one.ledger.total_bytes for one in placements.values()),
         context=context,
+        num_sequences=num_sequences,
         method="substitute",
         tree=make_tree(width, depth, min_path_probability),
         verify_width=verify_width,
         num_threads=num_threads,
         int4_kernel=int4_kernel,
         prefill_tokens=context,
-        substitute=substitute,
-        plain=plain,
+        placements=placements,
         residuals=storage.residuals,
         predicted={},
         acceptance=Acceptance((Curve(1, "", (10,), (9,)),), measured=False),

@@ -4,7 +4,16 @@ from dataclasses import replace
 from typing import Any
 
 from subspec.artifacts.acceptance import Acceptance, Curve
-from subspec.artifacts.model import ModelSpec, Rope, Source
+from subspec.artifacts.model import (
+    Attention,
+    Block,
+    Dense,
+    LayerSpec,
+    ModelSpec,
+    NormStyle,
+    Rope,
+    Source,
+)
 from subspec.artifacts.profile import LinkRate, Profile, Timing
 
 # Most levels are accepted, as often deep in a tree as at its root.
@@ -13,23 +22,48 @@ ACCEPTANCE = Acceptance(
 )
 
 
-def make_spec(**changes: Any) -> ModelSpec:
-    """8 layers of 1 MB, 11 MB in all, bf16."""
+def make_spec(
+    num_layers: int = 8,
+    num_heads: int = 4,
+    num_kv_heads: int = 2,
+    head_size: int = 64,
+    inner_size: int = 512,
+    qkv_bias: bool = True,
+    output_bias: bool = False,
+    mlp_bias: bool = False,
+    qk_norm: bool = False,
+    rope: Rope | None = None,
+    window: int | None = None,
+    windowed_layers: tuple[int, ...] = (),
+    **changes: Any,
+) -> ModelSpec:
+    """8 layers of 1 MB, 11 MB in all, bf16; every layer as Llama's are."""
+    rope = replace(rope or Rope(10_000.0, 0), size=head_size)
+    dense = Block(Dense(inner_size, mlp_bias), "post_attention_layernorm")
+    attention = Attention(
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_size=head_size,
+        scale=head_size**-0.5,
+        rope=rope,
+        qkv_bias=qkv_bias,
+        output_bias=output_bias,
+        qk_norm="head" if qk_norm else "none",
+    )
+
+    def layer(index: int) -> LayerSpec:
+        own = replace(attention, window=window if index in windowed_layers else None)
+        return LayerSpec((Block(own, "input_layernorm"), dense))
+
     spec = ModelSpec(
-        family="qwen2",
+        family="toy",
         dtype="bfloat16",
         hidden_size=256,
-        intermediate_size=512,
-        num_layers=8,
-        num_heads=4,
-        num_kv_heads=2,
-        head_size=64,
         vocab_size=2048,
-        norm_epsilon=1e-6,
         max_positions=4096,
-        rope=Rope(10_000.0),
+        layers=tuple(layer(index) for index in range(num_layers)),
+        norm=NormStyle(1e-6),
         tied_head=False,
-        qkv_bias=True,
         source=Source("org/toy", "0" * 40, "apache-2.0"),
     )
     return replace(spec, **changes)

@@ -4,6 +4,7 @@ JSON has right types by now (codec.py); here are the values. Everything that mem
 with is bounded before it is used.
 """
 
+import re
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -13,75 +14,123 @@ from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.sizes import LARGEST, short_size
 from subspec.artifacts.format.tensors import StoredTensor, read_header
 from subspec.artifacts.model import (
+    EMBEDDING,
     GROUP_SIZE,
     PAGE_BYTES,
+    Block,
+    Dense,
     DType,
     ModelSpec,
+    Rope,
     StoredPart,
-    linears,
-    resident_tensors,
 )
 from subspec.artifacts.plan import Placement, Plan
 
-LARGEST_COUNTS = {
-    "hidden_size": 1 << 20,
-    "intermediate_size": 1 << 20,
-    "num_layers": 10_000,
-    "num_heads": 1 << 20,
-    "num_kv_heads": 1 << 20,
-    "head_size": 1 << 20,
-    "vocab_size": 1 << 24,
-    "max_positions": 1 << 30,
-}
+LARGEST_SIZE = 1 << 20  # features, heads
+MOST_LAYERS = 10_000
+MOST_BLOCKS = 16  # of a layer
+MOST_SEQUENCES = 256
+LARGEST_VOCABULARY = 1 << 24
+MOST_POSITIONS = 1 << 30
 LARGEST_MODEL_BYTES = 1 << 44  # 16 TiB, about 262,144 parts
 STORED_DTYPES: dict[DType, str] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+NAME = re.compile(r"[a-z][a-z0-9_]{0,63}(\.[a-z][a-z0-9_]{0,63}){0,3}", re.ASCII)
 
 
 def check_spec(spec: ModelSpec) -> None:
     """Raises SubspecError(CORRUPT) for a model that no checkpoint describes."""
-    for name, largest in LARGEST_COUNTS.items():
-        count = getattr(spec, name)
-        if not 1 <= count <= largest:
-            raise _wrong("model.json", f"{name} is {count}, expected 1 to {largest}")
-    if spec.num_heads % spec.num_kv_heads or spec.head_size % 2:
-        raise _wrong(
-            "model.json",
-            f"{spec.num_heads} heads of {spec.head_size} over {spec.num_kv_heads} key-value heads "
-            "do not divide",
-        )
-    num_bytes = sum(linear.num_weights for linear in linears(spec)) * spec.item_bytes
+    for name, count, largest in (
+        ("hidden_size", spec.hidden_size, LARGEST_SIZE),
+        ("vocab_size", spec.vocab_size, LARGEST_VOCABULARY),
+        ("max_positions", spec.max_positions, MOST_POSITIONS),
+        ("layers", len(spec.layers), MOST_LAYERS),
+    ):
+        _check_count(name, count, largest)
+    for index, layer in enumerate(spec.layers):
+        where = f"layers[{index}]"
+        _check_count(f"{where}.blocks", len(layer.blocks), MOST_BLOCKS)
+        for block in layer.blocks:
+            _check_block(where, block)
+        bodies = [block.body.name for block in layer.blocks]
+        norms = [n for block in layer.blocks for n in (block.before, block.after) if n is not None]
+        if len({*bodies, *norms}) < len(bodies) + len(norms) or not layer.attentions:
+            raise _wrong("model.json", f"{where} names a norm twice, or has no attention")
+    if not 0 < spec.norm.epsilon < 1:
+        raise _wrong("model.json", f"norm.epsilon is {spec.norm.epsilon}, expected 0 to 1")
+    if spec.embedding_scale == 0 or spec.logits_divisor == 0:
+        raise _wrong("model.json", "embedding_scale or logits_divisor is 0")
+    num_bytes = sum(linear.num_weights for linear in spec.linears) * spec.item_bytes
     if num_bytes > LARGEST_MODEL_BYTES:
         raise _wrong("model.json", f"describes {short_size(num_bytes)} of weights")
-    window = spec.sliding_window
-    if any(not 0 <= layer < spec.num_layers for layer in spec.windowed_layers):
-        raise _wrong("model.json", f"windowed_layers names a layer beyond {spec.num_layers}")
-    if (window is None and spec.windowed_layers) or (window is not None and window < 1):
-        raise _wrong("model.json", f"sliding_window is {window}, expected a count of positions")
-    rope = spec.rope
-    scaled = rope.kind in ("llama3", "yarn")
-    if rope.theta <= 0 or rope.factor <= 0 or (scaled and rope.original_max_positions < 1):
+
+
+def _check_block(where: str, block: Block) -> None:
+    body = block.body
+    for name in (body.name, block.before, block.after):
+        if name is not None and NAME.fullmatch(name) is None:
+            raise _wrong("model.json", f"{where} has a name {name[:100]!r}")
+    if isinstance(body, Dense):
+        _check_count(f"{where}.inner_size", body.inner_size, LARGEST_SIZE)
+        return
+    for name, count in (
+        ("num_heads", body.num_heads),
+        ("num_kv_heads", body.num_kv_heads),
+        ("head_size", body.head_size),
+    ):
+        _check_count(f"{where}.{name}", count, LARGEST_SIZE)
+    if body.num_heads % body.num_kv_heads or body.head_size % 2:
         raise _wrong(
             "model.json",
-            f"rope has theta {rope.theta}, factor {rope.factor}, original_max_positions "
-            f"{rope.original_max_positions}, expected positive numbers",
+            f"{where}: {body.num_heads} heads of {body.head_size} over {body.num_kv_heads} "
+            "key-value heads do not divide",
         )
-    if rope.kind == "llama3" and rope.low_frequency_factor == rope.high_frequency_factor:
-        raise _wrong("model.json", "rope has equal low and high frequency factors")
+    if body.scale <= 0 or (body.window is not None and body.window < 1):
+        raise _wrong("model.json", f"{where} has scale {body.scale}, window {body.window}")
+    if body.query_growth is not None and body.query_growth.positions < 1:
+        raise _wrong("model.json", f"{where}.query_growth has no positions")
+    if body.rope is not None:
+        _check_rope(f"{where}.rope", body.rope, body.head_size)
+
+
+def _check_rope(where: str, rope: Rope, head_size: int) -> None:
+    scaled = rope.kind in ("llama3", "yarn")
+    sane = (
+        rope.theta > 0
+        and rope.factor > 0
+        and 2 <= rope.size <= head_size
+        and rope.size % 2 == 0
+        and (not scaled or rope.original_max_positions >= 1)
+        and (rope.kind != "llama3" or rope.low_frequency_factor != rope.high_frequency_factor)
+        and (rope.kind != "yarn" or (rope.beta_fast > 0 and rope.beta_slow > 0))
+        and (rope.kind != "longrope" or len(rope.divisors) == rope.size // 2)
+        and all(divisor > 0 for divisor in rope.divisors)
+    )
+    if not sane:
+        raise _wrong("model.json", f"{where} is {str(rope)[:400]}, which rotates nothing")
+
+
+def _check_count(name: str, count: int, largest: int) -> None:
+    if not 1 <= count <= largest:
+        raise _wrong("model.json", f"{name} is {count}, expected 1 to {largest}")
 
 
 def check_headers(path: Path, spec: ModelSpec) -> None:
-    """resident.safetensors and substitutes.safetensors hold what the spec calls for."""
+    """The files beside exact.safetensors hold what the spec calls for."""
+    dtype = STORED_DTYPES[spec.dtype]
+    embedding = read_header(path / "embedding.safetensors")
+    rows = (spec.vocab_size, spec.hidden_size)
+    _check_tensor("embedding.safetensors", embedding, f"{EMBEDDING}.weight", dtype, rows)
     resident = read_header(path / "resident.safetensors")
-    for name, shape in resident_tensors(spec).items():
-        _check_tensor("resident.safetensors", resident, name, STORED_DTYPES[spec.dtype], shape)
+    for name, shape in spec.resident_shapes.items():
+        _check_tensor("resident.safetensors", resident, name, dtype, shape)
     substitutes = read_header(path / "substitutes.safetensors")
-    for linear in linears(spec):
+    for linear in spec.linears:
         if not linear.has_substitute:
             continue
-        rows, groups = linear.out_features, linear.in_features // GROUP_SIZE
+        num_rows, groups = linear.out_features, linear.in_features // GROUP_SIZE
         expected = {
-            "codes": ("U8", (rows, linear.in_features // 2)),
-            "qparams": ("BF16", (groups, rows, 2)),
+            "codes": ("U8", (num_rows, linear.in_features // 2)),
+            "qparams": ("BF16", (groups, num_rows, 2)),
         }
         for suffix, (dtype, shape) in expected.items():
             name = f"{linear.name}.{suffix}"
@@ -92,9 +141,8 @@ def check_plan(spec: ModelSpec, stored: list[StoredPart], plan: Plan) -> None:
     """The plan names parts of this model, and its numbers go together."""
     if not 1 <= plan.budget_bytes <= LARGEST:
         raise _wrong("plan.json", f"budget_bytes is {plan.budget_bytes}, expected 1 to {LARGEST}")
-    for label, placement in (("substitute", plan.substitute), ("plain", plan.plain)):
-        if placement is not None:
-            _check_placement(label, placement, stored, plan.budget_bytes)
+    for method, placement in plan.placements.items():
+        _check_placement(method, placement, stored, plan.budget_bytes)
     tree = plan.tree
     sane = (
         1 <= tree.width <= 256
@@ -104,9 +152,10 @@ def check_plan(spec: ModelSpec, stored: list[StoredPart], plan: Plan) -> None:
         and tree.num_nodes <= plan.verify_width <= 4096
         and 1 <= plan.context <= spec.max_positions
         and 1 <= plan.num_threads <= 1024
+        and 1 <= plan.num_sequences <= MOST_SEQUENCES
         and plan.prefill_tokens >= 1
     )
-    if not sane or (plan.method == "substitute" and plan.substitute is None):
+    if not sane or plan.method not in plan.placements:
         raise _wrong(
             "plan.json",
             f"method {plan.method}, tree {tree.width}x{tree.depth} at temperature "
@@ -114,12 +163,7 @@ def check_plan(spec: ModelSpec, stored: list[StoredPart], plan: Plan) -> None:
             f"{plan.verify_width}, context {plan.context}, {plan.num_threads} threads, prefill "
             f"{plan.prefill_tokens} do not go together",
         )
-    stopping = plan.acceptance.stopping
-    stops = [some.min_path_probability for some in stopping]
-    if not all(0 < stop < 1 for stop in stops) or any(b <= a for a, b in pairwise(stops)):
-        raise _wrong("plan.json", f"acceptance has trees that end below {stops[:9]}")
-    for curves in (plan.acceptance.curves, *(c for s in stopping for c in (s.curves, s.followed))):
-        _check_curves(curves)
+    _check_curves(plan.acceptance.curves)
 
 
 def _check_curves(curves: Sequence[Curve]) -> None:
@@ -146,16 +190,16 @@ def _check_placement(
     label: str, placement: Placement, stored: list[StoredPart], budget_bytes: int
 ) -> None:
     every = {part.name: part for part in stored}
-    held = {*placement.resident, *placement.split}
-    for name in (*placement.resident, *placement.split):
+    held = {*placement.resident, *placement.residuals}
+    for name in (*placement.resident, *placement.residuals):
         if name not in every:
             raise _wrong("plan.json", f"{label} places an unknown {name[:200]!r}")
-    for name in placement.split:
+    for name in placement.residuals:
         if every[name].encoding != "residual":
-            raise _wrong("plan.json", f"{label} splits {name}, which is stored raw")
+            raise _wrong("plan.json", f"{label} keeps {name} as a residual, but it is stored raw")
     # A residual is decoded over its substitute, unless that happened while loading.
     decodes = any(p.encoding == "residual" and p.name not in placement.resident for p in stored)
-    if decodes and not placement.ledger.get("substitutes"):
+    if decodes and not placement.ledger.substitutes:
         raise _wrong("plan.json", f"{label} decodes residuals without their substitutes")
     num_slots, block_bytes = placement.num_slots, placement.block_bytes
     largest = max((part.padded_bytes for part in stored if part.name not in held), default=0)
@@ -166,8 +210,8 @@ def _check_placement(
             f"{largest} or more, a multiple of {PAGE_BYTES}",
         )
     ring_bytes = max(num_slots, 0) * max(block_bytes, 0)
-    needed = max(placement.total_bytes, ring_bytes)
-    if needed > budget_bytes or min(placement.ledger.values(), default=0) < 0:
+    needed = max(placement.ledger.total_bytes, ring_bytes)
+    if needed > budget_bytes or min(vars(placement.ledger).values()) < 0:
         raise _wrong(
             "plan.json",
             f"{label} adds up to {short_size(needed)}, its budget is {short_size(budget_bytes)}",

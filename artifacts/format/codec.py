@@ -64,7 +64,9 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     if origin in (Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        return _convert(next(a for a in args if a is not type(None)), value, where)
+        return _convert(
+            _chosen([a for a in args if a is not type(None)], value, where), value, where
+        )
     if origin is typing.Literal:
         if value not in args:
             raise _mismatch(where, f"one of {', '.join(map(repr, args))}", value)
@@ -76,7 +78,10 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     if origin is dict:
         if not isinstance(value, dict):
             raise _mismatch(where, "an object", value)
-        return {key: _convert(args[1], item, f"{where}.{key}") for key, item in value.items()}
+        return {
+            _convert(args[0], key, f"{where}: a key"): _convert(args[1], item, f"{where}.{key}")
+            for key, item in value.items()
+        }
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         return _convert_fields(kind, value, where)
     if kind is float and type(value) is int and abs(value) <= 1 << 1000:  # float() cannot overflow
@@ -84,6 +89,17 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     if type(value) is not kind:
         raise _mismatch(where, f"{kind.__name__}", value)
     return value
+
+
+def _chosen(kinds: list[Any], value: Any, where: str) -> Any:
+    """Of several dataclasses the one whose `kind` the object names."""
+    if len(kinds) == 1:
+        return kinds[0]
+    by_name = {get_args(typing.get_type_hints(kind)["kind"])[0]: kind for kind in kinds}
+    name = value.get("kind") if isinstance(value, dict) else None
+    if not isinstance(name, str) or name not in by_name:
+        raise _mismatch(f"{where}.kind", f"one of {', '.join(map(repr, by_name))}", name)
+    return by_name[name]
 
 
 def _convert_fields(kind: type, value: Any, where: str) -> Any:

@@ -20,9 +20,7 @@ from subspec.artifacts.model import (
     Encoding,
     ModelSpec,
     StoredPart,
-    linears,
     padded,
-    parts,
 )
 from subspec.artifacts.plan import Plan
 from subspec.artifacts.profile import Profile
@@ -30,7 +28,7 @@ from subspec.artifacts.runs import RUNS
 
 # Major: readers refuse another one. Minor: readers carry on with a newer one, which may have added
 # files, and keys at the top of a JSON file.
-FORMAT_VERSION = "4.1"
+FORMAT_VERSION = "5.0"
 VERSION = re.compile(r"([0-9]{1,4})\.([0-9]{1,4})", re.ASCII)
 CHUNK_BYTES = 64 << 20
 LARGEST_JSON = 8 << 20
@@ -38,7 +36,7 @@ NEW_MANIFEST = f".{MANIFEST}.new"
 REQUIRED = (
     "model.json", "plan.json", "profile.json",
     "substitutes.safetensors", "exact.safetensors", "resident.safetensors",
-    "tokenizer/tokenizer.json",
+    "embedding.safetensors", "tokenizer/tokenizer.json",
 )  # fmt: skip
 DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
 FILE_NAME = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*", re.ASCII)
@@ -105,7 +103,7 @@ class Artifact:
         """The exact weights as they are stored, in execution order."""
         return [
             StoredPart(part, entry.encoding, entry.num_bytes)
-            for part, entry in zip(parts(self.spec), self.manifest.parts, strict=True)
+            for part, entry in zip(self.spec.parts, self.manifest.parts, strict=True)
         ]
 
 
@@ -253,7 +251,7 @@ def _check_parts(path: Path, manifest: Manifest, spec: ModelSpec) -> None:
     tensors = read_header(path / "exact.safetensors").values()
     offset = min((tensor.offset for tensor in tensors), default=0)
     end = max((tensor.offset + tensor.num_bytes for tensor in tensors), default=0)
-    expected = parts(spec)
+    expected = spec.parts
     if len(manifest.parts) != len(expected):
         raise _corrupt(
             f"{MANIFEST} lists {len(manifest.parts)} parts, the model has {len(expected)}"
@@ -280,7 +278,7 @@ def _check_parts(path: Path, manifest: Manifest, spec: ModelSpec) -> None:
 
 
 def _check_substitutes(manifest: Manifest, spec: ModelSpec) -> None:
-    expected = [linear.name for linear in linears(spec) if linear.has_substitute]
+    expected = [linear.name for linear in spec.linears if linear.has_substitute]
     if [entry.name for entry in manifest.substitutes] != expected:
         raise _corrupt(f"{MANIFEST} lists other substitutes than the model's {len(expected)}")
     for entry in manifest.substitutes:

@@ -68,11 +68,20 @@ def decode(
 ) -> Tensor:
     """What residual.decode returns for these tensors, on the CPU, and by it where there is no
     library."""
-    if unavailable() is not None:
-        return residual.decode(stored, codes, qparams, dtype)
     out = torch.empty(codes.shape[0], codes.shape[1] * 2, dtype=dtype)
-    decode_into(out, stored, codes, qparams, 0, num_threads)
+    decode_any(stored, codes, qparams, out, num_threads)
     return out
+
+
+def decode_any(
+    stored: Tensor, codes: Tensor, qparams: Tensor, out: Tensor, num_threads: int
+) -> None:
+    """Fills out [R, K] from codes as they are stored; by the plain twin where there is no
+    library."""
+    if unavailable() is None:
+        decode_into(out, stored, codes, qparams, 0, num_threads)
+    else:
+        out.copy_(residual.decode(stored, codes, qparams, out.dtype))
 
 
 def decode_into(

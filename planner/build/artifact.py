@@ -9,6 +9,7 @@ from pathlib import Path
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.sizes import format_size
+from subspec.artifacts.footprint import model_bytes, substitutes_bytes
 from subspec.artifacts.format.store import (
     FORMAT_VERSION,
     Artifact,
@@ -26,7 +27,6 @@ from subspec.planner.build.weights import Progress, Quantizer, write_weights
 from subspec.planner.model.checkpoint import Checkpoint, check_tied_head
 from subspec.planner.model.tokenizer_files import TokenizerFiles
 from subspec.planner.report.explain import render_readme, render_report
-from subspec.planner.solve.costs import model_bytes, substitutes_bytes
 
 PRODUCER = f"subspec {version('subspec')}"
 

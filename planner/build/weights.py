@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.format.checks import STORED_DTYPES
 from subspec.artifacts.format.store import (
     CHUNK_BYTES,
     FileEntry,
@@ -28,7 +29,6 @@ from subspec.artifacts.model import (
     EMBEDDING,
     GROUP_SIZE,
     PAGE_BYTES,
-    DType,
     Linear,
     ModelSpec,
     Part,
@@ -36,12 +36,10 @@ from subspec.artifacts.model import (
 )
 from subspec.artifacts.native import residual_cpu
 from subspec.planner.build.quantize import Substitute
-from subspec.planner.model.checkpoint import DTYPES, Checkpoint, read_pieces
+from subspec.planner.model.checkpoint import Checkpoint, read_pieces
 
 Quantizer = Callable[[Tensor, torch.device | str], Substitute]
 Progress = Callable[[str, float], None]
-
-STORED_DTYPES: dict[DType, str] = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)

@@ -3,66 +3,60 @@ weights."""
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from subspec.artifacts.model import (
-    EMBEDDING,
-    GROUP_SIZE,
-    PAGE_BYTES,
-    ModelSpec,
-    linears,
-    parts,
-    resident_tensors,
-)
+from subspec.artifacts.model import GROUP_SIZE, Linear, ModelSpec, StoredPart
+from subspec.runtime.kernels.linear import Int4Weight, pack_qparams, pack_rows
 
 CYCLED_BYTES = 96 << 20  # a pass goes through this many bytes of weights: caches must not flatter
 MOST_LAYERS = 24
 
 
 def excerpt(spec: ModelSpec) -> ModelSpec:
-    """As many layers as make CYCLED_BYTES of 4-bit weights, at least one; of a larger head only as
-    many rows as make CYCLED_BYTES."""
-    layer_bytes = sum(linear.num_weights for linear in linears(spec) if linear.layer == 0) // 2
-    num_layers = max(1, min(spec.num_layers, MOST_LAYERS, CYCLED_BYTES // max(1, layer_bytes)))
+    """As many of the first layers as make CYCLED_BYTES of 4-bit weights, and every kind of layer at
+    least once; of a larger head only as many rows as make CYCLED_BYTES."""
+    of_first = sum(linear.num_weights for linear in spec.linears if linear.layer == 0)
+    num_layers = min(spec.num_layers, MOST_LAYERS, CYCLED_BYTES * 2 // max(1, of_first))
+    every_kind = 1 + max(spec.layers.index(layer) for layer in dict.fromkeys(spec.layers))
     rows = max(64, CYCLED_BYTES // (spec.hidden_size * spec.item_bytes) // 64 * 64)
-    # The remainder decides whether the head has a substitute.
-    vocab_size = spec.vocab_size if spec.vocab_size <= rows else rows + spec.vocab_size % 16
     return replace(
         spec,
-        num_layers=num_layers,
-        vocab_size=vocab_size,
-        windowed_layers=tuple(layer for layer in spec.windowed_layers if layer < num_layers),
+        layers=spec.layers[: max(num_layers, every_kind)],
+        vocab_size=min(spec.vocab_size, rows),
     )
 
 
-class Room(Protocol):
-    """The runtime's fast memory."""
+class RandomWeights:
+    """Weights of no artifact, with which layers take as long as with real ones."""
 
-    def take(self, purpose: str, num_bytes: int, alignment: int = 1, /) -> Tensor: ...
-    def take_tensor(self, purpose: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor: ...
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+
+    def read_tensor(self, name: str, target: Tensor) -> None:
+        fill_with_noise(target, target.shape[-1] ** -0.5)
+
+    def read_substitute(self, linear: Linear, weight: Int4Weight) -> None:
+        codes, qparams = random_substitute(linear.out_features, linear.in_features)
+        pack_rows(weight, 0, codes)
+        pack_qparams(weight, qparams)
+
+    def read_exact(self, stored: StoredPart, target: Tensor) -> None:
+        fill_with_noise(target, stored.part.linear.in_features**-0.5)
+
+    def read_stored(self, stored: StoredPart, target: Tensor) -> None:
+        self.read_exact(stored, target[: stored.num_bytes].view(self._dtype))
+
+    def finish(self) -> None:
+        """Nothing is under way."""
 
 
-def random_resident_tensors(spec: ModelSpec, room: Room) -> dict[str, Tensor]:
-    """Embedding, norms, biases and odd-shaped matrices, by checkpoint name."""
-    found = {}
-    for name, shape in resident_tensors(spec).items():
-        purpose = "embedding" if name.startswith(EMBEDDING) else "norms"
-        found[name] = room.take_tensor(purpose, shape, getattr(torch, spec.dtype))
-        fill_with_noise(found[name], shape[-1] ** -0.5)
-    return found
-
-
-def random_parts(spec: ModelSpec, room: Room) -> dict[str, Tensor]:
-    """Part name -> exact weights [rows, K]."""
-    found = {}
-    for part in parts(spec):
-        raw = room.take("resident", part.padded_bytes, PAGE_BYTES)[: part.num_bytes]
-        found[part.name] = raw.view(getattr(torch, spec.dtype)).view(part.num_rows, -1)
-        fill_with_noise(found[part.name], part.linear.in_features**-0.5)
-    return found
+def random_rows(spec: ModelSpec, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Embedding rows of a few tokens that stand for all."""
+    table = torch.empty(64, spec.hidden_size, dtype=getattr(torch, spec.dtype), device=device)
+    fill_with_noise(table, spec.hidden_size**-0.5)
+    return lambda tokens: table[tokens % len(table)]
 
 
 def fill_with_noise(target: Tensor, scale: float) -> None:
@@ -89,9 +83,10 @@ def random_substitute(num_rows: int, num_columns: int) -> tuple[Tensor, Tensor]:
 
 
 def ignores_place(
-    product: Callable[[Tensor, Tensor, Tensor], None], weight: Tensor, width: int
+    product: Callable[[Tensor, Tensor, Tensor, int], None], weight: Tensor, width: int
 ) -> bool:
-    """Whether product(x, weight, out) gives a row the same bits wherever it stands among `width`.
+    """Whether product(x, weight, out, rows per call) gives a row the same bits wherever it stands
+    among `width`.
 
     One shuffle tells: every row stands elsewhere, and kernels differ by place in blocks and tails.
     """
@@ -99,6 +94,6 @@ def ignores_place(
     fill_with_noise(x, 1.0)
     order = torch.randperm(width, generator=torch.Generator().manual_seed(width)).to(x.device)
     here, there = (x.new_ones(width, len(weight)) for _ in range(2))
-    product(x, weight, here)
-    product(x[order], weight, there)
+    product(x, weight, here, width)
+    product(x[order], weight, there, width)
     return torch.equal(here[order], there)

@@ -33,10 +33,10 @@ from subspec.planner.machine.timing import pick_device as pick_device  # the cal
 from subspec.planner.solve.problem import staging
 from subspec.planner.solve.storage import raw_storage, usual_storages
 from subspec.runtime.draft.substitutes import Substitutes
+from subspec.runtime.engine import machine_name as name_of_device
 from subspec.runtime.kernels import gemlite_kernel
 from subspec.runtime.memory import bytes_of, free_bytes, host_buffer
 from subspec.runtime.model.attention import attend, attend_batch_invariant, without_cudnn
-from subspec.runtime.session import machine_name as name_of_device
 from subspec.runtime.stream.digests import Digests
 from subspec.runtime.stream.link import DiskLink
 
@@ -107,7 +107,8 @@ def slow_tier(spec: ModelSpec, device: torch.device, folder: Path) -> Iterator[O
 
 def block_sizes(spec: ModelSpec) -> list[int]:
     """Bytes of the blocks that a plan may stream, ascending."""
-    blocks = [b for way in (usual_storages(spec)[0], raw_storage(spec)) for b, _ in staging(way)]
+    ways = usual_storages(spec)[0], raw_storage(spec)
+    blocks = {ring.block_bytes if ring else 0 for way in ways for ring in staging(way)}
     return sorted({min(max(block, PAGE_BYTES), LARGEST_BLOCK) for block in blocks})
 
 
@@ -162,8 +163,8 @@ def measured_once(
         # What took longer than more rows of the same would was disturbed.
         fast_layer=never_longer(fast_layer, exact_layer),
         draft_layer=draft.layer,
-        exact_attention=bench.attention_timings(attend_batch_invariant, bench.decoder.dtype),
-        fast_attention=bench.attention_timings(attend, bench.decoder.dtype),
+        exact_attention=bench.attention_timings(attend_batch_invariant, bench.weights.dtype),
+        fast_attention=bench.attention_timings(attend, bench.weights.dtype),
         draft_attention=draft.attention,
         exact_head=(Timing(1, min(plain_head, exact_head[0].seconds)), *exact_head),
         draft_head=draft.head,

@@ -6,7 +6,7 @@ Knows neither links nor files; `measure.py` says what is timed for a profile, an
 
 import importlib.util
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
@@ -14,48 +14,49 @@ from itertools import cycle, islice
 import torch
 from torch import Tensor
 
-from subspec.artifacts.model import Kind, ModelSpec, is_streamable, linears
-from subspec.artifacts.plan import DeviceKind, Int4Kernel, Tree, cache_slots
+from subspec.artifacts.footprint import Shape, cache_slots, make_ledger, substitutes_bytes
+from subspec.artifacts.model import ModelSpec
+from subspec.artifacts.plan import DeviceKind, Int4Kernel, Ledger, Placement, Tree
 from subspec.artifacts.profile import LIVE_TOKENS, MORE_TOKENS, Timing, seconds_at
-from subspec.planner.machine.excerpt import (
-    excerpt,
-    ignores_place,
-    random_parts,
-    random_resident_tensors,
-    random_substitute,
-)
+from subspec.planner.machine.excerpt import RandomWeights, excerpt, ignores_place, random_rows
 from subspec.planner.machine.profiles import SHORTEST
 from subspec.planner.machine.timing import time_each, time_widths
-from subspec.planner.solve.costs import Shape, ledger, substitutes_bytes
 from subspec.planner.solve.storage import raw_storage
-from subspec.runtime.decode import causal_rows, tree_rows
-from subspec.runtime.draft.beam import TokenTree, grow, root_only
-from subspec.runtime.draft.compiled_layers import DraftLayers, compile_layers, run_layers
+from subspec.runtime.decode import causal_rows, whole_tree
+from subspec.runtime.draft.beam import Growing, grow, root_only
+from subspec.runtime.draft.compiled_layers import CompiledLayers, compile_layers, run_layers
+from subspec.runtime.draft.drafter import tree_rows
 from subspec.runtime.draft.graphs import Action, Replay, capture_on_gpu
 from subspec.runtime.draft.substitutes import Substitutes
 from subspec.runtime.kernels import int4
 from subspec.runtime.kernels.linear import (
-    Int4Weight,
     exact_product,
     exact_product_into,
-    pack,
-    packed_bytes,
     single_row_kernels,
 )
-from subspec.runtime.load import DRAFT_DTYPE, fixed_weight
+from subspec.runtime.load import (
+    DRAFT_DTYPE,
+    biases_of,
+    make_substitutes,
+    place_resident,
+    place_substitutes,
+    place_tensors,
+    unplaced_weights,
+)
 from subspec.runtime.memory import FastMemory
 from subspec.runtime.model.attention import attend, attend_batch_invariant
-from subspec.runtime.model.cache import Cache
+from subspec.runtime.model.cache import make_cache
 from subspec.runtime.model.sampling import Sampling, choose
 from subspec.runtime.model.transformer import (
     Attend,
-    Decoder,
+    Pass,
     Product,
     Rows,
-    attention_block,
-    forward,
-    make_decoder,
-    mlp_block,
+    SharedWeights,
+    add_block,
+    embed,
+    make_shared,
+    to_logits,
 )
 from subspec.runtime.stream.exact_weights import ExactWeights
 from subspec.runtime.verify import accept
@@ -94,41 +95,44 @@ class Bench:
         dtype: torch.dtype = getattr(torch, spec.dtype)
         held, widest = LIVE_TOKENS + MORE_TOKENS, max(PADDED_WIDTHS)
         stored = raw_storage(self.spec)
-        shape = Shape(held, widest, 1, 1, 0, 0, 0, 1)
+        shape = Shape(held, 1, widest, draft_width=1, prefill_tokens=1, num_threads=1)
         kind: DeviceKind = "cuda" if device.type == "cuda" else "cpu"
-        purposes = ledger(self.spec, kind, "aten", shape, 0, 0)
-        purposes |= {"substitutes": 0, "resident": stored.num_bytes}
+        purposes = make_ledger(self.spec, kind, "aten", shape, 0, 0)
+        purposes = replace(purposes, substitutes=0, resident=stored.num_bytes)
         self.memory = FastMemory(device, purposes)
-        small = random_resident_tensors(self.spec, self.memory)
-        self.biases = {n.name: small[f"{n.name}.bias"] for n in linears(self.spec) if n.has_bias}
-        self.fixed = {
-            linear.name: fixed_weight(self.spec, linear.name, small)
-            for linear in linears(self.spec)
-            if not is_streamable(self.spec, linear)
-        }
-        self.resident = random_parts(self.spec, self.memory)
+        self.files = RandomWeights(dtype)
+        self.tensors = place_tensors(self.spec, self.memory, self.files)
+        self.unplaced = unplaced_weights(self.spec, self.tensors)
+        names = tuple(part.name for part in stored.parts)
+        placement = Placement(names, (), 0, 0, purposes)
+        self.resident = place_resident(self.spec, stored.parts, placement, self.memory, self.files)
+        biases = biases_of(self.spec, self.tensors)
         self.exact = ExactWeights(
-            self.spec, stored.parts, self.fixed, self.resident, self.biases, None
+            self.spec, stored.parts, self.unplaced, self.resident, biases, None
         )
         slots = cache_slots(held, widest)
-        size = (self.spec.num_layers, 2, spec.num_kv_heads, slots, spec.head_size)
-        self.cache = Cache(self.memory.take_tensor("cache", size, dtype))
+        self.cache = make_cache(
+            self.spec, slots, lambda size, kept: self.memory.take_tensor("cache", size, kept)
+        )
         self.cache.commit([0] * LIVE_TOKENS)
-        self.decoder = make_decoder(self.spec, small, slots, dtype, self._keep)
-        self.draft_decoder = self.decoder
+        rows = random_rows(self.spec, device)
+        self.weights = make_shared(self.spec, rows, self.tensors, slots, dtype, self._keep)
+        self.draft_weights = self.weights
         if dtype != DRAFT_DTYPE:
-            self.draft_decoder = make_decoder(self.spec, small, slots, DRAFT_DTYPE, self._keep)
+            self.draft_weights = make_shared(
+                self.spec, rows, self.tensors, slots, DRAFT_DTYPE, self._keep
+            )
 
     def exact_timings(self) -> tuple[tuple[Timing, ...], tuple[Timing, ...]]:
         """One layer, and what else a verification does: rows, embedding, head, choices."""
-        to_logits = self._through_head(self.decoder, self.exact)
+        through_head = self._through_head(self.weights, self.exact)
 
         def head(width: int) -> Callable[[], object]:
-            return lambda: to_logits(self._tree_rows(width)).argmax(-1)
+            return lambda: through_head(self._tree_rows(width)).argmax(-1)
 
         layers = {
             width: self._layers(
-                self.decoder, self.exact, self._tree_rows(width), attend_batch_invariant
+                self.weights, self.exact, self._tree_rows(width), attend_batch_invariant
             )
             for width in self.exact_widths
         }
@@ -140,14 +144,14 @@ class Bench:
         row = torch.zeros(1, dtype=torch.int64, device=self.device)
         layers = {
             width: self._layers(
-                self.decoder, self.exact, causal_rows(self.cache, row.repeat(width)), attend
+                self.weights, self.exact, causal_rows(self.cache, row.repeat(width)), attend
             )
             for width in FAST_WIDTHS
         }
-        to_logits = self._through_head(self.decoder, self.exact)
+        through_head = self._through_head(self.weights, self.exact)
         actions: list[Callable[[], object]] = [
             layers[1],
-            lambda: choose(to_logits(causal_rows(self.cache, row))[0], 0, Sampling()),
+            lambda: choose(through_head(causal_rows(self.cache, row))[0], 0, Sampling()),
         ]
         with single_row_kernels() if self.device.type == "cpu" else nullcontext():
             (layer, slowest), (head, _) = time_each(actions, self.device)
@@ -159,11 +163,12 @@ class Bench:
         """What MORE_TOKENS more in the cache cost, in one layer."""
 
         def action(width: int, live: int) -> Callable[[], object]:
-            query = torch.ones(self.spec.num_heads, width, self.spec.head_size, dtype=dtype)
+            query = torch.ones(body.num_heads, width, body.head_size, dtype=dtype)
             query, (keys, values) = query.to(self.device), self.cache.read(0, live)
             visible = torch.ones(width, live, dtype=torch.bool, device=self.device)
-            return lambda: attention(query, keys, values, visible)
+            return lambda: attention(query, keys, values, visible, body.scale)
 
+        body = self.spec.layers[0].attentions[0]
         near, far = (
             time_widths({w: action(w, live) for w in ATTENTION_WIDTHS}, self.device)
             for live in (LIVE_TOKENS, LIVE_TOKENS + MORE_TOKENS)
@@ -173,7 +178,7 @@ class Bench:
     def loaded_layers(self) -> Callable[[], None]:
         """What is timed against a busy link: layers of a verification of LOADED_WIDTH rows."""
         return self._layers(
-            self.decoder, self.exact, self._tree_rows(LOADED_WIDTH), attend_batch_invariant
+            self.weights, self.exact, self._tree_rows(LOADED_WIDTH), attend_batch_invariant
         )
 
     def faster_kernel(self) -> tuple[Int4Kernel, Substitutes]:
@@ -189,18 +194,23 @@ class Bench:
         return fastest, packed[fastest]
 
     def draft_timings(self, substitutes: Substitutes) -> DraftTimings:
-        to_logits = self._through_head(self.draft_decoder, substitutes)
+        through_head = self._through_head(self.draft_weights, substitutes)
         root = torch.zeros(1, dtype=torch.int64, device=self.device)
 
-        def draft_pass(tree: TokenTree, nodes: Tensor) -> Tensor:
-            return to_logits(tree_rows(tree, nodes, self.cache.behind(len(tree.tokens))))
+        def draft_pass(growing: Sequence[Growing]) -> Tensor:
+            [one] = growing
+            slots = self.cache.tree_slots(len(one.tree.tokens))
+            return through_head(tree_rows(one.tree, one.last.nodes, self.cache, slots))
 
         def levels(width: int) -> Callable[[], object]:
-            return lambda: grow(root, Tree(width, DRAFT_LEVELS), max(EXACT_WIDTHS), draft_pass)
+            tree = Tree(width, DRAFT_LEVELS)
+            return lambda: grow([root], [tree.depth], tree, max(EXACT_WIDTHS), draft_pass)
 
         widths = [width for width in DRAFT_WIDTHS if width <= self.spec.vocab_size]
         heads = {width: levels(width) for width in widths}
-        fused = compile_layers(self.draft_decoder, substitutes, self.cache)
+        fused = None
+        if self.device.type == "cpu":
+            fused = compile_layers(self.draft_weights, substitutes, self.cache.num_slots)
         if fused is not None:  # one call runs all layers
             passes = {width: self._fused(fused, self._tree_rows(width)) for width in widths}
             layer, head = self._timed(passes, heads, DRAFT_LEVELS, self.spec.num_layers)
@@ -210,7 +220,7 @@ class Bench:
             far = time_widths(longer, self.device, self.spec.num_layers)
             return DraftTimings(layer, difference(layer, far), head)
         layers: dict[int, Callable[[], object]] = {
-            width: self._layers(self.draft_decoder, substitutes, self._tree_rows(width), attend)
+            width: self._layers(self.draft_weights, substitutes, self._tree_rows(width), attend)
             for width in widths
         }
         if self.device.type == "cuda":
@@ -226,14 +236,14 @@ class Bench:
         path = accept(tree, tree.tokens, ACCEPT_DEPTH).path
         actions: list[Callable[[], object]] = [
             lambda: accept(tree, tree.tokens, ACCEPT_DEPTH).emitted(),
-            lambda: self.cache.compact(path),
+            lambda: self.cache.commit_path(path, []),
         ]
         (accepting, _), (moving, _) = time_each(actions, self.device)
         return accepting + moving / self.spec.num_layers * self.full_spec.num_layers
 
     def batch_invariant_widths(self) -> tuple[int, ...]:
         """Widths at which every product gives a row the same bits wherever it stands."""
-        every = (*self.resident.values(), *self.fixed.values())
+        every = (*self.resident.values(), *self.unplaced.values())
         one_of_a_shape = {weight.shape: weight for weight in every}.values()
         found, until = list[int](), time.perf_counter() + PLACE_SECONDS
         for width in PADDED_WIDTHS:
@@ -262,58 +272,45 @@ class Bench:
 
     def _tree_rows(self, width: int) -> Rows:
         tree = root_only(torch.zeros(1, dtype=torch.int64, device=self.device), width)
-        nodes = torch.arange(width, device=self.device)
-        return tree_rows(tree, nodes, self.cache.behind(width))
+        return whole_tree(tree, self.cache)
 
     def _layers(
-        self, decoder: Decoder, products: Iterable[Product], rows: Rows, attention: Attend
+        self, weights: SharedWeights, products: Iterable[Product], rows: Rows, attention: Attend
     ) -> Callable[[], None]:
         """Calls go round the layers, which together are larger than a cache."""
-        layers = cycle(enumerate(list(products)[:-1]))
-        x = torch.ones(len(rows.tokens), self.spec.hidden_size, dtype=decoder.dtype).to(self.device)
-        cos, sin = decoder.cos[rows.positions], decoder.sin[rows.positions]
+        layers = cycle(enumerate(zip(self.spec.layers, products, strict=False)))
+        num_rows = len(rows.tokens)
+        x = torch.ones(num_rows, self.spec.hidden_size, dtype=weights.dtype).to(self.device)
+        now = Pass(weights, [rows], attention, num_rows, rows.positions)
 
         def run() -> None:
-            for layer, product in islice(layers, self.layers_per_call):
-                attention_block(decoder, layer, product, x, cos, sin, rows, self.cache, attention)
-                mlp_block(decoder, layer, product, x)
+            for index, (layer, product) in islice(layers, self.layers_per_call):
+                for block in layer.blocks:
+                    add_block(now, index, index, block, product, x)
                 x.fill_(1.0)  # random layers would make it grow
 
         return run
 
-    def _fused(self, layers: DraftLayers, rows: Rows) -> Callable[[], None]:
+    def _fused(self, layers: CompiledLayers, rows: Rows) -> Callable[[], None]:
         x = torch.empty(len(rows.tokens), self.spec.hidden_size, dtype=DRAFT_DTYPE)
-        return lambda: run_layers(layers, x.fill_(1.0), rows, self.cache)
+        return lambda: run_layers(layers, x.fill_(1.0), [rows])
 
     def _through_head(
-        self, decoder: Decoder, products: Iterable[Product]
+        self, weights: SharedWeights, products: Iterable[Product]
     ) -> Callable[[Rows], Tensor]:
         """What a pass does outside its layers."""
-        head = list(products)[-1:]
-        short = replace(decoder, spec=replace(decoder.spec, num_layers=0))
-        return lambda rows: forward(short, head, rows, self.cache, attend)
+        *_, head = products
+        return lambda rows: to_logits(weights, head, embed(weights, rows.tokens), len(rows.tokens))
 
     def _keep(self, tensor: Tensor) -> Tensor:
         target = self.memory.take_tensor("tables", tuple(tensor.shape), tensor.dtype)
         return target.copy_(tensor)
 
     def _random_substitutes(self, kernel: Int4Kernel) -> Substitutes:
-        memory = FastMemory(self.device, {"substitutes": substitutes_bytes(self.spec, kernel)})
-        weights: dict[tuple[int, Kind], Int4Weight | Tensor] = {}
-        biases = {}
-        for linear in linears(self.spec):
-            key, size = (linear.layer, linear.kind), (linear.out_features, linear.in_features)
-            if linear.has_bias:
-                biases[key] = self.biases[linear.name].to(DRAFT_DTYPE)
-            if linear.has_substitute:
-                room = [
-                    memory.take("substitutes", num_bytes)
-                    for num_bytes in packed_bytes(*size, kernel)
-                ]
-                weights[key] = pack(*random_substitute(*size), kernel, *room)
-            else:
-                weights[key] = self.fixed[linear.name]
-        return Substitutes(self.spec.num_layers, weights, biases)
+        room = Ledger(substitutes=substitutes_bytes(self.spec, kernel))
+        memory = FastMemory(self.device, room)
+        packed = place_substitutes(self.spec, kernel, memory, self.files)
+        return make_substitutes(self.spec, self.tensors, packed, torch.clone)
 
 
 def replayed(action: Action, capture: Callable[[Action], Replay]) -> Action:

@@ -7,13 +7,14 @@ from itertools import cycle
 
 import torch
 
-from subspec.artifacts.model import PART_BYTES, PART_ROWS, Linear, ModelSpec, Part, linears
+from subspec.artifacts.footprint import packed_bytes
+from subspec.artifacts.model import PART_BYTES, PART_ROWS, Linear, ModelSpec, Part
 from subspec.artifacts.native import residual_cpu
 from subspec.artifacts.plan import Int4Kernel
 from subspec.planner.build.quantize import quantize
 from subspec.planner.machine.excerpt import fill_with_noise
 from subspec.planner.machine.timing import time_each
-from subspec.runtime.kernels.linear import cpu_tile_rows, pack, packed_bytes
+from subspec.runtime.kernels.linear import cpu_tile_rows, pack
 from subspec.runtime.stream.residual_decoder import ResidualDecoder
 
 DECODE_WEIGHTS = 1 << 21  # of one matrix, decoded at a time
@@ -30,7 +31,7 @@ def residual_weights_per_second(spec: ModelSpec, device: torch.device, kernel: I
     ):
         return 0.0
     seconds = num_weights = 0.0
-    layer = [linear for linear in linears(spec) if linear.layer == 0]
+    layer = [linear for linear in spec.linears if linear.layer == 0]
     one_of_a_shape = {(n.out_features, n.in_features): n for n in layer if n.has_substitute}
     for linear in one_of_a_shape.values():
         most = DECODE_WEIGHTS if on_cpu else PART_BYTES // spec.item_bytes
@@ -65,14 +66,14 @@ def decode_seconds(
         room = [torch.empty(n, dtype=torch.uint8, device=device)
                 for n in packed_bytes(rows, linear.in_features, kernel)]  # fmt: skip
         residual_decoder = ResidualDecoder(
-            {(linear.layer, linear.kind): pack(made.codes, made.qparams, kernel, *room)},
+            {linear.name: pack(made.codes, made.qparams, kernel, *room)},
             scratch,
             dtype,
             torch.get_num_threads(),
             torch.zeros(1, dtype=torch.int32, device=device),
         )
         own = stored.to(device, copy=True)
-        return lambda: residual_decoder.restore(part, own)
+        return lambda: residual_decoder.decode(part, own)
 
     read_bytes = len(stored) + sum(packed_bytes(rows, linear.in_features, kernel))
     copies = cycle([copy() for _ in range(-(-DECODED_BYTES // read_bytes))])

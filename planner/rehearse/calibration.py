@@ -19,7 +19,7 @@ KIND = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,19}", re.ASCII)
 SHAPES = 'a line is an object: {"kind": "code", "text": "def "}, {"chat": "Hi"} or {"messages": []}'
 
 
-class Text(Protocol):
+class Tokenizer(Protocol):
     """The runtime's tokenizer."""
 
     def chat_ids(self, messages: list[dict[str, str]]) -> list[int]: ...
@@ -107,7 +107,7 @@ def contents(sample: Sample) -> list[str]:
     return [prompt] if isinstance(prompt, str) else [message.content for message in prompt]
 
 
-def sample_ids(text: Text, sample: Sample) -> list[int]:
+def sample_ids(text: Tokenizer, sample: Sample) -> list[int]:
     """Messages go through the chat template; where that fails the model is run on plain text."""
     if isinstance(sample.prompt, str):
         return text.plain_ids(sample.prompt)

@@ -83,9 +83,9 @@ def without_corrections(profile: Profile) -> Profile:
     return replace(profile, corrections=Corrections())
 
 
-def rounds_of_runs(runs: Iterable[Run], predict_for: PredictFor) -> Rounds:
+def rounds_of_runs(runs: Iterable[Run], depth: int, predict_for: PredictFor) -> Rounds:
     """`predict_for` predicts without corrections. Of a run only the sums are known: each of its
-    rounds counts as its mean."""
+    rounds counts as its mean. depth: of the plan's tree; a round may have drafted less."""
     found = Rounds()
     for run in runs:
         usage = Usage(run.prompt_tokens, max(2, run.generated_tokens))
@@ -98,7 +98,7 @@ def rounds_of_runs(runs: Iterable[Run], predict_for: PredictFor) -> Rounds:
             # The padded twin takes longer: no plan promises its speed.
             found = found.and_also(Rounds(plain=() if run.padded else verify, prompt=prompt))
         else:
-            share = run.drafted_levels / max(1.0, run.rounds * said.levels_per_round)
+            share = run.drafted_levels / max(1.0, run.rounds * depth)
             draft = repeated(run.draft_seconds, run.rounds, said.draft_seconds * share)
             found = found.and_also(Rounds(draft, verify, (), prompt))
     return found
@@ -109,20 +109,14 @@ def repeated(seconds: float, rounds: int, predicted: float) -> tuple[Timed, ...]
 
 
 def with_runs(acceptance: Acceptance, plan: Plan, runs: Iterable[Run]) -> Acceptance:
-    """Adds what the runs' trees were accepted, as a kind of its own. Trees that end elsewhere than
-    they did would be accepted a little more or less: they are given the same counts, for without
-    any they would look better or worse by more than that."""
+    """Adds what the runs' trees were accepted, as a kind of its own. Trees that ended early count
+    as they were accepted."""
     own = [curve_of(run, plan) for run in runs if run.method == "substitute" and any(run.tried)]
     if not own:
         return acceptance
-
-    def added(curves: tuple[Curve, ...]) -> tuple[Curve, ...]:
-        others = [curve for curve in curves if acceptance.measured and curve.kind != RUNS]
-        every = (*others, *merged(own, RUNS))
-        return tuple(sorted(every, key=lambda curve: (curve.width, curve.kind)))
-
-    stopping = (replace(some, curves=added(some.curves)) for some in acceptance.stopping)
-    return Acceptance(added(acceptance.curves), measured=True, stopping=tuple(stopping))
+    others = [curve for curve in acceptance.curves if acceptance.measured and curve.kind != RUNS]
+    every = sorted((*others, *merged(own, RUNS)), key=lambda curve: (curve.width, curve.kind))
+    return Acceptance(tuple(every), measured=True)
 
 
 RUNS = "runs"  # the kind of text that a user's own runs are

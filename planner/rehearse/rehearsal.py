@@ -3,7 +3,8 @@ deep drafts are accepted there.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence as Several
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -17,8 +18,9 @@ from subspec.artifacts.plan import Method, Plan, Usage
 from subspec.planner.rehearse.calibration import NUM_TOKENS, Sample, in_turns, sample_ids
 from subspec.planner.rehearse.corrections import PredictFor, Rounds, Timed
 from subspec.planner.rehearse.replay import Trees, acceptance_of, replay
-from subspec.runtime.model.sampling import Sampling
-from subspec.runtime.session import Session, kernel_sources
+from subspec.runtime.draft.drafter import SubstituteDrafter
+from subspec.runtime.engine import Engine, OpenOptions, kernel_sources
+from subspec.runtime.sequence import GenerationParams, Sequence
 from subspec.runtime.text.tokenizer import load_tokenizer
 
 DRAFT_SECONDS = 180.0  # for speculation and its replays, at most
@@ -56,7 +58,7 @@ def rehearse(
     artifact: Artifact,
     plan: Plan,
     predict_for: PredictFor,
-    samples: Sequence[Sample],
+    samples: Several[Sample],
     setting: Setting,
     progress: Progress,
 ) -> Rehearsal:
@@ -66,20 +68,25 @@ def rehearse(
     turns = [(sample.kind, sample_ids(text, sample)) for sample in in_turns(samples)]
     trees: Trees = {}
     rounds = Rounds()
-    if plan.substitute is not None:
-        with opened(staged, "substitute", setting) as session:
+    if "substitute" in plan.placements:
+        with opened(staged, "substitute", setting) as engine:
+            drafter = engine.model.drafter
+            assert isinstance(drafter, SubstituteDrafter)
             until = time.perf_counter() + DRAFT_SECONDS
             for index, (kind, prompt) in enumerate(turns):
                 progress("rehearsing the plan", index / len(turns))
-                played = play(session, prompt, NUM_TOKENS, predict_for, until)
-                rounds = rounds.and_also(played.rounds)
-                replay(session, played.tokens, played.starts, kind, trees, until)
+                with engine.new_sequence() as sequence:
+                    decoded = decode(engine, sequence, prompt, NUM_TOKENS, predict_for, until)
+                    rounds = rounds.and_also(decoded.rounds)
+                    known = decoded.tokens, decoded.starts
+                    replay(drafter, sequence.cache, *known, kind, trees, until)
                 if time.perf_counter() > until:
                     break
-    with opened(staged, "plain", setting) as session:
+    with opened(staged, "plain", setting) as engine, engine.new_sequence() as sequence:
         until = time.perf_counter() + PLAIN_SECONDS
-        played = play(session, turns[0][1], PLAIN_TOKENS, predict_for, until)
-        rounds = rounds.and_also(played.rounds)
+        prompt = turns[0][1]
+        decoded = decode(engine, sequence, prompt, PLAIN_TOKENS, predict_for, until)
+        rounds = rounds.and_also(decoded.rounds)
     progress("rehearsing the plan", 1.0)
     return Rehearsal(acceptance_of(trees), rounds)
 
@@ -89,44 +96,46 @@ def pack_kernels(folder: Path, plan: Plan) -> None:
     pack_prebuilt(folder, kernel_sources(plan))
 
 
-def opened(artifact: Artifact, method: Method, setting: Setting) -> Session:
-    return Session(
-        artifact,
-        method,
-        padded=False,
-        device=setting.device,
-        link_bandwidth=setting.link_bandwidth,
+def opened(artifact: Artifact, method: Method, setting: Setting) -> Engine:
+    how = OpenOptions(
+        method, padded=False, device=setting.device, link_bandwidth=setting.link_bandwidth
     )
+    return Engine.open(artifact, how)
 
 
-def play(
-    session: Session, prompt: list[int], num_tokens: int, predict_for: PredictFor, until: float
+def decode(
+    engine: Engine,
+    sequence: Sequence,
+    prompt: list[int],
+    num_tokens: int,
+    predict_for: PredictFor,
+    until: float,
 ) -> DecodedSample:
     """Decodes greedily, one round at least. The answer may become longer, so that no round's tree
-    is cut for the end; and the first round is not timed: the session watches its temporaries."""
-    depth = session.plan.tree.depth if session.method == "substitute" else 0
-    prompt = prompt[: session.plan.context // 2]
-    eos = frozenset(session.artifact.spec.eos_token_ids)
+    is cut for the end; and the first round is not timed: the engine watches its temporaries."""
+    depth = engine.plan.tree.depth if engine.method == "substitute" else 0
+    prompt = prompt[: engine.plan.context // 2]
+    ends = frozenset(engine.artifact.spec.eos_token_ids)
     tokens, starts, clock = [*prompt], list[int](), [(0.0, 0.0, 0)]
-    session.model.cache.roll_back(0)
-    exact = session.model.exact
-    checked = exact.ring is None or exact.streamed_bytes > 0
-    for emitted in session.generate(prompt, num_tokens + depth, Sampling(), eos):
-        stats = session.stats
+    exact = engine.model.exact
+    checked = exact.streamed is None or exact.streamed_bytes > 0
+    params = GenerationParams(num_tokens + depth, end_tokens=ends)
+    for emitted in sequence.generate(prompt, params):
+        stats = sequence.stats
         if len(tokens) > len(prompt):
             clock.append((stats.draft_seconds, stats.verify_seconds, stats.drafted_levels))
             starts.append(len(tokens) - 1)
         tokens += emitted
         if len(tokens) - len(prompt) >= num_tokens or (starts and time.perf_counter() > until):
             break
-    said = predict_for(session.method, Usage(len(prompt), len(tokens) - len(prompt)))
+    said = predict_for(engine.method, Usage(len(prompt), len(tokens) - len(prompt)))
     passed = [(b[0] - a[0], b[1] - a[1], b[2] - a[2]) for a, b in pairwise(clock)][1:]
-    drafted = [seconds * said.levels_per_round / max(1, levels) for seconds, _, levels in passed]
-    draft = (Timed(tuple(drafted), said.draft_seconds),)  # each as if it had drafted the mean
+    drafted = [seconds * depth / max(1, levels) for seconds, _, levels in passed]
+    draft = (Timed(tuple(drafted), said.draft_seconds),)  # each as if it had drafted a whole tree
     verify = (Timed(tuple(seconds for _, seconds, _ in passed), said.verify_seconds),)
-    first = Timed((session.stats.time_to_first_token_seconds,), said.time_to_first_token_seconds)
+    first = Timed((sequence.stats.time_to_first_token_seconds,), said.time_to_first_token_seconds)
     asked = (first,) if checked else ()  # what streams first is checked as well
-    if session.method == "plain":
+    if engine.method == "plain":
         rounds = Rounds(plain=verify, prompt=asked)
     else:
         rounds = Rounds(draft, verify, prompt=asked)

@@ -1,5 +1,5 @@
-"""A plan in words: the rows of its tables, the lines of its facts, and numbers as a person reads
-them. Plain functions of a Plan and of recorded runs; `explain.py` makes pages of them."""
+"""A plan in words: the rows of its tables and the lines of its facts. `explain.py` makes pages of
+them."""
 
 import math
 import re
@@ -7,233 +7,92 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from subspec.artifacts.acceptance import Acceptance, mean_rate, pooled
-from subspec.artifacts.common.sizes import short_size
-from subspec.artifacts.model import GROUP_SIZE, ModelSpec, parts
-from subspec.artifacts.plan import USUAL, Method, Placement, Plan, Prediction
-from subspec.artifacts.profile import Corrections
+from subspec.artifacts.acceptance import Acceptance
+from subspec.artifacts.common.formatting import big_number, duration, number
+from subspec.artifacts.common.sizes import format_size, short_size, weights_rate
+from subspec.artifacts.footprint import model_bytes
+from subspec.artifacts.model import ModelSpec
+from subspec.artifacts.plan import Method, Placement, Plan, Prediction
+from subspec.artifacts.profile import Profile
 from subspec.artifacts.runs import Run
-from subspec.planner.report.charts import TIME_UNITS, shown_kinds
-from subspec.planner.solve.costs import model_bytes
-from subspec.planner.solve.predict import emitted_by_depth, rounds_needed, usage_within
 
-PURPOSES = {  # of the ledger, as a person calls them, in the order of the report's bar
-    "resident": "exact weights that stay",
-    "residuals": "residuals that stay",
-    "substitutes": "4-bit substitutes, the draft",
-    "embedding": "token embedding",
-    "cache": "keys and values",
-    "staging": "staging for streamed weights",
-    "scratch": "one decoded matrix",
+PURPOSES = {  # of the ledger, in the order of the report's bar
+    "resident": "resident exact weights",
+    "residuals": "resident residuals",
+    "substitutes": "4-bit substitutes (draft)",
+    "cache": "KV cache",
+    "staging": "staging ring",
+    "scratch": "scratch for one decoded matrix",
     "workspace": "activations",
-    "tables": "position tables",
+    "tables": "RoPE tables",
     "norms": "norms and biases",
     "overhead": "GPU context and runtime",
     "guard": "safety margin",
 }
+METHODS: dict[Method, str] = {"substitute": "speculative decoding", "plain": "plain decoding"}
+MOST_KINDS = 8  # of text; a user's calibration may have many
+
+Rows = list[tuple[str, ...]]
+
+
+# Memory
 
 
 @dataclass(frozen=True)
-class Row:
-    """One purpose of the ledger."""
+class Share:
+    """One purpose's share of the budget."""
 
-    kind: str  # its colour
+    purpose: str
     label: str
     num_bytes: int
 
 
-def ledger_rows(plan: Plan, placement: Placement) -> list[Row]:
-    """The purposes that take bytes, and last what the plan leaves of the budget."""
-    ledger, unused = placement.ledger, plan.budget_bytes - placement.total_bytes
-    rows = [Row(name, label, ledger.get(name, 0)) for name, label in PURPOSES.items()]
-    rows += [Row("other", one_line(name), ledger[name]) for name in ledger if name not in PURPOSES]
-    return [row for row in (*rows, Row("unused", "not used", unused)) if row.num_bytes > 0]
+def ledger_rows(plan: Plan) -> list[Share]:
+    """The purposes that take bytes, and last what the plan leaves unused."""
+    ledger = placement_of(plan).ledger
+    rows = [Share(name, label, getattr(ledger, name)) for name, label in PURPOSES.items()]
+    rows.append(Share("unused", "unused", plan.budget_bytes - ledger.total_bytes))
+    return [row for row in rows if row.num_bytes > 0]
 
 
-@dataclass(frozen=True)
-class Expected:
-    """What trees are expected to bring, of one width or on one kind of text."""
-
-    width: int
-    kind: str
-    num_trees: int
-    level_rate: float  # mean over all levels
-    tokens: float  # of a round at the plan's depth
-    margin: float | None
-    tokens_per_second: float | None  # of the usual answer; None: the plan predicts no draft
-
-
-def width_rows(plan: Plan) -> list[Expected]:
-    return [expected(plan, curve.width, "") for curve in pooled(plan.acceptance)]
-
-
-def kind_rows(plan: Plan) -> list[Expected]:
-    """At the plan's width; empty without a draft, and where there is one kind only."""
-    kinds = shown_kinds(plan.acceptance) if plan.tree.depth else []
-    return [expected(plan, plan.tree.width, kind) for kind in kinds]
-
-
-def expected(plan: Plan, width: int, kind: str) -> Expected:
-    acceptance, depth = plan.tree_acceptance, plan.tree.depth
-    curves = pooled(
-        plan.acceptance, kind
-    )  # of the narrower of two measured widths, as the margin is
-    curve = ([curve for curve in curves if curve.width <= width] or curves[:1])[-1]
-    return Expected(
-        width,
-        one_line(kind),
-        curve.tried[0],
-        mean_rate(curve),
-        acceptance.tokens(width, depth, kind),
-        margin_of(acceptance, width, depth, kind),
-        speed_on(plan, kind),
-    )
-
-
-def speed_on(plan: Plan, kind: str) -> float | None:
-    """Tokens/s of the usual answer if all text were of this kind."""
-    predicted = plan.predicted.get("substitute")
-    if predicted is None:
-        return None
-    tree = plan.tree
-    emitted = emitted_by_depth(
-        plan.acceptance, tree.width, tree.depth, kind, tree.min_path_probability
-    )[-1]
-    num_tokens = max(1, usage_within(plan.context, USUAL).answer_tokens - 1)
-    draft_seconds = predicted.draft_seconds
-    if tree.min_path_probability and predicted.levels_per_round:
-        draft_seconds *= emitted.levels / predicted.levels_per_round
-    round_seconds = draft_seconds + predicted.verify_seconds
-    return num_tokens / (rounds_needed(num_tokens, emitted) * round_seconds)
-
-
-def acceptance_line(plan: Plan) -> str:
-    """ "" without a draft."""
-    acceptance, tree = plan.tree_acceptance, plan.tree
-    if not tree.depth:
-        return ""
-    tokens = f"{number(acceptance.tokens(tree.width, tree.depth))} tokens a round"
-    if not acceptance.measured:
-        return f"by published figures, not measured: {tokens}"
-    margin = margin_of(acceptance, tree.width, tree.depth)
-    known = "" if margin is None else f" ± {number(margin)}"
-    return f"measured on {acceptance.num_trees()} trees: {tokens}{known}"
-
-
-def margin_of(acceptance: Acceptance, width: int, depth: int, kind: str = "") -> float | None:
-    """None: nothing was measured, or wider trees only."""
-    margin = acceptance.margin(width, depth, kind)
-    return margin if math.isfinite(margin) else None
-
-
-@dataclass(frozen=True)
-class Compared:
-    """Medians of one figure over recorded runs."""
-
-    label: str
-    num_runs: int
-    predicted: str
-    actual: str
-    off: float  # 0.1: 10 % more than predicted
-
-
-def compared_rows(runs: Sequence[Run]) -> list[Compared]:
-    rows = list[Compared | None]()
-    names: tuple[tuple[Method, str], ...] = ("substitute", "speculation"), ("plain", "plain")
-    for method, name in names:
-        some = [run for run in runs if run.method == method]
-        # A prompt that is in the cache already, or waits for digests, is another figure.
-        whole = [run for run in some if not run.reused_tokens and not run.first_of_session]
-        rows += [
-            compared(f"{name}, tokens/s", number, [
-                (run.predicted_tokens_per_second, run.tokens_per_second) for run in some
-            ]),
-            compared(f"{name}, first token", duration, [
-                (run.predicted_first_token_seconds, run.first_token_seconds) for run in whole
-            ]),
-            compared(f"{name}, peak memory", short_size, [
-                (run.predicted_peak_bytes, run.fast_peak_bytes) for run in some
-            ]),
-        ]  # fmt: skip
-    return [row for row in rows if row is not None]
-
-
-def compared(
-    label: str, shown: Callable[[float], str], pairs: Sequence[tuple[float | None, float]]
-) -> Compared | None:
-    """None: nothing was predicted."""
-    known = [(said, was) for said, was in pairs if said]
-    if not known:
-        return None
-    said, was = (median(values) for values in zip(*known, strict=True))
-    return Compared(label, len(known), shown(said), shown(was), was / said - 1)
-
-
-def correction_rows(corrections: Corrections) -> list[tuple[str, float]]:
-    """What real rounds took in parts of the profile's terms, phase by phase."""
-    return [
-        ("draft", corrections.draft),
-        ("verification", corrections.verify),
-        ("a token of plain decoding", corrections.plain),
-        ("first token", corrections.prompt),
-    ]
+def resident_bytes(plan: Plan) -> int:
+    """Exact weights in fast memory, residuals included."""
+    ledger = placement_of(plan).ledger
+    return ledger.resident + ledger.residuals
 
 
 def placement_of(plan: Plan) -> Placement:
-    placement = plan.placement(plan.method)
-    assert placement is not None, "check_plan asks for it"
-    return placement
+    return plan.placement(plan.method)
 
 
-def method_name(plan: Plan) -> str:
-    if plan.method == "plain":
-        return "plain decoding"
-    tree = plan.tree
-    depth = f"at most {tree.depth}" if tree.min_path_probability else f"{tree.depth}"
-    shape = f"a chain of {depth}" if tree.width == 1 else f"a tree {tree.width} wide, {depth} deep"
-    return f"speculation with {shape}"
+# Time
 
 
-def is_chosen(plan: Plan, label: str) -> bool:
-    """Whether one of the weighed options is what the plan does (labels are search.py's)."""
-    if plan.method == "plain":
-        return label.startswith("plain")
-    return label == f"tree {plan.tree.width} wide, {plan.tree.depth} deep"
+def round_rows(plan: Plan) -> Rows:
+    """A term of one round, and its value for each method; plain decoding's round is one token."""
+    rounds = [plan.predicted[name] for name in METHODS if name in plan.predicted]
+    rows: Rows = [("draft", *(duration(p.draft_seconds) for p in rounds))]
+    rows.append(("verify", *(duration(p.verify_seconds) for p in rounds)))
+    rows.append(("compute, during verify", *(duration(p.compute_seconds) for p in rounds)))
+    if plan.residuals:
+        rows.append(("of it, decoding residuals", *(duration(p.decode_seconds) for p in rounds)))
+    rows.append(("link, during draft and verify", *(duration(p.stream_seconds) for p in rounds)))
+    rows.append(("bytes streamed", *(short_size(p.streamed_bytes) for p in rounds)))
+    rows.append(("tokens expected", *(number(p.tokens_per_round) for p in rounds)))
+    rows.append(("tokens/s", *(number(p.tokens_per_second) for p in rounds)))
+    return rows
 
 
 def round_line(predicted: Prediction) -> str:
-    terms = f"stream {duration(predicted.stream_seconds)}"
+    terms = f"link {duration(predicted.stream_seconds)}"
     terms += f", compute {duration(predicted.compute_seconds)}"
     if predicted.decode_seconds:
-        terms += f", decoding {duration(predicted.decode_seconds)} of that"
+        terms += f" with {duration(predicted.decode_seconds)} of decoding"
     verify = f"verify {duration(predicted.verify_seconds)} ({terms})"
     if not predicted.draft_seconds:
         return f"{verify} for 1 token"
     tokens = number(predicted.tokens_per_round)
-    return f"draft {duration(predicted.draft_seconds)}, {verify} for {tokens} tokens expected"
-
-
-def streamed_line(spec: ModelSpec, plan: Plan) -> str:
-    """N (d + r) / 8 - V: draft bits and stored bits of every weight, less what fast memory holds
-    of both. What is held decoded is not among these weights."""
-    placement, streamed = placement_of(plan), plan.predicted[plan.method].streamed_bytes
-    if not streamed:
-        return "nothing: all exact weights stay in fast memory"
-    decoded = set(placement.resident) & set(plan.residuals)
-    count = sum(part.num_weights for part in parts(spec) if part.name not in decoded)
-    held = placement.ledger["resident"] + placement.ledger["residuals"]
-    held -= sum(part.padded_bytes for part in parts(spec) if part.name in decoded)
-    draft_bits = 4 + 32 / GROUP_SIZE if placement.ledger["substitutes"] else 0.0
-    stored_bits = 8 * (streamed + held) / count
-    in_memory = count * draft_bits / 8 + held
-    bits = (
-        f"({draft_bits:.1f} + {stored_bits:.2f}) bits" if draft_bits else f"{stored_bits:.2f} bits"
-    )
-    return (
-        f"{big_number(count)} weights x {bits} - {short_size(int(in_memory))} in fast memory = "
-        f"{short_size(streamed)} a round"
-        + (f"; {len(decoded)} more matrices are held decoded" if decoded else "")
-    )
+    return f"draft {duration(predicted.draft_seconds)} + {verify} for {tokens} tokens expected"
 
 
 def speed_line(plan: Plan) -> str:
@@ -243,34 +102,199 @@ def speed_line(plan: Plan) -> str:
     return f"{number(speed)} tokens/s, {number(speed / plain)}x plain decoding ({number(plain)})"
 
 
+def option_rows(plan: Plan) -> Rows:
+    """The best plan of each kind that was considered, fastest first."""
+    return [
+        (one_line(option.label) + (" (chosen)" if is_chosen(plan, option.label) else ""),
+         number(option.tokens_per_second))
+        for option in plan.options
+    ]  # fmt: skip
+
+
+def is_chosen(plan: Plan, label: str) -> bool:
+    """Return True if the option is what the plan does (labels are search.py's)."""
+    if plan.method == "plain":
+        return label.startswith("plain")
+    return label == f"tree {plan.tree.width} wide, {plan.tree.depth} deep"
+
+
+def context_rows(plan: Plan) -> Rows:
+    """The best plan for each context under this budget."""
+    return [
+        (f"{point.context} tokens" + (" (this plan)" if point.context == plan.context else ""),
+         METHODS[point.method], number(point.tokens_per_second))
+        for point in plan.by_context
+    ]  # fmt: skip
+
+
+# Acceptance
+
+
+def acceptance_line(plan: Plan) -> str:
+    """ "" without a draft."""
+    acceptance, tree = plan.acceptance, plan.tree
+    if not tree.depth:
+        return ""
+    tokens = f"{tokens_expected(plan)} tokens per round"
+    if not acceptance.measured:
+        return f"{tokens}, from published figures: not measured on this model"
+    return f"{tokens}, measured on {acceptance.num_trees()} drafts"
+
+
+def acceptance_rows(plan: Plan) -> Rows:
+    """Kind of text, number of drafts, tokens per round; none with a single kind or no draft."""
+    acceptance = plan.acceptance
+    if len(acceptance.kinds) < 2 or not acceptance.measured or not plan.tree.depth:
+        return []
+    most = sorted(acceptance.kinds, key=lambda kind: -acceptance.num_trees(kind))[:MOST_KINDS]
+    return [
+        (
+            one_line(kind) or "all kinds",
+            f"{acceptance.num_trees(kind)}",
+            tokens_expected(plan, kind),
+        )
+        for kind in (*sorted(most), "")
+    ]
+
+
+def tokens_expected(plan: Plan, kind: str = "") -> str:
+    """ "12.1 ± 1.3": a round's tokens and half of their 95 % confidence interval, if known."""
+    width, depth = plan.tree.width, plan.tree.depth
+    tokens = number(plan.acceptance.tokens(width, depth, kind))
+    margin = margin_of(plan.acceptance, width, depth, kind)
+    return tokens if margin is None else f"{tokens} ± {number(margin)}"
+
+
+def margin_of(acceptance: Acceptance, width: int, depth: int, kind: str = "") -> float | None:
+    """None if nothing was measured, or only wider trees were."""
+    margin = acceptance.margin(width, depth, kind)
+    return margin if math.isfinite(margin) else None
+
+
+# Recorded runs
+
+
+def run_rows(runs: Sequence[Run]) -> Rows:
+    """Figure, number of answers, medians of prediction and measurement, their difference."""
+    rows: Rows = []
+    for method, name in METHODS.items():
+        some = [run for run in runs if run.method == method]
+        # With a reused prompt or a digest check the first token's time is another figure.
+        whole = [run for run in some if not run.reused_tokens and not run.first_of_session]
+        rows += compared(
+            f"{name}, tokens/s",
+            number,
+            [(run.predicted_tokens_per_second, run.tokens_per_second) for run in some],
+        )
+        rows += compared(
+            f"{name}, first token",
+            duration,
+            [(run.predicted_first_token_seconds, run.first_token_seconds) for run in whole],
+        )
+        rows += compared(f"{name}, peak memory", short_size, [
+            (run.predicted_peak_bytes, run.fast_peak_bytes) for run in some
+        ])  # fmt: skip
+    return rows
+
+
+def compared(
+    label: str, shown: Callable[[float], str], pairs: Sequence[tuple[float | None, float]]
+) -> Rows:
+    """One row, or none if nothing was predicted."""
+    known = [(predicted, actual) for predicted, actual in pairs if predicted]
+    if not known:
+        return []
+    predicted, actual = (median(values) for values in zip(*known, strict=True))
+    difference = f"{actual / predicted - 1:+.0%}"
+    return [(label, str(len(known)), shown(predicted), shown(actual), difference)]
+
+
+# Decisions and measured costs
+
+
+def method_name(plan: Plan) -> str:
+    if plan.method == "plain":
+        return METHODS["plain"]
+    tree = plan.tree
+    if tree.width == 1:
+        return f"speculative decoding with a draft chain of {tree.depth} tokens"
+    return f"speculative decoding with a draft tree of width {tree.width} and depth {tree.depth}"
+
+
+def streamed_line(spec: ModelSpec, plan: Plan) -> str:
+    """What streams, and what of the exact weights is resident."""
+    placement, streamed = placement_of(plan), plan.predicted[plan.method].streamed_bytes
+    total = len(spec.parts)
+    if not streamed:
+        return f"nothing: all {total} matrices are resident"
+    inside = len(placement.resident) + len(placement.residuals)
+    line = f"{short_size(streamed)} per round, {total - inside} of {total} matrices; "
+    line += f"{len(placement.resident)} are resident"
+    return line + (f", {len(placement.residuals)} as residuals" if placement.residuals else "")
+
+
+def decision_rows(plan: Plan) -> Rows:
+    placement, tree = placement_of(plan), plan.tree
+    rows: Rows = [("method", method_name(plan))]
+    if plan.method == "substitute":
+        rows.append(("draft temperature", f"{tree.temperature:g}, for ranking the tree's nodes"))
+    ring = f"{placement.num_slots} slots of {format_size(placement.block_bytes)}"
+    return [
+        *rows,
+        ("verification", f"padded to {plan.verify_width} rows"),
+        ("prompt", f"{plan.prefill_tokens} tokens per stream of the weights"),
+        ("staging ring", ring if placement.num_slots else "none: nothing streams"),
+        ("4-bit kernel", plan.int4_kernel),
+        ("CPU threads", str(plan.num_threads)),
+    ]
+
+
+def cost_rows(profile: Profile) -> Rows:
+    """What was measured of link and memory, one fact a row."""
+    rows: Rows = [
+        (f"link, blocks of {format_size(rate.block_bytes)}",
+         f"{short_size(rate.bytes_per_second)}/s")
+        for rate in profile.link
+    ]  # fmt: skip
+    rows.append(("link while layers compute", f"{profile.contended_link:.0%} of its speed"))
+    rows.append(
+        ("layers while the link is busy", f"{profile.contended_compute:.0%} of their speed")
+    )
+    decoding = profile.residual_weights_per_second
+    rows.append(("decoding residuals", weights_rate(decoding) if decoding else "not available"))
+    digests = f"{short_size(profile.digest_rate)}/s" if profile.digest_rate else "free"
+    rows.append(("checking digests at first read", digests))
+    rows.append(("fixed cost of a round", duration(profile.round_seconds)))
+    rows.append(("free fast memory", format_size(profile.free_bytes)))
+    if profile.pinnable_bytes:
+        rows.append(("host memory that can be pinned", format_size(profile.pinnable_bytes)))
+    return [*rows, ("correction factors", corrections_line(profile))]
+
+
+def corrections_line(profile: Profile) -> str:
+    found = profile.corrections
+    if not found.num_rounds:
+        return "none: no real rounds were timed yet"
+    return (
+        f"draft {number(found.draft)}, verify {number(found.verify)}, plain decoding "
+        f"{number(found.plain)}, first token {number(found.prompt)}; from {found.num_rounds} rounds"
+    )
+
+
+# Names
+
+
 def parameters(spec: ModelSpec) -> str:
     return f"{big_number(model_bytes(spec) // spec.item_bytes)} parameters"
 
 
-def big_number(count: int) -> str:
-    for unit, name in ((10**9, "billion"), (10**6, "million")):
-        if count >= unit:
-            return f"{number(count / unit)} {name}"
-    return str(count)
-
-
-def number(value: float) -> str:
-    """Three digits, no exponent."""
-    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
-
-
-def duration(seconds: float) -> str:
-    unit, name = next(((u, n) for u, n in TIME_UNITS if seconds >= u), TIME_UNITS[-1])
-    return f"{number(seconds / unit)} {name}" if seconds else "0 s"
-
-
 def one_line(text: str) -> str:
-    """A name from elsewhere, without what steers a terminal or breaks a page."""
+    """A foreign name without the characters that steer a terminal or break a page."""
     return "".join(
         letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text
     )
 
 
 def in_markdown(text: str) -> str:
-    """The same for a code span in a table."""
+    """A foreign name for a code span in a table."""
     return re.sub(r"[`|]", "'", one_line(text))

@@ -5,16 +5,16 @@ from dataclasses import replace
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.sizes import short_size
+from subspec.artifacts.footprint import Ring, Shape, workspace_bytes
 from subspec.artifacts.model import ModelSpec
 from subspec.artifacts.plan import Method, Plan, Point, Prediction, Usage
 from subspec.artifacts.profile import Profile
-from subspec.planner.solve.costs import Shape, workspace_bytes
 from subspec.planner.solve.predict import (
     ONE_TOKEN,
     Candidate,
-    emitted_by_depth,
     passes_of,
     predict,
+    yields_by_depth,
 )
 from subspec.planner.solve.storage import Storage, group_bytes
 
@@ -32,36 +32,31 @@ def predict_for(
     """What `plan` promises for `usage`; its own predictions are for the usual one. The peak is that
     of the usage too: a short prompt leaves some of its workspace alone."""
     placement = plan.placement(method)
-    assert placement is not None, "the plan has no placement for this method"
-    tree = plan.tree if method == "substitute" else replace(plan.tree, width=0, depth=0)
+    ledger = placement.ledger
+    tree = plan.tree if method == "substitute" else None
     ready = set(placement.resident)
     decoded = tuple(name for name in stored.residuals if name in ready)
-    candidate = Candidate(
-        replace(stored, decoded=decoded), tree.width, tree.depth, plan.verify_width,
-        placement.block_bytes, placement.num_slots,
-    )  # fmt: skip
-    inside = {*placement.resident, *placement.split}
+    block_bytes, num_slots = placement.block_bytes, placement.num_slots
+    ring = Ring(block_bytes, num_slots) if num_slots else None
+    candidate = Candidate(replace(stored, decoded=decoded), tree, plan.verify_width, ring)
+    inside = {*placement.resident, *placement.residuals}
     streamed = group_bytes([part for part in stored.parts if part.name not in inside])
     shape = Shape(
         plan.context,
-        plan.verify_width if method == "substitute" else 1,
-        tree.width,
+        1,
+        plan.verify_width if tree else 1,
+        candidate.draft_width,
         min(plan.prefill_tokens, usage.prompt_tokens),
-        placement.block_bytes,
-        placement.num_slots,
-        placement.ledger["scratch"],
         plan.num_threads,
     )
-    workspace = min(workspace_bytes(spec, plan.device, shape), placement.ledger["workspace"])
-    idle = placement.ledger["guard"] + placement.ledger["workspace"] - workspace
-    emitted = ONE_TOKEN
-    if tree.width:
-        emitted = emitted_by_depth(
-            plan.acceptance, tree.width, tree.depth, usage.kind, tree.min_path_probability
-        )[-1]
-    peak = placement.total_bytes - idle
-    passes = passes_of(spec, profile, tree.width, plan.verify_width, plan.prefill_tokens, usage)
-    return predict(profile, candidate, passes, streamed, emitted, peak, usage)
+    workspace = min(workspace_bytes(spec, plan.device, shape), ledger.workspace)
+    idle = ledger.guard + ledger.workspace - workspace
+    gives = ONE_TOKEN
+    if tree:
+        gives = yields_by_depth(plan.acceptance, tree.width, tree.depth, usage.kind)[-1]
+    peak = ledger.total_bytes - idle
+    passes = passes_of(spec, profile, tree, plan.verify_width, plan.prefill_tokens, usage)
+    return predict(profile, candidate, passes, streamed, gives, peak, usage)
 
 
 def with_outlook(plan: Plan, solve: Solve, fixed_context: bool, most_positions: int) -> Plan:

@@ -10,25 +10,27 @@ from functools import lru_cache
 
 from subspec.artifacts.acceptance import Acceptance
 from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.footprint import Ring, Shape, make_ledger, workspace_bytes
 from subspec.artifacts.model import PAGE_BYTES, ModelSpec
-from subspec.artifacts.plan import USUAL, Constraints, Usage
+from subspec.artifacts.plan import USUAL, Constraints, Ledger, Tree, Usage
 from subspec.artifacts.profile import Profile
-from subspec.planner.solve.costs import Shape, ledger, workspace_bytes
 from subspec.planner.solve.predict import (
+    ONE_TOKEN,
     Candidate,
-    Emissions,
     Passes,
-    emissions,
-    ending_early,
-    level_seconds,
+    RoundYield,
     passes_of,
     usage_within,
+    yields_by_depth,
 )
 from subspec.planner.solve.storage import NUM_SHARES, Storage, held_decoded, storages
 
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16)
 DEPTHS = (*range(1, 33), *range(34, 65, 2))
 NUM_SLOTS = (2, 3, 4)
+# Of the draft's probabilities (arXiv 2509.18344, §4.2). A chain is the same at any temperature, but
+# where it ends early is not: the sharp ones tell best what is accepted (docs/LOG.md).
+SHARPENING = 0.2
 DEFAULT_CONTEXT = 4096  # halved until its keys and values fit their share of the budget
 CONTEXT_SHARE = 0.125
 SMALLEST_CONTEXT = 256
@@ -49,7 +51,7 @@ class Problem:
     context: int
     storages: tuple[Storage, ...]  # to choose from; last the one that decodes least at every use
     usage: Usage  # what the predictions are for
-    emissions: Emissions = field(repr=False)
+    yields: dict[int, tuple[RoundYield, ...]] = field(repr=False)  # by tree width, then by depth
     prefill_tokens: int = SMALLEST_PREFILL
     prefill_bytes: int = 0  # the workspace has at least these
 
@@ -82,16 +84,18 @@ def make_problem(
     choices = held_decoded(stored) if stored else storages(spec, constraints.encoding, decodes)
     if not decodes:  # while loading a slow decoder will do
         choices = tuple(storage for storage in choices if not storage.coded_weights)
-    contexts = [constraints.context or default_context(spec, budget_bytes)]
+    sequences = constraints.num_sequences
+    contexts = [constraints.context or default_context(spec, budget_bytes, sequences)]
     while constraints.context is None and contexts[-1] // 2 >= SMALLEST_CONTEXT:
         contexts.append(contexts[-1] // 2)
     widths = (constraints.width,) if constraints.width else WIDTHS
-    found = emissions(acceptance, widths, constraints.depth or DEPTHS[-1], usage.kind)
+    deepest = constraints.depth or DEPTHS[-1]
+    yields = {width: yields_by_depth(acceptance, width, deepest, usage.kind) for width in widths}
 
     def problem_for(context: int) -> Problem:
         within = usage_within(context, usage)
         return Problem(
-            spec, profile, budget_bytes, constraints, acceptance, context, choices, within, found
+            spec, profile, budget_bytes, constraints, acceptance, context, choices, within, yields
         )
 
     problems = [problem_for(context) for context in contexts]
@@ -100,28 +104,14 @@ def make_problem(
     return with_prompt_share(next(drafting, None) or next(decoding, None) or problems[-1])
 
 
-def default_context(spec: ModelSpec, budget_bytes: int) -> int:
-    """The largest that ours would be; `pose` may halve it further to make a plan fit."""
+def default_context(spec: ModelSpec, budget_bytes: int, num_sequences: int) -> int:
+    """The largest that ours would be; `make_problem` may halve it further to make a plan fit."""
     context = min(DEFAULT_CONTEXT, spec.max_positions)
-    while context * spec.kv_bytes_per_token > CONTEXT_SHARE * budget_bytes:
+    while context * num_sequences * spec.kv_bytes_per_token > CONTEXT_SHARE * budget_bytes:
         if context // 2 < SMALLEST_CONTEXT:
             break
         context //= 2
     return context
-
-
-def with_early_ends(problem: Problem, tokens_per_second: float) -> Problem:
-    """Each tree with the stop that serves a plan of that speed best."""
-    live = problem.usage.prompt_tokens + problem.usage.answer_tokens / 2
-    spec, profile = problem.spec, problem.profile
-    found = ending_early(
-        problem.acceptance,
-        problem.emissions,
-        tokens_per_second,
-        lambda width: profile.corrections.draft * level_seconds(spec, profile, width, live),
-        problem.usage.kind,
-    )
-    return replace(problem, emissions=found)
 
 
 def with_prompt_share(problem: Problem) -> Problem:
@@ -136,14 +126,14 @@ def with_prompt_share(problem: Problem) -> Problem:
     most = max(problem.context, SMALLEST_PREFILL)
 
     def needed(tokens: int) -> int:
-        shape = Shape(problem.context, 1, 1, tokens, 0, 0, 0, problem.profile.num_threads)
+        shape = Shape(problem.context, 1, 1, 1, tokens, problem.profile.num_threads)
         return workspace_bytes(problem.spec, problem.profile.device, shape)
 
     least = needed(SMALLEST_PREFILL)
     share = int(min(PREFILL_SHARE * budget, PREFILL_SLACK_SHARE * slack))
     alike = stored_like(problem, problem.storages[-1])
     for storage in (alike[0], alike[-1]):
-        resident = Candidate(storage, 0, 0, narrowest(problem), 0, 0)
+        resident = Candidate(storage, None, narrowest(problem), None)
         spare = left_over(problem, resident) - storage.num_bytes
         if spare >= 0:
             share = min(share, least + int(PREFILL_SLACK_SHARE * spare))
@@ -158,52 +148,55 @@ def stored_like(problem: Problem, wanted: Storage) -> tuple[Storage, ...]:
     return tuple(some for some in problem.storages if some.parts == wanted.parts)
 
 
-def candidates(problem: Problem) -> Iterator[Candidate]:
-    """Every draft, the smallest tree first."""
-    for width, depth, padded in trees(problem):
+def candidates(problem: Problem, verify_width: int | None = None) -> Iterator[Candidate]:
+    """Every draft, the smallest tree first; verify_width: what all are padded to, None: each tree
+    to the narrowest that takes it."""
+    for tree, padded in trees(problem):
+        if verify_width is not None and padded > verify_width:
+            continue
         for storage in problem.storages:
-            for block, slots in staging(storage):
-                yield Candidate(storage, width, depth, padded, block, slots)
+            for ring in staging(storage):
+                yield Candidate(storage, tree, verify_width or padded, ring)
 
 
-def trees(problem: Problem) -> Iterator[tuple[int, int, int]]:
-    """(width, depth, verify width), widths and depths ascending."""
+def trees(problem: Problem) -> Iterator[tuple[Tree, int]]:
+    """Trees with their verify widths; widths and depths ascending."""
     constraints = problem.constraints
     if constraints.method == "plain":
         return
+    stop = constraints.min_path_probability or 0.0
     for width in (constraints.width,) if constraints.width else WIDTHS:
         for depth in (constraints.depth,) if constraints.depth else DEPTHS:
-            padded = padded_width(problem.profile, 1 + width * depth)
+            tree = make_tree(width, depth, stop)
+            padded = padded_width(problem.profile, tree.num_nodes)
             if padded is not None:
-                yield width, depth, padded
+                yield tree, padded
+
+
+def make_tree(width: int, depth: int, min_path_probability: float = 0.0) -> Tree:
+    return Tree(width, depth, SHARPENING, min_path_probability)
 
 
 def plain_candidates(problem: Problem, verify_width: int) -> Iterator[Candidate]:
     """Plain decoding. `verify_width` is the padded twin's, which must fit too."""
     for storage in problem.storages:
-        for block, slots in staging(storage):
-            yield Candidate(storage, 0, 0, verify_width, block, slots)
+        for ring in staging(storage):
+            yield Candidate(storage, None, verify_width, ring)
 
 
 def smallest_draft(problem: Problem) -> Candidate | None:
     """The draft that takes the least memory, if that fits."""
     first = next(trees(problem), None)
-    if first is None:
-        return None
-    return smallest(problem, [
-        Candidate(storage, *first, *staging(storage)[0]) for storage in problem.storages
-    ])  # fmt: skip
+    return smallest(problem, *first) if first else None
 
 
 def smallest_plain(problem: Problem) -> Candidate | None:
-    verify_width = narrowest(problem)
-    return smallest(problem, [
-        Candidate(storage, 0, 0, verify_width, *staging(storage)[0])
-        for storage in problem.storages
-    ])  # fmt: skip
+    return smallest(problem, None, narrowest(problem))
 
 
-def smallest(problem: Problem, some: list[Candidate]) -> Candidate | None:
+def smallest(problem: Problem, tree: Tree | None, verify_width: int) -> Candidate | None:
+    """Over all storages; None: it does not fit."""
+    some = [Candidate(way, tree, verify_width, staging(way)[0]) for way in problem.storages]
     best = max(some, key=lambda candidate: left_over(problem, candidate))
     return best if left_over(problem, best) >= 0 else None
 
@@ -211,7 +204,7 @@ def smallest(problem: Problem, some: list[Candidate]) -> Candidate | None:
 def narrowest(problem: Problem) -> int:
     """The smallest verify width that the user's constraints allow."""
     first = next(trees(problem), None)
-    return first[2] if first else min(problem.profile.batch_invariant_widths)
+    return first[1] if first else min(problem.profile.batch_invariant_widths)
 
 
 def padded_width(profile: Profile, num_nodes: int) -> int | None:
@@ -220,15 +213,14 @@ def padded_width(profile: Profile, num_nodes: int) -> int | None:
 
 
 @lru_cache(maxsize=4 * (NUM_SHARES + 1))
-def staging(storage: Storage) -> list[tuple[int, int]]:
-    """(block bytes, slots) worth trying, from the largest part up to a layer; the smallest
-    first."""
+def staging(storage: Storage) -> list[Ring | None]:
+    """Rings worth trying, with blocks from the largest part up to a layer; the smallest first."""
     if not storage.as_stored:
-        return [(0, 0)]
+        return [None]
     layer, largest = storage.layer_bytes, storage.largest_part
     half = layer // 2 // PAGE_BYTES * PAGE_BYTES
     blocks = {largest, 2 * largest, max(largest, half), max(largest, layer)}
-    return [(block, slots) for block in sorted(blocks) for slots in NUM_SLOTS]
+    return [Ring(block, slots) for block in sorted(blocks) for slots in NUM_SLOTS]
 
 
 def left_over(problem: Problem, candidate: Candidate) -> int:
@@ -236,9 +228,9 @@ def left_over(problem: Problem, candidate: Candidate) -> int:
     fit."""
     storage = candidate.storage
     left = left_without_ring(
-        problem, candidate.width, candidate.verify_width, storage.scratch_bytes
+        problem, candidate.draft_width, candidate.verify_width, storage.scratch_bytes
     )
-    return left - storage.decoded_bytes - candidate.block_bytes * candidate.num_slots
+    return left - storage.decoded_bytes - candidate.ring_bytes
 
 
 # A search asks the same of one tree once for each storage and ring.
@@ -246,55 +238,55 @@ for_one_tree = lru_cache(maxsize=1024)
 
 
 @for_one_tree
-def left_without_ring(problem: Problem, width: int, verify_width: int, scratch_bytes: int) -> int:
-    purposes = ledger_of(problem, width, verify_width, 0, 0, scratch_bytes)
-    return problem.budget_bytes - sum(purposes.values())
+def left_without_ring(
+    problem: Problem, draft_width: int | None, verify_width: int, scratch_bytes: int
+) -> int:
+    ledger = ledger_of(problem, draft_width, verify_width, None, scratch_bytes)
+    return problem.budget_bytes - ledger.total_bytes
 
 
 @for_one_tree
-def passes_for(problem: Problem, width: int, verify_width: int) -> Passes:
+def passes_for(problem: Problem, tree: Tree | None, verify_width: int) -> Passes:
     return passes_of(
-        problem.spec,
-        problem.profile,
-        width,
-        verify_width,
-        problem.prefill_tokens,
-        problem.usage,
+        problem.spec, problem.profile, tree, verify_width, problem.prefill_tokens, problem.usage
     )
 
 
-def base_ledger(problem: Problem, candidate: Candidate) -> dict[str, int]:
+def yield_for(problem: Problem, tree: Tree | None) -> RoundYield:
+    """Of a whole tree, also where it may end early: it is not known yet how often it does."""
+    return problem.yields[tree.width][tree.depth] if tree else ONE_TOKEN
+
+
+def base_ledger(problem: Problem, candidate: Candidate) -> Ledger:
     """Everything but resident exact weights."""
     return ledger_of(
         problem,
-        candidate.width,
+        candidate.draft_width,
         candidate.verify_width,
-        candidate.block_bytes,
-        candidate.num_slots,
+        candidate.ring,
         candidate.storage.scratch_bytes,
     )
 
 
 def ledger_of(
     problem: Problem,
-    width: int,
+    draft_width: int | None,
     verify_width: int,
-    block_bytes: int,
-    num_slots: int,
+    ring: Ring | None,
     scratch_bytes: int,
-) -> dict[str, int]:
+) -> Ledger:
     profile = problem.profile
     shape = Shape(
         problem.context,
+        problem.constraints.num_sequences,
         verify_width,
-        width,
+        draft_width,
         problem.prefill_tokens,
-        block_bytes,
-        num_slots,
-        scratch_bytes,
         profile.num_threads,
+        ring,
+        scratch_bytes or None,
     )
-    base = ledger(
+    base = make_ledger(
         problem.spec,
         profile.device,
         profile.int4_kernel,
@@ -302,5 +294,4 @@ def ledger_of(
         profile.overhead_bytes,
         problem.budget_bytes,
     )
-    base["workspace"] = max(base["workspace"], problem.prefill_bytes)
-    return base
+    return replace(base, workspace=max(base.workspace, problem.prefill_bytes))

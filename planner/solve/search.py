@@ -12,7 +12,7 @@ from itertools import groupby
 from subspec.artifacts.acceptance import Acceptance, Curve
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.sizes import LARGEST, format_size, short_size, weights_rate
-from subspec.artifacts.model import ModelSpec, StoredPart
+from subspec.artifacts.model import ModelSpec
 from subspec.artifacts.plan import (
     USUAL,
     Constraints,
@@ -25,11 +25,12 @@ from subspec.artifacts.plan import (
     Usage,
 )
 from subspec.artifacts.profile import Profile
-from subspec.planner.solve.predict import Candidate, early_doubt, predict, round_of
+from subspec.planner.solve.predict import Candidate, predict
 from subspec.planner.solve.problem import (
     Problem,
     base_ledger,
     candidates,
+    default_context,
     left_over,
     make_problem,
     narrowest,
@@ -38,14 +39,10 @@ from subspec.planner.solve.problem import (
     smallest_draft,
     smallest_plain,
     stored_like,
-    with_early_ends,
+    yield_for,
 )
-from subspec.planner.solve.problem import default_context as default_context
-from subspec.planner.solve.storage import Storage, group_bytes
+from subspec.planner.solve.storage import Storage, choose_resident, group_bytes
 
-# Of the draft's probabilities (arXiv 2509.18344, §4.2). A chain is the same at any temperature, but
-# where it ends is not: the sharp ones tell best what is accepted (docs/LOG.md).
-SHARPENING = 0.2
 # Until it is measured: hazards of 3.2 % (chain) and 1.5 % (6 wide), published for 8B-class models.
 PRIOR = Acceptance(
     (Curve(1, "", (1000,), (968,)), Curve(3, "", (1000,), (978,)), Curve(6, "", (1000,), (985,))),
@@ -72,13 +69,11 @@ def search(
     acceptance: Acceptance,
     stored: Storage | None = None,
     usage: Usage = USUAL,
-    likely_speed: float = 0.0,
 ) -> Plan:
     """stored: how an existing artifact holds the weights; None: the plan decides it. usage: what it
-    is to be fast for. likely_speed: tokens/s of a similar plan, from where the search is shorter.
-    Raises SubspecError(INFEASIBLE) with the smallest budget that works."""
+    is to be fast for. Raises SubspecError(INFEASIBLE) with the smallest budget that works."""
     problem = make_problem(spec, profile, budget_bytes, constraints, acceptance, stored, usage)
-    problem, drafted = best_drafts(problem, likely_speed)
+    drafted = best_by_width(problem)
     plain = best(problem, plain_candidates(problem, narrowest(problem)))
     if plain is None or (constraints.needs_draft and not drafted):
         needed = smallest_budget(problem, stored)
@@ -99,35 +94,17 @@ def search(
         assert plain is not None, "it takes less than the draft"
         check_ram(problem, drafted[0])
     else:
-        only = replace(profile, batch_invariant_widths=(plain.candidate.verify_width,))
         alike = stored_like(problem, plain.candidate.storage)
-        same = replace(problem, profile=only, storages=alike)
-        drafted = best_by_width(same)
+        same = replace(problem, storages=alike)
+        drafted = best_by_width(same, plain.candidate.verify_width)
         check_ram(problem, plain)
     return assemble(problem, plain, drafted)
 
 
-def best_drafts(problem: Problem, likely_speed: float) -> tuple[Problem, list[Scored]]:
-    """`best_by_width`, and the problem with trees that end where the best of them is fastest. Not
-    those of a depth that the user fixed: it is never overruled."""
-    if problem.constraints.depth is not None:
-        return problem, best_by_width(problem)
-    problem = with_early_ends(problem, likely_speed)
-    drafted = best_by_width(problem)
-    while drafted:
-        again = with_early_ends(problem, drafted[0].speed)
-        if again.emissions == problem.emissions:
-            break
-        faster = best_by_width(again)
-        if faster[0].speed <= drafted[0].speed:
-            break
-        problem, drafted = again, faster
-    return problem, drafted
-
-
-def best_by_width(problem: Problem) -> list[Scored]:
-    """The best candidate of every tree width, best first; empty if no draft fits."""
-    by_width = groupby(candidates(problem), key=lambda candidate: candidate.width)
+def best_by_width(problem: Problem, verify_width: int | None = None) -> list[Scored]:
+    """The best candidate of every tree width, best first; empty if no draft fits. verify_width: as
+    of `candidates`."""
+    by_width = groupby(candidates(problem, verify_width), key=lambda c: c.draft_width)
     found = [scored for _, group in by_width if (scored := best(problem, group)) is not None]
     return sorted(found, key=lambda scored: -scored.speed)
 
@@ -155,56 +132,55 @@ def estimate(problem: Problem, candidate: Candidate) -> float | None:
     A candidate that keeps everything resident needs no staging ring.
     """
     everything, left = candidate.storage.num_bytes, left_over(problem, candidate)
-    if left + candidate.block_bytes * candidate.num_slots >= everything:
+    if left + candidate.ring_bytes >= everything:
         left = everything
     if left < 0:
         return None
-    passes = passes_for(problem, candidate.width, candidate.verify_width)
-    emitted = problem.emissions[candidate.width][candidate.depth]
-    found = round_of(problem.profile, candidate, passes, everything - left, emitted.levels)
-    return found.tokens_per_second(emitted, problem.usage)
+    return prediction_of(problem, candidate, everything - left).tokens_per_second
 
 
 def score(problem: Problem, candidate: Candidate) -> Scored:
     """A candidate that fits, with its parts named and the prediction for what really streams."""
     placement, storage = place(problem, candidate), candidate.storage
-    held = placement.ledger["resident"] + placement.ledger["residuals"]
-    peak = placement.total_bytes - placement.ledger["guard"]
+    ledger = placement.ledger
+    held = ledger.resident + ledger.residuals
+    peak = ledger.total_bytes - ledger.guard
     streamed = storage.num_bytes + storage.decoded_bytes - held
-    return Scored(candidate, placement, predict_scored(problem, candidate, streamed, peak))
+    return Scored(candidate, placement, prediction_of(problem, candidate, streamed, peak))
 
 
-def predict_scored(problem: Problem, candidate: Candidate, streamed: int, peak: int) -> Prediction:
-    emitted = problem.emissions[candidate.width][candidate.depth]
-    passes = passes_for(problem, candidate.width, candidate.verify_width)
-    return predict(problem.profile, candidate, passes, streamed, emitted, peak, problem.usage)
+def prediction_of(
+    problem: Problem, candidate: Candidate, streamed: int, peak: int = 0
+) -> Prediction:
+    gives = yield_for(problem, candidate.tree)
+    passes = passes_for(problem, candidate.tree, candidate.verify_width)
+    return predict(problem.profile, candidate, passes, streamed, gives, peak, problem.usage)
 
 
 def assemble(problem: Problem, plain: Scored, drafted: list[Scored]) -> Plan:
     """`drafted`: best first; empty if no draft fits."""
-    found = {"plain": plain} | ({"substitute": drafted[0]} if drafted else {})
-    predicted = {name: scored.prediction for name, scored in found.items()}
-    method, reasons = decide(problem, predicted)
-    if method == "substitute":
-        reasons = (*reasons, *why_shorter(drafted[0], problem))
-    reasons = (*reasons, why_stored(problem, found[method]))
-    profile, tree = problem.profile, Tree(1, 0)
+    found: dict[Method, Scored] = {"plain": plain}
     if drafted:
-        width, depth = drafted[0].candidate.width, drafted[0].candidate.depth
-        tree = make_tree(width, depth, problem.emissions[width][depth].min_path_probability)
+        found["substitute"] = drafted[0]
+    predicted = {method: scored.prediction for method, scored in found.items()}
+    method, reasons = decide(problem, predicted)
+    profile, tree = problem.profile, drafted[0].candidate.tree if drafted else None
+    if method == "substitute" and tree and tree.min_path_probability:
+        reasons = (*reasons, why_early(tree))
+    reasons = (*reasons, why_stored(problem, found[method]))
     return Plan(
         device=profile.device,
         machine=profile.machine,
         budget_bytes=problem.budget_bytes,
         context=problem.context,
+        num_sequences=problem.constraints.num_sequences,
         method=method,
-        tree=tree,
+        tree=tree or Tree(1, 0),
         verify_width=plain.candidate.verify_width,
         num_threads=profile.num_threads,
         int4_kernel=profile.int4_kernel,
         prefill_tokens=problem.prefill_tokens,
-        substitute=drafted[0].placement if drafted else None,
-        plain=plain.placement,
+        placements={method: scored.placement for method, scored in found.items()},
         residuals=plain.candidate.storage.residuals,
         predicted=predicted,
         acceptance=problem.acceptance,
@@ -216,49 +192,34 @@ def assemble(problem: Problem, plain: Scored, drafted: list[Scored]) -> Plan:
 
 def place(problem: Problem, candidate: Candidate) -> Placement:
     """Names the parts that stay, and drops the ring if all of them do."""
-    storage, ringless = candidate.storage, replace(candidate, block_bytes=0, num_slots=0)
+    storage, ringless = candidate.storage, replace(candidate, ring=None)
     if left_over(problem, ringless) >= storage.num_bytes:
         candidate = ringless
-    stay = choose_held(storage, left_over(problem, candidate))
+    stay = choose_resident(storage, left_over(problem, candidate))
     raw = [part for part in stay if part.encoding == "raw"]
-    split = [part for part in stay if part.encoding == "residual"]
+    residuals = [part for part in stay if part.encoding == "residual"]
     ready = {*storage.decoded, *(part.name for part in raw)}
-    ledger = base_ledger(problem, candidate)
-    ledger["resident"] = group_bytes(raw) + storage.decoded_bytes
-    ledger["residuals"] = group_bytes(split)
+    ledger = replace(
+        base_ledger(problem, candidate),
+        resident=group_bytes(raw) + storage.decoded_bytes,
+        residuals=group_bytes(residuals),
+    )
+    ring = candidate.ring
     return Placement(
         tuple(part.name for part in storage.parts if part.name in ready),
-        tuple(part.name for part in split),
-        candidate.block_bytes,
-        candidate.num_slots,
+        tuple(part.name for part in residuals),
+        ring.block_bytes if ring else 0,
+        ring.num_slots if ring else 0,
         ledger,
     )
 
 
-def choose_held(storage: Storage, num_bytes: int) -> list[StoredPart]:
-    """Parts that fill `num_bytes` as they are stored, in execution order.
-
-    Greedy in an order that does not depend on `num_bytes`: so more bytes never hold less.
-    """
-    left, held = num_bytes, set[str]()
-    for part in storage.held_first:
-        if part.padded_bytes <= left:
-            left -= part.padded_bytes
-            held.add(part.name)
-    return [part for part in storage.as_stored if part.name in held]
-
-
-def make_tree(width: int, depth: int, min_path_probability: float = 0.0) -> Tree:
-    return Tree(width, depth, SHARPENING, min_path_probability)
-
-
-def decide(problem: Problem, predicted: dict[str, Prediction]) -> tuple[Method, tuple[str, ...]]:
+def decide(problem: Problem, predicted: dict[Method, Prediction]) -> tuple[Method, tuple[str, ...]]:
     """The method and the reasons, one sentence each."""
     plain = predicted["plain"].tokens_per_second
     reasons = []
-    if problem.constraints.context is None and problem.context < default_context(
-        problem.spec, LARGEST
-    ):
+    largest = default_context(problem.spec, LARGEST, 1)
+    if problem.constraints.context is None and problem.context < largest:
         reasons.append(
             f"the context is {problem.context} tokens: the keys and values of more would take too "
             "much of the budget"
@@ -281,16 +242,10 @@ def decide(problem: Problem, predicted: dict[str, Prediction]) -> tuple[Method, 
     return "substitute", (*reasons, f"speculation beats plain decoding: {ratio}")
 
 
-def why_shorter(chosen: Scored, problem: Problem) -> tuple[str, ...]:
-    """Empty for whole trees."""
-    width, depth = chosen.candidate.width, chosen.candidate.depth
-    emitted = problem.emissions[width][depth]
-    if not emitted.min_path_probability:
-        return ()
+def why_early(tree: Tree) -> str:
     return (
-        f"a draft ends early where it finds its paths improbable, together below "
-        f"{emitted.min_path_probability:.0%}: {emitted.levels:.1f} of {depth} levels on average "
-        f"({early_doubt(problem.acceptance):.0%} of what they were accepted is not counted on)",
+        f"a draft ends at the first level whose paths are together less probable than "
+        f"{tree.min_path_probability:.3g}, as was asked for; predictions are those of whole trees"
     )
 
 
@@ -305,7 +260,8 @@ def why_stored(problem: Problem, chosen: Scored) -> str:
 def why_encoded(problem: Problem, chosen: Scored) -> str:
     profile, storage = problem.profile, chosen.candidate.storage
     num_coded, num_parts = len(storage.residuals), len(storage.parts)
-    link = profile.link_rate(chosen.candidate.block_bytes) / problem.spec.item_bytes
+    ring = chosen.candidate.ring
+    link = profile.link_rate(ring.block_bytes if ring else 0) / problem.spec.item_bytes
     decode = weights_rate(profile.residual_weights_per_second)
     rates = f"{decode} decode here, and the link brings {weights_rate(link)} as they are"
     what = "the exact weights are stored "
@@ -328,29 +284,30 @@ def why_encoded(problem: Problem, chosen: Scored) -> str:
 def list_options(plain: Scored, drafted: list[Scored]) -> tuple[Option, ...]:
     found = [Option("plain decoding, one token per pass", plain.speed)]
     found += [
-        Option(f"tree {s.candidate.width} wide, {s.candidate.depth} deep", s.speed) for s in drafted
+        Option(f"tree {tree.width} wide, {tree.depth} deep", scored.speed)
+        for scored in drafted
+        if (tree := scored.candidate.tree)
     ]
     return tuple(sorted(found, key=lambda option: -option.tokens_per_second))
 
 
 def check_ram(problem: Problem, scored: Scored) -> None:
-    """On cuda what streams lies in pinned host memory."""
+    """On cuda what streams lies in pinned host memory, and the embedding does."""
     if problem.profile.device != "cuda":
         return
-    streamed, pinnable = scored.prediction.streamed_bytes, problem.profile.pinnable_bytes
-    ram = problem.constraints.ram_bytes
-    if ram is not None and streamed > ram:
+    needed = scored.prediction.streamed_bytes + problem.spec.embedding_bytes
+    ram, pinnable = problem.constraints.ram_bytes, problem.profile.pinnable_bytes
+    what = f"streamed weights and the embedding take {short_size(needed)} of pinned host memory"
+    if ram is not None and needed > ram:
         raise SubspecError(
             Exit.INFEASIBLE,
-            f"{short_size(streamed)} of exact weights stream from host memory, --ram is "
-            f"{short_size(ram)}",
-            f"--ram {-(-streamed // 10**9)}GB, or a larger --vram",
+            f"{what}, --ram is {short_size(ram)}",
+            f"--ram {-(-needed // 10**9)}GB, or a larger --vram",
         )
-    if pinnable and streamed > pinnable:
+    if pinnable and needed > pinnable:
         raise SubspecError(
             Exit.INFEASIBLE,
-            f"{short_size(streamed)} of exact weights stream from host memory, this process can "
-            f"pin {short_size(pinnable)}",
+            f"{what}, this process can pin {short_size(pinnable)}",
             "a larger --vram, a higher `ulimit -l`, or more memory for this container",
         )
 

@@ -9,12 +9,10 @@ and decoding is the slower, some are decoded once, while loading, and fast memor
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import get_args
 
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.artifacts.model import Kind, ModelSpec, Part, StoredPart, padded, parts
+from subspec.artifacts.model import HEAD, ModelSpec, Part, StoredPart, padded
 
-KINDS: tuple[Kind, ...] = get_args(Kind)  # in execution order
 # A search asks the same of one model thousands of times, and counting its matrices takes a while.
 for_one_model = lru_cache(maxsize=4)
 
@@ -55,20 +53,20 @@ class Storage:
 
     @cached_property
     def layer_bytes(self) -> int:
-        """Of the largest layer, the head aside."""
+        """Of the largest layer, without the head."""
         return max((group_bytes(group) for group in self.layers), default=0)
 
     @cached_property
     def layers(self) -> list[list[StoredPart]]:
-        """What may stream of each; the head aside."""
+        """What may stream of each, without the head."""
         found: dict[int, list[StoredPart]] = {}
         for part in self.as_stored:
-            if part.part.linear.kind != "head":
+            if part.part.linear.name != HEAD:
                 found.setdefault(part.part.linear.layer, []).append(part)
         return list(found.values())
 
     @cached_property
-    def held_first(self) -> list[StoredPart]:
+    def resident_first(self) -> list[StoredPart]:
         """What may stream, in the order in which more and more of it stays in fast memory.
 
         The first matrix of every layer, then the second, each in layers that are evenly spread: so
@@ -77,9 +75,10 @@ class Storage:
         """
         order = {layer: rank for rank, layer in enumerate(evenly_spread(self._num_layers))}
 
-        def rank(part: StoredPart) -> tuple[int, int, int]:
+        def rank(part: StoredPart) -> tuple[bool, int, int, int]:
             linear = part.part.linear
-            return KINDS.index(linear.kind), part.part.first_row, order[linear.layer]
+            is_head = linear.name == HEAD
+            return is_head, linear.place, part.part.first_row, order[linear.layer]
 
         return sorted(self.as_stored, key=rank)
 
@@ -98,12 +97,6 @@ class Storage:
         return sum(p.part.num_weights for p in self.as_stored if p.encoding == "residual")
 
     @cached_property
-    def is_mixed(self) -> bool:
-        """Some matrices are raw, decoded at every use, or held decoded, and others are not."""
-        num_coded = sum(part.encoding == "residual" for part in self.as_stored)
-        return bool(self.residuals) and num_coded < len(self.parts)
-
-    @cached_property
     def scratch_bytes(self) -> int:
         """Where one part is decoded at a time; 0: nothing is."""
         coded = [p.part.padded_bytes for p in self.as_stored if p.encoding == "residual"]
@@ -115,6 +108,19 @@ class Storage:
         coded = [part for part in self.parts if part.encoding == "residual"]
         num_weights = sum(part.part.num_weights for part in coded)
         return 8 * group_bytes(coded) / num_weights if num_weights else 0.0
+
+
+def choose_resident(storage: Storage, num_bytes: int) -> list[StoredPart]:
+    """Parts that fill `num_bytes` as they are stored, in execution order.
+
+    Greedy in an order that does not depend on `num_bytes`: more bytes never hold less.
+    """
+    left, chosen = num_bytes, set[str]()
+    for part in storage.resident_first:
+        if part.padded_bytes <= left:
+            left -= part.padded_bytes
+            chosen.add(part.name)
+    return [part for part in storage.as_stored if part.name in chosen]
 
 
 def evenly_spread(count: int) -> list[int]:
@@ -158,7 +164,7 @@ def usual_storages(spec: ModelSpec) -> tuple[Storage, ...]:
 
 def spread(spec: ModelSpec, raw_share: float) -> Iterator[StoredPart]:
     """The parts, a share of their bytes raw; the others as long as residuals usually are."""
-    every = parts(spec)
+    every = spec.parts
     raw = set(evenly_raw(every, raw_share))
     for part in every:
         if part in raw:
@@ -192,4 +198,4 @@ def held_decoded(storage: Storage) -> tuple[Storage, ...]:
 
 @for_one_model
 def raw_storage(spec: ModelSpec) -> Storage:
-    return Storage(tuple(StoredPart(part, "raw", part.num_bytes) for part in parts(spec)))
+    return Storage(tuple(StoredPart(part, "raw", part.num_bytes) for part in spec.parts))

@@ -1,4 +1,4 @@
-"""One answer: prompt ids -> text, as it becomes certain, and the figures of how it was made."""
+"""One answer on a terminal: its text, its figures, its run record."""
 
 import json
 import resource
@@ -8,18 +8,27 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from subspec.artifacts.common.command import leave, printable, say
 from subspec.artifacts.common.errors import Exit
+from subspec.artifacts.common.formatting import counted, duration, number
 from subspec.artifacts.common.sizes import short_size
 from subspec.artifacts.runs import Run, append_run, plan_digest
-from subspec.runtime.model.sampling import Sampling
-from subspec.runtime.session import Session, machine_name
-from subspec.runtime.text.tokenizer import StreamingDetokenizer, Text
+from subspec.runtime.engine import Engine, machine_name
+from subspec.runtime.sequence import GenerationParams, Sequence
+from subspec.runtime.text.streaming import TextStream
+from subspec.runtime.text.tokenizer import ChatTokenizer
 
-if TYPE_CHECKING:
-    from subspec.runtime.cli import Options
+
+@dataclass(frozen=True)
+class Answering:
+    """What a person's commands have said about answers."""
+
+    params: GenerationParams
+    stop: tuple[str, ...] = ()
+    link_bandwidth: int | None = None  # bytes per second that the link is slowed to
+    record: bool = True  # whether answers join the run records
 
 
 @dataclass(frozen=True)
@@ -27,65 +36,70 @@ class Answer:
     text: str  # the model's, control characters included
     token_ids: list[int]
     prompt_token_ids: list[int]
-    finish_reason: str  # "eos", "stop", "length" or "interrupted"
+    finish_reason: str  # "eos", "stop", "length", "context" or "interrupted"
 
-    def as_json(self, session: Session) -> dict[str, Any]:
+    def as_json(self, engine: Engine, sequence: Sequence) -> dict[str, Any]:
         return {
             "schema": "subspec.run/1",
             "text": self.text,
             "token_ids": self.token_ids,
             "prompt_token_ids": self.prompt_token_ids,
             "finish_reason": self.finish_reason,
-            "method": session.method,
-            "stats": stats_json(session),
+            "method": engine.method,
+            "stats": stats_json(engine, sequence),
         }
 
 
-def answer_once(session: Session, text: Text, options: "Options", ids: list[int]) -> None:
+def answer_once(
+    engine: Engine, tokenizer: ChatTokenizer, how: Answering, ids: list[int], as_json: bool
+) -> None:
     """The prompt `ids`, its answer on stdout and its figures on stderr."""
-    answer = generate(session, text, options, ids, echo=not options.as_json)
-    if options.as_json:
-        print(json.dumps(answer.as_json(session)))
-    else:
-        sys.stdout.write("\n")
-    sys.stdout.flush()
-    why = cut_off(answer, session, options)
-    say(stats_line(session) + (f" · {why}" if why else ""))
+    with engine.new_sequence() as sequence:
+        answer = answer_prompt(engine, sequence, tokenizer, how, ids, echo=not as_json)
+        if as_json:
+            print(json.dumps(answer.as_json(engine, sequence)))
+        else:
+            sys.stdout.write("\n")
+        sys.stdout.flush()
+        why = cut_off(answer, engine, how)
+        say(stats_line(engine, sequence) + (f" · {why}" if why else ""))
     if answer.finish_reason == "interrupted":
         leave(Exit.INTERRUPTED)
 
 
-def generate(
-    session: Session, text: Text, options: "Options", ids: list[int], echo: bool
+def answer_prompt(
+    engine: Engine,
+    sequence: Sequence,
+    tokenizer: ChatTokenizer,
+    how: Answering,
+    ids: list[int],
+    echo: bool,
 ) -> Answer:
     """Runs the prompt `ids`; with `echo` the text streams to stdout as it becomes certain.
 
     Ctrl-C ends the answer after the round under way; a second one does not wait for it.
     """
-    printer, token_ids, reason = StreamingDetokenizer(text, options.stop), list[int](), "length"
-    eos = frozenset(session.artifact.spec.eos_token_ids)
-    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
+    stream = TextStream(sequence, tokenizer, ids, how.params, how.stop)
+    shown, cut_short = 0, False
 
-    def show(fresh: str) -> None:
-        if echo and fresh:
-            sys.stdout.write(printable(fresh))
+    def show() -> None:
+        nonlocal shown
+        if echo and len(stream.text) > shown:
+            sys.stdout.write(printable(stream.text[shown:]))
             sys.stdout.flush()
+        shown = len(stream.text)
 
-    with recorded(session, options), first_interrupt_noted() as interrupted:
-        for emitted in session.generate(ids, options.max_tokens, sampling, eos):
-            before = printer.num_tokens
-            show(printer.feed(emitted))
-            token_ids += emitted[: printer.num_tokens - before]
-            if printer.stopped:
-                reason = "stop"
+    with recorded(engine, sequence, how), first_interrupt_noted() as interrupted:
+        pieces = iter(stream)
+        for _ in pieces:
+            show()
+            if interrupted() and sequence.finish_reason is None:
+                cut_short = True
                 break
-            if emitted[-1] in eos:
-                reason = "eos"
-            elif interrupted():
-                reason = "interrupted"
-                break
-    show(printer.finish())
-    return Answer(printer.text, token_ids, ids, reason)
+        pieces.close()  # type: ignore[attr-defined]
+    show()
+    reason = "interrupted" if cut_short else sequence.finish_reason or "interrupted"
+    return Answer(stream.text, stream.token_ids, ids, reason)
 
 
 @contextmanager
@@ -112,37 +126,36 @@ def first_interrupt_noted() -> Iterator[Callable[[], bool]]:
 
 
 @contextmanager
-def recorded(session: Session, options: "Options") -> Iterator[None]:
+def recorded(engine: Engine, sequence: Sequence, how: Answering) -> Iterator[None]:
     """The answer that is made inside the block joins the artifact's run records, also if it was
     interrupted; not if no round was decoded."""
-    before = session.stats
+    before = sequence.stats
     try:
         yield
     finally:
-        stats = session.stats
-        if stats is not before and stats.accepted and not options.no_record:
-            append_run(session.artifact.path, run_of(session, options))
+        stats = sequence.stats
+        if stats is not before and stats.accepted and how.record:
+            append_run(engine.artifact.path, run_of(engine, sequence, how))
 
 
-def run_of(session: Session, options: "Options") -> Run:
-    stats, plan = session.stats, session.plan
-    said = plan.predicted.get(session.method)
-    # What was drafted behind the end of the text says nothing about it. A second Ctrl-C may have
-    # come between the two lists.
-    rounds = [(min(pair), pair[1]) for pair in zip(stats.accepted, stats.judged, strict=False)]
-    levels = range(1, plan.tree.depth + 1) if session.method == "substitute" else ()
+def run_of(engine: Engine, sequence: Sequence, how: Answering) -> Run:
+    stats, plan = sequence.stats, engine.plan
+    said = plan.predicted.get(engine.method)
+    # What was drafted behind the end of the text says nothing about it.
+    rounds = [(min(pair), pair[1]) for pair in zip(stats.accepted, stats.judged, strict=True)]
+    levels = range(1, plan.tree.depth + 1) if engine.method == "substitute" else ()
     return Run(
         time=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         plan=plan_digest(plan),
-        machine=machine_name(session.device),
-        method=session.method,
-        padded=session.padded,
-        link_bandwidth=options.link_bandwidth,
-        greedy=options.temperature == 0,
+        machine=machine_name(engine.device),
+        method=engine.method,
+        padded=engine.padded,
+        link_bandwidth=how.link_bandwidth,
+        greedy=sequence.params.sampling.temperature == 0,
         prompt_tokens=stats.prompt_tokens,
         reused_tokens=stats.reused_tokens,
         generated_tokens=stats.generated_tokens,
-        first_of_session=stats.first_of_session,
+        first_of_session=stats.first_of_engine,
         tried=tuple(
             sum(accepted >= level - 1 and judged >= level for accepted, judged in rounds)
             for level in levels
@@ -154,24 +167,24 @@ def run_of(session: Session, options: "Options") -> Run:
         stream_wait_seconds=stats.stream_wait_seconds,
         first_token_seconds=stats.time_to_first_token_seconds,
         streamed_bytes=stats.streamed_bytes,
-        fast_peak_bytes=session.peak.peak_bytes,
-        predicted_tokens_per_second=session.predicted_tokens_per_second,
+        fast_peak_bytes=engine.peak.peak_bytes,
+        predicted_tokens_per_second=engine.predicted_tokens_per_second,
         predicted_first_token_seconds=said.time_to_first_token_seconds if said else None,
         predicted_peak_bytes=said.fast_peak_bytes if said else None,
     )
 
 
-def cut_off(answer: Answer, session: Session, options: "Options") -> str:
+def cut_off(answer: Answer, engine: Engine, how: Answering) -> str:
     """Why the answer is shorter than the model wanted; empty if it is not."""
-    if answer.finish_reason != "length":
-        return ""
-    if len(answer.token_ids) >= options.max_tokens:
-        return f"cut off at --max-tokens {options.max_tokens}"
-    return f"cut off: the plan's context of {session.plan.context} tokens is full"
+    if answer.finish_reason == "length":
+        return f"cut off at --max-tokens {how.params.max_tokens}"
+    if answer.finish_reason == "context":
+        return f"cut off: the plan's context of {engine.plan.context} tokens is full"
+    return ""
 
 
-def stats_json(session: Session) -> dict[str, Any]:
-    stats = session.stats
+def stats_json(engine: Engine, sequence: Sequence) -> dict[str, Any]:
+    stats = sequence.stats
     rounds = len(stats.accepted)
     return {
         "prompt_tokens": stats.prompt_tokens,
@@ -186,46 +199,37 @@ def stats_json(session: Session) -> dict[str, Any]:
         "verify_seconds": stats.verify_seconds,
         "stream_wait_seconds": stats.stream_wait_seconds,
         "streamed_bytes": stats.streamed_bytes,
-        "fast_peak_bytes": session.peak.peak_bytes,
-        "budget_bytes": session.plan.budget_bytes,
+        "fast_peak_bytes": engine.peak.peak_bytes,
+        "budget_bytes": engine.plan.budget_bytes,
         "process_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "predicted_tokens_per_second": session.predicted_tokens_per_second,
+        "predicted_tokens_per_second": engine.predicted_tokens_per_second,
     }
 
 
-def histogram(accepted: list[int]) -> list[int]:
+def histogram(accepted: "list[int] | tuple[int, ...]") -> list[int]:
     """At index n: rounds that accepted n."""
     return [accepted.count(n) for n in range(max(accepted, default=0) + 1)]
 
 
-def stats_line(session: Session) -> str:
+def stats_line(engine: Engine, sequence: Sequence) -> str:
     """One line for a person: what was read, how fast, how much memory, against the prediction."""
-    stats, found = session.stats, stats_json(session)
+    stats, found = sequence.stats, stats_json(engine, sequence)
     rounds, predicted = found["rounds"], found["predicted_tokens_per_second"]
     reused = f" ({stats.reused_tokens} reused)" if stats.reused_tokens else ""
     said = [
-        f"prompt {counted(stats.prompt_tokens)}{reused}, "
-        f"first token after {stats.time_to_first_token_seconds:.2f} s",
+        f"prompt {counted(stats.prompt_tokens, 'token')}{reused}, "
+        f"first token after {duration(stats.time_to_first_token_seconds)}",
     ]
-    speed = counted(stats.generated_tokens)
+    speed = counted(stats.generated_tokens, "token")
     if rounds:
-        speed += f" at {digits(stats.decode_tokens_per_second)} tokens/s"
-        speed += f" (predicted {digits(predicted)})" if predicted else ""
+        speed += f" at {number(stats.decode_tokens_per_second)} tokens/s"
+        speed += f" (predicted {number(predicted)})" if predicted else ""
     said.append(speed)
-    if rounds and session.method == "substitute":
-        said.append(f"accepted {found['mean_accepted_per_round']:.1f} a round")
+    if rounds and engine.method == "substitute":
+        said.append(f"accepted {found['mean_accepted_per_round']:.1f} per round")
     if rounds and stats.streamed_bytes:
-        said.append(f"streamed {short_size(stats.streamed_bytes / rounds)} a round")
+        said.append(f"streamed {short_size(stats.streamed_bytes / rounds)} per round")
     said.append(
         f"peak {short_size(found['fast_peak_bytes'])} of {short_size(found['budget_bytes'])}"
     )
     return " · ".join(said)
-
-
-def counted(tokens: int) -> str:
-    return f"{tokens} token" if tokens == 1 else f"{tokens} tokens"
-
-
-def digits(speed: float) -> str:
-    """Two decimals while they mean something."""
-    return f"{speed:.2f}" if speed < 10 else f"{speed:.1f}"

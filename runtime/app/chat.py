@@ -1,16 +1,13 @@
-"""A chat on the terminal: several turns over one KV cache."""
+"""A chat on the terminal: several turns over one sequence."""
 
 import sys
-from typing import TYPE_CHECKING
 
 from subspec.artifacts.common.command import say
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.runtime.app.answer import cut_off, generate, stats_line
-from subspec.runtime.session import Session
-from subspec.runtime.text.tokenizer import Text
-
-if TYPE_CHECKING:
-    from subspec.runtime.cli import Options
+from subspec.runtime.app.answer import Answering, answer_prompt, cut_off, stats_line
+from subspec.runtime.engine import Engine
+from subspec.runtime.sequence import Sequence
+from subspec.runtime.text.tokenizer import ChatTokenizer
 
 HELP = '''  /clear          forget the conversation
   /system TEXT    set the system message, without TEXT remove it; forgets the conversation
@@ -22,10 +19,17 @@ SAME = {"/?": "/help", "/reset": "/clear", "/bye": "/exit", "/quit": "/exit"}
 QUOTES = '"""'
 
 
-def chat(session: Session, text: Text, options: "Options", first: str | None) -> None:
-    """Reads turns until /exit or the end of stdin. `first`: a turn given on the command line."""
-    say(f"{session.artifact.spec.source.repository}: /help lists the commands, Ctrl-D leaves")
-    conversation = Conversation(session, text, options)
+def chat(
+    engine: Engine, tokenizer: ChatTokenizer, how: Answering, system: str, first: str | None
+) -> None:
+    """Reads turns until /exit or the end of stdin. system: the system message, "" for none; first:
+    a turn given on the command line."""
+    say(f"{engine.artifact.spec.source.repository}: /help lists the commands, Ctrl-D leaves")
+    with engine.new_sequence() as sequence:
+        talk(Conversation(engine, sequence, tokenizer, how, system), first)
+
+
+def talk(conversation: "Conversation", first: str | None) -> None:
     if first is not None:
         conversation.take(first)
     while not conversation.ended:
@@ -49,11 +53,19 @@ def chat(session: Session, text: Text, options: "Options", first: str | None) ->
 class Conversation:
     """The messages so far, and what the person's next line does to them."""
 
-    def __init__(self, session: Session, text: Text, options: "Options") -> None:
-        self._session = session
-        self._text = text
-        self._options = options
-        self._system = options.system or ""
+    def __init__(
+        self,
+        engine: Engine,
+        sequence: Sequence,
+        tokenizer: ChatTokenizer,
+        how: Answering,
+        system: str,
+    ) -> None:
+        self._engine = engine
+        self._sequence = sequence
+        self._tokenizer = tokenizer
+        self._how = how
+        self._system = system
         self._messages: list[dict[str, str]] = []
         self._clear()
         self.ended = False
@@ -77,8 +89,8 @@ class Conversation:
             self._clear()
             say(f"system message {'set' if self._system else 'removed'}, conversation cleared")
         elif command == "/stats":
-            answered = self._session.stats.generated_tokens > 0
-            say(stats_line(self._session) if answered else "no answer yet")
+            answered = self._sequence.stats.generated_tokens > 0
+            say(stats_line(self._engine, self._sequence) if answered else "no answer yet")
         else:
             say(f"{command} is not a command; /help lists them")
 
@@ -88,8 +100,10 @@ class Conversation:
     def _answer(self, turn: str) -> None:
         asked = [*self._messages, {"role": "user", "content": turn}]
         try:
-            ids = self._text.chat_ids(asked)
-            answer = generate(self._session, self._text, self._options, ids, echo=True)
+            ids = self._tokenizer.chat_ids(asked)
+            answer = answer_prompt(
+                self._engine, self._sequence, self._tokenizer, self._how, ids, echo=True
+            )
         except SubspecError as error:
             if error.exit_code != Exit.USAGE:
                 raise
@@ -98,7 +112,7 @@ class Conversation:
             return
         sys.stdout.write("\n\n" if sys.stdout.isatty() else "\n")
         sys.stdout.flush()
-        if why := cut_off(answer, self._session, self._options):
+        if why := cut_off(answer, self._engine, self._how):
             say(f"({why})")
         self.interrupted = answer.finish_reason == "interrupted"
         self._messages = [*asked, {"role": "assistant", "content": answer.text}]

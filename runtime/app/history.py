@@ -1,6 +1,6 @@
-"""What the run records say about the plan: speed, first token, memory, acceptance by level.
+"""Recorded runs against the plan's predictions: speed, first token, memory, acceptance by level.
 
-From JSON alone: no weights are read, no torch is imported.
+Reads JSON alone: no weights, no torch.
 """
 
 import json
@@ -13,22 +13,20 @@ from statistics import median
 from typing import Any
 
 from subspec.artifacts.common.command import printable
+from subspec.artifacts.common.formatting import counted, duration, number
 from subspec.artifacts.common.sizes import short_size
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.plan import USUAL, Method, Plan
 from subspec.artifacts.runs import Run, plan_digest, read_runs
 
-FEWEST_ANSWERS = 5  # that a hint is built on
-LARGEST_DRIFT = 0.1  # that needs none
-SAME_LINK = 0.99  # of the plan's link rate
-SHOWN_LEVELS = (1, 2, 3, 4, 6, 8, 12, 16, 24)  # and the deepest
-SHOWN_LEVELS_OF_DEEP = (1, 2, 4, 8, 16, 32, 64)  # trees of more than DEEP levels
-DEEP = 32
+FEWEST_ANSWERS = 5  # before a hint is given
+LARGEST_DRIFT = 0.1  # of the median speed from its prediction, without a hint
+SAME_LINK = 0.99  # a link of at least this share of the plan's rate counts as the plan's
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure over several answers, and what the plan says; None: it says nothing."""
+    """One figure over several answers, and its prediction; None: the plan predicts none."""
 
     median: float
     lowest: float
@@ -44,15 +42,15 @@ class Figure:
 @dataclass(frozen=True)
 class Level:
     level: int
-    tried: int  # rounds that drafted it and accepted those above it
-    accepted: int  # of them
-    reached: float | None  # share of rounds whose path is accepted down to here; None: not tried
-    expected: float  # by the plan
+    tried: int  # rounds that drafted this level and accepted all levels above it
+    accepted: int  # of those, rounds that accepted this level
+    reached: float | None  # share of rounds that accepted a path down to here; None: not tried
+    expected: float  # the same, as predicted
 
 
 @dataclass(frozen=True)
 class Answers:
-    """Those that one way of decoding gave."""
+    """The answers of one way of decoding."""
 
     method: Method
     padded: bool
@@ -62,7 +60,7 @@ class Answers:
     answer_tokens: float
     tokens_per_second: Figure
     first_token_seconds: Figure
-    digests_checked: bool  # within every first token
+    digests_checked: bool  # every first token includes a check of digests
     tokens_per_round: Figure
     fast_peak_bytes: Figure
     levels: tuple[Level, ...]  # of the draft; empty without one
@@ -72,11 +70,11 @@ class Answers:
 class History:
     machine: str
     budget_bytes: int
-    ways: tuple[Answers, ...]  # that of the plan first
-    left_out: dict[str, int]  # why -> answers
+    ways: tuple[Answers, ...]  # of decoding; the plan's own first
+    left_out: dict[str, int]  # reason -> number of answers
 
 
-# Why an answer says nothing about the plan's predictions.
+# Why an answer is not compared with the plan's predictions.
 OTHER_PLAN, OTHER_MACHINE, SLOWER_LINK = "other_plan", "other_machine", "slower_link"
 REASONS = {
     OTHER_PLAN: "under another plan",
@@ -86,7 +84,7 @@ REASONS = {
 
 
 def report(artifact: Artifact, as_json: bool) -> None:
-    """On stdout."""
+    """Print the comparison on stdout."""
     history = summary(artifact.plan, read_runs(artifact.path))
     hint = hint_of(history, str(artifact.path))
     if as_json:
@@ -114,7 +112,7 @@ def summary(plan: Plan, runs: Sequence[Run]) -> History:
 
 
 def why_left_out(plan: Plan, digest: str, run: Run) -> str | None:
-    """None: it is one that the plan's predictions are for."""
+    """The reason why a run is not compared; None if it is."""
     if run.plan != digest:
         return OTHER_PLAN
     if run.machine != plan.machine:
@@ -129,7 +127,7 @@ def why_left_out(plan: Plan, digest: str, run: Run) -> str | None:
 def answers_of(plan: Plan, runs: Sequence[Run]) -> Answers:
     """runs: at least one, all of one way of decoding."""
     newest, tree = runs[-1], plan.tree
-    # Digests take longer than the weights come: such a first token is another figure.
+    # A first token that includes a check of digests takes longer than predicted.
     settled = [run for run in runs if not run.first_of_session]
     drafts = newest.method == "substitute"
     return Answers(
@@ -149,7 +147,7 @@ def answers_of(plan: Plan, runs: Sequence[Run]) -> Answers:
         digests_checked=not settled,
         tokens_per_round=figure(
             [(run.generated_tokens - 1) / run.rounds for run in runs],
-            plan.tree_acceptance.tokens(tree.width, tree.depth) if drafts else 1.0,
+            plan.acceptance.tokens(tree.width, tree.depth) if drafts else 1.0,
         ),
         fast_peak_bytes=figure([run.fast_peak_bytes for run in runs], newest.predicted_peak_bytes),
         levels=levels_of(plan, runs) if drafts else (),
@@ -161,8 +159,8 @@ def figure(values: Sequence[float], predicted: float | None) -> Figure:
 
 
 def levels_of(plan: Plan, runs: Sequence[Run]) -> tuple[Level, ...]:
-    """The share is a product over levels, so that a tree which its text cut short counts as far as
-    it goes (Kaplan-Meier)."""
+    """The share is a product over levels, so that a draft that the end of the text cut short counts
+    as far as it was judged (Kaplan-Meier)."""
     depth = plan.tree.depth
     tried, accepted = [0] * depth, [0] * depth
     for run in runs:
@@ -172,7 +170,7 @@ def levels_of(plan: Plan, runs: Sequence[Run]) -> tuple[Level, ...]:
             accepted[level] += accepts
     rates = [a / t if t else 0.0 for a, t in zip(accepted, tried, strict=True)]
     reached = accumulate(rates, mul)
-    expected = plan.tree_acceptance.reached(plan.tree.width, depth)
+    expected = plan.acceptance.reached(plan.tree.width, depth)
     return tuple(
         Level(index + 1, tried[index], accepted[index], share if tried[index] else None, said)
         for index, (share, said) in enumerate(zip(reached, expected, strict=True))
@@ -180,11 +178,11 @@ def levels_of(plan: Plan, runs: Sequence[Run]) -> tuple[Level, ...]:
 
 
 def hint_of(history: History, path: str) -> str | None:
-    """What to do about a plan that is off; None: it is not, or too little is known."""
+    """A command that corrects the plan; None if it is close enough or too little is known."""
     for way in history.ways:
         drift = way.tokens_per_second.drift
         if drift is not None and abs(drift) > LARGEST_DRIFT and way.answers >= FEWEST_ANSWERS:
-            return f"subspec-plan --calibrate {path} folds these runs into the plan"
+            return f"subspec-plan --calibrate {path} updates the plan with these runs"
     return None
 
 
@@ -219,43 +217,42 @@ def figure_json(some: Figure) -> dict[str, Any]:
 
 def history_lines(history: History, plan: Plan, path: str) -> list[str]:
     left_out = ", ".join(
-        f"{counted(number, 'answer')} {REASONS[why]}"
-        for why, number in history.left_out.items()
-        if number
+        f"{counted(answers, 'answer')} {REASONS[why]}"
+        for why, answers in history.left_out.items()
+        if answers
     )
     if not history.ways:
-        said = f"no answers are recorded for {path} as it is planned"
-        return [f"{said}; not counted: {left_out}" if left_out else f"{said}: run it first"]
-    lines = [f"{path}, planned on ({history.machine}), cap {short_size(history.budget_bytes)}"]
+        found = f"no answers are recorded under the current plan of {path}"
+        return [f"{found}; not counted: {left_out}" if left_out else f"{found}: run it first"]
+    budget = short_size(history.budget_bytes)
+    lines = [f"{path}: budget {budget}, planned on {history.machine}"]
     for way in history.ways:
-        lines += [
-            "",
-            f"{way_name(way, plan)}: {counted(way.answers, 'answer')}, {way.tokens} tokens",
-        ]
+        answers = f"{counted(way.answers, 'answer')}, {counted(way.tokens, 'token')}"
+        lines += ["", f"{way_name(way, plan)}: {answers}"]
         lines += aligned_columns(figure_rows(way))
         lines += [f"  {note}" for note in notes_of(way)]
         if way.levels:
-            source = "what was measured" if plan.acceptance.measured else "published figures"
-            lines += ["", f"acceptance; the plan expects {source}"]
+            source = "measurements" if plan.acceptance.measured else "published figures"
+            lines += ["", f"acceptance by draft level, predicted from {source}"]
             lines += aligned_columns(level_rows(way.levels))
     return [*lines, "", f"not counted: {left_out}"] if left_out else lines
 
 
 def way_name(way: Answers, plan: Plan) -> str:
     if way.method == "substitute":
-        return f"speculation, tree {plan.tree.width} wide, {plan.tree.depth} deep"
-    return "plain twin" if way.padded else "plain decoding"
+        return f"speculative decoding, width {plan.tree.width}, depth {plan.tree.depth}"
+    return "plain decoding, padded" if way.padded else "plain decoding"
 
 
 def figure_rows(way: Answers) -> list[tuple[str, ...]]:
     figures = [
         ("tokens/s", way.tokens_per_second, number),
-        ("first token", way.first_token_seconds, seconds),
+        ("first token", way.first_token_seconds, duration),
         ("peak memory", way.fast_peak_bytes, short_size),
     ]
     if way.levels:
-        figures.insert(1, ("tokens a round", way.tokens_per_round, number))
-    rows: list[tuple[str, ...]] = [("", "median", "lowest", "highest", "predicted", "drift")]
+        figures.insert(1, ("tokens per round", way.tokens_per_round, number))
+    rows: list[tuple[str, ...]] = [("", "median", "lowest", "highest", "predicted", "difference")]
     for name, some, shown in figures:
         predicted = "-" if some.predicted is None else shown(some.predicted)
         drift = "-" if some.drift is None else f"{some.drift:+.0%}"
@@ -265,32 +262,30 @@ def figure_rows(way: Answers) -> list[tuple[str, ...]]:
 
 
 def notes_of(way: Answers) -> list[str]:
-    """What to keep in mind where a figure is off."""
+    """Conditions of these answers that differ from the prediction's."""
     notes = []
     if way.tokens_per_second.predicted is not None:
         notes.append(
-            f"predicted for a prompt of {USUAL.prompt_tokens} tokens, an answer of "
-            f"{USUAL.answer_tokens}; these had {way.prompt_tokens:.0f} and {way.answer_tokens:.0f}"
+            f"predicted for {USUAL.prompt_tokens} tokens of prompt and {USUAL.answer_tokens} of "
+            f"answer; the medians here are {way.prompt_tokens:.0f} and {way.answer_tokens:.0f}"
         )
     if way.digests_checked:
-        notes.append("every first token waited for digests too: each was its session's first")
+        notes.append("first tokens include the check of digests: no session had a second answer")
     return notes
 
 
 def level_rows(levels: Sequence[Level]) -> list[tuple[str, ...]]:
-    """A few levels, and the deepest."""
-    depth = len(levels)
-    shown = SHOWN_LEVELS_OF_DEEP if depth > DEEP else SHOWN_LEVELS
-    rows: list[tuple[str, ...]] = [("level", "tried", "accepted to here", "planned")]
+    """Levels 1, 2, 4, 8, ... and the deepest."""
+    rows: list[tuple[str, ...]] = [("level", "tried", "accepted to here", "predicted")]
     for one in levels:
-        if one.level in shown or one.level == depth:
+        if one.level.bit_count() == 1 or one.level == len(levels):
             reached = "-" if one.reached is None else f"{one.reached:.0%}"
             rows.append((str(one.level), str(one.tried), reached, f"{one.expected:.0%}"))
     return rows
 
 
 def aligned_columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Indented; the first column to the left, the others to the right."""
+    """Indented lines; the first column is aligned left, the others right."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     return [
         "  "
@@ -302,16 +297,3 @@ def aligned_columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
         )
         for row in rows
     ]
-
-
-def counted(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
-def number(value: float) -> str:
-    """Two decimals while they mean something."""
-    return f"{value:.2f}" if value < 10 else f"{value:.1f}"
-
-
-def seconds(value: float) -> str:
-    return f"{value:.2f} s"

@@ -28,8 +28,8 @@ from subspec.artifacts.format.folder import MANIFEST
 from subspec.artifacts.format.store import LARGEST_JSON, Artifact
 from subspec.artifacts.format.tensors import open_regular
 from subspec.artifacts.plan import Method, Plan
+from subspec.runtime.engine import machine_name
 from subspec.runtime.memory import free_bytes
-from subspec.runtime.session import machine_name
 
 PLANNER = (sys.executable, "-P", "-m", "subspec.planner.cli")
 MARGIN = 0.03  # of what is free now; it may be less by the time the weights are loaded
@@ -117,11 +117,10 @@ def mismatch(plan: Plan, method: Method, here: Here, vram: int | None) -> Mismat
     """None: `plan` can be obeyed `here`. vram: the user's cap, if there is one; a larger one than
     the plan's counts only where there must be another plan anyway."""
     placement = plan.placement(method)
-    assert placement is not None, "check_plan asks for the substitutes of a plan that drafts"
     wanted = plan.budget_bytes if vram is None else vram
     same_kind, foreign = here.kind == plan.device, here.machine != plan.machine
-    overhead = placement.ledger.get("overhead", 0) if same_kind else 0
-    cramped = same_kind and placement.total_bytes - overhead > here.free_bytes
+    overhead = placement.ledger.overhead if same_kind else 0
+    cramped = same_kind and placement.ledger.total_bytes - overhead > here.free_bytes
     capped = wanted < plan.budget_bytes
     if not (foreign or cramped or capped):
         return None
@@ -190,6 +189,7 @@ def planner_words(artifact: Artifact, found: Mismatch) -> list[str]:
         "--width": constraints.width,
         "--depth": constraints.depth,
         "--method": constraints.method,
+        "--draft-min-probability": constraints.min_path_probability,
         "--ram": f"{constraints.ram_bytes}B" if constraints.ram_bytes else None,
     }
     return words + [str(word) for pair in fixed.items() if pair[1] is not None for word in pair]

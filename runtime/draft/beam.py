@@ -1,19 +1,17 @@
-"""Grows candidate tokens with the substitutes: a beam over one tree, on the device.
+"""Grows candidate tokens: a beam over a tree for each sequence, on the device.
 
-W = verify width (rows of the tree's tensors), k = beam width, V = vocabulary.
+W = verify width (rows of a tree's tensors), k = beam width, V = vocabulary.
 Node 0 is the root, the last token that was emitted. Nodes of level d are 1 + k (d - 1) .. k d.
-arXiv 2509.18344 §4: the k best continuations over all parents form the next level.
+arXiv 2509.18344 section 4: the k best continuations over all parents form the next level.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from subspec.artifacts.plan import Tree
-
-DraftPass = Callable[["TokenTree", Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -25,46 +23,6 @@ class TokenTree:
     ancestors: Tensor  # bool [W, W]: row i marks node i and everything above it
     depths: Tensor  # int64 [W]; the root's is 0
     num_nodes: int
-
-
-def root_only(root: Tensor, verify_width: int) -> TokenTree:
-    """A tree without a draft: what plain decoding verifies. root int64 [1]."""
-    ancestors = torch.zeros(verify_width, verify_width, dtype=torch.bool, device=root.device)
-    ancestors[:, 0].fill_(True)
-    return TokenTree(
-        tokens=root.repeat(verify_width),
-        parents=torch.zeros(verify_width, dtype=torch.int64, device=root.device),
-        ancestors=ancestors,
-        depths=torch.zeros(verify_width, dtype=torch.int64, device=root.device),
-        num_nodes=1,
-    )
-
-
-def grow(root: Tensor, tree: Tree, verify_width: int, draft_pass: DraftPass) -> TokenTree:
-    """The tree with all its levels, or fewer if `tree.min_path_probability` says so."""
-    grown = root_only(root, verify_width)
-    for deeper, _ in levels(root, tree, verify_width, draft_pass):
-        grown = deeper
-    return grown
-
-
-def levels(
-    root: Tensor, tree: Tree, verify_width: int, draft_pass: DraftPass
-) -> Iterator[tuple[TokenTree, "Level"]]:
-    """The tree after each of its levels, and that level; all trees share their tensors.
-
-    `draft_pass(token tree, nodes)` -> logits [len(nodes), V] of the substitutes.
-    Ends early where `tree.min_path_probability` says so: one number is read back per level then.
-    """
-    grown = root_only(root, verify_width)
-    last = Level.of_root(root.device)
-    for level in range(tree.depth):
-        if level and stops(tree, last):
-            return
-        children = torch.arange(tree.width, device=root.device) + grown.num_nodes
-        last = add_level(grown, last, children, tree, draft_pass)
-        grown = replace(grown, num_nodes=grown.num_nodes + tree.width)
-        yield grown, last
 
 
 @dataclass(frozen=True)
@@ -80,25 +38,93 @@ class Level:
         return Level(zero.long(), zero)
 
 
+@dataclass(frozen=True)
+class Growing:
+    """A tree and its last level; `index` says which of the sequences it is for."""
+
+    index: int
+    tree: TokenTree
+    last: Level
+
+
+# The draft model's logits for the last level of each tree: f32 [sum of their nodes, V].
+DraftPass = Callable[[Sequence[Growing]], Tensor]
+
+
+def root_only(root: Tensor, verify_width: int) -> TokenTree:
+    """A tree without a draft: what plain decoding verifies. root int64 [1]."""
+    ancestors = torch.zeros(verify_width, verify_width, dtype=torch.bool, device=root.device)
+    ancestors[:, 0].fill_(True)
+    return TokenTree(
+        tokens=root.repeat(verify_width),
+        parents=torch.zeros(verify_width, dtype=torch.int64, device=root.device),
+        ancestors=ancestors,
+        depths=torch.zeros(verify_width, dtype=torch.int64, device=root.device),
+        num_nodes=1,
+    )
+
+
+def grow(
+    roots: Sequence[Tensor],
+    depths: Sequence[int],
+    tree: Tree,
+    verify_width: int,
+    draft_pass: DraftPass,
+) -> list[TokenTree]:
+    """A tree for each root int64 [1], as deep as its entry of `depths`, or less deep where
+    `tree.min_path_probability` says so. One pass drafts a level of all of them."""
+    trees = [root_only(root, verify_width) for root in roots]
+    for level in levels(trees, depths, tree, draft_pass):
+        for one in level:
+            trees[one.index] = one.tree
+    return trees
+
+
+def levels(
+    trees: Sequence[TokenTree], depths: Sequence[int], tree: Tree, draft_pass: DraftPass
+) -> Iterator[list[Growing]]:
+    """The trees that grew, after each level; all states of a tree share its tensors."""
+    growing = [
+        Growing(index, one, Level.of_root(one.tokens.device)) for index, one in enumerate(trees)
+    ]
+    for level in range(max(depths, default=0)):
+        growing = [
+            one
+            for one in growing
+            if level < depths[one.index] and not (level and stops(tree, one.last))
+        ]
+        if not growing:
+            return
+        logits = draft_pass(growing)
+        sizes = [len(one.last.nodes) for one in growing]
+        grown = []
+        for one, some in zip(growing, logits.split(sizes), strict=True):
+            first, device = one.tree.num_nodes, one.tree.tokens.device
+            children = torch.arange(first, first + tree.width, device=device)
+            last = add_level(one.tree, one.last, children, tree, some)
+            deeper = replace(one.tree, num_nodes=first + tree.width)
+            grown.append(Growing(one.index, deeper, last))
+        growing = grown
+        yield growing
+
+
 def stops(tree: Tree, last: Level) -> bool:
-    """Whether the draft has lost its way."""
+    """Return True if the level's total path probability is below the tree's threshold."""
     return tree.min_path_probability > 0 and probability(last) < tree.min_path_probability
 
 
 def probability(level: Level) -> float:
-    """Of its paths, all together, sharpened as their ranking is: the less, the less likely is one
-    of them accepted. Reads a number back."""
+    """Total path probability of the level, sharpened as the ranking is; synchronizes."""
     return level.scores.logsumexp(0).exp().item()
 
 
-def add_level(
-    grown: TokenTree, last: Level, children: Tensor, tree: Tree, draft_pass: DraftPass
-) -> Level:
+def add_level(grown: TokenTree, last: Level, children: Tensor, tree: Tree, logits: Tensor) -> Level:
     """Writes the k best continuations of the last level into the rows `children`, int64 [k].
+    logits [nodes of the last level, V].
 
     Static shapes, nothing read back and no number of the host's: a captured graph can do it.
     """
-    logits = draft_pass(grown, last.nodes).float()
+    logits = logits.float()
     best, ids = logits.topk(min(tree.width, logits.shape[1]), dim=-1)  # [last level, k] each
     sharp = log_probabilities(best, logits, tree.temperature)
     scores, picked = (last.scores[:, None] + sharp).flatten().topk(tree.width)

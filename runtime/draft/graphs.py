@@ -1,4 +1,4 @@
-"""A draft's levels as CUDA graphs: the fast twin of `grow` of draft.py.
+"""A draft's levels as CUDA graphs: the fast twin of `grow` of beam.py.
 
 One by one, the kernels of a level take the host longer to launch than the GPU to run. A graph of
 them is launched at once: captured once for the first level and once for the others, replayed for
@@ -14,18 +14,26 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from subspec.artifacts.plan import SLOT_ALIGNMENT, Tree
+from subspec.artifacts.footprint import SLOT_ALIGNMENT
+from subspec.artifacts.plan import Tree
 from subspec.runtime.draft import beam
-from subspec.runtime.draft.beam import DraftPass, Level, TokenTree, add_level, root_only, stops
+from subspec.runtime.draft.beam import (
+    DraftPass,
+    Growing,
+    Level,
+    TokenTree,
+    add_level,
+    root_only,
+    stops,
+)
 from subspec.runtime.model.cache import Cache, TreeSlots
 
 LARGEST_STEP = 0.25  # of the live slots: what rounding up adds to them at most
 
 Action = Callable[[], object]
 Replay = Callable[[], object]
-PassesOverSlots = Callable[
-    [TreeSlots], DraftPass
-]  # the substitutes' passes over a tree that lies there
+# The draft model's passes over a tree that lies in these slots of a cache.
+PassesOver = Callable[[Cache, TreeSlots], DraftPass]
 
 
 @dataclass
@@ -61,7 +69,7 @@ def make_graphs(
 
 
 def grow(
-    graphs: DraftGraphs, root: Tensor, depth: int, cache: Cache, passes: PassesOverSlots
+    graphs: DraftGraphs, root: Tensor, depth: int, cache: Cache, passes: PassesOver
 ) -> TokenTree:
     """The tree's first `depth` levels, or fewer if it ends early, behind the committed tokens.
     root int64 [1].
@@ -70,11 +78,11 @@ def grow(
     what is not built yet, and the graphs are captured after it.
     """
     num_rows = len(graphs.grown.tokens)
-    usual = cache.behind(num_rows)
-    live_slots = min(rounded_up(usual.live_slots), cache.padding_slot + 1)
+    usual = cache.tree_slots(num_rows)
+    live_slots = min(rounded_up(usual.live_slots), cache.num_slots)
     if depth == 0 or live_slots not in graphs.replays:
-        tree, behind = replace(graphs.tree, depth=depth), replace(usual, live_slots=live_slots)
-        grown = beam.grow(root, tree, num_rows, passes(behind))
+        draft_pass = passes(cache, replace(usual, live_slots=live_slots))
+        [grown] = beam.grow([root], [depth], graphs.tree, num_rows, draft_pass)
         # What was never run has kernels to be chosen and built, which a capture forbids.
         all_ran = grown.num_nodes > 1 + graphs.tree.width or graphs.tree.depth == 1
         if depth > 0 and all_ran and graphs.problem is None:
@@ -90,15 +98,14 @@ def grow(
     return replace(graphs.grown, num_nodes=1 + graphs.tree.width * num_levels)
 
 
-def capture_levels(
-    graphs: DraftGraphs, live_slots: int, cache: Cache, passes: PassesOverSlots
-) -> None:
-    draft_pass = passes(TreeSlots(graphs.length, live_slots, cache.padding_slot))
+def capture_levels(graphs: DraftGraphs, live_slots: int, cache: Cache, passes: PassesOver) -> None:
+    draft_pass = passes(cache, TreeSlots(graphs.length, live_slots, cache.padding_slot))
     grown, last, children = graphs.grown, graphs.last, graphs.children
     at_root = Level.of_root(graphs.root.device)
 
     def add(before: Level) -> None:
-        level = add_level(grown, before, children, graphs.tree, draft_pass)
+        logits = draft_pass([Growing(0, grown, before)])
+        level = add_level(grown, before, children, graphs.tree, logits)
         last.nodes.copy_(children)
         last.scores.copy_(level.scores)
         children.add_(graphs.tree.width)

@@ -1,13 +1,13 @@
 """The substitutes: 4-bit products for every layer and the head, always in fast memory."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from subspec.artifacts.model import Kind
+from subspec.artifacts.model import layer_name
 from subspec.runtime.kernels.linear import Int4Weight, int4_product
 from subspec.runtime.model.transformer import Product
 
@@ -17,20 +17,27 @@ class Substitutes:
     """Iterating yields the products of each layer and then of the head, like ExactWeights."""
 
     num_layers: int
-    weights: dict[tuple[int, Kind], Int4Weight | Tensor]  # Tensor: exact, where 4 bits do not fit
-    biases: dict[tuple[int, Kind], Tensor]
+    weights: Mapping[str, Int4Weight | Tensor]  # by matrix; Tensor: exact, no 4-bit form
+    biases: Mapping[str, Tensor]
 
     def __iter__(self) -> Iterator[Product]:
-        for layer in range(self.num_layers + 1):
-            yield partial(self._product, layer)
+        for layer in range(self.num_layers):
+            yield partial(self._product, f"{layer_name(layer)}.")
+        yield self.head
 
-    def _product(self, layer: int, kind: Kind, x: Tensor, gate: Tensor | None = None) -> Tensor:
-        weight = self.weights[layer, kind]
+    @property
+    def head(self) -> Product:
+        return partial(self._product, "")
+
+    def _product(
+        self, prefix: str, name: str, x: Tensor, rows_per_call: int, gate: Tensor | None = None
+    ) -> Tensor:
+        """All rows at once: a draft's bits are nobody's promise."""
+        weight, bias = self.weights[prefix + name], self.biases.get(prefix + name)
         if isinstance(weight, Int4Weight):
             out = int4_product(x, weight)
         else:
             out = F.linear(x.to(weight.dtype), weight).to(x.dtype)
-        bias = self.biases.get((layer, kind))
         if bias is not None:
             out += bias
         return out if gate is None else gate.mul_(out)

@@ -101,6 +101,7 @@ inline Bits narrow(Floats x, Fp16) {
 
 struct Call {
     int64_t num_heads, num_kv_heads, num_rows, num_slots, head_size;
+    double scale;  // of the scores
     const uint8_t* visible;  // [T, S], 0 or 1
     const uint8_t* seen;     // [S], by any row
 
@@ -110,7 +111,7 @@ struct Call {
     int64_t dims() const { return (head_size + PIECE - 1) / PIECE * PIECE; }
 };
 
-// Of one thread; its size is that of scratch_bytes in attention.py.
+// Of one thread; its size is that of attention_scratch_bytes in footprint.py.
 struct Scratch {
     float* keys;      // [S, D] of one KV head, where they cannot be used as they are
     float* values;    // [D / PIECE, S, PIECE] of one KV head
@@ -165,12 +166,12 @@ inline Floats add_product(Floats sum, const Pair* x, Pair y) {
 }
 #endif
 
-// s.scores = log2(e) / sqrt(D) * q k, -inf where a lane does not see -> the largest of each lane.
+// s.scores = log2(e) * scale * q k, -inf where a lane does not see -> the largest of each lane.
 // queries: [length, LANES]; keys: [S, length], their rows `stride` apart.
 template <class Entry>
 Floats score(const Call& call, const Entry* queries, const Entry* keys, int64_t stride,
              int64_t length, int64_t num, const Scratch& s) {
-    const float scale = (float)(1.4426950408889634 / std::sqrt((double)call.head_size));
+    const float scale = (float)(1.4426950408889634 * call.scale);
     Floats most = Floats{} - 0x1.fffffep127f;
     for (int64_t i = 0; i < num; i += SLOTS) {
         const Entry* k[SLOTS];
@@ -372,13 +373,13 @@ void attend(const Call& call, const Tensors<Element>& t, float* scratch, int num
 // Strides in elements: of q and out over heads and rows, of keys and values over heads; all rows
 // are contiguous, and so are the slots of a head. visible [T, S], 0 or 1; scratch: 64-byte aligned.
 extern "C" void subspec_attend(int64_t num_heads, int64_t num_kv_heads, int64_t num_rows,
-                               int64_t num_slots, int64_t head_size, int element_bits,
+                               int64_t num_slots, int64_t head_size, double scale, int element_bits,
                                const void* q, int64_t q_head, int64_t q_row, const void* keys,
                                int64_t keys_head, const void* values, int64_t values_head,
                                const uint8_t* visible, void* out, int64_t out_head, int64_t out_row,
                                void* scratch, int num_threads) {
     uint8_t* seen = (uint8_t*)scratch;
-    Call call = {num_heads, num_kv_heads, num_rows, num_slots, head_size, visible, seen};
+    Call call = {num_heads, num_kv_heads, num_rows, num_slots, head_size, scale, visible, seen};
     float* const rest = (float*)(seen + call.slots() * sizeof(float));
     memset(seen, 0, num_slots);
     for (int64_t row = 0; row < num_rows; row++)

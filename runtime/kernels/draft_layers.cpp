@@ -25,7 +25,7 @@ constexpr uint32_t MAGNITUDE = 0x7fffffff;
 
 struct Sizes {
     int64_t num_layers, hidden_size, inner_size, num_heads, num_kv_heads, head_size, cache_slots;
-    float norm_epsilon;
+    float norm_epsilon, scale;  // of RMSNorm; of the scores
 };
 struct Linear {
     const uint8_t* codes;
@@ -36,13 +36,22 @@ struct Layer {
     const uint16_t *input_norm, *q_norm, *k_norm, *post_norm;  // bf16; q_norm, k_norm: or null
     int64_t windowed;  // 0 or 1
 };
+struct CacheLayer {
+    uint16_t *keys, *values;  // bf16 [B, cache slots, D]
+};
+// One sequence's rows of the pass, and its own cache.
+struct Segment {
+    int64_t first_row, num_rows, num_slots;
+    const uint8_t* visible;    // [rows, S], 0 or 1
+    const uint8_t* in_window;  // [rows, S], of the layers that are windowed
+    const CacheLayer* layers;  // [layers]
+};
 struct Rows {
-    int64_t num_rows, num_slots;
+    int64_t num_rows, num_segments;
     uint16_t* x;                // bf16 [T, H], in place
     const uint16_t *cos, *sin;  // bf16 [T, D]
     const int64_t* slots;       // [T]
-    const uint8_t* visible;     // [T, S], 0 or 1
-    const uint8_t* in_window;   // [T, S], of the layers that are windowed
+    const Segment* segments;    // in the order of the rows
 };
 
 // ---- numbers ------------------------------------------------------------------------------------
@@ -151,13 +160,12 @@ struct Query {
 struct Pass {
     Sizes sizes;
     Rows rows;
-    uint16_t* cache;  // bf16 [layers, 2, B, cache slots, D]
     Activations hidden, heads, inner;  // `heads` lies where `hidden` does
     uint16_t* qkv;      // bf16 [T, (A + 2 B) D]; the queries' place takes what attention returns
     float* of_threads;  // [threads, thread_floats()]
 
-    Pass(const Sizes& sizes, const Rows& rows, uint16_t* cache, int num_threads, Room& room)
-        : sizes(sizes), rows(rows), cache(cache) {
+    Pass(const Sizes& sizes, const Rows& rows, int num_threads, Room& room)
+        : sizes(sizes), rows(rows) {
         const int64_t count = rows.num_rows, hidden_groups = sizes.hidden_size / GROUP_SIZE;
         const int64_t head_groups = sizes.num_heads * sizes.head_size / GROUP_SIZE;
         const int64_t inner_groups = sizes.inner_size / GROUP_SIZE;
@@ -175,11 +183,7 @@ struct Pass {
     int64_t dims() const { return (sizes.head_size + PIECE - 1) / PIECE * PIECE; }
     int64_t thread_floats() const { return (2 * TOGETHER + 2 * SLOTS) * dims(); }
     float* of_thread() const { return of_threads + omp_get_thread_num() * thread_floats(); }
-    // of a KV head's keys (which = 0) or values (1): bf16 [cache slots, D]
-    uint16_t* cached(int64_t layer, int which, int64_t kv_head) const {
-        const int64_t head = (layer * 2 + which) * sizes.num_kv_heads + kv_head;
-        return cache + head * sizes.cache_slots * sizes.head_size;
-    }
+    int64_t of_kv_head() const { return sizes.cache_slots * sizes.head_size; }
 };
 
 // ---- norms and products -------------------------------------------------------------------------
@@ -316,20 +320,23 @@ void rotate(const Pass& pass, const uint16_t* x, const uint16_t* norm, int64_t r
 // Keys and values of the rows into their slots. One thread writes all rows of a head: padding rows
 // share a slot.
 void fill_slots(const Pass& pass, const Layer& layer, int64_t index) {
-    const int64_t size = pass.sizes.head_size;
-    const Share mine = share(pass.sizes.num_kv_heads);
+    const int64_t size = pass.sizes.head_size, num_heads = pass.sizes.num_kv_heads;
+    const Share mine = share(pass.rows.num_segments * num_heads);
     float* const rotated = pass.of_thread();
-    for (int64_t head = mine.first; head < mine.end; head++)
-        for (int64_t row = 0; row < pass.rows.num_rows; row++) {
+    for (int64_t item = mine.first; item < mine.end; item++) {
+        const Segment& segment = pass.rows.segments[item / num_heads];
+        const int64_t head = item % num_heads, of_head = head * pass.of_kv_head();
+        for (int64_t row = segment.first_row; row < segment.first_row + segment.num_rows; row++) {
             const uint16_t* const q = pass.qkv + row * pass.qkv_width();
             const uint16_t* const k = q + (pass.sizes.num_heads + head) * size;
-            const uint16_t* const v = k + pass.sizes.num_kv_heads * size;
-            uint16_t* const key = pass.cached(index, 0, head) + pass.rows.slots[row] * size;
-            uint16_t* const value = pass.cached(index, 1, head) + pass.rows.slots[row] * size;
+            const uint16_t* const v = k + num_heads * size;
+            const int64_t slot = of_head + pass.rows.slots[row] * size;
+            uint16_t* const key = segment.layers[index].keys + slot;
             rotate(pass, k, layer.k_norm, row, rotated);
             for (int64_t d = 0; d < size; d++) key[d] = rounded_to_bf16(rotated[d]);
-            memcpy(value, v, size * sizeof *v);
+            memcpy(segment.layers[index].values + slot, v, size * sizeof *v);
         }
+    }
 }
 
 // A bit for each of up to SLOTS slots.
@@ -420,14 +427,17 @@ void attend_slots(Query& query, uint32_t seen, const float* keys, const float* v
         add_values<PIECE / LANES>(query.mean, values, d, weights, slots, num);
 }
 
-// Queries [first, end) of one KV head: query i is row i % T of head i / T.
-void attend_together(const Pass& pass, const Layer& layer, int64_t index, int64_t first,
-                     int64_t end) {
-    const int64_t size = pass.sizes.head_size, dims = pass.dims(), num_slots = pass.rows.num_slots;
+// Queries [first, end) of one KV head and one sequence: query i is row i % T of head i / T.
+void attend_together(const Pass& pass, const Layer& layer, int64_t index, const Segment& segment,
+                     int64_t first, int64_t end) {
+    const int64_t size = pass.sizes.head_size, dims = pass.dims(), num_slots = segment.num_slots;
     const int64_t kv_head =
-        first / pass.rows.num_rows / (pass.sizes.num_heads / pass.sizes.num_kv_heads);
-    const uint8_t* const visible = layer.windowed ? pass.rows.in_window : pass.rows.visible;
-    const float scale = (float)(1.4426950408889634 / std::sqrt((double)size));
+        first / segment.num_rows / (pass.sizes.num_heads / pass.sizes.num_kv_heads);
+    const uint16_t* const cached_keys = segment.layers[index].keys + kv_head * pass.of_kv_head();
+    const uint16_t* const cached_values =
+        segment.layers[index].values + kv_head * pass.of_kv_head();
+    const uint8_t* const visible = layer.windowed ? segment.in_window : segment.visible;
+    const float scale = 1.44269504f * pass.sizes.scale;
     float* const keys = pass.of_thread();
     float* const values = keys + SLOTS * dims;
     float* const of_queries = values + SLOTS * dims;
@@ -435,10 +445,11 @@ void attend_together(const Pass& pass, const Layer& layer, int64_t index, int64_
     Query queries[TOGETHER];
     uint16_t* places[TOGETHER];
     for (int64_t i = first; i < end; i++) {
-        const int64_t head = i / pass.rows.num_rows, row = i % pass.rows.num_rows;
-        uint16_t* const place = pass.qkv + row * pass.qkv_width() + head * size;
+        const int64_t head = i / segment.num_rows, row = i % segment.num_rows;
+        const int64_t of_pass = segment.first_row + row;
+        uint16_t* const place = pass.qkv + of_pass * pass.qkv_width() + head * size;
         float* const q = of_queries + 2 * (i - first) * dims;
-        rotate(pass, place, layer.q_norm, row, q);
+        rotate(pass, place, layer.q_norm, of_pass, q);
         for (int64_t d = 0; d < size; d++) q[d] *= scale;
         places[i - first] = place;
         queries[i - first] = {q, q + dims, visible + row * num_slots, -0x1.fffffep127f, {}};
@@ -449,8 +460,8 @@ void attend_together(const Pass& pass, const Layer& layer, int64_t index, int64_
         for (int64_t i = 0; i < end - first; i++)
             any |= seen[i] = bits_of(queries[i].visible + slot, count);
         if (!any) continue;
-        widen_slots(pass, pass.cached(index, 0, kv_head) + slot * size, count, keys);
-        widen_slots(pass, pass.cached(index, 1, kv_head) + slot * size, count, values);
+        widen_slots(pass, cached_keys + slot * size, count, keys);
+        widen_slots(pass, cached_values + slot * size, count, values);
         for (int64_t i = 0; i < end - first; i++)
             if (seen[i]) attend_slots(queries[i], seen[i], keys, values, dims);
     }
@@ -464,12 +475,15 @@ void attend_together(const Pass& pass, const Layer& layer, int64_t index, int64_
 }
 
 void attend(const Pass& pass, const Layer& layer, int64_t index) {
-    const int64_t repeats = pass.sizes.num_heads / pass.sizes.num_kv_heads;
-    const int64_t of_head = repeats * pass.rows.num_rows;
-    const Share mine = share(pass.sizes.num_heads * pass.rows.num_rows);
+    const int64_t num_heads = pass.sizes.num_heads, repeats = num_heads / pass.sizes.num_kv_heads;
+    const Share mine = share(num_heads * pass.rows.num_rows);
+    const Segment* segment = pass.rows.segments;
     for (int64_t first = mine.first, end; first < mine.end; first = end) {
-        end = std::min({mine.end, first + TOGETHER, (first / of_head + 1) * of_head});
-        attend_together(pass, layer, index, first, end);
+        while (first >= num_heads * (segment->first_row + segment->num_rows)) segment++;
+        const int64_t base = num_heads * segment->first_row, of_head = repeats * segment->num_rows;
+        end = std::min({mine.end, first + TOGETHER,
+                        base + ((first - base) / of_head + 1) * of_head});
+        attend_together(pass, layer, index, *segment, first - base, end - base);
     }
 }
 
@@ -497,17 +511,17 @@ extern "C" int64_t subspec_draft_scratch_bytes(const Sizes* sizes, int64_t num_r
     Room room = {nullptr};
     Rows rows = {};
     rows.num_rows = num_rows;
-    Pass(*sizes, rows, nullptr, useful_threads(*sizes, num_threads), room);
+    Pass(*sizes, rows, useful_threads(*sizes, num_threads), room);
     return (int64_t)room.next;
 }
 
-// rows->x through the layers; their keys and values into the cache, bf16 [layers, 2, B, cache
-// slots, D]. scratch: 64-byte aligned.
+// rows->x through the layers; their keys and values into the caches of their segments. scratch:
+// 64-byte aligned.
 extern "C" void subspec_draft_layers(const Sizes* sizes, const Layer* layers, const Rows* rows,
-                                     uint16_t* cache, uint8_t* scratch, int num_threads) {
+                                     uint8_t* scratch, int num_threads) {
     const int threads = useful_threads(*sizes, num_threads);
     Room room = {scratch};
-    const Pass pass(*sizes, *rows, cache, threads, room);
+    const Pass pass(*sizes, *rows, threads, room);
 #pragma omp parallel num_threads(threads)
     for (int64_t index = 0; index < sizes->num_layers; index++) {
         const Layer& layer = layers[index];

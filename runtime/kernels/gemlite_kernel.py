@@ -30,17 +30,23 @@ class GemliteWeight:
     offsets: Tensor  # bf16 [G, N]; a weight is code * scale + offset
 
 
-def pack(codes: Tensor, qparams: Tensor, codes_out: Tensor, qparams_out: Tensor) -> GemliteWeight:
-    """codes uint8 [N, K / 2] and qparams bf16 [G, N, 2] as stored, on the host -> the same in the
-    given bytes of fast memory, uint8 [N * K / 2] and uint8 [G * N * 4]."""
-    num_groups, num_rows, _ = qparams.shape
-    words = codes_out.view(torch.int32).view(-1, num_rows)
-    words.copy_(codes.view(torch.int32).t())
-    scales, offsets = qparams_out.view(torch.bfloat16).view(2, num_groups, num_rows)
+def empty(num_rows: int, num_columns: int, codes_out: Tensor, qparams_out: Tensor) -> GemliteWeight:
+    """In the given bytes of fast memory, uint8 [N * K / 2] and uint8 [G * N * 4]."""
+    shape = (2, num_columns // GROUP_SIZE, num_rows)
+    scales, offsets = qparams_out.view(torch.bfloat16).view(shape)
+    return GemliteWeight(codes_out.view(torch.int32).view(-1, num_rows), scales, offsets)
+
+
+def pack_rows(weight: GemliteWeight, first_row: int, codes: Tensor) -> None:
+    """codes uint8 [R, K / 2] as stored, on the host, of rows from `first_row` on."""
+    weight.codes[:, first_row : first_row + len(codes)] = codes.view(torch.int32).t()
+
+
+def pack_qparams(weight: GemliteWeight, qparams: Tensor) -> None:
+    """qparams bf16 [G, N, 2] as stored, on the host."""
     scale, zero_point = qparams.float().unbind(-1)
-    scales.copy_(scale)
-    offsets.copy_(zero_point - ZERO_POINT_CODE * scale)
-    return GemliteWeight(words, scales, offsets)
+    weight.scales.copy_(scale)
+    weight.offsets.copy_(zero_point - ZERO_POINT_CODE * scale)
 
 
 def product(x: Tensor, weight: GemliteWeight) -> Tensor:

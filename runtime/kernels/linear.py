@@ -4,7 +4,7 @@ T = rows of activations, N = output features, K = input features, G = K / GROUP_
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,28 +14,37 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.footprint import PRODUCT_ROWS
 from subspec.artifacts.format.packing import dequantize, pack_nibbles, unpack_nibbles
 from subspec.artifacts.model import GROUP_SIZE
 from subspec.artifacts.plan import DeviceKind, Int4Kernel
 from subspec.runtime.kernels import gemlite_kernel, int4
 
-ROWS_PER_CALL = 256  # a long prompt goes through a matrix in pieces, so that temporaries stay small
-PIECE_BYTES = 1 << 20  # of codes that are packed for CUDA at a time: temporaries of a few MB
+PIECE_BYTES = 1 << 20  # of codes that are read and packed at a time: temporaries of a few MB
 ROWS_PER_TILE = {"AVX512": 64, "AVX2": 32}  # ATen's packed bytes differ per instruction set
 
 
-def exact_product(x: Tensor, weight: Tensor, out: Tensor) -> None:
-    """out [T, N] = x [T, K] @ weight [N, K]^T; `out` may be a column range of a wider tensor."""
-    for first in range(0, x.shape[0], ROWS_PER_CALL):
-        rows = slice(first, first + ROWS_PER_CALL)
+def exact_product(x: Tensor, weight: Tensor, out: Tensor, rows_per_call: int) -> None:
+    """out [T, N] = x [T, K] @ weight [N, K]^T; `out` may be a column range of a wider tensor.
+
+    rows_per_call: each so many rows are calls of their own, whose bits depend on nothing else.
+    """
+    for rows in calls(len(x), rows_per_call):
         torch.mm(x[rows], weight.t(), out=out[rows])
 
 
-def exact_product_into(x: Tensor, weight: Tensor, gate: Tensor) -> None:
+def exact_product_into(x: Tensor, weight: Tensor, gate: Tensor, rows_per_call: int) -> None:
     """gate [T, N] *= x [T, K] @ weight [N, K]^T, without a second [T, N]."""
-    for first in range(0, x.shape[0], ROWS_PER_CALL):
-        rows = slice(first, first + ROWS_PER_CALL)
+    for rows in calls(len(x), rows_per_call):
         gate[rows] *= F.linear(x[rows], weight)
+
+
+def calls(num_rows: int, rows_per_call: int) -> Iterator[slice]:
+    """Ranges of `rows_per_call` rows, and within each at most PRODUCT_ROWS at a time."""
+    for start in range(0, num_rows, rows_per_call):
+        end = min(start + rows_per_call, num_rows)
+        for first in range(start, end, PRODUCT_ROWS):
+            yield slice(first, min(first + PRODUCT_ROWS, end))
 
 
 @contextmanager
@@ -55,13 +64,6 @@ class Int4Weight:
     device: DeviceKind
     packed: Any  # Tensor, or GemliteWeight
     qparams: Tensor  # bf16 [G, N, 2], as stored
-
-
-def packed_bytes(num_rows: int, num_columns: int, kernel: Int4Kernel) -> tuple[int, ...]:
-    """Of the codes, and of the qparams as it is stored: residuals are decoded by it, and ATen's
-    kernels read it. gemlite wants one of its own."""
-    qparams = num_rows * num_columns // GROUP_SIZE * 4
-    return (num_rows * num_columns // 2, qparams, *((qparams,) if kernel == "gemlite" else ()))
 
 
 def cpu_tile_rows(num_rows: int, kernel: Int4Kernel = "aten") -> int | None:
@@ -101,20 +103,65 @@ def inner_tiles(num_columns: int) -> int:
     return 8 if num_columns % 128 == 0 else 4
 
 
-def pack(
-    codes: Tensor, qparams: Tensor, kernel: Int4Kernel, codes_out: Tensor, *qparams_out: Tensor
+def empty_weight(
+    num_rows: int, num_columns: int, kernel: Int4Kernel, room: Sequence[Tensor]
 ) -> Int4Weight:
-    """Stored substitute -> kernel layout inside the byte ranges of fast memory that `packed_bytes`
-    asks for. codes uint8 [N, K / 2] and qparams bf16 [G, N, 2] on the host."""
-    kept = qparams_out[0].view(torch.bfloat16).view(qparams.shape).copy_(qparams)
+    """A substitute [N, K] in the layout of `kernel`, to be filled by pack_rows and pack_qparams, in
+    the byte ranges of fast memory that `packed_bytes` asks for."""
+    codes, kept, *more = room
+    qparams = kept.view(torch.bfloat16).view(num_columns // GROUP_SIZE, num_rows, 2)
+    on_cpu = codes.device.type == "cpu"
     if kernel == "gemlite":
-        own = gemlite_kernel.pack(codes, qparams, codes_out, qparams_out[1])
-        return Int4Weight(kernel, "cuda", own, kept)
-    if codes_out.device.type == "cuda":
-        return Int4Weight(kernel, "cuda", _pack_cuda(codes, codes_out), kept)
-    packed = codes_out.view(codes.shape)
-    (int4.pack if kernel == "w4a8" else _pack_cpu)(codes, packed)
-    return Int4Weight(kernel, "cpu", packed, kept)
+        own = gemlite_kernel.empty(num_rows, num_columns, codes, more[0])
+        return Int4Weight(kernel, "cuda", own, qparams)
+    if not on_cpu:
+        inner = inner_tiles(num_columns)
+        shape = (num_rows // 8, num_columns // (16 * inner), 32, inner // 2)
+        return Int4Weight(kernel, "cuda", codes.view(torch.int32).view(shape), qparams)
+    return Int4Weight(kernel, "cpu", codes.view(num_rows, num_columns // 2), qparams)
+
+
+def pack_rows(weight: Int4Weight, first_row: int, codes: Tensor) -> None:
+    """Stored codes uint8 [R, K / 2], on the host, of some rows -> their place in the layout. Rows
+    begin at multiples of `piece_rows`."""
+    rows = slice(first_row, first_row + len(codes))
+    if weight.kernel == "gemlite":
+        gemlite_kernel.pack_rows(weight.packed, first_row, codes)
+    elif weight.device == "cuda":
+        unpacked = unpack_nibbles(codes.to(weight.packed.device))
+        pairs = unpacked[:, ::2] << 4 | unpacked[:, 1::2]
+        packed = torch.ops.aten._convert_weight_to_int4pack(pairs, inner_tiles(2 * codes.shape[1]))
+        weight.packed[first_row // 8 : first_row // 8 + len(packed)] = packed
+    elif weight.kernel == "w4a8":
+        int4.pack(codes, weight.packed[rows])
+    else:
+        _pack_cpu(codes, weight.packed[rows], cpu_tile_rows(len(weight.packed)))
+
+
+def pack_qparams(weight: Int4Weight, qparams: Tensor) -> None:
+    """Stored qparams bf16 [G, N, 2], on the host."""
+    weight.qparams.copy_(qparams)
+    if weight.kernel == "gemlite":
+        gemlite_kernel.pack_qparams(weight.packed, qparams)
+
+
+def piece_rows(weight: Int4Weight) -> int:
+    """How many rows to pack at a time: whole tiles of any layout, temporaries of a few MB."""
+    _, num_rows, _ = weight.qparams.shape
+    if weight.kernel == "aten" and weight.device == "cpu" and cpu_tile_rows(num_rows) is None:
+        return num_rows
+    half = weight.qparams.shape[0] * GROUP_SIZE // 2
+    return max(64, PIECE_BYTES // half // 64 * 64)
+
+
+def pack(codes: Tensor, qparams: Tensor, kernel: Int4Kernel, *room: Tensor) -> Int4Weight:
+    """A whole stored substitute: codes uint8 [N, K / 2] and qparams bf16 [G, N, 2] on the host."""
+    weight = empty_weight(codes.shape[0], 2 * codes.shape[1], kernel, room)
+    step = piece_rows(weight)
+    for first in range(0, len(codes), step):
+        pack_rows(weight, first, codes[first : first + step])
+    pack_qparams(weight, qparams)
+    return weight
 
 
 def int4_product(x: Tensor, weight: Int4Weight) -> Tensor:
@@ -135,39 +182,21 @@ def int4_product_plainly(x: Tensor, codes: Tensor, qparams: Tensor) -> Tensor:
     return x.float() @ dequantize(unpack_nibbles(codes), qparams).t()
 
 
-def _pack_cuda(codes: Tensor, out: Tensor) -> Tensor:
-    """uint8 [N, K / 2] of nibble pairs on the host -> ATen's CUDA layout int32 [N / 8, K / (16 I),
-    32, I / 2] in `out`, in pieces of few rows."""
-    num_rows, half = codes.shape
-    inner = inner_tiles(2 * half)
-    target = out.view(torch.int32).view(num_rows // 8, 2 * half // (16 * inner), 32, inner // 2)
-    some = max(8, PIECE_BYTES // half // 8 * 8)
-    for first in range(0, num_rows, some):
-        unpacked = unpack_nibbles(codes[first : first + some].to(out.device))
-        pairs = unpacked[:, ::2] << 4 | unpacked[:, 1::2]
-        packed = torch.ops.aten._convert_weight_to_int4pack(pairs, inner)
-        target[first // 8 : first // 8 + len(packed)] = packed
-    return target
-
-
-def _pack_cpu(codes: Tensor, out: Tensor) -> None:
-    """uint8 [N, K / 2] of nibble pairs -> ATen's CPU layout uint8 [N, K / 2].
+def _pack_cpu(codes: Tensor, out: Tensor, tile: int | None) -> None:
+    """uint8 [R, K / 2] of nibble pairs -> ATen's CPU layout uint8 [R, K / 2]; tile None: all rows
+    of the matrix at once, by ATen itself.
 
     Per tile of 64 (AVX-512) or 32 (AVX2) rows: byte (k, r) holds row r in its low nibble and row
     r + tile / 2 in its high one. Vectorised, and equal to ATen's own packing (tested).
     """
     num_rows, half = codes.shape
-    tile = cpu_tile_rows(num_rows)
     if tile is None:
         unpacked = unpack_nibbles(codes).to(torch.int32)
         out.copy_(torch.ops.aten._convert_weight_to_int4pack_for_cpu(unpacked, 1))
         return
-    tiles = max(1, (1 << 20) // (tile * half))  # tiles at a time: temporaries of a few MB
+    halves = unpack_nibbles(codes).view(-1, 2, tile // 2, half * 2)
     flat = out.view(num_rows // tile, half * 2, tile // 2)
-    for first in range(0, num_rows // tile, tiles):
-        some = unpack_nibbles(codes[first * tile : (first + tiles) * tile])
-        halves = some.view(-1, 2, tile // 2, half * 2)
-        flat[first : first + tiles] = (halves[:, 0] | (halves[:, 1] << 4)).transpose(1, 2)
+    flat.copy_((halves[:, 0] | (halves[:, 1] << 4)).transpose(1, 2))
 
 
 def unpack_cpu(packed: Tensor, tile_rows: int) -> Tensor:

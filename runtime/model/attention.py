@@ -15,22 +15,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from subspec.artifacts.footprint import attention_scratch_bytes
 from subspec.artifacts.native import cpp
 
 SOURCE = Path(__file__).parents[1] / "kernels" / "attention.cpp"
-PIECE = 16  # that of attention.cpp
 ELEMENT_BITS = {torch.float32: 32, torch.float16: 16, torch.bfloat16: -16}
 
 
-def attend(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
-    """q [A, T, D]; keys, values [B, S, D]; visible bool [T, S] -> [A, T, D] in q's dtype."""
+def attend(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: float) -> Tensor:
+    """q [A, T, D]; keys, values [B, S, D]; visible bool [T, S]; scale of the scores -> [A, T, D]
+    in q's dtype."""
     num_heads, num_rows, head_size = q.shape
     repeats = num_heads // keys.shape[0]
     folded = q.to(keys.dtype).reshape(1, keys.shape[0], repeats * num_rows, head_size)
     bias = torch.zeros(visible.shape, dtype=keys.dtype, device=q.device)
     bias.masked_fill_(~visible, float("-inf"))
     output = F.scaled_dot_product_attention(
-        folded, keys[None], values[None], attn_mask=bias.repeat(repeats, 1)
+        folded, keys[None], values[None], attn_mask=bias.repeat(repeats, 1), scale=scale
     )
     # Some kernels on cuda return the rows outermost: no view of that is one of the heads.
     return output.reshape(num_heads, num_rows, head_size).to(q.dtype)
@@ -43,14 +44,18 @@ def without_cudnn() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def attend_batch_invariant(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
-    """The same, but the other rows, their number and the hidden slots never change a bit."""
+def attend_batch_invariant(
+    q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: float
+) -> Tensor:
+    """The same, batch-invariant: a row's result does not depend on other rows or masked slots."""
     if q.device.type == "cpu" and unavailable() is None:
-        return attend_in_order(q, keys, values, visible)
-    return attend_in_fp64(q, keys, values, visible)
+        return attend_in_order(q, keys, values, visible, scale)
+    return attend_in_fp64(q, keys, values, visible, scale)
 
 
-def attend_in_order(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
+def attend_in_order(
+    q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: float
+) -> Tensor:
     """The same in f32, on the CPU, one slot after the other in ascending order.
 
     The bits of a row depend only on its q and on the sequence of the keys and values that it sees:
@@ -68,7 +73,7 @@ def attend_in_order(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) ->
     visible, out = visible.contiguous(), torch.empty_like(q)
     assert out.stride(2) == 1
     num_threads = torch.get_num_threads()
-    size = scratch_bytes(num_threads, num_slots, head_size)
+    size = attention_scratch_bytes(num_threads, num_slots, head_size)
     scratch = torch.empty(size, dtype=torch.uint8)
     assert scratch.data_ptr() % 64 == 0, "it is used as vectors"
     cpp.loaded(SOURCE, _declare).subspec_attend(
@@ -77,6 +82,7 @@ def attend_in_order(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) ->
         num_rows,
         num_slots,
         head_size,
+        scale,
         ELEMENT_BITS[q.dtype],
         q.data_ptr(),
         q.stride(0),
@@ -95,15 +101,9 @@ def attend_in_order(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) ->
     return out
 
 
-def scratch_bytes(num_threads: int, num_slots: int, head_size: int) -> int:
-    """What `attend_in_order` allocates beside its result: per thread, the keys and values of a KV
-    head in f32 and the scores of 16 rows."""
-    slots, dims = (-(-size // PIECE) * PIECE for size in (num_slots, head_size))
-    per_thread = slots * (2 * dims + PIECE + 2) + dims * PIECE
-    return 4 * (slots + num_threads * per_thread)
-
-
-def attend_in_fp64(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
+def attend_in_fp64(
+    q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: float
+) -> Tensor:
     """The plain twin of `attend_in_order`, and what CUDA uses: in fp64, one KV head at a time.
 
     After rounding to q's dtype the result does not depend on which slots the visible keys are in,
@@ -116,7 +116,7 @@ def attend_in_fp64(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> 
     output = torch.empty_like(folded)
     for head in range(keys.shape[0]):
         scores = folded[head].double() @ keys[head].double().t()
-        scores.mul_(head_size**-0.5).masked_fill_(hidden, float("-inf"))
+        scores.mul_(scale).masked_fill_(hidden, float("-inf"))
         output[head] = scores.softmax(-1) @ values[head].double()
     return output.view(num_heads, num_rows, head_size)
 
@@ -131,7 +131,7 @@ def _declare(library: ctypes.CDLL) -> None:
     number, size, address = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
     library.subspec_attend.restype = None
     library.subspec_attend.argtypes = (
-        *(size, size, size, size, size, number),  # A, B, T, S, D, bits of an element
+        *(size, size, size, size, size, ctypes.c_double, number),  # A, B, T, S, D, scale, bits
         *(address, size, size),  # q, its strides
         *(address, size, address, size),  # keys and values, their strides over heads
         *(address, address, size, size),  # visible, out, its strides

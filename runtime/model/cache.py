@@ -1,30 +1,36 @@
-"""KV cache: write, keep, roll back. Draft and verification share it.
+"""KV cache of one sequence: write, commit, roll back. Draft and verification share it.
 
-L = layers, B = KV heads, S = slots, D = head size, T = rows
-The slot of a committed token is its position. A tree of W nodes lies behind the committed tokens,
-node i at slot length + i; the last slot takes what padding rows write.
+B = KV heads, S = slots, D = head size, T = rows
+The slot of a committed token is its position. A tree of W nodes lies after the committed tokens,
+node i at slot length + i; the last slot takes what padding rows write. Attentions keep tensors of
+their own sizes, in execution order.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from subspec.artifacts.plan import SLOT_ALIGNMENT
+from subspec.artifacts.footprint import SLOT_ALIGNMENT
+from subspec.artifacts.model import ModelSpec
+
+Take = Callable[[tuple[int, ...], torch.dtype], Tensor]
 
 
 @dataclass(frozen=True)
 class TreeSlots:
-    """Where a tree lies in the cache: behind the committed tokens."""
+    """Where a tree lies in a cache: after the committed tokens."""
 
     length: Tensor  # int64 [], how many those are; on the device, where a captured graph reads it
     live_slots: int  # that a pass over the tree attends to, visible or not
     padding_slot: int
 
 
-@dataclass
+@dataclass(eq=False)  # a sequence's own: two caches are never the same
 class Cache:
-    keys_values: Tensor  # [L, 2, B, S, D]
+    keys: tuple[Tensor, ...]  # [B, S, D] of each attention
+    values: tuple[Tensor, ...]
     tokens: list[int] = field(default_factory=list)  # ids whose exact keys and values are committed
 
     @property
@@ -32,43 +38,52 @@ class Cache:
         return len(self.tokens)
 
     @property
+    def num_slots(self) -> int:
+        return self.keys[0].shape[1]
+
+    @property
     def padding_slot(self) -> int:
-        return self.keys_values.shape[3] - 1
+        return self.num_slots - 1
+
+    @property
+    def device(self) -> torch.device:
+        return self.keys[0].device
 
     def live_slots(self, end: int) -> int:
-        return min(-(-end // SLOT_ALIGNMENT) * SLOT_ALIGNMENT, self.keys_values.shape[3])
+        return min(-(-end // SLOT_ALIGNMENT) * SLOT_ALIGNMENT, self.num_slots)
 
-    def behind(self, num_rows: int) -> TreeSlots:
+    def tree_slots(self, num_rows: int) -> TreeSlots:
         """Of a tree of so many rows. The live slots are those of the whole tree, whatever of it is
         drafted yet, so that every pass of a round has one shape."""
-        length = torch.full((), self.length, device=self.keys_values.device)
+        length = torch.full((), self.length, device=self.device)
         return TreeSlots(length, self.live_slots(self.length + num_rows), self.padding_slot)
 
-    def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
-        """keys, values [B, T, D] -> slots [T]."""
-        self.keys_values[layer, 0].index_copy_(1, slots, keys.to(self.keys_values.dtype))
-        self.keys_values[layer, 1].index_copy_(1, slots, values.to(self.keys_values.dtype))
+    def write(self, attention: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        """keys, values [B, T, D] -> slots [T]. attention: its index in execution order."""
+        for kept, fresh in ((self.keys[attention], keys), (self.values[attention], values)):
+            kept.index_copy_(1, slots, fresh.to(kept.dtype))
 
-    def read(self, layer: int, num_slots: int) -> tuple[Tensor, Tensor]:
+    def read(self, attention: int, num_slots: int) -> tuple[Tensor, Tensor]:
         """Views [B, num_slots, D] of the first slots."""
-        return self.keys_values[layer, 0, :, :num_slots], self.keys_values[layer, 1, :, :num_slots]
-
-    def compact(self, path: Tensor) -> None:
-        """Moves the tree nodes `path` (int64, ascending, on the device) to the first tree slots.
-
-        Row i of `path` goes to slot length + i. Rows beyond the accepted ones may be anything: what
-        they leave behind is not committed.
-        """
-        first = self.length
-        for layer in self.keys_values:  # one layer at a time: a small temporary
-            moved = layer.index_select(2, path + first)
-            layer[:, :, first : first + len(path)] = moved
+        return self.keys[attention][:, :num_slots], self.values[attention][:, :num_slots]
 
     def commit(self, tokens: list[int]) -> None:
+        """The next slots hold the exact keys and values of `tokens`."""
         self.tokens.extend(tokens)
 
+    def commit_path(self, path: Tensor, tokens: list[int]) -> None:
+        """Moves the tree nodes `path` (int64, ascending, on the device, the root first) to the
+        first slots of the tree, and commits `tokens`, which are those of its first nodes.
+
+        Rows of `path` beyond them may be anything: what they leave is written again.
+        """
+        first = self.length
+        for kept in (*self.keys, *self.values):  # one at a time: a small temporary
+            kept[:, first : first + len(path)] = kept.index_select(1, path + first)
+        self.commit(tokens)
+
     def roll_back(self, length: int) -> None:
-        """Forgets all but the first `length` tokens; their slots are written anew."""
+        """Forgets all but the first `length` tokens; their slots are written again."""
         del self.tokens[length:]
 
     def common_prefix(self, tokens: list[int]) -> int:
@@ -77,3 +92,15 @@ class Cache:
             if mine != theirs:
                 return index
         return min(len(self.tokens), len(tokens))
+
+
+def make_cache(spec: ModelSpec, num_slots: int, take: Take) -> Cache:
+    """An empty cache in memory that `take(shape, dtype)` gives."""
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    shapes = [
+        (attention.num_kv_heads, num_slots, attention.head_size)
+        for layer in spec.layers
+        for attention in layer.attentions
+    ]
+    pairs = [(take(shape, dtype), take(shape, dtype)) for shape in shapes]
+    return Cache(tuple(keys for keys, _ in pairs), tuple(values for _, values in pairs))

@@ -1,10 +1,12 @@
-"""The decoder's arithmetic, once: for substitutes and exact weights, every family, every pass.
+"""The decoder's arithmetic, once: for substitutes and exact weights, every layer, every pass.
 
-T = rows, H = hidden size, A = query heads, B = KV heads, D = head size, I = intermediate size
+What a layer computes is said by its LayerSpec. A pass takes rows of one or several sequences: the
+products see all rows, attention sees each sequence's own cache.
+T = rows, H = hidden size, A = query heads, B = KV heads, D = head size, S = live slots
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,114 +14,195 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from subspec.artifacts.model import EMBEDDING, FINAL_NORM, Kind, ModelSpec
+from subspec.artifacts.footprint import ATTENTION_ROWS, NORM_ROWS
+from subspec.artifacts.model import (
+    FINAL_NORM,
+    HEAD,
+    Attention,
+    Block,
+    Dense,
+    ModelSpec,
+    Rope,
+    layer_name,
+)
 from subspec.runtime.model.cache import Cache
+from subspec.runtime.model.embedding import EmbeddingRows
 
-NORM_ROWS = 256
-ATTENTION_ROWS = 128  # query rows per attention call: bounds the score matrix of a long prompt
-
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+# q [A, T, D], keys and values [B, S, D], visible bool [T, S], scale -> [A, T, D]
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
 
 
 class Product(Protocol):
     """The matrix products of one layer (or of the head), called in execution order."""
 
-    def __call__(self, kind: Kind, x: Tensor, gate: Tensor | None = None) -> Tensor:
-        """x [T, K] -> x W^T + b [T, N]; with `gate` [T, N]: gate * (x W^T + b), in its place."""
+    def __call__(
+        self, name: str, x: Tensor, rows_per_call: int, gate: Tensor | None = None
+    ) -> Tensor:
+        """x [T, K] -> x W^T + b [T, N]; with `gate` [T, N]: gate * (x W^T + b), in its place.
+
+        name: under the layer. rows_per_call: an exact product takes so many rows at a time, so that
+        a row's bits do not depend on how many sequences share the pass.
+        """
         ...
 
 
 @dataclass(frozen=True)
-class Decoder:
+class SharedWeights:
     """The small tensors that every pass shares, in the dtype that its activations have."""
 
     spec: ModelSpec
-    embedding: Tensor  # [V, H], in the checkpoint's dtype
+    embedding: EmbeddingRows
     norms: dict[str, Tensor]
-    cos: Tensor  # [positions, D]
-    sin: Tensor
+    tables: dict[Rope, tuple[Tensor, Tensor]]  # cos and sin [positions, rope size]
     dtype: torch.dtype
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What one pass processes. All on the device."""
+    """One sequence's rows of a pass, and where they lie in its cache. All on the device."""
 
     tokens: Tensor  # int64 [T]
     positions: Tensor  # int64 [T]
     slots: Tensor  # int64 [T], where their keys and values go
     slot_positions: Tensor  # int64 [S], of the live slots
     visible: Tensor | None  # bool [T, S]; None: the slots of earlier positions (a prompt)
+    cache: Cache
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What all layers of one pass share."""
+
+    weights: SharedWeights
+    batch: Sequence[Rows]  # of several sequences, in the order of the rows
+    attend: Attend
+    rows_per_call: int
+    positions: Tensor  # int64 [T], of all rows
+
+    def spans(self) -> Iterator[tuple[Rows, slice]]:
+        """Each sequence and its range of rows."""
+        first = 0
+        for rows in self.batch:
+            yield rows, slice(first, first + len(rows.tokens))
+            first += len(rows.tokens)
 
 
 def forward(
-    decoder: Decoder,
+    weights: SharedWeights,
     products: Iterable[Product],
-    rows: Rows,
-    cache: Cache,
+    batch: Sequence[Rows],
     attend: Attend,
+    rows_per_call: int,
     last_only: bool = False,
 ) -> Tensor:
     """Rows through all layers -> logits [T, V], or [1, V] of the last row."""
-    x = embed(decoder, rows.tokens)
-    cos, sin = decoder.cos[rows.positions], decoder.sin[rows.positions]
-    logits = x
-    for layer, product in enumerate(products):
-        if layer < decoder.spec.num_layers:
-            attention_block(decoder, layer, product, x, cos, sin, rows, cache, attend)
-            mlp_block(decoder, layer, product, x)
-        else:
-            logits = to_logits(decoder, product, x[-1:] if last_only else x)
-    return logits
+    return forward_hidden(weights, products, batch, attend, rows_per_call, last_only)[0]
 
 
-def embed(decoder: Decoder, tokens: Tensor) -> Tensor:
-    return F.embedding(tokens, decoder.embedding).to(decoder.dtype)
-
-
-def to_logits(decoder: Decoder, head: Product, x: Tensor) -> Tensor:
-    return head("head", normalize(decoder, FINAL_NORM, x))
-
-
-def attention_block(
-    decoder: Decoder,
-    layer: int,
-    product: Product,
-    x: Tensor,  # [T, H], updated in place
-    cos: Tensor,
-    sin: Tensor,
-    rows: Rows,
-    cache: Cache,
+def forward_hidden(
+    weights: SharedWeights,
+    products: Iterable[Product],
+    batch: Sequence[Rows],
     attend: Attend,
+    rows_per_call: int,
+    last_only: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The logits as `forward` returns them, and the residual stream [T, H] before the final norm:
+    what a draft head reads."""
+    tokens, positions = (join([getattr(r, n) for r in batch]) for n in ("tokens", "positions"))
+    now = Pass(weights, batch, attend, rows_per_call, positions)
+    x = embed(weights, tokens)
+    logits, attention = x, 0  # index of the next attention, which names its tensors in the caches
+    for index, product in enumerate(products):
+        if index == weights.spec.num_layers:
+            logits = to_logits(weights, product, x[-1:] if last_only else x, rows_per_call)
+            continue
+        for block in weights.spec.layers[index].blocks:
+            add_block(now, index, attention, block, product, x)
+            attention += isinstance(block.body, Attention)
+    return logits, x
+
+
+def to_logits(weights: SharedWeights, head: Product, x: Tensor, rows_per_call: int) -> Tensor:
+    """x [T, H] -> [T, V]."""
+    spec = weights.spec
+    logits = head(HEAD, normalize(weights, FINAL_NORM, x), rows_per_call)[:, : spec.vocab_size]
+    return logits if spec.logits_divisor == 1 else logits / spec.logits_divisor
+
+
+def embed(weights: SharedWeights, tokens: Tensor) -> Tensor:
+    x = weights.embedding(tokens).to(weights.dtype)
+    scale = weights.spec.embedding_scale
+    return x if scale == 1 else x * scale
+
+
+def add_block(
+    now: Pass, layer: int, attention: int, block: Block, product: Product, x: Tensor
 ) -> None:
-    spec, name = decoder.spec, f"model.layers.{layer}"
-    normed = normalize(decoder, f"{name}.input_layernorm", x)
-    q, k, v = (product(kind, normed).unflatten(1, (-1, spec.head_size)) for kind in ("q", "k", "v"))
+    """x [T, H] += multiplier * after(body(before(x))), in place."""
+    weights, name, body = now.weights, layer_name(layer), block.body
+    normed = normalize(weights, f"{name}.{block.before}", x) if block.before else x
+    if isinstance(body, Attention):
+        out = attend_rows(now, name, attention, body, product, normed)
+    else:
+        out = feed_forward(now, body, product, normed)
     del normed
-    if spec.qk_norm:
-        q = normalize(decoder, f"{name}.self_attn.q_norm", q)
-        k = normalize(decoder, f"{name}.self_attn.k_norm", k)
-    k = rotate(k.transpose(0, 1), cos, sin)
-    cache.write(layer, rows.slots, k, v.transpose(0, 1))
+    if block.after:
+        out = normalize(weights, f"{name}.{block.after}", out)
+    x.add_(out if block.multiplier == 1 else out.mul_(block.multiplier))
+
+
+def attend_rows(
+    now: Pass, layer: str, index: int, body: Attention, product: Product, x: Tensor
+) -> Tensor:
+    """x [T, H] -> [T, H]; keys and values of the rows into their caches. index: the attention's."""
+    q, k, v = project(now, layer, body, product, x)
+    tables = None
+    if body.rope is not None:
+        cos, sin = now.weights.tables[body.rope]
+        tables = cos[now.positions], sin[now.positions]
+    for rows, span in now.spans():
+        keys = rotate(k[span].transpose(0, 1), body.rope, tables, span)
+        rows.cache.write(index, rows.slots, keys, v[span].transpose(0, 1))
     del k, v
-    keys, values = cache.read(layer, len(rows.slot_positions))
-    window = spec.sliding_window if layer in spec.windowed_layers else None
-    for first in range(0, len(x), ATTENTION_ROWS):
-        some = slice(first, first + ATTENTION_ROWS)
-        visible = visible_slots(rows, some, window)
-        query = rotate(q[some].transpose(0, 1), cos[some], sin[some])
-        q[some] = attend(query, keys, values, visible).transpose(0, 1)
-    x += product("o", q.flatten(1))
+    for rows, span in now.spans():
+        keys, values = rows.cache.read(index, len(rows.slot_positions))
+        for first in range(span.start, span.stop, ATTENTION_ROWS):
+            some = slice(first, min(first + ATTENTION_ROWS, span.stop))
+            visible = visible_slots(rows, shifted(some, -span.start), body.window)
+            query = rotate(q[some].transpose(0, 1), body.rope, tables, some)
+            query = grown(query, body, now.positions[some])
+            q[some] = now.attend(query, keys, values, visible, body.scale).transpose(0, 1)
+    return product(f"{body.name}.o_proj", q.flatten(1), now.rows_per_call)
 
 
-def mlp_block(decoder: Decoder, layer: int, product: Product, x: Tensor) -> None:
-    normed = normalize(decoder, f"model.layers.{layer}.post_attention_layernorm", x)
-    gate = F.silu(product("gate", normed), inplace=True)
-    x += product("down", product("up", normed, gate))
+def project(
+    now: Pass, layer: str, body: Attention, product: Product, x: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x [T, H] -> q [T, A, D], k and v [T, B, D], normed but not rotated."""
+    names = (f"{body.name}.{letter}_proj" for letter in "qkv")
+    q, k, v = (product(name, x, now.rows_per_call) for name in names)
+    norms = f"{layer}.{body.name}.q_norm", f"{layer}.{body.name}.k_norm"
+    if body.qk_norm == "all_heads":
+        q, k = (normalize(now.weights, n, one) for n, one in zip(norms, (q, k), strict=True))
+    q, k, v = (one.unflatten(1, (-1, body.head_size)) for one in (q, k, v))
+    if body.qk_norm == "head":
+        q, k = (normalize(now.weights, n, one) for n, one in zip(norms, (q, k), strict=True))
+    return q, k, v
+
+
+def feed_forward(now: Pass, body: Dense, product: Product, x: Tensor) -> Tensor:
+    gate = product(f"{body.name}.gate_proj", x, now.rows_per_call)
+    # As many rows at a time as products take: torch's f32 silu rounds the last numbers of a tensor
+    # otherwise than the others.
+    for some in gate.split(now.rows_per_call):
+        F.silu(some, inplace=True)
+    inner = product(f"{body.name}.up_proj", x, now.rows_per_call, gate)
+    return product(f"{body.name}.down_proj", inner, now.rows_per_call)
 
 
 def visible_slots(rows: Rows, some: slice, window: int | None) -> Tensor:
-    """bool [T, S]: which live slots the rows may attend to."""
+    """bool [T, S]: which live slots the sequence's rows `some` may attend to."""
     positions = rows.positions[some, None]
     if rows.visible is not None:
         visible = rows.visible[some]
@@ -130,59 +213,106 @@ def visible_slots(rows: Rows, some: slice, window: int | None) -> Tensor:
     return visible
 
 
-def normalize(decoder: Decoder, name: str, x: Tensor) -> Tensor:
-    """RMSNorm over the last dimension; rounded to the dtype before the weight, as transformers.
+def normalize(weights: SharedWeights, name: str, x: Tensor) -> Tensor:
+    """RMSNorm over the last dimension.
 
     In pieces: torch takes f32 copies of its input, which for a long prompt would be large.
     """
-    normed, weight = torch.empty_like(x), decoder.norms[name]
+    weight, style = weights.norms[name], weights.spec.norm
+    normed = torch.empty_like(x)
     for first in range(0, len(x), NORM_ROWS):
         some = slice(first, first + NORM_ROWS)
-        piece = F.rms_norm(x[some], x.shape[-1:], None, decoder.spec.norm_epsilon)
-        torch.mul(piece, weight, out=normed[some])
+        if style.rounds_late:
+            piece = F.rms_norm(x[some].float(), x.shape[-1:], weight.float(), style.epsilon)
+            normed[some] = piece
+        else:
+            piece = F.rms_norm(x[some], x.shape[-1:], None, style.epsilon)
+            torch.mul(piece, weight, out=normed[some])
     return normed
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x [heads, T, D] with cos, sin [T, D]; the two halves form the pairs."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+def rotate(
+    x: Tensor, rope: Rope | None, tables: tuple[Tensor, Tensor] | None, some: slice
+) -> Tensor:
+    """Rotary embedding of x [heads, T, D] with the rows `some` of cos and sin [rows, rope size];
+    features beyond the rope's size pass."""
+    if rope is None or tables is None:
+        return x
+    cos, sin = tables[0][some], tables[1][some]
+    turning, passing = x[..., : rope.size], x[..., rope.size :]
+    if rope.interleaved:
+        swapped = torch.stack((-turning[..., 1::2], turning[..., ::2]), dim=-1).flatten(-2)
+    else:
+        first, second = turning.chunk(2, dim=-1)
+        swapped = torch.cat((-second, first), dim=-1)
+    turned = (turning * cos + swapped * sin).to(x.dtype)
+    return torch.cat((turned, passing), dim=-1) if passing.shape[-1] else turned
 
 
-def make_decoder(
+def grown(query: Tensor, body: Attention, positions: Tensor) -> Tensor:
+    """query [A, T, D], larger the further back its row can look."""
+    growth = body.query_growth
+    if growth is None:
+        return query
+    factor = 1 + growth.beta * torch.log(1 + torch.floor(positions / growth.positions))
+    return query * factor[:, None].to(query.dtype)
+
+
+def shifted(some: slice, by: int) -> slice:
+    return slice(some.start + by, some.stop + by)
+
+
+def join(some: Sequence[Tensor]) -> Tensor:
+    return some[0] if len(some) == 1 else torch.cat(list(some))
+
+
+# Made when a model is opened
+
+
+def make_shared(
     spec: ModelSpec,
+    embedding: EmbeddingRows,
     tensors: dict[str, Tensor],
     num_positions: int,
     dtype: torch.dtype,
     keep: Callable[[Tensor], Tensor],
-) -> Decoder:
-    """`tensors`: the artifact's resident tensors by checkpoint name, on the device. `keep` copies
-    what has to be made (rope tables, norms in another dtype) into fast memory."""
+) -> SharedWeights:
+    """`tensors`: the artifact's resident tensors by name, on the device. `keep` copies what has to
+    be made (rope tables, norms in another dtype) into fast memory."""
     norms = {
-        name.removesuffix(".weight"): tensor if tensor.dtype == dtype else keep(tensor.to(dtype))
-        for name, tensor in tensors.items()
-        if name.endswith("norm.weight")
+        name: tensor if tensor.dtype == dtype else keep(tensor.to(dtype))
+        for name in spec.norm_sizes
+        for tensor in (tensors[f"{name}.weight"],)
     }
-    cos, sin = (keep(table.to(dtype)) for table in rope_tables(spec, num_positions))
-    return Decoder(spec, tensors[f"{EMBEDDING}.weight"], norms, cos, sin, dtype)
+    wanted = torch.float32 if spec.rope_in_f32 else dtype
+    tables = {
+        rope: tuple(keep(table.to(wanted)) for table in rope_tables(rope, num_positions))
+        for rope in spec.ropes
+    }
+    return SharedWeights(spec, embedding, norms, tables, dtype)  # type: ignore[arg-type]
 
 
-def rope_tables(spec: ModelSpec, num_positions: int) -> tuple[Tensor, Tensor]:
-    """cos and sin, f32 [num_positions, D], as transformers computes them."""
-    angles = torch.arange(num_positions).float()[:, None] * rope_frequencies(spec)
-    both = torch.cat((angles, angles), dim=-1)
-    return both.cos() * spec.rope.attention_factor, both.sin() * spec.rope.attention_factor
+def rope_tables(rope: Rope, num_positions: int) -> tuple[Tensor, Tensor]:
+    """cos and sin, f32 [num_positions, rope size], as transformers computes them."""
+    angles = torch.arange(num_positions).float()[:, None] * rope_frequencies(rope)
+    if rope.interleaved:
+        both = angles.repeat_interleave(2, dim=-1)
+    else:
+        both = torch.cat((angles, angles), dim=-1)
+    return both.cos() * rope.attention_factor, both.sin() * rope.attention_factor
 
 
-def rope_frequencies(spec: ModelSpec) -> Tensor:
-    """Inverse frequencies, f32 [D / 2]. llama3: Llama 3.1 model card; yarn: arXiv 2309.00071."""
-    rope, size = spec.rope, spec.head_size
-    exponents = torch.arange(0, size, 2).float() / size
-    plain = 1.0 / rope.theta**exponents
+def rope_frequencies(rope: Rope) -> Tensor:
+    """Inverse frequencies, f32 [rope size / 2]. llama3: Llama 3.1 model card; yarn: arXiv
+    2309.00071; longrope: arXiv 2402.13753."""
+    size = rope.size
+    plain = 1.0 / rope.theta ** (torch.arange(0, size, 2).float() / size)
     if rope.kind == "default":
         return plain
     if rope.kind == "linear":
         return plain / rope.factor
+    if rope.kind == "longrope":
+        return plain / torch.tensor(rope.divisors)
     original = rope.original_max_positions
     if rope.kind == "llama3":
         wavelength = 2 * math.pi / plain
@@ -195,8 +325,10 @@ def rope_frequencies(spec: ModelSpec) -> Tensor:
     def dimension_of(rotations: float) -> float:
         return size * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
 
-    low = max(math.floor(dimension_of(rope.beta_fast)), 0)
-    high = min(math.ceil(dimension_of(rope.beta_slow)), size - 1)
-    ramp = (torch.arange(size // 2).float() - low) / (max(high - low, 0.001))
+    low, high = dimension_of(rope.beta_fast), dimension_of(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, size - 1)
+    ramp = (torch.arange(size // 2).float() - low) / max(high - low, 0.001)
     keep = 1 - ramp.clamp(0, 1)
     return plain / rope.factor * (1 - keep) + plain * keep

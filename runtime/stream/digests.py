@@ -13,8 +13,10 @@ from torch import Tensor
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format.store import CHUNK_BYTES, FileEntry, part_digest
-from subspec.artifacts.format.tensors import TensorFile
+from subspec.artifacts.format.tensors import open_regular
 from subspec.runtime.memory import bytes_of
+
+PIECE_BYTES = 1 << 20  # of a file that are read at a time
 
 
 class Digests:
@@ -30,23 +32,28 @@ class Digests:
         digest of the matrix's substitute if this is a residual."""
         self._submit(name, expected, lambda: part_digest([bytes_of(stored)], substitute))
 
-    def check_substitute(self, name: str, codes: Tensor, qparams: Tensor, expected: str) -> None:
-        """codes uint8 and qparams bf16 on the host, as they are stored."""
-        pieces = [bytes_of(codes.view(-1)), bytes_of(qparams.view(-1).view(codes.dtype))]
-        self._submit(name, expected, lambda: part_digest(pieces, None))
-
     def check_file(self, path: Path, entry: FileEntry) -> None:
-        """A whole file, in its chunks."""
+        """A whole file, in its chunks; what of it is read stays in the page cache."""
 
         def digest(first: int) -> str:
-            data = bytearray(min(CHUNK_BYTES, entry.num_bytes - first))
-            with TensorFile(path) as file:
-                file.read_into(memoryview(data), first)
-            return hashlib.sha256(data).hexdigest()
+            found, piece = hashlib.sha256(), bytearray(PIECE_BYTES)
+            with open_regular(path) as file:
+                file.seek(first)
+                left = min(CHUNK_BYTES, entry.num_bytes - first)
+                while left > 0 and (count := file.readinto(memoryview(piece)[:left])):
+                    found.update(memoryview(piece)[:count])
+                    left -= count
+            return found.hexdigest()
 
         for index, expected in enumerate(entry.chunks):
             first = index * CHUNK_BYTES
             self._submit(entry.path, expected, lambda first=first: digest(first))  # type: ignore[misc]
+
+    def submit(self, work: Callable[[], None]) -> None:
+        """Other work that reads and compares, beside what is checked."""
+        if len(self._pending) >= self._most_pending:
+            self._pending.popleft().result()
+        self._pending.append(self._pool.submit(work))
 
     def finish(self) -> None:
         """Waits for what is under way. Raises SubspecError(CORRUPT)."""
@@ -58,13 +65,14 @@ class Digests:
 
     def _submit(self, name: str, expected: str, digest: Callable[[], str]) -> None:
         def compare() -> None:
-            if digest() != expected:
-                raise SubspecError(
-                    Exit.CORRUPT,
-                    f"{name} does not match its digest",
-                    "copy or build the artifact again",
-                )
+            compare_digest(name, digest(), expected)
 
-        if len(self._pending) >= self._most_pending:
-            self._pending.popleft().result()
-        self._pending.append(self._pool.submit(compare))
+        self.submit(compare)
+
+
+def compare_digest(name: str, found: str, expected: str) -> None:
+    """Raises SubspecError(CORRUPT)."""
+    if found != expected:
+        raise SubspecError(
+            Exit.CORRUPT, f"{name} does not match its digest", "copy or build the artifact again"
+        )

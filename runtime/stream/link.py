@@ -16,7 +16,7 @@ from torch import Tensor
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.runtime.clock import Record, unrecorded
-from subspec.runtime.memory import bytes_of, host_buffer
+from subspec.runtime.memory import bytes_of, pinned_buffer, unpin
 
 READ_BYTES = 64 << 20
 OVERSLEPT_SECONDS = 0.002
@@ -196,8 +196,8 @@ class HostLink:
 
     def close(self) -> None:
         torch.cuda.synchronize(self._device)
-        for buffer in {b.untyped_storage().data_ptr(): b for b in self._host.values()}.values():
-            torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())
+        for buffer in self._host.values():
+            unpin(buffer)
         self._host.clear()
 
     def _delay(self, num_bytes: int) -> torch.cuda.Event | None:
@@ -227,23 +227,16 @@ def cycles_per_second() -> float:
 
 
 def pinned_copy(path: Path, ranges: list[tuple[int, int]]) -> dict[int, Tensor]:
-    """File offset -> pinned uint8 tensor of each range, exactly as large as it is.
-
-    Registered anonymous memory: torch's pinned allocator would round up to a power of two.
-    """
-    file, found = DirectFile(path), {}
+    """File offset -> pinned uint8 tensor of each range. An error leaves nothing pinned."""
+    file, found = DirectFile(path), dict[int, Tensor]()
     try:
         for offset, num_bytes in ranges:
-            buffer = host_buffer(num_bytes)
-            status = int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), num_bytes, 1))
-            if status:
-                raise SubspecError(
-                    Exit.RESOURCES,
-                    f"pinning {num_bytes} bytes of host memory failed (CUDA error {status})",
-                    "free host memory, raise `ulimit -l`, or plan with a larger --vram",
-                )
-            file.read_into(buffer, offset)
-            found[offset] = buffer
+            found[offset] = pinned_buffer(num_bytes)
+            file.read_into(found[offset], offset)
+    except BaseException:
+        for buffer in found.values():
+            unpin(buffer)
+        raise
     finally:
         file.close()
     return found

@@ -5,6 +5,7 @@ how it finds the codes inside the 4-bit kernel's own layout, so that no second c
 """
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format import residual
-from subspec.artifacts.model import Kind, Part
+from subspec.artifacts.model import Part
 from subspec.artifacts.native import residual_cpu
 from subspec.runtime.clock import Record, unrecorded
 from subspec.runtime.kernels.linear import Int4Weight, read_codes, unpack
@@ -22,18 +23,18 @@ from subspec.runtime.kernels.linear import Int4Weight, read_codes, unpack
 class ResidualDecoder:
     """Decodes one part at a time into `scratch`, which the next part overwrites."""
 
-    substitutes: dict[tuple[int, Kind], Int4Weight]
+    substitutes: Mapping[str, Int4Weight]  # by matrix
     scratch: Tensor  # uint8, of the largest part
     dtype: torch.dtype
     num_threads: int
     num_bad: Tensor  # int32 [1] on the device: tiles that could not be right (cuda)
     record: Record = unrecorded
 
-    def restore(self, part: Part, stored: Tensor) -> Tensor:
+    def decode(self, part: Part, stored: Tensor) -> Tensor:
         """stored uint8 -> the exact [rows, K], valid until the next call."""
         started = time.perf_counter()
         out = self.scratch[: part.num_bytes].view(self.dtype).view(part.num_rows, -1)
-        substitute = self.substitutes[part.linear.layer, part.linear.kind]
+        substitute = self.substitutes[part.linear.name]
         if out.device.type == "cuda":
             self._on_gpu(out, part, stored, substitute)
         else:

@@ -30,7 +30,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Text:
+class ChatTokenizer:
     """The artifact's tokenizer folder."""
 
     tokenizer: Tokenizer
@@ -80,7 +80,7 @@ class Text:
         return ids
 
 
-def load_tokenizer(folder: Path) -> Text:
+def load_tokenizer(folder: Path) -> ChatTokenizer:
     """`folder`: the artifact's tokenizer/."""
     try:
         tokenizer = Tokenizer.from_buffer(_read(folder / TOKENIZER, LARGEST_TOKENIZER))
@@ -103,7 +103,7 @@ def load_tokenizer(folder: Path) -> Text:
             template = _read(folder / TEMPLATE, LARGEST_TEMPLATE).decode("utf-8")
         except UnicodeDecodeError as error:
             raise SubspecError(Exit.CORRUPT, f"{TEMPLATE} is not UTF-8: {error}") from None
-    return Text(tokenizer, template, settings.special_tokens, settings.begins_with_bos)
+    return ChatTokenizer(tokenizer, template, settings.special_tokens, settings.begins_with_bos)
 
 
 def _read(path: Path, most: int) -> bytes:
@@ -152,7 +152,7 @@ class Decoder:
 class StreamingDetokenizer:
     """Ids -> text, stop strings cut off. The text is the model's: `printable` before a terminal."""
 
-    def __init__(self, text: Text, stop: tuple[str, ...] = ()) -> None:
+    def __init__(self, text: ChatTokenizer, stop: tuple[str, ...] = ()) -> None:
         self._decoder = Decoder(text.tokenizer)
         self._stop = stop
         self._held = ""

@@ -12,7 +12,6 @@ from subspec.artifacts.acceptance import (
     LEVEL_TRIALS,
     Acceptance,
     Curve,
-    Stopping,
     added,
     level_rates,
 )
@@ -187,73 +186,3 @@ def test_what_was_not_measured_has_no_margin() -> None:
     assert measured(curve).margin(2, 4) == math.inf  # nothing as narrow was tried
     assert math.isfinite(measured(curve).margin(3, 4))
     assert Acceptance((curve,), measured=False).margin(3, 4) == math.inf
-
-
-# Ended early
-
-
-WHOLE = (Curve(1, "code", (900, 800), (800, 700)), Curve(3, "code", (900,), (850,)))
-EARLY = Stopping(
-    0.3, (Curve(1, "code", (900, 800), (800, 600)),), (Curve(1, "code", (90,), (60,)),)
-)
-EARLIER = Stopping(0.5, (Curve(1, "code", (900, 700), (700, 300)),), (Curve(1, "", (90,), (30,)),))
-THREE_WAYS = Acceptance(WHOLE, True, (EARLY, EARLIER))
-
-
-def test_a_stop_that_was_not_tried_is_expected_to_be_as_the_next_lower_one() -> None:
-    assert THREE_WAYS.stops == (0.0, 0.3, 0.5)
-    for asked, known in ((0.3, EARLY), (0.4, EARLY), (0.5, EARLIER), (0.99, EARLIER)):
-        assert THREE_WAYS.under(asked) == Acceptance(known.curves, True)
-        assert THREE_WAYS.levels(1, 9, "", asked) == THREE_WAYS.levels(
-            1, 9, "", known.min_path_probability
-        )
-    assert THREE_WAYS.under(0.0) is THREE_WAYS.under(0.29) is THREE_WAYS
-    prior = Acceptance(WHOLE, False, (EARLY,))
-    assert prior.under(0.3) == Acceptance(EARLY.curves, False)
-    alone = measured(*WHOLE)
-    assert alone.stops == (0.0,) and alone.under(0.9) is alone
-
-
-def test_whole_trees_draft_all_of_their_levels() -> None:
-    assert THREE_WAYS.levels(3, 4) == measured(*WHOLE).levels(1, 4, "", 0.9) == (0, 1, 2, 3, 4)
-
-
-def test_a_tree_that_ends_early_drafts_its_first_level_and_what_follows_it() -> None:
-    """60 of 90 are followed, by Laplace's rule 61 of 92; they are as likely for every level."""
-    first = (60 + 20 * 61 / 92) / 110
-    found = THREE_WAYS.levels(1, 3, "", 0.3)
-    assert found == pytest.approx((0, 1, 1 + first, 1 + first + first * 61 / 92))
-    assert THREE_WAYS.levels(1, 1, "", 0.3) == (0, 1)
-
-
-@pytest.mark.parametrize("min_path_probability", [0.0, 0.3, 0.9])
-def test_a_tree_without_a_level_drafts_none(min_path_probability: float) -> None:
-    assert THREE_WAYS.levels(1, 0, "", min_path_probability) == (0,)
-    assert THREE_WAYS.levels(8, 0, "json", min_path_probability) == (0,)
-
-
-def test_the_levels_of_a_tree_are_those_of_the_chain_that_made_the_counts() -> None:
-    """60 000 drafts of at most six levels, each followed by another with its own probability."""
-    pick, deepest = random.Random(3), len(RATES)
-    tried, followed, drafted = [0] * deepest, [0] * deepest, [0] * deepest
-    for _ in range(60_000):
-        level = 0
-        while level < deepest:
-            tried[level] += 1
-            for deep in range(level, deepest):  # of a tree so deep
-                drafted[deep] += 1
-            if pick.random() > RATES[level]:
-                break
-            followed[level] += 1
-            level += 1
-    curve = Curve(3, "code", tuple(tried), tuple(followed))
-    known = Acceptance(WHOLE, True, (Stopping(0.3, WHOLE, (curve,)),))
-    found = known.levels(3, deepest, "code", 0.3)
-    assert found == pytest.approx([0.0, *(count / 60_000 for count in drafted)], rel=0.003)
-    exact = [sum(math.prod(RATES[:n]) for n in range(deep)) for deep in range(deepest + 1)]
-    assert found == pytest.approx(exact, rel=0.01)
-
-
-def test_a_margin_of_trees_that_end_early_is_that_of_their_own_counts() -> None:
-    assert THREE_WAYS.under(0.5).margin(1, 2) == measured(*EARLIER.curves).margin(1, 2)
-    assert THREE_WAYS.under(0.5).tokens(1, 2) < THREE_WAYS.under(0.3).tokens(1, 2)

@@ -160,6 +160,11 @@ def test_what_the_user_fixes_is_in_the_plan(here: Path, capsys: pytest.CaptureFi
     tree = dry(capsys, "--width", 2, "--depth", 5)["tree"]
     assert isinstance(tree, dict) and (tree["width"], tree["depth"]) == (2, 5)
     assert dry(capsys, "--context", 200)["context"] == 200
+    words = ("--method", "substitute", "--draft-min-probability", 0.3)
+    found = dry(capsys, *words)
+    tree, reasons = found["tree"], found["reasons"]
+    assert isinstance(tree, dict) and tree["min_path_probability"] == 0.3
+    assert isinstance(reasons, list) and any("less probable than 0.3" in one for one in reasons)
     assert dry(capsys, "--method", "plain")["method"] == "plain"
     assert dry(capsys, "--method", "substitute")["method"] == "substitute"
     assert dry(capsys, "--ram", "1GB", "--device", "cpu")["device"] == "cpu"
@@ -389,7 +394,8 @@ def test_an_artifact_without_runs_of_its_plan_says_how_to_get_some(
 def test_calibrating_asks_again_for_what_was_asked_for(
     there: Artifact, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ended = run(capsys, "--from", "there", "--vram", "9MB", "--context", 200, "--depth", 2)
+    ended = run(capsys, "--from", "there", "--vram", "9MB", "--context", 200, "--depth", 2,
+                "--draft-min-probability", 0.3)  # fmt: skip
     assert ended.exit_code == 0, ended.err
     planned = open_artifact(there.path).plan
     own = {"plan": plan_digest(planned), "machine": planned.machine}
@@ -399,6 +405,7 @@ def test_calibrating_asks_again_for_what_was_asked_for(
     assert after.acceptance.kinds == ("runs",)
     assert (after.budget_bytes, after.context, after.tree.depth) == (9_000_000, 200, 2)
     assert after.constraints == planned.constraints
+    assert after.constraints.min_path_probability == 0.3
 
 
 def test_without_a_size_an_artifact_keeps_its_own(

@@ -19,7 +19,7 @@ from subspec.planner.model.hub import DEMO
 from subspec.runtime import cli, session
 from subspec.runtime.app import answer
 from subspec.runtime.cli import Options
-from subspec.runtime.text.tokenizer import Text, load_tokenizer
+from subspec.runtime.text.tokenizer import ChatTokenizer, load_tokenizer
 
 SLOW = ("--link-bandwidth", "15MB")  # a round takes a third of a second
 Capture = pytest.CaptureFixture[str]
@@ -54,7 +54,7 @@ def test_system_and_raw_change_what_the_model_reads(artifact: Path, capsys: Capt
 
 def test_a_model_without_a_template_says_that_it_continues(artifact: Path, capsys: Capture) -> None:
     text = load_tokenizer(artifact / "tokenizer")
-    bare = Text(text.tokenizer, None, {}, False)
+    bare = ChatTokenizer(text.tokenizer, None, {}, False)
     opened_artifact = cli.open_folder(artifact)
     ids = cli.prompt_ids(opened_artifact, bare, Options(artifact), "def f")
     assert ids == text.tokenizer.encode("def f").ids

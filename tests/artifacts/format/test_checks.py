@@ -2,13 +2,12 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from subspec.artifacts.acceptance import Acceptance, Curve, Stopping
+from subspec.artifacts.acceptance import Acceptance, Curve
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format.checks import check_headers, check_plan, check_spec
 from subspec.artifacts.format.tensors import ITEM_BYTES, write_header
@@ -127,39 +126,10 @@ def test_counts_that_no_trees_have_are_refused(curves: tuple[Curve, ...]) -> Non
     refused("plan.json", lambda: check_plan(SPEC, RAW, plan))
 
 
-@pytest.mark.parametrize("curves", [(), *WRONG_COUNTS.values()], ids=["none", *WRONG_COUNTS])
-@pytest.mark.parametrize("where", ["curves", "followed"])
-def test_counts_that_no_trees_which_end_early_have_are_refused(
-    where: str, curves: tuple[Curve, ...]
-) -> None:
-    fine = Stopping(0.3, PLAN.acceptance.curves, PLAN.acceptance.curves)
-    for stopping in (
-        (ended := replace(fine, **{where: curves}),),
-        (fine, replace(ended, min_path_probability=0.5)),
-    ):
-        plan = replace(PLAN, acceptance=replace(PLAN.acceptance, stopping=stopping))
-        refused("plan.json", partial(check_plan, SPEC, RAW, plan))
-
-
-@pytest.mark.parametrize(
-    "stops",
-    [(0.0,), (-0.1,), (1.0,), (math.nan,), (math.inf,), (0.5, 0.3), (0.3, 0.3), (0.3, math.nan)],
-    ids=str,
-)
-def test_stops_that_do_not_ascend_between_0_and_1_are_refused(stops: tuple[float, ...]) -> None:
-    curves = PLAN.acceptance.curves
-    stopping = tuple(Stopping(stop, curves, curves) for stop in stops)
-    plan = replace(PLAN, acceptance=replace(PLAN.acceptance, stopping=stopping))
-    refused("plan.json", lambda: check_plan(SPEC, RAW, plan))
-
-
 def test_a_plan_whose_drafts_end_early_passes() -> None:
-    curves = PLAN.acceptance.curves
-    stopping = tuple(Stopping(stop, curves, curves) for stop in (0.15, 0.3, 0.999))
-    acceptance = replace(PLAN.acceptance, stopping=stopping)
-    for min_path_probability in (0.0, 0.15, 0.2, 0.9999):
+    for min_path_probability in (0.0, 0.15, 0.9999):
         tree = Tree(2, 3, 0.2, min_path_probability)
-        check_plan(SPEC, RAW, replace(PLAN, tree=tree, acceptance=acceptance))
+        check_plan(SPEC, RAW, replace(PLAN, tree=tree))
 
 
 def test_curves_of_several_kinds_may_have_one_width() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from subspec.artifacts.acceptance import Acceptance, Curve, Stopping
+from subspec.artifacts.acceptance import Acceptance, Curve
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format.codec import dump_json
 from subspec.artifacts.format.store import (
@@ -390,54 +390,11 @@ def test_a_moved_read_only_artifact_opens_and_stays_as_it_is(artifact: Path) -> 
 # Drafts that end early
 
 
-STOPPING: dict[str, Any] = {
-    "min_path_probability": 0.3,
-    "curves": [{"width": 2, "kind": "code", "tried": [9, 5], "accepted": [5, 2]}],
-    "followed": [{"width": 2, "kind": "code", "tried": [9, 7], "accepted": [7, 1]}],
-}
-PREDICTED: dict[str, Any] = {
-    "tokens_per_second": 5.0, "time_to_first_token_seconds": 0.1, "fast_peak_bytes": 1000,
-    "tokens_per_round": 2.0, "draft_seconds": 0.1, "verify_seconds": 0.2, "stream_seconds": 0.1,
-    "compute_seconds": 0.1, "decode_seconds": 0.0, "streamed_bytes": 1000,
-}  # fmt: skip
-
-
-def with_stopping(*stopping: dict[str, Any]) -> Change:
-    return lambda plan: plan["acceptance"].update(stopping=list(stopping))
-
-
-def test_a_plan_of_before_drafts_ended_early_opens(artifact: Path) -> None:
-    """It says neither where they end nor how many levels they draft."""
-
-    def aged(plan: Any) -> None:
-        del plan["acceptance"]["stopping"]
-        del plan["tree"]["min_path_probability"]
-        plan["predicted"] = {"substitute": PREDICTED}
-
-    edit(artifact, "plan.json", aged)
-    plan = open_artifact(artifact).plan
-    assert (plan.acceptance.stopping, plan.tree.min_path_probability) == ((), 0.0)
-    assert plan.predicted["substitute"].levels_per_round == 0.0
-    assert plan.tree_acceptance is plan.acceptance
-
-
-def test_where_drafts_end_is_read_as_it_was_written(artifact: Path) -> None:
-    def ending(plan: Any) -> None:
-        with_stopping(STOPPING, {**STOPPING, "min_path_probability": 0.5})(plan)
-        plan["tree"]["min_path_probability"] = 0.3
-        plan["predicted"] = {"substitute": {**PREDICTED, "levels_per_round": 2.25}}
-
-    edit(artifact, "plan.json", ending)
-    plan = open_artifact(artifact).plan
-    curves, followed = Curve(2, "code", (9, 5), (5, 2)), Curve(2, "code", (9, 7), (7, 1))
-    assert plan.acceptance.stopping == (
-        Stopping(0.3, (curves,), (followed,)), Stopping(0.5, (curves,), (followed,)),
-    )  # fmt: skip
-    assert plan.tree_acceptance.curves == (curves,)
-    assert (plan.tree.min_path_probability, plan.predicted["substitute"].levels_per_round) == (
-        0.3,
-        2.25,
-    )
+def test_where_drafts_end_is_read_as_it_was_written_and_may_be_left_out(artifact: Path) -> None:
+    edit(artifact, "plan.json", lambda plan: plan["tree"].update(min_path_probability=0.3))
+    assert open_artifact(artifact).plan.tree.min_path_probability == 0.3
+    edit(artifact, "plan.json", lambda plan: plan["tree"].pop("min_path_probability"))
+    assert open_artifact(artifact).plan.tree.min_path_probability == 0.0
 
 
 @pytest.mark.parametrize(
@@ -446,15 +403,6 @@ def test_where_drafts_end_is_read_as_it_was_written(artifact: Path) -> None:
         lambda plan: plan["tree"].update(min_path_probability=-0.25),
         lambda plan: plan["tree"].update(min_path_probability=1.0),
         lambda plan: plan["tree"].update(min_path_probability="0.3"),
-        lambda plan: plan["acceptance"].update(stopping=0.3),
-        with_stopping({**STOPPING, "min_path_probability": 0.0}),
-        with_stopping({**STOPPING, "min_path_probability": 0.5}, STOPPING),
-        with_stopping(STOPPING, STOPPING),
-        with_stopping({**STOPPING, "curves": []}),
-        with_stopping({**STOPPING, "followed": []}),
-        with_stopping({key: STOPPING[key] for key in ("min_path_probability", "curves")}),
-        with_stopping({**STOPPING, "curves": [{**STOPPING["curves"][0], "accepted": [10, 2]}]}),
-        with_stopping({**STOPPING, "followed": [{**STOPPING["followed"][0], "tried": [9, 8]}]}),
     ],
 )
 def test_drafts_that_end_where_none_can_are_refused(artifact: Path, change: Change) -> None:

@@ -7,7 +7,7 @@ import pytest
 from run_records import PLAN, make_run
 from toys import ACCEPTANCE, make_profile, make_spec
 
-from subspec.artifacts.acceptance import Acceptance, Curve, Stopping
+from subspec.artifacts.acceptance import Acceptance, Curve
 from subspec.artifacts.format.checks import check_plan
 from subspec.artifacts.model import StoredPart, parts
 from subspec.artifacts.plan import Constraints, Method, Prediction, Usage
@@ -29,7 +29,7 @@ from subspec.planner.solve.outlook import predict_for
 from subspec.planner.solve.search import search
 from subspec.planner.solve.storage import raw_storage
 
-SAID = Prediction(20.0, 0.5, 8_000_000, 2.5, 0.05, 0.075, 0.05, 0.02, 0.0, 5_000_000, 3.0)
+SAID = Prediction(20.0, 0.5, 8_000_000, 2.5, 0.05, 0.075, 0.05, 0.02, 0.0, 5_000_000)
 
 
 def said(method: Method, usage: Usage) -> Prediction:
@@ -91,11 +91,14 @@ def test_a_profile_without_what_was_learned_is_the_one_that_was_measured() -> No
 # Runs
 
 
+DEPTH = 3  # of the plan's tree
+
+
 def run_like(plan_of: Prediction, factor: float, rounds: int, **changes: Any) -> Run:
     """A run of `rounds` rounds, `factor` times as long as predicted."""
     given: dict[str, Any] = {
         "accepted": (rounds,),
-        "drafted_levels": round(plan_of.levels_per_round * rounds),
+        "drafted_levels": DEPTH * rounds,
         "draft_seconds": factor * rounds * plan_of.draft_seconds,
         "verify_seconds": factor * rounds * plan_of.verify_seconds,
         "first_token_seconds": factor * plan_of.time_to_first_token_seconds,
@@ -105,7 +108,7 @@ def run_like(plan_of: Prediction, factor: float, rounds: int, **changes: Any) ->
 
 def test_a_run_counts_as_so_many_rounds_of_its_mean() -> None:
     """4 rounds in 0.25 and 0.375 s."""
-    found = rounds_of_runs([make_run()], said)
+    found = rounds_of_runs([make_run()], DEPTH, said)
     assert found.draft == (Timed((0.0625,) * 4, 0.05),)
     assert found.verify == (Timed((0.09375,) * 4, 0.075),)
     assert found.prompt == (Timed((0.5,), 0.5),)
@@ -114,21 +117,19 @@ def test_a_run_counts_as_so_many_rounds_of_its_mean() -> None:
 
 def test_levels_that_an_answers_end_had_no_room_for_are_not_counted_as_drafted() -> None:
     cut = make_run(drafted_levels=9)  # of 4 trees of 3 levels
-    found = rounds_of_runs([cut], said)
+    found = rounds_of_runs([cut], DEPTH, said)
     assert found.draft == (Timed((0.0625,) * 4, 0.05 * 0.75),)
-    assert found.verify == rounds_of_runs([make_run()], said).verify
+    assert found.verify == rounds_of_runs([make_run()], DEPTH, said).verify
 
 
 def test_drafts_that_end_early_are_compared_level_by_level() -> None:
-    """As if each of its rounds had drafted the levels that are expected of it."""
-    for drafted, expected in ((12, 2.0), (6, 2.0), (7, 1.4)):
-        promised = replace(SAID, levels_per_round=expected)
-        found = rounds_of_runs([make_run(drafted_levels=drafted)], lambda *_, p=promised: p)
+    for drafted, depth in ((12, 3), (6, 3), (7, 5)):
+        found = rounds_of_runs([make_run(drafted_levels=drafted)], depth, said)
         [draft] = found.draft
         assert draft.actual == (0.0625,) * 4
-        assert draft.predicted == pytest.approx(0.05 * drafted / (4 * expected))
-        assert found.verify == rounds_of_runs([make_run()], said).verify
-    without = rounds_of_runs([make_run(drafted_levels=0)], said)  # answers of two tokens
+        assert draft.predicted == pytest.approx(0.05 * drafted / (4 * depth))
+        assert found.verify == rounds_of_runs([make_run()], depth, said).verify
+    without = rounds_of_runs([make_run(drafted_levels=0)], DEPTH, said)  # answers of two tokens
     assert corrections(without).draft == 1.0
 
 
@@ -139,23 +140,23 @@ def test_each_run_is_compared_with_what_is_promised_for_its_own_usage() -> None:
         asked.append((method, usage))
         return SAID
 
-    rounds_of_runs([make_run(), make_run(method="plain", prompt_tokens=9)], ask)
+    rounds_of_runs([make_run(), make_run(method="plain", prompt_tokens=9)], DEPTH, ask)
     assert asked == [("substitute", Usage(24, 11)), ("plain", Usage(9, 11))]
 
 
 def test_plain_decoding_at_one_row_is_learned_and_its_padded_twin_is_not() -> None:
     fast = make_run(method="plain", padded=False, draft_seconds=0.0, verify_seconds=0.9)
-    found = rounds_of_runs([fast], said)
+    found = rounds_of_runs([fast], DEPTH, said)
     assert (found.draft, found.verify) == ((), ())
     assert corrections(found).plain == pytest.approx(0.9 / 4 / 0.15)
-    assert rounds_of_runs([replace(fast, padded=True)], said).plain == ()
+    assert rounds_of_runs([replace(fast, padded=True)], DEPTH, said).plain == ()
 
 
 @pytest.mark.parametrize("changes", [{"reused_tokens": 5}, {"first_of_session": True}])
 def test_a_first_token_that_others_or_digests_share_in_is_not_learned(
     changes: dict[str, Any],
 ) -> None:
-    found = rounds_of_runs([make_run(**changes)], said)
+    found = rounds_of_runs([make_run(**changes)], DEPTH, said)
     assert found.prompt == () and len(found.verify) == 1
 
 
@@ -173,7 +174,7 @@ def test_runs_fold_into_the_profile_until_its_predictions_are_theirs() -> None:
         drafted, plain = promised("substitute", usage), promised("plain", usage)
         runs.append(run_like(drafted, factor, num_rounds, **tokens))
         runs.append(run_like(plain, 2 * factor, num_rounds, method="plain", padded=False, **tokens))
-    rounds = rounds_of_runs(runs, promised)
+    rounds = rounds_of_runs(runs, DEPTH, promised)
     taught = replace(profile, corrections=corrections(rounds))
     assert taught.corrections.draft == pytest.approx(1.3, rel=0.02)
     assert taught.corrections.num_rounds == 240
@@ -202,24 +203,10 @@ def test_runs_are_a_kind_of_text_of_their_own() -> None:
     assert found.reached(2, 3, "code") == pytest.approx(before, rel=1e-3)
 
 
-def test_runs_give_the_same_counts_to_all_ways_of_ending() -> None:
-    """Also those of a plan that ends early; how many levels follow is not counted by a run."""
-    early = replace(PLAN, tree=replace(PLAN.tree, min_path_probability=0.3))
-    some = Curve(2, "code", (980, 700, 500), (700, 500, 200))
-    followed = (Curve(2, "code", (980, 800, 600), (800, 600, 300)),)
-    stopping = tuple(Stopping(stop, (some,), followed) for stop in (0.15, 0.3))
-    before = replace(PLAN.acceptance, stopping=stopping)
-    found = with_runs(before, early, [make_run(drafted_levels=8), make_run()])
-    runs = Curve(2, "runs", (8, 6, 4), (6, 4, 4))
-    assert found.curves == (CODE, runs)
-    assert found.stopping == tuple(replace(one, curves=(some, runs)) for one in stopping)
-    assert with_runs(found, early, [make_run(drafted_levels=8), make_run()]) == found
-    assert found.stops == before.stops
-    spec = make_spec()
-    stored = [StoredPart(part, "raw", part.num_bytes) for part in parts(spec)]
-    check_plan(
-        spec, stored, search(spec, make_profile(), 12_000_000, Constraints(context=256), found)
-    )
+def test_runs_that_are_counted_again_replace_those_of_before() -> None:
+    runs = [make_run(), make_run()]
+    once = with_runs(PLAN.acceptance, PLAN, runs)
+    assert with_runs(once, PLAN, runs) == once
 
 
 def test_curves_stay_in_the_order_that_a_reader_asks_for() -> None:

@@ -1,22 +1,20 @@
-"""Rows, lines and numbers of a plan, as a person reads them; the pages are in test_explain.py."""
+"""Rows and lines of a plan, as a person reads them; the pages are in test_explain.py."""
 
-from dataclasses import replace
-
-import pytest
+from run_records import make_run
 from toys import ACCEPTANCE, make_profile, make_spec
 
 from subspec.artifacts.common.sizes import short_size
 from subspec.artifacts.model import parts
 from subspec.artifacts.plan import Constraints
-from subspec.artifacts.profile import LinkRate
+from subspec.artifacts.profile import Corrections, LinkRate
 from subspec.planner.report.wording import (
-    Row,
-    big_number,
-    duration,
+    PURPOSES,
+    cost_rows,
     in_markdown,
+    ledger_bytes,
     ledger_rows,
-    number,
     placement_of,
+    run_rows,
     streamed_line,
 )
 from subspec.planner.solve.costs import model_bytes
@@ -24,51 +22,48 @@ from subspec.planner.solve.search import search
 from subspec.planner.solve.storage import usual_storages
 
 
-@pytest.mark.parametrize(
-    ("value", "text"), [(0, "0.00"), (3.14159, "3.14"), (31.4159, "31.4"), (31415.9, "31416")]
-)
-def test_numbers_have_three_digits(value: float, text: str) -> None:
-    assert number(value) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0.0, "0 s"), (12e-6, "12.0 µs"), (0.25, "250 ms"), (1.5, "1.50 s"), (2e-7, "0.20 µs")],
-)
-def test_times_have_a_unit(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
-
-
-def test_purposes_that_we_do_not_know_are_shown_by_their_name() -> None:
+def test_every_purpose_of_the_ledger_has_a_label_and_all_add_up_to_the_budget() -> None:
     plan = search(make_spec(), make_profile(), 12_000_000, Constraints(context=256), ACCEPTANCE)
-    placement = replace(plan.plain, ledger={"resident": 10, "graphs": 5, "norms": 0})
-    assert ledger_rows(replace(plan, budget_bytes=15), placement) == [
-        Row("resident", "exact weights that stay", 10),
-        Row("other", "graphs", 5),
-    ]
+    assert set(ledger_bytes(placement_of(plan))) == set(PURPOSES)
+    rows = ledger_rows(plan)
+    assert sum(row.num_bytes for row in rows) == plan.budget_bytes
+    assert all(row.num_bytes > 0 for row in rows)
+    assert rows[-1].label == "unused"
 
 
-def test_what_streams_is_the_stored_weights_less_what_memory_holds_of_them() -> None:
-    """Those held decoded aside: their bits would be a mixture of both."""
+def test_what_streams_is_told_beside_what_is_resident() -> None:
     spec = make_spec(num_layers=32)
     profile = make_profile(link=(LinkRate(64 << 10, 100e6),), residual_weights_per_second=2e7)
     stored = usual_storages(spec)[0]
     budget = int(0.8 * model_bytes(spec))
     plan = search(spec, profile, budget, Constraints(), ACCEPTANCE, stored)
-    decoded = set(plan.residuals) & set(placement_of(plan).resident)
+    placement, total = placement_of(plan), len(parts(spec))
+    resident, split = len(placement.resident), len(placement.split)
     streamed = plan.predicted[plan.method].streamed_bytes
-    assert decoded and streamed
-    line = streamed_line(spec, plan)
-    count = sum(part.num_weights for part in parts(spec) if part.name not in decoded)
-    assert line.startswith(f"{big_number(count)} weights x (4.5 + {stored.bits_per_residual:.2f})")
-    assert line.endswith(
-        f"{short_size(streamed)} a round; {len(decoded)} more matrices are held decoded"
+    assert resident and split and streamed
+    assert streamed_line(spec, plan) == (
+        f"{short_size(streamed)} per round, {total - resident - split} of {total} matrices; "
+        f"{resident} are resident, {split} as residuals"
     )
 
 
-def test_large_counts_are_said_in_words() -> None:
-    counts = (999_999, 1_500_000, 32_800_000_000)
-    assert [big_number(count) for count in counts] == ["999999", "1.50 million", "32.8 billion"]
+def test_runs_are_compared_with_what_was_predicted_for_them() -> None:
+    runs = [make_run(verify_seconds=seconds) for seconds in (0.2, 0.375, 0.55)]
+    waited = make_run(method="plain", first_of_session=True, predicted_peak_bytes=None)
+    assert run_rows([*runs, waited]) == [
+        ("speculative decoding, tokens/s", "3", "20.0", "16.0", "-20%"),
+        ("speculative decoding, first token", "3", "500 ms", "500 ms", "+0%"),
+        ("speculative decoding, peak memory", "3", "8.00 MB", "7.50 MB", "-6%"),
+        ("plain decoding, tokens/s", "1", "20.0", "16.0", "-20%"),
+    ]
+
+
+def test_correction_factors_are_told_with_the_rounds_they_rest_on() -> None:
+    found = dict(cost_rows(make_profile(corrections=Corrections(1.08, 0.96, 1.02, 1.21, 145))))
+    assert found["correction factors"] == (
+        "draft 1.08, verify 0.96, plain decoding 1.02, first token 1.21; from 145 rounds"
+    )
+    assert found["link while layers compute"] == "80% of its speed"
 
 
 def test_a_foreign_name_breaks_neither_a_line_nor_a_code_span() -> None:

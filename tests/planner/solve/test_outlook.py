@@ -6,10 +6,9 @@ from typing import Any
 import pytest
 from toys import ACCEPTANCE, make_profile, make_spec
 
-from subspec.artifacts.acceptance import Acceptance, Curve, Stopping
+from subspec.artifacts.acceptance import Acceptance, Curve
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.plan import USUAL, Constraints, Method, Plan, Point, Prediction, Usage
-from subspec.artifacts.profile import Timing
 from subspec.planner.solve.outlook import (
     BUDGET_STEPS,
     CONTEXTS,
@@ -18,7 +17,7 @@ from subspec.planner.solve.outlook import (
     what_more_memory_buys,
     with_outlook,
 )
-from subspec.planner.solve.predict import early_doubt, usage_within
+from subspec.planner.solve.predict import usage_within
 from subspec.planner.solve.search import search
 from subspec.planner.solve.storage import usual_storages
 
@@ -108,22 +107,11 @@ def test_a_longer_cache_makes_a_round_longer() -> None:
         assert far.time_to_first_token_seconds > 10 * near.time_to_first_token_seconds
 
 
-def test_a_plan_that_ends_its_drafts_early_promises_what_they_give() -> None:
-    """Half of the trees go on, and are accepted: the others end after one level that is not."""
-    half, all_of = (Curve(3, "code", (4000, n), (n, n)) for n in (2000, 1980))
-    early = Stopping(0.3, (all_of,), (Curve(3, "code", (4000, 2000), (2000, 1980)),))
-    stopping = Acceptance((half,), measured=True, stopping=(early,))
-    dear = {"draft_layer": (Timing(1, 2e-3), Timing(8, 4e-3))}
-    plan = plan_for(9_000_000, acceptance=stopping, **dear)
-    assert plan.tree.min_path_probability == 0.3
-    found = foretold(plan, "substitute", usage_within(256, USUAL), **dear)
-    expected = plan.predicted["substitute"]
-    assert found == replace(expected, fast_peak_bytes=found.fast_peak_bytes)
-    tree = plan.tree
-    assert found.levels_per_round == stopping.levels(tree.width, tree.depth, "", 0.3)[-1]
-    accepted = plan.tree_acceptance.tokens(tree.width, tree.depth) - 1
-    counted = 1 - early_doubt(stopping)
-    assert found.tokens_per_round == pytest.approx(1 + counted * accepted)
+def test_a_plan_whose_drafts_may_end_early_foretells_whole_trees() -> None:
+    whole = plan_for(9_000_000)
+    early = replace(whole, tree=replace(whole.tree, min_path_probability=0.3))
+    usage = usage_within(256, USUAL)
+    assert foretold(early, "substitute", usage) == foretold(whole, "substitute", usage)
 
 
 # Other budgets and contexts

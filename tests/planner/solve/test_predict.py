@@ -7,30 +7,28 @@ from typing import Any
 import pytest
 from toys import make_profile, make_spec
 
-from subspec.artifacts.acceptance import Acceptance, Curve, Stopping
-from subspec.artifacts.plan import USUAL, Prediction, Usage
+from subspec.artifacts.acceptance import Acceptance, Curve
+from subspec.artifacts.plan import USUAL, Prediction, Tree, Usage
 from subspec.artifacts.profile import LIVE_TOKENS, MORE_TOKENS, Corrections, Profile, Timing
 from subspec.planner.machine.profiles import with_link
 from subspec.planner.solve.predict import (
     ONE_TOKEN,
     Candidate,
-    Emitted,
+    Ring,
+    RoundYield,
     both_at_once,
-    early_doubt,
-    emissions,
-    emitted_by_depth,
-    ending_early,
-    level_seconds,
     passes_of,
     predict,
     rounds_needed,
     usage_within,
+    yields_by_depth,
 )
 from subspec.planner.solve.storage import raw_storage, usual_storages
 
 CODED, *_, RAW = usual_storages(make_spec())
-CHAIN = Candidate(RAW, 1, 4, 8, 1 << 20, 2)
-PLAIN = Candidate(RAW, 0, 0, 8, 1 << 20, 2)
+RING = Ring(1 << 20, 2)
+CHAIN = Candidate(RAW, Tree(1, 4), 8, RING)
+PLAIN = Candidate(RAW, None, 8, RING)
 LINK = 100e6  # bytes per second of the toy's link at 1 MiB
 HALF = Acceptance((Curve(1, "", (1000,), (500,)),), measured=True)
 AS_TIMED = Usage(64, 2 * (LIVE_TOKENS - 64))  # halfway through it the cache is as it was timed
@@ -41,17 +39,16 @@ SHARES = (0.01, 0.2, 0.5, 0.9, 1.0)
 def predicted(
     candidate: Candidate,
     streamed: int = 0,
-    emitted: Emitted | None = None,
+    gives: RoundYield = ONE_TOKEN,
     prefill_tokens: int = 128,
     usage: Usage = AS_TIMED,
     **changes: Any,
 ) -> Prediction:
     profile = make_profile(**changes)
     passes = passes_of(
-        make_spec(), profile, candidate.width, candidate.verify_width, prefill_tokens, usage
+        make_spec(), profile, candidate.tree, candidate.verify_width, prefill_tokens, usage
     )
-    emitted = emitted or replace(ONE_TOKEN, levels=candidate.depth)
-    return predict(profile, candidate, passes, streamed, emitted, 0, usage)
+    return predict(profile, candidate, passes, streamed, gives, 0, usage)
 
 
 def never_rises(seconds: list[float]) -> None:
@@ -61,21 +58,14 @@ def never_rises(seconds: list[float]) -> None:
 # Tokens of a round, rounds of an answer
 
 
-def test_a_round_emits_what_was_accepted_and_the_exact_models_own() -> None:
+def test_a_round_gives_what_was_accepted_and_the_exact_models_own() -> None:
     """Half of the drafts are right: 1, 2, 3, 4 tokens in 1/2, 1/4, 1/8, 1/8 of the rounds."""
-    assert emitted_by_depth(HALF, 1, 3, "") == (
+    assert yields_by_depth(HALF, 1, 3, "") == (
         ONE_TOKEN,
-        Emitted(1.5, 0.5 + 4 * 0.5, 1.0),
-        Emitted(1.75, 0.5 + 4 * 0.25 + 9 * 0.25, 2.0),
-        Emitted(1.875, 0.5 + 4 * 0.25 + 9 * 0.125 + 16 * 0.125, 3.0),
+        RoundYield(1.5, 0.5 + 4 * 0.5),
+        RoundYield(1.75, 0.5 + 4 * 0.25 + 9 * 0.25),
+        RoundYield(1.875, 0.5 + 4 * 0.25 + 9 * 0.125 + 16 * 0.125),
     )
-
-
-def test_what_a_search_may_try_is_worked_out_for_every_width_and_depth() -> None:
-    code = Acceptance((Curve(1, "code", (9,), (8,)), Curve(3, "json", (9,), (9,))), measured=True)
-    found = emissions(code, (1, 2, 3), 5, "code")
-    assert set(found) == {0, 1, 2, 3} and found[0] == (ONE_TOKEN,)
-    assert all(found[width] == emitted_by_depth(code, width, 5, "code") for width in (1, 2, 3))
 
 
 def counted_rounds(num_tokens: int, reached: list[float]) -> float:
@@ -89,9 +79,9 @@ def counted_rounds(num_tokens: int, reached: list[float]) -> float:
     return needed[num_tokens]
 
 
-def emitted_with(reached: list[float]) -> Emitted:
+def yield_with(reached: list[float]) -> RoundYield:
     squares = sum((2 * n + 1) * p for n, p in enumerate(reached, 1))
-    return Emitted(1 + sum(reached), 1 + squares, len(reached))
+    return RoundYield(1 + sum(reached), 1 + squares)
 
 
 @pytest.mark.parametrize("rate", [0.3, 0.8, 0.95, 0.99])
@@ -102,14 +92,14 @@ def test_the_rounds_of_an_answer_are_those_of_a_count_of_all_ways(
 ) -> None:
     """The last round's overshoot included, which is 11 % of what the deepest tree needs."""
     reached = [rate**level for level in range(1, depth + 1)]
-    found = rounds_needed(num_tokens, emitted_with(reached))
+    found = rounds_needed(num_tokens, yield_with(reached))
     assert found == pytest.approx(counted_rounds(num_tokens, reached), rel=0.02)
 
 
 def test_an_answer_as_short_as_a_tree_is_deep_is_near_enough() -> None:
     for num_tokens in (1, 2, 5, 11, 23):
         reached = [0.9**level for level in range(1, 17)]
-        found = rounds_needed(num_tokens, emitted_with(reached))
+        found = rounds_needed(num_tokens, yield_with(reached))
         assert found == pytest.approx(counted_rounds(num_tokens, reached), rel=0.13)
         assert found >= 1
 
@@ -118,84 +108,13 @@ def test_plain_decoding_needs_a_round_for_each_token() -> None:
     assert [rounds_needed(n, ONE_TOKEN) for n in (1, 2, 255)] == [1, 2, 255]
 
 
-# Ended early
-
-
-EARLY = Acceptance(
-    (Curve(1, "", (990, 940, 880), (940, 880, 810)), Curve(3, "", (990, 960), (960, 920))),
-    measured=True,
-    stopping=(
-        Stopping(
-            0.15,
-            (Curve(1, "", (990, 940, 870), (940, 870, 780)), Curve(3, "", (990,), (950,))),
-            (Curve(1, "", (990, 900, 800), (900, 800, 640)), Curve(3, "", (990,), (940,))),
-        ),
-        Stopping(
-            0.5,
-            (Curve(1, "", (990, 930, 800), (930, 800, 640)), Curve(3, "", (990,), (930,))),
-            (Curve(1, "", (990, 700), (700, 450)), Curve(3, "", (990,), (800,))),
-        ),
-    ),
-)
-DEEP = 24
-
-
-@pytest.mark.parametrize("tokens_per_second", [0.1, 3.0, 10.0, 30.0, 100.0, 1000.0])
-def test_each_tree_ends_where_that_gives_most_tokens_less_what_its_time_is_worth(
-    tokens_per_second: float,
-) -> None:
-    trees, seconds = emissions(EARLY, (1, 2, 3), DEEP), {1: 1e-3, 2: 1.5e-3, 3: 4e-3}
-    found = ending_early(EARLY, trees, tokens_per_second, seconds.__getitem__)
-    assert set(found) == set(trees) and found[0] == (ONE_TOKEN,)
-    for width, level in seconds.items():
-        every = [emitted_by_depth(EARLY, width, DEEP, "", stop) for stop in (0.0, 0.15, 0.5)]
-        assert len(found[width]) == DEEP + 1
-        for depth, chosen in enumerate(found[width]):
-            ways = [way[depth] for way in every]
-            worth = [way.mean - tokens_per_second * level * way.levels for way in ways]
-            assert chosen == ways[worth.index(max(worth))]
-
-
-def test_a_faster_plan_ends_its_drafts_no_later() -> None:
-    trees = emissions(EARLY, (1,), DEEP)
-    speeds = [1.15**n for n in range(60)]
-    found = [ending_early(EARLY, trees, speed, lambda _: 1e-3)[1][DEEP] for speed in speeds]
-    never_rises([emitted.levels for emitted in found])
-    never_rises([emitted.mean for emitted in found])
-    assert (found[0].min_path_probability, found[-1].min_path_probability) == (0.0, 0.5)
-    assert {emitted.min_path_probability for emitted in found} == {0.0, 0.15, 0.5}
-
-
-def test_a_plan_without_a_speed_never_ends_a_draft_early() -> None:
-    trees = emissions(EARLY, (1, 3), DEEP)
-    assert ending_early(EARLY, trees, 0.0, lambda _: 1.0) == trees
-    whole = replace(EARLY, stopping=())
-    assert ending_early(whole, trees, 1e9, lambda _: 1.0) == trees
-
-
-def test_what_a_tree_emits_and_drafts_is_that_of_trees_which_ended_so() -> None:
-    for min_path_probability in (0.0, 0.15, 0.5):
-        found = emitted_by_depth(EARLY, 2, DEEP, "", min_path_probability)
-        under, doubt = (
-            EARLY.under(min_path_probability),
-            early_doubt(EARLY) if min_path_probability else 0.0,
-        )
-        assert [emitted.mean for emitted in found] == pytest.approx(
-            [1 + (1 - doubt) * (under.tokens(2, depth) - 1) for depth in range(DEEP + 1)]
-        )
-        assert [emitted.levels for emitted in found] == [
-            *EARLY.levels(2, DEEP, "", min_path_probability)
-        ]
-        assert {emitted.min_path_probability for emitted in found} == {min_path_probability}
-
-
 # A round
 
 
 def test_a_round_on_a_slow_link_lasts_as_long_as_the_link() -> None:
     """10 MiB stream, less than 2 MiB of them arrive while the draft runs; one block of compute is
     left at the end."""
-    found = predicted(CHAIN, 10 << 20, emitted_by_depth(HALF, 1, 4, "")[-1], **ALONE)
+    found = predicted(CHAIN, 10 << 20, yields_by_depth(HALF, 1, 4, "")[-1], **ALONE)
     assert found.draft_seconds == pytest.approx(4 * (8 * 5e-5 + 5e-5))
     assert found.compute_seconds == pytest.approx(8 * 2e-4 + 1e-4 + 7 / 63 * 3e-4)
     ahead = found.draft_seconds * LINK
@@ -204,38 +123,29 @@ def test_a_round_on_a_slow_link_lasts_as_long_as_the_link() -> None:
     assert found.verify_seconds == pytest.approx(link + found.compute_seconds / 10 + 1e-4)
     assert found.stream_seconds == (10 << 20) / LINK
     assert found.tokens_per_round == 1.9375
-    rounds = rounds_needed(127, emitted_by_depth(HALF, 1, 4, "")[-1])
+    rounds = rounds_needed(127, yields_by_depth(HALF, 1, 4, "")[-1])
     total = found.draft_seconds + found.verify_seconds
     assert found.tokens_per_second == pytest.approx(127 / (rounds * total))
 
 
 def test_no_more_than_the_ring_crosses_the_link_ahead() -> None:
     slow = tuple(make_profile().draft_layer[-1:])
-    found = predicted(replace(CHAIN, width=8, depth=100), 10 << 20, draft_layer=slow, **ALONE)
+    found = predicted(replace(CHAIN, tree=Tree(8, 100)), 10 << 20, draft_layer=slow, **ALONE)
     assert found.draft_seconds * LINK > 2 << 20
     link = (8 << 20) / LINK
     assert found.verify_seconds == pytest.approx(link + found.compute_seconds / 10 + 1e-4)
 
 
 def test_the_first_level_of_a_draft_has_one_row() -> None:
-    found = predicted(replace(CHAIN, width=8, depth=3))
+    found = predicted(replace(CHAIN, tree=Tree(8, 3)))
     assert found.draft_seconds == pytest.approx((8 * 5e-5 + 5e-5) + 2 * (8 * 2e-4 + 1e-4))
 
 
-def test_a_round_pays_for_the_levels_that_it_is_expected_to_draft() -> None:
-    """The first one, and as many more as follow it on average; a tree's depth is not asked for."""
-    first, level = 8 * 5e-5 + 5e-5, 8 * 2e-4 + 1e-4
-    wide = replace(CHAIN, width=8, depth=30)
-    for levels, seconds in ((1.0, first), (2.5, first + 1.5 * level), (30.0, first + 29 * level)):
-        found = predicted(wide, emitted=Emitted(3.0, 12.0, levels, 0.3))
-        assert found.draft_seconds == pytest.approx(seconds)
-        assert found.levels_per_round == levels
-    passes = passes_of(make_spec(), make_profile(), 8, 32, 128, AS_TIMED)
-    assert (passes.first_level, passes.level) == pytest.approx((first, level))
-    assert level_seconds(make_spec(), make_profile(), 8, LIVE_TOKENS) == pytest.approx(level)
-    assert passes.draft(0) == 0 and passes.draft(2.5) == passes.first_level + 1.5 * passes.level
-    taught = predicted(wide, emitted=Emitted(3.0, 12.0, 2.5), corrections=Corrections(draft=2.0))
-    assert taught.draft_seconds == pytest.approx(2 * (first + 1.5 * level))
+def test_a_candidate_without_a_ring_streams_nothing_and_takes_as_long_as_it_computes() -> None:
+    for candidate in (CHAIN, PLAIN):
+        assert predicted(replace(candidate, ring=None)) == predicted(candidate)
+    found = predicted(replace(PLAIN, ring=None))
+    assert found.verify_seconds == pytest.approx(found.compute_seconds + 1e-4)
 
 
 def test_plain_decoding_is_one_unpadded_pass() -> None:

@@ -10,33 +10,27 @@ from typing import Any
 import pytest
 from toys import ACCEPTANCE, make_profile, make_spec
 
-from subspec.artifacts.acceptance import Acceptance, Curve, Stopping
+from subspec.artifacts.acceptance import Acceptance, Curve
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.sizes import parse_size
 from subspec.artifacts.format.checks import check_plan
 from subspec.artifacts.model import ModelSpec, parts
 from subspec.artifacts.plan import USUAL, Constraints, Plan
-from subspec.artifacts.profile import Corrections, LinkRate, Profile, Timing
+from subspec.artifacts.profile import Corrections, LinkRate, Profile
 from subspec.planner.machine.profiles import with_link
-from subspec.planner.rehearse.replay import DEEPEST, STOPS, TreeOutcome, Trees, acceptance_of
 from subspec.planner.solve import problem as problem_module
 from subspec.planner.solve.costs import ALLOCATOR_BYTES, model_bytes
 from subspec.planner.solve.predict import (
+    ONE_TOKEN,
     Candidate,
-    early_doubt,
-    emitted_by_depth,
+    Ring,
     passes_of,
     predict,
     usage_within,
+    yields_by_depth,
 )
 from subspec.planner.solve.problem import base_ledger, candidates, left_over, make_problem
-from subspec.planner.solve.search import (
-    PRIOR,
-    SHARPENING,
-    choose_held,
-    place,
-    search,
-)
+from subspec.planner.solve.search import PRIOR, choose_held, place, search
 from subspec.planner.solve.storage import Storage, group_bytes, raw_storage, usual_storages
 
 BUDGETS = (6_000_000, 9_000_000, 10_000_000, 12_000_000, 14_500_000, 16_000_000, 30_000_000)
@@ -106,24 +100,18 @@ def test_nothing_feasible_is_better_for_the_residuals_of_an_artifact(
             plan_for(budget_bytes, profile=profile, stored=storage)
 
 
-def best_of_all(
-    budget_bytes: int,
-    profile: Profile,
-    stored: Storage | None = None,
-    acceptance: Acceptance = ACCEPTANCE,
-) -> float:
-    """Every candidate and every stop that was tried, its ledger added up, its parts named, its
-    prediction asked of predict.py."""
+def best_of_all(budget_bytes: int, profile: Profile, stored: Storage | None = None) -> float:
+    """Every candidate, its ledger added up, its parts named, its prediction asked of predict.py."""
     spec = make_spec()
     problem = make_problem(
-        spec, profile, budget_bytes, Constraints(context=256), acceptance, stored
+        spec, profile, budget_bytes, Constraints(context=256), ACCEPTANCE, stored
     )
     usage = usage_within(256, USUAL)
     every = list(candidates(problem))
-    every += [replace(c, width=0, depth=0) for c in every]
+    every += [replace(c, tree=None) for c in every]
     speeds = [0.0]
     for candidate in every:
-        ringless = replace(candidate, block_bytes=0, num_slots=0)
+        ringless = replace(candidate, ring=None)
         decoded = [p for p in candidate.storage.parts if p.name in candidate.storage.decoded]
         decoded_bytes = sum(p.part.num_bytes for p in decoded)  # whole pages
         everything = candidate.storage.num_bytes
@@ -135,14 +123,14 @@ def best_of_all(
         placement = place(problem, candidate)
         inside = {*placement.resident, *placement.split}
         streamed = group_bytes(p for p in candidate.storage.parts if p.name not in inside)
-        passes = passes_of(spec, profile, candidate.width, candidate.verify_width,
-                           problem.prefill_tokens, usage)  # fmt: skip
-        for min_path_probability in acceptance.stops:
-            ways = emitted_by_depth(
-                acceptance, candidate.width, candidate.depth, "", min_path_probability
-            )
-            found = predict(profile, candidate, passes, streamed, ways[-1], 0, usage)
-            speeds.append(found.tokens_per_second)
+        tree, gives = candidate.tree, ONE_TOKEN
+        passes = passes_of(
+            spec, profile, tree, candidate.verify_width, problem.prefill_tokens, usage
+        )
+        if tree:
+            gives = yields_by_depth(ACCEPTANCE, tree.width, tree.depth)[-1]
+        found = predict(profile, candidate, passes, streamed, gives, 0, usage)
+        speeds.append(found.tokens_per_second)
     return max(speeds)
 
 
@@ -191,168 +179,30 @@ def test_it_speculates_on_a_slow_link() -> None:
 # Ended early
 
 
-def mixed(seed: int, easy_share: float = 0.5, num_trees: int = 3000) -> Acceptance:
-    """Of trees in text that is easy, and of such in text that is not: they know which."""
-    pick, trees = random.Random(seed), Trees()
-    for width, easy_rate, hard_rate in ((1, 0.98, 0.5), (3, 0.99, 0.65)):
-        for _ in range(num_trees):
-            easy = pick.random() < easy_share
-            now, seen, accepted, rejected = 1.0, list[float](), 0, False
-            while len(seen) < DEEPEST and not (rejected and now < STOPS[0]):
-                now *= pick.uniform(0.97, 1.0) if easy else pick.uniform(0.4, 0.9)
-                seen.append(now)
-                rejected = rejected or pick.random() > (easy_rate if easy else hard_rate)
-                accepted += not rejected
-            judged = TreeOutcome(accepted, accepted + rejected, tuple(seen))
-            trees.setdefault((width, "code"), []).append(judged)
-    found = acceptance_of(trees)
-    assert found is not None
-    return found
-
-
-MIXED = mixed(1)
-WHOLE = replace(MIXED, stopping=())
-SLOW_DRAFTS = {"draft_layer": (Timing(1, 6e-4), Timing(8, 1e-3))}
-
-
-def drafted_speed(plan: Plan) -> float:
-    return plan.predicted["substitute"].tokens_per_second
-
-
-@pytest.mark.parametrize("budget_bytes", [9_000_000, 12_000_000, 16_000_000])
-@pytest.mark.parametrize("residual_weights_per_second", [0.0, 2e8])
-@pytest.mark.parametrize("layer_seconds", [5e-5, 6e-4, 3e-3])
-@pytest.mark.parametrize("seed", [1, 2])
-def test_no_tree_and_stop_that_is_feasible_is_better(
-    budget_bytes: int,
-    residual_weights_per_second: float,
-    layer_seconds: float,
-    seed: int,
-    small_space: None,
+@pytest.mark.parametrize("stop", [0.0, 0.3])
+def test_a_draft_that_may_end_early_is_planned_as_a_whole_one_and_a_reason_says_so(
+    stop: float,
 ) -> None:
-    """But for what crosses the link while a longer draft runs, which no stop is chosen by."""
-    layer = (Timing(1, layer_seconds), Timing(8, 2 * layer_seconds))
-    profile = make_profile(
-        residual_weights_per_second=residual_weights_per_second, draft_layer=layer
-    )
-    acceptance = mixed(seed, easy_share=0.3 * seed)
-    found = speed(plan_for(budget_bytes, profile=profile, acceptance=acceptance))
-    best = best_of_all(budget_bytes, profile, acceptance=acceptance)
-    assert 0.995 * best <= found <= best
+    whole = plan_for(12_000_000)
+    constraints = Constraints(context=256, min_path_probability=stop)
+    plan = plan_for(12_000_000, constraints)
+    assert whole.tree.min_path_probability == 0 and whole.method == "substitute"
+    assert plan.tree == replace(whole.tree, min_path_probability=stop)
+    assert (plan.predicted, plan.constraints) == (whole.predicted, constraints)
+    said = [reason for reason in plan.reasons if "less probable than" in reason]
+    assert len(said) == (stop > 0)
+    assert all("0.3" in one and "those of whole trees" in one for one in said)
+    assert not any("less probable than" in reason for reason in whole.reasons)
 
 
-@pytest.mark.parametrize("seed", [3, 4, 5])
-@pytest.mark.parametrize("layer_seconds", [2e-5, 3e-4, 1e-3, 4e-3])
-def test_stops_that_may_be_chosen_never_predict_slower(
-    seed: int, layer_seconds: float, small_space: None
-) -> None:
-    acceptance = mixed(seed, easy_share=0.25 * (seed - 2))
-    profile = make_profile(draft_layer=(Timing(1, layer_seconds), Timing(8, 2 * layer_seconds)))
-    for budget_bytes in CHECKED[:8]:
-        with_stops, without = (
-            plan_for(budget_bytes, profile=profile, acceptance=some)
-            for some in (acceptance, replace(acceptance, stopping=()))
-        )
-        assert speed(with_stops) >= speed(without)
-
-
-def times(curves: tuple[Curve, ...], factor: int) -> tuple[Curve, ...]:
-    return tuple(
-        replace(
-            curve,
-            tried=tuple(factor * count for count in curve.tried),
-            accepted=tuple(factor * count for count in curve.accepted),
-        )
-        for curve in curves
-    )
-
-
-def test_what_few_trees_promise_is_not_believed() -> None:
-    """Of the same rates, counted a hundred times as often, it is."""
-    profile = make_profile(draft_layer=(Timing(1, 2e-4), Timing(8, 4e-4)))
-    few = mixed(1, num_trees=30)
-    many = Acceptance(
-        times(few.curves, 100),
-        True,
-        tuple(
-            Stopping(some.min_path_probability, times(some.curves, 100), times(some.followed, 100))
-            for some in few.stopping
-        ),
-    )
-    plans = [plan_for(12_000_000, profile=profile, acceptance=some) for some in (few, many)]
-    assert [plan.tree.min_path_probability > 0 for plan in plans] == [False, True]
-
-
-@pytest.mark.parametrize("num_trees", [30, 100, 3000])
-def test_more_memory_never_predicts_slower_where_drafts_may_end_early(
-    num_trees: int, small_space: None
-) -> None:
-    profile, acceptance = make_profile(**SLOW_DRAFTS), mixed(1, num_trees=num_trees)
-    budgets = range(7_000_000, 20_000_000, 400_009)
-    never_falls([
-        speed(plan_for(budget, profile=profile, acceptance=acceptance)) for budget in budgets
-    ])  # fmt: skip
-
-
-def test_drafts_end_early_where_levels_are_dear_and_a_reason_says_how_many_are_left() -> None:
-    plan = plan_for(12_000_000, profile=make_profile(**SLOW_DRAFTS), acceptance=MIXED)
-    without = plan_for(12_000_000, profile=make_profile(**SLOW_DRAFTS), acceptance=WHOLE)
-    assert plan.method == "substitute" and plan.tree.min_path_probability in STOPS
-    assert plan.tree.temperature == SHARPENING
-    assert drafted_speed(plan) > 1.03 * drafted_speed(without)
-    predicted = plan.predicted["substitute"]
-    levels = MIXED.levels(plan.tree.width, plan.tree.depth, "", plan.tree.min_path_probability)[-1]
-    assert predicted.levels_per_round == levels < plan.tree.depth
-    accepted = (
-        MIXED.under(plan.tree.min_path_probability).tokens(plan.tree.width, plan.tree.depth) - 1
-    )
-    doubt = early_doubt(MIXED)
-    assert predicted.tokens_per_round == pytest.approx(1 + (1 - doubt) * accepted)
-    [reason] = [reason for reason in plan.reasons if "ends early" in reason]
-    assert f"together below {plan.tree.min_path_probability:.0%}" in reason
-    assert f"{levels:.1f} of {plan.tree.depth} levels on average" in reason
-    assert f"({doubt:.0%} of what they were accepted is not counted on)" in reason
-    stored = list(stored_by(plan, make_spec()).parts)
-    check_plan(make_spec(), stored, plan)
-
-
-@pytest.mark.parametrize(
-    "constraints", [Constraints(context=256, depth=9), Constraints(256, 3, 20)], ids=str
-)
-def test_a_draft_of_a_depth_that_the_user_fixed_is_never_ended_early(
-    constraints: Constraints,
-) -> None:
-    profile = make_profile(**SLOW_DRAFTS)
-    plan, whole = (
-        plan_for(12_000_000, constraints, profile=profile, acceptance=some)
-        for some in (MIXED, WHOLE)
-    )
-    assert plan.tree == whole.tree and plan.tree.depth == constraints.depth
-    assert plan.tree.min_path_probability == 0 and plan.predicted == whole.predicted
-    assert plan.predicted["substitute"].levels_per_round == constraints.depth
-    assert not any("ends early" in reason for reason in plan.reasons)
-    free = plan_for(
-        12_000_000, Constraints(context=256, width=3), profile=profile, acceptance=MIXED
-    )
-    assert free.tree.width == 3 and free.tree.min_path_probability > 0
-
-
-def test_without_a_stop_that_was_tried_drafts_are_whole() -> None:
-    for acceptance in (WHOLE, ACCEPTANCE, PRIOR):
-        plan = plan_for(12_000_000, profile=make_profile(**SLOW_DRAFTS), acceptance=acceptance)
-        assert plan.substitute is not None and plan.tree.min_path_probability == 0
-        assert plan.predicted["substitute"].levels_per_round == plan.tree.depth
-        assert not any("ends early" in reason for reason in plan.reasons)
-
-
-@pytest.mark.parametrize("likely_speed", [1e-3, 1.0, 10.0, 1e3, 1e6])
-def test_from_wherever_the_search_begins_it_ends_at_the_same_speed(
-    likely_speed: float, small_space: None
-) -> None:
-    given = {"profile": make_profile(**SLOW_DRAFTS), "acceptance": MIXED}
-    for budget_bytes in (9_000_000, 12_000_000, 16_000_000):
-        found = speed(plan_for(budget_bytes, likely_speed=likely_speed, **given))
-        assert found == pytest.approx(speed(plan_for(budget_bytes, **given)), rel=0.005)
+def test_a_plan_that_decodes_plainly_says_nothing_of_drafts_that_end_early() -> None:
+    for constraints in (
+        Constraints(context=256, min_path_probability=0.3),
+        Constraints(context=256, min_path_probability=0.3, method="plain"),
+    ):
+        plan = plan_for(30_000_000, constraints)
+        assert plan.method == "plain"
+        assert not any("less probable than" in reason for reason in plan.reasons)
 
 
 # Monotone
@@ -840,6 +690,6 @@ def test_the_priors_are_marked_as_such() -> None:
 def test_the_ring_is_dropped_when_nothing_streams() -> None:
     spec, constraints = make_spec(), Constraints(context=256, method="plain")
     problem = make_problem(spec, make_profile(), 30_000_000, constraints, ACCEPTANCE)
-    placement = place(problem, Candidate(raw_storage(spec), 0, 0, 8, 1 << 20, 3))
+    placement = place(problem, Candidate(raw_storage(spec), None, 8, Ring(1 << 20, 3)))
     assert (placement.block_bytes, placement.num_slots, placement.ledger["staging"]) == (0, 0, 0)
     assert len(placement.resident) == len(parts(spec))

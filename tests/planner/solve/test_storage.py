@@ -118,9 +118,3 @@ def test_what_is_held_is_spread_over_the_layers() -> None:
         range(0, len(layers), 2), key=lambda layer: layers.index(layer)
     )
     assert sorted(RAW.held_first, key=RAW.parts.index) == list(RAW.parts)
-
-
-def test_storages_of_one_encoding_are_not_mixed() -> None:
-    mixed = usual_storages(SPEC)[2]
-    assert [storage.is_mixed for storage in (RAW, CODED, mixed)] == [False, False, True]
-    assert [storage.is_mixed for storage in held_decoded(CODED)[1:3]] == [True, True]

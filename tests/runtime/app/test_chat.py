@@ -13,7 +13,7 @@ from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.runtime.app import answer, chat
 from subspec.runtime.app.answer import Answer
 from subspec.runtime.session import Session
-from subspec.runtime.text.tokenizer import Text
+from subspec.runtime.text.tokenizer import ChatTokenizer
 
 Chatting = Callable[..., Ended]
 
@@ -42,7 +42,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[str, str]]]:
     """The messages of each turn, in place of a model: it answers with their number."""
     seen: list[list[tuple[str, str]]] = []
 
-    def chat_ids(_: Text, messages: list[dict[str, str]]) -> list[int]:
+    def chat_ids(_: ChatTokenizer, messages: list[dict[str, str]]) -> list[int]:
         seen.append([(message["role"], message["content"]) for message in messages])
         return [1]
 
@@ -50,7 +50,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[str, str]]]:
         print(f"answer {len(seen)}", end="")
         return Answer(f"answer {len(seen)}", [5], [1], "eos")
 
-    monkeypatch.setattr(Text, "chat_ids", chat_ids)
+    monkeypatch.setattr(ChatTokenizer, "chat_ids", chat_ids)
     monkeypatch.setattr(chat, "generate", generate)
     return seen
 
@@ -135,14 +135,14 @@ def test_a_turn_that_does_not_fit_leaves_the_conversation_as_it_was(chatting: Ch
 def test_what_the_template_refuses_leaves_the_conversation_as_it_was(
     chatting: Chatting, asked: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    taken = Text.chat_ids
+    taken = ChatTokenizer.chat_ids
 
-    def refuses_no(text: Text, messages: list[dict[str, str]]) -> list[int]:
+    def refuses_no(text: ChatTokenizer, messages: list[dict[str, str]]) -> list[int]:
         if messages[-1]["content"] == "no":
             raise SubspecError(Exit.USAGE, "the model's chat template refuses this: no", "ask")
         return taken(text, messages)
 
-    monkeypatch.setattr(Text, "chat_ids", refuses_no)
+    monkeypatch.setattr(ChatTokenizer, "chat_ids", refuses_no)
     ended = chatting("one\nno\ntwo\n")
     assert "refuses this: no" in ended.err
     assert [content for _, content in asked[-1]] == ["one", "answer 1", "two"]

@@ -174,11 +174,13 @@ def test_an_artifact_that_decodes_slowly_is_planned_to_hold_some_residuals_decod
     slow = tmp_path / "slow.json"
     slow.write_text(dump_json(replace(before.profile, residual_weights_per_second=1e6)))
     words = ("--width", 2, "--depth", 3, "--method", "substitute", "--profile", slow)
+    words += ("--draft-min-probability", 0.05)
     assert plan("--from", artifact, "--vram", "11MB", *words) == 0
     verify(artifact)
     anew = open_artifact(artifact)
     smaller, note = fitted(anew, None, 9_000_000, None, None)
     assert "planned anew for 9.00 MB" in note
+    assert smaller.plan.constraints == replace(anew.plan.constraints, context=200)
     counts = []
     for some in (anew, smaller):
         assert some.plan.residuals == before.plan.residuals

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.planner.model.hub import DEMO
-from subspec.runtime.text.tokenizer import Decoder, StreamingDetokenizer, Text, load_tokenizer
+from subspec.runtime.text.tokenizer import Decoder, StreamingDetokenizer, ChatTokenizer, load_tokenizer
 
 TRICKY = [
     "café",
@@ -26,8 +26,8 @@ TRICKY = [
 
 
 @pytest.fixture(scope="session")
-def demo() -> Text:
-    return Text(
+def demo() -> ChatTokenizer:
+    return ChatTokenizer(
         Tokenizer.from_file(str(DEMO / "tokenizer.json")),
         (DEMO / "chat_template.jinja").read_text("utf-8"),
         {"bos_token": None, "eos_token": "<|im_end|>"},
@@ -52,7 +52,7 @@ def sentencepiece_like() -> Tokenizer:
     return tokenizer
 
 
-def with_bos(begins_with_bos: bool, added_by_tokenizer: bool) -> Text:
+def with_bos(begins_with_bos: bool, added_by_tokenizer: bool) -> ChatTokenizer:
     """A byte-level tokenizer whose id 0 is <bos>; some add it themselves."""
     vocabulary = {"<bos>": 0, **{c: i + 1 for i, c in enumerate(sorted(alphabet()))}}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
@@ -63,7 +63,7 @@ def with_bos(begins_with_bos: bool, added_by_tokenizer: bool) -> Text:
             single="<bos> $A", special_tokens=[("<bos>", 0)]
         )
     template = "{{ bos_token }}{{ messages[0].content }}"
-    return Text(tokenizer, template, {"bos_token": "<bos>"}, begins_with_bos)
+    return ChatTokenizer(tokenizer, template, {"bos_token": "<bos>"}, begins_with_bos)
 
 
 def alphabet() -> list[str]:
@@ -84,7 +84,7 @@ def byte_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     return [bytes_to_pieces[c] for c in "".join(piece for piece, _ in pieces)]
 
 
-def printed(text: Text, ids: list[int], *stop: str) -> tuple[list[str], StreamingDetokenizer]:
+def printed(text: ChatTokenizer, ids: list[int], *stop: str) -> tuple[list[str], StreamingDetokenizer]:
     printer = StreamingDetokenizer(text, stop)
     pieces = [printer.feed([token]) for token in ids if not printer.stopped]
     return [*pieces, printer.finish()], printer
@@ -94,13 +94,13 @@ def printed(text: Text, ids: list[int], *stop: str) -> tuple[list[str], Streamin
 
 
 @pytest.mark.parametrize("written", TRICKY)
-def test_no_character_is_split_even_where_each_byte_is_a_token(demo: Text, written: str) -> None:
+def test_no_character_is_split_even_where_each_byte_is_a_token(demo: ChatTokenizer, written: str) -> None:
     pieces, printer = printed(demo, byte_ids(demo.tokenizer, written))
     assert "".join(pieces) == printer.text == written
     assert written == "\ufffd" or all("\ufffd" not in piece for piece in pieces)
 
 
-def test_any_tokens_one_by_one_give_the_text_of_all_of_them(demo: Text) -> None:
+def test_any_tokens_one_by_one_give_the_text_of_all_of_them(demo: ChatTokenizer) -> None:
     chance = random.Random(0)
     for _ in range(60):
         ids = [chance.randrange(2048) for _ in range(chance.randrange(1, 60))]
@@ -108,13 +108,13 @@ def test_any_tokens_one_by_one_give_the_text_of_all_of_them(demo: Text) -> None:
         assert "".join(pieces) == demo.tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def test_an_unfinished_character_is_released_at_the_end(demo: Text) -> None:
+def test_an_unfinished_character_is_released_at_the_end(demo: ChatTokenizer) -> None:
     ids = byte_ids(demo.tokenizer, "a🙂")[:-1]
     pieces, _ = printed(demo, ids)
     assert pieces == ["a", "", "", "", "\ufffd"]
 
 
-def test_bytes_that_never_become_a_character_do_not_hold_the_text_back(demo: Text) -> None:
+def test_bytes_that_never_become_a_character_do_not_hold_the_text_back(demo: ChatTokenizer) -> None:
     broken = byte_ids(demo.tokenizer, "é")[:1] * 50
     decoder = Decoder(demo.tokenizer)
     assert any(decoder.feed(token) for token in broken)
@@ -131,7 +131,7 @@ def test_byte_fallback_tokenizers_keep_their_spaces_and_characters(written: str)
     ]
     known = tokenizer.get_vocab()
     ids = [1, *(known[piece] for piece in pieces), 2]
-    text = Text(tokenizer, None, {}, False)
+    text = ChatTokenizer(tokenizer, None, {}, False)
     assert "".join(printed(text, ids)[0]) == tokenizer.decode(ids, skip_special_tokens=True)
 
 
@@ -151,7 +151,7 @@ def test_byte_fallback_tokenizers_keep_their_spaces_and_characters(written: str)
 )
 @pytest.mark.parametrize("size", [1, 2, 3, 13])
 def test_a_stop_string_cuts_the_text_wherever_the_rounds_fall(
-    demo: Text, stop: list[str], expected: str, size: int
+    demo: ChatTokenizer, stop: list[str], expected: str, size: int
 ) -> None:
     ids = byte_ids(demo.tokenizer, "abcdefabcdefg")
     printer, shown = StreamingDetokenizer(demo, tuple(stop)), ""
@@ -163,13 +163,13 @@ def test_a_stop_string_cuts_the_text_wherever_the_rounds_fall(
     assert printer.stopped == (expected != "abcdefabcdefg")
 
 
-def test_tokens_after_a_stop_string_are_not_counted(demo: Text) -> None:
+def test_tokens_after_a_stop_string_are_not_counted(demo: ChatTokenizer) -> None:
     printer = StreamingDetokenizer(demo, ("cd",))
     assert printer.feed(byte_ids(demo.tokenizer, "abcdef")) == "ab"
     assert printer.num_tokens == 4 and printer.stopped
 
 
-def test_a_stop_string_may_hold_whole_characters_of_several_tokens(demo: Text) -> None:
+def test_a_stop_string_may_hold_whole_characters_of_several_tokens(demo: ChatTokenizer) -> None:
     pieces, printer = printed(demo, byte_ids(demo.tokenizer, "ok 🙂👋 more"), "🙂👋")
     assert "".join(pieces) == "ok " and printer.stopped
 
@@ -177,7 +177,7 @@ def test_a_stop_string_may_hold_whole_characters_of_several_tokens(demo: Text) -
 # Prompts
 
 
-def test_chat_ids_are_those_of_transformers(demo: Text) -> None:
+def test_chat_ids_are_those_of_transformers(demo: ChatTokenizer) -> None:
     theirs = AutoTokenizer.from_pretrained(DEMO)
     messages = [
         {"role": "system", "content": "Be brief."},
@@ -189,7 +189,7 @@ def test_chat_ids_are_those_of_transformers(demo: Text) -> None:
     assert demo.chat_ids(messages) == expected
 
 
-def test_special_tokens_in_a_persons_text_forge_no_turn(demo: Text) -> None:
+def test_special_tokens_in_a_persons_text_forge_no_turn(demo: ChatTokenizer) -> None:
     special = {
         token: added.content
         for token, added in demo.tokenizer.get_added_tokens_decoder().items()
@@ -203,7 +203,7 @@ def test_special_tokens_in_a_persons_text_forge_no_turn(demo: Text) -> None:
         assert count == [sum(i == token for i in honest) for token in special]
 
 
-def test_raw_text_is_the_persons_own_and_may_hold_special_tokens(demo: Text) -> None:
+def test_raw_text_is_the_persons_own_and_may_hold_special_tokens(demo: ChatTokenizer) -> None:
     assert demo.plain_ids("<|im_start|>") == [demo.tokenizer.token_to_id("<|im_start|>")]
 
 
@@ -223,13 +223,13 @@ def test_a_templates_bos_is_not_doubled() -> None:
     assert ids.count(0) == 1 and ids[0] == 0
 
 
-def test_a_special_token_that_the_model_lacks_renders_as_nothing(demo: Text) -> None:
-    text = Text(demo.tokenizer, "[{{ bos_token }}{{ eos_token }}]", demo.special_tokens, False)
+def test_a_special_token_that_the_model_lacks_renders_as_nothing(demo: ChatTokenizer) -> None:
+    text = ChatTokenizer(demo.tokenizer, "[{{ bos_token }}{{ eos_token }}]", demo.special_tokens, False)
     assert text.render([]) == "[<|im_end|>]"
 
 
-def test_a_model_without_a_template_continues_the_text(demo: Text) -> None:
-    text = Text(demo.tokenizer, None, {}, False)
+def test_a_model_without_a_template_continues_the_text(demo: ChatTokenizer) -> None:
+    text = ChatTokenizer(demo.tokenizer, None, {}, False)
     messages = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
     assert text.chat_ids(messages) == demo.plain_ids("a\n\nb")
 
@@ -294,6 +294,6 @@ def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
-def test_text_that_the_tokenizer_cannot_take_is_an_error_not_a_traceback(demo: Text) -> None:
+def test_text_that_the_tokenizer_cannot_take_is_an_error_not_a_traceback(demo: ChatTokenizer) -> None:
     with pytest.raises(SubspecError, match="cannot encode"):
         demo.plain_ids("half a pair: \ud83d")

@@ -1,0 +1,266 @@
+"""What a model takes of fast memory: the arithmetic that planner and runtime share; no torch.
+
+The runtime takes each purpose of the ledger from an arena of exactly this size, its loops are
+bounded by the constants below, and tests compare measured temporaries with `workspace_bytes`.
+T = rows of a pass, S = slots of a cache, W = verify width
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+
+from subspec.artifacts.model import Attention, Dense, ModelSpec
+from subspec.artifacts.plan import DeviceKind, Int4Kernel, Ledger
+
+ALIGNMENT = 256  # bytes; of every tensor in fast memory
+SLOT_ALIGNMENT = 64  # live lengths of the KV cache are multiples of it: few distinct shapes
+
+# Rows that the runtime's loops take at a time, so that a long prompt's temporaries stay small.
+ATTENTION_ROWS = 128
+NORM_ROWS = 256
+PRODUCT_ROWS = 256
+
+DRAFT_BYTES = 2  # the draft computes in bf16
+GUARD_SHARE = 0.01  # of the budget: what operations allocate inside themselves
+GUARD_BYTES = 128 << 10  # and at least this
+# cuda: cuBLAS' workspaces, 32 MiB on each of two streams of a Hopper, 8 elsewhere; what segments of
+# torch's allocator are rounded up by.
+ALLOCATOR_BYTES = (64 << 20) + (48 << 20)
+GRAPH_BYTES_PER_LAYER = 512 << 10  # of all graphs of a draft; estimated: 2 x 12 of 20 kernels, 1 kB
+ATTENTION_PIECE = 16  # head sizes and slots are rounded up to it in attention.cpp
+DRAFT_GROUP_BYTES = 76  # of 64 quantised activations in draft_layers.cpp
+
+
+@dataclass(frozen=True)
+class Ring:
+    """Staging slots that streamed weights go round in."""
+
+    block_bytes: int
+    num_slots: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.block_bytes * self.num_slots
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a ledger depends on, beside the exact weights that stay resident."""
+
+    context: int
+    num_sequences: int
+    verify_width: int
+    draft_width: int | None  # of the tree; None: no draft
+    prefill_tokens: int
+    num_threads: int  # of the CPU
+    ring: Ring | None = None  # None: nothing streams
+    scratch_bytes: int | None = None  # of one decoded matrix; None: no weight is a residual
+
+
+def aligned(num_bytes: int) -> int:
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
+
+
+def cache_slots(context: int, verify_width: int) -> int:
+    """Slots of one sequence for `context` tokens, one tree after them, and the padding slot."""
+    return -(-(context + verify_width + 1) // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
+
+
+def make_ledger(
+    spec: ModelSpec,
+    device: DeviceKind,
+    kernel: Int4Kernel,
+    shape: Shape,
+    overhead_bytes: int,
+    budget_bytes: int,
+) -> Ledger:
+    """Without resident exact weights."""
+    # A residual is decoded over its substitute, whether that drafts or not.
+    needs_substitutes = shape.draft_width is not None or shape.scratch_bytes is not None
+    return Ledger(
+        substitutes=substitutes_bytes(spec, kernel) if needs_substitutes else 0,
+        norms=norms_bytes(spec),
+        tables=tables_bytes(spec, shape),
+        cache=cache_bytes(spec, shape),
+        staging=shape.ring.num_bytes if shape.ring else 0,
+        scratch=shape.scratch_bytes or 0,
+        workspace=workspace_bytes(spec, device, shape),
+        overhead=overhead_bytes,
+        guard=max(GUARD_BYTES, int(budget_bytes * GUARD_SHARE)),
+    )
+
+
+def packed_bytes(num_rows: int, num_columns: int, kernel: Int4Kernel) -> tuple[int, ...]:
+    """Of a substitute's codes, and of its qparams as stored: residuals are decoded by them, and
+    ATen's kernels read them. gemlite wants a second copy in its own layout."""
+    qparams = num_rows * num_columns // 64 * 4
+    return (num_rows * num_columns // 2, qparams, *((qparams,) if kernel == "gemlite" else ()))
+
+
+@lru_cache(maxsize=8)
+def substitutes_bytes(spec: ModelSpec, kernel: Int4Kernel) -> int:
+    return sum(
+        aligned(size)
+        for linear in spec.linears
+        if linear.has_substitute
+        for size in packed_bytes(linear.out_features, linear.in_features, kernel)
+    )
+
+
+@lru_cache(maxsize=8)
+def norms_bytes(spec: ModelSpec) -> int:
+    """Norms, biases and matrices that have no substitute."""
+    return sum(aligned(prod(shape) * spec.item_bytes) for shape in spec.resident_shapes.values())
+
+
+def tables_bytes(spec: ModelSpec, shape: Shape) -> int:
+    """Rope tables, and for a model that is not bf16 the draft's copies of tables, norms, biases."""
+    positions = cache_slots(shape.context, shape.verify_width)
+    item = 4 if spec.rope_in_f32 else spec.item_bytes
+    total = sum(2 * aligned(positions * rope.size * item) for rope in spec.ropes)
+    if shape.draft_width is not None and spec.dtype != "bfloat16":
+        if not spec.rope_in_f32:
+            total += sum(2 * aligned(positions * r.size * DRAFT_BYTES) for r in spec.ropes)
+        total += draft_copies_bytes(spec)
+    return total
+
+
+@lru_cache(maxsize=8)
+def draft_copies_bytes(spec: ModelSpec) -> int:
+    return sum(
+        aligned(prod(shape) * DRAFT_BYTES)
+        for name, shape in spec.resident_shapes.items()
+        if len(shape) == 1
+    )
+
+
+def cache_bytes(spec: ModelSpec, shape: Shape) -> int:
+    """Keys and values of every attention, for all sequences."""
+    slots = cache_slots(shape.context, shape.verify_width)
+    return shape.num_sequences * sum(
+        2 * aligned(slots * attention.kv_size * spec.item_bytes)
+        for layer in spec.layers
+        for attention in layer.attentions
+    )
+
+
+@lru_cache(maxsize=8)
+def model_bytes(spec: ModelSpec) -> int:
+    """The checkpoint's own size."""
+    small = sum(prod(shape) for shape in spec.resident_shapes.values()) * spec.item_bytes
+    matrices = sum(part.num_bytes for part in spec.parts)
+    embedding = spec.embedding_bytes
+    return small + matrices + (0 if spec.tied_head else embedding)
+
+
+def workspace_bytes(spec: ModelSpec, device: DeviceKind, shape: Shape) -> int:
+    """Peak of temporaries over the passes; an upper bound, tested against a measurement."""
+    slots, threads = cache_slots(shape.context, shape.verify_width), shape.num_threads
+    sequences, width = shape.num_sequences, shape.verify_width
+    prompt = pass_bytes(spec, device, 1, shape.prefill_tokens, slots) + logits_bytes(spec, 1)
+    verification = pass_bytes(spec, device, sequences, width, slots, exact_threads=threads)
+    exact = max(prompt, verification + logits_bytes(spec, sequences * width))
+    if shape.draft_width is None:
+        return aligned(exact) + (ALLOCATOR_BYTES if device == "cuda" else 0)
+    rows = sequences * shape.draft_width
+    draft = pass_bytes(spec, device, sequences, shape.draft_width, slots)
+    if device == "cpu":
+        draft = max(draft, compiled_draft_bytes(spec, sequences, shape.draft_width, slots, threads))
+    draft += 14 * rows * padded_vocabulary(spec)  # bf16 and f32 logits, sharpened f32
+    if device == "cpu":
+        return aligned(max(exact, draft))
+    # Captured levels keep their temporaries, and the driver something for each kernel.
+    graphs = sequences * spec.num_layers * GRAPH_BYTES_PER_LAYER
+    return aligned(exact + draft) + graphs + ALLOCATOR_BYTES
+
+
+def pass_bytes(
+    spec: ModelSpec,
+    device: DeviceKind,
+    sequences: int,
+    rows: int,  # of each sequence
+    slots: int,
+    exact_threads: int | None = None,  # of batch-invariant attention; None: the fast one
+) -> int:
+    """Activations in the layer that takes most."""
+    every = sequences * rows
+    masks = sequences * (rows * (rows + slots) + 8 * slots + rows * 64)
+    residual = every * spec.hidden_size * spec.item_bytes
+    blocks = (
+        block_bytes(spec, device, body, sequences, rows, slots, exact_threads)
+        for body in spec.bodies
+    )
+    return 2 * residual + masks + max(blocks)
+
+
+@lru_cache(maxsize=4096)
+def block_bytes(
+    spec: ModelSpec,
+    device: DeviceKind,
+    body: Attention | Dense,
+    sequences: int,
+    rows: int,
+    slots: int,
+    exact_threads: int | None,
+) -> int:
+    item, hidden = spec.item_bytes, spec.hidden_size
+    every = sequences * rows
+    piece = min(every, PRODUCT_ROWS)
+    result, norm = every * hidden * item, piece * hidden * (item + 12)
+    if isinstance(body, Dense):
+        inner, widest = body.inner_size, max(body.inner_size, hidden)
+        return result + every * inner * item + max(norm, 2 * piece * widest * item, result)
+    some = min(rows, ATTENTION_ROWS)
+    query, repeats = body.query_size, body.num_heads // body.num_kv_heads
+    turned = 4 if spec.rope_in_f32 else item
+    if exact_threads is not None:
+        # By the plain twin: f64 scores of one KV head, three alive, its keys and values.
+        twin = repeats * rows * slots * 25 + slots * body.head_size * 16
+        compiled = attention_scratch_bytes(exact_threads, slots, body.head_size)
+        scores = max(twin, compiled) + 2 * rows * query * max(item, turned)
+    else:  # mask and its fold over the repeated heads; mask-free kernels are not assumed
+        scores = some * slots * (2 + item * (1 + repeats)) + 4 * some * query * max(item, turned)
+        if device == "cuda":
+            scores += body.num_heads * some * slots * 4  # the math kernel's scores
+    tables = 2 * every * (body.rope.size if body.rope else 0) * turned
+    return (
+        every * (query + 2 * body.kv_size) * item
+        + tables
+        + max(result + norm, 5 * rows * body.kv_size * turned, scores, result)
+    )
+
+
+def attention_scratch_bytes(num_threads: int, num_slots: int, head_size: int) -> int:
+    """Of attention.cpp, beside its result: per thread, the keys and values of a KV head in f32 and
+    the scores of 16 rows."""
+    piece = ATTENTION_PIECE
+    slots, dims = (-(-size // piece) * piece for size in (num_slots, head_size))
+    per_thread = slots * (2 * dims + piece + 2) + dims * piece
+    return 4 * (slots + num_threads * per_thread)
+
+
+def compiled_draft_bytes(
+    spec: ModelSpec, sequences: int, rows: int, slots: int, num_threads: int
+) -> int:
+    """Of draft_layers.cpp in bf16: rows, rope, masks and its scratch; layers are alike there."""
+    attentions = [body for body in spec.bodies if isinstance(body, Attention)]
+    inner = max((body.inner_size for body in spec.bodies if isinstance(body, Dense)), default=0)
+    query = max((body.query_size for body in attentions), default=0)
+    kv_size = max((body.kv_size for body in attentions), default=0)
+    head_size = max((body.head_size for body in attentions), default=0)
+    groups = (max(spec.hidden_size, query) + inner) * DRAFT_GROUP_BYTES // 64
+    threads = 4 * num_threads * 64 * (head_size + 15)
+    every = sequences * rows
+    scratch = every * (groups + 2 * (query + 2 * kv_size)) + threads + 4 * 64
+    masks = sequences * (rows * (rows + slots * 11) + 8 * slots + rows * 64)
+    return every * (2 * spec.hidden_size + 4 * head_size) + masks + scratch
+
+
+def logits_bytes(spec: ModelSpec, rows: int) -> int:
+    """Logits of all rows, and the f64 working copies of the one that is sampled."""
+    vocabulary = padded_vocabulary(spec)
+    return rows * vocabulary * spec.item_bytes + vocabulary * 72
+
+
+def padded_vocabulary(spec: ModelSpec) -> int:
+    return spec.linears[-1].out_features

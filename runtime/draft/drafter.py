@@ -1,0 +1,105 @@
+"""Drafters propose a tree of tokens for each sequence; verification decides. The substitute is one:
+the model's own 4-bit copy, over the cache that verification shares.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from subspec.artifacts.plan import Tree
+from subspec.runtime.draft import compiled_layers, graphs
+from subspec.runtime.draft.beam import DraftPass, Growing, TokenTree, grow
+from subspec.runtime.draft.compiled_layers import CompiledLayers
+from subspec.runtime.draft.graphs import Action, DraftGraphs, Replay
+from subspec.runtime.draft.substitutes import Substitutes
+from subspec.runtime.model.attention import attend
+from subspec.runtime.model.cache import Cache, TreeSlots
+from subspec.runtime.model.transformer import Rows, SharedWeights, forward
+
+
+@dataclass
+class Turn:
+    """One sequence's part of a round. `root` is the last emitted token; its keys and values are not
+    in the cache yet."""
+
+    cache: Cache
+    root: int
+    max_tokens: int  # that may still be emitted
+
+
+class Drafter(Protocol):
+    def draft(self, turns: Sequence[Turn]) -> list[TokenTree]:
+        """A tree for each turn, over its root, no deeper than its `max_tokens` leaves room for. May
+        write anything into the cache's tree slots."""
+
+
+@dataclass(frozen=True)
+class SubstituteDrafter:
+    """Drafts with the substitutes, which attend to the exact keys and values of what is committed
+    and write approximate ones for their nodes; verification overwrites those."""
+
+    tree: Tree
+    verify_width: int
+    weights: SharedWeights  # bf16, where the 4-bit kernels need it
+    substitutes: Substitutes
+    compiled: CompiledLayers | None  # all layers in one call; None: the plain path runs
+    capture: Callable[[Action], Replay] | None = None  # of levels as CUDA graphs; None: launched
+    captured: dict[Cache, DraftGraphs] = field(default_factory=dict)
+
+    def draft(self, turns: Sequence[Turn]) -> list[TokenTree]:
+        depths = [max(0, min(self.tree.depth, turn.max_tokens - 1)) for turn in turns]
+        device = turns[0].cache.device
+        roots = [torch.tensor([turn.root], device=device) for turn in turns]
+        if self.capture is not None and len(turns) == 1:
+            [cache] = [turn.cache for turn in turns]
+            if cache not in self.captured:
+                made = graphs.make_graphs(self.tree, self.verify_width, device, self.capture)
+                self.captured[cache] = made
+            passes = self.pass_over
+            return [graphs.grow(self.captured[cache], roots[0], depths[0], cache, passes)]
+        caches = [turn.cache for turn in turns]
+        draft_pass = self.draft_pass(caches, self.verify_width)
+        return grow(roots, depths, self.tree, self.verify_width, draft_pass)
+
+    def draft_pass(self, caches: Sequence[Cache], num_rows: int) -> DraftPass:
+        """Passes over trees of `num_rows` rows that follow what each cache has committed."""
+        return self._over(caches, [cache.tree_slots(num_rows) for cache in caches])
+
+    def pass_over(self, cache: Cache, slots: TreeSlots) -> DraftPass:
+        """Passes over one tree that lies in `slots`."""
+        return self._over([cache], [slots])
+
+    def _over(self, caches: Sequence[Cache], slots: Sequence[TreeSlots]) -> DraftPass:
+        def run(growing: Sequence[Growing]) -> Tensor:
+            batch = [
+                tree_rows(one.tree, one.last.nodes, caches[one.index], slots[one.index])
+                for one in growing
+            ]
+            if self.compiled is not None:
+                return compiled_layers.forward(self.compiled, batch)
+            num_rows = sum(len(rows.tokens) for rows in batch)
+            return forward(self.weights, self.substitutes, batch, attend, num_rows)
+
+        return run
+
+    @property
+    def graph_problem(self) -> str | None:
+        """Why levels are launched kernel by kernel after all."""
+        return next((one.problem for one in self.captured.values() if one.problem), None)
+
+
+def tree_rows(tree: TokenTree, nodes: Tensor, cache: Cache, slots: TreeSlots) -> Rows:
+    """Rows for `nodes` of a tree that lies after the committed tokens. Nothing is read back, and
+    nothing comes from the host but numbers that stay the same: a captured graph can do it."""
+    live = torch.arange(slots.live_slots, device=nodes.device)
+    slots_of_tree = live[: len(tree.tokens)] + slots.length
+    visible = (live < slots.length).repeat(len(nodes), 1)
+    visible[:, slots_of_tree] = tree.ancestors[nodes]
+    slot_positions = live.clone()
+    slot_positions[slots_of_tree] = slots.length + tree.depths
+    own = (slots.length + nodes).masked_fill_(nodes >= tree.num_nodes, slots.padding_slot)
+    positions = slots.length + tree.depths[nodes]
+    return Rows(tree.tokens[nodes], positions, own, slot_positions, visible, cache)

@@ -1,0 +1,390 @@
+"""Engine: a model in fast memory, and the sequences that decode with it.
+
+    with Engine.open(artifact) as engine:
+        sequence = engine.new_sequence()
+        for tokens in sequence.generate(prompt_ids, GenerationParams(max_tokens=64)):
+            ...
+
+It knows token ids, not text: runtime/text does the rest.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.footprint import cache_slots
+from subspec.artifacts.format.prebuilt import find_prebuilt
+from subspec.artifacts.format.store import Artifact, open_artifact
+from subspec.artifacts.native import cpp, residual_cpu
+from subspec.artifacts.plan import Method, Placement, Plan
+from subspec.runtime.clock import Clock, unrecorded
+from subspec.runtime.decode import (
+    Model,
+    decode_plainly,
+    decode_unpadded,
+    prefill,
+    speculate,
+)
+from subspec.runtime.draft import compiled_layers
+from subspec.runtime.draft.drafter import SubstituteDrafter
+from subspec.runtime.draft.graphs import capture_on_gpu
+from subspec.runtime.kernels import gemlite_kernel, int4
+from subspec.runtime.kernels.linear import single_row_kernels
+from subspec.runtime.load import (
+    DRAFT_DTYPE,
+    ArtifactWeights,
+    Progress,
+    biases_of,
+    check_kernel,
+    make_residual_decoder,
+    make_substitutes,
+    place_resident,
+    place_substitutes,
+    place_tensors,
+    unplaced_weights,
+)
+from subspec.runtime.memory import FastMemory, PeakMeter
+from subspec.runtime.model import attention
+from subspec.runtime.model.cache import Cache, make_cache
+from subspec.runtime.model.transformer import make_shared
+from subspec.runtime.sequence import Sequence
+from subspec.runtime.stream.exact_weights import ExactWeights
+
+Kernel = tuple[Path, Callable[[], str | None]]  # its source, and why it cannot be used
+
+
+@dataclass(frozen=True)
+class OpenOptions:
+    """How a model is opened; the plan says everything else."""
+
+    method: Method | None = None  # None: the plan's
+    padded: bool = True  # False: plain decoding at one row, the fastest; not the draft's exact twin
+    device: str | None = None  # of several GPUs one, such as cuda:1
+    link_bandwidth: float | None = None  # bytes per second that the link is slowed to
+    graphs: bool = True  # on cuda: a draft's levels are captured as CUDA graphs
+    trace: bool = False  # `engine.model.clock.spans` says what ran when
+
+
+class Engine:
+    """One model in fast memory, under one plan. Close it, or use it as a context manager."""
+
+    def __init__(
+        self,
+        artifact: Artifact,
+        options: OpenOptions,
+        method: Method,
+        device: torch.device,
+        memory: FastMemory,
+        model: Model,
+        caches: list[Cache],
+        resources: ExitStack,
+    ) -> None:
+        """Of parts that `open` made."""
+        self.artifact = artifact
+        self.plan: Plan = artifact.plan
+        self.method: Method = method
+        self.device = device
+        self.memory = memory
+        self.peak = PeakMeter(memory)
+        self.model = model
+        # Padding makes plain decoding the draft's exact twin: a plan without a draft needs none.
+        self.padded = options.padded and artifact.plan.method != "plain"
+        self.num_prompts = 0  # that were read; the first one also waits for digests
+        self._caches = caches  # that no sequence has
+        self._decoding: list[Sequence] = []
+        self._resources = resources
+        self._watched_length = 0
+
+    @classmethod
+    def open(
+        cls,
+        artifact: Artifact | str | Path,
+        options: OpenOptions | None = None,
+        progress: Progress = lambda stage, share: None,
+    ) -> "Engine":
+        """Loads the model of an artifact into fast memory, as its plan says.
+
+        progress(stage, share from 0 to 1) is called while weights load. Raises SubspecError:
+        INFEASIBLE if the plan has no room for the method, WRONG_MACHINE for a plan of another
+        device, RESOURCES if memory is short, CORRUPT for damaged files. An error closes what was
+        opened.
+        """
+        if not isinstance(artifact, Artifact):
+            artifact = open_artifact(Path(artifact))
+        options = options or OpenOptions()
+        plan, spec = artifact.plan, artifact.spec
+        method = options.method or plan.method
+        placement = plan.placement(method)
+        dtype: torch.dtype = getattr(torch, spec.dtype)
+        with ExitStack() as stack:
+            # The device and its memory
+            device = open_device(plan, placement, options.device, stack)
+            torch.set_num_threads(plan.num_threads)
+            cpp.build_ahead(source for source, _ in needed_kernels(plan, method))
+            memory = FastMemory(device, placement.ledger)
+            stack.callback(release, memory)
+            clock = Clock(device, spans=[] if options.trace else None)
+            # On cuda the host would time launches: only whole phases are recorded there.
+            record = clock.record if device.type == "cpu" else unrecorded
+
+            # The weights, each into its arena
+            files = ArtifactWeights(artifact)
+            stack.callback(files.close)
+            embedding = files.open_embedding(device)
+            stack.callback(embedding.close)
+            files.check_resident()
+            tensors = place_tensors(spec, memory, files)
+            packed = {}
+            if placement.ledger.substitutes:
+                check_kernel(artifact, plan)
+                packed = place_substitutes(spec, plan.int4_kernel, memory, files, progress)
+            stored = artifact.stored_parts()
+            resident = place_resident(spec, stored, placement, memory, files, progress)
+            streamed = files.open_ring(stored, placement, memory, options.link_bandwidth, record)
+            if streamed is not None:
+                stack.callback(streamed.close)
+            files.finish()
+            exact = ExactWeights(
+                spec,
+                stored,
+                unplaced_weights(spec, tensors),
+                resident,
+                biases_of(spec, tensors),
+                streamed,
+                make_residual_decoder(
+                    spec, stored, placement, packed, memory, plan.num_threads, record
+                ),
+                record,
+            )
+
+            # What passes share, and a cache for each sequence
+            slots = cache_slots(plan.context, plan.verify_width)
+
+            def carved(shape: tuple[int, ...], kind: torch.dtype) -> Tensor:
+                return memory.take_tensor("cache", shape, kind)
+
+            def kept(tensor: Tensor) -> Tensor:
+                shape = tuple(tensor.shape)
+                return memory.take_tensor("tables", shape, tensor.dtype).copy_(tensor)
+
+            caches = [make_cache(spec, slots, carved) for _ in range(plan.num_sequences)]
+            weights = make_shared(spec, embedding, tensors, slots, dtype, kept)
+
+            # The draft
+            drafter = None
+            if method == "substitute":
+                draft_weights = weights
+                if dtype != DRAFT_DTYPE:
+                    draft_weights = make_shared(spec, embedding, tensors, slots, DRAFT_DTYPE, kept)
+                    if spec.rope_in_f32:
+                        draft_weights = replace(draft_weights, tables=weights.tables)
+                substitutes = make_substitutes(spec, tensors, packed, kept)
+                compiled = None
+                if device.type == "cpu":
+                    compiled = compiled_layers.compile_layers(draft_weights, substitutes, slots)
+                capture = None
+                if options.graphs and device.type == "cuda":
+                    capture = capture_on_gpu(device)
+                drafter = SubstituteDrafter(
+                    plan.tree, plan.verify_width, draft_weights, substitutes, compiled, capture
+                )
+                stack.callback(drafter.captured.clear)
+                if plan.int4_kernel == "gemlite":
+                    stack.callback(gemlite_kernel.keep_tuning, device)
+            model = Model(plan, weights, exact, drafter, clock)
+            resources = stack.pop_all()
+        return cls(artifact, options, method, device, memory, model, caches, resources)
+
+    def new_sequence(self) -> Sequence:
+        """An empty sequence; close it to give its cache to another one. Raises
+        SubspecError(RESOURCES) if the plan's sequences are all in use."""
+        if not self._caches:
+            raise SubspecError(
+                Exit.RESOURCES,
+                f"all {self.plan.num_sequences} sequences of the plan are in use",
+                "close one, or plan with more: subspec-plan --sequences N",
+            )
+        cache = self._caches.pop()
+        cache.roll_back(0)
+        return Sequence(self, cache)
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """One round of every sequence that is decoding: their drafts grow together, one stream of
+        the exact weights verifies all of them, and each commits what it keeps."""
+        active = list(self._decoding)
+        turns, sampling = [one.turn for one in active], [one.params.sampling for one in active]
+        exact, clock = self.model.exact, self.model.clock
+        before = dict(clock.seconds), exact.wait_seconds, exact.streamed_bytes
+        with self._watched(max(turn.cache.length for turn in turns)):
+            if self.method == "substitute":
+                rounds = speculate(self.model, turns, sampling)
+            elif self.padded:
+                rounds = decode_plainly(self.model, turns, sampling)
+            else:
+                with single_row_kernels() if self.device.type == "cpu" else nullcontext():
+                    rounds = decode_unpadded(self.model, turns, sampling)
+        seconds = {k: v - before[0].get(k, 0.0) for k, v in clock.seconds.items()}
+        for sequence, done in zip(active, rounds, strict=True):
+            sequence.take(
+                done,
+                draft_seconds=seconds.get("draft", 0.0),
+                verify_seconds=seconds["verify"],
+                wait_seconds=exact.wait_seconds - before[1],
+                streamed_bytes=exact.streamed_bytes - before[2],
+            )
+
+    @torch.inference_mode()
+    def read_prompt(self, sequence: Sequence, tokens: list[int]) -> tuple[int, float]:
+        """The prompt's pass of one sequence -> its first token, and the seconds that it took."""
+        clock = self.model.clock
+        before = clock.seconds.get("prefill", 0.0)
+        with self.peak.watch():
+            first = prefill(self.model, sequence.cache, tokens, sequence.params.sampling)
+        self.num_prompts += 1
+        return first, clock.seconds["prefill"] - before
+
+    def join(self, sequence: Sequence) -> None:
+        """From the next round on it decodes with the others."""
+        self._decoding.append(sequence)
+
+    def leave(self, sequence: Sequence) -> None:
+        """It decodes no more."""
+        if sequence in self._decoding:
+            self._decoding.remove(sequence)
+
+    def give_back(self, cache: Cache) -> None:
+        self._caches.append(cache)
+
+    @contextmanager
+    def _watched(self, length: int) -> Iterator[None]:
+        """Temporaries grow with the cache, and watching them takes time: at each doubling."""
+        if length < 2 * self._watched_length:
+            yield
+            return
+        self._watched_length = length
+        with self.peak.watch():
+            yield
+
+    @property
+    def placement(self) -> Placement:
+        return self.plan.placement(self.method)
+
+    @property
+    def predicted_tokens_per_second(self) -> float | None:
+        """The plan's prediction for this method; None for the padded twin, which has none."""
+        if self.method == "plain" and self.padded or self.method not in self.plan.predicted:
+            return None
+        return self.plan.predicted[self.method].tokens_per_second
+
+    @property
+    def missing_kernels(self) -> str | None:
+        """Why plain twins do the work of the C++ kernels; None: they do not."""
+        kernels = needed_kernels(self.plan, self.method)
+        problems = (unavailable() for _, unavailable in kernels)
+        return next((problem for problem in problems if problem is not None), None)
+
+    @property
+    def has_prebuilt_kernels(self) -> bool:
+        """Whether the artifact has kernels for this machine that are not trusted yet."""
+        kernels = needed_kernels(self.plan, self.method)
+        return any(find_prebuilt(self.artifact, source) is not None for source, _ in kernels)
+
+    @property
+    def missing_graphs(self) -> str | None:
+        """Why the draft's levels are not captured; None: they are, or need not be."""
+        drafter = self.model.drafter
+        return drafter.graph_problem if isinstance(drafter, SubstituteDrafter) else None
+
+    def close(self) -> None:
+        """Gives fast memory back."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self._resources.close()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def kernel_sources(plan: Plan) -> list[Path]:
+    """What is compiled for decoding by any of the plan's methods."""
+    found = (source for method in plan.placements for source, _ in needed_kernels(plan, method))
+    return list(dict.fromkeys(found))
+
+
+def needed_kernels(plan: Plan, method: Method) -> list[Kernel]:
+    """What decoding by `method` calls."""
+    if plan.device != "cpu":
+        return []
+    found: list[Kernel] = [(attention.SOURCE, attention.unavailable)]
+    if plan.residuals:
+        found.append((residual_cpu.SOURCE, residual_cpu.unavailable))
+    if plan.int4_kernel == "w4a8" and (plan.residuals or method == "substitute"):
+        found.append((int4.SOURCE, int4.unavailable))
+    if plan.int4_kernel == "w4a8" and method == "substitute":
+        found.append((compiled_layers.SOURCE, compiled_layers.unavailable))
+    return found
+
+
+def machine_name(device: torch.device) -> str:
+    """What a plan's costs and a result's bits depend on, the same throughout a process."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        linux = sys.platform == "linux"  # elsewhere a process has no set of its own
+        num_cpus = len(os.sched_getaffinity(0)) if linux else os.cpu_count()
+        name = f"{torch.backends.cpu.get_cpu_capability()}, {num_cpus} cpus"
+    return f"{device.type}: {name}; torch {torch.__version__}"
+
+
+def open_device(
+    plan: Plan, placement: Placement, device: str | None, stack: ExitStack
+) -> torch.device:
+    """The plan's device; `device` may pick one GPU of several. Limits what torch may take of it,
+    until the stack is closed."""
+    chosen = torch.device(device or plan.device)
+    if chosen.type != plan.device:
+        raise SubspecError(
+            Exit.WRONG_MACHINE,
+            f"the plan is for {plan.device}, but --device {device} was given",
+            f"plan again with --device {device}",
+        )
+    if chosen.type == "cuda":
+        if not torch.cuda.is_available():
+            raise SubspecError(
+                Exit.WRONG_MACHINE,
+                "the plan is for a CUDA GPU and torch finds none",
+                "plan again with --device cpu",
+            )
+        chosen = torch.device("cuda", chosen.index or 0)
+        if chosen.index >= torch.cuda.device_count():
+            raise SubspecError(
+                Exit.WRONG_MACHINE,
+                f"--device {chosen}, but there are {torch.cuda.device_count()} GPUs",
+                "count them from 0",
+            )
+        torch.cuda.set_device(chosen)
+        attention.without_cudnn()
+        torch.cuda.empty_cache()  # what others of this process cached would count against us
+        # What torch may allocate: the budget less the context, which torch does not count.
+        ours = plan.budget_bytes - placement.ledger.overhead
+        total = torch.cuda.get_device_properties(chosen).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, ours / total), chosen)
+        stack.callback(torch.cuda.set_per_process_memory_fraction, 1.0, chosen)
+    return chosen
+
+
+def release(memory: FastMemory) -> None:
+    memory.release()
+    if memory.device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,181 @@
+"""Sequence: one conversation in an engine: its cache, its position, its statistics."""
+
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Tokens
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.plan import Method
+from subspec.runtime.decode import Round, keep
+from subspec.runtime.draft.drafter import Turn
+from subspec.runtime.model.cache import Cache
+from subspec.runtime.model.sampling import Sampling
+
+if TYPE_CHECKING:
+    from subspec.runtime.engine import Engine
+
+# Of newly emitted tokens: None to go on, or how many of them the answer ends after (1 or more).
+Cut = Callable[[Tokens[int]], int | None]
+FinishReason = Literal["eos", "stop", "length", "context"]
+
+
+@dataclass(frozen=True)
+class GenerationParams:
+    """max_tokens: 1 or more. end_tokens: ids that end the answer; the one met is part of it. cut:
+    asked about each round's tokens before they are committed (stop strings)."""
+
+    max_tokens: int = 512
+    sampling: Sampling = Sampling()
+    end_tokens: frozenset[int] = frozenset()
+    cut: Cut = lambda tokens: None
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What one answer took. Seconds and bytes are those of its rounds, company included."""
+
+    method: Method
+    prompt_tokens: int = 0
+    reused_tokens: int = 0  # of the prompt, that were in the cache already
+    time_to_first_token_seconds: float = 0.0
+    generated_tokens: int = 0
+    first_of_engine: bool = False  # its first token waited for digests too
+    accepted: tuple[int, ...] = ()  # drafted tokens accepted, by round
+    judged: tuple[int, ...] = ()  # levels known to be accepted or not, by round
+    drafted_levels: int = 0  # of all rounds
+    draft_seconds: float = 0.0
+    verify_seconds: float = 0.0
+    stream_wait_seconds: float = 0.0
+    streamed_bytes: int = 0  # while decoding; the prompt's pass is not counted
+
+    @property
+    def decode_seconds(self) -> float:
+        return self.draft_seconds + self.verify_seconds
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """Tokens after the first one over the seconds after the first one."""
+        return (self.generated_tokens - 1) / self.decode_seconds if self.decode_seconds else 0.0
+
+
+class Sequence:
+    """Made by Engine.new_sequence. Answers follow each other: the cache keeps what a prompt shares
+    with what came before. Close it, or use it as a context manager."""
+
+    def __init__(self, engine: "Engine", cache: Cache) -> None:
+        self._engine = engine
+        self.cache = cache
+        self.params = GenerationParams()
+        self.stats = Stats(engine.method)
+        self.turn = Turn(cache, root=0, max_tokens=0)
+        self.finish_reason: FinishReason | None = None  # None: it is decoding, or never was
+        self._fresh: list[int] = []  # emitted and not yet given out
+
+    def generate(self, prompt: list[int], params: GenerationParams) -> Iterator[list[int]]:
+        """Yields new token ids as they are decided. Other sequences of the engine that are decoding
+        advance with it. Leaving the loop ends the answer.
+
+        Raises SubspecError(USAGE) for a prompt that is empty or leaves no room in the plan's
+        context.
+        """
+        self.begin(prompt, params)
+        try:
+            while self._fresh or self.finish_reason is None:
+                if not self._fresh:
+                    self._engine.step()
+                yield self.take_fresh()
+        finally:
+            self._engine.leave(self)
+
+    def begin(self, prompt: list[int], params: GenerationParams) -> None:
+        """Reads the prompt and joins the decoding sequences: Engine.step goes on from here."""
+        context = self._engine.plan.context
+        room = context - len(prompt)
+        if not prompt or room < 1:
+            raise SubspecError(
+                Exit.USAGE,
+                f"the prompt has {len(prompt)} tokens, expected 1 to {context - 1}",
+                f"shorten it, or plan with --context {len(prompt) + 256} or more",
+            )
+        self._engine.leave(self)
+        cache = self.cache
+        cache.roll_back(min(cache.common_prefix(prompt), len(prompt) - 1))
+        self.params, self.finish_reason, self._fresh = params, None, []
+        reused, is_first = cache.length, self._engine.num_prompts == 0
+        first, seconds = self._engine.read_prompt(self, prompt[reused:])
+        self.stats = Stats(
+            self._engine.method,
+            prompt_tokens=len(prompt),
+            reused_tokens=reused,
+            time_to_first_token_seconds=seconds,
+            first_of_engine=is_first,
+        )
+        self.turn = Turn(cache, root=first, max_tokens=min(params.max_tokens, room))
+        kept = self._cut([first])
+        self.turn.max_tokens -= kept
+        self._emit([first])
+        if self.finish_reason is None:
+            self._engine.join(self)
+
+    def take(
+        self,
+        done: Round,
+        draft_seconds: float,
+        verify_seconds: float,
+        wait_seconds: float,
+        streamed_bytes: int,
+    ) -> None:
+        """A round of this sequence: what is kept of it is committed and given out."""
+        stats, num_kept = self.stats, self._cut(done.emitted)
+        ended = self.finish_reason in ("eos", "stop")
+        keep(self.turn, done, num_kept)
+        judged = done.num_levels + done.ended_early  # the next level was not accepted, that is
+        self.stats = replace(
+            stats,
+            accepted=(*stats.accepted, len(done.emitted) - 1),
+            judged=(*stats.judged, min(judged, num_kept) if ended else judged),
+            drafted_levels=stats.drafted_levels + done.num_levels,
+            draft_seconds=stats.draft_seconds + draft_seconds,
+            verify_seconds=stats.verify_seconds + verify_seconds,
+            stream_wait_seconds=stats.stream_wait_seconds + wait_seconds,
+            streamed_bytes=stats.streamed_bytes + streamed_bytes,
+        )
+        self._emit(done.emitted[:num_kept])
+        if self.finish_reason is not None:
+            self._engine.leave(self)
+
+    def take_fresh(self) -> list[int]:
+        """Tokens since the last call."""
+        fresh, self._fresh = self._fresh, []
+        return fresh
+
+    def close(self) -> None:
+        """Gives the cache back to the engine."""
+        self._engine.leave(self)
+        self._engine.give_back(self.cache)
+
+    def __enter__(self) -> "Sequence":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _emit(self, tokens: list[int]) -> None:
+        self._fresh += tokens
+        count = self.stats.generated_tokens + len(tokens)
+        self.stats = replace(self.stats, generated_tokens=count)
+
+    def _cut(self, emitted: list[int]) -> int:
+        """How many of the emitted tokens are kept; says in `finish_reason` if the answer ends."""
+        left = self.turn.max_tokens
+        kept = emitted[:left]
+        if len(emitted) >= left:
+            short = self.stats.generated_tokens + left < self.params.max_tokens
+            self.finish_reason = "context" if short else "length"
+        ends = (index for index, token in enumerate(kept) if token in self.params.end_tokens)
+        if (end := next(ends, None)) is not None:
+            kept, self.finish_reason = kept[: end + 1], "eos"
+        if (count := self.params.cut(kept)) is not None:
+            kept, self.finish_reason = kept[:count], "stop"
+        return len(kept)

@@ -1,0 +1,233 @@
+"""Where streamed parts come from: by name, from staging slots that copies fill meanwhile.
+
+`Ring` is for what every pass needs in the same order, `Requested` for what is only known at run
+time. Both order copies and compute through a Link.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from subspec.artifacts.common.errors import SubspecError
+from subspec.artifacts.model import StoredPart
+from subspec.artifacts.plan import Block
+from subspec.runtime.stream.link import Link
+
+Check = Callable[[Block, Tensor], Callable[[], None]]  # begins; what it returns waits, and raises
+
+
+class StreamedParts(Protocol):
+    """Parts that are not resident, by name."""
+
+    @property
+    def streamed_bytes(self) -> int: ...
+
+    @property
+    def wait_seconds(self) -> float: ...
+
+    def take(self, name: str) -> Tensor:
+        """The part as it is stored: [rows, K], or uint8 [bytes] of a residual. Valid until the next
+        call."""
+
+    def settle(self) -> None:
+        """Waits for the check of what was taken last, and raises what it found."""
+
+    def end_pass(self, finished: bool) -> None:
+        """All compute of a pass is issued; finished False: it was cut short."""
+
+    def close(self) -> None: ...
+
+
+def unchecked(block: Block, memory: Tensor) -> Callable[[], None]:
+    return lambda: None
+
+
+class Ring:
+    """Blocks in cyclic order through a few slots: parts are taken in exactly that order.
+
+    At the end of a pass the next pass's first blocks are already on their way, so they arrive while
+    the draft runs.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        offsets: Sequence[int],
+        link: Link,
+        num_slots: int,
+        dtype: torch.dtype,
+        check: Check = unchecked,
+    ) -> None:
+        """`check` finds bytes that are not the artifact's; asked when a block comes first. It runs
+        beside the compute that reads the block, and is waited for before another one comes."""
+        self.streamed_bytes = 0
+        self._check = check
+        self._checked: Callable[[], None] = lambda: None
+        self._blocks = blocks
+        self._offsets = offsets
+        self._link = link
+        self._num_slots = num_slots
+        self._dtype = dtype
+        self._num_begun = 0
+        self._num_taken = 0
+        self._arrived: dict[str, Tensor] = {}
+        self._failure: SubspecError | None = None  # kept: nothing is taken after it
+        for _ in range(num_slots):
+            self._begin()
+
+    @property
+    def wait_seconds(self) -> float:
+        return self._link.wait_seconds
+
+    def take(self, name: str) -> Tensor:
+        if name not in self._arrived:
+            self._release()
+            self._take_block()
+            assert name in self._arrived, f"{name} was asked for out of order"
+        return self._arrived[name]
+
+    def settle(self) -> None:
+        with self._failures_kept():
+            self._checked()
+        self._checked = lambda: None
+
+    def end_pass(self, finished: bool) -> None:
+        self._release()
+        if not finished:
+            while self._num_taken % len(self._blocks):
+                self._take_block()
+                self._release()
+
+    def close(self) -> None:
+        self._link.close()
+
+    def _take_block(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+        block = self._blocks[self._num_taken % len(self._blocks)]
+        with self._failures_kept():
+            memory = self._link.wait(self._num_taken % self._num_slots)
+        if self._num_taken < len(self._blocks):
+            self._checked = self._check(block, memory)
+        self._num_taken += 1
+        self.streamed_bytes += block.num_bytes
+        offset = 0
+        for part in block.parts:
+            self._arrived[part.name] = view_of(part, memory[offset:], self._dtype)
+            offset += part.padded_bytes
+
+    def _release(self) -> None:
+        """The compute that reads the block taken last is issued: its slot may be filled again.
+        Raises what the block's check found."""
+        if not self._arrived:
+            return
+        self._arrived = {}
+        self.settle()
+        self._link.release((self._num_taken - 1) % self._num_slots)
+        self._begin()
+
+    @contextmanager
+    def _failures_kept(self) -> Iterator[None]:
+        try:
+            yield
+        except SubspecError as error:
+            self._failure = error
+            raise
+
+    def _begin(self) -> None:
+        index = self._num_begun % len(self._blocks)
+        slot = self._num_begun % self._num_slots
+        self._link.begin(slot, self._offsets[index], self._blocks[index].num_bytes)
+        self._num_begun += 1
+
+
+class Requested:
+    """Parts in any order, each in a slot of its own; those used longest ago make room. What is not
+    requested ahead is waited for: a wrong guess costs time, never a token."""
+
+    def __init__(
+        self,
+        parts: Sequence[StoredPart],
+        offsets: Mapping[str, int],
+        link: Link,
+        num_slots: int,
+        dtype: torch.dtype,
+    ) -> None:
+        """offsets: of each part in the link's file. num_slots: 2 or more."""
+        assert num_slots >= 2, "one is read while another is filled"
+        self.streamed_bytes = 0
+        self._parts = {part.name: part for part in parts}
+        self._offsets = offsets
+        self._link = link
+        self._dtype = dtype
+        self._free = list(range(num_slots))
+        self._slots: dict[str, int] = {}  # least recently used first
+        self._views: dict[str, Tensor] = {}  # of those that have arrived
+        self._in_use: str | None = None
+
+    @property
+    def wait_seconds(self) -> float:
+        return self._link.wait_seconds
+
+    def request(self, names: Sequence[str]) -> None:
+        """Begins to copy what is not there yet, as far as there are slots; the first first."""
+        for name in names:
+            if name in self._slots:
+                continue
+            if not self._free and not self._make_room():
+                return
+            self._begin(name)
+
+    def take(self, name: str) -> Tensor:
+        self._release()
+        if name not in self._slots:
+            if not self._free and not self._make_room():  # all were requested and are on their way
+                guess = next(iter(self._slots))
+                self._views[guess] = self._link.wait(self._slots[guess])
+                self._make_room()
+            self._begin(name)
+        slot = self._slots.pop(name)
+        self._slots[name] = slot
+        if name not in self._views:
+            self._views[name] = view_of(self._parts[name], self._link.wait(slot), self._dtype)
+        self._in_use = name
+        return self._views[name]
+
+    def settle(self) -> None:
+        """Nothing is checked beside compute."""
+
+    def end_pass(self, finished: bool) -> None:
+        self._release()
+
+    def close(self) -> None:
+        self._link.close()
+
+    def _make_room(self) -> bool:
+        """False: every slot is on its way or in use."""
+        idle = (one for one in self._slots if one in self._views and one != self._in_use)
+        oldest = next(idle, None)
+        if oldest is None:
+            return False
+        del self._views[oldest]
+        self._free.append(self._slots.pop(oldest))
+        return True
+
+    def _begin(self, name: str) -> None:
+        part = self._parts[name]
+        self._slots[name] = self._free.pop()
+        self._link.begin(self._slots[name], self._offsets[name], part.padded_bytes)
+        self.streamed_bytes += part.padded_bytes
+
+    def _release(self) -> None:
+        if self._in_use is not None:
+            self._link.release(self._slots[self._in_use])
+            self._in_use = None
+
+
+def view_of(part: StoredPart, memory: Tensor, dtype: torch.dtype) -> Tensor:
+    """memory: uint8, begins with the part's bytes -> [rows, K], or uint8 [bytes] of a residual."""
+    found = memory[: part.num_bytes]
+    return found.view(dtype).view(part.part.num_rows, -1) if part.encoding == "raw" else found
