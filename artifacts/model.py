@@ -50,9 +50,8 @@ class Rope:
     beta_slow: Positive = 1.0  # yarn
     truncate: bool = True  # yarn: the ramp between the betas ends at whole dimensions
     attention_factor: Positive = 1.0  # yarn, longrope: multiplies cos and sin
-    divisors: tuple[
-        Positive, ...
-    ] = ()  # longrope (arXiv 2402.13753): of each frequency; [size / 2]
+    # longrope (arXiv 2402.13753): of each frequency; [size / 2]
+    divisors: tuple[Positive, ...] = ()
 
 
 @dataclass(frozen=True)

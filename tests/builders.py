@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from families import save_random_model
 from safetensors.torch import load_file, save_file
 
 from subspec.artifacts.acceptance import Acceptance, Curve
@@ -161,21 +162,8 @@ def demo_checkpoint(folder: Path, dtype: torch.dtype) -> Path:
 
 
 def random_checkpoint(folder: Path, config: object, seed: int = 0) -> Path:
-    """A transformers config -> a checkpoint folder of random f32 weights, the demo's tokenizer.
-
-    Biases and norms are random too: zeros and ones would hide mistakes.
-    """
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 1:
-                parameter.normal_(1.0 if "norm" in name else 0.0, 0.2)
-            else:
-                parameter.normal_(0.0, 1.5 * parameter.shape[1] ** -0.5)
-    model.save_pretrained(folder)
+    """A transformers config -> a checkpoint folder of random f32 weights, the demo's tokenizer."""
+    save_random_model(folder, config, seed)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copyfile(DEMO / name, folder / name)
     return folder
