@@ -89,7 +89,7 @@ def vocabulary(folder: Path) -> str:
 SHAPES = (
     Shape("small", "9MB", demo),
     Shape("widened", "900MB", widened),
-    Shape("vocabulary", "90MB", vocabulary),
+    Shape("vocabulary", "140MB", vocabulary),
 )
 
 
@@ -135,7 +135,7 @@ def drill(shape: Shape, folder: Path, idle_bytes: int) -> Iterator[Drill]:
     budget = json.loads((artifact / "plan.json").read_text("utf-8"))["budget_bytes"]
     calibration = folder / "calibration.jsonl"
     calibration.write_text(CALIBRATION, "utf-8")
-    runner = [sys.executable, "-P", "-m", "subspec.runtime.cli", str(artifact)]
+    runner = [str(Path(sys.executable).with_name("subspec-run")), str(artifact)]
     commands = {
         "rehearse": [*plan, "--from", str(artifact), "--calibration", str(calibration)],
         "run": [*runner, "--raw", PROMPT, "--max-tokens", "48", "--no-record", "--no-replan"],
