@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 from operator import mul
+from typing import Annotated
+
+from subspec.artifacts.common.bounds import MOST_LEVELS, Count, Length, TreeWidth
 
 # A level's own counts weigh against what it is drawn to as if that had been tried so often: all
 # kinds of text to the mean of their tree, one kind to all kinds (empirical Bayes: a few prompts
@@ -20,14 +23,17 @@ KIND_TRIALS = 40
 TWO_SIDED_95 = 1.96
 
 
+Levels = Annotated[tuple[Count, ...], Length(1, MOST_LEVELS)]
+
+
 @dataclass(frozen=True)
 class Curve:
     """Counts of the trees of one width on one kind of text, level by level from the first."""
 
-    width: int
+    width: TreeWidth
     kind: str
-    tried: tuple[int, ...]
-    accepted: tuple[int, ...]
+    tried: Levels
+    accepted: Levels
 
 
 @dataclass(frozen=True)

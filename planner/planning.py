@@ -206,7 +206,8 @@ def corrections_from(
 
 def profile_for(options: Options, artifact: "Artifact", out: Path, show: Progress) -> "Profile":
     """The artifact's own profile if it was measured on this machine, else a new one."""
-    from subspec.planner.machine.measure import machine_name, pick_device
+    from subspec.planner.machine.measure import machine_name
+    from subspec.planner.machine.timing import pick_device
 
     if not options.reprofile:
         if artifact.profile.machine == machine_name(pick_device(options.device)):
@@ -236,7 +237,8 @@ def known_profile(options: Options) -> "Profile | None":
 
 
 def measure_here(options: Options, spec: "ModelSpec", out: Path, show: Progress) -> "Profile":
-    from subspec.planner.machine.measure import measure, pick_device
+    from subspec.planner.machine.measure import measure
+    from subspec.planner.machine.timing import pick_device
 
     if options.context is not None and options.context > spec.max_positions:
         raise SubspecError(

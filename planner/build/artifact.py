@@ -10,11 +10,11 @@ from pathlib import Path
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.sizes import format_size
 from subspec.artifacts.footprint import model_bytes, substitutes_bytes
+from subspec.artifacts.format.folder import new_folder
 from subspec.artifacts.format.store import (
     FORMAT_VERSION,
     Artifact,
     Manifest,
-    new_folder,
     open_artifact,
     write_json,
     write_manifest,

@@ -9,8 +9,6 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
-import torch
-
 from subspec.artifacts.acceptance import Acceptance
 from subspec.artifacts.format.prebuilt import pack_prebuilt
 from subspec.artifacts.format.store import Artifact
@@ -53,7 +51,6 @@ class DecodedSample:
     rounds: Rounds
 
 
-@torch.inference_mode()
 def rehearse(
     artifact: Artifact,
     plan: Plan,

@@ -39,6 +39,7 @@ class Counts:
 Trees = dict[tuple[int, str], Counts]  # by width and kind of text
 
 
+@torch.inference_mode()
 def replay(
     drafter: SubstituteDrafter,
     cache: Cache,

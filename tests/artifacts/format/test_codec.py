@@ -1,9 +1,10 @@
 import time
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
 import pytest
 
+from subspec.artifacts.common.bounds import Below, Between, Count, Length, Matching
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format.codec import dump_json, load_dataclass, parse_json
 
@@ -124,3 +125,47 @@ def test_hostile_json_is_refused_at_once_with_the_files_name(text: bytes) -> Non
 
 def test_escaped_characters_beyond_the_basic_plane_are_read() -> None:
     assert parse_json(b'["\\ud83d\\ude00\\u00e9"]', "file.json") == ["😀é"]
+
+
+# Bounds
+
+
+@dataclass(frozen=True)
+class Bounded:
+    width: Annotated[int, Between(1, 256)] = 1
+    share: Annotated[float, Between(0, 1), Below(1)] = 0.0
+    counts: Annotated[tuple[Count, ...], Length(1, 3)] = (1,)
+    digest: Annotated[str, Matching("[0-9a-f]{4}", "4 hex digits")] | None = None
+    table: dict[str, Count] = field(default_factory=dict)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"width": 0}, "f.json.width is 0, expected 1 to 256"),
+        ({"width": 257}, "f.json.width is 257, expected 1 to 256"),
+        ({"width": 1.0}, "f.json.width is 1.0, expected int"),
+        ({"share": 1}, "f.json.share is 1.0, expected a number below 1"),
+        ({"share": -0.5}, "f.json.share is -0.5, expected 0 to 1"),
+        ({"counts": []}, "f.json.counts is a list of 0 entries, expected 1 to 3 entries"),
+        ({"counts": [1] * 4}, "f.json.counts is a list of 4 entries, expected 1 to 3 entries"),
+        ({"counts": [1, -2]}, "f.json.counts[1] is -2, expected 0 to 4.61169e+18"),
+        ({"digest": "ab\u0663d"}, "f.json.digest is 'ab\u0663d', expected 4 hex digits"),
+        ({"digest": "abcde"}, "f.json.digest is 'abcde', expected 4 hex digits"),
+        ({"table": {"a": -1}}, "f.json.table.a is -1, expected 0 to 4.61169e+18"),
+    ],
+)  # fmt: skip
+def test_a_value_beyond_its_bounds_is_named_with_what_is_expected(
+    given: dict[str, object], message: str
+) -> None:
+    with pytest.raises(SubspecError) as caught:
+        load_dataclass(Bounded, given, "f.json")
+    assert caught.value.exit_code == Exit.CORRUPT and caught.value.message == message
+
+
+def test_values_at_their_bounds_are_read() -> None:
+    for given in (
+        Bounded(),
+        Bounded(256, 0.999, (0, 0, 1 << 62), "00ff", {"a": 0}),
+    ):
+        assert load_dataclass(Bounded, parse_json(dump_json(given), "f"), "f") == given
