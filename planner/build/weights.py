@@ -36,7 +36,8 @@ from subspec.artifacts.model import (
 )
 from subspec.artifacts.native import residual_cpu
 from subspec.planner.build.quantize import Substitute
-from subspec.planner.model.checkpoint import Checkpoint, read_pieces
+from subspec.planner.model.checkpoint import Checkpoint
+from subspec.planner.model.stored import read_pieces
 
 Quantizer = Callable[[Tensor, torch.device | str], Substitute]
 Progress = Callable[[str, float], None]

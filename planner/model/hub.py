@@ -9,8 +9,8 @@ from pathlib import Path
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.model import Source
-from subspec.planner.model.checkpoint import INDEX, WEIGHTS, shard_names
 from subspec.planner.model.config import CONFIG, GENERATION_CONFIG
+from subspec.planner.model.stored import INDEX, WEIGHTS, shard_names
 from subspec.planner.model.tokenizer_files import TOKENIZER_FILES
 
 DEMO = Path(__file__).parents[1] / "demo-model"

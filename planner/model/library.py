@@ -21,7 +21,11 @@ def reading(what: str) -> Iterator[None]:
         yield
     except SubspecError:
         raise
-    except Exception as error:  # it has no class of its own: TypeError, KeyError, ImportError, ...
+    except BaseException as error:
+        # A panic of a library in Rust is no Exception. Those that are have no class of their own:
+        # TypeError, KeyError, ImportError, ...
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         reason = " ".join(str(error).split())[:LONGEST_REASON] or "no reason given"
         raise SubspecError(
             Exit.CORRUPT,

@@ -263,6 +263,16 @@ def test_a_damaged_tokenizer_is_one_sentence(tmp_path: Path, content: bytes, sai
     assert caught.value.exit_code == Exit.CORRUPT
 
 
+def test_a_panic_in_the_tokenizers_library_is_one_sentence(tmp_path: Path) -> None:
+    folder_of(tmp_path, byte_level(bos=True))
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["post_processor"]["special_tokens"] = {}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(SubspecError, match="PanicException") as caught:
+        read_tokenizer(tmp_path)
+    assert caught.value.exit_code == Exit.CORRUPT
+
+
 def test_huge_files_and_templates_that_are_no_text_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SubspecError, match="not UTF-8"):
         read(tmp_path, template=b"\xff")
