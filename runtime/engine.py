@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -53,7 +53,7 @@ from subspec.runtime.load import (
 from subspec.runtime.memory import FastMemory, PeakMeter
 from subspec.runtime.model import attention
 from subspec.runtime.model.cache import Cache, make_cache
-from subspec.runtime.model.transformer import make_shared
+from subspec.runtime.model.transformer import make_shared, make_tables
 from subspec.runtime.sequence import Sequence
 from subspec.runtime.stream.exact_weights import ExactWeights
 
@@ -175,16 +175,19 @@ class Engine:
                 return memory.take_tensor("tables", shape, tensor.dtype).copy_(tensor)
 
             caches = [make_cache(spec, slots, carved) for _ in range(plan.num_sequences)]
-            weights = make_shared(spec, embedding, tensors, slots, dtype, kept)
+            tables = make_tables(spec, slots, dtype, kept)
+            weights = make_shared(spec, embedding, tensors, tables, dtype, kept)
 
             # The draft
             drafter = None
             if method == "substitute":
                 draft_weights = weights
                 if dtype != DRAFT_DTYPE:
-                    draft_weights = make_shared(spec, embedding, tensors, slots, DRAFT_DTYPE, kept)
-                    if spec.rope_in_f32:
-                        draft_weights = replace(draft_weights, tables=weights.tables)
+                    if not spec.rope_in_f32:
+                        tables = make_tables(spec, slots, DRAFT_DTYPE, kept)
+                    draft_weights = make_shared(
+                        spec, embedding, tensors, tables, DRAFT_DTYPE, kept
+                    )
                 substitutes = make_substitutes(spec, tensors, packed, kept)
                 compiled = None
                 if device.type == "cpu":

@@ -55,6 +55,7 @@ from subspec.runtime.model.transformer import (
     add_block,
     embed,
     make_shared,
+    make_tables,
     to_logits,
 )
 from subspec.runtime.stream.exact_weights import ExactWeights
@@ -117,11 +118,14 @@ class Bench:
         )
         self.cache.commit([0] * LIVE_TOKENS)
         rows = random_rows(self.spec, device)
-        self.weights = make_shared(self.spec, rows, self.tensors, slots, dtype, self._keep)
+        tables = make_tables(self.spec, slots, dtype, self._keep)
+        self.weights = make_shared(self.spec, rows, self.tensors, tables, dtype, self._keep)
         self.draft_weights = self.weights
         if dtype != DRAFT_DTYPE:
+            if not self.spec.rope_in_f32:
+                tables = make_tables(self.spec, slots, DRAFT_DTYPE, self._keep)
             self.draft_weights = make_shared(
-                self.spec, rows, self.tensors, slots, DRAFT_DTYPE, self._keep
+                self.spec, rows, self.tensors, tables, DRAFT_DTYPE, self._keep
             )
 
     def exact_timings(self) -> tuple[tuple[Timing, ...], tuple[Timing, ...]]:

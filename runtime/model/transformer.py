@@ -273,23 +273,31 @@ def make_shared(
     spec: ModelSpec,
     embedding: EmbeddingRows,
     tensors: dict[str, Tensor],
-    num_positions: int,
+    tables: dict[Rope, tuple[Tensor, Tensor]],
     dtype: torch.dtype,
     keep: Callable[[Tensor], Tensor],
 ) -> SharedWeights:
-    """`tensors`: the artifact's resident tensors by name, on the device. `keep` copies what has to
-    be made (rope tables, norms in another dtype) into fast memory."""
+    """`tensors`: the artifact's resident tensors by name, on the device. `keep` copies norms of
+    another dtype into fast memory."""
     norms = {
         name: tensor if tensor.dtype == dtype else keep(tensor.to(dtype))
         for name in spec.norm_sizes
         for tensor in (tensors[f"{name}.weight"],)
     }
+    return SharedWeights(spec, embedding, norms, tables, dtype)
+
+
+def make_tables(
+    spec: ModelSpec, num_positions: int, dtype: torch.dtype, keep: Callable[[Tensor], Tensor]
+) -> dict[Rope, tuple[Tensor, Tensor]]:
+    """cos and sin [num_positions, rope size] of each rope, in fast memory; f32 where the model
+    rotates in it."""
     wanted = torch.float32 if spec.rope_in_f32 else dtype
-    tables = {
-        rope: tuple(keep(table.to(wanted)) for table in rope_tables(rope, num_positions))
-        for rope in spec.ropes
-    }
-    return SharedWeights(spec, embedding, norms, tables, dtype)  # type: ignore[arg-type]
+    found = {}
+    for rope in spec.ropes:
+        cos, sin = rope_tables(rope, num_positions)
+        found[rope] = keep(cos.to(wanted)), keep(sin.to(wanted))
+    return found
 
 
 def rope_tables(rope: Rope, num_positions: int) -> tuple[Tensor, Tensor]:
