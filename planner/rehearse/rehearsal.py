@@ -14,18 +14,30 @@ from subspec.artifacts.acceptance import Acceptance
 from subspec.artifacts.format.prebuilt import pack_prebuilt
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.plan import Method, Plan, Usage
-from subspec.planner.rehearse.calibration import NUM_TOKENS, Sample, in_turns, sample_ids
+from subspec.planner.rehearse.calibration import Sample, in_turns, sample_ids
 from subspec.planner.rehearse.corrections import PredictFor, Rounds, Timed
-from subspec.planner.rehearse.replay import Trees, acceptance_of, replay
+from subspec.planner.rehearse.replay import WIDTHS, Trees, acceptance_of, replay
 from subspec.runtime.model.sampling import Sampling
 from subspec.runtime.session import Session, kernel_sources
 from subspec.runtime.text.tokenizer import load_tokenizer
 
-DRAFT_SECONDS = 180.0  # for speculation and its replays, at most
-PLAIN_SECONDS = 10.0
-PLAIN_TOKENS = 12
-
 Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long a plan is rehearsed; the defaults take three minutes at most, less with few or
+    quickly decoded samples."""
+
+    draft_seconds: float = 180.0  # for speculation and its replays
+    plain_seconds: float = 10.0
+    num_tokens: int = 128  # of each answer; what follows the first words is easier to guess
+    plain_tokens: int = 12  # each of which streams the weights
+    # Trees that are replayed; rates in between are interpolated (artifacts/acceptance.py).
+    tree_widths: tuple[int, ...] = WIDTHS
+
+
+USUAL_EFFORT = Effort()
 
 
 @dataclass(frozen=True)
@@ -59,6 +71,7 @@ def rehearse(
     samples: Sequence[Sample],
     setting: Setting,
     progress: Progress,
+    effort: Effort = USUAL_EFFORT,
 ) -> Rehearsal:
     """Runs `plan` over the samples, all kinds alike, until they or the time is up. `predict_for`:
     what it promises for a usage, without corrections."""
@@ -68,17 +81,19 @@ def rehearse(
     rounds = Rounds()
     if plan.substitute is not None:
         with opened(staged, "substitute", setting) as session:
-            until = time.perf_counter() + DRAFT_SECONDS
+            until = time.perf_counter() + effort.draft_seconds
             for index, (kind, prompt) in enumerate(turns):
                 progress("rehearsing the plan", index / len(turns))
-                played = play(session, prompt, NUM_TOKENS, predict_for, until)
+                played = play(session, prompt, effort.num_tokens, predict_for, until)
                 rounds = rounds.and_also(played.rounds)
-                replay(session, played.tokens, played.starts, kind, trees, until)
+                replay(
+                    session, played.tokens, played.starts, kind, trees, until, effort.tree_widths
+                )
                 if time.perf_counter() > until:
                     break
     with opened(staged, "plain", setting) as session:
-        until = time.perf_counter() + PLAIN_SECONDS
-        played = play(session, turns[0][1], PLAIN_TOKENS, predict_for, until)
+        until = time.perf_counter() + effort.plain_seconds
+        played = play(session, turns[0][1], effort.plain_tokens, predict_for, until)
         rounds = rounds.and_also(played.rounds)
     progress("rehearsing the plan", 1.0)
     return Rehearsal(acceptance_of(trees), rounds)

@@ -117,9 +117,10 @@ def default_context(spec: ModelSpec, budget_bytes: int) -> int:
 def with_prompt_share(problem: Problem) -> Problem:
     """Gives the activations of a prompt their bytes, and takes the most tokens that those hold.
 
-    The bytes grow evenly with the budget. If the tokens led, a little more memory could double
-    them and push out weights. Where all weights could stay, as they are stored or decoded, none is
-    pushed out: then a prompt in pieces costs no streaming.
+    The bytes grow evenly with the budget. A piece that is halved until it fits, as the context is,
+    doubles where a little more memory comes, pushes out weights and makes the plan slower: the
+    search's tests of monotony find such budgets. Where all weights could stay, as they are stored
+    or decoded, none is pushed out: then a prompt in pieces costs no streaming.
     """
     budget, smallest = problem.budget_bytes, smallest_draft(problem) or smallest_plain(problem)
     slack = left_over(problem, smallest) if smallest else 0
