@@ -163,9 +163,8 @@ def test_a_plan_without_a_draft_is_timed_and_nothing_is_judged(demo: Artifact) -
     assert found.acceptance is None
     assert found.rounds.draft == found.rounds.verify == ()
     [timed] = found.rounds.plain
-    assert (
-        len(timed.actual) == USUAL_EFFORT.plain_tokens - 2
-    )  # less the prompt's and a round that warms
+    # Less the prompt's, and a round that warms.
+    assert len(timed.actual) == USUAL_EFFORT.plain_tokens - 2
 
 
 # Times
