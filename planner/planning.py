@@ -127,8 +127,11 @@ def plan_again(
     tell: Tell = nobody,
 ) -> Planned:
     """Another plan over the weights of an artifact, which stay as they are; nothing is written.
-    The artifact is run again where a machine or samples are new to it. sweeps: with what other
-    budgets and contexts would give; without, it is not run either."""
+
+    measure_again: this machine is measured and the artifact rehearsed, even where its own profile
+    would do; the request's samples alone have it rehearsed too. sweeps: with what other budgets and
+    contexts would give; without them nothing is rehearsed for measure_again.
+    """
     from subspec.planner.solve.storage import Storage
 
     spec, request = artifact.spec, as_stored(request)
