@@ -43,9 +43,9 @@ from subspec.runtime.model.attention import attend, attend_batch_invariant, with
 from subspec.runtime.stream.digests import Digests
 from subspec.runtime.stream.link import DiskLink
 
-DIGEST_BYTES = 4 << 20  # of one part
-LARGEST_BLOCK = 64 << 20  # larger ones are not faster
-LEAST_SHARE = 0.2  # of its speed: less is a disturbance, not contention
+DIGEST_BYTES = 4 << 20  # of one part; each thread checks one at a time
+LARGEST_BLOCK = 64 << 20  # as large as a part may be; larger blocks are not faster
+LEAST_SHARE = 0.2  # of its speed; chosen: less is a disturbance, not contention
 
 Progress = Callable[[str, float], None]
 

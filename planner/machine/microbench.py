@@ -61,14 +61,16 @@ from subspec.runtime.model.transformer import (
 from subspec.runtime.stream.exact_weights import ExactWeights
 from subspec.runtime.verify import accept
 
-EXACT_WIDTHS = (8, 16, 32, 64, 104)
+# Rows that are timed: powers of two, and what lies in between is interpolated (`seconds_at`).
+EXACT_WIDTHS = (8, 16, 32, 64, 104)  # the last: trees 3 wide and 32 deep
 CUDA_WIDTHS = (200, 400)  # up to here a GPU may wait for memory: the slope before tells nothing
 DRAFT_WIDTHS = (1, 2, 4, 8, 16)
 DRAFT_LEVELS = 5  # of the trees that are grown to time one level
-ACCEPT_DEPTH = 12
+ACCEPT_DEPTH = 12  # levels of an accepted path that are moved in the cache: a usual round's
 ATTENTION_WIDTHS = (1, 8, 64)
 FAST_WIDTHS = (1, 16, 128)  # a token of plain decoding; prompts
 LOADED_WIDTH = 32  # of the layers that are timed against a busy link
+# Verify widths that are tried, denser where trees are usual; the last: 6 wide, 64 deep.
 PADDED_WIDTHS = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 104, 128, 160, 200, 256, 304, 400)
 USUAL_WIDTH = 128  # wider ones are tried only within Effort.place_seconds
 

@@ -17,9 +17,9 @@ from subspec.planner.machine.timing import USUAL_EFFORT, Effort, time_each
 from subspec.runtime.kernels.linear import cpu_tile_rows, pack
 from subspec.runtime.stream.residual_decoder import ResidualDecoder
 
-DECODE_WEIGHTS = 1 << 21  # of one matrix, decoded at a time
-DECODED_BYTES = 64 << 20  # that decoding goes round
-CALLS_ON_CUDA = 16
+DECODE_WEIGHTS = 1 << 21  # of one matrix, decoded at a time: enough for all threads
+DECODED_BYTES = 64 << 20  # that decoding goes round: more than the caches of most processors
+CALLS_ON_CUDA = 16  # in one timing
 
 
 def residual_weights_per_second(
