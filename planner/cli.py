@@ -41,6 +41,7 @@ class Options:
     vram: int | None = None  # None: the artifact's
     device: str | None = None
     context: int | None = None
+    sequences: int | None = None
     out: Path | None = None
     revision: str | None = None
     ram: int | None = None
@@ -77,44 +78,56 @@ class Options:
 )  # fmt: skip
 @click.option(
     "--from", "source", type=click.Path(path_type=Path), metavar="ARTIFACT",
-    help="Plan an artifact anew: its weights stay as they are.",
+    help="Plan again for an existing artifact; its weights stay as they are.",
 )  # fmt: skip
 @click.option(
     "--calibrate", type=click.Path(path_type=Path), metavar="ARTIFACT",
-    help="Plan an artifact anew with what its recorded runs taught.",
+    help="Plan again with acceptance and timings from the artifact's recorded runs.",
 )  # fmt: skip
 @click.option(
     "--vram", callback=size_option, metavar="SIZE",
-    help="Cap on fast memory: the GPU's, or with --device cpu what the model may take of RAM.",
+    help="Budget of fast memory: the GPU's, or with --device cpu the RAM that the model may take.",
 )  # fmt: skip
 @click.option("--device", metavar="cuda|cuda:N|cpu", help="[default: cuda if there is one]")
 @click.option("--context", type=click.IntRange(min=16), help="Tokens of prompt and answer.")
+@click.option(
+    "--sequences", type=click.IntRange(1, 256),
+    help="Conversations in memory at once, each with its own context.  [default: 1]",
+)  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), help="[default: NAME-SIZE/]")
 @click.option("--revision", help="Branch, tag or commit of a hub model.")
-@click.option("--ram", callback=size_option, metavar="SIZE", help="Cap on pinned host memory.")
-@click.option("--width", type=click.IntRange(1, 64), help="Fix the tree's width.")
-@click.option("--depth", type=click.IntRange(1, 128), help="Fix the tree's depth.")
+@click.option("--ram", callback=size_option, metavar="SIZE", help="Budget of pinned host memory.")
+@click.option(
+    "--width", type=click.IntRange(1, 64), help="Width of the draft tree.  [default: the fastest]"
+)
+@click.option(
+    "--depth", type=click.IntRange(1, 128), help="Depth of the draft tree.  [default: the fastest]"
+)
 @click.option(
     "--draft-min-probability", "min_path_probability", metavar="P",
     type=click.FloatRange(0, 1, max_open=True),
     help="End a draft at the first level whose paths are together less probable than P.",
 )  # fmt: skip
-@click.option("--method", type=click.Choice(["substitute", "plain"]), help="Fix the method.")
+@click.option(
+    "--method",
+    type=click.Choice(["substitute", "plain"]),
+    help="Decoding method.  [default: the faster]",
+)
 @click.option(
     "--profile", type=click.Path(path_type=Path), help="Plan for the machine of this profile.json."
 )
 @click.option(
     "--calibration", type=click.Path(path_type=Path), metavar="FILE",
-    help="Measure acceptance on these prompts (JSON Lines).",
+    help="Measure the acceptance rate on these prompts (JSON Lines).",
 )  # fmt: skip
 @click.option(
     "--link-bandwidth", callback=size_option, metavar="SIZE",
-    help="Plan as if the link gave SIZE a second.",
+    help="Plan for a link of at most SIZE per second.",
 )  # fmt: skip
 @click.option("--quantizer", type=click.Choice(["blocked", "hqq"]), default="blocked",
-              show_default=True, help="hqq: the reference package, 9x slower.")  # fmt: skip
+              show_default=True, help="4-bit quantizer; hqq is the reference package, 9x slower.")  # fmt: skip
 @click.option("--encoding", type=click.Choice(["auto", "residual", "raw"]), default="auto",
-              show_default=True, help="How exact weights are stored.")  # fmt: skip
+              show_default=True, help="Storage of exact weights: as they are, or as residuals of the 4-bit copy.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Plan from config and headers; write nothing.")
 @click.option("--reprofile", is_flag=True, help="With --from: measure this machine again.")
 @click.option("--print-plan", is_flag=True, help="With --from: plan.json on stdout, no folder.")
@@ -123,8 +136,8 @@ class Options:
 @click.version_option(package_name="subspec")
 @reported
 def main(**given: Any) -> None:
-    """Plan the model REF, or an ARTIFACT anew, for a cap on fast memory and write an artifact for
-    subspec-run.
+    """Plan how to run a model within a budget of fast memory, and write an artifact that
+    subspec-run executes.
 
     Exit codes, the SIZE grammar and the JSON object are in docs/commands.md.
     """
@@ -243,6 +256,7 @@ def asked_before(options: Options, constraints: "Constraints") -> Options:
     return replace(
         options,
         context=options.context or constraints.context,
+        sequences=options.sequences or constraints.num_sequences,
         width=options.width or constraints.width,
         depth=options.depth or constraints.depth,
         method=options.method or constraints.method,
@@ -264,6 +278,7 @@ def request_of(options: Options) -> PlanRequest:
         options.ram,
         options.encoding,  # type: ignore[arg-type]
         options.min_path_probability,
+        options.sequences or 1,
     )
     return PlanRequest(
         options.budget, constraints, options.device, options.link_bandwidth,

@@ -286,9 +286,9 @@ def measure_here(
     profile = measure(spec, pick_device(request.device), existing_parent(out), progress)
     if profile.free_bytes < request.budget_bytes:
         tell(
-            f"note: {short_size(profile.free_bytes)} of {profile.device} memory are free now, the "
-            f"cap is {short_size(request.budget_bytes)}: runs are planned anew for less while that "
-            "is so"
+            f"note: the budget is {short_size(request.budget_bytes)}, but only "
+            f"{short_size(profile.free_bytes)} of {profile.device} memory are free now: runs are "
+            "planned again for less until more is free"
         )
     return profile
 

@@ -185,9 +185,7 @@ class Engine:
                 if dtype != DRAFT_DTYPE:
                     if not spec.rope_in_f32:
                         tables = make_tables(spec, slots, DRAFT_DTYPE, kept)
-                    draft_weights = make_shared(
-                        spec, embedding, tensors, tables, DRAFT_DTYPE, kept
-                    )
+                    draft_weights = make_shared(spec, embedding, tensors, tables, DRAFT_DTYPE, kept)
                 substitutes = make_substitutes(spec, tensors, packed, kept)
                 compiled = None
                 if device.type == "cpu":

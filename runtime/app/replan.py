@@ -191,6 +191,7 @@ def planner_words(artifact: Artifact, found: Mismatch) -> list[str]:
         "--method": constraints.method,
         "--draft-min-probability": constraints.min_path_probability,
         "--ram": f"{constraints.ram_bytes}B" if constraints.ram_bytes else None,
+        "--sequences": constraints.num_sequences if constraints.num_sequences > 1 else None,
     }
     return words + [str(word) for pair in fixed.items() if pair[1] is not None for word in pair]
 
