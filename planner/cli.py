@@ -125,9 +125,11 @@ class Options:
     help="Plan for a link of at most SIZE per second.",
 )  # fmt: skip
 @click.option("--quantizer", type=click.Choice(["blocked", "hqq"]), default="blocked",
-              show_default=True, help="4-bit quantizer; hqq is the reference package, 9x slower.")  # fmt: skip
+              show_default=True,
+              help="4-bit quantizer; hqq is the reference package, 9x slower.")  # fmt: skip
 @click.option("--encoding", type=click.Choice(["auto", "residual", "raw"]), default="auto",
-              show_default=True, help="Storage of exact weights: as they are, or as residuals of the 4-bit copy.")  # fmt: skip
+              show_default=True,
+              help="Storage of exact weights: raw, or as residuals of the 4-bit copy.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Plan from config and headers; write nothing.")
 @click.option("--reprofile", is_flag=True, help="With --from: measure this machine again.")
 @click.option("--print-plan", is_flag=True, help="With --from: plan.json on stdout, no folder.")
