@@ -39,6 +39,9 @@ CODE = [
 PROSE = [Sample("prose", "The first house on the left was built in")]
 
 
+BRIEF = Effort(num_tokens=40)
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     """Two that wait for each other take minutes on a busy machine."""
@@ -50,12 +53,12 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """Under a plan whose verification has room for any tree of 5 levels."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("demo") / "artifact"
-    return build_artifact(DEMO, folder, width=3, depth=5, verify_width=48, resident_share=0.8)
+    return build_artifact(
+        DEMO, folder, width=3, depth=5, verify_width=48, resident_share=0.8, int4_kernel="w4a8"
+    )
 
 
-def rehearsed(
-    artifact: Artifact, samples: Sequence[Sample], effort: Effort = USUAL_EFFORT
-) -> Rehearsal:
+def rehearsed(artifact: Artifact, samples: Sequence[Sample], effort: Effort = BRIEF) -> Rehearsal:
     return rehearse(artifact, artifact.plan, said, samples, Setting(), lambda *_: None, effort)
 
 
@@ -216,7 +219,13 @@ def test_a_slower_link_is_rehearsed_at_its_speed(demo: Artifact) -> None:
         return predict_for(demo.spec, PROFILE, streams.plan, storage, method, usage)
 
     found = rehearse(
-        streams, streams.plan, promised, CODE[:1], Setting(link_bandwidth=100e6), lambda *_: None
+        streams,
+        streams.plan,
+        promised,
+        CODE[:1],
+        Setting(link_bandwidth=100e6),
+        lambda *_: None,
+        BRIEF,
     )
     [timed] = found.rounds.plain
     assert timed.predicted > 0
@@ -224,7 +233,7 @@ def test_a_slower_link_is_rehearsed_at_its_speed(demo: Artifact) -> None:
 
 
 def test_the_shipped_prompts_take_turns_until_time_is_up(demo: Artifact) -> None:
-    effort = Effort(draft_seconds=4.0, num_tokens=4, tree_widths=(1,))
+    effort = Effort(draft_seconds=1.0, num_tokens=4, tree_widths=(1,))
     stages = list[tuple[str, float]]()
     found = rehearse(
         demo, demo.plan, said, shipped_samples(), Setting(), lambda *s: stages.append(s), effort

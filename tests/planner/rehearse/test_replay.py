@@ -38,7 +38,9 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """Under a plan whose verification has room for any tree of 5 levels."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("demo") / "artifact"
-    return build_artifact(DEMO, folder, width=3, depth=5, verify_width=48, resident_share=0.8)
+    return build_artifact(
+        DEMO, folder, width=3, depth=5, verify_width=48, resident_share=0.8, int4_kernel="w4a8"
+    )
 
 
 def places(stage: Stage, most_known: int) -> Iterator[tuple[int, ...]]:
