@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from brief import be_brief
 from builders import PROFILE, build_artifact, random_checkpoint
 from run_records import make_run
 from safetensors.torch import load_file, save_file
@@ -24,9 +25,9 @@ from subspec.planner.cli import main
 from subspec.planner.model.hub import DEMO
 from subspec.planner.rehearse.calibration import shipped_samples
 from subspec.planner.rehearse.corrections import LEAST, MOST
-from subspec.runtime.engine import kernel_sources
+from subspec.runtime.engine import Engine, kernel_sources
 
-SUBSPEC_PLAN = str(Path(sys.executable).with_name("subspec-plan"))
+TESTS = Path(__file__).parents[1]  # where brief.py is
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,35 @@ def run(capsys: pytest.CaptureFixture[str], *words: object) -> Ended:
 # What it writes
 
 
+@pytest.fixture
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    be_brief(monkeypatch)
+
+
+@pytest.mark.slow
 def test_the_demo_is_measured_planned_built_and_rehearsed(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    artifact = planned_demo(here, capsys)
+    acceptance, corrections = artifact.plan.acceptance, artifact.profile.corrections
+    assert acceptance.num_trees() > 50 and corrections.num_rounds > 50
+    assert acceptance.margin(3, 6) < 0.5
+    assert all(
+        LEAST < factor < MOST
+        for factor in (corrections.draft, corrections.verify, corrections.plain)
+    )
+
+
+def test_the_demo_is_measured_planned_built_and_rehearsed_in_brief(
+    here: Path, capsys: pytest.CaptureFixture[str], brief: None
+) -> None:
+    artifact = planned_demo(here, capsys)
+    assert artifact.plan.acceptance.num_trees() >= 5
+    assert artifact.profile.corrections.num_rounds > 5
+
+
+def planned_demo(here: Path, capsys: pytest.CaptureFixture[str]) -> Artifact:
+    """By the command, every step of it."""
     ended = plan(capsys, "--link-bandwidth", "40MB", known=False)
     assert (ended.exit_code, ended.out) == (0, "demo-9mb\n"), ended.err
     assert [path.name for path in here.iterdir()] == ["demo-9mb"]
@@ -88,23 +115,17 @@ def test_the_demo_is_measured_planned_built_and_rehearsed(
     assert all(rate.bytes_per_second > 40e6 for rate in artifact.profile.link)
     assert "--link-bandwidth" in artifact.plan.reasons[0]
     acceptance = artifact.plan.acceptance
-    assert acceptance.measured and acceptance.num_trees() > 50
+    assert acceptance.measured
     assert set(acceptance.kinds) == {sample.kind for sample in shipped_samples()}
     assert sorted({curve.width for curve in acceptance.curves}) == [1, 3, 8]
     assert 2 < acceptance.tokens(1, 6) < acceptance.tokens(3, 6) < 7
-    assert acceptance.margin(3, 6) < 0.5
-    corrections = artifact.profile.corrections
-    assert corrections.num_rounds > 50
-    assert all(
-        LEAST < factor < MOST
-        for factor in (corrections.draft, corrections.verify, corrections.plain)
-    )
     budgets = [point.budget_bytes for point in artifact.plan.by_budget]
     assert budgets == sorted(set(budgets)) and {9_000_000, 9_900_000} <= set(budgets)
     assert artifact.plan.context in {point.context for point in artifact.plan.by_context}
     if shutil.which("g++") is not None:
         sources = kernel_sources(artifact.plan)
         assert sources and all(find_prebuilt(artifact, source) is not None for source in sources)
+    return artifact
 
 
 def test_another_machines_plan_is_built_without_running_it(
@@ -122,14 +143,16 @@ def test_another_machines_plan_is_built_without_running_it(
     assert "subspec-run there" in ended.err
 
 
-def test_a_dry_run_with_a_profile_imports_no_torch_and_writes_nothing(here: Path) -> None:
+def test_a_dry_run_with_a_profile_needs_no_runtime_and_writes_nothing(here: Path) -> None:
     program = (
         "import sys; from subspec.planner.cli import main; main(sys.argv[1:]);"
-        "print(sorted({'torch', 'numpy', 'transformers'} & sys.modules.keys()))"
+        "print([name for name in sys.modules if name.startswith(('subspec.runtime', 'hqq'))])"
     )
     words = ["--model", "demo", "--vram", "9MB", "--profile", "../profile.json", "--dry-run"]
     done = subprocess.run(
-        [sys.executable, "-c", program, *words, "--json"], capture_output=True, text=True
+        [sys.executable, "-c", program, *words, "--width", "1", "--json"],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     answer, imported = done.stdout.splitlines()
@@ -157,17 +180,14 @@ def dry(capsys: pytest.CaptureFixture[str], *words: object) -> dict[str, object]
 
 
 def test_what_the_user_fixes_is_in_the_plan(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tree = dry(capsys, "--width", 2, "--depth", 5)["tree"]
-    assert isinstance(tree, dict) and (tree["width"], tree["depth"]) == (2, 5)
-    assert dry(capsys, "--context", 200)["context"] == 200
-    words = ("--method", "substitute", "--draft-min-probability", 0.3)
-    found = dry(capsys, *words)
+    words = ("--context", 200, "--width", 2, "--depth", 5, "--draft-min-probability", 0.3)
+    found = dry(capsys, *words, "--method", "substitute", "--ram", "1GB", "--device", "cpu")
+    assert (found["context"], found["method"], found["device"]) == (200, "substitute", "cpu")
     tree, reasons = found["tree"], found["reasons"]
-    assert isinstance(tree, dict) and tree["min_path_probability"] == 0.3
+    assert isinstance(tree, dict) and (tree["width"], tree["depth"]) == (2, 5)
+    assert tree["min_path_probability"] == 0.3
     assert isinstance(reasons, list) and any("less probable than 0.3" in one for one in reasons)
     assert dry(capsys, "--method", "plain")["method"] == "plain"
-    assert dry(capsys, "--method", "substitute")["method"] == "substitute"
-    assert dry(capsys, "--ram", "1GB", "--device", "cpu")["device"] == "cpu"
 
 
 def test_a_slower_link_is_planned_for_and_said(
@@ -213,8 +233,8 @@ def test_the_quantizer_may_be_the_reference_package(
 def test_the_encoding_that_was_asked_for_is_in_the_plan(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert dry(capsys, "--encoding", "raw")["residual_parts"] == 0
-    assert dry(capsys, "--encoding", "residual")["residual_parts"] == 42
+    assert dry(capsys, "--encoding", "raw", "--width", 1)["residual_parts"] == 0
+    assert dry(capsys, "--encoding", "residual", "--width", 1)["residual_parts"] == 43
 
 
 def test_residuals_where_nothing_decodes_them_are_refused_with_the_way_out(
@@ -349,6 +369,26 @@ def test_what_does_not_go_together_is_said(
     assert ended.out == "" and list(here.iterdir()) == []
 
 
+# Several sequences
+
+
+def test_sequences_that_are_asked_for_have_their_caches_in_the_plan(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fixed = ("--context", 128, "--width", 1, "--method", "substitute")
+    ledgers = []
+    for words in ((), ("--sequences", 3)):
+        out = f"out-{len(ledgers)}"
+        assert plan(capsys, *fixed, *words, "--out", out).exit_code == 0
+        planned = open_artifact(here / out).plan
+        assert planned.num_sequences == planned.constraints.num_sequences == (3 if words else 1)
+        ledgers.append(planned.placement("substitute").ledger)
+        assert ledgers[-1].total_bytes <= planned.budget_bytes
+    assert ledgers[1].cache == 3 * ledgers[0].cache > 0
+    with Engine.open(here / "out-1") as engine:
+        assert len({engine.new_sequence() for _ in range(3)}) == 3
+
+
 # An artifact planned anew
 
 
@@ -395,7 +435,7 @@ def test_calibrating_asks_again_for_what_was_asked_for(
     there: Artifact, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ended = run(capsys, "--from", "there", "--vram", "9MB", "--context", 200, "--depth", 2,
-                "--draft-min-probability", 0.3)  # fmt: skip
+                "--draft-min-probability", 0.3, "--sequences", 2)  # fmt: skip
     assert ended.exit_code == 0, ended.err
     planned = open_artifact(there.path).plan
     own = {"plan": plan_digest(planned), "machine": planned.machine}
@@ -406,6 +446,7 @@ def test_calibrating_asks_again_for_what_was_asked_for(
     assert (after.budget_bytes, after.context, after.tree.depth) == (9_000_000, 200, 2)
     assert after.constraints == planned.constraints
     assert after.constraints.min_path_probability == 0.3
+    assert after.constraints.num_sequences == after.num_sequences == 2
 
 
 def test_without_a_size_an_artifact_keeps_its_own(
@@ -419,7 +460,7 @@ def test_without_a_size_an_artifact_keeps_its_own(
 
 
 def test_acceptance_is_measured_on_prompts_of_ones_own(
-    there: Artifact, here: Path, capsys: pytest.CaptureFixture[str]
+    there: Artifact, here: Path, capsys: pytest.CaptureFixture[str], brief: None
 ) -> None:
     lines = ['{"kind": "sql", "text": "SELECT name FROM"}', '{"chat": "Write a poem"}']
     (here / "mine.jsonl").write_text("\n".join(lines))
@@ -478,7 +519,7 @@ def test_a_weight_that_is_not_a_number_is_named(
     [
         ("config.json", {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, "GPT2LM"),
         ("config.json", {"hidden_act": "gelu"}, "hidden_act"),
-        ("tokenizer.json", None, "has no tokenizer.json"),
+        ("tokenizer.json", None, "has no tokenizer: neither"),
     ],
 )
 def test_a_model_that_is_not_ours_to_run_is_refused(
@@ -495,13 +536,23 @@ def test_a_model_that_is_not_ours_to_run_is_refused(
     assert list(here.iterdir()) == []
 
 
+BRIEFLY = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import pytest, subspec.artifacts
+from brief import be_brief
+from subspec.planner.cli import main
+be_brief(pytest.MonkeyPatch())
+main(sys.argv[2:])
+"""
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_build_leaves_nothing(number: int, code: int, here: Path) -> None:
     words = ["--model", "demo", "--vram", "9MB", "--width", "1", "--depth", "1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # a busy machine would take its time
-    with subprocess.Popen(
-        [SUBSPEC_PLAN, *words], stderr=subprocess.PIPE, text=True, env=environment
-    ) as child:
+    command = [sys.executable, "-c", BRIEFLY, TESTS, *words]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as child:
         assert child.stderr is not None
         for line in child.stderr:
             if line == "rehearsing the plan\n":

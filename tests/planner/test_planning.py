@@ -13,7 +13,7 @@ from subspec.planner.machine.measure import machine_name
 from subspec.planner.model.hub import DEMO, resolve
 from subspec.planner.planning import PlanRequest, plan_again, plan_dry, plan_from_runs, plan_model
 
-REQUEST = PlanRequest(9_000_000, Constraints(context=200), known_profile=PROFILE)
+REQUEST = PlanRequest(9_000_000, Constraints(context=200, width=2), known_profile=PROFILE)
 
 
 def test_a_plan_for_another_machine_needs_neither_files_nor_a_terminal(
@@ -53,6 +53,26 @@ def test_an_artifact_is_planned_again_and_stays_as_it_is(
     assert bare == replace(found.plan, by_budget=(), by_context=())
     assert (artifact.path / "plan.json").read_bytes() == before
     assert capsys.readouterr() == ("", "")
+
+
+def test_every_constraint_survives_that_an_artifact_is_planned_again(tmp_path: Path) -> None:
+    """What was asked for once is what a re-planning asks for; the weights stay as they are."""
+    asked = Constraints(
+        context=160, width=1, depth=3, method="substitute", ram_bytes=10**9, encoding="raw",
+        min_path_probability=0.2, num_sequences=2,
+    )  # fmt: skip
+    defaults = {name: getattr(Constraints(), name) for name in vars(asked)}
+    assert all(value != defaults[name] for name, value in vars(asked).items()), "one is not tried"
+    first = plan_model(replace(REQUEST, constraints=asked), resolve("demo"), tmp_path / "artifact")
+    assert first.plan.constraints == asked
+    artifact = open_artifact(tmp_path / "artifact")
+    assert artifact.plan == first.plan
+    request = replace(REQUEST, budget_bytes=8_500_000, constraints=artifact.plan.constraints)
+    again = plan_again(request, artifact, artifact.path, sweeps=False).plan
+    assert again.constraints == replace(asked, encoding="kept")
+    assert (again.context, again.num_sequences, again.method) == (160, 2, "substitute")
+    assert (again.tree.width, again.tree.depth, again.tree.min_path_probability) == (1, 3, 0.2)
+    assert again.budget_bytes == 8_500_000 and again.residuals == first.plan.residuals
 
 
 def test_runs_of_another_plan_teach_nothing(tmp_path: Path) -> None:

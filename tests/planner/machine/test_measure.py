@@ -1,5 +1,6 @@
 """A profile is measured for any model that we run, in bounded memory, and nothing is left of it."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,13 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+from brief import HASTY
+from families import FAMILIES
 from toys import ACCEPTANCE, make_spec
 
+from subspec.artifacts.common.errors import SubspecError
+from subspec.artifacts.common.sizes import parse_size
 from subspec.artifacts.footprint import model_bytes
+from subspec.artifacts.format.checks import check_plan
 from subspec.artifacts.format.codec import dump_json
 from subspec.artifacts.model import ModelSpec, Source
 from subspec.artifacts.plan import Constraints
 from subspec.artifacts.profile import SHORTEST, Corrections, Profile
+from subspec.planner.machine import residual_rate
 from subspec.planner.machine.measure import (
     LARGEST_BLOCK,
     LEAST_SHARE,
@@ -30,6 +37,8 @@ from subspec.planner.machine.microbench import PADDED_WIDTHS
 from subspec.planner.machine.profiles import read_profile
 from subspec.planner.machine.timing import Effort
 from subspec.planner.model.checkpoint import read_spec
+from subspec.planner.model.config import read_config
+from subspec.planner.model.families import FAMILIES as SUPPORTED
 from subspec.planner.model.hub import DEMO
 from subspec.planner.solve.search import search
 from subspec.planner.solve.storage import raw_storage, usual_storages
@@ -41,18 +50,6 @@ CPU = torch.device("cpu")
 def one_thread() -> None:
     """Two that wait for each other take minutes on a busy machine."""
     torch.set_num_threads(1)
-
-
-# One sample of everything: for what does not depend on the numbers.
-HASTY = Effort(
-    passes=1,
-    fewest_samples=1,
-    action_seconds=0.0,
-    stream_seconds=0.0,
-    place_seconds=0.0,
-    least_link_bytes=4 << 20,
-    most_link_bytes=4 << 20,
-)
 
 
 def measured(spec: ModelSpec, folder: Path) -> Profile:
@@ -68,7 +65,9 @@ def written(profile: Profile, folder: Path) -> Path:
 def test_the_profile_of_the_demo_makes_sense(tmp_path: Path) -> None:
     spec = read_spec(DEMO, Source("demo"))
     stages = []
-    profile = measure(spec, "cpu", tmp_path, lambda stage, share: stages.append(stage))
+    profile = measure(
+        spec, "cpu", tmp_path, lambda stage, share: stages.append(stage), Effort(passes=1)
+    )
     assert read_profile(written(profile, tmp_path)) == profile
     assert profile.device == "cpu" and "torch" in profile.machine
     assert profile.num_threads == 1 and profile.free_bytes > 1 << 28
@@ -113,13 +112,43 @@ KINDS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@pytest.fixture
+def small_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As small as the models: hundreds of copies of their matrices would be made."""
+    monkeypatch.setattr(residual_rate, "DECODED_BYTES", 1 << 20)
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_model_can_be_measured_and_planned(kind: str, tmp_path: Path) -> None:
+def test_every_kind_of_model_can_be_measured_and_planned(
+    kind: str, tmp_path: Path, small_caches: None
+) -> None:
     spec = make_spec(**{"hidden_size": 64, "inner_size": 128, "head_size": 32} | KINDS[kind])
     profile = measured(spec, tmp_path)
     assert read_profile(written(profile, tmp_path)) == profile
     plan = search(spec, profile, 20 * model_bytes(spec), Constraints(), ACCEPTANCE)
     assert plan.predicted[plan.method].tokens_per_second > 0
+
+
+@pytest.mark.parametrize("name", ["smollm3", "olmo3, yarn on full layers"])
+def test_a_model_whose_layers_differ_can_be_measured_and_planned(
+    name: str, tmp_path: Path, small_caches: None
+) -> None:
+    """Layers with and without positions; with windows and ropes of their own."""
+    raw = FAMILIES[name]
+    architecture = SUPPORTED[raw["model_type"]].architecture
+    (tmp_path / "config.json").write_text(json.dumps({**raw, "architectures": [architecture]}))
+    spec = read_config(tmp_path, Source("test/model"))
+    assert len(set(spec.layers)) > 1
+    profile = measured(spec, tmp_path)
+    drafts = Constraints(context=64, method="substitute", encoding="raw")
+    with pytest.raises(SubspecError) as caught:
+        search(spec, profile, 1, drafts, ACCEPTANCE)
+    smallest = parse_size(caught.value.hint.removeprefix("--vram "))
+    for budget in (smallest, 20 * model_bytes(spec)):
+        plan = search(spec, profile, budget, drafts, ACCEPTANCE)
+        check_plan(spec, list(raw_storage(spec).parts), plan)
+        assert plan.predicted["substitute"].tokens_per_second > 0
+        assert (plan.predicted["substitute"].streamed_bytes > 0) == (budget == smallest)
 
 
 LARGE = """

@@ -8,6 +8,7 @@ from itertools import accumulate
 from typing import Any
 
 import pytest
+from samples import sampled
 from toys import ACCEPTANCE, make_profile, make_spec
 
 from subspec.artifacts.acceptance import Acceptance, Curve
@@ -74,9 +75,10 @@ def small_space(monkeypatch: pytest.MonkeyPatch) -> None:
 # Optimal
 
 
-@pytest.mark.parametrize("residual_weights_per_second", DECODE_RATES)
-@pytest.mark.parametrize("budget_bytes", BUDGETS)
-@pytest.mark.parametrize("shares", [(0.8, 0.9), (0.2, 0.2)])
+@pytest.mark.parametrize(
+    ("residual_weights_per_second", "budget_bytes", "shares"),
+    sampled(5, DECODE_RATES, BUDGETS, [(0.8, 0.9), (0.2, 0.2)]),
+)
 def test_nothing_feasible_is_better(
     budget_bytes: int,
     residual_weights_per_second: float,
@@ -87,9 +89,10 @@ def test_nothing_feasible_is_better(
     assert speed(plan_for(budget_bytes, profile=profile)) == best_of_all(budget_bytes, profile)
 
 
-@pytest.mark.parametrize("residual_weights_per_second", DECODE_RATES)
-@pytest.mark.parametrize("budget_bytes", [*BUDGETS, 18_000_000, 20_000_000])
-@pytest.mark.parametrize("stored", [0, 5])
+@pytest.mark.parametrize(
+    ("residual_weights_per_second", "budget_bytes", "stored"),
+    sampled(5, DECODE_RATES, [*BUDGETS, 18_000_000, 20_000_000], [0, 5]),
+)
 def test_nothing_feasible_is_better_for_the_residuals_of_an_artifact(
     budget_bytes: int, residual_weights_per_second: float, stored: int, small_space: None
 ) -> None:
@@ -219,14 +222,19 @@ def never_falls(speeds: list[float]) -> None:
 
 
 @pytest.mark.parametrize("residual_weights_per_second", DECODE_RATES)
-def test_more_memory_never_predicts_slower(residual_weights_per_second: float) -> None:
-    profile = make_profile(residual_weights_per_second=residual_weights_per_second)
-    never_falls([speed(plan_for(budget, profile=profile)) for budget in sorted(CHECKED)])
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 3])
+def test_more_memory_never_predicts_slower(every: int, residual_weights_per_second: float) -> None:
+    profile, budgets = (
+        make_profile(residual_weights_per_second=residual_weights_per_second),
+        sorted(CHECKED)[::every],
+    )
+    never_falls([speed(plan_for(budget, profile=profile)) for budget in budgets])
 
 
-@pytest.mark.parametrize("residual_weights_per_second", DECODE_RATES)
-@pytest.mark.parametrize("stored", [0, 5])
-@pytest.mark.parametrize("constraints", [Constraints(context=256), LONG])
+@pytest.mark.parametrize(
+    ("residual_weights_per_second", "stored", "constraints"),
+    sampled(5, DECODE_RATES, [0, 5], [Constraints(context=256), LONG]),
+)
 def test_more_memory_never_predicts_slower_for_the_residuals_of_an_artifact(
     residual_weights_per_second: float, stored: int, constraints: Constraints, small_space: None
 ) -> None:
@@ -275,8 +283,10 @@ def test_faster_decoding_never_predicts_slower(budget_bytes: int, small_space: N
     never_falls([speed(plan_for(budget_bytes, profile=profile)) for profile in profiles])
 
 
-@pytest.mark.parametrize("budget_bytes", [8_000_000, 11_000_000, 14_500_000])
-@pytest.mark.parametrize("shares", [(0.8, 0.9), *SHARES])
+@pytest.mark.parametrize(
+    ("budget_bytes", "shares"),
+    sampled(3, [8_000_000, 11_000_000, 14_500_000], [(0.8, 0.9), *SHARES]),
+)
 def test_a_faster_link_never_predicts_slower(
     budget_bytes: int, shares: tuple[float, float], small_space: None
 ) -> None:
@@ -316,12 +326,16 @@ def test_one_level_that_is_accepted_more_often_never_predicts_slower(small_space
 
 
 @pytest.mark.parametrize(
-    "constraints", [Constraints(), Constraints(context=256), Constraints(context=1024)]
+    ("constraints", "device", "dtype", "residual_weights_per_second", "stored"),
+    sampled(
+        7,
+        [Constraints(), Constraints(context=256), Constraints(context=1024)],
+        ["cpu", "cuda"],
+        ["bfloat16", "float32"],
+        [0.0, 5e7],
+        [None, 0, 5],
+    ),
 )
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("residual_weights_per_second", [0.0, 5e7])
-@pytest.mark.parametrize("stored", [None, 0, 5])
 def test_every_plan_passes_the_readers_check(
     constraints: Constraints,
     device: str,
