@@ -360,6 +360,8 @@ def opened(artifact: "Artifact", options: Options) -> "Iterator[Engine]":
                     f"attention several times, and near-ties may round otherwise: {problem}"
                     f"{trust if engine.has_prebuilt_kernels else ''}"
                 )
+            if (problem := engine.plain_draft) is not None:
+                say(f"note: drafting is slower than it could be: {problem}")
             yield engine
             if (problem := engine.missing_graphs) is not None:
                 say(f"note: the draft's kernels were launched one by one: {problem}")

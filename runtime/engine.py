@@ -299,6 +299,15 @@ class Engine:
         return any(find_prebuilt(self.artifact, source) is not None for source, _ in kernels)
 
     @property
+    def plain_draft(self) -> str | None:
+        """Why the draft's layers run one by one; None: they are compiled, or nothing is drafted."""
+        drafts = isinstance(self.model.drafter, SubstituteDrafter)
+        compilable = drafts and self.device.type == "cpu" and self.plan.int4_kernel == "w4a8"
+        if not compilable or compiled_layers.known_form(self.artifact.spec) is not None:
+            return None
+        return "this model has layers that the compiled draft does not compute"
+
+    @property
     def missing_graphs(self) -> str | None:
         """Why the draft's levels are not captured; None: they are, or need not be."""
         drafter = self.model.drafter
