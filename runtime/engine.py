@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -182,9 +182,10 @@ class Engine:
             if method == "substitute":
                 draft_weights = weights
                 if dtype != DRAFT_DTYPE:
-                    draft_weights = make_shared(spec, embedding, tensors, slots, DRAFT_DTYPE, kept)
-                    if spec.rope_in_f32:
-                        draft_weights = replace(draft_weights, tables=weights.tables)
+                    tables = weights.tables if spec.rope_in_f32 else None
+                    draft_weights = make_shared(
+                        spec, embedding, tensors, slots, DRAFT_DTYPE, kept, tables
+                    )
                 substitutes = make_substitutes(spec, tensors, packed, kept)
                 compiled = None
                 if device.type == "cpu":

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from families import save_random_model
 from safetensors.torch import load_file, save_file
 
 from subspec.artifacts.acceptance import Acceptance, Curve
@@ -154,28 +155,20 @@ def build_artifact(
 
 def demo_checkpoint(folder: Path, dtype: torch.dtype) -> Path:
     """The demo model in another dtype."""
-    shutil.copytree(DEMO, folder)
-    tensors = load_file(DEMO / "model.safetensors")
+    return converted(DEMO, folder, dtype)
+
+
+def converted(checkpoint: Path, folder: Path, dtype: torch.dtype) -> Path:
+    """A copy of a checkpoint of one file, in another dtype."""
+    shutil.copytree(checkpoint, folder)
+    tensors = load_file(checkpoint / "model.safetensors")
     save_file({name: t.to(dtype) for name, t in tensors.items()}, folder / "model.safetensors")
     return folder
 
 
 def random_checkpoint(folder: Path, config: object, seed: int = 0) -> Path:
-    """A transformers config -> a checkpoint folder of random f32 weights, the demo's tokenizer.
-
-    Biases and norms are random too: zeros and ones would hide mistakes.
-    """
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 1:
-                parameter.normal_(1.0 if "norm" in name else 0.0, 0.2)
-            else:
-                parameter.normal_(0.0, 1.5 * parameter.shape[1] ** -0.5)
-    model.save_pretrained(folder)
+    """A transformers config -> a checkpoint folder of random f32 weights, the demo's tokenizer."""
+    save_random_model(folder, config, seed)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copyfile(DEMO / name, folder / name)
     return folder

@@ -276,20 +276,23 @@ def make_shared(
     num_positions: int,
     dtype: torch.dtype,
     keep: Callable[[Tensor], Tensor],
+    tables: dict[Rope, tuple[Tensor, Tensor]] | None = None,
 ) -> SharedWeights:
     """`tensors`: the artifact's resident tensors by name, on the device. `keep` copies what has to
-    be made (rope tables, norms in another dtype) into fast memory."""
+    be made (rope tables, norms in another dtype) into fast memory. tables: None to make them."""
     norms = {
         name: tensor if tensor.dtype == dtype else keep(tensor.to(dtype))
         for name in spec.norm_sizes
         for tensor in (tensors[f"{name}.weight"],)
     }
-    wanted = torch.float32 if spec.rope_in_f32 else dtype
-    tables = {
-        rope: tuple(keep(table.to(wanted)) for table in rope_tables(rope, num_positions))
-        for rope in spec.ropes
-    }
-    return SharedWeights(spec, embedding, norms, tables, dtype)  # type: ignore[arg-type]
+    if tables is None:
+        wanted = torch.float32 if spec.rope_in_f32 else dtype
+        tables = {
+            rope: (keep(cos.to(wanted)), keep(sin.to(wanted)))
+            for rope in spec.ropes
+            for cos, sin in (rope_tables(rope, num_positions),)
+        }
+    return SharedWeights(spec, embedding, norms, tables, dtype)
 
 
 def rope_tables(rope: Rope, num_positions: int) -> tuple[Tensor, Tensor]:
