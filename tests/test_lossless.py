@@ -1,4 +1,4 @@
-"""Lossless is a test, not a claim: the exact model's tokens, drafted or not, alone or in company."""
+"""Lossless is a test, not a claim: the exact model's tokens, drafted or not, alone or not."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +7,7 @@ import pytest
 import torch
 from builders import build_artifact, demo_checkpoint, random_checkpoint, replan
 from families import FAMILIES, PROMPT_TOKENS, SIZES
+from running import answer, generated
 
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.model import Encoding
@@ -70,7 +71,7 @@ def test_f32_tokens_equal_transformers_greedy_decoding(case: str, tmp_path: Path
         )
         for method in METHODS:
             with Engine.open(artifact, OpenOptions(method)) as engine:
-                assert run(engine, prompt, GREEDY, 30) == expected, f"{encoding}, {method}"
+                assert answer(engine, prompt, 30, GREEDY) == expected, f"{encoding}, {method}"
 
 
 # Speculation on = off
@@ -105,13 +106,13 @@ def plain_answer(demos: dict[Encoding, Artifact], prompts: list[list[int]]) -> A
     artifact = replan(demos["raw"], resident_share=1.0, verify_width=VERIFY_WIDTH)
     known = dict[tuple[int, Sampling], list[int]]()
 
-    def answer(index: int, sampling: Sampling, num_tokens: int) -> list[int]:
+    def known_answer(index: int, sampling: Sampling, num_tokens: int) -> list[int]:
         if len(known.get((index, sampling), ())) < num_tokens:
             with Engine.open(artifact, OpenOptions("plain")) as engine:
-                known[index, sampling] = run(engine, prompts[index], sampling, num_tokens)
+                known[index, sampling] = answer(engine, prompts[index], num_tokens, sampling)
         return known[index, sampling][:num_tokens]
 
-    return answer
+    return known_answer
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=str)
@@ -127,7 +128,7 @@ def test_speculation_gives_the_tokens_of_plain_decoding(
     mine = range(PLANS.index(plan), PLANS.index(plan) + 1)
     with Engine.open(planned(demos, plan), OpenOptions("substitute")) as engine:
         for index in mine:
-            got = run(engine, prompts[index], SAMPLINGS[sampling], NUM_TOKENS)
+            got = answer(engine, prompts[index], NUM_TOKENS, SAMPLINGS[sampling])
             assert got == plain_answer(index, SAMPLINGS[sampling], NUM_TOKENS), f"prompt {index}"
 
 
@@ -143,7 +144,7 @@ def test_speculation_gives_the_tokens_of_plain_decoding_for_every_prompt_and_pla
 ) -> None:
     with Engine.open(planned(demos, plan), OpenOptions("substitute")) as engine:
         for index, prompt in enumerate(prompts):
-            got = run(engine, prompt, SAMPLINGS[sampling], MANY_TOKENS)
+            got = answer(engine, prompt, MANY_TOKENS, SAMPLINGS[sampling])
             assert got == plain_answer(index, SAMPLINGS[sampling], MANY_TOKENS), f"prompt {index}"
 
 
@@ -216,7 +217,7 @@ def test_sequences_may_differ_in_sampling_and_in_length(
     )  # fmt: skip
     long = [5 + i % 900 for i in range(900)]
     with Engine.open(artifact) as engine:
-        alone = run(engine, long, SEEDED, 20)
+        alone = answer(engine, long, 20, SEEDED)
     with Engine.open(artifact) as engine:
         sequences = [engine.new_sequence() for _ in range(3)]
         sequences[0].begin(prompts[0], GenerationParams(NUM_TOKENS, GREEDY))
@@ -259,7 +260,7 @@ def test_sampled_output_is_distributed_as_the_target(tmp_path: Path) -> None:
     counts = torch.zeros(256, dtype=torch.float64)
     with Engine.open(artifact, OpenOptions("substitute")) as engine:
         for seed in range(draws):
-            one, two = run(engine, prompt, Sampling(temperature, top_k=4, seed=seed), 2)
+            one, two = answer(engine, prompt, 2, Sampling(temperature, top_k=4, seed=seed))
             counts[one * 16 + two] += 1
     assert counts[expected == 0].sum() == 0
     likely = expected * draws >= 5  # the others are one cell together
@@ -276,7 +277,7 @@ def test_the_padded_width_does_not_change_bf16_tokens_much(tmp_path: Path) -> No
     texts = []
     for width in (8, 64):
         with Engine.open(replan(artifact, verify_width=width), OpenOptions("plain")) as engine:
-            texts.append(run(engine, prompt, GREEDY, 32))
+            texts.append(answer(engine, prompt, 32, GREEDY))
     assert texts[0][:8] == texts[1][:8]
 
 
@@ -291,16 +292,6 @@ def planned(demos: dict[Encoding, Artifact], plan: DraftPlan) -> Artifact:
         int4_kernel=kernel,
         min_path_probability=min_path_probability,
     )
-
-
-def run(engine: Engine, prompt: list[int], sampling: Sampling, num_tokens: int) -> list[int]:
-    """By a sequence of its own."""
-    with engine.new_sequence() as sequence:
-        return generated(sequence, prompt, GenerationParams(num_tokens, sampling))
-
-
-def generated(sequence: Sequence, prompt: list[int], params: GenerationParams) -> list[int]:
-    return [token for some in sequence.generate(prompt, params) for token in some]
 
 
 def step(engine: Engine, num_rounds: int) -> None:
