@@ -214,8 +214,8 @@ def block_bytes(
     query, repeats = body.query_size, body.num_heads // body.num_kv_heads
     turned = 4 if spec.rope_in_f32 else item
     if exact_threads is not None:
-        # By the plain twin: f64 scores of one KV head, three alive, its keys and values.
-        twin = repeats * rows * slots * 25 + slots * body.head_size * 16
+        # By the plain twin: f64 scores of one KV head, two alive, its keys and values.
+        twin = repeats * rows * slots * 17 + slots * body.head_size * 16
         compiled = attention_scratch_bytes(exact_threads, slots, body.head_size)
         scores = max(twin, compiled) + 2 * rows * query * max(item, turned)
     else:  # mask and its fold over the repeated heads; mask-free kernels are not assumed

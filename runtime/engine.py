@@ -100,7 +100,8 @@ class Engine:
         self._caches = caches  # that no sequence has
         self._decoding: list[Sequence] = []
         self._resources = resources
-        self._watched_length = 0
+        self._closed = False
+        self._watched_lengths = dict[int, int]()  # of caches, by number of sequences
 
     @classmethod
     def open(
@@ -206,6 +207,7 @@ class Engine:
     def new_sequence(self) -> Sequence:
         """An empty sequence; close it to give its cache to another one. Raises
         SubspecError(RESOURCES) if the plan's sequences are all in use."""
+        self._check_open()
         if not self._caches:
             raise SubspecError(
                 Exit.RESOURCES,
@@ -217,14 +219,22 @@ class Engine:
         return Sequence(self, cache)
 
     @torch.inference_mode()
-    def step(self) -> None:
+    def step(self) -> bool:
         """One round of every sequence that is decoding: their drafts grow together, one stream of
-        the exact weights verifies all of them, and each commits what it keeps."""
+        the exact weights verifies all of them, and each commits what it keeps. Returns False if no
+        sequence was decoding.
+
+        An error leaves those that have not committed the round where they were: the next step does
+        it again.
+        """
+        self._check_open()
         active = list(self._decoding)
+        if not active:
+            return False
         turns, sampling = [one.turn for one in active], [one.params.sampling for one in active]
         exact, clock = self.model.exact, self.model.clock
         before = dict(clock.seconds), exact.wait_seconds, exact.streamed_bytes
-        with self._watched(max(turn.cache.length for turn in turns)):
+        with self._watched(len(turns), max(turn.cache.length for turn in turns)):
             if self.method == "substitute":
                 rounds = speculate(self.model, turns, sampling)
             elif self.padded:
@@ -241,10 +251,12 @@ class Engine:
                 wait_seconds=exact.wait_seconds - before[1],
                 streamed_bytes=exact.streamed_bytes - before[2],
             )
+        return True
 
     @torch.inference_mode()
     def read_prompt(self, sequence: Sequence, tokens: list[int]) -> tuple[int, float]:
         """The prompt's pass of one sequence -> its first token, and the seconds that it took."""
+        self._check_open()
         clock = self.model.clock
         before = clock.seconds.get("prefill", 0.0)
         with self.peak.watch():
@@ -261,16 +273,24 @@ class Engine:
         if sequence in self._decoding:
             self._decoding.remove(sequence)
 
+    def is_decoding(self, sequence: Sequence) -> bool:
+        return sequence in self._decoding
+
     def give_back(self, cache: Cache) -> None:
         self._caches.append(cache)
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise SubspecError(Exit.USAGE, "the engine is closed", "open the artifact again")
+
     @contextmanager
-    def _watched(self, length: int) -> Iterator[None]:
-        """Temporaries grow with the cache, and watching them takes time: at each doubling."""
-        if length < 2 * self._watched_length:
+    def _watched(self, num_sequences: int, length: int) -> Iterator[None]:
+        """Temporaries grow with the number of sequences and the longest cache, and watching them
+        takes time: at each doubling of the length."""
+        if length < 2 * self._watched_lengths.get(num_sequences, 0):
             yield
             return
-        self._watched_length = length
+        self._watched_lengths[num_sequences] = length
         with self.peak.watch():
             yield
 
@@ -314,7 +334,8 @@ class Engine:
         return drafter.graph_problem if isinstance(drafter, SubstituteDrafter) else None
 
     def close(self) -> None:
-        """Gives fast memory back."""
+        """Gives fast memory back. Its sequences cannot be used any more."""
+        self._closed = True
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self._resources.close()

@@ -4,11 +4,11 @@ from dataclasses import replace
 from typing import Any
 
 from subspec.artifacts.acceptance import Acceptance, Curve
-from subspec.artifacts.plan import Placement, Plan, Prediction, Tree
+from subspec.artifacts.plan import Ledger, Placement, Plan, Prediction, Tree
 from subspec.artifacts.runs import Run, plan_digest
 
 MACHINE = "cpu: a toy, 2 cpus"
-PLACEMENT = Placement((), (), 4096, 2, {"staging": 8192})
+PLACEMENT = Placement((), (), 4096, 2, Ledger(staging=8192))
 SAID = Prediction(
     tokens_per_second=20.0,
     time_to_first_token_seconds=0.5,
@@ -26,14 +26,14 @@ PLAN = Plan(
     machine=MACHINE,
     budget_bytes=9_000_000,
     context=256,
+    num_sequences=1,
     method="substitute",
     tree=Tree(2, 3),
     verify_width=8,
     num_threads=1,
     int4_kernel="aten",
     prefill_tokens=64,
-    substitute=PLACEMENT,
-    plain=PLACEMENT,
+    placements={"substitute": PLACEMENT, "plain": PLACEMENT},
     residuals=(),
     predicted={"substitute": SAID, "plain": replace(SAID, tokens_per_second=8.0)},
     acceptance=Acceptance((Curve(2, "code", (980, 784, 588), (784, 588, 294)),), measured=True),

@@ -1,4 +1,5 @@
-"""Runs of subspec-run as a person starts them: in this process, in a child, on a terminal."""
+"""Answers of an engine, and runs of subspec-run as a person starts them: in this process, in a
+child, on a terminal."""
 
 import errno
 import os
@@ -19,6 +20,9 @@ from subspec.artifacts.format.store import write_json, write_manifest
 from subspec.artifacts.plan import Prediction
 from subspec.planner.model.hub import DEMO
 from subspec.runtime.cli import main
+from subspec.runtime.engine import Engine
+from subspec.runtime.model.sampling import Sampling
+from subspec.runtime.sequence import GenerationParams, Sequence
 
 SUBSPEC_RUN = str(Path(sys.executable).with_name("subspec-run"))
 QUESTION = "Write the Python function add: adds two numbers"
@@ -41,6 +45,19 @@ def demo_artifact(folder: Path) -> Path:
         listed = artifact.manifest
         write_manifest(out, listed.producer, listed.parts, listed.substitutes, {})
     return out
+
+
+def generated(sequence: Sequence, prompt: list[int], params: GenerationParams) -> list[int]:
+    """All tokens of an answer."""
+    return [token for some in sequence.generate(prompt, params) for token in some]
+
+
+def answer(
+    engine: Engine, prompt: list[int], num_tokens: int, sampling: Sampling | None = None
+) -> list[int]:
+    """All tokens of an answer by a sequence of its own."""
+    with engine.new_sequence() as sequence:
+        return generated(sequence, prompt, GenerationParams(num_tokens, sampling or Sampling()))
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from builders import PROFILE, build_artifact, make_plan
-from running import run
+from running import answer, run
 from toys import make_spec
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.user_cache import user_cache_dir
 from subspec.artifacts.format.codec import dump_json
 from subspec.artifacts.format.store import Artifact, open_artifact, verify
-from subspec.artifacts.plan import Constraints, Plan
+from subspec.artifacts.plan import Constraints, Method, Placement, Plan
 from subspec.planner.build.artifact import rebuild
 from subspec.planner.cli import main as plan_command
 from subspec.planner.model.hub import DEMO
@@ -36,9 +36,8 @@ from subspec.runtime.app.replan import (
     read_entry,
     write_entry,
 )
+from subspec.runtime.engine import Engine
 from subspec.runtime.memory import free_bytes
-from subspec.runtime.model.sampling import Sampling
-from subspec.runtime.session import Session
 
 ELSEWHERE = "cpu: AVX2, 64 cpus; torch 2.11.0"
 NO_PLANNER = ("/nowhere/subspec-plan",)
@@ -78,8 +77,8 @@ def inodes(folder: Path) -> list[int]:
 
 
 def tokens(artifact: Artifact) -> list[int]:
-    with Session(artifact) as session:
-        return [t for some in session.generate([5] * 20, 12, Sampling()) for t in some]
+    with Engine.open(artifact) as engine:
+        return answer(engine, [5] * 20, 12)
 
 
 def test_an_artifact_is_planned_anew_in_place_without_touching_weights(artifact: Path) -> None:
@@ -184,8 +183,7 @@ def test_an_artifact_that_decodes_slowly_is_planned_to_hold_some_residuals_decod
     counts = []
     for some in (anew, smaller):
         assert some.plan.residuals == before.plan.residuals
-        assert some.plan.substitute is not None
-        resident = some.plan.substitute.resident
+        resident = some.plan.placement("substitute").resident
         assert set(resident) <= set(some.plan.residuals)
         assert f"; {len(resident)} of 42 matrices are held decoded" in some.plan.reasons[-1]
         assert tokens(some) == tokens(before)
@@ -203,11 +201,10 @@ HERE = Here("cpu", PROFILE.machine, PLENTY)
 
 def larger(plan: Plan, guard_bytes: int) -> Plan:
     """The plan with so much more in the guard of its draft, and in its budget."""
-    placement = plan.substitute
-    assert placement is not None
-    guard = {**placement.ledger, "guard": guard_bytes}
-    more = replace(placement, ledger=guard)
-    return replace(plan, substitute=more, budget_bytes=more.total_bytes)
+    placement = plan.placement("substitute")
+    more = replace(placement, ledger=replace(placement.ledger, guard=guard_bytes))
+    placements: dict[Method, Placement] = {**plan.placements, "substitute": more}
+    return replace(plan, placements=placements, budget_bytes=more.ledger.total_bytes)
 
 
 @pytest.mark.parametrize("vram", [None, PLAN.budget_bytes, 2 * PLAN.budget_bytes])
@@ -274,11 +271,11 @@ def test_only_the_method_that_runs_must_fit() -> None:
 
 def test_what_a_gpu_has_given_to_the_process_already_is_not_asked_of_it_again() -> None:
     plan = larger(replace(PLAN, device="cuda"), 0)
-    placement = plan.substitute
-    assert placement is not None
-    ledger = {**placement.ledger, "overhead": 1 << 30}
-    plan = replace(plan, substitute=replace(placement, ledger=ledger), budget_bytes=1 << 31)
-    here = Here("cuda", plan.machine, placement.total_bytes)
+    placement = plan.placement("substitute")
+    with_overhead = replace(placement, ledger=replace(placement.ledger, overhead=1 << 30))
+    placements: dict[Method, Placement] = {**plan.placements, "substitute": with_overhead}
+    plan = replace(plan, placements=placements, budget_bytes=1 << 31)
+    here = Here("cuda", plan.machine, placement.ledger.total_bytes)
     assert mismatch(plan, "substitute", here, None) is None
     found = mismatch(plan, "substitute", replace(here, free_bytes=here.free_bytes - 1), None)
     assert found is not None and found.cause == "memory" and found.budget_bytes > 0.9 * (1 << 30)
