@@ -71,6 +71,7 @@ class Sequence:
         self.turn = Turn(cache, root=0, max_tokens=0)
         self.finish_reason: FinishReason | None = None  # None: it is decoding, or never was
         self._fresh: list[int] = []  # emitted and not yet given out
+        self._closed = False
 
     def generate(self, prompt: list[int], params: GenerationParams) -> Iterator[list[int]]:
         """Yields new token ids as they are decided. Other sequences of the engine that are decoding
@@ -151,9 +152,11 @@ class Sequence:
         return fresh
 
     def close(self) -> None:
-        """Gives the cache back to the engine."""
-        self._engine.leave(self)
-        self._engine.give_back(self.cache)
+        """Gives the cache back to the engine, once: another sequence may have it by now."""
+        if not self._closed:
+            self._closed = True
+            self._engine.leave(self)
+            self._engine.give_back(self.cache)
 
     def __enter__(self) -> "Sequence":
         return self
