@@ -31,8 +31,10 @@ from subspec.runtime.draft.beam import TokenTree, root_only
 from subspec.runtime.model.attention import attend, attend_batch_invariant
 from subspec.runtime.model.cache import Cache
 from subspec.runtime.model.transformer import (
+    Pass,
     Rows,
     SharedWeights,
+    feed_forward,
     forward,
     forward_hidden,
     grown,
@@ -117,7 +119,7 @@ SPECS = {
     "a head that needs padding": replace(LLAMA, vocab_size=83),
     "matrices without a substitute": replace(
         with_layers(), layers=tuple(
-            replace(layer, blocks=(layer.blocks[0], replace(layer.blocks[1], body=Dense(40, True))))
+            replace(layer, blocks=(layer.blocks[0], replace(layer.blocks[1], body=Dense(37, True))))
             for layer in LLAMA.layers
         ),
     ),
@@ -367,12 +369,17 @@ COMPANY = {
 }
 
 
+@pytest.mark.parametrize("width", [1, 24])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("name", COMPANY)
-def test_sequences_in_one_pass_have_the_bits_of_passes_alone(name: str, dtype: str) -> None:
+def test_sequences_in_one_pass_have_the_bits_of_passes_alone(
+    name: str, dtype: str, width: int
+) -> None:
+    """Of trees that have as many nodes as rows, also the last row: vectorised loops end in it."""
     toy = random_weights(replace(COMPANY[name], dtype=dtype))
-    shared, width = shared_weights(toy, SLOTS), 24
-    lengths, trees = (5, 130, 61), [chain(tokens_of(toy.spec, 20, seed), width) for seed in (1, 2)]
+    shared = shared_weights(toy, SLOTS)
+    lengths = (5, 130, 61, 70)
+    trees = [chain(tokens_of(toy.spec, width, seed), width) for seed in (1, 2, 3)]
     trees.append(root_only(torch.tensor([7]), width))
     together = [prompted(toy, shared, length) for length in lengths]
     rows = [whole_tree(tree, cache) for tree, cache in zip(trees, together, strict=True)]
@@ -391,7 +398,7 @@ def test_sequences_in_one_pass_have_the_bits_of_passes_alone(name: str, dtype: s
 def test_a_token_deep_in_a_tree_has_the_bits_that_it_has_as_a_root(name: str, dtype: str) -> None:
     toy = random_weights(replace(COMPANY[name], dtype=dtype))
     shared, width = shared_weights(toy, SLOTS), 24
-    tokens = tokens_of(toy.spec, 23)
+    tokens = tokens_of(toy.spec, width)
     tree = chain(tokens, width)
     cache = prompted(toy, shared, 50)
     deep = verified(toy, shared, [whole_tree(tree, cache)], width)
@@ -401,6 +408,29 @@ def test_a_token_deep_in_a_tree_has_the_bits_that_it_has_as_a_root(name: str, dt
         logits = verified(toy, shared, [whole_tree(root, plain)], width)
         assert torch.equal(logits[0], deep[index]), f"node {index}"
         plain.commit([int(token)])
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("num_threads", [1, 2, 7])
+def test_a_rows_feed_forward_depends_neither_on_its_place_nor_on_the_number_of_threads(
+    dtype: torch.dtype, num_threads: int
+) -> None:
+    """Threads share 24 rows of so many numbers at places that no vector ends at."""
+    row = torch.randn(1, 18_944, generator=torch.Generator().manual_seed(0)).to(dtype) * 3
+
+    def product(name: str, x: Tensor, rows_per_call: int, gate: Tensor | None = None) -> Tensor:
+        return x.clone() if gate is None else gate
+
+    toy = random_weights(LLAMA)
+    now = Pass(shared_weights(toy, 1), [], attend, 24, torch.zeros(24, dtype=torch.int64))
+    before = torch.get_num_threads()
+    expected = feed_forward(now, Dense(18_944), product, row)
+    try:
+        torch.set_num_threads(num_threads)
+        got = feed_forward(now, Dense(18_944), product, row.repeat(24, 1))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(got, expected.repeat(24, 1))
 
 
 # ---- rope tables --------------------------------------------------------------------------------
