@@ -193,8 +193,8 @@ def project(
 
 def feed_forward(now: Pass, body: Dense, product: Product, x: Tensor) -> Tensor:
     gate = product(f"{body.name}.gate_proj", x, now.rows_per_call)
-    # A row at a time: on CPUs torch's silu rounds the last numbers of a tensor, and of each thread's
-    # share of one, otherwise than the others, and a row's bits must not depend on its place.
+    # A row at a time: on CPUs torch's silu rounds the last numbers of a tensor, and of each
+    # thread's share of one, otherwise than the others. A row's bits must not depend on its place.
     for some in gate if gate.device.type == "cpu" else (gate,):
         F.silu(some, inplace=True)
     inner = product(f"{body.name}.up_proj", x, now.rows_per_call, gate)
