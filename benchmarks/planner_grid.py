@@ -117,7 +117,9 @@ def prompt_length(context: int) -> int:
     return max(SHORTEST, int(context * SHARE_OF_CONTEXT))
 
 
-def long_prompts(text: ChatTokenizer, samples: tuple[Sample, ...], context: int, count: int) -> Prompts:
+def long_prompts(
+    text: ChatTokenizer, samples: tuple[Sample, ...], context: int, count: int
+) -> Prompts:
     """`count` prompts of each kind, each as long as a third of the context: samples of that kind
     after another, the last one to be continued."""
     wanted = prompt_length(context)
