@@ -38,7 +38,7 @@ from transformers import AutoModelForCausalLM
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format.tensors import read_header, write_header
-from subspec.artifacts.model import GROUP_SIZE, ModelSpec, Source
+from subspec.artifacts.model import GROUP_SIZE, Attention, Dense, ModelSpec, Source
 from subspec.planner.model.config import read_config
 
 Files = dict[str, Path]  # by the name of the source tensor
@@ -133,8 +133,9 @@ def write_config(path: Path, source: ModelSpec, args: argparse.Namespace) -> Non
         problem = f"--hidden {args.hidden} --layers {layers}, expected a multiple of {GROUP_SIZE} "
         raise SubspecError(Exit.USAGE, problem + f"and at least {source.num_layers}")
     growth = args.hidden / source.hidden_size
-    heads = round(source.num_heads * growth)
-    inner = round(source.intermediate_size * growth / GROUP_SIZE) * GROUP_SIZE
+    attention, dense = common_form(source)
+    heads = round(attention.num_heads * growth)
+    inner = round(dense.inner_size * growth / GROUP_SIZE) * GROUP_SIZE
     origin = {"model": args.model.name, "hidden_size": source.hidden_size}
     origin |= {"num_hidden_layers": source.num_layers, "seed": args.seed, "note": NOTE}
     config = json.loads(path.read_text("utf-8"))
@@ -143,14 +144,35 @@ def write_config(path: Path, source: ModelSpec, args: argparse.Namespace) -> Non
         "intermediate_size": args.intermediate or inner,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": heads // math.gcd(heads, source.num_heads // source.num_kv_heads),
-        "head_dim": source.head_size,
+        "num_key_value_heads": heads
+        // math.gcd(heads, attention.num_heads // attention.num_kv_heads),
+        "head_dim": attention.head_size,
         "dtype": args.dtype,
         "subspec_widened_from": origin,
     }
     if kinds := config.get("layer_types"):
         config["layer_types"] = [kinds[n] for n in layer_origins(source.num_layers, layers)]
     path.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+
+
+def common_form(spec: ModelSpec) -> tuple[Attention, Dense]:
+    """What all layers share, windows aside: an attention and a feed-forward, a norm before each."""
+    forms = set[tuple[Attention, Dense]]()
+    for layer in spec.layers:
+        match [block.body for block in layer.blocks if block.before and not block.after]:
+            case [Attention() as attention, Dense() as dense] if len(layer.blocks) == 2:
+                forms.add((replace(attention, window=None), dense))
+            case _:
+                raise SubspecError(
+                    Exit.UNSUPPORTED,
+                    f"a layer of this {spec.family} model is not an attention and a feed-forward "
+                    "with a norm before each, as expected",
+                )
+    if len(forms) != 1:
+        raise SubspecError(
+            Exit.UNSUPPORTED, f"the layers have {len(forms)} different shapes, expected one"
+        )
+    return forms.pop()
 
 
 def layer_origins(num_source_layers: int, num_layers: int) -> list[int]:
@@ -194,10 +216,11 @@ def recipe_of(source: str, sizes: dict[str, Copies], scale: torch.Tensor) -> Rec
 
 
 def wide_dimensions(source: ModelSpec, wide: ModelSpec) -> dict[str, Copies]:
-    num_kv, size = source.num_kv_heads, source.head_size
-    group, wide_group = source.num_heads // num_kv, wide.num_heads // wide.num_kv_heads
+    (narrow, narrow_dense), (broad, broad_dense) = common_form(source), common_form(wide)
+    num_kv, size = narrow.num_kv_heads, narrow.head_size
+    group, wide_group = narrow.num_heads // num_kv, broad.num_heads // broad.num_kv_heads
     query: list[int] = []
-    for head in range(wide.num_heads):
+    for head in range(broad.num_heads):
         kv_head, member = divmod(head, wide_group)
         reader = kv_head // num_kv * wide_group + member  # the how-manieth of its source kv head
         first = (kv_head % num_kv * group + reader % group) * size
@@ -207,9 +230,9 @@ def wide_dimensions(source: ModelSpec, wide: ModelSpec) -> dict[str, Copies]:
         "vocabulary": copies(source.vocab_size, source.vocab_size),
         "head": copies(size, size),
         "hidden": copies(source.hidden_size, wide.hidden_size),
-        "query": copies(source.num_heads * size, wide.num_heads * size, least, query),
-        "kv": copies(num_kv * size, wide.num_kv_heads * size),
-        "inner": copies(source.intermediate_size, wide.intermediate_size, least),
+        "query": copies(narrow.query_size, broad.query_size, least, query),
+        "kv": copies(narrow.kv_size, broad.kv_size),
+        "inner": copies(narrow_dense.inner_size, broad_dense.inner_size, least),
     }
 
 

@@ -77,8 +77,9 @@ def test_a_wide_model_has_the_logits_of_its_source(
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
 
     spec = read_config(out, Source("wide"))
-    assert (spec.hidden_size, spec.num_layers, spec.num_heads) == (hidden, layers, heads)
-    assert spec.num_kv_heads == heads // 2 and spec.intermediate_size % 64 == 0
+    attention, dense = script.common_form(spec)
+    assert (spec.hidden_size, spec.num_layers, attention.num_heads) == (hidden, layers, heads)
+    assert attention.num_kv_heads == heads // 2 and dense.inner_size % 64 == 0
     origin = json.loads((out / "config.json").read_text())["subspec_widened_from"]
     assert origin["hidden_size"] == 256 and "not the acceptance" in origin["note"]
 
