@@ -24,8 +24,8 @@ def unpack_nibbles(packed: Tensor) -> Tensor:
 def dequantize(codes: Tensor, qparams: Tensor) -> Tensor:
     """codes uint8 [N, K], qparams bf16 [G, N, 2] of (scale, zero_point) -> f32 [N, K].
 
-    weight = (code - ZERO_POINT_CODE) * scale + zero_point, as in ATen's 4-bit kernels. The product is
-    exact in f32, so a fused multiply-add gives the same bits.
+    weight = (code - ZERO_POINT_CODE) * scale + zero_point, as in ATen's 4-bit kernels. The product
+    is exact in f32, so a fused multiply-add gives the same bits.
     """
     scale, zero_point = qparams.float().transpose(0, 1)[..., None].unbind(2)  # [N, G, 1] each
     steps = codes.view(codes.shape[0], -1, GROUP_SIZE).float() - ZERO_POINT_CODE

@@ -69,8 +69,10 @@ def decode(
 ) -> Tensor:
     """stored uint8 [bytes], codes uint8 [R, K / 2], qparams bf16 [G, R, 2] -> [R, K] of `dtype`;
     the same as residual.decode, which is used if there is no library. Raises
-    SubspecError(CORRUPT).""" out = torch.empty(codes.shape[0], codes.shape[1] * 2, dtype=dtype)
-    decode_any(stored, codes, qparams, out, num_threads) return out
+    SubspecError(CORRUPT)."""
+    out = torch.empty(codes.shape[0], codes.shape[1] * 2, dtype=dtype)
+    decode_any(stored, codes, qparams, out, num_threads)
+    return out
 
 
 def decode_any(
