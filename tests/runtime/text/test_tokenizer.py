@@ -11,7 +11,12 @@ from transformers import AutoTokenizer
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.planner.model.hub import DEMO
-from subspec.runtime.text.tokenizer import Decoder, StreamingDetokenizer, ChatTokenizer, load_tokenizer
+from subspec.runtime.text.tokenizer import (
+    ChatTokenizer,
+    Decoder,
+    StreamingDetokenizer,
+    load_tokenizer,
+)
 
 TRICKY = [
     "café",
@@ -84,7 +89,9 @@ def byte_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     return [bytes_to_pieces[c] for c in "".join(piece for piece, _ in pieces)]
 
 
-def printed(text: ChatTokenizer, ids: list[int], *stop: str) -> tuple[list[str], StreamingDetokenizer]:
+def printed(
+    text: ChatTokenizer, ids: list[int], *stop: str
+) -> tuple[list[str], StreamingDetokenizer]:
     printer = StreamingDetokenizer(text, stop)
     pieces = [printer.feed([token]) for token in ids if not printer.stopped]
     return [*pieces, printer.finish()], printer
@@ -94,7 +101,9 @@ def printed(text: ChatTokenizer, ids: list[int], *stop: str) -> tuple[list[str],
 
 
 @pytest.mark.parametrize("written", TRICKY)
-def test_no_character_is_split_even_where_each_byte_is_a_token(demo: ChatTokenizer, written: str) -> None:
+def test_no_character_is_split_even_where_each_byte_is_a_token(
+    demo: ChatTokenizer, written: str
+) -> None:
     pieces, printer = printed(demo, byte_ids(demo.tokenizer, written))
     assert "".join(pieces) == printer.text == written
     assert written == "\ufffd" or all("\ufffd" not in piece for piece in pieces)
@@ -224,7 +233,8 @@ def test_a_templates_bos_is_not_doubled() -> None:
 
 
 def test_a_special_token_that_the_model_lacks_renders_as_nothing(demo: ChatTokenizer) -> None:
-    text = ChatTokenizer(demo.tokenizer, "[{{ bos_token }}{{ eos_token }}]", demo.special_tokens, False)
+    template = "[{{ bos_token }}{{ eos_token }}]"
+    text = ChatTokenizer(demo.tokenizer, template, demo.special_tokens, False)
     assert text.render([]) == "[<|im_end|>]"
 
 
@@ -294,6 +304,8 @@ def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
-def test_text_that_the_tokenizer_cannot_take_is_an_error_not_a_traceback(demo: ChatTokenizer) -> None:
+def test_text_that_the_tokenizer_cannot_take_is_an_error_not_a_traceback(
+    demo: ChatTokenizer,
+) -> None:
     with pytest.raises(SubspecError, match="cannot encode"):
         demo.plain_ids("half a pair: \ud83d")
