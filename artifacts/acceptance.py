@@ -6,28 +6,33 @@ token is known there, so a tree that ends with its text counts as far as it can 
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, islice
 from operator import mul
+from typing import Annotated
 
-# A level's own counts weigh against what it is drawn to as if that had been tried so often: all
-# kinds of text to the mean of their tree, one kind to all kinds (empirical Bayes: a few prompts
-# differ more from each other than kinds do).
-LEVEL_TRIALS = 20
-KIND_TRIALS = 40
+from subspec.artifacts.common.bounds import MOST_LEVELS, Count, Length, TreeWidth
+
+# The one prior: a level's own counts weigh as if it had been tried so often more, and accepted as
+# often as all levels of all kinds of text at its width (empirical Bayes). The weight is a guess: a
+# rehearsal tries a first level some hundred times, and a deep one, or one kind's, some ten times.
+PRIOR_TRIALS = 20
 TWO_SIDED_95 = 1.96
+
+
+Levels = Annotated[tuple[Count, ...], Length(1, MOST_LEVELS)]
 
 
 @dataclass(frozen=True)
 class Curve:
     """Counts of the trees of one width on one kind of text, level by level from the first."""
 
-    width: int
+    width: TreeWidth
     kind: str
-    tried: tuple[int, ...]
-    accepted: tuple[int, ...]
+    tried: Levels
+    accepted: Levels
 
 
 @dataclass(frozen=True)
@@ -77,11 +82,13 @@ def level_rates(acceptance: Acceptance, width: int, depth: int, kind: str) -> tu
     """Probability that level 1, 2, ... is accepted if those above it were; between two measured
     widths straight over the logarithm of the width, beyond them as at the nearest."""
     curves = pooled(acceptance, kind)
+    means = {curve.width: mean_rate(curve) for curve in pooled(acceptance)}
 
     def rates_of(curve: Curve) -> list[float]:
-        if curve.kind == "":
-            return smoothed(curve, (mean_rate(curve),) * depth, LEVEL_TRIALS)
-        return smoothed(curve, level_rates(acceptance, curve.width, depth, ""), KIND_TRIALS)
+        untried = (0,) * depth
+        counts = islice(zip(curve.accepted + untried, curve.tried + untried, strict=True), depth)
+        prior = PRIOR_TRIALS * means[curve.width]
+        return [(a + prior) / (t + PRIOR_TRIALS) for a, t in counts]
 
     low = ([c for c in curves if c.width <= width] or curves[:1])[-1]
     high = next((c for c in curves if c.width >= width), low)
@@ -90,13 +97,6 @@ def level_rates(acceptance: Acceptance, width: int, depth: int, kind: str) -> tu
         share = math.log(width / low.width) / math.log(high.width / low.width)
     pairs = zip(rates_of(low), rates_of(high), strict=True)
     return tuple(below + share * (above - below) for below, above in pairs)
-
-
-def smoothed(curve: Curve, towards: Sequence[float], trials: int) -> list[float]:
-    """Each level's own rate, drawn to what is expected there the less it was tried."""
-    missing = (0,) * len(towards)
-    counted = zip(towards, curve.accepted + missing, curve.tried + missing, strict=False)
-    return [(a + trials * expected) / (t + trials) for expected, a, t in counted]
 
 
 def pooled(acceptance: Acceptance, kind: str = "") -> list[Curve]:

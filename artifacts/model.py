@@ -9,7 +9,9 @@ its tensors: `model.layers.3.self_attn.q_proj`, less ".weight".
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Annotated, Literal
+
+from subspec.artifacts.common.bounds import Below, Between, Length, Matching
 
 GROUP_SIZE = 64  # input features that share one scale and zero point of a substitute
 PAGE_BYTES = 4096  # direct reads and slabs are aligned to it
@@ -20,6 +22,13 @@ DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 DType = Literal["bfloat16", "float16", "float32"]
 Encoding = Literal["raw", "residual"]  # the checkpoint's bytes, or what the substitute leaves open
 
+Size = Annotated[int, Between(1, 1 << 20)]  # of features, heads
+Positions = Annotated[int, Between(1, 1 << 30)]
+Positive = Annotated[float, Between(1e-12, 1e18)]
+Name = Annotated[
+    str, Matching(r"[a-z][a-z0-9_]{0,63}(\.[a-z][a-z0-9_]{0,63}){0,3}", "a tensor name")
+]
+
 EMBEDDING = "model.embed_tokens"
 FINAL_NORM = "model.norm"
 HEAD = "lm_head"
@@ -29,19 +38,20 @@ HEAD = "lm_head"
 class Rope:
     """Rotary embedding (arXiv 2104.09864). Fields beyond `interleaved` are of the kinds named."""
 
-    theta: float
-    size: int  # leading features of a head that rotate; those behind them pass unchanged
+    theta: Positive
+    size: Size  # leading features of a head that rotate; those behind them pass unchanged
     kind: Literal["default", "linear", "llama3", "yarn", "longrope"] = "default"
     interleaved: bool = False  # pairs (0, 1), (2, 3), ..., instead of (i, i + size / 2)
-    factor: float = 1.0  # linear, llama3, yarn
-    original_max_positions: int = 0  # llama3, yarn
+    factor: Positive = 1.0  # linear, llama3, yarn
+    original_max_positions: Annotated[int, Between(0, 1 << 30)] = 0  # llama3, yarn
     low_frequency_factor: float = 1.0  # llama3
     high_frequency_factor: float = 4.0  # llama3
-    beta_fast: float = 32.0  # yarn (arXiv 2309.00071)
-    beta_slow: float = 1.0  # yarn
+    beta_fast: Positive = 32.0  # yarn (arXiv 2309.00071)
+    beta_slow: Positive = 1.0  # yarn
     truncate: bool = True  # yarn: the ramp between the betas ends at whole dimensions
-    attention_factor: float = 1.0  # yarn, longrope: multiplies cos and sin
-    divisors: tuple[float, ...] = ()  # longrope (arXiv 2402.13753): of each frequency; [size / 2]
+    attention_factor: Positive = 1.0  # yarn, longrope: multiplies cos and sin
+    # longrope (arXiv 2402.13753): of each frequency; [size / 2]
+    divisors: tuple[Positive, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -49,25 +59,25 @@ class QueryGrowth:
     """Queries grow with their position: q *= 1 + beta * ln(1 + floor(position / positions))."""
 
     beta: float
-    positions: int
+    positions: Positions
 
 
 @dataclass(frozen=True)
 class Attention:
     """Grouped-query attention: <name>.q_proj, k_proj, v_proj, o_proj."""
 
-    num_heads: int
-    num_kv_heads: int
-    head_size: int
-    scale: float  # of the scores q k
+    num_heads: Size
+    num_kv_heads: Size
+    head_size: Size
+    scale: Positive  # of the scores q k
     rope: Rope | None  # None: no positions (NoPE)
-    window: int | None = None  # positions that a query sees, its own included; None: all
+    window: Positions | None = None  # positions that a query sees, its own included; None: all
     qkv_bias: bool = False
     output_bias: bool = False
     # RMSNorms <name>.q_norm and k_norm before the rotation: over each head, or all heads together.
     qk_norm: Literal["none", "head", "all_heads"] = "none"
     query_growth: QueryGrowth | None = None
-    name: str = "self_attn"
+    name: Name = "self_attn"
     kind: Literal["attention"] = "attention"
 
     @property
@@ -83,9 +93,9 @@ class Attention:
 class Dense:
     """Gated feed-forward, down(silu(gate(x)) * up(x)): <name>.gate_proj, up_proj, down_proj."""
 
-    inner_size: int
+    inner_size: Size
     bias: bool = False
-    name: str = "mlp"
+    name: Name = "mlp"
     kind: Literal["dense"] = "dense"
 
 
@@ -94,14 +104,14 @@ class Block:
     """x += multiplier * after(body(before(x)))."""
 
     body: Attention | Dense
-    before: str | None  # name of an RMSNorm under the layer
-    after: str | None = None
+    before: Name | None  # name of an RMSNorm under the layer
+    after: Name | None = None
     multiplier: float = 1.0
 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    blocks: tuple[Block, ...]
+    blocks: Annotated[tuple[Block, ...], Length(1, 16)]
 
     @property
     def attentions(self) -> tuple[Attention, ...]:
@@ -113,7 +123,7 @@ class LayerSpec:
 class NormStyle:
     """RMSNorm (arXiv 1910.07467)."""
 
-    epsilon: float
+    epsilon: Annotated[float, Between(1e-15, 1), Below(1)]
     rounds_late: bool = False  # the weight is applied in f32; else after rounding to the dtype
 
 
@@ -130,14 +140,14 @@ class Source:
 class ModelSpec:
     family: str  # for people and records: nothing is decided by it
     dtype: DType
-    hidden_size: int
-    vocab_size: int
-    max_positions: int
-    layers: tuple[LayerSpec, ...]
+    hidden_size: Size
+    vocab_size: Annotated[int, Between(1, 1 << 24)]
+    max_positions: Positions
+    layers: Annotated[tuple[LayerSpec, ...], Length(1, 10_000)]
     norm: NormStyle
     tied_head: bool  # the head is the embedding matrix
-    embedding_scale: float = 1.0  # multiplies embedding rows
-    logits_divisor: float = 1.0
+    embedding_scale: Positive = 1.0  # multiplies embedding rows
+    logits_divisor: Positive = 1.0
     rope_in_f32: bool = False  # q and k are rotated in f32 and then rounded
     eos_token_ids: tuple[int, ...] = ()
     source: Source = field(default_factory=lambda: Source(""))

@@ -6,11 +6,20 @@ user's own settings.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from subspec.artifacts.acceptance import Acceptance
+from subspec.artifacts.common.bounds import (
+    MOST_LEVELS,
+    Below,
+    Between,
+    Count,
+    Threads,
+    TreeWidth,
+    VerifyWidth,
+)
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.artifacts.common.sizes import format_size
+from subspec.artifacts.common.sizes import LARGEST, format_size
 from subspec.artifacts.model import StoredPart
 
 DeviceKind = Literal["cpu", "cuda"]
@@ -18,15 +27,22 @@ Method = Literal["substitute", "plain"]
 Int4Kernel = Literal["aten", "gemlite", "w4a8"]  # the last: runtime/kernels/int4.cpp, on cpu
 
 
+Budget = Annotated[int, Between(1, LARGEST)]
+Positive = Annotated[int, Between(1, 1 << 62)]
+Probability = Annotated[float, Between(0, 1), Below(1)]
+Sequences = Annotated[int, Between(1, 256)]
+
+
 @dataclass(frozen=True)
 class Tree:
     """The draft: a beam of `width` tokens per level, `depth` levels below the root."""
 
-    width: int
-    depth: int
-    temperature: float = 1.0  # draft probabilities are sharpened by it (arXiv 2509.18344)
+    width: TreeWidth
+    depth: Annotated[int, Between(0, MOST_LEVELS)]
+    # Draft probabilities are sharpened by it (arXiv 2509.18344).
+    temperature: Annotated[float, Between(1e-6, 1e6)] = 1.0
     # No level follows one whose paths are less probable than this, all together and sharpened.
-    min_path_probability: float = 0.0
+    min_path_probability: Probability = 0.0
 
     @property
     def num_nodes(self) -> int:
@@ -37,17 +53,17 @@ class Tree:
 class Ledger:
     """Bytes of fast memory by purpose. All but the last three are arenas of exactly that size."""
 
-    substitutes: int = 0
-    residuals: int = 0  # exact weights that stay as residuals
-    resident: int = 0  # exact weights that stay ready for a product
-    norms: int = 0  # norms, biases and the matrices that have no substitute
-    tables: int = 0  # rope tables, and the draft's copies in its dtype
-    cache: int = 0  # keys and values of all sequences
-    staging: int = 0  # slots that streamed weights arrive in
-    scratch: int = 0  # one matrix decoded from its residual
-    workspace: int = 0  # temporaries of torch and of our kernels
-    overhead: int = 0  # what the process takes before any weight (CUDA context)
-    guard: int = 0  # what operations allocate inside themselves
+    substitutes: Count = 0
+    residuals: Count = 0  # exact weights that stay as residuals
+    resident: Count = 0  # exact weights that stay ready for a product
+    norms: Count = 0  # norms, biases and the matrices that have no substitute
+    tables: Count = 0  # rope tables, and the draft's copies in its dtype
+    cache: Count = 0  # keys and values of all sequences
+    staging: Count = 0  # slots that streamed weights arrive in
+    scratch: Count = 0  # one matrix decoded from its residual
+    workspace: Count = 0  # temporaries of torch and of our kernels
+    overhead: Count = 0  # what the process takes before any weight (CUDA context)
+    guard: Count = 0  # what operations allocate inside themselves
 
     @property
     def total_bytes(self) -> int:
@@ -66,8 +82,8 @@ class Placement:
 
     resident: tuple[str, ...]  # names of the parts that stay in fast memory, ready for a product
     residuals: tuple[str, ...]  # of those that stay there as residuals; all others stream
-    block_bytes: int  # size of one slot of the staging ring; a block is consecutive parts
-    num_slots: int
+    block_bytes: Count  # size of one slot of the staging ring; a block is consecutive parts
+    num_slots: Count
     ledger: Ledger  # sums to at most the budget
 
 
@@ -121,14 +137,14 @@ class Point:
 class Constraints:
     """What the user fixed; None is ours to choose. Never overruled."""
 
-    context: int | None = None
-    width: int | None = None
-    depth: int | None = None
+    context: Positive | None = None
+    width: TreeWidth | None = None
+    depth: Annotated[int, Between(1, MOST_LEVELS)] | None = None
     method: Method | None = None
-    ram_bytes: int | None = None  # host memory for the slow tier of a GPU
+    ram_bytes: Budget | None = None  # host memory for the slow tier of a GPU
     encoding: Literal["auto", "residual", "raw", "kept"] = "auto"  # kept: an artifact's, as it is
-    min_path_probability: float | None = None  # Tree.min_path_probability
-    num_sequences: int = 1
+    min_path_probability: Probability | None = None  # Tree.min_path_probability
+    num_sequences: Sequences = 1
 
     @property
     def needs_draft(self) -> bool:
@@ -141,15 +157,15 @@ class Constraints:
 class Plan:
     device: DeviceKind
     machine: str  # Profile.machine that the costs were measured on
-    budget_bytes: int
-    context: int  # tokens of prompt and answer together, of each sequence
-    num_sequences: int  # that can be in memory at once
+    budget_bytes: Budget
+    context: Positive  # tokens of prompt and answer together, of each sequence
+    num_sequences: Sequences  # that can be in memory at once
     method: Method
     tree: Tree
-    verify_width: int  # rows of every exact pass, plain twin included: padded to this
-    num_threads: int  # of the CPU; a result's bits depend on it
+    verify_width: VerifyWidth  # rows of every exact pass, plain twin included: padded to this
+    num_threads: Threads  # of the CPU; a result's bits depend on it
     int4_kernel: Int4Kernel
-    prefill_tokens: int  # of a prompt that go through the layers in one stream of the weights
+    prefill_tokens: Positive  # of a prompt that go through the layers in one stream of the weights
     placements: dict[Method, Placement]  # a method without one does not fit the budget
     residuals: tuple[str, ...]  # names of the parts that are stored as residuals
     predicted: dict[Method, Prediction]

@@ -1,35 +1,48 @@
 """Profile: what was measured on a machine with the runtime's own kernels, at a model's shapes."""
 
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Annotated
 
+from subspec.artifacts.common.bounds import Between, Count, Length, Threads, VerifyWidth
 from subspec.artifacts.plan import DeviceKind, Int4Kernel
+
+FASTEST = 1e15  # bytes or weights a second
+SHORTEST, LONGEST = 1e-9, 1e6  # seconds of anything that is timed
 
 
 @dataclass(frozen=True)
 class Timing:
     """Seconds of one operation at `width` rows: a typical one, and the slowest."""
 
-    width: int
-    seconds: float
-    slowest: float = 0.0
+    width: Annotated[int, Between(1, 1 << 20)]
+    seconds: Annotated[float, Between(SHORTEST, LONGEST)]
+    slowest: Annotated[float, Between(0, LONGEST)] = 0.0
 
 
 @dataclass(frozen=True)
 class LinkRate:
-    block_bytes: int
-    bytes_per_second: float
+    block_bytes: Annotated[int, Between(1, 1 << 62)]
+    bytes_per_second: Annotated[float, Between(1, FASTEST)]
+
+
+Timings = Annotated[tuple[Timing, ...], Length(1, 1000)]  # of one operation, widths ascending
+Factor = Annotated[float, Between(0.01, 100)]
+Share = Annotated[float, Between(0.01, 1)]
+Rate = Annotated[float, Between(0, FASTEST)]
 
 
 @dataclass(frozen=True)
 class Corrections:
     """How much longer real rounds took than the profile's own terms add up to; 1: as long."""
 
-    draft: float = 1.0
-    verify: float = 1.0
-    plain: float = 1.0  # a token of plain decoding
-    prompt: float = 1.0  # the first token
-    num_rounds: int = 0  # that this rests on
-    link_bandwidth: int | None = None  # bytes per second that they were slowed to, if they were
+    draft: Factor = 1.0
+    verify: Factor = 1.0
+    plain: Factor = 1.0  # a token of plain decoding
+    prompt: Factor = 1.0  # the first token
+    num_rounds: Count = 0  # that this rests on
+    # Bytes per second that they were slowed to, if they were.
+    link_bandwidth: Annotated[int, Between(1, 1 << 62)] | None = None
 
 
 LIVE_TOKENS = 128  # in the cache while layers are timed
@@ -40,30 +53,31 @@ MORE_TOKENS = 1024  # what the timings of attention are for
 class Profile:
     device: DeviceKind
     machine: str  # device name, instruction set, torch version, processors
-    num_threads: int
-    free_bytes: int  # fast memory not in use when measured
-    pinnable_bytes: int  # host memory that the process could pin; 0: not probed
-    overhead_bytes: int  # fast memory that the process takes before any weight (CUDA context)
-    link: tuple[LinkRate, ...]  # slow tier -> fast tier, block sizes ascending
-    contended_link: float  # share of its speed that the link keeps while layers are computed, and
-    contended_compute: (
-        float  # that a layer keeps while the link is busy; both with the largest blocks
-    )
-    digest_rate: float  # bytes per second of the check when weights are first read
-    exact_layer: tuple[Timing, ...]  # one decoder layer, LIVE_TOKENS in the cache, widths ascending
-    fast_layer: tuple[Timing, ...]  # the same unpadded, by the fastest kernels: a token, a prompt
-    draft_layer: tuple[Timing, ...]
-    exact_attention: tuple[Timing, ...]  # MORE_TOKENS more in the cache, in one layer
-    fast_attention: tuple[Timing, ...]
-    draft_attention: tuple[Timing, ...]
-    exact_head: tuple[Timing, ...]
-    draft_head: tuple[Timing, ...]
-    round_seconds: float  # fixed cost of a round outside layers and heads
-    residual_weights_per_second: (
-        float  # exact weights per second from residuals; 0: not on this machine
-    )
+    num_threads: Threads
+    free_bytes: Count  # fast memory not in use when measured
+    pinnable_bytes: Count  # host memory that the process could pin; 0: not probed
+    overhead_bytes: Count  # fast memory that the process takes before any weight (CUDA context)
+    # Slow tier -> fast tier, block sizes ascending.
+    link: Annotated[tuple[LinkRate, ...], Length(1, 1000)]
+    # Shares of their speed that the link keeps while layers are computed, and a layer while the
+    # link is busy; both with the largest blocks.
+    contended_link: Share
+    contended_compute: Share
+    digest_rate: Rate  # bytes per second of the check when weights are first read
+    exact_layer: Timings  # one decoder layer, LIVE_TOKENS in the cache
+    fast_layer: Timings  # the same unpadded, by the fastest kernels: a token, a prompt
+    draft_layer: Timings
+    exact_attention: Timings  # MORE_TOKENS more in the cache, in one layer
+    fast_attention: Timings
+    draft_attention: Timings
+    exact_head: Timings
+    draft_head: Timings
+    round_seconds: Annotated[
+        float, Between(0, LONGEST)
+    ]  # fixed cost of a round outside layers and heads
+    residual_weights_per_second: Rate  # exact weights from residuals; 0: not on this machine
     int4_kernel: Int4Kernel
-    batch_invariant_widths: tuple[int, ...]  # widths at which a row's bits ignore its place
+    batch_invariant_widths: tuple[VerifyWidth, ...]  # widths at which a row's bits ignore its place
     corrections: Corrections = Corrections()
 
     def link_rate(self, block_bytes: int) -> float:
@@ -79,8 +93,19 @@ class Profile:
         return min(1.0, self.contended_link / share), 1 - (1 - self.contended_compute) * taken
 
 
+def out_of_order(profile: Profile) -> str:
+    """Name of the first list whose widths, or block sizes, do not ascend; "" if all do."""
+    lists = {"link": [rate.block_bytes for rate in profile.link]} | {
+        name: [timing.width for timing in timings]
+        for name, timings in vars(profile).items()
+        if timings and isinstance(timings, tuple) and isinstance(timings[0], Timing)
+    }
+    return next((n for n, x in lists.items() if any(b <= a for a, b in pairwise(x))), "")
+
+
 def seconds_at(timings: tuple[Timing, ...], width: int) -> float:
-    """Piecewise linear in the width; beyond the last point in proportion to its slope."""
+    """Piecewise linear in the width; beyond the last point in proportion to its slope, if that
+    rises: measured times need not ascend with the width."""
     below = [t for t in timings if t.width <= width] or [timings[0]]
     above = [t for t in timings if t.width >= width]
     low = below[-1]
@@ -90,4 +115,6 @@ def seconds_at(timings: tuple[Timing, ...], width: int) -> float:
     if high is low:
         low, high = timings[-2], timings[-1]
     slope = (high.seconds - low.seconds) / (high.width - low.width)
+    if not above:
+        return high.seconds + max(0.0, slope) * (width - high.width)
     return low.seconds + slope * (width - low.width)

@@ -9,14 +9,22 @@ import errno
 import hashlib
 import json
 import os
-import re
 import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
+from subspec.artifacts.common.bounds import (
+    MOST_LEVELS,
+    Between,
+    Count,
+    Length,
+    Matching,
+    Seconds,
+)
 from subspec.artifacts.common.errors import SubspecError
 from subspec.artifacts.common.user_cache import user_cache_dir
 from subspec.artifacts.format.codec import dump_json, load_dataclass, parse_json
@@ -27,11 +35,11 @@ RUNS = "runs.jsonl"
 MOST_RUNS = 1000  # the newest are kept; the file grows to twice that before it is cut
 LARGEST_FILE = 4 << 20  # bytes; of a larger one the end is read
 LONGEST_LINE = 16 << 10
-MOST_LEVELS = 1024  # of a tree, as checks.py has it
-LARGEST_COUNT = 1 << 62
-LONGEST_SECONDS = 1e9
-TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z", re.ASCII)
-DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
+TIME = Matching(
+    r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z", "a time such as 2026-11-20T16:45:00Z"
+)
+DIGEST = Matching(r"[0-9a-f]{64}", "64 hexadecimal digits")
+Levels = Annotated[tuple[Count, ...], Length(0, MOST_LEVELS + 1)]
 # Neither a link out of a foreign folder is followed, nor a FIFO waited for.
 SAFELY = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
@@ -40,29 +48,29 @@ SAFELY = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 class Run:
     """One answer of at least one round."""
 
-    time: str  # UTC at its end, "2026-11-20T16:45:00Z"
-    plan: str  # plan_digest of the plan that ran
+    time: Annotated[str, TIME]  # UTC at its end
+    plan: Annotated[str, DIGEST]  # plan_digest of the plan that ran
     machine: str  # as in Plan
     method: Method
     padded: bool  # False: plain decoding at one row
-    link_bandwidth: int | None  # the link was slowed to so many bytes a second
+    link_bandwidth: Count | None  # the link was slowed to so many bytes a second
     greedy: bool
-    prompt_tokens: int
-    reused_tokens: int  # of the prompt, in the cache already
-    generated_tokens: int
+    prompt_tokens: Count
+    reused_tokens: Count  # of the prompt, in the cache already
+    generated_tokens: Count
     first_of_session: bool  # its first token waited for digests too
-    tried: tuple[int, ...]  # by level: rounds that accepted those above it, and drafted it or ended
-    accepted: tuple[int, ...]  # at index n: rounds that accepted n drafted tokens of the text
-    drafted_levels: int  # of all rounds; the last ones of an answer may have no room for all
-    draft_seconds: float
-    verify_seconds: float
-    stream_wait_seconds: float
-    first_token_seconds: float
-    streamed_bytes: int
-    fast_peak_bytes: int
-    predicted_tokens_per_second: float | None
-    predicted_first_token_seconds: float | None
-    predicted_peak_bytes: int | None
+    tried: Levels  # by level: rounds that accepted those above it, and drafted it or ended
+    accepted: Levels  # at index n: rounds that accepted n drafted tokens of the text
+    drafted_levels: Count  # of all rounds; the last ones of an answer may have no room for all
+    draft_seconds: Seconds
+    verify_seconds: Seconds
+    stream_wait_seconds: Seconds
+    first_token_seconds: Seconds
+    streamed_bytes: Count
+    fast_peak_bytes: Count
+    predicted_tokens_per_second: Annotated[float, Between(1e-9, 1e18)] | None
+    predicted_first_token_seconds: Seconds | None
+    predicted_peak_bytes: Count | None
 
     @property
     def rounds(self) -> int:
@@ -137,25 +145,9 @@ def load_run(line: bytes) -> Run | None:
 
 
 def is_sound(run: Run) -> bool:
-    """Its numbers are some that an answer can have."""
-    counts = (
-        run.prompt_tokens, run.reused_tokens, run.generated_tokens, run.streamed_bytes,
-        run.fast_peak_bytes, run.link_bandwidth or 0, run.predicted_peak_bytes or 0,
-        run.drafted_levels, *run.tried, *run.accepted,
-    )  # fmt: skip
-    seconds = (
-        run.draft_seconds, run.verify_seconds, run.stream_wait_seconds, run.first_token_seconds,
-        run.predicted_first_token_seconds or 0.0,
-    )  # fmt: skip
-    speed = run.predicted_tokens_per_second
+    """Its numbers go together as those of an answer."""
     return (
-        TIME.fullmatch(run.time) is not None
-        and DIGEST.fullmatch(run.plan) is not None
-        and all(0 <= count <= LARGEST_COUNT for count in counts)
-        and all(0 <= some <= LONGEST_SECONDS for some in seconds)
-        and (speed is None or 0 < speed <= LARGEST_COUNT)
-        and len(run.tried) <= MOST_LEVELS
-        and len(run.accepted) <= len(run.tried) + 1
+        len(run.accepted) <= len(run.tried) + 1
         and all(a <= t for a, t in zip(run.accepted_by_level, run.tried, strict=True))
         and run.rounds > 0
         and run.drafted_levels <= run.rounds * len(run.tried)

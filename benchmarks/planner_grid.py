@@ -33,7 +33,7 @@ from subspec.artifacts.format.store import Artifact, open_artifact
 from subspec.artifacts.plan import USUAL, Constraints, Method, Plan, Usage
 from subspec.artifacts.profile import Profile
 from subspec.planner.machine.profiles import under_link
-from subspec.planner.planning import Options, plan_anew
+from subspec.planner.planning import PlanRequest, plan_again
 from subspec.planner.rehearse.calibration import Sample, read_samples, sample_ids
 from subspec.planner.solve.costs import model_bytes
 from subspec.planner.solve.outlook import predict_for
@@ -117,7 +117,9 @@ def prompt_length(context: int) -> int:
     return max(SHORTEST, int(context * SHARE_OF_CONTEXT))
 
 
-def long_prompts(text: ChatTokenizer, samples: tuple[Sample, ...], context: int, count: int) -> Prompts:
+def long_prompts(
+    text: ChatTokenizer, samples: tuple[Sample, ...], context: int, count: int
+) -> Prompts:
     """`count` prompts of each kind, each as long as a third of the context: samples of that kind
     after another, the last one to be continued."""
     wanted = prompt_length(context)
@@ -368,11 +370,9 @@ def main(
     torch.set_num_threads(opened.plan.num_threads)
     asked = opened.plan.budget_bytes
     say(f"measuring and rehearsing for {short_size(asked)}")
-    options = Options(
-        source=artifact, vram=asked, link_bandwidth=link_bandwidth, reprofile=True, dry_run=True
-    )
-    plan, profile = plan_anew(options, opened, artifact, None, lambda *_: None)
-    acceptance = plan.acceptance
+    request = PlanRequest(asked, link_bandwidth=link_bandwidth)
+    planned = plan_again(request, opened, artifact, measure_again=True, tell=say)
+    profile, acceptance = planned.profile, planned.plan.acceptance
     say(f"corrections: {profile.corrections}")
     profile = under_link(profile, link_bandwidth)
     text, samples = load_tokenizer(artifact / "tokenizer"), read_samples(PROMPTS)

@@ -38,7 +38,7 @@ from transformers import AutoModelForCausalLM
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format.tensors import read_header, write_header
-from subspec.artifacts.model import GROUP_SIZE, ModelSpec, Source
+from subspec.artifacts.model import GROUP_SIZE, Attention, Dense, ModelSpec, Source
 from subspec.planner.model.config import read_config
 
 Files = dict[str, Path]  # by the name of the source tensor
@@ -133,8 +133,9 @@ def write_config(path: Path, source: ModelSpec, args: argparse.Namespace) -> Non
         problem = f"--hidden {args.hidden} --layers {layers}, expected a multiple of {GROUP_SIZE} "
         raise SubspecError(Exit.USAGE, problem + f"and at least {source.num_layers}")
     growth = args.hidden / source.hidden_size
-    heads = round(source.num_heads * growth)
-    inner = round(source.intermediate_size * growth / GROUP_SIZE) * GROUP_SIZE
+    attention, dense = bodies(source)
+    heads = round(attention.num_heads * growth)
+    inner = round(dense.inner_size * growth / GROUP_SIZE) * GROUP_SIZE
     origin = {"model": args.model.name, "hidden_size": source.hidden_size}
     origin |= {"num_hidden_layers": source.num_layers, "seed": args.seed, "note": NOTE}
     config = json.loads(path.read_text("utf-8"))
@@ -143,14 +144,22 @@ def write_config(path: Path, source: ModelSpec, args: argparse.Namespace) -> Non
         "intermediate_size": args.intermediate or inner,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": heads // math.gcd(heads, source.num_heads // source.num_kv_heads),
-        "head_dim": source.head_size,
+        "num_key_value_heads": heads
+        // math.gcd(heads, attention.num_heads // attention.num_kv_heads),
+        "head_dim": attention.head_size,
         "dtype": args.dtype,
         "subspec_widened_from": origin,
     }
     if kinds := config.get("layer_types"):
         config["layer_types"] = [kinds[n] for n in layer_origins(source.num_layers, layers)]
     path.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+
+
+def bodies(spec: ModelSpec) -> tuple[Attention, Dense]:
+    """Those of the first layer, whose sizes all layers have."""
+    attention, dense = (block.body for block in spec.layers[0].blocks)
+    assert isinstance(attention, Attention) and isinstance(dense, Dense)
+    return attention, dense
 
 
 def layer_origins(num_source_layers: int, num_layers: int) -> list[int]:
@@ -194,10 +203,13 @@ def recipe_of(source: str, sizes: dict[str, Copies], scale: torch.Tensor) -> Rec
 
 
 def wide_dimensions(source: ModelSpec, wide: ModelSpec) -> dict[str, Copies]:
-    num_kv, size = source.num_kv_heads, source.head_size
-    group, wide_group = source.num_heads // num_kv, wide.num_heads // wide.num_kv_heads
+    attention, dense = bodies(source)
+    wide_attention, wide_dense = bodies(wide)
+    num_kv, size = attention.num_kv_heads, attention.head_size
+    group = attention.num_heads // num_kv
+    wide_group = wide_attention.num_heads // wide_attention.num_kv_heads
     query: list[int] = []
-    for head in range(wide.num_heads):
+    for head in range(wide_attention.num_heads):
         kv_head, member = divmod(head, wide_group)
         reader = kv_head // num_kv * wide_group + member  # the how-manieth of its source kv head
         first = (kv_head % num_kv * group + reader % group) * size
@@ -207,9 +219,9 @@ def wide_dimensions(source: ModelSpec, wide: ModelSpec) -> dict[str, Copies]:
         "vocabulary": copies(source.vocab_size, source.vocab_size),
         "head": copies(size, size),
         "hidden": copies(source.hidden_size, wide.hidden_size),
-        "query": copies(source.num_heads * size, wide.num_heads * size, least, query),
-        "kv": copies(num_kv * size, wide.num_kv_heads * size),
-        "inner": copies(source.intermediate_size, wide.intermediate_size, least),
+        "query": copies(attention.query_size, wide_attention.query_size, least, query),
+        "kv": copies(attention.kv_size, wide_attention.kv_size),
+        "inner": copies(dense.inner_size, wide_dense.inner_size, least),
     }
 
 

@@ -3,9 +3,9 @@
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +14,61 @@ import click
 from subspec.artifacts.common.command import Program, reported, say, size_option
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.sizes import parse_size
-from subspec.planner.planning import Options
+from subspec.planner.planning import (
+    Planned,
+    PlanRequest,
+    Progress,
+    existing_parent,
+    plan_again,
+    plan_dry,
+    plan_from_runs,
+    plan_model,
+)
 
 if TYPE_CHECKING:
-    from subspec.artifacts.model import ModelSpec
-    from subspec.artifacts.plan import Plan
+    from subspec.artifacts.plan import Constraints
+    from subspec.artifacts.profile import Profile
+    from subspec.planner.rehearse.calibration import Sample
 
-Progress = Callable[[str, float], None]
+
+@dataclass(frozen=True)
+class Options:
+    """The command line, as click parsed it."""
+
+    model: str | None = None
+    source: Path | None = None  # --from
+    calibrate: Path | None = None
+    vram: int | None = None  # None: the artifact's
+    device: str | None = None
+    context: int | None = None
+    sequences: int | None = None
+    out: Path | None = None
+    revision: str | None = None
+    ram: int | None = None
+    width: int | None = None
+    depth: int | None = None
+    method: str | None = None
+    min_path_probability: float | None = None  # --draft-min-probability
+    profile: Path | None = None
+    calibration: Path | None = None
+    link_bandwidth: int | None = None
+    quantizer: str = "blocked"
+    encoding: str = "auto"
+    dry_run: bool = False
+    print_plan: bool = False
+    reprofile: bool = False
+    as_json: bool = False
+    overwrite: bool = False
+
+    @property
+    def artifact(self) -> Path | None:
+        """The folder that is planned anew; None: a model is planned."""
+        return self.source or self.calibrate
+
+    @property
+    def budget(self) -> int:
+        assert self.vram is not None, "check_options asks for it, or the artifact's plan has it"
+        return self.vram
 
 
 @click.command(cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
@@ -30,44 +78,58 @@ Progress = Callable[[str, float], None]
 )  # fmt: skip
 @click.option(
     "--from", "source", type=click.Path(path_type=Path), metavar="ARTIFACT",
-    help="Plan an artifact anew: its weights stay as they are.",
+    help="Plan again for an existing artifact; its weights stay as they are.",
 )  # fmt: skip
 @click.option(
     "--calibrate", type=click.Path(path_type=Path), metavar="ARTIFACT",
-    help="Plan an artifact anew with what its recorded runs taught.",
+    help="Plan again with acceptance and timings from the artifact's recorded runs.",
 )  # fmt: skip
 @click.option(
     "--vram", callback=size_option, metavar="SIZE",
-    help="Cap on fast memory: the GPU's, or with --device cpu what the model may take of RAM.",
+    help="Budget of fast memory: the GPU's, or with --device cpu the RAM that the model may take.",
 )  # fmt: skip
 @click.option("--device", metavar="cuda|cuda:N|cpu", help="[default: cuda if there is one]")
 @click.option("--context", type=click.IntRange(min=16), help="Tokens of prompt and answer.")
+@click.option(
+    "--sequences", type=click.IntRange(1, 256),
+    help="Conversations in memory at once, each with its own context.  [default: 1]",
+)  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), help="[default: NAME-SIZE/]")
 @click.option("--revision", help="Branch, tag or commit of a hub model.")
-@click.option("--ram", callback=size_option, metavar="SIZE", help="Cap on pinned host memory.")
-@click.option("--width", type=click.IntRange(1, 64), help="Fix the tree's width.")
-@click.option("--depth", type=click.IntRange(1, 128), help="Fix the tree's depth.")
+@click.option("--ram", callback=size_option, metavar="SIZE", help="Budget of pinned host memory.")
+@click.option(
+    "--width", type=click.IntRange(1, 64), help="Width of the draft tree.  [default: the fastest]"
+)
+@click.option(
+    "--depth", type=click.IntRange(1, 128), help="Depth of the draft tree.  [default: the fastest]"
+)
 @click.option(
     "--draft-min-probability", "min_path_probability", metavar="P",
     type=click.FloatRange(0, 1, max_open=True),
     help="End a draft at the first level whose paths are together less probable than P.",
 )  # fmt: skip
-@click.option("--method", type=click.Choice(["substitute", "plain"]), help="Fix the method.")
+@click.option(
+    "--method",
+    type=click.Choice(["substitute", "plain"]),
+    help="Decoding method.  [default: the faster]",
+)
 @click.option(
     "--profile", type=click.Path(path_type=Path), help="Plan for the machine of this profile.json."
 )
 @click.option(
     "--calibration", type=click.Path(path_type=Path), metavar="FILE",
-    help="Measure acceptance on these prompts (JSON Lines).",
+    help="Measure the acceptance rate on these prompts (JSON Lines).",
 )  # fmt: skip
 @click.option(
     "--link-bandwidth", callback=size_option, metavar="SIZE",
-    help="Plan as if the link gave SIZE a second.",
+    help="Plan for a link of at most SIZE per second.",
 )  # fmt: skip
 @click.option("--quantizer", type=click.Choice(["blocked", "hqq"]), default="blocked",
-              show_default=True, help="hqq: the reference package, 9x slower.")  # fmt: skip
+              show_default=True,
+              help="4-bit quantizer; hqq is the reference package, 9x slower.")  # fmt: skip
 @click.option("--encoding", type=click.Choice(["auto", "residual", "raw"]), default="auto",
-              show_default=True, help="How exact weights are stored.")  # fmt: skip
+              show_default=True,
+              help="Storage of exact weights: raw, or as residuals of the 4-bit copy.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Plan from config and headers; write nothing.")
 @click.option("--reprofile", is_flag=True, help="With --from: measure this machine again.")
 @click.option("--print-plan", is_flag=True, help="With --from: plan.json on stdout, no folder.")
@@ -76,8 +138,8 @@ Progress = Callable[[str, float], None]
 @click.version_option(package_name="subspec")
 @reported
 def main(**given: Any) -> None:
-    """Plan the model REF, or an ARTIFACT anew, for a cap on fast memory and write an artifact for
-    subspec-run.
+    """Plan how to run a model within a budget of fast memory, and write an artifact that
+    subspec-run executes.
 
     Exit codes, the SIZE grammar and the JSON object are in docs/commands.md.
     """
@@ -86,11 +148,9 @@ def main(**given: Any) -> None:
     if options.artifact is not None:
         plan_artifact(options, options.artifact)
         return
-    from subspec.planner.planning import dry_run, known_profile, plan_and_build
-
     out = options.out or Path(default_name(options))
     # A download may take an hour: what can be known to fail is asked first.
-    measured = known_profile(options)
+    request = request_of(options)
     if not options.dry_run:
         check_out(out, options.overwrite)
     from subspec.planner.model.hub import resolve
@@ -100,17 +160,22 @@ def main(**given: Any) -> None:
     if resolved.note:
         say(resolved.note)
     with progress() as show:
-        run = dry_run if options.dry_run else plan_and_build
-        plan, spec = run(options, resolved, out, measured, show)
-    report(options, spec, plan, out)
+        if options.dry_run:
+            planned = plan_dry(request, resolved, out, show, say)
+        else:
+            planned = plan_model(
+                request, resolved, out, options.overwrite, options.quantizer, show, say
+            )
+    report(options, planned, out)
 
 
-def report(options: Options, spec: "ModelSpec", plan: "Plan", out: Path) -> None:
+def report(options: Options, planned: Planned, out: Path) -> None:
     """The table on stderr; on stdout the folder, or the JSON object."""
     from rich.console import Console
 
     from subspec.planner.report.explain import plan_json, print_plan
 
+    spec, plan = planned.spec, planned.plan
     print_plan(spec, plan, Console(stderr=True))
     if not options.dry_run:
         say(f'wrote {out}/: subspec-run {out} "your prompt"')
@@ -160,31 +225,108 @@ def plan_artifact(options: Options, source: Path) -> None:
     from subspec.artifacts.format.codec import dump_json
     from subspec.artifacts.format.store import open_artifact
     from subspec.planner.build.artifact import rebuild
-    from subspec.planner.planning import asked_before, known_profile, plan_anew
 
     artifact = open_artifact(source)
-    if options.calibrate is not None:
-        options = asked_before(options, artifact)
-    elif options.vram is None:
+    if options.vram is None:
         options = replace(options, vram=artifact.plan.budget_bytes)
+    if options.calibrate is not None:
+        options = asked_before(options, artifact.plan.constraints)
     out = options.out or source
     writes = not (options.dry_run or options.print_plan)
     if writes:
         check_out(out, overwrite=options.overwrite or options.out is None)
+    request = request_of(options)
     with progress() as show:
-        plan, profile = plan_anew(options, artifact, out, known_profile(options), show)
+        if options.calibrate is not None:
+            planned = plan_from_runs(request, artifact, out, show, say)
+        else:
+            planned = plan_again(
+                request, artifact, out, options.reprofile, not options.print_plan, show, say
+            )
+    plan, profile = planned.plan, planned.profile
     if options.print_plan:
         print(dump_json(plan), end="")
         return
     if writes:
         rebuild(artifact, plan, profile, out, overwrite=options.overwrite or options.out is None)
-    report(options, artifact.spec, plan, out)
+    report(options, planned, out)
+
+
+def asked_before(options: Options, constraints: "Constraints") -> Options:
+    """What is not asked for now stays as the artifact's plan was asked for."""
+    stop = options.min_path_probability
+    return replace(
+        options,
+        context=options.context or constraints.context,
+        sequences=options.sequences or constraints.num_sequences,
+        width=options.width or constraints.width,
+        depth=options.depth or constraints.depth,
+        method=options.method or constraints.method,
+        ram=options.ram or constraints.ram_bytes,
+        min_path_probability=constraints.min_path_probability if stop is None else stop,
+    )
+
+
+def request_of(options: Options) -> PlanRequest:
+    """What the options ask of planning.py; files that they name are read."""
+    from subspec.artifacts.plan import Constraints
+
+    samples = own_samples(options)
+    constraints = Constraints(
+        options.context,
+        options.width,
+        options.depth,
+        options.method,  # type: ignore[arg-type]
+        options.ram,
+        options.encoding,  # type: ignore[arg-type]
+        options.min_path_probability,
+        options.sequences or 1,
+    )
+    return PlanRequest(
+        options.budget, constraints, options.device, options.link_bandwidth,
+        known_profile(options), samples,
+    )  # fmt: skip
+
+
+def known_profile(options: Options) -> "Profile | None":
+    """The profile of --profile; None: this machine is to be measured."""
+    if options.profile is None:
+        from subspec.planner.machine.timing import pick_device
+
+        pick_device(options.device)
+        return None
+    from subspec.planner.machine.profiles import read_profile
+
+    profile = read_profile(options.profile)
+    if options.device is not None and options.device.partition(":")[0] != profile.device:
+        raise SubspecError(
+            Exit.USAGE,
+            f"--profile {options.profile} was measured on {profile.device}, "
+            f"--device says {options.device}",
+            "drop one of the two",
+        )
+    return profile
+
+
+def own_samples(options: Options) -> "tuple[Sample, ...] | None":
+    """The prompts of --calibration."""
+    from subspec.planner.rehearse.calibration import read_samples
+
+    if options.calibration is None:
+        return None
+    samples = read_samples(options.calibration)
+    if options.profile is not None:
+        raise SubspecError(
+            Exit.USAGE,
+            "--profile plans for another machine, --calibration runs the model on this one",
+            "drop one of the two",
+        )
+    return samples
 
 
 def check_out(out: Path, overwrite: bool) -> None:
     """What new_folder() would refuse in the end, before any work."""
     from subspec.artifacts.format.folder import check_target
-    from subspec.planner.planning import existing_parent
 
     try:
         check_target(out, overwrite)

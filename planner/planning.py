@@ -1,6 +1,7 @@
-"""From what was asked for to a plan and an artifact: measure, solve, build, rehearse, solve again.
+"""From a request to a plan and an artifact: measure, solve, build, rehearse, solve again.
 
-Heavy imports wait until they are needed.
+Nothing here prints: a caller passes `tell`, which is given what a person should know, and
+`progress`. Heavy imports wait until they are needed.
 """
 
 from collections.abc import Callable
@@ -8,16 +9,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from subspec.artifacts.common.command import say
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.sizes import short_size
+from subspec.artifacts.plan import Constraints, Plan
+from subspec.artifacts.profile import Profile
 
 if TYPE_CHECKING:
     from subspec.artifacts.acceptance import Acceptance
     from subspec.artifacts.format.store import Artifact
     from subspec.artifacts.model import ModelSpec
-    from subspec.artifacts.plan import Constraints, Plan
-    from subspec.artifacts.profile import Profile
     from subspec.artifacts.runs import Run
     from subspec.planner.model.hub import Resolved
     from subspec.planner.rehearse.calibration import Sample
@@ -25,51 +25,46 @@ if TYPE_CHECKING:
     from subspec.planner.solve.storage import Storage
 
 Progress = Callable[[str, float], None]
+Tell = Callable[[str], None]
+
+
+def nobody(line: str) -> None:
+    """A `tell` that keeps silent."""
+
+
+def unseen(stage: str, share: float) -> None:
+    """A `progress` that nobody watches."""
 
 
 @dataclass(frozen=True)
-class Options:
-    """The command line, as click parsed it."""
+class PlanRequest:
+    """What a plan is for; the model, or the artifact that is planned anew, stands beside it."""
 
-    model: str | None = None
-    source: Path | None = None  # --from
-    calibrate: Path | None = None
-    vram: int | None = None  # None: the artifact's
-    device: str | None = None
-    context: int | None = None
-    out: Path | None = None
-    revision: str | None = None
-    ram: int | None = None
-    width: int | None = None
-    depth: int | None = None
-    method: str | None = None
-    min_path_probability: float | None = None  # --draft-min-probability
-    profile: Path | None = None
-    calibration: Path | None = None
-    link_bandwidth: int | None = None
-    quantizer: str = "blocked"
-    encoding: str = "auto"
-    dry_run: bool = False
-    print_plan: bool = False
-    reprofile: bool = False
-    as_json: bool = False
-    overwrite: bool = False
-
-    @property
-    def artifact(self) -> Path | None:
-        """What is planned anew."""
-        return self.source or self.calibrate
-
-    @property
-    def budget(self) -> int:
-        assert self.vram is not None, "check_options asks for it, or the artifact's plan has it"
-        return self.vram
+    budget_bytes: int
+    constraints: Constraints = Constraints()
+    device: str | None = None  # None: a GPU if there is one
+    link_bandwidth: int | None = None  # plan as if the link gave so many bytes a second at most
+    known_profile: Profile | None = None  # of a machine that is not measured, nor run on
+    samples: "tuple[Sample, ...] | None" = None  # that acceptance is measured on; None: our own
 
 
-def plan_and_build(
-    options: Options, resolved: "Resolved", out: Path, measured: "Profile | None", show: Progress
-) -> "tuple[Plan, ModelSpec]":
-    """A checkpoint becomes an artifact."""
+@dataclass(frozen=True)
+class Planned:
+    spec: "ModelSpec"
+    plan: Plan
+    profile: Profile
+
+
+def plan_model(
+    request: PlanRequest,
+    model: "Resolved",
+    out: Path,
+    overwrite: bool = False,
+    quantizer: str = "blocked",
+    progress: Progress = unseen,
+    tell: Tell = nobody,
+) -> Planned:
+    """A checkpoint becomes the artifact `out`."""
     from subspec.planner.build.artifact import build
     from subspec.planner.build.quantize import QUANTIZERS
     from subspec.planner.model.checkpoint import read_checkpoint
@@ -78,101 +73,149 @@ def plan_and_build(
     from subspec.planner.solve.search import PRIOR
     from subspec.planner.solve.storage import Storage
 
-    samples = samples_of(options)
-    checkpoint = read_checkpoint(resolved.path, resolved.source)
-    tokenizer = read_tokenizer(resolved.path)
-    profile = measured or measure_here(options, checkpoint.spec, out, show)
-    plan = solve(options, checkpoint.spec, profile, PRIOR)
+    checkpoint = read_checkpoint(model.path, model.source)
+    tokenizer = read_tokenizer(model.path)
+    spec = checkpoint.spec
+    measured = request.known_profile or measure_here(request, spec, out, progress, tell)
+    first = solve(request, spec, measured, PRIOR)
+    found = Planned(spec, first, measured)
 
-    def improve(artifact: "Artifact") -> "tuple[Plan, Profile]":
-        """The weights are as long as they turned out by now."""
+    def improve(artifact: "Artifact") -> tuple[Plan, Profile]:
+        """Residuals are as long as they turned out by now: a plan for what they were thought to be
+        need not fit. Raw weights are as long as they were."""
+        nonlocal found
         stored = Storage(tuple(artifact.stored_parts()))
-        if measured is not None:  # another machine's plan cannot be run here
-            final = solve(options, artifact.spec, profile, PRIOR, stored)
-            return with_sweeps(options, artifact.spec, profile, stored, final), profile
-        final, corrections = rehearsed(options, artifact, profile, stored, samples, show)
-        pack_kernels(artifact.path, final)
-        return final, corrections
+        plan = solve(request, spec, measured, PRIOR, stored) if first.residuals else first
+        if request.known_profile is not None:  # another machine's plan cannot be run here
+            found = Planned(spec, with_sweeps(request, spec, measured, stored, plan), measured)
+        else:
+            found = rehearsed(request, artifact, measured, stored, plan, progress)
+            pack_kernels(artifact.path, found.plan)
+        return found.plan, found.profile
 
-    final = build(
-        checkpoint, tokenizer, plan, profile, out, options.overwrite,
-        QUANTIZERS[options.quantizer], improve, show,
+    build(
+        checkpoint, tokenizer, first, measured, out, overwrite, QUANTIZERS[quantizer], improve,
+        progress,
     )  # fmt: skip
-    return final, checkpoint.spec
+    return found
 
 
-def dry_run(
-    options: Options, resolved: "Resolved", out: Path, measured: "Profile | None", show: Progress
-) -> "tuple[Plan, ModelSpec]":
-    """From config and headers alone."""
+def plan_dry(
+    request: PlanRequest,
+    model: "Resolved",
+    out: Path,
+    progress: Progress = unseen,
+    tell: Tell = nobody,
+) -> Planned:
+    """From config and headers alone. out: on whose disk the artifact would lie."""
     from subspec.planner.model.checkpoint import read_spec
     from subspec.planner.solve.search import PRIOR
 
-    spec = read_spec(resolved.path, resolved.source)
-    profile = measured or measure_here(options, spec, out, show)
-    return with_sweeps(options, spec, profile, None, solve(options, spec, profile, PRIOR)), spec
+    spec = read_spec(model.path, model.source)
+    profile = request.known_profile or measure_here(request, spec, out, progress, tell)
+    plan = solve(request, spec, profile, PRIOR)
+    return Planned(spec, with_sweeps(request, spec, profile, None, plan), profile)
 
 
-def plan_anew(
-    options: Options, artifact: "Artifact", out: Path, known: "Profile | None", show: Progress
-) -> "tuple[Plan, Profile]":
-    """Another plan over the weights of an artifact, which stay as they are. known: --profile."""
+def plan_again(
+    request: PlanRequest,
+    artifact: "Artifact",
+    out: Path,
+    measure_again: bool = False,
+    sweeps: bool = True,
+    progress: Progress = unseen,
+    tell: Tell = nobody,
+) -> Planned:
+    """Another plan over the weights of an artifact, which stay as they are; nothing is written.
+
+    measure_again: this machine is measured and the artifact rehearsed, even where its own profile
+    would do; the request's samples alone have it rehearsed too. sweeps: with what other budgets and
+    contexts would give; without them nothing is rehearsed for measure_again.
+    """
+    from subspec.planner.solve.storage import Storage
+
+    spec, request = artifact.spec, as_stored(request)
+    stored = Storage(tuple(artifact.stored_parts()))
+    profile = request.known_profile
+    if profile is None:
+        profile = profile_for(request, artifact, out, measure_again, progress, tell)
+    if request.samples is not None or (measure_again and sweeps):
+        return rehearsed(request, artifact, profile, stored, None, progress)
+    plan = solve(request, spec, profile, artifact.plan.acceptance, stored)
+    if sweeps:
+        plan = with_sweeps(request, spec, profile, stored, plan)
+    return Planned(spec, plan, profile)
+
+
+def plan_from_runs(
+    request: PlanRequest,
+    artifact: "Artifact",
+    out: Path,
+    progress: Progress = unseen,
+    tell: Tell = nobody,
+) -> Planned:
+    """Another plan over the weights of an artifact, with what its recorded runs taught."""
     from subspec.planner.rehearse.corrections import with_runs
     from subspec.planner.solve.storage import Storage
 
-    spec, acceptance = artifact.spec, artifact.plan.acceptance
-    stored, samples = Storage(tuple(artifact.stored_parts())), samples_of(options)
-    profile = known or profile_for(options, artifact, out, show)
-    if options.calibration is not None or (options.reprofile and not options.print_plan):
-        return rehearsed(options, artifact, profile, stored, samples, show)
-    if options.calibrate is not None:
-        runs = recorded_runs(artifact, profile)
-        acceptance = with_runs(acceptance, artifact.plan, runs)
-        profile = corrections_from(options, artifact, profile, stored, runs)
-    plan = solve(options, spec, profile, acceptance, stored)
-    if not options.print_plan:
-        plan = with_sweeps(options, spec, profile, stored, plan)
-    return plan, profile
+    spec, request = artifact.spec, as_stored(request)
+    stored = Storage(tuple(artifact.stored_parts()))
+    profile = profile_for(request, artifact, out, False, progress, tell)
+    runs = recorded_runs(artifact, profile)
+    acceptance = with_runs(artifact.plan.acceptance, artifact.plan, runs)
+    profile = corrections_from(request, artifact, profile, stored, runs)
+    plan = solve(request, spec, profile, acceptance, stored)
+    return Planned(spec, with_sweeps(request, spec, profile, stored, plan), profile)
+
+
+def as_stored(request: PlanRequest) -> PlanRequest:
+    """The request for an artifact: its weights stay encoded as they are."""
+    return replace(request, constraints=replace(request.constraints, encoding="kept"))
 
 
 def rehearsed(
-    options: Options,
+    request: PlanRequest,
     artifact: "Artifact",
-    profile: "Profile",
+    profile: Profile,
     stored: "Storage",
-    samples: "tuple[Sample, ...]",
-    show: Progress,
-) -> "tuple[Plan, Profile]":
-    """Runs the best plan that is known so far, and plans again with what that taught."""
+    trial: Plan | None,
+    progress: Progress,
+) -> Planned:
+    """Runs `trial`, the best plan that is known so far (None: it is solved for), and plans again
+    with what that taught."""
+    from subspec.planner.rehearse.calibration import shipped_samples
     from subspec.planner.rehearse.corrections import corrections, without_corrections
     from subspec.planner.rehearse.rehearsal import Setting, rehearse
     from subspec.planner.solve.search import PRIOR
 
     spec, profile = artifact.spec, without_corrections(profile)
-    # Of whole trees, as predictions are: where its rounds begin acceptance is measured.
-    whole = replace(options, min_path_probability=None)
-    trial = solve(whole, spec, profile, artifact.plan.acceptance, stored)
-    setting = Setting(options.link_bandwidth, options.device)
-    seen = rehearse(artifact, trial, predictor(options, spec, profile, trial, stored), samples,
-                    setting, show)  # fmt: skip
-    profile = replace(profile, corrections=corrections(seen.rounds, options.link_bandwidth))
-    plan = solve(options, spec, profile, seen.acceptance or PRIOR, stored)
-    return with_sweeps(options, spec, profile, stored, plan), profile
+    if trial is None:
+        trial = solve(request, spec, profile, artifact.plan.acceptance, stored)
+    # Whole trees, as predictions are of: where rounds begin acceptance is measured.
+    trial = replace(trial, tree=replace(trial.tree, min_path_probability=0.0))
+    setting = Setting(request.link_bandwidth, request.device)
+    seen = rehearse(
+        artifact, trial, predictor(request, spec, profile, trial, stored),
+        request.samples or shipped_samples(), setting, progress,
+    )  # fmt: skip
+    profile = replace(profile, corrections=corrections(seen.rounds, request.link_bandwidth))
+    plan = solve(request, spec, profile, seen.acceptance or PRIOR, stored)
+    return Planned(spec, with_sweeps(request, spec, profile, stored, plan), profile)
 
 
 def predictor(
-    options: Options, spec: "ModelSpec", profile: "Profile", plan: "Plan", stored: "Storage"
+    request: PlanRequest, spec: "ModelSpec", profile: Profile, plan: Plan, stored: "Storage"
 ) -> "PredictFor":
     """What the plan promises for a usage, by the profile's own terms. A check of what streams first
     is left out: it happens once."""
     from subspec.planner.rehearse.corrections import without_corrections
     from subspec.planner.solve.outlook import predict_for
 
-    bare = replace(without_corrections(slowed(options, profile)), digest_rate=0.0)
+    bare = replace(without_corrections(slowed(request, profile)), digest_rate=0.0)
     return lambda method, usage: predict_for(spec, bare, plan, stored, method, usage)
 
 
-def recorded_runs(artifact: "Artifact", profile: "Profile") -> "list[Run]":
+def recorded_runs(artifact: "Artifact", profile: Profile) -> "list[Run]":
     """The recorded runs of this plan on the profile's machine. Raises SubspecError(USAGE) if there
     are none."""
     from subspec.artifacts.runs import plan_digest, read_runs
@@ -190,155 +233,108 @@ def recorded_runs(artifact: "Artifact", profile: "Profile") -> "list[Run]":
 
 
 def corrections_from(
-    options: Options, artifact: "Artifact", profile: "Profile", stored: "Storage", runs: "list[Run]"
-) -> "Profile":
+    request: PlanRequest,
+    artifact: "Artifact",
+    profile: Profile,
+    stored: "Storage",
+    runs: "list[Run]",
+) -> Profile:
     """Folds the runs' times into the profile; phases without a run stay as they were."""
     from subspec.planner.rehearse.corrections import corrections, rounds_of_runs, updated
 
-    free = [run for run in runs if run.link_bandwidth == options.link_bandwidth]
-    promised = predictor(options, artifact.spec, profile, artifact.plan, stored)
+    free = [run for run in runs if run.link_bandwidth == request.link_bandwidth]
+    promised = predictor(request, artifact.spec, profile, artifact.plan, stored)
     rounds = rounds_of_runs(free, artifact.plan.tree.depth, promised)
-    found = corrections(rounds, options.link_bandwidth)
+    found = corrections(rounds, request.link_bandwidth)
     return replace(
-        profile, corrections=updated(slowed(options, profile).corrections, rounds, found)
+        profile, corrections=updated(slowed(request, profile).corrections, rounds, found)
     )
 
 
-def profile_for(options: Options, artifact: "Artifact", out: Path, show: Progress) -> "Profile":
+def profile_for(
+    request: PlanRequest,
+    artifact: "Artifact",
+    out: Path,
+    measure_again: bool,
+    progress: Progress,
+    tell: Tell,
+) -> Profile:
     """The artifact's own profile if it was measured on this machine, else a new one."""
-    from subspec.planner.machine.measure import machine_name, pick_device
+    from subspec.planner.machine.measure import machine_name
+    from subspec.planner.machine.timing import pick_device
 
-    if not options.reprofile:
-        if artifact.profile.machine == machine_name(pick_device(options.device)):
+    if not measure_again:
+        if artifact.profile.machine == machine_name(pick_device(request.device)):
             return artifact.profile
-        say(f"the profile is of another machine ({artifact.profile.machine}): measuring this one")
-    return measure_here(options, artifact.spec, out, show)
+        tell(f"the profile is of another machine ({artifact.profile.machine}): measuring this one")
+    return measure_here(request, artifact.spec, out, progress, tell)
 
 
-def known_profile(options: Options) -> "Profile | None":
-    """The profile of --profile; None: this machine is to be measured."""
-    if options.profile is None:
-        from subspec.planner.machine.timing import pick_device
+def measure_here(
+    request: PlanRequest, spec: "ModelSpec", out: Path, progress: Progress, tell: Tell
+) -> Profile:
+    from subspec.planner.machine.measure import measure
+    from subspec.planner.machine.timing import pick_device
 
-        pick_device(options.device)
-        return None
-    from subspec.planner.machine.profiles import read_profile
-
-    profile = read_profile(options.profile)
-    if options.device is not None and options.device.partition(":")[0] != profile.device:
+    context = request.constraints.context
+    if context is not None and context > spec.max_positions:
         raise SubspecError(
             Exit.USAGE,
-            f"--profile {options.profile} was measured on {profile.device}, "
-            f"--device says {options.device}",
-            "drop one of the two",
-        )
-    return profile
-
-
-def measure_here(options: Options, spec: "ModelSpec", out: Path, show: Progress) -> "Profile":
-    from subspec.planner.machine.measure import measure, pick_device
-
-    if options.context is not None and options.context > spec.max_positions:
-        raise SubspecError(
-            Exit.USAGE,
-            f"--context {options.context} is more than the model's {spec.max_positions} positions",
+            f"--context {context} is more than the model's {spec.max_positions} positions",
             f"--context {spec.max_positions} or less",
         )
-    profile = measure(spec, pick_device(options.device), existing_parent(out), show)
-    if profile.free_bytes < options.budget:
-        say(
-            f"note: {short_size(profile.free_bytes)} of {profile.device} memory are free now, the "
-            f"cap is {short_size(options.budget)}: runs are planned anew for less while that is so"
+    profile = measure(spec, pick_device(request.device), existing_parent(out), progress)
+    if profile.free_bytes < request.budget_bytes:
+        tell(
+            f"note: the budget is {short_size(request.budget_bytes)}, but only "
+            f"{short_size(profile.free_bytes)} of {profile.device} memory are free now: runs are "
+            "planned again for less until more is free"
         )
     return profile
 
 
 def solve(
-    options: Options,
+    request: PlanRequest,
     spec: "ModelSpec",
-    profile: "Profile",
+    profile: Profile,
     acceptance: "Acceptance",
     stored: "Storage | None" = None,
-) -> "Plan":
+) -> Plan:
     from subspec.planner.solve.search import search
 
-    slow = slowed(options, profile)
-    plan = search(spec, slow, options.budget, constraints_of(options), acceptance, stored)
-    if options.link_bandwidth is None:
+    slow = slowed(request, profile)
+    plan = search(spec, slow, request.budget_bytes, request.constraints, acceptance, stored)
+    if request.link_bandwidth is None:
         return plan
-    reason = f"planned as if the link gave {short_size(options.link_bandwidth)}/s at most"
+    reason = f"planned as if the link gave {short_size(request.link_bandwidth)}/s at most"
     return replace(plan, reasons=(f"{reason}: --link-bandwidth", *plan.reasons))
 
 
 def with_sweeps(
-    options: Options,
+    request: PlanRequest,
     spec: "ModelSpec",
-    profile: "Profile",
+    profile: Profile,
     stored: "Storage | None",
-    plan: "Plan",
-) -> "Plan":
+    plan: Plan,
+) -> Plan:
     """The plan with what other budgets and contexts would give."""
     from subspec.planner.solve.outlook import with_outlook
     from subspec.planner.solve.search import search
 
-    slow = slowed(options, profile)
+    slow, constraints = slowed(request, profile), request.constraints
 
-    def best(budget: int, context: int | None) -> "Plan":
-        constraints = replace(constraints_of(options), context=context)
-        return search(spec, slow, budget, constraints, plan.acceptance, stored)
+    def best(budget: int, context: int | None) -> Plan:
+        fixed = replace(constraints, context=context)
+        return search(spec, slow, budget, fixed, plan.acceptance, stored)
 
-    return with_outlook(plan, best, options.context is not None, spec.max_positions)
+    return with_outlook(plan, best, constraints.context is not None, spec.max_positions)
 
 
-def slowed(options: Options, profile: "Profile") -> "Profile":
-    """The profile under --link-bandwidth."""
+def slowed(request: PlanRequest, profile: Profile) -> Profile:
+    """The profile under the request's link bandwidth."""
     from subspec.planner.machine.profiles import under_link
 
-    return under_link(profile, options.link_bandwidth)
-
-
-def samples_of(options: Options) -> "tuple[Sample, ...]":
-    from subspec.planner.rehearse.calibration import read_samples, shipped_samples
-
-    if options.calibration is None:
-        return shipped_samples()
-    samples = read_samples(options.calibration)
-    if options.profile is not None:
-        raise SubspecError(
-            Exit.USAGE,
-            "--profile plans for another machine, --calibration runs the model on this one",
-            "drop one of the two",
-        )
-    return samples
-
-
-def constraints_of(options: Options) -> "Constraints":
-    from subspec.artifacts.plan import Constraints
-
-    return Constraints(
-        options.context,
-        options.width,
-        options.depth,
-        options.method,  # type: ignore[arg-type]
-        options.ram,
-        options.encoding if options.artifact is None else "kept",  # type: ignore[arg-type]
-        options.min_path_probability,
-    )
-
-
-def asked_before(options: Options, artifact: "Artifact") -> Options:
-    """What is not asked for now stays as the artifact's plan was asked for."""
-    constraints, stop = artifact.plan.constraints, options.min_path_probability
-    return replace(
-        options,
-        vram=options.vram or artifact.plan.budget_bytes,
-        context=options.context or constraints.context,
-        width=options.width or constraints.width,
-        depth=options.depth or constraints.depth,
-        method=options.method or constraints.method,
-        ram=options.ram or constraints.ram_bytes,
-        min_path_probability=constraints.min_path_probability if stop is None else stop,
-    )
+    return under_link(profile, request.link_bandwidth)
 
 
 def existing_parent(out: Path) -> Path:

@@ -100,32 +100,42 @@ def device_option(
 @click.argument("prompt", required=False)
 @option("--max-tokens", "Longest answer, in tokens.", type=click.IntRange(min=1))
 @option(
-    "--temperature", "0 takes the likeliest token.",
+    "--temperature", "Sampling temperature; 0 is greedy.",
     type=click.FloatRange(0, 100), callback=finite_option,
 )  # fmt: skip
 @option(
-    "--top-p", "Sample from this share.",
+    "--top-p", "Nucleus sampling: smallest set of tokens with cumulative probability P.",
     type=click.FloatRange(0, 1, min_open=True), callback=finite_option,
 )  # fmt: skip
-@option("--top-k", "Sample from so many tokens; 0: all.", type=click.IntRange(min=0))
-@option("--seed", "The same seed gives the same tokens.", type=click.IntRange(0, 2**63 - 1))
-@option("--stop", "End before this text; may be repeated.", multiple=True)
+@option("--top-k", "Sample from the K likeliest tokens; 0 disables.", type=click.IntRange(min=0))
+@option(
+    "--seed",
+    "Seed of the sampling noise; the same seed gives the same tokens.",
+    type=click.IntRange(0, 2**63 - 1),
+)
+@option("--stop", "Stop before this text; may be repeated.", multiple=True)
 @option("--system", "System message of the chat.")
 @option("--raw", "Continue PROMPT as it is, without the chat template.", is_flag=True)
-@option("--chat", "Several turns; the default on a terminal without PROMPT.", is_flag=True)
-@option("--no-speculation", "The plain twin: the same tokens without a draft.", is_flag=True)
-@option("--unpadded", "With --no-speculation: plain decoding at its fastest.", is_flag=True)
-@option("--no-graphs", "On a GPU: launch a draft's kernels one by one.", is_flag=True)
-@option("--vram", "Plan anew if the plan takes more.", callback=size_option, metavar="SIZE")
-@option("--no-replan", "Obey the plan as it is, whatever the machine.", is_flag=True)
-@option("--trust-kernels", "Load the compiled kernels that ARTIFACT brings.", is_flag=True)
+@option("--chat", "Chat of several turns; the default on a terminal without PROMPT.", is_flag=True)
+@option("--no-speculation", "Decode plainly: the same tokens without a draft.", is_flag=True)
+@option(
+    "--unpadded", "With --no-speculation: one unpadded row per pass, the fastest.", is_flag=True
+)
+@option("--no-graphs", "On a GPU: no CUDA graphs for the draft.", is_flag=True)
+@option("--vram", "Re-plan for SIZE if the plan needs more.", callback=size_option, metavar="SIZE")
+@option("--no-replan", "Use the stored plan as it is, on any machine.", is_flag=True)
+@option(
+    "--trust-kernels", "Load the pre-built kernels in ARTIFACT; they are programs.", is_flag=True
+)
 @option("--device", "cpu, or one GPU such as cuda:1.", callback=device_option, metavar="DEVICE")
-@option("--link-bandwidth", "Slow the link to SIZE a second.", callback=size_option, metavar="SIZE")
+@option(
+    "--link-bandwidth", "Limit the link to SIZE per second.", callback=size_option, metavar="SIZE"
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-@option("--check", "Check the artifact's structure and stop.", is_flag=True)
-@option("--full", "With --check: every byte against its digest.", is_flag=True)
-@option("--stats", "What the answers so far say about the plan.", is_flag=True)
-@option("--no-record", "Leave the answers out of the run records.", is_flag=True)
+@option("--check", "Check the artifact's structure and exit.", is_flag=True)
+@option("--full", "With --check: compare every byte with its digest.", is_flag=True)
+@option("--stats", "Compare recorded runs with the plan's predictions.", is_flag=True)
+@option("--no-record", "Do not add this run to the run records.", is_flag=True)
 @click.version_option(package_name="subspec")
 @reported
 def main(**given: Any) -> None:
@@ -350,6 +360,8 @@ def opened(artifact: "Artifact", options: Options) -> "Iterator[Engine]":
                     f"attention several times, and near-ties may round otherwise: {problem}"
                     f"{trust if engine.has_prebuilt_kernels else ''}"
                 )
+            if (problem := engine.plain_draft) is not None:
+                say(f"note: drafting is slower than it could be: {problem}")
             yield engine
             if (problem := engine.missing_graphs) is not None:
                 say(f"note: the draft's kernels were launched one by one: {problem}")

@@ -53,7 +53,7 @@ from subspec.runtime.load import (
 from subspec.runtime.memory import FastMemory, PeakMeter
 from subspec.runtime.model import attention
 from subspec.runtime.model.cache import Cache, make_cache
-from subspec.runtime.model.transformer import make_shared
+from subspec.runtime.model.transformer import make_shared, make_tables
 from subspec.runtime.sequence import Sequence
 from subspec.runtime.stream.exact_weights import ExactWeights
 
@@ -176,17 +176,17 @@ class Engine:
                 return memory.take_tensor("tables", shape, tensor.dtype).copy_(tensor)
 
             caches = [make_cache(spec, slots, carved) for _ in range(plan.num_sequences)]
-            weights = make_shared(spec, embedding, tensors, slots, dtype, kept)
+            tables = make_tables(spec, slots, dtype, kept)
+            weights = make_shared(spec, embedding, tensors, tables, dtype, kept)
 
             # The draft
             drafter = None
             if method == "substitute":
                 draft_weights = weights
                 if dtype != DRAFT_DTYPE:
-                    tables = weights.tables if spec.rope_in_f32 else None
-                    draft_weights = make_shared(
-                        spec, embedding, tensors, slots, DRAFT_DTYPE, kept, tables
-                    )
+                    if not spec.rope_in_f32:
+                        tables = make_tables(spec, slots, DRAFT_DTYPE, kept)
+                    draft_weights = make_shared(spec, embedding, tensors, tables, DRAFT_DTYPE, kept)
                 substitutes = make_substitutes(spec, tensors, packed, kept)
                 compiled = None
                 if device.type == "cpu":
@@ -317,6 +317,15 @@ class Engine:
         """Whether the artifact has kernels for this machine that are not trusted yet."""
         kernels = needed_kernels(self.plan, self.method)
         return any(find_prebuilt(self.artifact, source) is not None for source, _ in kernels)
+
+    @property
+    def plain_draft(self) -> str | None:
+        """Why the draft's layers run one by one; None: they are compiled, or nothing is drafted."""
+        drafts = isinstance(self.model.drafter, SubstituteDrafter)
+        compilable = drafts and self.device.type == "cpu" and self.plan.int4_kernel == "w4a8"
+        if not compilable or compiled_layers.known_form(self.artifact.spec) is not None:
+            return None
+        return "this model has layers that the compiled draft does not compute"
 
     @property
     def missing_graphs(self) -> str | None:

@@ -158,12 +158,11 @@ class Sequence:
         return fresh
 
     def close(self) -> None:
-        """Gives the cache back to the engine."""
-        if self._closed:
-            return
-        self._closed = True
-        self._engine.leave(self)
-        self._engine.give_back(self.cache)
+        """Gives the cache back to the engine, once: another sequence may have it by now."""
+        if not self._closed:
+            self._closed = True
+            self._engine.leave(self)
+            self._engine.give_back(self.cache)
 
     def __enter__(self) -> "Sequence":
         return self

@@ -77,6 +77,7 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
     def run(**options: Any) -> None:
         as_json = bool(options.get("as_json"))
         try:
+            check_platform(sys.platform)
             with terminable():
                 command(**options)
                 sys.stdout.flush()
@@ -99,6 +100,16 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
             fail(SubspecError(Exit.RESOURCES, f"cannot write: {error.strerror}"), as_json)
 
     return run
+
+
+def check_platform(platform: str) -> None:
+    """Raises SubspecError(UNSUPPORTED) where direct reads and memory limits are not Linux's."""
+    if platform != "linux":
+        raise SubspecError(
+            Exit.UNSUPPORTED,
+            f"subspec runs on Linux, and this is {platform}",
+            "on Windows use WSL2",
+        )
 
 
 class Terminated(BaseException):

@@ -1,12 +1,14 @@
-"""Frozen dataclasses <-> JSON, strictly: unknown, missing or mistyped keys are named."""
+"""Frozen dataclasses <-> JSON, strictly: unknown, missing, mistyped keys and values beyond their
+bounds (`artifacts/common/bounds.py`) are named."""
 
 import dataclasses
 import json
 import math
 import types
 import typing
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
+from subspec.artifacts.common.bounds import Bound
 from subspec.artifacts.common.errors import Exit, SubspecError
 
 T = TypeVar("T")
@@ -61,6 +63,8 @@ def load_dataclass(kind: type[T], value: Any, where: str) -> T:
 
 def _convert(kind: Any, value: Any, where: str) -> Any:
     origin, args = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return _within(_convert(args[0], value, where), args[1:], where)
     if origin in (Union, types.UnionType):
         if value is None and type(None) in args:
             return None
@@ -105,7 +109,7 @@ def _chosen(kinds: list[Any], value: Any, where: str) -> Any:
 def _convert_fields(kind: type, value: Any, where: str) -> Any:
     if not isinstance(value, dict):
         raise _mismatch(where, "an object", value)
-    hints = typing.get_type_hints(kind)
+    hints = typing.get_type_hints(kind, include_extras=True)
     fields = {f.name: f for f in dataclasses.fields(kind)}
     for key in value:
         if key not in fields:
@@ -120,7 +124,15 @@ def _convert_fields(kind: type, value: Any, where: str) -> Any:
     return kind(**given)
 
 
-def _mismatch(where: str, expected: str, got: Any) -> SubspecError:
-    shown = repr(got)
+def _within(value: Any, bounds: tuple[Bound, ...], where: str) -> Any:
+    for bound in bounds:
+        if not bound.holds(value):
+            got = f"a list of {len(value)} entries" if isinstance(value, tuple) else None
+            raise _mismatch(where, str(bound), value, got)
+    return value
+
+
+def _mismatch(where: str, expected: str, got: Any, as_text: str | None = None) -> SubspecError:
+    shown = as_text or repr(got)
     shown = shown if len(shown) <= 60 else shown[:57] + "..."
     return SubspecError(Exit.CORRUPT, f"{where} is {shown}, expected {expected}")

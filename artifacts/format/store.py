@@ -13,7 +13,6 @@ from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format.checks import check_headers, check_plan, check_spec
 from subspec.artifacts.format.codec import dump_json, load_dataclass, parse_json
 from subspec.artifacts.format.folder import MANIFEST
-from subspec.artifacts.format.folder import new_folder as new_folder  # the writer's door is here
 from subspec.artifacts.format.tensors import open_regular, read_header
 from subspec.artifacts.model import (
     PAGE_BYTES,

@@ -10,11 +10,11 @@ from pathlib import Path
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.sizes import format_size
 from subspec.artifacts.footprint import model_bytes, substitutes_bytes
+from subspec.artifacts.format.folder import new_folder
 from subspec.artifacts.format.store import (
     FORMAT_VERSION,
     Artifact,
     Manifest,
-    new_folder,
     open_artifact,
     write_json,
     write_manifest,
@@ -138,13 +138,13 @@ def check_space(spec: ModelSpec, out: Path) -> None:
 def write_tokenizer(folder: Path, files: TokenizerFiles) -> None:
     target = folder / "tokenizer"
     target.mkdir()
-    shutil.copyfile(files.tokenizer_json, target / "tokenizer.json")
+    (target / "tokenizer.json").write_text(files.tokenizer_json, encoding="utf-8")
     if files.chat_template is not None:
         (target / "chat_template.jinja").write_text(files.chat_template, encoding="utf-8")
     write_json(target, "generation_config.json", files.generation_config)
     settings = {
         "special_tokens": files.special_tokens,
-        "begins_with_bos": bool(files.add_bos_token),
+        "begins_with_bos": files.begins_with_bos,
     }
     write_json(target, "settings.json", settings)
 

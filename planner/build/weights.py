@@ -1,10 +1,11 @@
-"""Checkpoint -> the three weight files of an artifact: quantised, repacked, proven.
+"""Checkpoint -> the weight files of an artifact: quantised, repacked, proven.
 
 One matrix at a time: peak memory stays near two of them, whatever the model's size.
 """
 
 import hashlib
 import io
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -27,7 +28,6 @@ from subspec.artifacts.format.tensors import TensorFile, write_header
 from subspec.artifacts.model import (
     EMBEDDING,
     GROUP_SIZE,
-    HEAD,
     PAGE_BYTES,
     Linear,
     ModelSpec,
@@ -37,6 +37,7 @@ from subspec.artifacts.model import (
 from subspec.artifacts.native import residual_cpu
 from subspec.planner.build.quantize import Substitute
 from subspec.planner.model.checkpoint import Checkpoint
+from subspec.planner.model.stored import read_pieces
 
 Quantizer = Callable[[Tensor, torch.device | str], Substitute]
 Progress = Callable[[str, float], None]
@@ -58,24 +59,15 @@ def write_weights(
     quantizer: Quantizer,
     progress: Progress,
 ) -> Written:
-    """The three weight files. residuals: names of the parts to store as such, where that is
-    smaller."""
-    names = (
-        "exact.safetensors",
-        "substitutes.safetensors",
-        "resident.safetensors",
-        "embedding.safetensors",
-    )
-    spec = checkpoint.spec
+    """residuals: names of the parts to store as such, where that is smaller."""
+    names = ("embedding", "resident", "exact", "substitutes")
     with ExitStack() as stack:
-        files = [stack.enter_context(HashedFile(folder / name)) for name in names]
-        exact, substitutes, resident, embedding = files
+        files = [stack.enter_context(HashedFile(folder / f"{name}.safetensors")) for name in names]
+        embedding, resident, exact, substitutes = files
+        write_embedding(embedding, checkpoint)
+        write_resident(resident, checkpoint)
         parts_written, made = write_matrices(
             exact, substitutes, checkpoint, residuals, quantizer, progress
-        )
-        write_resident(resident, checkpoint)
-        write_small(
-            embedding, checkpoint, {f"{EMBEDDING}.weight": (spec.vocab_size, spec.hidden_size)}
         )
         return Written({file.path.name: file.finish() for file in files}, parts_written, made)
 
@@ -100,15 +92,11 @@ def write_matrices(
     every = [linear for linear in spec.linears if linear.has_substitute]
     for index, linear in enumerate(every):
         progress("quantising and packing", index / len(every))
-        weight = (
-            head_weight(checkpoint)
-            if linear.name == HEAD
-            else read_weight(checkpoint, f"{linear.name}.weight")
-        )
+        weight = read_weight(checkpoint, linear)
         substitute = write_substitute(substitutes, linear, weight, quantizer, device)
         digest = substitute_digest(substitute)
         made.append(SubstituteEntry(linear.name, digest))
-        for part in own_parts[linear.name]:  # none: a tied head, which is the embedding
+        for part in own_parts[linear.name]:
             rows = slice(part.first_row, part.first_row + part.num_rows)
             codes, qparams = substitute.codes[rows], substitute.qparams[:, rows]
             wanted = part.name in residuals and part.can_be_residual
@@ -130,27 +118,40 @@ def encode_residual(weight: Tensor, codes: Tensor, qparams: Tensor) -> Tensor | 
     return stored if stored.numel() < weight.nbytes else None
 
 
+def write_embedding(file: "HashedFile", checkpoint: Checkpoint) -> None:
+    """The embedding matrix alone: the runtime reads single rows of it from slow memory."""
+    spec, name = checkpoint.spec, f"{EMBEDDING}.weight"
+    shape = (spec.vocab_size, spec.hidden_size)
+    write_header(file, [(name, STORED_DTYPES[spec.dtype], shape)])
+    write_exactly(file, checkpoint, name)
+
+
 def write_resident(file: "HashedFile", checkpoint: Checkpoint) -> None:
-    """Embedding, norms, biases and matrices of odd shape, each checked: no quantiser sees them."""
-    write_small(file, checkpoint, checkpoint.spec.resident_shapes)
+    """Norms, biases and matrices of odd shape."""
+    spec = checkpoint.spec
+    dtype, padding_rows = STORED_DTYPES[spec.dtype], {}
+    for linear in spec.linears:
+        padding_rows[f"{linear.name}.weight"] = linear.padding_rows
+    write_header(file, ((name, dtype, shape) for name, shape in spec.resident_shapes.items()))
+    for name, shape in spec.resident_shapes.items():
+        write_exactly(file, checkpoint, name)
+        rows = padding_rows.get(name, 0)
+        file.write(bytes(rows * spec.item_bytes * math.prod(shape[1:])))
 
 
-def write_small(file, checkpoint, shapes):
-    dtype = STORED_DTYPES[checkpoint.spec.dtype]
-    write_header(file, ((name, dtype, shape) for name, shape in shapes.items()))
-    for name in shapes:
-        weight = (
-            head_weight(checkpoint) if name == f"{HEAD}.weight" else read_weight(checkpoint, name)
-        )
-        num_bad = sum(int((~rows.isfinite()).sum()) for rows in weight.split(1024))
+def write_exactly(file: "HashedFile", checkpoint: Checkpoint, name: str) -> None:
+    """The checkpoint's bytes, checked: no quantizer sees them."""
+    rows = checkpoint.rows[name]
+    for piece in read_pieces(rows):
+        num_bad = int((~piece.isfinite()).sum())
         if num_bad:
             raise SubspecError(
                 Exit.CORRUPT,
-                f"{name}: {num_bad} of {weight.numel()} weights are NaN or infinite, expected "
-                "finite numbers",
+                f"{rows.tensor.name}: {num_bad} weights are NaN or infinite, expected finite "
+                "numbers",
                 "download the checkpoint again",
             )
-        file.write(raw_bytes(weight))
+        file.write(raw_bytes(piece))
 
 
 def exact_header(
@@ -172,12 +173,6 @@ def substitutes_header(spec: ModelSpec) -> list[tuple[str, str, tuple[int, ...]]
             found.append((f"{linear.name}.codes", "U8", (n, k // 2)))
             found.append((f"{linear.name}.qparams", "BF16", (k // GROUP_SIZE, n, 2)))
     return found
-
-
-def head_weight(checkpoint):
-    spec = checkpoint.spec
-    weight = read_weight(checkpoint, f"{EMBEDDING}.weight" if spec.tied_head else f"{HEAD}.weight")
-    return torch.nn.functional.pad(weight, (0, 0, 0, spec.linears[-1].padding_rows))
 
 
 def write_part(
@@ -232,10 +227,16 @@ def substitute_digest(substitute: Substitute) -> str:
     return part_digest((raw_bytes(substitute.codes), raw_bytes(substitute.qparams)), None)
 
 
-def read_weight(checkpoint: Checkpoint, name: str) -> Tensor:
-    """A checkpoint tensor on the host, in its own dtype."""
-    from subspec.planner.model.checkpoint import read_pieces
-    return torch.cat(list(read_pieces(checkpoint.rows[name])))
+def read_weight(checkpoint: Checkpoint, linear: Linear) -> Tensor:
+    """The exact matrix on the host, in its own dtype; a head's padding is zeros."""
+    dtype: torch.dtype = getattr(torch, checkpoint.spec.dtype)
+    weight = torch.empty(linear.out_features, linear.in_features, dtype=dtype)
+    first = 0
+    for piece in read_pieces(checkpoint.rows[f"{linear.name}.weight"]):
+        weight[first : first + len(piece)] = piece
+        first += len(piece)
+    weight[first:] = 0
+    return weight
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:

@@ -7,20 +7,24 @@ What a pass is made of is timed by `microbench.py`, the decoding of residuals by
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from subspec.artifacts.format.store import part_digest
 from subspec.artifacts.model import PAGE_BYTES, ModelSpec
 from subspec.artifacts.plan import Int4Kernel
-from subspec.artifacts.profile import LinkRate, Profile, Timing, seconds_at
+from subspec.artifacts.profile import LinkRate, Profile, Timing
 from subspec.planner.machine.microbench import Bench
 from subspec.planner.machine.pinnable import pinnable_bytes
 from subspec.planner.machine.profiles import typical_of
 from subspec.planner.machine.residual_rate import residual_weights_per_second
 from subspec.planner.machine.timing import (
+    USUAL_EFFORT,
+    Cursor,
+    Effort,
     Stream,
     gpu_overhead_bytes,
     repetitions,
@@ -29,7 +33,6 @@ from subspec.planner.machine.timing import (
     time_each,
     unnamed_file,
 )
-from subspec.planner.machine.timing import pick_device as pick_device  # the caller's door is here
 from subspec.planner.solve.problem import staging
 from subspec.planner.solve.storage import raw_storage, usual_storages
 from subspec.runtime.draft.substitutes import Substitutes
@@ -40,16 +43,20 @@ from subspec.runtime.model.attention import attend, attend_batch_invariant, with
 from subspec.runtime.stream.digests import Digests
 from subspec.runtime.stream.link import DiskLink
 
-PASSES = 3  # over everything: a shared machine has fast and slow moments
-DIGEST_BYTES = 4 << 20  # of one part
-LARGEST_BLOCK = 64 << 20  # larger ones are not faster
-LEAST_SHARE = 0.2  # of its speed: less is a disturbance, not contention
-LINK_TEST_BYTES = (64 << 20, 256 << 20)  # at least and at most, in between the model's size
+DIGEST_BYTES = 4 << 20  # of one part; each thread checks one at a time
+LARGEST_BLOCK = 64 << 20  # as large as a part may be; larger blocks are not faster
+LEAST_SHARE = 0.2  # of its speed; chosen: less is a disturbance, not contention
 
 Progress = Callable[[str, float], None]
 
 
-def measure(spec: ModelSpec, device: str, folder: Path, progress: Progress) -> Profile:
+def measure(
+    spec: ModelSpec,
+    device: str,
+    folder: Path,
+    progress: Progress,
+    effort: Effort = USUAL_EFFORT,
+) -> Profile:
     """Profile of this machine at the model's shapes. `folder`: where the artifact will lie, on the
     disk whose speed counts. Takes seconds."""
     target = torch.device(device)
@@ -59,15 +66,17 @@ def measure(spec: ModelSpec, device: str, folder: Path, progress: Progress) -> P
         torch.cuda.set_device(target)
         without_cudnn()  # as sessions do
     free = torch.cuda.mem_get_info(target)[0] if cuda else free_bytes()
-    with slow_tier(spec, target, folder) as open_link, torch.inference_mode():
+    with slow_tier(spec, target, folder, effort) as tier, torch.inference_mode():
         progress("measuring", 0.0)
-        bench = Bench(spec, target)
+        bench = Bench(spec, target, effort)
         kernel, substitutes = bench.faster_kernel()
         passes = []
-        for index in range(PASSES):
-            progress(f"measuring, {index + 1} of {PASSES}", (index + 1) / (PASSES + 2))
-            passes.append(measured_once(bench, kernel, substitutes, open_link))
-        progress("measuring where rows may stand", (PASSES + 1) / (PASSES + 2))
+        for index in range(effort.passes):
+            progress(
+                f"measuring, {index + 1} of {effort.passes}", (index + 1) / (effort.passes + 2)
+            )
+            passes.append(measured_once(bench, kernel, substitutes, tier))
+        progress("measuring where rows may stand", (effort.passes + 1) / (effort.passes + 2))
         profile = replace(
             typical_of(passes),
             free_bytes=free,
@@ -89,20 +98,42 @@ def machine_name(device: str) -> str:
     return name_of_device(torch.device(device))
 
 
-OpenLink = Callable[[int], Stream]  # with two slots of so many bytes
+@dataclass(frozen=True)
+class SlowTier:
+    """What the link is timed over."""
+
+    open_link: Callable[[int], Stream]  # with two slots of so many bytes
+    cursor: Cursor  # all measurements share it
 
 
 @contextmanager
-def slow_tier(spec: ModelSpec, device: torch.device, folder: Path) -> Iterator[OpenLink]:
-    """Links to something as large as the model, within limits: a file on the disk of `folder`, or
-    host memory."""
-    least, most = LINK_TEST_BYTES
+def slow_tier(
+    spec: ModelSpec, device: torch.device, folder: Path, effort: Effort
+) -> Iterator[SlowTier]:
+    """As large as the model, within the limits of Effort: a file on the disk of `folder`, or host
+    memory."""
+    least, most = effort.least_link_bytes, effort.most_link_bytes
     num_bytes = min(max(raw_storage(spec).num_bytes, least), most) >> 20 << 20
     if device.type == "cuda":
-        yield lambda block_bytes: HostCopies(device, block_bytes)
+        with pinned(num_bytes) as host:
+            yield SlowTier(lambda size: HostCopies(device, host, size), Cursor(num_bytes))
         return
     with unnamed_file(folder, num_bytes) as path:
-        yield lambda block_bytes: DiskLink(path, [host_buffer(block_bytes) for _ in range(2)], None)
+        yield SlowTier(
+            lambda size: DiskLink(path, [host_buffer(size) for _ in range(2)], None),
+            Cursor(num_bytes),
+        )
+
+
+@contextmanager
+def pinned(num_bytes: int) -> Iterator[Tensor]:
+    """Host memory that a GPU copies from; where it cannot be pinned copies are slower."""
+    host = host_buffer(num_bytes).fill_(1)  # pages that nobody wrote may be one page of zeros
+    torch.cuda.cudart().cudaHostRegister(host.data_ptr(), num_bytes, 1)
+    try:
+        yield host
+    finally:
+        torch.cuda.cudart().cudaHostUnregister(host.data_ptr())
 
 
 def block_sizes(spec: ModelSpec) -> list[int]:
@@ -112,23 +143,22 @@ def block_sizes(spec: ModelSpec) -> list[int]:
     return sorted({min(max(block, PAGE_BYTES), LARGEST_BLOCK) for block in blocks})
 
 
-def measure_link(open_link: OpenLink, block_bytes: int) -> LinkRate:
-    """Over a file of the least size at least; blocks are read in a circle."""
-    link = open_link(block_bytes)
+def measure_link(tier: SlowTier, block_bytes: int, effort: Effort = USUAL_EFFORT) -> LinkRate:
+    link = tier.open_link(block_bytes)
     try:
-        return LinkRate(block_bytes, stream_rate(link, LINK_TEST_BYTES[0], block_bytes))
+        return LinkRate(block_bytes, stream_rate(link, tier.cursor, block_bytes, effort))
     finally:
         link.close()
 
 
-def contention(bench: Bench, open_link: OpenLink, idle: LinkRate) -> tuple[float, float]:
+def contention(bench: Bench, tier: SlowTier, idle: LinkRate) -> tuple[float, float]:
     """Shares of their idle speeds that the link and the layers keep while both are busy."""
     action = bench.loaded_layers()
-    alone = repetitions(action, bench.device)
-    link = open_link(idle.block_bytes)
+    alone = repetitions(action, bench.device, bench.effort)
+    link = tier.open_link(idle.block_bytes)
     try:
-        with streaming(link, LINK_TEST_BYTES[0], idle.block_bytes) as bytes_per_second:
-            loaded = repetitions(action, bench.device)
+        with streaming(link, tier.cursor, idle.block_bytes) as bytes_per_second:
+            loaded = repetitions(action, bench.device, bench.effort)
             busy = bytes_per_second()
     finally:
         link.close()
@@ -140,14 +170,15 @@ def share_kept(loaded: float, idle: float) -> float:
 
 
 def measured_once(
-    bench: Bench, kernel: Int4Kernel, substitutes: Substitutes, open_link: OpenLink
+    bench: Bench, kernel: Int4Kernel, substitutes: Substitutes, tier: SlowTier
 ) -> Profile:
     """One pass over everything that is timed; what is not is left for the caller to say."""
     exact_layer, exact_head = bench.exact_timings()
     fast_layer, plain_head = bench.fast_timings()
     draft = bench.draft_timings(substitutes)
-    link = tuple(measure_link(open_link, size) for size in block_sizes(bench.full_spec))
-    contended_link, contended_compute = contention(bench, open_link, link[-1])
+    effort = bench.effort
+    link = tuple(measure_link(tier, size, effort) for size in block_sizes(bench.full_spec))
+    contended_link, contended_compute = contention(bench, tier, link[-1])
     return Profile(
         device="cuda" if bench.device.type == "cuda" else "cpu",
         machine=name_of_device(bench.device),
@@ -158,29 +189,29 @@ def measured_once(
         link=link,
         contended_link=contended_link,
         contended_compute=contended_compute,
-        digest_rate=digest_rate(),
+        digest_rate=digest_rate(effort),
         exact_layer=exact_layer,
-        # What took longer than more rows of the same would was disturbed.
-        fast_layer=never_longer(fast_layer, exact_layer),
+        fast_layer=fast_layer,
         draft_layer=draft.layer,
         exact_attention=bench.attention_timings(attend_batch_invariant, bench.weights.dtype),
         fast_attention=bench.attention_timings(attend, bench.weights.dtype),
         draft_attention=draft.attention,
-        exact_head=(Timing(1, min(plain_head, exact_head[0].seconds)), *exact_head),
+        exact_head=(Timing(1, plain_head), *exact_head),
         draft_head=draft.head,
         round_seconds=bench.round_seconds(),
-        residual_weights_per_second=residual_weights_per_second(bench.spec, bench.device, kernel),
+        residual_weights_per_second=residual_weights_per_second(
+            bench.spec, bench.device, kernel, effort
+        ),
         int4_kernel=kernel,
         batch_invariant_widths=(),
     )
 
 
 class HostCopies:
-    """cuda: copies of one pinned block on a stream of their own, as HostLink makes them."""
+    """cuda: copies out of pinned memory on a stream of their own, as HostLink makes them."""
 
-    def __init__(self, device: torch.device, block_bytes: int) -> None:
-        self._host = host_buffer(block_bytes)
-        torch.cuda.cudart().cudaHostRegister(self._host.data_ptr(), block_bytes, 1)
+    def __init__(self, device: torch.device, host: Tensor, block_bytes: int) -> None:
+        self._host = host
         self._slots = [torch.empty(block_bytes, dtype=torch.uint8, device=device) for _ in range(2)]
         self._copies = torch.cuda.Stream(device)
         self._filled = [torch.cuda.Event() for _ in range(2)]
@@ -188,7 +219,7 @@ class HostCopies:
     def begin(self, slot: int, offset: int, num_bytes: int) -> None:
         # Called from a thread of its own, and inference mode is each thread's own.
         with torch.inference_mode(), torch.cuda.stream(self._copies):
-            self._slots[slot].copy_(self._host, non_blocking=True)
+            self._slots[slot].copy_(self._host[offset : offset + num_bytes], non_blocking=True)
             self._filled[slot].record(self._copies)
 
     def wait(self, slot: int) -> None:
@@ -196,10 +227,9 @@ class HostCopies:
 
     def close(self) -> None:
         self._copies.synchronize()
-        torch.cuda.cudart().cudaHostUnregister(self._host.data_ptr())
 
 
-def digest_rate() -> float:
+def digest_rate(effort: Effort = USUAL_EFFORT) -> float:
     """Bytes per second of the check that weights pass when they are first read."""
     num_threads = torch.get_num_threads()
     data = torch.zeros(DIGEST_BYTES, dtype=torch.uint8)
@@ -211,10 +241,6 @@ def digest_rate() -> float:
             digests.check_part("a part", data, expected, None)
         digests.finish()
 
-    [(seconds, _)] = time_each([check], torch.device("cpu"))
+    [(seconds, _)] = time_each([check], torch.device("cpu"), effort)
     digests.close()
     return num_threads * DIGEST_BYTES / seconds
-
-
-def never_longer(some: tuple[Timing, ...], than: tuple[Timing, ...]) -> tuple[Timing, ...]:
-    return tuple(replace(t, seconds=min(t.seconds, seconds_at(than, t.width))) for t in some)

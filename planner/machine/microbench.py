@@ -17,10 +17,9 @@ from torch import Tensor
 from subspec.artifacts.footprint import Shape, cache_slots, make_ledger, substitutes_bytes
 from subspec.artifacts.model import ModelSpec
 from subspec.artifacts.plan import DeviceKind, Int4Kernel, Ledger, Placement, Tree
-from subspec.artifacts.profile import LIVE_TOKENS, MORE_TOKENS, Timing, seconds_at
+from subspec.artifacts.profile import LIVE_TOKENS, MORE_TOKENS, SHORTEST, Timing, seconds_at
 from subspec.planner.machine.excerpt import RandomWeights, excerpt, ignores_place, random_rows
-from subspec.planner.machine.profiles import SHORTEST
-from subspec.planner.machine.timing import time_each, time_widths
+from subspec.planner.machine.timing import USUAL_EFFORT, Effort, time_each, time_widths
 from subspec.planner.solve.storage import raw_storage
 from subspec.runtime.decode import causal_rows, whole_tree
 from subspec.runtime.draft.beam import Growing, grow, root_only
@@ -56,22 +55,24 @@ from subspec.runtime.model.transformer import (
     add_block,
     embed,
     make_shared,
+    make_tables,
     to_logits,
 )
 from subspec.runtime.stream.exact_weights import ExactWeights
 from subspec.runtime.verify import accept
 
-EXACT_WIDTHS = (8, 16, 32, 64, 104)
+# Rows that are timed: powers of two, and what lies in between is interpolated (`seconds_at`).
+EXACT_WIDTHS = (8, 16, 32, 64, 104)  # the last: trees 3 wide and 32 deep
 CUDA_WIDTHS = (200, 400)  # up to here a GPU may wait for memory: the slope before tells nothing
 DRAFT_WIDTHS = (1, 2, 4, 8, 16)
 DRAFT_LEVELS = 5  # of the trees that are grown to time one level
-ACCEPT_DEPTH = 12
+ACCEPT_DEPTH = 12  # levels of an accepted path that are moved in the cache: a usual round's
 ATTENTION_WIDTHS = (1, 8, 64)
 FAST_WIDTHS = (1, 16, 128)  # a token of plain decoding; prompts
 LOADED_WIDTH = 32  # of the layers that are timed against a busy link
+# Verify widths that are tried, denser where trees are usual; the last: 6 wide, 64 deep.
 PADDED_WIDTHS = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 104, 128, 160, 200, 256, 304, 400)
-USUAL_WIDTH = 128  # wider ones are tried only where that takes no longer than PLACE_SECONDS
-PLACE_SECONDS = 5.0
+USUAL_WIDTH = 128  # wider ones are tried only within Effort.place_seconds
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,10 @@ class DraftTimings:
 class Bench:
     """An excerpt of the model, placed as the session places it; a cache of LIVE_TOKENS tokens."""
 
-    def __init__(self, spec: ModelSpec, device: torch.device) -> None:
+    def __init__(
+        self, spec: ModelSpec, device: torch.device, effort: Effort = USUAL_EFFORT
+    ) -> None:
+        self.effort = effort
         self.full_spec, self.spec, self.device = spec, excerpt(spec), device
         self.head_share = self.spec.vocab_size / spec.vocab_size
         self.exact_widths = EXACT_WIDTHS + (CUDA_WIDTHS if device.type == "cuda" else ())
@@ -116,11 +120,14 @@ class Bench:
         )
         self.cache.commit([0] * LIVE_TOKENS)
         rows = random_rows(self.spec, device)
-        self.weights = make_shared(self.spec, rows, self.tensors, slots, dtype, self._keep)
+        tables = make_tables(self.spec, slots, dtype, self._keep)
+        self.weights = make_shared(self.spec, rows, self.tensors, tables, dtype, self._keep)
         self.draft_weights = self.weights
         if dtype != DRAFT_DTYPE:
+            if not self.spec.rope_in_f32:
+                tables = make_tables(self.spec, slots, DRAFT_DTYPE, self._keep)
             self.draft_weights = make_shared(
-                self.spec, rows, self.tensors, slots, DRAFT_DTYPE, self._keep
+                self.spec, rows, self.tensors, tables, DRAFT_DTYPE, self._keep
             )
 
     def exact_timings(self) -> tuple[tuple[Timing, ...], tuple[Timing, ...]]:
@@ -154,9 +161,11 @@ class Bench:
             lambda: choose(through_head(causal_rows(self.cache, row))[0], 0, Sampling()),
         ]
         with single_row_kernels() if self.device.type == "cpu" else nullcontext():
-            (layer, slowest), (head, _) = time_each(actions, self.device)
+            (layer, slowest), (head, _) = time_each(actions, self.device, self.effort)
         calls = self.layers_per_call
-        prompts = time_widths({w: layers[w] for w in FAST_WIDTHS[1:]}, self.device, calls)
+        prompts = time_widths(
+            {w: layers[w] for w in FAST_WIDTHS[1:]}, self.device, calls, self.effort
+        )
         return (Timing(1, layer / calls, slowest / calls), *prompts), head / self.head_share
 
     def attention_timings(self, attention: Attend, dtype: torch.dtype) -> tuple[Timing, ...]:
@@ -170,7 +179,9 @@ class Bench:
 
         body = self.spec.layers[0].attentions[0]
         near, far = (
-            time_widths({w: action(w, live) for w in ATTENTION_WIDTHS}, self.device)
+            time_widths(
+                {w: action(w, live) for w in ATTENTION_WIDTHS}, self.device, 1.0, self.effort
+            )
             for live in (LIVE_TOKENS, LIVE_TOKENS + MORE_TOKENS)
         )
         return difference(near, far)
@@ -217,7 +228,7 @@ class Bench:
             self.cache.commit([0] * MORE_TOKENS)
             longer = {width: self._fused(fused, self._tree_rows(width)) for width in widths}
             self.cache.roll_back(LIVE_TOKENS)
-            far = time_widths(longer, self.device, self.spec.num_layers)
+            far = time_widths(longer, self.device, self.spec.num_layers, self.effort)
             return DraftTimings(layer, difference(layer, far), head)
         layers: dict[int, Callable[[], object]] = {
             width: self._layers(self.draft_weights, substitutes, self._tree_rows(width), attend)
@@ -238,14 +249,14 @@ class Bench:
             lambda: accept(tree, tree.tokens, ACCEPT_DEPTH).emitted(),
             lambda: self.cache.commit_path(path, []),
         ]
-        (accepting, _), (moving, _) = time_each(actions, self.device)
+        (accepting, _), (moving, _) = time_each(actions, self.device, self.effort)
         return accepting + moving / self.spec.num_layers * self.full_spec.num_layers
 
     def batch_invariant_widths(self) -> tuple[int, ...]:
         """Widths at which every product gives a row the same bits wherever it stands."""
         every = (*self.resident.values(), *self.unplaced.values())
         one_of_a_shape = {weight.shape: weight for weight in every}.values()
-        found, until = list[int](), time.perf_counter() + PLACE_SECONDS
+        found, until = list[int](), time.perf_counter() + self.effort.place_seconds
         for width in PADDED_WIDTHS:
             if width > USUAL_WIDTH and time.perf_counter() > until:
                 break
@@ -266,8 +277,8 @@ class Bench:
     ) -> tuple[tuple[Timing, ...], tuple[Timing, ...]]:
         """Of one layer and of one whole head."""
         return (
-            time_widths(layers, self.device, layers_per_action),
-            time_widths(heads, self.device, heads_per_action * self.head_share),
+            time_widths(layers, self.device, layers_per_action, self.effort),
+            time_widths(heads, self.device, heads_per_action * self.head_share, self.effort),
         )
 
     def _tree_rows(self, width: int) -> Rows:

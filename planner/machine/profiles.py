@@ -2,18 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format.codec import load_dataclass
-from subspec.artifacts.profile import Corrections, LinkRate, Profile, Timing
+from subspec.artifacts.profile import Corrections, LinkRate, Profile, Timing, out_of_order
 from subspec.planner.model.fields import read_fields
-
-FASTEST = 1e15  # bytes a second
-SHORTEST, LONGEST = 1e-9, 1e6  # seconds of anything that is timed
 
 
 def read_profile(path: Path) -> Profile:
@@ -25,66 +21,13 @@ def read_profile(path: Path) -> Profile:
             "give the profile.json of an artifact, or leave --profile out to measure",
         )
     profile: Profile = load_dataclass(Profile, read_fields(path).values, path.name)
-    wrong = first_fault(profile)
-    if wrong:
+    if wrong := out_of_order(profile):
         raise SubspecError(
-            Exit.CORRUPT, f"{path.name}: {wrong}", "leave --profile out to measure this machine"
+            Exit.CORRUPT,
+            f"{path.name}.{wrong} is not in order, expected ascending widths or block sizes",
+            "leave --profile out to measure this machine",
         )
     return profile
-
-
-def first_fault(profile: Profile) -> str:
-    """What no measurement gives, if there is any of it; "" otherwise."""
-    rates = profile.link
-    if not rates or any(a.block_bytes >= b.block_bytes for a, b in pairwise(rates)):
-        return "link is not a list of rates with ascending block_bytes"
-    if any(r.block_bytes < 1 or not 1 <= r.bytes_per_second <= FASTEST for r in rates):
-        return f"link has a rate that is not from 1 to {FASTEST:g} bytes a second"
-    timings = {
-        "exact_layer": profile.exact_layer,
-        "draft_layer": profile.draft_layer,
-        "fast_layer": profile.fast_layer,
-        "exact_attention": profile.exact_attention,
-        "fast_attention": profile.fast_attention,
-        "draft_attention": profile.draft_attention,
-        "exact_head": profile.exact_head,
-        "draft_head": profile.draft_head,
-    }
-    for name, points in timings.items():
-        if not are_timings(points):
-            return f"{name} is not a list of timings with ascending widths"
-    seconds = [point.seconds for points in timings.values() for point in points]
-    if (
-        not all(SHORTEST <= s <= LONGEST for s in seconds)
-        or not 0 <= profile.round_seconds < LONGEST
-    ):
-        return f"a time is not from {SHORTEST:g} to {LONGEST:g} seconds"
-    for name, rate in (
-        ("decode", profile.residual_weights_per_second),
-        ("digest", profile.digest_rate),
-    ):
-        if not 0 <= rate <= FASTEST:
-            return f"{name}_rate is not from 0 to {FASTEST:g} a second"
-    if not all(0.01 <= share <= 1 for share in (profile.contended_link, profile.contended_compute)):
-        return "contended_link or contended_compute is not from 0.01 to 1"
-    corrections = profile.corrections
-    factors = (corrections.draft, corrections.verify, corrections.plain, corrections.prompt)
-    if not all(0.01 <= factor <= 100 for factor in factors) or corrections.num_rounds < 0:
-        return "corrections has a factor that is not from 0.01 to 100"
-    if corrections.link_bandwidth is not None and corrections.link_bandwidth < 1:
-        return "corrections were learned over a link without bandwidth"
-    if min(profile.free_bytes, profile.pinnable_bytes) < 0:
-        return "free_bytes or pinnable_bytes is below 0"
-    if not all(1 <= width <= 4096 for width in profile.batch_invariant_widths):
-        return "batch_invariant_widths has a width that is not from 1 to 4096"
-    if not 1 <= profile.num_threads <= 1024 or profile.overhead_bytes < 0:
-        return "num_threads or overhead_bytes is out of range"
-    return ""
-
-
-def are_timings(points: tuple[Timing, ...]) -> bool:
-    ascending = all(low.width < high.width for low, high in pairwise(points))
-    return bool(points) and points[0].width >= 1 and ascending
 
 
 def typical_of(profiles: Sequence[Profile]) -> Profile:

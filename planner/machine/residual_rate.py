@@ -13,16 +13,18 @@ from subspec.artifacts.native import residual_cpu
 from subspec.artifacts.plan import Int4Kernel
 from subspec.planner.build.quantize import quantize
 from subspec.planner.machine.excerpt import fill_with_noise
-from subspec.planner.machine.timing import time_each
+from subspec.planner.machine.timing import USUAL_EFFORT, Effort, time_each
 from subspec.runtime.kernels.linear import cpu_tile_rows, pack
 from subspec.runtime.stream.residual_decoder import ResidualDecoder
 
-DECODE_WEIGHTS = 1 << 21  # of one matrix, decoded at a time
-DECODED_BYTES = 64 << 20  # that decoding goes round
-CALLS_ON_CUDA = 16
+DECODE_WEIGHTS = 1 << 21  # of one matrix, decoded at a time: enough for all threads
+DECODED_BYTES = 64 << 20  # that decoding goes round: more than the caches of most processors
+CALLS_ON_CUDA = 16  # in one timing
 
 
-def residual_weights_per_second(spec: ModelSpec, device: torch.device, kernel: Int4Kernel) -> float:
+def residual_weights_per_second(
+    spec: ModelSpec, device: torch.device, kernel: Int4Kernel, effort: Effort = USUAL_EFFORT
+) -> float:
     """Exact weights per second from residuals, over the matrices of a layer; 0: too slow to be
     thought of (no compiler, no Triton), or in a layout that nobody reads."""
     on_cpu = device.type == "cpu"
@@ -43,13 +45,18 @@ def residual_weights_per_second(spec: ModelSpec, device: torch.device, kernel: I
             (n.out_features, n.in_features) == (linear.out_features, linear.in_features)
             for n in layer
         )
-        seconds += times * decode_seconds(spec, device, linear, rows, kernel)
+        seconds += times * decode_seconds(spec, device, linear, rows, kernel, effort)
         num_weights += times * rows * linear.in_features
     return num_weights / seconds if seconds else 0.0
 
 
 def decode_seconds(
-    spec: ModelSpec, device: torch.device, linear: Linear, rows: int, kernel: Int4Kernel
+    spec: ModelSpec,
+    device: torch.device,
+    linear: Linear,
+    rows: int,
+    kernel: Int4Kernel,
+    effort: Effort,
 ) -> float:
     """Of the matrix's first rows; calls go round copies, which together are larger than a
     cache: what streams has never been read before."""
@@ -84,5 +91,5 @@ def decode_seconds(
         for _ in range(calls):
             next(copies)()
 
-    [(seconds, _)] = time_each([decode], device)
+    [(seconds, _)] = time_each([decode], device, effort)
     return seconds / calls

@@ -1,6 +1,5 @@
 """This machine, whatever model will run on it: its devices, its clock, the disk of a folder."""
 
-import math
 import os
 import re
 import statistics
@@ -10,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -19,14 +19,33 @@ from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.gpu_memory import held_bytes
 from subspec.artifacts.format.folder import DISK_IS_FULL
 from subspec.artifacts.profile import Timing
+from subspec.runtime.memory import bytes_of
 
 DEVICE = re.compile(r"cpu|cuda(?::([0-9]{1,3}))?", re.ASCII)
 UNKNOWN_OVERHEAD_BYTES = 1 << 30  # at most this much of a GPU is ours if the driver does not say
-FEWEST_SAMPLES = 3
-MOST_SAMPLES = 60
-SECONDS_PER_ACTION = 0.06
-STREAM_SECONDS = 0.24
-STREAM_PASS_BYTES = 16 << 20
+STREAM_PASS_BYTES = 16 << 20  # timed at once: a clock is read once for several blocks
+PIECE_BYTES = 16 << 20  # of a test file, written at once
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long a machine is measured; the defaults make it 15 to 20 s of two cores."""
+
+    passes: int = 3  # over everything: a shared machine has fast and slow moments
+    fewest_samples: int = 3  # of an action; an odd number has a middle one
+    most_samples: int = 60
+    action_seconds: float = 0.06  # for the samples of one action
+    stream_seconds: float = 0.24  # for one block size of the link, and for what runs beside it
+    place_seconds: float = 5.0  # for widths beyond USUAL_WIDTH (microbench.py)
+    # Of what the link is timed over, in between the model's size. It is read from its beginning to
+    # its end before a byte is read again, so that what keeps the last bytes (a host's page cache, a
+    # disk's own memory, a processor's last level) has others by then. At least one of the largest
+    # blocks (LARGEST_BLOCK of measure.py); at most what takes a few seconds to write.
+    least_link_bytes: int = 64 << 20
+    most_link_bytes: int = 1 << 30
+
+
+USUAL_EFFORT = Effort()
 
 
 def pick_device(name: str | None) -> str:
@@ -64,20 +83,18 @@ def gpu_overhead_bytes(device: torch.device) -> int:
 
 
 def time_each(
-    actions: Sequence[Callable[[], object]], device: torch.device
+    actions: Sequence[Callable[[], object]], device: torch.device, effort: Effort = USUAL_EFFORT
 ) -> list[tuple[float, float]]:
-    """(typical, slowest) wall seconds of each action, after one call that is not counted.
+    """(median, slowest) wall seconds of each action, after one call that is not counted.
 
-    In turns: what disturbs the machine for a moment then hits all of them alike. Typical is the
-    lower quartile: on an idle machine that is the median less 1 or 2 %, and one program beside us
-    may make most calls ten times slower, because threads wait for each other.
+    In turns: what disturbs the machine for a moment then hits all of them alike.
     """
     for action in actions:
         action()
     samples: list[list[float]] = [[] for _ in actions]
-    until = time.perf_counter() + SECONDS_PER_ACTION * len(actions)
-    for taken in range(MOST_SAMPLES):
-        if taken >= FEWEST_SAMPLES and time.perf_counter() > until:
+    until = time.perf_counter() + effort.action_seconds * len(actions)
+    for taken in range(effort.most_samples):
+        if taken >= effort.fewest_samples and time.perf_counter() > until:
             break
         for action, own in zip(actions, samples, strict=True):
             _wait_for(device)
@@ -85,22 +102,25 @@ def time_each(
             action()
             _wait_for(device)
             own.append(time.perf_counter() - started)
-    return [(sorted(own)[len(own) // 4], max(own)) for own in samples]
+    return [(statistics.median(own), max(own)) for own in samples]
 
 
 def time_widths(
-    actions: Mapping[int, Callable[[], object]], device: torch.device, share: float = 1.0
+    actions: Mapping[int, Callable[[], object]],
+    device: torch.device,
+    share: float = 1.0,
+    effort: Effort = USUAL_EFFORT,
 ) -> tuple[Timing, ...]:
     """Seconds at each width, ascending; the actions do `share` times what is asked for.
 
-    A pass that took longer than a wider one was disturbed: it counts as the wider one.
+    They are not made to ascend with the width: the search tries every tree, and `seconds_at` never
+    goes on falling beyond the last one.
     """
-    found, shortest = list[Timing](), math.inf
-    timed = time_each(list(actions.values()), device)
-    for width, (typical, slowest) in reversed(list(zip(actions, timed, strict=True))):
-        shortest = min(shortest, typical)
-        found.insert(0, Timing(width, shortest / share, slowest / share))
-    return tuple(found)
+    timed = time_each(list(actions.values()), device, effort)
+    return tuple(
+        Timing(width, typical / share, slowest / share)
+        for width, (typical, slowest) in zip(actions, timed, strict=True)
+    )
 
 
 def _wait_for(device: torch.device) -> None:
@@ -110,15 +130,18 @@ def _wait_for(device: torch.device) -> None:
 
 @contextmanager
 def unnamed_file(folder: Path, num_bytes: int) -> Iterator[Path]:
-    """A path to random bytes on the disk of `folder`. However this process ends, nothing is left:
-    the file never has a name there."""
+    """A path to `num_bytes` random bytes on the disk of `folder`, none of which repeat others: a
+    device may store what repeats once. However this process ends, nothing is left: the file never
+    has a name there."""
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
-            piece = os.urandom(1 << 20)
-            for _ in range(num_bytes // len(piece)):
-                file.write(piece)
+            random, piece = torch.Generator(), torch.empty(PIECE_BYTES // 8, dtype=torch.int64)
+            for first in range(0, num_bytes, PIECE_BYTES):
+                piece.random_(generator=random)
+                file.write(bytes_of(piece.view(torch.uint8))[: num_bytes - first])
             file.flush()
             os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             yield Path(f"/proc/self/fd/{file.fileno()}")
     except OSError as error:
         raise SubspecError(
@@ -126,6 +149,22 @@ def unnamed_file(folder: Path, num_bytes: int) -> Iterator[Path]:
             f"cannot write a test file of {num_bytes >> 20} MiB in {folder}: {error.strerror}",
             "make room or choose another --out",
         ) from None
+
+
+@dataclass
+class Cursor:
+    """Where the slow tier is read next: onward through all of its bytes, whatever the blocks, and
+    only then from the beginning again."""
+
+    num_bytes: int
+    position: int = 0
+
+    def next_block(self, block_bytes: int) -> int:
+        """The offset of a whole block; what is left at the end may be too short for one."""
+        if self.position + block_bytes > self.num_bytes:
+            self.position = 0
+        self.position += block_bytes
+        return self.position - block_bytes
 
 
 class Stream(Protocol):
@@ -136,18 +175,20 @@ class Stream(Protocol):
     def close(self) -> None: ...
 
 
-def stream_rate(link: Stream, num_bytes: int, block_bytes: int) -> float:
-    """Bytes per second over a file of `num_bytes`, read in a circle: the median over passes. Two
-    blocks are under way at any time, as in the runtime's ring."""
-    num_blocks, per_pass = num_bytes // block_bytes, max(2, STREAM_PASS_BYTES // block_bytes)
+def stream_rate(
+    link: Stream, cursor: Cursor, block_bytes: int, effort: Effort = USUAL_EFFORT
+) -> float:
+    """Bytes per second: the median over passes. Two blocks are under way at any time, as in the
+    runtime's ring."""
+    per_pass = max(2, STREAM_PASS_BYTES // block_bytes)
     rates, index = list[float](), 0
-    link.begin(0, 0, block_bytes)
-    until = time.perf_counter() + STREAM_SECONDS
+    link.begin(0, cursor.next_block(block_bytes), block_bytes)
+    until = time.perf_counter() + effort.stream_seconds
     while not rates or time.perf_counter() < until:
         started = time.perf_counter()
         for _ in range(per_pass):
             index += 1
-            link.begin(index % 2, index % num_blocks * block_bytes, block_bytes)
+            link.begin(index % 2, cursor.next_block(block_bytes), block_bytes)
             link.wait((index - 1) % 2)
         rates.append(per_pass * block_bytes / (time.perf_counter() - started))
     link.wait(index % 2)
@@ -155,18 +196,17 @@ def stream_rate(link: Stream, num_bytes: int, block_bytes: int) -> float:
 
 
 @contextmanager
-def streaming(link: Stream, num_bytes: int, block_bytes: int) -> Iterator[Callable[[], float]]:
+def streaming(link: Stream, cursor: Cursor, block_bytes: int) -> Iterator[Callable[[], float]]:
     """Keeps the link busy inside the block, as `stream_rate` does; yields what tells its rate so
     far, in bytes per second."""
-    num_blocks, ended = num_bytes // block_bytes, threading.Event()
-    num_arrived, started = 0, time.perf_counter()
+    ended, num_arrived, started = threading.Event(), 0, time.perf_counter()
 
     def run() -> None:
         nonlocal num_arrived
-        link.begin(0, 0, block_bytes)
+        link.begin(0, cursor.next_block(block_bytes), block_bytes)
         while not ended.is_set():
             index = num_arrived + 1
-            link.begin(index % 2, index % num_blocks * block_bytes, block_bytes)
+            link.begin(index % 2, cursor.next_block(block_bytes), block_bytes)
             link.wait((index - 1) % 2)
             num_arrived = index
         link.wait(num_arrived % 2)
@@ -180,12 +220,14 @@ def streaming(link: Stream, num_bytes: int, block_bytes: int) -> Iterator[Callab
     reading.result()  # raises what a read raised
 
 
-def repetitions(action: Callable[[], object], device: torch.device) -> float:
+def repetitions(
+    action: Callable[[], object], device: torch.device, effort: Effort = USUAL_EFFORT
+) -> float:
     """How often per second the action runs, over a while: what disturbs it counts."""
     action()
     _wait_for(device)
     started, count = time.perf_counter(), 0
-    while not count or time.perf_counter() - started < STREAM_SECONDS:
+    while not count or time.perf_counter() - started < effort.stream_seconds:
         action()
         count += 1
         _wait_for(device)

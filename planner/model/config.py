@@ -107,6 +107,7 @@ def load_config(written: Fields) -> Any:
     for name, largest in COUNTS.items():
         if written.has(name):
             written.integer(name, 1, largest)
+    written.texts("layer_types")
     flags = written.values.get("no_rope_layers")  # looked up by layer
     num_layers = written.values.get("num_hidden_layers")
     if isinstance(flags, list) and num_layers is not None and len(flags) < num_layers:

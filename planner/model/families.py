@@ -88,9 +88,9 @@ def _ministral3(config: Fields) -> Style:
 
 
 def _smollm3(config: Fields) -> Style:
-    flags = config.values.get("no_rope_layers")  # 1: this layer does turn positions
-    fine = isinstance(flags, list) and all(type(flag) is int and flag in (0, 1) for flag in flags)
-    if not fine or len(flags) < config.integer("num_hidden_layers", 1, MOST_LAYERS):
+    flags = config.values["no_rope_layers"]  # 1: this layer does turn positions
+    enough = len(flags) >= config.integer("num_hidden_layers", 1, MOST_LAYERS)
+    if not enough or not all(type(flag) is int and flag in (0, 1) for flag in flags):
         raise config.wrong("no_rope_layers", flags, "0 or 1 for each layer")
     rotates = tuple(bool(flag) for flag in flags)
     return replace(_llama(config), windows="layer_types", rotates=rotates)

@@ -3,19 +3,22 @@
 import errno
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.model import Source
-from subspec.planner.model.checkpoint import INDEX, WEIGHTS, shard_names
 from subspec.planner.model.config import CONFIG, GENERATION_CONFIG
-from subspec.planner.model.tokenizer_files import CHAT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
+from subspec.planner.model.stored import INDEX, WEIGHTS, shard_names
+from subspec.planner.model.tokenizer_files import TOKENIZER_FILES
 
 DEMO = Path(__file__).parents[1] / "demo-model"
 README = "README.md"
-DRY_RUN_FILES = (CONFIG, GENERATION_CONFIG, INDEX, README)
-SMALL_FILES = (*DRY_RUN_FILES, TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE, "LICENSE*")
+DRY_RUN_FILES = (CONFIG, GENERATION_CONFIG, INDEX)
+SMALL_FILES = (*DRY_RUN_FILES, *TOKENIZER_FILES)
+WELCOME_FILES = (README, "LICENSE*", "NOTICE")  # nothing is computed from them
+LARGEST_README = 8 << 20
 
 # Beginning of a bare model name -> the organisation that publishes the family.
 ORGANISATIONS = {
@@ -25,6 +28,18 @@ ORGANISATIONS = {
     "Llama-": "meta-llama",
     "Meta-Llama-": "meta-llama",
     "Mistral-": "mistralai",
+    "Ministral-": "mistralai",
+    "SmolLM2-": "HuggingFaceTB",
+    "SmolLM3-": "HuggingFaceTB",
+    "OLMo-2-": "allenai",
+    "Olmo-3-": "allenai",
+    "Phi-3-": "microsoft",
+    "Phi-3.5-": "microsoft",
+    "Phi-4-": "microsoft",
+    "phi-4": "microsoft",
+    "GLM-4-": "zai-org",
+    "granite-": "ibm-granite",
+    "Seed-OSS-": "ByteDance-Seed",
 }
 NAME = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
 REPOSITORY = re.compile(f"{NAME}/{NAME}", re.ASCII)
@@ -118,11 +133,13 @@ def _refuse_revision(reference: str, revision: str | None) -> None:
 
 
 def _download(repository: str, revision: str | None, weights: bool) -> Path:
-    """Two requests, because only the index says which files are the weights: repositories also
+    """Several requests, because only the index says which files are the weights: repositories also
     hold them a second time in other formats."""
     folder = _fetch(repository, revision, SMALL_FILES if weights else DRY_RUN_FILES)
     if not (folder / CONFIG).exists():
         raise _incomplete(repository, revision, folder, CONFIG)
+    with suppress(SubspecError):
+        _fetch(repository, folder.name, WELCOME_FILES)
     if not weights:
         return folder
     missing = _missing(folder)
@@ -140,14 +157,13 @@ def _missing(folder: Path) -> list[str]:
 
 
 def _fetch(repository: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
-    from huggingface_hub import snapshot_download  # 0.3 s: only those who use the hub pay it
+    from huggingface_hub import is_offline_mode, snapshot_download  # 0.3 s: who uses the hub pays
 
     try:
         folder = snapshot_download(
             repository,
             revision=revision,
-            cache_dir=_cache(),
-            local_files_only=_is_offline(),
+            local_files_only=is_offline_mode(),
             allow_patterns=list(patterns),
         )
     # Its HTTP client's errors come through as they are, and the client changes with its version.
@@ -157,11 +173,14 @@ def _fetch(repository: str, revision: str | None, patterns: tuple[str, ...]) -> 
 
 
 def _explained(error: Exception, repository: str, revision: str | None) -> SubspecError:
+    from huggingface_hub import constants, is_offline_mode
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.file_download import repo_folder_name
 
     command = _command(repository, revision)
+    cache = Path(constants.HF_HUB_CACHE)
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        message = f"no space left in {_cache()} for {repository}"
+        message = f"no space left in {cache} for {repository}"
         return SubspecError(Exit.RESOURCES, message, "set HF_HOME to a folder on a larger disk")
     status = _status(error)
     if isinstance(error, RevisionNotFoundError):
@@ -177,10 +196,17 @@ def _explained(error: Exception, repository: str, revision: str | None) -> Subsp
     if isinstance(error, RepositoryNotFoundError):
         hint = "check the spelling; a private one needs HF_TOKEN"
         return SubspecError(Exit.HUB, f"the hub has no repository {repository}", hint)
-    if _is_offline():
+    _, lacks_files, files = str(error).partition("is incomplete: ")
+    if lacks_files:  # the library knows the repository's list of files
+        message = f"{repository} is not complete in the cache: {files.splitlines()[0][:200]}"
+        return SubspecError(Exit.HUB, message, f"with a network: HF_HUB_OFFLINE=0 {command}")
+    if is_offline_mode():
+        what = repository
+        if (cache / repo_folder_name(repo_id=repository, repo_type="model")).is_dir():
+            what = f"revision {revision or 'main'} of {repository}"
         return SubspecError(
             Exit.HUB,
-            f"{repository} is not in the cache {_cache()}, and HF_HUB_OFFLINE is set",
+            f"{what} is not in the cache {cache}, and HF_HUB_OFFLINE is set",
             f"with a network: HF_HUB_OFFLINE=0 {command}",
         )
     first_line = (str(error).splitlines() or [""])[0][:200]
@@ -201,8 +227,10 @@ def _status(error: BaseException | None) -> int | None:
 
 def _incomplete(repository: str, revision: str | None, folder: Path, name: str) -> SubspecError:
     """A file is not in the snapshot: not downloaded, or the repository never had it."""
+    from huggingface_hub import is_offline_mode
+
     command = _command(repository, revision)
-    if _is_offline() or (folder / INDEX).exists():
+    if is_offline_mode() or (folder / INDEX).exists():
         message = f"{repository} is not complete in the cache: {folder} has no {name}"
         return SubspecError(Exit.HUB, message, f"with a network: HF_HUB_OFFLINE=0 {command}")
     return SubspecError(
@@ -216,33 +244,18 @@ def _command(repository: str, revision: str | None) -> str:
     return f"hf download {repository}" + (f" --revision {revision}" if revision else "")
 
 
-def _cache() -> Path:
-    """Where the hub library keeps its files; read when needed, because it reads once at import."""
-    cache = os.environ.get("HF_HUB_CACHE")
-    if not cache:
-        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        home = os.environ.get("HF_HOME") or os.path.join(base, "huggingface")
-        cache = os.path.join(home, "hub")
-    return Path(os.path.expanduser(os.path.expandvars(cache)))
-
-
-def _is_offline() -> bool:
-    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-
-
 def _license(folder: Path) -> str:
     """`license:` of the README's front matter; "" where there is none."""
     path = folder / README
-    if not path.is_file():
+    if not path.is_file() or path.stat().st_size > LARGEST_README:
         return ""
-    with path.open(encoding="utf-8", errors="replace") as file:
-        text = file.read(1 << 16)
-    fields = {}
-    if text.startswith("---\n"):
-        for line in text[4:].partition("\n---")[0].splitlines():
-            key, _, value = line.partition(":")
-            fields[key] = value.strip().strip("'\"")
-    name = fields.get("license", "")
+    from huggingface_hub.repocard import metadata_load
+
+    try:
+        fields = metadata_load(path) or {}
+    except Exception:  # a card is for people: what cannot be parsed has no licence that we can name
+        return ""
+    name = fields.get("license")
     if name == "other":  # the hub's word for a licence of one's own, which then has a name
         name = fields.get("license_name", name)
-    return name if LICENSE.fullmatch(name) else ""
+    return name if isinstance(name, str) and LICENSE.fullmatch(name) else ""

@@ -1,5 +1,6 @@
 """transformers, called on files that somebody else wrote."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,19 +13,23 @@ LONGEST_REASON = 160  # characters
 def reading(what: str) -> Iterator[None]:
     """Inside the block transformers says nothing on stderr, and whatever it raises becomes
     SubspecError(CORRUPT) with one sentence that begins with `what`, the file."""
-    from transformers.utils import logging  # 1 s, and torch's: only who plans pays it
+    from transformers import logging as voice  # 1 s, and torch's: only who plans pays it
 
-    before = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)
+    before = voice.get_verbosity()
+    voice.set_verbosity(logging.CRITICAL)
     try:
         yield
     except SubspecError:
         raise
-    except Exception as error:  # it has no class of its own: TypeError, KeyError, ImportError, ...
+    except BaseException as error:
+        # A panic of a library in Rust is no Exception. Those that are have no class of their own:
+        # TypeError, KeyError, ImportError, ...
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         reason = " ".join(str(error).split())[:LONGEST_REASON] or "no reason given"
         raise SubspecError(
             Exit.CORRUPT,
             f"{what} cannot be read by transformers: {type(error).__name__}: {reason}",
         ) from error
     finally:
-        logging.set_verbosity(before)
+        voice.set_verbosity(before)

@@ -33,6 +33,9 @@ def check_rope(config: Fields) -> None:
                 fields.number(name, low, high)
         if fields.has(ORIGINAL):
             fields.integer(ORIGINAL, 1, MOST_POSITIONS)
+        for name in ("rope_type", "type"):
+            if fields.has(name):
+                fields.text(name)
 
 
 def read_rope(

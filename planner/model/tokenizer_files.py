@@ -1,18 +1,37 @@
-"""The tokenizer's files of a checkpoint folder: what the artifact copies; loads no tokenizer."""
+"""A checkpoint's tokenizer, made by transformers and written in the form that the runtime reads.
+
+Added and special tokens are spread over four files, and which of them wins is transformers' rule:
+its tokenizer is made once, here, and written as a whole.
+"""
 
 import os
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format.tensors import open_regular
-from subspec.planner.model.config import GENERATION_CONFIG
-from subspec.planner.model.fields import Fields, read_fields
+from subspec.planner.model.config import CONFIG, GENERATION_CONFIG, load_config
+from subspec.planner.model.fields import Fields, read_fields, refuse_git_lfs
+from subspec.planner.model.library import reading
 
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
+SENTENCEPIECE = "tokenizer.model"
+ADDED_TOKENS = "added_tokens.json"
+SPECIAL_TOKENS_MAP = "special_tokens_map.json"
+# All that transformers reads a tokenizer from.
+TOKENIZER_FILES = (
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    CHAT_TEMPLATE,
+    SENTENCEPIECE,
+    ADDED_TOKENS,
+    SPECIAL_TOKENS_MAP,
+)
+MORE_TEMPLATES = "additional_chat_templates"  # a folder
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")  # what templates refer to
 LARGEST_TOKENIZER = 128 << 20  # the largest known has 35 MB
 LARGEST_TEMPLATE = 1 << 20
@@ -21,70 +40,122 @@ LARGEST_TOKEN = 1_000  # characters
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    tokenizer_json: Path
+    tokenizer_json: str
     chat_template: str | None  # a base model has none
     special_tokens: dict[str, str | None]
-    add_bos_token: bool | None  # None: tokenizer.json's own post-processor decides
+    begins_with_bos: bool
     generation_config: dict[str, Any]  # as in the file; empty where there is none
 
 
 def read_tokenizer(folder: Path) -> TokenizerFiles:
-    """Raises SubspecError: UNSUPPORTED without tokenizer.json, CORRUPT for what makes no sense."""
-    path = folder / TOKENIZER
-    if not path.exists():
-        raise SubspecError(
-            Exit.UNSUPPORTED,
-            f"{folder} has no {TOKENIZER}, the only kind of tokenizer that we read",
-            "make one with transformers: AutoTokenizer.from_pretrained(OLD).save_pretrained(NEW)",
-        )
-    _check_size(path, LARGEST_TOKENIZER)
-    config = Fields(TOKENIZER_CONFIG, {})
-    if (folder / TOKENIZER_CONFIG).exists():
-        config = read_fields(folder / TOKENIZER_CONFIG)
+    """Raises SubspecError: UNSUPPORTED for a tokenizer that cannot be converted here, CORRUPT for
+    what makes no sense."""
+    _check_files(folder)
     generation = {}
     if (folder / GENERATION_CONFIG).exists():
         generation = read_fields(folder / GENERATION_CONFIG).values
-    add_bos_token = config.flag("add_bos_token", False) if config.has("add_bos_token") else None
+    config = load_config(read_fields(folder / CONFIG))
+    with reading(f"the tokenizer in {folder}"):
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, config=config, trust_remote_code=False, local_files_only=True
+        )
+        if not tokenizer.is_fast:
+            raise SubspecError(
+                Exit.UNSUPPORTED,
+                f"{folder}: {type(tokenizer).__name__} cannot be written as {TOKENIZER}",
+            )
+        backend = tokenizer.backend_tokenizer
+        backend.no_truncation()  # some files carry the settings of a training run
+        backend.no_padding()
+        text = backend.to_str()
+        first = tokenizer("a")["input_ids"][:1]
+        templates = tokenizer.chat_template
+    template = templates.get("default") if isinstance(templates, dict) else templates
+    known = {name: None for name in SPECIAL_TOKENS} | tokenizer.special_tokens_map
+    bos = tokenizer.bos_token_id
     return TokenizerFiles(
-        tokenizer_json=path,
-        chat_template=_chat_template(folder, config),
-        special_tokens={name: _special_token(config, name) for name in SPECIAL_TOKENS},
-        add_bos_token=add_bos_token,
+        tokenizer_json=_bounded(text, LARGEST_TOKENIZER, TOKENIZER),
+        chat_template=_bounded(template, LARGEST_TEMPLATE, CHAT_TEMPLATE) if template else None,
+        special_tokens={name: token and str(token) for name, token in known.items()},
+        begins_with_bos=bos is not None and first == [bos],
         generation_config=generation,
     )
 
 
-def _chat_template(folder: Path, config: Fields) -> str | None:
-    """The file, else tokenizer_config.json's string, or of its named templates the default."""
-    path = folder / CHAT_TEMPLATE
-    if path.exists():
-        _check_size(path, LARGEST_TEMPLATE)
-        with open_regular(path) as file:
-            try:
-                return file.read().decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise SubspecError(Exit.CORRUPT, f"{CHAT_TEMPLATE} is not UTF-8: {error}") from None
-    found = config.values.get("chat_template")
-    if isinstance(found, list):
-        named = [entry for entry in found if isinstance(entry, dict)]
-        defaults = [entry.get("template") for entry in named if entry.get("name") == "default"]
-        found = defaults[0] if defaults else None
-    if found is not None and (not isinstance(found, str) or len(found) > LARGEST_TEMPLATE):
-        expected = f"a string, or a list of named ones, of at most {LARGEST_TEMPLATE} characters"
-        raise config.wrong("chat_template", found, expected)
-    return found
+def _check_files(folder: Path) -> None:
+    """Bounds everything that transformers will read; the fields that a person may have written by
+    hand are named if they make no sense."""
+    if not (folder / TOKENIZER).exists():
+        _check_sentencepiece(folder)
+    limits = {TOKENIZER: LARGEST_TOKENIZER, SENTENCEPIECE: LARGEST_TOKENIZER}
+    limits |= {CHAT_TEMPLATE: LARGEST_TEMPLATE}
+    more = [path.relative_to(folder).as_posix() for path in folder.glob(f"{MORE_TEMPLATES}/*")]
+    for name, largest in {**limits, **dict.fromkeys(more, LARGEST_TEMPLATE)}.items():
+        if (folder / name).exists():
+            _check_file(folder / name, largest)
+    for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, ADDED_TOKENS):
+        if (folder / name).exists():
+            fields = read_fields(folder / name)
+            if name == TOKENIZER_CONFIG:
+                _check_template(fields)
+            if name != ADDED_TOKENS:
+                _check_special_tokens(fields)
 
 
-def _special_token(config: Fields, name: str) -> str | None:
-    value = config.values.get(name)
-    token = value.get("content") if isinstance(value, dict) else value
-    if value is not None and (not isinstance(token, str) or len(token) > LARGEST_TOKEN):
-        raise config.wrong(name, value, "a string, or an object with its content")
-    return token
+def _check_sentencepiece(folder: Path) -> None:
+    hint = "make one with transformers: AutoTokenizer.from_pretrained(OLD).save_pretrained(NEW)"
+    if not (folder / SENTENCEPIECE).exists():
+        message = f"{folder} has no tokenizer: neither {TOKENIZER} nor {SENTENCEPIECE}"
+        raise SubspecError(Exit.UNSUPPORTED, message, hint)
+    needed = {"sentencepiece": "sentencepiece", "protobuf": "google"}
+    missing = [package for package, module in needed.items() if find_spec(module) is None]
+    if missing:
+        names = " and ".join(missing)
+        message = (
+            f"{folder} has only {SENTENCEPIECE}, and {names}, which read it, are not installed"
+        )
+        raise SubspecError(Exit.UNSUPPORTED, message, f"pip install {' '.join(missing)}")
 
 
-def _check_size(path: Path, largest: int) -> None:
+def _check_file(path: Path, largest: int) -> None:
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
+        refuse_git_lfs(path, file.read(64))
+        if size > largest:
+            message = f"{path.name} is {size} bytes, expected at most {largest}"
+            raise SubspecError(Exit.CORRUPT, message)
+        if path.suffix == ".jinja":
+            file.seek(0)
+            try:
+                file.read().decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise SubspecError(Exit.CORRUPT, f"{path.name} is not UTF-8: {error}") from None
+
+
+def _check_template(config: Fields) -> None:
+    found = config.values.get("chat_template")
+    named = found if isinstance(found, list) else [{"template": found or ""}]
+    for entry in named:
+        template = entry.get("template") if isinstance(entry, dict) else None
+        if not isinstance(template, str) or len(template) > LARGEST_TEMPLATE:
+            expected = (
+                f"a string, or a list of named ones, of at most {LARGEST_TEMPLATE} characters"
+            )
+            raise config.wrong("chat_template", found, expected)
+
+
+def _check_special_tokens(config: Fields) -> None:
+    for name in SPECIAL_TOKENS:
+        value = config.values.get(name)
+        token = value.get("content") if isinstance(value, dict) else value
+        if value is not None and (not isinstance(token, str) or len(token) > LARGEST_TOKEN):
+            raise config.wrong(name, value, "a string, or an object with its content")
+
+
+def _bounded(text: str, largest: int, name: str) -> str:
+    size = len(text.encode("utf-8"))
     if size > largest:
-        raise SubspecError(Exit.CORRUPT, f"{path.name} is {size} bytes, expected at most {largest}")
+        raise SubspecError(Exit.CORRUPT, f"{name} has {size} bytes, expected at most {largest}")
+    return text

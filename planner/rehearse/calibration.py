@@ -12,7 +12,6 @@ from subspec.artifacts.format.codec import load_dataclass, parse_json
 from subspec.artifacts.format.tensors import open_regular
 
 SHIPPED = Path(__file__).with_name("calibration.jsonl")
-NUM_TOKENS = 128  # of each answer; what follows the first words is easier to guess (docs/LOG.md)
 LARGEST_FILE = 1_000_000  # bytes
 MOST_PROMPTS = 1000
 KIND = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,19}", re.ASCII)

@@ -12,8 +12,8 @@ from subspec.artifacts.plan import Method, Plan, Prediction, Usage
 from subspec.artifacts.profile import Corrections, Profile
 from subspec.artifacts.runs import Run
 
-TRIMMED = 0.1  # share of the quickest and of the slowest rounds that a mean leaves out
-LEAST, MOST = 0.2, 5.0  # a correction beyond is a mistake of something else
+TRIMMED = 0.1  # share of the quickest and of the slowest rounds that a mean leaves out; chosen
+LEAST, MOST = 0.2, 5.0  # chosen; a correction beyond is a mistake of something else
 
 PredictFor = Callable[[Method, Usage], Prediction]
 

@@ -9,25 +9,35 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
-import torch
-
 from subspec.artifacts.acceptance import Acceptance
 from subspec.artifacts.format.prebuilt import pack_prebuilt
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.plan import Method, Plan, Usage
-from subspec.planner.rehearse.calibration import NUM_TOKENS, Sample, in_turns, sample_ids
+from subspec.planner.rehearse.calibration import Sample, in_turns, sample_ids
 from subspec.planner.rehearse.corrections import PredictFor, Rounds, Timed
-from subspec.planner.rehearse.replay import Trees, acceptance_of, replay
+from subspec.planner.rehearse.replay import WIDTHS, Trees, acceptance_of, replay
 from subspec.runtime.draft.drafter import SubstituteDrafter
 from subspec.runtime.engine import Engine, OpenOptions, kernel_sources
 from subspec.runtime.sequence import GenerationParams, Sequence
 from subspec.runtime.text.tokenizer import load_tokenizer
 
-DRAFT_SECONDS = 180.0  # for speculation and its replays, at most
-PLAIN_SECONDS = 10.0
-PLAIN_TOKENS = 12
-
 Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long a plan is rehearsed; the defaults take three minutes at most, less with few or
+    quickly decoded samples."""
+
+    draft_seconds: float = 180.0  # for speculation and its replays
+    plain_seconds: float = 10.0
+    num_tokens: int = 128  # of each answer; what follows the first words is easier to guess
+    plain_tokens: int = 12  # each of which streams the weights
+    # Trees that are replayed; rates in between are interpolated (artifacts/acceptance.py).
+    tree_widths: tuple[int, ...] = WIDTHS
+
+
+USUAL_EFFORT = Effort()
 
 
 @dataclass(frozen=True)
@@ -53,7 +63,6 @@ class DecodedSample:
     rounds: Rounds
 
 
-@torch.inference_mode()
 def rehearse(
     artifact: Artifact,
     plan: Plan,
@@ -61,6 +70,7 @@ def rehearse(
     samples: Several[Sample],
     setting: Setting,
     progress: Progress,
+    effort: Effort = USUAL_EFFORT,
 ) -> Rehearsal:
     """Runs `plan` over the samples, all kinds alike, until they or the time is up. `predict_for`:
     what it promises for a usage, without corrections."""
@@ -72,20 +82,22 @@ def rehearse(
         with opened(staged, "substitute", setting) as engine:
             drafter = engine.model.drafter
             assert isinstance(drafter, SubstituteDrafter)
-            until = time.perf_counter() + DRAFT_SECONDS
+            until = time.perf_counter() + effort.draft_seconds
             for index, (kind, prompt) in enumerate(turns):
                 progress("rehearsing the plan", index / len(turns))
                 with engine.new_sequence() as sequence:
-                    decoded = decode(engine, sequence, prompt, NUM_TOKENS, predict_for, until)
+                    count = effort.num_tokens
+                    decoded = decode(engine, sequence, prompt, count, predict_for, until)
                     rounds = rounds.and_also(decoded.rounds)
                     known = decoded.tokens, decoded.starts
-                    replay(drafter, sequence.cache, *known, kind, trees, until)
+                    widths = effort.tree_widths
+                    replay(drafter, sequence.cache, *known, kind, trees, until, widths)
                 if time.perf_counter() > until:
                     break
     with opened(staged, "plain", setting) as engine, engine.new_sequence() as sequence:
-        until = time.perf_counter() + PLAIN_SECONDS
+        until = time.perf_counter() + effort.plain_seconds
         prompt = turns[0][1]
-        decoded = decode(engine, sequence, prompt, PLAIN_TOKENS, predict_for, until)
+        decoded = decode(engine, sequence, prompt, effort.plain_tokens, predict_for, until)
         rounds = rounds.and_also(decoded.rounds)
     progress("rehearsing the plan", 1.0)
     return Rehearsal(acceptance_of(trees), rounds)

@@ -15,8 +15,8 @@ from subspec.runtime.draft.drafter import SubstituteDrafter
 from subspec.runtime.model.cache import Cache
 
 WIDTHS = (1, 3, 8)
-WIDEST_EVERY = 3  # starts
-DEEPEST = 32
+WIDEST_EVERY = 3  # starts: the widest takes longest, and a plan has it least
+DEEPEST = 32  # levels; deeper ones are rarely reached, and expected to be as the mean of these
 
 
 @dataclass
@@ -39,6 +39,7 @@ class Counts:
 Trees = dict[tuple[int, str], Counts]  # by width and kind of text
 
 
+@torch.inference_mode()
 def replay(
     drafter: SubstituteDrafter,
     cache: Cache,
@@ -47,14 +48,14 @@ def replay(
     kind: str,
     trees: Trees,
     until: float,
+    widths: Sequence[int] = WIDTHS,
 ) -> None:
     """Judges trees where rounds began, at the indices `starts` of prompt and answer, one place at
     least, the last first: what a tree leaves in the cache lies behind the starts still to come."""
     vocab_size = drafter.weights.spec.vocab_size
     for number, start in enumerate(reversed(starts)):
         cache.roll_back(start)
-        # The widest takes longest, and a plan has it least.
-        for width in WIDTHS[:-1] if number % WIDEST_EVERY else WIDTHS:
+        for width in widths[:-1] if number % WIDEST_EVERY else widths:
             if width <= vocab_size:
                 trees.setdefault((width, kind), Counts()).add(
                     *judge(drafter, cache, tokens[start:], width)

@@ -66,9 +66,8 @@ def with_outlook(plan: Plan, solve: Solve, fixed_context: bool, most_positions: 
     sizes = [int(plan.budget_bytes * step) for step in BUDGET_STEPS]
     sizes.append(plan.budget_bytes + next_bytes(plan.budget_bytes))
     budgets = points(solve, [(size, context) for size in sizes])
-    contexts = points(
-        solve, [(plan.budget_bytes, some) for some in CONTEXTS if some <= most_positions]
-    )
+    others = [some for some in CONTEXTS if some <= most_positions and some != plan.context]
+    contexts = points(solve, [(plan.budget_bytes, some) for some in others])
     own = Point(plan.budget_bytes, plan.context, plan.method, speed_of(plan))
     return replace(
         plan,

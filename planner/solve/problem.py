@@ -25,20 +25,20 @@ from subspec.planner.solve.predict import (
 )
 from subspec.planner.solve.storage import NUM_SHARES, Storage, held_decoded, storages
 
-WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16)
+WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16)  # half as many, and depths, cost 1.5 to 2.3 %, 9 % at worst
 DEPTHS = (*range(1, 33), *range(34, 65, 2))
-NUM_SLOTS = (2, 3, 4)
+NUM_SLOTS = (2, 3, 4)  # of a ring: one is read while one is filled; more absorb uneven blocks
 # Of the draft's probabilities (arXiv 2509.18344, §4.2). A chain is the same at any temperature, but
 # where it ends early is not: the sharp ones tell best what is accepted (docs/LOG.md).
 SHARPENING = 0.2
 DEFAULT_CONTEXT = 4096  # halved until its keys and values fit their share of the budget
-CONTEXT_SHARE = 0.125
-SMALLEST_CONTEXT = 256
+CONTEXT_SHARE = 0.125  # chosen, not measured: keys and values should not push out many weights
+SMALLEST_CONTEXT = 256  # chosen: a question and a short answer
 # What the activations of a prompt that streams once may take: of the budget, and of what the
-# smallest plan leaves of it.
+# smallest plan leaves of it. Chosen, not measured.
 PREFILL_SHARE = 0.15
 PREFILL_SLACK_SHARE = 0.5
-SMALLEST_PREFILL = 64
+SMALLEST_PREFILL = 64  # tokens; fewer would stream the weights for hardly any work
 
 
 @dataclass(frozen=True, eq=False)  # compared by identity: it is the key of what is worked out once
@@ -117,9 +117,10 @@ def default_context(spec: ModelSpec, budget_bytes: int, num_sequences: int) -> i
 def with_prompt_share(problem: Problem) -> Problem:
     """Gives the activations of a prompt their bytes, and takes the most tokens that those hold.
 
-    The bytes grow evenly with the budget. If the tokens led, a little more memory could double
-    them and push out weights. Where all weights could stay, as they are stored or decoded, none is
-    pushed out: then a prompt in pieces costs no streaming.
+    The bytes grow evenly with the budget. A piece that is halved until it fits, as the context is,
+    doubles where a little more memory comes, pushes out weights and makes the plan slower: the
+    search's tests of monotony find such budgets. Where all weights could stay, as they are stored
+    or decoded, none is pushed out: then a prompt in pieces costs no streaming.
     """
     budget, smallest = problem.budget_bytes, smallest_draft(problem) or smallest_plain(problem)
     slack = left_over(problem, smallest) if smallest else 0

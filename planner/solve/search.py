@@ -44,10 +44,7 @@ from subspec.planner.solve.problem import (
 from subspec.planner.solve.storage import Storage, choose_resident, group_bytes
 
 # Until it is measured: hazards of 3.2 % (chain) and 1.5 % (6 wide), published for 8B-class models.
-PRIOR = Acceptance(
-    (Curve(1, "", (1000,), (968,)), Curve(3, "", (1000,), (978,)), Curve(6, "", (1000,), (985,))),
-    measured=False,
-)
+PRIOR = Acceptance((Curve(1, "", (1000,), (968,)), Curve(6, "", (1000,), (985,))), measured=False)
 
 
 @dataclass(frozen=True)

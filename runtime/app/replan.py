@@ -85,11 +85,11 @@ def fitted(
     except SubspecError as error:
         if found.cause == "machine":
             return artifact, (
-                f"could not be planned anew for this machine ({error.message}): the stored plan "
-                "is obeyed, as --no-replan would at once"
+                f"could not be re-planned for this machine ({error.message}): using "
+                "the stored plan (--no-replan skips this)"
             )
         if found.cause == "memory":
-            message = f"free are {format_size(found.here.free_bytes)}: {error.message}"
+            message = f"only {format_size(found.here.free_bytes)} are free: {error.message}"
             hint = "close other programs that use this memory"
             raise SubspecError(error.exit_code, message, hint) from None
         raise
@@ -130,7 +130,7 @@ def mismatch(plan: Plan, method: Method, here: Here, vram: int | None) -> Mismat
     if budget > room:
         step = max(1, plan.budget_bytes // STEPS)
         budget = max(1, room // step) * step
-        free = f", free here are {format_size(here.free_bytes)}"
+        free = f", but only {format_size(here.free_bytes)} are free"
     if foreign:
         planned = "planned on another machine" if same_kind else f"planned for {plan.device}"
         planned += f" ({plan.machine})"
@@ -143,7 +143,7 @@ def mismatch(plan: Plan, method: Method, here: Here, vram: int | None) -> Mismat
         budget,
         plan.context if budget >= plan.budget_bytes else None,
         here,
-        f"{planned}{free}: planned anew for {anew}",
+        f"{planned}{free}: re-planned for {anew}",
     )
 
 
@@ -155,11 +155,11 @@ def solve_again(
     entry = folder / entry_name(artifact, found, link_bandwidth) if folder else None
     plan = read_entry(entry, artifact, found) if entry else None
     if plan is None:
-        progress("planning anew", 0.0)
+        progress("planning again", 0.0)
         try:
             plan = planned_anew(artifact, found, link_bandwidth)
         finally:
-            progress("planning anew", 1.0)
+            progress("planning again", 1.0)
         if entry is not None:
             write_entry(entry, plan)
     return plan
@@ -168,7 +168,7 @@ def solve_again(
 def planned_anew(artifact: Artifact, found: Mismatch, link_bandwidth: int | None) -> Plan:
     """By subspec-plan, for a link of no more than `link_bandwidth` bytes a second. Measures this
     machine where the artifact's profile is of another one, which takes seconds."""
-    command = [*PLANNER, *planner_words(artifact, found), "--print-plan"]
+    command = [*PLANNER, *planner_words(artifact, found), "--print-plan", "--json"]
     command += ["--link-bandwidth", f"{link_bandwidth}B"] if link_bandwidth else []
     try:
         ended = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
@@ -176,7 +176,7 @@ def planned_anew(artifact: Artifact, found: Mismatch, link_bandwidth: int | None
         message = f"subspec-plan cannot be started: {error.strerror}"
         raise SubspecError(Exit.UNEXPECTED, message, "install subspec again") from None
     if ended.returncode:
-        raise planners_error(ended.returncode, ended.stderr)
+        raise planners_error(ended.returncode, ended.stdout, ended.stderr)
     return load_plan(ended.stdout, artifact)
 
 
@@ -191,23 +191,37 @@ def planner_words(artifact: Artifact, found: Mismatch) -> list[str]:
         "--method": constraints.method,
         "--draft-min-probability": constraints.min_path_probability,
         "--ram": f"{constraints.ram_bytes}B" if constraints.ram_bytes else None,
+        "--sequences": constraints.num_sequences if constraints.num_sequences > 1 else None,
     }
     return words + [str(word) for pair in fixed.items() if pair[1] is not None for word in pair]
 
 
-def planners_error(code: int, said: str) -> SubspecError:
-    """What subspec-plan wrote on stderr, as an error of ours: `error: …` and `hint: …`."""
-    lines = said.splitlines()
-    found = {
-        word: next((x.removeprefix(f"{word}: ") for x in lines if x.startswith(f"{word}: ")), "")
-        for word in ("error", "hint")
-    }
-    known = code in {int(one) for one in Exit} and found["error"]
-    return SubspecError(
-        Exit(code) if known else Exit.UNEXPECTED,
-        found["error"] or f"subspec-plan ended with code {code}: {(lines or [''])[-1][:300]}",
-        found["hint"],
-    )
+def planners_error(code: int, said: str, story: str) -> SubspecError:
+    """The planner's error from its JSON object on stdout, `said`; without one, the last line of its
+    stderr, `story`."""
+    try:
+        value = parse_json(said, "the planner's error")
+        found: Reported = load_dataclass(Reported, value, "the planner's error")
+        return SubspecError(Exit(found.error.exit), found.error.message, found.error.hint)
+    except (SubspecError, ValueError):
+        line = (story.splitlines() or [""])[-1][:300]
+        return SubspecError(Exit.UNEXPECTED, f"subspec-plan ended with code {code}: {line}")
+
+
+@dataclass(frozen=True)
+class ErrorObject:
+    code: str
+    exit: int
+    message: str
+    hint: str
+
+
+@dataclass(frozen=True)
+class Reported:
+    """What a command prints with --json when it fails (docs/commands.md)."""
+
+    schema: Literal["subspec.error/1"]
+    error: ErrorObject
 
 
 def load_plan(text: bytes | str, artifact: Artifact) -> Plan:

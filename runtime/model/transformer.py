@@ -193,9 +193,9 @@ def project(
 
 def feed_forward(now: Pass, body: Dense, product: Product, x: Tensor) -> Tensor:
     gate = product(f"{body.name}.gate_proj", x, now.rows_per_call)
-    # As many rows at a time as products take: torch's f32 silu rounds the last numbers of a tensor
-    # otherwise than the others.
-    for some in gate.split(now.rows_per_call):
+    # A row at a time: on CPUs torch's silu rounds the last numbers of a tensor, and of each
+    # thread's share of one, otherwise than the others. A row's bits must not depend on its place.
+    for some in gate if gate.device.type == "cpu" else (gate,):
         F.silu(some, inplace=True)
     inner = product(f"{body.name}.up_proj", x, now.rows_per_call, gate)
     return product(f"{body.name}.down_proj", inner, now.rows_per_call)
@@ -273,26 +273,31 @@ def make_shared(
     spec: ModelSpec,
     embedding: EmbeddingRows,
     tensors: dict[str, Tensor],
-    num_positions: int,
+    tables: dict[Rope, tuple[Tensor, Tensor]],
     dtype: torch.dtype,
     keep: Callable[[Tensor], Tensor],
-    tables: dict[Rope, tuple[Tensor, Tensor]] | None = None,
 ) -> SharedWeights:
-    """`tensors`: the artifact's resident tensors by name, on the device. `keep` copies what has to
-    be made (rope tables, norms in another dtype) into fast memory. tables: None to make them."""
+    """`tensors`: the artifact's resident tensors by name, on the device. `keep` copies norms of
+    another dtype into fast memory."""
     norms = {
         name: tensor if tensor.dtype == dtype else keep(tensor.to(dtype))
         for name in spec.norm_sizes
         for tensor in (tensors[f"{name}.weight"],)
     }
-    if tables is None:
-        wanted = torch.float32 if spec.rope_in_f32 else dtype
-        tables = {
-            rope: (keep(cos.to(wanted)), keep(sin.to(wanted)))
-            for rope in spec.ropes
-            for cos, sin in (rope_tables(rope, num_positions),)
-        }
     return SharedWeights(spec, embedding, norms, tables, dtype)
+
+
+def make_tables(
+    spec: ModelSpec, num_positions: int, dtype: torch.dtype, keep: Callable[[Tensor], Tensor]
+) -> dict[Rope, tuple[Tensor, Tensor]]:
+    """cos and sin [num_positions, rope size] of each rope, in fast memory; f32 where the model
+    rotates in it."""
+    wanted = torch.float32 if spec.rope_in_f32 else dtype
+    found = {}
+    for rope in spec.ropes:
+        cos, sin = rope_tables(rope, num_positions)
+        found[rope] = keep(cos.to(wanted)), keep(sin.to(wanted))
+    return found
 
 
 def rope_tables(rope: Rope, num_positions: int) -> tuple[Tensor, Tensor]:

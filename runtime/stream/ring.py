@@ -167,6 +167,7 @@ class Requested:
         self._slots: dict[str, int] = {}  # least recently used first
         self._views: dict[str, Tensor] = {}  # of those that have arrived
         self._in_use: str | None = None
+        self._failure: SubspecError | None = None  # kept: nothing is taken after it
 
     @property
     def wait_seconds(self) -> float:
@@ -177,7 +178,7 @@ class Requested:
         for name in names:
             if name in self._slots:
                 continue
-            if not self._free and not self._make_room():
+            if not self._free and not self._make_room(names):
                 return
             self._begin(name)
 
@@ -186,15 +187,14 @@ class Requested:
         if name not in self._slots:
             if not self._free and not self._make_room():  # all were requested and are on their way
                 guess = next(iter(self._slots))
-                self._views[guess] = self._link.wait(self._slots[guess])
+                self._arrive(guess)
+                self._link.release(self._slots[guess])
                 self._make_room()
             self._begin(name)
-        slot = self._slots.pop(name)
-        self._slots[name] = slot
-        if name not in self._views:
-            self._views[name] = view_of(self._parts[name], self._link.wait(slot), self._dtype)
+        found = self._arrive(name)
+        self._slots[name] = self._slots.pop(name)  # used last
         self._in_use = name
-        return self._views[name]
+        return found
 
     def settle(self) -> None:
         """Nothing is checked beside compute."""
@@ -205,9 +205,23 @@ class Requested:
     def close(self) -> None:
         self._link.close()
 
-    def _make_room(self) -> bool:
-        """False: every slot is on its way or in use."""
-        idle = (one for one in self._slots if one in self._views and one != self._in_use)
+    def _arrive(self, name: str) -> Tensor:
+        """Waits for the part's copy. A slot is waited for once: a copy that failed has no other."""
+        if self._failure is not None:
+            raise self._failure
+        if name not in self._views:
+            try:
+                memory = self._link.wait(self._slots[name])
+            except SubspecError as error:
+                self._failure = error
+                raise
+            self._views[name] = view_of(self._parts[name], memory, self._dtype)
+        return self._views[name]
+
+    def _make_room(self, wanted: Sequence[str] = ()) -> bool:
+        """False: every slot is on its way, in use or `wanted`."""
+        kept = {self._in_use, *wanted}
+        idle = (one for one in self._slots if one in self._views and one not in kept)
         oldest = next(idle, None)
         if oldest is None:
             return False

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from subspec.artifacts.acceptance import (
-    KIND_TRIALS,
-    LEVEL_TRIALS,
+    PRIOR_TRIALS,
     Acceptance,
     Curve,
     added,
@@ -29,7 +28,7 @@ def measured(*curves: Curve) -> Acceptance:
 def test_a_level_is_drawn_towards_the_mean_of_its_tree_the_less_it_was_tried() -> None:
     """11 of 14 by Laplace's rule are 12 of 16; they weigh as 20 trials."""
     found = level_rates(measured(Curve(1, "", (10, 4), (8, 3))), 1, 3, "")
-    assert LEVEL_TRIALS == 20
+    assert PRIOR_TRIALS == 20
     assert found == pytest.approx(((8 + 15) / 30, (3 + 15) / 24, 15 / 20))
 
 
@@ -77,14 +76,12 @@ def test_kinds_are_pooled_by_adding_their_counts() -> None:
 
 
 def test_a_kind_is_drawn_towards_all_kinds_the_less_it_was_tried() -> None:
-    """74 of 100 are accepted in all, 75 of 102 by Laplace's rule; a kind's 40 trials more are
-    accepted as often as those of all kinds."""
+    """74 of 100 are accepted in all, 75 of 102 by Laplace's rule."""
     both = measured(Curve(1, "code", (60,), (54,)), Curve(1, "prose", (40,), (20,)))
-    every = (74 + 20 * 75 / 102) / 120
-    assert KIND_TRIALS == 40
-    assert both.reached(1, 1) == pytest.approx((every,))
-    assert both.reached(1, 1, "code") == pytest.approx(((54 + 40 * every) / 100,))
-    assert both.reached(1, 1, "prose") == pytest.approx(((20 + 40 * every) / 80,))
+    prior = 20 * 75 / 102
+    assert both.reached(1, 1) == pytest.approx(((74 + prior) / 120,))
+    assert both.reached(1, 1, "code") == pytest.approx(((54 + prior) / 80,))
+    assert both.reached(1, 1, "prose") == pytest.approx(((20 + prior) / 60,))
 
 
 def test_a_kind_that_is_missing_is_expected_to_be_as_all_are() -> None:

@@ -77,8 +77,10 @@ def test_a_wide_model_has_the_logits_of_its_source(
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
 
     spec = read_config(out, Source("wide"))
-    assert (spec.hidden_size, spec.num_layers, spec.num_heads) == (hidden, layers, heads)
-    assert spec.num_kv_heads == heads // 2 and spec.intermediate_size % 64 == 0
+    attention = spec.layers[0].attentions[0]
+    assert (spec.hidden_size, spec.num_layers, attention.num_heads) == (hidden, layers, heads)
+    assert attention.num_kv_heads == heads // 2
+    assert spec.linears[-2].in_features % 64 == 0  # the inner size
     origin = json.loads((out / "config.json").read_text())["subspec_widened_from"]
     assert origin["hidden_size"] == 256 and "not the acceptance" in origin["note"]
 

@@ -10,22 +10,24 @@ from typing import Any
 import pytest
 import torch
 from builders import build_artifact, random_checkpoint
+from families import FAMILIES
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaConfig, Qwen2Config
+from transformers import AutoConfig, LlamaConfig, Qwen2Config
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format.packing import dequantize, unpack_nibbles
+from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.format.tensors import TensorFile
-from subspec.artifacts.model import Source, linears, parts, resident_tensors
+from subspec.artifacts.model import ModelSpec, Source
 from subspec.planner.model.config import read_config
 from subspec.planner.model.hub import DEMO
-from subspec.runtime.model.sampling import Sampling
-from subspec.runtime.session import Session
 
 TESTS = Path(__file__).parents[2]  # where builders.py is
-WEIGHT_FILES = ("exact.safetensors", "substitutes.safetensors", "resident.safetensors")
+WEIGHT_FILES = tuple(
+    f"{name}.safetensors" for name in ("embedding", "exact", "resident", "substitutes")
+)
 TINY: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -79,6 +81,28 @@ def as_bytes(tensor: Tensor) -> bytes:
     return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
+def canonical(spec: ModelSpec, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A checkpoint's tensors under canonical names: fused ones apart, a tied head beside its
+    embedding, zeros below a head."""
+    found = dict(stored)
+    for name in stored:
+        layer, _, leaf = name.rpartition(".self_attn.")
+        if leaf == "qkv_proj.weight":
+            attention = spec.layers[0].attentions[0]
+            sizes = (attention.query_size, attention.kv_size, attention.kv_size)
+            for one, rows in zip("qkv", found.pop(name).split(sizes), strict=True):
+                found[f"{layer}.self_attn.{one}_proj.weight"] = rows
+        layer, _, leaf = name.rpartition(".mlp.")
+        if leaf == "gate_up_proj.weight":
+            for one, rows in zip(("gate", "up"), found.pop(name).chunk(2), strict=True):
+                found[f"{layer}.mlp.{one}_proj.weight"] = rows
+    if spec.tied_head:
+        found["lm_head.weight"] = found["model.embed_tokens.weight"]
+    head, padding = found["lm_head.weight"], spec.linears[-1].padding_rows
+    found["lm_head.weight"] = torch.cat((head, head.new_zeros(padding, head.shape[1])))
+    return found
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_exact_bytes_are_those_of_the_checkpoint(
@@ -86,20 +110,46 @@ def test_the_exact_bytes_are_those_of_the_checkpoint(
 ) -> None:
     source = in_dtype(checkpoints[name], dtype, tmp_path / "checkpoint")
     artifact = build_artifact(source, tmp_path / "artifact")
-    original, stored = load_file(source / "model.safetensors"), artifact.part_entries()
-    exact = (artifact.path / "exact.safetensors").read_bytes()
-    for part in parts(artifact.spec):
+    check_exact_bytes(artifact, source)
+
+
+ODD_FAMILIES = (
+    "llama, shapes that 4 bits do not take",
+    "llama, odd vocabulary, tied",
+    "phi3, window",
+    "olmo2",
+    "glm4",
+    "qwen2, 7 heads to 1, tied",
+)
+
+
+@pytest.mark.parametrize("case", ODD_FAMILIES)
+def test_fused_padded_tied_and_odd_matrices_are_kept_byte_by_byte(
+    case: str, tmp_path: Path
+) -> None:
+    config = AutoConfig.for_model(**FAMILIES[case])
+    source = random_checkpoint(tmp_path / "checkpoint", config)
+    check_exact_bytes(build_artifact(source, tmp_path / "artifact"), source)
+
+
+def check_exact_bytes(artifact: Artifact, source: Path) -> None:
+    """Between them the files hold the checkpoint."""
+    spec = artifact.spec
+    original = canonical(spec, load_file(source / "model.safetensors"))
+    stored, exact = artifact.part_entries(), (artifact.path / "exact.safetensors").read_bytes()
+    for part in spec.parts:
         rows = original[f"{part.linear.name}.weight"][part.first_row :][: part.num_rows]
         offset = stored[part.name].offset
         assert exact[offset : offset + part.num_bytes] == as_bytes(rows), part.name
         assert not any(exact[offset + part.num_bytes : offset + part.padded_bytes])
     resident = load_file(artifact.path / "resident.safetensors")
-    assert resident.keys() == resident_tensors(artifact.spec).keys()
-    for tensor_name, tensor in resident.items():
-        assert as_bytes(tensor) == as_bytes(original[tensor_name]), tensor_name
-    # Between them the two files hold the checkpoint.
-    held = {f"{part.linear.name}.weight" for part in parts(artifact.spec)} | resident.keys()
-    assert held == original.keys()
+    assert {name: tuple(t.shape) for name, t in resident.items()} == spec.resident_shapes
+    embedding = load_file(artifact.path / "embedding.safetensors")
+    assert list(embedding) == ["model.embed_tokens.weight"]
+    for name, tensor in {**resident, **embedding}.items():
+        assert as_bytes(tensor) == as_bytes(original[name]), name
+    in_parts = {f"{part.linear.name}.weight" for part in spec.parts}
+    assert in_parts | resident.keys() | embedding.keys() == original.keys()
 
 
 def test_other_readers_of_safetensors_see_slabs_of_layers_in_execution_order(
@@ -112,7 +162,7 @@ def test_other_readers_of_safetensors_see_slabs_of_layers_in_execution_order(
         assert list(file.keys()) == ["layers.0", "layers.1", "layers.2"]
         for layer in range(3):
             expected = b""
-            for part in (p for p in parts(artifact.spec) if p.linear.layer == layer):
+            for part in (p for p in artifact.spec.parts if p.linear.layer == layer):
                 weight = as_bytes(original[f"{part.linear.name}.weight"])
                 expected += weight + bytes(part.padded_bytes - part.num_bytes)
             assert as_bytes(file.get_tensor(f"layers.{layer}")) == expected
@@ -124,7 +174,7 @@ def test_a_large_matrix_is_stored_in_row_parts(
     monkeypatch.setattr("subspec.artifacts.model.PART_BYTES", 100_000)
     source = checkpoints["untied, no biases"]
     artifact = build_artifact(source, tmp_path / "artifact")
-    head = [part for part in parts(artifact.spec) if part.linear.kind == "head"]
+    head = [part for part in artifact.spec.parts if part.linear.name == "lm_head"]
     assert len(head) > 2
     weight = as_bytes(load_file(source / "model.safetensors")["lm_head.weight"])
     exact, stored = (artifact.path / "exact.safetensors").read_bytes(), artifact.part_entries()
@@ -153,13 +203,9 @@ def test_matrices_of_odd_shape_are_kept_as_they_are(
     checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
     artifact = build_artifact(checkpoints["odd"], tmp_path / "artifact")
-    assert parts(artifact.spec) == []
-    original = load_file(checkpoints["odd"] / "model.safetensors")
-    resident = load_file(artifact.path / "resident.safetensors")
-    assert resident.keys() == original.keys()
-    with Session(artifact) as session:
-        tokens = [token for some in session.generate([5, 6, 7], 8, Sampling()) for token in some]
-    assert len(tokens) == 8
+    assert artifact.spec.parts == ()
+    assert load_file(artifact.path / "substitutes.safetensors") == {}
+    check_exact_bytes(artifact, checkpoints["odd"])
 
 
 def test_a_sharded_checkpoint_gives_the_same_weights(
@@ -209,7 +255,7 @@ def test_weights_that_are_not_finite_are_named_and_nothing_is_left(
     tensors = load_file(checkpoints["untied, no biases"] / "model.safetensors")
     tensors[name].view(-1)[17] = bad
     source = rewritten(checkpoints["untied, no biases"], tmp_path / "checkpoint", tensors)
-    with pytest.raises(SubspecError, match=f"{name}: 1 of .* NaN or infinite") as caught:
+    with pytest.raises(SubspecError, match=f"{name}: 1 .*NaN or infinite") as caught:
         build_artifact(source, tmp_path / "artifact")
     assert caught.value.exit_code == Exit.CORRUPT
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
@@ -241,11 +287,12 @@ def test_a_build_takes_the_memory_of_a_few_matrices(tmp_path: Path) -> None:
     config |= {"num_hidden_layers": 4, "layer_types": None}
     (checkpoint / "config.json").write_text(json.dumps(config))
     spec = read_config(checkpoint, Source("test/model"))
-    shapes = {f"{n.name}.weight": (n.out_features, n.in_features) for n in linears(spec)}
+    shapes = {f"{n.name}.weight": (n.out_features, n.in_features) for n in spec.linears}
+    shapes["model.embed_tokens.weight"] = (spec.vocab_size, spec.hidden_size)
     noise = torch.randn(4096 * 1024).bfloat16()
     tensors = {
         name: noise[: torch.Size(shape).numel()].view(shape).clone()
-        for name, shape in {**shapes, **resident_tensors(spec)}.items()
+        for name, shape in {**shapes, **spec.resident_shapes}.items()
     }
     save_file(tensors, checkpoint / "model.safetensors")
     matrix = 2 * len(noise)

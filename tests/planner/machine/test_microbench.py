@@ -6,9 +6,7 @@ import pytest
 import torch
 from toys import make_spec
 
-from subspec.artifacts.profile import LIVE_TOKENS, Timing
-from subspec.planner.machine import microbench as module
-from subspec.planner.machine import timing
+from subspec.artifacts.profile import LIVE_TOKENS, SHORTEST, Timing
 from subspec.planner.machine.microbench import (
     ATTENTION_WIDTHS,
     DRAFT_WIDTHS,
@@ -19,7 +17,7 @@ from subspec.planner.machine.microbench import (
     Bench,
     difference,
 )
-from subspec.planner.machine.profiles import SHORTEST
+from subspec.planner.machine.timing import Effort
 from subspec.runtime.model.attention import attend
 
 CPU = torch.device("cpu")
@@ -32,11 +30,8 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(autouse=True)
-def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One sample of everything: nothing here depends on the numbers."""
-    monkeypatch.setattr(timing, "FEWEST_SAMPLES", 1)
-    monkeypatch.setattr(timing, "SECONDS_PER_ACTION", 0.0)
+# One sample of everything: nothing here depends on the numbers.
+HASTY = Effort(fewest_samples=1, action_seconds=0.0)
 
 
 def widths(timings: tuple[Timing, ...]) -> tuple[int, ...]:
@@ -45,7 +40,7 @@ def widths(timings: tuple[Timing, ...]) -> tuple[int, ...]:
 
 @torch.inference_mode()
 def test_every_part_of_a_pass_is_timed_at_its_widths() -> None:
-    bench = Bench(SMALL, CPU)
+    bench = Bench(SMALL, CPU, HASTY)
     layer, head = bench.exact_timings()
     assert widths(layer) == widths(head) == EXACT_WIDTHS
     fast, plain_head = bench.fast_timings()
@@ -61,17 +56,17 @@ def test_every_part_of_a_pass_is_timed_at_its_widths() -> None:
 
 @torch.inference_mode()
 def test_a_draft_is_no_wider_than_the_vocabulary() -> None:
-    bench = Bench(replace(SMALL, vocab_size=4), CPU)
+    bench = Bench(replace(SMALL, vocab_size=4), CPU, HASTY)
     _, substitutes = bench.faster_kernel()
     assert widths(bench.draft_timings(substitutes).layer) == (1, 2, 4)
 
 
 @torch.inference_mode()
-def test_wide_passes_are_tried_only_while_there_is_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = Bench(SMALL, CPU)
+def test_wide_passes_are_tried_only_while_there_is_time() -> None:
+    bench = Bench(SMALL, CPU, HASTY)
     found = bench.batch_invariant_widths()
     assert set(found) <= set(PADDED_WIDTHS)
-    monkeypatch.setattr(module, "PLACE_SECONDS", 0.0)
+    bench.effort = replace(HASTY, place_seconds=0.0)
     assert bench.batch_invariant_widths() == tuple(w for w in found if w <= USUAL_WIDTH)
 
 

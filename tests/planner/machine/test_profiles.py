@@ -67,7 +67,7 @@ FAULTS: dict[str, tuple[str, Any]] = {
 def test_what_no_measurement_gives_is_refused(fault: str, tmp_path: Path) -> None:
     name, value = FAULTS[fault]
     path = write(tmp_path, {**asdict(make_profile()), name: value})
-    with pytest.raises(SubspecError, match="profile.json: ") as caught:
+    with pytest.raises(SubspecError, match=r"profile\.json\.") as caught:
         read_profile(path)
     assert caught.value.exit_code == Exit.CORRUPT
 

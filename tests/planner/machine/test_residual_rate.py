@@ -5,29 +5,30 @@ import torch
 from toys import make_spec
 
 from subspec.artifacts.native import residual_cpu
-from subspec.planner.machine import timing
 from subspec.planner.machine.residual_rate import residual_weights_per_second
+from subspec.planner.machine.timing import Effort
 
 CPU = torch.device("cpu")
 
 
+HASTY = Effort(fewest_samples=1, action_seconds=0.0)
+
+
 @pytest.fixture(autouse=True)
-def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+def one_thread() -> None:
     torch.set_num_threads(1)
-    monkeypatch.setattr(timing, "FEWEST_SAMPLES", 1)
-    monkeypatch.setattr(timing, "SECONDS_PER_ACTION", 0.0)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_decoding_takes_time(dtype: str) -> None:
-    assert 1e6 < residual_weights_per_second(make_spec(dtype=dtype), CPU, "aten") < 1e11
+    assert 1e6 < residual_weights_per_second(make_spec(dtype=dtype), CPU, "aten", HASTY) < 1e11
 
 
 def test_nothing_is_decoded_without_4_bit_substitutes() -> None:
     odd = make_spec(hidden_size=72, intermediate_size=100, head_size=18)
-    assert residual_weights_per_second(odd, CPU, "aten") == 0.0
+    assert residual_weights_per_second(odd, CPU, "aten", HASTY) == 0.0
 
 
 def test_nothing_is_decoded_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(residual_cpu, "unavailable", lambda: "there is none")
-    assert residual_weights_per_second(make_spec(), CPU, "aten") == 0.0
+    assert residual_weights_per_second(make_spec(), CPU, "aten", HASTY) == 0.0

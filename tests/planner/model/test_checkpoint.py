@@ -14,15 +14,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.model import Source
 from subspec.planner.model.checkpoint import (
-    INDEX,
-    WEIGHTS,
     Checkpoint,
     check_tied_head,
     read_checkpoint,
-    read_pieces,
     read_spec,
-    shard_names,
 )
+from subspec.planner.model.stored import INDEX, WEIGHTS, read_pieces, shard_names
 
 SOURCE = Source("org/tiny", "0" * 40, "mit")
 CONFIG = {
@@ -179,7 +176,7 @@ def test_a_decoder_is_found_under_other_prefixes(tmp_path: Path, prefix: str) ->
 def test_a_matrix_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = read_checkpoint(write(tmp_path), SOURCE)
     whole = stored_bytes(checkpoint, f"{LAYER}.mlp.up_proj.weight")
-    monkeypatch.setattr("subspec.planner.model.checkpoint.MAPPED_BYTES", 3 * 16)
+    monkeypatch.setattr("subspec.planner.model.stored.MAPPED_BYTES", 3 * 16)
     pieces = list(read_pieces(checkpoint.rows[f"{LAYER}.mlp.up_proj.weight"]))
     assert [len(piece) for piece in pieces] == [3, 3, 3, 3]
     assert stored_bytes(checkpoint, f"{LAYER}.mlp.up_proj.weight") == whole

@@ -10,9 +10,10 @@ from plain_decoder import logits_of
 from transformers import AutoConfig
 
 from subspec.artifacts.model import Source
-from subspec.planner.model.checkpoint import read_checkpoint, read_pieces
+from subspec.planner.model.checkpoint import read_checkpoint
 from subspec.planner.model.config import read_config
 from subspec.planner.model.families import FAMILIES as SUPPORTED
+from subspec.planner.model.stored import read_pieces
 
 SOURCE = Source("org/tiny", "0" * 40, "mit")
 

@@ -3,6 +3,7 @@
 import errno
 import fnmatch
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from unittest.mock import Mock
 
 import huggingface_hub
 import pytest
+from huggingface_hub import constants
 from huggingface_hub.errors import (
     GatedRepoError,
     LocalEntryNotFoundError,
@@ -33,9 +35,9 @@ CARD = "---\nlicense: apache-2.0\ntags:\n- x\n---\n# Tiny\nlicense: mit\n"
 @pytest.fixture(autouse=True)
 def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache and working folder; returns the cache."""
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    # The library reads its environment once: see test_the_environment_of_the_hub_library_counts.
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)
@@ -175,6 +177,13 @@ def test_branches_and_commits_find_their_own_snapshot(offline: Path) -> None:
         ("Qwen3-8B", "Qwen/Qwen3-8B"),
         ("Llama-3.1-8B-Instruct", "meta-llama/Llama-3.1-8B-Instruct"),
         ("Mistral-7B-v0.1", "mistralai/Mistral-7B-v0.1"),
+        ("SmolLM3-3B", "HuggingFaceTB/SmolLM3-3B"),
+        ("Olmo-3-1125-32B", "allenai/Olmo-3-1125-32B"),
+        ("Phi-4-mini-instruct", "microsoft/Phi-4-mini-instruct"),
+        ("phi-4", "microsoft/phi-4"),
+        ("GLM-4-9B-0414", "zai-org/GLM-4-9B-0414"),
+        ("granite-3.3-8b-instruct", "ibm-granite/granite-3.3-8b-instruct"),
+        ("Seed-OSS-36B-Instruct", "ByteDance-Seed/Seed-OSS-36B-Instruct"),
     ],
 )
 def test_a_bare_name_of_a_known_family_is_found_and_said(
@@ -186,17 +195,59 @@ def test_a_bare_name_of_a_known_family_is_found_and_said(
     assert found.note == f"{name} is {repository}"
 
 
-def test_hf_hub_cache_wins_over_hf_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    snapshot = fill_cache(tmp_path / "elsewhere", "org/name")
-    refused("org/name", Exit.HUB)
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "elsewhere"))
-    assert resolve("org/name").path == snapshot
+ENVIRONMENT = """
+from subspec.planner.model.hub import resolve
+print(resolve("org/name").path)
+"""
+
+
+@pytest.mark.parametrize("variable", ["HF_HOME", "HF_HUB_CACHE"])
+def test_the_environment_of_the_hub_library_counts(tmp_path: Path, variable: str) -> None:
+    folder = tmp_path / "elsewhere"
+    snapshot = fill_cache(folder / "hub" if variable == "HF_HOME" else folder, "org/name")
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", ENVIRONMENT],
+        capture_output=True,
+        text=True,
+        env={**environment, variable: str(folder)},
+    )
+    assert done.stdout.strip() == str(snapshot), done.stderr
 
 
 def test_what_is_not_cached_says_how_to_download_it() -> None:
     error = refused("org/name", Exit.HUB, revision="v1")
     assert "HF_HUB_OFFLINE" in error.message
     assert "hf download org/name --revision v1" in error.hint
+
+
+def test_another_revision_in_the_cache_is_not_taken_for_the_one_asked_for(offline: Path) -> None:
+    fill_cache(offline, "org/name")
+    assert "revision v1 of org/name is not" in refused("org/name", Exit.HUB, revision="v1").message
+
+
+def list_files(cache: Path, repository: str, names: list[str]) -> None:
+    """The repository's own list of files, as the library keeps it."""
+    entries = {name: {"size": 1, "blob_id": "0" * 40} for name in names}
+    trees = cache / f"models--{repository.replace('/', '--')}" / "trees"
+    trees.mkdir(parents=True)
+    (trees / f"{SHA}.json").write_text(json.dumps({"format_version": 1, "files": entries}))
+
+
+def test_files_that_nothing_is_computed_from_may_be_missing(offline: Path) -> None:
+    snapshot = fill_cache(offline, "org/name")
+    list_files(offline, "org/name", [*repository_files(True), "LICENSE"])
+    (snapshot / "README.md").unlink()
+    assert resolve("org/name").path == snapshot
+    assert resolve("org/name").source.license == ""
+
+
+@pytest.mark.parametrize("lost", ["tokenizer.json", "tokenizer_config.json", SHARDS[0]])
+def test_a_listed_file_that_is_not_in_the_cache_is_named(offline: Path, lost: str) -> None:
+    snapshot = fill_cache(offline, "org/name")
+    list_files(offline, "org/name", [*repository_files(True), lost])
+    (snapshot / lost).unlink(missing_ok=True)
+    assert lost in refused("org/name", Exit.HUB).message
 
 
 @pytest.mark.parametrize("lost", ["config.json", SHARDS[1]])
@@ -243,12 +294,10 @@ def downloads(offline: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[bool]
             repository: str,
             *,
             revision: str | None,
-            cache_dir: Path,
             local_files_only: bool,
             allow_patterns: list[str],
         ) -> str:
             assert not local_files_only
-            assert cache_dir == offline
             assert (repository, revision) == ("org/name", SHA if requests else None)
             snapshot = offline / "models--org--name" / "snapshots" / SHA
             snapshot.mkdir(parents=True, exist_ok=True)
@@ -259,7 +308,7 @@ def downloads(offline: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[bool]
                     requests[-1].append(name)
             return str(snapshot)
 
-        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
         return requests
 
@@ -271,8 +320,8 @@ def test_only_the_weights_of_the_index_are_downloaded(
 ) -> None:
     requests = downloads(True)
     assert resolve("org/name").source.revision == SHA
-    small = ["config.json", "README.md", "tokenizer.json", "LICENSE.txt"]
-    assert requests == [[*small, "model.safetensors.index.json"], SHARDS]
+    small = ["config.json", "tokenizer.json", "model.safetensors.index.json"]
+    assert requests == [small, ["README.md", "LICENSE.txt"], SHARDS]
 
 
 def test_a_single_file_is_downloaded_without_its_twin(
@@ -280,13 +329,14 @@ def test_a_single_file_is_downloaded_without_its_twin(
 ) -> None:
     requests = downloads(False)
     resolve("org/name")
-    assert requests[1:] == [["model.safetensors"]]
+    assert requests[2:] == [["model.safetensors"]]
 
 
 def test_a_dry_run_downloads_no_weights(downloads: Callable[[bool], list[list[str]]]) -> None:
     requests = downloads(True)
     resolve("org/name", weights=False)
-    assert requests == [["config.json", "README.md", "model.safetensors.index.json"]]
+    small = ["config.json", "model.safetensors.index.json"]
+    assert requests == [small, ["README.md", "LICENSE.txt"]]
 
 
 def test_a_repository_without_safetensors_is_unsupported(
@@ -330,7 +380,7 @@ def wrapped(error: Exception) -> Exception:
 def test_the_hubs_errors_become_one_sentence_and_a_way_out(
     monkeypatch: pytest.MonkeyPatch, error: Exception, exit_code: Exit, said: str
 ) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", Mock(side_effect=error))
     found = refused("org/name", exit_code, revision="v9")
     assert said in f"{found.message} {found.hint}"
@@ -338,11 +388,9 @@ def test_the_hubs_errors_become_one_sentence_and_a_way_out(
     assert found.__cause__ is error
 
 
-def test_planning_the_demo_model_imports_nothing_heavy() -> None:
+def test_the_demo_model_is_found_without_heavy_imports() -> None:
     code = (
-        "import sys; from subspec.planner import checkpoint, hub, tokenizer_files\n"
-        "found = hub.resolve('demo'); checkpoint.read_spec(found.path, found.source)\n"
-        "tokenizer_files.read_tokenizer(found.path)\n"
+        "import sys; from subspec.planner.model import hub; hub.resolve('demo')\n"
         "print(sorted({'torch', 'numpy', 'transformers', 'huggingface_hub'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

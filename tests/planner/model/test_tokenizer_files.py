@@ -1,39 +1,155 @@
+"""Token ids of what we write are those of transformers' tokenizer of the same folder."""
+
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.planner.model.hub import DEMO
 from subspec.planner.model.tokenizer_files import TokenizerFiles, read_tokenizer
 
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 8,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 1,
+}
+TEXTS = ["one boat", " two  boats", "<|im_start|>user\nhi<|im_end|>", "Grüße 😀", "<s>a</s>", ""]
+
+
+def byte_level(bos: bool = False) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["</s>", "<s>"],
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["one boat two boats user im start end"] * 5, trainer)
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 1)]
+        )
+    return tokenizer
+
+
+def folder_of(folder: Path, tokenizer: Tokenizer | None = None, **files: object) -> Path:
+    """files: name without ".json" -> what it holds."""
+    (tokenizer or byte_level()).save(str(folder / "tokenizer.json"))
+    for name, content in {"config": CONFIG, **files}.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
 
 def read(folder: Path, config: object = None, template: bytes | None = None) -> TokenizerFiles:
-    (folder / "tokenizer.json").write_text("{}")
-    if config is not None:
-        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    folder_of(folder, **({} if config is None else {"tokenizer_config": config}))
     if template is not None:
         (folder / "chat_template.jinja").write_bytes(template)
     return read_tokenizer(folder)
 
 
+def check_ids(folder: Path) -> TokenizerFiles:
+    """The ids of the tokenizer alone, as the runtime loads it, are transformers'."""
+    found = read_tokenizer(folder)
+    ours = Tokenizer.from_str(found.tokenizer_json)
+    theirs = AutoTokenizer.from_pretrained(folder)
+    for text in TEXTS:
+        assert ours.encode(text).ids == theirs(text)["input_ids"], text
+        assert ours.encode(text, add_special_tokens=False).ids == theirs.encode(
+            text, add_special_tokens=False
+        )
+    return found
+
+
 def test_the_demo_models_files_are_complete() -> None:
-    found = read_tokenizer(DEMO)
-    assert found.tokenizer_json == DEMO / "tokenizer.json"
+    found = check_ids(DEMO)
     assert found.chat_template is not None
     assert "<|im_start|>" in found.chat_template
     assert found.special_tokens["eos_token"] == "<|im_end|>"
     assert found.special_tokens["bos_token"] is None
     assert found.generation_config["eos_token_id"] == [2, 0]
-    assert found.add_bos_token is None
+    assert not found.begins_with_bos
 
 
-def test_without_tokenizer_json_the_hint_says_how_to_make_one(tmp_path: Path) -> None:
+def described(content: str, **more: object) -> dict[str, object]:
+    flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+    return {"content": content, **flags, "special": True, **more}
+
+
+CONTROL = ("<|im_start|>", "<|im_end|>")
+
+
+def test_added_tokens_of_the_config_are_taken_over(tmp_path: Path) -> None:
+    added = {str(300 + index): described(token) for index, token in enumerate(CONTROL)}
+    folder_of(tmp_path, tokenizer_config={"added_tokens_decoder": added, "eos_token": CONTROL[1]})
+    found = check_ids(tmp_path)
+    tokens = Tokenizer.from_str(found.tokenizer_json).get_added_tokens_decoder().values()
+    assert {token.content for token in tokens if token.special} >= set(CONTROL)
+    assert found.special_tokens["eos_token"] == CONTROL[1]
+
+
+def test_added_tokens_of_their_own_file_are_taken_over(tmp_path: Path) -> None:
+    folder_of(tmp_path, added_tokens={token: 300 + n for n, token in enumerate(CONTROL)})
+    tokenizer = Tokenizer.from_str(check_ids(tmp_path).tokenizer_json)
+    assert tokenizer.encode(CONTROL[0]).ids == [tokenizer.token_to_id(CONTROL[0])]
+
+
+def test_added_tokens_of_the_tokenizer_itself_keep_their_ids(tmp_path: Path) -> None:
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in CONTROL])
+    folder_of(tmp_path, tokenizer)
+    found = Tokenizer.from_str(check_ids(tmp_path).tokenizer_json)
+    assert [found.token_to_id(t) for t in CONTROL] == [tokenizer.token_to_id(t) for t in CONTROL]
+
+
+def test_special_tokens_may_be_in_their_own_file(tmp_path: Path) -> None:
+    names = {"bos_token": "<s>", "eos_token": described("</s>"), "pad_token": CONTROL[0]}
+    folder_of(tmp_path, special_tokens_map=names, tokenizer_config={"model_max_length": 512})
+    found = check_ids(tmp_path)
+    expected = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": CONTROL[0]}
+    assert found.special_tokens == {**expected, "unk_token": None}
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_whether_text_begins_with_bos_is_transformers_to_say(tmp_path: Path, bos: bool) -> None:
+    # With a tokenizer.json transformers does not look at add_bos_token.
+    names = {"bos_token": "<s>", "add_bos_token": not bos}
+    folder_of(tmp_path, byte_level(bos), tokenizer_config=names)
+    assert check_ids(tmp_path).begins_with_bos is bos
+
+
+def test_truncation_and_padding_of_a_training_run_are_left_out(tmp_path: Path) -> None:
+    tokenizer = byte_level()
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=8, pad_token="</s>")
+    found = Tokenizer.from_str(read_tokenizer(folder_of(tmp_path, tokenizer)).tokenizer_json)
+    assert found.truncation is None and found.padding is None
+
+
+def test_a_folder_without_a_tokenizer_is_told_how_to_make_one(tmp_path: Path) -> None:
     with pytest.raises(SubspecError, match=r"tokenizer\.json") as caught:
         read_tokenizer(tmp_path)
     assert caught.value.exit_code == Exit.UNSUPPORTED
     assert "AutoTokenizer" in caught.value.hint
+
+
+def test_what_reads_a_sentencepiece_model_is_named_where_it_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(b"\x0a")
+    monkeypatch.setattr("subspec.planner.model.tokenizer_files.find_spec", lambda name: None)
+    with pytest.raises(SubspecError, match="sentencepiece and protobuf") as caught:
+        read_tokenizer(tmp_path)
+    assert caught.value.exit_code == Exit.UNSUPPORTED
+    assert caught.value.hint == "pip install sentencepiece protobuf"
 
 
 def test_a_base_model_has_no_template_and_needs_no_config(tmp_path: Path) -> None:
@@ -59,9 +175,16 @@ def test_a_template_is_the_file_or_the_configs_default(
     assert read(tmp_path, {"chat_template": in_config}, in_file).chat_template == expected
 
 
+def test_a_template_in_a_folder_of_several_does_not_hide_the_default(tmp_path: Path) -> None:
+    more = tmp_path / "additional_chat_templates"
+    more.mkdir()
+    (more / "rag.jinja").write_text("of documents")
+    assert read(tmp_path, template=b"plain").chat_template == "plain"
+
+
 def test_special_tokens_are_strings_or_objects_with_content(tmp_path: Path) -> None:
     config = {
-        "bos_token": {"content": "<s>", "lstrip": False},
+        "bos_token": {"__type": "AddedToken", **described("<s>")},
         "eos_token": "</s>",
         "pad_token": None,
     }
@@ -69,9 +192,16 @@ def test_special_tokens_are_strings_or_objects_with_content(tmp_path: Path) -> N
     assert read(tmp_path, config).special_tokens == expected
 
 
-@pytest.mark.parametrize("value", [True, False])
-def test_add_bos_token_is_passed_on_as_said(tmp_path: Path, value: bool) -> None:
-    assert read(tmp_path, {"add_bos_token": value}).add_bos_token is value
+def test_a_tokenizers_own_code_is_never_run(tmp_path: Path) -> None:
+    (tmp_path / "evil.py").write_text("raise SystemExit('this ran')")
+    config = {
+        "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]},
+        "tokenizer_class": "Evil",
+    }
+    with pytest.raises(SubspecError) as caught:
+        read(tmp_path, config)
+    assert caught.value.exit_code == Exit.CORRUPT
+    assert "\n" not in caught.value.message
 
 
 @pytest.mark.parametrize(
@@ -83,7 +213,6 @@ def test_add_bos_token_is_passed_on_as_said(tmp_path: Path, value: bool) -> None
         {"bos_token": 1},
         {"bos_token": {"id": 1}},
         {"eos_token": "x" * 10_000},
-        {"add_bos_token": "yes"},
         [],
     ],
     ids=lambda config: str(config)[:40],
@@ -95,6 +224,53 @@ def test_a_hostile_config_is_refused_with_the_fields_name(tmp_path: Path, config
     assert "tokenizer_config.json" in caught.value.message
     assert all(name in caught.value.message for name in config)
     assert len(caught.value.message) < 300
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"added_tokens_decoder": {"x": described("<a>")}},
+        {"added_tokens_decoder": {"1": 3}},
+        {"added_tokens_decoder": [1]},
+        {"extra_special_tokens": 3},
+        {"auto_map": 3},
+        {"tokenizer_class": 3},
+    ],
+    ids=str,
+)
+def test_what_transformers_stumbles_over_is_one_sentence(tmp_path: Path, config: Any) -> None:
+    with pytest.raises(SubspecError) as caught:
+        read(tmp_path, config)
+    assert caught.value.exit_code == Exit.CORRUPT
+    assert "\n" not in caught.value.message
+    assert len(caught.value.message) < 500
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"{}", "cannot be read"),
+        (b"\xff", "cannot be read"),
+        (b"[" * 100_000, "cannot be read"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS"),
+    ],
+)
+def test_a_damaged_tokenizer_is_one_sentence(tmp_path: Path, content: bytes, said: str) -> None:
+    folder_of(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(SubspecError, match=said) as caught:
+        read_tokenizer(tmp_path)
+    assert caught.value.exit_code == Exit.CORRUPT
+
+
+def test_a_panic_in_the_tokenizers_library_is_one_sentence(tmp_path: Path) -> None:
+    folder_of(tmp_path, byte_level(bos=True))
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["post_processor"]["special_tokens"] = {}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(SubspecError, match="PanicException") as caught:
+        read_tokenizer(tmp_path)
+    assert caught.value.exit_code == Exit.CORRUPT
 
 
 def test_huge_files_and_templates_that_are_no_text_are_refused(tmp_path: Path) -> None:

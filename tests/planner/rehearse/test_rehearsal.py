@@ -16,10 +16,16 @@ from subspec.artifacts.format.checks import check_plan
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.plan import Method, Prediction, Usage
 from subspec.planner.model.hub import DEMO
-from subspec.planner.rehearse import rehearsal as module
-from subspec.planner.rehearse import replay as replay_module
 from subspec.planner.rehearse.calibration import Sample, shipped_samples
-from subspec.planner.rehearse.rehearsal import DecodedSample, Rehearsal, Setting, play, rehearse
+from subspec.planner.rehearse.rehearsal import (
+    USUAL_EFFORT,
+    DecodedSample,
+    Effort,
+    Rehearsal,
+    Setting,
+    play,
+    rehearse,
+)
 from subspec.planner.rehearse.replay import DEEPEST, WIDTHS, Trees, replay
 from subspec.planner.solve.outlook import predict_for
 from subspec.planner.solve.storage import Storage
@@ -55,8 +61,10 @@ def said(method: Method, usage: Usage) -> Prediction:
     return SAID
 
 
-def rehearsed(artifact: Artifact, samples: Sequence[Sample]) -> Rehearsal:
-    return rehearse(artifact, artifact.plan, said, samples, Setting(), lambda *_: None)
+def rehearsed(
+    artifact: Artifact, samples: Sequence[Sample], effort: Effort = USUAL_EFFORT
+) -> Rehearsal:
+    return rehearse(artifact, artifact.plan, said, samples, Setting(), lambda *_: None, effort)
 
 
 def played(session: Session, prompt: list[int], num_tokens: int = 40) -> DecodedSample:
@@ -142,12 +150,8 @@ def test_a_context_that_ends_the_answers_early_is_enough(context: int, demo: Art
         assert len(curve.tried) < context - context // 2
 
 
-def test_a_slow_machine_is_asked_for_one_round_only(
-    demo: Artifact, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "DRAFT_SECONDS", 0.0)
-    monkeypatch.setattr(module, "PLAIN_SECONDS", 0.0)
-    found = rehearsed(demo, [*CODE, *PROSE])
+def test_a_slow_machine_is_asked_for_one_round_only(demo: Artifact) -> None:
+    found = rehearsed(demo, [*CODE, *PROSE], Effort(draft_seconds=0.0, plain_seconds=0.0))
     assert measured(found).kinds == ("code",)
     assert all(curve.tried[0] == 1 for curve in measured(found).curves)
     assert [len(timed.actual) for timed in found.rounds.verify] == [0]
@@ -159,7 +163,8 @@ def test_a_plan_without_a_draft_is_timed_and_nothing_is_judged(demo: Artifact) -
     assert found.acceptance is None
     assert found.rounds.draft == found.rounds.verify == ()
     [timed] = found.rounds.plain
-    assert len(timed.actual) == module.PLAIN_TOKENS - 2  # less the prompt's and a round that warms
+    # Less the prompt's, and a round that warms.
+    assert len(timed.actual) == USUAL_EFFORT.plain_tokens - 2
 
 
 # Times
@@ -231,15 +236,11 @@ def test_a_slower_link_is_rehearsed_at_its_speed(demo: Artifact) -> None:
     assert min(timed.actual) > 0.8 * storage.num_bytes / 100e6
 
 
-def test_the_shipped_prompts_take_turns_until_time_is_up(
-    demo: Artifact, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "DRAFT_SECONDS", 4.0)
-    monkeypatch.setattr(module, "NUM_TOKENS", 4)
-    monkeypatch.setattr(replay_module, "WIDTHS", (1,))
+def test_the_shipped_prompts_take_turns_until_time_is_up(demo: Artifact) -> None:
+    effort = Effort(draft_seconds=4.0, num_tokens=4, tree_widths=(1,))
     stages = list[tuple[str, float]]()
     found = rehearse(
-        demo, demo.plan, said, shipped_samples(), Setting(), lambda *s: stages.append(s)
+        demo, demo.plan, said, shipped_samples(), Setting(), lambda *s: stages.append(s), effort
     )
     assert {name for name, _ in stages} == {"rehearsing the plan"}
     shares = [share for _, share in stages]

@@ -6,7 +6,7 @@ import pytest
 from toys import make_spec
 
 from subspec.artifacts.common.errors import SubspecError
-from subspec.artifacts.model import parts
+from subspec.artifacts.model import HEAD
 from subspec.planner.solve.storage import (
     NUM_SHARES,
     Storage,
@@ -28,7 +28,7 @@ def raw_bytes(storage: Storage, names: tuple[str, ...]) -> int:
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.25, 0.5, 0.9, 1.0])
 def test_a_share_of_the_bytes_is_spread_evenly(share: float) -> None:
     """Of every stretch, to within the largest matrix."""
-    every = parts(SPEC)
+    every = SPEC.parts
     chosen = set(evenly_raw(every, share))
     largest = max(part.num_bytes for part in every)
     so_far = due = 0.0
@@ -40,9 +40,9 @@ def test_a_share_of_the_bytes_is_spread_evenly(share: float) -> None:
 
 
 def test_a_matrix_that_can_be_no_residual_is_raw_whatever_the_share() -> None:
-    odd = make_spec(intermediate_size=528)
-    chosen = set(evenly_raw(parts(odd), 0.0))
-    assert chosen == {part for part in parts(odd) if part.linear.out_features == 528}
+    odd = make_spec(inner_size=528)
+    chosen = set(evenly_raw(odd.parts, 0.0))
+    assert chosen == {part for part in odd.parts if part.linear.out_features == 528}
 
 
 @pytest.mark.parametrize("stored", usual_storages(SPEC), ids=range(len(usual_storages(SPEC))))
@@ -59,7 +59,7 @@ def test_what_is_held_decoded_neither_streams_nor_is_decoded_again(stored: Stora
         assert storage.scratch_bytes == max((p.part.padded_bytes for p in coded), default=0)
         assert storage.decoded_bytes == raw_bytes(stored, storage.decoded)
         assert sorted(p.name for layer in storage.layers for p in layer) == sorted(
-            part.name for part in others if part.part.linear.kind != "head"
+            part.name for part in others if part.part.linear.name != HEAD
         )
 
 
@@ -111,10 +111,10 @@ def test_a_new_artifact_may_hold_residuals_decoded_only_if_it_must_have_residual
 
 def test_what_is_held_is_spread_over_the_layers() -> None:
     """A matrix of every second layer first, then of those between."""
-    first = [part for part in RAW.held_first if part.part.linear.kind == "q"]
-    assert RAW.held_first[: len(first)] == first
+    first = [part for part in RAW.resident_first if part.part.linear.name.endswith("q_proj")]
+    assert RAW.resident_first[: len(first)] == first
     layers = [part.part.linear.layer for part in first]
     assert layers[: (len(layers) + 1) // 2] == sorted(
         range(0, len(layers), 2), key=lambda layer: layers.index(layer)
     )
-    assert sorted(RAW.held_first, key=RAW.parts.index) == list(RAW.parts)
+    assert sorted(RAW.resident_first, key=RAW.parts.index) == list(RAW.parts)

@@ -12,9 +12,9 @@ from transformers import AutoTokenizer
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.planner.model.hub import DEMO
 from subspec.runtime.text.tokenizer import (
-    ChatTokenizer,
     Decoder,
     StreamingDetokenizer,
+    ChatTokenizer,
     load_tokenizer,
 )
 
@@ -233,8 +233,9 @@ def test_a_templates_bos_is_not_doubled() -> None:
 
 
 def test_a_special_token_that_the_model_lacks_renders_as_nothing(demo: ChatTokenizer) -> None:
-    template = "[{{ bos_token }}{{ eos_token }}]"
-    text = ChatTokenizer(demo.tokenizer, template, demo.special_tokens, False)
+    text = ChatTokenizer(
+        demo.tokenizer, "[{{ bos_token }}{{ eos_token }}]", demo.special_tokens, False
+    )
     assert text.render([]) == "[<|im_end|>]"
 
 

@@ -1,0 +1,72 @@
+"""Bounds of a dataclass's fields, declared once where the field is: `width: Annotated[int,
+Between(1, 256)]`. `artifacts/format/codec.py` enforces them on what it reads.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+
+@dataclass(frozen=True)
+class Between:
+    """A number from `least` to `most`, both included."""
+
+    least: float
+    most: float
+
+    def holds(self, value: Any) -> bool:
+        return bool(self.least <= value <= self.most)  # NaN is nowhere
+
+    def __str__(self) -> str:
+        return f"{self.least:g} to {self.most:g}"
+
+
+@dataclass(frozen=True)
+class Below:
+    """A number less than `limit`."""
+
+    limit: float
+
+    def holds(self, value: Any) -> bool:
+        return bool(value < self.limit)
+
+    def __str__(self) -> str:
+        return f"a number below {self.limit:g}"
+
+
+@dataclass(frozen=True)
+class Length:
+    """A list of `least` to `most` entries."""
+
+    least: int
+    most: int
+
+    def holds(self, value: Any) -> bool:
+        return self.least <= len(value) <= self.most
+
+    def __str__(self) -> str:
+        return f"{self.least} to {self.most} entries"
+
+
+@dataclass(frozen=True)
+class Matching:
+    """Text that the regular expression matches as a whole, in ASCII."""
+
+    pattern: str
+    described: str
+
+    def holds(self, value: Any) -> bool:
+        return re.fullmatch(self.pattern, value, re.ASCII) is not None
+
+    def __str__(self) -> str:
+        return self.described
+
+
+Bound = Between | Below | Length | Matching
+
+Count = Annotated[int, Between(0, 1 << 62)]  # of tokens, bytes, rounds
+Seconds = Annotated[float, Between(0, 1e9)]
+Threads = Annotated[int, Between(1, 1024)]
+VerifyWidth = Annotated[int, Between(1, 4096)]
+TreeWidth = Annotated[int, Between(1, 256)]
+MOST_LEVELS = 1024  # of a tree
