@@ -43,7 +43,7 @@ from subspec.runtime.load import make_substitutes, place_substitutes, place_tens
 from subspec.runtime.memory import FastMemory
 from subspec.runtime.model.attention import attend, attend_batch_invariant, attend_in_fp64
 from subspec.runtime.model.cache import make_cache
-from subspec.runtime.model.transformer import forward, make_shared
+from subspec.runtime.model.transformer import forward, make_shared, make_tables
 
 CPU = torch.device("cpu")
 ROWS = (1, 2, 3, 4, 8, 16)
@@ -115,7 +115,8 @@ def draft_steps(spec: ModelSpec, substitutes: Substitutes) -> Callable[[int], Ac
     memory = FastMemory(CPU, replace(purposes, substitutes=0))
     tensors = place_tensors(spec, memory, RandomWeights(torch.bfloat16))
     embedding = random_rows(spec, CPU)
-    weights = make_shared(spec, embedding, tensors, slots, torch.bfloat16, torch.clone)
+    tables = make_tables(spec, slots, torch.bfloat16, torch.clone)
+    weights = make_shared(spec, embedding, tensors, tables, torch.bfloat16, torch.clone)
     cache = make_cache(spec, slots, lambda size, kind: memory.take_tensor("cache", size, kind))
     for kept in (*cache.keys, *cache.values):
         fill_with_noise(kept, 1.0)
