@@ -12,9 +12,9 @@ from transformers import AutoTokenizer
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.planner.model.hub import DEMO
 from subspec.runtime.text.tokenizer import (
+    ChatTokenizer,
     Decoder,
     StreamingDetokenizer,
-    ChatTokenizer,
     load_tokenizer,
 )
 
