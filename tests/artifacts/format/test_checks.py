@@ -68,15 +68,20 @@ def refused(where: str, check: Callable[[], None]) -> None:
     assert caught.value.message.startswith(where) and len(caught.value.message) < 600
 
 
-def check_as_read(plan: Plan) -> None:
+def check_plan_as_read(plan: Plan) -> None:
     """As a reader does: fields against their bounds first, then what goes together."""
     read: Plan = load_dataclass(Plan, json.loads(dump_json(plan)), "plan.json")
     check_plan(SPEC, RAW, read)
 
 
+def check_spec_as_read(spec: ModelSpec) -> None:
+    read: ModelSpec = load_dataclass(ModelSpec, json.loads(dump_json(spec)), "model.json")
+    check_spec(read)
+
+
 def test_a_sane_model_and_a_plan_that_just_fits_pass() -> None:
-    check_spec(SPEC)
-    check_as_read(PLAN)
+    check_spec_as_read(SPEC)
+    check_plan_as_read(PLAN)
 
 
 def in_attention(**changes: Any) -> dict[str, Any]:
@@ -136,7 +141,7 @@ WRONG_MODELS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("changes", WRONG_MODELS.values(), ids=WRONG_MODELS.keys())
 def test_a_model_that_no_checkpoint_describes_is_refused(changes: dict[str, Any]) -> None:
-    refused("model.json", lambda: check_spec(replace(SPEC, **changes)))
+    refused("model.json", lambda: check_spec_as_read(replace(SPEC, **changes)))
 
 
 def placed(method: str, **changes: Any) -> dict[str, Any]:
@@ -176,7 +181,7 @@ WRONG_PLANS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("changes", WRONG_PLANS.values(), ids=WRONG_PLANS.keys())
 def test_a_plan_that_does_not_go_together_is_refused(changes: dict[str, Any]) -> None:
-    refused("plan.json", lambda: check_as_read(replace(PLAN, **changes)))
+    refused("plan.json", lambda: check_plan_as_read(replace(PLAN, **changes)))
 
 
 WRONG_COUNTS: dict[str, tuple[Curve, ...]] = {
@@ -195,13 +200,13 @@ WRONG_COUNTS: dict[str, tuple[Curve, ...]] = {
 @pytest.mark.parametrize("curves", WRONG_COUNTS.values(), ids=WRONG_COUNTS.keys())
 def test_counts_that_no_trees_have_are_refused(curves: tuple[Curve, ...]) -> None:
     plan = replace(PLAN, acceptance=Acceptance(curves, measured=True))
-    refused("plan.json", lambda: check_as_read(plan))
+    refused("plan.json", lambda: check_plan_as_read(plan))
 
 
 def test_a_plan_whose_drafts_end_early_passes() -> None:
     for min_path_probability in (0.0, 0.15, 0.9999):
         tree = Tree(2, 3, 0.2, min_path_probability)
-        check_as_read(replace(PLAN, tree=tree))
+        check_plan_as_read(replace(PLAN, tree=tree))
 
 
 def test_curves_of_several_kinds_may_have_one_width() -> None:
