@@ -60,7 +60,7 @@ def main(
         run("widen.py", "--hidden", hidden, "--layers", layers, "--no-check", "--out", model)
     # A plan without a draft would need no padded twin, and there would be nothing to compare.
     given = {"--model": model.absolute(), "--vram": f"{vram}B", "--device": "cuda",
-             "--method": "substitute"}  # fmt: skip
+             "--method": "substitute", "--sequences": 2}  # fmt: skip
     if few_prompts:
         given["--calibration"] = few(out / "few.jsonl")
     # What runs in processes of its own comes first: where the driver does not tell processes apart,
