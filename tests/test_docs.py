@@ -10,9 +10,35 @@ from toys import ACCEPTANCE, make_profile, make_spec
 
 from subspec.artifacts.acceptance import Acceptance, Curve
 from subspec.artifacts.common.errors import Exit
-from subspec.artifacts.format.store import FORMAT_VERSION, REQUIRED, Manifest, PartEntry
-from subspec.artifacts.model import ModelSpec, Rope, Source
-from subspec.artifacts.plan import Constraints, Option, Placement, Plan, Point, Prediction, Tree
+from subspec.artifacts.format.store import (
+    FORMAT_VERSION,
+    REQUIRED,
+    FileEntry,
+    Manifest,
+    PartEntry,
+    SubstituteEntry,
+)
+from subspec.artifacts.model import (
+    Attention,
+    Block,
+    Dense,
+    LayerSpec,
+    ModelSpec,
+    NormStyle,
+    QueryGrowth,
+    Rope,
+    Source,
+)
+from subspec.artifacts.plan import (
+    Constraints,
+    Ledger,
+    Option,
+    Placement,
+    Plan,
+    Point,
+    Prediction,
+    Tree,
+)
 from subspec.artifacts.profile import Corrections, LinkRate, Profile, Timing
 from subspec.artifacts.runs import Run
 from subspec.planner import cli as plan_cli
@@ -72,8 +98,9 @@ def test_the_runs_json_object_is_explained_key_by_key() -> None:
 
 @pytest.mark.parametrize(
     "kind",
-    [ModelSpec, Rope, Source, Plan, Tree, Placement, Prediction, Acceptance, Curve, Option, Point,
-     Constraints, Profile, Timing, LinkRate, Corrections, Manifest, PartEntry, Run],
+    [ModelSpec, LayerSpec, Block, Attention, QueryGrowth, Dense, NormStyle, Rope, Source, Plan,
+     Tree, Placement, Ledger, Prediction, Acceptance, Curve, Option, Point, Constraints, Profile,
+     Timing, LinkRate, Corrections, Manifest, FileEntry, PartEntry, SubstituteEntry, Run],
 )  # fmt: skip
 def test_every_field_of_the_format_is_named(kind: type) -> None:
     for field in kind.__dataclass_fields__:  # type: ignore[attr-defined]

@@ -100,9 +100,8 @@ def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     groups = x.float().view(x.shape[0], -1, GROUP_SIZE)
     largest = groups.abs().amax(-1, keepdim=True)
     usable = largest.isfinite() & (largest >= SMALLEST_GROUP)
-    steps = (
-        torch.full_like(largest, LARGEST_VALUE) / largest
-    )  # (number / tensor would multiply by a reciprocal)
+    # A tensor, because number / tensor would multiply by a reciprocal.
+    steps = torch.full_like(largest, LARGEST_VALUE) / largest
     values = torch.where(usable, torch.round(groups * steps), 0.0)
     beyond = torch.where(largest.isfinite(), 0.0, torch.nan)
     return values, torch.where(usable, largest / LARGEST_VALUE, beyond)
