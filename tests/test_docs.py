@@ -109,7 +109,7 @@ def test_the_runs_json_object_is_explained_key_by_key() -> None:
 
 @pytest.mark.parametrize(
     "kind",
-    [ModelSpec, LayerSpec, Block, Attention, Dense, QueryGrowth, NormStyle, Rope, Source, Plan,
+    [ModelSpec, LayerSpec, Block, Attention, QueryGrowth, Dense, NormStyle, Rope, Source, Plan,
      Tree, Placement, Ledger, Prediction, Acceptance, Curve, Option, Point, Constraints, Profile,
      Timing, LinkRate, Corrections, Manifest, FileEntry, PartEntry, SubstituteEntry, Run],
 )  # fmt: skip

@@ -9,7 +9,7 @@ from torch import Tensor
 from subspec.artifacts.model import HEAD, ModelSpec, StoredPart
 from subspec.runtime.load import biases_of, unplaced_weights
 from subspec.runtime.model.cache import Cache, make_cache
-from subspec.runtime.model.transformer import SharedWeights, make_shared
+from subspec.runtime.model.transformer import SharedWeights, make_shared, make_tables
 from subspec.runtime.stream.exact_weights import ExactWeights
 from subspec.runtime.stream.ring import StreamedParts
 
@@ -66,7 +66,8 @@ def shared_weights(
     """dtype: the model's own unless it is given."""
     own: torch.dtype = dtype or getattr(torch, toy.spec.dtype)
     rows = toy.embedding.__getitem__
-    return make_shared(toy.spec, rows, toy.tensors, num_positions, own, torch.clone)
+    tables = make_tables(toy.spec, num_positions, own, torch.clone)
+    return make_shared(toy.spec, rows, toy.tensors, tables, own, torch.clone)
 
 
 def exact_weights(

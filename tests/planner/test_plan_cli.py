@@ -24,7 +24,7 @@ from subspec.planner.cli import main
 from subspec.planner.model.hub import DEMO
 from subspec.planner.rehearse.calibration import shipped_samples
 from subspec.planner.rehearse.corrections import LEAST, MOST
-from subspec.runtime.session import kernel_sources
+from subspec.runtime.engine import kernel_sources
 
 SUBSPEC_PLAN = str(Path(sys.executable).with_name("subspec-plan"))
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from builders import PROFILE, build_artifact, make_plan, random_checkpoint
+from running import answer
 from transformers import Qwen2Config
 
 from subspec.artifacts.common.errors import Exit, SubspecError
@@ -25,8 +26,7 @@ from subspec.planner.build.quantize import quantize
 from subspec.planner.model.checkpoint import read_checkpoint
 from subspec.planner.model.hub import DEMO
 from subspec.planner.model.tokenizer_files import read_tokenizer
-from subspec.runtime.model.sampling import Sampling
-from subspec.runtime.session import Session
+from subspec.runtime.engine import Engine
 
 TESTS = Path(__file__).parents[2]  # where builders.py is
 
@@ -90,8 +90,8 @@ def test_plan_and_profile_may_be_improved_on_the_finished_weights(
     checkpoint: Path, tmp_path: Path
 ) -> None:
     def improve(artifact: Artifact) -> tuple[Plan, Profile]:
-        with Session(artifact) as session:
-            assert len(next(iter(session.generate([1, 2, 3], 4, Sampling())))) == 1
+        with Engine.open(artifact) as engine:
+            assert len(answer(engine, [1, 2, 3], 4)) == 4
         taught = replace(artifact.profile, corrections=Corrections(verify=1.5, num_rounds=7))
         return replace(artifact.plan, reasons=("it ran",)), taught
 
@@ -132,7 +132,7 @@ def test_what_cannot_be_opened_gets_no_name(checkpoint: Path, tmp_path: Path) ->
     def improve(artifact: Artifact) -> tuple[Plan, Profile]:
         return replace(artifact.plan, verify_width=1), artifact.profile
 
-    with pytest.raises(SubspecError, match="do not go together"):
+    with pytest.raises(SubspecError, match="are inconsistent"):
         build_with(checkpoint, tmp_path / "artifact", improve=improve)
     assert everything_in(tmp_path) == set()
 

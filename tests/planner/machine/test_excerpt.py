@@ -3,7 +3,6 @@ import torch
 from toys import make_spec
 
 from subspec.artifacts.format.packing import dequantize, unpack_nibbles
-from subspec.artifacts.model import linears
 from subspec.planner.machine.excerpt import (
     CYCLED_BYTES,
     excerpt,
@@ -14,7 +13,7 @@ from subspec.planner.machine.excerpt import (
 from subspec.runtime.kernels.linear import exact_product, exact_product_into
 
 QWEN_32B = make_spec(
-    hidden_size=5120, intermediate_size=27648, num_layers=64, num_heads=40, num_kv_heads=8,
+    hidden_size=5120, inner_size=27648, num_layers=64, num_heads=40, num_kv_heads=8,
     head_size=128, vocab_size=152064,
 )  # fmt: skip
 
@@ -26,27 +25,40 @@ def test_a_small_model_is_measured_whole() -> None:
 def test_of_a_large_model_one_layer_and_part_of_the_head_are_measured() -> None:
     found = excerpt(QWEN_32B)
     assert found.num_layers == 1
-    head = linears(found)[-1]
+    head = found.linears[-1]
     assert 0.9 * CYCLED_BYTES < head.num_weights * found.item_bytes <= CYCLED_BYTES
     assert found.hidden_size == QWEN_32B.hidden_size
 
 
 def test_layers_in_between_make_more_than_a_cache_holds() -> None:
-    spec = make_spec(hidden_size=1536, intermediate_size=8960, num_layers=28, head_size=128)
+    spec = make_spec(hidden_size=1536, inner_size=8960, num_layers=28, head_size=128)
     found = excerpt(spec)
-    layer_bytes = sum(n.num_weights for n in linears(spec) if n.layer == 0) // 2
+    layer_bytes = sum(n.num_weights for n in spec.linears if n.layer == 0) // 2
     assert CYCLED_BYTES - layer_bytes < found.num_layers * layer_bytes <= CYCLED_BYTES
 
 
-def test_windows_of_layers_that_are_left_out_are_left_out() -> None:
-    spec = make_spec(num_layers=60, sliding_window=8, windowed_layers=(3, 30, 59))
-    assert excerpt(spec).windowed_layers == (3,)
+def test_layers_keep_their_kinds_and_their_order() -> None:
+    spec = make_spec(num_layers=60, window=8, windowed_layers=(3, 30, 59))
+    found = excerpt(spec).layers
+    assert found == spec.layers[: len(found)] and 3 < len(found) < 60
+
+
+@pytest.mark.parametrize("last_kind", [0, 1, 5, 63])
+def test_every_kind_of_layer_is_measured_however_large_the_layers_are(last_kind: int) -> None:
+    """One layer would do, if all were alike."""
+    spec = make_spec(
+        hidden_size=5120, inner_size=27648, num_layers=64, head_size=128, vocab_size=152064,
+        window=8, windowed_layers=(last_kind,),
+    )  # fmt: skip
+    found = excerpt(spec)
+    assert set(found.layers) == set(spec.layers)
+    assert found.num_layers == max(2, last_kind + 1)
 
 
 @pytest.mark.parametrize("vocab_size", [152064, 152063, 151937])
 def test_a_part_of_the_head_has_a_substitute_only_if_the_whole_has(vocab_size: int) -> None:
     spec = make_spec(hidden_size=5120, vocab_size=vocab_size)
-    assert linears(excerpt(spec))[-1].has_substitute == linears(spec)[-1].has_substitute
+    assert excerpt(spec).linears[-1].has_substitute == spec.linears[-1].has_substitute
     assert excerpt(spec).vocab_size < vocab_size
 
 
@@ -81,8 +93,8 @@ def test_a_product_that_looks_at_the_place_of_a_row_is_found_out(width: int) -> 
     weight = torch.empty(64, 128, dtype=torch.bfloat16)
     fill_with_noise(weight, 0.1)
 
-    def slanted(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
-        exact_product(x, weight, out)
+    def slanted(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, rows: int) -> None:
+        exact_product(x, weight, out, rows)
         out[-1] += 1
 
     assert not ignores_place(slanted, weight, width)

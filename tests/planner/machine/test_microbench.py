@@ -21,7 +21,7 @@ from subspec.planner.machine.timing import Effort
 from subspec.runtime.model.attention import attend
 
 CPU = torch.device("cpu")
-SMALL = make_spec(hidden_size=64, intermediate_size=128, head_size=32)
+SMALL = make_spec(hidden_size=64, inner_size=128, head_size=32)
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +45,7 @@ def test_every_part_of_a_pass_is_timed_at_its_widths() -> None:
     assert widths(layer) == widths(head) == EXACT_WIDTHS
     fast, plain_head = bench.fast_timings()
     assert widths(fast) == FAST_WIDTHS and plain_head > 0
-    assert widths(bench.attention_timings(attend, bench.decoder.dtype)) == ATTENTION_WIDTHS
+    assert widths(bench.attention_timings(attend, bench.weights.dtype)) == ATTENTION_WIDTHS
     _, substitutes = bench.faster_kernel()
     draft = bench.draft_timings(substitutes)
     assert widths(draft.layer) == widths(draft.head) == DRAFT_WIDTHS

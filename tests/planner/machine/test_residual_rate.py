@@ -25,7 +25,7 @@ def test_decoding_takes_time(dtype: str) -> None:
 
 
 def test_nothing_is_decoded_without_4_bit_substitutes() -> None:
-    odd = make_spec(hidden_size=72, intermediate_size=100, head_size=18)
+    odd = make_spec(hidden_size=72, inner_size=100, head_size=18)
     assert residual_weights_per_second(odd, CPU, "aten", HASTY) == 0.0
 
 

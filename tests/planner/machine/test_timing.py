@@ -141,6 +141,9 @@ class SlowLink:
         assert first == slot
         self.clock.now += num_bytes / 100e6
 
+    def close(self) -> None:
+        assert self.under_way == []
+
 
 def test_a_link_is_timed_in_a_circle_with_two_blocks_under_way(clock: Clock) -> None:
     link = SlowLink(clock)

@@ -9,7 +9,6 @@ from toys import ACCEPTANCE, make_profile, make_spec
 
 from subspec.artifacts.acceptance import Acceptance, Curve
 from subspec.artifacts.format.checks import check_plan
-from subspec.artifacts.model import StoredPart, parts
 from subspec.artifacts.plan import Constraints, Method, Prediction, Usage
 from subspec.artifacts.profile import Corrections
 from subspec.artifacts.runs import Run
@@ -216,9 +215,8 @@ def test_curves_stay_in_the_order_that_a_reader_asks_for() -> None:
         (2, "code"), (2, "runs"), (8, "code"),
     ]  # fmt: skip
     spec = make_spec()
-    stored = [StoredPart(part, "raw", part.num_bytes) for part in parts(spec)]
     plan = search(spec, make_profile(), 12_000_000, Constraints(context=256), found)
-    check_plan(spec, stored, plan)
+    check_plan(spec, list(raw_storage(spec).parts), plan)
 
 
 def test_what_was_published_does_not_count_once_something_was_measured() -> None:

@@ -4,11 +4,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from builders import PROFILE, build_artifact, random_checkpoint, replan
+from rehearsing import LONG, PROMPT, SAID, on_stage, said
 from transformers import Qwen2Config
 
 from subspec.artifacts.acceptance import Acceptance
@@ -19,28 +19,27 @@ from subspec.planner.model.hub import DEMO
 from subspec.planner.rehearse.calibration import Sample, shipped_samples
 from subspec.planner.rehearse.rehearsal import (
     USUAL_EFFORT,
-    DecodedSample,
     Effort,
     Rehearsal,
     Setting,
-    play,
+    decode,
     rehearse,
 )
-from subspec.planner.rehearse.replay import DEEPEST, WIDTHS, Trees, replay
+from subspec.planner.rehearse.replay import DEEPEST, WIDTHS, Trees
 from subspec.planner.solve.outlook import predict_for
 from subspec.planner.solve.storage import Storage
-from subspec.runtime.model.sampling import Sampling
-from subspec.runtime.session import Session
+from subspec.runtime.sequence import GenerationParams
 from subspec.runtime.text.tokenizer import load_tokenizer
 
-LONG = float("inf")  # until when there is time
+CODE_TEXT = "def read(path):\n    "
 CODE = [
-    Sample("code", "def read(path):\n    "),
+    Sample("code", CODE_TEXT),
     Sample("code", "import json\n\n\nclass Config:\n"),
 ]
 PROSE = [Sample("prose", "The first house on the left was built in")]
-PROMPT = list(range(10, 50))
-SAID = Prediction(50.0, 0.1, 9_000_000, 2.0, 0.01, 0.02, 0.01, 0.01, 0.0, 4_000_000)
+
+
+BRIEF = Effort(num_tokens=40)
 
 
 @pytest.fixture(autouse=True)
@@ -54,25 +53,13 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """Under a plan whose verification has room for any tree of 5 levels."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("demo") / "artifact"
-    return build_artifact(DEMO, folder, width=3, depth=5, verify_width=48, resident_share=0.8)
+    return build_artifact(
+        DEMO, folder, width=3, depth=5, verify_width=48, resident_share=0.8, int4_kernel="w4a8"
+    )
 
 
-def said(method: Method, usage: Usage) -> Prediction:
-    return SAID
-
-
-def rehearsed(
-    artifact: Artifact, samples: Sequence[Sample], effort: Effort = USUAL_EFFORT
-) -> Rehearsal:
+def rehearsed(artifact: Artifact, samples: Sequence[Sample], effort: Effort = BRIEF) -> Rehearsal:
     return rehearse(artifact, artifact.plan, said, samples, Setting(), lambda *_: None, effort)
-
-
-def played(session: Session, prompt: list[int], num_tokens: int = 40) -> DecodedSample:
-    return play(session, prompt, num_tokens, said, LONG)
-
-
-def run(session: Session, prompt: list[int], num_tokens: int) -> list[int]:
-    return [t for some in session.generate(prompt, num_tokens, Sampling()) for t in some]
 
 
 # Acceptance
@@ -131,14 +118,14 @@ def test_the_draft_of_random_weights_is_seldom_accepted(tmp_path: Path) -> None:
 
 
 def test_an_answer_that_ends_at_once_teaches_nothing(demo: Artifact) -> None:
-    with Session(demo) as session:
-        [first] = run(session, [*range(5, 25)], 1)
+    with on_stage(demo) as stage:
+        [first] = stage.answer([*range(5, 25)], 1)
     brief = replace(demo, spec=replace(demo.spec, eos_token_ids=(first,)))
-    with Session(brief) as session, torch.inference_mode():
-        answer = played(session, [*range(5, 25)])
+    with on_stage(brief) as stage:
+        answer = stage.decode([*range(5, 25)])
         assert answer.tokens == (*range(5, 25), first) and answer.starts == ()
         trees: Trees = {}
-        replay(session, answer.tokens, answer.starts, "code", trees, LONG)
+        stage.replay(answer, "code", trees)
         assert trees == {}
     assert all(timed.actual == () for timed in (*answer.rounds.draft, *answer.rounds.verify))
 
@@ -158,7 +145,8 @@ def test_a_slow_machine_is_asked_for_one_round_only(demo: Artifact) -> None:
 
 
 def test_a_plan_without_a_draft_is_timed_and_nothing_is_judged(demo: Artifact) -> None:
-    plain = replace(demo, plan=replace(demo.plan, method="plain", substitute=None))
+    without_draft = {"plain": demo.plan.placement("plain")}
+    plain = replace(demo, plan=replace(demo.plan, method="plain", placements=without_draft))
     found = rehearsed(plain, CODE)
     assert found.acceptance is None
     assert found.rounds.draft == found.rounds.verify == ()
@@ -177,9 +165,10 @@ def test_every_round_but_an_answers_first_is_timed(demo: Artifact) -> None:
         asked.append((method, usage))
         return replace(SAID, verify_seconds=0.001 * usage.prompt_tokens)
 
-    with Session(demo) as session, torch.inference_mode():
-        first, second = (play(session, PROMPT[:n], 20, ask, LONG) for n in (30, 10))
-        stats = session.stats
+    with on_stage(demo) as stage:
+        own = stage.engine, stage.sequence
+        first, second = (decode(*own, PROMPT[:n], 20, ask, LONG) for n in (30, 10))
+        stats = stage.sequence.stats
     assert [(method, usage.prompt_tokens) for method, usage in asked] == [
         ("substitute", 30), ("substitute", 10),
     ]  # fmt: skip
@@ -189,7 +178,7 @@ def test_every_round_but_an_answers_first_is_timed(demo: Artifact) -> None:
     assert len(draft.actual) == len(verify.actual) == len(second.starts) - 1
     assert min(*draft.actual, *verify.actual) > 0
     assert sum(verify.actual) < stats.verify_seconds
-    # The first answer of a session waits for digests, which no run of a user does twice.
+    # The first answer of an engine waits for digests, which no run of a user does twice.
     assert first.rounds.prompt == ()
     assert [timed.actual for timed in second.rounds.prompt] == [
         (stats.time_to_first_token_seconds,)
@@ -202,18 +191,19 @@ def test_the_drafts_of_rounds_count_as_if_each_had_drafted_a_whole_tree(
     """Rounds of a plan that ends early draft more levels and fewer."""
     passed = list[tuple[float, int]]()
     early = replan(demo, width=3, depth=5, verify_width=48, min_path_probability=0.97)
-    prompt = load_tokenizer(demo.path / "tokenizer").plain_ids(CODE[0].prompt)
+    prompt = load_tokenizer(demo.path / "tokenizer").plain_ids(CODE_TEXT)
 
-    with Session(early) as session, torch.inference_mode():
-        generate = session.generate
+    with on_stage(early) as stage:
+        generate = stage.sequence.generate
 
-        def watched(*words: Any) -> Iterator[list[int]]:
-            for emitted in generate(*words):
-                passed.append((session.stats.draft_seconds, session.stats.drafted_levels))
+        def watched(tokens: list[int], params: GenerationParams) -> Iterator[list[int]]:
+            for emitted in generate(tokens, params):
+                stats = stage.sequence.stats
+                passed.append((stats.draft_seconds, stats.drafted_levels))
                 yield emitted
 
-        monkeypatch.setattr(session, "generate", watched)
-        answer = play(session, prompt, 40, said, LONG)
+        monkeypatch.setattr(stage.sequence, "generate", watched)
+        answer = stage.decode(prompt, 40)
     rounds = [(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(passed)][1:]
     assert len({levels for _, levels in rounds}) > 1, "all rounds drafted alike"
     [draft] = answer.rounds.draft
@@ -229,7 +219,13 @@ def test_a_slower_link_is_rehearsed_at_its_speed(demo: Artifact) -> None:
         return predict_for(demo.spec, PROFILE, streams.plan, storage, method, usage)
 
     found = rehearse(
-        streams, streams.plan, promised, CODE[:1], Setting(link_bandwidth=100e6), lambda *_: None
+        streams,
+        streams.plan,
+        promised,
+        CODE[:1],
+        Setting(link_bandwidth=100e6),
+        lambda *_: None,
+        BRIEF,
     )
     [timed] = found.rounds.plain
     assert timed.predicted > 0
@@ -237,7 +233,7 @@ def test_a_slower_link_is_rehearsed_at_its_speed(demo: Artifact) -> None:
 
 
 def test_the_shipped_prompts_take_turns_until_time_is_up(demo: Artifact) -> None:
-    effort = Effort(draft_seconds=4.0, num_tokens=4, tree_widths=(1,))
+    effort = Effort(draft_seconds=1.0, num_tokens=4, tree_widths=(1,))
     stages = list[tuple[str, float]]()
     found = rehearse(
         demo, demo.plan, said, shipped_samples(), Setting(), lambda *s: stages.append(s), effort

@@ -6,33 +6,25 @@ from dataclasses import replace
 import pytest
 import torch
 from builders import build_artifact, replan
+from rehearsing import PROMPT, Stage, on_stage
 
 from subspec.artifacts.acceptance import Acceptance, Curve
 from subspec.artifacts.format.checks import check_plan
 from subspec.artifacts.format.store import Artifact
-from subspec.artifacts.plan import Method, Prediction, Tree, Usage
+from subspec.artifacts.plan import Tree
 from subspec.planner.model.hub import DEMO
-from subspec.planner.rehearse.rehearsal import DecodedSample, play
 from subspec.planner.rehearse.replay import (
     WIDEST_EVERY,
     WIDTHS,
     Counts,
     Trees,
     acceptance_of,
-    judge,
-    replay,
 )
 from subspec.planner.solve.problem import make_tree
-from subspec.runtime.decode import draft_pass, exact_logits
+from subspec.runtime.decode import exact_logits
 from subspec.runtime.draft.beam import Level, grow, probability, stops
-from subspec.runtime.model.sampling import Sampling
-from subspec.runtime.session import Session
 from subspec.runtime.text.tokenizer import load_tokenizer
 from subspec.runtime.verify import accept
-
-LONG = float("inf")  # until when there is time
-PROMPT = list(range(10, 50))
-SAID = Prediction(50.0, 0.1, 9_000_000, 2.0, 0.01, 0.02, 0.01, 0.01, 0.0, 4_000_000)
 
 
 @pytest.fixture(autouse=True)
@@ -46,29 +38,19 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """Under a plan whose verification has room for any tree of 5 levels."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("demo") / "artifact"
-    return build_artifact(DEMO, folder, width=3, depth=5, verify_width=48, resident_share=0.8)
+    return build_artifact(
+        DEMO, folder, width=3, depth=5, verify_width=48, resident_share=0.8, int4_kernel="w4a8"
+    )
 
 
-def said(method: Method, usage: Usage) -> Prediction:
-    return SAID
-
-
-def played(session: Session, prompt: list[int], num_tokens: int = 40) -> DecodedSample:
-    return play(session, prompt, num_tokens, said, LONG)
-
-
-def run(session: Session, prompt: list[int], num_tokens: int) -> list[int]:
-    return [t for some in session.generate(prompt, num_tokens, Sampling()) for t in some]
-
-
-def places(session: Session, most_known: int) -> Iterator[tuple[int, ...]]:
-    """From where a tree may grow, with the session's cache as it was there: its root and what
-    follows, of two answers. The draft is less sure of the second."""
-    text = load_tokenizer(session.artifact.path / "tokenizer")
+def places(stage: Stage, most_known: int) -> Iterator[tuple[int, ...]]:
+    """From where a tree may grow, with the cache as it was there: its root and what follows, of two
+    answers. The draft is less sure of the second."""
+    text = load_tokenizer(stage.engine.artifact.path / "tokenizer")
     for prompt in (PROMPT, text.plain_ids("def read(path):\n    ")):
-        known = played(session, prompt).tokens
+        known = stage.decode(prompt).tokens
         for start in range(len(known) - 2, len(prompt) - 1, -1):
-            session.model.cache.roll_back(start)
+            stage.cache.roll_back(start)
             yield known[start : start + 1 + most_known]
 
 
@@ -79,16 +61,17 @@ def places(session: Session, most_known: int) -> Iterator[tuple[int, ...]]:
 def test_a_tree_is_judged_as_the_exact_weights_accept_it(width: int, demo: Artifact) -> None:
     """The same tree, grown, verified and accepted by what decoding does, from every place."""
     depth, found = 5, list[tuple[int, int]]()
-    with Session(demo) as session, torch.inference_mode():
-        model = session.model
-        for known in places(session, depth):
+    with on_stage(demo) as stage:
+        for known in places(stage, depth):
             if len(known) <= depth:
                 continue
-            root = torch.tensor([known[0]])
-            tree = grow(root, make_tree(width, depth), demo.plan.verify_width, draft_pass(model))
-            emitted = accept(tree, exact_logits(model, tree).argmax(-1), depth).emitted()
+            root, num_rows = torch.tensor([known[0]]), demo.plan.verify_width
+            draft_pass = stage.drafter.draft_pass([stage.cache], num_rows)
+            [tree] = grow([root], [depth], make_tree(width, depth), num_rows, draft_pass)
+            [logits] = exact_logits(stage.engine.model, [tree], [stage.cache])
+            emitted = accept(tree, logits.argmax(-1), depth).emitted()
             assert [*known[1:]][: len(emitted)] == emitted[:depth]
-            judged = judge(session, known, width)
+            judged = stage.judge(known, width)
             assert judged == (len(emitted) - 1, min(len(emitted), depth))
             found.append(judged)
     assert len(set(found)) > 1, "trees of one kind prove little"
@@ -105,22 +88,22 @@ def test_the_probability_of_a_level_is_that_of_all_its_paths() -> None:
 
 def test_rounds_of_the_plan_are_judged_as_they_went(demo: Artifact) -> None:
     depth = demo.plan.tree.depth
-    with Session(demo) as session, torch.inference_mode():
-        answer = played(session, PROMPT, 80)
-        lengths = session.stats.accepted
+    with on_stage(demo) as stage:
+        answer = stage.decode(PROMPT, 80)
+        lengths = stage.sequence.stats.accepted
         assert len(answer.starts) == len(lengths) > 12
         for start, number in reversed(list(zip(answer.starts, lengths, strict=True))):
-            session.model.cache.roll_back(start)
-            accepted, _ = judge(session, answer.tokens[start : start + depth + 1], 3)
+            stage.cache.roll_back(start)
+            accepted, _ = stage.judge(answer.tokens[start : start + depth + 1], 3)
             assert accepted == number
 
 
 def test_what_follows_the_end_of_the_answer_is_not_tried(demo: Artifact) -> None:
-    with Session(demo) as session, torch.inference_mode():
-        known = played(session, PROMPT).tokens
+    with on_stage(demo) as stage:
+        known = stage.decode(PROMPT).tokens
         for start in range(len(known) - 1, len(PROMPT), -1):
-            session.model.cache.roll_back(start)
-            accepted, tried = judge(session, known[start:], 3)
+            stage.cache.roll_back(start)
+            accepted, tried = stage.judge(known[start:], 3)
             assert accepted <= tried <= min(accepted + 1, len(known) - 1 - start)
             if start == len(known) - 1:
                 assert tried == 0
@@ -128,34 +111,34 @@ def test_what_follows_the_end_of_the_answer_is_not_tried(demo: Artifact) -> None
 
 def test_a_tree_is_no_deeper_than_the_cache_has_room_for(demo: Artifact) -> None:
     """The last slot belongs to padding; a level of trees 3 wide needs three more."""
-    with Session(replan(demo, width=1, depth=7, context=55)) as session, torch.inference_mode():
-        cache = session.model.cache
+    with on_stage(replan(demo, width=1, depth=7, context=55)) as stage:
+        cache = stage.cache
         assert cache.padding_slot == 63
         cache.commit([5] * 60)
         known = [5] * 10
-        assert judge(session, known, 3) == (0, 0)
-        assert 1 <= judge(session, known, 1)[1] <= 2
+        assert stage.judge(known, 3) == (0, 0)
+        assert 1 <= stage.judge(known, 1)[1] <= 2
         cache.roll_back(59)
-        assert judge(session, known, 3)[1] == 1
-        assert judge(session, known, 8) == (0, 0)
+        assert stage.judge(known, 3)[1] == 1
+        assert stage.judge(known, 8) == (0, 0)
 
 
 def test_a_session_goes_on_after_its_trees_were_replayed(demo: Artifact) -> None:
-    with Session(demo) as session:
-        expected = run(session, PROMPT, 40)
+    with on_stage(demo) as stage:
+        expected = stage.answer(PROMPT, 40)
     trees: Trees = {}
-    with Session(demo) as session, torch.inference_mode():
+    with on_stage(demo) as stage:
         for _ in range(2):
-            answer = played(session, PROMPT)
+            answer = stage.decode(PROMPT)
             assert list(answer.tokens[len(PROMPT) :])[:40] == expected
-            replay(session, answer.tokens, answer.starts, "code", trees, LONG)
+            stage.replay(answer, "code", trees)
         once = {key: counts.tried[0] // 2 for key, counts in trees.items()}
         every, third = len(answer.starts), -(-len(answer.starts) // WIDEST_EVERY)
         assert once == {(1, "code"): every, (3, "code"): every, (8, "code"): third}
-    with Session(demo) as session, torch.inference_mode():
-        answer = played(session, PROMPT)
-        replay(session, answer.tokens, answer.starts, "code", trees, LONG)
-        assert run(session, PROMPT, 40) == expected
+    with on_stage(demo) as stage:
+        answer = stage.decode(PROMPT)
+        stage.replay(answer, "code", trees)
+        assert stage.answer(PROMPT, 40) == expected
 
 
 # Counts

@@ -4,27 +4,25 @@ from run_records import make_run
 from toys import ACCEPTANCE, make_profile, make_spec
 
 from subspec.artifacts.common.sizes import short_size
-from subspec.artifacts.model import parts
+from subspec.artifacts.footprint import model_bytes
 from subspec.artifacts.plan import Constraints
 from subspec.artifacts.profile import Corrections, LinkRate
 from subspec.planner.report.wording import (
     PURPOSES,
     cost_rows,
     in_markdown,
-    ledger_bytes,
     ledger_rows,
     placement_of,
     run_rows,
     streamed_line,
 )
-from subspec.planner.solve.costs import model_bytes
 from subspec.planner.solve.search import search
 from subspec.planner.solve.storage import usual_storages
 
 
 def test_every_purpose_of_the_ledger_has_a_label_and_all_add_up_to_the_budget() -> None:
     plan = search(make_spec(), make_profile(), 12_000_000, Constraints(context=256), ACCEPTANCE)
-    assert set(ledger_bytes(placement_of(plan))) == set(PURPOSES)
+    assert set(vars(placement_of(plan).ledger)) == set(PURPOSES)
     rows = ledger_rows(plan)
     assert sum(row.num_bytes for row in rows) == plan.budget_bytes
     assert all(row.num_bytes > 0 for row in rows)
@@ -37,13 +35,13 @@ def test_what_streams_is_told_beside_what_is_resident() -> None:
     stored = usual_storages(spec)[0]
     budget = int(0.8 * model_bytes(spec))
     plan = search(spec, profile, budget, Constraints(), ACCEPTANCE, stored)
-    placement, total = placement_of(plan), len(parts(spec))
-    resident, split = len(placement.resident), len(placement.split)
+    placement, total = placement_of(plan), len(spec.parts)
+    resident, residuals = len(placement.resident), len(placement.residuals)
     streamed = plan.predicted[plan.method].streamed_bytes
-    assert resident and split and streamed
+    assert resident and residuals and streamed
     assert streamed_line(spec, plan) == (
-        f"{short_size(streamed)} per round, {total - resident - split} of {total} matrices; "
-        f"{resident} are resident, {split} as residuals"
+        f"{short_size(streamed)} per round, {total - resident - residuals} of {total} matrices; "
+        f"{resident} are resident, {residuals} as residuals"
     )
 
 

@@ -169,7 +169,7 @@ def test_an_anew_planned_artifact_has_the_plan_of_the_search(artifact: Path) -> 
     assert plan("--from", artifact, "--vram", "8MB") == 0
     found = open_artifact(artifact).plan
     assert replace(found, by_budget=(), by_context=()) == expected
-    assert "the artifact keeps them so" in found.reasons[-1]
+    assert "as in the existing artifact" in found.reasons[-1]
 
 
 def test_an_artifact_that_decodes_slowly_is_planned_to_hold_some_residuals_decoded(
@@ -193,7 +193,10 @@ def test_an_artifact_that_decodes_slowly_is_planned_to_hold_some_residuals_decod
         resident = some.plan.placement("substitute").resident
         assert set(resident) <= set(some.plan.residuals)
         total = len(before.spec.parts)
-        assert f"; {len(resident)} of {total} matrices are held decoded" in some.plan.reasons[-1]
+        assert (
+            f"; {len(resident)} of {total} matrices are decoded while loading"
+            in some.plan.reasons[-1]
+        )
         assert tokens(some) == tokens(before)
         counts.append(len(resident))
     assert len(before.spec.parts) > counts[0] > counts[1] > 0

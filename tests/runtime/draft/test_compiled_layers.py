@@ -51,8 +51,15 @@ from subspec.runtime.kernels.linear import Int4Weight, pack
 from subspec.runtime.memory import Temporaries
 from subspec.runtime.model.attention import attend
 from subspec.runtime.model.cache import Cache
+from subspec.runtime.model.embedding import EmbeddingRows
 from subspec.runtime.model.sampling import Sampling
-from subspec.runtime.model.transformer import Rows, SharedWeights, forward, make_shared
+from subspec.runtime.model.transformer import (
+    Rows,
+    SharedWeights,
+    forward,
+    make_shared,
+    make_tables,
+)
 
 BF16, F32 = torch.bfloat16, torch.float32
 BUILDS = {
@@ -160,6 +167,13 @@ class Toy:
 NONE = Cache((), ())
 
 
+def shared(
+    spec: ModelSpec, rows: EmbeddingRows, small: dict[str, Tensor], dtype: torch.dtype
+) -> SharedWeights:
+    tables = make_tables(spec, SLOTS, dtype, torch.clone)
+    return make_shared(spec, rows, small, tables, dtype, torch.clone)
+
+
 def make_toy(spec: ModelSpec) -> Toy:
     generator = torch.Generator().manual_seed(spec.hidden_size + spec.kv_bytes_per_token)
 
@@ -191,9 +205,9 @@ def make_toy(spec: ModelSpec) -> Toy:
     keys, values = (tuple(noise(*shape).to(BF16) for shape in shapes) for _ in range(2))
     return Toy(
         embedding,
-        make_shared(spec, rows, small, SLOTS, BF16, torch.clone),
+        shared(spec, rows, small, BF16),
         Substitutes(spec.num_layers, weights, biases),
-        make_shared(spec, rows, small, SLOTS, F32, torch.clone),
+        shared(spec, rows, small, F32),
         Substitutes(spec.num_layers, exact, {name: b.float() for name, b in biases.items()}),
         Cache(keys, values),
     )
@@ -569,10 +583,10 @@ def test_the_demo_models_drafts_are_those_of_the_twin(tmp_path: Path) -> None:
                 nodes = nodes[nodes < tree.num_nodes]
                 growing = [Growing(0, tree, Level(nodes, torch.zeros(len(nodes))))]
                 kept = [tensor.clone() for tensor in (*cache.keys, *cache.values)]
-                got = drafter.draft_pass([cache])(growing).float()
+                got = drafter.draft_pass([cache], drafter.verify_width)(growing).float()
                 for tensor, before in zip((*cache.keys, *cache.values), kept, strict=True):
                     tensor.copy_(before)
-                expected = twin.draft_pass([cache])(growing).float()
+                expected = twin.draft_pass([cache], drafter.verify_width)(growing).float()
                 same += int((got.argmax(1) == expected.argmax(1)).sum())
                 num_rows += len(nodes)
                 farthest = max(farthest, distance(got, expected))
