@@ -71,6 +71,11 @@ class OpenOptions:
     graphs: bool = True  # on cuda: a draft's levels are captured as CUDA graphs
     trace: bool = False  # `engine.model.clock.spans` says what ran when
 
+    def __post_init__(self) -> None:
+        if self.link_bandwidth is not None and not self.link_bandwidth > 0:
+            message = f"link_bandwidth is {self.link_bandwidth}, expected more than 0"
+            raise SubspecError(Exit.USAGE, message)
+
 
 class Engine:
     """One model in fast memory, under one plan. Close it, or use it as a context manager."""
@@ -123,6 +128,9 @@ class Engine:
         plan, spec = artifact.plan, artifact.spec
         method = options.method or plan.method
         placement = plan.placement(method)
+        if method != "plain" and not options.padded:
+            message = f"padded=False is for plain decoding, but the method is {method}"
+            raise SubspecError(Exit.USAGE, message, 'add method="plain"')
         dtype: torch.dtype = getattr(torch, spec.dtype)
         with ExitStack() as stack:
             # The device and its memory
@@ -227,7 +235,7 @@ class Engine:
         An error leaves those that have not committed the round where they were: the next step does
         it again.
         """
-        self._check_open()
+        self._prepare()
         active = list(self._decoding)
         if not active:
             return False
@@ -256,7 +264,7 @@ class Engine:
     @torch.inference_mode()
     def read_prompt(self, sequence: Sequence, tokens: list[int]) -> tuple[int, float]:
         """The prompt's pass of one sequence -> its first token, and the seconds that it took."""
-        self._check_open()
+        self._prepare()
         clock = self.model.clock
         before = clock.seconds.get("prefill", 0.0)
         with self.peak.watch():
@@ -282,6 +290,12 @@ class Engine:
     def _check_open(self) -> None:
         if self._closed:
             raise SubspecError(Exit.USAGE, "the engine is closed", "open the artifact again")
+
+    def _prepare(self) -> None:
+        """Before a pass: others of this process may have set other threads, and a result's bits
+        depend on their number."""
+        self._check_open()
+        torch.set_num_threads(self.plan.num_threads)
 
     @contextmanager
     def _watched(self, num_sequences: int, length: int) -> Iterator[None]:

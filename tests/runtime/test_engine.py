@@ -222,6 +222,18 @@ def test_a_budget_larger_than_the_free_memory_is_refused_before_loading(
     assert caught.value.exit_code == Exit.RESOURCES
 
 
+@pytest.mark.parametrize("bandwidth", [0.0, -1.0, float("nan")])
+def test_a_link_is_not_slowed_to_nothing(bandwidth: float) -> None:
+    with pytest.raises(SubspecError, match="link_bandwidth is .*, expected more than 0"):
+        OpenOptions(link_bandwidth=bandwidth)
+
+
+def test_unpadded_rows_are_refused_where_a_draft_needs_its_exact_twin(artifact: Artifact) -> None:
+    with pytest.raises(SubspecError, match="padded=False is for plain decoding") as caught:
+        Engine.open(artifact, OpenOptions(padded=False))
+    assert caught.value.exit_code == Exit.USAGE
+
+
 def test_a_path_is_opened_as_its_artifact(artifact: Artifact) -> None:
     said = []
     for given in (artifact, artifact.path, str(artifact.path)):
@@ -292,6 +304,28 @@ def test_the_name_of_a_machine_counts_the_cpus_that_the_process_may_use() -> Non
         os.sched_setaffinity(0, usable)
 
 
+def test_two_engines_of_one_process_do_not_disturb_each_other(artifact: Artifact) -> None:
+    """Plans of other numbers of threads: a result's bits depend on it."""
+    plans = [replan(artifact, width=2, depth=3, num_threads=count) for count in (1, 2)]
+    expected = []
+    for plan in plans:
+        with Engine.open(plan) as engine:
+            expected.append(answer(engine, PROMPT, 16))
+    with Engine.open(plans[0]) as first, Engine.open(plans[1]) as second:
+        with first.new_sequence() as one, second.new_sequence() as two:
+            one.begin(PROMPT, GenerationParams(16))
+            assert torch.get_num_threads() == 1
+            two.begin(PROMPT, GenerationParams(16))
+            assert torch.get_num_threads() == 2
+            while first.step():
+                assert torch.get_num_threads() == 1
+                second.step()
+            while second.step():
+                pass
+            assert [one.take_fresh(), two.take_fresh()] == expected
+    torch.set_num_threads(1)
+
+
 # Sequences of one engine
 
 
@@ -355,6 +389,14 @@ def finished(engine: Engine, sequences: list[Sequence]) -> list[list[int]]:
     while engine.step():
         pass
     return [sequence.take_fresh() for sequence in sequences]
+
+
+def test_sequences_share_unpadded_passes_too(artifact: Artifact) -> None:
+    """The fastest plain decoding: a row's bits do not depend on the other sequences' rows."""
+    shared = replan(artifact, num_sequences=3)
+    with Engine.open(shared, OpenOptions("plain", padded=False)) as engine:
+        alone = [answer(engine, [20 + index, *PROMPT], 24) for index in range(3)]
+        assert finished(engine, begun(engine, 3, 24)) == alone
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -92,6 +92,14 @@ def test_generation_ends_at_an_end_of_text_inside_an_accepted_block(artifact: Ar
             assert sequence.cache.tokens == [*PROMPT, *ended[:-1]]
 
 
+def test_an_answer_may_be_its_end_token_alone(artifact: Artifact) -> None:
+    with Engine.open(artifact) as engine, engine.new_sequence() as sequence:
+        [first] = generated(sequence, PROMPT, GenerationParams(1))
+        params = GenerationParams(30, end_tokens=frozenset([first]))
+        assert generated(sequence, PROMPT, params) == [first]
+        assert sequence.finish_reason == "eos" and not engine.step()
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("num_kept", [1, 2, 5, 8])
 def test_a_cut_ends_the_answer_and_only_what_is_kept_is_committed(
