@@ -543,7 +543,7 @@ def test_all_weights_are_residuals_where_the_link_is_slow() -> None:
     plan = plan_for(9_000_000, profile=decoding_at(1e9))
     assert len(plan.residuals) == NUM_PARTS
     assert speed(plan) > 1.5 * speed(plan_for(9_000_000))
-    assert "residuals of 7.5 bits: 1 billion weights/s" in plan.reasons[-1]
+    assert "residuals of 7.5 bits: decoding gives 1 billion weights/s" in plan.reasons[-1]
 
 
 def test_all_weights_are_raw_where_decoding_is_slower_than_the_link() -> None:
