@@ -1,6 +1,7 @@
-# make demo      the embedded model under a memory cap that it does not fit, in a minute and a half
+# make demo      the embedded model under a budget that it does not fit, in a minute
 # make test      every quick test; make test-slow runs the others, make gpu-check what needs a GPU
 # make lint      what a reviewer need not look for
+# make drills    does the budget hold for the whole life of a process?
 #
 # Everything runs in a virtual environment: .venv, or the one that VENV names.
 
@@ -8,11 +9,11 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
-CAP = 9MB
+BUDGET = 9MB
 # The demo model is a thousand times smaller than what people run: so is its link.
 LINK = 40MB
 
-.PHONY: demo test test-slow lint bench gpu-check gpu-check-here clean
+.PHONY: demo test test-slow lint bench drills gpu-check gpu-check-here clean
 
 demo: demo-artifact/manifest.json
 	@echo "== subspec-run: the exact weights stream while the 4-bit substitutes draft"
@@ -21,9 +22,9 @@ demo: demo-artifact/manifest.json
 # Planned anew each time: a plan is only as good as what was measured on the machine as it is now.
 .PHONY: demo-artifact/manifest.json
 demo-artifact/manifest.json: $(VENV)/.subspec-installed
-	@echo "== the demo model has 9.9 MB of weights, the cap is $(CAP)"
+	@echo "== the demo model has 9.9 MB of weights, the budget is $(BUDGET)"
 	@echo "== the link is slowed to $(LINK)/s: the model is a thousand times smaller than what people run"
-	$(BIN)/subspec-plan --model demo --vram $(CAP) --device cpu --link-bandwidth $(LINK) --out demo-artifact --overwrite
+	$(BIN)/subspec-plan --model demo --vram $(BUDGET) --device cpu --link-bandwidth $(LINK) --out demo-artifact --overwrite
 
 test: $(VENV)/.subspec-dev-installed
 	$(BIN)/python -m pytest -q -m "not slow and not gpu"
@@ -38,6 +39,9 @@ lint: $(VENV)/.subspec-dev-installed
 
 bench: demo-artifact/manifest.json
 	$(BIN)/python benchmarks/speed.py demo-artifact --link-bandwidth $(LINK)
+
+drills: $(VENV)/.subspec-dev-installed
+	$(BIN)/python benchmarks/drills.py --folder build/drills
 
 gpu-check: $(VENV)/.subspec-dev-installed
 	$(PIP) -c constraints.txt -e '.[gpu]'

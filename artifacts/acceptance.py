@@ -1,8 +1,9 @@
-"""How deep trees of a draft are accepted: what was counted, and what that promises.
+"""Acceptance rate per level of draft trees: counts, and estimates from them.
 
 Level n of a tree is tried if its path was accepted down to level n - 1 and the exact model's next
-token is known there, so a tree that ends with its text counts as far as it can be judged
-(Kaplan-Meier). A tree's first n levels are those of the tree n deep: one deep tree tells all.
+token is known there. So a tree that reaches the end of its text counts as far as it can be judged
+(Kaplan-Meier). The first n levels of a tree are the tree of depth n: one deep tree covers all
+depths.
 """
 
 import math
@@ -15,9 +16,9 @@ from typing import Annotated
 
 from subspec.artifacts.common.bounds import MOST_LEVELS, Count, Length, TreeWidth
 
-# The one prior: a level's own counts weigh as if it had been tried so often more, and accepted as
-# often as all levels of all kinds of text at its width (empirical Bayes). The weight is a guess: a
-# rehearsal tries a first level some hundred times, and a deep one, or one kind's, some ten times.
+# The only prior: each level counts as tried this many times more, with the mean acceptance rate of
+# all levels and all kinds of text at its width (empirical Bayes). The weight is a guess: a
+# rehearsal tries a first level hundreds of times, and a deep level, or one kind of text, tens.
 PRIOR_TRIALS = 20
 TWO_SIDED_95 = 1.96
 
@@ -38,14 +39,14 @@ class Curve:
 @dataclass(frozen=True)
 class Acceptance:
     curves: tuple[Curve, ...]  # widths ascending
-    measured: bool  # False: published figures, until something was measured here
+    measured: bool  # False: published figures, not this model's
 
     @property
     def kinds(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(curve.kind for curve in self.curves))
 
     def num_trees(self, kind: str = "") -> int:
-        """Most that were tried at one width; kind "": of all kinds."""
+        """Largest number of trees tried at one width; kind "": of all kinds."""
         return max((c.tried[0] for c in pooled(self, kind) if c.tried), default=0)
 
     def reached(self, width: int, depth: int, kind: str = "") -> tuple[float, ...]:
@@ -53,12 +54,12 @@ class Acceptance:
         return tuple(accumulate(level_rates(self, width, depth, kind), mul))
 
     def tokens(self, width: int, depth: int, kind: str = "") -> float:
-        """Of one round: what is accepted, and the exact model's own."""
+        """Expected tokens of one round: the accepted ones and the exact model's own."""
         return 1.0 + sum(self.reached(width, depth, kind))
 
     def margin(self, width: int, depth: int, kind: str = "") -> float:
-        """Half of the 95 % confidence interval of `tokens`, by the delta method; of the narrower
-        of two measured widths. inf: nothing was measured."""
+        """Half of the 95 % confidence interval of `tokens`, by the delta method, with the counts of
+        the next narrower measured width. inf: nothing was measured."""
         known = [curve for curve in pooled(self, kind) if curve.width <= width]
         if not known or not self.measured:
             return math.inf
@@ -72,15 +73,15 @@ class Acceptance:
 
 
 def mean_rate(curve: Curve) -> float:
-    """Of a level, all levels alike. By Laplace's rule: a short run without a rejection does not
-    promise that there is never one."""
+    """Acceptance rate over all levels, by Laplace's rule of succession: a few trials without a
+    rejection do not mean a rate of 1."""
     return (sum(curve.accepted) + 1) / (sum(curve.tried) + 2)
 
 
 @lru_cache(maxsize=256)
 def level_rates(acceptance: Acceptance, width: int, depth: int, kind: str) -> tuple[float, ...]:
-    """Probability that level 1, 2, ... is accepted if those above it were; between two measured
-    widths straight over the logarithm of the width, beyond them as at the nearest."""
+    """Probability that level 1, 2, ... is accepted if all levels above it were. Interpolated
+    between measured widths linearly in the logarithm of the width, constant beyond them."""
     curves = pooled(acceptance, kind)
     means = {curve.width: mean_rate(curve) for curve in pooled(acceptance)}
 
@@ -100,13 +101,13 @@ def level_rates(acceptance: Acceptance, width: int, depth: int, kind: str) -> tu
 
 
 def pooled(acceptance: Acceptance, kind: str = "") -> list[Curve]:
-    """One curve per width: of `kind` if that was measured, else of all kinds together."""
+    """One curve per width: of `kind` if it was measured, else of all kinds together."""
     own = [curve for curve in acceptance.curves if curve.kind == kind]
     return merged(own or acceptance.curves, kind if own else "")
 
 
 def merged(curves: Iterable[Curve], kind: str) -> list[Curve]:
-    """The counts of one width added up; widths ascending."""
+    """One curve per width with the sums of the counts; widths ascending."""
     by_width: dict[int, list[Curve]] = {}
     for curve in curves:
         by_width.setdefault(curve.width, []).append(curve)
@@ -117,7 +118,7 @@ def merged(curves: Iterable[Curve], kind: str) -> list[Curve]:
 
 
 def added(counts: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
-    """Level by level; a shorter one has no more."""
+    """Sums level by level; missing levels count as 0."""
     rows = list(counts)
     longest = max((len(row) for row in rows), default=0)
     return tuple(sum(row[level] for row in rows if level < len(row)) for level in range(longest))

@@ -1,8 +1,7 @@
-"""What a model takes of fast memory: the arithmetic that planner and runtime share; no torch.
+"""Fast memory that a model needs: arithmetic that planner and runtime share; no torch.
 
-The runtime takes each purpose of the ledger from an arena of exactly this size, its loops are
+The runtime allocates an arena of exactly this size for each purpose of the ledger. Its loops are
 bounded by the constants below, and tests compare measured temporaries with `workspace_bytes`.
-T = rows of a pass, S = slots of a cache, W = verify width
 """
 
 from dataclasses import dataclass
@@ -13,27 +12,27 @@ from subspec.artifacts.model import Attention, Dense, ModelSpec
 from subspec.artifacts.plan import DeviceKind, Int4Kernel, Ledger
 
 ALIGNMENT = 256  # bytes; of every tensor in fast memory
-SLOT_ALIGNMENT = 64  # live lengths of the KV cache are multiples of it: few distinct shapes
+SLOT_ALIGNMENT = 64  # live lengths of the KV cache are multiples of it, for few distinct shapes
 
-# Rows that the runtime's loops take at a time, so that a long prompt's temporaries stay small.
+# Rows that the runtime's loops process at a time, which bounds the temporaries of a long prompt.
 ATTENTION_ROWS = 128
 NORM_ROWS = 256
 PRODUCT_ROWS = 256
 
 DRAFT_BYTES = 2  # the draft computes in bf16
-GUARD_SHARE = 0.01  # of the budget: what operations allocate inside themselves
-GUARD_BYTES = 128 << 10  # and at least this
-# cuda: cuBLAS' workspaces, 32 MiB on each of two streams of a Hopper, 8 elsewhere; what segments of
-# torch's allocator are rounded up by.
+GUARD_SHARE = 0.01  # of the budget, for what operations allocate internally
+GUARD_BYTES = 128 << 10  # at least
+# cuda: cuBLAS' workspaces (32 MiB on each of two streams on Hopper, 8 elsewhere), and the rounding
+# of segments in torch's allocator.
 ALLOCATOR_BYTES = (64 << 20) + (48 << 20)
 GRAPH_BYTES_PER_LAYER = 512 << 10  # of all graphs of a draft; estimated: 2 x 12 of 20 kernels, 1 kB
-ATTENTION_PIECE = 16  # head sizes and slots are rounded up to it in attention.cpp
-DRAFT_GROUP_BYTES = 76  # of 64 quantised activations in draft_layers.cpp
+ATTENTION_PIECE = 16  # attention.cpp rounds head sizes and slots up to multiples of it
+DRAFT_GROUP_BYTES = 76  # for 64 quantized activations in draft_layers.cpp
 
 
 @dataclass(frozen=True)
 class Ring:
-    """Staging slots that streamed weights go round in."""
+    """Ring of staging slots that streamed weights are copied to."""
 
     block_bytes: int
     num_slots: int
@@ -45,7 +44,7 @@ class Ring:
 
 @dataclass(frozen=True)
 class Shape:
-    """What a ledger depends on, beside the exact weights that stay resident."""
+    """What a ledger depends on, besides resident exact weights."""
 
     context: int
     num_sequences: int
@@ -54,7 +53,7 @@ class Shape:
     prefill_tokens: int
     num_threads: int  # of the CPU
     ring: Ring | None = None  # None: nothing streams
-    scratch_bytes: int | None = None  # of one decoded matrix; None: no weight is a residual
+    scratch_bytes: int | None = None  # for one decoded part; None: nothing is decoded at its use
 
 
 def aligned(num_bytes: int) -> int:
@@ -62,7 +61,7 @@ def aligned(num_bytes: int) -> int:
 
 
 def cache_slots(context: int, verify_width: int) -> int:
-    """Slots of one sequence for `context` tokens, one tree after them, and the padding slot."""
+    """Slots of one sequence: for `context` tokens, a tree after them, and the padding slot."""
     return -(-(context + verify_width + 1) // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
 
 
@@ -74,8 +73,8 @@ def make_ledger(
     overhead_bytes: int,
     budget_bytes: int,
 ) -> Ledger:
-    """Without resident exact weights."""
-    # A residual is decoded over its substitute, whether that drafts or not.
+    """Ledger of everything except resident exact weights."""
+    # A residual is decoded with its substitute, even if there is no draft.
     needs_substitutes = shape.draft_width is not None or shape.scratch_bytes is not None
     return Ledger(
         substitutes=substitutes_bytes(spec, kernel) if needs_substitutes else 0,
@@ -91,8 +90,8 @@ def make_ledger(
 
 
 def packed_bytes(num_rows: int, num_columns: int, kernel: Int4Kernel) -> tuple[int, ...]:
-    """Of a substitute's codes, and of its qparams as stored: residuals are decoded by them, and
-    ATen's kernels read them. gemlite wants a second copy in its own layout."""
+    """Sizes of a substitute's codes and of its qparams as stored, which the residual decoder and
+    ATen's kernels read. gemlite needs a second copy of the qparams in its own layout."""
     qparams = num_rows * num_columns // 64 * 4
     return (num_rows * num_columns // 2, qparams, *((qparams,) if kernel == "gemlite" else ()))
 
@@ -109,12 +108,13 @@ def substitutes_bytes(spec: ModelSpec, kernel: Int4Kernel) -> int:
 
 @lru_cache(maxsize=8)
 def norms_bytes(spec: ModelSpec) -> int:
-    """Norms, biases and matrices that have no substitute."""
+    """Size of norms, biases and matrices without a substitute."""
     return sum(aligned(prod(shape) * spec.item_bytes) for shape in spec.resident_shapes.values())
 
 
 def tables_bytes(spec: ModelSpec, shape: Shape) -> int:
-    """Rope tables, and for a model that is not bf16 the draft's copies of tables, norms, biases."""
+    """Size of the RoPE tables and, unless the model is bf16, of the draft's bf16 copies of tables,
+    norms and biases."""
     positions = cache_slots(shape.context, shape.verify_width)
     item = 4 if spec.rope_in_f32 else spec.item_bytes
     total = sum(2 * aligned(positions * rope.size * item) for rope in spec.ropes)
@@ -135,7 +135,7 @@ def draft_copies_bytes(spec: ModelSpec) -> int:
 
 
 def cache_bytes(spec: ModelSpec, shape: Shape) -> int:
-    """Keys and values of every attention, for all sequences."""
+    """Size of the keys and values of every attention, for all sequences."""
     slots = cache_slots(shape.context, shape.verify_width)
     return shape.num_sequences * sum(
         2 * aligned(slots * attention.kv_size * spec.item_bytes)
@@ -146,7 +146,7 @@ def cache_bytes(spec: ModelSpec, shape: Shape) -> int:
 
 @lru_cache(maxsize=8)
 def model_bytes(spec: ModelSpec) -> int:
-    """The checkpoint's own size."""
+    """Size of the checkpoint's weights."""
     small = sum(prod(shape) for shape in spec.resident_shapes.values()) * spec.item_bytes
     matrices = sum(part.num_bytes for part in spec.parts)
     embedding = spec.embedding_bytes
@@ -154,7 +154,7 @@ def model_bytes(spec: ModelSpec) -> int:
 
 
 def workspace_bytes(spec: ModelSpec, device: DeviceKind, shape: Shape) -> int:
-    """Peak of temporaries over the passes; an upper bound, tested against a measurement."""
+    """Upper bound of the temporaries of any pass; a test compares it with a measurement."""
     slots, threads = cache_slots(shape.context, shape.verify_width), shape.num_threads
     sequences, width = shape.num_sequences, shape.verify_width
     prompt = pass_bytes(spec, device, 1, shape.prefill_tokens, slots) + logits_bytes(spec, 1)
@@ -169,7 +169,7 @@ def workspace_bytes(spec: ModelSpec, device: DeviceKind, shape: Shape) -> int:
     draft += 14 * rows * padded_vocabulary(spec)  # bf16 and f32 logits, sharpened f32
     if device == "cpu":
         return aligned(max(exact, draft))
-    # Captured levels keep their temporaries, and the driver something for each kernel.
+    # Captured levels keep their temporaries, and the driver needs memory for each kernel.
     graphs = sequences * spec.num_layers * GRAPH_BYTES_PER_LAYER
     return aligned(exact + draft) + graphs + ALLOCATOR_BYTES
 
@@ -180,9 +180,9 @@ def pass_bytes(
     sequences: int,
     rows: int,  # of each sequence
     slots: int,
-    exact_threads: int | None = None,  # of batch-invariant attention; None: the fast one
+    exact_threads: int | None = None,  # of batch-invariant attention; None: fast attention
 ) -> int:
-    """Activations in the layer that takes most."""
+    """Size of the activations in the layer that needs most."""
     every = sequences * rows
     masks = sequences * (rows * (rows + slots) + 8 * slots + rows * 64)
     residual = every * spec.hidden_size * spec.item_bytes
@@ -214,11 +214,11 @@ def block_bytes(
     query, repeats = body.query_size, body.num_heads // body.num_kv_heads
     turned = 4 if spec.rope_in_f32 else item
     if exact_threads is not None:
-        # By the plain twin: f64 scores of one KV head, three alive, its keys and values.
-        twin = repeats * rows * slots * 25 + slots * body.head_size * 16
+        # By the plain twin: f64 scores of one KV head, two alive, its keys and values.
+        twin = repeats * rows * slots * 17 + slots * body.head_size * 16
         compiled = attention_scratch_bytes(exact_threads, slots, body.head_size)
         scores = max(twin, compiled) + 2 * rows * query * max(item, turned)
-    else:  # mask and its fold over the repeated heads; mask-free kernels are not assumed
+    else:  # the mask, and its copy for the repeated heads; no mask-free kernel is assumed
         scores = some * slots * (2 + item * (1 + repeats)) + 4 * some * query * max(item, turned)
         if device == "cuda":
             scores += body.num_heads * some * slots * 4  # the math kernel's scores
@@ -231,8 +231,8 @@ def block_bytes(
 
 
 def attention_scratch_bytes(num_threads: int, num_slots: int, head_size: int) -> int:
-    """Of attention.cpp, beside its result: per thread, the keys and values of a KV head in f32 and
-    the scores of 16 rows."""
+    """Scratch memory of attention.cpp: per thread, the keys and values of a KV head in f32 and the
+    scores of 16 rows."""
     piece = ATTENTION_PIECE
     slots, dims = (-(-size // piece) * piece for size in (num_slots, head_size))
     per_thread = slots * (2 * dims + piece + 2) + dims * piece
@@ -242,7 +242,7 @@ def attention_scratch_bytes(num_threads: int, num_slots: int, head_size: int) ->
 def compiled_draft_bytes(
     spec: ModelSpec, sequences: int, rows: int, slots: int, num_threads: int
 ) -> int:
-    """Of draft_layers.cpp in bf16: rows, rope, masks and its scratch; layers are alike there."""
+    """Temporaries of draft_layers.cpp in bf16: rows, RoPE, masks and scratch."""
     attentions = [body for body in spec.bodies if isinstance(body, Attention)]
     inner = max((body.inner_size for body in spec.bodies if isinstance(body, Dense)), default=0)
     query = max((body.query_size for body in attentions), default=0)
@@ -257,7 +257,7 @@ def compiled_draft_bytes(
 
 
 def logits_bytes(spec: ModelSpec, rows: int) -> int:
-    """Logits of all rows, and the f64 working copies of the one that is sampled."""
+    """Size of the logits of all rows, and of the f64 copies of the row that is sampled."""
     vocabulary = padded_vocabulary(spec)
     return rows * vocabulary * spec.item_bytes + vocabulary * 72
 

@@ -2,8 +2,8 @@
 
 A layer is a sequence of blocks, and a block is x += multiplier * after(body(before(x))) with two
 optional norms: so pre-norm, post-norm and sandwich-norm decoders are one form. Norms are named,
-because roles and names disagree between families. Names are canonical, whatever a checkpoint calls
-its tensors: `model.layers.3.self_attn.q_proj`, less ".weight".
+because roles and names disagree between families. Names are canonical and do not depend on what
+a checkpoint calls its tensors: `model.layers.3.self_attn.q_proj`, without ".weight".
 """
 
 import math
@@ -20,7 +20,7 @@ PART_ROWS = 64  # parts begin at multiples of it; kernels tile rows by 64 at mos
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 DType = Literal["bfloat16", "float16", "float32"]
-Encoding = Literal["raw", "residual"]  # the checkpoint's bytes, or what the substitute leaves open
+Encoding = Literal["raw", "residual"]  # the checkpoint's bytes, or their residual (residual.py)
 
 Size = Annotated[int, Between(1, 1 << 20)]  # of features, heads
 Positions = Annotated[int, Between(1, 1 << 30)]
@@ -36,10 +36,10 @@ HEAD = "lm_head"
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary embedding (arXiv 2104.09864). Fields beyond `interleaved` are of the kinds named."""
+    """Rotary embedding (arXiv 2104.09864). Fields after `interleaved` are for the kinds noted."""
 
     theta: Positive
-    size: Size  # leading features of a head that rotate; those behind them pass unchanged
+    size: Size  # leading features of a head that rotate; the others pass unchanged
     kind: Literal["default", "linear", "llama3", "yarn", "longrope"] = "default"
     interleaved: bool = False  # pairs (0, 1), (2, 3), ..., instead of (i, i + size / 2)
     factor: Positive = 1.0  # linear, llama3, yarn
@@ -50,7 +50,7 @@ class Rope:
     beta_slow: Positive = 1.0  # yarn
     truncate: bool = True  # yarn: the ramp between the betas ends at whole dimensions
     attention_factor: Positive = 1.0  # yarn, longrope: multiplies cos and sin
-    # longrope (arXiv 2402.13753): of each frequency; [size / 2]
+    # longrope (arXiv 2402.13753): divides each frequency; [size / 2]
     divisors: tuple[Positive, ...] = ()
 
 
@@ -115,7 +115,7 @@ class LayerSpec:
 
     @property
     def attentions(self) -> tuple[Attention, ...]:
-        """Those that keep keys and values."""
+        """Attention bodies in execution order: each has a KV cache."""
         return tuple(block.body for block in self.blocks if isinstance(block.body, Attention))
 
 
@@ -124,7 +124,7 @@ class NormStyle:
     """RMSNorm (arXiv 1910.07467)."""
 
     epsilon: Annotated[float, Between(1e-15, 1), Below(1)]
-    rounds_late: bool = False  # the weight is applied in f32; else after rounding to the dtype
+    rounds_late: bool = False  # the weight is applied in f32, else after rounding to the dtype
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class Source:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    family: str  # for people and records: nothing is decided by it
+    family: str  # informative: no code depends on it
     dtype: DType
     hidden_size: Size
     vocab_size: Annotated[int, Between(1, 1 << 24)]
@@ -153,7 +153,7 @@ class ModelSpec:
     source: Source = field(default_factory=lambda: Source(""))
 
     def __hash__(self) -> int:
-        """Cheap: what is worked out once for a model is looked up often."""
+        """Cheap, because cached results are looked up by model often."""
         return hash((self.family, self.hidden_size, self.vocab_size, len(self.layers)))
 
     @property
@@ -171,13 +171,13 @@ class ModelSpec:
 
     @cached_property
     def ropes(self) -> tuple[Rope, ...]:
-        """The distinct ones: each needs a table."""
+        """Distinct rotary embeddings: each needs a table of cosines and sines."""
         found = (one.rope for layer in self.layers for one in layer.attentions if one.rope)
         return tuple(dict.fromkeys(found))
 
     @cached_property
     def bodies(self) -> tuple[Attention | Dense, ...]:
-        """The distinct ones."""
+        """Distinct attentions and feed-forwards."""
         return tuple(dict.fromkeys(block.body for layer in self.layers for block in layer.blocks))
 
     @cached_property
@@ -195,8 +195,8 @@ class ModelSpec:
 
     @cached_property
     def parts(self) -> tuple["Part", ...]:
-        """Every exact weight that can be streamed, in execution order. A matrix without a
-        substitute is needed by the draft as it is: it is always resident and not listed."""
+        """Every exact weight that can be streamed, in execution order. Matrices without a
+        substitute are not among them: the draft uses them as they are, so they are resident."""
         return tuple(
             part
             for linear in self.linears
@@ -218,8 +218,8 @@ class ModelSpec:
 
     @cached_property
     def resident_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Tensor name -> shape of what is always in fast memory, exact: norms, biases and the
-        matrices that have no substitute."""
+        """Tensor name -> shape of the exact weights that are always resident: norms, biases and
+        matrices without a substitute."""
         found = dict[str, tuple[int, ...]]()
         for linear in self.linears:
             if linear.has_bias:
@@ -230,7 +230,7 @@ class ModelSpec:
 
     @property
     def embedding_bytes(self) -> int:
-        """Of the embedding matrix, whose rows come from slow memory."""
+        """Size of the embedding matrix, which is in slow memory."""
         return self.vocab_size * self.hidden_size * self.item_bytes
 
 
@@ -239,12 +239,12 @@ class Linear:
     """One matrix of y = x W^T + b, W [out_features, in_features]."""
 
     name: str
-    layer: int  # the head's is num_layers
-    place: int  # in its layer, in execution order
+    layer: int  # num_layers for the head
+    place: int  # index in its layer, in execution order
     out_features: int
     in_features: int
     has_bias: bool
-    padding_rows: int = 0  # zeros at the end of a head, so that 4 bits take any vocabulary
+    padding_rows: int = 0  # zero rows of a head, up to a multiple of PART_ROWS
 
     @property
     def num_weights(self) -> int:
@@ -252,13 +252,13 @@ class Linear:
 
     @property
     def has_substitute(self) -> bool:
-        """Whether the 4-bit format and its kernels take this shape; else it stays in fast memory
-        as it is, and draft and verification share it."""
+        """Whether the 4-bit format and its kernels support this shape. If not, the exact matrix is
+        resident, and draft and verification share it."""
         return self.in_features % GROUP_SIZE == 0 and self.out_features % 16 == 0
 
     @property
     def substitute_bytes(self) -> int:
-        """Codes of 4 bits, a 16-bit scale and a 16-bit zero point for each group."""
+        """Size of the 4-bit codes, and of a 16-bit scale and zero point for each group."""
         return self.num_weights // 2 + self.num_weights // GROUP_SIZE * 4
 
 
@@ -287,13 +287,13 @@ class Part:
 
     @property
     def can_be_residual(self) -> bool:
-        """Residuals come in tiles of rows (residual.py) over codes in tiles of rows (linear.py)."""
+        """Residuals need whole tiles of rows (residual.py), and so do packed codes (linear.py)."""
         return self.linear.out_features % PART_ROWS == 0
 
 
 @dataclass(frozen=True)
 class StoredPart:
-    """A Part as it lies in exact.safetensors and crosses the link."""
+    """A Part as it is stored in exact.safetensors and streamed."""
 
     part: Part
     encoding: Encoding
@@ -313,7 +313,7 @@ def layer_name(index: int) -> str:
 
 
 def padded(num_bytes: int) -> int:
-    """Up to the next page."""
+    """Round up to whole pages."""
     return -(-num_bytes // PAGE_BYTES) * PAGE_BYTES
 
 

@@ -1,7 +1,7 @@
-"""Plan: where every exact weight lives, what is drafted and how deep, what it should cost.
+"""Plan: which exact weights are resident, what is drafted and how deep, and the predicted cost.
 
-The planner writes it, the runtime obeys it. A pure function of spec, profile, budget and the
-user's own settings.
+The planner writes it, the runtime executes it. It is a pure function of spec, profile, budget and
+the user's constraints.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from subspec.artifacts.model import StoredPart
 
 DeviceKind = Literal["cpu", "cuda"]
 Method = Literal["substitute", "plain"]
-Int4Kernel = Literal["aten", "gemlite", "w4a8"]  # the last: runtime/kernels/int4.cpp, on cpu
+Int4Kernel = Literal["aten", "gemlite", "w4a8"]  # w4a8: runtime/kernels/int4.cpp, on cpu
 
 
 Budget = Annotated[int, Between(1, LARGEST)]
@@ -39,9 +39,9 @@ class Tree:
 
     width: TreeWidth
     depth: Annotated[int, Between(0, MOST_LEVELS)]
-    # Draft probabilities are sharpened by it (arXiv 2509.18344).
+    # Sharpens the draft's probabilities (arXiv 2509.18344).
     temperature: Annotated[float, Between(1e-6, 1e6)] = 1.0
-    # No level follows one whose paths are less probable than this, all together and sharpened.
+    # The draft ends at the first level whose paths have a smaller total sharpened probability.
     min_path_probability: Probability = 0.0
 
     @property
@@ -51,19 +51,19 @@ class Tree:
 
 @dataclass(frozen=True)
 class Ledger:
-    """Bytes of fast memory by purpose. All but the last three are arenas of exactly that size."""
+    """Bytes of fast memory by purpose. All but the last three are arenas of exactly this size."""
 
     substitutes: Count = 0
-    residuals: Count = 0  # exact weights that stay as residuals
-    resident: Count = 0  # exact weights that stay ready for a product
-    norms: Count = 0  # norms, biases and the matrices that have no substitute
+    residuals: Count = 0  # exact weights that are resident as residuals
+    resident: Count = 0  # exact weights that are resident as they are
+    norms: Count = 0  # norms, biases and matrices without a substitute
     tables: Count = 0  # rope tables, and the draft's copies in its dtype
     cache: Count = 0  # keys and values of all sequences
     staging: Count = 0  # slots that streamed weights arrive in
-    scratch: Count = 0  # one matrix decoded from its residual
+    scratch: Count = 0  # one part of a matrix, decoded from its residual
     workspace: Count = 0  # temporaries of torch and of our kernels
-    overhead: Count = 0  # what the process takes before any weight (CUDA context)
-    guard: Count = 0  # what operations allocate inside themselves
+    overhead: Count = 0  # taken by the process before any weight (CUDA context)
+    guard: Count = 0  # margin for what operations allocate internally
 
     @property
     def total_bytes(self) -> int:
@@ -71,45 +71,45 @@ class Ledger:
 
     @property
     def arenas(self) -> dict[str, int]:
-        """Purpose -> bytes of what is allocated once, when a model is opened."""
+        """Purpose -> bytes of what is allocated once, when an engine is opened."""
         unallocated = ("workspace", "overhead", "guard")
         return {name: size for name, size in vars(self).items() if name not in unallocated}
 
 
 @dataclass(frozen=True)
 class Placement:
-    """The fast tier while one method runs."""
+    """Contents of fast memory while one method runs."""
 
-    resident: tuple[str, ...]  # names of the parts that stay in fast memory, ready for a product
-    residuals: tuple[str, ...]  # of those that stay there as residuals; all others stream
+    resident: tuple[str, ...]  # names of the parts that are resident as exact weights
+    residuals: tuple[str, ...]  # of those that are resident as residuals; all others stream
     block_bytes: Count  # size of one slot of the staging ring; a block is consecutive parts
     num_slots: Count
-    ledger: Ledger  # sums to at most the budget
+    ledger: Ledger  # its sum is at most the budget
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What a prediction is for: speed depends on how long the prompt and the answer are."""
+    """Workload of a prediction: speed depends on the lengths of prompt and answer."""
 
     prompt_tokens: int
     answer_tokens: int
-    kind: str = ""  # of text, as the calibration names it; "": all kinds
+    kind: str = ""  # of text, as named by the calibration; "": all kinds
 
 
-USUAL = Usage(128, 256)  # what a plan's own predictions are for, as far as its context allows
+USUAL = Usage(128, 256)  # of a plan's own predictions, as far as its context allows
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds and bytes of one round (for plain decoding: of one token)."""
+    """Seconds and bytes of one round (plain decoding: of one token)."""
 
-    tokens_per_second: float  # of an answer, after its first token; its last round overshoots
+    tokens_per_second: float  # of an answer, after its first token
     time_to_first_token_seconds: float
     fast_peak_bytes: int
     tokens_per_round: float
     draft_seconds: float
     verify_seconds: float
-    stream_seconds: float  # link time of the streamed bytes; hidden in part by verify and draft
+    stream_seconds: float  # link time of the streamed bytes; overlaps with verify and draft
     compute_seconds: float  # decoding included
     decode_seconds: float  # residuals -> exact weights
     streamed_bytes: int
@@ -117,7 +117,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Option:
-    """One candidate that the search weighed, for the report."""
+    """One candidate of the search, for the report."""
 
     label: str
     tokens_per_second: float
@@ -125,7 +125,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Point:
-    """What the best plan for another budget or another context would reach."""
+    """Speed of the best plan for another budget or another context."""
 
     budget_bytes: int
     context: int
@@ -135,20 +135,20 @@ class Point:
 
 @dataclass(frozen=True)
 class Constraints:
-    """What the user fixed; None is ours to choose. Never overruled."""
+    """What the user fixed, which is never overruled; None: the planner chooses."""
 
     context: Positive | None = None
     width: TreeWidth | None = None
     depth: Annotated[int, Between(1, MOST_LEVELS)] | None = None
     method: Method | None = None
-    ram_bytes: Budget | None = None  # host memory for the slow tier of a GPU
-    encoding: Literal["auto", "residual", "raw", "kept"] = "auto"  # kept: an artifact's, as it is
+    ram_bytes: Budget | None = None  # budget of pinned host memory, the slow memory of a GPU
+    encoding: Literal["auto", "residual", "raw", "kept"] = "auto"  # kept: a re-planned artifact's
     min_path_probability: Probability | None = None  # Tree.min_path_probability
     num_sequences: Sequences = 1
 
     @property
     def needs_draft(self) -> bool:
-        """A plan without a draft could not keep the wish: a tree was asked for, or the method."""
+        """Whether only a plan with a draft satisfies the constraints."""
         fixed_tree = self.width is not None or self.depth is not None
         return self.method == "substitute" or (self.method is None and fixed_tree)
 
@@ -156,34 +156,34 @@ class Constraints:
 @dataclass(frozen=True)
 class Plan:
     device: DeviceKind
-    machine: str  # Profile.machine that the costs were measured on
+    machine: str  # Profile.machine, where the costs were measured
     budget_bytes: Budget
     context: Positive  # tokens of prompt and answer together, of each sequence
     num_sequences: Sequences  # that can be in memory at once
     method: Method
     tree: Tree
-    verify_width: VerifyWidth  # rows of every exact pass, plain twin included: padded to this
+    verify_width: VerifyWidth  # every exact pass of decoding is padded to so many rows per sequence
     num_threads: Threads  # of the CPU; a result's bits depend on it
     int4_kernel: Int4Kernel
-    prefill_tokens: Positive  # of a prompt that go through the layers in one stream of the weights
-    placements: dict[Method, Placement]  # a method without one does not fit the budget
+    prefill_tokens: Positive  # of a prompt that are processed in one stream of the weights
+    placements: dict[Method, Placement]  # a method that does not fit the budget has none
     residuals: tuple[str, ...]  # names of the parts that are stored as residuals
     predicted: dict[Method, Prediction]
     acceptance: Acceptance
-    options: tuple[Option, ...] = ()  # best first; what was not taken, and its predicted speed
+    options: tuple[Option, ...] = ()  # candidates and their predicted speeds, best first
     reasons: tuple[str, ...] = ()  # one sentence per decision
     constraints: Constraints = Constraints()
     by_budget: tuple[Point, ...] = ()  # budgets ascending, for the report
     by_context: tuple[Point, ...] = ()  # contexts ascending
 
     def placement(self, method: Method) -> Placement:
-        """Raises SubspecError(INFEASIBLE) for a method that has none."""
+        """Placement of a method. Raises SubspecError(INFEASIBLE) if it does not fit the budget."""
         if method not in self.placements:
             raise SubspecError(
                 Exit.INFEASIBLE,
                 f"this plan has no room for the method {method!r} in its budget of "
                 f"{format_size(self.budget_bytes)}",
-                "run it with --no-speculation, or plan again with a larger --vram",
+                "run it with --no-speculation, or re-plan with a larger --vram",
             )
         return self.placements[method]
 
@@ -200,9 +200,9 @@ class Block:
 
 
 def make_blocks(stored: Sequence[StoredPart], placement: Placement) -> list[Block]:
-    """What streams, in execution order, in blocks of at most `placement.block_bytes`.
+    """Streamed parts in execution order, grouped in blocks of at most `placement.block_bytes`.
 
-    A block is one range of exact.safetensors: a part that stays in fast memory ends it.
+    A block is one range of exact.safetensors, so it ends at a part that is not streamed.
     """
     inside = {*placement.resident, *placement.residuals}
     blocks, current, size = list[Block](), list[StoredPart](), 0

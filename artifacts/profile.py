@@ -1,4 +1,4 @@
-"""Profile: what was measured on a machine with the runtime's own kernels, at a model's shapes."""
+"""Profile: measurements of a machine with the runtime's own kernels, at a model's shapes."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -8,12 +8,12 @@ from subspec.artifacts.common.bounds import Between, Count, Length, Threads, Ver
 from subspec.artifacts.plan import DeviceKind, Int4Kernel
 
 FASTEST = 1e15  # bytes or weights a second
-SHORTEST, LONGEST = 1e-9, 1e6  # seconds of anything that is timed
+SHORTEST, LONGEST = 1e-9, 1e6  # bounds of a timing, in seconds
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one operation at `width` rows: a typical one, and the slowest."""
+    """Seconds of one operation at `width` rows: the typical and the slowest time."""
 
     width: Annotated[int, Between(1, 1 << 20)]
     seconds: Annotated[float, Between(SHORTEST, LONGEST)]
@@ -34,19 +34,19 @@ Rate = Annotated[float, Between(0, FASTEST)]
 
 @dataclass(frozen=True)
 class Corrections:
-    """How much longer real rounds took than the profile's own terms add up to; 1: as long."""
+    """Correction factors: measured time of real rounds over the sum of the profile's terms."""
 
     draft: Factor = 1.0
     verify: Factor = 1.0
     plain: Factor = 1.0  # a token of plain decoding
     prompt: Factor = 1.0  # the first token
-    num_rounds: Count = 0  # that this rests on
-    # Bytes per second that they were slowed to, if they were.
+    num_rounds: Count = 0  # that were timed
+    # Bytes per second that the link was limited to in them; None: not limited.
     link_bandwidth: Annotated[int, Between(1, 1 << 62)] | None = None
 
 
 LIVE_TOKENS = 128  # in the cache while layers are timed
-MORE_TOKENS = 1024  # what the timings of attention are for
+MORE_TOKENS = 1024  # additional tokens in the cache, which the attention timings are for
 
 
 @dataclass(frozen=True)
@@ -54,20 +54,20 @@ class Profile:
     device: DeviceKind
     machine: str  # device name, instruction set, torch version, processors
     num_threads: Threads
-    free_bytes: Count  # fast memory not in use when measured
+    free_bytes: Count  # fast memory that was free when measured
     pinnable_bytes: Count  # host memory that the process could pin; 0: not probed
     overhead_bytes: Count  # fast memory that the process takes before any weight (CUDA context)
-    # Slow tier -> fast tier, block sizes ascending.
+    # From slow to fast memory, block sizes ascending.
     link: Annotated[tuple[LinkRate, ...], Length(1, 1000)]
-    # Shares of their speed that the link keeps while layers are computed, and a layer while the
-    # link is busy; both with the largest blocks.
+    # Contention, with the largest blocks: the share of its speed that the link keeps while layers
+    # are computed, and that a layer keeps while the link is busy.
     contended_link: Share
     contended_compute: Share
-    digest_rate: Rate  # bytes per second of the check when weights are first read
+    digest_rate: Rate  # bytes per second of the digest check when weights are first read
     exact_layer: Timings  # one decoder layer, LIVE_TOKENS in the cache
-    fast_layer: Timings  # the same unpadded, by the fastest kernels: a token, a prompt
+    fast_layer: Timings  # the same without padding, by the fastest kernels: one token, a prompt
     draft_layer: Timings
-    exact_attention: Timings  # MORE_TOKENS more in the cache, in one layer
+    exact_attention: Timings  # what MORE_TOKENS in the cache add to one layer
     fast_attention: Timings
     draft_attention: Timings
     exact_head: Timings
@@ -75,26 +75,26 @@ class Profile:
     round_seconds: Annotated[
         float, Between(0, LONGEST)
     ]  # fixed cost of a round outside layers and heads
-    residual_weights_per_second: Rate  # exact weights from residuals; 0: not on this machine
+    residual_weights_per_second: Rate  # decoded from residuals; 0: not on this machine
     int4_kernel: Int4Kernel
-    batch_invariant_widths: tuple[VerifyWidth, ...]  # widths at which a row's bits ignore its place
+    batch_invariant_widths: tuple[VerifyWidth, ...]  # a row's bits do not depend on its place
     corrections: Corrections = Corrections()
 
     def link_rate(self, block_bytes: int) -> float:
-        """Bytes per second at `block_bytes`: of the largest measured block that is not larger."""
+        """Bytes per second of the largest measured block size up to `block_bytes`."""
         known = [p for p in self.link if p.block_bytes <= block_bytes]
         return (known[-1] if known else self.link[0]).bytes_per_second
 
     def contended_shares(self, bytes_per_second: float) -> tuple[float, float]:
-        """(of the link, of a layer): what they keep where the link gives no more than that. What it
-        gives beside a layer may be all of it then; and it slows layers less, the less it gives."""
+        """(link, layer) shares of speed under contention with a link of at most `bytes_per_second`.
+        A slower link may keep all of its speed, and slows layers down less."""
         share = min(1.0, bytes_per_second / self.link[-1].bytes_per_second)
         taken = min(1.0, share / self.contended_link)
         return min(1.0, self.contended_link / share), 1 - (1 - self.contended_compute) * taken
 
 
 def out_of_order(profile: Profile) -> str:
-    """Name of the first list whose widths, or block sizes, do not ascend; "" if all do."""
+    """Name of the first list whose widths or block sizes are not ascending; "" if all are."""
     lists = {"link": [rate.block_bytes for rate in profile.link]} | {
         name: [timing.width for timing in timings]
         for name, timings in vars(profile).items()
@@ -104,8 +104,8 @@ def out_of_order(profile: Profile) -> str:
 
 
 def seconds_at(timings: tuple[Timing, ...], width: int) -> float:
-    """Piecewise linear in the width; beyond the last point in proportion to its slope, if that
-    rises: measured times need not ascend with the width."""
+    """Seconds at `width`, interpolated linearly. Beyond the last point the last slope continues,
+    unless it is negative: measured times need not ascend with the width."""
     below = [t for t in timings if t.width <= width] or [timings[0]]
     above = [t for t in timings if t.width >= width]
     low = below[-1]

@@ -1,8 +1,8 @@
-"""Run records: what each answer did against what its plan said, one JSON line per answer.
+"""Run records: measurements of each answer beside its plan's predictions, one JSON line each.
 
-They are the user's own: no text, no token ids, in no manifest. `runs.jsonl` lies in the artifact's
-folder, or where that cannot be written in the user's cache. A courtesy: one that cannot be written
-is left out, one that cannot be read is skipped.
+They contain no text and no token ids, and no manifest lists them. `runs.jsonl` is in the artifact's
+folder or, if that is not writable, in the user's cache. Errors are ignored: a record that cannot be
+written is dropped, one that cannot be read is skipped.
 """
 
 import errno
@@ -40,7 +40,7 @@ TIME = Matching(
 )
 DIGEST = Matching(r"[0-9a-f]{64}", "64 hexadecimal digits")
 Levels = Annotated[tuple[Count, ...], Length(0, MOST_LEVELS + 1)]
-# Neither a link out of a foreign folder is followed, nor a FIFO waited for.
+# Do not follow a link out of an untrusted folder, and do not wait for a FIFO.
 SAFELY = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
@@ -53,15 +53,15 @@ class Run:
     machine: str  # as in Plan
     method: Method
     padded: bool  # False: plain decoding at one row
-    link_bandwidth: Count | None  # the link was slowed to so many bytes a second
+    link_bandwidth: Count | None  # bytes per second that the link was limited to
     greedy: bool
     prompt_tokens: Count
-    reused_tokens: Count  # of the prompt, in the cache already
+    reused_tokens: Count  # of the prompt, already in the cache
     generated_tokens: Count
-    first_of_session: bool  # its first token waited for digests too
-    tried: Levels  # by level: rounds that accepted those above it, and drafted it or ended
+    first_of_session: bool  # the time to its first token includes the check of digests
+    tried: Levels  # by level: rounds that drafted it and accepted all levels above it
     accepted: Levels  # at index n: rounds that accepted n drafted tokens of the text
-    drafted_levels: Count  # of all rounds; the last ones of an answer may have no room for all
+    drafted_levels: Count  # of all rounds; the last rounds may have no room for whole trees
     draft_seconds: Seconds
     verify_seconds: Seconds
     stream_wait_seconds: Seconds
@@ -84,17 +84,17 @@ class Run:
 
     @property
     def accepted_by_level(self) -> tuple[int, ...]:
-        """Beside `tried`: of those rounds, how many accepted the level too."""
+        """By level: how many of the `tried` rounds accepted it."""
         return tuple(sum(self.accepted[level:]) for level in range(1, len(self.tried) + 1))
 
 
 def plan_digest(plan: Plan) -> str:
-    """SHA-256 of its plan.json, hexadecimal."""
+    """SHA-256 of the plan's plan.json, hexadecimal."""
     return hashlib.sha256(dump_json(plan).encode()).hexdigest()
 
 
 def append_run(artifact_path: Path, run: Run) -> None:
-    """Says nothing if there is no place for it."""
+    """Append a record; ignores errors."""
     line = dump_run(run)
     try:
         append_line(artifact_path / RUNS, line)
@@ -105,7 +105,7 @@ def append_run(artifact_path: Path, run: Run) -> None:
 
 
 def read_runs(artifact_path: Path) -> tuple[Run, ...]:
-    """The newest MOST_RUNS, oldest first."""
+    """The newest MOST_RUNS records, oldest first."""
     lines = last_lines(artifact_path / RUNS)
     with suppress(OSError):
         if (path := cache_file(artifact_path)) is not None:
@@ -116,9 +116,9 @@ def read_runs(artifact_path: Path) -> tuple[Run, ...]:
 
 
 def carry_runs(source: Path, target: Path) -> None:
-    """The records of the folder `source` into `target`, which is to take its name.
+    """Link the records of the folder `source` into `target`, which is about to replace it.
 
-    Linked: an answer that ends meanwhile still adds its own.
+    A link, so that an answer that ends meanwhile is still recorded.
     """
     with suppress(OSError):
         if stat.S_ISREG(os.lstat(source / RUNS).st_mode):
@@ -134,7 +134,7 @@ def dump_run(run: Run) -> bytes:
 
 
 def load_run(line: bytes) -> Run | None:
-    """None: broken, or not of this program."""
+    """Record of a line; None if the line is not a valid record."""
     if len(line) > LONGEST_LINE:
         return None
     try:
@@ -145,7 +145,7 @@ def load_run(line: bytes) -> Run | None:
 
 
 def is_sound(run: Run) -> bool:
-    """Its numbers go together as those of an answer."""
+    """Whether the numbers of a record are consistent."""
     return (
         len(run.accepted) <= len(run.tried) + 1
         and all(a <= t for a, t in zip(run.accepted_by_level, run.tried, strict=True))
@@ -160,18 +160,18 @@ def is_sound(run: Run) -> bool:
 
 
 def cache_file(artifact_path: Path) -> Path | None:
-    """Where the records of a folder lie that cannot be written; None: nowhere. Raises OSError
-    without a manifest."""
+    """File in the user's cache for the records of a folder that is not writable; None: there is no
+    cache. Raises OSError without a manifest."""
     manifest = (artifact_path / MANIFEST).read_bytes()
     folder = user_cache_dir("runs")
     return folder / f"{hashlib.sha256(manifest).hexdigest()[:16]}.jsonl" if folder else None
 
 
 def append_line(path: Path, line: bytes) -> None:
-    """In one write, so that two processes do not mix their lines. Raises OSError."""
+    """Append in one write, so that two processes do not mix their lines. Raises OSError."""
     with regular_file(path, os.O_RDWR | os.O_APPEND | os.O_CREAT) as descriptor:
         size = os.fstat(descriptor).st_size
-        torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"  # by a disk that was full
+        torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"  # the disk was full
         os.write(descriptor, b"\n" + line if torn else line)
     lines = last_lines(path)
     if len(lines) > 2 * MOST_RUNS or size > LARGEST_FILE:
@@ -179,7 +179,7 @@ def append_line(path: Path, line: bytes) -> None:
 
 
 def last_lines(path: Path) -> list[bytes]:
-    """Those within the last LARGEST_FILE bytes; none of a file that cannot be read."""
+    """Lines within the last LARGEST_FILE bytes; none if the file cannot be read."""
     try:
         with regular_file(path, os.O_RDONLY) as descriptor:
             first = max(0, os.fstat(descriptor).st_size - LARGEST_FILE)
@@ -191,7 +191,7 @@ def last_lines(path: Path) -> list[bytes]:
 
 
 def replace_lines(path: Path, lines: list[bytes]) -> None:
-    """What another process adds meanwhile is lost: a record, no more."""
+    """Replace the file atomically. A record that another process adds meanwhile is lost."""
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with open(descriptor, "wb") as file:
@@ -206,7 +206,7 @@ def replace_lines(path: Path, lines: list[bytes]) -> None:
 
 @contextmanager
 def regular_file(path: Path, flags: int) -> Iterator[int]:
-    """A descriptor inside the block. Raises OSError, also for what is no regular file."""
+    """Open descriptor of a regular file. Raises OSError, also for anything else."""
     descriptor = os.open(path, flags | SAFELY, 0o644)
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):

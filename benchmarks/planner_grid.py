@@ -1,13 +1,14 @@
-"""Is the planner's word kept? Plans for caps x contexts, run on kinds of text they have not seen.
+"""Predicted against actual: plans for budgets x contexts, on kinds of text they have not seen.
 
-    python benchmarks/planner_grid.py ARTIFACT [--caps 0.4,0.5,0.65] [--contexts 512,2048]
+    python benchmarks/planner_grid.py ARTIFACT [--budgets 0.4,0.5,0.65] [--contexts 512,2048]
 
 First the machine is measured and the artifact rehearsed, as `subspec-plan --from --reprofile` does.
-Caps are sizes (8GB) or shares of the model. Every cell (cap, context, kind of text) prints what was
-predicted and reached, in tokens/s, and the peak; every (cap, context) also plain decoding unpadded,
-and rivals picked by hand: half the depth, a chain, a wider tree, the smallest tree with most
-residency. A rival and the plan decode each prompt in turns. In the end a cap that is too small is
-asked for, and the smallest that the error names is run. Prompts fill a third of the context.
+Budgets are sizes (8GB) or shares of the model. Every cell (budget, context, kind of text) prints
+what was predicted and reached, in tokens/s, and the peak; every (budget, context) also plain
+decoding unpadded, and rivals picked by hand: half the depth, a chain, a wider tree, the smallest
+tree with most residency. A rival and the plan decode each prompt in turns. In the end a budget that
+is too small is asked for, and the smallest that the error names is run. Prompts fill a third of the
+context.
 
 A shared machine has fast and slow minutes: `repeats` says how far the plan's own speed moved when
 it decoded the same prompts again against each rival. The last line of stdout is one JSON object.
@@ -17,7 +18,7 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import cycle
@@ -25,22 +26,25 @@ from pathlib import Path
 
 import click
 import torch
+from speed import opened
 
+from subspec.artifacts.acceptance import Acceptance
 from subspec.artifacts.common.command import reported, size_option
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.sizes import parse_size, short_size
+from subspec.artifacts.footprint import model_bytes
 from subspec.artifacts.format.store import Artifact, open_artifact
-from subspec.artifacts.plan import USUAL, Constraints, Method, Plan, Usage
+from subspec.artifacts.model import ModelSpec
+from subspec.artifacts.plan import USUAL, Constraints, Method, Plan, Prediction, Usage
 from subspec.artifacts.profile import Profile
 from subspec.planner.machine.profiles import under_link
 from subspec.planner.planning import PlanRequest, plan_again
 from subspec.planner.rehearse.calibration import Sample, read_samples, sample_ids
-from subspec.planner.solve.costs import model_bytes
 from subspec.planner.solve.outlook import predict_for
 from subspec.planner.solve.search import search
 from subspec.planner.solve.storage import Storage
-from subspec.runtime.model.sampling import Sampling
-from subspec.runtime.session import Session
+from subspec.runtime.engine import Engine
+from subspec.runtime.sequence import GenerationParams, Stats
 from subspec.runtime.text.tokenizer import ChatTokenizer, load_tokenizer
 
 PROMPTS = Path(__file__).with_name("prompts.jsonl")
@@ -100,16 +104,40 @@ class Ran:
     """One prompt."""
 
     kind: str
-    prompt_tokens: int
-    answer_tokens: int
-    seconds: float  # after the first token
-    first_seconds: float
-    rounds: int
+    stats: Stats
     peak_bytes: int
 
 
 Prompts = dict[str, list[list[int]]]  # token ids by kind of text
-Planner = Callable[[int, Constraints], Plan]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What all cells share."""
+
+    artifact: Artifact
+    profile: Profile
+    stored: Storage
+    acceptance: Acceptance
+    num_tokens: int  # of each answer
+    link_bandwidth: int | None
+
+    def plan(self, budget_bytes: int, constraints: Constraints) -> Plan:
+        """Over the artifact's weights as they are, to be fast for the grid's own prompts."""
+        context = constraints.context
+        prompt_tokens = prompt_length(context) if context else USUAL.prompt_tokens
+        return search(
+            self.artifact.spec,
+            self.profile,
+            budget_bytes,
+            replace(constraints, encoding="kept"),
+            self.acceptance,
+            self.stored,
+            Usage(prompt_tokens, self.num_tokens),
+        )
+
+    def predict(self, profile: Profile, plan: Plan, method: Method, usage: Usage) -> Prediction:
+        return predict_for(self.artifact.spec, profile, plan, self.stored, method, usage)
 
 
 def prompt_length(context: int) -> int:
@@ -138,85 +166,69 @@ def long_prompts(
 
 
 @contextmanager
-def warm(
-    artifact: Artifact, plan: Plan, method: Method, ids: list[int], link_bandwidth: int | None
-) -> Iterator[Session]:
-    """A session whose weights have been checked: that happens when they stream first."""
-    staged = replace(artifact, plan=plan)
-    with Session(staged, method, padded=False, link_bandwidth=link_bandwidth) as session:
-        for _ in session.generate(ids[:16], 2, Sampling()):
+def warm(grid: Grid, plan: Plan, method: Method, prompts: Prompts) -> Iterator[Engine]:
+    """An engine whose weights have been checked: that happens when they stream first."""
+    staged = replace(grid.artifact, plan=plan)
+    first = next(iter(prompts.values()))[0]
+    with opened(staged, method, grid.link_bandwidth) as engine:
+        run_one(engine, "", first[:16], 2)
+        yield engine
+
+
+def run_one(engine: Engine, kind: str, prompt: list[int], num_tokens: int) -> Ran:
+    ends = frozenset(engine.artifact.spec.eos_token_ids)
+    with engine.new_sequence() as sequence:
+        for _ in sequence.generate(prompt, GenerationParams(num_tokens, end_tokens=ends)):
             pass
-        yield session
+        return Ran(kind, sequence.stats, engine.peak.peak_bytes)
 
 
-def run_one(session: Session, kind: str, ids: list[int], tokens: int) -> Ran:
-    eos = frozenset(session.artifact.spec.eos_token_ids)
-    session.model.cache.roll_back(0)
-    for _ in session.generate(ids, tokens, Sampling(), eos):
-        pass
-    stats = session.stats
-    return Ran(
-        kind,
-        len(ids),
-        stats.generated_tokens,
-        stats.decode_seconds,
-        stats.time_to_first_token_seconds,
-        len(stats.accepted),
-        session.peak.peak_bytes,
-    )
-
-
-def run(
-    artifact: Artifact,
-    plan: Plan,
-    method: Method,
-    prompts: Prompts,
-    tokens: int,
-    link_bandwidth: int | None,
-) -> list[Ran]:
-    """All prompts in one session."""
-    listed = [(kind, ids) for kind, some in prompts.items() for ids in some]
-    with warm(artifact, plan, method, listed[0][1], link_bandwidth) as session:
-        return [run_one(session, kind, ids, tokens) for kind, ids in listed]
+def run(grid: Grid, plan: Plan, method: Method, prompts: Prompts, num_tokens: int) -> list[Ran]:
+    """All prompts in one engine."""
+    with warm(grid, plan, method, prompts) as engine:
+        return [
+            run_one(engine, kind, prompt, num_tokens)
+            for kind, some in prompts.items()
+            for prompt in some
+        ]
 
 
 def speed(some: list[Ran]) -> float:
-    return sum(ran.answer_tokens - 1 for ran in some) / sum(ran.seconds for ran in some)
+    answered = sum(ran.stats.generated_tokens - 1 for ran in some)
+    return answered / sum(ran.stats.decode_seconds for ran in some)
 
 
-def cells_of(
-    artifact: Artifact, profile: Profile, plan: Plan, stored: Storage, ran: list[Ran]
-) -> list[Cell]:
+def cells_of(grid: Grid, plan: Plan, ran: list[Ran]) -> list[Cell]:
     """Each kind of text; its prompts' predictions are weighted as they turned out long."""
     cells = []
-    checked = replace(profile, digest_rate=0.0)  # a first pass has been, see `run`
+    checked = replace(grid.profile, digest_rate=0.0)  # a first pass has been, see `warm`
     for kind in dict.fromkeys(one.kind for one in ran):
         own = [one for one in ran if one.kind == kind]
+        stats = [one.stats for one in own]
         said = [
-            predict_for(
-                artifact.spec, checked, plan, stored, plan.method,
-                Usage(one.prompt_tokens, one.answer_tokens, kind),
+            grid.predict(
+                checked, plan, plan.method, Usage(one.prompt_tokens, one.generated_tokens, kind)
             )
-            for one in own
-        ]  # fmt: skip
-        answered = [one.answer_tokens - 1 for one in own]
+            for one in stats
+        ]
+        answered = [one.generated_tokens - 1 for one in stats]
         seconds = [n / s.tokens_per_second for n, s in zip(answered, said, strict=True)]
         a_round = [s.draft_seconds + s.verify_seconds for s in said]
         rounds = [total / one for total, one in zip(seconds, a_round, strict=True)]
         cells.append(
             Cell(
-                plan.budget_bytes,
-                plan.context,
-                kind,
-                name_of(plan),
-                sum(answered) / sum(seconds),
-                speed(own),
-                statistics.mean(s.time_to_first_token_seconds for s in said),
-                statistics.mean(one.first_seconds for one in own),
-                sum(answered) / sum(rounds),
-                sum(answered) / sum(one.rounds for one in own),
-                max(s.fast_peak_bytes for s in said),
-                max(one.peak_bytes for one in own),
+                budget_bytes=plan.budget_bytes,
+                context=plan.context,
+                kind=kind,
+                plan=name_of(plan),
+                predicted=sum(answered) / sum(seconds),
+                actual=speed(own),
+                first_token_predicted=statistics.mean(s.time_to_first_token_seconds for s in said),
+                first_token_actual=statistics.mean(s.time_to_first_token_seconds for s in stats),
+                accepted_predicted=sum(answered) / sum(rounds),
+                accepted_actual=sum(answered) / sum(len(one.accepted) for one in stats),
+                peak_predicted=max(s.fast_peak_bytes for s in said),
+                peak_actual=max(one.peak_bytes for one in own),
             )
         )
     return cells
@@ -244,49 +256,36 @@ def rivals_of(plan: Plan) -> dict[str, Constraints]:
     }
 
 
-def run_rivals(
-    artifact: Artifact,
-    plan: Plan,
-    planner: Planner,
-    prompts: Prompts,
-    tokens: int,
-    link_bandwidth: int | None,
-) -> list[Rival]:
+def run_rivals(grid: Grid, plan: Plan, prompts: Prompts) -> list[Rival]:
     """Those that fit."""
     rivals = []
     for name, constraints in rivals_of(plan).items():
         try:
             fixed = replace(constraints, context=plan.context, method="substitute")
-            other = planner(plan.budget_bytes, fixed)
-        except SubspecError:
+            other = grid.plan(plan.budget_bytes, fixed)
+        except SubspecError as error:
+            if error.exit_code != Exit.INFEASIBLE:
+                raise
             continue
-        theirs, ours = duel(artifact, other, plan, prompts, tokens, link_bandwidth)
+        theirs, ours = duel(grid, other, plan, prompts)
         rival = Rival(plan.budget_bytes, plan.context, name, theirs, ours)
         say(f"    rival {name}: {theirs:.2f}, the plan {ours:.2f} ({rival.advantage:+.0%})")
         rivals.append(rival)
     return rivals
 
 
-def duel(
-    artifact: Artifact,
-    rival: Plan,
-    plan: Plan,
-    prompts: Prompts,
-    tokens: int,
-    link_bandwidth: int | None,
-) -> tuple[float, float]:
+def duel(grid: Grid, rival: Plan, plan: Plan, prompts: Prompts) -> tuple[float, float]:
     """tokens/s of both; they decode each prompt in turns, and who begins alternates."""
-    listed = [(kind, ids) for kind, some in prompts.items() for ids in some]
-    first = listed[0][1]
+    listed = [(kind, prompt) for kind, some in prompts.items() for prompt in some]
     theirs, ours = list[Ran](), list[Ran]()
     with (
-        warm(artifact, rival, "substitute", first, link_bandwidth) as challenger,
-        warm(artifact, plan, plan.method, first, link_bandwidth) as holder,
+        warm(grid, rival, "substitute", prompts) as challenger,
+        warm(grid, plan, plan.method, prompts) as holder,
     ):
-        for index, (kind, ids) in enumerate(listed):
+        for index, (kind, prompt) in enumerate(listed):
             pair = [(challenger, theirs), (holder, ours)]
-            for session, ran in pair if index % 2 else pair[::-1]:
-                ran.append(run_one(session, kind, ids, tokens))
+            for engine, ran in pair if index % 2 else pair[::-1]:
+                ran.append(run_one(engine, kind, prompt, grid.num_tokens))
     return speed(theirs), speed(ours)
 
 
@@ -299,55 +298,64 @@ def repeats(rivals: list[Rival]) -> float:
     return max((max(some) / min(some) - 1 for some in by_plan.values()), default=0.0)
 
 
-def run_plain(
-    artifact: Artifact,
-    profile: Profile,
-    plan: Plan,
-    stored: Storage,
-    prompts: Prompts,
-    link_bandwidth: int | None,
-) -> Plain:
+def run_plain(grid: Grid, plan: Plan, prompts: Prompts) -> Plain:
     """Unpadded, one prompt."""
     some = dict([*prompts.items()][:1])
-    [ran] = run(artifact, plan, "plain", some, PLAIN_TOKENS, link_bandwidth)
-    usage = Usage(ran.prompt_tokens, PLAIN_TOKENS)
-    said = predict_for(artifact.spec, profile, plan, stored, "plain", usage).tokens_per_second
+    [ran] = run(grid, plan, "plain", some, PLAIN_TOKENS)
+    usage = Usage(ran.stats.prompt_tokens, PLAIN_TOKENS)
+    said = grid.predict(grid.profile, plan, "plain", usage).tokens_per_second
     say(f"    plain, unpadded: predicted {said:.2f}, actual {speed([ran]):.2f} tokens/s")
     return Plain(plan.budget_bytes, plan.context, said, speed([ran]))
 
 
-def smallest_cap(
-    artifact: Artifact, planner: Planner, prompts: Prompts, link_bandwidth: int | None
-) -> dict[str, object]:
-    """Asks for far too little; the cap that the refusal names must work."""
+def smallest_budget(grid: Grid, prompts: Prompts) -> dict[str, object]:
+    """Asks for far too little; the budget that the refusal names must work."""
     try:
-        planner(model_bytes(artifact.spec) // 50, Constraints())
+        grid.plan(model_bytes(grid.artifact.spec) // 50, Constraints())
     except SubspecError as error:
         named = re.search(r"--vram (\d+)B", error.hint)
-        assert named is not None, f"no cap is named: {error.hint}"
+        assert named is not None, f"no budget is named: {error.hint}"
         budget = int(named[1])
-        plan = planner(budget, Constraints())
+        plan = grid.plan(budget, Constraints())
         short = {kind: [some[0][: plan.context // 2]] for kind, some in prompts.items()}
-        ran = run(artifact, plan, plan.method, short, 8, link_bandwidth)
+        ran = run(grid, plan, plan.method, short, 8)
         peak = max(one.peak_bytes for one in ran)
         return {"refused": error.message, "budget_bytes": budget, "peak_bytes": peak,
                 "plan": name_of(plan), "works": peak <= budget}  # fmt: skip
     return {"refused": None}
 
 
-def budget_of(cap: str, model_bytes: int) -> int:
+def budget_of(text: str, spec: ModelSpec) -> int:
     """A size such as 8GB, or a share of the model."""
-    return int(float(cap) * model_bytes) if cap.replace(".", "").isdigit() else parse_size(cap)
+    is_share = text.replace(".", "").isdigit()
+    return int(float(text) * model_bytes(spec)) if is_share else parse_size(text)
 
 
 def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def make_grid(artifact: Artifact, num_tokens: int, link_bandwidth: int | None) -> Grid:
+    """Measures this machine and rehearses the artifact."""
+    say(f"measuring and rehearsing for {short_size(artifact.plan.budget_bytes)}")
+    request = PlanRequest(artifact.plan.budget_bytes, link_bandwidth=link_bandwidth)
+    planned = plan_again(request, artifact, artifact.path, measure_again=True, tell=say)
+    profile, plan = planned.profile, planned.plan
+    say(f"corrections: {profile.corrections}")
+    return Grid(
+        artifact,
+        under_link(profile, link_bandwidth),
+        Storage(tuple(artifact.stored_parts())),
+        plan.acceptance,
+        num_tokens,
+        link_bandwidth,
+    )
+
+
 @click.command()
-@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("folder", metavar="ARTIFACT", type=click.Path(path_type=Path))
 @click.option(
-    "--caps", default="0.4,0.5,0.65", show_default=True, help="Sizes, or shares of the model."
+    "--budgets", default="0.4,0.5,0.65", show_default=True, help="Sizes, or shares of the model."
 )
 @click.option("--contexts", default="512,2048", show_default=True)
 @click.option("--prompts", "count", default=2, show_default=True, help="Of each kind.")
@@ -356,8 +364,8 @@ def say(line: str) -> None:
 @click.option("--no-rivals", is_flag=True)
 @reported
 def main(
-    artifact: Path,
-    caps: str,
+    folder: Path,
+    budgets: str,
     contexts: str,
     count: int,
     tokens: int,
@@ -365,48 +373,36 @@ def main(
     no_rivals: bool,
 ) -> None:
     """Predicted against actual, cell by cell, for plans over ARTIFACT's weights."""
-    opened = open_artifact(artifact)
-    spec, stored = opened.spec, Storage(tuple(opened.stored_parts()))
-    torch.set_num_threads(opened.plan.num_threads)
-    asked = opened.plan.budget_bytes
-    say(f"measuring and rehearsing for {short_size(asked)}")
-    request = PlanRequest(asked, link_bandwidth=link_bandwidth)
-    planned = plan_again(request, opened, artifact, measure_again=True, tell=say)
-    profile, acceptance = planned.profile, planned.plan.acceptance
-    say(f"corrections: {profile.corrections}")
-    profile = under_link(profile, link_bandwidth)
-    text, samples = load_tokenizer(artifact / "tokenizer"), read_samples(PROMPTS)
-
-    def planner(budget: int, constraints: Constraints) -> Plan:
-        fixed = replace(constraints, encoding="kept")
-        prompt_tokens = (
-            prompt_length(constraints.context) if constraints.context else USUAL.prompt_tokens
-        )
-        usage = Usage(prompt_tokens, tokens)
-        return search(spec, profile, budget, fixed, acceptance, stored, usage)
-
+    artifact = open_artifact(folder)
+    torch.set_num_threads(artifact.plan.num_threads)
+    text, samples = load_tokenizer(folder / "tokenizer"), read_samples(PROMPTS)
+    grid = make_grid(artifact, tokens, link_bandwidth)
     cells, rivals, plain = list[Cell](), list[Rival](), list[Plain]()
     for context in map(int, contexts.split(",")):
         prompts = long_prompts(text, samples, context, count)
         first = {kind: some[:1] for kind, some in prompts.items()}
-        for cap in caps.split(","):
-            budget = budget_of(cap, model_bytes(spec))
+        for budget in (budget_of(one, artifact.spec) for one in budgets.split(",")):
             try:
-                plan = planner(budget, Constraints(context=context))
+                plan = grid.plan(budget, Constraints(context=context))
             except SubspecError as error:
+                if error.exit_code != Exit.INFEASIBLE:
+                    raise
                 say(f"{short_size(budget)}, context {context}: {error.message}")
                 continue
-            ran = run(opened, plan, plan.method, prompts, tokens, link_bandwidth)
-            found = cells_of(opened, profile, plan, stored, ran)
+            found = cells_of(grid, plan, run(grid, plan, plan.method, prompts, tokens))
             for cell in found:
                 say(line_of(cell))
             cells += found
-            plain.append(run_plain(opened, profile, plan, stored, first, link_bandwidth))
+            plain.append(run_plain(grid, plan, first))
             if not no_rivals:
-                rivals += run_rivals(opened, plan, planner, first, tokens, link_bandwidth)
+                rivals += run_rivals(grid, plan, first)
+    if not cells:
+        raise SubspecError(
+            Exit.INFEASIBLE, f"no plan fits any of --budgets {budgets}", "ask for larger ones"
+        )
     errors = [abs(cell.error) for cell in cells]
     summary = {
-        "artifact": artifact.name,
+        "artifact": artifact.path.name,
         "median_error": statistics.median(errors),
         "worst_error": max(errors),
         "plain_errors": [one.predicted / one.actual - 1 for one in plain],
@@ -414,16 +410,19 @@ def main(
             abs(c.first_token_predicted / c.first_token_actual - 1) for c in cells
         ),
         "worst_peak_error": max(abs(c.peak_actual / c.peak_predicted - 1) for c in cells),
-        "cells_above_the_cap": sum(cell.peak_actual > cell.budget_bytes for cell in cells),
+        "cells_above_the_budget": sum(cell.peak_actual > cell.budget_bytes for cell in cells),
         "repeats": repeats(rivals),
         "rivals_faster": sum(r.tokens_per_second > RIVAL_SHARE * r.plans_tokens_per_second
                              for r in rivals),
-        "smallest_cap": smallest_cap(opened, planner, prompts, link_bandwidth),
+        "smallest_budget": smallest_budget(grid, prompts),
     }  # fmt: skip
     say("".join(f"{name}: {value}\n" for name, value in summary.items()))
-    tables = {"cells": cells, "plain": plain, "rivals": rivals}
-    listed = {name: [asdict(row) for row in rows] for name, rows in tables.items()}
-    print(json.dumps({**summary, **listed}))
+    tables = {
+        "cells": [asdict(one) for one in cells],
+        "plain": [asdict(one) for one in plain],
+        "rivals": [asdict(one) for one in rivals],
+    }
+    print(json.dumps(summary | tables))
 
 
 def line_of(cell: Cell) -> str:

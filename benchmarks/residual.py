@@ -14,19 +14,20 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import click
 import torch
-from speed import Run, run_all
+from speed import Speed, decode_prompts, opened, summarize
 
+from subspec.artifacts.acceptance import Acceptance
 from subspec.artifacts.common.command import reported
 from subspec.artifacts.common.sizes import parse_size, short_size, weights_rate
 from subspec.artifacts.format import residual
 from subspec.artifacts.format.store import Artifact, open_artifact
 from subspec.artifacts.native import residual_cpu
-from subspec.artifacts.plan import Acceptance, Constraints
+from subspec.artifacts.plan import Constraints
 from subspec.planner.build.quantize import quantize
 from subspec.planner.machine.profiles import under_link
 from subspec.planner.solve.search import search
@@ -69,7 +70,7 @@ def decode_rates() -> dict[str, float]:
 
 def planned_for(artifact: Artifact, acceptance: Acceptance, link: int) -> Artifact:
     """The same weights under the plan that this link calls for."""
-    constraints = Constraints(context=artifact.plan.context, method="substitute")
+    constraints = Constraints(context=artifact.plan.context, method="substitute", encoding="kept")
     plan = search(
         artifact.spec,
         under_link(artifact.profile, link),
@@ -81,32 +82,26 @@ def planned_for(artifact: Artifact, acceptance: Acceptance, link: int) -> Artifa
     return replace(artifact, plan=plan)
 
 
-def at_link(artifacts: dict[str, Artifact], link: int, tokens: int) -> dict[str, float]:
-    acceptance = artifacts["residual"].plan.acceptance
-    found: dict[str, float] = {"link_bytes_per_second": link}
+def at_link(artifacts: dict[str, Artifact], link: int, tokens: int) -> dict[str, object]:
+    acceptance, found = artifacts["residual"].plan.acceptance, dict[str, Speed]()
     for encoding, artifact in artifacts.items():
         planned = planned_for(artifact, acceptance, link)
-        runs = run_all(planned, "substitute", tokens, link)
-        speed = speed_of(runs)
+        with opened(planned, "substitute", link) as engine:
+            answers = decode_prompts(engine, tokens)
+            peak = engine.peak.peak_bytes
+        speed = found[encoding] = summarize(planned, answers, peak, link)
         tree = planned.plan.tree
-        found[f"{encoding}_tokens_per_second"] = speed
-        found[f"{encoding}_predicted"] = planned.plan.predicted["substitute"].tokens_per_second
-        found[f"{encoding}_streamed_bytes"] = statistics.mean(r.streamed_bytes for r in runs)
         print(
-            f"{short_size(link):>7}/s {encoding:9} {speed:6.2f} tokens/s "
-            f"(predicted {found[f'{encoding}_predicted']:.2f}), tree {tree.width} x {tree.depth}, "
-            f"{short_size(found[f'{encoding}_streamed_bytes'])} a round, "
-            f"verify {statistics.mean(r.verify_seconds for r in runs):.2f} s",
+            f"{short_size(link):>7}/s {encoding:9} {speed.tokens_per_second:6.2f} tokens/s "
+            f"(predicted {speed.predicted_tokens_per_second:.2f}), "
+            f"tree {tree.width} x {tree.depth}, {short_size(speed.streamed_bytes)} a round, "
+            f"verify {speed.verify_seconds:.2f} s",
             file=sys.stderr,
         )
-    found["ratio"] = found["residual_tokens_per_second"] / found["raw_tokens_per_second"]
-    print(f"{short_size(link):>7}/s residual / raw: {found['ratio']:.2f}x", file=sys.stderr)
-    return found
-
-
-def speed_of(runs: list[Run]) -> float:
-    seconds = sum(r.rounds * (r.draft_seconds + r.verify_seconds) for r in runs)
-    return sum(len(r.tokens) - 1 for r in runs) / seconds
+    ratio = found["residual"].tokens_per_second / found["raw"].tokens_per_second
+    print(f"{short_size(link):>7}/s residual / raw: {ratio:.2f}x", file=sys.stderr)
+    speeds = {encoding: asdict(speed) for encoding, speed in found.items()}
+    return {"link_bytes_per_second": link, "ratio": ratio, **speeds}
 
 
 @click.command()
@@ -116,7 +111,7 @@ def speed_of(runs: list[Run]) -> float:
 @click.option("--tokens", default=64, show_default=True, help="Tokens per prompt.")
 @reported
 def main(raw: Path, coded: Path, links: tuple[str, ...], tokens: int) -> None:
-    """Compare an artifact of RAW weights with one of RESIDUALs of the same model and cap."""
+    """Compare an artifact of RAW weights with one of RESIDUALs of the same model and budget."""
     artifacts = {"raw": open_artifact(raw), "residual": open_artifact(coded)}
     rates = decode_rates()
     size = artifacts["raw"].spec.item_bytes

@@ -16,11 +16,13 @@ import torch
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.sizes import short_size
 from subspec.artifacts.format.store import Artifact
-from subspec.artifacts.model import linears
+from subspec.artifacts.model import layer_name
+from subspec.artifacts.plan import Method
 from subspec.runtime.clock import Span, chrome_trace, overlap_seconds
+from subspec.runtime.draft.drafter import SubstituteDrafter
+from subspec.runtime.engine import Engine
 from subspec.runtime.load import DRAFT_DTYPE
-from subspec.runtime.model.sampling import Sampling
-from subspec.runtime.session import Session
+from subspec.runtime.sequence import GenerationParams
 from subspec.runtime.text.tokenizer import load_tokenizer
 
 WARM_UP_ROUNDS = 2
@@ -71,18 +73,19 @@ class Roofline:
     ceilings: Ceilings
 
 
-def trace_rounds(session: Session, beginning: str) -> Traced:
-    """Of a text that begins so. The session was opened with trace=True."""
-    text, spans = load_tokenizer(session.artifact.path / "tokenizer"), session.model.clock.spans
+def trace_rounds(engine: Engine, beginning: str) -> Traced:
+    """Of a text that begins so. The engine was opened with trace=True."""
+    text, spans = load_tokenizer(engine.artifact.path / "tokenizer"), engine.model.clock.spans
     assert spans is not None
-    context = session.plan.context
-    # Without ends of text: rounds go on until the context is full.
-    rounds = session.generate(text.plain_ids(beginning), context, Sampling())
-    list(islice(rounds, 1 + WARM_UP_ROUNDS))  # the prompt's pass comes first
-    stats = session.stats
-    waited, streamed, levels = stats.stream_wait_seconds, stats.streamed_bytes, stats.drafted_levels
-    spans.clear()
-    num_rounds = sum(1 for _ in islice(rounds, TRACED_ROUNDS))
+    context = engine.plan.context
+    with engine.new_sequence() as sequence:
+        # Without ends of text: rounds go on until the context is full.
+        rounds = sequence.generate(text.plain_ids(beginning), GenerationParams(context))
+        list(islice(rounds, 1 + WARM_UP_ROUNDS))  # the prompt's pass comes first
+        before = sequence.stats
+        spans.clear()
+        num_rounds = sum(1 for _ in islice(rounds, TRACED_ROUNDS))
+        stats = sequence.stats
     if not num_rounds:
         raise SubspecError(
             Exit.USAGE,
@@ -92,36 +95,37 @@ def trace_rounds(session: Session, beginning: str) -> Traced:
     return Traced(
         list(spans),
         num_rounds,
-        stats.drafted_levels - levels,
-        stats.stream_wait_seconds - waited,
-        stats.streamed_bytes - streamed,
+        stats.drafted_levels - before.drafted_levels,
+        stats.stream_wait_seconds - before.stream_wait_seconds,
+        stats.streamed_bytes - before.streamed_bytes,
     )
 
 
-def link_rate(artifact: Artifact, method: str, link_bandwidth: int | None) -> float:
+def link_rate(artifact: Artifact, method: Method, link_bandwidth: int | None) -> float:
     """Bytes per second: the profile's at the plan's block size, or what it is throttled to."""
-    placement = artifact.plan.placement("plain" if method == "plain" else "substitute")
-    measured = artifact.profile.link_rate(placement.block_bytes if placement else 0)
+    measured = artifact.profile.link_rate(artifact.plan.placement(method).block_bytes)
     return min(measured, link_bandwidth) if link_bandwidth else measured
 
 
 @torch.inference_mode()
-def ceilings(session: Session, link_bandwidth: int | None) -> Ceilings:
-    artifact, spec, tree = session.artifact, session.artifact.spec, session.plan.tree
+def ceilings(engine: Engine, link_bandwidth: int | None) -> Ceilings:
+    artifact, spec, tree = engine.artifact, engine.artifact.spec, engine.plan.tree
     dtype: torch.dtype = getattr(torch, spec.dtype)
-    if session.device.type == "cuda":  # the session's cap leaves no room for what is timed here
-        torch.cuda.set_per_process_memory_fraction(1.0, session.device)
-    memory = torch.ones(MEMORY_BYTES // 4, device=session.device)
-    x = torch.randn(session.plan.verify_width, spec.hidden_size).to(session.device, dtype)
-    weight = torch.randn(spec.intermediate_size, spec.hidden_size).to(session.device, dtype)
+    if engine.device.type == "cuda":  # the budget leaves no room for what is timed here
+        torch.cuda.set_per_process_memory_fraction(1.0, engine.device)
+    memory = torch.ones(MEMORY_BYTES // 4, device=engine.device)
+    largest = max(spec.linears[:-1], key=lambda linear: linear.num_weights)  # the head aside
+    shape = largest.out_features, largest.in_features
+    weight = torch.randn(shape).to(engine.device, dtype)
+    x = torch.randn(engine.plan.verify_width, largest.in_features).to(engine.device, dtype)
     out = x.new_empty(len(x), len(weight))
     actions: list[Callable[[], object]] = [
         lambda: memory.sum(),
         lambda: torch.mm(x, weight.t(), out=out),
-        draft_products(session, 1),
-        draft_products(session, tree.width),
+        draft_products(engine, 1),
+        draft_products(engine, tree.width),
     ]
-    timed = [fastest(action, session.device) for action in actions]
+    timed = [fastest(action, engine.device) for action in actions]
     return Ceilings(
         memory_bytes=MEMORY_BYTES / timed[0],
         matmul_flops=2 * x.numel() * len(weight) / timed[1],
@@ -143,17 +147,21 @@ def fastest(action: Callable[[], object], device: torch.device) -> float:
     return min(seconds)
 
 
-def draft_products(session: Session, rows: int) -> Callable[[], None]:
+def draft_products(engine: Engine, rows: int) -> Callable[[], None]:
     """All products of one level, and nothing else."""
-    substitutes, every = session.model.substitutes, linears(session.artifact.spec)
-    assert substitutes is not None
-    products = list(substitutes)
+    drafter, every = engine.model.drafter, engine.artifact.spec.linears
+    assert isinstance(drafter, SubstituteDrafter)
+    products = list(drafter.substitutes)
     sizes = {linear.in_features for linear in every}
-    x = {size: torch.randn(rows, size).to(session.device, DRAFT_DTYPE) for size in sizes}
+    x = {size: torch.randn(rows, size).to(engine.device, DRAFT_DTYPE) for size in sizes}
+    calls = [
+        (products[n.layer], n.name.removeprefix(f"{layer_name(n.layer)}."), x[n.in_features])
+        for n in every
+    ]
 
     def run() -> None:
-        for linear in every:
-            products[linear.layer](linear.kind, x[linear.in_features])
+        for product, name, inputs in calls:
+            product(name, inputs, rows)
 
     return run
 
@@ -175,12 +183,11 @@ def roofline(artifact: Artifact, traced: Traced, ceilings: Ceilings) -> Roofline
     wait = traced.wait_seconds / rounds
     link_floor = traced.streamed_bytes / rounds / ceilings.link_bytes
     busy = overlap_seconds(lanes.get("copy", []), verifies) / rounds if on_cpu else link_floor
-    every, placement = linears(spec), plan.substitute
+    every, resident = spec.linears, set(plan.placement("substitute").resident)
     num_weights = sum(n.num_weights for n in every)
     draft_bytes = sum(
         n.substitute_bytes if n.has_substitute else n.num_weights * spec.item_bytes for n in every
     )
-    resident = set(placement.resident) if placement else set()
     num_decoded = sum(
         p.part.num_weights
         for p in artifact.stored_parts()

@@ -133,7 +133,7 @@ def write_config(path: Path, source: ModelSpec, args: argparse.Namespace) -> Non
         problem = f"--hidden {args.hidden} --layers {layers}, expected a multiple of {GROUP_SIZE} "
         raise SubspecError(Exit.USAGE, problem + f"and at least {source.num_layers}")
     growth = args.hidden / source.hidden_size
-    attention, dense = bodies(source)
+    attention, dense = common_form(source)
     heads = round(attention.num_heads * growth)
     inner = round(dense.inner_size * growth / GROUP_SIZE) * GROUP_SIZE
     origin = {"model": args.model.name, "hidden_size": source.hidden_size}
@@ -155,11 +155,24 @@ def write_config(path: Path, source: ModelSpec, args: argparse.Namespace) -> Non
     path.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
 
-def bodies(spec: ModelSpec) -> tuple[Attention, Dense]:
-    """Those of the first layer, whose sizes all layers have."""
-    attention, dense = (block.body for block in spec.layers[0].blocks)
-    assert isinstance(attention, Attention) and isinstance(dense, Dense)
-    return attention, dense
+def common_form(spec: ModelSpec) -> tuple[Attention, Dense]:
+    """What all layers share, windows aside: an attention and a feed-forward, a norm before each."""
+    forms = set[tuple[Attention, Dense]]()
+    for layer in spec.layers:
+        match [block.body for block in layer.blocks if block.before and not block.after]:
+            case [Attention() as attention, Dense() as dense] if len(layer.blocks) == 2:
+                forms.add((replace(attention, window=None), dense))
+            case _:
+                raise SubspecError(
+                    Exit.UNSUPPORTED,
+                    f"a layer of this {spec.family} model is not an attention and a feed-forward "
+                    "with a norm before each, as expected",
+                )
+    if len(forms) != 1:
+        raise SubspecError(
+            Exit.UNSUPPORTED, f"the layers have {len(forms)} different shapes, expected one"
+        )
+    return forms.pop()
 
 
 def layer_origins(num_source_layers: int, num_layers: int) -> list[int]:
@@ -203,13 +216,11 @@ def recipe_of(source: str, sizes: dict[str, Copies], scale: torch.Tensor) -> Rec
 
 
 def wide_dimensions(source: ModelSpec, wide: ModelSpec) -> dict[str, Copies]:
-    attention, dense = bodies(source)
-    wide_attention, wide_dense = bodies(wide)
-    num_kv, size = attention.num_kv_heads, attention.head_size
-    group = attention.num_heads // num_kv
-    wide_group = wide_attention.num_heads // wide_attention.num_kv_heads
+    (narrow, narrow_dense), (broad, broad_dense) = common_form(source), common_form(wide)
+    num_kv, size = narrow.num_kv_heads, narrow.head_size
+    group, wide_group = narrow.num_heads // num_kv, broad.num_heads // broad.num_kv_heads
     query: list[int] = []
-    for head in range(wide_attention.num_heads):
+    for head in range(broad.num_heads):
         kv_head, member = divmod(head, wide_group)
         reader = kv_head // num_kv * wide_group + member  # the how-manieth of its source kv head
         first = (kv_head % num_kv * group + reader % group) * size
@@ -219,9 +230,9 @@ def wide_dimensions(source: ModelSpec, wide: ModelSpec) -> dict[str, Copies]:
         "vocabulary": copies(source.vocab_size, source.vocab_size),
         "head": copies(size, size),
         "hidden": copies(source.hidden_size, wide.hidden_size),
-        "query": copies(attention.query_size, wide_attention.query_size, least, query),
-        "kv": copies(attention.kv_size, wide_attention.kv_size),
-        "inner": copies(dense.inner_size, wide_dense.inner_size, least),
+        "query": copies(narrow.query_size, broad.query_size, least, query),
+        "kv": copies(narrow.kv_size, broad.kv_size),
+        "inner": copies(narrow_dense.inner_size, broad_dense.inner_size, least),
     }
 
 

@@ -1,4 +1,4 @@
-"""subspec-run ARTIFACT [PROMPT]: one prompt, or a chat. Heavy imports wait until needed."""
+"""subspec-run ARTIFACT [PROMPT]: one prompt, or a chat. Slow imports are done when needed."""
 
 import json
 import math
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from subspec.runtime.text.tokenizer import ChatTokenizer
 
 LARGEST_PROMPT = 16 << 20  # bytes read from stdin
-LOADED_FIRST_BYTES = 2 << 30  # what a disk brings in a second
+LOADED_FIRST_BYTES = 2 << 30  # that a disk reads in about a second
 DEVICE = re.compile(r"cpu|cuda(:[0-9]{1,3})?", re.ASCII)
-SECONDS_BETWEEN_LINES = 10.0  # of progress, where stderr is not a terminal
+SECONDS_BETWEEN_LINES = 10.0  # of progress, if stderr is not a terminal
 
 Command = Callable[..., None]
 
@@ -62,7 +62,7 @@ class Options:
     no_record: bool = False
 
 
-# Of two flags the first needs the second, or excludes it.
+# The first flag of a pair needs the second, or excludes it.
 NEEDS = (("full", "check"), ("unpadded", "no_speculation"))
 EXCLUDES = (
     ("as_json", "chat"), ("raw", "chat"), ("raw", "system"), ("vram", "no_replan"),
@@ -71,7 +71,7 @@ EXCLUDES = (
 
 
 def option(name: str, help: str, **settings: Any) -> Callable[[Command], Command]:
-    """A click option whose default is the one of Options."""
+    """A click option with the default of its field in Options."""
     field = name.lstrip("-").replace("-", "_")
     default = getattr(Options, field)
     shown = default not in (None, False, ())
@@ -79,7 +79,7 @@ def option(name: str, help: str, **settings: Any) -> Callable[[Command], Command
 
 
 def finite_option(context: click.Context, parameter: click.Parameter, value: float) -> float:
-    """click's ranges let nan through: it is not below, and not above."""
+    """Refuse nan, which click's ranges accept, and infinity."""
     if not math.isfinite(value):
         raise click.BadParameter(f"{value} is not a number{HINT}0.7 is one")
     return value
@@ -90,7 +90,7 @@ def device_option(
 ) -> str | None:
     if value is not None and DEVICE.fullmatch(value) is None:
         raise click.BadParameter(
-            f"{value!r} is not a device{HINT}cpu, cuda, or of several GPUs one, such as cuda:1"
+            f"{value!r} is not a device{HINT}use cpu, cuda, or one of several GPUs, such as cuda:1"
         )
     return value
 
@@ -170,7 +170,7 @@ def main(**given: Any) -> None:
             how = answering(artifact, options)
             chat(engine, tokenizer, how, options.system or "", prompt)
         return
-    # Before the weights load: it may not fit.
+    # Before the weights load, as the prompt may be too long.
     ids = prompt_ids(artifact, tokenizer, options, prompt)
     with opened(artifact, options) as engine:
         from subspec.runtime.app.answer import answer_once
@@ -203,7 +203,7 @@ def check_options(options: Options) -> None:
         raise SubspecError(Exit.USAGE, "--stop is empty", "give the text that ends the answer")
     try:
         "".join([options.prompt or "", options.system or "", *options.stop]).encode("utf-8")
-    except UnicodeEncodeError:  # Python's stand-ins for bytes that are none
+    except UnicodeEncodeError:  # surrogates, which stand for bytes that are not UTF-8
         raise SubspecError(Exit.USAGE, "an argument is not UTF-8", "convert it to UTF-8") from None
 
 
@@ -227,7 +227,7 @@ def check(options: Options) -> None:
 
 
 def open_folder(path: Path) -> "Artifact":
-    """open_artifact, with a word for those who give the name of a model or a checkpoint."""
+    """open_artifact, with a hint if `path` is a checkpoint or the name of a model."""
     from subspec.artifacts.format.store import open_artifact
 
     is_checkpoint = (path / "config.json").exists() and not (path / "manifest.json").exists()
@@ -243,8 +243,8 @@ def open_folder(path: Path) -> "Artifact":
 
 
 def begin_to_read(artifact: "Artifact", options: Options) -> None:
-    """The disk is idle while torch is imported, a second or two: what is loaded first comes into
-    the page cache meanwhile."""
+    """Start reading the substitutes, which are loaded first, into the page cache: the disk is idle
+    for a second or two while torch is imported."""
     from threading import Thread
 
     from subspec.artifacts.format.tensors import read_ahead
@@ -257,17 +257,17 @@ def begin_to_read(artifact: "Artifact", options: Options) -> None:
 
 
 def trust_kernels(artifact: "Artifact") -> None:
-    """Before anything is built or planned for this machine."""
+    """Install the artifact's pre-built kernels, before anything is built or planned."""
     from subspec.artifacts.format.prebuilt import install_prebuilt
     from subspec.runtime.engine import kernel_sources
 
     missing = install_prebuilt(artifact, kernel_sources(artifact.plan))
     if missing:
-        say(f"note: no prebuilt kernels for this machine, compiling: {', '.join(missing)}")
+        say(f"note: no pre-built kernels for this machine, compiling: {', '.join(missing)}")
 
 
 def planned_for_here(artifact: "Artifact", options: Options) -> "Artifact":
-    """Under its own plan, or under one that this machine can obey."""
+    """The artifact with its own plan, or re-planned if that does not fit this machine."""
     if options.no_replan:
         return artifact
     from subspec.runtime.app.replan import fitted
@@ -278,7 +278,7 @@ def planned_for_here(artifact: "Artifact", options: Options) -> "Artifact":
         options.vram,
         options.device,
         options.link_bandwidth,
-        progress_line() if sys.stderr.isatty() else lambda *_: None,  # elsewhere one line is all
+        progress_line() if sys.stderr.isatty() else lambda *_: None,  # elsewhere only the note
     )
     if note:
         say(f"note: {note}")
@@ -286,7 +286,7 @@ def planned_for_here(artifact: "Artifact", options: Options) -> "Artifact":
 
 
 def read_prompt(options: Options) -> str | None:
-    """The PROMPT, or what a pipe brings; None for a chat on a terminal."""
+    """The PROMPT, or the text of stdin; None for a chat on a terminal."""
     prompt = options.prompt
     if prompt is None and options.chat:
         return None
@@ -333,7 +333,7 @@ def prompt_ids(
 
 @contextmanager
 def opened(artifact: "Artifact", options: Options) -> "Iterator[Engine]":
-    """The model in fast memory, progress on stderr."""
+    """Open the engine, with progress and notes on stderr."""
     import torch
 
     from subspec.runtime.engine import Engine, OpenOptions, machine_name
@@ -350,16 +350,19 @@ def opened(artifact: "Artifact", options: Options) -> "Iterator[Engine]":
             here, planned = machine_name(engine.device), artifact.plan.machine
             if here != planned:
                 say(
-                    f"note: planned on ({planned}), running on ({here}): speeds will differ, "
-                    "subspec-plan would fit the plan to this machine"
+                    f"note: planned on ({planned}), running on ({here}): speeds will differ; "
+                    "subspec-plan --from re-plans for this machine"
                 )
             if (problem := engine.missing_kernels) is not None:
                 trust = " (--trust-kernels would load the artifact's own)"
                 say(
                     "note: without the C++ kernels residuals decode a hundred times slower, exact "
-                    f"attention several times, and near-ties may round otherwise: {problem}"
+                    "attention is several times slower, and near-ties may be decided differently: "
+                    f"{problem}"
                     f"{trust if engine.has_prebuilt_kernels else ''}"
                 )
+            if (problem := engine.plain_draft) is not None:
+                say(f"note: drafting is slower than it could be: {problem}")
             yield engine
             if (problem := engine.missing_graphs) is not None:
                 say(f"note: the draft's kernels were launched one by one: {problem}")
@@ -367,12 +370,12 @@ def opened(artifact: "Artifact", options: Options) -> "Iterator[Engine]":
         raise SubspecError(
             Exit.RESOURCES,
             f"the GPU ran out of memory: {str(error).partition('. ')[0]}",
-            "close what else uses the GPU, or plan again with a smaller --vram",
+            "close other programs that use the GPU, or re-plan with a smaller --vram",
         ) from None
 
 
 def progress_line() -> Callable[[str, float], None]:
-    """Progress on one line of a terminal; elsewhere a line now and then, as a sign of life."""
+    """Progress on one line of a terminal; elsewhere a line every SECONDS_BETWEEN_LINES."""
     spoken = time.monotonic()
 
     def show(stage: str, share: float) -> None:

@@ -1,6 +1,6 @@
-"""Where the time of a generation goes: seconds per phase on either device, and spans if asked for.
+"""Time of a generation: seconds per phase on either device, and optionally a trace of spans.
 
-A trace is spans in lanes, written as Chrome's trace events: Perfetto and chrome://tracing open it.
+A trace has spans in lanes, written as Chrome trace events: Perfetto and chrome://tracing open it.
 """
 
 import time
@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 
-# Ends a span now: lane, name, when it started (time.perf_counter), what else to say of it.
+# Ends a span now: lane, name, its start (time.perf_counter), details.
 Record = Callable[[str, str, float, dict[str, int]], None]
 
-# From top to bottom in a viewer. Spans of one lane follow each other.
+# From top to bottom in a viewer. Spans of one lane do not overlap.
 LANES = ("prefill", "draft", "verify", "layer", "product", "decode", "wait", "copy")
 
 
 def unrecorded(lane: str, name: str, started: float, detail: dict[str, int]) -> None:
-    """The record of what runs without a clock."""
+    """A Record that does nothing."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Span:
 
 @dataclass
 class Clock:
-    """Phases do not overlap. On cuda a phase ends when its kernels have: one synchronize each."""
+    """Phases do not overlap. On cuda a phase ends when its kernels have ended: it synchronizes."""
 
     device: torch.device
     spans: list[Span] | None = None  # None: not recorded
@@ -54,13 +54,14 @@ class Clock:
         self.record(name, name, started, {})
 
     def record(self, lane: str, name: str, started: float, detail: dict[str, int]) -> None:
-        """Ends a span now; a `Record`. Any thread may call it."""
+        """End a span now. This is a `Record`; any thread may call it."""
         if self.spans is not None:
             self.spans.append(Span(lane, name, started, time.perf_counter() - started, detail))
 
 
 def overlap_seconds(some: Iterable[Span], others: Sequence[Span]) -> float:
-    """How long one of `some` runs while one of `others` does; neither overlap among themselves."""
+    """Seconds during which one of `some` and one of `others` run; neither overlap among
+    themselves."""
     return sum(
         max(0.0, min(a.end_seconds, b.end_seconds) - max(a.start_seconds, b.start_seconds))
         for a in some
@@ -79,7 +80,7 @@ def chrome_trace(spans: Sequence[Span], about: dict[str, str]) -> dict[str, Any]
         events.append({"name": "thread_name", **common, "args": {"name": lane}})
         events.append({"name": "thread_sort_index", **common, "args": {"sort_index": number}})
     for span in sorted(spans, key=lambda span: span.start_seconds):
-        # Whole nanoseconds: a span must not seem to begin before the one that it follows has ended.
+        # Whole nanoseconds, so that rounding does not make consecutive spans overlap.
         start, end = (round(1e9 * (t - zero)) for t in (span.start_seconds, span.end_seconds))
         detail = dict(span.detail)
         if "bytes" in detail and end > start:

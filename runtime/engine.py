@@ -71,6 +71,11 @@ class OpenOptions:
     graphs: bool = True  # on cuda: a draft's levels are captured as CUDA graphs
     trace: bool = False  # `engine.model.clock.spans` says what ran when
 
+    def __post_init__(self) -> None:
+        if self.link_bandwidth is not None and not self.link_bandwidth > 0:
+            message = f"link_bandwidth is {self.link_bandwidth}, expected more than 0"
+            raise SubspecError(Exit.USAGE, message)
+
 
 class Engine:
     """One model in fast memory, under one plan. Close it, or use it as a context manager."""
@@ -100,7 +105,8 @@ class Engine:
         self._caches = caches  # that no sequence has
         self._decoding: list[Sequence] = []
         self._resources = resources
-        self._watched_length = 0
+        self._closed = False
+        self._watched_lengths = dict[int, int]()  # of caches, by number of sequences
 
     @classmethod
     def open(
@@ -122,6 +128,9 @@ class Engine:
         plan, spec = artifact.plan, artifact.spec
         method = options.method or plan.method
         placement = plan.placement(method)
+        if method != "plain" and not options.padded:
+            message = f"padded=False is for plain decoding, but the method is {method}"
+            raise SubspecError(Exit.USAGE, message, 'add method="plain"')
         dtype: torch.dtype = getattr(torch, spec.dtype)
         with ExitStack() as stack:
             # The device and its memory
@@ -206,6 +215,7 @@ class Engine:
     def new_sequence(self) -> Sequence:
         """An empty sequence; close it to give its cache to another one. Raises
         SubspecError(RESOURCES) if the plan's sequences are all in use."""
+        self._check_open()
         if not self._caches:
             raise SubspecError(
                 Exit.RESOURCES,
@@ -217,14 +227,22 @@ class Engine:
         return Sequence(self, cache)
 
     @torch.inference_mode()
-    def step(self) -> None:
+    def step(self) -> bool:
         """One round of every sequence that is decoding: their drafts grow together, one stream of
-        the exact weights verifies all of them, and each commits what it keeps."""
+        the exact weights verifies all of them, and each commits what it keeps. Returns False if no
+        sequence was decoding.
+
+        An error leaves those that have not committed the round where they were: the next step does
+        it again.
+        """
+        self._prepare()
         active = list(self._decoding)
+        if not active:
+            return False
         turns, sampling = [one.turn for one in active], [one.params.sampling for one in active]
         exact, clock = self.model.exact, self.model.clock
         before = dict(clock.seconds), exact.wait_seconds, exact.streamed_bytes
-        with self._watched(max(turn.cache.length for turn in turns)):
+        with self._watched(len(turns), max(turn.cache.length for turn in turns)):
             if self.method == "substitute":
                 rounds = speculate(self.model, turns, sampling)
             elif self.padded:
@@ -241,10 +259,12 @@ class Engine:
                 wait_seconds=exact.wait_seconds - before[1],
                 streamed_bytes=exact.streamed_bytes - before[2],
             )
+        return True
 
     @torch.inference_mode()
     def read_prompt(self, sequence: Sequence, tokens: list[int]) -> tuple[int, float]:
         """The prompt's pass of one sequence -> its first token, and the seconds that it took."""
+        self._prepare()
         clock = self.model.clock
         before = clock.seconds.get("prefill", 0.0)
         with self.peak.watch():
@@ -261,16 +281,30 @@ class Engine:
         if sequence in self._decoding:
             self._decoding.remove(sequence)
 
+    def is_decoding(self, sequence: Sequence) -> bool:
+        return sequence in self._decoding
+
     def give_back(self, cache: Cache) -> None:
         self._caches.append(cache)
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise SubspecError(Exit.USAGE, "the engine is closed", "open the artifact again")
+
+    def _prepare(self) -> None:
+        """Before a pass: others of this process may have set other threads, and a result's bits
+        depend on their number."""
+        self._check_open()
+        torch.set_num_threads(self.plan.num_threads)
+
     @contextmanager
-    def _watched(self, length: int) -> Iterator[None]:
-        """Temporaries grow with the cache, and watching them takes time: at each doubling."""
-        if length < 2 * self._watched_length:
+    def _watched(self, num_sequences: int, length: int) -> Iterator[None]:
+        """Temporaries grow with the number of sequences and the longest cache, and watching them
+        takes time: at each doubling of the length."""
+        if length < 2 * self._watched_lengths.get(num_sequences, 0):
             yield
             return
-        self._watched_length = length
+        self._watched_lengths[num_sequences] = length
         with self.peak.watch():
             yield
 
@@ -299,13 +333,23 @@ class Engine:
         return any(find_prebuilt(self.artifact, source) is not None for source, _ in kernels)
 
     @property
+    def plain_draft(self) -> str | None:
+        """Why the draft's layers run one by one; None: they are compiled, or nothing is drafted."""
+        drafts = isinstance(self.model.drafter, SubstituteDrafter)
+        compilable = drafts and self.device.type == "cpu" and self.plan.int4_kernel == "w4a8"
+        if not compilable or compiled_layers.known_form(self.artifact.spec) is not None:
+            return None
+        return "this model has layers that the compiled draft does not compute"
+
+    @property
     def missing_graphs(self) -> str | None:
         """Why the draft's levels are not captured; None: they are, or need not be."""
         drafter = self.model.drafter
         return drafter.graph_problem if isinstance(drafter, SubstituteDrafter) else None
 
     def close(self) -> None:
-        """Gives fast memory back."""
+        """Gives fast memory back. Its sequences cannot be used any more."""
+        self._closed = True
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self._resources.close()

@@ -1,4 +1,4 @@
-"""Fast memory: allocated once from the plan's ledger; its peak, measured."""
+"""Fast memory: allocation by the plan's ledger, and measurement of its peak."""
 
 import mmap
 import weakref
@@ -30,9 +30,10 @@ class Arena:
 
 
 class FastMemory:
-    """One arena per purpose of the ledger; tensors are carved from it in order and never freed.
+    """One arena per purpose of the ledger; tensors are taken from it in order and not freed singly.
 
-    Asking for more than the ledger granted is a bug of ours, not a reason to grow.
+    Arenas never grow: taking more than the ledger has is a bug in subspec.
+    Raises SubspecError(RESOURCES) if there is not enough memory.
     """
 
     def __init__(self, device: torch.device, ledger: Ledger) -> None:
@@ -45,7 +46,7 @@ class FastMemory:
                 Exit.RESOURCES,
                 f"the plan needs {format_size(needed)} of memory, but only "
                 f"{format_size(free_bytes())} are free",
-                f"close other programs, or plan again with --vram {free_bytes() * 9 // 10}B",
+                f"close other programs, or re-plan with --vram {free_bytes() * 9 // 10}B",
             )
         try:
             for purpose, num_bytes in ledger.arenas.items():
@@ -58,26 +59,29 @@ class FastMemory:
         self.arena_bytes = sum(arena.numel() for arena in self._free.values())
 
     def release(self) -> None:
-        """Gives the memory back, whoever still knows tensors that lie in it: they hold nothing of
-        use any more."""
+        """Free the memory, even if tensors still refer to it: their contents are undefined
+        afterwards."""
         for arena in self._arenas:
             arena.release()
 
     def take(self, purpose: str, num_bytes: int, alignment: int = 1) -> Tensor:
-        """uint8 [num_bytes] from an arena, advanced to the next aligned address."""
+        """uint8 [num_bytes] from the arena of `purpose`, which continues at an aligned address."""
         size = max(aligned(num_bytes), -(-num_bytes // alignment) * alignment)
         arena = self._free.get(purpose)
         left = 0 if arena is None else arena.numel()
-        assert arena is not None and size <= left, f"{purpose}: asked {size}, ledger has {left}"
+        assert arena is not None and size <= left, (
+            f"{purpose}: {size} bytes requested, ledger has {left}"
+        )
         self._free[purpose] = arena[size:]
         return arena[:num_bytes]
 
     def take_tensor(self, purpose: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Tensor of the given shape and dtype from the arena of `purpose`."""
         count = torch.Size(shape).numel()
         return self.take(purpose, count * dtype.itemsize).view(dtype).view(shape)
 
     def _allocate(self, num_bytes: int) -> "Arena":
-        """Zeros: what was never written may be read and weighted with 0, and 0 times NaN is NaN."""
+        """Zeros, because unwritten cache slots are read and multiplied by 0, and 0 * NaN is NaN."""
         if self.device.type == "cpu":
             pages, memory = host_pages(num_bytes)
             return Arena(memory, lambda: pages.madvise(mmap.MADV_DONTNEED))
@@ -90,26 +94,26 @@ class FastMemory:
                 Exit.RESOURCES,
                 f"the plan needs another {format_size(num_bytes)} of GPU memory, "
                 f"but only {format_size(free)} are free",
-                "close what else uses the GPU, or plan again with a smaller --vram",
+                "close other programs that use the GPU, or re-plan with a smaller --vram",
             ) from None
 
 
 def free_bytes() -> int:
-    """Memory of this machine that new allocations can have."""
+    """Host memory that is available for new allocations (MemAvailable)."""
     lines = Path("/proc/meminfo").read_text("ascii").splitlines()
     return int(dict(line.split(":", 1) for line in lines)["MemAvailable"].split()[0]) * 1024
 
 
 def host_buffer(num_bytes: int) -> Tensor:
-    """uint8 [num_bytes] of `host_pages`, freed with the last tensor that lies in it."""
+    """uint8 [num_bytes] from `host_pages`, freed with the last tensor that refers to it."""
     return host_pages(num_bytes)[1]
 
 
 def host_pages(num_bytes: int) -> tuple[mmap.mmap, Tensor]:
-    """uint8 [num_bytes] of zeros at a page boundary (direct reads need that); in huge pages if
-    large. And the mapping that it lies in.
+    """A mapping, and uint8 [num_bytes] of zeros in it at a page boundary, as direct reads need; in
+    huge pages if large. Raises SubspecError(RESOURCES).
 
-    First touched here: a huge page costs most at its first touch, and 1.5x less per read after.
+    The pages are touched here: the first touch of a huge page is slow, later reads are 1.5x faster.
     """
     huge = num_bytes >= 4 * HUGE_PAGE_BYTES
     alignment = HUGE_PAGE_BYTES if huge else PAGE_BYTES
@@ -120,7 +124,7 @@ def host_pages(num_bytes: int) -> tuple[mmap.mmap, Tensor]:
         raise SubspecError(
             Exit.RESOURCES,
             f"cannot reserve {format_size(num_bytes)} of memory: {error.strerror}",
-            "plan again with a smaller --vram",
+            "re-plan with a smaller --vram",
         ) from None
     if huge:
         memory.madvise(mmap.MADV_HUGEPAGE)
@@ -130,8 +134,9 @@ def host_pages(num_bytes: int) -> tuple[mmap.mmap, Tensor]:
 
 
 def pinned_buffer(num_bytes: int) -> Tensor:
-    """uint8 [num_bytes] of host memory that the GPU reads directly (page-locked, mapped), exactly
-    as large as it is: torch's pinned allocator would round up to a power of two. `unpin` it."""
+    """uint8 [num_bytes] of host memory that the GPU reads directly (page-locked and mapped), to be
+    released by `unpin`. torch's pinned allocator would round the size up to a power of two. Raises
+    SubspecError(RESOURCES)."""
     buffer = host_buffer(num_bytes)
     status = int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), num_bytes, HOST_FLAGS))
     if status:
@@ -153,9 +158,9 @@ def bytes_of(tensor: Tensor) -> memoryview:
 
 
 class Temporaries(TorchDispatchMode):
-    """Live and peak bytes of the tensors that operations make while it is active.
+    """Live and peak bytes of the tensors that operations create while the mode is active.
 
-    What an operation allocates and frees inside itself is not seen: the ledger's guard covers it.
+    What an operation allocates and frees internally is not seen: the ledger's guard covers it.
     """
 
     def __init__(self) -> None:
@@ -209,7 +214,7 @@ class PeakMeter:
     """Peak bytes of fast memory that this process used for the model.
 
     cuda: everything, as the driver counts it (context, allocator, arenas). cpu: arenas and
-    temporaries; the interpreter and torch themselves are not counted against the cap.
+    temporaries; the interpreter and torch themselves do not count against the budget.
     """
 
     def __init__(self, memory: FastMemory) -> None:
@@ -217,7 +222,7 @@ class PeakMeter:
         self._temporary_bytes = 0
         self._outside_bytes = 0
         if memory.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(memory.device)  # of an earlier session
+            torch.cuda.reset_peak_memory_stats(memory.device)  # of an earlier engine
 
     @contextmanager
     def watch(self) -> Iterator[None]:
@@ -233,10 +238,10 @@ class PeakMeter:
     def peak_bytes(self) -> int:
         if self._memory.device.type == "cuda":
             device, held = self._memory.device, held_bytes(self._memory.device)
-            if held is None:  # other programs' count as ours
+            if held is None:  # then other programs' memory counts too
                 free, total = torch.cuda.mem_get_info(device)
                 held = total - free
-            # Libraries and graphs take theirs when they are first used, past the allocator.
+            # Libraries and graphs allocate outside the allocator, when they are first used.
             outside = held - torch.cuda.memory_reserved(device)
             self._outside_bytes = max(self._outside_bytes, outside)
             return self._outside_bytes + torch.cuda.max_memory_reserved(device)

@@ -30,6 +30,10 @@ class GenerationParams:
     end_tokens: frozenset[int] = frozenset()
     cut: Cut = lambda tokens: None
 
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise SubspecError(Exit.USAGE, f"max_tokens is {self.max_tokens}, expected 1 or more")
+
 
 @dataclass(frozen=True)
 class Stats:
@@ -71,33 +75,30 @@ class Sequence:
         self.turn = Turn(cache, root=0, max_tokens=0)
         self.finish_reason: FinishReason | None = None  # None: it is decoding, or never was
         self._fresh: list[int] = []  # emitted and not yet given out
+        self._closed = False
 
     def generate(self, prompt: list[int], params: GenerationParams) -> Iterator[list[int]]:
         """Yields new token ids as they are decided. Other sequences of the engine that are decoding
-        advance with it. Leaving the loop ends the answer.
+        advance with it. Leaving the loop ends the answer, and so does another `generate` or
+        `begin`, or closing the sequence.
 
-        Raises SubspecError(USAGE) for a prompt that is empty or leaves no room in the plan's
-        context.
+        Raises SubspecError(USAGE) for a prompt that is empty, leaves no room in the plan's context
+        or has ids beyond the vocabulary.
         """
         self.begin(prompt, params)
+        turn = self.turn  # another answer has another one
         try:
-            while self._fresh or self.finish_reason is None:
+            while self.turn is turn and (self._fresh or self._engine.is_decoding(self)):
                 if not self._fresh:
                     self._engine.step()
                 yield self.take_fresh()
         finally:
-            self._engine.leave(self)
+            if self.turn is turn:
+                self._engine.leave(self)
 
     def begin(self, prompt: list[int], params: GenerationParams) -> None:
         """Reads the prompt and joins the decoding sequences: Engine.step goes on from here."""
-        context = self._engine.plan.context
-        room = context - len(prompt)
-        if not prompt or room < 1:
-            raise SubspecError(
-                Exit.USAGE,
-                f"the prompt has {len(prompt)} tokens, expected 1 to {context - 1}",
-                f"shorten it, or plan with --context {len(prompt) + 256} or more",
-            )
+        room = self._room_after(prompt)
         self._engine.leave(self)
         cache = self.cache
         cache.roll_back(min(cache.common_prefix(prompt), len(prompt) - 1))
@@ -126,8 +127,14 @@ class Sequence:
         wait_seconds: float,
         streamed_bytes: int,
     ) -> None:
-        """A round of this sequence: what is kept of it is committed and given out."""
-        stats, num_kept = self.stats, self._cut(done.emitted)
+        """A round of this sequence: what is kept of it is committed and given out. An error of the
+        answer's `cut` ends it: the others go on without it."""
+        try:
+            num_kept = self._cut(done.emitted)
+        except BaseException:
+            self._engine.leave(self)
+            raise
+        stats = self.stats
         ended = self.finish_reason in ("eos", "stop")
         keep(self.turn, done, num_kept)
         judged = done.num_levels + done.ended_early  # the next level was not accepted, that is
@@ -151,15 +158,35 @@ class Sequence:
         return fresh
 
     def close(self) -> None:
-        """Gives the cache back to the engine."""
-        self._engine.leave(self)
-        self._engine.give_back(self.cache)
+        """Gives the cache back to the engine, once: another sequence may have it by now."""
+        if not self._closed:
+            self._closed = True
+            self._engine.leave(self)
+            self._engine.give_back(self.cache)
 
     def __enter__(self) -> "Sequence":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _room_after(self, prompt: list[int]) -> int:
+        """How many tokens an answer to the prompt can have."""
+        if self._closed:
+            message = "the sequence is closed"
+            raise SubspecError(Exit.USAGE, message, "another one: engine.new_sequence()")
+        context = self._engine.plan.context
+        if not 0 < len(prompt) < context:
+            raise SubspecError(
+                Exit.USAGE,
+                f"the prompt has {len(prompt)} tokens, expected 1 to {context - 1}",
+                f"shorten it, or plan with --context {len(prompt) + 256} or more",
+            )
+        size = self._engine.artifact.spec.vocab_size
+        if (wrong := next((one for one in prompt if not 0 <= one < size), None)) is not None:
+            message = f"the prompt has the token id {wrong}, expected 0 to {size - 1}"
+            raise SubspecError(Exit.USAGE, message, "use the model's own tokenizer")
+        return context - len(prompt)
 
     def _emit(self, tokens: list[int]) -> None:
         self._fresh += tokens
@@ -168,14 +195,17 @@ class Sequence:
 
     def _cut(self, emitted: list[int]) -> int:
         """How many of the emitted tokens are kept; says in `finish_reason` if the answer ends."""
-        left = self.turn.max_tokens
+        left, reason = self.turn.max_tokens, self.finish_reason
         kept = emitted[:left]
         if len(emitted) >= left:
             short = self.stats.generated_tokens + left < self.params.max_tokens
-            self.finish_reason = "context" if short else "length"
+            reason = "context" if short else "length"
         ends = (index for index, token in enumerate(kept) if token in self.params.end_tokens)
         if (end := next(ends, None)) is not None:
-            kept, self.finish_reason = kept[: end + 1], "eos"
+            kept, reason = kept[: end + 1], "eos"
         if (count := self.params.cut(kept)) is not None:
-            kept, self.finish_reason = kept[:count], "stop"
+            if count < 1:
+                raise SubspecError(Exit.USAGE, f"cut returned {count}, expected 1 or more, or None")
+            kept, reason = kept[:count], "stop"
+        self.finish_reason = reason
         return len(kept)

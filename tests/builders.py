@@ -155,8 +155,13 @@ def build_artifact(
 
 def demo_checkpoint(folder: Path, dtype: torch.dtype) -> Path:
     """The demo model in another dtype."""
-    shutil.copytree(DEMO, folder)
-    tensors = load_file(DEMO / "model.safetensors")
+    return converted(DEMO, folder, dtype)
+
+
+def converted(checkpoint: Path, folder: Path, dtype: torch.dtype) -> Path:
+    """A copy of a checkpoint of one file, in another dtype."""
+    shutil.copytree(checkpoint, folder)
+    tensors = load_file(checkpoint / "model.safetensors")
     save_file({name: t.to(dtype) for name, t in tensors.items()}, folder / "model.safetensors")
     return folder
 

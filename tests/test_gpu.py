@@ -6,17 +6,23 @@ from pathlib import Path
 import pytest
 import torch
 from builders import build_artifact, replan
+from running import answer, generated
 
+from subspec.artifacts.footprint import packed_bytes
 from subspec.artifacts.format.packing import pack_nibbles
 from subspec.artifacts.format.store import Artifact
+from subspec.artifacts.plan import Method
 from subspec.planner.model.hub import DEMO
-from subspec.runtime.kernels.linear import int4_product, int4_product_plainly, pack, packed_bytes
+from subspec.runtime.draft.drafter import SubstituteDrafter
+from subspec.runtime.engine import Engine, OpenOptions
+from subspec.runtime.kernels.linear import int4_product, int4_product_plainly, pack
 from subspec.runtime.model.sampling import Sampling
-from subspec.runtime.session import Session
+from subspec.runtime.sequence import GenerationParams
 from subspec.runtime.stream.link import HostLink
 from subspec.runtime.text.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.gpu
+PROMPTS = ("def read_file(path):\n", "class Cache:\n", "import os\n")
 
 
 @pytest.fixture(scope="module", params=["raw", "residual"])
@@ -38,12 +44,31 @@ def test_speculation_gives_the_tokens_of_plain_decoding_on_cuda(
             artifact, width=width, depth=depth, resident_share=share, verify_width=64,
             context=512, device="cuda",
         )  # fmt: skip
-        with Session(chosen, method=method) as session:  # type: ignore[arg-type]
-            for prompt in ("def read_file(path):\n", "class Cache:\n"):
-                session.model.cache.roll_back(0)
-                rounds = session.generate(text.plain_ids(prompt), 96, sampling)
-                said.append([token for some in rounds for token in some])
-    assert said[:2] == said[2:]
+        with Engine.open(chosen, OpenOptions(method)) as engine:  # type: ignore[arg-type]
+            for prompt in PROMPTS:
+                said.append(answer(engine, text.plain_ids(prompt), 96, sampling))
+    assert said[:3] == said[3:]
+
+
+@pytest.mark.parametrize("method", ["substitute", "plain"])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.8, seed=3)], ids=str)
+def test_three_sequences_get_the_tokens_that_each_gets_alone_on_cuda(
+    artifact: Artifact, sampling: Sampling, method: Method
+) -> None:
+    text = load_tokenizer(artifact.path / "tokenizer")
+    ids = [text.plain_ids(prompt) for prompt in PROMPTS]
+    chosen = replan(
+        artifact, width=2, depth=7, verify_width=16, context=512, device="cuda", num_sequences=3
+    )
+    with Engine.open(chosen, OpenOptions(method)) as engine:
+        alone = [answer(engine, prompt, 64, sampling) for prompt in ids]
+        sequences = [engine.new_sequence() for _ in ids]
+        for sequence, prompt in zip(sequences, ids, strict=True):
+            sequence.begin(prompt, GenerationParams(64, sampling))
+            engine.step()
+        while engine.step():
+            pass
+        assert [sequence.take_fresh() for sequence in sequences] == alone
 
 
 @pytest.mark.parametrize("shape", [(1, 8), (6, 5)], ids=str)
@@ -54,12 +79,15 @@ def test_captured_levels_draft_what_single_kernels_do(
     chosen = replan(artifact, width=shape[0], depth=shape[1], context=512, device="cuda")
     said, accepted = [], []
     for graphs in (False, True):
-        with Session(chosen, graphs=graphs) as session:
-            rounds = session.generate([*range(40, 60)], 200, Sampling())
-            said.append([token for some in rounds for token in some])
-            accepted.append(session.stats.accepted)
-            assert session.missing_graphs is None
-            captured = session.model.draft_graphs
+        with (
+            Engine.open(chosen, OpenOptions(graphs=graphs)) as engine,
+            engine.new_sequence() as sequence,
+        ):
+            said.append(generated(sequence, [*range(40, 60)], GenerationParams(200)))
+            accepted.append(sequence.stats.accepted)
+            assert engine.missing_graphs is None
+            assert isinstance(engine.model.drafter, SubstituteDrafter)
+            captured = engine.model.drafter.captured.get(sequence.cache)
             assert captured is None if not graphs else captured and len(captured.replays) > 1
     assert said[0] == said[1] and accepted[0] == accepted[1]
 

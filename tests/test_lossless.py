@@ -1,24 +1,29 @@
-"""Lossless is a test, not a claim: the exact model's tokens, with and without a draft."""
+"""Lossless is a test, not a claim: the exact model's tokens, drafted or not, alone or not."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from builders import build_artifact, demo_checkpoint, random_checkpoint, replan
+from families import FAMILIES, PROMPT_TOKENS, SIZES
+from running import answer, generated
 
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.model import Encoding
-from subspec.artifacts.plan import Int4Kernel
+from subspec.artifacts.plan import Int4Kernel, Method
 from subspec.planner.model.hub import DEMO
+from subspec.runtime.engine import Engine, OpenOptions
 from subspec.runtime.kernels import int4
 from subspec.runtime.model.sampling import Sampling
-from subspec.runtime.session import Session
+from subspec.runtime.sequence import GenerationParams, Sequence
 from subspec.runtime.text.tokenizer import load_tokenizer
 
-NUM_PROMPTS, NUM_TOKENS = 40, 96
 GREEDY = Sampling()
 SEEDED = Sampling(temperature=0.8, top_k=0, top_p=0.95, seed=7)
+SAMPLINGS = {"greedy": GREEDY, "seeded": SEEDED}
 ENCODINGS: tuple[Encoding, ...] = ("raw", "residual")
+METHODS: tuple[Method, ...] = ("plain", "substitute")
 FASTEST: Int4Kernel = "aten" if int4.unavailable() else "w4a8"
 # tree width, depth, share of the exact weights that is resident, how they are stored, and the
 # kernel that drafts, and what a draft ends early below
@@ -33,81 +38,43 @@ PLANS: list[DraftPlan] = [
     (3, 10, 0.5, "raw", FASTEST, 0.9),
 ]
 VERIFY_WIDTH = 32
+NUM_PROMPTS = 40
+NUM_TOKENS, MANY_TOKENS = 32, 96  # in the quick tests, and in the slow one
+
+Answer = Callable[[int, Sampling, int], list[int]]  # of a prompt, as so many tokens
 
 
-def tiny(family: str, **settings: object) -> tuple[str, dict[str, object]]:
-    common = {
-        "hidden_size": 128,
-        "intermediate_size": 192,
-        "num_hidden_layers": 3,
-        "vocab_size": 2048,
-        "max_position_embeddings": 512,
-        "pad_token_id": 0,
-        "eos_token_id": 2,
-    }
-    return family, {**common, **settings}
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> None:
+    """Two that wait for each other on a busy machine take minutes."""
+    torch.set_num_threads(1)
 
 
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 5000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-FAMILIES = {
-    "qwen2, 7 heads to 1, tied": tiny(
-        "qwen2", hidden_size=448, num_attention_heads=7, num_key_value_heads=1,
-        tie_word_embeddings=True,
-    ),
-    "qwen2, untied, windows on the upper layers": tiny(
-        "qwen2", num_attention_heads=4, num_key_value_heads=2, use_sliding_window=True,
-        sliding_window=24, max_window_layers=1,
-    ),
-    "qwen3, head size not hidden / heads": tiny(
-        "qwen3", num_attention_heads=4, num_key_value_heads=2, head_dim=48, attention_bias=True,
-    ),
-    "llama 3 rope, every bias": tiny(
-        "llama", num_attention_heads=4, num_key_value_heads=4, attention_bias=True, mlp_bias=True,
-        rope_parameters=LLAMA3_ROPE,
-    ),
-    "llama, yarn rope": tiny(
-        "llama", num_attention_heads=2, num_key_value_heads=1,
-        rope_parameters={"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0,
-                         "original_max_position_embeddings": 64},
-    ),
-    "mistral, sliding window": tiny(
-        "mistral", num_attention_heads=4, num_key_value_heads=2, head_dim=64, sliding_window=20,
-    ),
-    "llama, shapes that 4 bits do not take": tiny(
-        "llama", hidden_size=96, intermediate_size=168, num_attention_heads=3,
-        num_key_value_heads=3, vocab_size=2050,
-    ),
-}  # fmt: skip
+# Against transformers
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_f32_tokens_equal_transformers_greedy_decoding(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", FAMILIES)
+def test_f32_tokens_equal_transformers_greedy_decoding(case: str, tmp_path: Path) -> None:
     import transformers
 
-    model_type, settings = FAMILIES[family]
-    config = transformers.AutoConfig.for_model(model_type, **settings)
+    config = transformers.AutoConfig.for_model(**FAMILIES[case])
     folder = random_checkpoint(tmp_path / "checkpoint", config)
-    artifacts = [
-        build_artifact(folder, tmp_path / encoding, encoding, width=2, depth=5, context=160)
-        for encoding in ENCODINGS
-    ]
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    for seed in range(3):
-        generator = torch.Generator().manual_seed(seed)
-        prompt = torch.randint(3, 2048, (40 + seed,), generator=generator).tolist()
-        expected = model.generate(
-            torch.tensor([prompt]), max_new_tokens=60, do_sample=False, eos_token_id=None
-        )[0, len(prompt) :].tolist()
-        for artifact in artifacts:
-            for method in ("plain", "substitute"):
-                assert decode(artifact, method, prompt, GREEDY, 60) == expected, method
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(3, 2040, (PROMPT_TOKENS,), generator=generator).tolist()
+    expected = model.generate(
+        torch.tensor([prompt]), max_new_tokens=30, do_sample=False, eos_token_id=None
+    )[0, len(prompt) :].tolist()
+    for encoding in ENCODINGS:
+        artifact = build_artifact(
+            folder, tmp_path / encoding, encoding, width=2, depth=5, context=128
+        )
+        for method in METHODS:
+            with Engine.open(artifact, OpenOptions(method)) as engine:
+                assert answer(engine, prompt, 30, GREEDY) == expected, f"{encoding}, {method}"
+
+
+# Speculation on = off
 
 
 @pytest.fixture(scope="module", params=["bfloat16", "float32"])
@@ -134,80 +101,150 @@ def prompts(demos: dict[Encoding, Artifact]) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def plain_tokens(
-    demos: dict[Encoding, Artifact], prompts: list[list[int]]
-) -> dict[Sampling, list[list[int]]]:
-    """What the plain twin emits, everything resident and raw."""
+def plain_answer(demos: dict[Encoding, Artifact], prompts: list[list[int]]) -> Answer:
+    """What the plain twin emits for a prompt, alone, with everything resident and raw."""
     artifact = replan(demos["raw"], resident_share=1.0, verify_width=VERIFY_WIDTH)
-    with Session(artifact, method="plain") as session:
-        return {
-            sampling: [run(session, prompt, sampling, NUM_TOKENS) for prompt in prompts]
-            for sampling in (GREEDY, SEEDED)
-        }
+    known = dict[tuple[int, Sampling], list[int]]()
+
+    def known_answer(index: int, sampling: Sampling, num_tokens: int) -> list[int]:
+        if len(known.get((index, sampling), ())) < num_tokens:
+            with Engine.open(artifact, OpenOptions("plain")) as engine:
+                known[index, sampling] = answer(engine, prompts[index], num_tokens, sampling)
+        return known[index, sampling][:num_tokens]
+
+    return known_answer
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=str)
-@pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+@pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_speculation_gives_the_tokens_of_plain_decoding(
     demos: dict[Encoding, Artifact],
     prompts: list[list[int]],
-    plain_tokens: dict[Sampling, list[list[int]]],
+    plain_answer: Answer,
     plan: DraftPlan,
-    sampling: Sampling,
+    sampling: str,
 ) -> None:
-    """The plans share the prompts out; the slow test below gives every prompt to every plan."""
-    mine = range(PLANS.index(plan), NUM_PROMPTS, len(PLANS))
-    assert_same_tokens(demos, prompts, plain_tokens, plan, sampling, mine)
+    """A prompt for each plan; the slow test below gives every prompt to every plan."""
+    mine = range(PLANS.index(plan), PLANS.index(plan) + 1)
+    with Engine.open(planned(demos, plan), OpenOptions("substitute")) as engine:
+        for index in mine:
+            got = answer(engine, prompts[index], NUM_TOKENS, SAMPLINGS[sampling])
+            assert got == plain_answer(index, SAMPLINGS[sampling], NUM_TOKENS), f"prompt {index}"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS, ids=str)
-@pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+@pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_speculation_gives_the_tokens_of_plain_decoding_for_every_prompt_and_plan(
     demos: dict[Encoding, Artifact],
     prompts: list[list[int]],
-    plain_tokens: dict[Sampling, list[list[int]]],
+    plain_answer: Answer,
     plan: DraftPlan,
-    sampling: Sampling,
+    sampling: str,
 ) -> None:
-    assert_same_tokens(demos, prompts, plain_tokens, plan, sampling, range(NUM_PROMPTS))
+    with Engine.open(planned(demos, plan), OpenOptions("substitute")) as engine:
+        for index, prompt in enumerate(prompts):
+            got = answer(engine, prompt, MANY_TOKENS, SAMPLINGS[sampling])
+            assert got == plain_answer(index, SAMPLINGS[sampling], MANY_TOKENS), f"prompt {index}"
 
 
-def assert_same_tokens(
+# Alone = in company
+
+
+@pytest.mark.parametrize(
+    ("method", "share"),
+    [("substitute", 0.0), ("substitute", 1.0), ("plain", 0.0)],
+    ids=["drafted, streamed", "drafted, resident", "plain, streamed"],
+)
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_sequences_that_come_and_go_get_the_tokens_that_they_get_alone(
     demos: dict[Encoding, Artifact],
     prompts: list[list[int]],
-    plain_tokens: dict[Sampling, list[list[int]]],
-    plan: DraftPlan,
-    sampling: Sampling,
-    chosen: range,
+    plain_answer: Answer,
+    sampling: str,
+    method: Method,
+    share: float,
 ) -> None:
-    width, depth, share, encoding, kernel, min_path_probability = plan
+    """One begins while others decode, one ends early, one is closed in the middle and its cache
+    goes to another, one is used for a second turn."""
+    how = SAMPLINGS[sampling]
+    alone = [plain_answer(index, how, NUM_TOKENS) for index in range(4)]
+    encoding: Encoding = "raw" if share else "residual"
     artifact = replan(
-        demos[encoding],
-        width=width,
-        depth=depth,
-        resident_share=share,
-        verify_width=VERIFY_WIDTH,
-        int4_kernel=kernel,
-        min_path_probability=min_path_probability,
-    )
-    with Session(artifact, method="substitute") as session:
-        for index in chosen:
-            got = run(session, prompts[index], sampling, NUM_TOKENS)
-            assert got == plain_tokens[sampling][index], f"prompt {index}"
+        demos[encoding], width=2, depth=7, resident_share=share, verify_width=VERIFY_WIDTH,
+        int4_kernel=FASTEST, num_sequences=3,
+    )  # fmt: skip
+    whole, short = (GenerationParams(count, how) for count in (NUM_TOKENS, 16))
+    with Engine.open(artifact, OpenOptions(method)) as engine:
+        first, second = engine.new_sequence(), engine.new_sequence()
+        first.begin(prompts[0], whole)
+        step(engine, 2)
+        second.begin(prompts[1], whole)
+        step(engine, 2)
+        third = engine.new_sequence()
+        early = next(i for i, token in enumerate(alone[2]) if i > 8 and token not in alone[2][:i])
+        third.begin(prompts[2], GenerationParams(NUM_TOKENS, how, frozenset([alone[2][early]])))
+        step(engine, 1)
+        begun = second.take_fresh()
+        second.close()
+        fourth = engine.new_sequence()
+        assert fourth.cache is second.cache
+        fourth.begin(prompts[3], whole)
+        finish(engine, first, third, fourth)
+        assert begun == alone[1][: len(begun)] and 3 < len(begun) < NUM_TOKENS
+        assert third.take_fresh() == alone[2][: early + 1] and third.finish_reason == "eos"
+        assert (first.take_fresh(), fourth.take_fresh()) == (alone[0], alone[3])
+
+        again = [*prompts[2], *alone[2][: early + 1], *prompts[3]]
+        third.begin(again, short)
+        fourth.begin(prompts[3], whole)  # the last token of the prompt is read once more
+        step(engine, 3)
+        fourth.close()
+        finish(engine, third)
+        second_turn = third.take_fresh()
+    with Engine.open(artifact, OpenOptions("plain")) as engine, engine.new_sequence() as lone:
+        ends = frozenset([alone[2][early]])
+        assert [*generated(lone, prompts[2], GenerationParams(NUM_TOKENS, how, ends))]
+        assert generated(lone, again, short) == second_turn
+
+
+def test_sequences_may_differ_in_sampling_and_in_length(
+    demos: dict[Encoding, Artifact], prompts: list[list[int]], plain_answer: Answer
+) -> None:
+    artifact = replan(
+        demos["residual"], width=3, depth=5, verify_width=VERIFY_WIDTH, int4_kernel=FASTEST,
+        num_sequences=3, context=1024, min_path_probability=0.5,
+    )  # fmt: skip
+    long = [5 + i % 900 for i in range(900)]
+    with Engine.open(artifact) as engine:
+        alone = answer(engine, long, 20, SEEDED)
+    with Engine.open(artifact) as engine:
+        sequences = [engine.new_sequence() for _ in range(3)]
+        sequences[0].begin(prompts[0], GenerationParams(NUM_TOKENS, GREEDY))
+        sequences[1].begin(prompts[0], GenerationParams(NUM_TOKENS, SEEDED))
+        sequences[2].begin(long, GenerationParams(20, SEEDED))
+        finish(engine, *sequences)
+        assert [one.take_fresh() for one in sequences] == [
+            plain_answer(0, GREEDY, NUM_TOKENS), plain_answer(0, SEEDED, NUM_TOKENS), alone
+        ]  # fmt: skip
+
+
+# Sampling
 
 
 def test_sampled_output_is_distributed_as_the_target(tmp_path: Path) -> None:
     """Chi-square over two sampled tokens, the second one verified behind a draft; vocabulary 16."""
     import transformers
 
-    model_type, settings = tiny(
-        "qwen2", hidden_size=64, intermediate_size=64, num_hidden_layers=2, vocab_size=16,
-        num_attention_heads=2, num_key_value_heads=1,
+    config = transformers.AutoConfig.for_model(
+        "qwen2",
+        **{**SIZES, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
+           "vocab_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1},
     )  # fmt: skip
-    config = transformers.AutoConfig.for_model(model_type, **settings)
     folder = random_checkpoint(tmp_path / "checkpoint", config)
-    artifact = build_artifact(folder, tmp_path / "artifact", width=3, depth=2, context=64)
+    artifact = build_artifact(
+        folder, tmp_path / "artifact", width=3, depth=2, context=64, resident_share=1.0
+    )
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     prompt, temperature, draws = [3, 7, 1, 12], 1.5, 600
 
@@ -221,9 +258,9 @@ def test_sampled_output_is_distributed_as_the_target(tmp_path: Path) -> None:
     first = target(prompt)
     expected = torch.stack([first[t] * target([*prompt, t]) for t in range(16)]).flatten()
     counts = torch.zeros(256, dtype=torch.float64)
-    with Session(artifact, method="substitute") as session:
+    with Engine.open(artifact, OpenOptions("substitute")) as engine:
         for seed in range(draws):
-            one, two = run(session, prompt, Sampling(temperature, top_k=4, seed=seed), 2)
+            one, two = answer(engine, prompt, 2, Sampling(temperature, top_k=4, seed=seed))
             counts[one * 16 + two] += 1
     assert counts[expected == 0].sum() == 0
     likely = expected * draws >= 5  # the others are one cell together
@@ -237,20 +274,31 @@ def test_the_padded_width_does_not_change_bf16_tokens_much(tmp_path: Path) -> No
     """Other widths may round otherwise: the promise is per plan. Most tokens agree all the same."""
     artifact = build_artifact(DEMO, tmp_path / "artifact")
     prompt = load_tokenizer(artifact.path / "tokenizer").plain_ids("def main():\n    ")
-    texts = [
-        decode(replan(artifact, verify_width=width), "plain", prompt, GREEDY, 32)
-        for width in (8, 64)
-    ]
+    texts = []
+    for width in (8, 64):
+        with Engine.open(replan(artifact, verify_width=width), OpenOptions("plain")) as engine:
+            texts.append(answer(engine, prompt, 32, GREEDY))
     assert texts[0][:8] == texts[1][:8]
 
 
-def decode(
-    artifact: Artifact, method: str, prompt: list[int], sampling: Sampling, tokens: int
-) -> list[int]:
-    with Session(artifact, method=method) as session:  # type: ignore[arg-type]
-        return run(session, prompt, sampling, tokens)
+def planned(demos: dict[Encoding, Artifact], plan: DraftPlan) -> Artifact:
+    width, depth, share, encoding, kernel, min_path_probability = plan
+    return replan(
+        demos[encoding],
+        width=width,
+        depth=depth,
+        resident_share=share,
+        verify_width=VERIFY_WIDTH,
+        int4_kernel=kernel,
+        min_path_probability=min_path_probability,
+    )
 
 
-def run(session: Session, prompt: list[int], sampling: Sampling, tokens: int) -> list[int]:
-    session.model.cache.roll_back(0)
-    return [token for some in session.generate(prompt, tokens, sampling) for token in some]
+def step(engine: Engine, num_rounds: int) -> None:
+    for _ in range(num_rounds):
+        engine.step()
+
+
+def finish(engine: Engine, *sequences: Sequence) -> None:
+    while any(one.finish_reason is None for one in sequences):
+        engine.step()

@@ -1,5 +1,5 @@
-"""Bounds of a dataclass's fields, declared once where the field is: `width: Annotated[int,
-Between(1, 256)]`. `artifacts/format/codec.py` enforces them on what it reads.
+"""Bounds of dataclass fields, declared with the field: `width: Annotated[int, Between(1, 256)]`.
+`artifacts/format/codec.py` enforces them on what it reads.
 """
 
 import re
@@ -15,7 +15,7 @@ class Between:
     most: float
 
     def holds(self, value: Any) -> bool:
-        return bool(self.least <= value <= self.most)  # NaN is nowhere
+        return bool(self.least <= value <= self.most)  # False for NaN
 
     def __str__(self) -> str:
         return f"{self.least:g} to {self.most:g}"
@@ -50,7 +50,7 @@ class Length:
 
 @dataclass(frozen=True)
 class Matching:
-    """Text that the regular expression matches as a whole, in ASCII."""
+    """Text that the regular expression matches in full, in ASCII."""
 
     pattern: str
     described: str

@@ -19,18 +19,18 @@ from subspec.artifacts.common.sizes import parse_size
 
 HINT = "\n\nhint: "  # between the sentence and the hint of a click error
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# Escape sequences in foreign text (model output, names in an artifact) must not reach a terminal:
-# C0 but newline and tab, DEL, C1.
+# Escape sequences in untrusted text (model output, names in an artifact) must not reach a terminal:
+# C0 except newline and tab, DEL, C1.
 CONTROL = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 def printable(text: str) -> str:
-    """`text` without the characters that steer a terminal."""
+    """`text` without terminal control characters."""
     return text.translate(CONTROL)
 
 
 def say(line: str) -> None:
-    """One line of the story, on stderr; stdout is data."""
+    """Print a line for people on stderr; stdout is for data."""
     sys.stderr.write(printable(line) + "\n")
 
 
@@ -67,10 +67,10 @@ class Program(click.Command):
 
 
 def reported(command: Callable[..., None]) -> Callable[..., None]:
-    """Runs a command; a SubspecError becomes one sentence on stderr and its exit code.
+    """Run a command; a SubspecError becomes one sentence on stderr and its exit code.
 
-    With `as_json` among the options the error is an object on stdout as well. Any other exception
-    is a bug of ours and keeps its traceback.
+    With the option `as_json` the error is an object on stdout as well. Any other exception is a bug
+    in subspec and keeps its traceback.
     """
 
     @functools.wraps(command)
@@ -90,7 +90,7 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
             leave(Exit.INTERRUPTED)
         except Terminated:
             leave(Exit.TERMINATED)
-        except BrokenPipeError:  # the reader of our stdout went away: `subspec-run ... | head`
+        except BrokenPipeError:  # the reader of stdout went away: `subspec-run ... | head`
             discard(sys.stdout, sys.stderr)
             leave(Exit.OK)
         except OSError as error:
@@ -103,7 +103,8 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def check_platform(platform: str) -> None:
-    """Raises SubspecError(UNSUPPORTED) where direct reads and memory limits are not Linux's."""
+    """Raise SubspecError(UNSUPPORTED) unless this is Linux: direct reads and memory limits are
+    Linux-specific."""
     if platform != "linux":
         raise SubspecError(
             Exit.UNSUPPORTED,
@@ -113,7 +114,7 @@ def check_platform(platform: str) -> None:
 
 
 class Terminated(BaseException):
-    """SIGTERM, as KeyboardInterrupt is SIGINT: what is open closes on the way out."""
+    """SIGTERM as an exception, as KeyboardInterrupt is SIGINT, so that resources are closed."""
 
 
 @contextmanager
@@ -134,8 +135,8 @@ def terminable() -> Iterator[None]:
 
 
 def prepare_streams() -> None:
-    """A closed stdin, stdout or stderr becomes /dev/null, so that no file of ours gets its number;
-    what the locale's encoding lacks prints as ?."""
+    """Open /dev/null for a closed stdin, stdout or stderr, so that no other file gets its number;
+    characters that the locale's encoding lacks are printed as ?."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
@@ -148,7 +149,7 @@ def prepare_streams() -> None:
 
 
 def discard(*streams: TextIO) -> None:
-    """What is still buffered goes nowhere, or the interpreter would fail again as it ends."""
+    """Discard what is still buffered; else the interpreter would fail again when it flushes."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in streams:
         os.dup2(nowhere, stream.fileno())
@@ -172,7 +173,7 @@ def fail(error: SubspecError, as_json: bool) -> NoReturn:
 
 def leave(code: Exit) -> NoReturn:
     if code in (Exit.INTERRUPTED, Exit.TERMINATED):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # an impatient second Ctrl-C: we are leaving
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not interrupt the exit
     try:
         sys.stdout.flush()
     except OSError:

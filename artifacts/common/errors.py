@@ -12,7 +12,7 @@ class Exit(enum.IntEnum):
     WRONG_MACHINE = 5  # artifact is valid but not for this machine
     RESOURCES = 6  # out of memory, disk or a lock at run time
     HUB = 7  # hub, network, gated, not in the cache
-    UNSUPPORTED = 8  # architecture or feature that we do not run
+    UNSUPPORTED = 8  # architecture, feature or platform that subspec does not run
     INTERRUPTED = 130
     TERMINATED = 143
 

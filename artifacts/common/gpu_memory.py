@@ -1,4 +1,4 @@
-"""What this process holds of a GPU, by the driver's own count."""
+"""GPU memory of this process, as the driver counts it."""
 
 import os
 
@@ -6,13 +6,13 @@ import torch
 
 
 def held_bytes(device: torch.device) -> int | None:
-    """Context, kernels, libraries and whatever was allocated. None: the driver does not tell ours
-    from others' (nvidia-ml-py is not installed; a container, whose process ids are its own)."""
+    """Bytes of this process on the GPU: context, kernels, libraries and allocations. None: unknown
+    (nvidia-ml-py is not installed, or a container has process ids of its own)."""
     try:
         import pynvml
     except ImportError:
         return None
-    uuid = torch.cuda.get_device_properties(device).uuid  # indices may be another order's
+    uuid = torch.cuda.get_device_properties(device).uuid  # NVML may number GPUs in another order
     try:
         pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")

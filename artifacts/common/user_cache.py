@@ -1,4 +1,4 @@
-"""The user's cache: compiled code, plans that were solved again, run records. All of it can go."""
+"""The user's cache: compiled code, re-solved plans, run records. All of it may be deleted."""
 
 import os
 import stat
@@ -6,9 +6,9 @@ from pathlib import Path
 
 
 def user_cache_dir(kind: str) -> Path | None:
-    """Where files of one kind lie, for this user alone; None if there cannot be such a folder.
+    """Private folder for files of one kind; None if there cannot be one.
 
-    Code is loaded from here, so it is not used if somebody else could write to it.
+    Code is loaded from here, so a folder that others could write to is not used.
     """
     try:
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

@@ -1,7 +1,7 @@
-"""What a structural check asks of a ModelSpec, a Plan and the headers beside them.
+"""Structural checks of a ModelSpec, a Plan and the headers of weight files against each other.
 
-JSON has right types and bounds by now (codec.py); here is what goes together. Everything that
-memory or time grows with is bounded before it is used.
+Types and bounds of single JSON values are checked before, by codec.py. Everything that memory or
+time grows with is bounded before it is used.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ STORED_DTYPES: dict[DType, str] = {"bfloat16": "BF16", "float16": "F16", "float3
 
 
 def check_spec(spec: ModelSpec) -> None:
-    """Raises SubspecError(CORRUPT) for a model that no checkpoint describes."""
+    """Raise SubspecError(CORRUPT) for an inconsistent or too large model."""
     for index, layer in enumerate(spec.layers):
         where = f"layers[{index}]"
         bodies = [block.body.name for block in layer.blocks]
@@ -47,7 +47,7 @@ def _check_attention(where: str, one: Attention) -> None:
         raise _wrong(
             "model.json",
             f"{where}: {one.num_heads} heads of {one.head_size} over {one.num_kv_heads} "
-            "key-value heads do not divide",
+            "key-value heads: expected a multiple, and an even head size",
         )
     rope = one.rope
     if rope is None:
@@ -60,11 +60,13 @@ def _check_attention(where: str, one: Attention) -> None:
         and (rope.kind != "longrope" or len(rope.divisors) == rope.size // 2)
     )
     if not sane:
-        raise _wrong("model.json", f"{where}: {str(rope)[:400]} does not rotate a head")
+        raise _wrong(
+            "model.json", f"{where}: {str(rope)[:400]} is not a rotary embedding of a head"
+        )
 
 
 def check_headers(path: Path, spec: ModelSpec) -> None:
-    """The files beside exact.safetensors hold what the spec calls for."""
+    """Raise SubspecError(CORRUPT) unless the other weight files have the tensors of the spec."""
     dtype = STORED_DTYPES[spec.dtype]
     embedding = read_header(path / "embedding.safetensors")
     rows = (spec.vocab_size, spec.hidden_size)
@@ -87,7 +89,7 @@ def check_headers(path: Path, spec: ModelSpec) -> None:
 
 
 def check_plan(spec: ModelSpec, stored: list[StoredPart], plan: Plan) -> None:
-    """The plan names parts of this model, and its numbers go together."""
+    """Raise SubspecError(CORRUPT) unless the plan names parts of this model and is consistent."""
     for method, placement in plan.placements.items():
         _check_placement(method, placement, stored, plan.budget_bytes)
     tree, fits = plan.tree, plan.context <= spec.max_positions
@@ -96,13 +98,13 @@ def check_plan(spec: ModelSpec, stored: list[StoredPart], plan: Plan) -> None:
         raise _wrong(
             "plan.json",
             f"method {plan.method}, tree {tree.width}x{tree.depth}, verify width "
-            f"{plan.verify_width} and context {plan.context} do not go together",
+            f"{plan.verify_width} and context {plan.context} are inconsistent",
         )
     _check_curves(plan.acceptance.curves)
 
 
 def _check_curves(curves: Sequence[Curve]) -> None:
-    """Trees of ascending widths that were tried, and accepted at most as often, less the deeper."""
+    """Widths ascend, and counts do not rise from tried to accepted or from level to level."""
     widths = [curve.width for curve in curves]
     if not curves or widths != sorted(widths):
         raise _wrong("plan.json", "acceptance has no curves of ascending widths")
@@ -115,8 +117,7 @@ def _check_curves(curves: Sequence[Curve]) -> None:
         ):
             raise _wrong(
                 "plan.json",
-                f"acceptance of width {curve.width} on {curve.kind[:60]!r} has counts that no "
-                "trees have",
+                f"acceptance of width {curve.width} on {curve.kind[:60]!r} has impossible counts",
             )
 
 
@@ -127,11 +128,11 @@ def _check_placement(
     held = {*placement.resident, *placement.residuals}
     for name in (*placement.resident, *placement.residuals):
         if name not in every:
-            raise _wrong("plan.json", f"{label} places an unknown {name[:200]!r}")
+            raise _wrong("plan.json", f"{label} places an unknown part {name[:200]!r}")
     for name in placement.residuals:
         if every[name].encoding != "residual":
-            raise _wrong("plan.json", f"{label} keeps {name} as a residual, but it is stored raw")
-    # A residual is decoded over its substitute, unless that happened while loading.
+            raise _wrong("plan.json", f"{label} has {name} as a residual, but it is stored raw")
+    # A residual is decoded with its substitute, unless that is done while loading.
     decodes = any(p.encoding == "residual" and p.name not in placement.resident for p in stored)
     if decodes and not placement.ledger.substitutes:
         raise _wrong("plan.json", f"{label} decodes residuals without their substitutes")

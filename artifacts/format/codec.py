@@ -1,5 +1,5 @@
-"""Frozen dataclasses <-> JSON, strictly: unknown, missing, mistyped keys and values beyond their
-bounds (`artifacts/common/bounds.py`) are named."""
+"""Frozen dataclasses <-> JSON, strictly: unknown, missing and mistyped keys, and values out of
+bounds (`artifacts/common/bounds.py`), are errors that name the key."""
 
 import dataclasses
 import json
@@ -22,7 +22,8 @@ def dump_json(value: Any) -> str:
 
 
 def parse_json(text: bytes | str, where: str) -> Any:
-    """JSON text -> value; duplicate keys, NaN and infinities are refused."""
+    """JSON text -> value. Raises SubspecError(CORRUPT), also for duplicate keys, NaN,
+    infinities."""
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -46,7 +47,7 @@ def parse_json(text: bytes | str, where: str) -> Any:
         value = json.loads(
             decoded, object_pairs_hook=pairs, parse_constant=constant, parse_float=number
         )
-        if "\\u" in decoded:  # half a surrogate pair parses, and fails when it is written again
+        if "\\u" in decoded:  # half a surrogate pair can be parsed, but not be written again
             json.dumps(value, ensure_ascii=False).encode("utf-8")
         return value
     except RecursionError:
@@ -56,7 +57,10 @@ def parse_json(text: bytes | str, where: str) -> Any:
 
 
 def load_dataclass(kind: type[T], value: Any, where: str) -> T:
-    """Value from JSON -> `kind`, checked field by field; `where` names the file and the path."""
+    """Value from JSON -> `kind`, checked field by field; `where` names file and path in errors.
+
+    Raises SubspecError(CORRUPT).
+    """
     converted = _convert(kind, value, where)
     return typing.cast(T, converted)
 
@@ -96,7 +100,7 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
 
 
 def _chosen(kinds: list[Any], value: Any, where: str) -> Any:
-    """Of several dataclasses the one whose `kind` the object names."""
+    """The dataclass whose `kind` the object names."""
     if len(kinds) == 1:
         return kinds[0]
     by_name = {get_args(typing.get_type_hints(kind)["kind"])[0]: kind for kind in kinds}

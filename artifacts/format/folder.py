@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all, whatever happens to its builder."""
+"""Atomic creation of a folder: it appears complete or not at all."""
 
 import contextlib
 import errno
@@ -16,12 +16,12 @@ DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextlib.contextmanager
 def new_folder(path: Path, overwrite: bool) -> Iterator[Path]:
-    """Yields a temporary folder beside `path` that takes its name at the end of the block.
+    """Yield a temporary folder beside `path` that is renamed to `path` at the end of the block.
 
-    An error or a kill leaves `path` as it was; after a kill between the two renames of an overwrite
-    the old folder lies beside it, and the next call puts it back. Raises SubspecError: USAGE if
-    `path` is there and may not be replaced, RESOURCES if the disk is full or another process is
-    building `path`.
+    An error or a kill leaves `path` as it was. After a kill between the two renames of an overwrite
+    the old folder is beside it, and the next call restores it. Raises SubspecError: USAGE if `path`
+    exists and may not be replaced, RESOURCES if the disk is full or another process is building
+    `path`.
     """
     path = path.resolve()  # a link is followed, not replaced
     temporary = path.parent / f".{path.name}.building"
@@ -51,7 +51,7 @@ def new_folder(path: Path, overwrite: bool) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _only_builder(path: Path) -> Iterator[None]:
-    """Holds the lock file of `path`; the kernel lets go of it however this process ends."""
+    """Hold the lock file of `path`; the kernel releases it however this process ends."""
     lock = path.parent / f".{path.name}.lock"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +63,7 @@ def _only_builder(path: Path) -> Iterator[None]:
     with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Whoever held the lock until now has removed the file that we opened: theirs is first.
+            # The previous holder may have removed the file that we opened.
             held = os.path.samestat(os.fstat(file.fileno()), lock.stat())
         except (BlockingIOError, FileNotFoundError):
             held = False
@@ -85,6 +85,7 @@ def _only_builder(path: Path) -> Iterator[None]:
 
 
 def check_target(path: Path, overwrite: bool) -> None:
+    """Raise SubspecError(USAGE) if `path` exists and may not be replaced."""
     if not path.exists():
         return
     if not overwrite:
@@ -97,7 +98,7 @@ def check_target(path: Path, overwrite: bool) -> None:
 
 
 def _clean_up(path: Path, temporary: Path, old: Path) -> None:
-    """Removes what a build left behind; the old folder comes back if nothing took its place."""
+    """Remove what a build left behind; restore the old folder if nothing replaced it."""
     if old.exists() and not path.exists():
         old.rename(path)
     for folder in (old, temporary):

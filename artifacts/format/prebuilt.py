@@ -1,7 +1,7 @@
-"""Compiled kernels that an artifact brings, for machines like the one that made it.
+"""Pre-built kernels in an artifact, for machines like the one that made it: pack, find, install.
 
-They are programs: nothing of them is loaded unless the user says so, its digest is in the manifest,
-and it was made of the very sources that are installed here (`cpp.library_name`).
+They are programs: one is loaded only if the user asks for it, its digest is in the manifest, and it
+was built from the same sources as are installed here (`cpp.library_name`).
 """
 
 import hashlib
@@ -18,8 +18,7 @@ FOLDER = "kernels"
 
 
 def pack_prebuilt(folder: Path, sources: Iterable[Path]) -> None:
-    """Copies what was built of `sources` into the artifact `folder`, before its manifest is
-    written."""
+    """Copy the libraries of `sources` into the folder of an artifact that has no manifest yet."""
     for source in sources:
         built = cpp.built_file(source)
         if built is not None:
@@ -28,14 +27,14 @@ def pack_prebuilt(folder: Path, sources: Iterable[Path]) -> None:
 
 
 def find_prebuilt(artifact: Artifact, source: Path) -> FileEntry | None:
-    """The library of `source` for this machine; None: the artifact has none."""
+    """Entry of the library of `source` for this machine; None: the artifact has none."""
     wanted = f"{FOLDER}/{cpp.library_name(source)}"
     return next((entry for entry in artifact.manifest.files if entry.path == wanted), None)
 
 
 def install_prebuilt(artifact: Artifact, sources: Iterable[Path]) -> list[str]:
-    """What the artifact brings of `sources` is loaded from now on; returns the names of those that
-    it does not bring. Raises SubspecError(CORRUPT) for one that is not as the manifest says."""
+    """Install the artifact's libraries of `sources`; returns the names of those that are missing.
+    Raises SubspecError(CORRUPT) for one that does not match its digest."""
     missing = []
     for source in sources:
         entry = find_prebuilt(artifact, source)
@@ -45,7 +44,7 @@ def install_prebuilt(artifact: Artifact, sources: Iterable[Path]) -> list[str]:
 
 
 def checked(folder: Path, entry: FileEntry) -> bytes:
-    """The file's bytes; libraries have one chunk."""
+    """Bytes of a file of one chunk. Raises SubspecError(CORRUPT) if its digest differs."""
     with open_regular(folder / entry.path) as file:
         found = file.read(entry.num_bytes)
     if (hashlib.sha256(found).hexdigest(),) != entry.chunks:

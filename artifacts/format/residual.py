@@ -1,8 +1,8 @@
-"""Residual of exact weights: what their 4-bit substitutes leave open, about 7 bits per weight.
+"""Residuals: exact weights as their difference to 4-bit substitutes, about 7 bits per weight.
 
-A code and its group's scale and zero point confine a weight to a *window* of 16-bit patterns.
-Encoder and decoder list the window from these alone; the stream only says which entry it is. How
-many bits that takes is known before any bit is read: bit positions are prefix sums over known
+A code with its group's scale and zero point confines a weight to a *window* of 16-bit patterns.
+Encoder and decoder derive the window from these alone; the stream says which entry of it the weight
+is. The number of bits is known before any bit is read: bit positions are prefix sums of known
 widths, no lengths are stored, and all weights decode in parallel. This module is the plain form of
 the format, on any device; residual.cpp and runtime/kernels/residual_triton.py are its fast twins.
 
@@ -33,9 +33,9 @@ TILE_COLUMNS = GROUP_SIZE  # a row of a tile is one group: one scale, one zero_p
 TILE_WEIGHTS = TILE_ROWS * TILE_COLUMNS
 GUARD_WORDS = 3  # a decoder may always read three words
 BINADES = 6  # kept below the top of a window that reaches zero; smaller weights are escaped
-CHUNK_TILES = 512  # decoded at once: bounds the temporaries, leaves no trace in the stream
+CHUNK_TILES = 512  # decoded at once: bounds the temporaries, does not affect the stream
 
-# f32 weights are coded by their upper halves, which are bf16 patterns; the lower halves are stored.
+# The upper halves of f32 weights are encoded as bf16 patterns; the lower halves are stored as is.
 FRACTION_BITS = {torch.bfloat16: 7, torch.float32: 7, torch.float16: 10}
 RADIX = {torch.bfloat16: 4, torch.float32: 4, torch.float16: 2}  # weights that share one number
 
@@ -93,8 +93,8 @@ def encode(weight: Tensor, codes: Tensor, qparams: Tensor) -> Tensor:
 def decode(stored: Tensor, codes: Tensor, qparams: Tensor, dtype: torch.dtype) -> Tensor:
     """Inverse of encode: stored uint8 [bytes] -> [R, K] of `dtype`, bit for bit.
 
-    Raises SubspecError(CORRUPT) for bytes that are not a stream of these codes and this qparams by
-    their structure; that they are the right ones is for a digest to say.
+    Raises SubspecError(CORRUPT) for bytes whose structure does not fit these codes and qparams.
+    Whether they are the right bytes only a digest can tell.
     """
     fraction_bits, radix = FRACTION_BITS[dtype], RADIX[dtype]
     num_rows, num_columns = codes.shape[0], codes.shape[1] * 2
@@ -123,10 +123,10 @@ def decode(stored: Tensor, codes: Tensor, qparams: Tensor, dtype: torch.dtype) -
 
 
 def sections(stored: Tensor, num_rows: int, num_columns: int, dtype: torch.dtype) -> Sections:
-    """stored uint8 [bytes], which begins at a multiple of 4 bytes -> views of its three sections.
+    """stored uint8 [bytes], at an address that 4 divides -> views of its three sections.
 
     Raises SubspecError(CORRUPT) unless the index begins at 0, never falls, and ends with the number
-    of words that are there.
+    of words in the payload.
     """
     assert num_rows % TILE_ROWS == 0 and num_columns % TILE_COLUMNS == 0 and stored.dim() == 1
     assert stored.dtype == torch.uint8 and stored.data_ptr() % 4 == 0
@@ -161,7 +161,7 @@ def _tiled(matrix: Tensor) -> Tensor:
 def _chunks(
     codes: Tensor, qparams: Tensor, fraction_bits: int
 ) -> Iterator[tuple[tuple[Tensor, Tensor], Windows]]:
-    """Some tiles at a time: their (band, column) [t] in a tiled matrix, their windows [t, 2048]."""
+    """CHUNK_TILES tiles at a time: (band, column) [t] in a tiled matrix, and windows [t, 2048]."""
     num_groups = qparams.shape[0]
     assert qparams.shape == (codes.shape[1] * 2 // GROUP_SIZE, codes.shape[0], 2)
     tiled_codes = codes.view(-1, TILE_ROWS, num_groups, TILE_COLUMNS // 2).transpose(1, 2)
@@ -179,9 +179,9 @@ def _windows(codes: Tensor, scale: Tensor, zero_point: Tensor, fraction_bits: in
     """codes uint8 [t, 32, 64], scale and zero_point f32 [t, 32, 1] -> windows [t, 2048].
 
     The only floating-point operations of the format, in f32 and rounded to nearest even: the
-    product has at most 5 + 8 significant bits and is exact, so that a fused multiply-add gives the
-    same; with scale in [2^-59, 2^59] no nonzero result is subnormal, so that flushing those cannot
-    matter either. Keep them as they are written.
+    product has at most 5 + 8 significant bits and is exact, so a fused multiply-add gives the same
+    result; with scale in [2^-59, 2^59] no nonzero result is subnormal, so flushing subnormals does
+    not matter either. Do not rewrite these expressions.
     """
     step = codes.float() - 8
     low = ((step - 0.5) * scale + zero_point).flatten(1)
@@ -201,7 +201,7 @@ def _magnitude(x: Tensor, fraction_bits: int) -> Tensor:
     bits = x.view(torch.int32).long() & 0x7FFF_FFFF
     if fraction_bits == 7:  # bf16 is the upper half of an f32
         return (bits >> 16).clamp(max=0x7F7F)
-    # fp16's exponent bias is 15 instead of 127; below 2^-14 a monotone stand-in is good enough.
+    # fp16's exponent bias is 15 instead of 127; below 2^-14 any monotone function works.
     return ((bits - (112 << 23)).clamp(min=0) >> 13).clamp(max=0x7BFF)
 
 
@@ -215,8 +215,8 @@ def _entries(patterns: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
 
 
 def _patterns(entries: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
-    """Inverse of _entries; patterns that are escaped mean nothing. A damaged stream may hold an
-    entry beyond the escape, which counts as one."""
+    """Inverse of _entries, except for escaped patterns. In a damaged stream an entry may be beyond
+    the escape; it counts as an escape."""
     sign = (entries >= windows.positive).long()
     patterns = windows.floor + entries - windows.positive * sign + (sign << 15)
     return patterns, entries >= windows.size() - 1
@@ -231,7 +231,7 @@ def _join(entries: Tensor, sizes: Tensor) -> Tensor:
 
 
 def _split(value: Tensor, sizes: Tensor) -> Tensor:
-    """Inverse of _join; what a damaged stream holds beyond the product stays in the last entry."""
+    """Inverse of _join; in a damaged stream the last entry may be too large."""
     entries = torch.empty_like(sizes)
     last = sizes.shape[1] - 1
     for column in range(last):
@@ -256,15 +256,15 @@ def _bit_words(bits: Tensor) -> Tensor:
 
 
 def _escape_slots(first: Tensor, bits: Tensor, escaped: Tensor) -> Tensor:
-    """first word of each tile [t], escaped [t, 2048] -> where in the payload, counted in halves of
-    words, the pattern of each escaped weight lies; they follow the tile's bits, in weight order."""
+    """first word of each tile [t], escaped [t, 2048] -> positions of escaped patterns in the
+    payload, in half-words; they follow the tile's bits, in weight order."""
     area = 2 * (first + _bit_words(bits))
     return (area[:, None] + torch.cumsum(escaped.long(), 1) - 1)[escaped]
 
 
 def _put_bits(words: Tensor, position: Tensor, value: Tensor) -> None:
-    """Adds values below 2^53 to words (u32 held in int64) at bit positions; the bit ranges are
-    disjoint, so that adding is or-ing."""
+    """Add values below 2^53 to words (u32 in int64) at bit positions; the bit ranges are disjoint,
+    so addition is bitwise or."""
     word, shift = position >> 5, position & 31
     words.scatter_add_(0, word, (value << shift) & 0xFFFF_FFFF)
     words.scatter_add_(0, word + 1, (value >> (32 - shift)) & 0xFFFF_FFFF)
@@ -272,7 +272,7 @@ def _put_bits(words: Tensor, position: Tensor, value: Tensor) -> None:
 
 
 def _get_bits(words: Tensor, position: Tensor, width: Tensor) -> Tensor:
-    """`width` (below 53) bits at each bit position of words (u32 held in int64)."""
+    """Read `width` (below 53) bits at each bit position of words (u32 in int64)."""
     word, shift = position >> 5, position & 31
     value = (words[word] >> shift) | (words[word + 1] << (32 - shift))
     value |= torch.where(shift > 0, words[word + 2] << (64 - shift).clamp(max=63), 0)

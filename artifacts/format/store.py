@@ -25,8 +25,8 @@ from subspec.artifacts.plan import Plan
 from subspec.artifacts.profile import Profile
 from subspec.artifacts.runs import RUNS
 
-# Major: readers refuse another one. Minor: readers carry on with a newer one, which may have added
-# files, and keys at the top of a JSON file.
+# Readers refuse another major version. They accept a newer minor version, which may have added
+# files, and top-level keys of JSON files.
 FORMAT_VERSION = "5.0"
 VERSION = re.compile(r"([0-9]{1,4})\.([0-9]{1,4})", re.ASCII)
 CHUNK_BYTES = 64 << 20
@@ -55,18 +55,18 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class PartEntry:
-    """Where one Part lies in exact.safetensors."""
+    """Place of one Part in exact.safetensors."""
 
     name: str
     offset: int  # from the beginning of the file; a multiple of PAGE_BYTES
     num_bytes: int  # without the padding up to the next page
     encoding: Encoding
-    digest: str  # of these bytes: part_digest
+    digest: str  # part_digest of these bytes
 
 
 @dataclass(frozen=True)
 class SubstituteEntry:
-    """What the residuals of one matrix were made for: another draft would decode them wrongly."""
+    """The substitute of one matrix. Its residuals decode correctly only with this one."""
 
     name: str  # of the linear
     digest: str  # SHA-256 of its codes and then its qparams, hexadecimal
@@ -83,7 +83,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Artifact:
-    """An opened folder. Nothing but JSON and headers has been read."""
+    """An opened folder, of which only JSON and headers have been read."""
 
     path: Path
     manifest: Manifest
@@ -95,7 +95,7 @@ class Artifact:
         return {entry.name: entry for entry in self.manifest.parts}
 
     def substitute_digests(self) -> dict[str, str]:
-        """By name of the linear."""
+        """Name of the linear -> digest."""
         return {entry.name: entry.digest for entry in self.manifest.substitutes}
 
     def stored_parts(self) -> list[StoredPart]:
@@ -120,8 +120,8 @@ def write_manifest(
     substitutes: tuple[SubstituteEntry, ...],
     known: dict[str, FileEntry],
 ) -> Manifest:
-    """Lists every file of `folder` but the run records with its digests; `known` saves hashing
-    large files twice."""
+    """Write the manifest: every file of `folder` except the run records, with its digests. `known`
+    avoids hashing large files twice."""
     files = []
     for file in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = file.relative_to(folder).as_posix()
@@ -143,8 +143,8 @@ def file_entry(folder: Path, name: str) -> FileEntry:
 
 
 def part_digest(stored: Iterable[Buffer], substitute_digest: str | None) -> str:
-    """SHA-256 of a part's stored bytes, hexadecimal; a residual's begins with the digest of the
-    substitute that it was made for, so that neither can be exchanged alone."""
+    """SHA-256 of a part's stored bytes, hexadecimal. For a residual the digest of its substitute is
+    hashed first, so that neither can be exchanged alone."""
     found = hashlib.sha256(bytes.fromhex(substitute_digest) if substitute_digest else b"")
     for piece in stored:
         found.update(piece)
@@ -159,13 +159,17 @@ def _sealed(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def open_artifact(path: Path) -> Artifact:
-    """Structural check: JSON, sizes and headers; reads no weights. Raises SubspecError."""
+    """Open an artifact with a structural check of JSON, sizes and headers; reads no weights.
+
+    Raises SubspecError: USAGE if `path` is not a folder, WRONG_MACHINE for another format version,
+    else CORRUPT.
+    """
     if not path.is_dir():
         raise SubspecError(Exit.USAGE, f"{path} is not a folder", "give the folder of an artifact")
     if not (path / MANIFEST).exists():
         raise SubspecError(
             Exit.CORRUPT,
-            f"{path} has no {MANIFEST}: not an artifact, or one that was never finished",
+            f"{path} has no {MANIFEST}: not an artifact, or an unfinished one",
             "make one with subspec-plan --model REF --vram SIZE",
         )
     manifest = read_manifest(path)
@@ -184,7 +188,7 @@ def open_artifact(path: Path) -> Artifact:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest of the folder `path`, its own digest checked; no other file is looked at."""
+    """Read the manifest of the folder `path` and check its own digest, but no other file."""
     text = _read_small(path, MANIFEST)
     value = parse_json(text, MANIFEST)
     if not isinstance(value, dict):
@@ -205,7 +209,7 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def verify(path: Path) -> int:
-    """Complete check: every byte of every listed file. Returns the bytes read."""
+    """Check every byte of every listed file; returns the number of bytes. Raises SubspecError."""
     artifact = open_artifact(path)
     total = 0
     for entry in artifact.manifest.files:
@@ -225,10 +229,10 @@ def verify(path: Path) -> int:
 
 
 def _check_files(path: Path, manifest: Manifest) -> None:
-    """Every listed file is there with its size, under a name that means one file everywhere."""
+    """Every listed file exists with its size, under a portable and unique name."""
     names: set[str] = set()
     for entry in manifest.files:
-        if not _is_file_name(entry.path) or entry.path.lower() == RUNS:  # which grows
+        if not _is_file_name(entry.path) or entry.path.lower() == RUNS:  # it grows
             raise _corrupt(f"{MANIFEST} names a file {entry.path[:200]!r}")
         if entry.path.lower() in names:
             raise _corrupt(f"{MANIFEST} lists {entry.path} twice")
@@ -245,8 +249,8 @@ def _check_files(path: Path, manifest: Manifest) -> None:
 
 
 def _check_parts(path: Path, manifest: Manifest, spec: ModelSpec) -> None:
-    """The parts are this model's, in execution order and without a gap: the runtime reads
-    neighbours in one go. All of them lie in the data of exact.safetensors."""
+    """The parts are this model's, in execution order, without gaps (the runtime reads neighbours at
+    once) and within the data of exact.safetensors."""
     tensors = read_header(path / "exact.safetensors").values()
     offset = min((tensor.offset for tensor in tensors), default=0)
     end = max((tensor.offset + tensor.num_bytes for tensor in tensors), default=0)
@@ -297,7 +301,7 @@ def _version(text: Any) -> tuple[int, int]:
 
 
 def _load(kind: type[T], value: Any, where: str, newer: bool) -> T:
-    """Value from JSON -> `kind`; of a newer minor format the keys that we do not know are left."""
+    """Value from JSON -> `kind`; unknown keys of a newer minor format are ignored."""
     if newer and isinstance(value, dict):
         known = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
         value = {key: item for key, item in value.items() if key in known}
@@ -318,7 +322,7 @@ def _read_json(path: Path, name: str) -> Any:
 
 
 def _is_file_name(name: str) -> bool:
-    """Plain ASCII: no drive, no backslash, no two spellings of one name but for capitals."""
+    """Portable ASCII path: no drive, no backslash, no `.` or `..`."""
     return (
         len(name) <= 255
         and FILE_NAME.fullmatch(name) is not None

@@ -1,7 +1,7 @@
-"""safetensors files: read a header with distrust, write one as a stream; both directions here.
+"""safetensors files: read untrusted headers, write headers, read data.
 
-The format is the one of huggingface/safetensors: u64 length, JSON header, tensors without gaps.
-We pad the header with spaces so that the data begins on a page: direct reads need that.
+The format is that of huggingface/safetensors: u64 length, JSON header, tensors without gaps. The
+header is padded with spaces so that the data begins on a page, which direct reads need.
 """
 
 import io
@@ -20,10 +20,10 @@ from subspec.artifacts.format.codec import parse_json
 from subspec.artifacts.model import PAGE_BYTES
 
 LARGEST_HEADER = 25 << 20
-AHEAD_BYTES = 4 << 20  # at a time
+AHEAD_BYTES = 4 << 20  # read ahead at a time
 MOST_TENSORS = 100_000
 MOST_DIMENSIONS = 8
-LARGEST_COUNT = 1 << 63  # of a dimension or a byte position; products stay printable
+LARGEST_COUNT = 1 << 63  # of a dimension or a byte position; products can still be printed
 ITEM_BYTES = {
     "U8": 1, "I8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
     "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
@@ -34,14 +34,17 @@ ITEM_BYTES = {
 @dataclass(frozen=True)
 class StoredTensor:
     name: str
-    dtype: str  # safetensors' name: "BF16"
+    dtype: str  # as named by safetensors: "BF16"
     shape: tuple[int, ...]
     offset: int  # from the beginning of the file
     num_bytes: int
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """Name -> tensor of a safetensors file, every number checked against the file's real size."""
+    """Name -> tensor of a safetensors file, checked against the size of the file.
+
+    Raises SubspecError(CORRUPT).
+    """
     where = path.name
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -108,8 +111,8 @@ class Writable(Protocol):
 def write_header(
     file: Writable, tensors: Iterable[tuple[str, str, tuple[int, ...]]], num_bytes: int = 0
 ) -> int:
-    """Writes the header for (name, dtype, shape) in data order, at least `num_bytes` long, to whole
-    pages; returns the data's offset."""
+    """Write the header for (name, dtype, shape) in data order, at least `num_bytes` long and padded
+    to whole pages; returns the offset of the data."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, dtype, shape in tensors:
@@ -126,7 +129,8 @@ def write_header(
 
 
 def open_regular(path: Path) -> io.BufferedReader:
-    """Opens a regular file: a FIFO, a device or a folder is refused instead of waited for."""
+    """Open a regular file without waiting. Raises SubspecError(CORRUPT), also for a FIFO, a device
+    or a folder."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -142,17 +146,17 @@ def open_regular(path: Path) -> io.BufferedReader:
 
 
 def read_ahead(path: Path, num_bytes: int) -> None:
-    """Brings the first bytes of a file into the page cache. What is wrong with the file is left for
-    its reader to say."""
+    """Read the first bytes of a file into the page cache. Ignores errors: whoever reads the file
+    later reports them."""
     buffer = bytearray(AHEAD_BYTES)
     with suppress(SubspecError, OSError), open_regular(path) as file:
-        # (posix_fadvise would bring no more than the device's own window, 128 KB of many.)
+        # (posix_fadvise reads at most the device's read-ahead window, often 128 KB.)
         while num_bytes > 0 and (count := file.readinto1(buffer)):
             num_bytes -= count
 
 
 class TensorFile:
-    """Reads whole tensors; the page cache forgets them at the end (they are read once)."""
+    """Reads tensor data; drops the file from the page cache at the end, as data is read once."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -166,7 +170,8 @@ class TensorFile:
         self._file.close()
 
     def read_into(self, target: memoryview, offset: int) -> None:
-        """Fills `target` from byte `offset`; raises SubspecError if the file ends before."""
+        """Fill `target` from byte `offset`. Raises SubspecError(CORRUPT) if the file ends
+        before."""
         done = 0
         while done < len(target):
             count = os.preadv(self._file.fileno(), [target[done:]], offset + done)

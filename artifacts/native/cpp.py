@@ -1,4 +1,4 @@
-"""C++ sources as libraries: each is built once per machine and loaded with ctypes."""
+"""C++ sources as shared libraries: each is built once per machine and loaded with ctypes."""
 
 import ctypes
 import functools
@@ -19,8 +19,8 @@ import torch  # noqa: F401  loads libgomp.so.1, which the libraries then share w
 
 from subspec.artifacts.common.user_cache import user_cache_dir
 
-# No fast-math: windows and rounding are IEEE arithmetic. No contraction: results may not depend on
-# which multiplications and additions a compiler finds side by side.
+# No fast-math: windows and rounding rely on IEEE arithmetic. No contraction: results must not
+# depend on which multiplications and additions a compiler fuses.
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC")
 LONGEST_BUILD_SECONDS = 120
 LOCAL_INCLUDE = re.compile(rb'^[ \t]*#[ \t]*include[ \t]*"([^"\n]+)"', re.MULTILINE)
@@ -29,32 +29,32 @@ Declare = Callable[[ctypes.CDLL], None]
 
 
 class NoCompiler(Exception):
-    """One sentence."""
+    """There is no C++ compiler; the message is one sentence."""
 
 
 def unavailable(source: Path, declare: Declare) -> str | None:
-    """None if `source` works, which builds it where that has not been done; else one sentence on
-    why not."""
+    """None if the library of `source` can be used, which builds it if needed; else the reason, one
+    sentence."""
     found = library(source, declare)
     return found if isinstance(found, str) else None
 
 
 def loaded(source: Path, declare: Declare) -> ctypes.CDLL:
-    """The library of a `source` that is not unavailable."""
+    """The library of `source`, for which `unavailable` must be None."""
     found = library(source, declare)
     assert not isinstance(found, str), found
     return found
 
 
 def build_ahead(sources: Iterable[Path]) -> None:
-    """Starts to build, each in a thread, what is not there yet; who needs it waits for the rest."""
+    """Start building missing libraries, each in a thread; whoever needs one waits for it."""
     for source in sources:
         threading.Thread(target=_found, args=(source,), name="subspec-build", daemon=True).start()
 
 
 @functools.cache
 def library(source: Path, declare: Declare) -> ctypes.CDLL | str:
-    """The library, once `declare` has given its functions their types, or why there is none."""
+    """The library after `declare` has set the types of its functions, or why there is none."""
     found = _found(source)
     if not isinstance(found, str):
         declare(found)
@@ -76,7 +76,7 @@ def _built(source: Path) -> ctypes.CDLL | str:
         folder = user_cache_dir("kernels")
         if folder is not None:
             return _opened(source, folder / library_name(source))
-        with tempfile.TemporaryDirectory() as private:  # once loaded, the file may go
+        with tempfile.TemporaryDirectory() as private:  # a loaded library does not need its file
             return _opened(source, Path(private) / f"{source.stem}.so")
     except NoCompiler as error:
         return str(error)
@@ -91,26 +91,27 @@ def _built(source: Path) -> ctypes.CDLL | str:
 
 
 def library_name(source: Path) -> str:
-    """Of what `source` becomes on such a machine: instruction sets, sources, flags. Not of the
-    compiler's version: results do not depend on it, and a machine may have none."""
+    """File name of the library of `source` on such a machine, which depends on sources, flags and
+    instruction sets. The compiler's version does not affect results, and a machine that installs a
+    pre-built library may have no compiler."""
     words = (*_compiler(), *FLAGS, platform.machine(), _processor())
     key = b"\0".join((*map(str.encode, words), *_texts(source)))
     return f"{source.stem}-{hashlib.sha256(key).hexdigest()[:32]}.so"
 
 
-# Elsewhere: libraries travel with an artifact to machines that need not build them then.
+# Pre-built: libraries are packed into an artifact, for machines that then need no compiler.
 
 
 def built_file(source: Path) -> Path | None:
-    """The library of a `source` that is not unavailable; None: it is kept nowhere."""
+    """File of the built library of `source`; None: there is none."""
     folder = user_cache_dir("kernels")
     path = folder / library_name(source) if folder else None
     return path if path is not None and path.exists() else None
 
 
 def install_prebuilt(source: Path, library: bytes) -> bool:
-    """Keeps what was built of `source` on such a machine, to be loaded from now on. It is a
-    program: who calls this trusts it. False: there is no place to keep it."""
+    """Store a library that was built from `source` on such a machine, to be loaded from now on. It
+    is a program: the caller trusts it. False: there is no folder for it."""
     folder = user_cache_dir("kernels")
     if folder is None:
         return False
@@ -119,7 +120,7 @@ def install_prebuilt(source: Path, library: bytes) -> bool:
 
 
 def _texts(source: Path) -> list[bytes]:
-    """The bytes of `source` and of every file that it includes in quotes, directly or not."""
+    """Bytes of `source` and of every file that it includes in quotes, directly or indirectly."""
     paths, texts = [source], list[bytes]()
     for path in paths:  # grows
         texts.append(path.read_bytes())
@@ -131,8 +132,8 @@ def _texts(source: Path) -> list[bytes]:
 
 
 def _opened(source: Path, target: Path) -> ctypes.CDLL:
-    """Loads `target`, built if it is not there or cannot be loaded: it may be damaged, or made for
-    another C library."""
+    """Load `target`; build it if it is missing or cannot be loaded (damaged, or built for another C
+    library). Raises NoCompiler, CalledProcessError, TimeoutExpired or OSError."""
     if target.exists():
         with suppress(OSError):
             return ctypes.CDLL(str(target))
@@ -150,7 +151,7 @@ def _compiler() -> list[str]:
 
 
 def _put(target: Path, write: Callable[[Path], object]) -> None:
-    """Under another name first: whoever else does the same at the same time gets the same file."""
+    """Write under a temporary name and rename, so that concurrent builds do not conflict."""
     descriptor, unfinished = tempfile.mkstemp(dir=target.parent, suffix=".so")
     os.close(descriptor)
     try:

@@ -1,4 +1,4 @@
-"""residual.cpp, the compiled twin of residual.py.
+"""residual.cpp, the compiled twin of artifacts/format/residual.py, on the CPU.
 
 R = rows of one part of a matrix, K = its columns, G = K / 64 groups
 """
@@ -26,13 +26,14 @@ MOST_TILE_WORDS = 1920  # MOST_WORDS of residual.cpp
 
 
 def unavailable() -> str | None:
-    """None if the library works, which builds it where that has not been done; else the reason."""
+    """None if the library can be used, which builds it if needed; else the reason."""
     return cpp.unavailable(SOURCE, _declare)
 
 
 def encode(weight: Tensor, codes: Tensor, qparams: Tensor, num_threads: int) -> Tensor:
-    """What residual.encode returns for these tensors, on the CPU, and by it where there is no
-    library; `qparams` may be rows of a larger one, with a stride over its first dimension."""
+    """weight bf16, fp16 or f32 [R, K], codes uint8 [R, K / 2], qparams bf16 [G, R, 2] -> uint8
+    [bytes], the same as residual.encode, which is used if there is no library. `qparams` may be
+    rows of a larger tensor, with a stride over the first dimension."""
     if unavailable() is not None:
         return residual.encode(weight, codes, qparams)
     _check(weight, codes, qparams)
@@ -66,8 +67,9 @@ def encode(weight: Tensor, codes: Tensor, qparams: Tensor, num_threads: int) -> 
 def decode(
     stored: Tensor, codes: Tensor, qparams: Tensor, dtype: torch.dtype, num_threads: int
 ) -> Tensor:
-    """What residual.decode returns for these tensors, on the CPU, and by it where there is no
-    library."""
+    """stored uint8 [bytes], codes uint8 [R, K / 2], qparams bf16 [G, R, 2] -> [R, K] of `dtype`;
+    the same as residual.decode, which is used if there is no library. Raises
+    SubspecError(CORRUPT)."""
     out = torch.empty(codes.shape[0], codes.shape[1] * 2, dtype=dtype)
     decode_any(stored, codes, qparams, out, num_threads)
     return out
@@ -76,8 +78,8 @@ def decode(
 def decode_any(
     stored: Tensor, codes: Tensor, qparams: Tensor, out: Tensor, num_threads: int
 ) -> None:
-    """Fills out [R, K] from codes as they are stored; by the plain twin where there is no
-    library."""
+    """Fill out [R, K] like `decode`, with codes uint8 [R, K / 2] as stored; by the plain twin if
+    there is no library. Raises SubspecError(CORRUPT)."""
     if unavailable() is None:
         decode_into(out, stored, codes, qparams, 0, num_threads)
     else:
@@ -87,7 +89,7 @@ def decode_any(
 def decode_into(
     out: Tensor, stored: Tensor, codes: Tensor, qparams: Tensor, tile_rows: int, num_threads: int
 ) -> None:
-    """Fills out [R, K] (bf16, fp16 or f32) with what residual.decode returns for stored uint8.
+    """Fill out [R, K] (bf16, fp16 or f32) with what residual.decode returns for stored uint8.
 
     codes: the uint8 bytes of exactly these rows; tile_rows = 0: as stored, nibble pairs [R, K / 2];
     64 or 32: ATen's packed CPU layout, [R / tile_rows, K, tile_rows / 2] bytes, where byte (k, r)
@@ -120,7 +122,7 @@ def decode_into(
 
 
 def _check(weight: Tensor, codes: Tensor, qparams: Tensor) -> None:
-    """What the library relies on: shapes, dtypes, contiguous memory of the CPU."""
+    """Assert what the library relies on: shapes, dtypes, contiguous CPU memory."""
     assert weight.dtype in FRACTION_BITS and codes.dtype == torch.uint8
     assert qparams.dtype == torch.bfloat16
     assert all(tensor.device.type == "cpu" for tensor in (weight, codes, qparams))

@@ -1,4 +1,4 @@
-"""Plan + checkpoint -> artifact folder, under a temporary name first."""
+"""Plan + checkpoint -> artifact folder, built under a temporary name."""
 
 import os
 import shutil
@@ -44,8 +44,9 @@ def build(
     improve: Improve,
     progress: Progress,
 ) -> Plan:
-    """Writes the artifact `out`. `improve` may find a better plan and learn about the machine once
-    the weights can be run; what it returns is stored. An error leaves nothing behind."""
+    """Write the artifact `out` and return its plan. `improve` is called when the weights can be
+    run: it may return a better plan and a corrected profile, which are stored. An error leaves
+    nothing behind. Raises SubspecError."""
     spec = checkpoint.spec
     check_space(spec, out)
     check_tied_head(checkpoint)
@@ -67,14 +68,14 @@ def build(
         copy_license(checkpoint.folder, folder)
         progress("writing the manifest", 1.0)
         write_manifest(folder, PRODUCER, written.parts, written.substitutes, written.files)
-        open_artifact(folder)  # what nobody could open gets no name
+        open_artifact(folder)  # an artifact that cannot be opened is not published
     return plan
 
 
 def rebuild(artifact: Artifact, plan: Plan, profile: Profile, out: Path, overwrite: bool) -> None:
-    """The artifact under another plan, as `out`: its own folder, or one beside it. The weights are
-    linked, not copied; run records stay in their own folder. Raises SubspecError(USAGE) if `out` is
-    on another disk."""
+    """Write the artifact with another plan to `out`: its own folder, or one beside it. The weights
+    are linked, not copied; run records are kept only in their own folder. Raises
+    SubspecError(USAGE) if `out` is on another disk."""
     rewritten = {"plan.json", "profile.json", "README.md", "report.html"}
     kept = [entry for entry in artifact.manifest.files if entry.path not in rewritten]
     with no_empty_parents(out), new_folder(out, overwrite) as folder:
@@ -102,13 +103,13 @@ def rebuild(artifact: Artifact, plan: Plan, profile: Profile, out: Path, overwri
 
 @contextmanager
 def no_empty_parents(out: Path) -> Iterator[None]:
-    """An error inside the block takes along the folders that were made to hold `out`."""
+    """Remove the folders that were created for `out` if the block raises an error."""
     missing = [parent for parent in out.absolute().parents if not parent.exists()]
     try:
         yield
     except BaseException:
         for parent in missing:
-            with suppress(OSError):  # not empty: somebody else uses it by now
+            with suppress(OSError):  # not empty: another process uses it
                 parent.rmdir()
         raise
 
@@ -116,7 +117,8 @@ def no_empty_parents(out: Path) -> Iterator[None]:
 def write_plan(
     folder: Path, spec: ModelSpec, plan: Plan, profile: Profile, runs: Sequence[Run] = ()
 ) -> None:
-    """plan.json and the pages that people read; runs: what the report holds the planner to."""
+    """Write plan.json, README.md and report.html. runs: recorded runs, which the report compares
+    with predictions."""
     write_json(folder, "plan.json", plan)
     (folder / "README.md").write_text(render_readme(spec, plan), encoding="utf-8")
     report = render_report(spec, plan, profile, runs)
@@ -124,6 +126,7 @@ def write_plan(
 
 
 def check_space(spec: ModelSpec, out: Path) -> None:
+    """Raise SubspecError(RESOURCES) if the disk of `out` has too little space."""
     needed = int((model_bytes(spec) + substitutes_bytes(spec, "aten")) * 1.02) + (1 << 20)
     parent = next(folder for folder in out.absolute().parents if folder.exists())
     free = shutil.disk_usage(parent).free

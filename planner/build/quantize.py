@@ -1,11 +1,10 @@
 """One full-precision weight -> its 4-bit substitute: HQQ, group 64 along the input features.
 
 The algorithm is that of mobiusml/hqq (`optimize_weights_proximal_legacy`: 20 proximal iterations
-on the zero, p = 0.7, beta = 10), with these differences. What is stored is what the 4-bit kernels
-compute with, a bf16 scale and a bf16 zero_point: the scale is rounded before the zero is fitted for
-it, and the codes are rounded once more for both. There is no early stop: it looks at the whole
-matrix, so that a group's codes would depend on its neighbours. And the iteration runs in units of
-codes: see `_fit_zero`.
+on the zero, p = 0.7, beta = 10), with these differences. Scale and zero point are stored in bf16,
+as the 4-bit kernels use them: the scale is rounded before the zero is fitted to it, and at the end
+the codes are rounded again for both. There is no early stop: it depends on the whole matrix, so a
+group's codes would depend on other groups. The iteration runs in units of codes: see `_fit_zero`.
 
 N = output features, K = input features, G = K / GROUP_SIZE, B = groups of one block
 """
@@ -61,9 +60,9 @@ class Substitute:
 def quantize(weight: Tensor, device: torch.device | str) -> Substitute:
     """weight bf16, fp16 or f32 [N, K] on any device -> its substitute, computed on `device`.
 
-    Every group is quantised on its own, so the result depends neither on the number of rows nor on
-    that of threads; it may differ in a few codes between a CPU and a GPU. Raises
-    SubspecError(CORRUPT) if a weight is NaN or infinite; the caller knows the tensor's name.
+    Every group is quantized on its own, so the result depends neither on the number of rows nor on
+    that of threads; a few codes may differ between CPU and GPU. Raises SubspecError(CORRUPT) if a
+    weight is NaN or infinite; the caller adds the tensor's name.
     """
     _check(weight)
     device = torch.device(device)
@@ -85,8 +84,8 @@ def quantize(weight: Tensor, device: torch.device | str) -> Substitute:
 
 @torch.no_grad()
 def quantize_with_hqq(weight: Tensor, device: torch.device | str) -> Substitute:
-    """The same with the hqq package: the reference. Its early stop looks at HQQ_WEIGHTS_PER_CALL
-    weights. Raises SubspecError(USAGE) without the package, else as `quantize`."""
+    """The same as `quantize` by the hqq package, the reference. Its early stop depends on blocks of
+    HQQ_WEIGHTS_PER_CALL weights. Raises SubspecError(USAGE) without the package."""
     try:
         from hqq.core.quantize import Quantizer  # 3 s and torch._dynamo: only when asked for
     except ImportError as error:
@@ -118,7 +117,7 @@ QUANTIZERS: dict[str, Callable[[Tensor, torch.device | str], Substitute]] = {
 
 @torch.no_grad()
 def relative_error(weight: Tensor, substitute: Substitute) -> float:
-    """|weight - substitute| / |weight| in the Frobenius norm; 0 for a matrix of zeros."""
+    """|weight - substitute| / |weight| in the Frobenius norm, weight [N, K]; 0 for zeros."""
     squared_error = squared_norm = 0.0
     rows = max(1, (1 << 22) // weight.shape[1])  # temporaries of about 100 MB
     pieces = zip(
@@ -156,12 +155,13 @@ def _fit_zero(original: Tensor, low: Tensor, high: Tensor, scale: Tensor) -> Ten
     no power, which is most of hqq's time.
     """
     scaled = original / scale  # [B, 64]
-    # A scale at one of its bounds is not that of the range, and its group begins around zero_point:
-    # zeros are exactly 0, and where bf16 moves the zero_point there are codes on either side.
+    # If the scale was clamped it does not span the range, so start with the middle of the range at
+    # ZERO_POINT_CODE: zeros are then exactly 0, and codes remain on both sides of a rounded
+    # zero_point.
     at_bound = ((high - low) / scale - HIGHEST_CODE).abs() > 1
     middle = low / 2 + high / 2  # the sum of two large f32 would overflow
     zero = torch.where(at_bound, ZERO_POINT_CODE - middle / scale, -low / scale)
-    # A residual beyond half a code is a weight outside the range, so the outermost two tell.
+    # A residual above half a code is a weight outside the range, so the extremes suffice.
     allowed = SHRINK_BEGINS / scale
     allowed = allowed.masked_fill_(allowed <= 0.5, -torch.inf)
     lowest, highest = -allowed - low / scale, HIGHEST_CODE + allowed - high / scale
@@ -189,13 +189,13 @@ def _without_shrunk(residual: Tensor, scale: Tensor) -> Tensor:
 
 
 def _qparams(scale: Tensor, zero: Tensor) -> Tensor:
-    """scale, already a bf16 number, and zero, both f32 [B, 1] -> bf16 [B, 2]."""
+    """scale, already rounded to bf16, and zero, both f32 [B, 1] -> bf16 [B, 2]."""
     zero_point = ((ZERO_POINT_CODE - zero) * scale).clamp_(-LARGEST_ZERO_POINT, LARGEST_ZERO_POINT)
     return torch.cat((scale, zero_point), dim=1).bfloat16()
 
 
 def _nearest_codes(original: Tensor, qparams: Tensor) -> Tensor:
-    """original f32 [B, 64], qparams bf16 [B, 2] -> their best codes, uint8 [B, 64]."""
+    """original f32 [B, 64], qparams bf16 [B, 2] -> the nearest codes, uint8 [B, 64]."""
     scale, zero_point = qparams[:, :1].float(), qparams[:, 1:].float()
     codes = (original - zero_point).div_(scale).round_().add_(ZERO_POINT_CODE)
     return codes.clamp_(0, HIGHEST_CODE).to(torch.uint8)

@@ -1,6 +1,6 @@
-"""Checkpoint -> the weight files of an artifact: quantised, repacked, proven.
+"""Checkpoint -> weight files of an artifact: quantized, encoded, read back and verified.
 
-One matrix at a time: peak memory stays near two of them, whatever the model's size.
+One matrix at a time, so peak memory is about two matrices, whatever the model's size.
 """
 
 import hashlib
@@ -45,7 +45,7 @@ Progress = Callable[[str, float], None]
 
 @dataclass(frozen=True)
 class Written:
-    """What the manifest says about the weight files."""
+    """Entries of the weight files in the manifest."""
 
     files: dict[str, FileEntry]
     parts: tuple[PartEntry, ...]
@@ -59,7 +59,8 @@ def write_weights(
     quantizer: Quantizer,
     progress: Progress,
 ) -> Written:
-    """residuals: names of the parts to store as such, where that is smaller."""
+    """Write the four weight files. residuals: names of the parts to store as residuals, if that is
+    smaller."""
     names = ("embedding", "resident", "exact", "substitutes")
     with ExitStack() as stack:
         files = [stack.enter_context(HashedFile(folder / f"{name}.safetensors")) for name in names]
@@ -80,18 +81,18 @@ def write_matrices(
     quantizer: Quantizer,
     progress: Progress,
 ) -> tuple[tuple[PartEntry, ...], tuple[SubstituteEntry, ...]]:
-    """Every matrix that has a substitute: that, and its parts, each proven."""
+    """Write substitute and parts of every matrix that has a substitute, and verify each part."""
     spec = checkpoint.spec
     device = "cuda" if torch.cuda.is_available() else "cpu"
     own_parts = {name: list(own) for name, own in groupby(spec.parts, lambda p: p.linear.name)}
-    # Residuals are as long as they turn out: until then the header's place is held.
+    # The sizes of residuals are not known yet: reserve the space of the header.
     sizes = {part.name: part.padded_bytes for part in spec.parts}
     room = write_header(exact, exact_header(spec, sizes))
     write_header(substitutes, substitutes_header(spec))
     entries, made = list[PartEntry](), list[SubstituteEntry]()
     every = [linear for linear in spec.linears if linear.has_substitute]
     for index, linear in enumerate(every):
-        progress("quantising and packing", index / len(every))
+        progress("quantizing and packing", index / len(every))
         weight = read_weight(checkpoint, linear)
         substitute = write_substitute(substitutes, linear, weight, quantizer, device)
         digest = substitute_digest(substitute)
@@ -112,14 +113,15 @@ def write_matrices(
 
 
 def encode_residual(weight: Tensor, codes: Tensor, qparams: Tensor) -> Tensor | None:
-    """Rows of a matrix and of its substitute -> the residual, uint8 [bytes]; None if that would not
-    be smaller than the weights (many zeros; weights that were made from 8 bits)."""
+    """weight [R, K], codes uint8 [R, K / 2] and qparams bf16 [G, R, 2] of some rows -> residual,
+    uint8 [bytes]; None if it is not smaller than the weights (many zeros; weights that were made
+    from 8 bits)."""
     stored = residual_cpu.encode(weight, codes, qparams, torch.get_num_threads())
     return stored if stored.numel() < weight.nbytes else None
 
 
 def write_embedding(file: "HashedFile", checkpoint: Checkpoint) -> None:
-    """The embedding matrix alone: the runtime reads single rows of it from slow memory."""
+    """Write the embedding matrix, whose rows the runtime reads from slow memory."""
     spec, name = checkpoint.spec, f"{EMBEDDING}.weight"
     shape = (spec.vocab_size, spec.hidden_size)
     write_header(file, [(name, STORED_DTYPES[spec.dtype], shape)])
@@ -127,7 +129,7 @@ def write_embedding(file: "HashedFile", checkpoint: Checkpoint) -> None:
 
 
 def write_resident(file: "HashedFile", checkpoint: Checkpoint) -> None:
-    """Norms, biases and matrices of odd shape."""
+    """Write norms, biases and matrices without a substitute."""
     spec = checkpoint.spec
     dtype, padding_rows = STORED_DTYPES[spec.dtype], {}
     for linear in spec.linears:
@@ -140,7 +142,8 @@ def write_resident(file: "HashedFile", checkpoint: Checkpoint) -> None:
 
 
 def write_exactly(file: "HashedFile", checkpoint: Checkpoint, name: str) -> None:
-    """The checkpoint's bytes, checked: no quantizer sees them."""
+    """Write a tensor as it is in the checkpoint. Raises SubspecError(CORRUPT) for NaN or
+    infinity."""
     rows = checkpoint.rows[name]
     for piece in read_pieces(rows):
         num_bad = int((~piece.isfinite()).sum())
@@ -157,8 +160,8 @@ def write_exactly(file: "HashedFile", checkpoint: Checkpoint, name: str) -> None
 def exact_header(
     spec: ModelSpec, padded_bytes: dict[str, int]
 ) -> list[tuple[str, str, tuple[int, ...]]]:
-    """One U8 slab per layer, in execution order; the head's parts are the last slab. padded_bytes:
-    by name of the part."""
+    """(name, dtype, shape) of the tensors of exact.safetensors: one U8 tensor per layer, in
+    execution order, the head's last. padded_bytes: by name of the part."""
     sizes: dict[int, int] = {}
     for part in spec.parts:
         sizes[part.linear.layer] = sizes.get(part.linear.layer, 0) + padded_bytes[part.name]
@@ -178,8 +181,8 @@ def substitutes_header(spec: ModelSpec) -> list[tuple[str, str, tuple[int, ...]]
 def write_part(
     file: "HashedFile", part: Part, weight: Tensor, stored: Tensor | None, digest: str
 ) -> PartEntry:
-    """weight: the part's rows; stored: their residual, or None: the rows themselves are written;
-    digest: that of the substitute."""
+    """Write a part. weight [rows, K]: its rows; stored: their residual uint8 [bytes], or None to
+    write the rows themselves; digest: of the substitute."""
     offset = file.num_bytes
     assert offset % PAGE_BYTES == 0
     data = raw_bytes(weight if stored is None else stored)
@@ -193,8 +196,11 @@ def write_part(
 def prove_part(
     file: "HashedFile", part: Part, entry: PartEntry, weight: Tensor, codes: Tensor, qparams: Tensor
 ) -> None:
-    """What a reader of the artifact will find at the entry, and decode with the substitute, is
-    compared with the checkpoint's bytes. (That the disk keeps it is what the digests are for.)"""
+    """Read a part back, decode it with its substitute, and compare it with the checkpoint's bytes.
+
+    weight [rows, K], codes uint8 [rows, K / 2], qparams bf16 [G, rows, 2]. Raises
+    SubspecError(RESOURCES). (Later changes on disk are found by the digests.)
+    """
     file.flush()
     with TensorFile(file.path) as written:
         got = torch.empty(entry.num_bytes, dtype=torch.uint8)
@@ -228,7 +234,7 @@ def substitute_digest(substitute: Substitute) -> str:
 
 
 def read_weight(checkpoint: Checkpoint, linear: Linear) -> Tensor:
-    """The exact matrix on the host, in its own dtype; a head's padding is zeros."""
+    """The exact matrix [out, in] on the host, in its own dtype, with the head's rows of zeros."""
     dtype: torch.dtype = getattr(torch, checkpoint.spec.dtype)
     weight = torch.empty(linear.out_features, linear.in_features, dtype=dtype)
     first = 0
@@ -244,7 +250,7 @@ def raw_bytes(tensor: Tensor) -> memoryview:
 
 
 class HashedFile:
-    """A file written front to back, its chunk digests taken on the way."""
+    """A file that is written front to back and hashed chunk by chunk."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -275,7 +281,7 @@ class HashedFile:
         self._file.flush()
 
     def rewrite_beginning(self, data: bytes) -> None:
-        """Other bytes at the file's beginning, within its first chunk, which is digested anew."""
+        """Overwrite the beginning of the file within its first chunk, which is hashed again."""
         assert len(data) <= min(CHUNK_BYTES, self.num_bytes)
         self._file.flush()
         with open(self.path, "r+b") as file:

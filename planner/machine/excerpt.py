@@ -1,5 +1,4 @@
-"""An excerpt of a model that tells the speed of the whole: some layers, some of the head, random
-weights."""
+"""An excerpt of a model for timings: some layers and part of the head, with random weights."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,13 +9,13 @@ from torch import Tensor
 from subspec.artifacts.model import GROUP_SIZE, Linear, ModelSpec, StoredPart
 from subspec.runtime.kernels.linear import Int4Weight, pack_qparams, pack_rows
 
-CYCLED_BYTES = 96 << 20  # a pass goes through this many bytes of weights: caches must not flatter
+CYCLED_BYTES = 96 << 20  # of weights in a pass: more than a cache, as in a whole model
 MOST_LAYERS = 24
 
 
 def excerpt(spec: ModelSpec) -> ModelSpec:
-    """As many of the first layers as make CYCLED_BYTES of 4-bit weights, and every kind of layer at
-    least once; of a larger head only as many rows as make CYCLED_BYTES."""
+    """The first layers with CYCLED_BYTES of 4-bit weights, with every kind of layer at least once;
+    of a larger head only the rows of CYCLED_BYTES."""
     of_first = sum(linear.num_weights for linear in spec.linears if linear.layer == 0)
     num_layers = min(spec.num_layers, MOST_LAYERS, CYCLED_BYTES * 2 // max(1, of_first))
     every_kind = 1 + max(spec.layers.index(layer) for layer in dict.fromkeys(spec.layers))
@@ -29,7 +28,7 @@ def excerpt(spec: ModelSpec) -> ModelSpec:
 
 
 class RandomWeights:
-    """Weights of no artifact, with which layers take as long as with real ones."""
+    """Random weights, with which layers take as long as with real ones."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype
@@ -49,18 +48,18 @@ class RandomWeights:
         self.read_exact(stored, target[: stored.num_bytes].view(self._dtype))
 
     def finish(self) -> None:
-        """Nothing is under way."""
+        """Nothing to wait for."""
 
 
 def random_rows(spec: ModelSpec, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Embedding rows of a few tokens that stand for all."""
+    """Embedding rows: tokens int64 [T] -> [T, hidden]; all tokens share 64 rows."""
     table = torch.empty(64, spec.hidden_size, dtype=getattr(torch, spec.dtype), device=device)
     fill_with_noise(table, spec.hidden_size**-0.5)
     return lambda tokens: table[tokens % len(table)]
 
 
 def fill_with_noise(target: Tensor, scale: float) -> None:
-    """Normal numbers, one block of them repeated: fast to make, no denormals among them."""
+    """Fill a tensor with a repeated block of normal random numbers: fast, and without denormals."""
     flat = target.view(-1)
     generator = torch.Generator().manual_seed(0)
     filled = min(len(flat), 1 << 16)
@@ -72,7 +71,7 @@ def fill_with_noise(target: Tensor, scale: float) -> None:
 
 
 def random_substitute(num_rows: int, num_columns: int) -> tuple[Tensor, Tensor]:
-    """Codes and qparams on the host, as an artifact stores them."""
+    """Random codes uint8 [N, K / 2] and qparams bf16 [K / 64, N, 2] on the host, as stored."""
     generator = torch.Generator().manual_seed(0)
     count = num_rows * num_columns // 2
     some = torch.randint(256, (min(count, 1 << 16),), dtype=torch.uint8, generator=generator)
@@ -85,10 +84,10 @@ def random_substitute(num_rows: int, num_columns: int) -> tuple[Tensor, Tensor]:
 def ignores_place(
     product: Callable[[Tensor, Tensor, Tensor, int], None], weight: Tensor, width: int
 ) -> bool:
-    """Whether product(x, weight, out, rows per call) gives a row the same bits wherever it stands
-    among `width`.
+    """Whether product(x [T, K], weight [N, K], out [T, N], rows per call) gives a row the same bits
+    at any place among `width` rows.
 
-    One shuffle tells: every row stands elsewhere, and kernels differ by place in blocks and tails.
+    One shuffle is enough: it moves every row, and kernels differ between whole blocks and tails.
     """
     x = weight.new_empty(width, weight.shape[1])
     fill_with_noise(x, 1.0)

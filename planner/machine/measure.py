@@ -1,8 +1,5 @@
-"""Times the link, the kernels and one layer of this machine -> Profile, with the runtime's code: a
-profile times what will run.
-
-What a pass is made of is timed by `microbench.py`, the decoding of residuals by
-`residual_rate.py`.
+"""Measures this machine with the runtime's own code -> Profile: link, contention, digests, and by
+`microbench.py` the terms of a pass, by `residual_rate.py` the decoding of residuals.
 """
 
 from collections.abc import Callable, Iterator
@@ -45,7 +42,7 @@ from subspec.runtime.stream.link import DiskLink
 
 DIGEST_BYTES = 4 << 20  # of one part; each thread checks one at a time
 LARGEST_BLOCK = 64 << 20  # as large as a part may be; larger blocks are not faster
-LEAST_SHARE = 0.2  # of its speed; chosen: less is a disturbance, not contention
+LEAST_SHARE = 0.2  # of its speed; chosen: less is noise, not contention
 
 Progress = Callable[[str, float], None]
 
@@ -57,14 +54,14 @@ def measure(
     progress: Progress,
     effort: Effort = USUAL_EFFORT,
 ) -> Profile:
-    """Profile of this machine at the model's shapes. `folder`: where the artifact will lie, on the
-    disk whose speed counts. Takes seconds."""
+    """Profile of this machine at the model's shapes; takes seconds. `folder`: where the artifact
+    will be, on the disk that is timed."""
     target = torch.device(device)
     cuda = target.type == "cuda"
     if cuda:
         target = torch.device("cuda", target.index or 0)
         torch.cuda.set_device(target)
-        without_cudnn()  # as sessions do
+        without_cudnn()  # as the engine does
     free = torch.cuda.mem_get_info(target)[0] if cuda else free_bytes()
     with slow_tier(spec, target, folder, effort) as tier, torch.inference_mode():
         progress("measuring", 0.0)
@@ -76,7 +73,7 @@ def measure(
                 f"measuring, {index + 1} of {effort.passes}", (index + 1) / (effort.passes + 2)
             )
             passes.append(measured_once(bench, kernel, substitutes, tier))
-        progress("measuring where rows may stand", (effort.passes + 1) / (effort.passes + 2))
+        progress("measuring batch invariance", (effort.passes + 1) / (effort.passes + 2))
         profile = replace(
             typical_of(passes),
             free_bytes=free,
@@ -88,7 +85,7 @@ def measure(
         gemlite_kernel.keep_tuning(target)
     del bench, substitutes
     if cuda:
-        torch.cuda.empty_cache()  # the session that rehearses needs the room
+        torch.cuda.empty_cache()  # the rehearsal needs the memory
     progress("measured", 1.0)
     return profile
 
@@ -100,18 +97,18 @@ def machine_name(device: str) -> str:
 
 @dataclass(frozen=True)
 class SlowTier:
-    """What the link is timed over."""
+    """Slow memory to time the link with."""
 
     open_link: Callable[[int], Stream]  # with two slots of so many bytes
-    cursor: Cursor  # all measurements share it
+    cursor: Cursor  # shared by all measurements
 
 
 @contextmanager
 def slow_tier(
     spec: ModelSpec, device: torch.device, folder: Path, effort: Effort
 ) -> Iterator[SlowTier]:
-    """As large as the model, within the limits of Effort: a file on the disk of `folder`, or host
-    memory."""
+    """A file on the disk of `folder`, or for a GPU host memory, as large as the model within the
+    limits of `effort`."""
     least, most = effort.least_link_bytes, effort.most_link_bytes
     num_bytes = min(max(raw_storage(spec).num_bytes, least), most) >> 20 << 20
     if device.type == "cuda":
@@ -127,8 +124,8 @@ def slow_tier(
 
 @contextmanager
 def pinned(num_bytes: int) -> Iterator[Tensor]:
-    """Host memory that a GPU copies from; where it cannot be pinned copies are slower."""
-    host = host_buffer(num_bytes).fill_(1)  # pages that nobody wrote may be one page of zeros
+    """Host memory uint8 [num_bytes] that a GPU copies from, pinned if possible."""
+    host = host_buffer(num_bytes).fill_(1)  # unwritten pages may all be the zero page
     torch.cuda.cudart().cudaHostRegister(host.data_ptr(), num_bytes, 1)
     try:
         yield host
@@ -152,7 +149,7 @@ def measure_link(tier: SlowTier, block_bytes: int, effort: Effort = USUAL_EFFORT
 
 
 def contention(bench: Bench, tier: SlowTier, idle: LinkRate) -> tuple[float, float]:
-    """Shares of their idle speeds that the link and the layers keep while both are busy."""
+    """Shares of their speeds that the link and the layers keep while both are busy."""
     action = bench.loaded_layers()
     alone = repetitions(action, bench.device, bench.effort)
     link = tier.open_link(idle.block_bytes)
@@ -172,7 +169,7 @@ def share_kept(loaded: float, idle: float) -> float:
 def measured_once(
     bench: Bench, kernel: Int4Kernel, substitutes: Substitutes, tier: SlowTier
 ) -> Profile:
-    """One pass over everything that is timed; what is not is left for the caller to say."""
+    """Time everything once; the caller sets the fields that are not timed."""
     exact_layer, exact_head = bench.exact_timings()
     fast_layer, plain_head = bench.fast_timings()
     draft = bench.draft_timings(substitutes)
@@ -208,7 +205,7 @@ def measured_once(
 
 
 class HostCopies:
-    """cuda: copies out of pinned memory on a stream of their own, as HostLink makes them."""
+    """cuda: copies from pinned memory on a stream of their own, like HostLink."""
 
     def __init__(self, device: torch.device, host: Tensor, block_bytes: int) -> None:
         self._host = host
@@ -217,7 +214,7 @@ class HostCopies:
         self._filled = [torch.cuda.Event() for _ in range(2)]
 
     def begin(self, slot: int, offset: int, num_bytes: int) -> None:
-        # Called from a thread of its own, and inference mode is each thread's own.
+        # Called from another thread, and inference mode is per thread.
         with torch.inference_mode(), torch.cuda.stream(self._copies):
             self._slots[slot].copy_(self._host[offset : offset + num_bytes], non_blocking=True)
             self._filled[slot].record(self._copies)
@@ -230,7 +227,7 @@ class HostCopies:
 
 
 def digest_rate(effort: Effort = USUAL_EFFORT) -> float:
-    """Bytes per second of the check that weights pass when they are first read."""
+    """Bytes per second of the digest check when weights are first read."""
     num_threads = torch.get_num_threads()
     data = torch.zeros(DIGEST_BYTES, dtype=torch.uint8)
     expected = part_digest([bytes_of(data)], None)

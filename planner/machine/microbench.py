@@ -1,7 +1,7 @@
-"""Times what a model's passes are made of on this machine, in an excerpt of it: layers, attention
-and heads, with the runtime's kernels.
+"""Times the terms of a model's passes on this machine: layers, attention and heads of an excerpt of
+the model, with the runtime's kernels.
 
-Knows neither links nor files; `measure.py` says what is timed for a profile, and how often.
+`measure.py` decides what is timed for a profile, and how often.
 """
 
 import importlib.util
@@ -61,31 +61,32 @@ from subspec.runtime.model.transformer import (
 from subspec.runtime.stream.exact_weights import ExactWeights
 from subspec.runtime.verify import accept
 
-# Rows that are timed: powers of two, and what lies in between is interpolated (`seconds_at`).
+# Numbers of rows that are timed; others are interpolated (`seconds_at`).
 EXACT_WIDTHS = (8, 16, 32, 64, 104)  # the last: trees 3 wide and 32 deep
-CUDA_WIDTHS = (200, 400)  # up to here a GPU may wait for memory: the slope before tells nothing
+CUDA_WIDTHS = (200, 400)  # with fewer rows a GPU may be memory-bound, so the slope is unknown
 DRAFT_WIDTHS = (1, 2, 4, 8, 16)
 DRAFT_LEVELS = 5  # of the trees that are grown to time one level
-ACCEPT_DEPTH = 12  # levels of an accepted path that are moved in the cache: a usual round's
+ACCEPT_DEPTH = 12  # levels of an accepted path that are moved in the cache, as in a usual round
 ATTENTION_WIDTHS = (1, 8, 64)
 FAST_WIDTHS = (1, 16, 128)  # a token of plain decoding; prompts
-LOADED_WIDTH = 32  # of the layers that are timed against a busy link
-# Verify widths that are tried, denser where trees are usual; the last: 6 wide, 64 deep.
+LOADED_WIDTH = 32  # rows of the layers that are timed while the link is busy
+# Verify widths that are tried, denser at usual sizes of trees; the last: 6 wide, 64 deep.
 PADDED_WIDTHS = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 104, 128, 160, 200, 256, 304, 400)
 USUAL_WIDTH = 128  # wider ones are tried only within Effort.place_seconds
 
 
 @dataclass(frozen=True)
 class DraftTimings:
-    """One level of a draft, by its rows."""
+    """Timings of one level of a draft, by its number of rows."""
 
     layer: tuple[Timing, ...]
     attention: tuple[Timing, ...]  # MORE_TOKENS more in the cache, in one layer
-    head: tuple[Timing, ...]  # what else it does
+    head: tuple[Timing, ...]  # everything outside the layers
 
 
 class Bench:
-    """An excerpt of the model, placed as the session places it; a cache of LIVE_TOKENS tokens."""
+    """An excerpt of the model in fast memory, as the engine loads it, with LIVE_TOKENS in its
+    cache."""
 
     def __init__(
         self, spec: ModelSpec, device: torch.device, effort: Effort = USUAL_EFFORT
@@ -94,7 +95,7 @@ class Bench:
         self.full_spec, self.spec, self.device = spec, excerpt(spec), device
         self.head_share = self.spec.vocab_size / spec.vocab_size
         self.exact_widths = EXACT_WIDTHS + (CUDA_WIDTHS if device.type == "cuda" else ())
-        # A short call is seldom disturbed; on cuda a long one hides the launch of its kernels.
+        # Short calls are rarely disturbed; on cuda long calls hide kernel launches.
         self.layers_per_call = self.spec.num_layers if device.type == "cuda" else 1
         dtype: torch.dtype = getattr(torch, spec.dtype)
         held, widest = LIVE_TOKENS + MORE_TOKENS, max(PADDED_WIDTHS)
@@ -131,7 +132,8 @@ class Bench:
             )
 
     def exact_timings(self) -> tuple[tuple[Timing, ...], tuple[Timing, ...]]:
-        """One layer, and what else a verification does: rows, embedding, head, choices."""
+        """Timings of one exact layer, and of the rest of a verification: embedding, head,
+        argmax."""
         through_head = self._through_head(self.weights, self.exact)
 
         def head(width: int) -> Callable[[], object]:
@@ -147,7 +149,8 @@ class Bench:
         return self._timed(layers, heads, 1, self.layers_per_call)
 
     def fast_timings(self) -> tuple[tuple[Timing, ...], float]:
-        """One layer unpadded: one row as plain decoding has it, more of a prompt. And a head."""
+        """Timings of an exact layer without padding (one row of plain decoding, more of a prompt),
+        and seconds of the head at one row."""
         row = torch.zeros(1, dtype=torch.int64, device=self.device)
         layers = {
             width: self._layers(
@@ -169,7 +172,7 @@ class Bench:
         return (Timing(1, layer / calls, slowest / calls), *prompts), head / self.head_share
 
     def attention_timings(self, attention: Attend, dtype: torch.dtype) -> tuple[Timing, ...]:
-        """What MORE_TOKENS more in the cache cost, in one layer."""
+        """Timings of what MORE_TOKENS in the cache add to one layer."""
 
         def action(width: int, live: int) -> Callable[[], object]:
             query = torch.ones(body.num_heads, width, body.head_size, dtype=dtype)
@@ -187,13 +190,13 @@ class Bench:
         return difference(near, far)
 
     def loaded_layers(self) -> Callable[[], None]:
-        """What is timed against a busy link: layers of a verification of LOADED_WIDTH rows."""
+        """Layers of a verification of LOADED_WIDTH rows, to be timed while the link is busy."""
         return self._layers(
             self.weights, self.exact, self._tree_rows(LOADED_WIDTH), attend_batch_invariant
         )
 
     def faster_kernel(self) -> tuple[Int4Kernel, Substitutes]:
-        """The 4-bit kernel with the faster layer of four rows, and substitutes in its layout."""
+        """The 4-bit kernel that is faster at four rows, and random substitutes in its layout."""
         kernels: list[Int4Kernel] = ["aten"]
         if self.device.type == "cpu":
             kernels += ["w4a8"] if int4.unavailable() is None else []
@@ -242,7 +245,7 @@ class Bench:
         return DraftTimings(layer, self.attention_timings(attend, DRAFT_DTYPE), head)
 
     def round_seconds(self) -> float:
-        """Accepting, and moving what was accepted in every layer's cache."""
+        """Seconds of accepting a path and moving its keys and values in every layer's cache."""
         tree = root_only(torch.zeros(1, dtype=torch.int64, device=self.device), 32)
         path = accept(tree, tree.tokens, ACCEPT_DEPTH).path
         actions: list[Callable[[], object]] = [
@@ -253,7 +256,7 @@ class Bench:
         return accepting + moving / self.spec.num_layers * self.full_spec.num_layers
 
     def batch_invariant_widths(self) -> tuple[int, ...]:
-        """Widths at which every product gives a row the same bits wherever it stands."""
+        """Widths at which every product gives a row the same bits at any place."""
         every = (*self.resident.values(), *self.unplaced.values())
         one_of_a_shape = {weight.shape: weight for weight in every}.values()
         found, until = list[int](), time.perf_counter() + self.effort.place_seconds
@@ -275,7 +278,7 @@ class Bench:
         heads_per_action: int,
         layers_per_action: int,
     ) -> tuple[tuple[Timing, ...], tuple[Timing, ...]]:
-        """Of one layer and of one whole head."""
+        """Timings of one layer and of one whole head."""
         return (
             time_widths(layers, self.device, layers_per_action, self.effort),
             time_widths(heads, self.device, heads_per_action * self.head_share, self.effort),
@@ -288,7 +291,7 @@ class Bench:
     def _layers(
         self, weights: SharedWeights, products: Iterable[Product], rows: Rows, attention: Attend
     ) -> Callable[[], None]:
-        """Calls go round the layers, which together are larger than a cache."""
+        """Action that runs `layers_per_call` layers, cycling through all, which exceed a cache."""
         layers = cycle(enumerate(zip(self.spec.layers, products, strict=False)))
         num_rows = len(rows.tokens)
         x = torch.ones(num_rows, self.spec.hidden_size, dtype=weights.dtype).to(self.device)
@@ -309,7 +312,7 @@ class Bench:
     def _through_head(
         self, weights: SharedWeights, products: Iterable[Product]
     ) -> Callable[[Rows], Tensor]:
-        """What a pass does outside its layers."""
+        """The part of a pass outside its layers."""
         *_, head = products
         return lambda rows: to_logits(weights, head, embed(weights, rows.tokens), len(rows.tokens))
 
@@ -325,7 +328,7 @@ class Bench:
 
 
 def replayed(action: Action, capture: Callable[[Action], Replay]) -> Action:
-    """The action as the runtime would launch it: as a graph, where that works."""
+    """The action as the runtime would launch it: as a CUDA graph, if it can be captured."""
     action()  # builds what is not built yet
     try:
         return capture(action)

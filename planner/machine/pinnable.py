@@ -1,7 +1,7 @@
-"""How much host memory can be pinned, found out by a child process that may be killed over it.
+"""Amount of host memory that can be pinned, tried by a child process that may be killed.
 
-Free memory does not say: cgroups, WSL2, RLIMIT_MEMLOCK and the driver have limits of their own.
-This file is also the child's program; on the CPU it knows nothing of torch.
+Free memory does not tell: cgroups, WSL2, RLIMIT_MEMLOCK and the driver have limits of their own.
+This file is also the child's program, which imports torch only for a GPU.
 """
 
 import ctypes
@@ -18,16 +18,16 @@ SMALLEST_PIECE = 256 << 20
 LARGEST_PIECE = 4 << 30
 RESERVE_BYTES = 1 << 30  # always left free, or a 20th of the memory if that is more
 PORTABLE = 1  # cudaHostRegister: pinned for every GPU's context
-# A container's own cgroup stands here. Kubernetes ends all of it if one process takes too much, so
-# the child must not run into this limit.
+# The cgroup of a container. Kubernetes kills the whole container if one process takes too much, so
+# the child must stay below this limit.
 CONTAINER = Path("/sys/fs/cgroup")
 
 
 def pinnable_bytes(device: str, wanted_bytes: int) -> int:
-    """Host bytes that can be pinned for `device` beside what is pinned already.
+    """Host bytes that can be pinned for `device` in addition to what is pinned already.
 
-    At least `wanted_bytes` if so much can be; 0 if it is unknown, or less than SMALLEST_PIECE.
-    What is reached within TIME_LIMIT_SECONDS counts: on a slow machine more may be possible.
+    At least `wanted_bytes` if possible; 0 if unknown or less than SMALLEST_PIECE. The child stops
+    after TIME_LIMIT_SECONDS: on a slow machine more may be possible.
     """
     child = [
         sys.executable,
@@ -41,8 +41,8 @@ def pinnable_bytes(device: str, wanted_bytes: int) -> int:
 
 
 def output_of(command: Sequence[str], seconds: float) -> bytes:
-    """What it printed until it ended, was killed, or `seconds` had passed. Its memory is free then:
-    it has been waited for."""
+    """Output of a command until it ended, was killed, or `seconds` had passed. Afterwards its
+    memory is free again."""
     try:
         return subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, timeout=seconds
@@ -54,7 +54,7 @@ def output_of(command: Sequence[str], seconds: float) -> bytes:
 
 
 def last_total(output: bytes, wanted_bytes: int) -> int:
-    """Of the complete lines that are a number the child may reach; 0 if there is none."""
+    """Largest valid total in the complete lines of the output; 0 if there is none."""
     lines = output.split(b"\n")[:-1]
     found = [int(line) for line in lines if re.fullmatch(rb"[0-9]{1,18}", line)]
     most = whole_pieces(wanted_bytes + SMALLEST_PIECE - 1)
@@ -73,8 +73,8 @@ def totals(
 ) -> Iterator[int]:
     """The bytes pinned after each piece.
 
-    Pieces grow to a quarter of what is reached, which bounds what a killed child could not report.
-    One that is refused, or not to spare, is tried again at half its size.
+    A piece is at most a quarter of the total so far, which bounds what a killed child cannot
+    report. A piece that is refused, or that would not leave the reserve, is halved and tried again.
     """
     wanted = whole_pieces(wanted_bytes + SMALLEST_PIECE - 1)
     reached, largest = 0, LARGEST_PIECE
@@ -89,7 +89,7 @@ def totals(
 
 
 def pin_function(device: str) -> Callable[[int], bool]:
-    """Reserves, pins and holds as many bytes as it is given; False: it was refused."""
+    """Function that allocates, pins and keeps a number of bytes; it returns False if refused."""
     lock = mlock() if device == "cpu" else host_register(device)
     held: list[mmap.mmap] = []
 
@@ -123,7 +123,7 @@ def host_register(device: str) -> Callable[[int, int], bool]:
 
 
 def spare_bytes() -> int:
-    """What the machine, and the container if this is one, have to spare before the next piece."""
+    """Bytes that the machine, and the container if this is one, can spare for the next piece."""
     lines = Path("/proc/meminfo").read_text("ascii").splitlines()
     fields = dict(line.split(":", 1) for line in lines)
     machine = [int(fields[name].split()[0]) << 10 for name in ("MemTotal", "MemAvailable")]
@@ -135,7 +135,7 @@ def less_reserve(total: int, available: int) -> int:
 
 
 def cgroup_memory(folder: Path) -> list[tuple[int, int]]:
-    """(limit, what is left of it) of a cgroup v2; [] if it has none. Caches of files give way."""
+    """(limit, available) of a cgroup v2; [] without a limit. File caches count as available."""
     try:
         limit, used = (int((folder / f"memory.{x}").read_text()) for x in ("max", "current"))
         lines = (folder / "memory.stat").read_text().splitlines()

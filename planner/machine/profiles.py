@@ -1,4 +1,4 @@
-"""A Profile that was measured before, read with distrust; and one with a slower link."""
+"""Profiles from a file, from several measurements, and with a limited link."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,7 +13,8 @@ from subspec.planner.model.fields import read_fields
 
 
 def read_profile(path: Path) -> Profile:
-    """Raises SubspecError: USAGE if there is no such file, CORRUPT for what makes no sense."""
+    """Read a profile.json. Raises SubspecError: USAGE if there is no such file, CORRUPT if
+    invalid."""
     if not path.is_file():
         raise SubspecError(
             Exit.USAGE,
@@ -31,7 +32,7 @@ def read_profile(path: Path) -> Profile:
 
 
 def typical_of(profiles: Sequence[Profile]) -> Profile:
-    """Several of one machine as one: of each time and rate the middle one."""
+    """One profile with the median of each time and rate of several."""
     found: dict[str, Any] = {}
     for name, first in vars(profiles[0]).items():
         values = [getattr(profile, name) for profile in profiles]
@@ -43,7 +44,7 @@ def typical_of(profiles: Sequence[Profile]) -> Profile:
 
 
 def middle_of(some: Sequence[Timing] | Sequence[LinkRate]) -> Timing | LinkRate:
-    """Of one width, or of one block size."""
+    """Median of timings at one width, or of rates at one block size."""
     timings = [one for one in some if isinstance(one, Timing)]
     if timings:
         seconds, slowest = median(t.seconds for t in timings), max(t.slowest for t in timings)
@@ -53,8 +54,8 @@ def middle_of(some: Sequence[Timing] | Sequence[LinkRate]) -> Timing | LinkRate:
 
 
 def under_link(profile: Profile, bytes_per_second: int | None) -> Profile:
-    """For plans under --link-bandwidth; None: without it. What rounds at another speed of the link
-    taught says nothing here, but of drafts, which stream nothing."""
+    """The profile for a plan with --link-bandwidth; None: without. Correction factors from rounds
+    at another speed of the link do not apply, except that of drafts, which stream nothing."""
     corrections = profile.corrections
     if corrections.link_bandwidth != bytes_per_second:
         corrections = Corrections(
@@ -67,7 +68,7 @@ def under_link(profile: Profile, bytes_per_second: int | None) -> Profile:
 
 
 def with_link(profile: Profile, bytes_per_second: int) -> Profile:
-    """The same machine as if its link gave no more than `bytes_per_second`."""
+    """The profile with the link limited to `bytes_per_second`."""
     capped = (
         replace(rate, bytes_per_second=min(rate.bytes_per_second, float(bytes_per_second)))
         for rate in profile.link

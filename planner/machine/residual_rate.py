@@ -1,4 +1,4 @@
-"""How fast exact weights come from residuals, with the runtime's decoder."""
+"""Speed of decoding exact weights from residuals, with the runtime's decoder."""
 
 import importlib.util
 from collections.abc import Callable
@@ -18,15 +18,15 @@ from subspec.runtime.kernels.linear import cpu_tile_rows, pack
 from subspec.runtime.stream.residual_decoder import ResidualDecoder
 
 DECODE_WEIGHTS = 1 << 21  # of one matrix, decoded at a time: enough for all threads
-DECODED_BYTES = 64 << 20  # that decoding goes round: more than the caches of most processors
+DECODED_BYTES = 64 << 20  # that calls cycle through: more than the caches of most processors
 CALLS_ON_CUDA = 16  # in one timing
 
 
 def residual_weights_per_second(
     spec: ModelSpec, device: torch.device, kernel: Int4Kernel, effort: Effort = USUAL_EFFORT
 ) -> float:
-    """Exact weights per second from residuals, over the matrices of a layer; 0: too slow to be
-    thought of (no compiler, no Triton), or in a layout that nobody reads."""
+    """Weights per second that are decoded from residuals, over the matrices of a layer; 0: no fast
+    decoder (no compiler, no Triton), or none for the layout of the 4-bit kernel."""
     on_cpu = device.type == "cpu"
     if residual_cpu.unavailable() is not None or (
         not on_cpu and importlib.util.find_spec("triton") is None
@@ -58,8 +58,8 @@ def decode_seconds(
     kernel: Int4Kernel,
     effort: Effort,
 ) -> float:
-    """Of the matrix's first rows; calls go round copies, which together are larger than a
-    cache: what streams has never been read before."""
+    """Seconds to decode the first rows of a matrix. Calls cycle through copies that exceed a cache,
+    because streamed bytes are not in a cache either."""
     dtype: torch.dtype = getattr(torch, spec.dtype)
     cut = replace(linear, out_features=rows)
     part = Part(cut, 0, rows, cut.num_weights * spec.item_bytes)
@@ -84,7 +84,7 @@ def decode_seconds(
 
     read_bytes = len(stored) + sum(packed_bytes(rows, linear.in_features, kernel))
     copies = cycle([copy() for _ in range(-(-DECODED_BYTES // read_bytes))])
-    # A GPU decodes while the host launches what follows: one call alone would time a launch.
+    # On a GPU a single call would time the launch: decoding overlaps with later launches.
     calls = 1 if device.type == "cpu" else CALLS_ON_CUDA
 
     def decode() -> None:

@@ -1,4 +1,4 @@
-"""This machine, whatever model will run on it: its devices, its clock, the disk of a folder."""
+"""Timing of actions and links on this machine, independent of models; choice of a device."""
 
 import os
 import re
@@ -22,25 +22,25 @@ from subspec.artifacts.profile import Timing
 from subspec.runtime.memory import bytes_of
 
 DEVICE = re.compile(r"cpu|cuda(?::([0-9]{1,3}))?", re.ASCII)
-UNKNOWN_OVERHEAD_BYTES = 1 << 30  # at most this much of a GPU is ours if the driver does not say
-STREAM_PASS_BYTES = 16 << 20  # timed at once: a clock is read once for several blocks
-PIECE_BYTES = 16 << 20  # of a test file, written at once
+UNKNOWN_OVERHEAD_BYTES = 1 << 30  # upper bound of the overhead if the driver does not tell
+STREAM_PASS_BYTES = 16 << 20  # in one timing of several blocks
+PIECE_BYTES = 16 << 20  # of a test file, written at a time
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How long a machine is measured; the defaults make it 15 to 20 s of two cores."""
+    """How long a machine is measured; 15 to 20 s on two cores with the defaults."""
 
-    passes: int = 3  # over everything: a shared machine has fast and slow moments
-    fewest_samples: int = 3  # of an action; an odd number has a middle one
+    passes: int = 3  # over everything, as the speed of a shared machine varies
+    fewest_samples: int = 3  # of an action
     most_samples: int = 60
     action_seconds: float = 0.06  # for the samples of one action
-    stream_seconds: float = 0.24  # for one block size of the link, and for what runs beside it
+    stream_seconds: float = 0.24  # for one block size of the link, and for contention
     place_seconds: float = 5.0  # for widths beyond USUAL_WIDTH (microbench.py)
-    # Of what the link is timed over, in between the model's size. It is read from its beginning to
-    # its end before a byte is read again, so that what keeps the last bytes (a host's page cache, a
-    # disk's own memory, a processor's last level) has others by then. At least one of the largest
-    # blocks (LARGEST_BLOCK of measure.py); at most what takes a few seconds to write.
+    # Size of the data that the link is timed with: the model's size within these bounds. All of it
+    # is read before a byte is read again, so that caches (a host's page cache, a disk's memory, a
+    # processor's last level) have other bytes by then. At least one of the largest blocks
+    # (LARGEST_BLOCK of measure.py); at most what takes a few seconds to write.
     least_link_bytes: int = 64 << 20
     most_link_bytes: int = 1 << 30
 
@@ -49,7 +49,8 @@ USUAL_EFFORT = Effort()
 
 
 def pick_device(name: str | None) -> str:
-    """The device asked for, or the GPU if there is one."""
+    """The requested device, or the GPU if there is one. Raises SubspecError: USAGE for an unknown
+    name, WRONG_MACHINE if there is no such device."""
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     match = DEVICE.fullmatch(name)
@@ -74,7 +75,7 @@ def pick_device(name: str | None) -> str:
 
 
 def gpu_overhead_bytes(device: torch.device) -> int:
-    """What this process takes of the GPU beside its tensors: context, kernels, libraries."""
+    """GPU memory of this process other than tensors: context, kernels, libraries."""
     reserved, held = torch.cuda.memory_reserved(device), held_bytes(device)
     if held is not None:
         return max(held - reserved, 0)
@@ -87,7 +88,7 @@ def time_each(
 ) -> list[tuple[float, float]]:
     """(median, slowest) wall seconds of each action, after one call that is not counted.
 
-    In turns: what disturbs the machine for a moment then hits all of them alike.
+    The actions take turns, so that a disturbance affects all of them alike.
     """
     for action in actions:
         action()
@@ -111,10 +112,10 @@ def time_widths(
     share: float = 1.0,
     effort: Effort = USUAL_EFFORT,
 ) -> tuple[Timing, ...]:
-    """Seconds at each width, ascending; the actions do `share` times what is asked for.
+    """Timings by width. An action does `share` times the work that its timing is for.
 
-    They are not made to ascend with the width: the search tries every tree, and `seconds_at` never
-    goes on falling beyond the last one.
+    Times may fall with the width: the search tries every tree, and `seconds_at` does not
+    extrapolate a falling slope.
     """
     timed = time_each(list(actions.values()), device, effort)
     return tuple(
@@ -124,15 +125,15 @@ def time_widths(
 
 
 def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":  # not for copies that go on beside it, on a stream of their own
+    if device.type == "cuda":  # not for copies on other streams
         torch.cuda.current_stream(device).synchronize()
 
 
 @contextmanager
 def unnamed_file(folder: Path, num_bytes: int) -> Iterator[Path]:
-    """A path to `num_bytes` random bytes on the disk of `folder`, none of which repeat others: a
-    device may store what repeats once. However this process ends, nothing is left: the file never
-    has a name there."""
+    """Path to a file of `num_bytes` random bytes on the disk of `folder`. They do not repeat, as a
+    disk may deduplicate. The file has no name, so nothing is left however this process ends. Raises
+    SubspecError: RESOURCES if the disk is full, else USAGE."""
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             random, piece = torch.Generator(), torch.empty(PIECE_BYTES // 8, dtype=torch.int64)
@@ -153,14 +154,14 @@ def unnamed_file(folder: Path, num_bytes: int) -> Iterator[Path]:
 
 @dataclass
 class Cursor:
-    """Where the slow tier is read next: onward through all of its bytes, whatever the blocks, and
-    only then from the beginning again."""
+    """Position of the next read of slow memory: it passes through all bytes, whatever the block
+    sizes, before it starts again."""
 
     num_bytes: int
     position: int = 0
 
     def next_block(self, block_bytes: int) -> int:
-        """The offset of a whole block; what is left at the end may be too short for one."""
+        """Offset of the next whole block; a rest at the end that is too short is skipped."""
         if self.position + block_bytes > self.num_bytes:
             self.position = 0
         self.position += block_bytes
@@ -168,7 +169,7 @@ class Cursor:
 
 
 class Stream(Protocol):
-    """A link of the runtime's with two slots."""
+    """A link of the runtime, with two slots."""
 
     def begin(self, slot: int, offset: int, num_bytes: int) -> None: ...
     def wait(self, slot: int) -> object: ...
@@ -178,7 +179,7 @@ class Stream(Protocol):
 def stream_rate(
     link: Stream, cursor: Cursor, block_bytes: int, effort: Effort = USUAL_EFFORT
 ) -> float:
-    """Bytes per second: the median over passes. Two blocks are under way at any time, as in the
+    """Bytes per second, the median over passes. Two blocks are in flight at any time, as in the
     runtime's ring."""
     per_pass = max(2, STREAM_PASS_BYTES // block_bytes)
     rates, index = list[float](), 0
@@ -197,8 +198,8 @@ def stream_rate(
 
 @contextmanager
 def streaming(link: Stream, cursor: Cursor, block_bytes: int) -> Iterator[Callable[[], float]]:
-    """Keeps the link busy inside the block, as `stream_rate` does; yields what tells its rate so
-    far, in bytes per second."""
+    """Keep the link busy inside the block, as `stream_rate` does; yields a function that returns
+    the rate so far, in bytes per second."""
     ended, num_arrived, started = threading.Event(), 0, time.perf_counter()
 
     def run() -> None:
@@ -217,13 +218,13 @@ def streaming(link: Stream, cursor: Cursor, block_bytes: int) -> Iterator[Callab
             yield lambda: num_arrived * block_bytes / (time.perf_counter() - started)
         finally:
             ended.set()
-    reading.result()  # raises what a read raised
+    reading.result()  # raises errors of the thread
 
 
 def repetitions(
     action: Callable[[], object], device: torch.device, effort: Effort = USUAL_EFFORT
 ) -> float:
-    """How often per second the action runs, over a while: what disturbs it counts."""
+    """Mean rate of the action in calls per second, disturbances included."""
     action()
     _wait_for(device)
     started, count = time.perf_counter(), 0

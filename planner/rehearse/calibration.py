@@ -1,4 +1,4 @@
-"""What a draft is tried on: prompts of several kinds, from JSON Lines, ours or a user's."""
+"""Calibration prompts of several kinds, from JSON Lines files, shipped or a user's."""
 
 import re
 from collections.abc import Iterable
@@ -33,17 +33,17 @@ class Message:
 
 @dataclass(frozen=True)
 class Sample:
-    kind: str  # acceptance is told apart by it
-    prompt: str | tuple[Message, ...]  # text is continued as it is, messages are answered
+    kind: str  # acceptance is measured for each kind
+    prompt: str | tuple[Message, ...]  # text is continued, messages are answered
 
 
 @dataclass(frozen=True)
 class Line:
-    """One object of a file; of the last three exactly one is given."""
+    """One object of a file, with exactly one of the last three fields."""
 
     kind: str = "own"
     text: str | None = None
-    chat: str | None = None  # short for messages with one of a user
+    chat: str | None = None  # short form of messages with one message of the user
     messages: tuple[Message, ...] | None = None
 
 
@@ -52,14 +52,14 @@ def shipped_samples() -> tuple[Sample, ...]:
 
 
 def read_samples(path: Path) -> tuple[Sample, ...]:
-    """One sample per line of a JSON Lines file; blank lines do not count.
+    """One sample per line of a JSON Lines file, without blank lines.
 
-    Raises SubspecError(USAGE) for a file that cannot be read and for the first line that is wrong.
+    Raises SubspecError(USAGE) if the file cannot be read, and for the first invalid line.
     """
     try:
         with open_regular(path) as file:
             content = file.read(LARGEST_FILE + 1)
-    except SubspecError as error:  # a user's own file is not damaged, it is the wrong one
+    except SubspecError as error:  # a wrong file of the user is not a damaged artifact
         raise SubspecError(Exit.USAGE, error.message, "give a file of prompts") from None
     if len(content) > LARGEST_FILE:
         message = f"{path.name} has more than {LARGEST_FILE} bytes"
@@ -79,7 +79,7 @@ def read_samples(path: Path) -> tuple[Sample, ...]:
 
 
 def read_sample(line: str, where: str) -> Sample:
-    """`where` names file and line in what is raised, SubspecError(USAGE)."""
+    """Parse one line. `where` names file and line in errors. Raises SubspecError(USAGE)."""
     try:
         read: Line = load_dataclass(Line, parse_json(line, where), where)
     except SubspecError as error:
@@ -107,7 +107,7 @@ def contents(sample: Sample) -> list[str]:
 
 
 def sample_ids(text: Tokenizer, sample: Sample) -> list[int]:
-    """Messages go through the chat template; where that fails the model is run on plain text."""
+    """Token ids of a sample: messages by the chat template, or as plain text if that fails."""
     if isinstance(sample.prompt, str):
         return text.plain_ids(sample.prompt)
     try:
@@ -117,7 +117,8 @@ def sample_ids(text: Tokenizer, sample: Sample) -> list[int]:
 
 
 def in_turns(samples: Iterable[Sample]) -> list[Sample]:
-    """The first of each kind, then the second of each, ...: cut short, all kinds are seen alike."""
+    """The first of each kind, then the second of each, ..., so that any prefix has all kinds
+    alike."""
     by_kind: dict[str, list[Sample]] = {}
     for sample in samples:
         by_kind.setdefault(sample.kind, []).append(sample)

@@ -1,6 +1,6 @@
-"""What real rounds took, against what the profile's terms add up to: the corrections of a Profile.
+"""Correction factors of a Profile: measured time of real rounds over the predicted one.
 
-Rounds come from the planner's own rehearsal and from the records of a user's runs.
+Rounds come from the planner's rehearsal and from the records of a user's runs.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -12,15 +12,15 @@ from subspec.artifacts.plan import Method, Plan, Prediction, Usage
 from subspec.artifacts.profile import Corrections, Profile
 from subspec.artifacts.runs import Run
 
-TRIMMED = 0.1  # share of the quickest and of the slowest rounds that a mean leaves out; chosen
-LEAST, MOST = 0.2, 5.0  # chosen; a correction beyond is a mistake of something else
+TRIMMED = 0.1  # share of the fastest and of the slowest rounds that a mean leaves out; chosen
+LEAST, MOST = 0.2, 5.0  # of a factor; chosen
 
 PredictFor = Callable[[Method, Usage], Prediction]
 
 
 @dataclass(frozen=True)
 class Timed:
-    """Rounds of one answer: seconds of one phase, and what was predicted for each of them."""
+    """Rounds of one answer: measured seconds of one phase, and the prediction for each round."""
 
     actual: tuple[float, ...]
     predicted: float
@@ -28,7 +28,7 @@ class Timed:
 
 @dataclass(frozen=True)
 class Rounds:
-    """What was timed, phase by phase."""
+    """Timed rounds by phase."""
 
     draft: tuple[Timed, ...] = ()
     verify: tuple[Timed, ...] = ()
@@ -45,7 +45,8 @@ class Rounds:
 
 
 def corrections(rounds: Rounds, link_bandwidth: int | None = None) -> Corrections:
-    """link_bandwidth: what they were slowed to, bytes per second; None: nothing."""
+    """Correction factors from rounds. link_bandwidth: bytes per second that the link was limited
+    to."""
     return Corrections(
         draft=slowdown(rounds.draft),
         verify=slowdown(rounds.verify),
@@ -57,8 +58,8 @@ def corrections(rounds: Rounds, link_bandwidth: int | None = None) -> Correction
 
 
 def updated(before: Corrections, rounds: Rounds, found: Corrections) -> Corrections:
-    """`found`, and what was known before, at the same speed of the link, of phases that were not
-    timed."""
+    """`found`, with the factors of `before`, from the same speed of the link, for phases that were
+    not timed."""
     return Corrections(
         draft=found.draft if rounds.draft else before.draft,
         verify=found.verify if rounds.verify else before.verify,
@@ -70,7 +71,7 @@ def updated(before: Corrections, rounds: Rounds, found: Corrections) -> Correcti
 
 
 def slowdown(some: Sequence[Timed]) -> float:
-    """Actual over predicted seconds; 1 where nothing was timed."""
+    """Trimmed mean of measured over predicted seconds; 1 if nothing was timed."""
     ratios = sorted(a / t.predicted for t in some for a in t.actual if t.predicted > 0)
     if not ratios:
         return 1.0
@@ -79,13 +80,14 @@ def slowdown(some: Sequence[Timed]) -> float:
 
 
 def without_corrections(profile: Profile) -> Profile:
-    """The profile as it was measured."""
+    """The profile without correction factors."""
     return replace(profile, corrections=Corrections())
 
 
 def rounds_of_runs(runs: Iterable[Run], depth: int, predict_for: PredictFor) -> Rounds:
-    """`predict_for` predicts without corrections. Of a run only the sums are known: each of its
-    rounds counts as its mean. depth: of the plan's tree; a round may have drafted less."""
+    """Rounds of recorded runs. Of a run only sums are known, so each of its rounds counts as the
+    mean. depth: of the plan's tree, although a round may have drafted less. `predict_for` predicts
+    without corrections."""
     found = Rounds()
     for run in runs:
         usage = Usage(run.prompt_tokens, max(2, run.generated_tokens))
@@ -95,7 +97,7 @@ def rounds_of_runs(runs: Iterable[Run], depth: int, predict_for: PredictFor) -> 
         if not run.reused_tokens and not run.first_of_session:
             prompt = repeated(run.first_token_seconds, 1, said.time_to_first_token_seconds)
         if run.method == "plain":
-            # The padded twin takes longer: no plan promises its speed.
+            # The padded twin is slower, and its speed is not predicted.
             found = found.and_also(Rounds(plain=() if run.padded else verify, prompt=prompt))
         else:
             share = run.drafted_levels / max(1.0, run.rounds * depth)
@@ -109,8 +111,8 @@ def repeated(seconds: float, rounds: int, predicted: float) -> tuple[Timed, ...]
 
 
 def with_runs(acceptance: Acceptance, plan: Plan, runs: Iterable[Run]) -> Acceptance:
-    """Adds what the runs' trees were accepted, as a kind of its own. Trees that ended early count
-    as they were accepted."""
+    """Acceptance with the runs' trees as a kind of its own. Trees that ended early count as far as
+    they were drafted."""
     own = [curve_of(run, plan) for run in runs if run.method == "substitute" and any(run.tried)]
     if not own:
         return acceptance
@@ -119,7 +121,7 @@ def with_runs(acceptance: Acceptance, plan: Plan, runs: Iterable[Run]) -> Accept
     return Acceptance(tuple(every), measured=True)
 
 
-RUNS = "runs"  # the kind of text that a user's own runs are
+RUNS = "runs"  # kind of text of a user's runs
 
 
 def curve_of(run: Run, plan: Plan) -> Curve:

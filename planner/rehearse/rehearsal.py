@@ -1,5 +1,5 @@
-"""A built artifact decodes calibration prompts: how long real rounds take, and (`replay.py`) how
-deep drafts are accepted there.
+"""Runs a built artifact on calibration prompts, to measure real rounds and (`replay.py`) acceptance
+rates.
 """
 
 import time
@@ -31,9 +31,9 @@ class Effort:
 
     draft_seconds: float = 180.0  # for speculation and its replays
     plain_seconds: float = 10.0
-    num_tokens: int = 128  # of each answer; what follows the first words is easier to guess
-    plain_tokens: int = 12  # each of which streams the weights
-    # Trees that are replayed; rates in between are interpolated (artifacts/acceptance.py).
+    num_tokens: int = 128  # of each answer; later tokens are easier to predict than the first
+    plain_tokens: int = 12  # each streams the weights
+    # Widths of replayed trees; others are interpolated (artifacts/acceptance.py).
     tree_widths: tuple[int, ...] = WIDTHS
 
 
@@ -50,7 +50,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Rehearsal:
-    acceptance: Acceptance | None  # None: no tree was judged
+    acceptance: Acceptance | None  # None: no tree was replayed
     rounds: Rounds
 
 
@@ -59,7 +59,7 @@ class DecodedSample:
     """One answer as it was decoded."""
 
     tokens: tuple[int, ...]  # of prompt and answer
-    starts: tuple[int, ...]  # where rounds began: the index of each one's root in `tokens`
+    starts: tuple[int, ...]  # index in `tokens` of the root of each round
     rounds: Rounds
 
 
@@ -72,8 +72,8 @@ def rehearse(
     progress: Progress,
     effort: Effort = USUAL_EFFORT,
 ) -> Rehearsal:
-    """Runs `plan` over the samples, all kinds alike, until they or the time is up. `predict_for`:
-    what it promises for a usage, without corrections."""
+    """Run `plan` on the samples, all kinds alike, until they or the time are used up.
+    `predict_for`: its predictions for a usage, without corrections."""
     staged, text = replace(artifact, plan=plan), load_tokenizer(artifact.path / "tokenizer")
     turns = [(sample.kind, sample_ids(text, sample)) for sample in in_turns(samples)]
     trees: Trees = {}
@@ -104,7 +104,7 @@ def rehearse(
 
 
 def pack_kernels(folder: Path, plan: Plan) -> None:
-    """What was compiled here for the plan's decoding goes into the artifact `folder`."""
+    """Pack the libraries that were compiled for the plan into the artifact `folder`."""
     pack_prebuilt(folder, kernel_sources(plan))
 
 
@@ -123,8 +123,9 @@ def decode(
     predict_for: PredictFor,
     until: float,
 ) -> DecodedSample:
-    """Decodes greedily, one round at least. The answer may become longer, so that no round's tree
-    is cut for the end; and the first round is not timed: the engine watches its temporaries."""
+    """Decode greedily, at least one round. The limit of tokens is larger than `num_tokens`, so that
+    no tree is shortened at the end. The first round is not timed, as the engine measures
+    temporaries in it."""
     depth = engine.plan.tree.depth if engine.method == "substitute" else 0
     prompt = prompt[: engine.plan.context // 2]
     ends = frozenset(engine.artifact.spec.eos_token_ids)
@@ -143,10 +144,10 @@ def decode(
     said = predict_for(engine.method, Usage(len(prompt), len(tokens) - len(prompt)))
     passed = [(b[0] - a[0], b[1] - a[1], b[2] - a[2]) for a, b in pairwise(clock)][1:]
     drafted = [seconds * depth / max(1, levels) for seconds, _, levels in passed]
-    draft = (Timed(tuple(drafted), said.draft_seconds),)  # each as if it had drafted a whole tree
+    draft = (Timed(tuple(drafted), said.draft_seconds),)  # scaled to a whole tree
     verify = (Timed(tuple(seconds for _, seconds, _ in passed), said.verify_seconds),)
     first = Timed((sequence.stats.time_to_first_token_seconds,), said.time_to_first_token_seconds)
-    asked = (first,) if checked else ()  # what streams first is checked as well
+    asked = (first,) if checked else ()  # else the time includes the check of digests
     if engine.method == "plain":
         rounds = Rounds(plain=verify, prompt=asked)
     else:

@@ -1,5 +1,5 @@
-"""How a draft's trees are accepted, told without verifying any: where the exact model's own answer
-is known, a tree of any width can be grown over it and judged with the substitutes alone.
+"""Acceptance of draft trees without verification: if the exact model's answer is known, a tree of
+any width can be drafted by the substitutes and compared with it.
 """
 
 import time
@@ -15,13 +15,13 @@ from subspec.runtime.draft.drafter import SubstituteDrafter
 from subspec.runtime.model.cache import Cache
 
 WIDTHS = (1, 3, 8)
-WIDEST_EVERY = 3  # starts: the widest takes longest, and a plan has it least
-DEEPEST = 32  # levels; deeper ones are rarely reached, and expected to be as the mean of these
+WIDEST_EVERY = 3  # starts: the widest trees take longest, and plans rarely have them
+DEEPEST = 32  # levels; deeper ones are rarely reached, and estimated by the mean of these
 
 
 @dataclass
 class Counts:
-    """Of the trees of one width on one kind of text."""
+    """Counts of the trees of one width on one kind of text."""
 
     tried: list[int] = field(default_factory=lambda: [0] * DEEPEST)
     accepted: list[int] = field(default_factory=lambda: [0] * DEEPEST)
@@ -50,8 +50,9 @@ def replay(
     until: float,
     widths: Sequence[int] = WIDTHS,
 ) -> None:
-    """Judges trees where rounds began, at the indices `starts` of prompt and answer, one place at
-    least, the last first: what a tree leaves in the cache lies behind the starts still to come."""
+    """Count trees at the indices `starts` of `tokens` (prompt and answer), where rounds began,
+    until the time is up, but at least at one. The last start comes first, as a tree overwrites the
+    cache behind its start."""
     vocab_size = drafter.weights.spec.vocab_size
     for number, start in enumerate(reversed(starts)):
         cache.roll_back(start)
@@ -67,8 +68,8 @@ def replay(
 def judge(
     drafter: SubstituteDrafter, cache: Cache, known: Sequence[int], width: int
 ) -> tuple[int, int]:
-    """Levels accepted, and levels known to be accepted or not, of a tree over `known`, its root and
-    what follows. It is grown until it is rejected."""
+    """(accepted, tried) levels of a tree. `known`: the root and the tokens that follow it. The tree
+    is grown until no node of a level is accepted."""
     room = cache.padding_slot - cache.length
     tree = make_tree(width, min(DEEPEST, (room - 1) // width, len(known) - 1))
     num_rows = max(1, tree.num_nodes)
@@ -90,7 +91,7 @@ def child_of(parent: int, token: int, tree: TokenTree, width: int) -> int | None
 
 
 def acceptance_of(trees: Trees) -> Acceptance | None:
-    """None: there is none to be judged."""
+    """Acceptance by the counts of trees; None if there are none."""
     curves = tuple(
         counts.curve(width, kind)
         for (width, kind), counts in sorted(trees.items())

@@ -118,7 +118,7 @@ def plan_json(spec: ModelSpec, plan: Plan, artifact: Path | None) -> dict[str, A
             "num_slots": placement.num_slots,
             "residual_parts": len(plan.residuals),
             "resident_bytes": ledger["resident"],
-            "split_bytes": ledger["residuals"],
+            "residual_bytes": ledger["residuals"],
             "streamed_bytes": predicted.streamed_bytes,
             "reasons": list(plan.reasons),
         },

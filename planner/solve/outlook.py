@@ -1,4 +1,4 @@
-"""What a plan would do for another usage, and what other budgets and contexts would buy."""
+"""Predictions of a plan for another usage, and the best plans for other budgets and contexts."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -20,17 +20,17 @@ from subspec.planner.solve.storage import Storage, group_bytes
 
 BUDGET_STEPS = (0.4, 0.5, 0.625, 0.75, 0.875, 1.125, 1.25, 1.5, 1.75, 2.0)  # of the plan's own
 CONTEXTS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
-NEXT_BYTES = 10**9  # what is asked after: a GB more
-NEXT_SHARE = 0.1  # of the budget, where that is less
+NEXT_BYTES = 10**9  # more memory, for which the gain is reported
+NEXT_SHARE = 0.1  # of the budget, if that is less
 
-Solve = Callable[[int, int | None], Plan]  # budget, context -> the best plan; None: ours to choose
+Solve = Callable[[int, int | None], Plan]  # budget, context (None: chosen) -> best plan
 
 
 def predict_for(
     spec: ModelSpec, profile: Profile, plan: Plan, stored: Storage, method: Method, usage: Usage
 ) -> Prediction:
-    """What `plan` promises for `usage`; its own predictions are for the usual one. The peak is that
-    of the usage too: a short prompt leaves some of its workspace alone."""
+    """Prediction of `plan` for `usage`; its own predictions are for the usual one. The peak is also
+    for this usage: a short prompt does not use the whole workspace."""
     placement = plan.placement(method)
     ledger = placement.ledger
     tree = plan.tree if method == "substitute" else None
@@ -60,8 +60,8 @@ def predict_for(
 
 
 def with_outlook(plan: Plan, solve: Solve, fixed_context: bool, most_positions: int) -> Plan:
-    """The plan with what other budgets and other contexts would give. A context that the user fixed
-    stays fixed while budgets change."""
+    """The plan with `by_budget` and `by_context`. A context that the user fixed stays fixed for
+    other budgets."""
     context = plan.context if fixed_context else None
     sizes = [int(plan.budget_bytes * step) for step in BUDGET_STEPS]
     sizes.append(plan.budget_bytes + next_bytes(plan.budget_bytes))
@@ -77,7 +77,7 @@ def with_outlook(plan: Plan, solve: Solve, fixed_context: bool, most_positions: 
 
 
 def points(solve: Solve, asked: Sequence[tuple[int, int | None]]) -> list[Point]:
-    """Where there is a plan at all."""
+    """Points of the feasible plans for pairs of budget and context."""
     found = []
     for budget, context in asked:
         try:
@@ -99,7 +99,7 @@ def next_bytes(budget_bytes: int) -> int:
 
 
 def what_more_memory_buys(plan: Plan) -> str:
-    """One sentence; "" where it was not looked into."""
+    """Gain of more memory, in one sentence; "" if it was not computed."""
     more = next_bytes(plan.budget_bytes)
     wanted = plan.budget_bytes + more
     point = next((p for p in plan.by_budget if p.budget_bytes == wanted), None)

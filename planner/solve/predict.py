@@ -1,7 +1,7 @@
-"""Seconds of a candidate plan, and what that makes in tokens/s; arithmetic, no torch.
+"""Predicted seconds and tokens/s of a candidate plan; arithmetic, no torch.
 
 A round is a draft and a verification. Every term is a measurement of the profile at the candidate's
-widths; `corrections` is what real rounds took longer than their terms.
+widths, multiplied by the correction factors that were measured on real rounds.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from subspec.planner.solve.storage import Storage
 
 @dataclass(frozen=True)
 class Candidate:
-    """One point of the search: how the weights are stored, a tree, padding and staging."""
+    """One point of the search: storage of the weights, tree, padding and staging."""
 
     storage: Storage
     tree: Tree | None  # None: plain decoding
@@ -26,7 +26,7 @@ class Candidate:
 
     @property
     def draft_width(self) -> int | None:
-        """None without a draft."""
+        """Width of the tree; None without a draft."""
         return self.tree.width if self.tree else None
 
     @property
@@ -36,7 +36,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class RoundYield:
-    """Tokens that a round is expected to give."""
+    """Moments of the acceptance length: tokens that a round yields."""
 
     mean: float
     mean_square: float
@@ -47,19 +47,19 @@ ONE_TOKEN = RoundYield(1.0, 1.0)  # a pass of plain decoding
 
 @dataclass(frozen=True)
 class Passes:
-    """Seconds that are computed with a tree, however the weights are stored and streamed."""
+    """Compute seconds with a tree, independent of how the weights are stored and streamed."""
 
     draft: float  # all levels; 0: plain decoding
     exact: float  # the verification, or a token of plain decoding
     prompt: float  # a piece of the prompt, without the head
-    num_prompts: int  # pieces of the prompt; the weights stream once for each
+    num_prompts: int  # pieces of the prompt; each streams the weights once
     head: float  # at one row
 
 
 def yields_by_depth(
     acceptance: Acceptance, width: int, deepest: int, kind: str = ""
 ) -> tuple[RoundYield, ...]:
-    """Of trees 0, 1, ... `deepest` levels deep. A round gives what was accepted and one more."""
+    """Yields of trees 0, 1, ... `deepest` levels deep: the accepted tokens and one more."""
     reached = acceptance.reached(width, deepest, kind)
     means = accumulate(reached, initial=1.0)
     squares = accumulate(((2 * n + 1) * p for n, p in enumerate(reached, 1)), initial=1.0)
@@ -67,8 +67,8 @@ def yields_by_depth(
 
 
 def rounds_needed(num_tokens: int, gives: RoundYield) -> float:
-    """Expected rounds until `num_tokens` are out: by Wald's identity, the last round's overshoot
-    being that of a renewal process."""
+    """Expected number of rounds for `num_tokens`: by Wald's identity, with the overshoot of a
+    renewal process in the last round."""
     overshoot = (gives.mean_square - gives.mean) / (2 * gives.mean)
     return max(1.0, (num_tokens + overshoot) / gives.mean)
 
@@ -81,7 +81,7 @@ def passes_of(
     prefill_tokens: int,
     usage: Usage,
 ) -> Passes:
-    """Of a tree (None: plain decoding), in the middle of an answer."""
+    """Passes with a tree (None: plain decoding), in the middle of an answer."""
     live = usage.prompt_tokens + usage.answer_tokens / 2
     head = seconds_at(profile.exact_head, 1)
     if tree:
@@ -101,7 +101,7 @@ def passes_of(
 
 
 def draft_seconds(spec: ModelSpec, profile: Profile, tree: Tree, live: float) -> float:
-    """All levels of a tree; the first one has one row, the root."""
+    """Seconds of all levels of a tree; the first one has one row, the root."""
     if not tree.depth:
         return 0.0
     first, level = (
@@ -121,10 +121,10 @@ def predict(
     peak: int,
     usage: Usage,
 ) -> Prediction:
-    """What `candidate` promises where `streamed` bytes stream for a round; the draft's and the
-    verification's seconds as they are expected to be, their terms as they were measured.
+    """Prediction for `candidate` if each round streams `streamed` bytes. Correction factors apply
+    to draft and verification, not to the terms they consist of.
 
-    What fits the staging ring crosses the link while the draft runs. Residuals are decoded by the
+    Blocks that fit the staging ring are copied while the draft runs. Residuals are decoded by the
     threads that compute, in turn with the products.
     """
     corrections, coded = profile.corrections, candidate.storage.coded_weights
@@ -133,18 +133,18 @@ def predict(
     link, compute = streamed / link_rate, passes.exact + decode
 
     def overlapped(link: float, compute: float) -> float:
-        """A stream and its computation at once, and at the ends one block of the shorter alone. The
-        number of blocks is not rounded: a byte less to stream could cost a whole block's time."""
+        """Seconds of streaming and computing in parallel, plus one block of the shorter one at the
+        ends. The number of blocks is not rounded, so that the time is continuous in the bytes."""
         num_blocks = max(1.0, streamed / candidate.ring.block_bytes) if candidate.ring else 1.0
         both = both_at_once(profile.contended_shares(link_rate), link, compute)
         return both + min(link, compute) / num_blocks
 
-    # By the draft's own term: what verification was learned to take is compared with that too.
+    # With the uncorrected time of the draft, because the factor of verification was measured so.
     ahead = min(candidate.ring_bytes, streamed, passes.draft * link_rate)
     verify = overlapped((streamed - ahead) / link_rate, compute) + profile.round_seconds
     verify *= corrections.verify if candidate.tree else corrections.plain
     draft = passes.draft * corrections.draft
-    # The first time that the weights stream they are checked; no prompt came before.
+    # Weights are checked when they stream first, which is during the first prompt.
     checked = streamed / profile.digest_rate if profile.digest_rate else 0.0
     prompt = passes.prompt + decode
     first = overlapped(link, prompt + checked)
@@ -171,13 +171,13 @@ def pass_seconds(
     width: int,
     live: float,
 ) -> float:
-    """All layers at `width` rows with `live` tokens in the cache."""
+    """Seconds of all layers at `width` rows with `live` tokens in the cache."""
     more = (live - LIVE_TOKENS) / MORE_TOKENS * seconds_at(attention, width)
     return spec.num_layers * max(0.0, seconds_at(layer, width) + more)
 
 
 def both_at_once(contended_shares: tuple[float, float], link: float, compute: float) -> float:
-    """Each lane slows the other until the shorter has ended; the longer has its full speed then."""
+    """Seconds of both in parallel: each slows the other down until the shorter one has ended."""
     contended_link, contended_compute = contended_shares
     slow_link, slow_compute = link / contended_link, compute / contended_compute
     if slow_link >= slow_compute:
@@ -186,6 +186,6 @@ def both_at_once(contended_shares: tuple[float, float], link: float, compute: fl
 
 
 def usage_within(context: int, usage: Usage) -> Usage:
-    """The usage as far as `context` tokens allow it."""
+    """The usage, reduced to fit `context` tokens."""
     prompt = min(usage.prompt_tokens, context // 2)
     return Usage(prompt, min(usage.answer_tokens, context - prompt), usage.kind)

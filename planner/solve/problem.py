@@ -1,6 +1,6 @@
-"""What a search is given, and the candidates that it may choose from.
+"""Input of a search, and the candidates that it chooses from.
 
-The context and a prompt's share of memory are settled here, before any candidate is weighed.
+The context and a prompt's share of memory are decided here, before candidates are compared.
 """
 
 from bisect import bisect_right
@@ -25,20 +25,20 @@ from subspec.planner.solve.predict import (
 )
 from subspec.planner.solve.storage import NUM_SHARES, Storage, held_decoded, storages
 
-WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16)  # half as many, and depths, cost 1.5 to 2.3 %, 9 % at worst
+WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16)  # half of these and of DEPTHS: 1.5 to 2.3 % slower, at most 9
 DEPTHS = (*range(1, 33), *range(34, 65, 2))
-NUM_SLOTS = (2, 3, 4)  # of a ring: one is read while one is filled; more absorb uneven blocks
-# Of the draft's probabilities (arXiv 2509.18344, §4.2). A chain is the same at any temperature, but
-# where it ends early is not: the sharp ones tell best what is accepted (docs/LOG.md).
+NUM_SLOTS = (2, 3, 4)  # of a ring: one is read while one is filled; more even out block sizes
+# Temperature of the draft's probabilities (arXiv 2509.18344, §4.2). It does not change a chain, but
+# where it ends early: sharpened probabilities predict acceptance best (docs/LOG.md).
 SHARPENING = 0.2
 DEFAULT_CONTEXT = 4096  # halved until its keys and values fit their share of the budget
-CONTEXT_SHARE = 0.125  # chosen, not measured: keys and values should not push out many weights
+CONTEXT_SHARE = 0.125  # chosen, not measured: keys and values should not displace many weights
 SMALLEST_CONTEXT = 256  # chosen: a question and a short answer
-# What the activations of a prompt that streams once may take: of the budget, and of what the
-# smallest plan leaves of it. Chosen, not measured.
+# Limits of the activations of a prompt that is processed in one stream of the weights: of the
+# budget, and of what the smallest plan leaves of it. Chosen, not measured.
 PREFILL_SHARE = 0.15
 PREFILL_SLACK_SHARE = 0.5
-SMALLEST_PREFILL = 64  # tokens; fewer would stream the weights for hardly any work
+SMALLEST_PREFILL = 64  # tokens; fewer are too little work for a stream of the weights
 
 
 @dataclass(frozen=True, eq=False)  # compared by identity: it is the key of what is worked out once
@@ -49,11 +49,11 @@ class Problem:
     constraints: Constraints
     acceptance: Acceptance
     context: int
-    storages: tuple[Storage, ...]  # to choose from; last the one that decodes least at every use
-    usage: Usage  # what the predictions are for
+    storages: tuple[Storage, ...]  # to choose from; the last one decodes least at every use
+    usage: Usage  # of the predictions
     yields: dict[int, tuple[RoundYield, ...]] = field(repr=False)  # by tree width, then by depth
     prefill_tokens: int = SMALLEST_PREFILL
-    prefill_bytes: int = 0  # the workspace has at least these
+    prefill_bytes: int = 0  # lower bound of the workspace
 
 
 def make_problem(
@@ -65,8 +65,10 @@ def make_problem(
     stored: Storage | None = None,
     usage: Usage = USUAL,
 ) -> Problem:
-    """Settles the context: the user's, or the largest of ours that leaves room for a draft, or at
-    least for plain decoding. stored: how an artifact holds the weights already."""
+    """The problem with its context: the user's, or the largest default that leaves room for a
+    draft, or at least for plain decoding. stored: storage of an existing artifact. Raises
+    SubspecError: USAGE for a context beyond the model's positions, UNSUPPORTED without
+    batch-invariant widths."""
     if constraints.context is not None and constraints.context > spec.max_positions:
         raise SubspecError(
             Exit.USAGE,
@@ -77,12 +79,12 @@ def make_problem(
     if not profile.batch_invariant_widths:
         raise SubspecError(
             Exit.UNSUPPORTED,
-            "on this machine a row's result depends on its place at every width that was tried",
+            "no batch-invariant width was found on this machine",
             "plan for --device cpu",
         )
     decodes = profile.residual_weights_per_second > 0
     choices = held_decoded(stored) if stored else storages(spec, constraints.encoding, decodes)
-    if not decodes:  # while loading a slow decoder will do
+    if not decodes:  # a slow decoder is good enough while loading
         choices = tuple(storage for storage in choices if not storage.coded_weights)
     sequences = constraints.num_sequences
     contexts = [constraints.context or default_context(spec, budget_bytes, sequences)]
@@ -105,7 +107,7 @@ def make_problem(
 
 
 def default_context(spec: ModelSpec, budget_bytes: int, num_sequences: int) -> int:
-    """The largest that ours would be; `make_problem` may halve it further to make a plan fit."""
+    """The largest default context; `make_problem` may halve it further to make a plan fit."""
     context = min(DEFAULT_CONTEXT, spec.max_positions)
     while context * num_sequences * spec.kv_bytes_per_token > CONTEXT_SHARE * budget_bytes:
         if context // 2 < SMALLEST_CONTEXT:
@@ -115,12 +117,12 @@ def default_context(spec: ModelSpec, budget_bytes: int, num_sequences: int) -> i
 
 
 def with_prompt_share(problem: Problem) -> Problem:
-    """Gives the activations of a prompt their bytes, and takes the most tokens that those hold.
+    """Decide the bytes of a prompt's activations, and the number of tokens that fit them.
 
-    The bytes grow evenly with the budget. A piece that is halved until it fits, as the context is,
-    doubles where a little more memory comes, pushes out weights and makes the plan slower: the
-    search's tests of monotony find such budgets. Where all weights could stay, as they are stored
-    or decoded, none is pushed out: then a prompt in pieces costs no streaming.
+    The bytes grow continuously with the budget. If pieces were halved until they fit, a little more
+    memory could double them, displace weights and make the plan slower; tests of monotony check
+    that. If all weights can be resident, as stored or decoded, none of them is displaced: prompts
+    in pieces then cost no streaming.
     """
     budget, smallest = problem.budget_bytes, smallest_draft(problem) or smallest_plain(problem)
     slack = left_over(problem, smallest) if smallest else 0
@@ -144,14 +146,14 @@ def with_prompt_share(problem: Problem) -> Problem:
 
 
 def stored_like(problem: Problem, wanted: Storage) -> tuple[Storage, ...]:
-    """Those of the problem's storages that an artifact made for `wanted` can have: they differ in
-    what is held decoded, the first holds least."""
+    """The problem's storages that are possible in an artifact made for `wanted`. They differ in
+    which residuals are decoded while loading, fewest first."""
     return tuple(some for some in problem.storages if some.parts == wanted.parts)
 
 
 def candidates(problem: Problem, verify_width: int | None = None) -> Iterator[Candidate]:
-    """Every draft, the smallest tree first; verify_width: what all are padded to, None: each tree
-    to the narrowest that takes it."""
+    """Every candidate with a draft, the smallest tree first. verify_width: padding of all; None:
+    each tree is padded to the narrowest width that fits it."""
     for tree, padded in trees(problem):
         if verify_width is not None and padded > verify_width:
             continue
@@ -179,14 +181,15 @@ def make_tree(width: int, depth: int, min_path_probability: float = 0.0) -> Tree
 
 
 def plain_candidates(problem: Problem, verify_width: int) -> Iterator[Candidate]:
-    """Plain decoding. `verify_width` is the padded twin's, which must fit too."""
+    """Candidates of plain decoding. `verify_width` is that of the padded twin, which must fit
+    too."""
     for storage in problem.storages:
         for ring in staging(storage):
             yield Candidate(storage, None, verify_width, ring)
 
 
 def smallest_draft(problem: Problem) -> Candidate | None:
-    """The draft that takes the least memory, if that fits."""
+    """The draft that needs the least memory; None if it does not fit."""
     first = next(trees(problem), None)
     return smallest(problem, *first) if first else None
 
@@ -196,7 +199,7 @@ def smallest_plain(problem: Problem) -> Candidate | None:
 
 
 def smallest(problem: Problem, tree: Tree | None, verify_width: int) -> Candidate | None:
-    """Over all storages; None: it does not fit."""
+    """The candidate that needs the least memory over all storages; None if it does not fit."""
     some = [Candidate(way, tree, verify_width, staging(way)[0]) for way in problem.storages]
     best = max(some, key=lambda candidate: left_over(problem, candidate))
     return best if left_over(problem, best) >= 0 else None
@@ -215,7 +218,7 @@ def padded_width(profile: Profile, num_nodes: int) -> int | None:
 
 @lru_cache(maxsize=4 * (NUM_SHARES + 1))
 def staging(storage: Storage) -> list[Ring | None]:
-    """Rings worth trying, with blocks from the largest part up to a layer; the smallest first."""
+    """Rings to try, with blocks from the largest part up to a layer; the smallest first."""
     if not storage.as_stored:
         return [None]
     layer, largest = storage.layer_bytes, storage.largest_part
@@ -225,8 +228,8 @@ def staging(storage: Storage) -> list[Ring | None]:
 
 
 def left_over(problem: Problem, candidate: Candidate) -> int:
-    """Bytes of the budget that exact weights may take as they are stored; negative: it does not
-    fit."""
+    """Bytes of the budget that are left for exact weights as stored; negative: the candidate does
+    not fit."""
     storage = candidate.storage
     left = left_without_ring(
         problem, candidate.draft_width, candidate.verify_width, storage.scratch_bytes
@@ -234,7 +237,7 @@ def left_over(problem: Problem, candidate: Candidate) -> int:
     return left - storage.decoded_bytes - candidate.ring_bytes
 
 
-# A search asks the same of one tree once for each storage and ring.
+# A search computes these for one tree once for each storage and ring.
 for_one_tree = lru_cache(maxsize=1024)
 
 
@@ -254,12 +257,12 @@ def passes_for(problem: Problem, tree: Tree | None, verify_width: int) -> Passes
 
 
 def yield_for(problem: Problem, tree: Tree | None) -> RoundYield:
-    """Of a whole tree, also where it may end early: it is not known yet how often it does."""
+    """Yield of a whole tree, even if it may end early: how often it does is not known."""
     return problem.yields[tree.width][tree.depth] if tree else ONE_TOKEN
 
 
 def base_ledger(problem: Problem, candidate: Candidate) -> Ledger:
-    """Everything but resident exact weights."""
+    """Ledger of everything except resident exact weights."""
     return ledger_of(
         problem,
         candidate.draft_width,

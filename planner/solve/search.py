@@ -1,8 +1,8 @@
-"""ModelSpec, Profile, budget -> the cheapest Plan that fits, or what is missing.
+"""ModelSpec, Profile, budget -> the fastest Plan that fits, or the smallest budget that has one.
 
-The space is small: every tree x storage x staging ring is tried. The fast memory that a candidate
-leaves holds exact weights, as they are stored; a storage may ask that some residuals are held
-decoded. More of anything (memory, link, acceptance) never predicts fewer tokens/s.
+The space is small: every tree x storage x staging ring is tried. The memory that a candidate leaves
+is filled with exact weights as they are stored; a storage may have some residuals decoded while
+loading. More memory, link or acceptance never predicts fewer tokens/s.
 """
 
 from collections.abc import Iterable
@@ -43,7 +43,8 @@ from subspec.planner.solve.problem import (
 )
 from subspec.planner.solve.storage import Storage, choose_resident, group_bytes
 
-# Until it is measured: hazards of 3.2 % (chain) and 1.5 % (6 wide), published for 8B-class models.
+# Until acceptance is measured: hazards of 3.2 % (chain) and 1.5 % (6 wide), published for 8B
+# models.
 PRIOR = Acceptance((Curve(1, "", (1000,), (968,)), Curve(6, "", (1000,), (985,))), measured=False)
 
 
@@ -67,8 +68,8 @@ def search(
     stored: Storage | None = None,
     usage: Usage = USUAL,
 ) -> Plan:
-    """stored: how an existing artifact holds the weights; None: the plan decides it. usage: what it
-    is to be fast for. Raises SubspecError(INFEASIBLE) with the smallest budget that works."""
+    """The fastest plan for `usage`. stored: storage of an existing artifact; None: the plan
+    decides. Raises SubspecError(INFEASIBLE) with the smallest budget that has a plan."""
     problem = make_problem(spec, profile, budget_bytes, constraints, acceptance, stored, usage)
     drafted = best_by_width(problem)
     plain = best(problem, plain_candidates(problem, narrowest(problem)))
@@ -80,9 +81,8 @@ def search(
             f"the budget is {format_size(budget_bytes)}, the smallest plan {fits}",
             how_to_fit(problem, needed, stored),
         )
-    # Both methods share the weights as they are stored and one verify width: the draft's if it
-    # pays, else those that serve plain decoding best, and the draft must make do with them. What
-    # is held decoded is each one's own choice.
+    # Both methods share the stored weights and one verify width: those of speculation if it is
+    # faster, else those of plain decoding. Which residuals are decoded while loading may differ.
     if drafted and (constraints.method == "substitute" or drafted[0].speed > plain.speed):
         alike = stored_like(problem, drafted[0].candidate.storage)
         same = replace(problem, storages=alike)
@@ -99,18 +99,18 @@ def search(
 
 
 def best_by_width(problem: Problem, verify_width: int | None = None) -> list[Scored]:
-    """The best candidate of every tree width, best first; empty if no draft fits. verify_width: as
-    of `candidates`."""
+    """The best candidate of every tree width, best first; empty if no draft fits. verify_width: see
+    `candidates`."""
     by_width = groupby(candidates(problem, verify_width), key=lambda c: c.draft_width)
     found = [scored for _, group in by_width if (scored := best(problem, group)) is not None]
     return sorted(found, key=lambda scored: -scored.speed)
 
 
 def best(problem: Problem, group: Iterable[Candidate]) -> Scored | None:
-    """The fastest candidate by what its named parts stream.
+    """The fastest candidate, scored with whole parts; None if none fits.
 
-    The estimate lets a part be cut anywhere and is never slower: the first that falls behind what
-    is found ends the search.
+    The estimate allows a part to be cut anywhere, so it is an upper bound: the first candidate with
+    an estimate below the best score ends the search.
     """
     estimates = [(hope, c) for c in group if (hope := estimate(problem, c)) is not None]
     found: Scored | None = None
@@ -124,9 +124,9 @@ def best(problem: Problem, group: Iterable[Candidate]) -> Scored | None:
 
 
 def estimate(problem: Problem, candidate: Candidate) -> float | None:
-    """tokens/s with the leftover full of exact weights; None if the candidate does not fit.
+    """tokens/s if all memory that is left holds exact weights; None if the candidate does not fit.
 
-    A candidate that keeps everything resident needs no staging ring.
+    If everything is resident no staging ring is needed.
     """
     everything, left = candidate.storage.num_bytes, left_over(problem, candidate)
     if left + candidate.ring_bytes >= everything:
@@ -137,7 +137,7 @@ def estimate(problem: Problem, candidate: Candidate) -> float | None:
 
 
 def score(problem: Problem, candidate: Candidate) -> Scored:
-    """A candidate that fits, with its parts named and the prediction for what really streams."""
+    """Placement of a candidate that fits, and the prediction for the parts that stream."""
     placement, storage = place(problem, candidate), candidate.storage
     ledger = placement.ledger
     held = ledger.resident + ledger.residuals
@@ -155,7 +155,7 @@ def prediction_of(
 
 
 def assemble(problem: Problem, plain: Scored, drafted: list[Scored]) -> Plan:
-    """`drafted`: best first; empty if no draft fits."""
+    """The plan from the best candidates. `drafted`: best first; empty if no draft fits."""
     found: dict[Method, Scored] = {"plain": plain}
     if drafted:
         found["substitute"] = drafted[0]
@@ -188,7 +188,7 @@ def assemble(problem: Problem, plain: Scored, drafted: list[Scored]) -> Plan:
 
 
 def place(problem: Problem, candidate: Candidate) -> Placement:
-    """Names the parts that stay, and drops the ring if all of them do."""
+    """Choose the resident parts, and drop the ring if all parts are resident."""
     storage, ringless = candidate.storage, replace(candidate, ring=None)
     if left_over(problem, ringless) >= storage.num_bytes:
         candidate = ringless
@@ -218,8 +218,8 @@ def decide(problem: Problem, predicted: dict[Method, Prediction]) -> tuple[Metho
     largest = default_context(problem.spec, LARGEST, 1)
     if problem.constraints.context is None and problem.context < largest:
         reasons.append(
-            f"the context is {problem.context} tokens: the keys and values of more would take too "
-            "much of the budget"
+            f"the context is {problem.context} tokens: keys and values of a larger one would take "
+            "too much of the budget"
         )
     if problem.prefill_tokens < problem.context and predicted["plain"].streamed_bytes:
         reasons.append(
@@ -247,11 +247,13 @@ def why_early(tree: Tree) -> str:
 
 
 def why_stored(problem: Problem, chosen: Scored) -> str:
-    """Why the exact weights are stored as they are, and how many are held otherwise."""
+    """Reason for the storage of exact weights, and how many are decoded while loading."""
     storage = chosen.candidate.storage
     decoded = len(storage.decoded)
-    held = f"; {decoded} of {len(storage.parts)} matrices are held decoded" if decoded else ""
-    return why_encoded(problem, chosen) + held
+    reason = why_encoded(problem, chosen)
+    if not decoded:
+        return reason
+    return f"{reason}; {decoded} of {len(storage.parts)} matrices are decoded while loading"
 
 
 def why_encoded(problem: Problem, chosen: Scored) -> str:
@@ -260,7 +262,7 @@ def why_encoded(problem: Problem, chosen: Scored) -> str:
     ring = chosen.candidate.ring
     link = profile.link_rate(ring.block_bytes if ring else 0) / problem.spec.item_bytes
     decode = weights_rate(profile.residual_weights_per_second)
-    rates = f"{decode} decode here, and the link brings {weights_rate(link)} as they are"
+    rates = f"decoding gives {decode} here, the link {weights_rate(link)} raw"
     what = "the exact weights are stored "
     if not num_coded:
         what += "raw"
@@ -268,7 +270,7 @@ def why_encoded(problem: Problem, chosen: Scored) -> str:
         what += f"as residuals of {storage.bits_per_residual:.1f} bits"
         what += "" if num_coded == num_parts else f", {num_coded} of {num_parts} matrices"
     if problem.constraints.encoding == "kept":
-        return f"{what}: the artifact keeps them so"
+        return f"{what}: as in the existing artifact"
     if problem.constraints.encoding != "auto":
         return f"{what}: that was asked for"
     if not profile.residual_weights_per_second:
@@ -289,7 +291,8 @@ def list_options(plain: Scored, drafted: list[Scored]) -> tuple[Option, ...]:
 
 
 def check_ram(problem: Problem, scored: Scored) -> None:
-    """On cuda what streams lies in pinned host memory, and the embedding does."""
+    """Raise SubspecError(INFEASIBLE) if streamed weights and embedding exceed pinned host
+    memory."""
     if problem.profile.device != "cuda":
         return
     needed = scored.prediction.streamed_bytes + problem.spec.embedding_bytes
@@ -314,7 +317,7 @@ def how_to_fit(problem: Problem, needed: int, stored: Storage | None) -> str:
         return ""
     hint = f"--vram {needed}B"
     if stored and stored.residuals and not problem.profile.residual_weights_per_second:
-        hint += ", or install a C++ compiler (g++): here residuals are decoded only while loading"
+        hint += ", or install a C++ compiler (g++): else residuals are decoded only while loading"
     return hint
 
 

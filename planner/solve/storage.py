@@ -1,9 +1,9 @@
-"""How the exact weights may lie in the artifact: some as residuals, some raw.
+"""Storage of the exact weights in an artifact: some parts as residuals, some raw.
 
-A residual costs the link and the memory about half of the bytes, and a decoding at every use. So
-where the link is the slower all weights are residuals, where decoding is none, and in between as
-many as keep both busy. An artifact that is there already keeps its residuals: where memory is left
-and decoding is the slower, some are decoded once, while loading, and fast memory holds the weights.
+A residual takes about half of the bytes on the link and in memory, and is decoded at every use. So
+all weights are residuals if the link is slow, none if decoding is slow, and in between as many as
+keep both busy. An existing artifact keeps its residuals: if memory is left and decoding is slow,
+some are decoded once, while loading, and are resident as exact weights.
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,52 +13,52 @@ from functools import cached_property, lru_cache
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.model import HEAD, ModelSpec, Part, StoredPart, padded
 
-# A search asks the same of one model thousands of times, and counting its matrices takes a while.
+# A search needs these thousands of times for one model, and iterating over its matrices is slow.
 for_one_model = lru_cache(maxsize=4)
 
 # Bits of a stored weight until it is encoded: normal to Student-t rows give 7.1 to 7.6 in bf16.
 RESIDUAL_BITS = {"bfloat16": 7.4, "float16": 10.4, "float32": 23.4}
-NUM_SHARES = 8  # of the weights: 0, 1/8, ... 1 of them raw; of the residuals: held decoded
+NUM_SHARES = 8  # steps: 0, 1/8, ... 1 of the weights raw, or of the residuals decoded
 
 
 @dataclass(frozen=True, eq=False)  # compared by identity: it is the key of what is worked out once
 class Storage:
-    """One way to store the exact weights, and which of their residuals fast memory holds decoded,
-    whatever else stays there."""
+    """One way to store the exact weights, and which of their residuals are decoded while
+    loading."""
 
     parts: tuple[StoredPart, ...]  # in execution order
     decoded: tuple[str, ...] = ()  # residuals that are decoded while loading; in execution order
 
     @cached_property
     def as_stored(self) -> tuple[StoredPart, ...]:
-        """The parts that stream, or stay, as they are stored: all but those held decoded."""
+        """Parts that stream, or are resident, as they are stored: all but the decoded ones."""
         decoded = set(self.decoded)
         return tuple(part for part in self.parts if part.name not in decoded)
 
     @cached_property
     def decoded_bytes(self) -> int:
-        """Of fast memory, for the parts that are held decoded."""
+        """Fast memory of the parts that are decoded while loading."""
         decoded = set(self.decoded)
         return sum(part.part.padded_bytes for part in self.parts if part.name in decoded)
 
     @cached_property
     def num_bytes(self) -> int:
-        """What would stream if nothing else stayed in fast memory."""
+        """Bytes that stream if nothing but decoded parts is resident."""
         return group_bytes(self.as_stored)
 
     @cached_property
     def largest_part(self) -> int:
-        """Of those that may stream."""
+        """Padded bytes of the largest part that may stream."""
         return max((part.padded_bytes for part in self.as_stored), default=0)
 
     @cached_property
     def layer_bytes(self) -> int:
-        """Of the largest layer, without the head."""
+        """Bytes of the largest layer, without the head."""
         return max((group_bytes(group) for group in self.layers), default=0)
 
     @cached_property
     def layers(self) -> list[list[StoredPart]]:
-        """What may stream of each, without the head."""
+        """Parts of each layer that may stream, without the head."""
         found: dict[int, list[StoredPart]] = {}
         for part in self.as_stored:
             if part.part.linear.name != HEAD:
@@ -67,11 +67,11 @@ class Storage:
 
     @cached_property
     def resident_first(self) -> list[StoredPart]:
-        """What may stream, in the order in which more and more of it stays in fast memory.
+        """Parts that may stream, in the order in which they become resident as memory grows.
 
-        The first matrix of every layer, then the second, each in layers that are evenly spread: so
-        all layers stream about the same, in one piece, and neither the link nor compute is without
-        work for longer than a part of a layer.
+        The first matrix of every layer, then the second, each in evenly spread layers. So all
+        layers stream about the same amount, in one piece, and neither the link nor compute is idle
+        for longer than a part of a layer.
         """
         order = {layer: rank for rank, layer in enumerate(evenly_spread(self._num_layers))}
 
@@ -88,23 +88,23 @@ class Storage:
 
     @cached_property
     def residuals(self) -> tuple[str, ...]:
-        """Names of the parts that are stored as residuals, those held decoded among them."""
+        """Names of the parts that are stored as residuals, decoded ones included."""
         return tuple(part.name for part in self.parts if part.encoding == "residual")
 
     @cached_property
     def coded_weights(self) -> int:
-        """That are decoded at every use."""
+        """Number of weights that are decoded at every use."""
         return sum(p.part.num_weights for p in self.as_stored if p.encoding == "residual")
 
     @cached_property
     def scratch_bytes(self) -> int:
-        """Where one part is decoded at a time; 0: nothing is."""
+        """Bytes of the largest part that is decoded at its use; 0: none is."""
         coded = [p.part.padded_bytes for p in self.as_stored if p.encoding == "residual"]
         return max(coded, default=0)
 
     @cached_property
     def bits_per_residual(self) -> float:
-        """Of one weight that is stored as a residual, everything counted."""
+        """Bits per weight of all residuals, indexes and padding included."""
         coded = [part for part in self.parts if part.encoding == "residual"]
         num_weights = sum(part.part.num_weights for part in coded)
         return 8 * group_bytes(coded) / num_weights if num_weights else 0.0
@@ -113,7 +113,7 @@ class Storage:
 def choose_resident(storage: Storage, num_bytes: int) -> list[StoredPart]:
     """Parts that fill `num_bytes` as they are stored, in execution order.
 
-    Greedy in an order that does not depend on `num_bytes`: more bytes never hold less.
+    Greedy, in an order that does not depend on `num_bytes`.
     """
     left, chosen = num_bytes, set[str]()
     for part in storage.resident_first:
@@ -124,8 +124,8 @@ def choose_resident(storage: Storage, num_bytes: int) -> list[StoredPart]:
 
 
 def evenly_spread(count: int) -> list[int]:
-    """0 .. count - 1 in an order whose every beginning is spread over the whole: that of the
-    reversed bits."""
+    """0 .. count - 1 in bit-reversed order, of which every prefix is spread over the whole
+    range."""
     digits = max(1, (count - 1).bit_length())
     return sorted(range(count), key=lambda index: f"{index:0{digits}b}"[::-1])
 
@@ -135,13 +135,14 @@ def group_bytes(group: Iterable[StoredPart]) -> int:
 
 
 def storages(spec: ModelSpec, encoding: str, decodes: bool) -> tuple[Storage, ...]:
-    """What a new artifact may choose from, for --encoding auto, residual or raw; as few bytes as
-    possible first. decodes: whether the machine can decode residuals at all."""
+    """Storages that a new artifact may have with --encoding auto, residual or raw, fewest bytes
+    first. decodes: whether this machine has a fast decoder. Raises SubspecError(UNSUPPORTED) for
+    residuals without one."""
     if encoding == "residual" and not decodes:
         raise SubspecError(
             Exit.UNSUPPORTED,
             "--encoding residual: this machine has no fast decoder for residuals",
-            "install a C++ compiler (g++), or leave the encoding to the plan",
+            "install a C++ compiler (g++), or use --encoding auto",
         )
     if encoding == "raw" or not decodes:
         return (raw_storage(spec),)
@@ -152,8 +153,8 @@ def storages(spec: ModelSpec, encoding: str, decodes: bool) -> tuple[Storage, ..
 
 @for_one_model
 def usual_storages(spec: ModelSpec) -> tuple[Storage, ...]:
-    """From all weights as residuals to all raw. A raw matrix here and there, evenly spread by
-    bytes, so that neither the link nor the decoder is ever without work."""
+    """Storages from all weights as residuals to all raw. Raw matrices are evenly spread by bytes,
+    so that neither the link nor the decoder is idle."""
     found: dict[tuple[str, ...], Storage] = {}
     for share in range(NUM_SHARES):
         storage = Storage(tuple(spread(spec, share / NUM_SHARES)))
@@ -163,7 +164,7 @@ def usual_storages(spec: ModelSpec) -> tuple[Storage, ...]:
 
 
 def spread(spec: ModelSpec, raw_share: float) -> Iterator[StoredPart]:
-    """The parts, a share of their bytes raw; the others as long as residuals usually are."""
+    """The parts, a share of their bytes raw, the others with the usual size of residuals."""
     every = spec.parts
     raw = set(evenly_raw(every, raw_share))
     for part in every:
@@ -175,8 +176,8 @@ def spread(spec: ModelSpec, raw_share: float) -> Iterator[StoredPart]:
 
 
 def evenly_raw(some: Iterable[Part], share: float) -> Iterator[Part]:
-    """A share of their bytes, evenly spread over their order; what can be nothing but raw is among
-    it whatever the share."""
+    """A share of the bytes of the parts, evenly spread; parts that cannot be residuals are always
+    included."""
     due = 0.0  # bytes that should have been raw by now
     for part in some:
         due += share * part.num_bytes
@@ -187,7 +188,8 @@ def evenly_raw(some: Iterable[Part], share: float) -> Iterator[Part]:
 
 @for_one_model
 def held_decoded(storage: Storage) -> tuple[Storage, ...]:
-    """The storage with none of its residuals held decoded, then more and more, then all."""
+    """The storage with none, then more and more, then all of its residuals decoded while
+    loading."""
     coded = [part.part for part in storage.parts if part.encoding == "residual"]
     found: dict[tuple[str, ...], Storage] = {(): storage}
     for share in range(1, NUM_SHARES + 1):

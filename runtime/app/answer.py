@@ -1,4 +1,4 @@
-"""One answer on a terminal: its text, its figures, its run record."""
+"""One answer on a terminal: text, figures, run record."""
 
 import json
 import resource
@@ -23,12 +23,12 @@ from subspec.runtime.text.tokenizer import ChatTokenizer
 
 @dataclass(frozen=True)
 class Answering:
-    """What a person's commands have said about answers."""
+    """How to answer, from the command line."""
 
     params: GenerationParams
     stop: tuple[str, ...] = ()
-    link_bandwidth: int | None = None  # bytes per second that the link is slowed to
-    record: bool = True  # whether answers join the run records
+    link_bandwidth: int | None = None  # bytes per second that the link is limited to
+    record: bool = True  # whether answers are added to the run records
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Answer:
 def answer_once(
     engine: Engine, tokenizer: ChatTokenizer, how: Answering, ids: list[int], as_json: bool
 ) -> None:
-    """The prompt `ids`, its answer on stdout and its figures on stderr."""
+    """Answer the prompt `ids` on stdout, with figures on stderr."""
     with engine.new_sequence() as sequence:
         answer = answer_prompt(engine, sequence, tokenizer, how, ids, echo=not as_json)
         if as_json:
@@ -75,9 +75,9 @@ def answer_prompt(
     ids: list[int],
     echo: bool,
 ) -> Answer:
-    """Runs the prompt `ids`; with `echo` the text streams to stdout as it becomes certain.
+    """Run the prompt `ids`; with `echo` the text streams to stdout as it becomes certain.
 
-    Ctrl-C ends the answer after the round under way; a second one does not wait for it.
+    Ctrl-C ends the answer after the current round; a second one does not wait for it.
     """
     stream = TextStream(sequence, tokenizer, ids, how.params, how.stop)
     shown, cut_short = 0, False
@@ -104,8 +104,9 @@ def answer_prompt(
 
 @contextmanager
 def first_interrupt_noted() -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C inside the block is only noted: an answer ends between two rounds, and the
-    cache and the weights under way stay in order for the next one. The second is an exception."""
+    """Yield a function that says whether Ctrl-C was pressed. The first one is only noted, so that
+    an answer ends between two rounds and the next one can reuse the cache. A second one raises
+    KeyboardInterrupt."""
     presses = 0
 
     def note(*_: object) -> None:
@@ -115,7 +116,7 @@ def first_interrupt_noted() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
 
     before = signal.getsignal(signal.SIGINT)
-    if before == signal.SIG_IGN:  # as for a shell script's background job
+    if before == signal.SIG_IGN:  # in a shell script's background job
         yield lambda: False
         return
     signal.signal(signal.SIGINT, note)
@@ -127,8 +128,8 @@ def first_interrupt_noted() -> Iterator[Callable[[], bool]]:
 
 @contextmanager
 def recorded(engine: Engine, sequence: Sequence, how: Answering) -> Iterator[None]:
-    """The answer that is made inside the block joins the artifact's run records, also if it was
-    interrupted; not if no round was decoded."""
+    """Add the answer of the block to the artifact's run records, also if it was interrupted, unless
+    no round was decoded."""
     before = sequence.stats
     try:
         yield
@@ -141,7 +142,7 @@ def recorded(engine: Engine, sequence: Sequence, how: Answering) -> Iterator[Non
 def run_of(engine: Engine, sequence: Sequence, how: Answering) -> Run:
     stats, plan = sequence.stats, engine.plan
     said = plan.predicted.get(engine.method)
-    # What was drafted behind the end of the text says nothing about it.
+    # Tokens drafted beyond the end of the text do not count.
     rounds = [(min(pair), pair[1]) for pair in zip(stats.accepted, stats.judged, strict=True)]
     levels = range(1, plan.tree.depth + 1) if engine.method == "substitute" else ()
     return Run(
@@ -175,7 +176,7 @@ def run_of(engine: Engine, sequence: Sequence, how: Answering) -> Run:
 
 
 def cut_off(answer: Answer, engine: Engine, how: Answering) -> str:
-    """Why the answer is shorter than the model wanted; empty if it is not."""
+    """Why the answer was cut off; "" if it was not."""
     if answer.finish_reason == "length":
         return f"cut off at --max-tokens {how.params.max_tokens}"
     if answer.finish_reason == "context":
@@ -207,12 +208,12 @@ def stats_json(engine: Engine, sequence: Sequence) -> dict[str, Any]:
 
 
 def histogram(accepted: "list[int] | tuple[int, ...]") -> list[int]:
-    """At index n: rounds that accepted n."""
+    """At index n: number of rounds that accepted n."""
     return [accepted.count(n) for n in range(max(accepted, default=0) + 1)]
 
 
 def stats_line(engine: Engine, sequence: Sequence) -> str:
-    """One line for a person: what was read, how fast, how much memory, against the prediction."""
+    """One line for a person: prompt, speed and memory against the prediction."""
     stats, found = sequence.stats, stats_json(engine, sequence)
     rounds, predicted = found["rounds"], found["predicted_tokens_per_second"]
     reused = f" ({stats.reused_tokens} reused)" if stats.reused_tokens else ""

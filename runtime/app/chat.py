@@ -22,8 +22,8 @@ QUOTES = '"""'
 def chat(
     engine: Engine, tokenizer: ChatTokenizer, how: Answering, system: str, first: str | None
 ) -> None:
-    """Reads turns until /exit or the end of stdin. system: the system message, "" for none; first:
-    a turn given on the command line."""
+    """Read turns until /exit or the end of stdin. system: the system message, "" for none; first: a
+    turn given on the command line."""
     say(f"{engine.artifact.spec.source.repository}: /help lists the commands, Ctrl-D leaves")
     with engine.new_sequence() as sequence:
         talk(Conversation(engine, sequence, tokenizer, how, system), first)
@@ -51,7 +51,7 @@ def talk(conversation: "Conversation", first: str | None) -> None:
 
 
 class Conversation:
-    """The messages so far, and what the person's next line does to them."""
+    """The messages so far, and the commands that change them."""
 
     def __init__(
         self,
@@ -69,9 +69,10 @@ class Conversation:
         self._messages: list[dict[str, str]] = []
         self._clear()
         self.ended = False
-        self.interrupted = False  # the last thing the person did was Ctrl-C
+        self.interrupted = False  # the last input was Ctrl-C
 
     def take(self, turn: str) -> None:
+        """Answer a turn, or run a command such as /clear."""
         command, _, rest = turn.partition(" ")
         command = SAME.get(command, command)
         if not command.startswith("/"):
@@ -107,7 +108,7 @@ class Conversation:
         except SubspecError as error:
             if error.exit_code != Exit.USAGE:
                 raise
-            # Too long, or the template refuses it: the conversation goes on without this turn.
+            # Too long, or refused by the template: the conversation continues without this turn.
             say(f"error: {error.message}\n\nhint: /clear, or {error.hint}")
             return
         sys.stdout.write("\n\n" if sys.stdout.isatty() else "\n")
@@ -119,7 +120,7 @@ class Conversation:
 
 
 def next_turn() -> str | None:
-    """What the person says next: a line, or lines between triple quotes; None at the end."""
+    """The next turn: a line, or lines between triple quotes; None at the end of stdin."""
     line = next_line("> ")
     if line is None or not line.lstrip().startswith(QUOTES):
         return None if line is None else line.strip()
@@ -133,7 +134,7 @@ def next_turn() -> str | None:
 
 
 def next_line(prompt: str) -> str | None:
-    """One line without its end; None at the end of stdin."""
+    """One line without its newline; None at the end of stdin."""
     if not sys.stdin.isatty():
         raw = sys.stdin.buffer.readline()
         return raw.decode("utf-8").rstrip("\r\n") if raw else None
@@ -142,9 +143,9 @@ def next_line(prompt: str) -> str | None:
     try:
         if sys.stdout.isatty():
             return input(prompt)
-        sys.stderr.write(prompt)  # stdout is a file: it gets the answers alone
+        sys.stderr.write(prompt)  # stdout is a file and gets only the answers
         sys.stderr.flush()
         return input()
     except EOFError:
-        say("")  # the shell's own prompt begins on a new line
+        say("")  # so that the shell's prompt begins on a new line
         return None

@@ -1,6 +1,6 @@
 """Recorded runs against the plan's predictions: speed, first token, memory, acceptance by level.
 
-Reads JSON alone: no weights, no torch.
+Reads only JSON: no weights, no torch.
 """
 
 import json
@@ -19,8 +19,8 @@ from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.plan import USUAL, Method, Plan
 from subspec.artifacts.runs import Run, plan_digest, read_runs
 
-FEWEST_ANSWERS = 5  # before a hint is given
-LARGEST_DRIFT = 0.1  # of the median speed from its prediction, without a hint
+FEWEST_ANSWERS = 5  # that a hint is based on
+LARGEST_DRIFT = 0.1  # a larger difference from the predicted speed gives a hint
 SAME_LINK = 0.99  # a link of at least this share of the plan's rate counts as the plan's
 
 
@@ -186,7 +186,7 @@ def hint_of(history: History, path: str) -> str | None:
     return None
 
 
-# The object of --json and the text, beside each other
+# Output: the object of --json, and text
 
 
 def history_json(history: History, hint: str | None) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""A plan that cannot be obeyed here is solved again, by subspec-plan as a command.
+"""Re-planning: a plan that does not fit this machine or its free memory is solved again.
 
-The runtime imports nothing of the planner, and the artifact's folder is not touched: what was
-solved is kept in the user's cache, so that the next start need not wait for it.
+This runs subspec-plan as a command, because the runtime does not import the planner. The artifact's
+folder is not changed: the new plan is kept in the user's cache for the next start.
 """
 
 import hashlib
@@ -33,10 +33,10 @@ from subspec.runtime.memory import free_bytes
 
 PLANNER = (sys.executable, "-P", "-m", "subspec.planner.cli")
 MARGIN = 0.03  # of what is free now; it may be less by the time the weights are loaded
-STEPS = 32  # to a plan's budget: free memory differs from run to run, the kept plan should not
+STEPS = 32  # of a plan's budget: free memory varies between runs, the cached plan should not
 MOST_KEPT = 64
 
-# A machine alone is no reason to give up: the stored plan would run, at another speed.
+# If only the machine differs, the stored plan still runs, at another speed.
 Cause = Literal["machine", "cap", "device", "memory"]
 Progress = Callable[[str, float], None]
 
@@ -47,7 +47,7 @@ class Here:
 
     device: str  # cpu, cuda or cuda:N
     machine: str  # machine_name of it
-    free_bytes: int  # of its fast memory; what this process takes beside tensors is taken already
+    free_bytes: int  # of its fast memory, without what this process has already taken
 
     @property
     def kind(self) -> str:
@@ -56,13 +56,13 @@ class Here:
 
 @dataclass(frozen=True)
 class Mismatch:
-    """What keeps a plan from being obeyed, and what to plan for instead."""
+    """Why a plan cannot be used as it is, and what to plan for instead."""
 
     cause: Cause
     budget_bytes: int
     context: int | None  # None: the planner's choice, for a smaller budget
     here: Here
-    said: str  # both in one sentence
+    said: str  # both, in one sentence
 
 
 def fitted(
@@ -73,8 +73,8 @@ def fitted(
     link_bandwidth: int | None,
     progress: Progress = lambda stage, share: None,
 ) -> tuple[Artifact, str]:
-    """The same weights under a plan that can be obeyed here, and a sentence on why it is another
-    one; "" if it is not. method None: the plan's. Raises the planner's own SubspecError."""
+    """The artifact with a plan that can be used here, and a sentence on why it is a new one; "" if
+    it is not. method None: the plan's. Raises the planner's own SubspecError."""
     plan = artifact.plan
     here = look_around(plan, device)
     found = mismatch(plan, method or plan.method, here, vram) if here else None
@@ -101,8 +101,8 @@ def fitted(
 
 
 def look_around(plan: Plan, device: str | None) -> Here | None:
-    """The device asked for or the plan's, if there is one; the cpu where a plan finds no GPU. None:
-    no such device, which a session has a sentence for."""
+    """The requested device, else the plan's, else the CPU if there is no GPU. None: there is no
+    such device, which Engine.open reports."""
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     chosen = device or (plan.device if num_gpus else "cpu")
     if chosen == "cpu":
@@ -114,8 +114,8 @@ def look_around(plan: Plan, device: str | None) -> Here | None:
 
 
 def mismatch(plan: Plan, method: Method, here: Here, vram: int | None) -> Mismatch | None:
-    """None: `plan` can be obeyed `here`. vram: the user's cap, if there is one; a larger one than
-    the plan's counts only where there must be another plan anyway."""
+    """Why `plan` cannot be used `here`; None if it can. vram: the user's budget, if given; one
+    larger than the plan's matters only if re-planning is needed anyway."""
     placement = plan.placement(method)
     wanted = plan.budget_bytes if vram is None else vram
     same_kind, foreign = here.kind == plan.device, here.machine != plan.machine
@@ -150,7 +150,7 @@ def mismatch(plan: Plan, method: Method, here: Here, vram: int | None) -> Mismat
 def solve_again(
     artifact: Artifact, found: Mismatch, link_bandwidth: int | None, progress: Progress
 ) -> Plan:
-    """The plan that `found` asks for: as it was kept, else by the planner."""
+    """The plan for `found`: from the cache, else from the planner. Raises SubspecError."""
     folder = user_cache_dir("plans")
     entry = folder / entry_name(artifact, found, link_bandwidth) if folder else None
     plan = read_entry(entry, artifact, found) if entry else None
@@ -166,8 +166,8 @@ def solve_again(
 
 
 def planned_anew(artifact: Artifact, found: Mismatch, link_bandwidth: int | None) -> Plan:
-    """By subspec-plan, for a link of no more than `link_bandwidth` bytes a second. Measures this
-    machine where the artifact's profile is of another one, which takes seconds."""
+    """Plan by subspec-plan, for a link of at most `link_bandwidth` bytes per second. It measures
+    this machine, in seconds, if the artifact's profile is of another one. Raises SubspecError."""
     command = [*PLANNER, *planner_words(artifact, found), "--print-plan", "--json"]
     command += ["--link-bandwidth", f"{link_bandwidth}B"] if link_bandwidth else []
     try:
@@ -197,8 +197,8 @@ def planner_words(artifact: Artifact, found: Mismatch) -> list[str]:
 
 
 def planners_error(code: int, said: str, story: str) -> SubspecError:
-    """The planner's error from its JSON object on stdout, `said`; without one, the last line of its
-    stderr, `story`."""
+    """The planner's error from the JSON object on its stdout, `said`; without one, from the last
+    line of its stderr, `story`."""
     try:
         value = parse_json(said, "the planner's error")
         found: Reported = load_dataclass(Reported, value, "the planner's error")
@@ -218,7 +218,7 @@ class ErrorObject:
 
 @dataclass(frozen=True)
 class Reported:
-    """What a command prints with --json when it fails (docs/commands.md)."""
+    """The object that a command prints with --json when it fails (docs/commands.md)."""
 
     schema: Literal["subspec.error/1"]
     error: ErrorObject
@@ -230,7 +230,7 @@ def load_plan(text: bytes | str, artifact: Artifact) -> Plan:
     return plan
 
 
-# The cache: an entry is the text of a plan.json, named after all that it depends on.
+# The cache: an entry is the text of a plan.json, named by a digest of all that it depends on.
 
 
 def entry_name(artifact: Artifact, found: Mismatch, link_bandwidth: int | None) -> str:
@@ -251,8 +251,8 @@ def digest(data: bytes) -> str:
 
 
 def write_entry(path: Path, plan: Plan) -> None:
-    """Whole or not at all; the entries that were used longest ago make room. A disk that takes
-    nothing costs the next start its seconds, and is no error."""
+    """Write an entry atomically and remove the least recently used ones. Ignores errors: the next
+    start then plans again."""
     with suppress(OSError):
         descriptor, unfinished = tempfile.mkstemp(dir=path.parent, suffix=".new")
         try:
@@ -267,13 +267,13 @@ def write_entry(path: Path, plan: Plan) -> None:
 
 
 def read_entry(path: Path, artifact: Artifact, found: Mismatch) -> Plan | None:
-    """None: there is none, it is damaged, or it is not what its name says."""
+    """The plan of an entry; None if it is missing, damaged or for something else."""
     try:
         with open_regular(path) as file:
             plan = load_plan(file.read(LARGEST_JSON), artifact)
     except (SubspecError, OSError):
         return None
     with suppress(OSError):
-        os.utime(path)  # its last use
+        os.utime(path)  # marks it as used
     asked = (found.here.kind, found.here.machine, found.budget_bytes)
     return plan if (plan.device, plan.machine, plan.budget_bytes) == asked else None

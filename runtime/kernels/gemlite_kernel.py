@@ -1,7 +1,7 @@
-"""gemlite's 4-bit products on GPUs, over tensors that lie where the ledger says.
+"""gemlite's 4-bit products on GPUs, with tensors in the ledger's arenas.
 
-gemlite cannot be imported without a GPU, so it is imported where it is called. What it finds out
-about its kernels on a GPU (their tuning) is kept in the user's cache: it takes minutes.
+gemlite cannot be imported without a GPU, so it is imported where it is called. The tuning of its
+kernels takes minutes, so it is kept in the user's cache.
 N = output features, K = input features, G = K / GROUP_SIZE
 """
 
@@ -31,26 +31,26 @@ class GemliteWeight:
 
 
 def empty(num_rows: int, num_columns: int, codes_out: Tensor, qparams_out: Tensor) -> GemliteWeight:
-    """In the given bytes of fast memory, uint8 [N * K / 2] and uint8 [G * N * 4]."""
+    """Weight [N, K] to be filled, in fast memory uint8 [N * K / 2] and uint8 [G * N * 4]."""
     shape = (2, num_columns // GROUP_SIZE, num_rows)
     scales, offsets = qparams_out.view(torch.bfloat16).view(shape)
     return GemliteWeight(codes_out.view(torch.int32).view(-1, num_rows), scales, offsets)
 
 
 def pack_rows(weight: GemliteWeight, first_row: int, codes: Tensor) -> None:
-    """codes uint8 [R, K / 2] as stored, on the host, of rows from `first_row` on."""
+    """Pack stored codes uint8 [R, K / 2], on the host, into the rows from `first_row`."""
     weight.codes[:, first_row : first_row + len(codes)] = codes.view(torch.int32).t()
 
 
 def pack_qparams(weight: GemliteWeight, qparams: Tensor) -> None:
-    """qparams bf16 [G, N, 2] as stored, on the host."""
+    """Pack stored qparams bf16 [G, N, 2], on the host."""
     scale, zero_point = qparams.float().unbind(-1)
     weight.scales.copy_(scale)
     weight.offsets.copy_(zero_point - ZERO_POINT_CODE * scale)
 
 
 def product(x: Tensor, weight: GemliteWeight) -> Tensor:
-    """x bf16 [T, K] -> bf16 [T, N]."""
+    """x bf16 [T, K] -> bf16 [T, N] = x @ weight^T."""
     from gemlite import forward_functional
 
     more_tensors, meta = _form(x.device)
@@ -60,8 +60,8 @@ def product(x: Tensor, weight: GemliteWeight) -> Tensor:
 
 @functools.cache
 def _form(device: torch.device) -> tuple[list[Tensor], list[int]]:
-    """What gemlite says of a weight beside codes and qparams, taken from a small one that it packed
-    itself: types, group size, layout."""
+    """gemlite's other arguments of a weight (types, group size, layout), taken from a small weight
+    that gemlite packed itself."""
     from gemlite.helper import A16W4_HQQ_INT
 
     _load_tuning(device)
@@ -71,7 +71,7 @@ def _form(device: torch.device) -> tuple[list[Tensor], list[int]]:
     return small.get_tensor_args()[3:], small.get_meta_args()
 
 
-# The tuning: JSON by gemlite's own functions, which do not note what it was tuned for.
+# The tuning: JSON written by gemlite, without the versions and the GPU that it is for.
 
 
 def _load_tuning(device: torch.device) -> None:
@@ -83,8 +83,8 @@ def _load_tuning(device: torch.device) -> None:
 
 
 def keep_tuning(device: torch.device) -> None:
-    """Adds to the file what this process has found out. A disk that takes nothing costs the next
-    start its minutes, and is no error."""
+    """Add the tuning of this process to the file. Ignores errors: the next start then tunes
+    again."""
     import gemlite
 
     path = tuning_file(torch.cuda.get_device_name(device))
@@ -96,14 +96,14 @@ def keep_tuning(device: torch.device) -> None:
         try:
             if path.exists():
                 shutil.copyfile(path, unfinished)
-            gemlite.cache_config(unfinished)  # reads what is there and adds to it
+            gemlite.cache_config(unfinished)  # adds to the existing content
             os.replace(unfinished, path)
         finally:
             Path(unfinished).unlink(missing_ok=True)
 
 
 def tuning_file(gpu: str) -> Path | None:
-    """One for each GPU and each set of versions; None: there is no place for it."""
+    """File for a GPU and the installed versions; None: there is no cache folder."""
     folder = user_cache_dir("kernels")
     known = (gpu, *(version(name) for name in ("gemlite", "triton", "torch")))
     digest = hashlib.sha256("\0".join(known).encode()).hexdigest()

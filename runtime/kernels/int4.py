@@ -1,4 +1,4 @@
-"""y = x W^T for 4-bit weights and few rows, on CPUs; int4.cpp computes it, with 8-bit activations.
+"""y = x W^T for 4-bit weights and few rows on CPUs, by int4.cpp with 8-bit activations.
 
 T = rows of activations, N = output features, K = input features, G = K / GROUP_SIZE
 """
@@ -14,20 +14,21 @@ from subspec.artifacts.model import GROUP_SIZE
 from subspec.artifacts.native import cpp
 
 SOURCE = Path(__file__).with_name("int4.cpp")
-BLOCK_ROWS = 16  # rows of W whose codes lie together; they divide N
+BLOCK_ROWS = 16  # rows of W whose codes are interleaved; a divisor of N
 LARGEST_VALUE = 127  # of an 8-bit activation
 SMALLEST_GROUP = 2.0**-100  # a group of activations that are all smaller counts as zeros
 
 
 def unavailable() -> str | None:
-    """None if `product` works, which builds int4.cpp where that has not been done; else why not."""
+    """None if `product` can be used, which builds int4.cpp if needed; else the reason."""
     return cpp.unavailable(SOURCE, _declare)
 
 
 def pack(codes: Tensor, out: Tensor) -> None:
-    """Stored codes uint8 [N, K / 2], nibble pairs -> what `product` reads, in `out`, as many bytes.
+    """Stored codes uint8 [N, K / 2], nibble pairs -> the layout of `product` in out, of the same
+    size.
 
-    [N / 16, K / 8, 16, 4] bytes: 4 of stored codes, 8 columns, of each of 16 rows, then the next 4.
+    [N / 16, K / 8, 16, 4] bytes: 4 bytes of codes (8 columns) of each of 16 rows, then the next 4.
     """
     half = codes.shape[1]
     words = codes.view(torch.int32).view(-1, BLOCK_ROWS, half // 4)
@@ -35,8 +36,8 @@ def pack(codes: Tensor, out: Tensor) -> None:
 
 
 def unpack(packed: Tensor) -> Tensor:
-    """The inverse of `pack` for R rows, whole blocks of them: uint8 [R, K / 2] -> uint8 [R, K / 2]
-    of nibble pairs."""
+    """Inverse of `pack` for R rows, whole blocks: uint8 [R, K / 2] -> nibble pairs uint8 [R, K /
+    2]."""
     half = packed.shape[1]
     codes = torch.empty_like(packed)
     blocks = packed.view(torch.int32).view(-1, half // 4, BLOCK_ROWS)
@@ -51,10 +52,10 @@ def product(
 
     packed: the N * K / 2 bytes that `pack` wrote; qparams bf16 [G, N, 2] as stored. Every group of
     64 activations is rounded to multiples of 1 / 127 of its largest one, which changes a result by
-    0.6 %, or 2 % where one activation in 500 is 100 times larger than the others; 4-bit weights
-    change it by 9 %. Beside that only f32 sums and the result are rounded. The bits of a row depend
-    neither on the other rows nor on num_threads. A row with an infinity or NaN becomes NaN. Needs
-    unavailable() to be None.
+    0.6 %, or by 2 % if one activation in 500 is 100 times larger than the others; 4-bit weights
+    change it by 9 %. Apart from that only f32 sums and the result are rounded. The bits of a row
+    depend neither on the other rows nor on num_threads. A row with an infinity or NaN becomes NaN.
+    Needs unavailable() to be None.
     """
     num_tokens, num_columns = x.shape
     num_groups, num_rows, _ = qparams.shape
@@ -81,25 +82,26 @@ def product(
 
 
 def product_plainly(x: Tensor, codes: Tensor, qparams: Tensor) -> Tensor:
-    """The plain twin of pack + product: x bf16 [T, K], codes uint8 [N, K / 2] and qparams bf16
+    """Plain twin of pack + product: x bf16 [T, K], codes uint8 [N, K / 2] and qparams bf16
     [G, N, 2] as stored -> f32 [T, N], which `product` rounds to bf16."""
     values, x_scale = _quantize(x)
     steps = unpack_nibbles(codes).view(codes.shape[0], -1, GROUP_SIZE).float() - ZERO_POINT_CODE
-    sums = torch.einsum("tgk,ngk->gtn", values, steps)  # whole numbers below 2**16: exact
+    sums = torch.einsum("tgk,ngk->gtn", values, steps)  # integers below 2**16: exact
     scale, zero_point = qparams.float()[:, None].unbind(-1)  # [G, 1, N] each
     of_center = values.sum(-1).t()[..., None]  # [G, T, 1]
     total = torch.zeros(sums.shape[1:])
-    for g in range(len(qparams)):  # one after the other, as the kernel adds them up
+    for g in range(len(qparams)):  # in the kernel's order of summation
         total += x_scale[:, g] * (scale[g] * sums[g] + zero_point[g] * of_center[g])
     return total
 
 
 def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x bf16 [T, K] -> whole numbers f32 [T, G, 64] and what one is worth, f32 [T, G, 1]."""
+    """x bf16 [T, K] -> integers as f32 [T, G, 64] and their scale f32 [T, G, 1]."""
     groups = x.float().view(x.shape[0], -1, GROUP_SIZE)
     largest = groups.abs().amax(-1, keepdim=True)
     usable = largest.isfinite() & (largest >= SMALLEST_GROUP)
-    steps = torch.full_like(largest, LARGEST_VALUE) / largest  # `/` of a number takes a reciprocal
+    # A tensor, because number / tensor would multiply by a reciprocal.
+    steps = torch.full_like(largest, LARGEST_VALUE) / largest
     values = torch.where(usable, torch.round(groups * steps), 0.0)
     beyond = torch.where(largest.isfinite(), 0.0, torch.nan)
     return values, torch.where(usable, largest / LARGEST_VALUE, beyond)

@@ -1,4 +1,4 @@
-"""y = x W^T for exact and 4-bit weights; the only file that knows kernels.
+"""y = x W^T for exact and 4-bit weights: chooses the kernel of each device and format.
 
 T = rows of activations, N = output features, K = input features, G = K / GROUP_SIZE
 """
@@ -20,14 +20,14 @@ from subspec.artifacts.model import GROUP_SIZE
 from subspec.artifacts.plan import DeviceKind, Int4Kernel
 from subspec.runtime.kernels import gemlite_kernel, int4
 
-PIECE_BYTES = 1 << 20  # of codes that are read and packed at a time: temporaries of a few MB
+PIECE_BYTES = 1 << 20  # of codes, read and packed at a time: temporaries of a few MB
 ROWS_PER_TILE = {"AVX512": 64, "AVX2": 32}  # ATen's packed bytes differ per instruction set
 
 
 def exact_product(x: Tensor, weight: Tensor, out: Tensor, rows_per_call: int) -> None:
     """out [T, N] = x [T, K] @ weight [N, K]^T; `out` may be a column range of a wider tensor.
 
-    rows_per_call: each so many rows are calls of their own, whose bits depend on nothing else.
+    Each `rows_per_call` rows are computed by calls of their own, independently of other rows.
     """
     for rows in calls(len(x), rows_per_call):
         torch.mm(x[rows], weight.t(), out=out[rows])
@@ -40,7 +40,7 @@ def exact_product_into(x: Tensor, weight: Tensor, gate: Tensor, rows_per_call: i
 
 
 def calls(num_rows: int, rows_per_call: int) -> Iterator[slice]:
-    """Ranges of `rows_per_call` rows, and within each at most PRODUCT_ROWS at a time."""
+    """Ranges of `rows_per_call` rows, each divided into ranges of at most PRODUCT_ROWS."""
     for start in range(0, num_rows, rows_per_call):
         end = min(start + rows_per_call, num_rows)
         for first in range(start, end, PRODUCT_ROWS):
@@ -49,7 +49,7 @@ def calls(num_rows: int, rows_per_call: int) -> Iterator[slice]:
 
 @contextmanager
 def single_row_kernels() -> Iterator[None]:
-    """ATen's own bf16 matrix-vector kernel instead of oneDNN's, which is 1.8x slower at one row."""
+    """Use ATen's bf16 matrix-vector kernel instead of oneDNN's, which is 1.8x slower at one row."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="TF32 acceleration", category=UserWarning)
         with torch.backends.mkldnn.flags(enabled=False):
@@ -58,7 +58,7 @@ def single_row_kernels() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Int4Weight:
-    """A substitute in the layout of one kernel; made by `pack`, consumed by `int4_product`."""
+    """A substitute [N, K] in the layout of one kernel; made by `pack`, used by `int4_product`."""
 
     kernel: Int4Kernel
     device: DeviceKind
@@ -68,8 +68,8 @@ class Int4Weight:
 
 def cpu_tile_rows(num_rows: int, kernel: Int4Kernel = "aten") -> int | None:
     """Rows per tile of the packed 4-bit codes on this machine's CPU, for a matrix of num_rows rows:
-    16 of w4a8's; 64 or 32 of ATen's, see `_pack_cpu`, and None where no whole number of those
-    holds it, or the CPU has neither AVX-512 nor AVX2: ATen then packs in another way."""
+    16 for w4a8; 64 or 32 for ATen, see `_pack_cpu`. None if the matrix is not a whole number of
+    tiles, or the CPU has neither AVX-512 nor AVX2: ATen then uses another layout."""
     if kernel == "w4a8":
         return int4.BLOCK_ROWS
     tile = ROWS_PER_TILE.get(torch.backends.cpu.get_cpu_capability())
@@ -77,16 +77,16 @@ def cpu_tile_rows(num_rows: int, kernel: Int4Kernel = "aten") -> int | None:
 
 
 def read_codes(weight: Int4Weight, first_row: int, num_rows: int) -> tuple[Tensor, int]:
-    """The bytes of some rows inside a packed substitute on the CPU, and the rows per tile of their
-    layout. Rows come in whole tiles of 64. Raises SubspecError(WRONG_MACHINE) for a layout that is
-    unknown to us: plans that are made on such a machine keep all weights raw."""
+    """uint8 [num_rows, K / 2] bytes of some rows (whole tiles of 64) of a packed substitute on the
+    CPU, and the rows per tile of their layout. Raises SubspecError(WRONG_MACHINE) for a layout that
+    is not supported: plans that are made on such a machine store all weights raw."""
     num_bytes_per_row = weight.packed.shape[1]
     tile_rows = cpu_tile_rows(weight.packed.shape[0], weight.kernel)
     if tile_rows is None:
         raise SubspecError(
             Exit.WRONG_MACHINE,
-            "on this CPU, which lacks AVX2, residuals cannot be decoded over ATen's 4-bit layout",
-            "plan again on this machine, or build the artifact with --encoding raw",
+            "residuals cannot be decoded with ATen's 4-bit layout on this CPU, which lacks AVX2",
+            "re-plan on this machine, or build the artifact with --encoding raw",
         )
     bytes_of_rows = slice(first_row * num_bytes_per_row, (first_row + num_rows) * num_bytes_per_row)
     return weight.packed.view(-1)[bytes_of_rows].view(num_rows, -1), tile_rows
@@ -98,16 +98,16 @@ def unpack(packed: Tensor, tile_rows: int) -> Tensor:
 
 
 def inner_tiles(num_columns: int) -> int:
-    """Tiles of 16 columns in a row of ATen's CUDA layout: 8 where they divide K, else 4, which
-    divide every K of whole groups."""
+    """Tiles of 16 columns per row of ATen's CUDA layout: 8 if 128 divides K, else 4, which works
+    for every K of whole groups."""
     return 8 if num_columns % 128 == 0 else 4
 
 
 def empty_weight(
     num_rows: int, num_columns: int, kernel: Int4Kernel, room: Sequence[Tensor]
 ) -> Int4Weight:
-    """A substitute [N, K] in the layout of `kernel`, to be filled by pack_rows and pack_qparams, in
-    the byte ranges of fast memory that `packed_bytes` asks for."""
+    """A substitute [N, K] in the layout of `kernel`, to be filled by pack_rows and pack_qparams.
+    room: uint8 tensors in fast memory with the sizes of `packed_bytes`."""
     codes, kept, *more = room
     qparams = kept.view(torch.bfloat16).view(num_columns // GROUP_SIZE, num_rows, 2)
     on_cpu = codes.device.type == "cpu"
@@ -122,8 +122,8 @@ def empty_weight(
 
 
 def pack_rows(weight: Int4Weight, first_row: int, codes: Tensor) -> None:
-    """Stored codes uint8 [R, K / 2], on the host, of some rows -> their place in the layout. Rows
-    begin at multiples of `piece_rows`."""
+    """Pack stored codes uint8 [R, K / 2], on the host, into the rows from `first_row`, a multiple
+    of `piece_rows`."""
     rows = slice(first_row, first_row + len(codes))
     if weight.kernel == "gemlite":
         gemlite_kernel.pack_rows(weight.packed, first_row, codes)
@@ -139,14 +139,14 @@ def pack_rows(weight: Int4Weight, first_row: int, codes: Tensor) -> None:
 
 
 def pack_qparams(weight: Int4Weight, qparams: Tensor) -> None:
-    """Stored qparams bf16 [G, N, 2], on the host."""
+    """Pack stored qparams bf16 [G, N, 2], on the host."""
     weight.qparams.copy_(qparams)
     if weight.kernel == "gemlite":
         gemlite_kernel.pack_qparams(weight.packed, qparams)
 
 
 def piece_rows(weight: Int4Weight) -> int:
-    """How many rows to pack at a time: whole tiles of any layout, temporaries of a few MB."""
+    """Number of rows to pack at a time: whole tiles of any layout, temporaries of a few MB."""
     _, num_rows, _ = weight.qparams.shape
     if weight.kernel == "aten" and weight.device == "cpu" and cpu_tile_rows(num_rows) is None:
         return num_rows
@@ -155,7 +155,7 @@ def piece_rows(weight: Int4Weight) -> int:
 
 
 def pack(codes: Tensor, qparams: Tensor, kernel: Int4Kernel, *room: Tensor) -> Int4Weight:
-    """A whole stored substitute: codes uint8 [N, K / 2] and qparams bf16 [G, N, 2] on the host."""
+    """Pack a whole substitute: codes uint8 [N, K / 2] and qparams bf16 [G, N, 2] on the host."""
     weight = empty_weight(codes.shape[0], 2 * codes.shape[1], kernel, room)
     step = piece_rows(weight)
     for first in range(0, len(codes), step):
@@ -165,7 +165,7 @@ def pack(codes: Tensor, qparams: Tensor, kernel: Int4Kernel, *room: Tensor) -> I
 
 
 def int4_product(x: Tensor, weight: Int4Weight) -> Tensor:
-    """x bf16 [T, K] -> bf16 [T, N]."""
+    """x bf16 [T, K] -> bf16 [T, N] = x @ weight^T by the weight's 4-bit kernel."""
     if weight.kernel == "w4a8":
         return int4.product(x, weight.packed, weight.qparams, torch.get_num_threads())
     if weight.kernel == "gemlite":
@@ -178,7 +178,8 @@ def int4_product(x: Tensor, weight: Int4Weight) -> Tensor:
 
 
 def int4_product_plainly(x: Tensor, codes: Tensor, qparams: Tensor) -> Tensor:
-    """The plain twin of pack + int4_product: x [T, K] -> f32 [T, N]."""
+    """Plain twin of pack + int4_product: x [T, K], codes uint8 [N, K / 2], qparams bf16 [G, N, 2]
+    -> f32 [T, N]."""
     return x.float() @ dequantize(unpack_nibbles(codes), qparams).t()
 
 
@@ -187,7 +188,7 @@ def _pack_cpu(codes: Tensor, out: Tensor, tile: int | None) -> None:
     of the matrix at once, by ATen itself.
 
     Per tile of 64 (AVX-512) or 32 (AVX2) rows: byte (k, r) holds row r in its low nibble and row
-    r + tile / 2 in its high one. Vectorised, and equal to ATen's own packing (tested).
+    r + tile / 2 in its high one. Vectorized; a test compares it with ATen's own packing.
     """
     num_rows, half = codes.shape
     if tile is None:

@@ -1,13 +1,14 @@
-"""The residual format on CUDA: stored bytes and the 4-bit kernel's own codes -> exact weights.
+"""Residual decoder on CUDA: stored bytes and the codes of the 4-bit kernel -> exact weights.
 
-The twin of `decode` in artifacts/format/residual.py, which has the format, and checked against it.
-Imports triton, so only what runs on CUDA may import this module. One program decodes one tile, one
-lane four weights, a "quad", which are also one or two radix groups. Two prefix sums inside the tile
-give each lane the place of its bits and of its escapes.
+The fast twin of `decode` in artifacts/format/residual.py, which describes the format; tests compare
+the two. Imports triton, so only code for CUDA may import this module. One program decodes one tile,
+and one lane four weights, a "quad", which are also one or two radix groups. Two prefix sums within
+the tile give each lane the positions of its bits and of its escapes.
 
-Instruction counts shape the code. Adding an integer below 2^(p + 1) to the pattern of 2^p, where p
-is such that the last fraction bit counts as one, turns it into a float without a conversion
-instruction, which runs at a quarter of the speed or less; subtracting 2^p leaves the integer.
+The code is written for a low instruction count. Adding an integer below 2^(p + 1) to the pattern of
+2^p, where p is such that the last fraction bit counts as one, turns it into a float without a
+conversion instruction, which runs at a quarter of the speed or less; subtracting 2^p leaves the
+integer.
 
 N, K = rows and columns of the whole matrix, R = rows of the part, G = K / 64 groups
 """
@@ -26,7 +27,7 @@ from subspec.artifacts.plan import Int4Kernel
 NUM_WARPS = 4  # 128 threads of 4 quads each
 MAX_WORDS = 1 << 30  # twice as many half-words have to fit an int32
 
-# A kernel sees module constants only in this wrapping.
+# Triton kernels can only use module constants that are constexpr.
 _BINADES = tl.constexpr(residual.BINADES)
 _GUARD = tl.constexpr(GUARD_WORDS)
 _ROWS = tl.constexpr(TILE_ROWS)
@@ -46,7 +47,7 @@ def decode_into(
     layout: Int4Kernel,
     mismatches: Tensor,
 ) -> None:
-    """Writes rows first_row .. first_row + R of a matrix; all tensors on one CUDA device.
+    """Decode rows first_row .. first_row + R of a matrix into out; all tensors on one CUDA device.
 
     out [R, K] bf16, fp16 or f32, contiguous, at a multiple of 8 bytes. stored uint8 [bytes] of
     these rows, at a multiple of 4 bytes. qparams bf16 [G, N, 2] and codes belong to the whole
@@ -54,10 +55,10 @@ def decode_into(
     "aten": int32 [N / 8, K / (16 I), 32, I / 2], from torch's _convert_weight_to_int4pack
     "gemlite": int32 [K / 8, N], column 8 r + j in nibble j of row r
 
-    Does not wait for the device. mismatches int32 [1] grows by the number of tiles whose length is
-    not what their codes say, which the plain twin would refuse: whoever waits for the result checks
-    that it is still 0. Whatever the stream holds, nothing outside of it is read. Raises
-    SubspecError(CORRUPT) where the length of `stored` is impossible.
+    Does not wait for the device. mismatches int32 [1] grows by the number of tiles whose length
+    does not fit their codes, for which the plain twin would raise: the caller checks later that it
+    is still 0. Nothing outside of `stored` is read, whatever it contains. Raises
+    SubspecError(CORRUPT) if the length of `stored` is impossible.
     """
     num_rows, num_columns = out.shape
     whole_rows, num_groups = qparams.shape[1], qparams.shape[0]
@@ -94,8 +95,8 @@ def decode_into(
     )
 
 
-# Parts differ in these: compiling again for a length or an address that 16 divides, in the middle
-# of a generation, would cost more than it gains.
+# These differ from part to part: specializing on a length or an address that 16 divides would
+# compile again in the middle of a generation, which costs more than it gains.
 @triton.jit(
     do_not_specialize=["first_row", "num_groups", "num_words"],
     do_not_specialize_on_alignment=["words", "halves"],
@@ -152,7 +153,7 @@ def _decode_tile(
         floor2, positive2, last2 = _window(word23, 1, scale, zero_point, FRACTION_BITS)
         floor3, positive3, last3 = _window(word23, 17, scale, zero_point, FRACTION_BITS)
 
-    # 2. How many bits the quad has, hence where they are.
+    # 2. The number of bits of the quad, and their position.
     pair01 = (last0 + 1) * (last1 + 1)  # below 2^22, fp16: 2^28
     pair23 = (last2 + 1) * (last3 + 1)
     if FRACTION_BITS == 7:
@@ -164,8 +165,8 @@ def _decode_tile(
     bits_first = bits_end - bits
     bit_words = (tl.sum(bits, 0) + 31) >> 5
 
-    # 3. Fetch them: at most 56 at any alignment, so within three words. A place beyond the payload,
-    # which only a damaged index can name, becomes that of the guard.
+    # 3. Fetch them: at most 56 at any alignment, so within three words. A position beyond the
+    # payload, possible only with a damaged index, is replaced by that of the guard.
     stated = tl.load(words + tile)
     stated_end = tl.load(words + tile + 1)
     start = tl.minimum(tl.maximum(stated, 0), num_words)
@@ -188,7 +189,7 @@ def _decode_tile(
         entry1, entry0 = _divide(_lowest(value, bits01), last0 + 1)
         entry3, entry2 = _divide(value >> bits01.to(tl.int64), last2 + 1)
 
-    # 5. Entries to patterns; escapes are behind the bits, in weight order.
+    # 5. Entries to patterns; escaped patterns follow the bits, in weight order.
     escaped0 = entry0 >= last0
     escaped1 = entry1 >= last1
     escaped2 = entry2 >= last2
@@ -199,14 +200,14 @@ def _decode_tile(
     escapes = escapes012 + escaped3.to(tl.int32)
     num_escapes = tl.sum(escapes, 0)
     slot = (start + bit_words) * 2 + tl.cumsum(escapes, 0) - escapes
-    slot = tl.minimum(slot, num_words * 2)  # and three more: that much is guard
+    slot = tl.minimum(slot, num_words * 2)  # plus at most three, which is within the guard
     halves += (num_tiles + 1) * 2
     pattern0 = _pattern(entry0, floor0, positive0, escaped0, halves + slot)
     pattern1 = _pattern(entry1, floor1, positive1, escaped1, halves + (slot + escapes0))
     pattern2 = _pattern(entry2, floor2, positive2, escaped2, halves + (slot + escapes01))
     pattern3 = _pattern(entry3, floor3, positive3, escaped3, halves + (slot + escapes012))
 
-    # 6. The tile's length is what its codes and escapes say, and the index starts and ends well.
+    # 6. Check the tile's length against its codes and escapes, and the ends of the index.
     is_wrong = stated_end - start != bit_words + ((num_escapes + 1) >> 1)
     is_wrong |= (stated != start) | ((tile == 0) & (stated != 0))
     is_wrong |= (tile == num_tiles - 1) & (stated_end != num_words)
@@ -239,13 +240,14 @@ def _window(
     zero_point: tl.tensor,
     FRACTION_BITS: tl.constexpr,
 ) -> tl.tensor:
-    """The code is in `word` at bit POSITION >= 1 -> floor, how many have sign +, the escape."""
+    """Window of the code at bit POSITION >= 1 of `word` -> floor, entries with sign +, the
+    escape."""
     exact = ((word & (15 << POSITION)) | ((150 - POSITION) << 23)).to(tl.float32, bitcast=True)
     low = (exact - (2.0 ** (23 - POSITION) + 8.5)) * scale + zero_point
     high = (exact - (2.0 ** (23 - POSITION) + 7.5)) * scale + zero_point
     low = _signed_pattern(low, FRACTION_BITS)
     high = _signed_pattern(high, FRACTION_BITS)
-    # As numbers, patterns of the wanted sign are magnitudes and those of the other are negative.
+    # As integers, patterns with the wanted sign are magnitudes, those with the other are negative.
     # Neither end is -0: no product here is zero, and x - x is +0.
     bottom = tl.maximum(tl.maximum(low, high ^ _FLIP), 0)
     top = tl.maximum(high, low ^ _FLIP)
@@ -259,7 +261,7 @@ def _window(
 def _signed_pattern(x: tl.tensor, FRACTION_BITS: tl.constexpr) -> tl.tensor:
     """f32 -> the 16-bit pattern of its truncation, widened to an int32.
 
-    The plain form keeps magnitudes finite; for bf16 they are, as the bounds of a qparams see to it.
+    The plain twin clamps magnitudes to finite ones; in bf16 the bounds of qparams ensure that.
     """
     bits = x.to(tl.int32, bitcast=True)
     if FRACTION_BITS == 7:
@@ -324,7 +326,7 @@ def _inverse(divisor: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _bit_length(x: tl.tensor) -> tl.tensor:
-    """Of an int64 1 <= x < 2^43: the exponent of its upper or lower part, exact as an f32."""
+    """Bit length of an int64 1 <= x < 2^43, from the exponent of its upper or lower part as f32."""
     high = (x >> 20).to(tl.int32)
     part = tl.where(high > 0, high, x.to(tl.int32))
     exponent = _to_f32(part).to(tl.int32, bitcast=True) >> 23
@@ -333,14 +335,14 @@ def _bit_length(x: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _to_f32(x: tl.tensor) -> tl.tensor:
-    """int32 0 <= x < 2^23, exactly."""
+    """int32 0 <= x < 2^23 -> f32, exactly."""
     return (x | _TWO_23_PATTERN).to(tl.float32, bitcast=True) - _TWO_23
 
 
 @triton.jit
 def _rotate(word: tl.tensor, nibble: tl.tensor) -> tl.tensor:
-    """int32 -> uint32 with bit `nibble`, a multiple of 4 below 32, at bit 1: 2^22 + 1/2 is an f32,
-    while 2^23 + 1/2 is none."""
+    """int32 -> uint32 with bit `nibble`, a multiple of 4 below 32, moved to bit 1 (not 0, as 2^22 +
+    1/2 is an f32, but 2^23 + 1/2 is not)."""
     bits = word.to(tl.uint32, bitcast=True)
     right = ((nibble + 31) & 31).to(tl.uint32)
     return (bits >> right) | (bits << (32 - right))
@@ -353,7 +355,7 @@ def _load_word(place: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _lowest(value: tl.tensor, count: tl.tensor) -> tl.tensor:
-    """The lowest `count` < 63 bits of an int64 or uint64, as an int64."""
+    """Lowest `count` < 63 bits of an int64 or uint64, as an int64."""
     mask = (tl.full(value.shape, 1, tl.int64) << count.to(tl.int64)) - 1
     return value.to(tl.int64, bitcast=True) & mask
 

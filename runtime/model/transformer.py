@@ -193,9 +193,11 @@ def project(
 
 def feed_forward(now: Pass, body: Dense, product: Product, x: Tensor) -> Tensor:
     gate = product(f"{body.name}.gate_proj", x, now.rows_per_call)
-    # As many rows at a time as products take: torch's f32 silu rounds the last numbers of a tensor
-    # otherwise than the others.
-    for some in gate.split(now.rows_per_call):
+    # On CPUs torch's f32 silu rounds the last numbers of a tensor, and of each thread's share of
+    # one, otherwise than the others; its bf16 silu does not. A row's bits must not depend on its
+    # place: a row at a time.
+    depends_on_place = gate.device.type == "cpu" and gate.dtype != torch.bfloat16
+    for some in gate if depends_on_place else (gate,):
         F.silu(some, inplace=True)
     inner = product(f"{body.name}.up_proj", x, now.rows_per_call, gate)
     return product(f"{body.name}.down_proj", inner, now.rows_per_call)

@@ -1,6 +1,6 @@
-"""What was read is what was written: SHA-256 of every weight, before a token depends on it.
+"""Digest checks: SHA-256 of every weight that is read, before a token depends on it.
 
-hashlib lets go of the interpreter, so the digests are taken by threads beside the loading.
+hashlib releases the GIL, so threads compute the digests while weights are loaded.
 """
 
 import hashlib
@@ -16,11 +16,12 @@ from subspec.artifacts.format.store import CHUNK_BYTES, FileEntry, part_digest
 from subspec.artifacts.format.tensors import open_regular
 from subspec.runtime.memory import bytes_of
 
-PIECE_BYTES = 1 << 20  # of a file that are read at a time
+PIECE_BYTES = 1 << 20  # of a file, read at a time
 
 
 class Digests:
-    """Compares in the background; `finish` raises what was found. Few tensors wait at a time."""
+    """Background checks, of which `finish` raises the first error. The queue of checks is
+    bounded."""
 
     def __init__(self, num_threads: int) -> None:
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="subspec-digest")
@@ -28,12 +29,12 @@ class Digests:
         self._pending: deque[Future[None]] = deque()
 
     def check_part(self, name: str, stored: Tensor, expected: str, substitute: str | None) -> None:
-        """stored: uint8 on the host, the part's bytes, unchanged until `finish`; substitute: the
-        digest of the matrix's substitute if this is a residual."""
+        """Check a part. stored: uint8 [bytes] on the host, unchanged until `finish`; substitute:
+        the digest of the matrix's substitute if this is a residual."""
         self._submit(name, expected, lambda: part_digest([bytes_of(stored)], substitute))
 
     def check_file(self, path: Path, entry: FileEntry) -> None:
-        """A whole file, in its chunks; what of it is read stays in the page cache."""
+        """Check every chunk of a file, which is left in the page cache."""
 
         def digest(first: int) -> str:
             found, piece = hashlib.sha256(), bytearray(PIECE_BYTES)
@@ -50,13 +51,13 @@ class Digests:
             self._submit(entry.path, expected, lambda first=first: digest(first))  # type: ignore[misc]
 
     def submit(self, work: Callable[[], None]) -> None:
-        """Other work that reads and compares, beside what is checked."""
+        """Run other work that reads and compares in the same threads."""
         if len(self._pending) >= self._most_pending:
             self._pending.popleft().result()
         self._pending.append(self._pool.submit(work))
 
     def finish(self) -> None:
-        """Waits for what is under way. Raises SubspecError(CORRUPT)."""
+        """Wait for all checks. Raises SubspecError(CORRUPT) for a mismatch."""
         while self._pending:
             self._pending.popleft().result()
 
@@ -71,7 +72,7 @@ class Digests:
 
 
 def compare_digest(name: str, found: str, expected: str) -> None:
-    """Raises SubspecError(CORRUPT)."""
+    """Raise SubspecError(CORRUPT) if a digest is not the expected one."""
     if found != expected:
         raise SubspecError(
             Exit.CORRUPT, f"{name} does not match its digest", "copy or build the artifact again"

@@ -1,5 +1,5 @@
-"""The exact weights, layer after layer: `for product in weights`. What is not resident
-arrives through staging slots, the next parts copying while this one computes.
+"""The exact weights, layer after layer: `for product in weights`. Parts that are not resident are
+streamed: while one part computes, the next ones are copied into staging slots.
 """
 
 import time
@@ -20,7 +20,8 @@ from subspec.runtime.stream.ring import StreamedParts
 
 
 class ExactWeights:
-    """Iterating yields the products of each layer and then of the head, once, in order."""
+    """Iterating yields the products of each layer and then of the head, once, in execution
+    order."""
 
     def __init__(
         self,
@@ -33,9 +34,9 @@ class ExactWeights:
         residual_decoder: ResidualDecoder | None = None,
         record: Record = unrecorded,
     ) -> None:
-        """unplaced: matrix name -> [N, K] that has no substitute; resident: part name -> [rows, K]
-        or the uint8 [bytes] of its residual; biases: matrix name -> [N]; streamed: everything else;
-        residual_decoder: where anything is a residual."""
+        """unplaced: matrix name -> [N, K], of matrices without a substitute; resident: part name ->
+        [rows, K], or uint8 [bytes] of a residual; biases: matrix name -> [N]; streamed: all other
+        parts; residual_decoder: needed if any part is a residual when it is used."""
         self.streamed = streamed
         self._num_layers = spec.num_layers
         self._linears = {linear.name: linear for linear in spec.linears}
@@ -60,7 +61,7 @@ class ExactWeights:
             self._record("layer", "head", started, {})
             finished = True
         finally:
-            # A source keeps a failure of a pass that was cut short: the next pass raises it.
+            # After an aborted pass `streamed` keeps its error, and the next pass raises it.
             with nullcontext() if finished else suppress(SubspecError):
                 if self.streamed is not None:
                     self.streamed.end_pass(finished)
@@ -115,10 +116,10 @@ class ExactWeights:
             self._record("product", part.name, started, {})
 
     def _weight(self, part: Part) -> Tensor:
-        """[rows, K], valid until another part is asked for."""
+        """Exact weights [rows, K] of a part, valid until the next call."""
         found = self._resident.get(part.name)
         if found is None:
-            assert self.streamed is not None, f"{part.name} is nowhere"
+            assert self.streamed is not None, f"{part.name} is neither resident nor streamed"
             found = self.streamed.take(part.name)
         if found.dtype != torch.uint8:
             return found
@@ -127,5 +128,5 @@ class ExactWeights:
             return self._residual_decoder.decode(part, found)
         except SubspecError:
             if self.streamed is not None:
-                self.streamed.settle()  # its digest says better what is wrong with it
+                self.streamed.settle()  # a wrong digest is the better error message
             raise

@@ -1,7 +1,7 @@
-"""The slow tier and the way from it: the disk for cpu, pinned host memory for cuda.
+"""Links from slow to fast memory: from disk for cpu, from pinned host memory for cuda.
 
-A link fills the slots of a ring. Both orderings are its business: `wait` puts the copy before the
-compute that reads the slot, `release` puts that compute before the next copy into the slot.
+A link fills staging slots. It orders copies and compute: `wait` makes compute wait for the copy
+into the slot, `release` makes the next copy into the slot wait for that compute.
 """
 
 import os
@@ -25,22 +25,23 @@ OVERSLEPT_SECONDS = 0.002
 class Link(Protocol):
     @property
     def wait_seconds(self) -> float:
-        """How long compute has waited for copies."""
+        """Seconds that compute has waited for copies."""
 
     def begin(self, slot: int, offset: int, num_bytes: int) -> None:
-        """Start filling `slot` from byte `offset` of exact.safetensors."""
+        """Start copying into `slot` from byte `offset` of exact.safetensors."""
 
     def wait(self, slot: int) -> Tensor:
-        """The slot's bytes, for compute that is issued from now on. Raises what the copy raised."""
+        """uint8 bytes of the slot, for compute issued from now on. Raises what the copy raised."""
 
     def release(self, slot: int) -> None:
-        """Compute that was issued up to now is the last that reads the slot."""
+        """Allow the slot to be overwritten after all compute that was issued so far."""
 
     def close(self) -> None: ...
 
 
 class DirectFile:
-    """A file read past the page cache where the file system allows it (memory caps stay true)."""
+    """A file that is read with direct I/O if the file system supports it, so that the page cache
+    takes no memory of the budget."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -50,7 +51,8 @@ class DirectFile:
             self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def read_into(self, target: Tensor, offset: int) -> None:
-        """target uint8, page-aligned, a multiple of PAGE_BYTES long."""
+        """Fill target uint8 [bytes], page-aligned and a multiple of PAGE_BYTES long. Raises
+        SubspecError(CORRUPT)."""
         view, done = bytes_of(target), 0
         while done < len(view):
             try:
@@ -73,7 +75,7 @@ class DirectFile:
 
 
 class DiskLink:
-    """cpu: one reader thread; the interpreter is free while it reads."""
+    """cpu: one reader thread, which reads without the GIL."""
 
     def __init__(
         self,
@@ -107,7 +109,7 @@ class DiskLink:
         return self._slots[slot]
 
     def release(self, slot: int) -> None:
-        """Compute on a cpu has ended when the call returns."""
+        """Nothing to do: compute on a CPU has already ended."""
 
     @property
     def wait_seconds(self) -> float:
@@ -125,11 +127,11 @@ class DiskLink:
             started = time.perf_counter()
             try:
                 self._file.read_into(self._slots[slot][:num_bytes], offset)
-            except BaseException as error:  # to the consumer: a failed read must not skip a layer
+            except BaseException as error:  # `wait` raises it: no layer may be skipped
                 self._filled[slot].put(error)
                 continue
             if self._bytes_per_second is not None:
-                # The last sleep may have been a little too long: that is made up for.
+                # Compensate for a last sleep that was a little too long.
                 due = max(due, started - OVERSLEPT_SECONDS) + num_bytes / self._bytes_per_second
                 time.sleep(max(0.0, due - time.perf_counter()))
             self._record("copy", f"slot {slot}", started, {"offset": offset, "bytes": num_bytes})
@@ -137,7 +139,7 @@ class DiskLink:
 
 
 class HostLink:
-    """cuda: pinned host memory, one DMA per block on a stream of its own, events both ways."""
+    """cuda: pinned host memory, one DMA per block on its own stream, with events both ways."""
 
     def __init__(
         self,
@@ -146,7 +148,8 @@ class HostLink:
         slots: list[Tensor],
         bytes_per_second: float | None,
     ) -> None:
-        """`ranges`: (offset, bytes) of each block in the file; read and pinned here, once."""
+        """`ranges`: (offset, bytes) of each block in the file, which are read and pinned here.
+        Raises SubspecError."""
         self._device = slots[0].device
         self._slots = slots
         self._bytes_per_second = bytes_per_second
@@ -154,14 +157,14 @@ class HostLink:
         self._copies = torch.cuda.Stream(self._device)
         self._delays = torch.cuda.Stream(self._device)
         self._cycles_per_second = cycles_per_second() if bytes_per_second is not None else 0.0
-        # A slot begins free: both events count as recorded in the past.
+        # Slots are free at first: an event that was never recorded counts as completed.
         self._filled = [torch.cuda.Event() for _ in slots]
         self._free = [torch.cuda.Event() for _ in slots]
         self._waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._wait_seconds = 0.0
 
     def host_bytes(self, offset: int) -> Tensor:
-        """uint8: what lies at byte `offset` of the file, up to the end of its range."""
+        """uint8 bytes of the range that begins at byte `offset` of the file."""
         return self._host[offset]
 
     def begin(self, slot: int, offset: int, num_bytes: int) -> None:
@@ -187,7 +190,8 @@ class HostLink:
 
     @property
     def wait_seconds(self) -> float:
-        """Reads the events of finished waits; call it between rounds."""
+        """Seconds that compute has waited. Synchronizes with past waits, so call it between
+        rounds."""
         for before, after in self._waits:
             after.synchronize()
             self._wait_seconds += before.elapsed_time(after) / 1e3
@@ -201,8 +205,8 @@ class HostLink:
         self._host.clear()
 
     def _delay(self, num_bytes: int) -> torch.cuda.Event | None:
-        """Passes when a slower link would have brought what is copied from now on (benchmarks). It
-        runs beside the copy: after it, the two would add up."""
+        """Event that completes when a link limited to `bytes_per_second` would have copied
+        `num_bytes`; None without a limit. The delay runs in parallel with the copy."""
         if self._bytes_per_second is None:
             return None
         self._delays.wait_stream(self._copies)
@@ -214,8 +218,8 @@ class HostLink:
 
 
 def cycles_per_second() -> float:
-    """Of torch.cuda._sleep, on the current device as it runs now: timed, after a tenth of a second
-    that ends its rest."""
+    """Clock rate of torch.cuda._sleep on the current device, timed after a warm-up of a tenth of a
+    second."""
     before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     for cycles in (200_000_000, 20_000_000):
         before.record()
@@ -227,7 +231,7 @@ def cycles_per_second() -> float:
 
 
 def pinned_copy(path: Path, ranges: list[tuple[int, int]]) -> dict[int, Tensor]:
-    """File offset -> pinned uint8 tensor of each range. An error leaves nothing pinned."""
+    """File offset -> pinned uint8 tensor of each range. On an error nothing stays pinned."""
     file, found = DirectFile(path), dict[int, Tensor]()
     try:
         for offset, num_bytes in ranges:

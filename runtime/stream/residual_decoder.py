@@ -1,7 +1,7 @@
-"""An exact weight from its residual and the substitute that fast memory already holds.
+"""Exact weights from residuals and the substitutes that are in fast memory.
 
-The format and its plain twin are artifacts/format/residual.py. Here is which decoder runs where and
-how it finds the codes inside the 4-bit kernel's own layout, so that no second copy is kept.
+The format and its plain twin are in artifacts/format/residual.py. This module chooses the decoder
+of the device, which reads the codes in the 4-bit kernel's layout, so that no second copy is needed.
 """
 
 import time
@@ -24,14 +24,15 @@ class ResidualDecoder:
     """Decodes one part at a time into `scratch`, which the next part overwrites."""
 
     substitutes: Mapping[str, Int4Weight]  # by matrix
-    scratch: Tensor  # uint8, of the largest part
+    scratch: Tensor  # uint8 [bytes of the largest part]
     dtype: torch.dtype
     num_threads: int
-    num_bad: Tensor  # int32 [1] on the device: tiles that could not be right (cuda)
+    num_bad: Tensor  # int32 [1] on the device: number of invalid tiles (cuda)
     record: Record = unrecorded
 
     def decode(self, part: Part, stored: Tensor) -> Tensor:
-        """stored uint8 -> the exact [rows, K], valid until the next call."""
+        """stored uint8 [bytes] -> exact weights [rows, K], valid until the next call. Raises
+        SubspecError(CORRUPT); on cuda only `check` finds invalid tiles."""
         started = time.perf_counter()
         out = self.scratch[: part.num_bytes].view(self.dtype).view(part.num_rows, -1)
         substitute = self.substitutes[part.linear.name]
@@ -43,7 +44,7 @@ class ResidualDecoder:
         return out
 
     def check(self) -> None:
-        """After a pass: raises SubspecError(CORRUPT) if a tile was bad."""
+        """Raise SubspecError(CORRUPT) if a tile was invalid; call it after a pass."""
         if self.num_bad.device.type == "cuda" and int(self.num_bad):
             raise SubspecError(
                 Exit.CORRUPT,
@@ -64,8 +65,9 @@ class ResidualDecoder:
 def decode_on_cpu(
     out: Tensor, first_row: int, stored: Tensor, substitute: Int4Weight, num_threads: int
 ) -> None:
-    """out [R, K] = rows `first_row`.. of the exact matrix; by the compiled decoder if there is one,
-    else by its plain twin."""
+    """Fill out [R, K] with the rows of the exact matrix from `first_row`, from stored uint8
+    [bytes]. By the compiled decoder if there is one, else by its plain twin. Raises
+    SubspecError(CORRUPT)."""
     codes, tile_rows = read_codes(substitute, first_row, out.shape[0])
     qparams = substitute.qparams[:, first_row : first_row + out.shape[0]]
     if residual_cpu.unavailable() is None:

@@ -1,7 +1,7 @@
-"""Where streamed parts come from: by name, from staging slots that copies fill meanwhile.
+"""Streamed parts by name, from staging slots that are filled in the background.
 
-`Ring` is for what every pass needs in the same order, `Requested` for what is only known at run
-time. Both order copies and compute through a Link.
+`Ring` is for parts that every pass needs in the same order, `Requested` for parts that are only
+known at run time. Both order copies and compute through a Link.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ from subspec.artifacts.model import StoredPart
 from subspec.artifacts.plan import Block
 from subspec.runtime.stream.link import Link
 
-Check = Callable[[Block, Tensor], Callable[[], None]]  # begins; what it returns waits, and raises
+Check = Callable[[Block, Tensor], Callable[[], None]]  # starts a check; the result waits for it
 
 
 class StreamedParts(Protocol):
@@ -30,13 +30,13 @@ class StreamedParts(Protocol):
 
     def take(self, name: str) -> Tensor:
         """The part as it is stored: [rows, K], or uint8 [bytes] of a residual. Valid until the next
-        call."""
+        call. Raises SubspecError if it could not be read."""
 
     def settle(self) -> None:
-        """Waits for the check of what was taken last, and raises what it found."""
+        """Wait for the digest check of the last part. Raises SubspecError(CORRUPT)."""
 
     def end_pass(self, finished: bool) -> None:
-        """All compute of a pass is issued; finished False: it was cut short."""
+        """Called when all compute of a pass is issued; finished False: the pass was aborted."""
 
     def close(self) -> None: ...
 
@@ -46,10 +46,10 @@ def unchecked(block: Block, memory: Tensor) -> Callable[[], None]:
 
 
 class Ring:
-    """Blocks in cyclic order through a few slots: parts are taken in exactly that order.
+    """Blocks in cyclic order in a few slots; parts must be taken in this order.
 
-    At the end of a pass the next pass's first blocks are already on their way, so they arrive while
-    the draft runs.
+    At the end of a pass the first blocks of the next one are already being copied, so they arrive
+    while the draft runs.
     """
 
     def __init__(
@@ -61,8 +61,8 @@ class Ring:
         dtype: torch.dtype,
         check: Check = unchecked,
     ) -> None:
-        """`check` finds bytes that are not the artifact's; asked when a block comes first. It runs
-        beside the compute that reads the block, and is waited for before another one comes."""
+        """`check` compares a block with its digests, the first time that it is streamed. It runs in
+        parallel with the compute that reads the block, and ends before the next block is taken."""
         self.streamed_bytes = 0
         self._check = check
         self._checked: Callable[[], None] = lambda: None
@@ -74,7 +74,7 @@ class Ring:
         self._num_begun = 0
         self._num_taken = 0
         self._arrived: dict[str, Tensor] = {}
-        self._failure: SubspecError | None = None  # kept: nothing is taken after it
+        self._failure: SubspecError | None = None  # raised again by every later call
         for _ in range(num_slots):
             self._begin()
 
@@ -120,8 +120,8 @@ class Ring:
             offset += part.padded_bytes
 
     def _release(self) -> None:
-        """The compute that reads the block taken last is issued: its slot may be filled again.
-        Raises what the block's check found."""
+        """Allow the slot of the last block to be filled again, as its compute is issued. Raises
+        what the block's check found."""
         if not self._arrived:
             return
         self._arrived = {}
@@ -145,8 +145,8 @@ class Ring:
 
 
 class Requested:
-    """Parts in any order, each in a slot of its own; those used longest ago make room. What is not
-    requested ahead is waited for: a wrong guess costs time, never a token."""
+    """Parts in any order, one per slot, with the least recently used ones evicted. A part that was
+    not requested ahead is waited for: a wrong guess costs time, but does not change tokens."""
 
     def __init__(
         self,
@@ -156,7 +156,7 @@ class Requested:
         num_slots: int,
         dtype: torch.dtype,
     ) -> None:
-        """offsets: of each part in the link's file. num_slots: 2 or more."""
+        """offsets: of each part in the link's file; num_slots: at least 2."""
         assert num_slots >= 2, "one is read while another is filled"
         self.streamed_bytes = 0
         self._parts = {part.name: part for part in parts}
@@ -167,37 +167,37 @@ class Requested:
         self._slots: dict[str, int] = {}  # least recently used first
         self._views: dict[str, Tensor] = {}  # of those that have arrived
         self._in_use: str | None = None
+        self._failure: SubspecError | None = None  # kept: nothing is taken after it
 
     @property
     def wait_seconds(self) -> float:
         return self._link.wait_seconds
 
     def request(self, names: Sequence[str]) -> None:
-        """Begins to copy what is not there yet, as far as there are slots; the first first."""
+        """Start copying the parts that are not in a slot, in this order, as far as slots allow."""
         for name in names:
             if name in self._slots:
                 continue
-            if not self._free and not self._make_room():
+            if not self._free and not self._make_room(names):
                 return
             self._begin(name)
 
     def take(self, name: str) -> Tensor:
         self._release()
         if name not in self._slots:
-            if not self._free and not self._make_room():  # all were requested and are on their way
+            if not self._free and not self._make_room():  # all are being copied
                 guess = next(iter(self._slots))
-                self._views[guess] = self._link.wait(self._slots[guess])
+                self._arrive(guess)
+                self._link.release(self._slots[guess])
                 self._make_room()
             self._begin(name)
-        slot = self._slots.pop(name)
-        self._slots[name] = slot
-        if name not in self._views:
-            self._views[name] = view_of(self._parts[name], self._link.wait(slot), self._dtype)
+        found = self._arrive(name)
+        self._slots[name] = self._slots.pop(name)  # used last
         self._in_use = name
-        return self._views[name]
+        return found
 
     def settle(self) -> None:
-        """Nothing is checked beside compute."""
+        """Nothing to do: there are no background checks."""
 
     def end_pass(self, finished: bool) -> None:
         self._release()
@@ -205,9 +205,23 @@ class Requested:
     def close(self) -> None:
         self._link.close()
 
-    def _make_room(self) -> bool:
-        """False: every slot is on its way or in use."""
-        idle = (one for one in self._slots if one in self._views and one != self._in_use)
+    def _arrive(self, name: str) -> Tensor:
+        """Waits for the part's copy. A slot is waited for once: a copy that failed has no other."""
+        if self._failure is not None:
+            raise self._failure
+        if name not in self._views:
+            try:
+                memory = self._link.wait(self._slots[name])
+            except SubspecError as error:
+                self._failure = error
+                raise
+            self._views[name] = view_of(self._parts[name], memory, self._dtype)
+        return self._views[name]
+
+    def _make_room(self, wanted: Sequence[str] = ()) -> bool:
+        """False: every slot is being filled, in use or `wanted`."""
+        kept = {self._in_use, *wanted}
+        idle = (one for one in self._slots if one in self._views and one not in kept)
         oldest = next(idle, None)
         if oldest is None:
             return False
@@ -228,6 +242,7 @@ class Requested:
 
 
 def view_of(part: StoredPart, memory: Tensor, dtype: torch.dtype) -> Tensor:
-    """memory: uint8, begins with the part's bytes -> [rows, K], or uint8 [bytes] of a residual."""
+    """memory: uint8, beginning with the part's bytes -> [rows, K], or uint8 [bytes] of a
+    residual."""
     found = memory[: part.num_bytes]
     return found.view(dtype).view(part.part.num_rows, -1) if part.encoding == "raw" else found

@@ -1,8 +1,8 @@
-"""Renders a chat template, foreign code, in a child process with hard limits.
+"""Renders a chat template, which is untrusted code, in a child process with hard limits.
 
-jinja2's sandbox keeps a template from Python, but not from looping without end or building
-gigabytes; a child can be stopped. This file is also the child's program: it then knows jinja2 and
-nothing of torch. It costs about 60 ms.
+jinja2's sandbox keeps a template from running Python, but not from looping forever or building
+gigabytes; a child can be stopped. This file is also the child's program, which imports jinja2 but
+not torch. It takes about 60 ms.
 """
 
 import json
@@ -21,17 +21,17 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from subspec.artifacts.common.errors import Exit, SubspecError
 
 CPU_SECONDS = 2
-WALL_SECONDS = 60  # only against a machine that hardly runs us: waiting costs no CPU seconds
-MEMORY_BYTES = 512 << 20  # of addresses; Python and jinja2 take 40 MB
+WALL_SECONDS = 60  # for an overloaded machine, where waiting takes no CPU seconds
+MEMORY_BYTES = 512 << 20  # of address space; Python and jinja2 take 40 MB
 LONGEST_TEXT = 4 << 20  # characters that a template may produce
 LONGEST_MESSAGE = 500  # characters of a template's own error
 
 
 def render(template: str, variables: dict[str, Any]) -> str:
-    """Raises SubspecError: USAGE for what the template refuses (raise_exception), CORRUPT for a
-    template that fails."""
+    """Text of the rendered template. Raises SubspecError: USAGE if the template refuses the
+    variables (raise_exception), CORRUPT if it fails, RESOURCES if no process can be started."""
     request = json.dumps({"template": template, "variables": variables})
-    child = [sys.executable, "-P", __file__]  # -P: nothing is imported from our own folder
+    child = [sys.executable, "-P", __file__]  # -P: import nothing from this folder
     try:
         done = subprocess.run(
             child, input=request.encode(), capture_output=True, timeout=WALL_SECONDS
@@ -73,7 +73,7 @@ class Refused(TemplateError):
 
 
 class GenerationBlock(Extension):
-    """{% generation %} ... {% endgeneration %} marks what training learns; here it is its body."""
+    """{% generation %} ... {% endgeneration %}, a mark for training, is rendered as its body."""
 
     tags = {"generation"}
 
@@ -83,7 +83,7 @@ class GenerationBlock(Extension):
 
 
 def serve() -> None:
-    """One request on stdin, one reply on stdout."""
+    """Read one request from stdin, write one reply to stdout."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
     request = json.load(sys.stdin.buffer)
@@ -91,7 +91,7 @@ def serve() -> None:
 
 
 def reply_to(template: str, variables: dict[str, Any]) -> dict[str, str]:
-    """The names that transformers gives a template, and its settings of jinja2."""
+    """Render with the functions and the jinja2 settings that transformers uses."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,
@@ -111,7 +111,7 @@ def reply_to(template: str, variables: dict[str, Any]) -> dict[str, str]:
         return {"refused": str(error)[:LONGEST_MESSAGE]}
     except MemoryError:
         return {"failed": f"it took more than {MEMORY_BYTES >> 20} MiB"}
-    except Exception as error:  # foreign code raises what it likes
+    except Exception as error:  # a template may raise anything
         return {"failed": (str(error) or type(error).__name__)[:LONGEST_MESSAGE]}
     return {"text": "".join(pieces)}
 
@@ -123,7 +123,7 @@ def to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """jinja2's own filter escapes HTML."""
+    """JSON without escaping HTML, unlike jinja2's own filter."""
     return json.dumps(
         value,
         ensure_ascii=ensure_ascii,

@@ -9,8 +9,8 @@ from subspec.runtime.text.tokenizer import ChatTokenizer, StreamingDetokenizer
 
 
 class TextStream:
-    """Iterating yields pieces of the answer to `prompt_ids`, in whole characters; together they are
-    `text`. A text of `stop` ends the answer and is not part of it.
+    """Iterating yields pieces of the answer to `prompt_ids` in whole characters; together they are
+    `text`. A text in `stop` ends the answer and is not part of it.
 
         for piece in TextStream(sequence, tokenizer, ids, GenerationParams(max_tokens=64)):
             print(piece, end="")
@@ -33,7 +33,7 @@ class TextStream:
 
     @property
     def text(self) -> str:
-        """What was yielded so far, control characters included."""
+        """The text so far, control characters included."""
         return self._detokenizer.text
 
     def __iter__(self) -> Iterator[str]:
@@ -44,12 +44,12 @@ class TextStream:
                 fresh, self._fresh = self._fresh, ""
                 yield fresh
         finally:
-            rest = self._detokenizer.finish()  # held back: a stop text could have begun with it
+            rest = self._detokenizer.finish()  # withheld, as a stop text could have begun with it
         if rest:
             yield rest
 
     def _cut(self, tokens: Tokens[int]) -> int | None:
-        """Asked before a round is committed: a stop text ends it."""
+        """Called before a round is committed: number of tokens to keep if a stop text ends it."""
         before = self._detokenizer.num_tokens
         self._fresh += self._detokenizer.feed(list(tokens))
         return self._detokenizer.num_tokens - before if self._detokenizer.stopped else None

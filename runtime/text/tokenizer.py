@@ -1,4 +1,4 @@
-"""Text <-> token ids: chat template, tokeniser, and a decoder that never splits a character."""
+"""Text <-> token ids: chat template, tokenizer, streaming detokenizer."""
 
 import os
 from dataclasses import dataclass, field
@@ -17,13 +17,14 @@ TEMPLATE = "chat_template.jinja"
 KNOWN_SETTINGS = ("special_tokens", "begins_with_bos")
 LARGEST_TOKENIZER = 128 << 20  # bytes; the largest known has 35 MB
 LARGEST_TEMPLATE = 1 << 20
-INCOMPLETE = "\ufffd"  # what bytes decode to that are no character, or not one yet
-MOST_INCOMPLETE = 16  # tokens; a character has 4 bytes, so what lasts longer never completes
+INCOMPLETE = "\ufffd"  # text of bytes that are not a character, or not yet
+MOST_INCOMPLETE = 16  # tokens; a character has 4 bytes, so after more it never completes
 
 
 @dataclass(frozen=True)
 class Settings:
-    """tokenizer/settings.json: what the template refers to, and whether text begins with bos."""
+    """tokenizer/settings.json: special tokens for the template, and whether text begins with
+    bos."""
 
     special_tokens: dict[str, str | None] = field(default_factory=dict)
     begins_with_bos: bool = False  # False: tokenizer.json's own post-processor decides
@@ -39,31 +40,33 @@ class ChatTokenizer:
     begins_with_bos: bool
 
     def chat_ids(self, messages: list[dict[str, str]]) -> list[int]:
-        """Messages -> ids, the assistant's turn opened. A model without a template: plain text."""
+        """Messages -> ids, up to the beginning of the assistant's turn. Without a template the
+        messages are joined as plain text. Raises SubspecError as `render` does."""
         if self.template is None:
             return self.plain_ids("\n\n".join(message["content"] for message in messages))
         return self._encode(self.render(messages), add_special_tokens=False)
 
     def plain_ids(self, text: str) -> list[int]:
-        """Special tokens in `text` count as such; it begins with one bos if the model's does."""
+        """Text -> ids, special tokens in it included, with one bos first if the model uses it."""
         ids = self._encode(text, add_special_tokens=True)
         bos = self.tokenizer.token_to_id(self.special_tokens.get("bos_token") or "")
         if bos is None:
             return ids
         if self.begins_with_bos and ids[:1] != [bos]:
             return [bos, *ids]
-        return ids[1:] if ids[:2] == [bos, bos] else ids  # it was in the text as well
+        return ids[1:] if ids[:2] == [bos, bos] else ids  # the text had one as well
 
     def render(self, messages: list[dict[str, str]]) -> str:
-        """Raises SubspecError: USAGE for what the template refuses, CORRUPT if it fails."""
+        """Messages -> text. Raises SubspecError: USAGE if the template refuses them, CORRUPT if it
+        fails."""
         safe = [{**m, "content": self._without_control_tokens(m["content"])} for m in messages]
         known = {name: token for name, token in self.special_tokens.items() if token is not None}
         variables = {"messages": safe, "tools": None, "documents": None, **known}
         return render(self.template or "", {**variables, "add_generation_prompt": True})
 
     def _without_control_tokens(self, content: str) -> str:
-        """A person's text cannot forge turns: special tokens in it are broken up by a zero-width
-        space, so that they tokenise as ordinary text."""
+        """Split special tokens in a message by a zero-width space, so that they are tokenized as
+        ordinary text and a user cannot forge turns."""
         for token in self.tokenizer.get_added_tokens_decoder().values():
             if token.special and len(token.content) > 1 and token.content in content:
                 broken = token.content[0] + "\u200b" + token.content[1:]
@@ -81,7 +84,7 @@ class ChatTokenizer:
 
 
 def load_tokenizer(folder: Path) -> ChatTokenizer:
-    """`folder`: the artifact's tokenizer/."""
+    """Load the folder tokenizer/ of an artifact. Raises SubspecError(CORRUPT)."""
     try:
         tokenizer = Tokenizer.from_buffer(_read(folder / TOKENIZER, LARGEST_TOKENIZER))
     except SubspecError:
@@ -90,7 +93,7 @@ def load_tokenizer(folder: Path) -> ChatTokenizer:
         raise SubspecError(
             Exit.CORRUPT, f"{TOKENIZER} cannot be read: {str(error)[:200]}"
         ) from None
-    tokenizer.no_truncation()  # some files carry the settings of a training run
+    tokenizer.no_truncation()  # some files contain the settings of a training run
     tokenizer.no_padding()
     settings, template = Settings(), None
     if (folder / SETTINGS).exists():
@@ -117,13 +120,14 @@ def _read(path: Path, most: int) -> bytes:
 
 
 class Decoder:
-    """Ids, one by one -> text in whole characters; together they give the text of all ids."""
+    """Streaming detokenizer: ids, one by one -> text in whole characters, in total that of all
+    ids."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._ids: list[int] = []  # since the last safe place to begin
-        self._num_shown = 0  # of `_ids`, how many have been given out
-        self._shown = ""  # their text; what a token adds depends on those before it
+        self._ids: list[int] = []  # since the last place where decoding can begin
+        self._num_shown = 0  # of `_ids`, those whose text was returned
+        self._shown = ""  # their text; the text of a token depends on those before it
         self._num_waiting = 0
 
     def feed(self, token: int) -> str:
@@ -133,12 +137,12 @@ class Decoder:
         return "" if 0 < self._num_waiting < MOST_INCOMPLETE else self._give(text)
 
     def finish(self) -> str:
-        """The rest, an unfinished character as U+FFFD."""
+        """The remaining text, with an incomplete character as U+FFFD."""
         return self._give(self._decode())
 
     def _give(self, text: str) -> str:
         fresh = text[len(self._shown) :]
-        if fresh:  # else these were special tokens, before which it is not safe to begin
+        if fresh:  # else these are special tokens, and decoding cannot begin there
             self._ids = self._ids[self._num_shown :]
             self._num_shown = len(self._ids)
             self._shown = self._decode()
@@ -150,7 +154,8 @@ class Decoder:
 
 
 class StreamingDetokenizer:
-    """Ids -> text, stop strings cut off. The text is the model's: `printable` before a terminal."""
+    """Ids -> text up to a stop string. Untrusted: use `printable` before showing it on a
+    terminal."""
 
     def __init__(self, text: ChatTokenizer, stop: tuple[str, ...] = ()) -> None:
         self._decoder = Decoder(text.tokenizer)
@@ -158,10 +163,10 @@ class StreamingDetokenizer:
         self._held = ""
         self.text = ""
         self.stopped = False
-        self.num_tokens = 0  # that the text needed, the one that completed a stop string included
+        self.num_tokens = 0  # of the text, up to the token that completed a stop string
 
     def feed(self, ids: list[int]) -> str:
-        """Text that is now certain. After a stop string was met, `stopped` is True."""
+        """Text that has become certain. After a stop string `stopped` is True."""
         fresh = ""
         for token in ids:
             if self.stopped:
@@ -172,7 +177,7 @@ class StreamingDetokenizer:
         return fresh
 
     def finish(self) -> str:
-        """What was held back because it could have begun a stop string."""
+        """The text that was withheld because a stop string could have begun with it."""
         fresh = "" if self.stopped else self._release(self._decoder.finish(), final=True)
         self.text += fresh
         return fresh
@@ -190,6 +195,6 @@ class StreamingDetokenizer:
         return certain
 
     def _possible_stop(self) -> int:
-        """Length of the longest end of the held text that a stop string could begin with."""
+        """Length of the longest suffix of the withheld text that is a prefix of a stop string."""
         lengths = [n for s in self._stop for n in range(1, len(s)) if self._held.endswith(s[:n])]
         return max(lengths, default=0)

@@ -9,7 +9,6 @@ import pytest
 from builders import build_artifact
 
 from subspec.artifacts.format.store import Artifact
-from subspec.artifacts.model import linears
 from subspec.planner.model.hub import DEMO
 from subspec.runtime.clock import Span
 
@@ -51,7 +50,7 @@ def by_hand(script: ModuleType, artifact: Artifact, **changes: Any) -> Any:
 
 def test_every_term_stands_beside_its_floors(script: ModuleType, artifact: Artifact) -> None:
     found = by_hand(script, artifact)
-    every = linears(artifact.spec)
+    every = artifact.spec.linears
     weights = sum(linear.num_weights for linear in every)
     coded = [p.part.num_weights for p in artifact.stored_parts() if p.encoding == "residual"]
     assert (found.draft_seconds, found.verify_seconds, found.wait_seconds) == (1.0, 4.0, 0.5)

@@ -22,7 +22,7 @@ def script() -> ModuleType:
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     folder = tmp_path_factory.mktemp("speed") / "artifact"
-    return build_artifact(DEMO, folder, encoding="residual", width=2, depth=3)
+    return build_artifact(DEMO, folder, "residual", width=2, depth=3, num_sequences=2)
 
 
 def test_a_run_prints_the_roofline_and_writes_the_trace(
@@ -45,6 +45,33 @@ def test_a_run_prints_the_roofline_and_writes_the_trace(
     assert written["otherData"]["artifact"] == artifact.path.name
     drafts = [event for event in written["traceEvents"] if event["name"] == "draft"]
     assert len(drafts) == found["num_rounds"]
+
+
+def test_sequences_in_company_have_the_tokens_that_they_have_alone(
+    script: ModuleType,
+    artifact: Artifact,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("roofline.MEMORY_BYTES", 1 << 20)
+    script.main([str(artifact.path), "--tokens", "8", "--sequences", "2"], standalone_mode=False)
+    company = json.loads(capsys.readouterr().out.splitlines()[-1])["company"]
+    assert list(company) == ["plain", "substitute"]
+    for one in company.values():
+        assert one["num_sequences"] == 2 and one["same_tokens"]
+        assert one["ratio"] == pytest.approx(
+            one["together_tokens_per_second"] / one["alone_tokens_per_second"]
+        )
+
+
+def test_more_sequences_than_the_plan_has_are_refused(
+    script: ModuleType, artifact: Artifact, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        script.main([str(artifact.path), "--sequences", "3"], standalone_mode=False)
+    assert ended.value.code == 2
+    said = capsys.readouterr()
+    assert "--sequences 3, expected 1 to 2" in said.err and said.out == ""
 
 
 def test_a_trace_that_cannot_be_written_is_said_before_anything_runs(

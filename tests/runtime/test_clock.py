@@ -6,13 +6,13 @@ from itertools import pairwise
 import pytest
 import torch
 from builders import build_artifact
+from running import answer
 
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.plan import make_blocks
 from subspec.planner.model.hub import DEMO
 from subspec.runtime.clock import LANES, Clock, Span, chrome_trace, overlap_seconds
-from subspec.runtime.model.sampling import Sampling
-from subspec.runtime.session import Session
+from subspec.runtime.engine import Engine, OpenOptions
 
 CPU = torch.device("cpu")
 PROMPT = list(range(10, 50))
@@ -143,19 +143,19 @@ def lanes_of(spans: list[Span]) -> dict[str, list[Span]]:
 @pytest.fixture(scope="module")
 def traced(artifact: Artifact) -> dict[str, list[Span]]:
     """All lanes of one prompt and its answer."""
-    with Session(artifact, trace=True) as session:
-        list(session.generate(PROMPT, 12, Sampling()))
-        spans = session.model.clock.spans
+    with Engine.open(artifact, OpenOptions(trace=True)) as engine:
+        answer(engine, PROMPT, 12)
+        spans = engine.model.clock.spans
         assert spans is not None
     return lanes_of(spans)  # closed: the reader has ended
 
 
-def test_a_session_records_nothing_by_default(artifact: Artifact) -> None:
-    with Session(artifact) as session:
-        tokens = list(session.generate(PROMPT, 4, Sampling()))
-        assert session.model.clock.spans is None
-    with Session(artifact, trace=True) as session:
-        assert list(session.generate(PROMPT, 4, Sampling())) == tokens
+def test_an_engine_records_nothing_by_default(artifact: Artifact) -> None:
+    with Engine.open(artifact) as engine:
+        tokens = answer(engine, PROMPT, 4)
+        assert engine.model.clock.spans is None
+    with Engine.open(artifact, OpenOptions(trace=True)) as engine:
+        assert answer(engine, PROMPT, 4) == tokens
 
 
 def test_every_lane_has_spans_that_follow_each_other(traced: dict[str, list[Span]]) -> None:
@@ -168,8 +168,7 @@ def test_every_lane_has_spans_that_follow_each_other(traced: dict[str, list[Span
 def test_every_block_that_streams_is_a_copy(
     artifact: Artifact, traced: dict[str, list[Span]]
 ) -> None:
-    placement = artifact.plan.substitute
-    assert placement is not None
+    placement = artifact.plan.placement("substitute")
     blocks = make_blocks(artifact.stored_parts(), placement)
     where = artifact.part_entries()
     expected = [
@@ -204,9 +203,9 @@ def test_every_residual_is_decoded_once_a_pass_inside_its_layer(
 
 
 def test_plain_decoding_is_traced_too(artifact: Artifact) -> None:
-    with Session(artifact, method="plain", padded=False, trace=True) as session:
-        list(session.generate(PROMPT, 3, Sampling()))
-        spans = session.model.clock.spans
+    with Engine.open(artifact, OpenOptions("plain", padded=False, trace=True)) as engine:
+        answer(engine, PROMPT, 3)
+        spans = engine.model.clock.spans
         assert spans is not None
     lanes = lanes_of(spans)
     assert "draft" not in lanes

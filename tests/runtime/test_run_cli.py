@@ -16,7 +16,7 @@ from running import QUESTION, Ended, Terminal, demo_artifact, opened, run, start
 from subspec.artifacts.common.errors import Exit
 from subspec.artifacts.native import residual_cpu
 from subspec.planner.model.hub import DEMO
-from subspec.runtime import cli, session
+from subspec.runtime import cli, engine
 from subspec.runtime.app import answer
 from subspec.runtime.cli import Options
 from subspec.runtime.text.tokenizer import ChatTokenizer, load_tokenizer
@@ -153,7 +153,7 @@ def test_an_empty_prompt_is_refused(artifact: Path, capsys: Capture) -> None:
 def test_a_prompt_that_does_not_fit_is_refused_before_the_weights_load(
     artifact: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session, "Session", None)
+    monkeypatch.setattr(engine, "Engine", None)
     ended = run(capsys, artifact, "word " * 400)
     refused(ended, Exit.USAGE, "tokens, the plan's context is 256", "--context")
 
@@ -288,7 +288,7 @@ def test_an_exhausted_gpu_is_a_sentence(
     def exhausted(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr(answer, "generate", exhausted)
+    monkeypatch.setattr(answer, "answer_prompt", exhausted)
     ended = run(capsys, artifact, QUESTION)
     assert ended.exit_code == Exit.RESOURCES
     assert "error: the GPU ran out of memory" in ended.err and "Traceback" not in ended.err

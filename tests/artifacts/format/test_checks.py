@@ -13,25 +13,48 @@ from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format.checks import check_headers, check_plan, check_spec
 from subspec.artifacts.format.codec import dump_json, load_dataclass
 from subspec.artifacts.format.tensors import ITEM_BYTES, write_header
-from subspec.artifacts.model import ModelSpec, Rope, StoredPart, linears, parts, resident_tensors
-from subspec.artifacts.plan import Placement, Plan, Tree
+from subspec.artifacts.model import (
+    Attention,
+    Block,
+    Dense,
+    LayerSpec,
+    ModelSpec,
+    NormStyle,
+    QueryGrowth,
+    Rope,
+    StoredPart,
+)
+from subspec.artifacts.plan import Ledger, Placement, Plan, Tree
 
 Stored = tuple[str, tuple[int, ...]]  # dtype and shape
 Header = dict[str, Stored]
 
+ROPE = Rope(10000.0, size=32)
+ATTENTION = Attention(num_heads=4, num_kv_heads=2, head_size=32, scale=0.2, rope=ROPE)
+DENSE = Dense(192, bias=True)
 SPEC = ModelSpec(
-    family="llama", dtype="float16", hidden_size=128, intermediate_size=192, num_layers=1,
-    num_heads=4, num_kv_heads=2, head_size=32, vocab_size=64, norm_epsilon=1e-6,
-    max_positions=100, rope=Rope(10000.0), tied_head=True, mlp_bias=True,
-)  # fmt: skip
-RAW = [StoredPart(part, "raw", part.num_bytes) for part in parts(SPEC)]
-CODED = [StoredPart(part, "residual", part.num_bytes // 2) for part in parts(SPEC)]
+    family="llama",
+    dtype="float16",
+    hidden_size=128,
+    vocab_size=64,
+    max_positions=100,
+    layers=(
+        LayerSpec(
+            (Block(ATTENTION, "input_layernorm"), Block(DENSE, "post_attention_layernorm")),
+        ),
+    ),
+    norm=NormStyle(1e-6),
+    tied_head=True,
+)
+RAW = [StoredPart(part, "raw", part.num_bytes) for part in SPEC.parts]
+CODED = [StoredPart(part, "residual", part.num_bytes // 2) for part in SPEC.parts]
 LARGEST_PART = max(part.padded_bytes for part in RAW)
-STREAMING = Placement((), (), LARGEST_PART, 2, {"staging": 2 * LARGEST_PART, "cache": 1000})
+STREAMING = Placement((), (), LARGEST_PART, 2, Ledger(staging=2 * LARGEST_PART, cache=1000))
 PLAN = Plan(
     device="cpu", machine="test", budget_bytes=2 * LARGEST_PART + 1000, context=100,
-    method="substitute", tree=Tree(2, 3), verify_width=7, num_threads=1, int4_kernel="aten",
-    prefill_tokens=64, substitute=STREAMING, plain=STREAMING, residuals=(), predicted={},
+    num_sequences=1, method="substitute", tree=Tree(2, 3), verify_width=7, num_threads=1,
+    int4_kernel="aten", prefill_tokens=64, residuals=(), predicted={},
+    placements={"substitute": STREAMING, "plain": STREAMING},
     acceptance=Acceptance((Curve(2, "code", (10, 6), (6, 3)),), measured=True),
 )  # fmt: skip
 
@@ -45,54 +68,99 @@ def refused(where: str, check: Callable[[], None]) -> None:
     assert caught.value.message.startswith(where) and len(caught.value.message) < 600
 
 
-def check_as_read(plan: Plan) -> None:
+def check_plan_as_read(plan: Plan) -> None:
     """As a reader does: fields against their bounds first, then what goes together."""
     read: Plan = load_dataclass(Plan, json.loads(dump_json(plan)), "plan.json")
     check_plan(SPEC, RAW, read)
 
 
+def check_spec_as_read(spec: ModelSpec) -> None:
+    read: ModelSpec = load_dataclass(ModelSpec, json.loads(dump_json(spec)), "model.json")
+    check_spec(read)
+
+
 def test_a_sane_model_and_a_plan_that_just_fits_pass() -> None:
-    check_spec(SPEC)
-    check_as_read(PLAN)
+    check_spec_as_read(SPEC)
+    check_plan_as_read(PLAN)
+
+
+def in_attention(**changes: Any) -> dict[str, Any]:
+    blocks = (replace(SPEC.layers[0].blocks[0], body=replace(ATTENTION, **changes)),)
+    return {"layers": (LayerSpec((*blocks, *SPEC.layers[0].blocks[1:])),)}
+
+
+def in_rope(**changes: Any) -> dict[str, Any]:
+    return in_attention(rope=replace(ROPE, **changes))
+
+
+def in_dense_block(**changes: Any) -> dict[str, Any]:
+    first, second = SPEC.layers[0].blocks
+    return {"layers": (LayerSpec((first, replace(second, **changes))),)}
 
 
 WRONG_MODELS: dict[str, dict[str, Any]] = {
-    "no layers": {"num_layers": 0},
-    "a billion layers": {"num_layers": 10**9},
+    "no layers": {"layers": ()},
+    "many layers": {"layers": SPEC.layers * 10_001},
+    "a layer without blocks": {"layers": (LayerSpec(()),)},
+    "a layer of many blocks": {"layers": (LayerSpec(SPEC.layers[0].blocks * 9),)},
+    "a layer without attention": {"layers": (LayerSpec(SPEC.layers[0].blocks[1:]),)},
+    "one name for two matrices": {"layers": (LayerSpec(SPEC.layers[0].blocks[:1] * 2),)},
+    "one name for two norms": in_dense_block(before="input_layernorm"),
+    "a norm with a path for a name": in_dense_block(after="../norm"),
+    "a body without a name": in_dense_block(body=replace(DENSE, name="")),
+    "no inner size": in_dense_block(body=replace(DENSE, inner_size=0)),
     "negative size": {"hidden_size": -64},
     "huge vocabulary": {"vocab_size": 10**12},
-    "huge product": {"num_layers": 9999, "hidden_size": 1 << 20, "intermediate_size": 1 << 20},
-    "heads that do not divide": {"num_heads": 3},
-    "odd head": {"head_size": 31},
-    "window of none": {"sliding_window": 0},
-    "windowed layers without a window": {"windowed_layers": (0,)},
-    "windowed layer beyond the last": {"windowed_layers": (1,), "sliding_window": 8},
-    "theta": {"rope": Rope(0.0)},
-    "factor": {"rope": Rope(1e4, "linear", factor=0.0)},
-    "original positions": {"rope": Rope(1e4, "yarn", factor=2.0)},
-    "equal frequencies": {
-        "rope": Rope(1e4, "llama3", 2.0, 64, low_frequency_factor=2, high_frequency_factor=2)
+    "huge product": {
+        "layers": in_dense_block(body=replace(DENSE, inner_size=1 << 20))["layers"] * 9999,
+        "hidden_size": 1 << 20,
     },
-}
+    "heads that do not divide": in_attention(num_heads=3),
+    "odd head": in_attention(head_size=31),
+    "no scale": in_attention(scale=0.0),
+    "window of none": in_attention(window=0),
+    "queries that grow at no position": in_attention(query_growth=QueryGrowth(0.1, 0)),
+    "epsilon": {"norm": NormStyle(0.0)},
+    "embedding scale": {"embedding_scale": 0.0},
+    "logits divisor": {"logits_divisor": 0.0},
+    "theta": in_rope(theta=0.0),
+    "factor": in_rope(kind="linear", factor=0.0),
+    "a rope larger than its head": in_rope(size=34),
+    "a rope of nothing": in_rope(size=0),
+    "a rope of odd size": in_rope(size=31),
+    "original positions": in_rope(kind="yarn", factor=2.0),
+    "betas": in_rope(kind="yarn", original_max_positions=64, beta_slow=0.0),
+    "too few divisors": in_rope(kind="longrope", divisors=(1.0,) * 15),
+    "a divisor of 0": in_rope(kind="longrope", divisors=(0.0,) * 16),
+    "equal frequencies": in_rope(
+        kind="llama3", factor=2.0, original_max_positions=64, low_frequency_factor=2.0,
+        high_frequency_factor=2.0,
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("changes", WRONG_MODELS.values(), ids=WRONG_MODELS.keys())
 def test_a_model_that_no_checkpoint_describes_is_refused(changes: dict[str, Any]) -> None:
-    refused("model.json", lambda: check_spec(replace(SPEC, **changes)))
+    refused("model.json", lambda: check_spec_as_read(replace(SPEC, **changes)))
+
+
+def placed(method: str, **changes: Any) -> dict[str, Any]:
+    """Another placement of one method."""
+    return {"placements": {**PLAN.placements, method: replace(STREAMING, **changes)}}
 
 
 WRONG_PLANS: dict[str, dict[str, Any]] = {
     "no budget": {"budget_bytes": 0},
     "budget beyond any machine": {"budget_bytes": 1 << 60},
     "ledger over budget": {"budget_bytes": 2 * LARGEST_PART + 999},
-    "negative ledger": {"plain": replace(STREAMING, ledger={"a": -1, "b": 2})},
-    "unknown part": {"substitute": replace(STREAMING, resident=("model.layers.9.mlp.up_proj",))},
-    "a raw part that is split": {"substitute": replace(STREAMING, split=(RAW[0].name,))},
-    "one slot": {"plain": replace(STREAMING, num_slots=1)},
-    "a million slots": {"plain": replace(STREAMING, num_slots=10**6)},
-    "blocks of half pages": {"plain": replace(STREAMING, block_bytes=STREAMING.block_bytes + 2048)},
-    "slots too small": {"plain": replace(STREAMING, block_bytes=LARGEST_PART - 1)},
-    "huge slots": {"plain": replace(STREAMING, block_bytes=1 << 62)},
+    "negative ledger": placed("plain", ledger=Ledger(cache=-1, guard=2)),
+    "unknown part": placed("substitute", resident=("model.layers.9.mlp.up_proj",)),
+    "a raw part that is split": placed("substitute", residuals=(RAW[0].name,)),
+    "one slot": placed("plain", num_slots=1),
+    "a million slots": placed("plain", num_slots=10**6),
+    "blocks of half pages": placed("plain", block_bytes=STREAMING.block_bytes + 2048),
+    "slots too small": placed("plain", block_bytes=LARGEST_PART - 1),
+    "huge slots": placed("plain", block_bytes=1 << 62),
     "no width": {"tree": Tree(0, 3)},
     "wide tree": {"tree": Tree(10**6, 1), "verify_width": 10**7},
     "negative depth": {"tree": Tree(1, -1)},
@@ -104,14 +172,16 @@ WRONG_PLANS: dict[str, dict[str, Any]] = {
     "no context": {"context": 0},
     "no threads": {"num_threads": 0},
     "no prefill": {"prefill_tokens": 0},
-    "substitutes that are not there": {"substitute": None},
+    "a method that has no placement": {"placements": {"plain": STREAMING}},
+    "no sequences": {"num_sequences": 0},
+    "a million sequences": {"num_sequences": 10**6},
     "nothing accepted or rejected": {"acceptance": Acceptance((), measured=True)},
 }
 
 
 @pytest.mark.parametrize("changes", WRONG_PLANS.values(), ids=WRONG_PLANS.keys())
 def test_a_plan_that_does_not_go_together_is_refused(changes: dict[str, Any]) -> None:
-    refused("plan.json", lambda: check_as_read(replace(PLAN, **changes)))
+    refused("plan.json", lambda: check_plan_as_read(replace(PLAN, **changes)))
 
 
 WRONG_COUNTS: dict[str, tuple[Curve, ...]] = {
@@ -130,13 +200,13 @@ WRONG_COUNTS: dict[str, tuple[Curve, ...]] = {
 @pytest.mark.parametrize("curves", WRONG_COUNTS.values(), ids=WRONG_COUNTS.keys())
 def test_counts_that_no_trees_have_are_refused(curves: tuple[Curve, ...]) -> None:
     plan = replace(PLAN, acceptance=Acceptance(curves, measured=True))
-    refused("plan.json", lambda: check_as_read(plan))
+    refused("plan.json", lambda: check_plan_as_read(plan))
 
 
 def test_a_plan_whose_drafts_end_early_passes() -> None:
     for min_path_probability in (0.0, 0.15, 0.9999):
         tree = Tree(2, 3, 0.2, min_path_probability)
-        check_as_read(replace(PLAN, tree=tree))
+        check_plan_as_read(replace(PLAN, tree=tree))
 
 
 def test_curves_of_several_kinds_may_have_one_width() -> None:
@@ -150,29 +220,34 @@ def test_curves_of_several_kinds_may_have_one_width() -> None:
 
 
 def test_a_plan_that_streams_nothing_needs_no_slots_and_no_ledger() -> None:
-    everything = Placement(tuple(part.name for part in RAW), (), 0, 0, {})
-    check_plan(SPEC, RAW, replace(PLAN, plain=everything))
+    everything = Placement(tuple(part.name for part in RAW), (), 0, 0, Ledger())
+    check_plan(SPEC, RAW, replace(PLAN, placements={**PLAN.placements, "plain": everything}))
 
 
 def test_residuals_are_decoded_over_substitutes_in_memory() -> None:
     refused("plan.json", lambda: check_plan(SPEC, CODED, PLAN))
-    with_them = replace(STREAMING, ledger={"substitutes": 1, "staging": 2 * LARGEST_PART})
-    check_plan(SPEC, CODED, replace(PLAN, substitute=with_them, plain=with_them))
-    split = replace(with_them, split=(CODED[0].name,))
-    check_plan(SPEC, CODED, replace(PLAN, substitute=split, plain=split))
+    ledger = Ledger(substitutes=1, staging=2 * LARGEST_PART)
+    with_them = replace(STREAMING, ledger=ledger)
+    some_stay = replace(with_them, residuals=(CODED[0].name,))
     loaded = replace(STREAMING, resident=tuple(part.name for part in CODED))  # decoded by then
-    check_plan(SPEC, CODED, replace(PLAN, substitute=loaded, plain=loaded))
+    for placement in (with_them, some_stay, loaded):
+        both = {"substitute": placement, "plain": placement}
+        check_plan(SPEC, CODED, replace(PLAN, placements=both))
 
 
 def headers() -> dict[str, Header]:
     """By file, as they should be."""
     substitutes: Header = {}
-    for linear in linears(SPEC):
+    for linear in SPEC.linears:
         rows, groups = linear.out_features, linear.in_features // 64
         substitutes[f"{linear.name}.codes"] = ("U8", (rows, linear.in_features // 2))
         substitutes[f"{linear.name}.qparams"] = ("BF16", (groups, rows, 2))
-    resident = {name: ("F16", shape) for name, shape in resident_tensors(SPEC).items()}
-    return {"substitutes.safetensors": substitutes, "resident.safetensors": resident}
+    resident = {name: ("F16", shape) for name, shape in SPEC.resident_shapes.items()}
+    return {
+        "substitutes.safetensors": substitutes,
+        "resident.safetensors": resident,
+        "embedding.safetensors": {"model.embed_tokens.weight": ("F16", (64, 128))},
+    }
 
 
 def write(folder: Path, files: dict[str, Header]) -> None:
@@ -192,13 +267,26 @@ def test_headers_that_hold_the_model_pass_with_more_beside_it(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("wrong", [None, ("BF16", (64, 128)), ("F16", (128, 64)), ("F16", (64,))])
-def test_a_resident_tensor_of_another_dtype_or_shape_is_refused(
+def test_an_embedding_of_another_dtype_or_shape_is_refused(
     tmp_path: Path, wrong: Stored | None
 ) -> None:
     files = headers()
-    del files["resident.safetensors"]["model.embed_tokens.weight"]
+    del files["embedding.safetensors"]["model.embed_tokens.weight"]
     if wrong is not None:
-        files["resident.safetensors"]["model.embed_tokens.weight"] = wrong
+        files["embedding.safetensors"]["model.embed_tokens.weight"] = wrong
+    write(tmp_path, files)
+    refused("embedding.safetensors", lambda: check_headers(tmp_path, SPEC))
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.0.mlp.up_proj.bias"])
+@pytest.mark.parametrize("wrong", [None, ("BF16", (128,)), ("F16", (129,)), ("F16", (1, 128))])
+def test_a_resident_tensor_of_another_dtype_or_shape_is_refused(
+    tmp_path: Path, wrong: Stored | None, name: str
+) -> None:
+    files = headers()
+    del files["resident.safetensors"][name]
+    if wrong is not None:
+        files["resident.safetensors"][name] = wrong
     write(tmp_path, files)
     refused("resident.safetensors", lambda: check_headers(tmp_path, SPEC))
 

@@ -16,16 +16,42 @@ class Inner:
 
 
 @dataclass(frozen=True)
+class Round:
+    radius: float
+    kind: Literal["round"] = "round"
+
+
+@dataclass(frozen=True)
+class Square:
+    side: float
+    inner: Inner | None = None
+    kind: Literal["square"] = "square"
+
+
+@dataclass(frozen=True)
 class Outer:
     name: str
     kind: Literal["a", "b"]
     flag: bool
     items: tuple[Inner, ...]
     table: dict[str, float]
+    shapes: tuple[Round | Square, ...]
+    by_kind: dict[Literal["a", "b"], Inner]
     limit: int | None = None
+    shape: Round | Square | None = None
 
 
-EXAMPLE = Outer("x", "b", True, (Inner(1), Inner(2, 0.25)), {"y": 1.0, "é": 2.5}, 3)
+EXAMPLE = Outer(
+    "x",
+    "b",
+    True,
+    (Inner(1), Inner(2, 0.25)),
+    {"y": 1.0, "é": 2.5},
+    (Square(2.0, Inner(3)), Round(1.0), Square(4.0)),
+    {"b": Inner(4)},
+    3,
+    Round(0.5),
+)
 
 
 def load(value: object) -> Outer:
@@ -71,6 +97,16 @@ def test_a_field_left_out_takes_its_default_and_a_whole_number_is_a_float() -> N
         ({"table": {"y": 10**400}}, "file.json.table.y"),
         ({"table": []}, "file.json.table"),
         ({"limit": "3"}, "file.json.limit"),
+        ({"shapes": [{"side": 1.0}]}, "file.json.shapes[0].kind"),
+        ({"shapes": [{"side": 1.0, "kind": "oval"}]}, "file.json.shapes[0].kind"),
+        ({"shapes": [{"side": 1.0, "kind": ["square"]}]}, "file.json.shapes[0].kind"),
+        ({"shapes": [{"side": 1.0, "kind": "round"}]}, "file.json.shapes[0]"),
+        ({"shapes": [{"side": 1, "kind": "square", "inner": 2}]}, "file.json.shapes[0].inner"),
+        ({"shapes": ["square"]}, "file.json.shapes[0].kind"),
+        ({"shape": {"radius": "1", "kind": "round"}}, "file.json.shape.radius"),
+        ({"shape": 1.0}, "file.json.shape.kind"),
+        ({"by_kind": {"c": {"count": 1}}}, "file.json.by_kind: a key"),
+        ({"by_kind": {"a": {"count": "1"}}}, "file.json.by_kind.a.count"),
         ({"more": 1}, "'more'"),
     ],
 )
@@ -79,6 +115,20 @@ def test_a_wrong_field_is_named(change: dict[str, object], path: str) -> None:
         load(changed(**change))
     assert caught.value.exit_code == Exit.CORRUPT
     assert path in caught.value.message
+
+
+def test_of_several_dataclasses_the_kind_chooses_and_none_is_none() -> None:
+    value = changed(
+        shape=None, shapes=[{"kind": "round", "radius": 2}, {"kind": "square", "side": 1}]
+    )
+    loaded = load(value)
+    assert loaded.shape is None and loaded.shapes == (Round(2.0), Square(1.0))
+
+
+def test_a_dictionary_has_the_keys_that_its_type_names_or_fewer() -> None:
+    assert load(changed(by_kind={})).by_kind == {}
+    with pytest.raises(SubspecError, match="a key is 'c', expected one of 'a', 'b'"):
+        load(changed(by_kind={"c": {"count": 1}}))
 
 
 @pytest.mark.parametrize("value", [None, 3, "x", []])

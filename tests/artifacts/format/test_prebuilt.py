@@ -14,8 +14,8 @@ from subspec.artifacts.format.prebuilt import FOLDER, find_prebuilt, install_pre
 from subspec.artifacts.format.store import Artifact, open_artifact, verify, write_manifest
 from subspec.artifacts.native import cpp, residual_cpu
 from subspec.planner.model.hub import DEMO
+from subspec.runtime.engine import kernel_sources
 from subspec.runtime.model import attention
-from subspec.runtime.session import kernel_sources
 
 SOURCES = [attention.SOURCE, residual_cpu.SOURCE]
 
@@ -126,5 +126,5 @@ def test_what_an_artifact_does_not_bring_is_said(
     bare = build_artifact(DEMO, tmp_path / "artifact", "residual", resident_share=1.0)
     ended = run(capsys, bare.path, QUESTION, "--max-tokens", 2, "--no-record", "--trust-kernels")
     assert ended.exit_code == 0
-    said = "note: not brought for this machine, to be built here: attention, residual"
+    said = "note: no prebuilt kernels for this machine, compiling: attention, residual"
     assert said in ended.err

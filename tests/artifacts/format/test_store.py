@@ -28,30 +28,52 @@ from subspec.artifacts.format.store import (
     write_manifest,
 )
 from subspec.artifacts.format.tensors import ITEM_BYTES, write_header
-from subspec.artifacts.model import GROUP_SIZE, ModelSpec, Rope, linears, parts, resident_tensors
-from subspec.artifacts.plan import Placement, Plan, Point, Tree
+from subspec.artifacts.model import (
+    EMBEDDING,
+    GROUP_SIZE,
+    Attention,
+    Block,
+    Dense,
+    LayerSpec,
+    ModelSpec,
+    NormStyle,
+    Rope,
+)
+from subspec.artifacts.plan import Ledger, Placement, Plan, Point, Tree
 from subspec.artifacts.profile import Corrections, LinkRate, Profile, Timing
 
 Json = dict[str, Any]
 Change = Callable[[Json], object]
 
+ATTENTION = Attention(2, 1, 32, scale=32**-0.5, rope=Rope(10000.0, size=32), qkv_bias=True)
+
+
+def layer_of(inner_size: int) -> LayerSpec:
+    dense = Block(Dense(inner_size), "post_attention_layernorm")
+    return LayerSpec((Block(ATTENTION, "input_layernorm"), dense))
+
+
 TINY = ModelSpec(
-    family="qwen2", dtype="bfloat16", hidden_size=64, intermediate_size=128, num_layers=2,
-    num_heads=2, num_kv_heads=1, head_size=32, vocab_size=128, norm_epsilon=1e-6,
-    max_positions=256, rope=Rope(10000.0), tied_head=False, qkv_bias=True,
+    family="qwen2", dtype="bfloat16", hidden_size=64, vocab_size=128, max_positions=256,
+    layers=(layer_of(128),) * 2, norm=NormStyle(1e-6), tied_head=False,
 )  # fmt: skip
-LARGE = replace(TINY, hidden_size=4096, intermediate_size=11008, num_layers=32, vocab_size=32000)
-WEIGHT_FILES = ("exact.safetensors", "resident.safetensors", "substitutes.safetensors")
+LARGE = replace(TINY, hidden_size=4096, layers=(layer_of(11008),) * 32, vocab_size=32000)
+WEIGHT_FILES = (
+    "exact.safetensors", "resident.safetensors", "substitutes.safetensors",
+    "embedding.safetensors",
+)  # fmt: skip
 FILES = ("manifest.json", "model.json", "plan.json", "profile.json", "tokenizer/tokenizer.json")
 
 
 def make_plan(spec: ModelSpec) -> Plan:
-    largest = max(part.padded_bytes for part in parts(spec))
-    placement = Placement((parts(spec)[0].name,), (), largest, 2, {"staging": 2 * largest})
+    largest = max(part.padded_bytes for part in spec.parts)
+    ledger = Ledger(staging=2 * largest)
+    placement = Placement((spec.parts[0].name,), (), largest, 2, ledger)
     return Plan(
-        device="cpu", machine="test", budget_bytes=2 * largest, context=128, method="substitute",
-        tree=Tree(2, 3), verify_width=8, num_threads=1, int4_kernel="aten", prefill_tokens=64,
-        substitute=placement, plain=placement, residuals=(), predicted={},
+        device="cpu", machine="test", budget_bytes=2 * largest, context=128, num_sequences=1,
+        method="substitute", tree=Tree(2, 3), verify_width=8, num_threads=1, int4_kernel="aten",
+        prefill_tokens=64, placements={"substitute": placement, "plain": placement},
+        residuals=(), predicted={},
         acceptance=Acceptance((Curve(2, "code", (9, 5), (5, 3)),), measured=True),
         by_budget=(Point(2 * largest, 128, "substitute", 5.0),),
     )  # fmt: skip
@@ -72,11 +94,12 @@ def make_profile() -> Profile:
 def make_artifact(folder: Path, spec: ModelSpec, seed: int | None) -> None:
     """seed None: weights that are holes in a file, with made-up digests."""
     tensors: dict[str, list[tuple[str, str, tuple[int, ...]]]] = {
-        "exact": [(part.name, "U8", (part.padded_bytes,)) for part in parts(spec)],
-        "resident": [(name, "BF16", shape) for name, shape in resident_tensors(spec).items()],
+        "exact": [(part.name, "U8", (part.padded_bytes,)) for part in spec.parts],
+        "resident": [(name, "BF16", shape) for name, shape in spec.resident_shapes.items()],
+        "embedding": [(f"{EMBEDDING}.weight", "BF16", (spec.vocab_size, spec.hidden_size))],
         "substitutes": [],
     }
-    for linear in linears(spec):
+    for linear in spec.linears:
         rows, groups = linear.out_features, linear.in_features // GROUP_SIZE
         tensors["substitutes"] += [
             (f"{linear.name}.codes", "U8", (rows, linear.in_features // 2)),
@@ -95,7 +118,7 @@ def make_artifact(folder: Path, spec: ModelSpec, seed: int | None) -> None:
             else:
                 file.write(random.Random(seed).randbytes(num_bytes))
     entries, offset = [], offsets["exact"]
-    for part in parts(spec):
+    for part in spec.parts:
         entries.append(PartEntry(part.name, offset, part.num_bytes, "raw", "0" * 64))
         offset += part.padded_bytes
     write_json(folder, "model.json", spec)
@@ -103,7 +126,7 @@ def make_artifact(folder: Path, spec: ModelSpec, seed: int | None) -> None:
     write_json(folder, "profile.json", make_profile())
     (folder / "tokenizer").mkdir()
     (folder / "tokenizer" / "tokenizer.json").write_text('{"version": "1.0"}')
-    drafts = tuple(SubstituteEntry(linear.name, "0" * 64) for linear in linears(spec))
+    drafts = tuple(SubstituteEntry(linear.name, "0" * 64) for linear in spec.linears)
     write_manifest(folder, "test", tuple(entries), drafts, known)
 
 
@@ -168,7 +191,7 @@ def test_what_was_written_is_what_opens(artifact: Path) -> None:
     assert opened.spec == TINY and opened.plan == make_plan(TINY)
     assert opened.profile == make_profile()
     offsets = opened.part_entries()
-    assert list(offsets) == [part.name for part in parts(TINY)]
+    assert list(offsets) == [part.name for part in TINY.parts]
     size = sum(file.stat().st_size for file in artifact.rglob("*") if file.name != "manifest.json")
     assert verify(artifact) == size - (artifact / "tokenizer").stat().st_size
 
@@ -186,7 +209,7 @@ def test_opening_reads_headers_but_no_weights(tmp_path: Path) -> None:
     before = bytes_read()
     open_artifact(tmp_path)
     small = sum(f.stat().st_size for f in tmp_path.glob("*.json"))
-    assert bytes_read() - before < small + 1_000_000  # three headers of below 300 kB
+    assert bytes_read() - before < small + 1_000_000  # four headers of below 300 kB
 
 
 @pytest.mark.parametrize("name", (*FILES, *WEIGHT_FILES))
@@ -270,7 +293,7 @@ def test_a_format_version_that_is_none_is_refused(artifact: Path, version: objec
     refused(artifact, "format_version")
 
 
-@pytest.mark.parametrize("version, hint", [("5.0", "upgrade subspec"), ("3.0", "build")])
+@pytest.mark.parametrize("version, hint", [("6.0", "upgrade subspec"), ("4.0", "build")])
 def test_another_major_format_is_named(artifact: Path, version: str, hint: str) -> None:
     reseal(artifact, lambda value: value.update(format_version=version, files=version))
     with pytest.raises(SubspecError, match=version) as caught:
@@ -283,7 +306,7 @@ def test_a_newer_minor_format_may_have_more_files_and_keys(artifact: Path) -> No
     for name in ("model.json", "plan.json", "profile.json"):
         edit(artifact, name, lambda value: value.update(future=1))
     refused(artifact, "model.json", "future")
-    reseal(artifact, lambda value: value.update(format_version="4.7", future=[]))
+    reseal(artifact, lambda value: value.update(format_version="5.7", future=[]))
     assert open_artifact(artifact).spec == TINY
     verify(artifact)
 

@@ -31,7 +31,7 @@ LAYOUTS = (0, 16, 32, 64)
 def library(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[None]:
-    """The functions of compiled.py, once as they are and once without intrinsics."""
+    """The functions of residual_cpu.py, once as they are and once without intrinsics."""
     with built(Build(request.param, ""), tmp_path_factory.mktemp("cache")):
         assert residual_cpu.unavailable() is None
         yield
@@ -83,7 +83,7 @@ def test_every_pattern_survives(kind: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_threads_and_rows_of_a_larger_grid_change_nothing(dtype: torch.dtype) -> None:
+def test_threads_and_rows_of_a_larger_matrix_change_nothing(dtype: torch.dtype) -> None:
     weight, codes, qparams = random_part("typical", 512, 1024, dtype)  # 256 tiles: up to 4 threads
     whole = random_qparams("extreme", 16, 1024, torch.Generator().manual_seed(1))
     whole[:, 192 : 192 + 512] = qparams
@@ -180,7 +180,7 @@ def test_damaged_streams_do_to_it_what_they_do_to_the_plain_twin(dtype: torch.dt
 
 @pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_no_codes_and_no_grid_lead_it_out_of_its_memory(dtype: torch.dtype) -> None:
+def test_no_codes_and_no_qparams_lead_it_out_of_its_memory(dtype: torch.dtype) -> None:
     """Also such as no artifact holds: NaN, infinities, negative scales."""
     generator = torch.Generator().manual_seed(0)
     weight, codes, qparams = random_part("typical", 64, 128, dtype)

@@ -290,7 +290,7 @@ def test_the_json_object_has_the_documented_keys() -> None:
     assert set(found["decisions"]) == {
         "device", "method", "context", "tree", "verify_width", "int4_kernel", "threads",
         "prefill_tokens", "block_bytes", "num_slots", "residual_parts", "resident_bytes",
-        "split_bytes", "streamed_bytes", "reasons",
+        "residual_bytes", "streamed_bytes", "reasons",
     }  # fmt: skip
     assert set(found["decisions"]["tree"]) == {
         "width",

@@ -557,13 +557,13 @@ def test_all_weights_are_residuals_where_the_link_is_slow() -> None:
     plan = plan_for(9_000_000, profile=decoding_at(1e9))
     assert len(plan.residuals) == NUM_PARTS
     assert speed(plan) > 1.5 * speed(plan_for(9_000_000))
-    assert "residuals of 7.5 bits: 1 billion weights/s" in plan.reasons[-1]
+    assert "residuals of 7.5 bits: decoding gives 1 billion weights/s" in plan.reasons[-1]
 
 
 def test_all_weights_are_raw_where_decoding_is_slower_than_the_link() -> None:
     plan = plan_for(9_000_000, profile=decoding_at(1e6))
     assert plan.residuals == ()
-    assert "stored raw: 1 million weights/s decode here" in plan.reasons[-1]
+    assert "stored raw: decoding gives 1 million weights/s here" in plan.reasons[-1]
 
 
 def test_some_weights_are_raw_where_that_keeps_link_and_decoder_busy() -> None:
@@ -648,10 +648,10 @@ def test_where_decoding_is_the_slower_memory_that_is_left_holds_residuals_decode
     plan = plan_tall(share, DECODING_BOUND)
     count = num_decoded(plan)
     assert 0 < count < NUM_CODED and plan.residuals == CODED.residuals
-    assert plan.reasons[-1].endswith(f"; {count} of {NUM_CODED} matrices are held decoded")
+    assert plan.reasons[-1].endswith(f"; {count} of {NUM_CODED} matrices are decoded while loading")
     only_as_stored(monkeypatch)
     without = plan_tall(share, DECODING_BOUND)
-    assert num_decoded(without) == 0 and "held decoded" not in without.reasons[-1]
+    assert num_decoded(without) == 0 and "decoded while loading" not in without.reasons[-1]
     assert speed(without) < 1.001 * speed(plan_tall(0.6, DECODING_BOUND))  # memory bought nothing
     assert speed(plan) > 1.1 * speed(without)
 

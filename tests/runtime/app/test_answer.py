@@ -18,9 +18,9 @@ from running import QUESTION, demo_artifact, run
 from subspec.artifacts.format.store import open_artifact
 from subspec.artifacts.plan import Tree
 from subspec.artifacts.runs import RUNS, plan_digest, read_runs
-from subspec.runtime.app.answer import generate, run_of
-from subspec.runtime.cli import Options
-from subspec.runtime.session import Session, Stats
+from subspec.runtime.app.answer import Answering, answer_prompt, run_of
+from subspec.runtime.engine import Engine
+from subspec.runtime.sequence import GenerationParams, Stats
 from subspec.runtime.text.tokenizer import load_tokenizer
 
 STATS = {
@@ -29,6 +29,7 @@ STATS = {
     "draft_seconds", "verify_seconds", "stream_wait_seconds", "streamed_bytes", "fast_peak_bytes",
     "budget_bytes", "process_peak_bytes", "predicted_tokens_per_second",
 }  # fmt: skip
+PARAMS = GenerationParams()
 Capture = pytest.CaptureFixture[str]
 
 
@@ -164,10 +165,9 @@ def test_each_turn_of_a_chat_is_recorded_but_not_one_that_does_not_fit(
 
 
 def test_an_answer_is_recorded_up_to_where_it_was_interrupted(unrecorded: Path) -> None:
-    artifact, text = open_artifact(unrecorded), load_tokenizer(unrecorded / "tokenizer")
-    options = Options(unrecorded, stop=("never",))
-    with Session(artifact) as session:
-        decode, rounds = session.generate, 0
+    text, how = load_tokenizer(unrecorded / "tokenizer"), Answering(PARAMS, stop=("never",))
+    with Engine.open(unrecorded) as engine, engine.new_sequence() as sequence:
+        decode, rounds = sequence.generate, 0
 
         def pressed(*given: Any) -> Iterator[list[int]]:
             nonlocal rounds
@@ -178,9 +178,9 @@ def test_an_answer_is_recorded_up_to_where_it_was_interrupted(unrecorded: Path) 
                     signal.raise_signal(signal.SIGINT)
                     signal.raise_signal(signal.SIGINT)
 
-        session.generate = pressed  # type: ignore[method-assign]
+        sequence.generate = pressed  # type: ignore[method-assign]
         with pytest.raises(KeyboardInterrupt):
-            generate(session, text, options, [5] * 20, echo=False)
+            answer_prompt(engine, sequence, text, how, [5] * 20, echo=False)
     [found] = read_runs(unrecorded)
     assert found.rounds == 2 and found.generated_tokens > 2
 
@@ -188,17 +188,16 @@ def test_an_answer_is_recorded_up_to_where_it_was_interrupted(unrecorded: Path) 
 def test_levels_count_as_far_as_the_text_goes() -> None:
     """Three rounds of a tree of 4 levels: all accepted; one of four; the end of the text at the
     second level, behind which two more were accepted."""
-    stats = Stats("substitute", accepted=[4, 1, 4], judged=[4, 4, 2])
-    found = run_of(recorded_session(stats), Options(Path()))
+    stats = Stats("substitute", accepted=(4, 1, 4), judged=(4, 4, 2))
+    found = run_of(*recorded(stats), Answering(PARAMS))
     assert found.tried == (3, 3, 1, 1)
     assert found.accepted == (0, 1, 1, 0, 1)
     assert found.accepted_by_level == (3, 2, 1, 1)
 
 
-def recorded_session(stats: Stats) -> Any:
-    """What a record is made of, beside the figures of the answer."""
-    return SimpleNamespace(
-        stats=stats,
+def recorded(stats: Stats) -> tuple[Any, Any]:
+    """What a record is made of, of the engine and of the sequence."""
+    engine = SimpleNamespace(
         plan=replace(PLAN, tree=Tree(2, 4)),
         method=stats.method,
         padded=True,
@@ -206,49 +205,53 @@ def recorded_session(stats: Stats) -> Any:
         peak=SimpleNamespace(peak_bytes=1),
         predicted_tokens_per_second=None,
     )
+    return engine, SimpleNamespace(stats=stats, params=PARAMS)
 
 
 # Text and signals
 
 
-def fake_session(ids: list[int], after: Any = lambda: None) -> Any:
-    """A session that says `ids` one by one; `after` runs before each but the first."""
+def fakes(ids: list[int], after: Any = lambda: None) -> tuple[Any, Any]:
+    """An engine, and a sequence that says `ids` one by one; `after` runs before each but the first.
+    It asks what cuts the answer, as a real one does."""
 
-    def say_ids(*_: object) -> Iterator[list[int]]:
+    def say_ids(prompt: list[int], params: GenerationParams) -> Iterator[list[int]]:
         for index, token in enumerate(ids):
             if index:
                 after()
+            params.cut([token])
+            sequence.finish_reason = "length" if index + 1 == len(ids) else None
             yield [token]
 
-    spec = SimpleNamespace(eos_token_ids=(2,))
-    return SimpleNamespace(
-        artifact=SimpleNamespace(spec=spec),
-        generate=say_ids,
-        stats=Stats("plain"),
+    sequence = SimpleNamespace(
+        generate=say_ids, stats=Stats("plain"), params=PARAMS, finish_reason=None
+    )
+    engine = SimpleNamespace(
         plan=SimpleNamespace(context=256, budget_bytes=1),
         peak=SimpleNamespace(peak_bytes=1),
         method="plain",
         predicted_tokens_per_second=None,
     )
+    return engine, sequence
 
 
 def test_escape_sequences_reach_json_but_no_terminal(artifact: Path, capsys: Capture) -> None:
     text = load_tokenizer(artifact / "tokenizer")
     written = "a\x1b]52;c;ZXZpbA==\x07b\x9bc\n"
-    session = fake_session(text.tokenizer.encode(written).ids)
-    found = generate(session, text, Options(artifact), [1], echo=True)
+    engine, sequence = fakes(text.tokenizer.encode(written).ids)
+    found = answer_prompt(engine, sequence, text, Answering(PARAMS), [1], echo=True)
     assert capsys.readouterr().out == "a]52;c;ZXZpbA==bc\n"
     assert found.text == written
-    assert json.dumps(found.as_json(session)).isprintable()
+    assert json.dumps(found.as_json(engine, sequence)).isprintable()
 
 
 def test_the_first_ctrl_c_ends_the_answer_between_rounds_the_second_at_once(
     artifact: Path, capsys: Capture
 ) -> None:
-    text = load_tokenizer(artifact / "tokenizer")
+    text, how = load_tokenizer(artifact / "tokenizer"), Answering(PARAMS)
     ids = text.tokenizer.encode("one two three four").ids
-    once = fake_session(ids, lambda: signal.raise_signal(signal.SIGINT))
-    found = generate(once, text, Options(artifact), [1], echo=False)
+    once = fakes(ids, lambda: signal.raise_signal(signal.SIGINT))
+    found = answer_prompt(*once, text, how, [1], echo=False)
     assert found.finish_reason == "interrupted" and found.token_ids == ids[:2]
 
     def twice() -> None:
@@ -256,13 +259,20 @@ def test_the_first_ctrl_c_ends_the_answer_between_rounds_the_second_at_once(
         signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        generate(fake_session(ids, twice), text, Options(artifact), [1], echo=False)
+        answer_prompt(*fakes(ids, twice), text, how, [1], echo=False)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_during_the_last_round_leaves_the_answer_whole(artifact: Path) -> None:
+    text = load_tokenizer(artifact / "tokenizer")
+    last = fakes([65, 66], lambda: signal.raise_signal(signal.SIGINT))
+    found = answer_prompt(*last, text, Answering(PARAMS), [1], echo=False)
+    assert found.finish_reason == "length" and found.token_ids == [65, 66]
 
 
 def test_ctrl_c_is_left_alone_where_it_is_ignored(artifact: Path) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     text = load_tokenizer(artifact / "tokenizer")
-    session = fake_session([65, 66], lambda: signal.raise_signal(signal.SIGINT))
-    found = generate(session, text, Options(artifact, max_tokens=2), [1], echo=False)
+    ignoring = fakes([65, 66, 67], lambda: signal.raise_signal(signal.SIGINT))
+    found = answer_prompt(*ignoring, text, Answering(PARAMS), [1], echo=False)
     assert found.finish_reason == "length"

@@ -4,6 +4,7 @@ import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,8 +12,8 @@ from running import QUESTION, Ended, Terminal, demo_artifact, run
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.runtime.app import answer, chat
-from subspec.runtime.app.answer import Answer
-from subspec.runtime.session import Session
+from subspec.runtime.app.answer import Answer, Answering
+from subspec.runtime.sequence import GenerationParams, Sequence
 from subspec.runtime.text.tokenizer import ChatTokenizer
 
 Chatting = Callable[..., Ended]
@@ -46,12 +47,12 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[str, str]]]:
         seen.append([(message["role"], message["content"]) for message in messages])
         return [1]
 
-    def generate(*_: object, **__: object) -> Answer:
+    def answer_prompt(*_: object, **__: object) -> Answer:
         print(f"answer {len(seen)}", end="")
         return Answer(f"answer {len(seen)}", [5], [1], "eos")
 
     monkeypatch.setattr(ChatTokenizer, "chat_ids", chat_ids)
-    monkeypatch.setattr(chat, "generate", generate)
+    monkeypatch.setattr(chat, "answer_prompt", answer_prompt)
     return seen
 
 
@@ -154,7 +155,7 @@ def test_any_other_error_ends_the_chat_with_its_code(
     def unreadable(*_: object) -> None:
         raise SubspecError(Exit.CORRUPT, "exact.safetensors: reading failed")
 
-    monkeypatch.setattr(Session, "generate", unreadable)
+    monkeypatch.setattr(Sequence, "generate", unreadable)
     ended = chatting("one\ntwo\n")
     assert ended.exit_code == Exit.CORRUPT and ended.err.count("reading failed") == 1
 
@@ -163,11 +164,17 @@ def test_an_answer_that_was_cut_off_says_why(chatting: Chatting) -> None:
     assert "(cut off at --max-tokens 4)" in chatting(f"{QUESTION}\n").err
 
 
-def test_figures_of_a_full_context_name_it(artifact: Path) -> None:
-    whole = Answer("", [5], [1], "length")
-    options: Any = type("Options", (), {"max_tokens": 9})
-    session: Any = type("Session", (), {"plan": type("Plan", (), {"context": 256})})
-    assert answer.cut_off(whole, session, options).endswith("context of 256 tokens is full")
+def test_an_answer_names_what_cut_it_off() -> None:
+    engine: Any = SimpleNamespace(plan=SimpleNamespace(context=256))
+    said = {
+        reason: answer.cut_off(
+            Answer("", [5], [1], reason), engine, Answering(GenerationParams(max_tokens=9))
+        )
+        for reason in ("context", "length", "eos", "stop", "interrupted")
+    }
+    assert said.pop("context") == "cut off: the plan's context of 256 tokens is full"
+    assert said.pop("length") == "cut off at --max-tokens 9"
+    assert set(said.values()) == {""}
 
 
 # On a terminal

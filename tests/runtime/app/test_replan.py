@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from builders import PROFILE, build_artifact, make_plan
-from running import run
+from running import answer, run
 from toys import make_spec
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.user_cache import user_cache_dir
 from subspec.artifacts.format.codec import dump_json
 from subspec.artifacts.format.store import Artifact, open_artifact, verify
-from subspec.artifacts.plan import Constraints, Plan
+from subspec.artifacts.plan import Constraints, Method, Placement, Plan
 from subspec.planner.build.artifact import rebuild
 from subspec.planner.cli import main as plan_command
 from subspec.planner.model.hub import DEMO
@@ -32,20 +32,26 @@ from subspec.runtime.app.replan import (
     look_around,
     mismatch,
     planned_anew,
+    planner_words,
     planners_error,
     read_entry,
     write_entry,
 )
+from subspec.runtime.engine import Engine
 from subspec.runtime.memory import free_bytes
-from subspec.runtime.model.sampling import Sampling
-from subspec.runtime.session import Session
 
 ELSEWHERE = "cpu: AVX2, 64 cpus; torch 2.11.0"
 NO_PLANNER = ("/nowhere/subspec-plan",)
-INFEASIBLE = (
-    sys.executable, "-c",
-    "import sys; print('error: the smallest plan needs more', file=sys.stderr); sys.exit(3)",
-)  # fmt: skip
+REFUSAL = {
+    "schema": "subspec.error/1",
+    "error": {
+        "code": "infeasible",
+        "exit": 3,
+        "message": "the smallest plan needs more",
+        "hint": "",
+    },
+}
+INFEASIBLE = (sys.executable, "-c", f"import sys; print({json.dumps(REFUSAL)!r}); sys.exit(3)")
 WEIGHTS = ("exact.safetensors", "resident.safetensors", "substitutes.safetensors")
 
 
@@ -78,8 +84,8 @@ def inodes(folder: Path) -> list[int]:
 
 
 def tokens(artifact: Artifact) -> list[int]:
-    with Session(artifact) as session:
-        return [t for some in session.generate([5] * 20, 12, Sampling()) for t in some]
+    with Engine.open(artifact) as engine:
+        return answer(engine, [5] * 20, 12)
 
 
 def test_an_artifact_is_planned_anew_in_place_without_touching_weights(artifact: Path) -> None:
@@ -163,7 +169,7 @@ def test_an_anew_planned_artifact_has_the_plan_of_the_search(artifact: Path) -> 
     assert plan("--from", artifact, "--vram", "8MB") == 0
     found = open_artifact(artifact).plan
     assert replace(found, by_budget=(), by_context=()) == expected
-    assert "the artifact keeps them so" in found.reasons[-1]
+    assert "as in the existing artifact" in found.reasons[-1]
 
 
 def test_an_artifact_that_decodes_slowly_is_planned_to_hold_some_residuals_decoded(
@@ -179,18 +185,21 @@ def test_an_artifact_that_decodes_slowly_is_planned_to_hold_some_residuals_decod
     verify(artifact)
     anew = open_artifact(artifact)
     smaller, note = fitted(anew, None, 9_000_000, None, None)
-    assert "planned anew for 9.00 MB" in note
+    assert "re-planned for 9.00 MB" in note
     assert smaller.plan.constraints == anew.plan.constraints
     counts = []
     for some in (anew, smaller):
         assert some.plan.residuals == before.plan.residuals
-        assert some.plan.substitute is not None
-        resident = some.plan.substitute.resident
+        resident = some.plan.placement("substitute").resident
         assert set(resident) <= set(some.plan.residuals)
-        assert f"; {len(resident)} of 42 matrices are held decoded" in some.plan.reasons[-1]
+        total = len(before.spec.parts)
+        assert (
+            f"; {len(resident)} of {total} matrices are decoded while loading"
+            in some.plan.reasons[-1]
+        )
         assert tokens(some) == tokens(before)
         counts.append(len(resident))
-    assert 42 > counts[0] > counts[1] > 0
+    assert len(before.spec.parts) > counts[0] > counts[1] > 0
 
 
 # What keeps a plan from being obeyed
@@ -203,11 +212,10 @@ HERE = Here("cpu", PROFILE.machine, PLENTY)
 
 def larger(plan: Plan, guard_bytes: int) -> Plan:
     """The plan with so much more in the guard of its draft, and in its budget."""
-    placement = plan.substitute
-    assert placement is not None
-    guard = {**placement.ledger, "guard": guard_bytes}
-    more = replace(placement, ledger=guard)
-    return replace(plan, substitute=more, budget_bytes=more.total_bytes)
+    placement = plan.placement("substitute")
+    more = replace(placement, ledger=replace(placement.ledger, guard=guard_bytes))
+    placements: dict[Method, Placement] = {**plan.placements, "substitute": more}
+    return replace(plan, placements=placements, budget_bytes=more.ledger.total_bytes)
 
 
 @pytest.mark.parametrize("vram", [None, PLAN.budget_bytes, 2 * PLAN.budget_bytes])
@@ -219,21 +227,21 @@ def test_a_plan_that_can_be_obeyed_is_left_alone(vram: int | None) -> None:
     ("plan", "here", "vram", "cause", "budget_bytes", "said"),
     [
         (PLAN, replace(HERE, machine="another"), None, "machine", PLAN.budget_bytes,
-         f"planned on another machine ({PLAN.machine}): planned anew for this one"),
+         f"planned on another machine ({PLAN.machine}): re-planned for this one"),
         (PLAN, replace(HERE, machine="another"), 1 << 30, "machine", 1 << 30,
-         f"planned on another machine ({PLAN.machine}): planned anew for this one and 1.07 GB "
+         f"planned on another machine ({PLAN.machine}): re-planned for this one and 1.07 GB "
          "(1.00 GiB)"),
-        (PLAN, HERE, 100_000, "cap", 100_000, "planned anew for 100.00 KB (97.66 KiB)"),
+        (PLAN, HERE, 100_000, "cap", 100_000, "re-planned for 100.00 KB (97.66 KiB)"),
         (PLAN, replace(HERE, machine="another"), 100_000, "cap", 100_000,
-         "planned anew for this one and 100.00 KB (97.66 KiB)"),
+         "re-planned for this one and 100.00 KB (97.66 KiB)"),
         (replace(PLAN, device="cuda", machine="cuda: card"), HERE, None, "device",
-         PLAN.budget_bytes, "planned for cuda (cuda: card): planned anew for cpu"),
+         PLAN.budget_bytes, "planned for cuda (cuda: card): re-planned for cpu"),
         (PLAN, Here("cuda:1", "cuda: card", PLENTY), None, "device", PLAN.budget_bytes,
-         f"planned for cpu ({PLAN.machine}): planned anew for cuda:1"),
+         f"planned for cpu ({PLAN.machine}): re-planned for cuda:1"),
         (larger(PLAN, 1 << 30), replace(HERE, free_bytes=1 << 29), None, "memory", None,
-         ", free here are 536.87 MB (512.00 MiB): planned anew for "),
+         ", but only 536.87 MB (512.00 MiB) are free: re-planned for "),
         (larger(PLAN, 1 << 30), replace(HERE, free_bytes=1 << 29), 1 << 20, "memory", 1 << 20,
-         ": planned anew for 1.05 MB (1.00 MiB)"),
+         ": re-planned for 1.05 MB (1.00 MiB)"),
     ],
 )  # fmt: skip
 def test_a_mismatch_has_a_cause_a_budget_and_a_sentence(
@@ -274,11 +282,11 @@ def test_only_the_method_that_runs_must_fit() -> None:
 
 def test_what_a_gpu_has_given_to_the_process_already_is_not_asked_of_it_again() -> None:
     plan = larger(replace(PLAN, device="cuda"), 0)
-    placement = plan.substitute
-    assert placement is not None
-    ledger = {**placement.ledger, "overhead": 1 << 30}
-    plan = replace(plan, substitute=replace(placement, ledger=ledger), budget_bytes=1 << 31)
-    here = Here("cuda", plan.machine, placement.total_bytes)
+    placement = plan.placement("substitute")
+    with_overhead = replace(placement, ledger=replace(placement.ledger, overhead=1 << 30))
+    placements: dict[Method, Placement] = {**plan.placements, "substitute": with_overhead}
+    plan = replace(plan, placements=placements, budget_bytes=1 << 31)
+    here = Here("cuda", plan.machine, placement.ledger.total_bytes)
     assert mismatch(plan, "substitute", here, None) is None
     found = mismatch(plan, "substitute", replace(here, free_bytes=here.free_bytes - 1), None)
     assert found is not None and found.cause == "memory" and found.budget_bytes > 0.9 * (1 << 30)
@@ -427,7 +435,7 @@ def test_a_smaller_cap_is_kept_on_the_fly_and_solved_only_once(
     stats = json.loads(ended.out)["stats"]
     assert stats["budget_bytes"] == 7_000_000 >= stats["fast_peak_bytes"]
     [note] = notes(ended.err)
-    assert "planned anew for 7.00 MB" in note
+    assert "re-planned for 7.00 MB" in note
     assert f"subspec-plan --from {artifact} --vram 7000000B --device cpu" in note
     assert (artifact / "plan.json").read_bytes() == before
 
@@ -454,7 +462,7 @@ def test_a_plan_of_another_machine_is_solved_again_with_one_line(
     assert ended.exit_code == 0, ended.err
     [note] = notes(ended.err)
     assert note.startswith(
-        f"note: planned on another machine ({ELSEWHERE}): planned anew for this one; to keep that: "
+        f"note: planned on another machine ({ELSEWHERE}): re-planned for this one; to keep that: "
         f"subspec-plan --from {artifact} --vram {planned.budget_bytes}B --device cpu"
     )
     monkeypatch.setattr(replan, "PLANNER", NO_PLANNER)
@@ -472,7 +480,7 @@ def test_a_plan_for_a_gpu_runs_on_the_cpu_where_there_is_none(artifact: Path) ->
     )
     assert (found.plan.device, found.plan.budget_bytes) == ("cpu", 9_000_000)
     assert found.plan.machine == PROFILE.machine
-    assert "planned anew for cpu and 9.00 MB" in note
+    assert "re-planned for cpu and 9.00 MB" in note
     assert len(tokens(found)) == 12
 
 
@@ -481,7 +489,7 @@ def test_a_plan_for_more_than_is_free_is_solved_again_for_what_is(artifact: Path
     large = replace(opened, plan=larger(opened.plan, 2 * free_bytes()))
     found, note = fitted(large, None, None, None, None)
     assert 0 < found.plan.budget_bytes < free_bytes()
-    assert "free here are" in note
+    assert ", but only " in note and " are free: re-planned for " in note
     assert len(tokens(found)) == 12
 
 
@@ -504,7 +512,9 @@ def test_where_no_plan_fits_what_is_free_that_is_the_error(
     monkeypatch.setattr(replan, "PLANNER", INFEASIBLE)
     opened = open_artifact(artifact)
     large = replace(opened, plan=larger(opened.plan, 2 * free_bytes()))
-    with pytest.raises(SubspecError, match="free are .*: the smallest plan needs more") as caught:
+    with pytest.raises(
+        SubspecError, match="only .* are free: the smallest plan needs more"
+    ) as caught:
         fitted(large, None, None, None, None)
     assert caught.value.exit_code == Exit.INFEASIBLE
     assert "close other programs" in caught.value.hint
@@ -526,7 +536,7 @@ def test_a_plan_of_another_machine_is_obeyed_where_there_is_no_other(
     ended = run(capsys, *words(artifact))
     assert ended.exit_code == 0
     failed, obeyed = notes(ended.err)
-    assert why in failed and "the stored plan is obeyed" in failed
+    assert why in failed and "using the stored plan" in failed
     assert obeyed.startswith(f"note: planned on ({ELSEWHERE}), running on (cpu: ")
 
 
@@ -559,6 +569,25 @@ def test_a_link_that_is_slowed_down_is_planned_for(artifact: Path, smaller: Mism
 
 
 def test_a_planner_that_dies_is_reported_with_its_last_words() -> None:
-    error = planners_error(-9, "Traceback\nKilled")
-    assert error.exit_code == Exit.UNEXPECTED
-    assert error.message == "subspec-plan ended with code -9: Killed"
+    for printed in ("", "{", '{"schema": "subspec.error/2"}', json.dumps({**REFUSAL, "more": 1})):
+        error = planners_error(-9, printed, "Traceback\nKilled")
+        assert error.exit_code == Exit.UNEXPECTED
+        assert error.message == "subspec-plan ended with code -9: Killed"
+    assert planners_error(-9, "", "").message == "subspec-plan ended with code -9: "
+
+
+def test_an_exit_code_that_is_none_of_ours_is_unexpected() -> None:
+    error = {**REFUSAL["error"], "exit": 77}  # type: ignore[dict-item]
+    found = planners_error(77, json.dumps({**REFUSAL, "error": error}), "last words")
+    assert found.exit_code == Exit.UNEXPECTED and found.message.endswith("77: last words")
+
+
+def test_what_the_user_fixed_is_asked_for_again(artifact: Path, smaller: Mismatch) -> None:
+    opened = open_artifact(artifact)
+    fixed = Constraints(context=200, width=2, depth=3, num_sequences=3, min_path_probability=0.05)
+    asked = planner_words(replace(opened, plan=replace(opened.plan, constraints=fixed)), smaller)
+    words = " ".join(asked)
+    assert words.startswith(f"--from {artifact} --vram 8000000B --device cpu ")
+    for expected in ("--width 2", "--depth 3", "--sequences 3", "--draft-min-probability 0.05"):
+        assert expected in words
+    assert "--context" not in words  # the artifact's plan says it

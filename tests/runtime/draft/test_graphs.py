@@ -1,6 +1,7 @@
 """Captured levels against the plain twin. On a CPU a capture is the action itself: what is tested
 is that replaying it, on tensors that stay where they are, grows the same trees."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,13 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.plan import Tree
 from subspec.planner.model.hub import DEMO
-from subspec.runtime.decode import tree_rows
 from subspec.runtime.draft import beam
-from subspec.runtime.draft.beam import DraftPass, TokenTree
+from subspec.runtime.draft.beam import DraftPass, Growing, TokenTree
+from subspec.runtime.draft.drafter import SubstituteDrafter, tree_rows
 from subspec.runtime.draft.graphs import DraftGraphs, grow, make_graphs, rounded_up
+from subspec.runtime.engine import Engine
 from subspec.runtime.model.cache import Cache, TreeSlots
-from subspec.runtime.model.sampling import Sampling
-from subspec.runtime.session import Session
+from subspec.runtime.sequence import GenerationParams
 from subspec.runtime.verify import accept
 
 CPU = torch.device("cpu")
@@ -31,18 +32,26 @@ def graphs_of(tree: Tree, verify_width: int = W) -> DraftGraphs:
 
 
 def cache_of(length: int, slots: int = 2048) -> Cache:
-    return Cache(torch.zeros(1, 2, 1, slots, 1), [0] * length)
+    return Cache((torch.zeros(1, slots, 1),), (torch.zeros(1, slots, 1),), [0] * length)
 
 
-def lengths_count(behind: TreeSlots) -> DraftPass:
+def lengths_count(cache: Cache, behind: TreeSlots) -> DraftPass:
     """Logits of the node's token and depth, and of how many tokens are committed."""
     table = torch.randn(V, V, generator=torch.Generator().manual_seed(6)) * 3
 
-    def run(tree: TokenTree, nodes: Tensor) -> Tensor:
+    def run(growing: Sequence[Growing]) -> Tensor:
+        [one] = growing
+        tree, nodes = one.tree, one.last.nodes
         shift = behind.length + tree.depths[nodes]
         return table[(tree.tokens[nodes] + shift) % V]
 
     return run
+
+
+def plainly(tree: Tree, root: Tensor, depth: int, cache: Cache) -> TokenTree:
+    """By the plain twin."""
+    [grown] = beam.grow([root], [depth], tree, W, lengths_count(cache, cache.tree_slots(W)))
+    return grown
 
 
 def same(got: TokenTree, expected: TokenTree) -> bool:
@@ -63,7 +72,7 @@ def test_replayed_levels_are_those_of_the_plain_twin(width: int) -> None:
     graphs = graphs_of(tree)
     for turn, (length, depth) in enumerate([(3, 5), (9, 5), (14, 2), (15, 0), (20, 4), (500, 5)]):
         cache, root = cache_of(length), torch.tensor([turn])
-        expected = beam.grow(root, replace(tree, depth=depth), W, lengths_count(cache.behind(W)))
+        expected = plainly(tree, root, depth, cache)
         assert same(grow(graphs, root, depth, cache, lengths_count), expected)
     assert list(graphs.replays) == [64, 640] and graphs.problem is None
 
@@ -78,7 +87,7 @@ def test_a_draft_that_ends_early_ends_where_the_plain_twin_does(
     for turn in range(60):
         length, depth = 3 + 5 * turn, turn % 7 and 5
         cache, root = cache_of(length), torch.tensor([turn % V])
-        expected = beam.grow(root, replace(tree, depth=depth), W, lengths_count(cache.behind(W)))
+        expected = plainly(tree, root, depth, cache)
         assert same(grow(graphs, root, depth, cache, lengths_count), expected)
         shapes.add((expected.num_nodes - 1) // width)
     assert len(graphs.replays) < 10 and graphs.problem is None
@@ -88,12 +97,12 @@ def test_a_draft_that_ends_early_ends_where_the_plain_twin_does(
 def test_a_replayed_draft_runs_no_level_that_it_does_not_keep() -> None:
     ran = list[int]()
 
-    def passes(behind: TreeSlots) -> DraftPass:
-        real = lengths_count(behind)
+    def passes(cache: Cache, behind: TreeSlots) -> DraftPass:
+        real = lengths_count(cache, behind)
 
-        def run(tree: TokenTree, nodes: Tensor) -> Tensor:
-            ran.append(int(tree.depths[nodes[0]]))
-            return real(tree, nodes)
+        def run(growing: Sequence[Growing]) -> Tensor:
+            ran.append(int(growing[0].tree.depths[growing[0].last.nodes[0]]))
+            return real(growing)
 
         return run
 
@@ -148,7 +157,7 @@ def test_where_a_capture_fails_levels_go_on_kernel_by_kernel() -> None:
     graphs = make_graphs(Tree(2, 3), W, CPU, capture)
     for length in (5, 6, 700):
         cache, root = cache_of(length), torch.tensor([length % V])
-        expected = beam.grow(root, Tree(2, 3), W, lengths_count(cache.behind(W)))
+        expected = plainly(Tree(2, 3), root, 3, cache)
         assert same(grow(graphs, root, 3, cache, lengths_count), expected)
     assert len(tries) == 1
     assert graphs.problem == "CUDA graphs cannot be captured: CUDA error: operation not permitted"
@@ -188,9 +197,10 @@ def test_a_level_its_rows_and_acceptance_wait_for_nothing(width: int) -> None:
     cache, root = cache_of(70), torch.tensor([3])
     rows = []
 
-    def passes(behind: TreeSlots) -> DraftPass:
-        def run(tree: TokenTree, nodes: Tensor) -> Tensor:
-            rows.append(tree_rows(tree, nodes, behind))
+    def passes(cache: Cache, behind: TreeSlots) -> DraftPass:
+        def run(growing: Sequence[Growing]) -> Tensor:
+            nodes = growing[0].last.nodes
+            rows.append(tree_rows(growing[0].tree, nodes, cache, behind))
             return logits[nodes]
 
         return run
@@ -223,18 +233,65 @@ def test_an_answer_is_the_same_with_and_without_graphs(
     )
     said, accepted = [], []
     for captured in (False, True):
-        with Session(chosen) as session:
-            plan = session.plan
-            graphs = graphs_of(plan.tree, plan.verify_width) if captured else None
-            session.model = replace(session.model, draft_graphs=graphs)
-            rounds = session.generate([*range(40, 60)], 150, Sampling())
+        with Engine.open(chosen) as engine, engine.new_sequence() as sequence:
+            drafter = engine.model.drafter
+            assert isinstance(drafter, SubstituteDrafter)
+            if captured:
+                drafter = replace(drafter, capture=lambda action: action)
+                engine.model = replace(engine.model, drafter=drafter)
+            rounds = sequence.generate([*range(40, 60)], GenerationParams(150))
             said.append([token for some in rounds for token in some])
-            accepted.append((session.stats.accepted, session.stats.drafted_levels))
-            if graphs is not None:
+            accepted.append((sequence.stats.accepted, sequence.stats.drafted_levels))
+            if captured:
+                [graphs] = drafter.captured.values()
                 assert len(graphs.replays) > 1, "the answer outgrew the first live slots"
     assert said[0] == said[1] and accepted[0] == accepted[1]
 
 
+def test_each_sequence_has_graphs_of_its_own_and_company_is_launched(artifact: Artifact) -> None:
+    """A graph has one tree's rows: several trees grow together without."""
+    prompts = [[*range(40, 60)], [*range(90, 120)]]
+    chosen = replan(artifact, width=2, depth=4, num_sequences=2)
+    said: list[list[list[int]]] = []
+    for together in (False, True):
+        with Engine.open(chosen) as engine:
+            drafter = engine.model.drafter
+            assert isinstance(drafter, SubstituteDrafter)
+            drafter = replace(drafter, capture=lambda action: action)
+            engine.model = replace(engine.model, drafter=drafter)
+            sequences = [engine.new_sequence() for _ in prompts]
+            answers: list[list[int]] = [[], []]
+            if not together:
+                for index, sequence in enumerate(sequences):
+                    for some in sequence.generate(prompts[index], GenerationParams(30)):
+                        answers[index] += some
+                assert list(drafter.captured) == [sequence.cache for sequence in sequences]
+            else:
+                for sequence, prompt in zip(sequences, prompts, strict=True):
+                    sequence.begin(prompt, GenerationParams(30))
+                engine.step()
+                assert not drafter.captured
+                while any(sequence.finish_reason is None for sequence in sequences):
+                    engine.step()
+                answers = [sequence.take_fresh() for sequence in sequences]
+            said.append(answers)
+    assert said[0] == said[1]
+
+
 def test_graphs_are_for_gpus(artifact: Artifact) -> None:
-    with Session(artifact) as session:
-        assert session.model.draft_graphs is None and session.missing_graphs is None
+    with Engine.open(artifact) as engine:
+        drafter = engine.model.drafter
+        assert isinstance(drafter, SubstituteDrafter)
+        assert drafter.capture is None and engine.missing_graphs is None
+
+
+def test_why_levels_are_not_captured_is_told(artifact: Artifact) -> None:
+    def refuse(action: object) -> Any:
+        raise RuntimeError("CUDA error: no memory")
+
+    with Engine.open(artifact) as engine, engine.new_sequence() as sequence:
+        drafter = engine.model.drafter
+        assert isinstance(drafter, SubstituteDrafter)
+        engine.model = replace(engine.model, drafter=replace(drafter, capture=refuse))
+        list(sequence.generate([*range(40, 60)], GenerationParams(20)))
+        assert engine.missing_graphs == "CUDA graphs cannot be captured: CUDA error: no memory"

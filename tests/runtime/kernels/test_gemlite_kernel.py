@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from subspec.artifacts.footprint import packed_bytes
 from subspec.artifacts.format.packing import dequantize, pack_nibbles
 from subspec.runtime.kernels import gemlite_kernel
 from subspec.runtime.kernels.gemlite_kernel import keep_tuning, tuning_file
-from subspec.runtime.kernels.linear import pack, packed_bytes
+from subspec.runtime.kernels.linear import pack
 
 GPU = torch.device("cuda", 0)
 
@@ -24,7 +25,7 @@ def substitute(num_rows: int, num_columns: int) -> tuple[Tensor, Tensor]:
     return codes, qparams.bfloat16()
 
 
-def test_codes_and_grid_lie_in_the_given_bytes_and_mean_what_is_stored() -> None:
+def test_codes_and_qparams_lie_in_the_given_bytes_and_mean_what_is_stored() -> None:
     codes, qparams = substitute(48, 192)
     room = [torch.empty(n, dtype=torch.uint8) for n in packed_bytes(48, 192, "gemlite")]
     weight = pack(pack_nibbles(codes), qparams, "gemlite", *room)
@@ -42,11 +43,11 @@ def test_codes_and_grid_lie_in_the_given_bytes_and_mean_what_is_stored() -> None
     assert torch.equal(unpacked, codes.long())
     steps = unpacked.view(48, 3, 64) * own.scales.float().t()[..., None]
     values = (steps + own.offsets.float().t()[..., None]).flatten(1)
-    # The offset of code 0 is rounded to bf16: it lies eight steps from the zero_point.
+    # The offset of code 0 is rounded to bf16: it lies eight steps from the zero point.
     assert (values - dequantize(codes, qparams)).abs().max() <= own.offsets.abs().max() / 2**8
 
 
-def test_only_gemlite_has_its_grid_twice() -> None:
+def test_only_gemlite_has_its_qparams_twice() -> None:
     assert packed_bytes(48, 192, "aten") == packed_bytes(48, 192, "w4a8") == (4608, 576)
     assert packed_bytes(48, 192, "gemlite") == (4608, 576, 576)
 

@@ -139,7 +139,7 @@ def test_a_row_with_an_infinity_or_nan_becomes_nan_and_leaves_the_others_alone()
 def test_eight_bit_activations_change_a_product_by_less_than_a_percent() -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(512, 1024, generator=generator) * 0.02
-    weight[:, :64] += 0.1  # a zero_point far from 0
+    weight[:, :64] += 0.1  # a zero point far from 0
     substitute = quantize(weight.bfloat16(), "cpu")
     x = activations(8, 1024)
     got = int4.product(x, packed(substitute.codes), substitute.qparams, 1).float()
@@ -148,7 +148,7 @@ def test_eight_bit_activations_change_a_product_by_less_than_a_percent() -> None
 
 
 @pytest.mark.usefixtures("build")
-def test_codes_and_grid_are_taken_exactly() -> None:
+def test_codes_and_qparams_are_taken_exactly() -> None:
     codes, qparams = stored(64, 192)
     one_hot = torch.eye(192, dtype=torch.bfloat16)  # row k picks column k; 127 / 127 is exact
     got = int4.product(one_hot, packed(codes), qparams, 1)

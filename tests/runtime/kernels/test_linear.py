@@ -4,19 +4,27 @@ import pytest
 import torch
 from torch import Tensor
 
+from subspec.artifacts.footprint import PRODUCT_ROWS, packed_bytes
 from subspec.artifacts.format.packing import dequantize, pack_nibbles, unpack_nibbles
+from subspec.artifacts.plan import Int4Kernel
 from subspec.planner.build.quantize import quantize
+from subspec.runtime.kernels import linear
 from subspec.runtime.kernels.linear import (
-    ROWS_PER_CALL,
     Int4Weight,
+    calls,
     cpu_tile_rows,
+    empty_weight,
     exact_product,
     exact_product_into,
     inner_tiles,
     int4_product,
     int4_product_plainly,
     pack,
-    packed_bytes,
+    pack_qparams,
+    pack_rows,
+    piece_rows,
+    read_codes,
+    unpack,
     unpack_cpu,
 )
 
@@ -101,14 +109,116 @@ def test_the_4_bit_kernel_computes_with_exactly_what_is_stored(shape: tuple[int,
     assert torch.equal(got, expected.t().bfloat16())
 
 
-@pytest.mark.parametrize("rows", [1, 5, ROWS_PER_CALL + 3])
-def test_products_in_pieces_equal_one_product(rows: int) -> None:
+# ---- packing in pieces --------------------------------------------------------------------------
+
+
+def room_for(num_rows: int, num_columns: int, kernel: Int4Kernel) -> list[Tensor]:
+    """Full of ones, so that what is not written is seen."""
+    sizes = packed_bytes(num_rows, num_columns, kernel)
+    return [torch.full((size,), 0xFF, dtype=torch.uint8) for size in sizes]
+
+
+def packed_at_once(codes: Tensor, qparams: Tensor, kernel: Int4Kernel) -> list[Tensor]:
+    room = room_for(len(codes), 2 * codes.shape[1], kernel)
+    weight = empty_weight(len(codes), 2 * codes.shape[1], kernel, room)
+    pack_rows(weight, 0, codes)
+    pack_qparams(weight, qparams)
+    return room
+
+
+SHAPES = [(64, 64), (192, 128), (704, 192), (1088, 64), (48, 64), (80, 64)]  # N, K
+KERNELS: list[Int4Kernel] = ["aten", "w4a8", "gemlite"]  # the last: its layout, on the host
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    "shape", [(64, 64), (192, 128), (704, 192), (1088, 64), (48, 64), (80, 64)]
+)
+def test_a_matrix_packed_in_pieces_has_the_bytes_of_one_packed_at_once(
+    shape: tuple[int, int], kernel: Int4Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the last piece is smaller than the others, or no whole tile."""
+    monkeypatch.setattr(linear, "PIECE_BYTES", 1)  # the smallest pieces that there are
+    codes, qparams = stored(*shape)
+    room = room_for(*shape, kernel)
+    weight = pack(codes, qparams, kernel, *room)
+    step = piece_rows(weight)
+    tiles = kernel == "aten" and cpu_tile_rows(shape[0]) is None
+    assert step == (shape[0] if tiles else 64)
+    for got, expected in zip(room, packed_at_once(codes, qparams, kernel), strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_pieces_may_be_packed_in_any_order(kernel: Int4Kernel) -> None:
+    codes, qparams = stored(320, 128)
+    room = room_for(320, 128, kernel)
+    weight = empty_weight(320, 128, kernel, room)
+    pack_qparams(weight, qparams)
+    for first in (192, 0, 64):
+        count = {192: 128, 0: 64, 64: 128}[first]
+        pack_rows(weight, first, codes[first : first + count])
+    for got, expected in zip(room, packed_at_once(codes, qparams, kernel), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_a_piece_is_about_a_megabyte_of_whole_tiles() -> None:
+    for shape in ((4096, 4096), (4096, 2**19), (17_000, 1088)):
+        codes = torch.empty(0, dtype=torch.uint8)
+        qparams = torch.empty(shape[1] // 64, shape[0], 2, dtype=torch.bfloat16, device="meta")
+        step = piece_rows(Int4Weight("w4a8", "cpu", codes, qparams))
+        assert step % 64 == 0 and (step == 64 or step * shape[1] // 2 <= linear.PIECE_BYTES)
+
+
+@pytest.mark.parametrize("kernel", ["aten", "w4a8"])
+def test_the_codes_of_some_rows_are_read_back_as_stored(kernel: Int4Kernel) -> None:
+    codes, qparams = stored(320, 192)
+    weight = pack(codes, qparams, kernel, *room_for(320, 192, kernel))
+    if cpu_tile_rows(320, kernel) is None:
+        pytest.skip("this CPU has no tiles")
+    for first, count in ((0, 320), (64, 128), (256, 64)):
+        assert torch.equal(unpack(*read_codes(weight, first, count)), codes[first : first + count])
+
+
+# ---- exact products -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 5, PRODUCT_ROWS + 3])
+@pytest.mark.parametrize("rows_per_call", [1, 4, 1000])
+def test_products_in_pieces_equal_one_product(rows: int, rows_per_call: int) -> None:
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(rows, 64, generator=generator), torch.randn(32, 64, generator=generator)
     wide = torch.zeros(rows, 48)
-    exact_product(x, weight, wide[:, 8:40])
+    exact_product(x, weight, wide[:, 8:40], rows_per_call)
     torch.testing.assert_close(wide[:, 8:40], x @ weight.t())
     assert wide[:, :8].abs().sum() + wide[:, 40:].abs().sum() == 0
     gate = torch.full((rows, 32), 2.0)
-    exact_product_into(x, weight, gate)
+    exact_product_into(x, weight, gate, rows_per_call)
     torch.testing.assert_close(gate, 2.0 * (x @ weight.t()))
+
+
+def test_a_call_has_the_rows_of_one_sequence_and_no_more_than_a_piece() -> None:
+    assert list(calls(6, 2)) == [slice(0, 2), slice(2, 4), slice(4, 6)]
+    assert list(calls(5, 8)) == [slice(0, 5)]
+    most = PRODUCT_ROWS
+    ends = [(0, most), (most, most + 9), (most + 9, 2 * most + 9), (2 * most + 9, 2 * most + 18)]
+    assert list(calls(2 * most + 18, most + 9)) == [slice(*pair) for pair in ends]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("width", [1, 8, 24, PRODUCT_ROWS + 8])
+def test_the_rows_of_several_sequences_have_the_bits_of_separate_calls(
+    width: int, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(width)
+    weight = torch.randn(96, 320, generator=generator).to(dtype)
+    alone = [torch.randn(width, 320, generator=generator).to(dtype) for _ in range(3)]
+    together = torch.cat(alone)
+    out, gate = torch.empty(3 * width, 96, dtype=dtype), torch.ones(3 * width, 96, dtype=dtype)
+    exact_product(together, weight, out, width)
+    exact_product_into(together, weight, gate, width)
+    for x, got, gated in zip(alone, out.split(width), gate.split(width), strict=True):
+        expected, expected_gate = (torch.ones(width, 96, dtype=dtype) for _ in range(2))
+        exact_product(x, weight, expected, width)
+        exact_product_into(x, weight, expected_gate, width)
+        assert torch.equal(got, expected) and torch.equal(gated, expected_gate)

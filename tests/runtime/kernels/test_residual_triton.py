@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.footprint import packed_bytes
 from subspec.artifacts.format import residual
 from subspec.artifacts.format.packing import pack_nibbles
 from subspec.artifacts.plan import Int4Kernel
 from subspec.runtime.kernels import linear
-from subspec.runtime.kernels.linear import pack, packed_bytes
+from subspec.runtime.kernels.linear import pack
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
@@ -72,7 +73,7 @@ def check_arbitrary_patterns_come_through_as_escapes(dtype: torch.dtype) -> None
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def check_extreme_grids_give_the_windows_of_the_plain_twin(dtype: torch.dtype) -> None:
+def check_extreme_qparams_give_what_the_plain_twin_decodes(dtype: torch.dtype) -> None:
     codes, qparams = random_substitute(64)
     scales = torch.tensor([2.0**-59, 2.0**59, 2.0**-14, 1.0, 3e-3])
     steps = torch.tensor([0.0, -0.0, 0.5, -7.5, 8.5, -8.5, 8.53125, 1e3])  # where zero may lie

@@ -13,16 +13,17 @@ from safetensors.torch import load_file
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format.store import Artifact, open_artifact, verify
 from subspec.artifacts.format.tensors import read_header
-from subspec.artifacts.model import StoredPart, linears
+from subspec.artifacts.model import HEAD, StoredPart, layer_name
 from subspec.artifacts.native import residual_cpu
-from subspec.artifacts.plan import Constraints, Placement
+from subspec.artifacts.plan import Constraints, Method, Placement
 from subspec.planner.model.hub import DEMO
 from subspec.planner.solve.search import PRIOR, search
 from subspec.planner.solve.storage import Storage
-from subspec.runtime.model.sampling import Sampling
-from subspec.runtime.session import Session
+from subspec.runtime.engine import Engine, OpenOptions
+from subspec.runtime.sequence import GenerationParams
 
 PROMPT = [5 + n % 90 for n in range(30)]
+METHODS: list[Method] = ["substitute", "plain"]
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +33,7 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="module", params=[torch.bfloat16, torch.float16, torch.float32], ids=str)
 def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    folder = tmp_path_factory.mktemp("split")
+    folder = tmp_path_factory.mktemp("residuals")
     source = demo_checkpoint(folder / "model", request.param)
     return build_artifact(source, folder / "artifact", "residual", resident_share=0.3)
 
@@ -43,34 +44,47 @@ def bf16(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     return build_artifact(DEMO, out, "residual", resident_share=0.3)
 
 
-def products(session: Session) -> dict[str, torch.Tensor]:
+def products(engine: Engine) -> dict[str, torch.Tensor]:
     """Every exact matrix of a pass, read through its product."""
     found = {}
-    spec = session.artifact.spec
+    spec = engine.artifact.spec
     dtype = getattr(torch, spec.dtype)
-    for layer, product in enumerate(session.model.exact):
-        for linear in (n for n in linears(spec) if n.layer == layer):
+    for layer, product in enumerate(engine.model.exact):
+        for linear in (n for n in spec.linears if n.layer == layer):
             x = torch.eye(linear.in_features, dtype=dtype)
-            found[linear.name] = product(linear.kind, x).t()
+            name = linear.name.removeprefix(f"{layer_name(layer)}.")
+            found[linear.name] = product(name, x, 256).t()
     return found
+
+
+def tokens(artifact: Artifact, method: Method = "substitute") -> list[int]:
+    with Engine.open(artifact, OpenOptions(method=method)) as engine:
+        return answer(engine, 24)
+
+
+def answer(engine: Engine, count: int) -> list[int]:
+    with engine.new_sequence() as sequence:
+        rounds = sequence.generate(PROMPT, GenerationParams(count))
+        return [token for some in rounds for token in some]
 
 
 def test_every_product_is_that_of_the_checkpoints_weight(artifact: Artifact) -> None:
     original = load_file(DEMO / "model.safetensors")
-    dtype = getattr(torch, artifact.spec.dtype)
+    spec = artifact.spec
+    dtype = getattr(torch, spec.dtype)
     encodings = {part.encoding for part in artifact.stored_parts()}
     assert encodings == {"residual"}
-    assert artifact.plan.plain.split and artifact.plan.plain.num_slots
-    with Session(artifact, method="plain") as session, torch.inference_mode():
+    placement = artifact.plan.placement("plain")
+    assert placement.residuals and placement.num_slots
+    with Engine.open(artifact, OpenOptions(method="plain")) as engine, torch.inference_mode():
         for _ in range(2):  # the first pass is checked against the digests, the second is not
-            for name, got in products(session).items():
-                if name == "lm_head":
-                    continue
+            for name, got in products(engine).items():
                 bias = original.get(f"{name}.bias")
-                expected = original[f"{name}.weight"].to(dtype)
+                known = "model.embed_tokens" if name == HEAD and spec.tied_head else name
+                expected = original[f"{known}.weight"].to(dtype)
                 if bias is not None:
                     expected = expected + bias.to(dtype)[:, None]
-                assert torch.equal(got, expected), name
+                assert torch.equal(got[: len(expected)], expected), name
 
 
 def test_a_residual_is_smaller_than_the_weights(artifact: Artifact) -> None:
@@ -98,16 +112,19 @@ def test_a_residual_can_be_decoded_for_good_while_loading(bf16: Artifact) -> Non
     """A plan with memory to spare: no substitute stays for plain decoding."""
     stored = bf16.stored_parts()
     plan, raw_bytes = bf16.plan, sum(part.part.padded_bytes for part in stored)
-    ledger = {**plan.plain.ledger, "resident": raw_bytes, "residuals": 0, "staging": 0}
-    ledger |= {"substitutes": 0, "scratch": 0}
+    ledger = replace(
+        plan.placement("plain").ledger,
+        resident=raw_bytes, residuals=0, staging=0, substitutes=0, scratch=0,
+    )  # fmt: skip
     everything = Placement(tuple(part.name for part in stored), (), 0, 0, ledger)
-    loaded = replace(bf16, plan=replace(plan, plain=everything))
+    placements = {**plan.placements, "plain": everything}
+    loaded = replace(bf16, plan=replace(plan, placements=placements))
     assert tokens(loaded, "plain") == tokens(bf16, "plain")
 
 
-@pytest.mark.parametrize("method", ["substitute", "plain"])
+@pytest.mark.parametrize("method", METHODS)
 def test_a_plan_that_holds_some_residuals_decoded_says_the_same_in_its_ledgers_bytes(
-    bf16: Artifact, method: str
+    bf16: Artifact, method: Method
 ) -> None:
     """Planned for a decoder that is far slower than the link. What is held decoded is never decoded
     again."""
@@ -121,25 +138,20 @@ def test_a_plan_that_holds_some_residuals_decoded_says_the_same_in_its_ledgers_b
     )
     every = set(plan.residuals)
     assert plan.verify_width == none.verify_width and every == set(none.residuals)
-    with Session(replace(bf16, plan=plan), method=method, trace=True) as session:  # type: ignore[arg-type]
-        placement = session.placement
-        assert 0 < len(placement.resident) < len(every) and placement.split
-        got = [t for some in session.generate(PROMPT, 24, Sampling()) for t in some]
-        unused = {name: arena.numel() for name, arena in session.memory._free.items()}
+    options = OpenOptions(method=method, trace=True)
+    with Engine.open(replace(bf16, plan=plan), options) as engine:
+        placement = engine.placement
+        assert 0 < len(placement.resident) < len(every) and placement.residuals
+        got = answer(engine, 24)
+        unused = {name: arena.numel() for name, arena in engine.memory._free.items()}
         assert max(unused.values()) == 0, f"the ledger grants more than is used: {unused}"
-        assert session.peak.peak_bytes <= plan.predicted[method].fast_peak_bytes <= 11_000_000
-        spans = session.model.clock.spans
+        assert engine.peak.peak_bytes <= plan.predicted[method].fast_peak_bytes <= 11_000_000
+        spans = engine.model.clock.spans
         assert spans is not None
         decoded = {span.name for span in spans if span.lane == "decode"}
         assert decoded == every - set(placement.resident)
-    without = none.placement(method)  # type: ignore[arg-type]
-    assert without is not None and without.resident == ()
+    assert none.placement(method).resident == ()
     assert got == tokens(replace(bf16, plan=none), method)
-
-
-def tokens(artifact: Artifact, method: str = "substitute") -> list[int]:
-    with Session(artifact, method=method) as session:  # type: ignore[arg-type]
-        return [t for some in session.generate(PROMPT, 24, Sampling()) for t in some]
 
 
 # Corruption
@@ -153,8 +165,8 @@ def flip_in_part(folder: Path, at: int) -> None:
 
 
 def streamed(artifact: Artifact) -> list[StoredPart]:
-    placement = artifact.plan.plain
-    held = {*placement.resident, *placement.split}
+    placement = artifact.plan.placement("plain")
+    held = {*placement.resident, *placement.residuals}
     return [part for part in artifact.stored_parts() if part.name not in held]
 
 
@@ -166,9 +178,9 @@ def flip(path: Path, offset: int) -> None:
         file.write(bytes([byte ^ 1]))
 
 
-def flip_tensor(name: str) -> Callable[[Path], None]:
+def flip_tensor(file: str, name: str) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
-        path = folder / f"{'substitutes' if 'proj' in name else 'resident'}.safetensors"
+        path = folder / f"{file}.safetensors"
         flip(path, read_header(path)[name].offset + 100)
 
     return change
@@ -176,31 +188,34 @@ def flip_tensor(name: str) -> Callable[[Path], None]:
 
 def flip_held(folder: Path) -> None:
     opened = open_artifact(folder)
-    flip(folder / "exact.safetensors", opened.part_entries()[opened.plan.plain.split[0]].offset + 9)
+    name = opened.plan.placement("plain").residuals[0]
+    flip(folder / "exact.safetensors", opened.part_entries()[name].offset + 9)
 
 
 DAMAGES = {
     "a tile's place": lambda folder: flip_in_part(folder, 8),
     "a residual": lambda folder: flip_in_part(folder, 5000),
     "a residual that stays": flip_held,
-    "a code": flip_tensor("model.layers.1.mlp.up_proj.codes"),
-    "a scale": flip_tensor("model.layers.2.self_attn.k_proj.qparams"),
-    "an embedding": flip_tensor("model.embed_tokens.weight"),
+    "a code": flip_tensor("substitutes", "model.layers.1.mlp.up_proj.codes"),
+    "a scale": flip_tensor("substitutes", "model.layers.2.self_attn.k_proj.qparams"),
+    "a norm": flip_tensor("resident", "model.norm.weight"),
+    "an embedding": flip_tensor("embedding", "model.embed_tokens.weight"),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
-@pytest.mark.parametrize("method", ["plain", "substitute"])
+@pytest.mark.parametrize("method", METHODS)
 def test_damage_is_an_error_before_a_token(
-    bf16: Artifact, tmp_path: Path, method: str, damage: Callable[[Path], None]
+    bf16: Artifact, tmp_path: Path, method: Method, damage: Callable[[Path], None]
 ) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(bf16.path, copy)
     damage(copy)
     emitted = []
     with pytest.raises(SubspecError, match="does not match its digest") as caught:
-        with Session(open_artifact(copy), method=method) as session:  # type: ignore[arg-type]
-            emitted += list(session.generate(PROMPT, 4, Sampling()))
+        with Engine.open(copy, OpenOptions(method=method)) as engine:
+            with engine.new_sequence() as sequence:
+                emitted += list(sequence.generate(PROMPT, GenerationParams(4)))
     assert caught.value.exit_code == Exit.CORRUPT
     assert not emitted
     with pytest.raises(SubspecError, match="do not match their digest"):

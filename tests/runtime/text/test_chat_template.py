@@ -143,7 +143,7 @@ def test_what_a_template_refuses_is_a_usage_error_in_its_own_words() -> None:
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
         ("{{ range(10 ** 9) | length }}", "[Rr]ange too big"),
         ("{{ ('a' * 2000000000) | length }}", "more than 512 MiB"),
-        ("{{ 'a' | zero_point(2000000000) }}", "more than 512 MiB"),
+        ("{{ 'a' | center(2000000000) }}", "more than 512 MiB"),
         ("{{ '%2000000000d' % 1 }}", "more than 512 MiB"),
         ("{{ '{:2000000000d}'.format(1) }}", "more than 512 MiB"),
         ("{{ [1, 2] | tojson(indent=1000000000) }}", "more than 512 MiB"),
