@@ -77,7 +77,7 @@ def small_space(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("residual_weights_per_second", "budget_bytes", "shares"),
-    sampled(5, DECODE_RATES, BUDGETS, [(0.8, 0.9), (0.2, 0.2)]),
+    sampled(DECODE_RATES, BUDGETS, [(0.8, 0.9), (0.2, 0.2)]),
 )
 def test_nothing_feasible_is_better(
     budget_bytes: int,
@@ -91,7 +91,7 @@ def test_nothing_feasible_is_better(
 
 @pytest.mark.parametrize(
     ("residual_weights_per_second", "budget_bytes", "stored"),
-    sampled(5, DECODE_RATES, [*BUDGETS, 18_000_000, 20_000_000], [0, 5]),
+    sampled(DECODE_RATES, [*BUDGETS, 18_000_000, 20_000_000], [0, 5]),
 )
 def test_nothing_feasible_is_better_for_the_residuals_of_an_artifact(
     budget_bytes: int, residual_weights_per_second: float, stored: int, small_space: None
@@ -233,7 +233,7 @@ def test_more_memory_never_predicts_slower(every: int, residual_weights_per_seco
 
 @pytest.mark.parametrize(
     ("residual_weights_per_second", "stored", "constraints"),
-    sampled(5, DECODE_RATES, [0, 5], [Constraints(context=256), LONG]),
+    sampled(DECODE_RATES, [0, 5], [Constraints(context=256), LONG]),
 )
 def test_more_memory_never_predicts_slower_for_the_residuals_of_an_artifact(
     residual_weights_per_second: float, stored: int, constraints: Constraints, small_space: None
@@ -285,7 +285,7 @@ def test_faster_decoding_never_predicts_slower(budget_bytes: int, small_space: N
 
 @pytest.mark.parametrize(
     ("budget_bytes", "shares"),
-    sampled(3, [8_000_000, 11_000_000, 14_500_000], [(0.8, 0.9), *SHARES]),
+    sampled([8_000_000, 11_000_000, 14_500_000], [(0.8, 0.9), *SHARES]),
 )
 def test_a_faster_link_never_predicts_slower(
     budget_bytes: int, shares: tuple[float, float], small_space: None
@@ -328,7 +328,6 @@ def test_one_level_that_is_accepted_more_often_never_predicts_slower(small_space
 @pytest.mark.parametrize(
     ("constraints", "device", "dtype", "residual_weights_per_second", "stored"),
     sampled(
-        7,
         [Constraints(), Constraints(context=256), Constraints(context=1024)],
         ["cpu", "cuda"],
         ["bfloat16", "float32"],
