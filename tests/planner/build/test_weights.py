@@ -284,7 +284,7 @@ def test_a_build_takes_the_memory_of_a_few_matrices(tmp_path: Path) -> None:
     shutil.copytree(DEMO, checkpoint)
     config = json.loads((DEMO / "config.json").read_text())
     config |= {"hidden_size": 1024, "intermediate_size": 4096, "tie_word_embeddings": False}
-    config |= {"num_hidden_layers": 4, "layer_types": None}
+    config |= {"num_hidden_layers": 3, "layer_types": None}
     (checkpoint / "config.json").write_text(json.dumps(config))
     spec = read_config(checkpoint, Source("test/model"))
     shapes = {f"{n.name}.weight": (n.out_features, n.in_features) for n in spec.linears}
