@@ -100,9 +100,9 @@ def make_plan(
             resident=group_bytes(resident),
             residuals=group_bytes(residuals),
         )
-        names = [tuple(part.name for part in some) for some in (resident, residuals)]
+        raw, coded = (tuple(part.name for part in some) for some in (resident, residuals))
         block_bytes, slots = (ring.block_bytes, ring.num_slots) if ring else (0, 0)
-        return Placement(*names, block_bytes, slots, purposes)
+        return Placement(raw, coded, block_bytes, slots, purposes)
 
     placements: dict[Method, Placement] = {
         "substitute": placement(width),

@@ -7,7 +7,6 @@ import pytest
 
 import subspec.artifacts  # noqa: F401  before any test imports torch: see there
 
-
 # Of this process and its children, unless a test says otherwise: threads that wait for each other
 # take minutes on a busy machine. Read when torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -14,7 +14,7 @@ from transformers import Qwen2Config
 from subspec.artifacts.acceptance import Acceptance
 from subspec.artifacts.format.checks import check_plan
 from subspec.artifacts.format.store import Artifact
-from subspec.artifacts.plan import Method, Prediction, Usage
+from subspec.artifacts.plan import Method, Placement, Prediction, Usage
 from subspec.planner.model.hub import DEMO
 from subspec.planner.rehearse.calibration import Sample, shipped_samples
 from subspec.planner.rehearse.rehearsal import (
@@ -145,7 +145,7 @@ def test_a_slow_machine_is_asked_for_one_round_only(demo: Artifact) -> None:
 
 
 def test_a_plan_without_a_draft_is_timed_and_nothing_is_judged(demo: Artifact) -> None:
-    without_draft = {"plain": demo.plan.placement("plain")}
+    without_draft: dict[Method, Placement] = {"plain": demo.plan.placement("plain")}
     plain = replace(demo, plan=replace(demo.plan, method="plain", placements=without_draft))
     found = rehearsed(plain, CODE)
     assert found.acceptance is None

@@ -8,13 +8,13 @@ import pytest
 from toys import make_profile, make_spec
 
 from subspec.artifacts.acceptance import Acceptance, Curve
+from subspec.artifacts.footprint import Ring
 from subspec.artifacts.plan import USUAL, Prediction, Tree, Usage
 from subspec.artifacts.profile import LIVE_TOKENS, MORE_TOKENS, Corrections, Profile, Timing
 from subspec.planner.machine.profiles import with_link
 from subspec.planner.solve.predict import (
     ONE_TOKEN,
     Candidate,
-    Ring,
     RoundYield,
     both_at_once,
     passes_of,

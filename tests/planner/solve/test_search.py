@@ -571,7 +571,7 @@ def test_some_weights_are_raw_where_that_keeps_link_and_decoder_busy() -> None:
     predicted = plan.predicted["substitute"]
     assert predicted.stream_seconds == pytest.approx(predicted.compute_seconds, rel=0.3)
     for encoding in ("raw", "residual"):
-        constraints = Constraints(context=256, encoding=encoding)  # type: ignore[arg-type]
+        constraints = Constraints(context=256, encoding=encoding)
         assert speed(plan_for(9_000_000, constraints, profile=decoding_at(6e7))) < speed(plan)
 
 
