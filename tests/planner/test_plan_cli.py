@@ -349,7 +349,7 @@ def test_what_does_not_go_together_is_said(
     assert ended.out == "" and list(here.iterdir()) == []
 
 
-# An artifact planned anew
+# An artifact that is re-planned
 
 
 @pytest.fixture
