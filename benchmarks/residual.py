@@ -5,7 +5,7 @@
     python benchmarks/residual.py raw residual [--link 0.25GB --link 0.5GB …]
 
 First the decoders on one matrix, beside what each link brings. Then both artifacts at each link:
-planned anew for it with the same measured acceptance, the same prompts in turns. The weights that
+re-planned for it with the same measured acceptance, the same prompts in turns. The weights that
 stream are the only difference. The last line of stdout is one JSON object.
 """
 

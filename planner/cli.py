@@ -62,7 +62,7 @@ class Options:
 
     @property
     def artifact(self) -> Path | None:
-        """The folder that is planned anew; None: a model is planned."""
+        """The artifact that is re-planned; None: a model is planned."""
         return self.source or self.calibrate
 
     @property

@@ -38,7 +38,7 @@ def unseen(stage: str, share: float) -> None:
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What a plan is for; the model, or the artifact that is planned anew, stands beside it."""
+    """What a plan is for; the model, or the artifact that is re-planned, stands beside it."""
 
     budget_bytes: int
     constraints: Constraints = Constraints()

@@ -65,7 +65,8 @@ class OpenOptions:
     """How a model is opened; the plan says everything else."""
 
     method: Method | None = None  # None: the plan's
-    padded: bool = True  # False: plain decoding at one row, the fastest; not the draft's exact twin
+    # Of plain decoding: False for one row, the fastest, which is not the draft's exact twin.
+    padded: bool = True
     device: str | None = None  # of several GPUs one, such as cuda:1
     link_bandwidth: float | None = None  # bytes per second that the link is slowed to
     graphs: bool = True  # on cuda: a draft's levels are captured as CUDA graphs
@@ -100,7 +101,7 @@ class Engine:
         self.peak = PeakMeter(memory)
         self.model = model
         # Padding makes plain decoding the draft's exact twin: a plan without a draft needs none.
-        self.padded = options.padded and artifact.plan.method != "plain"
+        self.padded = method != "plain" or (options.padded and self.plan.method != "plain")
         self.num_prompts = 0  # that were read; the first one also waits for digests
         self._caches = caches  # that no sequence has
         self._decoding: list[Sequence] = []
@@ -128,9 +129,6 @@ class Engine:
         plan, spec = artifact.plan, artifact.spec
         method = options.method or plan.method
         placement = plan.placement(method)
-        if method != "plain" and not options.padded:
-            message = f"padded=False is for plain decoding, but the method is {method}"
-            raise SubspecError(Exit.USAGE, message, 'add method="plain"')
         dtype: torch.dtype = getattr(torch, spec.dtype)
         with ExitStack() as stack:
             # The device and its memory

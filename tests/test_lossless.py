@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,7 +60,7 @@ def test_f32_tokens_equal_transformers_greedy_decoding(case: str, tmp_path: Path
 
     config = transformers.AutoConfig.for_model(**FAMILIES[case])
     folder = random_checkpoint(tmp_path / "checkpoint", config)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(3, 2040, (PROMPT_TOKENS,), generator=generator).tolist()
     expected = model.generate(

@@ -56,9 +56,11 @@ def read_tokenizer(folder: Path) -> TokenizerFiles:
         generation = read_fields(folder / GENERATION_CONFIG).values
     config = load_config(read_fields(folder / CONFIG))
     with reading(f"the tokenizer in {folder}"):
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-        tokenizer = AutoTokenizer.from_pretrained(
+        # The model type's own class would put its usual splitting of text in the file's place.
+        has_file = (folder / TOKENIZER).exists()
+        tokenizer = (PreTrainedTokenizerFast if has_file else AutoTokenizer).from_pretrained(
             folder, config=config, trust_remote_code=False, local_files_only=True
         )
         if not tokenizer.is_fast:

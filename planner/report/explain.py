@@ -109,6 +109,7 @@ def plan_json(spec: ModelSpec, plan: Plan, artifact: Path | None) -> dict[str, A
             "device": plan.device,
             "method": plan.method,
             "context": plan.context,
+            "sequences": plan.num_sequences,
             "tree": asdict(tree),
             "verify_width": plan.verify_width,
             "int4_kernel": plan.int4_kernel,

@@ -389,7 +389,7 @@ def test_sequences_that_are_asked_for_have_their_caches_in_the_plan(
         assert len({engine.new_sequence() for _ in range(3)}) == 3
 
 
-# An artifact planned anew
+# An artifact that is re-planned
 
 
 @pytest.fixture

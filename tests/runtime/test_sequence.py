@@ -160,12 +160,14 @@ def test_fewer_than_one_token_cannot_be_asked_for() -> None:
 def test_the_context_is_filled_to_its_last_token(artifact: Artifact) -> None:
     chosen = resident(artifact, context=64, width=4, depth=7)
     with Engine.open(chosen) as engine, engine.new_sequence() as sequence:
-        assert len(generated(sequence, PROMPT, GenerationParams(1000))) == 64 - len(PROMPT)
-        assert sequence.finish_reason == "context"
-        assert len(generated(sequence, PROMPT + [7] * 23, GenerationParams(1000))) == 1
-        assert sequence.finish_reason == "context"
-        generated(sequence, PROMPT, GenerationParams(64 - len(PROMPT)))
-        assert sequence.finish_reason == "length"
+        room = 64 - len(PROMPT)
+        for prompt, asked, given, reason in (
+            (PROMPT, 1000, room, "context"),
+            (PROMPT + [7] * 23, 1000, 1, "context"),
+            (PROMPT, room, room, "length"),
+        ):
+            assert len(generated(sequence, prompt, GenerationParams(asked))) == given
+            assert sequence.finish_reason == reason
 
 
 @pytest.mark.parametrize(

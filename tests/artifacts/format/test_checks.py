@@ -24,7 +24,7 @@ from subspec.artifacts.model import (
     Rope,
     StoredPart,
 )
-from subspec.artifacts.plan import Ledger, Placement, Plan, Tree
+from subspec.artifacts.plan import Ledger, Method, Placement, Plan, Tree
 
 Stored = tuple[str, tuple[int, ...]]  # dtype and shape
 Header = dict[str, Stored]
@@ -231,7 +231,7 @@ def test_residuals_are_decoded_over_substitutes_in_memory() -> None:
     some_stay = replace(with_them, residuals=(CODED[0].name,))
     loaded = replace(STREAMING, resident=tuple(part.name for part in CODED))  # decoded by then
     for placement in (with_them, some_stay, loaded):
-        both = {"substitute": placement, "plain": placement}
+        both: dict[Method, Placement] = {"substitute": placement, "plain": placement}
         check_plan(SPEC, CODED, replace(PLAN, placements=both))
 
 

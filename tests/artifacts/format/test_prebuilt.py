@@ -126,5 +126,5 @@ def test_what_an_artifact_does_not_bring_is_said(
     bare = build_artifact(DEMO, tmp_path / "artifact", "residual", resident_share=1.0)
     ended = run(capsys, bare.path, QUESTION, "--max-tokens", 2, "--no-record", "--trust-kernels")
     assert ended.exit_code == 0
-    said = "note: no prebuilt kernels for this machine, compiling: attention, residual"
+    said = "note: no pre-built kernels for this machine, compiling: attention, residual"
     assert said in ended.err

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerFast
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.planner.model.hub import DEMO
@@ -60,7 +60,7 @@ def check_ids(folder: Path) -> TokenizerFiles:
     """The ids of the tokenizer alone, as the runtime loads it, are transformers'."""
     found = read_tokenizer(folder)
     ours = Tokenizer.from_str(found.tokenizer_json)
-    theirs = AutoTokenizer.from_pretrained(folder)
+    theirs = PreTrainedTokenizerFast.from_pretrained(folder)
     for text in TEXTS:
         assert ours.encode(text).ids == theirs(text)["input_ids"], text
         assert ours.encode(text, add_special_tokens=False).ids == theirs.encode(
@@ -198,10 +198,20 @@ def test_a_tokenizers_own_code_is_never_run(tmp_path: Path) -> None:
         "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]},
         "tokenizer_class": "Evil",
     }
-    with pytest.raises(SubspecError) as caught:
-        read(tmp_path, config)
-    assert caught.value.exit_code == Exit.CORRUPT
-    assert "\n" not in caught.value.message
+    found = read(tmp_path, config)  # the file says all that is needed
+    assert Tokenizer.from_str(found.tokenizer_json).encode("one boat").ids
+
+
+@pytest.mark.parametrize("name", ["Llama", "Qwen2"])
+def test_the_file_decides_how_text_is_split(tmp_path: Path, name: str) -> None:
+    """transformers' class for qwen2 would split a line's end from the spaces after it."""
+    text = "def f(x):\n    return 12345\n\n\n  x  "
+    kind = {"model_type": name.lower(), "architectures": [f"{name}ForCausalLM"]}
+    folder_of(tmp_path, config=CONFIG | kind)
+    expected = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    found = Tokenizer.from_str(read_tokenizer(tmp_path).tokenizer_json)
+    assert found.encode(text).ids == expected.encode(text).ids
+    assert found.pre_tokenizer.__getstate__() == expected.pre_tokenizer.__getstate__()
 
 
 @pytest.mark.parametrize(
@@ -233,8 +243,6 @@ def test_a_hostile_config_is_refused_with_the_fields_name(tmp_path: Path, config
         {"added_tokens_decoder": {"1": 3}},
         {"added_tokens_decoder": [1]},
         {"extra_special_tokens": 3},
-        {"auto_map": 3},
-        {"tokenizer_class": 3},
     ],
     ids=str,
 )
