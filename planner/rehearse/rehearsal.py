@@ -110,10 +110,7 @@ def pack_kernels(folder: Path, plan: Plan) -> None:
 
 def opened(artifact: Artifact, method: Method, setting: Setting) -> Engine:
     how = OpenOptions(
-        method,
-        padded=method != "plain",  # at one row, as plain decoding is predicted
-        device=setting.device,
-        link_bandwidth=setting.link_bandwidth,
+        method, padded=False, device=setting.device, link_bandwidth=setting.link_bandwidth
     )
     return Engine.open(artifact, how)
 
