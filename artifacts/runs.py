@@ -58,7 +58,7 @@ class Run:
     prompt_tokens: Count
     reused_tokens: Count  # of the prompt, already in the cache
     generated_tokens: Count
-    first_of_session: bool  # the time to its first token includes the check of digests
+    first_of_engine: bool  # the time to its first token includes the check of digests
     tried: Levels  # by level: rounds that drafted it and accepted all levels above it
     accepted: Levels  # at index n: rounds that accepted n drafted tokens of the text
     drafted_levels: Count  # of all rounds; the last rounds may have no room for whole trees

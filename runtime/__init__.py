@@ -1,1 +1,1 @@
-"""Artifact -> session -> tokens."""
+"""Artifact -> engine -> sequences -> tokens."""

@@ -94,7 +94,7 @@ def rounds_of_runs(runs: Iterable[Run], depth: int, predict_for: PredictFor) -> 
         said = predict_for(run.method, usage)
         verify = repeated(run.verify_seconds, run.rounds, said.verify_seconds)
         prompt: tuple[Timed, ...] = ()
-        if not run.reused_tokens and not run.first_of_session:
+        if not run.reused_tokens and not run.first_of_engine:
             prompt = repeated(run.first_token_seconds, 1, said.time_to_first_token_seconds)
         if run.method == "plain":
             # The padded twin is slower, and its speed is not predicted.

@@ -180,7 +180,7 @@ def run_rows(runs: Sequence[Run]) -> Rows:
     for method, name in METHODS.items():
         some = [run for run in runs if run.method == method]
         # With a reused prompt or a digest check the first token's time is another figure.
-        whole = [run for run in some if not run.reused_tokens and not run.first_of_session]
+        whole = [run for run in some if not run.reused_tokens and not run.first_of_engine]
         rows += compared(
             f"{name}, tokens/s",
             number,

@@ -156,7 +156,7 @@ def run_of(engine: Engine, sequence: Sequence, how: Answering) -> Run:
         prompt_tokens=stats.prompt_tokens,
         reused_tokens=stats.reused_tokens,
         generated_tokens=stats.generated_tokens,
-        first_of_session=stats.first_of_engine,
+        first_of_engine=stats.first_of_engine,
         tried=tuple(
             sum(accepted >= level - 1 and judged >= level for accepted, judged in rounds)
             for level in levels

@@ -128,7 +128,7 @@ def answers_of(plan: Plan, runs: Sequence[Run]) -> Answers:
     """runs: at least one, all of one way of decoding."""
     newest, tree = runs[-1], plan.tree
     # A first token that includes a check of digests takes longer than predicted.
-    settled = [run for run in runs if not run.first_of_session]
+    settled = [run for run in runs if not run.first_of_engine]
     drafts = newest.method == "substitute"
     return Answers(
         method=newest.method,
@@ -270,7 +270,7 @@ def notes_of(way: Answers) -> list[str]:
             f"answer; the medians here are {way.prompt_tokens:.0f} and {way.answer_tokens:.0f}"
         )
     if way.digests_checked:
-        notes.append("first tokens include the check of digests: no session had a second answer")
+        notes.append("first tokens include the check of digests: no run had a second answer")
     return notes
 
 

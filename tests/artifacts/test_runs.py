@@ -29,7 +29,7 @@ from subspec.planner.build.artifact import rebuild
 FORMAT = Path(__file__).parents[2] / "docs" / "format.md"
 LINE = (
     b'{"accepted":[1,1,0,2],"draft_seconds":0.25,"drafted_levels":12,"fast_peak_bytes":7500000,'
-    b'"first_of_session":false,"first_token_seconds":0.5,"generated_tokens":11,"greedy":true,'
+    b'"first_of_engine":false,"first_token_seconds":0.5,"generated_tokens":11,"greedy":true,'
     b'"link_bandwidth":null,"machine":"cpu: a toy, 2 cpus","method":"substitute","padded":true,'
     b'"plan":"' + b"ab" * 32 + b'","predicted_first_token_seconds":0.5,'
     b'"predicted_peak_bytes":8000000,"predicted_tokens_per_second":20.0,"prompt_tokens":24,'

@@ -41,9 +41,9 @@ def test_tensors_are_carved_from_their_purposes_arena_in_order() -> None:
 def test_asking_for_more_than_the_ledger_grants_is_a_mistake_of_ours() -> None:
     memory = FastMemory(CPU, Ledger(norms=512))
     memory.take("norms", 257)
-    with pytest.raises(AssertionError, match="norms: asked 256, ledger has 0"):
+    with pytest.raises(AssertionError, match="norms: 256 bytes requested, ledger has 0"):
         memory.take("norms", 1)
-    with pytest.raises(AssertionError, match="cache: asked 256, ledger has 0"):
+    with pytest.raises(AssertionError, match="cache: 256 bytes requested, ledger has 0"):
         memory.take("cache", 1)
     memory.release()
 

@@ -151,7 +151,7 @@ def test_plain_decoding_at_one_row_is_learned_and_its_padded_twin_is_not() -> No
     assert rounds_of_runs([replace(fast, padded=True)], DEPTH, said).plain == ()
 
 
-@pytest.mark.parametrize("changes", [{"reused_tokens": 5}, {"first_of_session": True}])
+@pytest.mark.parametrize("changes", [{"reused_tokens": 5}, {"first_of_engine": True}])
 def test_a_first_token_that_others_or_digests_share_in_is_not_learned(
     changes: dict[str, Any],
 ) -> None:

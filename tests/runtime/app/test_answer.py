@@ -121,7 +121,7 @@ def test_an_answer_is_recorded_with_its_figures(unrecorded: Path, capsys: Captur
     plan = open_artifact(unrecorded).plan
     assert found.plan == plan_digest(plan) and found.machine.startswith("cpu: ")
     assert (found.method, found.padded, found.greedy) == ("substitute", True, False)
-    assert found.link_bandwidth == 900_000_000 and found.first_of_session
+    assert found.link_bandwidth == 900_000_000 and found.first_of_engine
     assert found.rounds == stats["rounds"] and len(found.tried) == plan.tree.depth
     assert 0 < found.drafted_levels <= found.rounds * plan.tree.depth
     for name in ("prompt_tokens", "reused_tokens", "generated_tokens", "draft_seconds",
@@ -160,7 +160,7 @@ def test_each_turn_of_a_chat_is_recorded_but_not_one_that_does_not_fit(
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(turns), encoding="utf-8"))
     assert run(capsys, unrecorded, "--chat", "--max-tokens", 6).exit_code == 0
     first, second = read_runs(unrecorded)
-    assert first.first_of_session and not second.first_of_session
+    assert first.first_of_engine and not second.first_of_engine
     assert first.reused_tokens == 0 < second.reused_tokens
 
 

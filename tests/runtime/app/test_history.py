@@ -91,7 +91,7 @@ def test_the_median_is_held_against_the_prediction() -> None:
 
 
 def test_a_sessions_first_token_counts_only_where_there_is_no_other() -> None:
-    first = make_run(first_of_session=True, first_token_seconds=9.0)
+    first = make_run(first_of_engine=True, first_token_seconds=9.0)
     both = answers_of(PLAN, [first, make_run(first_token_seconds=0.25)])
     assert both.first_token_seconds.highest == 0.25 and not both.digests_checked
     alone = answers_of(PLAN, [first])
