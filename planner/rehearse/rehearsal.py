@@ -30,7 +30,7 @@ class Effort:
     quickly decoded samples."""
 
     draft_seconds: float = 180.0  # for speculation and its replays
-    plain_seconds: float = 10.0
+    plain_seconds: float = 5.0
     num_tokens: int = 128  # of each answer; later tokens are easier to predict than the first
     plain_tokens: int = 12  # each streams the weights
     # Widths of replayed trees; others are interpolated (artifacts/acceptance.py).
