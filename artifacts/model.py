@@ -16,6 +16,7 @@ from subspec.artifacts.common.bounds import Below, Between, Length, Matching
 GROUP_SIZE = 64  # input features that share one scale and zero point of a substitute
 PAGE_BYTES = 4096  # direct reads and slabs are aligned to it
 PART_BYTES = 64 << 20  # a larger matrix is stored, placed and streamed in row parts of this size
+SMALL_PART_BYTES = 1 << 20  # smaller reads make poor use of a disk
 PART_ROWS = 64  # parts begin at multiples of it; kernels tile rows by 64 at most
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -348,7 +349,11 @@ def _norm_sizes(spec: ModelSpec, block: Block) -> dict[str, int]:
 
 def _parts(spec: ModelSpec, linear: Linear) -> list[Part]:
     row_bytes = linear.in_features * spec.item_bytes
-    num_parts = math.ceil(linear.out_features * row_bytes / PART_BYTES)
+    most = PART_BYTES
+    if linear.name == HEAD:  # needs no more staging than the layers: a vocabulary may dwarf them
+        largest = max(one.num_weights for one in spec.linears[:-1]) * spec.item_bytes
+        most = min(most, max(largest, SMALL_PART_BYTES))
+    num_parts = math.ceil(linear.out_features * row_bytes / most)
     rows = math.ceil(linear.out_features / num_parts / PART_ROWS) * PART_ROWS
     found = []
     for first in range(0, linear.out_features, rows):

@@ -110,6 +110,17 @@ def test_a_large_matrix_is_split_into_about_equal_parts_of_whole_64_rows() -> No
     assert all(part.num_bytes <= PART_BYTES for part in gate)
 
 
+def test_the_head_of_a_large_vocabulary_needs_no_more_staging_than_the_layers() -> None:
+    spec = make_spec(num_layers=1, hidden_size=576, inner_size=1536, vocab_size=49_152)
+    *layers, head = spec.linears
+    largest = max(one.num_weights for one in layers) * spec.item_bytes
+    parts = [part for part in spec.parts if part.linear is head]
+    assert sum(part.num_rows for part in parts) == 49_152
+    assert max(part.num_bytes for part in parts) <= largest
+    small = make_spec(num_layers=1, hidden_size=64, inner_size=64, vocab_size=49_152)
+    assert max(part.num_bytes for part in small.parts) == 1 << 20
+
+
 def test_the_names_of_parts_are_unique_and_a_whole_matrix_keeps_its_name() -> None:
     names = [part.name for part in LARGE.parts]
     assert len(set(names)) == len(names)
