@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 
-from subspec.artifacts.model import Attention, Dense, ModelSpec
+from subspec.artifacts.model import GROUP_SIZE, Attention, Dense, ModelSpec
 from subspec.artifacts.plan import DeviceKind, Int4Kernel, Ledger
 
 ALIGNMENT = 256  # bytes; of every tensor in fast memory
@@ -92,7 +92,7 @@ def make_ledger(
 def packed_bytes(num_rows: int, num_columns: int, kernel: Int4Kernel) -> tuple[int, ...]:
     """Sizes of a substitute's codes and of its qparams as stored, which the residual decoder and
     ATen's kernels read. gemlite needs a second copy of the qparams in its own layout."""
-    qparams = num_rows * num_columns // 64 * 4
+    qparams = num_rows * num_columns // GROUP_SIZE * 4
     return (num_rows * num_columns // 2, qparams, *((qparams,) if kernel == "gemlite" else ()))
 
 
@@ -248,7 +248,7 @@ def compiled_draft_bytes(
     query = max((body.query_size for body in attentions), default=0)
     kv_size = max((body.kv_size for body in attentions), default=0)
     head_size = max((body.head_size for body in attentions), default=0)
-    groups = (max(spec.hidden_size, query) + inner) * DRAFT_GROUP_BYTES // 64
+    groups = (max(spec.hidden_size, query) + inner) * DRAFT_GROUP_BYTES // GROUP_SIZE
     threads = 4 * num_threads * 64 * (head_size + 15)
     every = sequences * rows
     scratch = every * (groups + 2 * (query + 2 * kv_size)) + threads + 4 * 64

@@ -203,7 +203,11 @@ class ArtifactWeights:
         self._entries = artifact.part_entries()
         self._substitute_digests = artifact.substitute_digests()
         self._files = {entry.path: entry for entry in artifact.manifest.files}
-        self._digests = Digests(artifact.plan.num_threads)
+        # Threads that pack weights run torch, and so keep OpenMP threads of their own. With more of
+        # those than CPUs libgomp hardly spins at a barrier, and drafts take 1.3x as long
+        # (docs/LOG.md): they end with the loading. Threads that check what streams only hash.
+        self._loading = Digests(artifact.plan.num_threads)
+        self._streaming = Digests(artifact.plan.num_threads)
         self._headers: dict[str, dict[str, StoredTensor]] = {}
         self._checked = set[str]()
 
@@ -235,7 +239,7 @@ class ArtifactWeights:
             pack_qparams(weight, whole)
             compare_digest(linear.name, digest.hexdigest(), expected)
 
-        self._digests.submit(read)
+        self._loading.submit(read)
 
     def read_stored(self, stored: StoredPart, target: Tensor) -> None:
         on_cpu = target.device.type == "cpu"
@@ -252,7 +256,7 @@ class ArtifactWeights:
         with self._exact_file() as file:
             self._read_part(file, stored, host)
         codes, qparams = self._substitute_rows(part)
-        self._digests.finish()  # a residual is decoded only over what it was made for
+        self._loading.finish()  # a residual is decoded only over what it was made for
         on_cpu = target.device.type == "cpu"
         out = target if on_cpu else torch.empty(target.shape, dtype=target.dtype)
         residual_cpu.decode_any(host[: stored.num_bytes], codes, qparams, out, self._num_threads)
@@ -261,7 +265,7 @@ class ArtifactWeights:
 
     def open_embedding(self, device: torch.device) -> FileRows | MappedRows:
         path = self._path / "embedding.safetensors"
-        self._digests.check_file(path, self._files[path.name])
+        self._loading.check_file(path, self._files[path.name])
         stored = self._header(path.name)[f"{EMBEDDING}.weight"]
         if device.type == "cpu":
             return FileRows(path, stored, self._dtype)
@@ -270,7 +274,7 @@ class ArtifactWeights:
     def check_resident(self) -> None:
         """Begins to compare what `read_tensor` reads with its digest."""
         name = "resident.safetensors"
-        self._digests.check_file(self._path / name, self._files[name])
+        self._loading.check_file(self._path / name, self._files[name])
 
     def open_ring(
         self,
@@ -298,17 +302,19 @@ class ArtifactWeights:
         try:
             for block, offset in zip(blocks, offsets, strict=True):
                 self._check_block(block, host.host_bytes(offset))
-            self._digests.finish()
+            self._streaming.finish()
             return Ring(blocks, offsets, host, len(slots), self._dtype)
         except BaseException:
             host.close()
             raise
 
     def finish(self) -> None:
-        self._digests.finish()
+        self._loading.finish()
+        self._loading.close()
 
     def close(self) -> None:
-        self._digests.close()
+        self._loading.close()
+        self._streaming.close()
 
     def _header(self, name: str) -> dict[str, StoredTensor]:
         if name not in self._headers:
@@ -346,12 +352,12 @@ class ArtifactWeights:
 
     def _read_part(self, file: DirectFile, part: StoredPart, host: Tensor) -> None:
         file.read_into(host, self._entries[part.name].offset)
-        self._check_part(part, host)
+        self._check_part(self._loading, part, host)
 
-    def _check_part(self, part: StoredPart, host: Tensor) -> None:
-        """host: uint8, begins with the part's bytes, unchanged until `finish`."""
+    def _check_part(self, digests: Digests, part: StoredPart, host: Tensor) -> None:
+        """host: uint8, begins with the part's bytes, unchanged until `digests.finish`."""
         substitute = self._substitute_digests[part.part.linear.name]
-        self._digests.check_part(
+        digests.check_part(
             part.name,
             host[: part.num_bytes],
             self._entries[part.name].digest,
@@ -363,9 +369,9 @@ class ArtifactWeights:
         unchanged until then. Raises SubspecError(CORRUPT)."""
         offset = 0
         for part in block.parts:
-            self._check_part(part, memory[offset:])
+            self._check_part(self._streaming, part, memory[offset:])
             offset += part.padded_bytes
-        return self._digests.finish
+        return self._streaming.finish
 
 
 def row_pieces(

@@ -1,5 +1,5 @@
 // The residual of exact weights, both directions, for CPUs: the compiled twin of residual.py, whose
-// first page specifies the format. compiled.py builds this file and calls its last two functions.
+// first page specifies the format. residual_cpu.py builds this file and calls its last two functions.
 //
 // A tile (32 x 64 weights) is worked on in small local arrays: its codes, its words and its 16-bit
 // patterns are copied in or out as wholes. Widths follow from codes and qparams alone and are bounded
@@ -25,7 +25,7 @@ namespace {
 constexpr int TILE_ROWS = 32, TILE_COLUMNS = 64, TILE_WEIGHTS = TILE_ROWS * TILE_COLUMNS;
 constexpr int BINADES = 6;
 constexpr int MOST_BIT_WORDS = TILE_WEIGHTS * 14 / 32;  // fp16: two weights in at most 28 bits
-constexpr int MOST_WORDS = MOST_BIT_WORDS + TILE_WEIGHTS / 2;  // 1920; compiled.py knows it too
+constexpr int MOST_WORDS = MOST_BIT_WORDS + TILE_WEIGHTS / 2;  // 1920; residual_cpu.py knows it too
 constexpr int BEYOND_WORDS = 32;  // a row is read, or written, up to 128 bytes from its beginning
 constexpr int64_t TILES_PER_THREAD = 64;  // fewer are not worth waking a thread
 constexpr int64_t BLOCKS_AT_ONCE = 16;  // small: cores differ in speed, or have other work

@@ -1,5 +1,5 @@
 // All decoder layers of one draft pass in one call, on CPUs: the compiled twin of the layers that
-// forward() of transformer.py runs, over the 4-bit products of int4.hpp. draft_layers.py builds
+// forward() of transformer.py runs, over the 4-bit products of int4.hpp. compiled_layers.py builds
 // this file and calls the functions at its end.
 //
 // One parallel region; every phase gives each thread a run of its items, and a barrier ends it. A

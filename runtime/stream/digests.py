@@ -24,8 +24,8 @@ class Digests:
     bounded."""
 
     def __init__(self, num_threads: int) -> None:
-        self._num_threads = num_threads
-        self._pool = self._new_pool()
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="subspec-digest")
+        self._most_pending = 2 * num_threads
         self._pending: deque[Future[None]] = deque()
 
     def check_part(self, name: str, stored: Tensor, expected: str, substitute: str | None) -> None:
@@ -52,7 +52,7 @@ class Digests:
 
     def submit(self, work: Callable[[], None]) -> None:
         """Run other work that reads and compares in the same threads."""
-        if len(self._pending) >= 2 * self._num_threads:
+        if len(self._pending) >= self._most_pending:
             self._pending.popleft().result()
         self._pending.append(self._pool.submit(work))
 
@@ -60,16 +60,10 @@ class Digests:
         """Wait for all checks. Raises SubspecError(CORRUPT) for a mismatch."""
         while self._pending:
             self._pending.popleft().result()
-        # A thread that has run torch keeps OpenMP threads of its own. With more of those than CPUs
-        # libgomp spins less at every barrier, and drafts take 1.3x as long: let them go.
-        self._pool.shutdown()
-        self._pool = self._new_pool()
 
     def close(self) -> None:
+        """Ends the threads."""
         self._pool.shutdown(cancel_futures=True)
-
-    def _new_pool(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(self._num_threads, thread_name_prefix="subspec-digest")
 
     def _submit(self, name: str, expected: str, digest: Callable[[], str]) -> None:
         def compare() -> None:

@@ -190,6 +190,17 @@ def test_an_open_that_fails_closes_what_it_opened(
         assert len(answer(engine, PROMPT, 3)) == 3
 
 
+def test_threads_that_loaded_weights_end_with_the_loading(artifact: Artifact) -> None:
+    """They have run torch, and would keep OpenMP threads that make every barrier slow."""
+
+    def digests() -> set[threading.Thread]:
+        return {one for one in threading.enumerate() if one.name.startswith("subspec-digest")}
+
+    before = digests()
+    with Engine.open(artifact):
+        assert digests() <= before
+
+
 def test_an_unknown_method_is_an_error(artifact: Artifact) -> None:
     with pytest.raises(SubspecError, match="no room for the method 'eagle'") as caught:
         Engine.open(artifact, OpenOptions(method="eagle"))  # type: ignore[arg-type]
