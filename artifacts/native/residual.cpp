@@ -1,5 +1,6 @@
 // The residual of exact weights, both directions, for CPUs: the compiled twin of residual.py, whose
-// first page specifies the format. residual_cpu.py builds this file and calls its last two functions.
+// first page specifies the format. residual_cpu.py builds this file and calls its last two
+// functions.
 //
 // A tile (32 x 64 weights) is worked on in small local arrays: its codes, its words and its 16-bit
 // patterns are copied in or out as wholes. Widths follow from codes and qparams alone and are bounded

@@ -4,20 +4,35 @@ speculation on or off gives the same tokens.
 V = vocabulary
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from subspec.artifacts.common.errors import Exit, SubspecError
+
 
 @dataclass(frozen=True)
 class Sampling:
-    """Temperature 0 is greedy. top_k 0 and top_p 1 keep every token."""
+    """Temperature 0 is greedy. top_k 0 and top_p 1 keep every token. Raises SubspecError(USAGE) for
+    other values than those beside the fields."""
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
+    temperature: float = 0.0  # 0 or more
+    top_k: int = 0  # 0 or more
+    top_p: float = 1.0  # above 0, at most 1
+    seed: int = 0  # 0 to 2**63 - 1
+
+    def __post_init__(self) -> None:
+        for name, fits, expected in (
+            ("temperature", 0 <= self.temperature < math.inf, "0 or more"),
+            ("top_k", self.top_k >= 0, "0 or more"),
+            ("top_p", 0 < self.top_p <= 1, "more than 0, and 1 at most"),
+            ("seed", 0 <= self.seed < 1 << 63, "0 to 2**63 - 1"),
+        ):
+            if not fits:
+                message = f"{name} is {getattr(self, name)}, expected {expected}"
+                raise SubspecError(Exit.USAGE, message)
 
 
 def choose(logits: Tensor, position: int, sampling: Sampling) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from families import FULL, LLAMA3, SLIDING, YARN
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.model import Attention, Dense, ModelSpec, QueryGrowth, Rope, Source
@@ -21,15 +22,6 @@ SIZES = {
     "num_attention_heads": 4,
     "vocab_size": 80,
 }
-FULL, SLIDING = "full_attention", "sliding_attention"
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 
 
 def config(family: str = "llama", **fields: Any) -> dict[str, Any]:

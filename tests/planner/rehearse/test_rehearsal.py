@@ -15,7 +15,6 @@ from subspec.artifacts.acceptance import Acceptance
 from subspec.artifacts.format.checks import check_plan
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.plan import Method, Placement, Prediction, Usage
-from subspec.planner.model.hub import DEMO
 from subspec.planner.rehearse.calibration import Sample, shipped_samples
 from subspec.planner.rehearse.rehearsal import (
     USUAL_EFFORT,
@@ -40,22 +39,6 @@ PROSE = [Sample("prose", "The first house on the left was built in")]
 
 
 BRIEF = Effort(num_tokens=40)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    """Two that wait for each other take minutes on a busy machine."""
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """Under a plan whose verification has room for any tree of 5 levels."""
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("demo") / "artifact"
-    return build_artifact(
-        DEMO, folder, width=3, depth=5, verify_width=48, resident_share=0.8, int4_kernel="w4a8"
-    )
 
 
 def rehearsed(artifact: Artifact, samples: Sequence[Sample], effort: Effort = BRIEF) -> Rehearsal:

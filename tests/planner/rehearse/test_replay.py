@@ -5,14 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from builders import build_artifact, replan
+from builders import replan
 from rehearsing import PROMPT, Stage, on_stage
 
 from subspec.artifacts.acceptance import Acceptance, Curve
 from subspec.artifacts.format.checks import check_plan
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.plan import Tree
-from subspec.planner.model.hub import DEMO
 from subspec.planner.rehearse.replay import (
     WIDEST_EVERY,
     WIDTHS,
@@ -25,22 +24,6 @@ from subspec.runtime.decode import exact_logits
 from subspec.runtime.draft.beam import Level, grow, probability, stops
 from subspec.runtime.text.tokenizer import load_tokenizer
 from subspec.runtime.verify import accept
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    """Two that wait for each other take minutes on a busy machine."""
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """Under a plan whose verification has room for any tree of 5 levels."""
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("demo") / "artifact"
-    return build_artifact(
-        DEMO, folder, width=3, depth=5, verify_width=48, resident_share=0.8, int4_kernel="w4a8"
-    )
 
 
 def places(stage: Stage, most_known: int) -> Iterator[tuple[int, ...]]:

@@ -1,8 +1,11 @@
 """Sampling: filters, seeds, and the distribution that is emitted."""
 
+import math
+
 import pytest
 import torch
 
+from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.runtime.model.sampling import Sampling, choose, filter_logits, mix, position_noise
 
 V = 50
@@ -67,3 +70,23 @@ def test_gumbel_noise_samples_the_softmax() -> None:
     counts = torch.bincount(drawn, minlength=12).double()
     statistic = ((counts - 20_000 * expected) ** 2 / (20_000 * expected)).sum().item()
     assert statistic < 49.7  # 11 degrees of freedom, p = 7e-7
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", math.inf),
+        ("temperature", math.nan),
+        ("top_k", -1),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("top_p", math.nan),
+        ("seed", -1),
+        ("seed", 1 << 63),
+    ],
+)
+def test_impossible_values_are_refused_by_name(name: str, value: float) -> None:
+    with pytest.raises(SubspecError, match=f"{name} is .*, expected") as caught:
+        Sampling(**{name: value})  # type: ignore[arg-type]
+    assert caught.value.exit_code == Exit.USAGE
