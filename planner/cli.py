@@ -193,7 +193,7 @@ def check_options(options: Options) -> None:
             Exit.USAGE,
             f"{number or 'none'} of --model REF, --from ARTIFACT and --calibrate ARTIFACT given, "
             "expected one",
-            "--model for a checkpoint, --from to plan an artifact anew",
+            "--model for a checkpoint, --from to re-plan an artifact",
         )
     for flag, given in (("--print-plan", options.print_plan), ("--reprofile", options.reprofile)):
         if given and options.source is None:

@@ -37,7 +37,7 @@ STEPS = 32  # of a plan's budget: free memory varies between runs, the cached pl
 MOST_KEPT = 64
 
 # If only the machine differs, the stored plan still runs, at another speed.
-Cause = Literal["machine", "cap", "device", "memory"]
+Cause = Literal["machine", "budget", "device", "memory"]
 Progress = Callable[[str, float], None]
 
 
@@ -121,8 +121,8 @@ def mismatch(plan: Plan, method: Method, here: Here, vram: int | None) -> Mismat
     same_kind, foreign = here.kind == plan.device, here.machine != plan.machine
     overhead = placement.ledger.overhead if same_kind else 0
     cramped = same_kind and placement.ledger.total_bytes - overhead > here.free_bytes
-    capped = wanted < plan.budget_bytes
-    if not (foreign or cramped or capped):
+    reduced = wanted < plan.budget_bytes
+    if not (foreign or cramped or reduced):
         return None
     budget = wanted if foreign else min(wanted, plan.budget_bytes)
     room = int((here.free_bytes + overhead) * (1 - MARGIN))
@@ -134,16 +134,16 @@ def mismatch(plan: Plan, method: Method, here: Here, vram: int | None) -> Mismat
     if foreign:
         planned = "planned on another machine" if same_kind else f"planned for {plan.device}"
         planned += f" ({plan.machine})"
-        anew = "this one" if same_kind else here.device
-        anew += "" if budget == plan.budget_bytes else f" and {format_size(budget)}"
+        target = "this one" if same_kind else here.device
+        target += "" if budget == plan.budget_bytes else f" and {format_size(budget)}"
     else:
-        planned, anew = f"planned for {format_size(plan.budget_bytes)}", format_size(budget)
+        planned, target = f"planned for {format_size(plan.budget_bytes)}", format_size(budget)
     return Mismatch(
-        "memory" if cramped else "device" if not same_kind else "cap" if capped else "machine",
+        "memory" if cramped else "device" if not same_kind else "budget" if reduced else "machine",
         budget,
         plan.context if budget >= plan.budget_bytes else None,
         here,
-        f"{planned}{free}: re-planned for {anew}",
+        f"{planned}{free}: re-planned for {target}",
     )
 
 

@@ -231,8 +231,8 @@ def test_a_plan_that_can_be_obeyed_is_left_alone(vram: int | None) -> None:
         (PLAN, replace(HERE, machine="another"), 1 << 30, "machine", 1 << 30,
          f"planned on another machine ({PLAN.machine}): re-planned for this one and 1.07 GB "
          "(1.00 GiB)"),
-        (PLAN, HERE, 100_000, "cap", 100_000, "re-planned for 100.00 KB (97.66 KiB)"),
-        (PLAN, replace(HERE, machine="another"), 100_000, "cap", 100_000,
+        (PLAN, HERE, 100_000, "budget", 100_000, "re-planned for 100.00 KB (97.66 KiB)"),
+        (PLAN, replace(HERE, machine="another"), 100_000, "budget", 100_000,
          "re-planned for this one and 100.00 KB (97.66 KiB)"),
         (replace(PLAN, device="cuda", machine="cuda: card"), HERE, None, "device",
          PLAN.budget_bytes, "planned for cuda (cuda: card): re-planned for cpu"),
@@ -319,7 +319,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture
 def smaller() -> Mismatch:
-    return Mismatch("cap", 8_000_000, None, HERE, "")
+    return Mismatch("budget", 8_000_000, None, HERE, "")
 
 
 def test_an_entry_is_the_text_of_a_plan_and_is_read_back(artifact: Path, cache: Path) -> None:
