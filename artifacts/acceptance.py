@@ -1,124 +1,164 @@
-"""Acceptance rate per level of draft trees: counts, and estimates from them.
+"""Acceptance of draft trees, counted on text of the exact model, and what a round is expected to
+give.
 
-Level n of a tree is tried if its path was accepted down to level n - 1 and the exact model's next
-token is known there. So a tree that reaches the end of its text counts as far as it can be judged
-(Kaplan-Meier). The first n levels of a tree are the tree of depth n: one deep tree covers all
-depths.
+Trees are grown along an answer one after another, each where the one before it ended, as rounds
+are. So a curve weighs hard and easy text as decoding does. The first n levels of a tree are the
+tree of depth n: one deep tree counts for all depths.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import accumulate, islice
-from operator import mul
+from itertools import accumulate, pairwise, zip_longest
 from typing import Annotated
 
-from subspec.artifacts.common.bounds import MOST_LEVELS, Count, Length, TreeWidth
+from subspec.artifacts.common.bounds import (
+    MOST_LEVELS,
+    Between,
+    Count,
+    Length,
+    Probability,
+    TreeWidth,
+)
 
-# The only prior: each level counts as tried this many times more, with the mean acceptance rate of
-# all levels and all kinds of text at its width (empirical Bayes). The weight is a guess: a
-# rehearsal tries a first level hundreds of times, and a deep level, or one kind of text, tens.
-PRIOR_TRIALS = 20
 TWO_SIDED_95 = 1.96
 
-
-Levels = Annotated[tuple[Count, ...], Length(1, MOST_LEVELS)]
+Levels = Annotated[tuple[Count, ...], Length(0, MOST_LEVELS)]
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Counts of the trees of one width on one kind of text, level by level from the first."""
+    """Trees of one width that end by one threshold, on one kind of text; level by level, from the
+    first."""
 
     width: TreeWidth
+    min_path_probability: Probability  # as in Tree
     kind: str
-    tried: Levels
-    accepted: Levels
+    num_answers: Count
+    num_trees: Count
+    drafted: Levels  # trees that have the level
+    accepted: Levels  # trees whose level was accepted
+    # Half of the 95 % confidence interval of a whole tree's tokens, from the spread of the answers.
+    margin: Annotated[float, Between(0, 1e9)] = 0.0
+
+
+@dataclass(frozen=True)
+class RoundYield:
+    """Expectations of one round."""
+
+    tokens: float  # the accepted ones and the exact model's own
+    tokens_squared: float
+    levels: float  # drafted
+    shares: tuple[float, ...]  # of the rounds that draft 0, 1, ... levels
+
+
+ONE_TOKEN = RoundYield(1.0, 1.0, 0.0, (1.0,))  # a pass of plain decoding
 
 
 @dataclass(frozen=True)
 class Acceptance:
-    curves: tuple[Curve, ...]  # widths ascending
+    curves: tuple[Curve, ...]  # by width and threshold, ascending, then by kind
     measured: bool  # False: published figures, not this model's
 
     @property
     def kinds(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(curve.kind for curve in self.curves))
 
-    def num_trees(self, kind: str = "") -> int:
-        """Largest number of trees tried at one width; kind "": of all kinds."""
-        return max((c.tried[0] for c in pooled(self, kind) if c.tried), default=0)
+    @property
+    def thresholds(self) -> tuple[float, ...]:
+        """The values of `Tree.min_path_probability` that were counted, ascending."""
+        return tuple(sorted({curve.min_path_probability for curve in self.curves}))
 
-    def reached(self, width: int, depth: int, kind: str = "") -> tuple[float, ...]:
-        """Probability that a path is accepted down to level 1, 2, ... `depth` of a tree."""
-        return tuple(accumulate(level_rates(self, width, depth, kind), mul))
+    def num_answers(self, kind: str = "") -> int:
+        """Largest number of answers along which trees of one width were counted; kind "": of all
+        kinds."""
+        widths = {curve.width for curve in self.curves}
+        return max(self.curve(width, 0.0, kind).num_answers for width in widths)
 
-    def tokens(self, width: int, depth: int, kind: str = "") -> float:
+    def curve(self, width: int, min_path_probability: float, kind: str = "") -> Curve:
+        """The curve of the next narrower width and the next smaller threshold that were counted (if
+        there is none, of the smallest); of `kind` if it was counted, else of all kinds."""
+        own = [curve for curve in self.curves if curve.kind == kind] or list(self.curves)
+        widths = sorted({curve.width for curve in own})
+        known = [some for some in widths if some <= width] or widths[:1]
+        own = [curve for curve in own if curve.width == known[-1]]
+        limits = sorted({curve.min_path_probability for curve in own})
+        below = [some for some in limits if some <= min_path_probability] or limits[:1]
+        return merged([c for c in own if c.min_path_probability == below[-1]])
+
+    def reached(
+        self, width: int, depth: int, min_path_probability: float = 0.0, kind: str = ""
+    ) -> tuple[float, ...]:
+        """Probability that a round accepts level 1, 2, ... `depth`."""
+        curve = self.curve(width, min_path_probability, kind)
+        return shares_of(curve.accepted, curve.num_trees, depth)
+
+    def tokens(
+        self, width: int, depth: int, min_path_probability: float = 0.0, kind: str = ""
+    ) -> float:
         """Expected tokens of one round: the accepted ones and the exact model's own."""
-        return 1.0 + sum(self.reached(width, depth, kind))
+        return 1.0 + sum(self.reached(width, depth, min_path_probability, kind))
 
-    def margin(self, width: int, depth: int, kind: str = "") -> float:
-        """Half of the 95 % confidence interval of `tokens`, by the delta method, with the counts of
-        the next narrower measured width. inf: nothing was measured."""
-        known = [curve for curve in pooled(self, kind) if curve.width <= width]
-        if not known or not self.measured:
+    def margin(
+        self, width: int, depth: int, min_path_probability: float = 0.0, kind: str = ""
+    ) -> float:
+        """Half of the 95 % confidence interval of `tokens`. inf: nothing was measured."""
+        if not self.measured:
             return math.inf
-        rates, reached = level_rates(self, width, depth, kind), self.reached(width, depth, kind)
-        tried = known[-1].tried
-        variance = 0.0
-        for level, rate in enumerate(rates[: len(tried)]):
-            slope = sum(reached[level:]) / rate
-            variance += slope**2 * rate * (1 - rate) / max(1, tried[level])
-        return TWO_SIDED_95 * math.sqrt(variance)
+        curve = self.curve(width, min_path_probability, kind)
+        whole = 1.0 + sum(shares_of(curve.accepted, curve.num_trees, len(curve.accepted)))
+        return curve.margin * self.tokens(width, depth, min_path_probability, kind) / whole
+
+    def yields(
+        self, width: int, deepest: int, min_path_probability: float = 0.0, kind: str = ""
+    ) -> tuple[RoundYield, ...]:
+        """What rounds with trees 0, 1, ... `deepest` levels deep give."""
+        curve = self.curve(width, min_path_probability, kind)
+        reached = shares_of(curve.accepted, curve.num_trees, deepest)
+        drafted = shares_of(curve.drafted, curve.num_trees, deepest)
+        tokens = accumulate(reached, initial=1.0)
+        squares = accumulate(((2 * n + 1) * p for n, p in enumerate(reached, 1)), initial=1.0)
+        levels = accumulate(drafted, initial=0.0)
+        ends = [high - low for high, low in pairwise((1.0, *drafted))]  # with 0, 1, ... levels
+        shares = ((*ends[:depth], (1.0, *drafted)[depth]) for depth in range(deepest + 1))
+        return tuple(RoundYield(*one) for one in zip(tokens, squares, levels, shares, strict=True))
 
 
-def mean_rate(curve: Curve) -> float:
-    """Acceptance rate over all levels, by Laplace's rule of succession: a few trials without a
-    rejection do not mean a rate of 1."""
-    return (sum(curve.accepted) + 1) / (sum(curve.tried) + 2)
+def shares_of(counts: Sequence[int], num_trees: int, depth: int) -> tuple[float, ...]:
+    """Counts by level over the trees; levels that no tree had are 0."""
+    some = (*counts[:depth], *(0,) * (depth - len(counts)))
+    return tuple(count / max(1, num_trees) for count in some)
 
 
-@lru_cache(maxsize=256)
-def level_rates(acceptance: Acceptance, width: int, depth: int, kind: str) -> tuple[float, ...]:
-    """Probability that level 1, 2, ... is accepted if all levels above it were. Interpolated
-    between measured widths linearly in the logarithm of the width, constant beyond them."""
-    curves = pooled(acceptance, kind)
-    means = {curve.width: mean_rate(curve) for curve in pooled(acceptance)}
-
-    def rates_of(curve: Curve) -> list[float]:
-        untried = (0,) * depth
-        counts = islice(zip(curve.accepted + untried, curve.tried + untried, strict=True), depth)
-        prior = PRIOR_TRIALS * means[curve.width]
-        return [(a + prior) / (t + PRIOR_TRIALS) for a, t in counts]
-
-    low = ([c for c in curves if c.width <= width] or curves[:1])[-1]
-    high = next((c for c in curves if c.width >= width), low)
-    share = 0.0
-    if high.width > low.width:
-        share = math.log(width / low.width) / math.log(high.width / low.width)
-    pairs = zip(rates_of(low), rates_of(high), strict=True)
-    return tuple(below + share * (above - below) for below, above in pairs)
+def merged(curves: Sequence[Curve]) -> Curve:
+    """One curve of several kinds, which are independent samples, one at least."""
+    first, num_trees = curves[0], sum(curve.num_trees for curve in curves)
+    if len(curves) == 1:
+        return first
+    weighted = (curve.num_trees / max(1, num_trees) * curve.margin for curve in curves)
+    return Curve(
+        first.width,
+        first.min_path_probability,
+        "",
+        sum(curve.num_answers for curve in curves),
+        num_trees,
+        added(curve.drafted for curve in curves),
+        added(curve.accepted for curve in curves),
+        math.hypot(*weighted),
+    )
 
 
-def pooled(acceptance: Acceptance, kind: str = "") -> list[Curve]:
-    """One curve per width: of `kind` if it was measured, else of all kinds together."""
-    own = [curve for curve in acceptance.curves if curve.kind == kind]
-    return merged(own or acceptance.curves, kind if own else "")
-
-
-def merged(curves: Iterable[Curve], kind: str) -> list[Curve]:
-    """One curve per width with the sums of the counts; widths ascending."""
-    by_width: dict[int, list[Curve]] = {}
-    for curve in curves:
-        by_width.setdefault(curve.width, []).append(curve)
-    return [
-        Curve(width, kind, added(c.tried for c in some), added(c.accepted for c in some))
-        for width, some in sorted(by_width.items())
-    ]
-
-
-def added(counts: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
+def added(counts: Iterable[Sequence[int]]) -> tuple[int, ...]:
     """Sums level by level; missing levels count as 0."""
-    rows = list(counts)
-    longest = max((len(row) for row in rows), default=0)
-    return tuple(sum(row[level] for row in rows if level < len(row)) for level in range(longest))
+    return tuple(sum(level) for level in zip_longest(*counts, fillvalue=0))
+
+
+def margin_of_ratio(answers: Sequence[tuple[int, int]]) -> float:
+    """Half of the 95 % confidence interval of tokens per round, from (tokens, rounds) of each
+    answer: answers differ from each other much more than the rounds of one do."""
+    rounds, count = sum(several for _, several in answers), len(answers)
+    mean = sum(tokens for tokens, _ in answers) / rounds
+    if count < 2:
+        return mean
+    off = sum((some - mean * several) ** 2 for some, several in answers)
+    return TWO_SIDED_95 * math.sqrt(off * count / (count - 1)) / rounds

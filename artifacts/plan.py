@@ -11,9 +11,10 @@ from typing import Annotated, Literal
 from subspec.artifacts.acceptance import Acceptance
 from subspec.artifacts.common.bounds import (
     MOST_LEVELS,
-    Below,
     Between,
     Count,
+    Length,
+    Probability,
     Threads,
     TreeWidth,
     VerifyWidth,
@@ -29,7 +30,6 @@ Int4Kernel = Literal["aten", "gemlite", "w4a8"]  # w4a8: runtime/kernels/int4.cp
 
 Budget = Annotated[int, Between(1, LARGEST)]
 Positive = Annotated[int, Between(1, 1 << 62)]
-Probability = Annotated[float, Between(0, 1), Below(1)]
 Sequences = Annotated[int, Between(1, 256)]
 
 
@@ -107,6 +107,7 @@ class Prediction:
     time_to_first_token_seconds: float
     fast_peak_bytes: int
     tokens_per_round: float
+    levels_per_round: float  # drafted
     draft_seconds: float
     verify_seconds: float
     stream_seconds: float  # link time of the streamed bytes; overlaps with verify and draft
@@ -162,7 +163,9 @@ class Plan:
     num_sequences: Sequences  # that can be in memory at once
     method: Method
     tree: Tree
-    verify_width: VerifyWidth  # every exact pass of decoding is padded to so many rows per sequence
+    # An exact pass of decoding is padded to one of these numbers of rows per sequence, ascending. A
+    # row has the same bits in all of them.
+    verify_widths: Annotated[tuple[VerifyWidth, ...], Length(1, 64)]
     num_threads: Threads  # of the CPU; a result's bits depend on it
     int4_kernel: Int4Kernel
     prefill_tokens: Positive  # of a prompt that are processed in one stream of the weights
@@ -175,6 +178,11 @@ class Plan:
     constraints: Constraints = Constraints()
     by_budget: tuple[Point, ...] = ()  # budgets ascending, for the report
     by_context: tuple[Point, ...] = ()  # contexts ascending
+
+    @property
+    def verify_width(self) -> int:
+        """Rows per sequence of the widest exact pass."""
+        return self.verify_widths[-1]
 
     def placement(self, method: Method) -> Placement:
         """Placement of a method. Raises SubspecError(INFEASIBLE) if it does not fit the budget."""

@@ -77,7 +77,8 @@ class Profile:
     ]  # fixed cost of a round outside layers and heads
     residual_weights_per_second: Rate  # decoded from residuals; 0: not on this machine
     int4_kernel: Int4Kernel
-    batch_invariant_widths: tuple[VerifyWidth, ...]  # a row's bits do not depend on its place
+    # Groups of widths, ascending: a row has the same bits at any place in all widths of a group.
+    batch_invariant_widths: tuple[tuple[VerifyWidth, ...], ...]
     corrections: Corrections = Corrections()
 
     def link_rate(self, block_bytes: int) -> float:

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
@@ -59,9 +60,8 @@ class Run:
     reused_tokens: Count  # of the prompt, already in the cache
     generated_tokens: Count
     first_of_engine: bool  # the time to its first token includes the check of digests
-    tried: Levels  # by level: rounds that drafted it and accepted all levels above it
+    drafted: Levels  # by level: rounds that drafted it; the last ones may have room for few levels
     accepted: Levels  # at index n: rounds that accepted n drafted tokens of the text
-    drafted_levels: Count  # of all rounds; the last rounds may have no room for whole trees
     draft_seconds: Seconds
     verify_seconds: Seconds
     stream_wait_seconds: Seconds
@@ -83,9 +83,14 @@ class Run:
         return (self.generated_tokens - 1) / seconds if seconds else 0.0
 
     @property
+    def drafted_levels(self) -> int:
+        """Of all rounds."""
+        return sum(self.drafted)
+
+    @property
     def accepted_by_level(self) -> tuple[int, ...]:
-        """By level: how many of the `tried` rounds accepted it."""
-        return tuple(sum(self.accepted[level:]) for level in range(1, len(self.tried) + 1))
+        """By level: how many of the rounds accepted it."""
+        return tuple(sum(self.accepted[level:]) for level in range(1, len(self.drafted) + 1))
 
 
 def plan_digest(plan: Plan) -> str:
@@ -147,10 +152,10 @@ def load_run(line: bytes) -> Run | None:
 def is_sound(run: Run) -> bool:
     """Whether the numbers of a record are consistent."""
     return (
-        len(run.accepted) <= len(run.tried) + 1
-        and all(a <= t for a, t in zip(run.accepted_by_level, run.tried, strict=True))
+        len(run.accepted) <= len(run.drafted) + 1
+        and all(a <= d for a, d in zip(run.accepted_by_level, run.drafted, strict=True))
+        and all(more >= fewer for more, fewer in pairwise((run.rounds, *run.drafted)))
         and run.rounds > 0
-        and run.drafted_levels <= run.rounds * len(run.tried)
         and run.generated_tokens > 1
         and run.draft_seconds + run.verify_seconds > 0
     )

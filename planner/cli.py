@@ -4,7 +4,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,22 @@ if TYPE_CHECKING:
     from subspec.artifacts.profile import Profile
     from subspec.planner.rehearse.calibration import Sample
 
+LONGEST_REHEARSAL = 86_400  # seconds
+
+
+class RehearsalTime(click.ParamType[float]):
+    """Seconds, or none: 0.0."""
+
+    name = "seconds"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        if value == "none":
+            return 0.0
+        with suppress(ValueError):
+            if 0 < (seconds := float(value)) <= LONGEST_REHEARSAL:
+                return seconds
+        self.fail(f"{value!r} is neither none nor seconds up to {LONGEST_REHEARSAL}", param, ctx)
+
 
 @dataclass(frozen=True)
 class Options:
@@ -51,6 +67,7 @@ class Options:
     min_path_probability: float | None = None  # --draft-min-probability
     profile: Path | None = None
     calibration: Path | None = None
+    rehearse: float | None = None
     link_bandwidth: int | None = None
     quantizer: str = "blocked"
     encoding: str = "auto"
@@ -119,6 +136,10 @@ class Options:
 @click.option(
     "--calibration", type=click.Path(path_type=Path), metavar="FILE",
     help="Measure the acceptance rate on these prompts (JSON Lines).",
+)  # fmt: skip
+@click.option(
+    "--rehearse", type=RehearsalTime(), metavar="SECONDS|none",
+    help="Time to run the plan in before it is final: at most, or not at all.  [default: 60]",
 )  # fmt: skip
 @click.option(
     "--link-bandwidth", callback=size_option, metavar="SIZE",
@@ -284,7 +305,7 @@ def request_of(options: Options) -> PlanRequest:
     )
     return PlanRequest(
         options.budget, constraints, options.device, options.link_bandwidth,
-        known_profile(options), samples,
+        known_profile(options), samples, options.rehearse,
     )  # fmt: skip
 
 

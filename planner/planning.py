@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.sizes import short_size
-from subspec.artifacts.plan import Constraints, Plan
+from subspec.artifacts.plan import USUAL, Constraints, Plan
 from subspec.artifacts.profile import Profile
 
 if TYPE_CHECKING:
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from subspec.planner.rehearse.calibration import Sample
     from subspec.planner.rehearse.corrections import PredictFor
     from subspec.planner.solve.storage import Storage
+
+SETTLED_SPEED = 0.98  # of the best plan's, by the plan that was the best before
+SETTLED_MARGIN = 0.12  # of a round's tokens, to be known within
 
 Progress = Callable[[str, float], None]
 Tell = Callable[[str], None]
@@ -46,6 +49,7 @@ class PlanRequest:
     link_bandwidth: int | None = None  # plan as if the link gave so many bytes a second at most
     known_profile: Profile | None = None  # of a machine that is not measured, nor run on
     samples: "tuple[Sample, ...] | None" = None  # that acceptance is measured on; None: our own
+    rehearse: float | None = None  # seconds that a rehearsal takes at most; 0: none; None: usual
 
 
 @dataclass(frozen=True)
@@ -85,11 +89,13 @@ def plan_model(
         need not fit. Raw weights are as long as they were."""
         nonlocal found
         stored = Storage(tuple(artifact.stored_parts()))
-        plan = solve(request, spec, measured, PRIOR, stored) if first.residuals else first
-        if request.known_profile is not None:  # another machine's plan cannot be run here
+        # Another machine's plan cannot be run here.
+        if request.known_profile is not None or request.rehearse == 0:
+            plan = solve(request, spec, measured, PRIOR, stored) if first.residuals else first
             found = Planned(spec, with_sweeps(request, spec, measured, stored, plan), measured)
         else:
-            found = rehearsed(request, artifact, measured, stored, plan, progress)
+            found = rehearsed(request, artifact, measured, stored, progress)
+        if request.known_profile is None:
             pack_kernels(artifact.path, found.plan)
         return found.plan, found.profile
 
@@ -139,8 +145,9 @@ def plan_again(
     profile = request.known_profile
     if profile is None:
         profile = profile_for(request, artifact, out, measure_again, progress, tell)
-    if request.samples is not None or (measure_again and sweeps):
-        return rehearsed(request, artifact, profile, stored, None, progress)
+    wants = request.samples is not None or (measure_again and sweeps)
+    if wants and request.rehearse != 0:
+        return rehearsed(request, artifact, profile, stored, progress)
     plan = solve(request, spec, profile, artifact.plan.acceptance, stored)
     if sweeps:
         plan = with_sweeps(request, spec, profile, stored, plan)
@@ -178,29 +185,95 @@ def rehearsed(
     artifact: "Artifact",
     profile: Profile,
     stored: "Storage",
-    trial: Plan | None,
     progress: Progress,
 ) -> Planned:
-    """Runs `trial`, the best plan that is known so far (None: it is solved for), and plans again
-    with what that taught."""
+    """Runs the artifact to learn acceptance, then the plan that is best by it, for corrections, and
+    plans again with both."""
     from subspec.planner.rehearse.calibration import shipped_samples
     from subspec.planner.rehearse.corrections import corrections, without_corrections
-    from subspec.planner.rehearse.rehearsal import Setting, rehearse
+    from subspec.planner.rehearse.rehearsal import Effort, Setting, learn_acceptance, time_rounds
     from subspec.planner.solve.search import PRIOR
 
     spec, profile = artifact.spec, without_corrections(profile)
-    if trial is None:
-        trial = solve(request, spec, profile, artifact.plan.acceptance, stored)
-    # Whole trees, as predictions are of: where rounds begin acceptance is measured.
-    trial = replace(trial, tree=replace(trial.tree, min_path_probability=0.0))
+    samples = request.samples or shipped_samples()
     setting = Setting(request.link_bandwidth, request.device)
-    seen = rehearse(
-        artifact, trial, predictor(request, spec, profile, trial, stored),
-        request.samples or shipped_samples(), setting, progress,
+    effort = Effort() if request.rehearse is None else Effort.within(request.rehearse)
+    acceptance, company = None, plan_for_company(request, spec, profile, stored)
+    if company is not None and request.constraints.method != "plain":
+        acceptance = learn_acceptance(
+            artifact, company, samples, setting, settles(request, spec, profile, stored),
+            progress, effort,
+        )  # fmt: skip
+    acceptance = acceptance or PRIOR
+    trial = solve(request, spec, profile, acceptance, stored)
+    rounds = time_rounds(
+        artifact, trial, predictor(request, spec, profile, trial, stored), samples, setting,
+        progress, effort,
     )  # fmt: skip
-    profile = replace(profile, corrections=corrections(seen.rounds, request.link_bandwidth))
-    plan = solve(request, spec, profile, seen.acceptance or PRIOR, stored)
+    profile = replace(profile, corrections=corrections(rounds, request.link_bandwidth))
+    plan = solve(request, spec, profile, acceptance, stored)
     return Planned(spec, with_sweeps(request, spec, profile, stored, plan), profile)
+
+
+def plan_for_company(
+    request: PlanRequest, spec: "ModelSpec", profile: Profile, stored: "Storage"
+) -> Plan | None:
+    """A plan within the budget for as many short answers at once and as wide trees as it has room
+    for. None: it has none for a draft."""
+    from subspec.planner.rehearse.rehearsal import AT_ONCE, CONTEXT
+    from subspec.planner.rehearse.replay import DEEPEST, WIDTHS
+    from subspec.planner.solve.search import PRIOR
+
+    asked = replace(
+        request.constraints,
+        context=min(CONTEXT, spec.max_positions),
+        depth=DEEPEST,
+        method="substitute",
+        min_path_probability=None,
+    )
+    for num_sequences in AT_ONCE:
+        for width in reversed(WIDTHS[profile.device]):
+            constraints = replace(asked, num_sequences=num_sequences, width=width)
+            try:
+                return solve(
+                    replace(request, constraints=constraints), spec, profile, PRIOR, stored
+                )
+            except SubspecError as error:
+                if error.exit_code != Exit.INFEASIBLE:
+                    raise
+    return None
+
+
+def settles(
+    request: PlanRequest, spec: "ModelSpec", profile: Profile, stored: "Storage"
+) -> "Callable[[Acceptance], bool]":
+    """Tells whether more answers would hardly change the plan: the one that was chosen with fewer
+    is still as good as the best, and what a round gives is known well."""
+    from subspec.planner.solve.outlook import predict_for, speed_of
+    from subspec.planner.solve.predict import usage_within
+
+    before: Plan | None = None
+    slow = slowed(request, profile)
+
+    def settled(acceptance: "Acceptance") -> bool:
+        nonlocal before
+        plan, last = solve(request, spec, profile, acceptance, stored), before
+        before = plan
+        if last is None or plan.method != "substitute" or last.method != plan.method:
+            return last is not None and last.method == plan.method
+        tree = plan.tree
+        known = tree.width, tree.depth, tree.min_path_probability
+        tokens, margin = acceptance.tokens(*known), acceptance.margin(*known)
+        last = replace(last, acceptance=acceptance)
+        still = predict_for(
+            spec, slow, last, stored, "substitute", usage_within(last.context, USUAL)
+        )
+        return (
+            still.tokens_per_second >= SETTLED_SPEED * speed_of(plan)
+            and margin <= SETTLED_MARGIN * tokens
+        )
+
+    return settled
 
 
 def predictor(
@@ -244,7 +317,7 @@ def corrections_from(
 
     free = [run for run in runs if run.link_bandwidth == request.link_bandwidth]
     promised = predictor(request, artifact.spec, profile, artifact.plan, stored)
-    rounds = rounds_of_runs(free, artifact.plan.tree.depth, promised)
+    rounds = rounds_of_runs(free, promised)
     found = corrections(rounds, request.link_bandwidth)
     return replace(
         profile, corrections=updated(slowed(request, profile).corrections, rounds, found)

@@ -3,7 +3,7 @@ weights, keep what they agree with.
 
 Start reading here. `speculate` is one round of the method (substitute speculative decoding, arXiv
 2509.18344); `decode_plainly` below it is its plain twin and must emit the same tokens. Both run the
-exact weights over the same cache in calls of the same padded width for each sequence, with
+exact weights over the same cache in calls of padded widths that give a row the same bits, with
 batch-invariant attention and noise that depends on the position only. So a token's logits are
 bit-equal with and without a draft, alone and in company.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 from subspec.artifacts.footprint import PRODUCT_ROWS
 from subspec.artifacts.plan import Plan
 from subspec.runtime.clock import Clock
-from subspec.runtime.draft.beam import TokenTree, root_only
+from subspec.runtime.draft.beam import TokenTree, narrowed, root_only
 from subspec.runtime.draft.drafter import Drafter, Turn, tree_rows
 from subspec.runtime.model.attention import attend, attend_batch_invariant
 from subspec.runtime.model.cache import Cache
@@ -45,7 +45,6 @@ class Round:
     emitted: list[int]  # the accepted tokens and one more
     path: Tensor  # int64 [D + 1]: the root and the accepted nodes of the tree; then anything
     num_levels: int = 0  # drafted
-    ended_early: bool = False  # the draft found that no further level would pay
 
 
 def speculate(model: Model, turns: Sequence[Turn], sampling: Sequence[Sampling]) -> list[Round]:
@@ -53,26 +52,25 @@ def speculate(model: Model, turns: Sequence[Turn], sampling: Sequence[Sampling])
     called once it is known how much of a round is kept."""
     assert model.drafter is not None
     with model.clock.phase("draft"):
-        trees = model.drafter.draft(turns)
+        drafts = model.drafter.draft(turns)
+        width = padded_width(model.plan, max(draft.num_nodes for draft in drafts))
+        trees = [narrowed(draft, width) for draft in drafts]
     with model.clock.phase("verify"):
         logits = exact_logits(model, trees, [turn.cache for turn in turns])
         verdicts = [verify(model, *one) for one in zip(trees, logits, turns, sampling, strict=True)]
-        tree = model.plan.tree
-        rounds = []
-        for turn, grown, verdict in zip(turns, trees, verdicts, strict=True):
-            num_levels = (grown.num_nodes - 1) // tree.width
-            wanted = min(tree.depth, max(0, turn.max_tokens - 1))
-            early = num_levels < wanted
-            rounds.append(Round(verdict.emitted(), verdict.path, num_levels, early))
-    return rounds
+        return [
+            Round(verdict.emitted(), verdict.path, (tree.num_nodes - 1) // model.plan.tree.width)
+            for tree, verdict in zip(trees, verdicts, strict=True)
+        ]
 
 
 def decode_plainly(
     model: Model, turns: Sequence[Turn], sampling: Sequence[Sampling]
 ) -> list[Round]:
-    """The plain twin: one token per sequence and pass, padded to the same width, no draft."""
+    """The plain twin: one token per sequence and pass, padded as a draft of one node, no draft."""
     with model.clock.phase("verify"):
-        trees = [root_only(root_of(turn), model.plan.verify_width) for turn in turns]
+        width = padded_width(model.plan, 1)
+        trees = [root_only(root_of(turn), width) for turn in turns]
         logits = exact_logits(model, trees, [turn.cache for turn in turns])
         return chosen(logits, turns, sampling)
 
@@ -110,6 +108,11 @@ def prefill(model: Model, cache: Cache, tokens: Sequence[int], sampling: Samplin
             )
             cache.commit(some)
         return choose(logits[0], cache.length, sampling)
+
+
+def padded_width(plan: Plan, num_nodes: int) -> int:
+    """Rows of the narrowest exact pass that has room for the nodes."""
+    return next(width for width in plan.verify_widths if width >= num_nodes)
 
 
 def verify(

@@ -45,13 +45,16 @@ class Stats:
     time_to_first_token_seconds: float = 0.0
     generated_tokens: int = 0
     first_of_engine: bool = False  # its first token waited for digests too
-    accepted: tuple[int, ...] = ()  # drafted tokens accepted, by round
-    judged: tuple[int, ...] = ()  # levels known to be accepted or not, by round
-    drafted_levels: int = 0  # of all rounds
+    drafted: tuple[int, ...] = ()  # levels, by round
+    accepted: tuple[int, ...] = ()  # drafted tokens that the answer has, by round
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
     stream_wait_seconds: float = 0.0
     streamed_bytes: int = 0  # while decoding; the prompt's pass is not counted
+
+    @property
+    def drafted_levels(self) -> int:
+        return sum(self.drafted)
 
     @property
     def decode_seconds(self) -> float:
@@ -135,14 +138,11 @@ class Sequence:
             self._engine.leave(self)
             raise
         stats = self.stats
-        ended = self.finish_reason in ("eos", "stop")
         keep(self.turn, done, num_kept)
-        judged = done.num_levels + done.ended_early  # the next level was not accepted, that is
         self.stats = replace(
             stats,
-            accepted=(*stats.accepted, len(done.emitted) - 1),
-            judged=(*stats.judged, min(judged, num_kept) if ended else judged),
-            drafted_levels=stats.drafted_levels + done.num_levels,
+            drafted=(*stats.drafted, done.num_levels),
+            accepted=(*stats.accepted, min(len(done.emitted) - 1, num_kept)),
             draft_seconds=stats.draft_seconds + draft_seconds,
             verify_seconds=stats.verify_seconds + verify_seconds,
             stream_wait_seconds=stats.stream_wait_seconds + wait_seconds,

@@ -64,6 +64,7 @@ class Matching:
 
 Bound = Between | Below | Length | Matching
 
+Probability = Annotated[float, Between(0, 1), Below(1)]
 Count = Annotated[int, Between(0, 1 << 62)]  # of tokens, bytes, rounds
 Seconds = Annotated[float, Between(0, 1e9)]
 Threads = Annotated[int, Between(1, 1024)]

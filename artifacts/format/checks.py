@@ -94,26 +94,29 @@ def check_plan(spec: ModelSpec, stored: list[StoredPart], plan: Plan) -> None:
         _check_placement(method, placement, stored, plan.budget_bytes)
     tree, fits = plan.tree, plan.context <= spec.max_positions
     fits = fits and plan.tree.num_nodes <= plan.verify_width
+    fits = fits and list(plan.verify_widths) == sorted(set(plan.verify_widths))
     if not fits or plan.method not in plan.placements:
         raise _wrong(
             "plan.json",
-            f"method {plan.method}, tree {tree.width}x{tree.depth}, verify width "
-            f"{plan.verify_width} and context {plan.context} are inconsistent",
+            f"method {plan.method}, tree {tree.width}x{tree.depth}, verify widths "
+            f"{list(plan.verify_widths)} and context {plan.context} are inconsistent",
         )
     _check_curves(plan.acceptance.curves)
 
 
 def _check_curves(curves: Sequence[Curve]) -> None:
-    """Widths ascend, and counts do not rise from tried to accepted or from level to level."""
-    widths = [curve.width for curve in curves]
-    if not curves or widths != sorted(widths):
-        raise _wrong("plan.json", "acceptance has no curves of ascending widths")
+    """Widths and thresholds ascend, and counts rise neither from trees to drafted to accepted nor
+    from level to level."""
+    order = [(curve.width, curve.min_path_probability) for curve in curves]
+    if not curves or order != sorted(order):
+        raise _wrong("plan.json", "acceptance has no curves of ascending widths and thresholds")
     for curve in curves:
-        levels = list(zip(curve.tried, curve.accepted, strict=False))
+        counts = [(curve.num_trees,) * 2, *zip(curve.drafted, curve.accepted, strict=False)]
         if (
-            len(curve.tried) != len(curve.accepted)
-            or any(accepted > tried for tried, accepted in levels)
-            or any(deeper > higher for (_, higher), (deeper, _) in pairwise(levels))
+            not curve.num_trees
+            or len(curve.drafted) != len(curve.accepted)
+            or any(accepted > drafted for drafted, accepted in counts)
+            or any(a < c or b < d for (a, b), (c, d) in pairwise(counts))
         ):
             raise _wrong(
                 "plan.json",

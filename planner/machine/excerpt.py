@@ -11,6 +11,7 @@ from subspec.runtime.kernels.linear import Int4Weight, pack_qparams, pack_rows
 
 CYCLED_BYTES = 96 << 20  # of weights in a pass: more than a cache, as in a whole model
 MOST_LAYERS = 24
+COMPARED_ROWS = 8  # of passes of different widths
 
 
 def excerpt(spec: ModelSpec) -> ModelSpec:
@@ -81,11 +82,11 @@ def random_substitute(num_rows: int, num_columns: int) -> tuple[Tensor, Tensor]:
     return codes, qparams.repeat(num_columns // GROUP_SIZE, num_rows, 1)
 
 
-def ignores_place(
+def rows_at_any_place(
     product: Callable[[Tensor, Tensor, Tensor, int], None], weight: Tensor, width: int
-) -> bool:
-    """Whether product(x [T, K], weight [N, K], out [T, N], rows per call) gives a row the same bits
-    at any place among `width` rows.
+) -> Tensor | None:
+    """What product(x [T, K], weight [N, K], out [T, N], rows per call) gives the first few rows of
+    `width`, which are the same for every width; None if a row's bits depend on its place.
 
     One shuffle is enough: it moves every row, and kernels differ between whole blocks and tails.
     """
@@ -95,4 +96,4 @@ def ignores_place(
     here, there = (x.new_ones(width, len(weight)) for _ in range(2))
     product(x, weight, here, width)
     product(x[order], weight, there, width)
-    return torch.equal(here[order], there)
+    return here[:COMPARED_ROWS].clone() if torch.equal(here[order], there) else None

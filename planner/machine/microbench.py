@@ -18,7 +18,7 @@ from subspec.artifacts.footprint import Shape, cache_slots, make_ledger, substit
 from subspec.artifacts.model import ModelSpec
 from subspec.artifacts.plan import DeviceKind, Int4Kernel, Ledger, Placement, Tree
 from subspec.artifacts.profile import LIVE_TOKENS, MORE_TOKENS, SHORTEST, Timing, seconds_at
-from subspec.planner.machine.excerpt import RandomWeights, excerpt, ignores_place, random_rows
+from subspec.planner.machine.excerpt import RandomWeights, excerpt, random_rows, rows_at_any_place
 from subspec.planner.machine.timing import USUAL_EFFORT, Effort, time_each, time_widths
 from subspec.planner.solve.storage import raw_storage
 from subspec.runtime.decode import causal_rows, whole_tree
@@ -255,21 +255,30 @@ class Bench:
         (accepting, _), (moving, _) = time_each(actions, self.device, self.effort)
         return accepting + moving / self.spec.num_layers * self.full_spec.num_layers
 
-    def batch_invariant_widths(self) -> tuple[int, ...]:
-        """Widths at which every product gives a row the same bits at any place."""
+    def batch_invariant_widths(self) -> tuple[tuple[int, ...], ...]:
+        """Groups of widths: every product gives a row the same bits at any place in all widths of a
+        group."""
         every = (*self.resident.values(), *self.unplaced.values())
         one_of_a_shape = {weight.shape: weight for weight in every}.values()
-        found, until = list[int](), time.perf_counter() + self.effort.place_seconds
+        groups = list[tuple[list[Tensor], list[int]]]()
+        until = time.perf_counter() + self.effort.place_seconds
         for width in PADDED_WIDTHS:
             if width > USUAL_WIDTH and time.perf_counter() > until:
                 break
-            if all(
-                ignores_place(product, weight, width)
+            rows = [
+                rows_at_any_place(product, weight, width)
                 for product in (exact_product, exact_product_into)
                 for weight in one_of_a_shape
-            ):
-                found.append(width)
-        return tuple(found)
+            ]
+            known = [some for some in rows if some is not None]
+            if len(known) < len(rows):
+                continue
+            alike = (widths for others, widths in groups if all(map(torch.equal, others, known)))
+            if (group := next(alike, None)) is not None:
+                group.append(width)
+            else:
+                groups.append((known, [width]))
+        return tuple(tuple(widths) for _, widths in groups)
 
     def _timed(
         self,

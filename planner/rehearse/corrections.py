@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
-from subspec.artifacts.acceptance import Acceptance, Curve, merged
+from subspec.artifacts.acceptance import Acceptance, Curve, added, margin_of_ratio
 from subspec.artifacts.plan import Method, Plan, Prediction, Usage
 from subspec.artifacts.profile import Corrections, Profile
 from subspec.artifacts.runs import Run
@@ -84,10 +84,9 @@ def without_corrections(profile: Profile) -> Profile:
     return replace(profile, corrections=Corrections())
 
 
-def rounds_of_runs(runs: Iterable[Run], depth: int, predict_for: PredictFor) -> Rounds:
+def rounds_of_runs(runs: Iterable[Run], predict_for: PredictFor) -> Rounds:
     """Rounds of recorded runs. Of a run only sums are known, so each of its rounds counts as the
-    mean. depth: of the plan's tree, although a round may have drafted less. `predict_for` predicts
-    without corrections."""
+    mean. `predict_for` predicts without corrections."""
     found = Rounds()
     for run in runs:
         usage = Usage(run.prompt_tokens, max(2, run.generated_tokens))
@@ -100,7 +99,7 @@ def rounds_of_runs(runs: Iterable[Run], depth: int, predict_for: PredictFor) -> 
             # The padded twin is slower, and its speed is not predicted.
             found = found.and_also(Rounds(plain=() if run.padded else verify, prompt=prompt))
         else:
-            share = run.drafted_levels / max(1.0, run.rounds * depth)
+            share = run.drafted_levels / max(1.0, run.rounds * said.levels_per_round)
             draft = repeated(run.draft_seconds, run.rounds, said.draft_seconds * share)
             found = found.and_also(Rounds(draft, verify, (), prompt))
     return found
@@ -111,18 +110,34 @@ def repeated(seconds: float, rounds: int, predicted: float) -> tuple[Timed, ...]
 
 
 def with_runs(acceptance: Acceptance, plan: Plan, runs: Iterable[Run]) -> Acceptance:
-    """Acceptance with the runs' trees as a kind of its own. Trees that ended early count as far as
-    they were drafted."""
-    own = [curve_of(run, plan) for run in runs if run.method == "substitute" and any(run.tried)]
-    if not own:
+    """Acceptance with the runs' trees as a kind of its own. What they would have done with another
+    threshold than the plan's is not known: they count alike for all."""
+    drafted = [run for run in runs if run.method == "substitute" and any(run.drafted)]
+    if not drafted:
         return acceptance
+    own = [
+        replace(curve_of(drafted, plan.tree.width), min_path_probability=threshold)
+        for threshold in acceptance.thresholds
+    ]
     others = [curve for curve in acceptance.curves if acceptance.measured and curve.kind != RUNS]
-    every = sorted((*others, *merged(own, RUNS)), key=lambda curve: (curve.width, curve.kind))
-    return Acceptance(tuple(every), measured=True)
+    order = sorted((*others, *own), key=lambda curve: (curve.width, curve.min_path_probability))
+    return Acceptance(tuple(order), measured=True)
 
 
 RUNS = "runs"  # kind of text of a user's runs
 
 
-def curve_of(run: Run, plan: Plan) -> Curve:
-    return Curve(plan.tree.width, RUNS, run.tried, run.accepted_by_level)
+def curve_of(runs: Sequence[Run], width: int) -> Curve:
+    rounds = sum(run.rounds for run in runs)
+    tokens = [sum(run.accepted_by_level) + run.rounds for run in runs]
+    answers = zip(tokens, (run.rounds for run in runs), strict=True)
+    return Curve(
+        width,
+        0.0,
+        RUNS,
+        len(runs),
+        rounds,
+        added(run.drafted for run in runs),
+        added(run.accepted_by_level for run in runs),
+        margin_of_ratio(list(answers)),
+    )

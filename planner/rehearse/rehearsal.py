@@ -1,40 +1,63 @@
-"""Runs a built artifact on calibration prompts, to measure real rounds and (`replay.py`) acceptance
-rates.
+"""Runs a built artifact on calibration prompts: acceptance of draft trees (`replay.py`), learnt on
+several answers at once, and times of real rounds, one answer at a time.
 """
 
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Several
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from subspec.artifacts.acceptance import Acceptance
+from subspec.artifacts.footprint import PRODUCT_ROWS
 from subspec.artifacts.format.prebuilt import pack_prebuilt
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.plan import Method, Plan, Usage
 from subspec.planner.rehearse.calibration import Sample, in_turns, sample_ids
 from subspec.planner.rehearse.corrections import PredictFor, Rounds, Timed
-from subspec.planner.rehearse.replay import WIDTHS, Trees, acceptance_of, replay
-from subspec.runtime.draft.drafter import SubstituteDrafter
+from subspec.planner.rehearse.replay import DEEPEST, WIDTHS, Answer, Grown, curves_of, walk
+from subspec.planner.solve.problem import make_tree
+from subspec.runtime.decode import causal_rows, keep, speculate
+from subspec.runtime.draft.drafter import SubstituteDrafter, Turn
 from subspec.runtime.engine import Engine, OpenOptions, kernel_sources
-from subspec.runtime.sequence import GenerationParams, Sequence
+from subspec.runtime.model.attention import attend
+from subspec.runtime.model.cache import Cache
+from subspec.runtime.model.sampling import Sampling
+from subspec.runtime.model.transformer import forward
+from subspec.runtime.sequence import GenerationParams
 from subspec.runtime.text.tokenizer import load_tokenizer
 
 Progress = Callable[[str, float], None]
+Settled = Callable[[Acceptance], bool]  # whether more answers would not change the plan
+Trees = dict[tuple[int, str], list[list[Grown]]]  # of each answer, by width and kind of text
+
+AT_ONCE = (8, 4, 2, 1)  # answers that acceptance is learnt on together; as many as fit the budget
+ANSWER_TOKENS = 80  # of each at most: another prompt says more than the rest of an answer
+CONTEXT = 256  # of each, prompt and answer
+# The answers are decoded with chains, which give most tokens for the rows that they verify.
+CHAIN = make_tree(1, 16, 0.2)
+LOOP_TOKENS = 12  # that a repetition has at least
+LONGEST_PERIOD = 24  # tokens
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How long a plan is rehearsed; the defaults take three minutes at most, less with few or
-    quickly decoded samples."""
+    """How long a plan is rehearsed."""
 
-    draft_seconds: float = 180.0  # for speculation and its replays
-    plain_seconds: float = 5.0
-    num_tokens: int = 128  # of each answer; later tokens are easier to predict than the first
-    plain_tokens: int = 12  # each streams the weights
-    # Widths of replayed trees; others are interpolated (artifacts/acceptance.py).
-    tree_widths: tuple[int, ...] = WIDTHS
+    learn_seconds: float = 45.0  # for acceptance; less once the choice is settled
+    time_seconds: float = 8.0  # for rounds of the plan that was chosen
+    plain_seconds: float = 4.0  # for plain decoding
+
+    @staticmethod
+    def within(seconds: float) -> "Effort":
+        usual = Effort()
+        whole = usual.learn_seconds + usual.time_seconds + usual.plain_seconds
+        return Effort(*(seconds / whole * share for share in vars(usual).values()))
 
 
 USUAL_EFFORT = Effort()
@@ -48,22 +71,129 @@ class Setting:
     device: str | None = None
 
 
-@dataclass(frozen=True)
-class Rehearsal:
-    acceptance: Acceptance | None  # None: no tree was replayed
-    rounds: Rounds
+def learn_acceptance(
+    artifact: Artifact,
+    plan: Plan,
+    samples: Several[Sample],
+    setting: Setting,
+    settled: Settled,
+    progress: Progress,
+    effort: Effort = USUAL_EFFORT,
+) -> Acceptance | None:
+    """Acceptance of trees along answers to the samples, all kinds alike, as many at a time as
+    `plan` has sequences, until the samples or the time are used up or the choice is settled. None:
+    no answer was long enough."""
+    staged = replace(artifact, plan=replace(plan, tree=CHAIN))
+    text = load_tokenizer(artifact.path / "tokenizer")
+    turns = [(sample.kind, sample_ids(text, sample)) for sample in in_turns(samples)]
+    trees: Trees = {}
+    found, learnt = None, ""
+    until = time.perf_counter() + effort.learn_seconds
+    with opened(staged, "substitute", setting) as engine:
+        for first in range(0, len(turns), plan.num_sequences):
+            progress(f"rehearsing{learnt}", first / len(turns))
+            add_answers(engine, turns[first : first + plan.num_sequences], trees)
+            found = acceptance_of(trees)
+            if found is not None:
+                tokens, margin = found.tokens(2, DEEPEST), found.margin(2, DEEPEST)
+                learnt = f": {tokens:.1f} ± {margin:.1f} tokens a round, two wide"
+                if settled(found):
+                    break
+            if time.perf_counter() > until:
+                break
+    progress(f"rehearsing{learnt}", 1.0)
+    return found
 
 
-@dataclass(frozen=True)
-class DecodedSample:
-    """One answer as it was decoded."""
+@torch.inference_mode()
+def add_answers(engine: Engine, turns: Several[tuple[str, list[int]]], trees: Trees) -> None:
+    """Decodes an answer to each prompt, all together, and adds the trees along them."""
+    drafter = engine.model.drafter
+    assert isinstance(drafter, SubstituteDrafter)
+    with ExitStack() as stack:
+        caches = [stack.enter_context(engine.new_sequence()).cache for _ in turns]
+        answers = decode_together(engine, caches, [prompt for _, prompt in turns])
+        for width in WIDTHS[engine.plan.device]:
+            has_room = 1 + width * DEEPEST <= engine.plan.verify_width
+            if has_room and width <= engine.artifact.spec.vocab_size:
+                along = walk(drafter, caches, answers, width)
+                for (kind, _), some in zip(turns, along, strict=True):
+                    if some:
+                        trees.setdefault((width, kind), []).append(some)
 
-    tokens: tuple[int, ...]  # of prompt and answer
-    starts: tuple[int, ...]  # index in `tokens` of the root of each round
-    rounds: Rounds
+
+def decode_together(
+    engine: Engine, caches: Several[Cache], prompts: Several[list[int]]
+) -> list[Answer]:
+    """A greedy answer to each prompt, up to where it begins to repeat itself."""
+    model, ends = engine.model, frozenset(engine.artifact.spec.eos_token_ids)
+    room = min(ANSWER_TOKENS, engine.plan.context // 2)
+    prompts = [prompt[: engine.plan.context - room] for prompt in prompts]
+    roots = read_together(engine, caches, prompts)
+    turns = [Turn(cache, root, room - 1) for cache, root in zip(caches, roots, strict=True)]
+    texts = [[*prompt, root] for prompt, root in zip(prompts, roots, strict=True)]
+    ended = [root in ends for root in roots]
+    while active := [n for n, turn in enumerate(turns) if turn.max_tokens > 0 and not ended[n]]:
+        rounds = speculate(model, [turns[n] for n in active], [Sampling()] * len(active))
+        for n, done in zip(active, rounds, strict=True):
+            some = done.emitted[: turns[n].max_tokens]
+            kept = next((index for index, one in enumerate(some, 1) if one in ends), len(some))
+            keep(turns[n], done, kept)
+            texts[n] += some[:kept]
+            ended[n] = texts[n][-1] in ends
+    answers = []
+    for cache, prompt, text, whole in zip(caches, prompts, texts, ended, strict=True):
+        kept = len(prompt) + before_loop(text[len(prompt) :])
+        cache.roll_back(kept - 1)
+        answers.append(Answer(text[:kept], len(prompt), whole and kept == len(text)))
+    return answers
 
 
-def rehearse(
+def read_together(engine: Engine, caches: Several[Cache], prompts: Several[list[int]]) -> list[int]:
+    """Keys and values of the prompts into the caches, of as many prompts in one stream of the
+    weights as the plan has room for -> the first token of each answer. Unlike `prefill` of
+    decode.py, a row's bits may depend on the company."""
+    model, found = engine.model, list[int]()
+    while len(found) < len(prompts):
+        some, num_rows = list[int](), 0
+        for n in range(len(found), len(prompts)):
+            num_rows += len(prompts[n])
+            if some and num_rows > engine.plan.prefill_tokens:
+                break
+            some.append(n)
+        tokens = [torch.tensor(prompts[n], device=engine.device) for n in some]
+        rows = [causal_rows(caches[n], one) for n, one in zip(some, tokens, strict=True)]
+        logits: Tensor = forward(
+            model.weights, model.exact, rows, attend, PRODUCT_ROWS, last_only=True
+        )
+        for n in some:
+            caches[n].commit(prompts[n])
+        found += logits.argmax(-1).tolist()
+    return found
+
+
+def before_loop(tokens: Several[int]) -> int:
+    """How many tokens come before the text repeats itself for the second time: at least
+    LOOP_TOKENS, with a period of LONGEST_PERIOD at most."""
+    for first in range(len(tokens)):
+        for period in range(1, LONGEST_PERIOD + 1):
+            repeated = max(LOOP_TOKENS, 2 * period)
+            again = tokens[first + period : first + period + repeated]
+            if len(again) == repeated and again == tokens[first : first + repeated]:
+                return first + period
+    return len(tokens)
+
+
+def acceptance_of(trees: Trees) -> Acceptance | None:
+    """None: there are no trees."""
+    curves = [
+        curve for (width, kind), some in trees.items() for curve in curves_of(some, width, kind)
+    ]
+    order = sorted(curves, key=lambda curve: (curve.width, curve.min_path_probability))
+    return Acceptance(tuple(order), measured=True) if order else None
+
+
+def time_rounds(
     artifact: Artifact,
     plan: Plan,
     predict_for: PredictFor,
@@ -71,36 +201,59 @@ def rehearse(
     setting: Setting,
     progress: Progress,
     effort: Effort = USUAL_EFFORT,
-) -> Rehearsal:
-    """Run `plan` on the samples, all kinds alike, until they or the time are used up.
-    `predict_for`: its predictions for a usage, without corrections."""
+) -> Rounds:
+    """Rounds of the plan, one answer at a time, and of plain decoding. `predict_for`: the plan's
+    predictions for a usage, without corrections."""
     staged, text = replace(artifact, plan=plan), load_tokenizer(artifact.path / "tokenizer")
-    turns = [(sample.kind, sample_ids(text, sample)) for sample in in_turns(samples)]
-    trees: Trees = {}
-    rounds = Rounds()
-    if "substitute" in plan.placements:
-        with opened(staged, "substitute", setting) as engine:
-            drafter = engine.model.drafter
-            assert isinstance(drafter, SubstituteDrafter)
-            until = time.perf_counter() + effort.draft_seconds
-            for index, (kind, prompt) in enumerate(turns):
-                progress("rehearsing the plan", index / len(turns))
-                with engine.new_sequence() as sequence:
-                    count = effort.num_tokens
-                    decoded = decode(engine, sequence, prompt, count, predict_for, until)
-                    rounds = rounds.and_also(decoded.rounds)
-                    known = decoded.tokens, decoded.starts
-                    widths = effort.tree_widths
-                    replay(drafter, sequence.cache, *known, kind, trees, until, widths)
+    prompts = [sample_ids(text, sample) for sample in in_turns(samples)]
+    rounds, methods = (
+        Rounds(),
+        (("substitute", effort.time_seconds), ("plain", effort.plain_seconds)),
+    )
+    for method, seconds in methods:
+        if method not in plan.placements:
+            continue
+        progress(f"timing rounds, {method}", 0.0)
+        until = time.perf_counter() + seconds
+        with opened(staged, method, setting) as engine:
+            for prompt in prompts:
+                rounds = rounds.and_also(timed_rounds(engine, prompt, predict_for, until))
                 if time.perf_counter() > until:
                     break
-    with opened(staged, "plain", setting) as engine, engine.new_sequence() as sequence:
-        until = time.perf_counter() + effort.plain_seconds
-        prompt = turns[0][1]
-        decoded = decode(engine, sequence, prompt, effort.plain_tokens, predict_for, until)
-        rounds = rounds.and_also(decoded.rounds)
-    progress("rehearsing the plan", 1.0)
-    return Rehearsal(acceptance_of(trees), rounds)
+    return rounds
+
+
+def timed_rounds(
+    engine: Engine, prompt: list[int], predict_for: PredictFor, until: float
+) -> Rounds:
+    """Rounds of one answer, greedy, one at least. The first one is not timed if there are others,
+    as the engine measures temporaries in it."""
+    prompt = prompt[: engine.plan.context // 2]
+    params = GenerationParams(
+        ANSWER_TOKENS, end_tokens=frozenset(engine.artifact.spec.eos_token_ids)
+    )
+    clock = [(0.0, 0.0, 0)]
+    exact = engine.model.exact
+    checked = exact.streamed is None or exact.streamed_bytes > 0
+    with engine.new_sequence() as sequence:
+        for _ in sequence.generate(prompt, params):
+            stats = sequence.stats
+            if stats.accepted:
+                clock.append((stats.draft_seconds, stats.verify_seconds, stats.drafted_levels))
+                if time.perf_counter() > until:
+                    break
+        stats = sequence.stats
+    said = predict_for(engine.method, Usage(len(prompt), max(2, stats.generated_tokens)))
+    passed = [tuple(b - a for a, b in zip(*pair, strict=True)) for pair in pairwise(clock)]
+    passed = passed[1:] or passed
+    verify = (Timed(tuple(seconds for _, seconds, _ in passed), said.verify_seconds),)
+    first = Timed((stats.time_to_first_token_seconds,), said.time_to_first_token_seconds)
+    asked = (first,) if checked else ()  # else the time includes the check of digests
+    if engine.method == "plain":
+        return Rounds(plain=verify, prompt=asked)
+    # As if each had the levels of a usual round.
+    drafted = [seconds * said.levels_per_round / max(1, levels) for seconds, _, levels in passed]
+    return Rounds((Timed(tuple(drafted), said.draft_seconds),), verify, prompt=asked)
 
 
 def pack_kernels(folder: Path, plan: Plan) -> None:
@@ -113,43 +266,3 @@ def opened(artifact: Artifact, method: Method, setting: Setting) -> Engine:
         method, padded=False, device=setting.device, link_bandwidth=setting.link_bandwidth
     )
     return Engine.open(artifact, how)
-
-
-def decode(
-    engine: Engine,
-    sequence: Sequence,
-    prompt: list[int],
-    num_tokens: int,
-    predict_for: PredictFor,
-    until: float,
-) -> DecodedSample:
-    """Decode greedily, at least one round. The limit of tokens is larger than `num_tokens`, so that
-    no tree is shortened at the end. The first round is not timed, as the engine measures
-    temporaries in it."""
-    depth = engine.plan.tree.depth if engine.method == "substitute" else 0
-    prompt = prompt[: engine.plan.context // 2]
-    ends = frozenset(engine.artifact.spec.eos_token_ids)
-    tokens, starts, clock = [*prompt], list[int](), [(0.0, 0.0, 0)]
-    exact = engine.model.exact
-    checked = exact.streamed is None or exact.streamed_bytes > 0
-    params = GenerationParams(num_tokens + depth, end_tokens=ends)
-    for emitted in sequence.generate(prompt, params):
-        stats = sequence.stats
-        if len(tokens) > len(prompt):
-            clock.append((stats.draft_seconds, stats.verify_seconds, stats.drafted_levels))
-            starts.append(len(tokens) - 1)
-        tokens += emitted
-        if len(tokens) - len(prompt) >= num_tokens or (starts and time.perf_counter() > until):
-            break
-    said = predict_for(engine.method, Usage(len(prompt), len(tokens) - len(prompt)))
-    passed = [(b[0] - a[0], b[1] - a[1], b[2] - a[2]) for a, b in pairwise(clock)][1:]
-    drafted = [seconds * depth / max(1, levels) for seconds, _, levels in passed]
-    draft = (Timed(tuple(drafted), said.draft_seconds),)  # scaled to a whole tree
-    verify = (Timed(tuple(seconds for _, seconds, _ in passed), said.verify_seconds),)
-    first = Timed((sequence.stats.time_to_first_token_seconds,), said.time_to_first_token_seconds)
-    asked = (first,) if checked else ()  # else the time includes the check of digests
-    if engine.method == "plain":
-        rounds = Rounds(plain=verify, prompt=asked)
-    else:
-        rounds = Rounds(draft, verify, prompt=asked)
-    return DecodedSample(tuple(tokens), tuple(starts), rounds)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from subspec.artifacts.acceptance import TWO_SIDED_95, Acceptance, level_rates, pooled
+from subspec.artifacts.acceptance import Acceptance
 from subspec.artifacts.common.sizes import short_size
 from subspec.artifacts.plan import Plan, Tree
 
@@ -43,15 +43,18 @@ def budget_chart(plan: Plan) -> Chart | None:
 
 
 def acceptance_chart(acceptance: Acceptance, tree: Tree) -> Chart | None:
-    """Probability that each level of `tree` is accepted, with its 95 % confidence band; None if the
-    tree has no levels."""
+    """Probability that each level of `tree` is accepted, with the 95 % confidence interval of a
+    round's tokens as a band; None if the tree has no levels."""
     if not tree.depth:
         return None
-    line = tuple(enumerate((1.0, *acceptance.reached(tree.width, tree.depth))))
-    bounds = confidence(acceptance, tree)
-    upper = tuple((level, high) for level, (_, high) in enumerate(bounds))
-    lower = tuple((level, low) for level, (low, _) in enumerate(bounds))
-    band = (*upper, *reversed(lower)) if len(bounds) > 1 else ()
+    known = tree.width, tree.depth, tree.min_path_probability
+    line = tuple(enumerate((1.0, *acceptance.reached(*known))))
+    band: tuple[tuple[float, float], ...] = ()
+    if acceptance.measured:
+        off = acceptance.margin(*known) / acceptance.tokens(*known)
+        upper = [(level, min(1.0, share * (1 + off))) for level, share in line]
+        lower = [(level, max(0.0, share * (1 - off))) for level, share in line]
+        band = (*upper, *reversed(lower))
     x = axis(0, tree.depth, "{:g}".format, least_step=1)
     return Chart(x, axis(0.0, 1.0, "{:.0%}".format), line, band)
 
@@ -64,23 +67,3 @@ def axis(low: float, high: float, label: Callable[[float], str], least_step: flo
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     values = [index * step for index in range(first, last + 1)]
     return Axis(low, high, tuple((value, label(value)) for value in values))
-
-
-def confidence(acceptance: Acceptance, tree: Tree) -> list[tuple[float, float]]:
-    """95 % confidence interval per level, the root first, as deep as levels were tried.
-
-    By Greenwood's formula; like Acceptance.margin it counts the trials of the narrower of two
-    measured widths.
-    """
-    known = [curve for curve in pooled(acceptance) if curve.width <= tree.width]
-    tried = known[-1].tried if known and acceptance.measured else ()
-    rates = level_rates(acceptance, tree.width, tree.depth, "")
-    reached = acceptance.reached(tree.width, tree.depth)
-    found, variance = [(1.0, 1.0)], 0.0
-    for rate, share, trials in zip(rates, reached, tried, strict=False):
-        if not trials:
-            break
-        variance += (1 - rate) / (rate * trials)
-        half = TWO_SIDED_95 * share * math.sqrt(variance)
-        found.append((max(0.0, share - half), min(1.0, share + half)))
-    return found

@@ -111,7 +111,7 @@ def plan_json(spec: ModelSpec, plan: Plan, artifact: Path | None) -> dict[str, A
             "context": plan.context,
             "sequences": plan.num_sequences,
             "tree": asdict(tree),
-            "verify_width": plan.verify_width,
+            "verify_widths": list(plan.verify_widths),
             "int4_kernel": plan.int4_kernel,
             "threads": plan.num_threads,
             "prefill_tokens": plan.prefill_tokens,
@@ -129,9 +129,11 @@ def plan_json(spec: ModelSpec, plan: Plan, artifact: Path | None) -> dict[str, A
         },
         "acceptance": {
             "measured": acceptance.measured,
-            "trees": acceptance.num_trees() if acceptance.measured else 0,
-            "tokens_per_round": acceptance.tokens(tree.width, tree.depth),
-            "margin": margin_of(acceptance, tree.width, tree.depth),
+            "answers": acceptance.num_answers() if acceptance.measured else 0,
+            "tokens_per_round": acceptance.tokens(
+                tree.width, tree.depth, tree.min_path_probability
+            ),
+            "margin": margin_of(plan),
         },
         "by_budget": [asdict(point) for point in plan.by_budget],
         "by_context": [asdict(point) for point in plan.by_context],

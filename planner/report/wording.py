@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from subspec.artifacts.acceptance import Acceptance
-from subspec.artifacts.common.formatting import big_number, duration, number
+from subspec.artifacts.common.formatting import big_number, counted, duration, number
 from subspec.artifacts.common.sizes import format_size, short_size, weights_rate
 from subspec.artifacts.footprint import model_bytes
 from subspec.artifacts.model import ModelSpec
@@ -138,19 +137,19 @@ def acceptance_line(plan: Plan) -> str:
     tokens = f"{tokens_expected(plan)} tokens per round"
     if not acceptance.measured:
         return f"{tokens}, from published figures: not measured on this model"
-    return f"{tokens}, measured on {acceptance.num_trees()} drafts"
+    return f"{tokens}, measured on {counted(acceptance.num_answers(), 'answer')}"
 
 
 def acceptance_rows(plan: Plan) -> Rows:
-    """Kind of text, number of drafts, tokens per round; none with a single kind or no draft."""
+    """Kind of text, number of answers, tokens per round; none with a single kind or no draft."""
     acceptance = plan.acceptance
     if len(acceptance.kinds) < 2 or not acceptance.measured or not plan.tree.depth:
         return []
-    most = sorted(acceptance.kinds, key=lambda kind: -acceptance.num_trees(kind))[:MOST_KINDS]
+    most = sorted(acceptance.kinds, key=lambda kind: -acceptance.num_answers(kind))[:MOST_KINDS]
     return [
         (
             one_line(kind) or "all kinds",
-            f"{acceptance.num_trees(kind)}",
+            f"{acceptance.num_answers(kind)}",
             tokens_expected(plan, kind),
         )
         for kind in (*sorted(most), "")
@@ -159,15 +158,17 @@ def acceptance_rows(plan: Plan) -> Rows:
 
 def tokens_expected(plan: Plan, kind: str = "") -> str:
     """ "12.1 ± 1.3": a round's tokens and half of their 95 % confidence interval, if known."""
-    width, depth = plan.tree.width, plan.tree.depth
-    tokens = number(plan.acceptance.tokens(width, depth, kind))
-    margin = margin_of(plan.acceptance, width, depth, kind)
+    tree = plan.tree
+    known = tree.width, tree.depth, tree.min_path_probability, kind
+    tokens, margin = number(plan.acceptance.tokens(*known)), margin_of(plan, kind)
     return tokens if margin is None else f"{tokens} ± {number(margin)}"
 
 
-def margin_of(acceptance: Acceptance, width: int, depth: int, kind: str = "") -> float | None:
-    """None if nothing was measured, or only wider trees were."""
-    margin = acceptance.margin(width, depth, kind)
+def margin_of(plan: Plan, kind: str = "") -> float | None:
+    """None if nothing was measured."""
+    tree = plan.tree
+    known = tree.width, tree.depth, tree.min_path_probability, kind
+    margin = plan.acceptance.margin(*known)
     return margin if math.isfinite(margin) else None
 
 
@@ -241,7 +242,7 @@ def decision_rows(plan: Plan) -> Rows:
     ring = f"{placement.num_slots} slots of {format_size(placement.block_bytes)}"
     return [
         *rows,
-        ("verification", f"padded to {plan.verify_width} rows"),
+        ("verification", f"padded to {', '.join(map(str, plan.verify_widths))} rows"),
         ("prompt", f"{plan.prefill_tokens} tokens per stream of the weights"),
         ("staging ring", ring if placement.num_slots else "none: nothing streams"),
         ("4-bit kernel", plan.int4_kernel),

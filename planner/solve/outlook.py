@@ -3,19 +3,14 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from subspec.artifacts.acceptance import ONE_TOKEN
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.sizes import short_size
 from subspec.artifacts.footprint import Ring, Shape, workspace_bytes
 from subspec.artifacts.model import ModelSpec
 from subspec.artifacts.plan import Method, Plan, Point, Prediction, Usage
 from subspec.artifacts.profile import Profile
-from subspec.planner.solve.predict import (
-    ONE_TOKEN,
-    Candidate,
-    passes_of,
-    predict,
-    yields_by_depth,
-)
+from subspec.planner.solve.predict import Candidate, passes_of, predict
 from subspec.planner.solve.storage import Storage, group_bytes
 
 BUDGET_STEPS = (0.4, 0.5, 0.625, 0.75, 0.875, 1.125, 1.25, 1.5, 1.75, 2.0)  # of the plan's own
@@ -38,7 +33,7 @@ def predict_for(
     decoded = tuple(name for name in stored.residuals if name in ready)
     block_bytes, num_slots = placement.block_bytes, placement.num_slots
     ring = Ring(block_bytes, num_slots) if num_slots else None
-    candidate = Candidate(replace(stored, decoded=decoded), tree, plan.verify_width, ring)
+    candidate = Candidate(replace(stored, decoded=decoded), tree, plan.verify_widths, ring)
     inside = {*placement.resident, *placement.residuals}
     streamed = group_bytes([part for part in stored.parts if part.name not in inside])
     shape = Shape(
@@ -53,9 +48,10 @@ def predict_for(
     idle = ledger.guard + ledger.workspace - workspace
     gives = ONE_TOKEN
     if tree:
-        gives = yields_by_depth(plan.acceptance, tree.width, tree.depth, usage.kind)[-1]
+        stop = tree.min_path_probability
+        gives = plan.acceptance.yields(tree.width, tree.depth, stop, usage.kind)[-1]
     peak = ledger.total_bytes - idle
-    passes = passes_of(spec, profile, tree, plan.verify_width, plan.prefill_tokens, usage)
+    passes = passes_of(spec, profile, tree, plan.verify_widths, gives, plan.prefill_tokens, usage)
     return predict(profile, candidate, passes, streamed, gives, peak, usage)
 
 

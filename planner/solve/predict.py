@@ -4,10 +4,10 @@ A round is a draft and a verification. Every term is a measurement of the profil
 widths, multiplied by the correction factors that were measured on real rounds.
 """
 
+from bisect import bisect_left
 from dataclasses import dataclass
-from itertools import accumulate
 
-from subspec.artifacts.acceptance import Acceptance
+from subspec.artifacts.acceptance import RoundYield
 from subspec.artifacts.footprint import Ring
 from subspec.artifacts.model import ModelSpec
 from subspec.artifacts.plan import Prediction, Tree, Usage
@@ -21,8 +21,13 @@ class Candidate:
 
     storage: Storage
     tree: Tree | None  # None: plain decoding
-    verify_width: int
+    verify_widths: tuple[int, ...]  # as in Plan
     ring: Ring | None  # None: nothing streams
+
+    @property
+    def verify_width(self) -> int:
+        """Rows of the widest exact pass."""
+        return self.verify_widths[-1]
 
     @property
     def draft_width(self) -> int | None:
@@ -35,64 +40,47 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class RoundYield:
-    """Moments of the acceptance length: tokens that a round yields."""
-
-    mean: float
-    mean_square: float
-
-
-ONE_TOKEN = RoundYield(1.0, 1.0)  # a pass of plain decoding
-
-
-@dataclass(frozen=True)
 class Passes:
     """Compute seconds with a tree, independent of how the weights are stored and streamed."""
 
-    draft: float  # all levels; 0: plain decoding
+    draft: float  # all levels of a usual round; 0: plain decoding
     exact: float  # the verification, or a token of plain decoding
     prompt: float  # a piece of the prompt, without the head
     num_prompts: int  # pieces of the prompt; each streams the weights once
     head: float  # at one row
 
 
-def yields_by_depth(
-    acceptance: Acceptance, width: int, deepest: int, kind: str = ""
-) -> tuple[RoundYield, ...]:
-    """Yields of trees 0, 1, ... `deepest` levels deep: the accepted tokens and one more."""
-    reached = acceptance.reached(width, deepest, kind)
-    means = accumulate(reached, initial=1.0)
-    squares = accumulate(((2 * n + 1) * p for n, p in enumerate(reached, 1)), initial=1.0)
-    return tuple(RoundYield(*pair) for pair in zip(means, squares, strict=True))
-
-
 def rounds_needed(num_tokens: int, gives: RoundYield) -> float:
     """Expected number of rounds for `num_tokens`: by Wald's identity, with the overshoot of a
     renewal process in the last round."""
-    overshoot = (gives.mean_square - gives.mean) / (2 * gives.mean)
-    return max(1.0, (num_tokens + overshoot) / gives.mean)
+    overshoot = (gives.tokens_squared - gives.tokens) / (2 * gives.tokens)
+    return max(1.0, (num_tokens + overshoot) / gives.tokens)
 
 
 def passes_of(
     spec: ModelSpec,
     profile: Profile,
     tree: Tree | None,
-    verify_width: int,
+    verify_widths: tuple[int, ...],
+    gives: RoundYield,
     prefill_tokens: int,
     usage: Usage,
 ) -> Passes:
-    """Passes with a tree (None: plain decoding), in the middle of an answer."""
+    """Passes with a tree (None: plain decoding), in the middle of an answer. A verification is as
+    wide as its draft needs: `gives.shares` says how often it has how many levels."""
     live = usage.prompt_tokens + usage.answer_tokens / 2
     head = seconds_at(profile.exact_head, 1)
     if tree:
-        exact = pass_seconds(spec, profile.exact_layer, profile.exact_attention, verify_width, live)
-        exact += seconds_at(profile.exact_head, verify_width)
+        exact = 0.0
+        for width, share in shares_by_width(tree, verify_widths, gives).items():
+            one = pass_seconds(spec, profile.exact_layer, profile.exact_attention, width, live)
+            exact += share * (one + seconds_at(profile.exact_head, width))
     else:
         exact = pass_seconds(spec, profile.fast_layer, profile.fast_attention, 1, live) + head
     rows, before = min(prefill_tokens, usage.prompt_tokens), usage.prompt_tokens / 2
     prompt = pass_seconds(spec, profile.fast_layer, profile.fast_attention, rows, before)
     return Passes(
-        draft=draft_seconds(spec, profile, tree, live) if tree else 0.0,
+        draft=draft_seconds(spec, profile, tree, gives.levels, live) if tree else 0.0,
         exact=exact,
         prompt=prompt,
         num_prompts=-(-usage.prompt_tokens // prefill_tokens),
@@ -100,16 +88,30 @@ def passes_of(
     )
 
 
-def draft_seconds(spec: ModelSpec, profile: Profile, tree: Tree, live: float) -> float:
-    """Seconds of all levels of a tree; the first one has one row, the root."""
-    if not tree.depth:
+def shares_by_width(
+    tree: Tree, verify_widths: tuple[int, ...], gives: RoundYield
+) -> dict[int, float]:
+    """Share of the rounds by the rows of their verification."""
+    found = dict[int, float]()
+    for levels, share in enumerate(gives.shares):
+        if share:
+            width = verify_widths[bisect_left(verify_widths, 1 + tree.width * levels)]
+            found[width] = found.get(width, 0.0) + share
+    return found
+
+
+def draft_seconds(
+    spec: ModelSpec, profile: Profile, tree: Tree, levels: float, live: float
+) -> float:
+    """Seconds of so many levels of a tree; the first one has one row, the root."""
+    if not levels:
         return 0.0
     first, level = (
         pass_seconds(spec, profile.draft_layer, profile.draft_attention, rows, live)
         + seconds_at(profile.draft_head, rows)
         for rows in (1, tree.width)
     )
-    return first + (tree.depth - 1) * level
+    return first + max(0.0, levels - 1) * level
 
 
 def predict(
@@ -154,7 +156,8 @@ def predict(
         tokens_per_second=num_tokens / (rounds_needed(num_tokens, gives) * (draft + verify)),
         time_to_first_token_seconds=first * corrections.prompt,
         fast_peak_bytes=peak,
-        tokens_per_round=gives.mean,
+        tokens_per_round=gives.tokens,
+        levels_per_round=gives.levels,
         draft_seconds=draft,
         verify_seconds=verify,
         stream_seconds=link,

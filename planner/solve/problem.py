@@ -8,29 +8,27 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
-from subspec.artifacts.acceptance import Acceptance
+from subspec.artifacts.acceptance import ONE_TOKEN, Acceptance, RoundYield
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.footprint import Ring, Shape, make_ledger, workspace_bytes
 from subspec.artifacts.model import PAGE_BYTES, ModelSpec
 from subspec.artifacts.plan import USUAL, Constraints, Ledger, Tree, Usage
 from subspec.artifacts.profile import Profile
 from subspec.planner.solve.predict import (
-    ONE_TOKEN,
     Candidate,
     Passes,
-    RoundYield,
     passes_of,
     usage_within,
-    yields_by_depth,
 )
 from subspec.planner.solve.storage import NUM_SHARES, Storage, held_decoded, storages
 
-WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16)  # half of these and of DEPTHS: 1.5 to 2.3 % slower, at most 9
-DEPTHS = (*range(1, 33), *range(34, 65, 2))
+WIDTHS = (1, 2, 4, 8)
+DEPTHS = (*range(1, 13), *range(14, 33, 2), 40, 48, 64)
 NUM_SLOTS = (2, 3, 4)  # of a ring: one is read while one is filled; more even out block sizes
-# Temperature of the draft's probabilities (arXiv 2509.18344, §4.2). It does not change a chain, but
-# where it ends early: sharpened probabilities predict acceptance best (docs/LOG.md).
-SHARPENING = 0.2
+# Temperature of the draft's probabilities. Of a greedy target a token is accepted more often than
+# its probability says: at 0.5 a path's is about how often it is accepted on a real model. Trees
+# grow as well as at 0.2, the paper's (arXiv 2509.18344, section 4.2; docs/LOG.md).
+SHARPENING = 0.5
 DEFAULT_CONTEXT = 4096  # halved until its keys and values fit their share of the budget
 CONTEXT_SHARE = 0.125  # chosen, not measured: keys and values should not displace many weights
 SMALLEST_CONTEXT = 256  # chosen: a question and a short answer
@@ -51,7 +49,8 @@ class Problem:
     context: int
     storages: tuple[Storage, ...]  # to choose from; the last one decodes least at every use
     usage: Usage  # of the predictions
-    yields: dict[int, tuple[RoundYield, ...]] = field(repr=False)  # by tree width, then by depth
+    # By tree width and threshold, then by depth.
+    yields: dict[tuple[int, float], tuple[RoundYield, ...]] = field(repr=False)
     prefill_tokens: int = SMALLEST_PREFILL
     prefill_bytes: int = 0  # lower bound of the workspace
 
@@ -90,9 +89,12 @@ def make_problem(
     contexts = [constraints.context or default_context(spec, budget_bytes, sequences)]
     while constraints.context is None and contexts[-1] // 2 >= SMALLEST_CONTEXT:
         contexts.append(contexts[-1] // 2)
-    widths = (constraints.width,) if constraints.width else WIDTHS
     deepest = constraints.depth or DEPTHS[-1]
-    yields = {width: yields_by_depth(acceptance, width, deepest, usage.kind) for width in widths}
+    yields = {
+        (width, stop): acceptance.yields(width, deepest, stop, usage.kind)
+        for width in tree_widths(constraints)
+        for stop in thresholds(constraints, acceptance)
+    }
 
     def problem_for(context: int) -> Problem:
         within = usage_within(context, usage)
@@ -151,41 +153,52 @@ def stored_like(problem: Problem, wanted: Storage) -> tuple[Storage, ...]:
     return tuple(some for some in problem.storages if some.parts == wanted.parts)
 
 
-def candidates(problem: Problem, verify_width: int | None = None) -> Iterator[Candidate]:
-    """Every candidate with a draft, the smallest tree first. verify_width: padding of all; None:
-    each tree is padded to the narrowest width that fits it."""
+def candidates(problem: Problem, room: tuple[int, ...] | None = None) -> Iterator[Candidate]:
+    """Every candidate with a draft, the smallest tree first. room: the verify widths of all; None:
+    each tree is padded to the narrowest that fit it."""
     for tree, padded in trees(problem):
-        if verify_width is not None and padded > verify_width:
+        if room is not None and padded[-1] > room[-1]:
             continue
         for storage in problem.storages:
             for ring in staging(storage):
-                yield Candidate(storage, tree, verify_width or padded, ring)
+                yield Candidate(storage, tree, room or padded, ring)
 
 
-def trees(problem: Problem) -> Iterator[tuple[Tree, int]]:
-    """Trees with their verify widths; widths and depths ascending."""
+def trees(problem: Problem) -> Iterator[tuple[Tree, tuple[int, ...]]]:
+    """Trees with their verify widths; widths, depths and thresholds ascending."""
     constraints = problem.constraints
     if constraints.method == "plain":
         return
-    stop = constraints.min_path_probability or 0.0
-    for width in (constraints.width,) if constraints.width else WIDTHS:
+    stops = thresholds(constraints, problem.acceptance)
+    for width in tree_widths(constraints):
         for depth in (constraints.depth,) if constraints.depth else DEPTHS:
-            tree = make_tree(width, depth, stop)
-            padded = padded_width(problem.profile, tree.num_nodes)
+            padded = padded_widths(problem.profile, 1 + width * depth)
             if padded is not None:
-                yield tree, padded
+                for stop in stops:
+                    yield make_tree(width, depth, stop), padded
+
+
+def tree_widths(constraints: Constraints) -> tuple[int, ...]:
+    return (constraints.width,) if constraints.width else WIDTHS
+
+
+def thresholds(constraints: Constraints, acceptance: Acceptance) -> tuple[float, ...]:
+    """Values of `Tree.min_path_probability` to choose from."""
+    if constraints.min_path_probability is not None:
+        return (constraints.min_path_probability,)
+    return acceptance.thresholds
 
 
 def make_tree(width: int, depth: int, min_path_probability: float = 0.0) -> Tree:
     return Tree(width, depth, SHARPENING, min_path_probability)
 
 
-def plain_candidates(problem: Problem, verify_width: int) -> Iterator[Candidate]:
-    """Candidates of plain decoding. `verify_width` is that of the padded twin, which must fit
+def plain_candidates(problem: Problem, verify_widths: tuple[int, ...]) -> Iterator[Candidate]:
+    """Candidates of plain decoding. `verify_widths` are those of the draft, whose cache has to fit
     too."""
     for storage in problem.storages:
         for ring in staging(storage):
-            yield Candidate(storage, None, verify_width, ring)
+            yield Candidate(storage, None, verify_widths, ring)
 
 
 def smallest_draft(problem: Problem) -> Candidate | None:
@@ -198,22 +211,34 @@ def smallest_plain(problem: Problem) -> Candidate | None:
     return smallest(problem, None, narrowest(problem))
 
 
-def smallest(problem: Problem, tree: Tree | None, verify_width: int) -> Candidate | None:
+def smallest(
+    problem: Problem, tree: Tree | None, verify_widths: tuple[int, ...]
+) -> Candidate | None:
     """The candidate that needs the least memory over all storages; None if it does not fit."""
-    some = [Candidate(way, tree, verify_width, staging(way)[0]) for way in problem.storages]
+    some = [Candidate(way, tree, verify_widths, staging(way)[0]) for way in problem.storages]
     best = max(some, key=lambda candidate: left_over(problem, candidate))
     return best if left_over(problem, best) >= 0 else None
 
 
-def narrowest(problem: Problem) -> int:
-    """The smallest verify width that the user's constraints allow."""
+def narrowest(problem: Problem) -> tuple[int, ...]:
+    """The verify widths of the smallest tree that the user's constraints allow."""
     first = next(trees(problem), None)
-    return first[1] if first else min(problem.profile.batch_invariant_widths)
+    return first[1] if first else (min(every_width(problem.profile)),)
 
 
-def padded_width(profile: Profile, num_nodes: int) -> int | None:
-    """The smallest width at which a row's bits do not depend on its place."""
-    return min((w for w in profile.batch_invariant_widths if w >= num_nodes), default=None)
+def padded_widths(profile: Profile, num_nodes: int) -> tuple[int, ...] | None:
+    """Rows that drafts of up to `num_nodes` nodes are padded to, ascending: widths in which a row
+    has the same bits, up to the narrowest that fits them all. None: none does."""
+    fitting = [
+        tuple(width for width in alike if width < num_nodes) + wide[:1]
+        for alike in profile.batch_invariant_widths
+        if (wide := tuple(width for width in alike if width >= num_nodes))
+    ]
+    return min(fitting, key=lambda widths: (widths[-1], -len(widths)), default=None)
+
+
+def every_width(profile: Profile) -> list[int]:
+    return [width for alike in profile.batch_invariant_widths for width in alike]
 
 
 @lru_cache(maxsize=4 * (NUM_SHARES + 1))
@@ -250,15 +275,22 @@ def left_without_ring(
 
 
 @for_one_tree
-def passes_for(problem: Problem, tree: Tree | None, verify_width: int) -> Passes:
+def passes_for(problem: Problem, tree: Tree | None, verify_widths: tuple[int, ...]) -> Passes:
     return passes_of(
-        problem.spec, problem.profile, tree, verify_width, problem.prefill_tokens, problem.usage
+        problem.spec,
+        problem.profile,
+        tree,
+        verify_widths,
+        yield_for(problem, tree),
+        problem.prefill_tokens,
+        problem.usage,
     )
 
 
 def yield_for(problem: Problem, tree: Tree | None) -> RoundYield:
-    """Yield of a whole tree, even if it may end early: how often it does is not known."""
-    return problem.yields[tree.width][tree.depth] if tree else ONE_TOKEN
+    if tree is None:
+        return ONE_TOKEN
+    return problem.yields[tree.width, tree.min_path_probability][tree.depth]
 
 
 def base_ledger(problem: Problem, candidate: Candidate) -> Ledger:

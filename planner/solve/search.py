@@ -43,9 +43,20 @@ from subspec.planner.solve.problem import (
 )
 from subspec.planner.solve.storage import Storage, choose_resident, group_bytes
 
-# Until acceptance is measured: hazards of 3.2 % (chain) and 1.5 % (6 wide), published for 8B
-# models.
-PRIOR = Acceptance((Curve(1, "", (1000,), (968,)), Curve(6, "", (1000,), (985,))), measured=False)
+# Until acceptance is measured: rates published for 8B models, of a chain and 6 wide, and between
+# them by the logarithm of the width.
+PRIOR_RATES = {1: 0.968, 2: 0.975, 4: 0.981, 8: 0.985}
+PRIOR_LEVELS = 64
+
+
+def constant_rate(width: int, rate: float) -> Curve:
+    """Trees of which each level is accepted as often as any other."""
+    num_trees, levels = 10_000, range(1, PRIOR_LEVELS + 1)
+    accepted = tuple(round(num_trees * rate**level) for level in levels)
+    return Curve(width, 0.0, "", 1, num_trees, (num_trees,) * PRIOR_LEVELS, accepted)
+
+
+PRIOR = Acceptance(tuple(constant_rate(*one) for one in PRIOR_RATES.items()), measured=False)
 
 
 @dataclass(frozen=True)
@@ -81,27 +92,27 @@ def search(
             f"the budget is {format_size(budget_bytes)}, the smallest plan {fits}",
             how_to_fit(problem, needed, stored),
         )
-    # Both methods share the stored weights and one verify width: those of speculation if it is
+    # Both methods share the stored weights and the verify widths: those of speculation if it is
     # faster, else those of plain decoding. Which residuals are decoded while loading may differ.
     if drafted and (constraints.method == "substitute" or drafted[0].speed > plain.speed):
         alike = stored_like(problem, drafted[0].candidate.storage)
         same = replace(problem, storages=alike)
         drafted = best_by_width(same)
-        plain = best(same, plain_candidates(same, drafted[0].candidate.verify_width))
+        plain = best(same, plain_candidates(same, drafted[0].candidate.verify_widths))
         assert plain is not None, "it takes less than the draft"
         check_ram(problem, drafted[0])
     else:
         alike = stored_like(problem, plain.candidate.storage)
         same = replace(problem, storages=alike)
-        drafted = best_by_width(same, plain.candidate.verify_width)
+        drafted = best_by_width(same, plain.candidate.verify_widths)
         check_ram(problem, plain)
     return assemble(problem, plain, drafted)
 
 
-def best_by_width(problem: Problem, verify_width: int | None = None) -> list[Scored]:
-    """The best candidate of every tree width, best first; empty if no draft fits. verify_width: see
+def best_by_width(problem: Problem, room: tuple[int, ...] | None = None) -> list[Scored]:
+    """The best candidate of every tree width, best first; empty if no draft fits. room: see
     `candidates`."""
-    by_width = groupby(candidates(problem, verify_width), key=lambda c: c.draft_width)
+    by_width = groupby(candidates(problem, room), key=lambda c: c.draft_width)
     found = [scored for _, group in by_width if (scored := best(problem, group)) is not None]
     return sorted(found, key=lambda scored: -scored.speed)
 
@@ -150,7 +161,7 @@ def prediction_of(
     problem: Problem, candidate: Candidate, streamed: int, peak: int = 0
 ) -> Prediction:
     gives = yield_for(problem, candidate.tree)
-    passes = passes_for(problem, candidate.tree, candidate.verify_width)
+    passes = passes_for(problem, candidate.tree, candidate.verify_widths)
     return predict(problem.profile, candidate, passes, streamed, gives, peak, problem.usage)
 
 
@@ -173,7 +184,7 @@ def assemble(problem: Problem, plain: Scored, drafted: list[Scored]) -> Plan:
         num_sequences=problem.constraints.num_sequences,
         method=method,
         tree=tree or Tree(1, 0),
-        verify_width=plain.candidate.verify_width,
+        verify_widths=plain.candidate.verify_widths,
         num_threads=profile.num_threads,
         int4_kernel=profile.int4_kernel,
         prefill_tokens=problem.prefill_tokens,
@@ -242,7 +253,7 @@ def decide(problem: Problem, predicted: dict[Method, Prediction]) -> tuple[Metho
 def why_early(tree: Tree) -> str:
     return (
         f"a draft ends at the first level whose paths are together less probable than "
-        f"{tree.min_path_probability:.3g}, as was asked for; predictions are those of whole trees"
+        f"{tree.min_path_probability:.3g}"
     )
 
 

@@ -142,8 +142,6 @@ def recorded(engine: Engine, sequence: Sequence, how: Answering) -> Iterator[Non
 def run_of(engine: Engine, sequence: Sequence, how: Answering) -> Run:
     stats, plan = sequence.stats, engine.plan
     said = plan.predicted.get(engine.method)
-    # Tokens drafted beyond the end of the text do not count.
-    rounds = [(min(pair), pair[1]) for pair in zip(stats.accepted, stats.judged, strict=True)]
     levels = range(1, plan.tree.depth + 1) if engine.method == "substitute" else ()
     return Run(
         time=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -157,12 +155,8 @@ def run_of(engine: Engine, sequence: Sequence, how: Answering) -> Run:
         reused_tokens=stats.reused_tokens,
         generated_tokens=stats.generated_tokens,
         first_of_engine=stats.first_of_engine,
-        tried=tuple(
-            sum(accepted >= level - 1 and judged >= level for accepted, judged in rounds)
-            for level in levels
-        ),
-        accepted=tuple(histogram([accepted for accepted, _ in rounds])),
-        drafted_levels=stats.drafted_levels,
+        drafted=tuple(sum(drafted >= level for drafted in stats.drafted) for level in levels),
+        accepted=tuple(histogram(stats.accepted)),
         draft_seconds=stats.draft_seconds,
         verify_seconds=stats.verify_seconds,
         stream_wait_seconds=stats.stream_wait_seconds,

@@ -7,11 +7,10 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import accumulate, islice
-from operator import mul
 from statistics import median
 from typing import Any
 
+from subspec.artifacts.acceptance import added
 from subspec.artifacts.common.command import printable
 from subspec.artifacts.common.formatting import counted, duration, number
 from subspec.artifacts.common.sizes import short_size
@@ -42,9 +41,9 @@ class Figure:
 @dataclass(frozen=True)
 class Level:
     level: int
-    tried: int  # rounds that drafted this level and accepted all levels above it
-    accepted: int  # of those, rounds that accepted this level
-    reached: float | None  # share of rounds that accepted a path down to here; None: not tried
+    drafted: int  # rounds that drafted this level
+    accepted: int  # rounds that accepted it
+    reached: float  # share of all rounds that accepted it
     expected: float  # the same, as predicted
 
 
@@ -147,7 +146,9 @@ def answers_of(plan: Plan, runs: Sequence[Run]) -> Answers:
         digests_checked=not settled,
         tokens_per_round=figure(
             [(run.generated_tokens - 1) / run.rounds for run in runs],
-            plan.acceptance.tokens(tree.width, tree.depth) if drafts else 1.0,
+            plan.acceptance.tokens(tree.width, tree.depth, tree.min_path_probability)
+            if drafts
+            else 1.0,
         ),
         fast_peak_bytes=figure([run.fast_peak_bytes for run in runs], newest.predicted_peak_bytes),
         levels=levels_of(plan, runs) if drafts else (),
@@ -159,22 +160,20 @@ def figure(values: Sequence[float], predicted: float | None) -> Figure:
 
 
 def levels_of(plan: Plan, runs: Sequence[Run]) -> tuple[Level, ...]:
-    """The share is a product over levels, so that a draft that the end of the text cut short counts
-    as far as it was judged (Kaplan-Meier)."""
-    depth = plan.tree.depth
-    tried, accepted = [0] * depth, [0] * depth
-    for run in runs:
-        counts = zip(run.tried, run.accepted_by_level, strict=True)
-        for level, (tries, accepts) in enumerate(islice(counts, depth)):
-            tried[level] += tries
-            accepted[level] += accepts
-    rates = [a / t if t else 0.0 for a, t in zip(accepted, tried, strict=True)]
-    reached = accumulate(rates, mul)
-    expected = plan.acceptance.reached(plan.tree.width, depth)
+    tree, rounds = plan.tree, sum(run.rounds for run in runs)
+    drafted = padded(added(run.drafted for run in runs), tree.depth)
+    accepted = padded(added(run.accepted_by_level for run in runs), tree.depth)
+    expected = plan.acceptance.reached(tree.width, tree.depth, tree.min_path_probability)
     return tuple(
-        Level(index + 1, tried[index], accepted[index], share if tried[index] else None, said)
-        for index, (share, said) in enumerate(zip(reached, expected, strict=True))
+        Level(number, drafts, accepts, accepts / rounds, said)
+        for number, (drafts, accepts, said) in enumerate(
+            zip(drafted, accepted, expected, strict=True), 1
+        )
     )
+
+
+def padded(counts: tuple[int, ...], depth: int) -> tuple[int, ...]:
+    return (*counts, *(0,) * depth)[:depth]
 
 
 def hint_of(history: History, path: str) -> str | None:
@@ -276,11 +275,11 @@ def notes_of(way: Answers) -> list[str]:
 
 def level_rows(levels: Sequence[Level]) -> list[tuple[str, ...]]:
     """Levels 1, 2, 4, 8, ... and the deepest."""
-    rows: list[tuple[str, ...]] = [("level", "tried", "accepted to here", "predicted")]
+    rows: list[tuple[str, ...]] = [("level", "drafted", "accepted to here", "predicted")]
     for one in levels:
         if one.level.bit_count() == 1 or one.level == len(levels):
-            reached = "-" if one.reached is None else f"{one.reached:.0%}"
-            rows.append((str(one.level), str(one.tried), reached, f"{one.expected:.0%}"))
+            reached, expected = f"{one.reached:.0%}", f"{one.expected:.0%}"
+            rows.append((str(one.level), str(one.drafted), reached, expected))
     return rows
 
 

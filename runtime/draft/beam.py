@@ -1,10 +1,12 @@
 """Grows candidate tokens: a beam over a tree for each sequence, on the device.
 
-W = verify width (rows of a tree's tensors), k = beam width, V = vocabulary.
+W = rows of a tree's tensors: the plan's widest while it grows, fewer where fewer are verified;
+k = beam width, V = vocabulary.
 Node 0 is the root, the last token that was emitted. Nodes of level d are 1 + k (d - 1) .. k d.
 arXiv 2509.18344 section 4: the k best continuations over all parents form the next level.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -64,6 +66,17 @@ def root_only(root: Tensor, verify_width: int) -> TokenTree:
     )
 
 
+def narrowed(tree: TokenTree, num_rows: int) -> TokenTree:
+    """The tree in fewer rows, its nodes at least."""
+    return replace(
+        tree,
+        tokens=tree.tokens[:num_rows],
+        parents=tree.parents[:num_rows],
+        ancestors=tree.ancestors[:num_rows, :num_rows],
+        depths=tree.depths[:num_rows],
+    )
+
+
 def grow(
     roots: Sequence[Tensor],
     depths: Sequence[int],
@@ -74,24 +87,27 @@ def grow(
     """A tree for each root int64 [1], as deep as its entry of `depths`, or less deep where
     `tree.min_path_probability` says so. One pass drafts a level of all of them."""
     trees = [root_only(root, verify_width) for root in roots]
-    for level in levels(trees, depths, tree, draft_pass):
+    for level in levels(trees, depths, tree, draft_pass, lambda one: stops(tree, one.last)):
         for one in level:
             trees[one.index] = one.tree
     return trees
 
 
 def levels(
-    trees: Sequence[TokenTree], depths: Sequence[int], tree: Tree, draft_pass: DraftPass
+    trees: Sequence[TokenTree],
+    depths: Sequence[int],
+    tree: Tree,
+    draft_pass: DraftPass,
+    ends: Callable[[Growing], bool],
 ) -> Iterator[list[Growing]]:
-    """The trees that grew, after each level; all states of a tree share its tensors."""
+    """The trees that grew, after each level; all states of a tree share its tensors. ends: asked
+    before each level but the first."""
     growing = [
         Growing(index, one, Level.of_root(one.tokens.device)) for index, one in enumerate(trees)
     ]
     for level in range(max(depths, default=0)):
         growing = [
-            one
-            for one in growing
-            if level < depths[one.index] and not (level and stops(tree, one.last))
+            one for one in growing if level < depths[one.index] and not (level and ends(one))
         ]
         if not growing:
             return
@@ -110,12 +126,13 @@ def levels(
 
 def stops(tree: Tree, last: Level) -> bool:
     """Return True if the level's total path probability is below the tree's threshold."""
-    return tree.min_path_probability > 0 and probability(last) < tree.min_path_probability
+    least = tree.min_path_probability
+    return least > 0 and log_probability(last) < math.log(least)
 
 
-def probability(level: Level) -> float:
-    """Total path probability of the level, sharpened as the ranking is; synchronizes."""
-    return level.scores.logsumexp(0).exp().item()
+def log_probability(level: Level) -> float:
+    """Log of the total path probability of the level, sharpened as the ranking is; synchronizes."""
+    return level.scores.logsumexp(0).item()
 
 
 def add_level(grown: TokenTree, last: Level, children: Tensor, tree: Tree, logits: Tensor) -> Level:

@@ -58,21 +58,20 @@ class SubstituteDrafter:
             if cache not in self.captured:
                 made = graphs.make_graphs(self.tree, self.verify_width, device, self.capture)
                 self.captured[cache] = made
-            passes = self.pass_over
-            return [graphs.grow(self.captured[cache], roots[0], depths[0], cache, passes)]
+            made = self.captured[cache]
+
+            def over(slots: TreeSlots) -> DraftPass:
+                return self.pass_over([cache], [slots])
+
+            return [graphs.grow(made, roots[0], depths[0], cache, over)]
         caches = [turn.cache for turn in turns]
-        draft_pass = self.draft_pass(caches, self.verify_width)
+        slots = [cache.tree_slots(self.verify_width) for cache in caches]
+        draft_pass = self.pass_over(caches, slots)
         return grow(roots, depths, self.tree, self.verify_width, draft_pass)
 
-    def draft_pass(self, caches: Sequence[Cache], num_rows: int) -> DraftPass:
-        """Passes over trees of `num_rows` rows that follow what each cache has committed."""
-        return self._over(caches, [cache.tree_slots(num_rows) for cache in caches])
+    def pass_over(self, caches: Sequence[Cache], slots: Sequence[TreeSlots]) -> DraftPass:
+        """Passes over a tree in each cache."""
 
-    def pass_over(self, cache: Cache, slots: TreeSlots) -> DraftPass:
-        """Passes over one tree that lies in `slots`."""
-        return self._over([cache], [slots])
-
-    def _over(self, caches: Sequence[Cache], slots: Sequence[TreeSlots]) -> DraftPass:
         def run(growing: Sequence[Growing]) -> Tensor:
             batch = [
                 tree_rows(one.tree, one.last.nodes, caches[one.index], slots[one.index])
@@ -92,14 +91,14 @@ class SubstituteDrafter:
 
 
 def tree_rows(tree: TokenTree, nodes: Tensor, cache: Cache, slots: TreeSlots) -> Rows:
-    """Rows for `nodes` of a tree that lies after the committed tokens. Nothing is read back, and
+    """Rows for `nodes` of a tree that lies after committed tokens. Nothing is read back, and
     nothing comes from the host but numbers that stay the same: a captured graph can do it."""
     live = torch.arange(slots.live_slots, device=nodes.device)
-    slots_of_tree = live[: len(tree.tokens)] + slots.length
+    slots_of_tree = live[: len(tree.tokens)] + slots.first
     visible = (live < slots.length).repeat(len(nodes), 1)
     visible[:, slots_of_tree] = tree.ancestors[nodes]
     slot_positions = live.clone()
     slot_positions[slots_of_tree] = slots.length + tree.depths
-    own = (slots.length + nodes).masked_fill_(nodes >= tree.num_nodes, slots.padding_slot)
+    own = (slots.first + nodes).masked_fill_(nodes >= tree.num_nodes, slots.padding_slot)
     positions = slots.length + tree.depths[nodes]
     return Rows(tree.tokens[nodes], positions, own, slot_positions, visible, cache)

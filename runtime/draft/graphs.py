@@ -32,8 +32,8 @@ LARGEST_STEP = 0.25  # of the live slots: what rounding up adds to them at most
 
 Action = Callable[[], object]
 Replay = Callable[[], object]
-# The draft model's passes over a tree that lies in these slots of a cache.
-PassesOver = Callable[[Cache, TreeSlots], DraftPass]
+# The draft model's passes over a tree that lies in these slots of the cache.
+PassesOver = Callable[[TreeSlots], DraftPass]
 
 
 @dataclass
@@ -81,7 +81,7 @@ def grow(
     usual = cache.tree_slots(num_rows)
     live_slots = min(rounded_up(usual.live_slots), cache.num_slots)
     if depth == 0 or live_slots not in graphs.replays:
-        draft_pass = passes(cache, replace(usual, live_slots=live_slots))
+        draft_pass = passes(replace(usual, live_slots=live_slots))
         [grown] = beam.grow([root], [depth], graphs.tree, num_rows, draft_pass)
         # What was never run has kernels to be chosen and built, which a capture forbids.
         all_ran = grown.num_nodes > 1 + graphs.tree.width or graphs.tree.depth == 1
@@ -99,7 +99,8 @@ def grow(
 
 
 def capture_levels(graphs: DraftGraphs, live_slots: int, cache: Cache, passes: PassesOver) -> None:
-    draft_pass = passes(cache, TreeSlots(graphs.length, live_slots, cache.padding_slot))
+    slots = TreeSlots(graphs.length, graphs.length, live_slots, cache.padding_slot)
+    draft_pass = passes(slots)
     grown, last, children = graphs.grown, graphs.last, graphs.children
     at_root = Level.of_root(graphs.root.device)
 

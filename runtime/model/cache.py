@@ -20,9 +20,11 @@ Take = Callable[[tuple[int, ...], torch.dtype], Tensor]
 
 @dataclass(frozen=True)
 class TreeSlots:
-    """Where a tree lies in a cache: after the committed tokens."""
+    """Where a tree lies in a cache, and how many committed tokens it sees; both numbers are on the
+    device, where a captured graph reads them."""
 
-    length: Tensor  # int64 [], how many those are; on the device, where a captured graph reads it
+    length: Tensor  # int64 [], tokens before the tree
+    first: Tensor  # int64 [], slot of the root: behind all that is committed
     live_slots: int  # that a pass over the tree attends to, visible or not
     padding_slot: int
 
@@ -52,11 +54,14 @@ class Cache:
     def live_slots(self, end: int) -> int:
         return min(-(-end // SLOT_ALIGNMENT) * SLOT_ALIGNMENT, self.num_slots)
 
-    def tree_slots(self, num_rows: int) -> TreeSlots:
-        """Of a tree of so many rows. The live slots are those of the whole tree, whatever of it is
-        drafted yet, so that every pass of a round has one shape."""
-        length = torch.full((), self.length, device=self.device)
-        return TreeSlots(length, self.live_slots(self.length + num_rows), self.padding_slot)
+    def tree_slots(self, num_rows: int, after: int | None = None) -> TreeSlots:
+        """Of a tree of so many rows that follows the first `after` committed tokens; None: all. The
+        live slots are those of the whole tree, whatever of it is drafted yet, so that every pass of
+        a round has one shape."""
+        first = torch.full((), self.length, device=self.device)
+        length = first if after is None else torch.full((), after, device=self.device)
+        live_slots = self.live_slots(self.length + num_rows)
+        return TreeSlots(length, first, live_slots, self.padding_slot)
 
     def write(self, attention: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """keys, values [B, T, D] -> slots [T]. attention: its index in execution order."""

@@ -95,7 +95,7 @@ def forward(
     rows_per_call: int,
     last_only: bool = False,
 ) -> Tensor:
-    """Rows through all layers -> logits [T, V], or [1, V] of the last row."""
+    """Rows through all layers -> logits [T, V], or those of each sequence's last row."""
     return forward_hidden(weights, products, batch, attend, rows_per_call, last_only)[0]
 
 
@@ -115,7 +115,8 @@ def forward_hidden(
     logits, attention = x, 0  # index of the next attention, which names its tensors in the caches
     for index, product in enumerate(products):
         if index == weights.spec.num_layers:
-            logits = to_logits(weights, product, x[-1:] if last_only else x, rows_per_call)
+            last = [span.stop - 1 for _, span in now.spans()]
+            logits = to_logits(weights, product, x[last] if last_only else x, rows_per_call)
             continue
         for block in weights.spec.layers[index].blocks:
             add_block(now, index, attention, block, product, x)
