@@ -14,6 +14,7 @@ from pathlib import Path
 ALLOWANCE_BYTES = 64 << 20  # above an idle interpreter and the budget
 CGROUPS = Path("/sys/fs/cgroup")
 VERSION_1 = CGROUPS / "memory"
+OWN_GROUPS = Path("/proc/self/cgroup")
 # What the commands have imported and started before they read a weight.
 IDLE = (
     "import torch, subspec.runtime.engine, subspec.runtime.app.answer, subspec.runtime.app.replan; "
@@ -63,7 +64,7 @@ def parents() -> list[Path]:
     children: those above this process's own come next."""
     if VERSION_1.exists():
         return [VERSION_1]
-    lines = Path("/proc/self/cgroup").read_text().splitlines()
+    lines = OWN_GROUPS.read_text().splitlines()
     own = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
     folder = CGROUPS / own
     return [folder, *(above for above in folder.parents if above.is_relative_to(CGROUPS))]

@@ -191,9 +191,14 @@ def run_within(
                 "this process may not make a cgroup that bounds memory",
                 "run as root, or under: systemd-run --user --scope",
             )
+
+        def enter() -> None:
+            group.enter()
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job ignores it
+
         child = subprocess.Popen(
             words,
-            preexec_fn=group.enter,
+            preexec_fn=enter,
             env=environment(),
             stdout=subprocess.PIPE,
             stderr=errors,
@@ -457,12 +462,17 @@ def main(
     check_same_model(checkpoint, opened)
     idle = idle_bytes()
     limit = limit or opened.plan.budget_bytes + idle + ALLOWANCE_BYTES
-    say(f"{len(PROMPTS)} prompts, {tokens} tokens each, within {short_size(limit)}: {OURS}")
+    weights = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
+    say(
+        f"{len(PROMPTS)} prompts, {tokens} tokens each, {short_size(weights)} of weights within "
+        f"{short_size(limit)}, of which an idle interpreter takes {short_size(idle)}"
+    )
+    say(f"{OURS} ...")
     ours, prompts = run_ours(opened, limit, tokens, time_limit)
     results = [result(OURS, version("subspec"), limit, [], ours, ours, "")]
     for peer in asked:
         if peer.version() is None:
-            say(f"{peer.name} is not installed: make peers")
+            say(f"{peer.name} is not installed: make peers (llama.cpp needs node and npm)")
             continue
         say(f"{peer.name} ...")
         task = Task(
@@ -484,6 +494,8 @@ def main(
         "artifact": opened.path.name,
         "budget_bytes": opened.plan.budget_bytes,
         "limit_bytes": limit,
+        "weights_bytes": weights,
+        "idle_bytes": idle,
         "tokens": tokens,
         "prompts": len(PROMPTS),
         "threads": torch.get_num_threads(),
