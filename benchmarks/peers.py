@@ -252,8 +252,8 @@ def run_ours(
     for number, prompt in enumerate(PROMPTS):
         drop_page_cache(artifact.path)
         words = [command, str(artifact.path), prompt, *options]
-        # Interrupted, it gives what came.
-        ended = run_within(words, limit_bytes, time_limit / len(PROMPTS), signal.SIGINT)
+        # As long again for opening, as a peer has. Interrupted, it gives what came.
+        ended = run_within(words, limit_bytes, 2 * time_limit / len(PROMPTS), signal.SIGINT)
         found = json.loads(ended.lines[-1]) if ended.lines else {}
         if "stats" not in found:
             raise SubspecError(
@@ -293,6 +293,8 @@ def run_peer(
                 answers = answers_of(ended.lines)
                 failed = ended.exit_code != 0 and not ended.late
                 note = why(ended) if failed or not answers else ""
+                if not note and tokens_per_second(answers) is None:
+                    note = "no second token within the time limit"
                 return result(peer.name, version, limit_bytes, killed_at, answers, ours, note)
         killed_at.append(limit_bytes)
         limit_bytes *= 2
@@ -385,25 +387,25 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 
 
-def table(results: Sequence[Result]) -> list[str]:
-    lines = [
+def header() -> str:
+    return (
         f"{'':24}{'limit':>10}{'tokens/s':>10}{'ours is':>9}{'first':>9}{'tokens':>8}  same as ours"
-    ]
-    for one in results:
-        name = f"{one.program} {one.version}"
-        start = f"{name:24}{short_size(one.limit_bytes):>10}"
-        if one.tokens_per_second is None or one.first_token_seconds is None:
-            lines.append(f"{start}  {one.note}")
-            continue
-        ratio = "" if one.ours_over_theirs is None else f"{one.ours_over_theirs:.2f}x"
-        killed = ", ".join(map(short_size, one.killed_at_bytes))
-        lines.append(
-            f"{start}{one.tokens_per_second:10.2f}{ratio:>9}{one.first_token_seconds:7.1f} s"
-            f"{one.num_tokens:8}  {one.same_tokens} of {one.compared_tokens}"
-            + (f"; killed at {killed}" if killed else "")
-            + (f"; {one.note}" if one.note else "")
-        )
-    return lines
+    )
+
+
+def row(one: Result) -> str:
+    name = f"{one.program} {one.version}"
+    start = f"{name:24}{short_size(one.limit_bytes):>10}"
+    if one.tokens_per_second is None or one.first_token_seconds is None:
+        return f"{start}  {one.note}"
+    ratio = "" if one.ours_over_theirs is None else f"{one.ours_over_theirs:.2f}x"
+    killed = ", ".join(map(short_size, one.killed_at_bytes))
+    return (
+        f"{start}{one.tokens_per_second:10.2f}{ratio:>9}{one.first_token_seconds:7.1f} s"
+        f"{one.num_tokens:8}  {one.same_tokens} of {one.compared_tokens}"
+        + (f"; killed at {killed}" if killed else "")
+        + (f"; {one.note}" if one.note else "")
+    )
 
 
 # ---- the command ----
@@ -467,14 +469,14 @@ def main(
         f"{len(PROMPTS)} prompts, {tokens} tokens each, {short_size(weights)} of weights within "
         f"{short_size(limit)}, of which an idle interpreter takes {short_size(idle)}"
     )
-    say(f"{OURS} ...")
+    say(header())
     ours, prompts = run_ours(opened, limit, tokens, time_limit)
     results = [result(OURS, version("subspec"), limit, [], ours, ours, "")]
+    say(row(results[0]))
     for peer in asked:
         if peer.version() is None:
             say(f"{peer.name} is not installed: make peers (llama.cpp needs node and npm)")
             continue
-        say(f"{peer.name} ...")
         task = Task(
             model=str(checkpoint),
             folder=str(files_folder(checkpoint, peer)),
@@ -487,8 +489,7 @@ def main(
             seconds_per_prompt=time_limit / len(PROMPTS),
         )
         results.append(run_peer(peer, task, limit, idle, time_limit, ours))
-    for line in table(results):
-        say(line)
+        say(row(results[-1]))
     found = {
         "checkpoint": checkpoint.name,
         "artifact": opened.path.name,

@@ -63,7 +63,7 @@ def test_answers_are_compared_prompt_by_prompt_from_their_beginning(script: Modu
     assert found.first_token_seconds == 1.5
     nothing = script.result("other", "2", 100, [], {}, ours, "it has no such model")
     assert nothing.tokens_per_second is None and nothing.ours_over_theirs is None
-    _, one, two = script.table([found, nothing])
+    one, two = script.row(found), script.row(nothing)
     assert "4.00x" in one and "4 of 5; killed at 50 B" in one
     assert two.endswith("it has no such model")
 
@@ -136,3 +136,11 @@ def test_a_limit_counts_swap_too(limits: ModuleType, tmp_path: Path, version: in
         (tmp_path / name).touch()
     assert limits.set_limit(tmp_path, 1000)
     assert [(tmp_path / name).read_text() for name in names] == ["1000", ["1000", "0"][version - 1]]
+
+
+def test_an_idle_interpreter_is_measured_without_what_this_process_holds(
+    limits: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "IDLE", "pass")
+    held = bytes(300 << 20).replace(b"\0", b"a")
+    assert 1 << 20 < limits.idle_bytes() < len(held) // 2
