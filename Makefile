@@ -2,6 +2,7 @@
 # make test      every quick test; make test-slow runs the others, make gpu-check what needs a GPU
 # make lint      what a reviewer need not look for
 # make drills    does the budget hold for the whole life of a process?
+# make peers     other exact programs, for benchmarks/peers.py to compare ours with
 #
 # Everything runs in a virtual environment: .venv, or the one that VENV names.
 
@@ -13,7 +14,7 @@ BUDGET = 9MB
 # The demo model is a thousand times smaller than what people run: so is its link.
 LINK = 40MB
 
-.PHONY: demo test test-slow lint bench drills gpu-check gpu-check-here clean
+.PHONY: demo test test-slow lint bench drills peers gpu-check gpu-check-here clean
 
 demo: demo-artifact/manifest.json
 	@echo "== subspec-run: the exact weights stream while the 4-bit substitutes draft"
@@ -42,6 +43,14 @@ bench: demo-artifact/manifest.json
 
 drills: $(VENV)/.subspec-dev-installed
 	$(BIN)/python benchmarks/drills.py --folder build/drills
+
+# Into a folder of their own: accelerate in the environment would change what transformers does.
+# node-llama-cpp brings llama.cpp built for this machine. AirLLM names scipy and sentencepiece.
+PEERS = accelerate psutil airllm scipy sentencepiece
+peers: $(VENV)/.subspec-dev-installed
+	$(PIP) -c constraints.txt -e '.[bench]'
+	$(PIP) --no-deps --upgrade --target build/peers/python $(PEERS)
+	npm install --prefix build/peers --ignore-scripts --no-fund --no-audit node-llama-cpp
 
 gpu-check: $(VENV)/.subspec-dev-installed
 	$(PIP) -c constraints.txt -e '.[gpu]'

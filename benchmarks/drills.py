@@ -11,28 +11,20 @@ killed), else by its largest resident set. Ends with one JSON line; exit code 1 
 import argparse
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from memory_limit import ALLOWANCE_BYTES, idle_bytes, memory_group
 
 from subspec.artifacts.common.sizes import short_size
 
 ROOT = Path(__file__).resolve().parent.parent
-ALLOWANCE_BYTES = 64 << 20
-MEMORY = Path("/sys/fs/cgroup/memory")  # version 1; of version 2 the folder above
 PROMPT = "def read_file(path):"
 CALIBRATION = '{"kind": "code", "text": "def read_file(path):\\n    "}\n'
-# What the commands have imported and started before they read a weight.
-IDLE = (
-    "import torch, subspec.runtime.engine, subspec.runtime.app.answer, subspec.runtime.app.replan; "
-    "import subspec.planner.rehearse.rehearsal, subspec.planner.report.explain; "
-    "torch.ones(64, 64).bfloat16() @ torch.ones(64, 64).bfloat16()"
-)
 
 
 @dataclass(frozen=True)
@@ -93,27 +85,14 @@ SHAPES = (
 )
 
 
-@contextmanager
-def limited(limit_bytes: int) -> Iterator[tuple[Callable[[], None] | None, str]]:
-    """What a child calls before it starts, and how its memory is bounded."""
-    own = MEMORY / f"subspec-drill-{os.getpid()}"
-    try:
-        own.mkdir()
-        (own / "memory.limit_in_bytes").write_text(str(limit_bytes))
-    except OSError:
-        yield None, "VmHWM"
-        return
-    try:
-        yield lambda: (own / "cgroup.procs").write_text(str(os.getpid())) and None, "cgroup"
-    finally:
-        own.rmdir()
-
-
 def run(words: list[str], limit_bytes: int) -> tuple[int, int, str]:
     """A command within a limit -> its exit code, its largest resident set, how it was bounded."""
-    with limited(limit_bytes) as (enter, by):
+    with memory_group(limit_bytes) as group:
         child = subprocess.Popen(
-            words, preexec_fn=enter, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+            words,
+            preexec_fn=group.enter if group else None,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
         )
         assert child.stderr is not None
         said = child.stderr.read().decode("utf-8", "replace")
@@ -121,7 +100,7 @@ def run(words: list[str], limit_bytes: int) -> tuple[int, int, str]:
         child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
         print(said[-2000:], file=sys.stderr)
-    return child.returncode, usage.ru_maxrss * 1024, by
+    return child.returncode, usage.ru_maxrss * 1024, "cgroup" if group else "VmHWM"
 
 
 def drill(shape: Shape, folder: Path, idle_bytes: int) -> Iterator[Drill]:
@@ -152,8 +131,7 @@ def main() -> int:
     parser.add_argument("--shapes", default=",".join(shape.name for shape in SHAPES))
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
-    no_limit = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + (1 << 40)
-    _, idle, _ = run([sys.executable, "-P", "-c", IDLE], no_limit)
+    idle = idle_bytes()
     print(f"an idle interpreter holds {short_size(idle)}")
     done = []
     for shape in SHAPES:

