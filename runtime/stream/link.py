@@ -75,7 +75,9 @@ class DirectFile:
 
 
 class DiskLink:
-    """cpu: one reader thread, which reads without the GIL."""
+    """cpu: a reader thread for each slot, which reads without the GIL. While threads that compute
+    keep all processors busy, a reader that has ended waits for some milliseconds until it runs
+    again: the next block should be on its way by then."""
 
     def __init__(
         self,
@@ -93,8 +95,14 @@ class DiskLink:
         self._filled: list[queue.SimpleQueue[BaseException | None]] = [
             queue.SimpleQueue() for _ in slots
         ]
-        self._thread = threading.Thread(target=self._read_all, name="subspec-reader", daemon=True)
-        self._thread.start()
+        self._due = 0.0  # when a limited link would have copied all that was begun
+        self._due_lock = threading.Lock()
+        self._threads = [
+            threading.Thread(target=self._read_all, name="subspec-reader", daemon=True)
+            for _ in slots
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def begin(self, slot: int, offset: int, num_bytes: int) -> None:
         self._requests.put((slot, offset, num_bytes))
@@ -116,26 +124,36 @@ class DiskLink:
         return self._wait_seconds
 
     def close(self) -> None:
-        self._requests.put(None)
-        self._thread.join()
+        for _ in self._threads:
+            self._requests.put(None)
+        for thread in self._threads:
+            thread.join()
         self._file.close()
 
     def _read_all(self) -> None:
-        due = 0.0
         while (request := self._requests.get()) is not None:
             slot, offset, num_bytes = request
             started = time.perf_counter()
+            due = self._due_after(num_bytes, started)
             try:
                 self._file.read_into(self._slots[slot][:num_bytes], offset)
             except BaseException as error:  # `wait` raises it: no layer may be skipped
                 self._filled[slot].put(error)
                 continue
-            if self._bytes_per_second is not None:
-                # Compensate for a last sleep that was a little too long.
-                due = max(due, started - OVERSLEPT_SECONDS) + num_bytes / self._bytes_per_second
+            if due > 0:
                 time.sleep(max(0.0, due - time.perf_counter()))
             self._record("copy", f"slot {slot}", started, {"offset": offset, "bytes": num_bytes})
             self._filled[slot].put(None)
+
+    def _due_after(self, num_bytes: int, started: float) -> float:
+        """When a limited link would have copied `num_bytes` more; 0: it is not limited."""
+        if self._bytes_per_second is None:
+            return 0.0
+        with self._due_lock:
+            # Compensate for a last sleep that was a little too long.
+            first = max(self._due, started - OVERSLEPT_SECONDS)
+            self._due = first + num_bytes / self._bytes_per_second
+            return self._due
 
 
 class HostLink:
