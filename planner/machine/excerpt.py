@@ -79,20 +79,3 @@ def random_substitute(num_rows: int, num_columns: int) -> tuple[Tensor, Tensor]:
     scale = num_columns**-0.5 / 4
     qparams = torch.tensor((scale, scale / 2), dtype=torch.bfloat16)  # codes 0 to 15 around 0
     return codes, qparams.repeat(num_columns // GROUP_SIZE, num_rows, 1)
-
-
-def ignores_place(
-    product: Callable[[Tensor, Tensor, Tensor, int], None], weight: Tensor, width: int
-) -> bool:
-    """Whether product(x [T, K], weight [N, K], out [T, N], rows per call) gives a row the same bits
-    at any place among `width` rows.
-
-    One shuffle is enough: it moves every row, and kernels differ between whole blocks and tails.
-    """
-    x = weight.new_empty(width, weight.shape[1])
-    fill_with_noise(x, 1.0)
-    order = torch.randperm(width, generator=torch.Generator().manual_seed(width)).to(x.device)
-    here, there = (x.new_ones(width, len(weight)) for _ in range(2))
-    product(x, weight, here, width)
-    product(x[order], weight, there, width)
-    return torch.equal(here[order], there)

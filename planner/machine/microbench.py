@@ -18,7 +18,8 @@ from subspec.artifacts.footprint import Shape, cache_slots, make_ledger, substit
 from subspec.artifacts.model import ModelSpec
 from subspec.artifacts.plan import DeviceKind, Int4Kernel, Ledger, Placement, Tree
 from subspec.artifacts.profile import LIVE_TOKENS, MORE_TOKENS, SHORTEST, Timing, seconds_at
-from subspec.planner.machine.excerpt import RandomWeights, excerpt, ignores_place, random_rows
+from subspec.planner.machine.batch_invariance import is_batch_invariant
+from subspec.planner.machine.excerpt import RandomWeights, excerpt, random_rows
 from subspec.planner.machine.timing import USUAL_EFFORT, Effort, time_each, time_widths
 from subspec.planner.solve.storage import raw_storage
 from subspec.runtime.decode import causal_rows, whole_tree
@@ -28,11 +29,7 @@ from subspec.runtime.draft.drafter import tree_rows
 from subspec.runtime.draft.graphs import Action, Replay, capture_on_gpu
 from subspec.runtime.draft.substitutes import Substitutes
 from subspec.runtime.kernels import int4
-from subspec.runtime.kernels.linear import (
-    exact_product,
-    exact_product_into,
-    single_row_kernels,
-)
+from subspec.runtime.kernels.linear import single_row_kernels
 from subspec.runtime.load import (
     DRAFT_DTYPE,
     biases_of,
@@ -256,18 +253,12 @@ class Bench:
         return accepting + moving / self.spec.num_layers * self.full_spec.num_layers
 
     def batch_invariant_widths(self) -> tuple[int, ...]:
-        """Widths at which every product gives a row the same bits at any place."""
-        every = (*self.resident.values(), *self.unplaced.values())
-        one_of_a_shape = {weight.shape: weight for weight in every}.values()
+        """Widths at which exact passes are batch-invariant."""
         found, until = list[int](), time.perf_counter() + self.effort.place_seconds
         for width in PADDED_WIDTHS:
             if width > USUAL_WIDTH and time.perf_counter() > until:
                 break
-            if all(
-                ignores_place(product, weight, width)
-                for product in (exact_product, exact_product_into)
-                for weight in one_of_a_shape
-            ):
+            if is_batch_invariant(self.weights, self.exact, self.cache, width):
                 found.append(width)
         return tuple(found)
 
