@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from subspec.artifacts.common.cpu_load import cpu_times, others_share
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.sizes import short_size
 from subspec.artifacts.plan import Constraints, Plan
@@ -89,7 +90,7 @@ def plan_model(
         if request.known_profile is not None:  # another machine's plan cannot be run here
             found = Planned(spec, with_sweeps(request, spec, measured, stored, plan), measured)
         else:
-            found = rehearsed(request, artifact, measured, stored, plan, progress)
+            found = rehearsed(request, artifact, measured, stored, plan, progress, tell)
             pack_kernels(artifact.path, found.plan)
         return found.plan, found.profile
 
@@ -140,7 +141,7 @@ def plan_again(
     if profile is None:
         profile = profile_for(request, artifact, out, measure_again, progress, tell)
     if request.samples is not None or (measure_again and sweeps):
-        return rehearsed(request, artifact, profile, stored, None, progress)
+        return rehearsed(request, artifact, profile, stored, None, progress, tell)
     plan = solve(request, spec, profile, artifact.plan.acceptance, stored)
     if sweeps:
         plan = with_sweeps(request, spec, profile, stored, plan)
@@ -180,6 +181,7 @@ def rehearsed(
     stored: "Storage",
     trial: Plan | None,
     progress: Progress,
+    tell: Tell,
 ) -> Planned:
     """Runs `trial`, the best plan that is known so far (None: it is solved for), and plans again
     with what that taught."""
@@ -193,12 +195,13 @@ def rehearsed(
         trial = solve(request, spec, profile, artifact.plan.acceptance, stored)
     # Whole trees, as predictions are of: where rounds begin acceptance is measured.
     trial = replace(trial, tree=replace(trial.tree, min_path_probability=0.0))
-    setting = Setting(request.link_bandwidth, request.device)
+    setting, started = Setting(request.link_bandwidth, request.device), cpu_times()
     seen = rehearse(
         artifact, trial, predictor(request, spec, profile, trial, stored),
         request.samples or shipped_samples(), setting, progress,
     )  # fmt: skip
     profile = replace(profile, corrections=corrections(seen.rounds, request.link_bandwidth))
+    profile = with_load(profile, others_share(started, cpu_times()), tell)
     plan = solve(request, spec, profile, seen.acceptance or PRIOR, stored)
     return Planned(spec, with_sweeps(request, spec, profile, stored, plan), profile)
 
@@ -265,6 +268,7 @@ def profile_for(
 
     if not measure_again:
         if artifact.profile.machine == machine_name(pick_device(request.device)):
+            tell_load(artifact.profile, tell)
             return artifact.profile
         tell(f"the profile is of another machine ({artifact.profile.machine}): measuring this one")
     return measure_here(request, artifact.spec, out, progress, tell)
@@ -290,7 +294,26 @@ def measure_here(
             f"{short_size(profile.free_bytes)} of {profile.device} memory are free now: runs are "
             "planned again for less until more is free"
         )
+    tell_load(profile, tell)
     return profile
+
+
+def with_load(profile: Profile, others: float, tell: Tell) -> Profile:
+    """The profile after a rehearsal beside which other programs used this share of the CPUs; told
+    unless it was under load before."""
+    busier = replace(profile, others_cpu_share=max(profile.others_cpu_share, others))
+    if not profile.under_load:
+        tell_load(busier, tell)
+    return busier
+
+
+def tell_load(profile: Profile, tell: Tell) -> None:
+    if profile.under_load:
+        tell(
+            f"note: other programs used {profile.others_cpu_share:.0%} of the CPUs while this "
+            "machine was measured: predictions are too slow, and another plan may be faster; when "
+            "they have ended, measure again (subspec-plan --from ARTIFACT --reprofile)"
+        )
 
 
 def solve(

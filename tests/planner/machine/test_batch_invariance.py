@@ -115,13 +115,13 @@ def test_every_operation_is_batch_invariant_with_three_threads(name: str, dtype:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_threads", [1, 2, 4, 8, 12])
+@pytest.mark.parametrize("num_threads", [2, 4, 12])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("name", FORMS)
 def test_every_operation_is_batch_invariant_with_any_number_of_threads(
     name: str, dtype: str, num_threads: int
 ) -> None:
-    widths = (1, 2, 3, 5, 8, 13, 16, 31, 33, 56, 64)
+    widths = (2, 8, 13, 31, 64)
     assert holds(name, dtype, num_threads, widths) == list(widths)
 
 
