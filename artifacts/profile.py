@@ -45,6 +45,8 @@ class Corrections:
     link_bandwidth: Annotated[int, Between(1, 1 << 62)] | None = None
 
 
+UNDER_LOAD = 0.15  # of the CPUs' time; chosen: a quiet system's own services use a few percent
+
 LIVE_TOKENS = 128  # in the cache while layers are timed
 MORE_TOKENS = 1024  # additional tokens in the cache, which the attention timings are for
 
@@ -80,6 +82,13 @@ class Profile:
     # Groups of widths, ascending: a row has the same bits at any place in all widths of a group.
     batch_invariant_widths: tuple[tuple[VerifyWidth, ...], ...]
     corrections: Corrections = Corrections()
+    # Share of the CPUs' time that was other programs' meanwhile, or a host's other guests'.
+    others_cpu_share: Annotated[float, Between(0, 1)] = 0.0
+
+    @property
+    def under_load(self) -> bool:
+        """Whether other programs made the figures too slow. A GPU's hardly depend on the CPUs."""
+        return self.device == "cpu" and self.others_cpu_share > UNDER_LOAD
 
     def link_rate(self, block_bytes: int) -> float:
         """Bytes per second of the largest measured block size up to `block_bytes`."""

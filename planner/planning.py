@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from subspec.artifacts.common.cpu_load import cpu_times, others_share
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.sizes import short_size
 from subspec.artifacts.plan import USUAL, Constraints, Plan
@@ -94,7 +95,7 @@ def plan_model(
             plan = solve(request, spec, measured, PRIOR, stored) if first.residuals else first
             found = Planned(spec, with_sweeps(request, spec, measured, stored, plan), measured)
         else:
-            found = rehearsed(request, artifact, measured, stored, progress)
+            found = rehearsed(request, artifact, measured, stored, progress, tell)
         if request.known_profile is None:
             pack_kernels(artifact.path, found.plan)
         return found.plan, found.profile
@@ -147,7 +148,7 @@ def plan_again(
         profile = profile_for(request, artifact, out, measure_again, progress, tell)
     wants = request.samples is not None or (measure_again and sweeps)
     if wants and request.rehearse != 0:
-        return rehearsed(request, artifact, profile, stored, progress)
+        return rehearsed(request, artifact, profile, stored, progress, tell)
     plan = solve(request, spec, profile, artifact.plan.acceptance, stored)
     if sweeps:
         plan = with_sweeps(request, spec, profile, stored, plan)
@@ -186,6 +187,7 @@ def rehearsed(
     profile: Profile,
     stored: "Storage",
     progress: Progress,
+    tell: Tell,
 ) -> Planned:
     """Runs the artifact to learn acceptance, then the plan that is best by it, for corrections, and
     plans again with both."""
@@ -196,7 +198,7 @@ def rehearsed(
 
     spec, profile = artifact.spec, without_corrections(profile)
     samples = request.samples or shipped_samples()
-    setting = Setting(request.link_bandwidth, request.device)
+    setting, started = Setting(request.link_bandwidth, request.device), cpu_times()
     effort = Effort() if request.rehearse is None else Effort.within(request.rehearse)
     acceptance, company = None, plan_for_company(request, spec, profile, stored)
     if company is not None and request.constraints.method != "plain":
@@ -211,6 +213,7 @@ def rehearsed(
         progress, effort,
     )  # fmt: skip
     profile = replace(profile, corrections=corrections(rounds, request.link_bandwidth))
+    profile = with_load(profile, others_share(started, cpu_times()), tell)
     plan = solve(request, spec, profile, acceptance, stored)
     return Planned(spec, with_sweeps(request, spec, profile, stored, plan), profile)
 
@@ -338,6 +341,7 @@ def profile_for(
 
     if not measure_again:
         if artifact.profile.machine == machine_name(pick_device(request.device)):
+            tell_load(artifact.profile, tell)
             return artifact.profile
         tell(f"the profile is of another machine ({artifact.profile.machine}): measuring this one")
     return measure_here(request, artifact.spec, out, progress, tell)
@@ -363,7 +367,26 @@ def measure_here(
             f"{short_size(profile.free_bytes)} of {profile.device} memory are free now: runs are "
             "planned again for less until more is free"
         )
+    tell_load(profile, tell)
     return profile
+
+
+def with_load(profile: Profile, others: float, tell: Tell) -> Profile:
+    """The profile after a rehearsal beside which other programs used this share of the CPUs; told
+    unless it was under load before."""
+    busier = replace(profile, others_cpu_share=max(profile.others_cpu_share, others))
+    if not profile.under_load:
+        tell_load(busier, tell)
+    return busier
+
+
+def tell_load(profile: Profile, tell: Tell) -> None:
+    if profile.under_load:
+        tell(
+            f"note: other programs used {profile.others_cpu_share:.0%} of the CPUs while this "
+            "machine was measured: predictions are too slow, and another plan may be faster; when "
+            "they have ended, measure again (subspec-plan --from ARTIFACT --reprofile)"
+        )
 
 
 def solve(

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from subspec.artifacts.common.command import HINT, Program, reported, say, size_option
+from subspec.artifacts.common.cpu_load import cpu_times, others_share
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.sizes import format_size
 
@@ -336,6 +338,7 @@ def opened(artifact: "Artifact", options: Options) -> "Iterator[Engine]":
     """Open the engine, with progress and notes on stderr."""
     import torch
 
+    from subspec.artifacts.profile import UNDER_LOAD
     from subspec.runtime.engine import Engine, OpenOptions, machine_name
 
     how = OpenOptions(
@@ -345,6 +348,7 @@ def opened(artifact: "Artifact", options: Options) -> "Iterator[Engine]":
         link_bandwidth=options.link_bandwidth,
         graphs=not options.no_graphs,
     )
+    started = cpu_times()
     try:
         with Engine.open(artifact, how, progress_line()) as engine:
             here, planned = machine_name(engine.device), artifact.plan.machine
@@ -353,6 +357,12 @@ def opened(artifact: "Artifact", options: Options) -> "Iterator[Engine]":
                     f"note: planned on ({planned}), running on ({here}): speeds will differ; "
                     "subspec-plan --from re-plans for this machine"
                 )
+            elif (
+                planned == artifact.profile.machine
+                and artifact.profile.under_load
+                and others_share(started, cpu_times()) <= UNDER_LOAD
+            ):
+                say(measured_under_load(artifact))
             if (problem := engine.missing_kernels) is not None:
                 trust = " (--trust-kernels would load the artifact's own)"
                 say(
@@ -372,6 +382,14 @@ def opened(artifact: "Artifact", options: Options) -> "Iterator[Engine]":
             f"the GPU ran out of memory: {str(error).partition('. ')[0]}",
             "close other programs that use the GPU, or re-plan with a smaller --vram",
         ) from None
+
+
+def measured_under_load(artifact: "Artifact") -> str:
+    return (
+        f"note: other programs used {artifact.profile.others_cpu_share:.0%} of the CPUs while this "
+        "plan was measured, so predictions are too slow, and another plan may be faster: "
+        f"subspec-plan --from {shlex.quote(str(artifact.path))} --reprofile"
+    )
 
 
 def progress_line() -> Callable[[str, float], None]:

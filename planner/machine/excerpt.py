@@ -11,7 +11,6 @@ from subspec.runtime.kernels.linear import Int4Weight, pack_qparams, pack_rows
 
 CYCLED_BYTES = 96 << 20  # of weights in a pass: more than a cache, as in a whole model
 MOST_LAYERS = 24
-COMPARED_ROWS = 8  # of passes of different widths
 
 
 def excerpt(spec: ModelSpec) -> ModelSpec:
@@ -80,20 +79,3 @@ def random_substitute(num_rows: int, num_columns: int) -> tuple[Tensor, Tensor]:
     scale = num_columns**-0.5 / 4
     qparams = torch.tensor((scale, scale / 2), dtype=torch.bfloat16)  # codes 0 to 15 around 0
     return codes, qparams.repeat(num_columns // GROUP_SIZE, num_rows, 1)
-
-
-def rows_at_any_place(
-    product: Callable[[Tensor, Tensor, Tensor, int], None], weight: Tensor, width: int
-) -> Tensor | None:
-    """What product(x [T, K], weight [N, K], out [T, N], rows per call) gives the first few rows of
-    `width`, which are the same for every width; None if a row's bits depend on its place.
-
-    One shuffle is enough: it moves every row, and kernels differ between whole blocks and tails.
-    """
-    x = weight.new_empty(width, weight.shape[1])
-    fill_with_noise(x, 1.0)
-    order = torch.randperm(width, generator=torch.Generator().manual_seed(width)).to(x.device)
-    here, there = (x.new_ones(width, len(weight)) for _ in range(2))
-    product(x, weight, here, width)
-    product(x[order], weight, there, width)
-    return here[:COMPARED_ROWS].clone() if torch.equal(here[order], there) else None

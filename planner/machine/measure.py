@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from subspec.artifacts.common.cpu_load import cpu_times, others_share
 from subspec.artifacts.format.store import part_digest
 from subspec.artifacts.model import PAGE_BYTES, ModelSpec
 from subspec.artifacts.plan import Int4Kernel
@@ -170,6 +171,7 @@ def measured_once(
     bench: Bench, kernel: Int4Kernel, substitutes: Substitutes, tier: SlowTier
 ) -> Profile:
     """Time everything once; the caller sets the fields that are not timed."""
+    started = cpu_times()
     exact_layer, exact_head = bench.exact_timings()
     fast_layer, plain_head = bench.fast_timings()
     draft = bench.draft_timings(substitutes)
@@ -201,6 +203,7 @@ def measured_once(
         ),
         int4_kernel=kernel,
         batch_invariant_widths=(),
+        others_cpu_share=others_share(started, cpu_times()),
     )
 
 

@@ -18,7 +18,8 @@ from subspec.artifacts.footprint import Shape, cache_slots, make_ledger, substit
 from subspec.artifacts.model import ModelSpec
 from subspec.artifacts.plan import DeviceKind, Int4Kernel, Ledger, Placement, Tree
 from subspec.artifacts.profile import LIVE_TOKENS, MORE_TOKENS, SHORTEST, Timing, seconds_at
-from subspec.planner.machine.excerpt import RandomWeights, excerpt, random_rows, rows_at_any_place
+from subspec.planner.machine.batch_invariance import rows_at_any_place
+from subspec.planner.machine.excerpt import RandomWeights, excerpt, random_rows
 from subspec.planner.machine.timing import USUAL_EFFORT, Effort, time_each, time_widths
 from subspec.planner.solve.storage import raw_storage
 from subspec.runtime.decode import causal_rows, whole_tree
@@ -28,11 +29,7 @@ from subspec.runtime.draft.drafter import tree_rows
 from subspec.runtime.draft.graphs import Action, Replay, capture_on_gpu
 from subspec.runtime.draft.substitutes import Substitutes
 from subspec.runtime.kernels import int4
-from subspec.runtime.kernels.linear import (
-    exact_product,
-    exact_product_into,
-    single_row_kernels,
-)
+from subspec.runtime.kernels.linear import single_row_kernels
 from subspec.runtime.load import (
     DRAFT_DTYPE,
     biases_of,
@@ -256,28 +253,21 @@ class Bench:
         return accepting + moving / self.spec.num_layers * self.full_spec.num_layers
 
     def batch_invariant_widths(self) -> tuple[tuple[int, ...], ...]:
-        """Groups of widths: every product gives a row the same bits at any place in all widths of a
-        group."""
-        every = (*self.resident.values(), *self.unplaced.values())
-        one_of_a_shape = {weight.shape: weight for weight in every}.values()
+        """Groups of widths at which exact passes are batch-invariant: a row has the same bits in
+        all widths of a group."""
         groups = list[tuple[list[Tensor], list[int]]]()
         until = time.perf_counter() + self.effort.place_seconds
         for width in PADDED_WIDTHS:
             if width > USUAL_WIDTH and time.perf_counter() > until:
                 break
-            rows = [
-                rows_at_any_place(product, weight, width)
-                for product in (exact_product, exact_product_into)
-                for weight in one_of_a_shape
-            ]
-            known = [some for some in rows if some is not None]
-            if len(known) < len(rows):
+            rows = rows_at_any_place(self.weights, self.exact, self.cache, width)
+            if rows is None:
                 continue
-            alike = (widths for others, widths in groups if all(map(torch.equal, others, known)))
+            alike = (widths for others, widths in groups if all(map(torch.equal, others, rows)))
             if (group := next(alike, None)) is not None:
                 group.append(width)
             else:
-                groups.append((known, [width]))
+                groups.append((rows, [width]))
         return tuple(tuple(widths) for _, widths in groups)
 
     def _timed(

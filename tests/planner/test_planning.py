@@ -11,7 +11,15 @@ from subspec.artifacts.format.store import open_artifact, verify
 from subspec.artifacts.plan import Constraints
 from subspec.planner.machine.measure import machine_name
 from subspec.planner.model.hub import DEMO, resolve
-from subspec.planner.planning import PlanRequest, plan_again, plan_dry, plan_from_runs, plan_model
+from subspec.planner.planning import (
+    PlanRequest,
+    plan_again,
+    plan_dry,
+    plan_from_runs,
+    plan_model,
+    tell_load,
+    with_load,
+)
 
 REQUEST = PlanRequest(9_000_000, Constraints(context=200, width=2), known_profile=PROFILE)
 
@@ -73,6 +81,26 @@ def test_every_constraint_survives_that_an_artifact_is_planned_again(tmp_path: P
     assert (again.context, again.num_sequences, again.method) == (160, 2, "substitute")
     assert (again.tree.width, again.tree.depth, again.tree.min_path_probability) == (1, 3, 0.2)
     assert again.budget_bytes == 8_500_000 and again.residuals == first.plan.residuals
+
+
+def test_figures_that_other_programs_disturbed_are_told_and_kept(tmp_path: Path) -> None:
+    quiet, busy = (replace(PROFILE, others_cpu_share=share) for share in (0.14, 0.43))
+    told = list[str]()
+    assert with_load(quiet, 0.1, told.append) == quiet and told == []
+    tell_load(busy, told.append)
+    assert with_load(busy, 0.6, told.append).others_cpu_share == 0.6
+    assert len(told) == 1, "once"
+    assert with_load(quiet, 0.43, told.append) == busy
+    tell_load(replace(busy, device="cuda"), told.append)
+    assert len(told) == 2 and told[0] == told[1]
+    assert "used 43% of the CPUs" in told[0] and "--from ARTIFACT --reprofile" in told[0]
+    artifact = build_artifact(DEMO, tmp_path / "artifact", width=2, depth=3, resident_share=0.5)
+    here, request = machine_name("cpu"), replace(REQUEST, known_profile=None, device="cpu")
+    for profile in (quiet, busy):
+        stored = replace(artifact, profile=replace(profile, machine=here))
+        found = plan_again(request, stored, artifact.path, sweeps=False, tell=told.append)
+        assert found.profile == stored.profile
+    assert told[2:] == told[:1]
 
 
 def test_runs_of_another_plan_teach_nothing(tmp_path: Path) -> None:

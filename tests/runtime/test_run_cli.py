@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from builders import build_artifact
 from running import QUESTION, Ended, Terminal, demo_artifact, opened, run, start
 
 from subspec.artifacts.common.errors import Exit
+from subspec.artifacts.format.store import write_json, write_manifest
 from subspec.artifacts.native import residual_cpu
 from subspec.planner.model.hub import DEMO
 from subspec.runtime import cli, engine
@@ -303,3 +305,32 @@ def test_kernels_that_are_missing_are_said_so(
     assert ended.exit_code == 0
     assert "note: without the C++ kernels residuals decode a hundred times slower" in ended.err
     assert "there is no C++ compiler" in ended.err
+
+
+def test_a_plan_from_disturbed_figures_is_said_so_once_the_machine_is_quieter(
+    copied: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("def", "--raw", "--max-tokens", 1, "--no-replan")
+    stored = cli.open_folder(copied)
+    machine = engine.machine_name(torch.device("cpu"))
+    plan = replace(stored.plan, machine=machine)
+
+    def said(share: float, others_now: float, measured_on: str = machine) -> bool:
+        profile = replace(stored.profile, machine=measured_on, others_cpu_share=share)
+        write_json(copied, "plan.json", plan)
+        write_json(copied, "profile.json", profile)
+        listed = stored.manifest
+        write_manifest(copied, listed.producer, listed.parts, listed.substitutes, {})
+        monkeypatch.setattr(cli, "others_share", lambda start, end: others_now)
+        ended = run(capsys, copied, *words)
+        assert ended.exit_code == 0
+        note = "note: other programs used 43% of the CPUs while this plan was measured"
+        assert ended.err.count("other programs") == ended.err.count(note) <= 1
+        if note in ended.err:
+            assert f"subspec-plan --from {copied} --reprofile" in ended.err
+        return note in ended.err
+
+    assert said(0.43, 0.02)
+    assert not said(0.43, 0.6), "measured again it would be no better"
+    assert not said(0.1, 0.02)
+    assert not said(0.43, 0.02, measured_on="another machine"), "planned again since then"

@@ -7,10 +7,8 @@ from subspec.planner.machine.excerpt import (
     CYCLED_BYTES,
     excerpt,
     fill_with_noise,
-    ignores_place,
     random_substitute,
 )
-from subspec.runtime.kernels.linear import exact_product, exact_product_into
 
 QWEN_32B = make_spec(
     hidden_size=5120, inner_size=27648, num_layers=64, num_heads=40, num_kv_heads=8,
@@ -86,18 +84,3 @@ def test_a_random_substitute_has_weights_around_zero() -> None:
     codes, qparams = random_substitute(64, 1024)
     weight = dequantize(unpack_nibbles(codes), qparams)
     assert abs(weight.mean().item()) < 0.05 * weight.std().item()
-
-
-@pytest.mark.parametrize("width", [8, 33, 300])
-def test_a_product_that_looks_at_the_place_of_a_row_is_found_out(width: int) -> None:
-    weight = torch.empty(64, 128, dtype=torch.bfloat16)
-    fill_with_noise(weight, 0.1)
-
-    def slanted(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, rows: int) -> None:
-        exact_product(x, weight, out, rows)
-        out[-1] += 1
-
-    assert not ignores_place(slanted, weight, width)
-    if width % 8 == 0 and width <= 256:
-        assert ignores_place(exact_product, weight, width)
-        assert ignores_place(exact_product_into, weight, width)

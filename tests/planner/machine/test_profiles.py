@@ -25,8 +25,9 @@ def test_a_profile_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 def test_what_no_run_taught_yet_may_be_left_out(tmp_path: Path) -> None:
     values = asdict(make_profile())
-    del values["corrections"]
-    assert read_profile(write(tmp_path, values)).corrections == Corrections()
+    del values["corrections"], values["others_cpu_share"]
+    found = read_profile(write(tmp_path, values))
+    assert (found.corrections, found.others_cpu_share) == (Corrections(), 0.0)
 
 
 TIMING = {"width": 1, "seconds": 1e-4, "slowest": 1e-4}
@@ -141,6 +142,8 @@ def test_of_several_profiles_the_middle_of_each_figure_counts_and_the_slowest_ti
         for share, seconds, rate in ((0.9, 3.0, 1e9), (0.7, 1.0, 3e9), (0.8, 2.0, 2e9))
     )
     found = typical_of([one, two, three])
+    passes = [make_profile(others_cpu_share=share) for share in (0.0, 0.9, 0.05)]
+    assert typical_of(passes).others_cpu_share == 0.05, "nor do its figures count"
     assert found.contended_link == 0.8
     assert found.draft_layer == (Timing(1, 2.0, 6.0),)
     assert found.link == (LinkRate(4096, 2e9),)
