@@ -24,7 +24,7 @@ from subspec.artifacts.plan import Plan
 from subspec.artifacts.profile import Profile
 from subspec.artifacts.runs import Run, carry_runs, read_runs
 from subspec.planner.build.weights import Progress, Quantizer, write_weights
-from subspec.planner.model.checkpoint import Checkpoint, check_tied_head
+from subspec.planner.model.checkpoint import Checkpoint
 from subspec.planner.model.tokenizer_files import TokenizerFiles
 from subspec.planner.report.explain import render_readme, render_report
 
@@ -49,7 +49,6 @@ def build(
     nothing behind. Raises SubspecError."""
     spec = checkpoint.spec
     check_space(spec, out)
-    check_tied_head(checkpoint)
     with no_empty_parents(out), new_folder(out, overwrite) as folder:
         written = write_weights(folder, checkpoint, plan.residuals, quantizer, progress)
         write_tokenizer(folder, tokenizer)

@@ -13,7 +13,7 @@ from typing import Any
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format.tensors import open_regular
 from subspec.planner.model.config import CONFIG, GENERATION_CONFIG, load_config
-from subspec.planner.model.fields import Fields, read_fields, refuse_git_lfs
+from subspec.planner.model.fields import Fields, read_fields, refuse_stand_in
 from subspec.planner.model.library import reading
 
 TOKENIZER = "tokenizer.json"
@@ -124,7 +124,7 @@ def _check_sentencepiece(folder: Path) -> None:
 def _check_file(path: Path, largest: int) -> None:
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-        refuse_git_lfs(path, file.read(64))
+        refuse_stand_in(path, file.read(64))
         if size > largest:
             message = f"{path.name} is {size} bytes, expected at most {largest}"
             raise SubspecError(Exit.CORRUPT, message)
