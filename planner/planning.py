@@ -75,6 +75,8 @@ def plan_model(
 
     checkpoint = read_checkpoint(model.path, model.source)
     tokenizer = read_tokenizer(model.path)
+    for note in (*checkpoint.notes, *tokenizer.notes):
+        tell(f"note: {note}")
     spec = checkpoint.spec
     measured = request.known_profile or measure_here(request, spec, out, progress, tell)
     first = solve(request, spec, measured, PRIOR)
@@ -109,9 +111,12 @@ def plan_dry(
 ) -> Planned:
     """From config and headers alone. out: on whose disk the artifact would lie."""
     from subspec.planner.model.checkpoint import read_spec
+    from subspec.planner.model.generation import generation_notes, read_generation
     from subspec.planner.solve.search import PRIOR
 
     spec = read_spec(model.path, model.source)
+    for note in generation_notes(read_generation(model.path)):
+        tell(f"note: {note}")
     profile = request.known_profile or measure_here(request, spec, out, progress, tell)
     plan = solve(request, spec, profile, PRIOR)
     return Planned(spec, with_sweeps(request, spec, profile, None, plan), profile)
