@@ -18,7 +18,6 @@ from subspec.planner.planning import (
     Planned,
     PlanRequest,
     Progress,
-    existing_parent,
     plan_again,
     plan_dry,
     plan_from_runs,
@@ -326,11 +325,11 @@ def own_samples(options: Options) -> "tuple[Sample, ...] | None":
 
 def check_out(out: Path, overwrite: bool) -> None:
     """What new_folder() would refuse in the end, before any work."""
-    from subspec.artifacts.format.folder import check_target
+    from subspec.artifacts.format.folder import check_target, place_of
 
     try:
         check_target(out, overwrite)
-        parent = existing_parent(out)
+        parent = place_of(out)
         (parent / f".{out.name}.building").exists()  # is the name too long?
     except OSError as error:
         raise SubspecError(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.sizes import short_size
+from subspec.artifacts.format.folder import place_of
 from subspec.artifacts.plan import Constraints, Plan
 from subspec.artifacts.profile import Profile
 
@@ -288,7 +289,7 @@ def measure_here(
             f"--context {context} is more than the model's {spec.max_positions} positions",
             f"--context {spec.max_positions} or less",
         )
-    profile = measure(spec, pick_device(request.device), existing_parent(out), progress)
+    profile = measure(spec, pick_device(request.device), place_of(out), progress)
     if profile.free_bytes < request.budget_bytes:
         tell(
             f"note: the budget is {short_size(request.budget_bytes)}, but only "
@@ -340,7 +341,3 @@ def slowed(request: PlanRequest, profile: Profile) -> Profile:
     from subspec.planner.machine.profiles import under_link
 
     return under_link(profile, request.link_bandwidth)
-
-
-def existing_parent(out: Path) -> Path:
-    return next(parent for parent in out.absolute().parents if parent.exists())

@@ -10,7 +10,7 @@ from pathlib import Path
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.sizes import format_size
 from subspec.artifacts.footprint import model_bytes, substitutes_bytes
-from subspec.artifacts.format.folder import new_folder
+from subspec.artifacts.format.folder import new_folder, place_of
 from subspec.artifacts.format.store import (
     FORMAT_VERSION,
     Artifact,
@@ -127,7 +127,7 @@ def write_plan(
 def check_space(spec: ModelSpec, out: Path) -> None:
     """Raise SubspecError(RESOURCES) if the disk of `out` has too little space."""
     needed = int((model_bytes(spec) + substitutes_bytes(spec, "aten")) * 1.02) + (1 << 20)
-    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    parent = place_of(out)
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise SubspecError(
