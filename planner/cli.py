@@ -156,8 +156,8 @@ def main(**given: Any) -> None:
 
     assert options.model is not None, "check_options asks for it"
     resolved = resolve(options.model, options.revision, weights=not options.dry_run)
-    if resolved.note:
-        say(resolved.note)
+    for note in resolved.notes:
+        say(note)
     with progress() as show:
         if options.dry_run:
             planned = plan_dry(request, resolved, out, show, say)

@@ -23,15 +23,6 @@ CHAT_TEMPLATE = "chat_template.jinja"
 SENTENCEPIECE = "tokenizer.model"
 ADDED_TOKENS = "added_tokens.json"
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"
-# All that transformers reads a tokenizer from.
-TOKENIZER_FILES = (
-    TOKENIZER,
-    TOKENIZER_CONFIG,
-    CHAT_TEMPLATE,
-    SENTENCEPIECE,
-    ADDED_TOKENS,
-    SPECIAL_TOKENS_MAP,
-)
 MORE_TEMPLATES = "additional_chat_templates"  # a folder
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")  # what templates refer to
 LARGEST_TOKENIZER = 128 << 20  # the largest known has 35 MB
