@@ -18,7 +18,6 @@ from subspec.planner.planning import (
     Planned,
     PlanRequest,
     Progress,
-    existing_parent,
     plan_again,
     plan_dry,
     plan_from_runs,
@@ -178,8 +177,8 @@ def main(**given: Any) -> None:
 
     assert options.model is not None, "check_options asks for it"
     resolved = resolve(options.model, options.revision, weights=not options.dry_run)
-    if resolved.note:
-        say(resolved.note)
+    for note in resolved.notes:
+        say(note)
     with progress() as show:
         if options.dry_run:
             planned = plan_dry(request, resolved, out, show, say)
@@ -347,11 +346,11 @@ def own_samples(options: Options) -> "tuple[Sample, ...] | None":
 
 def check_out(out: Path, overwrite: bool) -> None:
     """What new_folder() would refuse in the end, before any work."""
-    from subspec.artifacts.format.folder import check_target
+    from subspec.artifacts.format.folder import check_target, place_of
 
     try:
         check_target(out, overwrite)
-        parent = existing_parent(out)
+        parent = place_of(out)
         (parent / f".{out.name}.building").exists()  # is the name too long?
     except OSError as error:
         raise SubspecError(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from subspec.artifacts.common.cpu_load import cpu_times, others_share
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.sizes import short_size
+from subspec.artifacts.format.folder import place_of
 from subspec.artifacts.plan import USUAL, Constraints, Plan
 from subspec.artifacts.profile import Profile
 
@@ -80,6 +81,8 @@ def plan_model(
 
     checkpoint = read_checkpoint(model.path, model.source)
     tokenizer = read_tokenizer(model.path)
+    for note in (*checkpoint.notes, *tokenizer.notes):
+        tell(f"note: {note}")
     spec = checkpoint.spec
     measured = request.known_profile or measure_here(request, spec, out, progress, tell)
     first = solve(request, spec, measured, PRIOR)
@@ -116,9 +119,12 @@ def plan_dry(
 ) -> Planned:
     """From config and headers alone. out: on whose disk the artifact would lie."""
     from subspec.planner.model.checkpoint import read_spec
+    from subspec.planner.model.generation import generation_notes, read_generation
     from subspec.planner.solve.search import PRIOR
 
     spec = read_spec(model.path, model.source)
+    for note in generation_notes(read_generation(model.path)):
+        tell(f"note: {note}")
     profile = request.known_profile or measure_here(request, spec, out, progress, tell)
     plan = solve(request, spec, profile, PRIOR)
     return Planned(spec, with_sweeps(request, spec, profile, None, plan), profile)
@@ -360,7 +366,7 @@ def measure_here(
             f"--context {context} is more than the model's {spec.max_positions} positions",
             f"--context {spec.max_positions} or less",
         )
-    profile = measure(spec, pick_device(request.device), existing_parent(out), progress)
+    profile = measure(spec, pick_device(request.device), place_of(out), progress)
     if profile.free_bytes < request.budget_bytes:
         tell(
             f"note: the budget is {short_size(request.budget_bytes)}, but only "
@@ -431,7 +437,3 @@ def slowed(request: PlanRequest, profile: Profile) -> Profile:
     from subspec.planner.machine.profiles import under_link
 
     return under_link(profile, request.link_bandwidth)
-
-
-def existing_parent(out: Path) -> Path:
-    return next(parent for parent in out.absolute().parents if parent.exists())

@@ -12,31 +12,32 @@ from subspec.artifacts.common.errors import Exit, SubspecError
 
 MANIFEST = "manifest.json"
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+LOST_AND_FOUND = "lost+found"  # what an empty disk holds
+OWN_NAMES = (".lock", ".building", ".complete", ".replaced")  # in a folder that is filled in place
 
 
 @contextlib.contextmanager
 def new_folder(path: Path, overwrite: bool) -> Iterator[Path]:
-    """Yield a temporary folder beside `path` that is renamed to `path` at the end of the block.
+    """Yield a temporary folder beside `path` that is renamed to `path` at the end of the block; or
+    one inside `path`, whose files are moved up, if `path` has to stay where it is.
 
-    An error or a kill leaves `path` as it was. After a kill between the two renames of an overwrite
-    the old folder is beside it, and the next call restores it. Raises SubspecError: USAGE if `path`
-    exists and may not be replaced, RESOURCES if the disk is full or another process is building
-    `path`.
+    An error or a kill leaves `path` as it was. After a kill among the renames the next call
+    finishes or undoes them. Raises SubspecError: USAGE if `path` exists and may not be replaced,
+    RESOURCES if the disk is full or another process is building `path`.
     """
     path = path.resolve()  # a link is followed, not replaced
-    temporary = path.parent / f".{path.name}.building"
-    old = path.parent / f".{path.name}.replaced"
-    with _only_builder(path):
-        _clean_up(path, temporary, old)
+    inside = stays_in_place(path)
+    home, prefix = (path, ".") if inside else (path.parent, f".{path.name}.")
+    temporary, old = home / f"{prefix}building", home / f"{prefix}replaced"
+    clean_up, publish = (_settle, _move_up) if inside else (_clean_up, _rename)
+    with _only_builder(path, home / f"{prefix}lock"):
+        clean_up(path, temporary, old)
         check_target(path, overwrite)
         temporary.mkdir()
         try:
             yield temporary
             _sync_tree(temporary)
-            if path.exists():
-                path.rename(old)
-            temporary.rename(path)
-            _sync(path.parent)
+            publish(path, temporary, old)
         except OSError as error:
             if error.errno not in DISK_IS_FULL:
                 raise
@@ -46,19 +47,53 @@ def new_folder(path: Path, overwrite: bool) -> Iterator[Path]:
                 "make room or choose another --out",
             ) from error
         finally:
-            _clean_up(path, temporary, old)
+            clean_up(path, temporary, old)
+
+
+def stays_in_place(path: Path) -> bool:
+    """Return True for a folder that is filled where it is: an empty one, which may be the only
+    place where its owner may write, and a mount point, which cannot be renamed."""
+    path = path.resolve()
+    if not path.is_dir():
+        return False
+    begun = any((path / name).is_dir() for name in OWN_NAMES)
+    return begun or not _contents(path) or _is_mount_point(path)
+
+
+def place_of(path: Path) -> Path:
+    """The folder in which new_folder() works, on the disk that `path` will lie on."""
+    path = path.resolve()
+    if stays_in_place(path):
+        return path
+    return next(parent for parent in path.parents if parent.exists())
+
+
+def _contents(path: Path) -> list[Path]:
+    """What a folder holds, the manifest last: with it an artifact is complete."""
+    found = [one for one in path.iterdir() if one.name not in (*OWN_NAMES, LOST_AND_FOUND)]
+    return sorted(found, key=lambda one: one.name == MANIFEST)
+
+
+def _is_mount_point(path: Path) -> bool:
+    if os.path.ismount(path):
+        return True
+    try:  # knows of folders that are mounted from their own disk, as containers do
+        mounts = Path("/proc/self/mountinfo").read_text("utf-8", "surrogateescape")
+    except OSError:
+        return False
+    escaped = "".join(f"\\{ord(c):03o}" if c in " \t\n\\" else c for c in str(path))
+    return any(line.split(" ")[4] == escaped for line in mounts.splitlines())
 
 
 @contextlib.contextmanager
-def _only_builder(path: Path) -> Iterator[None]:
+def _only_builder(path: Path, lock: Path) -> Iterator[None]:
     """Hold the lock file of `path`; the kernel releases it however this process ends."""
-    lock = path.parent / f".{path.name}.lock"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.parent.mkdir(parents=True, exist_ok=True)
         opened = open(lock, "a+", encoding="utf-8")
     except OSError as error:
         raise SubspecError(
-            Exit.USAGE, f"cannot write in {path.parent}: {error.strerror}", "choose another --out"
+            Exit.USAGE, f"cannot write in {lock.parent}: {error.strerror}", "choose another --out"
         ) from error
     with opened as file:
         try:
@@ -85,23 +120,58 @@ def _only_builder(path: Path) -> Iterator[None]:
 
 
 def check_target(path: Path, overwrite: bool) -> None:
-    """Raise SubspecError(USAGE) if `path` exists and may not be replaced."""
-    if not path.exists():
+    """Raise SubspecError(USAGE) if `path` exists and may not be replaced. An empty folder may."""
+    if not path.exists() or (path.is_dir() and not _contents(path)):
         return
-    if not overwrite:
-        raise SubspecError(Exit.USAGE, f"{path} exists already", "add --overwrite or another --out")
     is_artifact = (path / MANIFEST).is_file() and (path / "plan.json").is_file()
-    if not is_artifact and (not path.is_dir() or any(path.iterdir())):
+    if not overwrite:
+        hint = "add --overwrite or another --out" if is_artifact else "choose another --out"
+        raise SubspecError(Exit.USAGE, f"{path} exists already", hint)
+    if not is_artifact:
         raise SubspecError(
             Exit.USAGE, f"{path} exists and is not an artifact", "choose another --out"
         )
+
+
+def _rename(path: Path, temporary: Path, old: Path) -> None:
+    if path.exists():
+        path.rename(old)
+    temporary.rename(path)
+    _sync(path.parent)
 
 
 def _clean_up(path: Path, temporary: Path, old: Path) -> None:
     """Remove what a build left behind; restore the old folder if nothing replaced it."""
     if old.exists() and not path.exists():
         old.rename(path)
-    for folder in (old, temporary):
+    _remove(old, temporary)
+
+
+def _move_up(path: Path, temporary: Path, old: Path) -> None:
+    """The old contents move into `old`, then the new ones out of `temporary`, whose name says until
+    then that none of them has moved."""
+    replaced = _contents(path)
+    if replaced:
+        old.mkdir()
+    for one in reversed(replaced):  # the manifest first: from here on there is no artifact
+        one.rename(old / one.name)
+    temporary.rename(path / ".complete")
+    _settle(path, temporary, old)
+
+
+def _settle(path: Path, temporary: Path, old: Path) -> None:
+    """Finish what _move_up() began, or undo it if no new file has moved yet."""
+    complete = path / ".complete"
+    source = complete if complete.exists() else old
+    if source.exists():
+        for one in _contents(source):
+            one.rename(path / one.name)
+        _sync(path)
+    _remove(complete, old, temporary)
+
+
+def _remove(*folders: Path) -> None:
+    for folder in folders:
         try:
             if folder.exists():
                 shutil.rmtree(folder)

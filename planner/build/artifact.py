@@ -10,7 +10,7 @@ from pathlib import Path
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.sizes import format_size
 from subspec.artifacts.footprint import model_bytes, substitutes_bytes
-from subspec.artifacts.format.folder import new_folder
+from subspec.artifacts.format.folder import new_folder, place_of
 from subspec.artifacts.format.store import (
     FORMAT_VERSION,
     Artifact,
@@ -24,7 +24,7 @@ from subspec.artifacts.plan import Plan
 from subspec.artifacts.profile import Profile
 from subspec.artifacts.runs import Run, carry_runs, read_runs
 from subspec.planner.build.weights import Progress, Quantizer, write_weights
-from subspec.planner.model.checkpoint import Checkpoint, check_tied_head
+from subspec.planner.model.checkpoint import Checkpoint
 from subspec.planner.model.tokenizer_files import TokenizerFiles
 from subspec.planner.report.explain import render_readme, render_report
 
@@ -49,7 +49,6 @@ def build(
     nothing behind. Raises SubspecError."""
     spec = checkpoint.spec
     check_space(spec, out)
-    check_tied_head(checkpoint)
     with no_empty_parents(out), new_folder(out, overwrite) as folder:
         written = write_weights(folder, checkpoint, plan.residuals, quantizer, progress)
         write_tokenizer(folder, tokenizer)
@@ -128,7 +127,7 @@ def write_plan(
 def check_space(spec: ModelSpec, out: Path) -> None:
     """Raise SubspecError(RESOURCES) if the disk of `out` has too little space."""
     needed = int((model_bytes(spec) + substitutes_bytes(spec, "aten")) * 1.02) + (1 << 20)
-    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    parent = place_of(out)
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise SubspecError(

@@ -11,7 +11,6 @@ from pathlib import Path
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.model import (
     EMBEDDING,
-    FINAL_NORM,
     HEAD,
     Attention,
     Dense,
@@ -36,22 +35,22 @@ from subspec.planner.model.stored import (
 
 DTYPES: dict[str, DType] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
-# What a decoder's names begin with, canonical and elsewhere: the bare decoder, and inside a
-# multimodal model, as transformers writes it today and as transformers 4 did.
-PREFIXES = ("model.", "", "model.language_model.", "language_model.model.")
+# What a decoder's names begin with, canonical and elsewhere: the bare decoder and the wrapped one,
+# and inside a multimodal model, as transformers writes it today and as transformers 4 did.
+PREFIXES = ("model.", "", "model.model.", "model.language_model.", "language_model.model.")
 HEADS = (f"{HEAD}.weight", f"language_model.{HEAD}.weight", f"model.{HEAD}.weight")
 EMBEDDING_WEIGHT, HEAD_WEIGHT = f"{EMBEDDING}.weight", f"{HEAD}.weight"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`rows` holds what the spec calls for by canonical name, `.weight` and `.bias` included. A
-    tied head's are the embedding's; the head may also be stored: see check_tied_head()."""
+    """`rows` holds what the spec calls for by canonical name, `.weight` and `.bias` included; a
+    tied head's are the embedding's."""
 
     folder: Path
     spec: ModelSpec
     rows: dict[str, Rows]
-    stored_head: Rows | None = None  # of a tied head
+    notes: tuple[str, ...] = ()  # what a person should be told
 
 
 def read_checkpoint(folder: Path, source: Source) -> Checkpoint:
@@ -61,18 +60,27 @@ def read_checkpoint(folder: Path, source: Source) -> Checkpoint:
     spec = read_config(folder, source)
     names = _Names(spec, stored_tensors(folder))
     shapes = _shapes(spec)
-    stored_head = None
-    if spec.tied_head and names.find(HEAD_WEIGHT):
-        stored_head = names.rows(HEAD_WEIGHT, shapes[EMBEDDING_WEIGHT])
+    # Of a tied pair either may be the one that is stored.
+    stands_in = spec.tied_head and names.find(HEAD_WEIGHT) and not names.find(EMBEDDING_WEIGHT)
     rows = {}
     for name, shape in shapes.items():
-        # Of a tied pair either may be the one that is stored.
-        missing = name == EMBEDDING_WEIGHT and not names.find(name)
-        rows[name] = stored_head if stored_head and missing else names.rows(name, shape)
-    needed = [*rows.values(), *([stored_head] if stored_head else [])]
+        rows[name] = names.rows(
+            HEAD_WEIGHT if stands_in and name == EMBEDDING_WEIGHT else name, shape
+        )
+    notes: tuple[str, ...] = ()
+    if spec.tied_head and names.find(HEAD_WEIGHT):
+        head = names.rows(HEAD_WEIGHT, shapes[EMBEDDING_WEIGHT])
+        if not _same_weights(head, rows[EMBEDDING_WEIGHT]):  # transformers unties them, too
+            spec = replace(spec, tied_head=False)
+            rows[HEAD_WEIGHT] = head
+            notes = (
+                f"{CONFIG} says that the head is the embedding, but {head.tensor.name} is not "
+                f"{rows[EMBEDDING_WEIGHT].tensor.name}: each is used as stored",
+            )
+    dtype = _dtype(list(rows.values()))
     if spec.tied_head:
         rows[HEAD_WEIGHT] = rows[EMBEDDING_WEIGHT]
-    return Checkpoint(folder, replace(spec, dtype=_dtype(needed)), rows, stored_head)
+    return Checkpoint(folder, replace(spec, dtype=dtype), rows, notes)
 
 
 def read_spec(folder: Path, source: Source) -> ModelSpec:
@@ -83,22 +91,15 @@ def read_spec(folder: Path, source: Source) -> ModelSpec:
     return read_config(folder, source)
 
 
-def check_tied_head(checkpoint: Checkpoint) -> None:
-    """Reads the head's own copy, if a tied head has one, and raises SubspecError(CORRUPT) if it is
-    not the embedding: transformers would then not tie them, and the tokens would differ."""
+def _same_weights(one: Rows, other: Rows) -> bool:
     import torch  # who only reads headers does without
 
-    head, embedding = checkpoint.stored_head, checkpoint.rows[EMBEDDING_WEIGHT]
-    if head is None or head == embedding:
-        return
-    for ours, theirs in zip(read_pieces(head), read_pieces(embedding), strict=True):
-        if not torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8)):
-            raise SubspecError(
-                Exit.CORRUPT,
-                f"{CONFIG}: tie_word_embeddings is true, expected false: {head.tensor.name} in "
-                f"{head.tensor.file.name} is not {embedding.tensor.name}",
-                f"set tie_word_embeddings to false in {CONFIG}",
-            )
+    if one == other:
+        return True
+    pieces = zip(read_pieces(one), read_pieces(other), strict=True)
+    return one.tensor.dtype == other.tensor.dtype and all(
+        torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8)) for ours, theirs in pieces
+    )
 
 
 def _shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
@@ -118,9 +119,6 @@ class _Names:
 
     def __init__(self, spec: ModelSpec, stored: StoredTensors) -> None:
         self._stored = stored
-        norm = f"{FINAL_NORM}.weight".removeprefix(PREFIXES[0])
-        held = [prefix for prefix in PREFIXES if f"{prefix}{norm}" in stored.tensors]
-        self._prefix = held[0] if held else PREFIXES[0]
         self._fused = dict[str, tuple[str, int, int]]()
         for index, layer in enumerate(spec.layers):
             for name, (fused, first, total) in _fusions(layer).items():
@@ -132,12 +130,17 @@ class _Names:
                     self._fused[full] = (f"{place}.{kind}", first, total)
 
     def find(self, name: str) -> StoredTensor | None:
-        """The stored tensor of a canonical name."""
-        stems = [self._prefix + name.removeprefix(PREFIXES[0])]
-        for stored in HEADS if name == HEAD_WEIGHT else stems:
-            if stored in self._stored.tensors:
-                return self._stored.tensors[stored]
-        return None
+        """The stored tensor of a canonical name. Raises SubspecError(CORRUPT) if there are two:
+        nobody says which of them the model was trained with."""
+        tensors, misplaced = self._stored.tensors, self._stored.misplaced
+        names = _stored_names(name)
+        found = [tensors[one] for one in names if one in tensors and one not in misplaced]
+        if len(found) > 1:
+            message = (
+                f"the checkpoint has {found[0].name} and {found[1].name}, expected one of them"
+            )
+            raise SubspecError(Exit.CORRUPT, message, AGAIN)
+        return found[0] if found else None
 
     def rows(self, name: str, shape: tuple[int, ...]) -> Rows:
         """Raises SubspecError(CORRUPT) for what is not stored, or not in this shape."""
@@ -156,15 +159,29 @@ class _Names:
         return Rows(tensor, first, shape[0])
 
     def _missing(self, name: str, shape: tuple[int, ...]) -> SubspecError:
-        if name in self._stored.misplaced:
-            shard = self._stored.misplaced[name]
-            message = f"{INDEX} places {name} in {shard}, which does not hold it"
-            return SubspecError(Exit.CORRUPT, message, AGAIN)
-        hint = AGAIN
-        if name == HEAD_WEIGHT:
-            hint = f"if the head is the embedding, set tie_word_embeddings to true in {CONFIG}"
+        whole = self._fused[name][0] if name in self._fused else name
+        for stored in (*_stored_names(name), *_stored_names(whole)):
+            if stored in self._stored.misplaced:
+                return SubspecError(Exit.CORRUPT, self._stored.misplaced[stored], AGAIN)
         message = f"the checkpoint has no {name}, expected one of shape {list(shape)} by {CONFIG}"
+        stem = name.removeprefix(PREFIXES[0])
+        others = [stored for stored in self._stored.tensors if stored.endswith(f".{stem}")]
+        if others:
+            message += f"; it has {others[0][:100]}"
+            hint = "rename its tensors as transformers' save_pretrained() does"
+        elif name == HEAD_WEIGHT:
+            hint = f"if the head is the embedding, set tie_word_embeddings to true in {CONFIG}"
+        else:
+            hint = AGAIN
         return SubspecError(Exit.CORRUPT, message, hint)
+
+
+def _stored_names(name: str) -> tuple[str, ...]:
+    """What a checkpoint may call a canonical tensor. Each is looked up on its own, as transformers
+    does: merged checkpoints mix prefixes."""
+    if name == HEAD_WEIGHT:
+        return HEADS
+    return tuple(prefix + name.removeprefix(PREFIXES[0]) for prefix in PREFIXES)
 
 
 def _fusions(layer: LayerSpec) -> dict[str, tuple[str, int, int]]:

@@ -10,7 +10,9 @@ from subspec.artifacts.format.codec import parse_json
 from subspec.artifacts.format.tensors import open_regular
 
 LARGEST_JSON = 32 << 20  # an index of 100,000 tensors has 10 MB
-GIT_LFS = b"version https://git-lfs.github.com/"  # how the stand-in for a large file begins
+# How what some other program left in a file's place begins.
+GIT_LFS = b"version https://git-lfs.github.com/"
+WEB_PAGES = (b"<!doctype", b"<html", b"<?xml")
 
 # A bound for every number, far above any model: what follows may then multiply and enumerate them.
 LARGEST_WIDTH = 1 << 20
@@ -92,18 +94,25 @@ def read_fields(path: Path) -> Fields:
                 Exit.CORRUPT, f"{path.name} is {size} bytes, expected at most {LARGEST_JSON}"
             )
         content = file.read()
-    refuse_git_lfs(path, content)
+    refuse_stand_in(path, content)
     values = parse_json(content, path.name)
     if not isinstance(values, dict):
         raise SubspecError(Exit.CORRUPT, f"{path.name} is not an object")
     return Fields(path.name, values)
 
 
-def refuse_git_lfs(path: Path, content: bytes) -> None:
-    """Raises SubspecError(CORRUPT) if `content` is only Git LFS's stand-in for a file."""
+def refuse_stand_in(path: Path, content: bytes) -> None:
+    """Raises SubspecError(CORRUPT) if `content`, a file's beginning, shows that the file itself
+    never arrived: Git LFS's pointer to it, a server's web page, or nothing at all."""
+    again = "download the checkpoint again"
     if content.startswith(GIT_LFS):
         raise SubspecError(
             Exit.CORRUPT,
             f"{path.name} is a Git LFS pointer, expected the file itself",
-            f"run `git lfs pull` in {path.parent}, or download the checkpoint again",
+            f"run `git lfs pull` in {path.parent}, or {again}",
         )
+    if content.lstrip()[:16].lower().startswith(WEB_PAGES):
+        message = f"{path.name} is a web page, expected the file itself"
+        raise SubspecError(Exit.CORRUPT, message, again)
+    if not content:
+        raise SubspecError(Exit.CORRUPT, f"{path.name} is empty", again)

@@ -3,7 +3,6 @@
 import errno
 import os
 import re
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,12 +10,21 @@ from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.model import Source
 from subspec.planner.model.config import CONFIG, GENERATION_CONFIG
 from subspec.planner.model.stored import INDEX, WEIGHTS, shard_names
-from subspec.planner.model.tokenizer_files import TOKENIZER_FILES
+from subspec.planner.model.tokenizer_files import (
+    ADDED_TOKENS,
+    CHAT_TEMPLATE,
+    SENTENCEPIECE,
+    SPECIAL_TOKENS_MAP,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+)
 
 DEMO = Path(__file__).parents[1] / "demo-model"
 README = "README.md"
-DRY_RUN_FILES = (CONFIG, GENERATION_CONFIG, INDEX)
-SMALL_FILES = (*DRY_RUN_FILES, *TOKENIZER_FILES)
+DRY_RUN_FILES = (CONFIG, INDEX)
+SMALL_FILES = (*DRY_RUN_FILES, TOKENIZER, TOKENIZER_CONFIG)
+# What a model runs without, and a cache that others filled often lacks; a person is told.
+EXTRA_FILES = (GENERATION_CONFIG, CHAT_TEMPLATE, ADDED_TOKENS, SPECIAL_TOKENS_MAP)
 WELCOME_FILES = (README, "LICENSE*", "NOTICE")  # nothing is computed from them
 LARGEST_README = 8 << 20
 
@@ -52,7 +60,7 @@ SHAPES_OF_REFERENCE = "give demo, a folder, org/name, hf://org/name@revision or 
 class Resolved:
     path: Path
     source: Source
-    note: str = ""  # what a person should be told about how REF was read
+    notes: tuple[str, ...] = ()  # what a person should be told about how REF was read
 
 
 def resolve(reference: str, revision: str | None = None, weights: bool = True) -> Resolved:
@@ -78,9 +86,12 @@ def resolve(reference: str, revision: str | None = None, weights: bool = True) -
         raise SubspecError(
             Exit.USAGE, f"{wanted[:100]!r} is not a revision", "give a commit, a branch or a tag"
         )
-    folder = _download(repository, wanted, weights)
-    note = f"{reference} is {repository}" if "/" not in reference else ""
-    return Resolved(folder, Source(repository, folder.name, _license(folder)), note)
+    folder, lacking = _download(repository, wanted, weights)
+    notes = [f"{reference} is {repository}"] if "/" not in reference else []
+    if lacking:
+        what = ", ".join(lacking)
+        notes.append(f"note: planned without {what}, which {repository} has and the cache lacks")
+    return Resolved(folder, Source(repository, folder.name, _license(folder)), tuple(notes))
 
 
 def _local_folder(reference: str) -> Path | None:
@@ -132,23 +143,35 @@ def _refuse_revision(reference: str, revision: str | None) -> None:
         )
 
 
-def _download(repository: str, revision: str | None, weights: bool) -> Path:
-    """Several requests, because only the index says which files are the weights: repositories also
-    hold them a second time in other formats."""
-    folder = _fetch(repository, revision, SMALL_FILES if weights else DRY_RUN_FILES)
+def _download(repository: str, revision: str | None, weights: bool) -> tuple[Path, list[str]]:
+    """The folder, and the extra files of the repository that it lacks. Several requests, because
+    only the index says which files are the weights: repositories also hold them a second time in
+    other formats."""
+    away = _away(repository, revision)
+    small, extra = (SMALL_FILES, EXTRA_FILES) if weights else (DRY_RUN_FILES, EXTRA_FILES[:1])
+    vocabulary = (SENTENCEPIECE,) if weights else ()  # of a tokenizer without tokenizer.json
+    lacking = []
+    try:
+        folder = _fetch(repository, revision, (*small, *extra, *vocabulary), away)
+    except SubspecError:  # which of them, and does it matter?
+        folder = _fetch(repository, revision, small, away)
+        lacking = [name for name in extra if not _has(repository, folder, (name,), away)]
     if not (folder / CONFIG).exists():
-        raise _incomplete(repository, revision, folder, CONFIG)
-    with suppress(SubspecError):
-        _fetch(repository, folder.name, WELCOME_FILES)
+        raise _incomplete(repository, revision, folder, CONFIG, away)
+    _has(repository, folder, WELCOME_FILES, away)
     if not weights:
-        return folder
+        return folder, lacking
+    if not (folder / TOKENIZER).exists():
+        _fetch(repository, folder.name, vocabulary, away)
+        if away and not (folder / SENTENCEPIECE).exists():
+            raise _incomplete(repository, revision, folder, TOKENIZER, away)
     missing = _missing(folder)
     if missing:
-        _fetch(repository, folder.name, tuple(missing))
+        _fetch(repository, folder.name, tuple(missing), away)
         missing = _missing(folder)
     if missing:
-        raise _incomplete(repository, revision, folder, missing[0])
-    return folder
+        raise _incomplete(repository, revision, folder, missing[0], away)
+    return folder, lacking
 
 
 def _missing(folder: Path) -> list[str]:
@@ -156,24 +179,55 @@ def _missing(folder: Path) -> list[str]:
     return [name for name in names if not (folder / name).exists()]
 
 
-def _fetch(repository: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
-    from huggingface_hub import is_offline_mode, snapshot_download  # 0.3 s: who uses the hub pays
+def _away(repository: str, revision: str | None) -> str:
+    """Why the hub is not asked; "" if it is. Without a network each request would be repeated for
+    half a minute."""
+    from huggingface_hub import HfApi, is_offline_mode  # 0.3 s: who uses the hub pays
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if is_offline_mode():
+        return "HF_HUB_OFFLINE is set"
+    try:
+        HfApi().model_info(repository, revision=revision)
+    except HfHubHTTPError:  # an answer
+        return ""
+    except Exception as error:  # as in _fetch
+        return f"the hub cannot be reached ({type(error).__name__}: {_first_line(error)})"
+    return ""
+
+
+def _has(repository: str, folder: Path, patterns: tuple[str, ...], away: str) -> bool:
+    """Fetch files that nothing depends on. Return False if the repository has some of them that are
+    not to be had now."""
+    try:
+        _fetch(repository, folder.name, patterns, away)
+    except SubspecError:
+        return False
+    return True
+
+
+def _fetch(repository: str, revision: str | None, patterns: tuple[str, ...], away: str) -> Path:
+    from huggingface_hub import snapshot_download
 
     try:
         folder = snapshot_download(
             repository,
             revision=revision,
-            local_files_only=is_offline_mode(),
+            local_files_only=bool(away),
             allow_patterns=list(patterns),
         )
     # Its HTTP client's errors come through as they are, and the client changes with its version.
     except Exception as error:
-        raise _explained(error, repository, revision) from error
+        raise _explained(error, repository, revision, away) from error
     return Path(folder)
 
 
-def _explained(error: Exception, repository: str, revision: str | None) -> SubspecError:
-    from huggingface_hub import constants, is_offline_mode
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0][:200]
+
+
+def _explained(error: Exception, repository: str, revision: str | None, away: str) -> SubspecError:
+    from huggingface_hub import constants
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
     from huggingface_hub.file_download import repo_folder_name
 
@@ -200,17 +254,16 @@ def _explained(error: Exception, repository: str, revision: str | None) -> Subsp
     if lacks_files:  # the library knows the repository's list of files
         message = f"{repository} is not complete in the cache: {files.splitlines()[0][:200]}"
         return SubspecError(Exit.HUB, message, f"with a network: HF_HUB_OFFLINE=0 {command}")
-    if is_offline_mode():
+    if away:
         what = repository
         if (cache / repo_folder_name(repo_id=repository, repo_type="model")).is_dir():
             what = f"revision {revision or 'main'} of {repository}"
         return SubspecError(
             Exit.HUB,
-            f"{what} is not in the cache {cache}, and HF_HUB_OFFLINE is set",
+            f"{what} is not in the cache {cache}, and {away}",
             f"with a network: HF_HUB_OFFLINE=0 {command}",
         )
-    first_line = (str(error).splitlines() or [""])[0][:200]
-    message = f"{repository} cannot be downloaded: {type(error).__name__}: {first_line}"
+    message = f"{repository} cannot be downloaded: {type(error).__name__}: {_first_line(error)}"
     return SubspecError(Exit.HUB, message, f"when the network is back: {command}")
 
 
@@ -225,12 +278,12 @@ def _status(error: BaseException | None) -> int | None:
     return None
 
 
-def _incomplete(repository: str, revision: str | None, folder: Path, name: str) -> SubspecError:
+def _incomplete(
+    repository: str, revision: str | None, folder: Path, name: str, away: str
+) -> SubspecError:
     """A file is not in the snapshot: not downloaded, or the repository never had it."""
-    from huggingface_hub import is_offline_mode
-
     command = _command(repository, revision)
-    if is_offline_mode() or (folder / INDEX).exists():
+    if away or (folder / INDEX).exists():
         message = f"{repository} is not complete in the cache: {folder} has no {name}"
         return SubspecError(Exit.HUB, message, f"with a network: HF_HUB_OFFLINE=0 {command}")
     return SubspecError(

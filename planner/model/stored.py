@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format.tensors import ITEM_BYTES, LARGEST_HEADER, MOST_TENSORS, open_regular
-from subspec.planner.model.fields import read_fields, refuse_git_lfs
+from subspec.planner.model.fields import read_fields, refuse_stand_in
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,23 +47,28 @@ class Rows:
 
 @dataclass(frozen=True)
 class StoredTensors:
-    """The tensors of all files by their own names, and those that the index places in a file that
-    does not hold them."""
+    """The tensors of all files by their own names; and why the index is wrong about some others,
+    which matters only if the spec calls for one of them."""
 
     tensors: dict[str, StoredTensor]
     misplaced: Mapping[str, str]
 
 
 def stored_tensors(folder: Path) -> StoredTensors:
-    headers = {name: _read_header(folder / name) for name in shard_names(folder)}
-    if list(headers) == [WEIGHTS]:
-        return StoredTensors(headers[WEIGHTS], {})
-    tensors, misplaced = {}, {}
+    """As transformers does, the index is asked for the files, and the files for their tensors."""
+    shards = shard_names(folder)
+    if shards == [WEIGHTS]:
+        return StoredTensors(_read_header(folder / WEIGHTS), {})
+    headers = {name: _read_header(folder / name) for name in shards if (folder / name).exists()}
+    tensors = {name: tensor for held in headers.values() for name, tensor in held.items()}
+    misplaced = {}
     for name, shard in _weight_map(folder).items():
-        if name in headers[shard]:
+        if shard not in headers:
+            misplaced[name] = f"{shard} is missing, in which {INDEX} places {name}"
+        elif name not in headers[shard]:
+            misplaced[name] = f"{INDEX} places {name} in {shard}, which does not hold it"
+        else:
             tensors[name] = headers[shard][name]
-        else:  # matters only if the spec calls for it
-            misplaced[name] = shard
     return StoredTensors(tensors, misplaced)
 
 
@@ -103,7 +108,7 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         prefix = file.read(64)
-        refuse_git_lfs(path, prefix)
+        refuse_stand_in(path, prefix)
         if len(prefix) < 8:
             raise SubspecError(Exit.CORRUPT, f"{path.name} is {size} bytes, too short for a header")
         (length,) = struct.unpack("<Q", prefix[:8])

@@ -12,8 +12,9 @@ from typing import Any
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format.tensors import open_regular
-from subspec.planner.model.config import CONFIG, GENERATION_CONFIG, load_config
-from subspec.planner.model.fields import Fields, read_fields, refuse_git_lfs
+from subspec.planner.model.config import CONFIG, load_config
+from subspec.planner.model.fields import Fields, read_fields, refuse_stand_in
+from subspec.planner.model.generation import generation_notes, read_generation
 from subspec.planner.model.library import reading
 
 TOKENIZER = "tokenizer.json"
@@ -22,15 +23,6 @@ CHAT_TEMPLATE = "chat_template.jinja"
 SENTENCEPIECE = "tokenizer.model"
 ADDED_TOKENS = "added_tokens.json"
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"
-# All that transformers reads a tokenizer from.
-TOKENIZER_FILES = (
-    TOKENIZER,
-    TOKENIZER_CONFIG,
-    CHAT_TEMPLATE,
-    SENTENCEPIECE,
-    ADDED_TOKENS,
-    SPECIAL_TOKENS_MAP,
-)
 MORE_TEMPLATES = "additional_chat_templates"  # a folder
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")  # what templates refer to
 LARGEST_TOKENIZER = 128 << 20  # the largest known has 35 MB
@@ -44,16 +36,15 @@ class TokenizerFiles:
     chat_template: str | None  # a base model has none
     special_tokens: dict[str, str | None]
     begins_with_bos: bool
-    generation_config: dict[str, Any]  # as in the file; empty where there is none
+    generation_config: dict[str, Any]  # see read_generation()
+    notes: tuple[str, ...] = ()  # what a person should be told
 
 
 def read_tokenizer(folder: Path) -> TokenizerFiles:
     """Raises SubspecError: UNSUPPORTED for a tokenizer that cannot be converted here, CORRUPT for
     what makes no sense."""
     _check_files(folder)
-    generation = {}
-    if (folder / GENERATION_CONFIG).exists():
-        generation = read_fields(folder / GENERATION_CONFIG).values
+    generation = read_generation(folder)
     config = load_config(read_fields(folder / CONFIG))
     with reading(f"the tokenizer in {folder}"):
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -74,6 +65,7 @@ def read_tokenizer(folder: Path) -> TokenizerFiles:
         text = backend.to_str()
         first = tokenizer("a")["input_ids"][:1]
         templates = tokenizer.chat_template
+        beyond = _tokens_beyond(tokenizer.get_vocab(), config.vocab_size)
     template = templates.get("default") if isinstance(templates, dict) else templates
     known = {name: None for name in SPECIAL_TOKENS} | tokenizer.special_tokens_map
     bos = tokenizer.bos_token_id
@@ -83,6 +75,21 @@ def read_tokenizer(folder: Path) -> TokenizerFiles:
         special_tokens={name: token and str(token) for name, token in known.items()},
         begins_with_bos=bos is not None and first == [bos],
         generation_config=generation,
+        notes=(*beyond, *generation_notes(generation)),
+    )
+
+
+def _tokens_beyond(vocabulary: dict[str, int], num_rows: int) -> tuple[str, ...]:
+    """A note on tokens for which the embedding has no row."""
+    beyond = sorted((token_id, token) for token, token_id in vocabulary.items())
+    beyond = [one for one in beyond if one[0] >= num_rows]
+    if not beyond:
+        return ()
+    first_id, first = beyond[0]
+    count = "a token" if len(beyond) == 1 else f"{len(beyond)} tokens"
+    return (
+        f"the tokenizer has {count} beyond the embedding's {num_rows} rows (vocab_size), from "
+        f"{first[:40]!r}, id {first_id}: the model cannot read a text with such a token",
     )
 
 
@@ -102,6 +109,9 @@ def _check_files(folder: Path) -> None:
             fields = read_fields(folder / name)
             if name == TOKENIZER_CONFIG:
                 _check_template(fields)
+                # It is a state of the tokenizer that tokenizer.json does not hold.
+                if fields.flag("split_special_tokens", False):
+                    raise fields.unsupported("split_special_tokens", "false")
             if name != ADDED_TOKENS:
                 _check_special_tokens(fields)
 
@@ -124,7 +134,7 @@ def _check_sentencepiece(folder: Path) -> None:
 def _check_file(path: Path, largest: int) -> None:
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-        refuse_git_lfs(path, file.read(64))
+        refuse_stand_in(path, file.read(64))
         if size > largest:
             message = f"{path.name} is {size} bytes, expected at most {largest}"
             raise SubspecError(Exit.CORRUPT, message)

@@ -272,6 +272,29 @@ def test_the_folder_is_named_after_model_and_size(
     assert (ended.exit_code, ended.err.splitlines()[0]) == (2, f"error: {name} exists already")
 
 
+def test_what_a_person_should_know_of_a_model_is_said_before_it_is_measured(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(DEMO, here / "model")
+    (here / "model" / "generation_config.json").write_text('{"repetition_penalty": 1.3}')
+    ended = plan(capsys, "--model", "model", "--dry-run")
+    assert ended.exit_code == 0 and "note: repetition_penalty 1.3" in ended.err
+
+
+def test_an_empty_folder_is_taken_for_the_artifact(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "empty").mkdir()
+    before = (here / "empty").stat().st_ino
+    (here / "empty" / "lost+found").mkdir()
+    assert plan(capsys, "--out", "empty", "--method", "plain").exit_code == 0
+    assert verify(here / "empty") > 0
+    assert (here / "empty").stat().st_ino == before
+    again = run(capsys, "--from", "empty", "--profile", "../profile.json")
+    assert again.exit_code == 0, again.err
+    assert verify(here / "empty") > 0
+
+
 def test_an_artifact_is_replaced_only_if_asked(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

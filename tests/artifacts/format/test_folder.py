@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.artifacts.format.folder import new_folder
+from subspec.artifacts.format.folder import _is_mount_point, new_folder
 
 
 def fill(folder: Path, text: str) -> None:
@@ -92,6 +92,71 @@ def test_a_file_is_never_overwritten_and_an_empty_folder_may_be(tmp_path: Path) 
     (tmp_path / "empty").mkdir()
     build(tmp_path / "empty", "new", overwrite=True)
     assert text_of(tmp_path / "empty") == "new"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("content", [None, "lost+found", "link"])
+def test_an_empty_folder_is_filled_where_it_is(
+    tmp_path: Path, content: str | None, overwrite: bool
+) -> None:
+    """It may be a mount point, or the one place where its owner may write."""
+    target = tmp_path / "empty"
+    target.mkdir()
+    if content == "lost+found":
+        (target / content).mkdir()
+    if content == "link":
+        (tmp_path / "link").symlink_to(target)
+    before = target.stat().st_ino
+    with new_folder(tmp_path / "link" if content == "link" else target, overwrite) as folder:
+        fill(folder, "new")
+        assert folder.parent == target and not (target / "manifest.json").exists()
+    assert text_of(target) == "new" and target.stat().st_ino == before
+    kept = ["lost+found"] if content == "lost+found" else []
+    assert names(target) == [*kept, "manifest.json", "plan.json", "tokenizer"]
+    assert names(tmp_path) == sorted(["empty", *(["link"] if content == "link" else [])])
+
+
+@pytest.mark.parametrize("content", [".hidden", ".git", "thesis.tex"])
+def test_a_folder_with_anything_in_it_is_not_empty(tmp_path: Path, content: str) -> None:
+    (tmp_path / content).write_text("precious")
+    for overwrite, said in ((False, "exists already"), (True, "is not an artifact")):
+        with pytest.raises(SubspecError, match=said) as caught:
+            build(tmp_path, "new", overwrite)
+        assert caught.value.hint == "choose another --out"
+    assert names(tmp_path) == [content]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, OSError])
+def test_an_error_leaves_an_empty_folder_empty(
+    tmp_path: Path, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(error), new_folder(tmp_path, overwrite=False) as folder:
+        fill(folder, "new")
+        raise error
+    assert names(tmp_path) == []
+
+
+@pytest.fixture
+def mounted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every folder is a mount point."""
+    monkeypatch.setattr("subspec.artifacts.format.folder._is_mount_point", lambda path: True)
+
+
+@pytest.mark.usefixtures("mounted")
+def test_an_artifact_in_a_mount_point_is_replaced_without_moving_its_folder(tmp_path: Path) -> None:
+    target = tmp_path / "artifact"
+    build(target, "old")
+    (target / "lost+found").mkdir()
+    (target / "only_old").touch()
+    before = target.stat().st_ino
+    build(target, "new", overwrite=True)
+    assert text_of(target) == "new" and target.stat().st_ino == before
+    assert names(target) == ["lost+found", "manifest.json", "plan.json", "tokenizer"]
+
+
+def test_a_mount_point_is_known_as_one(tmp_path: Path) -> None:
+    assert _is_mount_point(Path("/proc"))
+    assert not _is_mount_point(tmp_path)
 
 
 def test_a_link_is_followed_and_stays_a_link(tmp_path: Path) -> None:
@@ -180,6 +245,38 @@ def test_a_kill_leaves_no_half_folder_and_the_next_build_cleans_up(
     build(target, "next", overwrite=True)
     assert text_of(target) == "next"
     assert names(tmp_path) == ["artifact"]
+
+
+IN_PLACE = """
+module._is_mount_point = lambda path: True
+with module.new_folder(Path(sys.argv[1]), overwrite=True) as folder:
+    exec(sys.argv[2])
+"""
+
+
+@pytest.mark.usefixtures("mounted")
+@pytest.mark.parametrize("existing", [False, True], ids=["empty", "overwriting"])
+@pytest.mark.parametrize("rename", range(1, 8))
+def test_a_kill_among_the_renames_in_place_is_finished_or_undone_by_the_next_build(
+    tmp_path: Path, rename: int, existing: bool
+) -> None:
+    target = tmp_path / "artifact"
+    (target / "lost+found").mkdir(parents=True)
+    if existing:
+        build(target, "old")
+    code = BUILDER.partition("\nwith module")[0] + IN_PLACE
+    killing = f"fill(folder); before(Path, 'rename', {rename})"
+    done = subprocess.run([sys.executable, "-c", code, str(target), killing], timeout=60)
+    first_new = 5 if existing else 2  # the three old files move, then the folder's name changes
+    assert done.returncode == (-signal.SIGKILL if rename < first_new + 3 else 0)
+    expected = "new" if rename >= first_new else "old" if existing else None
+    if expected is not None:
+        with pytest.raises(SubspecError, match="exists already"):
+            build(target, "next")
+        assert text_of(target) == expected
+    build(target, "next", overwrite=True)
+    assert text_of(target) == "next"
+    assert names(target) == ["lost+found", "manifest.json", "plan.json", "tokenizer"]
 
 
 def test_a_second_builder_of_one_target_is_refused_and_does_no_harm(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from toys import make_spec
 
 from subspec.artifacts.model import Attention, Block, Dense, LayerSpec, NormStyle, QueryGrowth, Rope
 from subspec.planner.machine import batch_invariance
-from subspec.planner.machine.batch_invariance import is_batch_invariant
+from subspec.planner.machine.batch_invariance import rows_at_any_place
 from subspec.runtime.kernels import linear
 from subspec.runtime.model import transformer
 from subspec.runtime.model.transformer import Pass, Product
@@ -104,7 +104,7 @@ def holds(name: str, dtype: str, num_threads: int, widths: tuple[int, ...]) -> l
     shared, cache = shared_weights(toy, 256), empty_cache(toy.spec, 256)
     cache.commit([0] * 40)
     products = [a_row_at_a_time(product) for product in exact_weights(toy)]
-    return [w for w in widths if is_batch_invariant(shared, products, cache, w)]
+    return [w for w in widths if rows_at_any_place(shared, products, cache, w) is not None]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -177,7 +177,7 @@ def test_an_operation_that_looks_at_the_place_of_a_row_is_found_out(where: str) 
     toy = random_weights(make_spec(num_layers=1, hidden_size=64, inner_size=128, head_size=16))
     shared, cache = shared_weights(toy, 256), empty_cache(toy.spec, 256)
     cache.commit([0] * 40)
-    found = partial(is_batch_invariant, shared, exact_weights(toy), cache, 16)
+    found = partial(rows_at_any_place, shared, exact_weights(toy), cache, 16)
     assert found()
     with disturbed(where):
         assert not found()
@@ -190,7 +190,7 @@ def test_gates_that_threads_share_are_found_out() -> None:
     toy = random_weights(replace(make_spec(num_layers=1, inner_size=8_960), dtype="float32"))
     shared, cache = shared_weights(toy, 256), empty_cache(toy.spec, 256)
     products = [a_row_at_a_time(product) for product in exact_weights(toy)]
-    assert is_batch_invariant(shared, products, cache, 56)
+    assert rows_at_any_place(shared, products, cache, 56) is not None
     row = torch.randn(1, 8_960, generator=torch.Generator().manual_seed(0))
     if len(F.silu(row.repeat(56, 1)).unique(dim=0)) == 1:
         pytest.skip("torch computes all numbers alike on this processor")
@@ -202,4 +202,4 @@ def test_gates_that_threads_share_are_found_out() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transformer, "feed_forward", over_all_rows)
-        assert not is_batch_invariant(shared, products, cache, 56)
+        assert rows_at_any_place(shared, products, cache, 56) is None

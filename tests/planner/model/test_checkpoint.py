@@ -15,7 +15,6 @@ from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.model import Source
 from subspec.planner.model.checkpoint import (
     Checkpoint,
-    check_tied_head,
     read_checkpoint,
     read_spec,
 )
@@ -159,7 +158,9 @@ def test_a_fused_matrix_of_other_rows_is_refused(tmp_path: Path) -> None:
     assert fused in error.message and "[24, 8]" in error.message
 
 
-@pytest.mark.parametrize("prefix", ["", "model.language_model.", "language_model.model."])
+@pytest.mark.parametrize(
+    "prefix", ["", "model.model.", "model.language_model.", "language_model.model."]
+)
 def test_a_decoder_is_found_under_other_prefixes(tmp_path: Path, prefix: str) -> None:
     renamed = {name.replace("model.", prefix, 1): tensor for name, tensor in tensors().items()}
     plain, other = tmp_path / "plain", tmp_path / "other"
@@ -171,6 +172,28 @@ def test_a_decoder_is_found_under_other_prefixes(tmp_path: Path, prefix: str) ->
     assert found.rows.keys() == expected.rows.keys()
     for name in SHAPES:
         assert stored_bytes(found, name) == stored_bytes(expected, name)
+
+
+@pytest.mark.parametrize("part", ["embed_tokens", "layers.0.mlp.up_proj", "norm", "layers"])
+def test_some_names_alone_may_lack_their_prefix(tmp_path: Path, part: str) -> None:
+    renamed = {
+        name.removeprefix("model.") if name.startswith(f"model.{part}.") else name: tensor
+        for name, tensor in tensors().items()
+    }
+    assert renamed.keys() != SHAPES.keys()
+    assert read_checkpoint(write(tmp_path, renamed), SOURCE).rows.keys() == SHAPES.keys()
+
+
+def test_two_tensors_for_one_matrix_are_refused_by_name(tmp_path: Path) -> None:
+    message = refused(write(tmp_path, {**tensors(), "norm.weight": ("BF16", [8])})).message
+    assert "model.norm.weight and norm.weight" in message
+
+
+@pytest.mark.parametrize("prefix", ["module.", "base_model.model.", "_orig_mod."])
+def test_names_that_nobody_loads_are_shown(tmp_path: Path, prefix: str) -> None:
+    error = refused(write(tmp_path, {prefix + name: one for name, one in tensors().items()}))
+    assert f"{prefix}model.embed_tokens.weight" in error.message
+    assert "save_pretrained" in error.hint
 
 
 def test_a_matrix_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,24 +243,27 @@ def test_a_missing_head_is_told_about_tying(tmp_path: Path) -> None:
     assert "tie_word_embeddings" in refused(write(tmp_path, found)).hint
     tied = read_checkpoint(write(tmp_path, found, tie_word_embeddings=True), SOURCE)
     assert tied.spec.tied_head
-    check_tied_head(tied)
 
 
-def test_a_tied_head_stays_tied_beside_its_own_copy_but_the_copy_must_be_equal(
-    tmp_path: Path,
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_head_is_tied_or_not_as_transformers_takes_it_when_both_are_stored(
+    tmp_path: Path, equal: bool
 ) -> None:
-    tied = read_checkpoint(write(tmp_path, tie_word_embeddings=True), SOURCE)
-    assert tied.spec.tied_head
-    with pytest.raises(SubspecError, match=r"lm_head\.weight") as caught:
-        check_tied_head(tied)
-    assert caught.value.exit_code == Exit.CORRUPT
-    same = tmp_path / "same"
-    same.mkdir()
-    write(same, tie_word_embeddings=True)
-    stored = load_file(same / WEIGHTS)
-    stored["lm_head.weight"] = stored["model.embed_tokens.weight"].clone()
-    save_file(stored, same / WEIGHTS)
-    check_tied_head(read_checkpoint(same, SOURCE))
+    config = AutoConfig.for_model("llama", **{key: CONFIG[key] for key in list(CONFIG)[2:-1]})
+    save_random_model(tmp_path, config)
+    stored = load_file(tmp_path / WEIGHTS)
+    if equal:
+        stored["lm_head.weight"] = stored["model.embed_tokens.weight"].clone()
+    save_file(stored, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    written = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**written, "tie_word_embeddings": True}))
+    checkpoint = read_checkpoint(tmp_path, SOURCE)
+    assert checkpoint.spec.tied_head is equal
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        assert stored_bytes(checkpoint, name) == as_bytes(theirs.state_dict()[name])
+    said = "".join(checkpoint.notes)
+    assert ("lm_head.weight is not model.embed_tokens.weight" in said) is not equal
 
 
 def test_of_a_tied_pair_the_head_alone_may_be_stored(tmp_path: Path) -> None:
@@ -245,7 +271,7 @@ def test_of_a_tied_pair_the_head_alone_may_be_stored(tmp_path: Path) -> None:
     found = tensors()
     del found["model.embed_tokens.weight"]
     tied = read_checkpoint(write(tmp_path, found, tie_word_embeddings=True), SOURCE)
-    check_tied_head(tied)
+    assert tied.spec.tied_head
     embedding = tied.rows["model.embed_tokens.weight"]
     assert tied.rows["lm_head.weight"] == embedding
     assert embedding.tensor.name == "lm_head.weight"
@@ -315,6 +341,28 @@ def test_a_listed_tensor_that_nobody_needs_may_be_missing(tmp_path: Path) -> Non
     assert read_checkpoint(tmp_path, SOURCE).rows.keys() == SHAPES.keys()
 
 
+def test_a_shard_that_nobody_needs_may_be_missing(tmp_path: Path) -> None:
+    third = "model-00003-of-00003.safetensors"
+    write_shards(tmp_path, lambda found: found.update({"visual.patch_embed.weight": third}))
+    assert read_checkpoint(tmp_path, SOURCE).rows.keys() == SHAPES.keys()
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_files_say_what_they_hold_where_the_index_forgets_it(tmp_path: Path, name: str) -> None:
+    write_shards(tmp_path, lambda found: found.pop(name))
+    assert read_checkpoint(tmp_path, SOURCE).rows.keys() == SHAPES.keys()
+
+
+def test_an_index_may_name_tensors_without_the_files_prefix(tmp_path: Path) -> None:
+    def bare(found: dict[str, Any]) -> None:
+        renamed = {name.removeprefix("model."): shard for name, shard in found.items()}
+        found.clear()
+        found.update(renamed)
+
+    write_shards(tmp_path, bare)
+    assert read_checkpoint(tmp_path, SOURCE).rows.keys() == SHAPES.keys()
+
+
 def test_a_tensor_placed_in_a_shard_that_lacks_it_is_refused(tmp_path: Path) -> None:
     first = "model-00001-of-00002.safetensors"
     write_shards(tmp_path, lambda found: found.update({"lm_head.weight": first}))
@@ -348,15 +396,38 @@ def test_other_formats_alone_are_refused_with_a_way_out(tmp_path: Path, name: st
     assert "save_pretrained" in error.hint
 
 
-@pytest.mark.parametrize("name", [WEIGHTS, "config.json"])
+SHARD = "model-00002-of-00002.safetensors"
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "config.json", INDEX, SHARD, "generation_config.json"])
 def test_a_git_lfs_pointer_is_named_as_such(tmp_path: Path, name: str) -> None:
-    write(tmp_path)
+    (write_shards if name in (INDEX, SHARD) else write)(tmp_path)
     (tmp_path / name).write_text(
         "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 12345\n"
     )
     error = refused(tmp_path)
     assert name in error.message and "Git LFS" in error.message
     assert "git lfs pull" in error.hint
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "config.json", INDEX, SHARD, "generation_config.json"])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "is empty"),
+        (b"\n<!DOCTYPE html>\n<html><body>404</body></html>", "is a web page"),
+        (b"<html>Sign in</html>", "is a web page"),
+        (b'<?xml version="1.0"?><Error>AccessDenied</Error>', "is a web page"),
+    ],
+)
+def test_what_a_failed_download_left_is_named_as_such(
+    tmp_path: Path, name: str, content: bytes, said: str
+) -> None:
+    (write_shards if name in (INDEX, SHARD) else write)(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    error = refused(tmp_path)
+    assert error.message.startswith(f"{name} {said}")
+    assert "download" in error.hint
 
 
 def test_a_damaged_file_is_refused_in_one_sentence(tmp_path: Path) -> None:

@@ -159,7 +159,7 @@ def test_a_cached_repository_needs_no_network_and_records_its_commit(
     found = resolve(reference)
     assert found.path == snapshot
     assert found.source == Source("org/name", SHA, "apache-2.0")
-    assert found.note == ""
+    assert found.notes == ()
 
 
 def test_branches_and_commits_find_their_own_snapshot(offline: Path) -> None:
@@ -192,7 +192,7 @@ def test_a_bare_name_of_a_known_family_is_found_and_said(
     fill_cache(offline, repository)
     found = resolve(name)
     assert found.source.repository == repository
-    assert found.note == f"{name} is {repository}"
+    assert found.notes == (f"{name} is {repository}",)
 
 
 ENVIRONMENT = """
@@ -240,6 +240,52 @@ def test_files_that_nothing_is_computed_from_may_be_missing(offline: Path) -> No
     (snapshot / "README.md").unlink()
     assert resolve("org/name").path == snapshot
     assert resolve("org/name").source.license == ""
+
+
+EXTRA = ["generation_config.json", "chat_template.jinja", "special_tokens_map.json"]
+
+
+@pytest.fixture(params=["offline", "dead network"])
+def away(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Why the hub does not answer; a second request would be one too many."""
+    if request.param == "offline":
+        return "HF_HUB_OFFLINE is set"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    asked = Mock(side_effect=[ConnectionError("refused")])
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", asked)
+    return "the hub cannot be reached (ConnectionError: refused)"
+
+
+@pytest.mark.usefixtures("away")
+@pytest.mark.parametrize("reference", ["org/name", "hf://org/name@main", f"org/name@{SHA}"])
+@pytest.mark.parametrize("lost", [*([name] for name in EXTRA), EXTRA, ["LICENSE"]])
+def test_files_that_a_model_runs_without_may_be_missing_and_are_named(
+    offline: Path, reference: str, lost: list[str]
+) -> None:
+    snapshot = fill_cache(offline, "org/name")
+    list_files(offline, "org/name", [*repository_files(True), *lost, "tokenizer.model"])
+    found = resolve(reference)
+    assert found.path == snapshot
+    named = [name for name in lost if name in EXTRA]
+    assert len(found.notes) == bool(named)
+    assert all(name in found.notes[0] for name in named)
+
+
+def test_a_tokenizer_that_is_not_in_the_cache_is_named(offline: Path) -> None:
+    (fill_cache(offline, "org/name") / "tokenizer.json").unlink()
+    assert "tokenizer.json" in refused("org/name", Exit.HUB).message
+    list_files(offline, "org/name", ["config.json", "tokenizer.model", *SHARDS])
+    assert "tokenizer.model" in refused("org/name", Exit.HUB).message
+
+
+@pytest.mark.parametrize("revision", [None, "dev", OTHER_SHA, SHA[:7]])
+def test_what_is_not_cached_is_said_with_the_reason(
+    offline: Path, away: str, revision: str | None
+) -> None:
+    fill_cache(offline, "org/name", branch="other")
+    wanted = f"revision {revision or 'main'} of org/name is not in the cache"
+    message = refused("org/name", Exit.HUB, revision=revision).message
+    assert message.startswith(wanted) and message.endswith(away)
 
 
 @pytest.mark.parametrize("lost", ["tokenizer.json", "tokenizer_config.json", SHARDS[0]])
@@ -309,6 +355,7 @@ def downloads(offline: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[bool]
             return str(snapshot)
 
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.HfApi, "model_info", Mock())
         monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
         return requests
 
@@ -381,6 +428,7 @@ def test_the_hubs_errors_become_one_sentence_and_a_way_out(
     monkeypatch: pytest.MonkeyPatch, error: Exception, exit_code: Exit, said: str
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", Mock())
     monkeypatch.setattr(huggingface_hub, "snapshot_download", Mock(side_effect=error))
     found = refused("org/name", exit_code, revision="v9")
     assert said in f"{found.message} {found.hint}"

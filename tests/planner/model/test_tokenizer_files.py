@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.planner.model.hub import DEMO
 from subspec.planner.model.tokenizer_files import TokenizerFiles, read_tokenizer
+from subspec.runtime.text.tokenizer import ChatTokenizer
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -19,7 +20,15 @@ CONFIG = {
     "num_attention_heads": 2,
     "num_hidden_layers": 1,
 }
-TEXTS = ["one boat", " two  boats", "<|im_start|>user\nhi<|im_end|>", "Grüße 😀", "<s>a</s>", ""]
+TEXTS = [
+    "one  <|im_start|>  boat",
+    "one boat",
+    " two  boats",
+    "<|im_start|>user\nhi<|im_end|>",
+    "Grüße 😀",
+    "<s>a</s>",
+    "",
+]
 
 
 def byte_level(bos: bool = False) -> Tokenizer:
@@ -57,10 +66,13 @@ def read(folder: Path, config: object = None, template: bytes | None = None) -> 
 
 
 def check_ids(folder: Path) -> TokenizerFiles:
-    """The ids of the tokenizer alone, as the runtime loads it, are transformers'."""
+    """The ids of the tokenizer alone, as the runtime loads it, are transformers', and so are the
+    flags of its added tokens."""
     found = read_tokenizer(folder)
     ours = Tokenizer.from_str(found.tokenizer_json)
-    theirs = PreTrainedTokenizerFast.from_pretrained(folder)
+    theirs = AutoTokenizer.from_pretrained(folder)
+    for token_id, token in theirs.added_tokens_decoder.items():
+        assert repr(ours.get_added_tokens_decoder()[token_id]) == repr(token)
     for text in TEXTS:
         assert ours.encode(text).ids == theirs(text)["input_ids"], text
         assert ours.encode(text, add_special_tokens=False).ids == theirs.encode(
@@ -102,6 +114,54 @@ def test_added_tokens_of_their_own_file_are_taken_over(tmp_path: Path) -> None:
     assert tokenizer.encode(CONTROL[0]).ids == [tokenizer.token_to_id(CONTROL[0])]
 
 
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"tokenizer_config": {"added_tokens_decoder": {"305": 0, "309": 1}}},
+        {"tokenizer_config": {"added_tokens_decoder": {"301": 0, "300": 1}}},
+        {"tokenizer_config": {"added_tokens_decoder": {"7": 0, "8": 1}}},
+        {"tokenizer_config": {"added_tokens_decoder": {"300": 0, "301": 0}}},
+        {"added_tokens": {CONTROL[0]: 309, CONTROL[1]: 305}},
+        {"added_tokens": {CONTROL[0]: 4, CONTROL[1]: 5}},
+        {
+            "tokenizer_config": {"added_tokens_decoder": {"300": 1, "301": 0}},
+            "added_tokens": {CONTROL[0]: 300, CONTROL[1]: 301},
+        },
+        {
+            "tokenizer_config": {"added_tokens_decoder": {"300": 0}, "bos_token": "</s>"},
+            "special_tokens_map": {"bos_token": "<s>", "eos_token": CONTROL[1]},
+        },
+        {
+            "added_tokens": {CONTROL[0]: 300, CONTROL[1]: 301},
+            "special_tokens_map": {"additional_special_tokens": list(CONTROL), "bos_token": "<s>"},
+        },
+        {"tokenizer_config": {"additional_special_tokens": list(CONTROL), "unk_token": "<unk>"}},
+        {"tokenizer_config": {"extra_special_tokens": {"turn_token": CONTROL[0]}}},
+    ],
+    ids=lambda files: str(files)[:60],
+)
+@pytest.mark.parametrize(
+    "flags",
+    [{}, {"lstrip": True, "rstrip": True}, {"special": False}, {"normalized": True}],
+    ids=str,
+)
+def test_tokens_that_files_disagree_about_are_transformers_to_settle(
+    tmp_path: Path, files: dict[str, dict[str, Any]], flags: dict[str, object]
+) -> None:
+    """Ids with gaps, out of order, taken already or given twice; one file against another."""
+    config = dict(files.get("tokenizer_config", {}))
+    if "added_tokens_decoder" in config:
+        config["added_tokens_decoder"] = {
+            number: described(CONTROL[which], **flags)
+            for number, which in config["added_tokens_decoder"].items()
+        }
+    folder_of(tmp_path, **{**files, "tokenizer_config": config})
+    found = check_ids(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path).special_tokens_map
+    named = {name: token for name, token in found.special_tokens.items() if token is not None}
+    assert named == {name: str(token) for name, token in theirs.items()}
+
+
 def test_added_tokens_of_the_tokenizer_itself_keep_their_ids(tmp_path: Path) -> None:
     tokenizer = byte_level()
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in CONTROL])
@@ -124,6 +184,47 @@ def test_whether_text_begins_with_bos_is_transformers_to_say(tmp_path: Path, bos
     names = {"bos_token": "<s>", "add_bos_token": not bos}
     folder_of(tmp_path, byte_level(bos), tokenizer_config=names)
     assert check_ids(tmp_path).begins_with_bos is bos
+
+
+@pytest.mark.parametrize("bos", ["<s>", CONTROL[0]])
+def test_a_bos_that_only_the_map_names_begins_a_chat(tmp_path: Path, bos: str) -> None:
+    folder_of(tmp_path, special_tokens_map={"bos_token": bos}, tokenizer_config={})
+    found = read_tokenizer(tmp_path)
+    tokenizer = Tokenizer.from_str(found.tokenizer_json)
+    template = "{{ bos_token }}{{ messages[0].content }}"
+    chat = ChatTokenizer(tokenizer, template, found.special_tokens, found.begins_with_bos)
+    messages = [{"role": "user", "content": "one boat"}]
+    theirs = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(
+        messages, chat_template=template, return_dict=False
+    )
+    assert chat.chat_ids(messages) == theirs
+    assert theirs[0] == tokenizer.token_to_id(bos)
+
+
+def test_what_tokenizer_json_cannot_hold_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(SubspecError, match="split_special_tokens is True") as caught:
+        read(tmp_path, {"split_special_tokens": True})
+    assert caught.value.exit_code == Exit.UNSUPPORTED
+    read(tmp_path, {"split_special_tokens": False})
+
+
+def test_tokens_beyond_the_embedding_are_one_line(tmp_path: Path) -> None:
+    added = {token: 300 + n for n, token in enumerate(CONTROL)}
+    size = byte_level().get_vocab_size()
+    for rows, said in ((size + 2, None), (size + 1, "a token"), (size, "2 tokens")):
+        folder_of(tmp_path, added_tokens=added, config={**CONFIG, "vocab_size": rows})
+        notes = read_tokenizer(tmp_path).notes
+        assert len(notes) == (said is not None)
+        for note in notes:
+            assert said is not None and f"{said} beyond the embedding's {rows} rows" in note
+            assert "<|im_" in note and "\n" not in note
+
+
+def test_generation_settings_that_are_not_obeyed_are_noted_and_kept(tmp_path: Path) -> None:
+    folder_of(tmp_path, generation_config={"repetition_penalty": 1.3})
+    found = read_tokenizer(tmp_path)
+    assert found.generation_config == {"repetition_penalty": 1.3}
+    assert "repetition_penalty 1.3" in found.notes[0]
 
 
 def test_truncation_and_padding_of_a_training_run_are_left_out(tmp_path: Path) -> None:
@@ -267,6 +368,41 @@ def test_a_damaged_tokenizer_is_one_sentence(tmp_path: Path, content: bytes, sai
     folder_of(tmp_path)
     (tmp_path / "tokenizer.json").write_bytes(content)
     with pytest.raises(SubspecError, match=said) as caught:
+        read_tokenizer(tmp_path)
+    assert caught.value.exit_code == Exit.CORRUPT
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "generation_config.json",
+        "chat_template.jinja",
+        "additional_chat_templates/rag.jinja",
+    ],
+)
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+            "a Git LFS pointer",
+        ),
+        (b"<!doctype html><html>Not Found</html>", "a web page"),
+        (b"", "empty"),
+    ],
+)
+def test_what_stands_in_a_tokenizer_files_place_is_named(
+    tmp_path: Path, name: str, content: bytes, said: str
+) -> None:
+    folder_of(tmp_path)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SubspecError, match=f"{Path(name).name} is {said}") as caught:
         read_tokenizer(tmp_path)
     assert caught.value.exit_code == Exit.CORRUPT
 
