@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from subspec.artifacts.common.command import HINT, Program, reported, say, size_option
+from subspec.artifacts.common.command import HINT, Program, say, size_option
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.sizes import format_size
 
@@ -95,7 +95,7 @@ def device_option(
     return value
 
 
-@click.command(cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command("subspec-run", cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.argument("prompt", required=False)
 @option("--max-tokens", "Longest answer, in tokens.", type=click.IntRange(min=1))
@@ -137,7 +137,6 @@ def device_option(
 @option("--stats", "Compare recorded runs with the plan's predictions.", is_flag=True)
 @option("--no-record", "Do not add this run to the run records.", is_flag=True)
 @click.version_option(package_name="subspec")
-@reported
 def main(**given: Any) -> None:
     """Run the model in the folder ARTIFACT on PROMPT (- reads it from stdin).
 

@@ -13,6 +13,7 @@ class Exit(enum.IntEnum):
     RESOURCES = 6  # out of memory, disk or a lock at run time
     HUB = 7  # hub, network, gated, not in the cache
     UNSUPPORTED = 8  # architecture, feature or platform that subspec does not run
+    HANGUP = 129
     INTERRUPTED = 130
     TERMINATED = 143
 

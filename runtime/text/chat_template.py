@@ -18,6 +18,7 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from subspec.artifacts.common.child import run_child
 from subspec.artifacts.common.errors import Exit, SubspecError
 
 CPU_SECONDS = 2
@@ -33,9 +34,7 @@ def render(template: str, variables: dict[str, Any]) -> str:
     request = json.dumps({"template": template, "variables": variables})
     child = [sys.executable, "-P", __file__]  # -P: import nothing from this folder
     try:
-        done = subprocess.run(
-            child, input=request.encode(), capture_output=True, timeout=WALL_SECONDS
-        )
+        done = run_child(child, request.encode(), WALL_SECONDS)
     except subprocess.TimeoutExpired:
         raise _failed(f"it ran for more than {WALL_SECONDS} s") from None
     except OSError as error:
@@ -44,7 +43,12 @@ def render(template: str, variables: dict[str, Any]) -> str:
         ) from None
     if done.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
         raise _failed(f"it computed for more than {CPU_SECONDS} s")
-    assert done.returncode == 0, done.stderr.decode("utf-8", "replace")
+    if done.returncode != 0:  # it was killed, or had no memory to start: a template cannot do that
+        raise SubspecError(
+            Exit.RESOURCES,
+            f"the process that renders the chat template ended with {done.returncode}",
+            "close other programs, or continue the PROMPT without the template: --raw",
+        )
     reply: dict[str, str] = json.loads(done.stdout)
     if "refused" in reply:
         raise SubspecError(

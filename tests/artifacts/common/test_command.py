@@ -11,19 +11,18 @@ from typing import Any
 import click
 import pytest
 
-from subspec.artifacts.common.command import Program, printable, reported, size_option
+from subspec.artifacts.common.command import Program, printable, size_option
 from subspec.artifacts.common.errors import Exit, SubspecError
 
 # A program of its own in a child: `act` is what the command does.
 PROGRAM = """
 import os, sys, time
 import click
-from subspec.artifacts.common.command import Program, reported
+from subspec.artifacts.common.command import Program
 from subspec.artifacts.common.errors import Exit, SubspecError
 
 @click.command(cls=Program)
 @click.option("--json", "as_json", is_flag=True)
-@reported
 def main(as_json):
     {act}
 
@@ -36,7 +35,6 @@ sys.exit(main())
 @click.option("--vram", callback=size_option)
 @click.option("--count", type=click.IntRange(min=1))
 @click.option("--json", "as_json", is_flag=True)
-@reported
 def program(artifact: str, **_: Any) -> None:
     if artifact == "broken":
         raise SubspecError(Exit.CORRUPT, "plan.json is \x1b[2Jbroken", "build it again")
