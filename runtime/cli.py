@@ -293,7 +293,8 @@ def read_prompt(options: Options) -> str | None:
         if not options.as_json:
             return None
         raise SubspecError(Exit.USAGE, "--json was given without a PROMPT", "give a PROMPT")
-    if prompt is None or prompt == "-":
+    from_stdin = prompt is None or prompt == "-"
+    if from_stdin:
         raw = sys.stdin.buffer.read(LARGEST_PROMPT + 1)
         if len(raw) > LARGEST_PROMPT:
             message = f"stdin has more than {format_size(LARGEST_PROMPT)}"
@@ -303,10 +304,11 @@ def read_prompt(options: Options) -> str | None:
         except UnicodeDecodeError as error:
             message = f"stdin is not UTF-8: {error.reason} at byte {error.start}"
             raise SubspecError(Exit.USAGE, message, "convert it to UTF-8") from None
-    if not prompt.strip():
-        raise SubspecError(
-            Exit.USAGE, "the PROMPT is empty", "give some text, - for stdin, or --chat"
-        )
+    if not prompt or (prompt.isspace() and not options.raw):  # a raw newline can be continued
+        what = "the PROMPT is empty: stdin has no text" if from_stdin else "the PROMPT is empty"
+        others = ", or --chat" if not (options.raw or options.as_json) else ""
+        hint = "give a PROMPT" if from_stdin else "give some text, - for stdin"
+        raise SubspecError(Exit.USAGE, what, hint + others)
     return prompt
 
 
@@ -320,6 +322,15 @@ def prompt_ids(
         ids = tokenizer.chat_ids([*messages, {"role": "user", "content": prompt}])
         if tokenizer.template is None:
             say("note: this model has no chat template, it continues the PROMPT as it is")
+    if not ids:
+        by_template = not options.raw and tokenizer.template is not None
+        raise SubspecError(
+            Exit.USAGE,
+            "the prompt has 0 tokens: the model's "
+            f"{'chat template' if by_template else 'tokenizer'} leaves nothing of the PROMPT",
+            "continue it without the template: --raw" if by_template else "give other text",
+        )
+    tokenizer.check_known(ids, artifact.spec.vocab_size)
     context = artifact.plan.context
     if len(ids) >= context:
         raise SubspecError(

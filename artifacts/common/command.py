@@ -7,6 +7,7 @@ import json
 import os
 import re
 import resource
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,7 @@ from typing import Any, NoReturn, TextIO
 import click
 
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.artifacts.common.signals import Terminated, ignore_signals, raised_as_exceptions
+from subspec.artifacts.common.signals import Terminated, raised_as_exceptions
 from subspec.artifacts.common.sizes import parse_size
 
 HINT = "\n\nhint: "  # between the sentence and the hint of a click error
@@ -231,7 +232,7 @@ def fail(error: SubspecError, as_json: bool) -> NoReturn:
 
 def leave(code: Exit) -> NoReturn:
     if code in (Exit.HANGUP, Exit.INTERRUPTED, Exit.TERMINATED):
-        ignore_signals()  # a second Ctrl-C must not interrupt the exit
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not interrupt the exit
     try:
         sys.stdout.flush()
     except OSError:

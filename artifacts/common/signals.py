@@ -84,12 +84,6 @@ def take(handler: Handler) -> dict[signal.Signals, Any]:
     return {one: signal.signal(one, handler) for one in taken}
 
 
-def ignore_signals() -> None:
-    """For the rest of the process, which is ending."""
-    for one in ENDING:
-        signal.signal(one, signal.SIG_IGN)
-
-
 def is_delicate(frame: FrameType | None) -> bool:
     """Whether the code that a signal met is part of an import, or one of WHOLE."""
     while frame is not None:

@@ -179,7 +179,7 @@ def _put(target: Path, write: Callable[[Path], object]) -> None:
         Path(unfinished).unlink(missing_ok=True)
 
 
-def _run(command: list[str], stopped: threading.Event) -> None:
+def _run(command: list[str], stopped: threading.Event = WANTED) -> None:
     limit = time.monotonic() + LONGEST_BUILD_SECONDS
     with child_process(command) as child:
         while True:

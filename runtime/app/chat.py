@@ -117,13 +117,15 @@ class Conversation:
         asked = [*self._messages, {"role": "user", "content": turn}]
         try:
             ids = self._tokenizer.chat_ids(asked)
+            self._tokenizer.check_known(ids, self._engine.artifact.spec.vocab_size)
             answer = answer_prompt(
                 self._engine, self._sequence, self._tokenizer, self._how, ids, echo=True
             )
         except SubspecError as error:
             if error.exit_code != Exit.USAGE:
                 raise
-            # Too long, or refused by the template: the conversation continues without this turn.
+            # Too long, unknown to the model, or refused by the template: the conversation continues
+            # without this turn.
             say(f"error: {error.message}\n\nhint: /clear, or {error.hint}")
             return
         sys.stdout.write("\n\n" if sys.stdout.isatty() else "\n")
