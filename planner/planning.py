@@ -73,6 +73,7 @@ def plan_model(
     from subspec.planner.solve.search import PRIOR
     from subspec.planner.solve.storage import Storage
 
+    request = within_memory(request, tell)
     checkpoint = read_checkpoint(model.path, model.source)
     tokenizer = read_tokenizer(model.path)
     spec = checkpoint.spec
@@ -111,6 +112,7 @@ def plan_dry(
     from subspec.planner.model.checkpoint import read_spec
     from subspec.planner.solve.search import PRIOR
 
+    request = within_memory(request, tell)
     spec = read_spec(model.path, model.source)
     profile = request.known_profile or measure_here(request, spec, out, progress, tell)
     plan = solve(request, spec, profile, PRIOR)
@@ -134,7 +136,7 @@ def plan_again(
     """
     from subspec.planner.solve.storage import Storage
 
-    spec, request = artifact.spec, as_stored(request)
+    spec, request = artifact.spec, as_stored(within_memory(request, tell))
     stored = Storage(tuple(artifact.stored_parts()))
     profile = request.known_profile
     if profile is None:
@@ -158,7 +160,7 @@ def plan_from_runs(
     from subspec.planner.rehearse.corrections import with_runs
     from subspec.planner.solve.storage import Storage
 
-    spec, request = artifact.spec, as_stored(request)
+    spec, request = artifact.spec, as_stored(within_memory(request, tell))
     stored = Storage(tuple(artifact.stored_parts()))
     profile = profile_for(request, artifact, out, False, progress, tell)
     runs = recorded_runs(artifact, profile)
@@ -166,6 +168,23 @@ def plan_from_runs(
     profile = corrections_from(request, artifact, profile, stored, runs)
     plan = solve(request, spec, profile, acceptance, stored)
     return Planned(spec, with_sweeps(request, spec, profile, stored, plan), profile)
+
+
+def within_memory(request: PlanRequest, tell: Tell) -> PlanRequest:
+    """The request with a budget that this machine has; another machine's is not known."""
+    from subspec.planner.machine.timing import fast_memory_bytes, pick_device
+
+    if request.known_profile is not None:
+        return request
+    device = pick_device(request.device)
+    most = fast_memory_bytes(device)
+    if request.budget_bytes <= most:
+        return request
+    tell(
+        f"note: a budget of {short_size(request.budget_bytes)} is more than this machine's "
+        f"{short_size(most)} of {device} memory: planned for {short_size(most)}"
+    )
+    return replace(request, budget_bytes=most)
 
 
 def as_stored(request: PlanRequest) -> PlanRequest:

@@ -16,13 +16,14 @@ from typing import Any, NoReturn, TextIO
 
 import click
 
-from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.common.errors import SHORTAGES, Exit, SubspecError
 from subspec.artifacts.common.signals import Terminated, raised_as_exceptions
 from subspec.artifacts.common.sizes import parse_size
 
 HINT = "\n\nhint: "  # between the sentence and the hint of a click error
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
+FILE_LIMITS = (("-n", resource.RLIMIT_NOFILE, 1),)  # flag of ulimit, its limit, and its unit
+MEMORY_LIMITS = (("-v", resource.RLIMIT_AS, 1024), ("-u", resource.RLIMIT_NPROC, 1))
 SHORTAGE = re.compile(
     "can't start new thread|[Cc]annot allocate memory|can't allocate memory|failed to map segment|"
     "not enough memory|bad_alloc|Too many open files|Resource temporarily unavailable"
@@ -203,8 +204,8 @@ def shortage(error: Exception) -> SubspecError | None:
         what = found[0]
     else:
         return None
-    kinds = (("-v", resource.RLIMIT_AS, 1024), ("-u", resource.RLIMIT_NPROC, 1),
-             ("-n", resource.RLIMIT_NOFILE, 1))  # fmt: skip
+    files = code in (errno.EMFILE, errno.ENFILE) or "open files" in what
+    kinds = FILE_LIMITS if files else MEMORY_LIMITS
     limits = [
         f"ulimit {flag} {most // unit}"
         for flag, kind, unit in kinds

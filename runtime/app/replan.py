@@ -129,6 +129,8 @@ def mismatch(plan: Plan, method: Method, here: Here, vram: int | None) -> Mismat
     free = ""
     if budget > room:
         step = max(1, plan.budget_bytes // STEPS)
+        if 0 < room < 8 * step:  # the budget was far beyond this memory: a share of what is free
+            step = max(1, 1 << room.bit_length() >> 6)
         budget = max(1, room // step) * step
         free = f", but only {format_size(here.free_bytes)} are free"
     if foreign:

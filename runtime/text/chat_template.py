@@ -88,10 +88,17 @@ class GenerationBlock(Extension):
 
 def serve() -> None:
     """Read one request from stdin, write one reply to stdout."""
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
+    limit(resource.RLIMIT_AS, MEMORY_BYTES)
+    limit(resource.RLIMIT_CPU, CPU_SECONDS)
     request = json.load(sys.stdin.buffer)
     json.dump(reply_to(request["template"], request["variables"]), sys.stdout)
+
+
+def limit(kind: int, most: int) -> None:
+    """Limit this process to `most`, or to less if it was limited to less."""
+    hard = resource.getrlimit(kind)[1]
+    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    resource.setrlimit(kind, (most, most))
 
 
 def reply_to(template: str, variables: dict[str, Any]) -> dict[str, str]:
