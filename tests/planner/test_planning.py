@@ -10,8 +10,16 @@ from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format.store import open_artifact, verify
 from subspec.artifacts.plan import Constraints
 from subspec.planner.machine.measure import machine_name
+from subspec.planner.machine.timing import fast_memory_bytes
 from subspec.planner.model.hub import DEMO, resolve
-from subspec.planner.planning import PlanRequest, plan_again, plan_dry, plan_from_runs, plan_model
+from subspec.planner.planning import (
+    PlanRequest,
+    plan_again,
+    plan_dry,
+    plan_from_runs,
+    plan_model,
+    within_memory,
+)
 
 REQUEST = PlanRequest(9_000_000, Constraints(context=200, width=2), known_profile=PROFILE)
 
@@ -73,6 +81,16 @@ def test_every_constraint_survives_that_an_artifact_is_planned_again(tmp_path: P
     assert (again.context, again.num_sequences, again.method) == (160, 2, "substitute")
     assert (again.tree.width, again.tree.depth, again.tree.min_path_probability) == (1, 3, 0.2)
     assert again.budget_bytes == 8_500_000 and again.residuals == first.plan.residuals
+
+
+def test_no_plan_is_for_more_memory_than_this_machine_has() -> None:
+    said = list[str]()
+    here = replace(REQUEST, budget_bytes=1 << 50, known_profile=None, device="cpu")
+    most = fast_memory_bytes("cpu")
+    assert within_memory(here, said.append) == replace(here, budget_bytes=most)
+    assert len(said) == 1 and "is more than this machine's" in said[0]
+    elsewhere = replace(here, known_profile=PROFILE)
+    assert within_memory(elsewhere, said.append) == elsewhere and len(said) == 1
 
 
 def test_runs_of_another_plan_teach_nothing(tmp_path: Path) -> None:
