@@ -152,14 +152,10 @@ def test_an_empty_prompt_is_refused(artifact: Path, capsys: Capture) -> None:
     refused(run(capsys, artifact, "  "), Exit.USAGE, "the PROMPT is empty", "give some text")
 
 
-def test_a_prompt_of_which_nothing_is_left_is_refused_with_a_hint_that_fits(
-    copied: Path, capsys: Capture
-) -> None:
-    (copied / "tokenizer" / "chat_template.jinja").write_text("")
-    opened_artifact = cli.open_folder(copied)
-    bare = load_tokenizer(copied / "tokenizer")
+def test_a_prompt_of_which_nothing_is_left_is_refused_with_a_hint_that_fits(artifact: Path) -> None:
+    silent = ChatTokenizer(load_tokenizer(artifact / "tokenizer").tokenizer, "", {}, False)
     with pytest.raises(SubspecError, match="has 0 tokens: the model's chat template") as caught:
-        cli.prompt_ids(opened_artifact, bare, Options(copied), "def f")
+        cli.prompt_ids(cli.open_folder(artifact), silent, Options(artifact), "def f")
     assert caught.value.exit_code == Exit.USAGE and "--raw" in caught.value.hint
 
 
