@@ -61,6 +61,13 @@ def raised_as_exceptions() -> Iterator[None]:
         if not (is_delicate(frame) or is_ending(sys.exception())):
             raise exception_of(arrived)
 
+    told = sys.unraisablehook
+
+    def tell(dropped: "sys.UnraisableHookArgs") -> None:
+        if not is_ending(dropped.exc_value):  # one of ours is raised again: nobody need read of it
+            told(dropped)
+
+    sys.unraisablehook = tell
     before = {signal.SIGALRM: signal.signal(signal.SIGALRM, attempt), **take(arrive)}
     try:
         yield
@@ -69,6 +76,7 @@ def raised_as_exceptions() -> Iterator[None]:
     finally:
         over = True
         signal.setitimer(signal.ITIMER_REAL, 0)
+        sys.unraisablehook = told
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -233,6 +233,20 @@ def test_a_signal_whose_exception_is_dropped_is_raised_again() -> None:
     assert child.returncode == Exit.TERMINATED
 
 
+def test_a_signal_whose_exception_ends_in_a_destructor_says_nothing() -> None:
+    act = (
+        "\n    class Slow:"
+        "\n        def __del__(self): print('open', flush=True); time.sleep(60)"
+        "\n    Slow(); time.sleep(60)"
+    )
+    with start(act) as child:
+        assert child.stdout is not None and child.stderr is not None
+        assert child.stdout.readline() == b"open\n"
+        child.terminate()
+        assert child.stderr.read() == b""
+    assert child.returncode == Exit.TERMINATED
+
+
 def test_an_ignored_hangup_stays_ignored() -> None:
     ignored = f"signal.signal({int(signal.SIGHUP)}, signal.SIG_IGN)"
     code = f"import signal; {ignored}" + PROGRAM.format(
