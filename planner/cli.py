@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from subspec.artifacts.common.command import Program, reported, say, size_option
+from subspec.artifacts.common.command import Program, say, size_option
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.sizes import parse_size
 from subspec.planner.planning import (
@@ -87,7 +87,9 @@ class Options:
         return self.vram
 
 
-@click.command(cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(
+    "subspec-plan", cls=Program, context_settings={"help_option_names": ["-h", "--help"]}
+)
 @click.option(
     "--model", metavar="REF",
     help="A folder, org/name, hf://org/name@rev, a bare name such as Qwen2.5-32B, or demo.",
@@ -156,7 +158,6 @@ class Options:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 @click.option("--overwrite", is_flag=True, help="Replace an artifact at --out.")
 @click.version_option(package_name="subspec")
-@reported
 def main(**given: Any) -> None:
     """Plan how to run a model within a budget of fast memory, and write an artifact that
     subspec-run executes.

@@ -79,6 +79,7 @@ def plan_model(
     from subspec.planner.solve.search import PRIOR
     from subspec.planner.solve.storage import Storage
 
+    request = within_memory(request, tell)
     checkpoint = read_checkpoint(model.path, model.source)
     tokenizer = read_tokenizer(model.path)
     for note in (*checkpoint.notes, *tokenizer.notes):
@@ -122,6 +123,7 @@ def plan_dry(
     from subspec.planner.model.generation import generation_notes, read_generation
     from subspec.planner.solve.search import PRIOR
 
+    request = within_memory(request, tell)
     spec = read_spec(model.path, model.source)
     for note in generation_notes(read_generation(model.path)):
         tell(f"note: {note}")
@@ -147,7 +149,7 @@ def plan_again(
     """
     from subspec.planner.solve.storage import Storage
 
-    spec, request = artifact.spec, as_stored(request)
+    spec, request = artifact.spec, as_stored(within_memory(request, tell))
     stored = Storage(tuple(artifact.stored_parts()))
     profile = request.known_profile
     if profile is None:
@@ -172,7 +174,7 @@ def plan_from_runs(
     from subspec.planner.rehearse.corrections import with_runs
     from subspec.planner.solve.storage import Storage
 
-    spec, request = artifact.spec, as_stored(request)
+    spec, request = artifact.spec, as_stored(within_memory(request, tell))
     stored = Storage(tuple(artifact.stored_parts()))
     profile = profile_for(request, artifact, out, False, progress, tell)
     runs = recorded_runs(artifact, profile)
@@ -180,6 +182,23 @@ def plan_from_runs(
     profile = corrections_from(request, artifact, profile, stored, runs)
     plan = solve(request, spec, profile, acceptance, stored)
     return Planned(spec, with_sweeps(request, spec, profile, stored, plan), profile)
+
+
+def within_memory(request: PlanRequest, tell: Tell) -> PlanRequest:
+    """The request with a budget that this machine has; another machine's is not known."""
+    from subspec.planner.machine.timing import fast_memory_bytes, pick_device
+
+    if request.known_profile is not None:
+        return request
+    device = pick_device(request.device)
+    most = fast_memory_bytes(device)
+    if request.budget_bytes <= most:
+        return request
+    tell(
+        f"note: a budget of {short_size(request.budget_bytes)} is more than this machine's "
+        f"{short_size(most)} of {device} memory: planned for {short_size(most)}"
+    )
+    return replace(request, budget_bytes=most)
 
 
 def as_stored(request: PlanRequest) -> PlanRequest:

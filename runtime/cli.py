@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from subspec.artifacts.common.command import HINT, Program, reported, say, size_option
+from subspec.artifacts.common.command import HINT, Program, say, size_option
 from subspec.artifacts.common.cpu_load import cpu_times, others_share
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.sizes import format_size
@@ -97,7 +97,7 @@ def device_option(
     return value
 
 
-@click.command(cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command("subspec-run", cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.argument("prompt", required=False)
 @option("--max-tokens", "Longest answer, in tokens.", type=click.IntRange(min=1))
@@ -139,7 +139,6 @@ def device_option(
 @option("--stats", "Compare recorded runs with the plan's predictions.", is_flag=True)
 @option("--no-record", "Do not add this run to the run records.", is_flag=True)
 @click.version_option(package_name="subspec")
-@reported
 def main(**given: Any) -> None:
     """Run the model in the folder ARTIFACT on PROMPT (- reads it from stdin).
 
@@ -296,7 +295,8 @@ def read_prompt(options: Options) -> str | None:
         if not options.as_json:
             return None
         raise SubspecError(Exit.USAGE, "--json was given without a PROMPT", "give a PROMPT")
-    if prompt is None or prompt == "-":
+    from_stdin = prompt is None or prompt == "-"
+    if from_stdin:
         raw = sys.stdin.buffer.read(LARGEST_PROMPT + 1)
         if len(raw) > LARGEST_PROMPT:
             message = f"stdin has more than {format_size(LARGEST_PROMPT)}"
@@ -306,10 +306,11 @@ def read_prompt(options: Options) -> str | None:
         except UnicodeDecodeError as error:
             message = f"stdin is not UTF-8: {error.reason} at byte {error.start}"
             raise SubspecError(Exit.USAGE, message, "convert it to UTF-8") from None
-    if not prompt.strip():
-        raise SubspecError(
-            Exit.USAGE, "the PROMPT is empty", "give some text, - for stdin, or --chat"
-        )
+    if not prompt or (prompt.isspace() and not options.raw):  # a raw newline can be continued
+        what = "the PROMPT is empty: stdin has no text" if from_stdin else "the PROMPT is empty"
+        others = ", or --chat" if not (options.raw or options.as_json) else ""
+        hint = "give a PROMPT" if from_stdin else "give some text, - for stdin"
+        raise SubspecError(Exit.USAGE, what, hint + others)
     return prompt
 
 
@@ -323,6 +324,15 @@ def prompt_ids(
         ids = tokenizer.chat_ids([*messages, {"role": "user", "content": prompt}])
         if tokenizer.template is None:
             say("note: this model has no chat template, it continues the PROMPT as it is")
+    if not ids:
+        by_template = not options.raw and tokenizer.template is not None
+        raise SubspecError(
+            Exit.USAGE,
+            "the prompt has 0 tokens: the model's "
+            f"{'chat template' if by_template else 'tokenizer'} leaves nothing of the PROMPT",
+            "continue it without the template: --raw" if by_template else "give other text",
+        )
+    tokenizer.check_known(ids, artifact.spec.vocab_size)
     context = artifact.plan.context
     if len(ids) >= context:
         raise SubspecError(

@@ -134,7 +134,8 @@ class Engine:
             # The device and its memory
             device = open_device(plan, placement, options.device, stack)
             torch.set_num_threads(plan.num_threads)
-            cpp.build_ahead(source for source, _ in needed_kernels(plan, method))
+            sources = [source for source, _ in needed_kernels(plan, method)]
+            stack.enter_context(cpp.build_ahead(sources))
             memory = FastMemory(device, placement.ledger)
             stack.callback(release, memory)
             clock = Clock(device, spans=[] if options.trace else None)

@@ -177,10 +177,11 @@ class Sequence:
             raise SubspecError(Exit.USAGE, message, "another one: engine.new_sequence()")
         context = self._engine.plan.context
         if not 0 < len(prompt) < context:
+            shorter = f"shorten it, or plan with --context {len(prompt) + 256} or more"
             raise SubspecError(
                 Exit.USAGE,
                 f"the prompt has {len(prompt)} tokens, expected 1 to {context - 1}",
-                f"shorten it, or plan with --context {len(prompt) + 256} or more",
+                shorter if prompt else "give some text",
             )
         size = self._engine.artifact.spec.vocab_size
         if (wrong := next((one for one in prompt if not 0 <= one < size), None)) is not None:

@@ -5,6 +5,8 @@ import functools
 import io
 import json
 import os
+import re
+import resource
 import signal
 import sys
 import threading
@@ -14,11 +16,18 @@ from typing import Any, NoReturn, TextIO
 
 import click
 
-from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.common.errors import SHORTAGES, Exit, SubspecError
+from subspec.artifacts.common.signals import Terminated, raised_as_exceptions
 from subspec.artifacts.common.sizes import parse_size
 
 HINT = "\n\nhint: "  # between the sentence and the hint of a click error
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FILE_LIMITS = (("-n", resource.RLIMIT_NOFILE, 1),)  # flag of ulimit, its limit, and its unit
+MEMORY_LIMITS = (("-v", resource.RLIMIT_AS, 1024), ("-u", resource.RLIMIT_NPROC, 1))
+SHORTAGE = re.compile(
+    "can't start new thread|[Cc]annot allocate memory|can't allocate memory|failed to map segment|"
+    "not enough memory|bad_alloc|Too many open files|Resource temporarily unavailable"
+)
 # Escape sequences in untrusted text (model output, names in an artifact) must not reach a terminal:
 # C0 except newline and tab, DEL, C1.
 CONTROL = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
@@ -47,23 +56,24 @@ def size_option(
 
 
 class Program(click.Command):
-    """A command whose usage errors look like its other errors: a sentence, a hint, exit code 2."""
+    """A command of which everything, usage errors and --help included, ends as `reported` says."""
 
-    def main(self, args: Sequence[str] | None = None, *rest: Any, **settings: Any) -> Any:
+    def main(self, args: Sequence[str] | None = None, *_: Any, **__: Any) -> Any:
         given = list(sys.argv[1:] if args is None else args)
         prepare_streams()
+        reported(self._invoked)(given=given, as_json="--json" in given)
+
+    def _invoked(self, given: list[str], as_json: bool) -> None:
         try:
-            return super().main(given, *rest, **{**settings, "standalone_mode": False})
+            with self.make_context(self.name, given) as context:
+                self.invoke(context)
+        except click.exceptions.Exit:  # after --help and --version
+            return
         except click.UsageError as error:
             message, _, hint = error.format_message().partition(HINT)
             if "unexpected extra argument" in message:
                 hint = "text with spaces is one argument only in quotes"
-            fail(
-                SubspecError(Exit.USAGE, message, hint or "--help lists the options"),
-                as_json="--json" in given,
-            )
-        except click.Abort:
-            leave(Exit.INTERRUPTED)
+            raise SubspecError(Exit.USAGE, message, hint or "--help lists the options") from None
 
 
 def reported(command: Callable[..., None]) -> Callable[..., None]:
@@ -78,26 +88,26 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
         as_json = bool(options.get("as_json"))
         try:
             check_platform(sys.platform)
-            with terminable():
+            with signals_raised():
                 command(**options)
                 sys.stdout.flush()
         except SubspecError as error:
             fail(error, as_json)
-        except MemoryError:
-            fail(SubspecError(Exit.RESOURCES, "out of memory", "close other programs"), as_json)
         except KeyboardInterrupt:
             say("\ninterrupted")
             leave(Exit.INTERRUPTED)
-        except Terminated:
-            leave(Exit.TERMINATED)
+        except Terminated as end:
+            leave(Exit(end.exit_code))
         except BrokenPipeError:  # the reader of stdout went away: `subspec-run ... | head`
-            discard(sys.stdout, sys.stderr)
+            discard(sys.stdout)
             leave(Exit.OK)
-        except OSError as error:
-            if error.errno not in DISK_IS_FULL:
-                raise
+        except OutputError as error:
             discard(sys.stdout)
             fail(SubspecError(Exit.RESOURCES, f"cannot write: {error.strerror}"), as_json)
+        except (MemoryError, OSError, ImportError, RuntimeError) as error:
+            if (short := shortage(error)) is None:
+                raise
+            fail(short, as_json)
 
     return run
 
@@ -113,47 +123,97 @@ def check_platform(platform: str) -> None:
         )
 
 
-class Terminated(BaseException):
-    """SIGTERM as an exception, as KeyboardInterrupt is SIGINT, so that resources are closed."""
-
-
 @contextmanager
-def terminable() -> Iterator[None]:
-    """SIGTERM raises Terminated inside the block."""
+def signals_raised() -> Iterator[None]:
+    """`raised_as_exceptions`, in the thread that may."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-
-    def terminate(*_: object) -> None:
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, terminate)
-    try:
+    with raised_as_exceptions():
         yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+
+
+class OutputError(OSError):
+    """stdout cannot be written."""
+
+
+class Output(io.FileIO):
+    """stdout, whose errors can be told from those of other files."""
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise OutputError(error.errno, error.strerror) from None
+
+
+class Story(io.FileIO):
+    """stderr, which never decides how a command ends: what cannot be written is lost."""
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
 
 
 def prepare_streams() -> None:
     """Open /dev/null for a closed stdin, stdout or stderr, so that no other file gets its number;
-    characters that the locale's encoding lacks are printed as ?."""
+    characters that the locale's encoding lacks are printed as ?. What cannot be written to stderr
+    is lost; stdout's errors are OutputError and BrokenPipeError."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
     # Python sets the stream of a closed descriptor to None.
     sys.stdin = sys.stdin or open(0, encoding="utf-8")
-    sys.stdout = sys.stdout or open(1, "w", encoding="utf-8")
-    sys.stderr = sys.stderr or open(2, "w", encoding="utf-8")
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
+    if sys.stdout is sys.__stdout__:  # not those of a caller in this process
+        sys.stdout = text_over(Output(1, "w", closefd=False), sys.stdout, "replace")
+    if sys.stderr is sys.__stderr__:
+        sys.stderr = text_over(Story(2, "w", closefd=False), sys.stderr, "backslashreplace")
 
 
-def discard(*streams: TextIO) -> None:
+def text_over(raw: io.FileIO, before: TextIO | None, errors: str) -> io.TextIOWrapper:
+    """A text stream over `raw` in place of `before`."""
+    if not os.get_blocking(raw.fileno()):  # left so by another program of this terminal or pipe
+        os.set_blocking(raw.fileno(), True)
+    encoding = before.encoding if before is not None else "utf-8"
+    by_line = before is not None and bool(before.line_buffering)
+    return io.TextIOWrapper(io.BufferedWriter(raw), encoding, errors, line_buffering=by_line)
+
+
+def discard(stream: TextIO) -> None:
     """Discard what is still buffered; else the interpreter would fail again when it flushes."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in streams:
-        os.dup2(nowhere, stream.fileno())
+    os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
+
+
+def shortage(error: Exception) -> SubspecError | None:
+    """What an error says if the system has no more of something; None: it says something else.
+    Libraries have no type of their own for that."""
+    code = error.errno if isinstance(error, OSError) else None
+    if code in DISK_IS_FULL:
+        return SubspecError(Exit.RESOURCES, f"cannot write: {os.strerror(code)}")
+    if isinstance(error, MemoryError):
+        what = "out of memory"
+    elif code in SHORTAGES:
+        what = os.strerror(code)
+    elif (found := SHORTAGE.search(str(error))) is not None:
+        what = found[0]
+    else:
+        return None
+    files = code in (errno.EMFILE, errno.ENFILE) or "open files" in what
+    kinds = FILE_LIMITS if files else MEMORY_LIMITS
+    limits = [
+        f"ulimit {flag} {most // unit}"
+        for flag, kind, unit in kinds
+        if (most := resource.getrlimit(kind)[0]) != resource.RLIM_INFINITY
+    ]
+    hint = "close other programs"
+    hint += f", or raise what limits this process: {', '.join(limits)}" if limits else ""
+    return SubspecError(Exit.RESOURCES, f"the system gives no more: {what}", hint)
 
 
 def fail(error: SubspecError, as_json: bool) -> NoReturn:
@@ -172,7 +232,7 @@ def fail(error: SubspecError, as_json: bool) -> NoReturn:
 
 
 def leave(code: Exit) -> NoReturn:
-    if code in (Exit.INTERRUPTED, Exit.TERMINATED):
+    if code in (Exit.HANGUP, Exit.INTERRUPTED, Exit.TERMINATED):
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not interrupt the exit
     try:
         sys.stdout.flush()

@@ -1,6 +1,14 @@
 """Errors that a person can fix: one sentence, a hint, a documented exit code (docs/commands.md)."""
 
 import enum
+import errno
+
+SHORTAGES = (
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.EAGAIN,
+)  # of the system: no file's fault
 
 
 class Exit(enum.IntEnum):
@@ -13,6 +21,7 @@ class Exit(enum.IntEnum):
     RESOURCES = 6  # out of memory, disk or a lock at run time
     HUB = 7  # hub, network, gated, not in the cache
     UNSUPPORTED = 8  # architecture, feature or platform that subspec does not run
+    HANGUP = 129  # the terminal was closed
     INTERRUPTED = 130
     TERMINATED = 143
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.common.errors import SHORTAGES, Exit, SubspecError
 from subspec.artifacts.format.codec import parse_json
 from subspec.artifacts.model import PAGE_BYTES
 
@@ -136,6 +136,8 @@ def open_regular(path: Path) -> io.BufferedReader:
     except FileNotFoundError:
         raise SubspecError(Exit.CORRUPT, f"{path.name} is missing in {path.parent}") from None
     except OSError as error:
+        if error.errno in SHORTAGES:
+            raise
         raise SubspecError(
             Exit.CORRUPT, f"{path.name} cannot be opened: {error.strerror}"
         ) from None

@@ -11,18 +11,22 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch  # noqa: F401  loads libgomp.so.1, which the libraries then share with it
 
+from subspec.artifacts.common.child import child_process
 from subspec.artifacts.common.user_cache import user_cache_dir
 
 # No fast-math: windows and rounding rely on IEEE arithmetic. No contraction: results must not
 # depend on which multiplications and additions a compiler fuses.
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC")
 LONGEST_BUILD_SECONDS = 120
+CHECK_SECONDS = 0.1  # how often a build looks whether it is still wanted
+WANTED = threading.Event()  # is never set; an event that is set stops a build
 LOCAL_INCLUDE = re.compile(rb'^[ \t]*#[ \t]*include[ \t]*"([^"\n]+)"', re.MULTILINE)
 
 Declare = Callable[[ctypes.CDLL], None]
@@ -46,10 +50,24 @@ def loaded(source: Path, declare: Declare) -> ctypes.CDLL:
     return found
 
 
-def build_ahead(sources: Iterable[Path]) -> None:
-    """Start building missing libraries, each in a thread; whoever needs one waits for it."""
-    for source in sources:
-        threading.Thread(target=_found, args=(source,), name="subspec-build", daemon=True).start()
+@contextmanager
+def build_ahead(sources: Iterable[Path]) -> Iterator[None]:
+    """Build missing libraries in threads, one each, during the block; whoever needs one waits for
+    it. What is not finished by the end of the block is stopped, and leaves nothing behind."""
+    stopped = threading.Event()
+    threads = [
+        threading.Thread(target=_found, args=(source, stopped), name="subspec-build", daemon=True)
+        for source in sources
+    ]
+    try:
+        for thread in threads:
+            thread.start()
+        yield
+    finally:
+        stopped.set()
+        for thread in threads:
+            if thread.ident is not None:  # it was started
+                thread.join()
 
 
 @functools.cache
@@ -61,9 +79,9 @@ def library(source: Path, declare: Declare) -> ctypes.CDLL | str:
     return found
 
 
-def _found(source: Path) -> ctypes.CDLL | str:
+def _found(source: Path, stopped: threading.Event = WANTED) -> ctypes.CDLL | str:
     with _lock(source):
-        return _built(source)
+        return _built(source, stopped)
 
 
 @functools.cache
@@ -71,13 +89,13 @@ def _lock(source: Path) -> threading.Lock:
     return threading.Lock()
 
 
-def _built(source: Path) -> ctypes.CDLL | str:
+def _built(source: Path, stopped: threading.Event) -> ctypes.CDLL | str:
     try:
         folder = user_cache_dir("kernels")
         if folder is not None:
-            return _opened(source, folder / library_name(source))
+            return _opened(source, folder / library_name(source), stopped)
         with tempfile.TemporaryDirectory() as private:  # a loaded library does not need its file
-            return _opened(source, Path(private) / f"{source.stem}.so")
+            return _opened(source, Path(private) / f"{source.stem}.so", stopped)
     except NoCompiler as error:
         return str(error)
     except subprocess.CalledProcessError as error:
@@ -131,7 +149,7 @@ def _texts(source: Path) -> list[bytes]:
     return texts
 
 
-def _opened(source: Path, target: Path) -> ctypes.CDLL:
+def _opened(source: Path, target: Path, stopped: threading.Event) -> ctypes.CDLL:
     """Load `target`; build it if it is missing or cannot be loaded (damaged, or built for another C
     library). Raises NoCompiler, CalledProcessError, TimeoutExpired or OSError."""
     if target.exists():
@@ -142,7 +160,7 @@ def _opened(source: Path, target: Path) -> ctypes.CDLL:
     if compiler is None:
         raise NoCompiler(f"there is no C++ compiler {name!r} (install g++ or set CXX)")
     command = [compiler, *options, *FLAGS, str(source), "-o"]
-    _put(target, lambda unfinished: _run([*command, str(unfinished)]))
+    _put(target, lambda unfinished: _run([*command, str(unfinished)], stopped))
     return ctypes.CDLL(str(target))
 
 
@@ -161,15 +179,18 @@ def _put(target: Path, write: Callable[[Path], object]) -> None:
         Path(unfinished).unlink(missing_ok=True)
 
 
-def _run(command: list[str]) -> None:
-    subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        check=True,
-        timeout=LONGEST_BUILD_SECONDS,
-    )
+def _run(command: list[str], stopped: threading.Event = WANTED) -> None:
+    limit = time.monotonic() + LONGEST_BUILD_SECONDS
+    with child_process(command) as child:
+        while True:
+            with suppress(subprocess.TimeoutExpired):
+                _, said = child.communicate(timeout=CHECK_SECONDS)
+                break
+            if stopped.is_set() or time.monotonic() > limit:
+                raise subprocess.TimeoutExpired(command, LONGEST_BUILD_SECONDS)
+    if child.returncode:
+        story = said.decode("utf-8", "replace")
+        raise subprocess.CalledProcessError(child.returncode, command, stderr=story)
 
 
 def _processor() -> str:

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from subspec.artifacts.common.child import run_child
+
 TIME_LIMIT_SECONDS = 60.0
 SMALLEST_PIECE = 256 << 20
 LARGEST_PIECE = 4 << 30
@@ -44,9 +46,7 @@ def output_of(command: Sequence[str], seconds: float) -> bytes:
     """Output of a command until it ended, was killed, or `seconds` had passed. Afterwards its
     memory is free again."""
     try:
-        return subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=seconds
-        ).stdout
+        return run_child(command, seconds=seconds).stdout
     except subprocess.TimeoutExpired as error:
         return error.stdout or b""
     except OSError:

@@ -74,6 +74,14 @@ def pick_device(name: str | None) -> str:
     return name
 
 
+def fast_memory_bytes(device: str) -> int:
+    """All fast memory of the device, in use or not."""
+    if device == "cpu":
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    total: int = torch.cuda.get_device_properties(torch.device(device)).total_memory
+    return total
+
+
 def gpu_overhead_bytes(device: torch.device) -> int:
     """GPU memory of this process other than tensors: context, kernels, libraries."""
     reserved, held = torch.cuda.memory_reserved(device), held_bytes(device)

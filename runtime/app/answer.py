@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from types import FrameType
 from typing import Any
 
 from subspec.artifacts.common.command import leave, printable, say
@@ -105,17 +106,17 @@ def answer_prompt(
 @contextmanager
 def first_interrupt_noted() -> Iterator[Callable[[], bool]]:
     """Yield a function that says whether Ctrl-C was pressed. The first one is only noted, so that
-    an answer ends between two rounds and the next one can reuse the cache. A second one raises
-    KeyboardInterrupt."""
+    an answer ends between two rounds and the next one can reuse the cache. A second one is handled
+    as before: it raises KeyboardInterrupt."""
     presses = 0
+    before = signal.getsignal(signal.SIGINT)
 
-    def note(*_: object) -> None:
+    def note(number: int, frame: FrameType | None) -> None:
         nonlocal presses
         presses += 1
-        if presses > 1:
-            raise KeyboardInterrupt
+        if presses > 1 and callable(before):
+            before(number, frame)
 
-    before = signal.getsignal(signal.SIGINT)
     if before == signal.SIG_IGN:  # in a shell script's background job
         yield lambda: False
         return

@@ -1,6 +1,9 @@
 """A chat on the terminal: several turns over one sequence."""
 
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from subspec.artifacts.common.command import say
 from subspec.artifacts.common.errors import Exit, SubspecError
@@ -25,8 +28,20 @@ def chat(
     """Read turns until /exit or the end of stdin. system: the system message, "" for none; first: a
     turn given on the command line."""
     say(f"{engine.artifact.spec.source.repository}: /help lists the commands, Ctrl-D leaves")
-    with engine.new_sequence() as sequence:
+    with engine.new_sequence() as sequence, interrupts_caught():
         talk(Conversation(engine, sequence, tokenizer, how, system), first)
+
+
+@contextmanager
+def interrupts_caught() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt in the block each time, also after one that was caught."""
+    before = signal.getsignal(signal.SIGINT)
+    if before != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def talk(conversation: "Conversation", first: str | None) -> None:
@@ -102,13 +117,15 @@ class Conversation:
         asked = [*self._messages, {"role": "user", "content": turn}]
         try:
             ids = self._tokenizer.chat_ids(asked)
+            self._tokenizer.check_known(ids, self._engine.artifact.spec.vocab_size)
             answer = answer_prompt(
                 self._engine, self._sequence, self._tokenizer, self._how, ids, echo=True
             )
         except SubspecError as error:
             if error.exit_code != Exit.USAGE:
                 raise
-            # Too long, or refused by the template: the conversation continues without this turn.
+            # Too long, unknown to the model, or refused by the template: the conversation continues
+            # without this turn.
             say(f"error: {error.message}\n\nhint: /clear, or {error.hint}")
             return
         sys.stdout.write("\n\n" if sys.stdout.isatty() else "\n")

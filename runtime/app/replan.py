@@ -7,7 +7,6 @@ folder is not changed: the new plan is kept in the user's cache for the next sta
 import hashlib
 import os
 import shlex
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from typing import Literal
 
 import torch
 
+from subspec.artifacts.common.child import run_child
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.sizes import format_size
 from subspec.artifacts.common.user_cache import user_cache_dir
@@ -31,7 +31,7 @@ from subspec.artifacts.plan import Method, Plan
 from subspec.runtime.engine import machine_name
 from subspec.runtime.memory import free_bytes
 
-PLANNER = (sys.executable, "-P", "-m", "subspec.planner.cli")
+PLANNER = (sys.executable, "-P", "-m", "subspec.planner")
 MARGIN = 0.03  # of what is free now; it may be less by the time the weights are loaded
 STEPS = 32  # of a plan's budget: free memory varies between runs, the cached plan should not
 MOST_KEPT = 64
@@ -129,6 +129,8 @@ def mismatch(plan: Plan, method: Method, here: Here, vram: int | None) -> Mismat
     free = ""
     if budget > room:
         step = max(1, plan.budget_bytes // STEPS)
+        if 0 < room < 8 * step:  # the budget was far beyond this memory: a share of what is free
+            step = max(1, 1 << room.bit_length() >> 6)
         budget = max(1, room // step) * step
         free = f", but only {format_size(here.free_bytes)} are free"
     if foreign:
@@ -171,12 +173,16 @@ def planned_anew(artifact: Artifact, found: Mismatch, link_bandwidth: int | None
     command = [*PLANNER, *planner_words(artifact, found), "--print-plan", "--json"]
     command += ["--link-bandwidth", f"{link_bandwidth}B"] if link_bandwidth else []
     try:
-        ended = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        ended = run_child(command)
     except OSError as error:
         message = f"subspec-plan cannot be started: {error.strerror}"
         raise SubspecError(Exit.UNEXPECTED, message, "install subspec again") from None
     if ended.returncode:
-        raise planners_error(ended.returncode, ended.stdout, ended.stderr)
+        raise planners_error(
+            ended.returncode,
+            ended.stdout.decode("utf-8", "replace"),
+            ended.stderr.decode("utf-8", "replace"),
+        )
     return load_plan(ended.stdout, artifact)
 
 

@@ -18,6 +18,7 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from subspec.artifacts.common.child import run_child
 from subspec.artifacts.common.errors import Exit, SubspecError
 
 CPU_SECONDS = 2
@@ -33,9 +34,7 @@ def render(template: str, variables: dict[str, Any]) -> str:
     request = json.dumps({"template": template, "variables": variables})
     child = [sys.executable, "-P", __file__]  # -P: import nothing from this folder
     try:
-        done = subprocess.run(
-            child, input=request.encode(), capture_output=True, timeout=WALL_SECONDS
-        )
+        done = run_child(child, request.encode(), WALL_SECONDS)
     except subprocess.TimeoutExpired:
         raise _failed(f"it ran for more than {WALL_SECONDS} s") from None
     except OSError as error:
@@ -44,7 +43,12 @@ def render(template: str, variables: dict[str, Any]) -> str:
         ) from None
     if done.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
         raise _failed(f"it computed for more than {CPU_SECONDS} s")
-    assert done.returncode == 0, done.stderr.decode("utf-8", "replace")
+    if done.returncode != 0:  # it was killed, or had no memory to start: a template cannot do that
+        raise SubspecError(
+            Exit.RESOURCES,
+            f"the process that renders the chat template ended with {done.returncode}",
+            "close other programs, or continue the PROMPT without the template: --raw",
+        )
     reply: dict[str, str] = json.loads(done.stdout)
     if "refused" in reply:
         raise SubspecError(
@@ -84,10 +88,17 @@ class GenerationBlock(Extension):
 
 def serve() -> None:
     """Read one request from stdin, write one reply to stdout."""
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
+    limit(resource.RLIMIT_AS, MEMORY_BYTES)
+    limit(resource.RLIMIT_CPU, CPU_SECONDS)
     request = json.load(sys.stdin.buffer)
     json.dump(reply_to(request["template"], request["variables"]), sys.stdout)
+
+
+def limit(kind: int, most: int) -> None:
+    """Limit this process to `most`, or to less if it was limited to less."""
+    hard = resource.getrlimit(kind)[1]
+    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    resource.setrlimit(kind, (most, most))
 
 
 def reply_to(template: str, variables: dict[str, Any]) -> dict[str, str]:

@@ -10,7 +10,8 @@ from subspec.runtime.text.tokenizer import ChatTokenizer, StreamingDetokenizer
 
 class TextStream:
     """Iterating yields pieces of the answer to `prompt_ids` in whole characters; together they are
-    `text`. A text in `stop` ends the answer and is not part of it.
+    `text`: what follows the prompt's own text. A text in `stop` ends the answer and is not part of
+    it; it may be, or contain, special tokens.
 
         for piece in TextStream(sequence, tokenizer, ids, GenerationParams(max_tokens=64)):
             print(piece, end="")
@@ -28,7 +29,7 @@ class TextStream:
         self.token_ids: list[int] = []
         self._sequence = sequence
         self._params = replace(params, cut=self._cut)
-        self._detokenizer = StreamingDetokenizer(tokenizer, stop)
+        self._detokenizer = StreamingDetokenizer(tokenizer, stop, prompt_ids)
         self._fresh = ""
 
     @property

@@ -10,6 +10,7 @@ from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format.store import open_artifact, verify
 from subspec.artifacts.plan import Constraints
 from subspec.planner.machine.measure import machine_name
+from subspec.planner.machine.timing import fast_memory_bytes
 from subspec.planner.model.hub import DEMO, resolve
 from subspec.planner.planning import (
     PlanRequest,
@@ -19,6 +20,7 @@ from subspec.planner.planning import (
     plan_model,
     tell_load,
     with_load,
+    within_memory,
 )
 
 REQUEST = PlanRequest(9_000_000, Constraints(context=200, width=2), known_profile=PROFILE)
@@ -101,6 +103,16 @@ def test_figures_that_other_programs_disturbed_are_told_and_kept(tmp_path: Path)
         found = plan_again(request, stored, artifact.path, sweeps=False, tell=told.append)
         assert found.profile == stored.profile
     assert told[2:] == told[:1]
+
+
+def test_no_plan_is_for_more_memory_than_this_machine_has() -> None:
+    said = list[str]()
+    here = replace(REQUEST, budget_bytes=1 << 50, known_profile=None, device="cpu")
+    most = fast_memory_bytes("cpu")
+    assert within_memory(here, said.append) == replace(here, budget_bytes=most)
+    assert len(said) == 1 and "is more than this machine's" in said[0]
+    elsewhere = replace(here, known_profile=PROFILE)
+    assert within_memory(elsewhere, said.append) == elsewhere and len(said) == 1
 
 
 def test_runs_of_another_plan_teach_nothing(tmp_path: Path) -> None:

@@ -4,8 +4,10 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import torch
 from builders import build_artifact
 from running import QUESTION, Ended, Terminal, demo_artifact, opened, run, start
 
-from subspec.artifacts.common.errors import Exit
+from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format.store import write_json, write_manifest
 from subspec.artifacts.native import residual_cpu
 from subspec.planner.model.hub import DEMO
@@ -152,6 +154,13 @@ def test_an_empty_prompt_is_refused(artifact: Path, capsys: Capture) -> None:
     refused(run(capsys, artifact, "  "), Exit.USAGE, "the PROMPT is empty", "give some text")
 
 
+def test_a_prompt_of_which_nothing_is_left_is_refused_with_a_hint_that_fits(artifact: Path) -> None:
+    silent = ChatTokenizer(load_tokenizer(artifact / "tokenizer").tokenizer, "", {}, False)
+    with pytest.raises(SubspecError, match="has 0 tokens: the model's chat template") as caught:
+        cli.prompt_ids(cli.open_folder(artifact), silent, Options(artifact), "def f")
+    assert caught.value.exit_code == Exit.USAGE and "--raw" in caught.value.hint
+
+
 def test_a_prompt_that_does_not_fit_is_refused_before_the_weights_load(
     artifact: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -252,6 +261,15 @@ def test_a_reader_that_goes_away_ends_the_run_in_silence(artifact: Path) -> None
         said = opened(child.stderr).read().decode().splitlines()
     assert child.returncode == 0
     assert said == []
+
+
+@pytest.mark.parametrize("after", [0.15, 0.4, 0.8])
+def test_a_signal_at_any_moment_of_the_start_ends_the_run(artifact: Path, after: float) -> None:
+    with start(artifact, QUESTION, *SLOW) as child:
+        time.sleep(after)
+        child.send_signal(signal.SIGHUP)
+        assert b"Traceback" not in opened(child.stderr).read()
+    assert child.returncode in (Exit.HANGUP, -signal.SIGHUP)  # the kernel's, before Python runs
 
 
 def test_sigterm_ends_the_run_with_143_and_without_a_traceback(artifact: Path) -> None:

@@ -11,19 +11,18 @@ from typing import Any
 import click
 import pytest
 
-from subspec.artifacts.common.command import Program, printable, reported, size_option
+from subspec.artifacts.common.command import Program, printable, size_option
 from subspec.artifacts.common.errors import Exit, SubspecError
 
 # A program of its own in a child: `act` is what the command does.
 PROGRAM = """
 import os, sys, time
 import click
-from subspec.artifacts.common.command import Program, reported
+from subspec.artifacts.common.command import Program
 from subspec.artifacts.common.errors import Exit, SubspecError
 
 @click.command(cls=Program)
 @click.option("--json", "as_json", is_flag=True)
-@reported
 def main(as_json):
     {act}
 
@@ -36,7 +35,6 @@ sys.exit(main())
 @click.option("--vram", callback=size_option)
 @click.option("--count", type=click.IntRange(min=1))
 @click.option("--json", "as_json", is_flag=True)
-@reported
 def program(artifact: str, **_: Any) -> None:
     if artifact == "broken":
         raise SubspecError(Exit.CORRUPT, "plan.json is \x1b[2Jbroken", "build it again")
@@ -198,3 +196,111 @@ def test_ctrl_c_pressed_again_while_leaving_prints_no_traceback() -> None:
 def test_printable_text_keeps_all_but_what_steers_a_terminal() -> None:
     clipboard = "\x1b]52;c;ZXZpbA==\x07"
     assert printable(f"a\tb\n{clipboard}\x9b2J\x7f\r é 你 🙂") == "a\tb\n]52;c;ZXZpbA==2J é 你 🙂"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_during_an_import_that_drops_exceptions_still_ends_the_command(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    (tmp_path / "native.py").write_text(
+        "import time\nprint('open', flush=True)\ntry: time.sleep(1)\nexcept BaseException: pass\n"
+    )
+    act = (
+        f"\n    sys.path.insert(0, {str(tmp_path)!r})"
+        "\n    try: import native; time.sleep(60)"
+        "\n    finally: print('closed', flush=True)"
+    )
+    with start(act) as child:
+        assert child.stdout is not None and child.stderr is not None
+        assert child.stdout.readline() == b"open\n"
+        child.send_signal(number)
+        assert child.stdout.read() == b"closed\n"
+        assert b"Traceback" not in child.stderr.read()
+    assert child.returncode == 128 + number
+
+
+def test_a_signal_whose_exception_is_dropped_is_raised_again() -> None:
+    act = (
+        "\n    try: print('open', flush=True); time.sleep(60)"
+        "\n    except BaseException: pass"
+        "\n    time.sleep(60)"
+    )
+    with start(act) as child:
+        assert child.stdout is not None and child.stderr is not None
+        assert child.stdout.readline() == b"open\n"
+        child.terminate()
+        assert child.stderr.read() == b""
+    assert child.returncode == Exit.TERMINATED
+
+
+def test_a_signal_whose_exception_ends_in_a_destructor_says_nothing() -> None:
+    act = (
+        "\n    class Slow:"
+        "\n        def __del__(self): print('open', flush=True); time.sleep(60)"
+        "\n    Slow(); time.sleep(60)"
+    )
+    with start(act) as child:
+        assert child.stdout is not None and child.stderr is not None
+        assert child.stdout.readline() == b"open\n"
+        child.terminate()
+        assert child.stderr.read() == b""
+    assert child.returncode == Exit.TERMINATED
+
+
+def test_an_ignored_hangup_stays_ignored() -> None:
+    ignored = f"signal.signal({int(signal.SIGHUP)}, signal.SIG_IGN)"
+    code = f"import signal; {ignored}" + PROGRAM.format(
+        act=f"os.kill(os.getpid(), {int(signal.SIGHUP)}); print('done')"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True)
+    assert (ended.returncode, ended.stdout) == (0, b"done\n")
+
+
+@pytest.mark.parametrize("redirection", ["2>/dev/full", "2>&-", "2>/dev/null"])
+@pytest.mark.parametrize(
+    ("act", "code"),
+    [
+        ("sys.stderr.write('note\\n'); print('answer')", Exit.OK),
+        ("raise SubspecError(Exit.CORRUPT, 'broken', 'again')", Exit.CORRUPT),
+    ],
+)
+def test_what_stderr_cannot_take_changes_no_exit_code(
+    redirection: str, act: str, code: Exit
+) -> None:
+    command = [sys.executable, "-c", PROGRAM.format(act=act)]
+    ended = subprocess.run(
+        ["sh", "-c", f'"$@" {redirection}', "sh", *command], stdout=subprocess.PIPE
+    )
+    assert ended.returncode == code
+    assert ended.stdout == (b"" if code else b"answer\n")
+
+
+@pytest.mark.parametrize("words", [(), ("--help",)])
+def test_whatever_stdout_cannot_take_is_one_sentence(words: tuple[str, ...]) -> None:
+    with open("/dev/full", "wb") as full, start("print('x')", *words, stdout=full) as child:
+        assert child.stderr is not None
+        assert child.stderr.read() == b"error: cannot write: No space left on device\n"
+    assert child.returncode == Exit.RESOURCES
+    with open("/dev/null", "rb") as unwritable, start("print('x')", stdout=unwritable) as child:
+        assert child.stderr is not None
+        assert child.stderr.read() == b"error: cannot write: Bad file descriptor\n"
+    assert child.returncode == Exit.RESOURCES
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        ('RuntimeError("can\'t start new thread")', b"can't start new thread"),
+        ("OSError(24, 'Too many open files')", b"Too many open files"),
+        ("ImportError('x.so: failed to map segment from shared object')", b"failed to map segment"),
+        ("BlockingIOError(11, 'Resource temporarily unavailable')", b"temporarily unavailable"),
+        ("MemoryError()", b"out of memory"),
+    ],
+)
+def test_what_the_system_has_no_more_of_is_a_sentence(error: str, said: bytes) -> None:
+    with start(f"raise {error}") as child:
+        assert child.stderr is not None
+        first, _, hint = child.stderr.read().partition(b"\n\nhint: ")
+    assert child.returncode == Exit.RESOURCES
+    assert first.startswith(b"error: ") and said in first and b"\n" not in first
+    assert hint.startswith(b"close other programs")

@@ -4,6 +4,7 @@ import os
 import shutil
 import stat
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -153,3 +154,27 @@ def test_a_cache_that_others_may_write_to_or_that_cannot_be_is_not_used(
     cpp.library.cache_clear()
     monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)
     assert residual_cpu.unavailable() is None
+
+
+def test_a_build_that_is_not_waited_for_ends_with_all_its_processes_and_files(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As g++ does: a driver that waits for another program.
+    monkeypatch.setenv("CXX", fake_compiler(fresh, f"sleep 60 & echo $! >{fresh}/started; wait"))
+    with cpp.build_ahead([residual_cpu.SOURCE]):
+        while not ((fresh / "started").exists() and (fresh / "started").read_text()):
+            time.sleep(0.01)
+    started = int((fresh / "started").read_text())
+    limit = time.monotonic() + 10  # until whoever adopted it has noticed
+    while time.monotonic() < limit and is_running(started):
+        time.sleep(0.01)
+    assert not is_running(started)
+    assert [*(fresh / "cache" / "subspec" / "kernels").iterdir()] == []
+
+
+def is_running(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"

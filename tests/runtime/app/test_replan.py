@@ -270,6 +270,12 @@ def test_a_little_more_or_less_free_memory_asks_for_the_same_plan() -> None:
     assert len(budgets) <= 2
 
 
+def test_a_budget_far_beyond_this_memory_is_replanned_for_what_is_free() -> None:
+    for free in (10**9, 24 * 10**9):
+        found = mismatch(larger(PLAN, 1 << 50), "substitute", replace(HERE, free_bytes=free), None)
+        assert found is not None and 0.9 * free < found.budget_bytes < 0.97 * free
+
+
 def test_of_a_cramped_machine_at_least_something_is_asked() -> None:
     found = mismatch(PLAN, "substitute", replace(HERE, free_bytes=1), None)
     assert found is not None and found.budget_bytes == PLAN.budget_bytes // 32

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
 from subspec.artifacts.common.errors import Exit, SubspecError
@@ -144,7 +144,63 @@ def test_byte_fallback_tokenizers_keep_their_spaces_and_characters(written: str)
     assert "".join(printed(text, ids)[0]) == tokenizer.decode(ids, skip_special_tokens=True)
 
 
+@pytest.mark.parametrize("kind", ["bytes as pieces", "byte-level"])
+def test_the_text_of_an_answer_is_what_follows_that_of_its_prompt(
+    demo: ChatTokenizer, kind: str
+) -> None:
+    text = demo if kind == "byte-level" else ChatTokenizer(sentencepiece_like(), None, {}, False)
+    tokenizer, chance = text.tokenizer, random.Random(0)
+    tokenizer.add_tokens([AddedToken("[[go]]", lstrip=True, rstrip=True)])
+    for _ in range(300):
+        size = tokenizer.get_vocab_size()
+        some = [chance.randrange(size) if chance.random() < 0.5 else size - 1 - chance.randrange(4)
+                for _ in range(chance.randrange(40))]  # fmt: skip
+        cut = chance.randrange(len(some) + 1)
+        printer = StreamingDetokenizer(text, (), some[:cut])
+        pieces = [printer.feed([token]) for token in some[cut:]]
+        whole, prompt = tokenizer.decode(some), tokenizer.decode(some[:cut])
+        assert "".join([*pieces, printer.finish()]) == whole[len(prompt) :]
+
+
+def test_an_answer_keeps_the_space_that_it_begins_with() -> None:
+    text = ChatTokenizer(sentencepiece_like(), None, {}, False)
+    a, b = (text.tokenizer.token_to_id(piece) for piece in ("▁a", "b"))
+    for stop, expected in (((), " ab"), ((" a",), "")):
+        printer = StreamingDetokenizer(text, stop, [b])
+        assert printer.feed([a, b]) + printer.finish() == expected
+
+
 # Stop strings
+
+
+@pytest.mark.parametrize(
+    ("stop", "expected", "num_tokens"),
+    [
+        ("<|im_end|>", "ab", 3),
+        ("b<|im_end|>", "a", 3),
+        ("<|im_end|>c", "ab", 4),
+        ("b<|im_end|><|im_start|>", "abcd", 6),
+        ("bc", "a", 4),  # in the text that a person sees they are neighbours
+        ("end", "abcd", 6),  # and this is nowhere in it
+    ],
+)
+def test_a_stop_text_may_have_special_tokens_in_it(
+    demo: ChatTokenizer, stop: str, expected: str, num_tokens: int
+) -> None:
+    end = demo.tokenizer.token_to_id("<|im_end|>")
+    a, b, c, d = byte_ids(demo.tokenizer, "abcd")
+    pieces, printer = printed(demo, [a, b, end, c, d, end], stop)
+    assert "".join(pieces) == printer.text == expected
+    assert printer.num_tokens == num_tokens and printer.stopped == (expected != "abcd")
+
+
+def test_a_stop_text_is_found_between_bytes_and_a_special_token() -> None:
+    text = ChatTokenizer(sentencepiece_like(), None, {}, False)
+    known = text.tokenizer.get_vocab()
+    ids = [known["b"], *(known[f"<0x{byte:02X}>"] for byte in "é🙂".encode()), known["</s>"]]
+    for stop, expected, num_tokens in (("é", "b", 3), ("🙂</s>", "bé", 8), ("b</s>", "bé🙂", 8)):
+        pieces, printer = printed(text, ids, stop)
+        assert ("".join(pieces), printer.num_tokens) == (expected, num_tokens)
 
 
 @pytest.mark.parametrize(
@@ -310,3 +366,10 @@ def test_text_that_the_tokenizer_cannot_take_is_an_error_not_a_traceback(
 ) -> None:
     with pytest.raises(SubspecError, match="cannot encode"):
         demo.plain_ids("half a pair: \ud83d")
+
+
+def test_a_token_that_the_model_does_not_know_is_named(demo: ChatTokenizer) -> None:
+    demo.check_known([0, 2047], 2048)
+    with pytest.raises(SubspecError, match="'<.im_end.>', id [0-9]+, but .* vocab_size, 1$") as one:
+        demo.check_known([0, demo.tokenizer.token_to_id("<|im_end|>")], 1)
+    assert one.value.exit_code == Exit.USAGE

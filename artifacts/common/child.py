@@ -1,0 +1,46 @@
+"""Child processes that end with whoever waits for them."""
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+
+PATIENCE_SECONDS = 3.0  # between SIGTERM and SIGKILL
+
+
+@contextmanager
+def child_process(command: Sequence[str]) -> "Iterator[subprocess.Popen[bytes]]":
+    """A child with pipes, in a process group of its own: Ctrl-C reaches only its parent. An error
+    in the block, or a signal, ends the whole group. Raises OSError if it cannot be started."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, process_group=0) as child:
+        try:
+            yield child
+        except BaseException:
+            end_group(child)
+            raise
+
+
+def run_child(
+    command: Sequence[str], given: bytes = b"", seconds: float | None = None
+) -> "subprocess.CompletedProcess[bytes]":
+    """Run a command to its end, with `given` on its stdin. Raises OSError if it cannot be started,
+    and after `seconds` TimeoutExpired, with what it had written."""
+    with child_process(command) as child:
+        try:
+            out, story = child.communicate(given, seconds)
+        except subprocess.TimeoutExpired as error:
+            end_group(child)
+            error.stdout, error.stderr = child.communicate()
+            raise
+    return subprocess.CompletedProcess(command, child.returncode, out, story)
+
+
+def end_group(child: "subprocess.Popen[bytes]") -> None:
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        if child.poll() is None:
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, number)
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(PATIENCE_SECONDS)
