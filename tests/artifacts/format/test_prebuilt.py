@@ -15,9 +15,10 @@ from subspec.artifacts.format.store import Artifact, open_artifact, verify, writ
 from subspec.artifacts.native import cpp, residual_cpu
 from subspec.planner.model.hub import DEMO
 from subspec.runtime.engine import kernel_sources
+from subspec.runtime.kernels import top_k
 from subspec.runtime.model import attention
 
-SOURCES = [attention.SOURCE, residual_cpu.SOURCE]
+SOURCES = [attention.SOURCE, residual_cpu.SOURCE, top_k.SOURCE]
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     folder = tmp_path_factory.mktemp("shipped") / "artifact"
     made = build_artifact(DEMO, folder, "residual", resident_share=1.0)
     assert kernel_sources(made.plan) == SOURCES
-    assert all(kernel.unavailable() is None for kernel in (attention, residual_cpu))
+    assert all(kernel.unavailable() is None for kernel in (attention, residual_cpu, top_k))
     pack_prebuilt(folder, kernel_sources(made.plan))
     return sealed(folder)
 
