@@ -28,7 +28,6 @@ ALLOCATOR_BYTES = (64 << 20) + (48 << 20)
 GRAPH_BYTES_PER_LAYER = 512 << 10  # of all graphs of a draft; estimated: 2 x 12 of 20 kernels, 1 kB
 ATTENTION_PIECE = 16  # attention.cpp rounds head sizes and slots up to multiples of it
 DRAFT_GROUP_BYTES = 76  # for 64 quantized activations in draft_layers.cpp
-DRAFT_CHUNKS = 4  # of the slots there, each with a mean of its own for every query
 
 
 @dataclass(frozen=True)
@@ -249,13 +248,10 @@ def compiled_draft_bytes(
     query = max((body.query_size for body in attentions), default=0)
     kv_size = max((body.kv_size for body in attentions), default=0)
     head_size = max((body.head_size for body in attentions), default=0)
-    num_heads = max((body.num_heads for body in attentions), default=0)
     groups = (max(spec.hidden_size, query) + inner) * DRAFT_GROUP_BYTES // GROUP_SIZE
-    dims = head_size + ATTENTION_PIECE - 1
-    queries = 4 * num_heads * (dims + DRAFT_CHUNKS * (dims + ATTENTION_PIECE))
-    threads = 4 * num_threads * 64 * dims
+    threads = 4 * num_threads * 64 * (head_size + 15)
     every = sequences * rows
-    scratch = every * (groups + 2 * (query + 2 * kv_size) + queries) + threads + 6 * 64
+    scratch = every * (groups + 2 * (query + 2 * kv_size)) + threads + 4 * 64
     masks = sequences * (rows * (rows + slots * 11) + 8 * slots + rows * 64)
     return every * (2 * spec.hidden_size + 4 * head_size) + masks + scratch
 

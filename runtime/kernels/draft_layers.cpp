@@ -6,7 +6,7 @@
 // row's bits depend neither on the other rows nor on the number of threads: whoever computes an
 // item does it in the same way, and a slot that a row does not see is not touched for it.
 // T = rows, H = hidden size, A = query heads, B = KV heads, D = head size, I = intermediate size,
-// S = live slots, C = CHUNKS
+// S = live slots
 #include <omp.h>
 
 #include <cmath>
@@ -17,12 +17,11 @@
 namespace {
 
 constexpr int64_t LAYER_WEIGHTS_PER_THREAD = 1 << 20;  // fewer are not worth a layer's barriers
-constexpr int SLOTS = 32;     // whose scores are computed together
-constexpr int CHUNKS = 4;     // of a sequence's slots, which threads share; at most LANES
+constexpr int SLOTS = 16;     // whose scores are computed together
 constexpr int TOGETHER = 16;  // query rows that share what is widened of a KV head
 constexpr int PIECE = 16;     // head sizes are rounded up to it in the scratch
 constexpr int SUMS = 16;      // partial sums of a norm
-constexpr uint32_t MAGNITUDE = 0x7fffffff, ALL_SLOTS = 0xffffffff;
+constexpr uint32_t MAGNITUDE = 0x7fffffff;
 
 struct Sizes {
     int64_t num_layers, hidden_size, inner_size, num_heads, num_kv_heads, head_size, cache_slots;
@@ -132,22 +131,20 @@ inline Share share(int64_t count) {
     return {count * mine / threads, count * (mine + 1) / threads};
 }
 
-// One query row of one head, while the slots of a chunk go by.
+// One query row of one head, while slots go by.
 struct Query {
-    const float* q;  // [D], 0 up to the next vector; already times log2(e) / sqrt(D)
-    float* mean;     // [D], of the values, times the sum of `total`
+    float* q;     // [D], 0 up to the next vector; already times log2(e) / sqrt(D)
+    float* mean;  // [D], of the values, times the sum of `total`
     const uint8_t* visible;
     float most;  // of the scores so far
-    Floats total;
+    Floats total[SLOTS / LANES];
 };
 
 struct Pass {
     Sizes sizes;
     Rows rows;
     Activations hidden, heads, inner;  // `heads` lies where `hidden` does
-    uint16_t* qkv;      // bf16 [T, (A + 2 B) D]
-    float* queries;     // [T, A, dims()]: as `q` of a Query
-    float* means;       // [T, A, C, mean_floats()]: `mean`, `most` and the sum of `total` of each
+    uint16_t* qkv;      // bf16 [T, (A + 2 B) D]; the queries' place takes what attention returns
     float* of_threads;  // [threads, thread_floats()]
 
     Pass(const Sizes& sizes, const Rows& rows, int num_threads, Room& room)
@@ -160,8 +157,6 @@ struct Pass {
         heads = {count, head_groups, groups};
         inner = {count, inner_groups, room.take<Group>(count * inner_groups)};
         qkv = room.take<uint16_t>(count * qkv_width());
-        queries = room.take<float>(count * sizes.num_heads * dims());
-        means = room.take<float>(count * sizes.num_heads * CHUNKS * mean_floats());
         of_threads = room.take<float>(num_threads * thread_floats());
     }
 
@@ -169,16 +164,9 @@ struct Pass {
         return (sizes.num_heads + 2 * sizes.num_kv_heads) * sizes.head_size;
     }
     int64_t dims() const { return (sizes.head_size + PIECE - 1) / PIECE * PIECE; }
-    int64_t mean_floats() const { return dims() + PIECE; }
-    int64_t thread_floats() const { return 2 * SLOTS * dims(); }
+    int64_t thread_floats() const { return (2 * TOGETHER + 2 * SLOTS) * dims(); }
     float* of_thread() const { return of_threads + omp_get_thread_num() * thread_floats(); }
     int64_t of_kv_head() const { return sizes.cache_slots * sizes.head_size; }
-    float* query(int64_t row, int64_t head) const {
-        return queries + (row * sizes.num_heads + head) * dims();
-    }
-    float* mean(int64_t row, int64_t head, int64_t chunk) const {
-        return means + ((row * sizes.num_heads + head) * CHUNKS + chunk) * mean_floats();
-    }
 };
 
 // ---- norms and products -------------------------------------------------------------------------
@@ -312,12 +300,10 @@ void rotate(const Pass& pass, const uint16_t* x, const uint16_t* norm, int64_t r
     }
 }
 
-// Keys and values of the rows into their slots, and their queries as attention reads them. One
-// thread writes all rows of a KV head: padding rows share a slot.
+// Keys and values of the rows into their slots. One thread writes all rows of a head: padding rows
+// share a slot.
 void fill_slots(const Pass& pass, const Layer& layer, int64_t index) {
-    const int64_t size = pass.sizes.head_size, dims = pass.dims();
-    const int64_t num_heads = pass.sizes.num_kv_heads, repeats = pass.sizes.num_heads / num_heads;
-    const float scale = 1.44269504f * pass.sizes.scale;
+    const int64_t size = pass.sizes.head_size, num_heads = pass.sizes.num_kv_heads;
     const Share mine = share(pass.rows.num_segments * num_heads);
     float* const rotated = pass.of_thread();
     for (int64_t item = mine.first; item < mine.end; item++) {
@@ -332,12 +318,6 @@ void fill_slots(const Pass& pass, const Layer& layer, int64_t index) {
             rotate(pass, k, layer.k_norm, row, rotated);
             for (int64_t d = 0; d < size; d++) key[d] = rounded_to_bf16(rotated[d]);
             memcpy(segment.layers[index].values + slot, v, size * sizeof *v);
-            for (int64_t of_q = head * repeats; of_q < (head + 1) * repeats; of_q++) {
-                float* const query = pass.query(row, of_q);
-                rotate(pass, q + of_q * size, layer.q_norm, row, query);
-                for (int64_t d = 0; d < size; d++) query[d] *= scale;
-                for (int64_t d = size; d < dims; d++) query[d] = 0;
-            }
         }
     }
 }
@@ -355,9 +335,12 @@ inline uint32_t bits_of(const uint8_t* visible, int64_t count) {
     return bits;
 }
 
-// bf16 [count, D] -> f32 [dims / 16, SLOTS, 16], with zeros up to dims.
+// bf16 [count, D] -> f32 [dims / 16, SLOTS, 16], with zeros up to dims. The next slots are on their
+// way meanwhile: a head's are too few for the processor to look ahead enough.
 void widen_slots(const Pass& pass, const uint16_t* from, int64_t count, float* to) {
     const int64_t size = pass.sizes.head_size;
+    const uint16_t* const next = from + SLOTS * size;
+    for (int64_t i = 0; i < SLOTS * size; i += 64 / sizeof *next) __builtin_prefetch(next + i, 0, 2);
     for (int64_t i = 0; i < count; i++, from += size)
         for (int64_t d = 0; d < size; d += PIECE) {
             float* const piece = to + d * SLOTS + i * PIECE;
@@ -368,52 +351,29 @@ void widen_slots(const Pass& pass, const uint16_t* from, int64_t count, float* t
         }
 }
 
-// Asks for part `index` of `count` of the next slots. A few lines at a time between computations: a
-// core has room for about 20 that are on their way.
-void fetch_slots(const Pass& pass, const uint16_t* next, int index, int count) {
-    const int64_t num_lines = SLOTS * pass.sizes.head_size * sizeof *next / 64;
-    for (int64_t i = num_lines * index / count; i < num_lines * (index + 1) / count; i++)
-        __builtin_prefetch((const uint8_t*)next + 64 * i, 0, 2);
-}
-
 // Where vector j from dimension d on, a multiple of PIECE, lies: of slot 0.
 inline const float* at(const float* widened, int64_t d, int j) {
     return widened + d * SLOTS + j * LANES / PIECE * PIECE * SLOTS + j * LANES % PIECE;
 }
 
-// mean [VECTORS] += weights times the values of `num` of the slots, from dimension d on.
-template <int VECTORS, bool ALL>
+// mean [VECTORS] += weights times the values of some slots, from dimension d on.
+template <int VECTORS>
 void add_values(float* mean, const float* values, int64_t d, const float* weights,
                 const int* slots, int num) {
     Floats sum[VECTORS];
     for (int j = 0; j < VECTORS; j++) sum[j] = load_floats(mean + d + j * LANES);
-    for (int n = 0; n < (ALL ? SLOTS : num); n++) {
-        const int slot = ALL ? n : slots[n];
-        const Floats weight = Floats{} + weights[slot];
+    for (int n = 0; n < num; n++) {
+        const Floats weight = Floats{} + weights[slots[n]];
         for (int j = 0; j < VECTORS; j++)
-            sum[j] = fused(weight, load_floats(at(values, d, j) + slot * PIECE), sum[j]);
+            sum[j] = fused(weight, load_floats(at(values, d, j) + slots[n] * PIECE), sum[j]);
     }
     for (int j = 0; j < VECTORS; j++) store(mean + d + j * LANES, sum[j]);
 }
 
-template <bool ALL>
-void add_all_values(float* mean, const float* values, int64_t dims, const float* weights,
-                    uint32_t seen) {
-    int slots[SLOTS], num = 0;
-    for (; !ALL && seen; seen &= seen - 1) slots[num++] = __builtin_ctz(seen);
-    int64_t d = 0;
-    for (; d + 8 * LANES <= dims; d += 8 * LANES)
-        add_values<8, ALL>(mean, values, d, weights, slots, num);
-    for (; d + 4 * LANES <= dims; d += 4 * LANES)
-        add_values<4, ALL>(mean, values, d, weights, slots, num);
-    for (; d < dims; d += PIECE)
-        add_values<PIECE / LANES, ALL>(mean, values, d, weights, slots, num);
-}
-
-typedef Floats Scores[SLOTS / LANES];
-
-// Of a query with the slots that `seen` has bits for; -inf: not seen. keys: [dims / 16, SLOTS, 16]
-void score(const Query& query, uint32_t seen, const float* keys, int64_t dims, Scores& scores) {
+// What the slots that `seen` has bits for do to a query. keys, values: [dims / 16, SLOTS, 16].
+void attend_slots(Query& query, uint32_t seen, const float* keys, const float* values,
+                  int64_t dims) {
+    Floats scores[SLOTS / LANES], most = Floats{} + query.most;
     for (int p = 0; p < SLOTS / LANES; p++) {
         Floats sum[LANES] = {};
         for (int64_t d = 0; d < dims; d += PIECE)
@@ -425,129 +385,97 @@ void score(const Query& query, uint32_t seen, const float* keys, int64_t dims, S
             }
         sum_lanes(sum);
         scores[p] = sees(seen >> p * LANES) ? sum[0] : Floats{} - INFINITY;
+        most = scores[p] > most ? scores[p] : most;
     }
-}
-
-// Scores become weights, relative to the largest score so far.
-void weigh(Query& query, Scores& scores, int64_t dims) {
-    Floats most = Floats{} + query.most;
-    for (const Floats& some : scores) most = some > most ? some : most;
     most = largest(most);
     if (most[0] > query.most) {
         const Floats factor = power_of_two<Bits>(Floats{} + query.most - most);
-        query.total *= factor;
+        for (Floats& total : query.total) total *= factor;
         for (int64_t d = 0; d < dims; d += LANES)
             store(query.mean + d, load_floats(query.mean + d) * factor);
         query.most = most[0];
     }
-    for (Floats& some : scores) {
-        some = power_of_two<Bits>(some - most);
-        query.total += some;
+    float weights[SLOTS];
+    for (int p = 0; p < SLOTS / LANES; p++) {
+        const Floats weight = power_of_two<Bits>(scores[p] - most);
+        store(weights + p * LANES, weight);
+        query.total[p] += weight;
     }
+    int slots[SLOTS], num = 0;
+    for (; seen; seen &= seen - 1) slots[num++] = __builtin_ctz(seen);
+    int64_t d = 0;
+    for (; d + 8 * LANES <= dims; d += 8 * LANES)
+        add_values<8>(query.mean, values, d, weights, slots, num);
+    for (; d < dims; d += PIECE)
+        add_values<PIECE / LANES>(query.mean, values, d, weights, slots, num);
 }
 
-// One chunk of the slots for queries [first, end) of one KV head and one sequence: query i is row
-// i % T of head i / T. Each step is taken for all queries before the next: they do not wait for each
-// other, as the steps of one do.
+// Queries [first, end) of one KV head and one sequence: query i is row i % T of head i / T.
 void attend_together(const Pass& pass, const Layer& layer, int64_t index, const Segment& segment,
-                     int64_t kv_head, int64_t chunk, int64_t first, int64_t end) {
+                     int64_t first, int64_t end) {
     const int64_t size = pass.sizes.head_size, dims = pass.dims(), num_slots = segment.num_slots;
-    const int64_t first_head = kv_head * (pass.sizes.num_heads / pass.sizes.num_kv_heads);
+    const int64_t kv_head =
+        first / segment.num_rows / (pass.sizes.num_heads / pass.sizes.num_kv_heads);
     const uint16_t* const cached_keys = segment.layers[index].keys + kv_head * pass.of_kv_head();
     const uint16_t* const cached_values =
         segment.layers[index].values + kv_head * pass.of_kv_head();
     const uint8_t* const visible = layer.windowed ? segment.in_window : segment.visible;
+    const float scale = 1.44269504f * pass.sizes.scale;
     float* const keys = pass.of_thread();
     float* const values = keys + SLOTS * dims;
-    const int num = (int)(end - first);
+    float* const of_queries = values + SLOTS * dims;
+    memset(of_queries, 0, (end - first) * 2 * dims * sizeof *of_queries);
     Query queries[TOGETHER];
-    for (int i = 0; i < num; i++) {
-        const int64_t head = first_head + (first + i) / segment.num_rows;
-        const int64_t row = (first + i) % segment.num_rows, of_pass = segment.first_row + row;
-        float* const mean = pass.mean(of_pass, head, chunk);
-        memset(mean, 0, dims * sizeof *mean);
-        queries[i] = {pass.query(of_pass, head), mean, visible + row * num_slots,
-                      -0x1.fffffep127f, Floats{}};
+    uint16_t* places[TOGETHER];
+    for (int64_t i = first; i < end; i++) {
+        const int64_t head = i / segment.num_rows, row = i % segment.num_rows;
+        const int64_t of_pass = segment.first_row + row;
+        uint16_t* const place = pass.qkv + of_pass * pass.qkv_width() + head * size;
+        float* const q = of_queries + 2 * (i - first) * dims;
+        rotate(pass, place, layer.q_norm, of_pass, q);
+        for (int64_t d = 0; d < size; d++) q[d] *= scale;
+        places[i - first] = place;
+        queries[i - first] = {q, q + dims, visible + row * num_slots, -0x1.fffffep127f, {}};
     }
-    const int64_t num_blocks = (num_slots + SLOTS - 1) / SLOTS;
-    const int64_t past = std::min(num_slots, num_blocks * (chunk + 1) / CHUNKS * SLOTS);
-    for (int64_t slot = num_blocks * chunk / CHUNKS * SLOTS; slot < past; slot += SLOTS) {
+    for (int64_t slot = 0; slot < num_slots; slot += SLOTS) {
         const int64_t count = std::min<int64_t>(SLOTS, num_slots - slot);
         uint32_t seen[TOGETHER], any = 0;
-        for (int i = 0; i < num; i++) any |= seen[i] = bits_of(queries[i].visible + slot, count);
+        for (int64_t i = 0; i < end - first; i++)
+            any |= seen[i] = bits_of(queries[i].visible + slot, count);
         if (!any) continue;
         widen_slots(pass, cached_keys + slot * size, count, keys);
         widen_slots(pass, cached_values + slot * size, count, values);
-        Scores scores[TOGETHER];
-        for (int i = 0; i < num; i++) {
-            fetch_slots(pass, cached_keys + (slot + SLOTS) * size, i, num);
-            if (seen[i]) score(queries[i], seen[i], keys, dims, scores[i]);
-        }
-        for (int i = 0; i < num; i++)
-            if (seen[i]) weigh(queries[i], scores[i], dims);
-        for (int i = 0; i < num; i++) {
-            fetch_slots(pass, cached_values + (slot + SLOTS) * size, i, num);
-            float weights[SLOTS];
-            for (int p = 0; p < SLOTS / LANES; p++) store(weights + p * LANES, scores[i][p]);
-            if (seen[i] == ALL_SLOTS)
-                add_all_values<true>(queries[i].mean, values, dims, weights, seen[i]);
-            else add_all_values<false>(queries[i].mean, values, dims, weights, seen[i]);
-        }
+        for (int64_t i = 0; i < end - first; i++)
+            if (seen[i]) attend_slots(queries[i], seen[i], keys, values, dims);
     }
-    for (int i = 0; i < num; i++) {
-        float* const of_chunk = queries[i].mean + dims;
-        of_chunk[0] = queries[i].most;
-        of_chunk[1] = 0;
-        for (int j = 0; j < LANES; j++) of_chunk[1] += queries[i].total[j];
+    for (int64_t i = 0; i < end - first; i++) {
+        float total = 0;
+        for (int j = 0; j < SLOTS; j++) total += queries[i].total[j / LANES][j % LANES];
+        const float divisor = total == 0 ? 1 : total;
+        for (int64_t d = 0; d < size; d++)
+            places[i][d] = rounded_to_bf16(queries[i].mean[d] / divisor);
     }
 }
 
 void attend(const Pass& pass, const Layer& layer, int64_t index) {
-    const int64_t num_heads = pass.sizes.num_kv_heads, repeats = pass.sizes.num_heads / num_heads;
-    const Share mine = share(pass.rows.num_segments * num_heads * CHUNKS);
-    for (int64_t item = mine.first; item < mine.end; item++) {
-        const Segment& segment = pass.rows.segments[item / CHUNKS / num_heads];
-        const int64_t head = item / CHUNKS % num_heads, count = repeats * segment.num_rows;
-        for (int64_t first = 0; first < count; first += TOGETHER)
-            attend_together(pass, layer, index, segment, head, item % CHUNKS, first,
-                            std::min(first + TOGETHER, count));
+    const int64_t num_heads = pass.sizes.num_heads, repeats = num_heads / pass.sizes.num_kv_heads;
+    const Share mine = share(num_heads * pass.rows.num_rows);
+    const Segment* segment = pass.rows.segments;
+    for (int64_t first = mine.first, end; first < mine.end; first = end) {
+        while (first >= num_heads * (segment->first_row + segment->num_rows)) segment++;
+        const int64_t base = num_heads * segment->first_row, of_head = repeats * segment->num_rows;
+        end = std::min({mine.end, first + TOGETHER,
+                        base + ((first - base) / of_head + 1) * of_head});
+        attend_together(pass, layer, index, *segment, first - base, end - base);
     }
-}
-
-// to bf16 [count] = dimensions [first, first + count) of what a head of a row attends to, at most a
-// group of them: the mean of its chunks' means.
-void join_chunks(const Pass& pass, int64_t row, int64_t head, int64_t first, int64_t count,
-                 uint16_t* to) {
-    const float* of_chunk[CHUNKS];
-    Floats most = Floats{} - 0x1.fffffep127f, total = {};
-    for (int c = 0; c < CHUNKS; c++) {
-        of_chunk[c] = pass.mean(row, head, c);
-        most[c] = of_chunk[c][pass.dims()];
-        total[c] = of_chunk[c][pass.dims() + 1];
-    }
-    const Floats factor = power_of_two<Bits>(most - largest(most));
-    float sum[GROUP_SIZE] = {}, divisor = 0;
-    for (int c = 0; c < CHUNKS; c++) {
-        divisor += factor[c] * total[c];
-        for (int64_t d = 0; d < count; d++) sum[d] += factor[c] * of_chunk[c][first + d];
-    }
-    if (divisor == 0) divisor = 1;
-    for (int64_t d = 0; d < count; d++) to[d] = rounded_to_bf16(sum[d] / divisor);
 }
 
 void quantize_heads(const Pass& pass) {
     const Activations& to = pass.heads;
-    const int64_t size = pass.sizes.head_size;
     const Share mine = share(to.num_rows * to.num_groups);
     for (int64_t item = mine.first; item < mine.end; item++) {
         const int64_t row = item / to.num_groups, group = item % to.num_groups;
-        uint16_t some[GROUP_SIZE];
-        for (int64_t i = 0, count; i < GROUP_SIZE; i += count) {
-            const int64_t column = group * GROUP_SIZE + i, first = column % size;
-            count = std::min(size - first, GROUP_SIZE - i);
-            join_chunks(pass, row, column / size, first, count, some + i);
-        }
-        quantize(some, to.at(row, group));
+        quantize(pass.qkv + row * pass.qkv_width() + group * GROUP_SIZE, to.at(row, group));
     }
 }
 
