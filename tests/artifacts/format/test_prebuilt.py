@@ -92,7 +92,7 @@ def test_kernels_of_other_sources_flags_or_processors_are_not_brought(
     for name, value in (("FLAGS", (*cpp.FLAGS, "-g")), ("_processor", lambda: "another")):
         with monkeypatch.context() as patch:
             patch.setattr(cpp, name, value)
-            assert install_prebuilt(artifact, SOURCES) == ["attention", "residual"]
+            assert install_prebuilt(artifact, SOURCES) == ["attention", "residual", "top_k"]
     monkeypatch.setenv("CXX", "g++ -mno-avx512f")
     assert find_prebuilt(artifact, residual_cpu.SOURCE) is None
 
@@ -101,7 +101,7 @@ def test_where_nothing_can_be_kept_nothing_is_adopted(
     artifact: Artifact, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)
-    assert install_prebuilt(artifact, SOURCES) == ["attention", "residual"]
+    assert install_prebuilt(artifact, SOURCES) == ["attention", "residual", "top_k"]
 
 
 def test_a_person_without_a_compiler_is_told_of_them_and_may_trust_them(
