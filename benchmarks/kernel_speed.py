@@ -1,18 +1,21 @@
 """The CPU kernels against what they replaced and against the memory's own speed, in one run.
 
-    python benchmarks/kernel_speed.py [--layers 24 --hidden 2048 --inner 5632]
+    python benchmarks/kernel_speed.py [--layers 24 --hidden 2048 --inner 5632 --heads 16
+        --kv-heads 16 --vocabulary 32768 --levels-only]
 
 4-bit products of one draft step (all matrices of all layers and the head, so that nothing stays in
 a cache) at several rows: ours, ATen's, and the time to read the same bytes once. One whole draft
-step behind 512 tokens: compiled, its products alone, and by the plain twin. Exact attention: ours
-and its plain twin. Each beside its ratio to ours. Decoding of residuals is in
-benchmarks/residual.py. The last line of stdout is one JSON object; milliseconds, medians.
+step behind 512 tokens: compiled, its products alone, and by the plain twin. One whole level of a
+draft, with all that is beside the layers, against the time to read its bytes at the rate of a large
+sum. Exact attention: ours and its plain twin. Each beside its ratio to ours. Decoding of residuals
+is in benchmarks/residual.py. The last line of stdout is one JSON object; milliseconds, medians.
 """
 
 import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import cycle
 
 import click
 import torch
@@ -30,13 +33,14 @@ from subspec.artifacts.model import (
     Rope,
     layer_name,
 )
-from subspec.artifacts.plan import Int4Kernel, Ledger
+from subspec.artifacts.plan import Int4Kernel, Ledger, Tree
 from subspec.planner.machine.excerpt import RandomWeights, fill_with_noise, random_rows
 from subspec.planner.machine.timing import time_each
 from subspec.runtime.decode import whole_tree
 from subspec.runtime.draft import compiled_layers
-from subspec.runtime.draft.beam import root_only
+from subspec.runtime.draft.beam import Growing, Level, add_level, root_only
 from subspec.runtime.draft.compiled_layers import compile_layers
+from subspec.runtime.draft.drafter import SubstituteDrafter, Turn
 from subspec.runtime.draft.substitutes import Substitutes
 from subspec.runtime.kernels.linear import Int4Weight
 from subspec.runtime.load import make_substitutes, place_substitutes, place_tensors
@@ -48,10 +52,10 @@ from subspec.runtime.model.transformer import forward, make_shared, make_tables
 CPU = torch.device("cpu")
 ROWS = (1, 2, 3, 4, 8, 16)
 STEP_ROWS = (1, 2, 3, 4, 8)
+LEVEL_WIDTHS = (1, 2, 4)
 TOKENS = 512  # in the cache before a draft step
 TREE_ROWS = 63  # that the cache has room for behind them
-HEAD_SIZE, VOCABULARY = 128, 32_768
-KERNELS: tuple[Int4Kernel, ...] = ("w4a8", "aten")
+SUMMED_BYTES = 256 << 20  # of the sum; larger than caches
 ATTENTION = (  # query heads, KV heads, rows, slots, head size
     (16, 16, 64, 600, 128),
     (16, 16, 16, 600, 128),
@@ -63,12 +67,12 @@ ATTENTION = (  # query heads, KV heads, rows, slots, head size
 Actions = dict[str, Callable[[], object]]
 
 
-def model_of(layers: int, hidden: int, inner: int) -> ModelSpec:
-    """A Llama without grouped heads."""
-    heads = hidden // HEAD_SIZE
-    attention = Attention(
-        heads, heads, HEAD_SIZE, scale=HEAD_SIZE**-0.5, rope=Rope(10_000.0, HEAD_SIZE)
-    )
+def model_of(
+    layers: int, hidden: int, inner: int, heads: int, kv_heads: int, vocabulary: int
+) -> ModelSpec:
+    """A Llama."""
+    size = hidden // heads
+    attention = Attention(heads, kv_heads, size, scale=size**-0.5, rope=Rope(10_000.0, size))
     layer = LayerSpec(
         (Block(attention, "input_layernorm"), Block(Dense(inner), "post_attention_layernorm"))
     )
@@ -76,7 +80,7 @@ def model_of(layers: int, hidden: int, inner: int) -> ModelSpec:
         family="llama",
         dtype="bfloat16",
         hidden_size=hidden,
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         max_positions=cache_slots(TOKENS, TREE_ROWS),
         layers=(layer,) * layers,
         norm=NormStyle(1e-6),
@@ -107,8 +111,11 @@ def draft_products(spec: ModelSpec, substitutes: Substitutes, rows: int) -> Call
     return run
 
 
-def draft_steps(spec: ModelSpec, substitutes: Substitutes) -> Callable[[int], Actions]:
-    """Rows of a draft -> the ways to run so many."""
+def draft_steps(
+    spec: ModelSpec, substitutes: Substitutes
+) -> tuple[Callable[[int], Actions], Callable[[int], Actions]]:
+    """Rows of a draft -> the ways to run so many, and a whole level beside the reading of its
+    bytes."""
     slots = cache_slots(TOKENS, TREE_ROWS)
     shape = Shape(TOKENS, 1, TREE_ROWS, 1, prefill_tokens=1, num_threads=1)
     purposes = make_ledger(spec, "cpu", "w4a8", shape, 0, 0)
@@ -132,7 +139,29 @@ def draft_steps(spec: ModelSpec, substitutes: Substitutes) -> Callable[[int], Ac
             "twin": lambda: forward(weights, substitutes, rows, attend, num_rows),
         }
 
-    return steps
+    def levels(width: int) -> Actions:
+        tree, num_rows = Tree(width, 2), 1 + 2 * width
+        drafter = SubstituteDrafter(tree, num_rows, weights, substitutes, compiled)
+        [grown] = drafter.draft([Turn(cache, 0, 2)])  # of one level
+        nodes, children = torch.arange(1, 1 + width), torch.arange(1 + width, num_rows)
+        last = Level(nodes, torch.zeros(width))
+
+        def level() -> None:
+            draft_pass = drafter.draft_pass([cache], num_rows)
+            add_level(grown, last, children, tree, draft_pass([Growing(0, grown, last)]))
+
+        num_bytes = sum(linear.substitute_bytes for linear in spec.linears)
+        return {"level": level, "reading": sum_of(num_bytes)}
+
+    return steps, levels
+
+
+def sum_of(num_bytes: int) -> Callable[[], object]:
+    """Sums over so many bytes, each time others, which no cache has."""
+    count = num_bytes // 4
+    memory = torch.ones(max(count, SUMMED_BYTES // 4))
+    pieces = cycle(memory[: len(memory) // count * count].split(count))
+    return lambda: next(pieces).sum()
 
 
 def read_once(substitutes: Substitutes) -> Callable[[], None]:
@@ -163,8 +192,20 @@ def exact_attention(shape: tuple[int, ...]) -> Actions:
 @click.option("--layers", default=24, show_default=True)
 @click.option("--hidden", default=2048, show_default=True)
 @click.option("--inner", default=5632, show_default=True)
+@click.option("--heads", default=16, show_default=True)
+@click.option("--kv-heads", default=16, show_default=True)
+@click.option("--vocabulary", default=32_768, show_default=True)
+@click.option("--levels-only", is_flag=True, help="Whole levels of a draft and nothing else.")
 @reported
-def main(layers: int, hidden: int, inner: int) -> None:
+def main(
+    layers: int,
+    hidden: int,
+    inner: int,
+    heads: int,
+    kv_heads: int,
+    vocabulary: int,
+    levels_only: bool,
+) -> None:
     """Time the CPU kernels of this machine."""
     found: dict[str, dict[str, float]] = {}
     ratios: dict[str, dict[str, float]] = {}
@@ -179,20 +220,27 @@ def main(layers: int, hidden: int, inner: int) -> None:
         print(f"{name:28} {ours} {first:8.2f} ms  {'  '.join(words)}", file=sys.stderr)
 
     torch.manual_seed(0)
-    spec = model_of(layers, hidden, inner)
+    spec = model_of(layers, hidden, inner, heads, kv_heads, vocabulary)
     with torch.inference_mode():
-        substitutes = {kernel: random_substitutes(spec, kernel) for kernel in KERNELS}
-        for rows in ROWS:
-            products: Actions = {
-                kernel: draft_products(spec, some, rows) for kernel, some in substitutes.items()
+        w4a8 = random_substitutes(spec, "w4a8")
+        steps, levels = draft_steps(spec, w4a8)
+        for width in LEVEL_WIDTHS:
+            compare(f"one draft level, {width} wide", levels(width))
+        if not levels_only:
+            both: dict[Int4Kernel, Substitutes] = {
+                "w4a8": w4a8,
+                "aten": random_substitutes(spec, "aten"),
             }
-            products["read"] = read_once(substitutes["w4a8"])
-            compare(f"draft products, {rows} rows", products)
-        steps = draft_steps(spec, substitutes["w4a8"])
-        for rows in STEP_ROWS:
-            compare(f"one draft step, {rows} rows", steps(rows))
-        for shape in ATTENTION:
-            compare(f"attention {' '.join(map(str, shape))}", exact_attention(shape))
+            for rows in ROWS:
+                products: Actions = {
+                    kernel: draft_products(spec, some, rows) for kernel, some in both.items()
+                }
+                products["read"] = read_once(w4a8)
+                compare(f"draft products, {rows} rows", products)
+            for rows in STEP_ROWS:
+                compare(f"one draft step, {rows} rows", steps(rows))
+            for shape in ATTENTION:
+                compare(f"attention {' '.join(map(str, shape))}", exact_attention(shape))
     threads = torch.get_num_threads()
     print(json.dumps({"threads": threads, "milliseconds": found, "ratios": ratios}))
 
