@@ -293,7 +293,7 @@ def test_a_format_version_that_is_none_is_refused(artifact: Path, version: objec
     refused(artifact, "format_version")
 
 
-@pytest.mark.parametrize("version, hint", [("6.0", "upgrade subspec"), ("4.0", "build")])
+@pytest.mark.parametrize("version, hint", [("7.0", "upgrade subspec"), ("5.0", "build")])
 def test_another_major_format_is_named(artifact: Path, version: str, hint: str) -> None:
     reseal(artifact, lambda value: value.update(format_version=version, files=version))
     with pytest.raises(SubspecError, match=version) as caught:
