@@ -195,6 +195,10 @@ def counted(**changes: Any) -> tuple[Curve, ...]:
     return (replace(Curve(2, 0.3, "", 2, 9, (9, 6), (5, 2)), **changes),)
 
 
+def at_thresholds(count: int) -> tuple[Curve, ...]:
+    return tuple(curve for n in range(count) for curve in counted(min_path_probability=n / count))
+
+
 WRONG_COUNTS: dict[str, tuple[Curve, ...]] = {
     "more levels than any tree has": counted(drafted=(1,) * 1025, accepted=(1,) * 1025),
     "a level without its other count": counted(accepted=(5,)),
@@ -216,6 +220,7 @@ WRONG_COUNTS: dict[str, tuple[Curve, ...]] = {
     "a margin beyond any tree": counted(margin=1e10),
     "widths that descend": counted(width=3) + counted(width=1),
     "thresholds that descend": counted() + counted(min_path_probability=0.2),
+    "more thresholds than a search has time for": at_thresholds(65),
 }
 
 
@@ -238,7 +243,8 @@ def test_curves_of_several_thresholds_and_kinds_may_have_one_width() -> None:
         Curve(1, 0.25, "b", 1, 12, (12, 5, 0), (6, 5, 0)),
         Curve(3, 0.0, "", 0, 1, (), ()),
     )
-    check_plan_as_read(replace(PLAN, acceptance=Acceptance(curves, measured=True)))
+    for some in (curves, at_thresholds(64)):
+        check_plan_as_read(replace(PLAN, acceptance=Acceptance(some, measured=True)))
 
 
 def test_a_plan_that_streams_nothing_needs_no_slots_and_no_ledger() -> None:
