@@ -5,8 +5,9 @@
 MODEL is a checkpoint folder; a budget is a size or a share of the model. Every planning measures
 the machine, builds an artifact and rehearses it, as `subspec-plan` does. Then the plans, and rivals
 picked by hand over the first artifact, decode each prompt in turns, so that slow minutes of the
-machine favour nobody: answers end where the model ends them. The prompts (prompts.jsonl) were
-written independently of those that plans are rehearsed on.
+machine favour nobody. Answers end where the model ends them, or where they begin to repeat
+themselves. The prompts (prompts.jsonl) were written independently of those that plans are rehearsed
+on.
 
 Each line says what was promised and reached in tokens/s over all tokens, and a round's tokens.
 `repeats` is how far the real speeds of the plannings of one budget lie apart. The last line of
@@ -17,6 +18,7 @@ import json
 import statistics
 import sys
 import tempfile
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -35,6 +37,7 @@ from subspec.planner.model.checkpoint import read_spec
 from subspec.planner.model.hub import resolve
 from subspec.planner.planning import PlanRequest, plan_again, plan_model
 from subspec.planner.rehearse.calibration import in_turns, read_samples, sample_ids
+from subspec.planner.rehearse.rehearsal import before_loop
 from subspec.runtime.engine import Engine
 from subspec.runtime.sequence import GenerationParams, Stats
 from subspec.runtime.text.tokenizer import load_tokenizer
@@ -116,10 +119,15 @@ def decode_in_turns(
 
 
 def answer(engine: Engine, prompt: list[int], num_tokens: int) -> Stats:
-    ends = frozenset(engine.artifact.spec.eos_token_ids)
+    ends, said = frozenset(engine.artifact.spec.eos_token_ids), list[int]()
+
+    def repeats(tokens: Sequence[int]) -> int | None:
+        return len(tokens) if before_loop([*said, *tokens]) < len(said) + len(tokens) else None
+
+    params = GenerationParams(num_tokens, end_tokens=ends, cut=repeats)
     with engine.new_sequence() as sequence:
-        for _ in sequence.generate(prompt, GenerationParams(num_tokens, end_tokens=ends)):
-            pass
+        for tokens in sequence.generate(prompt, params):
+            said += tokens
         return sequence.stats
 
 

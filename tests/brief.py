@@ -1,7 +1,9 @@
 """A machine measured and a plan rehearsed as briefly as can be: for what the numbers do not matter
 to."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 
@@ -20,12 +22,19 @@ HASTY = MeasuringEffort(
     least_link_bytes=4 << 20,
     most_link_bytes=4 << 20,
 )
-BRIEF = Effort(num_tokens=40)
+BRIEF = Effort(learn_seconds=3.0, time_seconds=0.3, plain_seconds=0.1)
 
 
 def be_brief(patch: pytest.MonkeyPatch) -> None:
     """Planning in this process measures hastily, and rehearses briefly one prompt of each kind."""
     one_of_each = tuple(calibration.in_turns(calibration.shipped_samples())[:5])
     patch.setattr(measure, "measure", partial(measure.measure, effort=HASTY))
-    patch.setattr(rehearsal, "rehearse", partial(rehearsal.rehearse, effort=BRIEF))
+    patch.setattr(rehearsal, "ANSWER_TOKENS", 24)
+    patch.setattr(rehearsal, "learn_acceptance", briefly(rehearsal.learn_acceptance))
+    patch.setattr(rehearsal, "time_rounds", briefly(rehearsal.time_rounds))
     patch.setattr(calibration, "shipped_samples", lambda: one_of_each)
+
+
+def briefly(rehearse: Callable[..., Any]) -> Callable[..., Any]:
+    """The same with less effort, which is its last argument."""
+    return lambda *given: rehearse(*given[:-1], BRIEF)

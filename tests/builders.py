@@ -8,7 +8,6 @@ import torch
 from families import save_random_model
 from safetensors.torch import load_file, save_file
 
-from subspec.artifacts.acceptance import Acceptance, Curve
 from subspec.artifacts.footprint import Ring, Shape, make_ledger
 from subspec.artifacts.format.store import Artifact, open_artifact
 from subspec.artifacts.model import Encoding, ModelSpec, Source
@@ -20,6 +19,7 @@ from subspec.planner.model.checkpoint import read_checkpoint
 from subspec.planner.model.hub import DEMO
 from subspec.planner.model.tokenizer_files import read_tokenizer
 from subspec.planner.solve.problem import make_tree
+from subspec.planner.solve.search import PRIOR
 from subspec.planner.solve.storage import (
     Storage,
     choose_resident,
@@ -50,7 +50,7 @@ PROFILE = Profile(
     draft_head=(Timing(1, 1e-4), Timing(8, 4e-4)),
     round_seconds=1e-4,
     int4_kernel="aten",
-    batch_invariant_widths=(8, 16, 24, 32, 48, 64),
+    batch_invariant_widths=((8, 16, 24, 32, 48, 64),),
     residual_weights_per_second=1e9,
 )
 
@@ -61,7 +61,7 @@ def make_plan(
     depth: int = 7,
     resident_share: float = 0.5,
     context: int = 256,
-    verify_width: int | None = None,
+    verify_widths: tuple[int, ...] | None = None,
     num_slots: int = 2,
     num_threads: int = 1,
     num_sequences: int = 1,
@@ -71,12 +71,12 @@ def make_plan(
     min_path_probability: float = 0.0,
 ) -> Plan:
     """A plan made by hand: any tree, any share of the stored bytes in fast memory, the smallest
-    ring. storage: raw unless it is given.
+    ring. storage: raw unless it is given. verify_widths: one, the next multiple of 8, unless given.
 
     One thread: with more, a busy machine makes each of many thousand tiny products wait.
     """
     storage = storage or raw_storage(spec)
-    verify_width = verify_width or -(-(1 + width * depth) // 8) * 8
+    verify_widths = verify_widths or (-(-(1 + width * depth) // 8) * 8,)
     stay = choose_resident(storage, int(storage.num_bytes * resident_share))
     resident = [part for part in stay if part.encoding == "raw"]
     residuals = [part for part in stay if part.encoding == "residual"]
@@ -88,7 +88,7 @@ def make_plan(
         shape = Shape(
             context,
             num_sequences,
-            verify_width,
+            verify_widths[-1],
             draft_width,
             context,
             num_threads,
@@ -116,14 +116,14 @@ def make_plan(
         num_sequences=num_sequences,
         method="substitute",
         tree=make_tree(width, depth, min_path_probability),
-        verify_width=verify_width,
+        verify_widths=verify_widths,
         num_threads=num_threads,
         int4_kernel=int4_kernel,
         prefill_tokens=context,
         placements=placements,
         residuals=storage.residuals,
         predicted={},
-        acceptance=Acceptance((Curve(1, "", (10,), (9,)),), measured=False),
+        acceptance=PRIOR,
     )
 
 

@@ -14,6 +14,7 @@ SAID = Prediction(
     time_to_first_token_seconds=0.5,
     fast_peak_bytes=8_000_000,
     tokens_per_round=2.5,
+    levels_per_round=3.0,
     draft_seconds=0.05,
     verify_seconds=0.075,
     stream_seconds=0.05,
@@ -29,14 +30,16 @@ PLAN = Plan(
     num_sequences=1,
     method="substitute",
     tree=Tree(2, 3),
-    verify_width=8,
+    verify_widths=(8,),
     num_threads=1,
     int4_kernel="aten",
     prefill_tokens=64,
     placements={"substitute": PLACEMENT, "plain": PLACEMENT},
     residuals=(),
     predicted={"substitute": SAID, "plain": replace(SAID, tokens_per_second=8.0)},
-    acceptance=Acceptance((Curve(2, "code", (980, 784, 588), (784, 588, 294)),), measured=True),
+    acceptance=Acceptance(
+        (Curve(2, 0.0, "code", 8, 980, (980, 980, 980), (784, 588, 294), 0.25),), measured=True
+    ),
 )
 RUN = Run(
     time="2026-11-20T16:45:00Z",
@@ -50,9 +53,8 @@ RUN = Run(
     reused_tokens=0,
     generated_tokens=11,
     first_of_engine=False,
-    tried=(4, 3, 2),
+    drafted=(4, 4, 4),
     accepted=(1, 1, 0, 2),
-    drafted_levels=12,
     draft_seconds=0.25,
     verify_seconds=0.375,
     stream_wait_seconds=0.125,

@@ -39,7 +39,7 @@ def demo_artifact(folder: Path) -> Path:
     if not out.exists():
         torch.set_num_threads(1)  # two that wait for each other on a busy machine take minutes
         artifact = build_artifact(DEMO, out, width=2, depth=3)
-        said = Prediction(50.0, 0.1, 9_000_000, 2.0, 0.01, 0.01, 0.01, 0.01, 0.0, 4_000_000)
+        said = Prediction(50.0, 0.1, 9_000_000, 2.0, 3.0, 0.01, 0.01, 0.01, 0.01, 0.0, 4_000_000)
         plan = replace(artifact.plan, predicted={"substitute": said, "plain": said})
         write_json(out, "plan.json", plan)
         listed = artifact.manifest

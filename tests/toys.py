@@ -16,10 +16,27 @@ from subspec.artifacts.model import (
 )
 from subspec.artifacts.profile import LinkRate, Profile, Timing
 
+
+def make_curve(
+    width: int,
+    rate: float,
+    kind: str = "code",
+    min_path_probability: float = 0.0,
+    lasts: float = 1.0,
+    margin: float = 0.1,
+) -> Curve:
+    """64 levels, each accepted as often as any other. lasts: the share of the trees that go on
+    after a level, of those that have it."""
+    levels, trees = range(64), 10_000
+    drafted = [round(trees * lasts**level) for level in levels]
+    accepted = [min(round(trees * rate ** (n + 1)), drafted[n]) for n in levels]
+    return Curve(
+        width, min_path_probability, kind, 5, trees, tuple(drafted), tuple(accepted), margin
+    )
+
+
 # Most levels are accepted, as often deep in a tree as at its root.
-ACCEPTANCE = Acceptance(
-    (Curve(1, "code", (500,), (400,)), Curve(3, "code", (500,), (450,))), measured=True
-)
+ACCEPTANCE = Acceptance((make_curve(1, 0.8), make_curve(3, 0.9)), measured=True)
 
 
 def make_spec(
@@ -92,7 +109,7 @@ def make_profile(**changes: Any) -> Profile:
         draft_head=(Timing(1, 5e-5, 5e-5), Timing(8, 1e-4, 1e-4)),
         round_seconds=1e-4,
         int4_kernel="aten",
-        batch_invariant_widths=(8, 16, 32, 64),
+        batch_invariant_widths=((8, 16, 32, 64),),
         residual_weights_per_second=0.0,
     )
     return replace(profile, **changes)
