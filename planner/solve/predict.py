@@ -14,6 +14,11 @@ from subspec.artifacts.plan import Prediction, Tree, Usage
 from subspec.artifacts.profile import LIVE_TOKENS, MORE_TOKENS, Profile, Timing, seconds_at
 from subspec.planner.solve.storage import Storage
 
+# While threads that compute keep all CPUs busy, one that reads gets to run every few milliseconds
+# only. A ring that holds less of the link than that stands still in between (docs/LOG.md).
+READ_AHEAD_SECONDS = 0.006
+SHORT_RING_SHARE = 0.5
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -132,6 +137,8 @@ def predict(
     corrections, coded = profile.corrections, candidate.storage.coded_weights
     decode = coded / profile.residual_weights_per_second if coded else 0.0
     link_rate = profile.link_rate(candidate.ring.block_bytes if candidate.ring else 0)
+    if profile.device == "cpu" and candidate.ring_bytes < READ_AHEAD_SECONDS * link_rate:
+        link_rate *= SHORT_RING_SHARE
     link, compute = streamed / link_rate, passes.exact + decode
 
     def overlapped(link: float, compute: float) -> float:

@@ -24,7 +24,7 @@ from subspec.planner.solve.storage import NUM_SHARES, Storage, held_decoded, sto
 
 WIDTHS = (1, 2, 4, 8)
 DEPTHS = (*range(1, 13), *range(14, 33, 2), 40, 48, 64)
-NUM_SLOTS = (2, 3, 4)  # of a ring: one is read while one is filled; more even out block sizes
+NUM_SLOTS = (2, 4, 8)  # of a ring: one is read while the others are filled
 # Temperature of the draft's probabilities. Of a greedy target a token is accepted more often than
 # its probability says: at 0.5 a path's is about how often it is accepted on a real model. Trees
 # grow as well as at 0.2, the paper's (arXiv 2509.18344, section 4.2; docs/LOG.md).
