@@ -137,8 +137,9 @@ def predict(
     corrections, coded = profile.corrections, candidate.storage.coded_weights
     decode = coded / profile.residual_weights_per_second if coded else 0.0
     link_rate = profile.link_rate(candidate.ring.block_bytes if candidate.ring else 0)
-    if profile.device == "cpu" and candidate.ring_bytes < READ_AHEAD_SECONDS * link_rate:
-        link_rate *= SHORT_RING_SHARE
+    if profile.device == "cpu" and candidate.ring:
+        read_ahead = candidate.ring_bytes / READ_AHEAD_SECONDS
+        link_rate = min(link_rate, max(SHORT_RING_SHARE * link_rate, read_ahead))
     link, compute = streamed / link_rate, passes.exact + decode
 
     def overlapped(link: float, compute: float) -> float:
