@@ -115,7 +115,9 @@ class Acceptance:
         """What rounds with trees 0, 1, ... `deepest` levels deep give."""
         curve = self.curve(width, min_path_probability, kind)
         reached = shares_of(curve.accepted, curve.num_trees, deepest)
-        drafted = shares_of(curve.drafted, curve.num_trees, deepest)
+        # Beyond what was counted trees go on as they did, and nothing is known to be accepted.
+        last = (curve.num_trees, *curve.drafted)[-1]
+        drafted = shares_of(curve.drafted, curve.num_trees, deepest, last)
         tokens = accumulate(reached, initial=1.0)
         squares = accumulate(((2 * n + 1) * p for n, p in enumerate(reached, 1)), initial=1.0)
         levels = accumulate(drafted, initial=0.0)
@@ -124,9 +126,11 @@ class Acceptance:
         return tuple(RoundYield(*one) for one in zip(tokens, squares, levels, shares, strict=True))
 
 
-def shares_of(counts: Sequence[int], num_trees: int, depth: int) -> tuple[float, ...]:
-    """Counts by level over the trees; levels that no tree had are 0."""
-    some = (*counts[:depth], *(0,) * (depth - len(counts)))
+def shares_of(
+    counts: Sequence[int], num_trees: int, depth: int, beyond: int = 0
+) -> tuple[float, ...]:
+    """Counts by level over the trees; beyond: the count of levels that were not counted."""
+    some = (*counts[:depth], *(beyond,) * (depth - len(counts)))
     return tuple(count / max(1, num_trees) for count in some)
 
 

@@ -13,11 +13,10 @@ from subspec.artifacts.common.bounds import (
     MOST_LEVELS,
     Between,
     Count,
-    Length,
     Probability,
     Threads,
     TreeWidth,
-    VerifyWidth,
+    VerifyWidths,
 )
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.sizes import LARGEST, format_size
@@ -165,7 +164,7 @@ class Plan:
     tree: Tree
     # An exact pass of decoding is padded to one of these numbers of rows per sequence, ascending. A
     # row has the same bits in all of them.
-    verify_widths: Annotated[tuple[VerifyWidth, ...], Length(1, 64)]
+    verify_widths: VerifyWidths
     num_threads: Threads  # of the CPU; a result's bits depend on it
     int4_kernel: Int4Kernel
     prefill_tokens: Positive  # of a prompt that are processed in one stream of the weights

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Annotated
 
-from subspec.artifacts.common.bounds import Between, Count, Length, Threads, VerifyWidth
+from subspec.artifacts.common.bounds import Between, Count, Length, Threads, VerifyWidths
 from subspec.artifacts.plan import DeviceKind, Int4Kernel
 
 FASTEST = 1e15  # bytes or weights a second
@@ -78,7 +78,7 @@ class Profile:
     residual_weights_per_second: Rate  # decoded from residuals; 0: not on this machine
     int4_kernel: Int4Kernel
     # Groups of widths, ascending: a row has the same bits at any place in all widths of a group.
-    batch_invariant_widths: tuple[tuple[VerifyWidth, ...], ...]
+    batch_invariant_widths: tuple[VerifyWidths, ...]
     corrections: Corrections = Corrections()
 
     def link_rate(self, block_bytes: int) -> float:
@@ -101,6 +101,8 @@ def out_of_order(profile: Profile) -> str:
         for name, timings in vars(profile).items()
         if timings and isinstance(timings, tuple) and isinstance(timings[0], Timing)
     }
+    groups = enumerate(profile.batch_invariant_widths)
+    lists |= {f"batch_invariant_widths[{n}]": list(group) for n, group in groups}
     return next((n for n, x in lists.items() if any(b <= a for a, b in pairwise(x))), "")
 
 

@@ -17,7 +17,6 @@ from subspec.artifacts.model import (
 from subspec.artifacts.profile import LinkRate, Profile, Timing
 
 
-
 def make_curve(
     width: int,
     rate: float,

@@ -69,5 +69,6 @@ Count = Annotated[int, Between(0, 1 << 62)]  # of tokens, bytes, rounds
 Seconds = Annotated[float, Between(0, 1e9)]
 Threads = Annotated[int, Between(1, 1024)]
 VerifyWidth = Annotated[int, Between(1, 4096)]
+VerifyWidths = Annotated[tuple[VerifyWidth, ...], Length(1, 64)]
 TreeWidth = Annotated[int, Between(1, 256)]
 MOST_LEVELS = 1024  # of a tree

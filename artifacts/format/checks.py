@@ -24,6 +24,7 @@ from subspec.artifacts.model import (
 from subspec.artifacts.plan import Placement, Plan
 
 LARGEST_MODEL_BYTES = 1 << 44  # 16 TiB, about 262,144 parts
+MOST_THRESHOLDS = 64  # at which drafts end: a search takes its time for each
 STORED_DTYPES: dict[DType, str] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
@@ -102,6 +103,12 @@ def check_plan(spec: ModelSpec, stored: list[StoredPart], plan: Plan) -> None:
             f"{list(plan.verify_widths)} and context {plan.context} are inconsistent",
         )
     _check_curves(plan.acceptance.curves)
+    thresholds = plan.acceptance.thresholds
+    if len(thresholds) > MOST_THRESHOLDS:
+        raise _wrong(
+            "plan.json",
+            f"acceptance has {len(thresholds)} thresholds, expected at most {MOST_THRESHOLDS}",
+        )
 
 
 def _check_curves(curves: Sequence[Curve]) -> None:

@@ -28,13 +28,13 @@ from subspec.planner.build.artifact import rebuild
 
 FORMAT = Path(__file__).parents[2] / "docs" / "format.md"
 LINE = (
-    b'{"accepted":[1,1,0,2],"draft_seconds":0.25,"drafted_levels":12,"fast_peak_bytes":7500000,'
+    b'{"accepted":[1,1,0,2],"draft_seconds":0.25,"drafted":[4,4,4],"fast_peak_bytes":7500000,'
     b'"first_of_engine":false,"first_token_seconds":0.5,"generated_tokens":11,"greedy":true,'
     b'"link_bandwidth":null,"machine":"cpu: a toy, 2 cpus","method":"substitute","padded":true,'
     b'"plan":"' + b"ab" * 32 + b'","predicted_first_token_seconds":0.5,'
     b'"predicted_peak_bytes":8000000,"predicted_tokens_per_second":20.0,"prompt_tokens":24,'
     b'"reused_tokens":0,"stream_wait_seconds":0.125,"streamed_bytes":20000000,'
-    b'"time":"2026-11-20T16:45:00Z","tried":[4,3,2],"verify_seconds":0.375}\n'
+    b'"time":"2026-11-20T16:45:00Z","verify_seconds":0.375}\n'
 )
 
 
@@ -77,6 +77,9 @@ def test_its_figures_are_those_of_the_answer() -> None:
     assert RUN.rounds == 4
     assert RUN.tokens_per_second == 16.0
     assert RUN.accepted_by_level == (3, 2, 2)
+    assert RUN.drafted_levels == 12
+    early = make_run(drafted=(4, 2, 2), accepted=(1, 1, 0, 2))
+    assert (early.drafted_levels, load_run(dump_run(early))) == (8, early)
 
 
 @pytest.mark.parametrize(
@@ -100,8 +103,11 @@ def test_its_figures_are_those_of_the_answer() -> None:
         LINE.replace(b'"prompt_tokens":24', b'"prompt_tokens":-24'),
         LINE.replace(b'"accepted":[1,1,0,2]', b'"accepted":[]'),
         LINE.replace(b'"accepted":[1,1,0,2]', b'"accepted":[1,1,0,2,3]'),
-        LINE.replace(b'"tried":[4,3,2]', b'"tried":[4,1,2]'),
-        LINE.replace(b'"tried":[4,3,2]', b'"tried":[' + b"4," * 2000 + b"4]"),
+        LINE.replace(b'"drafted":[4,4,4]', b'"drafted":[4,1,1]'),  # two rounds accepted level 3
+        LINE.replace(b'"drafted":[4,4,4]', b'"drafted":[4,3,4]'),
+        LINE.replace(b'"drafted":[4,4,4]', b'"drafted":[5,4,4]'),  # of four rounds
+        LINE.replace(b'"drafted":[4,4,4]', b'"drafted":[4,4,-4]'),
+        LINE.replace(b'"drafted":[4,4,4]', b'"drafted":[' + b"4," * 2000 + b"4]"),
         LINE.replace(b'"time":"2026-11-20T16:45:00Z"', b'"time":"yesterday"'),
         LINE.replace(b'"plan":"ab', b'"plan":"zz'),
         LINE.replace(b"a toy", b"a toy" + b" " * runs.LONGEST_LINE),

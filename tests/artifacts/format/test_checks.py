@@ -52,10 +52,10 @@ LARGEST_PART = max(part.padded_bytes for part in RAW)
 STREAMING = Placement((), (), LARGEST_PART, 2, Ledger(staging=2 * LARGEST_PART, cache=1000))
 PLAN = Plan(
     device="cpu", machine="test", budget_bytes=2 * LARGEST_PART + 1000, context=100,
-    num_sequences=1, method="substitute", tree=Tree(2, 3), verify_width=7, num_threads=1,
+    num_sequences=1, method="substitute", tree=Tree(2, 3), verify_widths=(3, 7), num_threads=1,
     int4_kernel="aten", prefill_tokens=64, residuals=(), predicted={},
     placements={"substitute": STREAMING, "plain": STREAMING},
-    acceptance=Acceptance((Curve(2, "code", (10, 6), (6, 3)),), measured=True),
+    acceptance=Acceptance((Curve(2, 0.0, "code", 2, 10, (10, 9), (6, 3)),), measured=True),
 )  # fmt: skip
 
 
@@ -162,12 +162,18 @@ WRONG_PLANS: dict[str, dict[str, Any]] = {
     "slots too small": placed("plain", block_bytes=LARGEST_PART - 1),
     "huge slots": placed("plain", block_bytes=1 << 62),
     "no width": {"tree": Tree(0, 3)},
-    "wide tree": {"tree": Tree(10**6, 1), "verify_width": 10**7},
+    "wide tree": {"tree": Tree(10**6, 1), "verify_widths": (10**7,)},
     "negative depth": {"tree": Tree(1, -1)},
     "no temperature": {"tree": Tree(2, 3, temperature=0.0)},
     "a stop below nothing": {"tree": Tree(2, 3, min_path_probability=-0.1)},
     "a stop below everything": {"tree": Tree(2, 3, min_path_probability=1.0)},
-    "more nodes than rows": {"verify_width": 6},
+    "more nodes than rows": {"verify_widths": (3, 6)},
+    "no rows": {"verify_widths": ()},
+    "passes of no rows": {"verify_widths": (0, 7)},
+    "many rows": {"verify_widths": (7, 4097)},
+    "many widths": {"verify_widths": tuple(range(7, 72))},
+    "widths that descend": {"verify_widths": (8, 7)},
+    "a width twice": {"verify_widths": (7, 7)},
     "context beyond the model": {"context": 101},
     "no context": {"context": 0},
     "no threads": {"num_threads": 0},
@@ -184,16 +190,37 @@ def test_a_plan_that_does_not_go_together_is_refused(changes: dict[str, Any]) ->
     refused("plan.json", lambda: check_plan_as_read(replace(PLAN, **changes)))
 
 
+def counted(**changes: Any) -> tuple[Curve, ...]:
+    """A curve of 9 trees with two levels, but for the changes."""
+    return (replace(Curve(2, 0.3, "", 2, 9, (9, 6), (5, 2)), **changes),)
+
+
+def at_thresholds(count: int) -> tuple[Curve, ...]:
+    return tuple(curve for n in range(count) for curve in counted(min_path_probability=n / count))
+
+
 WRONG_COUNTS: dict[str, tuple[Curve, ...]] = {
-    "no level": (Curve(2, "", (), ()),),
-    "more levels than any tree has": (Curve(2, "", (1,) * 1025, (1,) * 1025),),
-    "a level without its other count": (Curve(2, "", (9, 5), (5,)),),
-    "more accepted than tried": (Curve(2, "", (9,), (10,)),),
-    "fewer than none": (Curve(2, "", (9,), (-1,)),),
-    "a level tried behind one that was rejected": (Curve(2, "", (9, 6), (5, 2)),),
-    "a tree of width 0": (Curve(0, "", (9,), (5,)),),
-    "a tree wider than any": (Curve(257, "", (9,), (5,)),),
-    "widths that descend": (Curve(3, "a", (9,), (5,)), Curve(1, "a", (9,), (5,))),
+    "more levels than any tree has": counted(drafted=(1,) * 1025, accepted=(1,) * 1025),
+    "a level without its other count": counted(accepted=(5,)),
+    "a level without a draft": counted(drafted=(9,)),
+    "more accepted than drafted": counted(accepted=(5, 7), drafted=(9, 6)),
+    "more drafted than trees": counted(drafted=(10, 6)),
+    "more drafted than one level before": counted(drafted=(5, 6), accepted=(5, 2)),
+    "more accepted than one level before": counted(accepted=(2, 3)),
+    "fewer than none": counted(accepted=(5, -1)),
+    "fewer drafts than none": counted(drafted=(9, -1), accepted=(5, -2)),
+    "no tree": counted(num_trees=0, drafted=(), accepted=()),
+    "fewer trees than none": counted(num_trees=-1),
+    "fewer answers than none": counted(num_answers=-1),
+    "a tree of width 0": counted(width=0),
+    "a tree wider than any": counted(width=257),
+    "a threshold below nothing": counted(min_path_probability=-0.1),
+    "a threshold that everything is below": counted(min_path_probability=1.0),
+    "a margin below nothing": counted(margin=-0.1),
+    "a margin beyond any tree": counted(margin=1e10),
+    "widths that descend": counted(width=3) + counted(width=1),
+    "thresholds that descend": counted() + counted(min_path_probability=0.2),
+    "more thresholds than a search has time for": at_thresholds(65),
 }
 
 
@@ -209,14 +236,15 @@ def test_a_plan_whose_drafts_end_early_passes() -> None:
         check_plan_as_read(replace(PLAN, tree=tree))
 
 
-def test_curves_of_several_kinds_may_have_one_width() -> None:
-    """A tree may end with its text: then fewer tried a level than accepted the one above it."""
+def test_curves_of_several_thresholds_and_kinds_may_have_one_width() -> None:
     curves = (
-        Curve(1, "b", (9, 5, 0), (5, 0, 0)),
-        Curve(1, "a", (9, 2), (5, 2)),
-        Curve(3, "", (1,), (0,)),
+        Curve(1, 0.0, "b", 1, 9, (9, 9, 9), (5, 0, 0)),
+        Curve(1, 0.0, "a", 1, 9, (9, 9), (9, 9), 2.5),
+        Curve(1, 0.25, "b", 1, 12, (12, 5, 0), (6, 5, 0)),
+        Curve(3, 0.0, "", 0, 1, (), ()),
     )
-    check_plan(SPEC, RAW, replace(PLAN, acceptance=Acceptance(curves, measured=True)))
+    for some in (curves, at_thresholds(64)):
+        check_plan_as_read(replace(PLAN, acceptance=Acceptance(some, measured=True)))
 
 
 def test_a_plan_that_streams_nothing_needs_no_slots_and_no_ledger() -> None:

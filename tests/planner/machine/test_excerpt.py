@@ -4,11 +4,12 @@ from toys import make_spec
 
 from subspec.artifacts.format.packing import dequantize, unpack_nibbles
 from subspec.planner.machine.excerpt import (
+    COMPARED_ROWS,
     CYCLED_BYTES,
     excerpt,
     fill_with_noise,
-    ignores_place,
     random_substitute,
+    rows_at_any_place,
 )
 from subspec.runtime.kernels.linear import exact_product, exact_product_into
 
@@ -97,7 +98,21 @@ def test_a_product_that_looks_at_the_place_of_a_row_is_found_out(width: int) -> 
         exact_product(x, weight, out, rows)
         out[-1] += 1
 
-    assert not ignores_place(slanted, weight, width)
+    assert rows_at_any_place(slanted, weight, width) is None
     if width % 8 == 0 and width <= 256:
-        assert ignores_place(exact_product, weight, width)
-        assert ignores_place(exact_product_into, weight, width)
+        assert rows_at_any_place(exact_product, weight, width) is not None
+        assert rows_at_any_place(exact_product_into, weight, width) is not None
+
+
+@pytest.mark.parametrize("num_columns", [64, 4096])
+def test_rows_of_different_widths_can_be_compared(num_columns: int) -> None:
+    """They are made of the same inputs; with one call for each row their bits are the same too."""
+    weight = torch.empty(64, num_columns, dtype=torch.bfloat16)
+    fill_with_noise(weight, 0.1)
+
+    def row_by_row(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, rows: int) -> None:
+        exact_product(x, weight, out, 1)
+
+    found = [rows_at_any_place(row_by_row, weight, width) for width in (8, 16, 64, 200)]
+    assert all(rows is not None and len(rows) == COMPARED_ROWS for rows in found)
+    assert all(torch.equal(found[0], rows) for rows in found)

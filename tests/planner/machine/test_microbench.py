@@ -4,15 +4,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 from toys import make_spec
 
 from subspec.artifacts.profile import LIVE_TOKENS, SHORTEST, Timing
+from subspec.planner.machine import microbench
 from subspec.planner.machine.microbench import (
     ATTENTION_WIDTHS,
     DRAFT_WIDTHS,
     EXACT_WIDTHS,
     FAST_WIDTHS,
-    PADDED_WIDTHS,
     USUAL_WIDTH,
     Bench,
     difference,
@@ -65,9 +66,33 @@ def test_a_draft_is_no_wider_than_the_vocabulary() -> None:
 def test_wide_passes_are_tried_only_while_there_is_time() -> None:
     bench = Bench(SMALL, CPU, HASTY)
     found = bench.batch_invariant_widths()
-    assert set(found) <= set(PADDED_WIDTHS)
     bench.effort = replace(HASTY, place_seconds=0.0)
-    assert bench.batch_invariant_widths() == tuple(w for w in found if w <= USUAL_WIDTH)
+    usual = (tuple(w for w in alike if w <= USUAL_WIDTH) for alike in found)
+    assert bench.batch_invariant_widths() == tuple(alike for alike in usual if alike)
+
+
+@torch.inference_mode()
+def test_widths_in_which_a_row_has_the_same_bits_are_a_group(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another kernel takes over from 32 rows on, and at 16 and 48 rows the last one differs."""
+
+    def product(x: Tensor, weight: Tensor, out: Tensor, rows_per_call: int) -> None:
+        out.copy_(x[:, :1].expand_as(out) + (len(x) >= 32))
+        if len(x) in (16, 48):
+            out[-1] += 1
+
+    monkeypatch.setattr(microbench, "exact_product", product)
+    monkeypatch.setattr(microbench, "exact_product_into", product)
+    bench = Bench(SMALL, CPU, replace(HASTY, place_seconds=0.0))
+    assert bench.batch_invariant_widths() == ((8, 24), (32, 40, 56, 64, 80, 96, 104, 128))
+
+
+def test_no_width_is_in_a_group_if_a_rows_bits_depend_on_its_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(microbench, "rows_at_any_place", lambda product, weight, width: None)
+    assert Bench(SMALL, CPU, HASTY).batch_invariant_widths() == ()
 
 
 def test_more_tokens_never_take_less_time() -> None:

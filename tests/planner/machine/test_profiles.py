@@ -59,7 +59,12 @@ FAULTS: dict[str, tuple[str, Any]] = {
     "a negative overhead": ("overhead_bytes", -1),
     "a negative round": ("round_seconds", -1.0),
     "no threads": ("num_threads", 0),
-    "a row of width 0": ("batch_invariant_widths", [0, 8]),
+    "passes of no rows": ("batch_invariant_widths", [[0, 8]]),
+    "widths outside of a group": ("batch_invariant_widths", [8, 16]),
+    "a group of no widths": ("batch_invariant_widths", [[8], []]),
+    "a group of more widths than a plan has": ("batch_invariant_widths", [list(range(1, 66))]),
+    "a group whose widths do not ascend": ("batch_invariant_widths", [[8, 16], [32, 24]]),
+    "a group with a width twice": ("batch_invariant_widths", [[8, 8]]),
 }  # fmt: skip
 
 

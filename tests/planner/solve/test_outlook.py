@@ -4,9 +4,9 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from toys import ACCEPTANCE, make_profile, make_spec
+from toys import ACCEPTANCE, make_curve, make_profile, make_spec
 
-from subspec.artifacts.acceptance import Acceptance, Curve
+from subspec.artifacts.acceptance import Acceptance
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.plan import USUAL, Constraints, Method, Plan, Point, Prediction, Usage
 from subspec.planner.solve.outlook import (
@@ -23,9 +23,7 @@ from subspec.planner.solve.storage import usual_storages
 
 SPEC = make_spec()
 METHODS: tuple[Method, ...] = ("substitute", "plain")
-TWO_KINDS = Acceptance(
-    (Curve(1, "code", (500,), (450,)), Curve(1, "prose", (500,), (200,))), measured=True
-)
+TWO_KINDS = Acceptance((make_curve(1, 0.9), make_curve(1, 0.4, "prose")), measured=True)
 
 
 def plan_for(budget_bytes: int, context: int | None = 256, **changes: Any) -> Plan:
@@ -91,7 +89,7 @@ def test_a_kind_of_text_is_as_fast_as_it_is_accepted() -> None:
     )
     tree = plan.tree
     for found, kind in ((code, "code"), (every, ""), (prose, "prose")):
-        expected = TWO_KINDS.tokens(tree.width, tree.depth, kind)
+        expected = TWO_KINDS.tokens(tree.width, tree.depth, 0.0, kind)
         assert found.tokens_per_round == pytest.approx(expected)
     assert code.tokens_per_second > every.tokens_per_second > prose.tokens_per_second
     assert code.verify_seconds == prose.verify_seconds
@@ -107,11 +105,25 @@ def test_a_longer_cache_makes_a_round_longer() -> None:
         assert far.time_to_first_token_seconds > 10 * near.time_to_first_token_seconds
 
 
-def test_a_plan_whose_drafts_may_end_early_foretells_whole_trees() -> None:
-    whole = plan_for(9_000_000)
-    early = replace(whole, tree=replace(whole.tree, min_path_probability=0.3))
-    usage = usage_within(256, USUAL)
-    assert foretold(early, "substitute", usage) == foretold(whole, "substitute", usage)
+def test_a_plan_whose_drafts_end_early_foretells_them() -> None:
+    """Of each kind, as it was counted with the plan's threshold."""
+    early = Acceptance(
+        (
+            make_curve(1, 0.8), make_curve(1, 0.7, "prose"),
+            make_curve(1, 0.79, "code", 0.3, lasts=0.9), make_curve(1, 0.69, "prose", 0.3, 0.8),
+        ),
+        measured=True,
+    )  # fmt: skip
+    whole = plan_for(9_000_000, acceptance=early)
+    tree = replace(whole.tree, min_path_probability=0.3)
+    plan = replace(whole, tree=tree)
+    for kind in ("", "code", "prose"):
+        usage = replace(usage_within(256, USUAL), kind=kind)
+        found, before = (foretold(one, "substitute", usage) for one in (plan, whole))
+        gives = early.yields(tree.width, tree.depth, 0.3, kind)[-1]
+        assert found.tokens_per_round == gives.tokens < before.tokens_per_round
+        assert found.levels_per_round == gives.levels < before.levels_per_round == tree.depth
+        assert found.draft_seconds < before.draft_seconds
 
 
 # Other budgets and contexts

@@ -7,46 +7,54 @@ from typing import Any
 import pytest
 from toys import make_profile, make_spec
 
-from subspec.artifacts.acceptance import Acceptance, Curve
+from subspec.artifacts.acceptance import ONE_TOKEN, Acceptance, Curve, RoundYield
 from subspec.artifacts.footprint import Ring
 from subspec.artifacts.plan import USUAL, Prediction, Tree, Usage
 from subspec.artifacts.profile import LIVE_TOKENS, MORE_TOKENS, Corrections, Profile, Timing
 from subspec.planner.machine.profiles import with_link
 from subspec.planner.solve.predict import (
-    ONE_TOKEN,
     Candidate,
-    RoundYield,
     both_at_once,
     passes_of,
     predict,
     rounds_needed,
+    shares_by_width,
     usage_within,
-    yields_by_depth,
 )
 from subspec.planner.solve.storage import raw_storage, usual_storages
 
 CODED, *_, RAW = usual_storages(make_spec())
 RING = Ring(1 << 20, 2)
-CHAIN = Candidate(RAW, Tree(1, 4), 8, RING)
-PLAIN = Candidate(RAW, None, 8, RING)
+CHAIN = Candidate(RAW, Tree(1, 4), (8,), RING)
+PLAIN = Candidate(RAW, None, (8,), RING)
 LINK = 100e6  # bytes per second of the toy's link at 1 MiB
-HALF = Acceptance((Curve(1, "", (1000,), (500,)),), measured=True)
+HALF = Acceptance((Curve(1, 0.0, "", 9, 1600, (1600,) * 4, (800, 400, 200, 100)),), measured=True)
 AS_TIMED = Usage(64, 2 * (LIVE_TOKENS - 64))  # halfway through it the cache is as it was timed
 ALONE: dict[str, float] = {"contended_link": 1.0, "contended_compute": 1.0}
 SHARES = (0.01, 0.2, 0.5, 0.9, 1.0)
 
 
+def never_accepted(*shares: float) -> RoundYield:
+    """shares: of the rounds that draft 0, 1, ... levels."""
+    return RoundYield(1.0, 1.0, sum(n * share for n, share in enumerate(shares)), shares)
+
+
+def whole_tree(tree: Tree | None) -> RoundYield:
+    return never_accepted(*(0.0,) * tree.depth, 1.0) if tree else ONE_TOKEN
+
+
 def predicted(
     candidate: Candidate,
     streamed: int = 0,
-    gives: RoundYield = ONE_TOKEN,
+    gives: RoundYield | None = None,
     prefill_tokens: int = 128,
     usage: Usage = AS_TIMED,
     **changes: Any,
 ) -> Prediction:
-    profile = make_profile(**changes)
+    """gives: of a whole tree that is never accepted, unless it is given."""
+    profile, gives = make_profile(**changes), gives or whole_tree(candidate.tree)
     passes = passes_of(
-        make_spec(), profile, candidate.tree, candidate.verify_width, prefill_tokens, usage
+        make_spec(), profile, candidate.tree, candidate.verify_widths, gives, prefill_tokens, usage
     )
     return predict(profile, candidate, passes, streamed, gives, 0, usage)
 
@@ -56,16 +64,6 @@ def never_rises(seconds: list[float]) -> None:
 
 
 # Tokens of a round, rounds of an answer
-
-
-def test_a_round_gives_what_was_accepted_and_the_exact_models_own() -> None:
-    """Half of the drafts are right: 1, 2, 3, 4 tokens in 1/2, 1/4, 1/8, 1/8 of the rounds."""
-    assert yields_by_depth(HALF, 1, 3, "") == (
-        ONE_TOKEN,
-        RoundYield(1.5, 0.5 + 4 * 0.5),
-        RoundYield(1.75, 0.5 + 4 * 0.25 + 9 * 0.25),
-        RoundYield(1.875, 0.5 + 4 * 0.25 + 9 * 0.125 + 16 * 0.125),
-    )
 
 
 def counted_rounds(num_tokens: int, reached: list[float]) -> float:
@@ -81,7 +79,7 @@ def counted_rounds(num_tokens: int, reached: list[float]) -> float:
 
 def yield_with(reached: list[float]) -> RoundYield:
     squares = sum((2 * n + 1) * p for n, p in enumerate(reached, 1))
-    return RoundYield(1 + sum(reached), 1 + squares)
+    return replace(ONE_TOKEN, tokens=1 + sum(reached), tokens_squared=1 + squares)
 
 
 @pytest.mark.parametrize("rate", [0.3, 0.8, 0.95, 0.99])
@@ -114,7 +112,7 @@ def test_plain_decoding_needs_a_round_for_each_token() -> None:
 def test_a_round_on_a_slow_link_lasts_as_long_as_the_link() -> None:
     """10 MiB stream, less than 2 MiB of them arrive while the draft runs; one block of compute is
     left at the end."""
-    found = predicted(CHAIN, 10 << 20, yields_by_depth(HALF, 1, 4, "")[-1], **ALONE)
+    found = predicted(CHAIN, 10 << 20, HALF.yields(1, 4)[-1], **ALONE)
     assert found.draft_seconds == pytest.approx(4 * (8 * 5e-5 + 5e-5))
     assert found.compute_seconds == pytest.approx(8 * 2e-4 + 1e-4 + 7 / 63 * 3e-4)
     ahead = found.draft_seconds * LINK
@@ -123,22 +121,69 @@ def test_a_round_on_a_slow_link_lasts_as_long_as_the_link() -> None:
     assert found.verify_seconds == pytest.approx(link + found.compute_seconds / 10 + 1e-4)
     assert found.stream_seconds == (10 << 20) / LINK
     assert found.tokens_per_round == 1.9375
-    rounds = rounds_needed(127, yields_by_depth(HALF, 1, 4, "")[-1])
+    rounds = rounds_needed(127, HALF.yields(1, 4)[-1])
     total = found.draft_seconds + found.verify_seconds
     assert found.tokens_per_second == pytest.approx(127 / (rounds * total))
 
 
 def test_no_more_than_the_ring_crosses_the_link_ahead() -> None:
     slow = tuple(make_profile().draft_layer[-1:])
-    found = predicted(replace(CHAIN, tree=Tree(8, 100)), 10 << 20, draft_layer=slow, **ALONE)
+    found = predicted(
+        replace(CHAIN, tree=Tree(8, 100), verify_widths=(801,)), 10 << 20, draft_layer=slow, **ALONE
+    )
     assert found.draft_seconds * LINK > 2 << 20
     link = (8 << 20) / LINK
     assert found.verify_seconds == pytest.approx(link + found.compute_seconds / 10 + 1e-4)
 
 
 def test_the_first_level_of_a_draft_has_one_row() -> None:
-    found = predicted(replace(CHAIN, tree=Tree(8, 3)))
+    found = predicted(replace(CHAIN, tree=Tree(8, 3), verify_widths=(25,)))
     assert found.draft_seconds == pytest.approx((8 * 5e-5 + 5e-5) + 2 * (8 * 2e-4 + 1e-4))
+
+
+def test_a_draft_takes_as_long_as_the_levels_that_it_usually_has() -> None:
+    wide = replace(CHAIN, tree=Tree(8, 3), verify_widths=(25,))
+    first, level = 8 * 5e-5 + 5e-5, 8 * 2e-4 + 1e-4
+    for shares, seconds in (
+        ((0.0, 0.25, 0.5, 0.25), first + level),
+        ((0.0, 1.0), first),
+        ((0.5, 0.5), first),  # some level is drafted, so there is a first one
+        ((1.0,), 0.0),
+    ):
+        found = predicted(wide, gives=never_accepted(*shares))
+        assert found.draft_seconds == pytest.approx(seconds)
+        assert found.levels_per_round == sum(n * share for n, share in enumerate(shares))
+
+
+def test_a_verification_is_as_wide_as_its_draft_needs() -> None:
+    """Drafts of 0, 1, 2, 3 levels have 1, 3, 5, 7 nodes."""
+    tree, gives = Tree(2, 3), never_accepted(0.125, 0.25, 0.0, 0.625)
+    for widths, expected in (
+        ((7,), {7: 1.0}),
+        ((3, 8), {3: 0.375, 8: 0.625}),
+        ((1, 2, 4, 6, 8), {1: 0.125, 4: 0.25, 8: 0.625}),
+        ((5, 64), {5: 0.375, 64: 0.625}),
+    ):
+        assert shares_by_width(tree, widths, gives) == expected
+    found = predicted(replace(CHAIN, tree=tree, verify_widths=(1, 8, 64)), gives=gives)
+    one, eight = 8 * 1e-4 + 1e-4, 8 * 2e-4 + 1e-4 + 7 / 63 * 3e-4
+    assert found.compute_seconds == pytest.approx(0.125 * one + 0.875 * eight)
+
+
+def test_more_widths_and_drafts_that_end_sooner_are_never_slower() -> None:
+    tree = Tree(2, 15)
+    ending = [never_accepted(*(0.0,) * n, 0.75, *(0.0,) * (14 - n), 0.25) for n in range(15)]
+    every = (whole_tree(tree), *reversed(ending))
+    ladder = ((64,), (32,), (16, 32), (8, 16, 32), (1, 2, 4, 8, 16, 24, 32))
+    rounds = [
+        [predicted(replace(CHAIN, tree=tree, verify_widths=widths), 1 << 20, gives)
+         for widths in ladder]
+        for gives in every
+    ]  # fmt: skip
+    for row in rounds:
+        never_rises([found.verify_seconds for found in row])
+    for column in zip(*rounds, strict=True):
+        never_rises([found.draft_seconds + found.compute_seconds for found in column])
 
 
 def test_a_candidate_without_a_ring_streams_nothing_and_takes_as_long_as_it_computes() -> None:

@@ -1,36 +1,42 @@
 """The search: nothing feasible is better, more is never slower, the user is never overruled."""
 
+import math
 import random
 import re
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import accumulate
+from operator import mul
 from typing import Any
 
 import pytest
 from samples import sampled
-from toys import ACCEPTANCE, make_profile, make_spec
+from toys import ACCEPTANCE, make_curve, make_profile, make_spec
 
-from subspec.artifacts.acceptance import Acceptance, Curve
+from subspec.artifacts.acceptance import ONE_TOKEN, Acceptance, Curve
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.sizes import parse_size
 from subspec.artifacts.footprint import ALLOCATOR_BYTES, Ring, model_bytes
 from subspec.artifacts.format.checks import check_plan
 from subspec.artifacts.model import HEAD, ModelSpec
 from subspec.artifacts.plan import USUAL, Constraints, Plan
-from subspec.artifacts.profile import Corrections, LinkRate, Profile
+from subspec.artifacts.profile import Corrections, LinkRate, Profile, Timing
 from subspec.planner.machine.profiles import with_link
 from subspec.planner.solve import problem as problem_module
 from subspec.planner.solve.predict import (
-    ONE_TOKEN,
     Candidate,
     passes_of,
     predict,
     usage_within,
-    yields_by_depth,
 )
-from subspec.planner.solve.problem import base_ledger, candidates, left_over, make_problem
-from subspec.planner.solve.search import PRIOR, place, search
+from subspec.planner.solve.problem import (
+    base_ledger,
+    candidates,
+    left_over,
+    make_problem,
+    padded_widths,
+)
+from subspec.planner.solve.search import PRIOR, PRIOR_LEVELS, PRIOR_RATES, place, search
 from subspec.planner.solve.storage import (
     Storage,
     choose_resident,
@@ -44,6 +50,15 @@ LONG = Constraints(context=1024)
 NUM_PARTS = len(make_spec().parts)
 DECODE_RATES = (0.0, 2e7, 2e8)  # weights/s; the toy's link brings 5e7 raw ones
 SHARES = ((1.0, 1.0), (0.2, 0.2), (0.05, 0.9), (0.9, 0.05))  # kept while link and compute are busy
+# Trees that end early do so mostly where they would be rejected.
+EARLY = Acceptance(
+    (
+        make_curve(1, 0.8), make_curve(1, 0.79, "code", 0.3, lasts=0.86),
+        make_curve(3, 0.9), make_curve(3, 0.89, "code", 0.3, lasts=0.93),
+    ),
+    measured=True,
+)  # fmt: skip
+SLOW_DRAFT = make_profile(draft_layer=(Timing(1, 3e-4), Timing(8, 1e-3)))
 CHECKED = random.Random(1).sample(range(5_800_000, 17_000_000), 40)
 
 
@@ -108,11 +123,27 @@ def test_nothing_feasible_is_better_for_the_residuals_of_an_artifact(
             plan_for(budget_bytes, profile=profile, stored=storage)
 
 
-def best_of_all(budget_bytes: int, profile: Profile, stored: Storage | None = None) -> float:
+@pytest.mark.parametrize("budget_bytes", [9_000_000, 12_000_000])
+@pytest.mark.parametrize("alike", [((8, 16, 32, 64),), ((8, 24), (16, 32, 64))])
+def test_nothing_feasible_is_better_where_drafts_may_end_early(
+    budget_bytes: int, alike: tuple[tuple[int, ...], ...], small_space: None
+) -> None:
+    profile = replace(SLOW_DRAFT, batch_invariant_widths=alike)
+    plan = plan_for(budget_bytes, profile=profile, acceptance=EARLY)
+    assert speed(plan) == best_of_all(budget_bytes, profile, acceptance=EARLY)
+    assert plan.verify_widths == padded_widths(profile, plan.tree.num_nodes)
+
+
+def best_of_all(
+    budget_bytes: int,
+    profile: Profile,
+    stored: Storage | None = None,
+    acceptance: Acceptance = ACCEPTANCE,
+) -> float:
     """Every candidate, its ledger added up, its parts named, its prediction asked of predict.py."""
     spec = make_spec()
     problem = make_problem(
-        spec, profile, budget_bytes, Constraints(context=256), ACCEPTANCE, stored
+        spec, profile, budget_bytes, Constraints(context=256), acceptance, stored
     )
     usage = usage_within(256, USUAL)
     every = list(candidates(problem))
@@ -132,11 +163,12 @@ def best_of_all(budget_bytes: int, profile: Profile, stored: Storage | None = No
         inside = {*placement.resident, *placement.residuals}
         streamed = group_bytes(p for p in candidate.storage.parts if p.name not in inside)
         tree, gives = candidate.tree, ONE_TOKEN
-        passes = passes_of(
-            spec, profile, tree, candidate.verify_width, problem.prefill_tokens, usage
-        )
         if tree:
-            gives = yields_by_depth(ACCEPTANCE, tree.width, tree.depth)[-1]
+            stop = tree.min_path_probability
+            gives = acceptance.yields(tree.width, tree.depth, stop)[-1]
+        passes = passes_of(
+            spec, profile, tree, candidate.verify_widths, gives, problem.prefill_tokens, usage
+        )
         found = predict(profile, candidate, passes, streamed, gives, 0, usage)
         speeds.append(found.tokens_per_second)
     return max(speeds)
@@ -169,7 +201,7 @@ def test_it_abstains_where_real_rounds_were_too_slow() -> None:
 
 
 def test_it_abstains_where_drafts_are_rejected() -> None:
-    never = Acceptance((Curve(1, "", (2000,), (0,)), Curve(3, "", (2000,), (0,))), measured=True)
+    never = Acceptance((make_curve(1, 0.0), make_curve(3, 0.0)), measured=True)
     plan = plan_for(12_000_000, acceptance=never)
     assert plan.method == "plain"
     assert any("speculation would not pay" in reason for reason in plan.reasons)
@@ -187,20 +219,45 @@ def test_it_speculates_on_a_slow_link() -> None:
 # Ended early
 
 
-@pytest.mark.parametrize("stop", [0.0, 0.3])
-def test_a_draft_that_may_end_early_is_planned_as_a_whole_one_and_a_reason_says_so(
-    stop: float,
+def said_of_ends(plan: Plan) -> list[str]:
+    return [reason for reason in plan.reasons if "less probable than" in reason]
+
+
+def test_drafts_end_early_where_acceptance_says_that_it_pays() -> None:
+    """Levels that would be rejected are not drafted."""
+    plan = plan_for(12_000_000, profile=SLOW_DRAFT, acceptance=EARLY)
+    assert (plan.method, plan.tree.min_path_probability) == ("substitute", 0.3)
+    assert ["0.3" in reason for reason in said_of_ends(plan)] == [True]
+    predicted = plan.predicted["substitute"]
+    expected = EARLY.yields(plan.tree.width, plan.tree.depth, 0.3)[-1]
+    assert predicted.tokens_per_round == expected.tokens
+    assert predicted.levels_per_round == expected.levels < plan.tree.depth - 1
+    whole = Constraints(context=256, min_path_probability=0.0)
+    assert speed(plan) > speed(plan_for(12_000_000, whole, profile=SLOW_DRAFT, acceptance=EARLY))
+
+
+@pytest.mark.parametrize("lost", [0.05, 0.3])
+def test_drafts_are_whole_where_their_ends_cost_more_tokens_than_they_save_time(
+    lost: float,
 ) -> None:
-    whole = plan_for(12_000_000)
+    mistaken = Acceptance(
+        (make_curve(1, 0.9), make_curve(1, 0.9 - lost, "code", 0.3, lasts=0.99)), measured=True
+    )
+    plan = plan_for(12_000_000, profile=SLOW_DRAFT, acceptance=mistaken)
+    assert (plan.method, plan.tree.min_path_probability) == ("substitute", 0.0)
+    assert said_of_ends(plan) == []
+    assert plan.predicted["substitute"].levels_per_round == plan.tree.depth
+
+
+@pytest.mark.parametrize("stop", [0.0, 0.1, 0.3, 0.9])
+def test_a_threshold_that_the_user_fixed_is_kept(stop: float) -> None:
+    """One that was not counted is planned as the next smaller that was."""
     constraints = Constraints(context=256, min_path_probability=stop)
-    plan = plan_for(12_000_000, constraints)
-    assert whole.tree.min_path_probability == 0 and whole.method == "substitute"
-    assert plan.tree == replace(whole.tree, min_path_probability=stop)
-    assert (plan.predicted, plan.constraints) == (whole.predicted, constraints)
-    said = [reason for reason in plan.reasons if "less probable than" in reason]
-    assert len(said) == (stop > 0)
-    assert all("0.3" in one and "those of whole trees" in one for one in said)
-    assert not any("less probable than" in reason for reason in whole.reasons)
+    plan = plan_for(12_000_000, constraints, acceptance=EARLY)
+    assert (plan.tree.min_path_probability, plan.constraints) == (stop, constraints)
+    assert len(said_of_ends(plan)) == (stop > 0)
+    counted = replace(constraints, min_path_probability=0.3 if stop >= 0.3 else 0.0)
+    assert plan.predicted == plan_for(12_000_000, counted, acceptance=EARLY).predicted
 
 
 def test_a_plan_that_decodes_plainly_says_nothing_of_drafts_that_end_early() -> None:
@@ -209,8 +266,40 @@ def test_a_plan_that_decodes_plainly_says_nothing_of_drafts_that_end_early() -> 
         Constraints(context=256, min_path_probability=0.3, method="plain"),
     ):
         plan = plan_for(30_000_000, constraints)
-        assert plan.method == "plain"
-        assert not any("less probable than" in reason for reason in plan.reasons)
+        assert plan.method == "plain" and said_of_ends(plan) == []
+
+
+# Verify widths
+
+
+def test_a_draft_is_padded_to_widths_of_one_group() -> None:
+    """The group whose widest pass is the narrowest; of equal ones, that with more widths."""
+    profile = make_profile(batch_invariant_widths=((8, 24), (16, 32, 64)))
+    for num_nodes, expected in (
+        (1, (8,)), (8, (8,)), (9, (16,)), (16, (16,)), (17, (8, 24)), (24, (8, 24)),
+        (25, (16, 32)), (33, (16, 32, 64)), (64, (16, 32, 64)), (65, None),
+    ):  # fmt: skip
+        assert padded_widths(profile, num_nodes) == expected
+    tied = make_profile(batch_invariant_widths=((8, 32), (16, 24, 32)))
+    assert padded_widths(tied, 25) == (16, 24, 32)
+    assert padded_widths(make_profile(batch_invariant_widths=()), 1) is None
+
+
+def test_a_plan_verifies_with_the_widths_that_its_drafts_need() -> None:
+    plan = plan_for(12_000_000, Constraints(context=256, width=3, depth=12), acceptance=EARLY)
+    assert plan.verify_widths == (8, 16, 32, 64) and plan.verify_width == 64
+    assert plan_for(12_000_000, Constraints(method="plain")).verify_widths == (8,)
+    abstains = plan_for(30_000_000)
+    assert (abstains.method, abstains.verify_widths) == ("plain", (8,))
+
+
+def test_more_widths_in_a_group_never_predict_slower(small_space: None) -> None:
+    """Drafts that end early need them."""
+    speeds = []
+    for alike in ((64,), (32, 64), (16, 32, 64), (8, 16, 32, 64), (2, 4, 8, 16, 24, 32, 48, 64)):
+        profile = replace(SLOW_DRAFT, batch_invariant_widths=(alike,))
+        speeds.append(speed(plan_for(12_000_000, profile=profile, acceptance=EARLY)))
+    assert speeds == sorted(speeds) and len(set(speeds)) > 1
 
 
 # Monotone
@@ -262,11 +351,18 @@ def test_more_memory_never_predicts_slower_however_link_and_compute_hinder_each_
     never_falls([speed(plan_for(budget, profile=profile)) for budget in sorted(CHECKED)])
 
 
+def test_more_memory_never_predicts_slower_where_drafts_may_end_early(small_space: None) -> None:
+    profile = replace(SLOW_DRAFT, batch_invariant_widths=((8, 24), (16, 32, 64)))
+    plans = [plan_for(b, profile=profile, acceptance=EARLY) for b in sorted(CHECKED)]
+    never_falls([speed(plan) for plan in plans])
+    assert {plan.tree.min_path_probability for plan in plans if plan.tree.depth} >= {0.3}
+
+
 def test_prompts_take_no_weights_place_when_memory_grows(small_space: None) -> None:
     """Wide layers: the activations of a prompt take as much as the weights."""
     given = {
         "spec": make_spec(inner_size=4096, num_heads=2),
-        "profile": make_profile(batch_invariant_widths=(8,)),
+        "profile": make_profile(batch_invariant_widths=((8,),)),
     }
     plans = [plan_for(b, LONG, **given) for b in range(20_000_000, 120_000_000, 500_007)]
     never_falls([speed(plan) for plan in plans])
@@ -304,9 +400,8 @@ def test_higher_acceptance_never_predicts_slower(
     budget_bytes: int, context: int, small_space: None
 ) -> None:
     """Also of answers that are shorter than the deepest tree."""
-    counts = [(Curve(1, "", (4000,), (100 * n,)), Curve(3, "", (3000,), (100 * n,)))
-              for n in range(31)]  # fmt: skip
-    rates = [Acceptance(curves, measured=True) for curves in counts]
+    curves = [(make_curve(1, n / 40), make_curve(3, n / 30)) for n in range(31)]
+    rates = [Acceptance(some, measured=True) for some in curves]
     constraints = Constraints(context=context)
     never_falls([speed(plan_for(budget_bytes, constraints, acceptance=rate)) for rate in rates])
 
@@ -315,10 +410,12 @@ def test_one_level_that_is_accepted_more_often_never_predicts_slower(small_space
     """Whatever the other levels do."""
     pick = random.Random(5)
     for level in (0, 1, 5, 12):
-        tried = [1000] * 13
-        below = [pick.randrange(100, 1000) for _ in tried]
-        more = [[*below[:level], n, *below[level + 1 :]] for n in range(100, 1001, 60)]
-        rates = [Acceptance((Curve(1, "", tuple(tried), tuple(a)),), True) for a in more]
+        below = [pick.uniform(0.1, 1) for _ in range(13)]
+        more = [[*below[:level], n / 1000, *below[level + 1 :]] for n in range(100, 1001, 60)]
+        trees = 10**9
+        counts = [[int(trees * share) for share in accumulate(rates, mul)] for rates in more]
+        curves = [Curve(1, 0.0, "", 9, trees, (trees,) * 13, tuple(some)) for some in counts]
+        rates = [Acceptance((curve,), measured=True) for curve in curves]
         never_falls([speed(plan_for(9_000_000, acceptance=rate)) for rate in rates])
 
 
@@ -706,15 +803,33 @@ def test_without_a_decoder_residuals_are_decoded_while_loading_or_not_at_all() -
 
 
 def test_the_priors_are_marked_as_such() -> None:
-    assert not PRIOR.measured
-    widths = [curve.width for curve in PRIOR.curves]
-    assert widths == sorted(widths)
-    assert plan_for(12_000_000, acceptance=PRIOR).acceptance == PRIOR
+    assert not PRIOR.measured and PRIOR.margin(2, 8) == math.inf
+    assert PRIOR.thresholds == (0.0,)  # what ends early is not known
+    plan = plan_for(12_000_000, acceptance=PRIOR)
+    assert plan.acceptance == PRIOR and plan.tree.min_path_probability == 0
+    check_plan(make_spec(), list(raw_storage(make_spec()).parts), plan)
+
+
+@pytest.mark.parametrize(
+    ("width", "rate"), [(1, 0.968), (2, 0.975), (3, 0.975), (4, 0.981), (8, 0.985), (16, 0.985)]
+)
+def test_the_prior_accepts_each_level_alike(width: int, rate: float) -> None:
+    reached = PRIOR.reached(width, PRIOR_LEVELS)
+    assert reached == pytest.approx([rate**n for n in range(1, 65)], abs=1e-4)
+    assert PRIOR.yields(width, PRIOR_LEVELS)[-1].levels == PRIOR_LEVELS
+
+
+def test_the_prior_of_a_width_lies_on_the_line_between_the_published_ones() -> None:
+    """Over the logarithm of the width: 0.968 at 1, 0.985 at 6 and beyond."""
+    assert tuple(PRIOR_RATES) == problem_module.WIDTHS
+    for width, rate in PRIOR_RATES.items():
+        share = min(1.0, math.log(width, 6))
+        assert rate == pytest.approx(0.968 + share * 0.017, abs=5e-4)
 
 
 def test_the_ring_is_dropped_when_nothing_streams() -> None:
     spec, constraints = make_spec(), Constraints(context=256, method="plain")
     problem = make_problem(spec, make_profile(), 30_000_000, constraints, ACCEPTANCE)
-    placement = place(problem, Candidate(raw_storage(spec), None, 8, Ring(1 << 20, 3)))
+    placement = place(problem, Candidate(raw_storage(spec), None, (8,), Ring(1 << 20, 3)))
     assert (placement.block_bytes, placement.num_slots, placement.ledger.staging) == (0, 0, 0)
     assert len(placement.resident) == len(spec.parts)
