@@ -64,7 +64,8 @@ def test_three_sequences_get_the_tokens_that_each_gets_alone_on_cuda(
     ids = [text.plain_ids(prompt) for prompt in PROMPTS]
     chosen = replan(
         artifact, width=2, depth=7, context=512, device="cuda",
-        verify_widths=widths_here(artifact.spec, "cuda", 15), num_sequences=3, min_path_probability=0.8,
+        verify_widths=widths_here(artifact.spec, "cuda", 15), num_sequences=3,
+        min_path_probability=0.8,
     )  # fmt: skip
     with Engine.open(chosen, OpenOptions(method)) as engine:
         alone = [answer(engine, prompt, 64, sampling) for prompt in ids]

@@ -103,7 +103,7 @@ def test_the_demo_is_measured_planned_built_and_rehearsed_in_brief(
 ) -> None:
     artifact = planned_demo(here, capsys)
     assert artifact.plan.acceptance.num_answers() >= 5
-    assert artifact.profile.corrections.num_rounds > 5
+    assert artifact.profile.corrections.num_rounds >= 2  # of either method one at least
 
 
 def planned_demo(here: Path, capsys: pytest.CaptureFixture[str]) -> Artifact:
@@ -123,9 +123,10 @@ def planned_demo(here: Path, capsys: pytest.CaptureFixture[str]) -> Artifact:
     assert acceptance.measured
     assert set(acceptance.kinds) <= {sample.kind for sample in shipped_samples()}
     assert len(acceptance.kinds) > 2
-    assert sorted({curve.width for curve in acceptance.curves}) == [1, 2, 4]
+    widths = sorted({curve.width for curve in acceptance.curves})
+    assert widths in ([1, 2], [1, 2, 4]), "as wide as a budget of 9 MB has room for in company"
     assert acceptance.thresholds == THRESHOLDS
-    assert 2 < acceptance.tokens(1, 6) < acceptance.tokens(4, 6) < 7
+    assert 2 < acceptance.tokens(1, 6) < acceptance.tokens(2, 6) < 7
     budgets = [point.budget_bytes for point in artifact.plan.by_budget]
     assert budgets == sorted(set(budgets)) and {9_000_000, 9_900_000} <= set(budgets)
     assert artifact.plan.context in {point.context for point in artifact.plan.by_context}
@@ -162,8 +163,7 @@ def test_a_rehearsal_takes_the_seconds_that_it_is_given(
 
     monkeypatch.setattr(rehearsal, "learn_acceptance", watched)
     build_artifact(DEMO, here / "there", width=2, depth=3)
-    (here / "mine.jsonl").write_text('{"chat": "Write a poem"}')
-    words = ("--from", "there", "--vram", "9MB", "--calibration", "mine.jsonl", "--rehearse")
+    words = ("--from", "there", "--vram", "9MB", "--rehearse")
     assert run(capsys, *words, seconds).exit_code == Exit.HUB
     assert asked == [pytest.approx(float(seconds))]
     assert run(capsys, *words, "none").exit_code == 0
@@ -403,6 +403,16 @@ def test_a_wrong_argument_is_noticed_before_anything_is_timed(
         (["--calibrate", "there", "--reprofile"], "--reprofile was given without --from"),
         (["--calibrate", "there", "--profile", "x.json"], "--calibrate takes what runs taught"),
         (["--calibrate", "there", "--calibration", "x"], "--calibrate takes what runs taught"),
+        (["--calibrate", "there", "--rehearse", "9"], "--calibrate takes what runs taught"),
+        (["--calibrate", "there", "--rehearse", "none"], "--calibrate takes what runs taught"),
+        (
+            ["--model", "demo", "--vram", "9MB", "--profile", "x", "--rehearse", "9"],
+            "--rehearse SECONDS does not apply",
+        ),
+        (
+            ["--from", "there", "--calibration", "x", "--rehearse", "none"],
+            "--rehearse none leaves it out",
+        ),
         (["--calibrate", "there", "--encoding", "raw"], "the weights of an artifact stay"),
         (["--calibrate", "there"], "there is not a folder"),
     ],

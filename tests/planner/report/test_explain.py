@@ -307,8 +307,8 @@ def test_the_json_object_has_the_documented_keys() -> None:
     }
     assert set(found["predicted"]) == {
         "tokens_per_second", "time_to_first_token_seconds", "fast_peak_bytes", "tokens_per_round",
-        "levels_per_round", "draft_seconds", "verify_seconds", "stream_seconds", "compute_seconds", "decode_seconds",
-        "streamed_bytes", "plain_tokens_per_second",
+        "levels_per_round", "draft_seconds", "verify_seconds", "stream_seconds", "compute_seconds",
+        "decode_seconds", "streamed_bytes", "plain_tokens_per_second",
     }  # fmt: skip
 
 
