@@ -229,12 +229,27 @@ def check_options(options: Options) -> None:
             "--revision do not apply",
             "leave them out, or plan with --model",
         )
-    if options.calibrate is not None and (options.profile or options.calibration):
+    rehearses = options.rehearse is not None
+    if options.calibrate is not None and (options.profile or options.calibration or rehearses):
         raise SubspecError(
             Exit.USAGE,
-            "--calibrate takes what runs taught under the profile that is there: --calibration "
-            "and --profile do not apply",
+            "--calibrate takes what runs taught under the profile that is there: --calibration, "
+            "--profile and --rehearse do not apply",
             "leave them out, or use --from",
+        )
+    if options.rehearse and options.profile is not None:
+        raise SubspecError(
+            Exit.USAGE,
+            "--profile plans for the machine of a file, whose plan is not run here: --rehearse "
+            "SECONDS does not apply",
+            "leave out one of them",
+        )
+    if options.rehearse == 0 and options.calibration is not None:
+        raise SubspecError(
+            Exit.USAGE,
+            "--calibration FILE is what a rehearsal measures acceptance on, and --rehearse none "
+            "leaves it out",
+            "leave out one of them",
         )
     if options.vram is None and options.artifact is None:
         raise SubspecError(Exit.USAGE, "--vram SIZE is missing", "such as --vram 8GB")

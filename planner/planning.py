@@ -154,7 +154,7 @@ def plan_again(
     profile = request.known_profile
     if profile is None:
         profile = profile_for(request, artifact, out, measure_again, progress, tell)
-    wants = request.samples is not None or (measure_again and sweeps)
+    wants = request.samples is not None or request.rehearse or (measure_again and sweeps)
     if wants and request.rehearse != 0:
         return rehearsed(request, artifact, profile, stored, progress, tell)
     plan = solve(request, spec, profile, artifact.plan.acceptance, stored)

@@ -1,24 +1,25 @@
-"""An engine with one sequence, as a rehearsal has it, and answers decoded there."""
+"""Answers decoded and trees grown along them, as a rehearsal does it."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
+from running import generated
 
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.plan import Method, Prediction, Usage
-from subspec.planner.rehearse.rehearsal import DecodedSample, decode
-from subspec.planner.rehearse.replay import Trees, judge, replay
+from subspec.planner.rehearse.rehearsal import decode_together
+from subspec.planner.rehearse.replay import Answer, Grown, walk
 from subspec.runtime.draft.drafter import SubstituteDrafter
 from subspec.runtime.engine import Engine
 from subspec.runtime.model.cache import Cache
-from subspec.runtime.model.sampling import Sampling
-from subspec.runtime.sequence import GenerationParams, Sequence
+from subspec.runtime.sequence import GenerationParams
+from subspec.runtime.sequence import Sequence as PlanSequence
 
 LONG = float("inf")  # until when there is time
 PROMPT = list(range(10, 50))
-SAID = Prediction(50.0, 0.1, 9_000_000, 2.0, 0.01, 0.02, 0.01, 0.01, 0.0, 4_000_000)
+SAID = Prediction(50.0, 0.1, 9_000_000, 2.0, 4.0, 0.01, 0.02, 0.01, 0.01, 0.0, 4_000_000)
 
 
 def said(method: Method, usage: Usage) -> Prediction:
@@ -27,12 +28,14 @@ def said(method: Method, usage: Usage) -> Prediction:
 
 @dataclass(frozen=True)
 class Stage:
+    """An engine, and all of its plan's sequences."""
+
     engine: Engine
-    sequence: Sequence
+    sequences: tuple[PlanSequence, ...]
 
     @property
-    def cache(self) -> Cache:
-        return self.sequence.cache
+    def caches(self) -> list[Cache]:
+        return [one.cache for one in self.sequences]
 
     @property
     def drafter(self) -> SubstituteDrafter:
@@ -40,25 +43,24 @@ class Stage:
         assert isinstance(drafter, SubstituteDrafter)
         return drafter
 
-    def decode(self, prompt: list[int], num_tokens: int = 40) -> DecodedSample:
-        return decode(self.engine, self.sequence, prompt, num_tokens, said, LONG)
+    def decode(self, *prompts: list[int]) -> list[Answer]:
+        return decode_together(self.engine, self.caches[: len(prompts)], list(prompts))
 
-    def answer(self, prompt: list[int], num_tokens: int) -> list[int]:
-        params = GenerationParams(num_tokens, Sampling())
-        return [token for some in self.sequence.generate(prompt, params) for token in some]
+    def answer(self, *prompts: list[int], num_tokens: int = 60) -> list[Answer]:
+        """By the loop that a user's answers take, whatever they repeat."""
+        params = GenerationParams(num_tokens)
+        pairs = list(zip(self.sequences, prompts, strict=False))
+        texts = [[*prompt, *generated(one, prompt, params)] for one, prompt in pairs]
+        return [
+            Answer(text, len(prompt), False) for text, (_, prompt) in zip(texts, pairs, strict=True)
+        ]
 
-    def judge(self, known: list[int] | tuple[int, ...], width: int) -> tuple[int, int]:
-        return judge(self.drafter, self.cache, known, width)
-
-    def replay(self, answer: DecodedSample, kind: str, trees: Trees) -> None:
-        replay(self.drafter, self.cache, answer.tokens, answer.starts, kind, trees, LONG)
+    def walk(self, answers: Sequence[Answer], width: int) -> list[list[Grown]]:
+        return walk(self.drafter, self.caches[: len(answers)], answers, width)
 
 
 @contextmanager
 def on_stage(artifact: Artifact) -> Iterator[Stage]:
-    with (
-        Engine.open(artifact) as engine,
-        engine.new_sequence() as sequence,
-        torch.inference_mode(),
-    ):
-        yield Stage(engine, sequence)
+    with Engine.open(artifact) as engine, ExitStack() as stack, torch.inference_mode():
+        several = range(engine.plan.num_sequences)
+        yield Stage(engine, tuple(stack.enter_context(engine.new_sequence()) for _ in several))

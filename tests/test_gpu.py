@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from builders import build_artifact, replan
+from invariance import widths_here
 from running import answer, generated
 
 from subspec.artifacts.footprint import packed_bytes
@@ -32,17 +33,21 @@ def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.8, seed=3)], ids=str)
-@pytest.mark.parametrize("plan", [(1, 24, 0.0), (6, 5, 0.5), (8, 3, 1.0)], ids=str)
+@pytest.mark.parametrize(
+    "plan", [(1, 24, 0.0, 0.3), (6, 5, 0.5, 0.0), (8, 3, 1.0, 0.0), (4, 12, 0.5, 0.9)], ids=str
+)
 def test_speculation_gives_the_tokens_of_plain_decoding_on_cuda(
-    artifact: Artifact, plan: tuple[int, int, float], sampling: Sampling
+    artifact: Artifact, plan: tuple[int, int, float, float], sampling: Sampling
 ) -> None:
-    width, depth, share = plan
+    """Each verification as wide as its draft needs, in the widths of one group of the GPU's."""
+    width, depth, share, threshold = plan
+    widths = widths_here(artifact.spec, "cuda", 1 + width * depth)
     text = load_tokenizer(artifact.path / "tokenizer")
     said = []
     for method in ("substitute", "plain"):
         chosen = replan(
-            artifact, width=width, depth=depth, resident_share=share, verify_width=64,
-            context=512, device="cuda",
+            artifact, width=width, depth=depth, resident_share=share, verify_widths=widths,
+            context=512, device="cuda", min_path_probability=threshold,
         )  # fmt: skip
         with Engine.open(chosen, OpenOptions(method)) as engine:  # type: ignore[arg-type]
             for prompt in PROMPTS:
@@ -58,8 +63,10 @@ def test_three_sequences_get_the_tokens_that_each_gets_alone_on_cuda(
     text = load_tokenizer(artifact.path / "tokenizer")
     ids = [text.plain_ids(prompt) for prompt in PROMPTS]
     chosen = replan(
-        artifact, width=2, depth=7, verify_width=16, context=512, device="cuda", num_sequences=3
-    )
+        artifact, width=2, depth=7, context=512, device="cuda",
+        verify_widths=widths_here(artifact.spec, "cuda", 15), num_sequences=3,
+        min_path_probability=0.8,
+    )  # fmt: skip
     with Engine.open(chosen, OpenOptions(method)) as engine:
         alone = [answer(engine, prompt, 64, sampling) for prompt in ids]
         sequences = [engine.new_sequence() for _ in ids]

@@ -8,12 +8,14 @@ import pytest
 import torch
 from builders import build_artifact, demo_checkpoint, random_checkpoint, replan
 from families import FAMILIES, PROMPT_TOKENS, SIZES
+from invariance import widths_here
 from running import answer, generated
 
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.model import Encoding
-from subspec.artifacts.plan import Int4Kernel, Method
+from subspec.artifacts.plan import Int4Kernel, Method, Plan
 from subspec.planner.model.hub import DEMO
+from subspec.runtime import decode
 from subspec.runtime.engine import Engine, OpenOptions
 from subspec.runtime.kernels import int4
 from subspec.runtime.model.sampling import Sampling
@@ -26,8 +28,8 @@ SAMPLINGS = {"greedy": GREEDY, "seeded": SEEDED}
 ENCODINGS: tuple[Encoding, ...] = ("raw", "residual")
 METHODS: tuple[Method, ...] = ("plain", "substitute")
 FASTEST: Int4Kernel = "aten" if int4.unavailable() else "w4a8"
-# tree width, depth, share of the exact weights that is resident, how they are stored, and the
-# kernel that drafts, and what a draft ends early below
+# tree width, depth, share of the exact weights that is resident, how they are stored, the kernel
+# that drafts, and the path probability below which a draft ends early
 DraftPlan = tuple[int, int, float, Encoding, Int4Kernel, float]
 PLANS: list[DraftPlan] = [
     (1, 7, 0.0, "residual", FASTEST, 0.0),
@@ -37,8 +39,10 @@ PLANS: list[DraftPlan] = [
     (2, 1, 0.0, "raw", FASTEST, 0.0),
     (4, 7, 0.3, "residual", FASTEST, 0.0),
     (3, 10, 0.5, "raw", FASTEST, 0.9),
+    (1, 31, 0.5, "residual", FASTEST, 0.3),
+    (4, 7, 1.0, "raw", FASTEST, 0.97),
 ]
-VERIFY_WIDTH = 32
+MOST_NODES = 32
 NUM_PROMPTS = 40
 NUM_TOKENS, MANY_TOKENS = 32, 96  # in the quick tests, and in the slow one
 
@@ -89,6 +93,12 @@ def demos(
 
 
 @pytest.fixture(scope="module")
+def widths(demos: dict[Encoding, Artifact]) -> tuple[int, ...]:
+    """A verification is padded to one of these."""
+    return widths_here(demos["raw"].spec, "cpu", MOST_NODES)
+
+
+@pytest.fixture(scope="module")
 def prompts(demos: dict[Encoding, Artifact]) -> list[list[int]]:
     text = load_tokenizer(demos["raw"].path / "tokenizer")
     source = (Path(__file__).parent / "builders.py").read_text()
@@ -102,9 +112,11 @@ def prompts(demos: dict[Encoding, Artifact]) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def plain_answer(demos: dict[Encoding, Artifact], prompts: list[list[int]]) -> Answer:
+def plain_answer(
+    demos: dict[Encoding, Artifact], prompts: list[list[int]], widths: tuple[int, ...]
+) -> Answer:
     """What the plain twin emits for a prompt, alone, with everything resident and raw."""
-    artifact = replan(demos["raw"], resident_share=1.0, verify_width=VERIFY_WIDTH)
+    artifact = replan(demos["raw"], resident_share=1.0, verify_widths=widths)
     known = dict[tuple[int, Sampling], list[int]]()
 
     def known_answer(index: int, sampling: Sampling, num_tokens: int) -> list[int]:
@@ -121,16 +133,38 @@ def plain_answer(demos: dict[Encoding, Artifact], prompts: list[list[int]]) -> A
 def test_speculation_gives_the_tokens_of_plain_decoding(
     demos: dict[Encoding, Artifact],
     prompts: list[list[int]],
+    widths: tuple[int, ...],
     plain_answer: Answer,
     plan: DraftPlan,
     sampling: str,
 ) -> None:
     """A prompt for each plan; the slow test below gives every prompt to every plan."""
     mine = range(PLANS.index(plan), PLANS.index(plan) + 1)
-    with Engine.open(planned(demos, plan), OpenOptions("substitute")) as engine:
+    with Engine.open(planned(demos, plan, widths), OpenOptions("substitute")) as engine:
         for index in mine:
             got = answer(engine, prompts[index], NUM_TOKENS, SAMPLINGS[sampling])
             assert got == plain_answer(index, SAMPLINGS[sampling], NUM_TOKENS), f"prompt {index}"
+
+
+def test_drafts_that_end_early_are_verified_in_several_widths(
+    demos: dict[Encoding, Artifact],
+    prompts: list[list[int]],
+    widths: tuple[int, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else the tests above would show less than they say."""
+    seen, real = set[int](), decode.padded_width
+
+    def counted(plan: Plan, num_nodes: int) -> int:
+        seen.add(real(plan, num_nodes))
+        return real(plan, num_nodes)
+
+    monkeypatch.setattr(decode, "padded_width", counted)
+    for plan in (one for one in PLANS if one[-1]):
+        seen.clear()
+        with Engine.open(planned(demos, plan, widths)) as engine:
+            answer(engine, prompts[PLANS.index(plan)], NUM_TOKENS, GREEDY)
+        assert len(seen) >= min(2, len(widths)), plan
 
 
 @pytest.mark.slow
@@ -139,11 +173,12 @@ def test_speculation_gives_the_tokens_of_plain_decoding(
 def test_speculation_gives_the_tokens_of_plain_decoding_for_every_prompt_and_plan(
     demos: dict[Encoding, Artifact],
     prompts: list[list[int]],
+    widths: tuple[int, ...],
     plain_answer: Answer,
     plan: DraftPlan,
     sampling: str,
 ) -> None:
-    with Engine.open(planned(demos, plan), OpenOptions("substitute")) as engine:
+    with Engine.open(planned(demos, plan, widths), OpenOptions("substitute")) as engine:
         for index, prompt in enumerate(prompts):
             got = answer(engine, prompt, MANY_TOKENS, SAMPLINGS[sampling])
             assert got == plain_answer(index, SAMPLINGS[sampling], MANY_TOKENS), f"prompt {index}"
@@ -153,18 +188,20 @@ def test_speculation_gives_the_tokens_of_plain_decoding_for_every_prompt_and_pla
 
 
 @pytest.mark.parametrize(
-    ("method", "share"),
-    [("substitute", 0.0), ("substitute", 1.0), ("plain", 0.0)],
-    ids=["drafted, streamed", "drafted, resident", "plain, streamed"],
+    ("method", "share", "threshold"),
+    [("substitute", 0.0, 0.0), ("substitute", 1.0, 0.9), ("plain", 0.0, 0.0)],
+    ids=["drafted, streamed", "drafted till improbable, resident", "plain, streamed"],
 )
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_sequences_that_come_and_go_get_the_tokens_that_they_get_alone(
     demos: dict[Encoding, Artifact],
     prompts: list[list[int]],
+    widths: tuple[int, ...],
     plain_answer: Answer,
     sampling: str,
     method: Method,
     share: float,
+    threshold: float,
 ) -> None:
     """One begins while others decode, one ends early, one is closed in the middle and its cache
     goes to another, one is used for a second turn."""
@@ -172,8 +209,8 @@ def test_sequences_that_come_and_go_get_the_tokens_that_they_get_alone(
     alone = [plain_answer(index, how, NUM_TOKENS) for index in range(4)]
     encoding: Encoding = "raw" if share else "residual"
     artifact = replan(
-        demos[encoding], width=2, depth=7, resident_share=share, verify_width=VERIFY_WIDTH,
-        int4_kernel=FASTEST, num_sequences=3,
+        demos[encoding], width=2, depth=7, resident_share=share, verify_widths=widths,
+        int4_kernel=FASTEST, num_sequences=3, min_path_probability=threshold,
     )  # fmt: skip
     whole, short = (GenerationParams(count, how) for count in (NUM_TOKENS, 16))
     with Engine.open(artifact, OpenOptions(method)) as engine:
@@ -210,10 +247,13 @@ def test_sequences_that_come_and_go_get_the_tokens_that_they_get_alone(
 
 
 def test_sequences_may_differ_in_sampling_and_in_length(
-    demos: dict[Encoding, Artifact], prompts: list[list[int]], plain_answer: Answer
+    demos: dict[Encoding, Artifact],
+    prompts: list[list[int]],
+    widths: tuple[int, ...],
+    plain_answer: Answer,
 ) -> None:
     artifact = replan(
-        demos["residual"], width=3, depth=5, verify_width=VERIFY_WIDTH, int4_kernel=FASTEST,
+        demos["residual"], width=3, depth=5, verify_widths=widths, int4_kernel=FASTEST,
         num_sequences=3, context=1024, min_path_probability=0.5,
     )  # fmt: skip
     long = [5 + i % 900 for i in range(900)]
@@ -277,19 +317,19 @@ def test_the_padded_width_does_not_change_bf16_tokens_much(tmp_path: Path) -> No
     prompt = load_tokenizer(artifact.path / "tokenizer").plain_ids("def main():\n    ")
     texts = []
     for width in (8, 64):
-        with Engine.open(replan(artifact, verify_width=width), OpenOptions("plain")) as engine:
+        with Engine.open(replan(artifact, verify_widths=(width,)), OpenOptions("plain")) as engine:
             texts.append(answer(engine, prompt, 32, GREEDY))
     assert texts[0][:8] == texts[1][:8]
 
 
-def planned(demos: dict[Encoding, Artifact], plan: DraftPlan) -> Artifact:
+def planned(demos: dict[Encoding, Artifact], plan: DraftPlan, widths: tuple[int, ...]) -> Artifact:
     width, depth, share, encoding, kernel, min_path_probability = plan
     return replan(
         demos[encoding],
         width=width,
         depth=depth,
         resident_share=share,
-        verify_width=VERIFY_WIDTH,
+        verify_widths=widths,
         int4_kernel=kernel,
         min_path_probability=min_path_probability,
     )

@@ -1,27 +1,37 @@
 """Planning as a library: it takes a request, says nothing, and returns what it found."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from builders import PROFILE, build_artifact
+from toys import make_curve, make_profile, make_spec
 
+from subspec.artifacts.acceptance import Acceptance
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format.store import open_artifact, verify
 from subspec.artifacts.plan import Constraints
+from subspec.planner import planning
 from subspec.planner.machine.measure import machine_name
 from subspec.planner.machine.timing import fast_memory_bytes
 from subspec.planner.model.hub import DEMO, resolve
 from subspec.planner.planning import (
+    Planned,
     PlanRequest,
     plan_again,
     plan_dry,
+    plan_for_company,
     plan_from_runs,
     plan_model,
+    settles,
     tell_load,
     with_load,
     within_memory,
 )
+from subspec.planner.rehearse.rehearsal import AT_ONCE, CONTEXT
+from subspec.planner.rehearse.replay import DEEPEST
+from subspec.planner.solve.storage import Storage, raw_storage
 
 REQUEST = PlanRequest(9_000_000, Constraints(context=200, width=2), known_profile=PROFILE)
 
@@ -122,3 +132,77 @@ def test_runs_of_another_plan_teach_nothing(tmp_path: Path) -> None:
     with pytest.raises(SubspecError, match="no record of a run of its plan") as caught:
         plan_from_runs(request, replace(artifact, profile=here), artifact.path)
     assert caught.value.exit_code == Exit.USAGE
+
+
+# Rehearsals
+
+
+def test_acceptance_is_learnt_on_as_many_answers_at_once_as_the_budget_has_room_for(
+    tmp_path: Path,
+) -> None:
+    """Whatever the user's own plan is to be like; a verification fits the deepest tree."""
+    artifact = build_artifact(DEMO, tmp_path / "artifact", width=2, depth=3)
+    stored, found = Storage(tuple(artifact.stored_parts())), list[tuple[int, int]]()
+    for budget_bytes in (8_000_000, 9_000_000, 10_000_000, 40_000_000):
+        fixed = Constraints(context=4000, depth=2, method="plain", min_path_probability=0.4)
+        request = PlanRequest(budget_bytes, fixed)
+        plan = plan_for_company(request, artifact.spec, PROFILE, stored)
+        assert plan is not None
+        assert (plan.context, plan.method, plan.tree.depth) == (CONTEXT, "substitute", DEEPEST)
+        assert plan.tree.num_nodes <= plan.verify_width
+        assert plan.placement("substitute").ledger.total_bytes <= budget_bytes
+        found.append((plan.num_sequences, plan.tree.width))
+    assert found == [(1, 1), (2, 1), (2, 2), (AT_ONCE[0], 2)]
+    tiny = PlanRequest(2_000_000, Constraints())
+    assert plan_for_company(tiny, artifact.spec, PROFILE, stored) is None
+
+
+def test_a_plan_is_settled_when_it_stays_the_best_and_its_tokens_are_known_well() -> None:
+    spec, profile = make_spec(), make_profile()
+    stored = raw_storage(spec)
+    request = PlanRequest(12_000_000, Constraints(context=256))
+
+    def known(rate: float, share: float) -> Acceptance:
+        """A chain's acceptance; its margin as a share of a whole tree's tokens."""
+        curve = make_curve(1, rate)
+        tokens = Acceptance((curve,), measured=True).tokens(1, 64)
+        return Acceptance((replace(curve, margin=share * tokens),), measured=True)
+
+    settled = settles(request, spec, profile, stored)
+    assert not settled(known(0.9, 0.01)), "there is none before the first"
+    assert settled(known(0.9, 0.01))
+    assert not settled(known(0.9, 0.13)), "another answer may say something else"
+    assert settled(known(0.9, 0.11))
+    assert not settled(known(0.3, 0.01)), "the tree before is far too deep now"
+    assert settled(known(0.3, 0.01))
+
+
+def test_where_plain_decoding_stays_the_best_no_more_is_to_be_learnt() -> None:
+    spec, profile = make_spec(), make_profile()
+    request = PlanRequest(30_000_000, Constraints(context=256))
+    settled = settles(request, spec, profile, raw_storage(spec))
+    hopeless = Acceptance((make_curve(1, 0.01, margin=9.0),), measured=True)
+    assert not settled(hopeless) and settled(hopeless)
+
+
+def test_a_rehearsal_of_no_seconds_runs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = build_artifact(DEMO, tmp_path / "artifact", width=2, depth=3)
+    asked = list[str]()
+
+    def watched(name: str) -> Callable[..., Planned]:
+        def rehearsed(*_: object) -> Planned:
+            asked.append(name)
+            return Planned(artifact.spec, artifact.plan, artifact.profile)
+
+        return rehearsed
+
+    monkeypatch.setattr(planning, "rehearsed", watched("run"))
+    request = replace(REQUEST, known_profile=None, device="cpu")
+    for seconds, again in ((0.0, False), (None, False), (5.0, False), (0.0, True), (None, True)):
+        measured = replace(artifact, profile=replace(PROFILE, machine=machine_name("cpu")))
+        monkeypatch.setattr(planning, "measure_here", lambda *_: PROFILE)
+        plan_again(replace(request, rehearse=seconds), measured, artifact.path, again)
+        assert len(asked) == ((seconds or 0) > 0 or (seconds is None and again)), (seconds, again)
+        asked.clear()

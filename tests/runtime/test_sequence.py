@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence as Many
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +13,12 @@ from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.plan import Method
 from subspec.planner.model.hub import DEMO
-from subspec.runtime.draft.beam import DraftPass, Growing
+from subspec.runtime import decode
+from subspec.runtime.decode import Model
+from subspec.runtime.draft.beam import DraftPass, Growing, TokenTree
 from subspec.runtime.draft.drafter import SubstituteDrafter
 from subspec.runtime.engine import Engine, OpenOptions
-from subspec.runtime.model.cache import Cache
+from subspec.runtime.model.cache import Cache, TreeSlots
 from subspec.runtime.model.sampling import Sampling
 from subspec.runtime.sequence import GenerationParams
 
@@ -67,7 +70,7 @@ def test_reuse_gives_the_same_tokens_with_and_without_speculation(artifact: Arti
     turns = [PROMPT, [20, 21, 22], [30, 31, 32, 33]]
     said = []
     for method in METHODS:
-        chosen = resident(artifact, width=2, depth=7, verify_width=16)
+        chosen = resident(artifact, width=2, depth=7, verify_widths=(16,))
         with Engine.open(chosen, OpenOptions(method)) as engine, engine.new_sequence() as sequence:
             history: list[int] = []
             for turn in turns:
@@ -198,18 +201,21 @@ def test_a_prompt_that_cannot_be_read_is_refused_and_changes_nothing(
 # Drafts
 
 
-def test_levels_behind_the_end_of_the_text_are_not_judged(artifact: Artifact) -> None:
+def test_drafted_tokens_behind_the_end_of_the_answer_are_not_counted_as_accepted(
+    artifact: Artifact,
+) -> None:
     depth = artifact.plan.tree.depth
     with Engine.open(artifact) as engine, engine.new_sequence() as sequence:
         tokens, left = generated(sequence, PROMPT, GenerationParams(30)), 29
         stats = sequence.stats
-        for judged, accepted in zip(stats.judged, stats.accepted, strict=True):
-            assert judged == min(depth, left - 1) and accepted <= judged
+        for drafted, accepted in zip(stats.drafted, stats.accepted, strict=True):
+            assert drafted == min(depth, left - 1) and accepted <= drafted
             left -= accepted + 1
         assert stats.first_of_engine and left == 0
+        assert stats.drafted_levels == sum(stats.drafted)
         ends = frozenset([tokens[9]])
         *_, last = sequence.generate(PROMPT, GenerationParams(30, end_tokens=ends))
-        assert sequence.stats.judged[-1] == len(last) < depth
+        assert sequence.stats.accepted[-1] == len(last) < sequence.stats.drafted[-1]
         assert not sequence.stats.first_of_engine
 
 
@@ -223,7 +229,11 @@ def test_drafts_that_end_early_change_no_token(
     said, levels = [], []
     for threshold in (0.0, 0.5, 0.9):
         chosen = resident(
-            artifact, width=width, depth=7, verify_width=24, min_path_probability=threshold
+            artifact,
+            width=width,
+            depth=7,
+            verify_widths=(8, 16, 24),
+            min_path_probability=threshold,
         )
         with Engine.open(chosen) as engine, engine.new_sequence() as sequence:
             said.append(generated(sequence, PROMPT, GenerationParams(60, sampling)))
@@ -236,10 +246,10 @@ def test_drafts_that_end_early_change_no_token(
 def drafted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The depths of all levels that are drafted."""
     depths = list[int]()
-    real = SubstituteDrafter.draft_pass
+    real = SubstituteDrafter.pass_over
 
-    def counted(self: SubstituteDrafter, caches: Many[Cache], num_rows: int) -> DraftPass:
-        draft_pass = real(self, caches, num_rows)
+    def counted(self: SubstituteDrafter, caches: Many[Cache], slots: Many[TreeSlots]) -> DraftPass:
+        draft_pass = real(self, caches, slots)
 
         def run(growing: Many[Growing]) -> torch.Tensor:
             [one] = growing
@@ -248,33 +258,77 @@ def drafted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
         return run
 
-    monkeypatch.setattr(SubstituteDrafter, "draft_pass", counted)
+    monkeypatch.setattr(SubstituteDrafter, "pass_over", counted)
     return depths
 
 
-def test_levels_that_were_drafted_are_counted_and_the_next_one_is_judged(
+def test_the_levels_that_each_round_drafted_are_counted(
     artifact: Artifact, drafted: list[int]
 ) -> None:
-    """Where a draft ended early it is known that no further level was accepted."""
-    chosen = resident(artifact, width=2, depth=7, verify_width=16, min_path_probability=0.98)
+    chosen = resident(artifact, width=2, depth=7, verify_widths=(16,), min_path_probability=0.98)
     with Engine.open(chosen) as engine, engine.new_sequence() as sequence:
-        left, early, before, tokens = 59, 0, 0, list[int]()
+        left, early, before = 59, 0, 0
         for emitted in sequence.generate(PROMPT, GenerationParams(60)):
-            stats, tokens = sequence.stats, tokens + emitted
+            stats = sequence.stats
             assert stats.drafted_levels == len(drafted)
             if not stats.accepted:  # the prompt's token
                 continue
             room = min(7, left - 1)
             count = len(drafted) - before
             assert drafted[before:] == [*range(count)] and count <= room
-            assert stats.judged[-1] == min(count + 1, room)
-            assert stats.accepted[-1] <= count
+            assert stats.drafted[-1] == count >= stats.accepted[-1]
             early += count < room
             left, before = left - len(emitted), len(drafted)
         assert left == 0 and early > 3
-        ends = GenerationParams(60, end_tokens=frozenset([tokens[25]]))
-        *_, last = sequence.generate(PROMPT, ends)
-        assert sequence.stats.judged[-1] <= len(last), "nothing is known behind the end of the text"
+
+
+@pytest.fixture
+def verified(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The rows of each tree of every verification."""
+    rows = list[tuple[int, ...]]()
+    real = decode.exact_logits
+
+    def counted(model: Model, trees: Many[TokenTree], caches: Many[Cache]) -> Any:
+        rows.append(tuple(len(tree.tokens) for tree in trees))
+        return real(model, trees, caches)
+
+    monkeypatch.setattr(decode, "exact_logits", counted)
+    return rows
+
+
+def test_a_verification_is_as_wide_as_its_widest_draft_needs(
+    artifact: Artifact, verified: list[tuple[int, ...]]
+) -> None:
+    chosen = resident(
+        artifact, width=2, depth=7, verify_widths=(4, 8, 16), min_path_probability=0.97,
+        num_sequences=2,
+    )  # fmt: skip
+    with Engine.open(chosen) as engine, engine.new_sequence() as alone:
+        generated(alone, PROMPT, GenerationParams(60))
+        widths = [next(w for w in (4, 8, 16) if w >= 1 + 2 * n) for n in alone.stats.drafted]
+        assert verified == [(width,) for width in widths] and set(widths) == {4, 8, 16}
+        verified.clear()
+        other = engine.new_sequence()
+        for sequence, prompt in ((alone, PROMPT), (other, PROMPT[:9])):
+            sequence.begin(prompt, GenerationParams(40))
+        while engine.step():
+            pairs = zip(alone.stats.drafted, other.stats.drafted, strict=False)
+        expected = [next(w for w in (4, 8, 16) if w >= 1 + 2 * max(pair)) for pair in pairs]
+        assert verified[: len(expected)] == [(width,) * 2 for width in expected]
+    verified.clear()
+    with Engine.open(chosen, OpenOptions("plain")) as engine:
+        answer(engine, PROMPT, 5)
+        assert verified == [(4,)] * 4
+
+
+@pytest.mark.parametrize(
+    ("num_nodes", "expected"), [(1, 4), (4, 4), (5, 8), (8, 8), (9, 16), (16, 16)]
+)
+def test_a_draft_is_padded_to_the_narrowest_width_that_fits_it(
+    num_nodes: int, expected: int, artifact: Artifact
+) -> None:
+    chosen = resident(artifact, width=1, depth=15, verify_widths=(4, 8, 16)).plan
+    assert decode.padded_width(chosen, num_nodes) == expected
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 9, 30])

@@ -130,7 +130,7 @@ def test_an_error_at_the_end_leaves_nothing(
 
 def test_what_cannot_be_opened_gets_no_name(checkpoint: Path, tmp_path: Path) -> None:
     def improve(artifact: Artifact) -> tuple[Plan, Profile]:
-        return replace(artifact.plan, verify_width=1), artifact.profile
+        return replace(artifact.plan, verify_widths=(1,)), artifact.profile
 
     with pytest.raises(SubspecError, match="are inconsistent"):
         build_with(checkpoint, tmp_path / "artifact", improve=improve)

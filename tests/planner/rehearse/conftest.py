@@ -14,9 +14,16 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """Under a plan whose verification has room for any tree of 5 levels."""
+    """Under a plan with room for two answers, and for trees of any of the widths."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("demo") / "artifact"
     return build_artifact(
-        DEMO, folder, width=3, depth=5, verify_width=48, resident_share=0.8, int4_kernel="w4a8"
+        DEMO,
+        folder,
+        width=3,
+        depth=5,
+        verify_widths=(8, 16, 32, 104),
+        resident_share=0.8,
+        int4_kernel="w4a8",
+        num_sequences=2,
     )

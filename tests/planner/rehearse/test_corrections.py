@@ -1,11 +1,12 @@
 """What real rounds teach: factors on the terms of a profile, and one more kind of text."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
 import pytest
-from run_records import PLAN, make_run
-from toys import ACCEPTANCE, make_profile, make_spec
+from run_records import PLAN, SAID, make_run
+from toys import ACCEPTANCE, make_curve, make_profile, make_spec
 
 from subspec.artifacts.acceptance import Acceptance, Curve
 from subspec.artifacts.format.checks import check_plan
@@ -27,8 +28,6 @@ from subspec.planner.rehearse.corrections import (
 from subspec.planner.solve.outlook import predict_for
 from subspec.planner.solve.search import search
 from subspec.planner.solve.storage import raw_storage
-
-SAID = Prediction(20.0, 0.5, 8_000_000, 2.5, 0.05, 0.075, 0.05, 0.02, 0.0, 5_000_000)
 
 
 def said(method: Method, usage: Usage) -> Prediction:
@@ -90,14 +89,11 @@ def test_a_profile_without_what_was_learned_is_the_one_that_was_measured() -> No
 # Runs
 
 
-DEPTH = 3  # of the plan's tree
-
-
 def run_like(plan_of: Prediction, factor: float, rounds: int, **changes: Any) -> Run:
     """A run of `rounds` rounds, `factor` times as long as predicted."""
     given: dict[str, Any] = {
         "accepted": (rounds,),
-        "drafted_levels": DEPTH * rounds,
+        "drafted": (rounds,) * round(plan_of.levels_per_round),
         "draft_seconds": factor * rounds * plan_of.draft_seconds,
         "verify_seconds": factor * rounds * plan_of.verify_seconds,
         "first_token_seconds": factor * plan_of.time_to_first_token_seconds,
@@ -107,28 +103,30 @@ def run_like(plan_of: Prediction, factor: float, rounds: int, **changes: Any) ->
 
 def test_a_run_counts_as_so_many_rounds_of_its_mean() -> None:
     """4 rounds in 0.25 and 0.375 s."""
-    found = rounds_of_runs([make_run()], DEPTH, said)
+    found = rounds_of_runs([make_run()], said)
     assert found.draft == (Timed((0.0625,) * 4, 0.05),)
     assert found.verify == (Timed((0.09375,) * 4, 0.075),)
     assert found.prompt == (Timed((0.5,), 0.5),)
     assert found.plain == ()
 
 
-def test_levels_that_an_answers_end_had_no_room_for_are_not_counted_as_drafted() -> None:
-    cut = make_run(drafted_levels=9)  # of 4 trees of 3 levels
-    found = rounds_of_runs([cut], DEPTH, said)
-    assert found.draft == (Timed((0.0625,) * 4, 0.05 * 0.75),)
-    assert found.verify == rounds_of_runs([make_run()], DEPTH, said).verify
+@pytest.mark.parametrize("usual", [3.0, 1.5, 5.0])
+@pytest.mark.parametrize("drafted", [(4, 4, 4), (4, 3, 2), (4, 2, 0), (1, 0, 0)])
+def test_drafts_are_compared_level_by_level(drafted: tuple[int, ...], usual: float) -> None:
+    """Of 4 rounds: some end early, others had no room for whole trees."""
+
+    def ask(method: Method, usage: Usage) -> Prediction:
+        return replace(SAID, levels_per_round=usual)
+
+    found = rounds_of_runs([make_run(drafted=drafted, accepted=(4,))], ask)
+    [draft] = found.draft
+    assert draft.actual == (0.0625,) * 4
+    assert draft.predicted == pytest.approx(0.05 * sum(drafted) / (4 * usual))
+    assert found.verify == rounds_of_runs([make_run()], ask).verify
 
 
-def test_drafts_that_end_early_are_compared_level_by_level() -> None:
-    for drafted, depth in ((12, 3), (6, 3), (7, 5)):
-        found = rounds_of_runs([make_run(drafted_levels=drafted)], depth, said)
-        [draft] = found.draft
-        assert draft.actual == (0.0625,) * 4
-        assert draft.predicted == pytest.approx(0.05 * drafted / (4 * depth))
-        assert found.verify == rounds_of_runs([make_run()], depth, said).verify
-    without = rounds_of_runs([make_run(drafted_levels=0)], DEPTH, said)  # answers of two tokens
+def test_answers_of_two_tokens_draft_nothing_and_correct_no_draft() -> None:
+    without = rounds_of_runs([make_run(drafted=(0, 0, 0), accepted=(4,))], said)
     assert corrections(without).draft == 1.0
 
 
@@ -139,23 +137,23 @@ def test_each_run_is_compared_with_what_is_promised_for_its_own_usage() -> None:
         asked.append((method, usage))
         return SAID
 
-    rounds_of_runs([make_run(), make_run(method="plain", prompt_tokens=9)], DEPTH, ask)
+    rounds_of_runs([make_run(), make_run(method="plain", prompt_tokens=9)], ask)
     assert asked == [("substitute", Usage(24, 11)), ("plain", Usage(9, 11))]
 
 
 def test_plain_decoding_at_one_row_is_learned_and_its_padded_twin_is_not() -> None:
     fast = make_run(method="plain", padded=False, draft_seconds=0.0, verify_seconds=0.9)
-    found = rounds_of_runs([fast], DEPTH, said)
+    found = rounds_of_runs([fast], said)
     assert (found.draft, found.verify) == ((), ())
     assert corrections(found).plain == pytest.approx(0.9 / 4 / 0.15)
-    assert rounds_of_runs([replace(fast, padded=True)], DEPTH, said).plain == ()
+    assert rounds_of_runs([replace(fast, padded=True)], said).plain == ()
 
 
 @pytest.mark.parametrize("changes", [{"reused_tokens": 5}, {"first_of_engine": True}])
 def test_a_first_token_that_others_or_digests_share_in_is_not_learned(
     changes: dict[str, Any],
 ) -> None:
-    found = rounds_of_runs([make_run(**changes)], DEPTH, said)
+    found = rounds_of_runs([make_run(**changes)], said)
     assert found.prompt == () and len(found.verify) == 1
 
 
@@ -173,7 +171,7 @@ def test_runs_fold_into_the_profile_until_its_predictions_are_theirs() -> None:
         drafted, plain = promised("substitute", usage), promised("plain", usage)
         runs.append(run_like(drafted, factor, num_rounds, **tokens))
         runs.append(run_like(plain, 2 * factor, num_rounds, method="plain", padded=False, **tokens))
-    rounds = rounds_of_runs(runs, DEPTH, promised)
+    rounds = rounds_of_runs(runs, promised)
     taught = replace(profile, corrections=corrections(rounds))
     assert taught.corrections.draft == pytest.approx(1.3, rel=0.02)
     assert taught.corrections.num_rounds == 240
@@ -189,23 +187,39 @@ def test_runs_fold_into_the_profile_until_its_predictions_are_theirs() -> None:
 # Acceptance
 
 
-CODE = Curve(2, "code", (980, 784, 588), (784, 588, 294))
+[CODE] = PLAN.acceptance.curves
+# 4 rounds: one accepted none, one 1, two all 3 levels.
+ONE_RUN = Curve(2, 0.0, "runs", 1, 4, (4, 4, 4), (3, 2, 2), margin=11 / 4)
 
 
 def test_runs_are_a_kind_of_text_of_their_own() -> None:
-    """4 rounds each: one accepted none, one 1, two all 3 levels."""
-    plain = make_run(method="plain", accepted=(9,), tried=())
+    """The same answer twice: it has no spread."""
+    plain = make_run(method="plain", accepted=(9,), drafted=())
     found = with_runs(PLAN.acceptance, PLAN, [make_run(), plain, make_run()])
-    assert found == Acceptance((CODE, Curve(2, "runs", (8, 6, 4), (6, 4, 4))), measured=True)
-    assert found.num_trees("runs") == 8
-    before = PLAN.acceptance.reached(2, 3, "code")  # of many trees: all kinds weigh little there
-    assert found.reached(2, 3, "code") == pytest.approx(before, rel=1e-3)
+    both = Curve(2, 0.0, "runs", 2, 8, (8, 8, 8), (6, 4, 4), margin=0.0)
+    assert found == Acceptance((CODE, both), measured=True)
+    assert found.num_answers("runs") == 2 and found.num_answers("code") == 8
+    assert found.reached(2, 3, kind="code") == PLAN.acceptance.reached(2, 3)
 
 
-def test_runs_that_are_counted_again_replace_those_of_before() -> None:
-    runs = [make_run(), make_run()]
-    once = with_runs(PLAN.acceptance, PLAN, runs)
-    assert with_runs(once, PLAN, runs) == once
+def test_answers_that_differ_widen_the_margin() -> None:
+    """4 rounds of 11 tokens and 4 of 4: 7.5 and 0.5 per round around the mean."""
+    runs = [make_run(), make_run(drafted=(4, 1, 0), accepted=(4,))]
+    own = with_runs(PLAN.acceptance, PLAN, runs).curve(2, 0.0, "runs")
+    assert (own.num_trees, own.drafted, own.accepted) == (8, (8, 5, 4), (3, 2, 2))
+    off = 4 * (11 / 4 - 15 / 8)  # of each answer's tokens from the mean's
+    assert own.margin == pytest.approx(1.96 * math.sqrt(2 * off**2 * 2) / 8)
+
+
+def test_runs_count_for_every_threshold_that_was_measured() -> None:
+    """What they would have done with another one is not known."""
+    several = tuple(
+        make_curve(width, 0.9, min_path_probability=stop) for width in (1, 4) for stop in (0.0, 0.2)
+    )
+    found = with_runs(Acceptance(several, measured=True), PLAN, [make_run()])
+    own = [curve for curve in found.curves if curve.kind == "runs"]
+    assert own == [ONE_RUN, replace(ONE_RUN, min_path_probability=0.2)]
+    assert found.thresholds == (0.0, 0.2)
 
 
 def test_curves_stay_in_the_order_that_a_reader_asks_for() -> None:
@@ -221,19 +235,18 @@ def test_curves_stay_in_the_order_that_a_reader_asks_for() -> None:
 
 def test_what_was_published_does_not_count_once_something_was_measured() -> None:
     prior = replace(PLAN.acceptance, measured=False)
-    assert with_runs(prior, PLAN, [make_run()]) == Acceptance(
-        (Curve(2, "runs", (4, 3, 2), (3, 2, 2)),), measured=True
-    )
+    assert with_runs(prior, PLAN, [make_run()]) == Acceptance((ONE_RUN,), measured=True)
 
 
-def test_runs_that_were_added_before_are_not_counted_twice() -> None:
+def test_runs_that_were_added_before_are_replaced() -> None:
     once = with_runs(PLAN.acceptance, PLAN, [make_run()])
     assert with_runs(once, PLAN, [make_run()]) == once
+    assert with_runs(once, PLAN, [make_run(), make_run()]).num_answers("runs") == 2
 
 
-@pytest.mark.parametrize("tried", [(), (0, 0, 0), None])
-def test_without_a_tree_there_is_nothing_to_add(tried: tuple[int, ...] | None) -> None:
+@pytest.mark.parametrize("drafted", [(), (0, 0, 0), None])
+def test_without_a_tree_there_is_nothing_to_add(drafted: tuple[int, ...] | None) -> None:
     """Answers of two tokens draft no level, plain decoding none at all."""
-    runs = [] if tried is None else [make_run(tried=tried, accepted=(3,))]
-    runs.append(make_run(method="plain", tried=(), accepted=(9,)))
+    runs = [] if drafted is None else [make_run(drafted=drafted, accepted=(3,))]
+    runs.append(make_run(method="plain", drafted=(), accepted=(9,)))
     assert with_runs(PLAN.acceptance, PLAN, runs) is PLAN.acceptance

@@ -1,6 +1,6 @@
-"""Trees over known answers are judged as real ones are."""
+"""Trees along known answers are those that rounds grow there."""
 
-from collections.abc import Iterator
+import math
 from dataclasses import replace
 
 import pytest
@@ -8,154 +8,213 @@ import torch
 from builders import replan
 from rehearsing import PROMPT, Stage, on_stage
 
-from subspec.artifacts.acceptance import Acceptance, Curve
+from subspec.artifacts.acceptance import Acceptance
 from subspec.artifacts.format.checks import check_plan
 from subspec.artifacts.format.store import Artifact
-from subspec.artifacts.plan import Tree
 from subspec.planner.rehearse.replay import (
-    WIDEST_EVERY,
+    DEEPEST,
+    THRESHOLDS,
     WIDTHS,
-    Counts,
-    Trees,
-    acceptance_of,
+    Answer,
+    Grown,
+    curves_of,
+    rounds_within,
 )
 from subspec.planner.solve.problem import make_tree
-from subspec.runtime.decode import exact_logits
-from subspec.runtime.draft.beam import Level, grow, probability, stops
+from subspec.runtime.draft.beam import Growing, Level, root_only
+from subspec.runtime.engine import Engine
+from subspec.runtime.sequence import GenerationParams
 from subspec.runtime.text.tokenizer import load_tokenizer
-from subspec.runtime.verify import accept
+
+# An answer that the draft is less sure of than that to PROMPT.
+TEXT = "def read(path):\n    "
 
 
-def places(stage: Stage, most_known: int) -> Iterator[tuple[int, ...]]:
-    """From where a tree may grow, with the cache as it was there: its root and what follows, of two
-    answers. The draft is less sure of the second."""
+def prompts_of(stage: Stage) -> list[list[int]]:
     text = load_tokenizer(stage.engine.artifact.path / "tokenizer")
-    for prompt in (PROMPT, text.plain_ids("def read(path):\n    ")):
-        known = stage.decode(prompt).tokens
-        for start in range(len(known) - 2, len(prompt) - 1, -1):
-            stage.cache.roll_back(start)
-            yield known[start : start + 1 + most_known]
+    return [PROMPT, text.plain_ids(TEXT)]
 
 
-# Trees over a known answer
+# Trees along an answer
 
 
-@pytest.mark.parametrize("width", WIDTHS)
-def test_a_tree_is_judged_as_the_exact_weights_accept_it(width: int, demo: Artifact) -> None:
-    """The same tree, grown, verified and accepted by what decoding does, from every place."""
-    depth, found = 5, list[tuple[int, int]]()
+@pytest.mark.parametrize("width", WIDTHS["cpu"])
+def test_trees_along_an_answer_are_accepted_as_those_of_the_rounds_that_decode_it(
+    width: int, demo: Artifact
+) -> None:
+    """Whole trees as deep as those of a walk, round after round."""
     with on_stage(demo) as stage:
-        for known in places(stage, depth):
-            if len(known) <= depth:
-                continue
-            root, num_rows = torch.tensor([known[0]]), demo.plan.verify_width
-            draft_pass = stage.drafter.draft_pass([stage.cache], num_rows)
-            [tree] = grow([root], [depth], make_tree(width, depth), num_rows, draft_pass)
-            [logits] = exact_logits(stage.engine.model, [tree], [stage.cache])
-            emitted = accept(tree, logits.argmax(-1), depth).emitted()
-            assert [*known[1:]][: len(emitted)] == emitted[:depth]
-            judged = stage.judge(known, width)
-            assert judged == (len(emitted) - 1, min(len(emitted), depth))
-            found.append(judged)
-    assert len(set(found)) > 1, "trees of one kind prove little"
+        answers = stage.answer(*prompts_of(stage))
+        walked = stage.walk(answers, width)
+    real = replan(
+        demo, width=width, depth=DEEPEST, verify_widths=(104,), int4_kernel="w4a8",
+        resident_share=0.8,
+    )  # fmt: skip
+    lengths = set[int]()
+    with Engine.open(real) as engine, engine.new_sequence() as sequence:
+        for answer, trees in zip(answers, walked, strict=True):
+            prompt, tokens = answer.tokens[: answer.prompt_length], list[int]()
+            for some in sequence.generate(prompt, GenerationParams(150)):
+                tokens += some
+            assert [*prompt, *tokens][: len(answer.tokens)] == answer.tokens
+            found = [one.accepted for one in trees]
+            assert len(found) > 2
+            # The text that is known ends within a walk's last tree.
+            assert list(sequence.stats.accepted[: len(found) - 1]) == found[:-1]
+            assert [one.start for one in trees[1:]] == [
+                one.start + one.accepted + 1 for one in trees[:-1]
+            ]
+            lengths |= set(found)
+    assert len(lengths) > 2, "trees of one kind prove little"
 
 
-def test_the_probability_of_a_level_is_that_of_all_its_paths() -> None:
-    """0.5 and 0.25 are 0.75, and it is not less than that."""
-    level = Level(torch.tensor([1, 2]), torch.tensor([0.5, 0.25]).log())
-    assert probability(level) == pytest.approx(0.75)
-    assert stops(Tree(2, 9, min_path_probability=0.76), level)
-    assert not stops(Tree(2, 9, min_path_probability=0.74), level)
-    assert not stops(Tree(2, 9), Level(torch.tensor([1]), torch.tensor([-1e9])))
-
-
-def test_rounds_of_the_plan_are_judged_as_they_went(demo: Artifact) -> None:
-    depth = demo.plan.tree.depth
+def test_answers_that_are_walked_together_have_the_trees_that_each_has_alone(
+    demo: Artifact,
+) -> None:
     with on_stage(demo) as stage:
-        answer = stage.decode(PROMPT, 80)
-        lengths = stage.sequence.stats.accepted
-        assert len(answer.starts) == len(lengths) > 12
-        for start, number in reversed(list(zip(answer.starts, lengths, strict=True))):
-            stage.cache.roll_back(start)
-            accepted, _ = stage.judge(answer.tokens[start : start + depth + 1], 3)
-            assert accepted == number
+        answers = stage.answer(*prompts_of(stage))
+        together = stage.walk(answers, 2)
+        first = stage.walk(answers[:1], 2)
+    assert together[0] == first[0] and len(together[1]) > 0
+    assert [one.start for one in together[1]] != [one.start for one in together[0]]
 
 
-def test_what_follows_the_end_of_the_answer_is_not_tried(demo: Artifact) -> None:
+def test_a_tree_within_an_answer_has_the_logits_of_one_at_the_end_of_a_cache(
+    demo: Artifact,
+) -> None:
+    """Its slots are others, and tokens lie between that it must not see."""
     with on_stage(demo) as stage:
-        known = stage.decode(PROMPT).tokens
-        for start in range(len(known) - 1, len(PROMPT), -1):
-            stage.cache.roll_back(start)
-            accepted, tried = stage.judge(known[start:], 3)
-            assert accepted <= tried <= min(accepted + 1, len(known) - 1 - start)
-            if start == len(known) - 1:
-                assert tried == 0
+        [answer] = stage.answer(PROMPT)
+        [cache, _] = stage.caches
+        for after in (len(PROMPT), len(PROMPT) + 9, len(answer.tokens) - 1):
+            root = torch.tensor([answer.tokens[after]])
+            found = []
+            for cut in (False, True):
+                if cut:
+                    kept = [*cache.tokens]
+                    cache.roll_back(after)
+                slots = cache.tree_slots(8, None if cut else after)
+                assert int(slots.length) == after
+                draft_pass = stage.drafter.pass_over([cache], [slots])
+                growing = Growing(0, root_only(root, 8), Level.of_root(root.device))
+                found.append(draft_pass([growing]).clone())
+            assert torch.equal(found[0].argmax(-1), found[1].argmax(-1))
+            assert torch.allclose(found[0], found[1], atol=1e-2)
+            cache.roll_back(0)
+            stage.caches[0].commit(kept)
 
 
-def test_a_tree_is_no_deeper_than_the_cache_has_room_for(demo: Artifact) -> None:
-    """The last slot belongs to padding; a level of trees 3 wide needs three more."""
-    with on_stage(replan(demo, width=1, depth=7, context=55)) as stage:
-        cache = stage.cache
-        assert cache.padding_slot == 63
-        cache.commit([5] * 60)
-        known = [5] * 10
-        assert stage.judge(known, 3) == (0, 0)
-        assert 1 <= stage.judge(known, 1)[1] <= 2
-        cache.roll_back(59)
-        assert stage.judge(known, 3)[1] == 1
-        assert stage.judge(known, 8) == (0, 0)
-
-
-def test_a_session_goes_on_after_its_trees_were_replayed(demo: Artifact) -> None:
+def test_a_tree_goes_on_until_no_threshold_would_and_counts_what_the_answer_has(
+    demo: Artifact,
+) -> None:
     with on_stage(demo) as stage:
-        expected = stage.answer(PROMPT, 40)
-    trees: Trees = {}
+        answers = stage.answer(*prompts_of(stage))
+        for answer, trees in zip(answers, stage.walk(answers, 2), strict=True):
+            for one in trees:
+                assert 0 <= one.accepted <= len(one.levels) <= DEEPEST
+                assert one.start + one.accepted < len(answer.tokens)
+                assert one.levels == sorted(one.levels, reverse=True), "a level is of those above"
+                if one.node is None and len(one.levels) < DEEPEST:
+                    assert one.levels[-1] < math.log(THRESHOLDS[1])
+
+
+def test_the_last_tree_counts_only_where_the_model_itself_ended(demo: Artifact) -> None:
     with on_stage(demo) as stage:
-        for _ in range(2):
-            answer = stage.decode(PROMPT)
-            assert list(answer.tokens[len(PROMPT) :])[:40] == expected
-            stage.replay(answer, "code", trees)
-        once = {key: counts.tried[0] // 2 for key, counts in trees.items()}
-        every, third = len(answer.starts), -(-len(answer.starts) // WIDEST_EVERY)
-        assert once == {(1, "code"): every, (3, "code"): every, (8, "code"): third}
+        [answer] = stage.answer(PROMPT)
+        for ended in (False, True):
+            for length in range(len(PROMPT) + 4, len(answer.tokens) + 1):
+                cut = Answer(answer.tokens[:length], len(PROMPT), ended)
+                [trees] = stage.walk([cut], 1)
+                end = trees[-1].start + trees[-1].accepted + 1
+                if ended:
+                    assert end in (length - 1, length)
+                else:
+                    assert end < length or len(trees) == 1
+
+
+def test_an_answer_of_one_token_has_no_tree(demo: Artifact) -> None:
     with on_stage(demo) as stage:
-        answer = stage.decode(PROMPT)
-        stage.replay(answer, "code", trees)
-        assert stage.answer(PROMPT, 40) == expected
+        [answer] = stage.answer(PROMPT)
+        one = Answer(answer.tokens[: len(PROMPT) + 1], len(PROMPT), ended=True)
+        assert stage.walk([one], 2) == [[]]
+
+
+# Rounds of trees with a threshold
+
+
+def grown(*probabilities: float, accepted: int) -> Grown:
+    logs = [math.log(one) for one in probabilities]
+    return Grown(0, logs, accepted, None)
+
+
+@pytest.mark.parametrize(
+    ("threshold", "expected"),
+    [
+        # Steps of 0.9, 0.5, 0.5, 0.5, then 0.5 for ever; three levels are accepted.
+        (0.0, [(24, 3)]),
+        (0.1, [(5, 3)]),  # 0.9, 0.45, 0.225, 0.1125, 0.056: the first below is the last
+        (0.3, [(3, 3)]),
+        (0.4, [(3, 3)]),
+        # The tree ends after two levels, the third token is the exact model's, and the tree that
+        # grows there finds nothing more.
+        (0.46, [(2, 2), (2, 0)]),
+        (0.95, [(1, 1), (1, 1)]),
+    ],
+)
+def test_rounds_with_a_threshold_by_hand(threshold: float, expected: list[tuple[int, int]]) -> None:
+    tree = grown(0.9, 0.45, 0.225, 0.1125, accepted=3)
+    assert rounds_within(tree, threshold) == expected
+
+
+def test_rounds_with_a_threshold_give_the_tokens_that_one_whole_tree_gives() -> None:
+    """The first of them never has more levels for a higher threshold."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        steps = torch.rand(int(torch.randint(1, DEEPEST + 1, (), generator=generator)),
+                           generator=generator)  # fmt: skip
+        levels = steps.clamp_min(0.05).log().cumsum(0).tolist()
+        accepted = int(torch.randint(0, len(levels) + 1, (), generator=generator))
+        one, before = Grown(0, levels, accepted, None), DEEPEST
+        for threshold in THRESHOLDS:
+            rounds = rounds_within(one, threshold)
+            assert sum(accepts + 1 for _, accepts in rounds) == accepted + 1
+            assert all(1 <= drafted and accepts <= drafted for drafted, accepts in rounds)
+            assert rounds[0][0] <= before
+            before = rounds[0][0]
+        assert rounds_within(one, 0.0) == [(DEEPEST, accepted)]
 
 
 # Counts
 
 
-def test_counts_of_a_tree_end_with_the_first_level_that_failed() -> None:
-    counts = Counts()
-    for judged in ((3, 4), (0, 1), (2, 2), (0, 0)):
-        counts.add(*judged)
-    curve = counts.curve(3, "code")
-    assert (curve.tried, curve.accepted) == ((3, 2, 1, 1), (2, 2, 1, 0))
-    assert Counts().curve(1, "").tried == ()
+def test_curves_count_levels_by_hand() -> None:
+    """Two answers: trees that accept 3 and 0 levels, and one that accepts 1."""
+    first = [grown(0.9, 0.8, 0.7, 0.6, accepted=3), grown(0.05, accepted=0)]
+    second = [grown(0.5, 0.25, 0.05, accepted=1)]
+    curves = curves_of([first, second], 2, "code")
+    assert tuple(curve.min_path_probability for curve in curves) == THRESHOLDS
+    whole = curves[0]
+    assert (whole.width, whole.kind, whole.num_answers, whole.num_trees) == (2, "code", 2, 3)
+    assert whole.drafted == (3,) * DEEPEST
+    assert whole.accepted == (2, 1, 1, *(0,) * (DEEPEST - 3))
+    [tenth] = [curve for curve in curves if curve.min_path_probability == 0.1]
+    assert tenth.drafted[:4] == (3, 2, 2, 1) and tenth.accepted == whole.accepted
+    assert all(curve.margin > 0 for curve in curves)
 
 
-def counted(*judged: tuple[int, int]) -> Counts:
-    counts = Counts()
-    for one in judged:
-        counts.add(*one)
-    return counts
-
-
-def test_counts_pass_the_readers_check(demo: Artifact) -> None:
-    trees: Trees = {
-        (width, kind): counted((3, 4), (0, 1), (2, 2))
-        for kind in ("prose", "code")
-        for width in WIDTHS
-    }
-    found = acceptance_of(trees)
-    assert found is not None and found.measured and len(found.curves) == 2 * len(WIDTHS)
+def test_curves_pass_the_readers_check(demo: Artifact) -> None:
+    trees = [[grown(0.9, 0.8, 0.7, 0.02, accepted=3), grown(0.4, 0.2, accepted=0)]]
+    curves = [
+        curve
+        for width in WIDTHS["cpu"]
+        for kinds in [[curves_of(trees, width, kind) for kind in ("code", "prose")]]
+        for pair in zip(*kinds, strict=True)
+        for curve in pair
+    ]
+    found = Acceptance(tuple(curves), measured=True)
     check_plan(demo.spec, demo.stored_parts(), replace(demo.plan, acceptance=found))
+    assert found.thresholds == THRESHOLDS and found.num_answers() == 2
 
 
-def test_without_a_tree_that_was_tried_there_is_no_acceptance() -> None:
-    nothing: Trees = {(1, "code"): counted((0, 0)), (3, "code"): Counts()}
-    assert acceptance_of({}) is None and acceptance_of(nothing) is None
-    found = acceptance_of({**nothing, (8, "code"): counted((1, 2))})
-    assert found == Acceptance((Curve(8, "code", (1, 1), (1, 0)),), measured=True)
+def test_trees_are_as_deep_as_a_plan_may_rehearse() -> None:
+    assert make_tree(max(WIDTHS["cpu"]), DEEPEST).num_nodes == 97

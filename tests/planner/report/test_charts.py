@@ -2,20 +2,20 @@
 
 import math
 from dataclasses import replace
-from statistics import NormalDist
 
 import pytest
 from toys import ACCEPTANCE, make_profile, make_spec
 
 from subspec.artifacts.acceptance import Acceptance, Curve
 from subspec.artifacts.plan import Constraints, Plan, Point, Tree
-from subspec.planner.report.charts import acceptance_chart, axis, budget_chart, confidence
+from subspec.planner.report.charts import acceptance_chart, axis, budget_chart
 from subspec.planner.solve.search import PRIOR, search
 
 MEASURED = Acceptance(
     (
-        Curve(1, "chat", (40, 30, 20), (30, 20, 10)),
-        Curve(1, "code", (40, 36, 33), (36, 33, 30)),
+        Curve(1, 0.0, "chat", 3, 40, (40, 40, 40), (30, 20, 10), 0.3),
+        Curve(1, 0.0, "code", 3, 40, (40, 40, 40), (36, 33, 30), 0.4),
+        Curve(1, 0.2, "code", 3, 40, (40, 36, 33), (36, 30, 24), 0.2),
     ),
     measured=True,
 )
@@ -64,21 +64,25 @@ def test_the_acceptance_curve_goes_from_the_root_to_the_deepest_level() -> None:
     assert [label for _, label in chart.y.ticks] == ["0%", "20%", "40%", "60%", "80%", "100%"]
 
 
-def test_the_first_levels_band_is_that_of_a_share_of_all_drafts() -> None:
-    share = MEASURED.reached(1, 1)[0]
-    half = NormalDist().inv_cdf(0.975) * math.sqrt(share * (1 - share) / 80)
-    assert confidence(MEASURED, Tree(1, 1))[1] == pytest.approx(
-        (share - half, share + half), abs=1e-4
-    )
+def test_a_draft_that_ends_early_has_a_curve_of_its_own() -> None:
+    chart = acceptance_chart(MEASURED, Tree(1, 3, min_path_probability=0.3))
+    assert chart is not None
+    assert [share for _, share in chart.line] == pytest.approx([1.0, 0.9, 0.75, 0.6])
 
 
-def test_the_band_holds_the_curve_and_ends_where_nothing_was_tried() -> None:
-    found, reached = confidence(MEASURED, Tree(1, 9)), (1.0, *MEASURED.reached(1, 9))
-    assert len(found) == 4  # the root and three levels
-    for (low, high), share in zip(found, reached, strict=False):
-        assert 0 <= low <= share <= high <= 1
-    chart = acceptance_chart(MEASURED, Tree(1, 9))
-    assert chart is not None and [level for level, _ in chart.band] == [0, 1, 2, 3, 3, 2, 1, 0]
+def test_the_band_is_as_wide_as_the_margin_of_a_rounds_tokens() -> None:
+    """The margins of two kinds, 40 trees each; no share is more than all or less than none."""
+    chart = acceptance_chart(MEASURED, Tree(1, 3))
+    assert chart is not None
+    shares = (1.0, 66 / 80, 53 / 80, 40 / 80)
+    off = math.hypot(0.15, 0.2) / sum(shares)
+    upper, lower = chart.band[:4], chart.band[:3:-1]
+    assert [level for level, _ in (*upper, *lower)] == [0, 1, 2, 3] * 2
+    assert [share for _, share in upper] == pytest.approx([min(1, s * (1 + off)) for s in shares])
+    assert [share for _, share in lower] == pytest.approx([s * (1 - off) for s in shares])
+    vague = replace(MEASURED, curves=(replace(MEASURED.curves[0], margin=1e6),))
+    chart = acceptance_chart(vague, Tree(1, 3))
+    assert chart is not None and {share for _, share in chart.band} == {0.0, 1.0}
 
 
 def test_published_figures_have_a_curve_without_a_band() -> None:

@@ -11,9 +11,9 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 from run_records import make_run
-from toys import ACCEPTANCE, make_profile, make_spec
+from toys import ACCEPTANCE, make_curve, make_profile, make_spec
 
-from subspec.artifacts.acceptance import Acceptance, Curve
+from subspec.artifacts.acceptance import Acceptance
 from subspec.artifacts.common.formatting import number
 from subspec.artifacts.common.sizes import format_size
 from subspec.artifacts.model import ModelSpec, Source
@@ -28,12 +28,13 @@ SPEC = make_spec()
 BUDGETS = {"speculation": 12_000_000, "abstains": 30_000_000, "no draft": 6_500_000}
 
 
-# Three kinds of text, on 45 trees of each width.
+# Three kinds of text, 5 answers of each; every threshold with rates of its own.
 MEASURED = Acceptance(
     tuple(
-        Curve(width, kind, (15, 12, 9), accepted)
-        for width in (1, 3)
-        for kind, accepted in (("chat", (12, 9, 5)), ("code", (12, 9, 8)), ("json", (12, 9, 9)))
+        make_curve(width, rate - stop / 10, kind, stop, lasts=1 - stop / 4, margin=0.2)
+        for width in (1, 4)
+        for stop in (0.0, 0.2)
+        for kind, rate in (("chat", 0.8), ("code", 0.85), ("json", 0.9))
     ),
     measured=True,
 )
@@ -55,7 +56,7 @@ def explored(plan: Plan) -> Plan:
 
 
 def hostile() -> tuple[ModelSpec, Plan]:
-    curves = (*MEASURED.curves, Curve(3, HOSTILE, (20,), (10,)))
+    curves = (*MEASURED.curves, make_curve(4, 0.5, HOSTILE))
     plan = make_plan(acceptance=Acceptance(curves, measured=True))
     return replace(SPEC, source=Source(HOSTILE, HOSTILE, HOSTILE)), replace(
         plan,
@@ -71,6 +72,13 @@ def parse(page: str) -> ElementTree.Element:
 
 def words(page: str) -> str:
     return " ".join("".join(parse(page).itertext()).split())
+
+
+def expected(plan: Plan, kind: str = "") -> tuple[float, float]:
+    """A round's tokens and their margin, for drafts that end as the plan's do."""
+    tree = plan.tree
+    known = tree.width, tree.depth, tree.min_path_probability, kind
+    return plan.acceptance.tokens(*known), plan.acceptance.margin(*known)
 
 
 def printed(spec: ModelSpec, plan: Plan) -> str:
@@ -117,12 +125,11 @@ def test_the_memory_bar_and_its_table_add_up_to_the_budget() -> None:
 
 def test_the_report_tells_acceptance_by_kind_of_text() -> None:
     plan = make_plan(acceptance=MEASURED)
-    width, depth = plan.tree.width, plan.tree.depth
     found = words(render_report(SPEC, plan, make_profile()))
-    for kind, label, trees in (("chat", "chat", 15), ("json", "json", 15), ("", "all kinds", 45)):
-        tokens = number(MEASURED.tokens(width, depth, kind))
-        margin = number(MEASURED.margin(width, depth, kind))
-        assert f"{label} {trees} {tokens} ± {margin}".replace(" ", "") in found.replace(" ", "")
+    assert "kind of textanswers measuredtokens per round" in found
+    for kind, label, count in (("chat", "chat", 5), ("json", "json", 5), ("", "all kinds", 15)):
+        tokens, margin = (number(value) for value in expected(plan, kind))
+        assert f"{label} {count} {tokens} ± {margin}".replace(" ", "") in found.replace(" ", "")
 
 
 def test_published_figures_are_said_to_be_published() -> None:
@@ -160,8 +167,8 @@ def test_the_report_compares_recorded_runs_with_their_predictions() -> None:
 
 
 def test_the_report_stays_small() -> None:
-    curves = tuple(Curve(3, f"kind-{n}", (30,) * 64, (29,) * 64) for n in range(30))
-    constraints = Constraints(context=256, width=3, depth=20)
+    curves = tuple(make_curve(2, 0.99, f"kind-{n}") for n in range(30))
+    constraints = Constraints(context=256, width=2, depth=30)
     measured = Acceptance(curves, measured=True)
     plan = explored(search(SPEC, make_profile(), 12_000_000, constraints, measured))
     page = render_report(SPEC, plan, make_profile(), [make_run()] * 1000)
@@ -245,8 +252,8 @@ def test_the_table_fits_a_screen_and_hides_what_takes_nothing(budget_bytes: int)
 def test_table_and_readme_say_what_acceptance_rests_on() -> None:
     plan = make_plan(acceptance=MEASURED)
     tokens = number(plan.predicted["substitute"].tokens_per_round)
-    margin = number(MEASURED.margin(plan.tree.width, plan.tree.depth))
-    line = f"{tokens} ± {margin} tokens per round, measured on 45 drafts"
+    margin = number(expected(plan)[1])
+    line = f"{tokens} ± {margin} tokens per round, measured on 15 answers"
     assert f"| acceptance | {line} |" in render_readme(SPEC, plan)
     assert f"acceptance {line}; chat " in " ".join(printed(SPEC, plan).split())
     prior = make_plan(acceptance=PRIOR)
@@ -288,7 +295,7 @@ def test_the_json_object_has_the_documented_keys() -> None:
     }
     assert sum(found["ledger"].values()) <= found["budget_bytes"] == 12_000_000
     assert set(found["decisions"]) == {
-        "device", "method", "context", "sequences", "tree", "verify_width", "int4_kernel",
+        "device", "method", "context", "sequences", "tree", "verify_widths", "int4_kernel",
         "threads", "prefill_tokens", "block_bytes", "num_slots", "residual_parts", "resident_bytes",
         "residual_bytes", "streamed_bytes", "reasons",
     }  # fmt: skip
@@ -300,20 +307,20 @@ def test_the_json_object_has_the_documented_keys() -> None:
     }
     assert set(found["predicted"]) == {
         "tokens_per_second", "time_to_first_token_seconds", "fast_peak_bytes", "tokens_per_round",
-        "draft_seconds", "verify_seconds", "stream_seconds", "compute_seconds", "decode_seconds",
-        "streamed_bytes", "plain_tokens_per_second",
+        "levels_per_round", "draft_seconds", "verify_seconds", "stream_seconds", "compute_seconds",
+        "decode_seconds", "streamed_bytes", "plain_tokens_per_second",
     }  # fmt: skip
 
 
 def test_the_json_object_tells_acceptance_and_the_outlook() -> None:
     plan = explored(make_plan(acceptance=MEASURED))
     found = json.loads(json.dumps(plan_json(SPEC, plan, None), allow_nan=False))
+    tokens, margin = expected(plan)
     assert found["acceptance"] == {
-        "measured": True,
-        "trees": 45,
-        "tokens_per_round": MEASURED.tokens(plan.tree.width, plan.tree.depth),
-        "margin": MEASURED.margin(plan.tree.width, plan.tree.depth),
-    }
+        "measured": True, "answers": 15, "tokens_per_round": tokens, "margin": margin
+    }  # fmt: skip
+    assert found["decisions"]["verify_widths"] == list(plan.verify_widths)
+    assert found["predicted"]["levels_per_round"] <= plan.tree.depth
     own = {
         "budget_bytes": 12_000_000,
         "context": 256,
@@ -324,19 +331,19 @@ def test_the_json_object_tells_acceptance_and_the_outlook() -> None:
     assert len(found["by_budget"]) == len(plan.by_budget)
 
 
-def test_a_margin_that_wider_trees_do_not_tell_is_left_out() -> None:
-    wide = Acceptance((Curve(8, "code", (500,), (450,)),), measured=True)
-    plan = search(SPEC, make_profile(), 12_000_000, Constraints(context=256, width=1), wide)
-    assert plan_json(SPEC, plan, None)["acceptance"]["margin"] is None
-    text = printed(SPEC, plan)
-    assert "measured on 500 drafts" in text and "±" not in text
-    parse(render_report(SPEC, plan, make_profile()))
+def test_one_answer_is_an_answer() -> None:
+    curve = replace(make_curve(1, 0.9), num_answers=1)
+    plan = search(
+        SPEC, make_profile(), 12_000_000, Constraints(context=256, width=1),
+        Acceptance((curve,), measured=True),
+    )  # fmt: skip
+    assert "measured on 1 answer\n" in render_readme(SPEC, plan).replace(" |\n", "\n")
 
 
 def test_nothing_is_claimed_of_acceptance_that_was_not_measured() -> None:
     found = json.loads(json.dumps(plan_json(SPEC, make_plan(acceptance=PRIOR), None)))
     assert (found["acceptance"]["measured"], found["acceptance"]["margin"]) == (False, None)
-    assert found["acceptance"]["trees"] == 0
+    assert found["acceptance"]["answers"] == 0
     assert found["by_budget"] == found["by_context"] == []
 
 

@@ -122,7 +122,7 @@ def test_an_answer_is_recorded_with_its_figures(unrecorded: Path, capsys: Captur
     assert found.plan == plan_digest(plan) and found.machine.startswith("cpu: ")
     assert (found.method, found.padded, found.greedy) == ("substitute", True, False)
     assert found.link_bandwidth == 900_000_000 and found.first_of_engine
-    assert found.rounds == stats["rounds"] and len(found.tried) == plan.tree.depth
+    assert found.rounds == stats["rounds"] and len(found.drafted) == plan.tree.depth
     assert 0 < found.drafted_levels <= found.rounds * plan.tree.depth
     for name in ("prompt_tokens", "reused_tokens", "generated_tokens", "draft_seconds",
                  "verify_seconds", "stream_wait_seconds", "streamed_bytes", "fast_peak_bytes",
@@ -143,7 +143,7 @@ def test_plain_decoding_is_recorded_without_levels(unrecorded: Path, capsys: Cap
     twin, plain = read_runs(unrecorded)
     assert (twin.padded, plain.padded) == (True, False)
     for found in (twin, plain):
-        assert (found.method, found.tried, found.accepted) == ("plain", (), (3,))
+        assert (found.method, found.drafted, found.accepted) == ("plain", (), (3,))
     assert (twin.predicted_tokens_per_second, plain.predicted_tokens_per_second) == (None, 50.0)
 
 
@@ -185,12 +185,11 @@ def test_an_answer_is_recorded_up_to_where_it_was_interrupted(unrecorded: Path) 
     assert found.rounds == 2 and found.generated_tokens > 2
 
 
-def test_levels_count_as_far_as_the_text_goes() -> None:
-    """Three rounds of a tree of 4 levels: all accepted; one of four; the end of the text at the
-    second level, behind which two more were accepted."""
-    stats = Stats("substitute", accepted=(4, 1, 4), judged=(4, 4, 2))
+def test_levels_are_counted_by_the_rounds_that_drafted_and_that_accepted_them() -> None:
+    """Of a tree of 4 levels: all accepted; one of four; two of three, and the answer ends."""
+    stats = Stats("substitute", drafted=(4, 4, 3), accepted=(4, 1, 2))
     found = run_of(*recorded(stats), Answering(PARAMS))
-    assert found.tried == (3, 3, 1, 1)
+    assert (found.rounds, found.drafted, found.drafted_levels) == (3, (3, 3, 3, 2), 11)
     assert found.accepted == (0, 1, 1, 0, 1)
     assert found.accepted_by_level == (3, 2, 1, 1)
 

@@ -26,7 +26,7 @@ from subspec.runtime.app.history import (
 COMMANDS = (Path(__file__).parents[3] / "docs" / "commands.md").read_text("utf-8")
 PLAIN = make_run(
     method="plain",
-    tried=(),
+    drafted=(),
     accepted=(10,),
     draft_seconds=0.0,
     verify_seconds=1.25,
@@ -98,13 +98,31 @@ def test_a_sessions_first_token_counts_only_where_there_is_no_other() -> None:
     assert alone.first_token_seconds.median == 9.0 and alone.digests_checked
 
 
-def test_a_tree_that_its_text_cut_short_counts_as_far_as_it_goes() -> None:
-    """8 of 10 rounds accept the first level, 3 of the 6 that go on the second, none tries more."""
-    run = make_run(tried=(10, 6, 0), accepted=(2, 5, 3))
+def test_a_level_is_accepted_by_a_share_of_all_rounds_whether_they_drafted_it_or_not() -> None:
+    """10 rounds each: 8 accept the first level, 3 of the 6 that draft it the second; the other run
+    accepts nothing."""
+    run = make_run(drafted=(10, 6, 0), accepted=(2, 5, 3))
     levels = answers_of(PLAN, [run]).levels
-    assert [(one.tried, one.accepted) for one in levels] == [(10, 8), (6, 3), (0, 0)]
-    assert [one.reached for one in levels] == [pytest.approx(0.8), pytest.approx(0.4), None]
+    assert [(one.drafted, one.accepted) for one in levels] == [(10, 8), (6, 3), (0, 0)]
+    assert [one.reached for one in levels] == [0.8, 0.3, 0.0]
     assert [one.expected for one in levels] == list(PLAN.acceptance.reached(2, 3))
+    more = answers_of(PLAN, [run, make_run(drafted=(10, 0, 0), accepted=(10,))]).levels
+    assert [(one.drafted, one.reached) for one in more] == [(20, 0.4), (6, 0.15), (0, 0.0)]
+
+
+def test_predictions_are_those_of_drafts_that_end_as_the_plans_do() -> None:
+    [whole] = PLAN.acceptance.curves
+    early = replace(
+        whole, min_path_probability=0.3, drafted=(980, 700, 350), accepted=(784, 490, 98)
+    )
+    plan = replace(
+        PLAN,
+        tree=replace(PLAN.tree, min_path_probability=0.4),
+        acceptance=replace(PLAN.acceptance, curves=(whole, early)),
+    )
+    way = answers_of(plan, [make_run()])
+    assert [one.expected for one in way.levels] == pytest.approx([0.8, 0.5, 0.1])
+    assert way.tokens_per_round.predicted == pytest.approx(2.4)
 
 
 def test_of_a_deep_draft_few_levels_are_shown_the_deepest_among_them() -> None:
@@ -154,10 +172,10 @@ speculative decoding, width 2, depth 3: 2 answers, 22 tokens
   predicted for 128 tokens of prompt and 256 of answer; the medians here are 24 and 11
 
 acceptance by draft level, predicted from measurements
-  level  tried  accepted to here  predicted
-  1          8               75%        80%
-  2          6               50%        60%
-  3          4               50%        30%
+  level  drafted  accepted to here  predicted
+  1            8               75%        80%
+  2            8               50%        60%
+  3            8               50%        30%
 
 plain decoding, padded: 1 answer, 11 tokens
                 median   lowest  highest  predicted  difference

@@ -1,5 +1,6 @@
 """How trees grow: one, or several together. The models are lookup tables."""
 
+import math
 from collections.abc import Sequence
 
 import pytest
@@ -14,6 +15,8 @@ from subspec.runtime.draft.beam import (
     TokenTree,
     grow,
     levels,
+    log_probability,
+    narrowed,
     root_only,
     stops,
 )
@@ -38,6 +41,10 @@ def random_table(seed: int, sharpness: float = 3.0) -> Tensor:
 def one_tree(root: int, tree: Tree, padded: int, table: Tensor) -> TokenTree:
     [grown] = grow([torch.tensor([root])], [tree.depth], tree, padded, table_draft(table))
     return grown
+
+
+def never(growing: Growing) -> bool:
+    return False
 
 
 def path_of(tree: TokenTree, node: int) -> list[int]:
@@ -79,7 +86,7 @@ def test_a_tree_ends_early_when_its_paths_are_unlikely() -> None:
     assert tree.num_nodes == 1 + 3  # 1/11, 1/121, then 1/1331 is below: that level is the last
     assert tree.depths.tolist() == [0, 1, 2, 3, *(0,) * 12]
     start = root_only(torch.tensor([0]), 16)
-    every = levels([start], [9], rule, table_draft(flat))
+    every = levels([start], [9], rule, table_draft(flat), lambda one: stops(rule, one.last))
     assert [[one.tree.num_nodes for one in level] for level in every] == [[2], [3], [4]]
 
 
@@ -89,16 +96,46 @@ def test_a_level_is_too_improbable_by_all_of_its_paths_together() -> None:
         assert stops(Tree(3, 5, min_path_probability=threshold), level) is expected
 
 
+def test_the_probability_of_a_level_is_that_of_all_its_paths() -> None:
+    level = Level(torch.tensor([1, 2]), torch.tensor([0.5, 0.25]).log())
+    assert log_probability(level) == pytest.approx(math.log(0.75))
+    assert log_probability(Level.of_root(torch.device("cpu"))) == 0.0
+
+
+def test_whether_a_tree_ends_is_asked_of_its_last_level_before_the_next_one() -> None:
+    asked = list[tuple[int, int]]()
+
+    def ends(growing: Growing) -> bool:
+        asked.append((growing.index, growing.tree.num_nodes))
+        return growing.index == 0 and growing.tree.num_nodes > 3
+
+    starts, tree = [root_only(root, 16) for root in ROOTS[:2]], Tree(2, 4)
+    grown = list(levels(starts, [4, 3], tree, table_draft(*TABLES), ends))
+    assert [[(one.index, one.tree.num_nodes) for one in level] for level in grown] == [
+        [(0, 3), (1, 3)], [(0, 5), (1, 5)], [(1, 7)]
+    ]  # fmt: skip
+    assert asked == [(0, 3), (1, 3), (0, 5), (1, 5)], "a tree that is as deep as it may be is done"
+
+
+@pytest.mark.parametrize("width", [1, 3])
+@pytest.mark.parametrize("num_rows", [10, 16, 24])
+def test_a_tree_is_the_same_in_as_few_rows_as_it_has_nodes(width: int, num_rows: int) -> None:
+    shape = Tree(width, 9 // width)
+    got = narrowed(one_tree(4, shape, 24, random_table(2)), num_rows)
+    assert same(got, one_tree(4, shape, num_rows, random_table(2)))
+    assert len(got.tokens) == num_rows and got.ancestors.shape == (num_rows, num_rows)
+
+
 @pytest.mark.parametrize("width", [1, 4])
 def test_the_first_levels_of_a_tree_are_those_of_a_shallower_one(width: int) -> None:
     """All levels share their tensors: what a level says, it says before the next one is grown."""
     table, tree, num_levels = random_table(2), Tree(width, 5), 0
     start = root_only(torch.tensor([4]), 24)
-    for num_levels, [one] in enumerate(levels([start], [5], tree, table_draft(table)), 1):
+    for num_levels, [one] in enumerate(levels([start], [5], tree, table_draft(table), never), 1):
         assert one.tree.num_nodes == 1 + width * num_levels
         assert same(one.tree, one_tree(4, Tree(width, num_levels), 24, table))
     assert num_levels == 5
-    assert list(levels([start], [0], tree, table_draft(table))) == []
+    assert list(levels([start], [0], tree, table_draft(table), never)) == []
 
 
 def test_a_level_is_drafted_only_when_it_is_asked_for() -> None:
@@ -108,7 +145,7 @@ def test_a_level_is_drafted_only_when_it_is_asked_for() -> None:
         asked.append(int(growing[0].tree.depths[growing[0].last.nodes[0]]))
         return real(growing)
 
-    grown = levels([root_only(torch.tensor([4]), 16)], [6], Tree(2, 6), draft)
+    grown = levels([root_only(torch.tensor([4]), 16)], [6], Tree(2, 6), draft, never)
     assert asked == []
     next(grown)
     next(grown)

@@ -35,7 +35,7 @@ def cache_of(length: int, slots: int = 2048) -> Cache:
     return Cache((torch.zeros(1, slots, 1),), (torch.zeros(1, slots, 1),), [0] * length)
 
 
-def lengths_count(cache: Cache, behind: TreeSlots) -> DraftPass:
+def lengths_count(behind: TreeSlots) -> DraftPass:
     """Logits of the node's token and depth, and of how many tokens are committed."""
     table = torch.randn(V, V, generator=torch.Generator().manual_seed(6)) * 3
 
@@ -50,7 +50,7 @@ def lengths_count(cache: Cache, behind: TreeSlots) -> DraftPass:
 
 def plainly(tree: Tree, root: Tensor, depth: int, cache: Cache) -> TokenTree:
     """By the plain twin."""
-    [grown] = beam.grow([root], [depth], tree, W, lengths_count(cache, cache.tree_slots(W)))
+    [grown] = beam.grow([root], [depth], tree, W, lengths_count(cache.tree_slots(W)))
     return grown
 
 
@@ -97,8 +97,8 @@ def test_a_draft_that_ends_early_ends_where_the_plain_twin_does(
 def test_a_replayed_draft_runs_no_level_that_it_does_not_keep() -> None:
     ran = list[int]()
 
-    def passes(cache: Cache, behind: TreeSlots) -> DraftPass:
-        real = lengths_count(cache, behind)
+    def passes(behind: TreeSlots) -> DraftPass:
+        real = lengths_count(behind)
 
         def run(growing: Sequence[Growing]) -> Tensor:
             ran.append(int(growing[0].tree.depths[growing[0].last.nodes[0]]))
@@ -197,7 +197,7 @@ def test_a_level_its_rows_and_acceptance_wait_for_nothing(width: int) -> None:
     cache, root = cache_of(70), torch.tensor([3])
     rows = []
 
-    def passes(cache: Cache, behind: TreeSlots) -> DraftPass:
+    def passes(behind: TreeSlots) -> DraftPass:
         def run(growing: Sequence[Growing]) -> Tensor:
             nodes = growing[0].last.nodes
             rows.append(tree_rows(growing[0].tree, nodes, cache, behind))

@@ -133,3 +133,11 @@ def test_a_tree_lies_behind_the_committed_tokens_and_all_of_it_is_live() -> None
     slots = wide.tree_slots(4)
     assert (int(slots.length), slots.live_slots, slots.padding_slot) == (60, 64, 255)
     assert wide.tree_slots(5).live_slots == 128
+
+
+def test_a_tree_may_follow_fewer_tokens_than_are_committed_and_still_lies_behind_all() -> None:
+    wide = Cache((torch.zeros(1, 256, 1),), (torch.zeros(1, 256, 1),), tokens=[1] * 60)
+    slots = wide.tree_slots(5, after=20)
+    assert (int(slots.length), int(slots.first), slots.live_slots) == (20, 60, 128)
+    behind = wide.tree_slots(5)
+    assert (int(behind.length), int(behind.first), behind.live_slots) == (60, 60, 128)

@@ -235,7 +235,7 @@ def test_a_substitute_is_not_exchanged_under_its_residuals(bf16: Artifact) -> No
 
 
 def test_a_plan_may_be_changed_over_the_same_residuals(bf16: Artifact) -> None:
-    expected = tokens(replan(bf16, resident_share=0.0, verify_width=16), "plain")
+    expected = tokens(replan(bf16, resident_share=0.0, verify_widths=(16,)), "plain")
     for share in (0.5, 1.0):
-        changed = replan(bf16, resident_share=share, verify_width=16)
+        changed = replan(bf16, resident_share=share, verify_widths=(16,))
         assert tokens(changed, "plain") == expected
