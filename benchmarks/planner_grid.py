@@ -1,6 +1,6 @@
 """Promised against real: plans of one model for several budgets, on prompts they have not seen.
 
-    python benchmarks/planner_grid.py MODEL [--budgets 0.45,0.6,0.8] [--plannings 3] [--prompts 12]
+    python benchmarks/planner_grid.py MODEL [--budgets 0.45,0.6,0.8] [--plannings 3] [--rivals 2x8]
 
 MODEL is a checkpoint folder; a budget is a size or a share of the model. Every planning measures
 the machine, builds an artifact and rehearses it, as `subspec-plan` does. Then the plans, and rivals
@@ -44,7 +44,7 @@ from subspec.runtime.text.tokenizer import load_tokenizer
 
 PROMPTS = Path(__file__).with_name("prompts.jsonl")
 CONTEXT = 512
-RIVALS = ((1, 8), (2, 8), (4, 12))  # width and depth, of whole trees
+RIVALS = "1x8,2x8,4x12"  # width and depth, of whole trees
 RIVAL_SHARE = 1.05  # a rival that is faster by more is a mistake of the planner
 
 
@@ -77,10 +77,13 @@ def planned(model: Path, budget_bytes: int, out: Path, link_bandwidth: int | Non
     return open_artifact(out)
 
 
-def rivals_of(artifact: Artifact, link_bandwidth: int | None) -> list[tuple[str, Artifact]]:
+def rivals_of(
+    artifact: Artifact, trees: str, link_bandwidth: int | None
+) -> list[tuple[str, Artifact]]:
     """Over the artifact's weights and profile; those that fit."""
     found = []
-    for width, depth in RIVALS:
+    for tree in filter(None, trees.split(",")):
+        width, depth = map(int, tree.split("x"))
         constraints = Constraints(CONTEXT, width, depth, "substitute", min_path_probability=0.0)
         request = PlanRequest(
             artifact.plan.budget_bytes, constraints, "cpu", link_bandwidth=link_bandwidth
@@ -199,8 +202,9 @@ def say(line: str) -> None:
 @click.argument("model", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--budgets", default="0.45,0.6,0.8", show_default=True)
 @click.option("--plannings", default=3, show_default=True, help="Of each budget.")
-@click.option("--prompts", "count", default=12, show_default=True, help="Of all kinds alike.")
-@click.option("--tokens", default=128, show_default=True, help="Of each answer at most.")
+@click.option("--rivals", default=RIVALS, show_default=True, help="WIDTHxDEPTH of whole trees.")
+@click.option("--prompts", "count", default=36, show_default=True, help="Few are not the average.")
+@click.option("--tokens", default=80, show_default=True, help="Of each answer at most.")
 @click.option("--link-bandwidth", callback=size_option, metavar="SIZE")
 @click.option("--folder", type=click.Path(path_type=Path), help="Keeps the artifacts in it.")
 @reported
@@ -208,6 +212,7 @@ def main(
     model: Path,
     budgets: str,
     plannings: int,
+    rivals: str,
     count: int,
     tokens: int,
     link_bandwidth: int | None,
@@ -224,7 +229,7 @@ def main(
                 for index in range(1, plannings + 1)
             ]
             contenders = [(f"planning {n}", one) for n, one in enumerate(artifacts, 1)]
-            contenders += rivals_of(artifacts[0], link_bandwidth)
+            contenders += rivals_of(artifacts[0], rivals, link_bandwidth)
             text = load_tokenizer(artifacts[0].path / "tokenizer")
             prompts = [sample_ids(text, one) for one in in_turns(read_samples(PROMPTS))[:count]]
             some = decode_in_turns(

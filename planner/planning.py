@@ -186,10 +186,10 @@ def plan_from_runs(
 
 def within_memory(request: PlanRequest, tell: Tell) -> PlanRequest:
     """The request with a budget that this machine has; another machine's is not known."""
-    from subspec.planner.machine.timing import fast_memory_bytes, pick_device
-
     if request.known_profile is not None:
         return request
+    from subspec.planner.machine.timing import fast_memory_bytes, pick_device
+
     device = pick_device(request.device)
     most = fast_memory_bytes(device)
     if request.budget_bytes <= most:

@@ -69,11 +69,17 @@ def overlap_seconds(some: Iterable[Span], others: Sequence[Span]) -> float:
     )
 
 
+def thread_of(span: Span) -> str:
+    """Where a trace shows the span: copies overlap, but not those into one slot."""
+    return f"{span.lane}, {span.name}" if span.lane == "copy" else span.lane
+
+
 def chrome_trace(spans: Sequence[Span], about: dict[str, str]) -> dict[str, Any]:
     """Spans -> the JSON object of the Trace Event Format; microseconds since the first span."""
     zero = min((span.start_seconds for span in spans), default=0.0)
-    used = {span.lane for span in spans}
-    lanes = {lane: number for number, lane in enumerate(LANES, 1) if lane in used}
+    used = {thread_of(span) for span in spans}
+    copies = sorted(used - {*LANES})
+    lanes = {lane: number for number, lane in enumerate((*LANES, *copies), 1) if lane in used}
     events: list[dict[str, Any]] = []
     for lane, number in lanes.items():
         common = {"ph": "M", "pid": 1, "tid": number}
@@ -90,7 +96,7 @@ def chrome_trace(spans: Sequence[Span], about: dict[str, str]) -> dict[str, Any]
                 "name": span.name,
                 "ph": "X",
                 "pid": 1,
-                "tid": lanes[span.lane],
+                "tid": lanes[thread_of(span)],
                 "ts": start / 1e3,
                 "dur": (end - start) / 1e3,
                 "args": detail,

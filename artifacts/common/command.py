@@ -179,7 +179,10 @@ def text_over(raw: io.FileIO, before: TextIO | None, errors: str) -> io.TextIOWr
     if not os.get_blocking(raw.fileno()):  # left so by another program of this terminal or pipe
         os.set_blocking(raw.fileno(), True)
     encoding = before.encoding if before is not None else "utf-8"
-    by_line = before is not None and bool(before.line_buffering)
+    # With PYTHONUNBUFFERED a stream is not buffered by line, but not at all.
+    by_line = isinstance(before, io.TextIOWrapper) and (
+        before.line_buffering or before.write_through
+    )
     return io.TextIOWrapper(io.BufferedWriter(raw), encoding, errors, line_buffering=by_line)
 
 

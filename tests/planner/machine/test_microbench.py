@@ -77,13 +77,10 @@ def test_widths_in_which_a_row_has_the_same_bits_are_a_group(
 ) -> None:
     """Another kernel takes over from 32 rows on, and at 16 and 48 rows the last one differs."""
 
-    def product(x: Tensor, weight: Tensor, out: Tensor, rows_per_call: int) -> None:
-        out.copy_(x[:, :1].expand_as(out) + (len(x) >= 32))
-        if len(x) in (16, 48):
-            out[-1] += 1
+    def rows(weights: object, products: object, cache: object, width: int) -> list[Tensor] | None:
+        return None if width in (16, 48) else [torch.full((8, 4), float(width >= 32))]
 
-    monkeypatch.setattr(microbench, "exact_product", product)
-    monkeypatch.setattr(microbench, "exact_product_into", product)
+    monkeypatch.setattr(microbench, "rows_at_any_place", rows)
     bench = Bench(SMALL, CPU, replace(HASTY, place_seconds=0.0))
     assert bench.batch_invariant_widths() == ((8, 24), (32, 40, 56, 64, 80, 96, 104, 128))
 
@@ -91,7 +88,7 @@ def test_widths_in_which_a_row_has_the_same_bits_are_a_group(
 def test_no_width_is_in_a_group_if_a_rows_bits_depend_on_its_place(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(microbench, "rows_at_any_place", lambda product, weight, width: None)
+    monkeypatch.setattr(microbench, "rows_at_any_place", lambda *given: None)
     assert Bench(SMALL, CPU, HASTY).batch_invariant_widths() == ()
 
 

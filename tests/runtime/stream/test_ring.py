@@ -369,7 +369,7 @@ def test_closing_waits_for_the_reader(toy: ToyWeights, stored: Stored) -> None:
     ring, _ = open_ring(toy, *stored)
     requested = open_requested(toy, *stored)
     requested.request(NAMES)
-    assert threading.active_count() == before + 2
+    assert threading.active_count() > before + 2, "a reader for each slot"
     ring.close()
     requested.close()
     assert threading.active_count() == before
