@@ -76,18 +76,18 @@ TRACE = """{
    "name": "thread_name",
    "ph": "M",
    "pid": 1,
-   "tid": 8,
+   "tid": 9,
    "args": {
-    "name": "copy"
+    "name": "copy, slot 1"
    }
   },
   {
    "name": "thread_sort_index",
    "ph": "M",
    "pid": 1,
-   "tid": 8,
+   "tid": 9,
    "args": {
-    "sort_index": 8
+    "sort_index": 9
    }
   },
   {
@@ -103,7 +103,7 @@ TRACE = """{
    "name": "slot 1",
    "ph": "X",
    "pid": 1,
-   "tid": 8,
+   "tid": 9,
    "ts": 1.0,
    "dur": 2000.0,
    "args": {
