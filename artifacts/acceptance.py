@@ -139,14 +139,20 @@ def merged(curves: Sequence[Curve]) -> Curve:
     first, num_trees = curves[0], sum(curve.num_trees for curve in curves)
     if len(curves) == 1:
         return first
-    weighted = (curve.num_trees / max(1, num_trees) * curve.margin for curve in curves)
+    weighted = (curve.num_trees / num_trees * curve.margin for curve in curves)
+    # Where some counted fewer levels, drafting went on as at their last one.
+    deepest = max(len(curve.drafted) for curve in curves)
+    drafted = (
+        curve.drafted + (curve.num_trees, *curve.drafted)[-1:] * (deepest - len(curve.drafted))
+        for curve in curves
+    )
     return Curve(
         first.width,
         first.min_path_probability,
         "",
         sum(curve.num_answers for curve in curves),
         num_trees,
-        added(curve.drafted for curve in curves),
+        added(drafted),
         added(curve.accepted for curve in curves),
         math.hypot(*weighted),
     )

@@ -147,7 +147,7 @@ def draft_steps(
         last = Level(nodes, torch.zeros(width))
 
         def level() -> None:
-            draft_pass = drafter.draft_pass([cache], num_rows)
+            draft_pass = drafter.pass_over([cache], [cache.tree_slots(num_rows)])
             add_level(grown, last, children, tree, draft_pass([Growing(0, grown, last)]))
 
         num_bytes = sum(linear.substitute_bytes for linear in spec.linears)

@@ -140,7 +140,7 @@ class Options:
 )  # fmt: skip
 @click.option(
     "--rehearse", type=RehearsalTime(), metavar="SECONDS|none",
-    help="Time to run the plan in before it is final: at most, or not at all.  [default: 60]",
+    help="About how long the plan is run before it is final, or not at all.  [default: 60]",
 )  # fmt: skip
 @click.option(
     "--link-bandwidth", callback=size_option, metavar="SIZE",

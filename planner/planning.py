@@ -219,7 +219,6 @@ def rehearsed(
     from subspec.planner.rehearse.calibration import shipped_samples
     from subspec.planner.rehearse.corrections import corrections, without_corrections
     from subspec.planner.rehearse.rehearsal import Effort, Setting, learn_acceptance, time_rounds
-    from subspec.planner.solve.search import PRIOR
 
     spec, profile = artifact.spec, without_corrections(profile)
     samples = request.samples or shipped_samples()
@@ -231,7 +230,7 @@ def rehearsed(
             artifact, company, samples, setting, settles(request, spec, profile, stored),
             progress, effort,
         )  # fmt: skip
-    acceptance = acceptance or PRIOR
+    acceptance = acceptance or artifact.plan.acceptance
     trial = solve(request, spec, profile, acceptance, stored)
     rounds = time_rounds(
         artifact, trial, predictor(request, spec, profile, trial, stored), samples, setting,
@@ -246,8 +245,8 @@ def rehearsed(
 def plan_for_company(
     request: PlanRequest, spec: "ModelSpec", profile: Profile, stored: "Storage"
 ) -> Plan | None:
-    """A plan within the budget for as many short answers at once and as wide trees as it has room
-    for. None: it has none for a draft."""
+    """A plan within the budget for as many short answers at once as it has room for, and then for
+    as wide trees. None: it has none for a deep draft."""
     from subspec.planner.rehearse.rehearsal import AT_ONCE, CONTEXT
     from subspec.planner.rehearse.replay import DEEPEST, WIDTHS
     from subspec.planner.solve.search import PRIOR
@@ -276,7 +275,8 @@ def settles(
     request: PlanRequest, spec: "ModelSpec", profile: Profile, stored: "Storage"
 ) -> "Callable[[Acceptance], bool]":
     """Tells whether more answers would hardly change the plan: the one that was chosen with fewer
-    is still as good as the best, and what a round gives is known well."""
+    is still as good as the best, and what a round gives is known well. Plain decoding is settled if
+    it was the best before too."""
     from subspec.planner.solve.outlook import predict_for, speed_of
     from subspec.planner.solve.predict import usage_within
 

@@ -14,7 +14,8 @@ import torch
 # Ends a span now: lane, name, its start (time.perf_counter), details.
 Record = Callable[[str, str, float, dict[str, int]], None]
 
-# From top to bottom in a viewer. Spans of one lane do not overlap.
+# From top to bottom in a viewer. Spans of one lane do not overlap, but copies into several slots
+# do.
 LANES = ("prefill", "draft", "verify", "layer", "product", "decode", "wait", "copy")
 
 
@@ -61,12 +62,24 @@ class Clock:
 
 def overlap_seconds(some: Iterable[Span], others: Sequence[Span]) -> float:
     """Seconds during which one of `some` and one of `others` run; neither overlap among
-    themselves."""
+    themselves (see `united`)."""
     return sum(
         max(0.0, min(a.end_seconds, b.end_seconds) - max(a.start_seconds, b.start_seconds))
         for a in some
         for b in others
     )
+
+
+def united(spans: Iterable[Span]) -> list[Span]:
+    """The time that is covered by any of the spans, as spans that do not overlap."""
+    found = list[Span]()
+    for span in sorted(spans, key=lambda span: span.start_seconds):
+        if found and span.start_seconds <= found[-1].end_seconds:
+            last, end = found[-1], max(found[-1].end_seconds, span.end_seconds)
+            found[-1] = Span(last.lane, last.name, last.start_seconds, end - last.start_seconds, {})
+        else:
+            found.append(span)
+    return found
 
 
 def thread_of(span: Span) -> str:

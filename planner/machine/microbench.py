@@ -59,7 +59,7 @@ from subspec.runtime.stream.exact_weights import ExactWeights
 from subspec.runtime.verify import accept
 
 # Numbers of rows that are timed; others are interpolated (`seconds_at`).
-EXACT_WIDTHS = (8, 16, 32, 64, 104)  # the last: trees 3 wide and 32 deep
+EXACT_WIDTHS = (8, 16, 32, 64, 104)  # the last: trees 4 wide and 24 deep
 CUDA_WIDTHS = (200, 400)  # with fewer rows a GPU may be memory-bound, so the slope is unknown
 DRAFT_WIDTHS = (1, 2, 4, 8, 16)
 DRAFT_LEVELS = 5  # of the trees that are grown to time one level
@@ -67,7 +67,7 @@ ACCEPT_DEPTH = 12  # levels of an accepted path that are moved in the cache, as 
 ATTENTION_WIDTHS = (1, 8, 64)
 FAST_WIDTHS = (1, 16, 128)  # a token of plain decoding; prompts
 LOADED_WIDTH = 32  # rows of the layers that are timed while the link is busy
-# Verify widths that are tried, denser at usual sizes of trees; the last: 6 wide, 64 deep.
+# Verify widths that are tried, denser at usual sizes of trees; the last: 8 wide, 48 deep.
 PADDED_WIDTHS = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 104, 128, 160, 200, 256, 304, 400)
 USUAL_WIDTH = 128  # wider ones are tried only within Effort.place_seconds
 

@@ -22,7 +22,7 @@ from subspec.planner.rehearse.calibration import Sample, in_turns, sample_ids
 from subspec.planner.rehearse.corrections import PredictFor, Rounds, Timed
 from subspec.planner.rehearse.replay import DEEPEST, WIDTHS, Answer, Grown, curves_of, walk
 from subspec.planner.solve.problem import make_tree
-from subspec.runtime.decode import causal_rows, keep, speculate
+from subspec.runtime.decode import causal_rows, keep, prefill, speculate
 from subspec.runtime.draft.drafter import SubstituteDrafter, Turn
 from subspec.runtime.engine import Engine, OpenOptions, kernel_sources
 from subspec.runtime.model.attention import attend
@@ -151,10 +151,14 @@ def decode_together(
 
 def read_together(engine: Engine, caches: Several[Cache], prompts: Several[list[int]]) -> list[int]:
     """Keys and values of the prompts into the caches, of as many prompts in one stream of the
-    weights as the plan has room for -> the first token of each answer. Unlike `prefill` of
-    decode.py, a row's bits may depend on the company."""
+    weights as the plan has room for -> the first token of each answer. Unlike in `prefill`, which
+    reads a prompt that is too long for one stream, a row's bits may depend on the company."""
     model, found = engine.model, list[int]()
     while len(found) < len(prompts):
+        if len(prompts[len(found)]) > engine.plan.prefill_tokens:
+            n = len(found)
+            found.append(prefill(model, caches[n], prompts[n], Sampling()))
+            continue
         some, num_rows = list[int](), 0
         for n in range(len(found), len(prompts)):
             num_rows += len(prompts[n])

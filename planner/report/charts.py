@@ -53,7 +53,8 @@ def acceptance_chart(acceptance: Acceptance, tree: Tree) -> Chart | None:
     if acceptance.measured:
         off = acceptance.margin(*known) / acceptance.tokens(*known)
         upper = [(level, min(1.0, share * (1 + off))) for level, share in line]
-        lower = [(level, max(0.0, share * (1 - off))) for level, share in line]
+        # The root is always there.
+        lower = [(level, max(0.0, share * (1 - off)) if level else 1.0) for level, share in line]
         band = (*upper, *reversed(lower))
     x = axis(0, tree.depth, "{:g}".format, least_step=1)
     return Chart(x, axis(0.0, 1.0, "{:.0%}".format), line, band)

@@ -238,7 +238,9 @@ def decision_rows(plan: Plan) -> Rows:
     placement, tree = placement_of(plan), plan.tree
     rows: Rows = [("method", method_name(plan))]
     if plan.method == "substitute":
-        rows.append(("draft temperature", f"{tree.temperature:g}, for ranking the tree's nodes"))
+        rows.append(
+            ("draft temperature", f"{tree.temperature:g}, for ranking nodes and ending drafts")
+        )
     ring = f"{placement.num_slots} slots of {format_size(placement.block_bytes)}"
     return [
         *rows,

@@ -43,8 +43,8 @@ from subspec.planner.solve.problem import (
 )
 from subspec.planner.solve.storage import Storage, choose_resident, group_bytes
 
-# Until acceptance is measured: rates published for 8B models, of a chain and 6 wide, and between
-# them by the logarithm of the width.
+# Until acceptance is measured: rates published for 8B models, of a chain and 6 wide; between them
+# by the logarithm of the width, and 8 wide as 6 wide.
 PRIOR_RATES = {1: 0.968, 2: 0.975, 4: 0.981, 8: 0.985}
 PRIOR_LEVELS = 64
 

@@ -101,8 +101,13 @@ class DiskLink:
             threading.Thread(target=self._read_all, name="subspec-reader", daemon=True)
             for _ in slots
         ]
-        for thread in self._threads:
-            thread.start()
+        for index, thread in enumerate(self._threads):
+            try:
+                thread.start()
+            except RuntimeError:  # the system has no more threads
+                self._threads = self._threads[:index]
+                self.close()
+                raise
 
     def begin(self, slot: int, offset: int, num_bytes: int) -> None:
         self._requests.put((slot, offset, num_bytes))

@@ -11,7 +11,7 @@ from running import answer
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.plan import make_blocks
 from subspec.planner.model.hub import DEMO
-from subspec.runtime.clock import LANES, Clock, Span, chrome_trace, overlap_seconds
+from subspec.runtime.clock import LANES, Clock, Span, chrome_trace, overlap_seconds, united
 from subspec.runtime.engine import Engine, OpenOptions
 
 CPU = torch.device("cpu")
@@ -42,6 +42,14 @@ def test_a_phase_is_a_span_too() -> None:
     assert [(span.lane, span.name) for span in clock.spans] == [("draft", "draft")] * 2
     total = sum(span.seconds for span in clock.spans)
     assert total >= clock.seconds["draft"] > 0.0
+
+
+def test_united_spans_cover_the_same_time_once() -> None:
+    spans = [Span("copy", "b", 3.0, 2.0, {}), Span("copy", "a", 1.0, 1.0, {}),
+             Span("copy", "c", 4.0, 0.5, {}), Span("copy", "d", 2.0, 0.5, {})]  # fmt: skip
+    found = united(spans)
+    assert [(one.start_seconds, one.end_seconds) for one in found] == [(1.0, 2.5), (3.0, 5.0)]
+    assert overlap_seconds(found, [Span("", "", 0.0, 4.0, {})]) == 2.5
 
 
 def test_a_trace_is_what_perfetto_reads() -> None:
