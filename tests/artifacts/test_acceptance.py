@@ -107,13 +107,14 @@ def test_a_width_or_threshold_between_counted_ones_is_as_the_next_smaller() -> N
 
 
 def test_kinds_are_merged_by_adding_their_counts() -> None:
+    """The half of the trees on prose that had two levels count as if they had gone on."""
     prose = Curve(2, 0.25, "prose", 3, 24, (24, 12), (6, 0), 0.1)
     both = measured(EARLY, prose)
     together = merged([EARLY, prose])
     assert both.kinds == ("code", "prose")
     assert both.curve(2, 0.25) == together
     assert together == Curve(
-        2, 0.25, "", 5, 32, (32, 18, 2), (10, 3, 1),
+        2, 0.25, "", 5, 32, (32, 18, 14), (10, 3, 1),
         # Of independent samples that weigh 8 and 24.
         pytest.approx(math.hypot(0.25 * 0.5, 0.75 * 0.1)),
     )  # fmt: skip
