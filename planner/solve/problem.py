@@ -50,7 +50,7 @@ class Problem:
     storages: tuple[Storage, ...]  # to choose from; the last one decodes least at every use
     usage: Usage  # of the predictions
     # By tree width and threshold, then by depth.
-    yields: dict[tuple[int, float], tuple[RoundYield, ...]] = field(repr=False)
+    yields: dict[tuple[int, float], dict[int, RoundYield]] = field(repr=False)
     prefill_tokens: int = SMALLEST_PREFILL
     prefill_bytes: int = 0  # lower bound of the workspace
 
@@ -89,9 +89,10 @@ def make_problem(
     contexts = [constraints.context or default_context(spec, budget_bytes, sequences)]
     while constraints.context is None and contexts[-1] // 2 >= SMALLEST_CONTEXT:
         contexts.append(contexts[-1] // 2)
-    deepest = constraints.depth or DEPTHS[-1]
+    # Only of depths that a tree may have: caches keep the problems of some searches in memory.
+    depths = (constraints.depth,) if constraints.depth else DEPTHS
     yields = {
-        (width, stop): acceptance.yields(width, deepest, stop, usage.kind)
+        (width, stop): pick(acceptance.yields(width, depths[-1], stop, usage.kind), depths)
         for width in tree_widths(constraints)
         for stop in thresholds(constraints, acceptance)
     }
@@ -106,6 +107,10 @@ def make_problem(
     drafting = (problem for problem in problems if smallest_draft(problem) is not None)
     decoding = (problem for problem in problems if smallest_plain(problem) is not None)
     return with_prompt_share(next(drafting, None) or next(decoding, None) or problems[-1])
+
+
+def pick(yields: tuple[RoundYield, ...], depths: tuple[int, ...]) -> dict[int, RoundYield]:
+    return {depth: yields[depth] for depth in depths}
 
 
 def default_context(spec: ModelSpec, budget_bytes: int, num_sequences: int) -> int:
