@@ -9,7 +9,7 @@ tree of depth n: one deep tree counts for all depths.
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise, zip_longest
+from itertools import pairwise, zip_longest
 from typing import Annotated
 
 from subspec.artifacts.common.bounds import (
@@ -35,7 +35,7 @@ class Curve:
     min_path_probability: Probability  # as in Tree
     kind: str
     num_answers: Count
-    num_trees: Count
+    num_trees: Annotated[int, Between(1, 1 << 62)]
     drafted: Levels  # trees that have the level
     accepted: Levels  # trees whose level was accepted
     # Half of the 95 % confidence interval of a whole tree's tokens, from the spread of the answers.
@@ -109,21 +109,21 @@ class Acceptance:
         whole = 1.0 + sum(shares_of(curve.accepted, curve.num_trees, len(curve.accepted)))
         return curve.margin * self.tokens(width, depth, min_path_probability, kind) / whole
 
-    def yields(
-        self, width: int, deepest: int, min_path_probability: float = 0.0, kind: str = ""
-    ) -> tuple[RoundYield, ...]:
-        """What rounds with trees 0, 1, ... `deepest` levels deep give."""
+    def round_yield(
+        self, width: int, depth: int, min_path_probability: float = 0.0, kind: str = ""
+    ) -> RoundYield:
+        """What a round with a tree gives."""
         curve = self.curve(width, min_path_probability, kind)
-        reached = shares_of(curve.accepted, curve.num_trees, deepest)
+        reached = shares_of(curve.accepted, curve.num_trees, depth)
         # Beyond what was counted trees go on as they did, and nothing is known to be accepted.
         last = (curve.num_trees, *curve.drafted)[-1]
-        drafted = shares_of(curve.drafted, curve.num_trees, deepest, last)
-        tokens = accumulate(reached, initial=1.0)
-        squares = accumulate(((2 * n + 1) * p for n, p in enumerate(reached, 1)), initial=1.0)
-        levels = accumulate(drafted, initial=0.0)
-        ends = [high - low for high, low in pairwise((1.0, *drafted))]  # with 0, 1, ... levels
-        shares = ((*ends[:depth], (1.0, *drafted)[depth]) for depth in range(deepest + 1))
-        return tuple(RoundYield(*one) for one in zip(tokens, squares, levels, shares, strict=True))
+        drafted = (1.0, *shares_of(curve.drafted, curve.num_trees, depth, last))
+        return RoundYield(
+            tokens=1.0 + sum(reached),
+            tokens_squared=1.0 + sum((2 * n + 1) * p for n, p in enumerate(reached, 1)),
+            levels=sum(drafted[1:]),
+            shares=(*(high - low for high, low in pairwise(drafted)), drafted[-1]),
+        )
 
 
 def shares_of(
@@ -131,7 +131,7 @@ def shares_of(
 ) -> tuple[float, ...]:
     """Counts by level over the trees; beyond: the count of levels that were not counted."""
     some = (*counts[:depth], *(beyond,) * (depth - len(counts)))
-    return tuple(count / max(1, num_trees) for count in some)
+    return tuple(count / num_trees for count in some)
 
 
 def merged(curves: Sequence[Curve]) -> Curve:

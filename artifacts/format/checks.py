@@ -120,8 +120,7 @@ def _check_curves(curves: Sequence[Curve]) -> None:
     for curve in curves:
         counts = [(curve.num_trees,) * 2, *zip(curve.drafted, curve.accepted, strict=False)]
         if (
-            not curve.num_trees
-            or len(curve.drafted) != len(curve.accepted)
+            len(curve.drafted) != len(curve.accepted)
             or any(accepted > drafted for drafted, accepted in counts)
             or any(a < c or b < d for (a, b), (c, d) in pairwise(counts))
         ):

@@ -49,7 +49,7 @@ def predict_for(
     gives = ONE_TOKEN
     if tree:
         stop = tree.min_path_probability
-        gives = plan.acceptance.yields(tree.width, tree.depth, stop, usage.kind)[-1]
+        gives = plan.acceptance.round_yield(tree.width, tree.depth, stop, usage.kind)
     peak = ledger.total_bytes - idle
     passes = passes_of(spec, profile, tree, plan.verify_widths, gives, plan.prefill_tokens, usage)
     return predict(profile, candidate, passes, streamed, gives, peak, usage)

@@ -5,7 +5,7 @@ The context and a prompt's share of memory are decided here, before candidates a
 
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from subspec.artifacts.acceptance import ONE_TOKEN, Acceptance, RoundYield
@@ -49,8 +49,6 @@ class Problem:
     context: int
     storages: tuple[Storage, ...]  # to choose from; the last one decodes least at every use
     usage: Usage  # of the predictions
-    # By tree width and threshold, then by depth.
-    yields: dict[tuple[int, float], dict[int, RoundYield]] = field(repr=False)
     prefill_tokens: int = SMALLEST_PREFILL
     prefill_bytes: int = 0  # lower bound of the workspace
 
@@ -89,28 +87,17 @@ def make_problem(
     contexts = [constraints.context or default_context(spec, budget_bytes, sequences)]
     while constraints.context is None and contexts[-1] // 2 >= SMALLEST_CONTEXT:
         contexts.append(contexts[-1] // 2)
-    # Only of depths that a tree may have: caches keep the problems of some searches in memory.
-    depths = (constraints.depth,) if constraints.depth else DEPTHS
-    yields = {
-        (width, stop): pick(acceptance.yields(width, depths[-1], stop, usage.kind), depths)
-        for width in tree_widths(constraints)
-        for stop in thresholds(constraints, acceptance)
-    }
 
     def problem_for(context: int) -> Problem:
         within = usage_within(context, usage)
         return Problem(
-            spec, profile, budget_bytes, constraints, acceptance, context, choices, within, yields
+            spec, profile, budget_bytes, constraints, acceptance, context, choices, within
         )
 
     problems = [problem_for(context) for context in contexts]
     drafting = (problem for problem in problems if smallest_draft(problem) is not None)
     decoding = (problem for problem in problems if smallest_plain(problem) is not None)
     return with_prompt_share(next(drafting, None) or next(decoding, None) or problems[-1])
-
-
-def pick(yields: tuple[RoundYield, ...], depths: tuple[int, ...]) -> dict[int, RoundYield]:
-    return {depth: yields[depth] for depth in depths}
 
 
 def default_context(spec: ModelSpec, budget_bytes: int, num_sequences: int) -> int:
@@ -292,10 +279,12 @@ def passes_for(problem: Problem, tree: Tree | None, verify_widths: tuple[int, ..
     )
 
 
+@for_one_tree
 def yield_for(problem: Problem, tree: Tree | None) -> RoundYield:
     if tree is None:
         return ONE_TOKEN
-    return problem.yields[tree.width, tree.min_path_probability][tree.depth]
+    stop, kind = tree.min_path_probability, problem.usage.kind
+    return problem.acceptance.round_yield(tree.width, tree.depth, stop, kind)
 
 
 def base_ledger(problem: Problem, candidate: Candidate) -> Ledger:

@@ -56,14 +56,14 @@ class SubstituteDrafter:
         if self.capture is not None and len(turns) == 1:
             [cache] = [turn.cache for turn in turns]
             if cache not in self.captured:
-                made = graphs.make_graphs(self.tree, self.verify_width, device, self.capture)
-                self.captured[cache] = made
-            made = self.captured[cache]
+                self.captured[cache] = graphs.make_graphs(
+                    self.tree, self.verify_width, device, self.capture
+                )
 
             def over(slots: TreeSlots) -> DraftPass:
                 return self.pass_over([cache], [slots])
 
-            return [graphs.grow(made, roots[0], depths[0], cache, over)]
+            return [graphs.grow(self.captured[cache], roots[0], depths[0], cache, over)]
         caches = [turn.cache for turn in turns]
         slots = [cache.tree_slots(self.verify_width) for cache in caches]
         draft_pass = self.pass_over(caches, slots)

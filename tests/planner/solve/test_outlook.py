@@ -120,7 +120,7 @@ def test_a_plan_whose_drafts_end_early_foretells_them() -> None:
     for kind in ("", "code", "prose"):
         usage = replace(usage_within(256, USUAL), kind=kind)
         found, before = (foretold(one, "substitute", usage) for one in (plan, whole))
-        gives = early.yields(tree.width, tree.depth, 0.3, kind)[-1]
+        gives = early.round_yield(tree.width, tree.depth, 0.3, kind)
         assert found.tokens_per_round == gives.tokens < before.tokens_per_round
         assert found.levels_per_round == gives.levels < before.levels_per_round == tree.depth
         assert found.draft_seconds < before.draft_seconds

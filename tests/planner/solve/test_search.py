@@ -165,7 +165,7 @@ def best_of_all(
         tree, gives = candidate.tree, ONE_TOKEN
         if tree:
             stop = tree.min_path_probability
-            gives = acceptance.yields(tree.width, tree.depth, stop)[-1]
+            gives = acceptance.round_yield(tree.width, tree.depth, stop)
         passes = passes_of(
             spec, profile, tree, candidate.verify_widths, gives, problem.prefill_tokens, usage
         )
@@ -229,7 +229,7 @@ def test_drafts_end_early_where_acceptance_says_that_it_pays() -> None:
     assert (plan.method, plan.tree.min_path_probability) == ("substitute", 0.3)
     assert ["0.3" in reason for reason in said_of_ends(plan)] == [True]
     predicted = plan.predicted["substitute"]
-    expected = EARLY.yields(plan.tree.width, plan.tree.depth, 0.3)[-1]
+    expected = EARLY.round_yield(plan.tree.width, plan.tree.depth, 0.3)
     assert predicted.tokens_per_round == expected.tokens
     assert predicted.levels_per_round == expected.levels < plan.tree.depth - 1
     whole = Constraints(context=256, min_path_probability=0.0)
@@ -816,7 +816,7 @@ def test_the_priors_are_marked_as_such() -> None:
 def test_the_prior_accepts_each_level_alike(width: int, rate: float) -> None:
     reached = PRIOR.reached(width, PRIOR_LEVELS)
     assert reached == pytest.approx([rate**n for n in range(1, 65)], abs=1e-4)
-    assert PRIOR.yields(width, PRIOR_LEVELS)[-1].levels == PRIOR_LEVELS
+    assert PRIOR.round_yield(width, PRIOR_LEVELS).levels == PRIOR_LEVELS
 
 
 def test_the_prior_of_a_width_lies_on_the_line_between_the_published_ones() -> None:
