@@ -35,7 +35,7 @@ from subspec.runtime.decode import (
 from subspec.runtime.draft import compiled_layers
 from subspec.runtime.draft.drafter import SubstituteDrafter
 from subspec.runtime.draft.graphs import capture_on_gpu
-from subspec.runtime.kernels import gemlite_kernel, int4, top_k
+from subspec.runtime.kernels import gemlite_kernel, int4
 from subspec.runtime.kernels.linear import single_row_kernels
 from subspec.runtime.load import (
     DRAFT_DTYPE,
@@ -377,8 +377,6 @@ def needed_kernels(plan: Plan, method: Method) -> list[Kernel]:
         found.append((int4.SOURCE, int4.unavailable))
     if plan.int4_kernel == "w4a8" and method == "substitute":
         found.append((compiled_layers.SOURCE, compiled_layers.unavailable))
-    if method == "substitute":
-        found.append((top_k.SOURCE, top_k.unavailable))
     return found
 
 

@@ -22,7 +22,7 @@ HASTY = MeasuringEffort(
     least_link_bytes=4 << 20,
     most_link_bytes=4 << 20,
 )
-BRIEF = Effort(learn_seconds=3.0, time_seconds=0.3, plain_seconds=0.1)
+BRIEF = Effort(learn_seconds=3.0, time_seconds=1.0, plain_seconds=0.1)
 
 
 def be_brief(patch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from subspec.artifacts.plan import Tree
-from subspec.runtime.kernels.top_k import top_k
 
 
 @dataclass(frozen=True)
@@ -142,12 +141,18 @@ def add_level(grown: TokenTree, last: Level, children: Tensor, tree: Tree, logit
 
     Static shapes, nothing read back and no number of the host's: a captured graph can do it.
     """
-    num_best = min(tree.width, logits.shape[1])
-    sharp, ids = top_k(logits, num_best, tree.temperature)  # [last level, k] each
+    logits = logits.float()
+    best, ids = logits.topk(min(tree.width, logits.shape[1]), dim=-1)  # [last level, k] each
+    sharp = log_probabilities(best, logits, tree.temperature)
     scores, picked = (last.scores[:, None] + sharp).flatten().topk(tree.width)
-    parents = last.nodes[picked // num_best]
+    parents = last.nodes[picked // best.shape[1]]
     grown.tokens[children] = ids.flatten()[picked]
     grown.parents[children] = parents
     grown.depths[children] = grown.depths[parents] + 1
     grown.ancestors[children] = grown.ancestors[parents].scatter(1, children[:, None], True)
     return Level(children, scores)
+
+
+def log_probabilities(some: Tensor, logits: Tensor, temperature: float) -> Tensor:
+    """log softmax(logits / temperature) of `some` of the logits: [rows, k] of [rows, V]."""
+    return some / temperature - (logits / temperature).logsumexp(-1, keepdim=True)

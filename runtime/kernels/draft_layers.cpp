@@ -56,12 +56,18 @@ struct Rows {
 
 // ---- numbers ------------------------------------------------------------------------------------
 
+inline float widen(uint16_t x) { return as_float((uint32_t)x << 16); }
 inline uint16_t rounded_to_bf16(float x) {
     const uint32_t bits = as_bits(x), nearest = bits + 0x7fff + (bits >> 16 & 1);
     return (uint16_t)((x == x ? nearest : 0x7fc00000) >> 16);
 }
 inline Floats load_floats(const float* from) { return (Floats)load(from); }
 inline void store(float* to, Floats x) { memcpy(to, &x, sizeof x); }
+inline Floats load_bf16(const uint16_t* from) {
+    Halves x;
+    memcpy(&x, from, sizeof x);
+    return (Floats)(__builtin_convertvector(x, Bits) << 16);
+}
 inline void store_bf16(uint16_t* to, Floats x) {
     const Halves halves = rounded_to_bf16(x);
     memcpy(to, &halves, sizeof halves);
@@ -98,6 +104,17 @@ inline void sum_lanes(Floats* x) {
     for (int j = 0; j < S; j++)
         x[j] = __builtin_shuffle(x[j], x[j + S], near) + __builtin_shuffle(x[j], x[j + S], far);
     if constexpr (S > 1) sum_lanes<S / 2>(x);
+}
+
+// The largest lane, in all lanes; NaN counts for nothing.
+template <int S = LANES / 2>
+inline Floats largest(Floats x) {
+    Ints other;
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) other[i] = i ^ S;
+    const Floats moved = __builtin_shuffle(x, other), larger = moved > x ? moved : x;
+    if constexpr (S > 1) return largest<S / 2>(larger);
+    else return larger;
 }
 
 inline Ints sees(uint32_t bits) {

@@ -1,5 +1,5 @@
-// The inner kernels of 4-bit products, and the vectors that they are made of: what int4.cpp,
-// draft_layers.cpp and top_k.cpp share. The layouts are documented in int4.py.
+// The inner kernels of 4-bit products: what int4.cpp and draft_layers.cpp share. The layouts are
+// documented in int4.py.
 //
 // 16 rows of W lie in the lanes of a vector. The activations of a group of columns are rounded to
 // 8-bit integers, and the products within a group are summed up as integers, which is exact; then
@@ -56,26 +56,9 @@ inline uint32_t as_bits(float x) {
     return bits;
 }
 
-inline float widen(uint16_t x) { return as_float((uint32_t)x << 16); }
-inline Floats load_bf16(const uint16_t* from) {
-    Halves x;
-    memcpy(&x, from, sizeof x);
-    return (Floats)(__builtin_convertvector(x, Bits) << 16);
-}
 inline Halves rounded_to_bf16(Floats x) {
     const Bits bits = (Bits)x, nearest = bits + 0x7fff + (bits >> 16 & 1);
     return __builtin_convertvector((x == x ? nearest : Bits{} + 0x7fc00000) >> 16, Halves);
-}
-
-// The largest lane, in all lanes; NaN counts for nothing.
-template <int S = LANES / 2>
-inline Floats largest(Floats x) {
-    Ints other;
-#pragma GCC unroll 16
-    for (int i = 0; i < LANES; i++) other[i] = i ^ S;
-    const Floats moved = __builtin_shuffle(x, other), larger = moved > x ? moved : x;
-    if constexpr (S > 1) return largest<S / 2>(larger);
-    else return larger;
 }
 
 // sum + the products of 4 codes per lane, a byte each, with the 4 signed bytes of `values`.

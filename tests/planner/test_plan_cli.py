@@ -103,7 +103,7 @@ def test_the_demo_is_measured_planned_built_and_rehearsed_in_brief(
 ) -> None:
     artifact = planned_demo(here, capsys)
     assert artifact.plan.acceptance.num_answers() >= 5
-    assert artifact.profile.corrections.num_rounds >= 2  # of either method one at least
+    assert artifact.profile.corrections.num_rounds > 5
 
 
 def planned_demo(here: Path, capsys: pytest.CaptureFixture[str]) -> Artifact:

@@ -259,11 +259,11 @@ def test_a_path_is_opened_as_its_artifact(artifact: Artifact) -> None:
 @pytest.mark.parametrize(
     ("kernel", "residuals", "method", "sources"),
     [
-        ("aten", (), "substitute", {"attention", "top_k"}),
+        ("aten", (), "substitute", {"attention"}),
         ("aten", ("a part",), "plain", {"attention", "residual"}),
         ("w4a8", (), "plain", {"attention"}),
         ("w4a8", ("a part",), "plain", {"attention", "residual", "int4"}),
-        ("w4a8", (), "substitute", {"attention", "int4", "draft_layers", "top_k"}),
+        ("w4a8", (), "substitute", {"attention", "int4", "draft_layers"}),
     ],
 )
 def test_only_kernels_that_the_method_calls_are_built(

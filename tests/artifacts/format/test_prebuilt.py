@@ -15,10 +15,9 @@ from subspec.artifacts.format.store import Artifact, open_artifact, verify, writ
 from subspec.artifacts.native import cpp, residual_cpu
 from subspec.planner.model.hub import DEMO
 from subspec.runtime.engine import kernel_sources
-from subspec.runtime.kernels import top_k
 from subspec.runtime.model import attention
 
-SOURCES = [attention.SOURCE, residual_cpu.SOURCE, top_k.SOURCE]
+SOURCES = [attention.SOURCE, residual_cpu.SOURCE]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +28,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     folder = tmp_path_factory.mktemp("shipped") / "artifact"
     made = build_artifact(DEMO, folder, "residual", resident_share=1.0)
     assert kernel_sources(made.plan) == SOURCES
-    assert all(kernel.unavailable() is None for kernel in (attention, residual_cpu, top_k))
+    assert all(kernel.unavailable() is None for kernel in (attention, residual_cpu))
     pack_prebuilt(folder, kernel_sources(made.plan))
     return sealed(folder)
 
@@ -92,7 +91,7 @@ def test_kernels_of_other_sources_flags_or_processors_are_not_brought(
     for name, value in (("FLAGS", (*cpp.FLAGS, "-g")), ("_processor", lambda: "another")):
         with monkeypatch.context() as patch:
             patch.setattr(cpp, name, value)
-            assert install_prebuilt(artifact, SOURCES) == ["attention", "residual", "top_k"]
+            assert install_prebuilt(artifact, SOURCES) == ["attention", "residual"]
     monkeypatch.setenv("CXX", "g++ -mno-avx512f")
     assert find_prebuilt(artifact, residual_cpu.SOURCE) is None
 
@@ -101,7 +100,7 @@ def test_where_nothing_can_be_kept_nothing_is_adopted(
     artifact: Artifact, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)
-    assert install_prebuilt(artifact, SOURCES) == ["attention", "residual", "top_k"]
+    assert install_prebuilt(artifact, SOURCES) == ["attention", "residual"]
 
 
 def test_a_person_without_a_compiler_is_told_of_them_and_may_trust_them(
