@@ -97,10 +97,8 @@ def grow_along(
     passes, depths = drafter.pass_over(caches, slots), [DEEPEST] * len(trees)
     for level in levels(trees, depths, tree, passes, ends):
         for growing in level:
-            one, known = (
-                found[growing.index],
-                answers[growing.index].tokens[starts[growing.index] :],
-            )
+            one = found[growing.index]
+            known = answers[growing.index].tokens[one.start :]
             one.levels.append(log_probability(growing.last))
             if one.node is not None and one.accepted + 1 < len(known):
                 one.node = child_of(growing.tree, one.node, known[one.accepted + 1], width)

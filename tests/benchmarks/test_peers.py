@@ -1,6 +1,5 @@
 """benchmarks/peers.py: what is made of the lines of a peer, and what a memory limit does."""
 
-import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +7,7 @@ from types import ModuleType
 
 import pytest
 from builders import build_artifact
+from scripts import benchmark
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.planner.model.hub import DEMO
@@ -27,18 +27,12 @@ LINES = (
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    return imported("peers")
+    return benchmark("peers")
 
 
 @pytest.fixture(scope="module")
 def limits() -> ModuleType:
-    return imported("memory_limit")
-
-
-def imported(name: str) -> ModuleType:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-        return importlib.import_module(name)
+    return benchmark("memory_limit")
 
 
 def test_what_came_before_a_peer_was_stopped_counts(script: ModuleType) -> None:

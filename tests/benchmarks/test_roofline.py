@@ -1,12 +1,11 @@
 """benchmarks/roofline.py: terms beside their floors, by hand."""
 
-import importlib
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 from builders import build_artifact
+from scripts import benchmark
 
 from subspec.artifacts.format.store import Artifact
 from subspec.planner.model.hub import DEMO
@@ -15,9 +14,7 @@ from subspec.runtime.clock import Span
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-        return importlib.import_module("roofline")
+    return benchmark("roofline")
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,12 @@
 """benchmarks/speed.py: the whole script on a small artifact."""
 
-import importlib
 import json
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from builders import build_artifact
+from scripts import benchmark
 
 from subspec.artifacts.format.store import Artifact
 from subspec.planner.model.hub import DEMO
@@ -14,9 +14,7 @@ from subspec.planner.model.hub import DEMO
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-        return importlib.import_module("speed")
+    return benchmark("speed")
 
 
 @pytest.fixture(scope="module")

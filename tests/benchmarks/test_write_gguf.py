@@ -1,6 +1,5 @@
 """benchmarks/write_gguf.py and real_model.py: a checkpoint survives the way to GGUF and back."""
 
-import importlib
 import json
 from pathlib import Path
 from types import ModuleType
@@ -8,6 +7,7 @@ from types import ModuleType
 import pytest
 import torch
 from safetensors.torch import load_file
+from scripts import benchmark
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from subspec.artifacts.common.errors import Exit, SubspecError
@@ -19,18 +19,12 @@ MERGES = [("t", "h"), ("th", "e"), ("i", "n")]
 
 @pytest.fixture(scope="module")
 def writer() -> ModuleType:
-    return script("write_gguf")
+    return benchmark("write_gguf")
 
 
 @pytest.fixture(scope="module")
 def reader() -> ModuleType:
-    return script("real_model")
-
-
-def script(name: str) -> ModuleType:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-        return importlib.import_module(name)
+    return benchmark("real_model")
 
 
 def save_tokenizer(folder: Path) -> int:

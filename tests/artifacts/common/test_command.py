@@ -67,6 +67,16 @@ def start(act: str, *words: str, **settings: Any) -> "subprocess.Popen[bytes]":
     return subprocess.Popen([sys.executable, "-c", code, *words], **{**pipes, **settings})
 
 
+def ended_by(number: signal.Signals, act: str) -> tuple[int, bytes, bytes]:
+    """Sends a signal once `act` has printed "open" -> exit code, stdout after that, stderr."""
+    with start(act) as child:
+        assert child.stdout is not None and child.stderr is not None
+        assert child.stdout.readline() == b"open\n"
+        child.send_signal(number)
+        out, story = child.stdout.read(), child.stderr.read()
+    return child.returncode, out, story
+
+
 @pytest.mark.parametrize(
     ("words", "message", "hint"),
     [
@@ -168,13 +178,7 @@ def test_a_termination_closes_what_is_open_and_ends_with_143() -> None:
         "\n    try: print('open', flush=True); time.sleep(60)"
         "\n    finally: print('closed', flush=True)"
     )
-    with start(act) as child:
-        assert child.stdout is not None and child.stderr is not None
-        assert child.stdout.readline() == b"open\n"
-        child.terminate()
-        assert child.stdout.read() == b"closed\n"
-        assert child.stderr.read() == b""
-    assert child.returncode == Exit.TERMINATED
+    assert ended_by(signal.SIGTERM, act) == (Exit.TERMINATED, b"closed\n", b"")
 
 
 def test_ctrl_c_pressed_again_while_leaving_prints_no_traceback() -> None:
@@ -210,13 +214,8 @@ def test_a_signal_during_an_import_that_drops_exceptions_still_ends_the_command(
         "\n    try: import native; time.sleep(60)"
         "\n    finally: print('closed', flush=True)"
     )
-    with start(act) as child:
-        assert child.stdout is not None and child.stderr is not None
-        assert child.stdout.readline() == b"open\n"
-        child.send_signal(number)
-        assert child.stdout.read() == b"closed\n"
-        assert b"Traceback" not in child.stderr.read()
-    assert child.returncode == 128 + number
+    code, out, story = ended_by(number, act)
+    assert (code, out) == (128 + number, b"closed\n") and b"Traceback" not in story
 
 
 def test_a_signal_whose_exception_is_dropped_is_raised_again() -> None:
@@ -225,12 +224,7 @@ def test_a_signal_whose_exception_is_dropped_is_raised_again() -> None:
         "\n    except BaseException: pass"
         "\n    time.sleep(60)"
     )
-    with start(act) as child:
-        assert child.stdout is not None and child.stderr is not None
-        assert child.stdout.readline() == b"open\n"
-        child.terminate()
-        assert child.stderr.read() == b""
-    assert child.returncode == Exit.TERMINATED
+    assert ended_by(signal.SIGTERM, act) == (Exit.TERMINATED, b"", b"")
 
 
 def test_a_signal_whose_exception_ends_in_a_destructor_says_nothing() -> None:
@@ -239,12 +233,7 @@ def test_a_signal_whose_exception_ends_in_a_destructor_says_nothing() -> None:
         "\n        def __del__(self): print('open', flush=True); time.sleep(60)"
         "\n    Slow(); time.sleep(60)"
     )
-    with start(act) as child:
-        assert child.stdout is not None and child.stderr is not None
-        assert child.stdout.readline() == b"open\n"
-        child.terminate()
-        assert child.stderr.read() == b""
-    assert child.returncode == Exit.TERMINATED
+    assert ended_by(signal.SIGTERM, act) == (Exit.TERMINATED, b"", b"")
 
 
 def test_an_ignored_hangup_stays_ignored() -> None:
