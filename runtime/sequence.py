@@ -10,6 +10,7 @@ from subspec.artifacts.plan import Method
 from subspec.runtime.decode import Round, keep
 from subspec.runtime.draft.drafter import Turn
 from subspec.runtime.model.cache import Cache
+from subspec.runtime.model.constraint import Constraint
 from subspec.runtime.model.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -23,12 +24,17 @@ FinishReason = Literal["eos", "stop", "length", "context"]
 @dataclass(frozen=True)
 class GenerationParams:
     """max_tokens: 1 or more. end_tokens: ids that end the answer; the one met is part of it. cut:
-    asked about each round's tokens before they are committed (stop strings)."""
+    asked about each round's tokens before they are committed (stop strings). constraint: what the
+    answer may say, a state of its own. logprobs: how many of the likeliest tokens to report with
+    each token of the answer, prompt_logprobs: with each of the prompt; None: report nothing."""
 
     max_tokens: int = 512
     sampling: Sampling = Sampling()
     end_tokens: frozenset[int] = frozenset()
     cut: Cut = lambda tokens: None
+    constraint: Constraint | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:

@@ -15,13 +15,21 @@ from subspec.artifacts.common.errors import Exit, SubspecError
 
 @dataclass(frozen=True)
 class Sampling:
-    """Temperature 0 is greedy. top_k 0 and top_p 1 keep every token. Raises SubspecError(USAGE) for
-    other values than those beside the fields."""
+    """Temperature 0 is greedy. top_k 0, top_p 1 and min_p 0 keep every token; a repetition_penalty
+    of 1 and penalties of 0 change none. Raises SubspecError(USAGE) for other values than those
+    beside the fields."""
 
     temperature: float = 0.0  # 0 or more
     top_k: int = 0  # 0 or more
     top_p: float = 1.0  # above 0, at most 1
     seed: int = 0  # 0 to 2**63 - 1
+    min_p: float = 0.0  # 0 to 1; share of the likeliest token's probability (arXiv 2407.01082)
+    # Of tokens in the prompt or the answer (arXiv 1909.05858): above 0
+    repetition_penalty: float = 1.0
+    # Of tokens in the answer, subtracted once, and once for each time (OpenAI's definition)
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # added to the logits of token ids
 
     def __post_init__(self) -> None:
         for name, fits, expected in (
@@ -29,10 +37,25 @@ class Sampling:
             ("top_k", self.top_k >= 0, "0 or more"),
             ("top_p", 0 < self.top_p <= 1, "more than 0, and 1 at most"),
             ("seed", 0 <= self.seed < 1 << 63, "0 to 2**63 - 1"),
+            ("min_p", 0 <= self.min_p <= 1, "0 to 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "more than 0"),
+            ("presence_penalty", math.isfinite(self.presence_penalty), "a number"),
+            ("frequency_penalty", math.isfinite(self.frequency_penalty), "a number"),
+            ("logit_bias", all(math.isfinite(b) for _, b in self.logit_bias), "numbers"),
         ):
             if not fits:
                 message = f"{name} is {getattr(self, name)}, expected {expected}"
                 raise SubspecError(Exit.USAGE, message)
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Log probabilities of the exact model at one place, before temperature, filters, penalties and
+    constraints: of the token that stands there, and of the likeliest ones, best first."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 def choose(logits: Tensor, position: int, sampling: Sampling) -> int:

@@ -1,0 +1,93 @@
+"""A chat request and the events of its answer, in one form for every API: openai.py, responses.py
+and messages.py translate their JSON to and from these, chat.py does the work in between.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from subspec.runtime.model.sampling import Sampling, TokenLogprobs
+from subspec.runtime.server.generation import Outcome
+
+JSONValue = Any  # what json.loads returns
+
+
+@dataclass(frozen=True)
+class NamedTool:
+    """A tool_choice: this tool must be called."""
+
+    name: str
+
+
+ToolChoice = Literal["auto", "none", "required"] | NamedTool
+
+
+@dataclass(frozen=True)
+class OutputFormat:
+    """What the text of the answer must be."""
+
+    kind: Literal["json_object", "json_schema", "regex", "lark"]
+    value: JSONValue = None  # the schema, or the grammar's text
+
+
+@dataclass(frozen=True)
+class ChatRequest:
+    """messages: OpenAI's chat form; a content is a str or None, parts are joined already. tools:
+    {"type": "function", "function": {"name", "description", "parameters"}}."""
+
+    messages: tuple[dict[str, JSONValue], ...]
+    sampling: Sampling
+    max_tokens: int | None = None  # None: what the context has room for
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+    tools: tuple[dict[str, JSONValue], ...] = ()
+    tool_choice: ToolChoice = "auto"
+    parallel_tool_calls: bool = True
+    output_format: OutputFormat | None = None
+    reasoning_effort: str | None = None  # as the template knows it
+    enable_thinking: bool | None = None  # None: the template's own default
+    # Whether a special token that the answer ends with, and other special tokens, count as text.
+    ignore_end: bool = False
+
+
+@dataclass(frozen=True)
+class ReasoningDelta:
+    """Text of the model's thinking, without its tags."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class TextDelta:
+    """Text of the answer. logprobs: of the tokens decided since the last delta, if asked for."""
+
+    text: str
+    logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+@dataclass(frozen=True)
+class ToolCallStart:
+    index: int
+    id: str
+    name: str
+
+
+@dataclass(frozen=True)
+class ToolCallDelta:
+    """A piece of the call's arguments, a JSON object in the end."""
+
+    index: int
+    arguments: str
+
+
+@dataclass(frozen=True)
+class ChatEnd:
+    reason: Literal["stop", "length", "tool_calls"]
+    stop_text: str | None  # which of the request's stop texts ended it
+    prompt_tokens: int
+    cached_tokens: int  # of the prompt
+    completion_tokens: int
+    reasoning_tokens: int
+    outcome: Outcome
+
+
+ChatEvent = ReasoningDelta | TextDelta | ToolCallStart | ToolCallDelta | ChatEnd

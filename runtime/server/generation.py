@@ -1,0 +1,81 @@
+"""What the web side asks of the engine side, and what comes back: the one boundary between the
+event loop and the engine's thread.
+
+A request has token ids, not messages; an answer comes in pieces of text with the tokens that they
+are made of. scheduler.py implements `Generator` with an engine.
+"""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from subspec.runtime.model.sampling import TokenLogprobs
+from subspec.runtime.sequence import FinishReason, GenerationParams, Stats
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    prompt_ids: tuple[int, ...]
+    params: GenerationParams
+    stop: tuple[str, ...] = ()  # texts that end the answer and are no part of it
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text that has become certain, and the tokens that were decided since the last piece. The two
+    need not meet: a character may take several tokens, and a text that a stop text could begin with
+    is withheld."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()  # of each token, if the request asked for them
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an answer ended, and what it took."""
+
+    reason: FinishReason  # eos, stop, length or context
+    stop_text: str | None  # which of the request's stop texts ended it
+    stats: Stats
+    queue_seconds: float  # from the request to its sequence
+    generation_seconds: float  # from the sequence to the last token
+    predicted_tokens_per_second: float | None
+
+
+class Generation(Protocol):
+    """One request's answer. Iterate it to the end, or cancel it: its sequence is free then."""
+
+    def __aiter__(self) -> AsyncIterator[Piece]:
+        """Pieces as they come. Raises SubspecError if the engine fails."""
+        ...
+
+    @property
+    def queue_position(self) -> int:
+        """0: it is being answered; else its place among those that wait."""
+        ...
+
+    @property
+    def outcome(self) -> Outcome:
+        """After the last piece."""
+        ...
+
+    def cancel(self) -> None:
+        """Ends it before the next round, waiting or not; no more pieces come. May be called twice,
+        and after the end."""
+        ...
+
+
+@dataclass(frozen=True)
+class QueueFull(Exception):
+    num_waiting: int
+    retry_after_seconds: int
+
+
+class Generator(Protocol):
+    """Called in the event loop; nothing here blocks."""
+
+    def submit(self, request: GenerationRequest) -> Generation:
+        """Raises QueueFull, or SubspecError(USAGE) for a prompt that the context has no room for or
+        that has ids beyond the vocabulary, (RESOURCES) if the engine has failed or is closing."""
+        ...
