@@ -18,6 +18,8 @@ SLOT_ALIGNMENT = 64  # live lengths of the KV cache are multiples of it, for few
 ATTENTION_ROWS = 128
 NORM_ROWS = 256
 PRODUCT_ROWS = 256
+# Of prompts, in a pass that also verifies: the answers of other sequences should not wait for long.
+ROWS_IN_COMPANY = 128
 
 DRAFT_BYTES = 2  # the draft computes in bf16
 GUARD_SHARE = 0.01  # of the budget, for what operations allocate internally
@@ -52,6 +54,7 @@ class Shape:
     draft_width: int | None  # of the tree; None: no draft
     prefill_tokens: int
     num_threads: int  # of the CPU
+    head_rows: int  # of each sequence, whose logits a prompt's pass computes
     ring: Ring | None = None  # None: nothing streams
     scratch_bytes: int | None = None  # for one decoded part; None: nothing is decoded at its use
 
@@ -157,8 +160,15 @@ def workspace_bytes(spec: ModelSpec, device: DeviceKind, shape: Shape) -> int:
     """Upper bound of the temporaries of any pass; a test compares it with a measurement."""
     slots, threads = cache_slots(shape.context, shape.verify_width), shape.num_threads
     sequences, width = shape.num_sequences, shape.verify_width
-    prompt = pass_bytes(spec, device, 1, shape.prefill_tokens, slots) + logits_bytes(spec, 1)
-    verification = pass_bytes(spec, device, sequences, width, slots, exact_threads=threads)
+    # On a CPU prompts have the attention of verification, elsewhere the fast one.
+    of_prompt = threads if device == "cpu" else None
+    prompt = pass_bytes(spec, device, 1, shape.prefill_tokens, slots, of_prompt)
+    prompt += logits_bytes(spec, sequences * shape.head_rows)
+    # All sequences verify, or all but one do while a piece of its prompt is read; the piece counts
+    # as further sequences.
+    piece = min(ROWS_IN_COMPANY, shape.prefill_tokens)
+    verifying = max(sequences, sequences - 1 + -(-piece // width)) if sequences > 1 else 1
+    verification = pass_bytes(spec, device, verifying, width, slots, threads)
     exact = max(prompt, verification + logits_bytes(spec, sequences * width))
     if shape.draft_width is None:
         return aligned(exact) + (ALLOCATOR_BYTES if device == "cuda" else 0)
@@ -215,9 +225,10 @@ def block_bytes(
     turned = 4 if spec.rope_in_f32 else item
     if exact_threads is not None:
         # By the plain twin: f64 scores of one KV head, two alive, its keys and values.
-        twin = repeats * rows * slots * 17 + slots * body.head_size * 16
+        scored = min(some, ATTENTION_PIECE) if device == "cpu" else some
+        twin = repeats * (scored * 17 + some) * slots + slots * body.head_size * 16
         compiled = attention_scratch_bytes(exact_threads, slots, body.head_size)
-        scores = max(twin, compiled) + 2 * rows * query * max(item, turned)
+        scores = max(twin, compiled) + some * slots + 2 * some * query * max(item, turned)
     else:  # the mask, and its copy for the repeated heads; no mask-free kernel is assumed
         scores = some * slots * (2 + item * (1 + repeats)) + 4 * some * query * max(item, turned)
         if device == "cuda":

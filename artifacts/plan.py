@@ -165,6 +165,8 @@ class Plan:
     # An exact pass of decoding is padded to one of these numbers of rows per sequence, ascending. A
     # row has the same bits in all of them.
     verify_widths: VerifyWidths
+    # Rows of a call for a prompt's tokens, ascending: a row has the same bits in these as well.
+    prompt_widths: VerifyWidths
     num_threads: Threads  # of the CPU; a result's bits depend on it
     int4_kernel: Int4Kernel
     prefill_tokens: Positive  # of a prompt that are processed in one stream of the weights

@@ -42,10 +42,10 @@ from subspec.runtime.draft.beam import Growing, Level, add_level, root_only
 from subspec.runtime.draft.compiled_layers import compile_layers
 from subspec.runtime.draft.drafter import SubstituteDrafter, Turn
 from subspec.runtime.draft.substitutes import Substitutes
-from subspec.runtime.kernels.linear import Int4Weight
+from subspec.runtime.kernels.linear import Int4Weight, calls_of
 from subspec.runtime.load import make_substitutes, place_substitutes, place_tensors
 from subspec.runtime.memory import FastMemory
-from subspec.runtime.model.attention import attend, attend_batch_invariant, attend_in_fp64
+from subspec.runtime.model.attention import attend_batch_invariant, attend_in_fp64
 from subspec.runtime.model.cache import make_cache
 from subspec.runtime.model.transformer import forward, make_shared, make_tables
 
@@ -117,7 +117,7 @@ def draft_steps(
     """Rows of a draft -> the ways to run so many, and a whole level beside the reading of its
     bytes."""
     slots = cache_slots(TOKENS, TREE_ROWS)
-    shape = Shape(TOKENS, 1, TREE_ROWS, 1, prefill_tokens=1, num_threads=1)
+    shape = Shape(TOKENS, 1, TREE_ROWS, 1, prefill_tokens=1, num_threads=1, head_rows=1)
     purposes = make_ledger(spec, "cpu", "w4a8", shape, 0, 0)
     memory = FastMemory(CPU, replace(purposes, substitutes=0))
     tensors = place_tensors(spec, memory, RandomWeights(torch.bfloat16))
@@ -136,7 +136,7 @@ def draft_steps(
         return {
             "compiled": lambda: compiled_layers.forward(compiled, rows),
             "products": draft_products(spec, substitutes, num_rows),
-            "twin": lambda: forward(weights, substitutes, rows, attend, num_rows),
+            "twin": lambda: forward(weights, substitutes, rows, calls_of([num_rows])),
         }
 
     def levels(width: int) -> Actions:

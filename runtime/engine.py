@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.artifacts.footprint import cache_slots
+from subspec.artifacts.footprint import ROWS_IN_COMPANY, cache_slots
 from subspec.artifacts.format.prebuilt import find_prebuilt
 from subspec.artifacts.format.store import Artifact, open_artifact
 from subspec.artifacts.native import cpp, residual_cpu
@@ -27,13 +27,18 @@ from subspec.artifacts.plan import Method, Placement, Plan
 from subspec.runtime.clock import Clock, unrecorded
 from subspec.runtime.decode import (
     Model,
+    Piece,
+    Read,
+    Round,
     decode_plainly,
     decode_unpadded,
-    prefill,
+    prompt_calls,
+    read,
     speculate,
+    tokens_that_fit,
 )
 from subspec.runtime.draft import compiled_layers
-from subspec.runtime.draft.drafter import SubstituteDrafter
+from subspec.runtime.draft.drafter import SubstituteDrafter, Turn
 from subspec.runtime.draft.graphs import capture_on_gpu
 from subspec.runtime.kernels import gemlite_kernel, int4
 from subspec.runtime.kernels.linear import single_row_kernels
@@ -104,6 +109,7 @@ class Engine:
         self.padded = method != "plain" or (options.padded and self.plan.method != "plain")
         self.num_prompts = 0  # that were read; the first one also waits for digests
         self._caches = caches  # that no sequence has
+        self._reading: list[Sequence] = []  # their prompts, first come, first served
         self._decoding: list[Sequence] = []
         self._resources = resources
         self._closed = False
@@ -214,7 +220,7 @@ class Engine:
     def new_sequence(self) -> Sequence:
         """An empty sequence; close it to give its cache to another one. Raises
         SubspecError(RESOURCES) if the plan's sequences are all in use."""
-        self._check_open()
+        self.check_open()
         if not self._caches:
             raise SubspecError(
                 Exit.RESOURCES,
@@ -227,32 +233,31 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> bool:
-        """One round of every sequence that is decoding: their drafts grow together, one stream of
-        the exact weights verifies all of them, and each commits what it keeps. Returns False if no
-        sequence was decoding.
+        """One stream of the exact weights, for every sequence that has begun an answer: those whose
+        prompts are not read yet read on, and the others do a round: their drafts grow together, the
+        stream verifies all of them, and each commits what it keeps. Returns False if no sequence
+        has.
 
         An error leaves those that have not committed the round where they were: the next step does
         it again.
         """
         self._prepare()
         active = list(self._decoding)
-        if not active:
+        pieces = self._next_pieces()
+        if not active and not pieces:
             return False
-        turns, sampling = [one.turn for one in active], [one.params.sampling for one in active]
         exact, clock = self.model.exact, self.model.clock
         before = dict(clock.seconds), exact.wait_seconds, exact.streamed_bytes
-        with self._watched(len(turns), max(turn.cache.length for turn in turns)):
-            if self.method == "substitute":
-                rounds = speculate(self.model, turns, sampling)
-            elif self.padded:
-                rounds = decode_plainly(self.model, turns, sampling)
-            else:
-                with single_row_kernels() if self.device.type == "cpu" else nullcontext():
-                    rounds = decode_unpadded(self.model, turns, sampling)
+        length = max((one.cache.length for one in active), default=0)
+        with self.peak.watch() if pieces else self._watched(len(active), length):
+            rounds, reads = self._passes([one.turn for one in active], list(pieces.values()))
+        self.num_prompts += len(pieces)
         seconds = {k: v - before[0].get(k, 0.0) for k, v in clock.seconds.items()}
-        for sequence, done in zip(active, rounds, strict=True):
+        for sequence, done in zip(pieces, reads, strict=True):
+            sequence.take_read(done, sum(seconds.values()))
+        for sequence, round_ in zip(active, rounds, strict=True):
             sequence.take(
-                done,
+                round_,
                 draft_seconds=seconds.get("draft", 0.0),
                 verify_seconds=seconds["verify"],
                 wait_seconds=exact.wait_seconds - before[1],
@@ -260,40 +265,69 @@ class Engine:
             )
         return True
 
-    @torch.inference_mode()
-    def read_prompt(self, sequence: Sequence, tokens: list[int]) -> tuple[int, float]:
-        """The prompt's pass of one sequence -> its first token, and the seconds that it took."""
-        self._prepare()
-        clock = self.model.clock
-        before = clock.seconds.get("prefill", 0.0)
-        with self.peak.watch():
-            first = prefill(self.model, sequence.cache, tokens, sequence.params.sampling)
-        self.num_prompts += 1
-        return first, clock.seconds["prefill"] - before
+    def _passes(self, turns: list[Turn], pieces: list[Piece]) -> tuple[list[Round], list[Read]]:
+        model = self.model
+        if not turns:
+            return [], read(model, pieces)
+        if self.method == "substitute":
+            return speculate(model, turns, pieces)
+        if self.padded:
+            return decode_plainly(model, turns, pieces)
+        reads = read(model, pieces) if pieces else []  # of other calls than single rows
+        with single_row_kernels() if self.device.type == "cpu" else nullcontext():
+            return decode_unpadded(model, turns), reads
+
+    def _next_pieces(self) -> dict[Sequence, Piece]:
+        """What the next pass reads of prompts: in company of answers little of them, so that those
+        need not wait for long. Where a prompt's own log probabilities are wanted, no more rows have
+        logits than a verification of all sequences has."""
+        plan, found = self.plan, dict[Sequence, Piece]()
+        room = plan.prefill_tokens
+        if self._decoding:
+            room = min(room, ROWS_IN_COMPANY)
+        room_of_head = (plan.num_sequences - len(self._decoding)) * plan.verify_width
+        for sequence in self._reading:
+            rows = min(room, room_of_head) if sequence.wants_prompt_logprobs else room
+            count = tokens_that_fit(plan, len(sequence.unread), rows)
+            if not count:
+                break
+            found[sequence] = sequence.piece(count)
+            num_rows = sum(prompt_calls(plan, count))
+            room -= num_rows
+            room_of_head -= num_rows if sequence.wants_prompt_logprobs else plan.prompt_widths[0]
+        return found
 
     def join(self, sequence: Sequence) -> None:
-        """From the next round on it decodes with the others."""
+        """From the next step on it reads its prompt and decodes with the others."""
+        self._reading.append(sequence)
+
+    def begin_to_decode(self, sequence: Sequence) -> None:
+        """Its prompt is read."""
+        self._reading.remove(sequence)
         self._decoding.append(sequence)
 
     def leave(self, sequence: Sequence) -> None:
-        """It decodes no more."""
-        if sequence in self._decoding:
-            self._decoding.remove(sequence)
+        """It reads and decodes no more."""
+        for some in (self._reading, self._decoding):
+            if sequence in some:
+                some.remove(sequence)
 
-    def is_decoding(self, sequence: Sequence) -> bool:
-        return sequence in self._decoding
+    def is_active(self, sequence: Sequence) -> bool:
+        """Whether the next step does something for it."""
+        return sequence in self._reading or sequence in self._decoding
 
     def give_back(self, cache: Cache) -> None:
         self._caches.append(cache)
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """Raises SubspecError(USAGE) after `close`."""
         if self._closed:
             raise SubspecError(Exit.USAGE, "the engine is closed", "open the artifact again")
 
     def _prepare(self) -> None:
         """Before a pass: others of this process may have set other threads, and a result's bits
         depend on their number."""
-        self._check_open()
+        self.check_open()
         torch.set_num_threads(self.plan.num_threads)
 
     @contextmanager

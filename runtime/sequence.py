@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Literal
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.plan import Method
-from subspec.runtime.decode import Round, keep
+from subspec.runtime.decode import Piece, Read, Round, keep
 from subspec.runtime.draft.drafter import Turn
 from subspec.runtime.model.cache import Cache
 from subspec.runtime.model.constraint import Constraint
-from subspec.runtime.model.sampling import Sampling
+from subspec.runtime.model.sampling import Chooser, Sampling, TokenLogprobs
 
 if TYPE_CHECKING:
     from subspec.runtime.engine import Engine
@@ -82,6 +82,9 @@ class Sequence:
         self.params = GenerationParams()
         self.stats = Stats(engine.method)
         self.turn = Turn(cache, root=0, max_tokens=0)
+        self.logprobs: list[TokenLogprobs] = []  # of the answer's tokens, if it asked for them
+        self.prompt_logprobs: list[TokenLogprobs] = []  # of the prompt's, from the second one on
+        self._prompt: list[int] = []
         self.finish_reason: FinishReason | None = None  # None: it is decoding, or never was
         self._fresh: list[int] = []  # emitted and not yet given out
         self._closed = False
@@ -97,36 +100,82 @@ class Sequence:
         self.begin(prompt, params)
         turn = self.turn  # another answer has another one
         try:
-            while self.turn is turn and (self._fresh or self._engine.is_decoding(self)):
+            while self.turn is turn and (self._fresh or self._engine.is_active(self)):
                 if not self._fresh:
                     self._engine.step()
-                yield self.take_fresh()
+                if self._fresh:
+                    yield self.take_fresh()
         finally:
             if self.turn is turn:
                 self._engine.leave(self)
 
     def begin(self, prompt: list[int], params: GenerationParams) -> None:
-        """Reads the prompt and joins the decoding sequences: Engine.step goes on from here."""
-        room = self._room_after(prompt)
+        """Begins an answer: Engine.step reads the prompt, and then decodes."""
+        room = self._room_after(prompt, params)
         self._engine.leave(self)
         cache = self.cache
-        cache.roll_back(min(cache.common_prefix(prompt), len(prompt) - 1))
+        cache.roll_back(self._reusable(prompt, params))
         self.params, self.finish_reason, self._fresh = params, None, []
-        reused, is_first = cache.length, self._engine.num_prompts == 0
-        first, seconds = self._engine.read_prompt(self, prompt[reused:])
+        self.prompt_logprobs, self.logprobs = [], []
+        self._prompt = prompt
         self.stats = Stats(
             self._engine.method,
             prompt_tokens=len(prompt),
-            reused_tokens=reused,
-            time_to_first_token_seconds=seconds,
-            first_of_engine=is_first,
+            reused_tokens=cache.length,
+            first_of_engine=self._engine.num_prompts == 0,
         )
-        self.turn = Turn(cache, root=first, max_tokens=min(params.max_tokens, room))
-        kept = self._cut([first])
+        chooser = Chooser(params.sampling, prompt, params.end_tokens, params.constraint)
+        most = min(params.max_tokens, room)
+        self.turn = Turn(cache, 0, most, chooser, params.logprobs)
+        self._engine.join(self)
+
+    @property
+    def unread(self) -> list[int]:
+        """Tokens of the prompt that are not in the cache yet."""
+        return self._prompt[self.cache.length :]
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        return self.params.prompt_logprobs is not None
+
+    def piece(self, num_tokens: int) -> Piece:
+        """The next tokens of the prompt, to be read."""
+        first, params = self.cache.length, self.params
+        end = first + num_tokens
+        ends = end == len(self._prompt)
+        piece = Piece(
+            self.cache,
+            self._prompt[first:end],
+            self.turn.chooser if ends else None,
+            params.logprobs,
+        )
+        if params.prompt_logprobs is None:
+            return piece
+        return replace(
+            piece,
+            following=self._prompt[first + 1 : end + 1],
+            num_following_logprobs=params.prompt_logprobs,
+        )
+
+    def take_read(self, done: Read, seconds: float) -> None:
+        """A piece of the prompt was read. After the last one this sequence decodes."""
+        self.prompt_logprobs += done.prompt_logprobs
+        so_far = self.stats.time_to_first_token_seconds
+        self.stats = replace(self.stats, time_to_first_token_seconds=so_far + seconds)
+        if done.first is None:
+            return
+        self.turn.root = done.first
+        try:
+            kept = self._cut([done.first])
+        except BaseException:
+            self._engine.leave(self)
+            raise
         self.turn.max_tokens -= kept
-        self._emit([first])
-        if self.finish_reason is None:
-            self._engine.join(self)
+        self.turn.chooser.push(done.first)
+        self._emit([done.first], done.first_logprobs)
+        self._engine.begin_to_decode(self)
+        if self.finish_reason is not None:
+            self._engine.leave(self)
 
     def take(
         self,
@@ -154,7 +203,7 @@ class Sequence:
             stream_wait_seconds=stats.stream_wait_seconds + wait_seconds,
             streamed_bytes=stats.streamed_bytes + streamed_bytes,
         )
-        self._emit(done.emitted[:num_kept])
+        self._emit(done.emitted[:num_kept], done.logprobs[:num_kept])
         if self.finish_reason is not None:
             self._engine.leave(self)
 
@@ -176,11 +225,21 @@ class Sequence:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _room_after(self, prompt: list[int]) -> int:
+    def _reusable(self, prompt: list[int], params: GenerationParams) -> int:
+        """How many of the prompt's tokens are in the cache, with the bits that reading them would
+        give. The last one is read, for its logits."""
+        if params.prompt_logprobs is not None:
+            return 0
+        shared = min(self.cache.common_prefix(prompt), len(prompt) - 1)
+        # Unpadded decoding computes the bits of an answer's tokens in another way.
+        return shared if self._engine.padded else min(shared, self.stats.prompt_tokens)
+
+    def _room_after(self, prompt: list[int], params: GenerationParams) -> int:
         """How many tokens an answer to the prompt can have."""
         if self._closed:
             message = "the sequence is closed"
             raise SubspecError(Exit.USAGE, message, "another one: engine.new_sequence()")
+        self._engine.check_open()
         context = self._engine.plan.context
         if not 0 < len(prompt) < context:
             shorter = f"shorten it, or plan with --context {len(prompt) + 256} or more"
@@ -193,10 +252,15 @@ class Sequence:
         if (wrong := next((one for one in prompt if not 0 <= one < size), None)) is not None:
             message = f"the prompt has the token id {wrong}, expected 0 to {size - 1}"
             raise SubspecError(Exit.USAGE, message, "use the model's own tokenizer")
+        biased = (token for token, _ in params.sampling.logit_bias if not 0 <= token < size)
+        if (wrong := next(biased, None)) is not None:
+            message = f"logit_bias has the token id {wrong}, expected 0 to {size - 1}"
+            raise SubspecError(Exit.USAGE, message)
         return context - len(prompt)
 
-    def _emit(self, tokens: list[int]) -> None:
+    def _emit(self, tokens: list[int], logprobs: Tokens[TokenLogprobs]) -> None:
         self._fresh += tokens
+        self.logprobs += logprobs
         count = self.stats.generated_tokens + len(tokens)
         self.stats = replace(self.stats, generated_tokens=count)
 

@@ -92,6 +92,7 @@ def make_plan(
             draft_width,
             context,
             num_threads,
+            verify_widths[0],
             ring,
             storage.scratch_bytes or None,
         )
@@ -117,6 +118,7 @@ def make_plan(
         method="substitute",
         tree=make_tree(width, depth, min_path_probability),
         verify_widths=verify_widths,
+        prompt_widths=verify_widths,
         num_threads=num_threads,
         int4_kernel=int4_kernel,
         prefill_tokens=context,

@@ -31,6 +31,7 @@ PLAN = Plan(
     method="substitute",
     tree=Tree(2, 3),
     verify_widths=(8,),
+    prompt_widths=(8,),
     num_threads=1,
     int4_kernel="aten",
     prefill_tokens=64,

@@ -95,12 +95,15 @@ def check_plan(spec: ModelSpec, stored: list[StoredPart], plan: Plan) -> None:
         _check_placement(method, placement, stored, plan.budget_bytes)
     tree, fits = plan.tree, plan.context <= spec.max_positions
     fits = fits and plan.tree.num_nodes <= plan.verify_width
-    fits = fits and list(plan.verify_widths) == sorted(set(plan.verify_widths))
+    for widths in (plan.verify_widths, plan.prompt_widths):
+        fits = fits and list(widths) == sorted(set(widths))
+    fits = fits and plan.prompt_widths[0] <= plan.prefill_tokens
     if not fits or plan.method not in plan.placements:
         raise _wrong(
             "plan.json",
             f"method {plan.method}, tree {tree.width}x{tree.depth}, verify widths "
-            f"{list(plan.verify_widths)} and context {plan.context} are inconsistent",
+            f"{list(plan.verify_widths)}, prompt widths {list(plan.prompt_widths)}, "
+            f"{plan.prefill_tokens} prefill tokens and context {plan.context} are inconsistent",
         )
     _check_curves(plan.acceptance.curves)
     thresholds = plan.acceptance.thresholds

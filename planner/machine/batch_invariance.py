@@ -7,12 +7,14 @@ W = rows of a sequence, H = hidden size
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from subspec.artifacts.model import Attention
 from subspec.planner.machine.excerpt import fill_with_noise
+from subspec.runtime.kernels.linear import Calls, calls_of
 from subspec.runtime.model.attention import attend_batch_invariant
 from subspec.runtime.model.cache import Cache
 from subspec.runtime.model.transformer import (
@@ -96,7 +98,7 @@ def rows_at(cache: Cache, rows: Tensor, index: int) -> Rows:
     slot_positions = live.clone()
     slot_positions[slots] = positions
     visible = (live < length) | (live == slots[:, None])
-    return Rows(rows, positions, slots, slot_positions, visible, cache)
+    return Rows(rows, positions, slots, slot_positions, visible, cache, attend_batch_invariant)
 
 
 def layer_step(weights: SharedWeights, index: int, attention: int, product: Product) -> Step:
@@ -105,8 +107,9 @@ def layer_step(weights: SharedWeights, index: int, attention: int, product: Prod
     def run(x: Tensor, batch: list[Rows]) -> Seen:
         seen: Seen = {}
         watched, attend = watch(product, attend_batch_invariant, seen)
+        batch = [replace(rows, attend=attend) for rows in batch]
         positions = torch.cat([rows.positions for rows in batch])
-        now, own = Pass(weights, batch, attend, len(batch[0].tokens), positions), attention
+        now, own = Pass(weights, batch, calls_for(batch), positions), attention
         for block in weights.spec.layers[index].blocks:
             add_block(now, index, own, block, watched, x)
             own += isinstance(block.body, Attention)
@@ -119,10 +122,14 @@ def head_step(weights: SharedWeights, product: Product) -> Step:
     def run(x: Tensor, batch: list[Rows]) -> Seen:
         seen: Seen = {}
         watched, _ = watch(product, attend_batch_invariant, seen)
-        logits = to_logits(weights, watched, x, len(batch[0].tokens))
+        logits = to_logits(weights, watched, x, calls_for(batch))
         return {**seen, "logits": [logits]}
 
     return run
+
+
+def calls_for(batch: list[Rows]) -> Calls:
+    return calls_of([len(rows.tokens) for rows in batch])
 
 
 def watch(product: Product, attend: Attend, seen: Seen) -> tuple[Product, Attend]:
@@ -132,15 +139,13 @@ def watch(product: Product, attend: Attend, seen: Seen) -> tuple[Product, Attend
     def see(what: str, rows: Tensor) -> None:
         seen.setdefault(f"{latest} {what}", []).append(rows.clone())
 
-    def watched_product(
-        name: str, x: Tensor, rows_per_call: int, gate: Tensor | None = None
-    ) -> Tensor:
+    def watched_product(name: str, x: Tensor, calls: Calls, gate: Tensor | None = None) -> Tensor:
         nonlocal latest
         latest = name
         for what, rows in (("in", x), ("gate", gate)):
             if rows is not None:
                 see(what, rows)
-        out = product(name, x, rows_per_call, gate)
+        out = product(name, x, calls, gate)
         see("out", out)
         return out
 

@@ -29,7 +29,7 @@ from subspec.runtime.draft.drafter import tree_rows
 from subspec.runtime.draft.graphs import Action, Replay, capture_on_gpu
 from subspec.runtime.draft.substitutes import Substitutes
 from subspec.runtime.kernels import int4
-from subspec.runtime.kernels.linear import single_row_kernels
+from subspec.runtime.kernels.linear import calls_of, single_row_kernels
 from subspec.runtime.load import (
     DRAFT_DTYPE,
     biases_of,
@@ -40,9 +40,9 @@ from subspec.runtime.load import (
     unplaced_weights,
 )
 from subspec.runtime.memory import FastMemory
-from subspec.runtime.model.attention import attend, attend_batch_invariant
+from subspec.runtime.model.attention import attend, attend_prompt
 from subspec.runtime.model.cache import make_cache
-from subspec.runtime.model.sampling import Sampling, choose
+from subspec.runtime.model.sampling import Chooser, Sampling
 from subspec.runtime.model.transformer import (
     Attend,
     Pass,
@@ -97,7 +97,7 @@ class Bench:
         dtype: torch.dtype = getattr(torch, spec.dtype)
         held, widest = LIVE_TOKENS + MORE_TOKENS, max(PADDED_WIDTHS)
         stored = raw_storage(self.spec)
-        shape = Shape(held, 1, widest, draft_width=1, prefill_tokens=1, num_threads=1)
+        shape = Shape(held, 1, widest, draft_width=1, prefill_tokens=1, num_threads=1, head_rows=1)
         kind: DeviceKind = "cuda" if device.type == "cuda" else "cpu"
         purposes = make_ledger(self.spec, kind, "aten", shape, 0, 0)
         purposes = replace(purposes, substitutes=0, resident=stored.num_bytes)
@@ -137,9 +137,7 @@ class Bench:
             return lambda: through_head(self._tree_rows(width)).argmax(-1)
 
         layers = {
-            width: self._layers(
-                self.weights, self.exact, self._tree_rows(width), attend_batch_invariant
-            )
+            width: self._layers(self.weights, self.exact, self._tree_rows(width))
             for width in self.exact_widths
         }
         heads = {width: head(width) for width in self.exact_widths}
@@ -148,17 +146,15 @@ class Bench:
     def fast_timings(self) -> tuple[tuple[Timing, ...], float]:
         """Timings of an exact layer without padding (one row of plain decoding, more of a prompt),
         and seconds of the head at one row."""
-        row = torch.zeros(1, dtype=torch.int64, device=self.device)
         layers = {
-            width: self._layers(
-                self.weights, self.exact, causal_rows(self.cache, row.repeat(width)), attend
-            )
-            for width in FAST_WIDTHS
+            width: self._layers(self.weights, self.exact, self._causal_rows(width, attend_prompt))
+            for width in FAST_WIDTHS[1:]
         }
+        layers[1] = self._layers(self.weights, self.exact, self._causal_rows(1, attend))
         through_head = self._through_head(self.weights, self.exact)
         actions: list[Callable[[], object]] = [
             layers[1],
-            lambda: choose(through_head(causal_rows(self.cache, row))[0], 0, Sampling()),
+            lambda: Chooser(Sampling()).choose(through_head(self._causal_rows(1, attend))[0], 0),
         ]
         with single_row_kernels() if self.device.type == "cpu" else nullcontext():
             (layer, slowest), (head, _) = time_each(actions, self.device, self.effort)
@@ -188,9 +184,7 @@ class Bench:
 
     def loaded_layers(self) -> Callable[[], None]:
         """Layers of a verification of LOADED_WIDTH rows, to be timed while the link is busy."""
-        return self._layers(
-            self.weights, self.exact, self._tree_rows(LOADED_WIDTH), attend_batch_invariant
-        )
+        return self._layers(self.weights, self.exact, self._tree_rows(LOADED_WIDTH))
 
     def faster_kernel(self) -> tuple[Int4Kernel, Substitutes]:
         """The 4-bit kernel that is faster at four rows, and random substitutes in its layout."""
@@ -211,7 +205,7 @@ class Bench:
         def draft_pass(growing: Sequence[Growing]) -> Tensor:
             [one] = growing
             slots = self.cache.tree_slots(len(one.tree.tokens))
-            return through_head(tree_rows(one.tree, one.last.nodes, self.cache, slots))
+            return through_head(tree_rows(one.tree, one.last.nodes, self.cache, slots, attend))
 
         def levels(width: int) -> Callable[[], object]:
             tree = Tree(width, DRAFT_LEVELS)
@@ -231,7 +225,7 @@ class Bench:
             far = time_widths(longer, self.device, self.spec.num_layers, self.effort)
             return DraftTimings(layer, difference(layer, far), head)
         layers: dict[int, Callable[[], object]] = {
-            width: self._layers(self.draft_weights, substitutes, self._tree_rows(width), attend)
+            width: self._layers(self.draft_weights, substitutes, self._draft_rows(width))
             for width in widths
         }
         if self.device.type == "cuda":
@@ -287,14 +281,21 @@ class Bench:
         tree = root_only(torch.zeros(1, dtype=torch.int64, device=self.device), width)
         return whole_tree(tree, self.cache)
 
+    def _causal_rows(self, width: int, attention: Attend) -> Rows:
+        tokens = torch.zeros(width, dtype=torch.int64, device=self.device)
+        return causal_rows(self.cache, tokens, attention)
+
+    def _draft_rows(self, width: int) -> Rows:
+        return replace(self._tree_rows(width), attend=attend)
+
     def _layers(
-        self, weights: SharedWeights, products: Iterable[Product], rows: Rows, attention: Attend
+        self, weights: SharedWeights, products: Iterable[Product], rows: Rows
     ) -> Callable[[], None]:
         """Action that runs `layers_per_call` layers, cycling through all, which exceed a cache."""
         layers = cycle(enumerate(zip(self.spec.layers, products, strict=False)))
         num_rows = len(rows.tokens)
         x = torch.ones(num_rows, self.spec.hidden_size, dtype=weights.dtype).to(self.device)
-        now = Pass(weights, [rows], attention, num_rows, rows.positions)
+        now = Pass(weights, [rows], calls_of([num_rows]), rows.positions)
 
         def run() -> None:
             for index, (layer, product) in islice(layers, self.layers_per_call):
@@ -313,7 +314,9 @@ class Bench:
     ) -> Callable[[Rows], Tensor]:
         """The part of a pass outside its layers."""
         *_, head = products
-        return lambda rows: to_logits(weights, head, embed(weights, rows.tokens), len(rows.tokens))
+        return lambda rows: to_logits(
+            weights, head, embed(weights, rows.tokens), calls_of([len(rows.tokens)])
+        )
 
     def _keep(self, tensor: Tensor) -> Tensor:
         target = self.memory.take_tensor("tables", tuple(tensor.shape), tensor.dtype)

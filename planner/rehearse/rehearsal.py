@@ -11,10 +11,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from subspec.artifacts.acceptance import Acceptance
-from subspec.artifacts.footprint import PRODUCT_ROWS
 from subspec.artifacts.format.prebuilt import pack_prebuilt
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.plan import Method, Plan, Usage
@@ -22,13 +20,11 @@ from subspec.planner.rehearse.calibration import Sample, in_turns, sample_ids
 from subspec.planner.rehearse.corrections import PredictFor, Rounds, Timed
 from subspec.planner.rehearse.replay import DEEPEST, WIDTHS, Answer, Grown, curves_of, walk
 from subspec.planner.solve.problem import make_tree
-from subspec.runtime.decode import causal_rows, keep, prefill, speculate
+from subspec.runtime.decode import Piece, keep, prompt_calls, read, speculate, tokens_that_fit
 from subspec.runtime.draft.drafter import SubstituteDrafter, Turn
 from subspec.runtime.engine import Engine, OpenOptions, kernel_sources
-from subspec.runtime.model.attention import attend
 from subspec.runtime.model.cache import Cache
-from subspec.runtime.model.sampling import Sampling
-from subspec.runtime.model.transformer import forward
+from subspec.runtime.model.sampling import Chooser, Sampling
 from subspec.runtime.sequence import GenerationParams
 from subspec.runtime.text.tokenizer import load_tokenizer
 
@@ -134,7 +130,7 @@ def decode_together(
     texts = [[*prompt, root] for prompt, root in zip(prompts, roots, strict=True)]
     ended = [root in ends for root in roots]
     while active := [n for n, turn in enumerate(turns) if turn.max_tokens > 0 and not ended[n]]:
-        rounds = speculate(model, [turns[n] for n in active], [Sampling()] * len(active))
+        rounds, _ = speculate(model, [turns[n] for n in active])
         for n, done in zip(active, rounds, strict=True):
             some = done.emitted[: turns[n].max_tokens]
             kept = next((index for index, one in enumerate(some, 1) if one in ends), len(some))
@@ -150,30 +146,21 @@ def decode_together(
 
 
 def read_together(engine: Engine, caches: Several[Cache], prompts: Several[list[int]]) -> list[int]:
-    """Keys and values of the prompts into the caches, of as many prompts in one stream of the
-    weights as the plan has room for -> the first token of each answer. Unlike in `prefill`, which
-    reads a prompt that is too long for one stream, a row's bits may depend on the company."""
-    model, found = engine.model, list[int]()
-    while len(found) < len(prompts):
-        if len(prompts[len(found)]) > engine.plan.prefill_tokens:
-            n = len(found)
-            found.append(prefill(model, caches[n], prompts[n], Sampling()))
-            continue
-        some, num_rows = list[int](), 0
-        for n in range(len(found), len(prompts)):
-            num_rows += len(prompts[n])
-            if some and num_rows > engine.plan.prefill_tokens:
-                break
-            some.append(n)
-        tokens = [torch.tensor(prompts[n], device=engine.device) for n in some]
-        rows = [causal_rows(caches[n], one) for n, one in zip(some, tokens, strict=True)]
-        logits: Tensor = forward(
-            model.weights, model.exact, rows, attend, PRODUCT_ROWS, last_only=True
-        )
-        for n in some:
-            caches[n].commit(prompts[n])
-        found += logits.argmax(-1).tolist()
-    return found
+    """Keys and values of the prompts into the caches -> the first token of each answer."""
+    model, plan, first_tokens = engine.model, engine.plan, dict[int, int]()
+    while len(first_tokens) < len(prompts):
+        room, pieces = plan.prefill_tokens, dict[int, Piece]()
+        for n, (cache, prompt) in enumerate(zip(caches, prompts, strict=True)):
+            unread = prompt[cache.length :]
+            count = tokens_that_fit(plan, len(unread), room) if unread else 0
+            if count:
+                ends = Chooser(Sampling()) if count == len(unread) else None
+                pieces[n] = Piece(cache, unread[:count], ends)
+                room -= sum(prompt_calls(plan, count))
+        for n, done in zip(pieces, read(model, list(pieces.values())), strict=True):
+            if done.first is not None:
+                first_tokens[n] = done.first
+    return [first_tokens[n] for n in range(len(prompts))]
 
 
 def before_loop(tokens: Several[int]) -> int:

@@ -43,6 +43,7 @@ def predict_for(
         candidate.draft_width,
         min(plan.prefill_tokens, usage.prompt_tokens),
         plan.num_threads,
+        plan.prompt_widths[0],
     )
     workspace = min(workspace_bytes(spec, plan.device, shape), ledger.workspace)
     idle = ledger.guard + ledger.workspace - workspace

@@ -10,7 +10,7 @@ from functools import lru_cache
 
 from subspec.artifacts.acceptance import ONE_TOKEN, Acceptance, RoundYield
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.artifacts.footprint import Ring, Shape, make_ledger, workspace_bytes
+from subspec.artifacts.footprint import PRODUCT_ROWS, Ring, Shape, make_ledger, workspace_bytes
 from subspec.artifacts.model import PAGE_BYTES, ModelSpec
 from subspec.artifacts.plan import USUAL, Constraints, Ledger, Tree, Usage
 from subspec.artifacts.profile import Profile
@@ -123,7 +123,7 @@ def with_prompt_share(problem: Problem) -> Problem:
     most = max(problem.context, SMALLEST_PREFILL)
 
     def needed(tokens: int) -> int:
-        shape = Shape(problem.context, 1, 1, 1, tokens, problem.profile.num_threads)
+        shape = Shape(problem.context, 1, 1, 1, tokens, problem.profile.num_threads, 1)
         return workspace_bytes(problem.spec, problem.profile.device, shape)
 
     least = needed(SMALLEST_PREFILL)
@@ -229,6 +229,13 @@ def padded_widths(profile: Profile, num_nodes: int) -> tuple[int, ...] | None:
     return min(fitting, key=lambda widths: (widths[-1], -len(widths)), default=None)
 
 
+def prompt_widths(profile: Profile, verify_width: int) -> tuple[int, ...]:
+    """Rows of the calls for a prompt, ascending: widths in which a row has the same bits as in a
+    verification of `verify_width` rows."""
+    alike = next(some for some in profile.batch_invariant_widths if verify_width in some)
+    return tuple(width for width in alike if width <= PRODUCT_ROWS) or (verify_width,)
+
+
 def every_width(profile: Profile) -> list[int]:
     return [width for alike in profile.batch_invariant_widths for width in alike]
 
@@ -313,6 +320,7 @@ def ledger_of(
         draft_width,
         problem.prefill_tokens,
         profile.num_threads,
+        prompt_widths(profile, verify_width)[0],
         ring,
         scratch_bytes or None,
     )

@@ -16,7 +16,7 @@ from torch import Tensor
 from subspec.artifacts.model import Attention, Dense, LayerSpec, ModelSpec, layer_name
 from subspec.artifacts.native import cpp
 from subspec.runtime.draft.substitutes import Substitutes
-from subspec.runtime.kernels.linear import Int4Weight
+from subspec.runtime.kernels.linear import Int4Weight, calls_of
 from subspec.runtime.model.cache import Cache
 from subspec.runtime.model.transformer import (
     Rows,
@@ -177,7 +177,7 @@ def forward(layers: CompiledLayers, batch: Sequence[Rows]) -> Tensor:
     """Rows through all layers -> logits [T, V]."""
     x = embed(layers.weights, join([rows.tokens for rows in batch]))
     run_layers(layers, x, batch)
-    return to_logits(layers.weights, layers.substitutes.head, x, len(x))
+    return to_logits(layers.weights, layers.substitutes.head, x, calls_of([len(x)]))
 
 
 def run_layers(layers: CompiledLayers, x: Tensor, batch: Sequence[Rows]) -> None:

@@ -2,6 +2,7 @@
 the model's own 4-bit copy, over the cache that verification shares.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -15,9 +16,11 @@ from subspec.runtime.draft.beam import DraftPass, Growing, TokenTree, grow
 from subspec.runtime.draft.compiled_layers import CompiledLayers
 from subspec.runtime.draft.graphs import Action, DraftGraphs, Replay
 from subspec.runtime.draft.substitutes import Substitutes
+from subspec.runtime.kernels.linear import calls_of
 from subspec.runtime.model.attention import attend
 from subspec.runtime.model.cache import Cache, TreeSlots
-from subspec.runtime.model.transformer import Rows, SharedWeights, forward
+from subspec.runtime.model.sampling import Chooser, Sampling
+from subspec.runtime.model.transformer import Attend, Rows, SharedWeights, forward
 
 
 @dataclass
@@ -28,6 +31,8 @@ class Turn:
     cache: Cache
     root: int
     max_tokens: int  # that may still be emitted
+    chooser: Chooser = field(default_factory=lambda: Chooser(Sampling()))
+    num_logprobs: int | None = None  # likeliest tokens to report with each; None: nothing
 
 
 class Drafter(Protocol):
@@ -53,7 +58,8 @@ class SubstituteDrafter:
         depths = [max(0, min(self.tree.depth, turn.max_tokens - 1)) for turn in turns]
         device = turns[0].cache.device
         roots = [torch.tensor([turn.root], device=device) for turn in turns]
-        if self.capture is not None and len(turns) == 1:
+        constrained = any(turn.chooser.constraint for turn in turns)
+        if self.capture is not None and len(turns) == 1 and not constrained:
             [cache] = [turn.cache for turn in turns]
             if cache not in self.captured:
                 self.captured[cache] = graphs.make_graphs(
@@ -67,6 +73,8 @@ class SubstituteDrafter:
         caches = [turn.cache for turn in turns]
         slots = [cache.tree_slots(self.verify_width) for cache in caches]
         draft_pass = self.pass_over(caches, slots)
+        if constrained:
+            draft_pass = within_constraints(draft_pass, turns)
         return grow(roots, depths, self.tree, self.verify_width, draft_pass)
 
     def pass_over(self, caches: Sequence[Cache], slots: Sequence[TreeSlots]) -> DraftPass:
@@ -74,13 +82,13 @@ class SubstituteDrafter:
 
         def run(growing: Sequence[Growing]) -> Tensor:
             batch = [
-                tree_rows(one.tree, one.last.nodes, caches[one.index], slots[one.index])
+                tree_rows(one.tree, one.last.nodes, caches[one.index], slots[one.index], attend)
                 for one in growing
             ]
             if self.compiled is not None:
                 return compiled_layers.forward(self.compiled, batch)
             num_rows = sum(len(rows.tokens) for rows in batch)
-            return forward(self.weights, self.substitutes, batch, attend, num_rows)
+            return forward(self.weights, self.substitutes, batch, calls_of([num_rows]))
 
         return run
 
@@ -90,7 +98,27 @@ class SubstituteDrafter:
         return next((one.problem for one in self.captured.values() if one.problem), None)
 
 
-def tree_rows(tree: TokenTree, nodes: Tensor, cache: Cache, slots: TreeSlots) -> Rows:
+def within_constraints(draft_pass: DraftPass, turns: Sequence[Turn]) -> DraftPass:
+    """The pass, whose logits are -inf for tokens that a turn's constraint forbids: they would not
+    be accepted."""
+
+    def run(growing: Sequence[Growing]) -> Tensor:
+        logits, row = draft_pass(growing), 0
+        for one in growing:
+            for node in one.last.nodes.tolist():
+                path = one.tree.tokens[one.tree.ancestors[node]].tolist()[1:]  # without the root
+                allowed = turns[one.index].chooser.allowed_after(path)
+                if allowed is not None:
+                    logits[row].masked_fill_(~allowed.to(logits.device), -math.inf)
+                row += 1
+        return logits
+
+    return run
+
+
+def tree_rows(
+    tree: TokenTree, nodes: Tensor, cache: Cache, slots: TreeSlots, attention: Attend
+) -> Rows:
     """Rows for `nodes` of a tree that lies after committed tokens. Nothing is read back, and
     nothing comes from the host but numbers that stay the same: a captured graph can do it."""
     live = torch.arange(slots.live_slots, device=nodes.device)
@@ -101,4 +129,4 @@ def tree_rows(tree: TokenTree, nodes: Tensor, cache: Cache, slots: TreeSlots) ->
     slot_positions[slots_of_tree] = slots.length + tree.depths
     own = (slots.first + nodes).masked_fill_(nodes >= tree.num_nodes, slots.padding_slot)
     positions = slots.length + tree.depths[nodes]
-    return Rows(tree.tokens[nodes], positions, own, slot_positions, visible, cache)
+    return Rows(tree.tokens[nodes], positions, own, slot_positions, visible, cache, attention)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from subspec.artifacts.model import layer_name
-from subspec.runtime.kernels.linear import Int4Weight, int4_product
+from subspec.runtime.kernels.linear import Calls, Int4Weight, int4_product
 from subspec.runtime.model.transformer import Product
 
 
@@ -30,7 +30,7 @@ class Substitutes:
         return partial(self._product, "")
 
     def _product(
-        self, prefix: str, name: str, x: Tensor, rows_per_call: int, gate: Tensor | None = None
+        self, prefix: str, name: str, x: Tensor, calls: Calls, gate: Tensor | None = None
     ) -> Tensor:
         """All rows at once: a draft's bits are nobody's promise."""
         weight, bias = self.weights[prefix + name], self.biases.get(prefix + name)

@@ -4,7 +4,7 @@ T = rows of activations, N = output features, K = input features, G = K / GROUP_
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,27 +24,32 @@ PIECE_BYTES = 1 << 20  # of codes, read and packed at a time: temporaries of a f
 ROWS_PER_TILE = {"AVX512": 64, "AVX2": 32}  # ATen's packed bytes differ per instruction set
 
 
-def exact_product(x: Tensor, weight: Tensor, out: Tensor, rows_per_call: int) -> None:
-    """out [T, N] = x [T, K] @ weight [N, K]^T; `out` may be a column range of a wider tensor.
+# Ranges of a pass's rows, one after the other: what a call of the kernel computes together. A row's
+# bits may depend on their sizes, and on nothing else of the pass.
+Calls = Sequence[slice]
 
-    Each `rows_per_call` rows are computed by calls of their own, independently of other rows.
-    """
-    for rows in calls(len(x), rows_per_call):
+
+def calls_of(sizes: Iterable[int]) -> Calls:
+    """Ranges of these numbers of rows; one of more than PRODUCT_ROWS is divided, which bounds
+    temporaries."""
+    found, end = list[slice](), 0
+    for size in sizes:
+        first, end = end, end + size
+        for start in range(first, end, PRODUCT_ROWS):
+            found.append(slice(start, min(start + PRODUCT_ROWS, end)))
+    return found
+
+
+def exact_product(x: Tensor, weight: Tensor, out: Tensor, calls: Calls) -> None:
+    """out [T, N] = x [T, K] @ weight [N, K]^T; `out` may be a column range of a wider tensor."""
+    for rows in calls:
         torch.mm(x[rows], weight.t(), out=out[rows])
 
 
-def exact_product_into(x: Tensor, weight: Tensor, gate: Tensor, rows_per_call: int) -> None:
+def exact_product_into(x: Tensor, weight: Tensor, gate: Tensor, calls: Calls) -> None:
     """gate [T, N] *= x [T, K] @ weight [N, K]^T, without a second [T, N]."""
-    for rows in calls(len(x), rows_per_call):
+    for rows in calls:
         gate[rows] *= F.linear(x[rows], weight)
-
-
-def calls(num_rows: int, rows_per_call: int) -> Iterator[slice]:
-    """Ranges of `rows_per_call` rows, each divided into ranges of at most PRODUCT_ROWS."""
-    for start in range(0, num_rows, rows_per_call):
-        end = min(start + rows_per_call, num_rows)
-        for first in range(start, end, PRODUCT_ROWS):
-            yield slice(first, min(first + PRODUCT_ROWS, end))
 
 
 @contextmanager

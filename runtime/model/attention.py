@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from subspec.artifacts.footprint import attention_scratch_bytes
+from subspec.artifacts.footprint import ATTENTION_PIECE, attention_scratch_bytes
 from subspec.artifacts.native import cpp
 
 SOURCE = Path(__file__).parents[1] / "kernels" / "attention.cpp"
@@ -51,6 +51,14 @@ def attend_batch_invariant(
     if q.device.type == "cpu" and unavailable() is None:
         return attend_in_order(q, keys, values, visible, scale)
     return attend_in_fp64(q, keys, values, visible, scale)
+
+
+def attend_prompt(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: float) -> Tensor:
+    """For prompts: batch-invariant on CPUs, where that is the faster one too. On CUDA it is not,
+    yet: there a token's keys and values depend on the piece in which its prompt was read."""
+    if q.device.type == "cpu":
+        return attend_batch_invariant(q, keys, values, visible, scale)
+    return attend(q, keys, values, visible, scale)
 
 
 def attend_in_order(
@@ -114,10 +122,14 @@ def attend_in_fp64(
     folded = q.reshape(keys.shape[0], repeats * num_rows, head_size)
     hidden = ~visible.repeat(repeats, 1)
     output = torch.empty_like(folded)
+    piece = ATTENTION_PIECE * repeats if q.device.type == "cpu" else len(hidden)  # for memory
     for head in range(keys.shape[0]):
-        scores = folded[head].double() @ keys[head].double().t()
-        scores.mul_(scale).masked_fill_(hidden, float("-inf"))
-        output[head] = scores.softmax(-1) @ values[head].double()
+        every, kept = keys[head].double().t(), values[head].double()
+        for first in range(0, len(hidden), piece):
+            some = slice(first, first + piece)
+            scores = folded[head, some].double() @ every
+            scores.mul_(scale).masked_fill_(hidden[some], float("-inf"))
+            output[head, some] = scores.softmax(-1) @ kept
     return output.view(num_heads, num_rows, head_size)
 
 

@@ -5,12 +5,15 @@ V = vocabulary
 """
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.runtime.model.constraint import Constraint
 
 
 @dataclass(frozen=True)
@@ -58,19 +61,114 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...] = ()
 
 
-def choose(logits: Tensor, position: int, sampling: Sampling) -> int:
-    """The token at `position`, from its logits [V].
+class Chooser:
+    """Chooses the tokens of one answer. What it says may depend on those before, so it is told of
+    each by `push`; `pop` takes that back, as a verification walks ahead of what is kept."""
 
-    Gumbel-max: argmax(log p + noise) is distributed as p. Ties go to the lowest id.
-    """
-    if sampling.temperature > 0:
-        noise = position_noise(sampling.seed, position, len(logits), logits.device)
-        logits = filter_logits(logits, sampling).add_(noise)
-    return int(logits.argmax())
+    def __init__(
+        self,
+        sampling: Sampling,
+        prompt: Sequence[int] = (),
+        end_tokens: frozenset[int] = frozenset(),
+        constraint: Constraint | None = None,
+    ) -> None:
+        self.sampling = sampling
+        self.constraint = constraint
+        self._prompt = sorted(set(prompt)) if sampling.repetition_penalty != 1 else []
+        self._end_tokens = end_tokens
+        self._answer: list[int] = []
+        self._counts = Counter[int]()  # of the answer's tokens
+        self._num_ends = 0  # of them: what follows the first one belongs to no answer
+
+    @property
+    def takes_the_best(self) -> bool:
+        """Whether every token is the one with the greatest logit, whatever came before."""
+        one = self.sampling
+        changes = one.repetition_penalty != 1 or one.presence_penalty or one.frequency_penalty
+        return not (one.temperature or changes or one.logit_bias or self.constraint)
+
+    def choose(self, logits: Tensor, position: int) -> int:
+        """The token at `position`, from its logits [V].
+
+        Gumbel-max: argmax(log p + noise) is distributed as p. Ties go to the lowest id.
+        """
+        if not self.takes_the_best:
+            logits = self._allowed(self._penalized(logits))
+        if self.sampling.temperature > 0:
+            noise = position_noise(self.sampling.seed, position, len(logits), logits.device)
+            logits = filter_logits(logits, self.sampling).add_(noise)
+        return int(logits.argmax())
+
+    def push(self, token: int) -> None:
+        """`token` comes next."""
+        self._answer.append(token)
+        self._counts[token] += 1
+        if self.constraint is not None and not self._num_ends:
+            self.constraint.push(token)
+        self._num_ends += token in self._end_tokens
+
+    def pop(self, num_tokens: int) -> None:
+        """Takes the last `num_tokens` back."""
+        for _ in range(num_tokens):
+            token = self._answer.pop()
+            self._counts[token] -= 1
+            self._num_ends -= token in self._end_tokens
+            if self.constraint is not None and not self._num_ends:
+                self.constraint.pop(1)
+
+    def allowed_after(self, path: Sequence[int]) -> Tensor | None:
+        """bool [V] on the host: what a draft may propose after the tokens `path`, which follow what
+        was pushed; None: anything, also where `path` itself is not allowed."""
+        if self.constraint is None:
+            return None
+        num_pushed = 0
+        try:
+            for token in path:
+                allowed = self._mask()
+                if allowed is not None and not allowed[token]:
+                    return None
+                self.push(token)
+                num_pushed += 1
+            return self._mask()
+        finally:
+            self.pop(num_pushed)
+
+    def _mask(self) -> Tensor | None:
+        ended = self.constraint is None or self._num_ends
+        return None if ended or self.constraint is None else self.constraint.allowed()
+
+    def _penalized(self, logits: Tensor) -> Tensor:
+        """f64 [V], a copy."""
+        changed, one = logits.double(), self.sampling
+        counts = +self._counts
+        if one.repetition_penalty != 1 and (seen := sorted({*self._prompt, *counts})):
+            ids = torch.tensor(seen, device=logits.device)
+            some, factor = changed[ids], one.repetition_penalty
+            changed[ids] = torch.where(some > 0, some / factor, some * factor)
+        if (one.presence_penalty or one.frequency_penalty) and counts:
+            ids = torch.tensor(list(counts), device=logits.device)
+            times = torch.tensor(list(counts.values()), device=logits.device)
+            changed[ids] -= one.presence_penalty + one.frequency_penalty * times.double()
+        for token, bias in one.logit_bias:
+            changed[token] += bias
+        return changed
+
+    def _allowed(self, logits: Tensor) -> Tensor:
+        """The logits [V], in place, -inf where the constraint forbids the token."""
+        mask = self._mask()
+        return logits if mask is None else logits.masked_fill_(~mask.to(logits.device), -math.inf)
+
+
+def logprobs_of(logits: Tensor, token: int, num_top: int) -> TokenLogprobs:
+    """Of `token`, and of the `num_top` likeliest, from the exact model's logits [V]."""
+    every = logits.double().log_softmax(-1)
+    best, ids = every.topk(min(num_top, len(every)))
+    top = tuple(zip(ids.tolist(), best.tolist(), strict=True))
+    return TokenLogprobs(token, float(every[token]), top)
 
 
 def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
-    """f64 [V] after temperature, top-k, top-p, in transformers' order; -inf where cut off."""
+    """f64 [V] after temperature, top-k, top-p, min-p, in transformers' order; -inf if cut off."""
     scaled = logits.double() / sampling.temperature
     if 0 < sampling.top_k < len(logits):
         smallest = scaled.topk(sampling.top_k).values[-1]
@@ -81,6 +179,9 @@ def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
         probabilities = ordered.softmax(-1)
         before = probabilities.cumsum(-1) - probabilities
         scaled[kept[order[before >= sampling.top_p]]] = float("-inf")
+    if sampling.min_p > 0:
+        least = scaled.max() + math.log(sampling.min_p)
+        scaled.masked_fill_(scaled < least, float("-inf"))
     return scaled
 
 

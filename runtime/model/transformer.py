@@ -25,6 +25,7 @@ from subspec.artifacts.model import (
     Rope,
     layer_name,
 )
+from subspec.runtime.kernels.linear import Calls
 from subspec.runtime.model.cache import Cache
 from subspec.runtime.model.embedding import EmbeddingRows
 
@@ -35,13 +36,11 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
 class Product(Protocol):
     """The matrix products of one layer (or of the head), called in execution order."""
 
-    def __call__(
-        self, name: str, x: Tensor, rows_per_call: int, gate: Tensor | None = None
-    ) -> Tensor:
+    def __call__(self, name: str, x: Tensor, calls: Calls, gate: Tensor | None = None) -> Tensor:
         """x [T, K] -> x W^T + b [T, N]; with `gate` [T, N]: gate * (x W^T + b), in its place.
 
-        name: under the layer. rows_per_call: an exact product takes so many rows at a time, so that
-        a row's bits do not depend on how many sequences share the pass.
+        name: under the layer. calls: the rows that an exact product computes together, so that a
+        row's bits do not depend on which sequences share the pass.
         """
         ...
 
@@ -59,7 +58,8 @@ class SharedWeights:
 
 @dataclass(frozen=True)
 class Rows:
-    """One sequence's rows of a pass, and where they lie in its cache. All on the device."""
+    """One sequence's rows of a pass, where they lie in its cache and how they look back into it.
+    All on the device."""
 
     tokens: Tensor  # int64 [T]
     positions: Tensor  # int64 [T]
@@ -67,6 +67,7 @@ class Rows:
     slot_positions: Tensor  # int64 [S], of the live slots
     visible: Tensor | None  # bool [T, S]; None: the slots of earlier positions (a prompt)
     cache: Cache
+    attend: Attend
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,7 @@ class Pass:
 
     weights: SharedWeights
     batch: Sequence[Rows]  # of several sequences, in the order of the rows
-    attend: Attend
-    rows_per_call: int
+    calls: Calls
     positions: Tensor  # int64 [T], of all rows
 
     def spans(self) -> Iterator[tuple[Rows, slice]]:
@@ -87,36 +87,44 @@ class Pass:
             first += len(rows.tokens)
 
 
+@dataclass(frozen=True)
+class HeadRows:
+    """Some rows of a pass, ascending, whose logits are wanted, and the head's calls for them."""
+
+    rows: Sequence[slice]
+    calls: Calls
+
+    def of(self, x: Tensor) -> tuple[Tensor, Calls]:
+        return join([x[some] for some in self.rows]), self.calls
+
+
 def forward(
     weights: SharedWeights,
     products: Iterable[Product],
     batch: Sequence[Rows],
-    attend: Attend,
-    rows_per_call: int,
-    last_only: bool = False,
+    calls: Calls,
+    head: HeadRows | None = None,
 ) -> Tensor:
-    """Rows through all layers -> logits [T, V], or those of each sequence's last row."""
-    return forward_hidden(weights, products, batch, attend, rows_per_call, last_only)[0]
+    """Rows through all layers -> logits [T, V], or those of the head's rows."""
+    return forward_hidden(weights, products, batch, calls, head)[0]
 
 
 def forward_hidden(
     weights: SharedWeights,
     products: Iterable[Product],
     batch: Sequence[Rows],
-    attend: Attend,
-    rows_per_call: int,
-    last_only: bool = False,
+    calls: Calls,
+    head: HeadRows | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The logits as `forward` returns them, and the residual stream [T, H] before the final norm:
     what a draft head reads."""
     tokens, positions = (join([getattr(r, n) for r in batch]) for n in ("tokens", "positions"))
-    now = Pass(weights, batch, attend, rows_per_call, positions)
+    now = Pass(weights, batch, calls, positions)
     x = embed(weights, tokens)
     logits, attention = x, 0  # index of the next attention, which names its tensors in the caches
     for index, product in enumerate(products):
         if index == weights.spec.num_layers:
-            last = [span.stop - 1 for _, span in now.spans()]
-            logits = to_logits(weights, product, x[last] if last_only else x, rows_per_call)
+            logits = to_logits(weights, product, *((x, calls) if head is None else head.of(x)))
             continue
         for block in weights.spec.layers[index].blocks:
             add_block(now, index, attention, block, product, x)
@@ -124,10 +132,10 @@ def forward_hidden(
     return logits, x
 
 
-def to_logits(weights: SharedWeights, head: Product, x: Tensor, rows_per_call: int) -> Tensor:
+def to_logits(weights: SharedWeights, head: Product, x: Tensor, calls: Calls) -> Tensor:
     """x [T, H] -> [T, V]."""
     spec = weights.spec
-    logits = head(HEAD, normalize(weights, FINAL_NORM, x), rows_per_call)[:, : spec.vocab_size]
+    logits = head(HEAD, normalize(weights, FINAL_NORM, x), calls)[:, : spec.vocab_size]
     return logits if spec.logits_divisor == 1 else logits / spec.logits_divisor
 
 
@@ -173,8 +181,8 @@ def attend_rows(
             visible = visible_slots(rows, shifted(some, -span.start), body.window)
             query = rotate(q[some].transpose(0, 1), body.rope, tables, some)
             query = grown(query, body, now.positions[some])
-            q[some] = now.attend(query, keys, values, visible, body.scale).transpose(0, 1)
-    return product(f"{body.name}.o_proj", q.flatten(1), now.rows_per_call)
+            q[some] = rows.attend(query, keys, values, visible, body.scale).transpose(0, 1)
+    return product(f"{body.name}.o_proj", q.flatten(1), now.calls)
 
 
 def project(
@@ -182,7 +190,7 @@ def project(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x [T, H] -> q [T, A, D], k and v [T, B, D], normed but not rotated."""
     names = (f"{body.name}.{letter}_proj" for letter in "qkv")
-    q, k, v = (product(name, x, now.rows_per_call) for name in names)
+    q, k, v = (product(name, x, now.calls) for name in names)
     norms = f"{layer}.{body.name}.q_norm", f"{layer}.{body.name}.k_norm"
     if body.qk_norm == "all_heads":
         q, k = (normalize(now.weights, n, one) for n, one in zip(norms, (q, k), strict=True))
@@ -193,15 +201,15 @@ def project(
 
 
 def feed_forward(now: Pass, body: Dense, product: Product, x: Tensor) -> Tensor:
-    gate = product(f"{body.name}.gate_proj", x, now.rows_per_call)
+    gate = product(f"{body.name}.gate_proj", x, now.calls)
     # On CPUs torch's f32 silu rounds the last numbers of a tensor, and of each thread's share of
     # one, otherwise than the others; its bf16 silu does not. A row's bits must not depend on its
     # place: a row at a time.
     depends_on_place = gate.device.type == "cpu" and gate.dtype != torch.bfloat16
     for some in gate if depends_on_place else (gate,):
         F.silu(some, inplace=True)
-    inner = product(f"{body.name}.up_proj", x, now.rows_per_call, gate)
-    return product(f"{body.name}.down_proj", inner, now.rows_per_call)
+    inner = product(f"{body.name}.up_proj", x, now.calls, gate)
+    return product(f"{body.name}.down_proj", inner, now.calls)
 
 
 def visible_slots(rows: Rows, some: slice, window: int | None) -> Tensor:

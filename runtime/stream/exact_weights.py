@@ -13,7 +13,7 @@ from torch import Tensor
 from subspec.artifacts.common.errors import SubspecError
 from subspec.artifacts.model import Linear, ModelSpec, Part, StoredPart, layer_name
 from subspec.runtime.clock import Record, unrecorded
-from subspec.runtime.kernels.linear import exact_product, exact_product_into
+from subspec.runtime.kernels.linear import Calls, exact_product, exact_product_into
 from subspec.runtime.model.transformer import Product
 from subspec.runtime.stream.residual_decoder import ResidualDecoder
 from subspec.runtime.stream.ring import StreamedParts
@@ -81,15 +81,15 @@ class ExactWeights:
             self.streamed.close()
 
     def _product(
-        self, prefix: str, name: str, x: Tensor, rows_per_call: int, gate: Tensor | None = None
+        self, prefix: str, name: str, x: Tensor, calls: Calls, gate: Tensor | None = None
     ) -> Tensor:
         linear = self._linears[prefix + name]
         bias = self._biases.get(linear.name)
         if gate is not None and bias is None:
-            self._each_part(linear, x, gate, rows_per_call, exact_product_into)
+            self._each_part(linear, x, gate, calls, exact_product_into)
             return gate
         out = x.new_empty(x.shape[0], linear.out_features)
-        self._each_part(linear, x, out, rows_per_call, exact_product)
+        self._each_part(linear, x, out, calls, exact_product)
         if bias is not None:
             out += bias
         return out if gate is None else gate.mul_(out)
@@ -99,20 +99,20 @@ class ExactWeights:
         linear: Linear,
         x: Tensor,
         out: Tensor,
-        rows_per_call: int,
-        product: Callable[[Tensor, Tensor, Tensor, int], None],
+        calls: Calls,
+        product: Callable[[Tensor, Tensor, Tensor, Calls], None],
     ) -> None:
         whole = self._unplaced.get(linear.name)
         if whole is not None:
             started = time.perf_counter()
-            product(x, whole, out, rows_per_call)
+            product(x, whole, out, calls)
             self._record("product", linear.name, started, {})
             return
         for part in self._parts[linear.name]:
             columns = slice(part.first_row, part.first_row + part.num_rows)
             weight = self._weight(part)
             started = time.perf_counter()
-            product(x, weight, out[:, columns], rows_per_call)
+            product(x, weight, out[:, columns], calls)
             self._record("product", part.name, started, {})
 
     def _weight(self, part: Part) -> Tensor:

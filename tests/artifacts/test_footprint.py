@@ -35,6 +35,7 @@ SHAPE = Shape(
     draft_width=3,
     prefill_tokens=128,
     num_threads=2,
+    head_rows=8,
     ring=Ring(1 << 20, 2),
 )
 DEVICES: list[DeviceKind] = ["cpu", "cuda"]

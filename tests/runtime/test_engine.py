@@ -325,8 +325,10 @@ def test_two_engines_of_one_process_do_not_disturb_each_other(artifact: Artifact
     with Engine.open(plans[0]) as first, Engine.open(plans[1]) as second:
         with first.new_sequence() as one, second.new_sequence() as two:
             one.begin(PROMPT, GenerationParams(16))
+            first.step()
             assert torch.get_num_threads() == 1
             two.begin(PROMPT, GenerationParams(16))
+            second.step()
             assert torch.get_num_threads() == 2
             while first.step():
                 assert torch.get_num_threads() == 1
@@ -363,11 +365,11 @@ def test_closing_a_sequence_twice_gives_its_cache_back_once(artifact: Artifact) 
             engine.new_sequence()
 
 
-def test_a_step_without_decoding_sequences_does_nothing(artifact: Artifact) -> None:
+def test_a_step_without_answers_does_nothing(artifact: Artifact) -> None:
     with Engine.open(artifact) as engine, engine.new_sequence() as sequence:
         assert not engine.step()
         sequence.begin(PROMPT, GenerationParams(2))
-        assert engine.step() and not engine.step()
+        assert engine.step() and engine.step() and not engine.step()
         assert len(sequence.take_fresh()) == 2
 
 
@@ -453,10 +455,10 @@ def test_an_error_of_one_answers_cut_ends_that_answer_alone(artifact: Artifact) 
     with Engine.open(shared) as engine:
         first, failing, last = begun(engine, 3, 24)
         failing.begin([21, *PROMPT], GenerationParams(24, cut=fail_late))
-        assert engine.step()
+        assert engine.step() and engine.step()
         with pytest.raises(ValueError, match="own mistake"):
             engine.step()
-        assert failing.finish_reason is None and not engine.is_decoding(failing)
+        assert failing.finish_reason is None and not engine.is_active(failing)
         kept = failing.take_fresh()
         assert kept == expected[1][: len(kept)]
         assert finished(engine, [first, last]) == [expected[0], expected[2]]
@@ -477,9 +479,9 @@ def test_a_damaged_block_ends_the_round_of_all_who_would_read_it(
         first, second = engine.new_sequence(), engine.new_sequence()
         for sequence in (first, second, first):
             with pytest.raises(SubspecError, match="digest") as caught:
-                sequence.begin(PROMPT, GenerationParams(5))
+                generated(sequence, PROMPT, GenerationParams(5))
             assert caught.value.exit_code == Exit.CORRUPT
-            assert not engine.is_decoding(sequence) and sequence.take_fresh() == []
+            assert not engine.is_active(sequence) and sequence.take_fresh() == []
 
 
 def test_a_disk_that_fails_in_company_ends_every_answer(artifact: Artifact, tmp_path: Path) -> None:

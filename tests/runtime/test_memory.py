@@ -16,10 +16,11 @@ from subspec.artifacts.plan import Ledger
 from subspec.runtime import memory as memory_module
 from subspec.runtime.decode import causal_rows, whole_tree
 from subspec.runtime.draft.beam import root_only
+from subspec.runtime.kernels.linear import calls_of
 from subspec.runtime.memory import Arena, FastMemory, Temporaries
-from subspec.runtime.model.attention import attend, attend_batch_invariant
-from subspec.runtime.model.sampling import Sampling, choose
-from subspec.runtime.model.transformer import forward
+from subspec.runtime.model.attention import attend_prompt
+from subspec.runtime.model.sampling import Chooser, Sampling
+from subspec.runtime.model.transformer import HeadRows, forward
 
 CPU = torch.device("cpu")
 
@@ -165,7 +166,7 @@ def test_the_temporaries_of_every_exact_pass_are_within_the_workspace(
 ) -> None:
     toy = random_weights(replace(SPECS[name], dtype=dtype))
     spec, width, num_sequences = toy.spec, 24, 2
-    shape = Shape(context, num_sequences, width, None, context, torch.get_num_threads())
+    shape = Shape(context, num_sequences, width, None, context, torch.get_num_threads(), 8)
     granted = workspace_bytes(spec, "cpu", shape)
     slots = cache_slots(context, width)
     shared, exact = shared_weights(toy, slots), exact_weights(toy)
@@ -174,17 +175,21 @@ def test_the_temporaries_of_every_exact_pass_are_within_the_workspace(
 
     def peak_of_prompt() -> int:
         with Temporaries() as seen:
-            rows = [causal_rows(caches[0], prompt)]
-            logits = forward(shared, exact, rows, attend, 256, last_only=True)
-            choose(logits[0], context, Sampling(1.0, 5, 0.9))
+            rows, last = (
+                [causal_rows(caches[0], prompt, attend_prompt)],
+                slice(context - 8, context),
+            )
+            head = HeadRows([last], calls_of([8]))
+            logits = forward(shared, exact, rows, calls_of([context]), head)
+            Chooser(Sampling(1.0, 5, 0.9)).choose(logits[0], context)
         return seen.peak_bytes
 
     def peak_of_verification() -> int:
         trees = [root_only(torch.tensor([5]), width) for _ in caches]
         with Temporaries() as seen:
             rows = [whole_tree(tree, cache) for tree, cache in zip(trees, caches, strict=True)]
-            logits: Tensor = forward(shared, exact, rows, attend_batch_invariant, width)
-            choose(logits[0], context, Sampling(1.0, 5, 0.9))
+            logits: Tensor = forward(shared, exact, rows, calls_of([width] * num_sequences))
+            Chooser(Sampling(1.0, 5, 0.9)).choose(logits[0], context)
         return seen.peak_bytes
 
     assert peak_of_prompt() <= granted

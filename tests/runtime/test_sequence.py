@@ -14,9 +14,9 @@ from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.plan import Method
 from subspec.planner.model.hub import DEMO
 from subspec.runtime import decode
-from subspec.runtime.decode import Model
+from subspec.runtime.decode import Model, Piece
 from subspec.runtime.draft.beam import DraftPass, Growing, TokenTree
-from subspec.runtime.draft.drafter import SubstituteDrafter
+from subspec.runtime.draft.drafter import SubstituteDrafter, Turn
 from subspec.runtime.engine import Engine, OpenOptions
 from subspec.runtime.model.cache import Cache, TreeSlots
 from subspec.runtime.model.sampling import Sampling
@@ -288,9 +288,12 @@ def verified(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     rows = list[tuple[int, ...]]()
     real = decode.exact_logits
 
-    def counted(model: Model, trees: Many[TokenTree], caches: Many[Cache]) -> Any:
-        rows.append(tuple(len(tree.tokens) for tree in trees))
-        return real(model, trees, caches)
+    def counted(
+        model: Model, trees: Many[TokenTree], turns: Many[Turn], pieces: Many[Piece]
+    ) -> Any:
+        if trees:
+            rows.append(tuple(len(tree.tokens) for tree in trees))
+        return real(model, trees, turns, pieces)
 
     monkeypatch.setattr(decode, "exact_logits", counted)
     return rows
@@ -463,7 +466,7 @@ def test_a_prompt_that_is_interrupted_is_read_again(
         with monkeypatch.context() as patch:
             patch.setattr(Cache, "write", write)
             with pytest.raises(KeyboardInterrupt):
-                sequence.begin(prompt, GenerationParams(10))
+                generated(sequence, prompt, GenerationParams(10))
         assert not engine.step() and sequence.take_fresh() == []
         assert generated(sequence, prompt, GenerationParams(10)) == expected
         assert 0 < sequence.stats.reused_tokens < 200

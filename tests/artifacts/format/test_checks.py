@@ -52,7 +52,8 @@ LARGEST_PART = max(part.padded_bytes for part in RAW)
 STREAMING = Placement((), (), LARGEST_PART, 2, Ledger(staging=2 * LARGEST_PART, cache=1000))
 PLAN = Plan(
     device="cpu", machine="test", budget_bytes=2 * LARGEST_PART + 1000, context=100,
-    num_sequences=1, method="substitute", tree=Tree(2, 3), verify_widths=(3, 7), num_threads=1,
+    num_sequences=1, method="substitute", tree=Tree(2, 3), verify_widths=(3, 7),
+    prompt_widths=(3, 7), num_threads=1,
     int4_kernel="aten", prefill_tokens=64, residuals=(), predicted={},
     placements={"substitute": STREAMING, "plain": STREAMING},
     acceptance=Acceptance((Curve(2, 0.0, "code", 2, 10, (10, 9), (6, 3)),), measured=True),

@@ -71,7 +71,8 @@ def make_plan(spec: ModelSpec) -> Plan:
     placement = Placement((spec.parts[0].name,), (), largest, 2, ledger)
     return Plan(
         device="cpu", machine="test", budget_bytes=2 * largest, context=128, num_sequences=1,
-        method="substitute", tree=Tree(2, 3), verify_widths=(8,), num_threads=1, int4_kernel="aten",
+        method="substitute", tree=Tree(2, 3), verify_widths=(8,), prompt_widths=(8,),
+        num_threads=1, int4_kernel="aten",
         prefill_tokens=64, placements={"substitute": placement, "plain": placement},
         residuals=(), predicted={},
         acceptance=Acceptance((Curve(2, 0.2, "code", 2, 9, (9, 5), (5, 3), 0.5),), measured=True),
@@ -293,7 +294,7 @@ def test_a_format_version_that_is_none_is_refused(artifact: Path, version: objec
     refused(artifact, "format_version")
 
 
-@pytest.mark.parametrize("version, hint", [("7.0", "upgrade subspec"), ("5.0", "build")])
+@pytest.mark.parametrize("version, hint", [("8.0", "upgrade subspec"), ("6.0", "build")])
 def test_another_major_format_is_named(artifact: Path, version: str, hint: str) -> None:
     reseal(artifact, lambda value: value.update(format_version=version, files=version))
     with pytest.raises(SubspecError, match=version) as caught:
@@ -306,7 +307,7 @@ def test_a_newer_minor_format_may_have_more_files_and_keys(artifact: Path) -> No
     for name in ("model.json", "plan.json", "profile.json"):
         edit(artifact, name, lambda value: value.update(future=1))
     refused(artifact, "model.json", "future")
-    reseal(artifact, lambda value: value.update(format_version="6.7", future=[]))
+    reseal(artifact, lambda value: value.update(format_version="7.7", future=[]))
     assert open_artifact(artifact).spec == TINY
     verify(artifact)
 

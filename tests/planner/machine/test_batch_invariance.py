@@ -20,6 +20,7 @@ from subspec.artifacts.model import Attention, Block, Dense, LayerSpec, NormStyl
 from subspec.planner.machine import batch_invariance
 from subspec.planner.machine.batch_invariance import rows_at_any_place
 from subspec.runtime.kernels import linear
+from subspec.runtime.kernels.linear import Calls, calls_of
 from subspec.runtime.model import transformer
 from subspec.runtime.model.transformer import Pass, Product
 
@@ -89,10 +90,12 @@ def threads_as_before() -> Iterator[None]:
 
 
 def a_row_at_a_time(product: Product) -> Product:
-    def run(name: str, x: Tensor, rows_per_call: int, gate: Tensor | None = None) -> Tensor:
+    def run(name: str, x: Tensor, calls: Calls, gate: Tensor | None = None) -> Tensor:
         gates = [None] * len(x) if gate is None else [row.clone() for row in gate.split(1)]
         rows = [row.clone() for row in x.split(1)]
-        return torch.cat([product(name, r, 1, g) for r, g in zip(rows, gates, strict=True)])
+        return torch.cat(
+            [product(name, r, calls_of([1]), g) for r, g in zip(rows, gates, strict=True)]
+        )
 
     return run
 
@@ -147,8 +150,8 @@ def disturbed(where: str) -> Iterator[None]:
     def gating(gate: Tensor, inplace: bool) -> Tensor:
         return last_row_differs(silu(gate, inplace=inplace))
 
-    def product(x: Tensor, weight: Tensor, out: Tensor, rows_per_call: int) -> None:
-        linear.exact_product(x, weight, out, rows_per_call)
+    def product(x: Tensor, weight: Tensor, out: Tensor, calls: Calls) -> None:
+        linear.exact_product(x, weight, out, calls)
         last_row_differs(out)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -196,9 +199,9 @@ def test_gates_that_threads_share_are_found_out() -> None:
         pytest.skip("torch computes all numbers alike on this processor")
 
     def over_all_rows(now: Pass, body: Dense, product: Product, x: Tensor) -> Tensor:
-        gate = F.silu(product(f"{body.name}.gate_proj", x, now.rows_per_call))
-        inner = product(f"{body.name}.up_proj", x, now.rows_per_call, gate)
-        return product(f"{body.name}.down_proj", inner, now.rows_per_call)
+        gate = F.silu(product(f"{body.name}.gate_proj", x, now.calls))
+        inner = product(f"{body.name}.up_proj", x, now.calls, gate)
+        return product(f"{body.name}.down_proj", inner, now.calls)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transformer, "feed_forward", over_all_rows)

@@ -33,7 +33,7 @@ from subspec.artifacts.native import cpp
 from subspec.artifacts.plan import Tree
 from subspec.planner.build.quantize import quantize
 from subspec.planner.model.hub import DEMO
-from subspec.runtime.decode import causal_rows, prefill
+from subspec.runtime.decode import Piece, causal_rows, read
 from subspec.runtime.draft import compiled_layers
 from subspec.runtime.draft.beam import Growing, Level
 from subspec.runtime.draft.compiled_layers import (
@@ -47,12 +47,12 @@ from subspec.runtime.draft.drafter import SubstituteDrafter, Turn
 from subspec.runtime.draft.substitutes import Substitutes
 from subspec.runtime.engine import Engine, OpenOptions
 from subspec.runtime.kernels import int4
-from subspec.runtime.kernels.linear import Int4Weight, pack
+from subspec.runtime.kernels.linear import Calls, Int4Weight, calls_of, pack
 from subspec.runtime.memory import Temporaries
 from subspec.runtime.model.attention import attend
 from subspec.runtime.model.cache import Cache
 from subspec.runtime.model.embedding import EmbeddingRows
-from subspec.runtime.model.sampling import Sampling
+from subspec.runtime.model.sampling import Chooser, Sampling
 from subspec.runtime.model.transformer import (
     Rows,
     SharedWeights,
@@ -122,6 +122,10 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+def in_one_call(batch: Sequence[Rows]) -> Calls:
+    return calls_of([sum(len(rows.tokens) for rows in batch)])
+
+
 @dataclass(frozen=True)
 class Toy:
     """A random model, and the same one in f32 with the weights that its substitutes stand for."""
@@ -154,11 +158,11 @@ class Toy:
         return compiled_layers.forward(self.compiled(), self.over(batch)).float()
 
     def twin_logits(self, *batch: Rows) -> Tensor:
-        return forward(self.weights, self.substitutes, self.over(batch), attend, 1).float()
+        return forward(self.weights, self.substitutes, self.over(batch), in_one_call(batch)).float()
 
     def exact_logits(self, rows: Rows) -> Tensor:
         own = replace(rows, cache=self.cache(F32))
-        return forward(self.exact_weights, self.exact, [own], attend, 1)
+        return forward(self.exact_weights, self.exact, [own], in_one_call([own]))
 
     def over(self, batch: Sequence[Rows]) -> list[Rows]:
         return [r if r.cache is not NONE else replace(r, cache=self.cache()) for r in batch]
@@ -231,7 +235,7 @@ def tree_like(spec: ModelSpec, num_rows: int, length: int, seed: int = 0) -> Row
     slot_positions = torch.arange(live)
     slot_positions[own] = positions
     tokens = torch.randint(spec.vocab_size, (num_rows,), generator=generator)
-    return Rows(tokens, positions, own, slot_positions, visible, NONE)
+    return Rows(tokens, positions, own, slot_positions, visible, NONE, attend)
 
 
 def some_of(rows: Rows, which: list[int]) -> Rows:
@@ -578,7 +582,9 @@ def test_the_demo_models_drafts_are_those_of_the_twin(tmp_path: Path) -> None:
             generator = torch.Generator().manual_seed(seed)
             prompt = torch.randint(3, 1000, (30 + 9 * seed,), generator=generator).tolist()
             cache.roll_back(0)
-            root = prefill(engine.model, cache, prompt, Sampling())
+            [done] = read(engine.model, [Piece(cache, prompt, Chooser(Sampling()))])
+            root = done.first
+            assert root is not None
             [tree] = drafter.draft([Turn(cache, root, 100)])
             slots = [cache.tree_slots(drafter.verify_width)]
             for depth in range(6):
@@ -652,13 +658,14 @@ def test_the_temporaries_of_a_whole_draft_are_within_the_workspace(
             drafter.draft(turns)
         context = SLOTS - width - 1
         assert cache_slots(context, width) == SLOTS
-        shape = Shape(context, num_sequences, width, 4, 8, 1)
+        shape = Shape(context, num_sequences, width, 4, 8, 1, 8)
         assert seen.peak_bytes <= workspace_bytes(toy.spec, "cpu", shape)
 
 
 def test_a_prompts_rows_go_through_it_as_well(toy: Toy) -> None:
     """No draft has so many rows, and none has these masks; the layers take both."""
-    rows = [causal_rows(replace(toy.cache(), tokens=[0] * 20), torch.arange(40)) for _ in range(2)]
+    caches = [replace(toy.cache(), tokens=[0] * 20) for _ in range(2)]
+    rows = [causal_rows(cache, torch.arange(40), attend) for cache in caches]
     assert distance(toy.logits(rows[0]), toy.twin_logits(rows[1])) < 0.08
 
 

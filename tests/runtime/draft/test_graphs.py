@@ -19,6 +19,7 @@ from subspec.runtime.draft.beam import DraftPass, Growing, TokenTree
 from subspec.runtime.draft.drafter import SubstituteDrafter, tree_rows
 from subspec.runtime.draft.graphs import DraftGraphs, grow, make_graphs, rounded_up
 from subspec.runtime.engine import Engine
+from subspec.runtime.model.attention import attend
 from subspec.runtime.model.cache import Cache, TreeSlots
 from subspec.runtime.sequence import GenerationParams
 from subspec.runtime.verify import accept
@@ -200,7 +201,7 @@ def test_a_level_its_rows_and_acceptance_wait_for_nothing(width: int) -> None:
     def passes(behind: TreeSlots) -> DraftPass:
         def run(growing: Sequence[Growing]) -> Tensor:
             nodes = growing[0].last.nodes
-            rows.append(tree_rows(growing[0].tree, nodes, cache, behind))
+            rows.append(tree_rows(growing[0].tree, nodes, cache, behind, attend))
             return logits[nodes]
 
         return run

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.runtime.model.sampling import Sampling, choose, filter_logits, mix, position_noise
+from subspec.runtime.model.sampling import (
+    Chooser,
+    Sampling,
+    filter_logits,
+    logprobs_of,
+    mix,
+    position_noise,
+)
 
 V = 50
 
@@ -17,9 +24,9 @@ def logits(row: int = 0) -> torch.Tensor:
 
 def test_greedy_takes_the_first_of_equal_logits() -> None:
     equal = torch.zeros(V)
-    assert choose(equal, 0, Sampling()) == 0
+    assert Chooser(Sampling()).choose(equal, 0) == 0
     equal[[7, 30]] = 1.0
-    assert choose(equal, 1, Sampling()) == 7
+    assert Chooser(Sampling()).choose(equal, 1) == 7
 
 
 def test_a_row_alone_has_the_greedy_choice_that_it_has_among_others() -> None:
@@ -27,7 +34,7 @@ def test_a_row_alone_has_the_greedy_choice_that_it_has_among_others() -> None:
     equal."""
     generator = torch.Generator().manual_seed(4)
     many = torch.randint(0, 3, (64, 5003), generator=generator).bfloat16()
-    assert many.argmax(-1).tolist() == [choose(row, 0, Sampling()) for row in many]
+    assert many.argmax(-1).tolist() == [Chooser(Sampling()).choose(row, 0) for row in many]
 
 
 @pytest.mark.parametrize("settings", [(0.7, 0, 1.0), (1.3, 5, 1.0), (1.0, 0, 0.6), (0.9, 8, 0.5)])
@@ -45,10 +52,67 @@ def test_filters_keep_what_transformers_keeps(settings: tuple[float, int, float]
         torch.testing.assert_close(got.float(), expected[0])
 
 
+@pytest.mark.parametrize("min_p", [0.02, 0.3, 1.0])
+def test_min_p_keeps_what_transformers_keeps(min_p: float) -> None:
+    from transformers import MinPLogitsWarper
+
+    for row in range(3):
+        expected = MinPLogitsWarper(min_p)(None, logits(row)[None] / 0.8)
+        got = filter_logits(logits(row), Sampling(0.8, min_p=min_p))
+        torch.testing.assert_close(got.float(), expected[0])
+
+
+def test_the_repetition_penalty_is_transformers_one() -> None:
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    prompt, said = [3, 4, 5, 3], [9, 4, 9]
+    chooser = Chooser(Sampling(repetition_penalty=1.7), prompt)
+    for token in said:
+        chooser.push(token)
+    process = RepetitionPenaltyLogitsProcessor(1.7)
+    for row in range(20):
+        expected = process(torch.tensor([prompt + said]), logits(row)[None].double())
+        assert chooser.choose(logits(row), row) == int(expected.argmax())
+
+
+def test_presence_and_frequency_penalties_count_the_answers_tokens() -> None:
+    """The prompt's do not count. OpenAI: logit - frequency * count - presence * (count > 0)."""
+    chooser = Chooser(Sampling(presence_penalty=0.5, frequency_penalty=0.25), prompt=[1, 1, 1])
+    row = torch.zeros(4)
+    row[1], row[2], row[3] = 3.0, 2.9, 2.0
+    chosen = []
+    for _ in range(6):
+        chosen.append(chooser.choose(row, 0))
+        chooser.push(chosen[-1])
+    # 1 at 3.0; then it has 2.25: 2 at 2.9; 2.15; 1 at 2.25: 2.0; 2 at 2.15: 1.9; 1, 3 tie at 2.0
+    assert chosen == [1, 2, 1, 2, 1, 3]
+    chooser.pop(6)
+    assert chooser.choose(row, 0) == 1
+
+
+def test_a_bias_is_added_to_its_tokens_logit() -> None:
+    row = torch.zeros(V)
+    row[5] = 1.0
+    assert Chooser(Sampling(logit_bias=((8, 0.9),))).choose(row, 0) == 5
+    assert Chooser(Sampling(logit_bias=((8, 1.1),))).choose(row, 0) == 8
+    assert Chooser(Sampling(logit_bias=((5, -100.0),))).choose(row, 0) == 0
+    banned = Sampling(1.0, logit_bias=((5, -100.0),))
+    assert 5 not in {Chooser(banned).choose(row, position) for position in range(200)}
+
+
+def test_log_probabilities_are_of_the_logits_as_they_are() -> None:
+    row = logits().bfloat16()
+    found = logprobs_of(row, 7, 4)
+    expected = row.double().log_softmax(-1)
+    assert found.token == 7 and found.logprob == pytest.approx(float(expected[7]))
+    assert [token for token, _ in found.top] == expected.topk(4).indices.tolist()
+    assert len(logprobs_of(row, 7, 1000).top) == V
+
+
 def test_a_choice_depends_on_its_logits_position_and_seed_only() -> None:
     sampling = Sampling(temperature=1.0, seed=3)
-    drawn = [choose(logits(row), row, sampling) for row in range(9)]
-    assert drawn == [choose(logits(row), row, sampling) for row in range(9)]
+    drawn = [Chooser(sampling).choose(logits(row), row) for row in range(9)]
+    assert drawn == [Chooser(sampling).choose(logits(row), row) for row in range(9)]
     assert len(set(drawn)) > 3
 
 
@@ -66,7 +130,7 @@ def test_gumbel_noise_samples_the_softmax() -> None:
     row = logits()[:12]
     expected = row.double().softmax(-1)
     sampling = Sampling(temperature=1.0, seed=11)
-    drawn = torch.tensor([choose(row, position, sampling) for position in range(20_000)])
+    drawn = torch.tensor([Chooser(sampling).choose(row, position) for position in range(20_000)])
     counts = torch.bincount(drawn, minlength=12).double()
     statistic = ((counts - 20_000 * expected) ** 2 / (20_000 * expected)).sum().item()
     assert statistic < 49.7  # 11 degrees of freedom, p = 7e-7
@@ -76,6 +140,12 @@ def test_gumbel_noise_samples_the_softmax() -> None:
     ("name", "value"),
     [
         ("temperature", -0.1),
+        ("min_p", -0.1),
+        ("min_p", 1.1),
+        ("repetition_penalty", 0.0),
+        ("presence_penalty", math.nan),
+        ("frequency_penalty", math.inf),
+        ("logit_bias", ((1, math.nan),)),
         ("temperature", math.inf),
         ("temperature", math.nan),
         ("top_k", -1),

@@ -28,9 +28,11 @@ from subspec.artifacts.model import (
 )
 from subspec.runtime.decode import causal_rows, whole_tree
 from subspec.runtime.draft.beam import TokenTree, root_only
+from subspec.runtime.kernels.linear import Calls, calls_of
 from subspec.runtime.model.attention import attend, attend_batch_invariant
 from subspec.runtime.model.cache import Cache
 from subspec.runtime.model.transformer import (
+    HeadRows,
     Pass,
     Rows,
     SharedWeights,
@@ -239,9 +241,9 @@ def test_a_pass_is_what_its_spec_says(name: str) -> None:
     """300 rows: more than any loop takes at a time."""
     toy = random_weights(SPECS[name])
     tokens = tokens_of(toy.spec, 300)
-    rows = causal_rows(empty_cache(toy.spec, SLOTS), tokens)
+    rows = causal_rows(empty_cache(toy.spec, SLOTS), tokens, attend)
     got, hidden = forward_hidden(
-        shared_weights(toy, SLOTS), exact_weights(toy), [rows], attend, 256
+        shared_weights(toy, SLOTS), exact_weights(toy), [rows], calls_of([300])
     )
     expected, expected_hidden = plainly(toy, tokens)
     assert got.shape == (300, toy.spec.vocab_size)
@@ -253,31 +255,32 @@ def test_a_pass_is_what_its_spec_says(name: str) -> None:
 def test_batch_invariant_attention_computes_the_same_pass(name: str) -> None:
     toy = random_weights(SPECS[name])
     tokens = tokens_of(toy.spec, 70)
-    rows = causal_rows(empty_cache(toy.spec, SLOTS), tokens)
+    rows = causal_rows(empty_cache(toy.spec, SLOTS), tokens, attend_batch_invariant)
     shared = shared_weights(toy, SLOTS)
-    got = forward(shared, exact_weights(toy), [rows], attend_batch_invariant, 256)
+    got = forward(shared, exact_weights(toy), [rows], calls_of([70]))
     torch.testing.assert_close(got.double(), plainly(toy, tokens)[0], rtol=2e-4, atol=2e-4)
 
 
 def test_the_residual_stream_is_what_the_final_norm_and_the_head_read() -> None:
     toy = random_weights(replace(LLAMA, dtype="bfloat16"))
     shared = shared_weights(toy, SLOTS)
-    rows = causal_rows(empty_cache(toy.spec, SLOTS), tokens_of(toy.spec, 9))
-    logits, x = forward_hidden(shared, exact_weights(toy), [rows], attend, 256)
+    rows = causal_rows(empty_cache(toy.spec, SLOTS), tokens_of(toy.spec, 9), attend)
+    logits, x = forward_hidden(shared, exact_weights(toy), [rows], calls_of([9]))
     *_, head = exact_weights(toy)
     assert x.shape == (9, toy.spec.hidden_size)
-    assert torch.equal(to_logits(shared, head, x, 256), logits)
+    assert torch.equal(to_logits(shared, head, x, calls_of([9])), logits)
 
 
-def test_the_last_rows_logits_are_those_of_all_rows() -> None:
+def test_the_logits_of_some_rows_are_those_of_all_rows() -> None:
     toy = random_weights(LLAMA)
-    shared, tokens = shared_weights(toy, SLOTS), tokens_of(toy.spec, 9)
+    shared, tokens, calls = shared_weights(toy, SLOTS), tokens_of(toy.spec, 9), calls_of([9])
     caches = [empty_cache(toy.spec, SLOTS) for _ in range(2)]
-    every = forward(shared, exact_weights(toy), [causal_rows(caches[0], tokens)], attend, 256)
-    rows = [causal_rows(caches[1], tokens)]
-    last, hidden = forward_hidden(shared, exact_weights(toy), rows, attend, 256, last_only=True)
-    assert last.shape == (1, toy.spec.vocab_size) and hidden.shape == (9, toy.spec.hidden_size)
-    torch.testing.assert_close(last, every[-1:])
+    every = forward(shared, exact_weights(toy), [causal_rows(caches[0], tokens, attend)], calls)
+    rows = [causal_rows(caches[1], tokens, attend)]
+    wanted = HeadRows([slice(2, 5), slice(8, 9)], calls_of([3, 1]))
+    some, hidden = forward_hidden(shared, exact_weights(toy), rows, calls, wanted)
+    assert some.shape == (4, toy.spec.vocab_size) and hidden.shape == (9, toy.spec.hidden_size)
+    torch.testing.assert_close(some, every[[2, 3, 4, 8]])
 
 
 # ---- roundings ----------------------------------------------------------------------------------
@@ -352,13 +355,14 @@ def prompted(toy: ToyWeights, shared: SharedWeights, length: int) -> Cache:
     """A cache with a prompt of so many tokens."""
     cache = empty_cache(toy.spec, SLOTS)
     tokens = tokens_of(toy.spec, length, seed=length)
-    forward(shared, exact_weights(toy), [causal_rows(cache, tokens)], attend, 256)
+    rows = [causal_rows(cache, tokens, attend)]
+    forward(shared, exact_weights(toy), rows, calls_of([length]))
     cache.commit(tokens.tolist())
     return cache
 
 
 def verified(toy: ToyWeights, shared: SharedWeights, batch: list[Rows], width: int) -> Tensor:
-    return forward(shared, exact_weights(toy), batch, attend_batch_invariant, width)
+    return forward(shared, exact_weights(toy), batch, calls_of([width] * len(batch)))
 
 
 COMPANY = {
@@ -418,11 +422,11 @@ def test_a_rows_feed_forward_depends_neither_on_its_place_nor_on_the_number_of_t
     """Threads share 24 rows of so many numbers at places that no vector ends at."""
     row = torch.randn(1, 18_944, generator=torch.Generator().manual_seed(0)).to(dtype) * 3
 
-    def product(name: str, x: Tensor, rows_per_call: int, gate: Tensor | None = None) -> Tensor:
+    def product(name: str, x: Tensor, calls: Calls, gate: Tensor | None = None) -> Tensor:
         return x.clone() if gate is None else gate
 
     toy = random_weights(LLAMA)
-    now = Pass(shared_weights(toy, 1), [], attend, 24, torch.zeros(24, dtype=torch.int64))
+    now = Pass(shared_weights(toy, 1), [], calls_of([24]), torch.zeros(24, dtype=torch.int64))
     before = torch.get_num_threads()
     expected = feed_forward(now, Dense(18_944), product, row)
     try:

@@ -20,6 +20,7 @@ from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.plan import Block, Ledger, Placement, make_blocks
 from subspec.planner.model.hub import DEMO
 from subspec.runtime.engine import Engine, OpenOptions
+from subspec.runtime.kernels.linear import calls_of
 from subspec.runtime.load import ArtifactWeights
 from subspec.runtime.memory import host_buffer
 from subspec.runtime.sequence import GenerationParams
@@ -67,8 +68,8 @@ def test_a_matrix_in_parts_has_the_product_of_the_whole_one(
     expected = x @ toy.matrices["model.layers.1.mlp.up_proj"].t()
     if bias:
         expected += toy.tensors["model.layers.1.mlp.up_proj.bias"]
-    torch.testing.assert_close(layer("mlp.up_proj", x, 256), expected)
-    gated = layer("mlp.up_proj", x, 256, gate.clone())
+    torch.testing.assert_close(layer("mlp.up_proj", x, calls_of([len(x)])), expected)
+    gated = layer("mlp.up_proj", x, calls_of([len(x)]), gate.clone())
     torch.testing.assert_close(gated, gate * expected)
 
 
@@ -92,16 +93,16 @@ def test_the_rows_of_several_sequences_have_the_bits_of_separate_products(
         (layer, "mlp.up_proj", True),
         (head, "lm_head", False),
     ):
-        together = product(name, x, 8, gate.clone() if gated else None)
+        together = product(name, x, calls_of([8] * 3), gate.clone() if gated else None)
         for some in (slice(0, 8), slice(8, 16), slice(16, 24)):
-            alone = product(name, x[some], 8, gate[some].clone() if gated else None)
+            alone = product(name, x[some], calls_of([8]), gate[some].clone() if gated else None)
             assert torch.equal(together[some], alone), name
 
 
 def test_a_gate_without_a_bias_is_multiplied_in_its_place() -> None:
     layer, _ = exact_weights(random_weights(make_spec(num_layers=1, dtype="float32")))
     gate = torch.ones(3, 512)
-    assert layer("mlp.up_proj", torch.ones(3, 256), 8, gate) is gate
+    assert layer("mlp.up_proj", torch.ones(3, 256), calls_of([3]), gate) is gate
 
 
 # ---- an artifact's weights ----------------------------------------------------------------------
@@ -134,7 +135,7 @@ def test_every_pass_sees_the_checkpoints_weights(
                 is_head = linear.name == model_module.HEAD
                 name = model_module.EMBEDDING if is_head and spec.tied_head else linear.name
                 expected = checkpoint[f"{name}.weight"].t()
-                got = product(short_name(linear), x, 256)
+                got = product(short_name(linear), x, calls_of([len(x)]))
                 assert torch.equal(got[:, : expected.shape[1]], expected), linear.name
                 assert not got[:, expected.shape[1] :].any(), "a head is padded with zeros"
     weights.close()
@@ -148,7 +149,7 @@ def test_an_answer_after_a_pass_that_was_cut_short_is_the_same(artifact: Artifac
             for layer, product in enumerate(engine.model.exact):
                 for linear in (n for n in artifact.spec.linears if n.layer == layer):
                     x = torch.zeros(1, linear.in_features).bfloat16()
-                    product(short_name(linear), x, 1)
+                    product(short_name(linear), x, calls_of([1]))
                 if layer == num_layers:
                     break
             assert answer(engine, prompt, 12) == expected

@@ -20,6 +20,7 @@ from subspec.planner.model.hub import DEMO
 from subspec.planner.solve.search import PRIOR, search
 from subspec.planner.solve.storage import Storage
 from subspec.runtime.engine import Engine, OpenOptions
+from subspec.runtime.kernels.linear import calls_of
 from subspec.runtime.sequence import GenerationParams
 
 PROMPT = [5 + n % 90 for n in range(30)]
@@ -53,7 +54,7 @@ def products(engine: Engine) -> dict[str, torch.Tensor]:
         for linear in (n for n in spec.linears if n.layer == layer):
             x = torch.eye(linear.in_features, dtype=dtype)
             name = linear.name.removeprefix(f"{layer_name(layer)}.")
-            found[linear.name] = product(name, x, 256).t()
+            found[linear.name] = product(name, x, calls_of([len(x)])).t()
     return found
 
 

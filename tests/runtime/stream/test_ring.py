@@ -18,6 +18,7 @@ from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.model import StoredPart
 from subspec.artifacts.plan import Block
 from subspec.runtime.decode import causal_rows
+from subspec.runtime.kernels.linear import calls_of
 from subspec.runtime.model.attention import attend
 from subspec.runtime.model.transformer import forward
 from subspec.runtime.stream.exact_weights import ExactWeights
@@ -52,7 +53,7 @@ def slow(delay: float) -> Callable[[DiskLink, list[Tensor]], Link]:
 def logits(toy: ToyWeights, exact: ExactWeights, request: Requested | None = None) -> Tensor:
     """Of a prompt; `request`: each layer asks for its parts before they are taken."""
     cache = empty_cache(SPEC, 64)
-    rows = [causal_rows(cache, torch.arange(20))]
+    rows = [causal_rows(cache, torch.arange(20), attend)]
 
     def asking() -> Iterator[Any]:
         for layer, product in enumerate(exact):
@@ -61,7 +62,7 @@ def logits(toy: ToyWeights, exact: ExactWeights, request: Requested | None = Non
             yield product
 
     products = exact if request is None else asking()
-    return forward(shared_weights(toy, 64), products, rows, attend, 256)
+    return forward(shared_weights(toy, 64), products, rows, calls_of([20]))
 
 
 # ---- the weights over both ----------------------------------------------------------------------
@@ -115,7 +116,7 @@ def test_a_pass_that_is_cut_short_leaves_the_next_one_right(
             whole = layer < after
             for name in names if whole else names[:num_products]:
                 num_columns = 320 if "down" in name else 64
-                product(name, torch.ones(1, num_columns), 1)
+                product(name, torch.ones(1, num_columns), calls_of([1]))
             if not whole:
                 break
         assert torch.equal(logits(toy, exact), expected)

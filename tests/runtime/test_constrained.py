@@ -1,0 +1,143 @@
+"""Constraints, penalties and biases in an engine: what they say holds for every token, and neither
+a draft nor company changes a token."""
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from builders import build_artifact, replan
+from running import generated
+from torch import Tensor
+
+from subspec.artifacts.common.errors import SubspecError
+from subspec.artifacts.format.store import Artifact
+from subspec.planner.model.hub import DEMO
+from subspec.runtime.engine import Engine, OpenOptions
+from subspec.runtime.model.sampling import Chooser, Sampling
+from subspec.runtime.sequence import GenerationParams
+
+PROMPT = [3 + (17 * n) % 900 for n in range(40)]
+END = 7
+LONG = 12  # tokens that a counted answer has before it may end
+
+
+@dataclass
+class Counted:
+    """Every token is of the class (token mod 5) that follows the last one's; the end token may come
+    after LONG tokens, and must after twice as many."""
+
+    vocab_size: int
+    said: list[int] = field(default_factory=list)
+
+    def allowed(self) -> Tensor:
+        assert END not in self.said, "it was asked after the end"
+        ids = torch.arange(self.vocab_size)
+        number = len(self.said)
+        fits = (ids % 5 == (self.said[-1] + 1) % 5) & (ids != END) if self.said else ids != END
+        if number >= LONG:
+            fits = fits | (ids == END)
+        return ids == END if number >= 2 * LONG else fits
+
+    def push(self, token: int) -> None:
+        assert self.allowed()[token], "what was not allowed was said"
+        self.said.append(token)
+
+    def pop(self, num_tokens: int) -> None:
+        del self.said[len(self.said) - num_tokens :]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    out = tmp_path_factory.mktemp("constrained") / "artifact"
+    return build_artifact(DEMO, out, resident_share=1.0)
+
+
+def params(artifact: Artifact, sampling: Sampling) -> GenerationParams:
+    constraint = Counted(artifact.spec.vocab_size)
+    ends = frozenset({END})
+    return GenerationParams(60, sampling, end_tokens=ends, constraint=constraint)
+
+
+@pytest.mark.parametrize("width", [1, 3])
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(temperature=0.9, seed=5, top_p=0.95)], ids=str
+)
+def test_a_constraint_holds_and_a_draft_within_it_changes_no_token(
+    artifact: Artifact, sampling: Sampling, width: int
+) -> None:
+    chosen = replan(artifact, width=width, depth=7, resident_share=1.0)
+    with Engine.open(chosen, OpenOptions("plain")) as engine, engine.new_sequence() as sequence:
+        expected = generated(sequence, PROMPT, params(artifact, sampling))
+    with Engine.open(chosen) as engine, engine.new_sequence() as sequence:
+        asked = params(artifact, sampling)
+        assert generated(sequence, PROMPT, asked) == expected
+        assert isinstance(asked.constraint, Counted) and asked.constraint.said == expected
+        assert sequence.finish_reason == "eos" and LONG < len(expected) <= 2 * LONG + 1
+        assert sum(sequence.stats.accepted) > len(expected) // 3, "drafts were within it"
+
+
+def test_constrained_and_free_answers_keep_each_other_company(artifact: Artifact) -> None:
+    shared = replan(artifact, width=2, depth=5, resident_share=1.0, num_sequences=2)
+    with Engine.open(shared) as engine:
+        with engine.new_sequence() as sequence:
+            free = generated(sequence, PROMPT, GenerationParams(40))
+            bound = generated(sequence, PROMPT, params(artifact, Sampling()))
+        with engine.new_sequence() as first, engine.new_sequence() as second:
+            first.begin(PROMPT, GenerationParams(40))
+            second.begin(PROMPT, params(artifact, Sampling()))
+            while engine.step():
+                pass
+            assert (first.take_fresh(), second.take_fresh()) == (free, bound)
+
+
+PENALTIES = [
+    Sampling(repetition_penalty=1.4),
+    Sampling(presence_penalty=2.0, frequency_penalty=0.7),
+    Sampling(0.8, seed=2, min_p=0.05, frequency_penalty=1.0),
+    Sampling(logit_bias=((11, 4.0), (12, -50.0))),
+]
+
+
+@pytest.mark.parametrize("sampling", PENALTIES, ids=str)
+def test_penalties_and_biases_are_the_same_with_a_draft(
+    artifact: Artifact, sampling: Sampling
+) -> None:
+    chosen = replan(artifact, width=2, depth=7, resident_share=1.0)
+    said = []
+    for how in (OpenOptions("plain"), OpenOptions()):
+        with Engine.open(chosen, how) as engine, engine.new_sequence() as sequence:
+            said.append(generated(sequence, PROMPT, GenerationParams(60, sampling)))
+    assert said[0] == said[1]
+    with Engine.open(chosen) as engine, engine.new_sequence() as sequence:
+        usual = Sampling(sampling.temperature, seed=sampling.seed)
+        assert generated(sequence, PROMPT, GenerationParams(60, usual)) != said[0]
+
+
+def test_a_bias_of_a_token_that_the_model_lacks_is_refused(artifact: Artifact) -> None:
+    sampling = Sampling(logit_bias=((10**6, 1.0),))
+    with Engine.open(artifact) as engine, engine.new_sequence() as sequence:
+        with pytest.raises(SubspecError, match="logit_bias has the token id 1000000"):
+            generated(sequence, PROMPT, GenerationParams(5, sampling))
+
+
+def test_what_a_draft_may_propose_ends_with_the_constraint() -> None:
+    constraint = Counted(50)
+    chooser = Chooser(Sampling(), end_tokens=frozenset({END}), constraint=constraint)
+    chooser.push(10)
+    after = chooser.allowed_after([16, 22])
+    assert after is not None and after.nonzero().flatten().tolist() == list(range(3, 50, 5))
+    assert chooser.allowed_after([17]) is None, "the path itself is not allowed"
+    assert constraint.said == [10]
+    for token in (11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21):
+        chooser.push(token)
+    assert chooser.allowed_after([END]) is None and chooser.allowed_after([END, 3]) is None
+    chooser.push(END)
+    chooser.push(9)
+    assert chooser.choose(torch.arange(50.0), 0) == 49, "what follows the end is nobody's"
+    chooser.pop(2)
+    assert len(constraint.said) == LONG
