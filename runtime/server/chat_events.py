@@ -95,7 +95,7 @@ ChatEvent = ReasoningDelta | TextDelta | ToolCallStart | ToolCallDelta | ChatEnd
 
 
 class ChatAnswer(Protocol):
-    """The answer to a chat request that an engine has taken. Iterate it to the end, or cancel it."""
+    """Answer to a chat request that was submitted. Iterate it to the end, or cancel it."""
 
     def __aiter__(self) -> AsyncIterator[ChatEvent]:
         """Raises SubspecError if the engine fails."""

@@ -49,8 +49,8 @@ def unsupported(message: str, param: str) -> ApiError:
 
 def too_long(num_tokens: int, context: int) -> ApiError:
     return invalid(
-        f"This model's maximum context length is {context} tokens, and the prompt has {num_tokens}: "
-        "it needs at least one token of room for the answer",
+        f"This model's maximum context length is {context} tokens, and the prompt has "
+        f"{num_tokens}: the answer needs room for one at least",
         "messages",
         "context_length_exceeded",
     )

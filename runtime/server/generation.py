@@ -86,7 +86,7 @@ class Generator(Protocol):
 
 @dataclass(frozen=True)
 class Status:
-    """Where an engine is in its life. stage and share (0 to 1): of loading. error: why it failed."""
+    """How far an engine is. stage, share (0 to 1): of loading. error: why it failed."""
 
     phase: Literal["loading", "ready", "closed", "failed"]
     stage: str = ""

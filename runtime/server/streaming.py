@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from subspec.runtime.server.errors import ApiError, as_api_error
 
@@ -80,7 +81,21 @@ def event_stream(
             if coming is not None:
                 await dropped(coming)
 
-    return StreamingResponse(stream(), media_type="text/event-stream", headers=HEADERS)
+    return EventStream(answer, stream())
+
+
+class EventStream(StreamingResponse):
+    """Cancels its answer also if the client goes while an event is sent."""
+
+    def __init__(self, answer: Cancellable, events: AsyncIterator[bytes]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers=HEADERS)
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._answer.cancel()
 
 
 def waiting(position: int) -> bytes:
