@@ -39,7 +39,9 @@ class Admission:
         self._live = set[AdmittedGeneration]()
         self._cut: asyncio.Future[None] | None = None  # done: answers must end
         self._ending = SubspecError(Exit.RESOURCES, CLOSING)
-        metrics.watch(lambda: engine.num_running, lambda: engine.num_waiting)
+        metrics.watch(
+            lambda: engine.num_running, lambda: engine.num_waiting, lambda: engine.peak_bytes
+        )
 
     @property
     def problem(self) -> ApiError | None:

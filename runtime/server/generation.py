@@ -106,6 +106,11 @@ class ServedEngine(Generator, Protocol):
     @property
     def num_waiting(self) -> int: ...
 
+    @property
+    def peak_bytes(self) -> int:
+        """Of fast memory, as measured so far."""
+        ...
+
     def start(self) -> None:
         """Begins to load the weights."""
         ...

@@ -70,13 +70,19 @@ class Metrics:
         predicted.labels(model).set(predicted_tokens_per_second or float("nan"))
         self._speed = self._gauge("last_tokens_per_second", "Of the newest answer.")
 
-    def watch(self, num_running: Callable[[], int], num_waiting: Callable[[], int]) -> None:
+    def watch(
+        self,
+        num_running: Callable[[], int],
+        num_waiting: Callable[[], int],
+        peak_bytes: Callable[[], int],
+    ) -> None:
         """From now on the gauges ask these."""
         waiting = "Requests that wait for a sequence."
         for name, said, value in (
             ("num_requests_running", "Requests that are answered.", num_running),
             ("num_requests_waiting", waiting, num_waiting),
             ("queue_depth", waiting, num_waiting),
+            ("fast_memory_peak_bytes", "Of fast memory, measured.", peak_bytes),
         ):
             self._gauge(name, said).labels(self._model).set_function(value)
 

@@ -22,6 +22,7 @@ class ModelInfo:
     num_sequences: int
     max_positions: int  # that the model was trained for
     weight_bytes: int
+    budget_bytes: int  # of fast memory
     predicted_tokens_per_second: float | None = None
     names: frozenset[str] = frozenset()
 

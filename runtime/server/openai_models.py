@@ -81,6 +81,10 @@ async def props(service: Service, request: Request) -> Response:
             "eos_token": text.special_tokens.get("eos_token") or "",
             "build_info": f"subspec {version('subspec')}",
             "is_sleeping": False,
+            "memory": {
+                "budget_bytes": model.budget_bytes,
+                "peak_bytes": service.engine.engine.peak_bytes,
+            },
             "subspec": {
                 "method": model.method,
                 "draft_width": model.width,
