@@ -47,7 +47,6 @@ def event_stream(
     answer: Cancellable,
     error_event: Callable[[ApiError], Event],
     last: bytes = b"",
-    ping_seconds: float = PING_SECONDS,
 ) -> StreamingResponse:
     """A response with `events`, then `last`; an error is one more event, and the end. While there
     is none for a while a comment is sent, which tells the place in the queue. However it ends,
@@ -60,7 +59,7 @@ def event_stream(
                 yield waiting(position)
             while True:
                 coming = coming or asyncio.ensure_future(anext(events))
-                await asyncio.wait({coming}, timeout=ping_seconds)
+                await asyncio.wait({coming}, timeout=PING_SECONDS)
                 if not coming.done():
                     position = answer.queue_position
                     yield waiting(position) if position else b": ping\n\n"
