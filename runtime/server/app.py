@@ -100,11 +100,12 @@ def add(
     async def answered(request: Request) -> Response:
         return await endpoint(service, request)
 
-    methods = ["GET", "HEAD"] if path.startswith("/health") else [method]
+    if path.startswith("/health"):  # some supervisors ask for the head alone
+        app.add_api_route(path, answered, methods=["HEAD"], include_in_schema=False)
     app.add_api_route(
         path,
         answered,
-        methods=methods,
+        methods=[method],
         name=endpoint.__name__,
         operation_id=endpoint.__name__,
         response_model=None,

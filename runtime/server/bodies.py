@@ -83,24 +83,33 @@ def validated(kind: type[Body], value: dict[str, Any]) -> Body:
         return kind.model_validate(value)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
-        param = field_name(first["loc"])
-        if first["type"] == "missing":
+        missing = first["type"] == "missing"
+        param, is_form = field_name(first["loc"], value, missing)
+        if missing:
             raise invalid(f"{param} is missing", param, "missing_required_parameter") from None
-        message = first["msg"].removeprefix("Value error, ")
-        raise invalid(f"{param} is {shown(first['input'])}: {message}", param) from None
+        reason = first["msg"].removeprefix("Value error, ")
+        if is_form:
+            reason = "it has none of the forms that it may have"
+        raise invalid(f"{param} is {shown(first['input'])}: {reason}", param) from None
     except RecursionError:
         raise invalid("the body is nested too deep", code="invalid_json") from None
 
 
-def field_name(place: tuple[int | str, ...]) -> str:
-    """("messages", 0, "content") -> messages[0].content"""
-    name = ""
-    for part in place:
-        if isinstance(part, int):
-            name += f"[{part}]"
-        elif part.isidentifier() and part == part.lower():  # not the name of one of several types
-            name += f".{part}" if name else part
-    return name or "the body"
+def field_name(place: tuple[int | str, ...], value: object, missing: bool) -> tuple[str, bool]:
+    """("messages", 0, "content") -> messages[0].content. Names of forms, which pydantic adds where
+    a field may have several, are left out; also returned is whether the last part was one."""
+    name, is_form = "", False
+    for index, part in enumerate(place):
+        is_form = False
+        if isinstance(part, int) and isinstance(value, list) and part < len(value):
+            name, value = f"{name}[{part}]", value[part]
+        elif isinstance(value, dict) and part in value:
+            name, value = f"{name}.{part}" if name else str(part), value[part]
+        elif missing and index == len(place) - 1:
+            name = f"{name}.{part}" if name else str(part)
+        else:
+            is_form = True
+    return name or "the body", is_form
 
 
 def shown(value: object) -> str:

@@ -112,7 +112,7 @@ def no_size_or_size(context: click.Context, parameter: click.Parameter, value: A
 @option("--queue", "Requests that may wait; more are refused with 503.",
         type=click.IntRange(0, 10_000), metavar="N")  # fmt: skip
 @option("--prefix-cache", "Host memory for the prefixes of idle conversations.",
-        callback=no_size_or_size, metavar="SIZE")  # fmt: skip
+        type=click.UNPROCESSED, callback=no_size_or_size, metavar="SIZE")  # fmt: skip
 @option("--shutdown-timeout", "Seconds that answers have to end after SIGTERM or Ctrl-C.",
         type=click.FloatRange(0, 86400), callback=finite_option, metavar="SECONDS")  # fmt: skip
 @option("--log-format", "Form of the log on stderr.", type=click.Choice(["text", "json"]))
@@ -177,23 +177,29 @@ def check_options(options: Options, keys: tuple[str, ...]) -> None:
 
 
 def api_keys(file: Path | None, variable: str | None) -> tuple[str, ...]:
-    """Keys of the file, one a line, and of the environment. Raises SubspecError(USAGE)."""
-    lines = [] if variable is None else [variable]
+    """Keys of the environment and of the file, one a line. Raises SubspecError(USAGE), also for a
+    place without a key: nobody may be let in because a file is empty."""
+    places = []
+    if variable is not None:
+        places.append((KEY_VARIABLE, [variable]))
     if file is not None:
         try:
             with open(file, "rb") as opened:
-                lines += opened.read(LARGEST_KEY_FILE).decode("utf-8").splitlines()
+                lines = opened.read(LARGEST_KEY_FILE).decode("utf-8").splitlines()
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
             message = f"--api-key-file {file} cannot be read: {reason}"
             raise SubspecError(Exit.USAGE, message, "give a file with one key a line") from None
-    keys = [line.strip() for line in lines if line.strip()]
-    if lines and not keys or file is not None and not keys:
-        message = "there is a place for API keys, but no key in it"
-        raise SubspecError(Exit.USAGE, message, f"fill the file, or unset {KEY_VARIABLE}")
-    if not all(KEY.fullmatch(key) for key in keys):
-        message = "an API key has other characters than printable ASCII"
-        raise SubspecError(Exit.USAGE, message, "such as 32 hexadecimal digits")
+        places.append((f"--api-key-file {file}", lines))
+    keys = []
+    for place, lines in places:
+        found = [line.strip() for line in lines if line.strip()]
+        if not found:
+            raise SubspecError(Exit.USAGE, f"{place} has no key", "write one, or leave it out")
+        if not all(KEY.fullmatch(key) for key in found):
+            message = f"a key of {place} is not printable ASCII without spaces"
+            raise SubspecError(Exit.USAGE, message, "such as 32 hexadecimal digits")
+        keys += found
     return tuple(keys)
 
 

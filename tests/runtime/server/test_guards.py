@@ -178,9 +178,9 @@ def test_a_body_without_a_length_has_the_same_limits() -> None:
 
 
 def test_bodies_together_have_a_limit_which_is_given_back() -> None:
-    served = serve(guards=GuardSettings(most_held=150))
+    served = serve(guards=GuardSettings(most_held=60))
     raw = json.dumps(BODY).encode()
-    assert len(raw) < 150 < 2 * len(raw)
+    assert len(raw) < 60 < 2 * len(raw)
 
     async def two_at_once() -> list[int]:
         slow = Client("POST", CHAT, [raw[:-5], raw[-5:]], pause_seconds=0.1)
