@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Any
 
-from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.runtime.server.errors import ApiError, invalid, too_long, unavailable
 from subspec.runtime.server.generation import (
     Generation,
@@ -19,10 +18,16 @@ from subspec.runtime.server.generation import (
 )
 from subspec.runtime.server.metrics import Metrics
 
-CLOSING = "the server is shutting down"
-FAILED = "the engine has failed"
 LOADING = "Loading model"  # llama.cpp's words, which clients wait for
 POLL_SECONDS = 0.05
+
+
+def shutting_down() -> ApiError:
+    return unavailable("the server is shutting down", "shutting_down")
+
+
+def engine_failed() -> ApiError:
+    return unavailable("the engine has failed", "engine_failed")
 
 
 class Admission:
@@ -38,7 +43,7 @@ class Admission:
         self._metrics = metrics
         self._live = set[AdmittedGeneration]()
         self._cut: asyncio.Future[None] | None = None  # done: answers must end
-        self._ending = SubspecError(Exit.RESOURCES, CLOSING)
+        self._ending = shutting_down()
         metrics.watch(
             lambda: engine.num_running, lambda: engine.num_waiting, lambda: engine.peak_bytes
         )
@@ -48,9 +53,9 @@ class Admission:
         """Why no request is taken now; None: one would be."""
         status = self.engine.status
         if status.phase == "failed":
-            return unavailable(FAILED, "engine_failed")
+            return engine_failed()
         if self.closing or status.phase == "closed":
-            return unavailable(CLOSING, "shutting_down")
+            return shutting_down()
         return unavailable(LOADING, 503) if status.phase == "loading" else None
 
     def check_ready(self) -> None:
@@ -86,9 +91,9 @@ class Admission:
             await asyncio.sleep(POLL_SECONDS)
         return not self._live
 
-    def cut(self, message: str) -> None:
-        """Ends every answer with an error."""
-        self._ending = SubspecError(Exit.RESOURCES, message)
+    def cut(self, error: ApiError) -> None:
+        """Ends every answer with `error`."""
+        self._ending = error
         self.ended_early().set_result(None)
 
     def ended_early(self) -> "asyncio.Future[None]":
@@ -97,7 +102,7 @@ class Admission:
         return self._cut
 
     @property
-    def ending(self) -> SubspecError:
+    def ending(self) -> ApiError:
         return self._ending
 
     def forget(self, generation: "AdmittedGeneration") -> None:
@@ -145,7 +150,7 @@ class AdmittedGeneration:
                 if first_seconds is None and piece.token_ids:
                     first_seconds = time.monotonic() - self._began
                 yield piece
-        except SubspecError:
+        except Exception:
             self._end("error")
             raise
         finally:

@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import Timer
 from types import FrameType
 from typing import Any
 
@@ -16,7 +17,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.signals import take
-from subspec.runtime.server.admission import CLOSING, FAILED, Admission
+from subspec.runtime.server.admission import Admission, engine_failed, shutting_down
 from subspec.runtime.server.generation import Status
 
 MOST_CONNECTIONS = 512
@@ -24,6 +25,7 @@ IDLE_SECONDS = 15.0  # of a connection that has sent no whole request
 FINISH_SECONDS = 1  # for the last bytes of responses, once their answers have ended
 CLOSE_SECONDS = 2.0  # for the engine to give its memory back
 WATCH_SECONDS = 0.2
+FAILED_SECONDS = 4.0  # from the engine's failure to the end of the process, at most
 
 Progress = Callable[[str, float], None]
 
@@ -119,14 +121,17 @@ async def ended(
 ) -> Exit:
     """Every answer has ended, by itself or with an error."""
     if admission.engine.status.phase == "failed" or not signalled.done():
+        last = Timer(FAILED_SECONDS, os._exit, (int(Exit.UNEXPECTED),))
+        last.daemon = True  # whatever an engine in an unknown state may wait for
+        last.start()
         admission.closing = True
-        admission.cut(FAILED)
+        admission.cut(engine_failed())
         await admission.drained(FINISH_SECONDS)
         return Exit.UNEXPECTED
     admission.closing = True
     if await admission.drained(shutdown_seconds):
         return Exit.OK
-    admission.cut(CLOSING)
+    admission.cut(shutting_down())
     await admission.drained(FINISH_SECONDS)
     return Exit(128 + signalled.result())
 

@@ -124,7 +124,7 @@ def test_what_does_not_end_in_time_is_cut_with_an_error(number: int, code: int) 
         error = json.loads(blocks[-1].removeprefix("data: "))["error"]
         assert error["message"] == "the server is shutting down"
         refused = whole.getresponse()
-        assert refused.status == 500 and b"shutting down" in refused.read()
+        assert refused.status == 503 and b"shutting down" in refused.read()
         assert server.end() == code
 
 
