@@ -75,6 +75,7 @@ def main(life: Life) -> None:
             tokenizer,
             engine,
             lambda generator: scripted_chat(generator, tokenizer, [], ()),
+            {},
             listening,
             lambda stage, share: None,
         )

@@ -7,12 +7,14 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Any
 
-from subspec.runtime.server.errors import ApiError, invalid, too_long, unavailable
+from subspec.artifacts.common.errors import SubspecError
+from subspec.runtime.server.errors import ApiError, engine_error, invalid, unavailable
 from subspec.runtime.server.generation import (
     Generation,
     GenerationRequest,
     Outcome,
     Piece,
+    PromptTooLong,
     QueueFull,
     ServedEngine,
 )
@@ -70,7 +72,7 @@ class Admission:
         length = len(request.prompt_ids)
         if length >= self._context:
             self._metrics.rejected("context_length_exceeded")
-            raise too_long(length, self._context)
+            raise PromptTooLong(length, self._context)
         if not length:
             raise invalid("the prompt is empty")
         if not all(0 <= one < self._vocab_size for one in request.prompt_ids):
@@ -150,7 +152,10 @@ class AdmittedGeneration:
                 if first_seconds is None and piece.token_ids:
                     first_seconds = time.monotonic() - self._began
                 yield piece
-        except Exception:
+        except SubspecError as error:
+            self._end("error")
+            raise engine_error(error) from error
+        except ApiError:
             self._end("error")
             raise
         finally:

@@ -3,7 +3,7 @@
 import logging
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -80,6 +80,7 @@ def serve_engine(
     tokenizer: ChatTokenizer,
     engine: ServedEngine,
     make_chat: Callable[[Generator], Chat],
+    template_caps: Mapping[str, bool],
     listening: socket.socket,
     progress: Progress,
 ) -> Exit:
@@ -94,6 +95,7 @@ def serve_engine(
         metrics,
         settings.sampling,
         settings.refuse_unknown,
+        template_caps,
     )
     logger = start_log(settings.log_format)
     app = make_app(service, guard_settings(settings), settings.cors_origins, request_log(logger))

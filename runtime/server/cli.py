@@ -5,6 +5,7 @@ import re
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -256,7 +257,7 @@ def serve_artifact(
     from subspec.runtime.app.opening import open_engine, progress_line
     from subspec.runtime.model.sampling import Sampling
     from subspec.runtime.server.assembly import Settings, model_info, serve_engine
-    from subspec.runtime.server.chat import make_chat
+    from subspec.runtime.server.chat import chat, open_chat_model
     from subspec.runtime.server.scheduler import Scheduler
     from subspec.runtime.text.tokenizer import load_tokenizer
 
@@ -281,12 +282,17 @@ def serve_artifact(
         sampling=Sampling(options.temperature, options.top_k, options.top_p),
         refuse_unknown=options.strict,
     )
-    return serve_engine(
-        settings,
-        model,
-        tokenizer,
-        engine,
-        lambda generator: make_chat(generator, tokenizer, artifact),
-        listening,
-        progress_line(),
-    )
+    chats = open_chat_model(tokenizer, model.context, model.vocab_size, model.end_tokens)
+    try:
+        return serve_engine(
+            settings,
+            model,
+            tokenizer,
+            engine,
+            lambda generator: partial(chat, model=chats, generator=generator),
+            chats.caps.as_dict(),
+            listening,
+            progress_line(),
+        )
+    finally:
+        chats.close()

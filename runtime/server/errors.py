@@ -7,7 +7,7 @@ from typing import Any
 from starlette.responses import JSONResponse
 
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.runtime.server.generation import QueueFull
+from subspec.runtime.server.generation import PromptTooLong, QueueFull
 
 # openai-python retries 408, 409, 429 and 5xx unless this says otherwise.
 FINAL = {"x-should-retry": "false"}
@@ -47,15 +47,6 @@ def unsupported(message: str, param: str) -> ApiError:
     return invalid(message, param, "unsupported_value")
 
 
-def too_long(num_tokens: int, context: int) -> ApiError:
-    return invalid(
-        f"This model's maximum context length is {context} tokens, and the prompt has "
-        f"{num_tokens}: the answer needs room for one at least",
-        "messages",
-        "context_length_exceeded",
-    )
-
-
 def unavailable(message: str, code: str | int) -> ApiError:
     headers = {"retry-after": str(RETRY_SECONDS)}
     return ApiError(503, message, "unavailable_error", code, headers=headers)
@@ -67,19 +58,38 @@ def as_api_error(error: Exception) -> ApiError:
         return error
     if isinstance(error, QueueFull):
         num = error.num_waiting
-        said = "1 request is waiting" if num == 1 else f"{num} requests are waiting"
+        waiting = "1 request is waiting" if num == 1 else f"{num} requests are waiting"
         headers = {"retry-after": str(error.retry_after_seconds), "x-queue-depth": str(num)}
-        message = f"{said}, and no more may"
+        message = f"{waiting}, and no more may"
         return ApiError(503, message, "overloaded_error", "queue_full", headers=headers)
+    if isinstance(error, PromptTooLong):
+        message = (
+            f"This model's maximum context length is {error.context} tokens, and the prompt has "
+            f"{error.num_tokens}: the answer needs room for one at least"
+        )
+        return invalid(message, "messages", "context_length_exceeded")
     if isinstance(error, SubspecError):
-        message = f"{error.message} ({error.hint})" if error.hint else error.message
-        message = message[:LONGEST_MESSAGE]
+        message = said(error)
         if error.exit_code == Exit.USAGE:
             return invalid(message)
         if error.exit_code == Exit.UNSUPPORTED:
             return invalid(message, code="unsupported_value")
-        return ApiError(500, message, "server_error", "engine_error")
+        if error.exit_code == Exit.CORRUPT:  # the model's template or tokenizer fails at this
+            return invalid(message, code="template_failed")
+        if error.exit_code == Exit.RESOURCES:
+            return unavailable(message, "resources")
+        return ApiError(500, message, "server_error", "internal_error")
     return ApiError(500, INTERNAL, "server_error", "internal_error")
+
+
+def engine_error(error: SubspecError) -> ApiError:
+    """What is told of an error while an answer is computed."""
+    return ApiError(500, said(error), "server_error", "engine_error")
+
+
+def said(error: SubspecError) -> str:
+    message = f"{error.message} ({error.hint})" if error.hint else error.message
+    return message[:LONGEST_MESSAGE]
 
 
 def openai_body(error: ApiError) -> dict[str, Any]:
