@@ -3,7 +3,7 @@
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -54,10 +54,14 @@ GETS: tuple[tuple[str, Endpoint], ...] = (
 
 
 def make_app(
-    service: Service, guards: GuardSettings, cors_origins: Sequence[str], log: Log
+    service: Service,
+    guards: GuardSettings,
+    cors_origins: Sequence[str],
+    log: Log,
+    routers: Sequence[APIRouter] = (),
 ) -> ASGIApp:
-    """The endpoints behind their guards."""
-    app: ASGIApp = guarded(make_endpoints(service), guards)
+    """The endpoints, and those of `routers`, behind their guards."""
+    app: ASGIApp = guarded(make_endpoints(service, routers), guards)
     if cors_origins:
         app = CORSMiddleware(
             app,
@@ -74,7 +78,7 @@ def make_app(
     return RequestLog(app, logged)
 
 
-def make_endpoints(service: Service) -> FastAPI:
+def make_endpoints(service: Service, routers: Sequence[APIRouter]) -> FastAPI:
     app = FastAPI(title="subspec", docs_url=None, redoc_url=None)
     schemas: dict[str, Any] = {}
     for path, endpoint, fields in POSTS:
@@ -83,6 +87,8 @@ def make_endpoints(service: Service) -> FastAPI:
         add(app, service, path, endpoint, "GET")
     for path, endpoint in (("/health", health), ("/health/ready", ready), ("/metrics", metrics)):
         add(app, service, path, endpoint, "GET")
+    for router in routers:
+        app.include_router(router)
     for kind in (ApiError, QueueFull, SubspecError, HTTPException, Exception):
         app.add_exception_handler(kind, told)
     describe_bodies(app, schemas)

@@ -206,6 +206,9 @@ class BodyGuard:
         if encoding != "identity":
             message = "a compressed body is not read"
             raise ApiError(415, message, code="unsupported_media_type", headers=FINAL)
+        if "content-length" in headers and "transfer-encoding" in headers:
+            message = "a request has a Content-Length or a Transfer-Encoding, not both"
+            raise ApiError(400, message, headers=FINAL)  # a proxy may have read another body
         length = headers.get("content-length", "0")
         if not length.isascii() or not length.isdigit() or len(length) > 18:
             raise ApiError(400, "Content-Length is not a number", headers=FINAL)

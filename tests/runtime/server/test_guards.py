@@ -174,6 +174,8 @@ def test_a_body_without_a_length_has_the_same_limits() -> None:
     found = post([b"x"] * 100, 0.01, GuardSettings(body_seconds=0.1))
     assert found.status == 408 and found.error["code"] == "request_timeout"
     raw = json.dumps(BODY).encode()
+    both = {"transfer-encoding": "chunked"}
+    assert ask(serve().app, CHAT, raw, headers=both).status == 400
     assert post([raw[:9], raw[9:]], 0, GuardSettings()).status == 200
 
 
