@@ -22,9 +22,9 @@ from subspec.runtime.server.errors import (
 from subspec.runtime.server.generation import QueueFull
 from subspec.runtime.server.guards import GuardSettings, Log, RequestLog, guarded
 from subspec.runtime.server.openai_chat import chat_completions
+from subspec.runtime.server.openai_chat_fields import ChatFields
 from subspec.runtime.server.openai_completions import completions
 from subspec.runtime.server.openai_fields import (
-    ChatFields,
     CompletionFields,
     DetokenizeFields,
     TokenizeFields,

@@ -22,16 +22,16 @@ from subspec.runtime.server.chat_events import (
 )
 from subspec.runtime.server.errors import ApiError, invalid, openai_body
 from subspec.runtime.server.model_info import check_model
-from subspec.runtime.server.openai_fields import (
+from subspec.runtime.server.openai_chat_fields import (
     REFUSED_IN_CHAT,
     ChatFields,
     format_of,
     message_of,
-    sampling_of,
     thinking_of,
     tool_choice_of,
     tools_of,
 )
+from subspec.runtime.server.openai_fields import sampling_of
 from subspec.runtime.server.service import Service
 from subspec.runtime.server.streaming import DONE, Event, event_stream, gone, whole
 from subspec.runtime.server.token_text import chat_logprobs

@@ -265,7 +265,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"seed": 1 << 64}, "seed", "invalid_value"),
     ({"stop": ""}, "stop", "invalid_value"),
     ({"stop": ["x"] * 17}, "stop", "invalid_value"),
-    ({"stop": "x" * 1001}, "stop", "invalid_value"),
+    ({"stop": "x" * 257}, "stop", "invalid_value"),
     ({"logit_bias": {"-1": 0}}, "logit_bias", "invalid_value"),
     ({"logit_bias": {"99999999": 0}}, "logit_bias", "invalid_value"),
     ({"logit_bias": {str(n): 0 for n in range(1025)}}, "logit_bias", "invalid_value"),

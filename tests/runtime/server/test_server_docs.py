@@ -6,13 +6,12 @@ from served import serve
 
 from subspec.runtime.server.app import GETS, POSTS
 from subspec.runtime.server.guards import BODY_SECONDS, LARGEST_BODY, MOST_HELD, OPEN_PATHS
+from subspec.runtime.server.openai_chat_fields import MOST_TOOLS, ChatFields
 from subspec.runtime.server.openai_fields import (
     MOST_BIASES,
     MOST_LOGPROBS,
     MOST_PROMPTS,
     MOST_STOPS,
-    MOST_TOOLS,
-    ChatFields,
     CompletionFields,
 )
 from subspec.runtime.server.serving import IDLE_SECONDS, MOST_CONNECTIONS
