@@ -96,5 +96,5 @@ $(VENV)/.subspec-installed: $(BIN)/python pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.subspec-dev-installed: $(VENV)/.subspec-installed
-	$(PIP) -c constraints.txt -e '.[dev]'
+	$(PIP) -c constraints.txt -e '.[dev,serve]'
 	touch $@

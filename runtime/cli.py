@@ -3,11 +3,8 @@
 import json
 import math
 import re
-import shlex
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,21 +12,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from subspec.artifacts.common.command import HINT, Program, say, size_option
-from subspec.artifacts.common.cpu_load import cpu_times, others_share
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.sizes import format_size
 
 if TYPE_CHECKING:
     from subspec.artifacts.format.store import Artifact
-    from subspec.artifacts.plan import Method
     from subspec.runtime.app.answer import Answering
-    from subspec.runtime.engine import Engine
+    from subspec.runtime.app.opening import Opening
     from subspec.runtime.text.tokenizer import ChatTokenizer
 
 LARGEST_PROMPT = 16 << 20  # bytes read from stdin
-LOADED_FIRST_BYTES = 2 << 30  # that a disk reads in about a second
 DEVICE = re.compile(r"cpu|cuda(:[0-9]{1,3})?", re.ASCII)
-SECONDS_BETWEEN_LINES = 10.0  # of progress, if stderr is not a terminal
 
 Command = Callable[..., None]
 
@@ -151,32 +144,51 @@ def main(**given: Any) -> None:
         check(options)
         return
     if options.stats:
+        from subspec.runtime.app.folder import open_folder
         from subspec.runtime.app.history import report
 
         report(open_folder(options.artifact), options.as_json)
         return
+    from subspec.runtime.app.folder import begin_to_read, open_folder
+
     artifact = open_folder(options.artifact)
-    begin_to_read(artifact, options)
+    begin_to_read(artifact, "plain" if options.no_speculation else None)
     prompt = read_prompt(options)
+    from subspec.runtime.app.opening import opened, planned_for_here, progress_line, trust_kernels
+    from subspec.runtime.text.tokenizer import load_tokenizer
+
+    how = opening(options)
     if options.trust_kernels:
         trust_kernels(artifact)
-    artifact = planned_for_here(artifact, options)
-    from subspec.runtime.text.tokenizer import load_tokenizer
+    artifact = planned_for_here(artifact, how)
 
     tokenizer = load_tokenizer(artifact.path / "tokenizer")
     if prompt is None or options.chat:
-        with opened(artifact, options) as engine:
+        with opened(artifact, how, progress_line()) as engine:
             from subspec.runtime.app.chat import chat
 
-            how = answering(artifact, options)
-            chat(engine, tokenizer, how, options.system or "", prompt)
+            chat(engine, tokenizer, answering(artifact, options), options.system or "", prompt)
         return
     # Before the weights load, as the prompt may be too long.
     ids = prompt_ids(artifact, tokenizer, options, prompt)
-    with opened(artifact, options) as engine:
+    with opened(artifact, how, progress_line()) as engine:
         from subspec.runtime.app.answer import answer_once
 
         answer_once(engine, tokenizer, answering(artifact, options), ids, options.as_json)
+
+
+def opening(options: Options) -> "Opening":
+    from subspec.runtime.app.opening import Opening
+
+    return Opening(
+        method="plain" if options.no_speculation else None,
+        vram=options.vram,
+        replan=not options.no_replan,
+        device=options.device,
+        link_bandwidth=options.link_bandwidth,
+        padded=not options.unpadded,
+        graphs=not options.no_graphs,
+    )
 
 
 def answering(artifact: "Artifact", options: Options) -> "Answering":
@@ -215,6 +227,7 @@ def spelled(field: str) -> str:
 
 def check(options: Options) -> None:
     from subspec.artifacts.format.store import verify
+    from subspec.runtime.app.folder import open_folder
 
     artifact = open_folder(options.artifact)
     size = sum(entry.num_bytes for entry in artifact.manifest.files)
@@ -225,65 +238,6 @@ def check(options: Options) -> None:
         found = {"schema": "subspec.check/1", "bytes": size, "full": options.full, "ok": True}
         print(json.dumps(found))
     say(f"{options.artifact}: {format_size(size)}, {said}")
-
-
-def open_folder(path: Path) -> "Artifact":
-    """open_artifact, with a hint if `path` is a checkpoint or the name of a model."""
-    from subspec.artifacts.format.store import open_artifact
-
-    is_checkpoint = (path / "config.json").exists() and not (path / "manifest.json").exists()
-    if path.exists() and not is_checkpoint:
-        return open_artifact(path)
-    what = "is a checkpoint, not an artifact" if is_checkpoint else "does not exist"
-    model = path if is_checkpoint or not path.is_absolute() else "REF"
-    raise SubspecError(
-        Exit.USAGE,
-        f"{path} {what}",
-        f"give a folder that was made with subspec-plan --model {model} --vram SIZE",
-    )
-
-
-def begin_to_read(artifact: "Artifact", options: Options) -> None:
-    """Start reading the substitutes, which are loaded first, into the page cache: the disk is idle
-    for a second or two while torch is imported."""
-    from threading import Thread
-
-    from subspec.artifacts.format.tensors import read_ahead
-
-    method: Method = "plain" if options.no_speculation else artifact.plan.method
-    placement = artifact.plan.placements.get(method)
-    if placement is not None and placement.ledger.substitutes:
-        path = artifact.path / "substitutes.safetensors"
-        Thread(target=read_ahead, args=(path, LOADED_FIRST_BYTES), daemon=True).start()
-
-
-def trust_kernels(artifact: "Artifact") -> None:
-    """Install the artifact's pre-built kernels, before anything is built or planned."""
-    from subspec.artifacts.format.prebuilt import install_prebuilt
-    from subspec.runtime.engine import kernel_sources
-
-    missing = install_prebuilt(artifact, kernel_sources(artifact.plan))
-    if missing:
-        say(f"note: no pre-built kernels for this machine, compiling: {', '.join(missing)}")
-
-
-def planned_for_here(artifact: "Artifact", options: Options) -> "Artifact":
-    """The artifact with its own plan, or re-planned if that does not fit this machine."""
-    if options.no_replan:
-        return artifact
-    from subspec.runtime.app.replan import fitted
-
-    artifact, note = fitted(
-        artifact,
-        "plain" if options.no_speculation else None,
-        options.vram,
-        options.device,
-        options.link_bandwidth,
-        progress_line() if sys.stderr.isatty() else lambda *_: None,  # elsewhere only the note
-    )
-    if note:
-        say(f"note: {note}")
-    return artifact
 
 
 def read_prompt(options: Options) -> str | None:
@@ -341,78 +295,3 @@ def prompt_ids(
             f"shorten it, or plan with --context {len(ids) + 256} or more",
         )
     return ids
-
-
-@contextmanager
-def opened(artifact: "Artifact", options: Options) -> "Iterator[Engine]":
-    """Open the engine, with progress and notes on stderr."""
-    import torch
-
-    from subspec.artifacts.profile import UNDER_LOAD
-    from subspec.runtime.engine import Engine, OpenOptions, machine_name
-
-    how = OpenOptions(
-        method="plain" if options.no_speculation else None,
-        padded=not options.unpadded,
-        device=options.device,
-        link_bandwidth=options.link_bandwidth,
-        graphs=not options.no_graphs,
-    )
-    started = cpu_times()
-    try:
-        with Engine.open(artifact, how, progress_line()) as engine:
-            here, planned = machine_name(engine.device), artifact.plan.machine
-            if here != planned:
-                say(
-                    f"note: planned on ({planned}), running on ({here}): speeds will differ; "
-                    "subspec-plan --from re-plans for this machine"
-                )
-            elif (
-                planned == artifact.profile.machine
-                and artifact.profile.under_load
-                and others_share(started, cpu_times()) <= UNDER_LOAD
-            ):
-                say(measured_under_load(artifact))
-            if (problem := engine.missing_kernels) is not None:
-                trust = " (--trust-kernels would load the artifact's own)"
-                say(
-                    "note: without the C++ kernels residuals decode a hundred times slower, exact "
-                    "attention is several times slower, and near-ties may be decided differently: "
-                    f"{problem}"
-                    f"{trust if engine.has_prebuilt_kernels else ''}"
-                )
-            if (problem := engine.plain_draft) is not None:
-                say(f"note: drafting is slower than it could be: {problem}")
-            yield engine
-            if (problem := engine.missing_graphs) is not None:
-                say(f"note: the draft's kernels were launched one by one: {problem}")
-    except torch.OutOfMemoryError as error:
-        raise SubspecError(
-            Exit.RESOURCES,
-            f"the GPU ran out of memory: {str(error).partition('. ')[0]}",
-            "close other programs that use the GPU, or re-plan with a smaller --vram",
-        ) from None
-
-
-def measured_under_load(artifact: "Artifact") -> str:
-    return (
-        f"note: other programs used {artifact.profile.others_cpu_share:.0%} of the CPUs while this "
-        "plan was measured, so predictions are too slow, and another plan may be faster: "
-        f"subspec-plan --from {shlex.quote(str(artifact.path))} --reprofile"
-    )
-
-
-def progress_line() -> Callable[[str, float], None]:
-    """Progress on one line of a terminal; elsewhere a line every SECONDS_BETWEEN_LINES."""
-    spoken = time.monotonic()
-
-    def show(stage: str, share: float) -> None:
-        nonlocal spoken
-        if sys.stderr.isatty():
-            sys.stderr.write(f"\r\033[K{stage} {share:4.0%}" if share < 1 else "\r\033[K")
-            sys.stderr.flush()
-        elif time.monotonic() - spoken > SECONDS_BETWEEN_LINES:
-            spoken = time.monotonic()
-            say(f"{stage} {share:4.0%}")
-
-    return show

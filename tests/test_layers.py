@@ -45,9 +45,13 @@ def test_every_package_is_listed_for_the_wheel() -> None:
     [
         ("subspec.runtime.cli", ("subspec.planner", "torch", "transformers", "hqq")),
         ("subspec.planner.cli", ("subspec.runtime", "torch", "transformers", "hqq")),
+        (
+            "subspec.runtime.server.cli",
+            ("subspec.planner", "torch", "transformers", "fastapi", "uvicorn", "pydantic"),
+        ),
         (", ".join(SOLVE), ("torch", "numpy", "transformers", "jinja2", "rich")),
     ],
-    ids=["subspec-run", "subspec-plan", "planner/solve"],
+    ids=["subspec-run", "subspec-plan", "subspec-serve", "planner/solve"],
 )
 def test_imports_do_without_what_may_not_be_needed(modules: str, unwanted: tuple[str, ...]) -> None:
     code = f"import sys, {modules}; print(*sys.modules)"

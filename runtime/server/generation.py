@@ -7,8 +7,9 @@ are made of. scheduler.py implements `Generator` with an engine.
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
+from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.runtime.model.sampling import TokenLogprobs
 from subspec.runtime.sequence import FinishReason, GenerationParams, Stats
 
@@ -41,6 +42,8 @@ class Outcome:
     queue_seconds: float  # from the request to its sequence
     generation_seconds: float  # from the sequence to the last token
     predicted_tokens_per_second: float | None
+    # Of each token of the prompt but the first, if the request asked for them.
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class Generation(Protocol):
@@ -66,10 +69,24 @@ class Generation(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # not frozen: an exception on its way is written to
 class QueueFull(Exception):
     num_waiting: int
     retry_after_seconds: int
+
+
+class PromptTooLong(SubspecError):
+    """OpenAI's context_length_exceeded."""
+
+    def __init__(self, num_tokens: int, context: int) -> None:
+        super().__init__(
+            Exit.USAGE,
+            f"the prompt has {num_tokens} tokens, expected at most {context - 1}: the context has "
+            f"room for {context}, and the answer needs one",
+            "shorten the messages",
+        )
+        self.num_tokens = num_tokens
+        self.context = context
 
 
 class Generator(Protocol):
@@ -78,4 +95,41 @@ class Generator(Protocol):
     def submit(self, request: GenerationRequest) -> Generation:
         """Raises QueueFull, or SubspecError(USAGE) for a prompt that the context has no room for or
         that has ids beyond the vocabulary, (RESOURCES) if the engine has failed or is closing."""
+        ...
+
+
+@dataclass(frozen=True)
+class Status:
+    """How far an engine is. stage, share (0 to 1): of loading. error: why it failed."""
+
+    phase: Literal["loading", "ready", "closed", "failed"]
+    stage: str = ""
+    share: float = 0.0
+    error: SubspecError | None = None
+
+
+class ServedEngine(Generator, Protocol):
+    """An engine in a thread of its own."""
+
+    @property
+    def status(self) -> Status: ...
+
+    @property
+    def num_running(self) -> int: ...
+
+    @property
+    def num_waiting(self) -> int: ...
+
+    @property
+    def peak_bytes(self) -> int:
+        """Of fast memory, as measured so far."""
+        ...
+
+    def start(self) -> None:
+        """Begins to load the weights."""
+        ...
+
+    async def close(self, timeout_seconds: float) -> None:
+        """Waits for running answers up to `timeout_seconds`, ends the others with an error, and
+        gives the memory back."""
         ...

@@ -21,7 +21,8 @@ from subspec.artifacts.format.store import write_json, write_manifest
 from subspec.artifacts.native import residual_cpu
 from subspec.planner.model.hub import DEMO
 from subspec.runtime import cli, engine
-from subspec.runtime.app import answer
+from subspec.runtime.app import answer, opening
+from subspec.runtime.app.folder import open_folder
 from subspec.runtime.cli import Options
 from subspec.runtime.text.tokenizer import ChatTokenizer, load_tokenizer
 
@@ -59,7 +60,7 @@ def test_system_and_raw_change_what_the_model_reads(artifact: Path, capsys: Capt
 def test_a_model_without_a_template_says_that_it_continues(artifact: Path, capsys: Capture) -> None:
     text = load_tokenizer(artifact / "tokenizer")
     bare = ChatTokenizer(text.tokenizer, None, {}, False)
-    opened_artifact = cli.open_folder(artifact)
+    opened_artifact = open_folder(artifact)
     ids = cli.prompt_ids(opened_artifact, bare, Options(artifact), "def f")
     assert ids == text.tokenizer.encode("def f").ids
     assert "no chat template" in capsys.readouterr().err
@@ -157,14 +158,14 @@ def test_an_empty_prompt_is_refused(artifact: Path, capsys: Capture) -> None:
 def test_a_prompt_of_which_nothing_is_left_is_refused_with_a_hint_that_fits(artifact: Path) -> None:
     silent = ChatTokenizer(load_tokenizer(artifact / "tokenizer").tokenizer, "", {}, False)
     with pytest.raises(SubspecError, match="has 0 tokens: the model's chat template") as caught:
-        cli.prompt_ids(cli.open_folder(artifact), silent, Options(artifact), "def f")
+        cli.prompt_ids(open_folder(artifact), silent, Options(artifact), "def f")
     assert caught.value.exit_code == Exit.USAGE and "--raw" in caught.value.hint
 
 
 def test_a_prompt_that_does_not_fit_is_refused_before_the_weights_load(
     artifact: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "Engine", None)
+    monkeypatch.setattr(opening, "Engine", None)
     ended = run(capsys, artifact, "word " * 400)
     refused(ended, Exit.USAGE, "tokens, the plan's context is 256", "--context")
 
@@ -212,8 +213,8 @@ def test_check_reads_the_structure_and_full_every_byte(copied: Path, capsys: Cap
 def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(
     capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "SECONDS_BETWEEN_LINES", 0.0)
-    cli.progress_line()("loading", 0.5)
+    monkeypatch.setattr(opening, "SECONDS_BETWEEN_LINES", 0.0)
+    opening.progress_line()("loading", 0.5)
     assert capsys.readouterr().err == "loading  50%\n"
 
 
@@ -329,7 +330,7 @@ def test_a_plan_from_disturbed_figures_is_said_so_once_the_machine_is_quieter(
     copied: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ("def", "--raw", "--max-tokens", 1, "--no-replan")
-    stored = cli.open_folder(copied)
+    stored = open_folder(copied)
     machine = engine.machine_name(torch.device("cpu"))
     plan = replace(stored.plan, machine=machine)
 
@@ -339,7 +340,7 @@ def test_a_plan_from_disturbed_figures_is_said_so_once_the_machine_is_quieter(
         write_json(copied, "profile.json", profile)
         listed = stored.manifest
         write_manifest(copied, listed.producer, listed.parts, listed.substitutes, {})
-        monkeypatch.setattr(cli, "others_share", lambda start, end: others_now)
+        monkeypatch.setattr(opening, "others_share", lambda start, end: others_now)
         ended = run(capsys, copied, *words)
         assert ended.exit_code == 0
         note = "note: other programs used 43% of the CPUs while this plan was measured"

@@ -1,0 +1,139 @@
+"""From an artifact to an engine, as both commands do it: re-planned for this machine if need be,
+with progress and notes on stderr."""
+
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from subspec.artifacts.common.command import say
+from subspec.artifacts.common.cpu_load import cpu_times, others_share
+from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.format.prebuilt import install_prebuilt
+from subspec.artifacts.format.store import Artifact
+from subspec.artifacts.plan import Method
+from subspec.artifacts.profile import UNDER_LOAD
+from subspec.runtime.app.replan import fitted
+from subspec.runtime.engine import Engine, OpenOptions, kernel_sources, machine_name
+
+SECONDS_BETWEEN_LINES = 10.0  # of progress, if stderr is not a terminal
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class Opening:
+    """How to open an artifact, from a command line."""
+
+    method: Method | None = None  # None: the plan's
+    vram: int | None = None
+    replan: bool = True
+    device: str | None = None
+    link_bandwidth: int | None = None
+    padded: bool = True
+    graphs: bool = True
+
+
+def trust_kernels(artifact: Artifact) -> None:
+    """Install the artifact's pre-built kernels, before anything is built or planned."""
+    missing = install_prebuilt(artifact, kernel_sources(artifact.plan))
+    if missing:
+        say(f"note: no pre-built kernels for this machine, compiling: {', '.join(missing)}")
+
+
+def planned_for_here(artifact: Artifact, how: Opening) -> Artifact:
+    """The artifact with its own plan, or re-planned if that does not fit this machine."""
+    if not how.replan:
+        return artifact
+    artifact, note = fitted(
+        artifact,
+        how.method,
+        how.vram,
+        how.device,
+        how.link_bandwidth,
+        progress_line() if sys.stderr.isatty() else lambda *_: None,  # elsewhere only the note
+    )
+    if note:
+        say(f"note: {note}")
+    return artifact
+
+
+@contextmanager
+def opened(artifact: Artifact, how: Opening, progress: Progress) -> Iterator[Engine]:
+    """`open_engine` for the block, with what is known only after it."""
+    with short_of_memory_told(), open_engine(artifact, how, progress) as engine:
+        yield engine
+        if (problem := engine.missing_graphs) is not None:
+            say(f"note: the draft's kernels were launched one by one: {problem}")
+
+
+def open_engine(artifact: Artifact, how: Opening, progress: Progress) -> Engine:
+    """Open the engine, with notes on stderr. Raises SubspecError."""
+    options = OpenOptions(how.method, how.padded, how.device, how.link_bandwidth, how.graphs)
+    started = cpu_times()
+    with short_of_memory_told():
+        engine = Engine.open(artifact, options, progress)
+    here, planned = machine_name(engine.device), artifact.plan.machine
+    if here != planned:
+        say(
+            f"note: planned on ({planned}), running on ({here}): speeds will differ; "
+            "subspec-plan --from re-plans for this machine"
+        )
+    elif (
+        planned == artifact.profile.machine
+        and artifact.profile.under_load
+        and others_share(started, cpu_times()) <= UNDER_LOAD
+    ):
+        say(measured_under_load(artifact))
+    if (problem := engine.missing_kernels) is not None:
+        trust = " (--trust-kernels would load the artifact's own)"
+        say(
+            "note: without the C++ kernels residuals decode a hundred times slower, exact "
+            "attention is several times slower, and near-ties may be decided differently: "
+            f"{problem}"
+            f"{trust if engine.has_prebuilt_kernels else ''}"
+        )
+    if (problem := engine.plain_draft) is not None:
+        say(f"note: drafting is slower than it could be: {problem}")
+    return engine
+
+
+@contextmanager
+def short_of_memory_told() -> Iterator[None]:
+    """torch's OutOfMemoryError in the block is raised as SubspecError(RESOURCES)."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise SubspecError(
+            Exit.RESOURCES,
+            f"the GPU ran out of memory: {str(error).partition('. ')[0]}",
+            "close other programs that use the GPU, or re-plan with a smaller --vram",
+        ) from None
+
+
+def measured_under_load(artifact: Artifact) -> str:
+    return (
+        f"note: other programs used {artifact.profile.others_cpu_share:.0%} of the CPUs while this "
+        "plan was measured, so predictions are too slow, and another plan may be faster: "
+        f"subspec-plan --from {shlex.quote(str(artifact.path))} --reprofile"
+    )
+
+
+def progress_line() -> Progress:
+    """Progress on one line of a terminal; elsewhere a line every SECONDS_BETWEEN_LINES."""
+    spoken = time.monotonic()
+
+    def show(stage: str, share: float) -> None:
+        nonlocal spoken
+        if sys.stderr.isatty():
+            sys.stderr.write(f"\r\033[K{stage} {share:4.0%}" if share < 1 else "\r\033[K")
+            sys.stderr.flush()
+        elif time.monotonic() - spoken > SECONDS_BETWEEN_LINES:
+            spoken = time.monotonic()
+            say(f"{stage} {share:4.0%}")
+
+    return show

@@ -1,0 +1,130 @@
+"""From an artifact and an engine to a server."""
+
+import logging
+import socket
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+from subspec.artifacts.common.errors import Exit
+from subspec.artifacts.format.store import Artifact
+from subspec.artifacts.plan import Method
+from subspec.runtime.model.sampling import Sampling
+from subspec.runtime.server.admission import Admission
+from subspec.runtime.server.app import make_app
+from subspec.runtime.server.chat_events import Chat
+from subspec.runtime.server.generation import Generator, ServedEngine, Status
+from subspec.runtime.server.guards import OPEN_PATHS, GuardSettings, is_loopback
+from subspec.runtime.server.journal import LogFormat, request_log, start_log
+from subspec.runtime.server.metrics import Metrics
+from subspec.runtime.server.model_info import ModelInfo
+from subspec.runtime.server.service import Service
+from subspec.runtime.server.serving import Progress, address_of, serve
+from subspec.runtime.text.tokenizer import ChatTokenizer
+
+LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to serve, from a command line. host: as it was given."""
+
+    host: str = "127.0.0.1"
+    keys: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
+    shutdown_seconds: float = 30.0
+    log_format: LogFormat = "text"
+    sampling: Sampling = Sampling()
+    refuse_unknown: bool = False
+
+
+def model_info(artifact: Artifact, method: Method | None, name: str | None) -> ModelInfo:
+    """name: the model's id for clients; None: that of its checkpoint."""
+    plan, spec = artifact.plan, artifact.spec
+    chosen: Method = method or plan.method
+    drafts = chosen == "substitute"
+    predicted = plan.predicted.get(chosen)
+    source = spec.source.repository.rstrip("/")
+    folder = artifact.path.resolve().name
+    model_id = name or source or folder
+    return ModelInfo(
+        id=model_id,
+        created=int(time.time()),
+        context=plan.context,
+        vocab_size=spec.vocab_size,
+        end_tokens=frozenset(spec.eos_token_ids),
+        method=chosen,
+        width=plan.tree.width if drafts else 0,
+        depth=plan.tree.depth if drafts else 0,
+        num_sequences=plan.num_sequences,
+        max_positions=spec.max_positions,
+        weight_bytes=sum(part.num_bytes for part in artifact.stored_parts()),
+        budget_bytes=plan.budget_bytes,
+        predicted_tokens_per_second=predicted.tokens_per_second if predicted else None,
+        names=frozenset({source.rpartition("/")[2], source, folder} - {"", model_id}),
+    )
+
+
+def guard_settings(settings: Settings) -> GuardSettings:
+    """On loopback and without a key only the names of this machine are served: a web page cannot
+    have itself called one of these. With a key it does not matter what a page is called."""
+    checked = is_loopback(settings.host) and not settings.keys
+    hosts = (*LOCAL_NAMES, settings.host) if checked else ()
+    return GuardSettings(settings.keys, hosts, OPEN_PATHS)
+
+
+def serve_engine(
+    settings: Settings,
+    model: ModelInfo,
+    tokenizer: ChatTokenizer,
+    engine: ServedEngine,
+    make_chat: Callable[[Generator], Chat],
+    template_caps: Mapping[str, bool],
+    listening: socket.socket,
+    progress: Progress,
+) -> Exit:
+    """Serves until a signal comes; returns and raises as `serve`."""
+    metrics = Metrics(model.id, model.width, model.depth, model.predicted_tokens_per_second)
+    admission = Admission(engine, model.context, model.vocab_size, metrics)
+    service = Service(
+        model,
+        tokenizer,
+        admission,
+        make_chat(admission),
+        metrics,
+        settings.sampling,
+        settings.refuse_unknown,
+        template_caps,
+    )
+    logger = start_log(settings.log_format)
+    app = make_app(service, guard_settings(settings), settings.cors_origins, request_log(logger))
+    address = address_of(listening)
+    logger.info("listening", {"address": address, "model": model.id})
+    told = partial(tell, logger, model, address, progress, set())
+    return serve(app, admission, listening, settings.shutdown_seconds, told)
+
+
+def tell(
+    logger: logging.Logger,
+    model: ModelInfo,
+    address: str,
+    progress: Progress,
+    said: set[str],
+    status: Status,
+) -> None:
+    """Shows how far loading is, and once that it is over. said: the phases that were told."""
+    if status.phase == "loading" and status.stage:
+        progress(status.stage, status.share)
+    if status.phase == "ready" and "ready" not in said:
+        said.add("ready")
+        progress("", 1.0)
+        logger.info(
+            "ready",
+            {
+                "address": address,
+                "model": model.id,
+                "context": model.context,
+                "sequences": model.num_sequences,
+            },
+        )

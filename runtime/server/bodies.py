@@ -1,0 +1,120 @@
+"""A request's JSON body -> a checked object. Hostile: what is wrong with it is a 400 that names the
+field, and never an exception of another kind."""
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from starlette.requests import Request
+
+from subspec.artifacts.common.errors import SubspecError
+from subspec.artifacts.format.codec import parse_json
+from subspec.runtime.server.errors import ApiError, invalid, unsupported
+
+QUICK_BYTES = 16 << 10  # a smaller body is parsed at once, without a thread
+LONGEST_SHOWN = 80  # characters of a value in a message
+
+Body = TypeVar("Body", bound="Fields")
+
+
+class Fields(BaseModel):
+    """Fields of a request. Strict: true is no number, and "1" is none. Unknown fields are ignored,
+    unless the server is told to refuse them."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, frozen=True)
+
+
+async def read_body(
+    request: Request,
+    kind: type[Body],
+    refused: Mapping[str, tuple[Any, ...]],
+    refuse_unknown: bool = False,
+) -> Body:
+    """The request's body as `kind`. refused: fields that are known and not honoured, with the
+    values beside null that ask for nothing. Raises ApiError."""
+    check_content_type(request)
+    raw = await request.body()
+
+    def checked() -> Body:
+        value = parse_body(raw)
+        refuse_fields(value, refused)
+        if refuse_unknown:
+            unknown = [key for key in value if key not in kind.model_fields and key not in refused]
+            if unknown:
+                name = shown(unknown[0])
+                raise invalid(f"there is no field {name}", unknown[0], "unknown_field")
+        return validated(kind, value)
+
+    return checked() if len(raw) <= QUICK_BYTES else await asyncio.to_thread(checked)
+
+
+def check_content_type(request: Request) -> None:
+    """JSON alone: a page of another origin may send other types without asking first."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json" and not (kind.startswith("application/") and "+json" in kind):
+        raise ApiError(
+            415,
+            f"the content type is {shown(kind)}, expected application/json",
+            code="unsupported_media_type",
+        )
+
+
+def parse_body(raw: bytes) -> dict[str, Any]:
+    try:
+        value = parse_json(raw, "the body")
+    except SubspecError as error:
+        raise invalid(error.message[:300], code="invalid_json") from None
+    if not isinstance(value, dict):
+        raise invalid("the body is not a JSON object", code="invalid_json")
+    return value
+
+
+def refuse_fields(value: dict[str, Any], refused: Mapping[str, tuple[Any, ...]]) -> None:
+    """Raises ApiError for the first field that asks for something that is not done."""
+    for name, neutral in refused.items():
+        got = value.get(name)
+        if got is not None and not any(got == one and type(got) is type(one) for one in neutral):
+            raise unsupported(f"{name} is {shown(got)}, which this server does not support", name)
+
+
+def validated(kind: type[Body], value: dict[str, Any]) -> Body:
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        missing = first["type"] == "missing"
+        param, is_form = field_name(first["loc"], value, missing)
+        if missing:
+            raise invalid(f"{param} is missing", param, "missing_required_parameter") from None
+        reason = first["msg"].removeprefix("Value error, ")
+        if is_form:
+            reason = "it has none of the forms that it may have"
+        raise invalid(f"{param} is {shown(first['input'])}: {reason}", param) from None
+    except RecursionError:
+        raise invalid("the body is nested too deep", code="invalid_json") from None
+
+
+def field_name(place: tuple[int | str, ...], value: object, missing: bool) -> tuple[str, bool]:
+    """("messages", 0, "content") -> messages[0].content. Names of forms, which pydantic adds where
+    a field may have several, are left out; also returned is whether the last part was one."""
+    name, is_form = "", False
+    for index, part in enumerate(place):
+        is_form = False
+        if isinstance(part, int) and isinstance(value, list) and part < len(value):
+            name, value = f"{name}[{part}]", value[part]
+        elif isinstance(value, dict) and part in value:
+            name, value = f"{name}.{part}" if name else str(part), value[part]
+        elif missing and index == len(place) - 1:
+            name = f"{name}.{part}" if name else str(part)
+        else:
+            is_form = True
+    return name or "the body", is_form
+
+
+def shown(value: object) -> str:
+    """A value in a message, without control characters, cut off."""
+    if isinstance(value, list | dict):
+        return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
+    text = repr(value[:LONGEST_SHOWN] if isinstance(value, str) else value)
+    return text if len(text) <= LONGEST_SHOWN else text[:LONGEST_SHOWN] + "..."

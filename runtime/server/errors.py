@@ -1,0 +1,117 @@
+"""Errors as HTTP answers, in the form of each dialect."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.responses import JSONResponse
+
+from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.runtime.server.generation import PromptTooLong, QueueFull
+
+# openai-python retries 408, 409, 429 and 5xx unless this says otherwise.
+FINAL = {"x-should-retry": "false"}
+RETRY_SECONDS = 5  # after which a server that loads or closes may be asked again
+INTERNAL = "the server failed; its log says why"
+LONGEST_MESSAGE = 1000  # characters
+ANTHROPIC_KINDS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+
+@dataclass(eq=False)  # not frozen: an exception on its way is written to
+class ApiError(Exception):
+    """kind: OpenAI's `type`. param: the field that is wrong."""
+
+    status: int
+    message: str
+    kind: str = "invalid_request_error"
+    code: str | int | None = None
+    param: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+def invalid(message: str, param: str | None = None, code: str = "invalid_value") -> ApiError:
+    """400 for what will never be answered as it is."""
+    return ApiError(400, message, code=code, param=param, headers=FINAL)
+
+
+def unsupported(message: str, param: str) -> ApiError:
+    """400 for a field that is known and cannot be honoured."""
+    return invalid(message, param, "unsupported_value")
+
+
+def unavailable(message: str, code: str | int) -> ApiError:
+    headers = {"retry-after": str(RETRY_SECONDS)}
+    return ApiError(503, message, "unavailable_error", code, headers=headers)
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """What a client is told about `error`: of one that is a bug, nothing."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, QueueFull):
+        num = error.num_waiting
+        waiting = "1 request is waiting" if num == 1 else f"{num} requests are waiting"
+        headers = {"retry-after": str(error.retry_after_seconds), "x-queue-depth": str(num)}
+        message = f"{waiting}, and no more may"
+        return ApiError(503, message, "overloaded_error", "queue_full", headers=headers)
+    if isinstance(error, PromptTooLong):
+        message = (
+            f"This model's maximum context length is {error.context} tokens, and the prompt has "
+            f"{error.num_tokens}: the answer needs room for one at least"
+        )
+        return invalid(message, "messages", "context_length_exceeded")
+    if isinstance(error, SubspecError):
+        message = said(error)
+        if error.exit_code == Exit.USAGE:
+            return invalid(message)
+        if error.exit_code == Exit.UNSUPPORTED:
+            return invalid(message, code="unsupported_value")
+        if error.exit_code == Exit.CORRUPT:  # the model's template or tokenizer fails at this
+            return invalid(message, code="template_failed")
+        if error.exit_code == Exit.RESOURCES:
+            return unavailable(message, "resources")
+        return ApiError(500, message, "server_error", "internal_error")
+    return ApiError(500, INTERNAL, "server_error", "internal_error")
+
+
+def engine_error(error: SubspecError) -> ApiError:
+    """What is told of an error while an answer is computed."""
+    return ApiError(500, said(error), "server_error", "engine_error")
+
+
+def said(error: SubspecError) -> str:
+    message = f"{error.message} ({error.hint})" if error.hint else error.message
+    return message[:LONGEST_MESSAGE]
+
+
+def openai_body(error: ApiError) -> dict[str, Any]:
+    return {
+        "error": {
+            "message": error.message,
+            "type": error.kind,
+            "param": error.param,
+            "code": error.code,
+        }
+    }
+
+
+def anthropic_body(error: ApiError) -> dict[str, Any]:
+    kind = ANTHROPIC_KINDS.get(error.status, "api_error")
+    return {"type": "error", "error": {"type": kind, "message": error.message}}
+
+
+def error_body(error: ApiError, path: str) -> dict[str, Any]:
+    """In the dialect of the endpoint `path`."""
+    return anthropic_body(error) if path.startswith("/v1/messages") else openai_body(error)
+
+
+def error_response(error: ApiError, path: str) -> JSONResponse:
+    return JSONResponse(error_body(error, path), error.status, dict(error.headers))

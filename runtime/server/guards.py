@@ -1,0 +1,237 @@
+"""ASGI middleware in front of every endpoint: request id, origin, host, key, size and time of the
+body. Everything is refused unless it is allowed here."""
+
+import asyncio
+import hashlib
+import hmac
+import ipaddress
+import re
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from subspec.runtime.server.errors import FINAL, ApiError, error_response
+
+LARGEST_BODY = 8 << 20  # bytes; a prompt of a million token ids has 7 MB, and no images are read
+MOST_HELD = 128 << 20  # bytes of all bodies that are being read
+BODY_SECONDS = 30.0  # for a whole body
+REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+# Answered without a key: what a supervisor asks.
+OPEN_PATHS = ("/health", "/health/ready")
+
+Log = Callable[[str, str, str, int, float], None]  # request id, method, path, status, seconds
+
+
+@dataclass(frozen=True)
+class GuardSettings:
+    """keys: of which each is accepted; none: no key is needed. hosts: names that a request may be
+    for; none: any. open_paths: answered without a key."""
+
+    keys: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
+    open_paths: tuple[str, ...] = OPEN_PATHS
+    largest_body: int = LARGEST_BODY
+    body_seconds: float = BODY_SECONDS
+    most_held: int = MOST_HELD
+
+
+def guarded(app: ASGIApp, settings: GuardSettings) -> ASGIApp:
+    """`app` behind the checks of host, key and body, in this order."""
+    app = BodyGuard(app, settings)
+    if settings.keys:
+        app = KeyGuard(app, settings.keys, settings.open_paths)
+    return HostGuard(app, settings.hosts) if settings.hosts else app
+
+
+class RequestLog:
+    """The outermost: gives every response an X-Request-Id, the client's if it is a sane one."""
+
+    def __init__(self, app: ASGIApp, log: Log) -> None:
+        self._app = app
+        self._log = log
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id", "")
+        name = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+        began, status = time.monotonic(), 0
+
+        async def named(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = name
+                headers["x-content-type-options"] = "nosniff"
+            await send(message)
+
+        try:
+            await self._app(scope, receive, named)
+        finally:
+            self._log(name, scope["method"], scope["path"], status, time.monotonic() - began)
+
+
+class HostGuard:
+    """Refuses a request for another name than the server's: a web page whose name was pointed to
+    this machine (DNS rebinding) would otherwise be let in by the browser."""
+
+    def __init__(self, app: ASGIApp, hosts: Sequence[str]) -> None:
+        self._app = app
+        self._hosts = frozenset(host.lower() for host in hosts)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            given = Headers(scope=scope).getlist("host")
+            if len(given) != 1 or host_of(given[0]) not in self._hosts:
+                message = "this server is not the host that was asked for"
+                refusal = ApiError(403, message, code="host_not_allowed", headers=FINAL)
+                await error_response(refusal, scope["path"])(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+def host_of(header: str) -> str:
+    """A Host header without its port."""
+    if header.startswith("["):
+        return header.partition("]")[0].lstrip("[").lower()
+    return header.partition(":")[0].lower()
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class KeyGuard:
+    """Every path but the open ones needs one of the keys: Authorization: Bearer KEY, or
+    Anthropic's x-api-key."""
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str], open_paths: Sequence[str]) -> None:
+        self._app = app
+        self._digests = [digest(key) for key in keys]
+        self._open = frozenset(open_paths)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in self._open:
+            if not self._knows(Headers(scope=scope)):
+                refusal = ApiError(
+                    401,
+                    "a valid API key is needed: Authorization: Bearer KEY",
+                    "authentication_error",
+                    "invalid_api_key",
+                    headers={**FINAL, "www-authenticate": "Bearer"},
+                )
+                await error_response(refusal, scope["path"])(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    def _knows(self, headers: Headers) -> bool:
+        scheme, _, bearer = headers.get("authorization", "").partition(" ")
+        given = [bearer.strip()] if scheme.lower() == "bearer" else []
+        given += headers.getlist("x-api-key")[:1]
+        # Digests of one length, all of them compared: the time says nothing about a key.
+        found = [
+            hmac.compare_digest(digest(one), known) for one in given for known in self._digests
+        ]
+        return any(found)
+
+
+def digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+class BodyGuard:
+    """Reads the body before the endpoint runs: not more than `largest_body` bytes, not longer than
+    `body_seconds`, and of all requests together not more than `most_held` bytes."""
+
+    def __init__(self, app: ASGIApp, settings: GuardSettings) -> None:
+        self._app = app
+        self._settings = settings
+        self._held = 0  # bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        if "content-length" not in headers and "transfer-encoding" not in headers:
+            await self._app(scope, receive, send)
+            return
+        body = bytearray()
+        try:
+            try:
+                self._check(headers)
+                async with asyncio.timeout(self._settings.body_seconds):
+                    await self._read(receive, body)
+            except TimeoutError:
+                message = f"the body did not come within {self._settings.body_seconds:g} s"
+                raise ApiError(408, message, code="request_timeout") from None
+        except ApiError as error:
+            self._held -= len(body)
+            closing = {**error.headers, "connection": "close"}
+            refusal = ApiError(error.status, error.message, error.kind, error.code, None, closing)
+            await error_response(refusal, scope["path"])(scope, receive, send)
+            return
+        except BaseException:
+            self._held -= len(body)
+            raise
+        held, whole, given = len(body), bytes(body), False
+        body.clear()
+
+        async def replay() -> Message:
+            nonlocal given, held
+            if given:
+                return await receive()
+            given = True
+            return {"type": "http.request", "body": whole, "more_body": False}
+
+        try:
+            await self._app(scope, replay, send)
+        finally:
+            self._held -= held
+
+    def _check(self, headers: Headers) -> None:
+        """Of what is announced. Raises ApiError."""
+        encoding = headers.get("content-encoding", "identity")
+        if encoding != "identity":
+            message = "a compressed body is not read"
+            raise ApiError(415, message, code="unsupported_media_type", headers=FINAL)
+        if "content-length" in headers and "transfer-encoding" in headers:
+            message = "a request has a Content-Length or a Transfer-Encoding, not both"
+            raise ApiError(400, message, headers=FINAL)  # a proxy may have read another body
+        length = headers.get("content-length", "0")
+        if not length.isascii() or not length.isdigit() or len(length) > 18:
+            raise ApiError(400, "Content-Length is not a number", headers=FINAL)
+        self._check_size(int(length))
+
+    def _check_size(self, num_bytes: int) -> None:
+        most = self._settings.largest_body
+        if num_bytes > most:
+            message = f"the body has more than {most} bytes"
+            raise ApiError(413, message, code="body_too_large", headers=FINAL)
+
+    async def _read(self, receive: Receive, body: bytearray) -> None:
+        while True:
+            message = await receive()
+            if message["type"] != "http.request":
+                raise ApiError(400, "the client went before its body had come")
+            piece = message.get("body", b"")
+            self._check_size(len(body) + len(piece))
+            if self._held + len(piece) > self._settings.most_held:
+                busy = {"retry-after": "1"}
+                text = "too many large requests are being read"
+                raise ApiError(503, text, "overloaded_error", "overloaded", headers=busy)
+            body += piece
+            self._held += len(piece)
+            if not message.get("more_body", False):
+                return

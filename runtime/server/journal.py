@@ -1,0 +1,66 @@
+"""The server's log on stderr: one line an event, as text or JSON. It has no keys, no prompts and no
+answers."""
+
+import json
+import logging
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Literal
+
+from subspec.artifacts.common.command import printable
+
+LogFormat = Literal["text", "json"]
+LONGEST_PATH = 200  # characters
+NAME = "subspec.server"
+
+
+class LineFormatter(logging.Formatter):
+    """A line of a record; one of an exception is followed by its traceback."""
+
+    def __init__(self, form: LogFormat) -> None:
+        super().__init__()
+        self._form = form
+
+    def format(self, record: logging.LogRecord) -> str:
+        time = datetime.fromtimestamp(record.created, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        trace = self.formatException(record.exc_info) if record.exc_info else None
+        fields = record.args if isinstance(record.args, dict) else {}
+        message = record.msg if fields else record.getMessage()
+        if self._form == "json":
+            found = {"time": time, "level": record.levelname.lower(), "message": message, **fields}
+            return json.dumps(found | ({"traceback": trace} if trace else {}))
+        said = " ".join(f"{value}" for value in fields.values())
+        line = printable(f"{time} {message} {said}".rstrip())
+        return f"{line}\n{trace}" if trace else line
+
+
+def start_log(form: LogFormat) -> logging.Logger:
+    """The server's logger; uvicorn's errors go the same way."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(LineFormatter(form))
+    for name, level in ((NAME, logging.INFO), ("uvicorn", logging.ERROR)):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(level)
+    return logging.getLogger(NAME)
+
+
+def request_log(logger: logging.Logger) -> Callable[[str, str, str, int, float], None]:
+    """Logs a line for each request, but not for a supervisor's successful ones."""
+
+    def log(request_id: str, method: str, path: str, status: int, seconds: float) -> None:
+        if path.startswith("/health") and status < 500:
+            return
+        logger.info(
+            "request",
+            {
+                "method": method,
+                "path": (path if path.isprintable() else ascii(path))[:LONGEST_PATH],
+                "status": status,
+                "seconds": round(seconds, 3),
+                "id": request_id,
+            },
+        )
+
+    return log

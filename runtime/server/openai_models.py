@@ -1,0 +1,137 @@
+"""GET /v1/models and /props, POST /tokenize and /detokenize: what the model is, and its tokens."""
+
+import asyncio
+from importlib.metadata import version
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from subspec.runtime.server.bodies import read_body
+from subspec.runtime.server.errors import invalid
+from subspec.runtime.server.model_info import ModelInfo, check_model
+from subspec.runtime.server.openai_fields import DetokenizeFields, TokenizeFields
+from subspec.runtime.server.service import Service
+from subspec.runtime.server.token_text import token_text
+
+JSON = dict[str, Any]
+
+
+async def list_models(service: Service, request: Request) -> Response:
+    """data: OpenAI's; models: llama.cpp's, in Ollama's form."""
+    model = service.model
+    named = {
+        "name": model.id,
+        "model": model.id,
+        "type": "model",
+        "capabilities": ["completion"],
+        "details": {"format": "subspec"},
+        "context_length": model.context,
+    }
+    return JSONResponse({"object": "list", "data": [model_card(model)], "models": [named]})
+
+
+async def one_model(service: Service, request: Request) -> Response:
+    check_model(service.model, request.path_params["model"])
+    return JSONResponse(model_card(service.model))
+
+
+def model_card(model: ModelInfo) -> JSON:
+    """The context in every spelling that clients read."""
+    return {
+        "id": model.id,
+        "object": "model",
+        "created": model.created,
+        "owned_by": "subspec",
+        "max_model_len": model.context,
+        "context_length": model.context,
+        "context_window": model.context,
+        "meta": {
+            "n_ctx": model.context,
+            "n_ctx_train": model.max_positions,
+            "n_vocab": model.vocab_size,
+            "size": model.weight_bytes,
+        },
+    }
+
+
+async def props(service: Service, request: Request) -> Response:
+    """llama.cpp's, as far as clients read it."""
+    model, text, sampling = service.model, service.tokenizer, service.sampling
+    params = {
+        "temperature": sampling.temperature,
+        "top_k": sampling.top_k,
+        "top_p": sampling.top_p,
+        "min_p": sampling.min_p,
+        "repeat_penalty": sampling.repetition_penalty,
+        "presence_penalty": sampling.presence_penalty,
+        "frequency_penalty": sampling.frequency_penalty,
+        "n_predict": -1,
+    }
+    return JSONResponse(
+        {
+            "default_generation_settings": {"n_ctx": model.context, "params": params},
+            "total_slots": model.num_sequences,
+            "model_alias": model.id,
+            "model_path": model.id,
+            "modalities": {"vision": False, "audio": False},
+            "chat_template": text.template or "",
+            "chat_template_caps": dict(service.template_caps),
+            "bos_token": text.special_tokens.get("bos_token") or "",
+            "eos_token": text.special_tokens.get("eos_token") or "",
+            "build_info": f"subspec {version('subspec')}",
+            "is_sleeping": False,
+            "memory": {
+                "budget_bytes": model.budget_bytes,
+                "peak_bytes": service.engine.engine.peak_bytes,
+            },
+            "subspec": {
+                "method": model.method,
+                "draft_width": model.width,
+                "draft_depth": model.depth,
+                "predicted_tokens_per_second": model.predicted_tokens_per_second,
+            },
+        }
+    )
+
+
+async def tokenize(service: Service, request: Request) -> Response:
+    """llama.cpp's `content` adds special tokens if asked to, vLLM's `prompt` unless told not to."""
+    refused = {"messages": (), "parse_special": (True,)}
+    asked = await read_body(request, TokenizeFields, refused, service.refuse_unknown)
+    check_model(service.model, asked.model)
+    text = asked.prompt if asked.prompt is not None else asked.content
+    if text is None:
+        raise invalid("content is missing", "content", "missing_required_parameter")
+    adds = asked.add_special_tokens if asked.prompt is not None else asked.add_special
+    special = asked.prompt is not None if adds is None else adds
+    tokenizer = service.tokenizer
+
+    def tokens() -> list[int]:
+        if special:
+            return tokenizer.plain_ids(text)
+        return list(tokenizer.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    ids = await asyncio.to_thread(tokens)
+    body: JSON = {"tokens": ids, "count": len(ids), "max_model_len": service.model.context}
+    if asked.with_pieces:
+        pieces = [{"id": one, "piece": token_text(tokenizer.tokenizer, one)} for one in ids]
+        body["tokens"] = pieces
+    if asked.return_token_strs:
+        body["token_strs"] = [tokenizer.tokenizer.id_to_token(one) for one in ids]
+    return JSONResponse(body)
+
+
+async def detokenize(service: Service, request: Request) -> Response:
+    asked = await read_body(request, DetokenizeFields, {}, service.refuse_unknown)
+    check_model(service.model, asked.model)
+    size = service.model.vocab_size
+    if (wrong := next((one for one in asked.tokens if one >= size), None)) is not None:
+        raise invalid(f"tokens has {wrong}, expected ids below {size}", "tokens")
+
+    def decoded() -> str:
+        text: str = service.tokenizer.tokenizer.decode(asked.tokens, skip_special_tokens=False)
+        return text
+
+    text = await asyncio.to_thread(decoded)
+    return JSONResponse({"content": text, "prompt": text})

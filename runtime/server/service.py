@@ -1,0 +1,23 @@
+"""What the endpoints work with: one model, its tokenizer, its engine, and how it is asked."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from subspec.runtime.model.sampling import Sampling
+from subspec.runtime.server.admission import Admission
+from subspec.runtime.server.chat_events import Chat
+from subspec.runtime.server.metrics import Metrics
+from subspec.runtime.server.model_info import ModelInfo
+from subspec.runtime.text.tokenizer import ChatTokenizer
+
+
+@dataclass(frozen=True)
+class Service:
+    model: ModelInfo
+    tokenizer: ChatTokenizer
+    engine: Admission
+    chat: Chat
+    metrics: Metrics
+    sampling: Sampling = Sampling()  # of requests that do not say
+    refuse_unknown: bool = False  # fields of requests
+    template_caps: Mapping[str, bool] = field(default_factory=dict)

@@ -1,0 +1,205 @@
+"""The life of a server process: it listens, loads, answers, drains and ends."""
+
+import asyncio
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import Timer
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.common.signals import take
+from subspec.runtime.server.admission import Admission, engine_failed, shutting_down
+from subspec.runtime.server.generation import Status
+
+MOST_CONNECTIONS = 512
+IDLE_SECONDS = 15.0  # of a connection that has sent no whole request
+FINISH_SECONDS = 1  # for the last bytes of responses, once their answers have ended
+CLOSE_SECONDS = 2.0  # for the engine to give its memory back
+WATCH_SECONDS = 0.2
+FAILED_SECONDS = 4.0  # from the engine's failure to the end of the process, at most
+
+Progress = Callable[[str, float], None]
+
+
+class Server(uvicorn.Server):
+    """uvicorn, which leaves the signals to `run`."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0: a free one. Raises SubspecError(RESOURCES)."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=1024)
+    except (OSError, OverflowError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise SubspecError(
+            Exit.RESOURCES,
+            f"cannot listen on {host} port {port}: {reason}",
+            "give another --host or --port; --port 0 takes a free one",
+        ) from None
+
+
+def address_of(listening: socket.socket) -> str:
+    host, port = listening.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def serve(
+    app: ASGIApp,
+    admission: Admission,
+    listening: socket.socket,
+    shutdown_seconds: float,
+    told: Callable[[Status], None],
+) -> Exit:
+    """Answers until a signal comes or the engine fails. told: the engine's status, now and then.
+    A second signal ends the process at once.
+
+    Returns OK after a clean drain; HANGUP, INTERRUPTED or TERMINATED if answers were cut. Raises
+    SubspecError: UNEXPECTED if the engine failed, and if it could not load its own.
+    """
+    return asyncio.run(run(app, admission, listening, shutdown_seconds, told))
+
+
+async def run(
+    app: ASGIApp,
+    admission: Admission,
+    listening: socket.socket,
+    shutdown_seconds: float,
+    told: Callable[[Status], None],
+) -> Exit:
+    config = uvicorn.Config(
+        app,
+        http="h11",
+        ws="none",
+        loop="asyncio",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        limit_concurrency=MOST_CONNECTIONS,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=FINISH_SECONDS,
+    )
+    server = Server(config)
+    with first_signal() as signalled:
+        serving = asyncio.create_task(server.serve(sockets=[listening]))
+        sweeping = asyncio.create_task(close_idle(server))
+        watching = asyncio.create_task(until_failed(admission, told))
+        admission.engine.start()
+        first: set[asyncio.Future[Any]] = {signalled, watching, serving}
+        await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
+        was_ready = watching.result() if watching.done() else True
+        for task in (sweeping, watching):
+            task.cancel()
+        code = await ended(admission, signalled, shutdown_seconds)
+        server.should_exit = True
+        await serving
+        error = admission.engine.status.error
+        await closed(admission, code)
+    if code == Exit.UNEXPECTED and error is not None:
+        why = Exit.UNEXPECTED if was_ready else error.exit_code
+        raise SubspecError(why, error.message, error.hint)
+    return code
+
+
+async def ended(
+    admission: Admission, signalled: "asyncio.Future[int]", shutdown_seconds: float
+) -> Exit:
+    """Every answer has ended, by itself or with an error."""
+    if admission.engine.status.phase == "failed" or not signalled.done():
+        last = Timer(FAILED_SECONDS, os._exit, (int(Exit.UNEXPECTED),))
+        last.daemon = True  # whatever an engine in an unknown state may wait for
+        last.start()
+        admission.closing = True
+        admission.cut(engine_failed())
+        await admission.drained(FINISH_SECONDS)
+        return Exit.UNEXPECTED
+    admission.closing = True
+    if await admission.drained(shutdown_seconds):
+        return Exit.OK
+    admission.cut(shutting_down())
+    await admission.drained(FINISH_SECONDS)
+    return Exit(128 + signalled.result())
+
+
+async def closed(admission: Admission, code: Exit) -> None:
+    """The engine has given its memory back. If it cannot, because it computes or has died, the
+    process ends here."""
+    try:
+        async with asyncio.timeout(CLOSE_SECONDS):
+            await admission.engine.close(0)
+    except TimeoutError:
+        os._exit(int(code))
+
+
+@contextmanager
+def first_signal() -> Iterator["asyncio.Future[int]"]:
+    """A future with the number of the first signal. A second one ends the process at once."""
+    loop = asyncio.get_running_loop()
+    signalled: asyncio.Future[int] = loop.create_future()
+    arrived = False
+
+    def note(number: int) -> None:
+        if not signalled.done():
+            signalled.set_result(number)
+
+    def arrive(number: int, frame: FrameType | None) -> None:
+        nonlocal arrived
+        if arrived:
+            os._exit(128 + number)
+        arrived = True
+        loop.call_soon_threadsafe(note, number)
+
+    before = take(arrive)
+    try:
+        yield signalled
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+async def until_failed(admission: Admission, told: Callable[[Status], None]) -> bool:
+    """Ends when the engine has failed; returns whether it had been ready."""
+    was_ready = False
+    while (status := admission.engine.status).phase != "failed":
+        was_ready = was_ready or status.phase == "ready"
+        told(status)
+        await asyncio.sleep(WATCH_SECONDS)
+    return was_ready
+
+
+async def close_idle(server: uvicorn.Server) -> None:
+    """Closes connections on which no request is being answered, IDLE_SECONDS after the first look
+    that found them so: uvicorn waits for a request's head for ever."""
+    since: dict[H11Protocol, float] = {}
+    while True:
+        await asyncio.sleep(IDLE_SECONDS / 5)
+        now = time.monotonic()
+        connections = server.server_state.connections
+        idle = [one for one in connections if isinstance(one, H11Protocol) and waits(one)]
+        since = {one: since.get(one, now) for one in idle}
+        for connection in idle:
+            if now - since[connection] >= IDLE_SECONDS:
+                connection.transport.close()
+
+
+def waits(connection: H11Protocol) -> bool:
+    """Whether a connection has never had a whole head of a request, or has a part of another one.
+    Between two requests uvicorn's own, longer timeout counts."""
+    if connection.cycle is None:
+        return True
+    return connection.cycle.response_complete and connection.timeout_keep_alive_task is None

@@ -1,0 +1,187 @@
+"""The life of a server process on a real socket: it loads, answers, drains, is cut, fails."""
+
+import http.client
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+
+PROGRAM = Path(__file__).parents[2] / "scripted_server.py"
+CHAT = "/v1/chat/completions"
+BODY = {"messages": [{"role": "user", "content": "Hi"}]}
+STREAMED = {**BODY, "stream": True}
+SLOW = {"pause_seconds": 0.1, "num_words": 10}
+
+
+@dataclass
+class Process:
+    child: "subprocess.Popen[str]"
+    lines: list[str] = field(default_factory=list)
+    host: str = ""
+    connections: list[http.client.HTTPConnection] = field(default_factory=list)
+
+    def wait_for(self, text: str, seconds: float = 60) -> str:
+        """The first line of stderr with `text`."""
+        limit = time.monotonic() + seconds
+        while time.monotonic() < limit:
+            if found := next((line for line in self.lines if text in line), None):
+                return found
+            time.sleep(0.01)
+        raise AssertionError(f"no {text!r} in {self.lines}")
+
+    def ask(self, path: str, body: object = None) -> tuple[int, str]:
+        connection = self.begin(path, body)
+        response = connection.getresponse()
+        return response.status, response.read().decode()
+
+    def begin(self, path: str, body: object = None) -> http.client.HTTPConnection:
+        connection = http.client.HTTPConnection(self.host, timeout=30)
+        self.connections.append(connection)
+        raw = None if body is None else json.dumps(body)
+        headers = {} if raw is None else {"content-type": "application/json"}
+        connection.request("GET" if raw is None else "POST", path, raw, headers)
+        return connection
+
+    def end(self, seconds: float = 20) -> int:
+        return self.child.wait(seconds)
+
+
+@contextmanager
+def process(**life: Any) -> Iterator[Process]:
+    command = [sys.executable, str(PROGRAM), json.dumps(life)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as child:
+        found = Process(child)
+        assert child.stderr is not None
+
+        def read() -> None:
+            for line in child.stderr or ():
+                found.lines.append(line)
+
+        reader = Thread(target=read)
+        reader.start()
+        try:
+            line = found.wait_for("listening")
+            address = re.search(r"http://(127\.0\.0\.1:[0-9]+)", line)
+            assert address is not None
+            found.host = address[1]
+            yield found
+        finally:
+            if child.poll() is None:
+                child.kill()
+            reader.join()
+            for connection in found.connections:
+                connection.close()
+
+
+def test_it_lives_while_it_loads_says_when_it_is_ready_and_ends_cleanly() -> None:
+    with process(load_seconds=2.0) as server:
+        assert server.ask("/health")[0] == 200
+        status, body = server.ask("/health/ready")
+        assert status == 503 and "Loading model" in body
+        assert server.ask(CHAT, BODY)[0] == 503
+        assert "org/model 512 2" in server.wait_for(" ready ")
+        assert server.ask("/health/ready")[0] == 200
+        status, body = server.ask(CHAT, BODY)
+        assert status == 200 and json.loads(body)["choices"][0]["message"]["content"]
+        server.child.send_signal(signal.SIGTERM)
+        assert server.end() == 0
+
+
+def test_a_stream_that_runs_is_finished_and_no_request_is_taken_meanwhile() -> None:
+    with process(**SLOW) as server:
+        server.wait_for(" ready ")
+        response = server.begin(CHAT, STREAMED).getresponse()
+        assert response.readline().startswith(b"data: ")
+        server.child.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+        status, body = server.ask("/health/ready")
+        assert status == 503 and "shutting down" in body
+        assert server.ask(CHAT, BODY)[0] == 503
+        assert response.read().endswith(b"data: [DONE]\n\n")
+        assert server.end() == 0
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_what_does_not_end_in_time_is_cut_with_an_error(number: int, code: int) -> None:
+    with process(shutdown_seconds=0.3, pause_seconds=0.5) as server:
+        server.wait_for(" ready ")
+        response = server.begin(CHAT, STREAMED).getresponse()
+        whole = server.begin(CHAT, BODY)
+        response.readline()
+        server.child.send_signal(number)
+        blocks = response.read().decode().strip().split("\n\n")
+        error = json.loads(blocks[-1].removeprefix("data: "))["error"]
+        assert error["message"] == "the server is shutting down"
+        refused = whole.getresponse()
+        assert refused.status == 503 and b"shutting down" in refused.read()
+        assert server.end() == code
+
+
+def test_a_second_signal_ends_it_at_once() -> None:
+    with process(pause_seconds=5.0) as server:
+        server.wait_for(" ready ")
+        server.begin(CHAT, STREAMED).getresponse()
+        server.child.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        assert server.child.poll() is None
+        server.child.send_signal(signal.SIGTERM)
+        assert server.end(2) == 143
+
+
+def test_a_signal_while_it_loads_ends_it() -> None:
+    with process(load_seconds=None) as server:
+        assert server.ask("/health")[0] == 200
+        server.child.send_signal(signal.SIGTERM)
+        assert server.end(5) == 0
+
+
+def test_an_engine_that_fails_ends_the_answers_and_the_process() -> None:
+    with process(fail_seconds=1.5, pause_seconds=5.0) as server:
+        server.wait_for(" ready ")
+        response = server.begin(CHAT, STREAMED).getresponse()
+        began = time.monotonic()
+        assert "the engine has failed" in response.read().decode()
+        assert server.end(10) == 1
+        assert time.monotonic() - began < 1.5 + 5
+        server.wait_for("error: a digest does not match")
+
+
+def test_an_engine_that_cannot_load_ends_the_process_with_its_own_code() -> None:
+    with process(load_seconds=None, fail_seconds=0.5) as server:
+        assert server.end(10) == 4
+        server.wait_for("error: a digest does not match")
+
+
+def test_a_connection_without_a_request_is_closed_and_an_answer_is_not() -> None:
+    with process(idle_seconds=1.0, pause_seconds=0.4) as server:
+        server.wait_for(" ready ")
+        host, port = server.host.split(":")
+        with socket.create_connection((host, int(port))) as silent:
+            silent.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: ")
+            silent.settimeout(10)
+            stream = server.begin(CHAT, STREAMED).getresponse()
+            assert silent.recv(1) == b""
+        assert stream.read().endswith(b"data: [DONE]\n\n")
+
+
+def test_the_log_is_json_a_line_and_what_a_client_sends_breaks_none() -> None:
+    with process(log_format="json") as server:
+        server.wait_for('"ready"')
+        server.ask("/v1/%0a%1b%5b2Jx")
+        line = json.loads(server.wait_for('"request"'))
+        assert line["path"] == "'/v1/\\n\\x1b[2Jx'" and line["status"] == 404
+        assert {"time", "level", "message", "method", "seconds", "id"} <= set(line)
+        server.child.send_signal(signal.SIGTERM)
+        assert server.end() == 0
+        assert all(json.loads(line) for line in server.lines)

@@ -1,0 +1,88 @@
+"""A server process with a scripted engine, for tests of its life: what it does while it loads, when
+it is told to end, and when its engine fails.
+
+    python tests/scripted_server.py '{"load_seconds": 1}'
+"""
+
+import json
+import socket
+import sys
+import time
+from dataclasses import dataclass
+
+from scripted_generator import Script
+from served import CONTEXT, ScriptedEngine, model_of, scripted_chat
+
+from subspec.artifacts.common.command import leave, reported
+from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.common.signals import end_at_once
+from subspec.planner.model.hub import DEMO
+from subspec.runtime.server import serving
+from subspec.runtime.server.assembly import Settings, serve_engine
+from subspec.runtime.server.generation import Status
+from subspec.runtime.text.tokenizer import load_tokenizer
+
+
+@dataclass(frozen=True)
+class Life:
+    """load_seconds: None: for ever. fail_seconds: after the start, if at all."""
+
+    load_seconds: float | None = 0.0
+    fail_seconds: float | None = None
+    pause_seconds: float = 0.0  # before each token
+    num_words: int = 20
+    shutdown_seconds: float = 30.0
+    idle_seconds: float = 15.0
+    log_format: str = "text"
+
+
+class TimedEngine(ScriptedEngine):
+    life: Life
+    started = 0.0
+
+    def start(self) -> None:
+        self.started = time.monotonic()
+
+    @property
+    def status(self) -> Status:
+        age = time.monotonic() - self.started
+        if self.life.fail_seconds is not None and age > self.life.fail_seconds:
+            return Status("failed", error=SubspecError(Exit.CORRUPT, "a digest does not match"))
+        if self.life.load_seconds is None or age < self.life.load_seconds:
+            return Status("loading", "weights", 0.5)
+        return Status("ready")
+
+    @status.setter
+    def status(self, value: Status) -> None:
+        pass
+
+
+@reported
+def main(life: Life) -> None:
+    serving.IDLE_SECONDS = life.idle_seconds
+    tokenizer = load_tokenizer(DEMO)
+    script = Script("word " * life.num_words, largest_round=1, pause_seconds=life.pause_seconds)
+    engine = TimedEngine(tokenizer, [script])
+    engine.life = life
+    assert CONTEXT > 2 * life.num_words
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        code = serve_engine(
+            Settings(
+                shutdown_seconds=life.shutdown_seconds,
+                log_format="json" if life.log_format == "json" else "text",
+            ),
+            model_of(tokenizer),
+            tokenizer,
+            engine,
+            lambda generator: scripted_chat(generator, tokenizer, [], ()),
+            {},
+            listening,
+            lambda stage, share: None,
+        )
+    if code != Exit.OK:
+        leave(code)
+
+
+if __name__ == "__main__":
+    end_at_once()
+    main(life=Life(**json.loads(sys.argv[1])))
