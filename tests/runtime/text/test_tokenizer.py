@@ -11,12 +11,8 @@ from transformers import AutoTokenizer
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.planner.model.hub import DEMO
-from subspec.runtime.text.tokenizer import (
-    ChatTokenizer,
-    Decoder,
-    StreamingDetokenizer,
-    load_tokenizer,
-)
+from subspec.runtime.text.detokenizer import Decoder, StreamingDetokenizer
+from subspec.runtime.text.tokenizer import ChatTokenizer, load_tokenizer
 
 TRICKY = [
     "café",
@@ -373,3 +369,53 @@ def test_a_token_that_the_model_does_not_know_is_named(demo: ChatTokenizer) -> N
     with pytest.raises(SubspecError, match="'<.im_end.>', id [0-9]+, but .* vocab_size, 1$") as one:
         demo.check_known([0, demo.tokenizer.token_to_id("<|im_end|>")], 1)
     assert one.value.exit_code == Exit.USAGE
+
+
+# Special tokens that are shown, and places where stop texts do not count
+
+
+def in_pieces(printer: StreamingDetokenizer, ids: list[int]) -> list[str]:
+    return [*(printer.feed([token]) for token in ids), printer.finish()]
+
+
+def test_a_shown_special_token_is_part_of_the_text_where_it_stands(demo: ChatTokenizer) -> None:
+    written = "a<|im_start|>🙂<|im_start|><|im_end|>b"
+    ids = demo.tokenizer.encode(written, add_special_tokens=False).ids
+    printer = StreamingDetokenizer(demo, shown=frozenset({"<|im_start|>"}))
+    assert "".join(in_pieces(printer, ids)) == written.replace("<|im_end|>", "")
+    cut = demo.tokenizer.encode("🙂").ids[:1]
+    start = demo.tokenizer.token_to_id("<|im_start|>")
+    printer = StreamingDetokenizer(demo, shown=frozenset({"<|im_start|>"}))
+    assert "".join(in_pieces(printer, [*cut, start, *cut])).startswith("\ufffd<|im_start|>")
+
+
+def test_a_stop_text_may_have_shown_and_hidden_special_tokens_in_it(demo: ChatTokenizer) -> None:
+    ids = demo.tokenizer.encode("ab<|im_start|>c<|im_end|>d", add_special_tokens=False).ids
+    shown = frozenset({"<|im_start|>"})
+    for stop in ("b<|im_start|>c", "b<|im_start|>c<|im_end|>"):
+        printer = StreamingDetokenizer(demo, (stop,), shown=shown)
+        assert "".join(in_pieces(printer, ids)) == "a" and printer.stop_text == stop
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("<t>x stop</t> y stop z", "<t>x stop</t> y "),
+        ("a<t>stop</t><t>stop</t>bstop", "a<t>stop</t><t>stop</t>b"),
+        ("stop<t>", ""),
+        ("a<t> stop", "a<t> stop"),
+        ("a<t stop", "a<t "),
+        ("<t>st</t>op stop", "<t>st</t>op "),
+        ("ast<t>op</t>stop", "ast<t>op</t>"),
+    ],
+)
+def test_a_stop_text_does_not_count_within_such_a_pair(
+    demo: ChatTokenizer, written: str, said: str
+) -> None:
+    ids = byte_ids(demo.tokenizer, written)
+    printer = StreamingDetokenizer(demo, ("no such", "stop"), unstopped=[("<t>", "</t>")])
+    assert "".join(in_pieces(printer, ids)) == said == printer.text
+    assert printer.stopped == (said != written)
+    inside = StreamingDetokenizer(demo, ("stop",), unstopped=[("", "</t>"), ("<t>", "</t>")])
+    pieces = in_pieces(inside, byte_ids(demo.tokenizer, "stop </t>" + written))
+    assert "".join(pieces) == "stop </t>" + said
