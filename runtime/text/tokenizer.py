@@ -1,9 +1,11 @@
 """Text -> token ids: chat template and tokenizer. The way back is detokenizer.py."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -18,6 +20,8 @@ TEMPLATE = "chat_template.jinja"
 KNOWN_SETTINGS = ("special_tokens", "begins_with_bos")
 LARGEST_TOKENIZER = 128 << 20  # bytes; the largest known has 35 MB
 LARGEST_TEMPLATE = 1 << 20
+DEEPEST = 100  # lists and objects within each other in what a template is given
+SEPARATOR = "\ud800"  # half a character, which texts do not have
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,18 @@ class Settings:
 
     special_tokens: dict[str, str | None] = field(default_factory=dict)
     begins_with_bos: bool = False  # False: tokenizer.json's own post-processor decides
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What a chat template is given. messages and tools: as in OpenAI's chat form, except that the
+    arguments of tool calls are objects where the template takes them so. enable_thinking,
+    reasoning_effort: None: the template's own default."""
+
+    messages: Sequence[dict[str, Any]]
+    tools: Sequence[dict[str, Any]] = ()
+    enable_thinking: bool | None = None
+    reasoning_effort: str | None = None
 
 
 @dataclass(frozen=True)
@@ -43,7 +59,11 @@ class ChatTokenizer:
         messages are joined as plain text. Raises SubspecError as `render` does."""
         if self.template is None:
             return self.plain_ids("\n\n".join(message["content"] for message in messages))
-        return self._encode(self.render(messages), add_special_tokens=False)
+        return self.rendered_ids(self.render(messages))
+
+    def rendered_ids(self, text: str) -> list[int]:
+        """What a chat template has made -> ids, special tokens in it included."""
+        return self._encode(text, add_special_tokens=False)
 
     def plain_ids(self, text: str) -> list[int]:
         """Text -> ids, special tokens in it included, with one bos first if the model uses it."""
@@ -69,21 +89,27 @@ class ChatTokenizer:
     def render(self, messages: list[dict[str, str]]) -> str:
         """Messages -> text. Raises SubspecError: USAGE if the template refuses them, CORRUPT if it
         fails."""
-        safe = [{**m, "content": self._without_control_tokens(m["content"])} for m in messages]
-        known = {name: token for name, token in self.special_tokens.items() if token is not None}
-        variables = {"messages": safe, "tools": None, "documents": None, **known}
-        return render(self.template or "", {**variables, "add_generation_prompt": True})
+        return render(self.template or "", self.template_variables(Conversation(messages)))
 
-    def _without_control_tokens(self, content: str) -> str:
-        """Split special tokens in a message by a zero-width space, so that they are tokenized as
-        ordinary text and a user cannot forge turns."""
-        for token in self.tokenizer.get_added_tokens_decoder().values():
-            if token.special and len(token.content) > 1 and token.content in content:
-                broken = token.content[0] + "\u200b" + token.content[1:]
-                content = content.replace(token.content, broken)
-        return content
+    def template_variables(self, conversation: Conversation) -> dict[str, Any]:
+        """What the template sees, without control tokens in what a person may have written: texts
+        of all roles, calls and results, tools. Raises SubspecError(USAGE)."""
+        given = {"messages": [*conversation.messages], "tools": [*conversation.tools] or None}
+        chosen = {
+            "enable_thinking": conversation.enable_thinking,
+            "reasoning_effort": conversation.reasoning_effort,
+        }
+        optional = {**self.special_tokens, **chosen}
+        known = {name: value for name, value in optional.items() if value is not None}
+        safe = without_control_tokens(given, self._control_tokens)
+        return {"documents": None, **known, **safe, "add_generation_prompt": True}
+
+    @cached_property
+    def _control_tokens(self) -> tuple[str, ...]:
+        return tuple(one for one in special_tokens(self.tokenizer).values() if len(one) > 1)
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        check_characters(text)
         try:
             ids: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         except Exception as error:  # tokenizers raises bare Exception
@@ -127,6 +153,57 @@ def _read(path: Path, most: int) -> bytes:
                 Exit.CORRUPT, f"{path.name} is {size} bytes, expected at most {most}"
             )
         return file.read()
+
+
+def without_control_tokens(value: Any, control_tokens: Sequence[str]) -> Any:
+    """The same JSON value with special tokens in its texts and keys split by a zero-width space, so
+    that they are tokenized as ordinary text and a user cannot forge turns. Raises SubspecError
+    (USAGE) for half a character, and for a value that is nested too deeply."""
+    texts = [*texts_of(value)]
+    check_characters("".join(texts))
+    whole = SEPARATOR.join(texts)  # in one text: a client may send very many
+    for token in control_tokens:
+        if token in whole:
+            whole = whole.replace(token, token[0] + "\u200b" + token[1:])
+    return with_texts(value, iter(whole.split(SEPARATOR)))
+
+
+def texts_of(value: Any, depth: int = 0) -> Iterator[str]:
+    """Texts and keys in a JSON value, in order."""
+    if depth > DEEPEST:
+        message = f"the messages or tools are nested more than {DEEPEST} deep"
+        raise SubspecError(Exit.USAGE, message, "send less deeply nested JSON")
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield key
+            yield from texts_of(item, depth + 1)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from texts_of(item, depth + 1)
+
+
+def with_texts(value: Any, texts: Iterator[str]) -> Any:
+    """The same value with other texts in the order of `texts_of`."""
+    if isinstance(value, str):
+        return next(texts)
+    if isinstance(value, dict):
+        return {next(texts): with_texts(item, texts) for item in value.values()}
+    if isinstance(value, (list, tuple)):
+        return [with_texts(item, texts) for item in value]
+    return value
+
+
+def check_characters(text: str) -> None:
+    """Raises SubspecError(USAGE) for half a surrogate pair, which no tokenizer can encode."""
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            half = f"U+{ord(text[error.start]):04X}"
+            message = f"cannot encode the text: it has {half}, half of a surrogate pair"
+            raise SubspecError(Exit.USAGE, message, "send whole characters") from None
 
 
 def special_tokens(tokenizer: Tokenizer) -> dict[int, str]:
