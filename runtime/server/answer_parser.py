@@ -28,7 +28,8 @@ class AnswerParser:
         tool_format: ToolFormat | None,
         tools: Sequence[dict[str, Any]] = (),
     ) -> None:
-        self.is_reasoning = is_reasoning
+        self.is_reasoning = is_reasoning  # the text that comes next is reasoning
+        self.has_reasoned = is_reasoning
         self._reasoning = reasoning
         self._tool_format = tool_format
         self._calls = Calls(tuple(tools))
@@ -69,7 +70,7 @@ class AnswerParser:
         self._space = yield from feed.skip_space()
         if (yield from feed.begins(form.begin)) is not None:  # perhaps once more than the prompt
             feed.take(len(form.begin))
-            self.is_reasoning = True
+            self.is_reasoning = self.has_reasoned = True
         if not self.is_reasoning:
             return
         if (yield from feed.begins(form.after_begin)) is not None:
@@ -85,8 +86,8 @@ class AnswerParser:
             yield from self._read_call(mark, self._reason)
         if mark is not None:
             feed.take(len(mark))
-            yield from feed.skip_space()
             self.is_reasoning = False
+            yield from feed.skip_space()
         self._space = ""
 
     def _read_answer(self) -> Wait:

@@ -2,8 +2,9 @@
 and messages.py translate their JSON to and from these, chat.py does the work in between.
 """
 
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from subspec.runtime.model.sampling import Sampling, TokenLogprobs
 from subspec.runtime.server.generation import Outcome
@@ -91,3 +92,25 @@ class ChatEnd:
 
 
 ChatEvent = ReasoningDelta | TextDelta | ToolCallStart | ToolCallDelta | ChatEnd
+
+
+class ChatAnswer(Protocol):
+    """Answer to a chat request that was submitted. Iterate it to the end, or cancel it."""
+
+    def __aiter__(self) -> AsyncIterator[ChatEvent]:
+        """Raises SubspecError if the engine fails."""
+        ...
+
+    @property
+    def queue_position(self) -> int:
+        """As Generation's."""
+        ...
+
+    def cancel(self) -> None:
+        """As Generation's."""
+        ...
+
+
+# Renders the template, makes tokens and a grammar, and submits them. Raises SubspecError (USAGE for
+# what the client can change) and QueueFull.
+Chat = Callable[[ChatRequest], Awaitable[ChatAnswer]]

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Protocol
 
+from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.runtime.model.sampling import TokenLogprobs
 from subspec.runtime.sequence import FinishReason, GenerationParams, Stats
 
@@ -74,6 +75,20 @@ class Generation(Protocol):
 class QueueFull(Exception):
     num_waiting: int
     retry_after_seconds: int
+
+
+class PromptTooLong(SubspecError):
+    """OpenAI's context_length_exceeded."""
+
+    def __init__(self, num_tokens: int, context: int) -> None:
+        super().__init__(
+            Exit.USAGE,
+            f"the prompt has {num_tokens} tokens, expected at most {context - 1}: the context has "
+            f"room for {context}, and the answer needs one",
+            "shorten the messages",
+        )
+        self.num_tokens = num_tokens
+        self.context = context
 
 
 class Generator(Protocol):

@@ -33,3 +33,8 @@ def ends_in_reasoning(prompt: str, form: ReasoningFormat) -> bool:
     """Whether the answer to a rendered prompt begins within the reasoning."""
     prompt = prompt.rstrip()
     return prompt.endswith((form.begin, form.begin + form.after_begin))
+
+
+def has_ended_reasoning(prompt: str, form: ReasoningFormat) -> bool:
+    """Whether a rendered prompt says already that there is no reasoning to come."""
+    return prompt.rstrip().endswith(form.end)
