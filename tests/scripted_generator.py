@@ -18,7 +18,8 @@ from subspec.runtime.server.generation import (
     Piece,
     QueueFull,
 )
-from subspec.runtime.text.tokenizer import ChatTokenizer, StreamingDetokenizer
+from subspec.runtime.text.detokenizer import StreamingDetokenizer
+from subspec.runtime.text.tokenizer import ChatTokenizer
 
 ROUND_SECONDS = 0.01  # that each round is said to have taken
 
@@ -97,7 +98,13 @@ class ScriptedGeneration:
         room = self._generator.context - len(request.prompt_ids)
         most = min(room, request.params.max_tokens)
         at_most: FinishReason = "length" if request.params.max_tokens <= room else "context"
-        detokenizer = StreamingDetokenizer(tokenizer, request.stop, request.prompt_ids)
+        detokenizer = StreamingDetokenizer(
+            tokenizer,
+            request.stop,
+            request.prompt_ids,
+            request.shown,
+            request.unstopped,
+        )
         rounds = list[int]()
         reason: FinishReason | None = None
         while reason is None:
@@ -124,7 +131,7 @@ class ScriptedGeneration:
             rounds.append(len(round_ids))
             if reason is not None:
                 text += detokenizer.finish()
-                self._outcome = self._end(reason, rounds)
+                self._outcome = self._end(reason, detokenizer.stop_text, rounds)
             yield Piece(text, tuple(round_ids), self._logprobs(round_ids))
 
     def _push(self, round_ids: list[int]) -> None:
@@ -147,7 +154,7 @@ class ScriptedGeneration:
             for token in round_ids
         )
 
-    def _end(self, reason: FinishReason, rounds: list[int]) -> Outcome:
+    def _end(self, reason: FinishReason, stop_text: str | None, rounds: list[int]) -> Outcome:
         stats = Stats(
             "substitute",
             prompt_tokens=len(self.request.prompt_ids),
@@ -158,10 +165,4 @@ class ScriptedGeneration:
             draft_seconds=ROUND_SECONDS * len(rounds) / 2,
             verify_seconds=ROUND_SECONDS * len(rounds) / 2,
         )
-        stop_text = None
-        if reason == "stop":
-            said = self._generator.tokenizer.tokenizer.decode(
-                self.token_ids, skip_special_tokens=False
-            )
-            stop_text = next((one for one in self.request.stop if one in said), None)
         return Outcome(reason, stop_text, stats, 0.0, ROUND_SECONDS * len(rounds), None)

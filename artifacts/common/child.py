@@ -13,13 +13,19 @@ PATIENCE_SECONDS = 3.0  # between SIGTERM and SIGKILL
 def child_process(command: Sequence[str]) -> "Iterator[subprocess.Popen[bytes]]":
     """A child with pipes, in a process group of its own: Ctrl-C reaches only its parent. An error
     in the block, or a signal, ends the whole group. Raises OSError if it cannot be started."""
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, process_group=0) as child:
+    with start_child(command) as child:
         try:
             yield child
         except BaseException:
             end_group(child)
             raise
+
+
+def start_child(command: Sequence[str]) -> "subprocess.Popen[bytes]":
+    """The same for a child that outlives a block: the caller ends it, with `end_group` if it may
+    not end by itself."""
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, process_group=0)
 
 
 def run_child(

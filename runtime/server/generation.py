@@ -19,6 +19,10 @@ class GenerationRequest:
     prompt_ids: tuple[int, ...]
     params: GenerationParams
     stop: tuple[str, ...] = ()  # texts that end the answer and are no part of it
+    # As in StreamingDetokenizer: special tokens that are part of the text, and texts between which
+    # stop texts do not count.
+    shown: frozenset[str] = frozenset()
+    unstopped: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)

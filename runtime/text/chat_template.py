@@ -2,7 +2,7 @@
 
 jinja2's sandbox keeps a template from running Python, but not from looping forever or building
 gigabytes; a child can be stopped. This file is also the child's program, which imports jinja2 but
-not torch. It takes about 60 ms.
+not torch. It starts in about 60 ms; one that renders many takes a few ms each.
 """
 
 import json
@@ -10,55 +10,144 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
+from contextlib import suppress
 from datetime import datetime
-from typing import Any
+from functools import lru_cache
+from typing import Any, BinaryIO
 
-from jinja2 import TemplateError, nodes
+from jinja2 import Template, TemplateError, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from subspec.artifacts.common.child import run_child
+from subspec.artifacts.common.child import end_group, start_child
 from subspec.artifacts.common.errors import Exit, SubspecError
 
-CPU_SECONDS = 2
+CPU_SECONDS = 2  # for each render
 WALL_SECONDS = 60  # for an overloaded machine, where waiting takes no CPU seconds
 MEMORY_BYTES = 512 << 20  # of address space; Python and jinja2 take 40 MB
+RETIRING_BYTES = 128 << 20  # a child that has taken as much serves no other render
 LONGEST_TEXT = 4 << 20  # characters that a template may produce
 LONGEST_MESSAGE = 500  # characters of a template's own error
+CHILD = (sys.executable, "-P", __file__)  # -P: import nothing from this folder
+
+
+class TemplateWorker:
+    """A child that renders one request after the other. The limits hold for each of them; a child
+    that was stopped is replaced. Threads may call `render` at once and wait for each other."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def render(self, template: str, variables: dict[str, Any]) -> str:
+        """Text of the rendered template. Raises SubspecError: USAGE if the template refuses the
+        variables (raise_exception) or they are nested too deeply, CORRUPT if it fails, RESOURCES if
+        no process can be started."""
+        try:
+            request = json.dumps({"template": template, "variables": variables}).encode()
+        except RecursionError:
+            raise SubspecError(Exit.USAGE, "the messages or tools are nested too deeply") from None
+        with self._lock:
+            reply = self._ask(request + b"\n")
+        if "refused" in reply:
+            raise SubspecError(
+                Exit.USAGE,
+                f"the model's chat template refuses this: {reply['refused']}",
+                "change the messages, or continue the text as it is with --raw",
+            )
+        if "failed" in reply:
+            raise _failed(reply["failed"])
+        return reply["text"]
+
+    def close(self) -> None:
+        """Ends the child. It may be asked again: another one is started then."""
+        with self._lock:
+            self._end_child()
+
+    def __enter__(self) -> "TemplateWorker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _ask(self, request: bytes) -> dict[str, str]:
+        if self._child is not None and self._child.poll() is not None:
+            self._end_child()
+        if self._child is None:
+            self._child = _started()
+        child, late = self._child, threading.Event()
+
+        def stop() -> None:
+            late.set()
+            end_group(child)
+
+        timer = threading.Timer(WALL_SECONDS, stop)
+        timer.start()
+        try:
+            line = _exchange(child, request)
+        except BaseException:
+            end_group(child)
+            self._end_child()
+            raise
+        finally:
+            timer.cancel()
+        if not line.endswith(b"\n"):
+            status = child.wait()
+            self._end_child()
+            raise _stopped(status, late.is_set())
+        reply: dict[str, str] = json.loads(line)
+        if reply.pop("retires", None):
+            self._end_child()
+        return reply
+
+    def _end_child(self) -> None:
+        """It ends by itself when nobody can ask it."""
+        if self._child is not None:
+            with self._child, suppress(BrokenPipeError):
+                assert self._child.stdin is not None
+                self._child.stdin.close()
+            self._child = None
 
 
 def render(template: str, variables: dict[str, Any]) -> str:
-    """Text of the rendered template. Raises SubspecError: USAGE if the template refuses the
-    variables (raise_exception), CORRUPT if it fails, RESOURCES if no process can be started."""
-    request = json.dumps({"template": template, "variables": variables})
-    child = [sys.executable, "-P", __file__]  # -P: import nothing from this folder
+    """The same in a child for this one render."""
+    with TemplateWorker() as worker:
+        return worker.render(template, variables)
+
+
+def _started() -> "subprocess.Popen[bytes]":
     try:
-        done = run_child(child, request.encode(), WALL_SECONDS)
-    except subprocess.TimeoutExpired:
-        raise _failed(f"it ran for more than {WALL_SECONDS} s") from None
+        return start_child(CHILD)
     except OSError as error:
         raise SubspecError(
             Exit.RESOURCES, f"no process could be started: {error.strerror}", "close other programs"
         ) from None
-    if done.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
-        raise _failed(f"it computed for more than {CPU_SECONDS} s")
-    if done.returncode != 0:  # it was killed, or had no memory to start: a template cannot do that
-        raise SubspecError(
-            Exit.RESOURCES,
-            f"the process that renders the chat template ended with {done.returncode}",
-            "close other programs, or continue the PROMPT without the template: --raw",
-        )
-    reply: dict[str, str] = json.loads(done.stdout)
-    if "refused" in reply:
-        raise SubspecError(
-            Exit.USAGE,
-            f"the model's chat template refuses this: {reply['refused']}",
-            "change the messages, or continue the text as it is with --raw",
-        )
-    if "failed" in reply:
-        raise _failed(reply["failed"])
-    return reply["text"]
+
+
+def _exchange(child: "subprocess.Popen[bytes]", request: bytes) -> bytes:
+    """The reply's line; what there is of it if the child has ended."""
+    assert child.stdin is not None and child.stdout is not None
+    with suppress(BrokenPipeError):
+        child.stdin.write(request)
+        child.stdin.flush()
+        return child.stdout.readline()
+    return b""
+
+
+def _stopped(status: int, is_late: bool) -> SubspecError:
+    """Why a child has ended without a reply."""
+    if is_late:
+        return _failed(f"it ran for more than {WALL_SECONDS} s")
+    if status in (-signal.SIGPROF, -signal.SIGKILL):
+        return _failed(f"it computed for more than {CPU_SECONDS} s")
+    # It was killed, or had no memory to start: a template cannot do that.
+    return SubspecError(
+        Exit.RESOURCES,
+        f"the process that renders the chat template ended with {status}",
+        "close other programs, or continue the PROMPT without the template: --raw",
+    )
 
 
 def _failed(what: str) -> SubspecError:
@@ -86,12 +175,22 @@ class GenerationBlock(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def serve() -> None:
-    """Read one request from stdin, write one reply to stdout."""
+def serve(requests: BinaryIO) -> None:
+    """Read one request from each line, write one reply on each line to stdout."""
     limit(resource.RLIMIT_AS, MEMORY_BYTES)
-    limit(resource.RLIMIT_CPU, CPU_SECONDS)
-    request = json.load(sys.stdin.buffer)
-    json.dump(reply_to(request["template"], request["variables"]), sys.stdout)
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process
+    for line in requests:
+        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)  # counts CPU seconds
+        reply: dict[str, Any] = reply_to(**json.loads(line))
+        text = json.dumps({**reply, "retires": True} if is_worn() else reply)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        print(text, flush=True)
+
+
+def is_worn() -> bool:
+    """Whether this process has taken so much memory that the next render could miss it."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    return peak > RETIRING_BYTES
 
 
 def limit(kind: int, most: int) -> None:
@@ -103,17 +202,9 @@ def limit(kind: int, most: int) -> None:
 
 def reply_to(template: str, variables: dict[str, Any]) -> dict[str, str]:
     """Render with the functions and the jinja2 settings that transformers uses."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=[GenerationBlock, "jinja2.ext.loopcontrols"],
-    )
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     pieces, length = [], 0
     try:
-        for piece in environment.from_string(template).generate(**variables):
+        for piece in compiled(template).generate(**variables):
             pieces.append(piece)
             length += len(piece)
             if length > LONGEST_TEXT:
@@ -125,6 +216,20 @@ def reply_to(template: str, variables: dict[str, Any]) -> dict[str, str]:
     except Exception as error:  # a template may raise anything
         return {"failed": (str(error) or type(error).__name__)[:LONGEST_MESSAGE]}
     return {"text": "".join(pieces)}
+
+
+@lru_cache(maxsize=2)
+def compiled(template: str) -> Template:
+    """Holds nothing of what it has rendered: a template cannot change its environment."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[GenerationBlock, "jinja2.ext.loopcontrols"],
+    )
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment.from_string(template)
 
 
 def to_json(
@@ -149,4 +254,4 @@ def raise_exception(message: object) -> None:
 
 
 if __name__ == "__main__":
-    serve()
+    serve(sys.stdin.buffer)

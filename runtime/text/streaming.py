@@ -5,7 +5,8 @@ from collections.abc import Sequence as Tokens
 from dataclasses import replace
 
 from subspec.runtime.sequence import GenerationParams, Sequence
-from subspec.runtime.text.tokenizer import ChatTokenizer, StreamingDetokenizer
+from subspec.runtime.text.detokenizer import StreamingDetokenizer
+from subspec.runtime.text.tokenizer import ChatTokenizer
 
 
 class TextStream:

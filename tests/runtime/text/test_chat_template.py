@@ -1,7 +1,12 @@
 """A chat template is foreign code: what transformers makes of it, or an error within seconds."""
 
 import json
+import os
+import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +14,14 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.planner.model.hub import DEMO
-from subspec.runtime.text.chat_template import LONGEST_TEXT, render, reply_to
+from subspec.runtime.text import chat_template
+from subspec.runtime.text.chat_template import (
+    CPU_SECONDS,
+    LONGEST_TEXT,
+    TemplateWorker,
+    render,
+    reply_to,
+)
 
 # Written here in the manner of the families' own: what they lean on is in them.
 QWEN = """\
@@ -181,3 +193,86 @@ def test_a_long_but_honest_prompt_renders() -> None:
 
 def test_the_reply_is_ascii_so_that_any_locale_carries_it() -> None:
     assert json.dumps(reply_to("{{ '你' }}", {})).isascii()
+
+
+# A worker that renders many
+
+BUSY = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+ONE: list[dict[str, str]] = [{"role": "user", "content": "a"}]
+
+
+def child_of(worker: TemplateWorker) -> int:
+    assert worker._child is not None
+    return worker._child.pid
+
+
+@pytest.mark.slow
+def test_a_worker_renders_many_in_one_child_and_more_than_the_seconds_of_one() -> None:
+    """Each render has CPU seconds of its own: together they take more."""
+    half = "{% for i in range(99999) %}{% for j in range(15) %}{% endfor %}{% endfor %}done"
+    with TemplateWorker() as worker:
+        expected = reply_to(LLAMA, variables(ONE))["text"]
+        assert worker.render(LLAMA, variables(ONE)) == expected
+        pid, used = child_of(worker), 0.0
+        while used < CPU_SECONDS + 0.5:
+            assert worker.render(half, {}) == "done"
+            times = Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1].split()
+            used = (int(times[11]) + int(times[12])) / os.sysconf("SC_CLK_TCK")
+        assert child_of(worker) == pid
+
+
+def test_a_child_that_was_stopped_is_replaced() -> None:
+    with TemplateWorker() as worker:
+        for template, word in ((BUSY, "computed for more"), ("{{ 'a' * 2000000000 }}", "512 MiB")):
+            with pytest.raises(SubspecError, match=word):
+                worker.render(template, variables(ONE))
+            assert worker.render("{{ messages[0].content }}", variables(ONE)) == "a"
+        os.kill(child_of(worker), signal.SIGKILL)
+        with suppress(SubspecError):  # it may have been noticed in time
+            worker.render("a", {})
+        assert worker.render("a", {}) == "a"
+
+
+def test_a_child_that_took_much_memory_retires() -> None:
+    with TemplateWorker() as worker:
+        worker.render("a", {})
+        before = child_of(worker)
+        assert worker.render("{{ ('a' * 300000000) | length }}", {}) == "300000000"
+        assert worker.render("a", {}) == "a" and child_of(worker) != before
+
+
+def test_a_render_that_waits_too_long_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "WALL_SECONDS", 0.2)
+    with TemplateWorker() as worker, pytest.raises(SubspecError, match="ran for more than 0.2 s"):
+        worker.render(BUSY, {})
+
+
+def test_threads_share_a_worker() -> None:
+    with TemplateWorker() as worker, ThreadPoolExecutor(8) as pool:
+        texts = [*pool.map(lambda n: worker.render("{{ n }}", {"n": n}), range(50))]
+    assert texts == [str(n) for n in range(50)]
+
+
+def test_a_closed_worker_leaves_no_process() -> None:
+    worker = TemplateWorker()
+    worker.render("a", {})
+    pid = child_of(worker)
+    worker.close()
+    worker.close()
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def test_one_render_sees_nothing_of_another() -> None:
+    counting = "{% set n = namespace(i=i or 0) %}{% set n.i = n.i + 1 %}{{ n.i }}{{ x }}"
+    with TemplateWorker() as worker:
+        assert worker.render(counting, {"x": "secret"}) == "1secret"
+        assert worker.render(counting, {}) == "1"
+
+
+def test_variables_nested_too_deeply_are_a_usage_error() -> None:
+    deep: Any = []
+    for _ in range(100000):
+        deep = [deep]
+    with TemplateWorker() as worker, pytest.raises(SubspecError, match="nested too deeply") as one:
+        worker.render("a", {"tools": deep})
+    assert one.value.exit_code == Exit.USAGE

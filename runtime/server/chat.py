@@ -1,0 +1,308 @@
+"""ChatRequest -> ChatEvents: render the template, make tokens, submit them, read the answer."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
+
+from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.runtime.model.constraint import Constraint
+from subspec.runtime.model.sampling import TokenLogprobs
+from subspec.runtime.sequence import GenerationParams
+from subspec.runtime.server.answer_parser import AnswerParser
+from subspec.runtime.server.chat_events import (
+    ChatEnd,
+    ChatEvent,
+    ChatRequest,
+    ReasoningDelta,
+    TextDelta,
+    ToolCallDelta,
+    ToolCallStart,
+)
+from subspec.runtime.server.generation import (
+    Generation,
+    GenerationRequest,
+    Generator,
+    Outcome,
+    Piece,
+    PromptTooLong,
+)
+from subspec.runtime.server.reasoning import (
+    ReasoningFormat,
+    choose_reasoning,
+    ends_in_reasoning,
+    has_ended_reasoning,
+)
+from subspec.runtime.server.template_messages import template_messages
+from subspec.runtime.server.tools.formats import ToolFormat, choose_tool_format
+from subspec.runtime.text.chat_template import TemplateWorker
+from subspec.runtime.text.template_caps import TemplateCaps, find_caps
+from subspec.runtime.text.tokenizer import ChatTokenizer, Conversation, special_tokens
+
+Result = TypeVar("Result")
+NUM_THREADS = 2  # that render and tokenize; the worker renders one after the other
+
+
+@dataclass(frozen=True)
+class ChatModel:
+    """What a chat needs to know of a model, and what it works with. Close it."""
+
+    tokenizer: ChatTokenizer
+    context: int
+    vocab_size: int
+    end_tokens: frozenset[int]
+    caps: TemplateCaps
+    reasoning: ReasoningFormat | None
+    tool_format: ToolFormat | None
+    special_tokens: tuple[str, ...]
+    worker: TemplateWorker
+    threads: ThreadPoolExecutor
+
+    def close(self) -> None:
+        self.threads.shutdown(cancel_futures=True)
+        self.worker.close()
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """reasoning: how the answer may begin to reason; in_reasoning: it has begun in the prompt."""
+
+    ids: tuple[int, ...]
+    reasoning: ReasoningFormat | None
+    in_reasoning: bool
+
+
+# From a request, how the model may write calls in its answer, and the prompt. Takes up to a second
+# in a thread. Raises SubspecError(USAGE) for what cannot be honoured.
+MakeConstraint = Callable[[ChatRequest, ToolFormat | None, Prompt], Awaitable[Constraint | None]]
+
+
+def open_chat_model(
+    tokenizer: ChatTokenizer, context: int, vocab_size: int, end_tokens: frozenset[int]
+) -> ChatModel:
+    """Renders probes, which takes about 0.1 s."""
+    worker = TemplateWorker()
+    template = tokenizer.template or ""
+    try:
+        caps = find_caps(tokenizer, worker)
+    except BaseException:
+        worker.close()
+        raise
+    return ChatModel(
+        tokenizer,
+        context,
+        vocab_size,
+        end_tokens,
+        caps,
+        choose_reasoning(template),
+        choose_tool_format(template),
+        tuple(special_tokens(tokenizer.tokenizer).values()),
+        worker,
+        ThreadPoolExecutor(NUM_THREADS, "chat"),
+    )
+
+
+async def chat(
+    request: ChatRequest,
+    model: ChatModel,
+    generator: Generator,
+    make_constraint: MakeConstraint | None = None,
+) -> "ModelAnswer":
+    """The answer, which has been submitted. make_constraint: of requests that ask for one.
+
+    Raises SubspecError: USAGE for what the client can change, PromptTooLong among it, and what
+    `Generator.submit` raises.
+    """
+    check_tools(request, model)
+    prompt = await in_thread(model, lambda: make_prompt(request, model))
+    tool_format = model.tool_format if offered_tools(request) else None
+    constraint = None
+    if make_constraint is not None:
+        constraint = await make_constraint(request, tool_format, prompt)
+    elif request.output_format is not None or request.tool_choice not in ("auto", "none"):
+        what = "output_format" if request.output_format is not None else "tool_choice"
+        raise SubspecError(Exit.USAGE, f"{what} cannot be honoured without grammars")
+    room = model.context - len(prompt.ids)
+    params = GenerationParams(
+        max_tokens=room if request.max_tokens is None else request.max_tokens,
+        sampling=request.sampling,
+        end_tokens=frozenset() if request.ignore_end else model.end_tokens,
+        constraint=constraint,
+        logprobs=request.logprobs,
+    )
+    generation = generator.submit(
+        GenerationRequest(
+            prompt.ids,
+            params,
+            request.stop,
+            shown_tokens(model, tool_format),
+            tuple(unstopped(prompt, tool_format)),
+        )
+    )
+    tools = offered_tools(request)
+    parser = AnswerParser(model.reasoning, prompt.in_reasoning, tool_format, tools)
+    return ModelAnswer(generation, parser, model, request.parallel_tool_calls)
+
+
+async def count_tokens(request: ChatRequest, model: ChatModel) -> int:
+    """Of the prompt that `chat` would submit, however long it is."""
+    check_tools(request, model)
+    endless = replace(model, context=1 << 62)
+    return len((await in_thread(model, lambda: make_prompt(request, endless))).ids)
+
+
+async def in_thread(model: ChatModel, work: Callable[[], Result]) -> Result:
+    return await asyncio.get_running_loop().run_in_executor(model.threads, work)
+
+
+def offered_tools(request: ChatRequest) -> tuple[dict[str, Any], ...]:
+    """Tools that the model is told of."""
+    return () if request.tool_choice == "none" else request.tools
+
+
+def check_tools(request: ChatRequest, model: ChatModel) -> None:
+    """Raises SubspecError(USAGE) for tools that the model cannot be told of or cannot call."""
+    if not offered_tools(request):
+        return
+    if not model.caps.supports_tools:
+        message = "tools cannot be honoured: the model's chat template has no place for them"
+        raise SubspecError(Exit.USAGE, message, "leave tools out, or use another model")
+    if model.tool_format is None:
+        message = "tools cannot be honoured: the form of this model's tool calls is not known"
+        raise SubspecError(Exit.USAGE, message, "leave tools out, or use another model")
+
+
+def make_prompt(request: ChatRequest, model: ChatModel) -> Prompt:
+    """Takes a few ms; the event loop must not wait for it."""
+    tokenizer, form = model.tokenizer, model.tool_format
+    short_ids = form is not None and form.kind in ("mistral list", "mistral args")
+    messages = template_messages(request.messages, model.caps, short_ids)
+    if tokenizer.template is None:
+        ids, text = tokenizer.chat_ids(messages), ""
+    else:
+        conversation = Conversation(
+            messages,
+            offered_tools(request),
+            request.enable_thinking,
+            request.reasoning_effort,
+        )
+        variables = tokenizer.template_variables(conversation)
+        text = model.worker.render(tokenizer.template, variables)
+        ids = tokenizer.rendered_ids(text)
+    tokenizer.check_known(ids, model.vocab_size)
+    if len(ids) >= model.context:
+        raise PromptTooLong(len(ids), model.context)
+    reasoning = model.reasoning
+    if reasoning is None or has_ended_reasoning(text, reasoning):
+        return Prompt(tuple(ids), None, False)
+    return Prompt(tuple(ids), reasoning, ends_in_reasoning(text, reasoning))
+
+
+def shown_tokens(model: ChatModel, tool_format: ToolFormat | None) -> frozenset[str]:
+    """Special tokens without which the answer could not be read."""
+    marks = [mark for form in (model.reasoning, tool_format) if form for mark in form.marks]
+    return frozenset(
+        token for token in model.special_tokens if any(token in mark for mark in marks)
+    )
+
+
+def unstopped(prompt: Prompt, tool_format: ToolFormat | None) -> list[tuple[str, str]]:
+    """Stop texts are for the answer's text: they do not count in reasoning and in marked calls."""
+    pairs = []
+    if prompt.reasoning is not None:
+        begins = ("", prompt.reasoning.begin) if prompt.in_reasoning else (prompt.reasoning.begin,)
+        pairs += [(begin, prompt.reasoning.end) for begin in begins]
+    if tool_format is not None and tool_format.end is not None:
+        pairs += [(tool_format.begins[0], tool_format.end)]
+    return pairs
+
+
+class ModelAnswer:
+    """Events of an answer that has been submitted. Iterate it to the end, or cancel it."""
+
+    def __init__(
+        self, generation: Generation, parser: AnswerParser, model: ChatModel, parallel: bool
+    ) -> None:
+        self._generation = generation
+        self._parser = parser
+        self._parallel = parallel
+        form, tokenizer = model.reasoning, model.tokenizer.tokenizer
+        self._reasoning_end = tokenizer.token_to_id(form.end) if form is not None else None
+        self._reasoning_tokens = 0
+        self._logprobs: list[TokenLogprobs] = []  # of the answer's text, not given out yet
+
+    @property
+    def queue_position(self) -> int:
+        return self._generation.queue_position
+
+    def cancel(self) -> None:
+        self._generation.cancel()
+
+    async def __aiter__(self) -> AsyncIterator[ChatEvent]:
+        """Raises SubspecError if the engine fails. Leaving the loop cancels the answer."""
+        try:
+            async for piece in self._generation:
+                for event in self._events(piece):
+                    yield event
+            outcome = self._generation.outcome
+            for event in self._last_events(outcome):
+                yield event
+        finally:
+            self._generation.cancel()
+
+    def _events(self, piece: Piece) -> list[ChatEvent]:
+        was_reasoning = self._parser.is_reasoning
+        events = self._parser.feed(piece.text)
+        count = self._num_reasoning(piece.token_ids, was_reasoning)
+        self._reasoning_tokens += count
+        self._logprobs += piece.logprobs[count:]
+        return self._with_logprobs(events)
+
+    def _num_reasoning(self, ids: tuple[int, ...], was_reasoning: bool) -> int:
+        """How many of a piece's tokens belong to the reasoning, its marks included."""
+        if self._parser.is_reasoning:
+            return len(ids)
+        begun = was_reasoning or (self._parser.has_reasoned and not self._reasoning_tokens)
+        if begun and self._reasoning_end in ids:
+            return ids.index(self._reasoning_end) + 1
+        return len(ids) if was_reasoning else 0
+
+    def _with_logprobs(self, events: list[ChatEvent]) -> list[ChatEvent]:
+        """Those of a call's tokens are not given out: clients expect those of the text."""
+        given = list[ChatEvent]()
+        for event in events:
+            if isinstance(event, TextDelta):
+                event = TextDelta(event.text, tuple(self._logprobs))
+            if not isinstance(event, ReasoningDelta):
+                self._logprobs = []
+            if isinstance(event, ToolCallStart | ToolCallDelta) and event.index > 0:
+                if not self._parallel:
+                    continue
+            given.append(event)
+        return given
+
+    def _last_events(self, outcome: Outcome) -> list[ChatEvent]:
+        events = self._with_logprobs(self._parser.finish())
+        if outcome.reason == "eos":
+            self._logprobs = self._logprobs[:-1]
+        if self._logprobs:
+            events.append(TextDelta("", tuple(self._logprobs)))
+        reason: Literal["stop", "length", "tool_calls"] = "stop"
+        if outcome.reason in ("length", "context"):
+            reason = "length"
+        elif self._parser.num_calls:
+            reason = "tool_calls"
+        stats = outcome.stats
+        return [
+            *events,
+            ChatEnd(
+                reason,
+                outcome.stop_text,
+                stats.prompt_tokens,
+                stats.reused_tokens,
+                stats.generated_tokens,
+                self._reasoning_tokens,
+                outcome,
+            ),
+        ]

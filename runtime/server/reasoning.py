@@ -1,0 +1,40 @@
+"""In which marks a model writes its reasoning. Which ones is seen in its chat template's text.
+
+Sources: the models' chat templates (Qwen3, DeepSeek R1, SmolLM3, Magistral, Ministral 3, Gemma 4).
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ReasoningFormat:
+    """begin: counts only where an answer begins. after_begin: a name that may follow it."""
+
+    begin: str
+    end: str
+    after_begin: str = ""
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        return self.begin, self.end
+
+
+THINK = ReasoningFormat("<think>", "</think>")
+BRACKETS = ReasoningFormat("[THINK]", "[/THINK]")
+CHANNEL = ReasoningFormat("<|channel>", "<channel|>", "thought")
+
+
+def choose_reasoning(template: str) -> ReasoningFormat | None:
+    """None: the model does not reason, or in marks that are not known here."""
+    return next((one for one in (THINK, BRACKETS, CHANNEL) if one.begin in template), None)
+
+
+def ends_in_reasoning(prompt: str, form: ReasoningFormat) -> bool:
+    """Whether the answer to a rendered prompt begins within the reasoning."""
+    prompt = prompt.rstrip()
+    return prompt.endswith((form.begin, form.begin + form.after_begin))
+
+
+def has_ended_reasoning(prompt: str, form: ReasoningFormat) -> bool:
+    """Whether a rendered prompt says already that there is no reasoning to come."""
+    return prompt.rstrip().endswith(form.end)

@@ -1,0 +1,73 @@
+"""Messages in OpenAI's chat form -> messages as a chat template takes them."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.runtime.server.tools.json_text import strict_json
+from subspec.runtime.text.template_caps import TemplateCaps
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+def template_messages(
+    messages: Sequence[dict[str, Any]], caps: TemplateCaps, short_ids: bool
+) -> list[dict[str, Any]]:
+    """Contents are texts, arguments of calls objects if the template takes them so. short_ids: of
+    calls, for Mistral's templates. Raises SubspecError(USAGE) for what the template would drop."""
+    return [
+        _message(message, f"messages[{index}]", caps, short_ids)
+        for index, message in enumerate(messages)
+    ]
+
+
+def _message(
+    message: dict[str, Any], where: str, caps: TemplateCaps, short_ids: bool
+) -> dict[str, Any]:
+    role = "system" if message["role"] == "developer" else message["role"]
+    if role not in ROLES:
+        expected = ", ".join(ROLES)
+        raise SubspecError(Exit.USAGE, f"{where}.role is {role!r}, expected one of {expected}")
+    if role == "system" and not caps.supports_system_role:
+        raise _no_place(f"{where} has the role system", "say it in the first user message")
+    if (role == "tool" or message.get("tool_calls")) and not caps.supports_tool_calls:
+        raise _no_place(f"{where} belongs to a tool call", "leave tool calls out")
+    changed = {**message, "role": role, "content": message.get("content") or ""}
+    if message.get("tool_calls"):
+        changed["tool_calls"] = [
+            _call(call, f"{where}.tool_calls[{index}]", caps, short_ids)
+            for index, call in enumerate(message["tool_calls"])
+        ]
+    if short_ids and "tool_call_id" in message:
+        changed["tool_call_id"] = _short(str(message["tool_call_id"]))
+    return changed
+
+
+def _call(call: dict[str, Any], where: str, caps: TemplateCaps, short_ids: bool) -> dict[str, Any]:
+    function, where = call["function"], f"{where}.function.arguments"
+    arguments = function.get("arguments") or "{}"
+    try:
+        value = strict_json(arguments) if isinstance(arguments, str) else arguments
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise SubspecError(Exit.USAGE, f"{where} is not the JSON of an object")
+    given = value if caps.supports_object_arguments else json.dumps(value, ensure_ascii=False)
+    changed = {**call, "function": {**function, "arguments": given}}
+    if short_ids:
+        changed["id"] = _short(str(call.get("id")))
+    return changed
+
+
+def _short(identifier: str) -> str:
+    """Nine letters or digits: the same ones if there are no others."""
+    if len(identifier) == 9 and identifier.isascii() and identifier.isalnum():
+        return identifier
+    return hashlib.sha256(identifier.encode(errors="replace")).hexdigest()[:9]
+
+
+def _no_place(what: str, hint: str) -> SubspecError:
+    message = f"{what}, for which the model's chat template has no place"
+    return SubspecError(Exit.USAGE, message, hint)

@@ -1,0 +1,141 @@
+"""Follows one JSON value in text that is not complete yet."""
+
+import json
+import re
+from collections.abc import Generator
+from typing import Any
+
+from subspec.runtime.server.tools.feed import Emit, Malformed, TextFeed, Wait
+
+DEEPEST = 100  # objects and arrays within each other
+CHUNK = 4096  # characters that are looked at together
+LONGEST_WORD = 64  # characters of a number
+NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
+WORDS = ("true", "false", "null")
+
+
+class JsonScanner:
+    """Reads a value character by character until it is `done` or `failed`. A control character in a
+    string, which models write and JSON forbids, is escaped."""
+
+    def __init__(self) -> None:
+        self.done = False
+        self.failed = False
+        self._open: list[str] = []  # brackets
+        self._state = "value"
+        self._word = ""
+        self._digits = 0  # of a \u escape that are still to come
+
+    def scan(self, text: str) -> tuple[int, str]:
+        """How many characters belong to the value, and the same as JSON."""
+        out = list[str]()
+        for at, one in enumerate(text):
+            if self._state == "word" and not (one.isalnum() or one in "+-."):
+                self._end_word()
+                if self.done:  # only a value by itself ends so
+                    return at, "".join(out)
+            if not self.failed:
+                self._step(one)
+            if self.failed:
+                return at, "".join(out)
+            if self._state in ("string", "key string") and one < " ":
+                one = f"\\u{ord(one):04x}"
+            out.append(one)
+            if self.done:
+                return at + 1, "".join(out)
+        return len(text), "".join(out)
+
+    def _step(self, one: str) -> None:
+        state = self._state
+        if state in ("string", "key string"):
+            if one == "\\":
+                self._state = state + " escape"
+            elif one == '"':
+                self._end_value() if state == "string" else self._go("colon")
+        elif state.endswith(" escape"):
+            self._state = state.removesuffix(" escape")
+            if one == "u":
+                self._state, self._digits = self._state + " digits", 4
+            elif one not in '"\\/bfnrt':
+                self.failed = True
+        elif state.endswith(" digits"):
+            self._digits -= 1
+            self.failed = one not in "0123456789abcdefABCDEF"
+            if not self._digits:
+                self._state = state.removesuffix(" digits")
+        elif state == "word":
+            self._word += one
+            self.failed = len(self._word) > LONGEST_WORD
+        elif one not in " \t\r\n":
+            self._step_between(one)
+
+    def _step_between(self, one: str) -> None:
+        """A character that is in no string, number or name."""
+        state = self._state
+        if one in "}]" and self._open and one == {"{": "}", "[": "]"}[self._open[-1]]:
+            self.failed = state not in ("comma", "first key" if one == "}" else "first value")
+            self._open.pop()
+            self._end_value()
+        elif state == "comma" and one == ",":
+            self._go("key" if self._open[-1] == "{" else "value")
+        elif state == "colon" and one == ":":
+            self._go("value")
+        elif state in ("key", "first key") and one == '"':
+            self._go("key string")
+        elif state in ("value", "first value") and one == '"':
+            self._go("string")
+        elif state in ("value", "first value") and one in "{[":
+            self._open.append(one)
+            self._go("first key" if one == "{" else "first value")
+            self.failed = len(self._open) > DEEPEST
+        elif state in ("value", "first value") and (one.isalnum() or one == "-"):
+            self._word = one
+            self._go("word")
+        else:
+            self.failed = True
+
+    def _go(self, state: str) -> None:
+        self._state = state
+
+    def _end_word(self) -> None:
+        self.failed = self._word not in WORDS and not NUMBER.fullmatch(self._word)
+        self._end_value()
+
+    def _end_value(self) -> None:
+        self._state = "comma"
+        self.done = not self._open and not self.failed
+
+
+def json_value(feed: TextFeed, emit: Emit) -> Wait:
+    """Takes one JSON value and emits its text. Raises Malformed at the first character that cannot
+    be part of it, which is not taken."""
+    scanner = JsonScanner()
+    while not scanner.done:
+        text = feed.seen(CHUNK)
+        count, value = scanner.scan(text)
+        feed.take(count)
+        if value:
+            emit(value)
+        if scanner.failed or (feed.ended and not text):
+            raise Malformed
+        if not scanner.done and not feed.seen(1):
+            yield
+
+
+def json_text(feed: TextFeed) -> Generator[None, None, str]:
+    """The same, as one text."""
+    pieces: list[str] = []
+    yield from json_value(feed, pieces.append)
+    return "".join(pieces)
+
+
+def strict_json(text: str) -> Any:
+    """The value of a whole JSON text. Raises ValueError, also for NaN and for what is too deep."""
+    try:
+        return json.loads(text, parse_constant=_refuse)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _refuse(word: str) -> None:
+    raise ValueError(f"{word} is not JSON")

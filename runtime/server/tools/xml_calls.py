@@ -1,0 +1,157 @@
+"""Calls as <function=name><parameter=key>value</parameter></function> (Qwen3-Coder, Qwen3.5).
+
+A value is written as it is, without quotes: what type it has is in the tool's JSON schema.
+"""
+
+import json
+from collections.abc import Generator
+
+from subspec.runtime.server.tools.calls import Calls, check_name
+from subspec.runtime.server.tools.feed import SPACE, Emit, Malformed, TextFeed, Wait
+from subspec.runtime.server.tools.json_text import strict_json
+
+FUNCTION, PARAMETER = "<function=", "<parameter="
+END_FUNCTION, END_PARAMETER, END_CALL = "</function>", "</parameter>", "</tool_call>"
+LONGEST_NAME = 256
+MOST_SPACE = 64  # after a value, before the next tag
+
+
+def xml_call(feed: TextFeed, calls: Calls, must_be_offered: bool) -> Wait:
+    """From <function= to </function>. must_be_offered: else it is no call. Raises Malformed before
+    the name is certain; what fits no parameter after that ends the call."""
+    yield from feed.expect(FUNCTION)
+    name = (yield from feed.word(">\n", LONGEST_NAME)).strip().strip("\"'")
+    yield from feed.expect(">")
+    check_name(name)
+    if must_be_offered and name not in calls.parameters:
+        raise Malformed
+    calls.start(name)
+    schema = calls.parameters.get(name, {})
+    properties = schema.get("properties")
+    separator = "{"
+    while True:
+        space = yield from feed.length_of(SPACE, MOST_SPACE)
+        tag = yield from feed.begins(PARAMETER, END_FUNCTION, beyond=space)
+        if tag == PARAMETER:
+            feed.take(space + len(PARAMETER))
+            key = yield from parameter_name(feed)
+            calls.arguments(f"{separator}{as_json(key)}: ")
+            separator = ", "
+            known = properties.get(key) if isinstance(properties, dict) else None
+            if not (yield from value(feed, calls, types_of(known))):
+                return  # the text has ended
+            continue
+        if tag == END_FUNCTION:
+            feed.take(space + len(END_FUNCTION))
+        elif feed.ended and not feed.seen(space + 1)[space:]:
+            return
+        calls.arguments("{}" if separator == "{" else "}")
+        calls.end()
+        return
+
+
+def parameter_name(feed: TextFeed) -> Generator[None, None, str]:
+    name = yield from feed.word(">\n", LONGEST_NAME)
+    yield from feed.expect(">")
+    return name.strip().strip("\"'")
+
+
+def value(feed: TextFeed, calls: Calls, types: frozenset[str]) -> Generator[None, None, bool]:
+    """Gives out a value as JSON, a string as it comes. False: the text ends within it."""
+    for newline in ("\r\n", "\n"):
+        if (yield from feed.begins(newline)) is not None:
+            feed.take(len(newline))
+            break
+    if types == {"string"}:
+        text = StringPieces(calls)
+        if not (yield from raw_value(feed, text.add)):
+            return False
+        text.end()
+        return True
+    pieces: list[str] = []
+    if not (yield from raw_value(feed, pieces.append)):
+        return False
+    calls.arguments(typed("".join(pieces).removesuffix("\n").removesuffix("\r"), types))
+    return True
+
+
+class StringPieces:
+    """A JSON string in pieces, without the newline that stands before the closing tag."""
+
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+        self._held = ""
+        calls.arguments('"')
+
+    def add(self, text: str) -> None:
+        text = self._held + text
+        kept = text.removesuffix("\n").removesuffix("\r")
+        self._held = text[len(kept) :]
+        if kept:
+            self._calls.arguments(as_json(kept)[1:-1])
+
+    def end(self) -> None:
+        self._calls.arguments('"')
+
+
+def raw_value(feed: TextFeed, emit: Emit) -> Generator[None, None, bool]:
+    """Takes a value and its closing tag, which is one only if a tag follows: a value may speak of
+    </parameter>. False: the text ends first."""
+    while (yield from feed.until((END_PARAMETER,), emit)) is not None:
+        after = len(END_PARAMETER)
+        space = 0
+        while space < MOST_SPACE:
+            one = yield from feed.peek(1, after + space)
+            if not one or one not in SPACE:
+                break
+            space += 1
+        tags = (PARAMETER, END_FUNCTION, END_CALL)
+        found = yield from feed.begins(*tags, beyond=after + space)
+        at_end = feed.ended and not feed.seen(after + space + 1)[after + space :]
+        if found is not None or at_end:
+            feed.take(after)
+            return True
+        emit(feed.take(after))
+    return False
+
+
+def types_of(schema: object) -> frozenset[str]:
+    """JSON types that a schema allows; none: it does not say."""
+    if not isinstance(schema, dict):
+        return frozenset()
+    kind = schema.get("type")
+    types = {kind} if isinstance(kind, str) else set()
+    types |= {one for one in kind if isinstance(one, str)} if isinstance(kind, list) else set()
+    if not types and isinstance(schema.get("enum"), list):
+        types |= {"string" if isinstance(one, str) else "number" for one in schema["enum"]}
+    for key in ("anyOf", "oneOf"):
+        if not types and isinstance(schema.get(key), list):
+            types |= {kind for one in schema[key] for kind in types_of(one)}
+    return frozenset(types)
+
+
+def typed(text: str, types: frozenset[str]) -> str:
+    """The JSON of a value of one of these types, a string if it is of none of them."""
+    word = text.strip()
+    if not types and word[:1] not in ("{", "["):
+        return as_json(text)
+    if word in ("None", "null") and (not types or "null" in types):
+        return "null"
+    if word.lower() in ("true", "false") and "boolean" in types:
+        return word.lower()
+    try:
+        found = strict_json(word)
+    except ValueError:
+        return as_json(text)
+    kinds: dict[str, type | tuple[type, ...]]
+    kinds = {"object": dict, "array": list, "integer": int, "number": (int, float)}
+    fits = any(
+        isinstance(found, kinds[kind]) and not isinstance(found, bool)
+        for kind in types or ("object", "array")
+        if kind in kinds
+    )
+    return json.dumps(found, ensure_ascii=False) if fits else as_json(text)
+
+
+def as_json(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)

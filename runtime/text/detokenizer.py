@@ -1,0 +1,205 @@
+"""Token ids -> text as it becomes certain, up to a stop text."""
+
+import re
+from bisect import bisect_left
+from collections.abc import Sequence
+
+from tokenizers import Tokenizer
+
+from subspec.runtime.text.tokenizer import ChatTokenizer, special_tokens
+
+INCOMPLETE = "\ufffd"  # text of bytes that are not a character, or not yet
+BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
+MOST_WAITING = 64  # tokens whose text is not certain; a character has 4 bytes
+MOST_BEFORE = 256  # of a prompt's last tokens, with which an answer is decoded
+
+
+class Decoder:
+    """Streaming detokenizer: ids that follow `prompt`, one by one -> their text, in total
+    decode(prompt + ids) without decode(prompt), with which it begins.
+
+    What a token says depends on its neighbours: a byte is a part of a character, and some decoders
+    drop the first space. So tokens are decoded together with those before them.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._special = special_tokens(tokenizer)
+        self._ids = list(prompt[-MOST_BEFORE:])  # since a place where decoding can begin
+        self._num_settled = len(self._ids)  # of them, when all of their text had been returned
+        self._num_given = len(self._decode())  # characters of their text that were returned
+        self._in_bytes = False  # the last token is a byte
+        self.waiting = ""  # whole characters that the next token may still change
+
+    def feed(self, token: int) -> str:
+        """Text that has become certain."""
+        self._ids.append(token)
+        if token not in self._special:  # which the tokenizer's decoder does not see
+            piece = self._tokenizer.id_to_token(token) or ""
+            self._in_bytes = BYTE_TOKEN.fullmatch(piece) is not None
+        text = self._decode()
+        if len(self._ids) - self._num_settled >= MOST_WAITING:
+            return self._give(text, len(text))
+        if self._in_bytes:  # if these are no characters in the end, each byte becomes U+FFFD
+            return self._give(text, self._num_given)
+        return self._give(text, len(text) - text.endswith(INCOMPLETE))
+
+    def finish(self) -> str:
+        """The remaining text, with an incomplete character as U+FFFD."""
+        text = self._decode()
+        return self._give(text, len(text))
+
+    def _give(self, text: str, num_certain: int) -> str:
+        fresh = text[self._num_given : num_certain]
+        self._num_given = max(self._num_given, num_certain)
+        self.waiting = text[self._num_given :].rstrip(INCOMPLETE)
+        if fresh and num_certain == len(text):  # else decoding cannot begin here
+            self._ids = self._ids[self._num_settled :]
+            self._num_settled = len(self._ids)
+            self._num_given = len(self._decode())
+        return fresh
+
+    def _decode(self) -> str:
+        text: str = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        return text
+
+
+class StreamingDetokenizer:
+    """Ids that follow `prompt` -> text up to a stop text. Untrusted: use `printable` before showing
+    it on a terminal.
+
+    Special tokens are no part of the text, except those in `shown`. A stop text may have others in
+    it: a mark stands for each of them where it was, a surrogate, which no text contains. unstopped:
+    pairs of texts between which stop texts do not count; text begins within a pair whose first text
+    is empty.
+    """
+
+    def __init__(
+        self,
+        text: ChatTokenizer,
+        stop: Sequence[str] = (),
+        prompt: Sequence[int] = (),
+        shown: frozenset[str] = frozenset(),
+        unstopped: Sequence[tuple[str, str]] = (),
+    ) -> None:
+        self._decoder = Decoder(text.tokenizer, prompt)
+        special = special_tokens(text.tokenizer)
+        self._shown = {token: content for token, content in special.items() if content in shown}
+        by_length = sorted(set(special.values()) - shown, key=len, reverse=True)
+        used = [content for content in by_length if any(content in s for s in stop)]
+        marks = {content: chr(0xD800 + index) for index, content in enumerate(used)}
+        self._mark_of = {token: marks[c] for token, c in special.items() if c in marks}
+        self._stop = tuple(stop)
+        self._marked_stop = {marked(s, marks): s for s in stop if marked(s, marks) not in stop}
+        self._end_of = {begin: end for begin, end in unstopped if begin}
+        self._within = next((end for begin, end in unstopped if not begin), None)  # what ends it
+        self._held = ""  # certain, but a stop text could begin with it
+        self._marks: list[tuple[int, str]] = []  # at which characters after those of `text`
+        self.text = ""
+        self.stop_text: str | None = None  # that has ended the text
+        self.num_tokens = 0  # of the text, up to the token that completed a stop text
+
+    @property
+    def stopped(self) -> bool:
+        return self.stop_text is not None
+
+    def feed(self, ids: Sequence[int]) -> str:
+        """Text that has become certain. After a stop text `stopped` is True."""
+        fresh = ""
+        for token in ids:
+            if self.stopped:
+                break
+            self.num_tokens += 1
+            if token in self._shown:
+                self._held += self._decoder.finish() + self._shown[token]
+            else:
+                self._held += self._decoder.feed(token)
+            seen = self._held + self._decoder.waiting
+            if token in self._mark_of:
+                self._marks.append((len(seen), self._mark_of[token]))
+            fresh += self._release(seen, len(self._held))
+        self.text += fresh
+        return fresh
+
+    def finish(self) -> str:
+        """The text that was withheld because a stop text could have begun with it."""
+        fresh = ""
+        if not self.stopped:
+            self._held += self._decoder.finish()
+            fresh = self._release(self._held, len(self._held)) + self._held
+            self._held = ""
+        self.text += fresh
+        return fresh
+
+    def _release(self, seen: str, num_certain: int) -> str:
+        """What no stop text can begin with, of `seen`, all that is known after `text`."""
+        begin = 0  # what is before it is released
+        while True:
+            if self._within is not None:
+                at = seen.find(self._within, begin, num_certain)
+                if at < 0:
+                    end = min(num_certain, len(seen) - overlap(seen[begin:], (self._within,)))
+                    break
+                begin, self._within = at + len(self._within), None
+            stop_at, stop = self._find_stop(seen, begin)
+            opened_at, opened = first_of(seen[:num_certain], tuple(self._end_of), begin)
+            if stop is not None and (opened is None or stop_at <= opened_at):
+                self.stop_text = stop
+                self._held = ""
+                return seen[:stop_at]
+            if opened is None:
+                end = min(num_certain, self._end_of_safe(seen, begin))
+                break
+            begin, self._within = opened_at + len(opened), self._end_of[opened]
+        self._held = seen[end:num_certain]
+        self._marks = [(at - end, mark) for at, mark in self._marks if at >= end]
+        return seen[:end]
+
+    def _find_stop(self, seen: str, begin: int) -> tuple[int, str | None]:
+        """The first stop text after `begin`, and where it begins."""
+        at, stop = first_of(seen, self._stop, begin)
+        with_marks, places = insert(seen, self._marks)
+        start = bisect_left(places, begin)
+        marked_at, with_mark = first_of(with_marks, tuple(self._marked_stop), start)
+        if with_mark is not None and (stop is None or places[marked_at] < at):
+            return places[marked_at], self._marked_stop[with_mark]
+        return at, stop
+
+    def _end_of_safe(self, seen: str, begin: int) -> int:
+        """Up to where neither a stop text nor a place without them can have begun."""
+        with_marks, places = insert(seen, self._marks)
+        rest = with_marks[bisect_left(places, begin) :]
+        return min(
+            len(seen) - overlap(seen[begin:], (*self._stop, *self._end_of)),
+            places[len(with_marks) - overlap(rest, tuple(self._marked_stop))],
+        )
+
+
+def first_of(text: str, wanted: Sequence[str], begin: int = 0) -> tuple[int, str | None]:
+    """The first of the wanted texts after `begin`, and where it begins; -1 and None: none is."""
+    found = [(at, one) for one in wanted if (at := text.find(one, begin)) >= 0]
+    return min(found, key=lambda place: place[0], default=(-1, None))
+
+
+def marked(stop: str, marks: dict[str, str]) -> str:
+    """A stop text with marks for the special tokens in it, of which the longest come first."""
+    for content, mark in marks.items():
+        stop = stop.replace(content, mark)
+    return stop
+
+
+def insert(text: str, marks: Sequence[tuple[int, str]]) -> tuple[str, list[int]]:
+    """`text` with marks before some of its characters, and the place in `text` of each character,
+    and of the end, of that."""
+    whole, places, begin = "", list[int](), 0
+    for at, mark in marks:
+        whole += text[begin:at] + mark
+        places += [*range(begin, at), at]
+        begin = at
+    return whole + text[begin:], [*places, *range(begin, len(text) + 1)]
+
+
+def overlap(text: str, stop: Sequence[str]) -> int:
+    """Length of the longest suffix of `text` that is a prefix of a stop text."""
+    lengths = [n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])]
+    return max(lengths, default=0)
