@@ -1,4 +1,5 @@
-"""subspec-run ARTIFACT [PROMPT]: one prompt, or a chat. Slow imports are done when needed."""
+"""subspec-run ARTIFACT|--model REF [PROMPT]: one prompt, or a chat. Slow imports are done when
+needed."""
 
 import json
 import math
@@ -8,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,8 +39,12 @@ Command = Callable[..., None]
 class Options:
     """The command line, as click parsed it."""
 
-    artifact: Path
+    artifact: str | None = None
     prompt: str | None = None
+    model: str | None = None
+    context: int | None = None
+    sequences: int | None = None
+    rehearse: str | None = None
     max_tokens: int = 512
     temperature: float = 0.0
     top_p: float = 1.0
@@ -65,9 +70,12 @@ class Options:
 
 
 # The first flag of a pair needs the second, or excludes it.
-NEEDS = (("full", "check"), ("unpadded", "no_speculation"))
+NEEDS = (
+    ("full", "check"), ("unpadded", "no_speculation"), ("model", "vram"), ("context", "model"),
+    ("sequences", "model"), ("rehearse", "model"),
+)  # fmt: skip
 EXCLUDES = (
-    ("as_json", "chat"), ("raw", "chat"), ("raw", "system"), ("vram", "no_replan"),
+    ("as_json", "chat"), ("raw", "chat"), ("raw", "system"),
     ("stats", "prompt"), ("stats", "chat"), ("stats", "check"),
 )  # fmt: skip
 
@@ -98,8 +106,9 @@ def device_option(
 
 
 @click.command("subspec-run", cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("artifact", required=False)
 @click.argument("prompt", required=False)
+@option("--model", "Instead of ARTIFACT: plan REF for --vram, once, and keep it.", metavar="REF")
 @option("--max-tokens", "Longest answer, in tokens.", type=click.IntRange(min=1))
 @option(
     "--temperature", "Sampling temperature; 0 is greedy.",
@@ -124,7 +133,10 @@ def device_option(
     "--unpadded", "With --no-speculation: one unpadded row per pass, the fastest.", is_flag=True
 )
 @option("--no-graphs", "On a GPU: no CUDA graphs for the draft.", is_flag=True)
-@option("--vram", "Re-plan for SIZE if the plan needs more.", callback=size_option, metavar="SIZE")
+@option(
+    "--vram", "Budget: re-plan for SIZE if the plan needs more.",
+    callback=size_option, metavar="SIZE",
+)  # fmt: skip
 @option("--no-replan", "Use the stored plan as it is, on any machine.", is_flag=True)
 @option(
     "--trust-kernels", "Load the pre-built kernels in ARTIFACT; they are programs.", is_flag=True
@@ -133,6 +145,9 @@ def device_option(
 @option(
     "--link-bandwidth", "Limit the link to SIZE per second.", callback=size_option, metavar="SIZE"
 )
+@option("--context", "With --model: tokens of prompt and answer.", type=click.IntRange(min=16))
+@option("--sequences", "With --model: conversations in memory.", type=click.IntRange(1, 256))
+@option("--rehearse", "With --model: as for subspec-plan.", metavar="SECONDS|none")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 @option("--check", "Check the artifact's structure and exit.", is_flag=True)
 @option("--full", "With --check: compare every byte with its digest.", is_flag=True)
@@ -140,24 +155,25 @@ def device_option(
 @option("--no-record", "Do not add this run to the run records.", is_flag=True)
 @click.version_option(package_name="subspec")
 def main(**given: Any) -> None:
-    """Run the model in the folder ARTIFACT on PROMPT (- reads it from stdin).
+    """Run the model in the folder ARTIFACT on PROMPT (- reads it from stdin); or, with --model REF
+    --vram SIZE in place of ARTIFACT, plan the model first, which is kept for the next time.
 
     The answer goes to stdout, everything else to stderr. Exit codes, the SIZE grammar and the JSON
     object are in docs/commands.md.
     """
-    options = Options(**given)
+    options = arranged(Options(**given))
     check_options(options)
     if options.check:
-        check(options)
+        check(chosen_folder(options), options)
         return
     if options.stats:
         from subspec.runtime.app.history import report
 
-        report(open_folder(options.artifact), options.as_json)
+        report(open_folder(chosen_folder(options)), options.as_json)
         return
-    artifact = open_folder(options.artifact)
+    prompt = read_prompt(options)  # before a model is planned, as it may be empty
+    artifact = open_folder(chosen_folder(options))
     begin_to_read(artifact, options)
-    prompt = read_prompt(options)
     if options.trust_kernels:
         trust_kernels(artifact)
     artifact = planned_for_here(artifact, options)
@@ -190,6 +206,41 @@ def answering(artifact: "Artifact", options: Options) -> "Answering":
     return Answering(params, options.stop, options.link_bandwidth, not options.no_record)
 
 
+def arranged(options: Options) -> Options:
+    """With --model the only positional argument is PROMPT. Raises SubspecError(USAGE)."""
+    if options.model is None:
+        if options.artifact is None:
+            raise SubspecError(
+                Exit.USAGE,
+                "neither an ARTIFACT nor --model REF was given",
+                'such as subspec-run --model demo --vram 9MB "def f("',
+            )
+        return options
+    if options.prompt is not None:
+        raise SubspecError(
+            Exit.USAGE,
+            f"an ARTIFACT, {options.artifact}, and --model exclude each other",
+            "leave one out; text with spaces is one argument only in quotes",
+        )
+    return replace(options, artifact=None, prompt=options.artifact)
+
+
+def chosen_folder(options: Options) -> Path:
+    """ARTIFACT, or that of --model, which is planned if it is not there yet."""
+    if options.model is None:
+        assert options.artifact is not None, "arranged() asks for it"
+        return Path(options.artifact)
+    from subspec.runtime.app.planned_model import ModelRequest, planned_model
+
+    assert options.vram is not None, "check_options asks for it"
+    return planned_model(
+        ModelRequest(
+            options.model, options.vram, options.device, options.context, options.sequences,
+            options.link_bandwidth, options.rehearse,
+        )
+    )  # fmt: skip
+
+
 def check_options(options: Options) -> None:
     """Raises SubspecError(USAGE) for what click cannot see."""
     for flag, other in NEEDS:
@@ -200,10 +251,14 @@ def check_options(options: Options) -> None:
         if getattr(options, flag) and getattr(options, other):
             message = f"{spelled(flag)} and {spelled(other)} exclude each other"
             raise SubspecError(Exit.USAGE, message, "leave one out")
+    if options.model is None and options.vram and options.no_replan:
+        message = "--vram and --no-replan exclude each other"
+        raise SubspecError(Exit.USAGE, message, "leave one out")
     if "" in options.stop:
         raise SubspecError(Exit.USAGE, "--stop is empty", "give the text that ends the answer")
     try:
-        "".join([options.prompt or "", options.system or "", *options.stop]).encode("utf-8")
+        words = (options.prompt, options.system, options.model, options.rehearse, *options.stop)
+        "".join(word or "" for word in words).encode("utf-8")
     except UnicodeEncodeError:  # surrogates, which stand for bytes that are not UTF-8
         raise SubspecError(Exit.USAGE, "an argument is not UTF-8", "convert it to UTF-8") from None
 
@@ -213,18 +268,18 @@ def spelled(field: str) -> str:
     return names.get(field, "--" + field.replace("_", "-"))
 
 
-def check(options: Options) -> None:
+def check(folder: Path, options: Options) -> None:
     from subspec.artifacts.format.store import verify
 
-    artifact = open_folder(options.artifact)
+    artifact = open_folder(folder)
     size = sum(entry.num_bytes for entry in artifact.manifest.files)
     if options.full:
-        verify(options.artifact)
+        verify(folder)
     said = "every byte matches" if options.full else "structure is sound (--full checks every byte)"
     if options.as_json:
         found = {"schema": "subspec.check/1", "bytes": size, "full": options.full, "ok": True}
         print(json.dumps(found))
-    say(f"{options.artifact}: {format_size(size)}, {said}")
+    say(f"{folder}: {format_size(size)}, {said}")
 
 
 def open_folder(path: Path) -> "Artifact":
@@ -239,7 +294,8 @@ def open_folder(path: Path) -> "Artifact":
     raise SubspecError(
         Exit.USAGE,
         f"{path} {what}",
-        f"give a folder that was made with subspec-plan --model {model} --vram SIZE",
+        f"plan and run it: subspec-run --model {model} --vram SIZE; or give a folder that was made "
+        f"with subspec-plan --model {model} --vram SIZE",
     )
 
 

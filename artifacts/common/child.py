@@ -10,11 +10,15 @@ PATIENCE_SECONDS = 3.0  # between SIGTERM and SIGKILL
 
 
 @contextmanager
-def child_process(command: Sequence[str]) -> "Iterator[subprocess.Popen[bytes]]":
+def child_process(
+    command: Sequence[str], shown: bool = False
+) -> "Iterator[subprocess.Popen[bytes]]":
     """A child with pipes, in a process group of its own: Ctrl-C reaches only its parent. An error
-    in the block, or a signal, ends the whole group. Raises OSError if it cannot be started."""
+    in the block, or a signal, ends the whole group. shown: its stderr is this process's. Raises
+    OSError if it cannot be started."""
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, process_group=0) as child:
+    story = None if shown else pipe
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=story, process_group=0) as child:
         try:
             yield child
         except BaseException:
@@ -23,11 +27,12 @@ def child_process(command: Sequence[str]) -> "Iterator[subprocess.Popen[bytes]]"
 
 
 def run_child(
-    command: Sequence[str], given: bytes = b"", seconds: float | None = None
+    command: Sequence[str], given: bytes = b"", seconds: float | None = None, shown: bool = False
 ) -> "subprocess.CompletedProcess[bytes]":
-    """Run a command to its end, with `given` on its stdin. Raises OSError if it cannot be started,
-    and after `seconds` TimeoutExpired, with what it had written."""
-    with child_process(command) as child:
+    """Run a command to its end, with `given` on its stdin. shown: its stderr is this process's and
+    not in the result. Raises OSError if it cannot be started, and after `seconds` TimeoutExpired,
+    with what it had written."""
+    with child_process(command, shown) as child:
         try:
             out, story = child.communicate(given, seconds)
         except subprocess.TimeoutExpired as error:
