@@ -2,23 +2,30 @@
 needed."""
 
 import json
-import math
-import re
 import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from subspec.artifacts.common.command import HINT, Program, say, size_option
+from subspec.artifacts.common.command import Program, say, size_option
 from subspec.artifacts.common.cpu_load import cpu_times, others_share
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.sizes import format_size
+from subspec.runtime.app.run_options import (
+    MOST_LOGPROBS,
+    Options,
+    arranged,
+    bias_option,
+    check_options,
+    device_option,
+    finite_option,
+    option,
+)
 
 if TYPE_CHECKING:
     from subspec.artifacts.format.store import Artifact
@@ -29,80 +36,7 @@ if TYPE_CHECKING:
 
 LARGEST_PROMPT = 16 << 20  # bytes read from stdin
 LOADED_FIRST_BYTES = 2 << 30  # that a disk reads in about a second
-DEVICE = re.compile(r"cpu|cuda(:[0-9]{1,3})?", re.ASCII)
 SECONDS_BETWEEN_LINES = 10.0  # of progress, if stderr is not a terminal
-
-Command = Callable[..., None]
-
-
-@dataclass(frozen=True)
-class Options:
-    """The command line, as click parsed it."""
-
-    artifact: str | None = None
-    prompt: str | None = None
-    model: str | None = None
-    context: int | None = None
-    sequences: int | None = None
-    rehearse: str | None = None
-    max_tokens: int = 512
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 0
-    stop: tuple[str, ...] = ()
-    system: str | None = None
-    raw: bool = False
-    chat: bool = False
-    no_speculation: bool = False
-    unpadded: bool = False
-    no_graphs: bool = False
-    vram: int | None = None
-    no_replan: bool = False
-    trust_kernels: bool = False
-    device: str | None = None
-    link_bandwidth: int | None = None
-    as_json: bool = False
-    check: bool = False
-    full: bool = False
-    stats: bool = False
-    no_record: bool = False
-
-
-# The first flag of a pair needs the second, or excludes it.
-NEEDS = (
-    ("full", "check"), ("unpadded", "no_speculation"), ("model", "vram"), ("context", "model"),
-    ("sequences", "model"), ("rehearse", "model"),
-)  # fmt: skip
-EXCLUDES = (
-    ("as_json", "chat"), ("raw", "chat"), ("raw", "system"),
-    ("stats", "prompt"), ("stats", "chat"), ("stats", "check"),
-)  # fmt: skip
-
-
-def option(name: str, help: str, **settings: Any) -> Callable[[Command], Command]:
-    """A click option with the default of its field in Options."""
-    field = name.lstrip("-").replace("-", "_")
-    default = getattr(Options, field)
-    shown = default not in (None, False, ())
-    return click.option(name, default=default, show_default=shown, help=help, **settings)
-
-
-def finite_option(context: click.Context, parameter: click.Parameter, value: float) -> float:
-    """Refuse nan, which click's ranges accept, and infinity."""
-    if not math.isfinite(value):
-        raise click.BadParameter(f"{value} is not a number{HINT}0.7 is one")
-    return value
-
-
-def device_option(
-    context: click.Context, parameter: click.Parameter, value: str | None
-) -> str | None:
-    if value is not None and DEVICE.fullmatch(value) is None:
-        raise click.BadParameter(
-            f"{value!r} is not a device{HINT}use cpu, cuda, or one of several GPUs, such as cuda:1"
-        )
-    return value
 
 
 @click.command("subspec-run", cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
@@ -119,6 +53,26 @@ def device_option(
     type=click.FloatRange(0, 1, min_open=True), callback=finite_option,
 )  # fmt: skip
 @option("--top-k", "Sample from the K likeliest tokens; 0 disables.", type=click.IntRange(min=0))
+@option(
+    "--min-p", "Sample from tokens with at least P times the likeliest's probability.",
+    type=click.FloatRange(0, 1), callback=finite_option,
+)  # fmt: skip
+@option(
+    "--repetition-penalty", "Penalty on tokens in the prompt or the answer; 1 disables.",
+    type=click.FloatRange(0, min_open=True), callback=finite_option,
+)  # fmt: skip
+@option(
+    "--presence-penalty", "Penalty on tokens in the answer, subtracted from their logits.",
+    type=float, callback=finite_option,
+)  # fmt: skip
+@option(
+    "--frequency-penalty", "The same, for each time that a token is in the answer.",
+    type=float, callback=finite_option,
+)  # fmt: skip
+@option(
+    "--logit-bias", "Add BIAS to the logit of token ID; may be repeated.",
+    multiple=True, metavar="ID=BIAS", callback=bias_option,
+)  # fmt: skip
 @option(
     "--seed",
     "Seed of the sampling noise; the same seed gives the same tokens.",
@@ -148,6 +102,10 @@ def device_option(
 @option("--context", "With --model: tokens of prompt and answer.", type=click.IntRange(min=16))
 @option("--sequences", "With --model: conversations in memory.", type=click.IntRange(1, 256))
 @option("--rehearse", "With --model: as for subspec-plan.", metavar="SECONDS|none")
+@option(
+    "--logprobs", "With --json: log probabilities of each token and of the N likeliest.",
+    type=click.IntRange(0, MOST_LOGPROBS), metavar="N",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 @option("--check", "Check the artifact's structure and exit.", is_flag=True)
 @option("--full", "With --check: compare every byte with its digest.", is_flag=True)
@@ -176,6 +134,7 @@ def main(**given: Any) -> None:
     begin_to_read(artifact, options)
     if options.trust_kernels:
         trust_kernels(artifact)
+    check_bias(artifact, options)
     artifact = planned_for_here(artifact, options)
     from subspec.runtime.text.tokenizer import load_tokenizer
 
@@ -200,29 +159,20 @@ def answering(artifact: "Artifact", options: Options) -> "Answering":
     from subspec.runtime.model.sampling import Sampling
     from subspec.runtime.sequence import GenerationParams
 
-    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
+    sampling = Sampling(
+        options.temperature,
+        options.top_k,
+        options.top_p,
+        options.seed,
+        options.min_p,
+        options.repetition_penalty,
+        options.presence_penalty,
+        options.frequency_penalty,
+        options.logit_bias,
+    )
     ends = frozenset(artifact.spec.eos_token_ids)
-    params = GenerationParams(options.max_tokens, sampling, ends)
+    params = GenerationParams(options.max_tokens, sampling, ends, logprobs=options.logprobs)
     return Answering(params, options.stop, options.link_bandwidth, not options.no_record)
-
-
-def arranged(options: Options) -> Options:
-    """With --model the only positional argument is PROMPT. Raises SubspecError(USAGE)."""
-    if options.model is None:
-        if options.artifact is None:
-            raise SubspecError(
-                Exit.USAGE,
-                "neither an ARTIFACT nor --model REF was given",
-                'such as subspec-run --model demo --vram 9MB "def f("',
-            )
-        return options
-    if options.prompt is not None:
-        raise SubspecError(
-            Exit.USAGE,
-            f"an ARTIFACT, {options.artifact}, and --model exclude each other",
-            "leave one out; text with spaces is one argument only in quotes",
-        )
-    return replace(options, artifact=None, prompt=options.artifact)
 
 
 def chosen_folder(options: Options) -> Path:
@@ -239,33 +189,6 @@ def chosen_folder(options: Options) -> Path:
             options.link_bandwidth, options.rehearse,
         )
     )  # fmt: skip
-
-
-def check_options(options: Options) -> None:
-    """Raises SubspecError(USAGE) for what click cannot see."""
-    for flag, other in NEEDS:
-        if getattr(options, flag) and not getattr(options, other):
-            message = f"{spelled(flag)} was given without {spelled(other)}"
-            raise SubspecError(Exit.USAGE, message, f"add {spelled(other)}")
-    for flag, other in EXCLUDES:
-        if getattr(options, flag) and getattr(options, other):
-            message = f"{spelled(flag)} and {spelled(other)} exclude each other"
-            raise SubspecError(Exit.USAGE, message, "leave one out")
-    if options.model is None and options.vram and options.no_replan:
-        message = "--vram and --no-replan exclude each other"
-        raise SubspecError(Exit.USAGE, message, "leave one out")
-    if "" in options.stop:
-        raise SubspecError(Exit.USAGE, "--stop is empty", "give the text that ends the answer")
-    try:
-        words = (options.prompt, options.system, options.model, options.rehearse, *options.stop)
-        "".join(word or "" for word in words).encode("utf-8")
-    except UnicodeEncodeError:  # surrogates, which stand for bytes that are not UTF-8
-        raise SubspecError(Exit.USAGE, "an argument is not UTF-8", "convert it to UTF-8") from None
-
-
-def spelled(field: str) -> str:
-    names = {"as_json": "--json", "prompt": "a PROMPT"}
-    return names.get(field, "--" + field.replace("_", "-"))
 
 
 def check(folder: Path, options: Options) -> None:
@@ -397,6 +320,16 @@ def prompt_ids(
             f"shorten it, or plan with --context {len(ids) + 256} or more",
         )
     return ids
+
+
+def check_bias(artifact: "Artifact", options: Options) -> None:
+    """Before the weights load. Raises SubspecError(USAGE)."""
+    last = artifact.spec.vocab_size - 1
+    if (
+        wrong := next((token for token, _ in options.logit_bias if token > last), None)
+    ) is not None:
+        message = f"--logit-bias has the token id {wrong}, expected 0 to {last}"
+        raise SubspecError(Exit.USAGE, message, "use the ids of the model's own tokenizer")
 
 
 @contextmanager

@@ -10,8 +10,9 @@ import hashlib
 import os
 import re
 import shlex
+import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -162,18 +163,32 @@ def downloaded_commit(repository: str, revision: str) -> str | None:
 
 @contextmanager
 def locked(entry: Path, tell: Tell) -> Iterator[IO[str]]:
-    """The entry, open and locked; the kernel releases the lock however this process ends."""
-    with open(entry, "a+", encoding="utf-8") as file:
+    """The entry, open and locked; the kernel releases the lock however this process ends. An error
+    in the block removes the entry."""
+    with lock_of(entry, tell) as file:
+        try:
+            yield file
+        except BaseException:
+            entry.unlink(missing_ok=True)
+            raise
+
+
+def lock_of(entry: Path, tell: Tell) -> IO[str]:
+    while True:
+        file = open(entry, "a+", encoding="utf-8")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             tell("another process is planning this model: waiting for it")
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield file
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), entry.stat()):
+                return file
+        file.close()  # the previous holder has removed what we opened
 
 
 def plan_into(path: Path, wanted: Entry, entry: IO[str], tell: Tell) -> None:
-    """Run subspec-plan and write the entry. An error leaves the entry empty."""
+    """Run subspec-plan, then write the entry."""
     request = wanted.request
     if path.exists() and not (path / MANIFEST).is_file() and any(path.iterdir()):
         raise SubspecError(
@@ -241,5 +256,6 @@ def disk_bytes(folder: Path) -> int:
     found = {}
     for path in folder.rglob("*"):
         status = path.lstat()
-        found[status.st_dev, status.st_ino] = status.st_size
+        if stat.S_ISREG(status.st_mode):
+            found[status.st_dev, status.st_ino] = status.st_size
     return sum(found.values())

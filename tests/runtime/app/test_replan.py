@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from builders import PROFILE, build_artifact, make_plan
-from running import answer, run
+from running import answer, own_cache, run
 from toys import make_spec
 
 from subspec.artifacts.common.errors import Exit, SubspecError
@@ -312,15 +312,7 @@ def test_where_there_is_no_gpu_its_plans_go_to_the_cpu_unless_one_was_asked_for(
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of the test's own, with what was compiled before."""
-    users = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    base = tmp_path_factory.mktemp("cache")
-    kernels = base / "subspec" / "kernels"
-    kernels.mkdir(mode=0o700, parents=True)
-    for library in (users / "subspec" / "kernels").glob("*.so"):
-        shutil.copy(library, kernels)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(base))
-    return base / "subspec" / "plans"
+    return own_cache(tmp_path_factory.mktemp("cache"), monkeypatch) / "plans"
 
 
 @pytest.fixture
