@@ -78,6 +78,29 @@ def test_the_prompt_may_come_through_a_pipe(
     assert found["prompt_token_ids"] == expected
 
 
+# Sampling
+
+
+def test_log_probabilities_are_of_each_token_of_the_answer(artifact: Path, capsys: Capture) -> None:
+    words = (artifact, QUESTION, "--json", "--max-tokens", 6, "--no-replan")
+    found = json.loads(run(capsys, *words, "--logprobs", 2).out)
+    assert [one["token_id"] for one in found["logprobs"]] == found["token_ids"]
+    for one in found["logprobs"]:
+        best, second = one["top"]
+        assert best == {"token_id": one["token_id"], "logprob": one["logprob"]}  # it is greedy
+        assert second["logprob"] <= best["logprob"] < 0
+    alone = json.loads(run(capsys, *words, "--logprobs", 0).out)
+    assert [one["top"] for one in alone["logprobs"]] == [[]] * 6
+    assert json.loads(run(capsys, *words).out)["logprobs"] is None
+
+
+def test_a_bias_forbids_a_token(artifact: Path, capsys: Capture) -> None:
+    words = (artifact, QUESTION, "--json", "--max-tokens", 6, "--no-replan")
+    first, *_ = json.loads(run(capsys, *words).out)["token_ids"]
+    found = json.loads(run(capsys, *words, "--logit-bias", f"{first}=-100").out)
+    assert first not in found["token_ids"]
+
+
 # Refusals
 
 
