@@ -1,19 +1,26 @@
-"""subspec-run ARTIFACT [PROMPT]: one prompt, or a chat. Slow imports are done when needed."""
+"""subspec-run ARTIFACT|--model REF [PROMPT]: one prompt, or a chat. Slow imports are done when
+needed."""
 
 import json
-import math
-import re
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from subspec.artifacts.common.command import HINT, Program, say, size_option
+from subspec.artifacts.common.command import Program, say, size_option
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.sizes import format_size
+from subspec.runtime.app.run_options import (
+    MOST_LOGPROBS,
+    Options,
+    arranged,
+    bias_option,
+    check_options,
+    device_option,
+    finite_option,
+    option,
+)
 
 if TYPE_CHECKING:
     from subspec.artifacts.format.store import Artifact
@@ -22,77 +29,12 @@ if TYPE_CHECKING:
     from subspec.runtime.text.tokenizer import ChatTokenizer
 
 LARGEST_PROMPT = 16 << 20  # bytes read from stdin
-DEVICE = re.compile(r"cpu|cuda(:[0-9]{1,3})?", re.ASCII)
-
-Command = Callable[..., None]
-
-
-@dataclass(frozen=True)
-class Options:
-    """The command line, as click parsed it."""
-
-    artifact: Path
-    prompt: str | None = None
-    max_tokens: int = 512
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 0
-    stop: tuple[str, ...] = ()
-    system: str | None = None
-    raw: bool = False
-    chat: bool = False
-    no_speculation: bool = False
-    unpadded: bool = False
-    no_graphs: bool = False
-    vram: int | None = None
-    no_replan: bool = False
-    trust_kernels: bool = False
-    device: str | None = None
-    link_bandwidth: int | None = None
-    as_json: bool = False
-    check: bool = False
-    full: bool = False
-    stats: bool = False
-    no_record: bool = False
-
-
-# The first flag of a pair needs the second, or excludes it.
-NEEDS = (("full", "check"), ("unpadded", "no_speculation"))
-EXCLUDES = (
-    ("as_json", "chat"), ("raw", "chat"), ("raw", "system"), ("vram", "no_replan"),
-    ("stats", "prompt"), ("stats", "chat"), ("stats", "check"),
-)  # fmt: skip
-
-
-def option(name: str, help: str, **settings: Any) -> Callable[[Command], Command]:
-    """A click option with the default of its field in Options."""
-    field = name.lstrip("-").replace("-", "_")
-    default = getattr(Options, field)
-    shown = default not in (None, False, ())
-    return click.option(name, default=default, show_default=shown, help=help, **settings)
-
-
-def finite_option(context: click.Context, parameter: click.Parameter, value: float) -> float:
-    """Refuse nan, which click's ranges accept, and infinity."""
-    if not math.isfinite(value):
-        raise click.BadParameter(f"{value} is not a number{HINT}0.7 is one")
-    return value
-
-
-def device_option(
-    context: click.Context, parameter: click.Parameter, value: str | None
-) -> str | None:
-    if value is not None and DEVICE.fullmatch(value) is None:
-        raise click.BadParameter(
-            f"{value!r} is not a device{HINT}use cpu, cuda, or one of several GPUs, such as cuda:1"
-        )
-    return value
 
 
 @click.command("subspec-run", cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("artifact", required=False)
 @click.argument("prompt", required=False)
+@option("--model", "Instead of ARTIFACT: plan REF for --vram, once, and keep it.", metavar="REF")
 @option("--max-tokens", "Longest answer, in tokens.", type=click.IntRange(min=1))
 @option(
     "--temperature", "Sampling temperature; 0 is greedy.",
@@ -103,6 +45,26 @@ def device_option(
     type=click.FloatRange(0, 1, min_open=True), callback=finite_option,
 )  # fmt: skip
 @option("--top-k", "Sample from the K likeliest tokens; 0 disables.", type=click.IntRange(min=0))
+@option(
+    "--min-p", "Sample from tokens with at least P times the likeliest's probability.",
+    type=click.FloatRange(0, 1), callback=finite_option,
+)  # fmt: skip
+@option(
+    "--repetition-penalty", "Penalty on tokens in the prompt or the answer; 1 disables.",
+    type=click.FloatRange(0, min_open=True), callback=finite_option,
+)  # fmt: skip
+@option(
+    "--presence-penalty", "Penalty on tokens in the answer, subtracted from their logits.",
+    type=float, callback=finite_option,
+)  # fmt: skip
+@option(
+    "--frequency-penalty", "The same, for each time that a token is in the answer.",
+    type=float, callback=finite_option,
+)  # fmt: skip
+@option(
+    "--logit-bias", "Add BIAS to the logit of token ID; may be repeated.",
+    multiple=True, metavar="ID=BIAS", callback=bias_option,
+)  # fmt: skip
 @option(
     "--seed",
     "Seed of the sampling noise; the same seed gives the same tokens.",
@@ -117,7 +79,10 @@ def device_option(
     "--unpadded", "With --no-speculation: one unpadded row per pass, the fastest.", is_flag=True
 )
 @option("--no-graphs", "On a GPU: no CUDA graphs for the draft.", is_flag=True)
-@option("--vram", "Re-plan for SIZE if the plan needs more.", callback=size_option, metavar="SIZE")
+@option(
+    "--vram", "Budget: re-plan for SIZE if the plan needs more.",
+    callback=size_option, metavar="SIZE",
+)  # fmt: skip
 @option("--no-replan", "Use the stored plan as it is, on any machine.", is_flag=True)
 @option(
     "--trust-kernels", "Load the pre-built kernels in ARTIFACT; they are programs.", is_flag=True
@@ -126,6 +91,13 @@ def device_option(
 @option(
     "--link-bandwidth", "Limit the link to SIZE per second.", callback=size_option, metavar="SIZE"
 )
+@option("--context", "With --model: tokens of prompt and answer.", type=click.IntRange(min=16))
+@option("--sequences", "With --model: conversations in memory.", type=click.IntRange(1, 256))
+@option("--rehearse", "With --model: as for subspec-plan.", metavar="SECONDS|none")
+@option(
+    "--logprobs", "With --json: log probabilities of each token and of the N likeliest.",
+    type=click.IntRange(0, MOST_LOGPROBS), metavar="N",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 @option("--check", "Check the artifact's structure and exit.", is_flag=True)
 @option("--full", "With --check: compare every byte with its digest.", is_flag=True)
@@ -133,33 +105,35 @@ def device_option(
 @option("--no-record", "Do not add this run to the run records.", is_flag=True)
 @click.version_option(package_name="subspec")
 def main(**given: Any) -> None:
-    """Run the model in the folder ARTIFACT on PROMPT (- reads it from stdin).
+    """Run the model in the folder ARTIFACT on PROMPT (- reads it from stdin); or, with --model REF
+    --vram SIZE in place of ARTIFACT, plan the model first, which is kept for the next time.
 
     The answer goes to stdout, everything else to stderr. Exit codes, the SIZE grammar and the JSON
     object are in docs/commands.md.
     """
-    options = Options(**given)
+    options = arranged(Options(**given))
     check_options(options)
     if options.check:
-        check(options)
+        check(chosen_folder(options), options)
         return
     if options.stats:
         from subspec.runtime.app.folder import open_folder
         from subspec.runtime.app.history import report
 
-        report(open_folder(options.artifact), options.as_json)
+        report(open_folder(chosen_folder(options)), options.as_json)
         return
+    prompt = read_prompt(options)  # before a model is planned, as it may be empty
     from subspec.runtime.app.folder import begin_to_read, open_folder
 
-    artifact = open_folder(options.artifact)
+    artifact = open_folder(chosen_folder(options))
     begin_to_read(artifact, "plain" if options.no_speculation else None)
-    prompt = read_prompt(options)
     from subspec.runtime.app.opening import opened, planned_for_here, progress_line, trust_kernels
     from subspec.runtime.text.tokenizer import load_tokenizer
 
     how = opening(options)
     if options.trust_kernels:
         trust_kernels(artifact)
+    check_bias(artifact, options)
     artifact = planned_for_here(artifact, how)
 
     tokenizer = load_tokenizer(artifact.path / "tokenizer")
@@ -196,48 +170,51 @@ def answering(artifact: "Artifact", options: Options) -> "Answering":
     from subspec.runtime.model.sampling import Sampling
     from subspec.runtime.sequence import GenerationParams
 
-    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
+    sampling = Sampling(
+        options.temperature,
+        options.top_k,
+        options.top_p,
+        options.seed,
+        options.min_p,
+        options.repetition_penalty,
+        options.presence_penalty,
+        options.frequency_penalty,
+        options.logit_bias,
+    )
     ends = frozenset(artifact.spec.eos_token_ids)
-    params = GenerationParams(options.max_tokens, sampling, ends)
-    return Answering(params, options.stop, options.link_bandwidth, not options.no_record)
+    params = GenerationParams(options.max_tokens, sampling, ends, logprobs=options.logprobs)
+    return Answering(params, options.stop, not options.no_record)
 
 
-def check_options(options: Options) -> None:
-    """Raises SubspecError(USAGE) for what click cannot see."""
-    for flag, other in NEEDS:
-        if getattr(options, flag) and not getattr(options, other):
-            message = f"{spelled(flag)} was given without {spelled(other)}"
-            raise SubspecError(Exit.USAGE, message, f"add {spelled(other)}")
-    for flag, other in EXCLUDES:
-        if getattr(options, flag) and getattr(options, other):
-            message = f"{spelled(flag)} and {spelled(other)} exclude each other"
-            raise SubspecError(Exit.USAGE, message, "leave one out")
-    if "" in options.stop:
-        raise SubspecError(Exit.USAGE, "--stop is empty", "give the text that ends the answer")
-    try:
-        "".join([options.prompt or "", options.system or "", *options.stop]).encode("utf-8")
-    except UnicodeEncodeError:  # surrogates, which stand for bytes that are not UTF-8
-        raise SubspecError(Exit.USAGE, "an argument is not UTF-8", "convert it to UTF-8") from None
+def chosen_folder(options: Options) -> Path:
+    """ARTIFACT, or that of --model, which is planned if it is not there yet."""
+    if options.model is None:
+        assert options.artifact is not None, "arranged() asks for it"
+        return Path(options.artifact)
+    from subspec.runtime.app.planned_model import ModelRequest, planned_model
+
+    assert options.vram is not None, "check_options asks for it"
+    return planned_model(
+        ModelRequest(
+            options.model, options.vram, options.device, options.context, options.sequences,
+            options.link_bandwidth, options.rehearse,
+        )
+    )  # fmt: skip
 
 
-def spelled(field: str) -> str:
-    names = {"as_json": "--json", "prompt": "a PROMPT"}
-    return names.get(field, "--" + field.replace("_", "-"))
-
-
-def check(options: Options) -> None:
+def check(folder: Path, options: Options) -> None:
     from subspec.artifacts.format.store import verify
     from subspec.runtime.app.folder import open_folder
 
-    artifact = open_folder(options.artifact)
+    artifact = open_folder(folder)
     size = sum(entry.num_bytes for entry in artifact.manifest.files)
     if options.full:
-        verify(options.artifact)
+        verify(folder)
     said = "every byte matches" if options.full else "structure is sound (--full checks every byte)"
     if options.as_json:
         found = {"schema": "subspec.check/1", "bytes": size, "full": options.full, "ok": True}
         print(json.dumps(found))
-    say(f"{options.artifact}: {format_size(size)}, {said}")
+    say(f"{folder}: {format_size(size)}, {said}")
 
 
 def read_prompt(options: Options) -> str | None:
@@ -295,3 +272,12 @@ def prompt_ids(
             f"shorten it, or plan with --context {len(ids) + 256} or more",
         )
     return ids
+
+
+def check_bias(artifact: "Artifact", options: Options) -> None:
+    """Before the weights load. Raises SubspecError(USAGE)."""
+    last = artifact.spec.vocab_size - 1
+    wrong = next((token for token, _ in options.logit_bias if token > last), None)
+    if wrong is not None:
+        message = f"--logit-bias has the token id {wrong}, expected 0 to {last}"
+        raise SubspecError(Exit.USAGE, message, "use the ids of the model's own tokenizer")

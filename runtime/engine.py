@@ -107,6 +107,7 @@ class Engine:
         self.model = model
         # Padding makes plain decoding the draft's exact twin: a plan without a draft needs none.
         self.padded = method != "plain" or (options.padded and self.plan.method != "plain")
+        self.link_bandwidth = options.link_bandwidth
         self.num_prompts = 0  # that were read; the first one also waits for digests
         self._caches = caches  # that no sequence has
         self._reading: list[Sequence] = []  # their prompts, first come, first served

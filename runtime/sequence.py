@@ -85,6 +85,7 @@ class Sequence:
         self.logprobs: list[TokenLogprobs] = []  # of the answer's tokens, if it asked for them
         self.prompt_logprobs: list[TokenLogprobs] = []  # of the prompt's, from the second one on
         self._prompt: list[int] = []
+        self._num_read = 0  # leading tokens of the cache that were read, not decoded
         self.finish_reason: FinishReason | None = None  # None: it is decoding, or never was
         self._fresh: list[int] = []  # emitted and not yet given out
         self._closed = False
@@ -117,7 +118,7 @@ class Sequence:
         cache.roll_back(self._reusable(prompt, params))
         self.params, self.finish_reason, self._fresh = params, None, []
         self.prompt_logprobs, self.logprobs = [], []
-        self._prompt = prompt
+        self._prompt, self._num_read = prompt, len(prompt)
         self.stats = Stats(
             self._engine.method,
             prompt_tokens=len(prompt),
@@ -128,6 +129,18 @@ class Sequence:
         most = min(params.max_tokens, room)
         self.turn = Turn(cache, 0, most, chooser, params.logprobs)
         self._engine.join(self)
+
+    @property
+    def num_reusable(self) -> int:
+        """How many tokens of the cache have the bits that reading them would give: all, but with
+        unpadded decoding, which computes those of an answer in another way."""
+        return self.cache.length if self._engine.padded else min(self._num_read, self.cache.length)
+
+    def restored(self, tokens: list[int]) -> None:
+        """The cache holds what reading `tokens` gave."""
+        self.cache.roll_back(0)
+        self.cache.commit(tokens)
+        self._num_read = len(tokens)
 
     @property
     def unread(self) -> list[int]:
@@ -212,6 +225,10 @@ class Sequence:
         fresh, self._fresh = self._fresh, []
         return fresh
 
+    def stop(self) -> None:
+        """Ends the answer, if one has begun; the cache keeps what it has."""
+        self._engine.leave(self)
+
     def close(self) -> None:
         """Gives the cache back to the engine, once: another sequence may have it by now."""
         if not self._closed:
@@ -230,9 +247,7 @@ class Sequence:
         give. The last one is read, for its logits."""
         if params.prompt_logprobs is not None:
             return 0
-        shared = min(self.cache.common_prefix(prompt), len(prompt) - 1)
-        # Unpadded decoding computes the bits of an answer's tokens in another way.
-        return shared if self._engine.padded else min(shared, self.stats.prompt_tokens)
+        return min(self.cache.common_prefix(prompt), self.num_reusable, len(prompt) - 1)
 
     def _room_after(self, prompt: list[int], params: GenerationParams) -> int:
         """How many tokens an answer to the prompt can have."""

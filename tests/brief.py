@@ -1,8 +1,10 @@
 """A machine measured and a plan rehearsed as briefly as can be: for what the numbers do not matter
 to."""
 
+import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +24,17 @@ HASTY = MeasuringEffort(
     least_link_bytes=4 << 20,
     most_link_bytes=4 << 20,
 )
+BRIEF_PLAN = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import pytest, subspec.artifacts
+from brief import be_brief
+from subspec.planner.cli import main
+be_brief(pytest.MonkeyPatch())
+main(sys.argv[2:])
+"""
+# subspec-plan in a process of its own, with `be_brief`.
+BRIEF_PLANNER = (sys.executable, "-c", BRIEF_PLAN, str(Path(__file__).parent))
 BRIEF = Effort(learn_seconds=3.0, time_seconds=1.0, plain_seconds=0.1)
 
 

@@ -4,6 +4,7 @@ child, on a terminal."""
 import errno
 import os
 import pty
+import shutil
 import subprocess
 import sys
 import time
@@ -45,6 +46,17 @@ def demo_artifact(folder: Path) -> Path:
         listed = artifact.manifest
         write_manifest(out, listed.producer, listed.parts, listed.substitutes, {})
     return out
+
+
+def own_cache(base: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user's cache of the test's own in `base`, with what was compiled before."""
+    users = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    kernels = base / "subspec" / "kernels"
+    kernels.mkdir(mode=0o700, parents=True)
+    for library in (users / "subspec" / "kernels").glob("*.so"):
+        shutil.copy(library, kernels)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(base))
+    return base / "subspec"
 
 
 def generated(sequence: Sequence, prompt: list[int], params: GenerationParams) -> list[int]:

@@ -10,10 +10,13 @@ PATIENCE_SECONDS = 3.0  # between SIGTERM and SIGKILL
 
 
 @contextmanager
-def child_process(command: Sequence[str]) -> "Iterator[subprocess.Popen[bytes]]":
+def child_process(
+    command: Sequence[str], shown: bool = False
+) -> "Iterator[subprocess.Popen[bytes]]":
     """A child with pipes, in a process group of its own: Ctrl-C reaches only its parent. An error
-    in the block, or a signal, ends the whole group. Raises OSError if it cannot be started."""
-    with start_child(command) as child:
+    in the block, or a signal, ends the whole group. shown: its stderr is this process's. Raises
+    OSError if it cannot be started."""
+    with start_child(command, shown) as child:
         try:
             yield child
         except BaseException:
@@ -21,19 +24,21 @@ def child_process(command: Sequence[str]) -> "Iterator[subprocess.Popen[bytes]]"
             raise
 
 
-def start_child(command: Sequence[str]) -> "subprocess.Popen[bytes]":
+def start_child(command: Sequence[str], shown: bool = False) -> "subprocess.Popen[bytes]":
     """The same for a child that outlives a block: the caller ends it, with `end_group` if it may
     not end by itself."""
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, process_group=0)
+    story = None if shown else pipe
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=story, process_group=0)
 
 
 def run_child(
-    command: Sequence[str], given: bytes = b"", seconds: float | None = None
+    command: Sequence[str], given: bytes = b"", seconds: float | None = None, shown: bool = False
 ) -> "subprocess.CompletedProcess[bytes]":
-    """Run a command to its end, with `given` on its stdin. Raises OSError if it cannot be started,
-    and after `seconds` TimeoutExpired, with what it had written."""
-    with child_process(command) as child:
+    """Run a command to its end, with `given` on its stdin. shown: its stderr is this process's and
+    not in the result. Raises OSError if it cannot be started, and after `seconds` TimeoutExpired,
+    with what it had written."""
+    with child_process(command, shown) as child:
         try:
             out, story = child.communicate(given, seconds)
         except subprocess.TimeoutExpired as error:

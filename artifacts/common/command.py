@@ -228,9 +228,10 @@ def fail(error: SubspecError, as_json: bool) -> NoReturn:
             "hint": error.hint,
         }
         sys.stdout.write(json.dumps({"schema": "subspec.error/1", "error": body}) + "\n")
-    say(f"error: {error.message}")
-    if error.hint:
-        say(f"\nhint: {error.hint}")
+    if not error.said:
+        say(f"error: {error.message}")
+        if error.hint:
+            say(f"\nhint: {error.hint}")
     leave(error.exit_code)
 
 

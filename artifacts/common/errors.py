@@ -27,10 +27,12 @@ class Exit(enum.IntEnum):
 
 
 class SubspecError(Exception):
-    """`message` says what was got and what was expected; `hint` says what to do about it."""
+    """`message` says what was got and what was expected; `hint` says what to do about it. said:
+    both are on stderr already, from a command that this one ran."""
 
-    def __init__(self, exit_code: Exit, message: str, hint: str = "") -> None:
+    def __init__(self, exit_code: Exit, message: str, hint: str = "", said: bool = False) -> None:
         super().__init__(message)
         self.exit_code = exit_code
         self.message = message
         self.hint = hint
+        self.said = said

@@ -17,6 +17,7 @@ from subspec.artifacts.common.formatting import counted, duration, number
 from subspec.artifacts.common.sizes import short_size
 from subspec.artifacts.runs import Run, append_run, plan_digest
 from subspec.runtime.engine import Engine, machine_name
+from subspec.runtime.model.sampling import TokenLogprobs
 from subspec.runtime.sequence import GenerationParams, Sequence
 from subspec.runtime.text.streaming import TextStream
 from subspec.runtime.text.tokenizer import ChatTokenizer
@@ -28,7 +29,6 @@ class Answering:
 
     params: GenerationParams
     stop: tuple[str, ...] = ()
-    link_bandwidth: int | None = None  # bytes per second that the link is limited to
     record: bool = True  # whether answers are added to the run records
 
 
@@ -38,6 +38,7 @@ class Answer:
     token_ids: list[int]
     prompt_token_ids: list[int]
     finish_reason: str  # "eos", "stop", "length", "context" or "interrupted"
+    logprobs: tuple[TokenLogprobs, ...] | None = None  # of each of token_ids, if asked for
 
     def as_json(self, engine: Engine, sequence: Sequence) -> dict[str, Any]:
         return {
@@ -46,6 +47,7 @@ class Answer:
             "token_ids": self.token_ids,
             "prompt_token_ids": self.prompt_token_ids,
             "finish_reason": self.finish_reason,
+            "logprobs": logprobs_json(self.logprobs),
             "method": engine.method,
             "stats": stats_json(engine, sequence),
         }
@@ -100,7 +102,9 @@ def answer_prompt(
         pieces.close()  # type: ignore[attr-defined]
     show()
     reason = "interrupted" if cut_short else sequence.finish_reason or "interrupted"
-    return Answer(stream.text, stream.token_ids, ids, reason)
+    asked = how.params.logprobs is not None
+    logprobs = tuple(sequence.logprobs[: len(stream.token_ids)]) if asked else None
+    return Answer(stream.text, stream.token_ids, ids, reason, logprobs)
 
 
 @contextmanager
@@ -137,10 +141,10 @@ def recorded(engine: Engine, sequence: Sequence, how: Answering) -> Iterator[Non
     finally:
         stats = sequence.stats
         if stats is not before and stats.accepted and how.record:
-            append_run(engine.artifact.path, run_of(engine, sequence, how))
+            append_run(engine.artifact.path, run_of(engine, sequence))
 
 
-def run_of(engine: Engine, sequence: Sequence, how: Answering) -> Run:
+def run_of(engine: Engine, sequence: Sequence) -> Run:
     stats, plan = sequence.stats, engine.plan
     said = plan.predicted.get(engine.method)
     levels = range(1, plan.tree.depth + 1) if engine.method == "substitute" else ()
@@ -150,7 +154,7 @@ def run_of(engine: Engine, sequence: Sequence, how: Answering) -> Run:
         machine=machine_name(engine.device),
         method=engine.method,
         padded=engine.padded,
-        link_bandwidth=how.link_bandwidth,
+        link_bandwidth=engine.link_bandwidth,
         greedy=sequence.params.sampling.temperature == 0,
         prompt_tokens=stats.prompt_tokens,
         reused_tokens=stats.reused_tokens,
@@ -200,6 +204,19 @@ def stats_json(engine: Engine, sequence: Sequence) -> dict[str, Any]:
         "process_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "predicted_tokens_per_second": engine.predicted_tokens_per_second,
     }
+
+
+def logprobs_json(logprobs: tuple[TokenLogprobs, ...] | None) -> list[dict[str, Any]] | None:
+    if logprobs is None:
+        return None
+    return [
+        {
+            "token_id": one.token,
+            "logprob": one.logprob,
+            "top": [{"token_id": token, "logprob": logprob} for token, logprob in one.top],
+        }
+        for one in logprobs
+    ]
 
 
 def histogram(accepted: "list[int] | tuple[int, ...]") -> list[int]:

@@ -4,16 +4,19 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from subspec.artifacts.common.command import say
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.runtime.app.answer import Answering, answer_prompt, cut_off, stats_line
+from subspec.runtime.app.settings import changed, described
 from subspec.runtime.engine import Engine
 from subspec.runtime.sequence import Sequence
 from subspec.runtime.text.tokenizer import ChatTokenizer
 
 HELP = '''  /clear          forget the conversation
   /system TEXT    set the system message, without TEXT remove it; forgets the conversation
+  /set NAME VALUE change a setting, such as temperature 0.7; without NAME show them all
   /stats          figures of the last answer
   /exit           leave, as Ctrl-D does
   """             begins and ends a turn of several lines
@@ -104,11 +107,23 @@ class Conversation:
             self._system = rest.strip()
             self._clear()
             say(f"system message {'set' if self._system else 'removed'}, conversation cleared")
+        elif command == "/set":
+            self._set(rest)
         elif command == "/stats":
             answered = self._sequence.stats.generated_tokens > 0
             say(stats_line(self._engine, self._sequence) if answered else "no answer yet")
         else:
             say(f"{command} is not a command; /help lists them")
+
+    def _set(self, given: str) -> None:
+        if given.strip():
+            try:
+                params = changed(self._how.params, given)
+            except SubspecError as error:
+                say(f"error: {error.message}" + (f"\n\nhint: {error.hint}" if error.hint else ""))
+                return
+            self._how = replace(self._how, params=params)
+        say(described(self._how.params))
 
     def _clear(self) -> None:
         self._messages = [{"role": "system", "content": self._system}] if self._system else []

@@ -21,7 +21,8 @@ def open_folder(path: Path) -> Artifact:
     raise SubspecError(
         Exit.USAGE,
         f"{path} {what}",
-        f"give a folder that was made with subspec-plan --model {model} --vram SIZE",
+        f"plan and run it: subspec-run --model {model} --vram SIZE; or give a folder that was made "
+        f"with subspec-plan --model {model} --vram SIZE",
     )
 
 

@@ -7,7 +7,6 @@ folder is not changed: the new plan is kept in the user's cache for the next sta
 import hashlib
 import os
 import shlex
-import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,8 +17,7 @@ from typing import Literal
 
 import torch
 
-from subspec.artifacts.common.child import run_child
-from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.common.errors import SubspecError
 from subspec.artifacts.common.sizes import format_size
 from subspec.artifacts.common.user_cache import user_cache_dir
 from subspec.artifacts.format.checks import check_plan
@@ -28,10 +26,10 @@ from subspec.artifacts.format.folder import MANIFEST
 from subspec.artifacts.format.store import LARGEST_JSON, Artifact
 from subspec.artifacts.format.tensors import open_regular
 from subspec.artifacts.plan import Method, Plan
+from subspec.runtime.app.planner_command import run_planner
 from subspec.runtime.engine import machine_name
 from subspec.runtime.memory import free_bytes
 
-PLANNER = (sys.executable, "-P", "-m", "subspec.planner")
 MARGIN = 0.03  # of what is free now; it may be less by the time the weights are loaded
 STEPS = 32  # of a plan's budget: free memory varies between runs, the cached plan should not
 MOST_KEPT = 64
@@ -170,20 +168,9 @@ def solve_again(
 def planned_anew(artifact: Artifact, found: Mismatch, link_bandwidth: int | None) -> Plan:
     """Plan by subspec-plan, for a link of at most `link_bandwidth` bytes per second. It measures
     this machine, in seconds, if the artifact's profile is of another one. Raises SubspecError."""
-    command = [*PLANNER, *planner_words(artifact, found), "--print-plan", "--json"]
-    command += ["--link-bandwidth", f"{link_bandwidth}B"] if link_bandwidth else []
-    try:
-        ended = run_child(command)
-    except OSError as error:
-        message = f"subspec-plan cannot be started: {error.strerror}"
-        raise SubspecError(Exit.UNEXPECTED, message, "install subspec again") from None
-    if ended.returncode:
-        raise planners_error(
-            ended.returncode,
-            ended.stdout.decode("utf-8", "replace"),
-            ended.stderr.decode("utf-8", "replace"),
-        )
-    return load_plan(ended.stdout, artifact)
+    words = [*planner_words(artifact, found), "--print-plan"]
+    words += ["--link-bandwidth", f"{link_bandwidth}B"] if link_bandwidth else []
+    return load_plan(run_planner(words), artifact)
 
 
 def planner_words(artifact: Artifact, found: Mismatch) -> list[str]:
@@ -200,34 +187,6 @@ def planner_words(artifact: Artifact, found: Mismatch) -> list[str]:
         "--sequences": constraints.num_sequences if constraints.num_sequences > 1 else None,
     }
     return words + [str(word) for pair in fixed.items() if pair[1] is not None for word in pair]
-
-
-def planners_error(code: int, said: str, story: str) -> SubspecError:
-    """The planner's error from the JSON object on its stdout, `said`; without one, from the last
-    line of its stderr, `story`."""
-    try:
-        value = parse_json(said, "the planner's error")
-        found: Reported = load_dataclass(Reported, value, "the planner's error")
-        return SubspecError(Exit(found.error.exit), found.error.message, found.error.hint)
-    except (SubspecError, ValueError):
-        line = (story.splitlines() or [""])[-1][:300]
-        return SubspecError(Exit.UNEXPECTED, f"subspec-plan ended with code {code}: {line}")
-
-
-@dataclass(frozen=True)
-class ErrorObject:
-    code: str
-    exit: int
-    message: str
-    hint: str
-
-
-@dataclass(frozen=True)
-class Reported:
-    """The object that a command prints with --json when it fails (docs/commands.md)."""
-
-    schema: Literal["subspec.error/1"]
-    error: ErrorObject
 
 
 def load_plan(text: bytes | str, artifact: Artifact) -> Plan:

@@ -14,7 +14,7 @@ import click
 
 from subspec.artifacts.common.command import HINT, Program, leave, size_option
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.runtime.cli import device_option, finite_option
+from subspec.runtime.app.run_options import device_option, finite_option
 
 if TYPE_CHECKING:
     from socket import socket

@@ -6,7 +6,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from subspec.runtime.model.sampling import TokenLogprobs
-from subspec.runtime.text.tokenizer import BYTE_TOKEN, INCOMPLETE
+from subspec.runtime.text.detokenizer import BYTE_TOKEN, INCOMPLETE
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:

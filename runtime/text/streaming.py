@@ -9,6 +9,30 @@ from subspec.runtime.text.detokenizer import StreamingDetokenizer
 from subspec.runtime.text.tokenizer import ChatTokenizer
 
 
+class AnswerText:
+    """The text of one answer. Its `cut` belongs into the answer's GenerationParams: it sees each
+    round's tokens before they are committed, so that the answer ends with a stop text."""
+
+    def __init__(self, detokenizer: StreamingDetokenizer) -> None:
+        self.detokenizer = detokenizer
+        self._fresh = ""
+
+    def cut(self, tokens: Tokens[int]) -> int | None:
+        """Number of tokens to keep if a stop text ends the answer."""
+        before = self.detokenizer.num_tokens
+        self._fresh += self.detokenizer.feed(list(tokens))
+        return self.detokenizer.num_tokens - before if self.detokenizer.stopped else None
+
+    def take_fresh(self) -> str:
+        """Text that has become certain since the last call."""
+        fresh, self._fresh = self._fresh, ""
+        return fresh
+
+    def finish(self) -> str:
+        """What was withheld, as a stop text could have begun with it."""
+        return self.detokenizer.finish()
+
+
 class TextStream:
     """Iterating yields pieces of the answer to `prompt_ids` in whole characters; together they are
     `text`: what follows the prompt's own text. A text in `stop` ends the answer and is not part of
@@ -29,29 +53,21 @@ class TextStream:
         self.prompt_ids = prompt_ids
         self.token_ids: list[int] = []
         self._sequence = sequence
-        self._params = replace(params, cut=self._cut)
-        self._detokenizer = StreamingDetokenizer(tokenizer, stop, prompt_ids)
-        self._fresh = ""
+        self._answer = AnswerText(StreamingDetokenizer(tokenizer, stop, prompt_ids))
+        self._params = replace(params, cut=self._answer.cut)
 
     @property
     def text(self) -> str:
         """The text so far, control characters included."""
-        return self._detokenizer.text
+        return self._answer.detokenizer.text
 
     def __iter__(self) -> Iterator[str]:
         """Raises SubspecError(USAGE) for a prompt that the context has no room for."""
         try:
             for tokens in self._sequence.generate(self.prompt_ids, self._params):
                 self.token_ids += tokens
-                fresh, self._fresh = self._fresh, ""
-                yield fresh
+                yield self._answer.take_fresh()
         finally:
-            rest = self._detokenizer.finish()  # withheld, as a stop text could have begun with it
+            rest = self._answer.finish()
         if rest:
             yield rest
-
-    def _cut(self, tokens: Tokens[int]) -> int | None:
-        """Called before a round is committed: number of tokens to keep if a stop text ends it."""
-        before = self._detokenizer.num_tokens
-        self._fresh += self._detokenizer.feed(list(tokens))
-        return self._detokenizer.num_tokens - before if self._detokenizer.stopped else None

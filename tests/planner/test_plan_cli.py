@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from brief import be_brief
+from brief import BRIEF_PLANNER, be_brief
 from builders import PROFILE, build_artifact, random_checkpoint
 from run_records import make_run
 from safetensors.torch import load_file, save_file
@@ -31,8 +31,6 @@ from subspec.planner.rehearse.corrections import LEAST, MOST
 from subspec.planner.rehearse.rehearsal import Effort
 from subspec.planner.rehearse.replay import THRESHOLDS
 from subspec.runtime.engine import Engine, kernel_sources
-
-TESTS = Path(__file__).parents[1]  # where brief.py is
 
 
 @dataclass(frozen=True)
@@ -616,22 +614,11 @@ def test_a_model_that_is_not_ours_to_run_is_refused(
     assert list(here.iterdir()) == []
 
 
-BRIEFLY = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import pytest, subspec.artifacts
-from brief import be_brief
-from subspec.planner.cli import main
-be_brief(pytest.MonkeyPatch())
-main(sys.argv[2:])
-"""
-
-
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_build_leaves_nothing(number: int, code: int, here: Path) -> None:
     words = ["--model", "demo", "--vram", "9MB", "--width", "1", "--depth", "1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # a busy machine would take its time
-    command = [sys.executable, "-c", BRIEFLY, TESTS, *words]
+    command = [*BRIEF_PLANNER, *words]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as child:
         assert child.stderr is not None
         for line in child.stderr:

@@ -23,7 +23,8 @@ from subspec.planner.model.hub import DEMO
 from subspec.runtime import cli, engine
 from subspec.runtime.app import answer, opening
 from subspec.runtime.app.folder import open_folder
-from subspec.runtime.cli import Options
+from subspec.runtime.app.run_options import Options, arranged, check_options
+from subspec.runtime.model.sampling import Sampling
 from subspec.runtime.text.tokenizer import ChatTokenizer, load_tokenizer
 
 SLOW = ("--link-bandwidth", "15MB")  # a round takes a third of a second
@@ -61,7 +62,7 @@ def test_a_model_without_a_template_says_that_it_continues(artifact: Path, capsy
     text = load_tokenizer(artifact / "tokenizer")
     bare = ChatTokenizer(text.tokenizer, None, {}, False)
     opened_artifact = open_folder(artifact)
-    ids = cli.prompt_ids(opened_artifact, bare, Options(artifact), "def f")
+    ids = cli.prompt_ids(opened_artifact, bare, Options(), "def f")
     assert ids == text.tokenizer.encode("def f").ids
     assert "no chat template" in capsys.readouterr().err
 
@@ -76,6 +77,29 @@ def test_the_prompt_may_come_through_a_pipe(
         [{"role": "user", "content": f"{QUESTION} é"}]
     )
     assert found["prompt_token_ids"] == expected
+
+
+# Sampling
+
+
+def test_log_probabilities_are_of_each_token_of_the_answer(artifact: Path, capsys: Capture) -> None:
+    words = (artifact, QUESTION, "--json", "--max-tokens", 6, "--no-replan")
+    found = json.loads(run(capsys, *words, "--logprobs", 2).out)
+    assert [one["token_id"] for one in found["logprobs"]] == found["token_ids"]
+    for one in found["logprobs"]:
+        best, second = one["top"]
+        assert best == {"token_id": one["token_id"], "logprob": one["logprob"]}  # it is greedy
+        assert second["logprob"] <= best["logprob"] < 0
+    alone = json.loads(run(capsys, *words, "--logprobs", 0).out)
+    assert [one["top"] for one in alone["logprobs"]] == [[]] * 6
+    assert json.loads(run(capsys, *words).out)["logprobs"] is None
+
+
+def test_a_bias_forbids_a_token(artifact: Path, capsys: Capture) -> None:
+    words = (artifact, QUESTION, "--json", "--max-tokens", 6, "--no-replan")
+    first, *_ = json.loads(run(capsys, *words).out)["token_ids"]
+    found = json.loads(run(capsys, *words, "--logit-bias", f"{first}=-100").out)
+    assert first not in found["token_ids"]
 
 
 # Refusals
@@ -93,6 +117,11 @@ def refused(ended: Ended, code: Exit, message: str, hint: str) -> None:
     ("words", "code", "message", "hint"),
     [
         (["--full"], Exit.USAGE, "--full was given without --check", "add --check"),
+        (["--context", "99"], Exit.USAGE, "--context was given without --model", "add --model"),
+        (["--sequences", "1"], Exit.USAGE, "--sequences was given without --model", "add --model"),
+        (["--rehearse", "9"], Exit.USAGE, "--rehearse was given without --model", "add --model"),
+        (["--logprobs", "0"], Exit.USAGE, "--logprobs was given without --json", "add --json"),
+        (["--model", "demo", "--vram", "9MB"], Exit.USAGE, "--model exclude each other", "leave"),
         (["--unpadded"], Exit.USAGE, "without --no-speculation", "add --no-speculation"),
         (["--raw", "--system", "s"], Exit.USAGE, "exclude each other", "leave one out"),
         (["--chat", "--json"], Exit.USAGE, "exclude each other", "leave one out"),
@@ -110,6 +139,19 @@ def refused(ended: Ended, code: Exit, message: str, hint: str) -> None:
         (["--temperature", "-1"], Exit.USAGE, "-1.0 is not in the range", "--help"),
         (["--max-tokens", "0"], Exit.USAGE, "0 is not in the range x>=1", "--help"),
         (["--seed", "-1"], Exit.USAGE, "-1 is not in the range", "--help"),
+        (["--min-p", "1.1"], Exit.USAGE, "1.1 is not in the range 0<=x<=1", "--help"),
+        (["--min-p", "nan"], Exit.USAGE, "nan is not a number", "0.7"),
+        (["--repetition-penalty", "0"], Exit.USAGE, "0.0 is not in the range x>0", "--help"),
+        (["--repetition-penalty", "inf"], Exit.USAGE, "inf is not a number", "0.7"),
+        (["--presence-penalty", "nan"], Exit.USAGE, "nan is not a number", "0.7"),
+        (["--frequency-penalty", "-inf"], Exit.USAGE, "-inf is not a number", "0.7"),
+        (["--logprobs", "21", "--json"], Exit.USAGE, "21 is not in the range 0<=x<=20", "--help"),
+        *[
+            (["--logit-bias", wrong], Exit.USAGE, f"'{wrong}' is not a token id and a", "198=-5")
+            for wrong in ("5", "a=1", "5=", "=5", "-1=2", "5=nan", "5=inf", "5=1e9", "5=1=2", "")
+        ],
+        (["--logit-bias", "5=1", "--logit-bias", "5=2"], Exit.USAGE, "has a bias", "leave one"),
+        (["--logit-bias", "2048=1"], Exit.USAGE, "token id 2048, expected 0 to 2047", "tokenizer"),
         (["--device", "tpu"], Exit.USAGE, "'tpu' is not a device", "cuda:1"),
         (["--device", "cuda"], Exit.WRONG_MACHINE, "the plan is for cpu", "plan again"),
     ],
@@ -122,6 +164,41 @@ def test_a_wrong_argument_is_one_sentence_a_hint_and_a_code(
     if "--json" in words:
         ended = Ended(ended.exit_code, "", ended.err)
     refused(ended, code, message, hint)
+
+
+def test_an_artifact_or_a_model_with_its_budget_is_needed(capsys: Capture) -> None:
+    refused(run(capsys), Exit.USAGE, "neither an ARTIFACT nor --model REF was given", "--vram 9MB")
+    refused(run(capsys, "--model", "demo", "a"), Exit.USAGE, "without --vram", "add --vram")
+    ended = run(capsys, "--model", "demo", "--vram", "9MB", "two", "words")
+    refused(ended, Exit.USAGE, "an ARTIFACT, two, and --model exclude", "only in quotes")
+
+
+def test_with_a_model_the_only_argument_is_the_prompt() -> None:
+    options = Options(artifact="def f(", model="demo", vram=1)
+    assert arranged(options) == Options(prompt="def f(", model="demo", vram=1)
+    for fine in (Options("folder"), Options("folder", "def f("), Options(model="demo", vram=1)):
+        assert arranged(fine) == fine
+    check_options(Options(model="demo", vram=1, no_replan=True))
+
+
+def test_the_options_of_sampling_reach_the_engine(artifact: Path) -> None:
+    given = Options(
+        temperature=0.5, top_p=0.9, top_k=7, min_p=0.1, repetition_penalty=1.2,
+        presence_penalty=-0.5, frequency_penalty=0.25, logit_bias=((5, -1.5), (7, 2.0)), seed=3,
+        logprobs=2, as_json=True,
+    )  # fmt: skip
+    params = cli.answering(cli.open_folder(artifact), given).params
+    assert params.sampling == Sampling(0.5, 7, 0.9, 3, 0.1, 1.2, -0.5, 0.25, ((5, -1.5), (7, 2.0)))
+    assert params.logprobs == 2
+    plain = cli.answering(cli.open_folder(artifact), Options()).params
+    assert plain.sampling == Sampling() and plain.logprobs is None
+
+
+def test_biases_are_read_as_pairs() -> None:
+    command = cli.main.make_context(
+        "subspec-run", ["x", "--logit-bias", "5=-1.5", "--logit-bias", "0=+100"]
+    )
+    assert command.params["logit_bias"] == ((5, -1.5), (0, 100.0))
 
 
 def test_an_argument_that_is_not_utf8_is_refused(artifact: Path, capsys: Capture) -> None:
@@ -158,7 +235,7 @@ def test_an_empty_prompt_is_refused(artifact: Path, capsys: Capture) -> None:
 def test_a_prompt_of_which_nothing_is_left_is_refused_with_a_hint_that_fits(artifact: Path) -> None:
     silent = ChatTokenizer(load_tokenizer(artifact / "tokenizer").tokenizer, "", {}, False)
     with pytest.raises(SubspecError, match="has 0 tokens: the model's chat template") as caught:
-        cli.prompt_ids(open_folder(artifact), silent, Options(artifact), "def f")
+        cli.prompt_ids(open_folder(artifact), silent, Options(), "def f")
     assert caught.value.exit_code == Exit.USAGE and "--raw" in caught.value.hint
 
 

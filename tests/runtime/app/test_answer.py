@@ -61,7 +61,8 @@ def test_json_is_one_object_with_the_documented_keys(artifact: Path, capsys: Cap
     found = json.loads(ended.out)
     assert ended.out.count("\n") == 1 and ended.out.isascii()
     assert set(found) == {
-        "schema", "text", "token_ids", "prompt_token_ids", "finish_reason", "method", "stats",
+        "schema", "text", "token_ids", "prompt_token_ids", "finish_reason", "logprobs", "method",
+        "stats",
     }  # fmt: skip
     assert set(found["stats"]) == STATS
     assert found["schema"] == "subspec.run/1" and found["method"] == "substitute"

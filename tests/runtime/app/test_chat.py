@@ -3,6 +3,7 @@
 import io
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -106,6 +107,42 @@ def test_help_stats_and_unknown_commands_answer_on_stderr(chatting: Chatting, as
     assert "no answer yet" in ended.err
     assert "/systems is not a command; /help lists them" in ended.err
     assert "/nope is not a command" in ended.err
+
+
+def test_settings_are_shown_and_changed_for_the_answers_after(
+    chatting: Chatting, asked: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = list[GenerationParams]()
+    answer_as_before = chat.answer_prompt
+
+    def answer_prompt(*given: Any, **more: Any) -> Answer:
+        used.append(given[3].params)
+        return answer_as_before(*given, **more)
+
+    monkeypatch.setattr(chat, "answer_prompt", answer_prompt)
+    ended = chatting("one\n/set temperature 0.5\n/set min_p=0.1\n/set max-tokens 9\ntwo\n/set\n")
+    assert ended.exit_code == 0
+    before, after = used
+    assert (before.sampling.temperature, before.max_tokens) == (0.0, 4)
+    assert after.sampling == replace(before.sampling, temperature=0.5, min_p=0.1)
+    assert after.max_tokens == 9
+    assert ended.err.count("  max-tokens           9\n") == 2
+    assert ended.err.endswith("  seed                 0\n")
+
+
+def test_a_setting_that_cannot_be_is_one_sentence_and_changes_nothing(
+    chatting: Chatting, asked: Any
+) -> None:
+    ended = chatting("/set temperature -1\n/set top-k 1.5\n/set speed 3\n/set seed\n/set\n")
+    assert ended.exit_code == 0
+    for said in (
+        "error: temperature is -1.0, expected 0 or more\n",
+        "error: top-k is '1.5', expected a whole number\n\nhint: such as /set top-k 1\n",
+        "error: 'speed 3' is not a setting and its value\n\nhint: the settings are max-tokens, ",
+        "error: 'seed' is not a setting and its value\n",
+        "  temperature          0.0\n",
+    ):
+        assert said in ended.err
 
 
 def test_triple_quotes_hold_a_turn_of_several_lines(chatting: Chatting, asked: Any) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from builders import PROFILE, build_artifact, make_plan
-from running import answer, run
+from running import answer, own_cache, run
 from toys import make_spec
 
 from subspec.artifacts.common.errors import Exit, SubspecError
@@ -23,7 +23,8 @@ from subspec.planner.cli import main as plan_command
 from subspec.planner.model.hub import DEMO
 from subspec.planner.solve.search import PRIOR, search
 from subspec.planner.solve.storage import Storage
-from subspec.runtime.app import replan
+from subspec.runtime.app import planner_command
+from subspec.runtime.app.planner_command import planners_error
 from subspec.runtime.app.replan import (
     Here,
     Mismatch,
@@ -33,7 +34,6 @@ from subspec.runtime.app.replan import (
     mismatch,
     planned_anew,
     planner_words,
-    planners_error,
     read_entry,
     write_entry,
 )
@@ -312,15 +312,7 @@ def test_where_there_is_no_gpu_its_plans_go_to_the_cpu_unless_one_was_asked_for(
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of the test's own, with what was compiled before."""
-    users = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    base = tmp_path_factory.mktemp("cache")
-    kernels = base / "subspec" / "kernels"
-    kernels.mkdir(mode=0o700, parents=True)
-    for library in (users / "subspec" / "kernels").glob("*.so"):
-        shutil.copy(library, kernels)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(base))
-    return base / "subspec" / "plans"
+    return own_cache(tmp_path_factory.mktemp("cache"), monkeypatch) / "plans"
 
 
 @pytest.fixture
@@ -445,7 +437,7 @@ def test_a_smaller_cap_is_kept_on_the_fly_and_solved_only_once(
     assert f"subspec-plan --from {artifact} --vram 7000000B --device cpu" in note
     assert (artifact / "plan.json").read_bytes() == before
 
-    monkeypatch.setattr(replan, "PLANNER", NO_PLANNER)
+    monkeypatch.setattr(planner_command, "PLANNER", NO_PLANNER)
     again = run(capsys, *words(artifact, "--vram", "7MB"))
     assert again.exit_code == 0, again.err
     assert json.loads(again.out)["token_ids"] == json.loads(ended.out)["token_ids"]
@@ -471,7 +463,7 @@ def test_a_plan_of_another_machine_is_solved_again_with_one_line(
         f"note: planned on another machine ({ELSEWHERE}): re-planned for this one; to keep that: "
         f"subspec-plan --from {artifact} --vram {planned.budget_bytes}B --device cpu"
     )
-    monkeypatch.setattr(replan, "PLANNER", NO_PLANNER)
+    monkeypatch.setattr(planner_command, "PLANNER", NO_PLANNER)
     again = run(capsys, *words(artifact))
     assert notes(again.err) == [note]
     assert json.loads(again.out)["token_ids"] == json.loads(ended.out)["token_ids"]
@@ -515,7 +507,7 @@ def test_a_context_that_shrank_is_said_so(artifact: Path, cache: Path) -> None:
 def test_where_no_plan_fits_what_is_free_that_is_the_error(
     artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(replan, "PLANNER", INFEASIBLE)
+    monkeypatch.setattr(planner_command, "PLANNER", INFEASIBLE)
     opened = open_artifact(artifact)
     large = replace(opened, plan=larger(opened.plan, 2 * free_bytes()))
     with pytest.raises(
@@ -538,7 +530,7 @@ def test_a_plan_of_another_machine_is_obeyed_where_there_is_no_other(
     why: str,
 ) -> None:
     moved(artifact, measured_here=True)
-    monkeypatch.setattr(replan, "PLANNER", planner)
+    monkeypatch.setattr(planner_command, "PLANNER", planner)
     ended = run(capsys, *words(artifact))
     assert ended.exit_code == 0
     failed, obeyed = notes(ended.err)
@@ -550,7 +542,7 @@ def test_without_replanning_the_stored_plan_is_obeyed_with_a_note(
     artifact: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     moved(artifact, measured_here=True)
-    monkeypatch.setattr(replan, "PLANNER", NO_PLANNER)
+    monkeypatch.setattr(planner_command, "PLANNER", NO_PLANNER)
     ended = run(capsys, *words(artifact, "--no-replan"))
     assert ended.exit_code == 0
     [note] = notes(ended.err)

@@ -1,0 +1,261 @@
+"""A model's artifact in the user's cache: planned by subspec-plan when it is first asked for.
+
+An artifact NAME/ stands beside its entry NAME.json, which says what it was planned for. A process
+that plans holds a lock on the entry. Nothing here removes an artifact: planning again replaces it,
+and people may delete what they like.
+"""
+
+import fcntl
+import hashlib
+import os
+import re
+import shlex
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import IO, Literal
+
+from subspec.artifacts.common.command import say
+from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.common.sizes import format_size, short_size
+from subspec.artifacts.common.user_cache import user_cache_dir
+from subspec.artifacts.format.codec import dump_json, load_dataclass, parse_json
+from subspec.artifacts.format.folder import MANIFEST
+from subspec.artifacts.format.store import LARGEST_JSON, open_artifact
+from subspec.artifacts.format.tensors import open_regular
+from subspec.runtime.app.planner_command import run_planner
+
+DEMO = "demo"  # the model that comes with subspec
+# What a plan can depend on in a folder with a checkpoint.
+CHECKPOINT_FILES = ("*", "additional_chat_templates/*")
+CHECKPOINT_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt")
+LONGEST_STEM = 60  # characters of a model's name in that of its artifact
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class ModelRequest:
+    """What a person asked of --model: options of subspec-plan. None: the planner's default."""
+
+    model: str  # REF: a folder, org/name, hf://org/name@revision, a bare name, or demo
+    budget_bytes: int
+    device: str | None = None
+    context: int | None = None
+    sequences: int | None = None
+    link_bandwidth: int | None = None
+    rehearse: str | None = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What an artifact in the cache was planned for."""
+
+    schema: Literal["subspec.planned/1"]
+    request: ModelRequest
+    # Of a local folder: digest of its files' names, sizes and times. Of the demo: subspec's
+    # version. The artifact of a hub model names its commit.
+    checkpoint: str
+
+
+def planned_model(request: ModelRequest, tell: Tell = say) -> Path:
+    """The artifact for `request`: from the user's cache, else planned into it, which takes from a
+    minute to hours. The planner's story goes to stderr.
+
+    Raises SubspecError: the planner's own, or RESOURCES if there is no cache.
+    """
+    folder = user_cache_dir("artifacts")
+    if folder is None:
+        raise SubspecError(
+            Exit.RESOURCES,
+            "the user's cache cannot be written, where a planned model is kept",
+            "set XDG_CACHE_HOME, or plan into a folder of your choice: "
+            f"subspec-plan --model {shlex.quote(request.model)} --vram SIZE --out DIR",
+        )
+    wanted = entry_of(request)
+    path = folder / artifact_name(wanted.request)
+    if is_current(path, wanted):
+        return path
+    with locked(entry_path(path), tell) as entry:
+        if not is_current(path, wanted):  # another process may have planned it meanwhile
+            plan_into(path, wanted, entry, tell)
+    return path
+
+
+def entry_of(request: ModelRequest) -> Entry:
+    """The entry that an artifact for `request` has now. A local folder is named by its real path,
+    as subspec-plan sees it: an existing folder goes before a hub name."""
+    model = request.model
+    if model == DEMO:
+        return Entry("subspec.planned/1", request, version("subspec"))
+    local = Path(os.path.expanduser(model))
+    if model and "://" not in model and local.is_dir():
+        local = local.resolve()
+        return Entry("subspec.planned/1", replace(request, model=str(local)), files_digest(local))
+    return Entry("subspec.planned/1", replace(request, model=model.removeprefix("hf://")), "")
+
+
+def files_digest(folder: Path) -> str:
+    """Changes with a file of the checkpoint in `folder`, as far as sizes and times show it."""
+    found = []
+    for pattern in CHECKPOINT_FILES:
+        for path in sorted(folder.glob(pattern)):
+            if path.suffix in CHECKPOINT_SUFFIXES and path.is_file():
+                status = path.stat()
+                found.append([path.name, status.st_size, status.st_mtime_ns])
+    return hashlib.sha256(dump_json(found).encode()).hexdigest()
+
+
+def artifact_name(request: ModelRequest) -> str:
+    """Readable, and one for each request: qwen2.5-32b-24.00gb-1f0c5ae37d42."""
+    stem = request.model.partition("@")[0].rstrip("/").rpartition("/")[2][:LONGEST_STEM]
+    size = short_size(request.budget_bytes).replace(" ", "")
+    digest = hashlib.sha256(dump_json(request).encode()).hexdigest()[:12]
+    return re.sub(r"[^a-z0-9._-]+", "-", f"{stem}-{size}-{digest}".lower()).lstrip("-.")
+
+
+def entry_path(path: Path) -> Path:
+    return path.with_name(path.name + ".json")
+
+
+def read_entry(path: Path) -> Entry | None:
+    """None if it is missing, damaged or being written."""
+    try:
+        with open_regular(path) as file:
+            value = parse_json(file.read(LARGEST_JSON), path.name)
+        found: Entry = load_dataclass(Entry, value, path.name)
+    except (SubspecError, OSError):
+        return None
+    return found
+
+
+def is_current(path: Path, wanted: Entry) -> bool:
+    """Whether the artifact `path` is there, whole as far as its structure shows, and of `wanted`.
+    Raises SubspecError if the system lacks something to tell."""
+    if read_entry(entry_path(path)) != wanted:
+        return False
+    try:
+        source = open_artifact(path).spec.source
+    except SubspecError as error:
+        if error.exit_code not in (Exit.USAGE, Exit.CORRUPT, Exit.WRONG_MACHINE):
+            raise
+        return False
+    if not source.revision:  # it is local
+        return True
+    revision = wanted.request.model.partition("@")[2]
+    return downloaded_commit(source.repository, revision) in (None, source.revision)
+
+
+def downloaded_commit(repository: str, revision: str) -> str | None:
+    """The commit that the hub's cache on this disk has for a revision ("": main); None: none. The
+    hub itself is not asked, so that a start needs no network."""
+    from huggingface_hub import try_to_load_from_cache  # 0.3 s: who uses the hub pays
+
+    try:
+        found = try_to_load_from_cache(repository, "config.json", revision=revision or None)
+    except ValueError:  # the library's own checks of names
+        return None
+    return Path(found).parent.name if isinstance(found, str) else None
+
+
+@contextmanager
+def locked(entry: Path, tell: Tell) -> Iterator[IO[str]]:
+    """The entry, open and locked; the kernel releases the lock however this process ends. An error
+    in the block removes the entry."""
+    with lock_of(entry, tell) as file:
+        try:
+            yield file
+        except BaseException:
+            entry.unlink(missing_ok=True)
+            raise
+
+
+def lock_of(entry: Path, tell: Tell) -> IO[str]:
+    while True:
+        file = open(entry, "a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            tell("another process is planning this model: waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), entry.stat()):
+                return file
+        file.close()  # the previous holder has removed what we opened
+
+
+def plan_into(path: Path, wanted: Entry, entry: IO[str], tell: Tell) -> None:
+    """Run subspec-plan, then write the entry."""
+    request = wanted.request
+    if path.exists() and not (path / MANIFEST).is_file() and any(path.iterdir()):
+        raise SubspecError(
+            Exit.CORRUPT,
+            f"{path} is no whole artifact",
+            f"remove it: rm -r {shlex.quote(str(path))}",
+        )
+    similar = same_weights(path, wanted)
+    tell(
+        f"planning {request.model} for {short_size(request.budget_bytes)} into {path}, once"
+        + (f", with the weights of {similar.name}" if similar else "")
+    )
+    entry.truncate(0)
+    overwrite = ["--overwrite"] if path.exists() else []
+    run_planner([*planner_words(request, similar), "--out", str(path), *overwrite], shown=True)
+    entry.write(dump_json(wanted))
+    entry.flush()
+    tell(kept(path))
+
+
+def kept(path: Path) -> str:
+    """How much a planned model takes, all of them if there are others, and how to remove it."""
+    artifacts = list(path.parent.glob(f"[!.]*/{MANIFEST}"))
+    said = f"kept for the next start: {format_size(disk_bytes(path))}"
+    if len(artifacts) > 1:
+        total = short_size(disk_bytes(path.parent))
+        said += f"; the {len(artifacts)} models in {path.parent} take {total}"
+    return f"{said}; to remove it: rm -r {shlex.quote(str(path))}"
+
+
+def planner_words(request: ModelRequest, similar: Path | None = None) -> list[str]:
+    """Options of subspec-plan; similar: an artifact whose weights are to be linked, and what was
+    measured taken over."""
+    words = ["--from", str(similar)] if similar else ["--model", request.model]
+    words += ["--vram", f"{request.budget_bytes}B"]
+    link = request.link_bandwidth
+    given = {
+        "--device": request.device,
+        "--context": request.context,
+        "--sequences": request.sequences,
+        "--link-bandwidth": f"{link}B" if link else None,
+        "--rehearse": None if similar else request.rehearse,
+    }
+    return words + [str(word) for pair in given.items() if pair[1] is not None for word in pair]
+
+
+def same_weights(path: Path, wanted: Entry) -> Path | None:
+    """Another artifact beside `path` that differs from `wanted` at most in the number and length of
+    its sequences. Another budget may have encoded weights in another way."""
+
+    def weights(entry: Entry) -> Entry:
+        return replace(entry, request=replace(entry.request, context=None, sequences=None))
+
+    for other in sorted(path.parent.glob("*.json")):
+        found, artifact = read_entry(other), other.with_suffix("")
+        if artifact == path or found is None or weights(found) != weights(wanted):
+            continue
+        if is_current(artifact, found):
+            return artifact
+    return None
+
+
+def disk_bytes(folder: Path) -> int:
+    """Bytes of the files in `folder`; what is linked several times counts once."""
+    found = {}
+    for path in folder.rglob("*"):
+        status = path.lstat()
+        if stat.S_ISREG(status.st_mode):
+            found[status.st_dev, status.st_ino] = status.st_size
+    return sum(found.values())

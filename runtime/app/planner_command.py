@@ -1,0 +1,59 @@
+"""subspec-plan as a command, because the runtime does not import the planner."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from subspec.artifacts.common.child import run_child
+from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.format.codec import load_dataclass, parse_json
+
+PLANNER = (sys.executable, "-P", "-m", "subspec.planner")
+
+
+def run_planner(words: Sequence[str], shown: bool = False) -> bytes:
+    """What subspec-plan with these words and --json prints on stdout. shown: a person sees its
+    stderr. Raises SubspecError: the planner's own, with its exit code."""
+    try:
+        ended = run_child([*PLANNER, *words, "--json"], shown=shown)
+    except OSError as error:
+        message = f"subspec-plan cannot be started: {error.strerror}"
+        raise SubspecError(Exit.UNEXPECTED, message, "install subspec again") from None
+    if ended.returncode:
+        raise planners_error(
+            ended.returncode,
+            ended.stdout.decode("utf-8", "replace"),
+            "" if shown else ended.stderr.decode("utf-8", "replace"),
+            shown,
+        )
+    return ended.stdout
+
+
+def planners_error(code: int, printed: str, story: str, shown: bool = False) -> SubspecError:
+    """The planner's error from the JSON object on its stdout, `printed`; without one, from the last
+    line of its stderr, `story`. shown: a person has seen it there."""
+    try:
+        value = parse_json(printed, "the planner's error")
+        found: Reported = load_dataclass(Reported, value, "the planner's error")
+        error = found.error
+        return SubspecError(Exit(error.exit), error.message, error.hint, said=shown)
+    except (SubspecError, ValueError):
+        line = "see above" if shown else (story.splitlines() or [""])[-1][:300]
+        return SubspecError(Exit.UNEXPECTED, f"subspec-plan ended with code {code}: {line}")
+
+
+@dataclass(frozen=True)
+class ErrorObject:
+    code: str
+    exit: int
+    message: str
+    hint: str
+
+
+@dataclass(frozen=True)
+class Reported:
+    """The object that a command prints with --json when it fails (docs/commands.md)."""
+
+    schema: Literal["subspec.error/1"]
+    error: ErrorObject

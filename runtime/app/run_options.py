@@ -1,0 +1,163 @@
+"""The command line of subspec-run as it is parsed, and what of it goes together."""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import click
+
+from subspec.artifacts.common.command import HINT
+from subspec.artifacts.common.errors import Exit, SubspecError
+
+BIAS = re.compile(r"([0-9]{1,9})=([+-]?[0-9]{1,9}(?:\.[0-9]{1,9})?)", re.ASCII)
+MOST_LOGPROBS = 20  # likeliest tokens that are reported with each token
+DEVICE = re.compile(r"cpu|cuda(:[0-9]{1,3})?", re.ASCII)
+
+Command = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line, as click parsed it."""
+
+    artifact: str | None = None
+    prompt: str | None = None
+    model: str | None = None
+    context: int | None = None
+    sequences: int | None = None
+    rehearse: str | None = None
+    max_tokens: int = 512
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    system: str | None = None
+    raw: bool = False
+    chat: bool = False
+    no_speculation: bool = False
+    unpadded: bool = False
+    no_graphs: bool = False
+    vram: int | None = None
+    no_replan: bool = False
+    trust_kernels: bool = False
+    device: str | None = None
+    link_bandwidth: int | None = None
+    logprobs: int | None = None
+    as_json: bool = False
+    check: bool = False
+    full: bool = False
+    stats: bool = False
+    no_record: bool = False
+
+
+# The first flag of a pair needs the second, or excludes it.
+NEEDS = (
+    ("full", "check"), ("unpadded", "no_speculation"), ("model", "vram"), ("context", "model"),
+    ("sequences", "model"), ("rehearse", "model"), ("logprobs", "as_json"),
+)  # fmt: skip
+EXCLUDES = (
+    ("as_json", "chat"), ("raw", "chat"), ("raw", "system"),
+    ("stats", "prompt"), ("stats", "chat"), ("stats", "check"),
+)  # fmt: skip
+
+
+def option(name: str, help: str, **settings: Any) -> Callable[[Command], Command]:
+    """A click option with the default of its field in Options."""
+    field = name.lstrip("-").replace("-", "_")
+    default = getattr(Options, field)
+    shown = default not in (None, False, ())
+    return click.option(name, default=default, show_default=shown, help=help, **settings)
+
+
+def finite_option(context: click.Context, parameter: click.Parameter, value: float) -> float:
+    """Refuse nan, which click's ranges accept, and infinity."""
+    if not math.isfinite(value):
+        raise click.BadParameter(f"{value} is not a number{HINT}0.7 is one")
+    return value
+
+
+def bias_option(
+    context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
+) -> tuple[tuple[int, float], ...]:
+    """ID=BIAS, several times -> pairs."""
+    found = dict[int, float]()
+    for value in values:
+        match = BIAS.fullmatch(value)
+        if match is None:
+            raise click.BadParameter(
+                f"{value!r} is not a token id and a bias{HINT}"
+                "such as 198=-5, or 198=-100 to forbid it"
+            )
+        token = int(match[1])
+        if token in found:
+            raise click.BadParameter(f"token {token} has a bias already{HINT}leave one out")
+        found[token] = float(match[2])
+    return tuple(found.items())
+
+
+def device_option(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> str | None:
+    if value is not None and DEVICE.fullmatch(value) is None:
+        raise click.BadParameter(
+            f"{value!r} is not a device{HINT}use cpu, cuda, or one of several GPUs, such as cuda:1"
+        )
+    return value
+
+
+def arranged(options: Options) -> Options:
+    """With --model the only positional argument is PROMPT. Raises SubspecError(USAGE)."""
+    if options.model is None:
+        if options.artifact is None:
+            raise SubspecError(
+                Exit.USAGE,
+                "neither an ARTIFACT nor --model REF was given",
+                'such as subspec-run --model demo --vram 9MB "def f("',
+            )
+        return options
+    if options.prompt is not None:
+        raise SubspecError(
+            Exit.USAGE,
+            f"an ARTIFACT, {options.artifact}, and --model exclude each other",
+            "leave one out; text with spaces is one argument only in quotes",
+        )
+    return replace(options, artifact=None, prompt=options.artifact)
+
+
+def check_options(options: Options) -> None:
+    """Raises SubspecError(USAGE) for what click cannot see."""
+    for flag, other in NEEDS:
+        if is_given(options, flag) and not is_given(options, other):
+            message = f"{spelled(flag)} was given without {spelled(other)}"
+            raise SubspecError(Exit.USAGE, message, f"add {spelled(other)}")
+    for flag, other in EXCLUDES:
+        if is_given(options, flag) and is_given(options, other):
+            message = f"{spelled(flag)} and {spelled(other)} exclude each other"
+            raise SubspecError(Exit.USAGE, message, "leave one out")
+    if options.model is None and options.vram and options.no_replan:
+        message = "--vram and --no-replan exclude each other"
+        raise SubspecError(Exit.USAGE, message, "leave one out")
+    if "" in options.stop:
+        raise SubspecError(Exit.USAGE, "--stop is empty", "give the text that ends the answer")
+    try:
+        words = (options.prompt, options.system, options.model, options.rehearse, *options.stop)
+        "".join(word or "" for word in words).encode("utf-8")
+    except UnicodeEncodeError:  # surrogates, which stand for bytes that are not UTF-8
+        raise SubspecError(Exit.USAGE, "an argument is not UTF-8", "convert it to UTF-8") from None
+
+
+def is_given(options: Options, field: str) -> bool:
+    return bool(getattr(options, field) != getattr(Options, field))
+
+
+def spelled(field: str) -> str:
+    names = {"as_json": "--json", "prompt": "a PROMPT"}
+    return names.get(field, "--" + field.replace("_", "-"))

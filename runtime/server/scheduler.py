@@ -1,0 +1,330 @@
+"""The engine's thread: requests wait in a queue, get a sequence each, and decode together.
+
+The event loop submits and cancels; the thread loads the model, steps the engine and sends back what
+comes. They share a lock, a queue and nothing else.
+"""
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, replace
+from math import ceil
+
+import torch
+
+from subspec.artifacts.common.command import shortage
+from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.runs import append_run
+from subspec.runtime.app.answer import run_of
+from subspec.runtime.engine import Engine
+from subspec.runtime.sequence import Sequence
+from subspec.runtime.server.generation import (
+    Generation,
+    GenerationRequest,
+    Outcome,
+    Piece,
+    QueueFull,
+    Status,
+)
+from subspec.runtime.server.prefixes import PrefixCache, num_shared
+from subspec.runtime.text.detokenizer import StreamingDetokenizer
+from subspec.runtime.text.streaming import AnswerText
+from subspec.runtime.text.tokenizer import ChatTokenizer
+
+USUAL_SECONDS = 20.0  # that an answer takes, until one has ended
+RECENT_SHARE = 0.2  # of the last answer in what one is said to take
+
+Progress = Callable[[str, float], None]
+
+
+class Job:
+    """A Generation. The thread puts pieces, and then an outcome, an error, or None if it was
+    cancelled."""
+
+    def __init__(self, scheduler: "Scheduler", request: GenerationRequest) -> None:
+        self.request = request
+        self.arrived = time.monotonic()
+        self.cancelled = False
+        self._scheduler = scheduler
+        self._loop = asyncio.get_running_loop()
+        self._items = asyncio.Queue[Piece | Outcome | SubspecError | None]()
+        self._outcome: Outcome | None = None
+
+    async def __aiter__(self) -> AsyncIterator[Piece]:
+        while True:
+            item = await self._items.get()
+            if isinstance(item, Piece):
+                yield item
+            elif isinstance(item, SubspecError):
+                raise item
+            else:
+                self._outcome = item
+                return
+
+    @property
+    def queue_position(self) -> int:
+        return self._scheduler.position_of(self)
+
+    @property
+    def outcome(self) -> Outcome:
+        assert self._outcome is not None, "asked for before the last piece"
+        return self._outcome
+
+    def cancel(self) -> None:
+        if not self.cancelled:
+            self.cancelled = True
+            self._scheduler.cancel(self)
+
+    def put(self, item: Piece | Outcome | SubspecError | None) -> None:
+        """Called in the engine's thread."""
+        try:
+            self._loop.call_soon_threadsafe(self._items.put_nowait, item)
+        except RuntimeError:  # the loop was closed: nobody waits
+            self.cancelled = True
+
+
+@dataclass
+class Answer:
+    """A job that has a sequence."""
+
+    job: Job
+    sequence: Sequence
+    text: AnswerText
+    began: float
+    num_sent: int = 0  # of its tokens
+    alone: bool = True  # no other answer was decoded meanwhile
+
+
+class Scheduler:
+    """An engine in a thread of its own, as `generation.ServedEngine` says.
+
+    open_engine: called in the thread; it may take minutes. queue_limit: requests that may wait.
+    record: whether answers that had no company are added to the artifact's run records.
+    """
+
+    def __init__(
+        self,
+        open_engine: Callable[[Progress], Engine],
+        tokenizer: ChatTokenizer,
+        num_sequences: int,
+        queue_limit: int,
+        prefix_cache_bytes: int = 0,
+        record: bool = True,
+    ) -> None:
+        self.status = Status("loading")
+        self.peak_bytes = 0
+        self._open_engine = open_engine
+        self._tokenizer = tokenizer
+        self._num_sequences = num_sequences
+        self._queue_limit = queue_limit
+        self._prefixes = PrefixCache(prefix_cache_bytes)
+        self._record = record
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        # Shared by the threads, under the lock
+        self._changed = threading.Condition()
+        self._waiting = deque[Job]()
+        self._closing = False
+        # The engine's thread's own
+        self._answers: list[Answer] = []
+        self._free: list[Sequence] = []  # the least recently used first
+        self._answer_seconds = USUAL_SECONDS
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, request: GenerationRequest) -> Generation:
+        with self._changed:
+            if self._closing or self.status.phase != "ready":
+                raise SubspecError(Exit.RESOURCES, f"the engine is {self.status.phase}")
+            num_waiting = len(self._waiting)
+            if num_waiting >= self._queue_limit + self._num_sequences - len(self._answers):
+                ahead = (num_waiting + 1) / self._num_sequences
+                raise QueueFull(num_waiting, max(1, ceil(ahead * self._answer_seconds)))
+            job = Job(self, request)
+            self._waiting.append(job)
+            self._changed.notify()
+        return job
+
+    def cancel(self, job: Job) -> None:
+        with self._changed:
+            if job in self._waiting:
+                self._waiting.remove(job)
+            self._changed.notify()
+
+    def position_of(self, job: Job) -> int:
+        """Its place among those that wait, from 1; 0: it does not."""
+        with self._changed:
+            return self._waiting.index(job) + 1 if job in self._waiting else 0
+
+    @property
+    def num_running(self) -> int:
+        return len(self._answers)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    async def close(self, timeout_seconds: float) -> None:
+        """Waits for running answers up to `timeout_seconds`, ends the others with an error, and
+        gives the memory back."""
+        until = time.monotonic() + timeout_seconds
+        while (self._answers or self._waiting) and time.monotonic() < until:
+            await asyncio.sleep(0.02)
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        if self._thread.is_alive():
+            await asyncio.to_thread(self._thread.join)
+
+    # The engine's thread
+
+    def _run(self) -> None:
+        try:
+            engine = self._open_engine(self._loading)
+            with engine, torch.inference_mode():
+                self.status = Status("ready")
+                self._serve(engine)
+            self.status = Status("closed")
+            self._end_all(SubspecError(Exit.RESOURCES, "the server is shutting down"))
+        except BaseException as error:
+            self._fail(error)
+            if not isinstance(error, SubspecError):
+                raise  # a bug of ours: its traceback is for the log
+
+    def _loading(self, stage: str, share: float) -> None:
+        self.status = Status("loading", stage, share)
+
+    def _fail(self, error: BaseException) -> None:
+        known = error if isinstance(error, SubspecError) else None
+        if known is None and isinstance(error, Exception):
+            known = shortage(error)
+        known = known or SubspecError(Exit.UNEXPECTED, f"the engine failed: {error!r:.200}")
+        with self._changed:
+            self.status = Status("failed", error=known)
+        self._end_all(known)
+
+    def _end_all(self, error: SubspecError) -> None:
+        with self._changed:
+            jobs = [answer.job for answer in self._answers] + list(self._waiting)
+            self._answers.clear()
+            self._waiting.clear()
+        for job in jobs:
+            job.put(None if job.cancelled else error)
+
+    def _serve(self, engine: Engine) -> None:
+        """Until it is closed."""
+        self._free = [engine.new_sequence() for _ in range(self._num_sequences)]
+        while True:
+            with self._changed:
+                while not (self._closing or self._waiting or self._answers):
+                    self._changed.wait()
+                if self._closing:
+                    return
+            self._drop_cancelled()
+            self._admit()
+            if not self._answers:
+                continue
+            try:
+                engine.step()
+            except SubspecError as error:
+                if error.exit_code != Exit.RESOURCES:
+                    raise
+                self._end_running(error)
+            self.peak_bytes = engine.peak.peak_bytes
+            for answer in list(self._answers):
+                self._send(engine, answer)
+
+    def _drop_cancelled(self) -> None:
+        for answer in [one for one in self._answers if one.job.cancelled]:
+            self._release(answer)
+            answer.job.put(None)
+
+    def _admit(self) -> None:
+        """Sequences to those who wait, first come, first served."""
+        while self._free:
+            with self._changed:
+                if not self._waiting:
+                    return
+                job = self._waiting.popleft()
+            try:
+                self._begin(job)
+            except SubspecError as error:
+                job.put(error)
+
+    def _begin(self, job: Job) -> None:
+        request = job.request
+        sequence = self._sequence_for(request.prompt_ids)
+        detokenizer = StreamingDetokenizer(
+            self._tokenizer, request.stop, request.prompt_ids, request.shown, request.unstopped
+        )
+        text = AnswerText(detokenizer)
+        self._free.remove(sequence)
+        try:
+            sequence.begin(list(request.prompt_ids), replace(request.params, cut=text.cut))
+        except BaseException:
+            self._free.append(sequence)
+            raise
+        self._answers.append(Answer(job, sequence, text, time.monotonic()))
+        if len(self._answers) > 1:
+            for answer in self._answers:
+                answer.alone = False
+
+    def _sequence_for(self, prompt: tuple[int, ...]) -> Sequence:
+        """A free sequence that shares the longest prefix with the prompt, or else the one that was
+        used least recently. What others may come back for is kept."""
+
+        def shared(sequence: Sequence) -> int:
+            return min(sequence.num_reusable, num_shared(tuple(sequence.cache.tokens), prompt))
+
+        sequence = max(self._free, key=shared)  # of equals the first
+        prefix, count = self._prefixes.longest(prompt)
+        if prefix is not None and count > shared(sequence):
+            sequence = self._free[0]
+            self._prefixes.keep(sequence, 0)
+            self._prefixes.restore(prefix, count, sequence)
+        else:
+            self._prefixes.keep(sequence, shared(sequence))
+        return sequence
+
+    def _send(self, engine: Engine, answer: Answer) -> None:
+        """What a step gave of the answer."""
+        job, sequence = answer.job, answer.sequence
+        ids, text, first = sequence.take_fresh(), answer.text.take_fresh(), answer.num_sent
+        answer.num_sent += len(ids)
+        reason = sequence.finish_reason
+        if reason is not None:
+            text += answer.text.finish()
+        if ids or text:
+            job.put(Piece(text, tuple(ids), tuple(sequence.logprobs[first : answer.num_sent])))
+        if reason is None:
+            return
+        seconds = time.monotonic() - answer.began
+        self._answer_seconds += RECENT_SHARE * (seconds - self._answer_seconds)
+        if self._record and answer.alone and sequence.stats.accepted:
+            append_run(engine.artifact.path, run_of(engine, sequence))
+        self._release(answer)
+        job.put(
+            Outcome(
+                reason,
+                answer.text.detokenizer.stop_text,
+                sequence.stats,
+                queue_seconds=answer.began - job.arrived,
+                generation_seconds=seconds,
+                predicted_tokens_per_second=engine.predicted_tokens_per_second,
+                prompt_logprobs=tuple(sequence.prompt_logprobs),
+            )
+        )
+
+    def _end_running(self, error: SubspecError) -> None:
+        """The engine could not do a step, but may do the next one."""
+        for answer in list(self._answers):
+            self._release(answer)
+            answer.job.put(error)
+
+    def _release(self, answer: Answer) -> None:
+        """Its sequence is free."""
+        answer.sequence.stop()
+        self._answers.remove(answer)
+        self._free.append(answer.sequence)
