@@ -1,14 +1,16 @@
 """Anthropic's POST /v1/messages and /v1/messages/count_tokens (docs/server-dialects.md)."""
 
 import hashlib
-import json
 import secrets
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Literal
 
+from pydantic_core import from_json
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from subspec.artifacts.common.errors import SubspecError
+from subspec.artifacts.format.codec import parse_json
 from subspec.runtime.server.bodies import read_body
 from subspec.runtime.server.chat_events import (
     ChatAnswer,
@@ -151,8 +153,9 @@ def call_input(arguments: str) -> JSONValue:
     """Arguments that a limit has cut off are no JSON: they are given as they are, under a name of
     their own."""
     try:
-        value = json.loads(arguments or "{}")
-    except (ValueError, RecursionError):
+        from_json(arguments or "{}")  # bounds how deep it is nested
+        value = parse_json(arguments or "{}", "arguments")
+    except (ValueError, SubspecError):
         return {"unfinished_arguments": arguments}
     return value if isinstance(value, dict) else {"arguments": value}
 
