@@ -96,7 +96,7 @@ class ScriptedChat:
     def service(self) -> DialectService:
         return DialectService(
             model_id=MODEL,
-            is_ours=lambda name: name == MODEL,
+            check_model=check_model,
             check_ready=lambda: None,
             chat=self.chat,
             count_tokens=self.count_tokens,
@@ -104,6 +104,11 @@ class ScriptedChat:
             figures=lambda outcome: {},
             new_id=self.new_id,
         )
+
+
+def check_model(name: str | None) -> None:
+    if name not in (None, MODEL):
+        raise ApiError(404, f"no model {name!r}", code="model_not_found", param="model")
 
 
 def token_logprobs(found: TokenLogprobs) -> dict[str, Any]:

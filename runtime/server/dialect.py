@@ -40,12 +40,12 @@ def random_id(prefix: str) -> str:
 
 @dataclass(frozen=True)
 class DialectService:
-    """check_ready: raises ApiError unless a request would be taken. is_ours: of a model's name.
-    sampling: of requests that do not say. token_logprobs: in OpenAI's form. figures: fields that a
-    finished answer of OpenAI's dialects has beside its usage."""
+    """check_model: raises ApiError for another model's name. check_ready: raises ApiError unless a
+    request would be taken. token_logprobs: in OpenAI's form. figures: fields that a finished answer
+    of OpenAI's dialects has beside its usage. sampling: of requests that do not say."""
 
     model_id: str
-    is_ours: Callable[[str], bool]
+    check_model: Callable[[str | None], None]
     check_ready: Callable[[], None]
     chat: Chat
     count_tokens: Callable[[ChatRequest], Awaitable[int]]
@@ -54,11 +54,6 @@ class DialectService:
     sampling: Sampling = Sampling()
     refuse_unknown: bool = False  # fields of requests
     new_id: Callable[[str], str] = random_id  # with this prefix, as "msg_"
-
-
-def unknown_model(name: str, model_id: str) -> ApiError:
-    message = f"The model {name[:100]!r} does not exist; this server has {model_id!r}"
-    return ApiError(404, message, code="model_not_found", param="model")
 
 
 def as_parts(value: Any) -> Any:

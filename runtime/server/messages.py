@@ -22,7 +22,7 @@ from subspec.runtime.server.chat_events import (
     ToolCallDelta,
     ToolCallStart,
 )
-from subspec.runtime.server.dialect import DialectService, unknown_model
+from subspec.runtime.server.dialect import DialectService
 from subspec.runtime.server.errors import ApiError, anthropic_body
 from subspec.runtime.server.messages_request import (
     REFUSED,
@@ -188,8 +188,8 @@ async def count_tokens(service: DialectService, request: Request) -> Response:
 def check_model(name: str, service: DialectService) -> None:
     """Programs that know no models but Anthropic's name one of those: it is taken as ours. Another
     name is somebody's mistake."""
-    if not service.is_ours(name) and not name.startswith("claude"):
-        raise unknown_model(name, service.model_id)
+    if not name.startswith("claude"):
+        service.check_model(name)
 
 
 async def message_of(answer: ChatAnswer, writer: MessageWriter) -> JSON:

@@ -33,6 +33,7 @@ from subspec.runtime.server.dialect import (
     required,
 )
 from subspec.runtime.server.errors import invalid, unsupported
+from subspec.runtime.server.openai_fields import EFFORTS
 
 # Blocks that say something to this model. What a provider's own tools left in a conversation
 # (server_tool_use, web_search_tool_result, redacted_thinking, ...) is skipped.
@@ -47,14 +48,7 @@ def only_known(block: Any) -> Any:
     return block
 
 
-class Source(Fields):
-    """Of a document."""
-
-    type: Label
-    data: str | None = None
-
-
-class Block(Fields):
+class ContentBlock(Fields):
     type: Label
     text: str | None = None
     thinking: str | None = None
@@ -66,20 +60,20 @@ class Block(Fields):
     source: JSONValue = None
     # Of a tool_result or a search_result
     content: Annotated[
-        list[Annotated["Block", BeforeValidator(only_known)]],
+        list[Annotated["ContentBlock", BeforeValidator(only_known)]],
         Field(max_length=MOST_ITEMS),
         BeforeValidator(as_parts),
     ] = []
 
 
 Blocks = Annotated[
-    list[Annotated[Block, BeforeValidator(only_known)]],
+    list[Annotated[ContentBlock, BeforeValidator(only_known)]],
     Field(max_length=MOST_ITEMS),
     BeforeValidator(as_parts),
 ]
 
 
-class Message(Fields):
+class Turn(Fields):
     role: Literal["user", "assistant", "system"]
     content: Blocks
 
@@ -120,7 +114,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {"mcp_servers": ([],), "container": ()}
 
 class CountTokens(Fields):
     model: Label
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_ITEMS)]
+    messages: Annotated[list[Turn], Field(min_length=1, max_length=MOST_ITEMS)]
     system: Blocks = []
     tools: Annotated[list[AnthropicTool] | None, Field(max_length=MOST_TOOLS)] = None
     tool_choice: Choice | None = None
@@ -192,13 +186,13 @@ def read_conversation(body: CountTokens, sampling: Sampling) -> ChatRequest:
         tool_choice=tool_choice(body.tool_choice, set(tools)),
         parallel_tool_calls=not (body.tool_choice and body.tool_choice.disable_parallel_tool_use),
         output_format=OutputFormat("json_schema", schema.schema_) if schema else None,
-        reasoning_effort=config.effort,
+        reasoning_effort=EFFORTS.get(config.effort or ""),
         # As with Anthropic, who does not ask for thinking gets none.
         enable_thinking=body.thinking is not None and body.thinking.type != "disabled",
     )
 
 
-def add_message(conversation: Conversation, message: Message, where: str) -> None:
+def add_message(conversation: Conversation, message: Turn, where: str) -> None:
     if message.role == "system":  # Claude Code puts reminders between the turns
         conversation.add_system(text_of(message.content, where, separator="\n\n"))
     elif message.role == "user":
@@ -213,14 +207,14 @@ def add_message(conversation: Conversation, message: Message, where: str) -> Non
             add_assistant_block(conversation, block, f"{where}[{index}]")
 
 
-def add_result(conversation: Conversation, block: Block, where: str) -> None:
+def add_result(conversation: Conversation, block: ContentBlock, where: str) -> None:
     text = text_of(block.content, f"{where}.content", separator="\n")
     if block.is_error:
         text = f"Error: {text}"  # the chat form has no other place for it
     conversation.add_result(required(block.tool_use_id, f"{where}.tool_use_id"), text)
 
 
-def add_assistant_block(conversation: Conversation, block: Block, where: str) -> None:
+def add_assistant_block(conversation: Conversation, block: ContentBlock, where: str) -> None:
     if block.type == "text":
         conversation.add_assistant(required(block.text, f"{where}.text"))
     elif block.type == "thinking":
@@ -235,7 +229,7 @@ def add_assistant_block(conversation: Conversation, block: Block, where: str) ->
         raise unsupported(f"{where} is no part of an assistant's turn", f"{where}.type")
 
 
-def text_of(blocks: list[Block], where: str, separator: str) -> str:
+def text_of(blocks: list[ContentBlock], where: str, separator: str) -> str:
     """Raises ApiError for what is no text, as an image."""
     texts = []
     for index, block in enumerate(blocks):

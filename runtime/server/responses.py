@@ -9,7 +9,7 @@ from starlette.responses import JSONResponse, Response
 
 from subspec.runtime.server.bodies import read_body
 from subspec.runtime.server.chat_events import ChatAnswer, JSONValue
-from subspec.runtime.server.dialect import DialectService, unknown_model
+from subspec.runtime.server.dialect import DialectService
 from subspec.runtime.server.responses_answer import ResponseWriter, exhaust
 from subspec.runtime.server.responses_request import REFUSED, CreateResponse, read_request
 from subspec.runtime.server.streaming import Event, event_stream, gone, whole
@@ -18,8 +18,7 @@ from subspec.runtime.server.streaming import Event, event_stream, gone, whole
 async def create_response(service: DialectService, request: Request) -> Response:
     service.check_ready()
     body = await read_body(request, CreateResponse, REFUSED, service.refuse_unknown)
-    if body.model is not None and not service.is_ours(body.model):
-        raise unknown_model(body.model, service.model_id)
+    service.check_model(body.model)
     asked = read_request(body, service.sampling, secrets.randbits(63))
     writer = ResponseWriter(asked, service, int(time.time()))
     answer = NoAnswer() if asked.chat is None else await service.chat(asked.chat)

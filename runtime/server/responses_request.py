@@ -32,6 +32,7 @@ from subspec.runtime.server.dialect import (
     required,
 )
 from subspec.runtime.server.errors import invalid, unsupported
+from subspec.runtime.server.openai_fields import EFFORTS
 from subspec.runtime.server.responses_tools import (
     Tool,
     UsableTools,
@@ -55,13 +56,13 @@ ITEM_TYPES = {
 TEXT_PARTS = {"text", "input_text", "output_text", "reasoning_text", "summary_text"}
 
 
-class Part(Fields):
+class InputPart(Fields):
     type: Label
     text: str | None = None
     refusal: str | None = None
 
 
-Parts = Annotated[list[Part], Field(max_length=MOST_ITEMS), BeforeValidator(as_parts)]
+Parts = Annotated[list[InputPart], Field(max_length=MOST_ITEMS), BeforeValidator(as_parts)]
 
 
 def only_known(item: Any) -> Any:
@@ -73,7 +74,7 @@ def only_known(item: Any) -> Any:
     return item
 
 
-class Item(Fields):
+class InputItem(Fields):
     type: str
     role: Literal["user", "assistant", "system", "developer"] | None = None
     content: Parts = []
@@ -122,7 +123,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 class CreateResponse(Fields):
     model: Label | None = None
     input: Annotated[
-        list[Annotated[Item, BeforeValidator(only_known)]],
+        list[Annotated[InputItem, BeforeValidator(only_known)]],
         Field(max_length=MOST_ITEMS),
         BeforeValidator(as_items),
     ] = []
@@ -193,7 +194,7 @@ def read_request(body: CreateResponse, defaults: Sampling, fresh_seed: int) -> A
             tool_choice=choice,
             parallel_tool_calls=body.parallel_tool_calls is not False,
             output_format=output_format(body.text.format if body.text else None),
-            reasoning_effort=None if effort == "none" else effort,
+            reasoning_effort=EFFORTS.get(effort or ""),
             enable_thinking=False if effort == "none" else None,
         ),
     )
@@ -221,7 +222,7 @@ def read_items(body: CreateResponse) -> Conversation:
     return conversation
 
 
-def add_item(conversation: Conversation, item: Item, where: str) -> None:
+def add_item(conversation: Conversation, item: InputItem, where: str) -> None:
     if item.type == "message":
         text = joined(item.content, f"{where}.content")
         if item.role == "assistant":
@@ -252,7 +253,7 @@ def add_item(conversation: Conversation, item: Item, where: str) -> None:
         raise unsupported(message, where)
 
 
-def joined(parts: list[Part], where: str) -> str:
+def joined(parts: list[InputPart], where: str) -> str:
     """Their text. Raises ApiError for an image, a file or a sound."""
     texts = []
     for index, part in enumerate(parts):
