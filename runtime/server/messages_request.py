@@ -40,6 +40,9 @@ from subspec.runtime.server.openai_fields import EFFORTS
 BLOCK_TYPES = {"text", "thinking", "tool_use", "tool_result", "image", "document", "search_result"}
 
 
+BILLING = "x-anthropic-billing-header:"
+
+
 def only_known(block: Any) -> Any:
     """Of a block that is skipped, nothing but the type is looked at."""
     if isinstance(block, dict) and isinstance(block.get("type"), str):
@@ -168,7 +171,8 @@ def read_message(body: CreateMessage, defaults: Sampling, fresh_seed: int) -> As
 def read_conversation(body: CountTokens, sampling: Sampling) -> ChatRequest:
     """What the prompt is made of. Raises ApiError."""
     conversation = Conversation()
-    conversation.add_system(text_of(body.system, "system", separator="\n\n"))
+    system = [without_billing(block) for block in body.system]
+    conversation.add_system(text_of(system, "system", separator="\n\n"))
     for index, message in enumerate(body.messages):
         add_message(conversation, message, f"messages[{index}].content")
     if not conversation.has_turns:
@@ -190,6 +194,14 @@ def read_conversation(body: CountTokens, sampling: Sampling) -> ChatRequest:
         # As with Anthropic, who does not ask for thinking gets none.
         enable_thinking=body.thinking is not None and body.thinking.type != "disabled",
     )
+
+
+def without_billing(block: ContentBlock) -> ContentBlock:
+    """Claude Code begins its system prompt with a line for Anthropic's billing that is another one
+    each time: no prompt after it would be found in a cache."""
+    if block.text is None or not block.text.startswith(BILLING):
+        return block
+    return block.model_copy(update={"text": block.text.partition("\n")[2]})
 
 
 def add_message(conversation: Conversation, message: Turn, where: str) -> None:

@@ -248,6 +248,14 @@ def test_a_conversation_with_tools_becomes_chat_messages() -> None:
     ]
 
 
+@pytest.mark.parametrize("last", ["", "\nYou code."])
+def test_a_line_for_billing_that_changes_each_time_does_not_reach_the_prompt(last: str) -> None:
+    billing = "x-anthropic-billing-header: cc_version=2.1; cch=1a2b3;"
+    blocks = [{"type": "text", "text": text} for text in (billing + last, "Be brief.")]
+    expected = "You code.\n\nBe brief." if last else "Be brief."
+    assert asked(system=blocks).messages[0] == {"role": "system", "content": expected}
+
+
 def call(call_id: str, arguments: str) -> JSON:
     return {"id": call_id, "type": "function", "function": {"name": "ls", "arguments": arguments}}
 
