@@ -15,6 +15,7 @@ from subspec.runtime.server.errors import ApiError, as_api_error
 
 PING_SECONDS = 10.0
 DONE = b"data: [DONE]\n\n"
+PING = b": ping\n\n"
 HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # nginx would gather events
 
 T = TypeVar("T")
@@ -47,10 +48,11 @@ def event_stream(
     answer: Cancellable,
     error_event: Callable[[ApiError], Event],
     last: bytes = b"",
+    ping: bytes = PING,
 ) -> StreamingResponse:
     """A response with `events`, then `last`; an error is one more event, and the end. While there
-    is none for a while a comment is sent, which tells the place in the queue. However it ends,
-    `answer` is cancelled."""
+    is none for a while `ping` is sent, or a comment that tells the place in the queue. However it
+    ends, `answer` is cancelled."""
 
     async def stream() -> AsyncIterator[bytes]:
         coming: asyncio.Future[Event] | None = None
@@ -62,7 +64,7 @@ def event_stream(
                 await asyncio.wait({coming}, timeout=PING_SECONDS)
                 if not coming.done():
                     position = answer.queue_position
-                    yield waiting(position) if position else b": ping\n\n"
+                    yield waiting(position) if position else ping
                     continue
                 try:
                     event = coming.result()

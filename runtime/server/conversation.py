@@ -1,0 +1,55 @@
+"""Messages in OpenAI's chat form, put together from items that other APIs send one by one.
+
+Chat templates know fewer shapes than these APIs: a system message stands first, roles alternate,
+and what an assistant thinks, says and calls before it is answered is one message.
+"""
+
+from subspec.runtime.server.chat_events import JSONValue
+
+
+class Conversation:
+    """System texts before everything else become the first message. A later one is shown to the
+    model as a user's: templates refuse it elsewhere, and moving it to the front would change
+    the prompt's beginning, which a cache may hold. Empty texts are left out."""
+
+    def __init__(self) -> None:
+        self.messages: list[dict[str, JSONValue]] = []
+
+    @property
+    def has_turns(self) -> bool:
+        """Whether there is more than a system message."""
+        return any(message["role"] != "system" for message in self.messages)
+
+    def add_system(self, text: str) -> None:
+        role = "user" if self.has_turns else "system"
+        self._add_text(role, text, "content", separator="\n\n")
+
+    def add_user(self, text: str) -> None:
+        self._add_text("user", text, "content", separator="\n\n")
+
+    def add_assistant(self, text: str) -> None:
+        self._add_text("assistant", text, "content", separator="")
+
+    def add_reasoning(self, text: str) -> None:
+        self._add_text("assistant", text, "reasoning_content", separator="\n\n")
+
+    def add_call(self, call_id: str, name: str, arguments: str) -> None:
+        function = {"name": name, "arguments": arguments}
+        call = {"id": call_id, "type": "function", "function": function}
+        self._last("assistant").setdefault("tool_calls", []).append(call)
+
+    def add_result(self, call_id: str, text: str) -> None:
+        self.messages.append({"role": "tool", "tool_call_id": call_id, "content": text})
+
+    def _add_text(self, role: str, text: str, field: str, separator: str) -> None:
+        if not text:
+            return
+        message = self._last(role)
+        before = message.get(field)
+        message[field] = f"{before}{separator}{text}" if before else text
+
+    def _last(self, role: str) -> dict[str, JSONValue]:
+        """The last message if it is of this role, else a new one."""
+        if not self.messages or self.messages[-1]["role"] != role:
+            self.messages.append({"role": role, "content": None})
+        return self.messages[-1]

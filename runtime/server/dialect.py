@@ -1,0 +1,80 @@
+"""What the endpoints of the other dialects, Responses and Messages, share: what the server gives
+them, and the bounds and forms of what clients send."""
+
+import secrets
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from subspec.runtime.model.sampling import Sampling, TokenLogprobs
+from subspec.runtime.server.chat_events import Chat, ChatRequest, JSONValue
+from subspec.runtime.server.errors import ApiError, invalid, unsupported
+from subspec.runtime.server.generation import Outcome
+
+# Of one request. How large its body may be is limited before it is read (guards.py).
+MOST_ITEMS = 20_000  # messages, parts of one message
+MOST_TOOLS = 1024
+MOST_STOPS = 16
+MOST_TOKENS = 1 << 30
+LONGEST_NAME = 256
+LONGEST_STOP = 1000
+
+JSONObject = dict[str, JSONValue]
+Name = Annotated[str, Field(min_length=1, max_length=LONGEST_NAME)]
+Label = Annotated[str, Field(max_length=LONGEST_NAME)]
+StopTexts = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]],
+    Field(max_length=MOST_STOPS),
+]
+Count = Annotated[int, Field(ge=1, le=MOST_TOKENS)]
+Temperature = Annotated[float, Field(ge=0, le=100)]
+TopP = Annotated[float, Field(gt=0, le=1)]
+TopK = Annotated[int, Field(ge=0, le=MOST_TOKENS)]
+
+
+def random_id(prefix: str) -> str:
+    return prefix + secrets.token_hex(12)
+
+
+@dataclass(frozen=True)
+class DialectService:
+    """check_model: raises ApiError for another model's name. check_ready: raises ApiError unless a
+    request would be taken. token_logprobs: in OpenAI's form. figures: fields that a finished answer
+    of OpenAI's dialects has beside its usage. sampling: of requests that do not say."""
+
+    model_id: str
+    check_model: Callable[[str | None], None]
+    check_ready: Callable[[], None]
+    chat: Chat
+    count_tokens: Callable[[ChatRequest], Awaitable[int]]
+    token_logprobs: Callable[[TokenLogprobs], dict[str, Any]]
+    figures: Callable[[Outcome], dict[str, Any]]
+    sampling: Sampling = Sampling()
+    refuse_unknown: bool = False  # fields of requests
+    new_id: Callable[[str], str] = random_id  # with this prefix, as "msg_"
+
+
+def as_parts(value: Any) -> Any:
+    """A content may be a string: then it is the same as a list of one text."""
+    if isinstance(value, str):
+        return [{"type": "text", "text": value}]
+    return [] if value is None else value
+
+
+def required(value: str | None, where: str) -> str:
+    """Raises ApiError if there is none."""
+    if value is None:
+        raise missing(where)
+    return value
+
+
+def missing(where: str) -> ApiError:
+    return invalid(f"{where} is missing", where, "missing_required_parameter")
+
+
+def not_text(kind: str, where: str) -> ApiError:
+    """Of an image, a file, a sound."""
+    message = f"{where} is of the type {kind[:40]!r}; this model reads text"
+    return unsupported(message, f"{where}.type")

@@ -1,0 +1,213 @@
+"""Anthropic's POST /v1/messages and /v1/messages/count_tokens (docs/server-dialects.md)."""
+
+import hashlib
+import secrets
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Literal
+
+from pydantic_core import from_json
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from subspec.artifacts.common.errors import SubspecError
+from subspec.artifacts.format.codec import parse_json
+from subspec.runtime.server.bodies import read_body
+from subspec.runtime.server.chat_events import (
+    ChatAnswer,
+    ChatEnd,
+    ChatEvent,
+    JSONValue,
+    ReasoningDelta,
+    TextDelta,
+    ToolCallDelta,
+    ToolCallStart,
+)
+from subspec.runtime.server.dialect import DialectService
+from subspec.runtime.server.errors import ApiError, anthropic_body
+from subspec.runtime.server.messages_request import (
+    REFUSED,
+    AskedMessage,
+    CountTokens,
+    CreateMessage,
+    read_conversation,
+    read_message,
+)
+from subspec.runtime.server.streaming import Event, event_stream, gone, whole
+
+JSON = dict[str, JSONValue]
+PING = Event({"type": "ping"}, "ping").encode()
+STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
+
+
+class MessageWriter:
+    """Writes one answer: `begin`, then `take` for each event. Each yields the events of the stream
+    that follow from it; `message` is the body of an answer that is not streamed."""
+
+    def __init__(self, asked: AskedMessage, model_id: str, new_id: Callable[[str], str]) -> None:
+        self.message: JSON = {
+            "id": new_id("msg_"),
+            "type": "message",
+            "role": "assistant",
+            "model": model_id,
+            "content": [],
+            "stop_reason": None,
+            "stop_sequence": None,
+            "usage": usage(0, 0, 0),
+        }
+        self._shows_thinking = asked.shows_thinking
+        self._block: JSON | None = None  # the open one, but for what grows
+        self._text = ""  # of the open one
+
+    def begin(self, input_tokens: int) -> Iterator[JSON]:
+        start = self.message | {"content": [], "usage": usage(input_tokens, 0, 0)}
+        yield {"type": "message_start", "message": start}
+
+    def take(self, event: ChatEvent) -> Iterator[JSON]:
+        if isinstance(event, ReasoningDelta):
+            yield from self._open_text("thinking", {"thinking": "", "signature": ""})
+            yield from self._grow(event.text)
+        elif isinstance(event, TextDelta):
+            if event.text:  # one may bring logprobs alone
+                yield from self._open_text("text", {"text": ""})
+                yield from self._grow(event.text)
+        elif isinstance(event, ToolCallStart):
+            call = {"type": "tool_use", "id": event.id, "name": event.name, "input": {}}
+            yield from self._open(call)
+        elif isinstance(event, ToolCallDelta):
+            yield from self._grow(event.arguments)
+        else:
+            yield from self._end(event)
+
+    @property
+    def _index(self) -> int:
+        return len(self.message["content"])
+
+    def _open_text(self, kind: Literal["thinking", "text"], empty: JSON) -> Iterator[JSON]:
+        if self._block is None or self._block["type"] != kind:
+            yield from self._open({"type": kind} | empty)
+
+    def _open(self, block: JSON) -> Iterator[JSON]:
+        yield from self._close()
+        self._block = block
+        start = {"index": self._index, "content_block": dict(block)}
+        yield {"type": "content_block_start"} | start
+
+    def _grow(self, text: str) -> Iterator[JSON]:
+        assert self._block is not None
+        self._text += text
+        kind = self._block["type"]
+        if kind == "text":
+            yield self._delta({"type": "text_delta", "text": text})
+        elif kind == "tool_use":
+            yield self._delta({"type": "input_json_delta", "partial_json": text})
+        elif self._shows_thinking:
+            yield self._delta({"type": "thinking_delta", "thinking": text})
+
+    def _delta(self, delta: JSON) -> JSON:
+        return {"type": "content_block_delta", "index": self._index, "delta": delta}
+
+    def _close(self) -> Iterator[JSON]:
+        block, text = self._block, self._text
+        if block is None:
+            return
+        if block["type"] == "text":
+            block["text"] = text
+        elif block["type"] == "tool_use":
+            block["input"] = call_input(text)
+        else:
+            block["thinking"] = text if self._shows_thinking else ""
+            block["signature"] = signature(text)
+            yield self._delta({"type": "signature_delta", "signature": block["signature"]})
+        yield {"type": "content_block_stop", "index": self._index}
+        self.message["content"].append(block)
+        self._block, self._text = None, ""
+
+    def _end(self, end: ChatEnd) -> Iterator[JSON]:
+        yield from self._close()
+        reason = "stop_sequence" if end.stop_text is not None else STOP_REASONS[end.reason]
+        stop = {"stop_reason": reason, "stop_sequence": end.stop_text}
+        used = usage(end.prompt_tokens, end.cached_tokens, end.completion_tokens)
+        used["output_tokens_details"] = {"thinking_tokens": end.reasoning_tokens}
+        self.message |= stop | {"usage": used}
+        yield {"type": "message_delta", "delta": stop, "usage": used}
+        yield {"type": "message_stop"}
+
+
+def usage(prompt_tokens: int, cached_tokens: int, output_tokens: int) -> JSON:
+    """Anthropic's input_tokens are those that no cache held."""
+    return {
+        "input_tokens": prompt_tokens - cached_tokens,
+        "cache_creation_input_tokens": 0,
+        "cache_read_input_tokens": cached_tokens,
+        "output_tokens": output_tokens,
+    }
+
+
+def signature(thinking: str) -> str:
+    """Nothing is signed here: a digest of the text, in a field that clients expect and pass back,
+    and which nothing checks."""
+    return "sha256:" + hashlib.sha256(thinking.encode()).hexdigest()
+
+
+def call_input(arguments: str) -> JSONValue:
+    """Arguments that a limit has cut off are no JSON: they are given as they are, under a name of
+    their own."""
+    try:
+        from_json(arguments or "{}")  # bounds how deep it is nested
+        value = parse_json(arguments or "{}", "arguments")
+    except (ValueError, SubspecError):
+        return {"unfinished_arguments": arguments}
+    return value if isinstance(value, dict) else {"arguments": value}
+
+
+async def create_message(service: DialectService, request: Request) -> Response:
+    """POST /v1/messages"""
+    service.check_ready()
+    body = await read_body(request, CreateMessage, REFUSED, service.refuse_unknown)
+    check_model(body.model, service)
+    asked = read_message(body, service.sampling, secrets.randbits(63))
+    writer = MessageWriter(asked, service.model_id, service.new_id)
+    if body.stream:
+        # A stream begins with the prompt's length, which the answer knows at its end.
+        input_tokens = await service.count_tokens(asked.chat)
+        answer = await service.chat(asked.chat)
+        return event_stream(events_of(answer, writer, input_tokens), answer, error_event, ping=PING)
+    answer = await service.chat(asked.chat)
+    message = await whole(request, answer, message_of(answer, writer))
+    return gone() if message is None else JSONResponse(message)
+
+
+async def count_tokens(service: DialectService, request: Request) -> Response:
+    """POST /v1/messages/count_tokens"""
+    body = await read_body(request, CountTokens, REFUSED, service.refuse_unknown)
+    check_model(body.model, service)
+    count = await service.count_tokens(read_conversation(body, service.sampling))
+    return JSONResponse({"input_tokens": count})
+
+
+def check_model(name: str, service: DialectService) -> None:
+    """Programs that know no models but Anthropic's name one of those: it is taken as ours. Another
+    name is somebody's mistake."""
+    if not name.startswith("claude"):
+        service.check_model(name)
+
+
+async def message_of(answer: ChatAnswer, writer: MessageWriter) -> JSON:
+    async for event in answer:
+        for _ in writer.take(event):
+            pass
+    return writer.message
+
+
+async def events_of(
+    answer: ChatAnswer, writer: MessageWriter, input_tokens: int
+) -> AsyncIterator[Event]:
+    for data in writer.begin(input_tokens):
+        yield Event(data, data["type"])
+    async for event in answer:
+        for data in writer.take(event):
+            yield Event(data, data["type"])
+
+
+def error_event(error: ApiError) -> Event:
+    return Event(anthropic_body(error), "error")
