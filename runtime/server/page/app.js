@@ -1,14 +1,17 @@
 // The page: what is shown, and what a click or a key does.
 
-import { currentMemory, describeServer } from "./api.js";
+import { currentMemory } from "./api.js";
 import { answer, spokenEnd } from "./answering.js";
 import {
   addMessage, branchOf, isConversationKey, loadConversation, loadConversations,
   newConversation, removeMessage, saveConversation, showBranch, siblingsOf,
 } from "./conversations.js";
+import { hideBanner, showBanner } from "./banner.js";
+import { connection } from "./connection.js";
 import { askedKey, editedSettings, prepareDialogs } from "./dialogs.js";
 import { announce } from "./dom.js";
 import { formatBytes, formatCount, formatRate } from "./figures.js";
+import { closeMenu, closedMenu, prepareMenu } from "./menu.js";
 import { messageView } from "./messages.js";
 import { loadSettings, requestBody } from "./settings.js";
 import { drawList, exportFile, importFile } from "./sidebar.js";
@@ -114,28 +117,18 @@ function showResources() {
   byId("resources").textContent = parts.join(" · ");
 }
 
-function showBanner(kind, text, button, onClick) {
-  const banner = byId("banner");
-  if (banner.dataset.kind === kind && banner.querySelector("p").textContent === text) return;
-  banner.dataset.kind = kind;
-  banner.querySelector("p").textContent = text;
-  const [action] = banner.getElementsByTagName("button");
-  action.textContent = button;
-  action.onclick = onClick;
-  banner.hidden = false;
-}
-
-function hideBanner(kind) {
-  if (byId("banner").dataset.kind !== kind) return;
-  byId("banner").hidden = true;
-  byId("banner").dataset.kind = "";
-}
-
 function toEnd() {
   state.follows = true;
   scroller.scrollTop = scroller.scrollHeight;
   byId("to-end").hidden = true;
 }
+
+const connect = connection((server) => {
+  state.server = server;
+  byId("model").textContent = server.model;
+  byId("model").title = server.model;
+  showResources();
+});
 
 /* Answers */
 
@@ -248,87 +241,7 @@ async function refreshMemory() {
   showResources();
 }
 
-/* The server */
-
-let connecting = false;
-
-/** Asks the server who it is, again and again until it answers. */
-async function connect() {
-  if (connecting) return;
-  connecting = true;
-  for (let pause = 1000; ; pause = Math.min(2 * pause, 15000)) {
-    try {
-      state.server = await describeServer();
-      break;
-    } catch (error) {
-      const texts = { gone: "The server does not answer.", loading: "The model is loading…" };
-      if (error.kind === "auth") {
-        connecting = false;
-        showBanner("server", "The server asks for an API key.", "Enter the key", askForKey);
-        return askForKey();
-      }
-      showBanner("server", texts[error.kind] ?? error.message, "Try now", () => wake());
-      await new Promise((resolve) => {
-        const timer = setTimeout(resolve, pause);
-        wake = () => { clearTimeout(timer); resolve(); };
-      });
-    }
-  }
-  connecting = false;
-  hideBanner("server");
-  byId("model").textContent = state.server.model;
-  byId("model").title = state.server.model;
-  showResources();
-}
-
-let wake = () => {};
-let keyWasGiven = false;
-
-async function askForKey() {
-  if (!(await askedKey(keyWasGiven))) return;
-  keyWasGiven = true;
-  connect();
-}
-
-/* The menu, the theme, files */
-
-const phone = matchMedia("(max-width: 760px)");
-
-function openMenu() {
-  document.body.classList.add("menu-open");
-  byId("scrim").hidden = false;
-  setMenu();
-  byId("close-menu").focus();
-}
-
-function closeMenu() {
-  const wasOpen = document.body.classList.contains("menu-open");
-  document.body.classList.remove("menu-open");
-  byId("scrim").hidden = true;
-  setMenu();
-  if (wasOpen) byId("open-menu").focus();
-}
-
-function setMenu() {
-  const open = document.body.classList.contains("menu-open");
-  byId("sidebar").inert = phone.matches && !open;
-  byId("main").inert = phone.matches && open;
-  byId("open-menu").ariaExpanded = String(open);
-}
-
-function switchTheme() {
-  const root = document.documentElement;
-  const system = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
-  const next = (root.dataset.theme ?? system) === "dark" ? "light" : "dark";
-  if (next === system) delete root.dataset.theme;
-  else root.dataset.theme = next;
-  try {
-    localStorage.setItem("subspec.theme", root.dataset.theme ?? "");
-  } catch {
-    // Shown, but not kept.
-  }
-  announce(`${next} theme`);
-}
+/* Files and other tabs */
 
 async function importChosen() {
   const input = byId("import-file");
@@ -370,8 +283,7 @@ function onPromptKey(event) {
 function onKey(event) {
   if (document.querySelector("dialog[open]")) return;
   if (event.key === "Escape") {
-    if (document.body.classList.contains("menu-open")) closeMenu();
-    else state.running?.abort.abort();
+    if (!closedMenu()) state.running?.abort.abort();
   } else if (event.key === "/" && document.activeElement === document.body) {
     event.preventDefault();
     prompt.focus();
@@ -390,16 +302,11 @@ function listen() {
   scroller.addEventListener("scroll", onScroll, { passive: true });
   window.addEventListener("storage", takeOver);
   window.addEventListener("pagehide", () => { if (state.running) keep(state.running.conversation); });
-  phone.addEventListener("change", closeMenu);
   const clicks = {
     send,
     stop: () => state.running?.abort.abort(),
     "to-end": toEnd,
     "new-chat": () => { startConversation(); closeMenu(); prompt.focus(); },
-    "open-menu": openMenu,
-    "close-menu": closeMenu,
-    scrim: closeMenu,
-    theme: switchTheme,
     export: () => exportFile(state.conversations),
     import: () => byId("import-file").click(),
     "open-settings": async () => {
@@ -412,7 +319,7 @@ function listen() {
 
 prepareDialogs();
 listen();
-setMenu();
+prepareMenu();
 startConversation();
 if (state.conversations.length && sessionStorage.getItem("subspec.open")) {
   const last = state.conversations.find((one) => one.id === sessionStorage.getItem("subspec.open"));

@@ -64,9 +64,10 @@ export async function editedSettings(settings, conversation, server) {
   byId("system").value = conversation.system;
   byId("system-default").checked = conversation.system === settings.system;
   byId("thinking-row").hidden = !server.thinking;
+  byId("reasoning-fields").hidden = !server.thinking && !server.efforts.length;
   byId("thinking").value = settings.thinking;
   byId("effort-row").hidden = !server.efforts.length;
-  const efforts = ["", ...server.efforts].map((name) => element("option", { value: name, textContent: name || "as the model decides" }));
+  const efforts = ["", ...server.efforts].map((name) => element("option", { value: name, textContent: name || "default" }));
   byId("effort").replaceChildren(...efforts);
   byId("effort").value = server.efforts.includes(settings.effort) ? settings.effort : "";
   if (!(await opened(byId("settings")))) return false;

@@ -25,17 +25,19 @@ export function formatBytes(bytes) {
 export function answerFigures(end, observed) {
   const { usage, metrics, timings } = end;
   const parts = [];
-  const rate = metrics?.tokens_per_second ?? timings?.predicted_per_second ?? observed?.rate;
+  const measured = metrics?.tokens_per_second ?? timings?.predicted_per_second;
+  const rate = measured ?? observed?.rate;
   const predicted = metrics?.subspec?.predicted_tokens_per_second;
   if (Number.isFinite(rate)) {
-    parts.push(formatRate(rate) + (Number.isFinite(predicted) ? ` (${predicted.toFixed(1)} predicted)` : ""));
+    const about = Number.isFinite(measured) || observed?.exact ? "" : "≈ ";
+    parts.push(about + formatRate(rate) + (Number.isFinite(predicted) ? ` (${predicted.toFixed(1)} predicted)` : ""));
   }
   const drafted = metrics?.speculative_decoding;
   if (Number.isFinite(drafted?.mean_acceptance_length)) {
     parts.push(`${drafted.mean_acceptance_length.toFixed(2)} tokens a step`);
   }
   const share = drafted?.draft_acceptance_rate ?? timings?.draft_n_accepted / timings?.draft_n;
-  if (Number.isFinite(share)) parts.push(`${Math.round(share * 100)} % of the draft accepted`);
+  if (Number.isFinite(share)) parts.push(`${Math.round(share * 100)}% of the draft accepted`);
   const tokens = usage?.completion_tokens ?? timings?.predicted_n;
   if (Number.isFinite(tokens)) parts.push(`${formatCount(tokens)} tokens`);
   const first = metrics?.time_to_first_token_ms ?? timings?.prompt_ms;

@@ -84,7 +84,7 @@ function reasoningView(message) {
       root.hidden = !message.reasoning;
       if (!message.reasoning) return;
       const seconds = message.reasoningSeconds;
-      const took = seconds ? `Thought for ${formatSeconds(seconds)}` : "Thoughts";
+      const took = seconds >= 1 ? `Thought for ${formatSeconds(seconds)}` : "Thoughts";
       title.textContent = isOpen ? "Thinking…" : took;
       root.classList.toggle("thinking", isOpen);
       render(message.reasoning, isOpen);
