@@ -114,7 +114,7 @@ def chat_app(server: ChatServer) -> FastAPI:
 def serving(server: ChatServer) -> Iterator[ChatServer]:
     """Serves until the end of the block, in a thread."""
     listener = socket.create_server(("127.0.0.1", 0))
-    server.address = "http://127.0.0.1:{}".format(listener.getsockname()[1])
+    server.address = f"http://127.0.0.1:{listener.getsockname()[1]}"
     settings = uvicorn.Config(
         chat_app(server), log_level="error", ws="none", lifespan="off", timeout_graceful_shutdown=1
     )

@@ -8,8 +8,8 @@ const MAX_QUEUE_RETRIES = 5;
 const MAX_LOADING_RETRIES = 600;
 const FRAME_MS = 40;
 
-/** Fills `message` as the answer comes. onChange(notice, speed) is called at most 25 times a second,
- * and rarely enough to leave the processor nine tenths of its time. Returns how it ended:
+/** Fills `message` as the answer comes. onChange(notice, speed) is called at most 25 times a
+ * second, and rarely enough to leave the processor nine tenths of its time. Returns how it ended:
  * {error: ServerError or null}. */
 export async function answer(message, body, signal, onChange) {
   const paint = painter(onChange);
@@ -31,7 +31,8 @@ export async function answer(message, body, signal, onChange) {
       message.finish = "stopped";
       message.stats = answerFigures({}, meter.read());
     } else {
-      error = failure instanceof ServerError ? failure : new ServerError("refused", String(failure));
+      error =
+        failure instanceof ServerError ? failure : new ServerError("refused", String(failure));
       message.error = { kind: error.kind, text: explained(error) };
     }
   } finally {
@@ -58,7 +59,8 @@ async function receive(message, body, signal, meter, paint) {
     if (event.finish !== undefined) {
       message.finish = event.finish ?? "stop";
       message.stats = answerFigures(event, meter.read());
-      if (Number.isFinite(event.usage?.total_tokens)) message.contextTokens = event.usage.total_tokens;
+      if (Number.isFinite(event.usage?.total_tokens))
+        message.contextTokens = event.usage.total_tokens;
     } else paint(undefined, meter.read());
   }
 }
@@ -77,12 +79,20 @@ function retrySeconds(failure, attempt, message) {
 }
 
 async function countDown(failure, seconds, signal, paint) {
-  const what = failure.kind === "loading" ? "The model is still loading" : "The server's queue is full";
+  const what =
+    failure.kind === "loading" ? "The model is still loading" : "The server's queue is full";
   for (let left = seconds; left > 0; left -= 1) {
     paint(`${what}; trying again in ${left} s…`);
     await new Promise((resolve) => {
       const timer = setTimeout(resolve, 1000);
-      signal.addEventListener("abort", () => { clearTimeout(timer); resolve(); }, { once: true });
+      signal.addEventListener(
+        "abort",
+        () => {
+          clearTimeout(timer);
+          resolve();
+        },
+        { once: true },
+      );
     });
     signal.throwIfAborted();
   }
@@ -91,7 +101,8 @@ async function countDown(failure, seconds, signal, paint) {
 function explained(error) {
   const sentence = /[.!?]$/.test(error.message) ? error.message : `${error.message}.`;
   const more = {
-    context: " Start a new conversation, shorten this one, or plan the model with a longer context.",
+    context:
+      " Start a new conversation, shorten this one, or plan the model with a longer context.",
     auth: " The server asks for an API key.",
     queue_full: " The queue stayed full.",
     cut: " What had come is kept.",

@@ -139,7 +139,10 @@ function parseChunk(data) {
   }
   if (chunk?.error) {
     const message = String(chunk.error.message ?? "The engine failed.").slice(0, 2000);
-    throw new ServerError(chunk.error.code === "context_length_exceeded" ? "context" : "engine", message);
+    throw new ServerError(
+      chunk.error.code === "context_length_exceeded" ? "context" : "engine",
+      message,
+    );
   }
   return chunk ?? {};
 }

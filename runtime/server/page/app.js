@@ -3,8 +3,16 @@
 import { currentMemory } from "./api.js";
 import { answer, spokenEnd } from "./answering.js";
 import {
-  addMessage, branchOf, isConversationKey, loadConversation, loadConversations,
-  newConversation, removeMessage, saveConversation, showBranch, siblingsOf,
+  addMessage,
+  branchOf,
+  isConversationKey,
+  loadConversation,
+  loadConversations,
+  newConversation,
+  removeMessage,
+  saveConversation,
+  showBranch,
+  siblingsOf,
 } from "./conversations.js";
 import { hideBanner, showBanner } from "./banner.js";
 import { connection } from "./connection.js";
@@ -83,10 +91,19 @@ function keep(conversation) {
   if (!conversation.messages.length) return;
   const isDeleted = conversation !== state.current && !state.conversations.includes(conversation);
   if (isDeleted) return;
-  state.conversations = [conversation, ...state.conversations.filter((other) => other !== conversation)];
+  state.conversations = [
+    conversation,
+    ...state.conversations.filter((other) => other !== conversation),
+  ];
   state.conversations.sort((a, b) => b.updated - a.updated);
   if (saveConversation(conversation)) hideBanner("storage");
-  else showBanner("storage", "The browser’s storage is full: this conversation is not kept. Export or delete some.", "Export", () => exportFile(state.conversations));
+  else
+    showBanner(
+      "storage",
+      "The browser’s storage is full: this conversation is not kept. Export or delete some.",
+      "Export",
+      () => exportFile(state.conversations),
+    );
 }
 
 function showComposer() {
@@ -168,7 +185,12 @@ function send() {
 async function generate(asked) {
   const conversation = state.current;
   conversation.leaf = asked.id;
-  const body = requestBody(state.server, state.settings, conversation.system, branchOf(conversation));
+  const body = requestBody(
+    state.server,
+    state.settings,
+    conversation.system,
+    branchOf(conversation),
+  );
   const message = addMessage(conversation, asked.id, { role: "assistant" });
   const running = { conversation, message, abort: new AbortController(), view: null, notice: "" };
   state.running = running;
@@ -197,7 +219,13 @@ async function generate(asked) {
   showList();
   showComposer();
   byId("live").textContent = "";
-  speak(error ? "The answer failed" : message.finish === "stopped" ? "Stopped" : "The answer is complete");
+  speak(
+    error
+      ? "The answer failed"
+      : message.finish === "stopped"
+        ? "Stopped"
+        : "The answer is complete",
+  );
   if (error) afterError(error, message);
   else refreshMemory();
 }
@@ -228,7 +256,9 @@ function speaker(message) {
   let last = performance.now();
   return (closing = "") => {
     if (!closing && performance.now() - last < SPEAK_EVERY_MS) return;
-    const end = closing ? Math.min(message.text.length, spoken + 4000) : spokenEnd(message.text, spoken);
+    const end = closing
+      ? Math.min(message.text.length, spoken + 4000)
+      : spokenEnd(message.text, spoken);
     if (end > spoken) announce(message.text.slice(spoken, end));
     if (closing) announce(closing);
     spoken = end;
@@ -253,7 +283,13 @@ async function importChosen() {
     state.conversations = [...state.conversations, ...added].sort((a, b) => b.updated - a.updated);
     showList();
     announce(`${added.length} conversations imported`);
-    if (failed) showBanner("storage", `The browser’s storage is full: ${failed} of them are not kept.`, "Close", () => hideBanner("storage"));
+    if (failed)
+      showBanner(
+        "storage",
+        `The browser’s storage is full: ${failed} of them are not kept.`,
+        "Close",
+        () => hideBanner("storage"),
+      );
   } catch (error) {
     showBanner("import", error.message, "Close", () => hideBanner("import"));
   }
@@ -297,16 +333,25 @@ function onScroll() {
 
 function listen() {
   prompt.addEventListener("keydown", onPromptKey);
-  prompt.addEventListener("input", () => { growPrompt(); showComposer(); });
+  prompt.addEventListener("input", () => {
+    growPrompt();
+    showComposer();
+  });
   document.addEventListener("keydown", onKey);
   scroller.addEventListener("scroll", onScroll, { passive: true });
   window.addEventListener("storage", takeOver);
-  window.addEventListener("pagehide", () => { if (state.running) keep(state.running.conversation); });
+  window.addEventListener("pagehide", () => {
+    if (state.running) keep(state.running.conversation);
+  });
   const clicks = {
     send,
     stop: () => state.running?.abort.abort(),
     "to-end": toEnd,
-    "new-chat": () => { startConversation(); closeMenu(); prompt.focus(); },
+    "new-chat": () => {
+      startConversation();
+      closeMenu();
+      prompt.focus();
+    },
     export: () => exportFile(state.conversations),
     import: () => byId("import-file").click(),
     "open-settings": async () => {

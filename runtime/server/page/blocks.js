@@ -2,8 +2,8 @@
 //
 // A block is one of {type: "paragraph" | "heading", text, level}, {type: "code", language, text},
 // {type: "rule"}, {type: "quote", blocks}, {type: "list", ordered, first, items} and
-// {type: "table", aligns, head, rows}. `offset` is where it begins in the text, `open` tells that it
-// touches the end of a text that is still being written.
+// {type: "table", aligns, head, rows}. `offset` is where it begins in the text, `open` tells that
+// it touches the end of a text that is still being written.
 
 const MAX_DEPTH = 8;
 const MAX_COLUMNS = 64;
@@ -73,7 +73,9 @@ function codeAt(lines, at, fence, open) {
   const closing = new RegExp(`^ {0,3}${mark[0]}{${Math.min(mark.length, 1000)},}\\s*$`);
   let end = at + 1;
   while (end < lines.length && !closing.test(lines[end])) end += 1;
-  const body = lines.slice(at + 1, end).map((l) => (l.startsWith(indent) ? l.slice(indent.length) : l));
+  const body = lines
+    .slice(at + 1, end)
+    .map((l) => (l.startsWith(indent) ? l.slice(indent.length) : l));
   // The first characters of the closing fence are not code.
   if (open && end === lines.length && /^\s*[`~]+$/.test(body.at(-1) ?? "")) body.pop();
   const language = info.trim().split(/[\s{]/)[0].slice(0, 40);
@@ -112,7 +114,7 @@ function itemOf(lines, found, depth, open) {
   return { done: task ? task[1] !== " " : null, blocks: blocksOf(inner, depth + 1, open) };
 }
 
-/** The line after an item: what is indented belongs to it, and so does text that follows directly. */
+/** The line after an item: what is indented belongs to it, and so does text right below it. */
 function itemEnd(lines, at, indent) {
   let end = at + 1;
   let blank = false;
@@ -169,7 +171,7 @@ function startsTable(lines, at, open) {
   if (!lines[at].includes("|")) return false;
   const below = lines[at + 1];
   const isEnd = open && at + 2 >= lines.length;
-  // While it is written: a row with bars at its start is a table's head before the line under it is.
+  // While it is written, a row that begins with a bar is a table's head already.
   if (isEnd && lines[at].trimStart().startsWith("|")) {
     if (below === undefined) return /\|.*\|/.test(lines[at]);
     if (/^[\s|:-]*$/.test(below)) return true;

@@ -136,7 +136,8 @@ function checked(value) {
   const known = new Set([null]);
   for (const message of value.messages) {
     // A parent comes before its children: no cycles.
-    if (!message || !isText(message.id) || !known.has(message.parent) || known.has(message.id)) return null;
+    if (!message || !isText(message.id) || !known.has(message.parent) || known.has(message.id))
+      return null;
     if (!ROLES.includes(message.role) || !isText(message.text)) return null;
     known.add(message.id);
     messages.push(checkedMessage(message));

@@ -57,7 +57,7 @@ export async function askedKey(isWrong) {
   return true;
 }
 
-/** Lets the user change `settings` and the conversation's system prompt. Returns whether they did. */
+/** Lets the user change `settings` and the conversation's system prompt. Returns whether. */
 export async function editedSettings(settings, conversation, server) {
   const inputs = byId("sampling");
   inputs.replaceChildren(...FIELDS.map((field) => fieldRow(field, settings[field.name])));
@@ -67,11 +67,14 @@ export async function editedSettings(settings, conversation, server) {
   byId("reasoning-fields").hidden = !server.thinking && !server.efforts.length;
   byId("thinking").value = settings.thinking;
   byId("effort-row").hidden = !server.efforts.length;
-  const efforts = ["", ...server.efforts].map((name) => element("option", { value: name, textContent: name || "default" }));
+  const efforts = ["", ...server.efforts].map((name) =>
+    element("option", { value: name, textContent: name || "default" }),
+  );
   byId("effort").replaceChildren(...efforts);
   byId("effort").value = server.efforts.includes(settings.effort) ? settings.effort : "";
   if (!(await opened(byId("settings")))) return false;
-  for (const field of FIELDS) settings[field.name] = valueIn(field, byId(`field-${field.name}`).value);
+  for (const field of FIELDS)
+    settings[field.name] = valueIn(field, byId(`field-${field.name}`).value);
   settings.thinking = byId("thinking").value;
   if (server.efforts.length) settings.effort = byId("effort").value;
   conversation.system = byId("system").value;

@@ -30,13 +30,21 @@ export function icon(name) {
 
 export function iconButton(name, label, onClick) {
   const on = { click: onClick };
-  return element("button", { type: "button", className: "icon-button", title: label, ariaLabel: label, on }, icon(name));
+  return element(
+    "button",
+    { type: "button", className: "icon-button", title: label, ariaLabel: label, on },
+    icon(name),
+  );
 }
 
-/** Also where the clipboard's API is missing: a page that came over plain HTTP from another host. */
+/** Also where there is no clipboard API: on a page that came over HTTP from another host. */
 export async function copyText(text) {
   if (navigator.clipboard) return navigator.clipboard.writeText(text);
-  const area = element("textarea", { value: text, className: "visually-hidden", ariaHidden: "true" });
+  const area = element("textarea", {
+    value: text,
+    className: "visually-hidden",
+    ariaHidden: "true",
+  });
   const focused = document.activeElement;
   document.body.append(area);
   area.select();
@@ -49,7 +57,10 @@ export async function copyText(text) {
 /** Copies what `text()` gives and shows on the button that it did. */
 export function copyButton(text) {
   const button = iconButton("copy", "Copy", async () => {
-    const done = await copyText(text()).then(() => true, () => false);
+    const done = await copyText(text()).then(
+      () => true,
+      () => false,
+    );
     button.replaceChildren(icon(done ? "check" : "alert"));
     announce(done ? "Copied" : "Copying failed");
     setTimeout(() => button.replaceChildren(icon("copy")), 1600);

@@ -15,7 +15,11 @@ export function formatSeconds(seconds) {
 }
 
 export function formatBytes(bytes) {
-  const units = [["GB", 1e9], ["MB", 1e6], ["kB", 1e3]];
+  const units = [
+    ["GB", 1e9],
+    ["MB", 1e6],
+    ["kB", 1e3],
+  ];
   const [unit, size] = units.find(([, least]) => bytes >= least) ?? ["bytes", 1];
   const value = bytes / size;
   return `${size === 1 || value >= 100 ? Math.round(value) : value.toFixed(1)} ${unit}`;
@@ -30,7 +34,11 @@ export function answerFigures(end, observed) {
   const predicted = metrics?.subspec?.predicted_tokens_per_second;
   if (Number.isFinite(rate)) {
     const about = Number.isFinite(measured) || observed?.exact ? "" : "≈ ";
-    parts.push(about + formatRate(rate) + (Number.isFinite(predicted) ? ` (${predicted.toFixed(1)} predicted)` : ""));
+    parts.push(
+      about +
+        formatRate(rate) +
+        (Number.isFinite(predicted) ? ` (${predicted.toFixed(1)} predicted)` : ""),
+    );
   }
   const drafted = metrics?.speculative_decoding;
   if (Number.isFinite(drafted?.mean_acceptance_length)) {

@@ -78,7 +78,10 @@ function scan(text, open) {
       const length = mark === "[" ? 1 : 2;
       if (brackets.length < MAX_BRACKETS) {
         brackets.push({ index: tokens.length, image: length === 2 });
-        tokens.push({ type: "text", text: text.slice(at, at + length) }, { type: "text", text: "" });
+        tokens.push(
+          { type: "text", text: text.slice(at, at + length) },
+          { type: "text", text: "" },
+        );
       } else plain(text.slice(at, at + length));
       at += length;
     } else if (mark === "]") {
@@ -140,7 +143,8 @@ function scanCode(text, at, nextTicks, open, tokens, plain) {
     return text.length;
   }
   const inner = text.slice(at + length, close).replaceAll("\n", " ");
-  const padded = inner.length > 2 && inner[0] === " " && inner.at(-1) === " " && inner.trim() !== "";
+  const padded =
+    inner.length > 2 && inner[0] === " " && inner.at(-1) === " " && inner.trim() !== "";
   tokens.push({ type: "code", text: padded ? inner.slice(1, -1) : inner });
   return close + length;
 }
@@ -186,7 +190,7 @@ function scanRun(text, at, mark, tokens, plain) {
   return end;
 }
 
-/** `]`: the end of a link or image if an address follows. An image is a link: nothing is fetched. */
+/** `]`: the end of a link or image if an address follows. An image becomes a link, too. */
 function scanLinkEnd(text, at, brackets, open, tokens, plain) {
   const bracket = brackets.pop();
   if (bracket === undefined || text[at + 1] !== "(") {

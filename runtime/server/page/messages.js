@@ -10,21 +10,35 @@ import { markdownView } from "./render.js";
 export function messageView(message, siblings, actions) {
   const isUser = message.role === "user";
   const label = isUser ? "You" : "Answer";
-  const root = element("article", { className: `message ${message.role}`, ariaLabel: label, data: { id: message.id } });
-  return isUser ? userView(root, message, siblings, actions) : answerView(root, message, siblings, actions);
+  const root = element("article", {
+    className: `message ${message.role}`,
+    ariaLabel: label,
+    data: { id: message.id },
+  });
+  return isUser
+    ? userView(root, message, siblings, actions)
+    : answerView(root, message, siblings, actions);
 }
 
 function userView(root, message, siblings, actions) {
   const show = () => {
     const bubble = element("div", { className: "bubble", dir: "auto", textContent: message.text });
-    root.replaceChildren(bubble, toolbar(message, siblings, actions, [
-      copyButton(() => message.text),
-      iconButton("edit", "Edit and send again", edit),
-    ]));
+    root.replaceChildren(
+      bubble,
+      toolbar(message, siblings, actions, [
+        copyButton(() => message.text),
+        iconButton("edit", "Edit and send again", edit),
+      ]),
+    );
   };
   const edit = () => {
     if (actions.busy()) return;
-    const area = element("textarea", { className: "edit-text", value: message.text, dir: "auto", ariaLabel: "Edit your message" });
+    const area = element("textarea", {
+      className: "edit-text",
+      value: message.text,
+      dir: "auto",
+      ariaLabel: "Edit your message",
+    });
     const finish = (send) => {
       show();
       if (send && area.value.trim()) actions.edit(message, area.value);
@@ -39,9 +53,25 @@ function userView(root, message, siblings, actions) {
         finish(true);
       }
     });
-    const send = element("button", { type: "button", className: "primary", textContent: "Send", on: { click: () => finish(true) } });
-    const cancel = element("button", { type: "button", textContent: "Cancel", on: { click: () => finish(false) } });
-    root.replaceChildren(element("div", { className: "edit" }, area, element("div", { className: "row end" }, cancel, send)));
+    const send = element("button", {
+      type: "button",
+      className: "primary",
+      textContent: "Send",
+      on: { click: () => finish(true) },
+    });
+    const cancel = element("button", {
+      type: "button",
+      textContent: "Cancel",
+      on: { click: () => finish(false) },
+    });
+    root.replaceChildren(
+      element(
+        "div",
+        { className: "edit" },
+        area,
+        element("div", { className: "row end" }, cancel, send),
+      ),
+    );
     area.focus();
     area.setSelectionRange(area.value.length, area.value.length);
   };
@@ -52,7 +82,12 @@ function userView(root, message, siblings, actions) {
 function answerView(root, message, siblings, actions) {
   const body = element("div", { className: "markdown" });
   const render = markdownView(body);
-  const wait = element("p", { className: "waiting" }, element("span", { className: "pulse", ariaHidden: "true" }), element("span"));
+  const wait = element(
+    "p",
+    { className: "waiting" },
+    element("span", { className: "pulse", ariaHidden: "true" }),
+    element("span"),
+  );
   const notes = element("div", { className: "notes" });
   const thinking = reasoningView(message);
   root.append(thinking.root, body, wait, notes);
@@ -65,10 +100,12 @@ function answerView(root, message, siblings, actions) {
     wait.lastChild.textContent = notice || "Reading the prompt…";
     if (isOpen) return notes.replaceChildren();
     notes.replaceChildren(...notesOf(message, actions));
-    notes.append(toolbar(message, siblings, actions, [
-      copyButton(() => message.text),
-      iconButton("again", "Regenerate this answer", () => actions.regenerate(message)),
-    ]));
+    notes.append(
+      toolbar(message, siblings, actions, [
+        copyButton(() => message.text),
+        iconButton("again", "Regenerate this answer", () => actions.regenerate(message)),
+      ]),
+    );
   };
   return { root, update };
 }
@@ -77,7 +114,12 @@ function reasoningView(message) {
   const title = element("span");
   const body = element("div", { className: "markdown" });
   const render = markdownView(body);
-  const root = element("details", { className: "reasoning" }, element("summary", {}, icon("chevron"), title), body);
+  const root = element(
+    "details",
+    { className: "reasoning" },
+    element("summary", {}, icon("chevron"), title),
+    body,
+  );
   return {
     root,
     update(isOpen) {
@@ -95,20 +137,39 @@ function reasoningView(message) {
 function notesOf(message, actions) {
   const notes = [];
   if (message.finish === "length") {
-    notes.push(element("p", { className: "note", textContent: "The answer reached its limit of tokens." }));
+    notes.push(
+      element("p", { className: "note", textContent: "The answer reached its limit of tokens." }),
+    );
   }
-  if (message.finish === "stopped") notes.push(element("p", { className: "note", textContent: "Stopped." }));
+  if (message.finish === "stopped")
+    notes.push(element("p", { className: "note", textContent: "Stopped." }));
   if (message.error) {
-    const again = element("button", { type: "button", on: { click: () => actions.retry(message) } }, "Try again");
+    const again = element(
+      "button",
+      { type: "button", on: { click: () => actions.retry(message) } },
+      "Try again",
+    );
     const text = element("p", { textContent: message.error.text });
-    notes.push(element("div", { className: "error-note", role: "group", ariaLabel: "Error" }, icon("alert"), text, again));
+    notes.push(
+      element(
+        "div",
+        { className: "error-note", role: "group", ariaLabel: "Error" },
+        icon("alert"),
+        text,
+        again,
+      ),
+    );
   }
   if (message.stats) notes.push(element("p", { className: "figures", textContent: message.stats }));
   return notes;
 }
 
 function toolbar(message, siblings, actions, buttons) {
-  const bar = element("div", { className: "toolbar", role: "group", ariaLabel: "Message actions" }, ...buttons);
+  const bar = element(
+    "div",
+    { className: "toolbar", role: "group", ariaLabel: "Message actions" },
+    ...buttons,
+  );
   if (siblings.length > 1) {
     const at = siblings.indexOf(message);
     const turn = (name, label, to) => {
@@ -116,10 +177,18 @@ function toolbar(message, siblings, actions, buttons) {
       button.disabled = to < 0 || to >= siblings.length;
       return button;
     };
-    bar.append(element("span", { className: "versions" },
-      turn("left", "Previous version", at - 1),
-      element("span", { textContent: `${at + 1} / ${siblings.length}`, ariaLabel: `Version ${at + 1} of ${siblings.length}` }),
-      turn("right", "Next version", at + 1)));
+    bar.append(
+      element(
+        "span",
+        { className: "versions" },
+        turn("left", "Previous version", at - 1),
+        element("span", {
+          textContent: `${at + 1} / ${siblings.length}`,
+          ariaLabel: `Version ${at + 1} of ${siblings.length}`,
+        }),
+        turn("right", "Next version", at + 1),
+      ),
+    );
   }
   return bar;
 }

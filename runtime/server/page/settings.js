@@ -4,12 +4,54 @@ const KEY = "subspec.settings";
 
 /** name: the field of the request. An empty value is left to the server. */
 export const FIELDS = [
-  { name: "temperature", label: "Temperature", min: 0, max: 2, step: 0.05, hint: "0 always takes the likeliest token" },
-  { name: "top_p", label: "Top-p", min: 0.01, max: 1, step: 0.01, hint: "Smallest set of tokens with this probability" },
-  { name: "top_k", label: "Top-k", min: 0, max: 1000, step: 1, hint: "This many of the likeliest tokens; 0: all" },
-  { name: "min_p", label: "Min-p", min: 0, max: 1, step: 0.01, hint: "Share of the likeliest token's probability" },
-  { name: "max_tokens", label: "Max tokens", min: 1, max: 1000000, step: 1, hint: "Empty: what the context has room for" },
-  { name: "seed", label: "Seed", min: 0, max: 4294967295, step: 1, hint: "The same seed gives the same answer" },
+  {
+    name: "temperature",
+    label: "Temperature",
+    min: 0,
+    max: 2,
+    step: 0.05,
+    hint: "0 always takes the likeliest token",
+  },
+  {
+    name: "top_p",
+    label: "Top-p",
+    min: 0.01,
+    max: 1,
+    step: 0.01,
+    hint: "Smallest set of tokens with this probability",
+  },
+  {
+    name: "top_k",
+    label: "Top-k",
+    min: 0,
+    max: 1000,
+    step: 1,
+    hint: "This many of the likeliest tokens; 0: all",
+  },
+  {
+    name: "min_p",
+    label: "Min-p",
+    min: 0,
+    max: 1,
+    step: 0.01,
+    hint: "Share of the likeliest token's probability",
+  },
+  {
+    name: "max_tokens",
+    label: "Max tokens",
+    min: 1,
+    max: 1000000,
+    step: 1,
+    hint: "Empty: what the context has room for",
+  },
+  {
+    name: "seed",
+    label: "Seed",
+    min: 0,
+    max: 4294967295,
+    step: 1,
+    hint: "The same seed gives the same answer",
+  },
 ];
 
 export function loadSettings() {
@@ -19,7 +61,11 @@ export function loadSettings() {
   } catch {
     // Settings that cannot be read are settings that were not made.
   }
-  const settings = { system: typeof kept.system === "string" ? kept.system : "", thinking: "", effort: "" };
+  const settings = {
+    system: typeof kept.system === "string" ? kept.system : "",
+    thinking: "",
+    effort: "",
+  };
   for (const field of FIELDS) settings[field.name] = valueIn(field, kept[field.name]);
   if (["on", "off"].includes(kept.thinking)) settings.thinking = kept.thinking;
   if (typeof kept.effort === "string") settings.effort = kept.effort.slice(0, 40);

@@ -2,20 +2,34 @@
 
 import { askedName, confirmed } from "./dialogs.js";
 import { element, iconButton } from "./dom.js";
-import { deleteConversation, exportText, importText, newId, saveConversation } from "./conversations.js";
+import {
+  deleteConversation,
+  exportText,
+  importText,
+  newId,
+  saveConversation,
+} from "./conversations.js";
 
 const MAX_FILE_BYTES = 64 * 1024 * 1024;
 
 /** Draws the list. `actions`: open(conversation), deleted(conversation), renamed(conversation). */
 export function drawList(list, conversations, current, actions) {
   const focused = document.activeElement?.closest("#conversations li")?.dataset.id;
-  list.replaceChildren(...conversations.map((conversation) => row(conversation, conversation === current, actions)));
+  list.replaceChildren(
+    ...conversations.map((conversation) => row(conversation, conversation === current, actions)),
+  );
   if (focused) list.querySelector(`[data-id="${CSS.escape(focused)}"] .open-chat`)?.focus();
 }
 
 function row(conversation, isCurrent, actions) {
   const title = conversation.title || "New conversation";
-  const open = element("button", { type: "button", className: "open-chat", dir: "auto", textContent: title, title });
+  const open = element("button", {
+    type: "button",
+    className: "open-chat",
+    dir: "auto",
+    textContent: title,
+    title,
+  });
   open.addEventListener("click", () => actions.open(conversation));
   if (isCurrent) open.ariaCurrent = "page";
   const rename = iconButton("edit", `Rename “${title}”`, async () => {
@@ -45,7 +59,9 @@ export function exportFile(conversations) {
  * Returns {added, failed}: failed is how many the browser had no room for. Raises an Error. */
 export async function importFile(file, conversations) {
   if (file.size > MAX_FILE_BYTES) throw new Error("The file is too large.");
-  const known = new Map(conversations.map((conversation) => [conversation.id, JSON.stringify(conversation)]));
+  const known = new Map(
+    conversations.map((conversation) => [conversation.id, JSON.stringify(conversation)]),
+  );
   const added = [];
   let failed = 0;
   for (const conversation of importText(await file.text())) {

@@ -24,13 +24,18 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}
 HOSTILE = """\
 <script>window.hacked = 1</script> <img src="http://beacon.test/a" onerror="window.hacked = 1">
-[a](javascript:window.hacked=1) [b](data:text/html,<script>window.hacked=1</script>) [c](JaVaScRiPt:1)
-[d](\tjavascript:window.hacked=1) [e](vbscript:1) [f](//beacon.test/x) [g](/v1/models) [h](file:///etc/passwd)
-![i](http://beacon.test/pixel.png) ![j](javascript:1) <http://beacon.test/k> http://beacon.test/l"onclick="x
+[a](javascript:window.hacked=1) [b](data:text/html,<script>window.hacked=1</script>)
+[c](JaVaScRiPt:1)
+[d](\tjavascript:window.hacked=1) [e](vbscript:1) [f](//beacon.test/x) [g](/v1/models)
+[h](file:///etc/passwd)
+![i](http://beacon.test/pixel.png) ![j](javascript:1) <http://beacon.test/k>
+http://beacon.test/l"onclick="x
 
-<style>body { display: none }</style><iframe src="http://beacon.test/m"></iframe><base href="http://beacon.test/">
+<style>body { display: none }</style><iframe src="http://beacon.test/m"></iframe>
+<base href="http://beacon.test/">
 
-[n](https://good.test/" onmouseover="window.hacked=1) [o](https://good.test/o) [p](mailto:a@good.test)
+[n](https://good.test/" onmouseover="window.hacked=1) [o](https://good.test/o)
+[p](mailto:a@good.test)
 
 ```"><script>window.hacked=1</script>
 </code></pre><script>window.hacked = 1</script>
@@ -390,17 +395,22 @@ def test_every_control_has_a_name_and_everything_works_by_keyboard(
     assert server.requests[0]["messages"][0]["content"] == "One\ntwo"
     expect(page.locator("#announcer")).to_contain_text("The answer is complete")
     nameless = page.evaluate(
-        """() => [...document.querySelectorAll('button, input, select, textarea, a')].filter(e =>
-            !(e.ariaLabel || e.textContent.trim() || [...(e.labels ?? [])].length)).map(e => e.outerHTML)"""
+        """() => [...document.querySelectorAll('button, input, select, textarea, a')]
+            .filter(e => !(e.ariaLabel || e.textContent.trim() || e.labels?.length))
+            .map(e => e.outerHTML)"""
     )
     assert nameless == []
     reached = set()
     for _ in range(20):
         page.keyboard.press("Tab")
         reached.add(page.evaluate("() => document.activeElement.ariaLabel ?? ''"))
-        outline = "() => document.activeElement === document.body ? 2 : parseInt(getComputedStyle(document.activeElement).outlineWidth)"
-        assert page.evaluate(outline) >= 2 or page.locator("#prompt:focus").count()
-    assert {"Regenerate this answer", "Edit and send again", "System prompt and sampling"} <= reached
+        outline = page.evaluate(
+            """() => document.activeElement.matches('body, #prompt') ? 2
+                : parseInt(getComputedStyle(document.activeElement).outlineWidth)"""
+        )
+        assert outline >= 2
+    assert {"Regenerate this answer", "Edit and send again"} <= reached
+    assert "System prompt and sampling" in reached
     page.get_by_role("button", name="System prompt and sampling").focus()
     page.keyboard.press("Enter")
     expect(page.locator("#settings")).to_be_visible()
