@@ -1,6 +1,7 @@
 # make demo      the embedded model under a budget that it does not fit, in a minute
 # make demo-chat a small real model (SmolLM2-135M-Instruct, from PyPI) in two thirds of its memory
 # make test      every quick test; make test-slow runs the others, make gpu-check what needs a GPU
+# make test-page the chat page in the system's Chromium
 # make lint      what a reviewer need not look for
 # make drills    does the budget hold for the whole life of a process?
 # make peers     other exact programs, for benchmarks/peers.py to compare ours with
@@ -17,7 +18,7 @@ LINK = 40MB
 CHAT_BUDGET = 175MB
 QUESTION = What is the difference between weather and climate?
 
-.PHONY: demo demo-chat test test-real test-slow lint bench drills peers gpu-check gpu-check-here clean
+.PHONY: demo demo-chat test test-page test-real test-slow lint bench drills peers gpu-check gpu-check-here clean
 
 demo: demo-artifact/manifest.json
 	@echo "== subspec-run: the exact weights stream while the 4-bit substitutes draft"
@@ -42,6 +43,10 @@ demo-chat: build/smollm2/config.json
 
 test: $(VENV)/.subspec-dev-installed
 	$(BIN)/python -m pytest -q -m "not slow and not gpu and not real"
+
+test-page: $(VENV)/.subspec-dev-installed
+	$(PIP) -c constraints.txt -e '.[serve,browser]'
+	$(BIN)/python -m pytest -q -m browser tests/runtime/server
 
 # The tests that need the real model.
 test-real: $(VENV)/.subspec-dev-installed build/smollm2/config.json

@@ -154,7 +154,7 @@ def run_of(engine: Engine, sequence: Sequence) -> Run:
         machine=machine_name(engine.device),
         method=engine.method,
         padded=engine.padded,
-        link_bandwidth=engine.link_bandwidth,
+        link_bandwidth=round(engine.link_bandwidth) if engine.link_bandwidth else None,
         greedy=sequence.params.sampling.temperature == 0,
         prompt_tokens=stats.prompt_tokens,
         reused_tokens=stats.reused_tokens,

@@ -189,7 +189,7 @@ def test_an_answer_is_recorded_up_to_where_it_was_interrupted(unrecorded: Path) 
 def test_levels_are_counted_by_the_rounds_that_drafted_and_that_accepted_them() -> None:
     """Of a tree of 4 levels: all accepted; one of four; two of three, and the answer ends."""
     stats = Stats("substitute", drafted=(4, 4, 3), accepted=(4, 1, 2))
-    found = run_of(*recorded(stats), Answering(PARAMS))
+    found = run_of(*recorded(stats))
     assert (found.rounds, found.drafted, found.drafted_levels) == (3, (3, 3, 3, 2), 11)
     assert found.accepted == (0, 1, 1, 0, 1)
     assert found.accepted_by_level == (3, 2, 1, 1)

@@ -1,0 +1,87 @@
+"""The chat page at /: static files, with headers under which nothing that a model writes can run or
+be fetched.
+
+The files have no secrets, and a browser sends no key for them: PATHS are open without one. The page
+asks only this server, through /v1/models, /v1/chat/completions and /props. Of /props it reads
+`chat_template`, `chat_template_caps.supports_thinking`, `chat_template_caps.reasoning_efforts` and
+`memory` {"budget_bytes", "peak_bytes"}; it does without what is missing.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+FOLDER = Path(__file__).parent / "page"
+MEDIA_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+}
+POLICY = "; ".join(
+    [
+        "default-src 'none'",
+        "script-src 'self'",
+        "style-src 'self'",
+        "connect-src 'self'",
+        "img-src 'self' data:",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+        "require-trusted-types-for 'script'",
+        "trusted-types 'none'",
+    ]
+)
+HEADERS = {
+    "content-security-policy": POLICY,
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "x-dns-prefetch-control": "off",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "permissions-policy": "camera=(), geolocation=(), microphone=(), payment=(), usb=()",
+    "cache-control": "no-cache",  # asked for again each time, and not sent if it is the same
+}
+
+
+@dataclass(frozen=True)
+class PageFile:
+    content: bytes
+    media_type: str
+
+    @property
+    def etag(self) -> str:
+        return f'"{hashlib.sha256(self.content).hexdigest()[:32]}"'
+
+
+def page_files(folder: Path = FOLDER) -> dict[str, PageFile]:
+    """By the path of the URL. Files of other kinds in `folder` are not given."""
+    files = {
+        f"/page/{file.name}": PageFile(file.read_bytes(), MEDIA_TYPES[file.suffix])
+        for file in sorted(folder.iterdir())
+        if file.suffix in MEDIA_TYPES
+    }
+    return {"/": files.pop("/page/index.html"), **files}
+
+
+PATHS = frozenset(page_files())
+
+
+def page_router() -> APIRouter:
+    """GET and HEAD of each file; it is not part of the API's description."""
+    router = APIRouter()
+    for path, file in page_files().items():
+        router.add_route(path, partial(page_response, file), ["GET"], include_in_schema=False)
+    return router
+
+
+async def page_response(file: PageFile, request: Request) -> Response:
+    headers = {**HEADERS, "etag": file.etag}
+    if file.etag in request.headers.get("if-none-match", ""):
+        return Response(status_code=304, headers=headers)
+    return Response(file.content, media_type=file.media_type, headers=headers)

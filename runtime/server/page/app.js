@@ -1,0 +1,376 @@
+// The page: what is shown, and what a click or a key does.
+
+import { currentMemory } from "./api.js";
+import { answer, spokenEnd } from "./answering.js";
+import {
+  addMessage,
+  branchOf,
+  isConversationKey,
+  loadConversation,
+  loadConversations,
+  newConversation,
+  removeMessage,
+  saveConversation,
+  showBranch,
+  siblingsOf,
+} from "./conversations.js";
+import { hideBanner, showBanner } from "./banner.js";
+import { connection } from "./connection.js";
+import { askedKey, editedSettings, prepareDialogs } from "./dialogs.js";
+import { announce } from "./dom.js";
+import { formatBytes, formatCount, formatRate } from "./figures.js";
+import { closeMenu, closedMenu, prepareMenu } from "./menu.js";
+import { messageView } from "./messages.js";
+import { loadSettings, requestBody } from "./settings.js";
+import { drawList, exportFile, importFile } from "./sidebar.js";
+
+const byId = (id) => document.getElementById(id);
+const prompt = byId("prompt");
+const scroller = byId("scroller");
+const SAVE_EVERY_MS = 2000;
+const SPEAK_EVERY_MS = 4000;
+const NEAR_END = 80; // pixels
+
+const state = {
+  settings: loadSettings(),
+  server: { model: "", context: null, thinking: false, efforts: [], memory: null },
+  conversations: loadConversations(),
+  current: null,
+  running: null, // {conversation, message, abort, view, notice}
+  follows: true, // the newest text stays in sight
+};
+
+/* What is shown */
+
+function showConversation(conversation) {
+  state.current = conversation;
+  const branch = branchOf(conversation);
+  const views = branch.map((message) => {
+    const view = messageView(message, siblingsOf(conversation, message), actions);
+    const isRunning = state.running?.message === message;
+    if (isRunning) state.running.view = view;
+    view.update(isRunning, state.running?.notice);
+    return view;
+  });
+  byId("messages").replaceChildren(...views.map((view) => view.root));
+  byId("empty").hidden = branch.length > 0;
+  document.title = conversation.title ? `${conversation.title} · subspec` : "subspec";
+  showList();
+  showResources();
+  toEnd();
+}
+
+function showList() {
+  const kept = state.conversations;
+  drawList(byId("conversations"), kept, state.current, {
+    open(conversation) {
+      showConversation(conversation);
+      closeMenu();
+      prompt.focus();
+    },
+    renamed(conversation) {
+      keep(conversation);
+      showConversation(state.current);
+    },
+    deleted(conversation) {
+      if (state.running?.conversation === conversation) state.running.abort.abort();
+      state.conversations = state.conversations.filter((other) => other !== conversation);
+      if (conversation === state.current) startConversation();
+      else showList();
+      hideBanner("storage");
+    },
+  });
+}
+
+function startConversation() {
+  showConversation(newConversation(state.settings.system));
+}
+
+/** Writes a conversation down; one without messages is not kept. */
+function keep(conversation) {
+  if (!conversation.messages.length) return;
+  const isDeleted = conversation !== state.current && !state.conversations.includes(conversation);
+  if (isDeleted) return;
+  state.conversations = [
+    conversation,
+    ...state.conversations.filter((other) => other !== conversation),
+  ];
+  state.conversations.sort((a, b) => b.updated - a.updated);
+  if (saveConversation(conversation)) hideBanner("storage");
+  else
+    showBanner(
+      "storage",
+      "The browser’s storage is full: this conversation is not kept. Export or delete some.",
+      "Export",
+      () => exportFile(state.conversations),
+    );
+}
+
+function showComposer() {
+  const busy = state.running !== null;
+  const hadFocus = [byId("send"), byId("stop")].includes(document.activeElement);
+  byId("send").hidden = busy;
+  byId("stop").hidden = !busy;
+  byId("send").disabled = !prompt.value.trim();
+  document.body.classList.toggle("busy", busy);
+  if (hadFocus) (busy ? byId("stop") : prompt).focus();
+}
+
+function growPrompt() {
+  prompt.style.height = "auto";
+  prompt.style.height = `${Math.min(prompt.scrollHeight, 0.4 * window.innerHeight)}px`;
+}
+
+function showResources() {
+  const parts = [];
+  const used = branchOf(state.current).findLast((message) => message.contextTokens)?.contextTokens;
+  const { context, memory } = state.server;
+  if (used && context) parts.push(`Context ${formatCount(used)} of ${formatCount(context)}`);
+  else if (context) parts.push(`Context ${formatCount(context)}`);
+  if (memory) {
+    const peak = memory.peak === null ? "" : `${formatBytes(memory.peak)} of `;
+    parts.push(`Memory ${peak}${formatBytes(memory.budget)}`);
+  }
+  byId("resources").textContent = parts.join(" · ");
+}
+
+function toEnd() {
+  state.follows = true;
+  scroller.scrollTop = scroller.scrollHeight;
+  byId("to-end").hidden = true;
+}
+
+const connect = connection((server) => {
+  state.server = server;
+  byId("model").textContent = server.model;
+  byId("model").title = server.model;
+  showResources();
+});
+
+/* Answers */
+
+const actions = {
+  busy: () => state.running !== null,
+  edit(message, text) {
+    if (state.running) return;
+    generate(addMessage(state.current, message.parent, { role: "user", text }));
+  },
+  regenerate(message) {
+    const asked = state.current.messages.find((other) => other.id === message.parent);
+    if (!state.running && asked) generate(asked);
+  },
+  retry(message) {
+    if (state.running) return;
+    if (!message.text && !message.reasoning) removeMessage(state.current, message);
+    actions.regenerate(message);
+  },
+  show(message) {
+    if (state.running) return;
+    showBranch(state.current, message);
+    keep(state.current);
+    showConversation(state.current);
+    document.querySelector(`[data-id="${message.id}"] .versions button:enabled`)?.focus();
+  },
+};
+
+function send() {
+  const text = prompt.value;
+  if (state.running || !text.trim()) return;
+  prompt.value = "";
+  growPrompt();
+  const parent = branchOf(state.current).at(-1)?.id ?? null;
+  generate(addMessage(state.current, parent, { role: "user", text }));
+}
+
+async function generate(asked) {
+  const conversation = state.current;
+  conversation.leaf = asked.id;
+  const body = requestBody(
+    state.server,
+    state.settings,
+    conversation.system,
+    branchOf(conversation),
+  );
+  const message = addMessage(conversation, asked.id, { role: "assistant" });
+  const running = { conversation, message, abort: new AbortController(), view: null, notice: "" };
+  state.running = running;
+  keep(conversation);
+  showConversation(conversation);
+  showComposer();
+  announce("Message sent");
+  let saved = performance.now();
+  const speak = speaker(message);
+  const { error } = await answer(message, body, running.abort.signal, (notice, speed) => {
+    running.notice = notice;
+    if (state.current === conversation) running.view?.update(true, notice);
+    if (state.follows) scroller.scrollTop = scroller.scrollHeight;
+    showSpeed(speed, notice, message);
+    speak();
+    if (performance.now() - saved < SAVE_EVERY_MS) return;
+    keep(conversation);
+    saved = performance.now();
+  });
+  state.running = null;
+  keep(conversation);
+  if (state.current === conversation) {
+    running.view?.update(false);
+    if (state.follows) toEnd();
+  }
+  showList();
+  showComposer();
+  byId("live").textContent = "";
+  speak(
+    error
+      ? "The answer failed"
+      : message.finish === "stopped"
+        ? "Stopped"
+        : "The answer is complete",
+  );
+  if (error) afterError(error, message);
+  else refreshMemory();
+}
+
+function afterError(error, message) {
+  if (error.kind === "gone") connect();
+  if (error.kind !== "auth") return;
+  askedKey(false).then((given) => {
+    if (!given) return;
+    connect();
+    if (branchOf(state.current).includes(message)) actions.retry(message);
+  });
+}
+
+function showSpeed(speed, notice, message) {
+  let text = notice;
+  if (message.text || message.reasoning) text = message.text ? "Answering" : "Thinking";
+  if (speed?.rate) {
+    const about = speed.exact ? "" : "≈ ";
+    text = `${about}${formatRate(speed.rate)} · ${about}${formatCount(speed.tokens)} tokens`;
+  }
+  byId("live").textContent = text;
+}
+
+/** A function that reads aloud what has come since it last did, sentences at a time. */
+function speaker(message) {
+  let spoken = 0;
+  let last = performance.now();
+  return (closing = "") => {
+    if (!closing && performance.now() - last < SPEAK_EVERY_MS) return;
+    const end = closing
+      ? Math.min(message.text.length, spoken + 4000)
+      : spokenEnd(message.text, spoken);
+    if (end > spoken) announce(message.text.slice(spoken, end));
+    if (closing) announce(closing);
+    spoken = end;
+    last = performance.now();
+  };
+}
+
+async function refreshMemory() {
+  state.server.memory = (await currentMemory().catch(() => null)) ?? state.server.memory;
+  showResources();
+}
+
+/* Files and other tabs */
+
+async function importChosen() {
+  const input = byId("import-file");
+  const [file] = input.files;
+  input.value = "";
+  if (!file) return;
+  try {
+    const { added, failed } = await importFile(file, state.conversations);
+    state.conversations = [...state.conversations, ...added].sort((a, b) => b.updated - a.updated);
+    showList();
+    announce(`${added.length} conversations imported`);
+    if (failed)
+      showBanner(
+        "storage",
+        `The browser’s storage is full: ${failed} of them are not kept.`,
+        "Close",
+        () => hideBanner("storage"),
+      );
+  } catch (error) {
+    showBanner("import", error.message, "Close", () => hideBanner("import"));
+  }
+}
+
+/** Another tab wrote: its conversations appear here, but never under what is being answered. */
+function takeOver(event) {
+  if (!isConversationKey(event.key)) return;
+  const { current, running } = state;
+  const kept = loadConversations().filter((one) => one.id !== running?.conversation.id);
+  state.conversations = running ? [running.conversation, ...kept] : kept;
+  if (running?.conversation === current) return showList();
+  const fresh = loadConversation(current.id);
+  state.current = state.conversations.find((one) => one.id === fresh?.id) ?? current;
+  showConversation(state.current);
+}
+
+/* Keys and clicks */
+
+function onPromptKey(event) {
+  const touch = matchMedia("(hover: none) and (pointer: coarse)").matches;
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing || touch) return;
+  event.preventDefault();
+  send();
+}
+
+function onKey(event) {
+  if (document.querySelector("dialog[open]")) return;
+  if (event.key === "Escape") {
+    if (!closedMenu()) state.running?.abort.abort();
+  } else if (event.key === "/" && document.activeElement === document.body) {
+    event.preventDefault();
+    prompt.focus();
+  }
+}
+
+function onScroll() {
+  state.follows = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < NEAR_END;
+  byId("to-end").hidden = state.follows;
+}
+
+function listen() {
+  prompt.addEventListener("keydown", onPromptKey);
+  prompt.addEventListener("input", () => {
+    growPrompt();
+    showComposer();
+  });
+  document.addEventListener("keydown", onKey);
+  scroller.addEventListener("scroll", onScroll, { passive: true });
+  window.addEventListener("storage", takeOver);
+  window.addEventListener("pagehide", () => {
+    if (state.running) keep(state.running.conversation);
+  });
+  const clicks = {
+    send,
+    stop: () => state.running?.abort.abort(),
+    "to-end": toEnd,
+    "new-chat": () => {
+      startConversation();
+      closeMenu();
+      prompt.focus();
+    },
+    export: () => exportFile(state.conversations),
+    import: () => byId("import-file").click(),
+    "open-settings": async () => {
+      if (await editedSettings(state.settings, state.current, state.server)) keep(state.current);
+    },
+  };
+  for (const [id, onClick] of Object.entries(clicks)) byId(id).addEventListener("click", onClick);
+  byId("import-file").addEventListener("change", importChosen);
+}
+
+prepareDialogs();
+listen();
+prepareMenu();
+startConversation();
+if (state.conversations.length && sessionStorage.getItem("subspec.open")) {
+  const last = state.conversations.find((one) => one.id === sessionStorage.getItem("subspec.open"));
+  if (last) showConversation(last);
+}
+window.addEventListener("pagehide", () => sessionStorage.setItem("subspec.open", state.current.id));
+showComposer();
+prompt.focus();
+connect();

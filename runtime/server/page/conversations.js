@@ -1,0 +1,173 @@
+// Conversations: trees of messages, kept in the browser, one key each.
+//
+// A message names its parent; an edit or another answer is a sibling, so nothing that was said is
+// lost. `leaf` is the last message of the branch that is shown.
+
+const PREFIX = "subspec.chat.";
+const FORMAT = "subspec-conversations";
+const MAX_IMPORT = 20000; // messages in one conversation
+const ROLES = ["user", "assistant"];
+
+export function newId() {
+  const bytes = crypto.getRandomValues(new Uint8Array(12));
+  return Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
+}
+
+export function newConversation(system) {
+  const now = Date.now();
+  return { id: newId(), title: "", system, created: now, updated: now, messages: [], leaf: null };
+}
+
+/** The messages from the first to `leaf`. */
+export function branchOf(conversation) {
+  const byId = new Map(conversation.messages.map((message) => [message.id, message]));
+  const branch = [];
+  const seen = new Set();
+  let message = byId.get(conversation.leaf);
+  while (message && !seen.has(message.id)) {
+    seen.add(message.id);
+    branch.push(message);
+    message = byId.get(message.parent);
+  }
+  return branch.reverse();
+}
+
+export function siblingsOf(conversation, message) {
+  return conversation.messages.filter((other) => other.parent === message.parent);
+}
+
+export function addMessage(conversation, parent, fields) {
+  const message = { id: newId(), parent, text: "", created: Date.now(), ...fields };
+  conversation.messages.push(message);
+  conversation.leaf = message.id;
+  conversation.updated = Date.now();
+  if (!conversation.title && fields.role === "user") conversation.title = titleOf(fields.text);
+  return message;
+}
+
+/** Shows the branch of `message`, down to the newest answer below it. */
+export function showBranch(conversation, message) {
+  let leaf = message;
+  for (;;) {
+    const below = conversation.messages.findLast((other) => other.parent === leaf.id);
+    if (!below) break;
+    leaf = below;
+  }
+  conversation.leaf = leaf.id;
+}
+
+export function titleOf(text) {
+  const line = text.trim().slice(0, 400).replace(/\s+/g, " ");
+  return line.length > 60 ? `${line.slice(0, 59).trimEnd()}…` : line;
+}
+
+/** Every conversation of the browser, the newest first. What cannot be read is left alone. */
+export function loadConversations() {
+  const found = [];
+  for (let i = 0; i < localStorage.length; i += 1) {
+    const key = localStorage.key(i);
+    const conversation = key.startsWith(PREFIX) ? parse(localStorage.getItem(key)) : null;
+    if (conversation && key === PREFIX + conversation.id) found.push(conversation);
+  }
+  return found.sort((a, b) => b.updated - a.updated);
+}
+
+function parse(text) {
+  try {
+    return checked(JSON.parse(text));
+  } catch {
+    return null;
+  }
+}
+
+export function loadConversation(id) {
+  return parse(localStorage.getItem(PREFIX + id));
+}
+
+/** Returns whether there was room for it. */
+export function saveConversation(conversation) {
+  try {
+    localStorage.setItem(PREFIX + conversation.id, JSON.stringify(conversation));
+    return true;
+  } catch {
+    return false;
+  }
+}
+
+export function deleteConversation(id) {
+  localStorage.removeItem(PREFIX + id);
+}
+
+export function removeMessage(conversation, message) {
+  conversation.messages = conversation.messages.filter((other) => other !== message);
+  conversation.leaf = message.parent;
+}
+
+export function isConversationKey(key) {
+  return key === null || key.startsWith(PREFIX);
+}
+
+export function exportText(conversations) {
+  return JSON.stringify({ format: FORMAT, version: 1, conversations }, null, 1);
+}
+
+/** The conversations of an exported file. Raises an Error that says what is wrong with it. */
+export function importText(text) {
+  let file;
+  try {
+    file = JSON.parse(text);
+  } catch {
+    throw new Error("The file is not JSON.");
+  }
+  if (file?.format !== FORMAT || !Array.isArray(file.conversations)) {
+    throw new Error("The file is not an export of this page.");
+  }
+  const conversations = file.conversations.map(checked);
+  if (conversations.includes(null)) throw new Error("A conversation in the file is damaged.");
+  return conversations;
+}
+
+/** A copy with the known fields only, or null if one is not what it must be. */
+function checked(value) {
+  const isText = (field) => typeof field === "string";
+  if (!value || !/^[0-9a-f]{8,64}$/.test(value.id) || !Array.isArray(value.messages)) return null;
+  if (value.messages.length > MAX_IMPORT || !isText(value.title)) return null;
+  const messages = [];
+  const known = new Set([null]);
+  for (const message of value.messages) {
+    // A parent comes before its children: no cycles.
+    if (!message || !isText(message.id) || !known.has(message.parent) || known.has(message.id))
+      return null;
+    if (!ROLES.includes(message.role) || !isText(message.text)) return null;
+    known.add(message.id);
+    messages.push(checkedMessage(message));
+  }
+  return {
+    id: value.id,
+    title: value.title.slice(0, 200),
+    system: isText(value.system) ? value.system : "",
+    created: Number(value.created) || 0,
+    updated: Number(value.updated) || 0,
+    messages,
+    leaf: known.has(value.leaf) ? value.leaf : (messages.at(-1)?.id ?? null),
+  };
+}
+
+function checkedMessage(message) {
+  const copy = {
+    id: message.id,
+    parent: message.parent,
+    role: message.role,
+    text: message.text,
+    created: Number(message.created) || 0,
+  };
+  if (typeof message.reasoning === "string") copy.reasoning = message.reasoning;
+  if (Number.isFinite(message.reasoningSeconds)) copy.reasoningSeconds = message.reasoningSeconds;
+  if (Number.isFinite(message.contextTokens)) copy.contextTokens = message.contextTokens;
+  if (typeof message.finish === "string") copy.finish = message.finish.slice(0, 40);
+  if (typeof message.stats === "string") copy.stats = message.stats.slice(0, 400);
+  if (message.error && typeof message.error.text === "string") {
+    copy.error = { kind: String(message.error.kind), text: message.error.text.slice(0, 2000) };
+  }
+  return copy;
+}

@@ -1,0 +1,194 @@
+// One message as it is shown: its text, its reasoning, what can be done with it.
+
+import { copyButton, element, icon, iconButton } from "./dom.js";
+import { formatSeconds } from "./figures.js";
+import { markdownView } from "./render.js";
+
+/** `actions`: busy(), edit(message, text), regenerate(message), show(message), retry(message).
+ * Returns {root, update(isOpen, notice)}; update shows what `message` has become; `notice` stands
+ * in for text that has not come yet. */
+export function messageView(message, siblings, actions) {
+  const isUser = message.role === "user";
+  const label = isUser ? "You" : "Answer";
+  const root = element("article", {
+    className: `message ${message.role}`,
+    ariaLabel: label,
+    data: { id: message.id },
+  });
+  return isUser
+    ? userView(root, message, siblings, actions)
+    : answerView(root, message, siblings, actions);
+}
+
+function userView(root, message, siblings, actions) {
+  const show = () => {
+    const bubble = element("div", { className: "bubble", dir: "auto", textContent: message.text });
+    root.replaceChildren(
+      bubble,
+      toolbar(message, siblings, actions, [
+        copyButton(() => message.text),
+        iconButton("edit", "Edit and send again", edit),
+      ]),
+    );
+  };
+  const edit = () => {
+    if (actions.busy()) return;
+    const area = element("textarea", {
+      className: "edit-text",
+      value: message.text,
+      dir: "auto",
+      ariaLabel: "Edit your message",
+    });
+    const finish = (send) => {
+      show();
+      if (send && area.value.trim()) actions.edit(message, area.value);
+      else root.querySelector(".toolbar button:nth-of-type(2)")?.focus();
+    };
+    area.addEventListener("keydown", (event) => {
+      if (event.key === "Escape") {
+        event.stopPropagation();
+        finish(false);
+      } else if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+        event.preventDefault();
+        finish(true);
+      }
+    });
+    const send = element("button", {
+      type: "button",
+      className: "primary",
+      textContent: "Send",
+      on: { click: () => finish(true) },
+    });
+    const cancel = element("button", {
+      type: "button",
+      textContent: "Cancel",
+      on: { click: () => finish(false) },
+    });
+    root.replaceChildren(
+      element(
+        "div",
+        { className: "edit" },
+        area,
+        element("div", { className: "row end" }, cancel, send),
+      ),
+    );
+    area.focus();
+    area.setSelectionRange(area.value.length, area.value.length);
+  };
+  show();
+  return { root, update() {} };
+}
+
+function answerView(root, message, siblings, actions) {
+  const body = element("div", { className: "markdown" });
+  const render = markdownView(body);
+  const wait = element(
+    "p",
+    { className: "waiting" },
+    element("span", { className: "pulse", ariaHidden: "true" }),
+    element("span"),
+  );
+  const notes = element("div", { className: "notes" });
+  const thinking = reasoningView(message);
+  root.append(thinking.root, body, wait, notes);
+
+  const update = (isOpen, notice = "") => {
+    thinking.update(isOpen && !message.text);
+    render(message.text, isOpen);
+    root.classList.toggle("open", isOpen);
+    wait.hidden = !isOpen || Boolean(message.text || message.reasoning);
+    wait.lastChild.textContent = notice || "Reading the prompt…";
+    if (isOpen) return notes.replaceChildren();
+    notes.replaceChildren(...notesOf(message, actions));
+    notes.append(
+      toolbar(message, siblings, actions, [
+        copyButton(() => message.text),
+        iconButton("again", "Regenerate this answer", () => actions.regenerate(message)),
+      ]),
+    );
+  };
+  return { root, update };
+}
+
+function reasoningView(message) {
+  const title = element("span");
+  const body = element("div", { className: "markdown" });
+  const render = markdownView(body);
+  const root = element(
+    "details",
+    { className: "reasoning" },
+    element("summary", {}, icon("chevron"), title),
+    body,
+  );
+  return {
+    root,
+    update(isOpen) {
+      root.hidden = !message.reasoning;
+      if (!message.reasoning) return;
+      const seconds = message.reasoningSeconds;
+      const took = seconds >= 1 ? `Thought for ${formatSeconds(seconds)}` : "Thoughts";
+      title.textContent = isOpen ? "Thinking…" : took;
+      root.classList.toggle("thinking", isOpen);
+      render(message.reasoning, isOpen);
+    },
+  };
+}
+
+function notesOf(message, actions) {
+  const notes = [];
+  if (message.finish === "length") {
+    notes.push(
+      element("p", { className: "note", textContent: "The answer reached its limit of tokens." }),
+    );
+  }
+  if (message.finish === "stopped")
+    notes.push(element("p", { className: "note", textContent: "Stopped." }));
+  if (message.error) {
+    const again = element(
+      "button",
+      { type: "button", on: { click: () => actions.retry(message) } },
+      "Try again",
+    );
+    const text = element("p", { textContent: message.error.text });
+    notes.push(
+      element(
+        "div",
+        { className: "error-note", role: "group", ariaLabel: "Error" },
+        icon("alert"),
+        text,
+        again,
+      ),
+    );
+  }
+  if (message.stats) notes.push(element("p", { className: "figures", textContent: message.stats }));
+  return notes;
+}
+
+function toolbar(message, siblings, actions, buttons) {
+  const bar = element(
+    "div",
+    { className: "toolbar", role: "group", ariaLabel: "Message actions" },
+    ...buttons,
+  );
+  if (siblings.length > 1) {
+    const at = siblings.indexOf(message);
+    const turn = (name, label, to) => {
+      const button = iconButton(name, label, () => actions.show(siblings[to]));
+      button.disabled = to < 0 || to >= siblings.length;
+      return button;
+    };
+    bar.append(
+      element(
+        "span",
+        { className: "versions" },
+        turn("left", "Previous version", at - 1),
+        element("span", {
+          textContent: `${at + 1} / ${siblings.length}`,
+          ariaLabel: `Version ${at + 1} of ${siblings.length}`,
+        }),
+        turn("right", "Next version", at + 1),
+      ),
+    );
+  }
+  return bar;
+}
