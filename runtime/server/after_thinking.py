@@ -115,6 +115,8 @@ def _allowed(contents: tuple[bytes, ...], said: bytes, end: bytes) -> Tensor | N
     grammar could not see."""
     allowed = numpy.ones(len(contents), bool)
     for token, content in enumerate(contents):
+        if end[-1:] not in content:
+            continue
         at = (said + content).find(end)
         if at >= 0:
             rest = (said + content)[at + len(end) :]

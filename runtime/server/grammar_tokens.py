@@ -46,14 +46,15 @@ def read_grammar_tokens(
         if token.special or (token.content.startswith("<") and token.content.endswith(">"))
     }
     contents = [b""] * vocab_size
-    content_of = _content_of(json.loads(tokenizer.to_str())["decoder"])
+    file = json.loads(tokenizer.to_str())
+    content_of = _content_of(file["decoder"])
     for piece, index in tokenizer.get_vocab(with_added_tokens=True).items():
         if index < vocab_size:
             token = added.get(index)
             contents[index] = token.content.encode() if token else content_of(piece)
     usable = {name: index for name, index in special.items() if index < vocab_size}
     special_ids = sorted({*usable.values(), *ends})
-    source = _TokenSource(tokenizer, contents, special, special_ids, ends[0])
+    source = _TokenSource(_without_prefix(tokenizer, file), contents, special, special_ids, ends[0])
     return GrammarTokens(
         LLTokenizer(TokenizerWrapper(source), eos_token=ends),
         vocab_size,
@@ -64,8 +65,8 @@ def read_grammar_tokens(
 
 
 class _TokenSource:
-    """What llguidance asks of a tokenizer. Its tokens are texts between special tokens, so nothing
-    is put before them and no special token is found in them."""
+    """What llguidance asks of a tokenizer. A text that it has in tokens has no special token in it,
+    and no space before it (`tokenizer` must not put one there)."""
 
     def __init__(
         self,
@@ -78,9 +79,8 @@ class _TokenSource:
         self.eos_token_id = eos_token_id
         self.bos_token_id = None
         self.special_token_ids = special_token_ids
-        # Of two tokens with the same bytes one is enough; a special token is known by its mark.
         self.tokens = contents
-        self._tokenizer = _without_prefix(tokenizer)
+        self._tokenizer = tokenizer
         names = sorted(special, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, names))) if names else None
         hidden = set(special_token_ids)
@@ -122,10 +122,8 @@ def _content_of(decoder: Any) -> Any:
     steps = (decoder or {}).get("decoders", [decoder]) if decoder else []
     kinds = {step["type"] for step in steps}
     if "ByteLevel" in kinds:
-        byte_of = _byte_of_character()
-        return lambda piece: (
-            bytes(byte_of[c] for c in piece) if byte_of.keys() >= set(piece) else b""
-        )
+        table = _byte_level_table()
+        return lambda piece: _latin(piece.translate(table))
     if kinds & {"ByteFallback", "Metaspace"}:
         return _piece_bytes
     raise SubspecError(
@@ -141,21 +139,27 @@ def _piece_bytes(piece: str) -> bytes:
     return piece.replace(SPACE, " ").encode()
 
 
-def _byte_of_character() -> dict[str, int]:
-    """Byte-level BPE's characters: a printable one is its own byte, the others follow U+0100."""
+def _byte_level_table() -> dict[int, int]:
+    """Byte-level BPE's characters -> bytes: printable ones stand for themselves, the others follow
+    U+0100."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    return {256 + index: byte for index, byte in enumerate(others)}
 
 
-def _without_prefix(tokenizer: Tokenizer) -> Tokenizer:
-    """The tokenizer, or a copy that puts no space before a text."""
-    value = json.loads(tokenizer.to_str())
-    before = json.dumps(value)
-    value["normalizer"] = _no_prefix(value["normalizer"])
-    value["pre_tokenizer"] = _no_prefix(value["pre_tokenizer"])
-    after = json.dumps(value)
-    return tokenizer if before == after else Tokenizer.from_str(after)
+def _latin(piece: str) -> bytes:
+    try:
+        return piece.encode("latin-1")
+    except UnicodeEncodeError:
+        return b""  # no bytes, so no token that a grammar could allow
+
+
+def _without_prefix(tokenizer: Tokenizer, value: Any) -> Tokenizer:
+    """The tokenizer, or a copy that puts no space before a text. value: its tokenizer.json."""
+    steps = {key: _no_prefix(value[key]) for key in ("normalizer", "pre_tokenizer")}
+    if all(step == value[key] for key, step in steps.items()):
+        return tokenizer
+    return Tokenizer.from_str(json.dumps({**value, **steps}))
 
 
 def _no_prefix(step: Any) -> Any:
