@@ -91,9 +91,13 @@ class GrammarConstraint:
         self._pushed: list[int] = []  # tokens that the matcher took
         self._num_ends = 0  # end tokens after those: the matcher would not count them
         self._allowed: Tensor | None = None
+        self._ends = torch.zeros(tokens.vocab_size, dtype=torch.bool)
+        self._ends[list(tokens.ends)] = True
 
     def allowed(self) -> Tensor:
         """bool [V]: also after the end, when only an end token is left."""
+        if self._num_ends:
+            return self._ends
         if self._allowed is None:
             self._allowed = self._mask()
         return self._allowed

@@ -198,7 +198,6 @@ REFUSED = {
     "depth 800": (OutputFormat("json_schema", nested(800)), "recursion|too deep"),
     "depth 100k": (OutputFormat("json_schema", nested(100_000)), "nested too deeply"),
     "100k names": (OutputFormat("json_schema", {"enum": [*map(str, range(100_000))]}), "bytes"),
-    "20k names": (OutputFormat("json_schema", {"enum": [*map(str, range(20_000))]}), ""),
     "maxLength": (OutputFormat("json_schema", {"type": "string", "maxLength": 10**12}), ""),
     "5k properties": (
         OutputFormat(

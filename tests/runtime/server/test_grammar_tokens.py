@@ -41,7 +41,7 @@ def regex_walk(tokens: GrammarTokens, regex: str, seed: int = 0) -> list[int]:
 def test_every_token_says_what_the_decoder_says(tokenizer, tokens):
     known, model = tokenizer(), tokens()
     for token in range(known.get_vocab_size()):
-        decoded = known.decode([token, *[token] * 0], skip_special_tokens=False)
+        decoded = known.decode([token], skip_special_tokens=False)
         if "\ufffd" not in decoded:
             assert model.contents[token].decode() == decoded
 
@@ -78,7 +78,7 @@ def test_forced_text_has_the_tokens_that_the_model_was_trained_on():
 
 def test_the_name_of_a_special_token_is_text_in_a_string():
     model = qwen_tokens()
-    ids = regex_walk(model, "x<tool_call>y<.im_end.>z")
+    ids = regex_walk(model, "x<tool_call>y<[|]im_end[|]>z")
     assert text_of(model, ids) == "x<tool_call>y<|im_end|>z"
     assert not set(ids) & set(model.special.values())
 
