@@ -1,0 +1,155 @@
+"""The Lark grammar of tool calls in a model's own form."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+JSONValue = Any
+ANY_TEXT = "/(.|\\n)*/"
+SHARED = ("$defs", "definitions")  # what a part of a schema may refer to
+
+
+@dataclass(frozen=True)
+class CallForm:
+    """What a model says around calls: `before`, then for each call `begin`, the tool's name,
+    `middle`, the arguments and `end`, with `between` between two calls, then `after`. arguments:
+    a JSON object, or an element <parameter=NAME> for each."""
+
+    begin: str
+    middle: str
+    end: str
+    between: str
+    before: str = ""
+    after: str = ""
+    arguments: Literal["json", "xml"] = "json"
+
+
+HERMES = CallForm('<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>", "\n")
+QWEN_XML = CallForm(
+    "<tool_call>\n<function=", ">\n", "</function>\n</tool_call>", "\n", arguments="xml"
+)
+LLAMA = CallForm('{"name": "', '", "parameters": ', "}", "; ")
+MISTRAL_LIST = CallForm('{"name": "', '", "arguments": ', "}", ", ", "[TOOL_CALLS][", "]")
+MISTRAL_ARGS = CallForm("[TOOL_CALLS]", "[ARGS]", "", "")
+
+
+@dataclass(frozen=True)
+class Tool:
+    name: str
+    parameters: JSONValue  # a JSON schema
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """Rules in Lark, and the JSON schemas that they refer to as @name."""
+
+    rules: tuple[str, ...]
+    schemas: dict[str, JSONValue]
+
+
+def calls_grammar(
+    form: CallForm, tools: Sequence[Tool], parallel: bool, special: dict[str, int]
+) -> Grammar:
+    """The rule `calls`: one call, or one or more. special: ids of the tokens that the form's texts
+    may have in them."""
+    spoken = _Spoken(special)
+    more = f"({spoken(form.between)} call)*" if parallel else ""
+    rules = [
+        f"calls: {spoken(form.before)} call {more} {spoken(form.after)}",
+        f"call: {spoken(form.begin)} rest",
+        *_rests(form, tools, spoken),
+    ]
+    schemas = dict[str, JSONValue]()
+    for index, tool in enumerate(tools):
+        if form.arguments == "json":
+            rules.append(f"arguments_{index}: @schema_{index}")
+            schemas[f"schema_{index}"] = tool.parameters
+        else:
+            rules += _elements(f"arguments_{index}", tool.parameters, schemas)
+    return Grammar(tuple(rules), schemas)
+
+
+def optional_calls_grammar(
+    form: CallForm, tools: Sequence[Tool], parallel: bool, special: dict[str, int]
+) -> Grammar:
+    """The rule `start`: any text, in which calls may be; what begins as a call is one."""
+    calls = calls_grammar(form, tools, parallel, special)
+    first = _Spoken(special).parts(form.before + form.begin)[0]
+    if first.startswith("<["):
+        again = "*" if parallel else "?"
+        return Grammar(
+            (f"start: TEXT (calls TEXT){again}", f"TEXT: {ANY_TEXT}", *calls.rules), calls.schemas
+        )
+    head = "".join((form.before, form.begin)) if form.before == "" else form.before
+    spoken = _Spoken(special)
+    begin = "" if form.before == "" else spoken(form.begin)
+    again = f"({spoken(form.between)} call)*" if parallel and form.before else ""
+    more = "*" if parallel and not form.before else "?"
+    rules = (
+        f"start: (head {begin} rest {again} {spoken(form.after)}){more} tail",
+        f"head[lazy]: {ANY_TEXT} {json.dumps(head)}",
+        f"tail: {ANY_TEXT}",
+    )
+    return Grammar((*rules, *calls.rules[1:]), calls.schemas)
+
+
+def _rests(form: CallForm, tools: Sequence[Tool], spoken: "_Spoken") -> list[str]:
+    """What follows `begin`, by the tool's name."""
+    names = " | ".join(f"rest_{index}" for index in range(len(tools)))
+    return [f"rest: {names}"] + [
+        f"rest_{index}: {json.dumps(tool.name)} {spoken(form.middle)} arguments_{index} "
+        f"{spoken(form.end)}"
+        for index, tool in enumerate(tools)
+    ]
+
+
+def _elements(rule: str, schema: JSONValue, schemas: dict[str, JSONValue]) -> list[str]:
+    """Rules for <parameter=NAME> elements in the order of the schema's properties."""
+    properties = schema.get("properties", {})
+    required = schema.get("required", [])
+    shared = {key: schema[key] for key in SHARED if key in schema}
+    rules, elements = list[str](), list[str]()
+    for index, (name, value) in enumerate(properties.items()):
+        inner = f"{rule}_{index}"
+        elements.append(inner if name in required else f"{inner}?")
+        head, foot = json.dumps(f"<parameter={name}>\n"), "\n</parameter>\n"
+        if _is_text(value):
+            rules.append(f"{inner}: {head} {inner}_text")
+            rules.append(f"{inner}_text[suffix={json.dumps(foot)}]: {ANY_TEXT}")
+        elif _is_choice(value):
+            choice = " | ".join(json.dumps(one) for one in value["enum"])
+            rules.append(f"{inner}: {head} ({choice}) {json.dumps(foot)}")
+        else:
+            part = f"schema_{inner}"
+            schemas[part] = {**value, **shared} if isinstance(value, dict) else value
+            rules.append(f"{inner}: {head} @{part} {json.dumps(foot)}")
+    return [f"{rule}: {' '.join(elements)}" if elements else f'{rule}: ""', *rules]
+
+
+def _is_text(schema: JSONValue) -> bool:
+    """A string, which stands in an element as it is: bounds and patterns of it are not checked."""
+    return isinstance(schema, dict) and schema.get("type") == "string" and "enum" not in schema
+
+
+def _is_choice(schema: JSONValue) -> bool:
+    values = schema.get("enum") if isinstance(schema, dict) else None
+    return isinstance(values, list) and bool(values) and all(isinstance(v, str) for v in values)
+
+
+class _Spoken:
+    """Text -> Lark: a special token in it by its id, the rest as a string."""
+
+    def __init__(self, special: dict[str, int]) -> None:
+        names = sorted(special, key=len, reverse=True)
+        self._special = special
+        self._pattern = re.compile("(" + "|".join(map(re.escape, names)) + ")") if names else None
+
+    def __call__(self, text: str) -> str:
+        return " ".join(self.parts(text))
+
+    def parts(self, text: str) -> list[str]:
+        pieces = self._pattern.split(text) if self._pattern else [text]
+        spoken = {name: f"<[{index}]>" for name, index in self._special.items()}
+        return [spoken.get(piece) or json.dumps(piece) for piece in pieces if piece]

@@ -1,0 +1,208 @@
+"""Grammars by llguidance behind the protocol that the engine knows (runtime/model/constraint.py).
+
+V = vocabulary
+"""
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import numpy
+import torch
+from llguidance import LLMatcher, LLParserLimits
+from torch import Tensor
+
+from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.runtime.server.grammar_tokens import GrammarTokens
+
+Result = TypeVar("Result")
+
+LARGEST_GRAMMAR_BYTES = 256 << 10
+COMPILE_SECONDS = 1.0
+# A compiled grammar is asked in the engine's thread, where all answers wait for it: with
+# llguidance's own limits a step may take a second, with these about 0.1, a usual one 0.02 ms.
+INITIAL_FUEL = 500_000
+STEP_FUEL = 50_000
+STEP_ITEMS = 20_000
+ROW_ITEMS = 2_000
+LEXER_STATES = 30_000  # of 1 to 2 KB each
+GRAMMAR_SYMBOLS = 20_000
+HINT = "make the grammar simpler"
+
+
+def compile_grammar(tokens: GrammarTokens, grammar: str, what: str) -> LLMatcher:
+    """`grammar`: Lark, or llguidance's JSON list of grammars; `what` names it in errors. Nothing
+    that it names is fetched. Raises SubspecError(USAGE) if it is wrong, has features that are not
+    supported, can never be satisfied, or is more than the limits allow."""
+    if (size := len(grammar.encode("utf-8", "replace"))) > LARGEST_GRAMMAR_BYTES:
+        raise SubspecError(
+            Exit.USAGE, f"{what} has {size} bytes, expected at most {LARGEST_GRAMMAR_BYTES}", HINT
+        )
+    begin = time.monotonic()
+    matcher = LLMatcher(tokens.tokenizer, grammar, log_level=0, limits=_limits())
+    _check(matcher, what)
+    _try_a_step(matcher.deep_copy(), tokens, what)
+    if (seconds := time.monotonic() - begin) > COMPILE_SECONDS:
+        raise _too_slow(what, seconds)
+    return matcher
+
+
+class GrammarThreads:
+    """Threads in which grammars are compiled, so that no event loop waits for them; two, so that a
+    slow one holds up nobody. A thread cannot be stopped, but the limits stop what it does."""
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(2, "grammar")
+
+    async def run(self, work: Callable[[], Result], what: str) -> Result:
+        """Returns work(). Raises what it raises, or SubspecError(USAGE) if it takes longer than
+        COMPILE_SECONDS once it has begun."""
+        loop = asyncio.get_running_loop()
+        begun = asyncio.Event()
+
+        def begin() -> Result:
+            loop.call_soon_threadsafe(begun.set)
+            return work()
+
+        future = loop.run_in_executor(self._threads, begin)
+        await begun.wait()
+        done, _ = await asyncio.wait([future], timeout=2 * COMPILE_SECONDS)
+        if not done:
+            future.add_done_callback(lambda late: late.exception())  # nobody will ask for it
+            raise _too_slow(what, 2 * COMPILE_SECONDS)
+        return future.result()
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+class GrammarConstraint:
+    """A grammar from its beginning. Raises SubspecError(USAGE) where a state is more than the
+    limits allow, or nothing that the model has can follow; `pop` comes back from there too."""
+
+    def __init__(self, tokens: GrammarTokens, matcher: LLMatcher, what: str) -> None:
+        """`matcher`: fresh from compile_grammar, and nobody else's."""
+        self._tokens = tokens
+        self._what = what
+        self._fresh = matcher.deep_copy()  # an error is for ever, so begin again from here
+        self._matcher = matcher
+        self._pushed: list[int] = []  # tokens that the matcher took
+        self._num_ends = 0  # end tokens after those: the matcher would not count them
+        self._allowed: Tensor | None = None
+        self._ends = torch.zeros(tokens.vocab_size, dtype=torch.bool)
+        self._ends[list(tokens.ends)] = True
+
+    def allowed(self) -> Tensor:
+        """bool [V]: also after the end, when only an end token is left."""
+        if self._num_ends:
+            return self._ends
+        if self._allowed is None:
+            self._allowed = self._mask()
+        return self._allowed
+
+    def push(self, token: int) -> None:
+        """Raises ValueError for a token that was not allowed."""
+        if self._num_ends or (token in self._tokens.ends and self._matcher.is_accepting()):
+            if token not in self._tokens.ends:
+                raise ValueError(f"token {token} after the end of {self._what}")
+            self._num_ends += 1
+            return
+        if not self._matcher.consume_token(token):
+            error = self._matcher.get_error()
+            self._restore()
+            if "doesn't satisfy the grammar" in error or "out of range" in error:
+                raise ValueError(f"token {token} is not allowed by {self._what}")
+            raise _too_complex(self._what, error)
+        self._pushed.append(token)
+        self._allowed = None
+
+    def pop(self, num_tokens: int) -> None:
+        if num_tokens > self._num_ends + len(self._pushed):
+            raise ValueError(f"pop of {num_tokens} tokens, {len(self._pushed)} were pushed")
+        ends = min(num_tokens, self._num_ends)
+        self._num_ends -= ends
+        rest = num_tokens - ends
+        if rest:
+            del self._pushed[len(self._pushed) - rest :]
+            self._allowed = None
+            if not self._matcher.rollback(rest):
+                self._restore()
+
+    def _restore(self) -> None:
+        self._matcher = self._fresh.deep_copy()
+        self._matcher.consume_tokens(self._pushed)
+        self._allowed = None
+
+    def _mask(self) -> Tensor:
+        vocab_size = self._tokens.vocab_size
+        bits = numpy.empty(-(-vocab_size // 32), numpy.uint32)
+        self._matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
+        if self._matcher.is_error():  # the mask is of the end tokens then
+            error = self._matcher.get_error()
+            self._restore()
+            raise _too_complex(self._what, error)
+        flags = numpy.unpackbits(bits.view(numpy.uint8), count=vocab_size, bitorder="little")
+        return torch.from_numpy(flags).view(torch.bool)
+
+
+def _limits() -> LLParserLimits:
+    return LLParserLimits(
+        max_items_in_row=ROW_ITEMS,
+        initial_lexer_fuel=INITIAL_FUEL,
+        step_lexer_fuel=STEP_FUEL,
+        step_max_items=STEP_ITEMS,
+        max_lexer_states=LEXER_STATES,
+        max_grammar_size=GRAMMAR_SYMBOLS,
+        verbose_errors=False,
+    )
+
+
+def _try_a_step(matcher: LLMatcher, tokens: GrammarTokens, what: str) -> None:
+    """Raises SubspecError(USAGE) for a grammar that cannot even begin, or not go back."""
+    bits = numpy.frombuffer(matcher.compute_bitmask(), numpy.uint8)
+    _check(matcher, what)
+    allowed = numpy.flatnonzero(numpy.unpackbits(bits, count=tokens.vocab_size, bitorder="little"))
+    first = next((int(token) for token in allowed if int(token) not in tokens.ends), None)
+    if first is not None:
+        matcher.consume_token(first)
+        _check(matcher, what)
+        matcher.compute_bitmask()
+        _check(matcher, what)
+        matcher.rollback(1)
+        _check(matcher, what)
+
+
+def _check(matcher: LLMatcher, what: str) -> None:
+    if matcher.is_error():
+        raise SubspecError(
+            Exit.USAGE, f"{what} cannot be used: {reason(matcher.get_error())}", HINT
+        )
+
+
+def reason(error: str) -> str:
+    """One line of an error of llguidance, without the grammar that it may repeat."""
+    lines = [line.strip() for line in error.split("<non-verbose/>")[0].splitlines()]
+    first = next((line for line in lines if line), "no reason given")
+    last = next((line for line in lines if line.startswith("error: ")), "")  # of a regex
+    known = {
+        "NoExtensionBias": "nothing can satisfy it",
+        "NoExtension": "nothing can satisfy it",
+        "ParserTooComplex": "it is too complex",
+        "LexerTooComplex": "it is too complex",
+    }
+    first = first if len(first) <= 200 else first[:200] + "…"
+    return known.get(first, f"{first} ({last[7:200]})" if last else first)
+
+
+def _too_slow(what: str, seconds: float) -> SubspecError:
+    return SubspecError(
+        Exit.USAGE,
+        f"{what} takes more than {seconds:.1f} s to compile, expected at most {COMPILE_SECONDS} s",
+        HINT,
+    )
+
+
+def _too_complex(what: str, error: str) -> SubspecError:
+    return SubspecError(Exit.USAGE, f"{what} cannot be followed further: {reason(error)}", HINT)
