@@ -9,7 +9,7 @@ from llguidance import LLTokenizer, TokenizerWrapper
 from tokenizers import Tokenizer
 
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.runtime.text.tokenizer import BYTE_TOKEN
+from subspec.runtime.text.detokenizer import BYTE_TOKEN
 
 SPACE = "▁"  # in SentencePiece's pieces
 
