@@ -199,7 +199,7 @@ class Sequence:
         streamed_bytes: int,
     ) -> None:
         """A round of this sequence: what is kept of it is committed and given out. An error of the
-        answer's `cut` ends it: the others go on without it."""
+        answer's `cut` or constraint ends it: the others go on without it."""
         try:
             num_kept = self._cut(done.emitted)
         except BaseException:
@@ -281,6 +281,8 @@ class Sequence:
 
     def _cut(self, emitted: list[int]) -> int:
         """How many of the emitted tokens are kept; says in `finish_reason` if the answer ends."""
+        if self.turn.chooser.problem is not None:
+            raise self.turn.chooser.problem
         left, reason = self.turn.max_tokens, self.finish_reason
         kept = emitted[:left]
         if len(emitted) >= left:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 class Constraint(Protocol):
     """The state of one answer. Verification and drafts walk ahead with `push` and come back with
-    `pop`, so both must be quick, and `pop` exact."""
+    `pop`, so both must be quick, and `pop` exact. Any of them may raise SubspecError, which ends
+    the answer."""
 
     def allowed(self) -> Tensor | None:
         """bool [V] on the host: tokens that may come next, one at least; None: every token."""

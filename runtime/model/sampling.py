@@ -6,7 +6,7 @@ V = vocabulary
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -79,6 +79,7 @@ class Chooser:
         self._answer: list[int] = []
         self._counts = Counter[int]()  # of the answer's tokens
         self._num_ends = 0  # of them: what follows the first one belongs to no answer
+        self.problem: SubspecError | None = None  # of the constraint: nothing chosen since counts
 
     @property
     def takes_the_best(self) -> bool:
@@ -104,7 +105,7 @@ class Chooser:
         self._answer.append(token)
         self._counts[token] += 1
         if self.constraint is not None and not self._num_ends:
-            self.constraint.push(token)
+            self._asked(lambda constraint: constraint.push(token))
         self._num_ends += token in self._end_tokens
 
     def pop(self, num_tokens: int) -> None:
@@ -114,7 +115,7 @@ class Chooser:
             self._counts[token] -= 1
             self._num_ends -= token in self._end_tokens
             if self.constraint is not None and not self._num_ends:
-                self.constraint.pop(1)
+                self._asked(lambda constraint: constraint.pop(1))
 
     def allowed_after(self, path: Sequence[int]) -> Tensor | None:
         """bool [V] on the host: what a draft may propose after the tokens `path`, which follow what
@@ -134,8 +135,18 @@ class Chooser:
             self.pop(num_pushed)
 
     def _mask(self) -> Tensor | None:
-        ended = self.constraint is None or self._num_ends
-        return None if ended or self.constraint is None else self.constraint.allowed()
+        return None if self._num_ends else self._asked(lambda constraint: constraint.allowed())
+
+    def _asked(self, ask: Callable[[Constraint], Tensor | None]) -> Tensor | None:
+        """What the constraint says. A problem of it is one of this answer alone: it is kept, for
+        whoever takes the round, and the pass that others share goes on."""
+        if self.constraint is None or self.problem is not None:
+            return None
+        try:
+            return ask(self.constraint)
+        except SubspecError as error:
+            self.problem = error
+            return None
 
     def _penalized(self, logits: Tensor) -> Tensor:
         """f64 [V], a copy."""

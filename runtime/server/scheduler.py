@@ -61,7 +61,7 @@ class Job:
                 raise item
             else:
                 self._outcome = item
-                return
+                return  # without an outcome, if it was cancelled
 
     @property
     def queue_position(self) -> int:
@@ -78,7 +78,9 @@ class Job:
             self._scheduler.cancel(self)
 
     def put(self, item: Piece | Outcome | SubspecError | None) -> None:
-        """Called in the engine's thread."""
+        """Called in the engine's thread. After `cancel` no pieces come."""
+        if self.cancelled and isinstance(item, Piece):
+            return
         try:
             self._loop.call_soon_threadsafe(self._items.put_nowait, item)
         except RuntimeError:  # the loop was closed: nobody waits
@@ -151,6 +153,7 @@ class Scheduler:
         with self._changed:
             if job in self._waiting:
                 self._waiting.remove(job)
+                job.put(None)
             self._changed.notify()
 
     def position_of(self, job: Job) -> int:
@@ -165,6 +168,11 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         return len(self._waiting)
+
+    @property
+    def prefix_bytes(self) -> int:
+        """Of host memory, in idle prefixes."""
+        return self._prefixes.num_bytes
 
     async def close(self, timeout_seconds: float) -> None:
         """Waits for running answers up to `timeout_seconds`, ends the others with an error, and
@@ -229,9 +237,7 @@ class Scheduler:
             try:
                 engine.step()
             except SubspecError as error:
-                if error.exit_code != Exit.RESOURCES:
-                    raise
-                self._end_running(error)
+                self._end_failed(engine, error)
             self.peak_bytes = engine.peak.peak_bytes
             for answer in list(self._answers):
                 self._send(engine, answer)
@@ -317,9 +323,18 @@ class Scheduler:
             )
         )
 
-    def _end_running(self, error: SubspecError) -> None:
-        """The engine could not do a step, but may do the next one."""
-        for answer in list(self._answers):
+    def _end_failed(self, engine: Engine, error: SubspecError) -> None:
+        """After a step that failed: by the fault of an answer, which has left, or because the
+        machine is short of something; then all end, but the engine may do the next step. Raises
+        any other error."""
+        of_answers = [
+            one
+            for one in self._answers
+            if one.sequence.finish_reason is None and not engine.is_active(one.sequence)
+        ]
+        if not of_answers and error.exit_code != Exit.RESOURCES:
+            raise error
+        for answer in of_answers or list(self._answers):
             self._release(answer)
             answer.job.put(error)
 

@@ -9,7 +9,7 @@ from builders import build_artifact, replan
 from running import generated
 from torch import Tensor
 
-from subspec.artifacts.common.errors import SubspecError
+from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format.store import Artifact
 from subspec.planner.model.hub import DEMO
 from subspec.runtime.engine import Engine, OpenOptions
@@ -141,3 +141,33 @@ def test_what_a_draft_may_propose_ends_with_the_constraint() -> None:
     assert chooser.choose(torch.arange(50.0), 0) == 49, "what follows the end is nobody's"
     chooser.pop(2)
     assert len(constraint.said) == LONG
+
+
+@dataclass
+class Failing(Counted):
+    """It can say no more after some tokens."""
+
+    def allowed(self) -> Tensor:
+        if len(self.said) >= 6:
+            raise SubspecError(Exit.USAGE, "the grammar is too complex")
+        return super().allowed()
+
+
+def test_a_constraint_that_fails_ends_its_own_answer_only(artifact: Artifact) -> None:
+    shared = replan(artifact, width=2, depth=5, resident_share=1.0, num_sequences=2)
+    with Engine.open(shared) as engine:
+        with engine.new_sequence() as sequence:
+            expected = generated(sequence, PROMPT, GenerationParams(40))
+        with engine.new_sequence() as free, engine.new_sequence() as failing:
+            constraint = Failing(artifact.spec.vocab_size)
+            free.begin(PROMPT, GenerationParams(40))
+            failing.begin(PROMPT, GenerationParams(40, constraint=constraint))
+            with pytest.raises(SubspecError, match="too complex"):
+                while engine.step():
+                    pass
+            assert engine.is_active(free) and not engine.is_active(failing)
+            assert failing.finish_reason is None
+            while engine.step():
+                pass
+            assert free.take_fresh() == expected
+            assert generated(failing, PROMPT, GenerationParams(40)) == expected
