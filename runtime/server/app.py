@@ -53,6 +53,11 @@ GETS: tuple[tuple[str, Endpoint], ...] = (
 )
 
 
+MODEL_IN_PATH = {
+    "parameters": [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}]
+}
+
+
 def make_app(
     service: Service,
     guards: GuardSettings,
@@ -84,7 +89,7 @@ def make_endpoints(service: Service, routers: Sequence[APIRouter]) -> FastAPI:
     for path, endpoint, fields in POSTS:
         add(app, service, path, endpoint, "POST", body_schema(fields, schemas))
     for path, endpoint in GETS:
-        add(app, service, path, endpoint, "GET")
+        add(app, service, path, endpoint, "GET", MODEL_IN_PATH if "{model" in path else None)
     for path, endpoint in (("/health", health), ("/health/ready", ready), ("/metrics", metrics)):
         add(app, service, path, endpoint, "GET")
     for router in routers:

@@ -227,3 +227,5 @@ def test_the_api_is_described() -> None:
     assert place["application/json"]["schema"]["$ref"] == "#/components/schemas/ChatFields"
     assert "messages" in found["components"]["schemas"]["ChatFields"]["properties"]
     assert "Message" in found["components"]["schemas"]
+    (parameter,) = found["paths"]["/v1/models/{model}"]["get"]["parameters"]
+    assert parameter["name"] == "model"
