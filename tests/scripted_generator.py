@@ -93,7 +93,7 @@ class ScriptedGeneration:
     async def __aiter__(self) -> AsyncIterator[Piece]:
         request, tokenizer = self.request, self._generator.tokenizer
         left = tokenizer.tokenizer.encode(self._script.text, add_special_tokens=False).ids
-        if self._script.ends and request.params.end_tokens:
+        if self._script.ends and request.params.end_tokens and self._script.error is None:
             left.append(min(request.params.end_tokens))
         room = self._generator.context - len(request.prompt_ids)
         most = min(room, request.params.max_tokens)

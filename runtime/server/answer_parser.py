@@ -102,7 +102,7 @@ class AnswerParser:
                 break
             yield from self._read_call(mark, self._say)
             may_be_bare = form is not None and form.bare and self._follows_call
-        if self._space and not self.num_calls:
+        if self._space and not self._follows_call:
             self._events.append(TextDelta(self._space))
 
     def _read_bare_call(self) -> Generator[None, None, bool]:

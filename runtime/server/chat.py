@@ -142,7 +142,14 @@ async def chat(
     )
     tools = offered_tools(request)
     parser = AnswerParser(model.reasoning, prompt.in_reasoning, tool_format, tools)
-    return ModelAnswer(generation, parser, model, request.parallel_tool_calls)
+    form, tokenizer = model.reasoning, model.tokenizer.tokenizer
+    return ModelAnswer(
+        generation,
+        parser,
+        tokenizer.token_to_id(form.end) if form is not None else None,
+        params.end_tokens,
+        request.parallel_tool_calls,
+    )
 
 
 async def count_tokens(request: ChatRequest, model: ChatModel) -> int:
@@ -219,16 +226,22 @@ def unstopped(prompt: Prompt, tool_format: ToolFormat | None) -> list[tuple[str,
 
 
 class ModelAnswer:
-    """Events of an answer that has been submitted. Iterate it to the end, or cancel it."""
+    """Events of an answer that has been submitted. Iterate it to the end, or cancel it.
+    reasoning_end: the token of that mark, if it is one. parallel: else only one call is told."""
 
     def __init__(
-        self, generation: Generation, parser: AnswerParser, model: ChatModel, parallel: bool
+        self,
+        generation: Generation,
+        parser: AnswerParser,
+        reasoning_end: int | None,
+        end_tokens: frozenset[int],
+        parallel: bool,
     ) -> None:
         self._generation = generation
         self._parser = parser
+        self._reasoning_end = reasoning_end
+        self._end_tokens = end_tokens
         self._parallel = parallel
-        form, tokenizer = model.reasoning, model.tokenizer.tokenizer
-        self._reasoning_end = tokenizer.token_to_id(form.end) if form is not None else None
         self._reasoning_tokens = 0
         self._logprobs: list[TokenLogprobs] = []  # of the answer's text, not given out yet
 
@@ -256,7 +269,8 @@ class ModelAnswer:
         events = self._parser.feed(piece.text)
         count = self._num_reasoning(piece.token_ids, was_reasoning)
         self._reasoning_tokens += count
-        self._logprobs += piece.logprobs[count:]
+        said = (one for one in piece.logprobs[count:] if one.token not in self._end_tokens)
+        self._logprobs += said
         return self._with_logprobs(events)
 
     def _num_reasoning(self, ids: tuple[int, ...], was_reasoning: bool) -> int:
@@ -284,8 +298,6 @@ class ModelAnswer:
 
     def _last_events(self, outcome: Outcome) -> list[ChatEvent]:
         events = self._with_logprobs(self._parser.finish())
-        if outcome.reason == "eos":
-            self._logprobs = self._logprobs[:-1]
         if self._logprobs:
             events.append(TextDelta("", tuple(self._logprobs)))
         reason: Literal["stop", "length", "tool_calls"] = "stop"
