@@ -18,7 +18,7 @@ from subspec.artifacts.common.sizes import short_size
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.model import layer_name
 from subspec.artifacts.plan import Method
-from subspec.runtime.clock import Span, chrome_trace, overlap_seconds, united
+from subspec.runtime.clock import Span, chrome_trace, overlap_seconds
 from subspec.runtime.draft.drafter import SubstituteDrafter
 from subspec.runtime.engine import Engine
 from subspec.runtime.load import DRAFT_DTYPE
@@ -171,7 +171,6 @@ def roofline(artifact: Artifact, traced: Traced, ceilings: Ceilings) -> Roofline
     lanes: dict[str, list[Span]] = {}
     for span in traced.spans:
         lanes.setdefault(span.lane, []).append(span)
-    lanes["copy"] = united(lanes.get("copy", []))  # of several readers
     drafts, verifies = lanes["draft"], lanes["verify"]
     start, end = drafts[0].start_seconds, verifies[-1].end_seconds
     whole = Span("", "", start, end - start, {})
@@ -183,7 +182,7 @@ def roofline(artifact: Artifact, traced: Traced, ceilings: Ceilings) -> Roofline
     draft, verify = (sum(s.seconds for s in some) / rounds for some in (drafts, verifies))
     wait = traced.wait_seconds / rounds
     link_floor = traced.streamed_bytes / rounds / ceilings.link_bytes
-    busy = overlap_seconds(lanes["copy"], verifies) / rounds if on_cpu else link_floor
+    busy = overlap_seconds(lanes.get("copy", []), verifies) / rounds if on_cpu else link_floor
     every, resident = spec.linears, set(plan.placement("substitute").resident)
     num_weights = sum(n.num_weights for n in every)
     draft_bytes = sum(

@@ -14,8 +14,7 @@ import torch
 # Ends a span now: lane, name, its start (time.perf_counter), details.
 Record = Callable[[str, str, float, dict[str, int]], None]
 
-# From top to bottom in a viewer. Spans of one lane do not overlap, but copies into several slots
-# do.
+# From top to bottom in a viewer. Spans of one lane do not overlap.
 LANES = ("prefill", "draft", "verify", "layer", "product", "decode", "wait", "copy")
 
 
@@ -62,7 +61,7 @@ class Clock:
 
 def overlap_seconds(some: Iterable[Span], others: Sequence[Span]) -> float:
     """Seconds during which one of `some` and one of `others` run; neither overlap among
-    themselves (see `united`)."""
+    themselves."""
     return sum(
         max(0.0, min(a.end_seconds, b.end_seconds) - max(a.start_seconds, b.start_seconds))
         for a in some
@@ -70,29 +69,11 @@ def overlap_seconds(some: Iterable[Span], others: Sequence[Span]) -> float:
     )
 
 
-def united(spans: Iterable[Span]) -> list[Span]:
-    """The time that is covered by any of the spans, as spans that do not overlap."""
-    found = list[Span]()
-    for span in sorted(spans, key=lambda span: span.start_seconds):
-        if found and span.start_seconds <= found[-1].end_seconds:
-            last, end = found[-1], max(found[-1].end_seconds, span.end_seconds)
-            found[-1] = Span(last.lane, last.name, last.start_seconds, end - last.start_seconds, {})
-        else:
-            found.append(span)
-    return found
-
-
-def thread_of(span: Span) -> str:
-    """Where a trace shows the span: copies overlap, but not those into one slot."""
-    return f"{span.lane}, {span.name}" if span.lane == "copy" else span.lane
-
-
 def chrome_trace(spans: Sequence[Span], about: dict[str, str]) -> dict[str, Any]:
     """Spans -> the JSON object of the Trace Event Format; microseconds since the first span."""
     zero = min((span.start_seconds for span in spans), default=0.0)
-    used = {thread_of(span) for span in spans}
-    copies = sorted(used - {*LANES})
-    lanes = {lane: number for number, lane in enumerate((*LANES, *copies), 1) if lane in used}
+    used = {span.lane for span in spans}
+    lanes = {lane: number for number, lane in enumerate(LANES, 1) if lane in used}
     events: list[dict[str, Any]] = []
     for lane, number in lanes.items():
         common = {"ph": "M", "pid": 1, "tid": number}
@@ -109,7 +90,7 @@ def chrome_trace(spans: Sequence[Span], about: dict[str, str]) -> dict[str, Any]
                 "name": span.name,
                 "ph": "X",
                 "pid": 1,
-                "tid": lanes[thread_of(span)],
+                "tid": lanes[span.lane],
                 "ts": start / 1e3,
                 "dur": (end - start) / 1e3,
                 "args": detail,

@@ -75,9 +75,7 @@ class DirectFile:
 
 
 class DiskLink:
-    """cpu: a reader thread for each slot, which reads without the GIL. While threads that compute
-    keep all processors busy, a reader that has ended waits for some milliseconds until it runs
-    again: the next block should be on its way by then."""
+    """cpu: one reader thread, which reads without the GIL."""
 
     def __init__(
         self,
@@ -95,19 +93,12 @@ class DiskLink:
         self._filled: list[queue.SimpleQueue[BaseException | None]] = [
             queue.SimpleQueue() for _ in slots
         ]
-        self._due = 0.0  # when a limited link would have copied all that was begun
-        self._due_lock = threading.Lock()
-        self._threads = [
-            threading.Thread(target=self._read_all, name="subspec-reader", daemon=True)
-            for _ in slots
-        ]
-        for index, thread in enumerate(self._threads):
-            try:
-                thread.start()
-            except RuntimeError:  # the system has no more threads
-                self._threads = self._threads[:index]
-                self.close()
-                raise
+        self._thread = threading.Thread(target=self._read_all, name="subspec-reader", daemon=True)
+        try:
+            self._thread.start()
+        except RuntimeError:  # the system has no more threads
+            self._file.close()
+            raise
 
     def begin(self, slot: int, offset: int, num_bytes: int) -> None:
         self._requests.put((slot, offset, num_bytes))
@@ -129,36 +120,26 @@ class DiskLink:
         return self._wait_seconds
 
     def close(self) -> None:
-        for _ in self._threads:
-            self._requests.put(None)
-        for thread in self._threads:
-            thread.join()
+        self._requests.put(None)
+        self._thread.join()
         self._file.close()
 
     def _read_all(self) -> None:
+        due = 0.0
         while (request := self._requests.get()) is not None:
             slot, offset, num_bytes = request
             started = time.perf_counter()
-            due = self._due_after(num_bytes, started)
             try:
                 self._file.read_into(self._slots[slot][:num_bytes], offset)
             except BaseException as error:  # `wait` raises it: no layer may be skipped
                 self._filled[slot].put(error)
                 continue
-            if due > 0:
+            if self._bytes_per_second is not None:
+                # Compensate for a last sleep that was a little too long.
+                due = max(due, started - OVERSLEPT_SECONDS) + num_bytes / self._bytes_per_second
                 time.sleep(max(0.0, due - time.perf_counter()))
             self._record("copy", f"slot {slot}", started, {"offset": offset, "bytes": num_bytes})
             self._filled[slot].put(None)
-
-    def _due_after(self, num_bytes: int, started: float) -> float:
-        """When a limited link would have copied `num_bytes` more; 0: it is not limited."""
-        if self._bytes_per_second is None:
-            return 0.0
-        with self._due_lock:
-            # Compensate for a last sleep that was a little too long.
-            first = max(self._due, started - OVERSLEPT_SECONDS)
-            self._due = first + num_bytes / self._bytes_per_second
-            return self._due
 
 
 class HostLink:

@@ -11,7 +11,7 @@ from running import answer
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.plan import make_blocks
 from subspec.planner.model.hub import DEMO
-from subspec.runtime.clock import LANES, Clock, Span, chrome_trace, overlap_seconds, united
+from subspec.runtime.clock import LANES, Clock, Span, chrome_trace, overlap_seconds
 from subspec.runtime.engine import Engine, OpenOptions
 
 CPU = torch.device("cpu")
@@ -42,14 +42,6 @@ def test_a_phase_is_a_span_too() -> None:
     assert [(span.lane, span.name) for span in clock.spans] == [("draft", "draft")] * 2
     total = sum(span.seconds for span in clock.spans)
     assert total >= clock.seconds["draft"] > 0.0
-
-
-def test_united_spans_cover_the_same_time_once() -> None:
-    spans = [Span("copy", "b", 3.0, 2.0, {}), Span("copy", "a", 1.0, 1.0, {}),
-             Span("copy", "c", 4.0, 0.5, {}), Span("copy", "d", 2.0, 0.5, {})]  # fmt: skip
-    found = united(spans)
-    assert [(one.start_seconds, one.end_seconds) for one in found] == [(1.0, 2.5), (3.0, 5.0)]
-    assert overlap_seconds(found, [Span("", "", 0.0, 4.0, {})]) == 2.5
 
 
 def test_a_trace_is_what_perfetto_reads() -> None:
@@ -84,18 +76,18 @@ TRACE = """{
    "name": "thread_name",
    "ph": "M",
    "pid": 1,
-   "tid": 9,
+   "tid": 8,
    "args": {
-    "name": "copy, slot 1"
+    "name": "copy"
    }
   },
   {
    "name": "thread_sort_index",
    "ph": "M",
    "pid": 1,
-   "tid": 9,
+   "tid": 8,
    "args": {
-    "sort_index": 9
+    "sort_index": 8
    }
   },
   {
@@ -111,7 +103,7 @@ TRACE = """{
    "name": "slot 1",
    "ph": "X",
    "pid": 1,
-   "tid": 9,
+   "tid": 8,
    "ts": 1.0,
    "dur": 2000.0,
    "args": {
@@ -168,9 +160,7 @@ def test_an_engine_records_nothing_by_default(artifact: Artifact) -> None:
 
 def test_every_lane_has_spans_that_follow_each_other(traced: dict[str, list[Span]]) -> None:
     assert set(traced) == set(LANES)
-    copies = traced["copy"]  # several readers: only those into one slot follow each other
-    by_slot = {one.name: [c for c in copies if c.name == one.name] for one in copies}
-    for lane, spans in ({**traced, "copy": []} | by_slot).items():
+    for lane, spans in traced.items():
         for before, after in pairwise(spans):
             assert before.end_seconds <= after.start_seconds + 1e-9, f"{lane}: {before}, {after}"
 

@@ -1,6 +1,7 @@
 """Parts that stream: the right bytes in any order, slots that are not refilled too soon, failures
 that are never skipped."""
 
+import os
 import random
 import threading
 from collections.abc import Callable, Iterator
@@ -370,10 +371,25 @@ def test_closing_waits_for_the_reader(toy: ToyWeights, stored: Stored) -> None:
     ring, _ = open_ring(toy, *stored)
     requested = open_requested(toy, *stored)
     requested.request(NAMES)
-    assert threading.active_count() > before + 2, "a reader for each slot"
+    assert threading.active_count() == before + 2
     ring.close()
     requested.close()
     assert threading.active_count() == before
+
+
+def test_a_reader_that_cannot_start_leaves_no_file_open(
+    stored: Stored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Unstartable(threading.Thread):
+        def start(self) -> None:
+            raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading, "Thread", Unstartable)
+        with pytest.raises(RuntimeError, match="new thread"):
+            DiskLink(stored[0], [], None)
+    open_files = [link for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    assert str(stored[0]) not in [os.readlink(link) for link in open_files]
 
 
 def test_a_residual_is_seen_as_its_bytes_and_a_raw_part_as_its_matrix(toy: ToyWeights) -> None:
