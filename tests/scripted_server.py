@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 
 from scripted_generator import Script
-from served import CONTEXT, ScriptedEngine, model_of, scripted_chat
+from served import CONTEXT, ScriptedEngine, model_of, scripted_chat, scripted_count
 
 from subspec.artifacts.common.command import leave, reported
 from subspec.artifacts.common.errors import Exit, SubspecError
@@ -75,6 +75,7 @@ def main(life: Life) -> None:
             tokenizer,
             engine,
             lambda generator: scripted_chat(generator, tokenizer, [], ()),
+            scripted_count,
             {},
             listening,
             lambda stage, share: None,

@@ -53,6 +53,10 @@ class ScriptedEngine(ScriptedGenerator):
         self.closed = True
 
 
+async def scripted_count(request: ChatRequest) -> int:
+    return len(request.messages)
+
+
 @dataclass
 class ScriptedAnswer:
     """Text as it is, without a template, thinking or tools."""
@@ -154,7 +158,14 @@ def serve(
     chats: list[ChatRequest] = []
     chat = scripted_chat(admission, tokenizer, chats, events)
     service = Service(
-        model, tokenizer, admission, chat, metrics, sampling or Sampling(), refuse_unknown
+        model,
+        tokenizer,
+        admission,
+        chat,
+        scripted_count,
+        metrics,
+        sampling or Sampling(),
+        refuse_unknown,
     )
     log: list[tuple[str, str, str, int]] = []
     app = make_app(

@@ -1,9 +1,9 @@
 """The ASGI app: which path is answered by what."""
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
-from fastapi import APIRouter, FastAPI
+from fastapi import FastAPI
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -13,6 +13,7 @@ from starlette.types import ASGIApp
 
 from subspec.artifacts.common.errors import SubspecError
 from subspec.runtime.server.admission import LOADING
+from subspec.runtime.server.dialect_endpoints import DIALECT_POSTS, dialect_service
 from subspec.runtime.server.errors import (
     RETRY_SECONDS,
     ApiError,
@@ -36,8 +37,10 @@ from subspec.runtime.server.openai_models import (
     props,
     tokenize,
 )
+from subspec.runtime.server.page import page_router
 from subspec.runtime.server.service import Service
 
+Served = TypeVar("Served")  # what an endpoint works with
 Endpoint = Callable[[Service, Request], Awaitable[Response]]
 
 POSTS: tuple[tuple[str, Endpoint, type[BaseModel]], ...] = (
@@ -63,10 +66,9 @@ def make_app(
     guards: GuardSettings,
     cors_origins: Sequence[str],
     log: Log,
-    routers: Sequence[APIRouter] = (),
 ) -> ASGIApp:
-    """The endpoints, and those of `routers`, behind their guards."""
-    app: ASGIApp = guarded(make_endpoints(service, routers), guards)
+    """The endpoints and the chat page, behind their guards."""
+    app: ASGIApp = guarded(make_endpoints(service), guards)
     if cors_origins:
         app = CORSMiddleware(
             app,
@@ -83,17 +85,19 @@ def make_app(
     return RequestLog(app, logged)
 
 
-def make_endpoints(service: Service, routers: Sequence[APIRouter]) -> FastAPI:
+def make_endpoints(service: Service) -> FastAPI:
     app = FastAPI(title="subspec", docs_url=None, redoc_url=None)
     schemas: dict[str, Any] = {}
     for path, endpoint, fields in POSTS:
         add(app, service, path, endpoint, "POST", body_schema(fields, schemas))
+    others = dialect_service(service)
+    for path, of_dialect, fields in DIALECT_POSTS:
+        add(app, others, path, of_dialect, "POST", body_schema(fields, schemas))
     for path, endpoint in GETS:
         add(app, service, path, endpoint, "GET", MODEL_IN_PATH if "{model" in path else None)
     for path, endpoint in (("/health", health), ("/health/ready", ready), ("/metrics", metrics)):
         add(app, service, path, endpoint, "GET")
-    for router in routers:
-        app.include_router(router)
+    app.include_router(page_router())
     for kind in (ApiError, QueueFull, SubspecError, HTTPException, Exception):
         app.add_exception_handler(kind, told)
     describe_bodies(app, schemas)
@@ -102,9 +106,9 @@ def make_endpoints(service: Service, routers: Sequence[APIRouter]) -> FastAPI:
 
 def add(
     app: FastAPI,
-    service: Service,
+    service: Served,
     path: str,
-    endpoint: Endpoint,
+    endpoint: Callable[[Served, Request], Awaitable[Response]],
     method: str,
     described: Mapping[str, Any] | None = None,
 ) -> None:

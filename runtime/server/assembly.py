@@ -11,9 +11,10 @@ from subspec.artifacts.common.errors import Exit
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.plan import Method
 from subspec.runtime.model.sampling import Sampling
+from subspec.runtime.server import page
 from subspec.runtime.server.admission import Admission
 from subspec.runtime.server.app import make_app
-from subspec.runtime.server.chat_events import Chat
+from subspec.runtime.server.chat_events import Chat, CountTokens
 from subspec.runtime.server.generation import Generator, ServedEngine, Status
 from subspec.runtime.server.guards import OPEN_PATHS, GuardSettings, is_loopback
 from subspec.runtime.server.journal import LogFormat, request_log, start_log
@@ -71,7 +72,7 @@ def guard_settings(settings: Settings) -> GuardSettings:
     have itself called one of these. With a key it does not matter what a page is called."""
     checked = is_loopback(settings.host) and not settings.keys
     hosts = (*LOCAL_NAMES, settings.host) if checked else ()
-    return GuardSettings(settings.keys, hosts, OPEN_PATHS)
+    return GuardSettings(settings.keys, hosts, (*OPEN_PATHS, *sorted(page.PATHS)))
 
 
 def serve_engine(
@@ -80,6 +81,7 @@ def serve_engine(
     tokenizer: ChatTokenizer,
     engine: ServedEngine,
     make_chat: Callable[[Generator], Chat],
+    count_tokens: CountTokens,
     template_caps: Mapping[str, bool],
     listening: socket.socket,
     progress: Progress,
@@ -92,6 +94,7 @@ def serve_engine(
         tokenizer,
         admission,
         make_chat(admission),
+        count_tokens,
         metrics,
         settings.sampling,
         settings.refuse_unknown,

@@ -114,3 +114,4 @@ class ChatAnswer(Protocol):
 # Renders the template, makes tokens and a grammar, and submits them. Raises SubspecError (USAGE for
 # what the client can change) and QueueFull.
 Chat = Callable[[ChatRequest], Awaitable[ChatAnswer]]
+CountTokens = Callable[[ChatRequest], Awaitable[int]]

@@ -257,7 +257,8 @@ def serve_artifact(
     from subspec.runtime.app.opening import open_engine, progress_line
     from subspec.runtime.model.sampling import Sampling
     from subspec.runtime.server.assembly import Settings, model_info, serve_engine
-    from subspec.runtime.server.chat import chat, open_chat_model
+    from subspec.runtime.server.chat import chat, count_tokens, open_chat_model
+    from subspec.runtime.server.constraints import Constraints
     from subspec.runtime.server.scheduler import Scheduler
     from subspec.runtime.text.tokenizer import load_tokenizer
 
@@ -283,16 +284,23 @@ def serve_artifact(
         refuse_unknown=options.strict,
     )
     chats = open_chat_model(tokenizer, model.context, model.vocab_size, model.end_tokens)
+    constraints = Constraints(
+        tokenizer.tokenizer, model.vocab_size, tuple(artifact.spec.eos_token_ids)
+    )
     try:
         return serve_engine(
             settings,
             model,
             tokenizer,
             engine,
-            lambda generator: partial(chat, model=chats, generator=generator),
+            lambda generator: partial(
+                chat, model=chats, generator=generator, make_constraint=constraints.make
+            ),
+            partial(count_tokens, model=chats),
             chats.caps.as_dict(),
             listening,
             progress_line(),
         )
     finally:
+        constraints.close()
         chats.close()

@@ -7,7 +7,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from subspec.runtime.server import figures
-from subspec.runtime.server.chat_events import ChatRequest
 from subspec.runtime.server.dialect import DialectService
 from subspec.runtime.server.messages import count_tokens, create_message
 from subspec.runtime.server.messages_request import CountTokens, CreateMessage
@@ -26,16 +25,13 @@ DIALECT_POSTS: tuple[tuple[str, DialectEndpoint, type[BaseModel]], ...] = (
 )
 
 
-def dialect_service(
-    service: Service, count: Callable[[ChatRequest], Awaitable[int]]
-) -> DialectService:
-    """count: the tokens of a request's prompt, as chat would make them."""
+def dialect_service(service: Service) -> DialectService:
     return DialectService(
         model_id=service.model.id,
         check_model=lambda name: check_model(service.model, name),
         check_ready=service.engine.check_ready,
         chat=service.chat,
-        count_tokens=count,
+        count_tokens=service.count_tokens,
         token_logprobs=lambda found: chat_logprobs(service.tokenizer.tokenizer, found),
         figures=lambda outcome: {
             "metrics": figures.metrics(outcome, service.model),

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from subspec.runtime.model.sampling import Sampling
 from subspec.runtime.server.admission import Admission
-from subspec.runtime.server.chat_events import Chat
+from subspec.runtime.server.chat_events import Chat, CountTokens
 from subspec.runtime.server.metrics import Metrics
 from subspec.runtime.server.model_info import ModelInfo
 from subspec.runtime.text.tokenizer import ChatTokenizer
@@ -17,6 +17,7 @@ class Service:
     tokenizer: ChatTokenizer
     engine: Admission
     chat: Chat
+    count_tokens: CountTokens  # of the prompt that `chat` would make of a request
     metrics: Metrics
     sampling: Sampling = Sampling()  # of requests that do not say
     refuse_unknown: bool = False  # fields of requests

@@ -1,0 +1,87 @@
+"""From a chat request to the constraint of its answer: what chat.py is given as MakeConstraint."""
+
+import asyncio
+from collections.abc import Mapping
+
+from tokenizers import Tokenizer
+
+from subspec.runtime.model.constraint import Constraint
+from subspec.runtime.server.after_thinking import Thinking, read_thinking
+from subspec.runtime.server.answer_grammar import constraint_for
+from subspec.runtime.server.call_grammar import (
+    HERMES,
+    LLAMA,
+    MISTRAL_ARGS,
+    MISTRAL_LIST,
+    QWEN_XML,
+    CallForm,
+)
+from subspec.runtime.server.chat import Prompt, offered_tools
+from subspec.runtime.server.chat_events import ChatRequest
+from subspec.runtime.server.grammar import GrammarThreads
+from subspec.runtime.server.grammar_tokens import GrammarTokens, read_grammar_tokens
+from subspec.runtime.server.reasoning import ReasoningFormat
+from subspec.runtime.server.tools.formats import Kind, ToolFormat
+
+CALL_FORMS: Mapping[Kind, CallForm] = {
+    "hermes": HERMES,
+    "xml": QWEN_XML,
+    "llama": LLAMA,
+    "mistral list": MISTRAL_LIST,
+    "mistral args": MISTRAL_ARGS,
+}
+
+
+class Constraints:
+    """Constraints of one model's answers. What grammars need to know of its tokens is read for the
+    first request that needs one. Close it."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, end_tokens: tuple[int, ...]) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._end_tokens = end_tokens
+        self._threads = GrammarThreads()
+        self._reading = asyncio.Lock()
+        self._tokens: GrammarTokens | None = None
+        self._thinking: dict[ReasoningFormat, Thinking] = {}
+
+    async def make(
+        self, request: ChatRequest, tool_format: ToolFormat | None, prompt: Prompt
+    ) -> Constraint | None:
+        """None: the answer may be anything. Raises SubspecError: USAGE for a grammar that is wrong
+        or too complex, UNSUPPORTED for a model whose tokens have no bytes."""
+        if not is_asked(request):
+            return None
+        async with self._reading:
+            if self._tokens is None:
+                self._tokens = await asyncio.to_thread(
+                    read_grammar_tokens, self._tokenizer, self._vocab_size, self._end_tokens
+                )
+            tokens, form = self._tokens, prompt.reasoning
+            if form is not None and form not in self._thinking:
+                self._thinking[form] = await asyncio.to_thread(
+                    read_thinking, tokens, form.begin, form.end
+                )
+        return await self._threads.run(
+            lambda: constraint_for(
+                tokens,
+                request.output_format,
+                offered_tools(request),
+                request.tool_choice,
+                request.parallel_tool_calls,
+                CALL_FORMS.get(tool_format.kind) if tool_format is not None else None,
+                self._thinking[form] if form is not None else None,
+                prompt.in_reasoning,
+            ),
+            "response_format" if request.output_format is not None else "tools",
+        )
+
+    def close(self) -> None:
+        self._threads.close()
+
+
+def is_asked(request: ChatRequest) -> bool:
+    """Whether the request constrains its answer's form."""
+    strict = (tool.get("function", {}).get("strict") is True for tool in offered_tools(request))
+    asked = request.output_format is not None or request.tool_choice not in ("auto", "none")
+    return asked or any(strict)
