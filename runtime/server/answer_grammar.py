@@ -16,7 +16,7 @@ from subspec.runtime.server.call_grammar import (
     optional_calls_grammar,
 )
 from subspec.runtime.server.chat_events import JSONValue, NamedTool, OutputFormat, ToolChoice
-from subspec.runtime.server.grammar import HINT, GrammarConstraint, compile_grammar
+from subspec.runtime.server.grammar import HINT, GrammarConstraint
 from subspec.runtime.server.grammar_tokens import GrammarTokens
 
 # A model may indent, but not go on for ever with spaces.
@@ -45,8 +45,7 @@ def constraint_for(
     )
     if grammar is None:
         return None
-    text = _text(grammar, what)
-    constraint = GrammarConstraint(tokens, compile_grammar(tokens, text, what), what)
+    constraint = GrammarConstraint(tokens, _text(grammar, what), what)
     return AfterThinking(thinking, thinking_is_open, constraint) if thinking else constraint
 
 

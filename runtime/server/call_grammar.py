@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from subspec.artifacts.common.errors import Exit, SubspecError
+
 JSONValue = Any
 ANY_TEXT = "/(.|\\n)*/"
-SHARED = ("$defs", "definitions")  # what a part of a schema may refer to
+SHARED = ("$defs", "definitions", "x-guidance")  # what a part of a schema needs of the whole
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,13 @@ QWEN_XML = CallForm(
 LLAMA = CallForm('{"name": "', '", "parameters": ', "}", "; ")
 MISTRAL_LIST = CallForm('{"name": "', '", "arguments": ', "}", ", ", "[TOOL_CALLS][", "]")
 MISTRAL_ARGS = CallForm("[TOOL_CALLS]", "[ARGS]", "", "")
+FORMS = {
+    "hermes": HERMES,
+    "xml": QWEN_XML,
+    "llama": LLAMA,
+    "mistral list": MISTRAL_LIST,
+    "mistral args": MISTRAL_ARGS,
+}
 
 
 @dataclass(frozen=True)
@@ -76,23 +85,19 @@ def optional_calls_grammar(
 ) -> Grammar:
     """The rule `start`: any text, in which calls may be; what begins as a call is one."""
     calls = calls_grammar(form, tools, parallel, special)
-    first = _Spoken(special).parts(form.before + form.begin)[0]
-    if first.startswith("<["):
-        again = "*" if parallel else "?"
-        return Grammar(
-            (f"start: TEXT (calls TEXT){again}", f"TEXT: {ANY_TEXT}", *calls.rules), calls.schemas
-        )
-    head = "".join((form.before, form.begin)) if form.before == "" else form.before
     spoken = _Spoken(special)
-    begin = "" if form.before == "" else spoken(form.begin)
-    again = f"({spoken(form.between)} call)*" if parallel and form.before else ""
-    more = "*" if parallel and not form.before else "?"
-    rules = (
-        f"start: (head {begin} rest {again} {spoken(form.after)}){more} tail",
-        f"head[lazy]: {ANY_TEXT} {json.dumps(head)}",
-        f"tail: {ANY_TEXT}",
-    )
-    return Grammar((*rules, *calls.rules[1:]), calls.schemas)
+    text = f"TEXT: {ANY_TEXT}"
+    if spoken.parts(form.before + form.begin)[0].startswith("<["):
+        again = "*" if parallel else "?"
+        return Grammar((f"start: TEXT (calls TEXT){again}", text, *calls.rules), calls.schemas)
+    # The shortest text with the mark in it, and from there on a call.
+    if form.before:
+        more = f"({spoken(form.between)} call)*" if parallel else ""
+        start = f"start: (head call {more} {spoken(form.after)})? TEXT"
+    else:
+        start = f"start: (head rest){'*' if parallel else '?'} TEXT"
+    head = f"head[lazy]: TEXT {json.dumps(form.before or form.begin)}"
+    return Grammar((start, head, text, *calls.rules[1:]), calls.schemas)
 
 
 def _rests(form: CallForm, tools: Sequence[Tool], spoken: "_Spoken") -> list[str]:
@@ -106,10 +111,16 @@ def _rests(form: CallForm, tools: Sequence[Tool], spoken: "_Spoken") -> list[str
 
 
 def _elements(rule: str, schema: JSONValue, schemas: dict[str, JSONValue]) -> list[str]:
-    """Rules for <parameter=NAME> elements in the order of the schema's properties."""
-    properties = schema.get("properties", {})
-    required = schema.get("required", [])
-    shared = {key: schema[key] for key in SHARED if key in schema}
+    """Rules for <parameter=NAME> elements in the order of the schema's properties. Raises
+    SubspecError(USAGE) for a schema that is none."""
+    whole = schema if isinstance(schema, dict) else {}
+    properties, required = whole.get("properties", {}), whole.get("required", [])
+    if not isinstance(properties, dict) or not isinstance(required, list):
+        raise SubspecError(
+            Exit.USAGE,
+            "the schema of a tool cannot be used: properties is no object, or required no list",
+        )
+    shared = {key: whole[key] for key in SHARED if key in whole}
     rules, elements = list[str](), list[str]()
     for index, (name, value) in enumerate(properties.items()):
         inner = f"{rule}_{index}"

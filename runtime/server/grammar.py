@@ -29,6 +29,10 @@ STEP_ITEMS = 20_000
 ROW_ITEMS = 2_000
 LEXER_STATES = 30_000  # of 1 to 2 KB each
 GRAMMAR_SYMBOLS = 20_000
+# What an answer's grammar may take of the engine's thread, in that thread's seconds, so that a busy
+# machine does not count: ambiguous ones get slower and slower long before they reach a limit.
+ANSWER_SECONDS = 2.0
+STEP_SECONDS = 0.005
 HINT = "make the grammar simpler"
 
 
@@ -41,9 +45,9 @@ def compile_grammar(tokens: GrammarTokens, grammar: str, what: str) -> LLMatcher
             Exit.USAGE, f"{what} has {size} bytes, expected at most {LARGEST_GRAMMAR_BYTES}", HINT
         )
     begin = time.monotonic()
-    matcher = LLMatcher(tokens.tokenizer, grammar, log_level=0, limits=_limits())
+    matcher = _matcher(tokens, grammar)
     _check(matcher, what)
-    _try_a_step(matcher.deep_copy(), tokens, what)
+    _try_a_step(matcher, tokens, what)
     if (seconds := time.monotonic() - begin) > COMPILE_SECONDS:
         raise _too_slow(what, seconds)
     return matcher
@@ -79,18 +83,20 @@ class GrammarThreads:
 
 
 class GrammarConstraint:
-    """A grammar from its beginning. Raises SubspecError(USAGE) where a state is more than the
-    limits allow, or nothing that the model has can follow; `pop` comes back from there too."""
+    """A grammar from its beginning. `allowed` and `push` raise SubspecError(USAGE) where a state is
+    more than the limits allow, or nothing that the model has can follow, from where `pop` comes
+    back; and once the grammar has taken too much time."""
 
-    def __init__(self, tokens: GrammarTokens, matcher: LLMatcher, what: str) -> None:
-        """`matcher`: fresh from compile_grammar, and nobody else's."""
+    def __init__(self, tokens: GrammarTokens, grammar: str, what: str) -> None:
+        """Raises SubspecError as compile_grammar does."""
         self._tokens = tokens
+        self._grammar = grammar
         self._what = what
-        self._fresh = matcher.deep_copy()  # an error is for ever, so begin again from here
-        self._matcher = matcher
+        self._matcher = compile_grammar(tokens, grammar, what)
         self._pushed: list[int] = []  # tokens that the matcher took
         self._num_ends = 0  # end tokens after those: the matcher would not count them
         self._allowed: Tensor | None = None
+        self._seconds_left = ANSWER_SECONDS
         self._ends = torch.zeros(tokens.vocab_size, dtype=torch.bool)
         self._ends[list(tokens.ends)] = True
 
@@ -109,7 +115,10 @@ class GrammarConstraint:
                 raise ValueError(f"token {token} after the end of {self._what}")
             self._num_ends += 1
             return
-        if not self._matcher.consume_token(token):
+        begin = self._begin()
+        taken = self._matcher.consume_token(token)
+        self._spend(begin)
+        if not taken:
             error = self._matcher.get_error()
             self._restore()
             if "doesn't satisfy the grammar" in error or "out of range" in error:
@@ -130,15 +139,28 @@ class GrammarConstraint:
             if not self._matcher.rollback(rest):
                 self._restore()
 
+    def _begin(self) -> float:
+        if self._seconds_left < 0:
+            raise SubspecError(Exit.USAGE, f"{self._what} takes too long to follow", HINT)
+        return time.thread_time()
+
+    def _spend(self, begin: float) -> None:
+        self._seconds_left += STEP_SECONDS - (time.thread_time() - begin)
+
     def _restore(self) -> None:
-        self._matcher = self._fresh.deep_copy()
+        """A matcher keeps an error for ever, and its copies share it: begin again with another."""
+        begin = time.thread_time()
+        self._matcher = _matcher(self._tokens, self._grammar)
         self._matcher.consume_tokens(self._pushed)
         self._allowed = None
+        self._spend(begin)
 
     def _mask(self) -> Tensor:
         vocab_size = self._tokens.vocab_size
         bits = numpy.empty(-(-vocab_size // 32), numpy.uint32)
+        begin = self._begin()
         self._matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
+        self._spend(begin)
         if self._matcher.is_error():  # the mask is of the end tokens then
             error = self._matcher.get_error()
             self._restore()
@@ -147,8 +169,8 @@ class GrammarConstraint:
         return torch.from_numpy(flags).view(torch.bool)
 
 
-def _limits() -> LLParserLimits:
-    return LLParserLimits(
+def _matcher(tokens: GrammarTokens, grammar: str) -> LLMatcher:
+    limits = LLParserLimits(
         max_items_in_row=ROW_ITEMS,
         initial_lexer_fuel=INITIAL_FUEL,
         step_lexer_fuel=STEP_FUEL,
@@ -157,6 +179,7 @@ def _limits() -> LLParserLimits:
         max_grammar_size=GRAMMAR_SYMBOLS,
         verbose_errors=False,
     )
+    return LLMatcher(tokens.tokenizer, grammar, log_level=0, limits=limits)
 
 
 def _try_a_step(matcher: LLMatcher, tokens: GrammarTokens, what: str) -> None:

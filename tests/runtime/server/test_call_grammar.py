@@ -208,3 +208,14 @@ def test_a_choice_that_cannot_be_honoured_is_a_sentence(choice, form, tools, wor
     with pytest.raises(SubspecError, match=words) as caught:
         constraint_for(demo_tokens(), tools=tools, tool_choice=choice, call_form=form)
     assert caught.value.exit_code == Exit.USAGE
+
+
+@pytest.mark.parametrize("parameters", [{"properties": [1]}, {"required": "a"}])
+def test_a_schema_that_is_none_is_refused_in_elements_too(parameters):
+    with pytest.raises(SubspecError, match="the schema of a tool cannot be used"):
+        constraint_for(
+            demo_tokens(),
+            tools=[tool("a", parameters)],
+            tool_choice="required",
+            call_form=QWEN_XML,
+        )

@@ -17,6 +17,7 @@ from grammars import (
 )
 
 from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.runtime.server import grammar
 from subspec.runtime.server.answer_grammar import constraint_for
 from subspec.runtime.server.chat_events import OutputFormat
 from subspec.runtime.server.grammar import (
@@ -163,21 +164,34 @@ def test_a_mask_is_kept_until_the_state_changes_and_is_never_overwritten():
 
 def test_a_state_that_is_too_complex_is_a_sentence_and_can_be_left():
     model = demo_tokens()
-    many = OutputFormat("lark", 'start: s\ns: s s s | s s | "a" | "aa" | ')
-    one = constraint(model, many)
-    a = allowed_ids(constraint(model, OutputFormat("regex", "a")))[0]
+    late = OutputFormat("regex", "[b-d]{40}((a{1000}){1000}){1000}")
+    one = constraint(model, late)
+    b = next(token for token in allowed_ids(one) if model.contents[token] == b"b")
     count = 0
-    with pytest.raises(SubspecError, match="the Lark grammar cannot be followed further") as caught:
-        for count in range(3000):  # noqa: B007
+    with pytest.raises(SubspecError, match="the regex cannot be followed further") as caught:
+        for count in range(41):  # noqa: B007
+            one.allowed()
+            one.push(b)
+    assert caught.value.exit_code == Exit.USAGE
+    assert count > 20
+    one.pop(count - 10)
+    fresh = constraint(model, late)
+    for _ in range(10):
+        fresh.push(b)
+    assert allowed_ids(one) == allowed_ids(fresh)
+
+
+def test_a_grammar_that_gets_slower_and_slower_is_given_up(monkeypatch):
+    monkeypatch.setattr(grammar, "ANSWER_SECONDS", 0.1)
+    model = demo_tokens()
+    one = constraint(model, OutputFormat("lark", 'start: s\ns: s s s | s s | "a" | "aa" | '))
+    a = next(token for token in allowed_ids(one) if model.contents[token] == b"a")
+    begin = time.thread_time()
+    with pytest.raises(SubspecError, match="the Lark grammar takes too long to follow"):
+        for _ in range(3000):
             one.allowed()
             one.push(a)
-    assert caught.value.exit_code == Exit.USAGE
-    assert 5 < count < 3000
-    one.pop(count - 3)
-    fresh = constraint(model, many)
-    for _ in range(3):
-        fresh.push(a)
-    assert allowed_ids(one) == allowed_ids(fresh)
+    assert time.thread_time() - begin < 5
 
 
 def nested(depth: int) -> dict:
@@ -198,7 +212,10 @@ REFUSED = {
     "depth 800": (OutputFormat("json_schema", nested(800)), "recursion|too deep"),
     "depth 100k": (OutputFormat("json_schema", nested(100_000)), "nested too deeply"),
     "100k names": (OutputFormat("json_schema", {"enum": [*map(str, range(100_000))]}), "bytes"),
-    "maxLength": (OutputFormat("json_schema", {"type": "string", "maxLength": 10**12}), ""),
+    "maxLength": (
+        OutputFormat("json_schema", {"type": "string", "maxLength": 10**12}),
+        "decimal literal",
+    ),
     "5k properties": (
         OutputFormat(
             "json_schema", {"properties": {f"p{n}": {"type": "string"} for n in range(5000)}}

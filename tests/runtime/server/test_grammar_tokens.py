@@ -19,7 +19,7 @@ from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.runtime.server.answer_grammar import constraint_for
 from subspec.runtime.server.chat_events import OutputFormat
 from subspec.runtime.server.grammar_tokens import GrammarTokens, read_grammar_tokens
-from subspec.runtime.text.tokenizer import Decoder
+from subspec.runtime.text.detokenizer import Decoder
 
 
 def regex_walk(tokens: GrammarTokens, regex: str, seed: int = 0) -> list[int]:
