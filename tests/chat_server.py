@@ -16,7 +16,7 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from subspec.runtime.server.page import page_router
+from subspec.runtime.server.chat_page import page_router
 
 FINAL = {
     "choices": [],

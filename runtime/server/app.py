@@ -13,6 +13,7 @@ from starlette.types import ASGIApp
 
 from subspec.artifacts.common.errors import SubspecError
 from subspec.runtime.server.admission import LOADING
+from subspec.runtime.server.chat_page import page_router
 from subspec.runtime.server.dialect_endpoints import DIALECT_POSTS, dialect_service
 from subspec.runtime.server.errors import (
     RETRY_SECONDS,
@@ -37,7 +38,6 @@ from subspec.runtime.server.openai_models import (
     props,
     tokenize,
 )
-from subspec.runtime.server.page import page_router
 from subspec.runtime.server.service import Service
 
 Served = TypeVar("Served")  # what an endpoint works with

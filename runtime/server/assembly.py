@@ -11,7 +11,7 @@ from subspec.artifacts.common.errors import Exit
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.plan import Method
 from subspec.runtime.model.sampling import Sampling
-from subspec.runtime.server import page
+from subspec.runtime.server import chat_page
 from subspec.runtime.server.admission import Admission
 from subspec.runtime.server.app import make_app
 from subspec.runtime.server.chat_events import Chat, CountTokens
@@ -72,7 +72,7 @@ def guard_settings(settings: Settings) -> GuardSettings:
     have itself called one of these. With a key it does not matter what a page is called."""
     checked = is_loopback(settings.host) and not settings.keys
     hosts = (*LOCAL_NAMES, settings.host) if checked else ()
-    return GuardSettings(settings.keys, hosts, (*OPEN_PATHS, *sorted(page.PATHS)))
+    return GuardSettings(settings.keys, hosts, (*OPEN_PATHS, *sorted(chat_page.PATHS)))
 
 
 def serve_engine(

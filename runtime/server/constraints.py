@@ -1,35 +1,19 @@
 """From a chat request to the constraint of its answer: what chat.py is given as MakeConstraint."""
 
 import asyncio
-from collections.abc import Mapping
 
 from tokenizers import Tokenizer
 
 from subspec.runtime.model.constraint import Constraint
 from subspec.runtime.server.after_thinking import Thinking, read_thinking
 from subspec.runtime.server.answer_grammar import constraint_for
-from subspec.runtime.server.call_grammar import (
-    HERMES,
-    LLAMA,
-    MISTRAL_ARGS,
-    MISTRAL_LIST,
-    QWEN_XML,
-    CallForm,
-)
+from subspec.runtime.server.call_grammar import FORMS
 from subspec.runtime.server.chat import Prompt, offered_tools
 from subspec.runtime.server.chat_events import ChatRequest
 from subspec.runtime.server.grammar import GrammarThreads
 from subspec.runtime.server.grammar_tokens import GrammarTokens, read_grammar_tokens
 from subspec.runtime.server.reasoning import ReasoningFormat
-from subspec.runtime.server.tools.formats import Kind, ToolFormat
-
-CALL_FORMS: Mapping[Kind, CallForm] = {
-    "hermes": HERMES,
-    "xml": QWEN_XML,
-    "llama": LLAMA,
-    "mistral list": MISTRAL_LIST,
-    "mistral args": MISTRAL_ARGS,
-}
+from subspec.runtime.server.tools.formats import ToolFormat
 
 
 class Constraints:
@@ -69,7 +53,7 @@ class Constraints:
                 offered_tools(request),
                 request.tool_choice,
                 request.parallel_tool_calls,
-                CALL_FORMS.get(tool_format.kind) if tool_format is not None else None,
+                FORMS.get(tool_format.kind) if tool_format is not None else None,
                 self._thinking[form] if form is not None else None,
                 prompt.in_reasoning,
             ),

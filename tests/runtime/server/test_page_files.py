@@ -10,7 +10,7 @@ pytest.importorskip("fastapi")
 from fastapi import FastAPI  # noqa: E402
 from fastapi.testclient import TestClient  # noqa: E402
 
-from subspec.runtime.server.page import FOLDER, PATHS, page_router  # noqa: E402
+from subspec.runtime.server.chat_page import FOLDER, PATHS, page_router  # noqa: E402
 
 
 @pytest.fixture
