@@ -187,10 +187,10 @@ def test_the_options_of_sampling_reach_the_engine(artifact: Path) -> None:
         presence_penalty=-0.5, frequency_penalty=0.25, logit_bias=((5, -1.5), (7, 2.0)), seed=3,
         logprobs=2, as_json=True,
     )  # fmt: skip
-    params = cli.answering(cli.open_folder(artifact), given).params
+    params = cli.answering(open_folder(artifact), given).params
     assert params.sampling == Sampling(0.5, 7, 0.9, 3, 0.1, 1.2, -0.5, 0.25, ((5, -1.5), (7, 2.0)))
     assert params.logprobs == 2
-    plain = cli.answering(cli.open_folder(artifact), Options()).params
+    plain = cli.answering(open_folder(artifact), Options()).params
     assert plain.sampling == Sampling() and plain.logprobs is None
 
 
