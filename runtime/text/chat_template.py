@@ -14,6 +14,7 @@ import threading
 from contextlib import suppress
 from datetime import datetime
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from jinja2 import Template, TemplateError, nodes
@@ -188,9 +189,14 @@ def serve(requests: BinaryIO) -> None:
 
 
 def is_worn() -> bool:
-    """Whether this process has taken so much memory that the next render could miss it."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-    return peak > RETIRING_BYTES
+    """Whether this process has taken so much memory that the next render could miss it. The peak in
+    getrusage is no help: a child begins with its parent's."""
+    try:
+        status = Path("/proc/self/status").read_text("ascii", "replace")
+    except OSError:  # not Linux
+        return False
+    peaks = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")]
+    return bool(peaks) and int(peaks[0]) << 10 > RETIRING_BYTES
 
 
 def limit(kind: int, most: int) -> None:

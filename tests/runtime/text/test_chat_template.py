@@ -18,6 +18,7 @@ from subspec.runtime.text import chat_template
 from subspec.runtime.text.chat_template import (
     CPU_SECONDS,
     LONGEST_TEXT,
+    RETIRING_BYTES,
     TemplateWorker,
     render,
     reply_to,
@@ -239,6 +240,16 @@ def test_a_child_that_took_much_memory_retires() -> None:
         before = child_of(worker)
         assert worker.render("{{ ('a' * 300000000) | length }}", {}) == "300000000"
         assert worker.render("a", {}) == "a" and child_of(worker) != before
+
+
+def test_a_child_of_a_large_process_serves_on() -> None:
+    """A server holds gigabytes, and the peak that getrusage tells is handed on to children."""
+    large = b"x" * (RETIRING_BYTES + (64 << 20))
+    with TemplateWorker() as worker:
+        worker.render("a", {})
+        before = child_of(worker)
+        worker.render("a", {})
+        assert child_of(worker) == before and len(large) > RETIRING_BYTES
 
 
 def test_a_render_that_waits_too_long_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
