@@ -18,6 +18,7 @@ from subspec.runtime.server.chat_events import (
     ToolCallDelta,
     ToolCallStart,
 )
+from subspec.runtime.server.errors import engine_error
 from subspec.runtime.server.generation import QueueFull
 
 JSON = dict[str, Any]
@@ -173,7 +174,7 @@ def test_arguments_that_a_limit_cuts_off_are_still_an_object() -> None:
 
 
 def test_an_engine_that_fails_in_the_midst_ends_the_stream_with_an_error() -> None:
-    error = SubspecError(Exit.RESOURCES, "the disk is gone")
+    error = engine_error(SubspecError(Exit.RESOURCES, "the disk is gone"))
     events = streamed({}, TextDelta("Hel"), error)
     assert events[-1] == {
         "type": "error",
