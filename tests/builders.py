@@ -77,6 +77,7 @@ def make_plan(
     """
     storage = storage or raw_storage(spec)
     verify_widths = verify_widths or (-(-(1 + width * depth) // 8) * 8,)
+    prefill_tokens = max(context, verify_widths[0])
     stay = choose_resident(storage, int(storage.num_bytes * resident_share))
     resident = [part for part in stay if part.encoding == "raw"]
     residuals = [part for part in stay if part.encoding == "residual"]
@@ -90,7 +91,7 @@ def make_plan(
             num_sequences,
             verify_widths[-1],
             draft_width,
-            context,
+            prefill_tokens,
             num_threads,
             verify_widths[0],
             ring,
@@ -121,7 +122,7 @@ def make_plan(
         prompt_widths=verify_widths,
         num_threads=num_threads,
         int4_kernel=int4_kernel,
-        prefill_tokens=context,
+        prefill_tokens=prefill_tokens,
         placements=placements,
         residuals=storage.residuals,
         predicted={},

@@ -222,7 +222,7 @@ def test_sequences_that_come_and_go_get_the_tokens_that_they_get_alone(
         third = engine.new_sequence()
         early = next(i for i, token in enumerate(alone[2]) if i > 8 and token not in alone[2][:i])
         third.begin(prompts[2], GenerationParams(NUM_TOKENS, how, frozenset([alone[2][early]])))
-        step(engine, 1)
+        step(engine, 2)
         begun = second.take_fresh()
         second.close()
         fourth = engine.new_sequence()

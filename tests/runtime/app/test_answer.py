@@ -200,6 +200,7 @@ def recorded(stats: Stats) -> tuple[Any, Any]:
     engine = SimpleNamespace(
         plan=replace(PLAN, tree=Tree(2, 4)),
         method=stats.method,
+        link_bandwidth=None,
         padded=True,
         device=torch.device("cpu"),
         peak=SimpleNamespace(peak_bytes=1),
