@@ -162,18 +162,18 @@ def workspace_bytes(spec: ModelSpec, device: DeviceKind, shape: Shape) -> int:
     sequences, width = shape.num_sequences, shape.verify_width
     # On a CPU prompts have the attention of verification, elsewhere the fast one.
     of_prompt = threads if device == "cpu" else None
-    prompt = pass_bytes(spec, device, 1, shape.prefill_tokens, slots, of_prompt)
-    prompt += logits_bytes(spec, sequences * shape.head_rows)
+    of_heads = logits_bytes(spec, sequences * shape.head_rows)
+    prompt = pass_bytes(spec, device, 1, shape.prefill_tokens, slots, of_heads, of_prompt)
     # All sequences verify, or all but one do while a piece of its prompt is read; the piece counts
     # as further sequences.
     piece = min(ROWS_IN_COMPANY, shape.prefill_tokens)
     verifying = max(sequences, sequences - 1 + -(-piece // width)) if sequences > 1 else 1
-    verification = pass_bytes(spec, device, verifying, width, slots, threads)
-    exact = max(prompt, verification + logits_bytes(spec, sequences * width))
+    of_heads = logits_bytes(spec, sequences * width)
+    exact = max(prompt, pass_bytes(spec, device, verifying, width, slots, of_heads, threads))
     if shape.draft_width is None:
         return aligned(exact) + (ALLOCATOR_BYTES if device == "cuda" else 0)
     rows = sequences * shape.draft_width
-    draft = pass_bytes(spec, device, sequences, shape.draft_width, slots)
+    draft = pass_bytes(spec, device, sequences, shape.draft_width, slots, 0)
     if device == "cpu":
         draft = max(draft, compiled_draft_bytes(spec, sequences, shape.draft_width, slots, threads))
     draft += 14 * rows * padded_vocabulary(spec)  # bf16 and f32 logits, sharpened f32
@@ -190,9 +190,10 @@ def pass_bytes(
     sequences: int,
     rows: int,  # of each sequence
     slots: int,
+    head_bytes: int,  # of the logits and what is chosen from them, when the layers' are gone
     exact_threads: int | None = None,  # of batch-invariant attention; None: fast attention
 ) -> int:
-    """Size of the activations in the layer that needs most."""
+    """Size of the activations in the layer that needs most, or of the head's."""
     every = sequences * rows
     masks = sequences * (rows * (rows + slots) + 8 * slots + rows * 64)
     residual = every * spec.hidden_size * spec.item_bytes
@@ -200,7 +201,7 @@ def pass_bytes(
         block_bytes(spec, device, body, sequences, rows, slots, exact_threads)
         for body in spec.bodies
     )
-    return 2 * residual + masks + max(blocks)
+    return 2 * residual + masks + max(head_bytes, *blocks)
 
 
 @lru_cache(maxsize=4096)
@@ -219,7 +220,8 @@ def block_bytes(
     result, norm = every * hidden * item, piece * hidden * (item + 12)
     if isinstance(body, Dense):
         inner, widest = body.inner_size, max(body.inner_size, hidden)
-        return result + every * inner * item + max(norm, 2 * piece * widest * item, result)
+        gates = every * inner * item * (2 if body.bias else 1)
+        return max(norm, gates + max(2 * piece * widest * item, result))
     some = min(rows, ATTENTION_ROWS)
     query, repeats = body.query_size, body.num_heads // body.num_kv_heads
     turned = 4 if spec.rope_in_f32 else item

@@ -79,8 +79,8 @@ def speculate(
     model: Model, turns: Sequence[Turn], pieces: Sequence[Piece] = ()
 ) -> tuple[list[Round], list[Read]]:
     """One round of every sequence, each of which emits one token at least, and the pieces of
-    prompts. Of rounds nothing is committed: `keep` is called once it is known how much of a round
-    is kept."""
+    prompts. Nothing is committed: `keep` is called once it is known how much of a round is kept,
+    and `keep_piece` for each piece."""
     assert model.drafter is not None
     with model.clock.phase("draft"):
         drafts = model.drafter.draft(turns)
@@ -113,7 +113,7 @@ def decode_unpadded(model: Model, turns: Sequence[Turn]) -> list[Round]:
 
 
 def read(model: Model, pieces: Sequence[Piece]) -> list[Read]:
-    """Exact keys and values of the pieces into their caches.
+    """Exact keys and values of the pieces into their caches; `keep_piece` commits them.
 
     Layer after layer over all of them, so that each weight streams once, whatever their lengths;
     only a plan too tight for a prompt's activations cuts it (`prefill_tokens`).
@@ -131,6 +131,11 @@ def keep(turn: Turn, done: Round, num_tokens: int) -> None:
     turn.max_tokens -= len(kept)
     for token in kept:
         turn.chooser.push(token)
+
+
+def keep_piece(piece: Piece) -> None:
+    """Commits a piece of a prompt that was read."""
+    piece.cache.commit(list(piece.tokens))
 
 
 def padded_width(plan: Plan, num_nodes: int) -> int:
@@ -181,9 +186,8 @@ def chosen(logits: Tensor, turn: Turn) -> Round:
 
 
 def finish(piece: Piece, logits: Tensor) -> Read:
-    """Commits a piece. logits [rows, V]: as `head_rows` says."""
-    cache, num_tokens = piece.cache, len(piece.tokens)
-    cache.commit(list(piece.tokens))
+    """What the logits [rows, V] say, which are those of the piece's `head_rows`."""
+    num_tokens = len(piece.tokens)
     last = logits[min(num_tokens, len(logits)) - 1]
     own = tuple(
         logprobs_of(row, token, piece.num_following_logprobs)
@@ -191,7 +195,7 @@ def finish(piece: Piece, logits: Tensor) -> Read:
     )
     if piece.chooser is None:
         return Read(prompt_logprobs=own)
-    first, count = piece.chooser.choose(last, cache.length), piece.num_logprobs
+    first, count = piece.chooser.choose(last, piece.cache.length + num_tokens), piece.num_logprobs
     return Read(first, () if count is None else (logprobs_of(last, first, count),), own)
 
 

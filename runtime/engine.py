@@ -254,8 +254,8 @@ class Engine:
             rounds, reads = self._passes([one.turn for one in active], list(pieces.values()))
         self.num_prompts += len(pieces)
         seconds = {k: v - before[0].get(k, 0.0) for k, v in clock.seconds.items()}
-        for sequence, done in zip(pieces, reads, strict=True):
-            sequence.take_read(done, sum(seconds.values()))
+        for (sequence, piece), done in zip(pieces.items(), reads, strict=True):
+            sequence.take_read(piece, done, sum(seconds.values()))
         for sequence, round_ in zip(active, rounds, strict=True):
             sequence.take(
                 round_,

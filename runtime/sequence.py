@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.plan import Method
-from subspec.runtime.decode import Piece, Read, Round, keep
+from subspec.runtime.decode import Piece, Read, Round, keep, keep_piece
 from subspec.runtime.draft.drafter import Turn
 from subspec.runtime.model.cache import Cache
 from subspec.runtime.model.constraint import Constraint
@@ -170,8 +170,9 @@ class Sequence:
             num_following_logprobs=params.prompt_logprobs,
         )
 
-    def take_read(self, done: Read, seconds: float) -> None:
+    def take_read(self, piece: Piece, done: Read, seconds: float) -> None:
         """A piece of the prompt was read. After the last one this sequence decodes."""
+        keep_piece(piece)
         self.prompt_logprobs += done.prompt_logprobs
         so_far = self.stats.time_to_first_token_seconds
         self.stats = replace(self.stats, time_to_first_token_seconds=so_far + seconds)

@@ -20,7 +20,15 @@ from subspec.planner.rehearse.calibration import Sample, in_turns, sample_ids
 from subspec.planner.rehearse.corrections import PredictFor, Rounds, Timed
 from subspec.planner.rehearse.replay import DEEPEST, WIDTHS, Answer, Grown, curves_of, walk
 from subspec.planner.solve.problem import make_tree
-from subspec.runtime.decode import Piece, keep, prompt_calls, read, speculate, tokens_that_fit
+from subspec.runtime.decode import (
+    Piece,
+    keep,
+    keep_piece,
+    prompt_calls,
+    read,
+    speculate,
+    tokens_that_fit,
+)
 from subspec.runtime.draft.drafter import SubstituteDrafter, Turn
 from subspec.runtime.engine import Engine, OpenOptions, kernel_sources
 from subspec.runtime.model.cache import Cache
@@ -158,6 +166,7 @@ def read_together(engine: Engine, caches: Several[Cache], prompts: Several[list[
                 pieces[n] = Piece(cache, unread[:count], ends)
                 room -= sum(prompt_calls(plan, count))
         for n, done in zip(pieces, read(model, list(pieces.values())), strict=True):
+            keep_piece(pieces[n])
             if done.first is not None:
                 first_tokens[n] = done.first
     return [first_tokens[n] for n in range(len(prompts))]

@@ -171,3 +171,26 @@ def test_a_constraint_that_fails_ends_its_own_answer_only(artifact: Artifact) ->
                 pass
             assert free.take_fresh() == expected
             assert generated(failing, PROMPT, GenerationParams(40)) == expected
+
+
+class FailingAtOnce(Counted):
+    def allowed(self) -> Tensor:
+        raise SubspecError(Exit.USAGE, "nothing can follow")
+
+
+def test_a_prompt_whose_answer_cannot_begin_holds_up_no_other(artifact: Artifact) -> None:
+    """Both prompts are read by one pass."""
+    shared = replan(artifact, width=2, depth=5, resident_share=1.0, num_sequences=2)
+    with Engine.open(shared) as engine:
+        with engine.new_sequence() as sequence:
+            expected = generated(sequence, PROMPT, GenerationParams(10))
+        with engine.new_sequence() as failing, engine.new_sequence() as free:
+            constraint = FailingAtOnce(artifact.spec.vocab_size)
+            failing.begin(PROMPT, GenerationParams(10, constraint=constraint))
+            free.begin(PROMPT, GenerationParams(10))
+            with pytest.raises(SubspecError, match="nothing can follow"):
+                engine.step()
+            assert not engine.is_active(failing)
+            while engine.step():
+                pass
+            assert free.take_fresh() == expected

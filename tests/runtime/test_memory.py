@@ -141,6 +141,12 @@ SPECS = {
         num_layers=2, num_heads=8, num_kv_heads=1, hidden_size=128, head_size=32, inner_size=64,
         vocab_size=512, qk_norm=True, output_bias=True, mlp_bias=True,
     ),
+    "biases of a wide feed-forward": make_spec(
+        num_layers=2, hidden_size=128, head_size=32, inner_size=1024, vocab_size=512, mlp_bias=True,
+    ),
+    "many tokens": make_spec(
+        num_layers=1, hidden_size=64, head_size=32, inner_size=128, vocab_size=40_960,
+    ),
     "a KV head for each head, f32 ropes": changed(
         replace(SMALL, rope_in_f32=True), num_kv_heads=4
     ),

@@ -33,7 +33,7 @@ from subspec.artifacts.native import cpp
 from subspec.artifacts.plan import Tree
 from subspec.planner.build.quantize import quantize
 from subspec.planner.model.hub import DEMO
-from subspec.runtime.decode import Piece, causal_rows, read
+from subspec.runtime.decode import Piece, causal_rows, keep_piece, read
 from subspec.runtime.draft import compiled_layers
 from subspec.runtime.draft.beam import Growing, Level
 from subspec.runtime.draft.compiled_layers import (
@@ -582,7 +582,9 @@ def test_the_demo_models_drafts_are_those_of_the_twin(tmp_path: Path) -> None:
             generator = torch.Generator().manual_seed(seed)
             prompt = torch.randint(3, 1000, (30 + 9 * seed,), generator=generator).tolist()
             cache.roll_back(0)
-            [done] = read(engine.model, [Piece(cache, prompt, Chooser(Sampling()))])
+            piece = Piece(cache, prompt, Chooser(Sampling()))
+            [done] = read(engine.model, [piece])
+            keep_piece(piece)
             root = done.first
             assert root is not None
             [tree] = drafter.draft([Turn(cache, root, 100)])
