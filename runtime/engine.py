@@ -114,7 +114,8 @@ class Engine:
         self._decoding: list[Sequence] = []
         self._resources = resources
         self._closed = False
-        self._watched_lengths = dict[int, int]()  # of caches, by number of sequences
+        # By the numbers of sequences that decode and that read
+        self._watched_lengths = dict[tuple[int, int], int]()
 
     @classmethod
     def open(
@@ -249,8 +250,9 @@ class Engine:
             return False
         exact, clock = self.model.exact, self.model.clock
         before = dict(clock.seconds), exact.wait_seconds, exact.streamed_bytes
-        length = max((one.cache.length for one in active), default=0)
-        with self.peak.watch() if pieces else self._watched(len(active), length):
+        sizes = [one.cache.length for one in active]
+        sizes += [piece.cache.length + len(piece.tokens) for piece in pieces.values()]
+        with self._watched((len(active), len(pieces)), max(sizes)):
             rounds, reads = self._passes([one.turn for one in active], list(pieces.values()))
         self.num_prompts += len(pieces)
         seconds = {k: v - before[0].get(k, 0.0) for k, v in clock.seconds.items()}
@@ -332,13 +334,13 @@ class Engine:
         torch.set_num_threads(self.plan.num_threads)
 
     @contextmanager
-    def _watched(self, num_sequences: int, length: int) -> Iterator[None]:
-        """Temporaries grow with the number of sequences and the longest cache, and watching them
-        takes time: at each doubling of the length."""
-        if length < 2 * self._watched_lengths.get(num_sequences, 0):
+    def _watched(self, company: tuple[int, int], length: int) -> Iterator[None]:
+        """Temporaries grow with the numbers of sequences and the longest text, and watching them
+        takes time: each time that it is longer by a quarter."""
+        if 4 * length < 5 * self._watched_lengths.get(company, 0):
             yield
             return
-        self._watched_lengths[num_sequences] = length
+        self._watched_lengths[company] = length
         with self.peak.watch():
             yield
 

@@ -663,13 +663,13 @@ def test_all_weights_are_raw_where_decoding_is_slower_than_the_link() -> None:
 
 
 def test_some_weights_are_raw_where_that_keeps_link_and_decoder_busy() -> None:
-    plan = plan_for(9_000_000, profile=decoding_at(6e7))
+    plan = plan_for(8_800_000, profile=decoding_at(6e7))
     assert 5 < len(plan.residuals) < NUM_PARTS - 5
     predicted = plan.predicted["substitute"]
     assert predicted.stream_seconds == pytest.approx(predicted.compute_seconds, rel=0.3)
     for encoding in ("raw", "residual"):
         constraints = Constraints(context=256, encoding=encoding)
-        assert speed(plan_for(9_000_000, constraints, profile=decoding_at(6e7))) < speed(plan)
+        assert speed(plan_for(8_800_000, constraints, profile=decoding_at(6e7))) < speed(plan)
 
 
 def test_a_split_layer_stays_in_half_the_bytes() -> None:
