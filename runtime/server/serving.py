@@ -38,6 +38,24 @@ class Server(uvicorn.Server):
         yield
 
 
+def server_of(app: ASGIApp) -> Server:
+    config = uvicorn.Config(
+        app,
+        http="h11",
+        ws="none",
+        loop="asyncio",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        limit_concurrency=MOST_CONNECTIONS,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=FINISH_SECONDS,
+    )
+    return Server(config)
+
+
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket; port 0: a free one. Raises SubspecError(RESOURCES)."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -80,21 +98,7 @@ async def run(
     shutdown_seconds: float,
     told: Callable[[Status], None],
 ) -> Exit:
-    config = uvicorn.Config(
-        app,
-        http="h11",
-        ws="none",
-        loop="asyncio",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        limit_concurrency=MOST_CONNECTIONS,
-        timeout_keep_alive=75,
-        timeout_graceful_shutdown=FINISH_SECONDS,
-    )
-    server = Server(config)
+    server = server_of(app)
     with first_signal() as signalled:
         serving = asyncio.create_task(server.serve(sockets=[listening]))
         sweeping = asyncio.create_task(close_idle(server))
