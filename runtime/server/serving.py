@@ -62,10 +62,10 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=1024)
     except (OSError, OverflowError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
+        reason = str(error.strerror if isinstance(error, OSError) else error)
         raise SubspecError(
             Exit.RESOURCES,
-            f"cannot listen on {host} port {port}: {reason}",
+            f"cannot listen on {host} port {port}: {reason.partition(' (while')[0]}",
             "give another --host or --port; --port 0 takes a free one",
         ) from None
 
