@@ -18,6 +18,8 @@ SENTENCES = {
     "listening": "listening on {address}",
     "loading": "loading {model}",
     "ready": "ready on {address}: {model}, context {context}, {sequences} at once",
+    "stopping": "stopping",
+    "draining": "{running} running: {seconds:g} s to end; a second signal ends the process at once",
     "request": "{method} {path} {status} in {seconds:.3f} s, id {id}",
 }
 
@@ -40,6 +42,8 @@ class LineFormatter(logging.Formatter):
             return json.dumps(found | ({"traceback": trace} if trace else {}))
         said = SENTENCES[record.msg].format(**fields) if record.msg in SENTENCES else message
         line = printable(f"{when:%Y-%m-%dT%H:%M:%SZ} {said}")
+        if sys.stderr.isatty():  # the line may have begun with progress, or with the ^C of a key
+            line = f"\r\033[K{line}"
         return f"{line}\n{trace}" if trace else line
 
 

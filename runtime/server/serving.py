@@ -1,6 +1,7 @@
 """The life of a server process: it listens, loads, answers, drains and ends."""
 
 import asyncio
+import logging
 import os
 import signal
 import socket
@@ -19,6 +20,7 @@ from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.signals import take
 from subspec.runtime.server.admission import Admission, engine_failed, shutting_down
 from subspec.runtime.server.generation import Status
+from subspec.runtime.server.journal import NAME
 
 MOST_CONNECTIONS = 512
 IDLE_SECONDS = 15.0  # of a connection that has sent no whole request
@@ -133,6 +135,10 @@ async def ended(
         await admission.drained(FINISH_SECONDS)
         return Exit.UNEXPECTED
     admission.closing = True
+    logger = logging.getLogger(NAME)
+    logger.info("stopping", {"signal": signalled.result()})
+    if admission.num_live:
+        logger.info("draining", {"running": admission.num_live, "seconds": shutdown_seconds})
     if await admission.drained(shutdown_seconds):
         return Exit.OK
     admission.cut(shutting_down())
