@@ -59,10 +59,12 @@ def start_log(form: LogFormat) -> logging.Logger:
 
 
 def request_log(logger: logging.Logger) -> Callable[[str, str, str, int, float], None]:
-    """Logs a line for each request, but not for a supervisor's successful ones."""
+    """Logs a line for each request, but not for a supervisor's that succeed, nor for the chat page's
+    files, which are two dozen."""
 
     def log(request_id: str, method: str, path: str, status: int, seconds: float) -> None:
-        if path.startswith("/health") and status < 500:
+        is_asked_often = path.startswith("/health") and status < 500
+        if is_asked_often or (path.startswith("/page/") and status < 400):
             return
         logger.info(
             "request",

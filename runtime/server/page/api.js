@@ -92,7 +92,7 @@ function memoryOf(props) {
   const memory = props.memory ?? {};
   const budget = numberOf(memory.budget_bytes);
   const peak = numberOf(memory.peak_bytes);
-  return budget === null ? null : { budget, peak };
+  return budget === null ? null : { budget, peak: peak || null }; // 0: nothing has loaded yet
 }
 
 function numberOf(...values) {
