@@ -59,8 +59,8 @@ def start_log(form: LogFormat) -> logging.Logger:
 
 
 def request_log(logger: logging.Logger) -> Callable[[str, str, str, int, float], None]:
-    """Logs a line for each request, but not for a supervisor's that succeed, nor for the chat page's
-    files, which are two dozen."""
+    """Logs a line for each request, but not for a supervisor's that succeed, nor for the two dozen
+    files of the chat page."""
 
     def log(request_id: str, method: str, path: str, status: int, seconds: float) -> None:
         is_asked_often = path.startswith("/health") and status < 500
