@@ -92,8 +92,8 @@ def chat_app(server: ChatServer) -> FastAPI:
 
     async def props(request: Request) -> Response:
         memory = {"budget_bytes": 8_000_000_000, "peak_bytes": 7_912_000_000}
-        template = "{% if enable_thinking %}{{ reasoning_effort }}{% endif %}"
-        return refusal(request) or JSONResponse({"chat_template": template, "memory": memory})
+        caps = {"supports_enable_thinking": True, "supports_reasoning_effort": True}
+        return refusal(request) or JSONResponse({"chat_template_caps": caps, "memory": memory})
 
     async def chat(request: Request) -> Response:
         if refused := refusal(request):

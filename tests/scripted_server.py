@@ -18,7 +18,7 @@ from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.signals import end_at_once
 from subspec.planner.model.hub import DEMO
 from subspec.runtime.server import serving
-from subspec.runtime.server.assembly import Settings, serve_engine
+from subspec.runtime.server.assembly import Settings, listening_told, serve_engine
 from subspec.runtime.server.generation import Status
 from subspec.runtime.text.tokenizer import load_tokenizer
 
@@ -65,12 +65,14 @@ def main(life: Life) -> None:
     engine = TimedEngine(tokenizer, [script])
     engine.life = life
     assert CONTEXT > 2 * life.num_words
+    settings = Settings(
+        shutdown_seconds=life.shutdown_seconds,
+        log_format="json" if life.log_format == "json" else "text",
+    )
     with socket.create_server(("127.0.0.1", 0)) as listening:
+        listening_told(settings, listening)
         code = serve_engine(
-            Settings(
-                shutdown_seconds=life.shutdown_seconds,
-                log_format="json" if life.log_format == "json" else "text",
-            ),
+            settings,
             model_of(tokenizer),
             tokenizer,
             engine,

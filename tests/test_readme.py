@@ -11,9 +11,11 @@ TREE = README.partition("## The tree")[2].partition("```")[2].partition("```")[0
 
 
 def listed(folder: Path) -> set[str]:
-    """The names on the folder's line of the tree, up to two spaces; a subfolder's is indented."""
+    """The names on the folder's lines of the tree, up to three spaces; a subfolder's is indented,
+    and so is what continues a line."""
     depth = len(folder.relative_to(ROOT).parts) - 1
-    block = re.split(rf"\n{folder.relative_to(ROOT).parts[0]}/ +", "\n" + TREE)[1]
+    tree = re.sub(r"(?<! ) *\n {15}(?=\S)", " ", TREE)
+    block = re.split(rf"\n{folder.relative_to(ROOT).parts[0]}/ +", "\n" + tree)[1]
     lines = ["  " * depth + folder.name + "/ " + block] if not depth else block.splitlines()
     line = next(one for one in lines if re.match(rf" *{folder.name}/", one))
     return set(re.split(r"/ +", line.splitlines()[0], maxsplit=1)[1].split("   ")[0].split())
@@ -36,9 +38,10 @@ def test_every_make_target_that_is_named_exists() -> None:
 def test_every_option_that_is_named_exists() -> None:
     from subspec.planner.cli import main as plan
     from subspec.runtime.cli import main as run
+    from subspec.runtime.server.cli import main as serve
 
-    known = {name for command in (plan, run) for p in command.params for name in p.opts}
-    for line in re.findall(r"subspec-(?:plan|run) [^\n`|]*", README):
+    known = {name for command in (plan, run, serve) for p in command.params for name in p.opts}
+    for line in re.findall(r"subspec-(?:plan|run|serve) [^\n`|]*", README):
         assert set(re.findall(r"--[a-z-]+", line)) <= known, line
 
 

@@ -36,6 +36,7 @@ class Opening:
     link_bandwidth: int | None = None
     padded: bool = True
     graphs: bool = True
+    sequences: int | None = None  # that the plan must have memory for; None: any number
 
 
 def trust_kernels(artifact: Artifact) -> None:
@@ -56,6 +57,7 @@ def planned_for_here(artifact: Artifact, how: Opening) -> Artifact:
         how.device,
         how.link_bandwidth,
         progress_line() if sys.stderr.isatty() else lambda *_: None,  # elsewhere only the note
+        how.sequences,
     )
     if note:
         say(f"note: {note}")

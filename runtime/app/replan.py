@@ -35,7 +35,7 @@ STEPS = 32  # of a plan's budget: free memory varies between runs, the cached pl
 MOST_KEPT = 64
 
 # If only the machine differs, the stored plan still runs, at another speed.
-Cause = Literal["machine", "budget", "device", "memory"]
+Cause = Literal["machine", "budget", "device", "memory", "sequences"]
 Progress = Callable[[str, float], None]
 
 
@@ -61,6 +61,7 @@ class Mismatch:
     context: int | None  # None: the planner's choice, for a smaller budget
     here: Here
     said: str  # both, in one sentence
+    num_sequences: int | None = None  # None: as many as the plan's constraints say
 
 
 def fitted(
@@ -70,12 +71,14 @@ def fitted(
     device: str | None,
     link_bandwidth: int | None,
     progress: Progress = lambda stage, share: None,
+    sequences: int | None = None,
 ) -> tuple[Artifact, str]:
     """The artifact with a plan that can be used here, and a sentence on why it is a new one; "" if
-    it is not. method None: the plan's. Raises the planner's own SubspecError."""
+    it is not. method None: the plan's. sequences: how many the plan must have memory for. Raises
+    the planner's own SubspecError."""
     plan = artifact.plan
     here = look_around(plan, device)
-    found = mismatch(plan, method or plan.method, here, vram) if here else None
+    found = mismatch(plan, method or plan.method, here, vram, sequences) if here else None
     if found is None:
         return artifact, ""
     try:
@@ -111,18 +114,22 @@ def look_around(plan: Plan, device: str | None) -> Here | None:
     return Here(chosen, machine_name(gpu), torch.cuda.mem_get_info(gpu)[0])
 
 
-def mismatch(plan: Plan, method: Method, here: Here, vram: int | None) -> Mismatch | None:
+def mismatch(
+    plan: Plan, method: Method, here: Here, vram: int | None, sequences: int | None = None
+) -> Mismatch | None:
     """Why `plan` cannot be used `here`; None if it can. vram: the user's budget, if given; one
-    larger than the plan's matters only if re-planning is needed anyway."""
+    larger than the plan's matters only if re-planning is needed anyway. sequences: how many are
+    needed."""
     placement = plan.placement(method)
     wanted = plan.budget_bytes if vram is None else vram
     same_kind, foreign = here.kind == plan.device, here.machine != plan.machine
     overhead = placement.ledger.overhead if same_kind else 0
     cramped = same_kind and placement.ledger.total_bytes - overhead > here.free_bytes
     reduced = wanted < plan.budget_bytes
-    if not (foreign or cramped or reduced):
+    more = sequences is not None and sequences > plan.num_sequences
+    if not (foreign or cramped or reduced or more):
         return None
-    budget = wanted if foreign else min(wanted, plan.budget_bytes)
+    budget = wanted if foreign or more else min(wanted, plan.budget_bytes)
     room = int((here.free_bytes + overhead) * (1 - MARGIN))
     free = ""
     if budget > room:
@@ -131,20 +138,32 @@ def mismatch(plan: Plan, method: Method, here: Here, vram: int | None) -> Mismat
             step = max(1, 1 << room.bit_length() >> 6)
         budget = max(1, room // step) * step
         free = f", but only {format_size(here.free_bytes)} are free"
+    cause: Cause = "sequences" if more else "machine"
+    if cramped or not same_kind or reduced:
+        cause = "memory" if cramped else "device" if not same_kind else "budget"
     if foreign:
         planned = "planned on another machine" if same_kind else f"planned for {plan.device}"
         planned += f" ({plan.machine})"
         target = "this one" if same_kind else here.device
         target += "" if budget == plan.budget_bytes else f" and {format_size(budget)}"
+        target += f" and {counted(sequences or 1)}" if more else ""
+    elif more and budget == plan.budget_bytes:
+        planned, target = f"planned for {counted(plan.num_sequences)}", counted(sequences or 1)
     else:
         planned, target = f"planned for {format_size(plan.budget_bytes)}", format_size(budget)
+        target += f" and {counted(sequences or 1)}" if more else ""
     return Mismatch(
-        "memory" if cramped else "device" if not same_kind else "budget" if reduced else "machine",
+        cause,
         budget,
         plan.context if budget >= plan.budget_bytes else None,
         here,
         f"{planned}{free}: re-planned for {target}",
+        sequences if more else None,
     )
+
+
+def counted(num_sequences: int) -> str:
+    return "1 sequence" if num_sequences == 1 else f"{num_sequences} sequences"
 
 
 def solve_again(
@@ -177,6 +196,7 @@ def planner_words(artifact: Artifact, found: Mismatch) -> list[str]:
     words = ["--from", str(artifact.path), "--vram", f"{found.budget_bytes}B"]
     words += ["--device", found.here.device]
     constraints = artifact.plan.constraints
+    sequences = found.num_sequences or constraints.num_sequences
     fixed = {
         "--context": found.context,
         "--width": constraints.width,
@@ -184,7 +204,7 @@ def planner_words(artifact: Artifact, found: Mismatch) -> list[str]:
         "--method": constraints.method,
         "--draft-min-probability": constraints.min_path_probability,
         "--ram": f"{constraints.ram_bytes}B" if constraints.ram_bytes else None,
-        "--sequences": constraints.num_sequences if constraints.num_sequences > 1 else None,
+        "--sequences": sequences if sequences > 1 else None,
     }
     return words + [str(word) for pair in fixed.items() if pair[1] is not None for word in pair]
 
@@ -205,6 +225,7 @@ def entry_name(artifact: Artifact, found: Mismatch, link_bandwidth: int | None) 
         "machine": found.here.machine,
         "device": found.here.device,
         "budget_bytes": found.budget_bytes,
+        "sequences": found.num_sequences,
         "link_bandwidth": link_bandwidth,
         "subspec": version("subspec"),
     }

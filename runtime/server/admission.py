@@ -86,6 +86,11 @@ class Admission:
         self._live.add(admitted)
         return admitted
 
+    @property
+    def num_live(self) -> int:
+        """Answers that have been begun and have not ended."""
+        return len(self._live)
+
     async def drained(self, timeout_seconds: float) -> bool:
         """Waits for the answers that have been begun. Returns False if some are left."""
         limit = time.monotonic() + timeout_seconds

@@ -17,7 +17,7 @@ from subspec.runtime.server.app import make_app
 from subspec.runtime.server.chat_events import Chat, CountTokens
 from subspec.runtime.server.generation import Generator, ServedEngine, Status
 from subspec.runtime.server.guards import OPEN_PATHS, GuardSettings, is_loopback
-from subspec.runtime.server.journal import LogFormat, request_log, start_log
+from subspec.runtime.server.journal import NAME, LogFormat, request_log, start_log
 from subspec.runtime.server.metrics import Metrics
 from subspec.runtime.server.model_info import ModelInfo
 from subspec.runtime.server.service import Service
@@ -75,6 +75,12 @@ def guard_settings(settings: Settings) -> GuardSettings:
     return GuardSettings(settings.keys, hosts, (*OPEN_PATHS, *sorted(chat_page.PATHS)))
 
 
+def listening_told(settings: Settings, listening: socket.socket) -> None:
+    """Begins the log."""
+    logger = start_log(settings.log_format)
+    logger.info("listening", {"address": address_of(listening)})
+
+
 def serve_engine(
     settings: Settings,
     model: ModelInfo,
@@ -86,7 +92,7 @@ def serve_engine(
     listening: socket.socket,
     progress: Progress,
 ) -> Exit:
-    """Serves until a signal comes; returns and raises as `serve`."""
+    """Serves until a signal comes; returns and raises as `serve`. The log has begun."""
     metrics = Metrics(model.id, model.width, model.depth, model.predicted_tokens_per_second)
     admission = Admission(engine, model.context, model.vocab_size, metrics)
     service = Service(
@@ -100,10 +106,10 @@ def serve_engine(
         settings.refuse_unknown,
         template_caps,
     )
-    logger = start_log(settings.log_format)
+    logger = logging.getLogger(NAME)
     app = make_app(service, guard_settings(settings), settings.cors_origins, request_log(logger))
     address = address_of(listening)
-    logger.info("listening", {"address": address, "model": model.id})
+    logger.info("loading", {"model": model.id})
     told = partial(tell, logger, model, address, progress, set())
     return serve(app, admission, listening, settings.shutdown_seconds, told)
 

@@ -2,9 +2,9 @@
 be fetched.
 
 The files have no secrets, and a browser sends no key for them: PATHS are open without one. The page
-asks only this server, through /v1/models, /v1/chat/completions and /props. Of /props it reads
-`chat_template`, `chat_template_caps.supports_thinking`, `chat_template_caps.reasoning_efforts` and
-`memory` {"budget_bytes", "peak_bytes"}; it does without what is missing.
+asks only this server, through /v1/models, /v1/chat/completions and /props. Of the latter it reads
+`chat_template_caps` (`supports_enable_thinking`, `supports_reasoning_effort`) and `memory`
+(`budget_bytes`, `peak_bytes`); it does without what is missing.
 """
 
 import hashlib

@@ -1,5 +1,6 @@
 """Errors as HTTP answers, in the form of each dialect."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ FINAL = {"x-should-retry": "false"}
 RETRY_SECONDS = 5  # after which a server that loads or closes may be asked again
 INTERNAL = "the server failed; its log says why"
 LONGEST_MESSAGE = 1000  # characters
+OF_A_COMMAND = re.compile(r"(?<!\S)--[a-z]|\bsubspec-[a-z]")
 ANTHROPIC_KINDS = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -88,7 +90,9 @@ def engine_error(error: SubspecError) -> ApiError:
 
 
 def said(error: SubspecError) -> str:
-    message = f"{error.message} ({error.hint})" if error.hint else error.message
+    """In a sentence. A hint about a command line is not for clients, who have none."""
+    told = bool(error.hint) and not OF_A_COMMAND.search(error.hint)
+    message = f"{error.message} ({error.hint})" if told else error.message
     return message[:LONGEST_MESSAGE]
 
 

@@ -13,6 +13,15 @@ from subspec.artifacts.common.command import printable
 LogFormat = Literal["text", "json"]
 LONGEST_PATH = 200  # characters
 NAME = "subspec.server"
+# How an event reads as text.
+SENTENCES = {
+    "listening": "listening on {address}",
+    "loading": "loading {model}",
+    "ready": "ready on {address}: {model}, context {context}, {sequences} at once",
+    "stopping": "stopping",
+    "draining": "{running} running: {seconds:g} s to end; a second signal ends the process at once",
+    "request": "{method} {path} {status} in {seconds:.3f} s, id {id}",
+}
 
 
 class LineFormatter(logging.Formatter):
@@ -23,15 +32,18 @@ class LineFormatter(logging.Formatter):
         self._form = form
 
     def format(self, record: logging.LogRecord) -> str:
-        time = datetime.fromtimestamp(record.created, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        when = datetime.fromtimestamp(record.created, UTC)
         trace = self.formatException(record.exc_info) if record.exc_info else None
         fields = record.args if isinstance(record.args, dict) else {}
         message = record.msg if fields else record.getMessage()
         if self._form == "json":
+            time = when.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
             found = {"time": time, "level": record.levelname.lower(), "message": message, **fields}
             return json.dumps(found | ({"traceback": trace} if trace else {}))
-        said = " ".join(f"{value}" for value in fields.values())
-        line = printable(f"{time} {message} {said}".rstrip())
+        said = SENTENCES[record.msg].format(**fields) if record.msg in SENTENCES else message
+        line = printable(f"{when:%Y-%m-%dT%H:%M:%SZ} {said}")
+        if sys.stderr.isatty():  # the line may have begun with progress, or with the ^C of a key
+            line = f"\r\033[K{line}"
         return f"{line}\n{trace}" if trace else line
 
 
@@ -47,10 +59,12 @@ def start_log(form: LogFormat) -> logging.Logger:
 
 
 def request_log(logger: logging.Logger) -> Callable[[str, str, str, int, float], None]:
-    """Logs a line for each request, but not for a supervisor's successful ones."""
+    """Logs a line for each request, but not for a supervisor's that succeed, nor for the two dozen
+    files of the chat page."""
 
     def log(request_id: str, method: str, path: str, status: int, seconds: float) -> None:
-        if path.startswith("/health") and status < 500:
+        is_asked_often = path.startswith("/health") and status < 500
+        if is_asked_often or (path.startswith("/page/") and status < 400):
             return
         logger.info(
             "request",

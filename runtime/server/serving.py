@@ -1,6 +1,7 @@
 """The life of a server process: it listens, loads, answers, drains and ends."""
 
 import asyncio
+import logging
 import os
 import signal
 import socket
@@ -19,6 +20,7 @@ from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.signals import take
 from subspec.runtime.server.admission import Admission, engine_failed, shutting_down
 from subspec.runtime.server.generation import Status
+from subspec.runtime.server.journal import NAME
 
 MOST_CONNECTIONS = 512
 IDLE_SECONDS = 15.0  # of a connection that has sent no whole request
@@ -38,16 +40,34 @@ class Server(uvicorn.Server):
         yield
 
 
+def server_of(app: ASGIApp) -> Server:
+    config = uvicorn.Config(
+        app,
+        http="h11",
+        ws="none",
+        loop="asyncio",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        limit_concurrency=MOST_CONNECTIONS,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=FINISH_SECONDS,
+    )
+    return Server(config)
+
+
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket; port 0: a free one. Raises SubspecError(RESOURCES)."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=1024)
     except (OSError, OverflowError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
+        reason = str(error.strerror if isinstance(error, OSError) else error)
         raise SubspecError(
             Exit.RESOURCES,
-            f"cannot listen on {host} port {port}: {reason}",
+            f"cannot listen on {host} port {port}: {reason.partition(' (while')[0]}",
             "give another --host or --port; --port 0 takes a free one",
         ) from None
 
@@ -80,21 +100,7 @@ async def run(
     shutdown_seconds: float,
     told: Callable[[Status], None],
 ) -> Exit:
-    config = uvicorn.Config(
-        app,
-        http="h11",
-        ws="none",
-        loop="asyncio",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        limit_concurrency=MOST_CONNECTIONS,
-        timeout_keep_alive=75,
-        timeout_graceful_shutdown=FINISH_SECONDS,
-    )
-    server = Server(config)
+    server = server_of(app)
     with first_signal() as signalled:
         serving = asyncio.create_task(server.serve(sockets=[listening]))
         sweeping = asyncio.create_task(close_idle(server))
@@ -129,6 +135,10 @@ async def ended(
         await admission.drained(FINISH_SECONDS)
         return Exit.UNEXPECTED
     admission.closing = True
+    logger = logging.getLogger(NAME)
+    logger.info("stopping", {"signal": signalled.result()})
+    if admission.num_live:
+        logger.info("draining", {"running": admission.num_live, "seconds": shutdown_seconds})
     if await admission.drained(shutdown_seconds):
         return Exit.OK
     admission.cut(shutting_down())

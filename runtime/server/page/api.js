@@ -13,6 +13,7 @@ export class ServerError extends Error {
 }
 
 const KEY = "subspec.key";
+const EFFORTS = ["low", "medium", "high"];
 
 export function apiKey() {
   return sessionStorage.getItem(KEY) ?? "";
@@ -73,14 +74,12 @@ export async function describeServer() {
   const models = await getJson("/v1/models");
   const model = models?.data?.[0] ?? {};
   const props = await getJson("/props").catch(() => ({}));
-  const template = typeof props.chat_template === "string" ? props.chat_template : "";
   const caps = props.chat_template_caps ?? {};
-  const efforts = Array.isArray(caps.reasoning_efforts) ? caps.reasoning_efforts.map(String) : null;
   return {
     model: String(model.id ?? "model"),
     context: numberOf(model.meta?.n_ctx, model.max_model_len, model.context_length),
-    thinking: caps.supports_thinking ?? template.includes("enable_thinking"),
-    efforts: efforts ?? (template.includes("reasoning_effort") ? ["low", "medium", "high"] : []),
+    thinking: caps.supports_enable_thinking === true,
+    efforts: caps.supports_reasoning_effort === true ? EFFORTS : [],
     memory: memoryOf(props),
   };
 }
@@ -90,10 +89,10 @@ export async function currentMemory() {
 }
 
 function memoryOf(props) {
-  const memory = props.memory ?? props.subspec ?? {};
+  const memory = props.memory ?? {};
   const budget = numberOf(memory.budget_bytes);
   const peak = numberOf(memory.peak_bytes);
-  return budget === null ? null : { budget, peak };
+  return budget === null ? null : { budget, peak: peak || null }; // 0: nothing has loaded yet
 }
 
 function numberOf(...values) {

@@ -253,6 +253,36 @@ def test_a_mismatch_has_a_cause_a_budget_and_a_sentence(
     assert said in found.said and "\n" not in found.said
 
 
+def test_more_sequences_than_the_plan_has_memory_for_are_a_mismatch() -> None:
+    assert mismatch(PLAN, "substitute", HERE, None, 1) is None
+    larger_budget = 2 * PLAN.budget_bytes
+    for vram, budget, said in (
+        (None, PLAN.budget_bytes, "planned for 1 sequence: re-planned for 3 sequences"),
+        (100_000, 100_000, "re-planned for 100.00 KB (97.66 KiB) and 3 sequences"),
+        (larger_budget, larger_budget, " and 3 sequences"),
+    ):
+        found = mismatch(PLAN, "substitute", HERE, vram, 3)
+        assert found is not None and found.budget_bytes == budget and said in found.said
+        assert found.num_sequences == 3 and found.cause == (
+            "budget" if vram == 100_000 else "sequences"
+        )
+
+
+def test_a_plan_for_more_sequences_has_the_budget_and_context_of_the_old_one(
+    artifact: Path,
+) -> None:
+    before = open_artifact(artifact)
+    words = planner_words(before, Mismatch("sequences", 5, before.plan.context, HERE, "", 3))
+    assert words[words.index("--sequences") + 1] == "3"
+    anew, note = fitted(before, None, None, "cpu", None, sequences=3)
+    assert anew.plan.num_sequences == 3 and "re-planned for 3 sequences; to keep that: " in note
+    assert (anew.plan.budget_bytes, anew.plan.context) == (
+        before.plan.budget_bytes, before.plan.context,
+    )  # fmt: skip
+    again, _ = fitted(before, None, None, "cpu", None, sequences=3)  # from the cache
+    assert again.plan == anew.plan
+
+
 def test_the_context_is_kept_unless_the_budget_shrinks() -> None:
     elsewhere = replace(PLAN, machine=ELSEWHERE)
     for vram, context in ((None, PLAN.context), (100_000, None)):

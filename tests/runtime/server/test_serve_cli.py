@@ -1,24 +1,30 @@
 """subspec-serve as a person meets it before it serves: refusals, keys, what is missing."""
 
+import re
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from running import demo_artifact
 
 from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.runtime.app import planned_model
+from subspec.runtime.app.planned_model import ModelRequest
 from subspec.runtime.server import cli
-from subspec.runtime.server.cli import api_keys, main
+from subspec.runtime.server.cli import main
+from subspec.runtime.server.serve_options import Options, api_keys
 
 Capture = pytest.CaptureFixture[str]
 
 
-def refused(capsys: Capture, *words: str) -> str:
+def refused(capsys: Capture, *words: str, artifact: str | None = "artifact") -> str:
     """What is said to somebody who gives these words; the exit code must be that of usage."""
     with pytest.raises(SystemExit) as ended:
-        main(["artifact", *words])
+        main([*([artifact] if artifact else []), *words])
     assert ended.value.code == Exit.USAGE
     said = capsys.readouterr().err
-    assert said.startswith("error: ")
+    assert re.search("^error: ", said, re.MULTILINE)
     return said
 
 
@@ -69,10 +75,48 @@ def test_keys_are_lines_of_printable_ascii(tmp_path: Path) -> None:
         (["--prefix-cache", "5mb"], "'5mb' is not a size"),
         (["--log-format", "xml"], "'xml' is not one of"),
         (["--vram", "5MB", "--no-replan"], "exclude each other"),
+        (["--context", "99"], "--context was given without --model"),
+        (["--rehearse", "none"], "--rehearse was given without --model"),
+        (["--model", "demo", "--vram", "9MB"], "an ARTIFACT, artifact, and --model exclude"),
     ],
 )
 def test_a_wrong_option_is_one_sentence(capsys: Capture, words: list[str], expected: str) -> None:
     assert expected in refused(capsys, *words)
+
+
+def test_a_model_needs_a_budget_and_something_must_be_served(capsys: Capture) -> None:
+    assert "neither an ARTIFACT nor --model REF" in refused(capsys, artifact=None)
+    said = refused(capsys, "--model", "demo", artifact=None)
+    assert "--model was given without --vram" in said and "hint: add --vram" in said
+
+
+def test_what_a_person_fixes_is_passed_to_the_planner(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[ModelRequest]()
+
+    def plan(request: ModelRequest) -> Path:
+        asked.append(request)
+        return Path("planned")
+
+    monkeypatch.setattr(planned_model, "planned_model", plan)
+    options = Options(model="demo", vram=9_000_000)
+    given = replace(
+        options, context=200, sequences=2, device="cpu", link_bandwidth=5, rehearse="none"
+    )
+    for one in (options, given):
+        assert cli.planned_folder(one) == Path("planned")
+    assert asked == [
+        ModelRequest("demo", 9_000_000),
+        ModelRequest("demo", 9_000_000, "cpu", 200, 2, 5, "none"),
+    ]
+
+
+def test_more_sequences_than_planned_are_refused_where_nothing_may_be_re_planned(
+    capsys: Capture, tmp_path: Path
+) -> None:
+    words = ("--sequences", "3", "--no-replan", "--port", "0")
+    said = refused(capsys, *words, artifact=str(demo_artifact(tmp_path)))
+    assert "--sequences 3, but the plan has memory for 1" in said
+    assert "hint: subspec-plan --from " in said and said.endswith(" --sequences 3\n")
 
 
 def test_without_the_extra_it_says_what_to_install(

@@ -5,6 +5,7 @@ from pathlib import Path
 from served import serve
 
 from subspec.runtime.server.app import GETS, POSTS
+from subspec.runtime.server.dialect_endpoints import DIALECT_POSTS
 from subspec.runtime.server.guards import BODY_SECONDS, LARGEST_BODY, MOST_HELD, OPEN_PATHS
 from subspec.runtime.server.openai_chat_fields import MOST_TOOLS, ChatFields
 from subspec.runtime.server.openai_fields import (
@@ -25,9 +26,9 @@ def section(name: str) -> str:
 
 def test_every_endpoint_is_listed() -> None:
     listed = section("Endpoints")
-    for path, *_ in (*POSTS, *GETS, *((path,) for path in OPEN_PATHS)):
+    for path, *_ in (*POSTS, *DIALECT_POSTS, *GETS, *((path,) for path in OPEN_PATHS)):
         assert path.replace("{model:path}", "{id}") in listed, path
-    assert "/metrics" in listed
+    assert "/metrics" in listed and "`GET /`" in listed
 
 
 def test_every_field_that_is_read_is_listed() -> None:

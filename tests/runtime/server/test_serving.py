@@ -90,7 +90,7 @@ def test_it_lives_while_it_loads_says_when_it_is_ready_and_ends_cleanly() -> Non
         status, body = server.ask("/health/ready")
         assert status == 503 and "Loading model" in body
         assert server.ask(CHAT, BODY)[0] == 503
-        assert "org/model 512 2" in server.wait_for(" ready ")
+        assert "org/model, context 512, 2 at once" in server.wait_for(" ready ")
         assert server.ask("/health/ready")[0] == 200
         status, body = server.ask(CHAT, BODY)
         assert status == 200 and json.loads(body)["choices"][0]["message"]["content"]

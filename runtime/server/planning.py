@@ -1,0 +1,58 @@
+"""The server before it has a plan: /health says so, the chat page waits, and every other request is
+refused as while weights load."""
+
+import asyncio
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from socket import socket
+from threading import Thread
+
+from fastapi import FastAPI
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp
+
+from subspec.runtime.server.admission import LOADING
+from subspec.runtime.server.chat_page import page_router
+from subspec.runtime.server.errors import error_response, unavailable
+from subspec.runtime.server.guards import GuardSettings, guarded
+from subspec.runtime.server.serving import Server, close_idle, server_of
+
+
+@contextmanager
+def answering_meanwhile(listening: socket, guards: GuardSettings) -> Iterator[None]:
+    """Answers in a thread until the end of the block; `listening` stays open."""
+    server = server_of(planning_app(guards))
+    thread = Thread(target=asyncio.run, args=(served(server, listening.dup()),), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        while not server.started and thread.is_alive():  # else what it has accepted would be lost
+            time.sleep(0.01)
+        server.should_exit = True
+        thread.join()
+
+
+async def served(server: Server, listening: socket) -> None:
+    with listening:
+        sweeping = asyncio.create_task(close_idle(server))
+        await server.serve(sockets=[listening])
+        sweeping.cancel()
+
+
+def planning_app(guards: GuardSettings) -> ASGIApp:
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
+    app.add_route("/health", health)
+    app.include_router(page_router())
+    app.add_route("/{path:path}", refused, ["GET", "POST"])
+    return guarded(app, guards)
+
+
+async def health(request: Request) -> Response:
+    return JSONResponse({"status": "ok", "engine": "planning"})
+
+
+async def refused(request: Request) -> Response:
+    return error_response(unavailable(LOADING, 503), request.url.path)
