@@ -1,6 +1,9 @@
 """The clients that are tried: what is installed, and which script runs them."""
 
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -42,3 +45,24 @@ CLIENTS = (
     ),
     Client("aiperf", (("aiperf==0.13.0",),), ("aiperf_figures.py",), tokenizer=True),
 )
+
+LITELLM_PROXY = Client(
+    "litellm-proxy", (("litellm[proxy]==1.106.2",),), ("litellm_replicas.py",), limit_seconds=400
+)
+RAY = Client(
+    "ray", (("ray[serve]==2.60.0", "httpx==0.28.1"),), ("ray_replicas.py",), limit_seconds=400
+)
+
+
+def environment(client: Client, folder: Path) -> Path:
+    """The Python of the client's virtual environment, made unless it is there."""
+    place = folder / client.name
+    done = place / ".installed"
+    said = repr(client.installs)
+    if not done.exists() or done.read_text() != said:
+        subprocess.run([sys.executable, "-m", "venv", "--clear", place], check=True)
+        for packages in client.installs:
+            pip = [place / "bin" / "python", "-m", "pip", "install", "--quiet"]
+            subprocess.run([*pip, "--disable-pip-version-check", *packages], check=True)
+        done.write_text(said)
+    return place / "bin" / "python"

@@ -18,7 +18,7 @@ import urllib.request
 from contextlib import ExitStack
 from pathlib import Path
 
-from load import ask, load, wait_for_answers
+from load import ask, check_disconnect, load, wait_for_answers
 from server_process import ROOT, get, samples, wait_until_ready
 
 KEY = f"sk-{secrets.token_hex(16)}"  # of the proxy
@@ -145,6 +145,7 @@ def main() -> None:
         ends.callback(proxy.wait, 60)
         ends.callback(proxy.terminate)
         check_routing(url, replicas)
+        check_disconnect(url, MODEL, [one.url for one in replicas], KEY)
         check_kill(url, replicas)
         check_rolling_restart(url, replicas)
 

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from server_process import is_idle
+
 ANSWER_SECONDS = 120.0
 RETRY_SECONDS = 0.5
 
@@ -23,21 +25,37 @@ class Load:
     failures: list[str] = field(default_factory=list)
 
 
-def ask(url: str, model: str, key: str = "none", num_tokens: int = 40) -> int:
-    """The answer's tokens. Raises OSError."""
+def chat_request(
+    url: str, model: str, key: str, num_tokens: int | None, stream: bool
+) -> urllib.request.Request:
     body = {
         "model": model,
         "messages": [{"role": "user", "content": "Count the stars."}],
         "max_tokens": num_tokens,
         "ignore_eos": True,
+        "stream": stream,
     }
-    request = urllib.request.Request(
+    return urllib.request.Request(
         f"{url}/v1/chat/completions",
         json.dumps(body).encode(),
         {"content-type": "application/json", "authorization": f"Bearer {key}"},
     )
+
+
+def ask(url: str, model: str, key: str = "none", num_tokens: int = 40) -> int:
+    """The answer's tokens. Raises OSError."""
+    request = chat_request(url, model, key, num_tokens, stream=False)
     with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as response:
         return int(json.load(response)["usage"]["completion_tokens"])
+
+
+def check_disconnect(url: str, model: str, replicas: list[str], key: str = "none") -> None:
+    """The replicas at these addresses end an answer whose client goes away from the router."""
+    request = chat_request(url, model, key, None, stream=True)
+    with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as response:
+        while b"content" not in response.readline():
+            pass
+    assert all([is_idle(replica) for replica in replicas]), "an answer goes on without its client"
 
 
 @contextmanager

@@ -17,26 +17,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from clients import CLIENTS, Client
+from clients import CLIENTS, Client, environment
 from models import DEMO, HERE, ROOT, make_artifact
 from server_process import is_idle, samples, serving
 
 FAULTS = ("500", "502", "504")  # 503 is what a full server says
 SERVE = ("--port", "0", "--log-format", "json", "--sequences", "2", "--queue", "2", "--no-record")
-
-
-def environment(client: Client, folder: Path) -> Path:
-    """The Python of the client's virtual environment, made unless it is there."""
-    place = folder / client.name
-    done = place / ".installed"
-    said = repr(client.installs)
-    if not done.exists() or done.read_text() != said:
-        subprocess.run([sys.executable, "-m", "venv", "--clear", place], check=True)
-        for packages in client.installs:
-            pip = [place / "bin" / "python", "-m", "pip", "install", "--quiet"]
-            subprocess.run([*pip, "--disable-pip-version-check", *packages], check=True)
-        done.write_text(said)
-    return place / "bin" / "python"
 
 
 def run_script(
