@@ -139,6 +139,16 @@ def check_streamed_tools(client: openai.OpenAI, model: str) -> None:
     assert calls[0].function.parsed_arguments["city"] in CITIES  # as the tool is strict
 
 
+def check_allowed_tools(client: openai.OpenAI, model: str) -> None:
+    """Text or a call, as the model likes: a call of a strict tool is held to its schema."""
+    for tool in (WEATHER, {**WEATHER, "function": {**WEATHER["function"], "strict": False}}):
+        found = client.chat.completions.create(
+            model=model, messages=QUESTION, tools=[tool], max_tokens=64
+        )
+        assert found.choices[0].finish_reason in (*ENDS, "tool_calls")
+        assert found.choices[0].message.content or found.choices[0].message.tool_calls
+
+
 def check_parse(client: openai.OpenAI, model: str) -> None:
     found = client.chat.completions.parse(
         model=model, messages=QUESTION, response_format=Place, max_tokens=256
@@ -275,6 +285,7 @@ def main() -> None:
         check_disconnect,
         check_tools,
         check_streamed_tools,
+        check_allowed_tools,
         check_parse,
         check_logprobs,
         check_completions,
