@@ -2,6 +2,8 @@
 # make demo-chat a small real model (SmolLM2-135M-Instruct, from PyPI) in two thirds of its memory
 # make test      every quick test; make test-slow runs the others, make gpu-check what needs a GPU
 # make test-page the chat page in the system's Chromium
+# make compat    clients that people use, unmodified, against the real server (3 GB of them)
+# make compat-replicas   examples/ with two replicas on this machine
 # make lint      what a reviewer need not look for
 # make drills    does the budget hold for the whole life of a process?
 # make peers     other exact programs, for benchmarks/peers.py to compare ours with
@@ -18,7 +20,7 @@ LINK = 40MB
 CHAT_BUDGET = 175MB
 QUESTION = What is the difference between weather and climate?
 
-.PHONY: demo demo-chat test test-page test-real test-slow lint bench drills peers gpu-check gpu-check-here clean
+.PHONY: demo demo-chat test test-page test-real test-slow compat compat-replicas lint bench drills peers gpu-check gpu-check-here clean
 
 demo: demo-artifact/manifest.json
 	@echo "== subspec-run: the exact weights stream while the 4-bit substitutes draft"
@@ -54,6 +56,13 @@ test-real: $(VENV)/.subspec-dev-installed build/smollm2/config.json
 
 test-slow: $(VENV)/.subspec-dev-installed
 	$(BIN)/python -m pytest -q -m "slow and not real"
+
+# Each client has a virtual environment of its own in build/compat, where its log is as well.
+compat: $(VENV)/.subspec-dev-installed build/smollm2/config.json
+	$(BIN)/python tests/compat/run.py --bin $(BIN)
+
+compat-replicas: $(VENV)/.subspec-dev-installed
+	$(BIN)/python tests/compat/replicas.py --bin $(BIN)
 
 lint: $(VENV)/.subspec-dev-installed
 	$(BIN)/ruff check

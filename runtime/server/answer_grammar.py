@@ -67,7 +67,8 @@ def _grammar(
                 "tool_choice cannot be honoured: the form of this model's tool calls is not known",
                 "use tool_choice auto",
             )
-        calls = calls_grammar(form, chosen, parallel, tokens.special)
+        one_or_more = parallel and tool_choice == "required"  # a tool by its name is called once
+        calls = calls_grammar(form, chosen, one_or_more, tokens.special)
         return _list("start: calls", calls), "the schema of a tool"
     if output_format is not None:
         answer, what = _format(output_format)

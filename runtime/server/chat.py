@@ -168,6 +168,12 @@ def offered_tools(request: ChatRequest) -> tuple[dict[str, Any], ...]:
     return () if request.tool_choice == "none" else request.tools
 
 
+def without_strict(tool: dict[str, Any]) -> dict[str, Any]:
+    """The tool as templates know it: how a grammar holds the model to it is not told."""
+    function = {key: value for key, value in tool["function"].items() if key != "strict"}
+    return {**tool, "function": function}
+
+
 def check_tools(request: ChatRequest, model: ChatModel) -> None:
     """Raises SubspecError(USAGE) for tools that the model cannot be told of or cannot call."""
     if not offered_tools(request):
@@ -190,7 +196,7 @@ def make_prompt(request: ChatRequest, model: ChatModel) -> Prompt:
     else:
         conversation = Conversation(
             messages,
-            offered_tools(request),
+            [without_strict(tool) for tool in offered_tools(request)],
             request.enable_thinking,
             request.reasoning_effort,
         )

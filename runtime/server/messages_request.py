@@ -86,6 +86,7 @@ class AnthropicTool(Fields):
     name: Name
     description: str | None = None
     input_schema: JSONObject | None = None
+    strict: bool | None = None
 
 
 class Choice(Fields):
@@ -270,10 +271,11 @@ def usable_tools(asked: list[AnthropicTool]) -> dict[str, dict[str, JSONValue]]:
     found: dict[str, dict[str, JSONValue]] = {}
     for tool in asked:
         if tool.type in (None, "custom"):
-            function = {
+            function: dict[str, JSONValue] = {
                 "name": tool.name,
                 "description": tool.description or "",
                 "parameters": tool.input_schema or {"type": "object", "properties": {}},
+                **({"strict": True} if tool.strict else {}),
             }
             found.setdefault(tool.name, {"type": "function", "function": function})
     return found

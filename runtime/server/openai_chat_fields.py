@@ -69,6 +69,7 @@ class Function(Fields):
     name: Name
     description: str | None = None
     parameters: dict[str, JSONValue] | None = None
+    strict: bool | None = None
 
 
 class Tool(Fields):

@@ -55,6 +55,7 @@ class UsableTool:
     namespace: str | None
     description: str
     parameters: JSONObject
+    strict: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class UsableTools:
                     "name": shown,
                     "description": tool.description,
                     "parameters": tool.parameters,
+                    **({"strict": True} if tool.strict else {}),
                 },
             }
             for shown, tool in self.by_shown_name.items()
@@ -94,9 +96,8 @@ def usable_tools(asked: list[PlainTool]) -> UsableTools:
         shown = in_namespace(tool.name, namespace)
         if tool.type == "function":
             parameters = tool.parameters or {"type": "object", "properties": {}}
-            usable = UsableTool(
-                "function", tool.name, namespace, tool.description or "", parameters
-            )
+            description, strict = tool.description or "", bool(tool.strict)
+            usable = UsableTool("function", tool.name, namespace, description, parameters, strict)
         else:
             usable = UsableTool(
                 "custom", tool.name, namespace, custom_description(tool), CUSTOM_PARAMETERS

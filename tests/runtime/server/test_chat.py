@@ -178,6 +178,12 @@ def test_tools_are_not_told_if_none_may_be_called(opened: Opened) -> None:
     assert text_of(answered(request, model, JSON_CALL)) == JSON_CALL
 
 
+def test_the_template_does_not_see_that_a_tool_is_strict(opened: Opened) -> None:
+    strict = {**TOOL, "function": {**TOOL["function"], "strict": True}}
+    model = opened()
+    assert prompt_of(asked(tools=(strict,)), model) == prompt_of(asked(tools=(TOOL,)), model)
+
+
 def test_thinking_is_chosen_by_the_request(opened: Opened) -> None:
     model = opened(QWEN35)
     assert prompt_of(asked(), model).endswith("<think>\n")

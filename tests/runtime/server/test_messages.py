@@ -283,6 +283,11 @@ def test_settings_reach_the_model() -> None:
     assert (request.reasoning_effort, request.enable_thinking) == ("high", True)
 
 
+def test_a_strict_tool_stays_one() -> None:
+    strict, plain = asked(tools=[{**WEATHER, "strict": True}, {**WEATHER, "name": "b"}]).tools
+    assert strict["function"]["strict"] is True and "strict" not in plain["function"]
+
+
 @pytest.mark.parametrize(
     ("choice", "expected"), [("auto", "auto"), ("any", "required"), ("none", "none")]
 )

@@ -22,7 +22,10 @@ from subspec.runtime.server.generation import QueueFull
 
 PATH = "/v1/chat/completions"
 HI = [{"role": "user", "content": "Hi"}]
-TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+TOOL = {
+    "type": "function",
+    "function": {"name": "look", "parameters": {"type": "object"}, "strict": True},
+}
 
 
 def chat(served: Served, **fields: Any) -> Response:

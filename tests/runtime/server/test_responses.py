@@ -403,6 +403,12 @@ def test_tools_of_namespaces_and_free_text_are_shown_as_functions() -> None:
     ]
 
 
+def test_a_strict_tool_stays_one() -> None:
+    tools = [{**WEATHER, "strict": True}, {**WEATHER, "name": "b", "strict": False}]
+    strict, plain = asked({"input": "Hi", "tools": tools}).tools
+    assert strict["function"]["strict"] is True and "strict" not in plain["function"]
+
+
 LARK = {"type": "grammar", "syntax": "lark", "definition": "start: /a/"}
 
 
