@@ -64,6 +64,9 @@ class ScriptedAnswer:
     generation: Generation
     events: Sequence[ChatEvent] = ()  # in place of the first text
 
+    num_prompt_tokens: int = 3
+    num_tokens: int = 0
+
     @property
     def queue_position(self) -> int:
         return self.generation.queue_position
@@ -75,6 +78,7 @@ class ScriptedAnswer:
         for event in self.events:
             yield event
         async for piece in self.generation:
+            self.num_tokens += len(piece.token_ids)
             if piece.text or piece.logprobs:
                 yield TextDelta(piece.text, piece.logprobs)
         outcome = self.generation.outcome

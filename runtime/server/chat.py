@@ -145,6 +145,7 @@ async def chat(
     form, tokenizer = model.reasoning, model.tokenizer.tokenizer
     return ModelAnswer(
         generation,
+        len(prompt.ids),
         parser,
         tokenizer.token_to_id(form.end) if form is not None else None,
         params.end_tokens,
@@ -238,11 +239,14 @@ class ModelAnswer:
     def __init__(
         self,
         generation: Generation,
+        num_prompt_tokens: int,
         parser: AnswerParser,
         reasoning_end: int | None,
         end_tokens: frozenset[int],
         parallel: bool,
     ) -> None:
+        self.num_prompt_tokens = num_prompt_tokens
+        self.num_tokens = 0  # that were decided so far
         self._generation = generation
         self._parser = parser
         self._reasoning_end = reasoning_end
@@ -271,6 +275,7 @@ class ModelAnswer:
             self._generation.cancel()
 
     def _events(self, piece: Piece) -> list[ChatEvent]:
+        self.num_tokens += len(piece.token_ids)
         was_reasoning = self._parser.is_reasoning
         events = self._parser.feed(piece.text)
         count = self._num_reasoning(piece.token_ids, was_reasoning)

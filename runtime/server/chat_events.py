@@ -106,6 +106,14 @@ class ChatAnswer(Protocol):
         """As Generation's."""
         ...
 
+    @property
+    def num_prompt_tokens(self) -> int: ...
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the answer, that were decided so far."""
+        ...
+
     def cancel(self) -> None:
         """As Generation's."""
         ...

@@ -46,7 +46,7 @@ async def chat_completions(service: Service, request: Request) -> Response:
     answer = await service.chat(chat_request(asked, service))
     head = Head(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), service.model.id)
     if asked.stream:
-        events = chunks(answer, head, service, asked.wants_usage, asked.logprobs is True)
+        events = chunks(answer, head, service, asked)
         return event_stream(events, answer, error_event, DONE)
     body = await whole(request, answer, completion(answer, head, service, asked.logprobs is True))
     return gone() if body is None else JSONResponse(body)
@@ -104,13 +104,18 @@ def usage_of(end: ChatEnd) -> JSON:
 
 
 async def chunks(
-    answer: ChatAnswer, head: Head, service: Service, with_usage: bool, with_logprobs: bool
+    answer: ChatAnswer, head: Head, service: Service, asked: ChatFields
 ) -> AsyncIterator[Event]:
     """One chunk per event, the first with the role."""
 
     def chunk(delta: JSON, logprobs: JSON | None = None, reason: str | None = None) -> JSON:
         choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-        return {**head.of("chat.completion.chunk"), "choices": [choice]}
+        found = {**head.of("chat.completion.chunk"), "choices": [choice]}
+        if asked.wants_running_usage:
+            counts = answer.num_prompt_tokens, answer.num_tokens
+            names = ("prompt_tokens", "completion_tokens", "total_tokens")
+            found["usage"] = dict(zip(names, (*counts, sum(counts)), strict=True))
+        return found
 
     first = True
     async for event in answer:
@@ -122,7 +127,7 @@ async def chunks(
                 yield Event(chunk({"reasoning_content": event.text}))
             case TextDelta():
                 logprobs = None
-                if with_logprobs and event.logprobs:
+                if asked.logprobs and event.logprobs:
                     logprobs = logprobs_of(event, service)
                 yield Event(chunk({"content": event.text}, logprobs))
             case ToolCallStart():
@@ -135,7 +140,7 @@ async def chunks(
             case ChatEnd():
                 timings = figures.timings(event.outcome, service.model)
                 yield Event({**chunk({}, reason=event.reason), "timings": timings})
-                if with_usage:
+                if asked.wants_usage:
                     yield Event(
                         {
                             **head.of("chat.completion.chunk"),

@@ -68,6 +68,7 @@ EFFORTS = {
 
 class StreamOptions(Fields):
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None  # vLLM's: in every chunk
 
 
 class StructuredOutputs(Fields):
@@ -114,6 +115,11 @@ class SamplingFields(Fields):
     @property
     def wants_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def wants_running_usage(self) -> bool:
+        options = self.stream_options
+        return bool(options and options.include_usage and options.continuous_usage_stats)
 
 
 def sampling_of(asked: SamplingFields, usual: Sampling, model: ModelInfo) -> Sampling:

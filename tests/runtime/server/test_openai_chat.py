@@ -92,6 +92,15 @@ def test_a_stream_has_a_role_the_text_a_reason_the_usage_and_done() -> None:
     assert "".join(one["choices"][0]["delta"]["content"] for one in chunks[1:-2]) == "Hello"
 
 
+def test_every_chunk_may_have_the_tokens_so_far() -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    found = chat(serve("one two three four five"), stream=True, stream_options=options)
+    *chunks, last = found.chunks
+    counts = [one["usage"]["completion_tokens"] for one in chunks]
+    assert counts == sorted(counts) and counts[-1] == last["usage"]["completion_tokens"] > 0
+    assert all(one["usage"]["prompt_tokens"] == 3 for one in chunks)
+
+
 def test_without_include_usage_no_chunk_has_it() -> None:
     found = chat(serve("Hello"), stream=True)
     assert all("usage" not in one and one["choices"] for one in found.chunks)
