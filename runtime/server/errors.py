@@ -85,7 +85,10 @@ def as_api_error(error: Exception) -> ApiError:
 
 
 def engine_error(error: SubspecError) -> ApiError:
-    """What is told of an error while an answer is computed."""
+    """What is told of an error while an answer is computed. One of the request itself, as of a
+    grammar that cannot be followed further, is told as if it had been found before."""
+    if error.exit_code == Exit.USAGE:
+        return as_api_error(error)
     return ApiError(500, said(error), "server_error", "engine_error")
 
 
