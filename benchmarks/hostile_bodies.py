@@ -141,7 +141,7 @@ def sizes() -> Iterator[Body]:
         ("ids above", {"prompt": [[1 << 30]]}),
         ("no ids", {"prompt": [[]]}),
         ("a million ids", {"prompt": [1] * 1_000_000}),
-        ("every id", {"prompt": [[one] for one in range(256)], "max_tokens": 1}),
+        ("many prompts", {"prompt": [[one] for one in range(32)], "max_tokens": 1}),
         ("300 prompts", {"prompt": ["x"] * 300}),
         ("mixed prompts", {"prompt": ["x", [1], 1]}),
         ("many biases", {"logit_bias": {str(one): 1 for one in range(5000)}}),

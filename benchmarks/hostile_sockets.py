@@ -95,6 +95,7 @@ def leave(data: bytes, after_seconds: float, hard: bool, port: int) -> bytes:
 
 def leave_in_stream(data: bytes, num_events: int, hard: bool, port: int) -> bytes:
     one, found = connect(port), b""
+    one.settimeout(5)
     one.sendall(data)
     with suppress(OSError):
         while found.count(b"\n\n") < num_events and (piece := one.recv(512)):
@@ -109,6 +110,7 @@ def leave_in_stream(data: bytes, num_events: int, hard: bool, port: int) -> byte
 def read_slowly(data: bytes, seconds: float, port: int) -> bytes:
     """A few bytes now and then, through a small window."""
     with connect(port, 2048) as one:
+        one.settimeout(seconds)
         one.sendall(data)
         until, found = time.monotonic() + seconds, b""
         with suppress(OSError):
@@ -211,7 +213,10 @@ def attacks() -> Iterator[Attack]:
                         name = f"{how} after {events} events"
                         yield Attack(name, partial(leave_in_stream, whole, events, hard))
         yield Attack(f"{path}, half closed", partial(half_closed, request(path, stream=True)))
-        yield Attack(f"{path}, read slowly", partial(read_slowly, request(path, stream=True), 4))
+        yield Attack(
+            f"{path}, read slowly",
+            partial(read_slowly, request(path, "Connection: close", stream=True), 4),
+        )
         dawdled = request(path, stream=True)
         yield Attack(f"{path}, slow head", partial(dribble, dawdled, 0.05, 4))
         yield Attack(f"{path}, slow body", partial(dribble, dawdled, 0.002, 4))

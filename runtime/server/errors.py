@@ -67,7 +67,7 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, PromptTooLong):
         message = (
             f"This model's maximum context length is {error.context} tokens, and the prompt has "
-            f"{error.num_tokens}: the answer needs room for one at least"
+            f"{error.counted}: the answer needs room for one at least"
         )
         return invalid(message, "messages", "context_length_exceeded")
     if isinstance(error, SubspecError):

@@ -13,6 +13,7 @@ from subspec.runtime.server.model_info import ModelInfo, check_model
 from subspec.runtime.server.openai_fields import DetokenizeFields, TokenizeFields
 from subspec.runtime.server.service import Service
 from subspec.runtime.server.token_text import token_text
+from subspec.runtime.text.tokenizer import MOST_COUNTED
 
 JSON = dict[str, Any]
 MOST_TEXTS = 1 << 16  # tokens whose texts are told one by one
@@ -109,10 +110,10 @@ async def tokenize(service: Service, request: Request) -> Response:
     tokenizer = service.tokenizer
 
     def answer() -> Response:
-        if special:
-            ids = tokenizer.plain_ids(text)
-        else:
-            ids = list(tokenizer.tokenizer.encode(text, add_special_tokens=False).ids)
+        if tokenizer.is_longer(text, MOST_COUNTED):
+            param = "content" if asked.prompt is None else "prompt"
+            raise invalid(f"{param} has more than {MOST_COUNTED} tokens", param)
+        ids = tokenizer.plain_ids(text) if special else tokenizer.rendered_ids(text)
         return JSONResponse(token_list(ids, asked, service))
 
     return await asyncio.to_thread(answer)
