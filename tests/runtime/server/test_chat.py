@@ -155,7 +155,7 @@ def test_a_prompt_beyond_the_context_is_told_with_both_numbers(opened: Opened) -
     assert failed.value.context == 20 and failed.value.num_tokens is None
     assert failed.value.exit_code == Exit.USAGE and not generator.requests
     assert asyncio.run(count_tokens(long, model)) > 50
-    shorter = asked({"role": "user", "content": "word " * 6})
+    shorter = asked({"role": "user", "content": "word " * 14})
     with pytest.raises(PromptTooLong) as failed:
         asyncio.run(events_of(shorter, model, generator))
     assert failed.value.num_tokens == asyncio.run(count_tokens(shorter, model))
