@@ -169,6 +169,8 @@ def nested(depth: int) -> JSON:
     return schema
 
 
+A: JSON = {"$ref": "#/$defs/a"}
+INTEGER: JSON = {"type": "integer"}
 SCHEMAS: tuple[tuple[str, Any], ...] = (
     ("true", True),
     ("false", {"not": {}}),
@@ -185,16 +187,16 @@ SCHEMAS: tuple[tuple[str, Any], ...] = (
     ("a remote reference", {"$ref": "http://169.254.169.254/schema"}),
     ("a file", {"$ref": "file:///etc/passwd"}),
     ("itself", {"$ref": "#"}),
-    ("a circle", {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}),
-    ("a tree", {"$defs": {"n": {"anyOf": [{"type": "null"}, {"type": "array", "items": {"$ref": "#/$defs/n"}}]}}, "$ref": "#/$defs/n"}),
+    ("a circle", {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": A}, **A}),
+    ("a tree", {"$defs": {"a": {"anyOf": [{"type": "null"}, {"type": "array", "items": A}]}}, **A}),
     ("endless text", {"type": "string", "minLength": 10**12}),
     ("long text", {"type": "string", "maxLength": 10**12}),
     ("many items", {"type": "array", "minItems": 10**9, "items": {}}),
     ("odd numbers", {"type": "number", "multipleOf": 1e-300, "minimum": -1e308}),
     ("crossed numbers", {"type": "integer", "minimum": 5, "maximum": 4}),
-    ("many fields", {"type": "object", "properties": {f"p{one}": {"type": "integer"} for one in range(5000)}}),
+    ("many fields", {"type": "object", "properties": {f"p{one}": INTEGER for one in range(5000)}}),
     ("many alternatives", {"anyOf": [{"const": one} for one in range(20_000)]}),
-    ("all at once", {"oneOf": [{"type": "string", "pattern": f"a{{{one}}}b*"} for one in range(300)]}),
+    ("all at once", {"oneOf": [{"type": "string", "pattern": f"a{{{n}}}b*"} for n in range(300)]}),
     ("wrong types", {"type": 5, "properties": []}),
     ("control tokens", {"enum": [CONTROL]}),
     ("a format", {"type": "string", "format": CONTROL}),
@@ -213,11 +215,13 @@ GRAMMARS = (
 
 def grammars() -> Iterator[Body]:
     for name, schema in SCHEMAS:
+        named = {"name": "x", "schema": schema}
+        asked: JSON = {"type": "json_schema", "json_schema": named}
         formats: tuple[tuple[str, JSON], ...] = (
-            ("/v1/chat/completions", {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}}),
+            ("/v1/chat/completions", {"response_format": asked}),
             ("/v1/completions", {"structured_outputs": {"json": schema}, "temperature": 1.0}),
-            ("/v1/responses", {"text": {"format": {"type": "json_schema", "name": "x", "schema": schema}}}),
-        )  # fmt: skip
+            ("/v1/responses", {"text": {"format": {"type": "json_schema", **named}}}),
+        )
         for path, changed in formats:
             yield body(f"schema: {name}", path, changed)
     for grammar in GRAMMARS:

@@ -61,7 +61,7 @@ while True:
 
 @dataclass
 class Found:
-    """By what was sent. statuses: of responses; 0: there was none. failed: 5xx that are not meant."""
+    """statuses: of responses; 0: there was none. failed: 5xx that are not meant."""
 
     statuses: Counter[int] = field(default_factory=Counter)
     failed: list[str] = field(default_factory=list)

@@ -177,8 +177,10 @@ def protocol() -> Iterator[tuple[str, bytes]]:
     for method in ("TRACE", "CONNECT", "PUT", "DELETE", "OPTIONS", "x" * 5000, "GET\x00"):
         yield f"method {method[:10]}", f"{method} {chat} HTTP/1.1\r\nHost: {HOST}\r\n\r\n".encode()
     for path in (
-        "/../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "/%00", "/%ff%fe", "//", "*", "/v1/models/%2F",
-        "http://example.org/health", "/v1/models/" + "a" * 5000, "/page/../cli.py", "/\x1b]52;c;eA==\x07",
+        "/../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "/%00", "/%ff%fe", "//", "*",
+        "/v1/models/%2F",
+        "http://example.org/health", "/v1/models/" + "a" * 5000, "/page/../cli.py",
+        "/\x1b]52;c;eA==\x07",
         "/health?" + "a=b&" * 10_000, "/v1/chat/completions/", "/metrics?name[]=x", "/%0d%0aX: y",
     ):  # fmt: skip
         yield f"path {path[:20]}", f"GET {path} HTTP/1.1\r\nHost: {HOST}\r\n\r\n".encode()
