@@ -6,6 +6,7 @@
 # make compat-replicas   examples/ with two replicas on this machine
 # make lint      what a reviewer need not look for
 # make drills    does the budget hold for the whole life of a process?
+# make hostile-server, fuzz-server, mixed-load   subspec-serve and clients that mean it no good
 # make peers     other exact programs, for benchmarks/peers.py to compare ours with
 #
 # Everything runs in a virtual environment: .venv, or the one that VENV names.
@@ -20,7 +21,8 @@ LINK = 40MB
 CHAT_BUDGET = 175MB
 QUESTION = What is the difference between weather and climate?
 
-.PHONY: demo demo-chat test test-page test-real test-slow compat compat-replicas lint bench drills peers gpu-check gpu-check-here clean
+.PHONY: demo demo-chat test test-page test-real test-slow compat compat-replicas lint bench drills
+.PHONY: hostile-server mixed-load fuzz-server peers gpu-check gpu-check-here clean
 
 demo: demo-artifact/manifest.json
 	@echo "== subspec-run: the exact weights stream while the 4-bit substitutes draft"
@@ -74,6 +76,27 @@ bench: demo-artifact/manifest.json
 
 drills: $(VENV)/.subspec-dev-installed
 	$(BIN)/python benchmarks/drills.py --folder build/drills
+
+# Of the demo model with room for four answers at once.
+build/served-artifact/manifest.json: $(VENV)/.subspec-dev-installed
+	$(BIN)/subspec-plan --model demo --vram 14MB --sequences 4 --context 256 --method substitute \
+	  --device cpu --link-bandwidth $(LINK) --rehearse none --out build/served-artifact --overwrite
+
+hostile-server: build/served-artifact/manifest.json
+	$(BIN)/python benchmarks/hostile_server.py build/served-artifact --link-bandwidth $(LINK)
+
+mixed-load: build/served-artifact/manifest.json
+	$(BIN)/python benchmarks/mixed_load.py build/served-artifact --link-bandwidth $(LINK)
+
+# schemathesis in an environment of its own, against /openapi.json and the real engine.
+FUZZ_PORT = 8131
+fuzz-server: build/served-artifact/manifest.json
+	$(PYTHON) -m venv build/schemathesis
+	build/schemathesis/bin/pip install --quiet 'schemathesis>=4.32,<5'
+	$(BIN)/subspec-serve build/served-artifact --port $(FUZZ_PORT) --no-record & server=$$!; \
+	  trap "kill $$server" EXIT; sleep 15; \
+	  build/schemathesis/bin/schemathesis run http://127.0.0.1:$(FUZZ_PORT)/openapi.json \
+	    --checks not_a_server_error --max-examples 100 --workers 2 --request-timeout 120
 
 # Into a folder of their own: accelerate in the environment would change what transformers does.
 # node-llama-cpp brings llama.cpp built for this machine. AirLLM names scipy and sentencepiece.

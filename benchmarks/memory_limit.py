@@ -89,12 +89,12 @@ def set_limit(folder: Path, limit_bytes: int) -> bool:
     return True
 
 
-def idle_bytes() -> int:
+def idle_bytes(program: str = IDLE) -> int:
     """The largest resident set of an interpreter that has imported what the commands import.
 
     It says so itself: getrusage counts what this process held when it forked, if that is more.
     """
-    words = [sys.executable, "-P", "-c", f"{IDLE}; print(open('/proc/self/status').read())"]
+    words = [sys.executable, "-P", "-c", f"{program}; print(open('/proc/self/status').read())"]
     status = subprocess.run(words, check=True, capture_output=True, text=True).stdout
     (peak,) = (line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))
     return int(peak) * 1024

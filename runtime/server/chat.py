@@ -38,7 +38,12 @@ from subspec.runtime.server.template_messages import template_messages
 from subspec.runtime.server.tools.formats import ToolFormat, choose_tool_format
 from subspec.runtime.text.chat_template import TemplateWorker
 from subspec.runtime.text.template_caps import TemplateCaps, find_caps
-from subspec.runtime.text.tokenizer import ChatTokenizer, Conversation, special_tokens
+from subspec.runtime.text.tokenizer import (
+    MOST_COUNTED,
+    ChatTokenizer,
+    Conversation,
+    special_tokens,
+)
 
 Result = TypeVar("Result")
 NUM_THREADS = 2  # that render and tokenize; the worker renders one after the other
@@ -154,10 +159,14 @@ async def chat(
 
 
 async def count_tokens(request: ChatRequest, model: ChatModel) -> int:
-    """Of the prompt that `chat` would submit, however long it is."""
+    """Of the prompt that `chat` would submit, also if the context has no room for it."""
     check_tools(request, model)
-    endless = replace(model, context=1 << 62)
-    return len((await in_thread(model, lambda: make_prompt(request, endless))).ids)
+    roomy = replace(model, context=max(model.context, MOST_COUNTED))
+    try:
+        return len((await in_thread(model, lambda: make_prompt(request, roomy))).ids)
+    except PromptTooLong as error:
+        message = f"the prompt has more than {roomy.context} tokens, which are not counted"
+        raise SubspecError(Exit.USAGE, message, error.hint) from None
 
 
 async def in_thread(model: ChatModel, work: Callable[[], Result]) -> Result:
@@ -203,6 +212,8 @@ def make_prompt(request: ChatRequest, model: ChatModel) -> Prompt:
         )
         variables = tokenizer.template_variables(conversation)
         text = model.worker.render(tokenizer.template, variables)
+        if tokenizer.is_longer(text, model.context):
+            raise PromptTooLong(None, model.context)
         ids = tokenizer.rendered_ids(text)
     tokenizer.check_known(ids, model.vocab_size)
     if len(ids) >= model.context:

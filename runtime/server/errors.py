@@ -67,7 +67,7 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, PromptTooLong):
         message = (
             f"This model's maximum context length is {error.context} tokens, and the prompt has "
-            f"{error.num_tokens}: the answer needs room for one at least"
+            f"{error.counted}: the answer needs room for one at least"
         )
         return invalid(message, "messages", "context_length_exceeded")
     if isinstance(error, SubspecError):
@@ -85,7 +85,10 @@ def as_api_error(error: Exception) -> ApiError:
 
 
 def engine_error(error: SubspecError) -> ApiError:
-    """What is told of an error while an answer is computed."""
+    """What is told of an error while an answer is computed. One of the request itself, as of a
+    grammar that cannot be followed further, is told as if it had been found before."""
+    if error.exit_code == Exit.USAGE:
+        return as_api_error(error)
     return ApiError(500, said(error), "server_error", "engine_error")
 
 

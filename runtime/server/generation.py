@@ -82,15 +82,19 @@ class QueueFull(Exception):
 class PromptTooLong(SubspecError):
     """OpenAI's context_length_exceeded."""
 
-    def __init__(self, num_tokens: int, context: int) -> None:
+    def __init__(self, num_tokens: int | None, context: int) -> None:
+        """num_tokens: None: so many that they were not counted."""
+        self.num_tokens, self.context = num_tokens, context
         super().__init__(
             Exit.USAGE,
-            f"the prompt has {num_tokens} tokens, expected at most {context - 1}: the context has "
-            f"room for {context}, and the answer needs one",
+            f"the prompt has {self.counted} tokens, expected at most {context - 1}: the context "
+            f"has room for {context}, and the answer needs one",
             "shorten the messages",
         )
-        self.num_tokens = num_tokens
-        self.context = context
+
+    @property
+    def counted(self) -> str:
+        return f"more than {self.context}" if self.num_tokens is None else str(self.num_tokens)
 
 
 class Generator(Protocol):

@@ -22,6 +22,7 @@ from subspec.runtime.server.generation import (
     Generator,
     Outcome,
     Piece,
+    PromptTooLong,
     QueueFull,
 )
 from subspec.runtime.server.model_info import check_model
@@ -98,6 +99,8 @@ def prompts_of(prompt: Any, service: Service) -> list[tuple[list[int], str]]:
         prompt = [prompt]
     found = []
     for index, one in enumerate(prompt):
+        if isinstance(one, str) and text.is_longer(one, service.model.context):
+            raise PromptTooLong(None, service.model.context)
         ids = text.plain_ids(one) if isinstance(one, str) else one
         if not ids:
             raise invalid(f"prompt {index} has no tokens", "prompt")

@@ -13,8 +13,10 @@ from subspec.runtime.server.model_info import ModelInfo, check_model
 from subspec.runtime.server.openai_fields import DetokenizeFields, TokenizeFields
 from subspec.runtime.server.service import Service
 from subspec.runtime.server.token_text import token_text
+from subspec.runtime.text.tokenizer import MOST_COUNTED
 
 JSON = dict[str, Any]
+MOST_TEXTS = 1 << 16  # tokens whose texts are told one by one
 
 
 async def list_models(service: Service, request: Request) -> Response:
@@ -107,19 +109,28 @@ async def tokenize(service: Service, request: Request) -> Response:
     special = asked.prompt is not None if adds is None else adds
     tokenizer = service.tokenizer
 
-    def tokens() -> list[int]:
-        if special:
-            return tokenizer.plain_ids(text)
-        return list(tokenizer.tokenizer.encode(text, add_special_tokens=False).ids)
+    def answer() -> Response:
+        if tokenizer.is_longer(text, MOST_COUNTED):
+            param = "content" if asked.prompt is None else "prompt"
+            raise invalid(f"{param} has more than {MOST_COUNTED} tokens", param)
+        ids = tokenizer.plain_ids(text) if special else tokenizer.rendered_ids(text)
+        return JSONResponse(token_list(ids, asked, service))
 
-    ids = await asyncio.to_thread(tokens)
+    return await asyncio.to_thread(answer)
+
+
+def token_list(ids: list[int], asked: TokenizeFields, service: Service) -> JSON:
+    """The body of an answer. Raises ApiError for the texts of very many tokens."""
+    tokenizer = service.tokenizer.tokenizer
     body: JSON = {"tokens": ids, "count": len(ids), "max_model_len": service.model.context}
+    texts = "with_pieces" if asked.with_pieces else "return_token_strs"
+    if len(ids) > MOST_TEXTS and (asked.with_pieces or asked.return_token_strs):
+        raise invalid(f"{texts} is for at most {MOST_TEXTS} tokens, these are {len(ids)}", texts)
     if asked.with_pieces:
-        pieces = [{"id": one, "piece": token_text(tokenizer.tokenizer, one)} for one in ids]
-        body["tokens"] = pieces
+        body["tokens"] = [{"id": one, "piece": token_text(tokenizer, one)} for one in ids]
     if asked.return_token_strs:
-        body["token_strs"] = [tokenizer.tokenizer.id_to_token(one) for one in ids]
-    return JSONResponse(body)
+        body["token_strs"] = [tokenizer.id_to_token(one) for one in ids]
+    return body
 
 
 async def detokenize(service: Service, request: Request) -> Response:
@@ -129,9 +140,8 @@ async def detokenize(service: Service, request: Request) -> Response:
     if (wrong := next((one for one in asked.tokens if one >= size), None)) is not None:
         raise invalid(f"tokens has {wrong}, expected ids below {size}", "tokens")
 
-    def decoded() -> str:
+    def answer() -> Response:
         text: str = service.tokenizer.tokenizer.decode(asked.tokens, skip_special_tokens=False)
-        return text
+        return JSONResponse({"content": text, "prompt": text})
 
-    text = await asyncio.to_thread(decoded)
-    return JSONResponse({"content": text, "prompt": text})
+    return await asyncio.to_thread(answer)

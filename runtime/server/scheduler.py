@@ -236,8 +236,11 @@ class Scheduler:
                 continue
             try:
                 engine.step()
-            except SubspecError as error:
-                self._end_failed(engine, error)
+            except Exception as error:
+                known = error if isinstance(error, SubspecError) else shortage(error)
+                if known is None:
+                    raise
+                self._end_failed(engine, known)
             self.peak_bytes = engine.peak.peak_bytes
             for answer in list(self._answers):
                 self._send(engine, answer)

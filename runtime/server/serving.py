@@ -1,6 +1,7 @@
 """The life of a server process: it listens, loads, answers, drains and ends."""
 
 import asyncio
+import ctypes
 import logging
 import os
 import signal
@@ -27,6 +28,7 @@ IDLE_SECONDS = 15.0  # of a connection that has sent no whole request
 FINISH_SECONDS = 1  # for the last bytes of responses, once their answers have ended
 CLOSE_SECONDS = 2.0  # for the engine to give its memory back
 WATCH_SECONDS = 0.2
+TRIM_SECONDS = 5.0
 FAILED_SECONDS = 4.0  # from the engine's failure to the end of the process, at most
 
 Progress = Callable[[str, float], None]
@@ -104,12 +106,13 @@ async def run(
     with first_signal() as signalled:
         serving = asyncio.create_task(server.serve(sockets=[listening]))
         sweeping = asyncio.create_task(close_idle(server))
+        trimming = asyncio.create_task(give_back_memory())
         watching = asyncio.create_task(until_failed(admission, told))
         admission.engine.start()
         first: set[asyncio.Future[Any]] = {signalled, watching, serving}
         await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
         was_ready = watching.result() if watching.done() else True
-        for task in (sweeping, watching):
+        for task in (sweeping, trimming, watching):
             task.cancel()
         code = await ended(admission, signalled, shutdown_seconds)
         server.should_exit = True
@@ -205,6 +208,15 @@ async def close_idle(server: uvicorn.Server) -> None:
         for connection in idle:
             if now - since[connection] >= IDLE_SECONDS:
                 connection.transport.close()
+
+
+async def give_back_memory() -> None:
+    """What large requests took of the C heap goes back to the system now and then: by itself glibc
+    keeps it, for each thread, and a server's memory would grow with every kind of request."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc alone
+    while trim is not None:
+        await asyncio.sleep(TRIM_SECONDS)
+        await asyncio.to_thread(trim, 0)
 
 
 def waits(connection: H11Protocol) -> bool:

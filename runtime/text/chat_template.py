@@ -141,7 +141,7 @@ def _stopped(status: int, is_late: bool) -> SubspecError:
     """Why a child has ended without a reply."""
     if is_late:
         return _failed(f"it ran for more than {WALL_SECONDS} s")
-    if status in (-signal.SIGPROF, -signal.SIGKILL):
+    if status == -signal.SIGPROF:
         return _failed(f"it computed for more than {CPU_SECONDS} s")
     # It was killed, or had no memory to start: a template cannot do that.
     return SubspecError(

@@ -1,6 +1,7 @@
 """Text -> token ids: chat template and tokenizer. The way back is detokenizer.py."""
 
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,6 +22,8 @@ KNOWN_SETTINGS = ("special_tokens", "begins_with_bos")
 LARGEST_TOKENIZER = 128 << 20  # bytes; the largest known has 35 MB
 LARGEST_TEMPLATE = 1 << 20
 DEEPEST = 100  # lists and objects within each other in what a template is given
+MOST_COUNTED = 1 << 18  # tokens of a text that need not fit a context
+QUICK_CHARACTERS = 8 << 10  # are encoded in a few ms
 SEPARATOR = "\ud800"  # half a character, which texts do not have
 
 
@@ -53,6 +56,8 @@ class ChatTokenizer:
     template: str | None
     special_tokens: dict[str, str | None]
     begins_with_bos: bool
+    # Encodings of long texts take 100 times their size: one at a time.
+    _long_texts: threading.Lock = field(default_factory=threading.Lock, compare=False, repr=False)
 
     def chat_ids(self, messages: list[dict[str, str]]) -> list[int]:
         """Messages -> ids, up to the beginning of the assistant's turn. Without a template the
@@ -62,7 +67,7 @@ class ChatTokenizer:
         return self.rendered_ids(self.render(messages))
 
     def rendered_ids(self, text: str) -> list[int]:
-        """What a chat template has made -> ids, special tokens in it included."""
+        """What a chat template has made -> ids, special tokens in it included, and no others."""
         return self._encode(text, add_special_tokens=False)
 
     def plain_ids(self, text: str) -> list[int]:
@@ -74,6 +79,20 @@ class ChatTokenizer:
         if self.begins_with_bos and ids[:1] != [bos]:
             return [bos, *ids]
         return ids[1:] if ids[:2] == [bos, bos] else ids  # the text had one as well
+
+    def is_longer(self, text: str, most: int) -> bool:
+        """Whether a text has more than `most` tokens for certain: it is told by the text's pieces,
+        of which a hostile text's first ones are enough. A piece's first and last words may be made
+        of more tokens than in the whole, but the text has not half as many."""
+        count = 0
+        if len(text) <= most:
+            return False
+        for begin in range(0, len(text), QUICK_CHARACTERS):
+            piece = text[begin : begin + QUICK_CHARACTERS]
+            count += len(self._encode(piece, add_special_tokens=False))
+            if count > 2 * most:
+                return True
+        return False
 
     def check_known(self, ids: Sequence[int], vocab_size: int) -> None:
         """Raises SubspecError(USAGE) for a token that the model does not know: some tokenizers have
@@ -111,7 +130,14 @@ class ChatTokenizer:
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         check_characters(text)
         try:
-            ids: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+            if len(text) <= QUICK_CHARACTERS:
+                found = self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+            else:  # in batches other threads of Python run meanwhile
+                with self._long_texts:
+                    (found,) = self.tokenizer.encode_batch_fast(
+                        [text], add_special_tokens=add_special_tokens
+                    )
+            ids: list[int] = found.ids
         except Exception as error:  # tokenizers raises bare Exception
             raise SubspecError(
                 Exit.CORRUPT, f"{TOKENIZER} cannot encode the text: {str(error)[:200]}"

@@ -387,6 +387,14 @@ def test_an_engine_that_fails_in_the_middle_ends_the_stream_with_an_error() -> N
     assert whole.status == 500 and whole.error["code"] == "engine_error"
 
 
+def test_a_grammar_that_cannot_be_followed_further_is_the_clients_error() -> None:
+    failure = SubspecError(Exit.USAGE, "the grammar takes too long to follow", "make it simpler")
+    found = chat(serve(Script("Hello", ends=False, error=failure)))
+    assert found.status == 400 and found.error["code"] == "invalid_value"
+    streamed = chat(serve(Script("Hello", ends=False, error=failure)), stream=True)
+    assert json.loads(streamed.events[-1])["error"]["code"] == "invalid_value"
+
+
 def test_the_place_in_the_queue_and_signs_of_life_are_comments(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -229,3 +229,19 @@ def test_the_api_is_described() -> None:
     assert "Message" in found["components"]["schemas"]
     (parameter,) = found["paths"]["/v1/models/{model}"]["get"]["parameters"]
     assert parameter["name"] == "model"
+
+
+def test_texts_of_very_many_tokens_are_not_told_one_by_one() -> None:
+    """It would take the server minutes."""
+    app = serve().app
+    long = "a b " * 50_000
+    found = ask(app, "/tokenize", {"content": long})
+    assert found.status == 200 and found.json["count"] > 65536
+    for field in ("with_pieces", "return_token_strs"):
+        refused = ask(app, "/tokenize", {"content": long, field: True})
+        assert refused.status == 400 and refused.error["param"] == field
+    endless = ask(app, "/tokenize", {"prompt": "a b " * 500_000})
+    assert endless.status == 400 and endless.error["param"] == "prompt"
+    prompt = ask(app, "/v1/completions", {"prompt": long})
+    assert prompt.error["code"] == "context_length_exceeded"
+    assert "more than 512" in prompt.error["message"]

@@ -15,6 +15,9 @@ from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.runs import read_runs
 from subspec.planner.model.hub import DEMO
+from subspec.runtime.decode import Piece as PromptPiece
+from subspec.runtime.decode import Read, Round
+from subspec.runtime.draft.drafter import Turn
 from subspec.runtime.engine import Engine, OpenOptions
 from subspec.runtime.model.sampling import Sampling
 from subspec.runtime.sequence import GenerationParams
@@ -32,6 +35,7 @@ PROMPTS = [[3 + (17 * n + k) % 900 for n in range(30 + 25 * k)] for k in range(5
 PARAMS = GenerationParams(24, Sampling(0.8, seed=4))
 SLOW = 20_000_000.0  # bytes a second: a round takes a fifth of one
 
+PassResult = tuple[list[Round], list[Read]]
 Use = Callable[[Scheduler], Awaitable[None]]
 
 
@@ -280,3 +284,43 @@ def test_a_failed_engine_says_so_to_everybody(
         assert scheduler.status.phase == "failed"
 
     use(replan(copy, resident_share=0.0, num_sequences=3), tokenizer, check)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        SubspecError(Exit.RESOURCES, "the system gives no more: Input/output error"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+)
+def test_after_a_shortage_the_next_answers_are_what_they_would_be(
+    artifact: Artifact,
+    tokenizer: ChatTokenizer,
+    alone: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+) -> None:
+    """It ends the answers that there are, in the middle of a stream of weights."""
+    passes, count = Engine._passes, 0
+
+    def short(engine: Engine, turns: list[Turn], pieces: list[PromptPiece]) -> PassResult:
+        nonlocal count
+        count += 1
+        found = passes(engine, turns, pieces)
+        if count == 4:
+            raise error
+        return found
+
+    monkeypatch.setattr(Engine, "_passes", short)
+
+    async def run(scheduler: Scheduler) -> None:
+        jobs = [scheduler.submit(asked(prompt)) for prompt in PROMPTS[:2]]
+        for job in jobs:
+            with pytest.raises(SubspecError) as failed:
+                await tokens_of(job)
+            assert failed.value.exit_code == Exit.RESOURCES
+        again = [scheduler.submit(asked(prompt)) for prompt in PROMPTS]
+        assert [await tokens_of(job) for job in again] == alone
+
+    use(artifact, tokenizer, run)

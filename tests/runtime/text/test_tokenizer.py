@@ -13,6 +13,7 @@ from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.planner.model.hub import DEMO
 from subspec.runtime.text.detokenizer import Decoder, StreamingDetokenizer
 from subspec.runtime.text.tokenizer import (
+    QUICK_CHARACTERS,
     ChatTokenizer,
     Conversation,
     load_tokenizer,
@@ -475,3 +476,33 @@ def test_hostile_values_are_usage_errors(demo: ChatTokenizer) -> None:
         with pytest.raises(SubspecError, match=word) as failed:
             demo.template_variables(Conversation([{"role": "user", "content": content}]))
         assert failed.value.exit_code == Exit.USAGE
+
+
+def test_long_texts_have_the_ids_of_short_ones() -> None:
+    """They are encoded in another way, in which other threads run meanwhile."""
+    demo = load_tokenizer(DEMO)
+    text = "def read(path):\n    return 5 <|im_start|> \u00e9\n" * 400
+    assert len(text) > QUICK_CHARACTERS
+    assert demo.rendered_ids(text) == demo.tokenizer.encode(text, add_special_tokens=False).ids
+    assert demo.plain_ids(text)[-50:] == demo.plain_ids(text[-2000:])[-50:]
+
+
+def test_a_text_that_is_too_long_is_known_by_its_beginning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    demo = load_tokenizer(DEMO)
+    text = "def read(path):\n    return 5\n" * 20_000
+    count = len(demo.plain_ids(text))
+    assert demo.is_longer(text, count // 4)
+    assert not demo.is_longer(text, count)
+    assert not demo.is_longer("short", 100)
+    encoded = list[int]()
+    whole = ChatTokenizer._encode
+
+    def watched(self: ChatTokenizer, text: str, add_special_tokens: bool) -> list[int]:
+        encoded.append(len(text))
+        return whole(self, text, add_special_tokens)
+
+    monkeypatch.setattr(ChatTokenizer, "_encode", watched)
+    assert demo.is_longer(text, 100)
+    assert encoded == [QUICK_CHARACTERS]
