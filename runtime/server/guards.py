@@ -18,6 +18,7 @@ from subspec.runtime.server.errors import FINAL, ApiError, error_response
 
 LARGEST_BODY = 8 << 20  # bytes; a prompt of a million token ids has 7 MB, and no images are read
 MOST_HELD = 128 << 20  # bytes of all bodies that are being read
+MOST_REQUESTS = 256  # that are being answered, or refused
 BODY_SECONDS = 30.0  # for a whole body
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 # Answered without a key: what a supervisor asks.
@@ -37,11 +38,12 @@ class GuardSettings:
     largest_body: int = LARGEST_BODY
     body_seconds: float = BODY_SECONDS
     most_held: int = MOST_HELD
+    most_requests: int = MOST_REQUESTS
 
 
 def guarded(app: ASGIApp, settings: GuardSettings) -> ASGIApp:
-    """`app` behind the checks of host, key and body, in this order."""
-    app = BodyGuard(app, settings)
+    """`app` behind the checks of host, key, number and body, in this order."""
+    app = NumberGuard(BodyGuard(app, settings), settings)
     if settings.keys:
         app = KeyGuard(app, settings.keys, settings.open_paths)
     return HostGuard(app, settings.hosts) if settings.hosts else app
@@ -148,6 +150,31 @@ class KeyGuard:
 
 def digest(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+class NumberGuard:
+    """Refuses a request while `most_requests` are being answered, but never a supervisor's."""
+
+    def __init__(self, app: ASGIApp, settings: GuardSettings) -> None:
+        self._app = app
+        self._settings = settings
+        self._num = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
+            await self._app(scope, receive, send)
+            return
+        if self._num >= self._settings.most_requests:
+            message = f"{self._num} requests are being answered, and no more may"
+            busy = {"retry-after": "1"}
+            refusal = ApiError(503, message, "overloaded_error", "overloaded", headers=busy)
+            await error_response(refusal, scope["path"])(scope, receive, send)
+            return
+        self._num += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._num -= 1
 
 
 class BodyGuard:

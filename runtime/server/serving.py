@@ -23,11 +23,13 @@ from subspec.runtime.server.admission import Admission, engine_failed, shutting_
 from subspec.runtime.server.generation import Status
 from subspec.runtime.server.journal import NAME
 
-MOST_CONNECTIONS = 512
+MOST_CONNECTIONS = 512  # with more, those that send no request are closed at once
 IDLE_SECONDS = 15.0  # of a connection that has sent no whole request
+STALLED_SECONDS = 60.0  # of a client that reads nothing of what it asked for
 FINISH_SECONDS = 1  # for the last bytes of responses, once their answers have ended
 CLOSE_SECONDS = 2.0  # for the engine to give its memory back
 WATCH_SECONDS = 0.2
+SWEEP_SECONDS = 1.0
 TRIM_SECONDS = 5.0
 FAILED_SECONDS = 4.0  # from the engine's failure to the end of the process, at most
 
@@ -53,7 +55,6 @@ def server_of(app: ASGIApp) -> Server:
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        limit_concurrency=MOST_CONNECTIONS,
         timeout_keep_alive=75,
         timeout_graceful_shutdown=FINISH_SECONDS,
     )
@@ -197,17 +198,29 @@ async def until_failed(admission: Admission, told: Callable[[Status], None]) -> 
 
 async def close_idle(server: uvicorn.Server) -> None:
     """Closes connections on which no request is being answered, IDLE_SECONDS after the first look
-    that found them so: uvicorn waits for a request's head for ever."""
+    that found them so, or at once if there are too many: uvicorn waits for a request's head for
+    ever. Also those whose client has read nothing for STALLED_SECONDS."""
     since: dict[H11Protocol, float] = {}
+    stalled: dict[H11Protocol, tuple[int, float]] = {}  # bytes that wait to be read, since when
     while True:
-        await asyncio.sleep(IDLE_SECONDS / 5)
+        await asyncio.sleep(min(IDLE_SECONDS / 5, SWEEP_SECONDS))
         now = time.monotonic()
-        connections = server.server_state.connections
-        idle = [one for one in connections if isinstance(one, H11Protocol) and waits(one)]
+        connections = [o for o in server.server_state.connections if isinstance(o, H11Protocol)]
+        idle = [one for one in connections if waits(one)]
         since = {one: since.get(one, now) for one in idle}
-        for connection in idle:
-            if now - since[connection] >= IDLE_SECONDS:
+        num_over = len(connections) - MOST_CONNECTIONS
+        for number, connection in enumerate(sorted(idle, key=since.__getitem__)):
+            if number < num_over or now - since[connection] >= IDLE_SECONDS:
                 connection.transport.close()
+        sizes = {one: one.transport.get_write_buffer_size() for one in connections}
+        stalled = {
+            one: (size, stalled[one][1] if one in stalled and size >= stalled[one][0] else now)
+            for one, size in sizes.items()
+            if size
+        }
+        for connection, (_, began) in stalled.items():
+            if now - began >= STALLED_SECONDS:
+                connection.transport.abort()
 
 
 async def give_back_memory() -> None:

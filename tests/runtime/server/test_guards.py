@@ -276,3 +276,17 @@ def test_metrics_have_vllms_names(tmp_path: Path) -> None:
         assert f"\nsubspec:{name}{{" in said, name
     assert 'subspec:http_responses_total{model_name="org/model",status="200"} 1.0' in said
     assert 'subspec:spec_decode_num_accepted_tokens_per_pos_total{model_name="org/model",' in said
+
+
+def test_with_too_many_requests_a_supervisor_is_still_answered() -> None:
+    app = serve(guards=GuardSettings(most_requests=0)).app
+    found = ask(app, CHAT, BODY)
+    assert found.status == 503 and found.error["code"] == "overloaded"
+    assert found.headers["retry-after"] == "1"
+    assert ask(app, "/health").status == ask(app, "/health/ready").status == 200
+
+
+def test_a_request_counts_until_it_is_answered() -> None:
+    app = serve(guards=GuardSettings(most_requests=1)).app
+    for _ in range(3):
+        assert ask(app, CHAT, BODY).status == 200

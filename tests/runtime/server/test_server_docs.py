@@ -6,7 +6,13 @@ from served import serve
 
 from subspec.runtime.server.app import GETS, POSTS
 from subspec.runtime.server.dialect_endpoints import DIALECT_POSTS
-from subspec.runtime.server.guards import BODY_SECONDS, LARGEST_BODY, MOST_HELD, OPEN_PATHS
+from subspec.runtime.server.guards import (
+    BODY_SECONDS,
+    LARGEST_BODY,
+    MOST_HELD,
+    MOST_REQUESTS,
+    OPEN_PATHS,
+)
 from subspec.runtime.server.openai_chat_fields import MOST_TOOLS, ChatFields
 from subspec.runtime.server.openai_fields import (
     MOST_BIASES,
@@ -15,7 +21,7 @@ from subspec.runtime.server.openai_fields import (
     MOST_STOPS,
     CompletionFields,
 )
-from subspec.runtime.server.serving import IDLE_SECONDS, MOST_CONNECTIONS
+from subspec.runtime.server.serving import IDLE_SECONDS, MOST_CONNECTIONS, STALLED_SECONDS
 
 PAGE = (Path(__file__).parents[3] / "docs/server.md").read_text("utf-8")
 
@@ -42,7 +48,7 @@ def test_every_limit_is_the_codes() -> None:
     limits, fields = section("Limits"), section("Fields of a request")
     for number in (
         f"{LARGEST_BODY >> 20} MiB", f"{MOST_HELD >> 20} MiB", f"{BODY_SECONDS:g} s",
-        str(MOST_CONNECTIONS), f"{IDLE_SECONDS:g} s",
+        str(MOST_CONNECTIONS), f"{IDLE_SECONDS:g} s", str(MOST_REQUESTS), f"{STALLED_SECONDS:g} s",
     ):  # fmt: skip
         assert number in limits
     for count in (MOST_BIASES, MOST_LOGPROBS, MOST_PROMPTS, MOST_STOPS, MOST_TOOLS):

@@ -1,5 +1,6 @@
 """The life of a server process on a real socket: it loads, answers, drains, is cut, fails."""
 
+import asyncio
 import http.client
 import json
 import re
@@ -13,9 +14,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from subspec.runtime.server import serving
 
 PROGRAM = Path(__file__).parents[2] / "scripted_server.py"
 CHAT = "/v1/chat/completions"
@@ -185,3 +190,51 @@ def test_the_log_is_json_a_line_and_what_a_client_sends_breaks_none() -> None:
         server.child.send_signal(signal.SIGTERM)
         assert server.end() == 0
         assert all(json.loads(line) for line in server.lines)
+
+
+# Connections
+
+
+class Transport:
+    def __init__(self, num_waiting: int = 0) -> None:
+        self.num_waiting = num_waiting
+        self.ended = ""
+
+    def get_write_buffer_size(self) -> int:
+        return self.num_waiting
+
+    def close(self) -> None:
+        self.ended = "closed"
+
+    def abort(self) -> None:
+        self.ended = "aborted"
+
+
+class Connection(H11Protocol):
+    """One that waits for a request, or is being answered."""
+
+    def __init__(self, transport: Transport, answering: bool) -> None:
+        self.transport = transport  # type: ignore[assignment]
+        self.cycle = SimpleNamespace(response_complete=False) if answering else None  # type: ignore[assignment]
+
+
+def test_connections_beyond_the_limit_and_clients_that_read_nothing_are_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in (("SWEEP_SECONDS", 0.01), ("STALLED_SECONDS", 0.1), ("MOST_CONNECTIONS", 4)):
+        monkeypatch.setattr(serving, name, value)
+    idle = [Connection(Transport(), False) for _ in range(3)]
+    reading, stalled = (Connection(Transport(1000), True) for _ in range(2))
+    server = SimpleNamespace(server_state=SimpleNamespace(connections={*idle, reading, stalled}))
+
+    async def sweep() -> None:
+        task = asyncio.create_task(serving.close_idle(server))  # type: ignore[arg-type]
+        for _ in range(30):
+            await asyncio.sleep(0.01)
+            reading.transport.num_waiting -= 1  # type: ignore[attr-defined]
+        task.cancel()
+
+    asyncio.run(sweep())
+    assert stalled.transport.ended == "aborted"  # type: ignore[attr-defined]
+    assert reading.transport.ended == ""  # type: ignore[attr-defined]
+    assert [one.transport.ended for one in idle].count("closed") == 1  # type: ignore[attr-defined]
