@@ -60,11 +60,10 @@ class Tiling:
 def tiling(dims: int, dtype: torch.dtype) -> Tiling:
     """For a head size that is a power of two from 32 to MAX_HEAD_SIZE. Fits the registers, and 99
     KiB of shared memory, of every GPU from sm_80 on: a test compiles them."""
+    num_warps = 4 if dims < 128 else 8
     if dtype == torch.float32:
-        return Tiling(64, dims, 8, 1) if dims <= 128 else Tiling(32, 64, 8, 1)
-    if dims <= 128:
-        return Tiling(64, dims, 4 if dims < 128 else 8, 2)
-    return Tiling(64 if dims == 256 else 32, dims, 8, 1)
+        return Tiling(64, dims, num_warps, 1) if dims <= 128 else Tiling(32, 64, num_warps, 1)
+    return Tiling(64 if dims <= 256 else 32, dims, num_warps, 2 if dims < 128 else 1)
 
 
 def attend_in_blocks(

@@ -344,7 +344,7 @@ def test_on_cuda(dtype: torch.dtype, holds: Callable[[torch.dtype, str], None]) 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", [*LARGE, (40, 8, 64, 4096, 128), (40, 8, 1, 9000, 128)], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
 def test_larger_shapes_agree_with_the_plain_twin_on_cuda(dtype: torch.dtype, shape: Shape) -> None:
     agrees_with_the_twin(dtype, shape, "cuda")
 
@@ -380,7 +380,8 @@ def test_it_compiles_without_spills_for_every_gpu(
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     for head_size, repeats in ((64, 7), (80, 1), (96, 4), (128, 5), (256, 2), (512, 8)):
-        usage(capability, dtype, head_size, repeats, tmp_path)
+        most = 255 if dtype == F32 else 168
+        assert usage(capability, dtype, head_size, repeats, tmp_path) <= most
 
 
 def usage(capability: int, dtype: torch.dtype, head_size: int, repeats: int, folder: Path) -> int:
