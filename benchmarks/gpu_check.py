@@ -7,13 +7,15 @@ raw weights and with residuals, and checks for both: speculation and plain decod
 tokens, greedy and seeded; the driver's peak stays within the budget; how busy the link is while
 verifying; the terms of a round at full and at throttled link speed; a draft's level with and
 without CUDA graphs. And how fast residuals decode, as weights and as share of the memory's
-bandwidth; and how long exact attention takes. Stories on stderr, one JSON object as the last line of stdout.
+bandwidth, and how long exact attention takes. Stories on stderr, one JSON object as the last line
+of stdout.
 """
 
 import json
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import click
@@ -145,7 +147,7 @@ def attention() -> dict[str, float]:
         ("tree, by the twin", masks["tree"], attend_in_fp64),
     ):
         given = q[:, : len(visible)], keys, values, visible, 128**-0.5
-        found[name] = device_seconds(lambda attend=attend, given=given: attend(*given), 10)
+        found[name] = device_seconds(partial(attend, *given), 10)
         print(f"attention, {name}: {found[name] * 1e3:.2f} ms a layer", file=sys.stderr)
     return found
 
@@ -166,8 +168,9 @@ def memory_bandwidth() -> float:
     """Bytes per second that a copy on the device reads and writes."""
     source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    rate = 2 * source.numel() / device_seconds(lambda: target.copy_(source), 10)
-    del source, target
+    copy = partial(target.copy_, source)
+    rate = 2 * source.numel() / device_seconds(copy, 10)
+    del source, target, copy
     torch.cuda.empty_cache()
     return rate
 
