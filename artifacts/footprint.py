@@ -260,10 +260,17 @@ def attention_sections(num_slots: int) -> int:
     return min(ATTENTION_SECTIONS, -(-num_slots // ATTENTION_SECTION))
 
 
+def attention_results(num_slots: int) -> int:
+    """Of the sections that attention_triton.py computes at a time and, where these are not all, of
+    those before."""
+    at_once = attention_sections(num_slots)
+    return at_once + (at_once * ATTENTION_SECTION < num_slots)
+
+
 def attention_blocks_bytes(num_heads: int, num_rows: int, num_slots: int, head_size: int) -> int:
-    """Scratch memory of attention_triton.py: the slots that each row sees, and the f32 sums of the
-    sections that are computed at a time and of those before."""
-    sums = (attention_sections(num_slots) + 1) * num_heads * (head_size + 2)
+    """Scratch memory of attention_triton.py: the slots that each row sees, and the f32 results
+    of sections."""
+    sums = attention_results(num_slots) * num_heads * (head_size + 2)
     return 4 * num_rows * (num_slots + 2 + sums)
 
 

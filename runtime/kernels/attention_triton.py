@@ -36,6 +36,7 @@ from torch import Tensor
 from subspec.artifacts.footprint import (
     ATTENTION_SECTION,
     attention_blocks_bytes,
+    attention_results,
     attention_sections,
 )
 
@@ -88,7 +89,8 @@ def attend_in_blocks(
     at_once = attention_sections(num_slots)
     size = attention_blocks_bytes(num_heads, num_rows, num_slots, head_size)
     scratch = torch.empty(size // 4, dtype=torch.int32, device=q.device)
-    results = (at_once + 1) * num_heads * num_rows  # the last are of all sections before
+    # Where sections come in turns, the last results are of all sections before.
+    results = attention_results(num_slots) * num_heads * num_rows
     sizes = num_rows * num_slots, num_rows * 2, results * 2, results * head_size
     slots, counts, weights, sums = scratch.split(sizes)
     _list_slots[(num_rows,)](visible.view(torch.int8), slots, counts, num_slots, BLOCK=LIST_BLOCK)
@@ -129,6 +131,7 @@ def attend_in_blocks(
             out.stride(1),
             first,
             at_once,
+            triton.cdiv(num_slots, ATTENTION_SECTION),
             HEAD_SIZE=head_size,
             DIMS=dims,
             SECTION=ATTENTION_SECTION,
@@ -178,8 +181,8 @@ def _attend_section(
     values: tl.tensor,
     slots: tl.tensor,
     counts: tl.tensor,
-    weights: tl.tensor,  # f32 [sections + 1, T, A, 2]: the largest score, the sum of the weights
-    sums: tl.tensor,  # f32 [sections + 1, T, A, D], of weighted values
+    weights: tl.tensor,  # f32 [results, T, A, 2]: the largest score, the sum of the weights
+    sums: tl.tensor,  # f32 [results, T, A, D], of weighted values
     q_head_stride: tl.tensor,
     q_row_stride: tl.tensor,
     keys_stride: tl.tensor,
@@ -311,7 +314,7 @@ def _weighted(weight: tl.tensor, value: tl.tensor, sums: tl.tensor) -> tl.tensor
 
 
 @triton.jit(
-    do_not_specialize=["out_head_stride", "first_section", "num_sections"],
+    do_not_specialize=["out_head_stride", "first_section", "num_sections", "all_sections"],
     do_not_specialize_on_alignment=["out", "counts", "weights", "sums"],
 )
 def _combine(
@@ -322,7 +325,8 @@ def _combine(
     out_head_stride: tl.tensor,
     out_row_stride: tl.tensor,
     first_section: tl.tensor,
-    num_sections: tl.tensor,
+    num_sections: tl.tensor,  # at a time
+    all_sections: tl.tensor,
     HEAD_SIZE: tl.constexpr,
     DIMS: tl.constexpr,
     SECTION: tl.constexpr,
@@ -350,9 +354,10 @@ def _combine(
         total = tl.fma(total, fade, tl.load(weights + at * 2 + 1) * share)
         added = tl.load(sums + at.to(tl.int64) * HEAD_SIZE + dim, mask=in_head, other=0.0)
         result = tl.fma(result, fade, added * share)
-    tl.store(weights + kept * 2, most)
-    tl.store(weights + kept * 2 + 1, total)
-    tl.store(kept_sums, result, mask=in_head)
+    is_kept = first_section + num_sections < all_sections
+    tl.store(weights + kept * 2, most, mask=is_kept)
+    tl.store(weights + kept * 2 + 1, total, mask=is_kept)
+    tl.store(kept_sums, result, mask=in_head & is_kept)
     if out.dtype.element_ty == tl.float16:
         result = result * (1.0 / _F16_SCALE)
     # A row that sees nothing has no weight; zeros of either sign become +0.

@@ -350,7 +350,8 @@ def test_larger_shapes_agree_with_the_plain_twin_on_cuda(dtype: torch.dtype, sha
 
 
 def test_scratch_grows_with_each_of_its_arguments() -> None:
-    assert attention_blocks_bytes(3, 2, 513, 16) == 4 * 2 * (513 + 2 + 3 * 3 * 18)
+    assert attention_blocks_bytes(3, 2, 513, 16) == 4 * 2 * (513 + 2 + 2 * 3 * 18)
+    assert attention_blocks_bytes(3, 2, 4097, 16) == 4 * 2 * (4097 + 2 + 9 * 3 * 18)
     for sizes in (
         [(n, 5, 600, 64) for n in range(1, 9)],
         [(8, n, 600, 64) for n in range(1, 9)],
