@@ -435,3 +435,24 @@ def compile_ahead(
     target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
     options = {"num_warps": form.num_warps, "num_stages": form.num_stages}
     return triton.compile(source, target=target, options=options)
+
+
+@pytest.mark.parametrize("capability", [80, 120])
+def test_the_small_kernels_compile(
+    capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
+    listed = {"visible": "*i8", "slots": "*i32", "counts": "*i32", "num_slots": "i32"}
+    sizes = {"BLOCK": attention_triton.LIST_BLOCK}
+    compiled = [(attention_triton._list_slots, listed, sizes)]
+    for out in ("*bf16", "*fp16", "*fp32"):
+        types = {"out": out, "counts": "*i32", "weights": "*fp32", "sums": "*fp32"}
+        numbers = ("out_head_stride", "out_row_stride", "first_section", "num_sections")
+        types |= dict.fromkeys((*numbers, "all_sections"), "i32")
+        sizes = {"HEAD_SIZE": 80, "DIMS": 128, "SECTION": footprint.ATTENTION_SECTION}
+        compiled.append((attention_triton._combine, types, sizes))
+    for kernel, types, constants in compiled:
+        every = {**types, **dict.fromkeys(constants, "constexpr")}
+        source = triton.compiler.ASTSource(kernel, every, constants)
+        assert "fma.rn" in triton.compile(source, target=target).asm["ptx"] or types is listed
