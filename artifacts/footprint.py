@@ -29,6 +29,8 @@ GUARD_BYTES = 128 << 10  # at least
 ALLOCATOR_BYTES = (64 << 20) + (48 << 20)
 GRAPH_BYTES_PER_LAYER = 512 << 10  # of all graphs of a draft; estimated: 2 x 12 of 20 kernels, 1 kB
 ATTENTION_PIECE = 16  # attention.cpp rounds head sizes and slots up to multiples of it
+ATTENTION_SECTION = 512  # slots that attention_triton.py adds up on their own
+ATTENTION_SECTIONS = 8  # of them, at a time
 DRAFT_GROUP_BYTES = 76  # for 64 quantized activations in draft_layers.cpp
 
 
@@ -160,10 +162,8 @@ def workspace_bytes(spec: ModelSpec, device: DeviceKind, shape: Shape) -> int:
     """Upper bound of the temporaries of any pass; a test compares it with a measurement."""
     slots, threads = cache_slots(shape.context, shape.verify_width), shape.num_threads
     sequences, width = shape.num_sequences, shape.verify_width
-    # On a CPU prompts have the attention of verification, elsewhere the fast one.
-    of_prompt = threads if device == "cpu" else None
     of_heads = logits_bytes(spec, sequences * shape.head_rows)
-    prompt = pass_bytes(spec, device, 1, shape.prefill_tokens, slots, of_heads, of_prompt)
+    prompt = pass_bytes(spec, device, 1, shape.prefill_tokens, slots, of_heads, threads)
     # All sequences verify, or all but one do while a piece of its prompt is read; the piece counts
     # as further sequences.
     piece = min(ROWS_IN_COMPANY, shape.prefill_tokens)
@@ -229,7 +229,10 @@ def block_bytes(
         # By the plain twin: f64 scores of one KV head, two alive, its keys and values.
         scored = min(some, ATTENTION_PIECE) if device == "cpu" else some
         twin = repeats * (scored * 17 + some) * slots + slots * body.head_size * 16
-        compiled = attention_scratch_bytes(exact_threads, slots, body.head_size)
+        if device == "cpu":
+            compiled = attention_scratch_bytes(exact_threads, slots, body.head_size)
+        else:
+            compiled = attention_blocks_bytes(body.num_heads, some, slots, body.head_size)
         scores = max(twin, compiled) + some * slots + 2 * some * query * max(item, turned)
     else:  # the mask, and its copy for the repeated heads; no mask-free kernel is assumed
         scores = some * slots * (2 + item * (1 + repeats)) + 4 * some * query * max(item, turned)
@@ -250,6 +253,25 @@ def attention_scratch_bytes(num_threads: int, num_slots: int, head_size: int) ->
     slots, dims = (-(-size // piece) * piece for size in (num_slots, head_size))
     per_thread = slots * (2 * dims + piece + 2) + dims * piece
     return 4 * (slots + num_threads * per_thread)
+
+
+def attention_sections(num_slots: int) -> int:
+    """Sections that attention_triton.py computes at a time."""
+    return min(ATTENTION_SECTIONS, -(-num_slots // ATTENTION_SECTION))
+
+
+def attention_results(num_slots: int) -> int:
+    """Of the sections that attention_triton.py computes at a time and, where these are not all, of
+    those before."""
+    at_once = attention_sections(num_slots)
+    return at_once + (at_once * ATTENTION_SECTION < num_slots)
+
+
+def attention_blocks_bytes(num_heads: int, num_rows: int, num_slots: int, head_size: int) -> int:
+    """Scratch memory of attention_triton.py: the slots that each row sees, and the f32 results
+    of sections."""
+    sums = attention_results(num_slots) * num_heads * (head_size + 2)
+    return 4 * num_rows * (num_slots + 2 + sums)
 
 
 def compiled_draft_bytes(

@@ -7,12 +7,15 @@ raw weights and with residuals, and checks for both: speculation and plain decod
 tokens, greedy and seeded; the driver's peak stays within the budget; how busy the link is while
 verifying; the terms of a round at full and at throttled link speed; a draft's level with and
 without CUDA graphs. And how fast residuals decode, as weights and as share of the memory's
-bandwidth. Stories on stderr, one JSON object as the last line of stdout.
+bandwidth, and how long exact attention takes. Stories on stderr, one JSON object as the last line
+of stdout.
 """
 
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import click
@@ -24,6 +27,7 @@ from subspec.artifacts.common.sizes import format_size, weights_rate
 from subspec.artifacts.format.store import Artifact, open_artifact
 from subspec.artifacts.plan import Method
 from subspec.runtime.engine import Engine, OpenOptions
+from subspec.runtime.model.attention import attend_batch_invariant, attend_in_fp64
 from subspec.runtime.model.sampling import Sampling
 from subspec.runtime.sequence import GenerationParams
 from subspec.runtime.text.tokenizer import load_tokenizer
@@ -82,7 +86,7 @@ def main(
         }
         print(json.dumps(found), file=sys.stderr, flush=True)  # should what follows fail
     here = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
-    print(json.dumps({**here, **found, "decode": decode(artifact)}))
+    print(json.dumps({**here, **found, "decode": decode(artifact), "attention": attention()}))
     if failed:
         raise SubspecError(Exit.UNEXPECTED, f"on this GPU these checks failed: {'; '.join(failed)}")
 
@@ -124,19 +128,49 @@ def decode(artifact: Artifact) -> dict[str, float]:
     }
 
 
+def attention() -> dict[str, float]:
+    """Seconds of exact attention in a layer of a 32 B model, 4096 slots: a tree of 64 rows behind
+    what all see, a prompt's piece, one row, and the tree by the plain twin."""
+    q = torch.randn(40, 128, 128, device="cuda").bfloat16()
+    keys, values = torch.randn(2, 8, 4096, 128, device="cuda").bfloat16()
+    causal = torch.arange(4096, device="cuda") <= 3968 + torch.arange(128, device="cuda")[:, None]
+    parents = torch.arange(64) // 2  # a binary tree
+    tree = torch.zeros(64, 4096, dtype=torch.bool)
+    tree[:, :4032] = True
+    for node in range(64):
+        tree[node] |= tree[parents[node]]
+        tree[node, 4032 + node] = True
+    masks = {"tree": tree.cuda(), "prompt": causal, "one": causal[-1:]}
+    found = {}
+    for name, visible, attend in (
+        *((name, visible, attend_batch_invariant) for name, visible in masks.items()),
+        ("tree, by the twin", masks["tree"], attend_in_fp64),
+    ):
+        given = q[:, : len(visible)], keys, values, visible, 128**-0.5
+        found[name] = device_seconds(partial(attend, *given), 10)
+        print(f"attention, {name}: {found[name] * 1e3:.2f} ms a layer", file=sys.stderr)
+    return found
+
+
+def device_seconds(action: Callable[[], object], count: int) -> float:
+    """Of one of `count` calls in a row, after one that is not counted."""
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    action()
+    before.record()
+    for _ in range(count):
+        action()
+    after.record()
+    after.synchronize()
+    return float(before.elapsed_time(after)) / 1e3 / count
+
+
 def memory_bandwidth() -> float:
     """Bytes per second that a copy on the device reads and writes."""
     source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    target.copy_(source)
-    before.record()
-    for _ in range(10):
-        target.copy_(source)
-    after.record()
-    after.synchronize()
-    rate: float = 10 * 2 * source.numel() / (before.elapsed_time(after) / 1e3)
-    del source, target
+    copy = partial(target.copy_, source)
+    rate = 2 * source.numel() / device_seconds(copy, 10)
+    del source, target, copy
     torch.cuda.empty_cache()
     return rate
 

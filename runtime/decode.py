@@ -22,7 +22,7 @@ from subspec.runtime.clock import Clock
 from subspec.runtime.draft.beam import TokenTree, narrowed, root_only
 from subspec.runtime.draft.drafter import Drafter, Turn, tree_rows
 from subspec.runtime.kernels.linear import calls_of
-from subspec.runtime.model.attention import attend, attend_batch_invariant, attend_prompt
+from subspec.runtime.model.attention import attend, attend_batch_invariant
 from subspec.runtime.model.cache import Cache
 from subspec.runtime.model.sampling import Chooser, TokenLogprobs, logprobs_of
 from subspec.runtime.model.transformer import Attend, HeadRows, Rows, SharedWeights, forward
@@ -259,7 +259,7 @@ def whole_tree(tree: TokenTree, cache: Cache) -> Rows:
 def padded_rows(plan: Plan, piece: Piece) -> Rows:
     """Rows for a piece, and for padding: copies of its last row that write where nobody reads."""
     tokens = torch.tensor(list(piece.tokens), device=piece.cache.device)
-    rows = causal_rows(piece.cache, tokens, attend_prompt)
+    rows = causal_rows(piece.cache, tokens, attend_batch_invariant)
     num_rows = sum(prompt_calls(plan, len(piece.tokens)))
     return repeated_last(rows, num_rows - len(piece.tokens))
 

@@ -363,6 +363,12 @@ class Engine:
         return next((problem for problem in problems if problem is not None), None)
 
     @property
+    def plain_attention(self) -> str | None:
+        """Why exact attention on a GPU is its plain twin; None: it is not."""
+        on_cuda = self.device.type == "cuda"
+        return attention.unavailable_on_cuda(self.device) if on_cuda else None
+
+    @property
     def has_prebuilt_kernels(self) -> bool:
         """Whether the artifact has kernels for this machine that are not trusted yet."""
         kernels = needed_kernels(self.plan, self.method)

@@ -40,7 +40,7 @@ from subspec.runtime.load import (
     unplaced_weights,
 )
 from subspec.runtime.memory import FastMemory
-from subspec.runtime.model.attention import attend, attend_prompt
+from subspec.runtime.model.attention import attend, attend_batch_invariant
 from subspec.runtime.model.cache import make_cache
 from subspec.runtime.model.sampling import Chooser, Sampling
 from subspec.runtime.model.transformer import (
@@ -147,7 +147,9 @@ class Bench:
         """Timings of an exact layer without padding (one row of plain decoding, more of a prompt),
         and seconds of the head at one row."""
         layers = {
-            width: self._layers(self.weights, self.exact, self._causal_rows(width, attend_prompt))
+            width: self._layers(
+                self.weights, self.exact, self._causal_rows(width, attend_batch_invariant)
+            )
             for width in FAST_WIDTHS[1:]
         }
         layers[1] = self._layers(self.weights, self.exact, self._causal_rows(1, attend))

@@ -83,7 +83,7 @@ def passes_of(
     else:
         exact = pass_seconds(spec, profile.fast_layer, profile.fast_attention, 1, live) + head
     rows, before = min(prefill_tokens, usage.prompt_tokens), usage.prompt_tokens / 2
-    prompt = pass_seconds(spec, profile.fast_layer, profile.fast_attention, rows, before)
+    prompt = pass_seconds(spec, profile.fast_layer, profile.exact_attention, rows, before)
     return Passes(
         draft=draft_seconds(spec, profile, tree, gives.levels, live) if tree else 0.0,
         exact=exact,

@@ -99,6 +99,8 @@ def open_engine(artifact: Artifact, how: Opening, progress: Progress) -> Engine:
             f"{problem}"
             f"{trust if engine.has_prebuilt_kernels else ''}"
         )
+    if (problem := engine.plain_attention) is not None:
+        say(f"note: exact attention runs in f64, which is slow on most GPUs: {problem}")
     if (problem := engine.plain_draft) is not None:
         say(f"note: drafting is slower than it could be: {problem}")
     return engine

@@ -1,14 +1,17 @@
-"""Grouped-query attention over cache slots: fast for drafts and prompts, exact for verification.
+"""Grouped-query attention over cache slots: fast for drafts, batch-invariant for all else.
 
 The query heads that share a KV head are folded into rows, so that keys and values are never
 repeated and one code serves both devices, chains and trees. The exact functions give a row the same
 bits wherever it stands: `attend_in_order`, compiled from attention.cpp for CPUs, because it takes
-the slots one by one, and `attend_in_fp64`, its plain twin, because it is far more precise than
-what it returns.
+the slots one by one, `attend_in_blocks` of attention_triton.py for CUDA, because it takes the
+slots that a row sees in fixed blocks, and `attend_in_fp64`, the plain twin of both, because it is
+far more precise than what it returns.
 A = query heads, B = KV heads, T = query rows, S = live slots, D = head size
 """
 
 import ctypes
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -18,6 +21,7 @@ from torch import Tensor
 from subspec.artifacts.footprint import ATTENTION_PIECE, attention_scratch_bytes
 from subspec.artifacts.native import cpp
 
+MIN_CAPABILITY = (8, 0)  # of attend_in_blocks: products of bf16 and tf32
 SOURCE = Path(__file__).parents[1] / "kernels" / "attention.cpp"
 ELEMENT_BITS = {torch.float32: 32, torch.float16: 16, torch.bfloat16: -16}
 
@@ -50,15 +54,12 @@ def attend_batch_invariant(
     """The same, batch-invariant: a row's result does not depend on other rows or masked slots."""
     if q.device.type == "cpu" and unavailable() is None:
         return attend_in_order(q, keys, values, visible, scale)
+    if q.device.type == "cuda" and unavailable_on_cuda(q.device) is None:
+        from subspec.runtime.kernels import attention_triton  # triton: only where there is a GPU
+
+        if q.shape[2] <= attention_triton.MAX_HEAD_SIZE:
+            return attention_triton.attend_in_blocks(q, keys, values, visible, scale)
     return attend_in_fp64(q, keys, values, visible, scale)
-
-
-def attend_prompt(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: float) -> Tensor:
-    """For prompts: batch-invariant on CPUs, where that is the faster one too. On CUDA it is not,
-    yet: there a token's keys and values depend on the piece in which its prompt was read."""
-    if q.device.type == "cpu":
-        return attend_batch_invariant(q, keys, values, visible, scale)
-    return attend(q, keys, values, visible, scale)
 
 
 def attend_in_order(
@@ -112,7 +113,7 @@ def attend_in_order(
 def attend_in_fp64(
     q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: float
 ) -> Tensor:
-    """The plain twin of `attend_in_order`, and what CUDA uses: in fp64, one KV head at a time.
+    """The plain twin of `attend_in_order` and `attend_in_blocks`: in fp64, one KV head at a time.
 
     After rounding to q's dtype the result does not depend on which slots the visible keys are in,
     nor on how many hidden ones lie between them; hidden values must be finite.
@@ -137,6 +138,18 @@ def unavailable() -> str | None:
     """None if `attend_in_order` works, which builds attention.cpp where that has not been done;
     else why not."""
     return cpp.unavailable(SOURCE, _declare)
+
+
+@cache
+def unavailable_on_cuda(device: torch.device) -> str | None:
+    """None if `attend_in_blocks` works there, else why not."""
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MIN_CAPABILITY:
+        have, need = (".".join(map(str, some)) for some in (capability, MIN_CAPABILITY))
+        return f"the GPU has compute capability {have}, and {need} is needed"
+    return None
 
 
 def _declare(library: ctypes.CDLL) -> None:

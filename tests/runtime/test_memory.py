@@ -18,7 +18,7 @@ from subspec.runtime.decode import causal_rows, whole_tree
 from subspec.runtime.draft.beam import root_only
 from subspec.runtime.kernels.linear import calls_of
 from subspec.runtime.memory import Arena, FastMemory, Temporaries
-from subspec.runtime.model.attention import attend_prompt
+from subspec.runtime.model.attention import attend_batch_invariant
 from subspec.runtime.model.sampling import Chooser, Sampling
 from subspec.runtime.model.transformer import HeadRows, forward
 
@@ -182,7 +182,7 @@ def test_the_temporaries_of_every_exact_pass_are_within_the_workspace(
     def peak_of_prompt() -> int:
         with Temporaries() as seen:
             rows, last = (
-                [causal_rows(caches[0], prompt, attend_prompt)],
+                [causal_rows(caches[0], prompt, attend_batch_invariant)],
                 slice(context - 8, context),
             )
             head = HeadRows([last], calls_of([8]))
