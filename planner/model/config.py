@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.model import DTYPE_BYTES, DType, ModelSpec, NormStyle, Source
-from subspec.planner.model.families import FAMILIES, PER_LAYER, read_layers
+from subspec.planner.model.families import FAMILIES
 from subspec.planner.model.fields import (
     LARGEST_VOCABULARY,
     LARGEST_WIDTH,
@@ -19,6 +19,7 @@ from subspec.planner.model.fields import (
     Fields,
     read_fields,
 )
+from subspec.planner.model.layers import PER_LAYER, read_layers
 from subspec.planner.model.library import reading
 from subspec.planner.model.rope import check_rope, reach
 
@@ -175,7 +176,7 @@ def _decoder(written: Fields) -> tuple[str, Fields]:
     architectures = written.texts("architectures")
     whole = written.text("model_type", "")
     name, architecture = DECODERS.get(whole, ("", ""))
-    if architecture not in architectures:
+    if not name or architecture not in architectures:
         shown = ", ".join(architectures)[:100] or "no architecture"
         message = f"{CONFIG} names {shown} of type {whole[:100]!r}, we run {known}"
         if "auto_map" in written.values:

@@ -428,6 +428,7 @@ def test_a_config_without_end_tokens_has_those_of_its_class(
         ({"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "SequenceClassification"),
         ({"architectures": None}, "no architecture"),
+        ({"architectures": [""], "model_type": "mamba"}, "mamba"),
         ({"model_type": "qwen2_moe"}, "qwen2_moe"),
         ({"model_type": None}, "''"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
