@@ -41,9 +41,9 @@ class Rope:
 
     theta: Positive
     size: Size  # leading features of a head that rotate; the others pass unchanged
-    kind: Literal["default", "linear", "llama3", "yarn", "longrope"] = "default"
+    kind: Literal["default", "linear", "llama3", "yarn", "longrope", "proportional"] = "default"
     interleaved: bool = False  # pairs (0, 1), (2, 3), ..., instead of (i, i + size / 2)
-    factor: Positive = 1.0  # linear, llama3, yarn
+    factor: Positive = 1.0  # linear, llama3, yarn, proportional
     original_max_positions: Annotated[int, Between(0, 1 << 30)] = 0  # llama3, yarn
     low_frequency_factor: float = 1.0  # llama3
     high_frequency_factor: float = 4.0  # llama3
@@ -53,6 +53,7 @@ class Rope:
     attention_factor: Positive = 1.0  # yarn, longrope: multiplies cos and sin
     # longrope (arXiv 2402.13753): divides each frequency; [size / 2]
     divisors: tuple[Positive, ...] = ()
+    turning_pairs: Annotated[int, Between(0, 1 << 19)] = 0  # proportional: the others stand still
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ class QueryGrowth:
 
 @dataclass(frozen=True)
 class Attention:
-    """Grouped-query attention: <name>.q_proj, k_proj, v_proj, o_proj."""
+    """Grouped-query attention: <name>.q_proj, k_proj, v_proj, o_proj. Where values are keys, there
+    is no v_proj: the values are k_proj's product, before k_norm."""
 
     num_heads: Size
     num_kv_heads: Size
@@ -77,6 +79,8 @@ class Attention:
     output_bias: bool = False
     # RMSNorms <name>.q_norm and k_norm before the rotation: over each head, or all heads together.
     qk_norm: Literal["none", "head", "all_heads"] = "none"
+    value_norm: bool = False  # RMSNorm of v without a weight, over each head
+    values_are_keys: bool = False
     query_growth: QueryGrowth | None = None
     name: Name = "self_attn"
     kind: Literal["attention"] = "attention"
@@ -92,10 +96,12 @@ class Attention:
 
 @dataclass(frozen=True)
 class Dense:
-    """Gated feed-forward, down(silu(gate(x)) * up(x)): <name>.gate_proj, up_proj, down_proj."""
+    """Gated feed-forward, down(activation(gate(x)) * up(x)): <name>.gate_proj, up_proj,
+    down_proj."""
 
     inner_size: Size
     bias: bool = False
+    activation: Literal["silu", "gelu_tanh"] = "silu"  # gelu by its approximation with tanh
     name: Name = "mlp"
     kind: Literal["dense"] = "dense"
 
@@ -113,6 +119,7 @@ class Block:
 @dataclass(frozen=True)
 class LayerSpec:
     blocks: Annotated[tuple[Block, ...], Length(1, 16)]
+    scalar: Name | None = None  # name of a tensor [1] that multiplies x after all blocks
 
     @property
     def attentions(self) -> tuple[Attention, ...]:
@@ -126,6 +133,7 @@ class NormStyle:
 
     epsilon: Annotated[float, Between(1e-15, 1), Below(1)]
     rounds_late: bool = False  # the weight is applied in f32, else after rounding to the dtype
+    zero_centered: bool = False  # the weight is 1 + what is stored, in f32; only if it rounds late
 
 
 @dataclass(frozen=True)
@@ -148,7 +156,9 @@ class ModelSpec:
     norm: NormStyle
     tied_head: bool  # the head is the embedding matrix
     embedding_scale: Positive = 1.0  # multiplies embedding rows
+    rounds_embedding_scale: bool = False  # to the dtype, before it multiplies
     logits_divisor: Positive = 1.0
+    logits_cap: Positive | None = None  # logits become cap * tanh(logits / cap)
     rope_in_f32: bool = False  # q and k are rotated in f32 and then rounded
     eos_token_ids: tuple[int, ...] = ()
     source: Source = field(default_factory=lambda: Source(""))
@@ -218,16 +228,25 @@ class ModelSpec:
         return found
 
     @cached_property
+    def scalar_names(self) -> tuple[str | None, ...]:
+        """Of each layer, the name of the tensor [1] that multiplies the stream behind it."""
+        return tuple(
+            f"{layer_name(index)}.{layer.scalar}" if layer.scalar else None
+            for index, layer in enumerate(self.layers)
+        )
+
+    @cached_property
     def resident_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Tensor name -> shape of the exact weights that are always resident: norms, biases and
-        matrices without a substitute."""
+        """Tensor name -> shape of the exact weights that are always resident: norms, biases,
+        matrices without a substitute, and the layers' scalars."""
         found = dict[str, tuple[int, ...]]()
         for linear in self.linears:
             if linear.has_bias:
                 found[f"{linear.name}.bias"] = (linear.out_features,)
             if not linear.has_substitute:
                 found[f"{linear.name}.weight"] = (linear.out_features, linear.in_features)
-        return found | {f"{name}.weight": (size,) for name, size in self.norm_sizes.items()}
+        found |= {f"{name}.weight": (size,) for name, size in self.norm_sizes.items()}
+        return found | {name: (1,) for name in self.scalar_names if name}
 
     @property
     def embedding_bytes(self) -> int:
@@ -327,7 +346,8 @@ def _linear_shapes(spec: ModelSpec, layer: LayerSpec) -> dict[str, tuple[int, in
         if isinstance(body, Attention):
             found[f"{body.name}.q_proj"] = (body.query_size, hidden, body.qkv_bias)
             found[f"{body.name}.k_proj"] = (body.kv_size, hidden, body.qkv_bias)
-            found[f"{body.name}.v_proj"] = (body.kv_size, hidden, body.qkv_bias)
+            if not body.values_are_keys:
+                found[f"{body.name}.v_proj"] = (body.kv_size, hidden, body.qkv_bias)
             found[f"{body.name}.o_proj"] = (hidden, body.query_size, body.output_bias)
         else:
             found[f"{body.name}.gate_proj"] = (body.inner_size, hidden, body.bias)

@@ -100,6 +100,37 @@ FAMILIES: dict[str, dict[str, Any]] = {
         attention_multiplier=0.125, tie_word_embeddings=True,
     ),
     "seed_oss": family("seed_oss", head_dim=48, attention_out_bias=True),
+    "gemma3_text, as the hub has it": family(
+        "gemma3_text", head_dim=48, num_hidden_layers=6, sliding_window=20,
+        sliding_window_pattern=3, query_pre_attn_scalar=56, rope_local_base_freq=5000.0,
+        rope_theta=5e5, rope_scaling={"rope_type": "linear", "factor": 8.0},
+        attn_logit_softcapping=20.0,
+    ),
+    "gemma3_text, capped, 7 heads to 1, untied": family(
+        "gemma3_text", hidden_size=448, num_attention_heads=7, num_key_value_heads=1, head_dim=32,
+        sliding_window=24, layer_types=[SLIDING, FULL, SLIDING], final_logit_softcapping=3.0,
+        attention_bias=True, tie_word_embeddings=False,
+    ),
+    "gemma4_text, keys are values in layers of other heads": family(
+        "gemma4_text", num_hidden_layers=4, head_dim=32, global_head_dim=80, sliding_window=20,
+        num_global_key_value_heads=1, attention_k_eq_v=True, hidden_size_per_layer_input=0,
+        layer_types=[SLIDING, FULL, SLIDING, FULL], final_logit_softcapping=3.0,
+        tie_word_embeddings=False,
+    ),
+    "gemma4_text, experts off, six layers": family(
+        "gemma4_text", num_hidden_layers=6, head_dim=16, global_head_dim=32, sliding_window=24,
+        hidden_size_per_layer_input=0, enable_moe_block=False, attention_bias=True,
+        tie_word_embeddings=False,
+    ),
+    "gemma4_unified_text": family(
+        "gemma4_unified_text", num_attention_heads=3, num_key_value_heads=3, head_dim=32,
+        global_head_dim=64, num_global_key_value_heads=1, attention_k_eq_v=True, sliding_window=20,
+        layer_types=[SLIDING, SLIDING, FULL], use_bidirectional_attention="vision",
+        rope_parameters={
+            SLIDING: {"rope_type": "default", "rope_theta": 1e4},
+            FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.3, "rope_theta": 1e5},
+        },
+    ),
 }  # fmt: skip
 
 
@@ -118,5 +149,8 @@ def save_random_model(folder: Path, config: Any, seed: int = 0) -> Any:
                 parameter.normal_(1.0 if "norm" in name else 0.0, 0.2)
             else:
                 parameter.normal_(0.0, 1.5 * parameter.shape[1] ** -0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("layer_scalar"):
+                buffer.normal_(1.0, 0.2)
     model.save_pretrained(folder)
     return model.eval()

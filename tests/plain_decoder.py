@@ -27,12 +27,18 @@ Weights = Callable[[str], Tensor]  # "model.norm.weight" -> the tensor
 
 def logits_of(spec: ModelSpec, weights: Weights, tokens: Tensor) -> Tensor:
     """tokens [T] -> [T, V]"""
-    x = F.embedding(tokens, weights(f"{EMBEDDING}.weight")) * spec.embedding_scale
+    x = F.embedding(tokens, weights(f"{EMBEDDING}.weight"))
+    scale = torch.tensor(spec.embedding_scale)
+    x = x * (scale.to(x.dtype) if spec.rounds_embedding_scale else scale)
     for index, layer in enumerate(spec.layers):
         for block in layer.blocks:
             x = x + _block(spec, block, weights, layer_name(index), x)
+        if layer.scalar:
+            x = x * weights(f"{layer_name(index)}.{layer.scalar}")
     x = _norm(spec, x, weights(f"{FINAL_NORM}.weight"))
-    return F.linear(x, weights(f"{HEAD}.weight")) / spec.logits_divisor
+    logits = F.linear(x, weights(f"{HEAD}.weight")) / spec.logits_divisor
+    cap = spec.logits_cap
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def _block(spec: ModelSpec, block: Block, weights: Weights, layer: str, x: Tensor) -> Tensor:
@@ -45,16 +51,20 @@ def _block(spec: ModelSpec, block: Block, weights: Weights, layer: str, x: Tenso
 
     body, normed = block.body, norm(block.before, x)
     if isinstance(body, Dense):
-        gate = F.silu(linear(f"{body.name}.gate_proj", normed, body.bias))
+        gate = linear(f"{body.name}.gate_proj", normed, body.bias)
+        gate = F.silu(gate) if body.activation == "silu" else F.gelu(gate, approximate="tanh")
         up = linear(f"{body.name}.up_proj", normed, body.bias)
         out = linear(f"{body.name}.down_proj", gate * up, body.bias)
     else:
-        q, k, v = (linear(f"{body.name}.{n}_proj", normed, body.qkv_bias) for n in "qkv")
+        names = "qkk" if body.values_are_keys else "qkv"
+        q, k, v = (linear(f"{body.name}.{n}_proj", normed, body.qkv_bias) for n in names)
         if body.qk_norm == "all_heads":
             q, k = norm(f"{body.name}.q_norm", q), norm(f"{body.name}.k_norm", k)
         q, k, v = (some.unflatten(1, (-1, body.head_size)) for some in (q, k, v))
         if body.qk_norm == "head":
             q, k = norm(f"{body.name}.q_norm", q), norm(f"{body.name}.k_norm", k)
+        if body.value_norm:
+            v = _norm(spec, v, None)
         mixed = _attend(body, *(some.transpose(0, 1) for some in (q, k, v)))
         out = linear(f"{body.name}.o_proj", mixed.transpose(0, 1).flatten(1), body.output_bias)
     return norm(block.after, out) * block.multiplier
@@ -100,6 +110,9 @@ def frequencies(rope: Rope) -> Tensor:
         return plain / rope.factor
     if rope.kind == "longrope":
         return plain / torch.tensor(rope.divisors)
+    if rope.kind == "proportional":
+        plain[rope.turning_pairs :] = 0
+        return plain / rope.factor
     original = rope.original_max_positions
     if rope.kind == "llama3":
         low, high = rope.low_frequency_factor, rope.high_frequency_factor
@@ -118,7 +131,9 @@ def frequencies(rope: Rope) -> Tensor:
     return plain / rope.factor * ramp + plain * (1 - ramp)
 
 
-def _norm(spec: ModelSpec, x: Tensor, weight: Tensor) -> Tensor:
+def _norm(spec: ModelSpec, x: Tensor, weight: Tensor | None) -> Tensor:
     wide = x.float()
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + spec.norm.epsilon)
-    return (normed * weight.float()).to(x.dtype)
+    if weight is None:
+        return normed.to(x.dtype)
+    return (normed * (weight.float() + spec.norm.zero_centered)).to(x.dtype)

@@ -55,7 +55,9 @@ def random_weights(spec: ModelSpec, seed: int = 0) -> ToyWeights:
         if len(shape) == 2:
             tensors[name] = matrices[name.removesuffix(".weight")]
         else:
-            tensors[name] = ((1.0 if "norm" in name else 0.0) + 0.2 * noise(*shape)).to(dtype)
+            around_zero = name.endswith(".bias") or spec.norm.zero_centered and "norm" in name
+            middle = 0.0 if around_zero else 1.0
+            tensors[name] = (middle + 0.2 * noise(*shape)).to(dtype)
     embedding = noise(spec.vocab_size, spec.hidden_size).to(dtype)
     return ToyWeights(spec, embedding, tensors, matrices)
 

@@ -34,10 +34,15 @@ def check_spec(spec: ModelSpec) -> None:
         where = f"layers[{index}]"
         bodies = [block.body.name for block in layer.blocks]
         norms = [n for block in layer.blocks for n in (block.before, block.after) if n is not None]
-        if len({*bodies, *norms}) < len(bodies) + len(norms) or not layer.attentions:
-            raise _wrong("model.json", f"{where} names a block or norm twice, or has no attention")
+        names = [*bodies, *norms, *([layer.scalar] if layer.scalar else [])]
+        if len(set(names)) < len(names) or not layer.attentions:
+            raise _wrong(
+                "model.json", f"{where} names a block, norm or scalar twice, or has no attention"
+            )
         for attention in layer.attentions:
             _check_attention(where, attention)
+    if spec.norm.zero_centered and not spec.norm.rounds_late:
+        raise _wrong("model.json", "norm is zero_centered, which it can be only with rounds_late")
     num_bytes = sum(linear.num_weights for linear in spec.linears) * spec.item_bytes
     if num_bytes > LARGEST_MODEL_BYTES:
         raise _wrong("model.json", f"describes {short_size(num_bytes)} of weights")
@@ -59,6 +64,7 @@ def _check_attention(where: str, one: Attention) -> None:
         and (rope.kind not in ("llama3", "yarn") or rope.original_max_positions >= 1)
         and (rope.kind != "llama3" or rope.low_frequency_factor != rope.high_frequency_factor)
         and (rope.kind != "longrope" or len(rope.divisors) == rope.size // 2)
+        and rope.turning_pairs <= rope.size // 2
     )
     if not sane:
         raise _wrong(

@@ -12,7 +12,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from subspec.artifacts.model import Attention
 from subspec.planner.machine.excerpt import fill_with_noise
 from subspec.runtime.kernels.linear import Calls, calls_of
 from subspec.runtime.model.attention import attend_batch_invariant
@@ -23,7 +22,7 @@ from subspec.runtime.model.transformer import (
     Product,
     Rows,
     SharedWeights,
-    add_block,
+    add_layer,
     to_logits,
 )
 
@@ -109,10 +108,8 @@ def layer_step(weights: SharedWeights, index: int, attention: int, product: Prod
         watched, attend = watch(product, attend_batch_invariant, seen)
         batch = [replace(rows, attend=attend) for rows in batch]
         positions = torch.cat([rows.positions for rows in batch])
-        now, own = Pass(weights, batch, calls_for(batch), positions), attention
-        for block in weights.spec.layers[index].blocks:
-            add_block(now, index, own, block, watched, x)
-            own += isinstance(block.body, Attention)
+        now = Pass(weights, batch, calls_for(batch), positions)
+        add_layer(now, index, attention, watched, x)
         return {**seen, "the layer": [x]}
 
     return run

@@ -49,7 +49,7 @@ from subspec.runtime.model.transformer import (
     Product,
     Rows,
     SharedWeights,
-    add_block,
+    add_layer,
     embed,
     make_shared,
     make_tables,
@@ -294,15 +294,14 @@ class Bench:
         self, weights: SharedWeights, products: Iterable[Product], rows: Rows
     ) -> Callable[[], None]:
         """Action that runs `layers_per_call` layers, cycling through all, which exceed a cache."""
-        layers = cycle(enumerate(zip(self.spec.layers, products, strict=False)))
+        layers = cycle(enumerate(islice(products, self.spec.num_layers)))
         num_rows = len(rows.tokens)
         x = torch.ones(num_rows, self.spec.hidden_size, dtype=weights.dtype).to(self.device)
         now = Pass(weights, [rows], calls_of([num_rows]), rows.positions)
 
         def run() -> None:
-            for index, (layer, product) in islice(layers, self.layers_per_call):
-                for block in layer.blocks:
-                    add_block(now, index, index, block, product, x)
+            for index, product in islice(layers, self.layers_per_call):
+                add_layer(now, index, index, product, x)
                 x.fill_(1.0)  # random layers would make it grow
 
         return run

@@ -39,6 +39,7 @@ DTYPES: dict[str, DType] = {"BF16": "bfloat16", "F16": "float16", "F32": "float3
 # and inside a multimodal model, as transformers writes it today and as transformers 4 did.
 PREFIXES = ("model.", "", "model.model.", "model.language_model.", "language_model.model.")
 HEADS = (f"{HEAD}.weight", f"language_model.{HEAD}.weight", f"model.{HEAD}.weight")
+DECODER_PARTS = ("embed_tokens", "layers", "norm")
 EMBEDDING_WEIGHT, HEAD_WEIGHT = f"{EMBEDDING}.weight", f"{HEAD}.weight"
 
 
@@ -58,7 +59,8 @@ def read_checkpoint(folder: Path, source: Source) -> Checkpoint:
 
     Raises SubspecError: UNSUPPORTED for what we do not run, CORRUPT for what makes no sense."""
     spec = read_config(folder, source)
-    names = _Names(spec, stored_tensors(folder))
+    stored = stored_tensors(folder)
+    names = _Names(spec, stored)
     shapes = _shapes(spec)
     # Of a tied pair either may be the one that is stored.
     stands_in = spec.tied_head and names.find(HEAD_WEIGHT) and not names.find(EMBEDDING_WEIGHT)
@@ -67,13 +69,13 @@ def read_checkpoint(folder: Path, source: Source) -> Checkpoint:
         rows[name] = names.rows(
             HEAD_WEIGHT if stands_in and name == EMBEDDING_WEIGHT else name, shape
         )
-    notes: tuple[str, ...] = ()
+    notes = _set_aside(stored)
     if spec.tied_head and names.find(HEAD_WEIGHT):
         head = names.rows(HEAD_WEIGHT, shapes[EMBEDDING_WEIGHT])
         if not _same_weights(head, rows[EMBEDDING_WEIGHT]):  # transformers unties them, too
             spec = replace(spec, tied_head=False)
             rows[HEAD_WEIGHT] = head
-            notes = (
+            notes += (
                 f"{CONFIG} says that the head is the embedding, but {head.tensor.name} is not "
                 f"{rows[EMBEDDING_WEIGHT].tensor.name}: each is used as stored",
             )
@@ -111,7 +113,8 @@ def _shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
             found[f"{linear.name}.weight"] = (rows, linear.in_features)
         if linear.has_bias:
             found[f"{linear.name}.bias"] = (rows,)
-    return found | {f"{name}.weight": (size,) for name, size in spec.norm_sizes.items()}
+    found |= {f"{name}.weight": (size,) for name, size in spec.norm_sizes.items()}
+    return found | {name: (1,) for name in spec.scalar_names if name}
 
 
 class _Names:
@@ -176,6 +179,25 @@ class _Names:
         return SubspecError(Exit.CORRUPT, message, hint)
 
 
+def _set_aside(stored: StoredTensors) -> tuple[str, ...]:
+    """A note on tensors outside the decoder: of towers for images and sound, of draft heads."""
+    prefixes = sorted(PREFIXES, key=len, reverse=True)
+    counts = dict[str, int]()
+    for name in stored.tensors:
+        prefix = next(one for one in prefixes if name.startswith(one))
+        part = name.removeprefix(prefix).split(".")[0]
+        if part not in DECODER_PARTS and name not in HEADS:
+            counts[part] = counts.get(part, 0) + 1
+    if not counts:
+        return ()
+    shown = sorted(counts, key=lambda part: (-counts[part], part))[:4]
+    others = ", ..." if len(counts) > len(shown) else ""
+    return (
+        f"set aside: {sum(counts.values())} tensors of {', '.join(p[:40] for p in shown)}{others}, "
+        "which the text decoder does not read",
+    )
+
+
 def _stored_names(name: str) -> tuple[str, ...]:
     """What a checkpoint may call a canonical tensor. Each is looked up on its own, as transformers
     does: merged checkpoints mix prefixes."""
@@ -192,6 +214,8 @@ def _fusions(layer: LayerSpec) -> dict[str, tuple[str, int, int]]:
         if isinstance(body, Attention):
             fused = f"{body.name}.qkv_proj"
             sizes = {"q_proj": body.query_size, "k_proj": body.kv_size, "v_proj": body.kv_size}
+            if body.values_are_keys:
+                del sizes["v_proj"]
         elif isinstance(body, Dense):
             fused = f"{body.name}.gate_up_proj"
             sizes = {"gate_proj": body.inner_size, "up_proj": body.inner_size}

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.model import DTYPE_BYTES, DType, ModelSpec, NormStyle, Source
-from subspec.planner.model.families import FAMILIES, read_layers
+from subspec.planner.model.families import FAMILIES
 from subspec.planner.model.fields import (
     LARGEST_VOCABULARY,
     LARGEST_WIDTH,
@@ -19,6 +19,7 @@ from subspec.planner.model.fields import (
     Fields,
     read_fields,
 )
+from subspec.planner.model.layers import PER_LAYER, read_layers
 from subspec.planner.model.library import reading
 from subspec.planner.model.rope import check_rope, reach
 
@@ -30,13 +31,19 @@ MOST_END_TOKENS = 1_000
 # name as an attribute, and enumerate num_labels.
 READ = (
     "attention_bias",
+    "attention_k_eq_v",
     "attention_multiplier",
     "attention_out_bias",
     "embedding_multiplier",
+    "enable_moe_block",
     "eos_token_id",
+    "final_logit_softcapping",
+    "global_head_dim",
     "head_dim",
     "hidden_act",
+    "hidden_activation",
     "hidden_size",
+    "hidden_size_per_layer_input",
     "intermediate_size",
     "layer_types",
     "logits_scaling",
@@ -46,29 +53,53 @@ READ = (
     "no_rope_layer_interval",
     "no_rope_layers",
     "num_attention_heads",
+    "num_global_key_value_heads",
     "num_hidden_layers",
     "num_key_value_heads",
+    "num_kv_shared_layers",
     "original_max_position_embeddings",
     "partial_rotary_factor",
+    "per_layer_config",
+    "query_pre_attn_scalar",
     "residual_multiplier",
     "rms_norm_eps",
+    "rope_local_base_freq",
     "rope_parameters",
     "rope_scaling",
     "rope_theta",
     "sliding_window",
+    "sliding_window_pattern",
     "tie_word_embeddings",
     "tokenizer_class",
+    "use_bidirectional_attention",
+    "use_double_wide_mlp",
     "use_sliding_window",
     "vocab_size",
 )
 # What transformers divides by or counts up to while it makes the object.
 COUNTS = {
+    "global_head_dim": LARGEST_WIDTH,
+    "head_dim": LARGEST_WIDTH,
     "hidden_size": LARGEST_WIDTH,
     "max_position_embeddings": MOST_POSITIONS,
     "no_rope_layer_interval": MOST_LAYERS,
     "num_attention_heads": LARGEST_WIDTH,
+    "num_global_key_value_heads": LARGEST_WIDTH,
     "num_hidden_layers": MOST_LAYERS,
+    "num_key_value_heads": LARGEST_WIDTH,
+    "sliding_window_pattern": MOST_LAYERS,
 }
+ACTIVATIONS = {
+    "silu": ("hidden_act", "silu"),
+    "gelu_tanh": ("hidden_activation", "gelu_pytorch_tanh"),
+}
+# model_type -> that of the decoder, which in a multimodal model is the text part; the architecture.
+DECODERS = {name: (name, one.architecture) for name, one in FAMILIES.items()} | {
+    one.whole[0]: (name, one.whole[1]) for name, one in FAMILIES.items() if one.whole
+}
+OF_WHOLE = ("dtype", "eos_token_id", "torch_dtype", "tie_word_embeddings")  # not its text part's
+TEXT = "text_config"
+LAYER_VALUES = {"head_dim", "num_key_value_heads"}  # that per_layer_config may give a layer
 
 
 def read_config(folder: Path, source: Source) -> ModelSpec:
@@ -77,23 +108,31 @@ def read_config(folder: Path, source: Source) -> ModelSpec:
 
     Raises SubspecError: UNSUPPORTED for what we do not run, CORRUPT for what makes no sense."""
     written = read_fields(folder / CONFIG)
-    family = _family(written)
-    config = Fields(CONFIG, vars(load_config(written)))
-    if config.text("hidden_act") != "silu":
-        raise config.unsupported("hidden_act", "'silu'")
+    family, decoder = _decoder(written)
+    made = load_config(written)
+    per_layer = made.to_dict().get(PER_LAYER, {})
+    by_index = {PER_LAYER: {int(index): own for index, own in per_layer.items()}}
+    config = Fields(CONFIG, {**vars(made), **by_index})
     style = FAMILIES[family].read(config)
+    field, activation = ACTIVATIONS[style.activation]
+    if config.text(field) != activation:
+        raise config.unsupported(field, repr(activation))
     max_positions = reach(config)
     return ModelSpec(
         family=family,
-        dtype=_dtype(written),
+        dtype=_dtype(decoder),
         hidden_size=config.integer("hidden_size", 1, LARGEST_WIDTH),
         vocab_size=config.integer("vocab_size", 1, LARGEST_VOCABULARY),
         max_positions=max_positions,
         layers=read_layers(config, style, max_positions),
-        norm=NormStyle(config.number("rms_norm_eps", 1e-15, 1.0), style.rounds_late),
+        norm=NormStyle(
+            config.number("rms_norm_eps", 1e-15, 1.0), style.rounds_late, style.zero_centered
+        ),
         tied_head=config.flag("tie_word_embeddings"),
         embedding_scale=style.embedding_scale,
+        rounds_embedding_scale=style.rounds_embedding_scale,
         logits_divisor=style.logits_divisor,
+        logits_cap=style.logits_cap,
         rope_in_f32=style.rope_in_f32,
         eos_token_ids=_end_tokens(folder, config),
         source=source,
@@ -101,9 +140,10 @@ def read_config(folder: Path, source: Source) -> ModelSpec:
 
 
 def load_config(written: Fields) -> Any:
-    """The config object that transformers makes of these fields. It is given values, not the file:
-    a field could otherwise name another file, and nothing is read twice."""
-    family = _family(written)
+    """The config object that transformers makes of these fields, of a multimodal model that of its
+    text part. It is given values, not the file: a field could otherwise name another file, and
+    nothing is read twice."""
+    family, written = _decoder(written)
     for name, largest in COUNTS.items():
         if written.has(name):
             written.integer(name, 1, largest)
@@ -129,18 +169,23 @@ def _copy(value: Any) -> Any:
     return value
 
 
-def _family(written: Fields) -> str:
-    """The model_type, once nothing in the config asks for arithmetic that we do not do."""
+def _decoder(written: Fields) -> tuple[str, Fields]:
+    """The model_type and the fields of the decoder, of a multimodal model those of its text part,
+    once nothing in the config asks for arithmetic that we do not do."""
     known = ", ".join(family.architecture for family in FAMILIES.values())
     architectures = written.texts("architectures")
-    name = written.text("model_type", "")
-    if name not in FAMILIES or FAMILIES[name].architecture not in architectures:
+    whole = written.text("model_type", "")
+    name, architecture = DECODERS.get(whole, ("", ""))
+    if not name or architecture not in architectures:
         shown = ", ".join(architectures)[:100] or "no architecture"
-        message = f"{CONFIG} names {shown} of type {name[:100]!r}, we run {known}"
+        message = f"{CONFIG} names {shown} of type {whole[:100]!r}, we run {known}"
         if "auto_map" in written.values:
             message += "; its own code (auto_map) is never run"
         raise SubspecError(Exit.UNSUPPORTED, message, "choose a model of one of these families")
-    if written.has("quantization_config"):
+    quantized = written.has("quantization_config")
+    if name != whole:
+        written = _text_part(written, name)
+    if quantized or written.has("quantization_config"):
         raise SubspecError(
             Exit.UNSUPPORTED,
             f"{CONFIG}: quantization_config says that the weights are already quantised",
@@ -148,10 +193,43 @@ def _family(written: Fields) -> str:
         )
     if not written.flag("is_causal", True):
         raise written.unsupported("is_causal", "true")
-    if written.has("per_layer_config"):
-        raise written.unsupported("per_layer_config", "layers that config.json describes together")
+    if written.has(PER_LAYER):
+        if not FAMILIES[name].sizes_differ:
+            raise written.unsupported(PER_LAYER, "layers that config.json describes together")
+        _check_per_layer(written)
     # transformers reads these as another class.
-    return "ministral" if name == "mistral" and "layer_types" in written.values else name
+    renamed = name == "mistral" and "layer_types" in written.values
+    return ("ministral" if renamed else name), written
+
+
+def _text_part(written: Fields, name: str) -> Fields:
+    values = written.values.get(TEXT)
+    if not isinstance(values, dict):
+        raise written.wrong(TEXT, values, "an object")
+    # transformers looks at the whole's word alone, and at its class's where there is none.
+    own = {field: value for field, value in values.items() if field != "tie_word_embeddings"}
+    decided = {field: written.values[field] for field in OF_WHOLE if written.has(field)}
+    text = Fields(f"{written.where}: {TEXT}", {**own, **decided})
+    if text.text("model_type", name) != name:
+        raise text.unsupported("model_type", repr(name))
+    return text
+
+
+def _check_per_layer(written: Fields) -> None:
+    """Raises SubspecError unless it gives layers nothing but other heads."""
+    values = written.values[PER_LAYER]
+    expected = "an object from the indices of layers to objects"
+    if not isinstance(values, dict) or len(values) > MOST_LAYERS:
+        raise written.wrong(PER_LAYER, values, expected)
+    for index, own in values.items():
+        fine = index.isascii() and index.isdigit() and len(index) < 6
+        if not fine or not isinstance(own, dict):
+            raise written.wrong(PER_LAYER, values, expected)
+        layer = Fields(f"{written.where}: {PER_LAYER}.{index}", own)
+        for name in own:
+            if name not in LAYER_VALUES:
+                raise layer.unsupported(name[:60], f"layers that differ in {sorted(LAYER_VALUES)}")
+            layer.integer(name, 1, LARGEST_WIDTH)
 
 
 def _dtype(written: Fields) -> DType:

@@ -6,12 +6,13 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.artifacts.model import Attention, Block, Dense, LayerSpec, QueryGrowth
+from subspec.artifacts.model import QueryGrowth
 from subspec.planner.model.fields import LARGEST_WIDTH, MOST_LAYERS, MOST_POSITIONS, Fields
-from subspec.planner.model.rope import BOUNDS, ORIGINAL, read_rope, rope_values
+from subspec.planner.model.rope import BOUNDS, ORIGINAL, rope_values
 
-FULL, SLIDING = "full_attention", "sliding_attention"
+FULL = "full_attention"
 MULTIPLIER = (1e-6, 1e6)  # of granite's
+CAP = (1e-3, 1e6)  # of logits
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,10 @@ SANDWICH = Norms(
     ("input_layernorm", "post_self_attn_layernorm"),
     ("post_attention_layernorm", "post_mlp_layernorm"),
 )
+GEMMA = Norms(
+    ("input_layernorm", "post_attention_layernorm"),
+    ("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+)
 
 
 @dataclass(frozen=True)
@@ -37,10 +42,14 @@ class Style:
     windows: Literal["none", "all_layers", "layer_types"] = "none"
     norms: Norms = PRE
     rounds_late: bool = False
+    zero_centered: bool = False
+    activation: Literal["silu", "gelu_tanh"] = "silu"
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: Literal["none", "head", "all_heads"] = "none"
+    value_norm: bool = False
+    values_are_keys: bool = False  # in full layers
     interleaved_rope: bool = False
     partial_rope: bool = False
     rope_in_f32: bool = False
@@ -48,14 +57,21 @@ class Style:
     query_growth: QueryGrowth | None = None
     attention_scale: float | None = None  # None: head_size ** -0.5
     residual_multiplier: float = 1.0
+    layer_scalar: str | None = None
     embedding_scale: float = 1.0
+    rounds_embedding_scale: bool = False
     logits_divisor: float = 1.0
+    logits_cap: float | None = None
 
 
 @dataclass(frozen=True)
 class Family:
+    """`whole`: model_type and architecture of the multimodal model whose text part this is."""
+
     architecture: str
     read: Callable[[Fields], Style]  # of transformers' config object
+    whole: tuple[str, str] | None = None
+    sizes_differ: bool = False  # per_layer_config may give layers their own heads
 
 
 def _llama(config: Fields) -> Style:
@@ -143,6 +159,59 @@ def _seed_oss(config: Fields) -> Style:
     )
 
 
+def _gemma(config: Fields) -> Style:
+    bias = config.flag("attention_bias")
+    return Style(
+        windows="layer_types",
+        norms=GEMMA,
+        rounds_late=True,
+        activation="gelu_tanh",
+        qkv_bias=bias,
+        output_bias=bias,
+        qk_norm="head",
+        embedding_scale=config.integer("hidden_size", 1, LARGEST_WIDTH) ** 0.5,
+        rounds_embedding_scale=True,
+        logits_cap=(
+            config.number("final_logit_softcapping", *CAP)
+            if config.has("final_logit_softcapping")
+            else None
+        ),
+    )
+
+
+def _gemma3(config: Fields) -> Style:
+    """Its attn_logit_softcapping has no effect in transformers either."""
+    if config.flag("use_bidirectional_attention", False):
+        raise config.unsupported("use_bidirectional_attention", "false")
+    scale = config.integer("query_pre_attn_scalar", 1, LARGEST_WIDTH) ** -0.5
+    return replace(_gemma(config), zero_centered=True, attention_scale=scale)
+
+
+def _gemma4(config: Fields) -> Style:
+    """The dense models without embeddings per layer."""
+    for name, of in (
+        ("hidden_size_per_layer_input", "the embeddings per layer of Gemma 4 E2B and E4B"),
+        ("num_kv_shared_layers", "the keys that layers of Gemma 4 E2B and E4B share"),
+        ("use_double_wide_mlp", "the wide feed-forwards of Gemma 4 E2B and E4B"),
+        ("enable_moe_block", "the experts of Gemma 4 26B-A4B"),
+    ):
+        if config.values.get(name):  # 0 or false where it is not so; some are not in every class
+            raise SubspecError(
+                Exit.UNSUPPORTED,
+                f"{config.where}: {name} is {config.values[name]!r:.40}: we do not compute {of}",
+                "of Gemma 4 choose 12B or 31B, which are dense",
+            )
+    if config.values.get("use_bidirectional_attention") not in (None, "vision"):
+        raise config.unsupported("use_bidirectional_attention", "'vision', which no text is")
+    return replace(
+        _gemma(config),
+        attention_scale=1.0,
+        value_norm=True,
+        values_are_keys=config.flag("attention_k_eq_v"),
+        layer_scalar="layer_scalar",
+    )
+
+
 FAMILIES: dict[str, Family] = {
     "llama": Family("LlamaForCausalLM", _llama),
     "qwen2": Family("Qwen2ForCausalLM", _qwen2),
@@ -157,68 +226,16 @@ FAMILIES: dict[str, Family] = {
     "glm4": Family("Glm4ForCausalLM", _glm4),
     "granite": Family("GraniteForCausalLM", _granite),
     "seed_oss": Family("SeedOssForCausalLM", _seed_oss),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM", _gemma3, ("gemma3", "Gemma3ForConditionalGeneration")
+    ),
+    "gemma4_text": Family(
+        "Gemma4ForCausalLM", _gemma4, ("gemma4", "Gemma4ForConditionalGeneration"), True
+    ),
+    "gemma4_unified_text": Family(
+        "Gemma4UnifiedForCausalLM",
+        _gemma4,
+        ("gemma4_unified", "Gemma4UnifiedForConditionalGeneration"),
+        True,
+    ),
 }
-
-
-def read_layers(config: Fields, style: Style, max_positions: int) -> tuple[LayerSpec, ...]:
-    """config: transformers' object."""
-    heads = config.integer("num_attention_heads", 1, LARGEST_WIDTH)
-    kv_heads = config.integer("num_key_value_heads", 1, LARGEST_WIDTH)
-    if heads % kv_heads:
-        raise config.wrong("num_key_value_heads", kv_heads, f"a divisor of {heads} heads")
-    head_size = config.integer("hidden_size", 1, LARGEST_WIDTH) // heads
-    head_size = config.integer("head_dim", 1, LARGEST_WIDTH, head_size)
-    if head_size % 2:
-        raise config.wrong("head_dim", head_size, "an even number")
-    types = _layer_types(config, style)
-    partial, interleaved = style.partial_rope, style.interleaved_rope
-    ropes = {kind: read_rope(config, kind, head_size, interleaved, partial) for kind in set(types)}
-    windows = {kind: _window(config, kind, max_positions) for kind in set(types)}
-    dense = Dense(config.integer("intermediate_size", 1, LARGEST_WIDTH), style.mlp_bias)
-    layers = []
-    for index, kind in enumerate(types):
-        attention = Attention(
-            num_heads=heads,
-            num_kv_heads=kv_heads,
-            head_size=head_size,
-            scale=style.attention_scale or head_size**-0.5,
-            rope=ropes[kind] if style.rotates is None or style.rotates[index] else None,
-            window=windows[kind],
-            qkv_bias=style.qkv_bias,
-            output_bias=style.output_bias,
-            qk_norm=style.qk_norm,
-            query_growth=style.query_growth,
-        )
-        blocks = (
-            Block(attention, *style.norms.attention, style.residual_multiplier),
-            Block(dense, *style.norms.dense, style.residual_multiplier),
-        )
-        layers.append(LayerSpec(blocks))
-    return tuple(layers)
-
-
-def _layer_types(config: Fields, style: Style) -> list[str]:
-    num_layers = config.integer("num_hidden_layers", 1, MOST_LAYERS)
-    if style.windows == "none":
-        return [FULL] * num_layers
-    if style.windows == "all_layers":
-        return [SLIDING if config.has("sliding_window") else FULL] * num_layers
-    types = config.texts("layer_types")
-    if not set(types) <= {FULL, SLIDING}:
-        raise config.unsupported("layer_types", f"{FULL} and {SLIDING}")
-    if len(types) != num_layers:
-        raise config.wrong("layer_types", types, f"{num_layers} entries, not {len(types)}")
-    return types
-
-
-def _window(config: Fields, layer_type: str, max_positions: int) -> int | None:
-    """A query at p sees the positions above p - window. A window that no position can leave is
-    none."""
-    if layer_type == FULL:
-        return None
-    if not config.has("sliding_window"):
-        raise SubspecError(
-            Exit.CORRUPT, f"{config.where}: layer_types has {SLIDING}, sliding_window is off"
-        )
-    window = config.integer("sliding_window", 1, MOST_POSITIONS)
-    return window if window < max_positions else None

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from subspec.artifacts.model import Rope
 from subspec.planner.model.fields import MOST_POSITIONS, Fields
 
-KINDS = ("default", "linear", "llama3", "yarn", "longrope")
+KINDS = ("default", "linear", "llama3", "yarn", "longrope", "proportional")
 BOUNDS = {
     "rope_theta": (2.0, 1e18),
+    "rope_local_base_freq": (2.0, 1e18),
     "partial_rotary_factor": (1e-3, 1.0),
     "factor": (1.0, 1e6),
     "low_freq_factor": (1e-3, 1e6),
@@ -44,16 +45,16 @@ def read_rope(
     """The rotary embedding of layers of one type. config: transformers' object, in which all values
     are in place."""
     values = rope_values(config, layer_type)
-    size = head_size
+    size, kind, share = head_size, values.text("rope_type"), 1.0
     if values.has("partial_rotary_factor"):
         share = values.number("partial_rotary_factor", *BOUNDS["partial_rotary_factor"])
+    if kind != "proportional":
         if share != 1.0 and not may_be_partial:
             raise values.unsupported("partial_rotary_factor", "1 for this family")
         size = int(head_size * share)
         if size % 2 or not size:
             raise values.wrong("partial_rotary_factor", share, f"an even share of {head_size}")
     theta = values.number("rope_theta", *BOUNDS["rope_theta"])
-    kind = values.text("rope_type")
     if kind == "default":
         return Rope(theta, size, interleaved=interleaved)
     if kind == "linear":
@@ -68,6 +69,10 @@ def read_rope(
         return _yarn(values, theta, size, interleaved, truncate)
     if kind == "longrope":
         return _longrope(config, values, theta, size, interleaved)
+    if kind == "proportional":
+        factor = values.number("factor", *BOUNDS["factor"], 1.0)
+        pairs = int(share * head_size // 2)
+        return Rope(theta, size, "proportional", interleaved, factor, turning_pairs=pairs)
     raise values.unsupported("rope_type", ", ".join(KINDS))
 
 

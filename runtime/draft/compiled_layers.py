@@ -108,7 +108,7 @@ def known_form(spec: ModelSpec) -> tuple[Attention, Dense] | None:
 
 
 def _form(layer: LayerSpec) -> tuple[Attention, Dense] | None:
-    if len(layer.blocks) != 2:
+    if len(layer.blocks) != 2 or layer.scalar:
         return None
     first, second = layer.blocks
     attention, dense = first.body, second.body
@@ -118,6 +118,8 @@ def _form(layer: LayerSpec) -> tuple[Attention, Dense] | None:
     rope = attention.rope
     rotates = rope is not None and rope.size == attention.head_size and not rope.interleaved
     if not rotates or attention.qk_norm == "all_heads" or attention.query_growth is not None:
+        return None
+    if attention.value_norm or attention.values_are_keys or dense.activation != "silu":
         return None
     values = {**vars(attention), "window": None}
     return Attention(**values), dense

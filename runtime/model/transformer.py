@@ -22,6 +22,7 @@ from subspec.artifacts.model import (
     Block,
     Dense,
     ModelSpec,
+    NormStyle,
     Rope,
     layer_name,
 )
@@ -52,6 +53,7 @@ class SharedWeights:
     spec: ModelSpec
     embedding: EmbeddingRows
     norms: dict[str, Tensor]
+    scalars: tuple[Tensor | None, ...]  # [1], of each layer that has one
     tables: dict[Rope, tuple[Tensor, Tensor]]  # cos and sin [positions, rope size]
     dtype: torch.dtype
 
@@ -126,9 +128,8 @@ def forward_hidden(
         if index == weights.spec.num_layers:
             logits = to_logits(weights, product, *((x, calls) if head is None else head.of(x)))
             continue
-        for block in weights.spec.layers[index].blocks:
-            add_block(now, index, attention, block, product, x)
-            attention += isinstance(block.body, Attention)
+        add_layer(now, index, attention, product, x)
+        attention += len(weights.spec.layers[index].attentions)
     return logits, x
 
 
@@ -136,13 +137,34 @@ def to_logits(weights: SharedWeights, head: Product, x: Tensor, calls: Calls) ->
     """x [T, H] -> [T, V]."""
     spec = weights.spec
     logits = head(HEAD, normalize(weights, FINAL_NORM, x), calls)[:, : spec.vocab_size]
-    return logits if spec.logits_divisor == 1 else logits / spec.logits_divisor
+    if spec.logits_divisor != 1:
+        logits = logits / spec.logits_divisor
+    if spec.logits_cap is not None:
+        logits.div_(spec.logits_cap).tanh_().mul_(spec.logits_cap)
+    return logits
 
 
 def embed(weights: SharedWeights, tokens: Tensor) -> Tensor:
     x = weights.embedding(tokens).to(weights.dtype)
-    scale = weights.spec.embedding_scale
+    scale = embedding_scale(weights.spec)
     return x if scale == 1 else x * scale
+
+
+def embedding_scale(spec: ModelSpec) -> float:
+    if not spec.rounds_embedding_scale:
+        return spec.embedding_scale
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    return float(torch.tensor(spec.embedding_scale, dtype=torch.float32).to(dtype))
+
+
+def add_layer(now: Pass, layer: int, attention: int, product: Product, x: Tensor) -> None:
+    """x [T, H] through all blocks of a layer, in place. attention: index of its first one."""
+    for block in now.weights.spec.layers[layer].blocks:
+        add_block(now, layer, attention, block, product, x)
+        attention += isinstance(block.body, Attention)
+    scalar = now.weights.scalars[layer]
+    if scalar is not None:
+        x.mul_(scalar)
 
 
 def add_block(
@@ -189,27 +211,38 @@ def project(
     now: Pass, layer: str, body: Attention, product: Product, x: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x [T, H] -> q [T, A, D], k and v [T, B, D], normed but not rotated."""
-    names = (f"{body.name}.{letter}_proj" for letter in "qkv")
-    q, k, v = (product(name, x, now.calls) for name in names)
+    q, k = (product(f"{body.name}.{letter}_proj", x, now.calls) for letter in "qk")
+    v = k if body.values_are_keys else product(f"{body.name}.v_proj", x, now.calls)
     norms = f"{layer}.{body.name}.q_norm", f"{layer}.{body.name}.k_norm"
     if body.qk_norm == "all_heads":
         q, k = (normalize(now.weights, n, one) for n, one in zip(norms, (q, k), strict=True))
     q, k, v = (one.unflatten(1, (-1, body.head_size)) for one in (q, k, v))
     if body.qk_norm == "head":
         q, k = (normalize(now.weights, n, one) for n, one in zip(norms, (q, k), strict=True))
+    if body.value_norm:
+        v = rms_norm(now.weights.spec.norm, None, v)
     return q, k, v
 
 
 def feed_forward(now: Pass, body: Dense, product: Product, x: Tensor) -> Tensor:
     gate = product(f"{body.name}.gate_proj", x, now.calls)
-    # On CPUs torch's f32 silu rounds the last numbers of a tensor, and of each thread's share of
-    # one, otherwise than the others; its bf16 silu does not. A row's bits must not depend on its
-    # place: a row at a time.
-    depends_on_place = gate.device.type == "cpu" and gate.dtype != torch.bfloat16
-    for some in gate if depends_on_place else (gate,):
-        F.silu(some, inplace=True)
+    activate(body, gate)
     inner = product(f"{body.name}.up_proj", x, now.calls, gate)
     return product(f"{body.name}.down_proj", inner, now.calls)
+
+
+def activate(body: Dense, gate: Tensor) -> None:
+    """gate [T, inner size], in place."""
+    # On CPUs torch's f32 silu rounds the last numbers of a tensor, and of each thread's share of
+    # one, otherwise than the others; its bf16 silu does not, its gelu does in every dtype. A row's
+    # bits must not depend on its place: a row at a time.
+    silu = body.activation == "silu"
+    depends_on_place = gate.device.type == "cpu" and not (silu and gate.dtype == torch.bfloat16)
+    for some in gate if depends_on_place else (gate,):
+        if silu:
+            F.silu(some, inplace=True)
+        else:
+            torch.ops.aten.gelu_(some, approximate="tanh")
 
 
 def visible_slots(rows: Rows, some: slice, window: int | None) -> Tensor:
@@ -225,20 +258,22 @@ def visible_slots(rows: Rows, some: slice, window: int | None) -> Tensor:
 
 
 def normalize(weights: SharedWeights, name: str, x: Tensor) -> Tensor:
-    """RMSNorm over the last dimension.
+    """RMSNorm over the last dimension, with the weight of that name."""
+    return rms_norm(weights.spec.norm, weights.norms[name], x)
 
-    In pieces: torch takes f32 copies of its input, which for a long prompt would be large.
-    """
-    weight, style = weights.norms[name], weights.spec.norm
+
+def rms_norm(style: NormStyle, weight: Tensor | None, x: Tensor) -> Tensor:
+    """In pieces: torch takes f32 copies of its input, which for a long prompt would be large."""
     normed = torch.empty_like(x)
+    if weight is not None and style.rounds_late:
+        weight = weight.float() + 1 if style.zero_centered else weight.float()
     for first in range(0, len(x), NORM_ROWS):
         some = slice(first, first + NORM_ROWS)
         if style.rounds_late:
-            piece = F.rms_norm(x[some].float(), x.shape[-1:], weight.float(), style.epsilon)
-            normed[some] = piece
+            normed[some] = F.rms_norm(x[some].float(), x.shape[-1:], weight, style.epsilon)
         else:
             piece = F.rms_norm(x[some], x.shape[-1:], None, style.epsilon)
-            torch.mul(piece, weight, out=normed[some])
+            torch.mul(piece, 1 if weight is None else weight, out=normed[some])
     return normed
 
 
@@ -288,14 +323,16 @@ def make_shared(
     dtype: torch.dtype,
     keep: Callable[[Tensor], Tensor],
 ) -> SharedWeights:
-    """`tensors`: the artifact's resident tensors by name, on the device. `keep` copies norms of
-    another dtype into fast memory."""
-    norms = {
-        name: tensor if tensor.dtype == dtype else keep(tensor.to(dtype))
-        for name in spec.norm_sizes
-        for tensor in (tensors[f"{name}.weight"],)
-    }
-    return SharedWeights(spec, embedding, norms, tables, dtype)
+    """`tensors`: the artifact's resident tensors by name, on the device. `keep` copies norms and
+    scalars of another dtype into fast memory."""
+
+    def kept(name: str) -> Tensor:
+        tensor = tensors[name]
+        return tensor if tensor.dtype == dtype else keep(tensor.to(dtype))
+
+    norms = {name: kept(f"{name}.weight") for name in spec.norm_sizes}
+    scalars = tuple(kept(name) if name else None for name in spec.scalar_names)
+    return SharedWeights(spec, embedding, norms, scalars, tables, dtype)
 
 
 def make_tables(
@@ -332,6 +369,8 @@ def rope_frequencies(rope: Rope) -> Tensor:
         return plain / rope.factor
     if rope.kind == "longrope":
         return plain / torch.tensor(rope.divisors)
+    if rope.kind == "proportional":
+        return plain / rope.factor * (torch.arange(size // 2) < rope.turning_pairs)
     original = rope.original_max_positions
     if rope.kind == "llama3":
         wavelength = 2 * math.pi / plain

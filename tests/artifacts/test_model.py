@@ -51,9 +51,16 @@ MIXED = replace(
                     "behind",
                     0.5,
                 ),
-                Block(Attention(2, 2, 16, 0.25, None, qk_norm="head"), "before", "after"),
-                Block(Dense(192, bias=True, name="ffn"), "second"),
-            )
+                Block(
+                    Attention(
+                        2, 2, 16, 0.25, None, qk_norm="head", value_norm=True
+                    ),
+                    "before",
+                    "after",
+                ),
+                Block(Dense(192, bias=True, activation="gelu_tanh", name="ffn"), "second"),
+            ),
+            "layer_scalar",
         ),
     ),
 )  # fmt: skip
@@ -215,6 +222,22 @@ def test_residuals_need_whole_tiles_of_rows() -> None:
 def test_kv_bytes_count_keys_and_values_of_every_attention() -> None:
     assert TINY.kv_bytes_per_token == 2 * 2 * (2 * 16) * 2
     assert MIXED.kv_bytes_per_token == 2 * (2 * 16 + 32 + 2 * 16) * 2
+
+
+def test_values_that_are_keys_have_no_matrix_but_slots_in_the_cache() -> None:
+    [first, *others] = TINY.layers
+    keys = replace(first.attentions[0], values_are_keys=True)
+    spec = replace(
+        TINY, layers=(replace(first, blocks=(replace(first.blocks[0], body=keys),)), *others)
+    )
+    names = [linear.name for linear in spec.linears if linear.layer == 0]
+    assert [name.rpartition(".")[2] for name in names] == ["q_proj", "k_proj", "o_proj"]
+    assert spec.kv_bytes_per_token == TINY.kv_bytes_per_token
+
+
+def test_scalars_are_resident_and_the_last_of_what_is() -> None:
+    assert MIXED.scalar_names == (None, "model.layers.1.layer_scalar")
+    assert list(MIXED.resident_shapes.items())[-1] == ("model.layers.1.layer_scalar", (1,))
 
 
 def test_ropes_and_bodies_are_the_distinct_ones() -> None:

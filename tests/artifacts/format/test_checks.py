@@ -122,6 +122,15 @@ WRONG_MODELS: dict[str, dict[str, Any]] = {
     "window of none": in_attention(window=0),
     "queries that grow at no position": in_attention(query_growth=QueryGrowth(0.1, 0)),
     "epsilon": {"norm": NormStyle(0.0)},
+    "norms around zero that round early": {"norm": NormStyle(1e-6, zero_centered=True)},
+    "a cap of 0": {"logits_cap": 0.0},
+    "a scalar with a path for a name": {
+        "layers": (replace(SPEC.layers[0], scalar="../scalar"),),
+    },
+    "one name for a scalar and a norm": {
+        "layers": (replace(SPEC.layers[0], scalar="input_layernorm"),),
+    },
+    "more pairs than a head has": in_rope(kind="proportional", turning_pairs=17),
     "embedding scale": {"embedding_scale": 0.0},
     "logits divisor": {"logits_divisor": 0.0},
     "theta": in_rope(theta=0.0),

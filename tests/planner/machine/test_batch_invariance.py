@@ -70,6 +70,26 @@ FORMS = {
             for layer in SIZES.layers
         ),
     ),
+    "gelu, norms around zero, values that are keys, scalars, capped logits": replace(
+        SIZES,
+        norm=NormStyle(1e-6, rounds_late=True, zero_centered=True),
+        embedding_scale=5.5,
+        rounds_embedding_scale=True,
+        logits_cap=3.0,
+        layers=tuple(
+            LayerSpec(
+                (layer.blocks[0], Block(Dense(4_999, activation="gelu_tanh"), "between")), "scalar"
+            )
+            for layer in attending(values_are_keys=True, value_norm=True, qk_norm="head",
+                                   rope=Rope(500.0, 16, "proportional", turning_pairs=2))
+        ),
+    ),
+    "a feed-forward of gelu that many threads share": replace(
+        make_spec(num_layers=1, hidden_size=64),
+        layers=(LayerSpec((
+            Block(ATTENTION, "before"), Block(Dense(40_007, activation="gelu_tanh"), "between")
+        )),),
+    ),
     "layers that differ, two attentions in one": replace(
         SIZES,
         layers=(

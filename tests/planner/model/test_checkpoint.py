@@ -230,6 +230,15 @@ def test_tensors_that_the_spec_does_not_call_for_are_left_out(tmp_path: Path) ->
     assert checkpoint.rows.keys() == SHAPES.keys()
 
 
+def test_what_lies_beside_the_decoder_is_set_aside_with_one_line(tmp_path: Path) -> None:
+    more = {f"model.vision_tower.layers.{index}.x": ("F32", [2]) for index in range(3)}
+    more |= {"mtp.fc.weight": ("I8", [1]), "model.language_model.norm2": ("I8", [1])}
+    checkpoint = read_checkpoint(write(tmp_path, {**tensors(), **more}), SOURCE)
+    assert checkpoint.rows.keys() == SHAPES.keys()
+    [note] = checkpoint.notes
+    assert note.startswith("set aside: 5 tensors of vision_tower, mtp, norm2, which")
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_missing_tensor_is_named(tmp_path: Path, name: str) -> None:
     found = tensors()

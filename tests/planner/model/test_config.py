@@ -3,6 +3,7 @@
 import json
 import math
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,15 @@ import pytest
 from families import FULL, LLAMA3, SLIDING, YARN
 
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.artifacts.model import Attention, Dense, ModelSpec, QueryGrowth, Rope, Source
+from subspec.artifacts.model import (
+    Attention,
+    Dense,
+    ModelSpec,
+    NormStyle,
+    QueryGrowth,
+    Rope,
+    Source,
+)
 from subspec.planner.model.config import read_config
 from subspec.planner.model.families import FAMILIES
 
@@ -24,9 +33,24 @@ SIZES = {
 }
 
 
+# What a family's class takes for itself and we do not compute.
+NEEDED: dict[str, dict[str, Any]] = {"gemma4_text": {"hidden_size_per_layer_input": 0}}
+GEMMA_NORM = NormStyle(1e-6, rounds_late=True)
+
+
 def config(family: str = "llama", **fields: Any) -> dict[str, Any]:
     architectures = [FAMILIES[family].architecture]
-    return {"architectures": architectures, "model_type": family, **SIZES, **fields}
+    needed = NEEDED.get(family, {})
+    return {"architectures": architectures, "model_type": family, **SIZES, **needed, **fields}
+
+
+def inside(family: str, whole: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    """The config of the multimodal model around a family."""
+    names = FAMILIES[family].whole
+    assert names is not None
+    text = config(family, **fields)
+    del text["architectures"]
+    return {"architectures": [names[1]], "model_type": names[0], "text_config": text, **whole}
 
 
 def write(folder: Path, values: object, generation: object = None) -> Path:
@@ -251,6 +275,99 @@ def test_the_multipliers_of_granite_are_kept(tmp_path: Path) -> None:
     assert {block.multiplier for layer in spec.layers for block in layer.blocks} == {0.25}
 
 
+def test_a_gemma_3_of_the_hub_is_its_text_part_and_leaves_much_to_its_class(
+    tmp_path: Path,
+) -> None:
+    text = {
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    }
+    whole = {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "eos_token_id": [1, 106],
+        "model_type": "gemma3",
+        "text_config": text,
+        "torch_dtype": "bfloat16",
+        "vision_config": {"hidden_size": 1152, "model_type": "siglip_vision_model"},
+    }
+    spec = read(tmp_path, whole)
+    assert (spec.family, spec.dtype, spec.eos_token_ids) == ("gemma3_text", "bfloat16", (1, 106))
+    assert spec.tied_head and spec.vocab_size == 262_208
+    assert spec.norm == replace(GEMMA_NORM, zero_centered=True)
+    assert spec.embedding_scale == 2560**0.5 and spec.rounds_embedding_scale
+    assert windows_of(spec) == [None if layer % 6 == 5 else 1024 for layer in range(34)]
+    near, far = attentions(spec)[0], attentions(spec)[5]
+    assert (near.num_heads, near.num_kv_heads, near.head_size, near.scale) == (8, 4, 256, 1 / 16)
+    assert near.rope == Rope(10_000.0, 256)
+    assert far.rope == Rope(1_000_000.0, 256, "linear", factor=8.0)
+    # The whole's word on a tied head counts, and its class's where it has none.
+    text["tie_word_embeddings"] = False
+    assert read(tmp_path, whole).tied_head
+    assert not read(tmp_path, {**whole, "tie_word_embeddings": False}).tied_head
+
+
+@pytest.mark.parametrize("family", ["gemma4_text", "gemma4_unified_text"])
+def test_the_full_layers_of_gemma_4_have_heads_of_their_own(tmp_path: Path, family: str) -> None:
+    fields: dict[str, Any] = {
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "num_global_key_value_heads": 1,
+        "global_head_dim": 128,
+        "attention_k_eq_v": True,
+        "final_logit_softcapping": 30.0,
+        "layer_types": [SLIDING, FULL, FULL],
+    }
+    spec = read(tmp_path, inside(family, {"dtype": "bfloat16"}, **fields))
+    near, far, _ = attentions(spec)
+    assert (near.num_kv_heads, near.head_size, near.values_are_keys) == (2, 32, False)
+    assert (far.num_kv_heads, far.head_size, far.values_are_keys) == (1, 128, True)
+    assert near.scale == far.scale == 1.0 and near.value_norm and far.value_norm
+    assert far.rope == Rope(1_000_000.0, 128, "proportional", turning_pairs=16)
+    assert {layer.scalar for layer in spec.layers} == {"layer_scalar"}
+    assert (spec.norm, spec.logits_cap) == (GEMMA_NORM, 30.0)
+    assert spec == replace(read(tmp_path, config(family, **fields)), dtype="bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "named"),
+    [
+        ("gemma4_text", {"hidden_size_per_layer_input": 256}, "E2B and E4B"),
+        ("gemma4_unified_text", {"num_kv_shared_layers": 1}, "E2B and E4B"),
+        ("gemma4_text", {"use_double_wide_mlp": True}, "E2B and E4B"),
+        ("gemma4_text", {"enable_moe_block": True}, "26B-A4B"),
+        ("gemma4_text", {"use_bidirectional_attention": "all"}, "use_bidirectional_attention"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ("gemma3_text", {"hidden_activation": "silu"}, "hidden_activation"),
+        ("gemma4_text", {"per_layer_config": {"2": {"sliding_window": 3}}}, "sliding_window"),
+        ("gemma3_text", {"per_layer_config": {"2": {"head_dim": 32}}}, "per_layer_config"),
+        ("gemma3_text", {"quantization_config": {"quant_method": "qat"}}, "quantization_config"),
+    ],
+    ids=str,
+)
+def test_what_we_do_not_compute_of_gemma_is_refused_by_name(
+    tmp_path: Path, family: str, change: dict[str, Any], named: str
+) -> None:
+    for values in (config(family, **change), inside(family, {}, **change)):
+        with pytest.raises(SubspecError) as caught:
+            read(tmp_path, values)
+        assert caught.value.exit_code == Exit.UNSUPPORTED
+        assert named in caught.value.message and "config.json" in caught.value.message
+
+
+def test_a_text_part_of_another_type_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SubspecError, match="model_type is 'llama'") as caught:
+        read(tmp_path, inside("gemma3_text", {}, model_type="llama"))
+    assert caught.value.exit_code == Exit.UNSUPPORTED
+    for text in (None, [], "gemma3_text"):
+        with pytest.raises(SubspecError, match="text_config") as caught:
+            read(tmp_path, inside("gemma3_text", {"text_config": text}))
+        assert caught.value.exit_code == Exit.CORRUPT
+
+
 def test_the_fields_of_llama3_and_yarn_are_kept(tmp_path: Path) -> None:
     assert rope_of(read(tmp_path, config(rope_theta=5e5, rope_scaling=LLAMA3))) == Rope(
         5e5, 16, "llama3", False, 8.0, 64, 1.0, 4.0
@@ -311,6 +428,7 @@ def test_a_config_without_end_tokens_has_those_of_its_class(
         ({"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "SequenceClassification"),
         ({"architectures": None}, "no architecture"),
+        ({"architectures": [""], "model_type": "mamba"}, "mamba"),
         ({"model_type": "qwen2_moe"}, "qwen2_moe"),
         ({"model_type": None}, "''"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
@@ -418,6 +536,36 @@ HOSTILE: list[tuple[str, dict[str, Any], str]] = [
     ("qwen3", {"layer_types": [FULL], "num_key_value_heads": 2}, "layer_types"),
     ("qwen3", {"layer_types": [SLIDING] * 3, "num_key_value_heads": 2}, "layer_types"),
     ("qwen3", {"layer_types": "full_attention", "num_key_value_heads": 2}, "layer_types"),
+    ("gemma3_text", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar"),
+    ("gemma3_text", {"query_pre_attn_scalar": 0.5}, "query_pre_attn_scalar"),
+    ("gemma3_text", {"rope_local_base_freq": 0.0}, "rope_local_base_freq"),
+    ("gemma3_text", {"sliding_window_pattern": 0}, "sliding_window_pattern"),
+    ("gemma3_text", {"sliding_window": 0}, "sliding_window"),
+    ("gemma3_text", {"final_logit_softcapping": 0.0}, "final_logit_softcapping"),
+    ("gemma3_text", {"final_logit_softcapping": -30.0}, "final_logit_softcapping"),
+    ("gemma3_text", {"use_bidirectional_attention": 7}, "use_bidirectional_attention"),
+    ("gemma3_text", {"hidden_activation": 3}, "hidden_activation"),
+    ("gemma4_text", {"global_head_dim": 0}, "global_head_dim"),
+    ("gemma4_text", {"global_head_dim": 31}, "head_dim"),
+    ("gemma4_text", {"global_head_dim": 1 << 40}, "global_head_dim"),
+    ("gemma4_text", {"attention_k_eq_v": "yes"}, "attention_k_eq_v"),
+    (
+        "gemma4_text",
+        {"attention_k_eq_v": True, "num_global_key_value_heads": 3},
+        "num_key_value_heads",
+    ),
+    ("gemma4_text", {"num_global_key_value_heads": -1}, "num_global_key_value_heads"),
+    ("gemma4_text", {"per_layer_config": [1]}, "per_layer_config"),
+    ("gemma4_text", {"per_layer_config": {"2": 64}}, "per_layer_config"),
+    ("gemma4_text", {"per_layer_config": {"-1": {"head_dim": 64}}}, "per_layer_config"),
+    ("gemma4_text", {"per_layer_config": {"7": {"head_dim": 64}}}, "per_layer_config"),
+    ("gemma4_text", {"per_layer_config": {"2": {"head_dim": "64"}}}, "head_dim"),
+    ("gemma4_text", {"per_layer_config": {"1": {"head_dim": 64}}}, "per_layer_config"),
+    (
+        "gemma4_text",
+        {"rope_parameters": {SLIDING: {"rope_type": "default", "rope_theta": 1e4}}},
+        "rope_parameters",
+    ),
 ]
 
 

@@ -462,6 +462,13 @@ REFUSED = {
     "blocks that count less": each(PLAIN, lambda one: with_block(one, 1, multiplier=0.5)),
     "norms rounded late": replace(PLAIN, norm=NormStyle(1e-6, rounds_late=True)),
     "ropes in f32": replace(PLAIN, rope_in_f32=True),
+    "norms around zero": replace(PLAIN, norm=NormStyle(1e-6, rounds_late=True, zero_centered=True)),
+    "a feed-forward of gelu": each(
+        PLAIN, lambda one: with_block(one, 1, body=Dense(128, activation="gelu_tanh"))
+    ),
+    "values that are normed": each(PLAIN, lambda one: with_attention(one, value_norm=True)),
+    "values that are keys": each(PLAIN, lambda one: with_attention(one, values_are_keys=True)),
+    "a scalar of one layer": only_last(PLAIN, lambda one: replace(one, scalar="layer_scalar")),
     "the feed-forward first": each(PLAIN, lambda one: LayerSpec(one.blocks[::-1])),
     "two attentions": each(
         PLAIN,
@@ -517,6 +524,7 @@ def test_the_form_that_it_computes_is_the_one_that_all_layers_share(name: str) -
 def test_embeddings_logits_and_windows_of_one_size_are_no_other_form() -> None:
     for spec in (
         replace(PLAIN, embedding_scale=3.0, logits_divisor=2.0),
+        replace(PLAIN, embedding_scale=3.3, rounds_embedding_scale=True, logits_cap=5.0),
         replace(PLAIN, tied_head=True),
         only_last(PLAIN, lambda one: with_attention(one, window=9)),
         each(PLAIN, lambda one: with_attention(one, window=9)),

@@ -118,6 +118,24 @@ SPECS = {
     "ropes in f32, norms rounded late": replace(
         LLAMA, rope_in_f32=True, norm=NormStyle(1e-5, rounds_late=True)
     ),
+    "norms around zero, a feed-forward of gelu, scalars": replace(
+        LLAMA,
+        norm=NormStyle(1e-5, rounds_late=True, zero_centered=True),
+        layers=tuple(
+            replace(layer, scalar=scalar, blocks=(layer.blocks[0], replace(
+                layer.blocks[1], body=Dense(77, True, "gelu_tanh")
+            )))
+            for layer, scalar in zip(LLAMA.layers, ("layer_scalar", None), strict=True)
+        ),
+    ),
+    "values that are keys, and normed": with_layers(
+        values_are_keys=True, value_norm=True, qk_norm="head",
+        rope=Rope(500.0, 16, "proportional", factor=2.0, turning_pairs=3),
+    ),
+    "values that are keys as they are": with_layers(values_are_keys=True, qk_norm="all_heads"),
+    "capped logits, a scale that is rounded": replace(
+        LLAMA, embedding_scale=3.3, rounds_embedding_scale=True, logits_cap=2.5,
+    ),
     "a head that needs padding": replace(LLAMA, vocab_size=83),
     "matrices without a substitute": replace(
         with_layers(), layers=tuple(
@@ -177,17 +195,27 @@ def plainly(toy: ToyWeights, tokens: Tensor) -> tuple[Tensor, Tensor]:
                 y = plain_attention(toy, name, block.body, y)
             else:
                 gate, up = (plain_product(toy, f"{name}.mlp.{p}_proj", y) for p in ("gate", "up"))
-                y = plain_product(toy, f"{name}.mlp.down_proj", F.silu(gate) * up)
+                silu = block.body.activation == "silu"
+                gate = F.silu(gate) if silu else F.gelu(gate, approximate="tanh")
+                y = plain_product(toy, f"{name}.mlp.down_proj", gate * up)
             if block.after:
                 y = plain_norm(toy, f"{name}.{block.after}", y)
             x = x + block.multiplier * y
+        if layer.scalar:
+            x = x * toy.tensors[f"{name}.{layer.scalar}"].double()
     logits = plain_product(toy, HEAD, plain_norm(toy, FINAL_NORM, x)) / spec.logits_divisor
+    if spec.logits_cap is not None:
+        logits = spec.logits_cap * torch.tanh(logits / spec.logits_cap)
     return logits[:, : spec.vocab_size], x
 
 
 def plain_norm(toy: ToyWeights, name: str, x: Tensor) -> Tensor:
-    mean = x.square().mean(-1, keepdim=True) + toy.spec.norm.epsilon
-    return x / mean.sqrt() * toy.tensors[f"{name}.weight"].double()
+    weight = toy.tensors[f"{name}.weight"].double() + toy.spec.norm.zero_centered
+    return without_weight(toy.spec, x) * weight
+
+
+def without_weight(spec: ModelSpec, x: Tensor) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + spec.norm.epsilon).sqrt()
 
 
 def plain_product(toy: ToyWeights, name: str, x: Tensor) -> Tensor:
@@ -198,12 +226,15 @@ def plain_product(toy: ToyWeights, name: str, x: Tensor) -> Tensor:
 
 def plain_attention(toy: ToyWeights, layer: str, body: Attention, x: Tensor) -> Tensor:
     name, count = f"{layer}.{body.name}", len(x)
-    q, k, v = (plain_product(toy, f"{name}.{letter}_proj", x) for letter in "qkv")
+    letters = "qkk" if body.values_are_keys else "qkv"
+    q, k, v = (plain_product(toy, f"{name}.{letter}_proj", x) for letter in letters)
     if body.qk_norm == "all_heads":
         q, k = plain_norm(toy, f"{name}.q_norm", q), plain_norm(toy, f"{name}.k_norm", k)
     q, k, v = (some.view(count, -1, body.head_size) for some in (q, k, v))
     if body.qk_norm == "head":
         q, k = plain_norm(toy, f"{name}.q_norm", q), plain_norm(toy, f"{name}.k_norm", k)
+    if body.value_norm:
+        v = without_weight(toy.spec, v)
     if body.rope is not None:
         q, k = plain_rotation(q, body.rope), plain_rotation(k, body.rope)
     positions = torch.arange(count)

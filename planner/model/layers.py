@@ -1,0 +1,100 @@
+"""transformers' config object and what its family answers -> the layers of a ModelSpec."""
+
+from dataclasses import replace
+
+from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.model import Attention, Block, Dense, LayerSpec
+from subspec.planner.model.families import FULL, Style
+from subspec.planner.model.fields import LARGEST_WIDTH, MOST_LAYERS, MOST_POSITIONS, Fields
+from subspec.planner.model.rope import read_rope
+
+SLIDING = "sliding_attention"
+PER_LAYER = "per_layer_config"  # in transformers' config object by the layer's index
+
+
+def read_layers(config: Fields, style: Style, max_positions: int) -> tuple[LayerSpec, ...]:
+    """config: transformers' object."""
+    types = _layer_types(config, style)
+    attentions = {
+        kind: _attention(config, style, kind, _own_values(config, types, kind), max_positions)
+        for kind in set(types)
+    }
+    inner_size = config.integer("intermediate_size", 1, LARGEST_WIDTH)
+    dense = Dense(inner_size, style.mlp_bias, style.activation)
+    layers = []
+    for index, kind in enumerate(types):
+        attention = attentions[kind]
+        if style.rotates is not None and not style.rotates[index]:
+            attention = replace(attention, rope=None)
+        blocks = (
+            Block(attention, *style.norms.attention, style.residual_multiplier),
+            Block(dense, *style.norms.dense, style.residual_multiplier),
+        )
+        layers.append(LayerSpec(blocks, style.layer_scalar))
+    return tuple(layers)
+
+
+def _attention(
+    config: Fields, style: Style, kind: str, own: Fields, max_positions: int
+) -> Attention:
+    """Of the layers of one type. own: the config with what these layers have for themselves."""
+    heads = config.integer("num_attention_heads", 1, LARGEST_WIDTH)
+    kv_heads = own.integer("num_key_value_heads", 1, LARGEST_WIDTH)
+    if heads % kv_heads:
+        raise own.wrong("num_key_value_heads", kv_heads, f"a divisor of {heads} heads")
+    head_size = config.integer("hidden_size", 1, LARGEST_WIDTH) // heads
+    head_size = own.integer("head_dim", 1, LARGEST_WIDTH, head_size)
+    if head_size % 2:
+        raise own.wrong("head_dim", head_size, "an even number")
+    return Attention(
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_size=head_size,
+        scale=style.attention_scale or head_size**-0.5,
+        rope=read_rope(config, kind, head_size, style.interleaved_rope, style.partial_rope),
+        window=_window(config, kind, max_positions),
+        qkv_bias=style.qkv_bias,
+        output_bias=style.output_bias,
+        qk_norm=style.qk_norm,
+        value_norm=style.value_norm,
+        values_are_keys=style.values_are_keys and kind == FULL,
+        query_growth=style.query_growth,
+    )
+
+
+def _own_values(config: Fields, types: list[str], kind: str) -> Fields:
+    """The config, and over it what per_layer_config says of the layers of one type: of all of them
+    the same, as their rotary embedding is."""
+    own = config.values.get(PER_LAYER, {})
+    found = [own.get(index, {}) for index, one in enumerate(types) if one == kind]
+    if any(one != found[0] for one in found):
+        raise config.wrong(PER_LAYER, own, f"the same for every layer of {kind}")
+    where = f"{config.where}: {PER_LAYER}" if found[0] else config.where
+    return Fields(where, {**config.values, **found[0]})
+
+
+def _layer_types(config: Fields, style: Style) -> list[str]:
+    num_layers = config.integer("num_hidden_layers", 1, MOST_LAYERS)
+    if style.windows == "none":
+        return [FULL] * num_layers
+    if style.windows == "all_layers":
+        return [SLIDING if config.has("sliding_window") else FULL] * num_layers
+    types = config.texts("layer_types")
+    if not set(types) <= {FULL, SLIDING}:
+        raise config.unsupported("layer_types", f"{FULL} and {SLIDING}")
+    if len(types) != num_layers:
+        raise config.wrong("layer_types", types, f"{num_layers} entries, not {len(types)}")
+    return types
+
+
+def _window(config: Fields, layer_type: str, max_positions: int) -> int | None:
+    """A query at p sees the positions above p - window. A window that no position can leave is
+    none."""
+    if layer_type == FULL:
+        return None
+    if not config.has("sliding_window"):
+        raise SubspecError(
+            Exit.CORRUPT, f"{config.where}: layer_types has {SLIDING}, sliding_window is off"
+        )
+    window = config.integer("sliding_window", 1, MOST_POSITIONS)
+    return window if window < max_positions else None
