@@ -14,7 +14,7 @@ It sees operations, not what a CUDA kernel does inside. A strided access counts 
 import ctypes
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
@@ -23,10 +23,10 @@ from unittest.mock import patch
 import torch
 from simcuda import private
 from simcuda.dispatch import dispatch
-from simcuda.kernels import DecodeTile, interpreted
+from simcuda.kernels import DecodeTile, launched
 from simcuda.simulation import HostAccess, Simulation, made_active, where
 from simcuda.streams import Capture, SimEvent, SimGraph, SimStream
-from simcuda.tensors import SimTensor
+from simcuda.tensors import SimTensor, is_sim
 
 NOT_ALIGNED, REGISTERED_BEFORE, NOT_REGISTERED = 1, 712, 713  # of CUDA's errors
 PAGE_BYTES = 4096
@@ -219,17 +219,33 @@ def device_functions(simulation: Simulation) -> dict[str, Any]:
 
 @contextmanager
 def triton_launches() -> Iterator[None]:
-    """Kernels run by Triton's interpreter where TRITON_INTERPRET=1 is set, else by twins."""
+    """Residuals are decoded by the kernel's compiled twin, unless Triton interprets everything in
+    this process; other kernels that simulated tensors are given to run in its interpreter."""
     if find_spec("triton") is None:
         yield
         return
-    from triton.runtime.interpreter import GridExecutor, InterpretedFunction
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
 
     from subspec.runtime.kernels import residual_triton
 
-    if isinstance(residual_triton._decode_tile, InterpretedFunction):
-        with patch.object(GridExecutor, "__call__", interpreted(GridExecutor.__call__)):
-            yield
-        return
-    with patch.object(residual_triton, "_decode_tile", DecodeTile()):
+    run, run_interpreted = JITFunction.run, InterpretedFunction.run
+
+    def launch(self: Any, *args: Any, grid: Any, warmup: bool, **settings: Any) -> Any:
+        if any(map(is_sim, args)):
+            return launched(self, args, grid, settings)
+        real = run_interpreted if isinstance(self, InterpretedFunction) else run
+        return real(self, *args, grid=grid, warmup=warmup, **settings)
+
+    def call(self: Any, *args: Any, **settings: Any) -> Any:
+        return InterpretedFunction(self.fn)(*args, **settings)
+
+    with (
+        patch.object(JITFunction, "run", launch),
+        patch.object(JITFunction, "__call__", call),
+        patch.object(InterpretedFunction, "run", launch),
+        ExitStack() as stack,
+    ):
+        if not isinstance(residual_triton._decode_tile, InterpretedFunction):
+            stack.enter_context(patch.object(residual_triton, "_decode_tile", DecodeTile()))
         yield

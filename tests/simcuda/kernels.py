@@ -162,19 +162,23 @@ class DecodeTile:
         return self._pairs[key]
 
 
-def interpreted(real: Callable[..., Any]) -> Callable[..., Any]:
-    """GridExecutor.__call__ of Triton's interpreter, for kernels that simulated tensors are given
-    to: the first one is what they write."""
+def launched(kernel: Any, args: Any, grid: Any, settings: Any) -> None:
+    """Any other kernel, by Triton's interpreter. What it writes is not known: all is counted as
+    written."""
+    from triton.runtime.interpreter import InterpretedFunction
 
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        sims = [one for one in args if is_sim(one)]
-        if not sims:
-            return real(self, *args, **kwargs)
-        tensors = [one for one in args if isinstance(one, Tensor)]
-        assert len(sims) == len(tensors), "Triton takes device pointers"
-        real(self, *[raw(one) for one in args], **kwargs)
-        simulation = active()
-        stream = simulation.current(sims[0].device.index)
-        return simulation.step(stream, "a Triton kernel", sims[1:], sims[:1])
+    simulation, sims = active(), [one for one in args if is_sim(one)]
+    assert len(sims) == sum(isinstance(one, Tensor) for one in args), "Triton takes device pointers"
+    stream = simulation.current(sims[0].device.index)
+    function = getattr(kernel, "fn", kernel)
 
-    return call
+    def call(*inner: Any) -> None:
+        if simulation.back.type == "cpu":
+            InterpretedFunction(function).run(*inner, grid=grid, warmup=False, **settings)
+
+    if simulation.capturing is None:
+        call(*map(raw, args))
+        simulation.step(stream, "a Triton kernel", [], sims)
+    else:
+        inner, ranges = [raw(one) for one in args], accesses([], sims)
+        simulation.capturing.record(call, inner, {}, None, ranges, "a Triton kernel")

@@ -182,6 +182,18 @@ def test_the_host_reaches_gpu_memory_by_copies_alone(demo: Demo) -> None:
         assert there.tolist() == [1.0] * 3
 
 
+def test_a_triton_kernel_runs_on_what_lies_behind() -> None:
+    pytest.importorskip("triton")
+    from simcuda.toy_kernel import twice_plus_one
+
+    with simulated():
+        x, out = torch.arange(70, device="cuda").float(), torch.zeros(70, device="cuda")
+        twice_plus_one(x, out)
+        assert torch.equal(out.cpu(), torch.arange(70) * 2.0 + 1)
+        with pytest.raises(AssertionError, match="device pointers"):
+            twice_plus_one(x, torch.zeros(70))
+
+
 def test_a_capture_runs_nothing_and_its_replay_runs_on_the_same_memory() -> None:
     with simulated(), torch.inference_mode():
         x, out = torch.ones(4, device="cuda"), torch.zeros(4, device="cuda")
