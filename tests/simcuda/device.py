@@ -28,8 +28,11 @@ from simcuda.simulation import HostAccess, Simulation, made_active, where
 from simcuda.streams import Capture, SimEvent, SimGraph, SimStream
 from simcuda.tensors import SimTensor, is_sim
 
+from subspec.runtime.model import attention
+
 NOT_ALIGNED, REGISTERED_BEFORE, NOT_REGISTERED = 1, 712, 713  # of CUDA's errors
 PAGE_BYTES = 4096
+ATTENTION = "subspec.runtime.kernels.attention_triton"  # where the tree has it
 
 
 class Mode(private.TorchDispatchMode):
@@ -79,7 +82,7 @@ def patched(simulation: Simulation) -> Iterator[None]:
         patch.object(torch, "Generator", HostGenerator),
         patch.object(torch, "as_tensor", with_mapped),
         patch.object(threading.Thread, "run", run_in_mode),
-        triton_launches(),
+        triton_launches(simulation),
     ):
         yield
 
@@ -218,9 +221,10 @@ def device_functions(simulation: Simulation) -> dict[str, Any]:
 
 
 @contextmanager
-def triton_launches() -> Iterator[None]:
+def triton_launches(simulation: Simulation) -> Iterator[None]:
     """Residuals are decoded by the kernel's compiled twin, unless Triton interprets everything in
-    this process; other kernels that simulated tensors are given to run in its interpreter."""
+    this process, and exact attention is computed by its plain one: the interpreter multiplies bf16
+    numbers as if they were integers. Other kernels that simulated tensors are given to run in it."""
     if find_spec("triton") is None:
         yield
         return
@@ -248,4 +252,10 @@ def triton_launches() -> Iterator[None]:
     ):
         if not isinstance(residual_triton._decode_tile, InterpretedFunction):
             stack.enter_context(patch.object(residual_triton, "_decode_tile", DecodeTile()))
+        if find_spec(ATTENTION) is not None and simulation.back.type == "cpu":
+            stack.enter_context(
+                patch(
+                    f"{ATTENTION}.attend_in_blocks", lambda *args: attention.attend_in_fp64(*args)
+                )
+            )
         yield
