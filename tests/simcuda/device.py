@@ -224,7 +224,7 @@ def device_functions(simulation: Simulation) -> dict[str, Any]:
 def triton_launches(simulation: Simulation) -> Iterator[None]:
     """Residuals are decoded by the kernel's compiled twin, unless Triton interprets everything in
     this process, and exact attention is computed by its plain one: the interpreter multiplies bf16
-    numbers as if they were integers. Other kernels that simulated tensors are given to run in it."""
+    numbers as if they were integers. Other kernels that get simulated tensors run in it."""
     if find_spec("triton") is None:
         yield
         return
@@ -253,9 +253,5 @@ def triton_launches(simulation: Simulation) -> Iterator[None]:
         if not isinstance(residual_triton._decode_tile, InterpretedFunction):
             stack.enter_context(patch.object(residual_triton, "_decode_tile", DecodeTile()))
         if find_spec(ATTENTION) is not None and simulation.back.type == "cpu":
-            stack.enter_context(
-                patch(
-                    f"{ATTENTION}.attend_in_blocks", lambda *args: attention.attend_in_fp64(*args)
-                )
-            )
+            stack.enter_context(patch(f"{ATTENTION}.attend_in_blocks", attention.attend_in_fp64))
         yield
