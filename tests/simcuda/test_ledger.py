@@ -34,7 +34,7 @@ def decode_at(engine: Engine, length: int, num_tokens: int = 4) -> None:
         pytest.param("32B", 24, marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("method", ["substitute", "plain"])
+@pytest.mark.parametrize("method", ["substitute", pytest.param("plain", marks=pytest.mark.slow)])
 def test_what_passes_take_beside_the_arenas_is_within_the_ledger(
     name: str, budget_gb: float, method: Method
 ) -> None:
