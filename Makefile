@@ -1,6 +1,7 @@
 # make demo      the embedded model under a budget that it does not fit, in a minute
 # make demo-chat a small real model (SmolLM2-135M-Instruct, from PyPI) in two thirds of its memory
 # make test      every quick test; make test-slow runs the others, make gpu-check what needs a GPU
+# make test-simulated-gpu   what needs a GPU, on a simulated one
 # make test-page the chat page in the system's Chromium
 # make compat    clients that people use, unmodified, against the real server (3 GB of them)
 # make compat-replicas   examples/ with two replicas on this machine
@@ -21,8 +22,8 @@ LINK = 40MB
 CHAT_BUDGET = 175MB
 QUESTION = What is the difference between weather and climate?
 
-.PHONY: demo demo-chat test test-page test-real test-slow compat compat-replicas lint bench drills
-.PHONY: hostile-server mixed-load fuzz-server peers gpu-check gpu-check-here clean
+.PHONY: demo demo-chat test test-page test-real test-simulated-gpu test-slow compat compat-replicas
+.PHONY: lint bench drills hostile-server mixed-load fuzz-server peers gpu-check gpu-check-here clean
 
 demo: demo-artifact/manifest.json
 	@echo "== subspec-run: the exact weights stream while the 4-bit substitutes draft"
@@ -51,6 +52,10 @@ test: $(VENV)/.subspec-dev-installed
 test-page: $(VENV)/.subspec-dev-installed
 	$(PIP) -c constraints.txt -e '.[serve,browser]'
 	$(BIN)/python -m pytest -q -m browser tests/runtime/server
+
+# The code for GPUs, where there is none: tests/simcuda/device.py says what is simulated.
+test-simulated-gpu: $(VENV)/.subspec-dev-installed
+	$(BIN)/python -m pytest -q --simulated-cuda -m "gpu and not slow"
 
 # The tests that need the real model.
 test-real: $(VENV)/.subspec-dev-installed build/smollm2/config.json

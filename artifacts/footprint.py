@@ -24,10 +24,19 @@ ROWS_IN_COMPANY = 128
 DRAFT_BYTES = 2  # the draft computes in bf16
 GUARD_SHARE = 0.01  # of the budget, for what operations allocate internally
 GUARD_BYTES = 128 << 10  # at least
+# cuda: at most. Kernels' own temporaries are of the sizes of a pass, not of the weights.
+MOST_GUARD_BYTES = 96 << 20
 # cuda: cuBLAS' workspaces (32 MiB on each of two streams on Hopper, 8 elsewhere), and the rounding
-# of segments in torch's allocator.
-ALLOCATOR_BYTES = (64 << 20) + (48 << 20)
-GRAPH_BYTES_PER_LAYER = 512 << 10  # of all graphs of a draft; estimated: 2 x 12 of 20 kernels, 1 kB
+# of segments in torch's allocator beyond what is spare in the bounds of activations: a test sends
+# real shapes through a model of it.
+ALLOCATOR_BYTES = (64 << 20) + (16 << 20)
+# cuda: what the driver keeps of a draft's graphs, outside torch's allocator. A sequence has graphs
+# of two levels for so many numbers of live slots. Kernels are counted on the simulated device, the
+# bytes of one are estimated: about 1 kB.
+GRAPH_SETS = 2
+GRAPH_KERNELS_PER_BLOCK = 32
+GRAPH_KERNELS_OUTSIDE = 96  # of the layers: embedding, head, choosing
+GRAPH_KERNEL_BYTES = 2 << 10
 ATTENTION_PIECE = 16  # attention.cpp rounds head sizes and slots up to multiples of it
 ATTENTION_SECTION = 512  # slots that attention_triton.py adds up on their own
 ATTENTION_SECTIONS = 8  # of them, at a time
@@ -90,8 +99,13 @@ def make_ledger(
         scratch=shape.scratch_bytes or 0,
         workspace=workspace_bytes(spec, device, shape),
         overhead=overhead_bytes,
-        guard=max(GUARD_BYTES, int(budget_bytes * GUARD_SHARE)),
+        guard=guard_bytes(device, budget_bytes),
     )
+
+
+def guard_bytes(device: DeviceKind, budget_bytes: int) -> int:
+    share = max(GUARD_BYTES, int(budget_bytes * GUARD_SHARE))
+    return min(share, MOST_GUARD_BYTES) if device == "cuda" else share
 
 
 def packed_bytes(num_rows: int, num_columns: int, kernel: Int4Kernel) -> tuple[int, ...]:
@@ -179,9 +193,20 @@ def workspace_bytes(spec: ModelSpec, device: DeviceKind, shape: Shape) -> int:
     draft += 14 * rows * padded_vocabulary(spec)  # bf16 and f32 logits, sharpened f32
     if device == "cpu":
         return aligned(max(exact, draft))
-    # Captured levels keep their temporaries, and the driver needs memory for each kernel.
-    graphs = sequences * spec.num_layers * GRAPH_BYTES_PER_LAYER
-    return aligned(exact + draft) + graphs + ALLOCATOR_BYTES
+    # Captured levels keep their temporaries.
+    return aligned(exact + draft) + sequences * graph_bytes(spec) + ALLOCATOR_BYTES
+
+
+def graph_bytes(spec: ModelSpec) -> int:
+    """Memory of the driver for the graphs of one sequence's draft."""
+    return GRAPH_SETS * 2 * graph_kernels(spec) * GRAPH_KERNEL_BYTES
+
+
+@lru_cache(maxsize=8)
+def graph_kernels(spec: ModelSpec) -> int:
+    """Upper bound of the kernels of a captured level."""
+    blocks = sum(len(layer.blocks) for layer in spec.layers)
+    return blocks * GRAPH_KERNELS_PER_BLOCK + GRAPH_KERNELS_OUTSIDE
 
 
 def pass_bytes(

@@ -22,6 +22,7 @@ from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.footprint import ROWS_IN_COMPANY, cache_slots
 from subspec.artifacts.format.prebuilt import find_prebuilt
 from subspec.artifacts.format.store import Artifact, open_artifact
+from subspec.artifacts.model import ModelSpec
 from subspec.artifacts.native import cpp, residual_cpu
 from subspec.artifacts.plan import Method, Placement, Plan
 from subspec.runtime.clock import Clock, unrecorded
@@ -41,7 +42,7 @@ from subspec.runtime.draft import compiled_layers
 from subspec.runtime.draft.drafter import SubstituteDrafter, Turn
 from subspec.runtime.draft.graphs import capture_on_gpu
 from subspec.runtime.kernels import gemlite_kernel, int4
-from subspec.runtime.kernels.linear import single_row_kernels
+from subspec.runtime.kernels.linear import check_capability, single_row_kernels
 from subspec.runtime.load import (
     DRAFT_DTYPE,
     ArtifactWeights,
@@ -142,6 +143,10 @@ class Engine:
             # The device and its memory
             device = open_device(plan, placement, options.device, stack)
             torch.set_num_threads(plan.num_threads)
+            if placement.ledger.substitutes:
+                check_kernel(artifact, plan)
+            if plan.int4_kernel == "gemlite" and method == "substitute":
+                gemlite_kernel.tune(device, substitute_shapes(spec), draft_rows(plan))
             sources = [source for source, _ in needed_kernels(plan, method)]
             stack.enter_context(cpp.build_ahead(sources))
             memory = FastMemory(device, placement.ledger)
@@ -159,7 +164,6 @@ class Engine:
             tensors = place_tensors(spec, memory, files)
             packed = {}
             if placement.ledger.substitutes:
-                check_kernel(artifact, plan)
                 packed = place_substitutes(spec, plan.int4_kernel, memory, files, progress)
             stored = artifact.stored_parts()
             resident = place_resident(spec, stored, placement, memory, files, progress)
@@ -392,15 +396,28 @@ class Engine:
     def close(self) -> None:
         """Gives fast memory back. Its sequences cannot be used any more."""
         self._closed = True
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self._resources.close()
+        try:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+        finally:  # also after an error of the GPU
+            self._resources.close()
 
     def __enter__(self) -> "Engine":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def substitute_shapes(spec: ModelSpec) -> set[tuple[int, int]]:
+    """Rows and columns of the substitutes."""
+    return {(one.out_features, one.in_features) for one in spec.linears if one.has_substitute}
+
+
+def draft_rows(plan: Plan) -> set[int]:
+    """Rows of a draft's passes: each sequence has its root or a level."""
+    every = range(1, plan.num_sequences + 1)
+    return {count * width for count in every for width in (1, plan.tree.width)}
 
 
 def kernel_sources(plan: Plan) -> list[Path]:
@@ -460,6 +477,7 @@ def open_device(
                 f"--device {chosen}, but there are {torch.cuda.device_count()} GPUs",
                 "count them from 0",
             )
+        check_capability(chosen)
         torch.cuda.set_device(chosen)
         attention.without_cudnn()
         torch.cuda.empty_cache()  # what others of this process cached would count against us

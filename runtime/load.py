@@ -23,7 +23,7 @@ from subspec.artifacts.native import residual_cpu
 from subspec.artifacts.plan import Block, Int4Kernel, Placement, Plan, make_blocks
 from subspec.runtime.clock import Record, unrecorded
 from subspec.runtime.draft.substitutes import Substitutes
-from subspec.runtime.kernels import int4
+from subspec.runtime.kernels import gemlite_kernel, int4
 from subspec.runtime.kernels.linear import (
     Int4Weight,
     empty_weight,
@@ -179,7 +179,15 @@ def make_residual_decoder(
 
 
 def check_kernel(artifact: Artifact, plan: Plan) -> None:
-    """Raises SubspecError(WRONG_MACHINE) if the plan's 4-bit kernel cannot be built here."""
+    """Raises SubspecError(WRONG_MACHINE) if the plan's 4-bit kernel cannot run here."""
+    if plan.int4_kernel == "gemlite":
+        columns = (one.in_features for one in artifact.spec.linears if one.has_substitute)
+        if (problem := gemlite_kernel.unavailable(columns)) is not None:
+            raise SubspecError(
+                Exit.WRONG_MACHINE,
+                f"the plan's 4-bit kernel, gemlite, cannot run here: {problem}",
+                "pip install 'subspec[gpu]', or plan again on this machine",
+            )
     if plan.int4_kernel == "w4a8" and (problem := int4.unavailable()) is not None:
         raise SubspecError(
             Exit.WRONG_MACHINE,

@@ -5,7 +5,6 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.gpu_memory import held_bytes
+from subspec.artifacts.common.host_memory import free_host_bytes
 from subspec.artifacts.common.sizes import format_size
 from subspec.artifacts.footprint import aligned
 from subspec.artifacts.model import PAGE_BYTES
@@ -41,12 +41,12 @@ class FastMemory:
         self._arenas: list[Arena] = []
         self._free: dict[str, Tensor] = {}
         needed = ledger.total_bytes
-        if device.type == "cpu" and needed > free_bytes():
+        if device.type == "cpu" and needed > free_host_bytes():
             raise SubspecError(
                 Exit.RESOURCES,
                 f"the plan needs {format_size(needed)} of memory, but only "
-                f"{format_size(free_bytes())} are free",
-                f"close other programs, or re-plan with --vram {free_bytes() * 9 // 10}B",
+                f"{format_size(free_host_bytes())} are free",
+                f"close other programs, or re-plan with --vram {free_host_bytes() * 9 // 10}B",
             )
         try:
             for purpose, num_bytes in ledger.arenas.items():
@@ -98,10 +98,16 @@ class FastMemory:
             ) from None
 
 
-def free_bytes() -> int:
-    """Host memory that is available for new allocations (MemAvailable)."""
-    lines = Path("/proc/meminfo").read_text("ascii").splitlines()
-    return int(dict(line.split(":", 1) for line in lines)["MemAvailable"].split()[0]) * 1024
+def check_host_memory(num_bytes: int) -> None:
+    """Raises SubspecError(RESOURCES) if so much host memory is not free: touching it would end this
+    process, or another one."""
+    if num_bytes > (free := free_host_bytes()):
+        raise SubspecError(
+            Exit.RESOURCES,
+            f"the plan needs {format_size(num_bytes)} of host memory, but only "
+            f"{format_size(free)} are free",
+            "close other programs, or plan with a larger --vram",
+        )
 
 
 def host_buffer(num_bytes: int) -> Tensor:
@@ -137,6 +143,7 @@ def pinned_buffer(num_bytes: int) -> Tensor:
     """uint8 [num_bytes] of host memory that the GPU reads directly (page-locked and mapped), to be
     released by `unpin`. torch's pinned allocator would round the size up to a power of two. Raises
     SubspecError(RESOURCES)."""
+    check_host_memory(num_bytes)
     buffer = host_buffer(num_bytes)
     status = int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), num_bytes, HOST_FLAGS))
     if status:

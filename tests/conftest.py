@@ -1,7 +1,9 @@
-"""Tests that need a GPU are skipped where there is none; Ctrl-C works also in a background job."""
+"""Tests that need a GPU are skipped where there is none, or run on a simulated one; Ctrl-C works
+also in a background job."""
 
 import os
 import signal
+from contextlib import ExitStack
 
 import pytest
 
@@ -12,15 +14,27 @@ import subspec.artifacts  # noqa: F401  before any test imports torch: see there
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-def pytest_configure() -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--simulated-cuda", action="store_true", help="run the tests of GPUs on a simulated one"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
     """A shell's background job ignores SIGINT, what nohup starts SIGHUP, and children would too."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    if config.getoption("--simulated-cuda"):
+        from simcuda.device import simulated  # torch, and seconds: only where it is asked for
+
+        stack = ExitStack()
+        stack.enter_context(simulated())
+        config.add_cleanup(stack.close)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
@@ -29,3 +43,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+    elif config.getoption("--simulated-cuda"):
+        for item in marked:
+            if item.get_closest_marker("real_gpu"):
+                item.add_marker(pytest.mark.skip(reason="a simulated GPU cannot show it"))
+            else:
+                item.add_marker(pytest.mark.usefixtures("nothing_found"))
+
+
+@pytest.fixture
+def nothing_found() -> object:
+    """On the simulated GPU: no race, and no host memory stays pinned."""
+    from simcuda.simulation import active
+
+    active().races.clear()
+    yield
+    assert not active().races
+    assert not active().registered

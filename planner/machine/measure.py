@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from subspec.artifacts.common.cpu_load import cpu_times, others_share
+from subspec.artifacts.common.host_memory import free_host_bytes
 from subspec.artifacts.format.store import part_digest
 from subspec.artifacts.model import PAGE_BYTES, ModelSpec
 from subspec.artifacts.plan import Int4Kernel
@@ -36,7 +37,7 @@ from subspec.planner.solve.storage import raw_storage, usual_storages
 from subspec.runtime.draft.substitutes import Substitutes
 from subspec.runtime.engine import machine_name as name_of_device
 from subspec.runtime.kernels import gemlite_kernel
-from subspec.runtime.memory import bytes_of, free_bytes, host_buffer
+from subspec.runtime.memory import bytes_of, host_buffer, pinned_buffer, unpin
 from subspec.runtime.model.attention import attend, attend_batch_invariant, without_cudnn
 from subspec.runtime.stream.digests import Digests
 from subspec.runtime.stream.link import DiskLink
@@ -63,7 +64,7 @@ def measure(
         target = torch.device("cuda", target.index or 0)
         torch.cuda.set_device(target)
         without_cudnn()  # as the engine does
-    free = torch.cuda.mem_get_info(target)[0] if cuda else free_bytes()
+    free = torch.cuda.mem_get_info(target)[0] if cuda else free_host_bytes()
     with slow_tier(spec, target, folder, effort) as tier, torch.inference_mode():
         progress("measuring", 0.0)
         bench = Bench(spec, target, effort)
@@ -125,13 +126,13 @@ def slow_tier(
 
 @contextmanager
 def pinned(num_bytes: int) -> Iterator[Tensor]:
-    """Host memory uint8 [num_bytes] that a GPU copies from, pinned if possible."""
-    host = host_buffer(num_bytes).fill_(1)  # unwritten pages may all be the zero page
-    torch.cuda.cudart().cudaHostRegister(host.data_ptr(), num_bytes, 1)
+    """Host memory uint8 [num_bytes] that a GPU copies from. Raises SubspecError(RESOURCES): what is
+    not pinned would be timed at another speed than plans run at."""
+    host = pinned_buffer(num_bytes)
     try:
         yield host
     finally:
-        torch.cuda.cudart().cudaHostUnregister(host.data_ptr())
+        unpin(host)
 
 
 def block_sizes(spec: ModelSpec) -> list[int]:

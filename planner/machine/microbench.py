@@ -4,7 +4,6 @@ the model, with the runtime's kernels.
 `measure.py` decides what is timed for a profile, and how often.
 """
 
-import importlib.util
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -28,7 +27,7 @@ from subspec.runtime.draft.compiled_layers import CompiledLayers, compile_layers
 from subspec.runtime.draft.drafter import tree_rows
 from subspec.runtime.draft.graphs import Action, Replay, capture_on_gpu
 from subspec.runtime.draft.substitutes import Substitutes
-from subspec.runtime.kernels import int4
+from subspec.runtime.kernels import gemlite_kernel, int4
 from subspec.runtime.kernels.linear import calls_of, single_row_kernels
 from subspec.runtime.load import (
     DRAFT_DTYPE,
@@ -191,9 +190,10 @@ class Bench:
     def faster_kernel(self) -> tuple[Int4Kernel, Substitutes]:
         """The 4-bit kernel that is faster at four rows, and random substitutes in its layout."""
         kernels: list[Int4Kernel] = ["aten"]
+        columns = [one.in_features for one in self.full_spec.linears if one.has_substitute]
         if self.device.type == "cpu":
             kernels += ["w4a8"] if int4.unavailable() is None else []
-        elif importlib.util.find_spec("gemlite") is not None:
+        elif gemlite_kernel.unavailable(columns) is None:
             kernels.append("gemlite")
         packed = {kernel: self._random_substitutes(kernel) for kernel in kernels}
         layers = {kernel: self.draft_timings(packed[kernel]).layer for kernel in kernels}

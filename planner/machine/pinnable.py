@@ -14,15 +14,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from subspec.artifacts.common.child import run_child
+from subspec.artifacts.common.host_memory import CONTAINER, cgroup_memory, machine_memory
 
 TIME_LIMIT_SECONDS = 60.0
 SMALLEST_PIECE = 256 << 20
 LARGEST_PIECE = 4 << 30
 RESERVE_BYTES = 1 << 30  # always left free, or a 20th of the memory if that is more
 PORTABLE = 1  # cudaHostRegister: pinned for every GPU's context
-# The cgroup of a container. Kubernetes kills the whole container if one process takes too much, so
-# the child must stay below this limit.
-CONTAINER = Path("/sys/fs/cgroup")
 
 
 def pinnable_bytes(device: str, wanted_bytes: int) -> int:
@@ -124,26 +122,11 @@ def host_register(device: str) -> Callable[[int, int], bool]:
 
 def spare_bytes() -> int:
     """Bytes that the machine, and the container if this is one, can spare for the next piece."""
-    lines = Path("/proc/meminfo").read_text("ascii").splitlines()
-    fields = dict(line.split(":", 1) for line in lines)
-    machine = [int(fields[name].split()[0]) << 10 for name in ("MemTotal", "MemAvailable")]
-    return min(less_reserve(*both) for both in [machine, *cgroup_memory(CONTAINER)])
+    return min(less_reserve(*both) for both in [machine_memory(), *cgroup_memory(CONTAINER)])
 
 
 def less_reserve(total: int, available: int) -> int:
     return available - max(RESERVE_BYTES, total // 20)
-
-
-def cgroup_memory(folder: Path) -> list[tuple[int, int]]:
-    """(limit, available) of a cgroup v2; [] without a limit. File caches count as available."""
-    try:
-        limit, used = (int((folder / f"memory.{x}").read_text()) for x in ("max", "current"))
-        lines = (folder / "memory.stat").read_text().splitlines()
-        fields = dict(line.split() for line in lines)
-        caches = int(fields["active_file"]) + int(fields["inactive_file"])
-    except (OSError, ValueError, KeyError):  # no such cgroup; the limit is the word max
-        return []
-    return [(limit, limit - used + caches)]
 
 
 def main(device: str, wanted_bytes: int) -> None:

@@ -19,6 +19,7 @@ from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.gpu_memory import held_bytes
 from subspec.artifacts.format.folder import DISK_IS_FULL
 from subspec.artifacts.profile import Timing
+from subspec.runtime.kernels.linear import check_capability
 from subspec.runtime.memory import bytes_of
 
 DEVICE = re.compile(r"cpu|cuda(?::([0-9]{1,3}))?", re.ASCII)
@@ -50,9 +51,10 @@ USUAL_EFFORT = Effort()
 
 def pick_device(name: str | None) -> str:
     """The requested device, or the GPU if there is one. Raises SubspecError: USAGE for an unknown
-    name, WRONG_MACHINE if there is no such device."""
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
+    name, WRONG_MACHINE if there is no such device, or if it is too old."""
+    if name is None and not torch.cuda.is_available():
+        return "cpu"
+    name = name or "cuda"
     match = DEVICE.fullmatch(name)
     if match is None:
         raise SubspecError(
@@ -71,6 +73,7 @@ def pick_device(name: str | None) -> str:
             f"--device {name}, but the GPUs of this machine are cuda:0 to cuda:{count - 1}",
             "choose one of them",
         )
+    check_capability(torch.device(name))
     return name
 
 

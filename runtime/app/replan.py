@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 
 from subspec.artifacts.common.errors import SubspecError
+from subspec.artifacts.common.host_memory import free_host_bytes
 from subspec.artifacts.common.sizes import format_size
 from subspec.artifacts.common.user_cache import user_cache_dir
 from subspec.artifacts.format.checks import check_plan
@@ -28,7 +29,6 @@ from subspec.artifacts.format.tensors import open_regular
 from subspec.artifacts.plan import Method, Plan
 from subspec.runtime.app.planner_command import run_planner
 from subspec.runtime.engine import machine_name
-from subspec.runtime.memory import free_bytes
 
 MARGIN = 0.03  # of what is free now; it may be less by the time the weights are loaded
 STEPS = 32  # of a plan's budget: free memory varies between runs, the cached plan should not
@@ -107,7 +107,7 @@ def look_around(plan: Plan, device: str | None) -> Here | None:
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     chosen = device or (plan.device if num_gpus else "cpu")
     if chosen == "cpu":
-        return Here(chosen, machine_name(torch.device("cpu")), free_bytes())
+        return Here(chosen, machine_name(torch.device("cpu")), free_host_bytes())
     gpu = torch.device("cuda", torch.device(chosen).index or 0)
     if gpu.index >= num_gpus:
         return None

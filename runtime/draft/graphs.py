@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from subspec.artifacts.footprint import SLOT_ALIGNMENT
+from subspec.artifacts.footprint import GRAPH_SETS, SLOT_ALIGNMENT
 from subspec.artifacts.plan import Tree
 from subspec.runtime.draft import beam
 from subspec.runtime.draft.beam import (
@@ -47,7 +47,8 @@ class DraftGraphs:
     grown: TokenTree  # all of its rows count as nodes: a graph does not know how many levels follow
     last: Level  # the level that the next replay continues
     children: Tensor  # int64 [k], the nodes that it writes
-    replays: dict[int, tuple[Replay, Replay]] = field(default_factory=dict)  # by live slots
+    # By live slots, the last captured one last: a longer cache forgets the graphs of a short one.
+    replays: dict[int, tuple[Replay, Replay]] = field(default_factory=dict)
     problem: str | None = None  # why levels are launched kernel by kernel after all
 
 
@@ -124,6 +125,8 @@ def capture_levels(graphs: DraftGraphs, live_slots: int, cache: Cache, passes: P
         at_first = graphs.capture(first)
         others = graphs.capture(lambda: add(last)) if graphs.tree.depth > 1 else at_first
         graphs.replays[live_slots] = at_first, others
+        while len(graphs.replays) > GRAPH_SETS:
+            del graphs.replays[next(iter(graphs.replays))]
     except RuntimeError as error:
         graphs.problem = f"CUDA graphs cannot be captured: {str(error).partition(chr(10))[0]}"
 
@@ -150,18 +153,23 @@ class Captured:
 def capture_on_gpu(device: torch.device) -> Callable[[Action], Replay]:
     """All graphs take their temporaries from one pool: they never run at the same time."""
     pool = torch.cuda.graph_pool_handle()
+    # Its own: torch's is one for the process, of the first GPU that captured. On another GPU what
+    # is captured on it is nothing.
+    stream = torch.cuda.Stream(device)
 
     def capture(action: Action) -> Replay:
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
         # Copies of the ring may go on meanwhile: they are other threads' and other streams'.
         with torch.cuda.device(device):
             try:
-                with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                with torch.cuda.graph(
+                    graph, pool=pool, stream=stream, capture_error_mode="thread_local"
+                ):
                     action()
             except BaseException:
                 # Where a capture fails torch 2.11 leaves its stream the current one, and goes on
                 # allocating for the graph (pytorch/pytorch#180395).
-                torch.cuda.set_stream(stream)
+                torch.cuda.set_stream(before)
                 with suppress(RuntimeError):
                     torch._C._cuda_endAllocateToPool(device.index or 0, pool)
                 raise

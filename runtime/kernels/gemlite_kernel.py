@@ -7,9 +7,11 @@ N = output features, K = input features, G = K / GROUP_SIZE
 
 import functools
 import hashlib
+import importlib.util
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -19,8 +21,13 @@ import torch
 from torch import Tensor
 
 from subspec.artifacts.common.user_cache import user_cache_dir
+from subspec.artifacts.footprint import packed_bytes
 from subspec.artifacts.format.packing import ZERO_POINT_CODE
 from subspec.artifacts.model import GROUP_SIZE
+
+# One kernel takes so many columns at a time, and beyond the last ones it reads what lies behind the
+# grid: there a NaN would make every result one.
+WHOLE_COLUMNS = 256
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,46 @@ def pack_qparams(weight: GemliteWeight, qparams: Tensor) -> None:
     scale, zero_point = qparams.float().unbind(-1)
     weight.scales.copy_(scale)
     weight.offsets.copy_(zero_point - ZERO_POINT_CODE * scale)
+
+
+def unavailable(all_num_columns: Iterable[int]) -> str | None:
+    """Why matrices of these numbers of columns cannot be multiplied here; None: they can."""
+    if not is_installed():
+        return "gemlite is not installed"
+    odd = next((n for n in all_num_columns if n % WHOLE_COLUMNS), None)
+    return None if odd is None else f"it takes whole {WHOLE_COLUMNS} columns, and one has {odd}"
+
+
+def is_installed() -> bool:
+    return importlib.util.find_spec("gemlite") is not None
+
+
+def tune(
+    device: torch.device, shapes: Iterable[tuple[int, int]], all_num_rows: Iterable[int]
+) -> None:
+    """Computes a product of each substitute's shape with each number of rows, while fast memory is
+    still free.
+
+    Triton times a kernel at the first call of a shape in every process, even where one
+    configuration is known, and takes 256 MiB for it beside copies of the weight.
+    """
+    rows = sorted(all_num_rows)
+    with torch.inference_mode():
+        # cuBLAS keeps its workspace: it may not come to lie in what timing takes, and hold that.
+        square = torch.zeros(16, 16, dtype=torch.bfloat16, device=device)
+        torch.mm(square, square)
+        for num_rows, num_columns in sorted(shapes):
+            room = [
+                torch.zeros(size, dtype=torch.uint8, device=device)
+                for size in packed_bytes(num_rows, num_columns, "gemlite")
+            ]
+            weight = empty(num_rows, num_columns, room[0], room[2])
+            for count in rows:
+                x = torch.zeros(count, num_columns, dtype=torch.bfloat16, device=device)
+                product(x, weight)
+    torch.cuda.synchronize(device)
+    del room, weight, x
+    torch.cuda.empty_cache()
 
 
 def product(x: Tensor, weight: GemliteWeight) -> Tensor:

@@ -21,6 +21,7 @@ from subspec.artifacts.plan import DeviceKind, Int4Kernel
 from subspec.runtime.kernels import gemlite_kernel, int4
 
 PIECE_BYTES = 1 << 20  # of codes, read and packed at a time: temporaries of a few MB
+LEAST_CAPABILITY = 8, 0  # of ATen's 4-bit kernels on GPUs
 ROWS_PER_TILE = {"AVX512": 64, "AVX2": 32}  # ATen's packed bytes differ per instruction set
 
 
@@ -59,6 +60,18 @@ def single_row_kernels() -> Iterator[None]:
         warnings.filterwarnings("ignore", message="TF32 acceleration", category=UserWarning)
         with torch.backends.mkldnn.flags(enabled=False):
             yield
+
+
+def check_capability(device: torch.device) -> None:
+    """Raises SubspecError(WRONG_MACHINE) for a GPU that is too old for the 4-bit kernels."""
+    found = torch.cuda.get_device_capability(device)
+    if found < LEAST_CAPABILITY:
+        raise SubspecError(
+            Exit.WRONG_MACHINE,
+            f"{torch.cuda.get_device_name(device)} has compute capability {found[0]}.{found[1]}, "
+            f"expected {LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]} or more (Ampere)",
+            "plan with --device cpu",
+        )
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.runtime.clock import Record, unrecorded
-from subspec.runtime.memory import bytes_of, pinned_buffer, unpin
+from subspec.runtime.memory import bytes_of, check_host_memory, pinned_buffer, unpin
 
 READ_BYTES = 64 << 20
 OVERSLEPT_SECONDS = 0.002
@@ -157,7 +157,6 @@ class HostLink:
         self._device = slots[0].device
         self._slots = slots
         self._bytes_per_second = bytes_per_second
-        self._host = pinned_copy(path, ranges)
         self._copies = torch.cuda.Stream(self._device)
         self._delays = torch.cuda.Stream(self._device)
         self._cycles_per_second = cycles_per_second() if bytes_per_second is not None else 0.0
@@ -166,6 +165,7 @@ class HostLink:
         self._free = [torch.cuda.Event() for _ in slots]
         self._waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._wait_seconds = 0.0
+        self._host = pinned_copy(path, ranges)  # last: nothing after it can fail
 
     def host_bytes(self, offset: int) -> Tensor:
         """uint8 bytes of the range that begins at byte `offset` of the file."""
@@ -203,10 +203,12 @@ class HostLink:
         return self._wait_seconds
 
     def close(self) -> None:
-        torch.cuda.synchronize(self._device)
-        for buffer in self._host.values():
-            unpin(buffer)
-        self._host.clear()
+        try:
+            torch.cuda.synchronize(self._device)
+        finally:  # also after an error of the GPU
+            for buffer in self._host.values():
+                unpin(buffer)
+            self._host.clear()
 
     def _delay(self, num_bytes: int) -> torch.cuda.Event | None:
         """Event that completes when a link limited to `bytes_per_second` would have copied
@@ -236,6 +238,7 @@ def cycles_per_second() -> float:
 
 def pinned_copy(path: Path, ranges: list[tuple[int, int]]) -> dict[int, Tensor]:
     """File offset -> pinned uint8 tensor of each range. On an error nothing stays pinned."""
+    check_host_memory(sum(num_bytes for _, num_bytes in ranges))
     file, found = DirectFile(path), dict[int, Tensor]()
     try:
         for offset, num_bytes in ranges:

@@ -10,6 +10,7 @@ from toys import make_spec
 from subspec.artifacts.footprint import (
     ALLOCATOR_BYTES,
     GUARD_BYTES,
+    MOST_GUARD_BYTES,
     Ring,
     Shape,
     cache_bytes,
@@ -84,6 +85,8 @@ def test_a_ledger_names_every_purpose_once() -> None:
     assert purposes.guard == 10**7
     assert purposes.resident == purposes.residuals == purposes.scratch == 0
     assert make_ledger(SPEC, "cpu", "w4a8", SHAPE, 0, 1).guard == GUARD_BYTES
+    on_gpu = [make_ledger(SPEC, "cuda", "aten", SHAPE, 0, size).guard for size in (10**9, 10**11)]
+    assert on_gpu == [10**7, MOST_GUARD_BYTES]
     assert purposes.total_bytes == sum(getattr(purposes, one.name) for one in fields(Ledger))
 
 

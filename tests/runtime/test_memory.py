@@ -52,7 +52,7 @@ def test_asking_for_more_than_the_ledger_grants_is_a_mistake_of_ours() -> None:
 def test_a_plan_that_needs_more_than_is_free_is_refused_before_anything_is_allocated(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(memory_module, "free_bytes", lambda: 1000)
+    monkeypatch.setattr(memory_module, "free_host_bytes", lambda: 1000)
     monkeypatch.setattr(FastMemory, "_allocate", None)
     with pytest.raises(SubspecError, match="needs 1.02 KB .* but only 1.00 KB") as caught:
         FastMemory(CPU, Ledger(norms=512, workspace=512))

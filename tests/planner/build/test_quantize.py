@@ -285,7 +285,6 @@ def test_the_weight_itself_is_left_alone() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_gives_nearly_the_codes_of_the_cpu() -> None:
     weight = like_a_model(256, 512)
     on_gpu, on_cpu = quantize(weight, "cuda"), quantize(weight, "cpu")

@@ -68,6 +68,7 @@ def test_what_is_wanted_is_reached_in_whole_pieces() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.real_gpu
 @needs_memory
 def test_what_is_wanted_is_reached_on_cuda() -> None:
     assert pinnable_bytes("cuda", PIECE + 1) == 2 * PIECE

@@ -14,6 +14,7 @@ from running import answer, own_cache, run
 from toys import make_spec
 
 from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.common.host_memory import free_host_bytes
 from subspec.artifacts.common.user_cache import user_cache_dir
 from subspec.artifacts.format.codec import dump_json
 from subspec.artifacts.format.store import Artifact, open_artifact, verify
@@ -38,7 +39,6 @@ from subspec.runtime.app.replan import (
     write_entry,
 )
 from subspec.runtime.engine import Engine
-from subspec.runtime.memory import free_bytes
 
 ELSEWHERE = "cpu: AVX2, 64 cpus; torch 2.11.0"
 NO_PLANNER = ("/nowhere/subspec-plan",)
@@ -514,9 +514,9 @@ def test_a_plan_for_a_gpu_runs_on_the_cpu_where_there_is_none(artifact: Path) ->
 
 def test_a_plan_for_more_than_is_free_is_solved_again_for_what_is(artifact: Path) -> None:
     opened = open_artifact(artifact)
-    large = replace(opened, plan=larger(opened.plan, 2 * free_bytes()))
+    large = replace(opened, plan=larger(opened.plan, 2 * free_host_bytes()))
     found, note = fitted(large, None, None, None, None)
-    assert 0 < found.plan.budget_bytes < free_bytes()
+    assert 0 < found.plan.budget_bytes < free_host_bytes()
     assert ", but only " in note and " are free: re-planned for " in note
     assert len(tokens(found)) == 12
 
@@ -539,7 +539,7 @@ def test_where_no_plan_fits_what_is_free_that_is_the_error(
 ) -> None:
     monkeypatch.setattr(planner_command, "PLANNER", INFEASIBLE)
     opened = open_artifact(artifact)
-    large = replace(opened, plan=larger(opened.plan, 2 * free_bytes()))
+    large = replace(opened, plan=larger(opened.plan, 2 * free_host_bytes()))
     with pytest.raises(
         SubspecError, match="only .* are free: the smallest plan needs more"
     ) as caught:

@@ -336,6 +336,7 @@ def slow_check_larger_shapes(dtype: torch.dtype, shape: Shape) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.real_gpu  # the simulated one has the plain twin
 @holds
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_on_cuda(dtype: torch.dtype, holds: Callable[[torch.dtype, str], None]) -> None:
@@ -343,6 +344,7 @@ def test_on_cuda(dtype: torch.dtype, holds: Callable[[torch.dtype, str], None]) 
 
 
 @pytest.mark.gpu
+@pytest.mark.real_gpu  # the simulated one has the plain twin
 @pytest.mark.parametrize("shape", [*LARGE, (40, 8, 64, 4096, 128), (40, 8, 1, 9000, 128)], ids=str)
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
 def test_larger_shapes_agree_with_the_plain_twin_on_cuda(dtype: torch.dtype, shape: Shape) -> None:

@@ -322,6 +322,7 @@ def test_decoding_on_cuda_gives_the_bits_that_were_encoded(
 
 
 @pytest.mark.gpu
+@pytest.mark.real_gpu
 def test_divisions_are_exact_on_cuda() -> None:
     assert_divisions_are_exact("cuda")
 

@@ -1,0 +1,126 @@
+"""Answers on the simulated device: drafted ones are the plain ones, of every kind of layer, and
+a round waits no more often than it has to."""
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders import build_artifact, demo_checkpoint, random_checkpoint, replan
+from families import FAMILIES
+from running import answer
+from simcuda.answering import PROMPT, USUAL, captured_levels
+from simcuda.device import simulated
+from simcuda.simulation import Simulation
+
+from subspec.artifacts.footprint import GRAPH_SETS, graph_kernels
+from subspec.artifacts.format.store import Artifact
+from subspec.artifacts.model import Encoding
+from subspec.artifacts.plan import Method
+from subspec.runtime.engine import Engine, OpenOptions
+from subspec.runtime.model.sampling import Sampling
+from subspec.runtime.sequence import GenerationParams
+
+Demo = Callable[[Encoding], Artifact]
+SEEDED = Sampling(temperature=0.8, seed=3)
+KINDS = {
+    "full attention, half precision": ("demo", torch.float16),
+    "full attention, f32": ("demo", torch.float32),
+    "windows": ("olmo3, yarn on full layers", torch.float32),
+    "tied, 7 heads to 1": ("qwen2, 7 heads to 1, tied", torch.float32),
+    "norms of heads": ("qwen3, head size not hidden / heads", torch.float32),
+}
+# An RMS norm is one kernel on CUDA; here it is taken apart.
+NORM_PIECES = Counter({"aten::pow": 1, "aten::mean": 1, "aten::rsqrt": 1})
+
+
+def assert_lossless(artifact: Artifact, num_tokens: int, **plan: Any) -> None:
+    """Greedy and seeded; the draft's levels are captured."""
+    said = list[list[int]]()
+    methods: tuple[Method, ...] = ("substitute", "plain")
+    for method in methods:
+        with simulated() as gpus:
+            chosen = replan(artifact, **{**USUAL, "width": 2, "depth": 4, **plan})
+            with Engine.open(chosen, OpenOptions(method)) as engine:
+                for sampling in (Sampling(), SEEDED):
+                    said.append(answer(engine, PROMPT, num_tokens, sampling))
+                assert engine.missing_graphs is None
+        assert not gpus.races and not gpus.registered
+    assert said[:2] == said[2:]
+    assert all(len(tokens) == num_tokens for tokens in said)
+
+
+@pytest.mark.parametrize("encoding", ["raw", "residual"])
+def test_a_drafted_answer_is_the_plain_one(demo: Demo, encoding: Encoding) -> None:
+    assert_lossless(demo(encoding), 8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("encoding", ["raw", "residual"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_drafted_answer_is_the_plain_one_of_every_kind_of_layer(
+    kind: str, encoding: Encoding, tmp_path: Path
+) -> None:
+    from transformers import AutoConfig
+
+    name, dtype = KINDS[kind]
+    if name == "demo":
+        folder = demo_checkpoint(tmp_path / "checkpoint", dtype)
+    else:
+        config = AutoConfig.for_model(**FAMILIES[name])
+        folder = random_checkpoint(tmp_path / "checkpoint", config)
+    artifact = build_artifact(folder, tmp_path / "artifact", encoding, device="cuda", context=256)
+    assert_lossless(artifact, 14, context=256)
+
+
+def waits_of_a_round(gpus: Simulation, engine: Engine, sampling: Sampling) -> Counter[str]:
+    """Of the host, by kind, once levels are replayed."""
+    with engine.new_sequence() as sequence:
+        sequence.begin(PROMPT, GenerationParams(60, sampling))
+        for _ in range(4):
+            engine.step()
+        gpus.waits.clear()
+        engine.step()
+    found = Counter[str]()
+    for (what, _), times in gpus.waits.items():
+        found[what] += times
+    return found
+
+
+def test_a_round_waits_for_a_few_numbers_alone(demo: Demo) -> None:
+    """Whatever the number of layers and levels: the root goes up, the verdict comes down, each
+    phase ends; where residuals are decoded, whether they fit is read."""
+    for encoding, more in (("raw", 0), ("residual", 1)):
+        with simulated() as gpus:
+            chosen = replan(demo(encoding), **USUAL)  # type: ignore[arg-type]
+            with Engine.open(chosen, OpenOptions("substitute")) as engine:
+                waits = waits_of_a_round(gpus, engine, Sampling())
+        assert waits.pop("event.synchronize", 0) <= 40  # past ones, to add up how long they took
+        assert waits == {
+            "copy from the host": 1,
+            "copy to the host": 1,
+            "stream.synchronize": 2,
+            **({"aten::_local_scalar_dense": more} if more else {}),
+        }
+
+
+def test_few_graphs_are_kept_and_each_has_the_kernels_that_the_ledger_counts(demo: Demo) -> None:
+    with simulated():
+        chosen = replan(demo("raw"), **{**USUAL, "width": 3, "depth": 4})
+        with (
+            Engine.open(chosen, OpenOptions("substitute")) as engine,
+            engine.new_sequence() as sequence,
+        ):
+            for length in (20, 90, 150):
+                list(sequence.generate([7] * length, GenerationParams(8)))
+                levels = captured_levels(engine)
+            assert list(levels) == [128, 192] and len(levels) == GRAPH_SETS
+            most = graph_kernels(engine.artifact.spec)
+            for graphs in levels.values():
+                for graph in graphs:
+                    names = Counter(graph.graph.names)
+                    norms = names["aten::rsqrt"]
+                    kernels = sum(names.values()) - norms * sum(NORM_PIECES.values())
+                    assert most / 3 < kernels <= most
