@@ -31,6 +31,7 @@ CLOSE_SECONDS = 2.0  # for the engine to give its memory back
 WATCH_SECONDS = 0.2
 SWEEP_SECONDS = 1.0
 TRIM_SECONDS = 5.0
+ARENA_MAX, MOST_HEAPS = -8, 2  # glibc's M_ARENA_MAX
 FAILED_SECONDS = 4.0  # from the engine's failure to the end of the process, at most
 
 Progress = Callable[[str, float], None]
@@ -225,8 +226,12 @@ async def close_idle(server: uvicorn.Server) -> None:
 
 async def give_back_memory() -> None:
     """What large requests took of the C heap goes back to the system now and then: by itself glibc
-    keeps it, for each thread, and a server's memory would grow with every kind of request."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc alone
+    keeps it, in a heap for each thread, and a server's memory would grow with every kind of
+    request."""
+    libc = ctypes.CDLL(None)
+    trim = getattr(libc, "malloc_trim", None)  # of glibc alone
+    if trim is not None:
+        libc.mallopt(ARENA_MAX, MOST_HEAPS)
     while trim is not None:
         await asyncio.sleep(TRIM_SECONDS)
         await asyncio.to_thread(trim, 0)
