@@ -33,7 +33,7 @@ ALLOCATOR_BYTES = (64 << 20) + (48 << 20)
 # of two levels for so many numbers of live slots. Kernels are counted on the simulated device, the
 # bytes of one are estimated: about 1 kB.
 GRAPH_SETS = 2
-GRAPH_KERNELS_PER_BLOCK = 32
+GRAPH_KERNELS_PER_BLOCK = 48
 GRAPH_KERNELS_OUTSIDE = 96  # of the layers: embedding, head, choosing
 GRAPH_KERNEL_BYTES = 2 << 10
 ATTENTION_PIECE = 16  # attention.cpp rounds head sizes and slots up to multiples of it
