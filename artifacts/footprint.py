@@ -27,14 +27,13 @@ GUARD_BYTES = 128 << 10  # at least
 # cuda: at most. Kernels' own temporaries are of the sizes of a pass, not of the weights.
 MOST_GUARD_BYTES = 96 << 20
 # cuda: cuBLAS' workspaces (32 MiB on each of two streams on Hopper, 8 elsewhere), and the rounding
-# of segments in torch's allocator beyond what is spare in the bounds of activations: a test sends
-# real shapes through a model of it.
-ALLOCATOR_BYTES = (64 << 20) + (16 << 20)
+# of segments in torch's allocator: a test sends real shapes through a model of it.
+ALLOCATOR_BYTES = (64 << 20) + (48 << 20)
 # cuda: what the driver keeps of a draft's graphs, outside torch's allocator. A sequence has graphs
 # of two levels for so many numbers of live slots. Kernels are counted on the simulated device, the
 # bytes of one are estimated: about 1 kB.
 GRAPH_SETS = 2
-GRAPH_KERNELS_PER_BLOCK = 32
+GRAPH_KERNELS_PER_BLOCK = 48
 GRAPH_KERNELS_OUTSIDE = 96  # of the layers: embedding, head, choosing
 GRAPH_KERNEL_BYTES = 2 << 10
 ATTENTION_PIECE = 16  # attention.cpp rounds head sizes and slots up to multiples of it

@@ -16,7 +16,7 @@ from toys import ACCEPTANCE, make_curve, make_profile, make_spec
 from subspec.artifacts.acceptance import ONE_TOKEN, Acceptance, Curve
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.sizes import parse_size
-from subspec.artifacts.footprint import ALLOCATOR_BYTES, Ring, model_bytes
+from subspec.artifacts.footprint import ALLOCATOR_BYTES, Ring, graph_bytes, model_bytes
 from subspec.artifacts.format.checks import check_plan
 from subspec.artifacts.model import HEAD, ModelSpec
 from subspec.artifacts.plan import USUAL, Constraints, Plan
@@ -509,13 +509,17 @@ def test_a_machine_without_position_free_kernels_is_refused() -> None:
     assert caught.value.exit_code == Exit.UNSUPPORTED
 
 
+# What a draft takes on GPUs alone.
+ONLY_GPUS = ALLOCATOR_BYTES + graph_bytes(make_spec())
+
+
 def test_what_streams_must_fit_the_host_memory_of_a_gpu() -> None:
     constraints = Constraints(context=256, ram_bytes=2_000_000)
     gpu = make_profile(device="cuda")
     with pytest.raises(SubspecError, match="--ram is 2.00 MB") as caught:
-        plan_for(12_000_000 + ALLOCATOR_BYTES, constraints, profile=gpu)
+        plan_for(8_000_000 + ONLY_GPUS, constraints, profile=gpu)
     assert caught.value.exit_code == Exit.INFEASIBLE
-    resident = plan_for(30_000_000 + ALLOCATOR_BYTES, constraints, profile=gpu)
+    resident = plan_for(30_000_000 + ONLY_GPUS, constraints, profile=gpu)
     assert resident.placement("plain").num_slots == 0
     assert plan_for(12_000_000, constraints)  # on cpu the slow tier is the disk
 
@@ -523,14 +527,14 @@ def test_what_streams_must_fit_the_host_memory_of_a_gpu() -> None:
 def test_what_streams_must_be_what_the_process_can_pin() -> None:
     gpu = make_profile(device="cuda", pinnable_bytes=1_000_000)
     with pytest.raises(SubspecError, match="this process can pin 1.00 MB") as caught:
-        plan_for(12_000_000 + ALLOCATOR_BYTES, profile=gpu)
+        plan_for(8_000_000 + ONLY_GPUS, profile=gpu)
     assert caught.value.exit_code == Exit.INFEASIBLE and "ulimit -l" in caught.value.hint
-    for fine, room in (
-        (replace(gpu, pinnable_bytes=0), ALLOCATOR_BYTES),  # not tried
-        (replace(gpu, pinnable_bytes=1 << 30), ALLOCATOR_BYTES),
-        (replace(gpu, device="cpu"), 0),
+    for fine, budget in (
+        (replace(gpu, pinnable_bytes=0), 8_000_000 + ONLY_GPUS),  # not tried
+        (replace(gpu, pinnable_bytes=1 << 30), 8_000_000 + ONLY_GPUS),
+        (replace(gpu, device="cpu"), 12_000_000),
     ):
-        plan = plan_for(12_000_000 + room, profile=fine)
+        plan = plan_for(budget, profile=fine)
         assert plan.predicted["plain"].streamed_bytes > 1_000_000
 
 
@@ -589,7 +593,7 @@ def test_a_context_that_leaves_no_room_for_a_draft_is_halved_further(
 ) -> None:
     # More than this whole model:
     monkeypatch.setattr("subspec.artifacts.footprint.ALLOCATOR_BYTES", 0)
-    profile = make_profile(device="cuda", overhead_bytes=3_960_000)
+    profile = make_profile(device="cuda", overhead_bytes=1_860_000)
     assert problem_module.default_context(make_spec(), 17_000_000, 1) == 512
     plan = plan_for(17_000_000, Constraints(), profile=profile)
     assert plan.context == 256 and "substitute" in plan.placements
