@@ -36,12 +36,12 @@ from subspec.artifacts.model import (
 from subspec.artifacts.plan import Int4Kernel, Ledger, Tree
 from subspec.planner.machine.excerpt import RandomWeights, fill_with_noise, random_rows
 from subspec.planner.machine.timing import time_each
-from subspec.runtime.decode import whole_tree
 from subspec.runtime.draft import compiled_layers
 from subspec.runtime.draft.beam import Growing, Level, add_level, root_only
 from subspec.runtime.draft.compiled_layers import compile_layers
 from subspec.runtime.draft.drafter import SubstituteDrafter, Turn
 from subspec.runtime.draft.substitutes import Substitutes
+from subspec.runtime.exact_pass import whole_tree
 from subspec.runtime.kernels.linear import Int4Weight, calls_of
 from subspec.runtime.load import make_substitutes, place_substitutes, place_tensors
 from subspec.runtime.memory import FastMemory

@@ -11,34 +11,21 @@ Prompts are read by the same stream and the same rules: what the cache holds of 
 the tokens before it, not on who computed it, in which piece or in which company.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from subspec.artifacts.plan import Plan
-from subspec.runtime.clock import Clock
 from subspec.runtime.draft.beam import TokenTree, narrowed, root_only
-from subspec.runtime.draft.drafter import Drafter, Turn, tree_rows
+from subspec.runtime.draft.drafter import Turn
+from subspec.runtime.exact_pass import Model, Piece, causal_rows, exact_logits
 from subspec.runtime.kernels.linear import calls_of
-from subspec.runtime.model.attention import attend, attend_batch_invariant
-from subspec.runtime.model.cache import Cache
-from subspec.runtime.model.sampling import Chooser, TokenLogprobs, logprobs_of
-from subspec.runtime.model.transformer import Attend, HeadRows, Rows, SharedWeights, forward
-from subspec.runtime.stream.exact_weights import ExactWeights
-from subspec.runtime.verify import Verdict, accept, walk
-
-
-@dataclass(frozen=True)
-class Model:
-    """Everything a pass needs, placed in fast memory by engine.py."""
-
-    plan: Plan
-    weights: SharedWeights
-    exact: ExactWeights
-    drafter: Drafter | None  # None: plain decoding only
-    clock: Clock
+from subspec.runtime.model.attention import attend
+from subspec.runtime.model.sampling import TokenLogprobs, logprobs_of
+from subspec.runtime.model.transformer import forward
+from subspec.runtime.verify import accept, walk
 
 
 @dataclass(frozen=True)
@@ -49,20 +36,6 @@ class Round:
     path: Tensor  # int64 [D + 1]: the root and the accepted nodes of the tree; then anything
     num_levels: int = 0  # drafted
     logprobs: tuple[TokenLogprobs, ...] = ()  # of `emitted`, if the turn asks for them
-
-
-@dataclass(frozen=True)
-class Piece:
-    """The next tokens of a prompt."""
-
-    cache: Cache
-    tokens: Sequence[int]
-    chooser: Chooser | None  # of the answer's first token; None: more of the prompt follows
-    num_logprobs: int | None = None  # likeliest tokens to report with the first token
-    # With the prompt's own log probabilities: the tokens that follow each of `tokens` in the
-    # prompt, and how many of the likeliest tokens to report.
-    following: Sequence[int] = ()
-    num_following_logprobs: int = 0
 
 
 @dataclass(frozen=True)
@@ -163,124 +136,37 @@ def verify(model: Model, tree: TokenTree, logits: Tensor, turn: Turn) -> Round:
         chooser.pop(verdict.num_emitted)
     emitted = verdict.emitted()
     num_levels = (tree.num_nodes - 1) // model.plan.tree.width
-    return Round(emitted, verdict.path, num_levels, told(turn, logits, verdict, emitted))
+    told = logprobs(logits, verdict.path[: len(emitted)], emitted, turn.num_logprobs)
+    return Round(emitted, verdict.path, num_levels, told)
 
 
-def told(
-    turn: Turn, logits: Tensor, verdict: Verdict, emitted: Sequence[int]
+def logprobs(
+    logits: Tensor, rows: Tensor | slice, tokens: Sequence[int], num_top: int | None
 ) -> tuple[TokenLogprobs, ...]:
-    """Log probabilities of the emitted tokens, if the turn asks for them."""
-    if turn.num_logprobs is None:
+    """Of the tokens, each by its own of the `rows`; num_top None: nothing is asked for."""
+    if num_top is None:
         return ()
-    rows = logits[verdict.path[: len(emitted)]]
-    pairs = zip(rows, emitted, strict=True)
-    return tuple(logprobs_of(row, token, turn.num_logprobs) for row, token in pairs)
+    pairs = zip(logits[rows], tokens, strict=True)
+    return tuple(logprobs_of(row, token, num_top) for row, token in pairs)
 
 
 def chosen(logits: Tensor, turn: Turn) -> Round:
     """The next token of a sequence, from the logits [W, V] whose first row is its root's."""
     token = turn.chooser.choose(logits[0], turn.cache.length + 1)
     path = torch.zeros(1, dtype=torch.int64, device=turn.cache.device)
-    count = turn.num_logprobs
-    return Round([token], path, 0, () if count is None else (logprobs_of(logits[0], token, count),))
+    return Round([token], path, 0, logprobs(logits, slice(1), [token], turn.num_logprobs))
 
 
 def finish(piece: Piece, logits: Tensor) -> Read:
     """What the logits [rows, V] say, which are those of the piece's `head_rows`."""
-    num_tokens = len(piece.tokens)
-    last = logits[min(num_tokens, len(logits)) - 1]
-    own = tuple(
-        logprobs_of(row, token, piece.num_following_logprobs)
-        for row, token in zip(logits, piece.following, strict=False)
-    )
+    num_tokens, wanted = len(piece.tokens), slice(len(piece.following))
+    own = logprobs(logits, wanted, piece.following, piece.num_following_logprobs)
     if piece.chooser is None:
         return Read(prompt_logprobs=own)
-    first, count = piece.chooser.choose(last, piece.cache.length + num_tokens), piece.num_logprobs
-    return Read(first, () if count is None else (logprobs_of(last, first, count),), own)
-
-
-def exact_logits(
-    model: Model, trees: Sequence[TokenTree], turns: Sequence[Turn], pieces: Sequence[Piece]
-) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """The exact model's logits: [W, V] of each tree, and those of each piece's `head_rows`."""
-    plan, width = model.plan, len(trees[0].tokens) if trees else 0
-    batch = [whole_tree(tree, turn.cache) for tree, turn in zip(trees, turns, strict=True)]
-    batch += [padded_rows(plan, piece) for piece in pieces]
-    sizes, wanted, head_sizes = [width] * len(trees), list[slice](), [width] * len(trees)
-    for piece in pieces:
-        calls = list(prompt_calls(plan, len(piece.tokens)))
-        some, some_sizes = head_rows(plan, piece, calls)
-        wanted.append(slice(sum(sizes) + some.start, sum(sizes) + some.stop))
-        sizes += calls
-        head_sizes += some_sizes
-    of_trees = slice(0, width * len(trees))
-    head = HeadRows([of_trees, *wanted] if trees else wanted, calls_of(head_sizes))
-    logits = forward(model.weights, model.exact, batch, calls_of(sizes), head)
-    first, *others = logits.split([some.stop - some.start for some in (of_trees, *wanted)])
-    return first.split(width) if trees else [], others
-
-
-def head_rows(plan: Plan, piece: Piece, calls: list[int]) -> tuple[slice, list[int]]:
-    """Which rows of a piece have logits, and the head's calls for them: all, if the prompt's own
-    log probabilities are wanted, or the fewest that end with its last token."""
-    if piece.following:
-        return slice(0, sum(calls)), calls
-    few = plan.prompt_widths[0]
-    first = max(0, len(piece.tokens) - few)
-    return slice(first, first + few), [few]
-
-
-def prompt_calls(plan: Plan, num_tokens: int) -> Iterator[int]:
-    """Rows of the exact products' calls for so many tokens of a prompt: widths in which a row has
-    the same bits as in any other exact pass. The last one may be padded."""
-    widest = plan.prompt_widths[-1]
-    while num_tokens > widest:
-        yield widest
-        num_tokens -= widest
-    yield next(width for width in plan.prompt_widths if width >= num_tokens)
-
-
-def tokens_that_fit(plan: Plan, num_tokens: int, num_rows: int) -> int:
-    """How many of so many tokens of a prompt can be read by `num_rows` rows."""
-    if sum(prompt_calls(plan, num_tokens)) <= num_rows:
-        return num_tokens
-    whole, rest = divmod(num_rows, plan.prompt_widths[-1])
-    fitting = [width for width in plan.prompt_widths if width <= rest]
-    return whole * plan.prompt_widths[-1] + (fitting[-1] if fitting else 0)
-
-
-def whole_tree(tree: TokenTree, cache: Cache) -> Rows:
-    """Rows for all of a tree that follows what `cache` has committed."""
-    nodes = torch.arange(len(tree.tokens), device=tree.tokens.device)
-    slots = cache.tree_slots(len(nodes))
-    return tree_rows(tree, nodes, cache, slots, attend_batch_invariant)
-
-
-def padded_rows(plan: Plan, piece: Piece) -> Rows:
-    """Rows for a piece, and for padding: copies of its last row that write where nobody reads."""
-    tokens = torch.tensor(list(piece.tokens), device=piece.cache.device)
-    rows = causal_rows(piece.cache, tokens, attend_batch_invariant)
-    num_rows = sum(prompt_calls(plan, len(piece.tokens)))
-    return repeated_last(rows, num_rows - len(piece.tokens))
-
-
-def repeated_last(rows: Rows, count: int) -> Rows:
-    if not count:
-        return rows
-    tokens, positions = (
-        torch.cat((some, some[-1:].repeat(count))) for some in (rows.tokens, rows.positions)
-    )
-    padding = torch.full((count,), rows.cache.padding_slot, device=rows.slots.device)
-    slots = torch.cat((rows.slots, padding))
-    return Rows(tokens, positions, slots, rows.slot_positions, None, rows.cache, rows.attend)
-
-
-def causal_rows(cache: Cache, tokens: Tensor, attention: Attend) -> Rows:
-    """Rows for tokens int64 [T] that follow the committed ones, each seeing all before it."""
-    positions = torch.arange(len(tokens), device=tokens.device) + cache.length
-    live = cache.live_slots(cache.length + len(tokens))
-    slot_positions = torch.arange(live, device=tokens.device)
-    return Rows(tokens, positions, positions, slot_positions, None, cache, attention)
+    last = min(num_tokens, len(logits)) - 1
+    first = piece.chooser.choose(logits[last], piece.cache.length + num_tokens)
+    told = logprobs(logits, slice(last, last + 1), [first], piece.num_logprobs)
+    return Read(first, told, own)
 
 
 def root_of(turn: Turn) -> Tensor:

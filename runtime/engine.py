@@ -26,21 +26,11 @@ from subspec.artifacts.model import ModelSpec
 from subspec.artifacts.native import cpp, residual_cpu
 from subspec.artifacts.plan import Method, Placement, Plan
 from subspec.runtime.clock import Clock, unrecorded
-from subspec.runtime.decode import (
-    Model,
-    Piece,
-    Read,
-    Round,
-    decode_plainly,
-    decode_unpadded,
-    prompt_calls,
-    read,
-    speculate,
-    tokens_that_fit,
-)
+from subspec.runtime.decode import Read, Round, decode_plainly, decode_unpadded, read, speculate
 from subspec.runtime.draft import compiled_layers
 from subspec.runtime.draft.drafter import SubstituteDrafter, Turn
 from subspec.runtime.draft.graphs import capture_on_gpu
+from subspec.runtime.exact_pass import Model, Piece, prompt_calls, tokens_that_fit
 from subspec.runtime.kernels import gemlite_kernel, int4
 from subspec.runtime.kernels.linear import check_capability, single_row_kernels
 from subspec.runtime.load import (
@@ -109,7 +99,7 @@ class Engine:
         # Padding makes plain decoding the draft's exact twin: a plan without a draft needs none.
         self.padded = method != "plain" or (options.padded and self.plan.method != "plain")
         self.link_bandwidth = options.link_bandwidth
-        self.num_prompts = 0  # that were read; the first one also waits for digests
+        self.num_reads = 0  # of pieces of prompts; the first one also waits for digests
         self._caches = caches  # that no sequence has
         self._reading: list[Sequence] = []  # their prompts, first come, first served
         self._decoding: list[Sequence] = []
@@ -258,7 +248,7 @@ class Engine:
         sizes += [piece.cache.length + len(piece.tokens) for piece in pieces.values()]
         with self._watched((len(active), len(pieces)), max(sizes)):
             rounds, reads = self._passes([one.turn for one in active], list(pieces.values()))
-        self.num_prompts += len(pieces)
+        self.num_reads += len(pieces)
         seconds = {k: v - before[0].get(k, 0.0) for k, v in clock.seconds.items()}
         for (sequence, piece), done in zip(pieces.items(), reads, strict=True):
             sequence.take_read(piece, done, sum(seconds.values()))

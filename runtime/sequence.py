@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Literal
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.plan import Method
-from subspec.runtime.decode import Piece, Read, Round, keep, keep_piece
+from subspec.runtime.decode import Read, Round, keep, keep_piece
 from subspec.runtime.draft.drafter import Turn
+from subspec.runtime.exact_pass import Piece
 from subspec.runtime.model.cache import Cache
 from subspec.runtime.model.constraint import Constraint
 from subspec.runtime.model.sampling import Chooser, Sampling, TokenLogprobs
@@ -123,7 +124,7 @@ class Sequence:
             self._engine.method,
             prompt_tokens=len(prompt),
             reused_tokens=cache.length,
-            first_of_engine=self._engine.num_prompts == 0,
+            first_of_engine=self._engine.num_reads == 0,
         )
         chooser = Chooser(params.sampling, prompt, params.end_tokens, params.constraint)
         most = min(params.max_tokens, room)

@@ -21,12 +21,12 @@ from subspec.planner.machine.batch_invariance import rows_at_any_place
 from subspec.planner.machine.excerpt import RandomWeights, excerpt, random_rows
 from subspec.planner.machine.timing import USUAL_EFFORT, Effort, time_each, time_widths
 from subspec.planner.solve.storage import raw_storage
-from subspec.runtime.decode import causal_rows, whole_tree
 from subspec.runtime.draft.beam import Growing, grow, root_only
 from subspec.runtime.draft.compiled_layers import CompiledLayers, compile_layers, run_layers
 from subspec.runtime.draft.drafter import tree_rows
 from subspec.runtime.draft.graphs import Action, Replay, capture_on_gpu
 from subspec.runtime.draft.substitutes import Substitutes
+from subspec.runtime.exact_pass import causal_rows, whole_tree
 from subspec.runtime.kernels import gemlite_kernel, int4
 from subspec.runtime.kernels.linear import calls_of, single_row_kernels
 from subspec.runtime.load import (

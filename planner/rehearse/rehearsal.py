@@ -20,17 +20,10 @@ from subspec.planner.rehearse.calibration import Sample, in_turns, sample_ids
 from subspec.planner.rehearse.corrections import PredictFor, Rounds, Timed
 from subspec.planner.rehearse.replay import DEEPEST, WIDTHS, Answer, Grown, curves_of, walk
 from subspec.planner.solve.problem import make_tree
-from subspec.runtime.decode import (
-    Piece,
-    keep,
-    keep_piece,
-    prompt_calls,
-    read,
-    speculate,
-    tokens_that_fit,
-)
+from subspec.runtime.decode import keep, keep_piece, read, speculate
 from subspec.runtime.draft.drafter import SubstituteDrafter, Turn
 from subspec.runtime.engine import Engine, OpenOptions, kernel_sources
+from subspec.runtime.exact_pass import Piece, prompt_calls, tokens_that_fit
 from subspec.runtime.model.cache import Cache
 from subspec.runtime.model.sampling import Chooser, Sampling
 from subspec.runtime.sequence import GenerationParams

@@ -14,8 +14,8 @@ from subspec.artifacts.footprint import Shape, cache_slots, workspace_bytes
 from subspec.artifacts.model import Attention, Dense, LayerSpec, ModelSpec, QueryGrowth, Rope
 from subspec.artifacts.plan import Ledger
 from subspec.runtime import memory as memory_module
-from subspec.runtime.decode import causal_rows, whole_tree
 from subspec.runtime.draft.beam import root_only
+from subspec.runtime.exact_pass import causal_rows, whole_tree
 from subspec.runtime.kernels.linear import calls_of
 from subspec.runtime.memory import Arena, FastMemory, Temporaries
 from subspec.runtime.model.attention import attend_batch_invariant

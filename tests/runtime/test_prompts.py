@@ -14,8 +14,8 @@ from torch import Tensor
 from subspec.artifacts.footprint import ROWS_IN_COMPANY
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.plan import Method
-from subspec.runtime.decode import prompt_calls, tokens_that_fit
 from subspec.runtime.engine import Engine, OpenOptions
+from subspec.runtime.exact_pass import prompt_calls, tokens_that_fit
 from subspec.runtime.model.cache import Cache
 from subspec.runtime.model.sampling import Sampling
 from subspec.runtime.sequence import GenerationParams, Sequence

@@ -14,10 +14,10 @@ from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.plan import Method
 from subspec.planner.model.hub import DEMO
 from subspec.runtime import decode
-from subspec.runtime.decode import Model, Piece
 from subspec.runtime.draft.beam import DraftPass, Growing, TokenTree
 from subspec.runtime.draft.drafter import SubstituteDrafter, Turn
 from subspec.runtime.engine import Engine, OpenOptions
+from subspec.runtime.exact_pass import Model, Piece
 from subspec.runtime.model.cache import Cache, TreeSlots
 from subspec.runtime.model.sampling import Sampling
 from subspec.runtime.sequence import GenerationParams

@@ -33,7 +33,7 @@ from subspec.artifacts.native import cpp
 from subspec.artifacts.plan import Tree
 from subspec.planner.build.quantize import quantize
 from subspec.planner.model.hub import DEMO
-from subspec.runtime.decode import Piece, causal_rows, keep_piece, read
+from subspec.runtime.decode import keep_piece, read
 from subspec.runtime.draft import compiled_layers
 from subspec.runtime.draft.beam import Growing, Level
 from subspec.runtime.draft.compiled_layers import (
@@ -46,6 +46,7 @@ from subspec.runtime.draft.compiled_layers import (
 from subspec.runtime.draft.drafter import SubstituteDrafter, Turn
 from subspec.runtime.draft.substitutes import Substitutes
 from subspec.runtime.engine import Engine, OpenOptions
+from subspec.runtime.exact_pass import Piece, causal_rows
 from subspec.runtime.kernels import int4
 from subspec.runtime.kernels.linear import Calls, Int4Weight, calls_of, pack
 from subspec.runtime.memory import Temporaries

@@ -26,8 +26,8 @@ from subspec.artifacts.model import (
     Rope,
     layer_name,
 )
-from subspec.runtime.decode import causal_rows, whole_tree
 from subspec.runtime.draft.beam import TokenTree, root_only
+from subspec.runtime.exact_pass import causal_rows, whole_tree
 from subspec.runtime.kernels.linear import Calls, calls_of
 from subspec.runtime.model.attention import attend, attend_batch_invariant
 from subspec.runtime.model.cache import Cache

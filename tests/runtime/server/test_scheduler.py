@@ -15,10 +15,10 @@ from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.runs import read_runs
 from subspec.planner.model.hub import DEMO
-from subspec.runtime.decode import Piece as PromptPiece
 from subspec.runtime.decode import Read, Round
 from subspec.runtime.draft.drafter import Turn
 from subspec.runtime.engine import Engine, OpenOptions
+from subspec.runtime.exact_pass import Piece as PromptPiece
 from subspec.runtime.model.sampling import Sampling
 from subspec.runtime.sequence import GenerationParams
 from subspec.runtime.server.generation import (

@@ -18,7 +18,7 @@ from toys import make_spec
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.model import StoredPart
 from subspec.artifacts.plan import Block
-from subspec.runtime.decode import causal_rows
+from subspec.runtime.exact_pass import causal_rows
 from subspec.runtime.kernels.linear import calls_of
 from subspec.runtime.model.attention import attend
 from subspec.runtime.model.transformer import forward

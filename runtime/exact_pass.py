@@ -1,0 +1,133 @@
+"""One stream of the exact weights: the rows that it takes, of trees to verify and of prompts to
+read, and the logits that it gives.
+
+Every row goes through calls of widths that give it the same bits, and through batch-invariant
+attention: whatever tree, piece or company it is in.
+W = rows of a tree, V = vocabulary
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from subspec.artifacts.plan import Plan
+from subspec.runtime.clock import Clock
+from subspec.runtime.draft.beam import TokenTree
+from subspec.runtime.draft.drafter import Drafter, Turn, tree_rows
+from subspec.runtime.kernels.linear import calls_of
+from subspec.runtime.model.attention import attend_batch_invariant
+from subspec.runtime.model.cache import Cache
+from subspec.runtime.model.sampling import Chooser
+from subspec.runtime.model.transformer import Attend, HeadRows, Rows, SharedWeights, forward
+from subspec.runtime.stream.exact_weights import ExactWeights
+
+
+@dataclass(frozen=True)
+class Model:
+    """Everything a pass needs, placed in fast memory by engine.py."""
+
+    plan: Plan
+    weights: SharedWeights
+    exact: ExactWeights
+    drafter: Drafter | None  # None: plain decoding only
+    clock: Clock
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The next tokens of a prompt."""
+
+    cache: Cache
+    tokens: Sequence[int]
+    chooser: Chooser | None  # of the answer's first token; None: more of the prompt follows
+    num_logprobs: int | None = None  # likeliest tokens to report with the first token
+    # With the prompt's own log probabilities: the tokens that follow each of `tokens` in the
+    # prompt, and how many of the likeliest tokens to report.
+    following: Sequence[int] = ()
+    num_following_logprobs: int = 0
+
+
+def exact_logits(
+    model: Model, trees: Sequence[TokenTree], turns: Sequence[Turn], pieces: Sequence[Piece]
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """The exact model's logits: [W, V] of each tree, and those of each piece's `head_rows`."""
+    plan, width = model.plan, len(trees[0].tokens) if trees else 0
+    batch = [whole_tree(tree, turn.cache) for tree, turn in zip(trees, turns, strict=True)]
+    batch += [padded_rows(plan, piece) for piece in pieces]
+    sizes, wanted, head_sizes = [width] * len(trees), list[slice](), [width] * len(trees)
+    for piece in pieces:
+        calls = list(prompt_calls(plan, len(piece.tokens)))
+        some, some_sizes = head_rows(plan, piece, calls)
+        wanted.append(slice(sum(sizes) + some.start, sum(sizes) + some.stop))
+        sizes += calls
+        head_sizes += some_sizes
+    of_trees = slice(0, width * len(trees))
+    head = HeadRows([of_trees, *wanted] if trees else wanted, calls_of(head_sizes))
+    logits = forward(model.weights, model.exact, batch, calls_of(sizes), head)
+    first, *others = logits.split([some.stop - some.start for some in (of_trees, *wanted)])
+    return first.split(width) if trees else [], others
+
+
+def head_rows(plan: Plan, piece: Piece, calls: list[int]) -> tuple[slice, list[int]]:
+    """Which rows of a piece have logits, and the head's calls for them: all, if the prompt's own
+    log probabilities are wanted, or the fewest that end with its last token."""
+    if piece.following:
+        return slice(0, sum(calls)), calls
+    few = plan.prompt_widths[0]
+    first = max(0, len(piece.tokens) - few)
+    return slice(first, first + few), [few]
+
+
+def prompt_calls(plan: Plan, num_tokens: int) -> Iterator[int]:
+    """Rows of the exact products' calls for so many tokens of a prompt: widths in which a row has
+    the same bits as in any other exact pass. The last one may be padded."""
+    widest = plan.prompt_widths[-1]
+    while num_tokens > widest:
+        yield widest
+        num_tokens -= widest
+    yield next(width for width in plan.prompt_widths if width >= num_tokens)
+
+
+def tokens_that_fit(plan: Plan, num_tokens: int, num_rows: int) -> int:
+    """How many of so many tokens of a prompt can be read by `num_rows` rows."""
+    if sum(prompt_calls(plan, num_tokens)) <= num_rows:
+        return num_tokens
+    whole, rest = divmod(num_rows, plan.prompt_widths[-1])
+    fitting = [width for width in plan.prompt_widths if width <= rest]
+    return whole * plan.prompt_widths[-1] + (fitting[-1] if fitting else 0)
+
+
+def whole_tree(tree: TokenTree, cache: Cache) -> Rows:
+    """Rows for all of a tree that follows what `cache` has committed."""
+    nodes = torch.arange(len(tree.tokens), device=tree.tokens.device)
+    slots = cache.tree_slots(len(nodes))
+    return tree_rows(tree, nodes, cache, slots, attend_batch_invariant)
+
+
+def padded_rows(plan: Plan, piece: Piece) -> Rows:
+    """Rows for a piece, and for padding: copies of its last row that write where nobody reads."""
+    tokens = torch.tensor(list(piece.tokens), device=piece.cache.device)
+    rows = causal_rows(piece.cache, tokens, attend_batch_invariant)
+    num_rows = sum(prompt_calls(plan, len(piece.tokens)))
+    return repeated_last(rows, num_rows - len(piece.tokens))
+
+
+def repeated_last(rows: Rows, count: int) -> Rows:
+    if not count:
+        return rows
+    tokens, positions = (
+        torch.cat((some, some[-1:].repeat(count))) for some in (rows.tokens, rows.positions)
+    )
+    padding = torch.full((count,), rows.cache.padding_slot, device=rows.slots.device)
+    slots = torch.cat((rows.slots, padding))
+    return Rows(tokens, positions, slots, rows.slot_positions, None, rows.cache, rows.attend)
+
+
+def causal_rows(cache: Cache, tokens: Tensor, attention: Attend) -> Rows:
+    """Rows for tokens int64 [T] that follow the committed ones, each seeing all before it."""
+    positions = torch.arange(len(tokens), device=tokens.device) + cache.length
+    live = cache.live_slots(cache.length + len(tokens))
+    slot_positions = torch.arange(live, device=tokens.device)
+    return Rows(tokens, positions, positions, slot_positions, None, cache, attention)
