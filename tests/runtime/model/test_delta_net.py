@@ -1,0 +1,220 @@
+"""Gated delta nets: the rule against its definition in f64, and what speculation needs of it: a
+row's bits depend on its path alone."""
+
+import random
+from collections.abc import Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from subspec.runtime.model import delta_net as net
+from subspec.runtime.model.delta_net import (
+    DeltaInputs,
+    DeltaState,
+    DeltaWeights,
+    End,
+    chain_paths,
+    tree_paths,
+)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+Shape = tuple[int, int, int, int, int]  # G, J, E, F, K
+SHAPES: list[Shape] = [(2, 4, 8, 12, 4), (1, 3, 16, 32, 4), (3, 3, 12, 8, 3), (2, 2, 5, 70, 1)]
+
+
+def layer(shape: Shape, dtype: torch.dtype, seed: int = 0) -> tuple[DeltaWeights, DeltaState]:
+    num_keys, num_values, key_size, value_size, num_taps = shape
+    channels = 2 * num_keys * key_size + num_values * value_size
+    generator = torch.Generator().manual_seed(seed)
+
+    def some(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, generator=generator)
+
+    weights = DeltaWeights(
+        conv=some(channels, 1, num_taps).to(dtype),
+        decay_log=some(num_values),
+        step_bias=some(num_values).to(dtype),
+        norm=some(value_size).to(dtype),
+        epsilon=1e-6,
+    )
+    state = DeltaState(
+        some(num_taps - 1, channels).to(dtype), some(num_values, key_size, value_size)
+    )
+    return weights, state
+
+
+def rows(shape: Shape, dtype: torch.dtype, count: int) -> tuple[DeltaInputs, Tensor]:
+    num_keys, num_values, key_size, value_size, _ = shape
+    generator = torch.Generator().manual_seed(count)
+    channels = 2 * num_keys * key_size + num_values * value_size
+    sizes = (channels, num_values, num_values, num_values * value_size)
+    qkv, b, a, z = (torch.randn(count, size, generator=generator).to(dtype) for size in sizes)
+    return DeltaInputs(qkv, b, a), z
+
+
+def picked(inputs: DeltaInputs, some: Sequence[int]) -> DeltaInputs:
+    return DeltaInputs(*(tensor[list(some)] for tensor in vars(inputs).values()))
+
+
+def copied(state: DeltaState) -> DeltaState:
+    return DeltaState(state.conv.clone(), state.memory.clone())
+
+
+def equal(one: DeltaState, other: DeltaState) -> bool:
+    return torch.equal(one.conv, other.conv) and torch.equal(one.memory, other.memory)
+
+
+def random_tree(count: int, seed: int) -> list[int]:
+    choose = random.Random(seed)
+    return [choose.randrange(-1, row) for row in range(count)]
+
+
+def path_to(parents: Sequence[int], row: int) -> list[int]:
+    return [*path_to(parents, parents[row]), row] if row >= 0 else []
+
+
+def one_by_one(
+    weights: DeltaWeights, state: DeltaState, inputs: DeltaInputs, z: Tensor
+) -> tuple[Tensor, DeltaState]:
+    """Rows of a chain, each in a pass of its own -> their outputs, and the state behind them."""
+    state, found, num_taps = copied(state), [], weights.conv.shape[-1]
+    for row in range(len(z)):
+        some = picked(inputs, [row])
+        given = (weights, state, chain_paths(1, num_taps), some, z[row : row + 1])
+        found.append(net.delta_net(*given))
+        net.commit(weights, state, some)
+    return torch.cat(found), state
+
+
+def defined(
+    weights: DeltaWeights, state: DeltaState, inputs: DeltaInputs, z: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A chain as the paper and the models' definition have it, in f64 -> outputs and memory."""
+    memory = state.memory.double()
+    num_heads, key_size, value_size = memory.shape
+    before = torch.cat((state.conv, inputs.qkv)).double()
+    mixed = F.conv1d(before.t(), weights.conv.double(), groups=before.shape[1]).t()
+    of_keys = (before.shape[1] - num_heads * value_size) // 2
+    q, k, v = F.silu(mixed).split((of_keys, of_keys, num_heads * value_size), dim=1)
+    repeats = num_heads * key_size // of_keys
+    q, k = (x.unflatten(1, (-1, key_size)).repeat_interleave(repeats, 1) for x in (q, k))
+    q, k = (x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (q, k))
+    beta = inputs.b.double().sigmoid()
+    log_decay = -weights.decay_log.double().exp() * F.softplus(
+        inputs.a.double() + weights.step_bias.double()
+    )
+    found = []
+    for t in range(len(z)):
+        memory = memory * log_decay[t].exp()[:, None, None]
+        error = v[t].view(num_heads, value_size) - torch.einsum("jef,je->jf", memory, k[t])
+        memory = memory + torch.einsum("je,jf->jef", k[t], error * beta[t][:, None])
+        found.append(torch.einsum("jef,je->jf", memory, q[t]) * key_size**-0.5)
+    out = torch.stack(found)
+    out = out / (out.square().mean(-1, keepdim=True) + weights.epsilon).sqrt()
+    gate = F.silu(z.double()).view(out.shape)
+    return (out * weights.norm.double() * gate).flatten(1), memory
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_chain_is_what_the_definition_says(shape: Shape) -> None:
+    weights, state = layer(shape, torch.float32)
+    inputs, z = rows(shape, torch.float32, 9)
+    out, memory = defined(weights, state, inputs, z)
+    got, after = one_by_one(weights, state, inputs, z)
+    torch.testing.assert_close(got.double(), out, rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(after.memory.double(), memory, rtol=1e-4, atol=2e-5)
+    assert torch.equal(after.conv, torch.cat((state.conv, inputs.qkv))[9:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_row_of_a_tree_has_the_bits_that_its_path_has_row_by_row(
+    shape: Shape, dtype: torch.dtype
+) -> None:
+    weights, state = layer(shape, dtype)
+    unread = copied(state)
+    for seed, count in enumerate((1, 2, 5, 11)):
+        inputs, z = rows(shape, dtype, count)
+        parents = random_tree(count, seed)
+        out = net.delta_net(weights, state, tree_paths(parents, shape[-1]), inputs, z)
+        for row in range(count):
+            path = path_to(parents, row)
+            alone, _ = one_by_one(weights, state, picked(inputs, path), z[path])
+            assert torch.equal(alone[-1], out[row])
+    assert equal(state, unread)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_kept_path_leaves_the_state_of_a_prompt_with_its_tokens(
+    shape: Shape, dtype: torch.dtype
+) -> None:
+    weights, state = layer(shape, dtype)
+    inputs, z = rows(shape, dtype, 20)
+    _, expected = one_by_one(weights, state, inputs, z)
+    committed = copied(state)
+    for first, count in ((0, 1), (1, 5), (6, 2), (8, 12)):
+        net.commit(weights, committed, picked(inputs, range(first, first + count)))
+    assert equal(committed, expected)
+
+
+def test_a_prompt_in_pieces_has_the_bits_of_one_and_leaves_states_on_its_way() -> None:
+    shape = SHAPES[0]
+    weights, state = layer(shape, torch.bfloat16)
+    inputs, z = rows(shape, torch.bfloat16, 30)
+    expected, _ = one_by_one(weights, state, inputs, z)
+    _, halfway = one_by_one(weights, state, picked(inputs, range(12)), z[:12])
+    live, mark, found = copied(state), copied(state), []
+    for first, end in ((0, 5), (5, 30)):
+        some = range(first, end)
+        ends = [End(end - first - 1, live)]
+        if first <= 11 < end:
+            ends.append(End(11 - first, mark))
+        given = (chain_paths(len(some), shape[-1]), picked(inputs, some), z[first:end])
+        found.append(net.delta_net(weights, live, *given, ends))
+    assert torch.equal(torch.cat(found), expected)
+    assert equal(mark, halfway)
+    committed = copied(state)
+    net.commit(weights, committed, inputs)
+    assert equal(live, committed)
+
+
+def test_rows_beyond_the_paths_are_padding_and_become_zeros() -> None:
+    shape = SHAPES[0]
+    weights, state = layer(shape, torch.bfloat16)
+    inputs, z = rows(shape, torch.bfloat16, 8)
+    paths = tree_paths([-1, 0, 0], shape[-1])
+    out = net.delta_net(weights, state, paths, inputs, z)
+    few = net.delta_net(weights, state, paths, picked(inputs, range(3)), z[:3])
+    assert torch.equal(out[:3], few) and not out[3:].any()
+
+
+def test_a_chain_is_a_tree() -> None:
+    for num_taps in (1, 3, 4):
+        chain, tree = chain_paths(6, num_taps), tree_paths([-1, 0, 1, 2, 3, 4], num_taps)
+        assert all(torch.equal(getattr(chain, n), getattr(tree, n)) for n in ("windows", "sources"))
+        assert torch.equal(chain.slots, tree.slots) and chain.num_slots == tree.num_slots == 1
+
+
+def test_a_beam_needs_a_slot_for_each_of_its_rows_and_no_more() -> None:
+    parents = [-1, *(0,) * 4, *range(1, 5), *range(5, 9)]
+    assert tree_paths(parents, 4).num_slots <= 5
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "silu", "softplus", "exp_of_negative"])
+def test_functions_of_rounded_operations_are_those_of_torch_wherever_a_number_stands(
+    name: str,
+) -> None:
+    x = torch.cat((torch.linspace(-130, 90, 4001), torch.tensor([0.0, -0.0, 1e-30, float("nan")])))
+    if name == "exp_of_negative":
+        x = -x.abs()
+    function = getattr(net, name)
+    plain = getattr(torch, {"exp_of_negative": "exp"}.get(name, name), None) or getattr(F, name)
+    got = function(x)
+    torch.testing.assert_close(
+        got.double(), plain(x.double()), rtol=1e-5, atol=1e-35, equal_nan=True
+    )
+    assert torch.equal(got[:-1], torch.stack([function(one) for one in x[:-1]]))
+    assert torch.equal(got[:-1].repeat(5), function(x[:-1].repeat(5)))
