@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from subspec.artifacts.common.command import Program, say, size_option
+from subspec.artifacts.common.command import say, size_option
+from subspec.artifacts.common.configuration import Configured
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.sizes import parse_size
 from subspec.planner.planning import (
@@ -88,7 +89,7 @@ class Options:
 
 
 @click.command(
-    "subspec-plan", cls=Program, context_settings={"help_option_names": ["-h", "--help"]}
+    "subspec-plan", cls=Configured, context_settings={"help_option_names": ["-h", "--help"]}
 )
 @click.option(
     "--model", metavar="REF",

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from subspec.artifacts.common.command import Program, say, size_option
+from subspec.artifacts.common.command import say, size_option
+from subspec.artifacts.common.configuration import Configured
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.sizes import format_size
 from subspec.runtime.app.run_options import (
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
 LARGEST_PROMPT = 16 << 20  # bytes read from stdin
 
 
-@click.command("subspec-run", cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(
+    "subspec-run", cls=Configured, context_settings={"help_option_names": ["-h", "--help"]}
+)
 @click.argument("artifact", required=False)
 @click.argument("prompt", required=False)
 @option("--model", "Instead of ARTIFACT: plan REF for --vram, once, and keep it.", metavar="REF")

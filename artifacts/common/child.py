@@ -3,7 +3,7 @@
 import os
 import signal
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 
 PATIENCE_SECONDS = 3.0  # between SIGTERM and SIGKILL
@@ -11,12 +11,12 @@ PATIENCE_SECONDS = 3.0  # between SIGTERM and SIGKILL
 
 @contextmanager
 def child_process(
-    command: Sequence[str], shown: bool = False
+    command: Sequence[str], shown: bool = False, environment: Mapping[str, str] | None = None
 ) -> "Iterator[subprocess.Popen[bytes]]":
     """A child with pipes, in a process group of its own: Ctrl-C reaches only its parent. An error
     in the block, or a signal, ends the whole group. shown: its stderr is this process's. Raises
     OSError if it cannot be started."""
-    with start_child(command, shown) as child:
+    with start_child(command, shown, environment) as child:
         try:
             yield child
         except BaseException:
@@ -24,21 +24,29 @@ def child_process(
             raise
 
 
-def start_child(command: Sequence[str], shown: bool = False) -> "subprocess.Popen[bytes]":
+def start_child(
+    command: Sequence[str], shown: bool = False, environment: Mapping[str, str] | None = None
+) -> "subprocess.Popen[bytes]":
     """The same for a child that outlives a block: the caller ends it, with `end_group` if it may
-    not end by itself."""
+    not end by itself. environment: None: this process's."""
     pipe = subprocess.PIPE
     story = None if shown else pipe
-    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=story, process_group=0)
+    return subprocess.Popen(
+        command, stdin=pipe, stdout=pipe, stderr=story, process_group=0, env=environment
+    )
 
 
 def run_child(
-    command: Sequence[str], given: bytes = b"", seconds: float | None = None, shown: bool = False
+    command: Sequence[str],
+    given: bytes = b"",
+    seconds: float | None = None,
+    shown: bool = False,
+    environment: Mapping[str, str] | None = None,
 ) -> "subprocess.CompletedProcess[bytes]":
     """Run a command to its end, with `given` on its stdin. shown: its stderr is this process's and
     not in the result. Raises OSError if it cannot be started, and after `seconds` TimeoutExpired,
     with what it had written."""
-    with child_process(command, shown) as child:
+    with child_process(command, shown, environment) as child:
         try:
             out, story = child.communicate(given, seconds)
         except subprocess.TimeoutExpired as error:

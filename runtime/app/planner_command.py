@@ -1,5 +1,6 @@
 """subspec-plan as a command, because the runtime does not import the planner."""
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,8 +16,10 @@ PLANNER = (sys.executable, "-P", "-m", "subspec.planner")
 def run_planner(words: Sequence[str], shown: bool = False) -> bytes:
     """What subspec-plan with these words and --json prints on stdout. shown: a person sees its
     stderr. Raises SubspecError: the planner's own, with its exit code."""
+    # The words are all that is asked for: a person's defaults for subspec-plan say nothing of it.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("SUBSPEC_PLAN_")}
     try:
-        ended = run_child([*PLANNER, *words, "--json"], shown=shown)
+        ended = run_child([*PLANNER, *words, "--json"], shown=shown, environment=environment)
     except OSError as error:
         message = f"subspec-plan cannot be started: {error.strerror}"
         raise SubspecError(Exit.UNEXPECTED, message, "install subspec again") from None

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from subspec.artifacts.common.command import HINT, Program, leave, size_option
+from subspec.artifacts.common.command import HINT, leave, size_option
+from subspec.artifacts.common.configuration import Configured
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.runtime.app.run_options import device_option, finite_option
 from subspec.runtime.server.serve_options import (
@@ -37,7 +38,7 @@ NEEDED = ("fastapi", "uvicorn", "prometheus_client", "llguidance")  # by the ext
 
 
 @click.command(
-    "subspec-serve", cls=Program, context_settings={"help_option_names": ["-h", "--help"]}
+    "subspec-serve", cls=Configured, context_settings={"help_option_names": ["-h", "--help"]}
 )
 @click.argument("artifact", required=False, type=click.Path(path_type=Path))
 @option("--model", "Instead of ARTIFACT: plan REF for --vram, once, and keep it.", metavar="REF")
