@@ -66,8 +66,17 @@ def test_every_option_has_a_key_and_a_variable(command: click.Command, capsys: C
 def test_what_print_config_prints_is_a_file_that_says_the_same(
     capsys: Capture, tmp_path: Path
 ) -> None:
-    words = ["--vram", "24GiB", "--stop", "a, b", "--stop", "#\n😀", "--raw", "--logit-bias", "7=-1"]
-    words += ["--system", "yes", "--link-bandwidth", "1.50GB", "--rehearse", "none"]
+    words = ["--vram", "24GiB", "--stop", "a, b", "--stop", "#\n😀", "--raw"]
+    words += [
+        "--logit-bias",
+        "7=-1",
+        "--system",
+        "yes",
+        "--link-bandwidth",
+        "1.50GB",
+        "--rehearse",
+        "none",
+    ]
     first = printed(capsys, run, *words, "--print-config")[1]
     file = tmp_path / "again.yaml"
     file.write_text(first)
