@@ -13,6 +13,7 @@ from subspec.artifacts.common.bounds import (
     MOST_LEVELS,
     Between,
     Count,
+    Length,
     Probability,
     Threads,
     TreeWidth,
@@ -116,6 +117,15 @@ class Prediction:
 
 
 @dataclass(frozen=True)
+class Company:
+    """What is drafted for each of several answers that decode at once, one stream of the weights
+    verifying them all."""
+
+    tree: Tree
+    tokens_per_second: float  # predicted, of all answers together
+
+
+@dataclass(frozen=True)
 class Option:
     """One candidate of the search, for the report."""
 
@@ -179,11 +189,19 @@ class Plan:
     constraints: Constraints = Constraints()
     by_budget: tuple[Point, ...] = ()  # budgets ascending, for the report
     by_context: tuple[Point, ...] = ()  # contexts ascending
+    company: Annotated[
+        tuple[Company, ...], Length(0, 8)
+    ] = ()  # of 2, 4, 8, ... answers at once; fewer take the one before
 
     @property
     def verify_width(self) -> int:
         """Rows per sequence of the widest exact pass."""
         return self.verify_widths[-1]
+
+    @property
+    def trees(self) -> tuple[Tree, ...]:
+        """What is drafted for each of 1, 2, 4, 8, ... answers at once; see `tree_for`."""
+        return (self.tree, *(one.tree for one in self.company))
 
     def placement(self, method: Method) -> Placement:
         """Placement of a method. Raises SubspecError(INFEASIBLE) if it does not fit the budget."""
@@ -195,6 +213,12 @@ class Plan:
                 "run it with --no-speculation, or re-plan with a larger --vram",
             )
         return self.placements[method]
+
+
+def tree_for(trees: Sequence[Tree], num_answers: int) -> Tree:
+    """What is drafted for each of so many answers, 1 or more. trees: of 1, 2, 4, 8, ... of them;
+    numbers in between take the one before."""
+    return trees[min(num_answers.bit_length(), len(trees)) - 1]
 
 
 @dataclass(frozen=True)

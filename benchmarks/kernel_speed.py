@@ -141,7 +141,7 @@ def draft_steps(
 
     def levels(width: int) -> Actions:
         tree, num_rows = Tree(width, 2), 1 + 2 * width
-        drafter = SubstituteDrafter(tree, num_rows, weights, substitutes, compiled)
+        drafter = SubstituteDrafter((tree,), num_rows, weights, substitutes, compiled)
         [grown] = drafter.draft([Turn(cache, 0, 2)])  # of one level
         nodes, children = torch.arange(1, 1 + width), torch.arange(1 + width, num_rows)
         last = Level(nodes, torch.zeros(width))

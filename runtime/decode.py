@@ -3,7 +3,7 @@ weights, keep what they agree with.
 
 Start reading here. `speculate` is one round of the method (substitute speculative decoding, arXiv
 2509.18344); `decode_plainly` below it is its plain twin and must emit the same tokens. Both run the
-exact weights over the same cache in calls of padded widths that give a row the same bits, with
+exact weights over the same cache in calls of widths that give a row the same bits, with
 batch-invariant attention and noise that depends on the position only. So a token's logits are
 bit-equal with and without a draft, alone and in company.
 
@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from subspec.artifacts.plan import Plan
-from subspec.runtime.draft.beam import TokenTree, narrowed, root_only
+from subspec.artifacts.plan import Tree, tree_for
+from subspec.runtime.draft.beam import TokenTree, root_only
 from subspec.runtime.draft.drafter import Turn
-from subspec.runtime.exact_pass import Model, Piece, causal_rows, exact_logits
+from subspec.runtime.exact_pass import Model, Piece, causal_rows, exact_logits, filled
 from subspec.runtime.kernels.linear import calls_of
 from subspec.runtime.model.attention import attend
 from subspec.runtime.model.sampling import TokenLogprobs, logprobs_of
@@ -56,12 +56,11 @@ def speculate(
     and `keep_piece` for each piece."""
     assert model.drafter is not None
     with model.clock.phase("draft"):
-        drafts = model.drafter.draft(turns)
-        width = padded_width(model.plan, max(draft.num_nodes for draft in drafts))
-        trees = [narrowed(draft, width) for draft in drafts]
+        trees, calls = filled(model.plan, model.drafter.draft(turns))
     with model.clock.phase("verify"):
-        logits, of_pieces = exact_logits(model, trees, turns, pieces)
-        rounds = [verify(model, *one) for one in zip(trees, logits, turns, strict=True)]
+        logits, of_pieces = exact_logits(model, trees, calls, turns, pieces)
+        shape = tree_for(model.plan.trees, len(turns))
+        rounds = [verify(shape, *one) for one in zip(trees, logits, turns, strict=True)]
         return rounds, [finish(*one) for one in zip(pieces, of_pieces, strict=True)]
 
 
@@ -70,9 +69,10 @@ def decode_plainly(
 ) -> tuple[list[Round], list[Read]]:
     """The plain twin: one token per sequence and pass, padded as a draft of one node, no draft."""
     with model.clock.phase("verify"):
-        width = padded_width(model.plan, 1)
-        trees = [root_only(root_of(turn), width) for turn in turns]
-        logits, of_pieces = exact_logits(model, trees, turns, pieces)
+        narrowest = model.plan.verify_widths[0]
+        roots = [root_only(root_of(turn), narrowest) for turn in turns]
+        trees, calls = filled(model.plan, roots)
+        logits, of_pieces = exact_logits(model, trees, calls, turns, pieces)
         rounds = [chosen(*one) for one in zip(logits, turns, strict=True)]
         return rounds, [finish(*one) for one in zip(pieces, of_pieces, strict=True)]
 
@@ -92,7 +92,7 @@ def read(model: Model, pieces: Sequence[Piece]) -> list[Read]:
     only a plan too tight for a prompt's activations cuts it (`prefill_tokens`).
     """
     with model.clock.phase("prefill"):
-        _, logits = exact_logits(model, [], [], pieces)
+        _, logits = exact_logits(model, [], [], [], pieces)
         return [finish(*one) for one in zip(pieces, logits, strict=True)]
 
 
@@ -111,18 +111,14 @@ def keep_piece(piece: Piece) -> None:
     piece.cache.commit(list(piece.tokens))
 
 
-def padded_width(plan: Plan, num_nodes: int) -> int:
-    """Rows of the narrowest exact pass that has room for the nodes."""
-    return next(width for width in plan.verify_widths if width >= num_nodes)
-
-
-def verify(model: Model, tree: TokenTree, logits: Tensor, turn: Turn) -> Round:
+def verify(shape: Tree, tree: TokenTree, logits: Tensor, turn: Turn) -> Round:
     """What the exact model would say, from the root as far as the tree has it. logits [W, V].
+    shape: that the tree was drafted with.
 
     An argmax takes no time: all rows have theirs on the device. Other choices take some, and may
     depend on those before: only what is on the path is chosen.
     """
-    first, depth, chooser = turn.cache.length + 1, model.plan.tree.depth, turn.chooser
+    first, depth, chooser = turn.cache.length + 1, shape.depth, turn.chooser
     if chooser.takes_the_best:
         verdict = accept(tree, logits.argmax(-1), depth)
     else:
@@ -135,7 +131,7 @@ def verify(model: Model, tree: TokenTree, logits: Tensor, turn: Turn) -> Round:
         verdict = walk(tree, choose_and_push, depth)
         chooser.pop(verdict.num_emitted)
     emitted = verdict.emitted()
-    num_levels = (tree.num_nodes - 1) // model.plan.tree.width
+    num_levels = (tree.num_nodes - 1) // shape.width
     told = logprobs(logits, verdict.path[: len(emitted)], emitted, turn.num_logprobs)
     return Round(emitted, verdict.path, num_levels, told)
 

@@ -24,7 +24,7 @@ from subspec.artifacts.format.prebuilt import find_prebuilt
 from subspec.artifacts.format.store import Artifact, open_artifact
 from subspec.artifacts.model import ModelSpec
 from subspec.artifacts.native import cpp, residual_cpu
-from subspec.artifacts.plan import Method, Placement, Plan
+from subspec.artifacts.plan import Method, Placement, Plan, tree_for
 from subspec.runtime.clock import Clock, unrecorded
 from subspec.runtime.decode import Read, Round, decode_plainly, decode_unpadded, read, speculate
 from subspec.runtime.draft import compiled_layers
@@ -204,7 +204,7 @@ class Engine:
                 if options.graphs and device.type == "cuda":
                     capture = capture_on_gpu(device)
                 drafter = SubstituteDrafter(
-                    plan.tree, plan.verify_width, draft_weights, substitutes, compiled, capture
+                    plan.trees, plan.verify_width, draft_weights, substitutes, compiled, capture
                 )
                 stack.callback(drafter.captured.clear)
                 if plan.int4_kernel == "gemlite":
@@ -407,7 +407,7 @@ def substitute_shapes(spec: ModelSpec) -> set[tuple[int, int]]:
 def draft_rows(plan: Plan) -> set[int]:
     """Rows of a draft's passes: each sequence has its root or a level."""
     every = range(1, plan.num_sequences + 1)
-    return {count * width for count in every for width in (1, plan.tree.width)}
+    return {count * width for count in every for width in (1, tree_for(plan.trees, count).width)}
 
 
 def kernel_sources(plan: Plan) -> list[Path]:

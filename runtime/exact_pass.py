@@ -14,7 +14,7 @@ from torch import Tensor
 
 from subspec.artifacts.plan import Plan
 from subspec.runtime.clock import Clock
-from subspec.runtime.draft.beam import TokenTree
+from subspec.runtime.draft.beam import TokenTree, narrowed
 from subspec.runtime.draft.drafter import Drafter, Turn, tree_rows
 from subspec.runtime.kernels.linear import calls_of
 from subspec.runtime.model.attention import attend_batch_invariant
@@ -49,25 +49,47 @@ class Piece:
     num_following_logprobs: int = 0
 
 
+def filled(plan: Plan, drafts: Sequence[TokenTree]) -> tuple[list[TokenTree], list[int]]:
+    """The drafts in as many rows as calls of the exact products take for all of them together, and
+    the rows of these calls: together, because a call reads all of a weight, however few its rows
+    are. A draft's own rows are a width that has room for it, so that what the calls are filled up
+    with has room as well."""
+    room = [len(draft.tokens) for draft in drafts]
+    calls = list(prompt_calls(plan, sum(draft.num_nodes for draft in drafts)))
+    if sum(calls) > sum(room):
+        calls = room
+    spare, trees = sum(calls) - sum(draft.num_nodes for draft in drafts), list[TokenTree]()
+    for draft in drafts:
+        padding = min(spare, len(draft.tokens) - draft.num_nodes)
+        trees.append(narrowed(draft, draft.num_nodes + padding))
+        spare -= padding
+    return trees, calls
+
+
 def exact_logits(
-    model: Model, trees: Sequence[TokenTree], turns: Sequence[Turn], pieces: Sequence[Piece]
+    model: Model,
+    trees: Sequence[TokenTree],
+    calls_of_trees: Sequence[int],
+    turns: Sequence[Turn],
+    pieces: Sequence[Piece],
 ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """The exact model's logits: [W, V] of each tree, and those of each piece's `head_rows`."""
-    plan, width = model.plan, len(trees[0].tokens) if trees else 0
+    """The exact model's logits: [W, V] of each tree, and those of each piece's `head_rows`.
+    calls_of_trees: as `filled` gives them."""
+    plan, rows_of_trees = model.plan, [len(tree.tokens) for tree in trees]
     batch = [whole_tree(tree, turn.cache) for tree, turn in zip(trees, turns, strict=True)]
     batch += [padded_rows(plan, piece) for piece in pieces]
-    sizes, wanted, head_sizes = [width] * len(trees), list[slice](), [width] * len(trees)
+    sizes, wanted, head_sizes = list(calls_of_trees), list[slice](), list(calls_of_trees)
     for piece in pieces:
         calls = list(prompt_calls(plan, len(piece.tokens)))
         some, some_sizes = head_rows(plan, piece, calls)
         wanted.append(slice(sum(sizes) + some.start, sum(sizes) + some.stop))
         sizes += calls
         head_sizes += some_sizes
-    of_trees = slice(0, width * len(trees))
+    of_trees = slice(0, sum(rows_of_trees))
     head = HeadRows([of_trees, *wanted] if trees else wanted, calls_of(head_sizes))
     logits = forward(model.weights, model.exact, batch, calls_of(sizes), head)
     first, *others = logits.split([some.stop - some.start for some in (of_trees, *wanted)])
-    return first.split(width) if trees else [], others
+    return first.split(rows_of_trees) if trees else [], others
 
 
 def head_rows(plan: Plan, piece: Piece, calls: list[int]) -> tuple[slice, list[int]]:

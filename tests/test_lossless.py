@@ -1,6 +1,8 @@
 """Lossless is a test, not a claim: the exact model's tokens, drafted or not, alone or not."""
 
 from collections.abc import Callable
+from collections.abc import Sequence as Many
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,10 @@ from running import answer, generated
 
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.model import Encoding
-from subspec.artifacts.plan import Int4Kernel, Method, Plan
+from subspec.artifacts.plan import Company, Int4Kernel, Method, Plan, Tree
 from subspec.planner.model.hub import DEMO
 from subspec.runtime import decode
+from subspec.runtime.draft.beam import TokenTree
 from subspec.runtime.engine import Engine, OpenOptions
 from subspec.runtime.kernels import int4
 from subspec.runtime.model.sampling import Sampling
@@ -181,13 +184,14 @@ def test_drafts_that_end_early_are_verified_in_several_widths(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Else the tests above would show less than they say."""
-    seen, real = set[int](), decode.padded_width
+    seen, real = set[int](), decode.filled
 
-    def counted(plan: Plan, num_nodes: int) -> int:
-        seen.add(real(plan, num_nodes))
-        return real(plan, num_nodes)
+    def counted(plan: Plan, drafts: Many[TokenTree]) -> tuple[list[TokenTree], list[int]]:
+        trees, calls = real(plan, drafts)
+        seen.update(calls)
+        return trees, calls
 
-    monkeypatch.setattr(decode, "padded_width", counted)
+    monkeypatch.setattr(decode, "filled", counted)
     for plan in (one for one in PLANS if one[-1]):
         seen.clear()
         with Engine.open(planned(demos, plan, widths)) as engine:
@@ -216,9 +220,19 @@ def test_speculation_gives_the_tokens_of_plain_decoding_for_every_prompt_and_pla
 
 
 @pytest.mark.parametrize(
-    ("method", "share", "threshold"),
-    [("substitute", 0.0, 0.0), ("substitute", 1.0, 0.9), ("plain", 0.0, 0.0)],
-    ids=["drafted, streamed", "drafted till improbable, resident", "plain, streamed"],
+    ("method", "share", "threshold", "company"),
+    [
+        ("substitute", 0.0, 0.0, ()),
+        ("substitute", 0.0, 0.0, (Company(Tree(1, 5), 0.0),)),
+        ("substitute", 1.0, 0.9, ()),
+        ("plain", 0.0, 0.0, ()),
+    ],
+    ids=[
+        "drafted, streamed",
+        "drafted with fewer nodes in company",
+        "drafted till improbable, resident",
+        "plain, streamed",
+    ],
 )
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_sequences_that_come_and_go_get_the_tokens_that_they_get_alone(
@@ -230,6 +244,7 @@ def test_sequences_that_come_and_go_get_the_tokens_that_they_get_alone(
     method: Method,
     share: float,
     threshold: float,
+    company: tuple[Company, ...],
 ) -> None:
     """One begins while others decode, one ends early, one is closed in the middle and its cache
     goes to another, one is used for a second turn."""
@@ -240,6 +255,7 @@ def test_sequences_that_come_and_go_get_the_tokens_that_they_get_alone(
         demos[encoding], width=2, depth=7, resident_share=share, verify_widths=widths,
         int4_kernel=FASTEST, num_sequences=3, min_path_probability=threshold,
     )  # fmt: skip
+    artifact = replace(artifact, plan=replace(artifact.plan, company=company))
     whole, short = (GenerationParams(count, how) for count in (NUM_TOKENS, 16))
     with Engine.open(artifact, OpenOptions(method)) as engine:
         first, second = engine.new_sequence(), engine.new_sequence()

@@ -100,7 +100,8 @@ def check_plan(spec: ModelSpec, stored: list[StoredPart], plan: Plan) -> None:
     for method, placement in plan.placements.items():
         _check_placement(method, placement, stored, plan.budget_bytes)
     tree, fits = plan.tree, plan.context <= spec.max_positions
-    fits = fits and plan.tree.num_nodes <= plan.verify_width
+    for some in (tree, *(one.tree for one in plan.company)):
+        fits = fits and some.num_nodes <= plan.verify_width and some.width <= tree.width
     for widths in (plan.verify_widths, plan.prompt_widths):
         fits = fits and list(widths) == sorted(set(widths))
     fits = fits and plan.prompt_widths[0] <= plan.prefill_tokens

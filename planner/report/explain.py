@@ -23,6 +23,7 @@ from subspec.planner.report.wording import (
     METHODS,
     acceptance_line,
     acceptance_rows,
+    company_rows,
     context_rows,
     cost_rows,
     decision_rows,
@@ -76,6 +77,8 @@ def print_plan(spec: ModelSpec, plan: Plan, console: Console) -> None:
         f"after {duration(predicted.time_to_first_token_seconds)} for a prompt of "
         f"{usage_within(plan.context, USUAL).prompt_tokens} tokens",
     )
+    for answers, speed, drafts in company_rows(plan):
+        costs.add_row(answers, f"{speed}, with {drafts} each")
     if accepted := acceptance_line(plan):
         kinds = ", ".join(f"{kind} {tokens}" for kind, _, tokens in acceptance_rows(plan)[:-1])
         costs.add_row("acceptance", Text(f"{accepted}; {kinds}" if kinds else accepted))
@@ -111,6 +114,9 @@ def plan_json(spec: ModelSpec, plan: Plan, artifact: Path | None) -> dict[str, A
             "context": plan.context,
             "sequences": plan.num_sequences,
             "tree": asdict(tree),
+            "company": [
+                {"answers": 2 << index, **asdict(one)} for index, one in enumerate(plan.company)
+            ],
             "verify_widths": list(plan.verify_widths),
             "int4_kernel": plan.int4_kernel,
             "threads": plan.num_threads,

@@ -11,7 +11,7 @@ from subspec.artifacts.common.formatting import big_number, counted, duration, n
 from subspec.artifacts.common.sizes import format_size, short_size, weights_rate
 from subspec.artifacts.footprint import model_bytes
 from subspec.artifacts.model import ModelSpec
-from subspec.artifacts.plan import Method, Placement, Plan, Prediction
+from subspec.artifacts.plan import Method, Placement, Plan, Prediction, Tree
 from subspec.artifacts.profile import Profile
 from subspec.artifacts.runs import Run
 
@@ -99,6 +99,18 @@ def speed_line(plan: Plan) -> str:
     if plan.method == "plain":
         return f"{number(plain)} tokens/s"
     return f"{number(speed)} tokens/s, {number(speed / plain)}x plain decoding ({number(plain)})"
+
+
+def company_rows(plan: Plan) -> Rows:
+    """Answers that decode at once, what each of them drafts, predicted tokens/s together; none
+    without a draft."""
+    if plan.method == "plain":
+        return []
+    return [
+        (f"{2 << index} answers at once", f"{number(one.tokens_per_second)} tokens/s together",
+         draft_name(one.tree))
+        for index, one in enumerate(plan.company)
+    ]  # fmt: skip
 
 
 def option_rows(plan: Plan) -> Rows:
@@ -216,10 +228,13 @@ def compared(
 def method_name(plan: Plan) -> str:
     if plan.method == "plain":
         return METHODS["plain"]
-    tree = plan.tree
+    return f"speculative decoding with {draft_name(plan.tree)}"
+
+
+def draft_name(tree: Tree) -> str:
     if tree.width == 1:
-        return f"speculative decoding with a draft chain of {tree.depth} tokens"
-    return f"speculative decoding with a draft tree of width {tree.width} and depth {tree.depth}"
+        return f"a draft chain of {tree.depth} tokens"
+    return f"a draft tree of width {tree.width} and depth {tree.depth}"
 
 
 def streamed_line(spec: ModelSpec, plan: Plan) -> str:
@@ -242,6 +257,7 @@ def decision_rows(plan: Plan) -> Rows:
             ("draft temperature", f"{tree.temperature:g}, for ranking nodes and ending drafts")
         )
     ring = f"{placement.num_slots} slots of {format_size(placement.block_bytes)}"
+    rows += [(answers, f"{drafts}: {speed}") for answers, speed, drafts in company_rows(plan)]
     return [
         *rows,
         ("verification", f"padded to {', '.join(map(str, plan.verify_widths))} rows"),

@@ -70,14 +70,20 @@ def passes_of(
     gives: RoundYield,
     prefill_tokens: int,
     usage: Usage,
+    num_answers: int = 1,
 ) -> Passes:
     """Passes with a tree (None: plain decoding), in the middle of an answer. A verification is as
-    wide as its draft needs: `gives.shares` says how often it has how many levels."""
+    wide as its draft needs: `gives.shares` says how often it has how many levels. Of several
+    answers at once, with a tree each, the usual draft counts: what calls of their rows are filled
+    up with is little."""
     live = usage.prompt_tokens + usage.answer_tokens / 2
     head = seconds_at(profile.exact_head, 1)
     if tree:
+        shares = shares_by_width(tree, verify_widths, gives)
+        if num_answers > 1:
+            shares = {num_answers * (1 + tree.width * gives.levels): 1.0}
         exact = 0.0
-        for width, share in shares_by_width(tree, verify_widths, gives).items():
+        for width, share in shares.items():
             one = pass_seconds(spec, profile.exact_layer, profile.exact_attention, width, live)
             exact += share * (one + seconds_at(profile.exact_head, width))
     else:
@@ -85,7 +91,7 @@ def passes_of(
     rows, before = min(prefill_tokens, usage.prompt_tokens), usage.prompt_tokens / 2
     prompt = pass_seconds(spec, profile.fast_layer, profile.exact_attention, rows, before)
     return Passes(
-        draft=draft_seconds(spec, profile, tree, gives.levels, live) if tree else 0.0,
+        draft=draft_seconds(spec, profile, tree, gives.levels, live, num_answers) if tree else 0.0,
         exact=exact,
         prompt=prompt,
         num_prompts=-(-usage.prompt_tokens // prefill_tokens),
@@ -95,9 +101,9 @@ def passes_of(
 
 def shares_by_width(
     tree: Tree, verify_widths: tuple[int, ...], gives: RoundYield
-) -> dict[int, float]:
+) -> dict[float, float]:
     """Share of the rounds by the rows of their verification."""
-    found = dict[int, float]()
+    found = dict[float, float]()
     for levels, share in enumerate(gives.shares):
         if share:
             width = verify_widths[bisect_left(verify_widths, 1 + tree.width * levels)]
@@ -106,15 +112,16 @@ def shares_by_width(
 
 
 def draft_seconds(
-    spec: ModelSpec, profile: Profile, tree: Tree, levels: float, live: float
+    spec: ModelSpec, profile: Profile, tree: Tree, levels: float, live: float, num_trees: int
 ) -> float:
-    """Seconds of so many levels of a tree; the first one has one row, the root."""
+    """Seconds of so many levels of trees that grow together; the first one has one row of each, the
+    root."""
     if not levels:
         return 0.0
     first, level = (
         pass_seconds(spec, profile.draft_layer, profile.draft_attention, rows, live)
         + seconds_at(profile.draft_head, rows)
-        for rows in (1, tree.width)
+        for rows in (num_trees, num_trees * tree.width)
     )
     return first + max(0.0, levels - 1) * level
 
@@ -179,7 +186,7 @@ def pass_seconds(
     spec: ModelSpec,
     layer: tuple[Timing, ...],
     attention: tuple[Timing, ...],
-    width: int,
+    width: float,
     live: float,
 ) -> float:
     """Seconds of all layers at `width` rows with `live` tokens in the cache."""

@@ -274,7 +274,9 @@ def left_without_ring(
 
 
 @for_one_tree
-def passes_for(problem: Problem, tree: Tree | None, verify_widths: tuple[int, ...]) -> Passes:
+def passes_for(
+    problem: Problem, tree: Tree | None, verify_widths: tuple[int, ...], num_answers: int = 1
+) -> Passes:
     return passes_of(
         problem.spec,
         problem.profile,
@@ -283,6 +285,7 @@ def passes_for(problem: Problem, tree: Tree | None, verify_widths: tuple[int, ..
         yield_for(problem, tree),
         problem.prefill_tokens,
         problem.usage,
+        num_answers,
     )
 
 

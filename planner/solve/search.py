@@ -5,7 +5,7 @@ is filled with exact weights as they are stored; a storage may have some residua
 loading. More memory, link or acceptance never predicts fewer tokens/s.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -15,6 +15,7 @@ from subspec.artifacts.common.sizes import LARGEST, format_size, short_size, wei
 from subspec.artifacts.model import ModelSpec
 from subspec.artifacts.plan import (
     USUAL,
+    Company,
     Constraints,
     Method,
     Option,
@@ -40,6 +41,7 @@ from subspec.planner.solve.problem import (
     smallest_draft,
     smallest_plain,
     stored_like,
+    trees,
     yield_for,
 )
 from subspec.planner.solve.storage import Storage, choose_resident, group_bytes
@@ -159,11 +161,35 @@ def score(problem: Problem, candidate: Candidate) -> Scored:
 
 
 def prediction_of(
-    problem: Problem, candidate: Candidate, streamed: int, peak: int = 0
+    problem: Problem, candidate: Candidate, streamed: int, peak: int = 0, num_answers: int = 1
 ) -> Prediction:
+    """num_answers: that decode at once; the tokens/s are those of one."""
     gives = yield_for(problem, candidate.tree)
-    passes = passes_for(problem, candidate.tree, candidate.verify_widths)
+    passes = passes_for(problem, candidate.tree, candidate.verify_widths, num_answers)
     return predict(problem.profile, candidate, passes, streamed, gives, peak, problem.usage)
+
+
+def in_company(problem: Problem, chosen: Scored) -> Iterator[Company]:
+    """The best tree of each of 2, 4, 8, ... answers at once, as far as the chosen candidate's
+    memory has room for it. Their rows share every call of a verification, whose time grows with
+    them: the more answers, the fewer nodes pay."""
+    candidate, streamed = chosen.candidate, chosen.prediction.streamed_bytes
+    room = [
+        tree
+        for tree, widths in trees(problem)
+        if widths[-1] <= candidate.verify_width and tree.width <= (candidate.draft_width or 0)
+    ]
+    num_answers = 2
+    while room and num_answers <= problem.constraints.num_sequences:
+
+        def together(tree: Tree, num_answers: int = num_answers) -> float:
+            one = replace(candidate, tree=tree)
+            predicted = prediction_of(problem, one, streamed, num_answers=num_answers)
+            return num_answers * predicted.tokens_per_second
+
+        best = max(room, key=together)
+        yield Company(best, together(best))
+        num_answers *= 2
 
 
 def assemble(problem: Problem, plain: Scored, drafted: list[Scored]) -> Plan:
@@ -196,6 +222,7 @@ def assemble(problem: Problem, plain: Scored, drafted: list[Scored]) -> Plan:
         acceptance=problem.acceptance,
         options=list_options(plain, drafted),
         reasons=reasons,
+        company=tuple(in_company(problem, drafted[0])) if drafted else (),
         constraints=problem.constraints,
     )
 

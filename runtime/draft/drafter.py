@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from subspec.artifacts.plan import Tree
+from subspec.artifacts.plan import Tree, tree_for
 from subspec.runtime.draft import compiled_layers, graphs
 from subspec.runtime.draft.beam import DraftPass, Growing, TokenTree, grow
 from subspec.runtime.draft.compiled_layers import CompiledLayers
@@ -46,7 +46,7 @@ class SubstituteDrafter:
     """Drafts with the substitutes, which attend to the exact keys and values of what is committed
     and write approximate ones for their nodes; verification overwrites those."""
 
-    tree: Tree
+    trees: tuple[Tree, ...]  # of 1, 2, 4, ... sequences
     verify_width: int
     weights: SharedWeights  # bf16, where the 4-bit kernels need it
     substitutes: Substitutes
@@ -55,27 +55,26 @@ class SubstituteDrafter:
     captured: dict[Cache, DraftGraphs] = field(default_factory=dict)
 
     def draft(self, turns: Sequence[Turn]) -> list[TokenTree]:
-        depths = [max(0, min(self.tree.depth, turn.max_tokens - 1)) for turn in turns]
+        tree, num_rows = tree_for(self.trees, len(turns)), self.verify_width
+        depths = [max(0, min(tree.depth, turn.max_tokens - 1)) for turn in turns]
         device = turns[0].cache.device
         roots = [torch.tensor([turn.root], device=device) for turn in turns]
         constrained = any(turn.chooser.constraint for turn in turns)
         if self.capture is not None and len(turns) == 1 and not constrained:
             [cache] = [turn.cache for turn in turns]
             if cache not in self.captured:
-                self.captured[cache] = graphs.make_graphs(
-                    self.tree, self.verify_width, device, self.capture
-                )
+                self.captured[cache] = graphs.make_graphs(tree, num_rows, device, self.capture)
 
             def over(slots: TreeSlots) -> DraftPass:
                 return self.pass_over([cache], [slots])
 
             return [graphs.grow(self.captured[cache], roots[0], depths[0], cache, over)]
         caches = [turn.cache for turn in turns]
-        slots = [cache.tree_slots(self.verify_width) for cache in caches]
+        slots = [cache.tree_slots(num_rows) for cache in caches]
         draft_pass = self.pass_over(caches, slots)
         if constrained:
             draft_pass = within_constraints(draft_pass, turns)
-        return grow(roots, depths, self.tree, self.verify_width, draft_pass)
+        return grow(roots, depths, tree, num_rows, draft_pass)
 
     def pass_over(self, caches: Sequence[Cache], slots: Sequence[TreeSlots]) -> DraftPass:
         """Passes over a tree in each cache."""

@@ -17,7 +17,7 @@ from subspec.runtime import decode
 from subspec.runtime.draft.beam import DraftPass, Growing, TokenTree
 from subspec.runtime.draft.drafter import SubstituteDrafter, Turn
 from subspec.runtime.engine import Engine, OpenOptions
-from subspec.runtime.exact_pass import Model, Piece
+from subspec.runtime.exact_pass import Model, Piece, prompt_calls
 from subspec.runtime.model.cache import Cache, TreeSlots
 from subspec.runtime.model.sampling import Sampling
 from subspec.runtime.sequence import GenerationParams
@@ -284,22 +284,27 @@ def test_the_levels_that_each_round_drafted_are_counted(
 
 @pytest.fixture
 def verified(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The rows of each tree of every verification."""
+    """The rows of each call of every verification."""
     rows = list[tuple[int, ...]]()
     real = decode.exact_logits
 
     def counted(
-        model: Model, trees: Many[TokenTree], turns: Many[Turn], pieces: Many[Piece]
+        model: Model,
+        trees: Many[TokenTree],
+        calls: Many[int],
+        turns: Many[Turn],
+        pieces: Many[Piece],
     ) -> Any:
         if trees:
-            rows.append(tuple(len(tree.tokens) for tree in trees))
-        return real(model, trees, turns, pieces)
+            assert sum(len(tree.tokens) for tree in trees) == sum(calls)
+            rows.append(tuple(calls))
+        return real(model, trees, calls, turns, pieces)
 
     monkeypatch.setattr(decode, "exact_logits", counted)
     return rows
 
 
-def test_a_verification_is_as_wide_as_its_widest_draft_needs(
+def test_a_verification_is_as_wide_as_its_drafts_need_together(
     artifact: Artifact, verified: list[tuple[int, ...]]
 ) -> None:
     chosen = resident(
@@ -316,22 +321,14 @@ def test_a_verification_is_as_wide_as_its_widest_draft_needs(
             sequence.begin(prompt, GenerationParams(40))
         while engine.step():
             pairs = zip(alone.stats.drafted, other.stats.drafted, strict=False)
-        expected = [next(w for w in (4, 8, 16) if w >= 1 + 2 * max(pair)) for pair in pairs]
-        assert verified[: len(expected)] == [(width,) * 2 for width in expected]
+        # The first rows of the second prompt have no draft beside them.
+        together = [2 + 2 * sum(pair) for pair in pairs]
+        expected = [tuple(prompt_calls(chosen.plan, rows)) for rows in together]
+        assert verified[: len(expected)] == expected and max(together) > 16
     verified.clear()
     with Engine.open(chosen, OpenOptions("plain")) as engine:
         answer(engine, PROMPT, 5)
         assert verified == [(4,)] * 4
-
-
-@pytest.mark.parametrize(
-    ("num_nodes", "expected"), [(1, 4), (4, 4), (5, 8), (8, 8), (9, 16), (16, 16)]
-)
-def test_a_draft_is_padded_to_the_narrowest_width_that_fits_it(
-    num_nodes: int, expected: int, artifact: Artifact
-) -> None:
-    chosen = resident(artifact, width=1, depth=15, verify_widths=(4, 8, 16)).plan
-    assert decode.padded_width(chosen, num_nodes) == expected
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 9, 30])

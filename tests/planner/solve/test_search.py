@@ -19,7 +19,7 @@ from subspec.artifacts.common.sizes import parse_size
 from subspec.artifacts.footprint import ALLOCATOR_BYTES, Ring, graph_bytes, model_bytes
 from subspec.artifacts.format.checks import check_plan
 from subspec.artifacts.model import HEAD, ModelSpec
-from subspec.artifacts.plan import USUAL, Constraints, Plan
+from subspec.artifacts.plan import USUAL, Constraints, Plan, tree_for
 from subspec.artifacts.profile import Corrections, LinkRate, Profile, Timing
 from subspec.planner.machine.profiles import with_link
 from subspec.planner.solve import problem as problem_module
@@ -291,6 +291,30 @@ def test_a_plan_verifies_with_the_widths_that_its_drafts_need() -> None:
     assert plan_for(12_000_000, Constraints(method="plain")).verify_widths == (8,)
     abstains = plan_for(30_000_000)
     assert (abstains.method, abstains.verify_widths) == ("plain", (8,))
+
+
+def test_each_of_several_answers_drafts_what_pays_for_all_of_them() -> None:
+    """Where a row of a verification is dear, fewer of them; their tree's own memory has room."""
+    dear = tuple(Timing(width, 1e-3 * width) for width in (8, 16, 32, 64, 104))
+    plan = plan_for(
+        20 << 20,
+        Constraints(context=256, method="substitute", num_sequences=9),
+        profile=make_profile(exact_layer=dear),
+    )
+    assert len(plan.company) == 3, "of 2, 4 and 8 answers"
+    sizes = [tree.num_nodes for tree in plan.trees]
+    assert sizes == sorted(sizes, reverse=True) and sizes[-1] < sizes[0]
+    speeds = [speed(plan), *(one.tokens_per_second for one in plan.company)]
+    assert speeds == sorted(speeds)
+    assert [tree_for(plan.trees, count) for count in (1, 3, 9)] == [
+        plan.tree, plan.company[0].tree, plan.company[2].tree
+    ]  # fmt: skip
+    assert not plan_for(20 << 20).company
+
+
+def test_what_is_drafted_in_company_keeps_what_the_user_fixed() -> None:
+    fixed = Constraints(context=256, width=2, depth=5, num_sequences=4)
+    assert {(tree.width, tree.depth) for tree in plan_for(20 << 20, fixed).trees} == {(2, 5)}
 
 
 def test_more_widths_in_a_group_never_predict_slower(small_space: None) -> None:

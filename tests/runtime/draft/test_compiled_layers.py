@@ -506,7 +506,7 @@ def test_a_form_that_it_does_not_compute_is_left_to_the_twin(name: str) -> None:
     assert known_form(spec) is None
     toy = make_toy(spec)
     assert compile_layers(toy.weights, toy.substitutes, SLOTS) is None
-    drafter = SubstituteDrafter(Tree(2, 3), 8, toy.weights, toy.substitutes, None)
+    drafter = SubstituteDrafter((Tree(2, 3),), 8, toy.weights, toy.substitutes, None)
     caches = [replace(toy.cache(), tokens=[1] * length) for length in (5, 70)]
     trees = drafter.draft([Turn(cache, 7, 50) for cache in caches])
     assert [tree.num_nodes for tree in trees] == [7, 7]
@@ -661,7 +661,7 @@ def test_the_temporaries_of_a_whole_draft_are_within_the_workspace(
     toy, width = make_toy((SPECS | REFUSED)[name]), 24
     compiled = compile_layers(toy.weights, toy.substitutes, SLOTS)
     for one in (compiled, None) if compiled else (None,):
-        drafter = SubstituteDrafter(Tree(4, 5), width, toy.weights, toy.substitutes, one)
+        drafter = SubstituteDrafter((Tree(4, 5),), width, toy.weights, toy.substitutes, one)
         turns = [
             Turn(replace(toy.cache(), tokens=[1] * (100 + n)), n, 50) for n in range(num_sequences)
         ]
