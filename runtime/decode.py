@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from subspec.artifacts.common.errors import SubspecError
 from subspec.artifacts.plan import Tree, tree_for
 from subspec.runtime.draft.beam import TokenTree, root_only
 from subspec.runtime.draft.drafter import Turn
@@ -36,6 +37,7 @@ class Round:
     path: Tensor  # int64 [D + 1]: the root and the accepted nodes of the tree; then anything
     num_levels: int = 0  # drafted
     logprobs: tuple[TokenLogprobs, ...] = ()  # of `emitted`, if the turn asks for them
+    problem: SubspecError | None = None  # of its constraint: why nothing was emitted
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Read:
     first: int | None = None
     first_logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    problem: SubspecError | None = None  # of the constraint: why there is no first token
 
 
 def speculate(
@@ -123,12 +126,20 @@ def verify(shape: Tree, tree: TokenTree, logits: Tensor, turn: Turn) -> Round:
         verdict = accept(tree, logits.argmax(-1), depth)
     else:
 
-        def choose_and_push(node: int, level: int) -> int:
-            token = chooser.choose(logits[node], first + level)
+        def choose_and_push(node: int, level: int) -> int | None:
+            try:
+                token = chooser.choose(logits[node], first + level)
+            except SubspecError:
+                if level == 0:
+                    raise
+                return None  # the answer may end before: if not, the next round begins here
             chooser.push(token)
             return token
 
-        verdict = walk(tree, choose_and_push, depth)
+        try:
+            verdict = walk(tree, choose_and_push, depth)
+        except SubspecError as error:
+            return failed(turn, error)
         chooser.pop(verdict.num_emitted)
     emitted = verdict.emitted()
     num_levels = (tree.num_nodes - 1) // shape.width
@@ -148,9 +159,17 @@ def logprobs(
 
 def chosen(logits: Tensor, turn: Turn) -> Round:
     """The next token of a sequence, from the logits [W, V] whose first row is its root's."""
-    token = turn.chooser.choose(logits[0], turn.cache.length + 1)
+    try:
+        token = turn.chooser.choose(logits[0], turn.cache.length + 1)
+    except SubspecError as error:
+        return failed(turn, error)
     path = torch.zeros(1, dtype=torch.int64, device=turn.cache.device)
     return Round([token], path, 0, logprobs(logits, slice(1), [token], turn.num_logprobs))
+
+
+def failed(turn: Turn, problem: SubspecError) -> Round:
+    """It is one answer's alone: the pass that others share goes on."""
+    return Round([], torch.zeros(1, dtype=torch.int64, device=turn.cache.device), problem=problem)
 
 
 def finish(piece: Piece, logits: Tensor) -> Read:
@@ -160,7 +179,10 @@ def finish(piece: Piece, logits: Tensor) -> Read:
     if piece.chooser is None:
         return Read(prompt_logprobs=own)
     last = min(num_tokens, len(logits)) - 1
-    first = piece.chooser.choose(logits[last], piece.cache.length + num_tokens)
+    try:
+        first = piece.chooser.choose(logits[last], piece.cache.length + num_tokens)
+    except SubspecError as error:
+        return Read(prompt_logprobs=own, problem=error)
     told = logprobs(logits, slice(last, last + 1), [first], piece.num_logprobs)
     return Read(first, told, own)
 

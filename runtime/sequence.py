@@ -177,6 +177,9 @@ class Sequence:
         self.prompt_logprobs += done.prompt_logprobs
         so_far = self.stats.time_to_first_token_seconds
         self.stats = replace(self.stats, time_to_first_token_seconds=so_far + seconds)
+        if done.problem is not None:
+            self._engine.leave(self)
+            raise done.problem
         if done.first is None:
             return
         self.turn.root = done.first
@@ -203,6 +206,8 @@ class Sequence:
         """A round of this sequence: what is kept of it is committed and given out. An error of the
         answer's `cut` or constraint ends it: the others go on without it."""
         try:
+            if done.problem is not None:
+                raise done.problem
             num_kept = self._cut(done.emitted)
         except BaseException:
             self._engine.leave(self)
@@ -283,8 +288,6 @@ class Sequence:
 
     def _cut(self, emitted: list[int]) -> int:
         """How many of the emitted tokens are kept; says in `finish_reason` if the answer ends."""
-        if self.turn.chooser.problem is not None:
-            raise self.turn.chooser.problem
         left, reason = self.turn.max_tokens, self.finish_reason
         kept = emitted[:left]
         if len(emitted) >= left:

@@ -49,22 +49,22 @@ def accept(tree: TokenTree, choices: Tensor, depth: int) -> Verdict:
     return Verdict(path, torch.cat((accepted, emitted)))
 
 
-def walk(tree: TokenTree, choose: Callable[[int, int], int], depth: int) -> Verdict:
+def walk(tree: TokenTree, choose: Callable[[int, int], int | None], depth: int) -> Verdict:
     """The plain twin: from the root, `choose(node, its depth)` after `choose`. Few choices are
-    made, one after the other on the host: for those that take long."""
+    made, one after the other on the host: for those that take long. The walk ends early where
+    `choose` returns None, which it may not at the root."""
     tokens, parents = tree.tokens.tolist(), tree.parents.tolist()
-    path, emitted = [0], [choose(0, 0)]
-    while True:
+    path, emitted = list[int](), list[int]()
+    node: int | None = 0
+    while node is not None and (token := choose(node, len(path))) is not None:
+        path.append(node)
+        emitted.append(token)
         match = (
-            node
-            for node in range(path[-1] + 1, tree.num_nodes)
-            if parents[node] == path[-1] and tokens[node] == emitted[-1]
+            child
+            for child in range(node + 1, tree.num_nodes)
+            if parents[child] == node and tokens[child] == token
         )
         node = next(match, None)
-        if node is None:
-            break
-        emitted.append(choose(node, len(path)))
-        path.append(node)
     padded = path + [0] * (depth + 1 - len(path))
     result = torch.tensor([len(path) - 1, *emitted])
     return Verdict(torch.tensor(padded, device=tree.tokens.device), result)

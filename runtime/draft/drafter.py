@@ -104,9 +104,10 @@ def within_constraints(draft_pass: DraftPass, turns: Sequence[Turn]) -> DraftPas
     def run(growing: Sequence[Growing]) -> Tensor:
         logits, row = draft_pass(growing), 0
         for one in growing:
+            constraint = turns[one.index].chooser.constraint
             for node in one.last.nodes.tolist():
                 path = one.tree.tokens[one.tree.ancestors[node]].tolist()[1:]  # without the root
-                allowed = turns[one.index].chooser.allowed_after(path)
+                allowed = constraint.allowed_after(path) if constraint is not None else None
                 if allowed is not None:
                     logits[row].masked_fill_(~allowed.to(logits.device), -math.inf)
                 row += 1

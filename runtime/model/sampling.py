@@ -6,14 +6,14 @@ V = vocabulary
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.runtime.model.constraint import Constraint
+from subspec.runtime.model.constraint import Constraint, Follower
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,11 @@ class Chooser:
         constraint: Constraint | None = None,
     ) -> None:
         self.sampling = sampling
-        self.constraint = constraint
-        self._prompt = sorted(set(prompt)) if sampling.repetition_penalty != 1 else []
-        self._end_tokens = end_tokens
+        self.constraint = Follower(constraint, end_tokens) if constraint is not None else None
+        self._prompt = frozenset(prompt) if sampling.repetition_penalty != 1 else frozenset[int]()
+        self._prompt_ids = torch.tensor(sorted(self._prompt), dtype=torch.int64)
         self._answer: list[int] = []
         self._counts = Counter[int]()  # of the answer's tokens
-        self._num_ends = 0  # of them: what follows the first one belongs to no answer
-        self.problem: SubspecError | None = None  # of the constraint: nothing chosen since counts
 
     @property
     def takes_the_best(self) -> bool:
@@ -91,7 +89,8 @@ class Chooser:
     def choose(self, logits: Tensor, position: int) -> int:
         """The token at `position`, from its logits [V].
 
-        Gumbel-max: argmax(log p + noise) is distributed as p. Ties go to the lowest id.
+        Gumbel-max: argmax(log p + noise) is distributed as p. Ties go to the lowest id. Raises
+        SubspecError if the constraint lets the answer not go on.
         """
         if not self.takes_the_best:
             logits = self._allowed(self._penalized(logits))
@@ -104,56 +103,25 @@ class Chooser:
         """`token` comes next."""
         self._answer.append(token)
         self._counts[token] += 1
-        if self.constraint is not None and not self._num_ends:
-            self._asked(lambda constraint: constraint.push(token))
-        self._num_ends += token in self._end_tokens
+        if self.constraint is not None:
+            self.constraint.push(token)
 
     def pop(self, num_tokens: int) -> None:
         """Takes the last `num_tokens` back."""
         for _ in range(num_tokens):
-            token = self._answer.pop()
-            self._counts[token] -= 1
-            self._num_ends -= token in self._end_tokens
-            if self.constraint is not None and not self._num_ends:
-                self._asked(lambda constraint: constraint.pop(1))
-
-    def allowed_after(self, path: Sequence[int]) -> Tensor | None:
-        """bool [V] on the host: what a draft may propose after the tokens `path`, which follow what
-        was pushed; None: anything, also where `path` itself is not allowed."""
-        if self.constraint is None:
-            return None
-        num_pushed = 0
-        try:
-            for token in path:
-                allowed = self._mask()
-                if allowed is not None and not allowed[token]:
-                    return None
-                self.push(token)
-                num_pushed += 1
-            return self._mask()
-        finally:
-            self.pop(num_pushed)
-
-    def _mask(self) -> Tensor | None:
-        return None if self._num_ends else self._asked(lambda constraint: constraint.allowed())
-
-    def _asked(self, ask: Callable[[Constraint], Tensor | None]) -> Tensor | None:
-        """What the constraint says. A problem of it is one of this answer alone: it is kept, for
-        whoever takes the round, and the pass that others share goes on."""
-        if self.constraint is None or self.problem is not None:
-            return None
-        try:
-            return ask(self.constraint)
-        except SubspecError as error:
-            self.problem = error
-            return None
+            self._counts[self._answer.pop()] -= 1
+        if self.constraint is not None:
+            self.constraint.pop(num_tokens)
 
     def _penalized(self, logits: Tensor) -> Tensor:
         """f64 [V], a copy."""
         changed, one = logits.double(), self.sampling
         counts = +self._counts
-        if one.repetition_penalty != 1 and (seen := sorted({*self._prompt, *counts})):
-            ids = torch.tensor(seen, device=logits.device)
+        if one.repetition_penalty != 1:
+            self._prompt_ids = self._prompt_ids.to(logits.device)  # once: a prompt may be long
+            others = [token for token in counts if token not in self._prompt]
+            new_ids = torch.tensor(others, dtype=torch.int64, device=logits.device)
+            ids = torch.cat((self._prompt_ids, new_ids))
             some, factor = changed[ids], one.repetition_penalty
             changed[ids] = torch.where(some > 0, some / factor, some * factor)
         if (one.presence_penalty or one.frequency_penalty) and counts:
@@ -166,7 +134,7 @@ class Chooser:
 
     def _allowed(self, logits: Tensor) -> Tensor:
         """The logits [V], in place, -inf where the constraint forbids the token."""
-        mask = self._mask()
+        mask = self.constraint.allowed() if self.constraint is not None else None
         return logits if mask is None else logits.masked_fill_(~mask.to(logits.device), -math.inf)
 
 

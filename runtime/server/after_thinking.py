@@ -22,14 +22,15 @@ class Thinking:
 
     begin: the token that begins it, None if that is no single token.
     end: the text that ends it, in one token or several.
-    allowed: by the number of bytes of `end` that have been said, bool [V]; None: every token.
+    allowed: by the number of bytes of `end` that have been said, bool [V]: no end token, since an
+        answer that must have a form cannot end in its thinking.
     newlines: by the number of newlines that may come, bool [V]: tokens of no more than those.
     """
 
     begin: int | None
     end: bytes
     contents: tuple[bytes, ...]
-    allowed: tuple[Tensor | None, ...]
+    allowed: tuple[Tensor, ...]
     newlines: tuple[Tensor, ...]
 
 
@@ -40,8 +41,8 @@ def read_thinking(tokens: GrammarTokens, begin: str, end: str) -> Thinking:
         tokens.special.get(begin),
         tag,
         tokens.contents,
-        tuple(_allowed(tokens.contents, tag[:said], tag) for said in range(len(tag))),
-        tuple(_newlines(tokens.contents, most) for most in range(MOST_NEWLINES + 1)),
+        tuple(_allowed(tokens, tag[:said], tag) for said in range(len(tag))),
+        tuple(_newlines(tokens, most) for most in range(MOST_NEWLINES + 1)),
     )
 
 
@@ -87,12 +88,10 @@ class AfterThinking:
     def pop(self, num_tokens: int) -> None:
         if num_tokens > len(self._before):
             raise ValueError(f"pop of {num_tokens} tokens, {len(self._before)} were pushed")
-        if num_tokens == 0:
-            return
-        popped = [*self._before[len(self._before) - num_tokens :], self._state][1:]
-        self._state = self._before[len(self._before) - num_tokens]
+        states = [*self._before[len(self._before) - num_tokens :], self._state]
         del self._before[len(self._before) - num_tokens :]
-        self._answer.pop(sum(state.phase == "answer" for state in popped))
+        self._state = states[0]
+        self._answer.pop(sum(state.phase == "answer" for state in states[1:]))
 
     def _after(self, token: int) -> State:
         phase, said = self._state
@@ -110,22 +109,25 @@ class AfterThinking:
         return State("answer")
 
 
-def _allowed(contents: tuple[bytes, ...], said: bytes, end: bytes) -> Tensor | None:
-    """All but the tokens that end the thinking and say something of the answer as well, which the
-    grammar could not see."""
-    allowed = numpy.ones(len(contents), bool)
-    for token, content in enumerate(contents):
+def _allowed(tokens: GrammarTokens, said: bytes, end: bytes) -> Tensor:
+    """All but end tokens, and those that end the thinking and say something of the answer as well,
+    which the grammar could not see."""
+    allowed = numpy.ones(len(tokens.contents), bool)
+    allowed[list(tokens.ends)] = False
+    for token, content in enumerate(tokens.contents):
         if end[-1:] not in content:
             continue
         at = (said + content).find(end)
         if at >= 0:
             rest = (said + content)[at + len(end) :]
-            allowed[token] = rest == b"" or 0 <= _num_newlines(rest) <= MOST_NEWLINES
-    return None if allowed.all() else torch.from_numpy(allowed)
+            allowed[token] &= 0 <= _num_newlines(rest) <= MOST_NEWLINES
+    return torch.from_numpy(allowed)
 
 
-def _newlines(contents: tuple[bytes, ...], most: int) -> Tensor:
-    fit = [1 <= _num_newlines(content) <= most for content in contents]
+def _newlines(tokens: GrammarTokens, most: int) -> Tensor:
+    fit = [1 <= _num_newlines(content) <= most for content in tokens.contents]
+    for token in tokens.ends:
+        fit[token] = False
     return torch.tensor(fit, dtype=torch.bool)
 
 

@@ -29,10 +29,6 @@ STEP_ITEMS = 20_000
 ROW_ITEMS = 2_000
 LEXER_STATES = 30_000  # of 1 to 2 KB each
 GRAMMAR_SYMBOLS = 20_000
-# What an answer's grammar may take of the engine's thread, in that thread's seconds, so that a busy
-# machine does not count: ambiguous ones get slower and slower long before they reach a limit.
-ANSWER_SECONDS = 2.0
-STEP_SECONDS = 0.005
 HINT = "make the grammar simpler"
 
 
@@ -84,19 +80,19 @@ class GrammarThreads:
 
 class GrammarConstraint:
     """A grammar from its beginning. `allowed` and `push` raise SubspecError(USAGE) where a state is
-    more than the limits allow, or nothing that the model has can follow, from where `pop` comes
-    back; and once the grammar has taken too much time."""
+    more than the limits allow, or nothing that the model has can follow. The grammar is compiled
+    again for who goes on from there, by `pop` already: not for an answer that ends there."""
 
     def __init__(self, tokens: GrammarTokens, grammar: str, what: str) -> None:
         """Raises SubspecError as compile_grammar does."""
         self._tokens = tokens
         self._grammar = grammar
         self._what = what
-        self._matcher = compile_grammar(tokens, grammar, what)
+        # None: the last one has failed. It keeps an error for ever, and its copies share it.
+        self._matcher: LLMatcher | None = compile_grammar(tokens, grammar, what)
         self._pushed: list[int] = []  # tokens that the matcher took
         self._num_ends = 0  # end tokens after those: the matcher would not count them
         self._allowed: Tensor | None = None
-        self._seconds_left = ANSWER_SECONDS
         self._ends = torch.zeros(tokens.vocab_size, dtype=torch.bool)
         self._ends[list(tokens.ends)] = True
 
@@ -110,17 +106,15 @@ class GrammarConstraint:
 
     def push(self, token: int) -> None:
         """Raises ValueError for a token that was not allowed."""
-        if self._num_ends or (token in self._tokens.ends and self._matcher.is_accepting()):
+        matcher = self._usable()
+        if self._num_ends or (token in self._tokens.ends and matcher.is_accepting()):
             if token not in self._tokens.ends:
                 raise ValueError(f"token {token} after the end of {self._what}")
             self._num_ends += 1
             return
-        begin = self._begin()
-        taken = self._matcher.consume_token(token)
-        self._spend(begin)
-        if not taken:
-            error = self._matcher.get_error()
-            self._restore()
+        if not matcher.consume_token(token):
+            error = matcher.get_error()
+            self._matcher = None
             if "doesn't satisfy the grammar" in error or "out of range" in error:
                 raise ValueError(f"token {token} is not allowed by {self._what}")
             raise _too_complex(self._what, error)
@@ -136,34 +130,25 @@ class GrammarConstraint:
         if rest:
             del self._pushed[len(self._pushed) - rest :]
             self._allowed = None
-            if not self._matcher.rollback(rest):
-                self._restore()
+            if self._matcher is not None and not self._matcher.rollback(rest):
+                self._matcher = None
+        self._usable()
 
-    def _begin(self) -> float:
-        if self._seconds_left < 0:
-            raise SubspecError(Exit.USAGE, f"{self._what} takes too long to follow", HINT)
-        return time.thread_time()
-
-    def _spend(self, begin: float) -> None:
-        self._seconds_left += STEP_SECONDS - (time.thread_time() - begin)
-
-    def _restore(self) -> None:
-        """A matcher keeps an error for ever, and its copies share it: begin again with another."""
-        begin = time.thread_time()
-        self._matcher = _matcher(self._tokens, self._grammar)
-        self._matcher.consume_tokens(self._pushed)
-        self._allowed = None
-        self._spend(begin)
+    def _usable(self) -> LLMatcher:
+        """The matcher, which has taken the tokens that were pushed."""
+        if self._matcher is None:
+            self._matcher = _matcher(self._tokens, self._grammar)
+            self._matcher.consume_tokens(self._pushed)
+        return self._matcher
 
     def _mask(self) -> Tensor:
         vocab_size = self._tokens.vocab_size
         bits = numpy.empty(-(-vocab_size // 32), numpy.uint32)
-        begin = self._begin()
-        self._matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
-        self._spend(begin)
-        if self._matcher.is_error():  # the mask is of the end tokens then
-            error = self._matcher.get_error()
-            self._restore()
+        matcher = self._usable()
+        matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
+        if matcher.is_error():  # the mask is of the end tokens then
+            error = matcher.get_error()
+            self._matcher = None
             raise _too_complex(self._what, error)
         flags = numpy.unpackbits(bits.view(numpy.uint8), count=vocab_size, bitorder="little")
         return torch.from_numpy(flags).view(torch.bool)

@@ -59,8 +59,10 @@ class PrefixCache:
         return best, most
 
     def restore(self, prefix: Prefix, count: int, sequence: Sequence) -> None:
-        """The first `count` tokens of the prefix into the sequence's cache."""
+        """The first `count` tokens of the prefix into the sequence's cache, which is empty after an
+        error."""
         self._prefixes.move_to_end(prefix.tokens)
+        sequence.restored([])
         tensors = (*sequence.cache.keys, *sequence.cache.values)
         for target, kept in zip(tensors, prefix.kept, strict=True):
             target[:, :count] = kept[:, :count]

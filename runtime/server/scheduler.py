@@ -5,6 +5,7 @@ comes. They share a lock, a queue and nothing else.
 """
 
 import asyncio
+import logging
 import threading
 import time
 from collections import deque
@@ -20,6 +21,7 @@ from subspec.artifacts.runs import append_run
 from subspec.runtime.app.answer import run_of
 from subspec.runtime.engine import Engine
 from subspec.runtime.sequence import Sequence
+from subspec.runtime.server.errors import INTERNAL
 from subspec.runtime.server.generation import (
     Generation,
     GenerationRequest,
@@ -28,6 +30,7 @@ from subspec.runtime.server.generation import (
     QueueFull,
     Status,
 )
+from subspec.runtime.server.journal import NAME
 from subspec.runtime.server.prefixes import PrefixCache, num_shared
 from subspec.runtime.text.detokenizer import StreamingDetokenizer
 from subspec.runtime.text.streaming import AnswerText
@@ -237,13 +240,13 @@ class Scheduler:
             try:
                 engine.step()
             except Exception as error:
-                known = error if isinstance(error, SubspecError) else shortage(error)
-                if known is None:
-                    raise
-                self._end_failed(engine, known)
+                self._end_failed(engine, error)
             self.peak_bytes = engine.peak.peak_bytes
             for answer in list(self._answers):
-                self._send(engine, answer)
+                try:
+                    self._send(engine, answer)
+                except Exception as error:
+                    self._end(answer, fault_of_a_request(error))
 
     def _drop_cancelled(self) -> None:
         for answer in [one for one in self._answers if one.job.cancelled]:
@@ -259,8 +262,8 @@ class Scheduler:
                 job = self._waiting.popleft()
             try:
                 self._begin(job)
-            except SubspecError as error:
-                job.put(error)
+            except Exception as error:
+                job.put(fault_of_a_request(error))
 
     def _begin(self, job: Job) -> None:
         request = job.request
@@ -311,22 +314,23 @@ class Scheduler:
             return
         seconds = time.monotonic() - answer.began
         self._answer_seconds += RECENT_SHARE * (seconds - self._answer_seconds)
-        if self._record and answer.alone and sequence.stats.accepted:
-            append_run(engine.artifact.path, run_of(engine, sequence))
-        self._release(answer)
-        job.put(
-            Outcome(
-                reason,
-                answer.text.detokenizer.stop_text,
-                sequence.stats,
-                queue_seconds=answer.began - job.arrived,
-                generation_seconds=seconds,
-                predicted_tokens_per_second=engine.predicted_tokens_per_second,
-                prompt_logprobs=tuple(sequence.prompt_logprobs),
-            )
+        outcome = Outcome(
+            reason,
+            answer.text.detokenizer.stop_text,
+            sequence.stats,
+            queue_seconds=answer.began - job.arrived,
+            generation_seconds=seconds,
+            predicted_tokens_per_second=engine.predicted_tokens_per_second,
+            prompt_logprobs=tuple(sequence.prompt_logprobs),
         )
+        self._release(answer)
+        try:
+            if self._record and answer.alone and sequence.stats.accepted:
+                append_run(engine.artifact.path, run_of(engine, sequence))
+        finally:  # the answer is whole, whatever becomes of its record
+            job.put(outcome)
 
-    def _end_failed(self, engine: Engine, error: SubspecError) -> None:
+    def _end_failed(self, engine: Engine, error: Exception) -> None:
         """After a step that failed: by the fault of an answer, which has left, or because the
         machine is short of something; then all end, but the engine may do the next step. Raises
         any other error."""
@@ -335,9 +339,15 @@ class Scheduler:
             for one in self._answers
             if one.sequence.finish_reason is None and not engine.is_active(one.sequence)
         ]
-        if not of_answers and error.exit_code != Exit.RESOURCES:
+        known = error if isinstance(error, SubspecError) else shortage(error)
+        if not of_answers and (known is None or known.exit_code != Exit.RESOURCES):
             raise error
+        told = fault_of_a_request(error)
         for answer in of_answers or list(self._answers):
+            self._end(answer, told)
+
+    def _end(self, answer: Answer, error: SubspecError) -> None:
+        if answer in self._answers:
             self._release(answer)
             answer.job.put(error)
 
@@ -346,3 +356,12 @@ class Scheduler:
         answer.sequence.stop()
         self._answers.remove(answer)
         self._free.append(answer.sequence)
+
+
+def fault_of_a_request(error: Exception) -> SubspecError:
+    """What its client is told of an error that ends one request alone. The log has the traceback of
+    one that is a bug."""
+    known = error if isinstance(error, SubspecError) else shortage(error)
+    if known is None or known.exit_code == Exit.UNEXPECTED:
+        logging.getLogger(NAME).error("a request failed", exc_info=error)
+    return known or SubspecError(Exit.UNEXPECTED, INTERNAL)

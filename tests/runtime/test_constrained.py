@@ -1,7 +1,8 @@
 """Constraints, penalties and biases in an engine: what they say holds for every token, and neither
 a draft nor company changes a token."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -30,7 +31,8 @@ class Counted:
     said: list[int] = field(default_factory=list)
 
     def allowed(self) -> Tensor:
-        assert END not in self.said, "it was asked after the end"
+        if END in self.said:
+            pytest.fail("it was asked after the end")
         ids = torch.arange(self.vocab_size)
         number = len(self.said)
         fits = (ids % 5 == (self.said[-1] + 1) % 5) & (ids != END) if self.said else ids != END
@@ -39,7 +41,8 @@ class Counted:
         return ids == END if number >= 2 * LONG else fits
 
     def push(self, token: int) -> None:
-        assert self.allowed()[token], "what was not allowed was said"
+        if not self.allowed()[token]:
+            pytest.fail("what was not allowed was said")
         self.said.append(token)
 
     def pop(self, num_tokens: int) -> None:
@@ -76,7 +79,9 @@ def test_a_constraint_holds_and_a_draft_within_it_changes_no_token(
     with Engine.open(chosen) as engine, engine.new_sequence() as sequence:
         asked = params(artifact, sampling)
         assert generated(sequence, PROMPT, asked) == expected
-        assert isinstance(asked.constraint, Counted) and asked.constraint.said == expected
+        assert isinstance(asked.constraint, Counted)
+        said = asked.constraint.said  # what the last round emitted, nobody asked about
+        assert len(said) >= LONG and said == expected[: len(said)]
         assert sequence.finish_reason == "eos" and LONG < len(expected) <= 2 * LONG + 1
         assert sum(sequence.stats.accepted) > len(expected) // 3, "drafts were within it"
 
@@ -128,14 +133,16 @@ def test_a_bias_of_a_token_that_the_model_lacks_is_refused(artifact: Artifact) -
 def test_what_a_draft_may_propose_ends_with_the_constraint() -> None:
     constraint = Counted(50)
     chooser = Chooser(Sampling(), end_tokens=frozenset({END}), constraint=constraint)
+    follower = chooser.constraint
+    assert follower is not None
     chooser.push(10)
-    after = chooser.allowed_after([16, 22])
+    after = follower.allowed_after([16, 22])
     assert after is not None and after.nonzero().flatten().tolist() == list(range(3, 50, 5))
-    assert chooser.allowed_after([17]) is None, "the path itself is not allowed"
+    assert follower.allowed_after([17]) is None, "the path itself is not allowed"
     assert constraint.said == [10]
     for token in (11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21):
         chooser.push(token)
-    assert chooser.allowed_after([END]) is None and chooser.allowed_after([END, 3]) is None
+    assert follower.allowed_after([END]) is None and follower.allowed_after([END, 3]) is None
     chooser.push(END)
     chooser.push(9)
     assert chooser.choose(torch.arange(50.0), 0) == 49, "what follows the end is nobody's"
@@ -171,6 +178,51 @@ def test_a_constraint_that_fails_ends_its_own_answer_only(artifact: Artifact) ->
                 pass
             assert free.take_fresh() == expected
             assert generated(failing, PROMPT, GenerationParams(40)) == expected
+
+
+@dataclass
+class FailingElsewhere(Counted):
+    """It can say nothing of texts that `answer` does not begin with."""
+
+    answer: list[int] = field(default_factory=list)
+    num_failures: int = 0
+
+    def allowed(self) -> Tensor:
+        if self.said != self.answer[: len(self.said)]:
+            self.num_failures += 1
+            raise SubspecError(Exit.USAGE, "the grammar is too complex")
+        return super().allowed()
+
+    def push(self, token: int) -> None:
+        self.said.append(token)
+
+
+def test_a_constraint_that_fails_where_only_drafts_go_ends_no_answer(artifact: Artifact) -> None:
+    chosen = replan(artifact, width=3, depth=5, resident_share=1.0)
+    with Engine.open(chosen) as engine, engine.new_sequence() as sequence:
+        expected = generated(sequence, PROMPT, params(artifact, Sampling()))
+        elsewhere = FailingElsewhere(artifact.spec.vocab_size, answer=expected)
+        asked = replace(params(artifact, Sampling()), constraint=elsewhere)
+        assert generated(sequence, PROMPT, asked) == expected
+        assert elsewhere.num_failures > 0, "no draft left the answer"
+
+
+@pytest.mark.parametrize("how", [OpenOptions("plain"), OpenOptions()], ids=["plain", "draft"])
+def test_an_answer_that_a_stop_text_ends_does_not_hear_of_what_fails_behind_it(
+    artifact: Artifact, how: OpenOptions
+) -> None:
+    chosen = replan(artifact, width=3, depth=7, resident_share=1.0)
+    counts = []
+
+    def cut(tokens: Sequence[int]) -> int | None:
+        counts.append(len(tokens))
+        return 6 - sum(counts[:-1]) if sum(counts) >= 6 else None
+
+    with Engine.open(chosen, how) as engine, engine.new_sequence() as sequence:
+        constraint = Failing(artifact.spec.vocab_size)
+        asked = GenerationParams(40, constraint=constraint, cut=cut)
+        assert len(generated(sequence, PROMPT, asked)) == 6
+        assert sequence.finish_reason == "stop"
 
 
 class FailingAtOnce(Counted):

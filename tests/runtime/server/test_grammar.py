@@ -17,6 +17,7 @@ from grammars import (
 )
 
 from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.runtime.model.constraint import Follower
 from subspec.runtime.server import grammar
 from subspec.runtime.server.answer_grammar import constraint_for
 from subspec.runtime.server.chat_events import OutputFormat
@@ -181,16 +182,38 @@ def test_a_state_that_is_too_complex_is_a_sentence_and_can_be_left():
     assert allowed_ids(one) == allowed_ids(fresh)
 
 
+def test_a_grammar_that_has_failed_is_compiled_once_more_for_who_goes_on(monkeypatch):
+    model, compiled = demo_tokens(), list[str]()
+    make = grammar._matcher
+    monkeypatch.setattr(
+        grammar, "_matcher", lambda tokens, text: compiled.append(text) or make(tokens, text)
+    )
+    one = constraint(model, OutputFormat("regex", "[b-d]{20}((a{1000}){1000}){1000}"))
+    b = next(token for token in allowed_ids(one) if model.contents[token] == b"b")
+    count = 0
+    with pytest.raises(SubspecError, match="cannot be followed further"):
+        for count in range(21):  # noqa: B007
+            one.allowed()
+            one.push(b)
+    assert len(compiled) == 1, "nobody has gone on yet"
+    one.pop(count - 10)
+    for _ in range(3):
+        assert b in allowed_ids(one)
+        one.push(b)
+    assert len(compiled) == 2
+
+
 def test_a_grammar_that_gets_slower_and_slower_is_given_up(monkeypatch):
-    monkeypatch.setattr(grammar, "ANSWER_SECONDS", 0.1)
+    monkeypatch.setattr("subspec.runtime.model.constraint.ANSWER_SECONDS", 0.1)
     model = demo_tokens()
     one = constraint(model, OutputFormat("lark", 'start: s\ns: s s s | s s | "a" | "aa" | '))
     a = next(token for token in allowed_ids(one) if model.contents[token] == b"a")
+    answer = Follower(one, model.ends)
     begin = time.thread_time()
-    with pytest.raises(SubspecError, match="the Lark grammar takes too long to follow"):
+    with pytest.raises(SubspecError, match="takes too long to follow"):
         for _ in range(3000):
-            one.allowed()
-            one.push(a)
+            answer.allowed()
+            answer.push(a)
     assert time.thread_time() - begin < 5
 
 

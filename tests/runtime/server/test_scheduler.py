@@ -5,6 +5,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,8 @@ from subspec.runtime.draft.drafter import Turn
 from subspec.runtime.engine import Engine, OpenOptions
 from subspec.runtime.exact_pass import Piece as PromptPiece
 from subspec.runtime.model.sampling import Sampling
-from subspec.runtime.sequence import GenerationParams
+from subspec.runtime.sequence import GenerationParams, Sequence
+from subspec.runtime.server import scheduler
 from subspec.runtime.server.generation import (
     Generation,
     GenerationRequest,
@@ -28,7 +30,9 @@ from subspec.runtime.server.generation import (
     Piece,
     QueueFull,
 )
+from subspec.runtime.server.prefixes import Prefix, PrefixCache
 from subspec.runtime.server.scheduler import Scheduler
+from subspec.runtime.text.streaming import AnswerText
 from subspec.runtime.text.tokenizer import ChatTokenizer, load_tokenizer
 
 PROMPTS = [[3 + (17 * n + k) % 900 for n in range(30 + 25 * k)] for k in range(5)]
@@ -284,6 +288,94 @@ def test_a_failed_engine_says_so_to_everybody(
         assert scheduler.status.phase == "failed"
 
     use(replan(copy, resident_share=0.0, num_sequences=3), tokenizer, check)
+
+
+@pytest.mark.parametrize("place", ["its beginning", "its text", "what is sent", "its record"])
+def test_a_bug_that_one_request_meets_is_told_to_it_and_to_the_log_and_ends_no_other(
+    artifact: Artifact,
+    tokenizer: ChatTokenizer,
+    alone: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    place: str,
+) -> None:
+    owner, name = {
+        "its beginning": (scheduler, "StreamingDetokenizer"),
+        "its text": (AnswerText, "cut"),
+        "what is sent": (AnswerText, "take_fresh"),
+        "its record": (scheduler, "run_of"),
+    }[place]
+    work, is_broken = getattr(owner, name), True
+
+    def broken(*given: Any) -> Any:
+        nonlocal is_broken
+        if is_broken:
+            is_broken = False
+            raise KeyError("a bug")
+        return work(*given)
+
+    monkeypatch.setattr(owner, name, broken)
+
+    async def run(served: Scheduler) -> None:
+        first = served.submit(asked(PROMPTS[0]))
+        if place == "its record":
+            assert await tokens_of(first) == alone[0], "the answer itself is whole"
+        else:
+            with pytest.raises(SubspecError, match="the server failed") as failed:
+                await asyncio.wait_for(tokens_of(first), 20)
+            assert failed.value.exit_code == Exit.UNEXPECTED
+        again = [served.submit(asked(prompt)) for prompt in PROMPTS]
+        assert [await tokens_of(job) for job in again] == alone
+        assert served.status.phase == "ready"
+
+    use(artifact, tokenizer, run, record=True)
+    [said] = [one for one in caplog.records if one.message == "a request failed"]
+    assert said.exc_info is not None and isinstance(said.exc_info[1], KeyError)
+
+
+def test_a_bug_of_the_engine_is_told_to_all_who_wait(
+    artifact: Artifact, tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(engine: Engine, turns: list[Turn], pieces: list[PromptPiece]) -> PassResult:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(Engine, "_passes", broken)
+    monkeypatch.setattr("threading.excepthook", lambda told: None)  # it goes to the log
+
+    async def run(served: Scheduler) -> None:
+        jobs = [served.submit(asked(prompt)) for prompt in PROMPTS]
+        for job in jobs:
+            with pytest.raises(SubspecError, match="the engine failed: KeyError"):
+                await asyncio.wait_for(tokens_of(job), 20)
+        assert served.status.phase == "failed"
+
+    use(artifact, tokenizer, run)
+
+
+def test_a_prefix_that_cannot_be_brought_back_leaves_no_wrong_cache(
+    artifact: Artifact,
+    tokenizer: ChatTokenizer,
+    alone: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The copy fails when a part of the cache is another prompt's already."""
+    restore = PrefixCache.restore
+
+    def half(cache: PrefixCache, prefix: Prefix, count: int, sequence: Sequence) -> None:
+        shorter = replace(prefix, kept=(*prefix.kept[:1], *(one[:, :2] for one in prefix.kept[1:])))
+        restore(cache, shorter, count, sequence)
+
+    async def run(served: Scheduler) -> None:
+        for prompt in PROMPTS[:2]:
+            await tokens_of(served.submit(asked(prompt)))
+        monkeypatch.setattr(PrefixCache, "restore", half)
+        with pytest.raises(SubspecError, match="the server failed"):
+            await tokens_of(served.submit(asked(PROMPTS[0])))
+        monkeypatch.setattr(PrefixCache, "restore", restore)
+        assert await tokens_of(served.submit(asked(PROMPTS[1]))) == alone[1]
+        assert await tokens_of(served.submit(asked(PROMPTS[0]))) == alone[0]
+
+    use(artifact, tokenizer, run, num_sequences=1, prefix_cache_bytes=8 << 20)
 
 
 @pytest.mark.parametrize(
