@@ -37,6 +37,8 @@ GRAPH_KERNELS_PER_BLOCK = 48
 GRAPH_KERNELS_OUTSIDE = 96  # of the layers: embedding, head, choosing
 GRAPH_KERNEL_BYTES = 2 << 10
 ATTENTION_PIECE = 16  # attention.cpp rounds head sizes and slots up to multiples of it
+DELTA_NET_PIECE = 32  # delta_net.cpp rounds the sizes of heads up to multiples of it
+DELTA_NET_ROWS = 32  # whose inputs it widens together
 ATTENTION_SECTION = 512  # slots that attention_triton.py adds up on their own
 ATTENTION_SECTIONS = 8  # of them, at a time
 DRAFT_GROUP_BYTES = 76  # for 64 quantized activations in draft_layers.cpp
@@ -277,6 +279,17 @@ def attention_scratch_bytes(num_threads: int, num_slots: int, head_size: int) ->
     slots, dims = (-(-size // piece) * piece for size in (num_slots, head_size))
     per_thread = slots * (2 * dims + piece + 2) + dims * piece
     return 4 * (slots + num_threads * per_thread)
+
+
+def delta_net_scratch_bytes(
+    num_threads: int, key_size: int, value_size: int, num_taps: int, num_slots: int
+) -> int:
+    """Scratch memory of delta_net.cpp: per thread, the inputs of some rows of a head in f32, and a
+    memory for each slot."""
+    rows, piece = DELTA_NET_ROWS, DELTA_NET_PIECE
+    keys, values = (-(-size // piece) * piece for size in (key_size, value_size))
+    inputs = (num_taps + rows) * (2 * keys + values) + rows * (values + 2)
+    return 4 * num_threads * (inputs + num_slots * keys * values)
 
 
 def attention_sections(num_slots: int) -> int:

@@ -8,16 +8,29 @@ T = rows, N = rows without padding, K = taps, G / J = key / value heads, E / F =
 C = channels of the convolution: G E of q, G E of k, J F of v
 """
 
+import ctypes
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-NUM_SUMS = 8  # partial sums of every reduction
+from subspec.artifacts.footprint import delta_net_scratch_bytes
+from subspec.artifacts.native import cpp
+from subspec.runtime.model.attention import ELEMENT_BITS
+from subspec.runtime.model.rounded import (
+    exp_of_negative,
+    ordered_sum,
+    sigmoid,
+    silu,
+    softplus,
+    square_root,
+)
+
+SOURCE = Path(__file__).parents[1] / "kernels" / "delta_net.cpp"
 L2_EPSILON = 1e-6
-LOG2_E = 1.4426950408889634
 
 
 @dataclass(frozen=True)
@@ -122,6 +135,10 @@ def delta_net(
 
     `state` is only read, unless it is itself the end behind the last row of a chain.
     """
+    is_end = any(end.state.memory is state.memory for end in ends)
+    assert not is_end or paths.num_slots == 1
+    if z.device.type == "cpu" and unavailable() is None:
+        return delta_net_in_cpp(weights, state, paths, inputs, z, ends)
     return delta_net_in_torch(weights, state, paths, inputs, z, ends)
 
 
@@ -132,6 +149,111 @@ def commit(weights: DeltaWeights, state: DeltaState, inputs: DeltaInputs) -> Non
     paths = chain_paths(num_rows, weights.conv.shape[-1])
     nothing = inputs.qkv.new_zeros(num_rows, state.memory[:, 0].numel())
     delta_net(weights, state, paths, inputs, nothing, [End(num_rows - 1, state)])
+
+
+def leave_inputs(state: DeltaState, paths: Paths, inputs: DeltaInputs, ends: Sequence[End]) -> None:
+    """The last inputs of the convolution behind each end, some of which may be the state's own."""
+    num_before, found = len(state.conv), []
+    for end in ends:
+        window = paths.windows[end.row, 1:]
+        of_state, of_rows = window[window < num_before], window[window >= num_before] - num_before
+        found.append(torch.cat((state.conv[of_state], inputs.qkv[of_rows])))
+    for end, rows in zip(ends, found, strict=True):
+        end.state.conv.copy_(rows)
+
+
+class _Sizes(ctypes.Structure):
+    _fields_ = [
+        *((f"num_{what}", ctypes.c_int64) for what in ("rows", "key_heads", "value_heads")),
+        *((what, ctypes.c_int64) for what in ("key_size", "value_size", "num_taps")),
+        *((f"num_{what}", ctypes.c_int64) for what in ("slots", "ends")),
+        *((f, ctypes.c_float) for f in ("query_scale", "inverse_value_size", "norm_epsilon")),
+        ("rounds_norm", ctypes.c_int32),
+    ]
+
+
+class _Tensors(ctypes.Structure):
+    _fields_ = [
+        *((what, ctypes.c_void_p) for what in ("before", "qkv", "a", "b", "z")),
+        *((f"{what}_row", ctypes.c_int64) for what in ("qkv", "a", "b", "z")),
+        ("out", ctypes.c_void_p),
+        ("out_row", ctypes.c_int64),
+        *((what, ctypes.c_void_p) for what in ("taps", "rate", "step_bias", "norm", "memory")),
+        *((what, ctypes.c_void_p) for what in ("windows", "sources", "slots", "end_rows", "ends")),
+    ]
+
+
+def unavailable() -> str | None:
+    """None if `delta_net_in_cpp` works, which builds delta_net.cpp where that has not been done;
+    else why not."""
+    return cpp.unavailable(SOURCE, _declare)
+
+
+def delta_net_in_cpp(
+    weights: DeltaWeights,
+    state: DeltaState,
+    paths: Paths,
+    inputs: DeltaInputs,
+    z: Tensor,
+    ends: Sequence[End],
+) -> Tensor:
+    """The bits of the plain twin. Needs unavailable() to be None."""
+    num_heads, key_size, value_size = state.memory.shape
+    qkv, a, b, dtype = inputs.qkv, inputs.a, inputs.b, z.dtype
+    assert state.conv.dtype == qkv.dtype == a.dtype == b.dtype == dtype
+    assert all(x.stride(1) == 1 for x in (qkv, a, b, z)) and state.conv.is_contiguous()
+    out = torch.empty(z.shape, dtype=dtype)
+    out[len(paths) :] = 0
+    end_rows = torch.tensor([end.row for end in ends], dtype=torch.int64)
+    memories = torch.tensor([end.state.memory.data_ptr() for end in ends], dtype=torch.int64)
+    stored = (weights.conv, rate_of(weights), weights.step_bias, weights.norm)
+    small = [x.float().contiguous() for x in stored]
+    assert state.memory.is_contiguous()
+    assert all(end.state.memory.is_contiguous() for end in ends)
+    sizes = _Sizes(
+        len(paths),
+        (qkv.shape[1] - num_heads * value_size) // (2 * key_size),
+        num_heads,
+        key_size,
+        value_size,
+        weights.conv.shape[-1],
+        paths.num_slots,
+        len(ends),
+        key_size**-0.5,
+        1 / value_size,
+        weights.epsilon,
+        torch.promote_types(weights.norm.dtype, dtype) == dtype,
+    )
+    tensors = _Tensors(
+        *(x.data_ptr() for x in (state.conv, qkv, a, b, z)),
+        *(x.stride(0) for x in (qkv, a, b, z)),
+        out.data_ptr(),
+        out.stride(0),
+        *(x.data_ptr() for x in (*small, state.memory)),
+        *(x.data_ptr() for x in (paths.windows, paths.sources, paths.slots, end_rows, memories)),
+    )
+    num_threads = torch.get_num_threads()
+    of_head = key_size, value_size, sizes.num_taps
+    size = delta_net_scratch_bytes(num_threads, *of_head, paths.num_slots)
+    scratch = torch.empty(size, dtype=torch.uint8)
+    assert scratch.data_ptr() % 64 == 0, "it is used as vectors"
+    cpp.loaded(SOURCE, _declare).subspec_delta_net(
+        ctypes.byref(sizes),
+        ctypes.byref(tensors),
+        ELEMENT_BITS[dtype],
+        scratch.data_ptr(),
+        num_threads,
+    )
+    leave_inputs(state, paths, inputs, ends)
+    return out
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    library.subspec_delta_net.restype = None
+    library.subspec_delta_net.argtypes = (
+        *(ctypes.POINTER(_Sizes), ctypes.POINTER(_Tensors), ctypes.c_int),
+        *(ctypes.c_void_p, ctypes.c_int),  # scratch, threads
+    )
 
 
 # The plain twin
@@ -163,7 +285,7 @@ def delta_net_in_torch(
             kept[row] = memory
     for end in ends:
         end.state.memory.copy_(kept[end.row])
-        end.state.conv.copy_(before[windows[end.row, 1:]])
+    leave_inputs(state, paths, inputs, ends)
     out = torch.zeros_like(z)
     if num_rows:
         gate = z[:num_rows].unflatten(1, (num_heads, -1))
@@ -192,14 +314,17 @@ def convolve(
 
 def unit_length(x: Tensor) -> Tensor:
     squares = ordered_sum(x * x, x.dim() - 1)[..., None]
-    return x * (1 / (squares + L2_EPSILON).sqrt())
+    return x * (1 / square_root(squares + L2_EPSILON))
 
 
 def gates(weights: DeltaWeights, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """a, b [N, J] -> f32 [N, J]: the decay of the memory, and the share of a new value."""
-    rate = weights.decay_log.float().exp()  # of as many numbers in every pass
-    log_decay = rate * softplus(a.float() + weights.step_bias.float())
+    log_decay = rate_of(weights) * softplus(a.float() + weights.step_bias.float())
     return exp_of_negative(-log_decay), sigmoid(b).float()
+
+
+def rate_of(weights: DeltaWeights) -> Tensor:
+    return weights.decay_log.double().exp().float()
 
 
 def step(
@@ -217,59 +342,5 @@ def gated_norm(weights: DeltaWeights, x: Tensor, gate: Tensor) -> Tensor:
     """x f32 [N, J, F] through an RMSNorm over each head, times silu(gate), in gate's dtype."""
     x = x.to(gate.dtype).float()
     mean = ordered_sum(x * x, 2)[:, :, None] * (1 / x.shape[2])
-    x = (x * (1 / (mean + weights.epsilon).sqrt())).to(gate.dtype)
+    x = (x * (1 / square_root(mean + weights.epsilon))).to(gate.dtype)
     return (weights.norm * x * silu(gate.float())).to(gate.dtype)
-
-
-# Functions of exactly rounded operations: torch's own f32 functions round the last numbers of a
-# tensor, and of each thread's share of one, otherwise than the others.
-
-
-def ordered_sum(x: Tensor, dim: int) -> Tensor:
-    """Over one dimension, as partial sums of every NUM_SUMS-th number and then halves of those."""
-    x = x.movedim(dim, 0)
-    sums = x.new_zeros(NUM_SUMS, *x.shape[1:])
-    for first in range(0, len(x), NUM_SUMS):
-        some = x[first : first + NUM_SUMS]
-        sums[: len(some)] += some
-    while len(sums) > 1:
-        half = len(sums) // 2
-        sums = sums[:half] + sums[half:]
-    return sums[0]
-
-
-def exp_of_negative(x: Tensor) -> Tensor:
-    """e^x for f32 x <= 0: power_of_two of exponent.hpp."""
-    x = x * LOG2_E
-    whole = x.round()
-    part = x - whole
-    power = part * 0.000153533605 + 0.0013398875
-    for factor in (0.00961843692, 0.0555033237, 0.240226477, 0.693147182, 1.0):
-        power = power * part + factor
-    exponent = whole.clamp(min=-126).to(torch.int32) << 23
-    power = (power.view(torch.int32) + exponent).view(torch.float32)
-    power = torch.where(x < -126, torch.zeros_like(x), power)
-    return torch.where(x.isnan(), x, power)
-
-
-def sigmoid(x: Tensor) -> Tensor:
-    """In x's dtype."""
-    power = exp_of_negative(-x.float().abs())
-    return (torch.where(x < 0, power, torch.ones_like(power)) / (power + 1)).to(x.dtype)
-
-
-def silu(x: Tensor) -> Tensor:
-    """Of f32 x."""
-    power = exp_of_negative(-x.abs())
-    return x * torch.where(x < 0, power, torch.ones_like(power)) / (power + 1)
-
-
-def softplus(x: Tensor) -> Tensor:
-    """log(1 + e^x) of f32 x: its logarithm is 2 atanh(y / (2 + y)), y = e^-|x|."""
-    power = exp_of_negative(-x.abs())
-    ratio = power / (power + 2)
-    square = ratio * ratio
-    series = square * (1 / 17) + 1 / 15
-    for odd in (13, 11, 9, 7, 5, 3, 1):
-        series = series * square + 1 / odd
-    return x.clamp(min=0) + (ratio + ratio) * series

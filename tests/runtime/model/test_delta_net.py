@@ -1,27 +1,67 @@
 """Gated delta nets: the rule against its definition in f64, and what speculation needs of it: a
 row's bits depend on its path alone."""
 
+import math
 import random
-from collections.abc import Sequence
+import struct
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
 import torch.nn.functional as F
+from instruction_sets import Build, built
 from torch import Tensor
 
+from subspec.artifacts.footprint import delta_net_scratch_bytes
 from subspec.runtime.model import delta_net as net
+from subspec.runtime.model import rounded
 from subspec.runtime.model.delta_net import (
     DeltaInputs,
     DeltaState,
     DeltaWeights,
     End,
+    Paths,
     chain_paths,
     tree_paths,
 )
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Shape = tuple[int, int, int, int, int]  # G, J, E, F, K
+Function = Callable[..., Tensor]
 SHAPES: list[Shape] = [(2, 4, 8, 12, 4), (1, 3, 16, 32, 4), (3, 3, 12, 8, 3), (2, 2, 5, 70, 1)]
+
+
+BUILDS = {
+    "native": Build((), ""),
+    "avx512f": Build(("-march=haswell", "-mavx512f"), "avx512f"),
+    "avx2": Build(("-march=haswell",), "avx2"),
+    "sse2": Build(("-march=x86-64",), "sse2"),
+}
+
+
+@pytest.fixture(scope="module", params=BUILDS)
+def build(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
+    """delta_net_in_cpp() as it is, and as built for other instruction sets."""
+    with built(BUILDS[request.param], tmp_path_factory.mktemp("cache")):
+        assert net.unavailable() is None
+        yield
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """A test may change the number of threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["compiled", "plain"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What delta_net() calls: the compiled one, and without a compiler its plain twin."""
+    if request.param == "plain":
+        monkeypatch.setattr(net, "unavailable", lambda: "there is none")
 
 
 def layer(shape: Shape, dtype: torch.dtype, seed: int = 0) -> tuple[DeltaWeights, DeltaState]:
@@ -64,6 +104,12 @@ def copied(state: DeltaState) -> DeltaState:
 
 def equal(one: DeltaState, other: DeltaState) -> bool:
     return torch.equal(one.conv, other.conv) and torch.equal(one.memory, other.memory)
+
+
+def equal_bits(one: Tensor, other: Tensor) -> bool:
+    """Zeros of either sign are not the same."""
+    of_size = {4: torch.int32, 2: torch.int16}[one.element_size()]
+    return torch.equal(one.contiguous().view(of_size), other.contiguous().view(of_size))
 
 
 def random_tree(count: int, seed: int) -> list[int]:
@@ -117,6 +163,7 @@ def defined(
     return (out * weights.norm.double() * gate).flatten(1), memory
 
 
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_chain_is_what_the_definition_says(shape: Shape) -> None:
     weights, state = layer(shape, torch.float32)
@@ -128,6 +175,7 @@ def test_a_chain_is_what_the_definition_says(shape: Shape) -> None:
     assert torch.equal(after.conv, torch.cat((state.conv, inputs.qkv))[9:])
 
 
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_row_of_a_tree_has_the_bits_that_its_path_has_row_by_row(
@@ -146,6 +194,7 @@ def test_a_row_of_a_tree_has_the_bits_that_its_path_has_row_by_row(
     assert equal(state, unread)
 
 
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_kept_path_leaves_the_state_of_a_prompt_with_its_tokens(
@@ -160,6 +209,7 @@ def test_a_kept_path_leaves_the_state_of_a_prompt_with_its_tokens(
     assert equal(committed, expected)
 
 
+@pytest.mark.usefixtures("kernel")
 def test_a_prompt_in_pieces_has_the_bits_of_one_and_leaves_states_on_its_way() -> None:
     shape = SHAPES[0]
     weights, state = layer(shape, torch.bfloat16)
@@ -181,6 +231,7 @@ def test_a_prompt_in_pieces_has_the_bits_of_one_and_leaves_states_on_its_way() -
     assert equal(live, committed)
 
 
+@pytest.mark.usefixtures("kernel")
 def test_rows_beyond_the_paths_are_padding_and_become_zeros() -> None:
     shape = SHAPES[0]
     weights, state = layer(shape, torch.bfloat16)
@@ -189,6 +240,77 @@ def test_rows_beyond_the_paths_are_padding_and_become_zeros() -> None:
     out = net.delta_net(weights, state, paths, inputs, z)
     few = net.delta_net(weights, state, paths, picked(inputs, range(3)), z[:3])
     assert torch.equal(out[:3], few) and not out[3:].any()
+
+
+LARGE: Shape = (4, 8, 64, 64, 4)  # worth several threads
+
+
+def leaves(
+    given: tuple[DeltaWeights, DeltaState, Paths, DeltaInputs, Tensor], function: Function
+) -> list[Tensor]:
+    """The outputs, and the states behind the first and the last row."""
+    _, state, paths, _, _ = given
+    ends = [End(row, copied(state)) for row in (0, len(paths) - 1)]
+    out = function(*given, ends)
+    return [out, *(tensor for end in ends for tensor in (end.state.conv, end.state.memory))]
+
+
+@pytest.mark.usefixtures("build", "threads")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_compiled_one_has_the_bits_of_the_plain_twin(dtype: torch.dtype) -> None:
+    for shape, count in zip((*SHAPES, LARGE), (9, 1, 40, 5, 37), strict=True):
+        weights, state = layer(shape, dtype)
+        inputs, z = rows(shape, dtype, count)
+        for paths in (
+            tree_paths(random_tree(count, 3), shape[-1]),
+            chain_paths(count, shape[-1]),
+        ):
+            given = weights, state, paths, inputs, z
+            expected = leaves(given, net.delta_net_in_torch)
+            for num_threads in (1, 2, 3):
+                torch.set_num_threads(num_threads)
+                got = leaves(given, net.delta_net_in_cpp)
+                assert all(map(equal_bits, got, expected))
+
+
+@pytest.mark.usefixtures("build")
+def test_tensors_stored_in_f32_are_not_rounded() -> None:
+    shape = SHAPES[0]
+    weights, state = layer(shape, torch.float32)
+    _, state = layer(shape, torch.bfloat16)
+    inputs, z = rows(shape, torch.bfloat16, 6)
+    given = weights, state, chain_paths(6, shape[-1]), inputs, z
+    assert equal_bits(net.delta_net_in_cpp(*given, []), net.delta_net_in_torch(*given, []))
+
+
+@pytest.mark.usefixtures("build", "threads")
+def test_it_stays_within_its_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
+    edge, allocated, empty = 4096, list[Tensor](), torch.empty
+
+    def with_edges(size: int | Sequence[int], dtype: torch.dtype) -> Tensor:
+        if not isinstance(size, int):
+            return empty(size, dtype=dtype)
+        allocated.append(torch.full((size + 2 * edge,), 0xA5, dtype=dtype))
+        return allocated[-1][edge : edge + size]
+
+    for num_threads in (1, 2, 3):
+        torch.set_num_threads(num_threads)
+        for shape in (*SHAPES, LARGE):
+            weights, state = layer(shape, torch.bfloat16)
+            inputs, z = rows(shape, torch.bfloat16, 33)
+            given = weights, state, tree_paths(random_tree(33, 1), shape[-1]), inputs, z
+            expected = net.delta_net_in_cpp(*given, [])
+            with monkeypatch.context() as patch:
+                patch.setattr(torch, "empty", with_edges)
+                got = net.delta_net_in_cpp(*given, [])
+            assert equal_bits(got, expected)
+            around = torch.cat((allocated[-1][:edge], allocated[-1][-edge:]))
+            assert bool((around == 0xA5).all())
+
+
+def test_scratch_is_for_each_thread_and_slot() -> None:
+    assert delta_net_scratch_bytes(1, 32, 32, 4, 0) == 4 * (36 * 96 + 32 * 34)
+    assert delta_net_scratch_bytes(3, 32, 64, 4, 5) == 4 * 3 * (36 * 128 + 32 * 66 + 5 * 2048)
 
 
 def test_a_chain_is_a_tree() -> None:
@@ -203,6 +325,16 @@ def test_a_beam_needs_a_slot_for_each_of_its_rows_and_no_more() -> None:
     assert tree_paths(parents, 4).num_slots <= 5
 
 
+def test_square_roots_are_correctly_rounded_wherever_a_number_stands() -> None:
+    x = torch.cat((torch.rand(5000), torch.rand(5000) * 1e30, torch.rand(5000) * 1e-30))
+    assert rounded.square_root(x).tolist() == [f32(math.sqrt(one)) for one in x.tolist()]
+
+
+def f32(x: float) -> float:
+    found: float = struct.unpack("f", struct.pack("f", x))[0]
+    return found
+
+
 @pytest.mark.parametrize("name", ["sigmoid", "silu", "softplus", "exp_of_negative"])
 def test_functions_of_rounded_operations_are_those_of_torch_wherever_a_number_stands(
     name: str,
@@ -210,7 +342,7 @@ def test_functions_of_rounded_operations_are_those_of_torch_wherever_a_number_st
     x = torch.cat((torch.linspace(-130, 90, 4001), torch.tensor([0.0, -0.0, 1e-30, float("nan")])))
     if name == "exp_of_negative":
         x = -x.abs()
-    function = getattr(net, name)
+    function = getattr(rounded, name)
     plain = getattr(torch, {"exp_of_negative": "exp"}.get(name, name), None) or getattr(F, name)
     got = function(x)
     torch.testing.assert_close(
