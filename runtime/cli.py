@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from subspec.artifacts.common.command import say, size_option
+from subspec.artifacts.common.command import say
 from subspec.artifacts.common.configuration import Configured
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.sizes import format_size
+from subspec.runtime.app.opening_options import plan_options
 from subspec.runtime.app.run_options import (
     MOST_LOGPROBS,
     Options,
     arranged,
     bias_option,
     check_options,
-    device_option,
     finite_option,
     option,
 )
@@ -81,19 +81,7 @@ LARGEST_PROMPT = 16 << 20  # bytes read from stdin
 @option(
     "--unpadded", "With --no-speculation: one unpadded row per pass, the fastest.", is_flag=True
 )
-@option("--no-graphs", "On a GPU: no CUDA graphs for the draft.", is_flag=True)
-@option(
-    "--vram", "Budget: re-plan for SIZE if the plan needs more.",
-    callback=size_option, metavar="SIZE",
-)  # fmt: skip
-@option("--no-replan", "Use the stored plan as it is, on any machine.", is_flag=True)
-@option(
-    "--trust-kernels", "Load the pre-built kernels in ARTIFACT; they are programs.", is_flag=True
-)
-@option("--device", "cpu, or one GPU such as cuda:1.", callback=device_option, metavar="DEVICE")
-@option(
-    "--link-bandwidth", "Limit the link to SIZE per second.", callback=size_option, metavar="SIZE"
-)
+@plan_options
 @option("--context", "With --model: tokens of prompt and answer.", type=click.IntRange(min=16))
 @option("--sequences", "With --model: conversations in memory.", type=click.IntRange(1, 256))
 @option("--rehearse", "With --model: as for subspec-plan.", metavar="SECONDS|none")
@@ -157,15 +145,7 @@ def main(**given: Any) -> None:
 def opening(options: Options) -> "Opening":
     from subspec.runtime.app.opening import Opening
 
-    return Opening(
-        method="plain" if options.no_speculation else None,
-        vram=options.vram,
-        replan=not options.no_replan,
-        device=options.device,
-        link_bandwidth=options.link_bandwidth,
-        padded=not options.unpadded,
-        graphs=not options.no_graphs,
-    )
+    return Opening.of(options, padded=not options.unpadded)
 
 
 def answering(artifact: "Artifact", options: Options) -> "Answering":
@@ -194,15 +174,9 @@ def chosen_folder(options: Options) -> Path:
     if options.model is None:
         assert options.artifact is not None, "arranged() asks for it"
         return Path(options.artifact)
-    from subspec.runtime.app.planned_model import ModelRequest, planned_model
+    from subspec.runtime.app.planned_model import planned_model, request_of
 
-    assert options.vram is not None, "check_options asks for it"
-    return planned_model(
-        ModelRequest(
-            options.model, options.vram, options.device, options.context, options.sequences,
-            options.link_bandwidth, options.rehearse,
-        )
-    )  # fmt: skip
+    return planned_model(request_of(options))
 
 
 def check(folder: Path, options: Options) -> None:

@@ -17,6 +17,7 @@ from subspec.artifacts.format.prebuilt import install_prebuilt
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.plan import Method
 from subspec.artifacts.profile import UNDER_LOAD
+from subspec.runtime.app.opening_options import OpeningOptions
 from subspec.runtime.app.replan import fitted
 from subspec.runtime.engine import Engine, OpenOptions, kernel_sources, machine_name
 
@@ -37,6 +38,19 @@ class Opening:
     padded: bool = True
     graphs: bool = True
     sequences: int | None = None  # that the plan must have memory for; None: any number
+
+    @staticmethod
+    def of(options: OpeningOptions, padded: bool = True, sequences: int | None = None) -> "Opening":
+        return Opening(
+            "plain" if options.no_speculation else None,
+            options.vram,
+            not options.no_replan,
+            options.device,
+            options.link_bandwidth,
+            padded,
+            not options.no_graphs,
+            sequences,
+        )
 
 
 def trust_kernels(artifact: Artifact) -> None:

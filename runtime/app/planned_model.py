@@ -26,6 +26,7 @@ from subspec.artifacts.format.codec import dump_json, load_dataclass, parse_json
 from subspec.artifacts.format.folder import MANIFEST
 from subspec.artifacts.format.store import LARGEST_JSON, open_artifact
 from subspec.artifacts.format.tensors import open_regular
+from subspec.runtime.app.opening_options import OpeningOptions
 from subspec.runtime.app.planner_command import run_planner
 
 DEMO = "demo"  # the model that comes with subspec
@@ -48,6 +49,20 @@ class ModelRequest:
     sequences: int | None = None
     link_bandwidth: int | None = None
     rehearse: str | None = None
+
+
+def request_of(options: OpeningOptions) -> ModelRequest:
+    """Of a command line with --model, which `check_opening` has looked at."""
+    assert options.model is not None and options.vram is not None
+    return ModelRequest(
+        options.model,
+        options.vram,
+        options.device,
+        options.context,
+        options.sequences,
+        options.link_bandwidth,
+        options.rehearse,
+    )
 
 
 @dataclass(frozen=True)

@@ -2,32 +2,30 @@
 
 import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import click
 
 from subspec.artifacts.common.command import HINT
 from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.runtime.app.opening_options import (
+    OpeningOptions,
+    check_opening,
+    is_given,
+    option_with_default_of,
+    spelled,
+)
 
 BIAS = re.compile(r"([0-9]{1,9})=([+-]?[0-9]{1,9}(?:\.[0-9]{1,9})?)", re.ASCII)
 MOST_LOGPROBS = 20  # likeliest tokens that are reported with each token
-DEVICE = re.compile(r"cpu|cuda(:[0-9]{1,3})?", re.ASCII)
-
-Command = Callable[..., None]
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(OpeningOptions):
     """The command line, as click parsed it."""
 
     artifact: str | None = None
     prompt: str | None = None
-    model: str | None = None
-    context: int | None = None
-    sequences: int | None = None
-    rehearse: str | None = None
     max_tokens: int = 512
     temperature: float = 0.0
     top_p: float = 1.0
@@ -42,26 +40,18 @@ class Options:
     system: str | None = None
     raw: bool = False
     chat: bool = False
-    no_speculation: bool = False
     unpadded: bool = False
-    no_graphs: bool = False
-    vram: int | None = None
-    no_replan: bool = False
-    trust_kernels: bool = False
-    device: str | None = None
-    link_bandwidth: int | None = None
     logprobs: int | None = None
     as_json: bool = False
     check: bool = False
     full: bool = False
     stats: bool = False
-    no_record: bool = False
 
 
 # The first flag of a pair needs the second, or excludes it.
 NEEDS = (
-    ("full", "check"), ("unpadded", "no_speculation"), ("model", "vram"), ("context", "model"),
-    ("sequences", "model"), ("rehearse", "model"), ("logprobs", "as_json"),
+    ("full", "check"), ("unpadded", "no_speculation"), ("sequences", "model"),
+    ("logprobs", "as_json"),
 )  # fmt: skip
 EXCLUDES = (
     ("as_json", "chat"), ("raw", "chat"), ("raw", "system"),
@@ -69,12 +59,7 @@ EXCLUDES = (
 )  # fmt: skip
 
 
-def option(name: str, help: str, **settings: Any) -> Callable[[Command], Command]:
-    """A click option with the default of its field in Options."""
-    field = name.lstrip("-").replace("-", "_")
-    default = getattr(Options, field)
-    shown = default not in (None, False, ())
-    return click.option(name, default=default, show_default=shown, help=help, **settings)
+option = option_with_default_of(Options)
 
 
 def finite_option(context: click.Context, parameter: click.Parameter, value: float) -> float:
@@ -103,16 +88,6 @@ def bias_option(
     return tuple(found.items())
 
 
-def device_option(
-    context: click.Context, parameter: click.Parameter, value: str | None
-) -> str | None:
-    if value is not None and DEVICE.fullmatch(value) is None:
-        raise click.BadParameter(
-            f"{value!r} is not a device{HINT}use cpu, cuda, or one of several GPUs, such as cuda:1"
-        )
-    return value
-
-
 def arranged(options: Options) -> Options:
     """With --model the only positional argument is PROMPT. Raises SubspecError(USAGE)."""
     if options.model is None:
@@ -134,17 +109,11 @@ def arranged(options: Options) -> Options:
 
 def check_options(options: Options) -> None:
     """Raises SubspecError(USAGE) for what click cannot see."""
-    for flag, other in NEEDS:
-        if is_given(options, flag) and not is_given(options, other):
-            message = f"{spelled(flag)} was given without {spelled(other)}"
-            raise SubspecError(Exit.USAGE, message, f"add {spelled(other)}")
+    check_opening(options, NEEDS)
     for flag, other in EXCLUDES:
         if is_given(options, flag) and is_given(options, other):
             message = f"{spelled(flag)} and {spelled(other)} exclude each other"
             raise SubspecError(Exit.USAGE, message, "leave one out")
-    if options.model is None and options.vram and options.no_replan:
-        message = "--vram and --no-replan exclude each other"
-        raise SubspecError(Exit.USAGE, message, "leave one out")
     if "" in options.stop:
         raise SubspecError(Exit.USAGE, "--stop is empty", "give the text that ends the answer")
     try:
@@ -152,12 +121,3 @@ def check_options(options: Options) -> None:
         "".join(word or "" for word in words).encode("utf-8")
     except UnicodeEncodeError:  # surrogates, which stand for bytes that are not UTF-8
         raise SubspecError(Exit.USAGE, "an argument is not UTF-8", "convert it to UTF-8") from None
-
-
-def is_given(options: Options, field: str) -> bool:
-    return bool(getattr(options, field) != getattr(Options, field))
-
-
-def spelled(field: str) -> str:
-    names = {"as_json": "--json", "prompt": "a PROMPT"}
-    return names.get(field, "--" + field.replace("_", "-"))

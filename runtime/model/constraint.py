@@ -29,7 +29,8 @@ class Constraint(Protocol):
         ...
 
     def push(self, token: int) -> None:
-        """`token`, which was allowed, comes next. An error leaves the state as it was."""
+        """`token`, which was allowed and does not end the answer, comes next. An error leaves the
+        state as it was."""
         ...
 
     def pop(self, num_tokens: int) -> None:

@@ -33,8 +33,9 @@ def constraint_for(
     thinking: Thinking | None = None,
     thinking_is_open: bool = False,
 ) -> Constraint | None:
-    """tools and the next two as in ChatRequest. call_form: how the model writes calls, None if that
-    is not known. thinking: how it thinks, if it may; thinking_is_open: the prompt ends within it.
+    """tools and the next two as in ChatRequest. call_form: how the model writes calls, None if
+    there is no grammar for that. thinking: how it thinks, if it may; thinking_is_open: the prompt
+    ends within it.
 
     Tools that are only allowed constrain the answer if it has an output format or if one of them
     is `strict`. Returns None for an answer that may be anything. Call it in a thread of
@@ -64,7 +65,7 @@ def _grammar(
         if form is None:
             raise SubspecError(
                 Exit.USAGE,
-                "tool_choice cannot be honoured: the form of this model's tool calls is not known",
+                "tool_choice cannot be honoured: there is no grammar for this model's tool calls",
                 "use tool_choice auto",
             )
         one_or_more = parallel and tool_choice == "required"  # a tool by its name is called once

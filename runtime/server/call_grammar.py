@@ -35,7 +35,7 @@ QWEN_XML = CallForm(
 LLAMA = CallForm('{"name": "', '", "parameters": ', "}", "; ")
 MISTRAL_LIST = CallForm('{"name": "', '", "arguments": ', "}", ", ", "[TOOL_CALLS][", "]")
 MISTRAL_ARGS = CallForm("[TOOL_CALLS]", "[ARGS]", "", "")
-FORMS = {
+FORMS = {  # by ToolFormat.kind; none for gemma's, whose values are not JSON
     "hermes": HERMES,
     "xml": QWEN_XML,
     "llama": LLAMA,

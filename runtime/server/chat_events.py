@@ -1,5 +1,6 @@
-"""A chat request and the events of its answer, in one form for every API: openai.py, responses.py
-and messages.py translate their JSON to and from these, chat.py does the work in between.
+"""A chat request and the events of its answer, in one form for every API: openai_chat.py,
+responses.py and messages.py translate their JSON to and from these, chat.py does the work in
+between.
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from subspec.artifacts.common.command import HINT, leave, size_option
+from subspec.artifacts.common.command import HINT, leave
 from subspec.artifacts.common.configuration import Configured
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.runtime.app.run_options import device_option, finite_option
+from subspec.runtime.app.opening_options import plan_options
+from subspec.runtime.app.run_options import finite_option
 from subspec.runtime.server.serve_options import (
     KEY_VARIABLE,
     MODEL_NAME,
@@ -77,19 +78,7 @@ NEEDED = ("fastapi", "uvicorn", "prometheus_client", "llguidance")  # by the ext
         type=click.FloatRange(0, 1, min_open=True), callback=finite_option)  # fmt: skip
 @option("--top-k", "Of requests that do not say; 0 disables.", type=click.IntRange(min=0))
 @option("--no-speculation", "Decode plainly: the same tokens without a draft.", is_flag=True)
-@option("--no-graphs", "On a GPU: no CUDA graphs for the draft.", is_flag=True)
-@option(
-    "--vram", "Budget: re-plan for SIZE if the plan needs more.",
-    callback=size_option, metavar="SIZE",
-)  # fmt: skip
-@option("--no-replan", "Use the stored plan as it is, on any machine.", is_flag=True)
-@option(
-    "--trust-kernels", "Load the pre-built kernels in ARTIFACT; they are programs.", is_flag=True
-)
-@option("--device", "cpu, or one GPU such as cuda:1.", callback=device_option, metavar="DEVICE")
-@option(
-    "--link-bandwidth", "Limit the link to SIZE per second.", callback=size_option, metavar="SIZE"
-)
+@plan_options
 @option(
     "--context", "With --model: tokens of prompt and answer together.",
     type=click.IntRange(min=16), metavar="N",
@@ -158,15 +147,9 @@ def begun(folder: Path, options: Options) -> "Artifact":
 
 def planned_folder(options: Options) -> Path:
     """The artifact of --model, which is planned if it is not there yet."""
-    from subspec.runtime.app.planned_model import ModelRequest, planned_model
+    from subspec.runtime.app.planned_model import planned_model, request_of
 
-    assert options.model is not None and options.vram is not None, "check_options asks for them"
-    return planned_model(
-        ModelRequest(
-            options.model, options.vram, options.device, options.context, options.sequences,
-            options.link_bandwidth, options.rehearse,
-        )
-    )  # fmt: skip
+    return planned_model(request_of(options))
 
 
 def settings_of(options: Options, keys: tuple[str, ...]) -> "Settings":
@@ -198,15 +181,7 @@ def check_sequences(artifact: "Artifact", asked: int | None) -> None:
 def opening(options: Options) -> "Opening":
     from subspec.runtime.app.opening import Opening
 
-    return Opening(
-        method="plain" if options.no_speculation else None,
-        vram=options.vram,
-        replan=not options.no_replan,
-        device=options.device,
-        link_bandwidth=options.link_bandwidth,
-        graphs=not options.no_graphs,
-        sequences=options.sequences,
-    )
+    return Opening.of(options, sequences=options.sequences)
 
 
 def serve_artifact(

@@ -2,8 +2,8 @@
 them, and the bounds and forms of what clients send."""
 
 import secrets
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -61,6 +61,12 @@ def as_parts(value: Any) -> Any:
     if isinstance(value, str):
         return [{"type": "text", "text": value}]
     return [] if value is None else value
+
+
+def with_asked(defaults: Sampling, asked: Mapping[str, float | None]) -> Sampling:
+    """asked: values by field; None where the request does not say."""
+    given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    return replace(defaults, **given)
 
 
 def required(value: str | None, where: str) -> str:

@@ -58,7 +58,7 @@ class GrammarThreads:
 
     async def run(self, work: Callable[[], Result], what: str) -> Result:
         """Returns work(). Raises what it raises, or SubspecError(USAGE) if it takes longer than
-        COMPILE_SECONDS once it has begun."""
+        twice COMPILE_SECONDS once it has begun: by then compile_grammar would have said so."""
         loop = asyncio.get_running_loop()
         begun = asyncio.Event()
 
@@ -91,27 +91,19 @@ class GrammarConstraint:
         # None: the last one has failed. It keeps an error for ever, and its copies share it.
         self._matcher: LLMatcher | None = compile_grammar(tokens, grammar, what)
         self._pushed: list[int] = []  # tokens that the matcher took
-        self._num_ends = 0  # end tokens after those: the matcher would not count them
-        self._allowed: Tensor | None = None
-        self._ends = torch.zeros(tokens.vocab_size, dtype=torch.bool)
-        self._ends[list(tokens.ends)] = True
+        self._allowed: Tensor | None = None  # None: not asked for in this state
 
     def allowed(self) -> Tensor:
-        """bool [V]: also after the end, when only an end token is left."""
-        if self._num_ends:
-            return self._ends
+        """bool [V]: end tokens among them where the grammar may end."""
         if self._allowed is None:
             self._allowed = self._mask()
         return self._allowed
 
     def push(self, token: int) -> None:
-        """Raises ValueError for a token that was not allowed."""
+        """Raises ValueError for a token that was not allowed, or an end token."""
+        if token in self._tokens.ends:
+            raise ValueError(f"token {token} is no part of {self._what}: it ends the answer")
         matcher = self._usable()
-        if self._num_ends or (token in self._tokens.ends and matcher.is_accepting()):
-            if token not in self._tokens.ends:
-                raise ValueError(f"token {token} after the end of {self._what}")
-            self._num_ends += 1
-            return
         if not matcher.consume_token(token):
             error = matcher.get_error()
             self._matcher = None
@@ -122,15 +114,12 @@ class GrammarConstraint:
         self._allowed = None
 
     def pop(self, num_tokens: int) -> None:
-        if num_tokens > self._num_ends + len(self._pushed):
+        if num_tokens > len(self._pushed):
             raise ValueError(f"pop of {num_tokens} tokens, {len(self._pushed)} were pushed")
-        ends = min(num_tokens, self._num_ends)
-        self._num_ends -= ends
-        rest = num_tokens - ends
-        if rest:
-            del self._pushed[len(self._pushed) - rest :]
+        if num_tokens:
+            del self._pushed[len(self._pushed) - num_tokens :]
             self._allowed = None
-            if self._matcher is not None and not self._matcher.rollback(rest):
+            if self._matcher is not None and not self._matcher.rollback(num_tokens):
                 self._matcher = None
         self._usable()
 

@@ -5,12 +5,9 @@ import secrets
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Literal
 
-from pydantic_core import from_json
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from subspec.artifacts.common.errors import SubspecError
-from subspec.artifacts.format.codec import parse_json
 from subspec.runtime.server.bodies import read_body
 from subspec.runtime.server.chat_events import (
     ChatAnswer,
@@ -33,6 +30,7 @@ from subspec.runtime.server.messages_request import (
     read_message,
 )
 from subspec.runtime.server.streaming import Event, event_stream, gone, whole
+from subspec.runtime.server.tools.json_text import strict_json
 
 JSON = dict[str, JSONValue]
 PING = Event({"type": "ping"}, "ping").encode()
@@ -153,9 +151,8 @@ def call_input(arguments: str) -> JSONValue:
     """Arguments that a limit has cut off are no JSON: they are given as they are, under a name of
     their own."""
     try:
-        from_json(arguments or "{}")  # bounds how deep it is nested
-        value = parse_json(arguments or "{}", "arguments")
-    except (ValueError, SubspecError):
+        value = strict_json(arguments or "{}")
+    except ValueError:
         return {"unfinished_arguments": arguments}
     return value if isinstance(value, dict) else {"arguments": value}
 

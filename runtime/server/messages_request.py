@@ -31,6 +31,7 @@ from subspec.runtime.server.dialect import (
     missing,
     not_text,
     required,
+    with_asked,
 )
 from subspec.runtime.server.errors import invalid, unsupported
 from subspec.runtime.server.openai_fields import EFFORTS
@@ -38,8 +39,6 @@ from subspec.runtime.server.openai_fields import EFFORTS
 # Blocks that say something to this model. What a provider's own tools left in a conversation
 # (server_tool_use, web_search_tool_result, redacted_thinking, ...) is skipped.
 BLOCK_TYPES = {"text", "thinking", "tool_use", "tool_result", "image", "document", "search_result"}
-
-
 BILLING = "x-anthropic-billing-header:"
 
 
@@ -157,13 +156,8 @@ class AskedMessage:
 
 def read_message(body: CreateMessage, defaults: Sampling, fresh_seed: int) -> AskedMessage:
     """defaults: where the request is silent. Raises ApiError."""
-    asked: dict[str, Any] = {
-        "temperature": body.temperature,
-        "top_p": body.top_p,
-        "top_k": body.top_k,
-        "seed": fresh_seed,
-    }
-    sampling = replace(defaults, **{k: value for k, value in asked.items() if value is not None})
+    asked = {"temperature": body.temperature, "top_p": body.top_p, "top_k": body.top_k}
+    sampling = replace(with_asked(defaults, asked), seed=fresh_seed)
     chat = read_conversation(body, sampling)
     stop = tuple(body.stop_sequences or ())
     return AskedMessage(body, replace(chat, max_tokens=body.max_tokens, stop=stop))

@@ -8,9 +8,7 @@ from pydantic import Field, field_validator
 
 from subspec.runtime.model.sampling import Sampling
 from subspec.runtime.server.bodies import Fields
-from subspec.runtime.server.chat_events import (
-    JSONValue,
-)
+from subspec.runtime.server.chat_events import JSONValue
 from subspec.runtime.server.errors import invalid
 from subspec.runtime.server.model_info import ModelInfo
 

@@ -30,6 +30,7 @@ from subspec.runtime.server.dialect import (
     missing,
     not_text,
     required,
+    with_asked,
 )
 from subspec.runtime.server.errors import invalid, unsupported
 from subspec.runtime.server.openai_fields import EFFORTS
@@ -201,17 +202,17 @@ def read_request(body: CreateResponse, defaults: Sampling, fresh_seed: int) -> A
 
 
 def read_sampling(body: CreateResponse, defaults: Sampling, fresh_seed: int) -> Sampling:
-    asked: dict[str, Any] = {
+    asked = {
         "temperature": body.temperature,
         "top_p": body.top_p,
         "top_k": body.top_k,
         "min_p": body.min_p,
-        "seed": fresh_seed if body.seed is None else body.seed,
         "repetition_penalty": body.repetition_penalty,
         "presence_penalty": body.presence_penalty,
         "frequency_penalty": body.frequency_penalty,
     }
-    return replace(defaults, **{name: value for name, value in asked.items() if value is not None})
+    seed = fresh_seed if body.seed is None else body.seed
+    return replace(with_asked(defaults, asked), seed=seed)
 
 
 def read_items(body: CreateResponse) -> Conversation:

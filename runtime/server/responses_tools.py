@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field
 from subspec.runtime.server.bodies import Fields
 from subspec.runtime.server.chat_events import JSONValue
 from subspec.runtime.server.dialect import MOST_TOOLS, JSONObject, Label, Name
+from subspec.runtime.server.tools.json_text import strict_json
 
 TOOL_TYPES = {"function", "custom", "namespace"}
 INPUT = "input"  # the one parameter of a custom tool
@@ -146,8 +147,8 @@ def custom_arguments(text: str) -> str:
 def custom_input(arguments: str) -> str:
     """The other way. A model may write something else: that is the input then."""
     try:
-        value = json.loads(arguments)
-    except (ValueError, RecursionError):
+        value = strict_json(arguments)
+    except ValueError:
         return arguments
     if isinstance(value, dict) and isinstance(value.get(INPUT), str):
         return str(value[INPUT])

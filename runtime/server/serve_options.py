@@ -10,32 +10,30 @@ import click
 
 from subspec.artifacts.common.command import size_option
 from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.runtime.app.opening_options import (
+    OpeningOptions,
+    check_opening,
+    option_with_default_of,
+)
 
 LARGEST_KEY_FILE = 64 << 10  # bytes
 KEY = re.compile(r"[\x21-\x7e]{1,512}")  # what a header can have
 ORIGIN = re.compile(r"\*|https?://[^\s/@?#]+|[a-z][a-z0-9+.-]*://[^\s/@?#]*", re.ASCII)
 MODEL_NAME = re.compile(r"[A-Za-z0-9._:/@-]{1,128}")
 KEY_VARIABLE = "SUBSPEC_API_KEY"
-NEEDS = (("model", "vram"), ("context", "model"), ("rehearse", "model"))  # the second, if the first
-
-Command = Callable[..., None]
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(OpeningOptions):
     """The command line, as click parsed it."""
 
     artifact: Path | None = None
-    model: str | None = None
-    context: int | None = None
-    rehearse: str | None = None
     host: str = "127.0.0.1"
     port: int = 8000
     api_key_file: Path | None = None
     insecure_no_auth: bool = False
     cors_origin: tuple[str, ...] = ()
     model_name: str | None = None
-    sequences: int | None = None
     queue: int = 8
     prefix_cache: int = 0
     shutdown_timeout: float = 30.0
@@ -44,21 +42,9 @@ class Options:
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
-    no_speculation: bool = False
-    no_graphs: bool = False
-    vram: int | None = None
-    no_replan: bool = False
-    trust_kernels: bool = False
-    device: str | None = None
-    link_bandwidth: int | None = None
-    no_record: bool = False
 
 
-def option(name: str, help: str, **settings: Any) -> Callable[[Command], Command]:
-    """A click option with the default of its field in Options."""
-    default = getattr(Options, name.lstrip("-").replace("-", "_"))
-    shown = default not in (None, False, ())
-    return click.option(name, default=default, show_default=shown, help=help, **settings)
+option = option_with_default_of(Options)
 
 
 def matching(
@@ -88,13 +74,7 @@ def check_options(options: Options, keys: tuple[str, ...]) -> None:
     if options.artifact is not None and options.model is not None:
         message = f"an ARTIFACT, {options.artifact}, and --model exclude each other"
         raise SubspecError(Exit.USAGE, message, "leave one out")
-    for flag, other in NEEDS:
-        if getattr(options, flag) is not None and getattr(options, other) is None:
-            message = f"--{flag} was given without --{other}"
-            raise SubspecError(Exit.USAGE, message, f"add --{other}")
-    if options.model is None and options.vram and options.no_replan:
-        message = "--vram and --no-replan exclude each other"
-        raise SubspecError(Exit.USAGE, message, "leave one out")
+    check_opening(options)
     from subspec.runtime.server.guards import is_loopback
 
     if not keys and not options.insecure_no_auth and not is_loopback(options.host):

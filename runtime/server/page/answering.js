@@ -107,6 +107,7 @@ function explained(error) {
     queue_full: " The queue stayed full.",
     cut: " What had come is kept.",
     engine: " What had come is kept.",
+    failed: " The server's log says why; it must be started again.",
   };
   return sentence + (more[error.kind] ?? "");
 }

@@ -2,8 +2,9 @@
 
 import { readEvents } from "./sse.js";
 
-/** kind: "auth", "loading", "queue_full", "context", "gone" (no answer), "cut" (the stream ended
- * before the answer did), "engine" (it failed while answering) or "refused". */
+/** kind: "auth", "loading", "queue_full", "context", "gone" (no answer, or the server ends), "cut"
+ * (the stream ended before the answer did), "engine" (it failed while answering), "failed" (it has
+ * failed for good: nothing to wait for) or "refused". */
 export class ServerError extends Error {
   constructor(kind, message, retryAfter = null) {
     super(message);
@@ -55,6 +56,8 @@ function kindOf(status, error) {
   if (status === 401 || status === 403) return "auth";
   if (error.code === "queue_full" || status === 429) return "queue_full";
   if (error.code === "context_length_exceeded") return "context";
+  if (error.code === "engine_failed") return "failed";
+  if (error.code === "shutting_down") return "gone";
   if (status === 503) return "loading";
   if (status === 502 || status === 504) return "gone";
   return "refused";

@@ -6,13 +6,13 @@ import {
   addMessage,
   branchOf,
   isConversationKey,
-  loadConversation,
   loadConversations,
   newConversation,
   removeMessage,
   saveConversation,
   showBranch,
   siblingsOf,
+  takeStored,
 } from "./conversations.js";
 import { hideBanner, showBanner } from "./banner.js";
 import { connection } from "./connection.js";
@@ -231,7 +231,7 @@ async function generate(asked) {
 }
 
 function afterError(error, message) {
-  if (error.kind === "gone") connect();
+  if (error.kind === "gone" || error.kind === "failed") connect();
   if (error.kind !== "auth") return;
   askedKey(false).then((given) => {
     if (!given) return;
@@ -295,16 +295,23 @@ async function importChosen() {
   }
 }
 
-/** Another tab wrote: its conversations appear here, but never under what is being answered. */
+/** Another tab wrote: its conversations and messages appear here, but never under what is being
+ * answered or edited. */
 function takeOver(event) {
   if (!isConversationKey(event.key)) return;
   const { current, running } = state;
-  const kept = loadConversations().filter((one) => one.id !== running?.conversation.id);
-  state.conversations = running ? [running.conversation, ...kept] : kept;
-  if (running?.conversation === current) return showList();
-  const fresh = loadConversation(current.id);
-  state.current = state.conversations.find((one) => one.id === fresh?.id) ?? current;
-  showConversation(state.current);
+  const isEdited = document.querySelector(".edit-text") !== null;
+  const own = new Map([...state.conversations, current].map((one) => [one.id, one]));
+  const isBusy = (one) => one === running?.conversation || (one === current && isEdited);
+  const kept = loadConversations().map((stored) => {
+    const known = own.get(stored.id);
+    if (known) takeStored(known, stored, isBusy(known));
+    return known ?? stored;
+  });
+  const isKept = !running || kept.includes(running.conversation);
+  state.conversations = isKept ? kept : [running.conversation, ...kept];
+  if (isBusy(current)) showList();
+  else showConversation(current);
 }
 
 /* Keys and clicks */

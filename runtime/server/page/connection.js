@@ -7,7 +7,8 @@ import { askedKey } from "./dialogs.js";
 const MAX_PAUSE_MS = 15000;
 
 /** A function that asks the server who it is, again and again until it answers, and then calls
- * onServer with what describeServer returns. */
+ * onServer with what describeServer returns. An engine that has failed is not waited for: the user
+ * says when to try again. */
 export function connection(onServer) {
   let connecting = false;
   let keyWasGiven = false;
@@ -49,9 +50,13 @@ export function connection(onServer) {
 
 /** Shows the error for `pause` milliseconds, or until the user wants to try again. */
 function waited(pause, error) {
-  const texts = { gone: "The server does not answer.", loading: "The model is loading…" };
+  const texts = {
+    gone: "The server does not answer.",
+    loading: "The model is loading…",
+    failed: "The engine has failed: the server must be started again.",
+  };
   return new Promise((resolve) => {
-    setTimeout(resolve, pause);
+    if (error.kind !== "failed") setTimeout(resolve, pause);
     showBanner("server", texts[error.kind] ?? error.message, "Try now", resolve);
   });
 }

@@ -1,12 +1,15 @@
 // Conversations: trees of messages, kept in the browser, one key each.
 //
 // A message names its parent; an edit or another answer is a sibling, so nothing that was said is
-// lost. `leaf` is the last message of the branch that is shown.
+// lost. `leaf` is the last message of the branch that is shown. Several tabs may write to one
+// conversation: each adds messages, and only the tab that made one changes it.
 
 const PREFIX = "subspec.chat.";
 const FORMAT = "subspec-conversations";
 const MAX_IMPORT = 20000; // messages in one conversation
 const ROLES = ["user", "assistant"];
+const made = new Set(); // ids of messages that this tab made
+const removed = new Set(); // and of those that it took out
 
 export function newId() {
   const bytes = crypto.getRandomValues(new Uint8Array(12));
@@ -38,6 +41,7 @@ export function siblingsOf(conversation, message) {
 
 export function addMessage(conversation, parent, fields) {
   const message = { id: newId(), parent, text: "", created: Date.now(), ...fields };
+  made.add(message.id);
   conversation.messages.push(message);
   conversation.leaf = message.id;
   conversation.updated = Date.now();
@@ -80,12 +84,14 @@ function parse(text) {
   }
 }
 
-export function loadConversation(id) {
+function loadConversation(id) {
   return parse(localStorage.getItem(PREFIX + id));
 }
 
-/** Returns whether there was room for it. */
+/** Writes it down, with what other tabs have added to it since. Returns whether there was room. */
 export function saveConversation(conversation) {
+  const stored = loadConversation(conversation.id);
+  if (stored) addMessages(conversation, stored.messages);
   try {
     localStorage.setItem(PREFIX + conversation.id, JSON.stringify(conversation));
     return true;
@@ -94,11 +100,37 @@ export function saveConversation(conversation) {
   }
 }
 
+/** Takes what another tab has stored of it: its messages, its title, and the branch that it shows,
+ * unless this tab is busy with its own. */
+export function takeStored(conversation, stored, isBusy) {
+  addMessages(conversation, stored.messages);
+  conversation.title = stored.title;
+  conversation.system = stored.system;
+  conversation.updated = Math.max(conversation.updated, stored.updated);
+  if (!isBusy) conversation.leaf = stored.leaf;
+}
+
+function addMessages(conversation, stored) {
+  const own = new Map(conversation.messages.map((message) => [message.id, message]));
+  const parents = new Set(stored.map((message) => message.parent));
+  const messages = stored
+    .filter(({ id }) => !removed.has(id) || parents.has(id))
+    .map((message) => {
+      const known = own.get(message.id);
+      if (known && !made.has(message.id)) Object.assign(known, message);
+      return known ?? message;
+    });
+  const kept = new Set(messages);
+  // Parents first, as the stored ones are.
+  conversation.messages = [...messages, ...[...own.values()].filter((one) => !kept.has(one))];
+}
+
 export function deleteConversation(id) {
   localStorage.removeItem(PREFIX + id);
 }
 
 export function removeMessage(conversation, message) {
+  removed.add(message.id);
   conversation.messages = conversation.messages.filter((other) => other !== message);
   conversation.leaf = message.parent;
 }

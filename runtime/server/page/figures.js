@@ -53,27 +53,32 @@ export function answerFigures(end, observed) {
   return parts.join(" · ");
 }
 
-/** Tokens since the first one, and their rate. Without counts from the server a token is taken to
- * be four characters. */
+/** How many tokens have come, and how fast those after the first piece did, which may have several.
+ * Without counts from the server a token is taken to be four characters. */
 export function speedometer(now = () => performance.now()) {
-  let first = null;
-  let counted = null; // {tokens, at the first count}
+  let first = null; // {tokens, time} of the first piece
+  let last = null; // of the newest one
   let characters = 0;
-  let last = null;
+  const piece = (tokens, exact) => {
+    const counted = { tokens, time: now(), exact };
+    // The count of the first piece comes after its text.
+    const isFirst = first === null || (exact && last === first && !first.exact);
+    if (isFirst) first = counted;
+    last = counted;
+  };
   return {
     text(length) {
-      last = now();
-      first ??= last;
       characters += length;
+      if (!last?.exact) piece(characters / 4, false);
     },
     tokens(count) {
-      counted = count;
+      if (count > (last?.exact ? last.tokens : 0)) piece(count, true);
     },
     read() {
-      const seconds = first === null ? 0 : (last - first) / 1000;
-      const tokens = counted ?? characters / 4;
-      const rate = seconds > 0.3 && tokens > 1 ? (tokens - 1) / seconds : null;
-      return { tokens, rate, exact: counted !== null };
+      if (last === null) return { tokens: 0, rate: null, exact: false };
+      const seconds = (last.time - first.time) / 1000;
+      const rate = seconds > 0.3 ? (last.tokens - first.tokens) / seconds : null;
+      return { tokens: last.tokens, rate, exact: last.exact };
     },
   };
 }

@@ -2,12 +2,11 @@
 <|"|> (Gemma 4) or <escape> (FunctionGemma).
 """
 
-import json
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 
 from subspec.runtime.server.tools.calls import Calls
 from subspec.runtime.server.tools.feed import Emit, Malformed, TextFeed, Wait
-from subspec.runtime.server.tools.json_text import DEEPEST, json_value, strict_json
+from subspec.runtime.server.tools.json_text import DEEPEST, as_json, json_value, strict_json
 
 LONGEST_NAME = 256
 LONGEST_WORD = 4096  # of a number, true, false, null or a string without quotes
@@ -26,23 +25,39 @@ def gemma_call(feed: TextFeed, calls: Calls, quote: str) -> Wait:
 
 def members(feed: TextFeed, emit: Emit, quote: str, depth: int) -> Wait:
     """{key:value,...} as a JSON object."""
-    yield from feed.expect("{")
-    emit("{")
+
+    def member() -> Wait:
+        key = yield from member_name(feed, quote)
+        emit(f"{as_json(key)}: ")
+        yield from value(feed, emit, quote, depth)
+
+    yield from separated(feed, emit, "{", "}", member)
+
+
+def items(feed: TextFeed, emit: Emit, quote: str, depth: int) -> Wait:
+    """[value,...] as a JSON array."""
+    yield from separated(feed, emit, "[", "]", lambda: value(feed, emit, quote, depth))
+
+
+def separated(feed: TextFeed, emit: Emit, begin: str, end: str, one: Callable[[], Wait]) -> Wait:
+    """From `begin` to `end`: what `one` reads, any number of times with commas between."""
+    yield from feed.expect(begin)
+    emit(begin)
     separator = ""
     while True:
         yield from feed.skip_space()
-        if (yield from feed.begins("}")) is not None:
+        if (yield from feed.begins(end)) is not None:
             break
-        key = yield from member_name(feed, quote)
-        emit(f"{separator}{json.dumps(key, ensure_ascii=False)}: ")
+        if separator:
+            emit(separator)
         separator = ", "
-        yield from value(feed, emit, quote, depth)
+        yield from one()
         yield from feed.skip_space()
         if (yield from feed.begins(",")) is None:
             break
         feed.take(1)
-    yield from feed.expect("}")
-    emit("}")
+    yield from feed.expect(end)
+    emit(end)
 
 
 def member_name(feed: TextFeed, quote: str) -> Generator[None, None, str]:
@@ -70,9 +85,7 @@ def value(feed: TextFeed, emit: Emit, quote: str, depth: int) -> Wait:
     if kind == quote:
         feed.take(len(quote))
         emit('"')
-        found = yield from feed.until(
-            (quote,), lambda text: emit(json.dumps(text, ensure_ascii=False)[1:-1])
-        )
+        found = yield from feed.until((quote,), lambda text: emit(as_json(text)[1:-1]))
         if found is None:
             raise Malformed
         feed.take(len(quote))
@@ -84,31 +97,10 @@ def value(feed: TextFeed, emit: Emit, quote: str, depth: int) -> Wait:
     elif kind == "[":
         yield from items(feed, emit, quote, depth + 1)
     else:
-        emit(as_json((yield from feed.word(",}]", LONGEST_WORD)).strip()))
+        emit(json_of_word((yield from feed.word(",}]", LONGEST_WORD)).strip()))
 
 
-def items(feed: TextFeed, emit: Emit, quote: str, depth: int) -> Wait:
-    """[value,...] as a JSON array."""
-    yield from feed.expect("[")
-    emit("[")
-    separator = ""
-    while True:
-        yield from feed.skip_space()
-        if (yield from feed.begins("]")) is not None:
-            break
-        if separator:
-            emit(separator)
-        separator = ", "
-        yield from value(feed, emit, quote, depth)
-        yield from feed.skip_space()
-        if (yield from feed.begins(",")) is None:
-            break
-        feed.take(1)
-    yield from feed.expect("]")
-    emit("]")
-
-
-def as_json(word: str) -> str:
+def json_of_word(word: str) -> str:
     """A number, true, false or null; anything else is a string."""
     if word == "None":
         return "null"
@@ -117,4 +109,4 @@ def as_json(word: str) -> str:
     except ValueError:
         found = word
     simple = found is None or isinstance(found, (bool, int, float))
-    return json.dumps(found if simple else word, ensure_ascii=False)
+    return as_json(found if simple else word)

@@ -1,12 +1,11 @@
 """Calls as JSON, {"name": ..., "arguments": {...}}: Qwen, Hermes, Llama, Mistral."""
 
-import json
 from collections.abc import Generator
 from typing import Any
 
 from subspec.runtime.server.tools.calls import Calls, check_name
 from subspec.runtime.server.tools.feed import Malformed, TextFeed, Wait
-from subspec.runtime.server.tools.json_text import json_text, json_value, strict_json
+from subspec.runtime.server.tools.json_text import as_json, json_text, json_value, strict_json
 
 ARGUMENTS = ("arguments", "parameters")
 KEYS = ("name", "id", "type", "function", *ARGUMENTS)
@@ -50,7 +49,7 @@ def json_call(feed: TextFeed, calls: Calls, must_be_offered: bool) -> Wait:
             yield from json_value(feed, calls.arguments)
             calls.end()
         else:
-            found[key] = strict_json((yield from json_text(feed)))
+            found[key] = value_of((yield from json_text(feed)))
         if key == "name":
             check_call(found["name"], calls, must_be_offered)
         yield from feed.skip_space()
@@ -81,15 +80,20 @@ def start_whole(found: dict[str, Any], calls: Calls, must_be_offered: bool) -> N
     check_call(name, calls, must_be_offered)
     given = next((found[key] for key in ARGUMENTS if key in found), None)
     if isinstance(given, str) and given.strip():
-        try:
-            given = strict_json(given)
-        except ValueError:
-            raise Malformed from None
+        given = value_of(given)
     if given is not None and given != "" and not isinstance(given, dict):
         raise Malformed
     calls.start(str(name))
-    calls.arguments(json.dumps(given or {}, ensure_ascii=False))
+    calls.arguments(as_json(given or {}))
     calls.end()
+
+
+def value_of(text: str) -> Any:
+    """Raises Malformed if that is no JSON."""
+    try:
+        return strict_json(text)
+    except ValueError:
+        raise Malformed from None
 
 
 def mistral_calls(feed: TextFeed, calls: Calls) -> Wait:

@@ -1,8 +1,9 @@
 """Follows one JSON value in text that is not complete yet."""
 
 import json
+import math
 import re
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from typing import Any
 
 from subspec.runtime.server.tools.feed import Emit, Malformed, TextFeed, Wait
@@ -12,11 +13,15 @@ CHUNK = 4096  # characters that are looked at together
 LONGEST_WORD = 64  # characters of a number
 NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 WORDS = ("true", "false", "null")
+# Escapes in JSON: those of half a UTF-16 pair, which no text can have, are in the second group.
+HIGH, LOW = r"\\u[dD][89abAB][0-9a-fA-F]{2}", r"\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+HIGH_AT_END = re.compile(HIGH + "$")
+ESCAPE = re.compile(rf"(\\[^u]|{HIGH}{LOW})|({HIGH}|{LOW})")
 
 
 class JsonScanner:
     """Reads a value character by character until it is `done` or `failed`. A control character in a
-    string, which models write and JSON forbids, is escaped."""
+    string, which models write and JSON forbids, is escaped; half a UTF-16 pair becomes U+FFFD."""
 
     def __init__(self) -> None:
         self.done = False
@@ -25,6 +30,7 @@ class JsonScanner:
         self._state = "value"
         self._word = ""
         self._digits = 0  # of a \u escape that are still to come
+        self._held = ""  # the first half of a pair, an escape that is not complete, or both
 
     def scan(self, text: str) -> tuple[int, str]:
         """How many characters belong to the value, and the same as JSON."""
@@ -40,10 +46,27 @@ class JsonScanner:
                 return at, "".join(out)
             if self._state in ("string", "key string") and one < " ":
                 one = f"\\u{ord(one):04x}"
-            out.append(one)
+            out.append(self._with_held(one))
             if self.done:
                 return at + 1, "".join(out)
         return len(text), "".join(out)
+
+    def take_held(self) -> str:
+        """What of the text before a failure, or the end, is not given out yet."""
+        held, self._held = self._held, ""
+        return without_halves(held)
+
+    def _with_held(self, one: str) -> str:
+        """What can be given out once `one` has come."""
+        begins_escape = self._state.endswith(" escape")
+        if not (self._held or begins_escape):
+            return one
+        self._held += one
+        if begins_escape or self._state.endswith(" digits"):
+            return ""
+        half = HIGH_AT_END.search(self._held)
+        whole, self._held = (self._held[: half.start()], half[0]) if half else (self._held, "")
+        return without_halves(whole)
 
     def _step(self, one: str) -> None:
         state = self._state
@@ -117,6 +140,8 @@ def json_value(feed: TextFeed, emit: Emit) -> Wait:
         if value:
             emit(value)
         if scanner.failed or (feed.ended and not text):
+            if held := scanner.take_held():
+                emit(held)
             raise Malformed
         if not scanner.done and not feed.seen(1):
             yield
@@ -130,12 +155,39 @@ def json_text(feed: TextFeed) -> Generator[None, None, str]:
 
 
 def strict_json(text: str) -> Any:
-    """The value of a whole JSON text. Raises ValueError, also for NaN and for what is too deep."""
+    """The value of a whole JSON text, which any JSON can hold again: of two members of one name the
+    last one counts. Raises ValueError, also for numbers that are not finite and for what is too
+    deep."""
     try:
-        return json.loads(text, parse_constant=_refuse)
+        found = json.loads(without_halves(text), parse_float=_finite, parse_constant=_finite)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    level, depth = [found], 0
+    while level:
+        level = [one for value in level for one in _members(value)]
+        depth += 1
+    if depth > DEEPEST + 1:
+        raise ValueError("nested too deeply")
+    return found
 
 
-def _refuse(word: str) -> None:
-    raise ValueError(f"{word} is not JSON")
+def as_json(value: Any) -> str:
+    """The JSON of a value that `strict_json` gave, or of a text."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def without_halves(text: str) -> str:
+    """JSON with U+FFFD for each escape of half a UTF-16 pair."""
+    return ESCAPE.sub(lambda found: found[1] or "\\ufffd", text)
+
+
+def _finite(word: str) -> float:
+    if not math.isfinite(value := float(word)):
+        raise ValueError(f"{word} is not a number of JSON")
+    return value
+
+
+def _members(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()

@@ -3,12 +3,11 @@
 A value is written as it is, without quotes: what type it has is in the tool's JSON schema.
 """
 
-import json
 from collections.abc import Generator
 
 from subspec.runtime.server.tools.calls import Calls, check_name
 from subspec.runtime.server.tools.feed import SPACE, Emit, Malformed, TextFeed, Wait
-from subspec.runtime.server.tools.json_text import strict_json
+from subspec.runtime.server.tools.json_text import as_json, strict_json
 
 FUNCTION, PARAMETER = "<function=", "<parameter="
 END_FUNCTION, END_PARAMETER, END_CALL = "</function>", "</parameter>", "</tool_call>"
@@ -150,8 +149,4 @@ def typed(text: str, types: frozenset[str]) -> str:
         for kind in types or ("object", "array")
         if kind in kinds
     )
-    return json.dumps(found, ensure_ascii=False) if fits else as_json(text)
-
-
-def as_json(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
+    return as_json(found if fits else text)

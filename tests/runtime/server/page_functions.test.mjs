@@ -11,7 +11,10 @@ import {
   exportText,
   importText,
   newConversation,
+  removeMessage,
+  saveConversation,
   showBranch,
+  takeStored,
 } from "./conversations.js";
 import { answerFigures, formatBytes, speedometer } from "./figures.js";
 import { highlight } from "./highlight.js";
@@ -294,4 +297,57 @@ test("figures", () => {
   meter.tokens(21);
   assert.deepEqual(meter.read(), { tokens: 21, rate: 10, exact: true });
   assert.equal(spokenEnd("One. Two", 0), 4);
+});
+
+test("the live speed is that of the server's tokens, whatever pieces they come in", () => {
+  let now = 0;
+  const meter = speedometer(() => now);
+  assert.deepEqual(meter.read(), { tokens: 0, rate: null, exact: false });
+  meter.text(50);
+  meter.tokens(9); // the first round has several
+  assert.deepEqual(meter.read(), { tokens: 9, rate: null, exact: true });
+  for (const count of [10, 17, 17, 29]) {
+    now += 500;
+    meter.text(1);
+    meter.tokens(count);
+  }
+  assert.deepEqual(meter.read(), { tokens: 29, rate: 10, exact: true });
+});
+
+test("what another tab has written is neither lost nor taken back", () => {
+  const store = new Map();
+  globalThis.localStorage = {
+    getItem: (key) => store.get(key) ?? null,
+    setItem: (key, value) => store.set(key, value),
+  };
+  const here = newConversation("");
+  const first = addMessage(here, null, { role: "user", text: "One" });
+  saveConversation(here);
+  const key = `subspec.chat.${here.id}`;
+  const there = JSON.parse(store.get(key)); // as another tab has it
+  const theirs = { id: "b".repeat(24), parent: first.id, role: "assistant", text: "Th", created: 1 };
+  there.messages.push(theirs);
+  there.leaf = theirs.id;
+  there.title = "Renamed";
+  store.set(key, JSON.stringify(there));
+
+  const failed = addMessage(here, first.id, { role: "assistant" });
+  const again = addMessage(here, first.id, { role: "assistant", text: "Mine" });
+  removeMessage(here, failed);
+  saveConversation(here);
+  const kept = JSON.parse(store.get(key));
+  assert.deepEqual(
+    kept.messages.map((message) => message.text),
+    ["One", "Th", "Mine"],
+  );
+
+  theirs.text = "Theirs goes on";
+  store.set(key, JSON.stringify({ ...there, messages: [...there.messages] }));
+  takeStored(here, there, true);
+  assert.deepEqual([here.title, here.leaf], ["Renamed", first.id]);
+  assert.equal(here.messages.find((message) => message.id === theirs.id).text, "Theirs goes on");
+  assert.ok(here.messages.includes(again));
+  takeStored(here, there, false);
+  assert.equal(here.leaf, theirs.id);
+  delete globalThis.localStorage;
 });

@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from grammars import END, allowed_ids, demo_tokens, qwen_tokens, spell
+from grammars import allowed_ids, demo_tokens, qwen_tokens, spell
 
 from subspec.runtime.server.after_thinking import AfterThinking, read_thinking
 from subspec.runtime.server.answer_grammar import constraint_for
@@ -109,7 +109,7 @@ def test_a_model_without_a_token_that_begins_the_thinking_answers_at_once():
 def test_pop_is_exact_across_the_end_of_the_thinking(tokens, seed):
     model, chance = tokens(), random.Random(seed)
     answer = spell(model, "so </think") + spell(model, "</think>") + spell(model, "\n\n12")
-    answer += [*spell(model, "3"), END]
+    answer += spell(model, "3")
     expected = []
     fresh = thinking_first(model)
     for token in answer:

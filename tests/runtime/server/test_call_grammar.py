@@ -199,7 +199,7 @@ def test_a_loose_tool_may_have_keywords_that_are_not_enforced():
 @pytest.mark.parametrize(
     ("choice", "form", "tools", "words"),
     [
-        ("required", None, TOOLS, "the form of this model's tool calls is not known"),
+        ("required", None, TOOLS, "there is no grammar for this model's tool calls"),
         ("required", HERMES, [], "tool_choice is required, but there are no tools"),
         (NamedTool("x"), HERMES, TOOLS, "'x', expected one of: get_weather, nothing"),
     ],

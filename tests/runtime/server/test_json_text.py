@@ -46,7 +46,7 @@ def scanned(text: str, cuts: tuple[int, ...] = ()) -> tuple[int, str, bool, bool
         if not scanner.done and not scanner.failed:
             count, piece = scanner.scan(text[begin:end])
             taken, out = begin + count, out + piece
-    return taken, out, scanner.done, scanner.failed
+    return taken, out + scanner.take_held(), scanner.done, scanner.failed
 
 
 def valid(text: str) -> bool:

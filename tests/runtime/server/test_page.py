@@ -344,6 +344,52 @@ def test_a_server_that_is_gone_is_told(browser: Any) -> None:
     page.context.close()
 
 
+def test_an_engine_that_has_failed_is_not_waited_for(
+    visit: Callable[..., Page], server: ChatServer
+) -> None:
+    page = connected(visit())
+    error = {"message": "the engine has failed", "code": "engine_failed"}
+    server.refusals += [(503, error, {"Retry-After": "1"})] * 2
+    ask(page)
+    expect(last_answer(page).locator(".error-note")).to_contain_text("must be started again")
+    time.sleep(2)
+    assert len(server.requests) == 1
+    page.get_by_role("button", name="Try again").click()
+    expect(page.locator("body:not(.busy)")).to_be_attached()
+    assert len(server.requests) == 2
+    page.get_by_role("button", name="Try again").click()
+    expect(body_text(page)).to_have_text("Hello.")
+
+
+def test_another_tab_takes_neither_an_edit_nor_what_was_said(
+    visit: Callable[..., Page], server: ChatServer
+) -> None:
+    page = connected(visit())
+    ask(page, "The first question")
+    other = page.context.new_page()
+    other.goto(server.address)
+    connected(other)
+    other.get_by_role("button", name="The first question").first.click()
+    page.get_by_role("button", name="Edit and send again").click()
+    page.get_by_role("textbox", name="Edit your message").fill("The edited question")
+    server.answer = "Said elsewhere."
+    ask(other, "Another question")
+    expect(body_text(other)).to_have_text("Said elsewhere.")
+    area = page.get_by_role("textbox", name="Edit your message")
+    expect(area).to_have_value("The edited question")
+    server.answer = "To the edit."
+    area.press("Enter")
+    expect(body_text(page)).to_have_text("To the edit.")
+    expect(page.locator("body:not(.busy)")).to_be_attached()
+    page.reload()
+    said = page.evaluate(
+        "() => Object.values(localStorage).filter(v => v.includes('messages'))"
+        ".flatMap(v => JSON.parse(v).messages.map(m => m.text))"
+    )
+    assert {"The first question", "Another question", "Said elsewhere."} <= set(said)
+    assert {"The edited question", "To the edit."} <= set(said)
+
+
 def test_nothing_that_a_model_writes_runs_or_is_fetched(
     visit: Callable[..., Page], server: ChatServer
 ) -> None:
@@ -439,15 +485,23 @@ def test_text_has_enough_contrast(visit: Callable[..., Page], scheme: str) -> No
 
 
 def colour(page: Page, name: str) -> str:
-    read = "name => getComputedStyle(document.documentElement).getPropertyValue('--' + name)"
-    return str(page.evaluate(read, name)).strip()
+    """rgb(r, g, b), as it is drawn."""
+    read = """name => {
+        const drawn = document.createElement("span");
+        drawn.style.color = `var(--${name})`;
+        document.body.append(drawn);
+        const found = getComputedStyle(drawn).color;
+        drawn.remove();
+        return found;
+    }"""
+    return str(page.evaluate(read, name))
 
 
 def contrast(one: str, other: str) -> float:
-    """WCAG's ratio of two colours in the form #rrggbb."""
+    """WCAG's ratio of two colours in the form rgb(r, g, b)."""
 
     def luminance(text: str) -> float:
-        parts = [int(text[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+        parts = [int(part) / 255 for part in re.findall(r"[0-9]+", text)]
         red, green, blue = (
             p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts
         )
