@@ -292,6 +292,11 @@ def delta_net_scratch_bytes(
     return 4 * num_threads * (inputs + num_slots * keys * values)
 
 
+def delta_net_slots_bytes(num_slots: int, num_heads: int, key_size: int, value_size: int) -> int:
+    """Scratch memory of delta_net_triton.py: memories that several rows continue."""
+    return 4 * num_slots * num_heads * key_size * value_size
+
+
 def attention_sections(num_slots: int) -> int:
     """Sections that attention_triton.py computes at a time."""
     return min(ATTENTION_SECTIONS, -(-num_slots // ATTENTION_SECTION))

@@ -10,7 +10,7 @@ C = channels of the convolution: G E of q, G E of k, J F of v
 
 import ctypes
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,18 +19,10 @@ from torch import Tensor
 
 from subspec.artifacts.footprint import delta_net_scratch_bytes
 from subspec.artifacts.native import cpp
-from subspec.runtime.model.attention import ELEMENT_BITS
-from subspec.runtime.model.rounded import (
-    exp_of_negative,
-    ordered_sum,
-    sigmoid,
-    silu,
-    softplus,
-    square_root,
-)
+from subspec.runtime.model.attention import ELEMENT_BITS, unavailable_on_cuda
+from subspec.runtime.model.delta_rule import convolve, gated_norm, gates, rates, step
 
 SOURCE = Path(__file__).parents[1] / "kernels" / "delta_net.cpp"
-L2_EPSILON = 1e-6
 
 
 @dataclass(frozen=True)
@@ -81,6 +73,10 @@ class Paths:
 
     def __len__(self) -> int:
         return len(self.slots)
+
+
+# memory, paths, (q, k, v, decay, beta), ends -> f32 [N, J, F]
+Walk = Callable[[Tensor, Paths, Sequence[Tensor], Sequence[End]], Tensor]
 
 
 def chain_paths(num_rows: int, num_taps: int) -> Paths:
@@ -139,7 +135,8 @@ def delta_net(
     assert not is_end or paths.num_slots == 1
     if z.device.type == "cpu" and unavailable() is None:
         return delta_net_in_cpp(weights, state, paths, inputs, z, ends)
-    return delta_net_in_torch(weights, state, paths, inputs, z, ends)
+    compiled = z.device.type == "cuda" and unavailable_on_cuda(z.device) is None
+    return in_parts(weights, state, paths, inputs, z, ends, walk_on_cuda if compiled else walk)
 
 
 def commit(weights: DeltaWeights, state: DeltaState, inputs: DeltaInputs) -> None:
@@ -206,7 +203,7 @@ def delta_net_in_cpp(
     out[len(paths) :] = 0
     end_rows = torch.tensor([end.row for end in ends], dtype=torch.int64)
     memories = torch.tensor([end.state.memory.data_ptr() for end in ends], dtype=torch.int64)
-    stored = (weights.conv, rate_of(weights), weights.step_bias, weights.norm)
+    stored = (weights.conv, rates(weights.decay_log), weights.step_bias, weights.norm)
     small = [x.float().contiguous() for x in stored]
     assert state.memory.is_contiguous()
     assert all(end.state.memory.is_contiguous() for end in ends)
@@ -256,7 +253,7 @@ def _declare(library: ctypes.CDLL) -> None:
     )
 
 
-# The plain twin
+# In parts: on CUDA, and the plain twin
 
 
 def delta_net_in_torch(
@@ -267,80 +264,67 @@ def delta_net_in_torch(
     z: Tensor,
     ends: Sequence[End],
 ) -> Tensor:
+    """The plain twin."""
+    return in_parts(weights, state, paths, inputs, z, ends, walk)
+
+
+def in_parts(
+    weights: DeltaWeights,
+    state: DeltaState,
+    paths: Paths,
+    inputs: DeltaInputs,
+    z: Tensor,
+    ends: Sequence[End],
+    walk: Walk,
+) -> Tensor:
     num_rows, num_heads = len(paths), len(weights.step_bias)
-    before = torch.cat((state.conv, inputs.qkv))
-    windows = paths.windows.to(z.device)
-    q, k, v = convolve(weights, before, windows, state.memory.shape)
-    decay, beta = gates(weights, inputs.a[:num_rows], inputs.b[:num_rows])
-    kept = dict[int, Tensor]()
-    memories, found = dict[int, Tensor](), []
-    wanted = {end.row for end in ends}
-    sources, slots = paths.sources.tolist(), paths.slots.tolist()
-    for row, (source, slot) in enumerate(zip(sources, slots, strict=True)):
-        memory = state.memory if source < 0 else memories[source]
-        memory, out = step(memory, q[row], k[row], v[row], decay[row], beta[row])
-        memories[slot] = memory
-        found.append(out)
-        if row in wanted:
-            kept[row] = memory
-    for end in ends:
-        end.state.memory.copy_(kept[end.row])
-    leave_inputs(state, paths, inputs, ends)
     out = torch.zeros_like(z)
-    if num_rows:
-        gate = z[:num_rows].unflatten(1, (num_heads, -1))
-        out[:num_rows] = gated_norm(weights, torch.stack(found), gate).flatten(1)
+    if not num_rows:
+        return out
+    before = torch.cat((state.conv, inputs.qkv))
+    q, k, v = convolve(weights.conv, before, paths.windows.to(z.device), state.memory.shape)
+    a, b = inputs.a[:num_rows], inputs.b[:num_rows]
+    decay, beta = gates(weights.decay_log, weights.step_bias, a, b)
+    read = walk(state.memory, paths, (q, k, v, decay, beta), ends)
+    gate = z[:num_rows].unflatten(1, (num_heads, -1))
+    out[:num_rows] = gated_norm(weights.norm, weights.epsilon, read, gate).flatten(1)
+    leave_inputs(state, paths, inputs, ends)
     return out
 
 
-def convolve(
-    weights: DeltaWeights, before: Tensor, windows: Tensor, sizes: Sequence[int]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows `windows` of `before` -> q and k f32 [N, J, E] of the lengths 1 / sqrt(E) and 1, and
-    v f32 [N, J, F]. sizes: J, E, F."""
-    num_heads, key_size, value_size = sizes
-    taps = weights.conv.float()[:, 0]
-    mixed = torch.zeros(len(windows), before.shape[1], device=before.device)
-    for tap in range(taps.shape[1]):
-        mixed = mixed + before[windows[:, tap]].float() * taps[:, tap]
-    mixed = silu(mixed.to(before.dtype).float()).to(before.dtype).float()
-    of_keys = (before.shape[1] - num_heads * value_size) // 2
-    q, k, v = mixed.split((of_keys, of_keys, num_heads * value_size), dim=1)
-    q, k = (some.unflatten(1, (-1, key_size)) for some in (q, k))
-    repeats = num_heads // q.shape[1]
-    q, k = (unit_length(some).repeat_interleave(repeats, dim=1) for some in (q, k))
-    return q * key_size**-0.5, k, v.unflatten(1, (num_heads, value_size))
+def walk(memory: Tensor, paths: Paths, rows: Sequence[Tensor], ends: Sequence[End]) -> Tensor:
+    """The rule along the paths. memory f32 [J, E, F], of the committed tokens; rows: q, k, v, decay
+    and beta -> f32 [N, J, F]."""
+    memories, kept, found = dict[int, Tensor](), dict[int, Tensor](), []
+    wanted = {end.row for end in ends}
+    sources, slots = paths.sources.tolist(), paths.slots.tolist()
+    for row, (source, slot) in enumerate(zip(sources, slots, strict=True)):
+        memories[slot], read = step(
+            memory if source < 0 else memories[source], *(some[row] for some in rows)
+        )
+        found.append(read)
+        if row in wanted:
+            kept[row] = memories[slot]
+    for end in ends:
+        end.state.memory.copy_(kept[end.row])
+    return torch.stack(found)
 
 
-def unit_length(x: Tensor) -> Tensor:
-    squares = ordered_sum(x * x, x.dim() - 1)[..., None]
-    return x * (1 / square_root(squares + L2_EPSILON))
+def walk_on_cuda(
+    memory: Tensor, paths: Paths, rows: Sequence[Tensor], ends: Sequence[End]
+) -> Tensor:
+    """The same by delta_net_triton.py."""
+    from subspec.runtime.kernels import delta_net_triton  # triton: only where there is a GPU
 
-
-def gates(weights: DeltaWeights, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """a, b [N, J] -> f32 [N, J]: the decay of the memory, and the share of a new value."""
-    log_decay = rate_of(weights) * softplus(a.float() + weights.step_bias.float())
-    return exp_of_negative(-log_decay), sigmoid(b).float()
-
-
-def rate_of(weights: DeltaWeights) -> Tensor:
-    return weights.decay_log.double().exp().float()
-
-
-def step(
-    memory: Tensor, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The gated delta rule: memory [J, E, F]; q, k [J, E]; v [J, F]; decay, beta [J] -> the memory
-    that follows, and what q reads of it [J, F]."""
-    known = ordered_sum(memory * k[:, :, None], 1) * decay[:, None]
-    change = (v - known) * beta[:, None]
-    memory = memory * decay[:, None, None] + change[:, None] * k[:, :, None]
-    return memory, ordered_sum(memory * q[:, :, None], 1)
-
-
-def gated_norm(weights: DeltaWeights, x: Tensor, gate: Tensor) -> Tensor:
-    """x f32 [N, J, F] through an RMSNorm over each head, times silu(gate), in gate's dtype."""
-    x = x.to(gate.dtype).float()
-    mean = ordered_sum(x * x, 2)[:, :, None] * (1 / x.shape[2])
-    x = (x * (1 / square_root(mean + weights.epsilon))).to(gate.dtype)
-    return (weights.norm * x * silu(gate.float())).to(gate.dtype)
+    end_rows = list(dict.fromkeys(end.row for end in ends))
+    left = memory.new_empty(len(end_rows), *memory.shape) if len(ends) != 1 else None
+    read: Tensor = delta_net_triton.walk(
+        memory,
+        delta_net_triton.steps_of(paths.sources.tolist(), paths.slots.tolist(), end_rows),
+        rows,
+        ends[0].state.memory[None] if left is None else left,
+    )
+    if left is not None:
+        for end in ends:
+            end.state.memory.copy_(left[end_rows.index(end.row)])
+    return read
