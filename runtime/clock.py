@@ -5,7 +5,7 @@ A trace has spans in lanes, written as Chrome trace events: Perfetto and chrome:
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,7 +46,10 @@ class Clock:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         started = time.perf_counter()
-        yield
+        # A range for a profiler of NVIDIA's, where one may be watching.
+        marked = self.device.type == "cuda" and self.spans is not None
+        with torch.cuda.nvtx.range(name) if marked else nullcontext():
+            yield
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
         elapsed = time.perf_counter() - started

@@ -48,6 +48,8 @@ from subspec.planner.report.explain import plan_json
 from subspec.planner.solve.search import search
 from subspec.runtime import cli as run_cli
 from subspec.runtime.app.answer import Answer
+from subspec.runtime.bench import cli as bench_cli
+from subspec.runtime.bench.layouts import BUILTIN, LAYOUTS
 from subspec.runtime.sequence import Stats
 from subspec.runtime.server import cli as serve_cli
 
@@ -56,7 +58,7 @@ COMMANDS = (DOCS / "commands.md").read_text("utf-8")
 FORMAT = (DOCS / "format.md").read_text("utf-8")
 SECTIONS = {
     name: COMMANDS.split(f"\n## {name}\n")[1].split("\n## ")[0]
-    for name in ("subspec-plan", "subspec-run", "subspec-serve", "Exit codes")
+    for name in ("subspec-plan", "subspec-run", "subspec-serve", "subspec-bench", "Exit codes")
 }
 
 
@@ -73,16 +75,25 @@ def keys(value: object, path: str = "") -> set[str]:
         ("subspec-plan", plan_cli.main),
         ("subspec-run", run_cli.main),
         ("subspec-serve", serve_cli.main),
+        ("subspec-bench", bench_cli.main),
     ],
 )
 def test_every_option_is_documented_and_every_documented_one_exists(
     name: str, command: click.Command
 ) -> None:
-    real = {o for p in command.params if isinstance(p, click.Option) for o in p.opts}
+    commands = [command, *(command.commands.values() if isinstance(command, click.Group) else ())]
+    params = [p for one in commands for p in one.params if isinstance(p, click.Option)]
+    real = {o for p in params for o in p.opts if o.startswith("--")}
     cells = [line.split(" | ")[0] for line in SECTIONS[name].splitlines() if line[:3] == "| `"]
     documented = set(re.findall(r"--[a-z-]+", " ".join(c for c in cells if "--" in c)))
     assert documented | {"--full", "--version"} == real | {"--full", "--version"}
     assert name != "subspec-run" or "--full" in SECTIONS[name]
+
+
+def test_every_task_of_the_benchmarks_is_in_their_table() -> None:
+    table = (DOCS / "bench.md").read_text("utf-8")
+    cells = [line.split(" | ")[0] for line in table.splitlines() if line.startswith("| `")]
+    assert set(re.findall(r"`([\w-]+)`", " ".join(cells))) == {BUILTIN, *LAYOUTS}
 
 
 def test_the_exit_codes_are_those_of_the_code() -> None:

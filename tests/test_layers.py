@@ -16,16 +16,20 @@ MAY_IMPORT: dict[str, set[str]] = {
     "planner": {"artifacts", "templates"},
 }
 SOLVE = [f"subspec.planner.solve.{path.stem}" for path in (ROOT / "planner/solve").glob("[!_]*.py")]
-# A profile times the kernels that will run, and a rehearsal runs the artifact.
-MAY_RUN = ("planner/machine", "planner/rehearse")
+# A profile times the kernels that will run, a rehearsal runs the artifact, a benchmark has a page.
+MAY_ALSO_IMPORT = {
+    "planner/machine": {"runtime"},
+    "planner/rehearse": {"runtime"},
+    "runtime/bench": {"templates"},
+}
 
 
 @pytest.mark.parametrize("package", MAY_IMPORT)
 def test_a_package_imports_only_what_its_layer_may(package: str) -> None:
     for file in sorted((ROOT / package).rglob("*.py")):
         name = file.relative_to(ROOT).as_posix()
-        runs = {"runtime"} if name.startswith(MAY_RUN) else set()
-        allowed = {package, *MAY_IMPORT[package], *runs}
+        more = MAY_ALSO_IMPORT.get(name.rpartition("/")[0], set())
+        allowed = {package, *MAY_IMPORT[package], *more}
         extra = imported_packages(file) - allowed
         assert not extra, f"{name} imports subspec.{', subspec.'.join(sorted(extra))}"
 
@@ -49,9 +53,10 @@ def test_every_package_is_listed_for_the_wheel() -> None:
             "subspec.runtime.server.cli",
             ("subspec.planner", "torch", "transformers", "fastapi", "uvicorn", "pydantic"),
         ),
+        ("subspec.runtime.bench.cli", ("subspec.planner", "torch", "transformers", "numpy")),
         (", ".join(SOLVE), ("torch", "numpy", "transformers", "jinja2", "rich")),
     ],
-    ids=["subspec-run", "subspec-plan", "subspec-serve", "planner/solve"],
+    ids=["subspec-run", "subspec-plan", "subspec-serve", "subspec-bench", "planner/solve"],
 )
 def test_imports_do_without_what_may_not_be_needed(modules: str, unwanted: tuple[str, ...]) -> None:
     code = f"import sys, {modules}; print(*sys.modules)"

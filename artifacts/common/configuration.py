@@ -29,7 +29,8 @@ class Configured(Program):
     """A command whose options also come from --config FILE and from the environment, as
     SUBSPEC_RUN_MAX_TOKENS for subspec-run's --max-tokens."""
 
-    def __init__(self, name: str, **settings: Any) -> None:
+    def __init__(self, name: str, program: str = "", **settings: Any) -> None:
+        """program: of which it is a command, if it is one."""
         super().__init__(name, **settings)
         self.params += [
             click.Option(
@@ -48,7 +49,7 @@ class Configured(Program):
         ]
         for option in self.params:
             if isinstance(option, click.Option) and long_name(option) not in NOT_CONFIGURED[1:]:
-                option.envvar = variable_name(name, option)
+                option.envvar = variable_name(f"{program} {name}".strip(), option)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         given = list(args)
@@ -234,7 +235,7 @@ def print_configuration(context: click.Context, given: Sequence[str]) -> None:
         if source == ParameterSource.ENVIRONMENT:
             origin += f"'s {option.envvar}"
         value = written_value(context, option, source, on_line)
-        empty = value in (None, [])
+        empty = value in (None, [], "")
         rows.append((f"# {key}:" if empty else yaml_line(key, value), origin))
     width = max(len(line) for line, _ in rows)
     for line, origin in rows:
@@ -255,8 +256,10 @@ def written_value(
         value = option.type.split_envvar_value(value) if option.multiple else value
     elif source == ParameterSource.DEFAULT_MAP:
         value = context.lookup_default(name)
-    else:
+    elif option.multiple or not isinstance(context.params[name], tuple):
         value = context.params[name]
+    else:  # a callback has taken it apart
+        value = option.get_default(context)
     return [str(one) for one in value] if option.multiple else value
 
 

@@ -1,28 +1,15 @@
 """Data and axes of the report's two line charts; how they are drawn is the template's business."""
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from subspec.artifacts.acceptance import Acceptance
+from subspec.artifacts.common.axes import Axis, axis
 from subspec.artifacts.common.sizes import short_size
 from subspec.artifacts.plan import Plan, Tree
 
-NUM_STEPS = 5  # of an axis, at most
 HEADROOM = 1.1  # of the speed axis over the highest point
 
 Points = tuple[tuple[float, float], ...]
-
-
-@dataclass(frozen=True)
-class Axis:
-    low: float
-    high: float
-    ticks: tuple[tuple[float, str], ...]  # value, label
-
-    def percent(self, value: float) -> float:
-        """How far along the axis `value` lies."""
-        return 100 * (value - self.low) / (self.high - self.low)
 
 
 @dataclass(frozen=True)
@@ -58,13 +45,3 @@ def acceptance_chart(acceptance: Acceptance, tree: Tree) -> Chart | None:
         band = (*upper, *reversed(lower))
     x = axis(0, tree.depth, "{:g}".format, least_step=1)
     return Chart(x, axis(0.0, 1.0, "{:.0%}".format), line, band)
-
-
-def axis(low: float, high: float, label: Callable[[float], str], least_step: float = 0.0) -> Axis:
-    """An axis from `low` to `high` with a tick at every multiple of a round step."""
-    least = max(least_step, (high - low) / NUM_STEPS)
-    power = 10.0 ** math.floor(math.log10(least))
-    step = next(power * n for n in (1, 2, 5, 10) if power * n >= 0.999 * least)
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    values = [index * step for index in range(first, last + 1)]
-    return Axis(low, high, tuple((value, label(value)) for value in values))

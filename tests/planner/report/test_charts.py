@@ -8,7 +8,7 @@ from toys import ACCEPTANCE, make_profile, make_spec
 
 from subspec.artifacts.acceptance import Acceptance, Curve
 from subspec.artifacts.plan import Constraints, Plan, Point, Tree
-from subspec.planner.report.charts import acceptance_chart, axis, budget_chart
+from subspec.planner.report.charts import acceptance_chart, budget_chart
 from subspec.planner.solve.search import PRIOR, search
 
 MEASURED = Acceptance(
@@ -24,16 +24,6 @@ MEASURED = Acceptance(
 def plan_with(*by_budget: Point) -> Plan:
     plan = search(make_spec(), make_profile(), 12_000_000, Constraints(context=256), ACCEPTANCE)
     return replace(plan, by_budget=by_budget)
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "labels"),
-    [(0, 107, "0 50 100"), (81, 119, "90 100 110"), (0, 1, "0 0.2 0.4 0.6 0.8 1")],
-)
-def test_an_axis_has_a_few_round_ticks_between_its_ends(
-    low: float, high: float, labels: str
-) -> None:
-    assert [label for _, label in axis(low, high, "{:g}".format).ticks] == labels.split()
 
 
 def test_speeds_are_drawn_over_the_budget_from_zero() -> None:

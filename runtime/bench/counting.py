@@ -1,0 +1,98 @@
+"""Figures of many answers, and how sure they are. docs/bench.md writes the rules down."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import mean
+
+import numpy as np
+
+from subspec.runtime.bench.records import Costs
+
+RESAMPLES = 2000
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Of all answers together. Rates are sums over sums, so that a long answer counts for more."""
+
+    answers: int
+    tokens: int
+    decode_tokens_per_second: Interval  # after the first token
+    tokens_per_second: float  # prompts included
+    first_token_seconds: float  # mean
+    accepted_per_round: float  # drafted tokens
+    acceptance_length: float  # with the exact model's own token: vLLM's mean acceptance length
+    acceptance_rate: float  # accepted tokens over drafted levels
+    tau: float  # the official implementation's, by answer, then the mean
+    streamed_bytes_per_token: float
+    stall_share: float  # of decoding, spent waiting for weights
+    peak_bytes: int
+
+
+def figures(answers: Sequence[Costs]) -> Figures:
+    """Of one answer at least."""
+    decoded = [one.generated_tokens - 1 for one in answers]
+    seconds = [one.decode_seconds for one in answers]
+    rounds = sum(len(one.accepted) for one in answers)
+    accepted = sum(sum(one.accepted) for one in answers)
+    drafted = sum(sum(one.drafted) for one in answers)
+    whole = sum(seconds) + sum(one.first_token_seconds for one in answers)
+    tokens = sum(one.generated_tokens for one in answers)
+    return Figures(
+        answers=len(answers),
+        tokens=tokens,
+        decode_tokens_per_second=interval_of_ratio(decoded, seconds),
+        tokens_per_second=ratio(tokens, whole),
+        first_token_seconds=mean(one.first_token_seconds for one in answers),
+        accepted_per_round=ratio(accepted, rounds),
+        acceptance_length=1 + ratio(accepted, rounds),
+        acceptance_rate=ratio(accepted, drafted),
+        tau=mean(one.generated_tokens / (1 + len(one.accepted)) for one in answers),
+        streamed_bytes_per_token=ratio(sum(one.streamed_bytes for one in answers), sum(decoded)),
+        stall_share=ratio(sum(one.stream_wait_seconds for one in answers), sum(seconds)),
+        peak_bytes=max(one.peak_bytes for one in answers),
+    )
+
+
+def ratio(a: float, b: float) -> float:
+    return a / b if b else 0.0
+
+
+def interval_of_ratio(above: Sequence[float], below: Sequence[float]) -> Interval:
+    """Sum over sum, and its interval if other answers of the kind had been asked for."""
+    a, b = np.asarray(above, dtype=float), np.asarray(below, dtype=float)
+
+    def rate(rows: "np.ndarray[tuple[int, ...], np.dtype[np.intp]]") -> float:
+        return ratio(float(a[rows].sum()), float(b[rows].sum()))
+
+    return bootstrapped(len(a), rate)
+
+
+def interval_of_mean(values: Sequence[float]) -> Interval:
+    every = np.asarray(values, dtype=float)
+    return bootstrapped(len(every), lambda rows: float(every[rows].mean()))
+
+
+def bootstrapped(
+    number: int, figure: Callable[["np.ndarray[tuple[int, ...], np.dtype[np.intp]]"], float]
+) -> Interval:
+    """The figure of all rows, and the percentiles of it over resampled ones; the same every
+    time."""
+    value = figure(np.arange(number))
+    if number < 2:
+        return Interval(value, value, value)
+    drawn = np.random.default_rng(0).integers(0, number, (RESAMPLES, number))
+    found = [figure(rows) for rows in drawn]
+    low, high = np.quantile(found, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Interval(value, float(low), float(high))

@@ -1,0 +1,163 @@
+"""Items of a data set: from local files in the data set's own layout, or from the hub."""
+
+import json
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Any
+
+from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.runtime.bench.layouts import BUILTIN, LAYOUTS, Judge, Layout
+
+OWN = Path(__file__).parent / "prompts.jsonl"
+LARGEST_LINE = 16 << 20  # bytes
+MOST_ROWS = 200_000
+
+
+@dataclass(frozen=True)
+class Item:
+    """One conversation to be had and judged: the user's turns, and what its last answer should
+    be."""
+
+    task: str
+    name: str
+    turns: tuple[str, ...]
+    judge: Judge = "none"
+    references: tuple[str, ...] = ()
+    max_tokens: int = 512
+    entry_point: str = ""  # of the function that is asked for
+    given: str = ""  # code that the answer continues
+
+
+def items_of(task: str, data: Path | None, most: int, seed: int) -> list[Item]:
+    """At most `most` items in an order that `seed` decides. data: a folder with TASK.jsonl; None:
+    the hub. Raises SubspecError."""
+    if task == BUILTIN:
+        rows: Sequence[dict[str, Any]] = list(local_rows(OWN))
+        layout = Layout((BUILTIN, None, ""), 256, turns="turns")
+    elif task in LAYOUTS:
+        layout = LAYOUTS[task]
+        rows = list(islice(rows_of(task, layout, data), MOST_ROWS))
+    else:
+        known = ", ".join((BUILTIN, *LAYOUTS))
+        raise SubspecError(Exit.USAGE, f"there is no task {task!r}", f"the tasks are {known}")
+    numbers = list(range(len(rows)))
+    random.Random(f"{seed} {task}").shuffle(numbers)
+    return [item_of(task, layout, number, rows[number], seed) for number in numbers[:most]]
+
+
+def rows_of(task: str, layout: Layout, data: Path | None) -> Iterable[dict[str, Any]]:
+    if data is None:
+        return rows_of_hub(task, layout)
+    return local_rows(data / f"{task}.jsonl" if data.is_dir() else data)
+
+
+def rows_of_hub(task: str, layout: Layout) -> Iterable[dict[str, Any]]:
+    """Raises SubspecError: USAGE without the extra [bench], HUB."""
+    try:  # a second and 140 MB, for those who ask the hub
+        from subspec.runtime.bench.hub_rows import hub_rows
+    except ImportError:
+        raise SubspecError(
+            Exit.USAGE,
+            f"{task} of the hub needs the package datasets, which is not installed",
+            "pip install 'subspec[bench]', or give local files: --data FOLDER",
+        ) from None
+    return hub_rows(task, layout)
+
+
+def local_rows(file: Path) -> Iterable[dict[str, Any]]:
+    """JSON Lines. Raises SubspecError(USAGE)."""
+    try:
+        with open(file, "rb") as lines:
+            number = 0
+            while line := lines.readline(LARGEST_LINE + 1):
+                number += 1
+                if len(line) > LARGEST_LINE:
+                    raise wrong_row(file, number, f"it has more than {LARGEST_LINE} bytes")
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise wrong_row(file, number, f"it is not JSON: {error}") from None
+                if not isinstance(row, dict):
+                    raise wrong_row(file, number, "it is not an object")
+                yield row
+    except OSError as error:
+        raise SubspecError(
+            Exit.USAGE,
+            f"{file} cannot be read: {error.strerror}",
+            "--data is a folder with TASK.jsonl, or a file; without it the hub is asked",
+        ) from None
+
+
+def wrong_row(file: Path, number: int, why: str) -> SubspecError:
+    return SubspecError(Exit.USAGE, f"{file}, line {number}: {why}", "expected an object a line")
+
+
+def item_of(task: str, layout: Layout, number: int, row: dict[str, Any], seed: int) -> Item:
+    """Raises SubspecError(USAGE) for a row that lacks a field."""
+    name = next((str(row[key]) for key in layout.keys if row.get(key) is not None), str(number))
+    fields, references = dict(row), references_of(task, layout, row)
+    if layout.choices:
+        options, right = options_of(layout, row, f"{seed} {task} {name}", references)
+        fields["options"] = "\n".join(
+            f"{letter}. {one}" for letter, one in zip(ascii_uppercase, options, strict=False)
+        )
+        references = (right,)
+    if layout.turns:
+        turns = turns_of(task, layout, row)
+    else:
+        try:
+            turns = (layout.prompt.format_map(fields).strip(),)
+        except KeyError as error:
+            raise lacking(task, error.args[0]) from None
+    return Item(
+        task, name, turns, layout.judge, references, layout.max_tokens,
+        str(row.get("entry_point") or ""), str(row.get("prompt") or "") if layout.judge == "code"
+        else "",
+    )  # fmt: skip
+
+
+def turns_of(task: str, layout: Layout, row: dict[str, Any]) -> tuple[str, ...]:
+    fields = layout.turns.split("|")
+    found = next((row[field] for field in fields if field in row), None)
+    if not isinstance(found, list) or not found or not all(isinstance(one, str) for one in found):
+        raise lacking(task, f"{fields[0]}, a list of texts")
+    return tuple(found)
+
+
+def references_of(task: str, layout: Layout, row: dict[str, Any]) -> tuple[str, ...]:
+    if not layout.reference:
+        return ()
+    if layout.reference not in row:
+        raise lacking(task, layout.reference)
+    value = row[layout.reference]
+    return tuple(map(str, value)) if isinstance(value, list) else (str(value),)
+
+
+def options_of(
+    layout: Layout, row: dict[str, Any], seed: str, references: tuple[str, ...]
+) -> tuple[list[str], str]:
+    """The options in the order in which they are shown, and the letter of the right one."""
+    if len(layout.choices) == 1:  # as the data set orders them
+        options = row.get(layout.choices[0])
+        if not isinstance(options, list) or not 2 <= len(options) <= 10:
+            raise lacking(layout.hub[0], f"{layout.choices[0]}, a list of 2 to 10")
+        return [str(one) for one in options], references[0].strip()
+    missing = next((one for one in layout.choices if one not in row), None)
+    if missing is not None:
+        raise lacking(layout.hub[0], missing)
+    options = [str(row[one]).strip() for one in layout.choices]
+    order = list(range(len(options)))
+    random.Random(seed).shuffle(order)  # of its own, so that it does not depend on other items
+    return [options[at] for at in order], ascii_uppercase[order.index(0)]
+
+
+def lacking(task: str, field: str) -> SubspecError:
+    return SubspecError(
+        Exit.USAGE, f"an item of {task} lacks the field {field}", "docs/bench.md has the layouts"
+    )

@@ -1,0 +1,125 @@
+"""Data sets that people compare by, as data: where they are, which fields an item has, how it is
+asked, and how an answer is judged. No item of theirs is in here."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+# How an answer is scored; `scoring.py` has one function for each.
+Judge = Literal[
+    "none", "number", "math", "letter", "code", "stdin", "f1", "rouge", "class", "count",
+    "paragraph", "edit",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Layout:
+    """hub: the data set there, its configuration and split. prompt: what is asked, with fields of
+    the item in braces. turns: the field with the user's messages, in place of a prompt. reference:
+    the field that an answer is judged by. choices: fields or one list field with options, of which
+    the first, or the one that the reference names, is right."""
+
+    hub: tuple[str, str | None, str]
+    max_tokens: int
+    prompt: str = ""
+    turns: str = ""
+    reference: str = ""
+    judge: Judge = "none"
+    choices: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()  # that name an item, the first one that it has; else its number
+
+
+NUMBER = "\n\nThink step by step. End with a line of the form: Answer: NUMBER"
+MATH = "\n\nThink step by step. End with a line of the form: Answer: RESULT"
+LETTER = "\n\n{options}\n\nThink step by step. End with a line of the form: Answer: LETTER"
+PASSAGES = (
+    "Read these passages and answer the question with a few words only, without a sentence.\n\n"
+    "{context}\n\nQuestion: {input}"
+)
+SUMMARY = "Summarize this text in one page.\n\n{context}"
+ASKED_SUMMARY = "Answer from this text in one or more sentences.\n\n{context}\n\n{input}"
+EXAMPLES = "{context}\n{input}"
+
+
+def longbench(name: str, prompt: str, judge: Judge, max_tokens: int) -> Layout:
+    hub = ("THUDM/LongBench", name, "test")
+    return Layout(hub, max_tokens, prompt, reference="answers", judge=judge, keys=("_id",))
+
+
+LAYOUTS: dict[str, Layout] = {
+    "mt-bench": Layout(
+        ("HuggingFaceH4/mt_bench_prompts", None, "train"), 1024,
+        turns="turns|prompt", keys=("question_id", "prompt_id"),
+    ),
+    "human-eval": Layout(
+        ("openai/openai_humaneval", None, "test"), 768,
+        "Complete this Python function. Give the whole function in one code block.\n\n"
+        "```python\n{prompt}\n```",
+        reference="test", judge="code", keys=("task_id",),
+    ),
+    "gsm8k": Layout(
+        ("openai/gsm8k", "main", "test"), 512, "{question}" + NUMBER, reference="answer",
+        judge="number",
+    ),
+    "alpaca": Layout(("tatsu-lab/alpaca", None, "train"), 512, "{instruction}\n\n{input}"),
+    "cnn-dm": Layout(
+        ("abisee/cnn_dailymail", "3.0.0", "test"), 256,
+        "Summarize this article in three sentences.\n\n{article}",
+        reference="highlights", judge="rouge", keys=("id",),
+    ),
+    "aime": Layout(
+        ("HuggingFaceH4/aime_2024", None, "train"), 4096, "{problem}" + NUMBER,
+        reference="answer", judge="number", keys=("id",),
+    ),
+    "gpqa": Layout(
+        ("Idavidrein/gpqa", "gpqa_diamond", "train"), 2048, "{Question}" + LETTER, judge="letter",
+        choices=(
+            "Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3",
+        ),
+        keys=("Record ID",),
+    ),
+    "math-500": Layout(
+        ("HuggingFaceH4/MATH-500", None, "test"), 2048, "{problem}" + MATH, reference="answer",
+        judge="math", keys=("unique_id",),
+    ),
+    "livecodebench": Layout(
+        ("livecodebench/code_generation_lite", None, "test"), 2048,
+        "Write a Python program that reads stdin and writes stdout. Give it in one code block."
+        "\n\n{question_content}",
+        reference="public_test_cases", judge="stdin", keys=("question_id",),
+    ),
+    "mmlu-pro": Layout(
+        ("TIGER-Lab/MMLU-Pro", None, "test"), 1024, "{question}" + LETTER, reference="answer",
+        judge="letter", choices=("options",), keys=("question_id",),
+    ),
+    **{
+        name: longbench(name, PASSAGES, "f1", 32)
+        for name in ("hotpotqa", "2wikimqa", "musique")
+    },
+    "narrativeqa": longbench("narrativeqa", PASSAGES, "f1", 128),
+    "qasper": longbench("qasper", PASSAGES, "f1", 128),
+    "multifieldqa_en": longbench("multifieldqa_en", PASSAGES, "f1", 64),
+    "gov_report": longbench("gov_report", SUMMARY, "rouge", 512),
+    "multi_news": longbench("multi_news", SUMMARY, "rouge", 512),
+    "qmsum": longbench("qmsum", ASKED_SUMMARY, "rouge", 512),
+    "trec": longbench("trec", EXAMPLES, "class", 64),
+    "triviaqa": longbench("triviaqa", EXAMPLES, "f1", 32),
+    "samsum": longbench("samsum", EXAMPLES, "rouge", 128),
+    "passage_count": longbench(
+        "passage_count",
+        "How many different paragraphs are here? Answer with the number only.\n\n{context}",
+        "count", 32,
+    ),
+    "passage_retrieval_en": longbench(
+        "passage_retrieval_en",
+        "Which paragraph does the summary belong to? Answer such as: Paragraph 3\n\n{context}"
+        "\n\nSummary: {input}",
+        "paragraph", 32,
+    ),
+    "lcc": longbench("lcc", "Write the next line of this code, and nothing else.\n\n{context}",
+                     "edit", 64),
+    "repobench-p": longbench(
+        "repobench-p", "Write the next line of this code, and nothing else.\n\n{context}{input}",
+        "edit", 64,
+    ),
+}  # fmt: skip
+BUILTIN = "builtin-mini"  # prompts of ours, never under the name of a data set

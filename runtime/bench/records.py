@@ -1,0 +1,221 @@
+"""What subspec-bench measures, as rows of JSON Lines files: appended one by one, each on the disk
+before the next, so that a run that was interrupted goes on where it was."""
+
+import json
+import os
+import platform
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import torch
+
+from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.format.codec import load_dataclass, parse_json
+from subspec.artifacts.plan import Method
+from subspec.artifacts.runs import plan_digest
+from subspec.runtime.engine import Engine
+from subspec.runtime.sequence import Stats
+
+LARGEST_RECORDS = 1 << 30  # bytes of a file
+Row = TypeVar("Row")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a row was measured under; equal settings can be put together."""
+
+    artifact: str  # the folder's name
+    num_weights: int  # of its matrices
+    plan: str  # its digest
+    machine: str
+    torch: str
+    python: str
+    method: Method
+    padded: bool
+    budget_bytes: int
+    context: int
+    width: int
+    depth: int
+    temperature: float
+    seed: int
+    link_bandwidth: int | None
+
+    @property
+    def label(self) -> str:
+        """A draft's tree, or how it is plain: one row, or the twin with the draft's bits."""
+        if self.method != "plain":
+            return f"{self.width}x{self.depth}"
+        return "plain twin" if self.padded else "plain"
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Of one answer, or of one row of a table."""
+
+    prompt_tokens: int
+    generated_tokens: int
+    first_token_seconds: float
+    draft_seconds: float
+    verify_seconds: float
+    stream_wait_seconds: float
+    streamed_bytes: int  # while decoding
+    peak_bytes: int  # of fast memory, so far
+    drafted: tuple[int, ...]  # levels, by round
+    accepted: tuple[int, ...]  # tokens of them, by round
+
+    @property
+    def decode_seconds(self) -> float:
+        return self.draft_seconds + self.verify_seconds
+
+
+@dataclass(frozen=True)
+class SpeedRow:
+    """One row of `speed`: tokens/s of each repetition."""
+
+    schema: Literal["subspec.bench.speed/1"]
+    setting: Setting
+    test: str  # pp128, tg64, with "@ d256" for tokens that were in the cache before
+    tokens_per_second: tuple[float, ...]
+    accepted_per_round: float
+    streamed_bytes_per_token: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class AnswerRow:
+    """One turn of one item of `tasks`. score: None: nothing judges it, or it was not to be run."""
+
+    schema: Literal["subspec.bench.answer/1"]
+    setting: Setting
+    task: str
+    item: str
+    turn: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    score: float | None
+    why: str
+    costs: Costs
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        return self.task, self.item, self.turn
+
+
+@dataclass(frozen=True)
+class SweepRow:
+    """One point of `sweep`: the same prompts under one setting."""
+
+    schema: Literal["subspec.bench.sweep/1"]
+    setting: Setting
+    predicted_tokens_per_second: float | None
+    answers: tuple[Costs, ...]
+
+
+KINDS: dict[str, type[SpeedRow] | type[AnswerRow] | type[SweepRow]] = {
+    "subspec.bench.speed/1": SpeedRow,
+    "subspec.bench.answer/1": AnswerRow,
+    "subspec.bench.sweep/1": SweepRow,
+}
+
+
+def setting_of(engine: Engine, temperature: float = 0.0, seed: int = 0) -> Setting:
+    plan = engine.plan
+    tree = plan.tree
+    return Setting(
+        artifact=engine.artifact.path.resolve().name,
+        num_weights=sum(one.num_weights for one in engine.artifact.spec.linears),
+        plan=plan_digest(plan),
+        machine=plan.machine,
+        torch=torch.__version__,
+        python=platform.python_version(),
+        method=engine.method,
+        padded=engine.padded,
+        budget_bytes=plan.budget_bytes,
+        context=plan.context,
+        width=tree.width,
+        depth=tree.depth,
+        temperature=temperature,
+        seed=seed,
+        link_bandwidth=round(engine.link_bandwidth) if engine.link_bandwidth else None,
+    )
+
+
+def costs_of(stats: Stats, peak_bytes: int) -> Costs:
+    return Costs(
+        stats.prompt_tokens,
+        stats.generated_tokens,
+        stats.time_to_first_token_seconds,
+        stats.draft_seconds,
+        stats.verify_seconds,
+        stats.stream_wait_seconds,
+        stats.streamed_bytes,
+        peak_bytes,
+        stats.drafted,
+        stats.accepted,
+    )
+
+
+def append_row(file: Path, row: SpeedRow | AnswerRow | SweepRow) -> None:
+    """The row is on the disk when this returns."""
+    line = json.dumps(asdict(row), ensure_ascii=False, allow_nan=False) + "\n"
+    with open(file, "ab") as opened:
+        opened.write(line.encode())
+        opened.flush()
+        os.fsync(opened.fileno())
+
+
+def read_rows(file: Path) -> list[SpeedRow | AnswerRow | SweepRow]:
+    """Raises SubspecError: USAGE for a file that is not there, CORRUPT for a line that is no row.
+    A last line that was cut off is left out."""
+    try:
+        if (size := file.stat().st_size) > LARGEST_RECORDS:
+            raise SubspecError(Exit.USAGE, f"{file} has {size} bytes, expected a gigabyte at most")
+        lines = file.read_bytes().split(b"\n")
+    except OSError as error:
+        raise SubspecError(Exit.USAGE, f"{file} cannot be read: {error.strerror}") from None
+    return [row_of(line, f"{file}, line {number}") for number, line in enumerate(lines[:-1], 1)]
+
+
+def row_of(line: bytes, where: str) -> SpeedRow | AnswerRow | SweepRow:
+    value = parse_json(line, where)
+    schema = value.get("schema") if isinstance(value, dict) else None
+    if schema not in KINDS:
+        raise SubspecError(
+            Exit.CORRUPT,
+            f"{where} has the schema {schema!r}, expected one of {', '.join(KINDS)}",
+            "it is a file that subspec-bench wrote with -o jsonl or --out",
+        )
+    row: SpeedRow | AnswerRow | SweepRow = load_dataclass(KINDS[schema], value, where)
+    return row
+
+
+def rows_to_resume(file: Path, setting: Setting) -> list[AnswerRow]:
+    """The answers that an interrupted run has written, whose cut line is removed. Raises
+    SubspecError(USAGE) if they are of another setting."""
+    if not file.exists():
+        return []
+    rows = [row for row in read_rows(file) if isinstance(row, AnswerRow)]
+    other = next((row.setting for row in rows if row.setting != setting), None)
+    if other is not None:
+        changed = [
+            f"{field.name} {getattr(other, field.name)!r} instead of "
+            f"{getattr(setting, field.name)!r}"
+            for field in fields(Setting)
+            if getattr(other, field.name) != getattr(setting, field.name)
+        ]
+        raise SubspecError(
+            Exit.USAGE,
+            f"{file} was measured with {', '.join(changed)}",
+            "give another --out, or the options that it was begun with",
+        )
+    with open(file, "r+b") as opened:  # without what was cut off
+        end = opened.read().rfind(b"\n") + 1
+        opened.truncate(end)
+    return rows
+
+
+def of_kind(rows: Sequence[object], kind: type[Row]) -> Iterator[Row]:
+    return (row for row in rows if isinstance(row, kind))

@@ -1,0 +1,117 @@
+"""`subspec-bench tasks`: items of data sets, answered and judged: accuracy, acceptance and speed
+together, an item at a time."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from subspec.runtime.bench.items import Item
+from subspec.runtime.bench.records import (
+    AnswerRow,
+    Setting,
+    append_row,
+    costs_of,
+    rows_to_resume,
+    setting_of,
+)
+from subspec.runtime.bench.sandbox import score_code, score_stdin
+from subspec.runtime.bench.scoring import SCORES
+from subspec.runtime.engine import Engine
+from subspec.runtime.model.sampling import Sampling
+from subspec.runtime.sequence import GenerationParams, Stats
+from subspec.runtime.text.streaming import TextStream
+from subspec.runtime.text.tokenizer import ChatTokenizer
+
+
+@dataclass(frozen=True)
+class Asking:
+    """max_tokens: None: as long as each task is. execute: generated code is run."""
+
+    temperature: float = 0.0
+    seed: int = 0
+    max_tokens: int | None = None
+    execute: bool = False
+
+
+def answered_items(
+    engine: Engine,
+    tokenizer: ChatTokenizer,
+    items: Sequence[Item],
+    how: Asking,
+    out: Path | None,
+    told: Callable[[str], None],
+) -> list[AnswerRow]:
+    """Rows of all items. out: a file that has those of an earlier run, which are not done again,
+    and gets the others."""
+    setting = setting_of(engine, how.temperature, how.seed)
+    done = rows_to_resume(out, setting) if out else []
+    rows = {row.key: row for row in done}
+    if done:
+        told(f"{len(done)} turns are in {out} already")
+    for number, item in enumerate(items, 1):
+        if (item.task, item.name, len(item.turns) - 1) in rows:
+            continue
+        told(f"{number} of {len(items)}: {item.task} {item.name}")
+        for row in answered(engine, tokenizer, item, how, setting):
+            if out is not None and row.key not in rows:
+                append_row(out, row)
+            rows[row.key] = row
+    asked = {(item.task, item.name) for item in items}
+    return [row for row in rows.values() if (row.task, row.item) in asked]
+
+
+def answered(
+    engine: Engine, tokenizer: ChatTokenizer, item: Item, how: Asking, setting: Setting
+) -> Iterator[AnswerRow]:
+    """A row for each turn; one sequence, so that a turn reads only what is new."""
+    most = how.max_tokens or item.max_tokens
+    sampling = Sampling(how.temperature, seed=how.seed)
+    ends = frozenset(engine.artifact.spec.eos_token_ids)
+    messages = list[dict[str, str]]()
+    with engine.new_sequence() as sequence:
+        for turn, asked in enumerate(item.turns):
+            messages.append({"role": "user", "content": asked})
+            ids = tokenizer.chat_ids(messages)
+            if len(ids) >= engine.plan.context:
+                yield too_long(item, setting, len(ids), engine.plan.context)
+                return
+            stream = TextStream(sequence, tokenizer, ids, GenerationParams(most, sampling, ends))
+            for _ in stream:
+                pass
+            messages.append({"role": "assistant", "content": stream.text})
+            row = AnswerRow(
+                "subspec.bench.answer/1",
+                setting,
+                item.task,
+                item.name,
+                turn,
+                stream.text,
+                tuple(stream.token_ids),
+                sequence.finish_reason or "",
+                None,
+                "",
+                costs_of(sequence.stats, engine.peak.peak_bytes),
+            )
+            last = turn == len(item.turns) - 1
+            yield judged(row, item, how.execute) if last else row
+
+
+def too_long(item: Item, setting: Setting, size: int, context: int) -> AnswerRow:
+    """Not left out in silence: it counts as an answer that is not there."""
+    nothing = costs_of(Stats(setting.method, prompt_tokens=size), 0)
+    why = f"its {size} tokens do not fit the context of {context}"
+    return AnswerRow(
+        "subspec.bench.answer/1", setting, item.task, item.name, len(item.turns) - 1, "", (),
+        "too long", None if item.judge == "none" else 0.0, why, nothing,
+    )  # fmt: skip
+
+
+def judged(row: AnswerRow, item: Item, execute: bool) -> AnswerRow:
+    if item.judge == "none":
+        return row
+    if item.judge in ("code", "stdin"):
+        if not execute:
+            return replace(row, why="code was not run: --execute-code")
+        score, why = (score_code if item.judge == "code" else score_stdin)(row.text, item)
+        return replace(row, score=score, why=why)
+    return replace(row, score=SCORES[item.judge](row.text, item.references))

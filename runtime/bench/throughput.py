@@ -1,0 +1,111 @@
+"""`subspec-bench speed`: rows as llama-bench has them, for prompts (pp) and for generation (tg)."""
+
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
+
+from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.plan import Method
+from subspec.runtime.bench.records import SpeedRow, setting_of
+from subspec.runtime.bench.variants import Source, Variant, opened_engine, planned
+from subspec.runtime.engine import Engine
+from subspec.runtime.sequence import GenerationParams, Sequence, Stats
+from subspec.runtime.text.tokenizer import load_tokenizer
+
+# What fills a context, over and over: text that a draft finds neither trivial nor impossible.
+TEXT = (
+    "The lighthouse keeper wrote down every ship that passed, its flag, its sails and the weather. "
+    "In forty years he filled ninety books. When the light became electric, nobody asked for them; "
+    "a teacher found them in a shed, and her pupils drew the first map of the winds of that coast. "
+    "Each of them took one year, counted the storms in it, and wrote what the keeper had not seen."
+    "\n\n"
+)
+
+
+@dataclass(frozen=True)
+class Tests:
+    """Which rows are measured: tokens read, tokens decoded, tokens in the cache before either."""
+
+    prompts: tuple[int, ...] = (128,)
+    answers: tuple[int, ...] = (64,)
+    filled: tuple[int, ...] = (0,)
+    repeats: int = 3
+
+    @property
+    def longest(self) -> int:
+        return max(self.filled) + max(*self.prompts, *self.answers, 1) + 2
+
+
+def speed_rows(
+    source: Source,
+    every: Many[Variant],
+    methods: Many[Method],
+    tests: Tests,
+    told: Callable[[str], None],
+) -> Iterator[SpeedRow]:
+    """A row at a time, as they are measured. Raises SubspecError."""  # fmt: skip
+    for variant in every:
+        artifact = planned(source, variant)
+        if tests.longest > artifact.plan.context:
+            raise SubspecError(
+                Exit.USAGE,
+                f"the tests need {tests.longest} tokens, the plan's context is "
+                f"{artifact.plan.context}",
+                f"smaller tests, or --contexts {tests.longest}",
+            )
+        text = load_tokenizer(artifact.path / "tokenizer").plain_ids(TEXT)
+        ids = text * (tests.longest // len(text) + 1)
+        for method in methods:
+            with opened_engine(artifact, source, method) as engine:
+                measured(engine, ids, 0, 8, 2)  # the first pass also checks digests
+                for name, filled, read, decoded in rows_of(tests):
+                    told(f"{method} {name}")
+                    yield row(engine, name, ids, (filled, read, decoded), tests.repeats)
+
+
+def rows_of(tests: Tests) -> Iterator[tuple[str, int, int, int]]:
+    """Name, tokens before, tokens read, tokens decoded."""
+    for filled in tests.filled:
+        after = f" @ d{filled}" if filled else ""
+        for count in tests.prompts:
+            yield f"pp{count}{after}", filled, count, 0
+        for count in tests.answers:
+            yield f"tg{count}{after}", filled, 0, count
+
+
+def row(
+    engine: Engine, name: str, ids: list[int], counts: tuple[int, int, int], repeats: int
+) -> SpeedRow:
+    filled, read, decoded = counts
+    # The first one is not counted: buffers grow, and kernels meet new shapes.
+    found = [measured(engine, ids, *counts) for _ in range(repeats + 1)][1:]
+    if read:
+        rates = [read / one.time_to_first_token_seconds for one in found]
+    else:
+        rates = [decoded / one.decode_seconds for one in found]
+    rounds = sum(len(one.accepted) for one in found)
+    return SpeedRow(
+        "subspec.bench.speed/1",
+        setting_of(engine),
+        name,
+        tuple(rates),
+        sum(sum(one.accepted) for one in found) / rounds if rounds else 0.0,
+        sum(one.streamed_bytes for one in found) / (repeats * decoded) if decoded else 0.0,
+        engine.peak.peak_bytes,
+    )
+
+
+def measured(engine: Engine, ids: list[int], filled: int, read: int, decoded: int) -> Stats:
+    """Of a sequence whose cache has the first `filled` tokens: what it takes to read the next ones,
+    or to decode after them. No token ends an answer."""
+    with engine.new_sequence() as sequence:
+        before = max(filled, 0 if read else 1)  # something has to be continued
+        if filled and read:
+            decode(sequence, ids[:filled], 1)
+        decode(sequence, ids[: before + read], decoded + 1)
+        return sequence.stats
+
+
+def decode(sequence: Sequence, prompt: list[int], count: int) -> None:
+    for _ in sequence.generate(prompt, GenerationParams(count)):
+        pass

@@ -1,0 +1,152 @@
+"""`subspec-bench trace`: what runs when in each round, and what the draft thought of its tokens.
+
+The answer is decoded twice. Times are those of the first run, in which nothing is observed but
+them; in the second one each draft's probabilities are read, which takes time. Both give the same
+tokens, which is checked.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.format.store import Artifact
+from subspec.runtime.bench.variants import Source
+from subspec.runtime.clock import Span, chrome_trace
+from subspec.runtime.draft.beam import Growing, Level, TokenTree
+from subspec.runtime.draft.drafter import SubstituteDrafter, Turn
+from subspec.runtime.engine import Engine, OpenOptions
+from subspec.runtime.sequence import GenerationParams
+
+TRACE, STEPS = "trace.json", "steps.jsonl"
+
+
+@dataclass(frozen=True)
+class Node:
+    """A drafted token. probability: the draft's for it, after its parents and without sharpening;
+    None: this drafter has none."""
+
+    token: int
+    parent: int  # its number in the round; 0 is the root
+    depth: int
+    probability: float | None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One round. The prompt's pass is round 0."""
+
+    round: int
+    emitted: tuple[int, ...]
+    logprobs: tuple[float, ...]  # the exact model's, of the emitted tokens
+    accepted: int
+    levels: int
+    draft_seconds: float
+    verify_seconds: float
+    stream_wait_seconds: float
+    streamed_bytes: int
+    nodes: tuple[Node, ...]
+
+
+@dataclass(frozen=True)
+class Watched:
+    """Drafts as `drafter` does, and keeps each tree with its nodes' probabilities."""
+
+    drafter: SubstituteDrafter
+    found: list[tuple[Node, ...]]
+
+    def draft(self, turns: Sequence[Turn]) -> list[TokenTree]:
+        trees = self.drafter.draft(turns)
+        [turn], [tree] = turns, trees
+        self.found.append(nodes_of(tree, probabilities(self.drafter, turn, tree)))
+        return trees
+
+
+def probabilities(drafter: SubstituteDrafter, turn: Turn, tree: TokenTree) -> list[float]:
+    """Of each node but the root, in levels as the draft computed them."""
+    slots = turn.cache.tree_slots(drafter.verify_width)
+    run = drafter.pass_over([turn.cache], [slots])
+    found = [0.0] * tree.num_nodes
+    for level in range(int(tree.depths[: tree.num_nodes].max())):
+        nodes = torch.nonzero(tree.depths[: tree.num_nodes] == level).flatten()
+        logits = run([Growing(0, tree, Level(nodes, torch.zeros(len(nodes), device=nodes.device)))])
+        for parent, row in zip(nodes.tolist(), logits, strict=True):
+            children = torch.nonzero(tree.parents[: tree.num_nodes] == parent).flatten().tolist()
+            likely = row.float().softmax(-1)
+            for child in children:
+                if child:  # the root is its own parent
+                    found[child] = float(likely[tree.tokens[child]])
+    return found
+
+
+def nodes_of(tree: TokenTree, likely: Sequence[float] | None) -> tuple[Node, ...]:
+    tokens, parents, depths = (
+        one[: tree.num_nodes].tolist() for one in (tree.tokens, tree.parents, tree.depths)
+    )
+    return tuple(
+        Node(tokens[at], parents[at], depths[at], likely[at] if likely else None)
+        for at in range(1, tree.num_nodes)
+    )
+
+
+def traced(
+    artifact: Artifact, source: Source, prompt: list[int], params: GenerationParams
+) -> tuple[list[Span], list[Step]]:
+    """Spans and rounds of one answer. Raises SubspecError."""
+    how = OpenOptions(
+        device=source.device, link_bandwidth=source.link_bandwidth, trace=True, padded=False
+    )
+    with Engine.open(artifact, how) as engine:
+        spans = engine.model.clock.spans
+        assert spans is not None
+        with engine.new_sequence() as sequence:  # digests, and what is compiled at first use
+            for _ in sequence.generate(prompt, GenerationParams(2)):
+                pass
+        spans.clear()
+        steps = list(steps_of(engine, prompt, params))
+        timed = list(spans)
+        drafter = engine.model.drafter
+        if not isinstance(drafter, SubstituteDrafter):
+            return timed, steps
+        watched = Watched(drafter, [])
+        engine.model = replace(engine.model, drafter=watched)
+        again = list(steps_of(engine, prompt, params))
+    if [step.emitted for step in again] != [step.emitted for step in steps]:
+        raise SubspecError(Exit.UNEXPECTED, "two runs of one prompt gave different rounds")
+    every = [(), *watched.found]
+    return timed, [replace(one, nodes=nodes) for one, nodes in zip(steps, every, strict=True)]
+
+
+def steps_of(engine: Engine, prompt: list[int], params: GenerationParams) -> Iterator[Step]:
+    with engine.new_sequence() as sequence:
+        before = sequence.stats
+        for number, emitted in enumerate(sequence.generate(prompt, params)):
+            now = sequence.stats
+            yield Step(
+                number,
+                tuple(emitted),
+                tuple(one.logprob for one in sequence.logprobs[-len(emitted) :]),
+                now.accepted[-1] if number else 0,
+                now.drafted[-1] if number else 0,
+                now.draft_seconds - before.draft_seconds if number else 0.0,
+                now.verify_seconds - before.verify_seconds
+                if number
+                else now.time_to_first_token_seconds,
+                now.stream_wait_seconds - before.stream_wait_seconds,
+                now.streamed_bytes - before.streamed_bytes,
+                (),
+            )
+            before = now
+
+
+def write_trace(
+    folder: Path, artifact: Artifact, spans: Sequence[Span], steps: Sequence[Step]
+) -> None:
+    """trace.json, for Perfetto or chrome://tracing, and steps.jsonl."""
+    about = {"artifact": artifact.path.resolve().name, "machine": artifact.plan.machine}
+    (folder / TRACE).write_text(json.dumps(chrome_trace(spans, about)) + "\n", "utf-8")
+    lines = [json.dumps(asdict(step)) + "\n" for step in steps]
+    (folder / STEPS).write_text("".join(lines), "utf-8")

@@ -1,0 +1,81 @@
+"""An artifact under other plans: subspec-plan --from solves them, and no folder is changed."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+
+from subspec.artifacts.format.store import Artifact
+from subspec.artifacts.plan import Method
+from subspec.runtime.app.folder import open_folder
+from subspec.runtime.app.opening import Opening, opened, planned_for_here, progress_line
+from subspec.runtime.app.planner_command import run_planner
+from subspec.runtime.app.replan import load_plan
+from subspec.runtime.engine import Engine
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is asked of a plan; None: as it is in the artifact's own."""
+
+    budget_bytes: int | None = None
+    context: int | None = None
+    width: int | None = None
+    depth: int | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """An artifact and how it is run, from a command line."""
+
+    folder: Path
+    device: str | None = None
+    link_bandwidth: int | None = None
+    replan: bool = True
+
+
+def variants(
+    budgets: Sequence[int], contexts: Sequence[int], widths: Sequence[int], depths: Sequence[int]
+) -> list[Variant]:
+    """Every combination; an empty axis keeps the plan's own."""
+    given = (budgets, contexts, widths, depths)
+    axes: list[list[int | None]] = [[*axis] or [None] for axis in given]
+    return [Variant(*point) for point in product(*axes)]
+
+
+def planned(source: Source, variant: Variant) -> Artifact:
+    """The artifact under a variant's plan. Raises the planner's own SubspecError."""
+    artifact = open_folder(source.folder)
+    if variant == Variant():
+        return planned_for_here(artifact, opening(source, None))
+    asked = {
+        "--vram": f"{variant.budget_bytes or artifact.plan.budget_bytes}B",
+        "--context": variant.context or artifact.plan.constraints.context,
+        "--width": variant.width,
+        "--depth": variant.depth,
+        "--device": source.device or artifact.plan.device,
+        "--link-bandwidth": f"{source.link_bandwidth}B" if source.link_bandwidth else None,
+    }
+    words = [str(word) for pair in asked.items() if pair[1] is not None for word in pair]
+    text = run_planner(["--from", str(source.folder), "--print-plan", *words])
+    return replace(artifact, plan=load_plan(text, artifact))
+
+
+@contextmanager
+def opened_engine(
+    artifact: Artifact, source: Source, method: Method | None, padded: bool = False
+) -> Iterator[Engine]:
+    """Plain decoding is the fastest one; padded: the twin that gives the draft's tokens."""
+    with opened(artifact, opening(source, method, padded), progress_line()) as engine:
+        yield engine
+
+
+def opening(source: Source, method: Method | None, padded: bool = False) -> Opening:
+    return Opening(
+        method=method,
+        replan=source.replan,
+        device=source.device,
+        link_bandwidth=source.link_bandwidth,
+        padded=padded,
+    )

@@ -1,0 +1,320 @@
+"""subspec-bench as a person uses it, on the demo model: rows, resuming, pairs, traces, the page."""
+
+import csv
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import click
+import pytest
+from running import Ended, demo_artifact
+
+from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.format.codec import dump_json
+from subspec.artifacts.format.store import open_artifact
+from subspec.runtime.bench import tasks, variants
+from subspec.runtime.bench.cli import main
+from subspec.runtime.bench.paired import compare, divergence
+from subspec.runtime.bench.records import AnswerRow, append_row, read_rows
+from subspec.runtime.bench.tables import Table, as_markdown, speed_table, written
+from subspec.runtime.bench.variants import Variant
+
+Capture = pytest.CaptureFixture[str]
+HERE = ("--no-replan",)
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return demo_artifact(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="module")
+def measured(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Files of a few answers, with a draft and without."""
+    folder = tmp_path_factory.mktemp("measured")
+    data = folder / "gsm8k.jsonl"
+    rows = [{"question": f"What is {n} + {n}?", "answer": f"#### {2 * n}"} for n in range(3)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["tasks", str(artifact), *HERE, "--tasks", "gsm8k", "--data", str(folder)]
+    words += ["--max-tokens", "8", "--out"]
+    files = {"draft": folder / "draft.jsonl", "plain": folder / "plain.jsonl"}
+    main.main([*words, str(files["draft"])])
+    main.main([*words, str(files["plain"]), "--no-speculation"])
+    return files
+
+
+@pytest.fixture(scope="module")
+def speeds(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of rows of `speed`."""
+    out = tmp_path_factory.mktemp("speeds") / "speed.jsonl"
+    words = ("-p", "16", "-n", "4", "-d", "0,24", "-r", "1", *HERE, "--out", str(out))
+    main.main(["speed", str(artifact), *words])
+    return out
+
+
+def run(capsys: Capture, *words: object) -> Ended:
+    capsys.readouterr()
+    try:
+        code = main.main([str(word) for word in words]) or 0
+    except SystemExit as end:
+        code = int(end.code or 0)
+    said = capsys.readouterr()
+    return Ended(code, said.out, said.err)
+
+
+def answers(file: Path) -> list[AnswerRow]:
+    return [row for row in read_rows(file) if isinstance(row, AnswerRow)]
+
+
+def test_speed_has_a_row_for_each_test_depth_and_method(speeds: Path, capsys: Capture) -> None:
+    kept: list[Any] = read_rows(speeds)
+    tests = ["pp16", "tg4", "pp16 @ d24", "tg4 @ d24"]
+    assert [(row.setting.label, row.test) for row in kept] == [
+        (label, test) for label in ("2x3", "plain") for test in tests
+    ]
+    assert all(len(row.tokens_per_second) == 1 and min(row.tokens_per_second) > 0 for row in kept)
+    assert kept[1].accepted_per_round > 0 == kept[5].accepted_per_round
+
+
+def test_every_form_of_a_table_says_the_same(speeds: Path) -> None:
+    rows: list[Any] = read_rows(speeds)
+    table = speed_table(rows)
+    header, rule, *lines = written(rows, table, "md").splitlines()
+    assert len(lines) == 8 and {line.count("|") for line in (header, rule, *lines)} == {11}
+    assert set(rule) <= set("|-:")
+    cells = list(csv.DictReader(io.StringIO(written(rows, table, "csv"))))
+    assert [row["test"] for row in cells] == [row.test for row in rows]
+    assert all(" ± " in row["t/s"] for row in cells)
+    whole = json.loads(written(rows, table, "json"))["rows"]
+    assert whole == [json.loads(line) for line in written(rows, table, "jsonl").splitlines()]
+    assert {row["schema"] for row in whole} == {"subspec.bench.speed/1"}
+
+
+def test_a_draft_never_changes_the_answers(measured: dict[str, Path], capsys: Capture) -> None:
+    done = run(capsys, "compare", measured["draft"], measured["plain"], "--expect-identical")
+    assert done.exit_code == 0, done.err
+    assert "| identical turns " in done.out and "3/3" in done.out
+
+
+def test_answers_have_scores_tokens_and_costs(measured: dict[str, Path]) -> None:
+    rows = answers(measured["draft"])
+    assert len(rows) == 3 and {row.score for row in rows} <= {0.0, 1.0}
+    for row in rows:
+        assert row.costs.generated_tokens == len(row.token_ids) <= 8
+        assert row.costs.generated_tokens == 1 + sum(row.costs.accepted) + len(row.costs.accepted)
+        assert row.setting.method == "substitute" and row.costs.decode_seconds > 0
+
+
+def test_an_interrupted_run_goes_on_where_it_was(
+    artifact: Path, measured: dict[str, Path], capsys: Capture, tmp_path: Path
+) -> None:
+    whole = measured["draft"].read_bytes().splitlines(keepends=True)
+    out = tmp_path / "answers.jsonl"
+    out.write_bytes(whole[0] + whole[1][:40])  # the second line was cut off
+    words = ["--tasks", "gsm8k", "--data", measured["draft"].parent, "--max-tokens", 8]
+    done = run(capsys, "tasks", artifact, *HERE, *words, "--out", out)
+    assert "1 turns are in" in done.err and "1 of 3" not in done.err
+    kept = out.read_bytes().splitlines(keepends=True)
+    assert kept[0] == whole[0] and len(kept) == 3
+    assert [row.token_ids for row in answers(out)] == [
+        row.token_ids for row in answers(measured["draft"])
+    ]
+
+
+def test_answers_of_another_setting_are_not_put_together(
+    artifact: Path, measured: dict[str, Path], capsys: Capture
+) -> None:
+    words = ["--tasks", "gsm8k", "--data", measured["draft"].parent, "--temperature", 0.5]
+    done = run(capsys, "tasks", artifact, *HERE, *words, "--out", measured["draft"])
+    assert done.exit_code == Exit.USAGE and "temperature 0.0 instead of 0.5" in done.err
+
+
+def test_a_question_that_does_not_fit_is_counted_and_told(
+    artifact: Path, capsys: Capture, tmp_path: Path
+) -> None:
+    row = {"article": "word " * 500, "highlights": "word", "id": "long"}
+    (tmp_path / "cnn-dm.jsonl").write_text(json.dumps(row) + "\n")
+    out = tmp_path / "out.jsonl"
+    words = ("--tasks", "cnn-dm", "--data", tmp_path, "--out", out, *HERE)
+    done = run(capsys, "tasks", artifact, *words)
+    assert done.exit_code == 0, done.err
+    [kept] = answers(out)
+    assert (kept.finish_reason, kept.score) == ("too long", 0.0) and "do not fit" in kept.why
+
+
+def test_a_sweep_plans_each_point_and_leaves_out_what_does_not_fit(
+    artifact: Path, capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[list[str]]()
+
+    def run_planner(words: list[str]) -> str:
+        asked.append(words)
+        if "5" in words:
+            raise SubspecError(Exit.INFEASIBLE, "too deep")
+        plan = open_artifact(artifact).plan
+        return dump_json(replace(plan, tree=replace(plan.tree, depth=2)))
+
+    monkeypatch.setattr(variants, "run_planner", run_planner)
+    out = tmp_path / "sweep.jsonl"
+    words = ("--depths", "2,5", "--temperatures", "0,0.9", "--max-samples", 1, "--max-tokens", 6)
+    done = run(capsys, "sweep", artifact, *words, "--device", "cpu", "--out", out)
+    rows: list[Any] = read_rows(out)
+    assert [(row.setting.depth, row.setting.temperature) for row in rows] == [(2, 0), (2, 0.9)]
+    assert "left out: too deep" in done.err
+    assert [words[words.index("--depth") + 1] for words in asked] == ["2", "5"]
+    assert all("--print-plan" in words and "--width" not in words for words in asked)
+
+
+def test_axes_are_combined_and_an_empty_one_is_the_plans_own() -> None:
+    assert variants.variants([], [], [], []) == [Variant()]
+    found = variants.variants([8, 9], [], [1, 2], [])
+    assert found == [Variant(b, None, w) for b in (8, 9) for w in (1, 2)]
+
+
+def test_a_trace_has_every_round_and_the_drafts_probabilities(
+    artifact: Path, capsys: Capture, tmp_path: Path
+) -> None:
+    out = tmp_path / "trace"
+    done = run(capsys, "trace", artifact, "def f", "--max-tokens", 12, "--out", out, *HERE)
+    assert done.exit_code == 0, done.err
+    steps = [json.loads(line) for line in (out / "steps.jsonl").read_text().splitlines()]
+    assert sum(len(step["emitted"]) for step in steps) <= 12
+    assert steps[0]["nodes"] == [] and steps[0]["levels"] == 0
+    for step in steps[1:]:
+        nodes = [{"token": None, "depth": 0}, *step["nodes"]]
+        assert len(step["emitted"]) == step["accepted"] + 1 == len(step["logprobs"])
+        assert len(nodes) == 1 + 2 * step["levels"]
+        shares = dict[int, float]()
+        for node in step["nodes"]:
+            assert node["depth"] == nodes[node["parent"]]["depth"] + 1
+            shares[node["parent"]] = shares.get(node["parent"], 0.0) + node["probability"]
+        assert all(0 < share <= 1.0001 for share in shares.values())
+        path = {(node["depth"], node["token"]) for node in step["nodes"]}
+        assert all((at + 1, step["emitted"][at]) in path for at in range(step["accepted"]))
+    trace = json.loads((out / "trace.json").read_text())
+    lanes = {event["args"].get("name") for event in trace["traceEvents"]}
+    assert {"prefill", "draft", "verify"} <= lanes
+
+
+def test_the_page_is_well_formed_without_scripts_and_says_what_is_in_the_rows(
+    measured: dict[str, Path], speeds: Path, capsys: Capture, tmp_path: Path
+) -> None:
+    page = tmp_path / "page.html"
+    done = run(capsys, "report", speeds, *measured.values(), "--out", page)
+    assert done.exit_code == 0, done.err
+    html = page.read_text()
+    ElementTree.fromstring(html.removeprefix("<!DOCTYPE html>\n"))
+    assert "<script" not in html and "http" not in html.replace("http-equiv", "")
+    for said in (
+        "demo-artifact",
+        "pp16, tokens/s",
+        "gsm8k, tokens/s",
+        "gsm8k, score",
+        "plain twin",
+    ):
+        assert said in html, said
+
+
+def test_names_from_files_are_text_on_the_page(
+    measured: dict[str, Path], capsys: Capture, tmp_path: Path
+) -> None:
+    row = answers(measured["draft"])[0]
+    file, page = tmp_path / "<b>.jsonl", tmp_path / "page.html"
+    append_row(file, replace(row, task="<img src=x>", setting=replace(row.setting, artifact="<i>")))
+    run(capsys, "report", file, "--out", page)
+    assert "<img" not in page.read_text() and "&lt;i&gt;" in page.read_text()
+
+
+def test_pairs_tell_where_tokens_part_and_by_how_much_they_differ(
+    measured: dict[str, Path],
+) -> None:
+    rows = answers(measured["draft"])
+    slower = [
+        replace(row, costs=replace(row.costs, verify_seconds=2 * row.costs.verify_seconds,
+                                   draft_seconds=2 * row.costs.draft_seconds))
+        for row in rows
+    ]  # fmt: skip
+    found = compare(rows, slower)
+    assert found.speed_ratio.value == pytest.approx(0.5) and found.identical == 3
+    assert found.speed_ratio.low == pytest.approx(0.5)
+    other = replace(rows[0], token_ids=(*rows[0].token_ids[:2], 9999))
+    parted = divergence(rows[0], other)
+    assert parted is not None and (parted.position, parted.b) == (2, 9999)
+    shorter = divergence(rows[0], replace(rows[0], token_ids=rows[0].token_ids[:1]))
+    assert shorter is not None and (shorter.position, shorter.b) == (1, None)
+    with pytest.raises(SubspecError, match="none is of the same item"):
+        compare(rows, [replace(row, item="other") for row in rows])
+
+
+def test_other_tokens_are_an_error_if_somebody_expects_the_same(
+    measured: dict[str, Path], capsys: Capture, tmp_path: Path
+) -> None:
+    rows = answers(measured["draft"])
+    for row in rows:
+        append_row(tmp_path / "b.jsonl", replace(row, token_ids=(*row.token_ids[:-1], 9999)))
+    words = ("compare", measured["draft"], tmp_path / "b.jsonl", "--expect-identical", "--json")
+    done = run(capsys, *words)
+    assert done.exit_code == Exit.UNEXPECTED and "3 of 3 turns have other tokens" in done.err
+    assert json.loads(done.out.splitlines()[0])["schema"] == "subspec.bench.compared/1"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("speed", "ARTIFACT", "--methods", "fast"), "--methods 'fast', expected some of"),
+        (("speed", "ARTIFACT", "-p", "x"), "'x' is not whole numbers"),
+        (("speed", "ARTIFACT", "--budgets", "8gb"), "a small b means bits"),
+        (("speed", "ARTIFACT", "-n", "9999", *HERE), "the plan's context is 256"),
+        (("tasks", "ARTIFACT", "--tasks", "gsm9k"), "--tasks 'gsm9k', expected some of"),
+        (("sweep", "ARTIFACT", "--temperatures", "-1"), "'-1' is not numbers"),
+        (("compare", "a.jsonl", "b.jsonl"), "a.jsonl cannot be read"),
+        (("trace", "ARTIFACT", "x", "--out", "no/where", *HERE), "cannot be made"),
+        (("speed", "nothing"), "nothing does not exist"),
+        (("fly",), "No such command 'fly'"),
+    ],
+)
+def test_a_wrong_word_is_one_sentence(
+    artifact: Path, capsys: Capture, words: tuple[str, ...], expected: str
+) -> None:
+    done = run(capsys, *(artifact if word == "ARTIFACT" else word for word in words))
+    assert done.exit_code == Exit.USAGE and expected in done.err
+
+
+def test_a_line_that_is_no_row_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    for line, expected in (("{}", "the schema None"), ("[", "rows.jsonl, line 1")):
+        file.write_text(line + "\n")
+        with pytest.raises(SubspecError, match=expected) as error:
+            read_rows(file)
+        assert error.value.exit_code == Exit.CORRUPT
+
+
+def test_cells_of_a_table_cannot_break_it() -> None:
+    text = as_markdown(Table(("a", "b"), (("x|y", "1"),)))
+    assert text == "| a    | b |\n|------|--:|\n| x\\|y | 1 |\n"
+
+
+def test_a_task_without_the_code_switch_runs_no_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    from subspec.runtime.bench.items import Item
+
+    monkeypatch.setattr(tasks, "score_code", lambda *_: pytest.fail("code was run"))
+    row: Any = AnswerRow("subspec.bench.answer/1", None, "t", "i", 0, "", (), "", None, "", None)  # type: ignore[arg-type]
+    found = tasks.judged(row, Item("t", "i", ("x",), "code"), execute=False)
+    assert found.score is None and "--execute-code" in found.why
+
+
+def test_each_command_takes_a_file_and_the_environment(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "bench.yaml"
+    file.write_text("repeats: 7\nprompts: 1,2\n")
+    monkeypatch.setenv("SUBSPEC_BENCH_SPEED_ANSWERS", "9")
+    done = run(capsys, "speed", "x", "--config", file, "--print-config")
+    assert done.exit_code == 0, done.err
+    assert "repeats: 7 " in done.out and "prompts: 1,2 " in done.out and "answers: 9 " in done.out
+    assert isinstance(main, click.Group) and set(main.commands) == {
+        "speed", "tasks", "sweep", "compare", "trace", "report",
+    }  # fmt: skip
