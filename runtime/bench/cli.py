@@ -12,7 +12,8 @@ from subspec.artifacts.common.command import HINT, Program, say, size_option
 from subspec.artifacts.common.configuration import Configured
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.sizes import parse_size
-from subspec.runtime.app.run_options import device_option, finite_option
+from subspec.runtime.app.opening_options import device_option
+from subspec.runtime.app.run_options import finite_option
 from subspec.runtime.bench.layouts import BUILTIN, LAYOUTS
 
 if TYPE_CHECKING:
