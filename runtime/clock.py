@@ -47,7 +47,7 @@ class Clock:
     def phase(self, name: str) -> Iterator[None]:
         started = time.perf_counter()
         # A range for a profiler of NVIDIA's, where one may be watching.
-        marked = self.device.type == "cuda" and self.spans is not None
+        marked = self.spans is not None and self.device.type == "cuda" and has_ranges()
         with torch.cuda.nvtx.range(name) if marked else nullcontext():
             yield
         if self.device.type == "cuda":
@@ -60,6 +60,11 @@ class Clock:
         """End a span now. This is a `Record`; any thread may call it."""
         if self.spans is not None:
             self.spans.append(Span(lane, name, started, time.perf_counter() - started, detail))
+
+
+def has_ranges() -> bool:
+    """Whether this build of torch can mark ranges for NVIDIA's profilers."""
+    return torch.version.cuda is not None
 
 
 def overlap_seconds(some: Iterable[Span], others: Sequence[Span]) -> float:

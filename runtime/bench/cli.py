@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from subspec.artifacts.common.command import HINT, Program, say, size_option
+from subspec.artifacts.common.command import HINT, Program, say
 from subspec.artifacts.common.configuration import Configured
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.sizes import parse_size
-from subspec.runtime.app.opening_options import device_option
+from subspec.runtime.app.opening_options import OpeningOptions, plan_options
 from subspec.runtime.app.run_options import finite_option
 from subspec.runtime.bench.layouts import BUILTIN, LAYOUTS
 
@@ -70,21 +70,6 @@ def names(text: str, known: Iterable[str], what: str) -> tuple[str, ...]:
     return found
 
 
-class Shared(Configured):
-    """With what all commands share that run an artifact."""
-
-    def __init__(self, name: str, program: str = "", **settings: Any) -> None:
-        super().__init__(name, program, **settings)
-        self.params[-2:-2] = [
-            click.Option(["--device"], metavar="DEVICE", callback=device_option,
-                         help="cpu, or one GPU such as cuda:1."),
-            click.Option(["--link-bandwidth"], metavar="SIZE", callback=size_option,
-                         help="Limit the link to SIZE per second."),
-            click.Option(["--no-replan"], is_flag=True,
-                         help="Use the stored plan as it is, on any machine."),
-        ]  # fmt: skip
-
-
 @click.group(NAME, cls=Programs, context_settings=HELP)
 @click.version_option(package_name="subspec")
 def main() -> None:
@@ -108,7 +93,7 @@ def artifact_argument(command: Command) -> Command:
     return click.argument("artifact", type=click.Path(path_type=Path))(command)
 
 
-@main.command("speed", cls=Shared, program=NAME, context_settings=HELP)
+@main.command("speed", cls=Configured, program=NAME, context_settings=HELP)
 @artifact_argument
 @click.option("-p", "--prompts", default="128", show_default=True, callback=whole_numbers,
               metavar="N,N", help="Rows pp: tokens of prompts that are read.")  # fmt: skip
@@ -128,6 +113,7 @@ def artifact_argument(command: Command) -> Command:
               help="Depths of the draft tree.  [default: the plan's]")  # fmt: skip
 @form_option
 @out_option("Also append the rows, JSON Lines, as they are measured.")
+@plan_options
 def speed(artifact: Path, form: "Form", out: Path | None, **given: Any) -> None:
     """Rows as llama-bench has them: pp128 reads 128 tokens, tg64 generates 64."""
     from subspec.runtime.bench.records import append_row
@@ -151,7 +137,7 @@ def speed(artifact: Path, form: "Form", out: Path | None, **given: Any) -> None:
     show(rows, speed_table(rows), form)
 
 
-@main.command("tasks", cls=Shared, program=NAME, context_settings=HELP)
+@main.command("tasks", cls=Configured, program=NAME, context_settings=HELP)
 @artifact_argument
 @click.option("--tasks", default=BUILTIN, show_default=True, metavar="NAMES",
               help=f"Some of {BUILTIN}, {', '.join(LAYOUTS)}.")  # fmt: skip
@@ -170,6 +156,7 @@ def speed(artifact: Path, form: "Form", out: Path | None, **given: Any) -> None:
               help="Run generated programs, in a child with limits.")  # fmt: skip
 @form_option
 @out_option("Append each answer; what it has already is not done again.")
+@plan_options
 def tasks(artifact: Path, form: "Form", out: Path | None, **given: Any) -> None:
     """Answer items of data sets: accuracy, acceptance and speed together."""
     from subspec.runtime.bench.items import items_of
@@ -191,7 +178,7 @@ def tasks(artifact: Path, form: "Form", out: Path | None, **given: Any) -> None:
     show(rows, task_table(rows), form)
 
 
-@main.command("sweep", cls=Shared, program=NAME, context_settings=HELP)
+@main.command("sweep", cls=Configured, program=NAME, context_settings=HELP)
 @artifact_argument
 @click.option("--widths", default="", callback=positive_numbers, metavar="N,N")
 @click.option("--depths", default="", callback=positive_numbers, metavar="N,N")
@@ -207,6 +194,7 @@ def tasks(artifact: Path, form: "Form", out: Path | None, **given: Any) -> None:
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
 @form_option
 @out_option("Also append the rows, JSON Lines, as they are measured.")
+@plan_options
 def sweep(artifact: Path, form: "Form", out: Path | None, **given: Any) -> None:
     """The same prompts under every combination of settings; subspec-plan --from plans each."""
     from subspec.runtime.bench.items import items_of
@@ -254,12 +242,13 @@ def compare(a: Path, b: Path, as_json: bool, expect_identical: bool) -> None:
         )
 
 
-@main.command("trace", cls=Shared, program=NAME, context_settings=HELP)
+@main.command("trace", cls=Configured, program=NAME, context_settings=HELP)
 @artifact_argument
 @click.argument("prompt")
 @click.option("--max-tokens", type=click.IntRange(min=2), default=64, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True, metavar="FOLDER",
               help="For trace.json (Perfetto) and steps.jsonl.")  # fmt: skip
+@plan_options
 def trace(artifact: Path, prompt: str, out: Path, max_tokens: int, **given: Any) -> None:
     """What runs when while PROMPT is answered, and each draft's tokens with their probabilities."""
     from subspec.runtime.bench.tracing import traced, write_trace
@@ -304,7 +293,17 @@ def report(files: tuple[Path, ...], out: Path) -> None:
 def source_of(artifact: Path, given: dict[str, Any]) -> "Source":
     from subspec.runtime.bench.variants import Source
 
-    return Source(artifact, given["device"], given["link_bandwidth"], not given["no_replan"])
+    return Source(
+        artifact,
+        OpeningOptions(
+            vram=given["vram"],
+            no_replan=given["no_replan"],
+            trust_kernels=given["trust_kernels"],
+            device=given["device"],
+            link_bandwidth=given["link_bandwidth"],
+            no_graphs=given["no_graphs"],
+        ),
+    )
 
 
 def show(

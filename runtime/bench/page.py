@@ -77,7 +77,6 @@ def page(files: Sequence[tuple[str, Rows]]) -> str:
     return load("bench.html").render(
         models=unique(one.artifact for one in settings),
         machines=unique(one.machine for one in settings),
-        torch=unique(one.torch for one in settings),
         links=unique(
             "not limited" if one.link_bandwidth is None else f"{short_size(one.link_bandwidth)}/s"
             for one in settings

@@ -97,7 +97,11 @@ def traced(
 ) -> tuple[list[Span], list[Step]]:
     """Spans and rounds of one answer. Raises SubspecError."""
     how = OpenOptions(
-        device=source.device, link_bandwidth=source.link_bandwidth, trace=True, padded=False
+        device=source.how.device,
+        link_bandwidth=source.how.link_bandwidth,
+        graphs=not source.how.no_graphs,
+        trace=True,
+        padded=False,
     )
     with Engine.open(artifact, how) as engine:
         spans = engine.model.clock.spans

@@ -9,7 +9,14 @@ from pathlib import Path
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.plan import Method
 from subspec.runtime.app.folder import open_folder
-from subspec.runtime.app.opening import Opening, opened, planned_for_here, progress_line
+from subspec.runtime.app.opening import (
+    Opening,
+    opened,
+    planned_for_here,
+    progress_line,
+    trust_kernels,
+)
+from subspec.runtime.app.opening_options import OpeningOptions
 from subspec.runtime.app.planner_command import run_planner
 from subspec.runtime.app.replan import load_plan
 from subspec.runtime.engine import Engine
@@ -27,12 +34,10 @@ class Variant:
 
 @dataclass(frozen=True)
 class Source:
-    """An artifact and how it is run, from a command line."""
+    """An artifact and how it is opened, from a command line."""
 
     folder: Path
-    device: str | None = None
-    link_bandwidth: int | None = None
-    replan: bool = True
+    how: OpeningOptions = OpeningOptions()
 
 
 def variants(
@@ -46,16 +51,18 @@ def variants(
 
 def planned(source: Source, variant: Variant) -> Artifact:
     """The artifact under a variant's plan. Raises the planner's own SubspecError."""
-    artifact = open_folder(source.folder)
+    artifact, how = open_folder(source.folder), source.how
+    if how.trust_kernels:
+        trust_kernels(artifact)
     if variant == Variant():
-        return planned_for_here(artifact, opening(source, None))
+        return planned_for_here(artifact, Opening.of(how))
     asked = {
-        "--vram": f"{variant.budget_bytes or artifact.plan.budget_bytes}B",
+        "--vram": f"{variant.budget_bytes or how.vram or artifact.plan.budget_bytes}B",
         "--context": variant.context or artifact.plan.constraints.context,
         "--width": variant.width,
         "--depth": variant.depth,
-        "--device": source.device or artifact.plan.device,
-        "--link-bandwidth": f"{source.link_bandwidth}B" if source.link_bandwidth else None,
+        "--device": how.device or artifact.plan.device,
+        "--link-bandwidth": f"{how.link_bandwidth}B" if how.link_bandwidth else None,
     }
     words = [str(word) for pair in asked.items() if pair[1] is not None for word in pair]
     text = run_planner(["--from", str(source.folder), "--print-plan", *words])
@@ -67,15 +74,6 @@ def opened_engine(
     artifact: Artifact, source: Source, method: Method | None, padded: bool = False
 ) -> Iterator[Engine]:
     """Plain decoding is the fastest one; padded: the twin that gives the draft's tokens."""
-    with opened(artifact, opening(source, method, padded), progress_line()) as engine:
+    how = replace(Opening.of(source.how, padded), method=method)
+    with opened(artifact, how, progress_line()) as engine:
         yield engine
-
-
-def opening(source: Source, method: Method | None, padded: bool = False) -> Opening:
-    return Opening(
-        method=method,
-        replan=source.replan,
-        device=source.device,
-        link_bandwidth=source.link_bandwidth,
-        padded=padded,
-    )

@@ -1,7 +1,9 @@
 """What ran when: spans are recorded only if asked for, and are what Chrome's trace viewers read."""
 
 import json
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -42,6 +44,27 @@ def test_a_phase_is_a_span_too() -> None:
     assert [(span.lane, span.name) for span in clock.spans] == [("draft", "draft")] * 2
     total = sum(span.seconds for span in clock.spans)
     assert total >= clock.seconds["draft"] > 0.0
+
+
+def test_phases_on_a_gpu_are_ranges_of_a_profiler_where_torch_has_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    marked = list[str]()
+
+    def mark(name: str) -> AbstractContextManager[None]:
+        marked.append(name)
+        return nullcontext()
+
+    stream = SimpleNamespace(synchronize=lambda: None)
+    monkeypatch.setattr(torch.cuda.nvtx, "range", mark)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    gpu = torch.device("cuda", 0)
+    for version, spans, expected in (("13.0", [], ["draft"]), ("13.0", None, []), (None, [], [])):
+        monkeypatch.setattr(torch.version, "cuda", version)
+        marked.clear()
+        with Clock(gpu, spans).phase("draft"):
+            pass
+        assert marked == expected
 
 
 def test_a_trace_is_what_perfetto_reads() -> None:

@@ -13,6 +13,7 @@ from subspec.artifacts.common.errors import Exit
 from subspec.planner.cli import main as plan
 from subspec.runtime import cli as run_cli
 from subspec.runtime.app import planner_command
+from subspec.runtime.bench.cli import main as bench
 from subspec.runtime.cli import main as run
 from subspec.runtime.server.cli import main as serve
 
@@ -187,10 +188,11 @@ def test_names_of_variables_follow_the_command() -> None:
 @pytest.mark.parametrize("file", sorted(METHODS.glob("*.yaml")), ids=lambda file: str(file.stem))
 def test_each_example_is_accepted_by_the_command_that_it_names(file: Path, capsys: Capture) -> None:
     first = file.read_text("utf-8").splitlines()[0]
-    named = re.match(r"# (subspec-\w+) --config examples/methods/([\w.]+)", first)
-    assert named is not None and named[2] == file.name
-    command = next(one for one in COMMANDS if one.name == named[1])
-    code, out, err = printed(capsys, command, "--config", file, "--print-config")
+    named = re.match(r"# (subspec-\w+)((?: \w+)*) --config examples/methods/([\w.]+)", first)
+    assert named is not None and named[3] == file.name
+    command = next(one for one in (*COMMANDS, bench) if one.name == named[1])
+    words = (*named[2].split(), "--config", file, "--print-config")
+    code, out, err = printed(capsys, command, *words)
     assert code == 0, err
     assert "the configuration file" in out
 
