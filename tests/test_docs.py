@@ -50,6 +50,7 @@ from subspec.runtime import cli as run_cli
 from subspec.runtime.app.answer import Answer
 from subspec.runtime.bench import cli as bench_cli
 from subspec.runtime.bench.layouts import BUILTIN, LAYOUTS
+from subspec.runtime.bench.records import KINDS, Costs, Setting
 from subspec.runtime.sequence import Stats
 from subspec.runtime.server import cli as serve_cli
 
@@ -94,6 +95,16 @@ def test_every_task_of_the_benchmarks_is_in_their_table() -> None:
     table = (DOCS / "bench.md").read_text("utf-8")
     cells = [line.split(" | ")[0] for line in table.splitlines() if line.startswith("| `")]
     assert set(re.findall(r"`([\w-]+)`", " ".join(cells))) == {BUILTIN, *LAYOUTS}
+
+
+def test_the_rows_of_the_benchmarks_have_the_documented_keys() -> None:
+    blocks = (DOCS / "bench.md").read_text("utf-8").split("```json\n")[1:]
+    shown = [json.loads(block.split("```")[0]) for block in blocks]
+    assert [one["schema"] for one in shown] == list(KINDS)
+    for one in shown:
+        assert set(one) == set(KINDS[one["schema"]].__dataclass_fields__)
+    assert set(shown[1]["costs"]) == set(Costs.__dataclass_fields__)
+    assert set(shown[2]["setting"]) == set(Setting.__dataclass_fields__)
 
 
 def test_the_exit_codes_are_those_of_the_code() -> None:

@@ -9,6 +9,7 @@ from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.formatting import number
 from subspec.artifacts.common.sizes import short_size
 from subspec.runtime.bench.counting import figures, interval_of_mean
+from subspec.runtime.bench.paired import compare
 from subspec.runtime.bench.records import (
     AnswerRow,
     Costs,
@@ -17,7 +18,13 @@ from subspec.runtime.bench.records import (
     SweepRow,
     of_kind,
 )
-from subspec.runtime.bench.tables import Table, speed_table, sweep_table, task_table
+from subspec.runtime.bench.tables import (
+    Table,
+    compared_table,
+    speed_table,
+    sweep_table,
+    task_table,
+)
 from subspec.templates import load
 
 MOST_PLANS = 2  # that the page names
@@ -71,6 +78,7 @@ def page(files: Sequence[tuple[str, Rows]]) -> str:
         parts.append(speed_part(speeds))
     if answers := list(of_kind(rows, AnswerRow)):
         parts.append(task_part(answers))
+        parts += pairs_part(answers)
     if points := list(of_kind(rows, SweepRow)):
         parts.append(sweep_part(points))
     settings = list(dict.fromkeys(row.setting for row in rows))
@@ -132,6 +140,19 @@ def task_part(rows: Sequence[AnswerRow]) -> Part:
         }
     )
     return Part("Tasks", about, tuple(charts), task_table(rows), lines)
+
+
+def pairs_part(rows: Sequence[AnswerRow]) -> list[Part]:
+    """Of two settings that answered the same items; else nothing."""
+    settings = list(dict.fromkeys(row.setting for row in rows))
+    if len(settings) != 2:
+        return []
+    a, b = ([row for row in rows if row.setting == setting] for setting in settings)
+    if not {row.key for row in a} & {row.key for row in b}:
+        return []
+    names = [named(setting, differing(settings)) for setting in settings]
+    about = f"Turn by turn: A is {names[0]}, B is {names[1]}. Intervals are over the pairs."
+    return [Part("Pairs", about, (), compared_table(compare(a, b)))]
 
 
 def sweep_part(rows: Sequence[SweepRow]) -> Part:

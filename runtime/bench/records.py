@@ -15,7 +15,7 @@ from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format.codec import load_dataclass, parse_json
 from subspec.artifacts.plan import Method
 from subspec.artifacts.runs import plan_digest
-from subspec.runtime.engine import Engine
+from subspec.runtime.engine import Engine, machine_name
 from subspec.runtime.sequence import Stats
 
 LARGEST_RECORDS = 1 << 30  # bytes of a file
@@ -128,7 +128,7 @@ def setting_of(engine: Engine, temperature: float = 0.0, seed: int = 0) -> Setti
         artifact=engine.artifact.path.resolve().name,
         num_weights=sum(one.num_weights for one in engine.artifact.spec.linears),
         plan=plan_digest(plan),
-        machine=plan.machine,
+        machine=machine_name(engine.device),
         torch=torch.__version__,
         python=platform.python_version(),
         method=engine.method,

@@ -214,6 +214,7 @@ def test_the_page_is_well_formed_without_scripts_and_says_what_is_in_the_rows(
         "gsm8k, tokens/s",
         "gsm8k, score",
         "plain twin",
+        "identical turns",
     ):
         assert said in html, said
 
