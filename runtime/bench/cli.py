@@ -3,8 +3,9 @@
 import json
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -171,8 +172,7 @@ def tasks(artifact: Path, form: "Form", out: Path | None, **given: Any) -> None:
     how = Asking(given["temperature"], seed, given["max_tokens"], given["execute_code"])
     source = source_of(artifact, given)
     found = planned(source, Variant())
-    method: Literal["plain"] | None = "plain" if given["no_speculation"] else None
-    with opened_engine(found, source, method, padded=True) as engine:
+    with opened_engine(found, source, None, padded=True) as engine:
         text = load_tokenizer(found.path / "tokenizer")
         rows = answered_items(engine, text, items, how, out, say)
     show(rows, task_table(rows), form)
@@ -293,17 +293,8 @@ def report(files: tuple[Path, ...], out: Path) -> None:
 def source_of(artifact: Path, given: dict[str, Any]) -> "Source":
     from subspec.runtime.bench.variants import Source
 
-    return Source(
-        artifact,
-        OpeningOptions(
-            vram=given["vram"],
-            no_replan=given["no_replan"],
-            trust_kernels=given["trust_kernels"],
-            device=given["device"],
-            link_bandwidth=given["link_bandwidth"],
-            no_graphs=given["no_graphs"],
-        ),
-    )
+    known = {field.name for field in fields(OpeningOptions)}
+    return Source(artifact, OpeningOptions(**{k: v for k, v in given.items() if k in known}))
 
 
 def show(

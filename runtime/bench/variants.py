@@ -73,7 +73,9 @@ def planned(source: Source, variant: Variant) -> Artifact:
 def opened_engine(
     artifact: Artifact, source: Source, method: Method | None, padded: bool = False
 ) -> Iterator[Engine]:
-    """Plain decoding is the fastest one; padded: the twin that gives the draft's tokens."""
-    how = replace(Opening.of(source.how, padded), method=method)
+    """method: None: what the source says. Plain decoding is the fastest one; padded: the twin that
+    gives the draft's tokens."""
+    how = Opening.of(source.how, padded)
+    how = how if method is None else replace(how, method=method)
     with opened(artifact, how, progress_line()) as engine:
         yield engine
