@@ -16,6 +16,8 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Tests run in two processes, one file in one of them: most compute with one thread.
+AT_ONCE = -n 2 --dist loadfile
 BUDGET = 9MB
 # The demo model is a thousand times smaller than what people run: so is its link.
 LINK = 40MB
@@ -47,7 +49,7 @@ demo-chat: build/smollm2/config.json
 	$(BIN)/subspec-run smollm2-artifact "$(QUESTION)" --max-tokens 120
 
 test: $(VENV)/.subspec-dev-installed
-	$(BIN)/python -m pytest -q -m "not slow and not gpu and not real"
+	$(BIN)/python -m pytest -q $(AT_ONCE) -m "not slow and not gpu and not real"
 
 test-page: $(VENV)/.subspec-dev-installed
 	$(PIP) -c constraints.txt -e '.[serve,browser]'
@@ -55,14 +57,14 @@ test-page: $(VENV)/.subspec-dev-installed
 
 # The code for GPUs, where there is none: tests/simcuda/device.py says what is simulated.
 test-simulated-gpu: $(VENV)/.subspec-dev-installed
-	$(BIN)/python -m pytest -q --simulated-cuda -m "gpu and not slow"
+	$(BIN)/python -m pytest -q $(AT_ONCE) --simulated-cuda -m "gpu and not slow"
 
 # The tests that need the real model.
 test-real: $(VENV)/.subspec-dev-installed build/smollm2/config.json
 	$(BIN)/python -m pytest -q -m real
 
 test-slow: $(VENV)/.subspec-dev-installed
-	$(BIN)/python -m pytest -q -m "slow and not real"
+	$(BIN)/python -m pytest -q $(AT_ONCE) -m "slow and not real"
 
 # Each client has a virtual environment of its own in build/compat, where its log is as well.
 compat: $(VENV)/.subspec-dev-installed build/smollm2/config.json
