@@ -36,6 +36,7 @@ class Round:
     emitted: list[int]  # the accepted tokens and one more
     path: Tensor  # int64 [D + 1]: the root and the accepted nodes of the tree; then anything
     num_levels: int = 0  # drafted
+    num_drafted: int = 0  # tokens, of all these levels
     logprobs: tuple[TokenLogprobs, ...] = ()  # of `emitted`, if the turn asks for them
     problem: SubspecError | None = None  # of its constraint: why nothing was emitted
 
@@ -144,7 +145,7 @@ def verify(shape: Tree, tree: TokenTree, logits: Tensor, turn: Turn) -> Round:
     emitted = verdict.emitted()
     num_levels = (tree.num_nodes - 1) // shape.width
     told = logprobs(logits, verdict.path[: len(emitted)], emitted, turn.num_logprobs)
-    return Round(emitted, verdict.path, num_levels, told)
+    return Round(emitted, verdict.path, num_levels, tree.num_nodes - 1, told)
 
 
 def logprobs(
@@ -164,7 +165,8 @@ def chosen(logits: Tensor, turn: Turn) -> Round:
     except SubspecError as error:
         return failed(turn, error)
     path = torch.zeros(1, dtype=torch.int64, device=turn.cache.device)
-    return Round([token], path, 0, logprobs(logits, slice(1), [token], turn.num_logprobs))
+    told = logprobs(logits, slice(1), [token], turn.num_logprobs)
+    return Round([token], path, logprobs=told)
 
 
 def failed(turn: Turn, problem: SubspecError) -> Round:

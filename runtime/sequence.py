@@ -53,6 +53,7 @@ class Stats:
     generated_tokens: int = 0
     first_of_engine: bool = False  # its first token waited for digests too
     drafted: tuple[int, ...] = ()  # levels, by round
+    drafted_tokens: int = 0  # of all levels
     accepted: tuple[int, ...] = ()  # drafted tokens that the answer has, by round
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
@@ -217,6 +218,7 @@ class Sequence:
         self.stats = replace(
             stats,
             drafted=(*stats.drafted, done.num_levels),
+            drafted_tokens=stats.drafted_tokens + done.num_drafted,
             accepted=(*stats.accepted, min(len(done.emitted) - 1, num_kept)),
             draft_seconds=stats.draft_seconds + draft_seconds,
             verify_seconds=stats.verify_seconds + verify_seconds,

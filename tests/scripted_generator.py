@@ -161,6 +161,7 @@ class ScriptedGeneration:
             time_to_first_token_seconds=ROUND_SECONDS,
             generated_tokens=len(self.token_ids),
             drafted=tuple(self._script.largest_round for _ in rounds[1:]),
+            drafted_tokens=2 * self._script.largest_round * len(rounds[1:]),
             accepted=tuple(count - 1 for count in rounds[1:]),
             draft_seconds=ROUND_SECONDS * len(rounds) / 2,
             verify_seconds=ROUND_SECONDS * len(rounds) / 2,

@@ -157,7 +157,7 @@ def serve(
     tokenizer = load_tokenizer(DEMO)
     engine = ScriptedEngine(tokenizer, scripts or ("Hello",))
     model = model_of(tokenizer)
-    metrics = Metrics(model.id, model.width, model.depth, 12.0)
+    metrics = Metrics(model.id, model.depth, 12.0)
     admission = Admission(engine, CONTEXT, model.vocab_size, metrics)
     chats: list[ChatRequest] = []
     chat = scripted_chat(admission, tokenizer, chats, events)

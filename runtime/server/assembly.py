@@ -57,7 +57,7 @@ def model_info(artifact: Artifact, method: Method | None, name: str | None) -> M
         end_tokens=frozenset(spec.eos_token_ids),
         method=chosen,
         width=plan.tree.width if drafts else 0,
-        depth=plan.tree.depth if drafts else 0,
+        depth=max(tree.depth for tree in plan.trees) if drafts else 0,
         num_sequences=plan.num_sequences,
         max_positions=spec.max_positions,
         weight_bytes=sum(part.num_bytes for part in artifact.stored_parts()),
@@ -93,7 +93,7 @@ def serve_engine(
     progress: Progress,
 ) -> Exit:
     """Serves until a signal comes; returns and raises as `serve`. The log has begun."""
-    metrics = Metrics(model.id, model.width, model.depth, model.predicted_tokens_per_second)
+    metrics = Metrics(model.id, model.depth, model.predicted_tokens_per_second)
     admission = Admission(engine, model.context, model.vocab_size, metrics)
     service = Service(
         model,

@@ -58,13 +58,13 @@ def speculative_decoding(outcome: Outcome, model: ModelInfo) -> dict[str, Any] |
     if outcome.stats.method == "plain":
         return None
     rounds = draft_rounds(outcome)
-    histogram = [0] * (model.depth + 1)
+    histogram = [0] * (1 + max(model.depth, *outcome.stats.accepted, 0))
     by_length: dict[str, list[int]] = {}
     for levels, accepted in rounds:
         histogram[accepted] += 1
         by_length.setdefault(str(levels), [0] * (levels + 1))[accepted] += 1
     num_accepted = sum(accepted for _, accepted in rounds)
-    num_drafted = model.width * sum(levels for levels, _ in rounds)
+    num_drafted = outcome.stats.drafted_tokens
     return {
         "mean_acceptance_length": 1 + num_accepted / len(rounds) if rounds else 1.0,
         "draft_acceptance_rate": num_accepted / num_drafted if num_drafted else 0.0,
@@ -100,7 +100,6 @@ def timings(outcome: Outcome, model: ModelInfo) -> dict[str, Any]:
         "predicted_per_second": stats.decode_tokens_per_second,
     }
     if stats.method != "plain":
-        rounds = draft_rounds(outcome)
-        found["draft_n"] = model.width * sum(levels for levels, _ in rounds)
-        found["draft_n_accepted"] = sum(accepted for _, accepted in rounds)
+        found["draft_n"] = stats.drafted_tokens
+        found["draft_n_accepted"] = sum(accepted for _, accepted in draft_rounds(outcome))
     return found

@@ -20,13 +20,11 @@ ACCEPTED = (0.5, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 
 
 class Metrics:
-    """Counted in a registry of its own. width, depth: of the draft tree."""
+    """Counted in a registry of its own. depth: of the draft tree."""
 
-    def __init__(
-        self, model: str, width: int, depth: int, predicted_tokens_per_second: float | None
-    ) -> None:
+    def __init__(self, model: str, depth: int, predicted_tokens_per_second: float | None) -> None:
         self.registry = CollectorRegistry()
-        self._width, self._depth, self._model = width, depth, model
+        self._depth, self._model = depth, model
         self._requests = self._counter(
             "request_success", "Answers by how they ended.", "finished_reason"
         )
@@ -115,10 +113,10 @@ class Metrics:
             return
         num_accepted = sum(accepted for _, accepted in rounds)
         self._drafts.labels(model).inc(len(rounds))
-        self._drafted.labels(model).inc(self._width * sum(levels for levels, _ in rounds))
+        self._drafted.labels(model).inc(stats.drafted_tokens)
         self._accepted.labels(model).inc(num_accepted)
         self._length.labels(model).observe(num_accepted / len(rounds))
-        for level in range(self._depth):
+        for level in range(max(self._depth, *stats.accepted)):
             count = sum(accepted > level for _, accepted in rounds)
             self._accepted_at.labels(model, str(level)).inc(count)
 

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 from scripted_generator import Script
-from served import Client, Response, Served, ask, serve
+from served import SCRIPTED_DEPTH, Client, Response, Served, ask, model_of, serve
 
 from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.planner.model.hub import DEMO
 from subspec.runtime.model.sampling import Sampling
+from subspec.runtime.sequence import Stats
 from subspec.runtime.server import streaming
 from subspec.runtime.server.chat_events import (
     NamedTool,
@@ -18,7 +20,10 @@ from subspec.runtime.server.chat_events import (
     ToolCallDelta,
     ToolCallStart,
 )
-from subspec.runtime.server.generation import QueueFull
+from subspec.runtime.server.figures import speculative_decoding
+from subspec.runtime.server.generation import Outcome, QueueFull
+from subspec.runtime.server.metrics import Metrics
+from subspec.runtime.text.tokenizer import load_tokenizer
 
 PATH = "/v1/chat/completions"
 HI = [{"role": "user", "content": "Hi"}]
@@ -130,6 +135,20 @@ def test_the_metrics_keep_what_aiperf_checks() -> None:
     assert found["timings"]["draft_n_accepted"] == accepted
     details = found["usage"]["completion_tokens_details"]
     assert details["accepted_prediction_tokens"] == accepted
+
+
+def test_rounds_deeper_than_the_plans_own_tree_are_counted_too() -> None:
+    """What is drafted in company may be narrower and deeper."""
+    deep = SCRIPTED_DEPTH + 3
+    stats = Stats("substitute", drafted=(deep, 2), drafted_tokens=deep + 2, accepted=(deep, 0))
+    outcome = Outcome("eos", None, stats, 0.0, 1.0, None)
+    shown = speculative_decoding(outcome, model_of(load_tokenizer(DEMO)))
+    assert shown is not None
+    assert shown["acceptance_histogram"] == [1, *[0] * (deep - 1), 1]
+    assert shown["draft_acceptance_rate"] == deep / (deep + 2)
+    metrics = Metrics("m", SCRIPTED_DEPTH, None)
+    metrics.answered(outcome, 0.5, 1.0)
+    assert f'position="{deep - 1}"}} 1.0'.encode() in metrics.text()
 
 
 def test_thinking_and_tool_calls_have_their_own_fields() -> None:
