@@ -437,8 +437,19 @@ def machine_name(device: torch.device) -> str:
     else:
         linux = sys.platform == "linux"  # elsewhere a process has no set of its own
         num_cpus = len(os.sched_getaffinity(0)) if linux else os.cpu_count()
-        name = f"{torch.backends.cpu.get_cpu_capability()}, {num_cpus} cpus"
+        name = f"{instruction_sets()}, {num_cpus} cpus"
     return f"{device.type}: {name}; torch {torch.__version__}"
+
+
+def instruction_sets() -> str:
+    """Of the CPU, as far as torch and oneDNN choose products by them: each adds in an order of its
+    own."""
+    found = [torch.backends.cpu.get_cpu_capability()]
+    if torch.cpu._is_avx512_bf16_supported():
+        found.append("bf16")
+    if torch.cpu._is_amx_tile_supported():
+        found.append("AMX")
+    return "+".join(found)
 
 
 def open_device(

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from subspec.planner.machine.excerpt import fill_with_noise
+from subspec.planner.machine.excerpt import cancelling, fill_with_noise
 from subspec.runtime.kernels.linear import Calls, calls_of
 from subspec.runtime.model.attention import attend_batch_invariant
 from subspec.runtime.model.cache import Cache
@@ -130,7 +130,8 @@ def calls_for(batch: list[Rows]) -> Calls:
 
 
 def watch(product: Product, attend: Attend, seen: Seen) -> tuple[Product, Attend]:
-    """Both as they are, but what goes into them and what they return is added to `seen`."""
+    """Both as they are, but what goes into them and what they return is added to `seen`, and what
+    the product makes of rows that show in which order it adds."""
     latest = ""  # product; an attention is named by the one before it
 
     def see(what: str, rows: Tensor) -> None:
@@ -142,6 +143,8 @@ def watch(product: Product, attend: Attend, seen: Seen) -> tuple[Product, Attend
         for what, rows in (("in", x), ("gate", gate)):
             if rows is not None:
                 see(what, rows)
+        ones = None if gate is None else torch.ones_like(gate)
+        see("sums that cancel", product(name, cancelling(x), calls, ones))
         out = product(name, x, calls, gate)
         see("out", out)
         return out

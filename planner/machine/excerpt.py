@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -9,6 +10,8 @@ from torch import Tensor
 from subspec.artifacts.model import GROUP_SIZE, Linear, ModelSpec, StoredPart
 from subspec.runtime.kernels.linear import Int4Weight, pack_qparams, pack_rows
 
+NOISE_PERIOD = (1 << 16) + 1  # numbers; a prime
+CANCELLED_AT_ONCE = 1 << 22  # numbers
 CYCLED_BYTES = 96 << 20  # of weights in a pass: more than a cache, as in a whole model
 MOST_LAYERS = 24
 
@@ -34,7 +37,12 @@ class RandomWeights:
         self._dtype = dtype
 
     def read_tensor(self, name: str, target: Tensor) -> None:
-        fill_with_noise(target, target.shape[-1] ** -0.5)
+        if name.endswith(".bias"):  # would hide what sums of products differ by
+            target.zero_()
+        else:
+            fill_with_noise(target, target.shape[-1] ** -0.5)
+        if target.dim() == 2:
+            cancel_columns(target)
 
     def read_substitute(self, linear: Linear, weight: Int4Weight) -> None:
         codes, qparams = random_substitute(linear.out_features, linear.in_features)
@@ -42,7 +50,9 @@ class RandomWeights:
         pack_qparams(weight, qparams)
 
     def read_exact(self, stored: StoredPart, target: Tensor) -> None:
-        fill_with_noise(target, stored.part.linear.in_features**-0.5)
+        num_columns = stored.part.linear.in_features
+        fill_with_noise(target, num_columns**-0.5)
+        cancel_columns(target.view(-1, num_columns))
 
     def read_stored(self, stored: StoredPart, target: Tensor) -> None:
         self.read_exact(stored, target[: stored.num_bytes].view(self._dtype))
@@ -59,15 +69,41 @@ def random_rows(spec: ModelSpec, device: torch.device) -> Callable[[Tensor], Ten
 
 
 def fill_with_noise(target: Tensor, scale: float) -> None:
-    """Fill a tensor with a repeated block of normal random numbers: fast, and without denormals."""
+    """Fill a tensor with a repeated block of normal random numbers: fast, and without denormals.
+    The block's length is a prime: no two rows of a matrix are the same."""
     flat = target.view(-1)
     generator = torch.Generator().manual_seed(0)
-    filled = min(len(flat), 1 << 16)
+    filled = min(len(flat), NOISE_PERIOD)
     flat[:filled] = (torch.randn(filled, generator=generator) * scale).to(target.dtype)
     while filled < len(flat):
         more = min(filled, len(flat) - filled)
         flat[filled : filled + more] = flat[:more]
         filled += more
+
+
+def cancel_columns(matrix: Tensor) -> None:
+    """Half of the columns of [N, K] become the others' opposites, in no order."""
+    ours, theirs = paired(matrix.shape[1], matrix.device)
+    for rows in matrix.split(max(1, CANCELLED_AT_ONCE // matrix.shape[1])):
+        rows[:, theirs] = -rows[:, ours]
+
+
+def cancelling(x: Tensor) -> Tensor:
+    """The rows x [T, K], half of each replaced by the other half: products with a matrix whose
+    columns cancel are sums of terms that add up to 0. What is computed for them is nothing but
+    rounding, so it tells in which order they were added, which the rounding of another sum to 16
+    bits hides in all but one of ten thousand cases."""
+    ours, theirs = paired(x.shape[1], x.device)
+    x = x.clone()
+    x[:, theirs] = x[:, ours]
+    return x
+
+
+@lru_cache(maxsize=64)
+def paired(num_columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    order = torch.randperm(num_columns, generator=torch.Generator().manual_seed(num_columns))
+    half = num_columns // 2
+    return order[:half].to(device), order[half : 2 * half].to(device)
 
 
 def random_substitute(num_rows: int, num_columns: int) -> tuple[Tensor, Tensor]:
