@@ -1,10 +1,12 @@
 """`subspec-bench tasks`: items of data sets, answered and judged: accuracy, acceptance and speed
 together, an item at a time."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from subspec.artifacts.common.formatting import duration
 from subspec.runtime.bench.items import Item
 from subspec.runtime.bench.records import (
     AnswerRow,
@@ -48,10 +50,13 @@ def answered_items(
     rows = {row.key: row for row in done}
     if done:
         told(f"{len(done)} turns are in {out} already")
-    for number, item in enumerate(items, 1):
-        if (item.task, item.name, len(item.turns) - 1) in rows:
-            continue
-        told(f"{number} of {len(items)}: {item.task} {item.name}")
+    left = [item for item in items if (item.task, item.name, len(item.turns) - 1) not in rows]
+    started = time.monotonic()
+    for number, item in enumerate(left):
+        rest = (time.monotonic() - started) / number * (len(left) - number) if number else None
+        about = f", about {duration(rest)} left" if rest else ""
+        place = len(items) - len(left) + number + 1
+        told(f"{place} of {len(items)}{about}: {item.task} {item.name}")
         for row in answered(engine, tokenizer, item, how, setting):
             if out is not None and row.key not in rows:
                 append_row(out, row)
