@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import click
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -37,11 +38,14 @@ def test_every_make_target_that_is_named_exists() -> None:
 
 def test_every_option_that_is_named_exists() -> None:
     from subspec.planner.cli import main as plan
+    from subspec.runtime.bench.cli import main as bench
     from subspec.runtime.cli import main as run
     from subspec.runtime.server.cli import main as serve
 
-    known = {name for command in (plan, run, serve) for p in command.params for name in p.opts}
-    for line in re.findall(r"subspec-(?:plan|run|serve) [^\n`|]*", README):
+    assert isinstance(bench, click.Group)
+    commands = (plan, run, serve, *bench.commands.values())
+    known = {name for command in commands for p in command.params for name in p.opts}
+    for line in re.findall(r"subspec-(?:plan|run|serve|bench) [^\n`|]*", README):
         assert set(re.findall(r"--[a-z-]+", line)) <= known, line
 
 
