@@ -2,19 +2,27 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from subspec.artifacts.common.command import HINT, Program, say
+from subspec.artifacts.common.command import Program, say
 from subspec.artifacts.common.configuration import Configured
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.artifacts.common.sizes import parse_size
 from subspec.runtime.app.opening_options import OpeningOptions, plan_options
 from subspec.runtime.app.run_options import finite_option
+from subspec.runtime.bench.bench_options import (
+    artifact_argument,
+    form_option,
+    names,
+    out_option,
+    positive_numbers,
+    sizes,
+    temperatures,
+    whole_numbers,
+)
 from subspec.runtime.bench.layouts import BUILTIN, LAYOUTS
 
 if TYPE_CHECKING:
@@ -26,49 +34,9 @@ NAME = "subspec-bench"
 HELP = {"help_option_names": ["-h", "--help"]}
 METHODS = ("substitute", "plain")
 
-Command = Callable[..., None]
-
 
 class Programs(Program, click.Group):
     """Commands under one name, each of which ends as `Program` says."""
-
-
-def whole_numbers(context: click.Context, option: click.Parameter, text: str) -> tuple[int, ...]:
-    """ "128,512" -> (128, 512); "" -> ()."""
-    return tuple(listed(text, int, lambda one: one >= 0, "whole numbers such as 128,512"))
-
-
-def positive_numbers(context: click.Context, option: click.Parameter, text: str) -> tuple[int, ...]:
-    return tuple(listed(text, int, lambda one: one >= 1, "whole numbers from 1, such as 128,512"))
-
-
-def temperatures(context: click.Context, option: click.Parameter, text: str) -> tuple[float, ...]:
-    return tuple(listed(text, float, lambda one: 0 <= one <= 100, "numbers such as 0,0.7"))
-
-
-def sizes(context: click.Context, option: click.Parameter, text: str) -> tuple[int, ...]:
-    try:
-        return tuple(parse_size(one.strip()) for one in text.split(",") if one.strip())
-    except SubspecError as error:
-        raise click.BadParameter(f"{error.message}{HINT}{error.hint}") from None
-
-
-def listed(text: str, kind: Any, holds: Any, expected: str) -> list[Any]:
-    try:
-        found = [kind(one) for one in text.split(",") if one.strip()]
-    except ValueError:
-        found = [None]
-    if not all(one is not None and holds(one) for one in found):
-        raise click.BadParameter(f"{text!r} is not {expected}")
-    return found
-
-
-def names(text: str, known: Iterable[str], what: str) -> tuple[str, ...]:
-    """Raises SubspecError(USAGE)."""
-    every, found = list(known), tuple(one.strip() for one in text.split(",") if one.strip())
-    if wrong := next((one for one in found if one not in every), None):
-        raise SubspecError(Exit.USAGE, f"{what} {wrong!r}, expected some of {', '.join(every)}")
-    return found
 
 
 @click.group(NAME, cls=Programs, context_settings=HELP)
@@ -80,20 +48,6 @@ def main() -> None:
     """
 
 
-def form_option(command: Command) -> Command:
-    return click.option("-o", "--output", "form", type=click.Choice(["md", "csv", "json", "jsonl"]),
-                        default="md", show_default=True, help="Form of the table on stdout.",
-                        )(command)  # fmt: skip
-
-
-def out_option(help: str) -> Callable[[Command], Command]:
-    return click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help=help)
-
-
-def artifact_argument(command: Command) -> Command:
-    return click.argument("artifact", type=click.Path(path_type=Path))(command)
-
-
 @main.command("speed", cls=Configured, program=NAME, context_settings=HELP)
 @artifact_argument
 @click.option("-p", "--prompts", default="128", show_default=True, callback=whole_numbers,
@@ -102,8 +56,10 @@ def artifact_argument(command: Command) -> Command:
               metavar="N,N", help="Rows tg: tokens that are generated.")  # fmt: skip
 @click.option("-d", "--filled", default="0", show_default=True, callback=whole_numbers,
               metavar="N,N", help="Tokens in the cache before either.")  # fmt: skip
-@click.option("-r", "--repeats", type=click.IntRange(1, 1000), default=3, show_default=True)
-@click.option("--methods", default="substitute,plain", show_default=True, metavar="NAMES")
+@click.option("-r", "--repeats", type=click.IntRange(1, 1000), default=3, show_default=True,
+              help="How often each row is measured.")  # fmt: skip
+@click.option("--methods", default="substitute,plain", show_default=True, metavar="NAMES",
+              help="Decoding methods.")  # fmt: skip
 @click.option("--budgets", default="", callback=sizes, metavar="SIZE,SIZE",
               help="Plan for each of them.  [default: the plan's]")  # fmt: skip
 @click.option("--contexts", default="", callback=positive_numbers, metavar="N,N",
@@ -116,7 +72,10 @@ def artifact_argument(command: Command) -> Command:
 @out_option("Also append the rows, JSON Lines, as they are measured.")
 @plan_options
 def speed(artifact: Path, form: "Form", out: Path | None, **given: Any) -> None:
-    """Rows as llama-bench has them: pp128 reads 128 tokens, tg64 generates 64."""
+    """Tokens/s of prompts and of generation.
+
+    Rows are as llama-bench has them: pp128 reads 128 tokens, tg64 generates 64.
+    """
     from subspec.runtime.bench.records import append_row
     from subspec.runtime.bench.tables import speed_table
     from subspec.runtime.bench.throughput import Tests, speed_rows
@@ -144,11 +103,12 @@ def speed(artifact: Path, form: "Form", out: Path | None, **given: Any) -> None:
               help=f"Some of {BUILTIN}, {', '.join(LAYOUTS)}.")  # fmt: skip
 @click.option("--data", type=click.Path(path_type=Path), metavar="FOLDER",
               help="With TASK.jsonl in the data set's own layout.  [default: the hub]")  # fmt: skip
-@click.option("--max-samples", type=click.IntRange(min=1), default=20, show_default=True)
+@click.option("--max-samples", type=click.IntRange(min=1), default=20, show_default=True,
+              help="Items of each task.")  # fmt: skip
 @click.option("--max-tokens", type=click.IntRange(min=1),
               help="Longest answer.  [default: the task's]")  # fmt: skip
 @click.option("--temperature", type=click.FloatRange(0, 100), default=0.0, show_default=True,
-              callback=finite_option)  # fmt: skip
+              callback=finite_option, help="Of sampling; 0 is greedy.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True,
               help="Of the choice of items and of sampling.")  # fmt: skip
 @click.option("--no-speculation", is_flag=True,
@@ -159,7 +119,7 @@ def speed(artifact: Path, form: "Form", out: Path | None, **given: Any) -> None:
 @out_option("Append each answer; what it has already is not done again.")
 @plan_options
 def tasks(artifact: Path, form: "Form", out: Path | None, **given: Any) -> None:
-    """Answer items of data sets: accuracy, acceptance and speed together."""
+    """Accuracy, acceptance and speed on data sets."""
     from subspec.runtime.bench.items import items_of
     from subspec.runtime.bench.tables import task_table
     from subspec.runtime.bench.tasks import Asking, answered_items
@@ -180,23 +140,37 @@ def tasks(artifact: Path, form: "Form", out: Path | None, **given: Any) -> None:
 
 @main.command("sweep", cls=Configured, program=NAME, context_settings=HELP)
 @artifact_argument
-@click.option("--widths", default="", callback=positive_numbers, metavar="N,N")
-@click.option("--depths", default="", callback=positive_numbers, metavar="N,N")
+@click.option("--widths", default="", callback=positive_numbers, metavar="N,N",
+              help="Widths of the draft tree.  [default: the plan's]")  # fmt: skip
+@click.option("--depths", default="", callback=positive_numbers, metavar="N,N",
+              help="Depths of the draft tree.  [default: the plan's]")  # fmt: skip
 @click.option("--temperatures", default="0", show_default=True, callback=temperatures,
-              metavar="T,T")  # fmt: skip
-@click.option("--budgets", default="", callback=sizes, metavar="SIZE,SIZE")
-@click.option("--contexts", default="", callback=positive_numbers, metavar="N,N")
-@click.option("--method", type=click.Choice(METHODS), help="[default: each plan's own]")
-@click.option("--tasks", default=BUILTIN, show_default=True, metavar="NAMES")
-@click.option("--data", type=click.Path(path_type=Path), metavar="FOLDER")
-@click.option("--max-samples", type=click.IntRange(min=1), default=4, show_default=True)
-@click.option("--max-tokens", type=click.IntRange(min=2), default=64, show_default=True)
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
+              metavar="T,T", help="Sampling temperatures; 0 is greedy.")  # fmt: skip
+@click.option("--budgets", default="", callback=sizes, metavar="SIZE,SIZE",
+              help="Plan for each of them.  [default: the plan's]")  # fmt: skip
+@click.option("--contexts", default="", callback=positive_numbers, metavar="N,N",
+              help="Plan for each of them.  [default: the plan's]")  # fmt: skip
+@click.option(
+    "--method", type=click.Choice(METHODS), help="Decoding method.  [default: each plan's own]"
+)
+@click.option("--tasks", default=BUILTIN, show_default=True, metavar="NAMES",
+              help="Whose items are asked, as for tasks.")  # fmt: skip
+@click.option("--data", type=click.Path(path_type=Path), metavar="FOLDER",
+              help="With TASK.jsonl.  [default: the hub]")  # fmt: skip
+@click.option("--max-samples", type=click.IntRange(min=1), default=4, show_default=True,
+              help="Items of each task.")  # fmt: skip
+@click.option("--max-tokens", type=click.IntRange(min=2), default=64, show_default=True,
+              help="Longest answer.")  # fmt: skip
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True,
+              help="Of the choice of items and of sampling.")  # fmt: skip
 @form_option
 @out_option("Also append the rows, JSON Lines, as they are measured.")
 @plan_options
 def sweep(artifact: Path, form: "Form", out: Path | None, **given: Any) -> None:
-    """The same prompts under every combination of settings; subspec-plan --from plans each."""
+    """Speed under every combination of settings.
+
+    The prompts are the same for all; subspec-plan --from plans each combination.
+    """
     from subspec.runtime.bench.items import items_of
     from subspec.runtime.bench.records import append_row
     from subspec.runtime.bench.sweep import Grid, sweep_rows
@@ -222,7 +196,10 @@ def sweep(artifact: Path, form: "Form", out: Path | None, **given: Any) -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 @click.option("--expect-identical", is_flag=True, help="End with 1 if a token differs.")
 def compare(a: Path, b: Path, as_json: bool, expect_identical: bool) -> None:
-    """Compare two files of `tasks --out`, item by item: tokens, speed, acceptance, score."""
+    """Compare two files of tasks, item by item.
+
+    They were written with --out. Tokens, speed, acceptance and score are compared.
+    """
     from subspec.runtime.bench.paired import compare as compared
     from subspec.runtime.bench.paired import compared_json
     from subspec.runtime.bench.records import AnswerRow, of_kind, read_rows
@@ -245,12 +222,16 @@ def compare(a: Path, b: Path, as_json: bool, expect_identical: bool) -> None:
 @main.command("trace", cls=Configured, program=NAME, context_settings=HELP)
 @artifact_argument
 @click.argument("prompt")
-@click.option("--max-tokens", type=click.IntRange(min=2), default=64, show_default=True)
+@click.option("--max-tokens", type=click.IntRange(min=2), default=64, show_default=True,
+              help="Longest answer.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), required=True, metavar="FOLDER",
               help="For trace.json (Perfetto) and steps.jsonl.")  # fmt: skip
 @plan_options
 def trace(artifact: Path, prompt: str, out: Path, max_tokens: int, **given: Any) -> None:
-    """What runs when while PROMPT is answered, and each draft's tokens with their probabilities."""
+    """What runs when, and what the draft thought.
+
+    PROMPT is answered; drafted tokens are written with their probabilities.
+    """
     from subspec.runtime.bench.tracing import traced, write_trace
     from subspec.runtime.bench.variants import Variant, planned
     from subspec.runtime.sequence import GenerationParams
@@ -275,9 +256,12 @@ def trace(artifact: Path, prompt: str, out: Path, max_tokens: int, **given: Any)
 @main.command("report", cls=Configured, program=NAME, context_settings=HELP)
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), default=Path("bench.html"),
-              show_default=True, metavar="FILE")  # fmt: skip
+              show_default=True, metavar="FILE", help="The page.")  # fmt: skip
 def report(files: tuple[Path, ...], out: Path) -> None:
-    """One HTML page of files that were written with --out or -o jsonl."""
+    """One HTML page of measured files.
+
+    They were written with --out or -o jsonl.
+    """
     from subspec.runtime.bench.page import page
     from subspec.runtime.bench.records import read_rows
 

@@ -1,0 +1,65 @@
+"""Options of subspec-bench: lists of numbers, sizes and names, and those of several commands."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from subspec.artifacts.common.command import HINT
+from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.common.sizes import parse_size
+
+Command = Callable[..., None]
+
+
+def whole_numbers(context: click.Context, option: click.Parameter, text: str) -> tuple[int, ...]:
+    """ "128,512" -> (128, 512); "" -> ()."""
+    return tuple(listed(text, int, lambda one: one >= 0, "whole numbers such as 128,512"))
+
+
+def positive_numbers(context: click.Context, option: click.Parameter, text: str) -> tuple[int, ...]:
+    return tuple(listed(text, int, lambda one: one >= 1, "whole numbers from 1, such as 128,512"))
+
+
+def temperatures(context: click.Context, option: click.Parameter, text: str) -> tuple[float, ...]:
+    return tuple(listed(text, float, lambda one: 0 <= one <= 100, "numbers such as 0,0.7"))
+
+
+def sizes(context: click.Context, option: click.Parameter, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(parse_size(one.strip()) for one in text.split(",") if one.strip())
+    except SubspecError as error:
+        raise click.BadParameter(f"{error.message}{HINT}{error.hint}") from None
+
+
+def listed(text: str, kind: Any, holds: Any, expected: str) -> list[Any]:
+    try:
+        found = [kind(one) for one in text.split(",") if one.strip()]
+    except ValueError:
+        found = [None]
+    if not all(one is not None and holds(one) for one in found):
+        raise click.BadParameter(f"{text!r} is not {expected}")
+    return found
+
+
+def names(text: str, known: Iterable[str], what: str) -> tuple[str, ...]:
+    """Raises SubspecError(USAGE)."""
+    every, found = list(known), tuple(one.strip() for one in text.split(",") if one.strip())
+    if wrong := next((one for one in found if one not in every), None):
+        raise SubspecError(Exit.USAGE, f"{what} {wrong!r}, expected some of {', '.join(every)}")
+    return found
+
+
+def form_option(command: Command) -> Command:
+    return click.option("-o", "--output", "form", type=click.Choice(["md", "csv", "json", "jsonl"]),
+                        default="md", show_default=True, help="Form of the table on stdout.",
+                        )(command)  # fmt: skip
+
+
+def out_option(help: str) -> Callable[[Command], Command]:
+    return click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help=help)
+
+
+def artifact_argument(command: Command) -> Command:
+    return click.argument("artifact", type=click.Path(path_type=Path))(command)
