@@ -187,6 +187,7 @@ class Plan:
     options: tuple[Option, ...] = ()  # candidates and their predicted speeds, best first
     reasons: tuple[str, ...] = ()  # one sentence per decision
     constraints: Constraints = Constraints()
+    draft_graphs: bool = False  # the draft's small operations are compiled by torch (graphs/)
     by_budget: tuple[Point, ...] = ()  # budgets ascending, for the report
     by_context: tuple[Point, ...] = ()  # contexts ascending
     company: Annotated[

@@ -82,6 +82,8 @@ class Profile:
     # Groups of widths, ascending: a row has the same bits at any place in all widths of a group.
     batch_invariant_widths: tuple[VerifyWidths, ...]
     corrections: Corrections = Corrections()
+    # The draft's small operations were timed compiled by torch (graphs/), which is faster.
+    draft_graphs: bool = False
     # Share of the CPUs' time that was other programs' meanwhile, or a host's other guests'.
     others_cpu_share: Annotated[float, Between(0, 1)] = 0.0
 

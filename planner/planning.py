@@ -75,7 +75,7 @@ def plan_model(
     from subspec.planner.build.quantize import QUANTIZERS
     from subspec.planner.model.checkpoint import read_checkpoint
     from subspec.planner.model.tokenizer_files import read_tokenizer
-    from subspec.planner.rehearse.rehearsal import pack_kernels
+    from subspec.planner.rehearse.rehearsal import pack_programs
     from subspec.planner.solve.search import PRIOR
     from subspec.planner.solve.storage import Storage
 
@@ -101,7 +101,7 @@ def plan_model(
         else:
             found = rehearsed(request, artifact, measured, stored, progress, tell)
         if request.known_profile is None:
-            pack_kernels(artifact.path, found.plan)
+            pack_programs(artifact.path, found.plan, spec)
         return found.plan, found.profile
 
     build(

@@ -27,7 +27,9 @@ from subspec.artifacts.native import cpp, residual_cpu
 from subspec.artifacts.plan import Method, Placement, Plan, tree_for
 from subspec.runtime.clock import Clock, unrecorded
 from subspec.runtime.decode import Read, Round, decode_plainly, decode_unpadded, read, speculate
-from subspec.runtime.draft import compiled_layers
+from subspec.runtime.draft import compiled_graphs, compiled_layers, graph_pieces
+from subspec.runtime.draft.compiled_graphs import CompiledGraphs
+from subspec.runtime.draft.compiled_layers import CompiledLayers
 from subspec.runtime.draft.drafter import SubstituteDrafter, Turn
 from subspec.runtime.draft.graphs import capture_on_gpu
 from subspec.runtime.exact_pass import Model, Piece, prompt_calls, tokens_that_fit
@@ -197,9 +199,11 @@ class Engine:
                         tables = make_tables(spec, slots, DRAFT_DTYPE, kept)
                     draft_weights = make_shared(spec, embedding, tensors, tables, DRAFT_DTYPE, kept)
                 substitutes = make_substitutes(spec, tensors, packed, kept)
-                compiled = None
+                compiled: CompiledLayers | CompiledGraphs | None = None
                 if device.type == "cpu":
                     compiled = compiled_layers.compile_layers(draft_weights, substitutes, slots)
+                    if compiled is None and plan.draft_graphs:
+                        compiled = compiled_graphs.load_graphs(draft_weights, substitutes)
                 capture = None
                 if options.graphs and device.type == "cuda":
                     capture = capture_on_gpu(device)
@@ -366,14 +370,25 @@ class Engine:
     def has_prebuilt_kernels(self) -> bool:
         """Whether the artifact has kernels for this machine that are not trusted yet."""
         kernels = needed_kernels(self.plan, self.method)
-        return any(find_prebuilt(self.artifact, source) is not None for source, _ in kernels)
+        programs = (cpp.program(source) for source, _ in kernels)
+        return any(find_prebuilt(self.artifact, program) is not None for program in programs)
 
     @property
     def plain_draft(self) -> str | None:
         """Why the draft's layers run one by one; None: they are compiled, or nothing is drafted."""
-        drafts = isinstance(self.model.drafter, SubstituteDrafter)
-        compilable = drafts and self.device.type == "cpu" and self.plan.int4_kernel == "w4a8"
-        if not compilable or compiled_layers.known_form(self.artifact.spec) is not None:
+        drafter, spec, plan = self.model.drafter, self.artifact.spec, self.plan
+        if not isinstance(drafter, SubstituteDrafter) or drafter.compiled is not None:
+            return None
+        if plan.draft_graphs:
+            programs = graph_programs(plan, spec)
+            if all(find_prebuilt(self.artifact, program) for program in programs):
+                return "--trust-kernels would load the artifact's compiled graphs"
+            return (
+                "its compiled graphs are of another torch or processor, or of an artifact "
+                "elsewhere; subspec-plan --from compiles them again"
+            )
+        compilable = self.device.type == "cpu" and plan.int4_kernel == "w4a8"
+        if not compilable or compiled_layers.known_form(spec) is not None:
             return None
         return "this model has layers that the compiled draft does not compute"
 
@@ -414,6 +429,13 @@ def kernel_sources(plan: Plan) -> list[Path]:
     """What is compiled for decoding by any of the plan's methods."""
     found = (source for method in plan.placements for source, _ in needed_kernels(plan, method))
     return list(dict.fromkeys(found))
+
+
+def graph_programs(plan: Plan, spec: ModelSpec) -> list[str]:
+    """What torch compiled for the plan's drafts, as it is named on this machine."""
+    if not plan.draft_graphs:
+        return []
+    return [graph_pieces.program(piece) for piece in graph_pieces.pieces_of(spec)]
 
 
 def needed_kernels(plan: Plan, method: Method) -> list[Kernel]:

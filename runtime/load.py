@@ -19,7 +19,7 @@ from subspec.artifacts.format.prebuilt import find_prebuilt
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.format.tensors import StoredTensor, TensorFile, read_header
 from subspec.artifacts.model import EMBEDDING, PAGE_BYTES, Linear, ModelSpec, Part, StoredPart
-from subspec.artifacts.native import residual_cpu
+from subspec.artifacts.native import cpp, residual_cpu
 from subspec.artifacts.plan import Block, Int4Kernel, Placement, Plan, make_blocks
 from subspec.runtime.clock import Record, unrecorded
 from subspec.runtime.draft.substitutes import Substitutes
@@ -193,7 +193,7 @@ def check_kernel(artifact: Artifact, plan: Plan) -> None:
             Exit.WRONG_MACHINE,
             f"the plan's 4-bit kernel, w4a8, cannot be built here: {problem}",
             "add --trust-kernels to load the one in the artifact"
-            if find_prebuilt(artifact, int4.SOURCE)
+            if find_prebuilt(artifact, cpp.program(int4.SOURCE))
             else "install a C++ compiler, or plan again on this machine",
         )
 

@@ -23,6 +23,7 @@ HASTY = MeasuringEffort(
     place_seconds=0.0,
     least_link_bytes=4 << 20,
     most_link_bytes=4 << 20,
+    compiles_graphs=False,
 )
 BRIEF_PLAN = """
 import sys

@@ -24,7 +24,7 @@ def built(build: Build, cache: Path) -> Iterator[None]:
     that cannot run."""
     if shutil.which("g++") is None:
         pytest.skip("no g++")
-    has = platform.machine() == "x86_64" and build.needed in cpp._processor().split()
+    has = platform.machine() == "x86_64" and build.needed in cpp.processor().split()
     if build.needed and not has:
         pytest.skip(f"not a processor with {build.needed}")
     with pytest.MonkeyPatch.context() as patch:

@@ -2,6 +2,8 @@
 
 import os
 import stat
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -20,6 +22,35 @@ def user_cache_dir(kind: str) -> Path | None:
     except (OSError, RuntimeError):  # Path.home() raises RuntimeError if there is none
         return None
     return folder if private and os.access(folder, os.W_OK | os.X_OK) else None
+
+
+def kept_file(name: str) -> Path | None:
+    """The file `KIND/NAME` of the cache; None: there is none."""
+    kind, _, rest = name.partition("/")
+    folder = user_cache_dir(kind)
+    path = folder / rest if folder else None
+    return path if path is not None and path.exists() else None
+
+
+def keep_file(name: str, content: bytes) -> bool:
+    """Write the file `KIND/NAME`. False: there is no folder for it."""
+    kind, _, rest = name.partition("/")
+    folder = user_cache_dir(kind)
+    if folder is None:
+        return False
+    put(folder / rest, lambda unfinished: unfinished.write_bytes(content))
+    return True
+
+
+def put(target: Path, write: Callable[[Path], object]) -> None:
+    """Write under a temporary name and rename, so that concurrent writers do not conflict."""
+    descriptor, unfinished = tempfile.mkstemp(dir=target.parent, suffix=target.suffix)
+    os.close(descriptor)
+    try:
+        write(Path(unfinished))
+        os.replace(unfinished, target)
+    finally:
+        Path(unfinished).unlink(missing_ok=True)
 
 
 def is_private(folder: Path) -> bool:

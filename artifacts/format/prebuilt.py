@@ -1,7 +1,9 @@
-"""Pre-built kernels in an artifact, for machines like the one that made it: pack, find, install.
+"""Pre-built programs in an artifact, for machines like the one that made it: pack, find, install.
 
-They are programs: one is loaded only if the user asks for it, its digest is in the manifest, and it
-was built from the same sources as are installed here (`cpp.library_name`).
+A program is known by where it lies, in the artifact and in the user's cache: `kernels/NAME` is a
+library (`cpp.program`), `graphs/NAME` is compiled by torch (`graph_pieces.program`). Its name says
+what it was built from and for. One is loaded only if the user asks for it, and its digest is in the
+manifest.
 """
 
 import hashlib
@@ -10,36 +12,35 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.common.user_cache import keep_file, kept_file
 from subspec.artifacts.format.store import AGAIN, Artifact, FileEntry
 from subspec.artifacts.format.tensors import open_regular
-from subspec.artifacts.native import cpp
-
-FOLDER = "kernels"
 
 
-def pack_prebuilt(folder: Path, sources: Iterable[Path]) -> None:
-    """Copy the libraries of `sources` into the folder of an artifact that has no manifest yet."""
-    for source in sources:
-        built = cpp.built_file(source)
+def pack_prebuilt(folder: Path, programs: Iterable[str]) -> None:
+    """Copy programs from the user's cache into the folder of an artifact that has no manifest
+    yet."""
+    for program in programs:
+        built = kept_file(program)
         if built is not None:
-            (folder / FOLDER).mkdir(exist_ok=True)
-            shutil.copyfile(built, folder / FOLDER / built.name)
+            (folder / program).parent.mkdir(exist_ok=True)
+            shutil.copyfile(built, folder / program)
 
 
-def find_prebuilt(artifact: Artifact, source: Path) -> FileEntry | None:
-    """Entry of the library of `source` for this machine; None: the artifact has none."""
-    wanted = f"{FOLDER}/{cpp.library_name(source)}"
-    return next((entry for entry in artifact.manifest.files if entry.path == wanted), None)
+def find_prebuilt(artifact: Artifact, program: str) -> FileEntry | None:
+    """None: the artifact has no such program."""
+    return next((entry for entry in artifact.manifest.files if entry.path == program), None)
 
 
-def install_prebuilt(artifact: Artifact, sources: Iterable[Path]) -> list[str]:
-    """Install the artifact's libraries of `sources`; returns the names of those that are missing.
-    Raises SubspecError(CORRUPT) for one that does not match its digest."""
+def install_prebuilt(artifact: Artifact, programs: Iterable[str]) -> list[str]:
+    """Keep the artifact's programs in the user's cache, to be loaded from now on: the caller trusts
+    them. Returns those that are missing. Raises SubspecError(CORRUPT) for one that does not match
+    its digest."""
     missing = []
-    for source in sources:
-        entry = find_prebuilt(artifact, source)
-        if entry is None or not cpp.install_prebuilt(source, checked(artifact.path, entry)):
-            missing.append(source.stem)
+    for program in programs:
+        entry = find_prebuilt(artifact, program)
+        if entry is None or not keep_file(program, checked(artifact.path, entry)):
+            missing.append(program)
     return missing
 
 

@@ -19,11 +19,12 @@ from pathlib import Path
 import torch  # noqa: F401  loads libgomp.so.1, which the libraries then share with it
 
 from subspec.artifacts.common.child import child_process
-from subspec.artifacts.common.user_cache import user_cache_dir
+from subspec.artifacts.common.user_cache import put, user_cache_dir
 
 # No fast-math: windows and rounding rely on IEEE arithmetic. No contraction: results must not
 # depend on which multiplications and additions a compiler fuses.
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC")
+FOLDER = "kernels"  # of the user's cache, and of an artifact
 LONGEST_BUILD_SECONDS = 120
 CHECK_SECONDS = 0.1  # how often a build looks whether it is still wanted
 WANTED = threading.Event()  # is never set; an event that is set stops a build
@@ -91,7 +92,7 @@ def _lock(source: Path) -> threading.Lock:
 
 def _built(source: Path, stopped: threading.Event) -> ctypes.CDLL | str:
     try:
-        folder = user_cache_dir("kernels")
+        folder = user_cache_dir(FOLDER)
         if folder is not None:
             return _opened(source, folder / library_name(source), stopped)
         with tempfile.TemporaryDirectory() as private:  # a loaded library does not need its file
@@ -112,29 +113,14 @@ def library_name(source: Path) -> str:
     """File name of the library of `source` on such a machine, which depends on sources, flags and
     instruction sets. The compiler's version does not affect results, and a machine that installs a
     pre-built library may have no compiler."""
-    words = (*_compiler(), *FLAGS, platform.machine(), _processor())
+    words = (*_compiler(), *FLAGS, platform.machine(), processor())
     key = b"\0".join((*map(str.encode, words), *_texts(source)))
     return f"{source.stem}-{hashlib.sha256(key).hexdigest()[:32]}.so"
 
 
-# Pre-built: libraries are packed into an artifact, for machines that then need no compiler.
-
-
-def built_file(source: Path) -> Path | None:
-    """File of the built library of `source`; None: there is none."""
-    folder = user_cache_dir("kernels")
-    path = folder / library_name(source) if folder else None
-    return path if path is not None and path.exists() else None
-
-
-def install_prebuilt(source: Path, library: bytes) -> bool:
-    """Store a library that was built from `source` on such a machine, to be loaded from now on. It
-    is a program: the caller trusts it. False: there is no folder for it."""
-    folder = user_cache_dir("kernels")
-    if folder is None:
-        return False
-    _put(folder / library_name(source), lambda unfinished: unfinished.write_bytes(library))
-    return True
+def program(source: Path) -> str:
+    """Where the library of `source` lies in the user's cache and in artifacts."""
+    return f"{FOLDER}/{library_name(source)}"
 
 
 def _texts(source: Path) -> list[bytes]:
@@ -160,23 +146,12 @@ def _opened(source: Path, target: Path, stopped: threading.Event) -> ctypes.CDLL
     if compiler is None:
         raise NoCompiler(f"there is no C++ compiler {name!r} (install g++ or set CXX)")
     command = [compiler, *options, *FLAGS, str(source), "-o"]
-    _put(target, lambda unfinished: _run([*command, str(unfinished)], stopped))
+    put(target, lambda unfinished: _run([*command, str(unfinished)], stopped))
     return ctypes.CDLL(str(target))
 
 
 def _compiler() -> list[str]:
     return shlex.split(os.environ.get("CXX", "")) or ["g++"]
-
-
-def _put(target: Path, write: Callable[[Path], object]) -> None:
-    """Write under a temporary name and rename, so that concurrent builds do not conflict."""
-    descriptor, unfinished = tempfile.mkstemp(dir=target.parent, suffix=".so")
-    os.close(descriptor)
-    try:
-        write(Path(unfinished))
-        os.replace(unfinished, target)
-    finally:
-        Path(unfinished).unlink(missing_ok=True)
 
 
 def _run(command: list[str], stopped: threading.Event = WANTED) -> None:
@@ -193,7 +168,7 @@ def _run(command: list[str], stopped: threading.Event = WANTED) -> None:
         raise subprocess.CalledProcessError(child.returncode, command, stderr=story)
 
 
-def _processor() -> str:
+def processor() -> str:
     """The instruction sets that -march=native may use, as the kernel lists them."""
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8", errors="replace").splitlines()

@@ -34,6 +34,7 @@ from subspec.planner.machine.timing import (
 )
 from subspec.planner.solve.problem import staging
 from subspec.planner.solve.storage import raw_storage, usual_storages
+from subspec.runtime.draft.compiled_graphs import CompiledGraphs
 from subspec.runtime.draft.substitutes import Substitutes
 from subspec.runtime.engine import machine_name as name_of_device
 from subspec.runtime.kernels import gemlite_kernel
@@ -69,12 +70,13 @@ def measure(
         progress("measuring", 0.0)
         bench = Bench(spec, target, effort)
         kernel, substitutes = bench.faster_kernel()
+        graphs = bench.faster_graphs(substitutes)
         passes = []
         for index in range(effort.passes):
             progress(
                 f"measuring, {index + 1} of {effort.passes}", (index + 1) / (effort.passes + 2)
             )
-            passes.append(measured_once(bench, kernel, substitutes, tier))
+            passes.append(measured_once(bench, kernel, substitutes, graphs, tier))
         progress("measuring batch invariance", (effort.passes + 1) / (effort.passes + 2))
         profile = replace(
             typical_of(passes),
@@ -85,7 +87,7 @@ def measure(
         )
     if kernel == "gemlite":
         gemlite_kernel.keep_tuning(target)
-    del bench, substitutes
+    del bench, substitutes, graphs
     if cuda:
         torch.cuda.empty_cache()  # the rehearsal needs the memory
     progress("measured", 1.0)
@@ -169,13 +171,17 @@ def share_kept(loaded: float, idle: float) -> float:
 
 
 def measured_once(
-    bench: Bench, kernel: Int4Kernel, substitutes: Substitutes, tier: SlowTier
+    bench: Bench,
+    kernel: Int4Kernel,
+    substitutes: Substitutes,
+    graphs: CompiledGraphs | None,
+    tier: SlowTier,
 ) -> Profile:
     """Time everything once; the caller sets the fields that are not timed."""
     started = cpu_times()
     exact_layer, exact_head = bench.exact_timings()
     fast_layer, plain_head = bench.fast_timings()
-    draft = bench.draft_timings(substitutes)
+    draft = bench.draft_timings(substitutes, graphs)
     effort = bench.effort
     link = tuple(measure_link(tier, size, effort) for size in block_sizes(bench.full_spec))
     contended_link, contended_compute = contention(bench, tier, link[-1])
@@ -204,6 +210,7 @@ def measured_once(
         ),
         int4_kernel=kernel,
         batch_invariant_widths=(),
+        draft_graphs=graphs is not None,
         others_cpu_share=others_share(started, cpu_times()),
     )
 

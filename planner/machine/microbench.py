@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import cycle, islice
 
 import torch
@@ -18,11 +19,14 @@ from subspec.artifacts.model import ModelSpec
 from subspec.artifacts.plan import DeviceKind, Int4Kernel, Ledger, Placement, Tree
 from subspec.artifacts.profile import LIVE_TOKENS, MORE_TOKENS, SHORTEST, Timing, seconds_at
 from subspec.planner.machine.batch_invariance import rows_at_any_place
+from subspec.planner.machine.compile_graphs import compile_graphs
 from subspec.planner.machine.excerpt import RandomWeights, excerpt, random_rows
 from subspec.planner.machine.timing import USUAL_EFFORT, Effort, time_each, time_widths
 from subspec.planner.solve.storage import raw_storage
+from subspec.runtime.draft import compiled_graphs
 from subspec.runtime.draft.beam import Growing, grow, root_only
-from subspec.runtime.draft.compiled_layers import CompiledLayers, compile_layers, run_layers
+from subspec.runtime.draft.compiled_graphs import CompiledGraphs, load_graphs, serves
+from subspec.runtime.draft.compiled_layers import compile_layers, run_layers
 from subspec.runtime.draft.drafter import tree_rows
 from subspec.runtime.draft.graphs import Action, Replay, capture_on_gpu
 from subspec.runtime.draft.substitutes import Substitutes
@@ -50,6 +54,7 @@ from subspec.runtime.model.transformer import (
     SharedWeights,
     add_layer,
     embed,
+    forward,
     make_shared,
     make_tables,
     to_logits,
@@ -200,7 +205,31 @@ class Bench:
         fastest = min(kernels, key=lambda kernel: seconds_at(layers[kernel], 4))
         return fastest, packed[fastest]
 
-    def draft_timings(self, substitutes: Substitutes) -> DraftTimings:
+    def faster_graphs(self, substitutes: Substitutes) -> CompiledGraphs | None:
+        """The draft's small operations compiled by torch, if a pass of four rows is faster with
+        them. draft_layers.cpp leaves nothing to gain where it knows the layers."""
+        weights, cache = self.draft_weights, self.cache
+        if self.device.type != "cpu" or not self.effort.compiles_graphs:
+            return None
+        if compile_layers(weights, substitutes, cache.num_slots) is not None:
+            return None
+        if not serves(self.spec) or compile_graphs(self.full_spec) is not None:
+            return None
+        graphs = load_graphs(weights, substitutes)
+        if graphs is None:
+            return None
+        rows = self._draft_rows(4)
+        calls = calls_of([4])
+        actions: list[Callable[[], object]] = [
+            lambda: compiled_graphs.forward(graphs, [rows]),
+            lambda: forward(weights, substitutes, [rows], calls),
+        ]
+        (compiled, _), (plain, _) = time_each(actions, self.device, self.effort)
+        return graphs if compiled < plain else None
+
+    def draft_timings(
+        self, substitutes: Substitutes, graphs: CompiledGraphs | None = None
+    ) -> DraftTimings:
         through_head = self._through_head(self.draft_weights, substitutes)
         root = torch.zeros(1, dtype=torch.int64, device=self.device)
 
@@ -215,14 +244,12 @@ class Bench:
 
         widths = [width for width in DRAFT_WIDTHS if width <= self.spec.vocab_size]
         heads = {width: levels(width) for width in widths}
-        fused = None
-        if self.device.type == "cpu":
-            fused = compile_layers(self.draft_weights, substitutes, self.cache.num_slots)
-        if fused is not None:  # one call runs all layers
-            passes = {width: self._fused(fused, self._tree_rows(width)) for width in widths}
+        run = self._whole_pass(substitutes, graphs)
+        if run is not None:
+            passes = {width: self._all_layers(run, width) for width in widths}
             layer, head = self._timed(passes, heads, DRAFT_LEVELS, self.spec.num_layers)
             self.cache.commit([0] * MORE_TOKENS)
-            longer = {width: self._fused(fused, self._tree_rows(width)) for width in widths}
+            longer = {width: self._all_layers(run, width) for width in widths}
             self.cache.roll_back(LIVE_TOKENS)
             far = time_widths(longer, self.device, self.spec.num_layers, self.effort)
             return DraftTimings(layer, difference(layer, far), head)
@@ -306,9 +333,23 @@ class Bench:
 
         return run
 
-    def _fused(self, layers: CompiledLayers, rows: Rows) -> Callable[[], None]:
-        x = torch.empty(len(rows.tokens), self.spec.hidden_size, dtype=DRAFT_DTYPE)
-        return lambda: run_layers(layers, x.fill_(1.0), [rows])
+    def _whole_pass(
+        self, substitutes: Substitutes, graphs: CompiledGraphs | None
+    ) -> Callable[[Tensor, Sequence[Rows]], None] | None:
+        """All layers of a draft at once; None: they are run one by one."""
+        if graphs is not None:
+            return partial(compiled_graphs.run_layers, graphs)
+        if self.device.type != "cpu":
+            return None
+        layers = compile_layers(self.draft_weights, substitutes, self.cache.num_slots)
+        return None if layers is None else partial(run_layers, layers)
+
+    def _all_layers(
+        self, run: Callable[[Tensor, Sequence[Rows]], None], width: int
+    ) -> Callable[[], None]:
+        x = torch.empty(width, self.spec.hidden_size, dtype=DRAFT_DTYPE)
+        rows = self._draft_rows(width)
+        return lambda: run(x.fill_(1.0), [rows])
 
     def _through_head(
         self, weights: SharedWeights, products: Iterable[Product]

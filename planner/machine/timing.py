@@ -44,6 +44,9 @@ class Effort:
     # (LARGEST_BLOCK of measure.py); at most what takes a few seconds to write.
     least_link_bytes: int = 64 << 20
     most_link_bytes: int = 1 << 30
+    # Whether torch compiles the draft of a model that draft_layers.cpp does not know: up to a
+    # minute, once for a model's sizes.
+    compiles_graphs: bool = True
 
 
 USUAL_EFFORT = Effort()

@@ -15,6 +15,8 @@ import torch
 from subspec.artifacts.acceptance import Acceptance
 from subspec.artifacts.format.prebuilt import pack_prebuilt
 from subspec.artifacts.format.store import Artifact
+from subspec.artifacts.model import ModelSpec
+from subspec.artifacts.native import cpp
 from subspec.artifacts.plan import Method, Plan, Usage
 from subspec.planner.rehearse.calibration import Sample, in_turns, sample_ids
 from subspec.planner.rehearse.corrections import PredictFor, Rounds, Timed
@@ -22,7 +24,7 @@ from subspec.planner.rehearse.replay import DEEPEST, WIDTHS, Answer, Grown, curv
 from subspec.planner.solve.problem import make_tree
 from subspec.runtime.decode import keep, keep_piece, read, speculate
 from subspec.runtime.draft.drafter import SubstituteDrafter, Turn
-from subspec.runtime.engine import Engine, OpenOptions, kernel_sources
+from subspec.runtime.engine import Engine, OpenOptions, graph_programs, kernel_sources
 from subspec.runtime.exact_pass import Piece, prompt_calls, tokens_that_fit
 from subspec.runtime.model.cache import Cache
 from subspec.runtime.model.sampling import Chooser, Sampling
@@ -249,9 +251,10 @@ def timed_rounds(
     return Rounds((Timed(tuple(drafted), said.draft_seconds),), verify, prompt=asked)
 
 
-def pack_kernels(folder: Path, plan: Plan) -> None:
-    """Pack the libraries that were compiled for the plan into the artifact `folder`."""
-    pack_prebuilt(folder, kernel_sources(plan))
+def pack_programs(folder: Path, plan: Plan, spec: ModelSpec) -> None:
+    """Pack what was compiled for the plan into the artifact `folder`."""
+    pack_prebuilt(folder, map(cpp.program, kernel_sources(plan)))
+    pack_prebuilt(folder, graph_programs(plan, spec))
 
 
 def opened(artifact: Artifact, method: Method, setting: Setting) -> Engine:

@@ -215,6 +215,7 @@ def assemble(problem: Problem, plain: Scored, drafted: list[Scored]) -> Plan:
         prompt_widths=prompt_widths(profile, plain.candidate.verify_width),
         num_threads=profile.num_threads,
         int4_kernel=profile.int4_kernel,
+        draft_graphs=profile.draft_graphs,
         prefill_tokens=problem.prefill_tokens,
         placements={method: scored.placement for method, scored in found.items()},
         residuals=plain.candidate.storage.residuals,

@@ -15,11 +15,18 @@ from subspec.artifacts.common.cpu_load import cpu_times, others_share
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format.prebuilt import install_prebuilt
 from subspec.artifacts.format.store import Artifact
+from subspec.artifacts.native import cpp
 from subspec.artifacts.plan import Method
 from subspec.artifacts.profile import UNDER_LOAD
 from subspec.runtime.app.opening_options import OpeningOptions
 from subspec.runtime.app.replan import fitted
-from subspec.runtime.engine import Engine, OpenOptions, kernel_sources, machine_name
+from subspec.runtime.engine import (
+    Engine,
+    OpenOptions,
+    graph_programs,
+    kernel_sources,
+    machine_name,
+)
 
 SECONDS_BETWEEN_LINES = 10.0  # of progress, if stderr is not a terminal
 
@@ -54,8 +61,10 @@ class Opening:
 
 
 def trust_kernels(artifact: Artifact) -> None:
-    """Install the artifact's pre-built kernels, before anything is built or planned."""
-    missing = install_prebuilt(artifact, kernel_sources(artifact.plan))
+    """Install the artifact's pre-built kernels and graphs, before anything is built or planned."""
+    sources = {cpp.program(source): source.stem for source in kernel_sources(artifact.plan)}
+    install_prebuilt(artifact, graph_programs(artifact.plan, artifact.spec))
+    missing = [sources[program] for program in install_prebuilt(artifact, sources)]
     if missing:
         say(f"note: no pre-built kernels for this machine, compiling: {', '.join(missing)}")
 

@@ -72,7 +72,7 @@ def plan_options(command: Command) -> Command:
         ),
         option(
             "--trust-kernels",
-            "Load the pre-built kernels in ARTIFACT; they are programs.",
+            "Load the pre-built kernels and graphs in ARTIFACT; they are programs.",
             is_flag=True,
         ),
         option("--no-replan", "Use the stored plan as it is, on any machine.", is_flag=True),

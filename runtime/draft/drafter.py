@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from subspec.artifacts.plan import Tree, tree_for
-from subspec.runtime.draft import compiled_layers, graphs
+from subspec.runtime.draft import compiled_graphs, compiled_layers, graphs
 from subspec.runtime.draft.beam import DraftPass, Growing, TokenTree, grow
+from subspec.runtime.draft.compiled_graphs import CompiledGraphs
 from subspec.runtime.draft.compiled_layers import CompiledLayers
 from subspec.runtime.draft.graphs import Action, DraftGraphs, Replay
 from subspec.runtime.draft.substitutes import Substitutes
@@ -50,7 +51,8 @@ class SubstituteDrafter:
     verify_width: int
     weights: SharedWeights  # bf16, where the 4-bit kernels need it
     substitutes: Substitutes
-    compiled: CompiledLayers | None  # all layers in one call; None: the plain path runs
+    # All layers in one call, or their small operations as graphs; None: the plain twin runs.
+    compiled: CompiledLayers | CompiledGraphs | None
     capture: Callable[[Action], Replay] | None = None  # of levels as CUDA graphs; None: launched
     captured: dict[Cache, DraftGraphs] = field(default_factory=dict)
 
@@ -84,6 +86,8 @@ class SubstituteDrafter:
                 tree_rows(one.tree, one.last.nodes, caches[one.index], slots[one.index], attend)
                 for one in growing
             ]
+            if isinstance(self.compiled, CompiledGraphs):
+                return compiled_graphs.forward(self.compiled, batch)
             if self.compiled is not None:
                 return compiled_layers.forward(self.compiled, batch)
             num_rows = sum(len(rows.tokens) for rows in batch)

@@ -21,6 +21,7 @@ from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format.codec import dump_json
 from subspec.artifacts.format.prebuilt import find_prebuilt
 from subspec.artifacts.format.store import Artifact, open_artifact, verify
+from subspec.artifacts.native import cpp
 from subspec.artifacts.profile import Corrections
 from subspec.artifacts.runs import append_run, plan_digest, read_runs
 from subspec.planner.cli import main
@@ -129,8 +130,8 @@ def planned_demo(here: Path, capsys: pytest.CaptureFixture[str]) -> Artifact:
     assert budgets == sorted(set(budgets)) and {9_000_000, 9_900_000} <= set(budgets)
     assert artifact.plan.context in {point.context for point in artifact.plan.by_context}
     if shutil.which("g++") is not None:
-        sources = kernel_sources(artifact.plan)
-        assert sources and all(find_prebuilt(artifact, source) is not None for source in sources)
+        programs = [cpp.program(source) for source in kernel_sources(artifact.plan)]
+        assert programs and all(find_prebuilt(artifact, one) is not None for one in programs)
     return artifact
 
 
@@ -144,7 +145,8 @@ def test_a_plan_that_is_not_rehearsed_says_that_nothing_was_measured(
     assert artifact.profile.corrections == Corrections() and artifact.plan.by_budget
     assert "rehearsing" not in ended.err and "timing rounds" not in ended.err
     if shutil.which("g++") is not None:
-        assert all(find_prebuilt(artifact, one) for one in kernel_sources(artifact.plan))
+        programs = [cpp.program(source) for source in kernel_sources(artifact.plan)]
+        assert all(find_prebuilt(artifact, one) for one in programs)
 
 
 @pytest.mark.parametrize("seconds", ["0.001", "12.5", "86400"])

@@ -10,7 +10,7 @@ from builders import build_artifact
 from running import QUESTION, run
 
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.artifacts.format.prebuilt import FOLDER, find_prebuilt, install_prebuilt, pack_prebuilt
+from subspec.artifacts.format.prebuilt import find_prebuilt, install_prebuilt, pack_prebuilt
 from subspec.artifacts.format.store import Artifact, open_artifact, verify, write_manifest
 from subspec.artifacts.native import cpp, residual_cpu
 from subspec.planner.model.hub import DEMO
@@ -18,6 +18,11 @@ from subspec.runtime.engine import kernel_sources
 from subspec.runtime.model import attention
 
 SOURCES = [attention.SOURCE, residual_cpu.SOURCE]
+
+
+def programs(*sources: Path) -> list[str]:
+    """As they are named now; all of SOURCES unless some are given."""
+    return [cpp.program(source) for source in sources or SOURCES]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +34,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     made = build_artifact(DEMO, folder, "residual", resident_share=1.0)
     assert kernel_sources(made.plan) == SOURCES
     assert all(kernel.unavailable() is None for kernel in (attention, residual_cpu))
-    pack_prebuilt(folder, kernel_sources(made.plan))
+    pack_prebuilt(folder, programs())
     return sealed(folder)
 
 
@@ -51,17 +56,15 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 
 
 def test_what_was_built_is_listed_with_its_digest(artifact: Artifact) -> None:
-    entries = [entry for entry in artifact.manifest.files if entry.role == FOLDER]
-    assert [entry.path for entry in entries] == sorted(
-        f"{FOLDER}/{cpp.library_name(source)}" for source in SOURCES
-    )
+    entries = [entry for entry in artifact.manifest.files if entry.role == cpp.FOLDER]
+    assert [entry.path for entry in entries] == sorted(programs())
     assert verify(artifact.path) > sum(entry.num_bytes for entry in entries) > 0
 
 
 def test_with_the_users_word_no_compiler_is_needed(artifact: Artifact, elsewhere: Path) -> None:
     assert residual_cpu.unavailable() == "there is no C++ compiler 'g++' (install g++ or set CXX)"
     cpp.library.cache_clear()
-    assert install_prebuilt(artifact, SOURCES) == []
+    assert install_prebuilt(artifact, programs()) == []
     assert {path.name for path in elsewhere.iterdir()} == set(map(cpp.library_name, SOURCES))
     assert residual_cpu.unavailable() is None and attention.unavailable() is None
 
@@ -71,13 +74,13 @@ def test_a_flipped_bit_is_an_error_and_is_not_kept(
 ) -> None:
     shutil.copytree(artifact.path, tmp_path / "copy")
     copy = open_artifact(tmp_path / "copy")
-    entry = find_prebuilt(copy, residual_cpu.SOURCE)
+    entry = find_prebuilt(copy, cpp.program(residual_cpu.SOURCE))
     assert entry is not None
     damaged = bytearray((copy.path / entry.path).read_bytes())
     damaged[len(damaged) // 2] ^= 1
     (copy.path / entry.path).write_bytes(damaged)
     with pytest.raises(SubspecError, match="does not match its digest") as error:
-        install_prebuilt(copy, [residual_cpu.SOURCE])
+        install_prebuilt(copy, programs(residual_cpu.SOURCE))
     assert error.value.exit_code == Exit.CORRUPT
     assert not elsewhere.exists() or not [*elsewhere.iterdir()]
 
@@ -87,20 +90,20 @@ def test_kernels_of_other_sources_flags_or_processors_are_not_brought(
 ) -> None:
     changed = tmp_path / "residual.cpp"
     changed.write_bytes(residual_cpu.SOURCE.read_bytes() + b"\n")
-    assert install_prebuilt(artifact, [changed]) == ["residual"]
-    for name, value in (("FLAGS", (*cpp.FLAGS, "-g")), ("_processor", lambda: "another")):
+    assert install_prebuilt(artifact, programs(changed)) == programs(changed)
+    for name, value in (("FLAGS", (*cpp.FLAGS, "-g")), ("processor", lambda: "another")):
         with monkeypatch.context() as patch:
             patch.setattr(cpp, name, value)
-            assert install_prebuilt(artifact, SOURCES) == ["attention", "residual"]
+            assert install_prebuilt(artifact, programs()) == programs()
     monkeypatch.setenv("CXX", "g++ -mno-avx512f")
-    assert find_prebuilt(artifact, residual_cpu.SOURCE) is None
+    assert find_prebuilt(artifact, cpp.program(residual_cpu.SOURCE)) is None
 
 
 def test_where_nothing_can_be_kept_nothing_is_adopted(
     artifact: Artifact, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)
-    assert install_prebuilt(artifact, SOURCES) == ["attention", "residual"]
+    assert install_prebuilt(artifact, programs()) == programs()
 
 
 def test_a_person_without_a_compiler_is_told_of_them_and_may_trust_them(
