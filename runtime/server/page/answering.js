@@ -100,10 +100,10 @@ async function countDown(failure, seconds, signal, paint) {
 
 function explained(error) {
   const sentence = /[.!?]$/.test(error.message) ? error.message : `${error.message}.`;
+  if (error.kind === "auth") return "The server asks for an API key.";
   const more = {
     context:
       " Start a new conversation, shorten this one, or plan the model with a longer context.",
-    auth: " The server asks for an API key.",
     queue_full: " The queue stayed full.",
     cut: " What had come is kept.",
     engine: " What had come is kept.",

@@ -231,7 +231,7 @@ async function generate(asked) {
 }
 
 function afterError(error, message) {
-  if (error.kind === "gone" || error.kind === "failed") connect();
+  if (["gone", "cut", "failed"].includes(error.kind)) connect();
   if (error.kind !== "auth") return;
   askedKey(false).then((given) => {
     if (!given) return;

@@ -120,7 +120,7 @@ def test_an_answer_comes_piece_by_piece_and_ends_with_its_figures(
     visit: Callable[..., Page], server: ChatServer
 ) -> None:
     page = connected(visit())
-    server.answer, server.reasoning, server.pause_seconds = "One two **three**.", "Hmm.", 0.4
+    server.answer, server.reasoning, server.pause_seconds = "One two **three**.", "Hmm.", 1.2
     ask(page, wait=False)
     expect(page.locator("#stop")).to_be_visible()
     expect(body_text(page)).to_have_text("One two three")  # the mark that is not closed yet
@@ -340,6 +340,18 @@ def test_a_server_that_is_gone_is_told(browser: Any) -> None:
         connected(page)
     ask(page)
     expect(last_answer(page).locator(".error-note")).to_contain_text("does not answer")
+    expect(page.get_by_role("alert")).to_contain_text("does not answer")
+    page.context.close()
+
+
+def test_a_server_that_is_lost_in_an_answer_is_told_and_looked_for(browser: Any) -> None:
+    with serving(ChatServer(answer="word " * 1000, pause_seconds=0.05)) as server:
+        page = browser.new_page()
+        page.goto(server.address)
+        connected(page)
+        ask(page, wait=False)
+        expect(body_text(page)).to_contain_text("word word")
+    expect(last_answer(page).locator(".error-note")).to_contain_text("What had come is kept")
     expect(page.get_by_role("alert")).to_contain_text("does not answer")
     page.context.close()
 
