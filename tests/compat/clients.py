@@ -44,6 +44,7 @@ CLIENTS = (
         limit_seconds=300,
     ),
     Client("aiperf", (("aiperf==0.13.0",),), ("aiperf_figures.py",), tokenizer=True),
+    Client("guidellm", (TORCH, ("guidellm==0.8.1",)), ("guidellm_benchmark.py",), tokenizer=True),
 )
 
 LITELLM_PROXY = Client(
