@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from subspec.artifacts.common.errors import SubspecError
 from subspec.runtime.server import serving
 
 PROGRAM = Path(__file__).parents[2] / "scripted_server.py"
@@ -238,3 +239,15 @@ def test_connections_beyond_the_limit_and_clients_that_read_nothing_are_ended(
     assert stalled.transport.ended == "aborted"  # type: ignore[attr-defined]
     assert reading.transport.ended == ""  # type: ignore[attr-defined]
     assert [one.transport.ended for one in idle].count("closed") == 1  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_no_piece_of_an_answer_waits_for_the_receipt_of_the_last_one(host: str) -> None:
+    try:
+        listening = serving.listen(host, 0)
+    except SubspecError:
+        pytest.skip(f"this machine has no {host}")
+    with listening, socket.create_connection(listening.getsockname()[:2]):
+        accepted, _ = listening.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
