@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 
-from subspec.artifacts.model import GROUP_SIZE, Attention, Dense, ModelSpec
+from subspec.artifacts.model import GROUP_SIZE, Attention, DeltaNet, Dense, ModelSpec
 from subspec.artifacts.plan import DeviceKind, Int4Kernel, Ledger
 
 ALIGNMENT = 256  # bytes; of every tensor in fast memory
@@ -18,6 +18,14 @@ SLOT_ALIGNMENT = 64  # live lengths of the KV cache are multiples of it, for few
 ATTENTION_ROWS = 128
 NORM_ROWS = 256
 PRODUCT_ROWS = 256
+NET_ROWS = 128
+NET_SLOTS = 18  # states that live at once along a tree of up to 16 nodes a level
+# Of delta nets: states of a sequence in host memory that it can go back to: after every so many
+# tokens, and before the end of a prompt by more tokens than chat templates end their prompts with.
+# Those of a long text lie further apart.
+CHECKPOINTS = 4
+CHECKPOINT_TOKENS = 2048
+TOKENS_BEHIND_CHECKPOINT = 16
 # Of prompts, in a pass that also verifies: the answers of other sequences should not wait for long.
 ROWS_IN_COMPANY = 128
 
@@ -95,7 +103,8 @@ def make_ledger(
         substitutes=substitutes_bytes(spec, kernel) if needs_substitutes else 0,
         norms=norms_bytes(spec),
         tables=tables_bytes(spec, shape),
-        cache=cache_bytes(spec, shape),
+        cache=cache_bytes(spec, shape)
+        + (checkpoints_bytes(spec, shape.num_sequences) if device == "cpu" else 0),
         staging=shape.ring.num_bytes if shape.ring else 0,
         scratch=shape.scratch_bytes or 0,
         workspace=workspace_bytes(spec, device, shape),
@@ -129,7 +138,7 @@ def substitutes_bytes(spec: ModelSpec, kernel: Int4Kernel) -> int:
 @lru_cache(maxsize=8)
 def norms_bytes(spec: ModelSpec) -> int:
     """Size of norms, biases and matrices without a substitute."""
-    return sum(aligned(prod(shape) * spec.item_bytes) for shape in spec.resident_shapes.values())
+    return sum(aligned(size) for size in spec.resident_bytes.values())
 
 
 def tables_bytes(spec: ModelSpec, shape: Shape) -> int:
@@ -150,24 +159,49 @@ def draft_copies_bytes(spec: ModelSpec) -> int:
     return sum(
         aligned(prod(shape) * DRAFT_BYTES)
         for name, shape in spec.resident_shapes.items()
-        if len(shape) == 1
+        if len(shape) == 1 and name not in spec.net_tensors
     )
 
 
 def cache_bytes(spec: ModelSpec, shape: Shape) -> int:
-    """Size of the keys and values of every attention, for all sequences."""
+    """Size of the keys and values of every attention and of the states of every delta net, for all
+    sequences."""
     slots = cache_slots(shape.context, shape.verify_width)
-    return shape.num_sequences * sum(
+    attentions = sum(
         2 * aligned(slots * attention.kv_size * spec.item_bytes)
         for layer in spec.layers
         for attention in layer.attentions
     )
+    nets = (net_state_bytes(spec, net, shape.verify_width) for net in spec.delta_nets)
+    return shape.num_sequences * (attentions + sum(nets))
+
+
+@lru_cache(maxsize=4096)
+def net_state_bytes(spec: ModelSpec, net: DeltaNet, width: int) -> int:
+    """Size of a delta net's states: what is committed, what a piece of a prompt leaves, and what
+    the nodes of a tree keep."""
+    heads, item = width * net.num_value_heads, spec.item_bytes
+    nodes = aligned(width * net.num_channels * item) + 2 * aligned(heads * item)
+    drafted = (width * net.keys_width, heads * net.value_size, heads)
+    return 2 * memory_bytes(spec, net) + nodes + sum(aligned(4 * count) for count in drafted)
+
+
+def checkpoints_bytes(spec: ModelSpec, num_sequences: int) -> int:
+    """Host memory of the states that sequences can go back to, which on CPUs is fast memory."""
+    states = sum(memory_bytes(spec, net) for net in spec.delta_nets)
+    return num_sequences * CHECKPOINTS * states
+
+
+def memory_bytes(spec: ModelSpec, net: DeltaNet) -> int:
+    """Size of one state of a delta net."""
+    recent = (net.num_taps - 1) * net.num_channels * spec.item_bytes
+    return aligned(recent) + aligned(4 * prod(net.memory_shape))
 
 
 @lru_cache(maxsize=8)
 def model_bytes(spec: ModelSpec) -> int:
     """Size of the checkpoint's weights."""
-    small = sum(prod(shape) for shape in spec.resident_shapes.values()) * spec.item_bytes
+    small = sum(spec.resident_bytes.values())
     matrices = sum(part.num_bytes for part in spec.parts)
     embedding = spec.embedding_bytes
     return small + matrices + (0 if spec.tied_head else embedding)
@@ -184,11 +218,12 @@ def workspace_bytes(spec: ModelSpec, device: DeviceKind, shape: Shape) -> int:
     piece = min(ROWS_IN_COMPANY, shape.prefill_tokens)
     verifying = max(sequences, sequences - 1 + -(-piece // width)) if sequences > 1 else 1
     of_heads = logits_bytes(spec, sequences * width)
-    exact = max(prompt, pass_bytes(spec, device, verifying, width, slots, of_heads, threads))
+    trees = pass_bytes(spec, device, verifying, width, slots, of_heads, threads, width)
+    exact = max(prompt, trees)
     if shape.draft_width is None:
         return aligned(exact) + (ALLOCATOR_BYTES if device == "cuda" else 0)
     rows = sequences * shape.draft_width
-    draft = pass_bytes(spec, device, sequences, shape.draft_width, slots, 0)
+    draft = pass_bytes(spec, device, sequences, shape.draft_width, slots, 0, tree_rows=width)
     if device == "cpu":
         draft = max(draft, compiled_draft_bytes(spec, sequences, shape.draft_width, slots, threads))
     draft += 14 * rows * padded_vocabulary(spec)  # bf16 and f32 logits, sharpened f32
@@ -218,13 +253,14 @@ def pass_bytes(
     slots: int,
     head_bytes: int,  # of the logits and what is chosen from them, when the layers' are gone
     exact_threads: int | None = None,  # of batch-invariant attention; None: fast attention
+    tree_rows: int = 0,  # of the trees whose nodes the rows are; 0: they are a prompt's
 ) -> int:
     """Size of the activations in the layer that needs most, or of the head's."""
     every = sequences * rows
     masks = sequences * (rows * (rows + slots) + 8 * slots + rows * 64)
     residual = every * spec.hidden_size * spec.item_bytes
     blocks = (
-        block_bytes(spec, device, body, sequences, rows, slots, exact_threads)
+        block_bytes(spec, device, body, sequences, rows, slots, exact_threads, tree_rows)
         for body in spec.bodies
     )
     return 2 * residual + masks + max(head_bytes, *blocks)
@@ -234,11 +270,12 @@ def pass_bytes(
 def block_bytes(
     spec: ModelSpec,
     device: DeviceKind,
-    body: Attention | Dense,
+    body: Attention | DeltaNet | Dense,
     sequences: int,
     rows: int,
     slots: int,
     exact_threads: int | None,
+    tree_rows: int,
 ) -> int:
     item, hidden = spec.item_bytes, spec.hidden_size
     every = sequences * rows
@@ -248,6 +285,13 @@ def block_bytes(
         inner, widest = body.inner_size, max(body.inner_size, hidden)
         gates = every * inner * item * (2 if body.bias else 1)
         return max(norm, gates + max(2 * piece * widest * item, result))
+    if isinstance(body, DeltaNet):
+        projected = body.num_channels + body.values_width + 2 * body.num_value_heads
+        if exact_threads is None:
+            rule = drafted_net_bytes(spec, body, rows, tree_rows)
+        else:
+            rule = net_rule_bytes(body, rows if tree_rows else min(rows, NET_ROWS), exact_threads)
+        return max(norm, every * projected * item + max(rule, result))
     some = min(rows, ATTENTION_ROWS)
     query, repeats = body.query_size, body.num_heads // body.num_kv_heads
     turned = 4 if spec.rope_in_f32 else item
@@ -265,11 +309,31 @@ def block_bytes(
         if device == "cuda":
             scores += body.num_heads * some * slots * 4  # the math kernel's scores
     tables = 2 * every * (body.rope.size if body.rope else 0) * turned
+    gated = 3 * query if body.output_gate else 0  # q and its gate, before and after they part
     return (
-        every * (query + 2 * body.kv_size) * item
+        every * (query + gated + 2 * body.kv_size) * item
         + tables
         + max(result + norm, 5 * rows * body.kv_size * turned, scores, result)
     )
+
+
+def net_rule_bytes(net: DeltaNet, rows: int, num_threads: int) -> int:
+    """Temporaries of delta_net.py over one sequence's rows: those of the plain twin, or of the
+    compiled one."""
+    keys, values = net.num_value_heads * net.key_size, net.values_width
+    inputs = rows * (4 * net.num_channels + 5 * keys + 6 * values)
+    twin = 4 * (inputs + (NET_SLOTS + 8) * prod(net.memory_shape))
+    of_head = net.key_size, net.value_size, net.num_taps
+    return max(twin, delta_net_scratch_bytes(num_threads, *of_head, NET_SLOTS))
+
+
+def drafted_net_bytes(spec: ModelSpec, net: DeltaNet, rows: int, tree_rows: int) -> int:
+    """Temporaries of delta_draft.py over one sequence's rows of a level."""
+    keys, values = net.num_value_heads * net.key_size, net.values_width
+    before = (net.num_taps + tree_rows) * net.num_channels * spec.item_bytes
+    inputs = rows * net.num_channels * (net.num_taps * (spec.item_bytes + 8) + 12)
+    scores = 4 * rows * net.num_value_heads * 8 * tree_rows
+    return before + inputs + scores + 4 * rows * (6 * keys + 12 * values)
 
 
 def attention_scratch_bytes(num_threads: int, num_slots: int, head_size: int) -> int:

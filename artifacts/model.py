@@ -81,6 +81,8 @@ class Attention:
     qk_norm: Literal["none", "head", "all_heads"] = "none"
     value_norm: bool = False  # RMSNorm of v without a weight, over each head
     values_are_keys: bool = False
+    # q_proj has the rows of a gate behind those of each head: sigmoid(gate) multiplies the result.
+    output_gate: bool = False
     query_growth: QueryGrowth | None = None
     name: Name = "self_attn"
     kind: Literal["attention"] = "attention"
@@ -92,6 +94,54 @@ class Attention:
     @property
     def kv_size(self) -> int:
         return self.num_kv_heads * self.head_size
+
+
+NetTensor = Literal["A_log", "conv1d.weight", "dt_bias", "norm.weight"]
+
+
+@dataclass(frozen=True)
+class DeltaNet:
+    """Gated delta net (arXiv 2412.06464), with a state of one size however long the text is:
+    <name>.in_proj_qkv, in_proj_z, in_proj_b, in_proj_a, out_proj. runtime/model/delta_net.py says
+    what it computes. Value head h uses key head h * num_key_heads // num_value_heads."""
+
+    num_key_heads: Size
+    num_value_heads: Size
+    key_size: Size  # of a head
+    value_size: Size
+    num_taps: Annotated[int, Between(2, 64)]  # of the convolution of q, k and v along the text
+    # Small tensors that are f32 whatever the model is.
+    f32_tensors: Annotated[tuple[NetTensor, ...], Length(0, 4)] = ()
+    name: Name = "linear_attn"
+    kind: Literal["delta_net"] = "delta_net"
+
+    @property
+    def keys_width(self) -> int:
+        return self.num_key_heads * self.key_size
+
+    @property
+    def values_width(self) -> int:
+        return self.num_value_heads * self.value_size
+
+    @property
+    def num_channels(self) -> int:
+        """Rows of in_proj_qkv: q and k of every key head, v of every value head."""
+        return 2 * self.keys_width + self.values_width
+
+    @property
+    def memory_shape(self) -> tuple[int, int, int]:
+        """f32 numbers of the recurrent state."""
+        return self.num_value_heads, self.key_size, self.value_size
+
+    @property
+    def tensor_shapes(self) -> dict[NetTensor, tuple[int, ...]]:
+        """Names of its small tensors under <name>, in execution order."""
+        return {
+            "conv1d.weight": (self.num_channels, 1, self.num_taps),
+            "A_log": (self.num_value_heads,),
+            "dt_bias": (self.num_value_heads,),
+            "norm.weight": (self.value_size,),
+        }
 
 
 @dataclass(frozen=True)
@@ -110,7 +160,7 @@ class Dense:
 class Block:
     """x += multiplier * after(body(before(x)))."""
 
-    body: Attention | Dense
+    body: Attention | DeltaNet | Dense
     before: Name | None  # name of an RMSNorm under the layer
     after: Name | None = None
     multiplier: float = 1.0
@@ -125,6 +175,11 @@ class LayerSpec:
     def attentions(self) -> tuple[Attention, ...]:
         """Attention bodies in execution order: each has a KV cache."""
         return tuple(block.body for block in self.blocks if isinstance(block.body, Attention))
+
+    @property
+    def delta_nets(self) -> tuple[DeltaNet, ...]:
+        """Delta nets in execution order: each has a state."""
+        return tuple(block.body for block in self.blocks if isinstance(block.body, DeltaNet))
 
 
 @dataclass(frozen=True)
@@ -187,17 +242,32 @@ class ModelSpec:
         return tuple(dict.fromkeys(found))
 
     @cached_property
-    def bodies(self) -> tuple[Attention | Dense, ...]:
-        """Distinct attentions and feed-forwards."""
+    def mixers_before(self) -> tuple[tuple[int, int], ...]:
+        """Of each layer, how many attentions and delta nets come before it: caches number them."""
+        found, attentions, nets = list[tuple[int, int]](), 0, 0
+        for layer in self.layers:
+            found.append((attentions, nets))
+            attentions += len(layer.attentions)
+            nets += len(layer.delta_nets)
+        return tuple(found)
+
+    @cached_property
+    def delta_nets(self) -> tuple[DeltaNet, ...]:
+        """Of all layers, in execution order."""
+        return tuple(net for layer in self.layers for net in layer.delta_nets)
+
+    @cached_property
+    def bodies(self) -> tuple[Attention | DeltaNet | Dense, ...]:
+        """Distinct attentions, delta nets and feed-forwards."""
         return tuple(dict.fromkeys(block.body for layer in self.layers for block in layer.blocks))
 
     @cached_property
     def linears(self) -> tuple["Linear", ...]:
         """Every matrix product of a forward pass in execution order, the head last."""
         found = [
-            Linear(f"{layer_name(index)}.{name}", index, place, *shape)
+            Linear(f"{layer_name(index)}.{name}", index, place, *shape, stays_exact=exact)
             for index, layer in enumerate(self.layers)
-            for place, (name, shape) in enumerate(_linear_shapes(self, layer).items())
+            for place, (name, (shape, exact)) in enumerate(_linear_shapes(self, layer).items())
         ]
         padding = -self.vocab_size % PART_ROWS
         rows = self.vocab_size + padding
@@ -238,7 +308,7 @@ class ModelSpec:
     @cached_property
     def resident_shapes(self) -> dict[str, tuple[int, ...]]:
         """Tensor name -> shape of the exact weights that are always resident: norms, biases,
-        matrices without a substitute, and the layers' scalars."""
+        matrices without a substitute, small tensors of delta nets, and the layers' scalars."""
         found = dict[str, tuple[int, ...]]()
         for linear in self.linears:
             if linear.has_bias:
@@ -246,7 +316,33 @@ class ModelSpec:
             if not linear.has_substitute:
                 found[f"{linear.name}.weight"] = (linear.out_features, linear.in_features)
         found |= {f"{name}.weight": (size,) for name, size in self.norm_sizes.items()}
+        found |= {name: shape for name, (shape, _) in self.net_tensors.items()}
         return found | {name: (1,) for name in self.scalar_names if name}
+
+    @cached_property
+    def net_tensors(self) -> dict[str, tuple[tuple[int, ...], DType]]:
+        """Tensor name -> shape and dtype of the small tensors of delta nets."""
+        return {
+            f"{layer_name(index)}.{net.name}.{name}": (
+                shape,
+                "float32" if name in net.f32_tensors else self.dtype,
+            )
+            for index, layer in enumerate(self.layers)
+            for net in layer.delta_nets
+            for name, shape in net.tensor_shapes.items()
+        }
+
+    def resident_dtype(self, name: str) -> DType:
+        """Of a tensor of `resident_shapes`."""
+        return self.net_tensors[name][1] if name in self.net_tensors else self.dtype
+
+    @property
+    def resident_bytes(self) -> dict[str, int]:
+        """Size of each tensor of `resident_shapes`."""
+        return {
+            name: math.prod(shape) * DTYPE_BYTES[self.resident_dtype(name)]
+            for name, shape in self.resident_shapes.items()
+        }
 
     @property
     def embedding_bytes(self) -> int:
@@ -265,6 +361,7 @@ class Linear:
     in_features: int
     has_bias: bool
     padding_rows: int = 0  # zero rows of a head, up to a multiple of PART_ROWS
+    stays_exact: bool = False  # small, and its errors would add up along a text
 
     @property
     def num_weights(self) -> int:
@@ -272,9 +369,10 @@ class Linear:
 
     @property
     def has_substitute(self) -> bool:
-        """Whether the 4-bit format and its kernels support this shape. If not, the exact matrix is
-        resident, and draft and verification share it."""
-        return self.in_features % GROUP_SIZE == 0 and self.out_features % 16 == 0
+        """Whether it has a 4-bit copy, which it does where format and kernels support its shape. If
+        not, the exact matrix is resident, and draft and verification share it."""
+        fits = self.in_features % GROUP_SIZE == 0 and self.out_features % 16 == 0
+        return fits and not self.stays_exact
 
     @property
     def substitute_bytes(self) -> int:
@@ -337,22 +435,35 @@ def padded(num_bytes: int) -> int:
     return -(-num_bytes // PAGE_BYTES) * PAGE_BYTES
 
 
-def _linear_shapes(spec: ModelSpec, layer: LayerSpec) -> dict[str, tuple[int, int, bool]]:
-    """Name under the layer -> (out features, in features, has a bias), in execution order."""
-    found = dict[str, tuple[int, int, bool]]()
+def _linear_shapes(
+    spec: ModelSpec, layer: LayerSpec
+) -> dict[str, tuple[tuple[int, int, bool], bool]]:
+    """Name under the layer -> (out features, in features, has a bias), and whether it stays exact;
+    in execution order."""
+    found = dict[str, tuple[tuple[int, int, bool], bool]]()
     hidden = spec.hidden_size
+
+    def add(name: str, rows: int, columns: int, bias: bool, exact: bool = False) -> None:
+        found[f"{body.name}.{name}"] = (rows, columns, bias), exact
+
     for block in layer.blocks:
         body = block.body
         if isinstance(body, Attention):
-            found[f"{body.name}.q_proj"] = (body.query_size, hidden, body.qkv_bias)
-            found[f"{body.name}.k_proj"] = (body.kv_size, hidden, body.qkv_bias)
+            add("q_proj", body.query_size * (2 if body.output_gate else 1), hidden, body.qkv_bias)
+            add("k_proj", body.kv_size, hidden, body.qkv_bias)
             if not body.values_are_keys:
-                found[f"{body.name}.v_proj"] = (body.kv_size, hidden, body.qkv_bias)
-            found[f"{body.name}.o_proj"] = (hidden, body.query_size, body.output_bias)
+                add("v_proj", body.kv_size, hidden, body.qkv_bias)
+            add("o_proj", hidden, body.query_size, body.output_bias)
+        elif isinstance(body, DeltaNet):
+            add("in_proj_qkv", body.num_channels, hidden, False)
+            add("in_proj_z", body.values_width, hidden, False)
+            add("in_proj_b", body.num_value_heads, hidden, False, exact=True)
+            add("in_proj_a", body.num_value_heads, hidden, False, exact=True)
+            add("out_proj", hidden, body.values_width, False)
         else:
-            found[f"{body.name}.gate_proj"] = (body.inner_size, hidden, body.bias)
-            found[f"{body.name}.up_proj"] = (body.inner_size, hidden, body.bias)
-            found[f"{body.name}.down_proj"] = (hidden, body.inner_size, body.bias)
+            add("gate_proj", body.inner_size, hidden, body.bias)
+            add("up_proj", body.inner_size, hidden, body.bias)
+            add("down_proj", hidden, body.inner_size, body.bias)
     return found
 
 

@@ -21,9 +21,8 @@ from subspec.artifacts.common.errors import SubspecError
 from subspec.artifacts.plan import Tree, tree_for
 from subspec.runtime.draft.beam import TokenTree, root_only
 from subspec.runtime.draft.drafter import Turn
-from subspec.runtime.exact_pass import Model, Piece, causal_rows, exact_logits, filled
+from subspec.runtime.exact_pass import Model, Piece, exact_logits, filled, root_row
 from subspec.runtime.kernels.linear import calls_of
-from subspec.runtime.model.attention import attend
 from subspec.runtime.model.sampling import TokenLogprobs, logprobs_of
 from subspec.runtime.model.transformer import forward
 from subspec.runtime.verify import accept, walk
@@ -84,7 +83,7 @@ def decode_plainly(
 def decode_unpadded(model: Model, turns: Sequence[Turn]) -> list[Round]:
     """The fastest plain decoding: one row, fast attention. The baseline of every speed figure."""
     with model.clock.phase("verify"):
-        batch = [causal_rows(turn.cache, root_of(turn), attend) for turn in turns]
+        batch = [root_row(turn.cache, root_of(turn)) for turn in turns]
         logits = forward(model.weights, model.exact, batch, calls_of([1] * len(turns)))
         return [chosen(*one) for one in zip(logits.split(1), turns, strict=True)]
 

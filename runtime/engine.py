@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.artifacts.footprint import ROWS_IN_COMPANY, cache_slots
+from subspec.artifacts.footprint import ROWS_IN_COMPANY, cache_slots, checkpoints_bytes
 from subspec.artifacts.format.prebuilt import find_prebuilt
 from subspec.artifacts.format.store import Artifact, open_artifact
 from subspec.artifacts.model import ModelSpec
@@ -48,9 +48,10 @@ from subspec.runtime.load import (
     place_tensors,
     unplaced_weights,
 )
-from subspec.runtime.memory import FastMemory, PeakMeter
-from subspec.runtime.model import attention
+from subspec.runtime.memory import FastMemory, PeakMeter, check_host_memory
+from subspec.runtime.model import attention, delta_net
 from subspec.runtime.model.cache import Cache, make_cache
+from subspec.runtime.model.net_state import make_net_states
 from subspec.runtime.model.transformer import make_shared, make_tables
 from subspec.runtime.sequence import Sequence
 from subspec.runtime.stream.exact_weights import ExactWeights
@@ -139,7 +140,7 @@ class Engine:
                 check_kernel(artifact, plan)
             if plan.int4_kernel == "gemlite" and method == "substitute":
                 gemlite_kernel.tune(device, substitute_shapes(spec), draft_rows(plan))
-            sources = [source for source, _ in needed_kernels(plan, method)]
+            sources = [source for source, _ in needed_kernels(spec, plan, method)]
             stack.enter_context(cpp.build_ahead(sources))
             memory = FastMemory(device, placement.ledger)
             stack.callback(release, memory)
@@ -186,7 +187,13 @@ class Engine:
                 shape = tuple(tensor.shape)
                 return memory.take_tensor("tables", shape, tensor.dtype).copy_(tensor)
 
-            caches = [make_cache(spec, slots, carved) for _ in range(plan.num_sequences)]
+            def empty_cache() -> Cache:
+                nets = make_net_states(spec, plan.verify_width, tensors, carved)
+                return make_cache(spec, slots, carved, nets)
+
+            if device.type == "cuda":  # on CPUs they are in the ledger
+                check_host_memory(checkpoints_bytes(spec, plan.num_sequences))
+            caches = [empty_cache() for _ in range(plan.num_sequences)]
             tables = make_tables(spec, slots, dtype, kept)
             weights = make_shared(spec, embedding, tensors, tables, dtype, kept)
 
@@ -356,7 +363,7 @@ class Engine:
     @property
     def missing_kernels(self) -> str | None:
         """Why plain twins do the work of the C++ kernels; None: they do not."""
-        kernels = needed_kernels(self.plan, self.method)
+        kernels = needed_kernels(self.artifact.spec, self.plan, self.method)
         problems = (unavailable() for _, unavailable in kernels)
         return next((problem for problem in problems if problem is not None), None)
 
@@ -369,7 +376,7 @@ class Engine:
     @property
     def has_prebuilt_kernels(self) -> bool:
         """Whether the artifact has kernels for this machine that are not trusted yet."""
-        kernels = needed_kernels(self.plan, self.method)
+        kernels = needed_kernels(self.artifact.spec, self.plan, self.method)
         programs = (cpp.program(source) for source, _ in kernels)
         return any(find_prebuilt(self.artifact, program) is not None for program in programs)
 
@@ -425,10 +432,10 @@ def draft_rows(plan: Plan) -> set[int]:
     return {count * width for count in every for width in (1, tree_for(plan.trees, count).width)}
 
 
-def kernel_sources(plan: Plan) -> list[Path]:
+def kernel_sources(spec: ModelSpec, plan: Plan) -> list[Path]:
     """What is compiled for decoding by any of the plan's methods."""
-    found = (source for method in plan.placements for source, _ in needed_kernels(plan, method))
-    return list(dict.fromkeys(found))
+    kernels = (one for method in plan.placements for one in needed_kernels(spec, plan, method))
+    return list(dict.fromkeys(source for source, _ in kernels))
 
 
 def graph_programs(plan: Plan, spec: ModelSpec) -> list[str]:
@@ -438,11 +445,13 @@ def graph_programs(plan: Plan, spec: ModelSpec) -> list[str]:
     return [graph_pieces.program(piece) for piece in graph_pieces.pieces_of(spec)]
 
 
-def needed_kernels(plan: Plan, method: Method) -> list[Kernel]:
+def needed_kernels(spec: ModelSpec, plan: Plan, method: Method) -> list[Kernel]:
     """What decoding by `method` calls."""
     if plan.device != "cpu":
         return []
     found: list[Kernel] = [(attention.SOURCE, attention.unavailable)]
+    if spec.delta_nets:
+        found.append((delta_net.SOURCE, delta_net.unavailable))
     if plan.residuals:
         found.append((residual_cpu.SOURCE, residual_cpu.unavailable))
     if plan.int4_kernel == "w4a8" and (plan.residuals or method == "substitute"):

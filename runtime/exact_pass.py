@@ -7,18 +7,19 @@ W = rows of a tree, V = vocabulary
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from subspec.artifacts.plan import Plan
 from subspec.runtime.clock import Clock
-from subspec.runtime.draft.beam import TokenTree, narrowed
-from subspec.runtime.draft.drafter import Drafter, Turn, tree_rows
+from subspec.runtime.draft.beam import TokenTree, narrowed, root_only
+from subspec.runtime.draft.drafter import Drafter, Turn, tree_nodes, tree_rows
 from subspec.runtime.kernels.linear import calls_of
-from subspec.runtime.model.attention import attend_batch_invariant
+from subspec.runtime.model.attention import attend, attend_batch_invariant
 from subspec.runtime.model.cache import Cache
+from subspec.runtime.model.delta_net import tree_paths
 from subspec.runtime.model.sampling import Chooser
 from subspec.runtime.model.transformer import Attend, HeadRows, Rows, SharedWeights, forward
 from subspec.runtime.stream.exact_weights import ExactWeights
@@ -47,6 +48,7 @@ class Piece:
     # prompt, and how many of the likeliest tokens to report.
     following: Sequence[int] = ()
     num_following_logprobs: int = 0
+    stops: Sequence[int] = ()  # numbers of its tokens after which states are kept as checkpoints
 
 
 def filled(plan: Plan, drafts: Sequence[TokenTree]) -> tuple[list[TokenTree], list[int]]:
@@ -125,13 +127,34 @@ def whole_tree(tree: TokenTree, cache: Cache) -> Rows:
     """Rows for all of a tree that follows what `cache` has committed."""
     nodes = torch.arange(len(tree.tokens), device=tree.tokens.device)
     slots = cache.tree_slots(len(nodes))
-    return tree_rows(tree, nodes, cache, slots, attend_batch_invariant)
+    rows = tree_rows(tree, nodes, cache, slots, attend_batch_invariant)
+    return with_paths(rows, tree) if cache.nets else rows
+
+
+def with_paths(rows: Rows, tree: TokenTree) -> Rows:
+    """Rows of a whole tree, with the paths that delta nets follow, which are the host's."""
+    assert rows.tree is not None
+    parents = tree.parents[: tree.num_nodes].tolist()
+    before = [parent if parent < node else -1 for node, parent in enumerate(parents)]
+    paths = tree_paths(before, rows.cache.num_taps)
+    return replace(rows, tree=replace(rows.tree, paths=paths))
+
+
+def root_row(cache: Cache, root: Tensor) -> Rows:
+    """The one row of a tree without a draft, int64 [1], with fast attention."""
+    rows = causal_rows(cache, root, attend)
+    if not cache.nets:
+        return rows
+    tree = root_only(root, 1)
+    first = torch.zeros(1, dtype=torch.int64, device=root.device)
+    return with_paths(replace(rows, tree=tree_nodes(tree, first, cache.num_taps)), tree)
 
 
 def padded_rows(plan: Plan, piece: Piece) -> Rows:
     """Rows for a piece, and for padding: copies of its last row that write where nobody reads."""
     tokens = torch.tensor(list(piece.tokens), device=piece.cache.device)
     rows = causal_rows(piece.cache, tokens, attend_batch_invariant)
+    rows = replace(rows, stops=piece.cache.stops(piece.stops))
     num_rows = sum(prompt_calls(plan, len(piece.tokens)))
     return repeated_last(rows, num_rows - len(piece.tokens))
 
@@ -144,7 +167,9 @@ def repeated_last(rows: Rows, count: int) -> Rows:
     )
     padding = torch.full((count,), rows.cache.padding_slot, device=rows.slots.device)
     slots = torch.cat((rows.slots, padding))
-    return Rows(tokens, positions, slots, rows.slot_positions, None, rows.cache, rows.attend)
+    return replace(
+        rows, tokens=tokens, positions=positions, slots=slots, num_padding=rows.num_padding + count
+    )
 
 
 def causal_rows(cache: Cache, tokens: Tensor, attention: Attend) -> Rows:

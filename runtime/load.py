@@ -72,8 +72,8 @@ class WeightFiles(Protocol):
 def place_tensors(spec: ModelSpec, memory: FastMemory, files: WeightFiles) -> dict[str, Tensor]:
     """Norms, biases and matrices without a substitute, by name."""
     found = {}
-    dtype: torch.dtype = getattr(torch, spec.dtype)
     for name, shape in spec.resident_shapes.items():
+        dtype: torch.dtype = getattr(torch, spec.resident_dtype(name))
         found[name] = memory.take_tensor("norms", shape, dtype)
         files.read_tensor(name, found[name])
     return found

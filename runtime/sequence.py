@@ -6,11 +6,15 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.footprint import (
+    CHECKPOINT_TOKENS,
+    TOKENS_BEHIND_CHECKPOINT,
+)
 from subspec.artifacts.plan import Method
 from subspec.runtime.decode import Read, Round, keep, keep_piece
 from subspec.runtime.draft.drafter import Turn
 from subspec.runtime.exact_pass import Piece
-from subspec.runtime.model.cache import Cache
+from subspec.runtime.model.cache import Cache, Checkpoint
 from subspec.runtime.model.constraint import Constraint
 from subspec.runtime.model.sampling import Chooser, Sampling, TokenLogprobs
 
@@ -136,12 +140,13 @@ class Sequence:
     def num_reusable(self) -> int:
         """How many tokens of the cache have the bits that reading them would give: all, but with
         unpadded decoding, which computes those of an answer in another way."""
-        return self.cache.length if self._engine.padded else min(self._num_read, self.cache.length)
+        cache = self.cache
+        return cache.length if self._engine.padded else cache.reachable(self._num_read)
 
-    def restored(self, tokens: list[int]) -> None:
-        """The cache holds what reading `tokens` gave."""
-        self.cache.roll_back(0)
-        self.cache.commit(tokens)
+    def restored(self, tokens: list[int], checkpoints: Tokens[Checkpoint] = ()) -> None:
+        """The slots hold what reading `tokens` gave, as delta nets' checkpoints do, of which the
+        last one is behind all of them."""
+        self.cache.resume(tokens, checkpoints)
         self._num_read = len(tokens)
 
     @property
@@ -163,6 +168,7 @@ class Sequence:
             self._prompt[first:end],
             self.turn.chooser if ends else None,
             params.logprobs,
+            stops=self._stops(first, end) if self.cache.nets else (),
         )
         if params.prompt_logprobs is None:
             return piece
@@ -256,7 +262,16 @@ class Sequence:
         give. The last one is read, for its logits."""
         if params.prompt_logprobs is not None:
             return 0
-        return min(self.cache.common_prefix(prompt), self.num_reusable, len(prompt) - 1)
+        shared = min(self.cache.common_prefix(prompt), self.num_reusable, len(prompt) - 1)
+        return self.cache.reachable(shared)
+
+    def _stops(self, first: int, end: int) -> list[int]:
+        """Where the prompt's tokens from `first` on, up to `end`, have checkpoints: what templates
+        end a prompt with is not what the next prompt has in its place."""
+        few = CHECKPOINT_TOKENS
+        found = {*range(few * (first // few + 1), end + 1, few)}
+        found.add(len(self._prompt) - TOKENS_BEHIND_CHECKPOINT)
+        return sorted(one - first for one in found if first < one <= end)
 
     def _room_after(self, prompt: list[int], params: GenerationParams) -> int:
         """How many tokens an answer to the prompt can have."""

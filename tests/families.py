@@ -22,7 +22,14 @@ SIZES: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-FULL, SLIDING = "full_attention", "sliding_attention"
+FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
+NETS = {
+    "head_dim": 64,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 48,
+}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -100,6 +107,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
         attention_multiplier=0.125, tie_word_embeddings=True,
     ),
     "seed_oss": family("seed_oss", head_dim=48, attention_out_bias=True),
+    "qwen3_5_text": family("qwen3_5_text", num_hidden_layers=4, **NETS),
+    "qwen3_5_text, odd heads, attention first, tied": family(
+        "qwen3_5_text", num_hidden_layers=3, hidden_size=192, num_attention_heads=3,
+        num_key_value_heads=1, head_dim=24, partial_rotary_factor=0.5, attention_bias=True,
+        linear_num_key_heads=1, linear_num_value_heads=3, linear_key_head_dim=24,
+        linear_value_head_dim=40, linear_conv_kernel_dim=3, tie_word_embeddings=True,
+        layer_types=[FULL, LINEAR, LINEAR],
+    ),
+    "qwen3_5_text, as many key heads, every other layer": family(
+        "qwen3_5_text", num_hidden_layers=5, full_attention_interval=2,
+        **{**NETS, "linear_num_key_heads": 4, "linear_key_head_dim": 16},
+    ),
     "gemma3_text, as the hub has it": family(
         "gemma3_text", head_dim=48, num_hidden_layers=6, sliding_window=20,
         sliding_window_pattern=3, query_pre_attn_scalar=56, rope_local_base_freq=5000.0,

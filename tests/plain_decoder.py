@@ -16,6 +16,7 @@ from subspec.artifacts.model import (
     HEAD,
     Attention,
     Block,
+    DeltaNet,
     Dense,
     ModelSpec,
     Rope,
@@ -55,9 +56,15 @@ def _block(spec: ModelSpec, block: Block, weights: Weights, layer: str, x: Tenso
         gate = F.silu(gate) if body.activation == "silu" else F.gelu(gate, approximate="tanh")
         up = linear(f"{body.name}.up_proj", normed, body.bias)
         out = linear(f"{body.name}.down_proj", gate * up, body.bias)
+    elif isinstance(body, DeltaNet):
+        out = _recur(spec, body, lambda name: weights(f"{layer}.{body.name}.{name}"), normed)
     else:
         names = "qkk" if body.values_are_keys else "qkv"
         q, k, v = (linear(f"{body.name}.{n}_proj", normed, body.qkv_bias) for n in names)
+        gate = None
+        if body.output_gate:
+            both = q.unflatten(1, (body.num_heads, 2 * body.head_size))
+            q, gate = (some.flatten(1) for some in both.split(body.head_size, -1))
         if body.qk_norm == "all_heads":
             q, k = norm(f"{body.name}.q_norm", q), norm(f"{body.name}.k_norm", k)
         q, k, v = (some.unflatten(1, (-1, body.head_size)) for some in (q, k, v))
@@ -66,8 +73,38 @@ def _block(spec: ModelSpec, block: Block, weights: Weights, layer: str, x: Tenso
         if body.value_norm:
             v = _norm(spec, v, None)
         mixed = _attend(body, *(some.transpose(0, 1) for some in (q, k, v)))
-        out = linear(f"{body.name}.o_proj", mixed.transpose(0, 1).flatten(1), body.output_bias)
+        mixed = mixed.transpose(0, 1).flatten(1)
+        if gate is not None:
+            mixed = mixed * torch.sigmoid(gate)
+        out = linear(f"{body.name}.o_proj", mixed, body.output_bias)
     return norm(block.after, out) * block.multiplier
+
+
+def _recur(spec: ModelSpec, net: DeltaNet, weights: Weights, x: Tensor) -> Tensor:
+    """The gated delta rule, token after token. x [T, H] -> [T, H]"""
+    qkv, z, b, a = (
+        F.linear(x, weights(f"in_proj_{name}.weight")) for name in ("qkv", "z", "b", "a")
+    )
+    taps, channels = net.num_taps, net.num_channels
+    padded = F.pad(qkv.t(), (taps - 1, 0))[None]
+    qkv = F.silu(F.conv1d(padded, weights("conv1d.weight"), groups=channels))[0].t()
+    q, k, v = qkv.split((net.keys_width, net.keys_width, net.values_width), 1)
+    repeats = net.num_value_heads // net.num_key_heads
+    q, k = (some.unflatten(1, (net.num_key_heads, -1)) for some in (q, k))
+    q, k = (some * torch.rsqrt(some.square().sum(-1, keepdim=True) + 1e-6) for some in (q, k))
+    q, k = (some.repeat_interleave(repeats, 1) for some in (q / math.sqrt(net.key_size), k))
+    v, beta = v.unflatten(1, (net.num_value_heads, -1)), torch.sigmoid(b)
+    decay = torch.exp(-torch.exp(weights("A_log")) * F.softplus(a + weights("dt_bias")))
+    memory, out = torch.zeros(net.memory_shape), []
+    for t in range(len(x)):
+        memory = memory * decay[t][:, None, None]
+        change = beta[t][:, None] * (v[t] - torch.einsum("jef,je->jf", memory, k[t]))
+        memory = memory + torch.einsum("je,jf->jef", k[t], change)
+        out.append(torch.einsum("jef,je->jf", memory, q[t]))
+    mixed = torch.stack(out)
+    mixed = mixed * torch.rsqrt(mixed.square().mean(-1, keepdim=True) + spec.norm.epsilon)
+    mixed = (mixed * weights("norm.weight")).flatten(1) * F.silu(z)
+    return F.linear(mixed, weights("out_proj.weight"))
 
 
 def _attend(attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

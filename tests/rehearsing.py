@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from running import generated
@@ -11,6 +12,7 @@ from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.plan import Method, Prediction, Usage
 from subspec.planner.rehearse.rehearsal import decode_together
 from subspec.planner.rehearse.replay import Answer, Grown, walk
+from subspec.planner.rehearse.trail import Trail
 from subspec.runtime.draft.drafter import SubstituteDrafter
 from subspec.runtime.engine import Engine
 from subspec.runtime.model.cache import Cache
@@ -37,6 +39,10 @@ class Stage:
     def caches(self) -> list[Cache]:
         return [one.cache for one in self.sequences]
 
+    @cached_property
+    def trails(self) -> list[Trail]:
+        return [Trail(cache) for cache in self.caches]
+
     @property
     def drafter(self) -> SubstituteDrafter:
         drafter = self.engine.model.drafter
@@ -44,7 +50,7 @@ class Stage:
         return drafter
 
     def decode(self, *prompts: list[int]) -> list[Answer]:
-        return decode_together(self.engine, self.caches[: len(prompts)], list(prompts))
+        return decode_together(self.engine, self.trails[: len(prompts)], list(prompts))
 
     def answer(self, *prompts: list[int], num_tokens: int = 60) -> list[Answer]:
         """By the loop that a user's answers take, whatever they repeat."""
@@ -56,7 +62,7 @@ class Stage:
         ]
 
     def walk(self, answers: Sequence[Answer], width: int) -> list[list[Grown]]:
-        return walk(self.drafter, self.caches[: len(answers)], answers, width)
+        return walk(self.drafter, self.trails[: len(answers)], answers, width)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from torch import Tensor
 from subspec.artifacts.model import HEAD, ModelSpec, StoredPart
 from subspec.runtime.load import biases_of, unplaced_weights
 from subspec.runtime.model.cache import Cache, make_cache
+from subspec.runtime.model.net_state import make_net_states
 from subspec.runtime.model.transformer import SharedWeights, make_shared, make_tables
 from subspec.runtime.stream.exact_weights import ExactWeights
 from subspec.runtime.stream.ring import StreamedParts
@@ -57,7 +58,8 @@ def random_weights(spec: ModelSpec, seed: int = 0) -> ToyWeights:
         else:
             around_zero = name.endswith(".bias") or spec.norm.zero_centered and "norm" in name
             middle = 0.0 if around_zero else 1.0
-            tensors[name] = (middle + 0.2 * noise(*shape)).to(dtype)
+            own: torch.dtype = getattr(torch, spec.resident_dtype(name))
+            tensors[name] = (middle + 0.2 * noise(*shape)).to(own)
     embedding = noise(spec.vocab_size, spec.hidden_size).to(dtype)
     return ToyWeights(spec, embedding, tensors, matrices)
 
@@ -88,5 +90,16 @@ def exact_weights(
     )
 
 
-def empty_cache(spec: ModelSpec, num_slots: int) -> Cache:
-    return make_cache(spec, num_slots, lambda shape, dtype: torch.zeros(shape, dtype=dtype))
+def empty_cache(
+    spec: ModelSpec,
+    num_slots: int,
+    tensors: Mapping[str, Tensor] | None = None,
+    verify_width: int = 24,
+) -> Cache:
+    """tensors: a toy's, for the states of delta nets."""
+
+    def take(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+    nets = make_net_states(spec, verify_width, tensors or {}, take)
+    return make_cache(spec, num_slots, take, nets)

@@ -35,12 +35,25 @@ def check_spec(spec: ModelSpec) -> None:
         bodies = [block.body.name for block in layer.blocks]
         norms = [n for block in layer.blocks for n in (block.before, block.after) if n is not None]
         names = [*bodies, *norms, *([layer.scalar] if layer.scalar else [])]
-        if len(set(names)) < len(names) or not layer.attentions:
+        if len(set(names)) < len(names) or not (layer.attentions or layer.delta_nets):
             raise _wrong(
-                "model.json", f"{where} names a block, norm or scalar twice, or has no attention"
+                "model.json",
+                f"{where} names a block, norm or scalar twice, or has neither attention nor "
+                "delta net",
             )
         for attention in layer.attentions:
             _check_attention(where, attention)
+        for net in layer.delta_nets:
+            if net.num_value_heads % net.num_key_heads:
+                raise _wrong(
+                    "model.json",
+                    f"{where}: {net.num_value_heads} value heads over {net.num_key_heads} key "
+                    "heads: expected a multiple",
+                )
+    if not any(layer.attentions for layer in spec.layers):
+        raise _wrong("model.json", "has no attention in any layer")
+    if len(taps := {net.num_taps for net in spec.delta_nets}) > 1:
+        raise _wrong("model.json", f"has delta nets of {sorted(taps)} taps, expected one number")
     if spec.norm.zero_centered and not spec.norm.rounds_late:
         raise _wrong("model.json", "norm is zero_centered, which it can be only with rounds_late")
     num_bytes = sum(linear.num_weights for linear in spec.linears) * spec.item_bytes
@@ -80,7 +93,8 @@ def check_headers(path: Path, spec: ModelSpec) -> None:
     _check_tensor("embedding.safetensors", embedding, f"{EMBEDDING}.weight", dtype, rows)
     resident = read_header(path / "resident.safetensors")
     for name, shape in spec.resident_shapes.items():
-        _check_tensor("resident.safetensors", resident, name, dtype, shape)
+        own = STORED_DTYPES[spec.resident_dtype(name)]
+        _check_tensor("resident.safetensors", resident, name, own, shape)
     substitutes = read_header(path / "substitutes.safetensors")
     for linear in spec.linears:
         if not linear.has_substitute:

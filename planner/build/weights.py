@@ -131,11 +131,14 @@ def write_embedding(file: "HashedFile", checkpoint: Checkpoint) -> None:
 def write_resident(file: "HashedFile", checkpoint: Checkpoint) -> None:
     """Write norms, biases and matrices without a substitute."""
     spec = checkpoint.spec
-    dtype, padding_rows = STORED_DTYPES[spec.dtype], {}
+    padding_rows = {}
     for linear in spec.linears:
         padding_rows[f"{linear.name}.weight"] = linear.padding_rows
-    write_header(file, ((name, dtype, shape) for name, shape in spec.resident_shapes.items()))
-    for name, shape in spec.resident_shapes.items():
+    shapes = spec.resident_shapes
+    write_header(
+        file, ((n, STORED_DTYPES[spec.resident_dtype(n)], shape) for n, shape in shapes.items())
+    )
+    for name, shape in shapes.items():
         write_exactly(file, checkpoint, name)
         rows = padding_rows.get(name, 0)
         file.write(bytes(rows * spec.item_bytes * math.prod(shape[1:])))

@@ -16,6 +16,8 @@ from subspec.planner.machine.excerpt import cancelling, fill_with_noise
 from subspec.runtime.kernels.linear import Calls, calls_of
 from subspec.runtime.model.attention import attend_batch_invariant
 from subspec.runtime.model.cache import Cache
+from subspec.runtime.model.delta_net import tree_paths
+from subspec.runtime.model.net_state import TreeNodes
 from subspec.runtime.model.transformer import (
     Attend,
     Pass,
@@ -49,6 +51,9 @@ def rows_at_any_place(
     """
     for kept in (*cache.keys, *cache.values):
         fill_with_noise(kept, 1.0)
+    for net in cache.nets:
+        fill_with_noise(net.committed.conv, 1.0)
+        fill_with_noise(net.committed.memory, 0.1)
     order = torch.randperm(width, generator=torch.Generator().manual_seed(width))
     order = order.to(cache.device)
     x = torch.empty(width, weights.spec.hidden_size, dtype=weights.dtype, device=cache.device)
@@ -64,13 +69,12 @@ def rows_at_any_place(
 
 def distinct_steps(weights: SharedWeights, products: Iterable[Product]) -> Iterable[Step]:
     """Each layer that is unlike those before it, and the head."""
-    layers, attention = weights.spec.layers, 0
+    layers = weights.spec.layers
     for index, product in enumerate(products):
         if index == len(layers):
             yield head_step(weights, product)
         elif layers[index] not in layers[:index]:
-            yield layer_step(weights, index, attention, product)
-        attention += sum(len(layer.attentions) for layer in layers[index : index + 1])
+            yield layer_step(weights, index, product)
 
 
 def same_bits(step: Step, x: Tensor, order: Tensor, cache: Cache) -> list[Tensor] | None:
@@ -97,19 +101,27 @@ def rows_at(cache: Cache, rows: Tensor, index: int) -> Rows:
     slot_positions = live.clone()
     slot_positions[slots] = positions
     visible = (live < length) | (live == slots[:, None])
-    return Rows(rows, positions, slots, slot_positions, visible, cache, attend_batch_invariant)
+    alone = TreeNodes(rows, rows, visible, rows[:, None], tree_paths([-1] * width, cache.num_taps))
+    return Rows(
+        rows,
+        positions,
+        slots,
+        slot_positions,
+        visible,
+        cache,
+        attend_batch_invariant,
+        alone if cache.nets else None,
+    )
 
 
-def layer_step(weights: SharedWeights, index: int, attention: int, product: Product) -> Step:
-    """attention: index of the layer's first one in the cache."""
-
+def layer_step(weights: SharedWeights, index: int, product: Product) -> Step:
     def run(x: Tensor, batch: list[Rows]) -> Seen:
         seen: Seen = {}
         watched, attend = watch(product, attend_batch_invariant, seen)
         batch = [replace(rows, attend=attend) for rows in batch]
         positions = torch.cat([rows.positions for rows in batch])
         now = Pass(weights, batch, calls_for(batch), positions)
-        add_layer(now, index, attention, watched, x)
+        add_layer(now, index, watched, x)
         return {**seen, "the layer": [x]}
 
     return run

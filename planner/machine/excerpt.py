@@ -21,13 +21,21 @@ def excerpt(spec: ModelSpec) -> ModelSpec:
     of a larger head only the rows of CYCLED_BYTES."""
     of_first = sum(linear.num_weights for linear in spec.linears if linear.layer == 0)
     num_layers = min(spec.num_layers, MOST_LAYERS, CYCLED_BYTES * 2 // max(1, of_first))
-    every_kind = 1 + max(spec.layers.index(layer) for layer in dict.fromkeys(spec.layers))
+    every_kind = num_layers_of_every_kind(spec)
+    # Whole periods: kinds have their shares of the layers.
+    if spec.delta_nets:
+        num_layers -= num_layers % every_kind
     rows = max(64, CYCLED_BYTES // (spec.hidden_size * spec.item_bytes) // 64 * 64)
     return replace(
         spec,
         layers=spec.layers[: max(num_layers, every_kind)],
         vocab_size=min(spec.vocab_size, rows),
     )
+
+
+def num_layers_of_every_kind(spec: ModelSpec) -> int:
+    """Of the fewest first layers among which is one of every kind."""
+    return 1 + max(spec.layers.index(layer) for layer in dict.fromkeys(spec.layers))
 
 
 class RandomWeights:

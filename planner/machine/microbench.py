@@ -20,14 +20,20 @@ from subspec.artifacts.plan import DeviceKind, Int4Kernel, Ledger, Placement, Tr
 from subspec.artifacts.profile import LIVE_TOKENS, MORE_TOKENS, SHORTEST, Timing, seconds_at
 from subspec.planner.machine.batch_invariance import rows_at_any_place
 from subspec.planner.machine.compile_graphs import compile_graphs
-from subspec.planner.machine.excerpt import RandomWeights, excerpt, random_rows
+from subspec.planner.machine.excerpt import (
+    RandomWeights,
+    excerpt,
+    num_layers_of_every_kind,
+    random_rows,
+)
 from subspec.planner.machine.timing import USUAL_EFFORT, Effort, time_each, time_widths
 from subspec.planner.solve.storage import raw_storage
 from subspec.runtime.draft import compiled_graphs
 from subspec.runtime.draft.beam import Growing, grow, root_only
 from subspec.runtime.draft.compiled_graphs import CompiledGraphs, load_graphs, serves
 from subspec.runtime.draft.compiled_layers import compile_layers, run_layers
-from subspec.runtime.draft.drafter import tree_rows
+from subspec.runtime.draft.delta_draft import run_draft
+from subspec.runtime.draft.drafter import drafted_rows
 from subspec.runtime.draft.graphs import Action, Replay, capture_on_gpu
 from subspec.runtime.draft.substitutes import Substitutes
 from subspec.runtime.exact_pass import causal_rows, whole_tree
@@ -45,6 +51,7 @@ from subspec.runtime.load import (
 from subspec.runtime.memory import FastMemory
 from subspec.runtime.model.attention import attend, attend_batch_invariant
 from subspec.runtime.model.cache import make_cache
+from subspec.runtime.model.net_state import commit_nodes, make_net_states
 from subspec.runtime.model.sampling import Chooser, Sampling
 from subspec.runtime.model.transformer import (
     Attend,
@@ -96,8 +103,10 @@ class Bench:
         self.full_spec, self.spec, self.device = spec, excerpt(spec), device
         self.head_share = self.spec.vocab_size / spec.vocab_size
         self.exact_widths = EXACT_WIDTHS + (CUDA_WIDTHS if device.type == "cuda" else ())
-        # Short calls are rarely disturbed; on cuda long calls hide kernel launches.
-        self.layers_per_call = self.spec.num_layers if device.type == "cuda" else 1
+        # Short calls are rarely disturbed, but layers that differ count by their shares; on cuda
+        # long calls hide kernel launches.
+        period = num_layers_of_every_kind(self.spec) if self.spec.delta_nets else 1
+        self.layers_per_call = self.spec.num_layers if device.type == "cuda" else period
         dtype: torch.dtype = getattr(torch, spec.dtype)
         held, widest = LIVE_TOKENS + MORE_TOKENS, max(PADDED_WIDTHS)
         stored = raw_storage(self.spec)
@@ -117,9 +126,12 @@ class Bench:
             self.spec, stored.parts, self.unplaced, self.resident, biases, None
         )
         slots = cache_slots(held, widest)
-        self.cache = make_cache(
-            self.spec, slots, lambda size, kept: self.memory.take_tensor("cache", size, kept)
-        )
+
+        def carved(size: tuple[int, ...], kept: torch.dtype) -> Tensor:
+            return self.memory.take_tensor("cache", size, kept)
+
+        nets = make_net_states(self.spec, widest, self.tensors, carved)
+        self.cache = make_cache(self.spec, slots, carved, nets)
         self.cache.commit([0] * LIVE_TOKENS)
         rows = random_rows(self.spec, device)
         tables = make_tables(self.spec, slots, dtype, self._keep)
@@ -179,7 +191,7 @@ class Bench:
             visible = torch.ones(width, live, dtype=torch.bool, device=self.device)
             return lambda: attention(query, keys, values, visible, body.scale)
 
-        body = self.spec.layers[0].attentions[0]
+        body = next(one for layer in self.spec.layers for one in layer.attentions)
         near, far = (
             time_widths(
                 {w: action(w, live) for w in ATTENTION_WIDTHS}, self.device, 1.0, self.effort
@@ -236,7 +248,7 @@ class Bench:
         def draft_pass(growing: Sequence[Growing]) -> Tensor:
             [one] = growing
             slots = self.cache.tree_slots(len(one.tree.tokens))
-            return through_head(tree_rows(one.tree, one.last.nodes, self.cache, slots, attend))
+            return through_head(drafted_rows(one.tree, one.last.nodes, self.cache, slots))
 
         def levels(width: int) -> Callable[[], object]:
             tree = Tree(width, DRAFT_LEVELS)
@@ -265,15 +277,22 @@ class Bench:
         return DraftTimings(layer, self.attention_timings(attend, DRAFT_DTYPE), head)
 
     def round_seconds(self) -> float:
-        """Seconds of accepting a path and moving its keys and values in every layer's cache."""
+        """Seconds of accepting a path and moving its keys and values in every layer's cache, or the
+        layer's state along it."""
         tree = root_only(torch.zeros(1, dtype=torch.int64, device=self.device), 32)
         path = accept(tree, tree.tokens, ACCEPT_DEPTH).path
+
+        def moving() -> None:
+            self.cache.commit_path(path, [])
+            for net in self.cache.nets:
+                commit_nodes(net, path)
+
         actions: list[Callable[[], object]] = [
             lambda: accept(tree, tree.tokens, ACCEPT_DEPTH).emitted(),
-            lambda: self.cache.commit_path(path, []),
+            moving,
         ]
-        (accepting, _), (moving, _) = time_each(actions, self.device, self.effort)
-        return accepting + moving / self.spec.num_layers * self.full_spec.num_layers
+        (accepting, _), (moved, _) = time_each(actions, self.device, self.effort)
+        return accepting + moved / self.spec.num_layers * self.full_spec.num_layers
 
     def batch_invariant_widths(self) -> tuple[tuple[int, ...], ...]:
         """Groups of widths at which exact passes are batch-invariant: a row has the same bits in
@@ -315,7 +334,7 @@ class Bench:
         return causal_rows(self.cache, tokens, attention)
 
     def _draft_rows(self, width: int) -> Rows:
-        return replace(self._tree_rows(width), attend=attend)
+        return replace(self._tree_rows(width), attend=attend, run_nodes=run_draft)
 
     def _layers(
         self, weights: SharedWeights, products: Iterable[Product], rows: Rows
@@ -328,7 +347,7 @@ class Bench:
 
         def run() -> None:
             for index, product in islice(layers, self.layers_per_call):
-                add_layer(now, index, index, product, x)
+                add_layer(now, index, product, x)
                 x.fill_(1.0)  # random layers would make it grow
 
         return run

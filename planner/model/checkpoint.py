@@ -11,8 +11,11 @@ from pathlib import Path
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.model import (
     EMBEDDING,
+    FINAL_NORM,
     HEAD,
     Attention,
+    Block,
+    DeltaNet,
     Dense,
     DType,
     LayerSpec,
@@ -79,10 +82,11 @@ def read_checkpoint(folder: Path, source: Source) -> Checkpoint:
                 f"{CONFIG} says that the head is the embedding, but {head.tensor.name} is not "
                 f"{rows[EMBEDDING_WEIGHT].tensor.name}: each is used as stored",
             )
-    dtype = _dtype(list(rows.values()))
+    dtype = _dtype([own for name, own in rows.items() if name not in spec.net_tensors])
     if spec.tied_head:
         rows[HEAD_WEIGHT] = rows[EMBEDDING_WEIGHT]
-    return Checkpoint(folder, replace(spec, dtype=dtype), rows, notes)
+    layers = _with_net_dtypes(spec, dtype, rows)
+    return Checkpoint(folder, replace(spec, dtype=dtype, layers=layers), rows, notes)
 
 
 def read_spec(folder: Path, source: Source) -> ModelSpec:
@@ -114,6 +118,7 @@ def _shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
         if linear.has_bias:
             found[f"{linear.name}.bias"] = (rows,)
     found |= {f"{name}.weight": (size,) for name, size in spec.norm_sizes.items()}
+    found |= {name: shape for name, (shape, _) in spec.net_tensors.items()}
     return found | {name: (1,) for name in spec.scalar_names if name}
 
 
@@ -216,14 +221,39 @@ def _fusions(layer: LayerSpec) -> dict[str, tuple[str, int, int]]:
             sizes = {"q_proj": body.query_size, "k_proj": body.kv_size, "v_proj": body.kv_size}
             if body.values_are_keys:
                 del sizes["v_proj"]
+            if body.output_gate:
+                sizes["q_proj"] *= 2
         elif isinstance(body, Dense):
             fused = f"{body.name}.gate_up_proj"
             sizes = {"gate_proj": body.inner_size, "up_proj": body.inner_size}
+        else:
+            continue
         first, total = 0, sum(sizes.values())
         for name, size in sizes.items():
             found[f"{body.name}.{name}"] = (fused, first, total)
             first += size
     return found
+
+
+def _with_net_dtypes(spec: ModelSpec, dtype: DType, rows: dict[str, Rows]) -> tuple[LayerSpec, ...]:
+    """The layers, whose delta nets say which of their small tensors are f32: some models of a
+    family have them so, and others not."""
+
+    def block(index: int, one: Block) -> Block:
+        net = one.body
+        if not isinstance(net, DeltaNet):
+            return one
+        own = {name: rows[f"{layer_name(index)}.{net.name}.{name}"] for name in net.tensor_shapes}
+        wide = tuple(name for name, some in own.items() if some.tensor.dtype == "F32")
+        wide = () if dtype == "float32" else wide
+        narrow = [some for name, some in own.items() if name not in wide]
+        _dtype([rows[f"{FINAL_NORM}.weight"], *narrow])  # raises for a third one
+        return replace(one, body=replace(net, f32_tensors=wide))
+
+    return tuple(
+        replace(layer, blocks=tuple(block(index, one) for one in layer.blocks))
+        for index, layer in enumerate(spec.layers)
+    )
 
 
 def _dtype(needed: list[Rows]) -> DType:

@@ -6,11 +6,13 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.artifacts.model import QueryGrowth
+from subspec.artifacts.model import DeltaNet, QueryGrowth
 from subspec.planner.model.fields import LARGEST_WIDTH, MOST_LAYERS, MOST_POSITIONS, Fields
 from subspec.planner.model.rope import BOUNDS, ORIGINAL, rope_values
 
 FULL = "full_attention"
+LINEAR = "linear_attention"
+MOST_TAPS = 64
 MULTIPLIER = (1e-6, 1e6)  # of granite's
 CAP = (1e-3, 1e6)  # of logits
 
@@ -50,6 +52,8 @@ class Style:
     qk_norm: Literal["none", "head", "all_heads"] = "none"
     value_norm: bool = False
     values_are_keys: bool = False  # in full layers
+    output_gate: bool = False
+    delta_net: DeltaNet | None = None  # of the layers that layer_types calls LINEAR
     interleaved_rope: bool = False
     partial_rope: bool = False
     rope_in_f32: bool = False
@@ -212,6 +216,36 @@ def _gemma4(config: Fields) -> Style:
     )
 
 
+def _qwen3_5(config: Fields) -> Style:
+    """Its multimodal rotary embedding has one position for all three axes in a text."""
+    for name, computed in (
+        ("attn_output_gate", (True,)),
+        ("output_gate_type", ("swish", "silu")),  # two names of one function
+        ("mamba_ssm_dtype", ("float32",)),
+    ):
+        if config.has(name) and config.values[name] not in computed:
+            raise config.unsupported(name, " or ".join(map(repr, computed)))
+    key_heads, value_heads, key_size, value_size = (
+        config.integer(f"linear_{name}", 1, LARGEST_WIDTH)
+        for name in ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim")
+    )
+    if value_heads % key_heads:
+        expected = f"a multiple of linear_num_key_heads, {key_heads}"
+        raise config.wrong("linear_num_value_heads", value_heads, expected)
+    num_taps = config.integer("linear_conv_kernel_dim", 2, MOST_TAPS)
+    bias = config.flag("attention_bias")
+    return Style(
+        rounds_late=True,
+        zero_centered=True,
+        qkv_bias=bias,
+        output_bias=bias,
+        qk_norm="head",
+        partial_rope=True,
+        output_gate=True,
+        delta_net=DeltaNet(key_heads, value_heads, key_size, value_size, num_taps),
+    )
+
+
 FAMILIES: dict[str, Family] = {
     "llama": Family("LlamaForCausalLM", _llama),
     "qwen2": Family("Qwen2ForCausalLM", _qwen2),
@@ -226,6 +260,9 @@ FAMILIES: dict[str, Family] = {
     "glm4": Family("Glm4ForCausalLM", _glm4),
     "granite": Family("GraniteForCausalLM", _granite),
     "seed_oss": Family("SeedOssForCausalLM", _seed_oss),
+    "qwen3_5_text": Family(
+        "Qwen3_5ForCausalLM", _qwen3_5, ("qwen3_5", "Qwen3_5ForConditionalGeneration")
+    ),
     "gemma3_text": Family(
         "Gemma3ForCausalLM", _gemma3, ("gemma3", "Gemma3ForConditionalGeneration")
     ),

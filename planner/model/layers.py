@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.artifacts.model import Attention, Block, Dense, LayerSpec
-from subspec.planner.model.families import FULL, Style
+from subspec.artifacts.model import Attention, Block, DeltaNet, Dense, LayerSpec
+from subspec.planner.model.families import FULL, LINEAR, Style
 from subspec.planner.model.fields import LARGEST_WIDTH, MOST_LAYERS, MOST_POSITIONS, Fields
 from subspec.planner.model.rope import read_rope
 
@@ -17,17 +17,22 @@ def read_layers(config: Fields, style: Style, max_positions: int) -> tuple[Layer
     types = _layer_types(config, style)
     attentions = {
         kind: _attention(config, style, kind, _own_values(config, types, kind), max_positions)
-        for kind in set(types)
+        for kind in set(types) - {LINEAR}
     }
     inner_size = config.integer("intermediate_size", 1, LARGEST_WIDTH)
     dense = Dense(inner_size, style.mlp_bias, style.activation)
     layers = []
     for index, kind in enumerate(types):
-        attention = attentions[kind]
-        if style.rotates is not None and not style.rotates[index]:
-            attention = replace(attention, rope=None)
+        mixer: Attention | DeltaNet
+        if kind == LINEAR:
+            assert style.delta_net is not None
+            mixer = style.delta_net
+        else:
+            mixer = attentions[kind]
+            if style.rotates is not None and not style.rotates[index]:
+                mixer = replace(mixer, rope=None)
         blocks = (
-            Block(attention, *style.norms.attention, style.residual_multiplier),
+            Block(mixer, *style.norms.attention, style.residual_multiplier),
             Block(dense, *style.norms.dense, style.residual_multiplier),
         )
         layers.append(LayerSpec(blocks, style.layer_scalar))
@@ -58,6 +63,7 @@ def _attention(
         qk_norm=style.qk_norm,
         value_norm=style.value_norm,
         values_are_keys=style.values_are_keys and kind == FULL,
+        output_gate=style.output_gate,
         query_growth=style.query_growth,
     )
 
@@ -75,13 +81,16 @@ def _own_values(config: Fields, types: list[str], kind: str) -> Fields:
 
 def _layer_types(config: Fields, style: Style) -> list[str]:
     num_layers = config.integer("num_hidden_layers", 1, MOST_LAYERS)
-    if style.windows == "none":
+    if style.windows == "none" and style.delta_net is None:
         return [FULL] * num_layers
     if style.windows == "all_layers":
         return [SLIDING if config.has("sliding_window") else FULL] * num_layers
     types = config.texts("layer_types")
-    if not set(types) <= {FULL, SLIDING}:
-        raise config.unsupported("layer_types", f"{FULL} and {SLIDING}")
+    other = SLIDING if style.delta_net is None else LINEAR
+    if not set(types) <= {FULL, other}:
+        raise config.unsupported("layer_types", f"{FULL} and {other}")
+    if set(types) == {LINEAR}:
+        raise config.unsupported("layer_types", f"models with {FULL} in some layers")
     if len(types) != num_layers:
         raise config.wrong("layer_types", types, f"{num_layers} entries, not {len(types)}")
     return types

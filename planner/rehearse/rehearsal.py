@@ -21,6 +21,7 @@ from subspec.artifacts.plan import Method, Plan, Usage
 from subspec.planner.rehearse.calibration import Sample, in_turns, sample_ids
 from subspec.planner.rehearse.corrections import PredictFor, Rounds, Timed
 from subspec.planner.rehearse.replay import DEEPEST, WIDTHS, Answer, Grown, curves_of, walk
+from subspec.planner.rehearse.trail import Trail
 from subspec.planner.solve.problem import make_tree
 from subspec.runtime.decode import keep, keep_piece, read, speculate
 from subspec.runtime.draft.drafter import SubstituteDrafter, Turn
@@ -111,24 +112,28 @@ def add_answers(engine: Engine, turns: Several[tuple[str, list[int]]], trees: Tr
     assert isinstance(drafter, SubstituteDrafter)
     with ExitStack() as stack:
         caches = [stack.enter_context(engine.new_sequence()).cache for _ in turns]
-        answers = decode_together(engine, caches, [prompt for _, prompt in turns])
+        trails = [Trail(cache) for cache in caches]
+        answers = decode_together(engine, trails, [prompt for _, prompt in turns])
         for width in WIDTHS[engine.plan.device]:
             has_room = 1 + width * DEEPEST <= engine.plan.verify_width
             if has_room and width <= engine.artifact.spec.vocab_size:
-                along = walk(drafter, caches, answers, width)
+                along = walk(drafter, trails, answers, width)
                 for (kind, _), some in zip(turns, along, strict=True):
                     if some:
                         trees.setdefault((width, kind), []).append(some)
 
 
 def decode_together(
-    engine: Engine, caches: Several[Cache], prompts: Several[list[int]]
+    engine: Engine, trails: Several[Trail], prompts: Several[list[int]]
 ) -> list[Answer]:
     """A greedy answer to each prompt, up to where it begins to repeat itself."""
     model, ends = engine.model, frozenset(engine.artifact.spec.eos_token_ids)
     room = min(ANSWER_TOKENS, engine.plan.context // 2)
     prompts = [prompt[: engine.plan.context - room] for prompt in prompts]
+    caches = [trail.cache for trail in trails]
     roots = read_together(engine, caches, prompts)
+    for trail in trails:
+        trail.begin()
     turns = [Turn(cache, root, room - 1) for cache, root in zip(caches, roots, strict=True)]
     texts = [[*prompt, root] for prompt, root in zip(prompts, roots, strict=True)]
     ended = [root in ends for root in roots]
@@ -138,12 +143,13 @@ def decode_together(
             some = done.emitted[: turns[n].max_tokens]
             kept = next((index for index, one in enumerate(some, 1) if one in ends), len(some))
             keep(turns[n], done, kept)
+            trails[n].add(done.path[:kept])
             texts[n] += some[:kept]
             ended[n] = texts[n][-1] in ends
     answers = []
-    for cache, prompt, text, whole in zip(caches, prompts, texts, ended, strict=True):
+    for trail, prompt, text, whole in zip(trails, prompts, texts, ended, strict=True):
         kept = len(prompt) + before_loop(text[len(prompt) :])
-        cache.roll_back(kept - 1)
+        trail.cut(kept - 1)
         answers.append(Answer(text[:kept], len(prompt), whole and kept == len(text)))
     return answers
 
@@ -253,7 +259,7 @@ def timed_rounds(
 
 def pack_programs(folder: Path, plan: Plan, spec: ModelSpec) -> None:
     """Pack what was compiled for the plan into the artifact `folder`."""
-    pack_prebuilt(folder, map(cpp.program, kernel_sources(plan)))
+    pack_prebuilt(folder, map(cpp.program, kernel_sources(spec, plan)))
     pack_prebuilt(folder, graph_programs(plan, spec))
 
 

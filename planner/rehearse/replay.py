@@ -15,6 +15,7 @@ import torch
 
 from subspec.artifacts.acceptance import Curve, margin_of_ratio
 from subspec.artifacts.plan import DeviceKind
+from subspec.planner.rehearse.trail import Trail
 from subspec.planner.solve.problem import make_tree
 from subspec.runtime.draft.beam import Growing, TokenTree, levels, log_probability, root_only
 from subspec.runtime.draft.drafter import SubstituteDrafter
@@ -49,7 +50,7 @@ class Grown:
 
 
 def walk(
-    drafter: SubstituteDrafter, caches: Sequence[Cache], answers: Sequence[Answer], width: int
+    drafter: SubstituteDrafter, trails: Sequence[Trail], answers: Sequence[Answer], width: int
 ) -> list[list[Grown]]:
     """The trees along each answer, which its cache holds; all answers advance together, one pass
     for a level of each. Of an answer that a limit cut off the last tree is left out: it might have
@@ -57,9 +58,11 @@ def walk(
     found: list[list[Grown]] = [[] for _ in answers]
     starts = [answer.prompt_length for answer in answers]
     while active := [n for n, answer in enumerate(answers) if starts[n] + 1 < len(answer.tokens)]:
+        for n in active:
+            trails[n].go_to(starts[n])
         grown = grow_along(
             drafter,
-            [caches[n] for n in active],
+            [trails[n].cache for n in active],
             [answers[n] for n in active],
             [starts[n] for n in active],
             width,

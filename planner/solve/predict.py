@@ -191,7 +191,8 @@ def pass_seconds(
 ) -> float:
     """Seconds of all layers at `width` rows with `live` tokens in the cache."""
     more = (live - LIVE_TOKENS) / MORE_TOKENS * seconds_at(attention, width)
-    return spec.num_layers * max(0.0, seconds_at(layer, width) + more)
+    attending = sum(bool(one.attentions) for one in spec.layers)
+    return max(0.0, spec.num_layers * seconds_at(layer, width) + attending * more)
 
 
 def both_at_once(contended_shares: tuple[float, float], link: float, compute: float) -> float:

@@ -62,7 +62,9 @@ class Opening:
 
 def trust_kernels(artifact: Artifact) -> None:
     """Install the artifact's pre-built kernels and graphs, before anything is built or planned."""
-    sources = {cpp.program(source): source.stem for source in kernel_sources(artifact.plan)}
+    sources = {
+        cpp.program(source): source.stem for source in kernel_sources(artifact.spec, artifact.plan)
+    }
     install_prebuilt(artifact, graph_programs(artifact.plan, artifact.spec))
     missing = [sources[program] for program in install_prebuilt(artifact, sources)]
     if missing:

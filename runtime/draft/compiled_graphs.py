@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from subspec.artifacts.common.user_cache import user_cache_dir
-from subspec.artifacts.model import Attention, Dense, ModelSpec, layer_name
+from subspec.artifacts.model import Attention, DeltaNet, Dense, ModelSpec, layer_name
 from subspec.runtime.draft.graph_pieces import (
     FOLDER,
     Piece,
@@ -62,7 +62,10 @@ class CompiledGraphs:
 
 def serves(spec: ModelSpec) -> bool:
     """Whether every block is of a form that has pieces."""
-    return all(isinstance(body, Attention | Dense) for body in spec.bodies)
+    return all(
+        isinstance(body, Dense) or (isinstance(body, Attention) and not body.output_gate)
+        for body in spec.bodies
+    )
 
 
 def load_graphs(weights: SharedWeights, substitutes: Substitutes) -> CompiledGraphs | None:
@@ -98,6 +101,7 @@ def graphs_over(
     for place in places:
         body, scalar = place.block.body, weights.scalars[place.layer] if place.scalar else None
         norms = [weights.norms[name] if name else None for name in (place.after, place.before)]
+        assert not isinstance(body, DeltaNet), "`serves` is asked before"
         own = own_piece(spec, body)
         steps.append(
             Step(

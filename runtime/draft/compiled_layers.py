@@ -119,7 +119,9 @@ def _form(layer: LayerSpec) -> tuple[Attention, Dense] | None:
     rotates = rope is not None and rope.size == attention.head_size and not rope.interleaved
     if not rotates or attention.qk_norm == "all_heads" or attention.query_growth is not None:
         return None
-    if attention.value_norm or attention.values_are_keys or dense.activation != "silu":
+    if attention.value_norm or attention.values_are_keys or attention.output_gate:
+        return None
+    if dense.activation != "silu":
         return None
     values = {**vars(attention), "window": None}
     return Attention(**values), dense

@@ -4,7 +4,7 @@ the model's own 4-bit copy, over the cache that verification shares.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -15,11 +15,14 @@ from subspec.runtime.draft import compiled_graphs, compiled_layers, graphs
 from subspec.runtime.draft.beam import DraftPass, Growing, TokenTree, grow
 from subspec.runtime.draft.compiled_graphs import CompiledGraphs
 from subspec.runtime.draft.compiled_layers import CompiledLayers
+from subspec.runtime.draft.delta_draft import run_draft
 from subspec.runtime.draft.graphs import Action, DraftGraphs, Replay
 from subspec.runtime.draft.substitutes import Substitutes
 from subspec.runtime.kernels.linear import calls_of
 from subspec.runtime.model.attention import attend
 from subspec.runtime.model.cache import Cache, TreeSlots
+from subspec.runtime.model.delta_net import window_rows
+from subspec.runtime.model.net_state import TreeNodes
 from subspec.runtime.model.sampling import Chooser, Sampling
 from subspec.runtime.model.transformer import Attend, Rows, SharedWeights, forward
 
@@ -83,7 +86,7 @@ class SubstituteDrafter:
 
         def run(growing: Sequence[Growing]) -> Tensor:
             batch = [
-                tree_rows(one.tree, one.last.nodes, caches[one.index], slots[one.index], attend)
+                drafted_rows(one.tree, one.last.nodes, caches[one.index], slots[one.index])
                 for one in growing
             ]
             if isinstance(self.compiled, CompiledGraphs):
@@ -120,6 +123,10 @@ def within_constraints(draft_pass: DraftPass, turns: Sequence[Turn]) -> DraftPas
     return run
 
 
+def drafted_rows(tree: TokenTree, nodes: Tensor, cache: Cache, slots: TreeSlots) -> Rows:
+    return replace(tree_rows(tree, nodes, cache, slots, attend), run_nodes=run_draft)
+
+
 def tree_rows(
     tree: TokenTree, nodes: Tensor, cache: Cache, slots: TreeSlots, attention: Attend
 ) -> Rows:
@@ -133,4 +140,14 @@ def tree_rows(
     slot_positions[slots_of_tree] = slots.length + tree.depths
     own = (slots.first + nodes).masked_fill_(nodes >= tree.num_nodes, slots.padding_slot)
     positions = slots.length + tree.depths[nodes]
-    return Rows(tree.tokens[nodes], positions, own, slot_positions, visible, cache, attention)
+    rows = Rows(tree.tokens[nodes], positions, own, slot_positions, visible, cache, attention)
+    return replace(rows, tree=tree_nodes(tree, nodes, cache.num_taps)) if cache.nets else rows
+
+
+def tree_nodes(tree: TokenTree, nodes: Tensor, num_taps: int) -> TreeNodes:
+    """Of a tree that grows, nothing read back."""
+    rows = torch.arange(len(tree.parents), device=nodes.device)
+    before = torch.where(tree.parents == rows, -1, tree.parents)
+    windows = window_rows(before, nodes, num_taps)
+    above = tree.ancestors[nodes] & (rows != nodes[:, None])
+    return TreeNodes(nodes, tree.parents[nodes], above, windows)

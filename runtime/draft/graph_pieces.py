@@ -18,7 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from subspec.artifacts.format.codec import dump_json
-from subspec.artifacts.model import Attention, Block, Dense, ModelSpec, NormStyle, Rope, layer_name
+from subspec.artifacts.model import (
+    Attention,
+    Block,
+    DeltaNet,
+    Dense,
+    ModelSpec,
+    NormStyle,
+    Rope,
+    layer_name,
+)
 from subspec.artifacts.native import cpp
 from subspec.runtime.model import transformer
 from subspec.runtime.model.transformer import grown, rotate
@@ -115,7 +124,9 @@ def pieces_of(spec: ModelSpec) -> tuple[Piece, ...]:
     """Every piece that the model's layers need."""
     found = dict[Piece, None]()
     for place in places_of(spec):
-        for piece in own_piece(spec, place.block.body), join_piece(spec, place):
+        body = place.block.body
+        assert not isinstance(body, DeltaNet), "no pieces are made where a block has none"
+        for piece in own_piece(spec, body), join_piece(spec, place):
             if piece is not None:
                 found[piece] = None
     return tuple(found)

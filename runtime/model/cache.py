@@ -1,21 +1,29 @@
-"""KV cache of one sequence: write, commit, roll back. Draft and verification share it.
+"""Cache of one sequence: write, commit, roll back. Draft and verification share it.
 
 B = KV heads, S = slots, D = head size, T = rows
 The slot of a committed token is its position. A tree of W nodes lies after the committed tokens,
 node i at slot length + i; the last slot takes what padding rows write. Attentions keep tensors of
-their own sizes, in execution order.
+their own sizes, in execution order. Delta nets have no slots but states (net_state.py).
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from subspec.artifacts.footprint import SLOT_ALIGNMENT
+from subspec.artifacts.footprint import CHECKPOINT_TOKENS, CHECKPOINTS, SLOT_ALIGNMENT
 from subspec.artifacts.model import ModelSpec
-
-Take = Callable[[tuple[int, ...], torch.dtype], Tensor]
+from subspec.runtime.model.net_state import (
+    NetState,
+    States,
+    Stop,
+    Take,
+    clear_state,
+    commit_nodes,
+    copy_state,
+    make_state,
+)
 
 
 @dataclass(frozen=True)
@@ -29,10 +37,24 @@ class TreeSlots:
     padding_slot: int
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """The states of delta nets after so many tokens."""
+
+    length: int
+    states: States
+
+
 @dataclass(eq=False)  # a sequence's own: two caches are never the same
 class Cache:
     keys: tuple[Tensor, ...]  # [B, S, D] of each attention
     values: tuple[Tensor, ...]
+    nets: tuple[NetState, ...] = ()  # of each delta net
+    # Of delta nets: where `roll_back` can go back to, ascending; in host memory for more of them;
+    # and those that a pass makes, by how many of its rows lie before.
+    checkpoints: list[Checkpoint] = field(default_factory=list)
+    unused: list[States] = field(default_factory=list)
+    pending: list[Stop] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)  # ids whose exact keys and values are committed
 
     @property
@@ -46,6 +68,11 @@ class Cache:
     @property
     def padding_slot(self) -> int:
         return self.num_slots - 1
+
+    @property
+    def num_taps(self) -> int:
+        """Of every delta net's convolution."""
+        return self.nets[0].weights.conv.shape[-1]
 
     @property
     def device(self) -> torch.device:
@@ -73,7 +100,12 @@ class Cache:
         return self.keys[attention][:, :num_slots], self.values[attention][:, :num_slots]
 
     def commit(self, tokens: list[int]) -> None:
-        """The next slots hold the exact keys and values of `tokens`."""
+        """The next slots hold the exact keys and values of `tokens`, which a pass has read."""
+        for net in self.nets:
+            copy_state(net.committed, net.read)
+        for stop in self.pending:
+            self.checkpoints.append(Checkpoint(self.length + stop.num_rows, stop.states))
+        self.pending.clear()
         self.tokens.extend(tokens)
 
     def commit_path(self, path: Tensor, tokens: list[int]) -> None:
@@ -82,14 +114,73 @@ class Cache:
 
         Rows of `path` beyond them may be anything: what they leave is written again.
         """
-        first = self.length
+        first, end = self.length, self.length + len(tokens)
         for kept in (*self.keys, *self.values):  # one at a time: a small temporary
             kept[:, first : first + len(path)] = kept.index_select(1, path + first)
-        self.commit(tokens)
+        for net in self.nets:
+            commit_nodes(net, path[: len(tokens)])
+        self.tokens.extend(tokens)
+        if self.nets and end // CHECKPOINT_TOKENS > first // CHECKPOINT_TOKENS:
+            self.save()
+
+    def save(self) -> None:
+        """Makes what is committed a checkpoint."""
+        [stop] = self.stops([0])
+        for net, state in zip(self.nets, stop.states, strict=True):
+            copy_state(state, net.committed)
+        self.checkpoints.append(Checkpoint(self.length, stop.states))
+        self.pending.clear()
+
+    def stops(self, num_rows: Sequence[int]) -> list[Stop]:
+        """Room for states after so many rows of the next pass, ascending; `commit` makes them
+        checkpoints. There is room for few: those that are nearest to others go, or are left out."""
+        self.unused += [stop.states for stop in self.pending]
+        self.pending.clear()
+        lengths = [one.length for one in self.checkpoints]
+        lengths += [self.length + count for count in num_rows]
+        while len(lengths) > len(self.unused) + len(self.checkpoints):
+            del lengths[most_crowded(lengths)]
+        self.unused += [one.states for one in self.checkpoints if one.length not in lengths]
+        self.checkpoints = [one for one in self.checkpoints if one.length in lengths]
+        for count in num_rows:
+            if self.length + count in lengths:
+                self.pending.append(Stop(count, self.unused.pop()))
+        return self.pending
+
+    def reachable(self, length: int) -> int:
+        """How many tokens, no more than `length`, `roll_back` can keep."""
+        if not self.nets or length >= self.length:
+            return min(length, self.length)
+        return max((one.length for one in self.checkpoints if one.length <= length), default=0)
 
     def roll_back(self, length: int) -> None:
-        """Forgets all but the first `length` tokens; their slots are written again."""
+        """Forgets all but the first `length` tokens, which is `reachable`; their slots are written
+        again."""
+        assert self.reachable(length) == length
+        shorter = self.nets and length < self.length
+        while self.checkpoints and self.checkpoints[-1].length > length:
+            self.unused.append(self.checkpoints.pop().states)
+        if shorter and length:
+            self.set_states(self.checkpoints[-1].states)
+        elif shorter:
+            for net in self.nets:
+                clear_state(net.committed)
         del self.tokens[length:]
+
+    def resume(self, tokens: Sequence[int], checkpoints: Sequence[Checkpoint]) -> None:
+        """The slots hold the exact keys and values of `tokens`, and the last of the checkpoints the
+        states of delta nets behind them."""
+        self.roll_back(0)
+        assert not tokens or not self.nets or checkpoints[-1].length == len(tokens)
+        for one in checkpoints[-CHECKPOINTS:]:
+            self.set_states(one.states)
+            self.tokens = list(tokens[: one.length])
+            self.save()
+        self.tokens = list(tokens)
+
+    def set_states(self, states: States) -> None:
+        for net, state in zip(self.nets, states, strict=True):
+            copy_state(net.committed, state)
 
     def common_prefix(self, tokens: list[int]) -> int:
         """How many leading `tokens` are already committed."""
@@ -99,8 +190,14 @@ class Cache:
         return min(len(self.tokens), len(tokens))
 
 
-def make_cache(spec: ModelSpec, num_slots: int, take: Take) -> Cache:
-    """An empty cache in memory that `take(shape, dtype)` gives."""
+def make_cache(
+    spec: ModelSpec, num_slots: int, take: Take, nets: tuple[NetState, ...] = ()
+) -> Cache:
+    """An empty cache in memory that `take(shape, dtype)` gives. nets: one of each delta net."""
+    assert len(nets) == len(spec.delta_nets)
+    on_cpu = nets and nets[0].committed.memory.device.type == "cpu"
+    room = take if on_cpu else in_host_memory
+    unused = [host_states(spec, room) for _ in range(CHECKPOINTS)] if nets else []
     dtype: torch.dtype = getattr(torch, spec.dtype)
     shapes = [
         (attention.num_kv_heads, num_slots, attention.head_size)
@@ -108,4 +205,22 @@ def make_cache(spec: ModelSpec, num_slots: int, take: Take) -> Cache:
         for attention in layer.attentions
     ]
     pairs = [(take(shape, dtype), take(shape, dtype)) for shape in shapes]
-    return Cache(tuple(keys for keys, _ in pairs), tuple(values for _, values in pairs))
+    keys, values = tuple(keys for keys, _ in pairs), tuple(values for _, values in pairs)
+    return Cache(keys, values, nets, unused=unused)
+
+
+def host_states(spec: ModelSpec, take: Take) -> States:
+    """Room for a checkpoint."""
+    return tuple(make_state(spec, net, take) for net in spec.delta_nets)
+
+
+def in_host_memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Its pages are the process's from their first use on."""
+    return torch.empty(shape, dtype=dtype)
+
+
+def most_crowded(lengths: Sequence[int]) -> int:
+    """The place of the one that is nearest to its neighbours, never the last one: without it one
+    has to go back least further."""
+    gaps = [after - before for before, after in zip([0, *lengths], lengths[1:], strict=False)]
+    return gaps.index(min(gaps)) if gaps else 0

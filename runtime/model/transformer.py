@@ -20,6 +20,7 @@ from subspec.artifacts.model import (
     HEAD,
     Attention,
     Block,
+    DeltaNet,
     Dense,
     ModelSpec,
     NormStyle,
@@ -28,10 +29,14 @@ from subspec.artifacts.model import (
 )
 from subspec.runtime.kernels.linear import Calls
 from subspec.runtime.model.cache import Cache
+from subspec.runtime.model.delta_net import DeltaInputs
 from subspec.runtime.model.embedding import EmbeddingRows
+from subspec.runtime.model.net_state import NetState, Stop, TreeNodes, run_piece, run_tree
 
 # q [A, T, D], keys and values [B, S, D], visible bool [T, S], scale -> [A, T, D]
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
+# A delta net's state, its inputs, z [T, J F] that the results replace, the rows' places in a tree
+RunNodes = Callable[[NetState, DeltaInputs, Tensor, TreeNodes], None]
 
 
 class Product(Protocol):
@@ -70,6 +75,11 @@ class Rows:
     visible: Tensor | None  # bool [T, S]; None: the slots of earlier positions (a prompt)
     cache: Cache
     attend: Attend
+    # Of delta nets: None: a piece of a text, each row behind the one before.
+    tree: TreeNodes | None = None
+    run_nodes: RunNodes = run_tree
+    num_padding: int = 0  # of a piece's rows, the last ones
+    stops: Sequence[Stop] = ()  # of a piece
 
 
 @dataclass(frozen=True)
@@ -123,13 +133,12 @@ def forward_hidden(
     tokens, positions = (join([getattr(r, n) for r in batch]) for n in ("tokens", "positions"))
     now = Pass(weights, batch, calls, positions)
     x = embed(weights, tokens)
-    logits, attention = x, 0  # index of the next attention, which names its tensors in the caches
+    logits = x
     for index, product in enumerate(products):
         if index == weights.spec.num_layers:
             logits = to_logits(weights, product, *((x, calls) if head is None else head.of(x)))
             continue
-        add_layer(now, index, attention, product, x)
-        attention += len(weights.spec.layers[index].attentions)
+        add_layer(now, index, product, x)
     return logits, x
 
 
@@ -157,24 +166,30 @@ def embedding_scale(spec: ModelSpec) -> float:
     return float(torch.tensor(spec.embedding_scale, dtype=torch.float32).to(dtype))
 
 
-def add_layer(now: Pass, layer: int, attention: int, product: Product, x: Tensor) -> None:
-    """x [T, H] through all blocks of a layer, in place. attention: index of its first one."""
+def add_layer(now: Pass, layer: int, product: Product, x: Tensor) -> None:
+    """x [T, H] through all blocks of a layer, in place."""
+    attention, net = now.weights.spec.mixers_before[layer]
     for block in now.weights.spec.layers[layer].blocks:
-        add_block(now, layer, attention, block, product, x)
-        attention += isinstance(block.body, Attention)
+        if isinstance(block.body, DeltaNet):
+            add_block(now, layer, net, block, product, x)
+            net += 1
+        else:
+            add_block(now, layer, attention, block, product, x)
+            attention += isinstance(block.body, Attention)
     scalar = now.weights.scalars[layer]
     if scalar is not None:
         x.mul_(scalar)
 
 
-def add_block(
-    now: Pass, layer: int, attention: int, block: Block, product: Product, x: Tensor
-) -> None:
-    """x [T, H] += multiplier * after(body(before(x))), in place."""
+def add_block(now: Pass, layer: int, index: int, block: Block, product: Product, x: Tensor) -> None:
+    """x [T, H] += multiplier * after(body(before(x))), in place. index: of an attention or a delta
+    net in the caches."""
     weights, name, body = now.weights, layer_name(layer), block.body
     normed = normalize(weights, f"{name}.{block.before}", x) if block.before else x
     if isinstance(body, Attention):
-        out = attend_rows(now, name, attention, body, product, normed)
+        out = attend_rows(now, name, index, body, product, normed)
+    elif isinstance(body, DeltaNet):
+        out = recur_rows(now, index, body, product, normed)
     else:
         out = feed_forward(now, body, product, normed)
     del normed
@@ -187,7 +202,7 @@ def attend_rows(
     now: Pass, layer: str, index: int, body: Attention, product: Product, x: Tensor
 ) -> Tensor:
     """x [T, H] -> [T, H]; keys and values of the rows into their caches. index: the attention's."""
-    q, k, v = project(now, layer, body, product, x)
+    q, k, v, gate = project(now, layer, body, product, x)
     tables = None
     if body.rope is not None:
         cos, sin = now.weights.tables[body.rope]
@@ -204,14 +219,22 @@ def attend_rows(
             query = rotate(q[some].transpose(0, 1), body.rope, tables, some)
             query = grown(query, body, now.positions[some])
             q[some] = rows.attend(query, keys, values, visible, body.scale).transpose(0, 1)
-    return product(f"{body.name}.o_proj", q.flatten(1), now.calls)
+    mixed = q.flatten(1)
+    if gate is not None:
+        for piece in pieces_of_one_place(gate, torch.bfloat16):
+            piece.sigmoid_()
+        mixed.mul_(gate)
+    return product(f"{body.name}.o_proj", mixed, now.calls)
 
 
 def project(
     now: Pass, layer: str, body: Attention, product: Product, x: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """x [T, H] -> q [T, A, D], k and v [T, B, D], normed but not rotated."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """x [T, H] -> q [T, A, D], k and v [T, B, D], normed but not rotated; the gate [T, A D]."""
     q, k = (product(f"{body.name}.{letter}_proj", x, now.calls) for letter in "qk")
+    gate = None
+    if body.output_gate:  # head by head, the rows of a gate follow those of q
+        q, gate = (one.flatten(1) for one in q.unflatten(1, (body.num_heads, 2, -1)).unbind(2))
     v = k if body.values_are_keys else product(f"{body.name}.v_proj", x, now.calls)
     norms = f"{layer}.{body.name}.q_norm", f"{layer}.{body.name}.k_norm"
     if body.qk_norm == "all_heads":
@@ -221,7 +244,26 @@ def project(
         q, k = (normalize(now.weights, n, one) for n, one in zip(norms, (q, k), strict=True))
     if body.value_norm:
         v = rms_norm(now.weights.spec.norm, None, v)
-    return q, k, v
+    return q, k, v, gate
+
+
+def recur_rows(now: Pass, index: int, body: DeltaNet, product: Product, x: Tensor) -> Tensor:
+    """x [T, H] -> [T, H]; what the rows leave of their states into their caches. index: the delta
+    net's."""
+    qkv, z, b, a = (
+        product(f"{body.name}.in_proj_{name}", x, now.calls) for name in ("qkv", "z", "b", "a")
+    )
+    for rows, span in now.spans():
+        state = rows.cache.nets[index]
+        if rows.tree is not None:
+            inputs = DeltaInputs(qkv[span], b[span], a[span])
+            rows.run_nodes(state, inputs, z[span], rows.tree)
+        else:
+            some = slice(span.start, span.stop - rows.num_padding)
+            inputs = DeltaInputs(qkv[some], b[some], a[some])
+            run_piece(state, index, inputs, z[some], rows.stops)
+    del qkv
+    return product(f"{body.name}.out_proj", z, now.calls)
 
 
 def feed_forward(now: Pass, body: Dense, product: Product, x: Tensor) -> Tensor:
@@ -233,16 +275,19 @@ def feed_forward(now: Pass, body: Dense, product: Product, x: Tensor) -> Tensor:
 
 def activate(body: Dense, gate: Tensor) -> None:
     """gate [T, inner size], in place."""
-    # On CPUs torch's f32 silu rounds the last numbers of a tensor, and of each thread's share of
-    # one, otherwise than the others; its bf16 silu does not, its gelu does in every dtype. A row's
-    # bits must not depend on its place: a row at a time.
-    silu = body.activation == "silu"
-    depends_on_place = gate.device.type == "cpu" and not (silu and gate.dtype == torch.bfloat16)
-    for some in gate if depends_on_place else (gate,):
-        if silu:
+    if body.activation == "silu":
+        for some in pieces_of_one_place(gate, torch.bfloat16):
             F.silu(some, inplace=True)
-        else:
+    else:
+        for some in pieces_of_one_place(gate, None):
             torch.ops.aten.gelu_(some, approximate="tanh")
+
+
+def pieces_of_one_place(x: Tensor, even: torch.dtype | None) -> Iterable[Tensor]:
+    """x [T, N] in pieces over which a function gives a row the same bits wherever the row is. On
+    CPUs torch's f32 sigmoid and silu round the last numbers of a tensor, and of each thread's share
+    of one, otherwise than the others: a row at a time. even: the dtype in which they do not."""
+    return x if x.device.type == "cpu" and x.dtype != even else (x,)
 
 
 def visible_slots(rows: Rows, some: slice, window: int | None) -> Tensor:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from subspec.runtime.model.cache import Cache
+from subspec.runtime.model.cache import Cache, Checkpoint
+from subspec.runtime.model.delta_net import DeltaState
+from subspec.runtime.model.net_state import States
 from subspec.runtime.sequence import Sequence
 
 WORTH_KEEPING = 32  # tokens; fewer are read again quickly
@@ -17,10 +19,19 @@ WORTH_KEEPING = 32  # tokens; fewer are read again quickly
 class Prefix:
     tokens: tuple[int, ...]
     kept: tuple[Tensor, ...]  # keys and values [B, T, D] of each attention, on the host
+    # Of delta nets: the cache's last one, and one behind all tokens
+    checkpoints: tuple[Checkpoint, ...] = ()
 
     @property
     def num_bytes(self) -> int:
-        return sum(one.nbytes for one in self.kept) + 8 * len(self.tokens)
+        states = (bytes_of_states(one.states) for one in self.checkpoints)
+        return sum(one.nbytes for one in self.kept) + sum(states) + 8 * len(self.tokens)
+
+    def reachable(self, count: int) -> int:
+        """How many tokens, no more than `count`, can be restored."""
+        if not self.checkpoints:
+            return count
+        return max((one.length for one in self.checkpoints if one.length <= count), default=0)
 
 
 class PrefixCache:
@@ -38,7 +49,9 @@ class PrefixCache:
         tokens = tuple(sequence.cache.tokens[:count])
         if count - num_shared < WORTH_KEEPING or self.longest(tokens)[1] == count:
             return
+        sources = states_until(sequence.cache, count)
         wanted = count * bytes_per_token(sequence.cache)
+        wanted += sum(bytes_of_states(one.states) for one in sources)
         if wanted > self._most_bytes:
             return
         for known in [one for one in self._prefixes if one == tokens[: len(one)]]:
@@ -47,14 +60,15 @@ class PrefixCache:
             self._drop(next(iter(self._prefixes)))
         tensors = (*sequence.cache.keys, *sequence.cache.values)
         kept = tuple(one[:, :count].to("cpu", copy=True) for one in tensors)
-        self._prefixes[tokens] = Prefix(tokens, kept)
+        states = tuple(Checkpoint(one.length, on_host(one.states)) for one in sources)
+        self._prefixes[tokens] = Prefix(tokens, kept, states)
         self.num_bytes += self._prefixes[tokens].num_bytes
 
     def longest(self, prompt: tuple[int, ...]) -> tuple[Prefix | None, int]:
-        """The prefix that shares most tokens with the prompt, and how many."""
+        """The prefix that has most tokens of the prompt's beginning, and how many."""
         best, most = None, 0
         for tokens, prefix in self._prefixes.items():
-            if (count := num_shared(tokens, prompt)) > most:
+            if (count := prefix.reachable(num_shared(tokens, prompt))) > most:
                 best, most = prefix, count
         return best, most
 
@@ -66,7 +80,8 @@ class PrefixCache:
         tensors = (*sequence.cache.keys, *sequence.cache.values)
         for target, kept in zip(tensors, prefix.kept, strict=True):
             target[:, :count] = kept[:, :count]
-        sequence.restored(list(prefix.tokens[:count]))
+        states = [one for one in prefix.checkpoints if one.length <= count]
+        sequence.restored(list(prefix.tokens[:count]), states)
 
     def _drop(self, tokens: tuple[int, ...]) -> None:
         self.num_bytes -= self._prefixes.pop(tokens).num_bytes
@@ -75,6 +90,28 @@ class PrefixCache:
 def bytes_per_token(cache: Cache) -> int:
     tensors = (*cache.keys, *cache.values)
     return 8 + sum(one.shape[0] * one.shape[2] * one.element_size() for one in tensors)
+
+
+def states_until(cache: Cache, count: int) -> list[Checkpoint]:
+    """Of delta nets: the states behind `count` tokens, which the cache can go back to, and at the
+    checkpoint before: where the text differs if a template drops the thinking of an answer."""
+    found = [one for one in cache.checkpoints if one.length < count][-1:]
+    if not cache.nets or not count:
+        return []
+    if count == cache.length:
+        return [*found, Checkpoint(count, tuple(net.committed for net in cache.nets))]
+    return [*found, *(one for one in cache.checkpoints if one.length == count)]
+
+
+def on_host(states: States) -> States:
+    """A copy."""
+    return tuple(
+        DeltaState(one.conv.to("cpu", copy=True), one.memory.to("cpu", copy=True)) for one in states
+    )
+
+
+def bytes_of_states(states: States) -> int:
+    return sum(one.conv.nbytes + one.memory.nbytes for one in states)
 
 
 def num_shared(some: tuple[int, ...], others: tuple[int, ...]) -> int:

@@ -286,9 +286,11 @@ class Scheduler:
     def _sequence_for(self, prompt: tuple[int, ...]) -> Sequence:
         """A free sequence that shares the longest prefix with the prompt, or else the one that was
         used least recently. What others may come back for is kept."""
+        prompt = prompt[:-1]  # the last token is read for its logits
 
         def shared(sequence: Sequence) -> int:
-            return min(sequence.num_reusable, num_shared(tuple(sequence.cache.tokens), prompt))
+            same = num_shared(tuple(sequence.cache.tokens), prompt)
+            return sequence.cache.reachable(min(sequence.num_reusable, same))
 
         sequence = max(self._free, key=shared)  # of equals the first
         prefix, count = self._prefixes.longest(prompt)

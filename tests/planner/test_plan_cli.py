@@ -130,7 +130,7 @@ def planned_demo(here: Path, capsys: pytest.CaptureFixture[str]) -> Artifact:
     assert budgets == sorted(set(budgets)) and {9_000_000, 9_900_000} <= set(budgets)
     assert artifact.plan.context in {point.context for point in artifact.plan.by_context}
     if shutil.which("g++") is not None:
-        programs = [cpp.program(source) for source in kernel_sources(artifact.plan)]
+        programs = [cpp.program(source) for source in kernel_sources(artifact.spec, artifact.plan)]
         assert programs and all(find_prebuilt(artifact, one) is not None for one in programs)
     return artifact
 
@@ -145,7 +145,7 @@ def test_a_plan_that_is_not_rehearsed_says_that_nothing_was_measured(
     assert artifact.profile.corrections == Corrections() and artifact.plan.by_budget
     assert "rehearsing" not in ended.err and "timing rounds" not in ended.err
     if shutil.which("g++") is not None:
-        programs = [cpp.program(source) for source in kernel_sources(artifact.plan)]
+        programs = [cpp.program(source) for source in kernel_sources(artifact.spec, artifact.plan)]
         assert all(find_prebuilt(artifact, one) for one in programs)
 
 

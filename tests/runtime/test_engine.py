@@ -272,7 +272,7 @@ def test_only_kernels_that_the_method_calls_are_built(
 ) -> None:  # fmt: skip
     """Residuals are decoded over the layout of the 4-bit kernel, whoever drafts."""
     plan = replace(artifact.plan, int4_kernel=kernel, residuals=residuals)
-    assert {source.stem for source, _ in needed_kernels(plan, method)} == sources
+    assert {source.stem for source, _ in needed_kernels(artifact.spec, plan, method)} == sources
 
 
 def test_where_kernels_cannot_be_built_plain_twins_decode_within_the_ledger(

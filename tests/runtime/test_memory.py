@@ -11,7 +11,15 @@ from toys import make_spec
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.footprint import Shape, cache_slots, workspace_bytes
-from subspec.artifacts.model import Attention, Dense, LayerSpec, ModelSpec, QueryGrowth, Rope
+from subspec.artifacts.model import (
+    Attention,
+    DeltaNet,
+    Dense,
+    LayerSpec,
+    ModelSpec,
+    QueryGrowth,
+    Rope,
+)
 from subspec.artifacts.plan import Ledger
 from subspec.runtime import memory as memory_module
 from subspec.runtime.draft.beam import root_only
@@ -134,6 +142,7 @@ def changed(spec: ModelSpec, after: bool = False, **changes: object) -> ModelSpe
     return replace(spec, layers=tuple(map(layer, spec.layers)))
 
 
+NET = DeltaNet(2, 6, 24, 40, 4)
 SMALL = make_spec(num_layers=2, hidden_size=128, head_size=32, inner_size=256, vocab_size=512)
 SPECS = {
     "llama": SMALL,
@@ -157,6 +166,14 @@ SPECS = {
         ),
         embedding_scale=3.0, logits_divisor=2.0,
     ),
+    "delta nets, gated attention": replace(
+        SMALL,
+        layers=(
+            *(replace(layer, blocks=(replace(layer.blocks[0], body=NET), layer.blocks[1]))
+              for layer in SMALL.layers),
+            *changed(SMALL, output_gate=True).layers[:1],
+        ),
+    ),
     "a wide feed-forward": replace(SMALL, layers=tuple(
         LayerSpec((layer.blocks[0], replace(layer.blocks[1], body=Dense(2048))))
         for layer in SMALL.layers
@@ -176,7 +193,7 @@ def test_the_temporaries_of_every_exact_pass_are_within_the_workspace(
     granted = workspace_bytes(spec, "cpu", shape)
     slots = cache_slots(context, width)
     shared, exact = shared_weights(toy, slots), exact_weights(toy)
-    caches = [empty_cache(spec, slots) for _ in range(num_sequences)]
+    caches = [empty_cache(spec, slots, toy.tensors, width) for _ in range(num_sequences)]
     prompt = torch.arange(context) % spec.vocab_size
 
     def peak_of_prompt() -> int:

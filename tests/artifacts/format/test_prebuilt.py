@@ -32,7 +32,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
         pytest.skip("no g++")
     folder = tmp_path_factory.mktemp("shipped") / "artifact"
     made = build_artifact(DEMO, folder, "residual", resident_share=1.0)
-    assert kernel_sources(made.plan) == SOURCES
+    assert kernel_sources(made.spec, made.plan) == SOURCES
     assert all(kernel.unavailable() is None for kernel in (attention, residual_cpu))
     pack_prebuilt(folder, programs())
     return sealed(folder)

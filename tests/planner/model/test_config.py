@@ -13,6 +13,7 @@ from families import FULL, LLAMA3, SLIDING, YARN
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.model import (
     Attention,
+    DeltaNet,
     Dense,
     ModelSpec,
     NormStyle,
@@ -34,7 +35,10 @@ SIZES = {
 
 
 # What a family's class takes for itself and we do not compute.
-NEEDED: dict[str, dict[str, Any]] = {"gemma4_text": {"hidden_size_per_layer_input": 0}}
+NEEDED: dict[str, dict[str, Any]] = {
+    "gemma4_text": {"hidden_size_per_layer_input": 0},
+    "qwen3_5_text": {"full_attention_interval": 3},  # of three layers one attends
+}
 GEMMA_NORM = NormStyle(1e-6, rounds_late=True)
 
 
@@ -355,6 +359,70 @@ def test_what_we_do_not_compute_of_gemma_is_refused_by_name(
         with pytest.raises(SubspecError) as caught:
             read(tmp_path, values)
         assert caught.value.exit_code == Exit.UNSUPPORTED
+        assert named in caught.value.message and "config.json" in caught.value.message
+
+
+def test_a_hybrid_has_delta_nets_in_all_layers_but_some(tmp_path: Path) -> None:
+    fields: dict[str, Any] = {
+        "num_hidden_layers": 5,
+        "full_attention_interval": 2,
+        "linear_num_key_heads": 3,
+        "linear_num_value_heads": 6,
+        "linear_key_head_dim": 24,
+        "linear_value_head_dim": 40,
+        "linear_conv_kernel_dim": 3,
+        "num_key_value_heads": 2,
+        "attn_output_gate": True,
+        "output_gate_type": "swish",
+        "mamba_ssm_dtype": "float32",
+        "mtp_num_hidden_layers": 1,
+        "rope_parameters": {
+            "rope_theta": 1e7, "partial_rotary_factor": 0.25, "rope_type": "default",
+            "mrope_section": [11, 11, 10], "mrope_interleaved": True,
+        },
+    }  # fmt: skip
+    spec = read(tmp_path, inside("qwen3_5_text", {"dtype": "bfloat16"}, **fields))
+    net = DeltaNet(3, 6, 24, 40, 3)
+    assert [layer.delta_nets for layer in spec.layers] == [(net,), (), (net,), (), (net,)]
+    [attention] = spec.layers[1].attentions
+    assert attention.rope == Rope(1e7, 64) and attention.head_size == 256
+    assert attention.output_gate and attention.qk_norm == "head" and not attention.qkv_bias
+    assert spec.norm == NormStyle(1e-6, rounds_late=True, zero_centered=True)
+    assert spec == replace(read(tmp_path, config("qwen3_5_text", **fields)), dtype="bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "named"),
+    [
+        ({"attn_output_gate": False}, Exit.UNSUPPORTED, "attn_output_gate"),
+        ({"output_gate_type": "sigmoid"}, Exit.UNSUPPORTED, "output_gate_type"),
+        ({"output_gate_type": []}, Exit.UNSUPPORTED, "output_gate_type"),
+        ({"mamba_ssm_dtype": "bfloat16"}, Exit.UNSUPPORTED, "mamba_ssm_dtype"),
+        ({"layer_types": ["linear_attention"] * 3}, Exit.UNSUPPORTED, "layer_types"),
+        ({"layer_types": [FULL, SLIDING, FULL]}, Exit.UNSUPPORTED, "layer_types"),
+        ({"layer_types": [FULL, "linear_attention"]}, Exit.CORRUPT, "layer_types"),
+        ({"full_attention_interval": 0}, Exit.CORRUPT, "full_attention_interval"),
+        ({"full_attention_interval": 1.5}, Exit.CORRUPT, "full_attention_interval"),
+        ({"linear_num_key_heads": 5}, Exit.CORRUPT, "linear_num_value_heads"),
+        ({"linear_num_key_heads": 0}, Exit.CORRUPT, "linear_num_key_heads"),
+        ({"linear_num_value_heads": 2**40}, Exit.CORRUPT, "linear_num_value_heads"),
+        ({"linear_key_head_dim": -1}, Exit.CORRUPT, "linear_key_head_dim"),
+        ({"linear_value_head_dim": "128"}, Exit.CORRUPT, "linear_value_head_dim"),
+        ({"linear_conv_kernel_dim": 1}, Exit.CORRUPT, "linear_conv_kernel_dim"),
+        ({"linear_conv_kernel_dim": 1000}, Exit.CORRUPT, "linear_conv_kernel_dim"),
+        ({"linear_conv_kernel_dim": True}, Exit.CORRUPT, "linear_conv_kernel_dim"),
+        ({"hidden_act": "gelu"}, Exit.UNSUPPORTED, "hidden_act"),
+        ({"head_dim": 10, "partial_rotary_factor": 0.5}, Exit.CORRUPT, "partial_rotary_factor"),
+    ],
+    ids=str,
+)
+def test_what_a_hybrid_cannot_be_gets_a_sentence(
+    tmp_path: Path, change: dict[str, Any], code: Exit, named: str
+) -> None:
+    for values in (config("qwen3_5_text", **change), inside("qwen3_5_text", {}, **change)):
+        with pytest.raises(SubspecError) as caught:
+            read(tmp_path, values)
+        assert caught.value.exit_code == code
         assert named in caught.value.message and "config.json" in caught.value.message
 
 

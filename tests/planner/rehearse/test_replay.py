@@ -2,10 +2,12 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from builders import replan
+from builders import build_artifact, converted, random_checkpoint, replan
+from families import FAMILIES
 from rehearsing import PROMPT, Stage, on_stage
 
 from subspec.artifacts.acceptance import Acceptance
@@ -218,3 +220,33 @@ def test_curves_pass_the_readers_check(demo: Artifact) -> None:
 
 def test_trees_are_as_deep_as_a_plan_may_rehearse() -> None:
     assert make_tree(max(WIDTHS["cpu"]), DEEPEST).num_nodes == 97
+
+
+def test_trees_within_an_answer_of_a_hybrid_are_those_of_the_rounds_that_decode_it(
+    tmp_path: Path,
+) -> None:
+    """Its states follow the trees, forwards and back again."""
+    import transformers
+
+    config = transformers.AutoConfig.for_model(**FAMILIES["qwen3_5_text"])
+    source = converted(
+        random_checkpoint(tmp_path / "f32", config), tmp_path / "bf16", torch.bfloat16
+    )
+    hybrid = build_artifact(
+        source, tmp_path / "artifact", context=256, width=4, depth=DEEPEST, num_sequences=2
+    )
+    prompts = [[3 + 7 * n % 2000 for n in range(40)], [5 + 11 * n % 1900 for n in range(30)]]
+    with on_stage(hybrid) as stage:
+        answers = stage.decode(*prompts)
+        walked = {width: stage.walk(answers, width) for width in (1, 2, 1)}
+    for width, along in walked.items():
+        real = replan(hybrid, context=256, width=width, depth=DEEPEST, verify_widths=(104,))
+        with Engine.open(real) as engine, engine.new_sequence() as sequence:
+            for answer, trees in zip(answers, along, strict=True):
+                length = answer.prompt_length
+                count = len(answer.tokens) - length
+                for _ in sequence.generate(answer.tokens[:length], GenerationParams(count)):
+                    pass
+                found = [one.accepted for one in trees]
+                assert len(found) > 3
+                assert list(sequence.stats.accepted[: len(found) - 1]) == found[:-1]

@@ -1,0 +1,61 @@
+"""The states of delta nets anywhere along an answer: a state has no slots that a shorter text could
+be read from, so what went into it is kept, and replayed as far as it is wanted."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from subspec.runtime.model.cache import Cache
+from subspec.runtime.model.delta_net import DeltaInputs, commit
+from subspec.runtime.model.net_state import States, copied_states, copy_state, tensors_of
+
+
+@dataclass
+class Trail:
+    """Of one answer in a cache; without delta nets there is nothing to keep."""
+
+    cache: Cache
+    first: int = 0  # tokens before it
+    states: States = ()  # behind them
+    inputs: list[list[DeltaInputs]] = field(default_factory=list)  # of each delta net, in pieces
+    reached: int = 0  # tokens that the cache's states are behind
+
+    def begin(self) -> None:
+        """The cache holds the prompt and nothing else."""
+        self.first = self.reached = self.cache.length
+        self.states = copied_states(self.cache.nets)
+        self.inputs = [[] for _ in self.cache.nets]
+
+    def add(self, path: Tensor) -> None:
+        """The nodes `path` of the last tree have been committed."""
+        self.reached += len(path)
+        for pieces, net in zip(self.inputs, self.cache.nets, strict=True):
+            kept = (one[path].to("cpu", copy=True) for one in tensors_of(net.nodes))
+            pieces.append(DeltaInputs(*kept))
+
+    def cut(self, length: int) -> None:
+        """Forgets the tokens beyond `length`, which is within the answer."""
+        if not self.cache.nets:
+            self.cache.roll_back(length)
+            return
+        self.go_to(length)
+        del self.cache.tokens[length:]
+
+    def go_to(self, length: int) -> None:
+        """Puts the states behind so many tokens; the cache's tokens stay."""
+        if self.reached > length:
+            for net, state in zip(self.cache.nets, self.states, strict=True):
+                copy_state(net.committed, state)
+            self.reached = self.first
+        if self.reached < length:
+            some = slice(self.reached - self.first, length - self.first)
+            for pieces, net in zip(self.inputs, self.cache.nets, strict=True):
+                commit(net.weights, net.committed, part_of(pieces, some, self.cache.device))
+        self.reached = length
+
+
+def part_of(pieces: Sequence[DeltaInputs], some: slice, device: torch.device) -> DeltaInputs:
+    whole = zip(*map(tensors_of, pieces), strict=True)
+    return DeltaInputs(*(torch.cat(list(one))[some].to(device) for one in whole))

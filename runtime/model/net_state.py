@@ -1,0 +1,172 @@
+"""What a cache holds of a delta net: the state behind the committed tokens, and what passes leave
+for `commit`. delta_net.py has the arithmetic.
+
+A pass only reads the committed state. A piece of a text writes the state behind it beside it; the
+nodes of a tree keep what they put in, and committing a path of them replays it.
+T = rows, W = rows of a tree, C = channels, K = taps, G / J = key / value heads, E / F = their sizes
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from subspec.artifacts.footprint import NET_ROWS
+from subspec.artifacts.model import DeltaNet, ModelSpec, layer_name
+from subspec.runtime.model.delta_net import (
+    DeltaInputs,
+    DeltaState,
+    DeltaWeights,
+    End,
+    Paths,
+    chain_paths,
+    commit,
+    delta_net,
+)
+
+Take = Callable[[tuple[int, ...], torch.dtype], Tensor]
+
+
+@dataclass(frozen=True)
+class NetState:
+    """One delta net's part of a cache."""
+
+    weights: DeltaWeights
+    committed: DeltaState
+    read: DeltaState  # behind the piece of a text that a pass has read
+    nodes: DeltaInputs  # [W, ...], of the tree that a pass has run
+    # What a draft keeps of its nodes
+    keys: Tensor  # f32 [G, W, E]
+    updates: Tensor  # f32 [J, W, F]
+    path_decays: Tensor  # f32 [J, W], logs, from the root on
+
+
+@dataclass(frozen=True)
+class TreeNodes:
+    """Which of a tree's rows follow which, and how delta nets run along them."""
+
+    nodes: Tensor  # int64 [T], the rows' numbers in the tree
+    parents: Tensor  # int64 [T], of those rows; a root's is itself
+    above: Tensor  # bool [T, W], the nodes that each row follows
+    windows: Tensor  # int64 [T, K]: what it convolves of the last K - 1 rows and the tree's
+    paths: Paths | None = None  # of an exact pass; None: a draft's
+
+
+States = tuple[DeltaState, ...]  # of each delta net
+
+
+@dataclass(frozen=True)
+class Stop:
+    """After so many rows of a piece the states are copied to `states`."""
+
+    num_rows: int
+    states: States
+
+
+def run_piece(
+    state: NetState, index: int, inputs: DeltaInputs, z: Tensor, stops: Sequence[Stop] = ()
+) -> None:
+    """T >= 1 rows of a text, each behind the one before. The results replace z [T, J F]. index: the
+    net's in `stops`. A long piece runs in several, which changes no bit."""
+    before, num_rows, first = state.committed, len(inputs.qkv), 0
+    cuts = {*range(NET_ROWS, num_rows, NET_ROWS), num_rows, *(stop.num_rows for stop in stops)}
+    for last in sorted(cuts):
+        some, num_some = slice(first, last), last - first
+        paths = chain_paths(num_some, state.weights.conv.shape[-1])
+        ends = [End(num_some - 1, state.read)]
+        ends += [End(num_some - 1, one.states[index]) for one in stops if one.num_rows == last]
+        z[some] = delta_net(state.weights, before, paths, slice_of(inputs, some), z[some], ends)
+        before, first = state.read, last
+
+
+def run_tree(state: NetState, inputs: DeltaInputs, z: Tensor, tree: TreeNodes) -> None:
+    """A tree's rows, each behind its parent. The results replace z [T, J F]; what `commit_nodes`
+    needs is kept."""
+    assert tree.paths is not None
+    for kept, fresh in zip(tensors_of(state.nodes), tensors_of(inputs), strict=True):
+        kept[: len(fresh)] = fresh
+    z.copy_(delta_net(state.weights, state.committed, tree.paths, inputs, z))
+
+
+def commit_nodes(state: NetState, path: Tensor) -> None:
+    """The nodes `path` of the tree that has run become the last committed tokens. int64 [T], on the
+    device, the root first."""
+    if len(path):
+        kept = DeltaInputs(*(one[path] for one in tensors_of(state.nodes)))
+        commit(state.weights, state.committed, kept)
+
+
+def copy_state(target: DeltaState, source: DeltaState) -> None:
+    target.conv.copy_(source.conv)
+    target.memory.copy_(source.memory)
+
+
+def copied_states(nets: Sequence[NetState]) -> States:
+    """In host memory."""
+    return tuple(
+        DeltaState(
+            *(one.to("cpu", copy=True) for one in (net.committed.conv, net.committed.memory))
+        )
+        for net in nets
+    )
+
+
+def clear_state(state: DeltaState) -> None:
+    state.conv.zero_()
+    state.memory.zero_()
+
+
+def slice_of(inputs: DeltaInputs, some: slice) -> DeltaInputs:
+    return DeltaInputs(*(one[some] for one in tensors_of(inputs)))
+
+
+def tensors_of(inputs: DeltaInputs) -> tuple[Tensor, Tensor, Tensor]:
+    return inputs.qkv, inputs.b, inputs.a
+
+
+# Made when a model is opened
+
+
+def make_net_states(
+    spec: ModelSpec, verify_width: int, tensors: Mapping[str, Tensor], take: Take
+) -> tuple[NetState, ...]:
+    """Empty states in memory that `take(shape, dtype)` gives, which must be zeros. tensors: the
+    artifact's resident tensors by name."""
+    return tuple(
+        _net_state(spec, net, f"{layer_name(index)}.{net.name}", verify_width, tensors, take)
+        for index, layer in enumerate(spec.layers)
+        for net in layer.delta_nets
+    )
+
+
+def _net_state(
+    spec: ModelSpec,
+    net: DeltaNet,
+    name: str,
+    width: int,
+    tensors: Mapping[str, Tensor],
+    take: Take,
+) -> NetState:
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    heads = (width, net.num_value_heads)
+    return NetState(
+        DeltaWeights(
+            tensors[f"{name}.conv1d.weight"],
+            tensors[f"{name}.A_log"],
+            tensors[f"{name}.dt_bias"],
+            tensors[f"{name}.norm.weight"],
+            spec.norm.epsilon,
+        ),
+        make_state(spec, net, take),
+        make_state(spec, net, take),
+        DeltaInputs(take((width, net.num_channels), dtype), take(heads, dtype), take(heads, dtype)),
+        take((net.num_key_heads, width, net.key_size), torch.float32),
+        take((net.num_value_heads, width, net.value_size), torch.float32),
+        take((net.num_value_heads, width), torch.float32),
+    )
+
+
+def make_state(spec: ModelSpec, net: DeltaNet, take: Take) -> DeltaState:
+    recent = take((net.num_taps - 1, net.num_channels), getattr(torch, spec.dtype))
+    return DeltaState(recent, take(net.memory_shape, torch.float32))
