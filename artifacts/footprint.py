@@ -385,15 +385,27 @@ def compiled_draft_bytes(
 ) -> int:
     """Temporaries of draft_layers.cpp in bf16: rows, RoPE, masks and scratch."""
     attentions = [body for body in spec.bodies if isinstance(body, Attention)]
+    nets = [body for body in spec.bodies if isinstance(body, DeltaNet)]
     inner = max((body.inner_size for body in spec.bodies if isinstance(body, Dense)), default=0)
-    query = max((body.query_size for body in attentions), default=0)
-    kv_size = max((body.kv_size for body in attentions), default=0)
+    mixed = max([body.query_size for body in attentions] + [net.values_width for net in nets])
+    width = max(
+        [2 * (body.query_size + body.kv_size) for body in attentions]
+        + [net.num_channels + net.values_width for net in nets]
+    )
     head_size = max((body.head_size for body in attentions), default=0)
-    groups = (max(spec.hidden_size, query) + inner) * DRAFT_GROUP_BYTES // GROUP_SIZE
-    threads = 4 * num_threads * 64 * (head_size + 15)
+    groups = (max(spec.hidden_size, mixed) + inner) * DRAFT_GROUP_BYTES // GROUP_SIZE
+    per_thread = [64 * (head_size + 15)]
+    per_thread += [
+        4 * (2 * net.key_size + 3 * net.value_size)
+        + net.num_taps * (2 * net.key_size + net.value_size)
+        for net in nets
+    ]
     every = sequences * rows
-    scratch = every * (groups + 2 * (query + 2 * kv_size)) + threads + 4 * 64
+    of_nets = max((2 * spec.hidden_size + 8 * net.num_value_heads for net in nets), default=0)
+    scratch = every * (groups + 2 * width + of_nets) + 4 * num_threads * max(per_thread) + 6 * 64
     masks = sequences * (rows * (rows + slots * 11) + 8 * slots + rows * 64)
+    if nets:  # where rows are in their trees
+        masks += every * (2 * (rows + 64) + 16 * max(net.num_taps for net in nets) + 64)
     return every * (2 * spec.hidden_size + 4 * head_size) + masks + scratch
 
 

@@ -13,11 +13,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from subspec.artifacts.model import Attention, Dense, LayerSpec, ModelSpec, layer_name
+from subspec.artifacts.model import (
+    Attention,
+    DeltaNet,
+    Dense,
+    LayerSpec,
+    ModelSpec,
+    layer_name,
+)
 from subspec.artifacts.native import cpp
 from subspec.runtime.draft.substitutes import Substitutes
 from subspec.runtime.kernels.linear import Int4Weight, calls_of
 from subspec.runtime.model.cache import Cache
+from subspec.runtime.model.net_state import NetState
 from subspec.runtime.model.transformer import (
     Rows,
     SharedWeights,
@@ -28,7 +36,9 @@ from subspec.runtime.model.transformer import (
 )
 
 SOURCE = Path(__file__).parents[1] / "kernels" / "draft_layers.cpp"
-LINEARS = ("q", "k", "v", "o", "gate", "up", "down")  # of a layer, in execution order
+ATTENTION, NET = ("q", "k", "v", "o"), ("qkv", "z", "out")  # products, as _Layer calls them
+FEED_FORWARD = ("gate", "up", "down")
+LANES = 16  # sizes of a delta net's heads are multiples of it
 _size, _address = ctypes.c_int64, ctypes.c_void_p
 
 
@@ -39,10 +49,10 @@ class _Sizes(ctypes.Structure):
         ("inner_size", _size),
         ("num_heads", _size),
         ("num_kv_heads", _size),
-        ("head_size", _size),
-        ("cache_slots", _size),
-        ("norm_epsilon", ctypes.c_float),
-        ("scale", ctypes.c_float),
+        *((what, _size) for what in ("head_size", "rope_size", "gated", "cache_slots")),
+        *((what, _size) for what in ("num_key_heads", "num_value_heads")),
+        *((what, _size) for what in ("key_size", "value_size", "num_taps", "rounds_late")),
+        *((what, ctypes.c_float) for what in ("norm_epsilon", "norm_offset", "scale")),
     ]
 
 
@@ -50,11 +60,16 @@ class _Linear(ctypes.Structure):
     _fields_ = [("codes", _address), ("qparams", _address), ("bias", _address)]
 
 
+class _Small(ctypes.Structure):
+    _fields_ = [("numbers", _address), ("is_f32", _size)]
+
+
 class _Layer(ctypes.Structure):
     _fields_ = [
-        *((name, _Linear) for name in LINEARS),
+        *((name, _Linear) for name in (*ATTENTION, *NET, *FEED_FORWARD)),
         *((norm, _address) for norm in ("input_norm", "q_norm", "k_norm", "post_norm")),
-        ("windowed", _size),
+        *((what, _address) for what in ("b", "a")),
+        *((what, _size) for what in ("windowed", "is_delta_net", "index")),
     ]
 
 
@@ -62,10 +77,21 @@ class _CacheLayer(ctypes.Structure):
     _fields_ = [("keys", _address), ("values", _address)]
 
 
+class _CacheNet(ctypes.Structure):
+    _fields_ = [
+        *((what, _Small) for what in ("taps", "decay_log", "step_bias", "norm")),
+        *((what, _address) for what in ("conv", "memory", "inputs")),
+        *((what, _address) for what in ("keys", "updates", "path_decays")),
+        ("num_nodes", _size),
+    ]
+
+
 class _Segment(ctypes.Structure):
     _fields_ = [
         *((what, _size) for what in ("first_row", "num_rows", "num_slots")),
-        *((what, _address) for what in ("visible", "in_window", "layers")),
+        *((what, _address) for what in ("visible", "in_window", "layers", "nets")),
+        *((what, _address) for what in ("nodes", "parents", "windows", "above")),
+        ("num_above", _size),
     ]
 
 
@@ -77,6 +103,21 @@ class _Rows(ctypes.Structure):
 
 
 @dataclass(frozen=True)
+class Form:
+    """What all layers share, windows aside."""
+
+    attention: Attention
+    net: DeltaNet | None  # of the layers that have no attention
+    dense: Dense
+
+
+@dataclass(frozen=True)
+class CacheParts:
+    layers: "ctypes.Array[_CacheLayer]"
+    nets: "ctypes.Array[_CacheNet]"
+
+
+@dataclass(frozen=True)
 class CompiledLayers:
     """What a call needs; the addresses are those of the weights' tensors."""
 
@@ -85,7 +126,7 @@ class CompiledLayers:
     sizes: _Sizes
     layers: "ctypes.Array[_Layer]"
     window: int | None  # of the layers that are windowed
-    caches: dict[Cache, "ctypes.Array[_CacheLayer]"] = field(default_factory=dict)
+    caches: dict[Cache, CacheParts] = field(default_factory=dict)
 
 
 def unavailable() -> str | None:
@@ -94,36 +135,41 @@ def unavailable() -> str | None:
     return cpp.unavailable(SOURCE, _declare)
 
 
-def known_form(spec: ModelSpec) -> tuple[Attention, Dense] | None:
-    """The attention and the feed-forward that all layers share, windows aside; None if a layer is
-    of a form that draft_layers.cpp does not compute."""
-    forms = {_form(layer) for layer in spec.layers}
+def known_form(spec: ModelSpec) -> Form | None:
+    """None if a layer is of a form that draft_layers.cpp does not compute."""
+    mixers, denses = set[Attention | DeltaNet](), set[Dense]()
+    for layer in spec.layers:
+        bodies = _bodies(layer)
+        if bodies is None:
+            return None
+        mixers.add(bodies[0])
+        denses.add(bodies[1])
+    attentions = [one for one in mixers if isinstance(one, Attention)]
+    nets = [one for one in mixers if isinstance(one, DeltaNet)]
     windows = {attention.window for layer in spec.layers for attention in layer.attentions}
-    if len(forms) != 1 or None in forms or len(windows - {None}) > 1:
+    if len(attentions) != 1 or len(nets) > 1 or len(denses) != 1 or len(windows - {None}) > 1:
         return None
-    if spec.norm.rounds_late or spec.rope_in_f32:
-        return None
-    [form] = forms
-    return form
+    return None if spec.rope_in_f32 else Form(attentions[0], next(iter(nets), None), *denses)
 
 
-def _form(layer: LayerSpec) -> tuple[Attention, Dense] | None:
+def _bodies(layer: LayerSpec) -> tuple[Attention | DeltaNet, Dense] | None:
     if len(layer.blocks) != 2 or layer.scalar:
         return None
     first, second = layer.blocks
-    attention, dense = first.body, second.body
+    mixer, dense = first.body, second.body
     plain = all(b.before and not b.after and b.multiplier == 1 for b in layer.blocks)
-    if not (plain and isinstance(attention, Attention) and isinstance(dense, Dense)):
+    if not plain or not isinstance(dense, Dense) or dense.activation != "silu":
         return None
-    rope = attention.rope
-    rotates = rope is not None and rope.size == attention.head_size and not rope.interleaved
-    if not rotates or attention.qk_norm == "all_heads" or attention.query_growth is not None:
+    if isinstance(mixer, DeltaNet):
+        fits = mixer.key_size % LANES == 0 and mixer.value_size % LANES == 0
+        return (mixer, dense) if fits else None
+    if not isinstance(mixer, Attention) or mixer.rope is None or mixer.rope.interleaved:
         return None
-    if attention.value_norm or attention.values_are_keys or attention.output_gate:
+    if mixer.qk_norm == "all_heads" or mixer.query_growth is not None:
         return None
-    if dense.activation != "silu":
+    if mixer.value_norm or mixer.values_are_keys:
         return None
-    values = {**vars(attention), "window": None}
+    values = {**vars(mixer), "window": None}
     return Attention(**values), dense
 
 
@@ -133,48 +179,79 @@ def compile_layers(
     """num_slots: of every cache. None where the plain twin has to run: not on a CPU, not all in
     bf16, a layer of another form, a matrix without a substitute for int4.cpp, no compiler."""
     spec, form = weights.spec, known_form(weights.spec)
-    in_layers = (linear.name for linear in spec.linears[:-1])
-    matrices = {name: substitutes.weights[name] for name in in_layers}
-    fits = all(isinstance(w, Int4Weight) and w.kernel == "w4a8" for w in matrices.values())
+    in_layers = [linear for linear in spec.linears[:-1] if not linear.stays_exact]
+    matrices = (substitutes.weights[linear.name] for linear in in_layers)
+    fits = all(isinstance(w, Int4Weight) and w.kernel == "w4a8" for w in matrices)
     bf16 = weights.dtype == torch.bfloat16 == getattr(torch, spec.dtype)
     if form is None or not fits or not bf16 or unavailable() is not None:
         return None
-    attention, dense = form
+    made = (_layer(weights, substitutes, form, index) for index in range(spec.num_layers))
+    windows = (one.window for some in spec.layers for one in some.attentions)
+    window = next((window for window in windows if window is not None), None)
+    layers = (_Layer * spec.num_layers)(*made)
+    return CompiledLayers(weights, substitutes, _sizes(spec, form, num_slots), layers, window)
 
-    def layer(index: int) -> _Layer:
-        made, prefix = _Layer(), layer_name(index)
-        mixing, feeding = spec.layers[index].blocks
-        own = [f"{attention.name}.{letter}_proj" for letter in "qkvo"]
-        own += [f"{dense.name}.{part}_proj" for part in ("gate", "up", "down")]
-        for place, name in zip(LINEARS, own, strict=True):
-            weight = matrices[f"{prefix}.{name}"]
-            bias = substitutes.biases.get(f"{prefix}.{name}")
+
+def _layer(weights: SharedWeights, substitutes: Substitutes, form: Form, index: int) -> _Layer:
+    made, prefix = _Layer(), layer_name(index)
+    mixing, feeding = weights.spec.layers[index].blocks
+    mixer = mixing.body
+
+    def put(places: Sequence[str], body: str, names: str) -> None:
+        for place in places:
+            name = f"{prefix}.{body}.{names.format(place)}"
+            weight, bias = substitutes.weights[name], substitutes.biases.get(name)
             assert isinstance(weight, Int4Weight)
             assert weight.packed.is_contiguous() and weight.qparams.is_contiguous()
             setattr(made, place, _Linear(*map(_at, (weight.packed, weight.qparams, bias))))
-        made.input_norm = _at(weights.norms[f"{prefix}.{mixing.before}"])
-        made.post_norm = _at(weights.norms[f"{prefix}.{feeding.before}"])
-        if attention.qk_norm == "head":
-            made.q_norm = _at(weights.norms[f"{prefix}.{attention.name}.q_norm"])
-            made.k_norm = _at(weights.norms[f"{prefix}.{attention.name}.k_norm"])
-        made.windowed = spec.layers[index].attentions[0].window is not None
-        return made
 
-    sizes = _Sizes(
+    put(FEED_FORWARD, form.dense.name, "{}_proj")
+    made.input_norm = _at(weights.norms[f"{prefix}.{mixing.before}"])
+    made.post_norm = _at(weights.norms[f"{prefix}.{feeding.before}"])
+    made.index, made.is_delta_net = (
+        weights.spec.mixers_before[index][isinstance(mixer, DeltaNet)],
+        isinstance(mixer, DeltaNet),
+    )
+    if isinstance(mixer, DeltaNet):
+        put(NET[:2], mixer.name, "in_proj_{}")
+        put(NET[2:], mixer.name, "{}_proj")
+        for place in ("b", "a"):
+            exact = substitutes.weights[f"{prefix}.{mixer.name}.in_proj_{place}"]
+            assert isinstance(exact, Tensor) and exact.is_contiguous()
+            assert exact.dtype == torch.bfloat16
+            setattr(made, place, _at(exact))
+        return made
+    assert isinstance(mixer, Attention)
+    put(ATTENTION, mixer.name, "{}_proj")
+    made.windowed = mixer.window is not None
+    if mixer.qk_norm == "head":
+        made.q_norm = _at(weights.norms[f"{prefix}.{mixer.name}.q_norm"])
+        made.k_norm = _at(weights.norms[f"{prefix}.{mixer.name}.k_norm"])
+    return made
+
+
+def _sizes(spec: ModelSpec, form: Form, num_slots: int) -> _Sizes:
+    attention, net, norm = form.attention, form.net, spec.norm
+    assert attention.rope is not None
+    of_net = (0, 0, 0, 0, 0)
+    if net is not None:
+        of_net = net.num_key_heads, net.num_value_heads, net.key_size, net.value_size, net.num_taps
+    return _Sizes(
         spec.num_layers,
         spec.hidden_size,
-        dense.inner_size,
+        form.dense.inner_size,
         attention.num_heads,
         attention.num_kv_heads,
         attention.head_size,
+        attention.rope.size,
+        attention.output_gate,
         num_slots,
-        spec.norm.epsilon,
+        *of_net,
+        norm.rounds_late,
+        norm.epsilon,
+        1.0 if norm.zero_centered else 0.0,
         attention.scale,
     )
-    layers = (_Layer * spec.num_layers)(*map(layer, range(spec.num_layers)))
-    windows = (one.window for some in spec.layers for one in some.attentions)
-    window = next((window for window in windows if window is not None), None)
-    return CompiledLayers(weights, substitutes, sizes, layers, window)
 
 
 def forward(layers: CompiledLayers, batch: Sequence[Rows]) -> Tensor:
@@ -209,8 +286,12 @@ def run_layers(layers: CompiledLayers, x: Tensor, batch: Sequence[Rows]) -> None
         segment.num_slots = len(rows.slot_positions)
         segment.visible, segment.in_window = _at(masks[0]), _at(masks[-1])
         if rows.cache not in layers.caches:
-            layers.caches[rows.cache] = _cache_layers(rows.cache)
-        segment.layers = ctypes.addressof(layers.caches[rows.cache])
+            layers.caches[rows.cache] = _cache_parts(rows.cache)
+        parts = layers.caches[rows.cache]
+        segment.layers = ctypes.addressof(parts.layers)
+        segment.nets = ctypes.addressof(parts.nets)
+        if rows.cache.nets:
+            kept += _place_nodes(segment, rows)
         kept += masks
         first += len(rows.tokens)
     scratch = torch.empty(scratch_bytes(layers.sizes, len(x), num_threads), dtype=torch.uint8)
@@ -225,10 +306,37 @@ def run_layers(layers: CompiledLayers, x: Tensor, batch: Sequence[Rows]) -> None
     )
 
 
-def _cache_layers(cache: Cache) -> "ctypes.Array[_CacheLayer]":
+def _place_nodes(segment: _Segment, rows: Rows) -> list[Tensor]:
+    """Where the rows are in their tree -> what the segment then points to."""
+    tree = rows.tree
+    assert tree is not None, "only trees are drafted"
+    placed = [one.contiguous() for one in (tree.nodes, tree.parents, tree.windows, tree.above)]
+    nodes, parents, windows, above = placed
+    assert len(nodes) == len(parents) == len(windows) == len(above) == len(rows.tokens)
+    assert above.dtype == torch.bool and above.shape[1] <= rows.cache.nets[0].keys.shape[1]
+    segment.nodes, segment.parents, segment.windows, segment.above = map(_at, placed)
+    segment.num_above = above.shape[1]
+    return placed
+
+
+def _cache_parts(cache: Cache) -> CacheParts:
     pairs = zip(cache.keys, cache.values, strict=True)
-    made = (_CacheLayer(keys.data_ptr(), values.data_ptr()) for keys, values in pairs)
-    return (_CacheLayer * len(cache.keys))(*made)
+    layers = (_CacheLayer(keys.data_ptr(), values.data_ptr()) for keys, values in pairs)
+    return CacheParts(
+        (_CacheLayer * len(cache.keys))(*layers),
+        (_CacheNet * len(cache.nets))(*map(_cache_net, cache.nets)),
+    )
+
+
+def _cache_net(net: NetState) -> _CacheNet:
+    weights = net.weights
+    small = (weights.conv, weights.decay_log, weights.step_bias, weights.norm)
+    state = (net.committed.conv, net.committed.memory)
+    held = (*state, net.nodes.qkv, net.keys, net.updates, net.path_decays)
+    assert all(one.is_contiguous() for one in (*small, *held))
+    assert all(one.dtype in (torch.bfloat16, torch.float32) for one in small)
+    named = (_Small(one.data_ptr(), one.dtype == torch.float32) for one in small)
+    return _CacheNet(*named, *(one.data_ptr() for one in held), net.keys.shape[1])
 
 
 def scratch_bytes(sizes: _Sizes, num_rows: int, num_threads: int) -> int:

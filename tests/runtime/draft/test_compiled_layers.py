@@ -21,7 +21,7 @@ from subspec.artifacts.footprint import (
 )
 from subspec.artifacts.format.packing import dequantize, unpack_nibbles
 from subspec.artifacts.model import (
-    Attention,
+    DeltaNet,
     Dense,
     LayerSpec,
     ModelSpec,
@@ -35,7 +35,7 @@ from subspec.planner.build.quantize import quantize
 from subspec.planner.model.hub import DEMO
 from subspec.runtime.decode import keep_piece, read
 from subspec.runtime.draft import compiled_layers
-from subspec.runtime.draft.beam import Growing, Level
+from subspec.runtime.draft.beam import Growing, Level, TokenTree
 from subspec.runtime.draft.compiled_layers import (
     CompiledLayers,
     compile_layers,
@@ -53,6 +53,7 @@ from subspec.runtime.memory import Temporaries
 from subspec.runtime.model.attention import attend
 from subspec.runtime.model.cache import Cache
 from subspec.runtime.model.embedding import EmbeddingRows
+from subspec.runtime.model.net_state import NetState, make_net_states
 from subspec.runtime.model.sampling import Chooser, Sampling
 from subspec.runtime.model.transformer import (
     Rows,
@@ -98,7 +99,61 @@ SPECS = {
         windowed_layers=(0, 1), qkv_bias=False,
     ),
 }  # fmt: skip
+
+
+def each(spec: ModelSpec, change: Callable[[LayerSpec], LayerSpec]) -> ModelSpec:
+    return replace(spec, layers=tuple(map(change, spec.layers)))
+
+
+def with_attention(layer: LayerSpec, **changes: Any) -> LayerSpec:
+    first, second = layer.blocks
+    return LayerSpec((replace(first, body=replace(first.body, **changes)), second))
+
+
+def with_block(layer: LayerSpec, index: int, **changes: Any) -> LayerSpec:
+    blocks = list(layer.blocks)
+    blocks[index] = replace(blocks[index], **changes)
+    return LayerSpec(tuple(blocks))
+
+
+GATED = make_spec(
+    num_layers=3, hidden_size=192, num_heads=6, head_size=32, rope=Rope(500.0, 0), qk_norm=True,
+    qkv_bias=False,
+)  # fmt: skip
+
+
+def gated(spec: ModelSpec, turning: int = 8) -> ModelSpec:
+    """Attention as qwen3_5 has it."""
+    return replace(
+        each(
+            spec,
+            lambda one: with_attention(one, output_gate=True, rope=Rope(500.0, turning)),
+        ),
+        norm=NormStyle(1e-6, rounds_late=True, zero_centered=True),
+    )
+
+
+def with_nets(spec: ModelSpec, net: DeltaNet, full: int) -> ModelSpec:
+    """Delta nets in all layers but one."""
+
+    def mixed(index: int, layer: LayerSpec) -> LayerSpec:
+        return layer if index == full else with_block(layer, 0, body=net)
+
+    layers = tuple(mixed(index, layer) for index, layer in enumerate(spec.layers))
+    return replace(spec, layers=layers)
+
+
+SPECS["gated, a part of a head turns, norms around zero"] = gated(GATED)
+NETS = {
+    "one attention behind two nets": with_nets(
+        gated(GATED), DeltaNet(2, 4, 32, 16, 4, ("A_log", "norm.weight")), 2
+    ),
+    "as many key heads, three taps": with_nets(
+        gated(GATED, 32), DeltaNet(3, 3, 16, 64, 3, ("conv1d.weight", "dt_bias")), 0
+    ),
+}
 SLOTS = 192
+WIDTH = 24  # of trees
 PASSES = [(1, 0), (1, 40), (3, 100), (4, 128), (8, 70), (9, 1), (16, 150)]  # rows, tokens before
 
 
@@ -143,11 +198,12 @@ class Toy:
         return self.weights.spec
 
     def cache(self, dtype: torch.dtype = BF16) -> Cache:
-        copies = (
+        keys, values = (
             tuple(one.to(dtype, copy=True) for one in kept)
             for kept in (self.kept.keys, self.kept.values)
         )
-        return Cache(*copies, list(self.kept.tokens))
+        nets = tuple(copied(net, dtype) for net in self.kept.nets)
+        return Cache(keys, values, nets, tokens=list(self.kept.tokens))
 
     def compiled(self) -> CompiledLayers:
         layers = compile_layers(self.weights, self.substitutes, SLOTS)
@@ -167,6 +223,20 @@ class Toy:
 
     def over(self, batch: Sequence[Rows]) -> list[Rows]:
         return [r if r.cache is not NONE else replace(r, cache=self.cache()) for r in batch]
+
+
+def copied(net: NetState, dtype: torch.dtype) -> NetState:
+    """With rows in `dtype`; what is f32 stays so."""
+
+    def in_dtype(one: Any) -> Any:
+        values = ((name, getattr(one, name).to(dtype, copy=True)) for name in vars(one))
+        return replace(one, **dict(values))
+
+    committed = replace(
+        net.committed, conv=net.committed.conv.to(dtype), memory=net.committed.memory.clone()
+    )
+    drafted = {name: getattr(net, name).clone() for name in ("keys", "updates", "path_decays")}
+    return replace(net, committed=committed, nodes=in_dtype(net.nodes), **drafted)
 
 
 NONE = Cache((), ())
@@ -194,6 +264,10 @@ def make_toy(spec: ModelSpec) -> Toy:
     biases: dict[str, Tensor] = {}
     for linear in spec.linears:
         shape = (linear.out_features, linear.in_features)
+        if linear.stays_exact:
+            weights[linear.name] = (noise(*shape) * shape[1] ** -0.5).to(BF16)
+            exact[linear.name] = weights[linear.name].float()
+            continue
         made = quantize((noise(*shape) * 1.5 * shape[1] ** -0.5).to(BF16), "cpu")
         room = [torch.empty(count, dtype=torch.uint8) for count in packed_bytes(*shape, "w4a8")]
         weights[linear.name] = pack(made.codes, made.qparams, "w4a8", *room)
@@ -208,14 +282,24 @@ def make_toy(spec: ModelSpec) -> Toy:
         for one in layer.attentions
     ]
     keys, values = (tuple(noise(*shape).to(BF16) for shape in shapes) for _ in range(2))
+    small |= {name: one.float() for name, one in small.items() if is_f32(spec, name)}
+
+    def filled(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return (noise(*shape) * 0.3).to(dtype)
+
+    nets = make_net_states(spec, WIDTH, small, filled)
     return Toy(
         embedding,
         shared(spec, rows, small, BF16),
         Substitutes(spec.num_layers, weights, biases),
         shared(spec, rows, small, F32),
         Substitutes(spec.num_layers, exact, {name: b.float() for name, b in biases.items()}),
-        Cache(keys, values),
+        Cache(keys, values, nets),
     )
+
+
+def is_f32(spec: ModelSpec, name: str) -> bool:
+    return spec.resident_dtype(name) == "float32"
 
 
 @pytest.fixture(scope="module", params=SPECS)
@@ -335,6 +419,90 @@ def test_scaled_embeddings_and_divided_logits_are_those_of_the_twin() -> None:
     assert distance(toy.logits(rows), toy.exact_logits(rows)) < 0.09
 
 
+# ---- delta nets ---------------------------------------------------------------------------------
+
+
+def a_tree(spec: ModelSpec, seed: int = 0) -> TokenTree:
+    """Three nodes on every level but the first, each under any of the level above."""
+    generator = torch.Generator().manual_seed(seed)
+    parents, depths = [0], [0]
+    for depth in range(1, 5):
+        above = [node for node, its in enumerate(depths) if its == depth - 1]
+        for _ in range(3):
+            parents.append(above[int(torch.randint(len(above), (1,), generator=generator))])
+            depths.append(depth)
+    num_nodes = len(parents)
+    parents += [0] * (WIDTH - num_nodes)
+    depths += [0] * (WIDTH - num_nodes)
+    ancestors = torch.eye(WIDTH, dtype=torch.bool)
+    for node in range(1, WIDTH):
+        ancestors[node] |= ancestors[parents[node]]
+    tokens = torch.randint(spec.vocab_size, (WIDTH,), generator=generator)
+    return TokenTree(tokens, torch.tensor(parents), ancestors, torch.tensor(depths), num_nodes)
+
+
+def of_levels(
+    drafter: SubstituteDrafter, caches: Sequence[Cache], trees: Sequence[TokenTree]
+) -> list[Tensor]:
+    """Logits of each level of all trees, f32."""
+    run = drafter.pass_over(caches, [cache.tree_slots(WIDTH) for cache in caches])
+    found = []
+    for depth in range(5):
+        growing = []
+        for index, tree in enumerate(trees):
+            nodes = (tree.depths == depth).nonzero().flatten()
+            nodes = nodes[nodes < tree.num_nodes]
+            growing.append(Growing(index, tree, Level(nodes, torch.zeros(len(nodes)))))
+        found.append(run(growing).float())
+    return found
+
+
+def drafter_of(toy: Toy, compiled: bool) -> SubstituteDrafter:
+    layers = toy.compiled() if compiled else None
+    return SubstituteDrafter((Tree(3, 4),), WIDTH, toy.weights, toy.substitutes, layers)
+
+
+def behind(cache: Cache, length: int) -> Cache:
+    return replace(cache, tokens=[1] * length)
+
+
+@pytest.mark.usefixtures("build")
+@pytest.mark.parametrize("name", NETS)
+def test_a_draft_with_delta_nets_is_as_near_to_exact_arithmetic_as_its_twin(name: str) -> None:
+    toy = make_toy(NETS[name])
+    tree, exact = a_tree(toy.spec), replace(drafter_of(toy, False), weights=toy.exact_weights)
+    exact = replace(exact, substitutes=toy.exact)
+    mine, twins = behind(toy.cache(), 70), behind(toy.cache(), 70)
+    got = of_levels(drafter_of(toy, True), [mine], [tree])
+    twin = of_levels(drafter_of(toy, False), [twins], [tree])
+    true = of_levels(exact, [behind(toy.cache(F32), 70)], [tree])
+    for level, levels_twin, levels_true in zip(got, twin, true, strict=True):
+        assert distance(level, levels_true) < 0.09 and distance(level, levels_twin) < 0.09
+    error = sum((one - other).norm() for one, other in zip(twin, true, strict=True))
+    assert sum((one - other).norm() for one, other in zip(got, true, strict=True)) < 1.25 * error
+    for net, other in zip(mine.nets, twins.nets, strict=True):  # what nodes leave
+        assert torch.equal(net.committed.memory, other.committed.memory)
+        for what in ("keys", "updates", "path_decays"):
+            some, others = (getattr(one, what)[:, : tree.num_nodes] for one in (net, other))
+            assert (some - others).norm() < 0.05 * others.norm()
+
+
+@pytest.mark.usefixtures("build")
+def test_neither_company_nor_threads_change_a_bit_of_a_draft_with_delta_nets() -> None:
+    toy = make_toy(NETS["one attention behind two nets"])
+    drafter, trees = drafter_of(toy, True), [a_tree(toy.spec, seed) for seed in range(3)]
+    lengths = (5, 120, 64)
+    alone = [
+        of_levels(drafter, [behind(toy.cache(), length)], [tree])
+        for tree, length in zip(trees, lengths, strict=True)
+    ]
+    for num_threads in (1, 2, 5):
+        torch.set_num_threads(num_threads)
+        caches = [behind(toy.cache(), length) for length in lengths]
+        for depth, together in enumerate(of_levels(drafter, caches, trees)):
+            assert torch.equal(together, torch.cat([levels[depth] for levels in alone]))
+
+
 # ---- several sequences --------------------------------------------------------------------------
 
 
@@ -424,21 +592,6 @@ def test_padding_rows_may_share_a_slot(toy: Toy) -> None:
 # ---- where it runs ------------------------------------------------------------------------------
 
 
-def each(spec: ModelSpec, change: Callable[[LayerSpec], LayerSpec]) -> ModelSpec:
-    return replace(spec, layers=tuple(map(change, spec.layers)))
-
-
-def with_attention(layer: LayerSpec, **changes: Any) -> LayerSpec:
-    first, second = layer.blocks
-    return LayerSpec((replace(first, body=replace(first.body, **changes)), second))
-
-
-def with_block(layer: LayerSpec, index: int, **changes: Any) -> LayerSpec:
-    blocks = list(layer.blocks)
-    blocks[index] = replace(blocks[index], **changes)
-    return LayerSpec(tuple(blocks))
-
-
 def only_last(spec: ModelSpec, change: Callable[[LayerSpec], LayerSpec]) -> ModelSpec:
     return replace(spec, layers=(*spec.layers[:-1], change(spec.layers[-1])))
 
@@ -446,9 +599,6 @@ def only_last(spec: ModelSpec, change: Callable[[LayerSpec], LayerSpec]) -> Mode
 PLAIN = make_spec(num_layers=2, hidden_size=128, head_size=32, inner_size=128, vocab_size=256)
 REFUSED = {
     "no positions": each(PLAIN, lambda one: with_attention(one, rope=None)),
-    "a rope over a part of a head": each(
-        PLAIN, lambda one: with_attention(one, rope=Rope(500.0, 16))
-    ),
     "an interleaved rope": each(
         PLAIN, lambda one: with_attention(one, rope=Rope(500.0, 32, interleaved=True))
     ),
@@ -461,11 +611,14 @@ REFUSED = {
     ),
     "norms on both sides": each(PLAIN, lambda one: with_block(one, 1, after="behind")),
     "blocks that count less": each(PLAIN, lambda one: with_block(one, 1, multiplier=0.5)),
-    "norms rounded late": replace(PLAIN, norm=NormStyle(1e-6, rounds_late=True)),
     "ropes in f32": replace(PLAIN, rope_in_f32=True),
-    "norms around zero": replace(PLAIN, norm=NormStyle(1e-6, rounds_late=True, zero_centered=True)),
     "a feed-forward of gelu": each(
         PLAIN, lambda one: with_block(one, 1, body=Dense(128, activation="gelu_tanh"))
+    ),
+    "heads of delta nets that are no whole vectors": with_nets(PLAIN, DeltaNet(2, 2, 8, 32, 4), 1),
+    "other delta nets in one layer": only_last(
+        with_nets(make_spec(num_layers=3, hidden_size=128), DeltaNet(2, 2, 16, 32, 4), 0),
+        lambda one: with_block(one, 0, body=DeltaNet(2, 4, 16, 16, 4)),
     ),
     "values that are normed": each(PLAIN, lambda one: with_attention(one, value_norm=True)),
     "values that are keys": each(PLAIN, lambda one: with_attention(one, values_are_keys=True)),
@@ -517,9 +670,8 @@ def test_the_form_that_it_computes_is_the_one_that_all_layers_share(name: str) -
     spec = SPECS[name]
     form = known_form(spec)
     assert form is not None
-    attention, dense = form
-    assert attention == replace(spec.layers[0].attentions[0], window=None)
-    assert dense == spec.layers[0].blocks[1].body and isinstance(attention, Attention)
+    assert form.attention == replace(spec.layers[0].attentions[0], window=None)
+    assert form.dense == spec.layers[0].blocks[1].body and form.net is None
 
 
 def test_embeddings_logits_and_windows_of_one_size_are_no_other_form() -> None:
@@ -652,13 +804,13 @@ def test_the_temporaries_of_a_draft_step_are_those_that_the_planner_grants(
     assert seen.peak_bytes <= granted
 
 
-@pytest.mark.parametrize("name", [*SPECS, *REFUSED])
+@pytest.mark.parametrize("name", [*SPECS, *NETS, *REFUSED])
 @pytest.mark.parametrize("num_sequences", [1, 3])
 def test_the_temporaries_of_a_whole_draft_are_within_the_workspace(
     name: str, num_sequences: int
 ) -> None:
     """Compiled or by the twin."""
-    toy, width = make_toy((SPECS | REFUSED)[name]), 24
+    toy, width = make_toy((SPECS | NETS | REFUSED)[name]), 24
     compiled = compile_layers(toy.weights, toy.substitutes, SLOTS)
     for one in (compiled, None) if compiled else (None,):
         drafter = SubstituteDrafter((Tree(4, 5),), width, toy.weights, toy.substitutes, one)
