@@ -33,6 +33,9 @@ Name = Annotated[
 EMBEDDING = "model.embed_tokens"
 FINAL_NORM = "model.norm"
 HEAD = "lm_head"
+MTP = "mtp"  # what the tensors of a head for the next but one token are called (ModelSpec.mtp)
+MTP_NORMS = "mtp.pre_fc_norm_embedding", "mtp.pre_fc_norm_hidden"
+MTP_PROJECTION, MTP_FINAL_NORM = "mtp.fc", "mtp.norm"
 
 
 @dataclass(frozen=True)
@@ -215,6 +218,9 @@ class ModelSpec:
     logits_divisor: Positive = 1.0
     logits_cap: Positive | None = None  # logits become cap * tanh(logits / cap)
     rope_in_f32: bool = False  # q and k are rotated in f32 and then rounded
+    # Layer of a head that predicts the token after the next one (multi-token prediction); the
+    # artifact has its weights, which are in no pass of the model's own.
+    mtp: LayerSpec | None = None
     eos_token_ids: tuple[int, ...] = ()
     source: Source = field(default_factory=lambda: Source(""))
 
@@ -343,6 +349,23 @@ class ModelSpec:
             name: math.prod(shape) * DTYPE_BYTES[self.resident_dtype(name)]
             for name, shape in self.resident_shapes.items()
         }
+
+    @cached_property
+    def mtp_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Tensor name -> shape of what the head `mtp` is made of."""
+        if self.mtp is None:
+            return {}
+        hidden, layer = self.hidden_size, f"{MTP}.layers.0"
+        found: dict[str, tuple[int, ...]] = {f"{name}.weight": (hidden,) for name in MTP_NORMS}
+        found[f"{MTP_PROJECTION}.weight"] = hidden, 2 * hidden
+        for name, ((rows, columns, bias), _) in _linear_shapes(self, self.mtp).items():
+            found[f"{layer}.{name}.weight"] = rows, columns
+            if bias:
+                found[f"{layer}.{name}.bias"] = (rows,)
+        for block in self.mtp.blocks:
+            sizes = _norm_sizes(self, block)
+            found |= {f"{layer}.{name}.weight": (size,) for name, size in sizes.items()}
+        return found | {f"{MTP_FINAL_NORM}.weight": (hidden,)}
 
     @property
     def embedding_bytes(self) -> int:

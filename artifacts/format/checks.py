@@ -25,6 +25,7 @@ from subspec.artifacts.plan import Placement, Plan
 
 LARGEST_MODEL_BYTES = 1 << 44  # 16 TiB, about 262,144 parts
 MOST_THRESHOLDS = 64  # at which drafts end: a search takes its time for each
+MTP_FILE = "mtp.safetensors"  # of models with such a head (ModelSpec.mtp)
 STORED_DTYPES: dict[DType, str] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
@@ -54,6 +55,8 @@ def check_spec(spec: ModelSpec) -> None:
         raise _wrong("model.json", "has no attention in any layer")
     if len(taps := {net.num_taps for net in spec.delta_nets}) > 1:
         raise _wrong("model.json", f"has delta nets of {sorted(taps)} taps, expected one number")
+    if spec.mtp is not None and (spec.mtp not in spec.layers or not spec.mtp.attentions):
+        raise _wrong("model.json", "mtp is not a layer of the model that has an attention")
     if spec.norm.zero_centered and not spec.norm.rounds_late:
         raise _wrong("model.json", "norm is zero_centered, which it can be only with rounds_late")
     num_bytes = sum(linear.num_weights for linear in spec.linears) * spec.item_bytes
@@ -95,6 +98,10 @@ def check_headers(path: Path, spec: ModelSpec) -> None:
     for name, shape in spec.resident_shapes.items():
         own = STORED_DTYPES[spec.resident_dtype(name)]
         _check_tensor("resident.safetensors", resident, name, own, shape)
+    if spec.mtp is not None:
+        head = read_header(path / MTP_FILE)
+        for name, shape in spec.mtp_shapes.items():
+            _check_tensor(MTP_FILE, head, name, dtype, shape)
     substitutes = read_header(path / "substitutes.safetensors")
     for linear in spec.linears:
         if not linear.has_substitute:

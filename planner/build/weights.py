@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.artifacts.format.checks import STORED_DTYPES
+from subspec.artifacts.format.checks import MTP_FILE, STORED_DTYPES
 from subspec.artifacts.format.store import (
     CHUNK_BYTES,
     FileEntry,
@@ -59,7 +59,7 @@ def write_weights(
     quantizer: Quantizer,
     progress: Progress,
 ) -> Written:
-    """Write the four weight files. residuals: names of the parts to store as residuals, if that is
+    """Write the weight files. residuals: names of the parts to store as residuals, if that is
     smaller."""
     names = ("embedding", "resident", "exact", "substitutes")
     with ExitStack() as stack:
@@ -67,6 +67,9 @@ def write_weights(
         embedding, resident, exact, substitutes = files
         write_embedding(embedding, checkpoint)
         write_resident(resident, checkpoint)
+        if checkpoint.spec.mtp is not None:
+            files.append(stack.enter_context(HashedFile(folder / MTP_FILE)))
+            write_mtp(files[-1], checkpoint)
         parts_written, made = write_matrices(
             exact, substitutes, checkpoint, residuals, quantizer, progress
         )
@@ -142,6 +145,15 @@ def write_resident(file: "HashedFile", checkpoint: Checkpoint) -> None:
         write_exactly(file, checkpoint, name)
         rows = padding_rows.get(name, 0)
         file.write(bytes(rows * spec.item_bytes * math.prod(shape[1:])))
+
+
+def write_mtp(file: "HashedFile", checkpoint: Checkpoint) -> None:
+    """Write the head that predicts the token after the next one."""
+    spec = checkpoint.spec
+    dtype = STORED_DTYPES[spec.dtype]
+    write_header(file, ((name, dtype, shape) for name, shape in spec.mtp_shapes.items()))
+    for name in spec.mtp_shapes:
+        write_exactly(file, checkpoint, name)
 
 
 def write_exactly(file: "HashedFile", checkpoint: Checkpoint, name: str) -> None:

@@ -13,6 +13,8 @@ from subspec.artifacts.model import (
     EMBEDDING,
     FINAL_NORM,
     HEAD,
+    MTP,
+    MTP_PROJECTION,
     Attention,
     Block,
     DeltaNet,
@@ -64,6 +66,8 @@ def read_checkpoint(folder: Path, source: Source) -> Checkpoint:
     spec = read_config(folder, source)
     stored = stored_tensors(folder)
     names = _Names(spec, stored)
+    if not names.find(f"{MTP_PROJECTION}.weight"):  # which copies often leave out
+        spec = replace(spec, mtp=None)
     shapes = _shapes(spec)
     # Of a tied pair either may be the one that is stored.
     stands_in = spec.tied_head and names.find(HEAD_WEIGHT) and not names.find(EMBEDDING_WEIGHT)
@@ -72,7 +76,8 @@ def read_checkpoint(folder: Path, source: Source) -> Checkpoint:
         rows[name] = names.rows(
             HEAD_WEIGHT if stands_in and name == EMBEDDING_WEIGHT else name, shape
         )
-    notes = _set_aside(stored)
+    head_rows = {name: names.rows(name, shape) for name, shape in spec.mtp_shapes.items()}
+    notes: tuple[str, ...] = ()
     if spec.tied_head and names.find(HEAD_WEIGHT):
         head = names.rows(HEAD_WEIGHT, shapes[EMBEDDING_WEIGHT])
         if not _same_weights(head, rows[EMBEDDING_WEIGHT]):  # transformers unties them, too
@@ -85,6 +90,10 @@ def read_checkpoint(folder: Path, source: Source) -> Checkpoint:
     dtype = _dtype([own for name, own in rows.items() if name not in spec.net_tensors])
     if spec.tied_head:
         rows[HEAD_WEIGHT] = rows[EMBEDDING_WEIGHT]
+    if any(DTYPES.get(own.tensor.dtype) != dtype for own in head_rows.values()):
+        spec, head_rows = replace(spec, mtp=None), {}  # weights are never converted
+    notes = (*_set_aside(stored, spec), *notes)
+    rows |= head_rows
     layers = _with_net_dtypes(spec, dtype, rows)
     return Checkpoint(folder, replace(spec, dtype=dtype, layers=layers), rows, notes)
 
@@ -184,14 +193,15 @@ class _Names:
         return SubspecError(Exit.CORRUPT, message, hint)
 
 
-def _set_aside(stored: StoredTensors) -> tuple[str, ...]:
-    """A note on tensors outside the decoder: of towers for images and sound, of draft heads."""
+def _set_aside(stored: StoredTensors, spec: ModelSpec) -> tuple[str, ...]:
+    """A note on tensors that are not read: of towers for images and sound, of draft heads."""
+    read = DECODER_PARTS if spec.mtp is None else (*DECODER_PARTS, MTP)
     prefixes = sorted(PREFIXES, key=len, reverse=True)
     counts = dict[str, int]()
     for name in stored.tensors:
         prefix = next(one for one in prefixes if name.startswith(one))
         part = name.removeprefix(prefix).split(".")[0]
-        if part not in DECODER_PARTS and name not in HEADS:
+        if part not in read and name not in HEADS:
             counts[part] = counts.get(part, 0) + 1
     if not counts:
         return ()

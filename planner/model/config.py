@@ -58,6 +58,7 @@ READ = (
     "max_position_embeddings",
     "max_window_layers",
     "mlp_bias",
+    "mtp_num_hidden_layers",
     "no_rope_layer_interval",
     "no_rope_layers",
     "num_attention_heads",
@@ -128,13 +129,14 @@ def read_config(folder: Path, source: Source) -> ModelSpec:
     if config.text(field) != activation:
         raise config.unsupported(field, repr(activation))
     max_positions = reach(config)
+    layers = read_layers(config, style, max_positions)
     return ModelSpec(
         family=family,
         dtype=_dtype(decoder),
         hidden_size=config.integer("hidden_size", 1, LARGEST_WIDTH),
         vocab_size=config.integer("vocab_size", 1, LARGEST_VOCABULARY),
         max_positions=max_positions,
-        layers=read_layers(config, style, max_positions),
+        layers=layers,
         norm=NormStyle(
             config.number("rms_norm_eps", 1e-15, 1.0), style.rounds_late, style.zero_centered
         ),
@@ -144,6 +146,7 @@ def read_config(folder: Path, source: Source) -> ModelSpec:
         logits_divisor=style.logits_divisor,
         logits_cap=style.logits_cap,
         rope_in_f32=style.rope_in_f32,
+        mtp=next((one for one in layers if one.attentions), None) if style.mtp else None,
         eos_token_ids=_end_tokens(folder, config),
         source=source,
     )

@@ -13,6 +13,7 @@ from subspec.planner.model.rope import BOUNDS, ORIGINAL, rope_values
 FULL = "full_attention"
 LINEAR = "linear_attention"
 MOST_TAPS = 64
+MTP_LAYERS, MOST_MTP_LAYERS = "mtp_num_hidden_layers", 64
 MULTIPLIER = (1e-6, 1e6)  # of granite's
 CAP = (1e-3, 1e6)  # of logits
 
@@ -54,6 +55,7 @@ class Style:
     values_are_keys: bool = False  # in full layers
     output_gate: bool = False
     delta_net: DeltaNet | None = None  # of the layers that layer_types calls LINEAR
+    mtp: bool = False  # a head for the token after the next one, of a layer with attention
     interleaved_rope: bool = False
     partial_rope: bool = False
     rope_in_f32: bool = False
@@ -243,6 +245,7 @@ def _qwen3_5(config: Fields) -> Style:
         partial_rope=True,
         output_gate=True,
         delta_net=DeltaNet(key_heads, value_heads, key_size, value_size, num_taps),
+        mtp=config.has(MTP_LAYERS) and config.integer(MTP_LAYERS, 0, MOST_MTP_LAYERS) == 1,
     )
 
 
