@@ -49,6 +49,7 @@ DELTA_NET_PIECE = 32  # delta_net.cpp rounds the sizes of heads up to multiples 
 DELTA_NET_ROWS = 32  # whose inputs it widens together
 ATTENTION_SECTION = 512  # slots that attention_triton.py adds up on their own
 ATTENTION_SECTIONS = 8  # of them, at a time
+MOST_LOOKED_UP = 15  # tokens of each sequence that a draft's pass checks beside a level
 DRAFT_GROUP_BYTES = 76  # for 64 quantized activations in draft_layers.cpp
 
 
@@ -222,11 +223,12 @@ def workspace_bytes(spec: ModelSpec, device: DeviceKind, shape: Shape) -> int:
     exact = max(prompt, trees)
     if shape.draft_width is None:
         return aligned(exact) + (ALLOCATOR_BYTES if device == "cuda" else 0)
-    rows = sequences * shape.draft_width
-    draft = pass_bytes(spec, device, sequences, shape.draft_width, slots, 0, tree_rows=width)
+    rows = min(shape.draft_width + MOST_LOOKED_UP, max(shape.draft_width, width))
+    draft = pass_bytes(spec, device, sequences, rows, slots, 0, tree_rows=width)
     if device == "cpu":
-        draft = max(draft, compiled_draft_bytes(spec, sequences, shape.draft_width, slots, threads))
-    draft += 14 * rows * padded_vocabulary(spec)  # bf16 and f32 logits, sharpened f32
+        draft = max(draft, compiled_draft_bytes(spec, sequences, rows, slots, threads))
+    # Logits in bf16; those of a level in f32, and sharpened.
+    draft += sequences * (2 * rows + 12 * shape.draft_width) * padded_vocabulary(spec)
     if device == "cpu":
         return aligned(max(exact, draft))
     # Captured levels keep their temporaries.

@@ -25,6 +25,9 @@ from subspec.artifacts.model import StoredPart
 
 DeviceKind = Literal["cpu", "cuda"]
 Method = Literal["substitute", "plain"]
+# Who proposes tokens. lookup: the text itself, beside the placement of plain decoding;
+# substitute+lookup: the text, as far as the substitutes agree, and they go on.
+DrafterName = Literal["substitute", "lookup", "substitute+lookup"]
 Int4Kernel = Literal["aten", "gemlite", "w4a8"]  # w4a8: runtime/kernels/int4.cpp, on cpu
 
 

@@ -12,7 +12,7 @@ from subspec.artifacts.common.command import say
 from subspec.artifacts.common.configuration import Configured
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.sizes import format_size
-from subspec.runtime.app.opening_options import plan_options
+from subspec.runtime.app.opening_options import drafter_option, plan_options
 from subspec.runtime.app.run_options import (
     MOST_LOGPROBS,
     Options,
@@ -81,6 +81,7 @@ LARGEST_PROMPT = 16 << 20  # bytes read from stdin
 @option(
     "--unpadded", "With --no-speculation: one unpadded row per pass, the fastest.", is_flag=True
 )
+@drafter_option
 @plan_options
 @option("--context", "With --model: tokens of prompt and answer.", type=click.IntRange(min=16))
 @option("--sequences", "With --model: conversations in memory.", type=click.IntRange(1, 256))
@@ -117,7 +118,7 @@ def main(**given: Any) -> None:
     from subspec.runtime.app.folder import begin_to_read, open_folder
 
     artifact = open_folder(chosen_folder(options))
-    begin_to_read(artifact, "plain" if options.no_speculation else None)
+    begin_to_read(artifact, options.method)
     from subspec.runtime.app.opening import opened, planned_for_here, progress_line, trust_kernels
     from subspec.runtime.text.tokenizer import load_tokenizer
 

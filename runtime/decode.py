@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from subspec.artifacts.common.errors import SubspecError
-from subspec.artifacts.plan import Tree, tree_for
 from subspec.runtime.draft.beam import TokenTree, root_only
 from subspec.runtime.draft.drafter import Turn
 from subspec.runtime.exact_pass import Model, Piece, exact_logits, filled, root_row
@@ -33,9 +32,10 @@ class Round:
     """What one sequence's draft and its verification gave; of plain decoding, one pass."""
 
     emitted: list[int]  # the accepted tokens and one more
-    path: Tensor  # int64 [D + 1]: the root and the accepted nodes of the tree; then anything
+    path: Tensor  # int64 [1 + levels]: the root and the accepted nodes of the tree; then anything
     num_levels: int = 0  # drafted
     num_drafted: int = 0  # tokens, of all these levels
+    num_looked_up: int = 0  # levels that took no pass of a draft model
     logprobs: tuple[TokenLogprobs, ...] = ()  # of `emitted`, if the turn asks for them
     problem: SubspecError | None = None  # of its constraint: why nothing was emitted
 
@@ -62,8 +62,7 @@ def speculate(
         trees, calls = filled(model.plan, model.drafter.draft(turns))
     with model.clock.phase("verify"):
         logits, of_pieces = exact_logits(model, trees, calls, turns, pieces)
-        shape = tree_for(model.plan.trees, len(turns))
-        rounds = [verify(shape, *one) for one in zip(trees, logits, turns, strict=True)]
+        rounds = [verify(*one) for one in zip(trees, logits, turns, strict=True)]
         return rounds, [finish(*one) for one in zip(pieces, of_pieces, strict=True)]
 
 
@@ -114,14 +113,13 @@ def keep_piece(piece: Piece) -> None:
     piece.cache.commit(list(piece.tokens))
 
 
-def verify(shape: Tree, tree: TokenTree, logits: Tensor, turn: Turn) -> Round:
+def verify(tree: TokenTree, logits: Tensor, turn: Turn) -> Round:
     """What the exact model would say, from the root as far as the tree has it. logits [W, V].
-    shape: that the tree was drafted with.
 
     An argmax takes no time: all rows have theirs on the device. Other choices take some, and may
     depend on those before: only what is on the path is chosen.
     """
-    first, depth, chooser = turn.cache.length + 1, shape.depth, turn.chooser
+    first, depth, chooser = turn.cache.length + 1, tree.num_levels, turn.chooser
     if chooser.takes_the_best:
         verdict = accept(tree, logits.argmax(-1), depth)
     else:
@@ -142,9 +140,9 @@ def verify(shape: Tree, tree: TokenTree, logits: Tensor, turn: Turn) -> Round:
             return failed(turn, error)
         chooser.pop(verdict.num_emitted)
     emitted = verdict.emitted()
-    num_levels = (tree.num_nodes - 1) // shape.width
     told = logprobs(logits, verdict.path[: len(emitted)], emitted, turn.num_logprobs)
-    return Round(emitted, verdict.path, num_levels, tree.num_nodes - 1, told)
+    num_drafted, num_looked_up = tree.num_nodes - 1, tree.num_looked_up
+    return Round(emitted, verdict.path, tree.num_levels, num_drafted, num_looked_up, told)
 
 
 def logprobs(

@@ -24,13 +24,13 @@ from subspec.artifacts.format.prebuilt import find_prebuilt
 from subspec.artifacts.format.store import Artifact, open_artifact
 from subspec.artifacts.model import ModelSpec
 from subspec.artifacts.native import cpp, residual_cpu
-from subspec.artifacts.plan import Method, Placement, Plan, tree_for
+from subspec.artifacts.plan import DrafterName, Method, Placement, Plan, tree_for
 from subspec.runtime.clock import Clock, unrecorded
 from subspec.runtime.decode import Read, Round, decode_plainly, decode_unpadded, read, speculate
 from subspec.runtime.draft import compiled_graphs, compiled_layers, graph_pieces
 from subspec.runtime.draft.compiled_graphs import CompiledGraphs
 from subspec.runtime.draft.compiled_layers import CompiledLayers
-from subspec.runtime.draft.drafter import SubstituteDrafter, Turn
+from subspec.runtime.draft.drafter import Drafter, LookupDrafter, SubstituteDrafter, Turn
 from subspec.runtime.draft.graphs import capture_on_gpu
 from subspec.runtime.exact_pass import Model, Piece, prompt_calls, tokens_that_fit
 from subspec.runtime.kernels import gemlite_kernel, int4
@@ -64,6 +64,7 @@ class OpenOptions:
     """How a model is opened; the plan says everything else."""
 
     method: Method | None = None  # None: the plan's
+    drafter: DrafterName | None = None  # None: the substitutes, where the method has them
     # Of plain decoding: False for one row, the fastest, which is not the draft's exact twin.
     padded: bool = True
     device: str | None = None  # of several GPUs one, such as cuda:1
@@ -75,6 +76,18 @@ class OpenOptions:
         if self.link_bandwidth is not None and not self.link_bandwidth > 0:
             message = f"link_bandwidth is {self.link_bandwidth}, expected more than 0"
             raise SubspecError(Exit.USAGE, message)
+        drafts: Method = "plain" if self.drafter == "lookup" else "substitute"
+        if self.drafter is not None and self.method not in (None, drafts):
+            message = f"the drafter {self.drafter!r} does not go with the method {self.method!r}"
+            hint = f"leave the method out, or use {drafts!r}"
+            raise SubspecError(Exit.USAGE, message, hint)
+
+    def chosen(self, plan: Plan) -> tuple[Method, DrafterName | None]:
+        """The method, and who drafts."""
+        if self.drafter is not None:
+            return ("plain" if self.drafter == "lookup" else "substitute"), self.drafter
+        method = self.method or plan.method
+        return method, "substitute" if method == "substitute" else None
 
 
 class Engine:
@@ -85,6 +98,7 @@ class Engine:
         artifact: Artifact,
         options: OpenOptions,
         method: Method,
+        drafter: DrafterName | None,
         device: torch.device,
         memory: FastMemory,
         model: Model,
@@ -95,12 +109,14 @@ class Engine:
         self.artifact = artifact
         self.plan: Plan = artifact.plan
         self.method: Method = method
+        self.drafter: DrafterName | None = drafter
         self.device = device
         self.memory = memory
         self.peak = PeakMeter(memory)
         self.model = model
         # Padding makes plain decoding the draft's exact twin: a plan without a draft needs none.
-        self.padded = method != "plain" or (options.padded and self.plan.method != "plain")
+        plain = drafter is None
+        self.padded = not plain or (options.padded and self.plan.method != "plain")
         self.link_bandwidth = options.link_bandwidth
         self.num_reads = 0  # of pieces of prompts; the first one also waits for digests
         self._caches = caches  # that no sequence has
@@ -129,7 +145,10 @@ class Engine:
             artifact = open_artifact(Path(artifact))
         options = options or OpenOptions()
         plan, spec = artifact.plan, artifact.spec
-        method = options.method or plan.method
+        method, drafter_name = options.chosen(plan)
+        if drafter_name == "substitute+lookup" and spec.delta_nets:
+            message = "the drafter 'substitute+lookup' does not know this model's delta nets"
+            raise SubspecError(Exit.UNSUPPORTED, message, "use 'substitute' or 'lookup'")
         placement = plan.placement(method)
         dtype: torch.dtype = getattr(torch, spec.dtype)
         with ExitStack() as stack:
@@ -198,7 +217,9 @@ class Engine:
             weights = make_shared(spec, embedding, tensors, tables, dtype, kept)
 
             # The draft
-            drafter = None
+            drafter: Drafter | None = None
+            if drafter_name == "lookup":
+                drafter = LookupDrafter(plan.verify_width)
             if method == "substitute":
                 draft_weights = weights
                 if dtype != DRAFT_DTYPE:
@@ -215,14 +236,22 @@ class Engine:
                 if options.graphs and device.type == "cuda":
                     capture = capture_on_gpu(device)
                 drafter = SubstituteDrafter(
-                    plan.trees, plan.verify_width, draft_weights, substitutes, compiled, capture
+                    plan.trees,
+                    plan.verify_width,
+                    draft_weights,
+                    substitutes,
+                    compiled,
+                    drafter_name == "substitute+lookup",
+                    capture,
                 )
                 stack.callback(drafter.captured.clear)
                 if plan.int4_kernel == "gemlite":
                     stack.callback(gemlite_kernel.keep_tuning, device)
             model = Model(plan, weights, exact, drafter, clock)
             resources = stack.pop_all()
-        return cls(artifact, options, method, device, memory, model, caches, resources)
+        return cls(
+            artifact, options, method, drafter_name, device, memory, model, caches, resources
+        )
 
     def new_sequence(self) -> Sequence:
         """An empty sequence; close it to give its cache to another one. Raises
@@ -277,7 +306,7 @@ class Engine:
         model = self.model
         if not turns:
             return [], read(model, pieces)
-        if self.method == "substitute":
+        if model.drafter is not None:
             return speculate(model, turns, pieces)
         if self.padded:
             return decode_plainly(model, turns, pieces)
@@ -350,13 +379,20 @@ class Engine:
             yield
 
     @property
+    def drafts_as_planned(self) -> bool:
+        """Whether the plan's predictions are of what drafts here."""
+        return self.drafter in (None, "substitute")
+
+    @property
     def placement(self) -> Placement:
         return self.plan.placement(self.method)
 
     @property
     def predicted_tokens_per_second(self) -> float | None:
-        """The plan's prediction for this method; None for the padded twin, which has none."""
-        if self.method == "plain" and self.padded or self.method not in self.plan.predicted:
+        """The plan's prediction for this method; None for the padded twin and for other drafters,
+        which have none."""
+        unknown = self.method == "plain" and self.padded or not self.drafts_as_planned
+        if unknown or self.method not in self.plan.predicted:
             return None
         return self.plan.predicted[self.method].tokens_per_second
 

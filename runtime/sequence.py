@@ -58,6 +58,7 @@ class Stats:
     first_of_engine: bool = False  # its first token waited for digests too
     drafted: tuple[int, ...] = ()  # levels, by round
     drafted_tokens: int = 0  # of all levels
+    looked_up: tuple[int, ...] = ()  # levels that took no pass of a draft model, by round
     accepted: tuple[int, ...] = ()  # drafted tokens that the answer has, by round
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
@@ -225,6 +226,7 @@ class Sequence:
             stats,
             drafted=(*stats.drafted, done.num_levels),
             drafted_tokens=stats.drafted_tokens + done.num_drafted,
+            looked_up=(*stats.looked_up, done.num_looked_up),
             accepted=(*stats.accepted, min(len(done.emitted) - 1, num_kept)),
             draft_seconds=stats.draft_seconds + draft_seconds,
             verify_seconds=stats.verify_seconds + verify_seconds,

@@ -1,6 +1,6 @@
 """Which candidates the exact model accepts; pure functions of its choices.
 
-W = rows of the tree, D = depth of the plan's tree. Each node's choice is the target's own next
+W = rows of the tree, D = its levels. Each node's choice is the target's own next
 token there (argmax, or its sample), so whatever the draft proposed, what is emitted is the
 target's. A child is accepted if it is that token.
 """

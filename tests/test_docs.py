@@ -126,6 +126,7 @@ def test_the_runs_json_object_is_explained_key_by_key() -> None:
     assert set(shown["stats"]) <= set(explained)
     engine: Any = SimpleNamespace(
         method="plain",
+        drafter=None,
         plan=SimpleNamespace(budget_bytes=1),
         peak=SimpleNamespace(peak_bytes=1),
         predicted_tokens_per_second=None,

@@ -15,7 +15,7 @@ from running import answer, generated
 
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.model import Encoding
-from subspec.artifacts.plan import Company, Int4Kernel, Method, Plan, Tree
+from subspec.artifacts.plan import Company, DrafterName, Int4Kernel, Method, Plan, Tree
 from subspec.planner.model.hub import DEMO
 from subspec.runtime import decode
 from subspec.runtime.draft.beam import TokenTree
@@ -30,6 +30,7 @@ SEEDED = Sampling(temperature=0.8, top_k=0, top_p=0.95, seed=7)
 SAMPLINGS = {"greedy": GREEDY, "seeded": SEEDED}
 ENCODINGS: tuple[Encoding, ...] = ("raw", "residual")
 METHODS: tuple[Method, ...] = ("plain", "substitute")
+LOOKUPS: tuple[DrafterName, ...] = ("lookup", "substitute+lookup")
 FASTEST: Int4Kernel = "aten" if int4.unavailable() else "w4a8"
 # tree width, depth, share of the exact weights that is resident, how they are stored, the kernel
 # that drafts, and the path probability below which a draft ends early
@@ -216,22 +217,68 @@ def test_speculation_gives_the_tokens_of_plain_decoding_for_every_prompt_and_pla
             assert got == plain_answer(index, SAMPLINGS[sampling], MANY_TOKENS), f"prompt {index}"
 
 
+def twice(prompt: list[int]) -> list[int]:
+    """A prompt whose answer has something to look up."""
+    return [*prompt, *prompt]
+
+
+@pytest.mark.parametrize("plan", [PLANS[0], PLANS[3], PLANS[6]], ids=str)
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_looked_up_tokens_never_change_the_answer(
+    demos: dict[Encoding, Artifact],
+    prompts: list[list[int]],
+    widths: tuple[int, ...],
+    plan: DraftPlan,
+    sampling: str,
+) -> None:
+    artifact, how = planned(demos, plan, widths), SAMPLINGS[sampling]
+    params, given = GenerationParams(NUM_TOKENS, how), [twice(one) for one in prompts[2:5]]
+    with Engine.open(artifact, OpenOptions("plain")) as engine:
+        expected = [answer(engine, prompt, NUM_TOKENS, how) for prompt in given]
+    for drafter in LOOKUPS:
+        num_looked_up = 0
+        with Engine.open(artifact, OpenOptions(drafter=drafter)) as engine:
+            for prompt, known in zip(given, expected, strict=True):
+                with engine.new_sequence() as sequence:
+                    assert generated(sequence, prompt, params) == known, drafter
+                    num_looked_up += sum(sequence.stats.looked_up)
+        assert num_looked_up > 0, drafter
+
+
+def test_a_chain_of_levels_is_the_same_with_and_without_looked_up_tokens(
+    demos: dict[Encoding, Artifact], prompts: list[list[int]], widths: tuple[int, ...]
+) -> None:
+    """The substitute's own choice has the same bits in a pass of one row and of several."""
+    artifact = planned(demos, (1, 12, 0.5, "raw", FASTEST, 0.0), widths)
+    found = []
+    for drafter in (None, LOOKUPS[-1]):
+        how = OpenOptions(drafter=drafter)
+        with Engine.open(artifact, how) as engine, engine.new_sequence() as sequence:
+            generated(sequence, twice(prompts[3]), GenerationParams(NUM_TOKENS))
+            found.append((sequence.stats.drafted, sequence.stats.accepted))
+    assert found[0] == found[1]
+
+
 # Alone = in company
 
 
 @pytest.mark.parametrize(
-    ("method", "share", "threshold", "company"),
+    ("opened", "share", "threshold", "company"),
     [
-        ("substitute", 0.0, 0.0, ()),
-        ("substitute", 0.0, 0.0, (Company(Tree(1, 5), 0.0),)),
-        ("substitute", 1.0, 0.9, ()),
-        ("plain", 0.0, 0.0, ()),
+        (OpenOptions("substitute"), 0.0, 0.0, ()),
+        (OpenOptions("substitute"), 0.0, 0.0, (Company(Tree(1, 5), 0.0),)),
+        (OpenOptions("substitute"), 1.0, 0.9, ()),
+        (OpenOptions("plain"), 0.0, 0.0, ()),
+        (OpenOptions(drafter="lookup"), 0.0, 0.0, ()),
+        (OpenOptions(drafter="substitute+lookup"), 0.0, 0.0, (Company(Tree(1, 5), 0.0),)),
     ],
     ids=[
         "drafted, streamed",
         "drafted with fewer nodes in company",
         "drafted till improbable, resident",
         "plain, streamed",
+        "looked up",
+        "drafted and looked up",
     ],
 )
 @pytest.mark.parametrize("sampling", SAMPLINGS)
@@ -241,7 +288,7 @@ def test_sequences_that_come_and_go_get_the_tokens_that_they_get_alone(
     widths: tuple[int, ...],
     plain_answer: Answer,
     sampling: str,
-    method: Method,
+    opened: OpenOptions,
     share: float,
     threshold: float,
     company: tuple[Company, ...],
@@ -257,7 +304,7 @@ def test_sequences_that_come_and_go_get_the_tokens_that_they_get_alone(
     )  # fmt: skip
     artifact = replace(artifact, plan=replace(artifact.plan, company=company))
     whole, short = (GenerationParams(count, how) for count in (NUM_TOKENS, 16))
-    with Engine.open(artifact, OpenOptions(method)) as engine:
+    with Engine.open(artifact, opened) as engine:
         first, second = engine.new_sequence(), engine.new_sequence()
         first.begin(prompts[0], whole)
         step(engine, 2)

@@ -49,6 +49,7 @@ class Answer:
             "finish_reason": self.finish_reason,
             "logprobs": logprobs_json(self.logprobs),
             "method": engine.method,
+            "drafter": engine.drafter,
             "stats": stats_json(engine, sequence),
         }
 
@@ -134,13 +135,14 @@ def first_interrupt_noted() -> Iterator[Callable[[], bool]]:
 @contextmanager
 def recorded(engine: Engine, sequence: Sequence, how: Answering) -> Iterator[None]:
     """Add the answer of the block to the artifact's run records, also if it was interrupted, unless
-    no round was decoded."""
+    no round was decoded, or the plan says nothing about who drafts."""
     before = sequence.stats
     try:
         yield
     finally:
         stats = sequence.stats
-        if stats is not before and stats.accepted and how.record:
+        decoded = stats is not before and stats.accepted
+        if decoded and how.record and engine.drafts_as_planned:
             append_run(engine.artifact.path, run_of(engine, sequence))
 
 
@@ -195,6 +197,8 @@ def stats_json(engine: Engine, sequence: Sequence) -> dict[str, Any]:
         "rounds": rounds,
         "mean_accepted_per_round": sum(stats.accepted) / rounds if rounds else 0.0,
         "accepted_histogram": histogram(stats.accepted),
+        "drafted_levels": stats.drafted_levels,
+        "looked_up_levels": sum(stats.looked_up),
         "draft_seconds": stats.draft_seconds,
         "verify_seconds": stats.verify_seconds,
         "stream_wait_seconds": stats.stream_wait_seconds,
@@ -238,7 +242,7 @@ def stats_line(engine: Engine, sequence: Sequence) -> str:
         speed += f" at {number(stats.decode_tokens_per_second)} tokens/s"
         speed += f" (predicted {number(predicted)})" if predicted else ""
     said.append(speed)
-    if rounds and engine.method == "substitute":
+    if rounds and engine.drafter is not None:
         said.append(f"accepted {found['mean_accepted_per_round']:.1f} per round")
     if rounds and stats.streamed_bytes:
         said.append(f"streamed {short_size(stats.streamed_bytes / rounds)} per round")

@@ -16,7 +16,7 @@ from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format.prebuilt import install_prebuilt
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.native import cpp
-from subspec.artifacts.plan import Method
+from subspec.artifacts.plan import DrafterName, Method
 from subspec.artifacts.profile import UNDER_LOAD
 from subspec.runtime.app.opening_options import OpeningOptions
 from subspec.runtime.app.replan import fitted
@@ -45,11 +45,12 @@ class Opening:
     padded: bool = True
     graphs: bool = True
     sequences: int | None = None  # that the plan must have memory for; None: any number
+    drafter: DrafterName | None = None  # None: the plan's
 
     @staticmethod
     def of(options: OpeningOptions, padded: bool = True, sequences: int | None = None) -> "Opening":
         return Opening(
-            "plain" if options.no_speculation else None,
+            options.method,
             options.vram,
             not options.no_replan,
             options.device,
@@ -57,6 +58,7 @@ class Opening:
             padded,
             not options.no_graphs,
             sequences,
+            options.drafter,
         )
 
 
@@ -100,7 +102,9 @@ def opened(artifact: Artifact, how: Opening, progress: Progress) -> Iterator[Eng
 
 def open_engine(artifact: Artifact, how: Opening, progress: Progress) -> Engine:
     """Open the engine, with notes on stderr. Raises SubspecError."""
-    options = OpenOptions(how.method, how.padded, how.device, how.link_bandwidth, how.graphs)
+    options = OpenOptions(
+        how.method, how.drafter, how.padded, how.device, how.link_bandwidth, how.graphs
+    )
     started = cpu_times()
     with short_of_memory_told():
         engine = Engine.open(artifact, options, progress)

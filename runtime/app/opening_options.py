@@ -3,12 +3,13 @@
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import click
 
 from subspec.artifacts.common.command import HINT, size_option
 from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.plan import DrafterName, Method
 
 DEVICE = re.compile(r"cpu|cuda(:[0-9]{1,3})?", re.ASCII)
 # The first option of a pair needs the second.
@@ -27,6 +28,7 @@ class OpeningOptions:
     sequences: int | None = None
     rehearse: str | None = None
     no_speculation: bool = False
+    drafter: DrafterName | None = None
     no_graphs: bool = False
     vram: int | None = None
     no_replan: bool = False
@@ -34,6 +36,13 @@ class OpeningOptions:
     device: str | None = None
     link_bandwidth: int | None = None
     no_record: bool = False
+
+    @property
+    def method(self) -> Method | None:
+        """None: the plan's."""
+        if self.no_speculation or self.drafter == "lookup":
+            return "plain"
+        return None if self.drafter is None else "substitute"
 
 
 def option_with_default_of(options: type[OpeningOptions]) -> Callable[..., Decorator]:
@@ -88,12 +97,23 @@ def plan_options(command: Command) -> Command:
     return command  # fmt: skip
 
 
+def drafter_option(command: Command) -> Command:
+    return option_with_default_of(OpeningOptions)(
+        "--drafter",
+        "Who proposes tokens: the 4-bit substitute, text that stood before, or both.",
+        type=click.Choice(get_args(DrafterName)),
+    )(command)
+
+
 def check_opening(options: OpeningOptions, needs: Iterable[tuple[str, str]] = ()) -> None:
     """Raises SubspecError(USAGE) for what click cannot see. needs: pairs beyond NEEDS."""
     for flag, other in (*NEEDS, *needs):
         if is_given(options, flag) and not is_given(options, other):
             message = f"{spelled(flag)} was given without {spelled(other)}"
             raise SubspecError(Exit.USAGE, message, f"add {spelled(other)}")
+    if options.no_speculation and options.drafter is not None:
+        message = "--no-speculation and --drafter exclude each other"
+        raise SubspecError(Exit.USAGE, message, "leave one out")
     if options.model is None and options.vram and options.no_replan:
         message = "--vram and --no-replan exclude each other"
         raise SubspecError(Exit.USAGE, message, "leave one out")

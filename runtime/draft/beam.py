@@ -25,6 +25,8 @@ class TokenTree:
     ancestors: Tensor  # bool [W, W]: row i marks node i and everything above it
     depths: Tensor  # int64 [W]; the root's is 0
     num_nodes: int
+    num_levels: int = 0
+    num_looked_up: int = 0  # of them, that took no pass of a draft model
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,9 @@ def levels(
             first, device = one.tree.num_nodes, one.tree.tokens.device
             children = torch.arange(first, first + tree.width, device=device)
             last = add_level(one.tree, one.last, children, tree, some)
-            deeper = replace(one.tree, num_nodes=first + tree.width)
+            deeper = replace(
+                one.tree, num_nodes=first + tree.width, num_levels=one.tree.num_levels + 1
+            )
             grown.append(Growing(one.index, deeper, last))
         growing = grown
         yield growing

@@ -1,5 +1,5 @@
-"""Drafters propose a tree of tokens for each sequence; verification decides. The substitute is one:
-the model's own 4-bit copy, over the cache that verification shares.
+"""Drafters propose a tree of tokens for each sequence; verification decides. The substitute is the
+model's own 4-bit copy, over the cache that verification shares; lookup is the text itself.
 """
 
 import math
@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from subspec.artifacts.plan import Tree, tree_for
-from subspec.runtime.draft import compiled_graphs, compiled_layers, graphs
-from subspec.runtime.draft.beam import DraftPass, Growing, TokenTree, grow
+from subspec.runtime.draft import compiled_graphs, compiled_layers, graphs, looked_up
+from subspec.runtime.draft.beam import DraftPass, Growing, Level, TokenTree, grow, root_only
 from subspec.runtime.draft.compiled_graphs import CompiledGraphs
 from subspec.runtime.draft.compiled_layers import CompiledLayers
 from subspec.runtime.draft.delta_draft import run_draft
 from subspec.runtime.draft.graphs import Action, DraftGraphs, Replay
+from subspec.runtime.draft.lookup import as_text, continuation
 from subspec.runtime.draft.substitutes import Substitutes
 from subspec.runtime.kernels.linear import calls_of
 from subspec.runtime.model.attention import attend
@@ -56,6 +57,7 @@ class SubstituteDrafter:
     substitutes: Substitutes
     # All layers in one call, or their small operations as graphs; None: the plain twin runs.
     compiled: CompiledLayers | CompiledGraphs | None
+    looks_up: bool = False  # and checks in one pass what may follow by prompt and answer
     capture: Callable[[Action], Replay] | None = None  # of levels as CUDA graphs; None: launched
     captured: dict[Cache, DraftGraphs] = field(default_factory=dict)
 
@@ -65,7 +67,8 @@ class SubstituteDrafter:
         device = turns[0].cache.device
         roots = [torch.tensor([turn.root], device=device) for turn in turns]
         constrained = any(turn.chooser.constraint for turn in turns)
-        if self.capture is not None and len(turns) == 1 and not constrained:
+        alone = len(turns) == 1 and not (constrained or self.looks_up)
+        if self.capture is not None and alone:
             [cache] = [turn.cache for turn in turns]
             if cache not in self.captured:
                 self.captured[cache] = graphs.make_graphs(tree, num_rows, device, self.capture)
@@ -79,6 +82,9 @@ class SubstituteDrafter:
         draft_pass = self.pass_over(caches, slots)
         if constrained:
             draft_pass = within_constraints(draft_pass, turns)
+        if self.looks_up:
+            texts = [text_of(turn) for turn in turns]
+            return looked_up.grow(roots, depths, texts, tree, num_rows, draft_pass)
         return grow(roots, depths, tree, num_rows, draft_pass)
 
     def pass_over(self, caches: Sequence[Cache], slots: Sequence[TreeSlots]) -> DraftPass:
@@ -102,6 +108,31 @@ class SubstituteDrafter:
     def graph_problem(self) -> str | None:
         """Why levels are launched kernel by kernel after all."""
         return next((one.problem for one in self.captured.values() if one.problem), None)
+
+
+@dataclass(frozen=True)
+class LookupDrafter:
+    """Drafts a chain of the tokens that followed the last few where they stood before. No weights,
+    no memory."""
+
+    verify_width: int
+
+    def draft(self, turns: Sequence[Turn]) -> list[TokenTree]:
+        return [self.chain(turn) for turn in turns]
+
+    def chain(self, turn: Turn) -> TokenTree:
+        most = max(0, min(self.verify_width, turn.max_tokens) - 1)
+        tokens = continuation(text_of(turn), most)
+        root = torch.tensor([turn.root], device=turn.cache.device)
+        at_root = Level.of_root(root.device)
+        start = Growing(0, root_only(root, self.verify_width), at_root)
+        grown = looked_up.with_guess(start, tokens, width=1).tree
+        return replace(grown, num_levels=len(tokens), num_looked_up=len(tokens))
+
+
+def text_of(turn: Turn) -> str:
+    """What was said so far, to look tokens up in."""
+    return as_text([*turn.cache.tokens, turn.root])
 
 
 def within_constraints(draft_pass: DraftPass, turns: Sequence[Turn]) -> DraftPass:

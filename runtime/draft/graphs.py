@@ -96,7 +96,9 @@ def grow(
     while num_levels < depth and not (num_levels and stops(graphs.tree, graphs.last)):
         (following if num_levels else first)()
         num_levels += 1
-    return replace(graphs.grown, num_nodes=1 + graphs.tree.width * num_levels)
+    return replace(
+        graphs.grown, num_nodes=1 + graphs.tree.width * num_levels, num_levels=num_levels
+    )
 
 
 def capture_levels(graphs: DraftGraphs, live_slots: int, cache: Cache, passes: PassesOver) -> None:

@@ -14,7 +14,7 @@ import click
 from subspec.artifacts.common.command import HINT, leave
 from subspec.artifacts.common.configuration import Configured
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.runtime.app.opening_options import plan_options
+from subspec.runtime.app.opening_options import drafter_option, plan_options
 from subspec.runtime.app.run_options import finite_option
 from subspec.runtime.server.serve_options import (
     KEY_VARIABLE,
@@ -78,6 +78,7 @@ NEEDED = ("fastapi", "uvicorn", "prometheus_client", "llguidance")  # by the ext
         type=click.FloatRange(0, 1, min_open=True), callback=finite_option)  # fmt: skip
 @option("--top-k", "Of requests that do not say; 0 disables.", type=click.IntRange(min=0))
 @option("--no-speculation", "Decode plainly: the same tokens without a draft.", is_flag=True)
+@drafter_option
 @plan_options
 @option(
     "--context", "With --model: tokens of prompt and answer together.",
@@ -141,7 +142,7 @@ def begun(folder: Path, options: Options) -> "Artifact":
     from subspec.runtime.app.folder import begin_to_read, open_folder
 
     artifact = open_folder(folder)
-    begin_to_read(artifact, "plain" if options.no_speculation else None)
+    begin_to_read(artifact, options.method)
     return artifact
 
 

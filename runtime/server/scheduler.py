@@ -327,7 +327,8 @@ class Scheduler:
         )
         self._release(answer)
         try:
-            if self._record and answer.alone and sequence.stats.accepted:
+            recorded = self._record and answer.alone and engine.drafts_as_planned
+            if recorded and sequence.stats.accepted:
                 append_run(engine.artifact.path, run_of(engine, sequence))
         finally:  # the answer is whole, whatever becomes of its record
             job.put(outcome)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format.store import Artifact
+from subspec.artifacts.plan import DrafterName
 from subspec.planner.model.hub import DEMO
 from subspec.runtime.engine import Engine, OpenOptions
 from subspec.runtime.model.sampling import Chooser, Sampling
@@ -84,6 +85,20 @@ def test_a_constraint_holds_and_a_draft_within_it_changes_no_token(
         assert len(said) >= LONG and said == expected[: len(said)]
         assert sequence.finish_reason == "eos" and LONG < len(expected) <= 2 * LONG + 1
         assert sum(sequence.stats.accepted) > len(expected) // 3, "drafts were within it"
+
+
+@pytest.mark.parametrize("drafter", ["lookup", "substitute+lookup"])
+def test_looked_up_tokens_do_not_leave_a_constraint(
+    artifact: Artifact, drafter: DrafterName
+) -> None:
+    with Engine.open(artifact, OpenOptions("plain")) as engine, engine.new_sequence() as sequence:
+        expected = generated(sequence, PROMPT, params(artifact, Sampling()))
+    how, prompt = OpenOptions(drafter=drafter), [*PROMPT, *expected, *PROMPT]
+    with Engine.open(artifact, OpenOptions("plain")) as engine, engine.new_sequence() as sequence:
+        expected = generated(sequence, prompt, params(artifact, Sampling()))
+    with Engine.open(artifact, how) as engine, engine.new_sequence() as sequence:
+        assert generated(sequence, prompt, params(artifact, Sampling())) == expected
+        assert sum(sequence.stats.looked_up) > 0
 
 
 def test_constrained_and_free_answers_keep_each_other_company(artifact: Artifact) -> None:

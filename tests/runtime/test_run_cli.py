@@ -123,6 +123,8 @@ def refused(ended: Ended, code: Exit, message: str, hint: str) -> None:
         (["--logprobs", "0"], Exit.USAGE, "--logprobs was given without --json", "add --json"),
         (["--model", "demo", "--vram", "9MB"], Exit.USAGE, "--model exclude each other", "leave"),
         (["--unpadded"], Exit.USAGE, "without --no-speculation", "add --no-speculation"),
+        (["--no-speculation", "--drafter", "lookup"], Exit.USAGE, "exclude each other", "leave"),
+        (["--drafter", "eagle"], Exit.USAGE, "'eagle' is not one of", "--help"),
         (["--raw", "--system", "s"], Exit.USAGE, "exclude each other", "leave one out"),
         (["--chat", "--json"], Exit.USAGE, "exclude each other", "leave one out"),
         (["--chat", "--raw"], Exit.USAGE, "exclude each other", "leave one out"),

@@ -26,6 +26,7 @@ from subspec.runtime.text.tokenizer import load_tokenizer
 STATS = {
     "prompt_tokens", "reused_tokens", "generated_tokens", "decode_tokens_per_second",
     "time_to_first_token_seconds", "rounds", "mean_accepted_per_round", "accepted_histogram",
+    "drafted_levels", "looked_up_levels",
     "draft_seconds", "verify_seconds", "stream_wait_seconds", "streamed_bytes", "fast_peak_bytes",
     "budget_bytes", "process_peak_bytes", "predicted_tokens_per_second",
 }  # fmt: skip
@@ -62,10 +63,12 @@ def test_json_is_one_object_with_the_documented_keys(artifact: Path, capsys: Cap
     assert ended.out.count("\n") == 1 and ended.out.isascii()
     assert set(found) == {
         "schema", "text", "token_ids", "prompt_token_ids", "finish_reason", "logprobs", "method",
-        "stats",
+        "drafter", "stats",
     }  # fmt: skip
     assert set(found["stats"]) == STATS
-    assert found["schema"] == "subspec.run/1" and found["method"] == "substitute"
+    assert (
+        found["schema"] == "subspec.run/1" and found["method"] == found["drafter"] == "substitute"
+    )
     assert found["finish_reason"] == "length" and len(found["token_ids"]) == 6
     text = load_tokenizer(artifact / "tokenizer")
     assert found["text"] == text.tokenizer.decode(found["token_ids"])
@@ -74,6 +77,19 @@ def test_json_is_one_object_with_the_documented_keys(artifact: Path, capsys: Cap
     assert stats["generated_tokens"] == 6 and stats["prompt_tokens"] == 24
     assert sum(stats["accepted_histogram"]) == stats["rounds"] > 0
     assert 0 < stats["fast_peak_bytes"] <= stats["budget_bytes"] < stats["process_peak_bytes"]
+
+
+@pytest.mark.parametrize("drafter", ["lookup", "substitute+lookup"])
+def test_another_drafter_gives_the_same_tokens_and_is_not_compared_with_the_plan(
+    artifact: Path, capsys: Capture, drafter: str
+) -> None:
+    words, before = (artifact, QUESTION, "--max-tokens", 6, "--json"), read_runs(artifact)
+    flags = ("--drafter", drafter)
+    plain, found = (json.loads(run(capsys, *words, *how).out) for how in (("--no-record",), flags))
+    assert found["token_ids"] == plain["token_ids"] and found["drafter"] == drafter
+    assert found["method"] == ("plain" if drafter == "lookup" else "substitute")
+    assert found["stats"]["predicted_tokens_per_second"] is None
+    assert len(read_runs(artifact)) == len(before)
 
 
 def test_plain_decoding_gives_the_same_tokens_and_says_so(artifact: Path, capsys: Capture) -> None:
@@ -231,6 +247,8 @@ def fakes(ids: list[int], after: Any = lambda: None) -> tuple[Any, Any]:
         plan=SimpleNamespace(context=256, budget_bytes=1),
         peak=SimpleNamespace(peak_bytes=1),
         method="plain",
+        drafter=None,
+        drafts_as_planned=True,
         predicted_tokens_per_second=None,
     )
     return engine, sequence

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from table_drafts import V, random_table, same, table_draft
 from torch import Tensor
 
 from subspec.artifacts.plan import Tree
 from subspec.runtime.draft.beam import (
-    DraftPass,
     Growing,
     Level,
     TokenTree,
@@ -20,22 +20,6 @@ from subspec.runtime.draft.beam import (
     root_only,
     stops,
 )
-
-V = 11  # vocabulary
-
-
-def table_draft(*tables: Tensor) -> DraftPass:
-    """Drafts whose logits depend on the node's token only: row t of a table [V, V] of the
-    sequence's own."""
-
-    def run(growing: Sequence[Growing]) -> Tensor:
-        return torch.cat([tables[one.index][one.tree.tokens[one.last.nodes]] for one in growing])
-
-    return run
-
-
-def random_table(seed: int, sharpness: float = 3.0) -> Tensor:
-    return torch.randn(V, V, generator=torch.Generator().manual_seed(seed)) * sharpness
 
 
 def one_tree(root: int, tree: Tree, padded: int, table: Tensor) -> TokenTree:
@@ -49,14 +33,6 @@ def never(growing: Growing) -> bool:
 
 def path_of(tree: TokenTree, node: int) -> list[int]:
     return tree.tokens[tree.ancestors[node]].tolist()  # type: ignore[no-any-return]
-
-
-def same(got: TokenTree, expected: TokenTree) -> bool:
-    pairs = [
-        (getattr(got, name), getattr(expected, name))
-        for name in ("tokens", "parents", "depths", "ancestors")
-    ]
-    return got.num_nodes == expected.num_nodes and all(torch.equal(*pair) for pair in pairs)
 
 
 # ---- one tree -----------------------------------------------------------------------------------

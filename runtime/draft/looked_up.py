@@ -1,0 +1,122 @@
+"""Grows trees of which the draft model checks looked-up tokens: several levels in one pass where
+it agrees with them, and level after level elsewhere, as `grow` of beam.py.
+
+k = beam width, V = vocabulary
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from subspec.artifacts.footprint import MOST_LOOKED_UP
+from subspec.artifacts.plan import Tree
+from subspec.runtime.draft.beam import (
+    DraftPass,
+    Growing,
+    Level,
+    TokenTree,
+    add_level,
+    root_only,
+    stops,
+)
+from subspec.runtime.draft.lookup import as_text, continuation
+
+# Of the probability of a level, that its likeliest path has at least where the others are given up.
+CLEAR = 0.8
+
+
+def grow(
+    roots: Sequence[Tensor],
+    depths: Sequence[int],
+    texts: Sequence[str],
+    tree: Tree,
+    verify_width: int,
+    draft_pass: DraftPass,
+) -> list[TokenTree]:
+    """A tree for each root int64 [1], as `grow` of beam.py. texts: up to each root, one character
+    per token."""
+    trees = [root_only(root, verify_width) for root in roots]
+    growing = [
+        Growing(index, one, Level.of_root(one.tokens.device)) for index, one in enumerate(trees)
+    ]
+    while growing := [
+        one
+        for one in growing
+        if one.tree.num_levels < depths[one.index]
+        and not (one.tree.num_levels and stops(tree, one.last))
+    ]:
+        guesses = [
+            guess(one, texts[one.index], depths[one.index] - one.tree.num_levels - 1)
+            for one in growing
+        ]
+        asked = [with_guess(*some, tree.width) for some in zip(growing, guesses, strict=True)]
+        logits = draft_pass(asked).split([len(one.last.nodes) for one in asked])
+        growing = [
+            deepened(one, tokens, tree, some)
+            for one, tokens, some in zip(growing, guesses, logits, strict=True)
+        ]
+        for one in growing:
+            trees[one.index] = one.tree
+    for finished in trees:
+        pad(finished)
+    return trees
+
+
+def pad(tree: TokenTree) -> None:
+    """Makes the rows beyond the nodes copies of the root again, where guesses were."""
+    tree.tokens[tree.num_nodes :] = tree.tokens[0]
+    tree.parents[tree.num_nodes :].zero_()
+    tree.depths[tree.num_nodes :].zero_()
+    tree.ancestors[tree.num_nodes :].zero_()
+    tree.ancestors[tree.num_nodes :, 0].fill_(True)
+
+
+def guess(one: Growing, text: str, room: int) -> list[int]:
+    """Looked-up tokens below the likeliest node of the last level, `room` at most."""
+    path = one.tree.tokens[one.tree.ancestors[one.last.nodes[0]]].tolist()[1:]  # without the root
+    return continuation(text + as_text(path), min(room, MOST_LOOKED_UP))
+
+
+def with_guess(one: Growing, tokens: Sequence[int], width: int) -> Growing:
+    """The tree with the tokens as a chain below its last level's first node, each where the first
+    node of its level will be; `last.nodes` are those of the level and then of the chain."""
+    if not tokens:
+        return one
+    tree, device = one.tree, one.tree.tokens.device
+    chain = torch.arange(len(tokens), device=device) * width + tree.num_nodes
+    above = torch.cat((one.last.nodes[:1], chain[:-1]))
+    tree.tokens[chain] = torch.tensor(tokens, device=device)
+    tree.parents[chain] = above
+    tree.depths[chain] = torch.arange(1, len(tokens) + 1, device=device) + tree.num_levels
+    lines = tree.ancestors[one.last.nodes[0]].repeat(len(tokens), 1)
+    lines[:, chain] = torch.ones(len(tokens), len(tokens), dtype=torch.bool, device=device).tril()
+    tree.ancestors[chain] = lines
+    asked = replace(tree, num_nodes=tree.num_nodes + width * len(tokens))
+    nodes = torch.cat((one.last.nodes, chain))
+    return Growing(one.index, asked, Level(nodes, one.last.scores))
+
+
+def deepened(one: Growing, tokens: Sequence[int], tree: Tree, logits: Tensor) -> Growing:
+    """The tree with the levels that the logits give: of the last level, and then of each looked-up
+    token that is clearly the likeliest."""
+    num_nodes = len(one.last.nodes)
+    above = one.last.nodes[0]
+    one = with_level(one, one.last, tree, logits[:num_nodes])
+    for token, row in zip(tokens, logits[num_nodes:], strict=True):
+        first = one.last.nodes[0]
+        agreed = (one.tree.tokens[first] == token) & (one.tree.parents[first] == above)
+        if not agreed or one.last.scores[0].exp() < CLEAR * one.last.scores.exp().sum():
+            break
+        above = first
+        one = with_level(one, Level(first[None], one.last.scores[:1]), tree, row[None])
+        one = replace(one, tree=replace(one.tree, num_looked_up=one.tree.num_looked_up + 1))
+    return one
+
+
+def with_level(one: Growing, last: Level, tree: Tree, logits: Tensor) -> Growing:
+    first = one.tree.num_nodes
+    children = torch.arange(first, first + tree.width, device=one.tree.tokens.device)
+    grown = replace(one.tree, num_nodes=first + tree.width, num_levels=one.tree.num_levels + 1)
+    return Growing(one.index, grown, add_level(one.tree, last, children, tree, logits))
