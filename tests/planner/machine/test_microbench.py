@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from toys import make_spec
 
+from subspec.artifacts.model import ModelSpec
 from subspec.artifacts.profile import LIVE_TOKENS, SHORTEST, Timing
 from subspec.planner.machine import microbench
 from subspec.planner.machine.microbench import (
@@ -98,3 +99,28 @@ def test_more_tokens_never_take_less_time() -> None:
         (Timing(1, 2.5, 4.0), Timing(8, 4.0, 7.0)),
     )
     assert difference(near, far) == (Timing(1, 0.5, 4.0), Timing(8, SHORTEST, 7.0))
+
+
+@torch.inference_mode()
+def test_torch_compiles_nothing_that_is_served_or_not_wanted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def compiled(spec: ModelSpec) -> None:
+        raise AssertionError("nothing is compiled")
+
+    monkeypatch.setattr(microbench, "compile_graphs", compiled)
+    bench = Bench(SMALL, CPU, HASTY)
+    kernel, substitutes = bench.faster_kernel()
+    if kernel == "w4a8":  # draft_layers.cpp serves
+        assert bench.faster_graphs(substitutes) is None
+    unwanted = Bench(replace(SMALL, rope_in_f32=True), CPU, replace(HASTY, compiles_graphs=False))
+    _, substitutes = unwanted.faster_kernel()
+    assert unwanted.faster_graphs(substitutes) is None
+
+
+@torch.inference_mode()
+def test_a_compiler_that_fails_leaves_the_draft_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(microbench, "compile_graphs", lambda spec: "there is no compiler")
+    bench = Bench(replace(SMALL, rope_in_f32=True), CPU, HASTY)
+    _, substitutes = bench.faster_kernel()
+    assert bench.faster_graphs(substitutes) is None
