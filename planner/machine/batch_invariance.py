@@ -101,7 +101,10 @@ def rows_at(cache: Cache, rows: Tensor, index: int) -> Rows:
     slot_positions = live.clone()
     slot_positions[slots] = positions
     visible = (live < length) | (live == slots[:, None])
-    alone = TreeNodes(rows, rows, visible, rows[:, None], tree_paths([-1] * width, cache.num_taps))
+    alone = None
+    if cache.nets:
+        paths = tree_paths([-1] * width, cache.num_taps)
+        alone = TreeNodes(rows, rows, visible, rows[:, None], paths)
     return Rows(
         rows,
         positions,
@@ -110,7 +113,7 @@ def rows_at(cache: Cache, rows: Tensor, index: int) -> Rows:
         visible,
         cache,
         attend_batch_invariant,
-        alone if cache.nets else None,
+        alone,
     )
 
 
