@@ -78,6 +78,7 @@ class Shape:
     head_rows: int  # of each sequence, whose logits a prompt's pass computes
     ring: Ring | None = None  # None: nothing streams
     scratch_bytes: int | None = None  # for one decoded part; None: nothing is decoded at its use
+    decodes_residuals: bool = False  # at their use
 
 
 def aligned(num_bytes: int) -> int:
@@ -99,7 +100,7 @@ def make_ledger(
 ) -> Ledger:
     """Ledger of everything except resident exact weights."""
     # A residual is decoded with its substitute, even if there is no draft.
-    needs_substitutes = shape.draft_width is not None or shape.scratch_bytes is not None
+    needs_substitutes = shape.draft_width is not None or shape.decodes_residuals
     return Ledger(
         substitutes=substitutes_bytes(spec, kernel) if needs_substitutes else 0,
         norms=norms_bytes(spec),
@@ -138,8 +139,9 @@ def substitutes_bytes(spec: ModelSpec, kernel: Int4Kernel) -> int:
 
 @lru_cache(maxsize=8)
 def norms_bytes(spec: ModelSpec) -> int:
-    """Size of norms, biases and matrices without a substitute."""
-    return sum(aligned(size) for size in spec.resident_bytes.values())
+    """Size of norms, biases, matrices without a substitute, and the scales of FP8 matrices."""
+    tensors = sum(aligned(size) for size in spec.resident_bytes.values())
+    return tensors + sum(aligned(prod(shape) * 4) for shape in spec.scale_shapes.values())
 
 
 def tables_bytes(spec: ModelSpec, shape: Shape) -> int:
@@ -203,7 +205,8 @@ def memory_bytes(spec: ModelSpec, net: DeltaNet) -> int:
 def model_bytes(spec: ModelSpec) -> int:
     """Size of the checkpoint's weights."""
     small = sum(spec.resident_bytes.values())
-    matrices = sum(part.num_bytes for part in spec.parts)
+    small += sum(prod(shape) for shape in spec.scale_shapes.values()) * 4
+    matrices = sum(part.plain_bytes for part in spec.parts)
     embedding = spec.embedding_bytes
     return small + matrices + (0 if spec.tied_head else embedding)
 

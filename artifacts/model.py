@@ -21,7 +21,10 @@ PART_ROWS = 64  # parts begin at multiples of it; kernels tile rows by 64 at mos
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 DType = Literal["bfloat16", "float16", "float32"]
-Encoding = Literal["raw", "residual"]  # the checkpoint's bytes, or their residual (residual.py)
+# How a part is stored: the checkpoint's bytes, or their residual (residual.py); of a matrix that
+# the checkpoint has in FP8, its codes (fp8.py), or their residual (fp8_residual.py).
+Encoding = Literal["raw", "residual", "fp8", "fp8-residual"]
+RESIDUALS: tuple[Encoding, ...] = ("residual", "fp8-residual")
 
 Size = Annotated[int, Between(1, 1 << 20)]  # of features, heads
 Positions = Annotated[int, Between(1, 1 << 30)]
@@ -204,6 +207,14 @@ class Source:
 
 
 @dataclass(frozen=True)
+class ScaleBlock:
+    """Weights of an FP8 matrix that share one scale; blocks are counted from its first weight."""
+
+    rows: Annotated[int, Between(1, 1 << 24)]
+    columns: Size  # a multiple of GROUP_SIZE
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     family: str  # informative: no code depends on it
     dtype: DType
@@ -222,6 +233,8 @@ class ModelSpec:
     # artifact has its weights, which are in no pass of the model's own.
     mtp: LayerSpec | None = None
     eos_token_ids: tuple[int, ...] = ()
+    # Matrices that the checkpoint has in FP8, by name. All others, and what is computed: `dtype`.
+    fp8: dict[str, ScaleBlock] = field(default_factory=dict)
     source: Source = field(default_factory=lambda: Source(""))
 
     def __hash__(self) -> int:
@@ -270,14 +283,26 @@ class ModelSpec:
     @cached_property
     def linears(self) -> tuple["Linear", ...]:
         """Every matrix product of a forward pass in execution order, the head last."""
-        found = [
-            Linear(f"{layer_name(index)}.{name}", index, place, *shape, stays_exact=exact)
-            for index, layer in enumerate(self.layers)
-            for place, (name, (shape, exact)) in enumerate(_linear_shapes(self, layer).items())
-        ]
+        found = []
+        for index, layer in enumerate(self.layers):
+            for place, (name, (shape, exact)) in enumerate(_linear_shapes(self, layer).items()):
+                full = f"{layer_name(index)}.{name}"
+                own = self.fp8.get(full)
+                found.append(Linear(full, index, place, *shape, stays_exact=exact, fp8=own))
         padding = -self.vocab_size % PART_ROWS
         rows = self.vocab_size + padding
-        found.append(Linear(HEAD, self.num_layers, 0, rows, self.hidden_size, False, padding))
+        found.append(
+            Linear(
+                HEAD,
+                self.num_layers,
+                0,
+                rows,
+                self.hidden_size,
+                False,
+                padding,
+                fp8=self.fp8.get(HEAD),
+            )
+        )
         return tuple(found)
 
     @cached_property
@@ -367,6 +392,12 @@ class ModelSpec:
             found |= {f"{layer}.{name}.weight": (size,) for name, size in sizes.items()}
         return found | {f"{MTP_FINAL_NORM}.weight": (hidden,)}
 
+    @cached_property
+    def scale_shapes(self) -> dict[str, tuple[int, int]]:
+        """Tensor name -> shape of the f32 scales of FP8 matrices, in execution order; they are
+        always resident."""
+        return {f"{one.name}.fp8_scale": one.scale_shape for one in self.linears if one.fp8}
+
     @property
     def embedding_bytes(self) -> int:
         """Size of the embedding matrix, which is in slow memory."""
@@ -385,6 +416,14 @@ class Linear:
     has_bias: bool
     padding_rows: int = 0  # zero rows of a head, up to a multiple of PART_ROWS
     stays_exact: bool = False  # small, and its errors would add up along a text
+    fp8: ScaleBlock | None = None  # None: the checkpoint has it in the model's dtype
+
+    @property
+    def scale_shape(self) -> tuple[int, int]:
+        """Of the f32 scales of an FP8 matrix."""
+        assert self.fp8 is not None
+        rows, columns = self.fp8.rows, self.fp8.columns
+        return -(-self.out_features // rows), -(-self.in_features // columns)
 
     @property
     def num_weights(self) -> int:
@@ -396,6 +435,12 @@ class Linear:
         not, the exact matrix is resident, and draft and verification share it."""
         fits = self.in_features % GROUP_SIZE == 0 and self.out_features % 16 == 0
         return fits and not self.stays_exact
+
+    @property
+    def can_be_fp8(self) -> bool:
+        """Whether the two FP8 encodings support this shape. If not, what a checkpoint has in FP8 is
+        multiplied out while an artifact is built."""
+        return self.has_substitute and self.out_features % PART_ROWS == 0 and not self.padding_rows
 
     @property
     def substitute_bytes(self) -> int:
@@ -410,7 +455,7 @@ class Part:
     linear: Linear
     first_row: int
     num_rows: int
-    num_bytes: int  # exact weights, without padding
+    num_bytes: int  # of the exact weights, as they are multiplied; without padding
 
     @property
     def name(self) -> str:
@@ -425,6 +470,20 @@ class Part:
     @property
     def num_weights(self) -> int:
         return self.num_rows * self.linear.in_features
+
+    @property
+    def plain_encoding(self) -> Encoding:
+        """The one that is not a residual."""
+        return "fp8" if self.linear.fp8 else "raw"
+
+    @property
+    def residual_encoding(self) -> Encoding:
+        return "fp8-residual" if self.linear.fp8 else "residual"
+
+    @property
+    def plain_bytes(self) -> int:
+        """Size as the checkpoint has it, without padding."""
+        return self.num_weights if self.linear.fp8 else self.num_bytes
 
     @property
     def can_be_residual(self) -> bool:
@@ -447,6 +506,10 @@ class StoredPart:
     @property
     def padded_bytes(self) -> int:
         return padded(self.num_bytes)
+
+    @property
+    def is_residual(self) -> bool:
+        return self.encoding in RESIDUALS
 
 
 def layer_name(index: int) -> str:

@@ -1,10 +1,12 @@
 """Profile: measurements of a machine with the runtime's own kernels, at a model's shapes."""
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Annotated
 
 from subspec.artifacts.common.bounds import Between, Count, Length, Threads, VerifyWidths
+from subspec.artifacts.model import Encoding
 from subspec.artifacts.plan import DeviceKind, Int4Kernel
 
 FASTEST = 1e15  # bytes or weights a second
@@ -84,6 +86,9 @@ class Profile:
     corrections: Corrections = Corrections()
     # The draft's small operations were timed compiled by torch (graphs/), which is faster.
     draft_graphs: bool = False
+    # Of a model that has weights in FP8; else 0.
+    fp8_residual_weights_per_second: Rate = 0.0  # decoded from residuals
+    fp8_weights_per_second: Rate = 0.0  # FP8 codes, multiplied by their scales
     # Share of the CPUs' time that was other programs' meanwhile, or a host's other guests'.
     others_cpu_share: Annotated[float, Between(0, 1)] = 0.0
 
@@ -91,6 +96,16 @@ class Profile:
     def under_load(self) -> bool:
         """Whether other programs made the figures too slow. A GPU's hardly depend on the CPUs."""
         return self.device == "cpu" and self.others_cpu_share > UNDER_LOAD
+
+    def decode_rate(self, encoding: Encoding) -> float:
+        """Weights per second from an encoding to what is multiplied."""
+        if encoding == "raw":
+            return math.inf
+        return {
+            "residual": self.residual_weights_per_second,
+            "fp8-residual": self.fp8_residual_weights_per_second,
+            "fp8": self.fp8_weights_per_second,
+        }[encoding]
 
     def link_rate(self, block_bytes: int) -> float:
         """Bytes per second of the largest measured block size up to `block_bytes`."""

@@ -23,7 +23,7 @@ from subspec.artifacts.footprint import ROWS_IN_COMPANY, cache_slots, checkpoint
 from subspec.artifacts.format.prebuilt import find_prebuilt
 from subspec.artifacts.format.store import Artifact, open_artifact
 from subspec.artifacts.model import ModelSpec
-from subspec.artifacts.native import cpp, residual_cpu
+from subspec.artifacts.native import cpp, fp8_cpu, residual_cpu
 from subspec.artifacts.plan import DrafterName, Method, Placement, Plan, tree_for
 from subspec.runtime.clock import Clock, unrecorded
 from subspec.runtime.decode import Read, Round, decode_plainly, decode_unpadded, read, speculate
@@ -191,7 +191,7 @@ class Engine:
                 biases_of(spec, tensors),
                 streamed,
                 make_residual_decoder(
-                    spec, stored, placement, packed, memory, plan.num_threads, record
+                    spec, stored, placement, packed, tensors, memory, plan.num_threads, record
                 ),
                 record,
             )
@@ -488,8 +488,10 @@ def needed_kernels(spec: ModelSpec, plan: Plan, method: Method) -> list[Kernel]:
     found: list[Kernel] = [(attention.SOURCE, attention.unavailable)]
     if spec.delta_nets:
         found.append((delta_net.SOURCE, delta_net.unavailable))
-    if plan.residuals:
+    if any(name.partition("[")[0] not in spec.fp8 for name in plan.residuals):
         found.append((residual_cpu.SOURCE, residual_cpu.unavailable))
+    if spec.fp8:
+        found.append((fp8_cpu.SOURCE, fp8_cpu.unavailable))
     if plan.int4_kernel == "w4a8" and (plan.residuals or method == "substitute"):
         found.append((int4.SOURCE, int4.unavailable))
     if plan.int4_kernel == "w4a8" and method == "substitute":

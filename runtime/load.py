@@ -15,11 +15,12 @@ from torch import Tensor
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.footprint import packed_bytes
+from subspec.artifacts.format.fp8 import Scales, scales_of
 from subspec.artifacts.format.prebuilt import find_prebuilt
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.format.tensors import StoredTensor, TensorFile, read_header
 from subspec.artifacts.model import EMBEDDING, PAGE_BYTES, Linear, ModelSpec, Part, StoredPart
-from subspec.artifacts.native import cpp, residual_cpu
+from subspec.artifacts.native import cpp, fp8_cpu, residual_cpu
 from subspec.artifacts.plan import Block, Int4Kernel, Placement, Plan, make_blocks
 from subspec.runtime.clock import Record, unrecorded
 from subspec.runtime.draft.substitutes import Substitutes
@@ -36,7 +37,7 @@ from subspec.runtime.model.embedding import FileRows, MappedRows
 from subspec.runtime.stream.digests import Digests, compare_digest
 from subspec.runtime.stream.link import DirectFile, DiskLink, HostLink
 from subspec.runtime.stream.residual_decoder import ResidualDecoder
-from subspec.runtime.stream.ring import Ring
+from subspec.runtime.stream.ring import Ring, view_of
 
 DRAFT_DTYPE = torch.bfloat16  # what the 4-bit kernels take
 TORCH_DTYPES = {
@@ -70,11 +71,14 @@ class WeightFiles(Protocol):
 
 
 def place_tensors(spec: ModelSpec, memory: FastMemory, files: WeightFiles) -> dict[str, Tensor]:
-    """Norms, biases and matrices without a substitute, by name."""
+    """Norms, biases, matrices without a substitute and scales of FP8 matrices, by name."""
     found = {}
     for name, shape in spec.resident_shapes.items():
         dtype: torch.dtype = getattr(torch, spec.resident_dtype(name))
         found[name] = memory.take_tensor("norms", shape, dtype)
+        files.read_tensor(name, found[name])
+    for name, of_scales in spec.scale_shapes.items():
+        found[name] = memory.take_tensor("norms", of_scales, torch.float32)
         files.read_tensor(name, found[name])
     return found
 
@@ -106,7 +110,8 @@ def place_resident(
     files: WeightFiles,
     progress: Progress = lambda stage, share: None,
 ) -> dict[str, Tensor]:
-    """What stays of the exact weights, by part: [rows, K], or uint8 [bytes] of a residual."""
+    """What stays of the exact weights, by part: as `view_of` gives them; a residual that is decoded
+    while loading as if it were stored plainly."""
     ready, residuals = set(placement.resident), set(placement.residuals)
     chosen = [part for part in stored if part.name in ready | residuals]
     dtype: torch.dtype = getattr(torch, spec.dtype)
@@ -117,19 +122,28 @@ def place_resident(
             files.read_stored(one, room)
             found[one.name] = room[: one.num_bytes]
         else:
-            room = memory.take("resident", one.part.padded_bytes, PAGE_BYTES)
-            exact = room[: one.part.num_bytes].view(dtype).view(one.part.num_rows, -1)
-            if one.encoding == "raw":
-                files.read_stored(one, room)
+            plain = StoredPart(one.part, one.part.plain_encoding, one.part.plain_bytes)
+            room = memory.take("resident", plain.padded_bytes, PAGE_BYTES)
+            found[one.name] = view_of(plain, room, dtype)
+            if one.is_residual:
+                files.read_exact(one, found[one.name])
             else:
-                files.read_exact(one, exact)
-            found[one.name] = exact
+                files.read_stored(one, room)
         progress("loading exact weights", (index + 1) / len(chosen))
     return found
 
 
 def biases_of(spec: ModelSpec, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {one.name: tensors[f"{one.name}.bias"] for one in spec.linears if one.has_bias}
+
+
+def scales_by_name(spec: ModelSpec, tensors: dict[str, Tensor]) -> dict[str, Scales]:
+    """Of every FP8 matrix, by its name."""
+    return {
+        one.name: scales_of(one, tensors[f"{one.name}.fp8_scale"])
+        for one in spec.linears
+        if one.fp8
+    }
 
 
 def unplaced_weights(spec: ModelSpec, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -158,18 +172,20 @@ def make_residual_decoder(
     stored: Sequence[StoredPart],
     placement: Placement,
     packed: dict[str, Int4Weight],
+    tensors: dict[str, Tensor],
     memory: FastMemory,
     num_threads: int,
     record: Record = unrecorded,
 ) -> ResidualDecoder | None:
-    """None: no weight is decoded at its use."""
+    """None: no weight is decoded at its use. FP8 weights always are."""
     ready = set(placement.resident)
-    coded = [p for p in stored if p.encoding == "residual" and p.name not in ready]
+    coded = [p for p in stored if p.part.linear.fp8 or (p.is_residual and p.name not in ready)]
     if not coded:
         return None
     largest = max(p.part.padded_bytes for p in coded)
     return ResidualDecoder(
         packed,
+        scales_by_name(spec, tensors),
         memory.take("scratch", largest, PAGE_BYTES),
         getattr(torch, spec.dtype),
         num_threads,
@@ -244,6 +260,7 @@ class ArtifactWeights:
                     pack_rows(weight, first, piece)
                 whole = read_whole(file, qparams)
             digest.update(bytes_of(whole.view(-1).view(torch.uint8)))
+            digest.update(self._scale_bytes(linear))
             pack_qparams(weight, whole)
             compare_digest(linear.name, digest.hexdigest(), expected)
 
@@ -258,7 +275,8 @@ class ArtifactWeights:
             target.copy_(host)
 
     def read_exact(self, stored: StoredPart, target: Tensor) -> None:
-        """A residual is decoded once and for all over the substitute as the artifact stores it."""
+        """A residual is decoded once and for all over the substitute as the artifact stores it, of
+        an FP8 matrix to its FP8 codes."""
         part = stored.part
         host = host_buffer(stored.padded_bytes)
         with self._exact_file() as file:
@@ -267,7 +285,13 @@ class ArtifactWeights:
         self._loading.finish()  # a residual is decoded only over what it was made for
         on_cpu = target.device.type == "cpu"
         out = target if on_cpu else torch.empty(target.shape, dtype=target.dtype)
-        residual_cpu.decode_any(host[: stored.num_bytes], codes, qparams, out, self._num_threads)
+        own = host[: stored.num_bytes]
+        if part.linear.fp8:
+            scales = scales_of(part.linear, self._scales(part.linear), part.first_row)
+            bare = out.view(torch.uint8)
+            fp8_cpu.decode_any(own, codes, qparams, scales, bare, self._num_threads)
+        else:
+            residual_cpu.decode_any(own, codes, qparams, out, self._num_threads)
         if not on_cpu:
             target.copy_(out)
 
@@ -353,10 +377,21 @@ class ArtifactWeights:
                 for _, piece in row_pieces(file, codes, max(1, PIECE_BYTES // half)):
                     digest.update(bytes_of(piece.view(-1)))
                 digest.update(bytes_of(whole.view(-1).view(torch.uint8)))
+                digest.update(self._scale_bytes(part.linear))
                 expected = self._substitute_digests[part.linear.name]
                 compare_digest(part.linear.name, digest.hexdigest(), expected)
                 self._checked.add(part.linear.name)
         return own, whole[:, rows]
+
+    def _scales(self, linear: Linear) -> Tensor:
+        """The scales of an FP8 matrix on the host, as stored."""
+        name = "resident.safetensors"
+        with TensorFile(self._path / name) as file:
+            return read_whole(file, self._header(name)[f"{linear.name}.fp8_scale"])
+
+    def _scale_bytes(self, linear: Linear) -> memoryview | bytes:
+        """For the digest of the substitute."""
+        return bytes_of(self._scales(linear).view(-1).view(torch.uint8)) if linear.fp8 else b""
 
     def _read_part(self, file: DirectFile, part: StoredPart, host: Tensor) -> None:
         file.read_into(host, self._entries[part.name].offset)
@@ -369,7 +404,7 @@ class ArtifactWeights:
             part.name,
             host[: part.num_bytes],
             self._entries[part.name].digest,
-            substitute if part.encoding == "residual" else None,
+            substitute if part.is_residual else None,
         )
 
     def _check_block(self, block: Block, memory: Tensor) -> Callable[[], None]:

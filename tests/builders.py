@@ -52,6 +52,8 @@ PROFILE = Profile(
     int4_kernel="aten",
     batch_invariant_widths=((8, 16, 24, 32, 48, 64),),
     residual_weights_per_second=1e9,
+    fp8_residual_weights_per_second=1e9,
+    fp8_weights_per_second=4e9,
 )
 
 
@@ -79,8 +81,8 @@ def make_plan(
     verify_widths = verify_widths or (-(-(1 + width * depth) // 8) * 8,)
     prefill_tokens = max(context, verify_widths[0])
     stay = choose_resident(storage, int(storage.num_bytes * resident_share))
-    resident = [part for part in stay if part.encoding == "raw"]
-    residuals = [part for part in stay if part.encoding == "residual"]
+    resident = [part for part in stay if not part.is_residual]
+    residuals = [part for part in stay if part.is_residual]
     streams = len(stay) < len(storage.parts)
     ring = Ring(storage.largest_part, num_slots) if streams else None
     kind: DeviceKind = "cuda" if device == "cuda" else "cpu"
@@ -96,6 +98,7 @@ def make_plan(
             verify_widths[0],
             ring,
             storage.scratch_bytes or None,
+            storage.coded_weights > 0,
         )
         purposes = replace(
             make_ledger(spec, kind, int4_kernel, shape, 0, 0),

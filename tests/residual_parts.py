@@ -88,3 +88,23 @@ def in_layout(codes: Tensor, tile_rows: int) -> Tensor:
         return words.transpose(1, 2).contiguous()
     halves = codes.view(num_rows // tile_rows, 2, tile_rows // 2, num_columns)
     return (halves[:, 0] | halves[:, 1] << 4).transpose(1, 2).contiguous()
+
+
+def aten_layout(codes: Tensor, inner_tiles: int) -> Tensor:
+    """uint8 [N, K] -> int32 [N / 8, K / (16 I), 32, I / 2]: the plain twin of torch's
+    _convert_weight_to_int4pack on CUDA (aten/src/ATen/native/cuda/int4mm.cu).
+
+    Column k of row n is in lane 4 (n % 8) + k % 8 / 2, word k % (16 I) / 32 of it, and nibble
+    k % 32 / 8, plus 4 where k is odd.
+    """
+    # n-tile, row; outer k-tile, word, nibble, lane within the row, odd
+    split = codes.view(len(codes) // 8, 8, -1, inner_tiles // 2, 4, 4, 2)
+    nibbles = split.permute(0, 2, 1, 5, 3, 6, 4).flatten(5)  # [.., 8, 4, I / 2, 8 nibbles]
+    words = (nibbles.long() << (4 * torch.arange(8))).sum(-1)
+    return words.int().view(len(codes) // 8, -1, 32, inner_tiles // 2)
+
+
+def gemlite_layout(codes: Tensor) -> Tensor:
+    """uint8 [N, K] -> int32 [K / 8, N], column 8 r + j in nibble j of row r."""
+    nibbles = codes.view(len(codes), -1, 8).transpose(0, 1)  # [K / 8, N, 8]
+    return (nibbles.long() << (4 * torch.arange(8))).sum(-1).int()

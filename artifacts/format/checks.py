@@ -59,9 +59,23 @@ def check_spec(spec: ModelSpec) -> None:
         raise _wrong("model.json", "mtp is not a layer of the model that has an attention")
     if spec.norm.zero_centered and not spec.norm.rounds_late:
         raise _wrong("model.json", "norm is zero_centered, which it can be only with rounds_late")
+    _check_fp8(spec)
     num_bytes = sum(linear.num_weights for linear in spec.linears) * spec.item_bytes
     if num_bytes > LARGEST_MODEL_BYTES:
         raise _wrong("model.json", f"describes {short_size(num_bytes)} of weights")
+
+
+def _check_fp8(spec: ModelSpec) -> None:
+    """FP8 matrices have substitutes, whole tiles of rows, and scales of whole groups."""
+    fitting = {one.name for one in spec.linears if one.can_be_fp8} if spec.fp8 else set()
+    for name, block in spec.fp8.items():
+        if name not in fitting or block.columns % GROUP_SIZE or spec.dtype != "bfloat16":
+            raise _wrong(
+                "model.json",
+                f"fp8 has {name[:200]!r} in blocks of {block.rows} x {block.columns}, expected a "
+                f"matrix of a bfloat16 model with whole tiles, and a multiple of {GROUP_SIZE} "
+                "columns",
+            )
 
 
 def _check_attention(where: str, one: Attention) -> None:
@@ -98,6 +112,8 @@ def check_headers(path: Path, spec: ModelSpec) -> None:
     for name, shape in spec.resident_shapes.items():
         own = STORED_DTYPES[spec.resident_dtype(name)]
         _check_tensor("resident.safetensors", resident, name, own, shape)
+    for name, of_scales in spec.scale_shapes.items():
+        _check_tensor("resident.safetensors", resident, name, "F32", of_scales)
     if spec.mtp is not None:
         head = read_header(path / MTP_FILE)
         for name, shape in spec.mtp_shapes.items():
@@ -170,10 +186,10 @@ def _check_placement(
         if name not in every:
             raise _wrong("plan.json", f"{label} places an unknown part {name[:200]!r}")
     for name in placement.residuals:
-        if every[name].encoding != "residual":
+        if not every[name].is_residual:
             raise _wrong("plan.json", f"{label} has {name} as a residual, but it is stored raw")
     # A residual is decoded with its substitute, unless that is done while loading.
-    decodes = any(p.encoding == "residual" and p.name not in placement.resident for p in stored)
+    decodes = any(part.is_residual and part.name not in placement.resident for part in stored)
     if decodes and not placement.ledger.substitutes:
         raise _wrong("plan.json", f"{label} decodes residuals without their substitutes")
     num_slots, block_bytes = placement.num_slots, placement.block_bytes

@@ -24,16 +24,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format.packing import unpack_nibbles
+from subspec.artifacts.format.tiles import (
+    CHUNK_TILES,
+    GUARD_WORDS,
+    TILE_COLUMNS,
+    TILE_ROWS,
+    TILE_WEIGHTS,
+    bit_length,
+    corrupt,
+    get_bits,
+    index_and_payload,
+    join,
+    put_bits,
+    split,
+    tiled,
+)
 from subspec.artifacts.model import GROUP_SIZE
 
-TILE_ROWS = 32
-TILE_COLUMNS = GROUP_SIZE  # a row of a tile is one group: one scale, one zero_point
-TILE_WEIGHTS = TILE_ROWS * TILE_COLUMNS
-GUARD_WORDS = 3  # a decoder may always read three words
 BINADES = 6  # kept below the top of a window that reaches zero; smaller weights are escaped
-CHUNK_TILES = 512  # decoded at once: bounds the temporaries, does not affect the stream
 
 # The upper halves of f32 weights are encoded as bf16 patterns; the lower halves are stored as is.
 FRACTION_BITS = {torch.bfloat16: 7, torch.float32: 7, torch.float16: 10}
@@ -66,7 +75,7 @@ def encode(weight: Tensor, codes: Tensor, qparams: Tensor) -> Tensor:
     device."""
     fraction_bits, radix = FRACTION_BITS[weight.dtype], RADIX[weight.dtype]
     halves = weight.view(torch.int16).view(*weight.shape, -1)  # [R, K, 1 or 2], the lower one first
-    tiled_patterns = _tiled(halves[..., -1])
+    tiled_patterns = tiled(halves[..., -1])
     ends, payload = [torch.zeros(1, dtype=torch.long, device=weight.device)], []
     for place, windows in _chunks(codes, qparams, fraction_bits):
         patterns = tiled_patterns[place].view(-1, TILE_WEIGHTS).long() & 0xFFFF  # [t, 2048]
@@ -77,7 +86,7 @@ def encode(weight: Tensor, codes: Tensor, qparams: Tensor) -> Tensor:
         first = end - num_words
         words = patterns.new_zeros(int(end[-1]) + GUARD_WORDS)
         position = ((first << 5)[:, None] + offsets).flatten()
-        _put_bits(words, position, _join(entries.view(-1, radix), sizes))
+        put_bits(words, position, join(entries.view(-1, radix), sizes))
         slot = _escape_slots(first, bits, escaped)
         words.scatter_add_(0, slot >> 1, patterns[escaped] << ((slot & 1) << 4))
         payload.append(words[:-GUARD_WORDS].int())  # keeps the low word: u32 as int32
@@ -100,7 +109,7 @@ def decode(stored: Tensor, codes: Tensor, qparams: Tensor, dtype: torch.dtype) -
     num_rows, num_columns = codes.shape[0], codes.shape[1] * 2
     index, payload, lower = sections(stored, num_rows, num_columns, dtype)
     out = torch.empty(num_rows, num_columns, dtype=torch.int16, device=stored.device)
-    tiled_out, first_tile = _tiled(out), 0
+    tiled_out, first_tile = tiled(out), 0
     for place, windows in _chunks(codes, qparams, fraction_bits):
         own = index[first_tile : first_tile + len(windows.floor) + 1].long()
         words = payload[int(own[0]) : int(own[-1]) + GUARD_WORDS].long() & 0xFFFF_FFFF
@@ -109,7 +118,7 @@ def decode(stored: Tensor, codes: Tensor, qparams: Tensor, dtype: torch.dtype) -
         if (_bit_words(bits) > num_words).any():
             raise corrupt("a tile ends before the bits of its weights")
         position = ((first << 5)[:, None] + offsets).flatten()
-        entries = _split(_get_bits(words, position, bits.flatten()), sizes).view(-1, TILE_WEIGHTS)
+        entries = split(get_bits(words, position, bits.flatten()), sizes).view(-1, TILE_WEIGHTS)
         patterns, escaped = _patterns(entries, windows)
         if (_bit_words(bits) + (escaped.sum(1) + 1 >> 1) != num_words).any():
             raise corrupt("a tile's length does not fit the escapes in it")
@@ -123,39 +132,13 @@ def decode(stored: Tensor, codes: Tensor, qparams: Tensor, dtype: torch.dtype) -
 
 
 def sections(stored: Tensor, num_rows: int, num_columns: int, dtype: torch.dtype) -> Sections:
-    """stored uint8 [bytes], at an address that 4 divides -> views of its three sections.
-
-    Raises SubspecError(CORRUPT) unless the index begins at 0, never falls, and ends with the number
-    of words in the payload.
-    """
-    assert num_rows % TILE_ROWS == 0 and num_columns % TILE_COLUMNS == 0 and stored.dim() == 1
-    assert stored.dtype == torch.uint8 and stored.data_ptr() % 4 == 0
-    num_index = num_rows * num_columns // TILE_WEIGHTS + 1
-    num_lower = num_rows * num_columns if dtype == torch.float32 else 0
-    num_words, rest = divmod(stored.numel() - 2 * num_lower - 4 * num_index, 4)
-    if num_words < GUARD_WORDS or rest:
-        raise corrupt(f"it is {stored.numel()} bytes for {num_rows} x {num_columns} weights")
-    words = stored[: 4 * (num_index + num_words)].view(torch.int32)
-    index, payload = words[:num_index], words[num_index:]
-    if int(index[0]) != 0 or bool((index[1:] < index[:-1]).any()):
-        raise corrupt("its index does not count up from 0")
-    if int(index[-1]) != num_words - GUARD_WORDS:
-        raise corrupt(f"its index ends at {int(index[-1])} of {num_words - GUARD_WORDS} words")
-    lower = stored[4 * len(words) :].view(torch.int16)
-    return Sections(index, payload, lower.view(num_rows, num_columns) if num_lower else lower)
-
-
-def corrupt(what: str) -> SubspecError:
-    return SubspecError(
-        Exit.CORRUPT, f"a residual is damaged: {what}", "copy or build the artifact again"
-    )
-
-
-def _tiled(matrix: Tensor) -> Tensor:
-    """[R, K] -> view [R / 32, G, 32, 64]: the first two dimensions are the tile."""
-    num_rows, num_columns = matrix.shape
-    shape = (num_rows // TILE_ROWS, TILE_ROWS, num_columns // TILE_COLUMNS, TILE_COLUMNS)
-    return matrix.view(shape).transpose(1, 2)
+    """stored uint8 [bytes], at an address that 4 divides -> views of its three sections. Raises
+    SubspecError(CORRUPT) as `index_and_payload` does."""
+    lower_bytes = 2 * num_rows * num_columns if dtype == torch.float32 else 0
+    end = max(0, stored.numel() - lower_bytes)
+    index, payload = index_and_payload(stored[:end], num_rows, num_columns)
+    lower = stored[end:].view(torch.int16)
+    return Sections(index, payload, lower.view(num_rows, num_columns) if lower_bytes else lower)
 
 
 def _chunks(
@@ -222,31 +205,11 @@ def _patterns(entries: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
     return patterns, entries >= windows.size() - 1
 
 
-def _join(entries: Tensor, sizes: Tensor) -> Tensor:
-    """entries, sizes [m, radix] -> [m]: e0 + n0 * (e1 + n1 * (e2 + ...)), below 2^43."""
-    value = torch.zeros_like(entries[:, 0])
-    for column in reversed(range(entries.shape[1])):
-        value = value * sizes[:, column] + entries[:, column]
-    return value
-
-
-def _split(value: Tensor, sizes: Tensor) -> Tensor:
-    """Inverse of _join; in a damaged stream the last entry may be too large."""
-    entries = torch.empty_like(sizes)
-    last = sizes.shape[1] - 1
-    for column in range(last):
-        entries[:, column], value = value % sizes[:, column], value // sizes[:, column]
-    entries[:, last] = value
-    return entries
-
-
 def _layout(windows: Windows, radix: int) -> tuple[Tensor, Tensor, Tensor]:
     """windows [t, 2048] -> (sizes [m, radix], bits of each radix group [t, 2048 / radix], their
     first bit within the tile)."""
     sizes = windows.size().view(-1, radix)
-    largest = sizes.prod(1) - 1
-    bits = torch.frexp(largest.double())[1].long()  # the bit length, exact below 2^53
-    bits = bits.view(-1, TILE_WEIGHTS // radix)
+    bits = bit_length(sizes.prod(1) - 1).view(-1, TILE_WEIGHTS // radix)
     return sizes, bits, torch.cumsum(bits, 1) - bits
 
 
@@ -260,20 +223,3 @@ def _escape_slots(first: Tensor, bits: Tensor, escaped: Tensor) -> Tensor:
     payload, in half-words; they follow the tile's bits, in weight order."""
     area = 2 * (first + _bit_words(bits))
     return (area[:, None] + torch.cumsum(escaped.long(), 1) - 1)[escaped]
-
-
-def _put_bits(words: Tensor, position: Tensor, value: Tensor) -> None:
-    """Add values below 2^53 to words (u32 in int64) at bit positions; the bit ranges are disjoint,
-    so addition is bitwise or."""
-    word, shift = position >> 5, position & 31
-    words.scatter_add_(0, word, (value << shift) & 0xFFFF_FFFF)
-    words.scatter_add_(0, word + 1, (value >> (32 - shift)) & 0xFFFF_FFFF)
-    words.scatter_add_(0, word + 2, torch.where(shift > 0, value >> (64 - shift).clamp(max=63), 0))
-
-
-def _get_bits(words: Tensor, position: Tensor, width: Tensor) -> Tensor:
-    """Read `width` (below 53) bits at each bit position of words (u32 in int64)."""
-    word, shift = position >> 5, position & 31
-    value = (words[word] >> shift) | (words[word + 1] << (32 - shift))
-    value |= torch.where(shift > 0, words[word + 2] << (64 - shift).clamp(max=63), 0)
-    return value & ((torch.ones_like(width) << width) - 1)

@@ -27,7 +27,7 @@ from subspec.artifacts.runs import RUNS
 
 # Readers refuse another major version. They accept a newer minor version, which may have added
 # files, and top-level keys of JSON files.
-FORMAT_VERSION = "7.2"
+FORMAT_VERSION = "8.0"
 VERSION = re.compile(r"([0-9]{1,4})\.([0-9]{1,4})", re.ASCII)
 CHUNK_BYTES = 64 << 20
 LARGEST_JSON = 8 << 20
@@ -69,7 +69,8 @@ class SubstituteEntry:
     """The substitute of one matrix. Its residuals decode correctly only with this one."""
 
     name: str  # of the linear
-    digest: str  # SHA-256 of its codes and then its qparams, hexadecimal
+    # SHA-256 of its codes, then its qparams, then the scales of an FP8 matrix; hexadecimal
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -262,15 +263,15 @@ def _check_parts(path: Path, manifest: Manifest, spec: ModelSpec) -> None:
             f"{MANIFEST} lists {len(manifest.parts)} parts, the model has {len(expected)}"
         )
     for entry, part in zip(manifest.parts, expected, strict=True):
-        residual = entry.encoding == "residual"
+        residual = entry.encoding == part.residual_encoding
         fits = (
-            part.can_be_residual and 0 < entry.num_bytes < part.num_bytes
+            part.can_be_residual and 0 < entry.num_bytes < part.plain_bytes
             if residual
-            else entry.num_bytes == part.num_bytes
+            else entry.encoding == part.plain_encoding and entry.num_bytes == part.plain_bytes
         )
         placed = entry.name == part.name and entry.offset == offset and offset % PAGE_BYTES == 0
         if not (fits and placed):
-            size = f"{'less than ' if residual else ''}{part.num_bytes} bytes"
+            size = f"{'less than ' if residual else ''}{part.plain_bytes} bytes"
             raise _corrupt(
                 f"{MANIFEST} lists the part {entry.name[:200]!r}, {entry.encoding}, "
                 f"{entry.num_bytes} bytes at {entry.offset}, expected {part.name}, {size} at "

@@ -25,7 +25,7 @@ MOST_TENSORS = 100_000
 MOST_DIMENSIONS = 8
 LARGEST_COUNT = 1 << 63  # of a dimension or a byte position; products can still be printed
 ITEM_BYTES = {
-    "U8": 1, "I8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+    "U8": 1, "I8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
     "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
     "F32": 4, "I32": 4, "U32": 4, "F64": 8, "I64": 8, "U64": 8,
 }  # fmt: skip

@@ -10,14 +10,8 @@ import torch
 from torch import Tensor
 
 from subspec.artifacts.format import residual
-from subspec.artifacts.format.residual import (
-    FRACTION_BITS,
-    GUARD_WORDS,
-    TILE_ROWS,
-    TILE_WEIGHTS,
-    corrupt,
-    sections,
-)
+from subspec.artifacts.format.residual import FRACTION_BITS, sections
+from subspec.artifacts.format.tiles import GUARD_WORDS, TILE_ROWS, TILE_WEIGHTS, corrupt
 from subspec.artifacts.model import GROUP_SIZE
 from subspec.artifacts.native import cpp
 

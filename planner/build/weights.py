@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.format import fp8, fp8_residual
 from subspec.artifacts.format.checks import MTP_FILE, STORED_DTYPES
+from subspec.artifacts.format.fp8 import Scales, scales_of
 from subspec.artifacts.format.store import (
     CHUNK_BYTES,
     FileEntry,
@@ -34,13 +36,26 @@ from subspec.artifacts.model import (
     Part,
     padded,
 )
-from subspec.artifacts.native import residual_cpu
+from subspec.artifacts.native import fp8_cpu, residual_cpu
 from subspec.planner.build.quantize import Substitute
 from subspec.planner.model.checkpoint import Checkpoint
+from subspec.planner.model.fp8 import multiply_out, read_codes, read_scales
 from subspec.planner.model.stored import read_pieces
 
 Quantizer = Callable[[Tensor, torch.device | str], Substitute]
 Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class Exact:
+    """An exact matrix on the host, as the checkpoint has it."""
+
+    weight: Tensor  # [out, in] of the model's dtype, or FP8 codes uint8
+    scales: Scales | None  # of FP8 codes
+
+    def rows(self, part: Part) -> "Exact":
+        own = self.weight[part.first_row : part.first_row + part.num_rows]
+        return Exact(own, self.scales.from_row(part.first_row) if self.scales else None)
 
 
 @dataclass(frozen=True)
@@ -96,17 +111,18 @@ def write_matrices(
     every = [linear for linear in spec.linears if linear.has_substitute]
     for index, linear in enumerate(every):
         progress("quantizing and packing", index / len(every))
-        weight = read_weight(checkpoint, linear)
-        substitute = write_substitute(substitutes, linear, weight, quantizer, device)
-        digest = substitute_digest(substitute)
+        exact_matrix = read_weight(checkpoint, linear)
+        substitute = write_substitute(substitutes, linear, exact_matrix, quantizer, device)
+        digest = substitute_digest(substitute, exact_matrix.scales)
         made.append(SubstituteEntry(linear.name, digest))
         for part in own_parts[linear.name]:
             rows = slice(part.first_row, part.first_row + part.num_rows)
             codes, qparams = substitute.codes[rows], substitute.qparams[:, rows]
             wanted = part.name in residuals and part.can_be_residual
-            stored = encode_residual(weight[rows], codes, qparams) if wanted else None
-            entry = write_part(exact, part, weight[rows], stored, digest)
-            prove_part(exact, part, entry, weight[rows], codes, qparams)
+            own = exact_matrix.rows(part)
+            stored = encode_residual(own, codes, qparams) if wanted else None
+            entry = write_part(exact, part, own.weight, stored, digest)
+            prove_part(exact, part, entry, own, codes, qparams)
             entries.append(entry)
             sizes[part.name] = padded(entry.num_bytes)
     header = io.BytesIO()
@@ -115,12 +131,16 @@ def write_matrices(
     return tuple(entries), tuple(made)
 
 
-def encode_residual(weight: Tensor, codes: Tensor, qparams: Tensor) -> Tensor | None:
-    """weight [R, K], codes uint8 [R, K / 2] and qparams bf16 [G, R, 2] of some rows -> residual,
-    uint8 [bytes]; None if it is not smaller than the weights (many zeros; weights that were made
-    from 8 bits)."""
-    stored = residual_cpu.encode(weight, codes, qparams, torch.get_num_threads())
-    return stored if stored.numel() < weight.nbytes else None
+def encode_residual(exact: Exact, codes: Tensor, qparams: Tensor) -> Tensor | None:
+    """Some rows [R, K], their codes uint8 [R, K / 2] and qparams bf16 [G, R, 2] -> residual, uint8
+    [bytes]; None if it is not smaller than the weights (many zeros; weights that were made from 8
+    bits)."""
+    threads = torch.get_num_threads()
+    if exact.scales is None:
+        stored = residual_cpu.encode(exact.weight, codes, qparams, threads)
+    else:
+        stored = fp8_cpu.encode(exact.weight, codes, qparams, exact.scales, threads)
+    return stored if stored.numel() < exact.weight.nbytes else None
 
 
 def write_embedding(file: "HashedFile", checkpoint: Checkpoint) -> None:
@@ -132,19 +152,26 @@ def write_embedding(file: "HashedFile", checkpoint: Checkpoint) -> None:
 
 
 def write_resident(file: "HashedFile", checkpoint: Checkpoint) -> None:
-    """Write norms, biases and matrices without a substitute."""
+    """Write norms, biases, matrices without a substitute, and the scales of FP8 matrices."""
     spec = checkpoint.spec
     padding_rows = {}
     for linear in spec.linears:
         padding_rows[f"{linear.name}.weight"] = linear.padding_rows
     shapes = spec.resident_shapes
-    write_header(
-        file, ((n, STORED_DTYPES[spec.resident_dtype(n)], shape) for n, shape in shapes.items())
-    )
+    tensors = [(n, STORED_DTYPES[spec.resident_dtype(n)], shape) for n, shape in shapes.items()]
+    scales = [(name, "F32", shape) for name, shape in spec.scale_shapes.items()]
+    write_header(file, [*tensors, *scales])
     for name, shape in shapes.items():
-        write_exactly(file, checkpoint, name)
+        if (matrix := name.removesuffix(".weight")) in checkpoint.scales:
+            file.write(raw_bytes(read_multiplied(checkpoint, matrix)))
+        else:
+            write_exactly(file, checkpoint, name)
         rows = padding_rows.get(name, 0)
         file.write(bytes(rows * spec.item_bytes * math.prod(shape[1:])))
+    for linear in spec.linears:
+        if linear.fp8:
+            own_rows = checkpoint.rows[f"{linear.name}.weight"]
+            file.write(raw_bytes(read_scales(checkpoint.scales[linear.name], own_rows)))
 
 
 def write_mtp(file: "HashedFile", checkpoint: Checkpoint) -> None:
@@ -204,25 +231,31 @@ def write_part(
     file.write(data)
     file.write(bytes(-len(data) % PAGE_BYTES))
     if stored is None:
-        return PartEntry(part.name, offset, len(data), "raw", part_digest([data], None))
-    return PartEntry(part.name, offset, len(data), "residual", part_digest([data], digest))
+        plain = part.plain_encoding
+        return PartEntry(part.name, offset, len(data), plain, part_digest([data], None))
+    coded = part.residual_encoding
+    return PartEntry(part.name, offset, len(data), coded, part_digest([data], digest))
 
 
 def prove_part(
-    file: "HashedFile", part: Part, entry: PartEntry, weight: Tensor, codes: Tensor, qparams: Tensor
+    file: "HashedFile", part: Part, entry: PartEntry, exact: Exact, codes: Tensor, qparams: Tensor
 ) -> None:
     """Read a part back, decode it with its substitute, and compare it with the checkpoint's bytes.
 
-    weight [rows, K], codes uint8 [rows, K / 2], qparams bf16 [G, rows, 2]. Raises
-    SubspecError(RESOURCES). (Later changes on disk are found by the digests.)
+    codes uint8 [rows, K / 2], qparams bf16 [G, rows, 2]. Raises SubspecError(RESOURCES). (Later
+    changes on disk are found by the digests.)
     """
     file.flush()
     with TensorFile(file.path) as written:
         got = torch.empty(entry.num_bytes, dtype=torch.uint8)
         written.read_into(raw_bytes(got), entry.offset)
+    threads = torch.get_num_threads()
     if entry.encoding == "residual":
-        got = residual_cpu.decode(got, codes, qparams, weight.dtype, torch.get_num_threads())
-    if raw_bytes(got) != raw_bytes(weight):
+        got = residual_cpu.decode(got, codes, qparams, exact.weight.dtype, threads)
+    elif entry.encoding == "fp8-residual":
+        assert exact.scales is not None
+        got = fp8_cpu.decode(got, codes, qparams, exact.scales, threads)
+    if raw_bytes(got) != raw_bytes(exact.weight):
         raise SubspecError(
             Exit.RESOURCES,
             f"{part.name} was read back from {file.path} with other bytes than written",
@@ -231,33 +264,56 @@ def prove_part(
 
 
 def write_substitute(
-    file: "HashedFile", linear: Linear, weight: Tensor, quantizer: Quantizer, device: str
+    file: "HashedFile", linear: Linear, exact: Exact, quantizer: Quantizer, device: str
 ) -> Substitute:
+    """Quantize a matrix and write its substitute. Of an FP8 matrix the codes are then chosen by
+    their windows, in which its residual has its weights."""
+    weight = fp8.widen(exact.weight, exact.scales) if exact.scales else exact.weight
     try:
         substitute = quantizer(weight, device)
     except SubspecError as error:
         raise SubspecError(
             error.exit_code, f"{linear.name}.weight: {error.message}", error.hint
         ) from None
+    if exact.scales:
+        qparams = substitute.qparams
+        codes = fp8_residual.codes_by_windows(exact.weight, qparams, exact.scales)
+        substitute = Substitute(codes, qparams)
     for tensor in (substitute.codes, substitute.qparams):
         file.write(raw_bytes(tensor))
     return substitute
 
 
-def substitute_digest(substitute: Substitute) -> str:
-    return part_digest((raw_bytes(substitute.codes), raw_bytes(substitute.qparams)), None)
+def substitute_digest(substitute: Substitute, scales: Scales | None) -> str:
+    values = [scales.values] if scales else []
+    return part_digest(map(raw_bytes, (substitute.codes, substitute.qparams, *values)), None)
 
 
-def read_weight(checkpoint: Checkpoint, linear: Linear) -> Tensor:
-    """The exact matrix [out, in] on the host, in its own dtype, with the head's rows of zeros."""
+def read_weight(checkpoint: Checkpoint, linear: Linear) -> Exact:
+    """The exact matrix, with the head's rows of zeros; one that is stored in FP8, but not in blocks
+    that an artifact has, is multiplied out."""
+    rows = checkpoint.rows[f"{linear.name}.weight"]
+    if linear.fp8:
+        values = read_scales(checkpoint.scales[linear.name], rows)
+        return Exact(read_codes(rows), scales_of(linear, values))
     dtype: torch.dtype = getattr(torch, checkpoint.spec.dtype)
     weight = torch.empty(linear.out_features, linear.in_features, dtype=dtype)
+    if linear.name in checkpoint.scales:
+        weight[: rows.count] = read_multiplied(checkpoint, linear.name)
+        weight[rows.count :] = 0
+        return Exact(weight, None)
     first = 0
-    for piece in read_pieces(checkpoint.rows[f"{linear.name}.weight"]):
+    for piece in read_pieces(rows):
         weight[first : first + len(piece)] = piece
         first += len(piece)
     weight[first:] = 0
-    return weight
+    return Exact(weight, None)
+
+
+def read_multiplied(checkpoint: Checkpoint, name: str) -> Tensor:
+    """The exact weights of a matrix that is stored in FP8, bf16 without the head's padding."""
+    rows, scales = checkpoint.rows[f"{name}.weight"], checkpoint.scales[name]
+    return multiply_out(read_codes(rows), read_scales(scales, rows), scales, rows)
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:

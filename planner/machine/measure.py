@@ -19,7 +19,7 @@ from subspec.artifacts.profile import LinkRate, Profile, Timing
 from subspec.planner.machine.microbench import Bench
 from subspec.planner.machine.pinnable import pinnable_bytes
 from subspec.planner.machine.profiles import typical_of
-from subspec.planner.machine.residual_rate import residual_weights_per_second
+from subspec.planner.machine.residual_rate import decode_rate
 from subspec.planner.machine.timing import (
     USUAL_EFFORT,
     Cursor,
@@ -205,9 +205,13 @@ def measured_once(
         exact_head=(Timing(1, plain_head), *exact_head),
         draft_head=draft.head,
         round_seconds=bench.round_seconds(),
-        residual_weights_per_second=residual_weights_per_second(
-            bench.spec, bench.device, kernel, effort
+        residual_weights_per_second=decode_rate(
+            bench.spec, bench.device, kernel, "residual", effort
         ),
+        fp8_residual_weights_per_second=decode_rate(
+            bench.full_spec, bench.device, kernel, "fp8-residual", effort
+        ),
+        fp8_weights_per_second=decode_rate(bench.full_spec, bench.device, kernel, "fp8", effort),
         int4_kernel=kernel,
         batch_invariant_widths=(),
         draft_graphs=graphs is not None,

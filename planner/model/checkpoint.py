@@ -5,7 +5,7 @@ names are found whatever the checkpoint calls its tensors and however it stacks 
 matrix is always consecutive rows of one stored tensor.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from subspec.artifacts.common.errors import Exit, SubspecError
@@ -25,7 +25,8 @@ from subspec.artifacts.model import (
     Source,
     layer_name,
 )
-from subspec.planner.model.config import CONFIG, read_config
+from subspec.planner.model.config import CONFIG, quantization_of, read_config
+from subspec.planner.model.fp8 import E4M3, StoredScales, refused_dtype, scales_beside
 from subspec.planner.model.stored import (
     AGAIN,
     INDEX,
@@ -57,6 +58,8 @@ class Checkpoint:
     spec: ModelSpec
     rows: dict[str, Rows]
     notes: tuple[str, ...] = ()  # what a person should be told
+    # Of every matrix that is stored in FP8, by its name; those in `spec.fp8` stay so.
+    scales: dict[str, StoredScales] = field(default_factory=dict)
 
 
 def read_checkpoint(folder: Path, source: Source) -> Checkpoint:
@@ -87,15 +90,38 @@ def read_checkpoint(folder: Path, source: Source) -> Checkpoint:
                 f"{CONFIG} says that the head is the embedding, but {head.tensor.name} is not "
                 f"{rows[EMBEDDING_WEIGHT].tensor.name}: each is used as stored",
             )
-    dtype = _dtype([own for name, own in rows.items() if name not in spec.net_tensors])
+    scales = _scales(folder, spec, rows, stored)
+    apart = {*spec.net_tensors, *(f"{name}.weight" for name in scales)}
+    dtype = _dtype([own for name, own in rows.items() if name not in apart])
+    if scales and dtype != "bfloat16":
+        raise SubspecError(
+            Exit.UNSUPPORTED,
+            f"the checkpoint has weights in FP8 and others in {dtype}, expected bfloat16",
+        )
     if spec.tied_head:
         rows[HEAD_WEIGHT] = rows[EMBEDDING_WEIGHT]
     if any(DTYPES.get(own.tensor.dtype) != dtype for own in head_rows.values()):
         spec, head_rows = replace(spec, mtp=None), {}  # weights are never converted
     notes = (*_set_aside(stored, spec), *notes)
     rows |= head_rows
+    fitting = {one.name for one in spec.linears if one.can_be_fp8}
+    fp8 = {n: one.block for n, one in scales.items() if n in fitting and one.is_aligned}
     layers = _with_net_dtypes(spec, dtype, rows)
-    return Checkpoint(folder, replace(spec, dtype=dtype, layers=layers), rows, notes)
+    spec = replace(spec, dtype=dtype, layers=layers, fp8=fp8)
+    return Checkpoint(folder, spec, rows, notes, scales)
+
+
+def _scales(
+    folder: Path, spec: ModelSpec, rows: dict[str, Rows], stored: StoredTensors
+) -> dict[str, StoredScales]:
+    """Of the matrices that are stored in FP8, by name."""
+    quantization = quantization_of(folder)
+    found = {}
+    for linear in spec.linears:
+        own = rows.get(f"{linear.name}.weight")
+        if own is not None and own.tensor.dtype == E4M3:
+            found[linear.name] = scales_beside(own, linear, stored, quantization)
+    return found
 
 
 def read_spec(folder: Path, source: Source) -> ModelSpec:
@@ -267,16 +293,12 @@ def _with_net_dtypes(spec: ModelSpec, dtype: DType, rows: dict[str, Rows]) -> tu
 
 
 def _dtype(needed: list[Rows]) -> DType:
-    """The one dtype of all tensors; the runtime computes in it and never converts a weight."""
+    """The one dtype of all tensors but FP8 matrices; the runtime computes in it and never converts
+    a weight."""
     first = needed[0].tensor
     for tensor in (rows.tensor for rows in needed):
         if tensor.dtype not in DTYPES:
-            raise SubspecError(
-                Exit.UNSUPPORTED,
-                f"{tensor.file.name}: {tensor.name} is {tensor.dtype}, expected "
-                f"{', '.join(DTYPES)}",
-                "use the original checkpoint, before quantisation: we make the 4-bit copy",
-            )
+            raise refused_dtype(tensor, ", ".join(DTYPES))
         if tensor.dtype != first.dtype:
             raise SubspecError(
                 Exit.UNSUPPORTED,

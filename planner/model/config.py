@@ -5,6 +5,7 @@ model computes with it, rope.py how it turns positions. What is not computed exa
 5 does is refused here, by name, and every number is bounded before it is used.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ from subspec.planner.model.fields import (
     Fields,
     read_fields,
 )
+from subspec.planner.model.fp8 import QUANTIZATION, Quantization, expected_fp8, read_quantization
 from subspec.planner.model.layers import PER_LAYER, read_layers
 from subspec.planner.model.library import reading
 from subspec.planner.model.rope import check_rope, reach
@@ -108,7 +110,8 @@ ACTIVATIONS = {
 DECODERS = {name: (name, one.architecture) for name, one in FAMILIES.items()} | {
     one.whole[0]: (name, one.whole[1]) for name, one in FAMILIES.items() if one.whole
 }
-OF_WHOLE = ("dtype", "eos_token_id", "torch_dtype", "tie_word_embeddings")  # not its text part's
+# Not its text part's.
+OF_WHOLE = ("dtype", "eos_token_id", QUANTIZATION, "torch_dtype", "tie_word_embeddings")
 TEXT = "text_config"
 LAYER_VALUES = {"head_dim", "num_key_value_heads"}  # that per_layer_config may give a layer
 
@@ -130,7 +133,7 @@ def read_config(folder: Path, source: Source) -> ModelSpec:
         raise config.unsupported(field, repr(activation))
     max_positions = reach(config)
     layers = read_layers(config, style, max_positions)
-    return ModelSpec(
+    spec = ModelSpec(
         family=family,
         dtype=_dtype(decoder),
         hidden_size=config.integer("hidden_size", 1, LARGEST_WIDTH),
@@ -150,6 +153,15 @@ def read_config(folder: Path, source: Source) -> ModelSpec:
         eos_token_ids=_end_tokens(folder, config),
         source=source,
     )
+    quantization = read_quantization(decoder)
+    if quantization and spec.dtype != "bfloat16":
+        raise decoder.unsupported("dtype", "bfloat16 beside weights in FP8")
+    return replace(spec, fp8=expected_fp8(spec, quantization))
+
+
+def quantization_of(folder: Path) -> Quantization | None:
+    """What config.json says about FP8 weights; None: there are none."""
+    return read_quantization(_decoder(read_fields(folder / CONFIG))[1])
 
 
 def load_config(written: Fields) -> Any:
@@ -195,15 +207,9 @@ def _decoder(written: Fields) -> tuple[str, Fields]:
         if "auto_map" in written.values:
             message += "; its own code (auto_map) is never run"
         raise SubspecError(Exit.UNSUPPORTED, message, "choose a model of one of these families")
-    quantized = written.has("quantization_config")
     if name != whole:
         written = _text_part(written, name)
-    if quantized or written.has("quantization_config"):
-        raise SubspecError(
-            Exit.UNSUPPORTED,
-            f"{CONFIG}: quantization_config says that the weights are already quantised",
-            "use the original checkpoint in bfloat16, float16 or float32: we make the 4-bit copy",
-        )
+    read_quantization(written)
     if not written.flag("is_causal", True):
         raise written.unsupported("is_causal", "true")
     if written.has(PER_LAYER):

@@ -104,6 +104,13 @@ def read_pieces(rows: Rows) -> "Iterator[Tensor]":
         yield piece
 
 
+def read_small(tensor: StoredTensor) -> "Tensor":
+    """A whole tensor, a copy; of scales, which may have no dimension."""
+    with _opened(tensor.file) as file:
+        found: Tensor = file.get_tensor(tensor.name).clone()
+    return found
+
+
 def _read_header(path: Path) -> dict[str, StoredTensor]:
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size

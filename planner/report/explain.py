@@ -20,6 +20,7 @@ from subspec.artifacts.profile import Profile
 from subspec.artifacts.runs import Run
 from subspec.planner.report.charts import acceptance_chart, budget_chart
 from subspec.planner.report.wording import (
+    FP8_TARGET,
     METHODS,
     acceptance_line,
     acceptance_rows,
@@ -31,6 +32,7 @@ from subspec.planner.report.wording import (
     ledger_rows,
     margin_of,
     method_name,
+    num_parameters,
     one_line,
     option_rows,
     parameters,
@@ -41,6 +43,7 @@ from subspec.planner.report.wording import (
     run_rows,
     speed_line,
     streamed_line,
+    weights_dtype,
 )
 from subspec.planner.solve.outlook import what_more_memory_buys
 from subspec.planner.solve.predict import usage_within
@@ -55,8 +58,10 @@ def print_plan(spec: ModelSpec, plan: Plan, console: Console) -> None:
     """Print the plan in one screen."""
     predicted = plan.predicted[plan.method]
     facts = Table.grid(padding=(0, 2))
-    model = f"{parameters(spec)}, {format_size(model_bytes(spec))}, {spec.dtype}"
+    model = f"{parameters(spec)}, {format_size(model_bytes(spec))}, {weights_dtype(spec)}"
     facts.add_row("model", Text(f"{one_line(spec.source.repository)}: {model}"))
+    if spec.fp8:
+        facts.add_row("", FP8_TARGET)
     facts.add_row("budget", f"{format_size(plan.budget_bytes)} of {plan.device} memory")
     facts.add_row("method", method_name(plan))
     facts.add_row("context", f"{plan.context} tokens")
@@ -100,9 +105,9 @@ def plan_json(spec: ModelSpec, plan: Plan, artifact: Path | None) -> dict[str, A
         "model": {
             "id": spec.source.repository,
             "revision": spec.source.revision,
-            "parameters": model_bytes(spec) // spec.item_bytes,
+            "parameters": num_parameters(spec),
             "bytes": model_bytes(spec),
-            "dtype": spec.dtype,
+            "dtype": weights_dtype(spec),
         },
         "budget_bytes": plan.budget_bytes,
         "artifact": None if artifact is None else str(artifact),
@@ -199,6 +204,8 @@ def page(spec: ModelSpec, plan: Plan) -> dict[str, Any]:
     """What README and report both say."""
     return {
         "spec": spec,
+        "weights_dtype": weights_dtype,
+        "fp8_target": FP8_TARGET,
         "plan": plan,
         "parameters": parameters(spec),
         "num_bytes": model_bytes(spec),

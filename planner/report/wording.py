@@ -281,6 +281,11 @@ def cost_rows(profile: Profile) -> Rows:
     )
     decoding = profile.residual_weights_per_second
     rows.append(("decoding residuals", weights_rate(decoding) if decoding else "not available"))
+    if profile.fp8_weights_per_second:
+        decoding = profile.fp8_residual_weights_per_second
+        what = weights_rate(decoding) if decoding else "not available"
+        rows.append(("decoding residuals of FP8 weights", what))
+        rows.append(("multiplying FP8 weights out", weights_rate(profile.fp8_weights_per_second)))
     digests = f"{short_size(profile.digest_rate)}/s" if profile.digest_rate else "free"
     rows.append(("checking digests at first read", digests))
     rows.append(("fixed cost of a round", duration(profile.round_seconds)))
@@ -302,9 +307,24 @@ def corrections_line(profile: Profile) -> str:
 
 # Names
 
+FP8_TARGET = (
+    "The target is the FP8 checkpoint, not the model that it was made from: its weights are used "
+    "exactly, multiplied out to bfloat16, and activations stay bfloat16. Engines that round "
+    "activations to FP8 too can give other tokens."
+)
+
+
+def num_parameters(spec: ModelSpec) -> int:
+    packed = sum(part.num_bytes - part.plain_bytes for part in spec.parts)  # by FP8
+    return (model_bytes(spec) + packed) // spec.item_bytes
+
 
 def parameters(spec: ModelSpec) -> str:
-    return f"{big_number(model_bytes(spec) // spec.item_bytes)} parameters"
+    return f"{big_number(num_parameters(spec))} parameters"
+
+
+def weights_dtype(spec: ModelSpec) -> str:
+    return f"FP8 and {spec.dtype}" if spec.fp8 else spec.dtype
 
 
 def one_line(text: str) -> str:

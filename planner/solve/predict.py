@@ -141,8 +141,8 @@ def predict(
     Blocks that fit the staging ring are copied while the draft runs. Residuals are decoded by the
     threads that compute, in turn with the products.
     """
-    corrections, coded = profile.corrections, candidate.storage.coded_weights
-    decode = coded / profile.residual_weights_per_second if coded else 0.0
+    corrections = profile.corrections
+    decode = sum(n / profile.decode_rate(one) for one, n in candidate.storage.used_as.items())
     link_rate = profile.link_rate(candidate.ring.block_bytes if candidate.ring else 0)
     if profile.device == "cpu" and candidate.ring:
         read_ahead = candidate.ring_bytes / READ_AHEAD_SECONDS

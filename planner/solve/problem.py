@@ -79,7 +79,14 @@ def make_problem(
             "no batch-invariant width was found on this machine",
             "plan for --device cpu",
         )
+    if spec.fp8 and not profile.fp8_weights_per_second:
+        raise SubspecError(
+            Exit.USAGE,
+            "the profile has no speed of weights in FP8, which the model has",
+            "measure this machine with this model: leave out --profile",
+        )
     decodes = profile.residual_weights_per_second > 0
+    decodes = decodes and (not spec.fp8 or profile.fp8_residual_weights_per_second > 0)
     choices = held_decoded(stored) if stored else storages(spec, constraints.encoding, decodes)
     if not decodes:  # a slow decoder is good enough while loading
         choices = tuple(storage for storage in choices if not storage.coded_weights)
@@ -256,7 +263,11 @@ def left_over(problem: Problem, candidate: Candidate) -> int:
     not fit."""
     storage = candidate.storage
     left = left_without_ring(
-        problem, candidate.draft_width, candidate.verify_width, storage.scratch_bytes
+        problem,
+        candidate.draft_width,
+        candidate.verify_width,
+        storage.scratch_bytes,
+        storage.coded_weights > 0,
     )
     return left - storage.decoded_bytes - candidate.ring_bytes
 
@@ -267,9 +278,13 @@ for_one_tree = lru_cache(maxsize=1024)
 
 @for_one_tree
 def left_without_ring(
-    problem: Problem, draft_width: int | None, verify_width: int, scratch_bytes: int
+    problem: Problem,
+    draft_width: int | None,
+    verify_width: int,
+    scratch_bytes: int,
+    decodes_residuals: bool,
 ) -> int:
-    ledger = ledger_of(problem, draft_width, verify_width, None, scratch_bytes)
+    ledger = ledger_of(problem, draft_width, verify_width, None, scratch_bytes, decodes_residuals)
     return problem.budget_bytes - ledger.total_bytes
 
 
@@ -305,6 +320,7 @@ def base_ledger(problem: Problem, candidate: Candidate) -> Ledger:
         candidate.verify_width,
         candidate.ring,
         candidate.storage.scratch_bytes,
+        candidate.storage.coded_weights > 0,
     )
 
 
@@ -314,6 +330,7 @@ def ledger_of(
     verify_width: int,
     ring: Ring | None,
     scratch_bytes: int,
+    decodes_residuals: bool,
 ) -> Ledger:
     profile = problem.profile
     shape = Shape(
@@ -326,6 +343,7 @@ def ledger_of(
         prompt_widths(profile, verify_width)[0],
         ring,
         scratch_bytes or None,
+        decodes_residuals,
     )
     base = make_ledger(
         problem.spec,

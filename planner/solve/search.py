@@ -12,7 +12,7 @@ from itertools import groupby
 from subspec.artifacts.acceptance import Acceptance, Curve
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.sizes import LARGEST, format_size, short_size, weights_rate
-from subspec.artifacts.model import ModelSpec
+from subspec.artifacts.model import Encoding, ModelSpec
 from subspec.artifacts.plan import (
     USUAL,
     Company,
@@ -234,8 +234,8 @@ def place(problem: Problem, candidate: Candidate) -> Placement:
     if left_over(problem, ringless) >= storage.num_bytes:
         candidate = ringless
     stay = choose_resident(storage, left_over(problem, candidate))
-    raw = [part for part in stay if part.encoding == "raw"]
-    residuals = [part for part in stay if part.encoding == "residual"]
+    raw = [part for part in stay if not part.is_residual]
+    residuals = [part for part in stay if part.is_residual]
     ready = {*storage.decoded, *(part.name for part in raw)}
     ledger = replace(
         base_ledger(problem, candidate),
@@ -301,8 +301,11 @@ def why_encoded(problem: Problem, chosen: Scored) -> str:
     profile, storage = problem.profile, chosen.candidate.storage
     num_coded, num_parts = len(storage.residuals), len(storage.parts)
     ring = chosen.candidate.ring
-    link = profile.link_rate(ring.block_bytes if ring else 0) / problem.spec.item_bytes
-    decode = weights_rate(profile.residual_weights_per_second)
+    num_weights = sum(part.num_weights for part in problem.spec.parts)
+    num_bytes = sum(part.plain_bytes for part in problem.spec.parts)
+    link = profile.link_rate(ring.block_bytes if ring else 0) * num_weights / max(1, num_bytes)
+    encoding: Encoding = "fp8-residual" if problem.spec.fp8 else "residual"
+    decode = weights_rate(profile.decode_rate(encoding))
     rates = f"decoding gives {decode} here, the link {weights_rate(link)} raw"
     what = "the exact weights are stored "
     if not num_coded:

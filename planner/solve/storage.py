@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.artifacts.model import HEAD, ModelSpec, Part, StoredPart, padded
+from subspec.artifacts.model import HEAD, Encoding, ModelSpec, Part, StoredPart, padded
 
 # A search needs these thousands of times for one model, and iterating over its matrices is slow.
 for_one_model = lru_cache(maxsize=4)
 
 # Bits of a stored weight until it is encoded: normal to Student-t rows give 7.1 to 7.6 in bf16.
 RESIDUAL_BITS = {"bfloat16": 7.4, "float16": 10.4, "float32": 23.4}
+FP8_RESIDUAL_BITS = 3.3  # normal rows give 3.0, heavier tails 3.5
 NUM_SHARES = 8  # steps: 0, 1/8, ... 1 of the weights raw, or of the residuals decoded
 
 
@@ -39,7 +40,8 @@ class Storage:
     def decoded_bytes(self) -> int:
         """Fast memory of the parts that are decoded while loading."""
         decoded = set(self.decoded)
-        return sum(part.part.padded_bytes for part in self.parts if part.name in decoded)
+        coded = (part.part.plain_bytes for part in self.parts if part.name in decoded)
+        return sum(map(padded, coded))
 
     @cached_property
     def num_bytes(self) -> int:
@@ -89,23 +91,39 @@ class Storage:
     @cached_property
     def residuals(self) -> tuple[str, ...]:
         """Names of the parts that are stored as residuals, decoded ones included."""
-        return tuple(part.name for part in self.parts if part.encoding == "residual")
+        return tuple(part.name for part in self.parts if part.is_residual)
+
+    @cached_property
+    def used_as(self) -> dict[Encoding, int]:
+        """What the weights are at every use, and how many: FP8 codes of residuals that are decoded
+        while loading still have to be multiplied by their scales."""
+        decoded = set(self.decoded)
+        found = dict[Encoding, int]()
+        for one in self.parts:
+            encoding = one.part.plain_encoding if one.name in decoded else one.encoding
+            found[encoding] = found.get(encoding, 0) + one.part.num_weights
+        return found
 
     @cached_property
     def coded_weights(self) -> int:
-        """Number of weights that are decoded at every use."""
-        return sum(p.part.num_weights for p in self.as_stored if p.encoding == "residual")
+        """Number of weights that are decoded from residuals at every use."""
+        return sum(part.part.num_weights for part in self.as_stored if part.is_residual)
 
     @cached_property
     def scratch_bytes(self) -> int:
         """Bytes of the largest part that is decoded at its use; 0: none is."""
-        coded = [p.part.padded_bytes for p in self.as_stored if p.encoding == "residual"]
+        decoded = set(self.decoded)
+        coded = (
+            one.part.padded_bytes
+            for one in self.parts
+            if one.part.linear.fp8 or (one.is_residual and one.name not in decoded)
+        )
         return max(coded, default=0)
 
     @cached_property
     def bits_per_residual(self) -> float:
         """Bits per weight of all residuals, indexes and padding included."""
-        coded = [part for part in self.parts if part.encoding == "residual"]
+        coded = [part for part in self.parts if part.is_residual]
         num_weights = sum(part.part.num_weights for part in coded)
         return 8 * group_bytes(coded) / num_weights if num_weights else 0.0
 
@@ -169,10 +187,11 @@ def spread(spec: ModelSpec, raw_share: float) -> Iterator[StoredPart]:
     raw = set(evenly_raw(every, raw_share))
     for part in every:
         if part in raw:
-            yield StoredPart(part, "raw", part.num_bytes)
+            yield plainly(part)
         else:
-            bits = part.num_weights * RESIDUAL_BITS[spec.dtype]
-            yield StoredPart(part, "residual", padded(int(bits / 8)))
+            each = FP8_RESIDUAL_BITS if part.linear.fp8 else RESIDUAL_BITS[spec.dtype]
+            bits = part.num_weights * each
+            yield StoredPart(part, part.residual_encoding, padded(int(bits / 8)))
 
 
 def evenly_raw(some: Iterable[Part], share: float) -> Iterator[Part]:
@@ -180,9 +199,9 @@ def evenly_raw(some: Iterable[Part], share: float) -> Iterator[Part]:
     included."""
     due = 0.0  # bytes that should have been raw by now
     for part in some:
-        due += share * part.num_bytes
-        if due >= part.num_bytes / 2 or not part.can_be_residual:
-            due -= part.num_bytes
+        due += share * part.plain_bytes
+        if due >= part.plain_bytes / 2 or not part.can_be_residual:
+            due -= part.plain_bytes
             yield part
 
 
@@ -190,7 +209,7 @@ def evenly_raw(some: Iterable[Part], share: float) -> Iterator[Part]:
 def held_decoded(storage: Storage) -> tuple[Storage, ...]:
     """The storage with none, then more and more, then all of its residuals decoded while
     loading."""
-    coded = [part.part for part in storage.parts if part.encoding == "residual"]
+    coded = [part.part for part in storage.parts if part.is_residual]
     found: dict[tuple[str, ...], Storage] = {(): storage}
     for share in range(1, NUM_SHARES + 1):
         decoded = tuple(part.name for part in evenly_raw(coded, share / NUM_SHARES))
@@ -200,4 +219,9 @@ def held_decoded(storage: Storage) -> tuple[Storage, ...]:
 
 @for_one_model
 def raw_storage(spec: ModelSpec) -> Storage:
-    return Storage(tuple(StoredPart(part, "raw", part.num_bytes) for part in spec.parts))
+    return Storage(tuple(map(plainly, spec.parts)))
+
+
+def plainly(part: Part) -> StoredPart:
+    """As the checkpoint has it."""
+    return StoredPart(part, part.plain_encoding, part.plain_bytes)

@@ -21,7 +21,13 @@ import triton.language as tl
 from torch import Tensor
 
 from subspec.artifacts.format import residual
-from subspec.artifacts.format.residual import GUARD_WORDS, TILE_COLUMNS, TILE_ROWS, TILE_WEIGHTS
+from subspec.artifacts.format.tiles import (
+    GUARD_WORDS,
+    TILE_COLUMNS,
+    TILE_ROWS,
+    TILE_WEIGHTS,
+    corrupt,
+)
 from subspec.artifacts.plan import Int4Kernel
 
 NUM_WARPS = 4  # 128 threads of 4 quads each
@@ -73,9 +79,7 @@ def decode_into(
     num_words, rest = divmod(stored.numel() - lower_bytes - 4 * (num_tiles + 1), 4)
     num_words -= GUARD_WORDS
     if rest or not 0 <= num_words < MAX_WORDS:
-        raise residual.corrupt(
-            f"it is {stored.numel()} bytes for {num_rows} x {num_columns} weights"
-        )
+        raise corrupt(f"it is {stored.numel()} bytes for {num_rows} x {num_columns} weights")
     even = stored[: stored.numel() // 4 * 4]  # lower halves are an even number
     _decode_tile[(num_tiles,)](
         out.view(torch.int64),

@@ -35,10 +35,11 @@ class ExactWeights:
         record: Record = unrecorded,
     ) -> None:
         """unplaced: matrix name -> [N, K], of matrices without a substitute; resident: part name ->
-        [rows, K], or uint8 [bytes] of a residual; biases: matrix name -> [N]; streamed: all other
-        parts; residual_decoder: needed if any part is a residual when it is used."""
+        what `view_of` gives; biases: matrix name -> [N]; streamed: all other parts;
+        residual_decoder: needed if any part is a residual, or in FP8, when it is used."""
         self.streamed = streamed
         self._num_layers = spec.num_layers
+        self._dtype: torch.dtype = getattr(torch, spec.dtype)
         self._linears = {linear.name: linear for linear in spec.linears}
         self._parts: dict[str, list[Part]] = {}
         for one in stored:
@@ -121,9 +122,9 @@ class ExactWeights:
         if found is None:
             assert self.streamed is not None, f"{part.name} is neither resident nor streamed"
             found = self.streamed.take(part.name)
-        if found.dtype != torch.uint8:
+        if found.dtype == self._dtype:
             return found
-        assert self._residual_decoder is not None, f"{part.name} is a residual"
+        assert self._residual_decoder is not None, f"{part.name} is a residual, or in FP8"
         try:
             return self._residual_decoder.decode(part, found)
         except SubspecError:

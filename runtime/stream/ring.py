@@ -29,8 +29,8 @@ class StreamedParts(Protocol):
     def wait_seconds(self) -> float: ...
 
     def take(self, name: str) -> Tensor:
-        """The part as it is stored: [rows, K], or uint8 [bytes] of a residual. Valid until the next
-        call. Raises SubspecError if it could not be read."""
+        """The part as it is stored, by `view_of`. Valid until the next call. Raises SubspecError if
+        it could not be read."""
 
     def settle(self) -> None:
         """Wait for the digest check of the last part. Raises SubspecError(CORRUPT)."""
@@ -242,7 +242,10 @@ class Requested:
 
 
 def view_of(part: StoredPart, memory: Tensor, dtype: torch.dtype) -> Tensor:
-    """memory: uint8, beginning with the part's bytes -> [rows, K], or uint8 [bytes] of a
-    residual."""
+    """memory: uint8, beginning with the part's bytes -> [rows, K], of `dtype` or of FP8 codes; of a
+    residual uint8 [bytes]."""
     found = memory[: part.num_bytes]
-    return found.view(dtype).view(part.part.num_rows, -1) if part.encoding == "raw" else found
+    if part.is_residual:
+        return found
+    stored = torch.float8_e4m3fn if part.encoding == "fp8" else dtype
+    return found.view(stored).view(part.part.num_rows, -1)

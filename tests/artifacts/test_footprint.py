@@ -106,7 +106,7 @@ def test_plain_decoding_pays_for_no_draft() -> None:
 
 
 def test_plain_decoding_of_residuals_needs_their_substitutes() -> None:
-    plain = ledger(replace(SHAPE, draft_width=None, scratch_bytes=1 << 18))
+    plain = ledger(replace(SHAPE, draft_width=None, scratch_bytes=1 << 18, decodes_residuals=True))
     assert plain.substitutes == substitutes_bytes(SPEC, "w4a8")
     assert plain.scratch == 1 << 18
 

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from residual_parts import aten_layout, gemlite_layout
 from torch import Tensor
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.footprint import packed_bytes
-from subspec.artifacts.format import residual
+from subspec.artifacts.format import residual, tiles
 from subspec.artifacts.format.packing import pack_nibbles
 from subspec.artifacts.plan import Int4Kernel
 from subspec.runtime.kernels import linear
@@ -99,7 +100,7 @@ def check_a_damaged_stream_is_counted_where_the_twin_refuses_it_and_reads_nothin
         nearby(codes, qparams, dtype)[rows], pack_nibbles(codes[rows]), qparams[:, rows]
     )
     packed, refused = aten_layout(codes, 4), []
-    num_tiles = NUM_ROWS // residual.TILE_ROWS
+    num_tiles = NUM_ROWS // tiles.TILE_ROWS
     generator = torch.Generator().manual_seed(0)
     places = torch.randint(4 * (num_tiles + 1), 4000, (6,), generator=generator).tolist()
     for place in [3, 4, 7, 9, 11, *places]:  # in the index; in the bits, mostly
@@ -141,7 +142,7 @@ def check_a_word_beside_the_tiles_is_counted_as_the_twin_refuses_it(ahead: bool)
 
 def check_a_stream_of_an_impossible_length_is_refused() -> None:
     codes, qparams = random_substitute(64)
-    stored = torch.zeros(4 * (3 + residual.GUARD_WORDS), dtype=torch.uint8)
+    stored = torch.zeros(4 * (3 + tiles.GUARD_WORDS), dtype=torch.uint8)
     for length in (0, 4 * 5, len(stored) - 1):
         with pytest.raises(SubspecError, match=f"it is {length} bytes") as caught:
             decode(stored[:length], aten_layout(codes, 4), qparams, torch.bfloat16, "aten")
@@ -194,26 +195,6 @@ def any_patterns(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     return torch.randint(256, (shape[0], num_bytes), dtype=torch.uint8, generator=generator).view(
         dtype
     )
-
-
-def aten_layout(codes: Tensor, inner_tiles: int) -> Tensor:
-    """uint8 [N, K] -> int32 [N / 8, K / (16 I), 32, I / 2]: the plain twin of torch's
-    _convert_weight_to_int4pack on CUDA (aten/src/ATen/native/cuda/int4mm.cu).
-
-    Column k of row n is in lane 4 (n % 8) + k % 8 / 2, word k % (16 I) / 32 of it, and nibble
-    k % 32 / 8, plus 4 where k is odd.
-    """
-    # n-tile, row; outer k-tile, word, nibble, lane within the row, odd
-    split = codes.view(len(codes) // 8, 8, -1, inner_tiles // 2, 4, 4, 2)
-    nibbles = split.permute(0, 2, 1, 5, 3, 6, 4).flatten(5)  # [.., 8, 4, I / 2, 8 nibbles]
-    words = (nibbles.long() << (4 * torch.arange(8))).sum(-1)
-    return words.int().view(len(codes) // 8, -1, 32, inner_tiles // 2)
-
-
-def gemlite_layout(codes: Tensor) -> Tensor:
-    """uint8 [N, K] -> int32 [K / 8, N], column 8 r + j in nibble j of row r."""
-    nibbles = codes.view(len(codes), -1, 8).transpose(0, 1)  # [K / 8, N, 8]
-    return (nibbles.long() << (4 * torch.arange(8))).sum(-1).int()
 
 
 def encode_and_decode(

@@ -1,0 +1,123 @@
+"""FP8 checkpoints as exact targets: their weights are transformers' dequantised ones, bit for bit,
+and their tokens those of a bfloat16 checkpoint of the same weights."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders import build_artifact, converted, random_checkpoint, replan
+from families import PROMPT_TOKENS, SIZES
+from running import answer
+from safetensors.torch import load_file, save_file
+from scripts import benchmark
+from torch import Tensor
+
+from subspec.artifacts.format import fp8
+from subspec.artifacts.format.store import Artifact
+from subspec.artifacts.model import Source
+from subspec.planner.build.weights import read_weight
+from subspec.planner.model.checkpoint import read_checkpoint
+from subspec.runtime.engine import Engine, OpenOptions
+
+to_fp8 = benchmark("to_fp8")
+WAYS = [
+    ("block", "F32"), ("channel", "BF16"),
+    ("block", "BF16"), ("block", "F8_E8M0"), ("tensor", "F32"),
+]  # fmt: skip
+PROMPT = torch.arange(3, 3 + PROMPT_TOKENS).tolist()
+SETTINGS: dict[str, Any] = {"width": 2, "depth": 3, "context": 128}
+
+
+@pytest.fixture(scope="module")
+def bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model whose matrices do not divide into blocks of 128."""
+    import transformers
+
+    folder = tmp_path_factory.mktemp("source")
+    config = transformers.AutoConfig.for_model(
+        **{
+            **SIZES,
+            "model_type": "qwen3",
+            "intermediate_size": 320,
+            "hidden_size": 192,
+            "head_dim": 64,
+        }
+    )
+    return converted(random_checkpoint(folder / "f32", config), folder / "bf16", torch.bfloat16)
+
+
+def multiplied_out(source: Path, out: Path) -> dict[str, Tensor]:
+    """A bfloat16 checkpoint of the weights that an FP8 one has, and these."""
+    shutil.copytree(source, out)
+    found = {}
+    stored = load_file(source / "model.safetensors")
+    for name, tensor in stored.items():
+        if tensor.dtype == torch.float8_e4m3fn:
+            scale = next(
+                stored[name + end] for end in ("_scale_inv", "_scale") if name + end in stored
+            )
+            rows, columns = tensor.shape
+            scale = scale.float().view(-1, scale.shape[-1] if scale.dim() > 1 else 1)
+            height = 128 if scale.shape[0] not in (1, rows) else -(-rows // scale.shape[0])
+            width = 128 if scale.shape[1] > 1 else columns
+            whole = scale.repeat_interleave(height, 0)[:rows].repeat_interleave(width, 1)
+            found[name] = (tensor.float() * whole[:, :columns]).bfloat16()
+        elif not name.endswith(("_scale_inv", "_scale")):
+            found[name] = tensor
+    save_file(found, out / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    del config["quantization_config"]
+    (out / "config.json").write_text(json.dumps(config))
+    return found
+
+
+@pytest.fixture(scope="module", params=WAYS, ids="-".join)
+def checkpoint(
+    request: pytest.FixtureRequest, bf16: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    folder = tmp_path_factory.mktemp("fp8") / "model"
+    to_fp8.convert(bf16, folder, *request.param)
+    return folder
+
+
+def test_every_matrix_is_the_codes_times_their_scales(checkpoint: Path, tmp_path: Path) -> None:
+    expected = multiplied_out(checkpoint, tmp_path / "bf16")
+    read = read_checkpoint(checkpoint, Source("test/model"))
+    num_fp8 = 0
+    for linear in read.spec.linears:
+        exact = read_weight(read, linear)
+        weight = exact.weight
+        if exact.scales is not None:
+            weight = fp8.widen(weight, exact.scales)
+            num_fp8 += 1
+        own = weight[: linear.out_features - linear.padding_rows]
+        assert torch.equal(own, expected[f"{linear.name}.weight"]), linear.name
+    assert num_fp8 == 7 * read.spec.num_layers == len(read.spec.fp8)
+
+
+def answers(artifact: Artifact, method: Any) -> list[int]:
+    with Engine.open(artifact, OpenOptions(method)) as engine:
+        return answer(engine, PROMPT, 24)
+
+
+@pytest.mark.parametrize("scales", ["block", "channel"])
+def test_tokens_are_those_of_the_same_weights_in_bf16(
+    scales: str, bf16: Path, tmp_path: Path
+) -> None:
+    """Residuals and FP8 bytes, resident in part and streamed, drafted and not."""
+    checkpoint = tmp_path / "fp8"
+    to_fp8.convert(bf16, checkpoint, scales)
+    multiplied_out(checkpoint, tmp_path / "bf16")
+    wide = build_artifact(tmp_path / "bf16", tmp_path / "wide", "raw", **SETTINGS)
+    expected = answers(wide, "plain")
+    for encoding in ("raw", "residual"):
+        out = tmp_path / encoding
+        own = build_artifact(checkpoint, out, encoding, resident_share=0.4, **SETTINGS)
+        stored = {part.encoding for part in own.stored_parts()}
+        assert stored == ({"fp8", "raw"} if encoding == "raw" else {"fp8-residual", "residual"})
+        for share in (0.0, 0.4, 1.0):
+            again = replan(own, resident_share=share, **SETTINGS)
+            assert answers(again, "substitute") == answers(again, "plain") == expected
