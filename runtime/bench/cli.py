@@ -4,14 +4,15 @@ import json
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from subspec.artifacts.common.command import Program, say
 from subspec.artifacts.common.configuration import Configured
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.runtime.app.opening_options import OpeningOptions, plan_options
+from subspec.artifacts.plan import DrafterName
+from subspec.runtime.app.opening_options import OpeningOptions, check_opening, plan_options
 from subspec.runtime.app.run_options import finite_option
 from subspec.runtime.bench.bench_options import (
     artifact_argument,
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 NAME = "subspec-bench"
 HELP = {"help_option_names": ["-h", "--help"]}
-METHODS = ("substitute", "plain")
+METHODS = (*get_args(DrafterName), "plain")
 
 
 class Programs(Program, click.Group):
@@ -59,7 +60,7 @@ def main() -> None:
 @click.option("-r", "--repeats", type=click.IntRange(1, 1000), default=3, show_default=True,
               help="How often each row is measured.")  # fmt: skip
 @click.option("--methods", default="substitute,plain", show_default=True, metavar="NAMES",
-              help="Decoding methods.")  # fmt: skip
+              help=f"Some of {', '.join(METHODS)}.")  # fmt: skip
 @click.option("--budgets", default="", callback=sizes, metavar="SIZE,SIZE",
               help="Plan for each of them.  [default: the plan's]")  # fmt: skip
 @click.option("--contexts", default="", callback=positive_numbers, metavar="N,N",
@@ -113,6 +114,8 @@ def speed(artifact: Path, form: "Form", out: Path | None, **given: Any) -> None:
               help="Of the choice of items and of sampling.")  # fmt: skip
 @click.option("--no-speculation", is_flag=True,
               help="Decode plainly: the same tokens without a draft.")  # fmt: skip
+@click.option("--drafter", type=click.Choice(get_args(DrafterName)),
+              help="Who proposes tokens.  [default: the 4-bit substitute]")  # fmt: skip
 @click.option("--execute-code", is_flag=True,
               help="Run generated programs, in a child with limits.")  # fmt: skip
 @form_option
@@ -278,7 +281,9 @@ def source_of(artifact: Path, given: dict[str, Any]) -> "Source":
     from subspec.runtime.bench.variants import Source
 
     known = {field.name for field in fields(OpeningOptions)}
-    return Source(artifact, OpeningOptions(**{k: v for k, v in given.items() if k in known}))
+    how = OpeningOptions(**{k: v for k, v in given.items() if k in known})
+    check_opening(how)
+    return Source(artifact, how)
 
 
 def show(

@@ -13,7 +13,7 @@ import torch
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format.codec import load_dataclass, parse_json
-from subspec.artifacts.plan import Method
+from subspec.artifacts.plan import DrafterName, Method
 from subspec.artifacts.runs import plan_digest
 from subspec.runtime.engine import Engine, machine_name
 from subspec.runtime.sequence import Stats
@@ -33,6 +33,7 @@ class Setting:
     torch: str
     python: str
     method: Method
+    drafter: DrafterName | None  # None: nothing was drafted
     padded: bool
     budget_bytes: int
     context: int
@@ -45,9 +46,10 @@ class Setting:
     @property
     def label(self) -> str:
         """A draft's tree, or how it is plain: one row, or the twin with the draft's bits."""
-        if self.method != "plain":
-            return f"{self.width}x{self.depth}"
-        return "plain twin" if self.padded else "plain"
+        if self.drafter is None:
+            return "plain twin" if self.padded else "plain"
+        tree = f"{self.width}x{self.depth}"
+        return self.drafter.replace("substitute", tree)
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,7 @@ def setting_of(engine: Engine, temperature: float = 0.0, seed: int = 0) -> Setti
         torch=torch.__version__,
         python=platform.python_version(),
         method=engine.method,
+        drafter=engine.drafter,
         padded=engine.padded,
         budget_bytes=plan.budget_bytes,
         context=plan.context,

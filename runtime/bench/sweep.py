@@ -4,11 +4,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.artifacts.plan import Method
 from subspec.runtime.bench.items import Item
 from subspec.runtime.bench.records import Costs, SweepRow, setting_of
 from subspec.runtime.bench.tasks import Asking, answered
-from subspec.runtime.bench.variants import Source, Variant, opened_engine, planned
+from subspec.runtime.bench.variants import Source, Variant, Way, opened_engine, planned
 from subspec.runtime.engine import Engine
 from subspec.runtime.text.tokenizer import ChatTokenizer, load_tokenizer
 
@@ -17,7 +16,7 @@ from subspec.runtime.text.tokenizer import ChatTokenizer, load_tokenizer
 class Grid:
     variants: Sequence[Variant]
     temperatures: Sequence[float] = (0.0,)
-    method: Method | None = None
+    method: Way | None = None
     max_tokens: int = 64
     seed: int = 0
 

@@ -5,9 +5,8 @@ from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.artifacts.plan import Method
 from subspec.runtime.bench.records import SpeedRow, setting_of
-from subspec.runtime.bench.variants import Source, Variant, opened_engine, planned
+from subspec.runtime.bench.variants import Source, Variant, Way, opened_engine, planned
 from subspec.runtime.engine import Engine
 from subspec.runtime.sequence import GenerationParams, Sequence, Stats
 from subspec.runtime.text.tokenizer import load_tokenizer
@@ -39,7 +38,7 @@ class Tests:
 def speed_rows(
     source: Source,
     every: Many[Variant],
-    methods: Many[Method],
+    methods: Many[Way],
     tests: Tests,
     told: Callable[[str], None],
 ) -> Iterator[SpeedRow]:

@@ -5,9 +5,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
+from typing import Literal
 
 from subspec.artifacts.format.store import Artifact
-from subspec.artifacts.plan import Method
+from subspec.artifacts.plan import DrafterName
 from subspec.runtime.app.folder import open_folder
 from subspec.runtime.app.opening import (
     Opening,
@@ -20,6 +21,9 @@ from subspec.runtime.app.opening_options import OpeningOptions
 from subspec.runtime.app.planner_command import run_planner
 from subspec.runtime.app.replan import load_plan
 from subspec.runtime.engine import Engine
+
+# Who proposes tokens; plain: nobody does.
+Way = DrafterName | Literal["plain"]
 
 
 @dataclass(frozen=True)
@@ -71,11 +75,13 @@ def planned(source: Source, variant: Variant) -> Artifact:
 
 @contextmanager
 def opened_engine(
-    artifact: Artifact, source: Source, method: Method | None, padded: bool = False
+    artifact: Artifact, source: Source, way: Way | None, padded: bool = False
 ) -> Iterator[Engine]:
-    """method: None: what the source says. Plain decoding is the fastest one; padded: the twin that
+    """way: None: what the source says. Plain decoding is the fastest one; padded: the twin that
     gives the draft's tokens."""
-    how = Opening.of(source.how, padded)
-    how = how if method is None else replace(how, method=method)
-    with opened(artifact, how, progress_line()) as engine:
+    how = source.how
+    if way is not None:
+        drafter = None if way == "plain" else way
+        how = replace(how, no_speculation=way == "plain", drafter=drafter)
+    with opened(artifact, Opening.of(how, padded), progress_line()) as engine:
         yield engine

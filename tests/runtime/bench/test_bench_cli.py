@@ -99,6 +99,19 @@ def test_a_draft_never_changes_the_answers(measured: dict[str, Path], capsys: Ca
     assert "| identical turns " in done.out and "3/3" in done.out
 
 
+def test_another_drafter_gives_the_same_answers_and_is_named(
+    artifact: Path, measured: dict[str, Path], capsys: Capture, tmp_path: Path
+) -> None:
+    words = ["--tasks", "gsm8k", "--data", measured["draft"].parent, "--max-tokens", 8]
+    words += ["--drafter", "substitute+lookup", "--out", tmp_path / "lookup.jsonl"]
+    done = run(capsys, "tasks", artifact, *HERE, *words)
+    assert done.exit_code == 0 and "2x3+lookup" in done.out
+    files = (measured["draft"], tmp_path / "lookup.jsonl")
+    assert run(capsys, "compare", *files, "--expect-identical").exit_code == 0
+    refused = run(capsys, "tasks", artifact, *HERE, *words, "--no-speculation")
+    assert refused.exit_code == Exit.USAGE and "exclude each other" in refused.err
+
+
 def test_answers_have_scores_tokens_and_costs(measured: dict[str, Path]) -> None:
     rows = answers(measured["draft"])
     assert len(rows) == 3 and {row.score for row in rows} <= {0.0, 1.0}
