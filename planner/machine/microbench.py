@@ -133,6 +133,8 @@ class Bench:
         nets = make_net_states(self.spec, widest, self.tensors, carved)
         self.cache = make_cache(self.spec, slots, carved, nets)
         self.cache.commit([0] * LIVE_TOKENS)
+        if nets:
+            self.cache.save()  # to be rolled back to
         rows = random_rows(self.spec, device)
         tables = make_tables(self.spec, slots, dtype, self._keep)
         self.weights = make_shared(self.spec, rows, self.tensors, tables, dtype, self._keep)

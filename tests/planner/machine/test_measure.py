@@ -131,11 +131,11 @@ def test_every_kind_of_model_can_be_measured_and_planned(
     assert plan.predicted[plan.method].tokens_per_second > 0
 
 
-@pytest.mark.parametrize("name", ["smollm3", "olmo3, yarn on full layers"])
+@pytest.mark.parametrize("name", ["smollm3", "olmo3, yarn on full layers", "qwen3_5_text"])
 def test_a_model_whose_layers_differ_can_be_measured_and_planned(
     name: str, tmp_path: Path, small_caches: None
 ) -> None:
-    """Layers with and without positions; with windows and ropes of their own."""
+    """Layers with and without positions; with windows and ropes of their own; with states."""
     raw = FAMILIES[name]
     architecture = SUPPORTED[raw["model_type"]].architecture
     (tmp_path / "config.json").write_text(json.dumps({**raw, "architectures": [architecture]}))
