@@ -10,7 +10,8 @@
 #include <cmath>
 
 #include "tiles.hpp"
-#if !defined(PORTABLE) && defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VBMI__)
+#if !defined(PORTABLE) && defined(__AVX512F__) && defined(__AVX512BW__) && \
+    defined(__AVX512VBMI__) && defined(__AVX512CD__) && defined(__AVX512DQ__)
 #define VECTOR_PATH
 #endif
 #if defined(__SSSE3__)
@@ -64,6 +65,28 @@ inline int32_t end_at(float step, float scale, float zero_point, float r) {
     return std::max(tiny, normal) ^ below;  // of numbers below 2^-6 `tiny` is larger, else not
 }
 
+#ifdef VECTOR_PATH
+// end_at for sixteen steps.
+inline __m512i ends_at(__m512 step, float scale, float zero_point, float r) {
+    const __m512 product = _mm512_mul_ps(step, _mm512_set1_ps(scale));  // exact
+    const __m512 sum = _mm512_add_ps(product, _mm512_set1_ps(zero_point));
+    const __m512 x = _mm512_mul_ps(sum, _mm512_set1_ps(r)), magnitude = _mm512_abs_ps(x);
+    const __mmask16 below = _mm512_movepi32_mask(_mm512_castps_si512(x));
+    const __mmask16 is_tiny = _mm512_cmp_ps_mask(magnitude, _mm512_set1_ps(0x1p-6f), _CMP_LT_OQ);
+    const __m512i bias = _mm512_mask_blend_epi32(below, _mm512_set1_epi32(0xfffff - (120 << 23)),
+                                                 _mm512_set1_epi32(-(120 << 23)));
+    const __m512i largest =
+        _mm512_mask_blend_epi32(below, _mm512_set1_epi32(127), _mm512_set1_epi32(126));
+    __m512i end = _mm512_add_epi32(_mm512_castps_si512(magnitude), bias);
+    end = _mm512_min_epi32(_mm512_srai_epi32(end, 20), largest);
+    const __m512 steps = _mm512_mul_ps(magnitude, _mm512_set1_ps(512));
+    const __m512i down = _mm512_cvttps_epi32(steps);
+    const __m512i up = _mm512_cvt_roundps_epi32(steps, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC);
+    end = _mm512_mask_mov_epi32(end, is_tiny, _mm512_mask_blend_epi32(below, up, down));
+    return _mm512_mask_xor_epi32(end, below, end, _mm512_set1_epi32(-1));
+}
+#endif
+
 constexpr int32_t IS_END[16] = {1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1};  // of the codes
 
 // The windows of the 16 codes of a row. An entry from `both` on is the escape, if there is one.
@@ -73,8 +96,16 @@ struct alignas(16) Table {
     void fill(float scale, float zero_point, float fp8_scale) {
         const float r = fp8_scale >= 0x1p-50f && fp8_scale <= 0x1p50f ? 1 / fp8_scale : 1;
         alignas(64) int32_t lows[16], highs[16];
+#ifdef VECTOR_PATH
+        const __m512 code = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+        const __m512 low_step = _mm512_sub_ps(code, _mm512_set1_ps(8.5f));
+        const __m512 high_step = _mm512_sub_ps(code, _mm512_set1_ps(7.5f));
+        _mm512_store_si512(lows, ends_at(low_step, scale, zero_point, r));
+        _mm512_store_si512(highs, ends_at(high_step, scale, zero_point, r));
+#else
         for (int c = 0; c < 16; c++) lows[c] = end_at((float)c - 8.5f, scale, zero_point, r);
         for (int c = 0; c < 16; c++) highs[c] = end_at((float)c - 7.5f, scale, zero_point, r);
+#endif
         alignas(64) int32_t floors[16], positives[16], boths[16], cut[16];
         for (int c = 0; c < 16; c++) {
             const int32_t low = lows[c], high = highs[c];
@@ -131,6 +162,16 @@ struct Row {
         look_up(table.is_cut, codes, is_cut);
         for (int i = 0; i < TILE_COLUMNS; i++)
             size[i] = std::max<uint8_t>(both[i] + (is_cut[i] | (uint8_t)everywhere), 1);
+#ifdef VECTOR_PATH
+        const __m512i sizes = _mm512_load_si512(size), byte = _mm512_set1_epi16(255);
+        const __m512i pairs = _mm512_mullo_epi16(_mm512_and_si512(sizes, byte),
+                                                 _mm512_srli_epi16(sizes, 8));
+        const __m512i first = _mm512_and_si512(pairs, _mm512_set1_epi32(0xffff));
+        __m512i most = _mm512_mullo_epi32(first, _mm512_srli_epi32(pairs, 16));
+        most = _mm512_sub_epi32(most, _mm512_set1_epi32(1));
+        _mm512_store_si512(pair, first);
+        _mm512_store_si512(width, _mm512_sub_epi32(_mm512_set1_epi32(32), _mm512_lzcnt_epi32(most)));
+#else
         for (int n = 0; n < NUMBERS; n++) {
             uint32_t four;
             memcpy(&four, size + RADIX * n, 4);
@@ -138,6 +179,7 @@ struct Row {
             const float most = (float)(int32_t)(pair[n] * ((four >> 16 & 255) * (four >> 24)) - 1);
             width[n] = std::max((bits_of(most) >> 23) - 126, 0);  // below 2^24: exact
         }
+#endif
     }
 };
 
@@ -188,6 +230,36 @@ inline void fetch(const Row& row, const uint8_t* bits, uint64_t& offset, int32_t
 
 // The numbers of a row, split into its FP8 codes -> mask of those that are escaped.
 inline uint64_t split(const Row& row, const int32_t* number, uint8_t* out) {
+#ifdef VECTOR_PATH  // as below, sixteen numbers at a time
+    const auto whole = [](__m512 x) {
+        return _mm512_roundscale_ps(x, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
+    };
+    const __m512 pair = _mm512_cvtepi32_ps(_mm512_load_si512(row.pair));
+    const __m512 number_of = _mm512_cvtepi32_ps(_mm512_load_si512(number));
+    __m512 upper = whole(_mm512_div_ps(number_of, pair));
+    __m512 lower = _mm512_fnmadd_ps(upper, pair, number_of);
+    const __mmask16 over = _mm512_cmp_ps_mask(lower, _mm512_setzero_ps(), _CMP_LT_OQ);
+    upper = _mm512_mask_sub_ps(upper, over, upper, _mm512_set1_ps(1));
+    lower = _mm512_mask_add_ps(lower, over, lower, pair);
+    const __m512i sizes = _mm512_load_si512(row.size), byte = _mm512_set1_epi32(255);
+    const __m512 n0 = _mm512_cvtepi32_ps(_mm512_and_si512(sizes, byte));
+    const __m512 n2 = _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(sizes, 16), byte));
+    const __m512 half = _mm512_set1_ps(0.5f);
+    const __m512 e1 = whole(_mm512_div_ps(_mm512_add_ps(lower, half), n0));
+    const __m512 e3 = whole(_mm512_div_ps(_mm512_add_ps(upper, half), n2));
+    // e1 << 8 | e0 is below 2^24, so one sum in floats joins them.
+    const __m512 e0 = _mm512_fnmadd_ps(e1, n0, lower), e2 = _mm512_fnmadd_ps(e3, n2, upper);
+    const __m512 high = _mm512_set1_ps(256);
+    const __m512i first = _mm512_cvttps_epi32(_mm512_fmadd_ps(e1, high, e0));
+    const __m512i last = _mm512_cvttps_epi32(_mm512_fmadd_ps(e3, high, e2));
+    const __m512i entries = _mm512_or_si512(first, _mm512_slli_epi32(last, 16));
+    const __m512i positives = _mm512_load_si512(row.positive);
+    const __mmask64 negative = _mm512_cmpge_epu8_mask(entries, positives);
+    const __m512i code = _mm512_add_epi8(_mm512_load_si512(row.floor), entries);
+    const __m512i sign = _mm512_sub_epi8(_mm512_set1_epi8((char)128), positives);
+    _mm512_store_si512(out, _mm512_mask_add_epi8(code, negative, code, sign));
+    return _mm512_cmpge_epu8_mask(entries, _mm512_load_si512(row.both));
+#else
     alignas(64) uint8_t entry[TILE_COLUMNS], escaped[TILE_COLUMNS];
     for (int n = 0; n < NUMBERS; n++) {
         uint32_t four;
@@ -211,6 +283,7 @@ inline uint64_t split(const Row& row, const int32_t* number, uint8_t* out) {
         escaped[i] = entry[i] >= row.both[i] ? 255 : 0;
     }
     return mask_of(escaped);
+#endif
 }
 
 // words [MOST_WORDS + BEYOND_WORDS], the tile's first -> was num_words the number of these?
