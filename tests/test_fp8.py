@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from scripts import benchmark
 from torch import Tensor
 
+from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format import fp8
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.model import Source
@@ -121,3 +122,22 @@ def test_tokens_are_those_of_the_same_weights_in_bf16(
         for share in (0.0, 0.4, 1.0):
             again = replan(own, resident_share=share, **SETTINGS)
             assert answers(again, "substitute") == answers(again, "plain") == expected
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0], ids=["streamed", "resident"])
+def test_a_damaged_residual_is_an_error_before_a_token(
+    share: float, bf16: Path, tmp_path: Path
+) -> None:
+    to_fp8.convert(bf16, tmp_path / "fp8")
+    artifact = build_artifact(
+        tmp_path / "fp8", tmp_path / "out", "residual", resident_share=share, **SETTINGS
+    )
+    part = next(one for one in artifact.stored_parts() if one.encoding == "fp8-residual")
+    with open(artifact.path / "exact.safetensors", "r+b") as file:
+        file.seek(artifact.part_entries()[part.name].offset + part.num_bytes // 2)
+        [byte] = file.read(1)
+        file.seek(-1, 1)
+        file.write(bytes([byte ^ 255]))
+    with pytest.raises(SubspecError, match="digest") as caught:
+        answers(artifact, "substitute")
+    assert caught.value.exit_code == Exit.CORRUPT
