@@ -29,12 +29,12 @@ from subspec.artifacts.model import (
     layer_name,
 )
 from subspec.artifacts.native import cpp
-from subspec.runtime.model import transformer
-from subspec.runtime.model.transformer import grown, rotate
+from subspec.runtime.model import positions
+from subspec.runtime.model.positions import grown, rotate
 
 FOLDER = "graphs"  # of an artifact, and of the user's cache
 EXAMPLE_ROWS = 7  # that a piece is traced with; it serves any number
-SOURCES = (Path(__file__), Path(transformer.__file__))
+SOURCES = (Path(__file__), Path(positions.__file__))  # all that is traced
 
 
 @dataclass(frozen=True)

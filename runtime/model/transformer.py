@@ -32,6 +32,7 @@ from subspec.runtime.model.cache import Cache
 from subspec.runtime.model.delta_net import DeltaInputs
 from subspec.runtime.model.embedding import EmbeddingRows
 from subspec.runtime.model.net_state import NetState, Stop, TreeNodes, run_piece, run_tree
+from subspec.runtime.model.positions import grown, rotate
 
 # q [A, T, D], keys and values [B, S, D], visible bool [T, S], scale -> [A, T, D]
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
@@ -320,33 +321,6 @@ def rms_norm(style: NormStyle, weight: Tensor | None, x: Tensor) -> Tensor:
             piece = F.rms_norm(x[some], x.shape[-1:], None, style.epsilon)
             torch.mul(piece, 1 if weight is None else weight, out=normed[some])
     return normed
-
-
-def rotate(
-    x: Tensor, rope: Rope | None, tables: tuple[Tensor, Tensor] | None, some: slice
-) -> Tensor:
-    """Rotary embedding of x [heads, T, D] with the rows `some` of cos and sin [rows, rope size];
-    features beyond the rope's size pass."""
-    if rope is None or tables is None:
-        return x
-    cos, sin = tables[0][some], tables[1][some]
-    turning, passing = x[..., : rope.size], x[..., rope.size :]
-    if rope.interleaved:
-        swapped = torch.stack((-turning[..., 1::2], turning[..., ::2]), dim=-1).flatten(-2)
-    else:
-        first, second = turning.chunk(2, dim=-1)
-        swapped = torch.cat((-second, first), dim=-1)
-    turned = (turning * cos + swapped * sin).to(x.dtype)
-    return torch.cat((turned, passing), dim=-1) if passing.shape[-1] else turned
-
-
-def grown(query: Tensor, body: Attention, positions: Tensor) -> Tensor:
-    """query [A, T, D], larger the further back its row can look."""
-    growth = body.query_growth
-    if growth is None:
-        return query
-    factor = 1 + growth.beta * torch.log(1 + torch.floor(positions / growth.positions))
-    return query * factor[:, None].to(query.dtype)
 
 
 def shifted(some: slice, by: int) -> slice:

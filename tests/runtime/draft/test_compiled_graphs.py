@@ -16,6 +16,7 @@ from toy_weights import empty_cache, random_weights, shared_weights
 from toys import make_spec
 
 from subspec.artifacts.common.user_cache import keep_file, kept_file
+from subspec.artifacts.footprint import Shape, workspace_bytes
 from subspec.artifacts.format.prebuilt import pack_prebuilt
 from subspec.artifacts.format.store import Artifact, open_artifact, write_json, write_manifest
 from subspec.artifacts.model import (
@@ -28,11 +29,12 @@ from subspec.artifacts.model import (
     QueryGrowth,
     Rope,
 )
+from subspec.artifacts.plan import Tree
 from subspec.planner.machine import compile_graphs
 from subspec.planner.model.hub import DEMO
 from subspec.runtime.draft import compiled_graphs, compiled_layers
 from subspec.runtime.draft.compiled_graphs import CompiledGraphs, Graph, graphs_over
-from subspec.runtime.draft.drafter import SubstituteDrafter
+from subspec.runtime.draft.drafter import SubstituteDrafter, Turn
 from subspec.runtime.draft.graph_pieces import (
     Gated,
     Heads,
@@ -48,6 +50,7 @@ from subspec.runtime.engine import Engine
 from subspec.runtime.exact_pass import causal_rows
 from subspec.runtime.kernels.linear import calls_of
 from subspec.runtime.load import biases_of
+from subspec.runtime.memory import Temporaries
 from subspec.runtime.model.attention import attend
 from subspec.runtime.model.cache import Cache
 from subspec.runtime.model.transformer import Rows, forward
@@ -191,6 +194,23 @@ def test_a_program_has_another_name_for(what: str, monkeypatch: pytest.MonkeyPat
     if what == "processor":
         monkeypatch.setattr("subspec.artifacts.native.cpp.processor", lambda: "another")
     assert program(piece if what != "size" else Gated(256, "silu")) != before
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+@pytest.mark.parametrize("num_sequences", [1, 3])
+def test_the_temporaries_of_a_whole_draft_are_within_the_workspace(
+    spec: ModelSpec, num_sequences: int
+) -> None:
+    """Operation by operation, a piece holds at least what it does compiled: intermediate results
+    that inductor fuses away."""
+    spec, width = replace(spec, dtype="bfloat16"), 24
+    graphs, _ = model_of(spec)
+    drafter = SubstituteDrafter((Tree(4, 5),), width, graphs.weights, graphs.substitutes, graphs)
+    turns = [Turn(filled_cache(spec, 80 + n), n, 50) for n in range(num_sequences)]
+    with Temporaries() as seen, torch.inference_mode():
+        drafter.draft(turns)
+    shape = Shape(SLOTS - width - 1, num_sequences, width, 4, 8, 1, 8)
+    assert seen.peak_bytes <= workspace_bytes(spec, "cpu", shape)
 
 
 # ---- compiled -----------------------------------------------------------------------------------
