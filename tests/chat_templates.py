@@ -37,6 +37,15 @@ QWEN35 = (
     + "{%- if add_generation_prompt %}{{ '<think>\\n' }}"
     "{%- if enable_thinking is false %}{{ '\\n</think>\\n\\n' }}{% endif %}{% endif %}"
 )
+QWEN35_NOW = (  # keeps the thinking of the turn that goes on, and drops that of earlier ones
+    "{%- set asked = namespace(last=0) %}"
+    "{%- for m in messages if m.role == 'user' %}{% set asked.last = m.content %}{% endfor -%}"
+    + QWEN35.replace(
+        "{%- for m in messages -%}",
+        "{%- set now = namespace(here=false) %}{%- for m in messages -%}"
+        "{%- if m.role == 'user' %}{% set now.here = m.content == asked.last %}{% endif -%}",
+    ).replace("{%- if m.reasoning_content -%}", "{%- if m.reasoning_content and now.here -%}")
+)
 MISTRAL = """\
 {{- bos_token }}
 {%- if tools %}{{ '[AVAILABLE_TOOLS]' + tools | tojson + '[/AVAILABLE_TOOLS]' }}{% endif -%}

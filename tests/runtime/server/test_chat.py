@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -9,10 +10,19 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from chat_templates import GEMMA4, MISTRAL, NO_SYSTEM, QWEN3, QWEN35, family_tokenizer
+from chat_templates import (
+    GEMMA4,
+    MISTRAL,
+    NO_SYSTEM,
+    QWEN3,
+    QWEN35,
+    QWEN35_NOW,
+    family_tokenizer,
+)
 from scripted_generator import Script, ScriptedGenerator
 
 from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.footprint import TOKENS_BEHIND_CHECKPOINT
 from subspec.runtime.model.constraint import Constraint
 from subspec.runtime.model.sampling import Sampling
 from subspec.runtime.server.chat import ChatModel, Prompt, chat, count_tokens, open_chat_model
@@ -196,6 +206,22 @@ def test_thinking_is_chosen_by_the_request(opened: Opened) -> None:
     assert prompt_of(asked(), model).endswith("<think>\n")
     closed = prompt_of(asked(enable_thinking=False), model)
     assert closed.endswith("<think>\n\n</think>\n\n")
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_a_turn_without_the_thinking_of_the_last_one_begins_behind_a_checkpoint(
+    opened: Opened, thinking: bool
+) -> None:
+    """Of the states of delta nets, which cannot be taken back token by token."""
+    model = opened(QWEN35_NOW)
+    said = {"role": "assistant", "content": "Yes.", "reasoning_content": "Hm, hm."}
+    more = {"role": "user", "content": "And now?"}
+    first, second = (
+        model.tokenizer.rendered_ids(prompt_of(asked(*turns, enable_thinking=thinking), model))
+        for turns in (HI, (*HI, said, more))
+    )
+    shared = len(os.path.commonprefix([first, second]))
+    assert len(first) - TOKENS_BEHIND_CHECKPOINT <= shared < len(first)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,15 @@
 """What a template can render is found by asking it."""
 
 import pytest
-from chat_templates import GEMMA4, MISTRAL, NO_SYSTEM, QWEN3, QWEN35, family_tokenizer
+from chat_templates import (
+    GEMMA4,
+    MISTRAL,
+    NO_SYSTEM,
+    QWEN3,
+    QWEN35,
+    QWEN35_NOW,
+    family_tokenizer,
+)
 
 from subspec.planner.model.hub import DEMO
 from subspec.runtime.text.chat_template import TemplateWorker
@@ -41,6 +49,7 @@ PARTS = """\
         (None, NOTHING),
         (QWEN3, FULL),
         (QWEN35, FULL),
+        (QWEN35_NOW, FULL),
         (MISTRAL, CALLS),
         (NO_SYSTEM, TemplateCaps(supports_system_role=False)),
         (TEXT_ARGUMENTS, TemplateCaps(**{**CALLS.as_dict(), "supports_object_arguments": False})),
