@@ -17,7 +17,7 @@ PYTHON ?= python3
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Tests run in two processes, one file in one of them: most compute with one thread.
-AT_ONCE = -n 2 --dist loadfile
+AT_ONCE = -n 2 --dist loadfile --no-loadscope-reorder
 BUDGET = 9MB
 # The demo model is a thousand times smaller than what people run: so is its link.
 LINK = 40MB

@@ -90,6 +90,8 @@ def test_kernels_of_other_sources_flags_or_processors_are_not_brought(
 ) -> None:
     changed = tmp_path / "residual.cpp"
     changed.write_bytes(residual_cpu.SOURCE.read_bytes() + b"\n")
+    for header in residual_cpu.SOURCE.parent.glob("*.hpp"):
+        shutil.copy(header, tmp_path)
     assert install_prebuilt(artifact, programs(changed)) == programs(changed)
     for name, value in (("FLAGS", (*cpp.FLAGS, "-g")), ("processor", lambda: "another")):
         with monkeypatch.context() as patch:

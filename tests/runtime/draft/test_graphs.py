@@ -33,7 +33,7 @@ def graphs_of(tree: Tree, verify_width: int = W) -> DraftGraphs:
 
 
 def cache_of(length: int, slots: int = 2048) -> Cache:
-    return Cache((torch.zeros(1, slots, 1),), (torch.zeros(1, slots, 1),), [0] * length)
+    return Cache((torch.zeros(1, slots, 1),), (torch.zeros(1, slots, 1),), tokens=[0] * length)
 
 
 def lengths_count(behind: TreeSlots) -> DraftPass:
