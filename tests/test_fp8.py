@@ -99,6 +99,19 @@ def test_every_matrix_is_the_codes_times_their_scales(checkpoint: Path, tmp_path
     assert num_fp8 == 7 * read.spec.num_layers == len(read.spec.fp8)
 
 
+@pytest.mark.parametrize("scale_dtype", ["F32", "BF16", "F8_E8M0"])
+def test_transformers_multiplies_whole_blocks_out_to_the_same_weights(scale_dtype: str) -> None:
+    """Of blocks that do not fill a matrix it takes none."""
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    weight = torch.randn(256, 384, generator=torch.Generator().manual_seed(0)) * 0.02
+    codes, scales = to_fp8.to_fp8(weight, "block", to_fp8.SCALE_DTYPES[scale_dtype])
+    stored = {"weight": codes, "weight_scale_inv": scales.float()}
+    theirs = Fp8Dequantize(None).convert(stored)["weight"].bfloat16()
+    ours = fp8.widen(codes.view(torch.uint8), fp8.Scales(scales.float(), 128, 128))
+    assert torch.equal(ours, theirs)
+
+
 def answers(artifact: Artifact, method: Any) -> list[int]:
     with Engine.open(artifact, OpenOptions(method)) as engine:
         return answer(engine, PROMPT, 24)
