@@ -428,7 +428,7 @@ class Engine:
                 return "--trust-kernels would load the artifact's compiled graphs"
             return (
                 "its compiled graphs are of another torch or processor, or of an artifact "
-                "elsewhere; subspec-plan --from compiles them again"
+                "elsewhere; subspec-plan --model compiles new ones"
             )
         compilable = self.device.type == "cpu" and plan.int4_kernel == "w4a8"
         if not compilable or compiled_layers.known_form(spec) is not None:
