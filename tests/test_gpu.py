@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import build_artifact, replan
+from builders import build_artifact, converted, random_checkpoint, replan
+from families import FAMILIES
 from invariance import widths_here
 from running import answer, generated
 from simcuda.simulation import is_active
@@ -107,6 +108,26 @@ def test_captured_levels_draft_what_single_kernels_do(
             captured = engine.model.drafter.captured.get(sequence.cache)
             assert captured is None if not graphs else captured and len(captured.replays) > 1
     assert said[0] == said[1] and accepted[0] == accepted[1]
+
+
+def test_a_model_with_delta_nets_gives_its_plain_tokens_on_cuda(tmp_path: Path) -> None:
+    """From captured levels as well."""
+    import transformers
+
+    # Small: Triton's interpreter is slow.
+    values = {**FAMILIES["qwen3_5_text"], "num_hidden_layers": 2, "full_attention_interval": 2}
+    config = transformers.AutoConfig.for_model(**values)
+    source = random_checkpoint(tmp_path / "f32", config)
+    source = converted(source, tmp_path / "bf16", torch.bfloat16)
+    built = build_artifact(source, tmp_path / "artifact", device="cuda")
+    chosen = replan(built, width=3, depth=2, device="cuda")
+    said = []
+    ways = (OpenOptions("plain"), OpenOptions(graphs=False), OpenOptions())
+    for how in ways:
+        with Engine.open(chosen, how) as engine:
+            said.append(answer(engine, [*range(40, 50)], tokens(60)))
+            assert how.method == "plain" or engine.missing_graphs is None
+    assert said[0] == said[1] == said[2]
 
 
 @pytest.mark.parametrize("kernel", ["aten", "gemlite"])

@@ -32,7 +32,7 @@ def run_draft(state: NetState, inputs: DeltaInputs, z: Tensor, tree: TreeNodes) 
     keys, updates, decays = (
         one[:, : tree.above.shape[1]] for one in (state.keys, state.updates, state.path_decays)
     )
-    above_parent = torch.where(tree.parents == tree.nodes, 0.0, decays[:, tree.parents])
+    above_parent = decays[:, tree.parents].masked_fill(tree.parents == tree.nodes, 0.0)
     decay = decay + above_parent  # [J, T], of the whole path
 
     repeats, num_rows = len(v) // len(q), len(tree.nodes)

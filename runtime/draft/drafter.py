@@ -178,7 +178,7 @@ def tree_rows(
 def tree_nodes(tree: TokenTree, nodes: Tensor, num_taps: int) -> TreeNodes:
     """Of a tree that grows, nothing read back."""
     rows = torch.arange(len(tree.parents), device=nodes.device)
-    before = torch.where(tree.parents == rows, -1, tree.parents)
+    before = tree.parents.masked_fill(tree.parents == rows, -1)
     windows = window_rows(before, nodes, num_taps)
     above = tree.ancestors[nodes] & (rows != nodes[:, None])
     return TreeNodes(nodes, tree.parents[nodes], above, windows)

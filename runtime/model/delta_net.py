@@ -154,6 +154,7 @@ def leave_inputs(state: DeltaState, paths: Paths, inputs: DeltaInputs, ends: Seq
     for end in ends:
         window = paths.windows[end.row, 1:]
         of_state, of_rows = window[window < num_before], window[window >= num_before] - num_before
+        of_state, of_rows = of_state.to(state.conv.device), of_rows.to(state.conv.device)
         found.append(torch.cat((state.conv[of_state], inputs.qkv[of_rows])))
     for end, rows in zip(ends, found, strict=True):
         end.state.conv.copy_(rows)
