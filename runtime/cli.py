@@ -87,6 +87,22 @@ LARGEST_PROMPT = 16 << 20  # bytes read from stdin
 @option("--sequences", "With --model: conversations in memory.", type=click.IntRange(1, 256))
 @option("--rehearse", "With --model: as for subspec-plan.", metavar="SECONDS|none")
 @option(
+    "--verify", "lossy: also keep drafts that are nearly the model's own. The answer differs.",
+    type=click.Choice(["exact", "lossy"]),
+)  # fmt: skip
+@option(
+    "--threshold-method", "With --verify lossy: what is compared with --threshold.",
+    type=click.Choice(["entropy", "prob"]),
+)  # fmt: skip
+@option(
+    "--threshold", "With --verify lossy: bound of the entropy's share, or smallest probability.",
+    type=click.FloatRange(0, 1), callback=finite_option,
+)  # fmt: skip
+@option(
+    "--window", "With --verify lossy: tokens that must be right after a wrong one.",
+    type=click.IntRange(min=0), metavar="N",
+)  # fmt: skip
+@option(
     "--logprobs", "With --json: log probabilities of each token and of the N likeliest.",
     type=click.IntRange(0, MOST_LOGPROBS), metavar="N",
 )  # fmt: skip
@@ -151,6 +167,7 @@ def opening(options: Options) -> "Opening":
 
 def answering(artifact: "Artifact", options: Options) -> "Answering":
     from subspec.runtime.app.answer import Answering
+    from subspec.runtime.lossy import Lossy
     from subspec.runtime.model.sampling import Sampling
     from subspec.runtime.sequence import GenerationParams
 
@@ -166,7 +183,12 @@ def answering(artifact: "Artifact", options: Options) -> "Answering":
         options.logit_bias,
     )
     ends = frozenset(artifact.spec.eos_token_ids)
-    params = GenerationParams(options.max_tokens, sampling, ends, logprobs=options.logprobs)
+    lossy = None
+    if options.verify == "lossy":
+        lossy = Lossy(options.threshold_method, options.threshold, options.window)
+    params = GenerationParams(
+        options.max_tokens, sampling, ends, logprobs=options.logprobs, lossy=lossy
+    )
     return Answering(params, options.stop, not options.no_record)
 
 

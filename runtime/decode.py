@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 from subspec.artifacts.common.errors import SubspecError
+from subspec.runtime import lossy
 from subspec.runtime.draft.beam import TokenTree, root_only
 from subspec.runtime.draft.drafter import Turn
 from subspec.runtime.exact_pass import Model, Piece, exact_logits, filled, root_row
 from subspec.runtime.kernels.linear import calls_of
+from subspec.runtime.lossy import Lossy
 from subspec.runtime.model.sampling import TokenLogprobs, logprobs_of
 from subspec.runtime.model.transformer import forward
 from subspec.runtime.verify import accept, walk
@@ -37,6 +39,7 @@ class Round:
     num_drafted: int = 0  # tokens, of all these levels
     num_looked_up: int = 0  # levels that took no pass of a draft model
     logprobs: tuple[TokenLogprobs, ...] = ()  # of `emitted`, if the turn asks for them
+    lossy: Sequence[int] = ()  # places in `emitted` of tokens that are not the exact model's own
     problem: SubspecError | None = None  # of its constraint: why nothing was emitted
 
 
@@ -119,6 +122,8 @@ def verify(tree: TokenTree, logits: Tensor, turn: Turn) -> Round:
     An argmax takes no time: all rows have theirs on the device. Other choices take some, and may
     depend on those before: only what is on the path is chosen.
     """
+    if turn.lossy is not None:
+        return verify_lossily(tree, logits, turn, turn.lossy)
     first, depth, chooser = turn.cache.length + 1, tree.num_levels, turn.chooser
     if chooser.takes_the_best:
         verdict = accept(tree, logits.argmax(-1), depth)
@@ -143,6 +148,26 @@ def verify(tree: TokenTree, logits: Tensor, turn: Turn) -> Round:
     told = logprobs(logits, verdict.path[: len(emitted)], emitted, turn.num_logprobs)
     num_drafted, num_looked_up = tree.num_nodes - 1, tree.num_looked_up
     return Round(emitted, verdict.path, tree.num_levels, num_drafted, num_looked_up, told)
+
+
+def verify_lossily(tree: TokenTree, logits: Tensor, turn: Turn, how: Lossy) -> Round:
+    """The longest path that the rule accepts; every node's choice is made for it."""
+    chooser, first, choices = turn.chooser, turn.cache.length + 1, list[int]()
+    if chooser.takes_the_best:
+        choices = logits.argmax(-1).tolist()
+    else:
+        for node in range(tree.num_nodes):
+            above = tree.tokens[tree.ancestors[node]].tolist()[1:]  # without the root
+            for token in above:
+                chooser.push(token)
+            choices.append(chooser.choose(logits[node], first + len(above)))
+            chooser.pop(len(above))
+    verdict = lossy.accept(tree, choices, logits, how)
+    path = torch.tensor(verdict.path, device=turn.cache.device)
+    told = logprobs(logits, path, verdict.emitted, turn.num_logprobs)
+    num_drafted, looked_up = tree.num_nodes - 1, tree.num_looked_up
+    kept = verdict.lossy
+    return Round(verdict.emitted, path, tree.num_levels, num_drafted, looked_up, told, kept)
 
 
 def logprobs(

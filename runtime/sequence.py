@@ -14,6 +14,7 @@ from subspec.artifacts.plan import Method
 from subspec.runtime.decode import Read, Round, keep, keep_piece
 from subspec.runtime.draft.drafter import Turn
 from subspec.runtime.exact_pass import Piece
+from subspec.runtime.lossy import Lossy
 from subspec.runtime.model.cache import Cache, Checkpoint
 from subspec.runtime.model.constraint import Constraint
 from subspec.runtime.model.sampling import Chooser, Sampling, TokenLogprobs
@@ -31,7 +32,9 @@ class GenerationParams:
     """max_tokens: 1 or more. end_tokens: ids that end the answer; the one met is part of it. cut:
     asked about each round's tokens before they are committed (stop strings). constraint: what the
     answer may say, a state of its own. logprobs: how many of the likeliest tokens to report with
-    each token of the answer, prompt_logprobs: with each of the prompt; None: report nothing."""
+    each token of the answer, prompt_logprobs: with each of the prompt; None: report nothing.
+    lossy: which drafted tokens are kept although they are not the exact model's; None: none, as
+    under a constraint."""
 
     max_tokens: int = 512
     sampling: Sampling = Sampling()
@@ -40,6 +43,7 @@ class GenerationParams:
     constraint: Constraint | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    lossy: Lossy | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -60,6 +64,7 @@ class Stats:
     drafted_tokens: int = 0  # of all levels
     looked_up: tuple[int, ...] = ()  # levels that took no pass of a draft model, by round
     accepted: tuple[int, ...] = ()  # drafted tokens that the answer has, by round
+    lossy_tokens: int = 0  # of the answer, that are not the exact model's own
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
     stream_wait_seconds: float = 0.0
@@ -134,7 +139,8 @@ class Sequence:
         )
         chooser = Chooser(params.sampling, prompt, params.end_tokens, params.constraint)
         most = min(params.max_tokens, room)
-        self.turn = Turn(cache, 0, most, chooser, params.logprobs)
+        lossy = params.lossy if params.constraint is None else None
+        self.turn = Turn(cache, 0, most, chooser, params.logprobs, lossy)
         self._engine.join(self)
 
     @property
@@ -228,6 +234,7 @@ class Sequence:
             drafted_tokens=stats.drafted_tokens + done.num_drafted,
             looked_up=(*stats.looked_up, done.num_looked_up),
             accepted=(*stats.accepted, min(len(done.emitted) - 1, num_kept)),
+            lossy_tokens=stats.lossy_tokens + sum(place < num_kept for place in done.lossy),
             draft_seconds=stats.draft_seconds + draft_seconds,
             verify_seconds=stats.verify_seconds + verify_seconds,
             stream_wait_seconds=stats.stream_wait_seconds + wait_seconds,

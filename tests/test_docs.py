@@ -51,7 +51,7 @@ from subspec.runtime.app.answer import Answer
 from subspec.runtime.bench import cli as bench_cli
 from subspec.runtime.bench.layouts import BUILTIN, LAYOUTS
 from subspec.runtime.bench.records import KINDS, Costs, Setting
-from subspec.runtime.sequence import Stats
+from subspec.runtime.sequence import GenerationParams, Stats
 from subspec.runtime.server import cli as serve_cli
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -131,7 +131,7 @@ def test_the_runs_json_object_is_explained_key_by_key() -> None:
         peak=SimpleNamespace(peak_bytes=1),
         predicted_tokens_per_second=None,
     )
-    sequence: Any = SimpleNamespace(stats=Stats("plain"))
+    sequence: Any = SimpleNamespace(stats=Stats("plain"), params=GenerationParams())
     printed = Answer("text", [5], [1], "eos").as_json(engine, sequence)
     assert keys(printed) == keys(shown)
 

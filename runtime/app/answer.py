@@ -50,6 +50,7 @@ class Answer:
             "logprobs": logprobs_json(self.logprobs),
             "method": engine.method,
             "drafter": engine.drafter,
+            "verify": "exact" if sequence.params.lossy is None else "lossy",
             "stats": stats_json(engine, sequence),
         }
 
@@ -135,14 +136,15 @@ def first_interrupt_noted() -> Iterator[Callable[[], bool]]:
 @contextmanager
 def recorded(engine: Engine, sequence: Sequence, how: Answering) -> Iterator[None]:
     """Add the answer of the block to the artifact's run records, also if it was interrupted, unless
-    no round was decoded, or the plan says nothing about who drafts."""
+    no round was decoded, the plan says nothing about who drafts, or acceptance was lossy."""
     before = sequence.stats
     try:
         yield
     finally:
         stats = sequence.stats
         decoded = stats is not before and stats.accepted
-        if decoded and how.record and engine.drafts_as_planned:
+        as_planned = engine.drafts_as_planned and how.params.lossy is None
+        if decoded and how.record and as_planned:
             append_run(engine.artifact.path, run_of(engine, sequence))
 
 
@@ -197,6 +199,7 @@ def stats_json(engine: Engine, sequence: Sequence) -> dict[str, Any]:
         "rounds": rounds,
         "mean_accepted_per_round": sum(stats.accepted) / rounds if rounds else 0.0,
         "accepted_histogram": histogram(stats.accepted),
+        "lossy_tokens": stats.lossy_tokens,
         "drafted_levels": stats.drafted_levels,
         "looked_up_levels": sum(stats.looked_up),
         "draft_seconds": stats.draft_seconds,
@@ -244,6 +247,8 @@ def stats_line(engine: Engine, sequence: Sequence) -> str:
     said.append(speed)
     if rounds and engine.drafter is not None:
         said.append(f"accepted {found['mean_accepted_per_round']:.1f} per round")
+    if sequence.params.lossy is not None:
+        said.append(f"LOSSY: {counted(stats.lossy_tokens, 'token')} not the model's own")
     if rounds and stats.streamed_bytes:
         said.append(f"streamed {short_size(stats.streamed_bytes / rounds)} per round")
     said.append(

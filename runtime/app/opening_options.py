@@ -124,5 +124,5 @@ def is_given(options: OpeningOptions, field: str) -> bool:
 
 
 def spelled(field: str) -> str:
-    names = {"as_json": "--json", "prompt": "a PROMPT"}
+    names = {"as_json": "--json", "prompt": "a PROMPT", "verify": "--verify lossy"}
     return names.get(field, "--" + field.replace("_", "-"))

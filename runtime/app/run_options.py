@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import click
 
@@ -41,6 +42,10 @@ class Options(OpeningOptions):
     raw: bool = False
     chat: bool = False
     unpadded: bool = False
+    verify: Literal["exact", "lossy"] = "exact"
+    threshold_method: Literal["entropy", "prob"] = "entropy"
+    threshold: float = 0.3
+    window: int = 6
     logprobs: int | None = None
     as_json: bool = False
     check: bool = False
@@ -51,10 +56,11 @@ class Options(OpeningOptions):
 # The first flag of a pair needs the second, or excludes it.
 NEEDS = (
     ("full", "check"), ("unpadded", "no_speculation"), ("sequences", "model"),
-    ("logprobs", "as_json"),
+    ("logprobs", "as_json"), ("threshold_method", "verify"), ("threshold", "verify"),
+    ("window", "verify"),
 )  # fmt: skip
 EXCLUDES = (
-    ("as_json", "chat"), ("raw", "chat"), ("raw", "system"),
+    ("verify", "no_speculation"), ("as_json", "chat"), ("raw", "chat"), ("raw", "system"),
     ("stats", "prompt"), ("stats", "chat"), ("stats", "check"),
 )  # fmt: skip
 

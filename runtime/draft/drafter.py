@@ -20,6 +20,7 @@ from subspec.runtime.draft.graphs import Action, DraftGraphs, Replay
 from subspec.runtime.draft.lookup import as_text, continuation
 from subspec.runtime.draft.substitutes import Substitutes
 from subspec.runtime.kernels.linear import calls_of
+from subspec.runtime.lossy import Lossy
 from subspec.runtime.model.attention import attend
 from subspec.runtime.model.cache import Cache, TreeSlots
 from subspec.runtime.model.delta_net import window_rows
@@ -38,6 +39,7 @@ class Turn:
     max_tokens: int  # that may still be emitted
     chooser: Chooser = field(default_factory=lambda: Chooser(Sampling()))
     num_logprobs: int | None = None  # likeliest tokens to report with each; None: nothing
+    lossy: Lossy | None = None  # None: only what the exact model says
 
 
 class Drafter(Protocol):

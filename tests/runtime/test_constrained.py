@@ -15,6 +15,7 @@ from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.plan import DrafterName
 from subspec.planner.model.hub import DEMO
 from subspec.runtime.engine import Engine, OpenOptions
+from subspec.runtime.lossy import Lossy
 from subspec.runtime.model.sampling import Chooser, Sampling
 from subspec.runtime.sequence import GenerationParams
 
@@ -173,6 +174,15 @@ class Failing(Counted):
         if len(self.said) >= 6:
             raise SubspecError(Exit.USAGE, "the grammar is too complex")
         return super().allowed()
+
+
+def test_lossy_acceptance_is_exact_under_a_constraint(artifact: Artifact) -> None:
+    everything = Lossy("prob", 0, 0)
+    with Engine.open(artifact) as engine, engine.new_sequence() as sequence:
+        sequence.begin(PROMPT, GenerationParams(4, lossy=everything))
+        assert sequence.turn.lossy == everything
+        sequence.begin(PROMPT, replace(params(artifact, Sampling()), lossy=everything))
+        assert sequence.turn.lossy is None
 
 
 def test_a_constraint_that_fails_ends_its_own_answer_only(artifact: Artifact) -> None:

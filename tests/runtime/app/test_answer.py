@@ -15,6 +15,7 @@ import torch
 from run_records import PLAN
 from running import QUESTION, demo_artifact, run
 
+from subspec.artifacts.common.formatting import counted
 from subspec.artifacts.format.store import open_artifact
 from subspec.artifacts.plan import Tree
 from subspec.artifacts.runs import RUNS, plan_digest, read_runs
@@ -26,7 +27,7 @@ from subspec.runtime.text.tokenizer import load_tokenizer
 STATS = {
     "prompt_tokens", "reused_tokens", "generated_tokens", "decode_tokens_per_second",
     "time_to_first_token_seconds", "rounds", "mean_accepted_per_round", "accepted_histogram",
-    "drafted_levels", "looked_up_levels",
+    "lossy_tokens", "drafted_levels", "looked_up_levels",
     "draft_seconds", "verify_seconds", "stream_wait_seconds", "streamed_bytes", "fast_peak_bytes",
     "budget_bytes", "process_peak_bytes", "predicted_tokens_per_second",
 }  # fmt: skip
@@ -63,7 +64,7 @@ def test_json_is_one_object_with_the_documented_keys(artifact: Path, capsys: Cap
     assert ended.out.count("\n") == 1 and ended.out.isascii()
     assert set(found) == {
         "schema", "text", "token_ids", "prompt_token_ids", "finish_reason", "logprobs", "method",
-        "drafter", "stats",
+        "drafter", "verify", "stats",
     }  # fmt: skip
     assert set(found["stats"]) == STATS
     assert (
@@ -77,6 +78,23 @@ def test_json_is_one_object_with_the_documented_keys(artifact: Path, capsys: Cap
     assert stats["generated_tokens"] == 6 and stats["prompt_tokens"] == 24
     assert sum(stats["accepted_histogram"]) == stats["rounds"] > 0
     assert 0 < stats["fast_peak_bytes"] <= stats["budget_bytes"] < stats["process_peak_bytes"]
+
+
+def test_lossy_acceptance_is_labelled_and_not_recorded(artifact: Path, capsys: Capture) -> None:
+    words, before = (artifact, QUESTION, "--max-tokens", 24, "--no-replan"), read_runs(artifact)
+    exact = json.loads(run(capsys, *words, "--json", "--no-record").out)
+    assert exact["verify"] == "exact" and exact["stats"]["lossy_tokens"] == 0
+    everything = ("--verify", "lossy", "--threshold-method", "prob", "--threshold", 0)
+    lossy = json.loads(run(capsys, *words, *everything, "--window", 0, "--json").out)
+    assert lossy["verify"] == "lossy" and lossy["stats"]["lossy_tokens"] > 0
+    assert lossy["token_ids"] != exact["token_ids"]
+    line = run(capsys, *words, *everything, "--window", 0).err
+    number = counted(lossy["stats"]["lossy_tokens"], "token")
+    assert f"LOSSY: {number} not the model's own" in line
+    nothing = ("--verify", "lossy", "--threshold", 0)
+    strict = json.loads(run(capsys, *words, *nothing, "--json").out)
+    assert strict["verify"] == "lossy" and strict["token_ids"] == exact["token_ids"]
+    assert len(read_runs(artifact)) == len(before)
 
 
 @pytest.mark.parametrize("drafter", ["lookup", "substitute+lookup"])

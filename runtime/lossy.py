@@ -1,0 +1,89 @@
+"""Lossy acceptance, on request only: a drafted token that is not the exact model's own is kept if
+the exact model agrees with what follows it, and was not sure of its own.
+
+The published rule (docs/commands.md): of the paths that are acceptable the longest one is kept. A
+child that is not its parent's choice is acceptable if at least `window` nodes below it, one below
+the other, are each the choice of the one above, and if the parent's probabilities let it pass:
+their entropy is below `threshold` of the largest possible one, or the child has at least
+`threshold` of them.
+W = rows of the tree, V = vocabulary
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.runtime.draft.beam import TokenTree
+
+ThresholdMethod = Literal["entropy", "prob"]
+
+
+@dataclass(frozen=True)
+class Lossy:
+    threshold_method: ThresholdMethod = "entropy"
+    threshold: float = 0.3
+    window: int = 6  # nodes
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.threshold <= 1:
+            message = f"threshold is {self.threshold}, expected 0 to 1"
+            raise SubspecError(Exit.USAGE, message)
+        if self.window < 0:
+            raise SubspecError(Exit.USAGE, f"window is {self.window}, expected 0 or more")
+
+
+@dataclass(frozen=True)
+class LossyVerdict:
+    path: list[int]  # the root and the accepted nodes
+    emitted: list[int]  # their tokens, and the exact model's own next one
+    lossy: list[int]  # places in `emitted` of tokens that are not the exact model's choice
+
+
+def accept(tree: TokenTree, choices: Sequence[int], logits: Tensor, how: Lossy) -> LossyVerdict:
+    """choices: of the exact model at each node, logits [W, V]. Of paths of one length it is the one
+    whose first token is the exact model's own, or else the likelier one, level by level."""
+    tokens, parents = tree.tokens.tolist(), tree.parents.tolist()
+    children: list[list[int]] = [[] for _ in range(tree.num_nodes)]
+    for node in range(1, tree.num_nodes):
+        children[parents[node]].append(node)
+    passes = gate(tokens, logits, how)
+    agreed = [0] * tree.num_nodes  # nodes below each, one below the other, that are choices
+    length, following = [0] * tree.num_nodes, list[int | None]([None] * tree.num_nodes)
+    for node in reversed(range(tree.num_nodes)):  # those below come first
+        best = (0, False, 0.0)
+        for child in children[node]:
+            own = tokens[child] == choices[node]
+            if own:
+                agreed[node] = 1 + agreed[child]
+            likely = 1.0 if own else passes(node, child) if agreed[child] >= how.window else None
+            if likely is not None and (found := (1 + length[child], own, likely)) > best:
+                best, following[node] = found, child
+        length[node] = best[0]
+    path, kept = [0], list[int]()
+    while (below := following[path[-1]]) is not None:
+        if tokens[below] != choices[path[-1]]:
+            kept.append(len(path) - 1)
+        path.append(below)
+    emitted = [*(tokens[node] for node in path[1:]), choices[path[-1]]]
+    return LossyVerdict(path, emitted, kept)
+
+
+def gate(tokens: Sequence[int], logits: Tensor, how: Lossy) -> Callable[[int, int], float | None]:
+    """The probability of a child after a node, as the exact model has it before temperature and
+    filters; None: it does not pass. One row at a time is looked at, and few of them are."""
+
+    def passes(node: int, child: int) -> float | None:
+        log_probabilities = logits[node].double().log_softmax(-1)
+        probability = float(log_probabilities[tokens[child]].exp())
+        if how.threshold_method == "prob":
+            return probability if probability >= how.threshold else None
+        terms = torch.special.entr(log_probabilities.exp())
+        unsure = float(terms.sum()) / math.log(len(log_probabilities))
+        return probability if unsure < how.threshold else None
+
+    return passes

@@ -1,0 +1,108 @@
+"""Lossy acceptance by its published rule, on trees written out."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from subspec.artifacts.common.errors import SubspecError
+from subspec.runtime.draft.beam import TokenTree
+from subspec.runtime.lossy import Lossy, LossyVerdict, accept
+
+V = 16
+ALL = Lossy("prob", 0.0, 0)
+
+
+def tree_of(parents: list[int], tokens: list[int]) -> TokenTree:
+    """Nodes after their parents; two rows of padding."""
+    size = len(tokens) + 2
+    ancestors = torch.eye(size, dtype=torch.bool)
+    ancestors[:, 0].fill_(True)
+    depths = torch.zeros(size, dtype=torch.int64)
+    for node in range(1, len(tokens)):
+        ancestors[node] |= ancestors[parents[node]]
+        depths[node] = depths[parents[node]] + 1
+    return TokenTree(
+        torch.tensor([*tokens, 0, 0]), torch.tensor([*parents, 0, 0]), ancestors, depths,
+        len(tokens), int(depths.max()),
+    )  # fmt: skip
+
+
+def logits_of(rows: list[dict[int, float]]) -> Tensor:
+    """Probabilities of some tokens; the others share what is left."""
+    found = torch.zeros(len(rows) + 2, V, dtype=torch.float64)
+    for row, known in zip(found, rows, strict=False):
+        row += (1 - sum(known.values())) / (V - len(known))
+        for token, probability in known.items():
+            row[token] = probability
+    return found.log()
+
+
+def accepted(
+    parents: list[int], tokens: list[int], rows: list[dict[int, float]], how: Lossy
+) -> LossyVerdict:
+    logits = logits_of(rows)
+    return accept(tree_of(parents, tokens), logits.argmax(-1).tolist(), logits, how)
+
+
+# A chain 1 2 3 4 5: at its root the exact model would say 9 (0.6), then 2, 3, 4, 5 and 6.
+CHAIN = ([0, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5])
+ROWS = [{9: 0.6, 1: 0.35}, *({token: 0.9} for token in (2, 3, 4, 5, 6))]
+
+
+def test_a_wrong_token_is_kept_where_enough_of_what_follows_is_right() -> None:
+    for window in (0, 3, 4):
+        found = accepted(*CHAIN, ROWS, Lossy("prob", 0.3, window))
+        assert found == LossyVerdict([0, 1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 6], [0])
+    assert accepted(*CHAIN, ROWS, Lossy("prob", 0.3, 5)) == LossyVerdict([0], [9], [])
+
+
+def test_the_probability_gate_asks_what_the_exact_model_thinks_of_the_token() -> None:
+    assert accepted(*CHAIN, ROWS, Lossy("prob", 0.35 - 1e-9, 4)).lossy == [0]
+    assert accepted(*CHAIN, ROWS, Lossy("prob", 0.36, 4)).lossy == []
+
+
+def test_the_entropy_gate_asks_how_spread_the_exact_models_probabilities_are() -> None:
+    rest = (1 - 0.95) / (V - 2)
+    entropy = -0.6 * math.log(0.6) - 0.35 * math.log(0.35) - (V - 2) * rest * math.log(rest)
+    share = entropy / math.log(V)
+    assert accepted(*CHAIN, ROWS, Lossy("entropy", share + 1e-6, 4)).lossy == [0]
+    assert accepted(*CHAIN, ROWS, Lossy("entropy", share - 1e-6, 4)).lossy == []
+
+
+def test_with_a_threshold_that_nothing_passes_it_is_exact_acceptance() -> None:
+    rows = [{1: 0.9}, {2: 0.9}, {7: 0.9}, {4: 0.9}, {5: 0.9}, {6: 0.9}]
+    assert accepted(*CHAIN, rows, Lossy("prob", 1.0, 0)) == LossyVerdict([0, 1, 2], [1, 2, 7], [])
+    assert accepted(*CHAIN, rows, Lossy("entropy", 0.0, 0)).emitted == [1, 2, 7]
+
+
+def test_a_longer_lossy_path_beats_a_shorter_exact_one() -> None:
+    """Children 1 (the exact model's own, nothing below it is) and 2, below which 3 4 are."""
+    parents, tokens = [0, 0, 0, 2, 3], [0, 1, 2, 3, 4]
+    rows = [{1: 0.6, 2: 0.3}, {8: 0.9}, {3: 0.9}, {4: 0.9}, {5: 0.9}]
+    assert accepted(parents, tokens, rows, Lossy("prob", 0.2, 2)).emitted == [2, 3, 4, 5]
+    assert accepted(parents, tokens, rows, Lossy("prob", 0.2, 3)).emitted == [1, 8]
+
+
+def test_of_paths_of_one_length_the_exact_one_is_kept_or_else_the_likelier() -> None:
+    parents, tokens = [0, 0, 0, 0], [0, 1, 2, 3]
+    rows = [{2: 0.5, 3: 0.3, 1: 0.1}, {8: 0.9}, {8: 0.9}, {8: 0.9}]
+    assert accepted(parents, tokens, rows, ALL) == LossyVerdict([0, 2], [2, 8], [])
+    rows[0] = {9: 0.5, 3: 0.3, 1: 0.1, 2: 0.05}
+    assert accepted(parents, tokens, rows, ALL) == LossyVerdict([0, 3], [3, 8], [0])
+
+
+def test_several_wrong_tokens_may_be_kept_if_each_passes() -> None:
+    rows = [{9: 0.5, 1: 0.4}, {2: 0.9}, {8: 0.5, 3: 0.4}, {4: 0.9}, {5: 0.9}, {6: 0.9}]
+    found = accepted(*CHAIN, rows, Lossy("prob", 0.3, 1))
+    assert (found.emitted, found.lossy) == ([1, 2, 3, 4, 5, 6], [0, 2])
+    # Below 1 only one node is agreed with, one below the other.
+    assert accepted(*CHAIN, rows, Lossy("prob", 0.3, 2)).emitted == [9]
+
+
+@pytest.mark.parametrize("wrong", [{"threshold": -0.1}, {"threshold": 1.1}, {"window": -1}])
+@pytest.mark.parametrize("known", ["expected"])
+def test_a_rule_that_makes_no_sense_is_refused(wrong: dict[str, float], known: str) -> None:
+    with pytest.raises(SubspecError, match=known):
+        Lossy(**wrong)  # type: ignore[arg-type]
