@@ -62,6 +62,7 @@ def properties(names: str) -> int:
     return done.returncode
 
 
+@pytest.mark.slow  # minutes; `make test-slow`
 def test_a_row_sees_what_it_sees_and_nothing_else_under_the_interpreter() -> None:
     assert properties("check_*") == 0
 
