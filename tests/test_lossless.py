@@ -42,8 +42,8 @@ PLANS: list[DraftPlan] = [
     (8, 3, 0.5, "residual", FASTEST, 0.0),
     (2, 1, 0.0, "raw", FASTEST, 0.0),
     (4, 7, 0.3, "residual", FASTEST, 0.0),
-    (3, 10, 0.5, "raw", FASTEST, 0.9),
-    (1, 31, 0.5, "residual", FASTEST, 0.3),
+    (3, 10, 0.5, "raw", FASTEST, 0.6),
+    (1, 31, 0.5, "residual", FASTEST, 0.1),
     (4, 7, 1.0, "raw", FASTEST, 0.97),
 ]
 MOST_NODES = 32
@@ -194,9 +194,10 @@ def test_drafts_that_end_early_are_verified_in_several_widths(
 
     monkeypatch.setattr(decode, "filled", counted)
     for plan in (one for one in PLANS if one[-1]):
+        seen.clear()
         with Engine.open(planned(demos, plan, widths)) as engine:
             answer(engine, prompts[PLANS.index(plan)], NUM_TOKENS, GREEDY)
-    assert len(seen) >= min(2, len(widths))
+        assert len(seen) >= min(2, len(widths)), plan
 
 
 @pytest.mark.slow
