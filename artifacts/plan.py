@@ -225,6 +225,14 @@ def tree_for(trees: Sequence[Tree], num_answers: int) -> Tree:
     return trees[min(num_answers.bit_length(), len(trees)) - 1]
 
 
+def calls_for(widths: Sequence[int], num_rows: int) -> list[int]:
+    """Rows of the exact products' calls for so many rows, 1 or more: the widest of `widths`, which
+    ascend, as often as it is filled, and then the narrowest that has room for the rest."""
+    whole, rest = divmod(num_rows, widths[-1])
+    calls = [widths[-1]] * whole
+    return [*calls, next(width for width in widths if width >= rest)] if rest else calls
+
+
 @dataclass(frozen=True)
 class Block:
     """Consecutive parts that cross the link in one transfer."""

@@ -132,7 +132,7 @@ def out_of_order(profile: Profile) -> str:
     return next((n for n, x in lists.items() if any(b <= a for a, b in pairwise(x))), "")
 
 
-def seconds_at(timings: tuple[Timing, ...], width: float) -> float:
+def seconds_at(timings: tuple[Timing, ...], width: int) -> float:
     """Seconds at `width`, interpolated linearly. Beyond the last point the last slope continues,
     unless it is negative: measured times need not ascend with the width."""
     below = [t for t in timings if t.width <= width] or [timings[0]]

@@ -24,7 +24,7 @@ from subspec.artifacts.format.prebuilt import find_prebuilt
 from subspec.artifacts.format.store import Artifact, open_artifact
 from subspec.artifacts.model import ModelSpec
 from subspec.artifacts.native import cpp, fp8_cpu, residual_cpu
-from subspec.artifacts.plan import DrafterName, Method, Placement, Plan, tree_for
+from subspec.artifacts.plan import DrafterName, Method, Placement, Plan, calls_for, tree_for
 from subspec.runtime.clock import Clock, unrecorded
 from subspec.runtime.decode import Read, Round, decode_plainly, decode_unpadded, read, speculate
 from subspec.runtime.draft import compiled_graphs, compiled_layers, graph_pieces
@@ -32,7 +32,7 @@ from subspec.runtime.draft.compiled_graphs import CompiledGraphs
 from subspec.runtime.draft.compiled_layers import CompiledLayers
 from subspec.runtime.draft.drafter import Drafter, LookupDrafter, SubstituteDrafter, Turn
 from subspec.runtime.draft.graphs import capture_on_gpu
-from subspec.runtime.exact_pass import Model, Piece, prompt_calls, tokens_that_fit
+from subspec.runtime.exact_pass import Model, Piece, tokens_that_fit
 from subspec.runtime.kernels import gemlite_kernel, int4
 from subspec.runtime.kernels.linear import check_capability, single_row_kernels
 from subspec.runtime.load import (
@@ -329,7 +329,7 @@ class Engine:
             if not count:
                 break
             found[sequence] = sequence.piece(count)
-            num_rows = sum(prompt_calls(plan, count))
+            num_rows = sum(calls_for(plan.prompt_widths, count))
             room -= num_rows
             room_of_head -= num_rows if sequence.wants_prompt_logprobs else plan.prompt_widths[0]
         return found

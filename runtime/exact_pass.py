@@ -6,13 +6,13 @@ attention: whatever tree, piece or company it is in.
 W = rows of a tree, V = vocabulary
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from subspec.artifacts.plan import Plan
+from subspec.artifacts.plan import Plan, calls_for
 from subspec.runtime.clock import Clock
 from subspec.runtime.draft.beam import TokenTree, narrowed, root_only
 from subspec.runtime.draft.drafter import Drafter, Turn, tree_nodes, tree_rows
@@ -57,7 +57,7 @@ def filled(plan: Plan, drafts: Sequence[TokenTree]) -> tuple[list[TokenTree], li
     are. A draft's own rows are a width that has room for it, so that what the calls are filled up
     with has room as well."""
     room = [len(draft.tokens) for draft in drafts]
-    calls = list(prompt_calls(plan, sum(draft.num_nodes for draft in drafts)))
+    calls = calls_for(plan.prompt_widths, sum(draft.num_nodes for draft in drafts))
     if sum(calls) > sum(room):
         calls = room
     spare, trees = sum(calls) - sum(draft.num_nodes for draft in drafts), list[TokenTree]()
@@ -82,7 +82,7 @@ def exact_logits(
     batch += [padded_rows(plan, piece) for piece in pieces]
     sizes, wanted, head_sizes = list(calls_of_trees), list[slice](), list(calls_of_trees)
     for piece in pieces:
-        calls = list(prompt_calls(plan, len(piece.tokens)))
+        calls = calls_for(plan.prompt_widths, len(piece.tokens))
         some, some_sizes = head_rows(plan, piece, calls)
         wanted.append(slice(sum(sizes) + some.start, sum(sizes) + some.stop))
         sizes += calls
@@ -104,19 +104,9 @@ def head_rows(plan: Plan, piece: Piece, calls: list[int]) -> tuple[slice, list[i
     return slice(first, first + few), [few]
 
 
-def prompt_calls(plan: Plan, num_tokens: int) -> Iterator[int]:
-    """Rows of the exact products' calls for so many tokens of a prompt: widths in which a row has
-    the same bits as in any other exact pass. The last one may be padded."""
-    widest = plan.prompt_widths[-1]
-    while num_tokens > widest:
-        yield widest
-        num_tokens -= widest
-    yield next(width for width in plan.prompt_widths if width >= num_tokens)
-
-
 def tokens_that_fit(plan: Plan, num_tokens: int, num_rows: int) -> int:
     """How many of so many tokens of a prompt can be read by `num_rows` rows."""
-    if sum(prompt_calls(plan, num_tokens)) <= num_rows:
+    if sum(calls_for(plan.prompt_widths, num_tokens)) <= num_rows:
         return num_tokens
     whole, rest = divmod(num_rows, plan.prompt_widths[-1])
     fitting = [width for width in plan.prompt_widths if width <= rest]
@@ -155,7 +145,7 @@ def padded_rows(plan: Plan, piece: Piece) -> Rows:
     tokens = torch.tensor(list(piece.tokens), device=piece.cache.device)
     rows = causal_rows(piece.cache, tokens, attend_batch_invariant)
     rows = replace(rows, stops=piece.cache.stops(piece.stops))
-    num_rows = sum(prompt_calls(plan, len(piece.tokens)))
+    num_rows = sum(calls_for(plan.prompt_widths, len(piece.tokens)))
     return repeated_last(rows, num_rows - len(piece.tokens))
 
 

@@ -17,7 +17,7 @@ from subspec.artifacts.format.prebuilt import pack_prebuilt
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.model import ModelSpec
 from subspec.artifacts.native import cpp
-from subspec.artifacts.plan import Method, Plan, Usage
+from subspec.artifacts.plan import Method, Plan, Usage, calls_for
 from subspec.planner.rehearse.calibration import Sample, in_turns, sample_ids
 from subspec.planner.rehearse.corrections import PredictFor, Rounds, Timed
 from subspec.planner.rehearse.replay import DEEPEST, WIDTHS, Answer, Grown, curves_of, walk
@@ -26,7 +26,7 @@ from subspec.planner.solve.problem import make_tree
 from subspec.runtime.decode import keep, keep_piece, read, speculate
 from subspec.runtime.draft.drafter import SubstituteDrafter, Turn
 from subspec.runtime.engine import Engine, OpenOptions, graph_programs, kernel_sources
-from subspec.runtime.exact_pass import Piece, prompt_calls, tokens_that_fit
+from subspec.runtime.exact_pass import Piece, tokens_that_fit
 from subspec.runtime.model.cache import Cache
 from subspec.runtime.model.sampling import Chooser, Sampling
 from subspec.runtime.sequence import GenerationParams
@@ -165,7 +165,7 @@ def read_together(engine: Engine, caches: Several[Cache], prompts: Several[list[
             if count:
                 ends = Chooser(Sampling()) if count == len(unread) else None
                 pieces[n] = Piece(cache, unread[:count], ends)
-                room -= sum(prompt_calls(plan, count))
+                room -= sum(calls_for(plan.prompt_widths, count))
         for n, done in zip(pieces, read(model, list(pieces.values())), strict=True):
             keep_piece(pieces[n])
             if done.first is not None:

@@ -6,11 +6,12 @@ widths, multiplied by the correction factors that were measured on real rounds.
 
 from bisect import bisect_left
 from dataclasses import dataclass
+from math import ceil, sqrt
 
 from subspec.artifacts.acceptance import RoundYield
-from subspec.artifacts.footprint import Ring
+from subspec.artifacts.footprint import PRODUCT_ROWS, Ring
 from subspec.artifacts.model import ModelSpec
-from subspec.artifacts.plan import Prediction, Tree, Usage
+from subspec.artifacts.plan import Prediction, Tree, Usage, calls_for
 from subspec.artifacts.profile import LIVE_TOKENS, MORE_TOKENS, Profile, Timing, seconds_at
 from subspec.planner.solve.storage import Storage
 
@@ -73,15 +74,17 @@ def passes_of(
     num_answers: int = 1,
 ) -> Passes:
     """Passes with a tree (None: plain decoding), in the middle of an answer. A verification is as
-    wide as its draft needs: `gives.shares` says how often it has how many levels. Of several
-    answers at once, with a tree each, the usual draft counts: what calls of their rows are filled
-    up with is little."""
+    wide as its draft needs: `gives.shares` says how often it has how many levels. Several answers
+    at once have a tree each, whose rows share calls."""
     live = usage.prompt_tokens + usage.answer_tokens / 2
     head = seconds_at(profile.exact_head, 1)
     if tree:
-        shares = shares_by_width(tree, verify_widths, gives)
-        if num_answers > 1:
-            shares = {num_answers * (1 + tree.width * gives.levels): 1.0}
+        if num_answers == 1:
+            shares = shares_by_width(tree, verify_widths, gives)
+        else:
+            shares = shares_in_company(
+                tree, prompt_widths(profile, verify_widths[-1]), gives, num_answers
+            )
         exact = 0.0
         for width, share in shares.items():
             one = pass_seconds(spec, profile.exact_layer, profile.exact_attention, width, live)
@@ -99,15 +102,36 @@ def passes_of(
     )
 
 
+def prompt_widths(profile: Profile, verify_width: int) -> tuple[int, ...]:
+    """Rows of the calls for a prompt, ascending: widths in which a row has the same bits as in a
+    verification of `verify_width` rows."""
+    alike = next(some for some in profile.batch_invariant_widths if verify_width in some)
+    return tuple(width for width in alike if width <= PRODUCT_ROWS) or (verify_width,)
+
+
 def shares_by_width(
     tree: Tree, verify_widths: tuple[int, ...], gives: RoundYield
-) -> dict[float, float]:
+) -> dict[int, float]:
     """Share of the rounds by the rows of their verification."""
-    found = dict[float, float]()
+    found = dict[int, float]()
     for levels, share in enumerate(gives.shares):
         if share:
             width = verify_widths[bisect_left(verify_widths, 1 + tree.width * levels)]
             found[width] = found.get(width, 0.0) + share
+    return found
+
+
+def shares_in_company(
+    tree: Tree, widths: tuple[int, ...], gives: RoundYield, num_answers: int
+) -> dict[int, float]:
+    """How many calls of each width a round has on average. The rows of independent drafts add up,
+    and their variances do: half of the rounds count as one deviation above the mean, half below."""
+    squares = sum(share * levels**2 for levels, share in enumerate(gives.shares))
+    deviation = sqrt(max(0.0, squares - gives.levels**2) * num_answers)
+    found = dict[int, float]()
+    for levels in (gives.levels * num_answers - deviation, gives.levels * num_answers + deviation):
+        for width in calls_for(widths, max(num_answers, ceil(num_answers + tree.width * levels))):
+            found[width] = found.get(width, 0.0) + 0.5
     return found
 
 
@@ -186,7 +210,7 @@ def pass_seconds(
     spec: ModelSpec,
     layer: tuple[Timing, ...],
     attention: tuple[Timing, ...],
-    width: float,
+    width: int,
     live: float,
 ) -> float:
     """Seconds of all layers at `width` rows with `live` tokens in the cache."""

@@ -10,7 +10,7 @@ from functools import lru_cache
 
 from subspec.artifacts.acceptance import ONE_TOKEN, Acceptance, RoundYield
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.artifacts.footprint import PRODUCT_ROWS, Ring, Shape, make_ledger, workspace_bytes
+from subspec.artifacts.footprint import Ring, Shape, make_ledger, workspace_bytes
 from subspec.artifacts.model import PAGE_BYTES, ModelSpec
 from subspec.artifacts.plan import USUAL, Constraints, Ledger, Tree, Usage
 from subspec.artifacts.profile import Profile
@@ -18,6 +18,7 @@ from subspec.planner.solve.predict import (
     Candidate,
     Passes,
     passes_of,
+    prompt_widths,
     usage_within,
 )
 from subspec.planner.solve.storage import NUM_SHARES, Storage, held_decoded, storages
@@ -234,13 +235,6 @@ def padded_widths(profile: Profile, num_nodes: int) -> tuple[int, ...] | None:
         if (wide := tuple(width for width in alike if width >= num_nodes))
     ]
     return min(fitting, key=lambda widths: (widths[-1], -len(widths)), default=None)
-
-
-def prompt_widths(profile: Profile, verify_width: int) -> tuple[int, ...]:
-    """Rows of the calls for a prompt, ascending: widths in which a row has the same bits as in a
-    verification of `verify_width` rows."""
-    alike = next(some for some in profile.batch_invariant_widths if verify_width in some)
-    return tuple(width for width in alike if width <= PRODUCT_ROWS) or (verify_width,)
 
 
 def every_width(profile: Profile) -> list[int]:

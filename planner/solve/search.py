@@ -26,7 +26,7 @@ from subspec.artifacts.plan import (
     Usage,
 )
 from subspec.artifacts.profile import Profile
-from subspec.planner.solve.predict import Candidate, predict
+from subspec.planner.solve.predict import Candidate, predict, prompt_widths
 from subspec.planner.solve.problem import (
     Problem,
     base_ledger,
@@ -37,7 +37,6 @@ from subspec.planner.solve.problem import (
     narrowest,
     passes_for,
     plain_candidates,
-    prompt_widths,
     smallest_draft,
     smallest_plain,
     stored_like,

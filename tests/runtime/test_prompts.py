@@ -13,9 +13,9 @@ from torch import Tensor
 
 from subspec.artifacts.footprint import ROWS_IN_COMPANY
 from subspec.artifacts.format.store import Artifact
-from subspec.artifacts.plan import Method
+from subspec.artifacts.plan import Method, calls_for
 from subspec.runtime.engine import Engine, OpenOptions
-from subspec.runtime.exact_pass import prompt_calls, tokens_that_fit
+from subspec.runtime.exact_pass import tokens_that_fit
 from subspec.runtime.model.cache import Cache
 from subspec.runtime.model.sampling import Sampling
 from subspec.runtime.sequence import GenerationParams, Sequence
@@ -140,15 +140,15 @@ def test_short_prompts_share_one_stream(artifact: Artifact) -> None:
 
 def test_a_prompts_calls_have_room_for_it_and_waste_little(artifact: Artifact) -> None:
     plan = replace(artifact.plan, prompt_widths=(8, 16, 64))
-    assert list(prompt_calls(plan, 1)) == [8]
-    assert list(prompt_calls(plan, 64)) == [64]
-    assert list(prompt_calls(plan, 150)) == [64, 64, 64]
-    assert list(prompt_calls(plan, 140)) == [64, 64, 16]
+    assert calls_for(plan.prompt_widths, 1) == [8]
+    assert calls_for(plan.prompt_widths, 64) == [64]
+    assert calls_for(plan.prompt_widths, 150) == [64, 64, 64]
+    assert calls_for(plan.prompt_widths, 140) == [64, 64, 16]
     for num_rows in range(8, 300):
         for num_tokens in (1, 7, 8, 9, 65, 150, 1000):
             count = tokens_that_fit(plan, num_tokens, num_rows)
             assert 0 < count <= num_tokens
-            assert sum(prompt_calls(plan, count)) <= num_rows
+            assert sum(calls_for(plan.prompt_widths, count)) <= num_rows
     assert tokens_that_fit(plan, 5, 7) == 0
 
 

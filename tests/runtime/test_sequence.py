@@ -11,13 +11,13 @@ from running import answer, generated
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format.store import Artifact
-from subspec.artifacts.plan import Method
+from subspec.artifacts.plan import Method, calls_for
 from subspec.planner.model.hub import DEMO
 from subspec.runtime import decode
 from subspec.runtime.draft.beam import DraftPass, Growing, TokenTree
 from subspec.runtime.draft.drafter import SubstituteDrafter, Turn
 from subspec.runtime.engine import Engine, OpenOptions
-from subspec.runtime.exact_pass import Model, Piece, prompt_calls
+from subspec.runtime.exact_pass import Model, Piece
 from subspec.runtime.model.cache import Cache, TreeSlots
 from subspec.runtime.model.sampling import Sampling
 from subspec.runtime.sequence import GenerationParams
@@ -323,7 +323,7 @@ def test_a_verification_is_as_wide_as_its_drafts_need_together(
             pairs = zip(alone.stats.drafted, other.stats.drafted, strict=False)
         # The first rows of the second prompt have no draft beside them.
         together = [2 + 2 * sum(pair) for pair in pairs]
-        expected = [tuple(prompt_calls(chosen.plan, rows)) for rows in together]
+        expected = [tuple(calls_for(chosen.plan.prompt_widths, rows)) for rows in together]
         assert verified[: len(expected)] == expected and max(together) > 16
     verified.clear()
     with Engine.open(chosen, OpenOptions("plain")) as engine:

@@ -19,6 +19,7 @@ from subspec.planner.solve.predict import (
     predict,
     rounds_needed,
     shares_by_width,
+    shares_in_company,
     usage_within,
 )
 from subspec.planner.solve.storage import raw_storage, usual_storages
@@ -153,6 +154,14 @@ def test_a_draft_takes_as_long_as_the_levels_that_it_usually_has() -> None:
         found = predicted(wide, gives=never_accepted(*shares))
         assert found.draft_seconds == pytest.approx(seconds)
         assert found.levels_per_round == sum(n * share for n, share in enumerate(shares))
+
+
+def test_several_answers_share_calls_and_their_drafts_vary_together() -> None:
+    """Of 4 answers that draft 2 or 6 levels, two wide: 16 levels, give or take a deviation of 4."""
+    gives = never_accepted(0.0, 0.0, 0.5, 0.0, 0.0, 0.0, 0.5)
+    found = shares_in_company(Tree(2, 6), (8, 16, 32), gives, 4)
+    assert found == {32: 1.0, 16: 0.5}, "28 rows in one call, 44 in two"
+    assert shares_in_company(Tree(1, 4), (8, 16), whole_tree(Tree(1, 4)), 2) == {16: 1.0}
 
 
 def test_a_verification_is_as_wide_as_its_draft_needs() -> None:
