@@ -1,5 +1,5 @@
 """Lossy acceptance, on request only: a drafted token that is not the exact model's own is kept if
-the exact model agrees with what follows it, and was not sure of its own.
+the exact model agrees with what follows it, and its probabilities let the token pass.
 
 The published rule (docs/commands.md): of the paths that are acceptable the longest one is kept. A
 child that is not its parent's choice is acceptable if at least `window` nodes below it, one below

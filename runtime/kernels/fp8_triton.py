@@ -26,19 +26,24 @@ from subspec.artifacts.format.tiles import (
     corrupt,
 )
 from subspec.artifacts.plan import Int4Kernel
+from subspec.runtime.kernels.tiles_triton import (
+    NUM_WARPS,
+    QUADS,
+    ROW_QUADS,
+    ROWS,
+    TWO_23,
+    TWO_23_PATTERN,
+    inverse,
+    to_f32,
+    two_words,
+)
 
-NUM_WARPS = 4  # 128 threads of 4 quads each
 MAX_WORDS = 1 << 29  # four times as many bytes have to fit an int32
 
 # Triton kernels can only use module constants that are constexpr.
 _KEPT = tl.constexpr(fp8_residual.KEPT)
 _SMALLEST = tl.constexpr(fp8_residual.SMALLEST_DIVISOR)
 _LARGEST = tl.constexpr(fp8_residual.LARGEST_DIVISOR)
-_ROWS = tl.constexpr(TILE_ROWS)
-_ROW_QUADS = tl.constexpr(TILE_COLUMNS // 4)
-_QUADS = tl.constexpr(TILE_WEIGHTS // 4)
-_TWO_23 = tl.constexpr(2.0**23)
-_TWO_23_PATTERN = tl.constexpr(150 << 23)
 
 
 def decode_into(
@@ -134,13 +139,13 @@ def _decode_tile(
     num_tiles = tl.num_programs(0)
     band = tile // num_groups
     group = tile % num_groups
-    quad = tl.arange(0, _QUADS)
-    row = quad // _ROW_QUADS
-    row_quad = quad % _ROW_QUADS
-    whole_row = first_row + band * _ROWS
+    quad = tl.arange(0, QUADS)
+    row = quad // ROW_QUADS
+    row_quad = quad % ROW_QUADS
+    whole_row = first_row + band * ROWS
 
     # 1. The windows of the 16 codes of every row, and those of the quad's weights.
-    own_row = whole_row + tl.arange(0, _ROWS)
+    own_row = whole_row + tl.arange(0, ROWS)
     pair = tl.load(qparams + group.to(tl.int64) * whole_rows + own_row)
     scale = (pair << 16).to(tl.float32, bitcast=True)
     zero_point = (pair & -65536).to(tl.float32, bitcast=True)
@@ -178,7 +183,7 @@ def _decode_tile(
     # 2. The number of bits of the quad, and their position.
     size01 = size0 * size1
     most = size01 * (size2 * size3) - 1  # below 2^24; its half is below 2^23
-    half = _to_f32(most >> 1).to(tl.int32, bitcast=True)
+    half = to_f32(most >> 1).to(tl.int32, bitcast=True)
     bits = tl.where(most > 1, (half >> 23) - 125, most)
     bits_end = tl.cumsum(bits, 0) + 1
     bits_first = bits_end - bits
@@ -223,8 +228,8 @@ def _decode_tile(
 
     # 7. The exact weights.
     s = _scale_at(scales, whole_row + row, group, scale_columns, block_rows, block_groups)
-    target = (band.to(tl.int64) * _ROWS * num_groups + group) * _ROW_QUADS
-    target += row * (num_groups * _ROW_QUADS) + row_quad
+    target = (band.to(tl.int64) * ROWS * num_groups + group) * ROW_QUADS
+    target += row * (num_groups * ROW_QUADS) + row_quad
     tl.store(out + target, _four(code0, code1, code2, code3, s))
 
 
@@ -245,12 +250,12 @@ def _widen_tile(
     tile = tl.program_id(0)
     band = tile // num_groups
     group = tile % num_groups
-    quad = tl.arange(0, _QUADS)
-    row = quad // _ROW_QUADS
-    whole_row = first_row + band * _ROWS + row
+    quad = tl.arange(0, QUADS)
+    row = quad // ROW_QUADS
+    whole_row = first_row + band * ROWS + row
     s = _scale_at(scales, whole_row, group, scale_columns, block_rows, block_groups)
-    place = (band.to(tl.int64) * _ROWS * num_groups + group) * _ROW_QUADS
-    place += row * (num_groups * _ROW_QUADS) + quad % _ROW_QUADS
+    place = (band.to(tl.int64) * ROWS * num_groups + group) * ROW_QUADS
+    place += row * (num_groups * ROW_QUADS) + quad % ROW_QUADS
     word = tl.load(codes + place)
     tl.store(out + place, _four(word, word >> 8, word >> 16, word >> 24, s))
 
@@ -273,7 +278,7 @@ def _window(
 ) -> tl.tensor:
     """Window of a code: floor, entries with sign +, those of both signs, and its size; each is
     below 128, in one byte."""
-    step = _to_f32(code)
+    step = to_f32(code)
     low = _ordinal(((step - 8.5) * scale + zero_point) * r)
     high = _ordinal(((step - 7.5) * scale + zero_point) * r)
     bottom = tl.maximum(tl.maximum(low, -high), 0)
@@ -293,9 +298,9 @@ def _ordinal(x: tl.tensor) -> tl.tensor:
     below = bits >> 31
     # Floor or ceiling of 512 y <= 8 from the nearest integer, and on which side of it 512 y is.
     y = tl.minimum(magnitude, 121 << 23).to(tl.float32, bitcast=True)
-    near = tl.fma(y, 512.0, _TWO_23)
-    error = tl.fma(y, 512.0, -(near - _TWO_23))
-    tiny = near.to(tl.int32, bitcast=True) - _TWO_23_PATTERN
+    near = tl.fma(y, 512.0, TWO_23)
+    error = tl.fma(y, 512.0, -(near - TWO_23))
+    tiny = near.to(tl.int32, bitcast=True) - TWO_23_PATTERN
     tiny += ((error > 0.0) & (below == 0)).to(tl.int32)
     tiny -= ((error < 0.0) & (below != 0)).to(tl.int32)
     above_bias = magnitude - (120 << 23) + (0xFFFFF & ~below)
@@ -306,8 +311,8 @@ def _ordinal(x: tl.tensor) -> tl.tensor:
 @triton.jit
 def _look_up(windows: tl.tensor, code: tl.tensor) -> tl.tensor:
     """windows int32 [32, 16], lowest four bits of int32 [512] -> what `_window` packs."""
-    index = tl.reshape(code & 15, (_ROWS, _ROW_QUADS))
-    found = tl.reshape(tl.gather(windows, index, 1), (_QUADS,))
+    index = tl.reshape(code & 15, (ROWS, ROW_QUADS))
+    found = tl.reshape(tl.gather(windows, index, 1), (QUADS,))
     return found & 255, (found >> 8) & 255, (found >> 16) & 255, found >> 24
 
 
@@ -315,9 +320,9 @@ def _look_up(windows: tl.tensor, code: tl.tensor) -> tl.tensor:
 def _divide(value: tl.tensor, divisor: tl.tensor) -> tl.tensor:
     """int32 0 <= value < 2^24, divisor and quotient <= 3969 -> quotient, remainder; exact. The
     guess is off by one at most."""
-    whole = _to_f32(value >> 1) * 2.0 + _to_f32(value & 1)  # exact
-    guess = tl.fma(whole, _inverse(divisor), _TWO_23 - 0.5)
-    quotient = guess.to(tl.int32, bitcast=True) - _TWO_23_PATTERN
+    whole = to_f32(value >> 1) * 2.0 + to_f32(value & 1)  # exact
+    guess = tl.fma(whole, inverse(divisor), TWO_23 - 0.5)
+    quotient = guess.to(tl.int32, bitcast=True) - TWO_23_PATTERN
     rest = value - quotient * divisor
     is_above = (rest < 0).to(tl.int32)
     is_below = (rest >= divisor).to(tl.int32)
@@ -328,26 +333,10 @@ def _divide(value: tl.tensor, divisor: tl.tensor) -> tl.tensor:
 def _divide_small(value: tl.tensor, divisor: tl.tensor) -> tl.tensor:
     """int32 0 <= value < 2^13, divisor <= 63 -> quotient, remainder; exact, as (value + 1/2) /
     divisor is at least 1/126 away from every integer."""
-    scaled = tl.fma(_to_f32(value) + 0.5, _inverse(divisor), -0.5)
-    rounded = (scaled + 1.5 * _TWO_23).to(tl.int32, bitcast=True)
-    quotient = rounded - (_TWO_23_PATTERN + (1 << 22))
+    scaled = tl.fma(to_f32(value) + 0.5, inverse(divisor), -0.5)
+    rounded = (scaled + 1.5 * TWO_23).to(tl.int32, bitcast=True)
+    quotient = rounded - (TWO_23_PATTERN + (1 << 22))
     return quotient, value - quotient * divisor
-
-
-@triton.jit
-def _inverse(divisor: tl.tensor) -> tl.tensor:
-    """As in residual_triton.py."""
-    x = _to_f32(divisor)
-    inverse = (0x7EF311C7 - x.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
-    error = tl.fma(-x, inverse, 1.0)
-    inverse = tl.fma(inverse, tl.fma(error, error, error), inverse)
-    return tl.fma(inverse, tl.fma(-x, inverse, 1.0), inverse)
-
-
-@triton.jit
-def _to_f32(x: tl.tensor) -> tl.tensor:
-    """int32 0 <= x < 2^23 -> f32, exactly."""
-    return (x | _TWO_23_PATTERN).to(tl.float32, bitcast=True) - _TWO_23
 
 
 @triton.jit
@@ -364,7 +353,7 @@ def _weight(code: tl.tensor, s: tl.tensor) -> tl.tensor:
     """Lowest 8 bits of int32: an FP8 code, which is not NaN -> the 16 bits of bf16(code * s)."""
     m = code & 127
     normal = ((m << 20) + (120 << 23)).to(tl.float32, bitcast=True)
-    value = tl.where(m < 8, _to_f32(m) * 0.001953125, normal)
+    value = tl.where(m < 8, to_f32(m) * 0.001953125, normal)
     bits = (value * s).to(tl.int32, bitcast=True)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # to nearest even
     return (rounded ^ ((code & 128) << 8)) & 0xFFFF
@@ -375,6 +364,5 @@ def _four(
     code0: tl.tensor, code1: tl.tensor, code2: tl.tensor, code3: tl.tensor, s: tl.tensor
 ) -> tl.tensor:
     """Four codes -> an int64 of their weights, the first one lowest."""
-    low = (_weight(code0, s) | (_weight(code1, s) << 16)).to(tl.uint32, bitcast=True)
-    high = (_weight(code2, s) | (_weight(code3, s) << 16)).to(tl.uint32, bitcast=True)
-    return (low.to(tl.uint64) | (high.to(tl.uint64) << 32)).to(tl.int64, bitcast=True)
+    low = _weight(code0, s) | (_weight(code1, s) << 16)
+    return two_words(low, _weight(code2, s) | (_weight(code3, s) << 16))

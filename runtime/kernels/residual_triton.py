@@ -29,19 +29,24 @@ from subspec.artifacts.format.tiles import (
     corrupt,
 )
 from subspec.artifacts.plan import Int4Kernel
+from subspec.runtime.kernels.tiles_triton import (
+    NUM_WARPS,
+    QUADS,
+    ROW_QUADS,
+    ROWS,
+    TWO_23,
+    TWO_23_PATTERN,
+    inverse,
+    to_f32,
+    two_words,
+)
 
-NUM_WARPS = 4  # 128 threads of 4 quads each
 MAX_WORDS = 1 << 30  # twice as many half-words have to fit an int32
 
 # Triton kernels can only use module constants that are constexpr.
 _BINADES = tl.constexpr(residual.BINADES)
 _GUARD = tl.constexpr(GUARD_WORDS)
-_ROWS = tl.constexpr(TILE_ROWS)
-_ROW_QUADS = tl.constexpr(TILE_COLUMNS // 4)
-_QUADS = tl.constexpr(TILE_WEIGHTS // 4)
 _FLIP = tl.constexpr(-0x8000)  # xor: changes the sign of a 16-bit pattern widened to an int32
-_TWO_23 = tl.constexpr(2.0**23)
-_TWO_23_PATTERN = tl.constexpr(150 << 23)
 
 
 def decode_into(
@@ -124,12 +129,12 @@ def _decode_tile(
     num_tiles = tl.num_programs(0)
     band = tile // num_groups
     group = tile % num_groups
-    quad = tl.arange(0, _QUADS)
-    row = quad // _ROW_QUADS
-    row_quad = quad % _ROW_QUADS
+    quad = tl.arange(0, QUADS)
+    row = quad // ROW_QUADS
+    row_quad = quad % ROW_QUADS
 
     # 1. The windows of the quad's weights, from the codes alone.
-    whole_row = first_row + band * _ROWS
+    whole_row = first_row + band * ROWS
     pair = tl.load(scales + group.to(tl.int64) * whole_rows + whole_row + row)
     scale = (pair << 16).to(tl.float32, bitcast=True)
     zero_point = (pair & -65536).to(tl.float32, bitcast=True)
@@ -217,23 +222,23 @@ def _decode_tile(
     is_wrong |= (tile == num_tiles - 1) & (stated_end != num_words)
     tl.atomic_add(mismatches, 1, mask=is_wrong, sem="relaxed")
 
-    target = (band.to(tl.int64) * _ROWS * num_groups + group) * _ROW_QUADS
-    target += row * (num_groups * _ROW_QUADS) + row_quad
+    target = (band.to(tl.int64) * ROWS * num_groups + group) * ROW_QUADS
+    target += row * (num_groups * ROW_QUADS) + row_quad
     if IS_F32:
         place = payload + num_words + _GUARD + target * 2
         lower01 = tl.load(place)
         lower23 = tl.load(place + 1)
-        first = _two_words(
+        first = two_words(
             (lower01 & 0xFFFF) | (pattern0 << 16), ((lower01 >> 16) & 0xFFFF) | (pattern1 << 16)
         )
-        second = _two_words(
+        second = two_words(
             (lower23 & 0xFFFF) | (pattern2 << 16), ((lower23 >> 16) & 0xFFFF) | (pattern3 << 16)
         )
         half = tl.arange(0, 2)
         tl.store(out + target[:, None] * 2 + half[None, :], tl.join(first, second))
     else:
         first = pattern0 | (pattern1 << 16)
-        tl.store(out + target, _two_words(first, pattern2 | (pattern3 << 16)))
+        tl.store(out + target, two_words(first, pattern2 | (pattern3 << 16)))
 
 
 @triton.jit
@@ -286,9 +291,9 @@ def _divide(value: tl.tensor, divisor: tl.tensor) -> tl.tensor:
     """
     high = (value >> 20).to(tl.int32)
     low = (value & 0xFFFFF).to(tl.int32)
-    near = _to_f32(high) * 1048576.0 + _to_f32(low)
-    guess = tl.fma(near, _inverse(divisor), _TWO_23 - 0.5)
-    quotient = guess.to(tl.int32, bitcast=True) - _TWO_23_PATTERN
+    near = to_f32(high) * 1048576.0 + to_f32(low)
+    guess = tl.fma(near, inverse(divisor), TWO_23 - 0.5)
+    quotient = guess.to(tl.int32, bitcast=True) - TWO_23_PATTERN
     remainder = (value - quotient.to(tl.int64) * divisor.to(tl.int64)).to(tl.int32)
     is_above = remainder < 0
     is_below = remainder >= divisor
@@ -306,26 +311,11 @@ def _divide_small(value: tl.tensor, divisor: tl.tensor) -> tl.tensor:
     its quotients being below 1537, where a fused multiply-add rounds twice. Less 1/2, it becomes
     the quotient by rounding to the nearest integer.
     """
-    centered = (value | _TWO_23_PATTERN).to(tl.float32, bitcast=True) - (_TWO_23 - 0.5)
-    centered = tl.fma(_to_f32(divisor), -0.5, centered)  # exact
-    rounded = tl.fma(centered, _inverse(divisor), 1.5 * _TWO_23)
-    quotient = rounded.to(tl.int32, bitcast=True) - (_TWO_23_PATTERN + (1 << 22))
+    centered = (value | TWO_23_PATTERN).to(tl.float32, bitcast=True) - (TWO_23 - 0.5)
+    centered = tl.fma(to_f32(divisor), -0.5, centered)  # exact
+    rounded = tl.fma(centered, inverse(divisor), 1.5 * TWO_23)
+    quotient = rounded.to(tl.int32, bitcast=True) - (TWO_23_PATTERN + (1 << 22))
     return quotient, value - quotient * divisor
-
-
-@triton.jit
-def _inverse(divisor: tl.tensor) -> tl.tensor:
-    """int32 1 <= divisor < 2^23 -> f32 1 / divisor within a relative 1.3 * 2^-24.
-
-    A guess within 5.1 % by subtracting patterns, whose exponents and, roughly, fractions are
-    logarithms; then its error cubed, 1.3e-4, squared, 1.7e-8, and one rounding. Every step has the
-    same bits on every machine with fused multiply-adds, and it is shorter than Triton's division.
-    """
-    x = _to_f32(divisor)
-    inverse = (0x7EF311C7 - x.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
-    error = tl.fma(-x, inverse, 1.0)
-    inverse = tl.fma(inverse, tl.fma(error, error, error), inverse)
-    return tl.fma(inverse, tl.fma(-x, inverse, 1.0), inverse)
 
 
 @triton.jit
@@ -333,14 +323,8 @@ def _bit_length(x: tl.tensor) -> tl.tensor:
     """Bit length of an int64 1 <= x < 2^43, from the exponent of its upper or lower part as f32."""
     high = (x >> 20).to(tl.int32)
     part = tl.where(high > 0, high, x.to(tl.int32))
-    exponent = _to_f32(part).to(tl.int32, bitcast=True) >> 23
+    exponent = to_f32(part).to(tl.int32, bitcast=True) >> 23
     return exponent + tl.where(high > 0, 20 - 126, -126)
-
-
-@triton.jit
-def _to_f32(x: tl.tensor) -> tl.tensor:
-    """int32 0 <= x < 2^23 -> f32, exactly."""
-    return (x | _TWO_23_PATTERN).to(tl.float32, bitcast=True) - _TWO_23
 
 
 @triton.jit
@@ -375,11 +359,3 @@ def _pattern(
     inside = floor + entry + tl.where(entry >= positive, 0x8000 - positive, 0)
     stored = tl.load(escape, mask=escaped, other=0).to(tl.int32) & 0xFFFF
     return tl.where(escaped, stored, inside)
-
-
-@triton.jit
-def _two_words(low: tl.tensor, high: tl.tensor) -> tl.tensor:
-    """Two int32 -> an int64 that begins with `low` in memory."""
-    low = low.to(tl.uint32, bitcast=True).to(tl.uint64)
-    high = high.to(tl.uint32, bitcast=True).to(tl.uint64)
-    return (low | (high << 32)).to(tl.int64, bitcast=True)

@@ -22,6 +22,7 @@ from subspec.artifacts.plan import Int4Kernel
 
 triton = pytest.importorskip("triton")
 fp8_triton = pytest.importorskip("subspec.runtime.kernels.fp8_triton")
+tiles_triton = pytest.importorskip("subspec.runtime.kernels.tiles_triton")
 
 LAYOUTS: list[tuple[Int4Kernel, int, int]] = [
     ("aten", 8, 256),
@@ -168,5 +169,5 @@ def compile_ahead(capability: int, lane_words: int | None) -> triton.compiler.Co
     signature = {name: kinds.get(name, "i32") for name in kernel.arg_names}
     source = triton.compiler.ASTSource(kernel, signature, constants)
     target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
-    options = {"num_warps": fp8_triton.NUM_WARPS}
+    options = {"num_warps": tiles_triton.NUM_WARPS}
     return triton.compile(source, target=target, options=options)

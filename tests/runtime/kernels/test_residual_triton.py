@@ -29,6 +29,7 @@ from subspec.runtime.kernels.linear import pack
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 residual_triton = pytest.importorskip("subspec.runtime.kernels.residual_triton")
+tiles_triton = pytest.importorskip("subspec.runtime.kernels.tiles_triton")
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Layout, ATen's inner tiles, K; fewer inner tiles are for a K that 128 does not divide.
@@ -343,5 +344,5 @@ def compile_ahead(
         constants,
     )
     target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
-    options = {"num_warps": residual_triton.NUM_WARPS}
+    options = {"num_warps": tiles_triton.NUM_WARPS}
     return triton.compile(source, target=target, options=options)
