@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.runtime.server.gemma_grammar import gemma_arguments
 
 JSONValue = Any
 ANY_TEXT = "/(.|\\n)*/"
@@ -17,7 +18,8 @@ SHARED = ("$defs", "definitions", "x-guidance")  # what a part of a schema needs
 class CallForm:
     """What a model says around calls: `before`, then for each call `begin`, the tool's name,
     `middle`, the arguments and `end`, with `between` between two calls, then `after`. arguments:
-    a JSON object, or an element <parameter=NAME> for each."""
+    a JSON object, an element <parameter=NAME> for each, or Gemma's {key:value,...}, whose strings
+    stand between quotes that are one token, `quote`."""
 
     begin: str
     middle: str
@@ -25,7 +27,8 @@ class CallForm:
     between: str
     before: str = ""
     after: str = ""
-    arguments: Literal["json", "xml"] = "json"
+    arguments: Literal["json", "xml", "gemma"] = "json"
+    quote: str = ""
 
 
 HERMES = CallForm('<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>", "\n")
@@ -35,12 +38,20 @@ QWEN_XML = CallForm(
 LLAMA = CallForm('{"name": "', '", "parameters": ', "}", "; ")
 MISTRAL_LIST = CallForm('{"name": "', '", "arguments": ', "}", ", ", "[TOOL_CALLS][", "]")
 MISTRAL_ARGS = CallForm("[TOOL_CALLS]", "[ARGS]", "", "")
-FORMS = {  # by ToolFormat.kind; none for gemma's, whose values are not JSON
+GEMMA_4 = CallForm("<|tool_call>call:", "", "<tool_call|>", "", arguments="gemma", quote='<|"|>')
+FUNCTION_GEMMA = CallForm(
+    *("<start_function_call>call:", "", "<end_function_call>", ""),
+    arguments="gemma",
+    quote="<escape>",
+)
+FORMS = {  # by ToolFormat.kind
     "hermes": HERMES,
     "xml": QWEN_XML,
     "llama": LLAMA,
     "mistral list": MISTRAL_LIST,
     "mistral args": MISTRAL_ARGS,
+    "gemma": GEMMA_4,
+    "function gemma": FUNCTION_GEMMA,
 }
 
 
@@ -75,6 +86,12 @@ def calls_grammar(
         if form.arguments == "json":
             rules.append(f"arguments_{index}: @schema_{index}")
             schemas[f"schema_{index}"] = tool.parameters
+        elif form.arguments == "gemma":
+            lines, parts = gemma_arguments(
+                f"arguments_{index}", tool.parameters, form.quote, special
+            )
+            rules += lines
+            schemas |= parts
         else:
             rules += _elements(f"arguments_{index}", tool.parameters, schemas)
     return Grammar(tuple(rules), schemas)

@@ -14,7 +14,7 @@ from subspec.runtime.server.tools.json_calls import bare_calls, json_calls, mist
 from subspec.runtime.server.tools.xml_calls import FUNCTION, xml_call
 
 MOST_CLOSING = 64  # characters between a call and its end mark
-Kind = Literal["hermes", "xml", "llama", "mistral list", "mistral args", "gemma"]
+Kind = Literal["hermes", "xml", "llama", "mistral list", "mistral args", "gemma", "function gemma"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ MISTRAL_LIST = ToolFormat("mistral list", ("[TOOL_CALLS]",))
 MISTRAL_ARGS = ToolFormat("mistral args", ("[TOOL_CALLS]",))
 GEMMA_4 = ToolFormat("gemma", ("<|tool_call>",), "<tool_call|>", quote='<|"|>')
 FUNCTION_GEMMA = ToolFormat(
-    "gemma", ("<start_function_call>",), "<end_function_call>", quote="<escape>"
+    "function gemma", ("<start_function_call>",), "<end_function_call>", quote="<escape>"
 )
 
 
@@ -78,7 +78,7 @@ def read_call(form: ToolFormat, begin: str, feed: TextFeed, calls: Calls) -> Wai
             yield from json_calls(feed, calls)
     elif form.kind == "llama":
         yield from bare_calls(feed, calls)
-    elif form.kind == "gemma":
+    elif form.kind in ("gemma", "function gemma"):
         yield from gemma_call(feed, calls, form.quote)
     else:
         yield from mistral_calls(feed, calls)
