@@ -65,11 +65,7 @@ def as_api_error(error: Exception) -> ApiError:
         message = f"{waiting}, and no more may"
         return ApiError(503, message, "overloaded_error", "queue_full", headers=headers)
     if isinstance(error, PromptTooLong):
-        message = (
-            f"This model's maximum context length is {error.context} tokens, and the prompt has "
-            f"{error.counted}: the answer needs room for one at least"
-        )
-        return invalid(message, "messages", "context_length_exceeded")
+        return too_long(error, "messages")
     if isinstance(error, SubspecError):
         message = said(error)
         if error.exit_code == Exit.USAGE:
@@ -82,6 +78,15 @@ def as_api_error(error: Exception) -> ApiError:
             return unavailable(message, "resources")
         return ApiError(500, message, "server_error", "internal_error")
     return ApiError(500, INTERNAL, "server_error", "internal_error")
+
+
+def too_long(error: PromptTooLong, param: str) -> ApiError:
+    """In the words that clients of OpenAI's look for. param: where the prompt is."""
+    message = (
+        f"This model's maximum context length is {error.context} tokens, and the prompt has "
+        f"{error.counted}: the answer needs room for one at least"
+    )
+    return invalid(message, param, "context_length_exceeded")
 
 
 def engine_error(error: SubspecError) -> ApiError:

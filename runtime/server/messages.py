@@ -13,6 +13,7 @@ from subspec.runtime.server.chat_events import (
     ChatAnswer,
     ChatEnd,
     ChatEvent,
+    ChatRequest,
     JSONValue,
     ReasoningDelta,
     TextDelta,
@@ -20,7 +21,8 @@ from subspec.runtime.server.chat_events import (
     ToolCallStart,
 )
 from subspec.runtime.server.dialect import DialectService
-from subspec.runtime.server.errors import ApiError, anthropic_body
+from subspec.runtime.server.errors import ApiError, anthropic_body, invalid
+from subspec.runtime.server.generation import PromptTooLong
 from subspec.runtime.server.messages_request import (
     REFUSED,
     AskedMessage,
@@ -167,11 +169,22 @@ async def create_message(service: DialectService, request: Request) -> Response:
     if body.stream:
         # A stream begins with the prompt's length, which the answer knows at its end.
         input_tokens = await service.count_tokens(asked.chat)
-        answer = await service.chat(asked.chat)
+        answer = await answer_to(asked.chat, service)
         return event_stream(events_of(answer, writer, input_tokens), answer, error_event, ping=PING)
-    answer = await service.chat(asked.chat)
+    answer = await answer_to(asked.chat, service)
     message = await whole(request, answer, message_of(answer, writer))
     return gone() if message is None else JSONResponse(message)
+
+
+async def answer_to(request: ChatRequest, service: DialectService) -> ChatAnswer:
+    """A prompt that is too long is counted and refused in Anthropic's words: Claude Code looks for
+    them, and how much of the conversation it leaves out then depends on the two numbers."""
+    try:
+        return await service.chat(request)
+    except PromptTooLong as error:
+        count = error.num_tokens or await service.count_tokens(request)
+        message = f"prompt is too long: {count} tokens > {error.context - 1} maximum"
+        raise invalid(message, "messages", "context_length_exceeded") from None
 
 
 async def count_tokens(service: DialectService, request: Request) -> Response:

@@ -15,7 +15,7 @@ from subspec.runtime.model.sampling import TokenLogprobs
 from subspec.runtime.sequence import GenerationParams
 from subspec.runtime.server import figures
 from subspec.runtime.server.bodies import read_body
-from subspec.runtime.server.errors import invalid, unsupported
+from subspec.runtime.server.errors import invalid, too_long, unsupported
 from subspec.runtime.server.generation import (
     Generation,
     GenerationRequest,
@@ -45,8 +45,12 @@ async def completions(service: Service, request: Request) -> Response:
         request, CompletionFields, REFUSED_IN_COMPLETIONS, service.refuse_unknown
     )
     check_model(service.model, asked.model)
-    wanted = await wanted_of(asked, service)
-    answers = Answers(service.engine, [one.request for one in wanted], service.model.num_sequences)
+    try:
+        wanted = await wanted_of(asked, service)
+        requests = [one.request for one in wanted]
+        answers = Answers(service.engine, requests, service.model.num_sequences)
+    except PromptTooLong as error:
+        raise too_long(error, "prompt") from None
     head = Head(f"cmpl-{uuid.uuid4().hex}", int(time.time()), service.model.id)
     if asked.stream:
         events = chunks(answers, wanted, head, service, asked.wants_usage)

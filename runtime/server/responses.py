@@ -10,6 +10,8 @@ from starlette.responses import JSONResponse, Response
 from subspec.runtime.server.bodies import read_body
 from subspec.runtime.server.chat_events import ChatAnswer, JSONValue
 from subspec.runtime.server.dialect import DialectService
+from subspec.runtime.server.errors import too_long
+from subspec.runtime.server.generation import PromptTooLong
 from subspec.runtime.server.responses_answer import ResponseWriter, exhaust
 from subspec.runtime.server.responses_request import REFUSED, CreateResponse, read_request
 from subspec.runtime.server.streaming import Event, event_stream, gone, whole
@@ -21,7 +23,10 @@ async def create_response(service: DialectService, request: Request) -> Response
     service.check_model(body.model)
     asked = read_request(body, service.sampling, secrets.randbits(63))
     writer = ResponseWriter(asked, service, int(time.time()))
-    answer = NoAnswer() if asked.chat is None else await service.chat(asked.chat)
+    try:
+        answer = NoAnswer() if asked.chat is None else await service.chat(asked.chat)
+    except PromptTooLong as error:
+        raise too_long(error, "input") from None
     if body.stream:
         return event_stream(events_of(answer, writer), answer, writer.failed)
     response = await whole(request, answer, response_of(answer, writer))

@@ -19,7 +19,7 @@ from subspec.runtime.server.chat_events import (
     ToolCallStart,
 )
 from subspec.runtime.server.errors import engine_error
-from subspec.runtime.server.generation import QueueFull
+from subspec.runtime.server.generation import PromptTooLong, QueueFull
 
 JSON = dict[str, Any]
 HELLO: tuple[ChatEvent, ...] = (TextDelta("Hel"), TextDelta("lo"), ended())
@@ -192,6 +192,21 @@ def test_what_refuses_a_request_is_a_status_also_for_a_stream() -> None:
             response = client.post("/v1/messages", json=LEAST | {"stream": stream})
             assert response.status_code == status
             assert response.json()["error"]["type"] == kind
+
+
+@pytest.mark.parametrize(("num_tokens", "told"), [(600, 600), (None, 1)])
+def test_a_prompt_that_is_too_long_is_refused_in_the_words_that_claude_code_looks_for(
+    num_tokens: int | None, told: int
+) -> None:
+    """The second one was not counted yet: the scripted count is of words."""
+    _, client = played(PromptTooLong(num_tokens, 512))
+    for stream in (False, True):
+        response = client.post("/v1/messages", json=LEAST | {"stream": stream})
+        assert response.status_code == 400
+        assert response.json()["error"] == {
+            "type": "invalid_request_error",
+            "message": f"prompt is too long: {told} tokens > 511 maximum",
+        }
 
 
 def test_a_conversation_with_tools_becomes_chat_messages() -> None:

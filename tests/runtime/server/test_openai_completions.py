@@ -244,4 +244,5 @@ def test_texts_of_very_many_tokens_are_not_told_one_by_one() -> None:
     assert endless.status == 400 and endless.error["param"] == "prompt"
     prompt = ask(app, "/v1/completions", {"prompt": long})
     assert prompt.error["code"] == "context_length_exceeded"
+    assert prompt.error["param"] == "prompt"
     assert "more than 512" in prompt.error["message"]

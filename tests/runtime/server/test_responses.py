@@ -21,7 +21,7 @@ from subspec.runtime.server.chat_events import (
     ToolCallDelta,
     ToolCallStart,
 )
-from subspec.runtime.server.generation import QueueFull
+from subspec.runtime.server.generation import PromptTooLong, QueueFull
 
 JSON = dict[str, Any]
 HELLO: tuple[ChatEvent, ...] = (TextDelta("Hel"), TextDelta("lo"), ended())
@@ -268,6 +268,9 @@ def test_what_refuses_a_request_is_a_status_also_for_a_stream() -> None:
             response = client.post("/v1/responses", json={"input": "Hi", "stream": stream})
             assert response.status_code == status
             assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+    _, client = played(PromptTooLong(600, 512))
+    error = client.post("/v1/responses", json={"input": "Hi"}).json()["error"]
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "input")
 
 
 def test_an_answer_ends_with_its_stream() -> None:
