@@ -96,8 +96,8 @@ def _value(rules: _Rules, schema: JSONValue, deepest: int) -> str:
         values = _list_of(schema, "enum")
         return _either([_literal(rules, value) for value in values])
     if "$ref" in schema:
-        if not rules.lenient and (beside := sorted(set(schema) - set(BESIDE_REF))):
-            raise _unusable(f"{beside[0]} beside a $ref cannot be enforced")
+        if not rules.lenient and (others := sorted(set(schema) - set(BESIDE_REF))):
+            raise _unusable(f"{others[0]} beside a $ref cannot be enforced")
         return _reference(rules, schema["$ref"], deepest)
     for key in ("anyOf", "oneOf"):
         if key in schema:
