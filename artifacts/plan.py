@@ -88,6 +88,8 @@ class Placement:
     block_bytes: Count  # size of one slot of the staging ring; a block is consecutive parts
     num_slots: Count
     ledger: Ledger  # its sum is at most the budget
+    # Of `resident`: the parts of FP8 matrices that are there in the model's dtype, not as codes.
+    multiplied_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,8 @@ class WeightFiles(Protocol):
         """Fills a substitute's layout. May return before it has; `finish` waits."""
 
     def read_exact(self, stored: StoredPart, target: Tensor) -> None:
-        """Fills target [rows, K], in fast memory, decoded if it is stored as a residual."""
+        """Fills target [rows, K], in fast memory, with the exact weights of what is not stored so:
+        of the model's dtype, or FP8 codes."""
 
     def read_stored(self, stored: StoredPart, target: Tensor) -> None:
         """Fills target uint8 [padded bytes], in fast memory at a page, with the part as stored."""
@@ -111,8 +112,9 @@ def place_resident(
     progress: Progress = lambda stage, share: None,
 ) -> dict[str, Tensor]:
     """What stays of the exact weights, by part: as `view_of` gives them; a residual that is decoded
-    while loading as if it were stored plainly."""
+    while loading as if it were stored plainly, FP8 that is multiplied out as if it were raw."""
     ready, residuals = set(placement.resident), set(placement.residuals)
+    wide = set(placement.multiplied_out)
     chosen = [part for part in stored if part.name in ready | residuals]
     dtype: torch.dtype = getattr(torch, spec.dtype)
     found = {}
@@ -122,13 +124,16 @@ def place_resident(
             files.read_stored(one, room)
             found[one.name] = room[: one.num_bytes]
         else:
-            plain = StoredPart(one.part, one.part.plain_encoding, one.part.plain_bytes)
+            if one.name in wide:
+                plain = StoredPart(one.part, "raw", one.part.num_bytes)
+            else:
+                plain = StoredPart(one.part, one.part.plain_encoding, one.part.plain_bytes)
             room = memory.take("resident", plain.padded_bytes, PAGE_BYTES)
             found[one.name] = view_of(plain, room, dtype)
-            if one.is_residual:
-                files.read_exact(one, found[one.name])
-            else:
+            if one.encoding == plain.encoding:
                 files.read_stored(one, room)
+            else:
+                files.read_exact(one, found[one.name])
         progress("loading exact weights", (index + 1) / len(chosen))
     return found
 
@@ -177,9 +182,13 @@ def make_residual_decoder(
     num_threads: int,
     record: Record = unrecorded,
 ) -> ResidualDecoder | None:
-    """None: no weight is decoded at its use. FP8 weights always are."""
-    ready = set(placement.resident)
-    coded = [p for p in stored if p.part.linear.fp8 or (p.is_residual and p.name not in ready)]
+    """None: no weight is decoded at its use. FP8 codes are."""
+    ready, wide = set(placement.resident), set(placement.multiplied_out)
+    coded = [
+        p
+        for p in stored
+        if (p.is_residual and p.name not in ready) or (p.part.linear.fp8 and p.name not in wide)
+    ]
     if not coded:
         return None
     largest = max(p.part.padded_bytes for p in coded)
@@ -275,25 +284,36 @@ class ArtifactWeights:
             target.copy_(host)
 
     def read_exact(self, stored: StoredPart, target: Tensor) -> None:
-        """A residual is decoded once and for all over the substitute as the artifact stores it, of
-        an FP8 matrix to its FP8 codes."""
+        """A residual is decoded once and for all over the substitute as the artifact stores it."""
         part = stored.part
         host = host_buffer(stored.padded_bytes)
         with self._exact_file() as file:
             self._read_part(file, stored, host)
-        codes, qparams = self._substitute_rows(part)
-        self._loading.finish()  # a residual is decoded only over what it was made for
         on_cpu = target.device.type == "cpu"
         out = target if on_cpu else torch.empty(target.shape, dtype=target.dtype)
-        own = host[: stored.num_bytes]
+        own, scales = host[: stored.num_bytes], None
         if part.linear.fp8:
             scales = scales_of(part.linear, self._scales(part.linear), part.first_row)
-            bare = out.view(torch.uint8)
-            fp8_cpu.decode_any(own, codes, qparams, scales, bare, self._num_threads)
+        if stored.is_residual:
+            substitute = self._substitute_rows(part)
+            self._loading.finish()  # a residual is decoded only over what it was made for
+            self._decode(out, own, *substitute, scales)
         else:
-            residual_cpu.decode_any(own, codes, qparams, out, self._num_threads)
+            assert scales is not None
+            fp8_cpu.widen_into(out, own.view(out.shape), scales, self._num_threads)
+            self._loading.finish()  # so that no more than one part is on the host
         if not on_cpu:
             target.copy_(out)
+
+    def _decode(
+        self, out: Tensor, stored: Tensor, codes: Tensor, qparams: Tensor, scales: Scales | None
+    ) -> None:
+        """Fill out [R, K] with exact weights or FP8 codes, from a residual uint8 [bytes]."""
+        if scales is None:
+            residual_cpu.decode_any(stored, codes, qparams, out, self._num_threads)
+            return
+        bare = out.view(torch.uint8) if out.dtype == torch.float8_e4m3fn else out
+        fp8_cpu.decode_any(stored, codes, qparams, scales, bare, self._num_threads)
 
     def open_embedding(self, device: torch.device) -> FileRows | MappedRows:
         path = self._path / "embedding.safetensors"

@@ -3,12 +3,13 @@ and their tokens those of a bfloat16 checkpoint of the same weights."""
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from builders import build_artifact, converted, random_checkpoint, replan
+from builders import PROFILE, Encoding, build_artifact, converted, random_checkpoint, replan
 from families import PROMPT_TOKENS, SIZES
 from running import answer
 from safetensors.torch import load_file, save_file
@@ -19,8 +20,12 @@ from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format import fp8
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.model import Source
+from subspec.artifacts.native import fp8_cpu, residual_cpu
+from subspec.artifacts.plan import Constraints
 from subspec.planner.build.weights import read_weight
 from subspec.planner.model.checkpoint import read_checkpoint
+from subspec.planner.solve.search import PRIOR, search
+from subspec.planner.solve.storage import Storage
 from subspec.runtime.engine import Engine, OpenOptions
 
 to_fp8 = benchmark("to_fp8")
@@ -135,6 +140,37 @@ def test_tokens_are_those_of_the_same_weights_in_bf16(
         for share in (0.0, 0.4, 1.0):
             again = replan(own, resident_share=share, **SETTINGS)
             assert answers(again, "substitute") == answers(again, "plain") == expected
+
+
+@pytest.mark.parametrize("encoding", ["raw", "residual"])
+def test_weights_may_be_multiplied_out_while_loading(
+    encoding: Encoding, bf16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All or some, as the planner places them; the ledger grants what is used, and no more."""
+    to_fp8.convert(bf16, tmp_path / "fp8", "channel")
+    own = build_artifact(tmp_path / "fp8", tmp_path / "out", encoding, **SETTINGS)
+    expected = answers(own, "plain")
+    stored = Storage(tuple(own.stored_parts()))
+    constraints = Constraints(128, 2, 3, encoding="kept")
+    rates = {"residual_weights_per_second": 1e6, "fp8_residual_weights_per_second": 1e6}
+    slow = replace(PROFILE, num_threads=1, fp8_weights_per_second=2e6, **rates)
+    every = len(own.spec.fp8)
+    for budget_bytes, least, most in ((4_500_000, 1, every - 1), (9_000_000, every, every)):
+        plan = search(own.spec, slow, budget_bytes, constraints, PRIOR, stored)
+        again = replace(own, plan=plan)
+        with Engine.open(again, OpenOptions("substitute", trace=True)) as engine:
+            wide = set(engine.placement.multiplied_out)
+            assert least <= len(wide) <= most
+            assert answer(engine, PROMPT, 24) == expected
+            assert not any(arena.numel() for arena in engine.memory._free.values())
+            assert engine.peak.peak_bytes <= budget_bytes
+            decoded = {
+                span.name for span in engine.model.clock.spans or () if span.lane == "decode"
+            }
+            assert not wide & decoded and (decoded or least == every)
+    monkeypatch.setattr(fp8_cpu, "unavailable", lambda: "no compiler")
+    monkeypatch.setattr(residual_cpu, "unavailable", lambda: "no compiler")
+    assert answers(again, "substitute") == expected
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0], ids=["streamed", "resident"])

@@ -12,6 +12,7 @@ from subspec.artifacts.model import (
     ModelSpec,
     NormStyle,
     Rope,
+    ScaleBlock,
     Source,
 )
 from subspec.artifacts.profile import LinkRate, Profile, Timing
@@ -84,6 +85,12 @@ def make_spec(
         source=Source("org/toy", "0" * 40, "apache-2.0"),
     )
     return replace(spec, **changes)
+
+
+def make_fp8_spec(**changes: Any) -> ModelSpec:
+    """The matrices of all layers in FP8, the head in bf16."""
+    spec = make_spec(**changes)
+    return replace(spec, fp8={one.name: ScaleBlock(64, 64) for one in spec.linears[:-1]})
 
 
 def make_profile(**changes: Any) -> Profile:

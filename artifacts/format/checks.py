@@ -188,6 +188,11 @@ def _check_placement(
     for name in placement.residuals:
         if not every[name].is_residual:
             raise _wrong("plan.json", f"{label} has {name} as a residual, but it is stored raw")
+    for name in placement.multiplied_out:
+        if name not in placement.resident or not every[name].part.linear.fp8:
+            raise _wrong(
+                "plan.json", f"{label} has {name[:200]!r} multiplied out, not resident FP8"
+            )
     # A residual is decoded with its substitute, unless that is done while loading.
     decodes = any(part.is_residual and part.name not in placement.resident for part in stored)
     if decodes and not placement.ledger.substitutes:

@@ -73,12 +73,14 @@ def decode(
 def decode_any(
     stored: Tensor, codes: Tensor, qparams: Tensor, scales: Scales, out: Tensor, num_threads: int
 ) -> None:
-    """Fill out uint8 [R, K] like `decode`, by the plain twin if there is no library. Raises
+    """Fill out [R, K] with FP8 codes (uint8) or the exact weights (bf16) like `decode_into`, with
+    codes uint8 [R, K / 2] as stored; by the plain twins if there is no library. Raises
     SubspecError(CORRUPT)."""
     if unavailable() is None:
         decode_into(out, stored, codes, qparams, scales, 0, num_threads)
-    else:
-        out.copy_(fp8_residual.decode(stored, codes, qparams, scales))
+        return
+    found = fp8_residual.decode(stored, codes, qparams, scales)
+    out.copy_(found if out.dtype == torch.uint8 else fp8.widen(found, scales))
 
 
 def decode_into(

@@ -240,12 +240,13 @@ def draft_name(tree: Tree) -> str:
 def streamed_line(spec: ModelSpec, plan: Plan) -> str:
     """What streams, and what of the exact weights is resident."""
     placement, streamed = placement_of(plan), plan.predicted[plan.method].streamed_bytes
-    total = len(spec.parts)
+    total, wide = len(spec.parts), len(placement.multiplied_out)
+    out = f" ({wide} multiplied out)" if wide else ""
     if not streamed:
-        return f"nothing: all {total} matrices are resident"
+        return f"nothing: all {total} matrices are resident{out}"
     inside = len(placement.resident) + len(placement.residuals)
     line = f"{short_size(streamed)} per round, {total - inside} of {total} matrices; "
-    line += f"{len(placement.resident)} are resident"
+    line += f"{len(placement.resident)} are resident{out}"
     return line + (f", {len(placement.residuals)} as residuals" if placement.residuals else "")
 
 

@@ -29,11 +29,16 @@ def predict_for(
     placement = plan.placement(method)
     ledger = placement.ledger
     tree = plan.tree if method == "substitute" else None
-    ready = set(placement.resident)
-    decoded = tuple(name for name in stored.residuals if name in ready)
+    ready, wide = set(placement.resident), set(placement.multiplied_out)
+    decoded = tuple(
+        part.name
+        for part in stored.parts
+        if part.name in wide or (part.is_residual and part.name in ready)
+    )
+    held = replace(stored, decoded=decoded, multiplied_out=placement.multiplied_out)
     block_bytes, num_slots = placement.block_bytes, placement.num_slots
     ring = Ring(block_bytes, num_slots) if num_slots else None
-    candidate = Candidate(replace(stored, decoded=decoded), tree, plan.verify_widths, ring)
+    candidate = Candidate(held, tree, plan.verify_widths, ring)
     inside = {*placement.resident, *placement.residuals}
     streamed = group_bytes([part for part in stored.parts if part.name not in inside])
     shape = Shape(

@@ -248,6 +248,7 @@ def place(problem: Problem, candidate: Candidate) -> Placement:
         ring.block_bytes if ring else 0,
         ring.num_slots if ring else 0,
         ledger,
+        storage.multiplied_out,
     )
 
 
@@ -289,11 +290,13 @@ def why_early(tree: Tree) -> str:
 def why_stored(problem: Problem, chosen: Scored) -> str:
     """Reason for the storage of exact weights, and how many are decoded while loading."""
     storage = chosen.candidate.storage
-    decoded = len(storage.decoded)
+    decoded, wide = len(storage.decoded), len(storage.multiplied_out)
     reason = why_encoded(problem, chosen)
     if not decoded:
         return reason
-    return f"{reason}; {decoded} of {len(storage.parts)} matrices are decoded while loading"
+    done = "multiplied out" if wide == decoded else "decoded"
+    reason += f"; {decoded} of {len(storage.parts)} matrices are {done} while loading"
+    return reason + (f", {wide} of them multiplied out" if 0 < wide < decoded else "")
 
 
 def why_encoded(problem: Problem, chosen: Scored) -> str:

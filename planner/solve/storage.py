@@ -3,7 +3,9 @@
 A residual takes about half of the bytes on the link and in memory, and is decoded at every use. So
 all weights are residuals if the link is slow, none if decoding is slow, and in between as many as
 keep both busy. An existing artifact keeps its residuals: if memory is left and decoding is slow,
-some are decoded once, while loading, and are resident as exact weights.
+some are decoded once, while loading, and are resident as exact weights. Those of FP8 matrices come
+in two sizes: as FP8 codes, which are multiplied by their scales at every use, or multiplied out
+once and for all, in twice the bytes.
 """
 
 from collections.abc import Iterable, Iterator
@@ -19,16 +21,17 @@ for_one_model = lru_cache(maxsize=4)
 # Bits of a stored weight until it is encoded: normal to Student-t rows give 7.1 to 7.6 in bf16.
 RESIDUAL_BITS = {"bfloat16": 7.4, "float16": 10.4, "float32": 23.4}
 FP8_RESIDUAL_BITS = 3.3  # normal rows give 3.0, heavier tails 3.5
-NUM_SHARES = 8  # steps: 0, 1/8, ... 1 of the weights raw, or of the residuals decoded
+NUM_SHARES = 8  # steps: 0, 1/8, ... 1 of the weights raw, or decoded, or multiplied out
 
 
 @dataclass(frozen=True, eq=False)  # compared by identity: it is the key of what is worked out once
 class Storage:
-    """One way to store the exact weights, and which of their residuals are decoded while
-    loading."""
+    """One way to store the exact weights, and which of them are decoded while loading. Names are in
+    execution order."""
 
     parts: tuple[StoredPart, ...]  # in execution order
-    decoded: tuple[str, ...] = ()  # residuals that are decoded while loading; in execution order
+    decoded: tuple[str, ...] = ()  # while loading: residuals, and what is multiplied out
+    multiplied_out: tuple[str, ...] = ()  # of `decoded`: those of FP8 matrices, to 16 bits
 
     @cached_property
     def as_stored(self) -> tuple[StoredPart, ...]:
@@ -39,9 +42,12 @@ class Storage:
     @cached_property
     def decoded_bytes(self) -> int:
         """Fast memory of the parts that are decoded while loading."""
-        decoded = set(self.decoded)
-        coded = (part.part.plain_bytes for part in self.parts if part.name in decoded)
-        return sum(map(padded, coded))
+        decoded, wide = set(self.decoded), set(self.multiplied_out)
+        return sum(
+            padded(one.part.num_bytes if one.name in wide else one.part.plain_bytes)
+            for one in self.parts
+            if one.name in decoded
+        )
 
     @cached_property
     def num_bytes(self) -> int:
@@ -95,12 +101,12 @@ class Storage:
 
     @cached_property
     def used_as(self) -> dict[Encoding, int]:
-        """What the weights are at every use, and how many: FP8 codes of residuals that are decoded
-        while loading still have to be multiplied by their scales."""
-        decoded = set(self.decoded)
+        """What the weights are at every use, and how many."""
+        decoded, wide = set(self.decoded), set(self.multiplied_out)
         found = dict[Encoding, int]()
         for one in self.parts:
             encoding = one.part.plain_encoding if one.name in decoded else one.encoding
+            encoding = "raw" if one.name in wide else encoding
             found[encoding] = found.get(encoding, 0) + one.part.num_weights
         return found
 
@@ -112,11 +118,12 @@ class Storage:
     @cached_property
     def scratch_bytes(self) -> int:
         """Bytes of the largest part that is decoded at its use; 0: none is."""
-        decoded = set(self.decoded)
+        decoded, wide = set(self.decoded), set(self.multiplied_out)
         coded = (
             one.part.padded_bytes
             for one in self.parts
-            if one.part.linear.fp8 or (one.is_residual and one.name not in decoded)
+            if (one.is_residual and one.name not in decoded)
+            or (one.part.linear.fp8 and one.name not in wide)
         )
         return max(coded, default=0)
 
@@ -154,8 +161,8 @@ def group_bytes(group: Iterable[StoredPart]) -> int:
 
 def storages(spec: ModelSpec, encoding: str, decodes: bool) -> tuple[Storage, ...]:
     """Storages that a new artifact may have with --encoding auto, residual or raw, fewest bytes
-    first. decodes: whether this machine has a fast decoder. Raises SubspecError(UNSUPPORTED) for
-    residuals without one."""
+    first, and then those with FP8 weights multiplied out. decodes: whether this machine has a fast
+    decoder. Raises SubspecError(UNSUPPORTED) for residuals without one."""
     if encoding == "residual" and not decodes:
         raise SubspecError(
             Exit.UNSUPPORTED,
@@ -163,10 +170,18 @@ def storages(spec: ModelSpec, encoding: str, decodes: bool) -> tuple[Storage, ..
             "install a C++ compiler (g++), or use --encoding auto",
         )
     if encoding == "raw" or not decodes:
-        return (raw_storage(spec),)
+        return held_decoded(raw_storage(spec))
     if encoding == "residual":
         return held_decoded(usual_storages(spec)[0])
-    return usual_storages(spec)
+    return any_storages(spec)
+
+
+@for_one_model
+def any_storages(spec: ModelSpec) -> tuple[Storage, ...]:
+    usual = usual_storages(spec)
+    bytes_of = ((some, tuple(p.name for p in some.parts if p.encoding == "fp8")) for some in usual)
+    wide = (multiplied_out(some, names) for some, names in bytes_of if names and some.residuals)
+    return (*usual, *wide, *held_decoded(raw_storage(spec))[1:])
 
 
 @for_one_model
@@ -207,14 +222,30 @@ def evenly_raw(some: Iterable[Part], share: float) -> Iterator[Part]:
 
 @for_one_model
 def held_decoded(storage: Storage) -> tuple[Storage, ...]:
-    """The storage with none, then more and more, then all of its residuals decoded while
-    loading."""
+    """The storage with none, then more and more, then all of its residuals decoded while loading;
+    likewise with FP8 matrices multiplied out: first beside residuals, then beside FP8 codes."""
+    shares = [share / NUM_SHARES for share in range(1, NUM_SHARES + 1)]
     coded = [part.part for part in storage.parts if part.is_residual]
-    found: dict[tuple[str, ...], Storage] = {(): storage}
-    for share in range(1, NUM_SHARES + 1):
-        decoded = tuple(part.name for part in evenly_raw(coded, share / NUM_SHARES))
-        found.setdefault(decoded, replace(storage, decoded=decoded))
+    packed = [part.part for part in storage.parts if part.part.linear.fp8]
+    ways = [storage]
+    for share in shares:
+        decoded = tuple(part.name for part in evenly_raw(coded, share))
+        ways.append(replace(storage, decoded=decoded))
+    for all_decoded in (storage, ways[-1]):
+        for share in shares if packed else ():
+            wide = tuple(part.name for part in evenly_raw(packed, share))
+            ways.append(multiplied_out(all_decoded, wide))
+    found = dict[tuple[tuple[str, ...], tuple[str, ...]], Storage]()
+    for way in ways:
+        found.setdefault((way.decoded, way.multiplied_out), way)
     return tuple(found.values())
+
+
+def multiplied_out(storage: Storage, names: tuple[str, ...]) -> Storage:
+    """The storage with these parts of FP8 matrices multiplied out while loading."""
+    chosen = {*storage.decoded, *names}
+    decoded = tuple(part.name for part in storage.parts if part.name in chosen)
+    return replace(storage, decoded=decoded, multiplied_out=names)
 
 
 @for_one_model

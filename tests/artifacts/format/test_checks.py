@@ -14,6 +14,7 @@ from subspec.artifacts.format.checks import check_headers, check_plan, check_spe
 from subspec.artifacts.format.codec import dump_json, load_dataclass
 from subspec.artifacts.format.tensors import ITEM_BYTES, write_header
 from subspec.artifacts.model import (
+    HEAD,
     Attention,
     Block,
     Dense,
@@ -22,6 +23,7 @@ from subspec.artifacts.model import (
     NormStyle,
     QueryGrowth,
     Rope,
+    ScaleBlock,
     StoredPart,
 )
 from subspec.artifacts.plan import Ledger, Method, Placement, Plan, Tree
@@ -260,6 +262,22 @@ def test_curves_of_several_thresholds_and_kinds_may_have_one_width() -> None:
 def test_a_plan_that_streams_nothing_needs_no_slots_and_no_ledger() -> None:
     everything = Placement(tuple(part.name for part in RAW), (), 0, 0, Ledger())
     check_plan(SPEC, RAW, replace(PLAN, placements={**PLAN.placements, "plain": everything}))
+
+
+def test_what_is_multiplied_out_is_resident_fp8() -> None:
+    fp8 = {one.name: ScaleBlock(64, 64) for one in SPEC.linears[:-1]}
+    spec = replace(SPEC, dtype="bfloat16", fp8=fp8)
+    stored = [StoredPart(part, part.plain_encoding, part.plain_bytes) for part in spec.parts]
+    everything = tuple(part.name for part in stored)
+
+    def check(resident: tuple[str, ...], wide: tuple[str, ...]) -> None:
+        own = replace(STREAMING, resident=resident, multiplied_out=wide)
+        both: dict[Method, Placement] = {"substitute": own, "plain": own}
+        check_plan(spec, stored, replace(PLAN, placements=both))
+
+    check(everything, everything[:3])
+    for resident, wide in ((everything[1:], everything[:1]), (everything, (HEAD,)), ((), ("x",))):
+        refused("plan.json", lambda a=resident, b=wide: check(a, b))
 
 
 def test_residuals_are_decoded_over_substitutes_in_memory() -> None:
