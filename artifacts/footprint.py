@@ -19,6 +19,7 @@ ATTENTION_ROWS = 128
 NORM_ROWS = 256
 PRODUCT_ROWS = 256
 NET_ROWS = 128
+HEAD_ROWS = 128
 NET_SLOTS = 18  # states that live at once along a tree of up to 16 nodes a level
 # Of delta nets: states of a sequence in host memory that it can go back to: after every so many
 # tokens, and before the end of a prompt by more tokens than chat templates end their prompts with.
@@ -79,6 +80,7 @@ class Shape:
     ring: Ring | None = None  # None: nothing streams
     scratch_bytes: int | None = None  # for one decoded part; None: nothing is decoded at its use
     decodes_residuals: bool = False  # at their use
+    drafts_with_head: bool = False  # by the model's draft head
 
 
 def aligned(num_bytes: int) -> int:
@@ -109,6 +111,8 @@ def make_ledger(
         + (checkpoints_bytes(spec, shape.num_sequences) if device == "cpu" else 0),
         staging=shape.ring.num_bytes if shape.ring else 0,
         scratch=shape.scratch_bytes or 0,
+        drafter=draft_head_bytes(spec) if shape.drafts_with_head else 0,
+        drafter_cache=head_states_bytes(spec, shape) if shape.drafts_with_head else 0,
         workspace=workspace_bytes(spec, device, shape),
         overhead=overhead_bytes,
         guard=guard_bytes(device, budget_bytes),
@@ -135,6 +139,11 @@ def substitutes_bytes(spec: ModelSpec, kernel: Int4Kernel) -> int:
         if linear.has_substitute
         for size in packed_bytes(linear.out_features, linear.in_features, kernel)
     )
+
+
+@lru_cache(maxsize=8)
+def draft_head_bytes(spec: ModelSpec) -> int:
+    return sum(aligned(prod(shape) * spec.item_bytes) for shape in spec.draft_head_shapes.values())
 
 
 @lru_cache(maxsize=8)
@@ -177,6 +186,16 @@ def cache_bytes(spec: ModelSpec, shape: Shape) -> int:
     )
     nets = (net_state_bytes(spec, net, shape.verify_width) for net in spec.delta_nets)
     return shape.num_sequences * (attentions + sum(nets))
+
+
+def head_states_bytes(spec: ModelSpec, shape: Shape) -> int:
+    """Size of a draft head's keys and values, and of the hidden states that it has not read yet,
+    for all sequences."""
+    assert spec.draft_head is not None
+    item, [attention] = spec.item_bytes, spec.draft_head.layer.attentions
+    slots = cache_slots(shape.context, shape.verify_width)
+    unread = aligned(shape.verify_width * spec.hidden_size * item)
+    return shape.num_sequences * (2 * aligned(slots * attention.kv_size * item) + unread)
 
 
 @lru_cache(maxsize=4096)
@@ -224,12 +243,17 @@ def workspace_bytes(spec: ModelSpec, device: DeviceKind, shape: Shape) -> int:
     of_heads = logits_bytes(spec, sequences * width)
     trees = pass_bytes(spec, device, verifying, width, slots, of_heads, threads, width)
     exact = max(prompt, trees)
+    if shape.drafts_with_head:  # reads what a pass has given, while that is there
+        exact += head_pass_bytes(spec, device, 1, max(HEAD_ROWS, width), slots)
+        exact += 2 * sequences * width * spec.hidden_size * spec.item_bytes
     if shape.draft_width is None:
         return aligned(exact) + (ALLOCATOR_BYTES if device == "cuda" else 0)
     rows = min(shape.draft_width + MOST_LOOKED_UP, max(shape.draft_width, width))
     draft = pass_bytes(spec, device, sequences, rows, slots, 0, tree_rows=width)
     if device == "cpu":
         draft = max(draft, compiled_draft_bytes(spec, sequences, rows, slots, threads))
+    if shape.drafts_with_head:
+        draft = max(draft, head_pass_bytes(spec, device, sequences, max(rows, width), slots))
     # Logits in bf16; those of a level in f32, and sharpened.
     draft += sequences * (2 * rows + 12 * shape.draft_width) * padded_vocabulary(spec)
     if device == "cpu":
@@ -269,6 +293,20 @@ def pass_bytes(
         for body in spec.bodies
     )
     return 2 * residual + masks + max(head_bytes, *blocks)
+
+
+def head_pass_bytes(
+    spec: ModelSpec, device: DeviceKind, sequences: int, rows: int, slots: int
+) -> int:
+    """Size of the activations of a draft head, and of what it returned for the nodes of trees."""
+    assert spec.draft_head is not None
+    every = sequences * rows
+    masks = sequences * (rows * (rows + 2 * slots) + 8 * slots + rows * 64)
+    blocks = (
+        block_bytes(spec, device, block.body, sequences, rows, slots, None, rows)
+        for block in spec.draft_head.layer.blocks
+    )
+    return 9 * every * spec.hidden_size * spec.item_bytes + masks + max(blocks)
 
 
 @lru_cache(maxsize=4096)

@@ -36,9 +36,9 @@ Name = Annotated[
 EMBEDDING = "model.embed_tokens"
 FINAL_NORM = "model.norm"
 HEAD = "lm_head"
-MTP = "mtp"  # what the tensors of a head for the next but one token are called (ModelSpec.mtp)
-MTP_NORMS = "mtp.pre_fc_norm_embedding", "mtp.pre_fc_norm_hidden"
-MTP_PROJECTION, MTP_FINAL_NORM = "mtp.fc", "mtp.norm"
+# Tensors of a draft head
+FUSION, HEAD_LAYER, HEAD_NORM = "fc", "layers.0", "norm"
+FUSED_NORMS = "pre_fc_norm_embedding", "pre_fc_norm_hidden"
 
 
 @dataclass(frozen=True)
@@ -198,6 +198,16 @@ class NormStyle:
 
 
 @dataclass(frozen=True)
+class DraftHead:
+    """A layer that predicts the token after the next one, from the embedding of the next one and a
+    hidden state of the model (docs/format.md). mtp: as checkpoints of qwen3_5 have it."""
+
+    layout: Literal["mtp"]
+    layer: LayerSpec
+    norm: NormStyle
+
+
+@dataclass(frozen=True)
 class Source:
     """Where the checkpoint came from; `revision` is a commit, never a branch."""
 
@@ -229,9 +239,8 @@ class ModelSpec:
     logits_divisor: Positive = 1.0
     logits_cap: Positive | None = None  # logits become cap * tanh(logits / cap)
     rope_in_f32: bool = False  # q and k are rotated in f32 and then rounded
-    # Layer of a head that predicts the token after the next one (multi-token prediction); the
-    # artifact has its weights, which are in no pass of the model's own.
-    mtp: LayerSpec | None = None
+    # The artifact has its weights, which are in no pass of the model's own.
+    draft_head: DraftHead | None = None
     eos_token_ids: tuple[int, ...] = ()
     # Matrices that the checkpoint has in FP8, by name. All others, and what is computed: `dtype`.
     fp8: dict[str, ScaleBlock] = field(default_factory=dict)
@@ -257,7 +266,9 @@ class ModelSpec:
     @cached_property
     def ropes(self) -> tuple[Rope, ...]:
         """Distinct rotary embeddings: each needs a table of cosines and sines."""
-        found = (one.rope for layer in self.layers for one in layer.attentions if one.rope)
+        head = (self.draft_head.layer,) if self.draft_head else ()
+        layers = (*self.layers, *head)
+        found = (one.rope for layer in layers for one in layer.attentions if one.rope)
         return tuple(dict.fromkeys(found))
 
     @cached_property
@@ -376,21 +387,21 @@ class ModelSpec:
         }
 
     @cached_property
-    def mtp_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Tensor name -> shape of what the head `mtp` is made of."""
-        if self.mtp is None:
+    def draft_head_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Tensor name -> shape of what the draft head is made of."""
+        if self.draft_head is None:
             return {}
-        hidden, layer = self.hidden_size, f"{MTP}.layers.0"
-        found: dict[str, tuple[int, ...]] = {f"{name}.weight": (hidden,) for name in MTP_NORMS}
-        found[f"{MTP_PROJECTION}.weight"] = hidden, 2 * hidden
-        for name, ((rows, columns, bias), _) in _linear_shapes(self, self.mtp).items():
-            found[f"{layer}.{name}.weight"] = rows, columns
+        hidden, layer = self.hidden_size, self.draft_head.layer
+        found: dict[str, tuple[int, ...]] = {f"{name}.weight": (hidden,) for name in FUSED_NORMS}
+        found[f"{FUSION}.weight"] = hidden, 2 * hidden
+        for name, ((rows, columns, bias), _) in _linear_shapes(self, layer).items():
+            found[f"{HEAD_LAYER}.{name}.weight"] = rows, columns
             if bias:
-                found[f"{layer}.{name}.bias"] = (rows,)
-        for block in self.mtp.blocks:
+                found[f"{HEAD_LAYER}.{name}.bias"] = (rows,)
+        for block in layer.blocks:
             sizes = _norm_sizes(self, block)
-            found |= {f"{layer}.{name}.weight": (size,) for name, size in sizes.items()}
-        return found | {f"{MTP_FINAL_NORM}.weight": (hidden,)}
+            found |= {f"{HEAD_LAYER}.{name}.weight": (size,) for name, size in sizes.items()}
+        return found | {f"{HEAD_NORM}.weight": (hidden,)}
 
     @cached_property
     def scale_shapes(self) -> dict[str, tuple[int, int]]:

@@ -26,8 +26,9 @@ from subspec.artifacts.model import StoredPart
 DeviceKind = Literal["cpu", "cuda"]
 Method = Literal["substitute", "plain"]
 # Who proposes tokens. lookup: the text itself, beside the placement of plain decoding;
-# substitute+lookup: the text, as far as the substitutes agree, and they go on.
-DrafterName = Literal["substitute", "lookup", "substitute+lookup"]
+# substitute+lookup: the text, as far as the substitutes agree, and they go on. mtp: the model's own
+# head for multi-token prediction.
+DrafterName = Literal["substitute", "lookup", "substitute+lookup", "mtp"]
 Int4Kernel = Literal["aten", "gemlite", "w4a8"]  # w4a8: runtime/kernels/int4.cpp, on cpu
 
 
@@ -64,6 +65,8 @@ class Ledger:
     cache: Count = 0  # keys and values of all sequences
     staging: Count = 0  # slots that streamed weights arrive in
     scratch: Count = 0  # one part of a matrix, decoded from its residual
+    drafter: Count = 0  # weights of its own
+    drafter_cache: Count = 0  # its keys and values of all sequences
     workspace: Count = 0  # temporaries of torch and of our kernels
     overhead: Count = 0  # taken by the process before any weight (CUDA context)
     guard: Count = 0  # margin for what operations allocate internally

@@ -12,7 +12,7 @@ the tokens before it, not on who computed it, in which piece or in which company
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,8 +20,9 @@ from torch import Tensor
 from subspec.artifacts.common.errors import SubspecError
 from subspec.runtime import lossy
 from subspec.runtime.draft.beam import TokenTree, root_only
+from subspec.runtime.draft.draft_head import read_from, read_text
 from subspec.runtime.draft.drafter import Turn
-from subspec.runtime.exact_pass import Model, Piece, exact_logits, filled, root_row
+from subspec.runtime.exact_pass import Model, Outputs, Piece, exact_outputs, filled, root_row
 from subspec.runtime.kernels.linear import calls_of
 from subspec.runtime.lossy import Lossy
 from subspec.runtime.model.sampling import TokenLogprobs, logprobs_of
@@ -41,6 +42,7 @@ class Round:
     logprobs: tuple[TokenLogprobs, ...] = ()  # of `emitted`, if the turn asks for them
     lossy: Sequence[int] = ()  # places in `emitted` of tokens that are not the exact model's own
     problem: SubspecError | None = None  # of its constraint: why nothing was emitted
+    hidden: Tensor | None = None  # [1 + levels, H], of the path, for a draft head
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Read:
     first_logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     problem: SubspecError | None = None  # of the constraint: why there is no first token
+    hidden: Tensor | None = None  # [1, H], of the last token, for a draft head
 
 
 def speculate(
@@ -64,9 +67,9 @@ def speculate(
     with model.clock.phase("draft"):
         trees, calls = filled(model.plan, model.drafter.draft(turns))
     with model.clock.phase("verify"):
-        logits, of_pieces = exact_logits(model, trees, calls, turns, pieces)
-        rounds = [verify(*one) for one in zip(trees, logits, turns, strict=True)]
-        return rounds, [finish(*one) for one in zip(pieces, of_pieces, strict=True)]
+        passed = exact_outputs(model, trees, calls, turns, pieces)
+        rounds = [verify(*one) for one in zip(trees, passed.of_trees, turns, strict=True)]
+        return with_hidden(model, rounds, passed), finished(model, pieces, passed)
 
 
 def decode_plainly(
@@ -77,9 +80,9 @@ def decode_plainly(
         narrowest = model.plan.verify_widths[0]
         roots = [root_only(root_of(turn), narrowest) for turn in turns]
         trees, calls = filled(model.plan, roots)
-        logits, of_pieces = exact_logits(model, trees, calls, turns, pieces)
-        rounds = [chosen(*one) for one in zip(logits, turns, strict=True)]
-        return rounds, [finish(*one) for one in zip(pieces, of_pieces, strict=True)]
+        passed = exact_outputs(model, trees, calls, turns, pieces)
+        rounds = [chosen(*one) for one in zip(passed.of_trees, turns, strict=True)]
+        return rounds, finished(model, pieces, passed)
 
 
 def decode_unpadded(model: Model, turns: Sequence[Turn]) -> list[Round]:
@@ -97,23 +100,22 @@ def read(model: Model, pieces: Sequence[Piece]) -> list[Read]:
     only a plan too tight for a prompt's activations cuts it (`prefill_tokens`).
     """
     with model.clock.phase("prefill"):
-        _, logits = exact_logits(model, [], [], [], pieces)
-        return [finish(*one) for one in zip(pieces, logits, strict=True)]
+        return finished(model, pieces, exact_outputs(model, [], [], [], pieces))
 
 
 def keep(turn: Turn, done: Round, num_tokens: int) -> None:
     """Commits a round of which the first `num_tokens` emitted tokens are kept, one at least."""
     kept = done.emitted[:num_tokens]
-    turn.cache.commit_path(done.path, [turn.root, *kept[:-1]])
+    turn.cache.commit_path(done.path, [turn.root, *kept[:-1]], done.hidden)
     turn.root = kept[-1]
     turn.max_tokens -= len(kept)
     for token in kept:
         turn.chooser.push(token)
 
 
-def keep_piece(piece: Piece) -> None:
+def keep_piece(piece: Piece, done: Read) -> None:
     """Commits a piece of a prompt that was read."""
-    piece.cache.commit(list(piece.tokens))
+    piece.cache.commit(list(piece.tokens), done.hidden)
 
 
 def verify(tree: TokenTree, logits: Tensor, turn: Turn) -> Round:
@@ -194,6 +196,29 @@ def chosen(logits: Tensor, turn: Turn) -> Round:
 def failed(turn: Turn, problem: SubspecError) -> Round:
     """It is one answer's alone: the pass that others share goes on."""
     return Round([], torch.zeros(1, dtype=torch.int64, device=turn.cache.device), problem=problem)
+
+
+def with_hidden(model: Model, rounds: Sequence[Round], passed: Outputs) -> list[Round]:
+    """The rounds, with what a draft head reads of their paths."""
+    head = model.head
+    if head is None:
+        return list(rounds)
+    return [
+        replace(done, hidden=read_from(head, x[done.path]))
+        for done, x in zip(rounds, passed.hidden_of_trees, strict=True)
+    ]
+
+
+def finished(model: Model, pieces: Sequence[Piece], passed: Outputs) -> list[Read]:
+    """What the pieces gave; a draft head reads them too."""
+    reads = [finish(*one) for one in zip(pieces, passed.of_pieces, strict=True)]
+    head = model.head
+    if head is None:
+        return reads
+    return [
+        replace(done, hidden=read_text(head, piece.cache, piece.tokens, x[: len(piece.tokens)]))
+        for piece, x, done in zip(pieces, passed.hidden_of_pieces, reads, strict=True)
+    ]
 
 
 def finish(piece: Piece, logits: Tensor) -> Read:

@@ -30,8 +30,10 @@ from subspec.runtime.decode import Read, Round, decode_plainly, decode_unpadded,
 from subspec.runtime.draft import compiled_graphs, compiled_layers, graph_pieces
 from subspec.runtime.draft.compiled_graphs import CompiledGraphs
 from subspec.runtime.draft.compiled_layers import CompiledLayers
+from subspec.runtime.draft.draft_head import HeadWeights, make_head, with_head
 from subspec.runtime.draft.drafter import Drafter, LookupDrafter, SubstituteDrafter, Turn
 from subspec.runtime.draft.graphs import capture_on_gpu
+from subspec.runtime.draft.head_drafter import HeadDrafter
 from subspec.runtime.exact_pass import Model, Piece, tokens_that_fit
 from subspec.runtime.kernels import gemlite_kernel, int4
 from subspec.runtime.kernels.linear import check_capability, single_row_kernels
@@ -150,6 +152,8 @@ class Engine:
             message = "the drafter 'substitute+lookup' does not know this model's delta nets"
             raise SubspecError(Exit.UNSUPPORTED, message, "use 'substitute' or 'lookup'")
         placement = plan.placement(method)
+        if drafter_name == "mtp":
+            check_head(spec, placement)
         dtype: torch.dtype = getattr(torch, spec.dtype)
         with ExitStack() as stack:
             # The device and its memory
@@ -174,6 +178,9 @@ class Engine:
             stack.callback(embedding.close)
             files.check_resident()
             tensors = place_tensors(spec, memory, files)
+            head_tensors = {}
+            if drafter_name == "mtp":
+                head_tensors = files.place_draft_head(spec, memory)
             packed = {}
             if placement.ledger.substitutes:
                 packed = place_substitutes(spec, plan.int4_kernel, memory, files, progress)
@@ -206,9 +213,15 @@ class Engine:
                 shape = tuple(tensor.shape)
                 return memory.take_tensor("tables", shape, tensor.dtype).copy_(tensor)
 
+            def for_drafter(shape: tuple[int, ...], kind: torch.dtype) -> Tensor:
+                return memory.take_tensor("drafter_cache", shape, kind)
+
             def empty_cache() -> Cache:
                 nets = make_net_states(spec, plan.verify_width, tensors, carved)
-                return make_cache(spec, slots, carved, nets)
+                cache = make_cache(spec, slots, carved, nets)
+                if drafter_name == "mtp":
+                    cache = with_head(cache, spec, plan.verify_width, for_drafter)
+                return cache
 
             if device.type == "cuda":  # on CPUs they are in the ledger
                 check_host_memory(checkpoints_bytes(spec, plan.num_sequences))
@@ -218,9 +231,14 @@ class Engine:
 
             # The draft
             drafter: Drafter | None = None
+            head: HeadWeights | None = None
             if drafter_name == "lookup":
                 drafter = LookupDrafter(plan.verify_width)
-            if method == "substitute":
+            elif drafter_name == "mtp":
+                head = make_head(weights, head_tensors, kept)
+                substitutes = make_substitutes(spec, tensors, packed, kept)
+                drafter = HeadDrafter(plan.trees, plan.verify_width, head, substitutes)
+            elif method == "substitute":
                 draft_weights = weights
                 if dtype != DRAFT_DTYPE:
                     if not spec.rope_in_f32:
@@ -247,7 +265,7 @@ class Engine:
                 stack.callback(drafter.captured.clear)
                 if plan.int4_kernel == "gemlite":
                     stack.callback(gemlite_kernel.keep_tuning, device)
-            model = Model(plan, weights, exact, drafter, clock)
+            model = Model(plan, weights, exact, drafter, clock, head)
             resources = stack.pop_all()
         return cls(
             artifact, options, method, drafter_name, device, memory, model, caches, resources
@@ -455,6 +473,18 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def check_head(spec: ModelSpec, placement: Placement) -> None:
+    """Raises SubspecError if the draft head cannot draft."""
+    if spec.draft_head is None:
+        message = (
+            "the drafter 'mtp' needs a head for multi-token prediction, which this model lacks"
+        )
+        raise SubspecError(Exit.UNSUPPORTED, message, "use 'substitute' or 'lookup'")
+    if not placement.ledger.drafter:
+        message = "the plan has no memory for the drafter 'mtp'"
+        raise SubspecError(Exit.INFEASIBLE, message, "use 'substitute' or 'lookup'")
 
 
 def substitute_shapes(spec: ModelSpec) -> set[tuple[int, int]]:

@@ -15,13 +15,14 @@ from torch import Tensor
 from subspec.artifacts.plan import Plan, calls_for
 from subspec.runtime.clock import Clock
 from subspec.runtime.draft.beam import TokenTree, narrowed, root_only
+from subspec.runtime.draft.draft_head import HeadWeights
 from subspec.runtime.draft.drafter import Drafter, Turn, tree_nodes, tree_rows
 from subspec.runtime.kernels.linear import calls_of
 from subspec.runtime.model.attention import attend, attend_batch_invariant
 from subspec.runtime.model.cache import Cache
 from subspec.runtime.model.delta_net import tree_paths
 from subspec.runtime.model.sampling import Chooser
-from subspec.runtime.model.transformer import Attend, HeadRows, Rows, SharedWeights, forward
+from subspec.runtime.model.transformer import Attend, HeadRows, Rows, SharedWeights, forward_hidden
 from subspec.runtime.stream.exact_weights import ExactWeights
 
 
@@ -34,6 +35,18 @@ class Model:
     exact: ExactWeights
     drafter: Drafter | None  # None: plain decoding only
     clock: Clock
+    head: HeadWeights | None = None  # of a drafter that reads hidden states
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Of one stream, by tree and by piece: logits, [W, V] and of a piece's `head_rows`, and the
+    residual stream of all of their rows, [rows, H]."""
+
+    of_trees: Sequence[Tensor]
+    of_pieces: Sequence[Tensor]
+    hidden_of_trees: Sequence[Tensor]
+    hidden_of_pieces: Sequence[Tensor]
 
 
 @dataclass(frozen=True)
@@ -68,30 +81,34 @@ def filled(plan: Plan, drafts: Sequence[TokenTree]) -> tuple[list[TokenTree], li
     return trees, calls
 
 
-def exact_logits(
+def exact_outputs(
     model: Model,
     trees: Sequence[TokenTree],
     calls_of_trees: Sequence[int],
     turns: Sequence[Turn],
     pieces: Sequence[Piece],
-) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """The exact model's logits: [W, V] of each tree, and those of each piece's `head_rows`.
-    calls_of_trees: as `filled` gives them."""
+) -> Outputs:
+    """calls_of_trees: as `filled` gives them."""
     plan, rows_of_trees = model.plan, [len(tree.tokens) for tree in trees]
     batch = [whole_tree(tree, turn.cache) for tree, turn in zip(trees, turns, strict=True)]
     batch += [padded_rows(plan, piece) for piece in pieces]
     sizes, wanted, head_sizes = list(calls_of_trees), list[slice](), list(calls_of_trees)
+    rows_of_pieces = list[int]()
     for piece in pieces:
         calls = calls_for(plan.prompt_widths, len(piece.tokens))
         some, some_sizes = head_rows(plan, piece, calls)
         wanted.append(slice(sum(sizes) + some.start, sum(sizes) + some.stop))
         sizes += calls
+        rows_of_pieces.append(sum(calls))
         head_sizes += some_sizes
     of_trees = slice(0, sum(rows_of_trees))
     head = HeadRows([of_trees, *wanted] if trees else wanted, calls_of(head_sizes))
-    logits = forward(model.weights, model.exact, batch, calls_of(sizes), head)
+    logits, x = forward_hidden(model.weights, model.exact, batch, calls_of(sizes), head)
     first, *others = logits.split([some.stop - some.start for some in (of_trees, *wanted)])
-    return first.split(rows_of_trees) if trees else [], others
+    hidden = x.split([*rows_of_trees, *rows_of_pieces])
+    num_trees = len(trees)
+    of_each_tree = first.split(rows_of_trees) if trees else []
+    return Outputs(of_each_tree, others, hidden[:num_trees], hidden[num_trees:])
 
 
 def head_rows(plan: Plan, piece: Piece, calls: list[int]) -> tuple[slice, list[int]]:

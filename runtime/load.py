@@ -15,6 +15,7 @@ from torch import Tensor
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.footprint import packed_bytes
+from subspec.artifacts.format.checks import HEAD_FILE
 from subspec.artifacts.format.fp8 import Scales, scales_of
 from subspec.artifacts.format.prebuilt import find_prebuilt
 from subspec.artifacts.format.store import Artifact
@@ -244,11 +245,13 @@ class ArtifactWeights:
         self._headers: dict[str, dict[str, StoredTensor]] = {}
         self._checked = set[str]()
 
-    def read_tensor(self, name: str, target: Tensor) -> None:
-        stored = self._header("resident.safetensors")[name]
+    def read_tensor(
+        self, name: str, target: Tensor, file_name: str = "resident.safetensors"
+    ) -> None:
+        stored = self._header(file_name)[name]
         flat = target.view(-1)
         step = PIECE_BYTES // target.itemsize
-        with TensorFile(self._path / "resident.safetensors") as file:
+        with TensorFile(self._path / file_name) as file:
             for first in range(0, len(flat), step):
                 piece = torch.empty(min(step, len(flat) - first), dtype=TORCH_DTYPES[stored.dtype])
                 offset = stored.offset + first * target.itemsize
@@ -322,6 +325,15 @@ class ArtifactWeights:
         if device.type == "cpu":
             return FileRows(path, stored, self._dtype)
         return MappedRows(path, stored, self._dtype, device)
+
+    def place_draft_head(self, spec: ModelSpec, memory: FastMemory) -> dict[str, Tensor]:
+        """The tensors of the draft head, by name, as stored."""
+        self._loading.check_file(self._path / HEAD_FILE, self._files[HEAD_FILE])
+        found = {}
+        for name, shape in spec.draft_head_shapes.items():
+            found[name] = memory.take_tensor("drafter", shape, self._dtype)
+            self.read_tensor(name, found[name], HEAD_FILE)
+        return found
 
     def check_resident(self) -> None:
         """Begins to compare what `read_tensor` reads with its digest."""

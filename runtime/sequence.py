@@ -187,7 +187,7 @@ class Sequence:
 
     def take_read(self, piece: Piece, done: Read, seconds: float) -> None:
         """A piece of the prompt was read. After the last one this sequence decodes."""
-        keep_piece(piece)
+        keep_piece(piece, done)
         self.prompt_logprobs += done.prompt_logprobs
         so_far = self.stats.time_to_first_token_seconds
         self.stats = replace(self.stats, time_to_first_token_seconds=so_far + seconds)
@@ -271,8 +271,12 @@ class Sequence:
         give. The last one is read, for its logits."""
         if params.prompt_logprobs is not None:
             return 0
-        shared = min(self.cache.common_prefix(prompt), self.num_reusable, len(prompt) - 1)
-        return self.cache.reachable(shared)
+        cache = self.cache
+        shared = min(cache.common_prefix(prompt), self.num_reusable, len(prompt) - 1)
+        if cache.unread is not None and not cache.nets and not cache.unread.reaches(shared):
+            # A draft head reads a token with the hidden state before it, which is gone: once more.
+            shared = max(0, shared - 1)
+        return cache.reachable(shared)
 
     def _stops(self, first: int, end: int) -> list[int]:
         """Where the prompt's tokens from `first` on, up to `end`, have checkpoints: what templates

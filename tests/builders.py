@@ -71,6 +71,7 @@ def make_plan(
     storage: Storage | None = None,
     int4_kernel: Int4Kernel = "aten",
     min_path_probability: float = 0.0,
+    drafts_with_head: bool = False,
 ) -> Plan:
     """A plan made by hand: any tree, any share of the stored bytes in fast memory, the smallest
     ring. storage: raw unless it is given. verify_widths: one, the next multiple of 8, unless given.
@@ -99,6 +100,7 @@ def make_plan(
             ring,
             storage.scratch_bytes or None,
             storage.coded_weights > 0,
+            drafts_with_head and draft_width is not None,
         )
         purposes = replace(
             make_ledger(spec, kind, int4_kernel, shape, 0, 0),

@@ -17,6 +17,7 @@ from subspec.artifacts.model import (
     GROUP_SIZE,
     PAGE_BYTES,
     Attention,
+    DraftHead,
     DType,
     ModelSpec,
     StoredPart,
@@ -25,7 +26,7 @@ from subspec.artifacts.plan import Placement, Plan
 
 LARGEST_MODEL_BYTES = 1 << 44  # 16 TiB, about 262,144 parts
 MOST_THRESHOLDS = 64  # at which drafts end: a search takes its time for each
-MTP_FILE = "mtp.safetensors"  # of models with such a head (ModelSpec.mtp)
+HEAD_FILE = "draft_head.safetensors"  # of models with one (ModelSpec.draft_head)
 STORED_DTYPES: dict[DType, str] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
@@ -55,8 +56,8 @@ def check_spec(spec: ModelSpec) -> None:
         raise _wrong("model.json", "has no attention in any layer")
     if len(taps := {net.num_taps for net in spec.delta_nets}) > 1:
         raise _wrong("model.json", f"has delta nets of {sorted(taps)} taps, expected one number")
-    if spec.mtp is not None and (spec.mtp not in spec.layers or not spec.mtp.attentions):
-        raise _wrong("model.json", "mtp is not a layer of the model that has an attention")
+    if spec.draft_head is not None:
+        _check_draft_head(spec.draft_head)
     if spec.norm.zero_centered and not spec.norm.rounds_late:
         raise _wrong("model.json", "norm is zero_centered, which it can be only with rounds_late")
     _check_fp8(spec)
@@ -76,6 +77,14 @@ def _check_fp8(spec: ModelSpec) -> None:
                 f"matrix of a bfloat16 model with whole tiles, and a multiple of {GROUP_SIZE} "
                 "columns",
             )
+
+
+def _check_draft_head(head: DraftHead) -> None:
+    layer = head.layer
+    kinds = [block.body.kind for block in layer.blocks]
+    if kinds != ["attention", "dense"] or layer.scalar:
+        raise _wrong("model.json", f"draft_head has {kinds}, expected attention and feed-forward")
+    _check_attention("draft_head", layer.attentions[0])
 
 
 def _check_attention(where: str, one: Attention) -> None:
@@ -114,10 +123,10 @@ def check_headers(path: Path, spec: ModelSpec) -> None:
         _check_tensor("resident.safetensors", resident, name, own, shape)
     for name, of_scales in spec.scale_shapes.items():
         _check_tensor("resident.safetensors", resident, name, "F32", of_scales)
-    if spec.mtp is not None:
-        head = read_header(path / MTP_FILE)
-        for name, shape in spec.mtp_shapes.items():
-            _check_tensor(MTP_FILE, head, name, dtype, shape)
+    if spec.draft_head is not None:
+        head = read_header(path / HEAD_FILE)
+        for name, shape in spec.draft_head_shapes.items():
+            _check_tensor(HEAD_FILE, head, name, dtype, shape)
     substitutes = read_header(path / "substitutes.safetensors")
     for linear in spec.linears:
         if not linear.has_substitute:

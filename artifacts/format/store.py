@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.artifacts.format.checks import MTP_FILE, check_headers, check_plan, check_spec
+from subspec.artifacts.format.checks import HEAD_FILE, check_headers, check_plan, check_spec
 from subspec.artifacts.format.codec import dump_json, load_dataclass, parse_json
 from subspec.artifacts.format.folder import MANIFEST
 from subspec.artifacts.format.tensors import open_regular, read_header
@@ -27,7 +27,7 @@ from subspec.artifacts.runs import RUNS
 
 # Readers refuse another major version. They accept a newer minor version, which may have added
 # files, and top-level keys of JSON files.
-FORMAT_VERSION = "8.0"
+FORMAT_VERSION = "9.0"
 VERSION = re.compile(r"([0-9]{1,4})\.([0-9]{1,4})", re.ASCII)
 CHUNK_BYTES = 64 << 20
 LARGEST_JSON = 8 << 20
@@ -180,8 +180,8 @@ def open_artifact(path: Path) -> Artifact:
     plan = _load(Plan, _read_json(path, "plan.json"), "plan.json", newer)
     profile = _load(Profile, _read_json(path, "profile.json"), "profile.json", newer)
     check_spec(spec)
-    if spec.mtp is not None and MTP_FILE not in {entry.path for entry in manifest.files}:
-        raise _corrupt(f"{MANIFEST} does not list {MTP_FILE}")
+    if spec.draft_head is not None and HEAD_FILE not in {entry.path for entry in manifest.files}:
+        raise _corrupt(f"{MANIFEST} does not list {HEAD_FILE}")
     check_headers(path, spec)
     _check_parts(path, manifest, spec)
     _check_substitutes(manifest, spec)

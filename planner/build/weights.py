@@ -17,7 +17,7 @@ from torch import Tensor
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format import fp8, fp8_residual
-from subspec.artifacts.format.checks import MTP_FILE, STORED_DTYPES
+from subspec.artifacts.format.checks import HEAD_FILE, STORED_DTYPES
 from subspec.artifacts.format.fp8 import Scales, scales_of
 from subspec.artifacts.format.store import (
     CHUNK_BYTES,
@@ -38,7 +38,7 @@ from subspec.artifacts.model import (
 )
 from subspec.artifacts.native import fp8_cpu, residual_cpu
 from subspec.planner.build.quantize import Substitute
-from subspec.planner.model.checkpoint import Checkpoint
+from subspec.planner.model.checkpoint import DRAFT_HEAD, Checkpoint
 from subspec.planner.model.fp8 import multiply_out, read_codes, read_scales
 from subspec.planner.model.stored import read_pieces
 
@@ -82,9 +82,9 @@ def write_weights(
         embedding, resident, exact, substitutes = files
         write_embedding(embedding, checkpoint)
         write_resident(resident, checkpoint)
-        if checkpoint.spec.mtp is not None:
-            files.append(stack.enter_context(HashedFile(folder / MTP_FILE)))
-            write_mtp(files[-1], checkpoint)
+        if checkpoint.spec.draft_head is not None:
+            files.append(stack.enter_context(HashedFile(folder / HEAD_FILE)))
+            write_draft_head(files[-1], checkpoint)
         parts_written, made = write_matrices(
             exact, substitutes, checkpoint, residuals, quantizer, progress
         )
@@ -174,13 +174,13 @@ def write_resident(file: "HashedFile", checkpoint: Checkpoint) -> None:
             file.write(raw_bytes(read_scales(checkpoint.scales[linear.name], own_rows)))
 
 
-def write_mtp(file: "HashedFile", checkpoint: Checkpoint) -> None:
+def write_draft_head(file: "HashedFile", checkpoint: Checkpoint) -> None:
     """Write the head that predicts the token after the next one."""
     spec = checkpoint.spec
     dtype = STORED_DTYPES[spec.dtype]
-    write_header(file, ((name, dtype, shape) for name, shape in spec.mtp_shapes.items()))
-    for name in spec.mtp_shapes:
-        write_exactly(file, checkpoint, name)
+    write_header(file, ((name, dtype, shape) for name, shape in spec.draft_head_shapes.items()))
+    for name in spec.draft_head_shapes:
+        write_exactly(file, checkpoint, f"{DRAFT_HEAD}.{name}")
 
 
 def write_exactly(file: "HashedFile", checkpoint: Checkpoint, name: str) -> None:

@@ -12,9 +12,8 @@ from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.model import (
     EMBEDDING,
     FINAL_NORM,
+    FUSION,
     HEAD,
-    MTP,
-    MTP_PROJECTION,
     Attention,
     Block,
     DeltaNet,
@@ -46,6 +45,8 @@ DTYPES: dict[str, DType] = {"BF16": "bfloat16", "F16": "float16", "F32": "float3
 PREFIXES = ("model.", "", "model.model.", "model.language_model.", "language_model.model.")
 HEADS = (f"{HEAD}.weight", f"language_model.{HEAD}.weight", f"model.{HEAD}.weight")
 DECODER_PARTS = ("embed_tokens", "layers", "norm")
+MTP = "mtp"  # what the tensors of a head for multi-token prediction begin with
+DRAFT_HEAD = "draft_head"  # what the rows of a draft head begin with
 EMBEDDING_WEIGHT, HEAD_WEIGHT = f"{EMBEDDING}.weight", f"{HEAD}.weight"
 
 
@@ -69,8 +70,8 @@ def read_checkpoint(folder: Path, source: Source) -> Checkpoint:
     spec = read_config(folder, source)
     stored = stored_tensors(folder)
     names = _Names(spec, stored)
-    if not names.find(f"{MTP_PROJECTION}.weight"):  # which copies often leave out
-        spec = replace(spec, mtp=None)
+    if not names.find(f"{MTP}.{FUSION}.weight"):  # which copies often leave out
+        spec = replace(spec, draft_head=None)
     shapes = _shapes(spec)
     # Of a tied pair either may be the one that is stored.
     stands_in = spec.tied_head and names.find(HEAD_WEIGHT) and not names.find(EMBEDDING_WEIGHT)
@@ -79,7 +80,10 @@ def read_checkpoint(folder: Path, source: Source) -> Checkpoint:
         rows[name] = names.rows(
             HEAD_WEIGHT if stands_in and name == EMBEDDING_WEIGHT else name, shape
         )
-    head_rows = {name: names.rows(name, shape) for name, shape in spec.mtp_shapes.items()}
+    head_rows = {
+        f"{DRAFT_HEAD}.{name}": names.rows(f"{MTP}.{name}", shape)
+        for name, shape in spec.draft_head_shapes.items()
+    }
     notes: tuple[str, ...] = ()
     if spec.tied_head and names.find(HEAD_WEIGHT):
         head = names.rows(HEAD_WEIGHT, shapes[EMBEDDING_WEIGHT])
@@ -101,7 +105,7 @@ def read_checkpoint(folder: Path, source: Source) -> Checkpoint:
     if spec.tied_head:
         rows[HEAD_WEIGHT] = rows[EMBEDDING_WEIGHT]
     if any(DTYPES.get(own.tensor.dtype) != dtype for own in head_rows.values()):
-        spec, head_rows = replace(spec, mtp=None), {}  # weights are never converted
+        spec, head_rows = replace(spec, draft_head=None), {}  # weights are never converted
     notes = (*_set_aside(stored, spec), *notes)
     rows |= head_rows
     fitting = {one.name for one in spec.linears if one.can_be_fp8}
@@ -221,7 +225,7 @@ class _Names:
 
 def _set_aside(stored: StoredTensors, spec: ModelSpec) -> tuple[str, ...]:
     """A note on tensors that are not read: of towers for images and sound, of draft heads."""
-    read = DECODER_PARTS if spec.mtp is None else (*DECODER_PARTS, MTP)
+    read = DECODER_PARTS if spec.draft_head is None else (*DECODER_PARTS, MTP)
     prefixes = sorted(PREFIXES, key=len, reverse=True)
     counts = dict[str, int]()
     for name in stored.tensors:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.artifacts.model import DTYPE_BYTES, DType, ModelSpec, NormStyle, Source
+from subspec.artifacts.model import DTYPE_BYTES, DraftHead, DType, ModelSpec, NormStyle, Source
 from subspec.planner.model.families import FAMILIES
 from subspec.planner.model.fields import (
     LARGEST_VOCABULARY,
@@ -133,6 +133,9 @@ def read_config(folder: Path, source: Source) -> ModelSpec:
         raise config.unsupported(field, repr(activation))
     max_positions = reach(config)
     layers = read_layers(config, style, max_positions)
+    epsilon = config.number("rms_norm_eps", 1e-15, 1.0)
+    norm = NormStyle(epsilon, style.rounds_late, style.zero_centered)
+    attending = next((one for one in layers if one.attentions), None) if style.mtp else None
     spec = ModelSpec(
         family=family,
         dtype=_dtype(decoder),
@@ -140,16 +143,14 @@ def read_config(folder: Path, source: Source) -> ModelSpec:
         vocab_size=config.integer("vocab_size", 1, LARGEST_VOCABULARY),
         max_positions=max_positions,
         layers=layers,
-        norm=NormStyle(
-            config.number("rms_norm_eps", 1e-15, 1.0), style.rounds_late, style.zero_centered
-        ),
+        norm=norm,
         tied_head=config.flag("tie_word_embeddings"),
         embedding_scale=style.embedding_scale,
         rounds_embedding_scale=style.rounds_embedding_scale,
         logits_divisor=style.logits_divisor,
         logits_cap=style.logits_cap,
         rope_in_f32=style.rope_in_f32,
-        mtp=next((one for one in layers if one.attentions), None) if style.mtp else None,
+        draft_head=DraftHead("mtp", attending, norm) if attending else None,
         eos_token_ids=_end_tokens(folder, config),
         source=source,
     )

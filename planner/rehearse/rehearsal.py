@@ -167,7 +167,7 @@ def read_together(engine: Engine, caches: Several[Cache], prompts: Several[list[
                 pieces[n] = Piece(cache, unread[:count], ends)
                 room -= sum(calls_for(plan.prompt_widths, count))
         for n, done in zip(pieces, read(model, list(pieces.values())), strict=True):
-            keep_piece(pieces[n])
+            keep_piece(pieces[n], done)
             if done.first is not None:
                 first_tokens[n] = done.first
     return [first_tokens[n] for n in range(len(prompts))]

@@ -22,6 +22,8 @@ PURPOSES = {  # of the ledger, in the order of the report's bar
     "cache": "KV cache",
     "staging": "staging ring",
     "scratch": "scratch for one decoded matrix",
+    "drafter": "drafter's own weights",
+    "drafter_cache": "drafter's own KV cache",
     "workspace": "activations",
     "tables": "RoPE tables",
     "norms": "norms and biases",

@@ -100,7 +100,7 @@ def plan_options(command: Command) -> Command:
 def drafter_option(command: Command) -> Command:
     return option_with_default_of(OpeningOptions)(
         "--drafter",
-        "Who proposes tokens: the 4-bit substitute, text that stood before, or both.",
+        "Who proposes tokens: the 4-bit substitute, text that stood before, both, or an MTP head.",
         type=click.Choice(get_args(DrafterName)),
     )(command)
 

@@ -45,9 +45,27 @@ class Checkpoint:
     states: States
 
 
+@dataclass
+class Unread:
+    """Hidden states of the last committed tokens, which a draft head has not read yet: it reads one
+    with the token that follows."""
+
+    rows: Tensor  # [R, H]
+    first: int = 0  # the token that the first row is of
+    count: int = 0
+
+    def replace(self, first: int, hidden: Tensor) -> None:
+        self.rows[: len(hidden)] = hidden
+        self.first, self.count = first, len(hidden)
+
+    def reaches(self, length: int) -> bool:
+        """Whether the last row is of the last of so many tokens."""
+        return bool(self.count) and self.first + self.count == length
+
+
 @dataclass(eq=False)  # a sequence's own: two caches are never the same
 class Cache:
-    keys: tuple[Tensor, ...]  # [B, S, D] of each attention
+    keys: tuple[Tensor, ...]  # [B, S, D] of each attention, a draft head's last
     values: tuple[Tensor, ...]
     nets: tuple[NetState, ...] = ()  # of each delta net
     # Of delta nets: where `roll_back` can go back to, ascending; in host memory for more of them;
@@ -56,6 +74,7 @@ class Cache:
     unused: list[States] = field(default_factory=list)
     pending: list[Stop] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)  # ids whose exact keys and values are committed
+    unread: Unread | None = None  # by a draft head; None: there is none
 
     @property
     def length(self) -> int:
@@ -99,8 +118,12 @@ class Cache:
         """Views [B, num_slots, D] of the first slots."""
         return self.keys[attention][:, :num_slots], self.values[attention][:, :num_slots]
 
-    def commit(self, tokens: list[int]) -> None:
-        """The next slots hold the exact keys and values of `tokens`, which a pass has read."""
+    def commit(self, tokens: list[int], hidden: Tensor | None = None) -> None:
+        """The next slots hold the exact keys and values of `tokens`, which a pass has read. hidden
+        [R, H]: for a draft head, the states of the last R of them, of which it has read those
+        before."""
+        if self.unread is not None and hidden is not None:
+            self.unread.replace(self.length + len(tokens) - len(hidden), hidden)
         for net in self.nets:
             copy_state(net.committed, net.read)
         for stop in self.pending:
@@ -108,13 +131,16 @@ class Cache:
         self.pending.clear()
         self.tokens.extend(tokens)
 
-    def commit_path(self, path: Tensor, tokens: list[int]) -> None:
+    def commit_path(self, path: Tensor, tokens: list[int], hidden: Tensor | None = None) -> None:
         """Moves the tree nodes `path` (int64, ascending, on the device, the root first) to the
         first slots of the tree, and commits `tokens`, which are those of its first nodes.
 
-        Rows of `path` beyond them may be anything: what they leave is written again.
+        Rows of `path` beyond them may be anything: what they leave is written again. hidden
+        [path, H]: for a draft head.
         """
         first, end = self.length, self.length + len(tokens)
+        if self.unread is not None and hidden is not None:
+            self.unread.replace(first, hidden[: len(tokens)])
         for kept in (*self.keys, *self.values):  # one at a time: a small temporary
             kept[:, first : first + len(path)] = kept.index_select(1, path + first)
         for net in self.nets:
@@ -157,6 +183,8 @@ class Cache:
         """Forgets all but the first `length` tokens, which is `reachable`; their slots are written
         again."""
         assert self.reachable(length) == length
+        if self.unread is not None:
+            self.unread.count = max(0, min(self.unread.count, length - self.unread.first))
         shorter = self.nets and length < self.length
         while self.checkpoints and self.checkpoints[-1].length > length:
             self.unused.append(self.checkpoints.pop().states)

@@ -145,8 +145,12 @@ def forward_hidden(
 
 def to_logits(weights: SharedWeights, head: Product, x: Tensor, calls: Calls) -> Tensor:
     """x [T, H] -> [T, V]."""
-    spec = weights.spec
-    logits = head(HEAD, normalize(weights, FINAL_NORM, x), calls)[:, : spec.vocab_size]
+    return logits_of(weights.spec, head, normalize(weights, FINAL_NORM, x), calls)
+
+
+def logits_of(spec: ModelSpec, head: Product, normed: Tensor, calls: Calls) -> Tensor:
+    """normed [T, H], behind the final norm -> [T, V]."""
+    logits = head(HEAD, normed, calls)[:, : spec.vocab_size]
     if spec.logits_divisor != 1:
         logits = logits / spec.logits_divisor
     if spec.logits_cap is not None:

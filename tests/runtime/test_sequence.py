@@ -286,7 +286,7 @@ def test_the_levels_that_each_round_drafted_are_counted(
 def verified(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The rows of each call of every verification."""
     rows = list[tuple[int, ...]]()
-    real = decode.exact_logits
+    real = decode.exact_outputs
 
     def counted(
         model: Model,
@@ -300,7 +300,7 @@ def verified(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
             rows.append(tuple(calls))
         return real(model, trees, calls, turns, pieces)
 
-    monkeypatch.setattr(decode, "exact_logits", counted)
+    monkeypatch.setattr(decode, "exact_outputs", counted)
     return rows
 
 

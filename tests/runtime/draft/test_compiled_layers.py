@@ -745,7 +745,7 @@ def test_the_demo_models_drafts_are_those_of_the_twin(tmp_path: Path) -> None:
             cache.roll_back(0)
             piece = Piece(cache, prompt, Chooser(Sampling()))
             [done] = read(engine.model, [piece])
-            keep_piece(piece)
+            keep_piece(piece, done)
             root = done.first
             assert root is not None
             [tree] = drafter.draft([Turn(cache, root, 100)])

@@ -1,0 +1,149 @@
+"""A draft head: one decoder layer that predicts the token after the next one.
+
+Its row for a token takes the token's embedding and the model's hidden state of the token before,
+and gives the logits of the token after it. A row further down a draft takes what the head returned
+for the token before instead. So a row lies in the slot of its token, beside the model's own keys
+and values, and the first token has none. T = rows, H = hidden size, S = live slots
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from subspec.artifacts.footprint import HEAD_ROWS
+from subspec.artifacts.model import (
+    FINAL_NORM,
+    FUSED_NORMS,
+    FUSION,
+    HEAD_LAYER,
+    HEAD_NORM,
+    DraftHead,
+    ModelSpec,
+    layer_name,
+)
+from subspec.runtime.kernels.linear import Calls, calls_of
+from subspec.runtime.model.attention import attend
+from subspec.runtime.model.cache import Cache, Unread
+from subspec.runtime.model.net_state import Take
+from subspec.runtime.model.transformer import (
+    Pass,
+    Rows,
+    SharedWeights,
+    add_layer,
+    embed,
+    join,
+    make_shared,
+    normalize,
+    rms_norm,
+)
+
+
+@dataclass(frozen=True)
+class HeadWeights:
+    """In fast memory; embedding and ropes are the model's own."""
+
+    head: DraftHead
+    model: SharedWeights  # whose hidden states it reads
+    decoder: SharedWeights  # of a model of this one layer
+    tensors: Mapping[str, Tensor]
+
+    def __call__(self, name: str, x: Tensor, calls: Calls, gate: Tensor | None = None) -> Tensor:
+        """A product of the layer."""
+        prefix = f"{HEAD_LAYER}.{name}"
+        product = F.linear(x, self.tensors[f"{prefix}.weight"], self.tensors.get(f"{prefix}.bias"))
+        return product if gate is None else gate.mul_(product)
+
+
+def read_from(weights: HeadWeights, x: Tensor) -> Tensor:
+    """The residual stream [T, H] of the exact model -> the hidden states [T, H] that the head
+    takes."""
+    return normalize(weights.model, FINAL_NORM, x)
+
+
+def next_hidden(weights: HeadWeights, batch: Sequence[Rows], hidden: Tensor) -> Tensor:
+    """hidden [T, H] of the tokens before each row's, the exact model's or what this returned for
+    them -> the head's own [T, H], which the model's head turns into logits. batch: over caches of
+    the head's one attention."""
+    style = weights.head.norm
+    tokens, positions = (join([getattr(r, n) for r in batch]) for n in ("tokens", "positions"))
+    parts = zip(FUSED_NORMS, (embed(weights.model, tokens), hidden), strict=True)
+    normed = [rms_norm(style, weights.tensors[f"{name}.weight"], part) for name, part in parts]
+    x = F.linear(torch.cat(normed, dim=1), weights.tensors[f"{FUSION}.weight"])
+    now = Pass(weights.decoder, batch, calls_of([len(x)]), positions)
+    add_layer(now, 0, weights, x)
+    return normalize(weights.decoder, FINAL_NORM, x)
+
+
+def read_text(weights: HeadWeights, cache: Cache, tokens: Sequence[int], x: Tensor) -> Tensor:
+    """Keys and values of the head for a text that follows what is committed; x [T, H]: the residual
+    stream of each of its tokens. Returns what the head has not read yet, [1, H]. Of a first token
+    without a hidden state before it what is in its slot stays."""
+    first, text = cache.length, [*cache.tokens, *tokens]
+    live, unread = cache.live_slots(len(text)), cache.unread
+    assert unread is not None
+    if unread.reaches(first):
+        read_some(weights, cache, text, unread.first, unread.rows[: unread.count], live)
+    for start in range(0, len(tokens), HEAD_ROWS):
+        hidden = read_from(weights, x[start : start + HEAD_ROWS])
+        read_some(weights, cache, text, first + start, hidden, live)
+    return hidden[-1:].clone()
+
+
+def read_some(
+    weights: HeadWeights, cache: Cache, text: Sequence[int], first: int, hidden: Tensor, live: int
+) -> None:
+    """hidden [T, H]: of the tokens of the text from `first` on, each read with the next one, as far
+    as there is one."""
+    following = text[first + 1 : first + 1 + len(hidden)]
+    if following:
+        rows = following_rows(cache, following, first + 1, live)
+        next_hidden(weights, [rows], hidden[: len(following)])
+
+
+def following_rows(cache: Cache, tokens: Sequence[int], first: int, live_slots: int) -> Rows:
+    """Rows of the head for tokens at `first` and further; each sees all before it but the first of
+    the text, which has no row."""
+    ids = torch.tensor(list(tokens), device=cache.device)
+    positions = torch.arange(len(ids), device=cache.device) + first
+    slots = torch.arange(live_slots, device=cache.device)
+    visible = (slots <= positions[:, None]) & (slots > 0)
+    return Rows(ids, positions, positions, slots, visible, of_head(cache), attend)
+
+
+def of_head(cache: Cache) -> Cache:
+    """The head's part of a cache."""
+    return Cache(cache.keys[-1:], cache.values[-1:], tokens=cache.tokens)
+
+
+def with_head(cache: Cache, spec: ModelSpec, num_unread: int, take: Take) -> Cache:
+    """The empty cache with room for the model's draft head. num_unread: hidden states that it may
+    have to read; take: see make_cache()."""
+    assert spec.draft_head is not None
+    [attention] = spec.draft_head.layer.attentions
+    dtype = cache.keys[0].dtype
+    shape = attention.num_kv_heads, cache.num_slots, attention.head_size
+    return replace(
+        cache,
+        keys=(*cache.keys, take(shape, dtype)),
+        values=(*cache.values, take(shape, dtype)),
+        unread=Unread(take((num_unread, spec.hidden_size), dtype)),
+    )
+
+
+def make_head(
+    shared: SharedWeights, tensors: Mapping[str, Tensor], keep: Callable[[Tensor], Tensor]
+) -> HeadWeights:
+    """tensors: those of `spec.draft_head_shapes`, in the dtype of the model's activations. keep:
+    see make_shared()."""
+    head = shared.spec.draft_head
+    assert head is not None
+    spec = replace(shared.spec, layers=(head.layer,), norm=head.norm, draft_head=None)
+    own = {f"{FINAL_NORM}.weight": tensors[f"{HEAD_NORM}.weight"]}
+    for name, tensor in tensors.items():
+        if name.startswith(f"{HEAD_LAYER}."):
+            own[f"{layer_name(0)}.{name.removeprefix(f'{HEAD_LAYER}.')}"] = tensor
+    decoder = make_shared(spec, shared.embedding, own, shared.tables, shared.dtype, keep)
+    return HeadWeights(head, shared, decoder, tensors)

@@ -1,0 +1,92 @@
+"""Drafts with a draft head: the tree grows as the substitutes' does, a pass of one layer a level.
+
+The first pass also reads what the last round has committed, with the exact model's hidden states:
+keys and values that the draft wrote for it are written again. W = rows of a tree, H = hidden size
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from subspec.artifacts.plan import Tree, tree_for
+from subspec.runtime.draft.beam import DraftPass, Growing, TokenTree, grow
+from subspec.runtime.draft.draft_head import (
+    HeadWeights,
+    following_rows,
+    next_hidden,
+    of_head,
+)
+from subspec.runtime.draft.drafter import Turn, tree_rows, within_constraints
+from subspec.runtime.draft.substitutes import Substitutes
+from subspec.runtime.kernels.linear import calls_of
+from subspec.runtime.load import DRAFT_DTYPE
+from subspec.runtime.model.attention import attend
+from subspec.runtime.model.cache import Cache, TreeSlots
+from subspec.runtime.model.transformer import Rows, logits_of
+
+
+@dataclass(frozen=True)
+class HeadDrafter:
+    """The logits of what the head returns are those of the substitute of the model's head."""
+
+    trees: tuple[Tree, ...]  # of 1, 2, 4, ... sequences
+    verify_width: int
+    weights: HeadWeights
+    substitutes: Substitutes
+
+    def draft(self, turns: Sequence[Turn]) -> list[TokenTree]:
+        tree, caches = tree_for(self.trees, len(turns)), [turn.cache for turn in turns]
+        depths = [max(0, min(tree.depth, turn.max_tokens - 1)) for turn in turns]
+        roots = [torch.tensor([turn.root], device=turn.cache.device) for turn in turns]
+        slots = [cache.tree_slots(self.verify_width) for cache in caches]
+        draft_pass = self.pass_over(turns, slots)
+        if any(turn.chooser.constraint for turn in turns):
+            draft_pass = within_constraints(draft_pass, turns)
+        return grow(roots, depths, tree, self.verify_width, draft_pass)
+
+    def pass_over(self, turns: Sequence[Turn], slots: Sequence[TreeSlots]) -> DraftPass:
+        """Passes over a tree in each turn's cache, level after level from the root."""
+        shape = self.verify_width, self.weights.model.spec.hidden_size
+        # What the head returned for each node
+        returned = [turn.cache.keys[-1].new_empty(shape) for turn in turns]
+
+        def run(growing: Sequence[Growing]) -> Tensor:
+            inputs = [
+                self.root_rows(turns[one.index], slots[one.index])
+                if one.tree.num_levels == 0
+                else level_rows(one, turns[one.index].cache, slots[one.index], returned[one.index])
+                for one in growing
+            ]
+            batch, hidden = [rows for rows, _ in inputs], torch.cat([some for _, some in inputs])
+            found = next_hidden(self.weights, batch, hidden)
+            wanted, sizes = list[Tensor](), [len(rows.tokens) for rows in batch]
+            for one, some in zip(growing, found.split(sizes), strict=True):
+                nodes = one.last.nodes
+                wanted.append(some[-len(nodes) :])  # before the root: what is only read
+                returned[one.index][nodes] = wanted[-1]
+            normed = torch.cat(wanted).to(DRAFT_DTYPE)
+            spec, head = self.weights.model.spec, self.substitutes.head
+            return logits_of(spec, head, normed, calls_of([len(normed)]))
+
+        return run
+
+    def root_rows(self, turn: Turn, slots: TreeSlots) -> tuple[Rows, Tensor]:
+        """Rows for what is committed and not read yet, and for the root."""
+        cache, unread = turn.cache, turn.cache.unread
+        assert unread is not None and unread.reaches(cache.length)
+        tokens = [*cache.tokens[unread.first + 1 :], turn.root]
+        rows = following_rows(cache, tokens, unread.first + 1, slots.live_slots)
+        return rows, unread.rows[: unread.count]
+
+
+def level_rows(
+    one: Growing, cache: Cache, slots: TreeSlots, returned: Tensor
+) -> tuple[Rows, Tensor]:
+    """Rows for the last level of a tree; returned [W, H]: for the nodes above."""
+    nodes = one.last.nodes
+    rows = tree_rows(one.tree, nodes, of_head(cache), slots, attend)
+    assert rows.visible is not None
+    rows.visible[:, 0].fill_(False)  # the first token of a text has no row
+    return rows, returned[one.tree.parents[nodes]]

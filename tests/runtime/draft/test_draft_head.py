@@ -1,0 +1,111 @@
+"""The head for multi-token prediction of qwen3_5: from a checkpoint through the artifact, and what
+it computes against the definition, written out."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from builders import build_artifact, converted
+from heads import defined_mtp, mtp_checkpoint
+from safetensors.torch import load_file, save_file
+
+from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.format.checks import HEAD_FILE
+from subspec.artifacts.format.store import Artifact, open_artifact, verify
+from subspec.artifacts.model import Source
+from subspec.planner.model.checkpoint import read_checkpoint
+from subspec.runtime.draft.draft_head import make_head, next_hidden
+from subspec.runtime.engine import Engine, OpenOptions
+from subspec.runtime.exact_pass import causal_rows
+from subspec.runtime.model.attention import attend
+from subspec.runtime.model.cache import make_cache
+from subspec.runtime.model.transformer import make_shared, make_tables
+
+SLOTS = 64
+MTP = OpenOptions(drafter="mtp")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return mtp_checkpoint(tmp_path_factory.mktemp("mtp"), torch.float32)
+
+
+@pytest.fixture(scope="module")
+def artifact(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return build_artifact(
+        checkpoint, tmp_path_factory.mktemp("built") / "artifact", drafts_with_head=True
+    )
+
+
+def test_the_artifact_has_every_bit_of_the_head(checkpoint: Path, artifact: Artifact) -> None:
+    stored, spec = load_file(checkpoint / "model.safetensors"), artifact.spec
+    assert spec.draft_head is not None and spec.draft_head.layer in spec.layers
+    assert len(spec.draft_head_shapes) == 15
+    found = load_file(artifact.path / HEAD_FILE)
+    assert found.keys() == spec.draft_head_shapes.keys()
+    assert all(torch.equal(tensor, stored[f"mtp.{name}"]) for name, tensor in found.items())
+    assert verify(artifact.path) > sum(tensor.nbytes for tensor in found.values())
+
+
+def test_a_damaged_head_is_noticed_before_it_is_used(checkpoint: Path, tmp_path: Path) -> None:
+    artifact = build_artifact(checkpoint, tmp_path / "artifact", drafts_with_head=True)
+    path = artifact.path / HEAD_FILE
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    for reads in (lambda: Engine.open(artifact, MTP), lambda: verify(artifact.path)):
+        with pytest.raises(SubspecError, match=r"draft_head\.safetensors") as raised:
+            reads()
+        assert raised.value.exit_code == Exit.CORRUPT
+    path.unlink()
+    with pytest.raises(SubspecError, match=r"draft_head\.safetensors"):
+        open_artifact(artifact.path)
+
+
+def test_a_head_that_is_not_there_or_in_another_dtype_is_set_aside(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    whole = read_checkpoint(checkpoint, Source("org/toy"))
+    assert whole.spec.draft_head is not None and not whole.notes
+    folder = converted(checkpoint, tmp_path / "copy", torch.float32)
+    tensors = load_file(folder / "model.safetensors")
+    others = {n: t.bfloat16() if n.startswith("mtp.") else t for n, t in tensors.items()}
+    save_file(others, folder / "model.safetensors")
+    read = read_checkpoint(folder, Source("org/toy"))
+    assert read.spec.draft_head is None and "15 tensors of mtp" in read.notes[0]
+    rest = {name: tensor for name, tensor in tensors.items() if not name.startswith("mtp.")}
+    save_file(rest, folder / "model.safetensors")
+    read = read_checkpoint(folder, Source("org/toy"))
+    assert read.spec.draft_head is None and not read.notes
+
+
+def test_a_head_of_another_shape_is_refused_by_name(checkpoint: Path, tmp_path: Path) -> None:
+    folder = converted(checkpoint, tmp_path / "copy", torch.float32)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["mtp.fc.weight"] = tensors["mtp.fc.weight"][:, :-1].contiguous()
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(SubspecError, match=r"mtp\.fc\.weight has the shape"):
+        read_checkpoint(folder, Source("org/toy"))
+
+
+# ---- against the definition ---------------------------------------------------------------------
+
+
+def test_it_computes_what_the_definition_says_in_any_number_of_pieces(artifact: Artifact) -> None:
+    spec = artifact.spec
+    generator = torch.Generator().manual_seed(1)
+    table = torch.randn(spec.vocab_size, spec.hidden_size, generator=generator)
+    small = {name: torch.ones(shape) for name, shape in spec.resident_shapes.items()}
+    tables = make_tables(spec, SLOTS, torch.float32, torch.clone)
+    shared = make_shared(spec, table.__getitem__, small, tables, torch.float32, torch.clone)
+    head = make_head(shared, load_file(artifact.path / HEAD_FILE), torch.clone)
+    tokens = torch.randint(spec.vocab_size, (9,), generator=generator)
+    hidden = torch.randn(9, spec.hidden_size, generator=generator)
+    expected = defined_mtp(spec, load_file(artifact.path / HEAD_FILE), table[tokens], hidden)
+    for sizes in ([9], [4, 1, 4]):
+        cache = make_cache(head.decoder.spec, SLOTS, lambda shape, dtype: torch.zeros(shape))
+        found = []
+        for some, h in zip(tokens.split(sizes), hidden.split(sizes), strict=True):
+            found.append(next_hidden(head, [causal_rows(cache, some, attend)], h))
+            cache.commit(some.tolist())
+        torch.testing.assert_close(torch.cat(found).double(), expected, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,137 @@
+"""Drafting with a draft head: what is emitted is what plain decoding emits, whoever drafts."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import pytest
+import torch
+from builders import build_artifact, replan
+from heads import defined_mtp, mtp_checkpoint
+from running import generated
+from safetensors.torch import load_file
+
+from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.format.checks import HEAD_FILE
+from subspec.artifacts.format.store import Artifact
+from subspec.planner.model.hub import DEMO
+from subspec.runtime.draft.draft_head import read_from
+from subspec.runtime.draft.drafter import Turn
+from subspec.runtime.draft.head_drafter import HeadDrafter
+from subspec.runtime.engine import Engine, OpenOptions
+from subspec.runtime.exact_pass import causal_rows
+from subspec.runtime.kernels.linear import calls_of
+from subspec.runtime.model.attention import attend_batch_invariant
+from subspec.runtime.model.cache import Cache
+from subspec.runtime.model.sampling import Sampling
+from subspec.runtime.model.transformer import embed, forward_hidden, logits_of
+from subspec.runtime.sequence import GenerationParams
+
+MTP, PLAIN = OpenOptions(drafter="mtp"), OpenOptions("plain")
+GREEDY, SEEDED = Sampling(), Sampling(temperature=0.7, top_k=0, top_p=0.95, seed=5)
+PROMPTS = [list(range(3, 40)), list(range(900, 1040))]
+NUM_TOKENS = 24
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", params=["bfloat16", "float32"])
+def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    folder = tmp_path_factory.mktemp("mtp")
+    source = mtp_checkpoint(folder, getattr(torch, request.param), foreseen=True)
+    return build_artifact(
+        source, folder / "artifact", "residual", width=2, depth=4, context=320,
+        resident_share=0.3, num_sequences=3, drafts_with_head=True,
+    )  # fmt: skip
+
+
+def turns_of(engine: Engine, sampling: Sampling) -> list[list[int]]:
+    """Three answers of one sequence: to a prompt, to what it said and more, and to another prompt
+    with the same beginning."""
+    with engine.new_sequence() as sequence:
+        params = GenerationParams(NUM_TOKENS, sampling)
+        first = generated(sequence, PROMPTS[0], params)
+        second = generated(sequence, [*PROMPTS[0], *first, 5, 6, 7], params)
+        return [first, second, generated(sequence, [*PROMPTS[0], *first[:9], 400, 401], params)]
+
+
+def test_tokens_are_those_of_plain_decoding_alone_in_company_and_after_roll_back(
+    artifact: Artifact,
+) -> None:
+    answers, accepted = [], 0
+    for options in (PLAIN, MTP):
+        with Engine.open(artifact, options) as engine, ExitStack() as stack:
+            found = turns_of(engine, GREEDY) + turns_of(engine, SEEDED)
+            both = [stack.enter_context(engine.new_sequence()) for _ in PROMPTS]
+            for sequence, prompt, sampling in zip(both, PROMPTS, (GREEDY, SEEDED), strict=True):
+                sequence.begin(prompt, GenerationParams(NUM_TOKENS, sampling))
+            while engine.step():
+                pass
+            found += [sequence.take_fresh() for sequence in both]
+            accepted = sum(sum(sequence.stats.accepted) for sequence in both)
+            answers.append(found)
+            assert engine.peak.peak_bytes <= engine.plan.budget_bytes
+            unused = engine.memory._free
+            assert not any(
+                len(unused[name]) for name in ("drafter", "drafter_cache") if options is MTP
+            )
+    assert answers[0] == answers[1]
+    assert answers[1][0] == answers[1][-2], "the same prompt, alone and in company"
+    assert accepted > 4
+
+
+def test_a_draft_is_that_of_a_head_that_reads_the_whole_text_anew(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever was read in pieces, accepted, rolled back and said before."""
+    if artifact.spec.dtype != "float32":
+        pytest.skip("compared with plain arithmetic")
+    seen = list[tuple[list[int], list[int]]]()
+    with Engine.open(artifact, MTP) as engine:
+        drafter = engine.model.drafter
+        assert isinstance(drafter, HeadDrafter)
+        real = HeadDrafter.draft
+
+        def watched(self: HeadDrafter, turns: Sequence[Turn]) -> object:
+            trees = real(self, turns)
+            for turn, tree in zip(turns, trees, strict=True):
+                if tree.num_levels:
+                    text = [*turn.cache.tokens, turn.root]
+                    seen.append((text, sorted(tree.tokens[1:3].tolist())))
+            return trees
+
+        monkeypatch.setattr(HeadDrafter, "draft", watched)
+        turns_of(engine, GREEDY)
+        with engine.new_sequence() as sequence, torch.inference_mode():
+            for text, drafted in seen[::4]:
+                assert best_two(engine, sequence.cache, text) == drafted
+    assert len(seen) > 20
+
+
+def best_two(engine: Engine, cache: Cache, text: list[int]) -> list[int]:
+    """By the definition of the head, from the exact model's hidden states."""
+    model, spec = engine.model, engine.artifact.spec
+    cache.roll_back(0)
+    rows = causal_rows(cache, torch.tensor(text[:-1]), attend_batch_invariant)
+    _, x = forward_hidden(model.weights, model.exact, [rows], calls_of([len(text) - 1]))
+    assert model.head is not None
+    hidden, embedded = read_from(model.head, x), embed(model.weights, torch.tensor(text[1:]))
+    last = defined_mtp(spec, load_file(engine.artifact.path / HEAD_FILE), embedded, hidden)[-1:]
+    assert isinstance(model.drafter, HeadDrafter)
+    substitutes = model.drafter.substitutes
+    logits = logits_of(spec, substitutes.head, last.bfloat16(), calls_of([1]))
+    return sorted(logits[0].float().topk(2).indices.tolist())
+
+
+def test_without_a_head_or_memory_for_it_the_drafter_is_refused(
+    artifact: Artifact, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    with pytest.raises(SubspecError, match="no memory for the drafter 'mtp'") as raised:
+        Engine.open(replan(artifact), MTP)
+    assert raised.value.exit_code == Exit.INFEASIBLE
+    demo = build_artifact(DEMO, tmp_path_factory.mktemp("demo") / "artifact")
+    with pytest.raises(SubspecError, match="head for multi-token prediction") as raised:
+        Engine.open(demo, MTP)
+    assert raised.value.exit_code == Exit.UNSUPPORTED
