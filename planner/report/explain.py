@@ -69,7 +69,7 @@ def print_plan(spec: ModelSpec, plan: Plan, console: Console) -> None:
     table = Table("fast memory", box=None, padding=(0, 2), header_style="dim")
     table.add_column("size", justify="right")
     table.add_column("share", justify="right")
-    for row in ledger_rows(plan):
+    for row in ledger_rows(spec, plan):
         share = f"{row.num_bytes / plan.budget_bytes:.1%}"
         table.add_row(Text(row.label), format_size(row.num_bytes), share)
     console.print(table)
@@ -179,7 +179,7 @@ def render_report(spec: ModelSpec, plan: Plan, profile: Profile, runs: Sequence[
         license=one_line(spec.source.license),
         revision=one_line(spec.source.revision),
         machine=one_line(plan.machine),
-        ledger=ledger_rows(plan),
+        ledger=ledger_rows(spec, plan),
         methods=[name for method, name in METHODS.items() if method in plan.predicted],
         round_rows=round_rows(plan),
         options=option_rows(plan),

@@ -30,6 +30,7 @@ PURPOSES = {  # of the ledger, in the order of the report's bar
     "overhead": "GPU context and runtime",
     "guard": "safety margin",
 }
+CACHE_OF_HYBRIDS = "KV cache, delta-net states"  # with their checkpoints, where they are in it
 METHODS: dict[Method, str] = {"substitute": "speculative decoding", "plain": "plain decoding"}
 MOST_KINDS = 8  # of text; a user's calibration may have many
 
@@ -48,10 +49,12 @@ class Share:
     num_bytes: int
 
 
-def ledger_rows(plan: Plan) -> list[Share]:
+def ledger_rows(spec: ModelSpec, plan: Plan) -> list[Share]:
     """The purposes that take bytes, and last what the plan leaves unused."""
-    ledger = placement_of(plan).ledger
-    rows = [Share(name, label, getattr(ledger, name)) for name, label in PURPOSES.items()]
+    ledger, labels = placement_of(plan).ledger, PURPOSES
+    if spec.delta_nets:
+        labels = {**PURPOSES, "cache": CACHE_OF_HYBRIDS}
+    rows = [Share(name, label, getattr(ledger, name)) for name, label in labels.items()]
     rows.append(Share("unused", "unused", plan.budget_bytes - ledger.total_bytes))
     return [row for row in rows if row.num_bytes > 0]
 

@@ -119,7 +119,7 @@ def test_the_memory_bar_and_its_table_add_up_to_the_budget() -> None:
     bar = next(e for e in parse(page).iter("svg") if e.get("class") == "budget")
     widths = [float(rect.get("width", "").rstrip("%")) for rect in bar.iter("rect")]
     assert sum(widths) == pytest.approx(100, abs=0.01)
-    for row in ledger_rows(plan):
+    for row in ledger_rows(SPEC, plan):
         assert f"{row.label}{format_size(row.num_bytes)}" in words(page)
 
 

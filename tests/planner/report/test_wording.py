@@ -1,10 +1,14 @@
 """Rows and lines of a plan, as a person reads them; the pages are in test_explain.py."""
 
+from dataclasses import replace
+
+from builders import make_plan
 from run_records import make_run
 from toys import ACCEPTANCE, make_profile, make_spec
 
 from subspec.artifacts.common.sizes import short_size
 from subspec.artifacts.footprint import model_bytes
+from subspec.artifacts.model import DeltaNet, LayerSpec
 from subspec.artifacts.plan import Constraints
 from subspec.artifacts.profile import Corrections, LinkRate
 from subspec.planner.report.wording import (
@@ -21,12 +25,23 @@ from subspec.planner.solve.storage import usual_storages
 
 
 def test_every_purpose_of_the_ledger_has_a_label_and_all_add_up_to_the_budget() -> None:
-    plan = search(make_spec(), make_profile(), 12_000_000, Constraints(context=256), ACCEPTANCE)
+    spec = make_spec()
+    plan = search(spec, make_profile(), 12_000_000, Constraints(context=256), ACCEPTANCE)
     assert set(vars(placement_of(plan).ledger)) == set(PURPOSES)
-    rows = ledger_rows(plan)
+    rows = ledger_rows(spec, plan)
     assert sum(row.num_bytes for row in rows) == plan.budget_bytes
     assert all(row.num_bytes > 0 for row in rows)
     assert rows[-1].label == "unused"
+    assert "KV cache" in [row.label for row in rows]
+
+
+def test_the_states_of_delta_nets_are_not_called_a_kv_cache() -> None:
+    spec = make_spec()
+    attends = spec.layers[0]
+    recurs = replace(attends.blocks[0], body=DeltaNet(2, 4, 32, 32, 4))
+    layers = (LayerSpec((recurs, attends.blocks[1])), *spec.layers[1:])
+    rows = ledger_rows(replace(spec, layers=layers), make_plan(spec))
+    assert "KV cache, delta-net states" in [row.label for row in rows]
 
 
 def test_what_streams_is_told_beside_what_is_resident() -> None:
