@@ -1,5 +1,6 @@
 """Sequence: one conversation in an engine: its cache, its position, its statistics."""
 
+import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, replace
@@ -226,8 +227,9 @@ class Sequence:
         except BaseException:
             self._engine.leave(self)
             raise
-        stats = self.stats
+        stats, began = self.stats, time.perf_counter()
         keep(self.turn, done, num_kept)
+        verify_seconds += time.perf_counter() - began
         self.stats = replace(
             stats,
             drafted=(*stats.drafted, done.num_levels),

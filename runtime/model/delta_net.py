@@ -12,12 +12,13 @@ import ctypes
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from subspec.artifacts.footprint import delta_net_scratch_bytes
+from subspec.artifacts.footprint import NET_ROWS, delta_net_scratch_bytes
 from subspec.artifacts.native import cpp
 from subspec.runtime.model.attention import ELEMENT_BITS, unavailable_on_cuda
 from subspec.runtime.model.delta_rule import convolve, gated_norm, gates, rates, step
@@ -79,8 +80,9 @@ class Paths:
 Walk = Callable[[Tensor, Paths, Sequence[Tensor], Sequence[End]], Tensor]
 
 
+@lru_cache(maxsize=2 * NET_ROWS)
 def chain_paths(num_rows: int, num_taps: int) -> Paths:
-    """Each row follows the one before it."""
+    """Each row follows the one before it. Shared: nobody writes to them."""
     windows = torch.arange(num_rows)[:, None] + torch.arange(num_taps)
     slots = torch.zeros(num_rows, dtype=torch.int64)
     sources = slots.clone()
@@ -112,11 +114,12 @@ def tree_paths(parents: Sequence[int], num_taps: int) -> Paths:
 def window_rows(parents: Tensor, rows: Tensor, num_taps: int) -> Tensor:
     """int64 [len(rows), K]: the inputs that the convolutions of `rows` take, as rows of the last
     K - 1 committed inputs and those of the tree behind them. parents: -1 above a first row."""
-    taps = [rows]
-    for _ in range(num_taps - 1):
-        last = taps[-1]  # below -1: as many inputs before the last committed one
-        taps.append(torch.where(last < 0, last - 1, parents[last.clamp(min=0)]))
-    return torch.stack(taps[::-1], dim=1) + (num_taps - 1)
+    committed = num_taps - 1
+    above = torch.cat((torch.arange(-1, committed - 1, device=rows.device), parents + committed))
+    taps = [rows + committed]
+    for _ in range(committed):
+        taps.append(above[taps[-1]])
+    return torch.stack(taps[::-1], dim=1)
 
 
 def delta_net(
@@ -151,11 +154,15 @@ def commit(weights: DeltaWeights, state: DeltaState, inputs: DeltaInputs) -> Non
 def leave_inputs(state: DeltaState, paths: Paths, inputs: DeltaInputs, ends: Sequence[End]) -> None:
     """The last inputs of the convolution behind each end, some of which may be the state's own."""
     num_before, found = len(state.conv), []
+    if not num_before:  # a convolution of one tap
+        return
     for end in ends:
-        window = paths.windows[end.row, 1:]
-        of_state, of_rows = window[window < num_before], window[window >= num_before] - num_before
-        of_state, of_rows = of_state.to(state.conv.device), of_rows.to(state.conv.device)
-        found.append(torch.cat((state.conv[of_state], inputs.qkv[of_rows])))
+        window = paths.windows[end.row, 1:].tolist()  # row by row: so few that indices cost more
+        found.append(
+            torch.stack(
+                [state.conv[i] if i < num_before else inputs.qkv[i - num_before] for i in window]
+            )
+        )
     for end, rows in zip(ends, found, strict=True):
         end.state.conv.copy_(rows)
 

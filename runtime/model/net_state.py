@@ -93,7 +93,7 @@ def commit_nodes(state: NetState, path: Tensor) -> None:
     """The nodes `path` of the tree that has run become the last committed tokens. int64 [T], on the
     device, the root first."""
     if len(path):
-        kept = DeltaInputs(*(one[path] for one in tensors_of(state.nodes)))
+        kept = DeltaInputs(*(one.index_select(0, path) for one in tensors_of(state.nodes)))
         commit(state.weights, state.committed, kept)
 
 
