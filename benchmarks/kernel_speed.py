@@ -1,14 +1,15 @@
 """The CPU kernels against what they replaced and against the memory's own speed, in one run.
 
     python benchmarks/kernel_speed.py [--layers 24 --hidden 2048 --inner 5632 --heads 16
-        --kv-heads 16 --vocabulary 32768 --levels-only]
+        --kv-heads 16 --vocabulary 32768 --hybrid --levels-only]
 
 4-bit products of one draft step (all matrices of all layers and the head, so that nothing stays in
 a cache) at several rows: ours, ATen's, and the time to read the same bytes once. One whole draft
 step behind 512 tokens: compiled, its products alone, and by the plain twin. One whole level of a
-draft, with all that is beside the layers, against the time to read its bytes at the rate of a large
-sum. Exact attention: ours and its plain twin. Each beside its ratio to ours. Decoding of residuals
-is in benchmarks/residual.py. The last line of stdout is one JSON object; milliseconds, medians.
+draft, the 13th, with all that is beside the layers, against the time to read its bytes (weights,
+and states of delta nets) at the rate of a large sum. Exact attention: ours and its plain twin. Each
+beside its ratio to ours. Decoding of residuals is in benchmarks/residual.py. The last line of
+stdout is one JSON object; milliseconds, medians.
 """
 
 import json
@@ -22,10 +23,17 @@ import torch
 from torch import Tensor
 
 from subspec.artifacts.common.command import reported
-from subspec.artifacts.footprint import Shape, cache_slots, make_ledger, substitutes_bytes
+from subspec.artifacts.footprint import (
+    Shape,
+    cache_slots,
+    make_ledger,
+    memory_bytes,
+    substitutes_bytes,
+)
 from subspec.artifacts.model import (
     Attention,
     Block,
+    DeltaNet,
     Dense,
     LayerSpec,
     ModelSpec,
@@ -35,24 +43,28 @@ from subspec.artifacts.model import (
 )
 from subspec.artifacts.plan import Int4Kernel, Ledger, Tree
 from subspec.planner.machine.excerpt import RandomWeights, fill_with_noise, random_rows
-from subspec.planner.machine.timing import time_each
+from subspec.planner.machine.timing import USUAL_EFFORT, Effort, time_each
 from subspec.runtime.draft import compiled_layers
 from subspec.runtime.draft.beam import Growing, Level, add_level, root_only
 from subspec.runtime.draft.compiled_layers import compile_layers
-from subspec.runtime.draft.drafter import SubstituteDrafter, Turn
+from subspec.runtime.draft.drafter import SubstituteDrafter, Turn, drafted_rows
 from subspec.runtime.draft.substitutes import Substitutes
-from subspec.runtime.exact_pass import whole_tree
 from subspec.runtime.kernels.linear import Int4Weight, calls_of
 from subspec.runtime.load import make_substitutes, place_substitutes, place_tensors
 from subspec.runtime.memory import FastMemory
 from subspec.runtime.model.attention import attend_batch_invariant, attend_in_fp64
 from subspec.runtime.model.cache import make_cache
+from subspec.runtime.model.net_state import make_net_states
 from subspec.runtime.model.transformer import forward, make_shared, make_tables
 
 CPU = torch.device("cpu")
 ROWS = (1, 2, 3, 4, 8, 16)
 STEP_ROWS = (1, 2, 3, 4, 8)
 LEVEL_WIDTHS = (1, 2, 4)
+LEVELS_BEFORE = 12  # the level that is timed; delta nets read the nodes above
+LONG_EFFORT = replace(USUAL_EFFORT, action_seconds=1.0)  # of levels
+INTERVAL = 4  # of a hybrid's layers every fourth attends
+NET_HEAD_SIZE = 128
 TOKENS = 512  # in the cache before a draft step
 TREE_ROWS = 63  # that the cache has room for behind them
 SUMMED_BYTES = 256 << 20  # of the sum; larger than caches
@@ -68,22 +80,37 @@ Actions = dict[str, Callable[[], object]]
 
 
 def model_of(
-    layers: int, hidden: int, inner: int, heads: int, kv_heads: int, vocabulary: int
+    layers: int,
+    hidden: int,
+    inner: int,
+    heads: int,
+    kv_heads: int,
+    vocabulary: int,
+    hybrid: bool = False,
 ) -> ModelSpec:
-    """A Llama."""
+    """A Llama; or a hybrid, as Qwen3.5 is."""
     size = hidden // heads
-    attention = Attention(heads, kv_heads, size, scale=size**-0.5, rope=Rope(10_000.0, size))
-    layer = LayerSpec(
-        (Block(attention, "input_layernorm"), Block(Dense(inner), "post_attention_layernorm"))
-    )
+    rope = Rope(10_000.0, size // 4 if hybrid else size)
+    attention = Attention(heads, kv_heads, size, scale=size**-0.5, rope=rope)
+    if hybrid:
+        attention = replace(attention, output_gate=True, qk_norm="head")
+    net_heads = hidden // NET_HEAD_SIZE
+    net = DeltaNet(max(1, net_heads // 2), net_heads, NET_HEAD_SIZE, NET_HEAD_SIZE, num_taps=4)
+
+    def layer(index: int) -> LayerSpec:
+        mixer = net if hybrid and (index + 1) % INTERVAL else attention
+        return LayerSpec(
+            (Block(mixer, "input_layernorm"), Block(Dense(inner), "post_attention_layernorm"))
+        )
+
     return ModelSpec(
-        family="llama",
+        family="hybrid" if hybrid else "llama",
         dtype="bfloat16",
         hidden_size=hidden,
         vocab_size=vocabulary,
         max_positions=cache_slots(TOKENS, TREE_ROWS),
-        layers=(layer,) * layers,
-        norm=NormStyle(1e-6),
+        layers=tuple(layer(index) for index in range(layers)),
+        norm=NormStyle(1e-6, rounds_late=hybrid, zero_centered=hybrid),
         tied_head=False,
     )
 
@@ -91,7 +118,12 @@ def model_of(
 def random_substitutes(spec: ModelSpec, kernel: Int4Kernel) -> Substitutes:
     memory = FastMemory(CPU, Ledger(substitutes=substitutes_bytes(spec, kernel)))
     packed = place_substitutes(spec, kernel, memory, RandomWeights(torch.bfloat16))
-    return make_substitutes(spec, {}, packed, torch.clone)
+    exact = {
+        f"{one.name}.weight": torch.randn(one.out_features, one.in_features).bfloat16()
+        for one in spec.linears
+        if not one.has_substitute
+    }
+    return make_substitutes(spec, exact, packed, torch.clone)
 
 
 def draft_products(spec: ModelSpec, substitutes: Substitutes, rows: int) -> Callable[[], None]:
@@ -124,15 +156,21 @@ def draft_steps(
     embedding = random_rows(spec, CPU)
     tables = make_tables(spec, slots, torch.bfloat16, torch.clone)
     weights = make_shared(spec, embedding, tensors, tables, torch.bfloat16, torch.clone)
-    cache = make_cache(spec, slots, lambda size, kind: memory.take_tensor("cache", size, kind))
-    for kept in (*cache.keys, *cache.values):
-        fill_with_noise(kept, 1.0)
+
+    def take(size: tuple[int, ...], kind: torch.dtype) -> Tensor:
+        return memory.take_tensor("cache", size, kind)
+
+    cache = make_cache(spec, slots, take, make_net_states(spec, TREE_ROWS, tensors, take))
     cache.commit([0] * TOKENS)
+    states = [state for net in cache.nets for state in vars(net.committed).values()]
+    for kept in (*cache.keys, *cache.values, *states):
+        fill_with_noise(kept, 1.0)
     compiled = compile_layers(weights, substitutes, slots)
     assert compiled is not None
 
     def steps(num_rows: int) -> Actions:
-        rows = [whole_tree(root_only(torch.zeros(1, dtype=torch.int64), num_rows), cache)]
+        tree = root_only(torch.zeros(1, dtype=torch.int64), num_rows)
+        rows = [drafted_rows(tree, torch.arange(num_rows), cache, cache.tree_slots(num_rows))]
         return {
             "compiled": lambda: compiled_layers.forward(compiled, rows),
             "products": draft_products(spec, substitutes, num_rows),
@@ -140,17 +178,21 @@ def draft_steps(
         }
 
     def levels(width: int) -> Actions:
-        tree, num_rows = Tree(width, 2), 1 + 2 * width
+        tree, num_rows = Tree(width, LEVELS_BEFORE + 1), 1 + (LEVELS_BEFORE + 1) * width
         drafter = SubstituteDrafter((tree,), num_rows, weights, substitutes, compiled)
-        [grown] = drafter.draft([Turn(cache, 0, 2)])  # of one level
-        nodes, children = torch.arange(1, 1 + width), torch.arange(1 + width, num_rows)
+        [grown] = drafter.draft([Turn(cache, 0, LEVELS_BEFORE + 1)])  # the last token is another's
+        children = torch.arange(grown.num_nodes, num_rows)
+        nodes = children - width
         last = Level(nodes, torch.zeros(width))
 
         def level() -> None:
             draft_pass = drafter.pass_over([cache], [cache.tree_slots(num_rows)])
             add_level(grown, last, children, tree, draft_pass([Growing(0, grown, last)]))
 
-        num_bytes = sum(linear.substitute_bytes for linear in spec.linears)
+        num_bytes = sum(memory_bytes(spec, net) for net in spec.delta_nets) + sum(
+            one.substitute_bytes if one.has_substitute else one.num_weights * spec.item_bytes
+            for one in spec.linears
+        )
         return {"level": level, "reading": sum_of(num_bytes)}
 
     return steps, levels
@@ -195,6 +237,7 @@ def exact_attention(shape: tuple[int, ...]) -> Actions:
 @click.option("--heads", default=16, show_default=True)
 @click.option("--kv-heads", default=16, show_default=True)
 @click.option("--vocabulary", default=32_768, show_default=True)
+@click.option("--hybrid", is_flag=True, help="Of four layers three are gated delta nets.")
 @click.option("--levels-only", is_flag=True, help="Whole levels of a draft and nothing else.")
 @reported
 def main(
@@ -204,15 +247,17 @@ def main(
     heads: int,
     kv_heads: int,
     vocabulary: int,
+    hybrid: bool,
     levels_only: bool,
 ) -> None:
     """Time the CPU kernels of this machine."""
     found: dict[str, dict[str, float]] = {}
     ratios: dict[str, dict[str, float]] = {}
+    of_reading: dict[str, float] = {}  # a level over the reading of its bytes, by its width
 
-    def compare(name: str, actions: Actions) -> None:
+    def compare(name: str, actions: Actions, effort: Effort = USUAL_EFFORT) -> None:
         """The first one is ours."""
-        times = time_each(list(actions.values()), CPU)
+        times = time_each(list(actions.values()), CPU, effort)
         found[name] = {what: 1e3 * t for what, (t, _) in zip(actions, times, strict=True)}
         (ours, first), *others = found[name].items()
         ratios[name] = {what: ms / first for what, ms in others}
@@ -220,12 +265,13 @@ def main(
         print(f"{name:28} {ours} {first:8.2f} ms  {'  '.join(words)}", file=sys.stderr)
 
     torch.manual_seed(0)
-    spec = model_of(layers, hidden, inner, heads, kv_heads, vocabulary)
+    spec = model_of(layers, hidden, inner, heads, kv_heads, vocabulary, hybrid)
     with torch.inference_mode():
         w4a8 = random_substitutes(spec, "w4a8")
         steps, levels = draft_steps(spec, w4a8)
         for width in LEVEL_WIDTHS:
-            compare(f"one draft level, {width} wide", levels(width))
+            compare(name := f"one draft level, {width} wide", levels(width), LONG_EFFORT)
+            of_reading[str(width)] = 1 / ratios[name]["reading"]
         if not levels_only:
             both: dict[Int4Kernel, Substitutes] = {
                 "w4a8": w4a8,
@@ -242,7 +288,8 @@ def main(
             for shape in ATTENTION:
                 compare(f"attention {' '.join(map(str, shape))}", exact_attention(shape))
     threads = torch.get_num_threads()
-    print(json.dumps({"threads": threads, "milliseconds": found, "ratios": ratios}))
+    result = {"threads": threads, "milliseconds": found, "ratios": ratios}
+    print(json.dumps(result | {"level_over_reading": of_reading}))
 
 
 if __name__ == "__main__":
