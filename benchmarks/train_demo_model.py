@@ -20,12 +20,12 @@ import random
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 EOS, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (
@@ -37,7 +37,6 @@ CHAT_TEMPLATE = (
 HELD_OUT_MODULES, HELD_OUT_MODULE_TOKENS = 20, 20_000
 HELD_OUT_TURNS, HELD_OUT_TURN_TOKENS = 100, 10_000
 LONGEST_FUNCTION = 3000  # characters of a chat turn's answer
-WARMUP_STEPS = 100
 
 
 def main() -> None:
@@ -45,18 +44,63 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     random.seed(0)
     torch.manual_seed(0)
+    modules, turns = read_texts()
+    tokenizer = train_tokenizer(modules, args.vocab)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END, pad_token=EOS, chat_template=CHAT_TEMPLATE
+    )
+    wrapped.save_pretrained(args.out)
+    model = build_model(args, wrapped)
+
+    def save() -> None:
+        save_in_bf16(model, wrapped, args.out)
+
+    train(model, next_token_loss, save, *split_tokens(tokenizer, modules, turns), args)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argument_parser((__doc__ or "").split("\n")[0])
+    parser.add_argument("--vocab", type=int, default=4096)
+    parser.add_argument("--hidden", type=int, default=256, help="a multiple of 64: heads are 64")
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--inter", type=int, default=704)
+    parser.add_argument("--resume", action="store_true", help="go on from the model in --out")
+    return parser.parse_args()
+
+
+def argument_parser(description: str) -> argparse.ArgumentParser:
+    """How a model is trained and where it goes, whatever the model is."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=100, help="of a CPU's time, each thread's")
+    parser.add_argument("--seq", type=int, default=512, help="tokens of a training window")
+    parser.add_argument("--batch", type=int, default=12)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--warmup-steps", type=int, default=100)
+    parser.add_argument("--save-every", type=int, default=400, metavar="STEPS")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser
+
+
+def log(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def read_texts() -> tuple[list[str], list[str]]:
+    """Modules and chat turns."""
     modules, turns = [], []
     for text in module_texts():
         modules.append(text + EOS)
         turns.extend(chat_turns(text))
     log(f"{len(modules)} modules of {sum(map(len, modules))} characters")
     log(f"{len(turns)} chat turns of {sum(map(len, turns))} characters")
+    return modules, turns
 
-    tokenizer = train_tokenizer(modules, args.vocab)
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=END, pad_token=EOS, chat_template=CHAT_TEMPLATE
-    )
-    wrapped.save_pretrained(args.out)
+
+def split_tokens(
+    tokenizer: Tokenizer, modules: list[str], turns: list[str]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens to train on, and tokens of texts that are held out. Shuffles the lists."""
     random.shuffle(modules)
     random.shuffle(turns)
     held_modules, modules = modules[:HELD_OUT_MODULES], modules[HELD_OUT_MODULES:]
@@ -66,30 +110,7 @@ def main() -> None:
     held_turns_tokens = encode(tokenizer, held_turns)[:HELD_OUT_TURN_TOKENS]
     held_tokens = torch.cat([held_modules_tokens, held_turns_tokens])
     log(f"{len(train_tokens)} tokens to train on, {len(held_tokens)} held out")
-
-    model = build_model(args, wrapped)
-    log(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
-    train(model, train_tokens, held_tokens, args, wrapped)
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=100)
-    parser.add_argument("--vocab", type=int, default=4096)
-    parser.add_argument("--hidden", type=int, default=256, help="a multiple of 64: heads are 64")
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--inter", type=int, default=704)
-    parser.add_argument("--seq", type=int, default=512, help="tokens of a training window")
-    parser.add_argument("--batch", type=int, default=12)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--resume", action="store_true", help="go on from the model in --out")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args()
-
-
-def log(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    return train_tokens, held_tokens
 
 
 def module_texts() -> Iterator[str]:
@@ -113,16 +134,24 @@ def chat_turns(text: str) -> Iterator[str]:
         tree = ast.parse(text)
     except SyntaxError:
         return
+    lines = text.split("\n")
     for node in ast.walk(tree):
         if not isinstance(node, ast.FunctionDef):
             continue
-        docstring, code = ast.get_docstring(node), ast.get_source_segment(text, node)
-        if docstring and code and len(code) < LONGEST_FUNCTION:
+        docstring, code = ast.get_docstring(node), source_of(lines, node)
+        if docstring and len(code) < LONGEST_FUNCTION:
             first = docstring.strip().split("\n\n")[0].replace("\n", " ")
             yield (
                 f"{START}user\nWrite the Python function {node.name}: {first}{END}\n"
                 f"{START}assistant\n{code}{END}\n{EOS}"
             )
+
+
+def source_of(lines: list[str], node: ast.FunctionDef) -> str:
+    """As ast.get_source_segment, which splits the whole text each time."""
+    own = lines[node.lineno - 1 : node.end_lineno]
+    own[-1] = own[-1].encode()[: node.end_col_offset].decode()
+    return "\n".join([own[0][node.col_offset :], *own[1:]])
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
@@ -164,7 +193,7 @@ def build_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) ->
     return Qwen2ForCausalLM(config).to(args.device)
 
 
-def build_optimizers(model: Qwen2ForCausalLM, lr: float) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: PreTrainedModel, lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices; AdamW for embedding, norms and biases."""
     matrices, others = [], []
     for name, parameter in model.named_parameters():
@@ -177,31 +206,40 @@ def build_optimizers(model: Qwen2ForCausalLM, lr: float) -> list[torch.optim.Opt
     return [muon, adam]
 
 
-def scheduled_lr(peak: float, step: int, fraction: float) -> float:
+def scheduled_lr(peak: float, warmup_steps: int, step: int, fraction: float) -> float:
     """Warm up by steps, hold, then fall linearly over the last 40 % of the time."""
     decay = 1.0 if fraction < 0.6 else max(0.02, (1 - fraction) / 0.4)
-    return peak * min(1.0, (step + 1) / WARMUP_STEPS) * decay
+    return peak * min(1.0, (step + 1) / warmup_steps) * decay
+
+
+def next_token_loss(model: PreTrainedModel, windows: torch.Tensor) -> torch.Tensor:
+    """windows: tokens [batch, seq]."""
+    return model(input_ids=windows, labels=windows).loss
 
 
 def train(
-    model: Qwen2ForCausalLM,
+    model: PreTrainedModel,
+    loss_of: Callable[[PreTrainedModel, torch.Tensor], torch.Tensor],
+    save: Callable[[], None],
     train_tokens: torch.Tensor,
     held_tokens: torch.Tensor,
     args: argparse.Namespace,
-    tokenizer: PreTrainedTokenizerFast,
 ) -> None:
+    """Saves now and then, so that it can be stopped at any time."""
+    log(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
     optimizers = build_optimizers(model, args.lr)
-    start, step, seen = time.time(), 0, 0
-    total_seconds = args.minutes * 60
-    while (elapsed := time.time() - start) < total_seconds:
-        lr = scheduled_lr(args.lr, step, elapsed / total_seconds)
+    clock = time.process_time if args.device == "cpu" else time.time
+    start, step, seen = clock(), 0, 0
+    total_seconds = args.minutes * 60 * (torch.get_num_threads() if args.device == "cpu" else 1)
+    while (elapsed := clock() - start) < total_seconds:
+        lr = scheduled_lr(args.lr, args.warmup_steps, step, elapsed / total_seconds)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
         first = torch.randint(0, len(train_tokens) - args.seq - 1, (args.batch,))
         windows = torch.stack([train_tokens[i : i + args.seq] for i in first]).to(args.device)
         with torch.autocast(args.device, dtype=torch.bfloat16):
-            loss = model(input_ids=windows, labels=windows).loss
+            loss = loss_of(model, windows)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
@@ -209,33 +247,33 @@ def train(
         model.zero_grad(set_to_none=True)
         step += 1
         seen += windows.numel()
-        if step % 50 == 0:
-            speed = seen / (time.time() - start)
+        if step % 10 == 0:
+            speed = seen / (clock() - start)
             log(f"step {step}: {seen / 1e6:.2f} M tokens, {speed:.0f} tokens/s, lr {lr:.1e}")
             log(f"  loss {loss.item():.3f}")
-        if step % 400 == 0 or step == 100:
-            evaluate_and_save(model, held_tokens, args, tokenizer)
-    evaluate_and_save(model, held_tokens, args, tokenizer)
+        if step % args.save_every == 0 or step == 100:
+            evaluate(model, held_tokens, args)
+            save()
+    evaluate(model, held_tokens, args)
+    save()
     log(f"{step} steps, {seen / 1e6:.1f} M tokens")
 
 
 @torch.no_grad()
-def evaluate_and_save(
-    model: Qwen2ForCausalLM,
-    held_tokens: torch.Tensor,
-    args: argparse.Namespace,
-    tokenizer: PreTrainedTokenizerFast,
-) -> None:
+def evaluate(model: PreTrainedModel, held_tokens: torch.Tensor, args: argparse.Namespace) -> None:
     model.eval()
     num_rows = len(held_tokens) // args.seq
     rows = held_tokens[: num_rows * args.seq].view(num_rows, args.seq).to(args.device)
     with torch.autocast(args.device, dtype=torch.bfloat16):
-        losses = [model(input_ids=row[None], labels=row[None]).loss.item() for row in rows]
+        losses = [next_token_loss(model, row[None]).item() for row in rows]
     log(f"held-out loss {sum(losses) / len(losses):.4f}")
+    model.train()
+
+
+def save_in_bf16(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     saved = copy.deepcopy(model).to("cpu", torch.bfloat16)
     saved.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.pad_token_id]
-    saved.save_pretrained(args.out)
-    model.train()
+    saved.save_pretrained(out)
 
 
 if __name__ == "__main__":

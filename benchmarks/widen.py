@@ -14,9 +14,10 @@ The algebra (Net2Net). Entry j of a wide dimension copies entry m(j) of the sour
            number. Its weight becomes w/c: what it puts out are plain copies.
   Head     Untied, it is one more set of columns. Tied to the embedding, the logits are
            sum_j c[j]^2 E[v, m(j)] w'[j] x/rms, so the final norm's weight is w' = w H/N.
-  Heads    Each query head reads a copy of the kv head that its own source reads.
-  Layers   An extra layer is a widened copy of the real one before it, but o_proj and down_proj
-           share columns out as +1/2 and -1/2: real work that adds 0 to the residual stream.
+  Heads    Each query head reads a copy of the kv head that its own source reads. Delta nets have
+           whole copies of their heads, each with channels, decay and state of its own.
+  Layers   An extra layer is a widened copy of the real one before it, but o_proj, out_proj and
+           down_proj share columns out as +1/2 and -1/2: real work that adds 0 to the stream.
 """
 
 import argparse
@@ -38,7 +39,8 @@ from transformers import AutoModelForCausalLM
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format.tensors import read_header, write_header
-from subspec.artifacts.model import GROUP_SIZE, Attention, Dense, ModelSpec, Source
+from subspec.artifacts.model import GROUP_SIZE, Attention, DeltaNet, Dense, ModelSpec, Source
+from subspec.planner.model.checkpoint import read_checkpoint
 from subspec.planner.model.config import read_config
 
 Files = dict[str, Path]  # by the name of the source tensor
@@ -49,14 +51,21 @@ SHARD_BYTES = 2_000_000_000
 CHUNK_WEIGHTS = 8 << 20  # made at a time: bounds the float32 temporaries to a few times 32 MiB
 CHECKED_PARAMETERS = 300_000_000  # a larger model is checked only when asked for
 NOTE = "measures mechanics (bytes, time, memory), not the acceptance of a real model of this size"
-DIMENSIONS = {  # rows and columns of each module's weight
+DIMENSIONS = {  # of each module's weight: rows, columns, and what is only copied
     "embed_tokens": ("vocabulary", "hidden"), "lm_head": ("vocabulary", "hidden"),
-    "q_proj": ("query", "hidden"), "k_proj": ("kv", "hidden"), "v_proj": ("kv", "hidden"),
+    "q_proj": ("query_and_gate", "hidden"),
+    "k_proj": ("kv", "hidden"), "v_proj": ("kv", "hidden"),
     "o_proj": ("hidden", "query"), "q_norm": ("head",), "k_norm": ("head",),
     "gate_proj": ("inner", "hidden"), "up_proj": ("inner", "hidden"),
     "down_proj": ("hidden", "inner"), "norm": ("hidden",),
     "input_layernorm": ("hidden",), "post_attention_layernorm": ("hidden",),
+    "in_proj_qkv": ("channels", "hidden"), "in_proj_z": ("values", "hidden"),
+    "in_proj_a": ("value_heads", "hidden"), "in_proj_b": ("value_heads", "hidden"),
+    "out_proj": ("hidden", "values"), "conv1d": ("channels", "one", "taps"),
+    "linear_attn.A_log": ("value_heads",), "linear_attn.dt_bias": ("value_heads",),
+    "linear_attn.norm": ("value_head",),
 }  # fmt: skip
+INSIDE = "model.language_model."  # where a model that also sees has its decoder
 
 
 @dataclass(frozen=True)
@@ -77,6 +86,8 @@ class Recipe:
     dimensions: tuple[Copies, ...]
     row_scale: torch.Tensor | None = None  # [wide rows]
     column_scale: torch.Tensor | None = None  # columns are copied times this, and not shared
+    offset: float = 0.0  # of a norm whose weight is 1 + what is stored: 1
+    stays_f32: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -105,7 +116,7 @@ def widen(args: argparse.Namespace) -> dict[str, Any]:
     start = time.perf_counter()
     if args.out.exists():
         raise SubspecError(Exit.USAGE, f"--out {args.out} exists, expected a new folder")
-    source = read_config(args.model, Source(args.model.name))
+    source = read_checkpoint(args.model, Source(args.model.name)).spec
     files = {name: path for path in args.model.glob("*.safetensors") for name in read_header(path)}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.out.parent, prefix=f".{args.out.name}-") as scratch:
@@ -133,13 +144,14 @@ def write_config(path: Path, source: ModelSpec, args: argparse.Namespace) -> Non
         problem = f"--hidden {args.hidden} --layers {layers}, expected a multiple of {GROUP_SIZE} "
         raise SubspecError(Exit.USAGE, problem + f"and at least {source.num_layers}")
     growth = args.hidden / source.hidden_size
-    attention, dense = common_form(source)
+    attention, net, dense = common_form(source)
     heads = round(attention.num_heads * growth)
     inner = round(dense.inner_size * growth / GROUP_SIZE) * GROUP_SIZE
     origin = {"model": args.model.name, "hidden_size": source.hidden_size}
     origin |= {"num_hidden_layers": source.num_layers, "seed": args.seed, "note": NOTE}
-    config = json.loads(path.read_text("utf-8"))
-    config |= {
+    whole = json.loads(path.read_text("utf-8"))
+    config = whole.get("text_config", whole)  # inside a model that also sees
+    sizes = {
         "hidden_size": args.hidden,
         "intermediate_size": args.intermediate or inner,
         "num_hidden_layers": layers,
@@ -148,31 +160,46 @@ def write_config(path: Path, source: ModelSpec, args: argparse.Namespace) -> Non
         // math.gcd(heads, attention.num_heads // attention.num_kv_heads),
         "head_dim": attention.head_size,
         "dtype": args.dtype,
-        "subspec_widened_from": origin,
     }
-    if kinds := config.get("layer_types"):
-        config["layer_types"] = [kinds[n] for n in layer_origins(source.num_layers, layers)]
-    path.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    if net is not None:
+        sizes["linear_num_key_heads"] = keys = round(net.num_key_heads * growth)
+        sizes["linear_num_value_heads"] = keys * net.num_value_heads // net.num_key_heads
+    kinds = config.get("layer_types")
+    if net is not None and kinds is None:
+        kinds = [
+            "linear_attention" if one.delta_nets else "full_attention" for one in source.layers
+        ]
+    if kinds:
+        sizes["layer_types"] = [kinds[n] for n in layer_origins(source.num_layers, layers)]
+    config |= sizes
+    whole["subspec_widened_from"] = origin
+    path.write_text(json.dumps(whole, indent=2) + "\n", "utf-8")
 
 
-def common_form(spec: ModelSpec) -> tuple[Attention, Dense]:
-    """What all layers share, windows aside: an attention and a feed-forward, a norm before each."""
-    forms = set[tuple[Attention, Dense]]()
+def common_form(spec: ModelSpec) -> tuple[Attention, DeltaNet | None, Dense]:
+    """What all layers share, windows aside: an attention, or else a delta net, and a feed-forward,
+    a norm before each."""
+    attentions, nets, denses = set[Attention](), set[DeltaNet](), set[Dense]()
     for layer in spec.layers:
         match [block.body for block in layer.blocks if block.before and not block.after]:
             case [Attention() as attention, Dense() as dense] if len(layer.blocks) == 2:
-                forms.add((replace(attention, window=None), dense))
+                attentions.add(replace(attention, window=None))
+            case [DeltaNet() as net, Dense() as dense] if len(layer.blocks) == 2:
+                nets.add(net)
             case _:
                 raise SubspecError(
                     Exit.UNSUPPORTED,
-                    f"a layer of this {spec.family} model is not an attention and a feed-forward "
-                    "with a norm before each, as expected",
+                    f"a layer of this {spec.family} model is not an attention or a delta net and a "
+                    "feed-forward with a norm before each, as expected",
                 )
-    if len(forms) != 1:
+        denses.add(dense)
+    if not len(attentions) == len(denses) == 1 or len(nets) > 1:
         raise SubspecError(
-            Exit.UNSUPPORTED, f"the layers have {len(forms)} different shapes, expected one"
+            Exit.UNSUPPORTED,
+            f"the layers have attentions of {len(attentions)} different shapes, delta nets of "
+            f"{len(nets)} and feed-forwards of {len(denses)}, expected one of each",
         )
-    return forms.pop()
+    return attentions.pop(), next(iter(nets), None), denses.pop()
 
 
 def layer_origins(num_source_layers: int, num_layers: int) -> list[int]:
@@ -182,27 +209,44 @@ def layer_origins(num_source_layers: int, num_layers: int) -> list[int]:
 
 def all_recipes(source: ModelSpec, wide: ModelSpec, names: list[str], seed: int) -> Recipes:
     usual = wide_dimensions(source, wide)
-    extra = usual | {name: replace(usual[name], cancels=True) for name in ("query", "inner")}
+    into_stream = [name for name in ("query", "values", "inner") if name in usual]
+    extra = usual | {name: replace(usual[name], cancels=True) for name in into_stream}
     growth = wide.hidden_size / source.hidden_size
     generator = torch.Generator().manual_seed(seed)
     shares = shared(torch.ones(1, source.hidden_size), usual["hidden"], generator)[0]
     scale = (shares * growth).sqrt()  # c
-    found = {n: recipe_of(n, usual, scale) for n in names if not n.startswith("model.layers.")}
+    prefix = INSIDE if any(name.startswith(INSIDE) for name in names) else "model."
+    nets = set(source.delta_nets)
+
+    def recipe(name: str, sizes: dict[str, Copies]) -> Recipe:
+        made = recipe_of(name, sizes, scale)
+        stays_f32 = any(name.endswith(f".{n.name}.{of}") for n in nets for of in n.f32_tensors)
+        return replace(made, offset=float(source.norm.zero_centered), stays_f32=stays_f32)
+
+    found = {n: recipe(n, usual) for n in names if not n.startswith(f"{prefix}layers.")}
     if source.tied_head:
-        norm = found["model.norm.weight"]
-        found["model.norm.weight"] = replace(norm, row_scale=torch.full_like(scale, 1 / growth))
+        norm = found[f"{prefix}norm.weight"]
+        even = torch.full_like(scale, 1 / growth)
+        found[f"{prefix}norm.weight"] = replace(norm, row_scale=even)
         found.pop("lm_head.weight", None)  # a second copy that nothing reads
     origins = layer_origins(source.num_layers, wide.num_layers)
     for layer, origin in enumerate(origins):
-        here, there = f"model.layers.{layer}.", f"model.layers.{origin}."
+        here, there = f"{prefix}layers.{layer}.", f"{prefix}layers.{origin}."
         sizes = extra if origin in origins[:layer] else usual
         inside = [name for name in names if name.startswith(there)]
-        found |= {name.replace(there, here): recipe_of(name, sizes, scale) for name in inside}
+        found |= {name.replace(there, here): recipe(name, sizes) for name in inside}
     return found
 
 
+def known_as(source: str) -> str:
+    """What DIMENSIONS calls a tensor."""
+    above, module, kind = ("", *source.split("."))[-3:]
+    own = f"{above}.{module}" if kind in ("weight", "bias") else f"{module}.{kind}"
+    return own if own in DIMENSIONS else module
+
+
 def recipe_of(source: str, sizes: dict[str, Copies], scale: torch.Tensor) -> Recipe:
-    module, kind = source.split(".")[-2:]
+    module, kind = known_as(source), source.split(".")[-1]
     known = DIMENSIONS.get(module, ())
     if not known or (kind == "bias" and known[0] == "hidden"):  # an output bias cannot cancel
         raise SubspecError(Exit.UNSUPPORTED, f"no recipe for the tensor {source!r}")
@@ -216,24 +260,52 @@ def recipe_of(source: str, sizes: dict[str, Copies], scale: torch.Tensor) -> Rec
 
 
 def wide_dimensions(source: ModelSpec, wide: ModelSpec) -> dict[str, Copies]:
-    (narrow, narrow_dense), (broad, broad_dense) = common_form(source), common_form(wide)
+    narrow, net, narrow_dense = common_form(source)
+    broad, broad_net, broad_dense = common_form(wide)
     num_kv, size = narrow.num_kv_heads, narrow.head_size
     group, wide_group = narrow.num_heads // num_kv, broad.num_heads // broad.num_kv_heads
     query: list[int] = []
     for head in range(broad.num_heads):
         kv_head, member = divmod(head, wide_group)
         reader = kv_head // num_kv * wide_group + member  # the how-manieth of its source kv head
-        first = (kv_head % num_kv * group + reader % group) * size
-        query += range(first, first + size)
+        query.append(kv_head % num_kv * group + reader % group)
     least = 1 if wide.num_layers == source.num_layers else 2  # one copy cannot cancel itself
-    return {
+    gated = size * (2 if narrow.output_gate else 1)  # rows of q_proj a head
+    of_nets: dict[str, Copies] = {}
+    if net is not None and broad_net is not None:
+        of_nets = net_dimensions(net, broad_net, least)
+    return of_nets | {
         "vocabulary": copies(source.vocab_size, source.vocab_size),
         "head": copies(size, size),
         "hidden": copies(source.hidden_size, wide.hidden_size),
-        "query": copies(narrow.query_size, broad.query_size, least, query),
+        "query": copies(narrow.query_size, broad.query_size, least, rows_of(query, size)),
+        "query_and_gate": copies(
+            narrow.num_heads * gated, broad.num_heads * gated, 1, rows_of(query, gated)
+        ),
         "kv": copies(narrow.kv_size, broad.kv_size),
         "inner": copies(narrow_dense.inner_size, broad_dense.inner_size, least),
     }
+
+
+def net_dimensions(net: DeltaNet, wide: DeltaNet, least: int) -> dict[str, Copies]:
+    """Value heads in the order of the key heads that they use."""
+    readers = net.num_value_heads // net.num_key_heads
+    keys = [head % net.num_key_heads for head in range(wide.num_key_heads)]
+    values = rows_of(keys, readers)
+    q, v = rows_of(keys, net.key_size), rows_of(values, net.value_size)
+    channels = [*q, *(net.keys_width + row for row in q), *(2 * net.keys_width + row for row in v)]
+    return {
+        "channels": copies(net.num_channels, wide.num_channels, 1, channels),
+        "values": copies(net.values_width, wide.values_width, least, v),
+        "value_heads": copies(net.num_value_heads, wide.num_value_heads, 1, values),
+        "value_head": copies(net.value_size, net.value_size),
+        "one": copies(1, 1),
+        "taps": copies(net.num_taps, net.num_taps),
+    }
+
+
+def rows_of(heads: list[int], size: int) -> list[int]:
+    return [head * size + row for head in heads for row in range(size)]
 
 
 def copies(num_sources: int, num: int, least: int = 1, sources: list[int] | None = None) -> Copies:
@@ -274,10 +346,13 @@ def make(recipe: Recipe, weight: torch.Tensor, dtype: torch.dtype, seed: int) ->
         here = slice(first, first + num_rows)
         part = weight[rows.sources[here]]
         if recipe.row_scale is not None:
+            offset = 0.0 if columns else recipe.offset
+            part += offset
             part *= recipe.row_scale[here].view(-1, *[1] * len(columns))
+            part -= offset
         if recipe.column_scale is not None:
             part = part[:, columns[0].sources] * recipe.column_scale
-        elif columns:
+        elif len(columns) == 1:
             part = shared(part, columns[0], generator)
         made[here] = part
     return made.view(torch.uint8)  # numpy, which writes it, has no bfloat16
@@ -285,17 +360,18 @@ def make(recipe: Recipe, weight: torch.Tensor, dtype: torch.dtype, seed: int) ->
 
 def write_weights(folder: Path, recipes: Recipes, files: Files, dtype: str, seed: int) -> None:
     """Tensor by tensor, so that memory holds one of them however large the model is."""
-    code, torch_dtype = DTYPES[dtype]
-    sizes = {n: torch.empty(r.shape, dtype=torch_dtype, device="meta") for n, r in recipes.items()}
+    dtypes = {n: DTYPES["float32" if r.stays_f32 else dtype] for n, r in recipes.items()}
+    sizes = {n: torch.empty(r.shape, dtype=dtypes[n][1], device="meta") for n, r in recipes.items()}
     split = split_torch_state_dict_into_shards(sizes, max_shard_size=SHARD_BYTES)
     for filename, names in split.filename_to_tensors.items():
         with open(folder / filename, "wb") as output:
-            write_header(output, [(name, code, recipes[name].shape) for name in names])
+            header = [(name, dtypes[name][0], recipes[name].shape) for name in names]
+            write_header(output, header)
             for name in names:
                 with safe_open(files[recipes[name].source], "pt") as file:
                     weight = file.get_tensor(recipes[name].source).float()
                 seed += 1  # every tensor has its own random stream
-                output.write(make(recipes[name], weight, torch_dtype, seed).numpy().data)
+                output.write(make(recipes[name], weight, dtypes[name][1], seed).numpy().data)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), "utf-8")

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from families import FAMILIES, save_random_model
 from safetensors import safe_open
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from subspec.artifacts.model import Source
@@ -152,6 +154,29 @@ def test_an_untied_head_head_norms_and_shards_are_widened_too(
     assert script.main([*size, "--model", str(source), "--no-check", "--out", str(out)]) == 0
     assert len(list(out.glob("*.safetensors"))) > 1
     assert_same_function(source, out, list(range(96)))
+
+
+def test_a_hybrid_is_widened_head_by_head_and_its_f32_tensors_stay_so(
+    script: ModuleType, tmp_path: Path
+) -> None:
+    """Key heads that several value heads use, gated queries, a config inside another."""
+    from transformers import AutoConfig
+
+    values = {**FAMILIES["qwen3_5_text"], "hidden_size": 64, "intermediate_size": 80}
+    source, out = tmp_path / "source", tmp_path / "wide"
+    save_random_model(source, AutoConfig.for_model(**values, tie_word_embeddings=True))
+    kept = {
+        name: weight if name.endswith(("A_log", "attn.norm.weight")) else weight.bfloat16()
+        for name, weight in tensors(source).items()
+    }
+    save_file(kept, source / "model.safetensors")
+    size = ["--hidden", "192", "--layers", "6", "--model", str(source), "--no-check"]
+    assert script.main([*size, "--dtype", "float32", "--out", str(out)]) == 0
+    assert_same_function(source, out, list(range(3, 60)))
+    assert script.main([*size, "--out", str(tmp_path / "bf16")]) == 0
+    for name, weight in tensors(tmp_path / "bf16").items():
+        in_f32 = name.endswith(("A_log", "attn.norm.weight"))
+        assert weight.dtype == (torch.float32 if in_f32 else torch.bfloat16), name
 
 
 @pytest.mark.parametrize(
