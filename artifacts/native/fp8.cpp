@@ -1,6 +1,6 @@
 // Exact FP8 weights, and their residuals in both directions, for CPUs: the compiled twin of fp8.py
 // and fp8_residual.py, whose first pages specify the formats. fp8_cpu.py builds this file and calls
-// its last three functions.
+// its last four functions.
 //
 // A row of a tile (64 weights) is worked on at a time. What a window consists of fits bytes, so the
 // windows of a row's 16 codes are tables of 16 bytes, looked up 16 weights at a time. Widths follow
@@ -87,6 +87,18 @@ inline __m512i ends_at(__m512 step, float scale, float zero_point, float r) {
 }
 #endif
 
+// ends [16]: where the windows of the 16 codes begin (center 8.5), or end (7.5).
+inline void fill_ends(float scale, float zero_point, float fp8_scale, float center, int32_t* ends) {
+    const float r = fp8_scale >= 0x1p-50f && fp8_scale <= 0x1p50f ? 1 / fp8_scale : 1;
+#ifdef VECTOR_PATH
+    const __m512 code = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512 step = _mm512_sub_ps(code, _mm512_set1_ps(center));
+    _mm512_store_si512(ends, ends_at(step, scale, zero_point, r));
+#else
+    for (int c = 0; c < 16; c++) ends[c] = end_at((float)c - center, scale, zero_point, r);
+#endif
+}
+
 constexpr int32_t IS_END[16] = {1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1};  // of the codes
 
 // The windows of the 16 codes of a row. An entry from `both` on is the escape, if there is one.
@@ -94,18 +106,9 @@ struct alignas(16) Table {
     uint8_t floor[16], positive[16], both[16], is_cut[16];
 
     void fill(float scale, float zero_point, float fp8_scale) {
-        const float r = fp8_scale >= 0x1p-50f && fp8_scale <= 0x1p50f ? 1 / fp8_scale : 1;
         alignas(64) int32_t lows[16], highs[16];
-#ifdef VECTOR_PATH
-        const __m512 code = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-        const __m512 low_step = _mm512_sub_ps(code, _mm512_set1_ps(8.5f));
-        const __m512 high_step = _mm512_sub_ps(code, _mm512_set1_ps(7.5f));
-        _mm512_store_si512(lows, ends_at(low_step, scale, zero_point, r));
-        _mm512_store_si512(highs, ends_at(high_step, scale, zero_point, r));
-#else
-        for (int c = 0; c < 16; c++) lows[c] = end_at((float)c - 8.5f, scale, zero_point, r);
-        for (int c = 0; c < 16; c++) highs[c] = end_at((float)c - 7.5f, scale, zero_point, r);
-#endif
+        fill_ends(scale, zero_point, fp8_scale, 8.5f, lows);
+        fill_ends(scale, zero_point, fp8_scale, 7.5f, highs);
         alignas(64) int32_t floors[16], positives[16], boths[16], cut[16];
         for (int c = 0; c < 16; c++) {
             const int32_t low = lows[c], high = highs[c];
@@ -317,48 +320,78 @@ bool decode_tile(const uint8_t* codes, const Grid& qparams, const Scales& scales
 
 // ---- encoding -----------------------------------------------------------------------------------
 
+// The codes of a row whose windows hold its weights: how many windows begin at or below each.
+inline void choose_codes(const uint8_t* weight, const int32_t* ends, uint8_t* out) {
+    alignas(64) int8_t ordinal[TILE_COLUMNS];
+    alignas(64) uint8_t code[TILE_COLUMNS] = {};
+    for (int i = 0; i < TILE_COLUMNS; i++)
+        ordinal[i] = (int8_t)(weight[i] ^ (uint8_t)(-(weight[i] >> 7) & 127));
+    for (int c = 1; c < 16; c++) {
+        const int8_t end = (int8_t)ends[c];
+        for (int i = 0; i < TILE_COLUMNS; i++) code[i] += ordinal[i] >= end;
+    }
+    for (int i = 0; i < TILE_COLUMNS / 2; i++) out[i] = code[2 * i] | code[2 * i + 1] << 4;
+}
+
+// The entries of a row's FP8 codes; outside: 255 where one is escaped.
+inline void enter(const Row& row, const uint8_t* weight, uint8_t* entry, uint8_t* outside) {
+    for (int i = 0; i < TILE_COLUMNS; i++) {
+        const uint8_t negative = (uint8_t)-(weight[i] >> 7), positives = row.positive[i];
+        const uint8_t distance = (weight[i] & 127) - row.floor[i];  // below the floor it is large
+        const uint8_t others = row.both[i] - positives;
+        const uint8_t count = (others & negative) | (positives & ~negative);
+        outside[i] = distance >= count ? 255 : 0;
+        const uint8_t inside = distance + (negative & positives);
+        entry[i] = (row.both[i] & outside[i]) | (inside & ~outside[i]);
+    }
+}
+
 // weight: FP8 codes [32][64] -> words [MOST_WORDS + BEYOND_WORDS]; returns how many are the tile's.
 int64_t encode_tile(const uint8_t* codes, const Grid& qparams, const Scales& scales, int64_t group,
                     int64_t first_row, const uint8_t* weight, uint32_t* words) {
     Table tables[TILE_ROWS];
-    uint8_t escaped[TILE_WEIGHTS + 4];
-    bool outside[TILE_WEIGHTS], everywhere = false;
-    int num_escapes = 0;
+    Row rows[TILE_ROWS];
+    alignas(64) uint8_t entries[TILE_ROWS][TILE_COLUMNS];
+    uint64_t escaped[TILE_ROWS];
+    uint8_t everywhere = 0;
     for (int r = 0; r < TILE_ROWS; r++) {
+        alignas(64) uint8_t outside[TILE_COLUMNS];
         tables[r].fill(qparams.scale(group, first_row + r), qparams.zero_point(group, first_row + r),
                        scales.at(group, first_row + r));
-        for (int i = r * TILE_COLUMNS; i < (r + 1) * TILE_COLUMNS; i++) {
-            const int c = codes[i], positive = tables[r].positive[c];
-            const int distance = (weight[i] & 127) - tables[r].floor[c];
-            const int count = weight[i] & 128 ? tables[r].both[c] - positive : positive;
-            outside[i] = distance < 0 || distance >= count;
-            everywhere |= outside[i] && !tables[r].is_cut[c];
-            if (outside[i]) escaped[num_escapes++] = weight[i];
-        }
+        rows[r].fill(codes + r * TILE_COLUMNS, tables[r], false);
+        enter(rows[r], weight + r * TILE_COLUMNS, entries[r], outside);
+        escaped[r] = mask_of(outside);
+        for (int i = 0; i < TILE_COLUMNS; i++) everywhere |= outside[i] & (rows[r].is_cut[i] ^ 1);
     }
     uint64_t offset = 1, pending = everywhere;  // the bits from offset / 8 * 8 on
     for (int r = 0; r < TILE_ROWS; r++) {
-        Row row;
-        row.fill(codes + r * TILE_COLUMNS, tables[r], everywhere);
+        if (everywhere) rows[r].fill(codes + r * TILE_COLUMNS, tables[r], true);
+        const Row& row = rows[r];
+        alignas(64) int32_t number[NUMBERS];
         for (int n = 0; n < NUMBERS; n++) {
-            uint64_t value = 0;
-            for (int j = RADIX - 1; j >= 0; j--) {
-                const int i = RADIX * n + j, at = r * TILE_COLUMNS + i;
-                const int distance = (weight[at] & 127) - row.floor[i];
-                const int inside = distance + (weight[at] & 128 ? row.positive[i] : 0);
-                value = value * row.size[i] + (outside[at] ? row.both[i] : inside);
-            }
-            pending |= value << offset % 8;
+            uint32_t sizes, own;
+            memcpy(&sizes, row.size + RADIX * n, 4);
+            memcpy(&own, entries[r] + RADIX * n, 4);
+            const int32_t lower = (own & 255) + (sizes & 255) * (own >> 8 & 255);
+            const int32_t upper = (own >> 16 & 255) + (sizes >> 16 & 255) * (own >> 24);
+            number[n] = lower + row.pair[n] * upper;
+        }
+        for (int n = 0; n < NUMBERS; n++) {
+            pending |= (uint64_t)number[n] << offset % 8;
             memcpy((uint8_t*)words + offset / 8, &pending, 8);
             pending >>= (offset % 8 + row.width[n]) / 8 * 8;
             offset += row.width[n];
         }
     }
     memcpy((uint8_t*)words + offset / 8, &pending, 8);  // fills the last word
-    const int64_t bit_words = (offset + 31) / 32, escape_words = (num_escapes + 3) / 4;
-    memset(escaped + num_escapes, 0, 4);  // fills the last word here
-    memcpy(words + bit_words, escaped, 4 * escape_words);
-    return bit_words + escape_words;
+    const int64_t bit_words = (offset + 31) / 32;
+    uint8_t* stored = (uint8_t*)(words + bit_words);
+    int64_t num_escapes = 0;
+    for (int r = 0; r < TILE_ROWS; r++)
+        for (uint64_t mask = escaped[r]; mask; mask &= mask - 1)
+            stored[num_escapes++] = weight[r * TILE_COLUMNS + __builtin_ctzll(mask)];
+    while (num_escapes % 4) stored[num_escapes++] = 0;  // fills the last word here
+    return bit_words + num_escapes / 4;
 }
 
 // ---- the exact weights --------------------------------------------------------------------------
@@ -394,6 +427,28 @@ extern "C" int64_t subspec_fp8_encode(int64_t num_rows, int64_t num_columns, con
     };
     return encode_tiles<MOST_WORDS>(num_rows, num_columns, {codes, num_columns, 0}, index, payload,
                                     num_threads, encode);
+}
+
+// weight: FP8 codes [rows, columns] -> out: nibble pairs [rows, columns / 2], the 4-bit codes whose
+// windows hold the weights.
+extern "C" void subspec_fp8_choose(int64_t num_rows, int64_t num_columns, const uint8_t* weight,
+                                   const uint16_t* qparams, int64_t group_stride,
+                                   const float* values, int64_t scale_columns, int64_t block_rows,
+                                   int64_t block_groups, int64_t first_row, uint8_t* out,
+                                   int num_threads) {
+    const Grid grid = {qparams, group_stride};
+    const Scales scales = {values, scale_columns, block_rows, block_groups, first_row};
+    const int64_t num_groups = num_columns / TILE_COLUMNS;
+    const int threads = worth_it(num_rows / TILE_ROWS * num_groups, num_threads);
+#pragma omp parallel for schedule(dynamic, BLOCKS_AT_ONCE) num_threads(threads)
+    for (int64_t row = 0; row < num_rows; row++)
+        for (int64_t group = 0; group < num_groups; group++) {
+            const int64_t at = row * num_columns + group * TILE_COLUMNS;
+            alignas(64) int32_t ends[16];
+            fill_ends(grid.scale(group, row), grid.zero_point(group, row), scales.at(group, row),
+                      8.5f, ends);
+            choose_codes(weight + at, ends, out + at / 2);
+        }
 }
 
 // index: checked to rise from 0 to the words of payload. out: the exact weights in bf16, or their

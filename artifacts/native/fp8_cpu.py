@@ -30,6 +30,25 @@ def unavailable() -> str | None:
     return cpp.unavailable(SOURCE, _declare)
 
 
+def codes_by_windows(weight: Tensor, qparams: Tensor, scales: Scales, num_threads: int) -> Tensor:
+    """FP8 codes uint8 [R, K], qparams bf16 [G, R, 2] -> packed 4-bit codes uint8 [R, K / 2], the
+    same as fp8_residual.codes_by_windows, which is used if there is no library."""
+    if unavailable() is not None:
+        return fp8_residual.codes_by_windows(weight, qparams, scales)
+    codes = torch.empty(weight.shape[0], weight.shape[1] // 2, dtype=torch.uint8)
+    _check(weight, codes, qparams)
+    cpp.loaded(SOURCE, _declare).subspec_fp8_choose(
+        *weight.shape,
+        weight.data_ptr(),
+        qparams.data_ptr(),
+        qparams.stride(0),
+        *_fields(scales),
+        codes.data_ptr(),
+        num_threads,
+    )
+    return codes
+
+
 def encode(
     weight: Tensor, codes: Tensor, qparams: Tensor, scales: Scales, num_threads: int
 ) -> Tensor:
@@ -161,6 +180,12 @@ def _declare(library: ctypes.CDLL) -> None:
         *(address, address, size),  # codes, qparams, its stride
         *scales,
         *(address, address, number),  # index, payload, threads
+    )
+    library.subspec_fp8_choose.restype = None
+    library.subspec_fp8_choose.argtypes = (
+        *(size, size, address, address, size),  # rows, columns, weight, qparams, its stride
+        *scales,
+        *(address, number),  # out, threads
     )
     library.subspec_fp8_decode.restype = number
     library.subspec_fp8_decode.argtypes = (

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.artifacts.format import fp8, fp8_residual
+from subspec.artifacts.format import fp8
 from subspec.artifacts.format.checks import HEAD_FILE, STORED_DTYPES
 from subspec.artifacts.format.fp8 import Scales, scales_of
 from subspec.artifacts.format.store import (
@@ -277,7 +277,8 @@ def write_substitute(
         ) from None
     if exact.scales:
         qparams = substitute.qparams
-        codes = fp8_residual.codes_by_windows(exact.weight, qparams, exact.scales)
+        threads = torch.get_num_threads()
+        codes = fp8_cpu.codes_by_windows(exact.weight, qparams, exact.scales, threads)
         substitute = Substitute(codes, qparams)
     for tensor in (substitute.codes, substitute.qparams):
         file.write(raw_bytes(tensor))

@@ -8,7 +8,7 @@ from itertools import cycle
 import torch
 
 from subspec.artifacts.footprint import packed_bytes
-from subspec.artifacts.format import fp8, fp8_residual
+from subspec.artifacts.format import fp8
 from subspec.artifacts.format.fp8 import Scales, scales_of
 from subspec.artifacts.model import (
     PART_BYTES,
@@ -97,7 +97,7 @@ def decode_seconds(
         of_blocks = scales_of(cut, torch.full(cut.scale_shape, scale))
         codes = (weight / scale).to(torch.float8_e4m3fn).view(torch.uint8)
         made = quantize(fp8.widen(codes, of_blocks), device)
-        own = fp8_residual.codes_by_windows(codes, made.qparams, of_blocks)
+        own = fp8_cpu.codes_by_windows(codes, made.qparams, of_blocks, threads)
         stored = codes.view(torch.float8_e4m3fn)
         if encoding == "fp8-residual":
             stored = fp8_cpu.encode(codes, own, made.qparams, of_blocks, threads)

@@ -41,6 +41,14 @@ def test_both_directions_are_the_plain_twins_for_every_code(kind: str, scale: fl
     assert torch.equal(fp8_cpu.decode(stored, packed, qparams, scales, 2), weight)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scale", [1.0, 3e-4, 2.0**51, 2.0**-51, 0.0])
+def test_codes_are_chosen_as_the_plain_twin_does(kind: str, scale: float) -> None:
+    weight, _, qparams, scales = adversarial_part(kind, scale)
+    expected = fp8_residual.codes_by_windows(weight, qparams, scales)
+    assert torch.equal(fp8_cpu.codes_by_windows(weight, qparams, scales, 2), expected)
+
+
 @pytest.mark.parametrize("tile_rows", [0, 16, 32, 64])
 @pytest.mark.parametrize("first_row", [0, 64])
 def test_rows_of_a_matrix_are_decoded_over_any_layout(tile_rows: int, first_row: int) -> None:
