@@ -49,6 +49,28 @@ def corrupt(what: str) -> SubspecError:
     )
 
 
+def check_part(weight: Tensor, codes: Tensor, qparams: Tensor) -> None:
+    """Assert what compiled code relies on: the shapes of a part [R, K], its codes [R, K / 2] or as
+    many bytes in another layout, and qparams bf16 [G, R, 2]; contiguous CPU memory."""
+    num_rows, num_columns = weight.shape
+    assert all(tensor.device.type == "cpu" for tensor in (weight, codes, qparams))
+    assert num_rows % TILE_ROWS == 0 and num_columns % TILE_COLUMNS == 0
+    assert weight.is_contiguous() and codes.is_contiguous()
+    assert codes.dtype == torch.uint8 and codes.numel() * 2 == weight.numel()
+    assert qparams.dtype == torch.bfloat16
+    assert qparams.shape == (num_columns // TILE_COLUMNS, num_rows, 2)
+    assert qparams.stride()[1:] == (2, 1)
+
+
+def room_for_words(num_weights: int, most_words: int) -> tuple[Tensor, Tensor]:
+    """Where an encoder writes so many weights: index int32 [tiles + 1], and a payload int32 for
+    tiles of at most so many words."""
+    num_tiles = num_weights // TILE_WEIGHTS
+    assert num_tiles * most_words < 1 << 31, "the index is int32"
+    index = torch.empty(num_tiles + 1, dtype=torch.int32)
+    return index, torch.empty(num_tiles * most_words, dtype=torch.int32)
+
+
 def tiled(matrix: Tensor) -> Tensor:
     """[R, K] -> view [R / 32, G, 32, 64]: the first two dimensions are the tile."""
     num_rows, num_columns = matrix.shape

@@ -14,9 +14,10 @@ from subspec.artifacts.format.fp8 import Scales
 from subspec.artifacts.format.tiles import (
     GUARD_WORDS,
     TILE_ROWS,
-    TILE_WEIGHTS,
+    check_part,
     corrupt,
     index_and_payload,
+    room_for_words,
 )
 from subspec.artifacts.model import GROUP_SIZE
 from subspec.artifacts.native import cpp
@@ -36,7 +37,8 @@ def codes_by_windows(weight: Tensor, qparams: Tensor, scales: Scales, num_thread
     if unavailable() is not None:
         return fp8_residual.codes_by_windows(weight, qparams, scales)
     codes = torch.empty(weight.shape[0], weight.shape[1] // 2, dtype=torch.uint8)
-    _check(weight, codes, qparams)
+    check_part(weight, codes, qparams)
+    assert weight.dtype == torch.uint8
     cpp.loaded(SOURCE, _declare).subspec_fp8_choose(
         *weight.shape,
         weight.data_ptr(),
@@ -57,12 +59,9 @@ def encode(
     be rows of a larger tensor, with a stride over the first dimension."""
     if unavailable() is not None:
         return fp8_residual.encode(weight, codes, qparams, scales)
-    _check(weight, codes, qparams)
+    check_part(weight, codes, qparams)
     assert weight.dtype == torch.uint8
-    num_tiles = weight.numel() // TILE_WEIGHTS
-    assert num_tiles * MOST_TILE_WORDS < 1 << 31, "the index is int32"
-    index = torch.empty(num_tiles + 1, dtype=torch.int32)
-    payload = torch.empty(num_tiles * MOST_TILE_WORDS, dtype=torch.int32)
+    index, payload = room_for_words(weight.numel(), MOST_TILE_WORDS)
     num_words = cpp.loaded(SOURCE, _declare).subspec_fp8_encode(
         *weight.shape,
         weight.data_ptr(),
@@ -115,7 +114,8 @@ def decode_into(
     the exact weights (bf16). codes, tile_rows and qparams as in residual_cpu.decode_into. Raises
     SubspecError(CORRUPT) like fp8_residual.decode; `out` then holds nothing of use. Needs
     unavailable() to be None."""
-    _check(out, codes, qparams)
+    check_part(out, codes, qparams)
+    assert out.dtype in (torch.uint8, torch.bfloat16)
     assert tile_rows in (0, 16, 32, 64) and out.shape[0] % (tile_rows or TILE_ROWS) == 0
     assert out.data_ptr() % 16 == 0, "it is written in vectors"
     index, payload = index_and_payload(stored, *out.shape)
@@ -156,19 +156,6 @@ def _fields(scales: Scales) -> tuple[int, int, int, int, int]:
     assert scales.columns % GROUP_SIZE == 0
     groups = scales.columns // GROUP_SIZE
     return values.data_ptr(), values.shape[1], scales.rows, groups, scales.first_row
-
-
-def _check(weight: Tensor, codes: Tensor, qparams: Tensor) -> None:
-    """Assert what the library relies on: shapes, dtypes, contiguous CPU memory."""
-    assert weight.dtype in (torch.uint8, torch.bfloat16) and codes.dtype == torch.uint8
-    assert qparams.dtype == torch.bfloat16
-    assert all(tensor.device.type == "cpu" for tensor in (weight, codes, qparams))
-    num_rows, num_columns = weight.shape
-    assert num_rows % TILE_ROWS == 0 and num_columns % GROUP_SIZE == 0
-    assert weight.is_contiguous() and codes.is_contiguous()
-    assert codes.numel() * 2 == weight.numel()
-    assert qparams.shape == (num_columns // GROUP_SIZE, num_rows, 2)
-    assert qparams.stride()[1:] == (2, 1)
 
 
 def _declare(library: ctypes.CDLL) -> None:

@@ -11,8 +11,13 @@ from torch import Tensor
 
 from subspec.artifacts.format import residual
 from subspec.artifacts.format.residual import FRACTION_BITS, sections
-from subspec.artifacts.format.tiles import GUARD_WORDS, TILE_ROWS, TILE_WEIGHTS, corrupt
-from subspec.artifacts.model import GROUP_SIZE
+from subspec.artifacts.format.tiles import (
+    GUARD_WORDS,
+    TILE_ROWS,
+    check_part,
+    corrupt,
+    room_for_words,
+)
 from subspec.artifacts.native import cpp
 
 SOURCE = Path(__file__).with_name("residual.cpp")
@@ -30,13 +35,10 @@ def encode(weight: Tensor, codes: Tensor, qparams: Tensor, num_threads: int) -> 
     rows of a larger tensor, with a stride over the first dimension."""
     if unavailable() is not None:
         return residual.encode(weight, codes, qparams)
-    _check(weight, codes, qparams)
+    check_part(weight, codes, qparams)
     num_rows, num_columns = weight.shape
     assert codes.shape == (num_rows, num_columns // 2)
-    num_tiles = weight.numel() // TILE_WEIGHTS
-    assert num_tiles * MOST_TILE_WORDS < 1 << 31, "the index is int32"
-    index = torch.empty(num_tiles + 1, dtype=torch.int32)
-    payload = torch.empty(num_tiles * MOST_TILE_WORDS, dtype=torch.int32)
+    index, payload = room_for_words(weight.numel(), MOST_TILE_WORDS)
     num_words = cpp.loaded(SOURCE, _declare).subspec_encode(
         num_rows,
         num_columns,
@@ -92,7 +94,8 @@ def decode_into(
     Raises SubspecError(CORRUPT) like residual.decode; `out` then holds nothing of use. Needs
     unavailable() to be None.
     """
-    _check(out, codes, qparams)
+    check_part(out, codes, qparams)
+    assert out.dtype in FRACTION_BITS
     assert tile_rows in (0, 16, 32, 64) and out.shape[0] % (tile_rows or TILE_ROWS) == 0
     assert out.data_ptr() % 16 == 0, "it is written in vectors"
     num_rows, num_columns = out.shape
@@ -113,19 +116,6 @@ def decode_into(
     )
     if wrong:
         raise corrupt("the length of a tile does not fit its weights")
-
-
-def _check(weight: Tensor, codes: Tensor, qparams: Tensor) -> None:
-    """Assert what the library relies on: shapes, dtypes, contiguous CPU memory."""
-    assert weight.dtype in FRACTION_BITS and codes.dtype == torch.uint8
-    assert qparams.dtype == torch.bfloat16
-    assert all(tensor.device.type == "cpu" for tensor in (weight, codes, qparams))
-    num_rows, num_columns = weight.shape
-    assert num_rows % TILE_ROWS == 0 and num_columns % GROUP_SIZE == 0
-    assert weight.is_contiguous() and codes.is_contiguous()
-    assert codes.numel() * 2 == weight.numel()
-    assert qparams.shape == (num_columns // GROUP_SIZE, num_rows, 2)
-    assert qparams.stride()[1:] == (2, 1)
 
 
 def _declare(library: ctypes.CDLL) -> None:

@@ -18,13 +18,7 @@ from torch import Tensor
 
 from subspec.artifacts.format import fp8_residual
 from subspec.artifacts.format.fp8 import Scales
-from subspec.artifacts.format.tiles import (
-    GUARD_WORDS,
-    TILE_COLUMNS,
-    TILE_ROWS,
-    TILE_WEIGHTS,
-    corrupt,
-)
+from subspec.artifacts.format.tiles import TILE_COLUMNS, TILE_ROWS, TILE_WEIGHTS
 from subspec.artifacts.plan import Int4Kernel
 from subspec.runtime.kernels.tiles_triton import (
     NUM_WARPS,
@@ -33,7 +27,9 @@ from subspec.runtime.kernels.tiles_triton import (
     ROWS,
     TWO_23,
     TWO_23_PATTERN,
+    check_rows,
     inverse,
+    payload_words,
     to_f32,
     two_words,
 )
@@ -58,21 +54,11 @@ def decode_into(
     """Decode the rows of a matrix that `scales` begin at into out bf16 [R, K]; all tensors on one
     CUDA device. Everything else is as in residual_triton.decode_into. Raises SubspecError(CORRUPT)
     if the length of `stored` is impossible."""
-    num_rows, num_columns = out.shape
-    whole_rows, num_groups = qparams.shape[1], qparams.shape[0]
-    first_row = scales.first_row
-    assert out.dtype == torch.bfloat16 and qparams.dtype == torch.bfloat16
-    assert num_rows % TILE_ROWS == 0 and first_row % TILE_ROWS == 0, (num_rows, first_row)
-    assert first_row + num_rows <= whole_rows and num_columns == num_groups * TILE_COLUMNS
-    assert out.is_contiguous() and codes.is_contiguous() and qparams.is_contiguous()
-    assert codes.dtype == torch.int32 and codes.numel() == whole_rows * num_columns // 8
-    assert mismatches.dtype == torch.int32
-    num_tiles = out.numel() // TILE_WEIGHTS
-    num_words, rest = divmod(stored.numel() - 4 * (num_tiles + 1), 4)
-    num_words -= GUARD_WORDS
-    if rest or not 0 <= num_words < MAX_WORDS:
-        raise corrupt(f"it is {stored.numel()} bytes for {num_rows} x {num_columns} weights")
-    _decode_tile[(num_tiles,)](
+    assert out.dtype == torch.bfloat16
+    check_rows(out, codes, qparams, scales.first_row, mismatches)
+    num_words = payload_words(out, stored, 0, MAX_WORDS)
+    num_groups, whole_rows = qparams.shape[:2]
+    _decode_tile[(out.numel() // TILE_WEIGHTS,)](
         out.view(torch.int64),
         stored.view(torch.int32),
         stored.view(torch.int8),
@@ -80,7 +66,7 @@ def decode_into(
         qparams.view(torch.int32),
         *_fields(scales),
         mismatches,
-        first_row,
+        scales.first_row,
         whole_rows,
         num_groups,
         num_words,

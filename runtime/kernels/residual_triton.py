@@ -21,13 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from subspec.artifacts.format import residual
-from subspec.artifacts.format.tiles import (
-    GUARD_WORDS,
-    TILE_COLUMNS,
-    TILE_ROWS,
-    TILE_WEIGHTS,
-    corrupt,
-)
+from subspec.artifacts.format.tiles import GUARD_WORDS, TILE_WEIGHTS
 from subspec.artifacts.plan import Int4Kernel
 from subspec.runtime.kernels.tiles_triton import (
     NUM_WARPS,
@@ -36,7 +30,9 @@ from subspec.runtime.kernels.tiles_triton import (
     ROWS,
     TWO_23,
     TWO_23_PATTERN,
+    check_rows,
     inverse,
+    payload_words,
     to_f32,
     two_words,
 )
@@ -71,22 +67,12 @@ def decode_into(
     is still 0. Nothing outside of `stored` is read, whatever it contains. Raises
     SubspecError(CORRUPT) if the length of `stored` is impossible.
     """
-    num_rows, num_columns = out.shape
-    whole_rows, num_groups = qparams.shape[1], qparams.shape[0]
-    assert num_rows % TILE_ROWS == 0 and first_row % TILE_ROWS == 0, (num_rows, first_row)
-    assert first_row + num_rows <= whole_rows and num_columns == num_groups * TILE_COLUMNS
-    assert out.is_contiguous() and codes.is_contiguous() and qparams.is_contiguous()
-    assert codes.dtype == torch.int32 and codes.numel() == whole_rows * num_columns // 8
-    assert qparams.dtype == torch.bfloat16 and mismatches.dtype == torch.int32
-    num_tiles = out.numel() // TILE_WEIGHTS
     is_f32 = out.dtype == torch.float32
-    lower_bytes = 2 * out.numel() if is_f32 else 0
-    num_words, rest = divmod(stored.numel() - lower_bytes - 4 * (num_tiles + 1), 4)
-    num_words -= GUARD_WORDS
-    if rest or not 0 <= num_words < MAX_WORDS:
-        raise corrupt(f"it is {stored.numel()} bytes for {num_rows} x {num_columns} weights")
+    check_rows(out, codes, qparams, first_row, mismatches)
+    num_words = payload_words(out, stored, 2 * out.numel() if is_f32 else 0, MAX_WORDS)
+    num_groups, whole_rows = qparams.shape[:2]
     even = stored[: stored.numel() // 4 * 4]  # lower halves are an even number
-    _decode_tile[(num_tiles,)](
+    _decode_tile[(out.numel() // TILE_WEIGHTS,)](
         out.view(torch.int64),
         even.view(torch.int32),
         even.view(torch.int16),

@@ -7,10 +7,18 @@ Imports triton, so only code for CUDA may import this module.
 
 # mypy: allow-untyped-decorators
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from subspec.artifacts.format.tiles import TILE_COLUMNS, TILE_ROWS, TILE_WEIGHTS
+from subspec.artifacts.format.tiles import (
+    GUARD_WORDS,
+    TILE_COLUMNS,
+    TILE_ROWS,
+    TILE_WEIGHTS,
+    corrupt,
+)
 
 NUM_WARPS = 4  # 128 threads of 4 quads each
 
@@ -20,6 +28,32 @@ ROW_QUADS = tl.constexpr(TILE_COLUMNS // 4)
 QUADS = tl.constexpr(TILE_WEIGHTS // 4)
 TWO_23 = tl.constexpr(2.0**23)
 TWO_23_PATTERN = tl.constexpr(150 << 23)
+
+
+def check_rows(
+    out: Tensor, codes: Tensor, qparams: Tensor, first_row: int, mismatches: Tensor
+) -> None:
+    """Assert what the decoders rely on: shapes and dtypes as in residual_triton.decode_into."""
+    num_rows, num_columns = out.shape
+    num_groups, whole_rows = qparams.shape[:2]
+    assert num_rows % TILE_ROWS == 0 and first_row % TILE_ROWS == 0, (num_rows, first_row)
+    assert first_row + num_rows <= whole_rows and num_columns == num_groups * TILE_COLUMNS
+    assert out.is_contiguous() and codes.is_contiguous() and qparams.is_contiguous()
+    assert codes.dtype == torch.int32 and codes.numel() == whole_rows * num_columns // 8
+    assert qparams.dtype == torch.bfloat16 and mismatches.dtype == torch.int32
+
+
+def payload_words(out: Tensor, stored: Tensor, lower_bytes: int, most_words: int) -> int:
+    """Words of the tiles in stored uint8 [bytes], the residual of out [R, K], between its index and
+    its guard. lower_bytes: of what follows these. Raises SubspecError(CORRUPT) if there are
+    `most_words` or more, or the length is impossible."""
+    index_bytes = 4 * (out.numel() // TILE_WEIGHTS + 1)
+    num_words, rest = divmod(stored.numel() - lower_bytes - index_bytes, 4)
+    num_words -= GUARD_WORDS
+    if rest or not 0 <= num_words < most_words:
+        shape = " x ".join(map(str, out.shape))
+        raise corrupt(f"it is {stored.numel()} bytes for {shape} weights")
+    return num_words
 
 
 @triton.jit
