@@ -1,5 +1,6 @@
 """The clients that are tried: what is installed, and which script runs them."""
 
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -9,8 +10,9 @@ from pathlib import Path
 @dataclass(frozen=True)
 class Client:
     """installs: arguments of pip, one call each. torch goes first and by its exact version: asked
-    for loosely, pip would bring gigabytes of CUDA. model: which artifact answers. tokenizer: the
-    script gets the checkpoint's folder as well."""
+    for loosely, pip would bring gigabytes of CUDA. npm: a package with a program, and the program's
+    name: the script gets its path as well. model: which artifact answers. tokenizer: the script
+    gets the checkpoint's folder as well."""
 
     name: str
     installs: tuple[tuple[str, ...], ...]
@@ -18,6 +20,7 @@ class Client:
     model: str = "demo"
     tokenizer: bool = False
     limit_seconds: float = 180.0
+    npm: tuple[str, str] | None = None
 
 
 OPENAI_SCRIPTS = ("openai_chat.py", "openai_responses.py")
@@ -45,6 +48,22 @@ CLIENTS = (
     ),
     Client("aiperf", (("aiperf==0.13.0",),), ("aiperf_figures.py",), tokenizer=True),
     Client("guidellm", (TORCH, ("guidellm==0.8.1",)), ("guidellm_benchmark.py",), tokenizer=True),
+    Client(
+        "codex",
+        (),
+        ("codex_agent.py",),
+        model="smollm2",
+        limit_seconds=600,
+        npm=("@openai/codex@0.171.0", "codex"),
+    ),
+    Client(
+        "claude-code",
+        (),
+        ("claude_code_agent.py",),
+        model="smollm2",
+        limit_seconds=600,
+        npm=("@anthropic-ai/claude-code@2.1.197", "claude"),
+    ),
 )
 
 LITELLM_PROXY = Client(
@@ -67,3 +86,21 @@ def environment(client: Client, folder: Path) -> Path:
             subprocess.run([*pip, "--disable-pip-version-check", *packages], check=True)
         done.write_text(said)
     return place / "bin" / "python"
+
+
+def program(client: Client, folder: Path) -> Path:
+    """The program of the client's package of npm, installed unless it is there. Raises
+    RuntimeError without npm."""
+    assert client.npm is not None
+    package, name = client.npm
+    place = folder / client.name / "npm"
+    done = place / ".installed"
+    if not done.exists() or done.read_text() != package:
+        npm = shutil.which("npm")
+        if npm is None:
+            raise RuntimeError("npm is not installed")
+        place.mkdir(parents=True, exist_ok=True)
+        quiet = ("--no-fund", "--no-audit", "--loglevel", "error")
+        subprocess.run([npm, "install", "--prefix", place, *quiet, package], check=True)
+        done.write_text(package)
+    return place / "node_modules" / ".bin" / name

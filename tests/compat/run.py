@@ -17,7 +17,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from clients import CLIENTS, Client, environment
+from clients import CLIENTS, Client, environment, program
 from models import DEMO, HERE, ROOT, make_artifact
 from server_process import is_idle, samples, serving
 
@@ -56,12 +56,21 @@ def run_script(
     return f"{script}: {lines[-1] if lines else f'exit code {code}'}"
 
 
-def try_client(client: Client, base_url: str, folder: Path, checkpoint: Path) -> dict[str, Any]:
+def try_client(
+    client: Client, base_url: str, folder: Path, checkpoint: Path, binaries: Path
+) -> dict[str, Any]:
     """What its scripts said, and whether the server is as it was before them."""
     log = folder / f"{client.name}.log"
     log.unlink(missing_ok=True)
     arguments = [base_url, *(("--tokenizer", str(checkpoint)) if client.tokenizer else ())]
     python = environment(client, folder)
+    if client.npm is not None:
+        try:
+            installed = program(client, folder)
+        except RuntimeError as error:
+            return {"client": client.name, "ok": False, "requests": 0, "seconds": 0.0,
+                    "problem": str(error)}  # fmt: skip
+        arguments += ["--program", str(installed), "--python", str(binaries.absolute() / "python")]
     before, began = samples(base_url), time.monotonic()
     problems = [
         run_script(python, script, arguments, client.limit_seconds, log)
@@ -106,7 +115,9 @@ def main() -> int:
         command = [str(options.bin / "subspec-serve"), str(artifact), *SERVE]
         with serving(command, folder / f"server-{name}.log") as server:
             for client in group:
-                result = try_client(client, server.base_url, folder, folder / f"{name}-checkpoint")
+                result = try_client(
+                    client, server.base_url, folder, folder / f"{name}-checkpoint", options.bin
+                )
                 results.append(result)
                 said = "ok" if result["ok"] else result["problem"]
                 figures = f"{result['requests']} requests, {result['seconds']} s"
