@@ -70,14 +70,13 @@ def main() -> None:
 @click.option("--depths", default="", callback=positive_numbers, metavar="N,N",
               help="Depths of the draft tree.  [default: the plan's]")  # fmt: skip
 @form_option
-@out_option("Also append the rows, JSON Lines, as they are measured.")
+@out_option("Append each row; what it has already is not measured again.")
 @plan_options
 def speed(artifact: Path, form: "Form", out: Path | None, **given: Any) -> None:
     """Tokens/s of prompts and of generation.
 
     Rows are as llama-bench has them: pp128 reads 128 tokens, tg64 generates 64.
     """
-    from subspec.runtime.bench.records import append_row
     from subspec.runtime.bench.tables import speed_table
     from subspec.runtime.bench.throughput import Tests, speed_rows
     from subspec.runtime.bench.variants import variants
@@ -90,11 +89,7 @@ def speed(artifact: Path, form: "Form", out: Path | None, **given: Any) -> None:
         given["filled"] or (0,),
         given["repeats"],
     )
-    rows = list["SpeedRow"]()
-    for row in speed_rows(source_of(artifact, given), axes, methods, tests, say):  # type: ignore[arg-type]
-        if out is not None:
-            append_row(out, row)
-        rows.append(row)
+    rows = list(speed_rows(source_of(artifact, given), axes, methods, tests, out, say))  # type: ignore[arg-type]
     show(rows, speed_table(rows), form)
 
 
@@ -167,7 +162,7 @@ def tasks(artifact: Path, form: "Form", out: Path | None, **given: Any) -> None:
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True,
               help="Of the choice of items and of sampling.")  # fmt: skip
 @form_option
-@out_option("Also append the rows, JSON Lines, as they are measured.")
+@out_option("Append each row; what it has already is not measured again.")
 @plan_options
 def sweep(artifact: Path, form: "Form", out: Path | None, **given: Any) -> None:
     """Speed under every combination of settings.
@@ -175,7 +170,6 @@ def sweep(artifact: Path, form: "Form", out: Path | None, **given: Any) -> None:
     The prompts are the same for all; subspec-plan --from plans each combination.
     """
     from subspec.runtime.bench.items import items_of
-    from subspec.runtime.bench.records import append_row
     from subspec.runtime.bench.sweep import Grid, sweep_rows
     from subspec.runtime.bench.tables import sweep_table
     from subspec.runtime.bench.variants import variants
@@ -185,11 +179,7 @@ def sweep(artifact: Path, form: "Form", out: Path | None, **given: Any) -> None:
     items = [one for task in chosen for one in items_of(task, given["data"], most, seed)]
     axes = variants(given["budgets"], given["contexts"], given["widths"], given["depths"])
     grid = Grid(axes, given["temperatures"] or (0.0,), given["method"], given["max_tokens"], seed)
-    rows = list["SweepRow"]()
-    for row in sweep_rows(source_of(artifact, given), grid, items, say):
-        if out is not None:
-            append_row(out, row)
-        rows.append(row)
+    rows = list(sweep_rows(source_of(artifact, given), grid, items, out, say))
     show(rows, sweep_table(rows), form)
 
 
@@ -229,6 +219,8 @@ def compare(a: Path, b: Path, as_json: bool, expect_identical: bool) -> None:
               help="Longest answer.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), required=True, metavar="FOLDER",
               help="For trace.json (Perfetto) and steps.jsonl.")  # fmt: skip
+@click.option("--drafter", type=click.Choice(get_args(DrafterName)),
+              help="Who proposes tokens.  [default: the 4-bit substitute]")  # fmt: skip
 @plan_options
 def trace(artifact: Path, prompt: str, out: Path, max_tokens: int, **given: Any) -> None:
     """What runs when, and what the draft thought.

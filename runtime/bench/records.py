@@ -19,6 +19,8 @@ from subspec.runtime.engine import Engine, machine_name
 from subspec.runtime.sequence import Stats
 
 LARGEST_RECORDS = 1 << 30  # bytes of a file
+# What one run of `speed` or `sweep` does not change from row to row.
+SAME_IN_A_RUN = ("artifact", "num_weights", "machine", "torch", "python", "link_bandwidth")
 Row = TypeVar("Row")
 
 
@@ -114,6 +116,7 @@ class SweepRow:
     setting: Setting
     predicted_tokens_per_second: float | None
     answers: tuple[Costs, ...]
+    asked: str = ""  # digest of the prompts and of the longest answer
 
 
 KINDS: dict[str, type[SpeedRow] | type[AnswerRow] | type[SweepRow]] = {
@@ -195,29 +198,33 @@ def row_of(line: bytes, where: str) -> SpeedRow | AnswerRow | SweepRow:
     return row
 
 
-def rows_to_resume(file: Path, setting: Setting) -> list[AnswerRow]:
-    """The answers that an interrupted run has written, whose cut line is removed. Raises
-    SubspecError(USAGE) if they are of another setting."""
+def rows_to_resume(
+    file: Path,
+    kind: type[Row],
+    setting: Setting,
+    same: Sequence[str] = tuple(field.name for field in fields(Setting)),
+) -> list[Row]:
+    """The rows of a kind that an interrupted run has written, whose cut line is removed. Raises
+    SubspecError(USAGE) if the fields `same` of their settings are not those of `setting`."""
     if not file.exists():
         return []
-    rows = [row for row in read_rows(file) if isinstance(row, AnswerRow)]
-    other = next((row.setting for row in rows if row.setting != setting), None)
-    if other is not None:
+    found = read_rows(file)
+    for other in {row.setting for row in found if isinstance(row, kind)}:
         changed = [
-            f"{field.name} {getattr(other, field.name)!r} instead of "
-            f"{getattr(setting, field.name)!r}"
-            for field in fields(Setting)
-            if getattr(other, field.name) != getattr(setting, field.name)
+            f"{name} {getattr(other, name)!r} instead of {getattr(setting, name)!r}"
+            for name in same
+            if getattr(other, name) != getattr(setting, name)
         ]
-        raise SubspecError(
-            Exit.USAGE,
-            f"{file} was measured with {', '.join(changed)}",
-            "give another --out, or the options that it was begun with",
-        )
+        if changed:
+            raise SubspecError(
+                Exit.USAGE,
+                f"{file} was measured with {', '.join(changed)}",
+                "give another --out, or the options that it was begun with",
+            )
     with open(file, "r+b") as opened:  # without what was cut off
         end = opened.read().rfind(b"\n") + 1
         opened.truncate(end)
-    return rows
+    return list(of_kind(found, kind))
 
 
 def of_kind(rows: Sequence[object], kind: type[Row]) -> Iterator[Row]:

@@ -1,11 +1,21 @@
 """`subspec-bench sweep`: the same prompts under many settings, each a point of a grid."""
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.runtime.bench.items import Item
-from subspec.runtime.bench.records import Costs, SweepRow, setting_of
+from subspec.runtime.bench.records import (
+    SAME_IN_A_RUN,
+    Costs,
+    SweepRow,
+    append_row,
+    rows_to_resume,
+    setting_of,
+)
 from subspec.runtime.bench.tasks import Asking, answered
 from subspec.runtime.bench.variants import Source, Variant, Way, opened_engine, planned
 from subspec.runtime.engine import Engine
@@ -22,9 +32,15 @@ class Grid:
 
 
 def sweep_rows(
-    source: Source, grid: Grid, items: Sequence[Item], told: Callable[[str], None]
+    source: Source,
+    grid: Grid,
+    items: Sequence[Item],
+    out: Path | None,
+    told: Callable[[str], None],
 ) -> Iterator[SweepRow]:
-    """A row at a time. A plan that does not fit its budget is told and left out."""
+    """A row at a time. A plan that does not fit its budget is told and left out. out: a file that
+    has rows of an earlier run, which are not measured again, and gets the others."""
+    asked = digest_of(items, grid.max_tokens)
     for variant in grid.variants:
         try:
             artifact = planned(source, variant)
@@ -35,17 +51,33 @@ def sweep_rows(
             continue
         text = load_tokenizer(artifact.path / "tokenizer")
         with opened_engine(artifact, source, grid.method) as engine:
-            point(engine, text, items[:1], 0.0, Grid(grid.variants, max_tokens=2))  # digests
-            for temperature in grid.temperatures:
+            settings = [setting_of(engine, one, grid.seed) for one in grid.temperatures]
+            done = rows_to_resume(out, SweepRow, settings[0], SAME_IN_A_RUN) if out else []
+            found = {one.setting: one for one in done if one.asked == asked}
+            if any(setting not in found for setting in settings):
+                point(engine, text, items[:1], 0.0, Grid(grid.variants, max_tokens=2))  # digests
+            for temperature, setting in zip(grid.temperatures, settings, strict=True):
                 tree = engine.plan.tree
                 told(
                     f"{engine.method} {tree.width}x{tree.depth}, {engine.plan.budget_bytes} bytes, "
                     f"context {engine.plan.context}, temperature {temperature:g}"
                 )
+                if setting in found:
+                    told(f"which is in {out} already")
+                    yield found[setting]
+                    continue
                 answers = point(engine, text, items, temperature, grid)
-                setting = setting_of(engine, temperature, grid.seed)
                 predicted = engine.predicted_tokens_per_second
-                yield SweepRow("subspec.bench.sweep/1", setting, predicted, answers)
+                row = SweepRow("subspec.bench.sweep/1", setting, predicted, answers, asked)
+                if out is not None:
+                    append_row(out, row)
+                yield row
+
+
+def digest_of(items: Sequence[Item], max_tokens: int) -> str:
+    """Of what is asked: answers to other questions, or longer ones, are other rows."""
+    asked = [[item.task, item.name, *item.turns] for item in items]
+    return hashlib.sha256(json.dumps([max_tokens, asked]).encode()).hexdigest()[:16]
 
 
 def point(

@@ -46,7 +46,7 @@ def answered_items(
     """Rows of all items. out: a file that has those of an earlier run, which are not done again,
     and gets the others."""
     setting = setting_of(engine, how.temperature, how.seed)
-    done = rows_to_resume(out, setting) if out else []
+    done = rows_to_resume(out, AnswerRow, setting) if out else []
     rows = {row.key: row for row in done}
     if done:
         told(f"{len(done)} turns are in {out} already")

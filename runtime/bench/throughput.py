@@ -3,9 +3,16 @@
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
+from pathlib import Path
 
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.runtime.bench.records import SpeedRow, setting_of
+from subspec.runtime.bench.records import (
+    SAME_IN_A_RUN,
+    SpeedRow,
+    append_row,
+    rows_to_resume,
+    setting_of,
+)
 from subspec.runtime.bench.variants import Source, Variant, Way, opened_engine, planned
 from subspec.runtime.engine import Engine
 from subspec.runtime.sequence import GenerationParams, Sequence, Stats
@@ -40,9 +47,11 @@ def speed_rows(
     every: Many[Variant],
     methods: Many[Way],
     tests: Tests,
+    out: Path | None,
     told: Callable[[str], None],
 ) -> Iterator[SpeedRow]:
-    """A row at a time, as they are measured. Raises SubspecError."""  # fmt: skip
+    """A row at a time, as they are measured. out: a file that has rows of an earlier run, which
+    are not measured again, and gets the others. Raises SubspecError."""
     for variant in every:
         artifact = planned(source, variant)
         if tests.longest > artifact.plan.context:
@@ -56,10 +65,25 @@ def speed_rows(
         ids = text * (tests.longest // len(text) + 1)
         for method in methods:
             with opened_engine(artifact, source, method) as engine:
-                measured(engine, ids, 0, 8, 2)  # the first pass also checks digests
-                for name, filled, read, decoded in rows_of(tests):
+                setting, wanted = setting_of(engine), list(rows_of(tests))
+                done = rows_to_resume(out, SpeedRow, setting, SAME_IN_A_RUN) if out else []
+                found = {
+                    one.test: one
+                    for one in done
+                    if one.setting == setting and len(one.tokens_per_second) == tests.repeats
+                }
+                if any(name not in found for name, *_ in wanted):
+                    measured(engine, ids, 0, 8, 2)  # the first pass also checks digests
+                for name, filled, read, decoded in wanted:
+                    if name in found:
+                        told(f"{method} {name} is in {out} already")
+                        yield found[name]
+                        continue
                     told(f"{method} {name}")
-                    yield row(engine, name, ids, (filled, read, decoded), tests.repeats)
+                    new = row(engine, name, ids, (filled, read, decoded), tests.repeats)
+                    if out is not None:
+                        append_row(out, new)
+                    yield new
 
 
 def rows_of(tests: Tests) -> Iterator[tuple[str, int, int, int]]:

@@ -17,7 +17,7 @@ from subspec.artifacts.format.store import Artifact
 from subspec.runtime.bench.variants import Source
 from subspec.runtime.clock import Span, chrome_trace
 from subspec.runtime.draft.beam import Growing, Level, TokenTree
-from subspec.runtime.draft.drafter import SubstituteDrafter, Turn
+from subspec.runtime.draft.drafter import Drafter, SubstituteDrafter, Turn
 from subspec.runtime.engine import Engine, OpenOptions
 from subspec.runtime.sequence import GenerationParams
 
@@ -53,15 +53,18 @@ class Step:
 
 @dataclass(frozen=True)
 class Watched:
-    """Drafts as `drafter` does, and keeps each tree with its nodes' probabilities."""
+    """Drafts as `drafter` does, and keeps each tree with its nodes' probabilities, if any."""
 
-    drafter: SubstituteDrafter
+    drafter: Drafter
     found: list[tuple[Node, ...]]
 
     def draft(self, turns: Sequence[Turn]) -> list[TokenTree]:
         trees = self.drafter.draft(turns)
         [turn], [tree] = turns, trees
-        self.found.append(nodes_of(tree, probabilities(self.drafter, turn, tree)))
+        drafter = self.drafter
+        has_any = isinstance(drafter, SubstituteDrafter) and not drafter.looks_up
+        likely = probabilities(drafter, turn, tree) if has_any else None
+        self.found.append(nodes_of(tree, likely))
         return trees
 
 
@@ -97,6 +100,7 @@ def traced(
 ) -> tuple[list[Span], list[Step]]:
     """Spans and rounds of one answer. Raises SubspecError."""
     how = OpenOptions(
+        drafter=source.how.drafter,
         device=source.how.device,
         link_bandwidth=source.how.link_bandwidth,
         graphs=not source.how.no_graphs,
@@ -113,7 +117,7 @@ def traced(
         steps = list(steps_of(engine, prompt, params))
         timed = list(spans)
         drafter = engine.model.drafter
-        if not isinstance(drafter, SubstituteDrafter):
+        if drafter is None:
             return timed, steps
         watched = Watched(drafter, [])
         engine.model = replace(engine.model, drafter=watched)

@@ -79,6 +79,25 @@ def test_speed_has_a_row_for_each_test_depth_and_method(speeds: Path, capsys: Ca
     assert kept[1].accepted_per_round > 0 == kept[5].accepted_per_round
 
 
+def test_rows_of_speed_that_a_file_has_are_not_measured_again(
+    artifact: Path, speeds: Path, capsys: Capture, tmp_path: Path
+) -> None:
+    whole = speeds.read_bytes().splitlines(keepends=True)
+    out = tmp_path / "speed.jsonl"
+    out.write_bytes(b"".join(whole[:7]) + whole[7][:40])  # the last line was cut off
+    words = ("-p", 16, "-n", 4, "-d", "0,24", "-r", 1, *HERE, "--out", out)
+    done = run(capsys, "speed", artifact, *words, "-o", "jsonl")
+    assert done.exit_code == 0 and done.err.count("already") == 7
+    kept = out.read_bytes().splitlines(keepends=True)
+    assert kept[:7] == whole[:7] and len(kept) == 8
+    assert done.out.encode() == b"".join(kept)
+    elsewhere = whole[0].replace(b'"machine": "', b'"machine": "another ')
+    out.write_bytes(elsewhere)
+    refused = run(capsys, "speed", artifact, *words)
+    assert refused.exit_code == Exit.USAGE and "machine 'another" in refused.err
+    assert out.read_bytes() == elsewhere
+
+
 def test_every_form_of_a_table_says_the_same(speeds: Path) -> None:
     rows: list[Any] = read_rows(speeds)
     table = speed_table(rows)
@@ -179,6 +198,12 @@ def test_a_sweep_plans_each_point_and_leaves_out_what_does_not_fit(
     assert "left out: too deep" in done.err
     assert [words[words.index("--depth") + 1] for words in asked] == ["2", "5"]
     assert all("--print-plan" in words and "--width" not in words for words in asked)
+    kept = out.read_bytes()
+    again = run(capsys, "sweep", artifact, *words, "--device", "cpu", "--out", out)
+    assert again.err.count("already") == 2 and out.read_bytes() == kept
+    longer = (*words[:-1], 7)  # other answers: other rows
+    run(capsys, "sweep", artifact, *longer, "--device", "cpu", "--out", out)
+    assert len(read_rows(out)) == 4 and out.read_bytes().startswith(kept)
 
 
 def test_axes_are_combined_and_an_empty_one_is_the_plans_own() -> None:
@@ -210,6 +235,22 @@ def test_a_trace_has_every_round_and_the_drafts_probabilities(
     trace = json.loads((out / "trace.json").read_text())
     lanes = {event["args"].get("name") for event in trace["traceEvents"]}
     assert {"prefill", "draft", "verify"} <= lanes
+
+
+def test_a_trace_of_another_drafter_has_its_tokens_without_probabilities(
+    artifact: Path, capsys: Capture, tmp_path: Path
+) -> None:
+    emitted = list[list[int]]()
+    for drafter in ("substitute", "lookup"):
+        out = tmp_path / drafter
+        words = ("--max-tokens", 12, "--drafter", drafter, "--out", out, *HERE)
+        done = run(capsys, "trace", artifact, "def f(a):\n    return a\ndef f(a):", *words)
+        assert done.exit_code == 0, done.err
+        steps = [json.loads(line) for line in (out / "steps.jsonl").read_text().splitlines()]
+        emitted.append([token for step in steps for token in step["emitted"]])
+        nodes = [node for step in steps for node in step["nodes"]]
+        assert nodes and all((one["probability"] is None) == (drafter == "lookup") for one in nodes)
+    assert emitted[0] == emitted[1]
 
 
 def test_the_page_is_well_formed_without_scripts_and_says_what_is_in_the_rows(
