@@ -19,7 +19,7 @@ from typing import Any
 
 from clients import CLIENTS, Client, environment, program
 from models import DEMO, HERE, ROOT, make_artifact
-from server_process import is_idle, samples, serving
+from server_process import by_label, is_idle, samples, serving
 
 FAULTS = ("500", "502", "504")  # 503 is what a full server says
 SERVE = ("--port", "0", "--log-format", "json", "--sequences", "2", "--queue", "2", "--no-record")
@@ -79,11 +79,9 @@ def try_client(
     seconds = time.monotonic() - began
     if not is_idle(base_url):
         problems.append("the server still answers a client that has gone")
-    answered = {
-        key.removeprefix("http_responses_total."): value - before.get(key, 0)
-        for key, value in samples(base_url).items()
-        if key.startswith("http_responses_total.")
-    }
+    earlier = by_label(before, "http_responses_total")
+    now = by_label(samples(base_url), "http_responses_total")
+    answered = {status: count - earlier.get(status, 0) for status, count in now.items()}
     if faults := sum(answered.get(status, 0) for status in FAULTS):
         problems.append(f"the server answered {faults:.0f} requests with a fault of its own")
     problem = "; ".join(one for one in problems if one)

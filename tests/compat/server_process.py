@@ -88,6 +88,13 @@ def samples(base_url: str) -> dict[str, float]:
     return found
 
 
+def by_label(found: dict[str, float], name: str) -> dict[str, float]:
+    """Of the samples of a counter, by its last label, as the status of an answer."""
+    return {
+        key.rpartition(".")[2]: value for key, value in found.items() if key.startswith(f"{name}.")
+    }
+
+
 def is_idle(base_url: str) -> bool:
     """Waits until no request runs or waits. Returns False if that takes too long."""
     limit = time.monotonic() + IDLE_SECONDS
