@@ -2,6 +2,7 @@
 field, and never an exception of another kind."""
 
 import asyncio
+import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -14,6 +15,10 @@ from subspec.runtime.server.errors import ApiError, invalid, unsupported
 
 QUICK_BYTES = 16 << 10  # a smaller body is parsed at once, without a thread
 LONGEST_SHOWN = 80  # characters of a value in a message
+SHOULD_BE = re.compile(r"Input should be (.*)", re.DOTALL)
+SHOULD_HAVE = re.compile(
+    r"\w+ should have ((?:at least|at most) \d+ \w+)(?: after validation, not .*)?"
+)
 
 Body = TypeVar("Body", bound="Fields")
 
@@ -87,12 +92,23 @@ def validated(kind: type[Body], value: dict[str, Any]) -> Body:
         param, is_form = field_name(first["loc"], value, missing)
         if missing:
             raise invalid(f"{param} is missing", param, "missing_required_parameter") from None
-        reason = first["msg"].removeprefix("Value error, ")
-        if is_form:
-            reason = "it has none of the forms that it may have"
-        raise invalid(f"{param} is {shown(first['input'])}: {reason}", param) from None
+        reason = "it has none of the forms that it may have" if is_form else wanted(first["msg"])
+        raise invalid(f"{param} is {shown(first['input'])}, {reason}", param) from None
     except RecursionError:
         raise invalid("the body is nested too deep", code="invalid_json") from None
+
+
+def wanted(message: str) -> str:
+    """What pydantic says of a value, as the sentence that names the field goes on."""
+    message = message.removeprefix("Value error, ")
+    found = SHOULD_BE.fullmatch(message) or SHOULD_HAVE.fullmatch(message)
+    if not found:
+        return message
+    bounds = {"greater than or equal to": "at least", "less than or equal to": "at most"}
+    expected: str = found[1]
+    for theirs, ours in bounds.items():
+        expected = expected.replace(theirs, ours)
+    return f"expected {expected}"
 
 
 def field_name(place: tuple[int | str, ...], value: object, missing: bool) -> tuple[str, bool]:

@@ -341,6 +341,20 @@ def test_what_cannot_be_honoured_is_a_400_that_names_the_field(
     assert 10 < len(found.error["message"]) < 500
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"messages": []}, "messages is a list of 0, expected at least 1 item"),
+        ({"max_tokens": 0}, "max_tokens is 0, expected at least 1"),
+        ({"top_p": 2}, "top_p is 2, expected at most 1"),
+        ({"temperature": "1"}, "temperature is '1', expected a valid number"),
+    ],
+)
+def test_what_is_wrong_with_a_value_is_one_sentence(fields: dict[str, Any], message: str) -> None:
+    found = chat(serve(), **fields)
+    assert found.status == 400 and found.error["message"] == message
+
+
 def test_a_missing_field_is_named() -> None:
     found = ask(serve().app, PATH, {"model": "model"})
     assert found.error["param"] == "messages"
