@@ -119,6 +119,7 @@ class SweepRow:
     asked: str = ""  # digest of the prompts and of the longest answer
 
 
+ALL_OF_A_SETTING = tuple(one.name for one in fields(Setting))
 KINDS: dict[str, type[SpeedRow] | type[AnswerRow] | type[SweepRow]] = {
     "subspec.bench.speed/1": SpeedRow,
     "subspec.bench.answer/1": AnswerRow,
@@ -202,7 +203,7 @@ def rows_to_resume(
     file: Path,
     kind: type[Row],
     setting: Setting,
-    same: Sequence[str] = tuple(field.name for field in fields(Setting)),
+    same: Sequence[str] = ALL_OF_A_SETTING,
 ) -> list[Row]:
     """The rows of a kind that an interrupted run has written, whose cut line is removed. Raises
     SubspecError(USAGE) if the fields `same` of their settings are not those of `setting`."""

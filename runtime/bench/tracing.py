@@ -62,8 +62,9 @@ class Watched:
         trees = self.drafter.draft(turns)
         [turn], [tree] = turns, trees
         drafter = self.drafter
-        has_any = isinstance(drafter, SubstituteDrafter) and not drafter.looks_up
-        likely = probabilities(drafter, turn, tree) if has_any else None
+        likely = None
+        if isinstance(drafter, SubstituteDrafter) and not drafter.looks_up:
+            likely = probabilities(drafter, turn, tree)
         self.found.append(nodes_of(tree, likely))
         return trees
 
