@@ -27,6 +27,9 @@ NET_SLOTS = 18  # states that live at once along a tree of up to 16 nodes a leve
 CHECKPOINTS = 4
 CHECKPOINT_TOKENS = 2048
 TOKENS_BEHIND_CHECKPOINT = 16
+# That layers with windows keep before their widest window: a conversation can go back so far, and
+# nothing is read again.
+TOKENS_BEHIND_WINDOW = 192
 # Of prompts, in a pass that also verifies: the answers of other sequences should not wait for long.
 ROWS_IN_COMPANY = 128
 
@@ -81,6 +84,25 @@ class Shape:
     scratch_bytes: int | None = None  # for one decoded part; None: nothing is decoded at its use
     decodes_residuals: bool = False  # at their use
     drafts_with_head: bool = False  # by the model's draft head
+    keeps_all_tokens: bool = False  # in layers with windows too
+
+    @property
+    def slots(self) -> int:
+        return cache_slots(self.context, self.verify_width)
+
+    def window_slots(self, spec: ModelSpec) -> int | None:
+        """Of layers with windows; None: they have all slots too."""
+        if self.keeps_all_tokens:
+            return None
+        return window_slots(spec, self.context, self.verify_width)
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Of one sequence: in attentions that have all, and in those with windows; None: all too."""
+
+    every: int
+    windowed: int | None
 
 
 def aligned(num_bytes: int) -> int:
@@ -89,7 +111,32 @@ def aligned(num_bytes: int) -> int:
 
 def cache_slots(context: int, verify_width: int) -> int:
     """Slots of one sequence: for `context` tokens, a tree after them, and the padding slot."""
-    return -(-(context + verify_width + 1) // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
+    return aligned_slots(context + verify_width + 1)
+
+
+def aligned_slots(num_slots: int) -> int:
+    return -(-num_slots // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
+
+
+def tokens_in_windows(spec: ModelSpec) -> int:
+    """Tokens that layers with windows keep: what the widest window shows, and some before it. As
+    their first slot is aligned, they may be fewer by less than SLOT_ALIGNMENT."""
+    return aligned_slots(max(spec.windows) + TOKENS_BEHIND_WINDOW + SLOT_ALIGNMENT)
+
+
+def window_slots(spec: ModelSpec, context: int, verify_width: int) -> int | None:
+    """Slots of one sequence in layers with windows: what they keep has room twice, so that a text
+    moves on seldom, and no copy overlaps what it copies. None: in these, too, every token of the
+    context has one, because there are no such layers or that takes no more."""
+    if not spec.windows:
+        return None
+    slots = cache_slots(2 * tokens_in_windows(spec), verify_width)
+    return slots if slots < cache_slots(context, verify_width) else None
+
+
+def tokens_held(spec: ModelSpec, window: int | None, num_tokens: float) -> float:
+    """Of a text of so many tokens those that an attention has in its cache, at most."""
+    return num_tokens if window is None else min(num_tokens, 2 * tokens_in_windows(spec))
 
 
 def make_ledger(
@@ -107,6 +154,7 @@ def make_ledger(
         substitutes=substitutes_bytes(spec, kernel) if needs_substitutes else 0,
         norms=norms_bytes(spec),
         tables=tables_bytes(spec, shape),
+        windows=windows_bytes(spec, shape),
         cache=cache_bytes(spec, shape)
         + (checkpoints_bytes(spec, shape.num_sequences) if device == "cpu" else 0),
         staging=shape.ring.num_bytes if shape.ring else 0,
@@ -156,7 +204,7 @@ def norms_bytes(spec: ModelSpec) -> int:
 def tables_bytes(spec: ModelSpec, shape: Shape) -> int:
     """Size of the RoPE tables and, unless the model is bf16, of the draft's bf16 copies of tables,
     norms and biases."""
-    positions = cache_slots(shape.context, shape.verify_width)
+    positions = shape.slots
     item = 4 if spec.rope_in_f32 else spec.item_bytes
     total = sum(2 * aligned(positions * rope.size * item) for rope in spec.ropes)
     if shape.draft_width is not None and spec.dtype != "bfloat16":
@@ -176,16 +224,33 @@ def draft_copies_bytes(spec: ModelSpec) -> int:
 
 
 def cache_bytes(spec: ModelSpec, shape: Shape) -> int:
-    """Size of the keys and values of every attention and of the states of every delta net, for all
-    sequences."""
-    slots = cache_slots(shape.context, shape.verify_width)
-    attentions = sum(
-        2 * aligned(slots * attention.kv_size * spec.item_bytes)
-        for layer in spec.layers
-        for attention in layer.attentions
-    )
+    """Size of the keys and values of every attention that has all slots, and of the states of every
+    delta net, for all sequences."""
+    every = shape.window_slots(spec) is None
+    kept = (one for one in spec.attentions if every or one.window is None)
     nets = (net_state_bytes(spec, net, shape.verify_width) for net in spec.delta_nets)
-    return shape.num_sequences * (attentions + sum(nets))
+    total = sum(kv_bytes(spec, one, shape.slots) for one in kept) + sum(nets)
+    return shape.num_sequences * total
+
+
+def windows_bytes(spec: ModelSpec, shape: Shape) -> int:
+    """Size of the keys and values of the attentions that do not have all slots, for all
+    sequences."""
+    slots = shape.window_slots(spec)
+    if slots is None:
+        return 0
+    kept = (one for one in spec.attentions if one.window is not None)
+    return shape.num_sequences * sum(kv_bytes(spec, one, slots) for one in kept)
+
+
+def text_bytes(spec: ModelSpec, num_tokens: int) -> int:
+    """Size of the keys and values of a text, whose last tokens layers with windows keep."""
+    kept = (tokens_held(spec, one.window, num_tokens) * one.kv_size for one in spec.attentions)
+    return int(2 * sum(kept) * spec.item_bytes)
+
+
+def kv_bytes(spec: ModelSpec, attention: Attention, num_slots: int) -> int:
+    return 2 * aligned(num_slots * attention.kv_size * spec.item_bytes)
 
 
 def head_states_bytes(spec: ModelSpec, shape: Shape) -> int:
@@ -193,7 +258,7 @@ def head_states_bytes(spec: ModelSpec, shape: Shape) -> int:
     for all sequences."""
     assert spec.draft_head is not None
     item, [attention] = spec.item_bytes, spec.draft_head.layer.attentions
-    slots = cache_slots(shape.context, shape.verify_width)
+    slots = shape.slots
     unread = aligned(shape.verify_width * spec.hidden_size * item)
     return shape.num_sequences * (2 * aligned(slots * attention.kv_size * item) + unread)
 
@@ -232,7 +297,7 @@ def model_bytes(spec: ModelSpec) -> int:
 
 def workspace_bytes(spec: ModelSpec, device: DeviceKind, shape: Shape) -> int:
     """Upper bound of the temporaries of any pass; a test compares it with a measurement."""
-    slots, threads = cache_slots(shape.context, shape.verify_width), shape.num_threads
+    slots, threads = Slots(shape.slots, shape.window_slots(spec)), shape.num_threads
     sequences, width = shape.num_sequences, shape.verify_width
     of_heads = logits_bytes(spec, sequences * shape.head_rows)
     prompt = pass_bytes(spec, device, 1, shape.prefill_tokens, slots, of_heads, threads)
@@ -242,7 +307,7 @@ def workspace_bytes(spec: ModelSpec, device: DeviceKind, shape: Shape) -> int:
     verifying = max(sequences, sequences - 1 + -(-piece // width)) if sequences > 1 else 1
     of_heads = logits_bytes(spec, sequences * width)
     trees = pass_bytes(spec, device, verifying, width, slots, of_heads, threads, width)
-    exact = max(prompt, trees)
+    exact = max(prompt, trees, moving_bytes(spec) if slots.windowed else 0)
     if shape.drafts_with_head:  # reads what a pass has given, while that is there
         exact += head_pass_bytes(spec, device, 1, max(HEAD_ROWS, width), slots)
         exact += 2 * sequences * width * spec.hidden_size * spec.item_bytes
@@ -262,6 +327,12 @@ def workspace_bytes(spec: ModelSpec, device: DeviceKind, shape: Shape) -> int:
     return aligned(exact + draft) + sequences * graph_bytes(spec) + ALLOCATOR_BYTES
 
 
+def moving_bytes(spec: ModelSpec) -> int:
+    """Size of what a store of a layer with a window keeps, when it is moved."""
+    sizes = (one.kv_size for one in spec.attentions if one.window is not None)
+    return tokens_in_windows(spec) * max(sizes) * spec.item_bytes
+
+
 def graph_bytes(spec: ModelSpec) -> int:
     """Memory of the driver for the graphs of one sequence's draft."""
     return GRAPH_SETS * 2 * graph_kernels(spec) * GRAPH_KERNEL_BYTES
@@ -279,14 +350,15 @@ def pass_bytes(
     device: DeviceKind,
     sequences: int,
     rows: int,  # of each sequence
-    slots: int,
+    slots: Slots,
     head_bytes: int,  # of the logits and what is chosen from them, when the layers' are gone
     exact_threads: int | None = None,  # of batch-invariant attention; None: fast attention
     tree_rows: int = 0,  # of the trees whose nodes the rows are; 0: they are a prompt's
 ) -> int:
     """Size of the activations in the layer that needs most, or of the head's."""
     every = sequences * rows
-    masks = sequences * (rows * (rows + slots) + 8 * slots + rows * 64)
+    live = slots.every + (slots.windowed or 0)
+    masks = sequences * (rows * (rows + live) + 8 * live + rows * 64)
     residual = every * spec.hidden_size * spec.item_bytes
     blocks = (
         block_bytes(spec, device, body, sequences, rows, slots, exact_threads, tree_rows)
@@ -296,12 +368,13 @@ def pass_bytes(
 
 
 def head_pass_bytes(
-    spec: ModelSpec, device: DeviceKind, sequences: int, rows: int, slots: int
+    spec: ModelSpec, device: DeviceKind, sequences: int, rows: int, slots: Slots
 ) -> int:
     """Size of the activations of a draft head, and of what it returned for the nodes of trees."""
     assert spec.draft_head is not None
     every = sequences * rows
-    masks = sequences * (rows * (rows + 2 * slots) + 8 * slots + rows * 64)
+    live = slots.every + (slots.windowed or 0)
+    masks = sequences * (rows * (rows + 2 * live) + 8 * live + rows * 64)
     blocks = (
         block_bytes(spec, device, block.body, sequences, rows, slots, None, rows)
         for block in spec.draft_head.layer.blocks
@@ -316,7 +389,7 @@ def block_bytes(
     body: Attention | DeltaNet | Dense,
     sequences: int,
     rows: int,
-    slots: int,
+    slots: Slots,
     exact_threads: int | None,
     tree_rows: int,
 ) -> int:
@@ -335,27 +408,33 @@ def block_bytes(
         else:
             rule = net_rule_bytes(body, rows if tree_rows else min(rows, NET_ROWS), exact_threads)
         return max(norm, every * projected * item + max(rule, result))
-    some = min(rows, ATTENTION_ROWS)
+    some, live, joined = min(rows, ATTENTION_ROWS), slots.every, 0
+    if body.window is not None and slots.windowed is not None:
+        live = slots.windowed
+        if not tree_rows and rows + tokens_in_windows(spec) >= live:
+            # A piece of a prompt that they have no room for, and what its windows show before it.
+            joined = 2 * (max(spec.windows) + rows) * body.kv_size * item
     query, repeats = body.query_size, body.num_heads // body.num_kv_heads
     turned = 4 if spec.rope_in_f32 else item
     if exact_threads is not None:
         # By the plain twin: f64 scores of one KV head, two alive, its keys and values.
         scored = min(some, ATTENTION_PIECE) if device == "cpu" else some
-        twin = repeats * (scored * 17 + some) * slots + slots * body.head_size * 16
+        twin = repeats * (scored * 17 + some) * live + live * body.head_size * 16
         if device == "cpu":
-            compiled = attention_scratch_bytes(exact_threads, slots, body.head_size)
+            compiled = attention_scratch_bytes(exact_threads, live, body.head_size)
         else:
-            compiled = attention_blocks_bytes(body.num_heads, some, slots, body.head_size)
-        scores = max(twin, compiled) + some * slots + 2 * some * query * max(item, turned)
+            compiled = attention_blocks_bytes(body.num_heads, some, live, body.head_size)
+        scores = max(twin, compiled) + some * live + 2 * some * query * max(item, turned)
     else:  # the mask, and its copy for the repeated heads; no mask-free kernel is assumed
-        scores = some * slots * (2 + item * (1 + repeats)) + 4 * some * query * max(item, turned)
+        scores = some * live * (2 + item * (1 + repeats)) + 4 * some * query * max(item, turned)
         if device == "cuda":
-            scores += body.num_heads * some * slots * 4  # the math kernel's scores
+            scores += body.num_heads * some * live * 4  # the math kernel's scores
     tables = 2 * every * (body.rope.size if body.rope else 0) * turned
     gated = 3 * query if body.output_gate else 0  # q and its gate, before and after they part
     return (
         every * (query + gated + 2 * body.kv_size) * item
         + tables
+        + joined
         + max(result + norm, 5 * rows * body.kv_size * turned, scores, result)
     )
 
@@ -424,7 +503,7 @@ def attention_blocks_bytes(num_heads: int, num_rows: int, num_slots: int, head_s
 
 
 def compiled_draft_bytes(
-    spec: ModelSpec, sequences: int, rows: int, slots: int, num_threads: int
+    spec: ModelSpec, sequences: int, rows: int, slots: Slots, num_threads: int
 ) -> int:
     """Temporaries of draft_layers.cpp in bf16: rows, RoPE, masks and scratch."""
     attentions = [body for body in spec.bodies if isinstance(body, Attention)]
@@ -446,7 +525,8 @@ def compiled_draft_bytes(
     every = sequences * rows
     of_nets = max((2 * spec.hidden_size + 8 * net.num_value_heads for net in nets), default=0)
     scratch = every * (groups + 2 * width + of_nets) + 4 * num_threads * max(per_thread) + 6 * 64
-    masks = sequences * (rows * (rows + slots * 11) + 8 * slots + rows * 64)
+    live = slots.every + (slots.windowed or 0)
+    masks = sequences * (rows * (rows + live * 11) + 8 * live + rows * 64)
     if nets:  # where rows are in their trees
         masks += every * (2 * (rows + 64) + 16 * max(net.num_taps for net in nets) + 64)
     return every * (2 * spec.hidden_size + 4 * head_size) + masks + scratch

@@ -7,6 +7,7 @@ a checkpoint calls its tensors: `model.layers.3.self_attn.q_proj`, without ".wei
 """
 
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Annotated, Literal
@@ -259,9 +260,23 @@ class ModelSpec:
         return DTYPE_BYTES[self.dtype]
 
     @cached_property
+    def attentions(self) -> tuple[Attention, ...]:
+        """All of them in execution order: caches number them."""
+        return tuple(one for layer in self.layers for one in layer.attentions)
+
+    @cached_property
+    def attentions_by_window(self) -> dict[int | None, int]:
+        """How many have which window; None: those that have none."""
+        return dict(Counter(one.window for one in self.attentions))
+
+    @cached_property
+    def windows(self) -> tuple[int, ...]:
+        """Distinct ones."""
+        return tuple(one for one in self.attentions_by_window if one is not None)
+
+    @cached_property
     def kv_bytes_per_token(self) -> int:
-        sizes = (one.kv_size for layer in self.layers for one in layer.attentions)
-        return 2 * sum(sizes) * self.item_bytes
+        return 2 * sum(one.kv_size for one in self.attentions) * self.item_bytes
 
     @cached_property
     def ropes(self) -> tuple[Rope, ...]:

@@ -62,7 +62,8 @@ class Ledger:
     resident: Count = 0  # exact weights that are resident as they are
     norms: Count = 0  # norms, biases and matrices without a substitute
     tables: Count = 0  # rope tables, and the draft's copies in its dtype
-    cache: Count = 0  # keys and values of all sequences
+    cache: Count = 0  # keys and values of all sequences, and states
+    windows: Count = 0  # of layers that keep only what their windows show; 0: they are in `cache`
     staging: Count = 0  # slots that streamed weights arrive in
     scratch: Count = 0  # one part of a matrix, decoded from its residual
     drafter: Count = 0  # weights of its own

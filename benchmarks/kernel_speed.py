@@ -165,7 +165,7 @@ def draft_steps(
     states = [state for net in cache.nets for state in vars(net.committed).values()]
     for kept in (*cache.keys, *cache.values, *states):
         fill_with_noise(kept, 1.0)
-    compiled = compile_layers(weights, substitutes, slots)
+    compiled = compile_layers(weights, substitutes)
     assert compiled is not None
 
     def steps(num_rows: int) -> Actions:

@@ -19,7 +19,12 @@ import torch
 from torch import Tensor
 
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.artifacts.footprint import ROWS_IN_COMPANY, cache_slots, checkpoints_bytes
+from subspec.artifacts.footprint import (
+    ROWS_IN_COMPANY,
+    cache_slots,
+    checkpoints_bytes,
+    window_slots,
+)
 from subspec.artifacts.format.prebuilt import find_prebuilt
 from subspec.artifacts.format.store import Artifact, open_artifact
 from subspec.artifacts.model import ModelSpec
@@ -205,9 +210,13 @@ class Engine:
 
             # What passes share, and a cache for each sequence
             slots = cache_slots(plan.context, plan.verify_width)
+            few_slots = window_slots(spec, plan.context, plan.verify_width)
 
             def carved(shape: tuple[int, ...], kind: torch.dtype) -> Tensor:
                 return memory.take_tensor("cache", shape, kind)
+
+            def moving(shape: tuple[int, ...], kind: torch.dtype) -> Tensor:
+                return memory.take_tensor("windows", shape, kind)
 
             def kept(tensor: Tensor) -> Tensor:
                 shape = tuple(tensor.shape)
@@ -218,7 +227,10 @@ class Engine:
 
             def empty_cache() -> Cache:
                 nets = make_net_states(spec, plan.verify_width, tensors, carved)
-                cache = make_cache(spec, slots, carved, nets)
+                windowed = None
+                if placement.ledger.windows and few_slots is not None:
+                    windowed = few_slots, moving
+                cache = make_cache(spec, slots, carved, nets, windowed)
                 if drafter_name == "mtp":
                     cache = with_head(cache, spec, plan.verify_width, for_drafter)
                 return cache
@@ -247,7 +259,7 @@ class Engine:
                 substitutes = make_substitutes(spec, tensors, packed, kept)
                 compiled: CompiledLayers | CompiledGraphs | None = None
                 if device.type == "cpu":
-                    compiled = compiled_layers.compile_layers(draft_weights, substitutes, slots)
+                    compiled = compiled_layers.compile_layers(draft_weights, substitutes)
                     if compiled is None and plan.draft_graphs:
                         compiled = compiled_graphs.load_graphs(draft_weights, substitutes)
                 capture = None

@@ -22,7 +22,15 @@ from subspec.runtime.model.attention import attend, attend_batch_invariant
 from subspec.runtime.model.cache import Cache
 from subspec.runtime.model.delta_net import tree_paths
 from subspec.runtime.model.sampling import Chooser
-from subspec.runtime.model.transformer import Attend, HeadRows, Rows, SharedWeights, forward_hidden
+from subspec.runtime.model.transformer import (
+    Attend,
+    HeadRows,
+    Places,
+    Rows,
+    SharedWeights,
+    forward_hidden,
+)
+from subspec.runtime.model.windows import WindowSlots
 from subspec.runtime.stream.exact_weights import ExactWeights
 
 
@@ -172,16 +180,44 @@ def repeated_last(rows: Rows, count: int) -> Rows:
     tokens, positions = (
         torch.cat((some, some[-1:].repeat(count))) for some in (rows.tokens, rows.positions)
     )
-    padding = torch.full((count,), rows.cache.padding_slot, device=rows.slots.device)
-    slots = torch.cat((rows.slots, padding))
+    windowed, windows = rows.windowed, rows.cache.windows
+    if windowed is not None and windows is not None and windowed.num_before is None:
+        slots = with_padding(windowed.slots, count, windows.padding_slot)
+        windowed = replace(windowed, slots=slots)
     return replace(
-        rows, tokens=tokens, positions=positions, slots=slots, num_padding=rows.num_padding + count
+        rows,
+        tokens=tokens,
+        positions=positions,
+        slots=with_padding(rows.slots, count, rows.cache.padding_slot),
+        windowed=windowed,
+        num_padding=rows.num_padding + count,
     )
+
+
+def with_padding(slots: Tensor, count: int, padding_slot: int) -> Tensor:
+    return torch.cat((slots, torch.full((count,), padding_slot, device=slots.device)))
 
 
 def causal_rows(cache: Cache, tokens: Tensor, attention: Attend) -> Rows:
     """Rows for tokens int64 [T] that follow the committed ones, each seeing all before it."""
+    cache.make_room(len(tokens))
     positions = torch.arange(len(tokens), device=tokens.device) + cache.length
     live = cache.live_slots(cache.length + len(tokens))
     slot_positions = torch.arange(live, device=tokens.device)
-    return Rows(tokens, positions, positions, slot_positions, None, cache, attention)
+    rows = Rows(tokens, positions, positions, slot_positions, None, cache, attention)
+    if cache.windows is None:
+        return rows
+    return replace(rows, windowed=in_windows(cache.windows, cache.length, positions, live))
+
+
+def in_windows(windows: WindowSlots, length: int, positions: Tensor, live_slots: int) -> Places:
+    """Where rows of a text at int64 [T] positions lie in layers with windows, behind `length`
+    tokens."""
+    device, end = positions.device, length + len(positions)
+    if windows.fit(end):
+        live = torch.arange(min(live_slots, windows.num_slots), device=device)
+        return Places(positions - windows.base, live + windows.base, None)
+    num_before = min(length - windows.start, windows.widest - 1)
+    last = windows.last_places(end)
+    slots = torch.arange(last.start, last.stop, device=device)
+    return Places(slots, torch.arange(length - num_before, end, device=device), None, num_before)

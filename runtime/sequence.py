@@ -151,10 +151,13 @@ class Sequence:
         cache = self.cache
         return cache.length if self._engine.padded else cache.reachable(self._num_read)
 
-    def restored(self, tokens: list[int], checkpoints: Tokens[Checkpoint] = ()) -> None:
-        """The slots hold what reading `tokens` gave, as delta nets' checkpoints do, of which the
-        last one is behind all of them."""
-        self.cache.resume(tokens, checkpoints)
+    def restored(
+        self, tokens: list[int], checkpoints: Tokens[Checkpoint] = (), window_start: int = 0
+    ) -> None:
+        """The slots hold what reading `tokens` gave, in layers with windows of those from
+        `window_start` on, as delta nets' checkpoints do, of which the last one is behind all of
+        them."""
+        self.cache.resume(tokens, checkpoints, window_start)
         self._num_read = len(tokens)
 
     @property

@@ -95,11 +95,13 @@ def empty_cache(
     num_slots: int,
     tensors: Mapping[str, Tensor] | None = None,
     verify_width: int = 24,
+    windowed: int | None = None,
 ) -> Cache:
-    """tensors: a toy's, for the states of delta nets."""
+    """tensors: a toy's, for the states of delta nets. windowed: slots of layers with windows, if
+    they have fewer."""
 
     def take(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype)
 
     nets = make_net_states(spec, verify_width, tensors or {}, take)
-    return make_cache(spec, num_slots, take, nets)
+    return make_cache(spec, num_slots, take, nets, (windowed, take) if windowed else None)

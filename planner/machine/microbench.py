@@ -110,7 +110,7 @@ class Bench:
         dtype: torch.dtype = getattr(torch, spec.dtype)
         held, widest = LIVE_TOKENS + MORE_TOKENS, max(PADDED_WIDTHS)
         stored = raw_storage(self.spec)
-        shape = Shape(held, 1, widest, draft_width=1, prefill_tokens=1, num_threads=1, head_rows=1)
+        shape = Shape(held, 1, widest, 1, 1, 1, 1, keeps_all_tokens=True)
         kind: DeviceKind = "cuda" if device.type == "cuda" else "cpu"
         purposes = make_ledger(self.spec, kind, "aten", shape, 0, 0)
         purposes = replace(purposes, substitutes=0, resident=stored.num_bytes)
@@ -222,10 +222,10 @@ class Bench:
     def faster_graphs(self, substitutes: Substitutes) -> CompiledGraphs | None:
         """The draft's small operations compiled by torch, if a pass of four rows is faster with
         them. draft_layers.cpp leaves nothing to gain where it knows the layers."""
-        weights, cache = self.draft_weights, self.cache
+        weights = self.draft_weights
         if self.device.type != "cpu" or not self.effort.compiles_graphs:
             return None
-        if compile_layers(weights, substitutes, cache.num_slots) is not None:
+        if compile_layers(weights, substitutes) is not None:
             return None
         if not serves(self.spec) or compile_graphs(self.full_spec) is not None:
             return None
@@ -362,7 +362,7 @@ class Bench:
             return partial(compiled_graphs.run_layers, graphs)
         if self.device.type != "cpu":
             return None
-        layers = compile_layers(self.draft_weights, substitutes, self.cache.num_slots)
+        layers = compile_layers(self.draft_weights, substitutes)
         return None if layers is None else partial(run_layers, layers)
 
     def _all_layers(

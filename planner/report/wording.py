@@ -20,6 +20,7 @@ PURPOSES = {  # of the ledger, in the order of the report's bar
     "residuals": "resident residuals",
     "substitutes": "4-bit substitutes (draft)",
     "cache": "KV cache",
+    "windows": "KV cache of windows",
     "staging": "staging ring",
     "scratch": "scratch for one decoded matrix",
     "drafter": "drafter's own weights",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import ceil, sqrt
 
 from subspec.artifacts.acceptance import RoundYield
-from subspec.artifacts.footprint import PRODUCT_ROWS, Ring
+from subspec.artifacts.footprint import PRODUCT_ROWS, Ring, tokens_held
 from subspec.artifacts.model import ModelSpec
 from subspec.artifacts.plan import Prediction, Tree, Usage, calls_for
 from subspec.artifacts.profile import LIVE_TOKENS, MORE_TOKENS, Profile, Timing, seconds_at
@@ -214,9 +214,12 @@ def pass_seconds(
     live: float,
 ) -> float:
     """Seconds of all layers at `width` rows with `live` tokens in the cache."""
-    more = (live - LIVE_TOKENS) / MORE_TOKENS * seconds_at(attention, width)
-    attending = sum(bool(one.attentions) for one in spec.layers)
-    return max(0.0, spec.num_layers * seconds_at(layer, width) + attending * more)
+    more = sum(
+        count * (tokens_held(spec, window, live) - LIVE_TOKENS)
+        for window, count in spec.attentions_by_window.items()
+    )
+    attending = more / MORE_TOKENS * seconds_at(attention, width)
+    return max(0.0, spec.num_layers * seconds_at(layer, width) + attending)
 
 
 def both_at_once(contended_shares: tuple[float, float], link: float, compute: float) -> float:

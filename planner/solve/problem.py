@@ -10,7 +10,7 @@ from functools import lru_cache
 
 from subspec.artifacts.acceptance import ONE_TOKEN, Acceptance, RoundYield
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.artifacts.footprint import Ring, Shape, make_ledger, workspace_bytes
+from subspec.artifacts.footprint import Ring, Shape, make_ledger, text_bytes, workspace_bytes
 from subspec.artifacts.model import PAGE_BYTES, ModelSpec
 from subspec.artifacts.plan import USUAL, Constraints, Ledger, Tree, Usage
 from subspec.artifacts.profile import Profile
@@ -111,7 +111,7 @@ def make_problem(
 def default_context(spec: ModelSpec, budget_bytes: int, num_sequences: int) -> int:
     """The largest default context; `make_problem` may halve it further to make a plan fit."""
     context = min(DEFAULT_CONTEXT, spec.max_positions)
-    while context * num_sequences * spec.kv_bytes_per_token > CONTEXT_SHARE * budget_bytes:
+    while num_sequences * text_bytes(spec, context) > CONTEXT_SHARE * budget_bytes:
         if context // 2 < SMALLEST_CONTEXT:
             break
         context //= 2

@@ -30,6 +30,7 @@ from subspec.runtime.model.transformer import (
     Rows,
     SharedWeights,
     embed,
+    into_cache,
     join,
     normalize,
     to_logits,
@@ -174,8 +175,7 @@ class Passing:
         found, first = list[Tensor](), 0
         for rows, visible in zip(self.batch, self.visible[body.window], strict=True):
             span = slice(first, first + len(rows.tokens))
-            rows.cache.write(step.index, rows.slots, k[:, span], v[:, span])
-            keys, values = rows.cache.read(step.index, len(rows.slot_positions))
+            keys, values = into_cache(rows, step.index, body.window, k[:, span], v[:, span])
             out = rows.attend(q[:, span], keys, values, visible, body.scale)
             found.append(out.transpose(0, 1).flatten(1))
             first = span.stop

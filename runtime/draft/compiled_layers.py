@@ -49,7 +49,7 @@ class _Sizes(ctypes.Structure):
         ("inner_size", _size),
         ("num_heads", _size),
         ("num_kv_heads", _size),
-        *((what, _size) for what in ("head_size", "rope_size", "gated", "cache_slots")),
+        *((what, _size) for what in ("head_size", "rope_size", "gated")),
         *((what, _size) for what in ("num_key_heads", "num_value_heads")),
         *((what, _size) for what in ("key_size", "value_size", "num_taps", "rounds_late")),
         *((what, ctypes.c_float) for what in ("norm_epsilon", "norm_offset", "scale")),
@@ -74,7 +74,7 @@ class _Layer(ctypes.Structure):
 
 
 class _CacheLayer(ctypes.Structure):
-    _fields_ = [("keys", _address), ("values", _address)]
+    _fields_ = [("keys", _address), ("values", _address), ("num_slots", _size)]
 
 
 class _CacheNet(ctypes.Structure):
@@ -86,10 +86,15 @@ class _CacheNet(ctypes.Structure):
     ]
 
 
+class _Places(ctypes.Structure):
+    _fields_ = [("slots", _address), ("visible", _address), ("num_slots", _size)]
+
+
 class _Segment(ctypes.Structure):
     _fields_ = [
-        *((what, _size) for what in ("first_row", "num_rows", "num_slots")),
-        *((what, _address) for what in ("visible", "in_window", "layers", "nets")),
+        *((what, _size) for what in ("first_row", "num_rows")),
+        *((what, _Places) for what in ("places", "in_window")),
+        *((what, _address) for what in ("layers", "nets")),
         *((what, _address) for what in ("nodes", "parents", "windows", "above")),
         ("num_above", _size),
     ]
@@ -98,7 +103,7 @@ class _Segment(ctypes.Structure):
 class _Rows(ctypes.Structure):
     _fields_ = [
         *((what, _size) for what in ("num_rows", "num_segments")),
-        *((what, _address) for what in ("x", "cos", "sin", "slots", "segments")),
+        *((what, _address) for what in ("x", "cos", "sin", "segments")),
     ]
 
 
@@ -146,8 +151,7 @@ def known_form(spec: ModelSpec) -> Form | None:
         denses.add(bodies[1])
     attentions = [one for one in mixers if isinstance(one, Attention)]
     nets = [one for one in mixers if isinstance(one, DeltaNet)]
-    windows = {attention.window for layer in spec.layers for attention in layer.attentions}
-    if len(attentions) != 1 or len(nets) > 1 or len(denses) != 1 or len(windows - {None}) > 1:
+    if len(attentions) != 1 or len(nets) > 1 or len(denses) != 1 or len(spec.windows) > 1:
         return None
     return None if spec.rope_in_f32 else Form(attentions[0], next(iter(nets), None), *denses)
 
@@ -173,11 +177,9 @@ def _bodies(layer: LayerSpec) -> tuple[Attention | DeltaNet, Dense] | None:
     return Attention(**values), dense
 
 
-def compile_layers(
-    weights: SharedWeights, substitutes: Substitutes, num_slots: int
-) -> CompiledLayers | None:
-    """num_slots: of every cache. None where the plain twin has to run: not on a CPU, not all in
-    bf16, a layer of another form, a matrix without a substitute for int4.cpp, no compiler."""
+def compile_layers(weights: SharedWeights, substitutes: Substitutes) -> CompiledLayers | None:
+    """None where the plain twin has to run: not on a CPU, not all in bf16, a layer of another form,
+    a matrix without a substitute for int4.cpp, no compiler."""
     spec, form = weights.spec, known_form(weights.spec)
     in_layers = [linear for linear in spec.linears[:-1] if not linear.stays_exact]
     matrices = (substitutes.weights[linear.name] for linear in in_layers)
@@ -186,10 +188,9 @@ def compile_layers(
     if form is None or not fits or not bf16 or unavailable() is not None:
         return None
     made = (_layer(weights, substitutes, form, index) for index in range(spec.num_layers))
-    windows = (one.window for some in spec.layers for one in some.attentions)
-    window = next((window for window in windows if window is not None), None)
+    window = next(iter(spec.windows), None)
     layers = (_Layer * spec.num_layers)(*made)
-    return CompiledLayers(weights, substitutes, _sizes(spec, form, num_slots), layers, window)
+    return CompiledLayers(weights, substitutes, _sizes(spec, form), layers, window)
 
 
 def _layer(weights: SharedWeights, substitutes: Substitutes, form: Form, index: int) -> _Layer:
@@ -230,7 +231,7 @@ def _layer(weights: SharedWeights, substitutes: Substitutes, form: Form, index: 
     return made
 
 
-def _sizes(spec: ModelSpec, form: Form, num_slots: int) -> _Sizes:
+def _sizes(spec: ModelSpec, form: Form) -> _Sizes:
     attention, net, norm = form.attention, form.net, spec.norm
     assert attention.rope is not None
     of_net = (0, 0, 0, 0, 0)
@@ -245,7 +246,6 @@ def _sizes(spec: ModelSpec, form: Form, num_slots: int) -> _Sizes:
         attention.head_size,
         attention.rope.size,
         attention.output_gate,
-        num_slots,
         *of_net,
         norm.rounds_late,
         norm.epsilon,
@@ -268,23 +268,21 @@ def run_layers(layers: CompiledLayers, x: Tensor, batch: Sequence[Rows]) -> None
     threads. It differs from the plain twin by the order of sums, and rounds less often in between.
     """
     num_threads = torch.get_num_threads()
-    positions, slots = (join([getattr(r, n) for r in batch]) for n in ("positions", "slots"))
+    positions = join([rows.positions for rows in batch])
     [(all_cos, all_sin)] = layers.weights.tables.values()
     cos, sin = all_cos[positions], all_sin[positions]
-    assert x.dtype == torch.bfloat16 and x.shape == (len(slots), layers.sizes.hidden_size)
-    assert x.is_contiguous() and slots.is_contiguous()
+    assert x.dtype == torch.bfloat16 and x.shape == (len(positions), layers.sizes.hidden_size)
+    assert x.is_contiguous()
     kept: list[object] = []  # what the segments point to
     segments = (_Segment * len(batch))()
     first = 0
     for segment, rows in zip(segments, batch, strict=True):
-        assert rows.cache.num_slots == layers.sizes.cache_slots >= len(rows.slot_positions)
-        masks = [visible_slots(rows, slice(None), None).contiguous()]
-        if layers.window is not None:
-            masks.append(visible_slots(rows, slice(None), layers.window).contiguous())
-        assert all(mask.shape == (len(rows.tokens), len(rows.slot_positions)) for mask in masks)
         segment.first_row, segment.num_rows = first, len(rows.tokens)
-        segment.num_slots = len(rows.slot_positions)
-        segment.visible, segment.in_window = _at(masks[0]), _at(masks[-1])
+        segment.places, tensors = _places(rows, None)
+        kept += tensors
+        if layers.window is not None:
+            segment.in_window, tensors = _places(rows, layers.window)
+            kept += tensors
         if rows.cache not in layers.caches:
             layers.caches[rows.cache] = _cache_parts(rows.cache)
         parts = layers.caches[rows.cache]
@@ -292,11 +290,10 @@ def run_layers(layers: CompiledLayers, x: Tensor, batch: Sequence[Rows]) -> None
         segment.nets = ctypes.addressof(parts.nets)
         if rows.cache.nets:
             kept += _place_nodes(segment, rows)
-        kept += masks
         first += len(rows.tokens)
     scratch = torch.empty(scratch_bytes(layers.sizes, len(x), num_threads), dtype=torch.uint8)
     assert scratch.data_ptr() % 64 == 0, "it is used as vectors"
-    given = _Rows(len(x), len(batch), *map(_at, (x, cos, sin, slots)), ctypes.addressof(segments))
+    given = _Rows(len(x), len(batch), *map(_at, (x, cos, sin)), ctypes.addressof(segments))
     cpp.loaded(SOURCE, _declare).subspec_draft_layers(
         ctypes.byref(layers.sizes),
         layers.layers,
@@ -304,6 +301,18 @@ def run_layers(layers: CompiledLayers, x: Tensor, batch: Sequence[Rows]) -> None
         scratch.data_ptr(),
         num_threads,
     )
+
+
+def _places(rows: Rows, window: int | None) -> tuple[_Places, list[Tensor]]:
+    """Of the rows in layers with this window, and the tensors that they point to."""
+    places = rows.places(window)
+    slots, num_slots = places.slots.contiguous(), len(places.slot_positions)
+    visible = visible_slots(rows, slice(None), window).contiguous()
+    windows = rows.cache.windows if window is not None else None
+    room = rows.cache.num_slots if windows is None else windows.num_slots
+    assert places.num_before is None and num_slots <= room
+    assert slots.shape == rows.tokens.shape and visible.shape == (len(slots), num_slots)
+    return _Places(_at(slots), _at(visible), num_slots), [slots, visible]
 
 
 def _place_nodes(segment: _Segment, rows: Rows) -> list[Tensor]:
@@ -321,7 +330,7 @@ def _place_nodes(segment: _Segment, rows: Rows) -> list[Tensor]:
 
 def _cache_parts(cache: Cache) -> CacheParts:
     pairs = zip(cache.keys, cache.values, strict=True)
-    layers = (_CacheLayer(keys.data_ptr(), values.data_ptr()) for keys, values in pairs)
+    layers = (_CacheLayer(k.data_ptr(), v.data_ptr(), k.shape[1]) for k, v in pairs)
     return CacheParts(
         (_CacheLayer * len(cache.keys))(*layers),
         (_CacheNet * len(cache.nets))(*map(_cache_net, cache.nets)),

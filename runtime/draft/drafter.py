@@ -26,7 +26,7 @@ from subspec.runtime.model.cache import Cache, TreeSlots
 from subspec.runtime.model.delta_net import window_rows
 from subspec.runtime.model.net_state import TreeNodes
 from subspec.runtime.model.sampling import Chooser, Sampling
-from subspec.runtime.model.transformer import Attend, Rows, SharedWeights, forward
+from subspec.runtime.model.transformer import Attend, Places, Rows, SharedWeights, forward
 
 
 @dataclass
@@ -165,16 +165,30 @@ def tree_rows(
 ) -> Rows:
     """Rows for `nodes` of a tree that lies after committed tokens. Nothing is read back, and
     nothing comes from the host but numbers that stay the same: a captured graph can do it."""
-    live = torch.arange(slots.live_slots, device=nodes.device)
-    slots_of_tree = live[: len(tree.tokens)] + slots.first
-    visible = (live < slots.length).repeat(len(nodes), 1)
-    visible[:, slots_of_tree] = tree.ancestors[nodes]
-    slot_positions = live.clone()
-    slot_positions[slots_of_tree] = slots.length + tree.depths
-    own = (slots.first + nodes).masked_fill_(nodes >= tree.num_nodes, slots.padding_slot)
     positions = slots.length + tree.depths[nodes]
-    rows = Rows(tree.tokens[nodes], positions, own, slot_positions, visible, cache, attention)
+    live = torch.arange(slots.live_slots, device=nodes.device)
+    all_slots = tree_places(tree, nodes, slots, live, slots.first, slots.padding_slot)
+    rows = Rows(tree.tokens[nodes], positions, *all_slots, cache, attention)
+    if slots.windowed is not None:
+        base, padding_slot = slots.windowed.base, slots.windowed.padding_slot
+        stretch = torch.arange(slots.windowed.live_slots, device=nodes.device) + base
+        found = tree_places(tree, nodes, slots, stretch, slots.first - base, padding_slot)
+        rows = replace(rows, windowed=Places(*found))
     return replace(rows, tree=tree_nodes(tree, nodes, cache.num_taps)) if cache.nets else rows
+
+
+def tree_places(
+    tree: TokenTree, nodes: Tensor, slots: TreeSlots, live: Tensor, first: Tensor, padding_slot: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of nodes in stores that have the slots `live`, int64 [S], where the root's place is `first`:
+    their own places, the positions of all, and which of them they see."""
+    of_tree = torch.arange(len(tree.tokens), device=nodes.device) + first
+    visible = (live < slots.length).repeat(len(nodes), 1)
+    visible[:, of_tree] = tree.ancestors[nodes]
+    slot_positions = live.clone()
+    slot_positions[of_tree] = slots.length + tree.depths
+    own = (first + nodes).masked_fill_(nodes >= tree.num_nodes, padding_slot)
+    return own, slot_positions, visible
 
 
 def tree_nodes(tree: TokenTree, nodes: Tensor, num_taps: int) -> TreeNodes:

@@ -43,6 +43,7 @@ class DraftGraphs:
     tree: Tree
     capture: Callable[[Action], Replay]  # records an action without running it
     length: Tensor  # int64 [], committed tokens
+    window_base: Tensor  # int64 [], the slot that lies first in layers with windows
     root: Tensor  # int64 [1]
     grown: TokenTree  # all of its rows count as nodes: a graph does not know how many levels follow
     last: Level  # the level that the next replay continues
@@ -62,6 +63,7 @@ def make_graphs(
         tree=tree,
         capture=capture,
         length=torch.zeros((), dtype=torch.int64, device=device),
+        window_base=torch.zeros((), dtype=torch.int64, device=device),
         root=root,
         grown=replace(root_only(root, verify_width), num_nodes=verify_width),
         last=Level(nodes, scores),
@@ -82,7 +84,8 @@ def grow(
     usual = cache.tree_slots(num_rows)
     live_slots = min(rounded_up(usual.live_slots), cache.num_slots)
     if depth == 0 or live_slots not in graphs.replays:
-        draft_pass = passes(replace(usual, live_slots=live_slots))
+        windowed = cache.stretch(live_slots)
+        draft_pass = passes(replace(usual, live_slots=live_slots, windowed=windowed))
         [grown] = beam.grow([root], [depth], graphs.tree, num_rows, draft_pass)
         # What was never run has kernels to be chosen and built, which a capture forbids.
         all_ran = grown.num_nodes > 1 + graphs.tree.width or graphs.tree.depth == 1
@@ -92,6 +95,8 @@ def grow(
     first, following = graphs.replays[live_slots]
     graphs.root.copy_(root)
     graphs.length.fill_(cache.length)
+    if cache.windows is not None:
+        graphs.window_base.fill_(cache.windows.base)
     num_levels = 0
     while num_levels < depth and not (num_levels and stops(graphs.tree, graphs.last)):
         (following if num_levels else first)()
@@ -102,8 +107,11 @@ def grow(
 
 
 def capture_levels(graphs: DraftGraphs, live_slots: int, cache: Cache, passes: PassesOver) -> None:
-    slots = TreeSlots(graphs.length, graphs.length, live_slots, cache.padding_slot)
-    draft_pass = passes(slots)
+    windowed = cache.stretch(live_slots)
+    if windowed is not None:
+        windowed = replace(windowed, base=graphs.window_base)
+    length = graphs.length
+    draft_pass = passes(TreeSlots(length, length, live_slots, cache.padding_slot, windowed))
     grown, last, children = graphs.grown, graphs.last, graphs.children
     at_root = Level.of_root(graphs.root.device)
 

@@ -35,6 +35,10 @@ void rotate(const Pass& pass, const uint16_t* x, const uint16_t* norm, int64_t r
     }
 }
 
+inline const Places& places_in(const Segment& segment, const Layer& layer) {
+    return layer.windowed ? segment.in_window : segment.places;
+}
+
 // Keys and values of the rows into their slots. One thread writes all rows of a head: padding rows
 // share a slot.
 void fill_slots(const Pass& pass, const Layer& layer) {
@@ -43,16 +47,19 @@ void fill_slots(const Pass& pass, const Layer& layer) {
     float* const rotated = pass.of_thread();
     for (int64_t item = mine.first; item < mine.end; item++) {
         const Segment& segment = pass.rows.segments[item / num_heads];
-        const int64_t head = item % num_heads, of_head = head * pass.of_kv_head();
-        for (int64_t row = segment.first_row; row < segment.first_row + segment.num_rows; row++) {
+        const CacheLayer& cache = segment.layers[layer.index];
+        const int64_t* const slots = places_in(segment, layer).slots;
+        const int64_t head = item % num_heads, of_head = head * cache.num_slots * size;
+        for (int64_t own = 0; own < segment.num_rows; own++) {
+            const int64_t row = segment.first_row + own;
             const uint16_t* const q = pass.qkv + row * pass.qkv_width();
             const uint16_t* const k = q + pass.sizes.query_width() + head * size;
             const uint16_t* const v = k + num_heads * size;
-            const int64_t slot = of_head + pass.rows.slots[row] * size;
-            uint16_t* const key = segment.layers[layer.index].keys + slot;
+            const int64_t slot = of_head + slots[own] * size;
+            uint16_t* const key = cache.keys + slot;
             rotate(pass, k, layer.k_norm, row, rotated);
             for (int64_t d = 0; d < size; d++) key[d] = rounded_to_bf16(rotated[d]);
-            memcpy(segment.layers[layer.index].values + slot, v, size * sizeof *v);
+            memcpy(cache.values + slot, v, size * sizeof *v);
         }
     }
 }
@@ -148,13 +155,14 @@ void attend_slots(Query& query, uint32_t seen, const float* keys, const float* v
 // Queries [first, end) of one KV head and one sequence: query i is row i % T of head i / T.
 void attend_together(const Pass& pass, const Layer& layer, const Segment& segment, int64_t first,
                      int64_t end) {
-    const int64_t size = pass.sizes.head_size, dims = pass.dims(), num_slots = segment.num_slots;
+    const CacheLayer& cache = segment.layers[layer.index];
+    const Places& own = places_in(segment, layer);
+    const int64_t size = pass.sizes.head_size, dims = pass.dims(), num_slots = own.num_slots;
     const int64_t kv_head =
         first / segment.num_rows / (pass.sizes.num_heads / pass.sizes.num_kv_heads);
-    const uint16_t* const cached_keys = segment.layers[layer.index].keys + kv_head * pass.of_kv_head();
-    const uint16_t* const cached_values =
-        segment.layers[layer.index].values + kv_head * pass.of_kv_head();
-    const uint8_t* const visible = layer.windowed ? segment.in_window : segment.visible;
+    const int64_t of_head = kv_head * cache.num_slots * size;
+    const uint16_t* const cached_keys = cache.keys + of_head;
+    const uint16_t* const cached_values = cache.values + of_head;
     const float scale = 1.44269504f * pass.sizes.scale;
     float* const keys = pass.of_thread();
     float* const values = keys + SLOTS * dims;
@@ -170,7 +178,7 @@ void attend_together(const Pass& pass, const Layer& layer, const Segment& segmen
         rotate(pass, place, layer.q_norm, of_pass, q);
         for (int64_t d = 0; d < size; d++) q[d] *= scale;
         places[i - first] = place;
-        queries[i - first] = {q, q + dims, visible + row * num_slots, -0x1.fffffep127f, {}};
+        queries[i - first] = {q, q + dims, own.visible + row * num_slots, -0x1.fffffep127f, {}};
     }
     for (int64_t slot = 0; slot < num_slots; slot += SLOTS) {
         const int64_t count = std::min<int64_t>(SLOTS, num_slots - slot);

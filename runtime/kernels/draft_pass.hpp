@@ -24,7 +24,7 @@ constexpr uint32_t MAGNITUDE = 0x7fffffff;
 
 struct Sizes {
     int64_t num_layers, hidden_size, inner_size, num_heads, num_kv_heads, head_size, rope_size;
-    int64_t gated, cache_slots;  // gated: 1 if the rows of a gate follow those of each query head
+    int64_t gated;  // 1 if the rows of a gate follow those of each query head
     int64_t num_key_heads, num_value_heads, key_size, value_size, num_taps;  // of delta nets
     int64_t rounds_late;  // 1: norms multiply by their weight before they round
     float norm_epsilon, norm_offset, scale;  // of RMSNorm; added to its weights; of the scores
@@ -53,7 +53,8 @@ struct Layer {
     int64_t index;                   // among the attentions or the delta nets
 };
 struct CacheLayer {
-    uint16_t *keys, *values;  // bf16 [B, cache slots, D]
+    uint16_t *keys, *values;  // bf16 [B, slots, D]
+    int64_t num_slots;
 };
 // Of a delta net: its small tensors, what is committed, and what nodes have left. W = rows of a tree.
 struct CacheNet {
@@ -65,11 +66,16 @@ struct CacheNet {
     float* path_decays;     // [J, W], logs
     int64_t num_nodes;      // W
 };
+// Where a sequence's rows lie in the caches of some layers.
+struct Places {
+    const int64_t* slots;    // [rows]
+    const uint8_t* visible;  // [rows, S], 0 or 1
+    int64_t num_slots;       // S
+};
 // One sequence's rows of the pass, and its own cache.
 struct Segment {
-    int64_t first_row, num_rows, num_slots;
-    const uint8_t* visible;    // [rows, S], 0 or 1
-    const uint8_t* in_window;  // [rows, S], of the layers that are windowed
+    int64_t first_row, num_rows;
+    Places places, in_window;  // in_window: in layers that are windowed
     const CacheLayer* layers;  // [attentions]
     const CacheNet* nets;      // [delta nets]
     // Of delta nets: where the rows are in their tree, and what they follow.
@@ -81,7 +87,6 @@ struct Rows {
     int64_t num_rows, num_segments;
     uint16_t* x;                // bf16 [T, H], in place
     const uint16_t *cos, *sin;  // bf16 [T, rope size]
-    const int64_t* slots;       // [T]
     const Segment* segments;    // in the order of the rows
 };
 
@@ -235,7 +240,6 @@ struct Pass {
         return std::max((2 * TOGETHER + 2 * SLOTS) * dims(), of_nets);
     }
     float* of_thread() const { return of_threads + omp_get_thread_num() * thread_floats(); }
-    int64_t of_kv_head() const { return sizes.cache_slots * sizes.head_size; }
 };
 
 // ---- norms and products -------------------------------------------------------------------------

@@ -3,7 +3,8 @@
 B = KV heads, S = slots, D = head size, T = rows
 The slot of a committed token is its position. A tree of W nodes lies after the committed tokens,
 node i at slot length + i; the last slot takes what padding rows write. Attentions keep tensors of
-their own sizes, in execution order. Delta nets have no slots but states (net_state.py).
+their own sizes, in execution order; those with windows may have places for a stretch of the slots
+only (windows.py). Delta nets have no slots but states (net_state.py).
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from subspec.artifacts.footprint import CHECKPOINT_TOKENS, CHECKPOINTS, SLOT_ALIGNMENT
+from subspec.artifacts.footprint import (
+    CHECKPOINT_TOKENS,
+    CHECKPOINTS,
+    aligned_slots,
+    tokens_in_windows,
+)
 from subspec.artifacts.model import ModelSpec
 from subspec.runtime.model.net_state import (
     NetState,
@@ -24,6 +30,16 @@ from subspec.runtime.model.net_state import (
     copy_state,
     make_state,
 )
+from subspec.runtime.model.windows import WindowSlots
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Slots that a pass attends to in the layers with windows."""
+
+    base: Tensor  # int64 [], the one that lies first in the stores, on the device
+    live_slots: int
+    padding_slot: int  # its place in the stores
 
 
 @dataclass(frozen=True)
@@ -35,6 +51,7 @@ class TreeSlots:
     first: Tensor  # int64 [], slot of the root: behind all that is committed
     live_slots: int  # that a pass over the tree attends to, visible or not
     padding_slot: int
+    windowed: Stretch | None = None  # None: layers with windows have all slots
 
 
 @dataclass(frozen=True)
@@ -75,6 +92,7 @@ class Cache:
     pending: list[Stop] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)  # ids whose exact keys and values are committed
     unread: Unread | None = None  # by a draft head; None: there is none
+    windows: WindowSlots | None = None  # None: every attention has all slots
 
     @property
     def length(self) -> int:
@@ -82,7 +100,7 @@ class Cache:
 
     @property
     def num_slots(self) -> int:
-        return self.keys[0].shape[1]
+        return self.keys[0].shape[1] if self.windows is None else self.windows.text_slots
 
     @property
     def padding_slot(self) -> int:
@@ -98,19 +116,60 @@ class Cache:
         return self.keys[0].device
 
     def live_slots(self, end: int) -> int:
-        return min(-(-end // SLOT_ALIGNMENT) * SLOT_ALIGNMENT, self.num_slots)
+        return min(aligned_slots(end), self.num_slots)
 
     def tree_slots(self, num_rows: int, after: int | None = None) -> TreeSlots:
         """Of a tree of so many rows that follows the first `after` committed tokens; None: all. The
         live slots are those of the whole tree, whatever of it is drafted yet, so that every pass of
         a round has one shape."""
+        self.make_room(num_rows)
+        assert after is None or self.windows is None or self.windows.reach(after)
         first = torch.full((), self.length, device=self.device)
         length = first if after is None else torch.full((), after, device=self.device)
         live_slots = self.live_slots(self.length + num_rows)
-        return TreeSlots(length, first, live_slots, self.padding_slot)
+        return TreeSlots(length, first, live_slots, self.padding_slot, self.stretch(live_slots))
+
+    def stretch(self, live_slots: int) -> Stretch | None:
+        """Of so many live slots those that layers with windows have, whose number depends on
+        nothing else."""
+        windows = self.windows
+        if windows is None:
+            return None
+        base = torch.full((), windows.base, device=self.device)
+        return Stretch(base, min(live_slots, windows.num_slots), windows.padding_slot)
+
+    def make_room(self, num_rows: int) -> None:
+        """Before a pass of so many rows: gives them places in the layers with windows. A piece of a
+        text may have more than these have room for: then all that has to be kept lies in the first
+        half of their stores.
+
+        What is committed stays, whatever happens meanwhile; but where a copy overlaps what it
+        copies, which it does for such pieces only, an error leaves an empty cache.
+        """
+        windows = self.windows
+        if windows is None or windows.fit(self.length + num_rows):
+            return
+        if self.length - windows.base <= windows.kept:
+            return
+        both = zip(self.keys, self.values, strict=True)
+        pairs = (pair for index, pair in enumerate(both) if index in windows.attentions)
+        overlap = windows.overlap(self.length)
+        try:
+            windows.move([store for pair in pairs for store in pair], self.length)
+        except BaseException:
+            if overlap:
+                self.roll_back(0)
+            raise
+
+    def places(self, attention: int, first: int, end: int) -> slice:
+        """Where the tokens [first, end) lie in the stores of an attention."""
+        if self.windows is None or attention not in self.windows.attentions:
+            return slice(first, end)
+        return self.windows.places(first, end)
 
     def write(self, attention: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
-        """keys, values [B, T, D] -> slots [T]. attention: its index in execution order."""
+        """keys, values [B, T, D] -> slots [T]. attention: its index in execution order; in one with
+        a window slots are places in its stores."""
         for kept, fresh in ((self.keys[attention], keys), (self.values[attention], values)):
             kept.index_copy_(1, slots, fresh.to(kept.dtype))
 
@@ -122,8 +181,11 @@ class Cache:
         """The next slots hold the exact keys and values of `tokens`, which a pass has read. hidden
         [R, H]: for a draft head, the states of the last R of them, of which it has read those
         before."""
+        end = self.length + len(tokens)
+        if self.windows is not None and not self.windows.fit(end):
+            self.windows.jump(end)
         if self.unread is not None and hidden is not None:
-            self.unread.replace(self.length + len(tokens) - len(hidden), hidden)
+            self.unread.replace(end - len(hidden), hidden)
         for net in self.nets:
             copy_state(net.committed, net.read)
         for stop in self.pending:
@@ -141,8 +203,10 @@ class Cache:
         first, end = self.length, self.length + len(tokens)
         if self.unread is not None and hidden is not None:
             self.unread.replace(first, hidden[: len(tokens)])
-        for kept in (*self.keys, *self.values):  # one at a time: a small temporary
-            kept[:, first : first + len(path)] = kept.index_select(1, path + first)
+        for index, pair in enumerate(zip(self.keys, self.values, strict=True)):
+            places = self.places(index, first, first + len(path))
+            for kept in pair:  # one at a time: a small temporary
+                kept[:, places] = kept.index_select(1, path + places.start)
         for net in self.nets:
             commit_nodes(net, path[: len(tokens)])
         self.tokens.extend(tokens)
@@ -175,9 +239,12 @@ class Cache:
 
     def reachable(self, length: int) -> int:
         """How many tokens, no more than `length`, `roll_back` can keep."""
-        if not self.nets or length >= self.length:
-            return min(length, self.length)
-        return max((one.length for one in self.checkpoints if one.length <= length), default=0)
+        if length >= self.length:
+            return self.length
+        if self.nets:
+            before = (one.length for one in self.checkpoints if one.length <= length)
+            length = max(before, default=0)
+        return length if self.windows is None or self.windows.reach(length) else 0
 
     def roll_back(self, length: int) -> None:
         """Forgets all but the first `length` tokens, which is `reachable`; their slots are written
@@ -193,17 +260,24 @@ class Cache:
         elif shorter:
             for net in self.nets:
                 clear_state(net.committed)
+        if self.windows is not None and not length:
+            self.windows.begin_at(0)
         del self.tokens[length:]
 
-    def resume(self, tokens: Sequence[int], checkpoints: Sequence[Checkpoint]) -> None:
-        """The slots hold the exact keys and values of `tokens`, and the last of the checkpoints the
-        states of delta nets behind them."""
+    def resume(
+        self, tokens: Sequence[int], checkpoints: Sequence[Checkpoint], window_start: int = 0
+    ) -> None:
+        """The slots hold the exact keys and values of `tokens`, in layers with windows of those
+        from `window_start` on, and the last of the checkpoints the states of delta nets behind
+        them."""
         self.roll_back(0)
         assert not tokens or not self.nets or checkpoints[-1].length == len(tokens)
         for one in checkpoints[-CHECKPOINTS:]:
             self.set_states(one.states)
             self.tokens = list(tokens[: one.length])
             self.save()
+        if self.windows is not None:
+            self.windows.begin_at(window_start)
         self.tokens = list(tokens)
 
     def set_states(self, states: States) -> None:
@@ -219,22 +293,34 @@ class Cache:
 
 
 def make_cache(
-    spec: ModelSpec, num_slots: int, take: Take, nets: tuple[NetState, ...] = ()
+    spec: ModelSpec,
+    num_slots: int,
+    take: Take,
+    nets: tuple[NetState, ...] = (),
+    windowed: tuple[int, Take] | None = None,
 ) -> Cache:
-    """An empty cache in memory that `take(shape, dtype)` gives. nets: one of each delta net."""
+    """An empty cache in memory that `take(shape, dtype)` gives. nets: one of each delta net.
+    windowed: how many slots layers with windows have, and what gives their memory; None: all
+    slots, as other layers."""
     assert len(nets) == len(spec.delta_nets)
     on_cpu = nets and nets[0].committed.memory.device.type == "cpu"
     room = take if on_cpu else in_host_memory
     unused = [host_states(spec, room) for _ in range(CHECKPOINTS)] if nets else []
     dtype: torch.dtype = getattr(torch, spec.dtype)
-    shapes = [
-        (attention.num_kv_heads, num_slots, attention.head_size)
-        for layer in spec.layers
-        for attention in layer.attentions
-    ]
-    pairs = [(take(shape, dtype), take(shape, dtype)) for shape in shapes]
-    keys, values = tuple(keys for keys, _ in pairs), tuple(values for _, values in pairs)
-    return Cache(keys, values, nets, unused=unused)
+    keys, values, moving = list[Tensor](), list[Tensor](), list[int]()
+    for index, attention in enumerate(spec.attentions):
+        slots, given = num_slots, take
+        if windowed is not None and attention.window is not None:
+            moving.append(index)
+            slots, given = windowed
+        shape = attention.num_kv_heads, slots, attention.head_size
+        keys.append(given(shape, dtype))
+        values.append(given(shape, dtype))
+    windows = None
+    if windowed is not None:
+        widest, kept = max(spec.windows), tokens_in_windows(spec)
+        windows = WindowSlots(frozenset(moving), windowed[0], num_slots, widest, kept)
+    return Cache(tuple(keys), tuple(values), nets, unused=unused, windows=windows)
 
 
 def host_states(spec: ModelSpec, take: Take) -> States:

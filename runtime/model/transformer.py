@@ -65,6 +65,19 @@ class SharedWeights:
 
 
 @dataclass(frozen=True)
+class Places:
+    """Where a sequence's rows lie in the stores of some layers, and what they see there. All on the
+    device."""
+
+    slots: Tensor  # int64 [T], where their keys and values go
+    slot_positions: Tensor  # int64 [S], of the live slots
+    visible: Tensor | None  # bool [T, S]; None: the slots of earlier positions (a prompt)
+    # Of a piece of a text for which the stores have no room: how many of the tokens before it are
+    # joined with its own, as live slots; `slots` are those of its last rows alone.
+    num_before: int | None = None
+
+
+@dataclass(frozen=True)
 class Rows:
     """One sequence's rows of a pass, where they lie in its cache and how they look back into it.
     All on the device."""
@@ -81,6 +94,13 @@ class Rows:
     run_nodes: RunNodes = run_tree
     num_padding: int = 0  # of a piece's rows, the last ones
     stops: Sequence[Stop] = ()  # of a piece
+    windowed: Places | None = None  # in layers with windows; None: as in all others
+
+    def places(self, window: int | None) -> Places:
+        """In layers with this window."""
+        if window is None or self.windowed is None:
+            return Places(self.slots, self.slot_positions, self.visible)
+        return self.windowed
 
 
 @dataclass(frozen=True)
@@ -212,24 +232,48 @@ def attend_rows(
     if body.rope is not None:
         cos, sin = now.weights.tables[body.rope]
         tables = cos[now.positions], sin[now.positions]
+    lines = list[tuple[Tensor, Tensor]]()
     for rows, span in now.spans():
         keys = rotate(k[span].transpose(0, 1), body.rope, tables, span)
-        rows.cache.write(index, rows.slots, keys, v[span].transpose(0, 1))
+        lines.append(into_cache(rows, index, body.window, keys, v[span].transpose(0, 1)))
     del k, v
-    for rows, span in now.spans():
-        keys, values = rows.cache.read(index, len(rows.slot_positions))
+    for (rows, span), (keys, values) in zip(now.spans(), lines, strict=True):
         for first in range(span.start, span.stop, ATTENTION_ROWS):
             some = slice(first, min(first + ATTENTION_ROWS, span.stop))
-            visible = visible_slots(rows, shifted(some, -span.start), body.window)
+            of_rows = shifted(some, -span.start)
+            live = live_slots(rows, of_rows, body.window)
+            visible = visible_slots(rows, of_rows, body.window, live)
             query = rotate(q[some].transpose(0, 1), body.rope, tables, some)
             query = grown(query, body, now.positions[some])
-            q[some] = rows.attend(query, keys, values, visible, body.scale).transpose(0, 1)
+            out = rows.attend(query, keys[:, live], values[:, live], visible, body.scale)
+            q[some] = out.transpose(0, 1)
+    del lines
     mixed = q.flatten(1)
     if gate is not None:
         for piece in pieces_of_one_place(gate, torch.bfloat16):
             piece.sigmoid_()
         mixed.mul_(gate)
     return product(f"{body.name}.o_proj", mixed, now.calls)
+
+
+def into_cache(
+    rows: Rows, index: int, window: int | None, keys: Tensor, values: Tensor
+) -> tuple[Tensor, Tensor]:
+    """keys, values [B, T, D] of the rows into their cache, as far as it has room for them -> those
+    that the rows may attend to, [B, S, D] each. index: the attention's."""
+    cache, places = rows.cache, rows.places(window)
+    if places.num_before is None:
+        cache.write(index, places.slots, keys, values)
+        return cache.read(index, len(places.slot_positions))
+    num_rows = keys.shape[1] - rows.num_padding
+    last = slice(num_rows - len(places.slots), num_rows)
+    before = cache.places(index, cache.length - places.num_before, cache.length)
+    joined_keys, joined_values = (
+        torch.cat((kept[:, before], fresh[:, :num_rows].to(kept.dtype)), dim=1)
+        for kept, fresh in ((cache.keys[index], keys), (cache.values[index], values))
+    )
+    cache.write(index, places.slots, keys[:, last], values[:, last])
+    return joined_keys, joined_values
 
 
 def project(
@@ -295,15 +339,27 @@ def pieces_of_one_place(x: Tensor, even: torch.dtype | None) -> Iterable[Tensor]
     return x if x.device.type == "cpu" and x.dtype != even else (x,)
 
 
-def visible_slots(rows: Rows, some: slice, window: int | None) -> Tensor:
-    """bool [T, S]: which live slots the sequence's rows `some` may attend to."""
-    positions = rows.positions[some, None]
-    if rows.visible is not None:
-        visible = rows.visible[some]
+def live_slots(rows: Rows, some: slice, window: int | None) -> slice:
+    """The live slots that the sequence's rows `some` may have to attend to: of a piece that is
+    joined with what came before it, those that its windows show."""
+    num_before = rows.places(window).num_before
+    if num_before is None or window is None:
+        return slice(None)
+    last = len(rows.tokens) - rows.num_padding - 1
+    first, end = min(some.start, last), min(some.stop - 1, last) + 1
+    return slice(max(0, num_before + first + 1 - window), num_before + end)
+
+
+def visible_slots(rows: Rows, some: slice, window: int | None, live: slice = slice(None)) -> Tensor:
+    """bool [T, S]: which of the live slots the sequence's rows `some` may attend to."""
+    positions, places = rows.positions[some, None], rows.places(window)
+    slot_positions = places.slot_positions[live]
+    if places.visible is not None:
+        visible = places.visible[some, live]
     else:
-        visible = rows.slot_positions <= positions
+        visible = slot_positions <= positions
     if window is not None:
-        visible = visible & (positions - rows.slot_positions < window)
+        visible = visible & (positions - slot_positions < window)
     return visible
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from subspec.runtime.model.cache import Cache, Checkpoint
 from subspec.runtime.model.delta_net import DeltaState
 from subspec.runtime.model.net_state import States
+from subspec.runtime.model.windows import windows_reach
 from subspec.runtime.sequence import Sequence
 
 WORTH_KEEPING = 32  # tokens; fewer are read again quickly
@@ -18,9 +19,13 @@ WORTH_KEEPING = 32  # tokens; fewer are read again quickly
 @dataclass(frozen=True)
 class Prefix:
     tokens: tuple[int, ...]
-    kept: tuple[Tensor, ...]  # keys and values [B, T, D] of each attention, on the host
+    # Keys and values [B, T, D] of each attention, on the host; in layers with windows of the last
+    # tokens only, if the cache has no more
+    kept: tuple[Tensor, ...]
     # Of delta nets: the cache's last one, and one behind all tokens
     checkpoints: tuple[Checkpoint, ...] = ()
+    window_start: int = 0  # the first token that layers with windows have
+    window: int = 0  # the widest
 
     @property
     def num_bytes(self) -> int:
@@ -29,9 +34,10 @@ class Prefix:
 
     def reachable(self, count: int) -> int:
         """How many tokens, no more than `count`, can be restored."""
-        if not self.checkpoints:
-            return count
-        return max((one.length for one in self.checkpoints if one.length <= count), default=0)
+        if self.checkpoints:
+            before = (one.length for one in self.checkpoints if one.length <= count)
+            count = max(before, default=0)
+        return count if windows_reach(count, self.window_start, self.window) else 0
 
 
 class PrefixCache:
@@ -49,8 +55,9 @@ class PrefixCache:
         tokens = tuple(sequence.cache.tokens[:count])
         if count - num_shared < WORTH_KEEPING or self.longest(tokens)[1] == count:
             return
-        sources = states_until(sequence.cache, count)
-        wanted = count * bytes_per_token(sequence.cache)
+        cache = sequence.cache
+        sources, kept = states_until(cache, count), held_until(cache, count)
+        wanted = 8 * count + sum(one.nbytes for one in kept)
         wanted += sum(bytes_of_states(one.states) for one in sources)
         if wanted > self._most_bytes:
             return
@@ -58,10 +65,11 @@ class PrefixCache:
             self._drop(known)
         while self.num_bytes + wanted > self._most_bytes:
             self._drop(next(iter(self._prefixes)))
-        tensors = (*sequence.cache.keys, *sequence.cache.values)
-        kept = tuple(one[:, :count].to("cpu", copy=True) for one in tensors)
+        copies = tuple(one.to("cpu", copy=True) for one in kept)
         states = tuple(Checkpoint(one.length, on_host(one.states)) for one in sources)
-        self._prefixes[tokens] = Prefix(tokens, kept, states)
+        windows = cache.windows
+        start, widest = (0, 0) if windows is None else (windows.start, windows.widest)
+        self._prefixes[tokens] = Prefix(tokens, copies, states, start, widest)
         self.num_bytes += self._prefixes[tokens].num_bytes
 
     def longest(self, prompt: tuple[int, ...]) -> tuple[Prefix | None, int]:
@@ -77,19 +85,34 @@ class PrefixCache:
         error."""
         self._prefixes.move_to_end(prefix.tokens)
         sequence.restored([])
-        tensors = (*sequence.cache.keys, *sequence.cache.values)
-        for target, kept in zip(tensors, prefix.kept, strict=True):
-            target[:, :count] = kept[:, :count]
         states = [one for one in prefix.checkpoints if one.length <= count]
-        sequence.restored(list(prefix.tokens[:count]), states)
+        cache = sequence.cache
+        firsts = first_tokens(cache, prefix.window_start)
+        tensors = (*cache.keys, *cache.values)
+        for target, kept, first in zip(tensors, prefix.kept, firsts, strict=True):
+            target[:, : count - first] = kept[:, : count - first]
+        sequence.restored(list(prefix.tokens[:count]), states, prefix.window_start)
 
     def _drop(self, tokens: tuple[int, ...]) -> None:
         self.num_bytes -= self._prefixes.pop(tokens).num_bytes
 
 
-def bytes_per_token(cache: Cache) -> int:
-    tensors = (*cache.keys, *cache.values)
-    return 8 + sum(one.shape[0] * one.shape[2] * one.element_size() for one in tensors)
+def held_until(cache: Cache, count: int) -> list[Tensor]:
+    """Views of what the cache has of the first `count` tokens, keys before values."""
+    start = 0 if cache.windows is None else cache.windows.start
+    indices = 2 * [*range(len(cache.keys))]
+    tensors, firsts = (*cache.keys, *cache.values), first_tokens(cache, start)
+    return [
+        one[:, cache.places(index, first, count)]
+        for index, one, first in zip(indices, tensors, firsts, strict=True)
+    ]
+
+
+def first_tokens(cache: Cache, window_start: int) -> list[int]:
+    """The first token that each attention has, of keys and then of values, if those with windows
+    have the tokens from `window_start` on."""
+    windowed = frozenset[int]() if cache.windows is None else cache.windows.attentions
+    return 2 * [window_start if index in windowed else 0 for index in range(len(cache.keys))]
 
 
 def states_until(cache: Cache, count: int) -> list[Checkpoint]:

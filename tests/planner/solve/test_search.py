@@ -18,13 +18,14 @@ from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.sizes import parse_size
 from subspec.artifacts.footprint import ALLOCATOR_BYTES, Ring, graph_bytes, model_bytes
 from subspec.artifacts.format.checks import check_plan
-from subspec.artifacts.model import HEAD, ModelSpec
+from subspec.artifacts.model import HEAD, LayerSpec, ModelSpec
 from subspec.artifacts.plan import USUAL, Constraints, Plan, tree_for
 from subspec.artifacts.profile import Corrections, LinkRate, Profile, Timing
 from subspec.planner.machine.profiles import with_link
 from subspec.planner.solve import problem as problem_module
 from subspec.planner.solve.predict import (
     Candidate,
+    pass_seconds,
     passes_of,
     predict,
     usage_within,
@@ -610,6 +611,27 @@ def test_the_context_is_ours_to_halve() -> None:
     plan = plan_for(24_000_000, Constraints())
     assert plan.context == 512
     assert "the context is 512 tokens" in plan.reasons[0]
+
+
+def test_layers_with_windows_leave_room_for_a_longer_context() -> None:
+    """They keep 768 tokens of a text at most, and attending to more takes no longer."""
+    spec, profile = make_spec(), make_profile()
+    layers = (
+        LayerSpec(
+            (replace(one.blocks[0], body=replace(one.attentions[0], window=100)), one.blocks[1])
+        )
+        for one in spec.layers
+    )
+    windowed = replace(spec, layers=tuple(layers))
+    contexts = [problem_module.default_context(one, 26_000_000, 1) for one in (spec, windowed)]
+    assert contexts == [512, 4096]
+    plans = [plan_for(10**9, Constraints(context=4096), spec=one) for one in (spec, windowed)]
+    ledgers = [plan.placement("substitute").ledger for plan in plans]
+    assert ledgers[0].windows == ledgers[1].cache == 0
+    assert ledgers[1].windows < ledgers[0].cache / 4
+    timings = profile.exact_layer, profile.exact_attention, 8
+    near, far = (pass_seconds(windowed, *timings, live) for live in (800, 4000))
+    assert near == far < pass_seconds(spec, *timings, 4000)
 
 
 def test_a_context_that_leaves_no_room_for_a_draft_is_halved_further(

@@ -14,6 +14,7 @@ from toys import make_spec
 
 from subspec.artifacts.footprint import (
     Shape,
+    Slots,
     cache_slots,
     compiled_draft_bytes,
     packed_bytes,
@@ -206,7 +207,7 @@ class Toy:
         return Cache(keys, values, nets, tokens=list(self.kept.tokens))
 
     def compiled(self) -> CompiledLayers:
-        layers = compile_layers(self.weights, self.substitutes, SLOTS)
+        layers = compile_layers(self.weights, self.substitutes)
         assert layers is not None
         return layers
 
@@ -658,7 +659,7 @@ def test_a_form_that_it_does_not_compute_is_left_to_the_twin(name: str) -> None:
     spec = REFUSED[name]
     assert known_form(spec) is None
     toy = make_toy(spec)
-    assert compile_layers(toy.weights, toy.substitutes, SLOTS) is None
+    assert compile_layers(toy.weights, toy.substitutes) is None
     drafter = SubstituteDrafter((Tree(2, 3),), 8, toy.weights, toy.substitutes, None)
     caches = [replace(toy.cache(), tokens=[1] * length) for length in (5, 70)]
     trees = drafter.draft([Turn(cache, 7, 50) for cache in caches])
@@ -702,15 +703,15 @@ def test_the_scale_of_the_scores_is_the_specs() -> None:
 
 
 def test_another_dtype_leaves_the_layers_to_their_twin(toy: Toy) -> None:
-    assert compile_layers(toy.exact_weights, toy.substitutes, SLOTS) is None
+    assert compile_layers(toy.exact_weights, toy.substitutes) is None
     f32 = replace(toy.weights, spec=replace(toy.spec, dtype="float32"))
-    assert compile_layers(f32, toy.substitutes, SLOTS) is None  # the cache is f32
+    assert compile_layers(f32, toy.substitutes) is None  # the cache is f32
 
 
 def test_a_matrix_without_a_substitute_leaves_the_layers_to_their_twin(toy: Toy) -> None:
     def compiled_without(name: str) -> CompiledLayers | None:
         weights = {**toy.substitutes.weights, name: toy.exact.weights[name]}
-        return compile_layers(toy.weights, replace(toy.substitutes, weights=weights), SLOTS)
+        return compile_layers(toy.weights, replace(toy.substitutes, weights=weights))
 
     assert compiled_without("model.layers.1.mlp.down_proj") is None
     assert compiled_without("lm_head") is not None
@@ -722,7 +723,7 @@ def test_without_a_compiler_the_twin_runs(monkeypatch: pytest.MonkeyPatch) -> No
     cpp.library.cache_clear()
     reason = compiled_layers.unavailable()
     assert reason is not None and "no-such-compiler" in reason
-    assert compile_layers(toy.weights, toy.substitutes, SLOTS) is None
+    assert compile_layers(toy.weights, toy.substitutes) is None
     cpp.library.cache_clear()
 
 
@@ -786,7 +787,7 @@ def test_other_kernels_and_other_types_leave_the_draft_to_its_twin(tmp_path: Pat
 @pytest.mark.parametrize("num_threads", [1, 2, 7])
 @pytest.mark.parametrize("num_rows", [1, 3, 16])
 def test_the_planner_grants_the_scratch(toy: Toy, num_rows: int, num_threads: int) -> None:
-    granted = compiled_draft_bytes(toy.spec, 1, num_rows, 0, num_threads)
+    granted = compiled_draft_bytes(toy.spec, 1, num_rows, Slots(0, None), num_threads)
     assert scratch_bytes(toy.compiled().sizes, num_rows, num_threads) <= granted
 
 
@@ -800,7 +801,9 @@ def test_the_temporaries_of_a_draft_step_are_those_that_the_planner_grants(
     with Temporaries() as seen:
         compiled_layers.forward(layers, batch)
     of_logits = 4 * num_sequences * width * toy.spec.vocab_size
-    granted = compiled_draft_bytes(toy.spec, num_sequences, width, SLOTS, 1) + of_logits
+    granted = (
+        compiled_draft_bytes(toy.spec, num_sequences, width, Slots(SLOTS, None), 1) + of_logits
+    )
     assert seen.peak_bytes <= granted
 
 
@@ -811,7 +814,7 @@ def test_the_temporaries_of_a_whole_draft_are_within_the_workspace(
 ) -> None:
     """Compiled or by the twin."""
     toy, width = make_toy((SPECS | NETS | REFUSED)[name]), 24
-    compiled = compile_layers(toy.weights, toy.substitutes, SLOTS)
+    compiled = compile_layers(toy.weights, toy.substitutes)
     for one in (compiled, None) if compiled else (None,):
         drafter = SubstituteDrafter((Tree(4, 5),), width, toy.weights, toy.substitutes, one)
         turns = [
