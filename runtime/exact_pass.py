@@ -20,7 +20,7 @@ from subspec.runtime.draft.drafter import Drafter, Turn, tree_nodes, tree_rows
 from subspec.runtime.kernels.linear import calls_of
 from subspec.runtime.model.attention import attend, attend_batch_invariant
 from subspec.runtime.model.cache import Cache
-from subspec.runtime.model.delta_net import tree_paths
+from subspec.runtime.model.paths import tree_paths
 from subspec.runtime.model.sampling import Chooser
 from subspec.runtime.model.transformer import (
     Attend,

@@ -16,8 +16,8 @@ from subspec.planner.machine.excerpt import cancelling, fill_with_noise
 from subspec.runtime.kernels.linear import Calls, calls_of
 from subspec.runtime.model.attention import attend_batch_invariant
 from subspec.runtime.model.cache import Cache
-from subspec.runtime.model.delta_net import tree_paths
 from subspec.runtime.model.net_state import TreeNodes
+from subspec.runtime.model.paths import tree_paths
 from subspec.runtime.model.transformer import (
     Attend,
     Pass,

@@ -23,8 +23,8 @@ from subspec.runtime.kernels.linear import calls_of
 from subspec.runtime.lossy import Lossy
 from subspec.runtime.model.attention import attend
 from subspec.runtime.model.cache import Cache, TreeSlots
-from subspec.runtime.model.delta_net import window_rows
 from subspec.runtime.model.net_state import TreeNodes
+from subspec.runtime.model.paths import window_rows
 from subspec.runtime.model.sampling import Chooser, Sampling
 from subspec.runtime.model.transformer import Attend, Places, Rows, SharedWeights, forward
 

@@ -19,11 +19,10 @@ from subspec.runtime.model.delta_net import (
     DeltaState,
     DeltaWeights,
     End,
-    Paths,
-    chain_paths,
     commit,
     delta_net,
 )
+from subspec.runtime.model.paths import Paths, chain_paths
 
 Take = Callable[[tuple[int, ...], torch.dtype], Tensor]
 

@@ -1,5 +1,6 @@
 """A sequence: its cache is reused, its ends are clean, odd uses give right tokens or errors."""
 
+import time
 from collections.abc import Sequence as Many
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,8 @@ from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.plan import Method, calls_for
 from subspec.planner.model.hub import DEMO
 from subspec.runtime import decode
+from subspec.runtime import sequence as sequences
+from subspec.runtime.decode import Round
 from subspec.runtime.draft.beam import DraftPass, Growing, TokenTree
 from subspec.runtime.draft.drafter import SubstituteDrafter, Turn
 from subspec.runtime.engine import Engine, OpenOptions
@@ -153,6 +156,22 @@ def test_exactly_as_many_tokens_as_asked_for(
         assert len(generated(sequence, PROMPT, GenerationParams(tokens))) == tokens
         assert sequence.stats.generated_tokens == tokens
         assert sequence.finish_reason == "length"
+
+
+def test_the_time_to_commit_a_round_is_part_of_it(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Delta nets replay what is kept: speeds and predictions would leave that out."""
+    real = sequences.keep
+
+    def slow(turn: Turn, done: Round, num_tokens: int) -> None:
+        time.sleep(0.02)
+        real(turn, done, num_tokens)
+
+    monkeypatch.setattr(sequences, "keep", slow)
+    with Engine.open(artifact, OpenOptions("plain")) as engine, engine.new_sequence() as sequence:
+        generated(sequence, [3, 4, 5], GenerationParams(4))
+        assert sequence.stats.decode_seconds > 3 * 0.02
 
 
 def test_fewer_than_one_token_cannot_be_asked_for() -> None:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from subspec.artifacts.footprint import delta_net_slots_bytes
-from subspec.runtime.model.delta_net import Paths, chain_paths, tree_paths, walk
+from subspec.runtime.model.delta_net import walk
+from subspec.runtime.model.paths import Paths, chain_paths, tree_paths
 
 triton = pytest.importorskip("triton")
 delta_net_triton = pytest.importorskip("subspec.runtime.kernels.delta_net_triton")

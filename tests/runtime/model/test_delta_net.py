@@ -20,10 +20,8 @@ from subspec.runtime.model.delta_net import (
     DeltaState,
     DeltaWeights,
     End,
-    Paths,
-    chain_paths,
-    tree_paths,
 )
+from subspec.runtime.model.paths import Paths, chain_paths, tree_paths
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Shape = tuple[int, int, int, int, int]  # G, J, E, F, K
