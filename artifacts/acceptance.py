@@ -43,6 +43,14 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class Checks:
+    """What a drafted level takes if one proposes tokens and another one checks them."""
+
+    passes: Annotated[float, Between(0, 1)]  # of the one that checks
+    proposed: Annotated[float, Between(0, MOST_LEVELS)]  # tokens; each is a pass of the other one
+
+
+@dataclass(frozen=True)
 class RoundYield:
     """Expectations of one round."""
 

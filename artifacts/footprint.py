@@ -4,7 +4,7 @@ The runtime allocates an arena of exactly this size for each purpose of the ledg
 bounded by the constants below, and tests compare measured temporaries with `workspace_bytes`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
 
@@ -30,6 +30,8 @@ TOKENS_BEHIND_CHECKPOINT = 16
 # That layers with windows keep before their widest window: a conversation can go back so far, and
 # nothing is read again.
 TOKENS_BEHIND_WINDOW = 192
+# Tokens that a draft model reads in a pass, of texts that it has to catch up with.
+CATCH_UP_ROWS = 128
 # Of prompts, in a pass that also verifies: the answers of other sequences should not wait for long.
 ROWS_IN_COMPANY = 128
 
@@ -53,7 +55,7 @@ DELTA_NET_PIECE = 32  # delta_net.cpp rounds the sizes of heads up to multiples 
 DELTA_NET_ROWS = 32  # whose inputs it widens together
 ATTENTION_SECTION = 512  # slots that attention_triton.py adds up on their own
 ATTENTION_SECTIONS = 8  # of them, at a time
-MOST_LOOKED_UP = 15  # tokens of each sequence that a draft's pass checks beside a level
+MOST_PROPOSED = 15  # tokens of each sequence that a draft's pass checks beside a level
 DRAFT_GROUP_BYTES = 76  # for 64 quantized activations in draft_layers.cpp
 
 
@@ -85,6 +87,12 @@ class Shape:
     decodes_residuals: bool = False  # at their use
     drafts_with_head: bool = False  # by the model's draft head
     keeps_all_tokens: bool = False  # in layers with windows too
+    draft_model: ModelSpec | None = None  # that drafts, or proposes what the substitutes check
+    substitutes_draft: bool = True  # as far as there is a draft
+
+    @property
+    def draft_needs_substitutes(self) -> bool:
+        return self.draft_width is not None and self.substitutes_draft
 
     @property
     def slots(self) -> int:
@@ -149,18 +157,26 @@ def make_ledger(
 ) -> Ledger:
     """Ledger of everything except resident exact weights."""
     # A residual is decoded with its substitute, even if there is no draft.
-    needs_substitutes = shape.draft_width is not None or shape.decodes_residuals
+    needs_substitutes = shape.draft_needs_substitutes or shape.decodes_residuals
+    other = shape.draft_model
     return Ledger(
         substitutes=substitutes_bytes(spec, kernel) if needs_substitutes else 0,
         norms=norms_bytes(spec),
         tables=tables_bytes(spec, shape),
         windows=windows_bytes(spec, shape),
-        cache=cache_bytes(spec, shape)
-        + (checkpoints_bytes(spec, shape.num_sequences) if device == "cpu" else 0),
+        cache=sequences_bytes(spec, device, shape),
         staging=shape.ring.num_bytes if shape.ring else 0,
         scratch=shape.scratch_bytes or 0,
-        drafter=draft_head_bytes(spec) if shape.drafts_with_head else 0,
-        drafter_cache=head_states_bytes(spec, shape) if shape.drafts_with_head else 0,
+        drafter=draft_head_bytes(spec)
+        if shape.drafts_with_head
+        else draft_model_bytes(other, kernel, shape)
+        if other
+        else 0,
+        drafter_cache=head_states_bytes(spec, shape)
+        if shape.drafts_with_head
+        else sequences_bytes(other, device, all_tokens_kept(shape))
+        if other
+        else 0,
         workspace=workspace_bytes(spec, device, shape),
         overhead=overhead_bytes,
         guard=guard_bytes(device, budget_bytes),
@@ -207,11 +223,21 @@ def tables_bytes(spec: ModelSpec, shape: Shape) -> int:
     positions = shape.slots
     item = 4 if spec.rope_in_f32 else spec.item_bytes
     total = sum(2 * aligned(positions * rope.size * item) for rope in spec.ropes)
-    if shape.draft_width is not None and spec.dtype != "bfloat16":
+    if shape.draft_needs_substitutes and spec.dtype != "bfloat16":
         if not spec.rope_in_f32:
             total += sum(2 * aligned(positions * r.size * DRAFT_BYTES) for r in spec.ropes)
         total += draft_copies_bytes(spec)
     return total
+
+
+def draft_model_bytes(spec: ModelSpec, kernel: Int4Kernel, shape: Shape) -> int:
+    """Size of a draft model's weights, its RoPE tables and, unless it is bf16, its bf16 copies of
+    norms and biases."""
+    positions = cache_slots(shape.context, shape.verify_width)
+    item = 4 if spec.rope_in_f32 else DRAFT_BYTES
+    tables = sum(2 * aligned(positions * rope.size * item) for rope in spec.ropes)
+    copies = draft_copies_bytes(spec) if spec.dtype != "bfloat16" else 0
+    return substitutes_bytes(spec, kernel) + norms_bytes(spec) + tables + copies
 
 
 @lru_cache(maxsize=8)
@@ -220,6 +246,19 @@ def draft_copies_bytes(spec: ModelSpec) -> int:
         aligned(prod(shape) * DRAFT_BYTES)
         for name, shape in spec.resident_shapes.items()
         if len(shape) == 1 and name not in spec.net_tensors
+    )
+
+
+def all_tokens_kept(shape: Shape) -> Shape:
+    """Of a draft model, whose text goes back with every round."""
+    return replace(shape, keeps_all_tokens=True)
+
+
+def sequences_bytes(spec: ModelSpec, device: DeviceKind, shape: Shape) -> int:
+    """Fast memory of all sequences' caches."""
+    on_cpu = device == "cpu"
+    return cache_bytes(spec, shape) + (
+        checkpoints_bytes(spec, shape.num_sequences) if on_cpu else 0
     )
 
 
@@ -313,18 +352,42 @@ def workspace_bytes(spec: ModelSpec, device: DeviceKind, shape: Shape) -> int:
         exact += 2 * sequences * width * spec.hidden_size * spec.item_bytes
     if shape.draft_width is None:
         return aligned(exact) + (ALLOCATOR_BYTES if device == "cuda" else 0)
-    rows = min(shape.draft_width + MOST_LOOKED_UP, max(shape.draft_width, width))
-    draft = pass_bytes(spec, device, sequences, rows, slots, 0, tree_rows=width)
-    if device == "cpu":
-        draft = max(draft, compiled_draft_bytes(spec, sequences, rows, slots, threads))
-    if shape.drafts_with_head:
-        draft = max(draft, head_pass_bytes(spec, device, sequences, max(rows, width), slots))
-    # Logits in bf16; those of a level in f32, and sharpened.
-    draft += sequences * (2 * rows + 12 * shape.draft_width) * padded_vocabulary(spec)
+    draft, vocabulary = 0, padded_vocabulary(spec)
+    if shape.substitutes_draft:
+        rows = min(shape.draft_width + MOST_PROPOSED, max(shape.draft_width, width))
+        draft = draft_pass_bytes(spec, device, shape, sequences, rows)
+        if shape.drafts_with_head:
+            draft = max(draft, head_pass_bytes(spec, device, sequences, max(rows, width), slots))
+        draft += sequences * 2 * rows * vocabulary
+    if shape.draft_model is not None:
+        # A level; or the last tokens before it, of which one has logits; or a text that is read.
+        rows, whole = max(shape.draft_width, 1 + MOST_PROPOSED), all_tokens_kept(shape)
+        own = max(
+            draft_pass_bytes(shape.draft_model, device, whole, sequences, rows),
+            draft_pass_bytes(shape.draft_model, device, whole, 1, CATCH_UP_ROWS),
+        )
+        # As the draft model gives them, and as many as the model has.
+        vocabulary = max(vocabulary, padded_vocabulary(shape.draft_model))
+        draft = max(draft, own + sequences * 4 * shape.draft_width * vocabulary)
+    # Logits are in bf16; those of a level then in f32, and sharpened.
+    draft += sequences * 12 * shape.draft_width * vocabulary
     if device == "cpu":
         return aligned(max(exact, draft))
     # Captured levels keep their temporaries.
-    return aligned(exact + draft) + sequences * graph_bytes(spec) + ALLOCATOR_BYTES
+    graphs = sequences * graph_bytes(spec) if shape.draft_model is None else 0
+    return aligned(exact + draft) + graphs + ALLOCATOR_BYTES
+
+
+def draft_pass_bytes(
+    spec: ModelSpec, device: DeviceKind, shape: Shape, sequences: int, rows: int
+) -> int:
+    """Temporaries of a draft's pass of so many rows for each sequence, without logits."""
+    slots, width = Slots(shape.slots, shape.window_slots(spec)), shape.verify_width
+    draft = pass_bytes(spec, device, sequences, rows, slots, 0, tree_rows=width)
+    if device == "cpu":
+        threads = shape.num_threads
+        draft = max(draft, compiled_draft_bytes(spec, sequences, rows, slots, threads))
+    return draft
 
 
 def moving_bytes(spec: ModelSpec) -> int:

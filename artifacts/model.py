@@ -243,6 +243,7 @@ class ModelSpec:
     # The artifact has its weights, which are in no pass of the model's own.
     draft_head: DraftHead | None = None
     eos_token_ids: tuple[int, ...] = ()
+    quantized: bool = True  # False: no matrix has a substitute, all of them are always resident
     # Matrices that the checkpoint has in FP8, by name. All others, and what is computed: `dtype`.
     fp8: dict[str, ScaleBlock] = field(default_factory=dict)
     source: Source = field(default_factory=lambda: Source(""))
@@ -314,7 +315,8 @@ class ModelSpec:
             for place, (name, (shape, exact)) in enumerate(_linear_shapes(self, layer).items()):
                 full = f"{layer_name(index)}.{name}"
                 own = self.fp8.get(full)
-                found.append(Linear(full, index, place, *shape, stays_exact=exact, fp8=own))
+                stays = exact or not self.quantized
+                found.append(Linear(full, index, place, *shape, stays_exact=stays, fp8=own))
         padding = -self.vocab_size % PART_ROWS
         rows = self.vocab_size + padding
         found.append(
@@ -326,6 +328,7 @@ class ModelSpec:
                 self.hidden_size,
                 False,
                 padding,
+                stays_exact=not self.quantized,
                 fp8=self.fp8.get(HEAD),
             )
         )
@@ -441,7 +444,8 @@ class Linear:
     in_features: int
     has_bias: bool
     padding_rows: int = 0  # zero rows of a head, up to a multiple of PART_ROWS
-    stays_exact: bool = False  # small, and its errors would add up along a text
+    # Of a model that is not quantized; or small, and its errors would add up along a text.
+    stays_exact: bool = False
     fp8: ScaleBlock | None = None  # None: the checkpoint has it in the model's dtype
 
     @property

@@ -5,10 +5,10 @@ the user's constraints.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from subspec.artifacts.acceptance import Acceptance
+from subspec.artifacts.acceptance import Acceptance, Checks
 from subspec.artifacts.common.bounds import (
     MOST_LEVELS,
     Between,
@@ -24,11 +24,17 @@ from subspec.artifacts.common.sizes import LARGEST, format_size
 from subspec.artifacts.model import StoredPart
 
 DeviceKind = Literal["cpu", "cuda"]
-Method = Literal["substitute", "plain"]
+# Whose memory: of the substitutes, of plain decoding, of a draft model that drafts, or of one whose
+# tokens the substitutes check.
+Method = Literal["substitute", "plain", "draft-model", "substitute+draft-model"]
 # Who proposes tokens. lookup: the text itself, beside the placement of plain decoding;
-# substitute+lookup: the text, as far as the substitutes agree, and they go on. mtp: the model's own
-# head for multi-token prediction.
-DrafterName = Literal["substitute", "lookup", "substitute+lookup", "mtp"]
+# substitute+...: another one, as far as the substitutes agree, and they go on. mtp: the model's own
+# head for multi-token prediction, beside the substitutes.
+DrafterName = Literal[
+    "substitute", "lookup", "substitute+lookup", "mtp", "draft-model", "substitute+draft-model"
+]
+WITH_SUBSTITUTES: tuple[Method, ...] = ("substitute", "substitute+draft-model")  # that draft
+WITH_DRAFT_MODEL: tuple[Method, ...] = ("draft-model", "substitute+draft-model")
 Int4Kernel = Literal["aten", "gemlite", "w4a8"]  # w4a8: runtime/kernels/int4.cpp, on cpu
 
 
@@ -55,7 +61,9 @@ class Tree:
 
 @dataclass(frozen=True)
 class Ledger:
-    """Bytes of fast memory by purpose. All but the last three are arenas of exactly this size."""
+    """Bytes of fast memory by purpose. All but the last three are arenas of exactly this size.
+
+    `drafter` and `drafter_cache` are of a drafter with weights of its own."""
 
     substitutes: Count = 0
     residuals: Count = 0  # exact weights that are resident as residuals
@@ -66,7 +74,7 @@ class Ledger:
     windows: Count = 0  # of layers that keep only what their windows show; 0: they are in `cache`
     staging: Count = 0  # slots that streamed weights arrive in
     scratch: Count = 0  # one part of a matrix, decoded from its residual
-    drafter: Count = 0  # weights of its own
+    drafter: Count = 0  # its weights and tables
     drafter_cache: Count = 0  # its keys and values of all sequences
     workspace: Count = 0  # temporaries of torch and of our kernels
     overhead: Count = 0  # taken by the process before any weight (CUDA context)
@@ -135,6 +143,21 @@ class Company:
 
 
 @dataclass(frozen=True)
+class Draft:
+    """What a method drafts, how often that is accepted, and in company."""
+
+    tree: Tree
+    acceptance: Acceptance
+    company: Annotated[tuple[Company, ...], Length(0, 8)] = ()
+    checks: Checks | None = None  # of a drafter that checks what another one proposes
+
+    @property
+    def trees(self) -> tuple[Tree, ...]:
+        """What is drafted for each of 1, 2, 4, 8, ... answers at once; see `tree_for`."""
+        return (self.tree, *(one.tree for one in self.company))
+
+
+@dataclass(frozen=True)
 class Option:
     """One candidate of the search, for the report."""
 
@@ -169,7 +192,7 @@ class Constraints:
     def needs_draft(self) -> bool:
         """Whether only a plan with a draft satisfies the constraints."""
         fixed_tree = self.width is not None or self.depth is not None
-        return self.method == "substitute" or (self.method is None and fixed_tree)
+        return self.method not in (None, "plain") or (self.method is None and fixed_tree)
 
 
 @dataclass(frozen=True)
@@ -202,16 +225,23 @@ class Plan:
     company: Annotated[
         tuple[Company, ...], Length(0, 8)
     ] = ()  # of 2, 4, 8, ... answers at once; fewer take the one before
+    # Of methods whose drafters have weights of their own. `tree`, `acceptance` and `company` are
+    # the substitutes'.
+    drafts: dict[Method, Draft] = field(default_factory=dict)
 
     @property
     def verify_width(self) -> int:
         """Rows per sequence of the widest exact pass."""
         return self.verify_widths[-1]
 
+    def draft_of(self, method: Method) -> Draft:
+        """Of plain decoding: what the substitutes would draft."""
+        return self.drafts.get(method) or Draft(self.tree, self.acceptance, self.company)
+
     @property
-    def trees(self) -> tuple[Tree, ...]:
-        """What is drafted for each of 1, 2, 4, 8, ... answers at once; see `tree_for`."""
-        return (self.tree, *(one.tree for one in self.company))
+    def draft(self) -> Draft:
+        """Of the plan's own method."""
+        return self.draft_of(self.method)
 
     def placement(self, method: Method) -> Placement:
         """Placement of a method. Raises SubspecError(INFEASIBLE) if it does not fit the budget."""
@@ -223,6 +253,15 @@ class Plan:
                 "run it with --no-speculation, or re-plan with a larger --vram",
             )
         return self.placements[method]
+
+
+def method_of(drafter: DrafterName) -> Method:
+    """Whose memory a drafter runs in."""
+    if drafter == "lookup":
+        return "plain"
+    if drafter == "substitute+lookup" or drafter == "mtp":
+        return "substitute"
+    return drafter
 
 
 def tree_for(trees: Sequence[Tree], num_answers: int) -> Tree:

@@ -29,6 +29,7 @@ class LinkRate:
 
 
 Timings = Annotated[tuple[Timing, ...], Length(1, 1000)]  # of one operation, widths ascending
+SomeTimings = Annotated[tuple[Timing, ...], Length(0, 1000)]
 Factor = Annotated[float, Between(0.01, 100)]
 Share = Annotated[float, Between(0.01, 1)]
 Rate = Annotated[float, Between(0, FASTEST)]
@@ -39,6 +40,8 @@ class Corrections:
     """Correction factors: measured time of real rounds over the sum of the profile's terms."""
 
     draft: Factor = 1.0
+    draft_model: Factor = 1.0  # a draft of the draft model alone
+    checked_draft: Factor = 1.0  # one that it proposes and the substitutes check
     verify: Factor = 1.0
     plain: Factor = 1.0  # a token of plain decoding
     prompt: Factor = 1.0  # the first token
@@ -89,6 +92,10 @@ class Profile:
     # Of a model that has weights in FP8; else 0.
     fp8_residual_weights_per_second: Rate = 0.0  # decoded from residuals
     fp8_weights_per_second: Rate = 0.0  # FP8 codes, multiplied by their scales
+    # Of a draft model, as draft_layer, draft_attention and draft_head; empty without one.
+    draft_model_layer: SomeTimings = ()
+    draft_model_attention: SomeTimings = ()
+    draft_model_head: SomeTimings = ()
     # Share of the CPUs' time that was other programs' meanwhile, or a host's other guests'.
     others_cpu_share: Annotated[float, Between(0, 1)] = 0.0
 
@@ -96,6 +103,10 @@ class Profile:
     def under_load(self) -> bool:
         """Whether other programs made the figures too slow. A GPU's hardly depend on the CPUs."""
         return self.device == "cpu" and self.others_cpu_share > UNDER_LOAD
+
+    @property
+    def has_draft_model(self) -> bool:
+        return bool(self.draft_model_layer)
 
     def decode_rate(self, encoding: Encoding) -> float:
         """Weights per second from an encoding to what is multiplied."""

@@ -16,6 +16,7 @@ from subspec.artifacts.common.configuration import Configured
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.sizes import parse_size
 from subspec.planner.planning import (
+    DraftModelRef,
     Planned,
     PlanRequest,
     Progress,
@@ -28,6 +29,7 @@ from subspec.planner.planning import (
 if TYPE_CHECKING:
     from subspec.artifacts.plan import Constraints
     from subspec.artifacts.profile import Profile
+    from subspec.planner.model.hub import Resolved
     from subspec.planner.rehearse.calibration import Sample
 
 LONGEST_REHEARSAL = 86_400  # seconds
@@ -76,6 +78,8 @@ class Options:
     reprofile: bool = False
     as_json: bool = False
     overwrite: bool = False
+    draft_model: str | None = None
+    draft_model_weights: str = "4bit"
 
     @property
     def artifact(self) -> Path | None:
@@ -129,9 +133,15 @@ class Options:
 )  # fmt: skip
 @click.option(
     "--method",
-    type=click.Choice(["substitute", "plain"]),
-    help="Decoding method.  [default: the faster]",
+    type=click.Choice(["substitute", "plain", "draft-model", "substitute+draft-model"]),
+    help="Decoding method; the last two need --draft-model.  [default: the fastest]",
 )
+@click.option(
+    "--draft-model", metavar="REF",
+    help="A smaller model of the same vocabulary, which may draft; it stays in fast memory.",
+)  # fmt: skip
+@click.option("--draft-model-weights", type=click.Choice(["4bit", "exact"]), default="4bit",
+              show_default=True, help="Storage of the draft model's weights.")  # fmt: skip
 @click.option(
     "--profile", type=click.Path(path_type=Path), help="Plan for the machine of this profile.json."
 )
@@ -178,17 +188,33 @@ def main(**given: Any) -> None:
     from subspec.planner.model.hub import resolve
 
     assert options.model is not None, "check_options asks for it"
+    draft_model = None
+    if options.draft_model is not None:
+        small = resolve(options.draft_model, weights=not options.dry_run, tokenizer=True)
+        whole = resolve(options.model, options.revision, weights=False, tokenizer=True)
+        check_draft_model(whole, small, options.draft_model)
+        draft_model = DraftModelRef(small, options.draft_model_weights == "4bit")
     resolved = resolve(options.model, options.revision, weights=not options.dry_run)
     for note in resolved.notes:
         say(note)
     with progress() as show:
         if options.dry_run:
-            planned = plan_dry(request, resolved, out, show, say)
+            planned = plan_dry(request, resolved, out, show, say, draft_model)
         else:
             planned = plan_model(
-                request, resolved, out, options.overwrite, options.quantizer, show, say
-            )
+                request, resolved, out, options.overwrite, options.quantizer, show, say,
+                draft_model,
+            )  # fmt: skip
     report(options, planned, out)
+
+
+def check_draft_model(model: "Resolved", draft_model: "Resolved", reference: str) -> None:
+    """Raises SubspecError(USAGE) for another vocabulary, before the model's weights are fetched."""
+    from subspec.planner.model.tokenizer_files import read_tokenizer
+    from subspec.planner.model.vocabulary import check_vocabulary
+
+    ours, theirs = (read_tokenizer(one.path).tokenizer_json for one in (model, draft_model))
+    check_vocabulary(ours, theirs, reference)
 
 
 def report(options: Options, planned: Planned, out: Path) -> None:
@@ -222,12 +248,16 @@ def check_options(options: Options) -> None:
             raise SubspecError(
                 Exit.USAGE, f"{flag} was given without --from", "add --from ARTIFACT"
             )
+    if options.draft_model is None and options.draft_model_weights != "4bit":
+        message = "--draft-model-weights was given without --draft-model"
+        raise SubspecError(Exit.USAGE, message, "add --draft-model REF")
     makes_weights = options.encoding != "auto" or options.quantizer != "blocked"
+    makes_weights = makes_weights or options.draft_model is not None
     if options.artifact is not None and (makes_weights or options.revision):
         raise SubspecError(
             Exit.USAGE,
-            "the weights of an artifact stay as they are stored: --encoding, --quantizer and "
-            "--revision do not apply",
+            "the weights of an artifact stay as they are stored: --encoding, --quantizer, "
+            "--draft-model and --revision do not apply",
             "leave them out, or plan with --model",
         )
     rehearses = options.rehearse is not None

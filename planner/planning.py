@@ -13,7 +13,7 @@ from subspec.artifacts.common.cpu_load import cpu_times, others_share
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.sizes import short_size
 from subspec.artifacts.format.folder import place_of
-from subspec.artifacts.plan import USUAL, Constraints, Plan
+from subspec.artifacts.plan import USUAL, WITH_DRAFT_MODEL, Constraints, Method, Plan
 from subspec.artifacts.profile import Profile
 
 if TYPE_CHECKING:
@@ -21,9 +21,12 @@ if TYPE_CHECKING:
     from subspec.artifacts.format.store import Artifact
     from subspec.artifacts.model import ModelSpec
     from subspec.artifacts.runs import Run
+    from subspec.planner.model.checkpoint import Checkpoint
     from subspec.planner.model.hub import Resolved
     from subspec.planner.rehearse.calibration import Sample
     from subspec.planner.rehearse.corrections import PredictFor
+    from subspec.planner.rehearse.rehearsal import Effort, Setting
+    from subspec.planner.solve.predict import Proposer
     from subspec.planner.solve.storage import Storage
 
 SETTLED_SPEED = 0.98  # of the best plan's, by the plan that was the best before
@@ -55,6 +58,14 @@ class PlanRequest:
 
 
 @dataclass(frozen=True)
+class DraftModelRef:
+    """A smaller model that may draft."""
+
+    model: "Resolved"
+    quantized: bool = True  # False: its weights as they are
+
+
+@dataclass(frozen=True)
 class Planned:
     spec: "ModelSpec"
     plan: Plan
@@ -69,6 +80,7 @@ def plan_model(
     quantizer: str = "blocked",
     progress: Progress = unseen,
     tell: Tell = nobody,
+    draft_model: DraftModelRef | None = None,
 ) -> Planned:
     """A checkpoint becomes the artifact `out`."""
     from subspec.planner.build.artifact import build
@@ -76,7 +88,7 @@ def plan_model(
     from subspec.planner.model.checkpoint import read_checkpoint
     from subspec.planner.model.tokenizer_files import read_tokenizer
     from subspec.planner.rehearse.rehearsal import pack_programs
-    from subspec.planner.solve.search import PRIOR
+    from subspec.planner.solve.search import PRIOR, unknown_proposer
     from subspec.planner.solve.storage import Storage
 
     request = within_memory(request, tell)
@@ -85,8 +97,13 @@ def plan_model(
     for note in (*checkpoint.notes, *tokenizer.notes):
         tell(f"note: {note}")
     spec = checkpoint.spec
-    measured = request.known_profile or measure_here(request, spec, out, progress, tell)
-    first = solve(request, spec, measured, PRIOR)
+    drafting = read_draft_model(draft_model) if draft_model else None
+    for note in drafting.notes if drafting else ():
+        tell(f"note: draft model: {note}")
+    other = drafting.spec if drafting else None
+    measured = request.known_profile or measure_here(request, spec, out, progress, tell, other)
+    unknown = unknown_proposer(other)
+    first = solve(request, spec, measured, PRIOR, proposer=unknown)
     found = Planned(spec, first, measured)
 
     def improve(artifact: "Artifact") -> tuple[Plan, Profile]:
@@ -96,8 +113,11 @@ def plan_model(
         stored = Storage(tuple(artifact.stored_parts()))
         # Another machine's plan cannot be run here.
         if request.known_profile is not None or request.rehearse == 0:
-            plan = solve(request, spec, measured, PRIOR, stored) if first.residuals else first
-            found = Planned(spec, with_sweeps(request, spec, measured, stored, plan), measured)
+            plan = first
+            if first.residuals:
+                plan = solve(request, spec, measured, PRIOR, stored, unknown)
+            plan = with_sweeps(request, spec, measured, stored, plan, unknown)
+            found = Planned(spec, plan, measured)
         else:
             found = rehearsed(request, artifact, measured, stored, progress, tell)
         if request.known_profile is None:
@@ -106,7 +126,7 @@ def plan_model(
 
     build(
         checkpoint, tokenizer, first, measured, out, overwrite, QUANTIZERS[quantizer], improve,
-        progress,
+        progress, drafting,
     )  # fmt: skip
     return found
 
@@ -117,19 +137,52 @@ def plan_dry(
     out: Path,
     progress: Progress = unseen,
     tell: Tell = nobody,
+    draft_model: DraftModelRef | None = None,
 ) -> Planned:
     """From config and headers alone. out: on whose disk the artifact would lie."""
     from subspec.planner.model.checkpoint import read_spec
     from subspec.planner.model.generation import generation_notes, read_generation
-    from subspec.planner.solve.search import PRIOR
+    from subspec.planner.solve.search import PRIOR, unknown_proposer
 
     request = within_memory(request, tell)
     spec = read_spec(model.path, model.source)
+    other = None
+    if draft_model is not None:
+        own = read_spec(draft_model.model.path, draft_model.model.source)
+        other = as_draft_model(own, draft_model)
     for note in generation_notes(read_generation(model.path)):
         tell(f"note: {note}")
-    profile = request.known_profile or measure_here(request, spec, out, progress, tell)
-    plan = solve(request, spec, profile, PRIOR)
-    return Planned(spec, with_sweeps(request, spec, profile, None, plan), profile)
+    profile = request.known_profile or measure_here(request, spec, out, progress, tell, other)
+    unknown = unknown_proposer(other)
+    plan = solve(request, spec, profile, PRIOR, proposer=unknown)
+    return Planned(spec, with_sweeps(request, spec, profile, None, plan, unknown), profile)
+
+
+def read_draft_model(given: DraftModelRef) -> "Checkpoint":
+    """A checkpoint of what an artifact has of a draft model. Raises SubspecError."""
+    from subspec.planner.model.checkpoint import read_checkpoint
+
+    checkpoint = read_checkpoint(given.model.path, given.model.source)
+    return replace(checkpoint, spec=as_draft_model(checkpoint.spec, given))
+
+
+def as_draft_model(spec: "ModelSpec", given: DraftModelRef) -> "ModelSpec":
+    """What it has in FP8 is multiplied out."""
+    return replace(spec, fp8={}, draft_head=None, quantized=given.quantized)
+
+
+def known_proposer(artifact: "Artifact") -> "Proposer | None":
+    """The artifact's draft model, with what its plan knows of it."""
+    from subspec.planner.solve.search import unknown_proposer
+
+    found = unknown_proposer(artifact.draft_model)
+    if found is None:
+        return None
+    drafts = artifact.plan.drafts
+    if "draft-model" in drafts:
+        found = replace(found, acceptance=drafts["draft-model"].acceptance)
+    both = drafts.get("substitute+draft-model")
+    return replace(found, checks=both.checks) if both and both.checks else found
 
 
 def plan_again(
@@ -157,9 +210,10 @@ def plan_again(
     wants = request.samples is not None or request.rehearse or (measure_again and sweeps)
     if wants and request.rehearse != 0:
         return rehearsed(request, artifact, profile, stored, progress, tell)
-    plan = solve(request, spec, profile, artifact.plan.acceptance, stored)
+    proposer = known_proposer(artifact)
+    plan = solve(request, spec, profile, artifact.plan.acceptance, stored, proposer)
     if sweeps:
-        plan = with_sweeps(request, spec, profile, stored, plan)
+        plan = with_sweeps(request, spec, profile, stored, plan, proposer)
     return Planned(spec, plan, profile)
 
 
@@ -178,10 +232,18 @@ def plan_from_runs(
     stored = Storage(tuple(artifact.stored_parts()))
     profile = profile_for(request, artifact, out, False, progress, tell)
     runs = recorded_runs(artifact, profile)
-    acceptance = with_runs(artifact.plan.acceptance, artifact.plan, runs)
+    before, proposer = artifact.plan, known_proposer(artifact)
+    # Checked trees are nearly the substitutes' own.
+    checked = before.method == "substitute+draft-model"
+    method: Method = before.method if checked else "substitute"
+    acceptance = with_runs(before.acceptance, before, runs, method)
+    if proposer is not None:
+        learnt = with_runs(proposer.acceptance, before, runs, "draft-model")
+        proposer = replace(proposer, acceptance=learnt)
     profile = corrections_from(request, artifact, profile, stored, runs)
-    plan = solve(request, spec, profile, acceptance, stored)
-    return Planned(spec, with_sweeps(request, spec, profile, stored, plan), profile)
+    plan = solve(request, spec, profile, acceptance, stored, proposer)
+    plan = with_sweeps(request, spec, profile, stored, plan, proposer)
+    return Planned(spec, plan, profile)
 
 
 def within_memory(request: PlanRequest, tell: Tell) -> PlanRequest:
@@ -224,29 +286,79 @@ def rehearsed(
     samples = request.samples or shipped_samples()
     setting, started = Setting(request.link_bandwidth, request.device), cpu_times()
     effort = Effort() if request.rehearse is None else Effort.within(request.rehearse)
-    acceptance, company = None, plan_for_company(request, spec, profile, stored)
-    if company is not None and request.constraints.method != "plain":
-        acceptance = learn_acceptance(
-            artifact, company, samples, setting, settles(request, spec, profile, stored),
+    acceptance, proposer = artifact.plan.acceptance, known_proposer(artifact)
+    if proposer is not None:
+        effort = effort.divided(3)
+    company = plan_for_company(request, spec, profile, stored)
+    if company is not None and request.constraints.method not in ("plain", "draft-model"):
+        alone, asked = request, request.constraints
+        if asked.method in WITH_DRAFT_MODEL:
+            alone = replace(request, constraints=replace(asked, method="substitute"))
+        learnt = learn_acceptance(
+            artifact, company, samples, setting, settles(alone, spec, profile, stored),
             progress, effort,
         )  # fmt: skip
-    acceptance = acceptance or artifact.plan.acceptance
-    trial = solve(request, spec, profile, acceptance, stored)
-    rounds = time_rounds(
-        artifact, trial, predictor(request, spec, profile, trial, stored), samples, setting,
-        progress, effort,
-    )  # fmt: skip
+        acceptance = learnt or acceptance
+    if proposer is not None and request.constraints.method != "plain":
+        proposer = rehearsed_proposer(
+            request, artifact, profile, stored, acceptance, proposer, setting, effort, progress
+        )
+    trial = solve(request, spec, profile, acceptance, stored, proposer)
+    said = predictor(request, spec, profile, trial, stored, artifact.draft_model)
+    rounds = time_rounds(artifact, trial, said, samples, setting, progress, effort)
     profile = replace(profile, corrections=corrections(rounds, request.link_bandwidth))
     profile = with_load(profile, others_share(started, cpu_times()), tell)
-    plan = solve(request, spec, profile, acceptance, stored)
-    return Planned(spec, with_sweeps(request, spec, profile, stored, plan), profile)
+    plan = solve(request, spec, profile, acceptance, stored, proposer)
+    plan = with_sweeps(request, spec, profile, stored, plan, proposer)
+    return Planned(spec, plan, profile)
+
+
+def rehearsed_proposer(
+    request: PlanRequest,
+    artifact: "Artifact",
+    profile: Profile,
+    stored: "Storage",
+    acceptance: "Acceptance",
+    proposer: "Proposer",
+    setting: "Setting",
+    effort: "Effort",
+    progress: Progress,
+) -> "Proposer":
+    """The draft model with what running it teaches: acceptance of its trees, and how often the
+    substitutes agree with it. acceptance: of the substitutes."""
+    from subspec.planner.rehearse.calibration import shipped_samples
+    from subspec.planner.rehearse.rehearsal import learn_acceptance, learn_checks
+
+    spec, samples, asked = artifact.spec, request.samples or shipped_samples(), request.constraints
+    alone = plan_for_company(request, spec, profile, stored, "draft-model", proposer)
+    if alone is not None and asked.method in (None, "draft-model"):
+        enough = settles(request, spec, profile, stored, "draft-model", acceptance, proposer)
+        learnt = learn_acceptance(
+            artifact, alone, samples, setting, enough, progress, effort, "draft-model"
+        )
+        proposer = replace(proposer, acceptance=learnt or proposer.acceptance)
+    both: Method = "substitute+draft-model"
+    nets = spec.delta_nets or proposer.spec.delta_nets
+    if nets or asked.method not in (None, both):
+        return proposer
+    checking = plan_for_company(request, spec, profile, stored, both, proposer)
+    if checking is None:
+        return proposer
+    seconds = effort.time_seconds
+    checks = learn_checks(artifact, checking, samples, setting, progress, seconds)
+    return replace(proposer, checks=checks or proposer.checks)
 
 
 def plan_for_company(
-    request: PlanRequest, spec: "ModelSpec", profile: Profile, stored: "Storage"
+    request: PlanRequest,
+    spec: "ModelSpec",
+    profile: Profile,
+    stored: "Storage",
+    method: Method = "substitute",
+    proposer: "Proposer | None" = None,
 ) -> Plan | None:
     """A plan within the budget for as many short answers at once as it has room for, and then for
-    as wide trees. None: it has none for a deep draft."""
+    as wide trees. None: it has none for a deep draft of the method."""
     from subspec.planner.rehearse.rehearsal import AT_ONCE, CONTEXT
     from subspec.planner.rehearse.replay import DEEPEST, WIDTHS
     from subspec.planner.solve.search import PRIOR
@@ -255,7 +367,7 @@ def plan_for_company(
         request.constraints,
         context=min(CONTEXT, spec.max_positions),
         depth=DEEPEST,
-        method="substitute",
+        method=method,
         min_path_probability=None,
     )
     for num_sequences in AT_ONCE:
@@ -263,8 +375,9 @@ def plan_for_company(
             constraints = replace(asked, num_sequences=num_sequences, width=width)
             try:
                 return solve(
-                    replace(request, constraints=constraints), spec, profile, PRIOR, stored
-                )
+                    replace(request, constraints=constraints), spec, profile, PRIOR, stored,
+                    proposer,
+                )  # fmt: skip
             except SubspecError as error:
                 if error.exit_code != Exit.INFEASIBLE:
                     raise
@@ -272,11 +385,17 @@ def plan_for_company(
 
 
 def settles(
-    request: PlanRequest, spec: "ModelSpec", profile: Profile, stored: "Storage"
+    request: PlanRequest,
+    spec: "ModelSpec",
+    profile: Profile,
+    stored: "Storage",
+    learnt: Method = "substitute",
+    of_substitutes: "Acceptance | None" = None,
+    proposer: "Proposer | None" = None,
 ) -> "Callable[[Acceptance], bool]":
     """Tells whether more answers would hardly change the plan: the one that was chosen with fewer
-    is still as good as the best, and what a round gives is known well. Plain decoding is settled if
-    it was the best before too."""
+    is still as good as the best, and what a round gives is known well. Another method is settled if
+    it was the best before too. learnt: the method whose acceptance it is told of."""
     from subspec.planner.solve.outlook import predict_for, speed_of
     from subspec.planner.solve.predict import usage_within
 
@@ -285,17 +404,26 @@ def settles(
 
     def settled(acceptance: "Acceptance") -> bool:
         nonlocal before
-        plan, last = solve(request, spec, profile, acceptance, stored), before
+        if learnt == "substitute":
+            plan, last = solve(request, spec, profile, acceptance, stored), before
+        else:
+            assert of_substitutes is not None and proposer is not None
+            known_now = replace(proposer, acceptance=acceptance)
+            plan, last = solve(request, spec, profile, of_substitutes, stored, known_now), before
         before = plan
-        if last is None or plan.method != "substitute" or last.method != plan.method:
+        if last is None or plan.method != learnt or last.method != plan.method:
             return last is not None and last.method == plan.method
-        tree = plan.tree
+        tree = plan.draft.tree
         known = tree.width, tree.depth, tree.min_path_probability
         tokens, margin = acceptance.tokens(*known), acceptance.margin(*known)
-        last = replace(last, acceptance=acceptance)
+        if learnt == "substitute":
+            last = replace(last, acceptance=acceptance)
+        else:
+            last = replace(last, drafts={learnt: replace(last.draft, acceptance=acceptance)})
         still = predict_for(
-            spec, slow, last, stored, "substitute", usage_within(last.context, USUAL)
-        )
+            spec, slow, last, stored, learnt, usage_within(last.context, USUAL),
+            proposer.spec if proposer else None,
+        )  # fmt: skip
         return (
             still.tokens_per_second >= SETTLED_SPEED * speed_of(plan)
             and margin <= SETTLED_MARGIN * tokens
@@ -305,7 +433,12 @@ def settles(
 
 
 def predictor(
-    request: PlanRequest, spec: "ModelSpec", profile: Profile, plan: Plan, stored: "Storage"
+    request: PlanRequest,
+    spec: "ModelSpec",
+    profile: Profile,
+    plan: Plan,
+    stored: "Storage",
+    draft_model: "ModelSpec | None",
 ) -> "PredictFor":
     """What the plan promises for a usage, by the profile's own terms. A check of what streams first
     is left out: it happens once."""
@@ -313,7 +446,7 @@ def predictor(
     from subspec.planner.solve.outlook import predict_for
 
     bare = replace(without_corrections(slowed(request, profile)), digest_rate=0.0)
-    return lambda method, usage: predict_for(spec, bare, plan, stored, method, usage)
+    return lambda method, usage: predict_for(spec, bare, plan, stored, method, usage, draft_model)
 
 
 def recorded_runs(artifact: "Artifact", profile: Profile) -> "list[Run]":
@@ -344,7 +477,9 @@ def corrections_from(
     from subspec.planner.rehearse.corrections import corrections, rounds_of_runs, updated
 
     free = [run for run in runs if run.link_bandwidth == request.link_bandwidth]
-    promised = predictor(request, artifact.spec, profile, artifact.plan, stored)
+    promised = predictor(
+        request, artifact.spec, profile, artifact.plan, stored, artifact.draft_model
+    )
     rounds = rounds_of_runs(free, promised)
     found = corrections(rounds, request.link_bandwidth)
     return replace(
@@ -369,11 +504,16 @@ def profile_for(
             tell_load(artifact.profile, tell)
             return artifact.profile
         tell(f"the profile is of another machine ({artifact.profile.machine}): measuring this one")
-    return measure_here(request, artifact.spec, out, progress, tell)
+    return measure_here(request, artifact.spec, out, progress, tell, artifact.draft_model)
 
 
 def measure_here(
-    request: PlanRequest, spec: "ModelSpec", out: Path, progress: Progress, tell: Tell
+    request: PlanRequest,
+    spec: "ModelSpec",
+    out: Path,
+    progress: Progress,
+    tell: Tell,
+    draft_model: "ModelSpec | None" = None,
 ) -> Profile:
     from subspec.planner.machine.measure import measure
     from subspec.planner.machine.timing import pick_device
@@ -385,7 +525,9 @@ def measure_here(
             f"--context {context} is more than the model's {spec.max_positions} positions",
             f"--context {spec.max_positions} or less",
         )
-    profile = measure(spec, pick_device(request.device), place_of(out), progress)
+    profile = measure(
+        spec, pick_device(request.device), place_of(out), progress, draft_model=draft_model
+    )
     if profile.free_bytes < request.budget_bytes:
         tell(
             f"note: the budget is {short_size(request.budget_bytes)}, but only "
@@ -420,11 +562,15 @@ def solve(
     profile: Profile,
     acceptance: "Acceptance",
     stored: "Storage | None" = None,
+    proposer: "Proposer | None" = None,
 ) -> Plan:
     from subspec.planner.solve.search import search
 
     slow = slowed(request, profile)
-    plan = search(spec, slow, request.budget_bytes, request.constraints, acceptance, stored)
+    plan = search(
+        spec, slow, request.budget_bytes, request.constraints, acceptance, stored,
+        proposer=proposer,
+    )  # fmt: skip
     if request.link_bandwidth is None:
         return plan
     reason = f"planned as if the link gave {short_size(request.link_bandwidth)}/s at most"
@@ -437,6 +583,7 @@ def with_sweeps(
     profile: Profile,
     stored: "Storage | None",
     plan: Plan,
+    proposer: "Proposer | None",
 ) -> Plan:
     """The plan with what other budgets and contexts would give."""
     from subspec.planner.solve.outlook import with_outlook
@@ -446,7 +593,7 @@ def with_sweeps(
 
     def best(budget: int, context: int | None) -> Plan:
         fixed = replace(constraints, context=context)
-        return search(spec, slow, budget, fixed, plan.acceptance, stored)
+        return search(spec, slow, budget, fixed, plan.acceptance, stored, proposer=proposer)
 
     return with_outlook(plan, best, constraints.context is not None, spec.max_positions)
 

@@ -86,6 +86,7 @@ LARGEST_PROMPT = 16 << 20  # bytes read from stdin
 @option("--context", "With --model: tokens of prompt and answer.", type=click.IntRange(min=16))
 @option("--sequences", "With --model: conversations in memory.", type=click.IntRange(1, 256))
 @option("--rehearse", "With --model: as for subspec-plan.", metavar="SECONDS|none")
+@option("--draft-model", "With --model: a smaller model that may draft.", metavar="REF")
 @option(
     "--verify", "lossy: also keep drafts that are nearly the model's own. The answer differs.",
     type=click.Choice(["exact", "lossy"]),

@@ -38,7 +38,7 @@ class Round:
     path: Tensor  # int64 [1 + levels]: the root and the accepted nodes of the tree; then anything
     num_levels: int = 0  # drafted
     num_drafted: int = 0  # tokens, of all these levels
-    num_looked_up: int = 0  # levels that took no pass of a draft model
+    num_proposed: int = 0  # levels that took no pass of the substitutes
     logprobs: tuple[TokenLogprobs, ...] = ()  # of `emitted`, if the turn asks for them
     lossy: Sequence[int] = ()  # places in `emitted` of tokens that are not the exact model's own
     problem: SubspecError | None = None  # of its constraint: why nothing was emitted
@@ -148,8 +148,8 @@ def verify(tree: TokenTree, logits: Tensor, turn: Turn) -> Round:
         chooser.pop(verdict.num_emitted)
     emitted = verdict.emitted()
     told = logprobs(logits, verdict.path[: len(emitted)], emitted, turn.num_logprobs)
-    num_drafted, num_looked_up = tree.num_nodes - 1, tree.num_looked_up
-    return Round(emitted, verdict.path, tree.num_levels, num_drafted, num_looked_up, told)
+    num_drafted, num_proposed = tree.num_nodes - 1, tree.num_proposed
+    return Round(emitted, verdict.path, tree.num_levels, num_drafted, num_proposed, told)
 
 
 def verify_lossily(tree: TokenTree, logits: Tensor, turn: Turn, how: Lossy) -> Round:
@@ -167,9 +167,9 @@ def verify_lossily(tree: TokenTree, logits: Tensor, turn: Turn, how: Lossy) -> R
     verdict = lossy.accept(tree, choices, logits, how)
     path = torch.tensor(verdict.path, device=turn.cache.device)
     told = logprobs(logits, path, verdict.emitted, turn.num_logprobs)
-    num_drafted, looked_up = tree.num_nodes - 1, tree.num_looked_up
+    num_drafted, num_proposed = tree.num_nodes - 1, tree.num_proposed
     kept = verdict.lossy
-    return Round(verdict.emitted, path, tree.num_levels, num_drafted, looked_up, told, kept)
+    return Round(verdict.emitted, path, tree.num_levels, num_drafted, num_proposed, told, kept)
 
 
 def logprobs(

@@ -26,17 +26,35 @@ from subspec.artifacts.footprint import (
     window_slots,
 )
 from subspec.artifacts.format.prebuilt import find_prebuilt
-from subspec.artifacts.format.store import Artifact, open_artifact
+from subspec.artifacts.format.store import DRAFT_MODEL, Artifact, open_artifact
 from subspec.artifacts.model import ModelSpec
 from subspec.artifacts.native import cpp, fp8_cpu, residual_cpu
-from subspec.artifacts.plan import DrafterName, Method, Placement, Plan, calls_for, tree_for
+from subspec.artifacts.plan import (
+    WITH_DRAFT_MODEL,
+    WITH_SUBSTITUTES,
+    DrafterName,
+    Method,
+    Placement,
+    Plan,
+    calls_for,
+    method_of,
+    tree_for,
+)
 from subspec.runtime.clock import Clock, unrecorded
 from subspec.runtime.decode import Read, Round, decode_plainly, decode_unpadded, read, speculate
 from subspec.runtime.draft import compiled_graphs, compiled_layers, graph_pieces
 from subspec.runtime.draft.compiled_graphs import CompiledGraphs
 from subspec.runtime.draft.compiled_layers import CompiledLayers
 from subspec.runtime.draft.draft_head import HeadWeights, make_head, with_head
-from subspec.runtime.draft.drafter import Drafter, LookupDrafter, SubstituteDrafter, Turn
+from subspec.runtime.draft.draft_model import DraftModel, DraftModelDrafter, load_draft_model
+from subspec.runtime.draft.drafter import (
+    Drafter,
+    LookupDrafter,
+    Proposals,
+    SubstituteDrafter,
+    Turn,
+    looked_up,
+)
 from subspec.runtime.draft.graphs import capture_on_gpu
 from subspec.runtime.draft.head_drafter import HeadDrafter
 from subspec.runtime.exact_pass import Model, Piece, tokens_that_fit
@@ -83,18 +101,17 @@ class OpenOptions:
         if self.link_bandwidth is not None and not self.link_bandwidth > 0:
             message = f"link_bandwidth is {self.link_bandwidth}, expected more than 0"
             raise SubspecError(Exit.USAGE, message)
-        drafts: Method = "plain" if self.drafter == "lookup" else "substitute"
-        if self.drafter is not None and self.method not in (None, drafts):
+        if self.drafter is not None and self.method not in (None, method_of(self.drafter)):
             message = f"the drafter {self.drafter!r} does not go with the method {self.method!r}"
-            hint = f"leave the method out, or use {drafts!r}"
+            hint = f"leave the method out, or use {method_of(self.drafter)!r}"
             raise SubspecError(Exit.USAGE, message, hint)
 
     def chosen(self, plan: Plan) -> tuple[Method, DrafterName | None]:
         """The method, and who drafts."""
         if self.drafter is not None:
-            return ("plain" if self.drafter == "lookup" else "substitute"), self.drafter
+            return method_of(self.drafter), self.drafter
         method = self.method or plan.method
-        return method, "substitute" if method == "substitute" else None
+        return method, None if method == "plain" else method
 
 
 class Engine:
@@ -153,9 +170,7 @@ class Engine:
         options = options or OpenOptions()
         plan, spec = artifact.plan, artifact.spec
         method, drafter_name = options.chosen(plan)
-        if drafter_name == "substitute+lookup" and spec.delta_nets:
-            message = "the drafter 'substitute+lookup' does not know this model's delta nets"
-            raise SubspecError(Exit.UNSUPPORTED, message, "use 'substitute' or 'lookup'")
+        check_drafter(artifact, drafter_name)
         placement = plan.placement(method)
         if drafter_name == "mtp":
             check_head(spec, placement)
@@ -164,10 +179,15 @@ class Engine:
             # The device and its memory
             device = open_device(plan, placement, options.device, stack)
             torch.set_num_threads(plan.num_threads)
-            if placement.ledger.substitutes:
+            if placement.ledger.substitutes or placement.ledger.drafter:
                 check_kernel(artifact, plan)
-            if plan.int4_kernel == "gemlite" and method == "substitute":
-                gemlite_kernel.tune(device, substitute_shapes(spec), draft_rows(plan))
+            if plan.int4_kernel == "gemlite" and method != "plain":
+                shapes = set[tuple[int, int]]()
+                if method in WITH_SUBSTITUTES:
+                    shapes |= substitute_shapes(spec)
+                if method in WITH_DRAFT_MODEL and artifact.draft_model is not None:
+                    shapes |= substitute_shapes(artifact.draft_model)
+                gemlite_kernel.tune(device, shapes, draft_rows(plan, method))
             sources = [source for source, _ in needed_kernels(spec, plan, method)]
             stack.enter_context(cpp.build_ahead(sources))
             memory = FastMemory(device, placement.ledger)
@@ -246,11 +266,19 @@ class Engine:
             head: HeadWeights | None = None
             if drafter_name == "lookup":
                 drafter = LookupDrafter(plan.verify_width)
-            elif drafter_name == "mtp":
+            trees, draft_model = plan.draft_of(method).trees, None
+            if drafter_name == "mtp":
                 head = make_head(weights, head_tensors, kept)
                 substitutes = make_substitutes(spec, tensors, packed, kept)
-                drafter = HeadDrafter(plan.trees, plan.verify_width, head, substitutes)
-            elif method == "substitute":
+                drafter = HeadDrafter(trees, plan.verify_width, head, substitutes)
+            if method in WITH_DRAFT_MODEL:
+                own = ArtifactWeights(artifact, DRAFT_MODEL)
+                stack.callback(own.close)
+                rows = own.open_embedding(device)
+                stack.callback(rows.close)
+                draft_model = load_draft_model(artifact, own, rows, memory, caches, progress)
+                drafter = DraftModelDrafter(trees, plan.verify_width, draft_model)
+            if method in WITH_SUBSTITUTES and drafter_name != "mtp":
                 draft_weights = weights
                 if dtype != DRAFT_DTYPE:
                     if not spec.rope_in_f32:
@@ -266,17 +294,17 @@ class Engine:
                 if options.graphs and device.type == "cuda":
                     capture = capture_on_gpu(device)
                 drafter = SubstituteDrafter(
-                    plan.trees,
+                    trees,
                     plan.verify_width,
                     draft_weights,
                     substitutes,
                     compiled,
-                    drafter_name == "substitute+lookup",
+                    proposals_of(drafter_name, draft_model),
                     capture,
                 )
                 stack.callback(drafter.captured.clear)
-                if plan.int4_kernel == "gemlite":
-                    stack.callback(gemlite_kernel.keep_tuning, device)
+            if plan.int4_kernel == "gemlite" and method != "plain":
+                stack.callback(gemlite_kernel.keep_tuning, device)
             model = Model(plan, weights, exact, drafter, clock, head)
             resources = stack.pop_all()
         return cls(
@@ -411,7 +439,7 @@ class Engine:
     @property
     def drafts_as_planned(self) -> bool:
         """Whether the plan's predictions are of what drafts here."""
-        return self.drafter in (None, "substitute")
+        return self.drafter in (None, self.method)
 
     @property
     def placement(self) -> Placement:
@@ -450,6 +478,11 @@ class Engine:
     def plain_draft(self) -> str | None:
         """Why the draft's layers run one by one; None: they are compiled, or nothing is drafted."""
         drafter, spec, plan = self.model.drafter, self.artifact.spec, self.plan
+        if isinstance(drafter, DraftModelDrafter):
+            compilable = self.device.type == "cpu" and plan.int4_kernel == "w4a8"
+            if not compilable or compiled_layers.known_form(drafter.model.weights.spec) is not None:
+                return None
+            return "the draft model has layers that the compiled draft does not compute"
         if not isinstance(drafter, SubstituteDrafter) or drafter.compiled is not None:
             return None
         if plan.draft_graphs:
@@ -499,15 +532,41 @@ def check_head(spec: ModelSpec, placement: Placement) -> None:
         raise SubspecError(Exit.INFEASIBLE, message, "use 'substitute' or 'lookup'")
 
 
+def check_drafter(artifact: Artifact, drafter: DrafterName | None) -> None:
+    """Raises SubspecError: USAGE for a draft model that is not there, UNSUPPORTED where proposed
+    tokens cannot be checked."""
+    other = artifact.draft_model if drafter in WITH_DRAFT_MODEL else None
+    if drafter in WITH_DRAFT_MODEL and other is None:
+        raise SubspecError(
+            Exit.USAGE,
+            f"the drafter {drafter!r} needs a draft model, and {artifact.path} has none",
+            "plan with one: subspec-plan --model REF --draft-model REF --vram SIZE",
+        )
+    if drafter not in ("substitute+lookup", "substitute+draft-model"):
+        return
+    if artifact.spec.delta_nets or (other is not None and other.delta_nets):
+        whose = "this model's" if artifact.spec.delta_nets else "the draft model's"
+        one = "lookup" if drafter == "substitute+lookup" else "draft-model"
+        message = f"the drafter {drafter!r} does not know {whose} delta nets"
+        raise SubspecError(Exit.UNSUPPORTED, message, f"use 'substitute' or {one!r}")
+
+
+def proposals_of(drafter: DrafterName | None, draft_model: DraftModel | None) -> Proposals | None:
+    """What the substitutes check for a drafter; None: nothing."""
+    if drafter == "substitute+lookup":
+        return looked_up
+    return draft_model.proposals if draft_model is not None else None
+
+
 def substitute_shapes(spec: ModelSpec) -> set[tuple[int, int]]:
     """Rows and columns of the substitutes."""
     return {(one.out_features, one.in_features) for one in spec.linears if one.has_substitute}
 
 
-def draft_rows(plan: Plan) -> set[int]:
+def draft_rows(plan: Plan, method: Method) -> set[int]:
     """Rows of a draft's passes: each sequence has its root or a level."""
-    every = range(1, plan.num_sequences + 1)
-    return {count * width for count in every for width in (1, tree_for(plan.trees, count).width)}
+    every, trees = range(1, plan.num_sequences + 1), plan.draft_of(method).trees
+    return {count * width for count in every for width in (1, tree_for(trees, count).width)}
 
 
 def kernel_sources(spec: ModelSpec, plan: Plan) -> list[Path]:
@@ -534,9 +593,9 @@ def needed_kernels(spec: ModelSpec, plan: Plan, method: Method) -> list[Kernel]:
         found.append((residual_cpu.SOURCE, residual_cpu.unavailable))
     if spec.fp8:
         found.append((fp8_cpu.SOURCE, fp8_cpu.unavailable))
-    if plan.int4_kernel == "w4a8" and (plan.residuals or method == "substitute"):
+    if plan.int4_kernel == "w4a8" and (plan.residuals or method != "plain"):
         found.append((int4.SOURCE, int4.unavailable))
-    if plan.int4_kernel == "w4a8" and method == "substitute":
+    if plan.int4_kernel == "w4a8" and method != "plain":
         found.append((compiled_layers.SOURCE, compiled_layers.unavailable))
     return found
 

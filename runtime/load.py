@@ -72,15 +72,17 @@ class WeightFiles(Protocol):
 # Placing: which tensor lies in which arena
 
 
-def place_tensors(spec: ModelSpec, memory: FastMemory, files: WeightFiles) -> dict[str, Tensor]:
+def place_tensors(
+    spec: ModelSpec, memory: FastMemory, files: WeightFiles, purpose: str = "norms"
+) -> dict[str, Tensor]:
     """Norms, biases, matrices without a substitute and scales of FP8 matrices, by name."""
     found = {}
     for name, shape in spec.resident_shapes.items():
         dtype: torch.dtype = getattr(torch, spec.resident_dtype(name))
-        found[name] = memory.take_tensor("norms", shape, dtype)
+        found[name] = memory.take_tensor(purpose, shape, dtype)
         files.read_tensor(name, found[name])
     for name, of_scales in spec.scale_shapes.items():
-        found[name] = memory.take_tensor("norms", of_scales, torch.float32)
+        found[name] = memory.take_tensor(purpose, of_scales, torch.float32)
         files.read_tensor(name, found[name])
     return found
 
@@ -91,13 +93,14 @@ def place_substitutes(
     memory: FastMemory,
     files: WeightFiles,
     progress: Progress = lambda stage, share: None,
+    purpose: str = "substitutes",
 ) -> dict[str, Int4Weight]:
     """Every substitute, in the layout of the 4-bit kernel, by the matrix's name."""
     found = {}
     every = [linear for linear in spec.linears if linear.has_substitute]
     for index, linear in enumerate(every):
         shape = linear.out_features, linear.in_features
-        room = [memory.take("substitutes", size) for size in packed_bytes(*shape, kernel)]
+        room = [memory.take(purpose, size) for size in packed_bytes(*shape, kernel)]
         found[linear.name] = empty_weight(*shape, kernel, room)
         files.read_substitute(linear, found[linear.name])
         progress("loading substitutes", (index + 1) / len(every))
@@ -207,7 +210,9 @@ def make_residual_decoder(
 def check_kernel(artifact: Artifact, plan: Plan) -> None:
     """Raises SubspecError(WRONG_MACHINE) if the plan's 4-bit kernel cannot run here."""
     if plan.int4_kernel == "gemlite":
-        columns = (one.in_features for one in artifact.spec.linears if one.has_substitute)
+        specs = [spec for spec in (artifact.spec, artifact.draft_model) if spec is not None]
+        every = (one for spec in specs for one in spec.linears)
+        columns = (one.in_features for one in every if one.has_substitute)
         if (problem := gemlite_kernel.unavailable(columns)) is not None:
             raise SubspecError(
                 Exit.WRONG_MACHINE,
@@ -228,15 +233,21 @@ def check_kernel(artifact: Artifact, plan: Plan) -> None:
 
 
 class ArtifactWeights:
-    """Reads an artifact's weights, and checks the digest of all it reads."""
+    """Reads an artifact's weights, or those of its draft model, and checks the digest of all it
+    reads."""
 
-    def __init__(self, artifact: Artifact) -> None:
-        self._path = artifact.path
+    def __init__(self, artifact: Artifact, folder: str = "") -> None:
+        spec, substitutes = artifact.spec, artifact.manifest.substitutes
+        if folder:
+            assert artifact.draft_model is not None
+            spec, substitutes = artifact.draft_model, artifact.manifest.draft_model_substitutes
+        self._path = artifact.path / folder
         self._num_threads = artifact.plan.num_threads
-        self._dtype: torch.dtype = getattr(torch, artifact.spec.dtype)
-        self._entries = artifact.part_entries()
-        self._substitute_digests = artifact.substitute_digests()
-        self._files = {entry.path: entry for entry in artifact.manifest.files}
+        self._dtype: torch.dtype = getattr(torch, spec.dtype)
+        self._entries = {} if folder else artifact.part_entries()
+        self._substitute_digests = {entry.name: entry.digest for entry in substitutes}
+        files = {artifact.path / entry.path: entry for entry in artifact.manifest.files}
+        self._files = {path.name: one for path, one in files.items() if path.parent == self._path}
         # Threads that pack weights run torch, and so keep OpenMP threads of their own. With more of
         # those than CPUs libgomp hardly spins at a barrier, and drafts take 1.3x as long
         # (docs/LOG.md): they end with the loading. Threads that check what streams only hash.

@@ -63,7 +63,7 @@ class Stats:
     first_of_engine: bool = False  # its first token waited for digests too
     drafted: tuple[int, ...] = ()  # levels, by round
     drafted_tokens: int = 0  # of all levels
-    looked_up: tuple[int, ...] = ()  # levels that took no pass of a draft model, by round
+    proposed: tuple[int, ...] = ()  # levels that took no pass of the substitutes, by round
     accepted: tuple[int, ...] = ()  # drafted tokens that the answer has, by round
     lossy_tokens: int = 0  # of the answer, that are not the exact model's own
     draft_seconds: float = 0.0
@@ -237,7 +237,7 @@ class Sequence:
             stats,
             drafted=(*stats.drafted, done.num_levels),
             drafted_tokens=stats.drafted_tokens + done.num_drafted,
-            looked_up=(*stats.looked_up, done.num_looked_up),
+            proposed=(*stats.proposed, done.num_proposed),
             accepted=(*stats.accepted, min(len(done.emitted) - 1, num_kept)),
             lossy_tokens=stats.lossy_tokens + sum(place < num_kept for place in done.lossy),
             draft_seconds=stats.draft_seconds + draft_seconds,

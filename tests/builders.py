@@ -11,13 +11,23 @@ from safetensors.torch import load_file, save_file
 from subspec.artifacts.footprint import Ring, Shape, make_ledger
 from subspec.artifacts.format.store import Artifact, open_artifact
 from subspec.artifacts.model import Encoding, ModelSpec, Source
-from subspec.artifacts.plan import DeviceKind, Int4Kernel, Method, Placement, Plan
+from subspec.artifacts.plan import (
+    WITH_DRAFT_MODEL,
+    WITH_SUBSTITUTES,
+    DeviceKind,
+    Draft,
+    Int4Kernel,
+    Method,
+    Placement,
+    Plan,
+)
 from subspec.artifacts.profile import LinkRate, Profile, Timing
 from subspec.planner.build.artifact import build
 from subspec.planner.build.quantize import quantize
 from subspec.planner.model.checkpoint import read_checkpoint
 from subspec.planner.model.hub import DEMO
 from subspec.planner.model.tokenizer_files import read_tokenizer
+from subspec.planner.planning import DraftModelRef, read_draft_model
 from subspec.planner.solve.problem import make_tree
 from subspec.planner.solve.search import PRIOR
 from subspec.planner.solve.storage import (
@@ -29,6 +39,7 @@ from subspec.planner.solve.storage import (
 )
 from subspec.runtime.engine import machine_name
 
+METHODS: tuple[Method, ...] = ("substitute", "plain")  # of every plan
 PROFILE = Profile(
     device="cpu",
     machine=machine_name(torch.device("cpu")),
@@ -72,9 +83,11 @@ def make_plan(
     int4_kernel: Int4Kernel = "aten",
     min_path_probability: float = 0.0,
     drafts_with_head: bool = False,
+    draft_model: ModelSpec | None = None,
 ) -> Plan:
     """A plan made by hand: any tree, any share of the stored bytes in fast memory, the smallest
     ring. storage: raw unless it is given. verify_widths: one, the next multiple of 8, unless given.
+    draft_model: one that drafts the same tree.
 
     One thread: with more, a busy machine makes each of many thousand tiny products wait.
     """
@@ -88,19 +101,21 @@ def make_plan(
     ring = Ring(storage.largest_part, num_slots) if streams else None
     kind: DeviceKind = "cuda" if device == "cuda" else "cpu"
 
-    def placement(draft_width: int | None) -> Placement:
+    def placement(method: Method) -> Placement:
         shape = Shape(
             context,
             num_sequences,
             verify_widths[-1],
-            draft_width,
+            None if method == "plain" else width,
             prefill_tokens,
             num_threads,
             verify_widths[0],
             ring,
             storage.scratch_bytes or None,
             storage.coded_weights > 0,
-            drafts_with_head and draft_width is not None,
+            drafts_with_head and method in WITH_SUBSTITUTES,
+            draft_model=draft_model if method in WITH_DRAFT_MODEL else None,
+            substitutes_draft=method in WITH_SUBSTITUTES,
         )
         purposes = replace(
             make_ledger(spec, kind, int4_kernel, shape, 0, 0),
@@ -111,10 +126,9 @@ def make_plan(
         block_bytes, slots = (ring.block_bytes, ring.num_slots) if ring else (0, 0)
         return Placement(raw, coded, block_bytes, slots, purposes)
 
-    placements: dict[Method, Placement] = {
-        "substitute": placement(width),
-        "plain": placement(None),
-    }
+    own = WITH_DRAFT_MODEL if draft_model else ()
+    placements = {method: placement(method) for method in METHODS + own}
+    tree = make_tree(width, depth, min_path_probability)
     return Plan(
         device=kind,
         machine=PROFILE.machine,
@@ -122,7 +136,7 @@ def make_plan(
         context=context,
         num_sequences=num_sequences,
         method="substitute",
-        tree=make_tree(width, depth, min_path_probability),
+        tree=tree,
         verify_widths=verify_widths,
         prompt_widths=verify_widths,
         num_threads=num_threads,
@@ -132,6 +146,7 @@ def make_plan(
         residuals=storage.residuals,
         predicted={},
         acceptance=PRIOR,
+        drafts={method: Draft(tree, PRIOR) for method in own},
     )
 
 
@@ -142,11 +157,16 @@ def replan(artifact: Artifact, **settings: object) -> Artifact:
 
 def plan_for(artifact: Artifact, **settings: object) -> Plan:
     storage = Storage(tuple(artifact.stored_parts()))
-    return make_plan(artifact.spec, storage=storage, **settings)  # type: ignore[arg-type]
+    own = artifact.draft_model
+    return make_plan(artifact.spec, storage=storage, draft_model=own, **settings)  # type: ignore[arg-type]
 
 
 def build_artifact(
-    checkpoint: Path, out: Path, encoding: Encoding = "raw", **settings: object
+    checkpoint: Path,
+    out: Path,
+    encoding: Encoding = "raw",
+    draft_model: DraftModelRef | None = None,
+    **settings: object,
 ) -> Artifact:
     """Quantises and packs a checkpoint folder under a hand-made plan."""
     read = read_checkpoint(checkpoint, Source("test/model"))
@@ -157,7 +177,10 @@ def build_artifact(
         return plan_for(artifact, **settings), PROFILE
 
     tokenizer = read_tokenizer(checkpoint)
-    build(read, tokenizer, plan, PROFILE, out, False, quantize, with_real_sizes, lambda *_: None)
+    build(
+        read, tokenizer, plan, PROFILE, out, False, quantize, with_real_sizes, lambda *_: None,
+        read_draft_model(draft_model) if draft_model else None,
+    )  # fmt: skip
     return open_artifact(out)
 
 

@@ -112,7 +112,8 @@ def _check_attention(where: str, one: Attention) -> None:
 
 
 def check_headers(path: Path, spec: ModelSpec) -> None:
-    """Raise SubspecError(CORRUPT) unless the other weight files have the tensors of the spec."""
+    """Raise SubspecError(CORRUPT) unless the weight files in `path`, but the exact weights', have
+    the tensors of the spec."""
     dtype = STORED_DTYPES[spec.dtype]
     embedding = read_header(path / "embedding.safetensors")
     rows = (spec.vocab_size, spec.hidden_size)
@@ -141,13 +142,20 @@ def check_headers(path: Path, spec: ModelSpec) -> None:
             _check_tensor("substitutes.safetensors", substitutes, name, dtype, shape)
 
 
-def check_plan(spec: ModelSpec, stored: list[StoredPart], plan: Plan) -> None:
+def check_plan(
+    spec: ModelSpec, stored: list[StoredPart], plan: Plan, has_draft_model: bool = False
+) -> None:
     """Raise SubspecError(CORRUPT) unless the plan names parts of this model and is consistent."""
     for method, placement in plan.placements.items():
         _check_placement(method, placement, stored, plan.budget_bytes)
     tree, fits = plan.tree, plan.context <= spec.max_positions
-    for some in (tree, *(one.tree for one in plan.company)):
-        fits = fits and some.num_nodes <= plan.verify_width and some.width <= tree.width
+    for draft in (plan.draft_of("plain"), *plan.drafts.values()):
+        for some in draft.trees:
+            fits = fits and some.num_nodes <= plan.verify_width
+            fits = fits and some.width <= draft.tree.width
+    for method in plan.placements:
+        known = method in ("substitute", "plain") or (has_draft_model and method in plan.drafts)
+        fits = fits and known
     for widths in (plan.verify_widths, plan.prompt_widths):
         fits = fits and list(widths) == sorted(set(widths))
     fits = fits and plan.prompt_widths[0] <= plan.prefill_tokens
@@ -158,13 +166,14 @@ def check_plan(spec: ModelSpec, stored: list[StoredPart], plan: Plan) -> None:
             f"{list(plan.verify_widths)}, prompt widths {list(plan.prompt_widths)}, "
             f"{plan.prefill_tokens} prefill tokens and context {plan.context} are inconsistent",
         )
-    _check_curves(plan.acceptance.curves)
-    thresholds = plan.acceptance.thresholds
-    if len(thresholds) > MOST_THRESHOLDS:
-        raise _wrong(
-            "plan.json",
-            f"acceptance has {len(thresholds)} thresholds, expected at most {MOST_THRESHOLDS}",
-        )
+    for acceptance in (plan.acceptance, *(draft.acceptance for draft in plan.drafts.values())):
+        _check_curves(acceptance.curves)
+        thresholds = acceptance.thresholds
+        if len(thresholds) > MOST_THRESHOLDS:
+            raise _wrong(
+                "plan.json",
+                f"acceptance has {len(thresholds)} thresholds, expected at most {MOST_THRESHOLDS}",
+            )
 
 
 def _check_curves(curves: Sequence[Curve]) -> None:

@@ -5,7 +5,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,6 +36,10 @@ REQUIRED = (
     "model.json", "plan.json", "profile.json",
     "substitutes.safetensors", "exact.safetensors", "resident.safetensors",
     "embedding.safetensors", "tokenizer/tokenizer.json",
+)  # fmt: skip
+DRAFT_MODEL = "draft_model"  # folder of a smaller model that drafts
+DRAFT_MODEL_FILES = (
+    "model.json", "substitutes.safetensors", "resident.safetensors", "embedding.safetensors",
 )  # fmt: skip
 DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
 FILE_NAME = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*", re.ASCII)
@@ -80,6 +84,7 @@ class Manifest:
     files: tuple[FileEntry, ...]
     parts: tuple[PartEntry, ...]
     substitutes: tuple[SubstituteEntry, ...]
+    draft_model_substitutes: tuple[SubstituteEntry, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,13 +96,10 @@ class Artifact:
     spec: ModelSpec
     plan: Plan
     profile: Profile
+    draft_model: ModelSpec | None = None  # a smaller model, whose files are in a folder of its own
 
     def part_entries(self) -> dict[str, PartEntry]:
         return {entry.name: entry for entry in self.manifest.parts}
-
-    def substitute_digests(self) -> dict[str, str]:
-        """Name of the linear -> digest."""
-        return {entry.name: entry.digest for entry in self.manifest.substitutes}
 
     def stored_parts(self) -> list[StoredPart]:
         """The exact weights as they are stored, in execution order."""
@@ -120,6 +122,7 @@ def write_manifest(
     part_entries: tuple[PartEntry, ...],
     substitutes: tuple[SubstituteEntry, ...],
     known: dict[str, FileEntry],
+    draft_model_substitutes: tuple[SubstituteEntry, ...] = (),
 ) -> Manifest:
     """Write the manifest: every file of `folder` except the run records, with its digests. `known`
     avoids hashing large files twice."""
@@ -128,7 +131,9 @@ def write_manifest(
         name = file.relative_to(folder).as_posix()
         if name not in (MANIFEST, NEW_MANIFEST, RUNS):
             files.append(known.get(name) or file_entry(folder, name))
-    manifest = Manifest(FORMAT_VERSION, producer, tuple(files), part_entries, substitutes)
+    manifest = Manifest(
+        FORMAT_VERSION, producer, tuple(files), part_entries, substitutes, draft_model_substitutes
+    )
     text = dump_json(_sealed(asdict(manifest)))
     temporary = folder / NEW_MANIFEST
     temporary.write_text(text, encoding="utf-8")
@@ -182,12 +187,28 @@ def open_artifact(path: Path) -> Artifact:
     check_spec(spec)
     if spec.draft_head is not None and HEAD_FILE not in {entry.path for entry in manifest.files}:
         raise _corrupt(f"{MANIFEST} does not list {HEAD_FILE}")
+    if not spec.quantized:
+        raise _corrupt("model.json says that no matrix has a substitute: only a draft model's may")
     check_headers(path, spec)
     _check_parts(path, manifest, spec)
-    _check_substitutes(manifest, spec)
+    _check_substitutes(manifest.substitutes, spec)
     artifact = Artifact(path, manifest, spec, plan, profile)
-    check_plan(spec, artifact.stored_parts(), plan)
+    if f"{DRAFT_MODEL}/model.json" in {entry.path for entry in manifest.files}:
+        artifact = replace(artifact, draft_model=_open_draft_model(path, manifest, newer))
+    check_plan(spec, artifact.stored_parts(), plan, artifact.draft_model is not None)
     return artifact
+
+
+def _open_draft_model(path: Path, manifest: Manifest, newer: bool) -> ModelSpec:
+    _require(manifest, [f"{DRAFT_MODEL}/{name}" for name in DRAFT_MODEL_FILES])
+    where = f"{DRAFT_MODEL}/model.json"
+    spec: ModelSpec = _load(ModelSpec, _read_json(path, where), where, newer)
+    check_spec(spec)
+    if spec.fp8 or spec.draft_head is not None:
+        raise _corrupt(f"{where} has weights in FP8, or a head for the next but one token")
+    check_headers(path / DRAFT_MODEL, spec)
+    _check_substitutes(manifest.draft_model_substitutes, spec)
+    return spec
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -245,8 +266,12 @@ def _check_files(path: Path, manifest: Manifest) -> None:
             size = os.fstat(file.fileno()).st_size
         if size != entry.num_bytes:
             raise _corrupt(f"{entry.path} is {size} bytes, the manifest says {entry.num_bytes}")
+    _require(manifest, REQUIRED)
+
+
+def _require(manifest: Manifest, names: Iterable[str]) -> None:
     listed = {entry.path for entry in manifest.files}
-    for name in REQUIRED:
+    for name in names:
         if name not in listed:
             raise _corrupt(f"{MANIFEST} does not list {name}")
 
@@ -283,11 +308,11 @@ def _check_parts(path: Path, manifest: Manifest, spec: ModelSpec) -> None:
         raise _corrupt(f"exact.safetensors ends at byte {end}, its parts at {offset}")
 
 
-def _check_substitutes(manifest: Manifest, spec: ModelSpec) -> None:
+def _check_substitutes(substitutes: tuple[SubstituteEntry, ...], spec: ModelSpec) -> None:
     expected = [linear.name for linear in spec.linears if linear.has_substitute]
-    if [entry.name for entry in manifest.substitutes] != expected:
+    if [entry.name for entry in substitutes] != expected:
         raise _corrupt(f"{MANIFEST} lists other substitutes than the model's {len(expected)}")
-    for entry in manifest.substitutes:
+    for entry in substitutes:
         _check_digest(entry.name, entry.digest)
 
 

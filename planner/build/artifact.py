@@ -4,14 +4,16 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.sizes import format_size
-from subspec.artifacts.footprint import model_bytes, substitutes_bytes
+from subspec.artifacts.footprint import model_bytes, norms_bytes, substitutes_bytes
 from subspec.artifacts.format.folder import new_folder, place_of
 from subspec.artifacts.format.store import (
+    DRAFT_MODEL,
     FORMAT_VERSION,
     Artifact,
     Manifest,
@@ -23,7 +25,12 @@ from subspec.artifacts.model import ModelSpec
 from subspec.artifacts.plan import Plan
 from subspec.artifacts.profile import Profile
 from subspec.artifacts.runs import Run, carry_runs, read_runs
-from subspec.planner.build.weights import Progress, Quantizer, write_weights
+from subspec.planner.build.weights import (
+    Progress,
+    Quantizer,
+    write_draft_model,
+    write_weights,
+)
 from subspec.planner.model.checkpoint import Checkpoint
 from subspec.planner.model.tokenizer_files import TokenizerFiles
 from subspec.planner.report.explain import render_readme, render_report
@@ -43,12 +50,13 @@ def build(
     quantizer: Quantizer,
     improve: Improve,
     progress: Progress,
+    draft_model: Checkpoint | None = None,
 ) -> Plan:
     """Write the artifact `out` and return its plan. `improve` is called when the weights can be
     run: it may return a better plan and a corrected profile, which are stored. An error leaves
     nothing behind. Raises SubspecError."""
     spec = checkpoint.spec
-    check_space(spec, out)
+    check_space(spec, draft_model.spec if draft_model else None, out)
     with no_empty_parents(out), new_folder(out, overwrite) as folder:
         written = write_weights(folder, checkpoint, plan.residuals, quantizer, progress)
         write_tokenizer(folder, tokenizer)
@@ -61,14 +69,34 @@ def build(
             written.parts,
             written.substitutes,
         )
-        plan, profile = improve(Artifact(folder, unfinished, spec, plan, profile))
+        artifact = Artifact(folder, unfinished, spec, plan, profile)
+        if draft_model is not None:
+            artifact = with_draft_model(artifact, draft_model, quantizer, progress)
+        plan, profile = improve(artifact)
         write_json(folder, "profile.json", profile)
         write_plan(folder, spec, plan, profile)
         copy_license(checkpoint.folder, folder)
         progress("writing the manifest", 1.0)
-        write_manifest(folder, PRODUCER, written.parts, written.substitutes, written.files)
+        known = {entry.path: entry for entry in artifact.manifest.files}
+        drafting = artifact.manifest.draft_model_substitutes
+        write_manifest(folder, PRODUCER, written.parts, written.substitutes, known, drafting)
         open_artifact(folder)  # an artifact that cannot be opened is not published
     return plan
+
+
+def with_draft_model(
+    artifact: Artifact, checkpoint: Checkpoint, quantizer: Quantizer, progress: Progress
+) -> Artifact:
+    """The unfinished artifact with a draft model, written into its folder."""
+    written = write_draft_model(artifact.path, checkpoint, quantizer, progress)
+    write_json(artifact.path / DRAFT_MODEL, "model.json", checkpoint.spec)
+    copy_license(checkpoint.folder, artifact.path / DRAFT_MODEL)
+    manifest = replace(
+        artifact.manifest,
+        files=(*artifact.manifest.files, *written.files.values()),
+        draft_model_substitutes=written.substitutes,
+    )
+    return replace(artifact, manifest=manifest, draft_model=checkpoint.spec)
 
 
 def rebuild(artifact: Artifact, plan: Plan, profile: Profile, out: Path, overwrite: bool) -> None:
@@ -94,7 +122,10 @@ def rebuild(artifact: Artifact, plan: Plan, profile: Profile, out: Path, overwri
         write_plan(folder, artifact.spec, plan, profile, here)
         listed = artifact.manifest
         known = {entry.path: entry for entry in kept}
-        write_manifest(folder, listed.producer, listed.parts, listed.substitutes, known)
+        write_manifest(
+            folder, listed.producer, listed.parts, listed.substitutes, known,
+            listed.draft_model_substitutes,
+        )  # fmt: skip
         open_artifact(folder)
         if out.resolve() == artifact.path.resolve():
             carry_runs(artifact.path, folder)
@@ -124,9 +155,11 @@ def write_plan(
     (folder / "report.html").write_text(report, encoding="utf-8")
 
 
-def check_space(spec: ModelSpec, out: Path) -> None:
+def check_space(spec: ModelSpec, draft_model: ModelSpec | None, out: Path) -> None:
     """Raise SubspecError(RESOURCES) if the disk of `out` has too little space."""
     needed = int((model_bytes(spec) + substitutes_bytes(spec, "aten")) * 1.02) + (1 << 20)
+    if draft_model is not None:
+        needed += draft_model_disk_bytes(draft_model)
     parent = place_of(out)
     free = shutil.disk_usage(parent).free
     if free < needed:
@@ -135,6 +168,10 @@ def check_space(spec: ModelSpec, out: Path) -> None:
             f"the artifact needs {format_size(needed)} of disk, {parent} has {format_size(free)}",
             "free space, or choose another --out",
         )
+
+
+def draft_model_disk_bytes(spec: ModelSpec) -> int:
+    return substitutes_bytes(spec, "aten") + norms_bytes(spec) + spec.embedding_bytes
 
 
 def write_tokenizer(folder: Path, files: TokenizerFiles) -> None:

@@ -8,7 +8,7 @@ import io
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from subspec.artifacts.format.checks import HEAD_FILE, STORED_DTYPES
 from subspec.artifacts.format.fp8 import Scales, scales_of
 from subspec.artifacts.format.store import (
     CHUNK_BYTES,
+    DRAFT_MODEL,
     FileEntry,
     PartEntry,
     SubstituteEntry,
@@ -101,7 +102,7 @@ def write_matrices(
 ) -> tuple[tuple[PartEntry, ...], tuple[SubstituteEntry, ...]]:
     """Write substitute and parts of every matrix that has a substitute, and verify each part."""
     spec = checkpoint.spec
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = quantizing_device()
     own_parts = {name: list(own) for name, own in groupby(spec.parts, lambda p: p.linear.name)}
     # The sizes of residuals are not known yet: reserve the space of the header.
     sizes = {part.name: part.padded_bytes for part in spec.parts}
@@ -129,6 +130,36 @@ def write_matrices(
     write_header(header, exact_header(spec, sizes), room)
     exact.rewrite_beginning(header.getvalue())
     return tuple(entries), tuple(made)
+
+
+def write_draft_model(
+    folder: Path, checkpoint: Checkpoint, quantizer: Quantizer, progress: Progress
+) -> Written:
+    """Write the weights of a draft model into a folder of its own under `folder`: its substitutes
+    and what has none. Its exact weights are not kept."""
+    own = folder / DRAFT_MODEL
+    own.mkdir()
+    names = ("embedding", "resident", "substitutes")
+    with ExitStack() as stack:
+        files = [stack.enter_context(HashedFile(own / f"{name}.safetensors")) for name in names]
+        embedding, resident, substitutes = files
+        write_embedding(embedding, checkpoint)
+        write_resident(resident, checkpoint)
+        write_header(substitutes, substitutes_header(checkpoint.spec))
+        made, device = list[SubstituteEntry](), quantizing_device()
+        every = [linear for linear in checkpoint.spec.linears if linear.has_substitute]
+        for index, linear in enumerate(every):
+            progress("quantizing the draft model", index / len(every))
+            exact = read_weight(checkpoint, linear)
+            substitute = write_substitute(substitutes, linear, exact, quantizer, device)
+            made.append(SubstituteEntry(linear.name, substitute_digest(substitute, None)))
+        entries = [file.finish() for file in files]
+    inside = [replace(one, path=f"{DRAFT_MODEL}/{one.path}", role=DRAFT_MODEL) for one in entries]
+    return Written({one.path: one for one in inside}, (), tuple(made))
+
+
+def quantizing_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def encode_residual(exact: Exact, codes: Tensor, qparams: Tensor) -> Tensor | None:

@@ -16,9 +16,9 @@ from subspec.artifacts.format.store import part_digest
 from subspec.artifacts.model import PAGE_BYTES, ModelSpec
 from subspec.artifacts.plan import Int4Kernel
 from subspec.artifacts.profile import LinkRate, Profile, Timing
-from subspec.planner.machine.microbench import Bench
+from subspec.planner.machine.microbench import Bench, DraftTimings
 from subspec.planner.machine.pinnable import pinnable_bytes
-from subspec.planner.machine.profiles import typical_of
+from subspec.planner.machine.profiles import middle_timing, typical_of
 from subspec.planner.machine.residual_rate import decode_rate
 from subspec.planner.machine.timing import (
     USUAL_EFFORT,
@@ -56,9 +56,10 @@ def measure(
     folder: Path,
     progress: Progress,
     effort: Effort = USUAL_EFFORT,
+    draft_model: ModelSpec | None = None,
 ) -> Profile:
     """Profile of this machine at the model's shapes; takes seconds. `folder`: where the artifact
-    will be, on the disk that is timed."""
+    will be, on the disk that is timed. draft_model: timed too."""
     target = torch.device(device)
     cuda = target.type == "cuda"
     if cuda:
@@ -69,7 +70,7 @@ def measure(
     with slow_tier(spec, target, folder, effort) as tier, torch.inference_mode():
         progress("measuring", 0.0)
         bench = Bench(spec, target, effort)
-        kernel, substitutes = bench.faster_kernel()
+        kernel, substitutes = bench.faster_kernel([draft_model] if draft_model else [])
         graphs = bench.faster_graphs(substitutes)
         passes = []
         for index in range(effort.passes):
@@ -77,6 +78,10 @@ def measure(
                 f"measuring, {index + 1} of {effort.passes}", (index + 1) / (effort.passes + 2)
             )
             passes.append(measured_once(bench, kernel, substitutes, graphs, tier))
+        drafting = DraftTimings((), (), ())
+        if draft_model is not None:
+            progress("measuring the draft model", (effort.passes + 1) / (effort.passes + 2))
+            drafting = timings_of_draft_model(Bench(draft_model, target, effort), kernel)
         progress("measuring batch invariance", (effort.passes + 1) / (effort.passes + 2))
         profile = replace(
             typical_of(passes),
@@ -84,6 +89,9 @@ def measure(
             pinnable_bytes=pinnable_bytes(device, raw_storage(spec).num_bytes) if cuda else 0,
             overhead_bytes=gpu_overhead_bytes(target) if cuda else 0,
             batch_invariant_widths=bench.batch_invariant_widths(),
+            draft_model_layer=drafting.layer,
+            draft_model_attention=drafting.attention,
+            draft_model_head=drafting.head,
         )
     if kernel == "gemlite":
         gemlite_kernel.keep_tuning(target)
@@ -92,6 +100,20 @@ def measure(
         torch.cuda.empty_cache()  # the rehearsal needs the memory
     progress("measured", 1.0)
     return profile
+
+
+def timings_of_draft_model(bench: Bench, kernel: Int4Kernel) -> DraftTimings:
+    """Medians of several passes."""
+    passes = [bench.draft_model_timings(kernel) for _ in range(bench.effort.passes)]
+    layer, attention, head = (
+        tuple(middle_timing(some) for some in zip(*several, strict=True))
+        for several in (
+            [one.layer for one in passes],
+            [one.attention for one in passes],
+            [one.head for one in passes],
+        )
+    )
+    return DraftTimings(layer, attention, head)
 
 
 def machine_name(device: str) -> str:

@@ -14,7 +14,13 @@ from itertools import cycle, islice
 import torch
 from torch import Tensor
 
-from subspec.artifacts.footprint import Shape, cache_slots, make_ledger, substitutes_bytes
+from subspec.artifacts.footprint import (
+    CATCH_UP_ROWS,
+    Shape,
+    cache_slots,
+    make_ledger,
+    substitutes_bytes,
+)
 from subspec.artifacts.model import ModelSpec
 from subspec.artifacts.plan import DeviceKind, Int4Kernel, Ledger, Placement, Tree
 from subspec.artifacts.profile import LIVE_TOKENS, MORE_TOKENS, SHORTEST, Timing, seconds_at
@@ -206,10 +212,12 @@ class Bench:
         """Layers of a verification of LOADED_WIDTH rows, to be timed while the link is busy."""
         return self._layers(self.weights, self.exact, self._tree_rows(LOADED_WIDTH))
 
-    def faster_kernel(self) -> tuple[Int4Kernel, Substitutes]:
-        """The 4-bit kernel that is faster at four rows, and random substitutes in its layout."""
+    def faster_kernel(self, others: Sequence[ModelSpec] = ()) -> tuple[Int4Kernel, Substitutes]:
+        """The 4-bit kernel that is faster at four rows, and random substitutes in its layout.
+        others: models that it has to serve as well."""
         kernels: list[Int4Kernel] = ["aten"]
-        columns = [one.in_features for one in self.full_spec.linears if one.has_substitute]
+        every = [one for spec in (self.full_spec, *others) for one in spec.linears]
+        columns = [one.in_features for one in every if one.has_substitute]
         if self.device.type == "cpu":
             kernels += ["w4a8"] if int4.unavailable() is None else []
         elif gemlite_kernel.unavailable(columns) is None:
@@ -241,8 +249,16 @@ class Bench:
         (compiled, _), (plain, _) = time_each(actions, self.device, self.effort)
         return graphs if compiled < plain else None
 
+    def draft_model_timings(self, kernel: Int4Kernel) -> DraftTimings:
+        """Timings of the excerpt as a draft model, whose kernels are launched one by one, and which
+        also reads texts."""
+        return self.draft_timings(self._random_substitutes(kernel), None, True)
+
     def draft_timings(
-        self, substitutes: Substitutes, graphs: CompiledGraphs | None = None
+        self,
+        substitutes: Substitutes,
+        graphs: CompiledGraphs | None = None,
+        as_draft_model: bool = False,
     ) -> DraftTimings:
         through_head = self._through_head(self.draft_weights, substitutes)
         root = torch.zeros(1, dtype=torch.int64, device=self.device)
@@ -258,6 +274,8 @@ class Bench:
 
         widths = [width for width in DRAFT_WIDTHS if width <= self.spec.vocab_size]
         heads = {width: levels(width) for width in widths}
+        if as_draft_model:
+            widths.append(CATCH_UP_ROWS)
         run = self._whole_pass(substitutes, graphs)
         if run is not None:
             passes = {width: self._all_layers(run, width) for width in widths}
@@ -271,7 +289,7 @@ class Bench:
             width: self._layers(self.draft_weights, substitutes, self._draft_rows(width))
             for width in widths
         }
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and not as_draft_model:
             capture = capture_on_gpu(self.device)
             layers = {width: replayed(layers[width], capture) for width in widths}
             heads = {width: replayed(heads[width], capture) for width in widths}

@@ -47,10 +47,15 @@ def middle_of(some: Sequence[Timing] | Sequence[LinkRate]) -> Timing | LinkRate:
     """Median of timings at one width, or of rates at one block size."""
     timings = [one for one in some if isinstance(one, Timing)]
     if timings:
-        seconds, slowest = median(t.seconds for t in timings), max(t.slowest for t in timings)
-        return Timing(timings[0].width, seconds, slowest)
+        return middle_timing(timings)
     rates = [one for one in some if isinstance(one, LinkRate)]
     return LinkRate(rates[0].block_bytes, median(rate.bytes_per_second for rate in rates))
+
+
+def middle_timing(some: Sequence[Timing]) -> Timing:
+    """Of timings at one width."""
+    seconds, slowest = median(t.seconds for t in some), max(t.slowest for t in some)
+    return Timing(some[0].width, seconds, slowest)
 
 
 def under_link(profile: Profile, bytes_per_second: int | None) -> Profile:
@@ -60,6 +65,8 @@ def under_link(profile: Profile, bytes_per_second: int | None) -> Profile:
     if corrections.link_bandwidth != bytes_per_second:
         corrections = Corrections(
             draft=corrections.draft,
+            draft_model=corrections.draft_model,
+            checked_draft=corrections.checked_draft,
             num_rounds=corrections.num_rounds,
             link_bandwidth=bytes_per_second,
         )

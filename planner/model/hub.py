@@ -63,8 +63,11 @@ class Resolved:
     notes: tuple[str, ...] = ()  # what a person should be told about how REF was read
 
 
-def resolve(reference: str, revision: str | None = None, weights: bool = True) -> Resolved:
-    """The folder of REF, downloaded if need be; without `weights` only what a dry run reads.
+def resolve(
+    reference: str, revision: str | None = None, weights: bool = True, tokenizer: bool = False
+) -> Resolved:
+    """The folder of REF, downloaded if need be; without `weights` only what a dry run reads, and
+    its tokenizer if that is wanted.
 
     Raises SubspecError: USAGE for a REF that means nothing, HUB for what cannot be fetched,
     UNSUPPORTED for a repository without safetensors."""
@@ -86,7 +89,7 @@ def resolve(reference: str, revision: str | None = None, weights: bool = True) -
         raise SubspecError(
             Exit.USAGE, f"{wanted[:100]!r} is not a revision", "give a commit, a branch or a tag"
         )
-    folder, lacking = _download(repository, wanted, weights)
+    folder, lacking = _download(repository, wanted, weights, weights or tokenizer)
     notes = [f"{reference} is {repository}"] if "/" not in reference else []
     if lacking:
         what = ", ".join(lacking)
@@ -143,13 +146,15 @@ def _refuse_revision(reference: str, revision: str | None) -> None:
         )
 
 
-def _download(repository: str, revision: str | None, weights: bool) -> tuple[Path, list[str]]:
+def _download(
+    repository: str, revision: str | None, weights: bool, tokenizer: bool
+) -> tuple[Path, list[str]]:
     """The folder, and the extra files of the repository that it lacks. Several requests, because
     only the index says which files are the weights: repositories also hold them a second time in
     other formats."""
     away = _away(repository, revision)
-    small, extra = (SMALL_FILES, EXTRA_FILES) if weights else (DRY_RUN_FILES, EXTRA_FILES[:1])
-    vocabulary = (SENTENCEPIECE,) if weights else ()  # of a tokenizer without tokenizer.json
+    small, extra = (SMALL_FILES, EXTRA_FILES) if tokenizer else (DRY_RUN_FILES, EXTRA_FILES[:1])
+    vocabulary = (SENTENCEPIECE,) if tokenizer else ()  # of a tokenizer without tokenizer.json
     lacking = []
     try:
         folder = _fetch(repository, revision, (*small, *extra, *vocabulary), away)

@@ -34,6 +34,8 @@ class Rounds:
     verify: tuple[Timed, ...] = ()
     plain: tuple[Timed, ...] = ()
     prompt: tuple[Timed, ...] = ()
+    draft_model: tuple[Timed, ...] = ()  # drafts of a draft model alone
+    checked_draft: tuple[Timed, ...] = ()  # drafts that it proposed and the substitutes checked
 
     def and_also(self, other: "Rounds") -> "Rounds":
         return Rounds(
@@ -41,7 +43,23 @@ class Rounds:
             self.verify + other.verify,
             self.plain + other.plain,
             self.prompt + other.prompt,
+            self.draft_model + other.draft_model,
+            self.checked_draft + other.checked_draft,
         )
+
+
+def drafted_rounds(
+    method: Method,
+    draft: tuple[Timed, ...],
+    verify: tuple[Timed, ...],
+    prompt: tuple[Timed, ...],
+) -> Rounds:
+    """Rounds of a method that drafts."""
+    if method == "draft-model":
+        return Rounds((), verify, (), prompt, draft_model=draft)
+    if method == "substitute+draft-model":
+        return Rounds((), verify, (), prompt, checked_draft=draft)
+    return Rounds(draft, verify, (), prompt)
 
 
 def corrections(rounds: Rounds, link_bandwidth: int | None = None) -> Corrections:
@@ -49,6 +67,8 @@ def corrections(rounds: Rounds, link_bandwidth: int | None = None) -> Correction
     to."""
     return Corrections(
         draft=slowdown(rounds.draft),
+        draft_model=slowdown(rounds.draft_model),
+        checked_draft=slowdown(rounds.checked_draft),
         verify=slowdown(rounds.verify),
         plain=slowdown(rounds.plain),
         prompt=slowdown(rounds.prompt),
@@ -62,6 +82,8 @@ def updated(before: Corrections, rounds: Rounds, found: Corrections) -> Correcti
     not timed."""
     return Corrections(
         draft=found.draft if rounds.draft else before.draft,
+        draft_model=found.draft_model if rounds.draft_model else before.draft_model,
+        checked_draft=found.checked_draft if rounds.checked_draft else before.checked_draft,
         verify=found.verify if rounds.verify else before.verify,
         plain=found.plain if rounds.plain else before.plain,
         prompt=found.prompt if rounds.prompt else before.prompt,
@@ -101,7 +123,7 @@ def rounds_of_runs(runs: Iterable[Run], predict_for: PredictFor) -> Rounds:
         else:
             share = run.drafted_levels / max(1.0, run.rounds * said.levels_per_round)
             draft = repeated(run.draft_seconds, run.rounds, said.draft_seconds * share)
-            found = found.and_also(Rounds(draft, verify, (), prompt))
+            found = found.and_also(drafted_rounds(run.method, draft, verify, prompt))
     return found
 
 
@@ -109,14 +131,17 @@ def repeated(seconds: float, rounds: int, predicted: float) -> tuple[Timed, ...]
     return (Timed((seconds / rounds,) * rounds, predicted),) if rounds else ()
 
 
-def with_runs(acceptance: Acceptance, plan: Plan, runs: Iterable[Run]) -> Acceptance:
-    """Acceptance with the runs' trees as a kind of its own. What they would have done with another
-    threshold than the plan's is not known: they count alike for all."""
-    drafted = [run for run in runs if run.method == "substitute" and any(run.drafted)]
+def with_runs(
+    acceptance: Acceptance, plan: Plan, runs: Iterable[Run], method: Method = "substitute"
+) -> Acceptance:
+    """Acceptance with the trees of a method's runs as a kind of its own. What they would have done
+    with another threshold than the plan's is not known: they count alike for all."""
+    drafted = [run for run in runs if run.method == method and any(run.drafted)]
     if not drafted:
         return acceptance
+    width = plan.draft_of(method).tree.width
     own = [
-        replace(curve_of(drafted, plan.tree.width), min_path_probability=threshold)
+        replace(curve_of(drafted, width), min_path_probability=threshold)
         for threshold in acceptance.thresholds
     ]
     others = [curve for curve in acceptance.curves if acceptance.measured and curve.kind != RUNS]

@@ -12,18 +12,21 @@ from pathlib import Path
 
 import torch
 
-from subspec.artifacts.acceptance import Acceptance
+from subspec.artifacts.acceptance import Acceptance, Checks
 from subspec.artifacts.format.prebuilt import pack_prebuilt
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.model import ModelSpec
 from subspec.artifacts.native import cpp
-from subspec.artifacts.plan import Method, Plan, Usage, calls_for
+from subspec.artifacts.plan import Method, Plan, Tree, Usage, calls_for
 from subspec.planner.rehearse.calibration import Sample, in_turns, sample_ids
-from subspec.planner.rehearse.corrections import PredictFor, Rounds, Timed
+from subspec.planner.rehearse.corrections import PredictFor, Rounds, Timed, drafted_rounds
 from subspec.planner.rehearse.replay import DEEPEST, WIDTHS, Answer, Grown, curves_of, walk
 from subspec.planner.rehearse.trail import Trail
 from subspec.planner.solve.problem import make_tree
 from subspec.runtime.decode import keep, keep_piece, read, speculate
+from subspec.runtime.draft.beam import Growing
+from subspec.runtime.draft.checked import Propose
+from subspec.runtime.draft.draft_model import DraftModelDrafter
 from subspec.runtime.draft.drafter import SubstituteDrafter, Turn
 from subspec.runtime.engine import Engine, OpenOptions, graph_programs, kernel_sources
 from subspec.runtime.exact_pass import Piece, tokens_that_fit
@@ -53,6 +56,12 @@ class Effort:
     time_seconds: float = 8.0  # for rounds of the plan that was chosen
     plain_seconds: float = 4.0  # for plain decoding
 
+    def divided(self, num_methods: int) -> "Effort":
+        """For each of several methods that draft."""
+        return Effort(
+            self.learn_seconds / num_methods, self.time_seconds / num_methods, self.plain_seconds
+        )
+
     @staticmethod
     def within(seconds: float) -> "Effort":
         usual = Effort()
@@ -79,17 +88,18 @@ def learn_acceptance(
     settled: Settled,
     progress: Progress,
     effort: Effort = USUAL_EFFORT,
+    method: Method = "substitute",
 ) -> Acceptance | None:
-    """Acceptance of trees along answers to the samples, all kinds alike, as many at a time as
-    `plan` has sequences, until the samples or the time are used up or the choice is settled. None:
-    no answer was long enough."""
-    staged = replace(artifact, plan=replace(plan, tree=CHAIN))
+    """Acceptance of the method's trees along answers to the samples, all kinds alike, as many at a
+    time as `plan` has sequences, until the samples or the time are used up or the choice is
+    settled. None: no answer was long enough."""
+    staged = replace(artifact, plan=with_tree(plan, method, CHAIN))
     text = load_tokenizer(artifact.path / "tokenizer")
     turns = [(sample.kind, sample_ids(text, sample)) for sample in in_turns(samples)]
     trees: Trees = {}
     found, learnt = None, ""
     until = time.perf_counter() + effort.learn_seconds
-    with opened(staged, "substitute", setting) as engine:
+    with opened(staged, method, setting) as engine:
         for first in range(0, len(turns), plan.num_sequences):
             progress(f"rehearsing{learnt}", first / len(turns))
             add_answers(engine, turns[first : first + plan.num_sequences], trees)
@@ -109,7 +119,8 @@ def learn_acceptance(
 def add_answers(engine: Engine, turns: Several[tuple[str, list[int]]], trees: Trees) -> None:
     """Decodes an answer to each prompt, all together, and adds the trees along them."""
     drafter = engine.model.drafter
-    assert isinstance(drafter, SubstituteDrafter)
+    assert isinstance(drafter, SubstituteDrafter | DraftModelDrafter)
+    drafting = drafter if isinstance(drafter, SubstituteDrafter) else drafter.model
     with ExitStack() as stack:
         caches = [stack.enter_context(engine.new_sequence()).cache for _ in turns]
         trails = [Trail(cache) for cache in caches]
@@ -117,7 +128,7 @@ def add_answers(engine: Engine, turns: Several[tuple[str, list[int]]], trees: Tr
         for width in WIDTHS[engine.plan.device]:
             has_room = 1 + width * DEEPEST <= engine.plan.verify_width
             if has_room and width <= engine.artifact.spec.vocab_size:
-                along = walk(drafter, trails, answers, width)
+                along = walk(drafting, trails, answers, width)
                 for (kind, _), some in zip(turns, along, strict=True):
                     if some:
                         trees.setdefault((width, kind), []).append(some)
@@ -205,15 +216,11 @@ def time_rounds(
 ) -> Rounds:
     """Rounds of the plan, one answer at a time, and of plain decoding. `predict_for`: the plan's
     predictions for a usage, without corrections."""
-    staged, text = replace(artifact, plan=plan), load_tokenizer(artifact.path / "tokenizer")
-    prompts = [sample_ids(text, sample) for sample in in_turns(samples)]
-    rounds, methods = (
-        Rounds(),
-        (("substitute", effort.time_seconds), ("plain", effort.plain_seconds)),
-    )
-    for method, seconds in methods:
-        if method not in plan.placements:
-            continue
+    staged, prompts = replace(artifact, plan=plan), prompts_of(artifact, samples)
+    rounds, drafting = Rounds(), [method for method in plan.placements if method != "plain"]
+    methods: list[Method] = [*drafting, "plain"]
+    for method in methods:
+        seconds = effort.plain_seconds if method == "plain" else effort.time_seconds
         progress(f"timing rounds, {method}", 0.0)
         until = time.perf_counter() + seconds
         with opened(staged, method, setting) as engine:
@@ -254,7 +261,66 @@ def timed_rounds(
         return Rounds(plain=verify, prompt=asked)
     # As if each had the levels of a usual round.
     drafted = [seconds * said.levels_per_round / max(1, levels) for seconds, _, levels in passed]
-    return Rounds((Timed(tuple(drafted), said.draft_seconds),), verify, prompt=asked)
+    draft = (Timed(tuple(drafted), said.draft_seconds),)
+    return drafted_rounds(engine.method, draft, verify, asked)
+
+
+def learn_checks(
+    artifact: Artifact,
+    plan: Plan,
+    samples: Several[Sample],
+    setting: Setting,
+    progress: Progress,
+    seconds: float,
+) -> Checks | None:
+    """What a level takes where the draft model proposes and the substitutes check, on answers to
+    the samples, one after another. None: no level was drafted."""
+    method: Method = "substitute+draft-model"
+    tree = plan.draft_of(method).tree
+    usual = make_tree(min(2, tree.width), tree.depth, 0.1)
+    staged, levels, agreed = replace(artifact, plan=with_tree(plan, method, usual)), 0, 0
+    progress("rehearsing the draft model's proposals", 0.0)
+    until = time.perf_counter() + seconds
+    with opened(staged, method, setting) as engine:
+        drafter = engine.model.drafter
+        assert isinstance(drafter, SubstituteDrafter) and drafter.proposals is not None
+        proposals, tries = drafter.proposals, list[int]()
+
+        def counted(turns: Several[Turn]) -> Propose:
+            propose = proposals(turns)
+
+            def run(growing: Several[Growing], rooms: Several[int]) -> list[list[int]]:
+                found = propose(growing, rooms)
+                # Where it stops before there is no room, one more pass said so.
+                tries.extend(min(len(f) + 1, room) for f, room in zip(found, rooms, strict=True))
+                return found
+
+            return run
+
+        engine.model = replace(engine.model, drafter=replace(drafter, proposals=counted))
+        ends = frozenset(artifact.spec.eos_token_ids)
+        for prompt in prompts_of(artifact, samples):
+            with engine.new_sequence() as sequence:
+                some = prompt[: engine.plan.context // 2]
+                for _ in sequence.generate(some, GenerationParams(ANSWER_TOKENS, end_tokens=ends)):
+                    pass
+                levels += sequence.stats.drafted_levels
+                agreed += sum(sequence.stats.proposed)
+            if time.perf_counter() > until:
+                break
+    return Checks((levels - agreed) / levels, sum(tries) / levels) if levels else None
+
+
+def prompts_of(artifact: Artifact, samples: Several[Sample]) -> list[list[int]]:
+    text = load_tokenizer(artifact.path / "tokenizer")
+    return [sample_ids(text, sample) for sample in in_turns(samples)]
+
+
+def with_tree(plan: Plan, method: Method, tree: Tree) -> Plan:
+    """The plan with another tree for a method, whatever the company."""
+    if method == "substitute":
+        return replace(plan, tree=tree)
+    return replace(plan, drafts={method: replace(plan.drafts[method], tree=tree)})
 
 
 def pack_programs(folder: Path, plan: Plan, spec: ModelSpec) -> None:

@@ -1,5 +1,5 @@
-"""Acceptance of draft trees on a known text: the substitutes draft along an answer of the exact
-model, tree after tree as rounds would, and nothing is verified.
+"""Acceptance of draft trees on a known text: the substitutes, or a draft model, draft along an
+answer of the exact model, tree after tree as rounds would, and nothing is verified.
 
 A whole tree is grown at the root of each round, and its levels are compared with the text. What
 trees with a threshold would have done follows from the probabilities of the levels
@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 
@@ -17,8 +18,14 @@ from subspec.artifacts.acceptance import Curve, margin_of_ratio
 from subspec.artifacts.plan import DeviceKind
 from subspec.planner.rehearse.trail import Trail
 from subspec.planner.solve.problem import make_tree
-from subspec.runtime.draft.beam import Growing, TokenTree, levels, log_probability, root_only
-from subspec.runtime.draft.drafter import SubstituteDrafter
+from subspec.runtime.draft.beam import (
+    DraftPass,
+    Growing,
+    TokenTree,
+    levels,
+    log_probability,
+    root_only,
+)
 from subspec.runtime.model.cache import Cache
 
 WIDTHS: dict[DeviceKind, tuple[int, ...]] = {
@@ -38,6 +45,14 @@ class Answer:
     ended: bool  # by the model, not by a limit
 
 
+class Drafting(Protocol):
+    """What grows trees anywhere along a text."""
+
+    def passes_after(
+        self, caches: Sequence[Cache], lengths: Sequence[int], num_rows: int
+    ) -> DraftPass: ...
+
+
 @dataclass
 class Grown:
     """A whole tree at token `start` of an answer; beyond its accepted levels it has those that a
@@ -50,7 +65,7 @@ class Grown:
 
 
 def walk(
-    drafter: SubstituteDrafter, trails: Sequence[Trail], answers: Sequence[Answer], width: int
+    drafter: Drafting, trails: Sequence[Trail], answers: Sequence[Answer], width: int
 ) -> list[list[Grown]]:
     """The trees along each answer, which its cache holds; all answers advance together, one pass
     for a level of each. Of an answer that a limit cut off the last tree is left out: it might have
@@ -76,7 +91,7 @@ def walk(
 
 @torch.inference_mode()
 def grow_along(
-    drafter: SubstituteDrafter,
+    drafter: Drafting,
     caches: Sequence[Cache],
     answers: Sequence[Answer],
     starts: Sequence[int],
@@ -87,17 +102,14 @@ def grow_along(
     tree, device = make_tree(width, DEEPEST), caches[0].device
     roots = [answer.tokens[start] for answer, start in zip(answers, starts, strict=True)]
     trees = [root_only(torch.tensor([root], device=device), tree.num_nodes) for root in roots]
-    slots = [
-        cache.tree_slots(tree.num_nodes, after=start)
-        for cache, start in zip(caches, starts, strict=True)
-    ]
     found = [Grown(start) for start in starts]
 
     def ends(growing: Growing) -> bool:
         one = found[growing.index]
         return one.node is None and one.levels[-1] < math.log(THRESHOLDS[1])
 
-    passes, depths = drafter.pass_over(caches, slots), [DEEPEST] * len(trees)
+    passes = drafter.passes_after(caches, starts, tree.num_nodes)
+    depths = [DEEPEST] * len(trees)
     for level in levels(trees, depths, tree, passes, ends):
         for growing in level:
             one = found[growing.index]

@@ -99,7 +99,8 @@ def print_plan(spec: ModelSpec, plan: Plan, console: Console) -> None:
 def plan_json(spec: ModelSpec, plan: Plan, artifact: Path | None) -> dict[str, Any]:
     """docs/commands.md describes every key."""
     placement, predicted = placement_of(plan), plan.predicted[plan.method]
-    ledger, acceptance, tree = asdict(placement.ledger), plan.acceptance, plan.tree
+    ledger, draft = asdict(placement.ledger), plan.draft
+    acceptance, tree = draft.acceptance, draft.tree
     return {
         "schema": "subspec.plan/1",
         "model": {
@@ -120,7 +121,7 @@ def plan_json(spec: ModelSpec, plan: Plan, artifact: Path | None) -> dict[str, A
             "sequences": plan.num_sequences,
             "tree": asdict(tree),
             "company": [
-                {"answers": 2 << index, **asdict(one)} for index, one in enumerate(plan.company)
+                {"answers": 2 << index, **asdict(one)} for index, one in enumerate(draft.company)
             ],
             "verify_widths": list(plan.verify_widths),
             "int4_kernel": plan.int4_kernel,
@@ -187,7 +188,7 @@ def render_report(spec: ModelSpec, plan: Plan, profile: Profile, runs: Sequence[
         more_memory=what_more_memory_buys(plan) if predicts else "",
         contexts=context_rows(plan),
         accepted=acceptance_line(plan),
-        curve=acceptance_chart(plan.acceptance, plan.tree),
+        curve=acceptance_chart(plan.draft.acceptance, plan.draft.tree),
         kinds=acceptance_rows(plan),
         runs=runs,
         run_rows=run_rows(runs),

@@ -14,6 +14,7 @@ from subspec.artifacts.model import ModelSpec
 from subspec.artifacts.plan import Method, Placement, Plan, Prediction, Tree
 from subspec.artifacts.profile import Profile
 from subspec.artifacts.runs import Run
+from subspec.planner.solve.search import option_label
 
 PURPOSES = {  # of the ledger, in the order of the report's bar
     "resident": "resident exact weights",
@@ -32,7 +33,16 @@ PURPOSES = {  # of the ledger, in the order of the report's bar
     "guard": "safety margin",
 }
 CACHE_OF_HYBRIDS = "KV cache, delta-net states"  # with their checkpoints, where they are in it
-METHODS: dict[Method, str] = {"substitute": "speculative decoding", "plain": "plain decoding"}
+METHODS: dict[Method, str] = {
+    "substitute": "speculative decoding",
+    "draft-model": "speculative decoding with a draft model",
+    "substitute+draft-model": "speculative decoding, proposed by a draft model",
+    "plain": "plain decoding",
+}
+DRAFTED_BY: dict[Method, str] = {  # behind a tree; the plain case is the substitutes'
+    "draft-model": " of the draft model",
+    "substitute+draft-model": " that checks what the draft model proposes",
+}
 MOST_KINDS = 8  # of text; a user's calibration may have many
 
 Rows = list[tuple[str, ...]]
@@ -115,7 +125,7 @@ def company_rows(plan: Plan) -> Rows:
     return [
         (f"{2 << index} answers at once", f"{number(one.tokens_per_second)} tokens/s together",
          draft_name(one.tree))
-        for index, one in enumerate(plan.company)
+        for index, one in enumerate(plan.draft.company)
     ]  # fmt: skip
 
 
@@ -132,7 +142,7 @@ def is_chosen(plan: Plan, label: str) -> bool:
     """Return True if the option is what the plan does (labels are search.py's)."""
     if plan.method == "plain":
         return label.startswith("plain")
-    return label == f"tree {plan.tree.width} wide, {plan.tree.depth} deep"
+    return label == option_label(plan.method, plan.draft.tree)
 
 
 def context_rows(plan: Plan) -> Rows:
@@ -149,7 +159,7 @@ def context_rows(plan: Plan) -> Rows:
 
 def acceptance_line(plan: Plan) -> str:
     """ "" without a draft."""
-    acceptance, tree = plan.acceptance, plan.tree
+    acceptance, tree = plan.draft.acceptance, plan.draft.tree
     if not tree.depth:
         return ""
     tokens = f"{tokens_expected(plan)} tokens per round"
@@ -160,8 +170,8 @@ def acceptance_line(plan: Plan) -> str:
 
 def acceptance_rows(plan: Plan) -> Rows:
     """Kind of text, number of answers, tokens per round; none with a single kind or no draft."""
-    acceptance = plan.acceptance
-    if len(acceptance.kinds) < 2 or not acceptance.measured or not plan.tree.depth:
+    acceptance = plan.draft.acceptance
+    if len(acceptance.kinds) < 2 or not acceptance.measured or not plan.draft.tree.depth:
         return []
     most = sorted(acceptance.kinds, key=lambda kind: -acceptance.num_answers(kind))[:MOST_KINDS]
     return [
@@ -176,17 +186,17 @@ def acceptance_rows(plan: Plan) -> Rows:
 
 def tokens_expected(plan: Plan, kind: str = "") -> str:
     """ "12.1 ± 1.3": a round's tokens and half of their 95 % confidence interval, if known."""
-    tree = plan.tree
+    tree = plan.draft.tree
     known = tree.width, tree.depth, tree.min_path_probability, kind
-    tokens, margin = number(plan.acceptance.tokens(*known)), margin_of(plan, kind)
+    tokens, margin = number(plan.draft.acceptance.tokens(*known)), margin_of(plan, kind)
     return tokens if margin is None else f"{tokens} ± {number(margin)}"
 
 
 def margin_of(plan: Plan, kind: str = "") -> float | None:
     """None if nothing was measured."""
-    tree = plan.tree
+    tree = plan.draft.tree
     known = tree.width, tree.depth, tree.min_path_probability, kind
-    margin = plan.acceptance.margin(*known)
+    margin = plan.draft.acceptance.margin(*known)
     return margin if math.isfinite(margin) else None
 
 
@@ -234,7 +244,9 @@ def compared(
 def method_name(plan: Plan) -> str:
     if plan.method == "plain":
         return METHODS["plain"]
-    return f"speculative decoding with {draft_name(plan.tree)}"
+    return f"speculative decoding with {draft_name(plan.draft.tree)}" + DRAFTED_BY.get(
+        plan.method, ""
+    )
 
 
 def draft_name(tree: Tree) -> str:
@@ -257,9 +269,9 @@ def streamed_line(spec: ModelSpec, plan: Plan) -> str:
 
 
 def decision_rows(plan: Plan) -> Rows:
-    placement, tree = placement_of(plan), plan.tree
+    placement, tree = placement_of(plan), plan.draft.tree
     rows: Rows = [("method", method_name(plan))]
-    if plan.method == "substitute":
+    if plan.method != "plain":
         rows.append(
             ("draft temperature", f"{tree.temperature:g}, for ranking nodes and ending drafts")
         )

@@ -3,32 +3,53 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from subspec.artifacts.acceptance import ONE_TOKEN
+from subspec.artifacts.acceptance import ONE_TOKEN, Checks
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.sizes import short_size
 from subspec.artifacts.footprint import Ring, Shape, workspace_bytes
 from subspec.artifacts.model import ModelSpec
-from subspec.artifacts.plan import Method, Plan, Point, Prediction, Usage
+from subspec.artifacts.plan import (
+    WITH_DRAFT_MODEL,
+    WITH_SUBSTITUTES,
+    Method,
+    Plan,
+    Point,
+    Prediction,
+    Usage,
+)
 from subspec.artifacts.profile import Profile
-from subspec.planner.solve.predict import Candidate, passes_of, predict
+from subspec.planner.solve.predict import Candidate, Proposer, passes_of, predict
 from subspec.planner.solve.storage import Storage, group_bytes
 
 BUDGET_STEPS = (0.4, 0.5, 0.625, 0.75, 0.875, 1.125, 1.25, 1.5, 1.75, 2.0)  # of the plan's own
 CONTEXTS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 NEXT_BYTES = 10**9  # more memory, for which the gain is reported
 NEXT_SHARE = 0.1  # of the budget, if that is less
+NO_CHECKS = Checks(passes=1.0, proposed=0.0)  # of a method that checks nothing
 
 Solve = Callable[[int, int | None], Plan]  # budget, context (None: chosen) -> best plan
 
 
 def predict_for(
-    spec: ModelSpec, profile: Profile, plan: Plan, stored: Storage, method: Method, usage: Usage
+    spec: ModelSpec,
+    profile: Profile,
+    plan: Plan,
+    stored: Storage,
+    method: Method,
+    usage: Usage,
+    draft_model: ModelSpec | None = None,
 ) -> Prediction:
     """Prediction of `plan` for `usage`; its own predictions are for the usual one. The peak is also
     for this usage: a short prompt does not use the whole workspace."""
     placement = plan.placement(method)
     ledger = placement.ledger
-    tree = plan.tree if method == "substitute" else None
+    draft = None if method == "plain" else plan.draft_of(method)
+    tree, proposer = draft.tree if draft else None, None
+    if method in WITH_DRAFT_MODEL:
+        assert draft is not None and draft_model is not None
+        proposer = Proposer(draft_model, draft.acceptance, draft.checks or NO_CHECKS)
+    else:
+        draft_model = None
     ready, wide = set(placement.resident), set(placement.multiplied_out)
     decoded = tuple(
         part.name
@@ -38,7 +59,7 @@ def predict_for(
     held = replace(stored, decoded=decoded, multiplied_out=placement.multiplied_out)
     block_bytes, num_slots = placement.block_bytes, placement.num_slots
     ring = Ring(block_bytes, num_slots) if num_slots else None
-    candidate = Candidate(held, tree, plan.verify_widths, ring)
+    candidate = Candidate(held, tree, plan.verify_widths, ring, method if tree else "substitute")
     inside = {*placement.resident, *placement.residuals}
     streamed = group_bytes([part for part in stored.parts if part.name not in inside])
     shape = Shape(
@@ -49,15 +70,20 @@ def predict_for(
         min(plan.prefill_tokens, usage.prompt_tokens),
         plan.num_threads,
         plan.prompt_widths[0],
+        draft_model=draft_model,
+        substitutes_draft=method in WITH_SUBSTITUTES,
     )
     workspace = min(workspace_bytes(spec, plan.device, shape), ledger.workspace)
     idle = ledger.guard + ledger.workspace - workspace
     gives = ONE_TOKEN
-    if tree:
+    if tree and draft:
         stop = tree.min_path_probability
-        gives = plan.acceptance.round_yield(tree.width, tree.depth, stop, usage.kind)
+        gives = draft.acceptance.round_yield(tree.width, tree.depth, stop, usage.kind)
     peak = ledger.total_bytes - idle
-    passes = passes_of(spec, profile, tree, plan.verify_widths, gives, plan.prefill_tokens, usage)
+    passes = passes_of(
+        spec, profile, tree, plan.verify_widths, gives, plan.prefill_tokens, usage,
+        drafts=candidate.drafts, proposer=proposer,
+    )  # fmt: skip
     return predict(profile, candidate, passes, streamed, gives, peak, usage)
 
 

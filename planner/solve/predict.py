@@ -8,10 +8,10 @@ from bisect import bisect_left
 from dataclasses import dataclass
 from math import ceil, sqrt
 
-from subspec.artifacts.acceptance import RoundYield
-from subspec.artifacts.footprint import PRODUCT_ROWS, Ring, tokens_held
+from subspec.artifacts.acceptance import Acceptance, Checks, RoundYield
+from subspec.artifacts.footprint import CATCH_UP_ROWS, PRODUCT_ROWS, Ring, tokens_held
 from subspec.artifacts.model import ModelSpec
-from subspec.artifacts.plan import Prediction, Tree, Usage, calls_for
+from subspec.artifacts.plan import WITH_DRAFT_MODEL, Method, Prediction, Tree, Usage, calls_for
 from subspec.artifacts.profile import LIVE_TOKENS, MORE_TOKENS, Profile, Timing, seconds_at
 from subspec.planner.solve.storage import Storage
 
@@ -29,6 +29,11 @@ class Candidate:
     tree: Tree | None  # None: plain decoding
     verify_widths: tuple[int, ...]  # as in Plan
     ring: Ring | None  # None: nothing streams
+    drafts: Method = "substitute"  # what does, if there is a tree
+
+    @property
+    def method(self) -> Method:
+        return self.drafts if self.tree else "plain"
 
     @property
     def verify_width(self) -> int:
@@ -46,6 +51,15 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Proposer:
+    """A draft model that a plan may use, and what was learnt of it."""
+
+    spec: ModelSpec
+    acceptance: Acceptance  # of its own trees
+    checks: Checks  # of trees that it proposes and the substitutes check
+
+
+@dataclass(frozen=True)
 class Passes:
     """Compute seconds with a tree, independent of how the weights are stored and streamed."""
 
@@ -54,6 +68,7 @@ class Passes:
     prompt: float  # a piece of the prompt, without the head
     num_prompts: int  # pieces of the prompt; each streams the weights once
     head: float  # at one row
+    catch_up: float = 0.0  # of a draft model with the prompt, once
 
 
 def rounds_needed(num_tokens: int, gives: RoundYield) -> float:
@@ -72,6 +87,8 @@ def passes_of(
     prefill_tokens: int,
     usage: Usage,
     num_answers: int = 1,
+    drafts: Method = "substitute",
+    proposer: Proposer | None = None,
 ) -> Passes:
     """Passes with a tree (None: plain decoding), in the middle of an answer. A verification is as
     wide as its draft needs: `gives.shares` says how often it has how many levels. Several answers
@@ -93,12 +110,26 @@ def passes_of(
         exact = pass_seconds(spec, profile.fast_layer, profile.fast_attention, 1, live) + head
     rows, before = min(prefill_tokens, usage.prompt_tokens), usage.prompt_tokens / 2
     prompt = pass_seconds(spec, profile.fast_layer, profile.exact_attention, rows, before)
+    draft = catch_up = 0.0
+    if tree and drafts == "substitute":
+        draft = draft_seconds(spec, profile, tree, gives.levels, live, num_answers)
+    elif tree:
+        assert proposer is not None
+        caught_up = -(-usage.prompt_tokens // CATCH_UP_ROWS)
+        catch_up = caught_up * model_pass_seconds(proposer, profile, CATCH_UP_ROWS, 1, before)
+        if drafts == "draft-model":
+            draft = model_draft_seconds(proposer, profile, tree, gives, live, num_answers)
+        else:
+            draft = checked_draft_seconds(
+                spec, proposer, profile, tree, gives.levels, live, num_answers
+            )
     return Passes(
-        draft=draft_seconds(spec, profile, tree, gives.levels, live, num_answers) if tree else 0.0,
+        draft=draft,
         exact=exact,
         prompt=prompt,
         num_prompts=-(-usage.prompt_tokens // prefill_tokens),
         head=head,
+        catch_up=catch_up,
     )
 
 
@@ -150,6 +181,53 @@ def draft_seconds(
     return first + max(0.0, levels - 1) * level
 
 
+def model_draft_seconds(
+    proposer: Proposer, profile: Profile, tree: Tree, gives: RoundYield, live: float, num_trees: int
+) -> float:
+    """Seconds of the levels of trees that a draft model grows alone. The first pass also reads what
+    the round before gave."""
+    if not gives.levels:
+        return 0.0
+    read, rows = ceil(num_trees * gives.tokens), num_trees * tree.width
+    first = model_pass_seconds(proposer, profile, read, num_trees, live)
+    level = model_pass_seconds(proposer, profile, rows, rows, live)
+    return first + max(0.0, gives.levels - 1) * level
+
+
+def checked_draft_seconds(
+    spec: ModelSpec,
+    proposer: Proposer,
+    profile: Profile,
+    tree: Tree,
+    levels: float,
+    live: float,
+    num_trees: int,
+) -> float:
+    """Seconds of so many levels of trees that a draft model proposes and the substitutes check."""
+    checks = proposer.checks
+    rows = ceil(num_trees * (tree.width + checks.proposed / max(checks.passes, 0.01)))
+    check = pass_seconds(spec, profile.draft_layer, profile.draft_attention, rows, live)
+    check += seconds_at(profile.draft_head, rows)
+    proposal = model_pass_seconds(proposer, profile, num_trees, num_trees, live)
+    return levels * (checks.passes * check + checks.proposed * proposal)
+
+
+def model_pass_seconds(
+    proposer: Proposer, profile: Profile, rows: int, head_rows: int, live: float
+) -> float:
+    """Seconds of a draft model's pass, with logits of some of its rows."""
+    layer, attention = profile.draft_model_layer, profile.draft_model_attention
+    layers = pass_seconds(proposer.spec, layer, attention, rows, live)
+    return layers + seconds_at(profile.draft_model_head, head_rows)
+
+
+def draft_correction(profile: Profile, drafts: Method) -> float:
+    corrections = profile.corrections
+    if drafts == "draft-model":
+        return corrections.draft_model
+    return corrections.checked_draft if drafts in WITH_DRAFT_MODEL else corrections.draft
+
+
 def predict(
     profile: Profile,
     candidate: Candidate,
@@ -184,15 +262,17 @@ def predict(
     ahead = min(candidate.ring_bytes, streamed, passes.draft * link_rate)
     verify = overlapped((streamed - ahead) / link_rate, compute) + profile.round_seconds
     verify *= corrections.verify if candidate.tree else corrections.plain
-    draft = passes.draft * corrections.draft
+    slower = draft_correction(profile, candidate.drafts)
+    draft = passes.draft * slower
     # Weights are checked when they stream first, which is during the first prompt.
     checked = streamed / profile.digest_rate if profile.digest_rate else 0.0
     prompt = passes.prompt + decode
     first = overlapped(link, prompt + checked)
     first += (passes.num_prompts - 1) * overlapped(link, prompt) + passes.head
     num_tokens = max(1, usage.answer_tokens - 1)  # the first one is the prompt's
+    seconds = rounds_needed(num_tokens, gives) * (draft + verify) + passes.catch_up * slower
     return Prediction(
-        tokens_per_second=num_tokens / (rounds_needed(num_tokens, gives) * (draft + verify)),
+        tokens_per_second=num_tokens / seconds,
         time_to_first_token_seconds=first * corrections.prompt,
         fast_peak_bytes=peak,
         tokens_per_round=gives.tokens,

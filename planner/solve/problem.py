@@ -12,11 +12,21 @@ from subspec.artifacts.acceptance import ONE_TOKEN, Acceptance, RoundYield
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.footprint import Ring, Shape, make_ledger, text_bytes, workspace_bytes
 from subspec.artifacts.model import PAGE_BYTES, ModelSpec
-from subspec.artifacts.plan import USUAL, Constraints, Ledger, Tree, Usage
+from subspec.artifacts.plan import (
+    USUAL,
+    WITH_DRAFT_MODEL,
+    WITH_SUBSTITUTES,
+    Constraints,
+    Ledger,
+    Method,
+    Tree,
+    Usage,
+)
 from subspec.artifacts.profile import Profile
 from subspec.planner.solve.predict import (
     Candidate,
     Passes,
+    Proposer,
     passes_of,
     prompt_widths,
     usage_within,
@@ -46,7 +56,8 @@ class Problem:
     profile: Profile
     budget_bytes: int
     constraints: Constraints
-    acceptance: Acceptance
+    acceptance: Acceptance  # of the substitutes
+    proposer: Proposer | None
     context: int
     storages: tuple[Storage, ...]  # to choose from; the last one decodes least at every use
     usage: Usage  # of the predictions
@@ -62,11 +73,12 @@ def make_problem(
     acceptance: Acceptance,
     stored: Storage | None = None,
     usage: Usage = USUAL,
+    proposer: Proposer | None = None,
 ) -> Problem:
     """The problem with its context: the user's, or the largest default that leaves room for a
     draft, or at least for plain decoding. stored: storage of an existing artifact. Raises
-    SubspecError: USAGE for a context beyond the model's positions, UNSUPPORTED without
-    batch-invariant widths."""
+    SubspecError: USAGE for a context beyond the model's positions or a draft model that is not
+    there, UNSUPPORTED without batch-invariant widths."""
     if constraints.context is not None and constraints.context > spec.max_positions:
         raise SubspecError(
             Exit.USAGE,
@@ -86,6 +98,7 @@ def make_problem(
             "the profile has no speed of weights in FP8, which the model has",
             "measure this machine with this model: leave out --profile",
         )
+    check_draft_model(profile, constraints, proposer)
     decodes = profile.residual_weights_per_second > 0
     decodes = decodes and (not spec.fp8 or profile.fp8_residual_weights_per_second > 0)
     choices = held_decoded(stored) if stored else storages(spec, constraints.encoding, decodes)
@@ -99,13 +112,51 @@ def make_problem(
     def problem_for(context: int) -> Problem:
         within = usage_within(context, usage)
         return Problem(
-            spec, profile, budget_bytes, constraints, acceptance, context, choices, within
+            spec, profile, budget_bytes, constraints, acceptance, proposer, context, choices, within
         )
 
     problems = [problem_for(context) for context in contexts]
     drafting = (problem for problem in problems if smallest_draft(problem) is not None)
     decoding = (problem for problem in problems if smallest_plain(problem) is not None)
     return with_prompt_share(next(drafting, None) or next(decoding, None) or problems[-1])
+
+
+def check_draft_model(
+    profile: Profile, constraints: Constraints, proposer: Proposer | None
+) -> None:
+    """Raises SubspecError(USAGE) for a method whose draft model is not there, or not timed."""
+    if constraints.method in WITH_DRAFT_MODEL and proposer is None:
+        raise SubspecError(
+            Exit.USAGE,
+            f"--method {constraints.method} needs a draft model, and there is none",
+            "add --draft-model REF, a smaller model of the same vocabulary",
+        )
+    if proposer is not None and not profile.has_draft_model:
+        raise SubspecError(
+            Exit.USAGE,
+            "the profile has no timings of the draft model",
+            "measure this machine with it: leave out --profile, or add --reprofile to --from",
+        )
+
+
+def methods_that_draft(problem: Problem) -> tuple[Method, ...]:
+    """To choose from. Proposed tokens are not checked where there are delta nets."""
+    asked, proposer = problem.constraints.method, problem.proposer
+    if asked is not None:
+        return () if asked == "plain" else (asked,)
+    if proposer is None:
+        return ("substitute",)
+    nets = problem.spec.delta_nets or proposer.spec.delta_nets
+    both: tuple[Method, ...] = () if nets else ("substitute+draft-model",)
+    return ("substitute", "draft-model", *both)
+
+
+def acceptance_of(problem: Problem, drafts: Method) -> Acceptance:
+    """Checked trees are nearly those that the substitutes grow alone."""
+    if drafts == "draft-model":
+        assert problem.proposer is not None
+        return problem.proposer.acceptance
+    return problem.acceptance
 
 
 def default_context(spec: ModelSpec, budget_bytes: int, num_sequences: int) -> int:
@@ -153,23 +204,23 @@ def stored_like(problem: Problem, wanted: Storage) -> tuple[Storage, ...]:
     return tuple(some for some in problem.storages if some.parts == wanted.parts)
 
 
-def candidates(problem: Problem, room: tuple[int, ...] | None = None) -> Iterator[Candidate]:
-    """Every candidate with a draft, the smallest tree first. room: the verify widths of all; None:
-    each tree is padded to the narrowest that fit it."""
-    for tree, padded in trees(problem):
+def candidates(
+    problem: Problem, drafts: Method = "substitute", room: tuple[int, ...] | None = None
+) -> Iterator[Candidate]:
+    """Every candidate with a draft of that method, the smallest tree first. room: the verify widths
+    of all; None: each tree is padded to the narrowest that fit it."""
+    for tree, padded in trees(problem, drafts):
         if room is not None and padded[-1] > room[-1]:
             continue
         for storage in problem.storages:
             for ring in staging(storage):
-                yield Candidate(storage, tree, room or padded, ring)
+                yield Candidate(storage, tree, room or padded, ring, drafts)
 
 
-def trees(problem: Problem) -> Iterator[tuple[Tree, tuple[int, ...]]]:
+def trees(problem: Problem, drafts: Method) -> Iterator[tuple[Tree, tuple[int, ...]]]:
     """Trees with their verify widths; widths, depths and thresholds ascending."""
     constraints = problem.constraints
-    if constraints.method == "plain":
-        return
-    stops = thresholds(constraints, problem.acceptance)
+    stops = thresholds(constraints, acceptance_of(problem, drafts))
     for width in tree_widths(constraints):
         for depth in (constraints.depth,) if constraints.depth else DEPTHS:
             padded = padded_widths(problem.profile, 1 + width * depth)
@@ -203,8 +254,12 @@ def plain_candidates(problem: Problem, verify_widths: tuple[int, ...]) -> Iterat
 
 def smallest_draft(problem: Problem) -> Candidate | None:
     """The draft that needs the least memory; None if it does not fit."""
-    first = next(trees(problem), None)
-    return smallest(problem, *first) if first else None
+    found = []
+    for drafts in methods_that_draft(problem):
+        first = next(trees(problem, drafts), None)
+        if first and (candidate := smallest(problem, *first, drafts)):
+            found.append(candidate)
+    return max(found, key=lambda one: left_over(problem, one), default=None)
 
 
 def smallest_plain(problem: Problem) -> Candidate | None:
@@ -212,17 +267,23 @@ def smallest_plain(problem: Problem) -> Candidate | None:
 
 
 def smallest(
-    problem: Problem, tree: Tree | None, verify_widths: tuple[int, ...]
+    problem: Problem,
+    tree: Tree | None,
+    verify_widths: tuple[int, ...],
+    drafts: Method = "substitute",
 ) -> Candidate | None:
     """The candidate that needs the least memory over all storages; None if it does not fit."""
-    some = [Candidate(way, tree, verify_widths, staging(way)[0]) for way in problem.storages]
+    some = [
+        Candidate(way, tree, verify_widths, staging(way)[0], drafts) for way in problem.storages
+    ]
     best = max(some, key=lambda candidate: left_over(problem, candidate))
     return best if left_over(problem, best) >= 0 else None
 
 
 def narrowest(problem: Problem) -> tuple[int, ...]:
     """The verify widths of the smallest tree that the user's constraints allow."""
-    first = next(trees(problem), None)
+    drafts = next(iter(methods_that_draft(problem)), None)
+    first = next(trees(problem, drafts), None) if drafts else None
     return first[1] if first else (min(every_width(problem.profile)),)
 
 
@@ -262,6 +323,7 @@ def left_over(problem: Problem, candidate: Candidate) -> int:
         candidate.verify_width,
         storage.scratch_bytes,
         storage.coded_weights > 0,
+        candidate.method,
     )
     return left - storage.decoded_bytes - candidate.ring_bytes
 
@@ -277,33 +339,42 @@ def left_without_ring(
     verify_width: int,
     scratch_bytes: int,
     decodes_residuals: bool,
+    method: Method,
 ) -> int:
-    ledger = ledger_of(problem, draft_width, verify_width, None, scratch_bytes, decodes_residuals)
+    ledger = ledger_of(
+        problem, draft_width, verify_width, None, scratch_bytes, decodes_residuals, method
+    )
     return problem.budget_bytes - ledger.total_bytes
 
 
 @for_one_tree
 def passes_for(
-    problem: Problem, tree: Tree | None, verify_widths: tuple[int, ...], num_answers: int = 1
+    problem: Problem,
+    tree: Tree | None,
+    verify_widths: tuple[int, ...],
+    num_answers: int = 1,
+    drafts: Method = "substitute",
 ) -> Passes:
     return passes_of(
         problem.spec,
         problem.profile,
         tree,
         verify_widths,
-        yield_for(problem, tree),
+        yield_for(problem, tree, drafts),
         problem.prefill_tokens,
         problem.usage,
         num_answers,
+        drafts,
+        problem.proposer,
     )
 
 
 @for_one_tree
-def yield_for(problem: Problem, tree: Tree | None) -> RoundYield:
+def yield_for(problem: Problem, tree: Tree | None, drafts: Method = "substitute") -> RoundYield:
     if tree is None:
         return ONE_TOKEN
     stop, kind = tree.min_path_probability, problem.usage.kind
-    return problem.acceptance.round_yield(tree.width, tree.depth, stop, kind)
+    return acceptance_of(problem, drafts).round_yield(tree.width, tree.depth, stop, kind)
 
 
 def base_ledger(problem: Problem, candidate: Candidate) -> Ledger:
@@ -315,6 +386,7 @@ def base_ledger(problem: Problem, candidate: Candidate) -> Ledger:
         candidate.ring,
         candidate.storage.scratch_bytes,
         candidate.storage.coded_weights > 0,
+        candidate.method,
     )
 
 
@@ -325,8 +397,9 @@ def ledger_of(
     ring: Ring | None,
     scratch_bytes: int,
     decodes_residuals: bool,
+    method: Method,
 ) -> Ledger:
-    profile = problem.profile
+    profile, proposer = problem.profile, problem.proposer
     shape = Shape(
         problem.context,
         problem.constraints.num_sequences,
@@ -338,6 +411,8 @@ def ledger_of(
         ring,
         scratch_bytes or None,
         decodes_residuals,
+        draft_model=proposer.spec if proposer and method in WITH_DRAFT_MODEL else None,
+        substitutes_draft=method in WITH_SUBSTITUTES,
     )
     base = make_ledger(
         problem.spec,

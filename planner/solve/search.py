@@ -9,14 +9,16 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
 
-from subspec.artifacts.acceptance import Acceptance, Curve
+from subspec.artifacts.acceptance import Acceptance, Checks, Curve
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.sizes import LARGEST, format_size, short_size, weights_rate
 from subspec.artifacts.model import Encoding, ModelSpec
 from subspec.artifacts.plan import (
     USUAL,
+    WITH_DRAFT_MODEL,
     Company,
     Constraints,
+    Draft,
     Method,
     Option,
     Placement,
@@ -26,14 +28,16 @@ from subspec.artifacts.plan import (
     Usage,
 )
 from subspec.artifacts.profile import Profile
-from subspec.planner.solve.predict import Candidate, predict, prompt_widths
+from subspec.planner.solve.predict import Candidate, Proposer, predict, prompt_widths
 from subspec.planner.solve.problem import (
     Problem,
+    acceptance_of,
     base_ledger,
     candidates,
     default_context,
     left_over,
     make_problem,
+    methods_that_draft,
     narrowest,
     passes_for,
     plain_candidates,
@@ -49,6 +53,10 @@ from subspec.planner.solve.storage import Storage, choose_resident, group_bytes
 # by the logarithm of the width, and 8 wide as 6 wide.
 PRIOR_RATES = {1: 0.968, 2: 0.975, 4: 0.981, 8: 0.985}
 PRIOR_LEVELS = 64
+# Of a draft model: what is published of models a tenth as large, and a guess at how often the
+# substitutes agree.
+PRIOR_MODEL_RATES = {1: 0.75, 2: 0.82, 4: 0.87, 8: 0.9}
+PRIOR_CHECKS = Checks(passes=0.4, proposed=1.0)
 
 
 def constant_rate(width: int, rate: float) -> Curve:
@@ -58,7 +66,16 @@ def constant_rate(width: int, rate: float) -> Curve:
     return Curve(width, 0.0, "", 1, num_trees, (num_trees,) * PRIOR_LEVELS, accepted)
 
 
-PRIOR = Acceptance(tuple(constant_rate(*one) for one in PRIOR_RATES.items()), measured=False)
+def prior(rates: dict[int, float]) -> Acceptance:
+    return Acceptance(tuple(constant_rate(*one) for one in rates.items()), measured=False)
+
+
+PRIOR = prior(PRIOR_RATES)
+
+
+def unknown_proposer(spec: ModelSpec | None) -> Proposer | None:
+    """A draft model before anything was learnt of it."""
+    return Proposer(spec, prior(PRIOR_MODEL_RATES), PRIOR_CHECKS) if spec else None
 
 
 @dataclass(frozen=True)
@@ -80,13 +97,19 @@ def search(
     acceptance: Acceptance,
     stored: Storage | None = None,
     usage: Usage = USUAL,
+    proposer: Proposer | None = None,
 ) -> Plan:
     """The fastest plan for `usage`. stored: storage of an existing artifact; None: the plan
-    decides. Raises SubspecError(INFEASIBLE) with the smallest budget that has a plan."""
-    problem = make_problem(spec, profile, budget_bytes, constraints, acceptance, stored, usage)
-    drafted = best_by_width(problem)
+    decides. proposer: a draft model that it may use. Raises SubspecError(INFEASIBLE) with the
+    smallest budget that has a plan."""
+    problem = make_problem(
+        spec, profile, budget_bytes, constraints, acceptance, stored, usage, proposer
+    )
+    methods = methods_that_draft(problem)
+    drafted = {drafts: best_by_width(problem, drafts) for drafts in methods}
+    fastest = fastest_of(drafted)
     plain = best(problem, plain_candidates(problem, narrowest(problem)))
-    if plain is None or (constraints.needs_draft and not drafted):
+    if plain is None or (constraints.needs_draft and fastest is None):
         needed = smallest_budget(problem, stored)
         fits = f"needs {format_size(needed)}" if needed else "does not exist on this machine"
         raise SubspecError(
@@ -94,27 +117,42 @@ def search(
             f"the budget is {format_size(budget_bytes)}, the smallest plan {fits}",
             how_to_fit(problem, needed, stored),
         )
-    # Both methods share the stored weights and the verify widths: those of speculation if it is
-    # faster, else those of plain decoding. Which residuals are decoded while loading may differ.
-    if drafted and (constraints.method == "substitute" or drafted[0].speed > plain.speed):
-        alike = stored_like(problem, drafted[0].candidate.storage)
+    # All methods share the stored weights and the verify widths: those of the fastest one. Which
+    # residuals are decoded while loading may differ.
+    asked = constraints.method not in (None, "plain")
+    if fastest and (asked or drafted[fastest][0].speed > plain.speed):
+        alike = stored_like(problem, drafted[fastest][0].candidate.storage)
         same = replace(problem, storages=alike)
-        drafted = best_by_width(same)
-        plain = best(same, plain_candidates(same, drafted[0].candidate.verify_widths))
+        best_ones = best_by_width(same, fastest)
+        room = best_ones[0].candidate.verify_widths
+        drafted = {
+            drafts: best_ones if drafts == fastest else best_by_width(same, drafts, room)
+            for drafts in methods
+        }
+        plain = best(same, plain_candidates(same, room))
         assert plain is not None, "it takes less than the draft"
-        check_ram(problem, drafted[0])
+        check_ram(problem, best_ones[0])
     else:
         alike = stored_like(problem, plain.candidate.storage)
         same = replace(problem, storages=alike)
-        drafted = best_by_width(same, plain.candidate.verify_widths)
+        room = plain.candidate.verify_widths
+        drafted = {drafts: best_by_width(same, drafts, room) for drafts in methods}
         check_ram(problem, plain)
-    return assemble(problem, plain, drafted)
+    return assemble(problem, plain, {drafts: some for drafts, some in drafted.items() if some})
 
 
-def best_by_width(problem: Problem, room: tuple[int, ...] | None = None) -> list[Scored]:
+def fastest_of(drafted: dict[Method, list[Scored]]) -> Method | None:
+    """None: no draft fits."""
+    fitting = [drafts for drafts, some in drafted.items() if some]
+    return max(fitting, key=lambda drafts: drafted[drafts][0].speed, default=None)
+
+
+def best_by_width(
+    problem: Problem, drafts: Method, room: tuple[int, ...] | None = None
+) -> list[Scored]:
     """The best candidate of every tree width, best first; empty if no draft fits. room: see
     `candidates`."""
-    by_width = groupby(candidates(problem, room), key=lambda c: c.draft_width)
+    by_width = groupby(candidates(problem, drafts, room), key=lambda c: c.draft_width)
     found = [scored for _, group in by_width if (scored := best(problem, group)) is not None]
     return sorted(found, key=lambda scored: -scored.speed)
 
@@ -163,8 +201,10 @@ def prediction_of(
     problem: Problem, candidate: Candidate, streamed: int, peak: int = 0, num_answers: int = 1
 ) -> Prediction:
     """num_answers: that decode at once; the tokens/s are those of one."""
-    gives = yield_for(problem, candidate.tree)
-    passes = passes_for(problem, candidate.tree, candidate.verify_widths, num_answers)
+    gives = yield_for(problem, candidate.tree, candidate.drafts)
+    passes = passes_for(
+        problem, candidate.tree, candidate.verify_widths, num_answers, candidate.drafts
+    )
     return predict(problem.profile, candidate, passes, streamed, gives, peak, problem.usage)
 
 
@@ -175,7 +215,7 @@ def in_company(problem: Problem, chosen: Scored) -> Iterator[Company]:
     candidate, streamed = chosen.candidate, chosen.prediction.streamed_bytes
     room = [
         tree
-        for tree, widths in trees(problem)
+        for tree, widths in trees(problem, candidate.drafts)
         if widths[-1] <= candidate.verify_width and tree.width <= (candidate.draft_width or 0)
     ]
     num_answers = 2
@@ -191,16 +231,20 @@ def in_company(problem: Problem, chosen: Scored) -> Iterator[Company]:
         num_answers *= 2
 
 
-def assemble(problem: Problem, plain: Scored, drafted: list[Scored]) -> Plan:
-    """The plan from the best candidates. `drafted`: best first; empty if no draft fits."""
+def assemble(problem: Problem, plain: Scored, drafted: dict[Method, list[Scored]]) -> Plan:
+    """The plan from the best candidates. `drafted`: best first; a method that does not fit has
+    none."""
     found: dict[Method, Scored] = {"plain": plain}
-    if drafted:
-        found["substitute"] = drafted[0]
+    found |= {drafts: some[0] for drafts, some in drafted.items()}
     predicted = {method: scored.prediction for method, scored in found.items()}
     method, reasons = decide(problem, predicted)
-    profile, tree = problem.profile, drafted[0].candidate.tree if drafted else None
-    if method == "substitute" and tree and tree.min_path_probability:
-        reasons = (*reasons, why_early(tree))
+    profile = problem.profile
+    drafts: dict[Method, Draft] = {
+        drafts: draft_of(problem, scored) for drafts, scored in found.items() if drafts != "plain"
+    }
+    if method in drafts and drafts[method].tree.min_path_probability:
+        reasons = (*reasons, why_early(drafts[method].tree))
+    own = drafts.pop("substitute", None)
     reasons = (*reasons, why_stored(problem, found[method]))
     return Plan(
         device=profile.device,
@@ -209,7 +253,7 @@ def assemble(problem: Problem, plain: Scored, drafted: list[Scored]) -> Plan:
         context=problem.context,
         num_sequences=problem.constraints.num_sequences,
         method=method,
-        tree=tree or Tree(1, 0),
+        tree=own.tree if own else Tree(1, 0),
         verify_widths=plain.candidate.verify_widths,
         prompt_widths=prompt_widths(profile, plain.candidate.verify_width),
         num_threads=profile.num_threads,
@@ -222,9 +266,21 @@ def assemble(problem: Problem, plain: Scored, drafted: list[Scored]) -> Plan:
         acceptance=problem.acceptance,
         options=list_options(plain, drafted),
         reasons=reasons,
-        company=tuple(in_company(problem, drafted[0])) if drafted else (),
+        company=own.company if own else (),
         constraints=problem.constraints,
+        drafts=drafts,
     )
+
+
+def draft_of(problem: Problem, scored: Scored) -> Draft:
+    """What the plan says of a candidate's draft."""
+    candidate = scored.candidate
+    assert candidate.tree is not None
+    checks = None
+    if candidate.drafts == "substitute+draft-model" and problem.proposer is not None:
+        checks = problem.proposer.checks
+    acceptance = acceptance_of(problem, candidate.drafts)
+    return Draft(candidate.tree, acceptance, tuple(in_company(problem, scored)), checks)
 
 
 def place(problem: Problem, candidate: Candidate) -> Placement:
@@ -269,15 +325,27 @@ def decide(problem: Problem, predicted: dict[Method, Prediction]) -> tuple[Metho
         )
     if problem.constraints.method == "plain":
         return "plain", (*reasons, "plain decoding was asked for")
-    if "substitute" not in predicted:
+    drafting: dict[Method, Prediction] = {**predicted}
+    del drafting["plain"]
+    if not drafting:
         return "plain", (*reasons, "the substitutes do not fit the budget: plain decoding")
-    drafted = predicted["substitute"].tokens_per_second
+    fastest = max(drafting, key=lambda method: drafting[method].tokens_per_second)
+    drafted = drafting[fastest].tokens_per_second
     ratio = f"{drafted:.2f} against {plain:.2f} tokens/s"
-    if problem.constraints.method == "substitute":
-        return "substitute", (*reasons, f"speculation was asked for: {ratio}")
+    if problem.constraints.method is not None:
+        return fastest, (*reasons, f"speculation was asked for: {ratio}")
     if drafted <= plain:
         return "plain", (*reasons, f"speculation would not pay: {ratio}")
-    return "substitute", (*reasons, f"speculation beats plain decoding: {ratio}")
+    return fastest, (*reasons, f"speculation beats plain decoding: {ratio}", *why_drafted(drafting))
+
+
+def why_drafted(drafting: dict[Method, Prediction]) -> list[str]:
+    """Reason for the choice among several methods that draft."""
+    if not set(drafting) & set(WITH_DRAFT_MODEL):
+        return []
+    speeds = sorted(drafting.items(), key=lambda one: -one[1].tokens_per_second)
+    listed = ", ".join(f"{name} {said.tokens_per_second:.2f}" for name, said in speeds)
+    return [f"tokens/s by what drafts: {listed}"]
 
 
 def why_early(tree: Tree) -> str:
@@ -326,14 +394,20 @@ def why_encoded(problem: Problem, chosen: Scored) -> str:
     return f"{what}: {rates}"
 
 
-def list_options(plain: Scored, drafted: list[Scored]) -> tuple[Option, ...]:
+def list_options(plain: Scored, drafted: dict[Method, list[Scored]]) -> tuple[Option, ...]:
     found = [Option("plain decoding, one token per pass", plain.speed)]
     found += [
-        Option(f"tree {tree.width} wide, {tree.depth} deep", scored.speed)
-        for scored in drafted
+        Option(option_label(drafts, tree), scored.speed)
+        for drafts, some in drafted.items()
+        for scored in some
         if (tree := scored.candidate.tree)
     ]
     return tuple(sorted(found, key=lambda option: -option.tokens_per_second))
+
+
+def option_label(drafts: Method, tree: Tree) -> str:
+    whose = "" if drafts == "substitute" else f", {drafts}"
+    return f"tree {tree.width} wide, {tree.depth} deep{whose}"
 
 
 def check_ram(problem: Problem, scored: Scored) -> None:
@@ -342,6 +416,8 @@ def check_ram(problem: Problem, scored: Scored) -> None:
     if problem.profile.device != "cuda":
         return
     needed = scored.prediction.streamed_bytes + problem.spec.embedding_bytes
+    if problem.proposer is not None and scored.candidate.method in WITH_DRAFT_MODEL:
+        needed += problem.proposer.spec.embedding_bytes
     ram, pinnable = problem.constraints.ram_bytes, problem.profile.pinnable_bytes
     what = f"streamed weights and the embedding take {short_size(needed)} of pinned host memory"
     if ram is not None and needed > ram:
@@ -374,8 +450,9 @@ def smallest_budget(problem: Problem, stored: Storage | None) -> int:
 
     def feasible(budget: int) -> bool:
         smaller = make_problem(
-            problem.spec, problem.profile, budget, constraints, problem.acceptance, stored
-        )
+            problem.spec, problem.profile, budget, constraints, problem.acceptance, stored,
+            proposer=problem.proposer,
+        )  # fmt: skip
         smallest = smallest_draft if constraints.needs_draft else smallest_plain
         return smallest(smaller) is not None
 

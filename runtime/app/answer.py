@@ -151,7 +151,8 @@ def recorded(engine: Engine, sequence: Sequence, how: Answering) -> Iterator[Non
 def run_of(engine: Engine, sequence: Sequence) -> Run:
     stats, plan = sequence.stats, engine.plan
     said = plan.predicted.get(engine.method)
-    levels = range(1, plan.tree.depth + 1) if engine.method == "substitute" else ()
+    depth = 0 if engine.method == "plain" else plan.draft_of(engine.method).tree.depth
+    levels = range(1, depth + 1)
     return Run(
         time=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         plan=plan_digest(plan),
@@ -201,7 +202,7 @@ def stats_json(engine: Engine, sequence: Sequence) -> dict[str, Any]:
         "accepted_histogram": histogram(stats.accepted),
         "lossy_tokens": stats.lossy_tokens,
         "drafted_levels": stats.drafted_levels,
-        "looked_up_levels": sum(stats.looked_up),
+        "proposed_levels": sum(stats.proposed),
         "draft_seconds": stats.draft_seconds,
         "verify_seconds": stats.verify_seconds,
         "stream_wait_seconds": stats.stream_wait_seconds,

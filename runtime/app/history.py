@@ -15,7 +15,7 @@ from subspec.artifacts.common.command import printable
 from subspec.artifacts.common.formatting import counted, duration, number
 from subspec.artifacts.common.sizes import short_size
 from subspec.artifacts.format.store import Artifact
-from subspec.artifacts.plan import USUAL, Method, Plan
+from subspec.artifacts.plan import USUAL, Draft, Method, Plan
 from subspec.artifacts.runs import Run, plan_digest, read_runs
 
 FEWEST_ANSWERS = 5  # that a hint is based on
@@ -125,10 +125,10 @@ def why_left_out(plan: Plan, digest: str, run: Run) -> str | None:
 
 def answers_of(plan: Plan, runs: Sequence[Run]) -> Answers:
     """runs: at least one, all of one way of decoding."""
-    newest, tree = runs[-1], plan.tree
+    newest = runs[-1]
     # A first token that includes a check of digests takes longer than predicted.
     settled = [run for run in runs if not run.first_of_engine]
-    drafts = newest.method == "substitute"
+    drafts = newest.method != "plain"
     return Answers(
         method=newest.method,
         padded=newest.padded,
@@ -146,13 +146,16 @@ def answers_of(plan: Plan, runs: Sequence[Run]) -> Answers:
         digests_checked=not settled,
         tokens_per_round=figure(
             [(run.generated_tokens - 1) / run.rounds for run in runs],
-            plan.acceptance.tokens(tree.width, tree.depth, tree.min_path_probability)
-            if drafts
-            else 1.0,
+            tokens_expected(plan.draft_of(newest.method)) if drafts else 1.0,
         ),
         fast_peak_bytes=figure([run.fast_peak_bytes for run in runs], newest.predicted_peak_bytes),
         levels=levels_of(plan, runs) if drafts else (),
     )
+
+
+def tokens_expected(draft: Draft) -> float:
+    tree = draft.tree
+    return draft.acceptance.tokens(tree.width, tree.depth, tree.min_path_probability)
 
 
 def figure(values: Sequence[float], predicted: float | None) -> Figure:
@@ -160,10 +163,11 @@ def figure(values: Sequence[float], predicted: float | None) -> Figure:
 
 
 def levels_of(plan: Plan, runs: Sequence[Run]) -> tuple[Level, ...]:
-    tree, rounds = plan.tree, sum(run.rounds for run in runs)
+    draft, rounds = plan.draft_of(runs[-1].method), sum(run.rounds for run in runs)
+    tree = draft.tree
     drafted = padded(added(run.drafted for run in runs), tree.depth)
     accepted = padded(added(run.accepted_by_level for run in runs), tree.depth)
-    expected = plan.acceptance.reached(tree.width, tree.depth, tree.min_path_probability)
+    expected = draft.acceptance.reached(tree.width, tree.depth, tree.min_path_probability)
     return tuple(
         Level(number, drafts, accepts, accepts / rounds, said)
         for number, (drafts, accepts, said) in enumerate(
@@ -231,15 +235,18 @@ def history_lines(history: History, plan: Plan, path: str) -> list[str]:
         lines += aligned_columns(figure_rows(way))
         lines += [f"  {note}" for note in notes_of(way)]
         if way.levels:
-            source = "measurements" if plan.acceptance.measured else "published figures"
+            measured = plan.draft_of(way.method).acceptance.measured
+            source = "measurements" if measured else "published figures"
             lines += ["", f"acceptance by draft level, predicted from {source}"]
             lines += aligned_columns(level_rows(way.levels))
     return [*lines, "", f"not counted: {left_out}"] if left_out else lines
 
 
 def way_name(way: Answers, plan: Plan) -> str:
-    if way.method == "substitute":
-        return f"speculative decoding, width {plan.tree.width}, depth {plan.tree.depth}"
+    if way.method != "plain":
+        tree = plan.draft_of(way.method).tree
+        whose = "" if way.method == "substitute" else f" ({way.method})"
+        return f"speculative decoding{whose}, width {tree.width}, depth {tree.depth}"
     return "plain decoding, padded" if way.padded else "plain decoding"
 
 

@@ -23,6 +23,7 @@ from subspec.runtime.app.replan import fitted
 from subspec.runtime.engine import (
     Engine,
     OpenOptions,
+    check_drafter,
     graph_programs,
     kernel_sources,
     machine_name,
@@ -75,6 +76,7 @@ def trust_kernels(artifact: Artifact) -> None:
 
 def planned_for_here(artifact: Artifact, how: Opening) -> Artifact:
     """The artifact with its own plan, or re-planned if that does not fit this machine."""
+    check_drafter(artifact, how.drafter)
     if not how.replan:
         return artifact
     artifact, note = fitted(

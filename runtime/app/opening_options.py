@@ -9,11 +9,16 @@ import click
 
 from subspec.artifacts.common.command import HINT, size_option
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.artifacts.plan import DrafterName, Method
+from subspec.artifacts.plan import DrafterName, Method, method_of
 
 DEVICE = re.compile(r"cpu|cuda(:[0-9]{1,3})?", re.ASCII)
 # The first option of a pair needs the second.
-NEEDS = (("model", "vram"), ("context", "model"), ("rehearse", "model"))
+NEEDS = (
+    ("model", "vram"),
+    ("context", "model"),
+    ("rehearse", "model"),
+    ("draft_model", "model"),
+)
 
 Command = Callable[..., None]
 Decorator = Callable[[Command], Command]
@@ -27,6 +32,7 @@ class OpeningOptions:
     context: int | None = None
     sequences: int | None = None
     rehearse: str | None = None
+    draft_model: str | None = None
     no_speculation: bool = False
     drafter: DrafterName | None = None
     no_graphs: bool = False
@@ -40,9 +46,9 @@ class OpeningOptions:
     @property
     def method(self) -> Method | None:
         """None: the plan's."""
-        if self.no_speculation or self.drafter == "lookup":
+        if self.no_speculation:
             return "plain"
-        return None if self.drafter is None else "substitute"
+        return None if self.drafter is None else method_of(self.drafter)
 
 
 def option_with_default_of(options: type[OpeningOptions]) -> Callable[..., Decorator]:
@@ -100,7 +106,8 @@ def plan_options(command: Command) -> Command:
 def drafter_option(command: Command) -> Command:
     return option_with_default_of(OpeningOptions)(
         "--drafter",
-        "Who proposes tokens: the 4-bit substitute, text that stood before, both, or an MTP head.",
+        "Who proposes tokens: the 4-bit substitute, text that stood before, an MTP head, the draft "
+        "model; or text or draft model as far as the substitute agrees.",
         type=click.Choice(get_args(DrafterName)),
     )(command)
 

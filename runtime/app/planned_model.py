@@ -26,6 +26,7 @@ from subspec.artifacts.format.codec import dump_json, load_dataclass, parse_json
 from subspec.artifacts.format.folder import MANIFEST
 from subspec.artifacts.format.store import LARGEST_JSON, open_artifact
 from subspec.artifacts.format.tensors import open_regular
+from subspec.artifacts.model import Source
 from subspec.runtime.app.opening_options import OpeningOptions
 from subspec.runtime.app.planner_command import run_planner
 
@@ -49,6 +50,7 @@ class ModelRequest:
     sequences: int | None = None
     link_bandwidth: int | None = None
     rehearse: str | None = None
+    draft_model: str | None = None  # REF
 
 
 def request_of(options: OpeningOptions) -> ModelRequest:
@@ -62,6 +64,7 @@ def request_of(options: OpeningOptions) -> ModelRequest:
         options.sequences,
         options.link_bandwidth,
         options.rehearse,
+        options.draft_model,
     )
 
 
@@ -74,6 +77,7 @@ class Entry:
     # Of a local folder: digest of its files' names, sizes and times. Of the demo: subspec's
     # version. The artifact of a hub model names its commit.
     checkpoint: str
+    draft_model: str = ""  # the same of the draft model
 
 
 def planned_model(request: ModelRequest, tell: Tell = say) -> Path:
@@ -101,16 +105,24 @@ def planned_model(request: ModelRequest, tell: Tell = say) -> Path:
 
 
 def entry_of(request: ModelRequest) -> Entry:
-    """The entry that an artifact for `request` has now. A local folder is named by its real path,
-    as subspec-plan sees it: an existing folder goes before a hub name."""
-    model = request.model
+    """The entry that an artifact for `request` has now."""
+    model, checkpoint = identified(request.model)
+    named, own = replace(request, model=model), ""
+    if request.draft_model is not None:
+        draft_model, own = identified(request.draft_model)
+        named = replace(named, draft_model=draft_model)
+    return Entry("subspec.planned/1", named, checkpoint, own)
+
+
+def identified(model: str) -> tuple[str, str]:
+    """A REF in one form, and what it is now, as `Entry.checkpoint`. A local folder is named by its
+    real path, as subspec-plan sees it: an existing folder goes before a hub name."""
     if model == DEMO:
-        return Entry("subspec.planned/1", request, version("subspec"))
+        return model, version("subspec")
     local = Path(os.path.expanduser(model))
     if model and "://" not in model and local.is_dir():
-        local = local.resolve()
-        return Entry("subspec.planned/1", replace(request, model=str(local)), files_digest(local))
-    return Entry("subspec.planned/1", replace(request, model=model.removeprefix("hf://")), "")
+        return str(local.resolve()), files_digest(local.resolve())
+    return model.removeprefix("hf://"), ""
 
 
 def files_digest(folder: Path) -> str:
@@ -153,15 +165,23 @@ def is_current(path: Path, wanted: Entry) -> bool:
     if read_entry(entry_path(path)) != wanted:
         return False
     try:
-        source = open_artifact(path).spec.source
+        artifact = open_artifact(path)
     except SubspecError as error:
         if error.exit_code not in (Exit.USAGE, Exit.CORRUPT, Exit.WRONG_MACHINE):
             raise
         return False
-    if not source.revision:  # it is local
-        return True
-    revision = wanted.request.model.partition("@")[2]
-    return downloaded_commit(source.repository, revision) in (None, source.revision)
+    pairs = [(artifact.spec.source, wanted.request.model)]
+    if artifact.draft_model is not None and wanted.request.draft_model is not None:
+        pairs.append((artifact.draft_model.source, wanted.request.draft_model))
+    return all(is_downloaded(*pair) for pair in pairs)
+
+
+def is_downloaded(source: Source, model: str) -> bool:
+    """Whether `source` is local, or what the hub's cache on this disk has of the REF."""
+    commit = (
+        downloaded_commit(source.repository, model.partition("@")[2]) if source.revision else None
+    )
+    return commit in (None, source.revision)
 
 
 def downloaded_commit(repository: str, revision: str) -> str | None:
@@ -246,6 +266,7 @@ def planner_words(request: ModelRequest, similar: Path | None = None) -> list[st
         "--sequences": request.sequences,
         "--link-bandwidth": f"{link}B" if link else None,
         "--rehearse": None if similar else request.rehearse,
+        "--draft-model": None if similar else request.draft_model,
     }
     return words + [str(word) for pair in given.items() if pair[1] is not None for word in pair]
 

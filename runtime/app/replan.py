@@ -211,7 +211,7 @@ def planner_words(artifact: Artifact, found: Mismatch) -> list[str]:
 
 def load_plan(text: bytes | str, artifact: Artifact) -> Plan:
     plan: Plan = load_dataclass(Plan, parse_json(text, "the new plan"), "the new plan")
-    check_plan(artifact.spec, artifact.stored_parts(), plan)
+    check_plan(artifact.spec, artifact.stored_parts(), plan, artifact.draft_model is not None)
     return plan
 
 

@@ -123,7 +123,14 @@ def check_options(options: Options) -> None:
     if "" in options.stop:
         raise SubspecError(Exit.USAGE, "--stop is empty", "give the text that ends the answer")
     try:
-        words = (options.prompt, options.system, options.model, options.rehearse, *options.stop)
+        words = (
+            options.prompt,
+            options.system,
+            options.model,
+            options.draft_model,
+            options.rehearse,
+            *options.stop,
+        )
         "".join(word or "" for word in words).encode("utf-8")
     except UnicodeEncodeError:  # surrogates, which stand for bytes that are not UTF-8
         raise SubspecError(Exit.USAGE, "an argument is not UTF-8", "convert it to UTF-8") from None

@@ -51,6 +51,8 @@ class Setting:
         if self.drafter is None:
             return "plain twin" if self.padded else "plain"
         tree = f"{self.width}x{self.depth}"
+        if self.drafter == "draft-model":
+            return f"{tree} of the draft model"
         return self.drafter.replace("substitute", tree)
 
 
@@ -129,7 +131,7 @@ KINDS: dict[str, type[SpeedRow] | type[AnswerRow] | type[SweepRow]] = {
 
 def setting_of(engine: Engine, temperature: float = 0.0, seed: int = 0) -> Setting:
     plan = engine.plan
-    tree = plan.tree
+    tree = plan.draft_of(engine.method).tree
     return Setting(
         artifact=engine.artifact.path.resolve().name,
         num_weights=sum(one.num_weights for one in engine.artifact.spec.linears),

@@ -57,7 +57,7 @@ def sweep_rows(
             if any(setting not in found for setting in settings):
                 point(engine, text, items[:1], 0.0, Grid(grid.variants, max_tokens=2))  # digests
             for temperature, setting in zip(grid.temperatures, settings, strict=True):
-                tree = engine.plan.tree
+                tree = engine.plan.draft_of(engine.method).tree
                 told(
                     f"{engine.method} {tree.width}x{tree.depth}, {engine.plan.budget_bytes} bytes, "
                     f"context {engine.plan.context}, temperature {temperature:g}"

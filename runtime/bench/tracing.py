@@ -63,7 +63,7 @@ class Watched:
         [turn], [tree] = turns, trees
         drafter = self.drafter
         likely = None
-        if isinstance(drafter, SubstituteDrafter) and not drafter.looks_up:
+        if isinstance(drafter, SubstituteDrafter) and drafter.proposals is None:
             likely = probabilities(drafter, turn, tree)
         self.found.append(nodes_of(tree, likely))
         return trees

@@ -26,7 +26,7 @@ class TokenTree:
     depths: Tensor  # int64 [W]; the root's is 0
     num_nodes: int
     num_levels: int = 0
-    num_looked_up: int = 0  # of them, that took no pass of a draft model
+    num_proposed: int = 0  # of them, that took no pass of the substitutes
 
 
 @dataclass(frozen=True)

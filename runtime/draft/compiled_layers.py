@@ -27,6 +27,7 @@ from subspec.runtime.kernels.linear import Int4Weight, calls_of
 from subspec.runtime.model.cache import Cache
 from subspec.runtime.model.net_state import NetState
 from subspec.runtime.model.transformer import (
+    HeadRows,
     Rows,
     SharedWeights,
     embed,
@@ -254,11 +255,12 @@ def _sizes(spec: ModelSpec, form: Form) -> _Sizes:
     )
 
 
-def forward(layers: CompiledLayers, batch: Sequence[Rows]) -> Tensor:
-    """Rows through all layers -> logits [T, V]."""
+def forward(layers: CompiledLayers, batch: Sequence[Rows], head: HeadRows | None = None) -> Tensor:
+    """Rows through all layers -> logits [T, V], or those of the head's rows."""
     x = embed(layers.weights, join([rows.tokens for rows in batch]))
     run_layers(layers, x, batch)
-    return to_logits(layers.weights, layers.substitutes.head, x, calls_of([len(x)]))
+    x, calls = (x, calls_of([len(x)])) if head is None else head.of(x)
+    return to_logits(layers.weights, layers.substitutes.head, x, calls)
 
 
 def run_layers(layers: CompiledLayers, x: Tensor, batch: Sequence[Rows]) -> None:

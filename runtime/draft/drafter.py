@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from subspec.artifacts.plan import Tree, tree_for
-from subspec.runtime.draft import compiled_graphs, compiled_layers, graphs, looked_up
+from subspec.runtime.draft import checked, compiled_graphs, compiled_layers, graphs
 from subspec.runtime.draft.beam import DraftPass, Growing, Level, TokenTree, grow, root_only
+from subspec.runtime.draft.checked import Propose
 from subspec.runtime.draft.compiled_graphs import CompiledGraphs
 from subspec.runtime.draft.compiled_layers import CompiledLayers
 from subspec.runtime.draft.delta_draft import run_draft
@@ -42,7 +43,13 @@ class Turn:
     lossy: Lossy | None = None  # None: only what the exact model says
 
 
+Proposals = Callable[[Sequence[Turn]], Propose]
+
+
 class Drafter(Protocol):
+    """One with weights of its own also has a cache of its own for each turn's, and brings it up to
+    the turn's tokens when it is asked: nobody tells it of prompts or of what was accepted."""
+
     def draft(self, turns: Sequence[Turn]) -> list[TokenTree]:
         """A tree for each turn, over its root, no deeper than its `max_tokens` leaves room for. May
         write anything into the cache's tree slots."""
@@ -59,7 +66,7 @@ class SubstituteDrafter:
     substitutes: Substitutes
     # All layers in one call, or their small operations as graphs; None: the plain twin runs.
     compiled: CompiledLayers | CompiledGraphs | None
-    looks_up: bool = False  # and checks in one pass what may follow by prompt and answer
+    proposals: Proposals | None = None  # that it checks in one pass; None: nobody proposes
     capture: Callable[[Action], Replay] | None = None  # of levels as CUDA graphs; None: launched
     captured: dict[Cache, DraftGraphs] = field(default_factory=dict)
 
@@ -69,7 +76,7 @@ class SubstituteDrafter:
         device = turns[0].cache.device
         roots = [torch.tensor([turn.root], device=device) for turn in turns]
         constrained = any(turn.chooser.constraint for turn in turns)
-        alone = len(turns) == 1 and not (constrained or self.looks_up)
+        alone = len(turns) == 1 and not (constrained or self.proposals)
         if self.capture is not None and alone:
             [cache] = [turn.cache for turn in turns]
             if cache not in self.captured:
@@ -84,10 +91,17 @@ class SubstituteDrafter:
         draft_pass = self.pass_over(caches, slots)
         if constrained:
             draft_pass = within_constraints(draft_pass, turns)
-        if self.looks_up:
-            texts = [text_of(turn) for turn in turns]
-            return looked_up.grow(roots, depths, texts, tree, num_rows, draft_pass)
+        if self.proposals is not None:
+            propose = self.proposals(turns)
+            return checked.grow(roots, depths, propose, tree, num_rows, draft_pass)
         return grow(roots, depths, tree, num_rows, draft_pass)
+
+    def passes_after(
+        self, caches: Sequence[Cache], lengths: Sequence[int], num_rows: int
+    ) -> DraftPass:
+        """Passes over trees of `num_rows` rows behind the first `lengths` tokens of the caches."""
+        every = zip(caches, lengths, strict=True)
+        return self.pass_over(caches, [one.tree_slots(num_rows, length) for one, length in every])
 
     def pass_over(self, caches: Sequence[Cache], slots: Sequence[TreeSlots]) -> DraftPass:
         """Passes over a tree in each cache."""
@@ -128,8 +142,13 @@ class LookupDrafter:
         root = torch.tensor([turn.root], device=turn.cache.device)
         at_root = Level.of_root(root.device)
         start = Growing(0, root_only(root, self.verify_width), at_root)
-        grown = looked_up.with_guess(start, tokens, width=1).tree
-        return replace(grown, num_levels=len(tokens), num_looked_up=len(tokens))
+        grown = checked.with_guess(start, tokens, width=1).tree
+        return replace(grown, num_levels=len(tokens), num_proposed=len(tokens))
+
+
+def looked_up(turns: Sequence[Turn]) -> Propose:
+    """Proposes what may follow by prompt and answer."""
+    return checked.looked_up([text_of(turn) for turn in turns])
 
 
 def text_of(turn: Turn) -> str:

@@ -44,7 +44,7 @@ def model_info(artifact: Artifact, method: Method | None, name: str | None) -> M
     """name: the model's id for clients; None: that of its checkpoint."""
     plan, spec = artifact.plan, artifact.spec
     chosen: Method = method or plan.method
-    drafts = chosen == "substitute"
+    draft = None if chosen == "plain" else plan.draft_of(chosen)
     predicted = plan.predicted.get(chosen)
     source = spec.source.repository.rstrip("/")
     folder = artifact.path.resolve().name
@@ -56,8 +56,8 @@ def model_info(artifact: Artifact, method: Method | None, name: str | None) -> M
         vocab_size=spec.vocab_size,
         end_tokens=frozenset(spec.eos_token_ids),
         method=chosen,
-        width=plan.tree.width if drafts else 0,
-        depth=max(tree.depth for tree in plan.trees) if drafts else 0,
+        width=draft.tree.width if draft else 0,
+        depth=max(tree.depth for tree in draft.trees) if draft else 0,
         num_sequences=plan.num_sequences,
         max_positions=spec.max_positions,
         weight_bytes=sum(part.num_bytes for part in artifact.stored_parts()),

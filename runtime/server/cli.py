@@ -85,6 +85,7 @@ NEEDED = ("fastapi", "uvicorn", "prometheus_client", "llguidance")  # by the ext
     type=click.IntRange(min=16), metavar="N",
 )  # fmt: skip
 @option("--rehearse", "With --model: as for subspec-plan.", metavar="SECONDS|none")
+@option("--draft-model", "With --model: a smaller model that may draft.", metavar="REF")
 @option("--no-record", "Do not add answers to the run records.", is_flag=True)
 @click.version_option(package_name="subspec")
 def main(**given: Any) -> None:

@@ -75,6 +75,54 @@ def run(capsys: pytest.CaptureFixture[str], *words: object) -> Ended:
     return Ended(code, said.out, said.err)
 
 
+# A draft model
+
+
+def test_a_draft_model_is_planned_into_the_artifact(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    timed = replace(
+        PROFILE, draft_model_layer=PROFILE.draft_layer,
+        draft_model_attention=PROFILE.draft_attention, draft_model_head=PROFILE.draft_head,
+    )  # fmt: skip
+    (here.parent / "profile.json").write_text(dump_json(timed))
+    words = ["--draft-model", "demo", "--method", "draft-model", "--vram", "20MB"]
+    ended = plan(capsys, *words, "--out", "made", "--json")
+    assert ended.exit_code == 0, ended.err
+    said, artifact = json.loads(ended.out), open_artifact(Path("made"))
+    assert said["decisions"]["method"] == artifact.plan.method == "draft-model"
+    assert said["ledger"]["drafter"] > 0 < said["ledger"]["drafter_cache"]
+    assert artifact.draft_model is not None and artifact.draft_model.vocab_size == 2048
+    assert verify(Path("made")) > 0
+    again = run(capsys, "--from", "made", "--out", "beside", "--json")
+    assert again.exit_code == 0, again.err
+    beside = open_artifact(Path("beside"))
+    assert beside.draft_model == artifact.draft_model and len(beside.plan.placements) == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--draft-model", "other"], "has another vocabulary: token 7 is"),
+        (["--draft-model", "nowhere/./"], "nowhere"),
+        (["--method", "draft-model"], "needs a draft model"),
+        (["--draft-model-weights", "exact"], "without --draft-model"),
+        (["--draft-model", "demo"], "no timings of the draft model"),
+    ],
+)
+def test_a_draft_model_that_will_not_do_is_refused_before_anything_is_built(
+    here: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    shutil.copytree(DEMO, "other")
+    text = json.loads((DEMO / "tokenizer.json").read_text())
+    first, second = (t for t, n in text["model"]["vocab"].items() if n in (7, 8))
+    text["model"]["vocab"] |= {first: 8, second: 7}
+    (here / "other" / "tokenizer.json").write_text(json.dumps(text))
+    ended = plan(capsys, *words, "--out", "made")
+    assert ended.exit_code == 2 and said in ended.err and not Path("made").exists(), ended.err
+    assert "hint: " in ended.err
+
+
 # What it writes
 
 

@@ -120,6 +120,8 @@ def refused(ended: Ended, code: Exit, message: str, hint: str) -> None:
         (["--context", "99"], Exit.USAGE, "--context was given without --model", "add --model"),
         (["--sequences", "1"], Exit.USAGE, "--sequences was given without --model", "add --model"),
         (["--rehearse", "9"], Exit.USAGE, "--rehearse was given without --model", "add --model"),
+        (["--draft-model", "x"], Exit.USAGE, "--draft-model was given without --model", "--model"),
+        (["--drafter", "draft-model"], Exit.USAGE, "needs a draft model", "--draft-model REF"),
         (["--logprobs", "0"], Exit.USAGE, "--logprobs was given without --json", "add --json"),
         (["--model", "demo", "--vram", "9MB"], Exit.USAGE, "--model exclude each other", "leave"),
         (["--unpadded"], Exit.USAGE, "without --no-speculation", "add --no-speculation"),

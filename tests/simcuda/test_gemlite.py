@@ -101,7 +101,7 @@ def test_kernels_are_tuned_while_fast_memory_is_free_and_never_later(
     chosen = replace(chosen, plan=replace(chosen.plan, budget_bytes=budget, placements=placements))
     with Engine.open(chosen, OpenOptions("substitute")) as engine:
         tuned = set(double.tuned)
-        assert {rows for rows, *_ in tuned} == draft_rows(chosen.plan) == {1, 2, 3, 6}
+        assert {rows for rows, *_ in tuned} == draft_rows(chosen.plan, "substitute") == {1, 2, 3, 6}
         sequences = [engine.new_sequence() for _ in range(2)]
         for sequence in sequences:
             sequence.begin(PROMPT, GenerationParams(12))

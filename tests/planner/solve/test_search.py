@@ -303,11 +303,11 @@ def test_each_of_several_answers_drafts_what_pays_for_all_of_them() -> None:
         profile=make_profile(exact_layer=dear),
     )
     assert len(plan.company) == 3, "of 2, 4 and 8 answers"
-    sizes = [tree.num_nodes for tree in plan.trees]
+    sizes = [tree.num_nodes for tree in plan.draft.trees]
     assert sizes == sorted(sizes, reverse=True) and sizes[-1] < sizes[0]
     speeds = [speed(plan), *(one.tokens_per_second for one in plan.company)]
     assert speeds == sorted(speeds)
-    assert [tree_for(plan.trees, count) for count in (1, 3, 9)] == [
+    assert [tree_for(plan.draft.trees, count) for count in (1, 3, 9)] == [
         plan.tree, plan.company[0].tree, plan.company[2].tree
     ]  # fmt: skip
     assert not plan_for(20 << 20).company
@@ -315,7 +315,7 @@ def test_each_of_several_answers_drafts_what_pays_for_all_of_them() -> None:
 
 def test_what_is_drafted_in_company_keeps_what_the_user_fixed() -> None:
     fixed = Constraints(context=256, width=2, depth=5, num_sequences=4)
-    assert {(tree.width, tree.depth) for tree in plan_for(20 << 20, fixed).trees} == {(2, 5)}
+    assert {(tree.width, tree.depth) for tree in plan_for(20 << 20, fixed).draft.trees} == {(2, 5)}
 
 
 def test_more_widths_in_a_group_never_predict_slower(small_space: None) -> None:

@@ -27,7 +27,7 @@ from subspec.runtime.text.tokenizer import load_tokenizer
 STATS = {
     "prompt_tokens", "reused_tokens", "generated_tokens", "decode_tokens_per_second",
     "time_to_first_token_seconds", "rounds", "mean_accepted_per_round", "accepted_histogram",
-    "lossy_tokens", "drafted_levels", "looked_up_levels",
+    "lossy_tokens", "drafted_levels", "proposed_levels",
     "draft_seconds", "verify_seconds", "stream_wait_seconds", "streamed_bytes", "fast_peak_bytes",
     "budget_bytes", "process_peak_bytes", "predicted_tokens_per_second",
 }  # fmt: skip

@@ -162,12 +162,13 @@ def test_an_interrupted_planning_leaves_nothing_and_is_begun_again(
 
 
 def test_what_a_person_fixes_is_passed_through(planner: StandIn) -> None:
-    request = ModelRequest("demo", NINE, "cpu", 200, 3, 40_000_000, "12.5")
+    request = ModelRequest("demo", NINE, "cpu", 200, 3, 40_000_000, "12.5", "demo")
     path = planned_model(request)
     [asked] = planner.asked
     assert asked == [
         "--model", "demo", "--vram", "9000000B", "--device", "cpu", "--context", "200",
         "--sequences", "3", "--link-bandwidth", "40000000B", "--rehearse", "12.5",
+        "--draft-model", "demo",
         "--out", str(path), "--json",
     ]  # fmt: skip
     assert planner_words(ModelRequest("demo", 5)) == ["--model", "demo", "--vram", "5B"]
@@ -180,6 +181,7 @@ def test_each_request_has_a_name_of_its_own_that_can_be_read() -> None:
         replace(request, context=99), replace(request, sequences=2),
         replace(request, link_bandwidth=1), replace(request, rehearse="none"),
         replace(request, model="org/Qwen2.5-32B"), replace(request, model="Qwen2.5-32B@v2"),
+        replace(request, draft_model="Qwen2.5-0.5B"),
     ]  # fmt: skip
     names = {artifact_name(one) for one in (request, *others)}
     assert len(names) == 1 + len(others)
@@ -226,6 +228,14 @@ def test_a_changed_checkpoint_is_planned_again_in_the_same_place(
     os.utime(checkpoint / name, (1, 1))
     assert planned_model(request) == path
     assert [("--overwrite" in words) for words in planner.asked] == [False, True]
+    assert planned_model(request) == path and len(planner.asked) == 2
+
+
+def test_a_changed_draft_model_is_planned_again(checkpoint: Path, planner: StandIn) -> None:
+    request = ModelRequest("demo", NINE, draft_model=str(checkpoint))
+    path = planned_model(request)
+    assert planned_model(request) == path and len(planner.asked) == 1
+    os.utime(checkpoint / "config.json", (1, 1))
     assert planned_model(request) == path and len(planner.asked) == 2
 
 

@@ -7,9 +7,9 @@ import torch
 from table_drafts import V, random_table, same, table_draft
 from torch import Tensor
 
-from subspec.artifacts.footprint import MOST_LOOKED_UP
+from subspec.artifacts.footprint import MOST_PROPOSED
 from subspec.artifacts.plan import Tree
-from subspec.runtime.draft import beam, looked_up
+from subspec.runtime.draft import beam, checked
 from subspec.runtime.draft.beam import DraftPass, Growing, TokenTree
 from subspec.runtime.draft.lookup import as_text
 
@@ -49,9 +49,10 @@ def grown(
 ) -> tuple[list[TokenTree], list[int]]:
     draft_pass, calls = counted(table_draft(*tables))
     roots = [torch.tensor(text[-1:]) for text in texts]
-    trees = looked_up.grow(
-        roots, [depth] * len(texts), [as_text(text) for text in texts], tree, PADDED, draft_pass
-    )
+    trees = checked.grow(
+        roots, [depth] * len(texts), checked.looked_up([as_text(text) for text in texts]), tree,
+        PADDED, draft_pass,
+    )  # fmt: skip
     return trees, calls
 
 
@@ -66,7 +67,7 @@ def test_where_nothing_is_found_the_tree_is_that_of_the_plain_twin(
     expected = beam.grow(roots, [6, 6], tree, PADDED, table_draft(*tables))
     for one, other in zip(found, expected, strict=True):
         assert one.num_levels == other.num_levels
-        if one.num_looked_up == 0:
+        if one.num_proposed == 0:
             assert same(one, other)
 
 
@@ -81,7 +82,7 @@ def test_a_chain_is_the_one_that_the_draft_model_would_have_drafted(seed: int) -
         [alone] = beam.grow([torch.tensor(text[-1:])], [12], tree, PADDED, table_draft(table))
         [one], calls = grown([text], tree, [table], 12)
         assert same(one, alone) and one.num_nodes == 13
-        assert len(calls) == one.num_levels - one.num_looked_up
+        assert len(calls) == one.num_levels - one.num_proposed
 
 
 def test_tokens_that_the_draft_model_agrees_with_cost_one_pass() -> None:
@@ -90,7 +91,7 @@ def test_tokens_that_the_draft_model_agrees_with_cost_one_pass() -> None:
         [one], calls = grown([text], Tree(width, 8), [chain_table()], 8)
         assert one.num_levels == 8 and one.num_nodes == 1 + 8 * width
         # Four are known to have stood before; with the next one it is again as many, and more.
-        assert calls[0] == 1 + 4 and len(calls) == 2 and one.num_looked_up == 6
+        assert calls[0] == 1 + 4 and len(calls) == 2 and one.num_proposed == 6
         path = one.tokens[one.ancestors[one.num_nodes - width]].tolist()
         assert path == [3, 4, 5, 6, 7, 8, 9, 10, 0]
 
@@ -98,7 +99,7 @@ def test_tokens_that_the_draft_model_agrees_with_cost_one_pass() -> None:
 def test_a_token_that_is_not_the_likeliest_is_not_followed() -> None:
     text = [0, 1, 2, 9, 9, 9, 0, 1, 2]
     [one], calls = grown([text], Tree(2, 3), [chain_table()], 3)
-    assert calls[0] == 1 + 2 and one.num_looked_up == 0 and len(calls) == 3
+    assert calls[0] == 1 + 2 and one.num_proposed == 0 and len(calls) == 3
     assert 3 in one.tokens[1:3].tolist()
 
 
@@ -111,7 +112,7 @@ def test_several_trees_grow_together_with_what_each_has_looked_up() -> None:
         [alone], _ = grown([text], tree, [table], 6)
         nodes = slice(one.num_nodes)
         assert torch.equal(one.tokens[nodes], alone.tokens[nodes])
-        assert one.num_looked_up == alone.num_looked_up
+        assert one.num_proposed == alone.num_proposed
     assert len(calls) == 6
 
 
@@ -121,4 +122,4 @@ def test_a_tree_is_no_deeper_than_asked_for_and_no_pass_larger_than_its_memory(d
     [one], calls = grown([text], Tree(1, 40), [chain_table()], depth)
     assert one.num_levels == depth == one.num_nodes - 1
     [one], calls = grown([text], Tree(1, 60), [chain_table()], 60)
-    assert one.num_levels == 60 and max(calls) == 1 + MOST_LOOKED_UP
+    assert one.num_levels == 60 and max(calls) == 1 + MOST_PROPOSED

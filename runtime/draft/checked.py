@@ -1,16 +1,18 @@
-"""Grows trees of which the draft model checks looked-up tokens: several levels in one pass where
-it agrees with them, and level after level elsewhere, as `grow` of beam.py.
+"""Grows trees of which the substitutes check what another one proposes: several levels in one pass
+where they agree, and level after level elsewhere, as `grow` of beam.py.
 
+Anything cheaper than a pass of the substitutes may propose: the text itself (`looked_up`), a draft
+model (draft_model.py).
 k = beam width, V = vocabulary
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from subspec.artifacts.footprint import MOST_LOOKED_UP
+from subspec.artifacts.footprint import MOST_PROPOSED
 from subspec.artifacts.plan import Tree
 from subspec.runtime.draft.beam import (
     DraftPass,
@@ -26,17 +28,20 @@ from subspec.runtime.draft.lookup import as_text, continuation
 # Of the probability of a level, that its likeliest path has at least where the others are given up.
 CLEAR = 0.8
 
+# Trees, and how many tokens each has room for -> what may follow the likeliest node of each one's
+# last level, no more than that.
+Propose = Callable[[Sequence[Growing], Sequence[int]], list[list[int]]]
+
 
 def grow(
     roots: Sequence[Tensor],
     depths: Sequence[int],
-    texts: Sequence[str],
+    propose: Propose,
     tree: Tree,
     verify_width: int,
     draft_pass: DraftPass,
 ) -> list[TokenTree]:
-    """A tree for each root int64 [1], as `grow` of beam.py. texts: up to each root, one character
-    per token."""
+    """A tree for each root int64 [1], as `grow` of beam.py. draft_pass: of the substitutes."""
     trees = [root_only(root, verify_width) for root in roots]
     growing = [
         Growing(index, one, Level.of_root(one.tokens.device)) for index, one in enumerate(trees)
@@ -47,10 +52,8 @@ def grow(
         if one.tree.num_levels < depths[one.index]
         and not (one.tree.num_levels and stops(tree, one.last))
     ]:
-        guesses = [
-            guess(one, texts[one.index], depths[one.index] - one.tree.num_levels - 1)
-            for one in growing
-        ]
+        left = [depths[one.index] - one.tree.num_levels - 1 for one in growing]
+        guesses = propose(growing, [min(count, MOST_PROPOSED) for count in left])
         asked = [with_guess(*some, tree.width) for some in zip(growing, guesses, strict=True)]
         logits = draft_pass(asked).split([len(one.last.nodes) for one in asked])
         growing = [
@@ -73,10 +76,23 @@ def pad(tree: TokenTree) -> None:
     tree.ancestors[tree.num_nodes :, 0].fill_(True)
 
 
-def guess(one: Growing, text: str, room: int) -> list[int]:
-    """Looked-up tokens below the likeliest node of the last level, `room` at most."""
-    path = one.tree.tokens[one.tree.ancestors[one.last.nodes[0]]].tolist()[1:]  # without the root
-    return continuation(text + as_text(path), min(room, MOST_LOOKED_UP))
+def looked_up(texts: Sequence[str]) -> Propose:
+    """Proposes what followed where the same stood before. texts: up to the root of each tree, by
+    its index; one character per token."""
+
+    def propose(growing: Sequence[Growing], rooms: Sequence[int]) -> list[list[int]]:
+        return [
+            continuation(texts[one.index] + as_text(likeliest_path(one)), room)
+            for one, room in zip(growing, rooms, strict=True)
+        ]
+
+    return propose
+
+
+def likeliest_path(one: Growing) -> list[int]:
+    """The tokens down to the first node of the last level, without the root."""
+    path: list[int] = one.tree.tokens[one.tree.ancestors[one.last.nodes[0]]].tolist()[1:]
+    return path
 
 
 def with_guess(one: Growing, tokens: Sequence[int], width: int) -> Growing:
@@ -99,7 +115,7 @@ def with_guess(one: Growing, tokens: Sequence[int], width: int) -> Growing:
 
 
 def deepened(one: Growing, tokens: Sequence[int], tree: Tree, logits: Tensor) -> Growing:
-    """The tree with the levels that the logits give: of the last level, and then of each looked-up
+    """The tree with the levels that the logits give: of the last level, and then of each proposed
     token that is clearly the likeliest."""
     num_nodes = len(one.last.nodes)
     above = one.last.nodes[0]
@@ -111,7 +127,7 @@ def deepened(one: Growing, tokens: Sequence[int], tree: Tree, logits: Tensor) ->
             break
         above = first
         one = with_level(one, Level(first[None], one.last.scores[:1]), tree, row[None])
-        one = replace(one, tree=replace(one.tree, num_looked_up=one.tree.num_looked_up + 1))
+        one = replace(one, tree=replace(one.tree, num_proposed=one.tree.num_proposed + 1))
     return one
 
 

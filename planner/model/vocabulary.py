@@ -1,0 +1,47 @@
+"""Whether a draft model speaks the vocabulary of a model: the same ids for the same strings.
+
+Rows of an embedding beyond the tokenizer's tokens are padding, of which two models of a family may
+have different numbers: nobody says them.
+"""
+
+import json
+from typing import Any
+
+from subspec.artifacts.common.errors import Exit, SubspecError
+
+LARGEST_SHARE_MISSING = 0.01  # of the model's tokens; chosen: added ones that a base model lacks
+
+
+def check_vocabulary(of_model: str, of_draft_model: str, draft_model: str) -> None:
+    """Raises SubspecError(USAGE) unless each token of the model is the draft model's token of this
+    id as well, or its own has none. of_model, of_draft_model: the tokenizer.json of both;
+    draft_model: what a person calls it."""
+    ours, theirs = tokens_by_id(of_model), tokens_by_id(of_draft_model)
+    hint = "choose a smaller model of the same family, or leave out --draft-model"
+    for token in sorted(ours.keys() & theirs.keys()):
+        if ours[token] != theirs[token]:
+            raise SubspecError(
+                Exit.USAGE,
+                f"the draft model {draft_model} has another vocabulary: token {token} is "
+                f"{theirs[token][:40]!r} there, expected {ours[token][:40]!r}",
+                hint,
+            )
+    missing = len(ours.keys() - theirs.keys())
+    if missing > LARGEST_SHARE_MISSING * len(ours):
+        raise SubspecError(
+            Exit.USAGE,
+            f"the draft model {draft_model} has {len(ours) - missing} of the model's {len(ours)} "
+            "tokens, expected all of them",
+            hint,
+        )
+
+
+def tokens_by_id(tokenizer_json: str) -> dict[int, str]:
+    """Of a tokenizer.json that `tokenizers` has written."""
+    found: dict[str, Any] = json.loads(tokenizer_json)
+    vocabulary = found["model"]["vocab"]
+    if isinstance(vocabulary, dict):
+        tokens = {number: token for token, number in vocabulary.items()}
+    else:  # Unigram: pairs of token and score
+        tokens = dict(enumerate(token for token, _ in vocabulary))
+    return tokens | {one["id"]: one["content"] for one in found.get("added_tokens") or ()}

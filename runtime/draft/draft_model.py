@@ -1,0 +1,251 @@
+"""A draft model: a smaller model of the same vocabulary, all of it in fast memory, with a cache of
+its own for each sequence.
+
+Nobody tells it of prompts or of what was accepted. When it is asked, it compares the tokens of its
+cache with those of the exact model's, forgets what is not there any more, and reads what is new:
+the last few in the pass that drafts.
+V = vocabulary of the exact model
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from subspec.artifacts.footprint import CATCH_UP_ROWS, MOST_PROPOSED
+from subspec.artifacts.format.store import Artifact
+from subspec.artifacts.plan import Tree, tree_for
+from subspec.runtime.draft import compiled_layers
+from subspec.runtime.draft.beam import DraftPass, Growing, TokenTree, grow
+from subspec.runtime.draft.checked import Propose, likeliest_path
+from subspec.runtime.draft.compiled_layers import CompiledLayers
+from subspec.runtime.draft.drafter import Turn, drafted_rows, within_constraints
+from subspec.runtime.draft.substitutes import Substitutes
+from subspec.runtime.exact_pass import causal_rows
+from subspec.runtime.kernels.linear import calls_of
+from subspec.runtime.load import (
+    DRAFT_DTYPE,
+    ArtifactWeights,
+    Progress,
+    make_substitutes,
+    place_substitutes,
+    place_tensors,
+)
+from subspec.runtime.memory import FastMemory
+from subspec.runtime.model.attention import attend
+from subspec.runtime.model.cache import Cache, TreeSlots, make_cache
+from subspec.runtime.model.embedding import EmbeddingRows
+from subspec.runtime.model.net_state import make_net_states
+from subspec.runtime.model.transformer import (
+    HeadRows,
+    Rows,
+    SharedWeights,
+    forward,
+    make_shared,
+    make_tables,
+)
+
+# A proposed token costs a pass; one that the substitutes do not agree with was in vain. Chosen.
+LEAST_PROBABILITY = 0.4  # of a proposed chain
+
+
+@dataclass(frozen=True)
+class DraftModel:
+    weights: SharedWeights
+    substitutes: Substitutes  # its own
+    compiled: CompiledLayers | None  # all layers in one call; None: the plain twin runs
+    vocab_size: int  # of the exact model: nothing else is drafted
+    caches: Mapping[Cache, Cache]  # its own, by the exact model's
+
+    def passes_after(
+        self, caches: Sequence[Cache], lengths: Sequence[int], num_rows: int
+    ) -> DraftPass:
+        """Passes over trees of `num_rows` rows behind the first `lengths` tokens of the exact
+        model's caches."""
+        own = [self.caches[cache] for cache in caches]
+        texts = [cache.tokens[:length] for cache, length in zip(caches, lengths, strict=True)]
+        few = [0 if cache.nets else MOST_PROPOSED for cache in own]
+        self.catch_up(own, texts, few)
+        slots = [tree_after(*one, num_rows) for one in zip(own, lengths, strict=True)]
+
+        def run(growing: Sequence[Growing]) -> Tensor:
+            batch, wanted, unread = list[Rows](), list[slice](), list[list[int]]()
+            first = 0
+            for one in growing:
+                cache, last = own[one.index], one.last.nodes
+                unread.append(texts[one.index][cache.length :])
+                if unread[-1]:  # the tree is its root
+                    before = torch.tensor(unread[-1], device=last.device)
+                    tokens = torch.cat((before, one.tree.tokens[:1]))
+                    batch.append(causal_rows(cache, tokens, attend))
+                else:
+                    batch.append(drafted_rows(one.tree, last, cache, slots[one.index]))
+                first += len(batch[-1].tokens)
+                wanted.append(slice(first - len(last), first))
+            logits = self.logits(batch, wanted)
+            for one, tokens_read in zip(growing, unread, strict=True):
+                if tokens_read:
+                    own[one.index].commit(tokens_read)
+            return logits
+
+        return run
+
+    def catch_up(
+        self, own: Sequence[Cache], texts: Sequence[Sequence[int]], few: Sequence[int]
+    ) -> None:
+        """Makes each cache hold its text but for the last few tokens, or all of it."""
+        for cache, text in zip(own, texts, strict=True):
+            if text[: cache.length] != cache.tokens:
+                cache.roll_back(cache.reachable(cache.common_prefix(list(text))))
+        while True:
+            room, pieces = CATCH_UP_ROWS, dict[Cache, list[int]]()
+            for cache, text, left in zip(own, texts, few, strict=True):
+                count = min(room, len(text) - left - cache.length)
+                if count > 0:
+                    pieces[cache] = list(text[cache.length : cache.length + count])
+                    room -= count
+            if not pieces:
+                return
+            batch = [
+                causal_rows(cache, torch.tensor(tokens, device=cache.device), attend)
+                for cache, tokens in pieces.items()
+            ]
+            self.logits(batch, [slice(CATCH_UP_ROWS - room - 1, CATCH_UP_ROWS - room)])
+            for cache, tokens in pieces.items():
+                cache.commit(tokens)
+
+    def logits(self, batch: Sequence[Rows], wanted: Sequence[slice]) -> Tensor:
+        """[wanted rows, V], -inf for tokens that this model does not have."""
+        num_rows = sum(len(rows.tokens) for rows in batch)
+        head = HeadRows(wanted, calls_of([sum(some.stop - some.start for some in wanted)]))
+        pieces_of_nets = any(rows.cache.nets and rows.tree is None for rows in batch)
+        if self.compiled is not None and not pieces_of_nets:
+            logits = compiled_layers.forward(self.compiled, batch, head)
+        else:
+            calls = calls_of([num_rows])
+            logits = forward(self.weights, self.substitutes, batch, calls, head)
+        missing = self.vocab_size - logits.shape[1]
+        if missing > 0:
+            return F.pad(logits, (0, missing), value=float("-inf"))
+        return logits[:, : self.vocab_size]
+
+    def proposals(self, turns: Sequence[Turn]) -> Propose:
+        """Proposes the chain of its likeliest tokens, as far as it is probable, for the substitutes
+        to check. Its cache reads on along what it proposes, and goes back where others do not."""
+
+        def propose(growing: Sequence[Growing], rooms: Sequence[int]) -> list[list[int]]:
+            texts = dict[int, list[int]]()
+            for one in growing:
+                turn = turns[one.index]
+                texts[one.index] = [*turn.cache.tokens, turn.root, *likeliest_path(one)]
+            lengths = {index: len(text) for index, text in texts.items()}
+            most = {one.index: room for one, room in zip(growing, rooms, strict=True)}
+            probable = dict.fromkeys(texts, 1.0)
+            active = [index for index in texts if most[index] > 0]
+            while active:
+                likeliest = self.continued(
+                    [self.caches[turns[index].cache] for index in active],
+                    [texts[index] for index in active],
+                )
+                for index, (token, probability) in zip(active, likeliest, strict=True):
+                    probable[index] *= probability
+                    if probable[index] >= LEAST_PROBABILITY:
+                        texts[index].append(token)
+                active = [
+                    index
+                    for index in active
+                    if probable[index] >= LEAST_PROBABILITY
+                    and len(texts[index]) - lengths[index] < most[index]
+                ]
+            return [texts[one.index][lengths[one.index] :] for one in growing]
+
+        return propose
+
+    def continued(
+        self, own: Sequence[Cache], texts: Sequence[list[int]]
+    ) -> list[tuple[int, float]]:
+        """The likeliest next token of each text and its probability; the caches then hold them."""
+        assert not any(cache.nets for cache in own), "their states do not go back"
+        self.catch_up(own, [text[:-1] for text in texts], [MOST_PROPOSED] * len(own))
+        batch, wanted, first = list[Rows](), list[slice](), 0
+        unread = [text[cache.length :] for cache, text in zip(own, texts, strict=True)]
+        for cache, tokens in zip(own, unread, strict=True):
+            batch.append(causal_rows(cache, torch.tensor(tokens, device=cache.device), attend))
+            first += len(tokens)
+            wanted.append(slice(first - 1, first))
+        logits = self.logits(batch, wanted).float()
+        for cache, tokens in zip(own, unread, strict=True):
+            cache.commit(tokens)
+        best, ids = logits.max(-1)
+        probabilities = (best - logits.logsumexp(-1)).exp()
+        return list(zip(ids.tolist(), probabilities.tolist(), strict=True))
+
+
+def tree_after(cache: Cache, length: int, num_rows: int) -> TreeSlots:
+    """Where a tree lies behind so many tokens, whether or not the cache has read all of them."""
+    first = torch.full((), length, device=cache.device)
+    return TreeSlots(first, first, cache.live_slots(length + num_rows), cache.padding_slot)
+
+
+def load_draft_model(
+    artifact: Artifact,
+    files: ArtifactWeights,
+    embedding: EmbeddingRows,
+    memory: FastMemory,
+    caches: Sequence[Cache],
+    progress: Progress,
+) -> DraftModel:
+    """The artifact's draft model in the arenas that the ledger has for it. files, embedding: its
+    own; caches: the exact model's."""
+    spec, plan = artifact.draft_model, artifact.plan
+    assert spec is not None
+
+    def carved(shape: tuple[int, ...], kind: torch.dtype) -> Tensor:
+        return memory.take_tensor("drafter_cache", shape, kind)
+
+    def kept(tensor: Tensor) -> Tensor:
+        return memory.take_tensor("drafter", tuple(tensor.shape), tensor.dtype).copy_(tensor)
+
+    files.check_resident()
+    tensors = place_tensors(spec, memory, files, "drafter")
+    packed = place_substitutes(spec, plan.int4_kernel, memory, files, progress, "drafter")
+    files.finish()
+    slots, size = caches[0].num_slots, spec.vocab_size
+
+    def known_rows(tokens: Tensor) -> Tensor:
+        """Of the model's own tokens: the exact model's vocabulary may be padded to more."""
+        return embedding(tokens.clamp(max=size - 1))
+
+    tables = make_tables(spec, slots, DRAFT_DTYPE, kept)
+    weights = make_shared(spec, known_rows, tensors, tables, DRAFT_DTYPE, kept)
+    substitutes = make_substitutes(spec, tensors, packed, kept)
+    compiled = None
+    if memory.device.type == "cpu":
+        compiled = compiled_layers.compile_layers(weights, substitutes)
+    own = {}
+    for cache in caches:
+        nets = make_net_states(spec, plan.verify_width, tensors, carved)
+        own[cache] = make_cache(spec, slots, carved, nets)
+    return DraftModel(weights, substitutes, compiled, artifact.spec.vocab_size, own)
+
+
+@dataclass(frozen=True)
+class DraftModelDrafter:
+    """Drafts trees with a draft model alone: classic speculative decoding (arXiv 2211.17192)."""
+
+    trees: tuple[Tree, ...]  # of 1, 2, 4, ... sequences
+    verify_width: int
+    model: DraftModel
+
+    def draft(self, turns: Sequence[Turn]) -> list[TokenTree]:
+        tree, num_rows = tree_for(self.trees, len(turns)), self.verify_width
+        depths = [max(0, min(tree.depth, turn.max_tokens - 1)) for turn in turns]
+        caches = [turn.cache for turn in turns]
+        roots = [torch.tensor([turn.root], device=turn.cache.device) for turn in turns]
+        lengths = [cache.length for cache in caches]
+        draft_pass = self.model.passes_after(caches, lengths, num_rows)
+        if any(turn.chooser.constraint for turn in turns):
+            draft_pass = within_constraints(draft_pass, turns)
+        return grow(roots, depths, tree, num_rows, draft_pass)
