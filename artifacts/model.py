@@ -201,11 +201,16 @@ class NormStyle:
 @dataclass(frozen=True)
 class DraftHead:
     """A layer that predicts the token after the next one, from the embedding of the next one and a
-    hidden state of the model (docs/format.md). mtp: as checkpoints of qwen3_5 have it."""
+    hidden state of the model (docs/format.md).
 
-    layout: Literal["mtp"]
+    mtp: as checkpoints of qwen3_5 have it. eagle: EAGLE and EAGLE-2 (arXiv 2401.15077, 2406.16858),
+    without norms around the layer.
+    """
+
+    layout: Literal["mtp", "eagle"]
     layer: LayerSpec
     norm: NormStyle
+    fusion_bias: bool = False
 
 
 @dataclass(frozen=True)
@@ -409,17 +414,23 @@ class ModelSpec:
         """Tensor name -> shape of what the draft head is made of."""
         if self.draft_head is None:
             return {}
-        hidden, layer = self.hidden_size, self.draft_head.layer
-        found: dict[str, tuple[int, ...]] = {f"{name}.weight": (hidden,) for name in FUSED_NORMS}
+        head, hidden = self.draft_head, self.hidden_size
+        found: dict[str, tuple[int, ...]] = {}
+        if head.layout == "mtp":
+            found |= {f"{name}.weight": (hidden,) for name in FUSED_NORMS}
         found[f"{FUSION}.weight"] = hidden, 2 * hidden
-        for name, ((rows, columns, bias), _) in _linear_shapes(self, layer).items():
+        if head.fusion_bias:
+            found[f"{FUSION}.bias"] = (hidden,)
+        for name, ((rows, columns, bias), _) in _linear_shapes(self, head.layer).items():
             found[f"{HEAD_LAYER}.{name}.weight"] = rows, columns
             if bias:
                 found[f"{HEAD_LAYER}.{name}.bias"] = (rows,)
-        for block in layer.blocks:
+        for block in head.layer.blocks:
             sizes = _norm_sizes(self, block)
             found |= {f"{HEAD_LAYER}.{name}.weight": (size,) for name, size in sizes.items()}
-        return found | {f"{HEAD_NORM}.weight": (hidden,)}
+        if head.layout == "mtp":
+            found[f"{HEAD_NORM}.weight"] = (hidden,)
+        return found
 
     @cached_property
     def scale_shapes(self) -> dict[str, tuple[int, int]]:

@@ -30,6 +30,7 @@ from subspec.artifacts.format.store import DRAFT_MODEL, Artifact, open_artifact
 from subspec.artifacts.model import ModelSpec
 from subspec.artifacts.native import cpp, fp8_cpu, residual_cpu
 from subspec.artifacts.plan import (
+    OF_HEADS,
     WITH_DRAFT_MODEL,
     WITH_SUBSTITUTES,
     DrafterName,
@@ -172,8 +173,8 @@ class Engine:
         method, drafter_name = options.chosen(plan)
         check_drafter(artifact, drafter_name)
         placement = plan.placement(method)
-        if drafter_name == "mtp":
-            check_head(spec, placement)
+        if drafter_name in OF_HEADS:
+            check_head(spec, placement, drafter_name)
         dtype: torch.dtype = getattr(torch, spec.dtype)
         with ExitStack() as stack:
             # The device and its memory
@@ -204,7 +205,7 @@ class Engine:
             files.check_resident()
             tensors = place_tensors(spec, memory, files)
             head_tensors = {}
-            if drafter_name == "mtp":
+            if drafter_name in OF_HEADS:
                 head_tensors = files.place_draft_head(spec, memory)
             packed = {}
             if placement.ledger.substitutes:
@@ -251,7 +252,7 @@ class Engine:
                 if placement.ledger.windows and few_slots is not None:
                     windowed = few_slots, moving
                 cache = make_cache(spec, slots, carved, nets, windowed)
-                if drafter_name == "mtp":
+                if drafter_name in OF_HEADS:
                     cache = with_head(cache, spec, plan.verify_width, for_drafter)
                 return cache
 
@@ -267,8 +268,8 @@ class Engine:
             if drafter_name == "lookup":
                 drafter = LookupDrafter(plan.verify_width)
             trees, draft_model = plan.draft_of(method).trees, None
-            if drafter_name == "mtp":
-                head = make_head(weights, head_tensors, kept)
+            if drafter_name in OF_HEADS:
+                head = make_head(weights, head_tensors)
                 substitutes = make_substitutes(spec, tensors, packed, kept)
                 drafter = HeadDrafter(trees, plan.verify_width, head, substitutes)
             if method in WITH_DRAFT_MODEL:
@@ -278,7 +279,7 @@ class Engine:
                 stack.callback(rows.close)
                 draft_model = load_draft_model(artifact, own, rows, memory, caches, progress)
                 drafter = DraftModelDrafter(trees, plan.verify_width, draft_model)
-            if method in WITH_SUBSTITUTES and drafter_name != "mtp":
+            if method in WITH_SUBSTITUTES and drafter_name not in OF_HEADS:
                 draft_weights = weights
                 if dtype != DRAFT_DTYPE:
                     if not spec.rope_in_f32:
@@ -520,15 +521,15 @@ class Engine:
         self.close()
 
 
-def check_head(spec: ModelSpec, placement: Placement) -> None:
-    """Raises SubspecError if the draft head cannot draft."""
-    if spec.draft_head is None:
-        message = (
-            "the drafter 'mtp' needs a head for multi-token prediction, which this model lacks"
-        )
-        raise SubspecError(Exit.UNSUPPORTED, message, "use 'substitute' or 'lookup'")
+def check_head(spec: ModelSpec, placement: Placement, drafter: DrafterName) -> None:
+    """Raises SubspecError if no draft head of this kind can draft."""
+    layout = spec.draft_head.layout if spec.draft_head else None
+    if layout != drafter:
+        has = "has none" if layout is None else f"has one for {layout!r}"
+        message = f"the drafter {drafter!r} needs a draft head, and this artifact {has}"
+        raise SubspecError(Exit.UNSUPPORTED, message, f"use {layout or 'substitute'!r}")
     if not placement.ledger.drafter:
-        message = "the plan has no memory for the drafter 'mtp'"
+        message = f"the plan has no memory for the drafter {drafter!r}"
         raise SubspecError(Exit.INFEASIBLE, message, "use 'substitute' or 'lookup'")
 
 

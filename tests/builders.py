@@ -25,6 +25,7 @@ from subspec.artifacts.profile import LinkRate, Profile, Timing
 from subspec.planner.build.artifact import build
 from subspec.planner.build.quantize import quantize
 from subspec.planner.model.checkpoint import read_checkpoint
+from subspec.planner.model.draft_head import with_draft_head
 from subspec.planner.model.hub import DEMO
 from subspec.planner.model.tokenizer_files import read_tokenizer
 from subspec.planner.planning import DraftModelRef, read_draft_model
@@ -166,10 +167,13 @@ def build_artifact(
     out: Path,
     encoding: Encoding = "raw",
     draft_model: DraftModelRef | None = None,
+    draft_head: Path | None = None,
     **settings: object,
 ) -> Artifact:
-    """Quantises and packs a checkpoint folder under a hand-made plan."""
+    """Quantises and packs a checkpoint folder, and a draft head's, under a hand-made plan."""
     read = read_checkpoint(checkpoint, Source("test/model"))
+    if draft_head is not None:
+        read = with_draft_head(read, draft_head, str(draft_head))
     wanted = raw_storage(read.spec) if encoding == "raw" else usual_storages(read.spec)[0]
     plan = make_plan(read.spec, storage=wanted, **settings)  # type: ignore[arg-type]
 

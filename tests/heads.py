@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from builders import converted, random_checkpoint
-from families import FAMILIES
+from families import FAMILIES, family
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from subspec.artifacts.model import DraftHead, ModelSpec, Source
+from subspec.artifacts.model import DraftHead, LayerSpec, ModelSpec, Source
 from subspec.planner.model.checkpoint import read_checkpoint
 
 # Of what the layers of a model that is easily foreseen add to the last token's embedding.
@@ -44,6 +44,34 @@ def mtp_checkpoint(folder: Path, dtype: torch.dtype, foreseen: bool = False) -> 
     return converted(source, folder / "model", dtype)
 
 
+def eagle_checkpoints(
+    folder: Path, dtype: torch.dtype, foreseen: bool = False, bias: bool = True
+) -> tuple[Path, Path]:
+    """A random llama, and a random head of EAGLE for it, which is in f32. bias: of the fusion."""
+    import transformers
+
+    config = transformers.AutoConfig.for_model(**family("llama"))
+    source = random_checkpoint(folder / "f32", config)
+    spec = read_checkpoint(source, Source("org/toy")).spec
+    said = json.loads((source / "config.json").read_text())
+    first, *others = spec.layers[0].blocks
+    layer = LayerSpec((replace(first, before=None), *others))
+    own = random_head(replace(spec, draft_head=DraftHead("eagle", layer, spec.norm, bias)))
+    tensors = load_file(source / "model.safetensors")
+    if foreseen:
+        quieten(tensors)
+        quieten(own)
+        both = torch.eye(spec.hidden_size), 0.03 * torch.eye(spec.hidden_size)
+        own["fc.weight"] = torch.cat(both, dim=1)
+        tensors["model.norm.weight"].fill_(1.0)
+        save_file(tensors, source / "model.safetensors")
+    head = folder / "head"
+    head.mkdir()
+    (head / "config.json").write_text(json.dumps({**said, "num_hidden_layers": 1}))
+    save_file(own, head / "model.safetensors")
+    return converted(source, folder / "model", dtype), head
+
+
 def random_head(spec: ModelSpec) -> dict[str, Tensor]:
     generator, found = torch.Generator().manual_seed(3), {}
     for name, shape in spec.draft_head_shapes.items():
@@ -64,8 +92,58 @@ def quieten(tensors: dict[str, Tensor]) -> None:
 # ---- the definition -----
 
 
-def norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    return x / (x.square().mean(-1, keepdim=True) + epsilon).sqrt() * (1 + weight)
+def defined(
+    spec: ModelSpec, tensors: dict[str, Tensor], embedded: Tensor, hidden: Tensor
+) -> Tensor:
+    """What the head returns for a text, in f64, one row after the other. embedded, hidden [T, H]"""
+    w, head, layer = (
+        {name: one.double() for name, one in tensors.items()},
+        spec.draft_head,
+        "layers.0.",
+    )
+    assert head is not None
+    [body], epsilon, is_mtp = head.layer.attentions, head.norm.epsilon, head.layout == "mtp"
+    assert body.rope is not None
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return (
+            x
+            / (x.square().mean(-1, keepdim=True) + epsilon).sqrt()
+            * (is_mtp + w[f"{name}.weight"])
+        )
+
+    def of_heads(x: Tensor, letter: str) -> Tensor:
+        return torch.stack([norm(one, f"{layer}self_attn.{letter}_norm") for one in x])
+
+    def product(name: str, x: Tensor) -> Tensor:
+        return w[f"{layer}{name}.weight"] @ x + w.get(f"{layer}{name}.bias", 0)
+
+    keys, values, found = list[Tensor](), list[Tensor](), []
+    for position, (e, h) in enumerate(zip(embedded.double(), hidden.double(), strict=True)):
+        if is_mtp:
+            e, h = norm(e, "pre_fc_norm_embedding"), norm(h, "pre_fc_norm_hidden")
+        x = w["fc.weight"] @ torch.cat((e, h)) + w.get("fc.bias", 0)
+        y = norm(x, f"{layer}input_layernorm") if is_mtp else x
+        q, k, v = (product(f"self_attn.{one}_proj", y).view(-1, body.head_size) for one in "qkv")
+        gate = None
+        if is_mtp:
+            q, gate = q.view(body.num_heads, 2, -1).unbind(1)
+            q, k = (of_heads(one, name) for one, name in ((q, "q"), (k, "k")))
+        q, k = (turned(one, position, body.rope.size, body.rope.theta) for one in (q, k))
+        keys.append(k)
+        values.append(v)
+        heads = []
+        for number in range(body.num_heads):
+            of = number * body.num_kv_heads // body.num_heads
+            scores = torch.stack([one[of] @ q[number] for one in keys]) * body.head_size**-0.5
+            mean = scores.softmax(0) @ torch.stack([one[of] for one in values])
+            heads.append(mean if gate is None else mean * gate[number].sigmoid())
+        x = x + product("self_attn.o_proj", torch.cat(heads))
+        y = norm(x, f"{layer}post_attention_layernorm")
+        inner = F.silu(product("mlp.gate_proj", y)) * product("mlp.up_proj", y)
+        x = x + product("mlp.down_proj", inner)
+        found.append(norm(x, "norm") if is_mtp else x)
+    return torch.stack(found)
 
 
 def turned(x: Tensor, position: int, size: int, theta: float) -> Tensor:
@@ -74,48 +152,3 @@ def turned(x: Tensor, position: int, size: int, theta: float) -> Tensor:
     first, second, rest = x[:, : size // 2], x[:, size // 2 : size], x[:, size:]
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=1)
-
-
-def defined_mtp(
-    spec: ModelSpec, tensors: dict[str, Tensor], embedded: Tensor, hidden: Tensor
-) -> Tensor:
-    """What the head returns for a text, in f64, one row after the other. embedded, hidden [T, H]"""
-    w = {name: one.double() for name, one in tensors.items()}
-    layer = "layers.0."
-    assert spec.draft_head is not None
-    [body], epsilon = spec.draft_head.layer.attentions, spec.norm.epsilon
-    assert body.rope is not None
-    keys, values, found = list[Tensor](), list[Tensor](), []
-    for position, (e, h) in enumerate(zip(embedded.double(), hidden.double(), strict=True)):
-        e = norm(e, w["pre_fc_norm_embedding.weight"], epsilon)
-        h = norm(h, w["pre_fc_norm_hidden.weight"], epsilon)
-        x = w["fc.weight"] @ torch.cat((e, h))
-        y = norm(x, w[f"{layer}input_layernorm.weight"], epsilon)
-        q, gate = (
-            (w[f"{layer}self_attn.q_proj.weight"] @ y)
-            .view(body.num_heads, 2, body.head_size)
-            .unbind(1)
-        )
-        k, v = (
-            (w[f"{layer}self_attn.{name}_proj.weight"] @ y).view(-1, body.head_size)
-            for name in "kv"
-        )
-        q = norm(q, w[f"{layer}self_attn.q_norm.weight"], epsilon)
-        k = norm(k, w[f"{layer}self_attn.k_norm.weight"], epsilon)
-        q, k = (turned(one, position, body.rope.size, body.rope.theta) for one in (q, k))
-        keys.append(k)
-        values.append(v)
-        heads = []
-        for head in range(body.num_heads):
-            of = head * body.num_kv_heads // body.num_heads
-            scores = torch.stack([one[of] @ q[head] for one in keys]) * body.head_size**-0.5
-            mean = scores.softmax(0) @ torch.stack([one[of] for one in values])
-            heads.append(mean * gate[head].sigmoid())
-        x = x + w[f"{layer}self_attn.o_proj.weight"] @ torch.cat(heads)
-        y = norm(x, w[f"{layer}post_attention_layernorm.weight"], epsilon)
-        inner = F.silu(w[f"{layer}mlp.gate_proj.weight"] @ y) * (
-            w[f"{layer}mlp.up_proj.weight"] @ y
-        )
-        x = x + w[f"{layer}mlp.down_proj.weight"] @ inner
-        found.append(norm(x, w["norm.weight"], epsilon))
-    return torch.stack(found)

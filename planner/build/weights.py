@@ -211,14 +211,18 @@ def write_draft_head(file: "HashedFile", checkpoint: Checkpoint) -> None:
     dtype = STORED_DTYPES[spec.dtype]
     write_header(file, ((name, dtype, shape) for name, shape in spec.draft_head_shapes.items()))
     for name in spec.draft_head_shapes:
-        write_exactly(file, checkpoint, f"{DRAFT_HEAD}.{name}")
+        # Another dtype is rounded: a draft's bits are nobody's promise.
+        write_exactly(file, checkpoint, f"{DRAFT_HEAD}.{name}", getattr(torch, spec.dtype))
 
 
-def write_exactly(file: "HashedFile", checkpoint: Checkpoint, name: str) -> None:
-    """Write a tensor as it is in the checkpoint. Raises SubspecError(CORRUPT) for NaN or
-    infinity."""
+def write_exactly(
+    file: "HashedFile", checkpoint: Checkpoint, name: str, dtype: torch.dtype | None = None
+) -> None:
+    """Write a tensor as it is in the checkpoint, or in another dtype. Raises SubspecError(CORRUPT)
+    for NaN or infinity."""
     rows = checkpoint.rows[name]
-    for piece in read_pieces(rows):
+    for stored in read_pieces(rows):
+        piece = stored if dtype is None else stored.to(dtype)
         num_bad = int((~piece.isfinite()).sum())
         if num_bad:
             raise SubspecError(

@@ -6,7 +6,7 @@ for the token before instead. So a row lies in the slot of its token, beside the
 and values, and the first token has none. T = rows, H = hidden size, S = live slots
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -35,7 +35,6 @@ from subspec.runtime.model.transformer import (
     add_layer,
     embed,
     join,
-    make_shared,
     normalize,
     rms_norm,
 )
@@ -67,14 +66,20 @@ def next_hidden(weights: HeadWeights, batch: Sequence[Rows], hidden: Tensor) -> 
     """hidden [T, H] of the tokens before each row's, the exact model's or what this returned for
     them -> the head's own [T, H], which the model's head turns into logits. batch: over caches of
     the head's one attention."""
-    style = weights.head.norm
+    head, tensors = weights.head, weights.tensors
     tokens, positions = (join([getattr(r, n) for r in batch]) for n in ("tokens", "positions"))
-    parts = zip(FUSED_NORMS, (embed(weights.model, tokens), hidden), strict=True)
-    normed = [rms_norm(style, weights.tensors[f"{name}.weight"], part) for name, part in parts]
-    x = F.linear(torch.cat(normed, dim=1), weights.tensors[f"{FUSION}.weight"])
+    parts = [embed(weights.model, tokens), hidden]
+    if head.layout == "mtp":
+        names = (f"{name}.weight" for name in FUSED_NORMS)
+        pairs = zip(names, parts, strict=True)
+        parts = [rms_norm(head.norm, tensors[name], part) for name, part in pairs]
+    fusion = tensors[f"{FUSION}.weight"], tensors.get(f"{FUSION}.bias")
+    x = F.linear(torch.cat(parts, dim=1), *fusion)
     now = Pass(weights.decoder, batch, calls_of([len(x)]), positions)
     add_layer(now, 0, weights, x)
-    return normalize(weights.decoder, FINAL_NORM, x)
+    if head.layout == "mtp":
+        return rms_norm(head.norm, tensors[f"{HEAD_NORM}.weight"], x)
+    return x
 
 
 def read_text(weights: HeadWeights, cache: Cache, tokens: Sequence[int], x: Tensor) -> Tensor:
@@ -133,17 +138,16 @@ def with_head(cache: Cache, spec: ModelSpec, num_unread: int, take: Take) -> Cac
     )
 
 
-def make_head(
-    shared: SharedWeights, tensors: Mapping[str, Tensor], keep: Callable[[Tensor], Tensor]
-) -> HeadWeights:
-    """tensors: those of `spec.draft_head_shapes`, in the dtype of the model's activations. keep:
-    see make_shared()."""
+def make_head(shared: SharedWeights, tensors: Mapping[str, Tensor]) -> HeadWeights:
+    """tensors: those of `spec.draft_head_shapes`, in the dtype of the model's activations."""
     head = shared.spec.draft_head
     assert head is not None
     spec = replace(shared.spec, layers=(head.layer,), norm=head.norm, draft_head=None)
-    own = {f"{FINAL_NORM}.weight": tensors[f"{HEAD_NORM}.weight"]}
-    for name, tensor in tensors.items():
-        if name.startswith(f"{HEAD_LAYER}."):
-            own[f"{layer_name(0)}.{name.removeprefix(f'{HEAD_LAYER}.')}"] = tensor
-    decoder = make_shared(spec, shared.embedding, own, shared.tables, shared.dtype, keep)
+    own = {
+        name.replace(HEAD_LAYER, layer_name(0), 1).removesuffix(".weight"): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(f"{HEAD_LAYER}.")
+    }
+    norms = {name: own[name] for name in spec.norm_sizes if name in own}
+    decoder = replace(shared, spec=spec, norms=norms, scalars=(None,))
     return HeadWeights(head, shared, decoder, tensors)

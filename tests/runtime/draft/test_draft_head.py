@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import build_artifact, converted
-from heads import defined_mtp, mtp_checkpoint
+from builders import build_artifact, converted, replan
+from heads import defined, mtp_checkpoint
 from safetensors.torch import load_file, save_file
 
 from subspec.artifacts.common.errors import Exit, SubspecError
@@ -14,6 +14,7 @@ from subspec.artifacts.format.checks import HEAD_FILE
 from subspec.artifacts.format.store import Artifact, open_artifact, verify
 from subspec.artifacts.model import Source
 from subspec.planner.model.checkpoint import read_checkpoint
+from subspec.planner.model.hub import DEMO
 from subspec.runtime.draft.draft_head import make_head, next_hidden
 from subspec.runtime.engine import Engine, OpenOptions
 from subspec.runtime.exact_pass import causal_rows
@@ -98,10 +99,10 @@ def test_it_computes_what_the_definition_says_in_any_number_of_pieces(artifact: 
     small = {name: torch.ones(shape) for name, shape in spec.resident_shapes.items()}
     tables = make_tables(spec, SLOTS, torch.float32, torch.clone)
     shared = make_shared(spec, table.__getitem__, small, tables, torch.float32, torch.clone)
-    head = make_head(shared, load_file(artifact.path / HEAD_FILE), torch.clone)
+    head = make_head(shared, load_file(artifact.path / HEAD_FILE))
     tokens = torch.randint(spec.vocab_size, (9,), generator=generator)
     hidden = torch.randn(9, spec.hidden_size, generator=generator)
-    expected = defined_mtp(spec, load_file(artifact.path / HEAD_FILE), table[tokens], hidden)
+    expected = defined(spec, load_file(artifact.path / HEAD_FILE), table[tokens], hidden)
     for sizes in ([9], [4, 1, 4]):
         cache = make_cache(head.decoder.spec, SLOTS, lambda shape, dtype: torch.zeros(shape))
         found = []
@@ -109,3 +110,16 @@ def test_it_computes_what_the_definition_says_in_any_number_of_pieces(artifact: 
             found.append(next_hidden(head, [causal_rows(cache, some, attend)], h))
             cache.commit(some.tolist())
         torch.testing.assert_close(torch.cat(found).double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_without_a_head_of_its_kind_or_memory_for_it_a_drafter_is_refused(
+    artifact: Artifact, tmp_path: Path
+) -> None:
+    demo = build_artifact(DEMO, tmp_path / "demo")
+    for some, drafter, said in (
+        (replan(artifact), "mtp", "no memory for the drafter 'mtp'"),
+        (artifact, "eagle", "this artifact has one for 'mtp'"),
+        (demo, "mtp", "this artifact has none"),
+    ):
+        with pytest.raises(SubspecError, match=said):
+            Engine.open(some, OpenOptions(drafter=drafter))  # type: ignore[arg-type]
