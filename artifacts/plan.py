@@ -160,6 +160,15 @@ class Draft:
 
 
 @dataclass(frozen=True)
+class HeadDraft:
+    """What the draft head drafts, and what real rounds with it gave."""
+
+    tree: Tree
+    tokens_per_second: Annotated[float, Between(0, 1e9)]
+    tokens_per_round: Annotated[float, Between(0, MOST_LEVELS + 1)]
+
+
+@dataclass(frozen=True)
 class Option:
     """One candidate of the search, for the report."""
 
@@ -189,6 +198,7 @@ class Constraints:
     encoding: Literal["auto", "residual", "raw", "kept"] = "auto"  # kept: a re-planned artifact's
     min_path_probability: Probability | None = None  # Tree.min_path_probability
     num_sequences: Sequences = 1
+    draft_head: bool = False  # the artifact's draft head has memory beside the substitutes
 
     @property
     def needs_draft(self) -> bool:
@@ -230,6 +240,7 @@ class Plan:
     # Of methods whose drafters have weights of their own. `tree`, `acceptance` and `company` are
     # the substitutes'.
     drafts: dict[Method, Draft] = field(default_factory=dict)
+    head_draft: HeadDraft | None = None  # None: the draft head was not run
 
     @property
     def verify_width(self) -> int:
@@ -261,7 +272,7 @@ def method_of(drafter: DrafterName) -> Method:
     """Whose memory a drafter runs in."""
     if drafter == "lookup":
         return "plain"
-    if drafter == "substitute+lookup" or drafter == "mtp":
+    if drafter == "substitute+lookup" or drafter == "mtp" or drafter == "eagle":
         return "substitute"
     return drafter
 

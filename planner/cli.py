@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from subspec.planner.model.hub import Resolved
     from subspec.planner.rehearse.calibration import Sample
 
+OWN_HEAD = "own"  # instead of a draft head's REF
 LONGEST_REHEARSAL = 86_400  # seconds
 
 
@@ -80,6 +81,7 @@ class Options:
     overwrite: bool = False
     draft_model: str | None = None
     draft_model_weights: str = "4bit"
+    draft_head: str | None = None
 
     @property
     def artifact(self) -> Path | None:
@@ -143,6 +145,10 @@ class Options:
 @click.option("--draft-model-weights", type=click.Choice(["4bit", "exact"]), default="4bit",
               show_default=True, help="Storage of the draft model's weights.")  # fmt: skip
 @click.option(
+    "--draft-head", metavar="own|REF",
+    help="Memory for a head that drafts from hidden states: the checkpoint's own, or one of EAGLE.",
+)  # fmt: skip
+@click.option(
     "--profile", type=click.Path(path_type=Path), help="Plan for the machine of this profile.json."
 )
 @click.option(
@@ -194,16 +200,17 @@ def main(**given: Any) -> None:
         whole = resolve(options.model, options.revision, weights=False, tokenizer=True)
         check_draft_model(whole, small, options.draft_model)
         draft_model = DraftModelRef(small, options.draft_model_weights == "4bit")
+    head = resolve(options.draft_head) if options.draft_head not in (None, OWN_HEAD) else None
     resolved = resolve(options.model, options.revision, weights=not options.dry_run)
     for note in resolved.notes:
         say(note)
     with progress() as show:
         if options.dry_run:
-            planned = plan_dry(request, resolved, out, show, say, draft_model)
+            planned = plan_dry(request, resolved, out, show, say, draft_model, head)
         else:
             planned = plan_model(
                 request, resolved, out, options.overwrite, options.quantizer, show, say,
-                draft_model,
+                draft_model, head,
             )  # fmt: skip
     report(options, planned, out)
 
@@ -253,11 +260,12 @@ def check_options(options: Options) -> None:
         raise SubspecError(Exit.USAGE, message, "add --draft-model REF")
     makes_weights = options.encoding != "auto" or options.quantizer != "blocked"
     makes_weights = makes_weights or options.draft_model is not None
+    makes_weights = makes_weights or options.draft_head not in (None, OWN_HEAD)
     if options.artifact is not None and (makes_weights or options.revision):
         raise SubspecError(
             Exit.USAGE,
             "the weights of an artifact stay as they are stored: --encoding, --quantizer, "
-            "--draft-model and --revision do not apply",
+            "--draft-model, --draft-head REF and --revision do not apply",
             "leave them out, or plan with --model",
         )
     rehearses = options.rehearse is not None
@@ -331,6 +339,7 @@ def asked_before(options: Options, constraints: "Constraints") -> Options:
         method=options.method or constraints.method,
         ram=options.ram or constraints.ram_bytes,
         min_path_probability=constraints.min_path_probability if stop is None else stop,
+        draft_head=options.draft_head or (OWN_HEAD if constraints.draft_head else None),
     )
 
 
@@ -348,6 +357,7 @@ def request_of(options: Options) -> PlanRequest:
         options.encoding,  # type: ignore[arg-type]
         options.min_path_probability,
         options.sequences or 1,
+        options.draft_head is not None,
     )
     return PlanRequest(
         options.budget, constraints, options.device, options.link_bandwidth,

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from subspec.artifacts.acceptance import Acceptance
     from subspec.artifacts.format.store import Artifact
     from subspec.artifacts.model import ModelSpec
+    from subspec.artifacts.plan import HeadDraft
     from subspec.artifacts.runs import Run
     from subspec.planner.model.checkpoint import Checkpoint
     from subspec.planner.model.hub import Resolved
@@ -81,11 +82,13 @@ def plan_model(
     progress: Progress = unseen,
     tell: Tell = nobody,
     draft_model: DraftModelRef | None = None,
+    draft_head: "Resolved | None" = None,
 ) -> Planned:
-    """A checkpoint becomes the artifact `out`."""
+    """A checkpoint becomes the artifact `out`, with a draft head of its own or another one."""
     from subspec.planner.build.artifact import build
     from subspec.planner.build.quantize import QUANTIZERS
     from subspec.planner.model.checkpoint import read_checkpoint
+    from subspec.planner.model.draft_head import with_draft_head
     from subspec.planner.model.tokenizer_files import read_tokenizer
     from subspec.planner.rehearse.rehearsal import pack_programs
     from subspec.planner.solve.search import PRIOR, unknown_proposer
@@ -93,6 +96,8 @@ def plan_model(
 
     request = within_memory(request, tell)
     checkpoint = read_checkpoint(model.path, model.source)
+    if draft_head is not None:
+        checkpoint = with_draft_head(checkpoint, draft_head.path)
     tokenizer = read_tokenizer(model.path)
     for note in (*checkpoint.notes, *tokenizer.notes):
         tell(f"note: {note}")
@@ -138,14 +143,18 @@ def plan_dry(
     progress: Progress = unseen,
     tell: Tell = nobody,
     draft_model: DraftModelRef | None = None,
+    draft_head: "Resolved | None" = None,
 ) -> Planned:
     """From config and headers alone. out: on whose disk the artifact would lie."""
-    from subspec.planner.model.checkpoint import read_spec
+    from subspec.planner.model.checkpoint import Checkpoint, read_spec
+    from subspec.planner.model.draft_head import with_draft_head
     from subspec.planner.model.generation import generation_notes, read_generation
     from subspec.planner.solve.search import PRIOR, unknown_proposer
 
     request = within_memory(request, tell)
     spec = read_spec(model.path, model.source)
+    if draft_head is not None:
+        spec = with_draft_head(Checkpoint(model.path, spec, {}), draft_head.path).spec
     other = None
     if draft_model is not None:
         own = read_spec(draft_model.model.path, draft_model.model.source)
@@ -280,7 +289,13 @@ def rehearsed(
     plans again with both."""
     from subspec.planner.rehearse.calibration import shipped_samples
     from subspec.planner.rehearse.corrections import corrections, without_corrections
-    from subspec.planner.rehearse.rehearsal import Effort, Setting, learn_acceptance, time_rounds
+    from subspec.planner.rehearse.rehearsal import (
+        Effort,
+        Setting,
+        learn_acceptance,
+        time_head,
+        time_rounds,
+    )
 
     spec, profile = artifact.spec, without_corrections(profile)
     samples = request.samples or shipped_samples()
@@ -310,7 +325,20 @@ def rehearsed(
     profile = with_load(profile, others_share(started, cpu_times()), tell)
     plan = solve(request, spec, profile, acceptance, stored, proposer)
     plan = with_sweeps(request, spec, profile, stored, plan, proposer)
+    head = time_head(artifact, plan, samples, setting, progress, effort.time_seconds)
+    if head is not None:
+        plan = replace(plan, head_draft=head, reasons=(*plan.reasons, why_head(spec, head)))
     return Planned(spec, plan, profile)
+
+
+def why_head(spec: "ModelSpec", head: "HeadDraft") -> str:
+    """A reason for --drafter, or against it."""
+    assert spec.draft_head is not None
+    name, tree = spec.draft_head.layout, head.tree
+    return (
+        f"the draft head gave {head.tokens_per_second:.2f} tokens/s, {head.tokens_per_round:.2f} "
+        f"a round with a tree {tree.width} wide, {tree.depth} deep: --drafter {name}"
+    )
 
 
 def rehearsed_proposer(

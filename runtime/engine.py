@@ -271,7 +271,8 @@ class Engine:
             if drafter_name in OF_HEADS:
                 head = make_head(weights, head_tensors)
                 substitutes = make_substitutes(spec, tensors, packed, kept)
-                drafter = HeadDrafter(trees, plan.verify_width, head, substitutes)
+                own_trees = (plan.head_draft.tree,) if plan.head_draft else trees
+                drafter = HeadDrafter(own_trees, plan.verify_width, head, substitutes)
             if method in WITH_DRAFT_MODEL:
                 own = ArtifactWeights(artifact, DRAFT_MODEL)
                 stack.callback(own.close)
@@ -448,8 +449,10 @@ class Engine:
 
     @property
     def predicted_tokens_per_second(self) -> float | None:
-        """The plan's prediction for this method; None for the padded twin and for other drafters,
-        which have none."""
+        """The plan's prediction for this method, or what a draft head was measured at; None for the
+        padded twin and for other drafters, which have none."""
+        if self.drafter in OF_HEADS and self.plan.head_draft is not None:
+            return self.plan.head_draft.tokens_per_second
         unknown = self.method == "plain" and self.padded or not self.drafts_as_planned
         if unknown or self.method not in self.plan.predicted:
             return None
@@ -530,7 +533,8 @@ def check_head(spec: ModelSpec, placement: Placement, drafter: DrafterName) -> N
         raise SubspecError(Exit.UNSUPPORTED, message, f"use {layout or 'substitute'!r}")
     if not placement.ledger.drafter:
         message = f"the plan has no memory for the drafter {drafter!r}"
-        raise SubspecError(Exit.INFEASIBLE, message, "use 'substitute' or 'lookup'")
+        hint = "plan again with subspec-plan --from ARTIFACT --draft-head own"
+        raise SubspecError(Exit.INFEASIBLE, message, hint)
 
 
 def check_drafter(artifact: Artifact, drafter: DrafterName | None) -> None:

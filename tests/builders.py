@@ -173,7 +173,7 @@ def build_artifact(
     """Quantises and packs a checkpoint folder, and a draft head's, under a hand-made plan."""
     read = read_checkpoint(checkpoint, Source("test/model"))
     if draft_head is not None:
-        read = with_draft_head(read, draft_head, str(draft_head))
+        read = with_draft_head(read, draft_head)
     wanted = raw_storage(read.spec) if encoding == "raw" else usual_storages(read.spec)[0]
     plan = make_plan(read.spec, storage=wanted, **settings)  # type: ignore[arg-type]
 

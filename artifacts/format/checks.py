@@ -153,6 +153,9 @@ def check_plan(
         for some in draft.trees:
             fits = fits and some.num_nodes <= plan.verify_width
             fits = fits and some.width <= draft.tree.width
+    if plan.head_draft is not None:
+        some = plan.head_draft.tree
+        fits = fits and some.num_nodes <= plan.verify_width and some.width <= tree.width
     for method in plan.placements:
         known = method in ("substitute", "plain") or (has_draft_model and method in plan.drafts)
         fits = fits and known

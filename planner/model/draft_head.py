@@ -18,10 +18,11 @@ PREFIXES = ("", "model.")
 EAGLE3 = ("midlayer", "d2t", "t2d")  # what its tensors' names begin with
 
 
-def with_draft_head(checkpoint: Checkpoint, folder: Path, reference: str) -> Checkpoint:
+def with_draft_head(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
     """The checkpoint with the head in `folder` instead of one that it may have. Raises
     SubspecError: USAGE for a head of another model, UNSUPPORTED for what we do not compute, CORRUPT
     for what makes no sense."""
+    reference = folder.name
     tensors = {
         next(name.removeprefix(p) for p in reversed(PREFIXES) if name.startswith(p)): tensor
         for name, tensor in stored_tensors(folder).tensors.items()

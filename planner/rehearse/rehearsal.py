@@ -17,7 +17,7 @@ from subspec.artifacts.format.prebuilt import pack_prebuilt
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.model import ModelSpec
 from subspec.artifacts.native import cpp
-from subspec.artifacts.plan import Method, Plan, Tree, Usage, calls_for
+from subspec.artifacts.plan import HeadDraft, Method, Plan, Tree, Usage, calls_for
 from subspec.planner.rehearse.calibration import Sample, in_turns, sample_ids
 from subspec.planner.rehearse.corrections import PredictFor, Rounds, Timed, drafted_rounds
 from subspec.planner.rehearse.replay import DEEPEST, WIDTHS, Answer, Grown, curves_of, walk
@@ -28,6 +28,7 @@ from subspec.runtime.draft.beam import Growing
 from subspec.runtime.draft.checked import Propose
 from subspec.runtime.draft.draft_model import DraftModelDrafter
 from subspec.runtime.draft.drafter import SubstituteDrafter, Turn
+from subspec.runtime.draft.head_drafter import HeadDrafter
 from subspec.runtime.engine import Engine, OpenOptions, graph_programs, kernel_sources
 from subspec.runtime.exact_pass import Piece, tokens_that_fit
 from subspec.runtime.model.cache import Cache
@@ -44,6 +45,8 @@ ANSWER_TOKENS = 80  # of each at most: another prompt says more than the rest of
 CONTEXT = 256  # of each, prompt and answer
 # The answers are decoded with chains, which give most tokens for the rows that they verify.
 CHAIN = make_tree(1, 16, 0.2)
+# A pass of one layer is cheap, and trained for the first few tokens.
+HEAD_TREES = make_tree(1, 2), make_tree(1, 4), make_tree(2, 4), make_tree(4, 6, 0.1)
 LOOP_TOKENS = 12  # that a repetition has at least
 LONGEST_PERIOD = 24  # tokens
 
@@ -309,6 +312,59 @@ def learn_checks(
             if time.perf_counter() > until:
                 break
     return Checks((levels - agreed) / levels, sum(tries) / levels) if levels else None
+
+
+def time_head(
+    artifact: Artifact,
+    plan: Plan,
+    samples: Several[Sample],
+    setting: Setting,
+    progress: Progress,
+    seconds: float,
+) -> HeadDraft | None:
+    """Real rounds of the draft head with each of a few trees, on answers to the samples: the best
+    tree. None: the plan has no memory for a head, or no tree of them fits."""
+    head, placement = artifact.spec.draft_head, plan.placements.get("substitute")
+    if head is None or placement is None or not placement.ledger.drafter:
+        return None
+    prompts, found = prompts_of(artifact, samples), list[HeadDraft]()
+    most, widest = plan.verify_width, plan.tree.width
+    trees = [tree for tree in HEAD_TREES if tree.num_nodes <= most and tree.width <= widest]
+    how = OpenOptions(
+        drafter=head.layout, device=setting.device, link_bandwidth=setting.link_bandwidth
+    )
+    with Engine.open(replace(artifact, plan=plan), how) as engine:
+        drafter = engine.model.drafter
+        assert isinstance(drafter, HeadDrafter)
+        speed_of_head(engine, prompts[:1], seconds / 8)  # temporaries are measured in it
+        for number, tree in enumerate(trees):
+            progress("timing the draft head", number / len(trees))
+            engine.model = replace(engine.model, drafter=replace(drafter, trees=(tree,)))
+            speeds = speed_of_head(engine, prompts, seconds / len(trees))
+            found.append(HeadDraft(tree, *speeds))
+    return max(found, key=lambda one: one.tokens_per_second, default=None)
+
+
+def speed_of_head(
+    engine: Engine, prompts: Several[list[int]], seconds: float
+) -> tuple[float, float]:
+    """Tokens a second and a round, after the first token, of about so many seconds of answers."""
+    tokens, rounds, spent, until = 0, 0, 0.0, time.perf_counter() + seconds
+    params = GenerationParams(
+        ANSWER_TOKENS, end_tokens=frozenset(engine.artifact.spec.eos_token_ids)
+    )
+    for prompt in prompts:
+        with engine.new_sequence() as sequence:
+            for _ in sequence.generate(prompt[: engine.plan.context // 2], params):
+                if sequence.stats.accepted and time.perf_counter() > until:
+                    break
+            stats = sequence.stats
+        tokens += stats.generated_tokens - 1
+        rounds += len(stats.accepted)
+        spent += stats.decode_seconds
+        if rounds and time.perf_counter() > until:
+            break
+    return (tokens / spent, tokens / rounds) if rounds else (0.0, 0.0)
 
 
 def prompts_of(artifact: Artifact, samples: Several[Sample]) -> list[list[int]]:

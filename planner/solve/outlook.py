@@ -72,6 +72,7 @@ def predict_for(
         plan.prompt_widths[0],
         draft_model=draft_model,
         substitutes_draft=method in WITH_SUBSTITUTES,
+        drafts_with_head=plan.constraints.draft_head and method == "substitute",
     )
     workspace = min(workspace_bytes(spec, plan.device, shape), ledger.workspace)
     idle = ledger.guard + ledger.workspace - workspace

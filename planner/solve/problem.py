@@ -99,6 +99,9 @@ def make_problem(
             "measure this machine with this model: leave out --profile",
         )
     check_draft_model(profile, constraints, proposer)
+    if constraints.draft_head and spec.draft_head is None:
+        message = "--draft-head own was given, and the checkpoint has no head that drafts"
+        raise SubspecError(Exit.USAGE, message, "leave it out, or give the head's own checkpoint")
     decodes = profile.residual_weights_per_second > 0
     decodes = decodes and (not spec.fp8 or profile.fp8_residual_weights_per_second > 0)
     choices = held_decoded(stored) if stored else storages(spec, constraints.encoding, decodes)
@@ -413,6 +416,7 @@ def ledger_of(
         decodes_residuals,
         draft_model=proposer.spec if proposer and method in WITH_DRAFT_MODEL else None,
         substitutes_draft=method in WITH_SUBSTITUTES,
+        drafts_with_head=problem.constraints.draft_head and method == "substitute",
     )
     base = make_ledger(
         problem.spec,

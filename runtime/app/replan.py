@@ -205,6 +205,7 @@ def planner_words(artifact: Artifact, found: Mismatch) -> list[str]:
         "--draft-min-probability": constraints.min_path_probability,
         "--ram": f"{constraints.ram_bytes}B" if constraints.ram_bytes else None,
         "--sequences": sequences if sequences > 1 else None,
+        "--draft-head": "own" if constraints.draft_head else None,
     }
     return words + [str(word) for pair in fixed.items() if pair[1] is not None for word in pair]
 

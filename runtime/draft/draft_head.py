@@ -104,18 +104,18 @@ def read_some(
     as there is one."""
     following = text[first + 1 : first + 1 + len(hidden)]
     if following:
-        rows = following_rows(cache, following, first + 1, live)
+        tokens = torch.tensor(list(following), device=cache.device)
+        rows = following_rows(cache, tokens, first + 1, live)
         next_hidden(weights, [rows], hidden[: len(following)])
 
 
-def following_rows(cache: Cache, tokens: Sequence[int], first: int, live_slots: int) -> Rows:
-    """Rows of the head for tokens at `first` and further; each sees all before it but the first of
-    the text, which has no row."""
-    ids = torch.tensor(list(tokens), device=cache.device)
-    positions = torch.arange(len(ids), device=cache.device) + first
+def following_rows(cache: Cache, tokens: Tensor, first: int, live_slots: int) -> Rows:
+    """Rows of the head for tokens int64 [T] at `first` and further; each sees all before it but the
+    first of the text, which has no row."""
+    positions = torch.arange(len(tokens), device=cache.device) + first
     slots = torch.arange(live_slots, device=cache.device)
     visible = (slots <= positions[:, None]) & (slots > 0)
-    return Rows(ids, positions, positions, slots, visible, of_head(cache), attend)
+    return Rows(tokens, positions, positions, slots, visible, of_head(cache), attend)
 
 
 def of_head(cache: Cache) -> Cache:

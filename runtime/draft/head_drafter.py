@@ -40,26 +40,27 @@ class HeadDrafter:
         tree, caches = tree_for(self.trees, len(turns)), [turn.cache for turn in turns]
         depths = [max(0, min(tree.depth, turn.max_tokens - 1)) for turn in turns]
         roots = [torch.tensor([turn.root], device=turn.cache.device) for turn in turns]
-        slots = [cache.tree_slots(self.verify_width) for cache in caches]
-        draft_pass = self.pass_over(turns, slots)
+        draft_pass = self.passes_over(caches)
         if any(turn.chooser.constraint for turn in turns):
             draft_pass = within_constraints(draft_pass, turns)
         return grow(roots, depths, tree, self.verify_width, draft_pass)
 
-    def pass_over(self, turns: Sequence[Turn], slots: Sequence[TreeSlots]) -> DraftPass:
-        """Passes over a tree in each turn's cache, level after level from the root."""
+    def passes_over(self, caches: Sequence[Cache]) -> DraftPass:
+        """Passes over a tree in each cache, level after level from the root."""
+        slots = [cache.tree_slots(self.verify_width) for cache in caches]
         shape = self.verify_width, self.weights.model.spec.hidden_size
         # What the head returned for each node
-        returned = [turn.cache.keys[-1].new_empty(shape) for turn in turns]
+        returned = [cache.keys[-1].new_empty(shape) for cache in caches]
+
+        def inputs(one: Growing) -> tuple[Rows, Tensor]:
+            cache, own, known = caches[one.index], slots[one.index], returned[one.index]
+            if one.tree.num_levels:
+                return level_rows(one, cache, own), known[one.tree.parents[one.last.nodes]]
+            return root_rows(one, cache, own)
 
         def run(growing: Sequence[Growing]) -> Tensor:
-            inputs = [
-                self.root_rows(turns[one.index], slots[one.index])
-                if one.tree.num_levels == 0
-                else level_rows(one, turns[one.index].cache, slots[one.index], returned[one.index])
-                for one in growing
-            ]
-            batch, hidden = [rows for rows, _ in inputs], torch.cat([some for _, some in inputs])
+            pairs = [inputs(one) for one in growing]
+            batch, hidden = [rows for rows, _ in pairs], torch.cat([some for _, some in pairs])
             found = next_hidden(self.weights, batch, hidden)
             wanted, sizes = list[Tensor](), [len(rows.tokens) for rows in batch]
             for one, some in zip(growing, found.split(sizes), strict=True):
@@ -72,21 +73,21 @@ class HeadDrafter:
 
         return run
 
-    def root_rows(self, turn: Turn, slots: TreeSlots) -> tuple[Rows, Tensor]:
-        """Rows for what is committed and not read yet, and for the root."""
-        cache, unread = turn.cache, turn.cache.unread
-        assert unread is not None and unread.reaches(cache.length)
-        tokens = [*cache.tokens[unread.first + 1 :], turn.root]
-        rows = following_rows(cache, tokens, unread.first + 1, slots.live_slots)
-        return rows, unread.rows[: unread.count]
+
+def root_rows(one: Growing, cache: Cache, slots: TreeSlots) -> tuple[Rows, Tensor]:
+    """Rows for what is committed and not read yet, and for the root, with the exact model's hidden
+    states."""
+    unread = cache.unread
+    assert unread is not None and unread.reaches(cache.length)
+    known = torch.tensor(cache.tokens[unread.first + 1 :], dtype=torch.int64, device=cache.device)
+    tokens = torch.cat((known, one.tree.tokens[:1]))
+    rows = following_rows(cache, tokens, unread.first + 1, slots.live_slots)
+    return rows, unread.rows[: unread.count]
 
 
-def level_rows(
-    one: Growing, cache: Cache, slots: TreeSlots, returned: Tensor
-) -> tuple[Rows, Tensor]:
-    """Rows for the last level of a tree; returned [W, H]: for the nodes above."""
-    nodes = one.last.nodes
-    rows = tree_rows(one.tree, nodes, of_head(cache), slots, attend)
+def level_rows(one: Growing, cache: Cache, slots: TreeSlots) -> Rows:
+    """Rows for the last level of a tree."""
+    rows = tree_rows(one.tree, one.last.nodes, of_head(cache), slots, attend)
     assert rows.visible is not None
     rows.visible[:, 0].fill_(False)  # the first token of a text has no row
-    return rows, returned[one.tree.parents[nodes]]
+    return rows

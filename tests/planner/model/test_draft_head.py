@@ -59,5 +59,5 @@ def test_a_head_of_another_model_is_refused_with_a_sentence(
     (copy / "config.json").write_text(json.dumps({**config, **changed}))
     save_file(tensors, copy / "model.safetensors")
     with pytest.raises(SubspecError, match=said) as raised:
-        with_draft_head(read_checkpoint(model, Source("org/toy")), copy, "org/head")
+        with_draft_head(read_checkpoint(model, Source("org/toy")), copy)
     assert raised.value.exit_code == exit_code

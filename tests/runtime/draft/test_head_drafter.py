@@ -45,7 +45,7 @@ def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     else:
         source, head = eagle_checkpoints(folder, getattr(torch, dtype), foreseen=True)
     return build_artifact(
-        source, folder / "artifact", "residual", head, width=2, depth=4, context=320,
+        source, folder / "artifact", "residual", draft_head=head, width=2, depth=4, context=320,
         resident_share=0.3, num_sequences=3, drafts_with_head=True,
     )  # fmt: skip
 
