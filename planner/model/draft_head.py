@@ -12,9 +12,14 @@ from subspec.artifacts.model import FUSION, HEAD_LAYER, DraftHead, LayerSpec, So
 from subspec.planner.model.checkpoint import DRAFT_HEAD, DTYPES, Checkpoint
 from subspec.planner.model.config import CONFIG, read_config
 from subspec.planner.model.fp8 import refused_dtype
-from subspec.planner.model.stored import AGAIN, Rows, StoredTensor, stored_tensors
+from subspec.planner.model.stored import AGAIN, WEIGHTS, Rows, StoredTensor, stored_tensors
 
 PREFIXES = ("", "model.")
+PICKLE = "pytorch_model.bin"
+CONVERT = (
+    'python -c "import torch, safetensors.torch as s; '
+    f"s.save_file(torch.load('{PICKLE}', weights_only=True), '{WEIGHTS}')\""
+)
 EAGLE3 = ("midlayer", "d2t", "t2d")  # what its tensors' names begin with
 
 
@@ -23,6 +28,9 @@ def with_draft_head(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
     SubspecError: USAGE for a head of another model, UNSUPPORTED for what we do not compute, CORRUPT
     for what makes no sense."""
     reference = folder.name
+    if (folder / PICKLE).exists() and not (folder / WEIGHTS).exists():
+        message = f"the draft head {reference} is in {PICKLE}, we read only {WEIGHTS}"
+        raise SubspecError(Exit.UNSUPPORTED, message, f"in its folder: {CONVERT}")
     tensors = {
         next(name.removeprefix(p) for p in reversed(PREFIXES) if name.startswith(p)): tensor
         for name, tensor in stored_tensors(folder).tensors.items()

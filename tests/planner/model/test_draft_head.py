@@ -61,3 +61,14 @@ def test_a_head_of_another_model_is_refused_with_a_sentence(
     with pytest.raises(SubspecError, match=said) as raised:
         with_draft_head(read_checkpoint(model, Source("org/toy")), copy)
     assert raised.value.exit_code == exit_code
+
+
+def test_a_head_in_a_pickle_is_refused_with_what_converts_it(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    model, head = folders
+    copy = shutil.copytree(head, tmp_path / "head")
+    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
+    with pytest.raises(SubspecError, match="pytorch_model.bin, we read only") as raised:
+        with_draft_head(read_checkpoint(model, Source("org/toy")), copy)
+    assert raised.value.hint is not None and "weights_only=True" in raised.value.hint
