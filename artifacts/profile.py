@@ -40,14 +40,14 @@ class Corrections:
     """Correction factors: measured time of real rounds over the sum of the profile's terms."""
 
     draft: Factor = 1.0
-    draft_model: Factor = 1.0  # a draft of the draft model alone
-    checked_draft: Factor = 1.0  # one that it proposes and the substitutes check
     verify: Factor = 1.0
     plain: Factor = 1.0  # a token of plain decoding
     prompt: Factor = 1.0  # the first token
     num_rounds: Count = 0  # that were timed
     # Bytes per second that the link was limited to in them; None: not limited.
     link_bandwidth: Annotated[int, Between(1, 1 << 62)] | None = None
+    draft_model: Factor = 1.0  # a draft of the draft model alone
+    checked_draft: Factor = 1.0  # one that it proposes and the substitutes check
 
 
 UNDER_LOAD = 0.15  # of the CPUs' time; chosen: a quiet system's own services use a few percent
