@@ -103,7 +103,9 @@ fuzz-server: build/served-artifact/manifest.json
 	$(PYTHON) -m venv build/schemathesis
 	build/schemathesis/bin/pip install --quiet 'schemathesis>=4.32,<5'
 	$(BIN)/subspec-serve build/served-artifact --port $(FUZZ_PORT) --no-record & server=$$!; \
-	  trap "kill $$server" EXIT; sleep 15; \
+	  trap "kill $$server" EXIT; \
+	  until curl -sf http://127.0.0.1:$(FUZZ_PORT)/health/ready > /dev/null; do \
+	    kill -0 $$server || exit 1; sleep 1; done; \
 	  build/schemathesis/bin/schemathesis run http://127.0.0.1:$(FUZZ_PORT)/openapi.json \
 	    --checks not_a_server_error --max-examples 100 --workers 2 --request-timeout 120
 

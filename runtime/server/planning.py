@@ -23,8 +23,9 @@ from subspec.runtime.server.serving import Server, close_idle, server_of
 @contextmanager
 def answering_meanwhile(listening: socket, guards: GuardSettings) -> Iterator[None]:
     """Answers in a thread until the end of the block; `listening` stays open."""
-    server = server_of(planning_app(guards))
-    thread = Thread(target=asyncio.run, args=(served(server, listening.dup()),), daemon=True)
+    server, own = server_of(planning_app(guards)), listening.dup()
+    # The coroutine is made where it runs: the process may end before the thread begins.
+    thread = Thread(target=lambda: asyncio.run(served(server, own)), daemon=True)
     thread.start()
     try:
         yield
