@@ -106,7 +106,7 @@ def plan_options(command: Command) -> Command:
 def drafter_option(command: Command) -> Command:
     return option_with_default_of(OpeningOptions)(
         "--drafter",
-        "Who proposes tokens: the 4-bit substitute, text that stood before, an MTP head, the draft "
+        "Who proposes tokens: the 4-bit substitute, text that stood before, a draft head, a draft "
         "model; or text or draft model as far as the substitute agrees.",
         type=click.Choice(get_args(DrafterName)),
     )(command)
