@@ -68,7 +68,7 @@ def keeping_all(artifact: Artifact) -> Artifact:
     return replace(artifact, plan=replace(artifact.plan, placements=placements))
 
 
-@pytest.mark.parametrize("case", ["gemma3", "gemma4"])
+@pytest.mark.parametrize("case", ["gemma3", pytest.param("gemma4", marks=pytest.mark.slow)])
 def test_f32_tokens_far_beyond_the_windows_equal_transformers(case: str, tmp_path: Path) -> None:
     import transformers
 
@@ -91,7 +91,10 @@ def bf16_artifact(case: str, folder: Path, **settings: Any) -> Artifact:
     return artifact_of(case, source, folder / "artifact", **settings)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    ["gemma4", *(pytest.param(one, marks=pytest.mark.slow) for one in ("gemma3", "mistral"))],
+)
 def test_turns_that_reuse_a_cache_say_what_fresh_ones_say(case: str, tmp_path: Path) -> None:
     """Of a bf16 draft in company: a next turn, the same prompt again, and a turn that was edited
     further back than the windows are kept."""
