@@ -8,9 +8,7 @@
 It knows token ids, not text: runtime/text does the rest.
 """
 
-import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +26,7 @@ from subspec.artifacts.footprint import (
 from subspec.artifacts.format.prebuilt import find_prebuilt
 from subspec.artifacts.format.store import DRAFT_MODEL, Artifact, open_artifact
 from subspec.artifacts.model import ModelSpec
-from subspec.artifacts.native import cpp, fp8_cpu, residual_cpu
+from subspec.artifacts.native import cpp
 from subspec.artifacts.plan import (
     OF_HEADS,
     WITH_DRAFT_MODEL,
@@ -39,11 +37,11 @@ from subspec.artifacts.plan import (
     Plan,
     calls_for,
     method_of,
-    tree_for,
 )
 from subspec.runtime.clock import Clock, unrecorded
 from subspec.runtime.decode import Read, Round, decode_plainly, decode_unpadded, read, speculate
-from subspec.runtime.draft import compiled_graphs, compiled_layers, graph_pieces
+from subspec.runtime.device import open_device
+from subspec.runtime.draft import compiled_graphs, compiled_layers
 from subspec.runtime.draft.compiled_graphs import CompiledGraphs
 from subspec.runtime.draft.compiled_layers import CompiledLayers
 from subspec.runtime.draft.draft_head import HeadWeights, make_head, with_head
@@ -59,8 +57,8 @@ from subspec.runtime.draft.drafter import (
 from subspec.runtime.draft.graphs import capture_on_gpu
 from subspec.runtime.draft.head_drafter import HeadDrafter
 from subspec.runtime.exact_pass import Model, Piece, tokens_that_fit
-from subspec.runtime.kernels import gemlite_kernel, int4
-from subspec.runtime.kernels.linear import check_capability, single_row_kernels
+from subspec.runtime.kernels import gemlite_kernel
+from subspec.runtime.kernels.linear import single_row_kernels
 from subspec.runtime.load import (
     DRAFT_DTYPE,
     ArtifactWeights,
@@ -75,14 +73,13 @@ from subspec.runtime.load import (
     unplaced_weights,
 )
 from subspec.runtime.memory import FastMemory, PeakMeter, check_host_memory
-from subspec.runtime.model import attention, delta_net
+from subspec.runtime.model import attention
 from subspec.runtime.model.cache import Cache, make_cache
 from subspec.runtime.model.net_state import make_net_states
 from subspec.runtime.model.transformer import make_shared, make_tables
+from subspec.runtime.programs import draft_rows, graph_programs, needed_kernels, substitute_shapes
 from subspec.runtime.sequence import Sequence
 from subspec.runtime.stream.exact_weights import ExactWeights
-
-Kernel = tuple[Path, Callable[[], str | None]]  # its source, and why it cannot be used
 
 
 @dataclass(frozen=True)
@@ -561,108 +558,6 @@ def proposals_of(drafter: DrafterName | None, draft_model: DraftModel | None) ->
     if drafter == "substitute+lookup":
         return looked_up
     return draft_model.proposals if draft_model is not None else None
-
-
-def substitute_shapes(spec: ModelSpec) -> set[tuple[int, int]]:
-    """Rows and columns of the substitutes."""
-    return {(one.out_features, one.in_features) for one in spec.linears if one.has_substitute}
-
-
-def draft_rows(plan: Plan, method: Method) -> set[int]:
-    """Rows of a draft's passes: each sequence has its root or a level."""
-    every, trees = range(1, plan.num_sequences + 1), plan.draft_of(method).trees
-    return {count * width for count in every for width in (1, tree_for(trees, count).width)}
-
-
-def kernel_sources(spec: ModelSpec, plan: Plan) -> list[Path]:
-    """What is compiled for decoding by any of the plan's methods."""
-    kernels = (one for method in plan.placements for one in needed_kernels(spec, plan, method))
-    return list(dict.fromkeys(source for source, _ in kernels))
-
-
-def graph_programs(plan: Plan, spec: ModelSpec) -> list[str]:
-    """What torch compiled for the plan's drafts, as it is named on this machine."""
-    if not plan.draft_graphs:
-        return []
-    return [graph_pieces.program(piece) for piece in graph_pieces.pieces_of(spec)]
-
-
-def needed_kernels(spec: ModelSpec, plan: Plan, method: Method) -> list[Kernel]:
-    """What decoding by `method` calls."""
-    if plan.device != "cpu":
-        return []
-    found: list[Kernel] = [(attention.SOURCE, attention.unavailable)]
-    if spec.delta_nets:
-        found.append((delta_net.SOURCE, delta_net.unavailable))
-    if any(name.partition("[")[0] not in spec.fp8 for name in plan.residuals):
-        found.append((residual_cpu.SOURCE, residual_cpu.unavailable))
-    if spec.fp8:
-        found.append((fp8_cpu.SOURCE, fp8_cpu.unavailable))
-    if plan.int4_kernel == "w4a8" and (plan.residuals or method != "plain"):
-        found.append((int4.SOURCE, int4.unavailable))
-    if plan.int4_kernel == "w4a8" and method != "plain":
-        found.append((compiled_layers.SOURCE, compiled_layers.unavailable))
-    return found
-
-
-def machine_name(device: torch.device) -> str:
-    """What a plan's costs and a result's bits depend on, the same throughout a process."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        linux = sys.platform == "linux"  # elsewhere a process has no set of its own
-        num_cpus = len(os.sched_getaffinity(0)) if linux else os.cpu_count()
-        name = f"{instruction_sets()}, {num_cpus} cpus"
-    return f"{device.type}: {name}; torch {torch.__version__}"
-
-
-def instruction_sets() -> str:
-    """Of the CPU, as far as torch and oneDNN choose products by them: each adds in an order of its
-    own."""
-    found = [torch.backends.cpu.get_cpu_capability()]
-    if torch.cpu._is_avx512_bf16_supported():
-        found.append("bf16")
-    if torch.cpu._is_amx_tile_supported():
-        found.append("AMX")
-    return "+".join(found)
-
-
-def open_device(
-    plan: Plan, placement: Placement, device: str | None, stack: ExitStack
-) -> torch.device:
-    """The plan's device; `device` may pick one GPU of several. Limits what torch may take of it,
-    until the stack is closed."""
-    chosen = torch.device(device or plan.device)
-    if chosen.type != plan.device:
-        raise SubspecError(
-            Exit.WRONG_MACHINE,
-            f"the plan is for {plan.device}, but --device {device} was given",
-            f"plan again with --device {device}",
-        )
-    if chosen.type == "cuda":
-        if not torch.cuda.is_available():
-            raise SubspecError(
-                Exit.WRONG_MACHINE,
-                "the plan is for a CUDA GPU and torch finds none",
-                "plan again with --device cpu",
-            )
-        chosen = torch.device("cuda", chosen.index or 0)
-        if chosen.index >= torch.cuda.device_count():
-            raise SubspecError(
-                Exit.WRONG_MACHINE,
-                f"--device {chosen}, but there are {torch.cuda.device_count()} GPUs",
-                "count them from 0",
-            )
-        check_capability(chosen)
-        torch.cuda.set_device(chosen)
-        attention.without_cudnn()
-        torch.cuda.empty_cache()  # what others of this process cached would count against us
-        # What torch may allocate: the budget less the context, which torch does not count.
-        ours = plan.budget_bytes - placement.ledger.overhead
-        total = torch.cuda.get_device_properties(chosen).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, ours / total), chosen)
-        stack.callback(torch.cuda.set_per_process_memory_fraction, 1.0, chosen)
-    return chosen
 
 
 def release(memory: FastMemory) -> None:

@@ -38,7 +38,7 @@ from subspec.planner.solve.storage import (
     raw_storage,
     usual_storages,
 )
-from subspec.runtime.engine import machine_name
+from subspec.runtime.device import machine_name
 
 METHODS: tuple[Method, ...] = ("substitute", "plain")  # of every plan
 PROFILE = Profile(

@@ -34,9 +34,9 @@ from subspec.planner.machine.timing import (
 )
 from subspec.planner.solve.problem import staging
 from subspec.planner.solve.storage import raw_storage, usual_storages
+from subspec.runtime.device import machine_name as name_of_device
 from subspec.runtime.draft.compiled_graphs import CompiledGraphs
 from subspec.runtime.draft.substitutes import Substitutes
-from subspec.runtime.engine import machine_name as name_of_device
 from subspec.runtime.kernels import gemlite_kernel
 from subspec.runtime.memory import bytes_of, host_buffer, pinned_buffer, unpin
 from subspec.runtime.model.attention import attend, attend_batch_invariant, without_cudnn

@@ -29,10 +29,11 @@ from subspec.runtime.draft.checked import Propose
 from subspec.runtime.draft.draft_model import DraftModelDrafter
 from subspec.runtime.draft.drafter import SubstituteDrafter, Turn
 from subspec.runtime.draft.head_drafter import HeadDrafter
-from subspec.runtime.engine import Engine, OpenOptions, graph_programs, kernel_sources
+from subspec.runtime.engine import Engine, OpenOptions
 from subspec.runtime.exact_pass import Piece, tokens_that_fit
 from subspec.runtime.model.cache import Cache
 from subspec.runtime.model.sampling import Chooser, Sampling
+from subspec.runtime.programs import graph_programs, kernel_sources
 from subspec.runtime.sequence import GenerationParams
 from subspec.runtime.text.tokenizer import load_tokenizer
 

@@ -16,7 +16,8 @@ from subspec.artifacts.common.errors import Exit
 from subspec.artifacts.common.formatting import counted, duration, number
 from subspec.artifacts.common.sizes import short_size
 from subspec.artifacts.runs import Run, append_run, plan_digest
-from subspec.runtime.engine import Engine, machine_name
+from subspec.runtime.device import machine_name
+from subspec.runtime.engine import Engine
 from subspec.runtime.model.sampling import TokenLogprobs
 from subspec.runtime.sequence import GenerationParams, Sequence
 from subspec.runtime.text.streaming import TextStream

@@ -20,14 +20,9 @@ from subspec.artifacts.plan import DrafterName, Method
 from subspec.artifacts.profile import UNDER_LOAD
 from subspec.runtime.app.opening_options import OpeningOptions
 from subspec.runtime.app.replan import fitted
-from subspec.runtime.engine import (
-    Engine,
-    OpenOptions,
-    check_drafter,
-    graph_programs,
-    kernel_sources,
-    machine_name,
-)
+from subspec.runtime.device import machine_name
+from subspec.runtime.engine import Engine, OpenOptions, check_drafter
+from subspec.runtime.programs import graph_programs, kernel_sources
 
 SECONDS_BETWEEN_LINES = 10.0  # of progress, if stderr is not a terminal
 

@@ -28,7 +28,7 @@ from subspec.artifacts.format.store import LARGEST_JSON, Artifact
 from subspec.artifacts.format.tensors import open_regular
 from subspec.artifacts.plan import Method, Plan
 from subspec.runtime.app.planner_command import run_planner
-from subspec.runtime.engine import machine_name
+from subspec.runtime.device import machine_name
 
 MARGIN = 0.03  # of what is free now; it may be less by the time the weights are loaded
 STEPS = 32  # of a plan's budget: free memory varies between runs, the cached plan should not

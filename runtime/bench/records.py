@@ -15,7 +15,8 @@ from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format.codec import load_dataclass, parse_json
 from subspec.artifacts.plan import DrafterName, Method
 from subspec.artifacts.runs import plan_digest
-from subspec.runtime.engine import Engine, machine_name
+from subspec.runtime.device import machine_name
+from subspec.runtime.engine import Engine
 from subspec.runtime.sequence import Stats
 
 LARGEST_RECORDS = 1 << 30  # bytes of a file

@@ -31,7 +31,8 @@ from subspec.planner.rehearse.calibration import shipped_samples
 from subspec.planner.rehearse.corrections import LEAST, MOST
 from subspec.planner.rehearse.rehearsal import Effort
 from subspec.planner.rehearse.replay import THRESHOLDS
-from subspec.runtime.engine import Engine, kernel_sources
+from subspec.runtime.engine import Engine
+from subspec.runtime.programs import kernel_sources
 
 
 @dataclass(frozen=True)

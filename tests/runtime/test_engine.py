@@ -19,12 +19,14 @@ from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.plan import Int4Kernel, Ledger, Method
 from subspec.planner.model.hub import DEMO
 from subspec.runtime import engine as engine_module
-from subspec.runtime.engine import Engine, OpenOptions, machine_name, needed_kernels
+from subspec.runtime.device import machine_name
+from subspec.runtime.engine import Engine, OpenOptions
 from subspec.runtime.kernels import int4
 from subspec.runtime.load import ArtifactWeights
 from subspec.runtime.memory import FastMemory
 from subspec.runtime.model import attention
 from subspec.runtime.model.sampling import Sampling
+from subspec.runtime.programs import needed_kernels
 from subspec.runtime.sequence import GenerationParams, Sequence
 from subspec.runtime.stream.ring import Ring
 

@@ -20,10 +20,11 @@ from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format.store import write_json, write_manifest
 from subspec.artifacts.native import residual_cpu
 from subspec.planner.model.hub import DEMO
-from subspec.runtime import cli, engine
+from subspec.runtime import cli
 from subspec.runtime.app import answer, opening
 from subspec.runtime.app.folder import open_folder
 from subspec.runtime.app.run_options import Options, arranged, check_options
+from subspec.runtime.device import machine_name
 from subspec.runtime.model.sampling import Sampling
 from subspec.runtime.text.tokenizer import ChatTokenizer, load_tokenizer
 
@@ -420,7 +421,7 @@ def test_a_plan_from_disturbed_figures_is_said_so_once_the_machine_is_quieter(
 ) -> None:
     words = ("def", "--raw", "--max-tokens", 1, "--no-replan")
     stored = open_folder(copied)
-    machine = engine.machine_name(torch.device("cpu"))
+    machine = machine_name(torch.device("cpu"))
     plan = replace(stored.plan, machine=machine)
 
     def said(share: float, others_now: float, measured_on: str = machine) -> bool:

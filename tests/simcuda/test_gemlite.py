@@ -22,9 +22,10 @@ from toys import make_spec
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format.store import Artifact
 from subspec.runtime import load
-from subspec.runtime.engine import Engine, OpenOptions, draft_rows
+from subspec.runtime.engine import Engine, OpenOptions
 from subspec.runtime.kernels import gemlite_kernel
 from subspec.runtime.kernels.gemlite_kernel import GemliteWeight, unavailable
+from subspec.runtime.programs import draft_rows
 from subspec.runtime.sequence import GenerationParams
 
 FLUSHED_BYTES = 256 << 20  # by triton.testing.do_bench, before each call that it times

@@ -14,8 +14,8 @@ from subspec.artifacts.format.prebuilt import find_prebuilt, install_prebuilt, p
 from subspec.artifacts.format.store import Artifact, open_artifact, verify, write_manifest
 from subspec.artifacts.native import cpp, residual_cpu
 from subspec.planner.model.hub import DEMO
-from subspec.runtime.engine import kernel_sources
 from subspec.runtime.model import attention
+from subspec.runtime.programs import kernel_sources
 
 SOURCES = [attention.SOURCE, residual_cpu.SOURCE]
 

@@ -1,0 +1,72 @@
+"""The device that a model is opened on, and its name in plans."""
+
+import os
+import sys
+from contextlib import ExitStack
+
+import torch
+
+from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.plan import Placement, Plan
+from subspec.runtime.kernels.linear import check_capability
+from subspec.runtime.model import attention
+
+
+def open_device(
+    plan: Plan, placement: Placement, device: str | None, stack: ExitStack
+) -> torch.device:
+    """The plan's device; `device` may pick one GPU of several. Limits what torch may take of it,
+    until the stack is closed."""
+    chosen = torch.device(device or plan.device)
+    if chosen.type != plan.device:
+        raise SubspecError(
+            Exit.WRONG_MACHINE,
+            f"the plan is for {plan.device}, but --device {device} was given",
+            f"plan again with --device {device}",
+        )
+    if chosen.type == "cuda":
+        if not torch.cuda.is_available():
+            raise SubspecError(
+                Exit.WRONG_MACHINE,
+                "the plan is for a CUDA GPU and torch finds none",
+                "plan again with --device cpu",
+            )
+        chosen = torch.device("cuda", chosen.index or 0)
+        if chosen.index >= torch.cuda.device_count():
+            raise SubspecError(
+                Exit.WRONG_MACHINE,
+                f"--device {chosen}, but there are {torch.cuda.device_count()} GPUs",
+                "count them from 0",
+            )
+        check_capability(chosen)
+        torch.cuda.set_device(chosen)
+        attention.without_cudnn()
+        torch.cuda.empty_cache()  # what others of this process cached would count against us
+        # What torch may allocate: the budget less the context, which torch does not count.
+        ours = plan.budget_bytes - placement.ledger.overhead
+        total = torch.cuda.get_device_properties(chosen).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, ours / total), chosen)
+        stack.callback(torch.cuda.set_per_process_memory_fraction, 1.0, chosen)
+    return chosen
+
+
+def machine_name(device: torch.device) -> str:
+    """What a plan's costs and a result's bits depend on, the same throughout a process."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        linux = sys.platform == "linux"  # elsewhere a process has no set of its own
+        num_cpus = len(os.sched_getaffinity(0)) if linux else os.cpu_count()
+        name = f"{instruction_sets()}, {num_cpus} cpus"
+    return f"{device.type}: {name}; torch {torch.__version__}"
+
+
+def instruction_sets() -> str:
+    """Of the CPU, as far as torch and oneDNN choose products by them: each adds in an order of its
+    own."""
+    found = [torch.backends.cpu.get_cpu_capability()]
+    if torch.cpu._is_avx512_bf16_supported():
+        found.append("bf16")
+    if torch.cpu._is_amx_tile_supported():
+        found.append("AMX")
+    return "+".join(found)
