@@ -135,7 +135,7 @@ def refused(ended: Ended, code: Exit, message: str, hint: str) -> None:
         (["--verify", "lossy", "--threshold", "nan"], Exit.USAGE, "nan is not a number", "0.7"),
         (["--verify", "lossy", "--window", "-1"], Exit.USAGE, "-1 is not in", "--help"),
         (["--verify", "near"], Exit.USAGE, "'near' is not one of", "--help"),
-        (["--drafter", "eagle"], Exit.USAGE, "'eagle' is not one of", "--help"),
+        (["--drafter", "medusa"], Exit.USAGE, "'medusa' is not one of", "--help"),
         (["--raw", "--system", "s"], Exit.USAGE, "exclude each other", "leave one out"),
         (["--chat", "--json"], Exit.USAGE, "exclude each other", "leave one out"),
         (["--chat", "--raw"], Exit.USAGE, "exclude each other", "leave one out"),
