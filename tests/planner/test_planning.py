@@ -5,7 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from builders import PROFILE, build_artifact
+from heads import eagle_checkpoints
 from toys import make_curve, make_profile, make_spec
 
 from subspec.artifacts.acceptance import Acceptance
@@ -79,11 +81,16 @@ def test_every_constraint_survives_that_an_artifact_is_planned_again(tmp_path: P
     """What was asked for once is what a re-planning asks for; the weights stay as they are."""
     asked = Constraints(
         context=160, width=1, depth=3, method="substitute", ram_bytes=10**9, encoding="raw",
-        min_path_probability=0.2, num_sequences=2,
+        min_path_probability=0.2, num_sequences=2, draft_head=True,
     )  # fmt: skip
     defaults = {name: getattr(Constraints(), name) for name in vars(asked)}
     assert all(value != defaults[name] for name, value in vars(asked).items()), "one is not tried"
-    first = plan_model(replace(REQUEST, constraints=asked), resolve("demo"), tmp_path / "artifact")
+    model, head = (
+        resolve(str(one)) for one in eagle_checkpoints(tmp_path / "models", torch.bfloat16)
+    )
+    first = plan_model(
+        replace(REQUEST, constraints=asked), model, tmp_path / "artifact", draft_head=head
+    )
     assert first.plan.constraints == asked
     artifact = open_artifact(tmp_path / "artifact")
     assert artifact.plan == first.plan

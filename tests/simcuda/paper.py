@@ -90,7 +90,7 @@ def paper_artifact(
         if set(one.residuals) == set(plan.residuals)
     ]
     manifest = Manifest("", "", (), (), ())
-    return PaperArtifact(Path("paper"), manifest, spec, plan, profile, tuple(stored))
+    return PaperArtifact(Path("paper"), manifest, spec, plan, profile, stored=tuple(stored))
 
 
 class PaperRows:
