@@ -235,8 +235,9 @@ def test_trees_within_an_answer_of_a_hybrid_are_those_of_the_rounds_that_decode_
     hybrid = build_artifact(
         source, tmp_path / "artifact", context=256, width=4, depth=DEEPEST, num_sequences=2
     )
+    prompts = [[3 + 7 * n % 2000 for n in range(40)], [5 + 11 * n % 1900 for n in range(30)]]
     with on_stage(hybrid) as stage:
-        answers = stage.decode([3 + 7 * n % 2000 for n in range(40)])
+        answers = stage.decode(*prompts)
         walked = {width: stage.walk(answers, width) for width in (1, 2, 1)}
     for width, along in walked.items():
         real = replan(hybrid, context=256, width=width, depth=DEEPEST, verify_widths=(104,))
