@@ -18,13 +18,12 @@ from subspec.artifacts.common.sizes import parse_size
 from subspec.planner.planning import (
     DraftModelRef,
     Planned,
-    PlanRequest,
-    Progress,
     plan_again,
     plan_dry,
     plan_from_runs,
     plan_model,
 )
+from subspec.planner.solving import PlanRequest, Progress
 
 if TYPE_CHECKING:
     from subspec.artifacts.plan import Constraints

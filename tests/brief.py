@@ -2,16 +2,14 @@
 to."""
 
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from subspec.planner.machine import measure
 from subspec.planner.machine.timing import Effort as MeasuringEffort
-from subspec.planner.rehearse import calibration, rehearsal
+from subspec.planner.rehearse import calibration, learning, rehearsal
 from subspec.planner.rehearse.rehearsal import Effort
 
 # One sample of everything.
@@ -45,11 +43,5 @@ def be_brief(patch: pytest.MonkeyPatch) -> None:
     one_of_each = tuple(calibration.in_turns(calibration.shipped_samples())[:5])
     patch.setattr(measure, "measure", partial(measure.measure, effort=HASTY))
     patch.setattr(rehearsal, "ANSWER_TOKENS", 24)
-    patch.setattr(rehearsal, "learn_acceptance", briefly(rehearsal.learn_acceptance))
-    patch.setattr(rehearsal, "time_rounds", briefly(rehearsal.time_rounds))
-    patch.setattr(calibration, "shipped_samples", lambda: one_of_each)
-
-
-def briefly(rehearse: Callable[..., Any]) -> Callable[..., Any]:
-    """The same with less effort, which is its last argument."""
-    return lambda *given: rehearse(*given[:-1], BRIEF)
+    patch.setattr(learning, "effort_of", lambda _: BRIEF)
+    patch.setattr(learning, "shipped_samples", lambda: one_of_each)

@@ -26,7 +26,7 @@ from subspec.artifacts.profile import Corrections
 from subspec.artifacts.runs import append_run, plan_digest, read_runs
 from subspec.planner.cli import main
 from subspec.planner.model.hub import DEMO
-from subspec.planner.rehearse import rehearsal
+from subspec.planner.rehearse import learning
 from subspec.planner.rehearse.calibration import shipped_samples
 from subspec.planner.rehearse.corrections import LEAST, MOST
 from subspec.planner.rehearse.rehearsal import Effort
@@ -205,12 +205,11 @@ def test_a_rehearsal_takes_the_seconds_that_it_is_given(
     asked = list[float]()
 
     def watched(*given: object) -> None:
-        effort = given[-1]
-        assert isinstance(effort, Effort)
+        [effort] = (one for one in given if isinstance(one, Effort))
         asked.append(sum(vars(effort).values()))
         raise SubspecError(Exit.HUB, "that is enough")
 
-    monkeypatch.setattr(rehearsal, "learn_acceptance", watched)
+    monkeypatch.setattr(learning, "learn_acceptance", watched)
     build_artifact(DEMO, here / "there", width=2, depth=3)
     words = ("--from", "there", "--vram", "9MB", "--rehearse")
     assert run(capsys, *words, seconds).exit_code == Exit.HUB

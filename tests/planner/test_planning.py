@@ -1,6 +1,5 @@
 """Planning as a library: it takes a request, says nothing, and returns what it found."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,27 +12,27 @@ from toys import make_curve, make_profile, make_spec
 from subspec.artifacts.acceptance import Acceptance
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format.store import open_artifact, verify
-from subspec.artifacts.plan import Constraints
+from subspec.artifacts.plan import Constraints, Plan
+from subspec.artifacts.profile import Profile
 from subspec.planner import planning
 from subspec.planner.machine.measure import machine_name
 from subspec.planner.machine.timing import fast_memory_bytes
 from subspec.planner.model.hub import DEMO, resolve
 from subspec.planner.planning import (
-    Planned,
     PlanRequest,
     plan_again,
     plan_dry,
-    plan_for_company,
     plan_from_runs,
     plan_model,
-    settles,
-    tell_load,
-    with_load,
     within_memory,
 )
+from subspec.planner.rehearse import learning
+from subspec.planner.rehearse.learning import plan_for_company, settles
 from subspec.planner.rehearse.rehearsal import AT_ONCE, CONTEXT
 from subspec.planner.rehearse.replay import DEEPEST
-from subspec.planner.solve.storage import Storage, raw_storage
+from subspec.planner.solve.search import PRIOR
+from subspec.planner.solve.storage import raw_storage
+from subspec.planner.solving import Known, known_of, tell_load, with_load
 
 REQUEST = PlanRequest(9_000_000, Constraints(context=200, width=2), known_profile=PROFILE)
 
@@ -149,11 +148,11 @@ def test_acceptance_is_learnt_on_as_many_answers_at_once_as_the_budget_has_room_
 ) -> None:
     """Whatever the user's own plan is to be like; a verification fits the deepest tree."""
     artifact = build_artifact(DEMO, tmp_path / "artifact", width=2, depth=3)
-    stored, found = Storage(tuple(artifact.stored_parts())), list[tuple[int, int]]()
+    found = list[tuple[int, int]]()
     for budget_bytes in (7_100_000, 8_200_000, 9_500_000, 40_000_000):
         fixed = Constraints(context=4000, depth=2, method="plain", min_path_probability=0.4)
         request = PlanRequest(budget_bytes, fixed)
-        plan = plan_for_company(request, artifact.spec, PROFILE, stored)
+        plan = plan_for_company(known_of(request, artifact, PROFILE))
         assert plan is not None
         assert (plan.context, plan.method, plan.tree.depth) == (CONTEXT, "substitute", DEEPEST)
         assert plan.tree.num_nodes <= plan.verify_width
@@ -161,12 +160,11 @@ def test_acceptance_is_learnt_on_as_many_answers_at_once_as_the_budget_has_room_
         found.append((plan.num_sequences, plan.tree.width))
     assert found == [(1, 1), (2, 1), (2, 2), (AT_ONCE[0], 2)]
     tiny = PlanRequest(2_000_000, Constraints())
-    assert plan_for_company(tiny, artifact.spec, PROFILE, stored) is None
+    assert plan_for_company(known_of(tiny, artifact, PROFILE)) is None
 
 
 def test_a_plan_is_settled_when_it_stays_the_best_and_its_tokens_are_known_well() -> None:
     spec, profile = make_spec(), make_profile()
-    stored = raw_storage(spec)
     request = PlanRequest(12_000_000, Constraints(context=256))
 
     def known(rate: float, share: float) -> Acceptance:
@@ -175,7 +173,7 @@ def test_a_plan_is_settled_when_it_stays_the_best_and_its_tokens_are_known_well(
         tokens = Acceptance((curve,), measured=True).tokens(1, 64)
         return Acceptance((replace(curve, margin=share * tokens),), measured=True)
 
-    settled = settles(request, spec, profile, stored)
+    settled = settles(Known(request, spec, profile, PRIOR, raw_storage(spec)))
     assert not settled(known(0.9, 0.01)), "there is none before the first"
     assert settled(known(0.9, 0.01))
     assert not settled(known(0.9, 0.13)), "another answer may say something else"
@@ -187,7 +185,7 @@ def test_a_plan_is_settled_when_it_stays_the_best_and_its_tokens_are_known_well(
 def test_where_plain_decoding_stays_the_best_no_more_is_to_be_learnt() -> None:
     spec, profile = make_spec(), make_profile()
     request = PlanRequest(30_000_000, Constraints(context=256))
-    settled = settles(request, spec, profile, raw_storage(spec))
+    settled = settles(Known(request, spec, profile, PRIOR, raw_storage(spec)))
     hopeless = Acceptance((make_curve(1, 0.01, margin=9.0),), measured=True)
     assert not settled(hopeless) and settled(hopeless)
 
@@ -198,14 +196,11 @@ def test_a_rehearsal_of_no_seconds_runs_nothing(
     artifact = build_artifact(DEMO, tmp_path / "artifact", width=2, depth=3)
     asked = list[str]()
 
-    def watched(name: str) -> Callable[..., Planned]:
-        def rehearsed(*_: object) -> Planned:
-            asked.append(name)
-            return Planned(artifact.spec, artifact.plan, artifact.profile)
+    def watched(*_: object) -> tuple[Plan, Profile]:
+        asked.append("run")
+        return artifact.plan, artifact.profile
 
-        return rehearsed
-
-    monkeypatch.setattr(planning, "rehearsed", watched("run"))
+    monkeypatch.setattr(learning, "rehearse", watched)
     request = replace(REQUEST, known_profile=None, device="cpu")
     for seconds, again in ((0.0, False), (None, False), (5.0, False), (0.0, True), (None, True)):
         measured = replace(artifact, profile=replace(PROFILE, machine=machine_name("cpu")))

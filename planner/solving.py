@@ -1,0 +1,179 @@
+"""What a plan is asked for, what it is solved from, and the plan that follows.
+
+Heavy imports wait until they are needed.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.common.sizes import short_size
+from subspec.artifacts.plan import Constraints, Method, Plan
+from subspec.artifacts.profile import Profile
+
+if TYPE_CHECKING:
+    from subspec.artifacts.acceptance import Acceptance
+    from subspec.artifacts.format.store import Artifact
+    from subspec.artifacts.model import ModelSpec
+    from subspec.planner.rehearse.calibration import Sample
+    from subspec.planner.rehearse.corrections import PredictFor
+    from subspec.planner.solve.predict import Proposer
+    from subspec.planner.solve.storage import Storage
+
+Progress = Callable[[str, float], None]
+Tell = Callable[[str], None]
+
+
+def nobody(line: str) -> None:
+    """A `tell` that keeps silent."""
+
+
+def unseen(stage: str, share: float) -> None:
+    """A `progress` that nobody watches."""
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What a plan is for; the model, or the artifact that is re-planned, stands beside it."""
+
+    budget_bytes: int
+    constraints: Constraints = Constraints()
+    device: str | None = None  # None: a GPU if there is one
+    link_bandwidth: int | None = None  # plan as if the link gave so many bytes a second at most
+    known_profile: Profile | None = None  # of a machine that is not measured, nor run on
+    samples: "tuple[Sample, ...] | None" = None  # that acceptance is measured on; None: our own
+    rehearse: float | None = None  # seconds that a rehearsal takes at most; 0: none; None: usual
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is asked for, and all that is known when a plan is solved."""
+
+    request: PlanRequest
+    spec: "ModelSpec"
+    profile: Profile  # of the link as it is, whatever it is to be slowed to
+    acceptance: "Acceptance"  # of the substitutes' trees
+    stored: "Storage | None" = None  # how an artifact has the weights; None: the search chooses
+    proposer: "Proposer | None" = None  # a draft model
+
+    @property
+    def slowed(self) -> Profile:
+        """The profile under the request's link bandwidth."""
+        from subspec.planner.machine.profiles import under_link
+
+        return under_link(self.profile, self.request.link_bandwidth)
+
+    @property
+    def draft_model(self) -> "ModelSpec | None":
+        return self.proposer.spec if self.proposer else None
+
+    def constrained(self, constraints: Constraints) -> "Known":
+        return replace(self, request=replace(self.request, constraints=constraints))
+
+    def learnt(self, method: Method, acceptance: "Acceptance") -> "Known":
+        """With the acceptance of the method's trees: the substitutes' or the draft model's."""
+        if method == "substitute":
+            return replace(self, acceptance=acceptance)
+        assert self.proposer is not None
+        return replace(self, proposer=replace(self.proposer, acceptance=acceptance))
+
+
+def before_planning(
+    request: PlanRequest, spec: "ModelSpec", profile: Profile, draft_model: "ModelSpec | None"
+) -> Known:
+    """Of a model without an artifact: nothing is learnt yet."""
+    from subspec.planner.solve.search import PRIOR, unknown_proposer
+
+    return Known(request, spec, profile, PRIOR, proposer=unknown_proposer(draft_model))
+
+
+def known_of(request: PlanRequest, artifact: "Artifact", profile: Profile) -> Known:
+    """Of an artifact, with what its plan has learnt; its weights stay as they are."""
+    from subspec.planner.solve.search import unknown_proposer
+    from subspec.planner.solve.storage import Storage
+
+    plan, proposer = artifact.plan, unknown_proposer(artifact.draft_model)
+    if proposer is not None and "draft-model" in plan.drafts:
+        proposer = replace(proposer, acceptance=plan.drafts["draft-model"].acceptance)
+    checked = plan.drafts.get("substitute+draft-model")
+    if proposer is not None and checked is not None and checked.checks:
+        proposer = replace(proposer, checks=checked.checks)
+    stored = Storage(tuple(artifact.stored_parts()))
+    return Known(request, artifact.spec, profile, plan.acceptance, stored, proposer)
+
+
+def solve(known: Known) -> Plan:
+    """Raises SubspecError(INFEASIBLE) if nothing fits, UNSUPPORTED for what this machine cannot
+    do."""
+    from subspec.planner.solve.search import search
+
+    request = known.request
+    plan = search(
+        known.spec, known.slowed, request.budget_bytes, request.constraints, known.acceptance,
+        known.stored, proposer=known.proposer,
+    )  # fmt: skip
+    if request.link_bandwidth is None:
+        return plan
+    reason = f"planned as if the link gave {short_size(request.link_bandwidth)}/s at most"
+    return replace(plan, reasons=(f"{reason}: --link-bandwidth", *plan.reasons))
+
+
+def solve_if_feasible(known: Known) -> Plan | None:
+    """None: nothing fits."""
+    try:
+        return solve(known)
+    except SubspecError as error:
+        if error.exit_code != Exit.INFEASIBLE:
+            raise
+        return None
+
+
+def with_sweeps(known: Known, plan: Plan) -> Plan:
+    """The plan with what other budgets and contexts would give."""
+    from subspec.planner.solve.outlook import with_outlook
+    from subspec.planner.solve.search import search
+
+    slow, constraints = known.slowed, known.request.constraints
+
+    def best(budget: int, context: int | None) -> Plan:
+        fixed = replace(constraints, context=context)
+        return search(
+            known.spec, slow, budget, fixed, known.acceptance, known.stored,
+            proposer=known.proposer,
+        )  # fmt: skip
+
+    return with_outlook(plan, best, constraints.context is not None, known.spec.max_positions)
+
+
+def promised(known: Known, plan: Plan) -> "PredictFor":
+    """What the plan promises for a usage, by the profile's own terms. A check of what streams first
+    is left out: it happens once."""
+    from subspec.planner.rehearse.corrections import without_corrections
+    from subspec.planner.solve.outlook import predict_for
+
+    assert known.stored is not None
+    spec, stored, other = known.spec, known.stored, known.draft_model
+    bare = replace(without_corrections(known.slowed), digest_rate=0.0)
+    return lambda method, usage: predict_for(spec, bare, plan, stored, method, usage, other)
+
+
+# A machine that is busy
+
+
+def with_load(profile: Profile, others: float, tell: Tell) -> Profile:
+    """The profile after a rehearsal beside which other programs used this share of the CPUs; told
+    unless it was under load before."""
+    busier = replace(profile, others_cpu_share=max(profile.others_cpu_share, others))
+    if not profile.under_load:
+        tell_load(busier, tell)
+    return busier
+
+
+def tell_load(profile: Profile, tell: Tell) -> None:
+    if profile.under_load:
+        tell(
+            f"note: other programs used {profile.others_cpu_share:.0%} of the CPUs while this "
+            "machine was measured: predictions are too slow, and another plan may be faster; when "
+            "they have ended, measure again (subspec-plan --from ARTIFACT --reprofile)"
+        )
