@@ -26,7 +26,8 @@ from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format.store import Artifact, open_artifact
 from subspec.artifacts.plan import OF_HEADS, DrafterName, method_of
 from subspec.planner.rehearse.calibration import Message, Sample, read_samples, sample_ids
-from subspec.runtime.engine import Engine, OpenOptions, check_drafter, check_head
+from subspec.runtime.engine import Engine, OpenOptions
+from subspec.runtime.open_model import check_drafter, check_head
 from subspec.runtime.sequence import GenerationParams, Stats
 from subspec.runtime.text.tokenizer import load_tokenizer
 

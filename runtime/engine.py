@@ -9,142 +9,54 @@ It knows token ids, not text: runtime/text does the rest.
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.artifacts.footprint import (
-    ROWS_IN_COMPANY,
-    cache_slots,
-    checkpoints_bytes,
-    window_slots,
-)
+from subspec.artifacts.footprint import ROWS_IN_COMPANY
 from subspec.artifacts.format.prebuilt import find_prebuilt
-from subspec.artifacts.format.store import DRAFT_MODEL, Artifact, open_artifact
-from subspec.artifacts.model import ModelSpec
+from subspec.artifacts.format.store import Artifact, open_artifact
 from subspec.artifacts.native import cpp
-from subspec.artifacts.plan import (
-    OF_HEADS,
-    WITH_DRAFT_MODEL,
-    WITH_SUBSTITUTES,
-    DrafterName,
-    Method,
-    Placement,
-    Plan,
-    calls_for,
-    method_of,
-)
-from subspec.runtime.clock import Clock, unrecorded
+from subspec.artifacts.plan import OF_HEADS, DrafterName, Method, Placement, Plan, calls_for
 from subspec.runtime.decode import Read, Round, decode_plainly, decode_unpadded, read, speculate
-from subspec.runtime.device import open_device
-from subspec.runtime.draft import compiled_graphs, compiled_layers
-from subspec.runtime.draft.compiled_graphs import CompiledGraphs
-from subspec.runtime.draft.compiled_layers import CompiledLayers
-from subspec.runtime.draft.draft_head import HeadWeights, make_head, with_head
-from subspec.runtime.draft.draft_model import DraftModel, DraftModelDrafter, load_draft_model
-from subspec.runtime.draft.drafter import (
-    Drafter,
-    LookupDrafter,
-    Proposals,
-    SubstituteDrafter,
-    Turn,
-    looked_up,
-)
-from subspec.runtime.draft.graphs import capture_on_gpu
-from subspec.runtime.draft.head_drafter import HeadDrafter
+from subspec.runtime.draft import compiled_layers
+from subspec.runtime.draft.draft_model import DraftModelDrafter
+from subspec.runtime.draft.drafter import SubstituteDrafter, Turn
 from subspec.runtime.exact_pass import Model, Piece, tokens_that_fit
-from subspec.runtime.kernels import gemlite_kernel
 from subspec.runtime.kernels.linear import single_row_kernels
-from subspec.runtime.load import (
-    DRAFT_DTYPE,
-    ArtifactWeights,
-    Progress,
-    biases_of,
-    check_kernel,
-    make_residual_decoder,
-    make_substitutes,
-    place_resident,
-    place_substitutes,
-    place_tensors,
-    unplaced_weights,
-)
-from subspec.runtime.memory import FastMemory, PeakMeter, check_host_memory
+from subspec.runtime.load import Progress
+from subspec.runtime.memory import PeakMeter
 from subspec.runtime.model import attention
-from subspec.runtime.model.cache import Cache, make_cache
-from subspec.runtime.model.net_state import make_net_states
-from subspec.runtime.model.transformer import make_shared, make_tables
-from subspec.runtime.programs import draft_rows, graph_programs, needed_kernels, substitute_shapes
+from subspec.runtime.model.cache import Cache
+from subspec.runtime.open_model import OpenedModel, open_model
+from subspec.runtime.open_model import OpenOptions as OpenOptions  # programs import it from here
+from subspec.runtime.programs import graph_programs, needed_kernels
 from subspec.runtime.sequence import Sequence
-from subspec.runtime.stream.exact_weights import ExactWeights
-
-
-@dataclass(frozen=True)
-class OpenOptions:
-    """How a model is opened; the plan says everything else."""
-
-    method: Method | None = None  # None: the plan's
-    drafter: DrafterName | None = None  # None: the substitutes, where the method has them
-    # Of plain decoding: False for one row, the fastest, which is not the draft's exact twin.
-    padded: bool = True
-    device: str | None = None  # of several GPUs one, such as cuda:1
-    link_bandwidth: float | None = None  # bytes per second that the link is slowed to
-    graphs: bool = True  # on cuda: a draft's levels are captured as CUDA graphs
-    trace: bool = False  # `engine.model.clock.spans` says what ran when
-
-    def __post_init__(self) -> None:
-        if self.link_bandwidth is not None and not self.link_bandwidth > 0:
-            message = f"link_bandwidth is {self.link_bandwidth}, expected more than 0"
-            raise SubspecError(Exit.USAGE, message)
-        if self.drafter is not None and self.method not in (None, method_of(self.drafter)):
-            message = f"the drafter {self.drafter!r} does not go with the method {self.method!r}"
-            hint = f"leave the method out, or use {method_of(self.drafter)!r}"
-            raise SubspecError(Exit.USAGE, message, hint)
-
-    def chosen(self, plan: Plan) -> tuple[Method, DrafterName | None]:
-        """The method, and who drafts."""
-        if self.drafter is not None:
-            return method_of(self.drafter), self.drafter
-        method = self.method or plan.method
-        return method, None if method == "plain" else method
 
 
 class Engine:
     """One model in fast memory, under one plan. Close it, or use it as a context manager."""
 
-    def __init__(
-        self,
-        artifact: Artifact,
-        options: OpenOptions,
-        method: Method,
-        drafter: DrafterName | None,
-        device: torch.device,
-        memory: FastMemory,
-        model: Model,
-        caches: list[Cache],
-        resources: ExitStack,
-    ) -> None:
-        """Of parts that `open` made."""
-        self.artifact = artifact
-        self.plan: Plan = artifact.plan
-        self.method: Method = method
-        self.drafter: DrafterName | None = drafter
-        self.device = device
-        self.memory = memory
-        self.peak = PeakMeter(memory)
-        self.model = model
+    def __init__(self, opened: OpenedModel) -> None:
+        self.artifact: Artifact = opened.artifact
+        self.plan: Plan = opened.artifact.plan
+        self.method: Method = opened.method
+        self.drafter: DrafterName | None = opened.drafter
+        self.device = opened.device
+        self.memory = opened.memory
+        self.peak = PeakMeter(opened.memory)
+        self.model: Model = opened.model
         # Padding makes plain decoding the draft's exact twin: a plan without a draft needs none.
-        plain = drafter is None
+        plain, options = opened.drafter is None, opened.options
         self.padded = not plain or (options.padded and self.plan.method != "plain")
         self.link_bandwidth = options.link_bandwidth
         self.num_reads = 0  # of pieces of prompts; the first one also waits for digests
-        self._caches = caches  # that no sequence has
+        self._caches = opened.caches  # that no sequence has
         self._reading: list[Sequence] = []  # their prompts, first come, first served
         self._decoding: list[Sequence] = []
-        self._resources = resources
+        self._resources = opened.resources
         self._closed = False
         # By the numbers of sequences that decode and that read
         self._watched_lengths = dict[tuple[int, int], int]()
@@ -165,150 +77,7 @@ class Engine:
         """
         if not isinstance(artifact, Artifact):
             artifact = open_artifact(Path(artifact))
-        options = options or OpenOptions()
-        plan, spec = artifact.plan, artifact.spec
-        method, drafter_name = options.chosen(plan)
-        check_drafter(artifact, drafter_name)
-        placement = plan.placement(method)
-        if drafter_name in OF_HEADS:
-            check_head(spec, placement, drafter_name)
-        dtype: torch.dtype = getattr(torch, spec.dtype)
-        with ExitStack() as stack:
-            # The device and its memory
-            device = open_device(plan, placement, options.device, stack)
-            torch.set_num_threads(plan.num_threads)
-            if placement.ledger.substitutes or placement.ledger.drafter:
-                check_kernel(artifact, plan)
-            if plan.int4_kernel == "gemlite" and method != "plain":
-                shapes = set[tuple[int, int]]()
-                if method in WITH_SUBSTITUTES:
-                    shapes |= substitute_shapes(spec)
-                if method in WITH_DRAFT_MODEL and artifact.draft_model is not None:
-                    shapes |= substitute_shapes(artifact.draft_model)
-                gemlite_kernel.tune(device, shapes, draft_rows(plan, method))
-            sources = [source for source, _ in needed_kernels(spec, plan, method)]
-            stack.enter_context(cpp.build_ahead(sources))
-            memory = FastMemory(device, placement.ledger)
-            stack.callback(release, memory)
-            clock = Clock(device, spans=[] if options.trace else None)
-            # On cuda the host would time launches: only whole phases are recorded there.
-            record = clock.record if device.type == "cpu" else unrecorded
-
-            # The weights, each into its arena
-            files = ArtifactWeights(artifact)
-            stack.callback(files.close)
-            embedding = files.open_embedding(device)
-            stack.callback(embedding.close)
-            files.check_resident()
-            tensors = place_tensors(spec, memory, files)
-            head_tensors = {}
-            if drafter_name in OF_HEADS:
-                head_tensors = files.place_draft_head(spec, memory)
-            packed = {}
-            if placement.ledger.substitutes:
-                packed = place_substitutes(spec, plan.int4_kernel, memory, files, progress)
-            stored = artifact.stored_parts()
-            resident = place_resident(spec, stored, placement, memory, files, progress)
-            streamed = files.open_ring(stored, placement, memory, options.link_bandwidth, record)
-            if streamed is not None:
-                stack.callback(streamed.close)
-            files.finish()
-            exact = ExactWeights(
-                spec,
-                stored,
-                unplaced_weights(spec, tensors),
-                resident,
-                biases_of(spec, tensors),
-                streamed,
-                make_residual_decoder(
-                    spec, stored, placement, packed, tensors, memory, plan.num_threads, record
-                ),
-                record,
-            )
-
-            # What passes share, and a cache for each sequence
-            slots = cache_slots(plan.context, plan.verify_width)
-            few_slots = window_slots(spec, plan.context, plan.verify_width)
-
-            def carved(shape: tuple[int, ...], kind: torch.dtype) -> Tensor:
-                return memory.take_tensor("cache", shape, kind)
-
-            def moving(shape: tuple[int, ...], kind: torch.dtype) -> Tensor:
-                return memory.take_tensor("windows", shape, kind)
-
-            def kept(tensor: Tensor) -> Tensor:
-                shape = tuple(tensor.shape)
-                return memory.take_tensor("tables", shape, tensor.dtype).copy_(tensor)
-
-            def for_drafter(shape: tuple[int, ...], kind: torch.dtype) -> Tensor:
-                return memory.take_tensor("drafter_cache", shape, kind)
-
-            def empty_cache() -> Cache:
-                nets = make_net_states(spec, plan.verify_width, tensors, carved)
-                windowed = None
-                if placement.ledger.windows and few_slots is not None:
-                    windowed = few_slots, moving
-                cache = make_cache(spec, slots, carved, nets, windowed)
-                if drafter_name in OF_HEADS:
-                    cache = with_head(cache, spec, plan.verify_width, for_drafter)
-                return cache
-
-            if device.type == "cuda":  # on CPUs they are in the ledger
-                check_host_memory(checkpoints_bytes(spec, plan.num_sequences))
-            caches = [empty_cache() for _ in range(plan.num_sequences)]
-            tables = make_tables(spec, slots, dtype, kept)
-            weights = make_shared(spec, embedding, tensors, tables, dtype, kept)
-
-            # The draft
-            drafter: Drafter | None = None
-            head: HeadWeights | None = None
-            if drafter_name == "lookup":
-                drafter = LookupDrafter(plan.verify_width)
-            trees, draft_model = plan.draft_of(method).trees, None
-            if drafter_name in OF_HEADS:
-                head = make_head(weights, head_tensors)
-                substitutes = make_substitutes(spec, tensors, packed, kept)
-                own_trees = (plan.head_draft.tree,) if plan.head_draft else trees
-                drafter = HeadDrafter(own_trees, plan.verify_width, head, substitutes)
-            if method in WITH_DRAFT_MODEL:
-                own = ArtifactWeights(artifact, DRAFT_MODEL)
-                stack.callback(own.close)
-                rows = own.open_embedding(device)
-                stack.callback(rows.close)
-                draft_model = load_draft_model(artifact, own, rows, memory, caches, progress)
-                drafter = DraftModelDrafter(trees, plan.verify_width, draft_model)
-            if method in WITH_SUBSTITUTES and drafter_name not in OF_HEADS:
-                draft_weights = weights
-                if dtype != DRAFT_DTYPE:
-                    if not spec.rope_in_f32:
-                        tables = make_tables(spec, slots, DRAFT_DTYPE, kept)
-                    draft_weights = make_shared(spec, embedding, tensors, tables, DRAFT_DTYPE, kept)
-                substitutes = make_substitutes(spec, tensors, packed, kept)
-                compiled: CompiledLayers | CompiledGraphs | None = None
-                if device.type == "cpu":
-                    compiled = compiled_layers.compile_layers(draft_weights, substitutes)
-                    if compiled is None and plan.draft_graphs:
-                        compiled = compiled_graphs.load_graphs(draft_weights, substitutes)
-                capture = None
-                if options.graphs and device.type == "cuda":
-                    capture = capture_on_gpu(device)
-                drafter = SubstituteDrafter(
-                    trees,
-                    plan.verify_width,
-                    draft_weights,
-                    substitutes,
-                    compiled,
-                    proposals_of(drafter_name, draft_model),
-                    capture,
-                )
-                stack.callback(drafter.captured.clear)
-            if plan.int4_kernel == "gemlite" and method != "plain":
-                stack.callback(gemlite_kernel.keep_tuning, device)
-            model = Model(plan, weights, exact, drafter, clock, head)
-            resources = stack.pop_all()
-        return cls(
-            artifact, options, method, drafter_name, device, memory, model, caches, resources
-        )
+        return cls(open_model(artifact, options or OpenOptions(), progress))
 
     def new_sequence(self) -> Sequence:
         """An empty sequence; close it to give its cache to another one. Raises
@@ -519,48 +288,3 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def check_head(spec: ModelSpec, placement: Placement, drafter: DrafterName) -> None:
-    """Raises SubspecError if no draft head of this kind can draft."""
-    layout = spec.draft_head.layout if spec.draft_head else None
-    if layout != drafter:
-        has = "has none" if layout is None else f"has one for {layout!r}"
-        message = f"the drafter {drafter!r} needs a draft head, and this artifact {has}"
-        raise SubspecError(Exit.UNSUPPORTED, message, f"use {layout or 'substitute'!r}")
-    if not placement.ledger.drafter:
-        message = f"the plan has no memory for the drafter {drafter!r}"
-        hint = "plan again with subspec-plan --from ARTIFACT --draft-head own"
-        raise SubspecError(Exit.INFEASIBLE, message, hint)
-
-
-def check_drafter(artifact: Artifact, drafter: DrafterName | None) -> None:
-    """Raises SubspecError: USAGE for a draft model that is not there, UNSUPPORTED where proposed
-    tokens cannot be checked."""
-    other = artifact.draft_model if drafter in WITH_DRAFT_MODEL else None
-    if drafter in WITH_DRAFT_MODEL and other is None:
-        raise SubspecError(
-            Exit.USAGE,
-            f"the drafter {drafter!r} needs a draft model, and {artifact.path} has none",
-            "plan with one: subspec-plan --model REF --draft-model REF --vram SIZE",
-        )
-    if drafter not in ("substitute+lookup", "substitute+draft-model"):
-        return
-    if artifact.spec.delta_nets or (other is not None and other.delta_nets):
-        whose = "this model's" if artifact.spec.delta_nets else "the draft model's"
-        one = "lookup" if drafter == "substitute+lookup" else "draft-model"
-        message = f"the drafter {drafter!r} does not know {whose} delta nets"
-        raise SubspecError(Exit.UNSUPPORTED, message, f"use 'substitute' or {one!r}")
-
-
-def proposals_of(drafter: DrafterName | None, draft_model: DraftModel | None) -> Proposals | None:
-    """What the substitutes check for a drafter; None: nothing."""
-    if drafter == "substitute+lookup":
-        return looked_up
-    return draft_model.proposals if draft_model is not None else None
-
-
-def release(memory: FastMemory) -> None:
-    memory.release()
-    if memory.device.type == "cuda":
-        torch.cuda.empty_cache()

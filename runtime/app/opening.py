@@ -21,7 +21,8 @@ from subspec.artifacts.profile import UNDER_LOAD
 from subspec.runtime.app.opening_options import OpeningOptions
 from subspec.runtime.app.replan import fitted
 from subspec.runtime.device import machine_name
-from subspec.runtime.engine import Engine, OpenOptions, check_drafter
+from subspec.runtime.engine import Engine, OpenOptions
+from subspec.runtime.open_model import check_drafter
 from subspec.runtime.programs import graph_programs, kernel_sources
 
 SECONDS_BETWEEN_LINES = 10.0  # of progress, if stderr is not a terminal

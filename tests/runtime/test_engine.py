@@ -18,7 +18,7 @@ from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.plan import Int4Kernel, Ledger, Method
 from subspec.planner.model.hub import DEMO
-from subspec.runtime import engine as engine_module
+from subspec.runtime import open_model
 from subspec.runtime.device import machine_name
 from subspec.runtime.engine import Engine, OpenOptions
 from subspec.runtime.kernels import int4
@@ -157,16 +157,16 @@ def readers() -> set[threading.Thread]:
 
 Failing = tuple[Any, str]
 FAILURES: dict[str, Failing] = {
-    "before the memory": (engine_module, "FastMemory"),
+    "before the memory": (open_model, "FastMemory"),
     "before the embedding": (ArtifactWeights, "open_embedding"),
     "at a norm": (ArtifactWeights, "read_tensor"),
     "at a substitute": (ArtifactWeights, "read_substitute"),
     "at an exact weight": (ArtifactWeights, "read_stored"),
     "before the ring": (ArtifactWeights, "open_ring"),
     "at a digest": (ArtifactWeights, "finish"),
-    "behind the ring": (engine_module, "ExactWeights"),
-    "at a cache": (engine_module, "make_cache"),
-    "at the draft": (engine_module, "SubstituteDrafter"),
+    "behind the ring": (open_model, "ExactWeights"),
+    "at a cache": (open_model, "make_cache"),
+    "at the draft": (open_model, "SubstituteDrafter"),
 }
 
 

@@ -21,7 +21,7 @@ from subspec.artifacts.plan import Constraints, Int4Kernel, Method, Plan, make_b
 from subspec.artifacts.profile import LinkRate, Profile, Timing
 from subspec.planner.solve.search import search
 from subspec.planner.solve.storage import storages
-from subspec.runtime import engine as engine_module
+from subspec.runtime import open_model
 from subspec.runtime.engine import Engine, OpenOptions
 from subspec.runtime.stream.ring import Ring
 
@@ -157,7 +157,7 @@ def paper_engine(artifact: PaperArtifact, method: Method) -> Iterator[tuple[Engi
             back=torch.device("meta"),
             keeps=False,
         ) as gpus,
-        patch.object(engine_module, "ArtifactWeights", PaperWeights),
+        patch.object(open_model, "ArtifactWeights", PaperWeights),
     ):
         with Engine.open(artifact, OpenOptions(method)) as engine:
             gpus.allocators[0].most_reserved = gpus.allocators[0].reserved

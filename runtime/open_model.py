@@ -1,0 +1,361 @@
+"""A model in fast memory, under its plan: the device, the weights in their arenas, what passes
+share, a cache for each sequence, and who drafts. engine.py runs it.
+"""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.footprint import cache_slots, checkpoints_bytes, window_slots
+from subspec.artifacts.format.store import DRAFT_MODEL, Artifact
+from subspec.artifacts.model import ModelSpec
+from subspec.artifacts.native import cpp
+from subspec.artifacts.plan import (
+    OF_HEADS,
+    WITH_DRAFT_MODEL,
+    WITH_SUBSTITUTES,
+    DrafterName,
+    Method,
+    Placement,
+    Plan,
+    method_of,
+)
+from subspec.runtime.clock import Clock, Record, unrecorded
+from subspec.runtime.device import open_device
+from subspec.runtime.draft import compiled_graphs, compiled_layers
+from subspec.runtime.draft.compiled_graphs import CompiledGraphs
+from subspec.runtime.draft.compiled_layers import CompiledLayers
+from subspec.runtime.draft.draft_head import HeadWeights, make_head, with_head
+from subspec.runtime.draft.draft_model import DraftModel, DraftModelDrafter, load_draft_model
+from subspec.runtime.draft.drafter import (
+    Drafter,
+    LookupDrafter,
+    Proposals,
+    SubstituteDrafter,
+    looked_up,
+)
+from subspec.runtime.draft.graphs import capture_on_gpu
+from subspec.runtime.draft.head_drafter import HeadDrafter
+from subspec.runtime.exact_pass import Model
+from subspec.runtime.kernels import gemlite_kernel
+from subspec.runtime.kernels.linear import Int4Weight
+from subspec.runtime.load import (
+    DRAFT_DTYPE,
+    ArtifactWeights,
+    Progress,
+    biases_of,
+    check_kernel,
+    make_residual_decoder,
+    make_substitutes,
+    place_resident,
+    place_substitutes,
+    place_tensors,
+    unplaced_weights,
+)
+from subspec.runtime.memory import FastMemory, check_host_memory
+from subspec.runtime.model.cache import Cache, make_cache
+from subspec.runtime.model.embedding import EmbeddingRows
+from subspec.runtime.model.net_state import make_net_states
+from subspec.runtime.model.transformer import SharedWeights, make_shared, make_tables
+from subspec.runtime.programs import draft_rows, needed_kernels, substitute_shapes
+from subspec.runtime.stream.exact_weights import ExactWeights
+
+
+@dataclass(frozen=True)
+class OpenOptions:
+    """How a model is opened; the plan says everything else."""
+
+    method: Method | None = None  # None: the plan's
+    drafter: DrafterName | None = None  # None: the substitutes, where the method has them
+    # Of plain decoding: False for one row, the fastest, which is not the draft's exact twin.
+    padded: bool = True
+    device: str | None = None  # of several GPUs one, such as cuda:1
+    link_bandwidth: float | None = None  # bytes per second that the link is slowed to
+    graphs: bool = True  # on cuda: a draft's levels are captured as CUDA graphs
+    trace: bool = False  # `engine.model.clock.spans` says what ran when
+
+    def __post_init__(self) -> None:
+        if self.link_bandwidth is not None and not self.link_bandwidth > 0:
+            message = f"link_bandwidth is {self.link_bandwidth}, expected more than 0"
+            raise SubspecError(Exit.USAGE, message)
+        if self.drafter is not None and self.method not in (None, method_of(self.drafter)):
+            message = f"the drafter {self.drafter!r} does not go with the method {self.method!r}"
+            hint = f"leave the method out, or use {method_of(self.drafter)!r}"
+            raise SubspecError(Exit.USAGE, message, hint)
+
+    def chosen(self, plan: Plan) -> tuple[Method, DrafterName | None]:
+        """The method, and who drafts."""
+        if self.drafter is not None:
+            return method_of(self.drafter), self.drafter
+        method = self.method or plan.method
+        return method, None if method == "plain" else method
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    artifact: Artifact
+    options: OpenOptions
+    method: Method
+    drafter: DrafterName | None
+    device: torch.device
+    memory: FastMemory
+    model: Model
+    caches: list[Cache]  # one for each sequence
+    resources: ExitStack  # closes all of it
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What the steps below have in common."""
+
+    artifact: Artifact
+    options: OpenOptions
+    method: Method
+    drafter: DrafterName | None
+    device: torch.device
+    memory: FastMemory
+    stack: ExitStack  # undoes what was done, if a step fails
+    clock: Clock
+    progress: Progress
+
+    @property
+    def placement(self) -> Placement:
+        return self.artifact.plan.placement(self.method)
+
+    @property
+    def reads_hidden_states(self) -> bool:
+        return self.drafter in OF_HEADS
+
+    @property
+    def record(self) -> Record:
+        # On cuda the host would time launches: only whole phases are recorded there.
+        return self.clock.record if self.device.type == "cpu" else unrecorded
+
+    def kept(self, tensor: Tensor) -> Tensor:
+        """A copy in fast memory, of a small tensor."""
+        shape = tuple(tensor.shape)
+        return self.memory.take_tensor("tables", shape, tensor.dtype).copy_(tensor)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Weights, each in its arena."""
+
+    embedding: EmbeddingRows
+    tensors: dict[str, Tensor]  # norms, biases and what else is small
+    of_head: dict[str, Tensor]  # a draft head's
+    packed: dict[str, Int4Weight]  # substitutes
+    exact: ExactWeights
+
+
+def open_model(artifact: Artifact, options: OpenOptions, progress: Progress) -> OpenedModel:
+    """See Engine.open."""
+    plan, spec = artifact.plan, artifact.spec
+    method, drafter_name = options.chosen(plan)
+    check_drafter(artifact, drafter_name)
+    placement = plan.placement(method)
+    if drafter_name in OF_HEADS:
+        check_head(spec, placement, drafter_name)
+    with ExitStack() as stack:
+        device = open_device(plan, placement, options.device, stack)
+        torch.set_num_threads(plan.num_threads)
+        prepare_kernels(artifact, method, device, stack)
+        memory = FastMemory(device, placement.ledger)
+        stack.callback(release, memory)
+        clock = Clock(device, spans=[] if options.trace else None)
+        opening = Opening(
+            artifact, options, method, drafter_name, device, memory, stack, clock, progress
+        )
+        loaded = load_weights(opening)
+        caches = make_caches(opening, loaded)
+        slots, dtype = caches[0].num_slots, getattr(torch, spec.dtype)
+        tables = make_tables(spec, slots, dtype, opening.kept)
+        weights = make_shared(spec, loaded.embedding, loaded.tensors, tables, dtype, opening.kept)
+        head = make_head(weights, loaded.of_head) if opening.reads_hidden_states else None
+        drafter = make_drafter(opening, loaded, weights, head, caches)
+        if plan.int4_kernel == "gemlite" and method != "plain":
+            stack.callback(gemlite_kernel.keep_tuning, device)
+        model = Model(plan, weights, loaded.exact, drafter, clock, head)
+        resources = stack.pop_all()
+    return OpenedModel(
+        artifact, options, method, drafter_name, device, memory, model, caches, resources
+    )
+
+
+def prepare_kernels(
+    artifact: Artifact, method: Method, device: torch.device, stack: ExitStack
+) -> None:
+    """Tunes and compiles, before fast memory is taken."""
+    plan, spec, ledger = artifact.plan, artifact.spec, artifact.plan.placement(method).ledger
+    if ledger.substitutes or ledger.drafter:
+        check_kernel(artifact, plan)
+    if plan.int4_kernel == "gemlite" and method != "plain":
+        shapes = set[tuple[int, int]]()
+        if method in WITH_SUBSTITUTES:
+            shapes |= substitute_shapes(spec)
+        if method in WITH_DRAFT_MODEL and artifact.draft_model is not None:
+            shapes |= substitute_shapes(artifact.draft_model)
+        gemlite_kernel.tune(device, shapes, draft_rows(plan, method))
+    sources = [source for source, _ in needed_kernels(spec, plan, method)]
+    stack.enter_context(cpp.build_ahead(sources))
+
+
+def load_weights(opening: Opening) -> Loaded:
+    artifact, memory, progress = opening.artifact, opening.memory, opening.progress
+    plan, spec, placement, record = artifact.plan, artifact.spec, opening.placement, opening.record
+    files = ArtifactWeights(artifact)
+    opening.stack.callback(files.close)
+    embedding = files.open_embedding(opening.device)
+    opening.stack.callback(embedding.close)
+    files.check_resident()
+    tensors = place_tensors(spec, memory, files)
+    of_head = files.place_draft_head(spec, memory) if opening.reads_hidden_states else {}
+    packed = {}
+    if placement.ledger.substitutes:
+        packed = place_substitutes(spec, plan.int4_kernel, memory, files, progress)
+    stored = artifact.stored_parts()
+    resident = place_resident(spec, stored, placement, memory, files, progress)
+    bandwidth = opening.options.link_bandwidth
+    streamed = files.open_ring(stored, placement, memory, bandwidth, record)
+    if streamed is not None:
+        opening.stack.callback(streamed.close)
+    files.finish()
+    decoder = make_residual_decoder(
+        spec, stored, placement, packed, tensors, memory, plan.num_threads, record
+    )
+    unplaced, biases = unplaced_weights(spec, tensors), biases_of(spec, tensors)
+    exact = ExactWeights(spec, stored, unplaced, resident, biases, streamed, decoder, record)
+    return Loaded(embedding, tensors, of_head, packed, exact)
+
+
+def make_caches(opening: Opening, loaded: Loaded) -> list[Cache]:
+    """An empty one for each sequence."""
+    plan, spec, memory = opening.artifact.plan, opening.artifact.spec, opening.memory
+    if opening.device.type == "cuda":  # on CPUs they are in the ledger
+        check_host_memory(checkpoints_bytes(spec, plan.num_sequences))
+    slots = cache_slots(plan.context, plan.verify_width)
+    few_slots = window_slots(spec, plan.context, plan.verify_width)
+    take = partial(memory.take_tensor, "cache")
+    windowed = None
+    if opening.placement.ledger.windows and few_slots is not None:
+        windowed = few_slots, partial(memory.take_tensor, "windows")
+    caches = []
+    for _ in range(plan.num_sequences):
+        nets = make_net_states(spec, plan.verify_width, loaded.tensors, take)
+        cache = make_cache(spec, slots, take, nets, windowed)
+        if opening.reads_hidden_states:
+            of_head = partial(memory.take_tensor, "drafter_cache")
+            cache = with_head(cache, spec, plan.verify_width, of_head)
+        caches.append(cache)
+    return caches
+
+
+def make_drafter(
+    opening: Opening,
+    loaded: Loaded,
+    weights: SharedWeights,
+    head: HeadWeights | None,
+    caches: Sequence[Cache],
+) -> Drafter | None:
+    """None: nothing is drafted."""
+    plan, spec, method = opening.artifact.plan, opening.artifact.spec, opening.method
+    trees, width = plan.draft_of(method).trees, plan.verify_width
+    if opening.drafter == "lookup":
+        return LookupDrafter(width)
+    if head is not None:
+        substitutes = make_substitutes(spec, loaded.tensors, loaded.packed, opening.kept)
+        own_trees = (plan.head_draft.tree,) if plan.head_draft else trees
+        return HeadDrafter(own_trees, width, head, substitutes)
+    draft_model = open_draft_model(opening, caches) if method in WITH_DRAFT_MODEL else None
+    if method in WITH_SUBSTITUTES:
+        proposals = proposals_of(opening.drafter, draft_model)
+        return substitute_drafter(opening, loaded, weights, caches, proposals)
+    return DraftModelDrafter(trees, width, draft_model) if draft_model is not None else None
+
+
+def open_draft_model(opening: Opening, caches: Sequence[Cache]) -> DraftModel:
+    files = ArtifactWeights(opening.artifact, DRAFT_MODEL)
+    opening.stack.callback(files.close)
+    rows = files.open_embedding(opening.device)
+    opening.stack.callback(rows.close)
+    return load_draft_model(opening.artifact, files, rows, opening.memory, caches, opening.progress)
+
+
+def substitute_drafter(
+    opening: Opening,
+    loaded: Loaded,
+    weights: SharedWeights,
+    caches: Sequence[Cache],
+    proposals: Proposals | None,
+) -> SubstituteDrafter:
+    plan, spec, on_cpu = opening.artifact.plan, opening.artifact.spec, opening.device.type == "cpu"
+    if weights.dtype != DRAFT_DTYPE:
+        tables = weights.tables
+        if not spec.rope_in_f32:
+            tables = make_tables(spec, caches[0].num_slots, DRAFT_DTYPE, opening.kept)
+        weights = make_shared(
+            spec, loaded.embedding, loaded.tensors, tables, DRAFT_DTYPE, opening.kept
+        )
+    substitutes = make_substitutes(spec, loaded.tensors, loaded.packed, opening.kept)
+    compiled: CompiledLayers | CompiledGraphs | None = None
+    if on_cpu:
+        compiled = compiled_layers.compile_layers(weights, substitutes)
+        if compiled is None and plan.draft_graphs:
+            compiled = compiled_graphs.load_graphs(weights, substitutes)
+    capture = capture_on_gpu(opening.device) if opening.options.graphs and not on_cpu else None
+    trees = plan.draft_of(opening.method).trees
+    drafter = SubstituteDrafter(
+        trees, plan.verify_width, weights, substitutes, compiled, proposals, capture
+    )
+    opening.stack.callback(drafter.captured.clear)
+    return drafter
+
+
+def check_head(spec: ModelSpec, placement: Placement, drafter: DrafterName) -> None:
+    """Raises SubspecError if no draft head of this kind can draft."""
+    layout = spec.draft_head.layout if spec.draft_head else None
+    if layout != drafter:
+        has = "has none" if layout is None else f"has one for {layout!r}"
+        message = f"the drafter {drafter!r} needs a draft head, and this artifact {has}"
+        raise SubspecError(Exit.UNSUPPORTED, message, f"use {layout or 'substitute'!r}")
+    if not placement.ledger.drafter:
+        message = f"the plan has no memory for the drafter {drafter!r}"
+        hint = "plan again with subspec-plan --from ARTIFACT --draft-head own"
+        raise SubspecError(Exit.INFEASIBLE, message, hint)
+
+
+def check_drafter(artifact: Artifact, drafter: DrafterName | None) -> None:
+    """Raises SubspecError: USAGE for a draft model that is not there, UNSUPPORTED where proposed
+    tokens cannot be checked."""
+    other = artifact.draft_model if drafter in WITH_DRAFT_MODEL else None
+    if drafter in WITH_DRAFT_MODEL and other is None:
+        raise SubspecError(
+            Exit.USAGE,
+            f"the drafter {drafter!r} needs a draft model, and {artifact.path} has none",
+            "plan with one: subspec-plan --model REF --draft-model REF --vram SIZE",
+        )
+    if drafter not in ("substitute+lookup", "substitute+draft-model"):
+        return
+    if artifact.spec.delta_nets or (other is not None and other.delta_nets):
+        whose = "this model's" if artifact.spec.delta_nets else "the draft model's"
+        one = "lookup" if drafter == "substitute+lookup" else "draft-model"
+        message = f"the drafter {drafter!r} does not know {whose} delta nets"
+        raise SubspecError(Exit.UNSUPPORTED, message, f"use 'substitute' or {one!r}")
+
+
+def proposals_of(drafter: DrafterName | None, draft_model: DraftModel | None) -> Proposals | None:
+    """What the substitutes check for a drafter; None: nothing."""
+    if drafter == "substitute+lookup":
+        return looked_up
+    return draft_model.proposals if draft_model is not None else None
+
+
+def release(memory: FastMemory) -> None:
+    memory.release()
+    if memory.device.type == "cuda":
+        torch.cuda.empty_cache()
