@@ -1,6 +1,7 @@
 """The life of a server process on a real socket: it loads, answers, drains, is cut, fails."""
 
 import asyncio
+import gc
 import http.client
 import json
 import re
@@ -22,6 +23,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from subspec.artifacts.common.errors import SubspecError
 from subspec.runtime.server import serving
+from subspec.runtime.server.generation import Status
 
 PROGRAM = Path(__file__).parents[2] / "scripted_server.py"
 CHAT = "/v1/chat/completions"
@@ -239,6 +241,33 @@ def test_connections_beyond_the_limit_and_clients_that_read_nothing_are_ended(
     assert stalled.transport.ended == "aborted"  # type: ignore[attr-defined]
     assert reading.transport.ended == ""  # type: ignore[attr-defined]
     assert [one.transport.ended for one in idle].count("closed") == 1  # type: ignore[attr-defined]
+
+
+def test_no_collection_of_garbage_goes_through_what_the_engine_has_loaded() -> None:
+    engine = SimpleNamespace(status=Status("loading"))
+    loaded: list[list[int]] = [[] for _ in range(1000)]
+
+    async def watch() -> tuple[int, bool]:
+        said = list[str]()
+        admission = SimpleNamespace(engine=engine)
+        task = asyncio.create_task(
+            serving.until_failed(admission, lambda one: said.append(one.phase))  # type: ignore[arg-type]
+        )
+        while "loading" not in said:
+            await asyncio.sleep(0.01)
+        assert gc.get_freeze_count() == before
+        engine.status = Status("ready")
+        while "ready" not in said:
+            await asyncio.sleep(0.01)
+        kept, engine.status = gc.get_freeze_count(), Status("failed")
+        return kept, await task
+
+    before = gc.get_freeze_count()
+    try:
+        kept, was_ready = asyncio.run(watch())
+    finally:
+        gc.unfreeze()
+    assert kept > before + len(loaded) and was_ready
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
