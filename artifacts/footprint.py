@@ -8,7 +8,14 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
 
-from subspec.artifacts.model import GROUP_SIZE, Attention, DeltaNet, Dense, ModelSpec
+from subspec.artifacts.model import (
+    GROUP_SIZE,
+    TOKEN_IDS,
+    Attention,
+    DeltaNet,
+    Dense,
+    ModelSpec,
+)
 from subspec.artifacts.plan import DeviceKind, Int4Kernel, Ledger
 
 ALIGNMENT = 256  # bytes; of every tensor in fast memory
@@ -36,6 +43,7 @@ CATCH_UP_ROWS = 128
 ROWS_IN_COMPANY = 128
 
 DRAFT_BYTES = 2  # the draft computes in bf16
+TOKEN_ID_BYTES = 8
 GUARD_SHARE = 0.01  # of the budget, for what operations allocate internally
 GUARD_BYTES = 128 << 10  # at least
 # cuda: at most. Kernels' own temporaries are of the sizes of a pass, not of the weights.
@@ -207,7 +215,10 @@ def substitutes_bytes(spec: ModelSpec, kernel: Int4Kernel) -> int:
 
 @lru_cache(maxsize=8)
 def draft_head_bytes(spec: ModelSpec) -> int:
-    return sum(aligned(prod(shape) * spec.item_bytes) for shape in spec.draft_head_shapes.values())
+    return sum(
+        aligned(prod(shape) * (TOKEN_ID_BYTES if name == TOKEN_IDS else spec.item_bytes))
+        for name, shape in spec.draft_head_shapes.items()
+    )
 
 
 @lru_cache(maxsize=8)
@@ -350,6 +361,9 @@ def workspace_bytes(spec: ModelSpec, device: DeviceKind, shape: Shape) -> int:
     if shape.drafts_with_head:  # reads what a pass has given, while that is there
         exact += head_pass_bytes(spec, device, 1, max(HEAD_ROWS, width), slots)
         exact += 2 * sequences * width * spec.hidden_size * spec.item_bytes
+        if spec.eagle3:  # the streams that it reads, of all rows, and those of what is kept
+            rows = max(shape.prefill_tokens, verifying * width) + sequences * width
+            exact += rows * len(spec.eagle3.reads) * spec.hidden_size * spec.item_bytes
     if shape.draft_width is None:
         return aligned(exact) + (ALLOCATOR_BYTES if device == "cuda" else 0)
     draft, vocabulary = 0, padded_vocabulary(spec)
@@ -358,6 +372,9 @@ def workspace_bytes(spec: ModelSpec, device: DeviceKind, shape: Shape) -> int:
         draft = draft_pass_bytes(spec, device, shape, sequences, rows)
         if shape.drafts_with_head:
             draft = max(draft, head_pass_bytes(spec, device, sequences, max(rows, width), slots))
+            if spec.eagle3:  # its own logits, rounded
+                own = spec.eagle3.vocab_size * (spec.item_bytes + DRAFT_BYTES)
+                draft += sequences * rows * own
         draft += sequences * 2 * rows * vocabulary
     if shape.draft_model is not None:
         # A level; or the last tokens before it, of which one has logits; or a text that is read.
@@ -442,7 +459,8 @@ def head_pass_bytes(
         block_bytes(spec, device, block.body, sequences, rows, slots, None, rows)
         for block in spec.draft_head.layer.blocks
     )
-    return 9 * every * spec.hidden_size * spec.item_bytes + masks + max(blocks)
+    inputs = 13 if spec.eagle3 else 9
+    return inputs * every * spec.hidden_size * spec.item_bytes + masks + max(blocks)
 
 
 @lru_cache(maxsize=4096)

@@ -40,6 +40,7 @@ HEAD = "lm_head"
 # Tensors of a draft head
 FUSION, HEAD_LAYER, HEAD_NORM = "fc", "layers.0", "norm"
 FUSED_NORMS = "pre_fc_norm_embedding", "pre_fc_norm_hidden"
+HIDDEN_NORM, TOKEN_IDS = f"{HEAD_LAYER}.hidden_norm", "token_ids"
 
 
 @dataclass(frozen=True)
@@ -204,13 +205,25 @@ class DraftHead:
     hidden state of the model (docs/format.md).
 
     mtp: as checkpoints of qwen3_5 have it. eagle: EAGLE and EAGLE-2 (arXiv 2401.15077, 2406.16858),
-    without norms around the layer.
+    without norms around the layer. eagle3: EAGLE-3 (arXiv 2503.01840), see Eagle3.
     """
 
-    layout: Literal["mtp", "eagle"]
+    layout: Literal["mtp", "eagle", "eagle3"]
     layer: LayerSpec
     norm: NormStyle
     fusion_bias: bool = False
+
+
+@dataclass(frozen=True)
+class Eagle3:
+    """What a draft head of that layout has besides: it reads the model's residual stream in several
+    places, its attention takes embedding and hidden state side by side, and it has logits of its
+    own, of some of the model's tokens."""
+
+    # Layers before which the stream is read; the number of all layers: behind the last one.
+    reads: Annotated[tuple[Annotated[int, Between(0, 10_000)], ...], Length(1, 16)]
+    vocab_size: Annotated[int, Between(1, 1 << 24)]  # tokens that it has logits of
+    norm_before_residual: bool = False  # its layer adds to the normed hidden state
 
 
 @dataclass(frozen=True)
@@ -247,6 +260,7 @@ class ModelSpec:
     rope_in_f32: bool = False  # q and k are rotated in f32 and then rounded
     # The artifact has its weights, which are in no pass of the model's own.
     draft_head: DraftHead | None = None
+    eagle3: Eagle3 | None = None  # of a draft head of this layout
     eos_token_ids: tuple[int, ...] = ()
     quantized: bool = True  # False: no matrix has a substitute, all of them are always resident
     # Matrices that the checkpoint has in FP8, by name. All others, and what is computed: `dtype`.
@@ -418,18 +432,27 @@ class ModelSpec:
         found: dict[str, tuple[int, ...]] = {}
         if head.layout == "mtp":
             found |= {f"{name}.weight": (hidden,) for name in FUSED_NORMS}
-        found[f"{FUSION}.weight"] = hidden, 2 * hidden
+        fused = len(self.eagle3.reads) if self.eagle3 else 2
+        found[f"{FUSION}.weight"] = hidden, fused * hidden
         if head.fusion_bias:
             found[f"{FUSION}.bias"] = (hidden,)
-        for name, ((rows, columns, bias), _) in _linear_shapes(self, head.layer).items():
+        wide = 2 if self.eagle3 else 1
+        shapes = _linear_shapes(self, head.layer, attention_inputs=wide * hidden)
+        for name, ((rows, columns, bias), _) in shapes.items():
             found[f"{HEAD_LAYER}.{name}.weight"] = rows, columns
             if bias:
                 found[f"{HEAD_LAYER}.{name}.bias"] = (rows,)
         for block in head.layer.blocks:
             sizes = _norm_sizes(self, block)
             found |= {f"{HEAD_LAYER}.{name}.weight": (size,) for name, size in sizes.items()}
-        if head.layout == "mtp":
+        if self.eagle3:
+            found[f"{HIDDEN_NORM}.weight"] = (hidden,)
+        if head.layout != "eagle":
             found[f"{HEAD_NORM}.weight"] = (hidden,)
+        if self.eagle3:
+            found[f"{HEAD}.weight"] = self.eagle3.vocab_size, hidden
+            if self.eagle3.vocab_size < self.vocab_size:  # int64: whose logits they are
+                found[TOKEN_IDS] = (self.eagle3.vocab_size,)
         return found
 
     @cached_property
@@ -563,12 +586,14 @@ def padded(num_bytes: int) -> int:
 
 
 def _linear_shapes(
-    spec: ModelSpec, layer: LayerSpec
+    spec: ModelSpec, layer: LayerSpec, attention_inputs: int | None = None
 ) -> dict[str, tuple[tuple[int, int, bool], bool]]:
     """Name under the layer -> (out features, in features, has a bias), and whether it stays exact;
-    in execution order."""
+    in execution order. attention_inputs: features that q, k and v are made of; None: the hidden
+    size."""
     found = dict[str, tuple[tuple[int, int, bool], bool]]()
     hidden = spec.hidden_size
+    attended = attention_inputs or hidden
 
     def add(name: str, rows: int, columns: int, bias: bool, exact: bool = False) -> None:
         found[f"{body.name}.{name}"] = (rows, columns, bias), exact
@@ -576,10 +601,10 @@ def _linear_shapes(
     for block in layer.blocks:
         body = block.body
         if isinstance(body, Attention):
-            add("q_proj", body.query_size * (2 if body.output_gate else 1), hidden, body.qkv_bias)
-            add("k_proj", body.kv_size, hidden, body.qkv_bias)
+            add("q_proj", body.query_size * (2 if body.output_gate else 1), attended, body.qkv_bias)
+            add("k_proj", body.kv_size, attended, body.qkv_bias)
             if not body.values_are_keys:
-                add("v_proj", body.kv_size, hidden, body.qkv_bias)
+                add("v_proj", body.kv_size, attended, body.qkv_bias)
             add("o_proj", hidden, body.query_size, body.output_bias)
         elif isinstance(body, DeltaNet):
             add("in_proj_qkv", body.num_channels, hidden, False)

@@ -28,13 +28,13 @@ DeviceKind = Literal["cpu", "cuda"]
 # tokens the substitutes check.
 Method = Literal["substitute", "plain", "draft-model", "substitute+draft-model"]
 # Who proposes tokens. lookup: the text itself, beside the placement of plain decoding;
-# substitute+...: another one, as far as the substitutes agree, and they go on. mtp, eagle: the
-# artifact's draft head, beside the substitutes.
+# substitute+...: another one, as far as the substitutes agree, and they go on. mtp, eagle,
+# eagle3: the artifact's draft head, beside the substitutes.
 DrafterName = Literal[
-    "substitute", "lookup", "substitute+lookup", "mtp", "eagle", "draft-model",
+    "substitute", "lookup", "substitute+lookup", "mtp", "eagle", "eagle3", "draft-model",
     "substitute+draft-model",
 ]  # fmt: skip
-OF_HEADS: tuple[DrafterName, ...] = ("mtp", "eagle")
+OF_HEADS: tuple[DrafterName, ...] = ("mtp", "eagle", "eagle3")
 WITH_SUBSTITUTES: tuple[Method, ...] = ("substitute", "substitute+draft-model")  # that draft
 WITH_DRAFT_MODEL: tuple[Method, ...] = ("draft-model", "substitute+draft-model")
 Int4Kernel = Literal["aten", "gemlite", "w4a8"]  # w4a8: runtime/kernels/int4.cpp, on cpu
@@ -272,7 +272,9 @@ def method_of(drafter: DrafterName) -> Method:
     """Whose memory a drafter runs in."""
     if drafter == "lookup":
         return "plain"
-    if drafter == "substitute+lookup" or drafter == "mtp" or drafter == "eagle":
+    if drafter == "substitute+lookup" or drafter == "mtp":
+        return "substitute"
+    if drafter == "eagle" or drafter == "eagle3":
         return "substitute"
     return drafter
 

@@ -48,8 +48,8 @@ class Model:
 
 @dataclass(frozen=True)
 class Outputs:
-    """Of one stream, by tree and by piece: logits, [W, V] and of a piece's `head_rows`, and the
-    residual stream of all of their rows, [rows, H]."""
+    """Of one stream, by tree and by piece: logits, [W, V] and of a piece's `head_rows`, and what a
+    draft head reads of all of their rows (`forward_hidden`), [rows, H] or more."""
 
     of_trees: Sequence[Tensor]
     of_pieces: Sequence[Tensor]
@@ -111,7 +111,9 @@ def exact_outputs(
         head_sizes += some_sizes
     of_trees = slice(0, sum(rows_of_trees))
     head = HeadRows([of_trees, *wanted] if trees else wanted, calls_of(head_sizes))
-    logits, x = forward_hidden(model.weights, model.exact, batch, calls_of(sizes), head)
+    eagle3 = model.weights.spec.eagle3 if model.head is not None else None
+    reads = eagle3.reads if eagle3 is not None else ()
+    logits, x = forward_hidden(model.weights, model.exact, batch, calls_of(sizes), head, reads)
     first, *others = logits.split([some.stop - some.start for some in (of_trees, *wanted)])
     hidden = x.split([*rows_of_trees, *rows_of_pieces])
     num_trees = len(trees)

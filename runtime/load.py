@@ -20,7 +20,15 @@ from subspec.artifacts.format.fp8 import Scales, scales_of
 from subspec.artifacts.format.prebuilt import find_prebuilt
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.format.tensors import StoredTensor, TensorFile, read_header
-from subspec.artifacts.model import EMBEDDING, PAGE_BYTES, Linear, ModelSpec, Part, StoredPart
+from subspec.artifacts.model import (
+    EMBEDDING,
+    PAGE_BYTES,
+    TOKEN_IDS,
+    Linear,
+    ModelSpec,
+    Part,
+    StoredPart,
+)
 from subspec.artifacts.native import cpp, fp8_cpu, residual_cpu
 from subspec.artifacts.plan import Block, Int4Kernel, Placement, Plan, make_blocks
 from subspec.runtime.clock import Record, unrecorded
@@ -43,6 +51,7 @@ from subspec.runtime.stream.ring import Ring, view_of
 DRAFT_DTYPE = torch.bfloat16  # what the 4-bit kernels take
 TORCH_DTYPES = {
     "U8": torch.uint8, "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32,
+    "I64": torch.int64,
 }  # fmt: skip
 PIECE_BYTES = 1 << 20  # of a tensor that are read at a time
 
@@ -229,6 +238,14 @@ def check_kernel(artifact: Artifact, plan: Plan) -> None:
         )
 
 
+def check_token_ids(token_ids: Tensor, vocab_size: int) -> None:
+    """Raises SubspecError(CORRUPT) unless they are different tokens of the vocabulary."""
+    ids = token_ids.cpu()
+    if int(ids.min()) < 0 or int(ids.max()) >= vocab_size or len(ids.unique()) < len(ids):
+        message = f"{HEAD_FILE}: {TOKEN_IDS} are not different tokens of {vocab_size}"
+        raise SubspecError(Exit.CORRUPT, message, "copy or build the artifact again")
+
+
 # Reading an artifact
 
 
@@ -342,8 +359,11 @@ class ArtifactWeights:
         self._loading.check_file(self._path / HEAD_FILE, self._files[HEAD_FILE])
         found = {}
         for name, shape in spec.draft_head_shapes.items():
-            found[name] = memory.take_tensor("drafter", shape, self._dtype)
+            dtype = torch.int64 if name == TOKEN_IDS else self._dtype
+            found[name] = memory.take_tensor("drafter", shape, dtype)
             self.read_tensor(name, found[name], HEAD_FILE)
+        if TOKEN_IDS in found:
+            check_token_ids(found[TOKEN_IDS], spec.vocab_size)
         return found
 
     def check_resident(self) -> None:

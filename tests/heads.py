@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from families import FAMILIES, family
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from subspec.artifacts.model import DraftHead, LayerSpec, ModelSpec, Source
+from subspec.artifacts.model import TOKEN_IDS, DraftHead, Eagle3, LayerSpec, ModelSpec, Source
 from subspec.planner.model.checkpoint import read_checkpoint
 
 # Of what the layers of a model that is easily foreseen add to the last token's embedding.
@@ -72,6 +73,71 @@ def eagle_checkpoints(
     return converted(source, folder / "model", dtype), head
 
 
+EAGLE3_READS, EAGLE3_TOKENS = (1, 2, 3), 1500
+# Its own config.json beside a model's: keys and values of every head, and tokens of its own.
+OF_EAGLE3: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLMEagle3"], "num_hidden_layers": 1, "num_key_value_heads": 4,
+    "draft_vocab_size": EAGLE3_TOKENS,
+}  # fmt: skip
+
+
+def eagle3_checkpoints(
+    folder: Path, dtype: torch.dtype, foreseen: bool = False, speculators: bool = False
+) -> tuple[Path, Path]:
+    """A random llama, and a random head of EAGLE-3 for it, which is in f32. speculators: in their
+    form, where its layer adds to the normed hidden state."""
+    import transformers
+
+    config = transformers.AutoConfig.for_model(**family("llama"))
+    source = random_checkpoint(folder / "f32", config)
+    spec = read_checkpoint(source, Source("org/toy")).spec
+    said = json.loads((source / "config.json").read_text())
+    first, feeding = spec.layers[0].blocks
+    body = replace(spec.layers[0].attentions[0], num_kv_heads=4)
+    head = DraftHead("eagle3", LayerSpec((replace(first, body=body), feeding)), spec.norm)
+    own = random_head(
+        replace(spec, draft_head=head, eagle3=Eagle3(EAGLE3_READS, EAGLE3_TOKENS, speculators))
+    )
+    order = torch.randperm(spec.vocab_size, generator=torch.Generator().manual_seed(8))
+    ids = order[:EAGLE3_TOKENS].sort().values
+    tensors = load_file(source / "model.safetensors")
+    if foreseen:  # each row attends to itself, and so to the embedding that comes next
+        quieten(tensors)
+        quieten(own)
+        size = spec.hidden_size
+        for letter, weight in (("q", 2.0), ("k", 2.0), ("v", 1.0)):
+            own[f"layers.0.self_attn.{letter}_proj.weight"][:, :size] = weight * torch.eye(size)
+            own[f"layers.0.self_attn.{letter}_proj.weight"][:, size:] *= 0.03
+        own["layers.0.self_attn.o_proj.weight"] = torch.eye(size)
+        own["fc.weight"] *= 0.03
+        for name in ("input_layernorm", "hidden_norm", "post_attention_layernorm"):
+            own[f"layers.0.{name}.weight"] = torch.full((size,), 0.03 if "hidden" in name else 1.0)
+        own["norm.weight"] = torch.ones(size)
+        own["lm_head.weight"] = tensors["lm_head.weight"][ids].clone()
+        tensors["model.norm.weight"].fill_(1.0)
+        save_file(tensors, source / "model.safetensors")
+    del own[TOKEN_IDS]
+    own["d2t"] = ids - torch.arange(EAGLE3_TOKENS)
+    own["t2d"] = torch.zeros(spec.vocab_size, dtype=torch.bool).index_fill(0, ids, True)
+    if speculators:
+        inner = {**said, **OF_EAGLE3, "architectures": ["LlamaForCausalLM"]}
+        outer = {
+            "architectures": ["Eagle3Speculator"], "draft_vocab_size": EAGLE3_TOKENS,
+            "speculators_model_type": "eagle3", "transformer_layer_config": inner,
+            "eagle_aux_hidden_state_layer_ids": EAGLE3_READS,
+        }  # fmt: skip
+        own["embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
+    else:
+        after = [layer - 1 for layer in EAGLE3_READS]
+        outer = {**said, **OF_EAGLE3, "eagle_config": {"eagle_aux_hidden_state_layer_ids": after}}
+        own = {name.replace("layers.0.", "midlayer."): one for name, one in own.items()}
+    path = folder / "head"
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(outer))
+    save_file(own, path / "model.safetensors")
+    return converted(source, folder / "model", dtype), path
+
+
 def random_head(spec: ModelSpec) -> dict[str, Tensor]:
     generator, found = torch.Generator().manual_seed(3), {}
     for name, shape in spec.draft_head_shapes.items():
@@ -95,7 +161,8 @@ def quieten(tensors: dict[str, Tensor]) -> None:
 def defined(
     spec: ModelSpec, tensors: dict[str, Tensor], embedded: Tensor, hidden: Tensor
 ) -> Tensor:
-    """What the head returns for a text, in f64, one row after the other. embedded, hidden [T, H]"""
+    """What the head returns for a text, in f64, one row after the other. embedded, hidden [T, H];
+    of EAGLE-3 what it has made of the streams that it reads."""
     w, head, layer = (
         {name: one.double() for name, one in tensors.items()},
         spec.draft_head,
@@ -103,6 +170,7 @@ def defined(
     )
     assert head is not None
     [body], epsilon, is_mtp = head.layer.attentions, head.norm.epsilon, head.layout == "mtp"
+    eagle3 = spec.eagle3
     assert body.rope is not None
 
     def norm(x: Tensor, name: str) -> Tensor:
@@ -122,8 +190,13 @@ def defined(
     for position, (e, h) in enumerate(zip(embedded.double(), hidden.double(), strict=True)):
         if is_mtp:
             e, h = norm(e, "pre_fc_norm_embedding"), norm(h, "pre_fc_norm_hidden")
-        x = w["fc.weight"] @ torch.cat((e, h)) + w.get("fc.bias", 0)
-        y = norm(x, f"{layer}input_layernorm") if is_mtp else x
+        if eagle3 is not None:
+            normed = norm(h, f"{layer}hidden_norm")
+            x = normed if eagle3.norm_before_residual else h
+            y = torch.cat((norm(e, f"{layer}input_layernorm"), normed))
+        else:
+            x = w["fc.weight"] @ torch.cat((e, h)) + w.get("fc.bias", 0)
+            y = norm(x, f"{layer}input_layernorm") if is_mtp else x
         q, k, v = (product(f"self_attn.{one}_proj", y).view(-1, body.head_size) for one in "qkv")
         gate = None
         if is_mtp:

@@ -24,6 +24,8 @@ from subspec.artifacts.model import (
     Attention,
     Block,
     Dense,
+    DraftHead,
+    Eagle3,
     LayerSpec,
     ModelSpec,
     NormStyle,
@@ -138,9 +140,10 @@ def test_the_runs_json_object_is_explained_key_by_key() -> None:
 
 @pytest.mark.parametrize(
     "kind",
-    [ModelSpec, LayerSpec, Block, Attention, QueryGrowth, Dense, NormStyle, Rope, Source, Plan,
-     Tree, Placement, Ledger, Prediction, Acceptance, Curve, Option, Point, Constraints, Profile,
-     Timing, LinkRate, Corrections, Manifest, FileEntry, PartEntry, SubstituteEntry, Run],
+    [ModelSpec, DraftHead, Eagle3, LayerSpec, Block, Attention, QueryGrowth, Dense, NormStyle, Rope,
+     Source, Plan, Tree, Placement, Ledger, Prediction, Acceptance, Curve, Option, Point,
+     Constraints, Profile, Timing, LinkRate, Corrections, Manifest, FileEntry, PartEntry,
+     SubstituteEntry, Run],
 )  # fmt: skip
 def test_every_field_of_the_format_is_named(kind: type) -> None:
     for field in kind.__dataclass_fields__:  # type: ignore[attr-defined]

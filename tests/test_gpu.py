@@ -8,7 +8,7 @@ import pytest
 import torch
 from builders import build_artifact, converted, random_checkpoint, replan
 from families import FAMILIES
-from heads import eagle_checkpoints
+from heads import eagle3_checkpoints, eagle_checkpoints
 from invariance import widths_here
 from running import answer, generated
 from simcuda.simulation import is_active
@@ -131,15 +131,17 @@ def test_a_model_with_delta_nets_gives_its_plain_tokens_on_cuda(tmp_path: Path) 
     assert said[0] == said[1] == said[2]
 
 
-def test_a_draft_head_gives_the_plain_tokens_on_cuda(tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", ["eagle", "eagle3"])
+def test_a_draft_head_gives_the_plain_tokens_on_cuda(layout: str, tmp_path: Path) -> None:
     """Its kernels are launched one by one."""
-    source, head = eagle_checkpoints(tmp_path, torch.bfloat16, foreseen=True)
+    made = eagle_checkpoints if layout == "eagle" else eagle3_checkpoints
+    source, head = made(tmp_path, torch.bfloat16, foreseen=True)
     built = build_artifact(
         source, tmp_path / "artifact", draft_head=head, width=2, depth=3, device="cuda",
         drafts_with_head=True,
     )  # fmt: skip
     said = []
-    for how in (OpenOptions("plain"), OpenOptions(drafter="eagle")):
+    for how in (OpenOptions("plain"), OpenOptions(drafter=layout)):  # type: ignore[arg-type]
         with Engine.open(built, how) as engine:
             said.append(answer(engine, [*range(40, 50)], tokens(96)))
     assert said[0] == said[1]

@@ -16,6 +16,7 @@ from subspec.artifacts.model import (
     EMBEDDING,
     GROUP_SIZE,
     PAGE_BYTES,
+    TOKEN_IDS,
     Attention,
     DraftHead,
     DType,
@@ -27,6 +28,7 @@ from subspec.artifacts.plan import Placement, Plan
 LARGEST_MODEL_BYTES = 1 << 44  # 16 TiB, about 262,144 parts
 MOST_THRESHOLDS = 64  # at which drafts end: a search takes its time for each
 HEAD_FILE = "draft_head.safetensors"  # of models with one (ModelSpec.draft_head)
+TOKEN_IDS_DTYPE = "I64"
 STORED_DTYPES: dict[DType, str] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
@@ -58,6 +60,7 @@ def check_spec(spec: ModelSpec) -> None:
         raise _wrong("model.json", f"has delta nets of {sorted(taps)} taps, expected one number")
     if spec.draft_head is not None:
         _check_draft_head(spec.draft_head)
+    _check_eagle3(spec)
     if spec.norm.zero_centered and not spec.norm.rounds_late:
         raise _wrong("model.json", "norm is zero_centered, which it can be only with rounds_late")
     _check_fp8(spec)
@@ -85,6 +88,27 @@ def _check_draft_head(head: DraftHead) -> None:
     if kinds != ["attention", "dense"] or layer.scalar:
         raise _wrong("model.json", f"draft_head has {kinds}, expected attention and feed-forward")
     _check_attention("draft_head", layer.attentions[0])
+
+
+def _check_eagle3(spec: ModelSpec) -> None:
+    eagle3, head = spec.eagle3, spec.draft_head
+    if (eagle3 is not None) != (head is not None and head.layout == "eagle3"):
+        raise _wrong("model.json", "has eagle3 without a draft_head of this layout, or no eagle3")
+    if eagle3 is None or head is None:
+        return
+    if head.layer.blocks[0].before is None:
+        raise _wrong("model.json", "draft_head has no norm before the attention of eagle3")
+    if max(eagle3.reads) > spec.num_layers or len(set(eagle3.reads)) < len(eagle3.reads):
+        raise _wrong(
+            "model.json",
+            f"eagle3 reads before the layers {list(eagle3.reads)}, expected different ones of "
+            f"0 to {spec.num_layers}",
+        )
+    if eagle3.vocab_size > spec.vocab_size:
+        raise _wrong(
+            "model.json",
+            f"eagle3 has logits of {eagle3.vocab_size} tokens, the model has {spec.vocab_size}",
+        )
 
 
 def _check_attention(where: str, one: Attention) -> None:
@@ -127,7 +151,8 @@ def check_headers(path: Path, spec: ModelSpec) -> None:
     if spec.draft_head is not None:
         head = read_header(path / HEAD_FILE)
         for name, shape in spec.draft_head_shapes.items():
-            _check_tensor(HEAD_FILE, head, name, dtype, shape)
+            own = TOKEN_IDS_DTYPE if name == TOKEN_IDS else dtype
+            _check_tensor(HEAD_FILE, head, name, own, shape)
     substitutes = read_header(path / "substitutes.safetensors")
     for linear in spec.linears:
         if not linear.has_substitute:

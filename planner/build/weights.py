@@ -17,7 +17,7 @@ from torch import Tensor
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format import fp8
-from subspec.artifacts.format.checks import HEAD_FILE, STORED_DTYPES
+from subspec.artifacts.format.checks import HEAD_FILE, STORED_DTYPES, TOKEN_IDS_DTYPE
 from subspec.artifacts.format.fp8 import Scales, scales_of
 from subspec.artifacts.format.store import (
     CHUNK_BYTES,
@@ -32,6 +32,7 @@ from subspec.artifacts.model import (
     EMBEDDING,
     GROUP_SIZE,
     PAGE_BYTES,
+    TOKEN_IDS,
     Linear,
     ModelSpec,
     Part,
@@ -40,6 +41,7 @@ from subspec.artifacts.model import (
 from subspec.artifacts.native import fp8_cpu, residual_cpu
 from subspec.planner.build.quantize import Substitute
 from subspec.planner.model.checkpoint import DRAFT_HEAD, Checkpoint
+from subspec.planner.model.eagle3 import token_ids
 from subspec.planner.model.fp8 import multiply_out, read_codes, read_scales
 from subspec.planner.model.stored import read_pieces
 
@@ -209,10 +211,15 @@ def write_draft_head(file: "HashedFile", checkpoint: Checkpoint) -> None:
     """Write the head that predicts the token after the next one."""
     spec = checkpoint.spec
     dtype = STORED_DTYPES[spec.dtype]
-    write_header(file, ((name, dtype, shape) for name, shape in spec.draft_head_shapes.items()))
-    for name in spec.draft_head_shapes:
-        # Another dtype is rounded: a draft's bits are nobody's promise.
-        write_exactly(file, checkpoint, f"{DRAFT_HEAD}.{name}", getattr(torch, spec.dtype))
+    shapes = spec.draft_head_shapes
+    dtypes = {name: TOKEN_IDS_DTYPE if name == TOKEN_IDS else dtype for name in shapes}
+    write_header(file, ((name, dtypes[name], shape) for name, shape in shapes.items()))
+    for name in shapes:
+        stored = f"{DRAFT_HEAD}.{name}"
+        if name == TOKEN_IDS:
+            file.write(raw_bytes(token_ids(checkpoint.rows[stored].tensor, spec.vocab_size)))
+        else:  # another dtype is rounded: a draft's bits are nobody's promise
+            write_exactly(file, checkpoint, stored, getattr(torch, spec.dtype))
 
 
 def write_exactly(

@@ -121,7 +121,11 @@ def read_config(folder: Path, source: Source) -> ModelSpec:
     is transformers' own default, where it says nothing).
 
     Raises SubspecError: UNSUPPORTED for what we do not run, CORRUPT for what makes no sense."""
-    written = read_fields(folder / CONFIG)
+    return described(read_fields(folder / CONFIG), folder, source)
+
+
+def described(written: Fields, folder: Path, source: Source) -> ModelSpec:
+    """The decoder that these fields of a config.json describe. See read_config."""
     family, decoder = _decoder(written)
     made = load_config(written)
     per_layer = made.to_dict().get(PER_LAYER, {})

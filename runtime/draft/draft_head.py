@@ -3,7 +3,8 @@
 Its row for a token takes the token's embedding and the model's hidden state of the token before,
 and gives the logits of the token after it. A row further down a draft takes what the head returned
 for the token before instead. So a row lies in the slot of its token, beside the model's own keys
-and values, and the first token has none. T = rows, H = hidden size, S = live slots
+and values, and the first token has none.
+T = rows, H = hidden size, S = live slots, V = vocabulary
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,26 +19,40 @@ from subspec.artifacts.model import (
     FINAL_NORM,
     FUSED_NORMS,
     FUSION,
+    HEAD,
     HEAD_LAYER,
     HEAD_NORM,
+    HIDDEN_NORM,
+    TOKEN_IDS,
+    Attention,
     DraftHead,
     ModelSpec,
     layer_name,
 )
 from subspec.runtime.kernels.linear import Calls, calls_of
+from subspec.runtime.load import DRAFT_DTYPE
 from subspec.runtime.model.attention import attend
 from subspec.runtime.model.cache import Cache, Unread
 from subspec.runtime.model.net_state import Take
 from subspec.runtime.model.transformer import (
     Pass,
+    Product,
     Rows,
     SharedWeights,
+    add_block,
     add_layer,
+    add_result,
+    attend_rows,
     embed,
     join,
+    logits_of,
     normalize,
     rms_norm,
 )
+
+# Logits of tokens that a head has none of: below all others, and of a finite share, because a
+# constraint may leave no other token.
+OUTSIDE = -1e30
 
 
 @dataclass(frozen=True)
@@ -57,29 +72,67 @@ class HeadWeights:
 
 
 def read_from(weights: HeadWeights, x: Tensor) -> Tensor:
-    """The residual stream [T, H] of the exact model -> the hidden states [T, H] that the head
-    takes."""
+    """The residual stream of the exact model, [T, H] or of several places side by side, -> the
+    hidden states [T, H] that the head takes."""
+    if weights.model.spec.eagle3 is not None:
+        return fused(weights, x)
     return normalize(weights.model, FINAL_NORM, x)
 
 
 def next_hidden(weights: HeadWeights, batch: Sequence[Rows], hidden: Tensor) -> Tensor:
     """hidden [T, H] of the tokens before each row's, the exact model's or what this returned for
-    them -> the head's own [T, H], which the model's head turns into logits. batch: over caches of
-    the head's one attention."""
+    them -> the head's own [T, H], of which `logits_from` makes logits. batch: over caches of the
+    head's one attention."""
     head, tensors = weights.head, weights.tensors
     tokens, positions = (join([getattr(r, n) for r in batch]) for n in ("tokens", "positions"))
+    now = Pass(weights.decoder, batch, calls_of([len(tokens)]), positions)
     parts = [embed(weights.model, tokens), hidden]
+    if head.layout == "eagle3":
+        return next_of_eagle3(weights, now, *parts)
     if head.layout == "mtp":
         names = (f"{name}.weight" for name in FUSED_NORMS)
         pairs = zip(names, parts, strict=True)
         parts = [rms_norm(head.norm, tensors[name], part) for name, part in pairs]
-    fusion = tensors[f"{FUSION}.weight"], tensors.get(f"{FUSION}.bias")
-    x = F.linear(torch.cat(parts, dim=1), *fusion)
-    now = Pass(weights.decoder, batch, calls_of([len(x)]), positions)
+    x = fused(weights, torch.cat(parts, dim=1))
     add_layer(now, 0, weights, x)
     if head.layout == "mtp":
         return rms_norm(head.norm, tensors[f"{HEAD_NORM}.weight"], x)
     return x
+
+
+def fused(weights: HeadWeights, x: Tensor) -> Tensor:
+    return F.linear(x, weights.tensors[f"{FUSION}.weight"], weights.tensors.get(f"{FUSION}.bias"))
+
+
+def next_of_eagle3(weights: HeadWeights, now: Pass, embedded: Tensor, hidden: Tensor) -> Tensor:
+    """What the layer of EAGLE-3 makes of embedded and hidden [T, H]: attention takes both, normed,
+    side by side, and adds to the hidden state."""
+    eagle3, layer = weights.model.spec.eagle3, layer_name(0)
+    attending, feeding = weights.head.layer.blocks
+    assert eagle3 is not None and isinstance(attending.body, Attention)
+    normed = rms_norm(weights.head.norm, weights.tensors[f"{HIDDEN_NORM}.weight"], hidden)
+    x = (normed if eagle3.norm_before_residual else hidden).clone()
+    embedded = normalize(weights.decoder, f"{layer}.{attending.before}", embedded)
+    both = torch.cat((embedded, normed), dim=1)
+    out = attend_rows(now, layer, 0, attending.body, weights, both)
+    add_result(weights.decoder, layer, attending, out, x)
+    add_block(now, 0, 0, feeding, weights, x)
+    return x
+
+
+def logits_from(weights: HeadWeights, head: Product, hidden: Tensor) -> Tensor:
+    """Logits bf16 [T, V] from what the draft head returned, [T, H]. head: the substitute of the
+    model's, for draft heads without logits of their own."""
+    spec, tensors = weights.model.spec, weights.tensors
+    if spec.eagle3 is None:
+        normed = hidden.to(DRAFT_DTYPE)
+        return logits_of(spec, head, normed, calls_of([len(normed)]))
+    normed = rms_norm(weights.head.norm, tensors[f"{HEAD_NORM}.weight"], hidden)
+    own = F.linear(normed, tensors[f"{HEAD}.weight"]).to(DRAFT_DTYPE)
+    if TOKEN_IDS not in tensors:
+        return own
+    every = own.new_full((len(own), spec.vocab_size), OUTSIDE)
+    return every.index_copy_(1, tensors[TOKEN_IDS], own)
 
 
 def read_text(weights: HeadWeights, cache: Cache, tokens: Sequence[int], x: Tensor) -> Tensor:
@@ -142,7 +195,7 @@ def make_head(shared: SharedWeights, tensors: Mapping[str, Tensor]) -> HeadWeigh
     """tensors: those of `spec.draft_head_shapes`, in the dtype of the model's activations."""
     head = shared.spec.draft_head
     assert head is not None
-    spec = replace(shared.spec, layers=(head.layer,), norm=head.norm, draft_head=None)
+    spec = replace(shared.spec, layers=(head.layer,), norm=head.norm, draft_head=None, eagle3=None)
     own = {
         name.replace(HEAD_LAYER, layer_name(0), 1).removesuffix(".weight"): tensor
         for name, tensor in tensors.items()

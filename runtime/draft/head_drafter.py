@@ -5,7 +5,7 @@ keys and values that the draft wrote for it are written again. W = rows of a tre
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,21 +15,21 @@ from subspec.runtime.draft.beam import DraftPass, Growing, TokenTree, grow
 from subspec.runtime.draft.draft_head import (
     HeadWeights,
     following_rows,
+    logits_from,
     next_hidden,
     of_head,
 )
 from subspec.runtime.draft.drafter import Turn, tree_rows, within_constraints
 from subspec.runtime.draft.substitutes import Substitutes
-from subspec.runtime.kernels.linear import calls_of
-from subspec.runtime.load import DRAFT_DTYPE
 from subspec.runtime.model.attention import attend
 from subspec.runtime.model.cache import Cache, TreeSlots
-from subspec.runtime.model.transformer import Rows, logits_of
+from subspec.runtime.model.transformer import Rows
 
 
 @dataclass(frozen=True)
 class HeadDrafter:
-    """The logits of what the head returns are those of the substitute of the model's head."""
+    """The logits of what the head returns are its own, or those of the substitute of the model's
+    head."""
 
     trees: tuple[Tree, ...]  # of 1, 2, 4, ... sequences
     verify_width: int
@@ -67,9 +67,7 @@ class HeadDrafter:
                 nodes = one.last.nodes
                 wanted.append(some[-len(nodes) :])  # before the root: what is only read
                 returned[one.index][nodes] = wanted[-1]
-            normed = torch.cat(wanted).to(DRAFT_DTYPE)
-            spec, head = self.weights.model.spec, self.substitutes.head
-            return logits_of(spec, head, normed, calls_of([len(normed)]))
+            return logits_from(self.weights, self.substitutes.head, torch.cat(wanted))
 
         return run
 
@@ -88,6 +86,7 @@ def root_rows(one: Growing, cache: Cache, slots: TreeSlots) -> tuple[Rows, Tenso
 def level_rows(one: Growing, cache: Cache, slots: TreeSlots) -> Rows:
     """Rows for the last level of a tree."""
     rows = tree_rows(one.tree, one.last.nodes, of_head(cache), slots, attend)
+    rows = replace(rows, windowed=None)  # a head has all slots
     assert rows.visible is not None
     rows.visible[:, 0].fill_(False)  # the first token of a text has no row
     return rows

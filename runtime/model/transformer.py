@@ -148,19 +148,23 @@ def forward_hidden(
     batch: Sequence[Rows],
     calls: Calls,
     head: HeadRows | None = None,
+    reads: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor]:
-    """The logits as `forward` returns them, and the residual stream [T, H] before the final norm:
-    what a draft head reads."""
+    """The logits as `forward` returns them, and what a draft head reads: the residual stream [T, H]
+    before the final norm, or those before the layers `reads` side by side, [T, H reads]."""
     tokens, positions = (join([getattr(r, n) for r in batch]) for n in ("tokens", "positions"))
     now = Pass(weights, batch, calls, positions)
     x = embed(weights, tokens)
-    logits = x
+    logits, hidden = x, x.shape[1]
+    streams = x.new_empty(len(x), len(reads) * hidden) if reads else x
     for index, product in enumerate(products):
+        for place in (place for place, layer in enumerate(reads) if layer == index):
+            streams[:, place * hidden : (place + 1) * hidden] = x
         if index == weights.spec.num_layers:
             logits = to_logits(weights, product, *((x, calls) if head is None else head.of(x)))
             continue
         add_layer(now, index, product, x)
-    return logits, x
+    return logits, streams
 
 
 def to_logits(weights: SharedWeights, head: Product, x: Tensor, calls: Calls) -> Tensor:
@@ -218,8 +222,13 @@ def add_block(now: Pass, layer: int, index: int, block: Block, product: Product,
     else:
         out = feed_forward(now, body, product, normed)
     del normed
+    add_result(weights, name, block, out, x)
+
+
+def add_result(weights: SharedWeights, layer: str, block: Block, out: Tensor, x: Tensor) -> None:
+    """x [T, H] += multiplier * after(out), in place."""
     if block.after:
-        out = normalize(weights, f"{name}.{block.after}", out)
+        out = normalize(weights, f"{layer}.{block.after}", out)
     x.add_(out if block.multiplier == 1 else out.mul_(block.multiplier))
 
 

@@ -11,13 +11,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+import running
 import torch
 from brief import BRIEF_PLANNER, be_brief
 from builders import PROFILE, build_artifact, random_checkpoint
+from heads import EAGLE3_TOKENS, eagle3_checkpoints
 from run_records import make_run
 from safetensors.torch import load_file, save_file
 
 from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.footprint import draft_head_bytes
 from subspec.artifacts.format.codec import dump_json
 from subspec.artifacts.format.prebuilt import find_prebuilt
 from subspec.artifacts.format.store import Artifact, open_artifact, verify
@@ -122,6 +125,36 @@ def test_a_draft_model_that_will_not_do_is_refused_before_anything_is_built(
     ended = plan(capsys, *words, "--out", "made")
     assert ended.exit_code == 2 and said in ended.err and not Path("made").exists(), ended.err
     assert "hint: " in ended.err
+
+
+# A draft head
+
+
+def test_a_head_of_eagle_3_is_planned_into_the_artifact_and_drafts_what_is_said_without_it(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, head = eagle3_checkpoints(here / "models", torch.bfloat16, foreseen=True)
+    words = ["--draft-head", head, "--method", "substitute", "--rehearse", "none", "--json"]
+    ended = plan(capsys, "--model", model, *words, "--out", "made")
+    assert ended.exit_code == 0, ended.err
+    said, artifact = json.loads(ended.out), open_artifact(Path("made"))
+    assert said["ledger"]["drafter"] == draft_head_bytes(artifact.spec) > EAGLE3_TOKENS * 128 * 2
+    assert verify(Path("made")) > 0
+    answers = []
+    for how in (["--no-speculation"], ["--drafter", "eagle3"]):
+        answer = running.run(capsys, "made", "--max-tokens", "16", *how, "Say something")
+        assert answer.exit_code == 0, answer.err
+        answers.append(answer.out)
+    assert answers[0] == answers[1] != ""
+    words[1] = "own"
+    again = run(capsys, "--from", "made", *words, "--out", "beside")
+    assert again.exit_code == 0, again.err
+    assert open_artifact(Path("beside")).spec == artifact.spec
+    (head / "config.json").write_text("{}")
+    words[1] = head
+    ended = plan(capsys, "--model", model, *words, "--out", "other")
+    assert ended.exit_code == Exit.CORRUPT and "none are read by default" in ended.err
+    assert not Path("other").exists()
 
 
 # What it writes

@@ -10,14 +10,17 @@ import pytest
 
 from subspec.artifacts.acceptance import Acceptance, Curve
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.artifacts.format.checks import check_headers, check_plan, check_spec
+from subspec.artifacts.format.checks import HEAD_FILE, check_headers, check_plan, check_spec
 from subspec.artifacts.format.codec import dump_json, load_dataclass
 from subspec.artifacts.format.tensors import ITEM_BYTES, write_header
 from subspec.artifacts.model import (
     HEAD,
+    TOKEN_IDS,
     Attention,
     Block,
     Dense,
+    DraftHead,
+    Eagle3,
     LayerSpec,
     ModelSpec,
     NormStyle,
@@ -48,6 +51,8 @@ SPEC = ModelSpec(
     norm=NormStyle(1e-6),
     tied_head=True,
 )
+EAGLE3_HEAD = DraftHead("eagle3", SPEC.layers[0], SPEC.norm)
+WITH_EAGLE3 = replace(SPEC, draft_head=EAGLE3_HEAD, eagle3=Eagle3((0, 1), vocab_size=32))
 RAW = [StoredPart(part, "raw", part.num_bytes) for part in SPEC.parts]
 CODED = [StoredPart(part, "residual", part.num_bytes // 2) for part in SPEC.parts]
 LARGEST_PART = max(part.padded_bytes for part in RAW)
@@ -84,6 +89,7 @@ def check_spec_as_read(spec: ModelSpec) -> None:
 
 def test_a_sane_model_and_a_plan_that_just_fits_pass() -> None:
     check_spec_as_read(SPEC)
+    check_spec_as_read(WITH_EAGLE3)
     check_plan_as_read(PLAN)
 
 
@@ -101,7 +107,31 @@ def in_dense_block(**changes: Any) -> dict[str, Any]:
     return {"layers": (LayerSpec((first, replace(second, **changes))),)}
 
 
+def in_eagle3(reads: tuple[int, ...] = (0, 1), vocab_size: int = 32) -> dict[str, Any]:
+    return {"draft_head": EAGLE3_HEAD, "eagle3": Eagle3(reads, vocab_size)}
+
+
+def without_first_norm(layer: LayerSpec) -> LayerSpec:
+    return LayerSpec((replace(layer.blocks[0], before=None), *layer.blocks[1:]))
+
+
 WRONG_MODELS: dict[str, dict[str, Any]] = {
+    "a head of EAGLE-3 that is not described": {"draft_head": EAGLE3_HEAD},
+    "EAGLE-3 without a head": {"eagle3": Eagle3((0, 1), 32)},
+    "EAGLE-3 beside another head": {
+        "draft_head": replace(EAGLE3_HEAD, layout="eagle"), "eagle3": Eagle3((0, 1), 32),
+    },
+    "EAGLE-3 reads nothing": in_eagle3(()),
+    "EAGLE-3 reads a lot": in_eagle3(tuple(range(17))),
+    "EAGLE-3 reads behind the last layer": in_eagle3((0, 2)),
+    "EAGLE-3 reads before the first layer": in_eagle3((-1, 0)),
+    "EAGLE-3 reads one layer twice": in_eagle3((1, 1)),
+    "EAGLE-3 has no tokens": in_eagle3(vocab_size=0),
+    "EAGLE-3 has more tokens than the model": in_eagle3(vocab_size=65),
+    "EAGLE-3 without a norm of the embedding": {
+        "draft_head": replace(EAGLE3_HEAD, layer=without_first_norm(SPEC.layers[0])),
+        "eagle3": Eagle3((0, 1), 32),
+    },
     "no layers": {"layers": ()},
     "many layers": {"layers": SPEC.layers * 10_001},
     "a layer without blocks": {"layers": (LayerSpec(()),)},
@@ -345,6 +375,32 @@ def test_a_resident_tensor_of_another_dtype_or_shape_is_refused(
         files["resident.safetensors"][name] = wrong
     write(tmp_path, files)
     refused("resident.safetensors", lambda: check_headers(tmp_path, SPEC))
+
+
+EAGLE3_SHAPES = {
+    "fc.weight": (128, 256), "layers.0.self_attn.q_proj.weight": (128, 256),
+    "layers.0.self_attn.k_proj.weight": (64, 256), "layers.0.self_attn.v_proj.weight": (64, 256),
+    "layers.0.self_attn.o_proj.weight": (128, 128), "layers.0.mlp.gate_proj.weight": (192, 128),
+    "layers.0.mlp.gate_proj.bias": (192,), "layers.0.mlp.up_proj.weight": (192, 128),
+    "layers.0.mlp.up_proj.bias": (192,), "layers.0.mlp.down_proj.weight": (128, 192),
+    "layers.0.mlp.down_proj.bias": (128,), "layers.0.input_layernorm.weight": (128,),
+    "layers.0.post_attention_layernorm.weight": (128,), "layers.0.hidden_norm.weight": (128,),
+    "norm.weight": (128,), "lm_head.weight": (32, 128), "token_ids": (32,),
+}  # fmt: skip
+
+
+def test_a_head_of_eagle_3_is_these_tensors_and_no_others_pass(tmp_path: Path) -> None:
+    assert list(WITH_EAGLE3.draft_head_shapes.items()) == list(EAGLE3_SHAPES.items())
+    head: Header = {name: ("F16", shape) for name, shape in EAGLE3_SHAPES.items()}
+    head[TOKEN_IDS] = ("I64", (32,))
+    write(tmp_path, {**headers(), HEAD_FILE: head})
+    check_headers(tmp_path, WITH_EAGLE3)
+    for name, (_, shape) in head.items():
+        for wrong in (("F32", shape), ("F16", (*shape, 1))):
+            write(tmp_path, {HEAD_FILE: {**head, name: wrong}})
+            refused(HEAD_FILE, lambda: check_headers(tmp_path, WITH_EAGLE3))
+    whole = replace(WITH_EAGLE3, eagle3=Eagle3((0, 1), SPEC.vocab_size))
+    assert TOKEN_IDS not in whole.draft_head_shapes
 
 
 @pytest.mark.parametrize("suffix", ["codes", "qparams"])

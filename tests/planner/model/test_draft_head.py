@@ -42,7 +42,7 @@ def test_the_artifact_has_the_head_in_the_dtype_of_the_model(
         ({"num_hidden_layers": 2}, Exit.UNSUPPORTED, "has 2 layers"),
         ({"intermediate_size": 64}, Exit.CORRUPT, r"mlp.* has the shape \[192, 128\], expected"),
         ({"tensors": {"fc.weight": None}}, Exit.CORRUPT, "no fc.weight"),
-        ({"tensors": {"d2t": torch.zeros(8)}}, Exit.UNSUPPORTED, "EAGLE-3"),
+        ({"tensors": {"d2t": torch.zeros(8)}}, Exit.CORRUPT, "3 layers none are read by default"),
     ],
 )
 def test_a_head_of_another_model_is_refused_with_a_sentence(

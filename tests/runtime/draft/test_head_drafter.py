@@ -6,13 +6,13 @@ from contextlib import ExitStack
 import pytest
 import torch
 from builders import build_artifact
-from heads import defined, eagle_checkpoints, mtp_checkpoint
+from heads import defined, eagle3_checkpoints, eagle_checkpoints, mtp_checkpoint
 from running import generated
 from safetensors.torch import load_file
 
 from subspec.artifacts.format.checks import HEAD_FILE
 from subspec.artifacts.format.store import Artifact
-from subspec.runtime.draft.draft_head import read_from
+from subspec.runtime.draft.draft_head import logits_from, read_from
 from subspec.runtime.draft.drafter import Turn
 from subspec.runtime.draft.head_drafter import HeadDrafter
 from subspec.runtime.engine import Engine, OpenOptions
@@ -21,11 +21,12 @@ from subspec.runtime.kernels.linear import calls_of
 from subspec.runtime.model.attention import attend_batch_invariant
 from subspec.runtime.model.cache import Cache
 from subspec.runtime.model.sampling import Sampling
-from subspec.runtime.model.transformer import embed, forward_hidden, logits_of
+from subspec.runtime.model.transformer import embed, forward_hidden
 from subspec.runtime.sequence import GenerationParams
 
 PLAIN = OpenOptions("plain")
-CASES = [(layout, dtype) for layout in ("mtp", "eagle") for dtype in ("bfloat16", "float32")]
+LAYOUTS = "mtp", "eagle", "eagle3"
+CASES = [(layout, dtype) for layout in LAYOUTS for dtype in ("bfloat16", "float32")]
 GREEDY, SEEDED = Sampling(), Sampling(temperature=0.7, top_k=0, top_p=0.95, seed=5)
 PROMPTS = [list(range(3, 40)), list(range(900, 1040))]
 NUM_TOKENS = 14
@@ -43,7 +44,8 @@ def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     if layout == "mtp":
         source = mtp_checkpoint(folder, getattr(torch, dtype), foreseen=True)
     else:
-        source, head = eagle_checkpoints(folder, getattr(torch, dtype), foreseen=True)
+        made = eagle_checkpoints if layout == "eagle" else eagle3_checkpoints
+        source, head = made(folder, getattr(torch, dtype), foreseen=True)
     return build_artifact(
         source, folder / "artifact", "residual", draft_head=head, width=2, depth=4, context=320,
         resident_share=0.3, num_sequences=3, drafts_with_head=True,
@@ -123,11 +125,11 @@ def best_two(engine: Engine, cache: Cache, text: list[int]) -> list[int]:
     model, spec = engine.model, engine.artifact.spec
     cache.roll_back(0)
     rows = causal_rows(cache, torch.tensor(text[:-1]), attend_batch_invariant)
-    _, x = forward_hidden(model.weights, model.exact, [rows], calls_of([len(text) - 1]))
+    reads, calls = spec.eagle3.reads if spec.eagle3 else (), calls_of([len(text) - 1])
+    _, x = forward_hidden(model.weights, model.exact, [rows], calls, reads=reads)
     assert model.head is not None
     hidden, embedded = read_from(model.head, x), embed(model.weights, torch.tensor(text[1:]))
     last = defined(spec, load_file(engine.artifact.path / HEAD_FILE), embedded, hidden)[-1:]
     assert isinstance(model.drafter, HeadDrafter)
-    substitutes = model.drafter.substitutes
-    logits = logits_of(spec, substitutes.head, last.bfloat16(), calls_of([1]))
+    logits = logits_from(model.head, model.drafter.substitutes.head, last.float())
     return sorted(logits[0].float().topk(2).indices.tolist())
