@@ -5,7 +5,7 @@
 A random model, of the layers of Qwen3.5 (three delta nets, then attention), Gemma 3 (five windows,
 then all tokens) or Qwen3: it measures bytes, seconds and what is read again, and says nothing of
 acceptance. It is planned without a rehearsal and drafts with a short chain. The budget is what the
-weights take and the text's keys and values, unless given: some of the weights stream.
+weights take and twice what the keys and values do, unless given: some of the weights stream.
 
 Four turns, in one sequence: a text of so many tokens; the answer and a few tokens more; the same
 turn with another end, as when a user edits a question; one that departs from the middle of the
@@ -84,7 +84,7 @@ def random_model(kind: Kind, layers: int, hidden: int, out: Path) -> Resolved:
 def planned(model: Resolved, context: int, budget_bytes: int | None, out: Path) -> Artifact:
     fixed = Constraints(context, width=1, depth=4, method="substitute")
     spec = read_spec(model.path, model.source)
-    budget = budget_bytes or text_bytes(spec, context) + model_bytes(spec)
+    budget = budget_bytes or 2 * text_bytes(spec, context) + model_bytes(spec)
     plan_model(PlanRequest(budget, fixed, "cpu", rehearse=0), model, out, tell=say)
     return open_artifact(out)
 

@@ -323,6 +323,9 @@ def decide(problem: Problem, predicted: dict[Method, Prediction]) -> tuple[Metho
             f"a prompt streams the weights once per {problem.prefill_tokens} tokens: the "
             "activations of more would take too much of the budget"
         )
+    with_model = set(methods_that_draft(problem)) & set(WITH_DRAFT_MODEL)
+    if with_model and not with_model & set(predicted):
+        reasons.append("the draft model does not fit the budget")
     if problem.constraints.method == "plain":
         return "plain", (*reasons, "plain decoding was asked for")
     drafting: dict[Method, Prediction] = {**predicted}

@@ -95,6 +95,15 @@ def test_a_draft_model_fits_where_substitutes_do_not() -> None:
         planned(2_000_000, method="draft-model")
 
 
+def test_a_draft_model_that_does_not_fit_is_said() -> None:
+    large = replace(proposer(), spec=make_spec(num_layers=30))
+    plan = planned(one=large)
+    assert plan.method not in WITH_DRAFT_MODEL and not plan.drafts
+    assert "the draft model does not fit the budget" in plan.reasons
+    assert not any("does not fit" in reason for reason in planned().reasons)
+    assert not any("does not fit" in r for r in planned(one=large, method="substitute").reasons)
+
+
 def test_a_plan_with_a_draft_model_is_refused_without_one() -> None:
     with pytest.raises(SubspecError) as failed:
         check_plan(MODEL, list(raw_storage(MODEL).parts), planned())
