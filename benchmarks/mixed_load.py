@@ -10,6 +10,7 @@ stdout is one JSON object; exit code 1 if something is wrong.
 """
 
 import argparse
+import http.client
 import json
 import random
 import socket
@@ -68,6 +69,17 @@ def streamed(server: Served, path: str, body: JSON) -> str:
     return "".join(one.get("text", one.get("delta", {}).get("content", "")) for one in choices)
 
 
+def answered(server: Served, how: str, path: str, body: JSON) -> str:
+    """The answer's text, or what came in its place."""
+    try:
+        if how == "streamed":
+            return streamed(server, path, body)
+        status, got = server.post(path, body)
+        return answer_of(got) if status == 200 else f"{status} {got}"
+    except (OSError, ValueError, LookupError, http.client.HTTPException) as error:
+        return repr(error)
+
+
 def leave(server: Served, path: str, body: JSON, seconds: float) -> None:
     with socket.create_connection(("127.0.0.1", server.port)) as one:
         one.sendall(request(path, **body, stream=True))
@@ -88,14 +100,10 @@ def client(
         if how == "left":
             with suppress(OSError):
                 leave(server, path, body, chance.random())
-        elif how == "streamed":
-            found = streamed(server, path, body)
-            if found != expected:
-                wrong.append(f"streamed {path} {body}: {found!r}, alone {expected!r}")
         else:
-            status, got = server.post(path, body)
-            if status != 200 or answer_of(got) != expected:
-                wrong.append(f"{path} {body}: {status} {got}, alone {expected!r}")
+            found = answered(server, how, path, body)
+            if found != expected:
+                wrong.append(f"{how} {path} {body}: {found!r}, alone {expected!r}")
         counts[how] += 1
 
 
