@@ -31,10 +31,15 @@ Method = Literal["substitute", "plain", "draft-model", "substitute+draft-model"]
 # substitute+...: another one, as far as the substitutes agree, and they go on. mtp, eagle,
 # eagle3: the artifact's draft head, beside the substitutes.
 DrafterName = Literal[
-    "substitute", "lookup", "substitute+lookup", "mtp", "eagle", "eagle3", "draft-model",
-    "substitute+draft-model",
+    "substitute", "lookup", "substitute+lookup", "mtp", "substitute+mtp", "eagle",
+    "substitute+eagle", "eagle3", "substitute+eagle3", "draft-model", "substitute+draft-model",
 ]  # fmt: skip
 OF_HEADS: tuple[DrafterName, ...] = ("mtp", "eagle", "eagle3")
+# Who proposes what the substitutes check.
+CHECKED: dict[DrafterName, DrafterName] = {
+    "substitute+lookup": "lookup", "substitute+mtp": "mtp", "substitute+eagle": "eagle",
+    "substitute+eagle3": "eagle3", "substitute+draft-model": "draft-model",
+}  # fmt: skip
 WITH_SUBSTITUTES: tuple[Method, ...] = ("substitute", "substitute+draft-model")  # that draft
 WITH_DRAFT_MODEL: tuple[Method, ...] = ("draft-model", "substitute+draft-model")
 Int4Kernel = Literal["aten", "gemlite", "w4a8"]  # w4a8: runtime/kernels/int4.cpp, on cpu
@@ -241,6 +246,8 @@ class Plan:
     # the substitutes'.
     drafts: dict[Method, Draft] = field(default_factory=dict)
     head_draft: HeadDraft | None = None  # None: the draft head was not run
+    # Who drafts in the method's memory, unless something else is asked for; None: the method's own.
+    drafter: DrafterName | None = None
 
     @property
     def verify_width(self) -> int:
@@ -270,13 +277,15 @@ class Plan:
 
 def method_of(drafter: DrafterName) -> Method:
     """Whose memory a drafter runs in."""
-    if drafter == "lookup":
-        return "plain"
-    if drafter == "substitute+lookup" or drafter == "mtp":
-        return "substitute"
-    if drafter == "eagle" or drafter == "eagle3":
-        return "substitute"
-    return drafter
+    if drafter == "draft-model" or drafter == "substitute+draft-model":
+        return drafter
+    return "plain" if drafter == "lookup" else "substitute"
+
+
+def head_of(drafter: DrafterName | None) -> DrafterName | None:
+    """The layout of the draft head that proposes tokens for a drafter; None: none does."""
+    proposes = CHECKED.get(drafter, drafter) if drafter is not None else None
+    return proposes if proposes in OF_HEADS else None
 
 
 def tree_for(trees: Sequence[Tree], num_answers: int) -> Tree:

@@ -24,7 +24,7 @@ import click
 from subspec.artifacts.common.command import reported, size_option
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format.store import Artifact, open_artifact
-from subspec.artifacts.plan import OF_HEADS, DrafterName, method_of
+from subspec.artifacts.plan import DrafterName, method_of
 from subspec.planner.rehearse.calibration import Message, Sample, read_samples, sample_ids
 from subspec.runtime.engine import Engine, OpenOptions
 from subspec.runtime.open_model import check_drafter, check_head
@@ -88,8 +88,7 @@ def has_room(artifact: Artifact, name: DrafterName) -> bool:
     try:
         check_drafter(artifact, name)
         placement = artifact.plan.placement(method_of(name))
-        if name in OF_HEADS:
-            check_head(artifact.spec, placement, name)
+        check_head(artifact.spec, placement, name)
     except SubspecError as error:
         say(f"without {name}: {error.message}")
         return False

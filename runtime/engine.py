@@ -10,6 +10,7 @@ It knows token ids, not text: runtime/text does the rest.
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -44,6 +45,7 @@ class Engine:
         self.plan: Plan = opened.artifact.plan
         self.method: Method = opened.method
         self.drafter: DrafterName | None = opened.drafter
+        self.drafters = opened.drafters  # see `draft_with`
         self.device = opened.device
         self.memory = opened.memory
         self.peak = PeakMeter(opened.memory)
@@ -92,6 +94,10 @@ class Engine:
         cache = self._caches.pop()
         cache.roll_back(0)
         return Sequence(self, cache)
+
+    def draft_with(self, drafter: DrafterName) -> None:
+        """From the next round on, another one of `drafters` drafts."""
+        self.drafter, self.model = drafter, replace(self.model, drafter=self.drafters[drafter])
 
     @torch.inference_mode()
     def step(self) -> bool:

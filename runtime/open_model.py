@@ -2,9 +2,9 @@
 share, a cache for each sequence, and who drafts. engine.py runs it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -16,13 +16,14 @@ from subspec.artifacts.format.store import DRAFT_MODEL, Artifact
 from subspec.artifacts.model import ModelSpec
 from subspec.artifacts.native import cpp
 from subspec.artifacts.plan import (
-    OF_HEADS,
+    CHECKED,
     WITH_DRAFT_MODEL,
     WITH_SUBSTITUTES,
     DrafterName,
     Method,
     Placement,
     Plan,
+    head_of,
     method_of,
 )
 from subspec.runtime.clock import Clock, Record, unrecorded
@@ -41,6 +42,7 @@ from subspec.runtime.draft.drafter import (
 )
 from subspec.runtime.draft.graphs import capture_on_gpu
 from subspec.runtime.draft.head_drafter import HeadDrafter
+from subspec.runtime.draft.substitutes import Substitutes
 from subspec.runtime.exact_pass import Model
 from subspec.runtime.kernels import gemlite_kernel
 from subspec.runtime.kernels.linear import Int4Weight
@@ -71,7 +73,7 @@ class OpenOptions:
     """How a model is opened; the plan says everything else."""
 
     method: Method | None = None  # None: the plan's
-    drafter: DrafterName | None = None  # None: the substitutes, where the method has them
+    drafter: DrafterName | None = None  # None: the plan's, or that of the method that is asked for
     # Of plain decoding: False for one row, the fastest, which is not the draft's exact twin.
     padded: bool = True
     device: str | None = None  # of several GPUs one, such as cuda:1
@@ -92,6 +94,8 @@ class OpenOptions:
         """The method, and who drafts."""
         if self.drafter is not None:
             return method_of(self.drafter), self.drafter
+        if self.method is None and plan.drafter is not None:
+            return plan.method, plan.drafter
         method = self.method or plan.method
         return method, None if method == "plain" else method
 
@@ -106,6 +110,7 @@ class OpenedModel:
     memory: FastMemory
     model: Model
     caches: list[Cache]  # one for each sequence
+    drafters: Mapping[DrafterName, Drafter]  # that there is memory for
     resources: ExitStack  # closes all of it
 
 
@@ -129,7 +134,7 @@ class Opening:
 
     @property
     def reads_hidden_states(self) -> bool:
-        return self.drafter in OF_HEADS
+        return head_of(self.drafter) is not None
 
     @property
     def record(self) -> Record:
@@ -159,8 +164,7 @@ def open_model(artifact: Artifact, options: OpenOptions, progress: Progress) -> 
     method, drafter_name = options.chosen(plan)
     check_drafter(artifact, drafter_name)
     placement = plan.placement(method)
-    if drafter_name in OF_HEADS:
-        check_head(spec, placement, drafter_name)
+    check_head(spec, placement, drafter_name)
     with ExitStack() as stack:
         device = open_device(plan, placement, options.device, stack)
         torch.set_num_threads(plan.num_threads)
@@ -177,13 +181,14 @@ def open_model(artifact: Artifact, options: OpenOptions, progress: Progress) -> 
         tables = make_tables(spec, slots, dtype, opening.kept)
         weights = make_shared(spec, loaded.embedding, loaded.tensors, tables, dtype, opening.kept)
         head = make_head(weights, loaded.of_head) if opening.reads_hidden_states else None
-        drafter = make_drafter(opening, loaded, weights, head, caches)
+        drafters = make_drafters(opening, loaded, weights, head, caches)
+        drafter = drafters[drafter_name] if drafter_name is not None else None
         if plan.int4_kernel == "gemlite" and method != "plain":
             stack.callback(gemlite_kernel.keep_tuning, device)
         model = Model(plan, weights, loaded.exact, drafter, clock, head)
         resources = stack.pop_all()
     return OpenedModel(
-        artifact, options, method, drafter_name, device, memory, model, caches, resources
+        artifact, options, method, drafter_name, device, memory, model, caches, drafters, resources
     )
 
 
@@ -255,27 +260,35 @@ def make_caches(opening: Opening, loaded: Loaded) -> list[Cache]:
     return caches
 
 
-def make_drafter(
+def make_drafters(
     opening: Opening,
     loaded: Loaded,
     weights: SharedWeights,
     head: HeadWeights | None,
     caches: Sequence[Cache],
-) -> Drafter | None:
-    """None: nothing is drafted."""
+) -> dict[DrafterName, Drafter]:
+    """Those that may draft in this memory, the one that was asked for among them."""
     plan, spec, method = opening.artifact.plan, opening.artifact.spec, opening.method
     trees, width = plan.draft_of(method).trees, plan.verify_width
-    if opening.drafter == "lookup":
-        return LookupDrafter(width)
-    if head is not None:
-        substitutes = make_substitutes(spec, loaded.tensors, loaded.packed, opening.kept)
-        own_trees = (plan.head_draft.tree,) if plan.head_draft else trees
-        return HeadDrafter(own_trees, width, head, substitutes)
+    if method == "plain":
+        return {"lookup": LookupDrafter(width)}
     draft_model = open_draft_model(opening, caches) if method in WITH_DRAFT_MODEL else None
-    if method in WITH_SUBSTITUTES:
-        proposals = proposals_of(opening.drafter, draft_model)
-        return substitute_drafter(opening, loaded, weights, caches, proposals)
-    return DraftModelDrafter(trees, width, draft_model) if draft_model is not None else None
+    if draft_model is not None and method not in WITH_SUBSTITUTES:
+        return {"draft-model": DraftModelDrafter(trees, width, draft_model)}
+    substitutes = make_substitutes(spec, loaded.tensors, loaded.packed, opening.kept)
+    alone = substitute_drafter(opening, loaded, weights, substitutes, caches)
+    if draft_model is not None:
+        return {"substitute+draft-model": replace(alone, proposals=draft_model.proposals)}
+    found: dict[DrafterName, Drafter] = {"substitute": alone}
+    proposals: dict[DrafterName, Proposals] = {"lookup": looked_up}
+    if head is not None:
+        own_trees = (plan.head_draft.tree,) if plan.head_draft else trees
+        of_head = HeadDrafter(own_trees, width, head, substitutes)
+        found[head.head.layout], proposals[head.head.layout] = of_head, of_head.proposals
+    for name, proposer in CHECKED.items():
+        if proposer in proposals and not spec.delta_nets:
+            found[name] = replace(alone, proposals=proposals[proposer])
+    return found
 
 
 def open_draft_model(opening: Opening, caches: Sequence[Cache]) -> DraftModel:
@@ -290,9 +303,10 @@ def substitute_drafter(
     opening: Opening,
     loaded: Loaded,
     weights: SharedWeights,
+    substitutes: Substitutes,
     caches: Sequence[Cache],
-    proposals: Proposals | None,
 ) -> SubstituteDrafter:
+    """With nobody who proposes."""
     plan, spec, on_cpu = opening.artifact.plan, opening.artifact.spec, opening.device.type == "cpu"
     if weights.dtype != DRAFT_DTYPE:
         tables = weights.tables
@@ -301,7 +315,6 @@ def substitute_drafter(
         weights = make_shared(
             spec, loaded.embedding, loaded.tensors, tables, DRAFT_DTYPE, opening.kept
         )
-    substitutes = make_substitutes(spec, loaded.tensors, loaded.packed, opening.kept)
     compiled: CompiledLayers | CompiledGraphs | None = None
     if on_cpu:
         compiled = compiled_layers.compile_layers(weights, substitutes)
@@ -310,16 +323,18 @@ def substitute_drafter(
     capture = capture_on_gpu(opening.device) if opening.options.graphs and not on_cpu else None
     trees = plan.draft_of(opening.method).trees
     drafter = SubstituteDrafter(
-        trees, plan.verify_width, weights, substitutes, compiled, proposals, capture
+        trees, plan.verify_width, weights, substitutes, compiled, capture=capture
     )
     opening.stack.callback(drafter.captured.clear)
     return drafter
 
 
-def check_head(spec: ModelSpec, placement: Placement, drafter: DrafterName) -> None:
-    """Raises SubspecError if no draft head of this kind can draft."""
-    layout = spec.draft_head.layout if spec.draft_head else None
-    if layout != drafter:
+def check_head(spec: ModelSpec, placement: Placement, drafter: DrafterName | None) -> None:
+    """Raises SubspecError if a draft head is asked for, and none of its kind can draft."""
+    asked, layout = head_of(drafter), spec.draft_head.layout if spec.draft_head else None
+    if asked is None:
+        return
+    if layout != asked:
         has = "has none" if layout is None else f"has one for {layout!r}"
         message = f"the drafter {drafter!r} needs a draft head, and this artifact {has}"
         raise SubspecError(Exit.UNSUPPORTED, message, f"use {layout or 'substitute'!r}")
@@ -339,20 +354,12 @@ def check_drafter(artifact: Artifact, drafter: DrafterName | None) -> None:
             f"the drafter {drafter!r} needs a draft model, and {artifact.path} has none",
             "plan with one: subspec-plan --model REF --draft-model REF --vram SIZE",
         )
-    if drafter not in ("substitute+lookup", "substitute+draft-model"):
+    if drafter is None or drafter not in CHECKED:
         return
     if artifact.spec.delta_nets or (other is not None and other.delta_nets):
         whose = "this model's" if artifact.spec.delta_nets else "the draft model's"
-        one = "lookup" if drafter == "substitute+lookup" else "draft-model"
         message = f"the drafter {drafter!r} does not know {whose} delta nets"
-        raise SubspecError(Exit.UNSUPPORTED, message, f"use 'substitute' or {one!r}")
-
-
-def proposals_of(drafter: DrafterName | None, draft_model: DraftModel | None) -> Proposals | None:
-    """What the substitutes check for a drafter; None: nothing."""
-    if drafter == "substitute+lookup":
-        return looked_up
-    return draft_model.proposals if draft_model is not None else None
+        raise SubspecError(Exit.UNSUPPORTED, message, f"use 'substitute' or {CHECKED[drafter]!r}")
 
 
 def release(memory: FastMemory) -> None:

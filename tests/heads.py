@@ -17,14 +17,20 @@ from subspec.planner.model.checkpoint import read_checkpoint
 
 # Of what the layers of a model that is easily foreseen add to the last token's embedding.
 SMALL = 0.02
+SURE = 1.5
 
 
-def mtp_checkpoint(folder: Path, dtype: torch.dtype, foreseen: bool = False) -> Path:
+def mtp_checkpoint(
+    folder: Path, dtype: torch.dtype, foreseen: bool = False, hybrid: bool = True
+) -> Path:
     """A random qwen3_5 whose file has a head, and whose config.json says so. foreseen: the head is
-    often right, because what comes next depends most on the last token."""
+    often right, because what comes next depends most on the last token. hybrid: with delta nets."""
     import transformers
 
-    config = transformers.AutoConfig.for_model(**FAMILIES["qwen3_5_text"])
+    fields = dict(FAMILIES["qwen3_5_text"])
+    if not hybrid:
+        fields["layer_types"] = ["full_attention"] * fields["num_hidden_layers"]
+    config = transformers.AutoConfig.for_model(**fields)
     source = random_checkpoint(folder / "f32", config)
     said = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**said, "mtp_num_hidden_layers": 1}))
@@ -138,6 +144,16 @@ def eagle3_checkpoints(
     return converted(source, folder / "model", dtype), path
 
 
+def head_checkpoints(
+    layout: str, folder: Path, dtype: torch.dtype, foreseen: bool = False
+) -> tuple[Path, Path | None]:
+    """A model with a head of this layout, and the head's own folder, if it has one."""
+    if layout == "mtp":
+        return mtp_checkpoint(folder, dtype, foreseen), None
+    made = eagle_checkpoints if layout == "eagle" else eagle3_checkpoints
+    return made(folder, dtype, foreseen)
+
+
 def random_head(spec: ModelSpec) -> dict[str, Tensor]:
     generator, found = torch.Generator().manual_seed(3), {}
     for name, shape in spec.draft_head_shapes.items():
@@ -153,6 +169,8 @@ def quieten(tensors: dict[str, Tensor]) -> None:
             tensor.mul_(SMALL)
         if name.endswith("embed_tokens.weight"):
             tensor.div_(tensor.std())
+        if name.endswith("lm_head.weight"):  # what comes next is clear, to the substitutes as well
+            tensor.mul_(SURE / tensor.std())
 
 
 # ---- the definition -----

@@ -23,7 +23,7 @@ from subspec.artifacts.model import (
     ModelSpec,
     StoredPart,
 )
-from subspec.artifacts.plan import Placement, Plan
+from subspec.artifacts.plan import Placement, Plan, method_of
 
 LARGEST_MODEL_BYTES = 1 << 44  # 16 TiB, about 262,144 parts
 MOST_THRESHOLDS = 64  # at which drafts end: a search takes its time for each
@@ -181,6 +181,8 @@ def check_plan(
     if plan.head_draft is not None:
         some = plan.head_draft.tree
         fits = fits and some.num_nodes <= plan.verify_width and some.width <= tree.width
+    if plan.drafter is not None:
+        fits = fits and method_of(plan.drafter) == plan.method
     for method in plan.placements:
         known = method in ("substitute", "plain") or (has_draft_model and method in plan.drafts)
         fits = fits and known

@@ -22,6 +22,7 @@ from subspec.planner.rehearse.rehearsal import (
     time_rounds,
 )
 from subspec.planner.rehearse.replay import DEEPEST, WIDTHS
+from subspec.planner.rehearse.rivals import with_fastest_drafter
 from subspec.planner.solve.outlook import predict_for, speed_of
 from subspec.planner.solve.predict import usage_within
 from subspec.planner.solve.search import PRIOR
@@ -78,6 +79,9 @@ def rehearse(
     head = time_head(artifact, plan, samples, setting, progress, effort.time_seconds)
     if head is not None:
         plan = replace(plan, head_draft=head, reasons=(*plan.reasons, why_head(known.spec, head)))
+    asked = request.constraints
+    if asked.method is None and asked.width is None and asked.depth is None:
+        plan = with_fastest_drafter(artifact, plan, samples, setting, progress, effort.time_seconds)
     return plan, profile
 
 

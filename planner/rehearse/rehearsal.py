@@ -337,16 +337,16 @@ def time_head(
     with Engine.open(replace(artifact, plan=plan), how) as engine:
         drafter = engine.model.drafter
         assert isinstance(drafter, HeadDrafter)
-        speed_of_head(engine, prompts[:1], seconds / 8)  # temporaries are measured in it
+        speed_of_answers(engine, prompts[:1], seconds / 8)  # temporaries are measured in it
         for number, tree in enumerate(trees):
             progress("timing the draft head", number / len(trees))
             engine.model = replace(engine.model, drafter=replace(drafter, trees=(tree,)))
-            speeds = speed_of_head(engine, prompts, seconds / len(trees))
+            speeds = speed_of_answers(engine, prompts, seconds / len(trees))
             found.append(HeadDraft(tree, *speeds))
     return max(found, key=lambda one: one.tokens_per_second, default=None)
 
 
-def speed_of_head(
+def speed_of_answers(
     engine: Engine, prompts: Several[list[int]], seconds: float
 ) -> tuple[float, float]:
     """Tokens a second and a round, after the first token, of about so many seconds of answers."""

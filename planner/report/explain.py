@@ -117,6 +117,7 @@ def plan_json(spec: ModelSpec, plan: Plan, artifact: Path | None) -> dict[str, A
         "decisions": {
             "device": plan.device,
             "method": plan.method,
+            "drafter": plan.drafter,
             "context": plan.context,
             "sequences": plan.num_sequences,
             "tree": asdict(tree),

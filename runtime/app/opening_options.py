@@ -107,7 +107,7 @@ def drafter_option(command: Command) -> Command:
     return option_with_default_of(OpeningOptions)(
         "--drafter",
         "Who proposes tokens: the 4-bit substitute, text that stood before, a draft head, a draft "
-        "model; or text or draft model as far as the substitute agrees.",
+        "model; or one of these as far as the substitute agrees.  [default: the plan's]",
         type=click.Choice(get_args(DrafterName)),
     )(command)
 

@@ -2,11 +2,11 @@
 where they agree, and level after level elsewhere, as `grow` of beam.py.
 
 Anything cheaper than a pass of the substitutes may propose: the text itself (`looked_up`), a draft
-model (draft_model.py).
+model (draft_model.py), a draft head (head_drafter.py).
 k = beam width, V = vocabulary
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -27,10 +27,14 @@ from subspec.runtime.draft.lookup import as_text, continuation
 
 # Of the probability of a level, that its likeliest path has at least where the others are given up.
 CLEAR = 0.8
+# A proposed token costs a pass; one that the substitutes do not agree with was in vain. Chosen.
+LEAST_PROBABILITY = 0.4  # of a proposed chain
 
 # Trees, and how many tokens each has room for -> what may follow the likeliest node of each one's
 # last level, no more than that.
 Propose = Callable[[Sequence[Growing], Sequence[int]], list[list[int]]]
+# Texts by the index of their tree -> the likeliest next token of each, and its probability.
+Continue = Callable[[Mapping[int, list[int]]], list[tuple[int, float]]]
 
 
 def grow(
@@ -87,6 +91,37 @@ def looked_up(texts: Sequence[str]) -> Propose:
         ]
 
     return propose
+
+
+def probable_chains(
+    texts: dict[int, list[int]], rooms: Mapping[int, int], continued: Continue
+) -> dict[int, list[int]]:
+    """What may follow each text, by the index of its tree: token after token as long as the chain
+    is probable, no more than there is room for. The texts get them too."""
+    lengths = {index: len(text) for index, text in texts.items()}
+    probable = dict.fromkeys(texts, 1.0)
+    active = [index for index in texts if rooms[index] > 0]
+    while active:
+        likeliest = continued({index: texts[index] for index in active})
+        for index, (token, probability) in zip(active, likeliest, strict=True):
+            probable[index] *= probability
+            if probable[index] >= LEAST_PROBABILITY:
+                texts[index].append(token)
+        active = [
+            index
+            for index in active
+            if probable[index] >= LEAST_PROBABILITY
+            and len(texts[index]) - lengths[index] < rooms[index]
+        ]
+    return {index: text[lengths[index] :] for index, text in texts.items()}
+
+
+def likeliest(logits: Tensor) -> list[tuple[int, float]]:
+    """The token with the greatest of the logits [rows, V] of each row, and its probability."""
+    wide = logits.float()
+    best, ids = wide.max(-1)
+    probabilities = (best - wide.logsumexp(-1)).exp()
+    return list(zip(ids.tolist(), probabilities.tolist(), strict=True))
 
 
 def likeliest_path(one: Growing) -> list[int]:

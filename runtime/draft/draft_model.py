@@ -19,7 +19,7 @@ from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.plan import Tree, tree_for
 from subspec.runtime.draft import compiled_layers
 from subspec.runtime.draft.beam import DraftPass, Growing, TokenTree, grow
-from subspec.runtime.draft.checked import Propose, likeliest_path
+from subspec.runtime.draft.checked import Propose, likeliest, likeliest_path, probable_chains
 from subspec.runtime.draft.compiled_layers import CompiledLayers
 from subspec.runtime.draft.drafter import Turn, drafted_rows, within_constraints
 from subspec.runtime.draft.substitutes import Substitutes
@@ -46,9 +46,6 @@ from subspec.runtime.model.transformer import (
     make_shared,
     make_tables,
 )
-
-# A proposed token costs a pass; one that the substitutes do not agree with was in vain. Chosen.
-LEAST_PROBABILITY = 0.4  # of a proposed chain
 
 
 @dataclass(frozen=True)
@@ -140,26 +137,13 @@ class DraftModel:
             for one in growing:
                 turn = turns[one.index]
                 texts[one.index] = [*turn.cache.tokens, turn.root, *likeliest_path(one)]
-            lengths = {index: len(text) for index, text in texts.items()}
             most = {one.index: room for one, room in zip(growing, rooms, strict=True)}
-            probable = dict.fromkeys(texts, 1.0)
-            active = [index for index in texts if most[index] > 0]
-            while active:
-                likeliest = self.continued(
-                    [self.caches[turns[index].cache] for index in active],
-                    [texts[index] for index in active],
-                )
-                for index, (token, probability) in zip(active, likeliest, strict=True):
-                    probable[index] *= probability
-                    if probable[index] >= LEAST_PROBABILITY:
-                        texts[index].append(token)
-                active = [
-                    index
-                    for index in active
-                    if probable[index] >= LEAST_PROBABILITY
-                    and len(texts[index]) - lengths[index] < most[index]
-                ]
-            return [texts[one.index][lengths[one.index] :] for one in growing]
+            found = probable_chains(texts, most, continued)
+            return [found[one.index] for one in growing]
+
+        def continued(texts: Mapping[int, list[int]]) -> list[tuple[int, float]]:
+            own = [self.caches[turns[index].cache] for index in texts]
+            return self.continued(own, list(texts.values()))
 
         return propose
 
@@ -175,12 +159,10 @@ class DraftModel:
             batch.append(causal_rows(cache, torch.tensor(tokens, device=cache.device), attend))
             first += len(tokens)
             wanted.append(slice(first - 1, first))
-        logits = self.logits(batch, wanted).float()
+        logits = self.logits(batch, wanted)
         for cache, tokens in zip(own, unread, strict=True):
             cache.commit(tokens)
-        best, ids = logits.max(-1)
-        probabilities = (best - logits.logsumexp(-1)).exp()
-        return list(zip(ids.tolist(), probabilities.tolist(), strict=True))
+        return likeliest(logits)
 
 
 def tree_after(cache: Cache, length: int, num_rows: int) -> TreeSlots:

@@ -1,10 +1,12 @@
 """Drafts with a draft head: the tree grows as the substitutes' does, a pass of one layer a level.
 
 The first pass also reads what the last round has committed, with the exact model's hidden states:
-keys and values that the draft wrote for it are written again. W = rows of a tree, H = hidden size
+keys and values that the draft wrote for it are written again. Or the head proposes a chain that the
+substitutes check: it reads what they go on with as if it had said it, with its own hidden states.
+W = rows of a tree, H = hidden size
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from subspec.artifacts.plan import Tree, tree_for
 from subspec.runtime.draft.beam import DraftPass, Growing, TokenTree, grow
+from subspec.runtime.draft.checked import Propose, likeliest, likeliest_path, probable_chains
 from subspec.runtime.draft.draft_head import (
     HeadWeights,
     following_rows,
@@ -56,7 +59,7 @@ class HeadDrafter:
             cache, own, known = caches[one.index], slots[one.index], returned[one.index]
             if one.tree.num_levels:
                 return level_rows(one, cache, own), known[one.tree.parents[one.last.nodes]]
-            return root_rows(one, cache, own)
+            return root_rows(one.tree.tokens[:1], cache, own)
 
         def run(growing: Sequence[Growing]) -> Tensor:
             pairs = [inputs(one) for one in growing]
@@ -67,18 +70,66 @@ class HeadDrafter:
                 nodes = one.last.nodes
                 wanted.append(some[-len(nodes) :])  # before the root: what is only read
                 returned[one.index][nodes] = wanted[-1]
-            return logits_from(self.weights, self.substitutes.head, torch.cat(wanted))
+            return self.logits(torch.cat(wanted))
 
         return run
 
+    def logits(self, returned: Tensor) -> Tensor:
+        """[rows, V], of what the head returned."""
+        return logits_from(self.weights, self.substitutes.head, returned)
 
-def root_rows(one: Growing, cache: Cache, slots: TreeSlots) -> tuple[Rows, Tensor]:
-    """Rows for what is committed and not read yet, and for the root, with the exact model's hidden
-    states."""
+    def proposals(self, turns: Sequence[Turn]) -> Propose:
+        """Proposes the chain of the head's likeliest tokens, as far as it is probable, for the
+        substitutes to check."""
+        caches = [turn.cache for turn in turns]
+        slots = [cache.tree_slots(self.verify_width) for cache in caches]
+        # From the root on: what the head has read of each tree, and what it returned, [1, H] each
+        read, returned = [list[int]() for _ in turns], [list[Tensor]() for _ in turns]
+
+        def next_rows(index: int, text: Sequence[int]) -> tuple[Rows, Tensor]:
+            cache, own, depth = caches[index], slots[index], len(read[index])
+            token = torch.tensor([text[depth]], device=cache.device)
+            if not depth:
+                return root_rows(token, cache, own)
+            rows = following_rows(cache, token, cache.length + depth, own.live_slots)
+            return rows, returned[index][-1]
+
+        def continued(texts: Mapping[int, list[int]]) -> list[tuple[int, float]]:
+            for index, text in texts.items():
+                kept = num_shared(read[index], text)
+                del read[index][kept:], returned[index][kept:]
+            while behind := [one for one, text in texts.items() if len(read[one]) < len(text)]:
+                pairs = [next_rows(index, texts[index]) for index in behind]
+                batch, hidden = [rows for rows, _ in pairs], torch.cat([some for _, some in pairs])
+                found = next_hidden(self.weights, batch, hidden)
+                sizes = [len(rows.tokens) for rows in batch]
+                for index, some in zip(behind, found.split(sizes), strict=True):
+                    read[index].append(texts[index][len(read[index])])
+                    returned[index].append(some[-1:])
+            return likeliest(self.logits(torch.cat([returned[index][-1] for index in texts])))
+
+        def propose(growing: Sequence[Growing], rooms: Sequence[int]) -> list[list[int]]:
+            texts = {one.index: [turns[one.index].root, *likeliest_path(one)] for one in growing}
+            most = {one.index: room for one, room in zip(growing, rooms, strict=True)}
+            found = probable_chains(texts, most, continued)
+            return [found[one.index] for one in growing]
+
+        return propose
+
+
+def num_shared(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((n for n, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def root_rows(root: Tensor, cache: Cache, slots: TreeSlots) -> tuple[Rows, Tensor]:
+    """Rows for what is committed and not read yet, and for the root int64 [1], with the exact
+    model's hidden states."""
     unread = cache.unread
     assert unread is not None and unread.reaches(cache.length)
     known = torch.tensor(cache.tokens[unread.first + 1 :], dtype=torch.int64, device=cache.device)
-    tokens = torch.cat((known, one.tree.tokens[:1]))
+    tokens = torch.cat((known, root))
     rows = following_rows(cache, tokens, unread.first + 1, slots.live_slots)
     return rows, unread.rows[: unread.count]
 

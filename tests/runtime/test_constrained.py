@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 import torch
 from builders import build_artifact, replan
+from counted import END, LONG, Counted
 from running import generated
 from torch import Tensor
 
@@ -20,35 +21,6 @@ from subspec.runtime.model.sampling import Chooser, Sampling
 from subspec.runtime.sequence import GenerationParams
 
 PROMPT = [3 + (17 * n) % 900 for n in range(40)]
-END = 7
-LONG = 12  # tokens that a counted answer has before it may end
-
-
-@dataclass
-class Counted:
-    """Every token is of the class (token mod 5) that follows the last one's; the end token may come
-    after LONG tokens, and must after twice as many."""
-
-    vocab_size: int
-    said: list[int] = field(default_factory=list)
-
-    def allowed(self) -> Tensor:
-        if END in self.said:
-            pytest.fail("it was asked after the end")
-        ids = torch.arange(self.vocab_size)
-        number = len(self.said)
-        fits = (ids % 5 == (self.said[-1] + 1) % 5) & (ids != END) if self.said else ids != END
-        if number >= LONG:
-            fits = fits | (ids == END)
-        return ids == END if number >= 2 * LONG else fits
-
-    def push(self, token: int) -> None:
-        if not self.allowed()[token]:
-            pytest.fail("what was not allowed was said")
-        self.said.append(token)
-
-    def pop(self, num_tokens: int) -> None:
-        del self.said[len(self.said) - num_tokens :]
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -2,16 +2,20 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 
 import pytest
 import torch
 from builders import build_artifact
-from heads import defined, eagle3_checkpoints, eagle_checkpoints, mtp_checkpoint
+from heads import defined, head_checkpoints
 from running import generated
 from safetensors.torch import load_file
 
 from subspec.artifacts.format.checks import HEAD_FILE
 from subspec.artifacts.format.store import Artifact
+from subspec.artifacts.plan import Tree
+from subspec.runtime.draft import checked
+from subspec.runtime.draft.beam import Growing, Level, root_only
 from subspec.runtime.draft.draft_head import logits_from, read_from
 from subspec.runtime.draft.drafter import Turn
 from subspec.runtime.draft.head_drafter import HeadDrafter
@@ -40,12 +44,8 @@ def one_thread() -> None:
 @pytest.fixture(scope="module", params=CASES, ids=" ".join)
 def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     layout, dtype = request.param
-    folder, head = tmp_path_factory.mktemp(layout), None
-    if layout == "mtp":
-        source = mtp_checkpoint(folder, getattr(torch, dtype), foreseen=True)
-    else:
-        made = eagle_checkpoints if layout == "eagle" else eagle3_checkpoints
-        source, head = made(folder, getattr(torch, dtype), foreseen=True)
+    folder = tmp_path_factory.mktemp(layout)
+    source, head = head_checkpoints(layout, folder, getattr(torch, dtype), foreseen=True)
     return build_artifact(
         source, folder / "artifact", "residual", draft_head=head, width=2, depth=4, context=320,
         resident_share=0.3, num_sequences=3, drafts_with_head=True,
@@ -133,3 +133,34 @@ def best_two(engine: Engine, cache: Cache, text: list[int]) -> list[int]:
     assert isinstance(model.drafter, HeadDrafter)
     logits = logits_from(model.head, model.drafter.substitutes.head, last.float())
     return sorted(logits[0].float().topk(2).indices.tolist())
+
+
+def test_a_proposed_chain_is_what_the_head_drafts_alone_whatever_was_proposed_before(
+    artifact: Artifact,
+) -> None:
+    """As far as it is probable, and behind other tokens as if it had said them."""
+    lengths = list[int]()
+    with Engine.open(artifact, drafting(artifact)) as engine, torch.inference_mode():
+        drafter = engine.model.drafter
+        assert isinstance(drafter, HeadDrafter)
+        with engine.new_sequence() as sequence:
+            for _ in sequence.generate(PROMPTS[0], GenerationParams(NUM_TOKENS)):
+                turns = [replace(sequence.turn, max_tokens=9)]
+                [alone] = replace(drafter, trees=(Tree(1, 4),)).draft(turns)
+                drafted = alone.tokens[1:5].tolist()
+                propose = drafter.proposals(turns)
+                [found] = propose([behind(turns[0], drafter, [])], [4])
+                assert found == drafted[: len(found)]
+                lengths.append(len(found))
+                for path in (drafted[:2], [*drafted[:1], 9, 11], [12]):
+                    one = behind(turns[0], drafter, path)
+                    assert propose([one], [2]) == drafter.proposals(turns)([one], [2])
+    assert max(lengths) > 2
+
+
+def behind(turn: Turn, drafter: HeadDrafter, path: list[int]) -> Growing:
+    """A tree whose last level ends a chain of these tokens."""
+    root = torch.tensor([turn.root])
+    start = Growing(0, root_only(root, drafter.verify_width), Level.of_root(root.device))
+    one = checked.with_guess(start, path, width=1)
+    return replace(one, last=Level(one.last.nodes[-1:], one.last.scores))

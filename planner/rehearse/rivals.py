@@ -1,0 +1,144 @@
+"""Who drafts unless something else is asked for: all that a plan has memory for answer the same
+prompts in turns, and the plan takes another one than its own only where that is clearly faster.
+
+Tokens are the same whoever drafts, so answers to a prompt differ in their seconds alone.
+"""
+
+import math
+import time
+from collections.abc import Sequence as Several
+from dataclasses import dataclass, replace
+from statistics import fmean, stdev
+
+from subspec.artifacts.format.store import Artifact
+from subspec.artifacts.plan import DrafterName, Plan, method_of
+from subspec.planner.rehearse.calibration import Sample
+from subspec.planner.rehearse.rehearsal import Progress, Setting, prompts_of, speed_of_answers
+from subspec.runtime.engine import Engine, OpenOptions
+
+# How many times as fast as the plan's own another drafter must be. Chosen: what a person would
+# notice, and more than two measurements of the same differ by.
+CLEARLY = 1.05
+SURE = 2.0  # standard errors that it must be faster by
+LEAST_PROMPTS = 3  # that an error can be told from
+NUM_PROMPTS = 8  # that the time is meant for
+
+Speeds = dict[DrafterName, dict[int, float]]  # tokens a second, by the number of the prompt
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A drafter against the plan's own on the same prompts."""
+
+    drafter: DrafterName
+    times_as_fast: float
+    is_sure: bool  # that it is faster at all
+
+
+def with_fastest_drafter(
+    artifact: Artifact,
+    plan: Plan,
+    samples: Several[Sample],
+    setting: Setting,
+    progress: Progress,
+    seconds: float,
+) -> Plan:
+    """The plan, with what drafts fastest on answers to the samples as its default, and a reason.
+    seconds: for each drafter. A plan that drafts nothing, or has memory for nothing but its
+    substitutes, stays as it is."""
+    openers = memories(artifact, plan)
+    if plan.method == "plain" or openers == ["substitute"]:
+        return plan
+    prompts = prompts_of(artifact, samples)
+    speeds = speeds_of(artifact, plan, openers, prompts, setting, progress, seconds)
+    best = fastest(plan.method, speeds)
+    plan = replace(plan, reasons=(*plan.reasons, why_drafter(plan.method, speeds, best)))
+    if best is None:
+        return plan
+    method = method_of(best.drafter)
+    drafter = None if best.drafter == method else best.drafter
+    return replace(plan, method=method, drafter=drafter)
+
+
+def memories(artifact: Artifact, plan: Plan) -> list[DrafterName]:
+    """What an engine is opened for, so that it has all that can draft in a method's memory; of
+    every method that drafts."""
+    found, head = list[DrafterName](), artifact.spec.draft_head
+    for method, placement in plan.placements.items():
+        if method == "substitute" and head is not None and placement.ledger.drafter:
+            found.append(head.layout)
+        elif method != "plain":
+            found.append(method)
+    return found
+
+
+def speeds_of(
+    artifact: Artifact,
+    plan: Plan,
+    openers: Several[DrafterName],
+    prompts: Several[list[int]],
+    setting: Setting,
+    progress: Progress,
+    seconds: float,
+) -> Speeds:
+    """Each drafter's, prompt after prompt in turns. Memories, which exclude each other, take turns
+    too: forwards for every other prompt, and backwards for the rest."""
+    staged, found = replace(artifact, plan=plan), Speeds()
+    turns = [openers] if len(openers) == 1 else [openers, openers[::-1]]
+    for turn, order in enumerate(turns):
+        own = list(enumerate(prompts))[turn :: len(turns)]
+        for opener in order:
+            progress(f"comparing what drafts, {opener}", turn / len(turns))
+            how = OpenOptions(
+                drafter=opener, device=setting.device, link_bandwidth=setting.link_bandwidth
+            )
+            with Engine.open(staged, how) as engine:
+                add_speeds(engine, own, seconds / len(turns), found)
+    return found
+
+
+def add_speeds(
+    engine: Engine, prompts: Several[tuple[int, list[int]]], seconds: float, found: Speeds
+) -> None:
+    """seconds: for each drafter of the engine."""
+    drafters, share = list(engine.drafters), seconds / NUM_PROMPTS
+    for drafter in drafters:  # temporaries are measured in it, and weights are checked
+        engine.draft_with(drafter)
+        speed_of_answers(engine, [prompt for _, prompt in prompts[:1]], share)
+    until = time.perf_counter() + seconds * len(drafters)
+    for turn, (number, prompt) in enumerate(prompts):
+        for drafter in drafters if turn % 2 else reversed(drafters):
+            engine.draft_with(drafter)
+            speed, _ = speed_of_answers(engine, [prompt], share)
+            if speed:
+                found.setdefault(drafter, {})[number] = speed
+        if time.perf_counter() > until:
+            break
+
+
+def fastest(own: DrafterName, speeds: Speeds) -> Rival | None:
+    """The fastest rival of the plan's own drafter; None: no other one is clearly faster."""
+    rivals = [rival for name in speeds if (rival := against(own, name, speeds)) is not None]
+    clear = [one for one in rivals if one.is_sure and one.times_as_fast > CLEARLY]
+    return max(clear, key=lambda one: one.times_as_fast, default=None)
+
+
+def against(own: DrafterName, other: DrafterName, speeds: Speeds) -> Rival | None:
+    """None: it is the same one, or there are too few prompts that both have answered."""
+    mine, others = speeds.get(own, {}), speeds[other]
+    shared = [number for number in others if number in mine]
+    if other == own or len(shared) < LEAST_PROMPTS:
+        return None
+    gains = [math.log(others[number] / mine[number]) for number in shared]
+    gain, error = fmean(gains), stdev(gains) / math.sqrt(len(gains))
+    return Rival(other, math.exp(gain), gain > SURE * error)
+
+
+def why_drafter(own: DrafterName, speeds: Speeds, best: Rival | None) -> str:
+    usual = {name: math.exp(fmean(map(math.log, some.values()))) for name, some in speeds.items()}
+    order = sorted(usual, key=lambda name: -usual[name])
+    listed = ", ".join(f"{name} {usual[name]:.2f}" for name in order)
+    measured = f"tokens/s by what drafts, on the same {len(speeds.get(own, {}))} prompts: {listed}"
+    if best is None:
+        return f"{measured}: {own} drafts, nothing else is clearly faster"
+    return f"{measured}: {best.drafter} drafts, {best.times_as_fast:.2f} times as fast as {own}"
