@@ -112,7 +112,7 @@ def add_speeds(
             speed, _ = speed_of_answers(engine, [prompt], share)
             if speed:
                 found.setdefault(drafter, {})[number] = speed
-        if time.perf_counter() > until:
+        if turn + 1 >= LEAST_PROMPTS and time.perf_counter() > until:
             break
 
 

@@ -244,6 +244,8 @@ def compared(
 def method_name(plan: Plan) -> str:
     if plan.method == "plain":
         return METHODS["plain"]
+    if plan.drafter is not None:
+        return f"speculative decoding, drafted by {plan.drafter}"
     return f"speculative decoding with {draft_name(plan.draft.tree)}" + DRAFTED_BY.get(
         plan.method, ""
     )

@@ -1,7 +1,7 @@
 """What drafts by default is what is clearly the fastest on the same prompts."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from subspec.artifacts.model import Source
 from subspec.artifacts.plan import Constraints, DrafterName
 from subspec.planner.model.hub import DEMO, Resolved
 from subspec.planner.planning import DraftModelRef, PlanRequest, plan_again
-from subspec.planner.rehearse import learning
+from subspec.planner.rehearse import learning, rivals
 from subspec.planner.rehearse.calibration import Sample
 from subspec.planner.rehearse.rehearsal import Setting
 from subspec.planner.rehearse.rivals import (
@@ -27,12 +27,11 @@ from subspec.planner.rehearse.rivals import (
     why_drafter,
     with_fastest_drafter,
 )
-from subspec.runtime.draft.drafter import SubstituteDrafter
-from subspec.runtime.draft.head_drafter import HeadDrafter
+from subspec.runtime.draft.beam import TokenTree
+from subspec.runtime.draft.drafter import SubstituteDrafter, Turn
 from subspec.runtime.engine import Engine, OpenOptions
 
 SAMPLES = [Sample("code", f"def read_{name}(path):\n    ") for name in ("all", "one", "two", "few")]
-BUSY = 0.02  # seconds that a round of the slow one takes, many times those of the others
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -96,7 +95,7 @@ def test_the_reason_names_every_speed_and_who_drafts() -> None:
     )
 
 
-# Rounds
+# Engines
 
 
 @pytest.fixture(scope="module")
@@ -109,15 +108,11 @@ def with_head(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     )
 
 
-def slowed(monkeypatch: pytest.MonkeyPatch, drafter: Any, when: Callable[[Any], bool]) -> None:
-    real = drafter.draft
-
-    def slow(self: Any, turns: Any) -> Any:
-        if when(self):
-            time.sleep(BUSY)
-        return real(self, turns)
-
-    monkeypatch.setattr(drafter, "draft", slow)
+@pytest.fixture(scope="module")
+def with_draft_model(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    out = tmp_path_factory.mktemp("drafted") / "artifact"
+    other = DraftModelRef(Resolved(DEMO, Source("test/small")))
+    return build_artifact(DEMO, out, draft_model=other, width=1, depth=3)
 
 
 def chosen(artifact: Artifact) -> Artifact:
@@ -128,50 +123,69 @@ def chosen(artifact: Artifact) -> Artifact:
     return replace(artifact, plan=plan)
 
 
-def test_a_head_drafts_by_default_where_it_is_faster_than_the_substitutes(
-    with_head: Artifact, monkeypatch: pytest.MonkeyPatch
+def faked(monkeypatch: pytest.MonkeyPatch, **by_name: float) -> list[str]:
+    """Engines whose drafters give so many tokens a second, 10 unless it is said; who was asked."""
+    asked, figures = list[str](), {name.replace("__", "+"): one for name, one in by_name.items()}
+
+    def speed(engine: Engine, prompts: object, seconds: float) -> tuple[float, float]:
+        assert engine.drafter is not None
+        asked.append(engine.drafter)
+        return figures.get(engine.drafter.replace("-", "_"), 10.0), 2.0
+
+    monkeypatch.setattr(rivals, "speed_of_answers", speed)
+    return asked
+
+
+@pytest.mark.parametrize("drafter", ["eagle", "substitute+eagle", "substitute+lookup"])
+def test_what_is_fastest_in_the_substitutes_memory_drafts_by_default(
+    with_head: Artifact, monkeypatch: pytest.MonkeyPatch, drafter: DrafterName
 ) -> None:
-    slowed(monkeypatch, SubstituteDrafter, lambda one: True)
+    asked = faked(monkeypatch, **{drafter.replace("+", "__"): 12.0})
     found = chosen(with_head)
-    assert (found.plan.method, found.plan.drafter) == ("substitute", "eagle")
-    assert "eagle drafts" in found.plan.reasons[-1]
-    for options, drafter in ((OpenOptions(), "eagle"), (OpenOptions("substitute"), "substitute")):
+    assert set(asked) == {"substitute", "substitute+lookup", "eagle", "substitute+eagle"}
+    assert (found.plan.method, found.plan.drafter) == ("substitute", drafter)
+    assert found.plan.reasons[-1].endswith(f"{drafter} drafts, 1.20 times as fast as substitute")
+    for options, name in ((OpenOptions(), drafter), (OpenOptions("substitute"), "substitute")):
         with Engine.open(found, options) as engine:
-            assert engine.drafter == drafter
+            assert engine.drafter == name
 
 
-def test_what_the_substitutes_check_drafts_by_default_where_it_is_the_fastest(
+def test_the_substitutes_draft_on_where_nothing_else_is_clearly_faster(
     with_head: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slowed(monkeypatch, HeadDrafter, lambda one: True)
-    slowed(
-        monkeypatch, SubstituteDrafter,
-        lambda one: getattr(one.proposals, "__name__", "") != "proposals",
-    )  # fmt: skip
-    assert chosen(with_head).plan.drafter == "substitute+eagle"
-
-
-def test_the_substitutes_draft_on_where_others_are_slower(
-    with_head: Artifact, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    slowed(monkeypatch, HeadDrafter, lambda one: True)
-    slowed(monkeypatch, SubstituteDrafter, lambda one: one.proposals is not None)
+    faked(monkeypatch, eagle=10.4, substitute__lookup=8.0)
     found = chosen(with_head)
     assert found.plan.drafter is None
     assert found.plan.reasons[-1].endswith("substitute drafts, nothing else is clearly faster")
 
 
+@pytest.mark.parametrize("drafter", ["draft-model", "substitute+draft-model"])
 def test_a_draft_model_becomes_the_method_where_it_is_faster(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    with_draft_model: Artifact, monkeypatch: pytest.MonkeyPatch, drafter: DrafterName
 ) -> None:
-    other = DraftModelRef(Resolved(DEMO, Source("test/small")))
-    artifact = build_artifact(DEMO, tmp_path / "artifact", draft_model=other, width=1, depth=3)
-    assert memories(artifact, artifact.plan) == [
-        "substitute", "draft-model", "substitute+draft-model",
-    ]  # fmt: skip
-    slowed(monkeypatch, SubstituteDrafter, lambda one: True)
-    found = chosen(artifact)
-    assert (found.plan.method, found.plan.drafter) == ("draft-model", None)
+    plan = with_draft_model.plan
+    every = {"substitute", "draft-model", "substitute+draft-model"}
+    assert set(memories(with_draft_model, plan)) == every
+    asked = faked(monkeypatch, **{drafter.replace("+", "__").replace("-", "_"): 12.0})
+    found = chosen(with_draft_model)
+    assert (found.plan.method, found.plan.drafter) == (drafter, None)
+    assert set(asked) == {*every, "substitute+lookup"}
+    faked(monkeypatch, substitute=12.0)
+    assert chosen(found).plan.method == "substitute"
+
+
+def test_a_head_drafts_by_default_where_rounds_show_that_it_is_faster(
+    with_head: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The substitutes' rounds take many times as long."""
+    real = SubstituteDrafter.draft
+
+    def slow(self: SubstituteDrafter, turns: Sequence[Turn]) -> list[TokenTree]:
+        time.sleep(0.2)
+        return real(self, turns)
+
+    monkeypatch.setattr(SubstituteDrafter, "draft", slow)
+    assert chosen(with_head).plan.drafter == "eagle"
 
 
 def test_nothing_is_compared_where_there_is_nothing_else(
@@ -184,7 +198,16 @@ def test_nothing_is_compared_where_there_is_nothing_else(
     assert chosen(plain).plan == plain.plan
 
 
-@pytest.mark.parametrize("asked", [{}, {"method": "substitute"}, {"width": 1}, {"depth": 3}])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {},
+        {"width": 1},
+        pytest.param({"method": "substitute"}, marks=pytest.mark.slow),
+        pytest.param({"depth": 3}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_a_rehearsal_compares_unless_it_was_asked_for_something(
     with_head: Artifact, monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any]
 ) -> None:
