@@ -295,7 +295,7 @@ def test_the_json_object_has_the_documented_keys() -> None:
     }
     assert sum(found["ledger"].values()) <= found["budget_bytes"] == 12_000_000
     assert set(found["decisions"]) == {
-        "device", "method", "context", "sequences", "tree", "company", "verify_widths",
+        "device", "method", "drafter", "context", "sequences", "tree", "company", "verify_widths",
         "int4_kernel", "threads", "prefill_tokens", "block_bytes", "num_slots", "residual_parts",
         "resident_bytes", "residual_bytes", "streamed_bytes", "reasons",
     }  # fmt: skip
