@@ -15,8 +15,6 @@ from simcuda.allocator import MIB, Allocator, Block
 from simcuda.clocks import Accesses, Actor
 from simcuda.private import storage_key
 
-PROJECT = str(Path(__file__).parents[2])
-OUTSIDE = (str(Path(__file__).parent), f"{PROJECT}/.venv")
 SMALL_WORKSPACE = 2 * (4 << 20) + 16 * (8 << 10)  # of cuBLAS, per handle and stream
 HOPPER_WORKSPACE = 32 * MIB
 
@@ -42,12 +40,13 @@ class Unpinned(AssertionError):
 
 
 def where() -> str:
-    """The project's line that is running."""
+    """The project's line that is running, known by its module: a checkout may be imported through
+    another path than this file's."""
     frame = sys._getframe(1)
     while frame is not None:
-        name = frame.f_code.co_filename
-        if name.startswith(PROJECT) and not name.startswith(OUTSIDE):
-            return f"{Path(name).name}:{frame.f_lineno} {frame.f_code.co_name}"
+        if frame.f_globals.get("__name__", "").startswith("subspec."):
+            file = Path(frame.f_code.co_filename).name
+            return f"{file}:{frame.f_lineno} {frame.f_code.co_name}"
         frame = frame.f_back  # type: ignore[assignment]
     return "?"
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from simcuda.answering import answered
 from simcuda.device import simulated
-from simcuda.simulation import CaptureError, HostAccess, MixedDevices, Race, Unpinned
+from simcuda.simulation import CaptureError, HostAccess, MixedDevices, Race, Unpinned, where
 
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.model import Encoding
@@ -161,6 +161,12 @@ def test_a_fault_in_the_cuda_path_is_found(
     monkeypatch.setattr(fault.owner, fault.name, fault.wrong)
     with pytest.raises(fault.found_as, match=fault.says):
         answered(demo("raw"), 9 if on_draft else 4, OpenOptions(method))
+
+
+def test_a_line_of_the_project_is_named_whatever_path_it_was_imported_through() -> None:
+    names: dict[str, Any] = {"__name__": "subspec.runtime.stream.link", "where": where}
+    exec(compile("def begin(): return where()", "/another/checkout/link.py", "exec"), names)
+    assert names["begin"]() == "link.py:1 begin"
 
 
 @pytest.mark.parametrize(
