@@ -39,15 +39,17 @@ def compile_graphs(spec: ModelSpec) -> str | None:
         return "there is no private folder for the user's cache"
     if all((folder.parent / program(piece)).exists() for piece in pieces_of(spec)):
         return None
-    command = [sys.executable, "-m", __spec__.name, str(folder.parent)]
-    # Quiet, and nothing is left behind in torch's own cache.
-    with tempfile.TemporaryDirectory() as scratch:
+    # Quiet, and nothing is left behind: of torch's own cache, or of a child that had to be ended.
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        command = [sys.executable, "-m", __spec__.name, str(folder.parent), scratch]
         environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": scratch}
         try:
             ended = run_child(
                 command, dump_json(spec).encode(), LONGEST_SECONDS, False, environment
             )
-        except (OSError, subprocess.TimeoutExpired) as error:
+        except subprocess.TimeoutExpired:
+            return f"torch could not compile: it took longer than {LONGEST_SECONDS} seconds"
+        except OSError as error:
             return f"torch could not compile: {error}"
     if ended.returncode:
         lines = ended.stderr.decode("utf-8", "replace").strip().splitlines() or ["no reason given"]
@@ -55,37 +57,34 @@ def compile_graphs(spec: ModelSpec) -> str | None:
     return None
 
 
-def compile_piece(piece: Piece, path: Path) -> None:
-    """Write the package under a temporary name and rename it."""
+def compile_piece(piece: Piece, path: Path, scratch: Path) -> None:
+    """Write the package in `scratch`, of the same file system, and rename it."""
     rows, weights = example_of(piece)
     num_rows = torch.export.Dim("T", min=1, max=MOST_ROWS)
     dynamic: tuple[list[dict[int, object]], list[None]] = (
         [{0: num_rows} for _ in rows],
         [None for _ in weights],
     )
-    descriptor, unfinished = tempfile.mkstemp(dir=path.parent, suffix=".pt2")
-    os.close(descriptor)
-    try:
-        with torch.no_grad():
-            exported = torch.export.export(
-                module_of(piece), (rows, weights), dynamic_shapes=dynamic, strict=False
-            )
-            torch._inductor.aoti_compile_and_package(
-                exported, package_path=unfinished, inductor_configs=CONFIGURATION
-            )
-        os.replace(unfinished, path)
-    finally:
-        Path(unfinished).unlink(missing_ok=True)
+    unfinished = scratch / path.name
+    with torch.no_grad():
+        exported = torch.export.export(
+            module_of(piece), (rows, weights), dynamic_shapes=dynamic, strict=False
+        )
+        torch._inductor.aoti_compile_and_package(
+            exported, package_path=str(unfinished), inductor_configs=CONFIGURATION
+        )
+    os.replace(unfinished, path)
 
 
 def main() -> None:
-    """stdin: a ModelSpec as JSON."""
+    """stdin: a ModelSpec as JSON. Arguments: the cache, and a folder for what is unfinished."""
     warnings.simplefilter("ignore")
     spec = load_dataclass(ModelSpec, parse_json(sys.stdin.read(), "stdin"), "stdin")
+    cache, scratch = map(Path, sys.argv[1:])
     for piece in pieces_of(spec):
-        path = Path(sys.argv[1]) / program(piece)
+        path = cache / program(piece)
         if not path.exists():
-            compile_piece(piece, path)
+            compile_piece(piece, path, scratch)
 
 
 if __name__ == "__main__":

@@ -236,7 +236,9 @@ def has_compiler() -> bool:
 @pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles
 def test_a_run_needs_no_compiler_and_none_of_torchs(tmp_path: Path) -> None:
     package = tmp_path / "gated.pt2"
-    compile_graphs.compile_piece(Gated(192, "silu"), package)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    compile_graphs.compile_piece(Gated(192, "silu"), package, scratch)
     nothing = {**os.environ, "PATH": "", "CXX": "no-such-compiler"}
     command = [sys.executable, "-c", RUN_ONE, str(package)]
     ended = subprocess.run(command, env=nothing, capture_output=True, text=True, check=False)
@@ -277,6 +279,22 @@ def test_without_a_compiler_planning_is_told_why(
     said = compile_graphs.compile_graphs(spec_of(layer(PLAIN)))
     assert said is not None and said.startswith("torch could not compile: ")
     assert not [*(tmp_path / "subspec" / "graphs").iterdir()], "nothing is left behind"
+
+
+def test_a_compilation_that_takes_too_long_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(command: Sequence[str], *rest: object) -> None:
+        *_, cache, scratch = map(Path, command)
+        assert scratch.stat().st_dev == cache.stat().st_dev, "a rename would not do"
+        (scratch / "unfinished.pt2").write_bytes(b"half")
+        raise subprocess.TimeoutExpired(command, 600.0)
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(compile_graphs, "run_child", killed)
+    said = compile_graphs.compile_graphs(spec_of(layer(PLAIN)))
+    assert said == "torch could not compile: it took longer than 600 seconds"
+    assert not [*(tmp_path / "subspec" / "graphs").iterdir()]
 
 
 # ---- in an artifact -----------------------------------------------------------------------------
