@@ -114,7 +114,9 @@ def speed_line(plan: Plan) -> str:
     speed, plain = (plan.predicted[name].tokens_per_second for name in (plan.method, "plain"))
     if plan.method == "plain":
         return f"{number(plain)} tokens/s"
-    return f"{number(speed)} tokens/s, {number(speed / plain)}x plain decoding ({number(plain)})"
+    line = f"{number(speed)} tokens/s, {number(speed / plain)}x plain decoding ({number(plain)})"
+    # What was measured of another drafter is among the plan's reasons.
+    return line if plan.drafter is None else f"{line} if {plan.method} drafts"
 
 
 def company_rows(plan: Plan) -> Rows:

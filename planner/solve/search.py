@@ -348,7 +348,7 @@ def why_drafted(drafting: dict[Method, Prediction]) -> list[str]:
         return []
     speeds = sorted(drafting.items(), key=lambda one: -one[1].tokens_per_second)
     listed = ", ".join(f"{name} {said.tokens_per_second:.2f}" for name, said in speeds)
-    return [f"tokens/s by what drafts: {listed}"]
+    return [f"predicted tokens/s by what drafts: {listed}"]
 
 
 def why_early(tree: Tree) -> str:

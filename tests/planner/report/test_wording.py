@@ -16,8 +16,10 @@ from subspec.planner.report.wording import (
     cost_rows,
     in_markdown,
     ledger_rows,
+    method_name,
     placement_of,
     run_rows,
+    speed_line,
     streamed_line,
 )
 from subspec.planner.solve.search import search
@@ -58,6 +60,14 @@ def test_what_streams_is_told_beside_what_is_resident() -> None:
         f"{short_size(streamed)} per round, {total - resident - residuals} of {total} matrices; "
         f"{resident} are resident, {residuals} as residuals"
     )
+
+
+def test_the_predicted_speed_is_said_to_be_that_of_the_methods_own_drafter() -> None:
+    plan = search(make_spec(), make_profile(), 12_000_000, Constraints(context=256), ACCEPTANCE)
+    assert plan.method == "substitute" and " if " not in speed_line(plan)
+    other = replace(plan, drafter="eagle")
+    assert speed_line(other) == f"{speed_line(plan)} if substitute drafts"
+    assert method_name(other).endswith("drafted by eagle")
 
 
 def test_runs_are_compared_with_what_was_predicted_for_them() -> None:
