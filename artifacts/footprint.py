@@ -438,13 +438,15 @@ def pass_bytes(
     """Size of the activations in the layer that needs most, or of the head's."""
     every = sequences * rows
     live = slots.every + (slots.windowed or 0)
-    masks = sequences * (rows * (rows + live) + 8 * live + rows * 64)
+    places = sequences * (8 * live + rows * 64)
+    # A tree's mask is there for the whole pass; that of a prompt, for the rows that are attended.
+    masks = sequences * rows * (rows + live) if tree_rows else 0
     residual = every * spec.hidden_size * spec.item_bytes
     blocks = (
         block_bytes(spec, device, body, sequences, rows, slots, exact_threads, tree_rows)
         for body in spec.bodies
     )
-    return 2 * residual + masks + max(head_bytes, *blocks)
+    return 2 * residual + places + masks + max(head_bytes, *blocks)
 
 
 def head_pass_bytes(
@@ -499,24 +501,29 @@ def block_bytes(
     turned = 4 if spec.rope_in_f32 else item
     if exact_threads is not None:
         # By the plain twin: f64 scores of one KV head, two alive, its keys and values.
-        scored = min(some, ATTENTION_PIECE) if device == "cpu" else some
-        twin = repeats * (scored * 17 + some) * live + live * body.head_size * 16
+        scored = min(some, rows_in_fp64(repeats)) if device == "cpu" else some
+        twin = scored * (repeats * 16 + 1) * live + live * body.head_size * 16
         if device == "cpu":
             compiled = attention_scratch_bytes(exact_threads, live, body.head_size)
         else:
             compiled = attention_blocks_bytes(body.num_heads, some, live, body.head_size)
-        scores = max(twin, compiled) + some * live + 2 * some * query * max(item, turned)
+        in_window = 10 * some * live if body.window is not None else 0  # distances, before
+        scores = max(twin, compiled, in_window) + some * live
+        scores += 2 * some * query * max(item, turned)
     else:  # the mask, and its copy for the repeated heads; no mask-free kernel is assumed
         scores = some * live * (2 + item * (1 + repeats)) + 4 * some * query * max(item, turned)
         if device == "cuda":
             scores += body.num_heads * some * live * 4  # the math kernel's scores
     tables = 2 * every * (body.rope.size if body.rope else 0) * turned
     gated = 3 * query if body.output_gate else 0  # q and its gate, before and after they part
+    normed = 0
+    if body.qk_norm != "none":
+        normed = every * query * item + min(every, NORM_ROWS) * query * (item + 12)
     return (
         every * (query + gated + 2 * body.kv_size) * item
         + tables
         + joined
-        + max(result + norm, 5 * rows * body.kv_size * turned, scores, result)
+        + max(result + norm, normed, 5 * rows * body.kv_size * turned, scores)
     )
 
 
@@ -537,6 +544,12 @@ def drafted_net_bytes(spec: ModelSpec, net: DeltaNet, rows: int, tree_rows: int)
     inputs = rows * net.num_channels * (net.num_taps * (spec.item_bytes + 8) + 12)
     scores = 4 * rows * net.num_value_heads * 8 * tree_rows
     return before + inputs + scores + 4 * rows * (6 * keys + 12 * values)
+
+
+def rows_in_fp64(repeats: int) -> int:
+    """Rows that the plain twin of exact attention takes at a time on CPUs, where so many query
+    heads share a KV head."""
+    return max(1, ATTENTION_PIECE // repeats)
 
 
 def attention_scratch_bytes(num_threads: int, num_slots: int, head_size: int) -> int:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from subspec.artifacts.footprint import ATTENTION_PIECE, attention_scratch_bytes
+from subspec.artifacts.footprint import attention_scratch_bytes, rows_in_fp64
 from subspec.artifacts.native import cpp
 
 MIN_CAPABILITY = (8, 0)  # of attend_in_blocks: products of bf16 and tf32
@@ -118,20 +118,17 @@ def attend_in_fp64(
     After rounding to q's dtype the result does not depend on which slots the visible keys are in,
     nor on how many hidden ones lie between them; hidden values must be finite.
     """
-    num_heads, num_rows, head_size = q.shape
-    repeats = num_heads // keys.shape[0]
-    folded = q.reshape(keys.shape[0], repeats * num_rows, head_size)
-    hidden = ~visible.repeat(repeats, 1)
-    output = torch.empty_like(folded)
-    piece = ATTENTION_PIECE * repeats if q.device.type == "cpu" else len(hidden)  # for memory
-    for head in range(keys.shape[0]):
+    num_rows, repeats, output = q.shape[1], len(q) // len(keys), torch.empty_like(q)
+    at_once = rows_in_fp64(repeats) if q.device.type == "cpu" else num_rows  # for memory
+    for head in range(len(keys)):
+        own = slice(head * repeats, (head + 1) * repeats)
         every, kept = keys[head].double().t(), values[head].double()
-        for first in range(0, len(hidden), piece):
-            some = slice(first, first + piece)
-            scores = folded[head, some].double() @ every
-            scores.mul_(scale).masked_fill_(hidden[some], float("-inf"))
-            output[head, some] = scores.softmax(-1) @ kept
-    return output.view(num_heads, num_rows, head_size)
+        for first in range(0, num_rows, at_once):
+            some = slice(first, first + at_once)
+            scores = q[own, some].double() @ every
+            scores.mul_(scale).masked_fill_(~visible[some], float("-inf"))
+            output[own, some] = (scores.softmax(-1) @ kept).to(q.dtype)
+    return output
 
 
 def unavailable() -> str | None:

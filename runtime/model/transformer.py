@@ -295,11 +295,13 @@ def project(
         q, gate = (one.flatten(1) for one in q.unflatten(1, (body.num_heads, 2, -1)).unbind(2))
     v = k if body.values_are_keys else product(f"{body.name}.v_proj", x, now.calls)
     norms = f"{layer}.{body.name}.q_norm", f"{layer}.{body.name}.k_norm"
-    if body.qk_norm == "all_heads":
-        q, k = (normalize(now.weights, n, one) for n, one in zip(norms, (q, k), strict=True))
+    if body.qk_norm == "all_heads":  # one after the other, for memory
+        q = normalize(now.weights, norms[0], q)
+        k = normalize(now.weights, norms[1], k)
     q, k, v = (one.unflatten(1, (-1, body.head_size)) for one in (q, k, v))
     if body.qk_norm == "head":
-        q, k = (normalize(now.weights, n, one) for n, one in zip(norms, (q, k), strict=True))
+        q = normalize(now.weights, norms[0], q)
+        k = normalize(now.weights, norms[1], k)
     if body.value_norm:
         v = rms_norm(now.weights.spec.norm, None, v)
     return q, k, v, gate

@@ -1,6 +1,7 @@
 """Fast memory: arenas of the ledger's sizes, and temporaries that stay within its workspace."""
 
 import mmap
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -219,3 +220,30 @@ def test_the_temporaries_of_every_exact_pass_are_within_the_workspace(
     for cache in caches:
         cache.commit(prompt.tolist())
     assert peak_of_verification() <= granted
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("name", ["llama", "one KV head, norms of heads, every bias"])
+def test_a_long_text_is_granted_little_more_than_reading_it_takes(name: str) -> None:
+    """What is granted, no weight can have."""
+    context, piece, width = 8192, 1024, 24
+    toy = random_weights(replace(SPECS[name], dtype="bfloat16"))
+    granted = workspace_bytes(toy.spec, "cpu", Shape(context, 1, width, None, piece, 2, 8))
+    slots = cache_slots(context, width)
+    shared, exact = shared_weights(toy, slots), exact_weights(toy)
+    cache = empty_cache(toy.spec, slots, toy.tensors, width)
+    cache.commit([0] * (context - piece))
+    prompt = torch.arange(piece) % toy.spec.vocab_size
+    with Temporaries() as seen:
+        rows = [causal_rows(cache, prompt, attend_batch_invariant)]
+        head = HeadRows([slice(piece - 8, piece)], calls_of([8]))
+        forward(shared, exact, rows, calls_of([piece]), head)
+    assert seen.peak_bytes <= granted <= 1.25 * seen.peak_bytes
