@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -63,14 +63,13 @@ def try_client(
     log = folder / f"{client.name}.log"
     log.unlink(missing_ok=True)
     arguments = [base_url, *(("--tokenizer", str(checkpoint)) if client.tokenizer else ())]
-    python = environment(client, folder)
-    if client.npm is not None:
-        try:
-            installed = program(client, folder)
-        except RuntimeError as error:
-            return {"client": client.name, "ok": False, "requests": 0, "seconds": 0.0,
-                    "problem": str(error)}  # fmt: skip
-        arguments += ["--program", str(installed), "--python", str(binaries.absolute() / "python")]
+    try:
+        python = environment(client, folder)
+        if client.npm is not None:
+            program_of_client, ours = program(client, folder), binaries.absolute() / "python"
+            arguments += ["--program", str(program_of_client), "--python", str(ours)]
+    except (RuntimeError, subprocess.CalledProcessError) as error:
+        return not_tried(client.name, error)
     before, began = samples(base_url), time.monotonic()
     problems = [
         run_script(python, script, arguments, client.limit_seconds, log)
@@ -94,6 +93,30 @@ def try_client(
     }
 
 
+def not_tried(name: str, error: Exception) -> dict[str, Any]:
+    return {"client": name, "ok": False, "requests": 0, "seconds": 0.0, "problem": str(error)}
+
+
+def try_clients(
+    clients: Sequence[Client], name: str, checkpoint: Path, folder: Path, binaries: Path
+) -> Iterator[dict[str, Any]]:
+    """Of each client; clients: those that the artifact `name` answers."""
+    waiting = list(clients)
+    try:
+        artifact = make_artifact(name, checkpoint, binaries, folder)
+        command = [str(binaries / "subspec-serve"), str(artifact), *SERVE]
+        with serving(command, folder / f"server-{name}.log") as server:
+            read = folder / f"{name}-checkpoint"
+            while waiting:
+                result = try_client(waiting[0], server.base_url, folder, read, binaries)
+                del waiting[0]
+                yield result
+    except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
+        # The server did not start, has gone or did not end: what others are asked still counts.
+        names = [client.name for client in waiting] or [f"server of {name}"]
+        yield from (not_tried(one, error) for one in names)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("clients", nargs="*", help=f"of {', '.join(c.name for c in CLIENTS)}")
@@ -109,17 +132,11 @@ def main() -> int:
     checkpoints = {"demo": DEMO, "smollm2": options.smollm2}
     results = []
     for name, group in groupby(sorted(wanted, key=lambda one: one.model), lambda one: one.model):
-        artifact = make_artifact(name, checkpoints[name], options.bin, folder)
-        command = [str(options.bin / "subspec-serve"), str(artifact), *SERVE]
-        with serving(command, folder / f"server-{name}.log") as server:
-            for client in group:
-                result = try_client(
-                    client, server.base_url, folder, folder / f"{name}-checkpoint", options.bin
-                )
-                results.append(result)
-                said = "ok" if result["ok"] else result["problem"]
-                figures = f"{result['requests']} requests, {result['seconds']} s"
-                print(f"{client.name:12} {said} ({figures})", flush=True)
+        for result in try_clients(list(group), name, checkpoints[name], folder, options.bin):
+            results.append(result)
+            said = "ok" if result["ok"] else result["problem"]
+            figures = f"{result['requests']} requests, {result['seconds']} s"
+            print(f"{result['client']:12} {said} ({figures})", flush=True)
     print(json.dumps({"clients": results, "failed": sum(not one["ok"] for one in results)}))
     return int(any(not one["ok"] for one in results))
 
