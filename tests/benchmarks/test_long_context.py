@@ -15,7 +15,8 @@ def script() -> ModuleType:
 
 
 @pytest.mark.parametrize(
-    "kind", ["hybrid", "windows", pytest.param("full", marks=pytest.mark.slow)]
+    "kind",
+    ["hybrid", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("windows", "full"))],
 )
 def test_turns_after_a_text_have_the_answers_of_fresh_sequences(
     script: ModuleType, kind: str, monkeypatch: pytest.MonkeyPatch

@@ -65,7 +65,7 @@ def temporary_bytes(engine: Engine, prompt_tokens: int) -> int:
     return engine.peak.peak_bytes - engine.memory.arena_bytes
 
 
-@pytest.mark.parametrize("num_sequences", [1, 3])
+@pytest.mark.parametrize("num_sequences", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(
     "plan",

@@ -131,7 +131,9 @@ def holds(name: str, dtype: str, num_threads: int, widths: tuple[int, ...]) -> l
     return [w for w in widths if rows_at_any_place(shared, products, cache, w) is not None]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "dtype", ["float32", "bfloat16", pytest.param("float16", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("name", FORMS)
 def test_every_operation_is_batch_invariant_with_three_threads(name: str, dtype: str) -> None:
     widths = (1, 7, 24)

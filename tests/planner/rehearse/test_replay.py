@@ -233,14 +233,14 @@ def test_trees_within_an_answer_of_a_hybrid_are_those_of_the_rounds_that_decode_
         random_checkpoint(tmp_path / "f32", config), tmp_path / "bf16", torch.bfloat16
     )
     hybrid = build_artifact(
-        source, tmp_path / "artifact", context=256, width=4, depth=DEEPEST, num_sequences=2
+        source, tmp_path / "artifact", context=128, width=4, depth=DEEPEST, num_sequences=2
     )
     prompts = [[3 + 7 * n % 2000 for n in range(40)], [5 + 11 * n % 1900 for n in range(30)]]
     with on_stage(hybrid) as stage:
         answers = stage.decode(*prompts)
         walked = {width: stage.walk(answers, width) for width in (1, 2, 1)}
     for width, along in walked.items():
-        real = replan(hybrid, context=256, width=width, depth=DEEPEST, verify_widths=(104,))
+        real = replan(hybrid, context=128, width=width, depth=DEEPEST, verify_widths=(104,))
         with Engine.open(real) as engine, engine.new_sequence() as sequence:
             for answer, trees in zip(answers, along, strict=True):
                 length = answer.prompt_length

@@ -232,6 +232,7 @@ def has_compiler() -> bool:
     return compiled_layers.unavailable() is None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not has_compiler(), reason="no g++")
 @pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles
 def test_a_run_needs_no_compiler_and_none_of_torchs(tmp_path: Path) -> None:

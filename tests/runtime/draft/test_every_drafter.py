@@ -143,7 +143,14 @@ def opened(request: pytest.FixtureRequest, made: Made) -> Iterator[tuple[str, st
         yield dtype, kind_of(drafter), engine
 
 
-@pytest.mark.parametrize("asked", ASKED)
+@pytest.mark.parametrize(
+    "asked",
+    [
+        asked if asked in ("seed", "schema", "penalties")
+        else pytest.param(asked, marks=pytest.mark.slow)  # the next test asks for all of them
+        for asked in ASKED
+    ],
+)  # fmt: skip
 def test_an_answer_is_that_of_plain_decoding_whatever_is_asked_of_it(
     opened: tuple[str, str, Engine], made: Made, asked: str
 ) -> None:
@@ -192,7 +199,13 @@ def test_the_answers_are_what_was_asked_for(made: Made) -> None:
 LOSSY = Lossy("prob", 0.02, 1)
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), SEEDED], ids=["greedy", "seeded"])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        pytest.param(Sampling(), id="greedy"),
+        pytest.param(SEEDED, id="seeded", marks=pytest.mark.slow),
+    ],
+)
 def test_lossy_acceptance_keeps_its_rule_whoever_drafts(
     opened: tuple[str, str, Engine], made: Made, sampling: Sampling
 ) -> None:
