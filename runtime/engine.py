@@ -202,8 +202,8 @@ class Engine:
     @contextmanager
     def _watched(self, company: tuple[int, int], length: int) -> Iterator[None]:
         """Temporaries grow with the numbers of sequences and the longest text, and watching them
-        takes time: each time that it is longer by a quarter."""
-        if 4 * length < 5 * self._watched_lengths.get(company, 0):
+        takes time: each time that it is longer by half."""
+        if 2 * length < 3 * self._watched_lengths.get(company, 0):
             yield
             return
         self._watched_lengths[company] = length
