@@ -7,7 +7,7 @@ from subspec.artifacts.model import ModelSpec
 from subspec.artifacts.native import fp8_cpu, residual_cpu
 from subspec.artifacts.plan import Method, Plan, tree_for
 from subspec.runtime.draft import compiled_layers, graph_pieces
-from subspec.runtime.kernels import int4
+from subspec.runtime.kernels import bf16, int4
 from subspec.runtime.model import attention, delta_net
 
 Kernel = tuple[Path, Callable[[], str | None]]  # its source, and why it cannot be used
@@ -18,6 +18,8 @@ def needed_kernels(spec: ModelSpec, plan: Plan, method: Method) -> list[Kernel]:
     if plan.device != "cpu":
         return []
     found: list[Kernel] = [(attention.SOURCE, attention.unavailable)]
+    if spec.dtype == "bfloat16" and not bf16.is_native():
+        found.append((bf16.SOURCE, bf16.unavailable))
     if spec.delta_nets:
         found.append((delta_net.SOURCE, delta_net.unavailable))
     if any(name.partition("[")[0] not in spec.fp8 for name in plan.residuals):

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from subspec.artifacts.common.errors import Exit, SubspecError
@@ -18,7 +17,7 @@ from subspec.artifacts.footprint import PRODUCT_ROWS
 from subspec.artifacts.format.packing import dequantize, pack_nibbles, unpack_nibbles
 from subspec.artifacts.model import GROUP_SIZE
 from subspec.artifacts.plan import DeviceKind, Int4Kernel
-from subspec.runtime.kernels import gemlite_kernel, int4
+from subspec.runtime.kernels import bf16, gemlite_kernel, int4
 
 PIECE_BYTES = 1 << 20  # of codes, read and packed at a time: temporaries of a few MB
 LEAST_CAPABILITY = 8, 0  # of ATen's 4-bit kernels on GPUs
@@ -44,13 +43,30 @@ def calls_of(sizes: Iterable[int]) -> Calls:
 def exact_product(x: Tensor, weight: Tensor, out: Tensor, calls: Calls) -> None:
     """out [T, N] = x [T, K] @ weight [N, K]^T; `out` may be a column range of a wider tensor."""
     for rows in calls:
-        torch.mm(x[rows], weight.t(), out=out[rows])
+        multiply(x[rows], weight, out[rows])
 
 
 def exact_product_into(x: Tensor, weight: Tensor, gate: Tensor, calls: Calls) -> None:
     """gate [T, N] *= x [T, K] @ weight [N, K]^T, without a second [T, N]."""
     for rows in calls:
-        gate[rows] *= F.linear(x[rows], weight)
+        some = x[rows]
+        out = some.new_empty(len(some), len(weight))
+        multiply(some, weight, out)
+        gate[rows] *= out
+
+
+def multiply(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    """out [T, N] = x [T, K] @ weight [N, K]^T, by our kernel where torch's is slow."""
+    if torch_is_slow(weight) and bf16.unavailable() is None:
+        bf16.product(x, weight, out, torch.get_num_threads())
+    else:
+        torch.mm(x, weight.t(), out=out)
+
+
+def torch_is_slow(weight: Tensor) -> bool:
+    """Whether bf16.cpp multiplies by this matrix [N, K] faster than torch."""
+    slow = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and not bf16.is_native()
+    return slow and weight.shape[1] % bf16.STEP == 0 and weight.is_contiguous()
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from subspec.planner.model.hub import DEMO
 from subspec.runtime import open_model
 from subspec.runtime.device import machine_name
 from subspec.runtime.engine import Engine, OpenOptions
-from subspec.runtime.kernels import int4
+from subspec.runtime.kernels import bf16, int4
 from subspec.runtime.load import ArtifactWeights
 from subspec.runtime.memory import FastMemory
 from subspec.runtime.model import attention
@@ -278,11 +278,15 @@ def test_a_path_is_opened_as_its_artifact(artifact: Artifact) -> None:
 )
 def test_only_kernels_that_the_method_calls_are_built(
     kernel: Int4Kernel, residuals: tuple[str, ...], method: Method, sources: set[str],
-    artifact: Artifact,
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Residuals are decoded over the layout of the 4-bit kernel, whoever drafts."""
+    """Residuals are decoded over the layout of the 4-bit kernel, whoever drafts; products of bf16
+    are ours where the processor has no instructions for them."""
     plan = replace(artifact.plan, int4_kernel=kernel, residuals=residuals)
-    assert {source.stem for source, _ in needed_kernels(artifact.spec, plan, method)} == sources
+    for native in (True, False):
+        monkeypatch.setattr(bf16, "is_native", lambda native=native: native)
+        needed = {source.stem for source, _ in needed_kernels(artifact.spec, plan, method)}
+        assert needed == sources | (set() if native else {"bf16"})
 
 
 def test_where_kernels_cannot_be_built_plain_twins_decode_within_the_ledger(
