@@ -83,7 +83,8 @@ class PrefixCache:
     def restore(self, prefix: Prefix, count: int, sequence: Sequence) -> None:
         """The first `count` tokens of the prefix into the sequence's cache, which is empty after an
         error."""
-        self._prefixes.move_to_end(prefix.tokens)
+        if prefix.tokens in self._prefixes:  # else it has just made room for what the cache had
+            self._prefixes.move_to_end(prefix.tokens)
         sequence.restored([])
         states = [one for one in prefix.checkpoints if one.length <= count]
         cache = sequence.cache

@@ -227,6 +227,22 @@ def test_idle_prefixes_come_back_from_host_memory_with_the_same_bits(
     use(artifact, tokenizer, check, num_sequences=1, prefix_cache_bytes=8 << 20)
 
 
+def test_a_prefix_comes_back_although_its_room_goes_to_what_was_in_its_place(
+    artifact: Artifact, tokenizer: ChatTokenizer, alone: list[list[int]]
+) -> None:
+    """Two conversations take turns, and the host has room for one of them."""
+    room = 400_000
+
+    async def check(scheduler: Scheduler) -> None:
+        for index in (1, 2, 1, 2, 1):
+            generation = scheduler.submit(asked(PROMPTS[index]))
+            assert await tokens_of(generation) == alone[index]
+            assert scheduler.prefix_bytes <= room
+        assert generation.outcome.stats.reused_tokens == len(PROMPTS[1]) - 1
+
+    use(artifact, tokenizer, check, num_sequences=1, prefix_cache_bytes=room)
+
+
 def test_log_probabilities_come_with_their_tokens(
     artifact: Artifact, tokenizer: ChatTokenizer
 ) -> None:
