@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Tokens
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -191,7 +192,8 @@ class Sequence:
 
     def take_read(self, piece: Piece, done: Read, seconds: float) -> None:
         """A piece of the prompt was read. After the last one this sequence decodes."""
-        keep_piece(piece, done)
+        with self._committing():
+            keep_piece(piece, done)
         self.prompt_logprobs += done.prompt_logprobs
         so_far = self.stats.time_to_first_token_seconds
         self.stats = replace(self.stats, time_to_first_token_seconds=so_far + seconds)
@@ -231,7 +233,8 @@ class Sequence:
             self._engine.leave(self)
             raise
         stats, began = self.stats, time.perf_counter()
-        keep(self.turn, done, num_kept)
+        with self._committing():
+            keep(self.turn, done, num_kept)
         verify_seconds += time.perf_counter() - began
         self.stats = replace(
             stats,
@@ -270,6 +273,18 @@ class Sequence:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @contextmanager
+    def _committing(self) -> Iterator[None]:
+        """A commit that fails, for want of memory, may have moved some layers on and others not:
+        the answer ends, and nothing of its cache is used again."""
+        try:
+            yield
+        except BaseException:
+            self._engine.leave(self)
+            self.cache.roll_back(0)
+            self.finish_reason = None
+            raise
 
     def _reusable(self, prompt: list[int], params: GenerationParams) -> int:
         """How many of the prompt's tokens are in the cache, with the bits that reading them would

@@ -252,12 +252,11 @@ class Cache:
         assert self.reachable(length) == length
         if self.unread is not None:
             self.unread.count = max(0, min(self.unread.count, length - self.unread.first))
-        shorter = self.nets and length < self.length
         while self.checkpoints and self.checkpoints[-1].length > length:
             self.unused.append(self.checkpoints.pop().states)
-        if shorter and length:
+        if self.nets and 0 < length < self.length:
             self.set_states(self.checkpoints[-1].states)
-        elif shorter:
+        elif not length:  # also of an empty cache: a commit may have failed half way
             for net in self.nets:
                 clear_state(net.committed)
         if self.windows is not None and not length:

@@ -232,6 +232,35 @@ def test_a_pass_that_fails_changes_no_state(
         assert sequence.take_fresh() == expected and problems == 4
 
 
+@pytest.mark.parametrize("work", ["copy_state", "commit_nodes"], ids=["a prompt", "a round"])
+def test_a_commit_that_fails_ends_its_answer_and_leaves_nothing_to_go_on_from(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch, work: str
+) -> None:
+    """The states of one delta net have been moved on then, and those of the others not."""
+    artifact = planned(artifact)
+    real, calls = getattr(caches, work), 0
+
+    def failing(*given: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise MemoryError
+        real(*given)
+
+    with Engine.open(artifact) as engine, engine.new_sequence() as sequence:
+        sequence.begin(PROMPT, GenerationParams(20))
+        said = list[int]()
+        with monkeypatch.context() as broken, pytest.raises(MemoryError):
+            broken.setattr(caches, work, failing)
+            while engine.is_active(sequence):
+                engine.step()
+                said += sequence.take_fresh()
+        assert not engine.is_active(sequence) and sequence.finish_reason is None
+        again = [*PROMPT, *said]
+        generated(sequence, again, GenerationParams(1))
+        assert equal(bits(sequence.cache), read_alone(artifact, again))
+
+
 @pytest.mark.parametrize("method", ["plain", "substitute"])
 def test_sequences_together_get_the_tokens_that_they_get_alone(
     artifact: Artifact, method: str
