@@ -261,6 +261,14 @@ class Sequence:
         """Ends the answer, if one has begun; the cache keeps what it has."""
         self._engine.leave(self)
 
+    def forget(self) -> None:
+        """The same, and lets go of the answer's grammar, which may have tens of MB, and of its log
+        probabilities: who waits for another answer should not keep them."""
+        self.stop()
+        self.params = replace(self.params, constraint=None, cut=GenerationParams.cut)
+        self.turn = Turn(self.cache, root=0, max_tokens=0)
+        self.prompt_logprobs, self.logprobs = [], []
+
     def close(self) -> None:
         """Gives the cache back to the engine, once: another sequence may have it by now."""
         if not self._closed:

@@ -233,20 +233,24 @@ class Scheduler:
                     self._changed.wait()
                 if self._closing:
                     return
-            self._drop_cancelled()
-            self._admit()
-            if not self._answers:
-                continue
+            self._round(engine)
+
+    def _round(self, engine: Engine) -> None:
+        """A function of its own: its variables would keep the last answer while nobody asks."""
+        self._drop_cancelled()
+        self._admit()
+        if not self._answers:
+            return
+        try:
+            engine.step()
+        except Exception as error:
+            self._end_failed(engine, error)
+        self.peak_bytes = engine.peak.peak_bytes
+        for answer in list(self._answers):
             try:
-                engine.step()
+                self._send(engine, answer)
             except Exception as error:
-                self._end_failed(engine, error)
-            self.peak_bytes = engine.peak.peak_bytes
-            for answer in list(self._answers):
-                try:
-                    self._send(engine, answer)
-                except Exception as error:
-                    self._end(answer, fault_of_a_request(error))
+                self._end(answer, fault_of_a_request(error))
 
     def _drop_cancelled(self) -> None:
         for answer in [one for one in self._answers if one.job.cancelled]:
@@ -356,7 +360,7 @@ class Scheduler:
 
     def _release(self, answer: Answer) -> None:
         """Its sequence is free."""
-        answer.sequence.stop()
+        answer.sequence.forget()
         self._answers.remove(answer)
         self._free.append(answer.sequence)
 

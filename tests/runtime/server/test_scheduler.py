@@ -1,7 +1,9 @@
 """The engine's thread: who waits, who answers, who goes; every answer is what it would be alone."""
 
 import asyncio
+import gc
 import time
+import weakref
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -241,6 +243,36 @@ def test_a_prefix_comes_back_although_its_room_goes_to_what_was_in_its_place(
         assert generation.outcome.stats.reused_tokens == len(PROMPTS[1]) - 1
 
     use(artifact, tokenizer, check, num_sequences=1, prefix_cache_bytes=room)
+
+
+def test_an_idle_engine_keeps_no_grammar_and_no_log_probabilities(
+    artifact: Artifact, tokenizer: ChatTokenizer
+) -> None:
+    class Anything:
+        def allowed(self) -> None:
+            pass
+
+        def push(self, token: int) -> None:
+            pass
+
+        def pop(self, num_tokens: int) -> None:
+            pass
+
+    async def check(scheduler: Scheduler) -> None:
+        grammar = Anything()
+        known, watched = [None], weakref.ref(grammar)
+        params = replace(PARAMS, constraint=grammar, logprobs=20, prompt_logprobs=20)
+        generation = scheduler.submit(asked(PROMPTS[0], params))
+        found = await pieces_of(generation)
+        known = [weakref.ref(one) for piece in found for one in piece.logprobs]
+        known += [weakref.ref(one) for one in generation.outcome.prompt_logprobs]
+        assert watched() is grammar and len(known) == 24 + len(PROMPTS[0]) - 1
+        del grammar, params, generation, found
+        await asyncio.sleep(0.1)
+        gc.collect()
+        assert watched() is None and not any(one() for one in known)
+
+    use(artifact, tokenizer, check)
 
 
 def test_log_probabilities_come_with_their_tokens(
