@@ -4,7 +4,6 @@ the server must close, ended here."""
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import suppress
 from typing import Any
 
 from subspec.artifacts.common.errors import SubspecError
@@ -19,6 +18,7 @@ from subspec.runtime.server.generation import (
     ServedEngine,
 )
 from subspec.runtime.server.metrics import Metrics
+from subspec.runtime.server.streaming import dropped
 
 LOADING = "Loading model"  # llama.cpp's words, which clients wait for
 POLL_SECONDS = 0.05
@@ -164,10 +164,8 @@ class AdmittedGeneration:
             self._end("error")
             raise
         finally:
-            if coming is not None and not coming.done():
-                coming.cancel()
-                with suppress(asyncio.CancelledError, Exception):
-                    await coming
+            if coming is not None:
+                await dropped(coming)
             self._inner.cancel()
             self._admission.forget(self)
         if not self._over:  # nobody cancelled it

@@ -48,10 +48,11 @@ class LineFormatter(logging.Formatter):
 
 
 def start_log(form: LogFormat) -> logging.Logger:
-    """The server's logger; uvicorn's errors go the same way."""
+    """The server's logger; errors of uvicorn and asyncio go the same way."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(LineFormatter(form))
-    for name, level in ((NAME, logging.INFO), ("uvicorn", logging.ERROR)):
+    levels = {NAME: logging.INFO, "uvicorn": logging.ERROR, "asyncio": logging.ERROR}
+    for name, level in levels.items():
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(level)

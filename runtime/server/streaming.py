@@ -122,7 +122,8 @@ async def disconnected(request: Request) -> None:
 
 
 async def dropped(task: "asyncio.Future[Any]") -> None:
-    """Cancels a task and waits for its end; what it raises is of no interest any more."""
+    """Cancels a task and waits for its end; what it raises is of no interest any more, but must be
+    asked for, or asyncio writes it to the log."""
     task.cancel()
     with suppress(asyncio.CancelledError, Exception):
         await task

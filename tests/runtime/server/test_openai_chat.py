@@ -1,7 +1,9 @@
 """/v1/chat/completions on the wire: what goes in, what comes out, what is refused."""
 
 import asyncio
+import gc
 import json
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -21,7 +23,7 @@ from subspec.runtime.server.chat_events import (
     ToolCallStart,
 )
 from subspec.runtime.server.figures import speculative_decoding
-from subspec.runtime.server.generation import Outcome, QueueFull
+from subspec.runtime.server.generation import Outcome, Piece, QueueFull
 from subspec.runtime.server.metrics import Metrics
 from subspec.runtime.text.tokenizer import load_tokenizer
 
@@ -471,6 +473,42 @@ def test_an_answer_ends_when_its_client_goes(stream: bool, after_the_first_token
     assert served.engine.generations[0].cancelled
     said = served.service.metrics.text().decode()
     assert 'request_success_total{finished_reason="abort",model_name="org/model"} 1.0' in said
+
+
+class Waiting:
+    """A Generation that waits in the queue, and ends as soon as it is cancelled."""
+
+    queue_position = 1
+
+    def __init__(self) -> None:
+        self._cancelled = asyncio.Event()
+
+    def cancel(self) -> None:
+        self._cancelled.set()
+
+    async def __aiter__(self) -> AsyncIterator[Piece]:
+        await self._cancelled.wait()
+        return
+        yield
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_the_queue_is_no_error_in_the_log(
+    stream: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = serve()
+    monkeypatch.setattr(served.engine, "submit", lambda request: Waiting())
+
+    async def leave() -> None:
+        client = Client("POST", PATH, [json.dumps({"messages": HI, "stream": stream}).encode()])
+        task = asyncio.create_task(client.run(served.app))
+        await asyncio.sleep(0.05)
+        client.gone.set()
+        await asyncio.wait_for(task, 1.0)
+        gc.collect()  # asyncio tells of errors that nobody asks for when they are forgotten
+
+    asyncio.run(leave())
+    assert not caplog.records and not served.service.engine.num_live
 
 
 def test_while_weights_load_a_request_is_told_to_come_back() -> None:
