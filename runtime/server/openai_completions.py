@@ -179,6 +179,11 @@ class Answers:
 FINISH_REASONS = {"eos": "stop", "stop": "stop", "length": "length", "context": "length"}
 
 
+def finish_reason(wanted: Wanted, outcome: Outcome) -> str:
+    """Of an answer that is not shown nothing says how it would have ended."""
+    return "length" if wanted.hide_answer else FINISH_REASONS[outcome.reason]
+
+
 def logprobs_of(
     wanted: Wanted,
     answer: list[TokenLogprobs],
@@ -220,7 +225,7 @@ async def completion(answers: Answers, wanted: list[Wanted], head: Head, service
                 "index": index,
                 "text": (one.echo or "") + texts[index],
                 "logprobs": known,
-                "finish_reason": FINISH_REASONS[outcome.reason],
+                "finish_reason": finish_reason(one, outcome),
             }
         )
     return {
@@ -272,7 +277,7 @@ async def chunks(
             yield chunk(index, one.echo, None, None)
         if isinstance(found, Outcome):
             outcomes.append(found)
-            yield chunk(index, "", None, FINISH_REASONS[found.reason])
+            yield chunk(index, "", None, finish_reason(one, found))
         elif not one.hide_answer:
             known = logprobs_of(one, list(found.logprobs), [], lengths[index], service)
             lengths[index] += len(found.text)

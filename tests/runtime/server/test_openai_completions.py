@@ -87,6 +87,16 @@ def test_an_echo_without_an_answer_is_the_prompt_alone() -> None:
     assert complete(serve(), max_tokens=0).error["param"] == "max_tokens"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_is_not_shown_ends_for_its_length_whatever_it_would_have_said(
+    stream: bool,
+) -> None:
+    found = complete(serve("x"), "Hello", echo=True, max_tokens=0, stop="x", stream=stream)
+    ends = [body["choices"][0] for body in (found.chunks if stream else [found.json])]
+    assert ends[-1]["finish_reason"] == "length"
+    assert "".join(end["text"] for end in ends) == "Hello"
+
+
 @pytest.mark.parametrize("echo", [True, False])
 def test_a_streamed_completion_is_the_same_text(echo: bool) -> None:
     text = "def add(a, b):  # naïve 🙂"
