@@ -12,7 +12,9 @@ from starlette.requests import Request
 from subspec.artifacts.common.errors import SubspecError
 from subspec.artifacts.format.codec import parse_json
 from subspec.runtime.server.errors import ApiError, invalid, unsupported
+from subspec.runtime.server.tools.json_text import is_deeper
 
+DEEPEST = 500  # objects and lists within each other
 QUICK_BYTES = 16 << 10  # a smaller body is parsed at once, without a thread
 LONGEST_SHOWN = 80  # characters of a value in a message
 SHOULD_BE = re.compile(r"Input should be (.*)", re.DOTALL)
@@ -72,6 +74,9 @@ def parse_body(raw: bytes) -> dict[str, Any]:
         raise invalid(error.message[:300], code="invalid_json") from None
     if not isinstance(value, dict):
         raise invalid("the body is not a JSON object", code="invalid_json")
+    if raw.count(b"[") + raw.count(b"{") > DEEPEST and is_deeper(value, DEEPEST):
+        # Responses repeat parts of it, and are written where the stack has less room.
+        raise invalid("the body is not valid JSON: nested too deep", code="invalid_json")
     return value
 
 

@@ -162,13 +162,17 @@ def strict_json(text: str) -> Any:
         found = json.loads(without_halves(text), parse_float=_finite, parse_constant=_finite)
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    level, depth = [found], 0
-    while level:
-        level = [one for value in level for one in _members(value)]
-        depth += 1
-    if depth > DEEPEST + 1:
+    if is_deeper(found, DEEPEST):
         raise ValueError("nested too deeply")
     return found
+
+
+def is_deeper(value: Any, most: int) -> bool:
+    """Whether a value of JSON has more than `most` objects and arrays within each other."""
+    level = [value]
+    for _ in range(most + 1):
+        level = [one for some in level for one in _members(some)]
+    return bool(level)
 
 
 def as_json(value: Any) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from scripted_chat import ScriptedChat, dialect_app, fitting
+from served import ask, serve
 from starlette.testclient import TestClient
 
 PARAMETERS = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}
@@ -126,6 +127,18 @@ def test_deep_nesting_is_answered_or_refused(depth: int) -> None:
             headers = {"content-type": "application/json"}
             response = client.post(path, content=text, headers=headers)
             assert response.status_code in (200, 400)
+
+
+def test_what_a_response_repeats_is_never_nested_too_deep_to_be_written() -> None:
+    """A large body is parsed in a thread, where the stack has more room than where one answers."""
+    app, call = serve().app, '{"type": "function", "name": "f"'
+    for stream in ("true", "false"):
+        for depth in range(900, 1000, 5):
+            deep = "[" * depth + "]" * depth
+            text = f'{{"input": "x", "user": "{"u" * 20_000}", "tools": [{call}}}], '
+            text += f'"stream": {stream}, "tool_choice": {call}, "x": {deep}}}}}'
+            refused = ask(app, "/v1/responses", text.encode())
+            assert refused.status == 400 and refused.error["code"] == "invalid_json"
 
 
 def places(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
