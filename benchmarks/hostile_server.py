@@ -35,6 +35,8 @@ from hostile_bodies import Body, bodies
 from hostile_sockets import Attack, attacks
 from served_process import Served, Usage, served, wait_until
 
+from subspec.runtime.server.serving import TRIM_SECONDS
+
 JSON = dict[str, Any]
 STATUS = re.compile(rb"HTTP/1\.[01] (\d{3}) ")
 # Why a server may say that it cannot: the queue is full, bodies or connections are too many.
@@ -168,7 +170,8 @@ def sent(server: Served, attack: Body) -> bytes:
 
 
 def settled(server: Served) -> Usage:
-    """Once nothing runs any more and the number of open files no longer falls."""
+    """Once nothing runs any more, the number of open files no longer falls, and the C heap's free
+    pages have gone back to the system."""
     wait_until(server.is_idle, SETTLED_SECONDS)
     counts = []
 
@@ -177,6 +180,7 @@ def settled(server: Served) -> Usage:
         return len(counts) > 20 and len(set(counts[-20:])) == 1
 
     wait_until(is_level, SETTLED_SECONDS)
+    time.sleep(TRIM_SECONDS + 1)
     return server.usage()
 
 
