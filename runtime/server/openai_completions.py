@@ -55,8 +55,8 @@ async def completions(service: Service, request: Request) -> Response:
     if asked.stream:
         events = chunks(answers, wanted, head, service, asked.wants_usage)
         return event_stream(events, answers, error_event, DONE)
-    body = await whole(request, answers, completion(answers, wanted, head, service))
-    return gone() if body is None else JSONResponse(body)
+    response = await whole(request, answers, completion(answers, wanted, head, service))
+    return gone() if response is None else response
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,9 @@ def prompt_logprobs(wanted: Wanted, outcome: Outcome) -> list[TokenLogprobs | in
 # Whole
 
 
-async def completion(answers: Answers, wanted: list[Wanted], head: Head, service: Service) -> JSON:
+async def completion(
+    answers: Answers, wanted: list[Wanted], head: Head, service: Service
+) -> JSONResponse:
     texts = ["" for _ in wanted]
     logprobs: list[list[TokenLogprobs]] = [[] for _ in wanted]
     outcomes: dict[int, Outcome] = {}
@@ -216,23 +218,28 @@ async def completion(answers: Answers, wanted: list[Wanted], head: Head, service
         elif not wanted[index].hide_answer:
             texts[index] += found.text
             logprobs[index] += found.logprobs
-    choices = []
-    for index, one in enumerate(wanted):
+
+    def choice(index: int, one: Wanted) -> JSON:
         outcome = outcomes[index]
-        known = logprobs_of(one, logprobs[index], prompt_logprobs(one, outcome), 0, service)
-        choices.append(
-            {
-                "index": index,
-                "text": (one.echo or "") + texts[index],
-                "logprobs": known,
-                "finish_reason": finish_reason(one, outcome),
-            }
-        )
-    return {
-        **head.of("text_completion"),
-        "choices": choices,
-        **summary(wanted, list(outcomes.values()), service),
-    }
+        return {
+            "index": index,
+            "text": (one.echo or "") + texts[index],
+            "logprobs": logprobs_of(
+                one, logprobs[index], prompt_logprobs(one, outcome), 0, service
+            ),
+            "finish_reason": finish_reason(one, outcome),
+        }
+
+    def response() -> JSONResponse:
+        """Log probabilities of a long prompt take seconds; the event loop must not wait."""
+        body = {
+            **head.of("text_completion"),
+            "choices": [choice(index, one) for index, one in enumerate(wanted)],
+            **summary(wanted, list(outcomes.values()), service),
+        }
+        return JSONResponse(body)
+
+    return await asyncio.to_thread(response)
 
 
 def summary(wanted: list[Wanted], outcomes: list[Outcome], service: Service) -> JSON:

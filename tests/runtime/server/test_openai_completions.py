@@ -2,12 +2,14 @@
 
 import asyncio
 import json
+import threading
 from typing import Any
 
 import pytest
 from scripted_generator import Script
 from served import Client, Response, Served, ask, serve
 
+from subspec.runtime.server import openai_completions
 from subspec.runtime.server.generation import Generation, GenerationRequest, QueueFull
 
 PATH = "/v1/completions"
@@ -78,6 +80,20 @@ def test_what_lm_eval_sends_gets_the_log_probabilities_of_the_prompt() -> None:
     assert shown["token_logprobs"][-1] == -0.25
     text = found.json["choices"][0]["text"]
     assert text.startswith(served.service.tokenizer.tokenizer.decode([5, 6, 7]))
+
+
+def test_log_probabilities_are_told_in_a_thread_for_which_the_event_loop_need_not_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told, threads = openai_completions.completion_logprobs, list[threading.Thread]()
+
+    def watched(*given: Any) -> dict[str, Any]:
+        threads.append(threading.current_thread())
+        return told(*given)
+
+    monkeypatch.setattr(openai_completions, "completion_logprobs", watched)
+    assert complete(serve("x"), "Hello", echo=True, logprobs=20, max_tokens=0).status == 200
+    assert threads and threading.current_thread() not in threads
 
 
 def test_an_echo_without_an_answer_is_the_prompt_alone() -> None:
