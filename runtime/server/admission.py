@@ -3,7 +3,7 @@ the server must close, ended here."""
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from subspec.artifacts.common.errors import SubspecError
@@ -69,14 +69,7 @@ class Admission:
     def submit(self, request: GenerationRequest) -> Generation:
         """Raises ApiError, QueueFull and SubspecError."""
         self.check_ready()
-        length = len(request.prompt_ids)
-        if length >= self._context:
-            self._metrics.rejected("context_length_exceeded")
-            raise PromptTooLong(length, self._context)
-        if not length:
-            raise invalid("the prompt is empty")
-        if not all(0 <= one < self._vocab_size for one in request.prompt_ids):
-            raise invalid(f"a token id of the prompt is not in 0 to {self._vocab_size - 1}")
+        self.check_prompt(request.prompt_ids)
         try:
             generation = self.engine.submit(request)
         except QueueFull:
@@ -85,6 +78,16 @@ class Admission:
         admitted = AdmittedGeneration(self, generation, self._metrics)
         self._live.add(admitted)
         return admitted
+
+    def check_prompt(self, ids: Sequence[int]) -> None:
+        """Raises ApiError and PromptTooLong for one that would never be taken."""
+        if len(ids) >= self._context:
+            self._metrics.rejected("context_length_exceeded")
+            raise PromptTooLong(len(ids), self._context)
+        if not ids:
+            raise invalid("the prompt is empty")
+        if not all(0 <= one < self._vocab_size for one in ids):
+            raise invalid(f"a token id of the prompt is not in 0 to {self._vocab_size - 1}")
 
     @property
     def num_live(self) -> int:

@@ -97,7 +97,8 @@ async def wanted_of(asked: CompletionFields, service: Service) -> list[Wanted]:
 
 
 def prompts_of(prompt: Any, service: Service) -> list[tuple[list[int], str]]:
-    """Ids and text of every prompt. Raises ApiError."""
+    """Ids and text of every prompt. Raises ApiError and PromptTooLong for any of them, before one
+    is answered."""
     text = service.tokenizer
     if isinstance(prompt, str) or isinstance(prompt[0], int):
         prompt = [prompt]
@@ -108,6 +109,7 @@ def prompts_of(prompt: Any, service: Service) -> list[tuple[list[int], str]]:
         ids = text.plain_ids(one) if isinstance(one, str) else one
         if not ids:
             raise invalid(f"prompt {index} has no tokens", "prompt")
+        service.engine.check_prompt(ids)
         said = one if isinstance(one, str) else text.tokenizer.decode(one)
         found.append((ids, said))
     return found

@@ -175,6 +175,19 @@ def test_an_id_beyond_the_vocabulary_is_refused() -> None:
     assert found.status == 400 and "999999" not in found.error["message"]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("prompt", "code"), [([5] * 600, "context_length_exceeded"), ([5, 999_999], "invalid_value")]
+)
+def test_a_later_prompt_that_is_never_taken_is_refused_before_another_one_is_answered(
+    prompt: list[int], code: str, stream: bool
+) -> None:
+    served = serve("x")
+    refused = complete(served, [[5, 6], prompt], stream=stream)
+    assert refused.status == 400 and refused.error["code"] == code
+    assert not served.engine.requests
+
+
 def test_several_answers_end_when_their_client_goes() -> None:
     served = serve(Script("word " * 100, largest_round=1, pause_seconds=0.02))
 
