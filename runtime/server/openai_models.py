@@ -6,6 +6,7 @@ from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from tokenizers import Tokenizer
 
 from subspec.runtime.server.bodies import read_body
 from subspec.runtime.server.errors import invalid
@@ -141,7 +142,13 @@ async def detokenize(service: Service, request: Request) -> Response:
         raise invalid(f"tokens has {wrong}, expected ids below {size}", "tokens")
 
     def answer() -> Response:
-        text: str = service.tokenizer.tokenizer.decode(asked.tokens, skip_special_tokens=False)
+        text = text_of(service.tokenizer.tokenizer, asked.tokens)
         return JSONResponse({"content": text, "prompt": text})
 
     return await asyncio.to_thread(answer)
+
+
+def text_of(tokenizer: Tokenizer, ids: list[int]) -> str:
+    """In a batch: then other threads of Python run meanwhile, and there may be a million tokens."""
+    (text,) = tokenizer.decode_batch([ids], skip_special_tokens=False)
+    return str(text)

@@ -9,8 +9,11 @@ import pytest
 from scripted_generator import Script
 from served import Client, Response, Served, ask, serve
 
+from subspec.planner.model.hub import DEMO
 from subspec.runtime.server import openai_completions
 from subspec.runtime.server.generation import Generation, GenerationRequest, QueueFull
+from subspec.runtime.server.openai_models import text_of
+from subspec.runtime.text.tokenizer import load_tokenizer
 
 PATH = "/v1/completions"
 
@@ -224,6 +227,24 @@ def test_llama_cpps_form_adds_special_tokens_if_asked_and_vllms_unless_told_not_
     pieces = ask(served.app, "/tokenize", {"content": "Hi", "with_pieces": True}).json["tokens"]
     assert "".join(one["piece"] for one in pieces) == "Hi"
     assert ask(served.app, "/tokenize", {}).error["param"] == "content"
+
+
+def test_other_threads_run_while_a_million_tokens_become_text() -> None:
+    num_turns, ended = 0, threading.Event()
+
+    def count() -> None:
+        nonlocal num_turns
+        while not ended.wait(0.001):
+            num_turns += 1
+
+    counting = threading.Thread(target=count)
+    counting.start()
+    before = num_turns
+    text = text_of(load_tokenizer(DEMO).tokenizer, [300] * 1_000_000)
+    after = num_turns
+    ended.set()
+    counting.join()
+    assert text and after - before > 10
 
 
 def test_tokens_become_their_text_again() -> None:
