@@ -1,15 +1,16 @@
 """The CPU kernels against what they replaced and against the memory's own speed, in one run.
 
     python benchmarks/kernel_speed.py [--layers 24 --hidden 2048 --inner 5632 --heads 16
-        --kv-heads 16 --vocabulary 32768 --hybrid --levels-only]
+        --kv-heads 16 --vocabulary 32768 --hybrid] [--only levels|draft|exact|attention ...]
 
 4-bit products of one draft step (all matrices of all layers and the head, so that nothing stays in
 a cache) at several rows: ours, ATen's, and the time to read the same bytes once. One whole draft
 step behind 512 tokens: compiled, its products alone, and by the plain twin. One whole level of a
 draft, the 13th, with all that is beside the layers, against the time to read its bytes (weights,
-and states of delta nets) at the rate of a large sum. Exact attention: ours and its plain twin. Each
-beside its ratio to ours. Decoding of residuals is in benchmarks/residual.py. The last line of
-stdout is one JSON object; milliseconds, medians.
+and states of delta nets) at the rate of a large sum. Exact products of bf16, hidden x inner: ours,
+which take torch's place on CPUs without instructions for bf16, torch's, and torch's in f32. Exact
+attention: ours and its plain twin. Each beside its ratio to ours. Decoding of residuals is in
+benchmarks/residual.py. The last line of stdout is one JSON object; milliseconds, medians.
 """
 
 import json
@@ -49,6 +50,7 @@ from subspec.runtime.draft.beam import Growing, Level, add_level, root_only
 from subspec.runtime.draft.compiled_layers import compile_layers
 from subspec.runtime.draft.drafter import SubstituteDrafter, Turn, drafted_rows
 from subspec.runtime.draft.substitutes import Substitutes
+from subspec.runtime.kernels import bf16
 from subspec.runtime.kernels.linear import Int4Weight, calls_of
 from subspec.runtime.load import make_substitutes, place_substitutes, place_tensors
 from subspec.runtime.memory import FastMemory
@@ -58,7 +60,9 @@ from subspec.runtime.model.net_state import make_net_states
 from subspec.runtime.model.transformer import forward, make_shared, make_tables
 
 CPU = torch.device("cpu")
+GROUPS = ("levels", "draft", "exact", "attention")
 ROWS = (1, 2, 3, 4, 8, 16)
+EXACT_ROWS = (1, 8, 16, 32, 64, 256)
 STEP_ROWS = (1, 2, 3, 4, 8)
 LEVEL_WIDTHS = (1, 2, 4)
 LEVELS_BEFORE = 12  # the level that is timed; delta nets read the nodes above
@@ -218,6 +222,16 @@ def read_once(substitutes: Substitutes) -> Callable[[], None]:
     return run
 
 
+def exact_products(columns: int, weight_rows: int, rows: int) -> Actions:
+    x, weight = torch.randn(rows, columns).bfloat16(), torch.randn(weight_rows, columns).bfloat16()
+    out, wide_x, wide_weight = x.new_empty(rows, weight_rows), x.float(), weight.float()
+    return {
+        "ours": lambda: bf16.product(x, weight, out, torch.get_num_threads()),
+        "torch": lambda: torch.mm(x, weight.t(), out=out),
+        "torch, f32": lambda: torch.mm(wide_x, wide_weight.t()),
+    }
+
+
 def exact_attention(shape: tuple[int, ...]) -> Actions:
     heads, kv_heads, rows, slots, size = shape
     q = torch.randn(heads, rows, size).bfloat16()
@@ -238,7 +252,7 @@ def exact_attention(shape: tuple[int, ...]) -> Actions:
 @click.option("--kv-heads", default=16, show_default=True)
 @click.option("--vocabulary", default=32_768, show_default=True)
 @click.option("--hybrid", is_flag=True, help="Of four layers three are gated delta nets.")
-@click.option("--levels-only", is_flag=True, help="Whole levels of a draft and nothing else.")
+@click.option("--only", multiple=True, type=click.Choice(GROUPS), help="Not all of them.")
 @reported
 def main(
     layers: int,
@@ -248,7 +262,7 @@ def main(
     kv_heads: int,
     vocabulary: int,
     hybrid: bool,
-    levels_only: bool,
+    only: tuple[str, ...],
 ) -> None:
     """Time the CPU kernels of this machine."""
     found: dict[str, dict[str, float]] = {}
@@ -267,12 +281,18 @@ def main(
     torch.manual_seed(0)
     spec = model_of(layers, hidden, inner, heads, kv_heads, vocabulary, hybrid)
     with torch.inference_mode():
-        w4a8 = random_substitutes(spec, "w4a8")
-        steps, levels = draft_steps(spec, w4a8)
-        for width in LEVEL_WIDTHS:
-            compare(name := f"one draft level, {width} wide", levels(width), LONG_EFFORT)
-            of_reading[str(width)] = 1 / ratios[name]["reading"]
-        if not levels_only:
+        wanted = only or GROUPS
+        if "exact" in wanted and bf16.unavailable() is None:
+            for rows in EXACT_ROWS:
+                compare(f"exact products, {rows} rows", exact_products(hidden, inner, rows))
+        w4a8 = random_substitutes(spec, "w4a8") if {"levels", "draft"} & {*wanted} else None
+        if w4a8 is not None:
+            steps, levels = draft_steps(spec, w4a8)
+        if "levels" in wanted:
+            for width in LEVEL_WIDTHS:
+                compare(name := f"one draft level, {width} wide", levels(width), LONG_EFFORT)
+                of_reading[str(width)] = 1 / ratios[name]["reading"]
+        if w4a8 is not None and "draft" in wanted:
             both: dict[Int4Kernel, Substitutes] = {
                 "w4a8": w4a8,
                 "aten": random_substitutes(spec, "aten"),
@@ -285,6 +305,7 @@ def main(
                 compare(f"draft products, {rows} rows", products)
             for rows in STEP_ROWS:
                 compare(f"one draft step, {rows} rows", steps(rows))
+        if "attention" in wanted:
             for shape in ATTENTION:
                 compare(f"attention {' '.join(map(str, shape))}", exact_attention(shape))
     threads = torch.get_num_threads()
