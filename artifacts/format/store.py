@@ -42,6 +42,8 @@ DRAFT_MODEL_FILES = (
     "model.json", "substitutes.safetensors", "resident.safetensors", "embedding.safetensors",
 )  # fmt: skip
 DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
+TOKENIZER = ("tokenizer.json", "settings.json", "chat_template.jinja")  # in tokenizer/, as read
+LARGEST_TOKENIZER = 128 << 20  # bytes of its largest file; the largest known has 35 MB
 FILE_NAME = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*", re.ASCII)
 AGAIN = "copy or build the artifact again"
 
@@ -181,9 +183,10 @@ def open_artifact(path: Path) -> Artifact:
     manifest = read_manifest(path)
     _check_files(path, manifest)
     newer = _version(manifest.format_version) > _version(FORMAT_VERSION)
-    spec = _load(ModelSpec, _read_json(path, "model.json"), "model.json", newer)
-    plan = _load(Plan, _read_json(path, "plan.json"), "plan.json", newer)
-    profile = _load(Profile, _read_json(path, "profile.json"), "profile.json", newer)
+    _check_tokenizer(path, manifest)
+    spec = _load(ModelSpec, _read_json(path, manifest, "model.json"), "model.json", newer)
+    plan = _load(Plan, _read_json(path, manifest, "plan.json"), "plan.json", newer)
+    profile = _load(Profile, _read_json(path, manifest, "profile.json"), "profile.json", newer)
     check_spec(spec)
     if spec.draft_head is not None and HEAD_FILE not in {entry.path for entry in manifest.files}:
         raise _corrupt(f"{MANIFEST} does not list {HEAD_FILE}")
@@ -202,7 +205,7 @@ def open_artifact(path: Path) -> Artifact:
 def _open_draft_model(path: Path, manifest: Manifest, newer: bool) -> ModelSpec:
     _require(manifest, [f"{DRAFT_MODEL}/{name}" for name in DRAFT_MODEL_FILES])
     where = f"{DRAFT_MODEL}/model.json"
-    spec: ModelSpec = _load(ModelSpec, _read_json(path, where), where, newer)
+    spec: ModelSpec = _load(ModelSpec, _read_json(path, manifest, where), where, newer)
     check_spec(spec)
     if spec.fp8 or spec.draft_head is not None:
         raise _corrupt(f"{where} has weights in FP8, or a head for the next but one token")
@@ -267,6 +270,19 @@ def _check_files(path: Path, manifest: Manifest) -> None:
         if size != entry.num_bytes:
             raise _corrupt(f"{entry.path} is {size} bytes, the manifest says {entry.num_bytes}")
     _require(manifest, REQUIRED)
+
+
+def _check_tokenizer(path: Path, manifest: Manifest) -> None:
+    """Its files are what was written: tokens depend on them. They are read long before weights."""
+    for entry in manifest.files:
+        if entry.path not in {f"tokenizer/{name}" for name in TOKENIZER}:
+            continue
+        if entry.num_bytes > LARGEST_TOKENIZER:
+            raise _corrupt(
+                f"{entry.path} is {entry.num_bytes} bytes, expected at most {LARGEST_TOKENIZER}"
+            )
+        if file_entry(path, entry.path).chunks != entry.chunks:
+            raise _corrupt(f"{entry.path} does not match its digest")
 
 
 def _require(manifest: Manifest, names: Iterable[str]) -> None:
@@ -345,8 +361,13 @@ def _read_small(path: Path, name: str) -> bytes:
         return file.read()
 
 
-def _read_json(path: Path, name: str) -> Any:
-    return parse_json(_read_small(path, name), name)
+def _read_json(path: Path, manifest: Manifest, name: str) -> Any:
+    """The value of a listed file, whose bytes are compared with its digest."""
+    text = _read_small(path, name)
+    chunks = {entry.path: entry.chunks for entry in manifest.files}[name]
+    if chunks != (hashlib.sha256(text).hexdigest(),):
+        raise _corrupt(f"{name} does not match its digest")
+    return parse_json(text, name)
 
 
 def _is_file_name(name: str) -> bool:

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format.codec import load_dataclass, parse_json
+from subspec.artifacts.format.store import LARGEST_TOKENIZER
 from subspec.artifacts.format.tensors import open_regular
 from subspec.runtime.text.chat_template import render
 
@@ -19,7 +20,6 @@ TOKENIZER = "tokenizer.json"
 SETTINGS = "settings.json"
 TEMPLATE = "chat_template.jinja"
 KNOWN_SETTINGS = ("special_tokens", "begins_with_bos")
-LARGEST_TOKENIZER = 128 << 20  # bytes; the largest known has 35 MB
 LARGEST_TEMPLATE = 1 << 20
 DEEPEST = 100  # lists and objects within each other in what a template is given
 MOST_COUNTED = 1 << 18  # tokens of a text that need not fit a context

@@ -240,6 +240,24 @@ def test_a_file_that_is_truncated_extended_or_gone_does_not_open(artifact: Path,
     refused(artifact, short)
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_a_byte_that_changed_in_a_file_that_is_read_whole_does_not_open(
+    artifact: Path, name: str
+) -> None:
+    """A digit of a plan, a token's text: JSON of the same size that reads well."""
+    original = (artifact / name).read_bytes()
+    digit = next(place for place, one in enumerate(original) if one == ord("1"))
+    (artifact / name).write_bytes(original[:digit] + b"2" + original[digit + 1 :])
+    refused(artifact, name, "match its", "digest")
+
+
+def test_a_tokenizer_that_is_far_too_large_is_refused_before_it_is_read(artifact: Path) -> None:
+    file = artifact / "tokenizer" / "tokenizer.json"
+    os.truncate(file, 1 << 40)
+    reseal(artifact, in_files("tokenizer/tokenizer.json", num_bytes=1 << 40))
+    refused(artifact, "tokenizer.json", "expected at most")
+
+
 def test_a_file_of_another_artifact_is_found_by_verify(artifact: Path, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     make_artifact(tmp_path / "other", TINY, seed=2)
