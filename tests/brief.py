@@ -34,8 +34,9 @@ main(sys.argv[2:])
 """
 # subspec-plan in a process of its own, with `be_brief`.
 BRIEF_PLANNER = (sys.executable, "-c", BRIEF_PLAN, str(Path(__file__).parent))
-# It ends with the five answers: a limit in seconds would be another on a busy machine.
-BRIEF = Effort(learn_seconds=60.0, time_seconds=1.0, plain_seconds=0.1)
+# Learning ends with the five answers: a limit in seconds would be another on a busy machine. So
+# rounds have some seconds, for a few even there.
+BRIEF = Effort(learn_seconds=60.0, time_seconds=4.0, plain_seconds=1.0)
 
 
 def be_brief(patch: pytest.MonkeyPatch) -> None:

@@ -59,9 +59,7 @@ def rehearse(
     plans again with both."""
     request, started = known.request, cpu_times()
     known = replace(known, profile=without_corrections(known.profile))
-    effort = Effort() if request.rehearse is None else Effort.within(request.rehearse)
-    if known.proposer is not None:
-        effort = effort.divided(3)
+    effort = effort_of(known)
     samples, setting = (
         request.samples or shipped_samples(),
         Setting(request.link_bandwidth, request.device),
