@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from subspec.artifacts.common.command import say
+from subspec.artifacts.common.command import finite_option, say
 from subspec.artifacts.common.configuration import Configured
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.sizes import format_size
@@ -19,7 +19,6 @@ from subspec.runtime.app.run_options import (
     arranged,
     bias_option,
     check_options,
-    finite_option,
     option,
 )
 

@@ -4,6 +4,7 @@ import errno
 import functools
 import io
 import json
+import math
 import os
 import re
 import resource
@@ -53,6 +54,15 @@ def size_option(
         return parse_size(value)
     except SubspecError as error:
         raise click.BadParameter(f"{error.message}{HINT}{error.hint}") from None
+
+
+def finite_option(
+    context: click.Context, parameter: click.Parameter, value: float | None
+) -> float | None:
+    """Callback: refuses nan, which click's ranges accept, and infinity."""
+    if value is not None and not math.isfinite(value):
+        raise click.BadParameter(f"{value} is not a number{HINT}0.7 is one")
+    return value
 
 
 class Program(click.Command):

@@ -1,6 +1,5 @@
 """The command line of subspec-run as it is parsed, and what of it goes together."""
 
-import math
 import re
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -66,13 +65,6 @@ EXCLUDES = (
 
 
 option = option_with_default_of(Options)
-
-
-def finite_option(context: click.Context, parameter: click.Parameter, value: float) -> float:
-    """Refuse nan, which click's ranges accept, and infinity."""
-    if not math.isfinite(value):
-        raise click.BadParameter(f"{value} is not a number{HINT}0.7 is one")
-    return value
 
 
 def bias_option(

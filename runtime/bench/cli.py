@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from subspec.artifacts.common.command import Program, say
+from subspec.artifacts.common.command import Program, finite_option, say
 from subspec.artifacts.common.configuration import Configured
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.plan import DrafterName
 from subspec.runtime.app.opening_options import OpeningOptions, check_opening, plan_options
-from subspec.runtime.app.run_options import finite_option
 from subspec.runtime.bench.bench_options import (
     artifact_argument,
     form_option,

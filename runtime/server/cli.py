@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from subspec.artifacts.common.command import HINT, leave
+from subspec.artifacts.common.command import HINT, finite_option, leave
 from subspec.artifacts.common.configuration import Configured
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.runtime.app.opening_options import drafter_option, plan_options
-from subspec.runtime.app.run_options import finite_option
 from subspec.runtime.server.serve_options import (
     KEY_VARIABLE,
     MODEL_NAME,
