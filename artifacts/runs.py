@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import os
+import shlex
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -91,6 +92,12 @@ class Run:
     def accepted_by_level(self) -> tuple[int, ...]:
         """By level: how many of the rounds accepted it."""
         return tuple(sum(self.accepted[level:]) for level in range(1, len(self.drafted) + 1))
+
+
+def recorded_by(plan: Plan, path: str) -> str:
+    """The command whose answers are recorded under the plan: with a drafter that it predicts."""
+    options = "" if plan.drafter is None else f" --drafter {plan.method}"
+    return f'subspec-run {shlex.quote(path)}{options} "your prompt"'
 
 
 def plan_digest(plan: Plan) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from subspec.artifacts.common.command import say, size_option
+from subspec.artifacts.common.command import finite_option, say, size_option
 from subspec.artifacts.common.configuration import Configured
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.sizes import parse_size
@@ -129,7 +129,7 @@ class Options:
 )
 @click.option(
     "--draft-min-probability", "min_path_probability", metavar="P",
-    type=click.FloatRange(0, 1, max_open=True),
+    type=click.FloatRange(0, 1, max_open=True), callback=finite_option,
     help="End a draft at the first level whose paths are together less probable than P.",
 )  # fmt: skip
 @click.option(
@@ -257,6 +257,11 @@ def check_options(options: Options) -> None:
     if options.draft_model is None and options.draft_model_weights != "4bit":
         message = "--draft-model-weights was given without --draft-model"
         raise SubspecError(Exit.USAGE, message, "add --draft-model REF")
+    with_model = options.method in ("draft-model", "substitute+draft-model")
+    if options.model is not None and options.draft_model is None and with_model:
+        message = f"--method {options.method} needs a draft model, and there is none"
+        hint = "add --draft-model REF, a smaller model of the same vocabulary"
+        raise SubspecError(Exit.USAGE, message, hint)
     makes_weights = options.encoding != "auto" or options.quantizer != "blocked"
     makes_weights = makes_weights or options.draft_model is not None
     makes_weights = makes_weights or options.draft_head not in (None, OWN_HEAD)

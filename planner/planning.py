@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.common.errors import Exit, SubspecError, errors_of
 from subspec.artifacts.common.sizes import short_size
 from subspec.artifacts.format.folder import place_of
 from subspec.artifacts.plan import Method, Plan
@@ -75,7 +75,8 @@ def plan_model(
     request = within_memory(request, tell)
     checkpoint = read_checkpoint(model.path, model.source)
     if draft_head is not None:
-        checkpoint = with_draft_head(checkpoint, draft_head.path)
+        with errors_of(f"draft head {draft_head.source.repository}"):
+            checkpoint = with_draft_head(checkpoint, draft_head.path)
     tokenizer = read_tokenizer(model.path)
     for note in (*checkpoint.notes, *tokenizer.notes):
         tell(f"note: {note}")
@@ -129,10 +130,12 @@ def plan_dry(
     request = within_memory(request, tell)
     spec = read_spec(model.path, model.source)
     if draft_head is not None:
-        spec = with_draft_head(Checkpoint(model.path, spec, {}), draft_head.path).spec
+        with errors_of(f"draft head {draft_head.source.repository}"):
+            spec = with_draft_head(Checkpoint(model.path, spec, {}), draft_head.path).spec
     other = None
     if draft_model is not None:
-        own = read_spec(draft_model.model.path, draft_model.model.source)
+        with errors_of(f"draft model {draft_model.model.source.repository}"):
+            own = read_spec(draft_model.model.path, draft_model.model.source)
         other = as_draft_model(own, draft_model)
     for note in generation_notes(read_generation(model.path)):
         tell(f"note: {note}")
@@ -145,7 +148,8 @@ def read_draft_model(given: DraftModelRef) -> "Checkpoint":
     """A checkpoint of what an artifact has of a draft model. Raises SubspecError."""
     from subspec.planner.model.checkpoint import read_checkpoint
 
-    checkpoint = read_checkpoint(given.model.path, given.model.source)
+    with errors_of(f"draft model {given.model.source.repository}"):
+        checkpoint = read_checkpoint(given.model.path, given.model.source)
     return replace(checkpoint, spec=as_draft_model(checkpoint.spec, given))
 
 
@@ -233,7 +237,7 @@ def as_stored(request: PlanRequest) -> PlanRequest:
 def recorded_runs(artifact: "Artifact", profile: Profile) -> "list[Run]":
     """The recorded runs of this plan on the profile's machine. Raises SubspecError(USAGE) if there
     are none."""
-    from subspec.artifacts.runs import plan_digest, read_runs
+    from subspec.artifacts.runs import plan_digest, read_runs, recorded_by
 
     digest, recorded = plan_digest(artifact.plan), read_runs(artifact.path)
     runs = [run for run in recorded if run.plan == digest and run.machine == profile.machine]
@@ -242,7 +246,7 @@ def recorded_runs(artifact: "Artifact", profile: Profile) -> "list[Run]":
             Exit.USAGE,
             f"{artifact.path} has no record of a run of its plan on this machine "
             f"({len(recorded)} of others)",
-            f'run it first: subspec-run {artifact.path} "your prompt"',
+            f"run it first: {recorded_by(artifact.plan, str(artifact.path))}",
         )
     return runs
 
@@ -289,7 +293,9 @@ def measure_here(
 ) -> Profile:
     from subspec.planner.machine.measure import measure
     from subspec.planner.machine.timing import pick_device
+    from subspec.planner.solve.problem import check_drafters
 
+    check_drafters(request.constraints, spec, draft_model is not None)
     context = request.constraints.context
     if context is not None and context > spec.max_positions:
         raise SubspecError(

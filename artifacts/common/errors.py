@@ -2,6 +2,8 @@
 
 import enum
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 SHORTAGES = (
     errno.EMFILE,
@@ -36,3 +38,14 @@ class SubspecError(Exception):
         self.message = message
         self.hint = hint
         self.said = said
+
+
+@contextmanager
+def errors_of(what: str) -> Iterator[None]:
+    """SubspecErrors of the block begin with what they are about: of several checkpoints each has a
+    config.json."""
+    try:
+        yield
+    except SubspecError as error:
+        message = f"{what}: {error.message}"
+        raise SubspecError(error.exit_code, message, error.hint, error.said) from error

@@ -45,11 +45,10 @@ INTEGERS = ("I64", "I32")
 
 def with_draft_head(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
     """The checkpoint with the head in `folder` instead of one that it may have. Raises
-    SubspecError: USAGE for a head of another model, UNSUPPORTED for what we do not compute, CORRUPT
-    for what makes no sense."""
-    reference = folder.name
+    SubspecError, whose message is about the head: USAGE for one of another model, UNSUPPORTED for
+    what we do not compute, CORRUPT for what makes no sense."""
     if (folder / PICKLE).exists() and not (folder / WEIGHTS).exists():
-        message = f"the draft head {reference} is in {PICKLE}, we read only {WEIGHTS}"
+        message = f"its weights are in {PICKLE}, we read only {WEIGHTS}"
         raise SubspecError(Exit.UNSUPPORTED, message, f"in its folder: {CONVERT}")
     tensors = {
         next(name.removeprefix(p) for p in reversed(PREFIXES) if name.startswith(p)): tensor
@@ -60,7 +59,7 @@ def with_draft_head(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
         eagle3 = eagle3_of(written, checkpoint.spec)
         written, tensors = decoder_fields(written), renamed(tensors)
     own = described(written, folder, Source(""))
-    check_sizes(own, checkpoint.spec, reference)
+    check_sizes(own, checkpoint.spec)
     layer = as_stored(own.layers[0], tensors)
     bias = f"{FUSION}.bias" in tensors
     if eagle3 is None:
@@ -82,7 +81,7 @@ def with_draft_head(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
     return replace(checkpoint, spec=spec, rows=kept | rows)
 
 
-def check_sizes(own: ModelSpec, spec: ModelSpec, reference: str) -> None:
+def check_sizes(own: ModelSpec, spec: ModelSpec) -> None:
     """Raises SubspecError unless a head of these sizes fits the model."""
     for what, theirs, ours in (
         ("a hidden size", own.hidden_size, spec.hidden_size),
@@ -91,12 +90,11 @@ def check_sizes(own: ModelSpec, spec: ModelSpec, reference: str) -> None:
         if theirs != ours:
             raise SubspecError(
                 Exit.USAGE,
-                f"the draft head {reference} has {what} of {theirs}, its model must have the same "
-                f"and has {ours}",
+                f"it has {what} of {theirs}, its model must have the same and has {ours}",
                 "give the head that was trained for this model",
             )
     if own.num_layers != 1:
-        message = f"the draft head {reference} has {own.num_layers} layers, we compute only 1"
+        message = f"it has {own.num_layers} layers, we compute only 1"
         raise SubspecError(Exit.UNSUPPORTED, message)
 
 
@@ -116,7 +114,7 @@ def without_first_norm(layer: LayerSpec) -> LayerSpec:
 
 def rows_of(tensors: dict[str, StoredTensor], name: str, shape: tuple[int, ...]) -> Rows:
     if name not in tensors:
-        message = f"the draft head has no {name}, expected one of shape {list(shape)} by {CONFIG}"
+        message = f"it has no {name}, expected one of shape {list(shape)} by {CONFIG}"
         raise SubspecError(Exit.CORRUPT, message, AGAIN)
     tensor = tensors[name]
     if tensor.shape != shape:

@@ -121,6 +121,6 @@ def check_embedding(own: StoredTensor, models: Rows) -> None:
         if not bool(((ours - theirs).abs() <= LARGEST_DIFFERENCE * ours.abs().max()).all()):
             raise SubspecError(
                 Exit.UNSUPPORTED,
-                f"{own.name} beside the draft head is not the embedding of its model",
+                f"{own.name} is not the embedding of its model",
                 "give a head that was trained with the model's own embedding",
             )

@@ -98,10 +98,8 @@ def make_problem(
             "the profile has no speed of weights in FP8, which the model has",
             "measure this machine with this model: leave out --profile",
         )
-    check_draft_model(profile, constraints, proposer)
-    if constraints.draft_head and spec.draft_head is None:
-        message = "--draft-head own was given, and the checkpoint has no head that drafts"
-        raise SubspecError(Exit.USAGE, message, "leave it out, or give the head's own checkpoint")
+    check_drafters(constraints, spec, proposer is not None)
+    check_draft_model(profile, proposer)
     decodes = profile.residual_weights_per_second > 0
     decodes = decodes and (not spec.fp8 or profile.fp8_residual_weights_per_second > 0)
     choices = held_decoded(stored) if stored else storages(spec, constraints.encoding, decodes)
@@ -124,16 +122,21 @@ def make_problem(
     return with_prompt_share(next(drafting, None) or next(decoding, None) or problems[-1])
 
 
-def check_draft_model(
-    profile: Profile, constraints: Constraints, proposer: Proposer | None
-) -> None:
-    """Raises SubspecError(USAGE) for a method whose draft model is not there, or not timed."""
-    if constraints.method in WITH_DRAFT_MODEL and proposer is None:
+def check_drafters(constraints: Constraints, spec: ModelSpec, has_draft_model: bool) -> None:
+    """Raises SubspecError(USAGE) if a draft model or a head is asked for that is not there."""
+    if constraints.method in WITH_DRAFT_MODEL and not has_draft_model:
         raise SubspecError(
             Exit.USAGE,
             f"--method {constraints.method} needs a draft model, and there is none",
             "add --draft-model REF, a smaller model of the same vocabulary",
         )
+    if constraints.draft_head and spec.draft_head is None:
+        message = "--draft-head own was given, and the checkpoint has no head that drafts"
+        raise SubspecError(Exit.USAGE, message, "leave it out, or give the head's own checkpoint")
+
+
+def check_draft_model(profile: Profile, proposer: Proposer | None) -> None:
+    """Raises SubspecError(USAGE) for one that is not timed."""
     if proposer is not None and not profile.has_draft_model:
         raise SubspecError(
             Exit.USAGE,

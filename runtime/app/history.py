@@ -16,7 +16,7 @@ from subspec.artifacts.common.formatting import counted, duration, number
 from subspec.artifacts.common.sizes import short_size
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.plan import USUAL, Draft, Method, Plan
-from subspec.artifacts.runs import Run, plan_digest, read_runs
+from subspec.artifacts.runs import Run, plan_digest, read_runs, recorded_by
 
 FEWEST_ANSWERS = 5  # that a hint is based on
 LARGEST_DRIFT = 0.1  # a larger difference from the predicted speed gives a hint
@@ -226,7 +226,9 @@ def history_lines(history: History, plan: Plan, path: str) -> list[str]:
     )
     if not history.ways:
         found = f"no answers are recorded under the current plan of {path}"
-        return [f"{found}; not counted: {left_out}" if left_out else f"{found}: run it first"]
+        if left_out:
+            return [f"{found}; not counted: {left_out}"]
+        return [f"{found}: run it first: {recorded_by(plan, path)}"]
     budget = short_size(history.budget_bytes)
     lines = [f"{path}: budget {budget}, planned on {history.machine}"]
     for way in history.ways:

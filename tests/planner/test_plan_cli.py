@@ -111,6 +111,7 @@ def test_a_draft_model_is_planned_into_the_artifact(
         (["--draft-model", "nowhere/./"], "nowhere"),
         (["--method", "draft-model"], "needs a draft model"),
         (["--draft-model-weights", "exact"], "without --draft-model"),
+        (["--draft-head", "own"], "the checkpoint has no head that drafts"),
         (["--draft-model", "demo"], "no timings of the draft model"),
     ],
 )
@@ -154,6 +155,7 @@ def test_a_head_of_eagle_3_is_planned_into_the_artifact_and_drafts_what_is_said_
     words[1] = head
     ended = plan(capsys, "--model", model, *words, "--out", "other")
     assert ended.exit_code == Exit.CORRUPT and "none are read by default" in ended.err
+    assert ended.err.startswith("error: draft head head: config.json has no ")
     assert not Path("other").exists()
 
 
@@ -443,6 +445,7 @@ def test_an_artifact_is_replaced_only_if_asked(
         (["--context", "5000"], 2, "more than the model's 4096 positions"),
         (["--context", "3"], 2, "'--context': 3 is not in the range"),
         (["--width", "0"], 2, "'--width': 0 is not in the range"),
+        (["--draft-min-probability", "nan"], 2, "nan is not a number"),
         (["--width", "64", "--depth", "128"], 3, "does not exist on this machine"),
         (["--method", "magic"], 2, "'magic' is not one of"),
         (["--quantizer", "magic"], 2, "'magic' is not one of"),
@@ -489,6 +492,8 @@ def test_a_wrong_argument_is_one_sentence_and_a_code_and_leaves_nothing(
         (["--device", "cpu:0"], 2, "--device 'cpu:0' is not known"),
         (["--device", "cuda:x"], 2, "--device 'cuda:x' is not known"),
         (["--context", "5000"], 2, "more than the model's 4096 positions"),
+        (["--method", "draft-model"], 2, "needs a draft model"),
+        (["--draft-head", "own"], 2, "the checkpoint has no head that drafts"),
         (["--out", "/proc/x"], 2, "cannot write a test file"),
     ],
 )

@@ -198,10 +198,17 @@ def test_published_figures_are_called_so() -> None:
 
 def test_no_answers_are_one_sentence() -> None:
     found = "no answers are recorded under the current plan of a"
-    assert history_lines(summary(PLAN, []), PLAN, "a") == [f"{found}: run it first"]
+    first = f'{found}: run it first: subspec-run a "your prompt"'
+    assert history_lines(summary(PLAN, []), PLAN, "a") == [first]
     assert history_lines(summary(PLAN, [make_run(plan="0" * 64)]), PLAN, "a") == [
         f"{found}; not counted: 1 answer under another plan"
     ]
+
+
+def test_a_plan_whose_head_drafts_names_the_drafter_whose_answers_are_recorded() -> None:
+    plan = replace(PLAN, method="substitute", drafter="eagle3")
+    [line] = history_lines(summary(plan, []), plan, "my artifact")
+    assert line.endswith("subspec-run 'my artifact' --drafter substitute \"your prompt\"")
 
 
 def keys(value: object, path: str = "") -> set[str]:
