@@ -1,5 +1,6 @@
 """Options of subspec-bench: lists of numbers, sizes and names, and those of several commands."""
 
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -44,11 +45,43 @@ def listed(text: str, kind: Any, holds: Any, expected: str) -> list[Any]:
 
 
 def names(text: str, known: Iterable[str], what: str) -> tuple[str, ...]:
-    """Raises SubspecError(USAGE)."""
+    """At least one. Raises SubspecError(USAGE)."""
     every, found = list(known), tuple(one.strip() for one in text.split(",") if one.strip())
     if wrong := next((one for one in found if one not in every), None):
         raise SubspecError(Exit.USAGE, f"{what} {wrong!r}, expected some of {', '.join(every)}")
+    if not found:
+        raise SubspecError(Exit.USAGE, f"{what} is empty, expected some of {', '.join(every)}")
     return found
+
+
+def file_of_rows(
+    context: click.Context, option: click.Parameter, value: Path | None
+) -> Path | None:
+    """Callback: a file that rows can be added to, as far as that is known before one is measured.
+    Nothing is made."""
+    return None if value is None else can_be_written(value, value.is_file, "file")
+
+
+def folder_of_files(context: click.Context, option: click.Parameter, value: Path) -> Path:
+    """Callback: a folder that files can be written to, or that can be made."""
+    return can_be_written(value, value.is_dir, "folder")
+
+
+def can_be_written(path: Path, is_one: Callable[[], bool], kind: str) -> Path:
+    """Raises click.BadParameter."""
+    try:
+        there = path.exists()
+        if there and not is_one():
+            problem = f"is not a {kind}"
+        elif not path.parent.is_dir():
+            problem = f"cannot be made: {path.parent} is not a folder"
+        elif not os.access(path if there else path.parent, os.W_OK):
+            problem = "cannot be written"
+        else:
+            return path
+    except OSError as error:
+        problem = f"cannot be used: {error.strerror}"
+    raise click.BadParameter(f"{path} {problem}{HINT}name another {kind}")
 
 
 def form_option(command: Command) -> Command:
@@ -58,7 +91,13 @@ def form_option(command: Command) -> Command:
 
 
 def out_option(help: str) -> Callable[[Command], Command]:
-    return click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help=help)
+    return click.option(
+        "--out",
+        type=click.Path(path_type=Path),
+        callback=file_of_rows,
+        metavar="FILE",
+        help=help,
+    )
 
 
 def artifact_argument(command: Command) -> Command:

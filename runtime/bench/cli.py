@@ -15,6 +15,7 @@ from subspec.artifacts.plan import DrafterName
 from subspec.runtime.app.opening_options import OpeningOptions, check_opening, plan_options
 from subspec.runtime.bench.bench_options import (
     artifact_argument,
+    folder_of_files,
     form_option,
     names,
     out_option,
@@ -39,7 +40,7 @@ class Programs(Program, click.Group):
     """Commands under one name, each of which ends as `Program` says."""
 
 
-@click.group(NAME, cls=Programs, context_settings=HELP)
+@click.group(NAME, cls=Programs, context_settings=HELP, no_args_is_help=False)
 @click.version_option(package_name="subspec")
 def main() -> None:
     """Measure an artifact: speed, tasks with accuracy, sweeps of settings, pairs, traces.
@@ -88,6 +89,9 @@ def speed(artifact: Path, form: "Form", out: Path | None, **given: Any) -> None:
         given["filled"] or (0,),
         given["repeats"],
     )
+    if not (tests.prompts or tests.answers):
+        message = "--prompts and --answers are 0, expected something to measure"
+        raise SubspecError(Exit.USAGE, message, "such as --prompts 128")
     rows = list(speed_rows(source_of(artifact, given), axes, methods, tests, out, say))  # type: ignore[arg-type]
     show(rows, speed_table(rows), form)
 
@@ -109,7 +113,7 @@ def speed(artifact: Path, form: "Form", out: Path | None, **given: Any) -> None:
 @click.option("--no-speculation", is_flag=True,
               help="Decode plainly: the same tokens without a draft.")  # fmt: skip
 @click.option("--drafter", type=click.Choice(get_args(DrafterName)),
-              help="Who proposes tokens.  [default: the 4-bit substitute]")  # fmt: skip
+              help="Who proposes tokens.  [default: the plan's]")  # fmt: skip
 @click.option("--execute-code", is_flag=True,
               help="Run generated programs, in a child with limits.")  # fmt: skip
 @form_option
@@ -217,9 +221,10 @@ def compare(a: Path, b: Path, as_json: bool, expect_identical: bool) -> None:
 @click.option("--max-tokens", type=click.IntRange(min=2), default=64, show_default=True,
               help="Longest answer.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), required=True, metavar="FOLDER",
+              callback=folder_of_files,
               help="For trace.json (Perfetto) and steps.jsonl.")  # fmt: skip
 @click.option("--drafter", type=click.Choice(get_args(DrafterName)),
-              help="Who proposes tokens.  [default: the 4-bit substitute]")  # fmt: skip
+              help="Who proposes tokens.  [default: the plan's]")  # fmt: skip
 @plan_options
 def trace(artifact: Path, prompt: str, out: Path, max_tokens: int, **given: Any) -> None:
     """What runs when, and what the draft thought.
@@ -235,14 +240,14 @@ def trace(artifact: Path, prompt: str, out: Path, max_tokens: int, **given: Any)
     found = planned(source, Variant())
     ids = load_tokenizer(found.path / "tokenizer").chat_ids([{"role": "user", "content": prompt}])
     ends = frozenset(found.spec.eos_token_ids)
-    try:
-        out.mkdir(exist_ok=True)
-    except OSError as error:
-        message = f"--out {out} cannot be made: {error.strerror}"
-        raise SubspecError(Exit.USAGE, message, "name another folder") from None
     params = GenerationParams(max_tokens, end_tokens=ends, logprobs=0)
     spans, steps = traced(found, source, ids, params)
-    write_trace(out, found, spans, steps)
+    try:
+        out.mkdir(exist_ok=True)
+        write_trace(out, found, spans, steps)
+    except OSError as error:
+        message = f"--out {out} cannot be written: {error.strerror}"
+        raise SubspecError(Exit.RESOURCES, message, "name another folder") from None
     say(f"{len(steps)} rounds, {len(spans)} spans: {out}/")
     print(out)
 

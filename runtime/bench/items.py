@@ -44,6 +44,9 @@ def items_of(task: str, data: Path | None, most: int, seed: int) -> list[Item]:
     else:
         known = ", ".join((BUILTIN, *LAYOUTS))
         raise SubspecError(Exit.USAGE, f"there is no task {task!r}", f"the tasks are {known}")
+    if not rows:
+        where = "the hub" if data is None else data
+        raise SubspecError(Exit.USAGE, f"{task} has no items in {where}", "give another --data")
     numbers = list(range(len(rows)))
     random.Random(f"{seed} {task}").shuffle(numbers)
     return [item_of(task, layout, number, rows[number], seed) for number in numbers[:most]]

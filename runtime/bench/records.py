@@ -169,12 +169,16 @@ def costs_of(stats: Stats, peak_bytes: int) -> Costs:
 
 
 def append_row(file: Path, row: SpeedRow | AnswerRow | SweepRow) -> None:
-    """The row is on the disk when this returns."""
+    """The row is on the disk when this returns. Raises SubspecError(RESOURCES)."""
     line = json.dumps(asdict(row), ensure_ascii=False, allow_nan=False) + "\n"
-    with open(file, "ab") as opened:
-        opened.write(line.encode())
-        opened.flush()
-        os.fsync(opened.fileno())
+    try:
+        with open(file, "ab") as opened:
+            opened.write(line.encode())
+            opened.flush()
+            os.fsync(opened.fileno())
+    except OSError as error:
+        message = f"{file} cannot be written: {error.strerror}"
+        raise SubspecError(Exit.RESOURCES, message) from None
 
 
 def read_rows(file: Path) -> list[SpeedRow | AnswerRow | SweepRow]:

@@ -39,7 +39,7 @@ class Tests:
 
     @property
     def longest(self) -> int:
-        return max(self.filled) + max(*self.prompts, *self.answers, 1) + 2
+        return max(self.filled) + max((*self.prompts, *self.answers)) + 2
 
 
 def speed_rows(

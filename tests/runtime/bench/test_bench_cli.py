@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -327,6 +328,15 @@ def test_other_tokens_are_an_error_if_somebody_expects_the_same(
         (("sweep", "ARTIFACT", "--temperatures", "-1"), "'-1' is not numbers"),
         (("compare", "a.jsonl", "b.jsonl"), "a.jsonl cannot be read"),
         (("trace", "ARTIFACT", "x", "--out", "no/where", *HERE), "cannot be made"),
+        (("trace", "ARTIFACT", "x", "--out", "/dev/null", *HERE), "/dev/null is not a folder"),
+        (("trace", "ARTIFACT", "x " * 999, "--out", "new", *HERE), "the prompt has"),
+        (("speed", "ARTIFACT", "--out", "no/where", *HERE), "cannot be made"),
+        (("speed", "ARTIFACT", "--out", "/dev/null", *HERE), "/dev/null is not a file"),
+        (("tasks", "ARTIFACT", "--out", "x" * 300, *HERE), "File name too long"),
+        (("speed", "ARTIFACT", "-p", "0", "-n", "0", *HERE), "expected something to measure"),
+        (("speed", "ARTIFACT", "--methods", ",", *HERE), "--methods is empty"),
+        (("sweep", "ARTIFACT", "--tasks", "gsm8k", "--data", os.devnull, *HERE), "has no items"),
+        ((), "Missing command"),
         (("speed", "nothing"), "nothing does not exist"),
         (("fly",), "No such command 'fly'"),
     ],
@@ -336,6 +346,7 @@ def test_a_wrong_word_is_one_sentence(
 ) -> None:
     done = run(capsys, *(artifact if word == "ARTIFACT" else word for word in words))
     assert done.exit_code == Exit.USAGE and expected in done.err
+    assert not Path("new").exists()
 
 
 def test_a_line_that_is_no_row_is_refused(tmp_path: Path) -> None:
