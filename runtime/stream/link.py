@@ -93,6 +93,7 @@ class DiskLink:
         self._filled: list[queue.SimpleQueue[BaseException | None]] = [
             queue.SimpleQueue() for _ in slots
         ]
+        self._closing = threading.Event()  # what a slow link still owes need not be waited for
         self._thread = threading.Thread(target=self._read_all, name="subspec-reader", daemon=True)
         try:
             self._thread.start()
@@ -120,6 +121,7 @@ class DiskLink:
         return self._wait_seconds
 
     def close(self) -> None:
+        self._closing.set()
         self._requests.put(None)
         self._thread.join()
         self._file.close()
@@ -127,6 +129,8 @@ class DiskLink:
     def _read_all(self) -> None:
         due = 0.0
         while (request := self._requests.get()) is not None:
+            if self._closing.is_set():
+                return
             slot, offset, num_bytes = request
             started = time.perf_counter()
             try:
@@ -137,7 +141,8 @@ class DiskLink:
             if self._bytes_per_second is not None:
                 # Compensate for a last sleep that was a little too long.
                 due = max(due, started - OVERSLEPT_SECONDS) + num_bytes / self._bytes_per_second
-                time.sleep(max(0.0, due - time.perf_counter()))
+                left = max(0.0, due - time.perf_counter())
+                self._closing.wait(min(left, threading.TIMEOUT_MAX))
             self._record("copy", f"slot {slot}", started, {"offset": offset, "bytes": num_bytes})
             self._filled[slot].put(None)
 

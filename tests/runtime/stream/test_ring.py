@@ -377,6 +377,16 @@ def test_closing_waits_for_the_reader(toy: ToyWeights, stored: Stored) -> None:
     assert threading.active_count() == before
 
 
+def test_closing_does_not_wait_for_a_link_that_takes_years(stored: Stored) -> None:
+    link = DiskLink(stored[0], [torch.empty(4096, dtype=torch.uint8)], bytes_per_second=1e-9)
+    for _ in range(3):
+        link.begin(0, 0, 4096)
+    closing = threading.Thread(target=link.close, daemon=True)
+    closing.start()
+    closing.join(timeout=30)
+    assert not closing.is_alive()
+
+
 def test_a_reader_that_cannot_start_leaves_no_file_open(
     stored: Stored, monkeypatch: pytest.MonkeyPatch
 ) -> None:
