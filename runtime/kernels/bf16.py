@@ -21,7 +21,9 @@ STEP = 2 * LANES  # a divisor of K
 @cache
 def is_native() -> bool:
     """Whether torch multiplies bf16 by instructions for it (AVX-512, or Arm's)."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return torch.backends.mkldnn.is_available() and bool(
+        torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
 
 
 def unavailable() -> str | None:
