@@ -702,7 +702,10 @@ def test_a_model_that_is_not_ours_to_run_is_refused(
     assert list(here.iterdir()) == []
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)],
+)
 def test_an_interrupted_build_leaves_nothing(number: int, code: int, here: Path) -> None:
     words = ["--model", "demo", "--vram", "9MB", "--width", "1", "--depth", "1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # a busy machine would take its time
