@@ -507,7 +507,8 @@ def block_bytes(
             compiled = attention_scratch_bytes(exact_threads, live, body.head_size)
         else:
             compiled = attention_blocks_bytes(body.num_heads, some, live, body.head_size)
-        in_window = 10 * some * live if body.window is not None else 0  # distances, before
+        # int64 distances and masks, which are gone before the scores
+        in_window = 10 * some * live if body.window is not None else 0
         scores = max(twin, compiled, in_window) + some * live
         scores += 2 * some * query * max(item, turned)
     else:  # the mask, and its copy for the repeated heads; no mask-free kernel is assumed
@@ -547,8 +548,8 @@ def drafted_net_bytes(spec: ModelSpec, net: DeltaNet, rows: int, tree_rows: int)
 
 
 def rows_in_fp64(repeats: int) -> int:
-    """Rows that the plain twin of exact attention takes at a time on CPUs, where so many query
-    heads share a KV head."""
+    """Rows that the fp64 twin of exact attention computes at a time on CPUs. repeats: query heads
+    per KV head."""
     return max(1, ATTENTION_PIECE // repeats)
 
 

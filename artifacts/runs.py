@@ -95,7 +95,8 @@ class Run:
 
 
 def recorded_by(plan: Plan, path: str) -> str:
-    """The command whose answers are recorded under the plan: with a drafter that it predicts."""
+    """The command whose answers are recorded for the plan: its predictions are for its method's own
+    drafter, which need not be the default."""
     options = "" if plan.drafter is None else f" --drafter {plan.method}"
     return f'subspec-run {shlex.quote(path)}{options} "your prompt"'
 

@@ -252,7 +252,7 @@ def exact_attention(shape: tuple[int, ...]) -> Actions:
 @click.option("--kv-heads", default=16, show_default=True)
 @click.option("--vocabulary", default=32_768, show_default=True)
 @click.option("--hybrid", is_flag=True, help="Of four layers three are gated delta nets.")
-@click.option("--only", multiple=True, type=click.Choice(GROUPS), help="Not all of them.")
+@click.option("--only", multiple=True, type=click.Choice(GROUPS), help="Of these.  [default: all]")
 @reported
 def main(
     layers: int,

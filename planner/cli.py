@@ -23,6 +23,7 @@ from subspec.planner.planning import (
     plan_from_runs,
     plan_model,
 )
+from subspec.planner.solve.problem import check_method
 from subspec.planner.solving import PlanRequest, Progress
 
 if TYPE_CHECKING:
@@ -257,11 +258,8 @@ def check_options(options: Options) -> None:
     if options.draft_model is None and options.draft_model_weights != "4bit":
         message = "--draft-model-weights was given without --draft-model"
         raise SubspecError(Exit.USAGE, message, "add --draft-model REF")
-    with_model = options.method in ("draft-model", "substitute+draft-model")
-    if options.model is not None and options.draft_model is None and with_model:
-        message = f"--method {options.method} needs a draft model, and there is none"
-        hint = "add --draft-model REF, a smaller model of the same vocabulary"
-        raise SubspecError(Exit.USAGE, message, hint)
+    if options.model is not None:  # before it is downloaded
+        check_method(options.method, options.draft_model is not None)
     makes_weights = options.encoding != "auto" or options.quantizer != "blocked"
     makes_weights = makes_weights or options.draft_model is not None
     makes_weights = makes_weights or options.draft_head not in (None, OWN_HEAD)

@@ -262,8 +262,8 @@ class Sequence:
         self._engine.leave(self)
 
     def forget(self) -> None:
-        """The same, and lets go of the answer's grammar, which may have tens of MB, and of its log
-        probabilities: who waits for another answer should not keep them."""
+        """Stops, and releases the answer's grammar, which may have tens of MB, and its log
+        probabilities: an idle sequence would keep them."""
         self.stop()
         self.params = replace(self.params, constraint=None, cut=GenerationParams.cut)
         self.turn = Turn(self.cache, root=0, max_tokens=0)

@@ -42,8 +42,8 @@ class SubspecError(Exception):
 
 @contextmanager
 def errors_of(what: str) -> Iterator[None]:
-    """SubspecErrors of the block begin with what they are about: of several checkpoints each has a
-    config.json."""
+    """Prefixes the messages of SubspecErrors that the block raises with `what` they are about: each
+    of several checkpoints has a config.json."""
     try:
         yield
     except SubspecError as error:

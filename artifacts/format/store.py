@@ -42,7 +42,9 @@ DRAFT_MODEL_FILES = (
     "model.json", "substitutes.safetensors", "resident.safetensors", "embedding.safetensors",
 )  # fmt: skip
 DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
-TOKENIZER = ("tokenizer.json", "settings.json", "chat_template.jinja")  # in tokenizer/, as read
+TOKENIZER_FILES = (
+    "tokenizer/tokenizer.json", "tokenizer/settings.json", "tokenizer/chat_template.jinja",
+)  # fmt: skip
 LARGEST_TOKENIZER = 128 << 20  # bytes of its largest file; the largest known has 35 MB
 FILE_NAME = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*", re.ASCII)
 AGAIN = "copy or build the artifact again"
@@ -273,9 +275,9 @@ def _check_files(path: Path, manifest: Manifest) -> None:
 
 
 def _check_tokenizer(path: Path, manifest: Manifest) -> None:
-    """Its files are what was written: tokens depend on them. They are read long before weights."""
+    """Raises SubspecError(CORRUPT) unless its files have their digests: tokens depend on them."""
     for entry in manifest.files:
-        if entry.path not in {f"tokenizer/{name}" for name in TOKENIZER}:
+        if entry.path not in TOKENIZER_FILES:
             continue
         if entry.num_bytes > LARGEST_TOKENIZER:
             raise _corrupt(

@@ -124,15 +124,20 @@ def make_problem(
 
 def check_drafters(constraints: Constraints, spec: ModelSpec, has_draft_model: bool) -> None:
     """Raises SubspecError(USAGE) if a draft model or a head is asked for that is not there."""
-    if constraints.method in WITH_DRAFT_MODEL and not has_draft_model:
-        raise SubspecError(
-            Exit.USAGE,
-            f"--method {constraints.method} needs a draft model, and there is none",
-            "add --draft-model REF, a smaller model of the same vocabulary",
-        )
+    check_method(constraints.method, has_draft_model)
     if constraints.draft_head and spec.draft_head is None:
         message = "--draft-head own was given, and the checkpoint has no head that drafts"
         raise SubspecError(Exit.USAGE, message, "leave it out, or give the head's own checkpoint")
+
+
+def check_method(method: str | None, has_draft_model: bool) -> None:
+    """Raises SubspecError(USAGE) for a method whose draft model is not there."""
+    if method in WITH_DRAFT_MODEL and not has_draft_model:
+        raise SubspecError(
+            Exit.USAGE,
+            f"--method {method} needs a draft model, and there is none",
+            "add --draft-model REF, a smaller model of the same vocabulary",
+        )
 
 
 def check_draft_model(profile: Profile, proposer: Proposer | None) -> None:

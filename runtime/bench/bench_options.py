@@ -59,15 +59,15 @@ def file_of_rows(
 ) -> Path | None:
     """Callback: a file that rows can be added to, as far as that is known before one is measured.
     Nothing is made."""
-    return None if value is None else can_be_written(value, value.is_file, "file")
+    return None if value is None else checked_writable(value, value.is_file, "file")
 
 
 def folder_of_files(context: click.Context, option: click.Parameter, value: Path) -> Path:
     """Callback: a folder that files can be written to, or that can be made."""
-    return can_be_written(value, value.is_dir, "folder")
+    return checked_writable(value, value.is_dir, "folder")
 
 
-def can_be_written(path: Path, is_one: Callable[[], bool], kind: str) -> Path:
+def checked_writable(path: Path, is_one: Callable[[], bool], kind: str) -> Path:
     """Raises click.BadParameter."""
     try:
         there = path.exists()

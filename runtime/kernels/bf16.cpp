@@ -1,10 +1,9 @@
 // y = x W^T in bf16 on CPUs without instructions for it: the compiled twin of product_plainly in
 // bf16.py, which builds this file and calls the function at its end.
 //
-// A product of two bf16 numbers is exact in f32. So a sum has the same bits whether it is fused with
-// the product or not, and its order is fixed: 8 lanes take every other column of 16, then the
-// columns between them; then the lanes are added up. Neither the other rows of x, nor W's, nor the
-// number of threads changes a bit.
+// Batch-invariant: the order of a sum is fixed. 8 lanes take every other column of 16, then the
+// columns between them; then the lanes are added up. A product of two bf16 numbers is exact in f32
+// (unless it underflows), so with and without fused instructions the bits are the same.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -19,8 +18,8 @@ namespace {
 
 constexpr int LANES = 8, STEP = 2 * LANES;  // columns
 constexpr int ROWS = 4, COLUMNS = 3;  // of y, whose sums are in registers together
-constexpr int64_t BYTES_AT_ONCE = 192 << 10;  // of W: they stay in the second cache
-constexpr int64_t WEIGHTS_PER_THREAD = 1 << 15;  // fewer are not worth waking a thread
+constexpr int64_t BYTES_AT_ONCE = 192 << 10;  // of W: part of a second-level cache, 256 KiB or more
+constexpr int64_t PRODUCTS_PER_THREAD = 1 << 19;  // 25 us or so: fewer are not worth waking one
 typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 
@@ -88,7 +87,8 @@ void multiply_columns(const uint16_t* x, const uint16_t* w, int64_t count, int64
 extern "C" void subspec_bf16_product(int64_t num_rows, int64_t num_columns, const uint16_t* x,
                                      int64_t weight_rows, const uint16_t* w, uint16_t* out,
                                      int64_t stride, int num_threads) {
-    const int64_t worth = std::max<int64_t>(1, weight_rows * num_columns / WEIGHTS_PER_THREAD);
+    const int64_t products = num_rows * weight_rows * num_columns;
+    const int64_t worth = std::max<int64_t>(1, products / PRODUCTS_PER_THREAD);
     const int threads = (int)std::min<int64_t>(num_threads, worth);
     const int64_t fitting = BYTES_AT_ONCE / (2 * num_columns) / COLUMNS * COLUMNS;
     const int64_t shared = (weight_rows + threads - 1) / threads;  // so that every thread has some

@@ -104,11 +104,11 @@ def test_penalties_and_biases_are_the_same_with_a_draft(
     said = []
     for how in (OpenOptions("plain"), OpenOptions()):
         with Engine.open(chosen, how) as engine, engine.new_sequence() as sequence:
-            said.append(generated(sequence, PROMPT, GenerationParams(30, sampling)))
+            said.append(generated(sequence, PROMPT, GenerationParams(60, sampling)))
     assert said[0] == said[1]
     with Engine.open(chosen) as engine, engine.new_sequence() as sequence:
         usual = Sampling(sampling.temperature, seed=sampling.seed)
-        assert generated(sequence, PROMPT, GenerationParams(30, usual)) != said[0]
+        assert generated(sequence, PROMPT, GenerationParams(60, usual)) != said[0]
 
 
 def test_a_bias_of_a_token_that_the_model_lacks_is_refused(artifact: Artifact) -> None:

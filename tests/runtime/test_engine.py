@@ -296,7 +296,8 @@ def test_where_kernels_cannot_be_built_plain_twins_decode_within_the_ledger(
     with Engine.open(shared) as engine:
         assert engine.missing_kernels is None
         expected = answer(engine, PROMPT, 12)
-    monkeypatch.setattr(attention, "unavailable", lambda: "there is no C++ compiler")
+    for kernel in (attention, bf16):
+        monkeypatch.setattr(kernel, "unavailable", lambda: "there is no C++ compiler")
     said = []
     for method in METHODS:
         with Engine.open(shared, OpenOptions(method)) as engine:

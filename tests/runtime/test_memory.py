@@ -233,7 +233,7 @@ def two_threads() -> Iterator[None]:
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("name", ["llama", "one KV head, norms of heads, every bias"])
 def test_a_long_text_is_granted_little_more_than_reading_it_takes(name: str) -> None:
-    """What is granted, no weight can have."""
+    """The workspace takes memory from resident weights."""
     context, piece, width = 8192, 1024, 24
     toy = random_weights(replace(SPECS[name], dtype="bfloat16"))
     granted = workspace_bytes(toy.spec, "cpu", Shape(context, 1, width, None, piece, 2, 8))

@@ -255,7 +255,7 @@ def test_drafts_that_end_early_change_no_token(
             min_path_probability=threshold,
         )
         with Engine.open(chosen) as engine, engine.new_sequence() as sequence:
-            said.append(generated(sequence, PROMPT, GenerationParams(30, sampling)))
+            said.append(generated(sequence, PROMPT, GenerationParams(60, sampling)))
             levels.append(sequence.stats.drafted_levels)
     assert said[0] == said[1] == said[2]
     assert levels[2] < levels[0], "none ended early"
