@@ -212,8 +212,13 @@ class Engine:
 
     @property
     def drafts_as_planned(self) -> bool:
-        """Whether the plan's predictions are of what drafts here."""
-        return self.drafter in (None, self.method)
+        """Whether the plan's predictions are of what drafts here, as far as it looks nothing up."""
+        return self.drafter in (None, self.method, "substitute+lookup")
+
+    def ran_as_planned(self, sequence: Sequence) -> bool:
+        """Whether the plan's predictions are of how the sequence's last answer was decoded."""
+        exact, stats = sequence.params.lossy is None, sequence.stats
+        return self.drafts_as_planned and exact and not any(stats.proposed)
 
     @property
     def placement(self) -> Placement:

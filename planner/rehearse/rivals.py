@@ -49,10 +49,11 @@ def with_fastest_drafter(
     openers = memories(artifact, plan)
     if plan.method == "plain" or openers == ["substitute"]:
         return plan
+    own = plan.drafter or plan.method
     prompts = prompts_of(artifact, samples)
     speeds = speeds_of(artifact, plan, openers, prompts, setting, progress, seconds)
-    best = fastest(plan.method, speeds)
-    plan = replace(plan, reasons=(*plan.reasons, why_drafter(plan.method, speeds, best)))
+    best = fastest(own, speeds)
+    plan = replace(plan, reasons=(*plan.reasons, why_drafter(own, speeds, best)))
     if best is None:
         return plan
     method = method_of(best.drafter)

@@ -116,7 +116,9 @@ def speed_line(plan: Plan) -> str:
         return f"{number(plain)} tokens/s"
     line = f"{number(speed)} tokens/s, {number(speed / plain)}x plain decoding ({number(plain)})"
     # What was measured of another drafter is among the plan's reasons.
-    return line if plan.drafter is None else f"{line} if {plan.method} drafts"
+    if plan.drafter in (None, "substitute+lookup"):
+        return line
+    return f"{line} if {plan.method} drafts"
 
 
 def company_rows(plan: Plan) -> Rows:
@@ -246,6 +248,8 @@ def compared(
 def method_name(plan: Plan) -> str:
     if plan.method == "plain":
         return METHODS["plain"]
+    if plan.drafter == "substitute+lookup":
+        return f"speculative decoding with {draft_name(plan.tree)}, and what the text repeats"
     if plan.drafter is not None:
         return f"speculative decoding, drafted by {plan.drafter}"
     return f"speculative decoding with {draft_name(plan.draft.tree)}" + DRAFTED_BY.get(

@@ -137,15 +137,14 @@ def first_interrupt_noted() -> Iterator[Callable[[], bool]]:
 @contextmanager
 def recorded(engine: Engine, sequence: Sequence, how: Answering) -> Iterator[None]:
     """Add the answer of the block to the artifact's run records, also if it was interrupted, unless
-    no round was decoded, the plan says nothing about who drafts, or acceptance was lossy."""
+    no round was decoded or the plan's predictions are not of such an answer."""
     before = sequence.stats
     try:
         yield
     finally:
         stats = sequence.stats
         decoded = stats is not before and stats.accepted
-        as_planned = engine.drafts_as_planned and how.params.lossy is None
-        if decoded and how.record and as_planned:
+        if decoded and how.record and engine.ran_as_planned(sequence):
             append_run(engine.artifact.path, run_of(engine, sequence))
 
 

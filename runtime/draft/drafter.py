@@ -76,7 +76,7 @@ class SubstituteDrafter:
         device = turns[0].cache.device
         roots = [torch.tensor([turn.root], device=device) for turn in turns]
         constrained = any(turn.chooser.constraint for turn in turns)
-        alone = len(turns) == 1 and not (constrained or self.proposals)
+        alone = len(turns) == 1 and not constrained and not self.may_propose(turns)
         if self.capture is not None and alone:
             [cache] = [turn.cache for turn in turns]
             if cache not in self.captured:
@@ -95,6 +95,13 @@ class SubstituteDrafter:
             propose = self.proposals(turns)
             return checked.grow(roots, depths, propose, tree, num_rows, draft_pass)
         return grow(roots, depths, tree, num_rows, draft_pass)
+
+    def may_propose(self, turns: Sequence[Turn]) -> bool:
+        """Whether tokens are proposed that captured levels cannot check. What the text says of a
+        deeper level than the first is left out, as looking it up would stop them."""
+        if self.proposals is looked_up:
+            return any(continuation(text_of(turn), 1) for turn in turns)
+        return self.proposals is not None
 
     def passes_after(
         self, caches: Sequence[Cache], lengths: Sequence[int], num_rows: int

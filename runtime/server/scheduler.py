@@ -331,7 +331,7 @@ class Scheduler:
         )
         self._release(answer)
         try:
-            recorded = self._record and answer.alone and engine.drafts_as_planned
+            recorded = self._record and answer.alone and engine.ran_as_planned(sequence)
             if recorded and sequence.stats.accepted:
                 append_run(engine.artifact.path, run_of(engine, sequence))
         finally:  # the answer is whole, whatever becomes of its record

@@ -159,6 +159,15 @@ def test_the_substitutes_draft_on_where_nothing_else_is_clearly_faster(
     assert found.plan.reasons[-1].endswith("substitute drafts, nothing else is clearly faster")
 
 
+def test_rivals_are_compared_with_what_drafts_in_the_plan(
+    with_head: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_up = replace(with_head, plan=replace(with_head.plan, drafter="substitute+lookup"))
+    for figure, drafter in ((12.0, "substitute+lookup"), (9.0, None)):
+        faked(monkeypatch, substitute__lookup=figure, substitute=10.1)
+        assert chosen(looked_up).plan.drafter == drafter
+
+
 @pytest.mark.parametrize("drafter", ["draft-model", "substitute+draft-model"])
 def test_a_draft_model_becomes_the_method_where_it_is_faster(
     with_draft_model: Artifact, monkeypatch: pytest.MonkeyPatch, drafter: DrafterName

@@ -70,6 +70,14 @@ def test_the_predicted_speed_is_said_to_be_that_of_the_methods_own_drafter() -> 
     assert method_name(other).endswith("drafted by eagle")
 
 
+def test_what_the_text_repeats_is_said_to_be_drafted_too() -> None:
+    plan = search(make_spec(), make_profile(), 12_000_000, Constraints(context=256), ACCEPTANCE)
+    alone = replace(plan, drafter=None)
+    assert plan.drafter == "substitute+lookup"
+    assert method_name(plan) == f"{method_name(alone)}, and what the text repeats"
+    assert speed_line(plan) == speed_line(alone)
+
+
 def test_runs_are_compared_with_what_was_predicted_for_them() -> None:
     runs = [make_run(verify_seconds=seconds) for seconds in (0.2, 0.375, 0.55)]
     waited = make_run(method="plain", first_of_engine=True, predicted_peak_bytes=None)

@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from subspec.artifacts.format.store import Artifact
-from subspec.artifacts.plan import Tree
+from subspec.artifacts.plan import DrafterName, Tree
 from subspec.planner.model.hub import DEMO
 from subspec.runtime.draft import beam
 from subspec.runtime.draft.beam import DraftPass, Growing, TokenTree
 from subspec.runtime.draft.drafter import SubstituteDrafter, tree_rows
-from subspec.runtime.draft.graphs import DraftGraphs, grow, make_graphs, rounded_up
-from subspec.runtime.engine import Engine
+from subspec.runtime.draft.graphs import Action, DraftGraphs, grow, make_graphs, rounded_up
+from subspec.runtime.engine import Engine, OpenOptions
 from subspec.runtime.model.attention import attend
 from subspec.runtime.model.cache import Cache, TreeSlots
 from subspec.runtime.sequence import GenerationParams
@@ -26,6 +26,7 @@ from subspec.runtime.verify import accept
 
 CPU = torch.device("cpu")
 V, W = 11, 24
+LOOKING_UP: tuple[DrafterName, ...] = ("substitute", "substitute+lookup")
 
 
 def graphs_of(tree: Tree, verify_width: int = W) -> DraftGraphs:
@@ -277,6 +278,34 @@ def test_each_sequence_has_graphs_of_its_own_and_company_is_launched(artifact: A
                 answers = [sequence.take_fresh() for sequence in sequences]
             said.append(answers)
     assert said[0] == said[1]
+
+
+def test_levels_are_replayed_where_the_text_repeats_nothing(artifact: Artifact) -> None:
+    chosen, replayed = replan(artifact, width=2, depth=4), list[bool]()
+
+    def capture(action: Action) -> Action:
+        def replay() -> None:
+            replayed.append(True)
+            action()
+
+        return replay
+
+    said, rounds = [], set[tuple[bool, bool]]()
+    for name in LOOKING_UP:
+        with Engine.open(chosen, OpenOptions(drafter=name)) as engine:
+            drafter = engine.model.drafter
+            assert isinstance(drafter, SubstituteDrafter)
+            engine.model = replace(engine.model, drafter=replace(drafter, capture=capture))
+            with engine.new_sequence() as sequence:
+                answer = []
+                for some in sequence.generate([*range(40, 60)], GenerationParams(120)):
+                    answer += some
+                    if name != "substitute" and sequence.stats.proposed:
+                        rounds.add((bool(replayed), sequence.stats.proposed[-1] > 0))
+                    replayed.clear()
+        said.append(answer)
+    assert said[0] == said[1]
+    assert (True, False) in rounds and (False, True) in rounds and (True, True) not in rounds
 
 
 def test_graphs_are_for_gpus(artifact: Artifact) -> None:
