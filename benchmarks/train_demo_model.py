@@ -27,6 +27,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from subspec.runtime.kernels import bf16
+
 EOS, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
@@ -212,6 +214,11 @@ def scheduled_lr(peak: float, warmup_steps: int, step: int, fraction: float) -> 
     return peak * min(1.0, (step + 1) / warmup_steps) * decay
 
 
+def mixed_precision(device: str) -> torch.autocast:
+    """bf16 where it is fast."""
+    return torch.autocast(device, torch.bfloat16, enabled=device != "cpu" or bf16.is_native())
+
+
 def next_token_loss(model: PreTrainedModel, windows: torch.Tensor) -> torch.Tensor:
     """windows: tokens [batch, seq]."""
     return model(input_ids=windows, labels=windows).loss
@@ -238,7 +245,7 @@ def train(
                 group["lr"] = lr
         first = torch.randint(0, len(train_tokens) - args.seq - 1, (args.batch,))
         windows = torch.stack([train_tokens[i : i + args.seq] for i in first]).to(args.device)
-        with torch.autocast(args.device, dtype=torch.bfloat16):
+        with mixed_precision(args.device):
             loss = loss_of(model, windows)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -264,7 +271,7 @@ def evaluate(model: PreTrainedModel, held_tokens: torch.Tensor, args: argparse.N
     model.eval()
     num_rows = len(held_tokens) // args.seq
     rows = held_tokens[: num_rows * args.seq].view(num_rows, args.seq).to(args.device)
-    with torch.autocast(args.device, dtype=torch.bfloat16):
+    with mixed_precision(args.device):
         losses = [next_token_loss(model, row[None]).item() for row in rows]
     log(f"held-out loss {sum(losses) / len(losses):.4f}")
     model.train()

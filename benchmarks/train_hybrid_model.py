@@ -38,7 +38,7 @@ IN_F32 = ("A_log", "linear_attn.norm.weight")
 
 def main() -> None:
     parser = argument_parser((__doc__ or "").split("\n")[0])
-    parser.set_defaults(minutes=20, seq=256, batch=8, warmup_steps=20, save_every=50)
+    parser.set_defaults(minutes=20, seq=256, batch=8, warmup_steps=20)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     random.seed(0)
@@ -46,7 +46,7 @@ def main() -> None:
     for name in COPIED:
         shutil.copyfile(DEMO_MODEL / name, args.out / name)
     tokens = split_tokens(Tokenizer.from_file(str(args.out / "tokenizer.json")), *read_texts())
-    teacher = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.bfloat16)
+    teacher = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32)
     teacher.to(args.device).eval()
     model = started_from(teacher).to(args.device)
 

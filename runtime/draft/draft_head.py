@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from subspec.artifacts.footprint import HEAD_ROWS
@@ -29,7 +28,7 @@ from subspec.artifacts.model import (
     ModelSpec,
     layer_name,
 )
-from subspec.runtime.kernels.linear import Calls, calls_of
+from subspec.runtime.kernels.linear import Calls, calls_of, product
 from subspec.runtime.load import DRAFT_DTYPE
 from subspec.runtime.model.attention import attend
 from subspec.runtime.model.cache import Cache, Unread
@@ -67,8 +66,8 @@ class HeadWeights:
     def __call__(self, name: str, x: Tensor, calls: Calls, gate: Tensor | None = None) -> Tensor:
         """A product of the layer."""
         prefix = f"{HEAD_LAYER}.{name}"
-        product = F.linear(x, self.tensors[f"{prefix}.weight"], self.tensors.get(f"{prefix}.bias"))
-        return product if gate is None else gate.mul_(product)
+        out = product(x, self.tensors[f"{prefix}.weight"], self.tensors.get(f"{prefix}.bias"))
+        return out if gate is None else gate.mul_(out)
 
 
 def read_from(weights: HeadWeights, x: Tensor) -> Tensor:
@@ -101,7 +100,7 @@ def next_hidden(weights: HeadWeights, batch: Sequence[Rows], hidden: Tensor) -> 
 
 
 def fused(weights: HeadWeights, x: Tensor) -> Tensor:
-    return F.linear(x, weights.tensors[f"{FUSION}.weight"], weights.tensors.get(f"{FUSION}.bias"))
+    return product(x, weights.tensors[f"{FUSION}.weight"], weights.tensors.get(f"{FUSION}.bias"))
 
 
 def next_of_eagle3(weights: HeadWeights, now: Pass, embedded: Tensor, hidden: Tensor) -> Tensor:
@@ -128,7 +127,7 @@ def logits_from(weights: HeadWeights, head: Product, hidden: Tensor) -> Tensor:
         normed = hidden.to(DRAFT_DTYPE)
         return logits_of(spec, head, normed, calls_of([len(normed)]))
     normed = rms_norm(weights.head.norm, tensors[f"{HEAD_NORM}.weight"], hidden)
-    own = F.linear(normed, tensors[f"{HEAD}.weight"]).to(DRAFT_DTYPE)
+    own = product(normed, tensors[f"{HEAD}.weight"]).to(DRAFT_DTYPE)
     if TOKEN_IDS not in tensors:
         return own
     every = own.new_full((len(own), spec.vocab_size), OUTSIDE)

@@ -4,11 +4,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from subspec.artifacts.model import layer_name
-from subspec.runtime.kernels.linear import Calls, Int4Weight, int4_product
+from subspec.runtime.kernels.linear import Calls, Int4Weight, int4_product, product
 from subspec.runtime.model.transformer import Product
 
 
@@ -37,7 +36,7 @@ class Substitutes:
         if isinstance(weight, Int4Weight):
             out = int4_product(x, weight)
         else:
-            out = F.linear(x.to(weight.dtype), weight).to(x.dtype)
+            out = product(x.to(weight.dtype), weight).to(x.dtype)
         if bias is not None:
             out += bias
         return out if gate is None else gate.mul_(out)

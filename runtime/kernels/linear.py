@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.footprint import PRODUCT_ROWS
@@ -61,6 +62,16 @@ def multiply(x: Tensor, weight: Tensor, out: Tensor) -> None:
         bf16.product(x, weight, out, torch.get_num_threads())
     else:
         torch.mm(x, weight.t(), out=out)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """[T, N] = x [T, K] @ weight [N, K]^T + bias [N] in the matrix' dtype, for drafts: their bits
+    are nobody's promise."""
+    if not torch_is_slow(weight) or bf16.unavailable() is not None:
+        return F.linear(x, weight, bias)
+    out = x.new_empty(len(x), len(weight))
+    bf16.product(x, weight, out, torch.get_num_threads())
+    return out if bias is None else out.add_(bias)
 
 
 def torch_is_slow(weight: Tensor) -> bool:

@@ -18,18 +18,20 @@ def script() -> ModuleType:
 
 def test_a_summary_of_promises_repeats_and_rivals(script: ModuleType) -> None:
     first = script.Contender(
-        "planning 1", 100, "2x24 to 0.1", promised=11.0, actual=10.0, tokens_promised=8.0,
-        tokens_actual=8.0, levels_actual=11.0, ledger_bytes=100, peak_bytes=97, by_hand=False,
+        "planning", 1, 100, "2x24 to 0.1", promised=11.0, actual=10.0, tokens_promised=8.0,
+        tokens_actual=8.0, levels_actual=11.0, streamed_bytes=50.0, ledger_bytes=100, peak_bytes=97,
     )  # fmt: skip
-    second = replace(first, name="planning 2", promised=9.0, actual=12.0)
-    by_hand = replace(first, name="by hand", promised=1.0, actual=9.9, peak_bytes=99, by_hand=True)
+    second = replace(first, number=2, promised=9.0, actual=12.0)
+    by_hand = replace(first, kind="by hand", promised=1.0, actual=9.9, peak_bytes=99)
     other = replace(first, budget_bytes=200, promised=20.0, actual=20.0, peak_bytes=98)
-    found = script.summary_of([first, second, by_hand, other])
+    fp8 = replace(first, kind="beside", promised=11.0, actual=22.0, streamed_bytes=20.0)
+    found = script.summary_of([first, second, by_hand, other, fp8])
     assert found["median_error"] == pytest.approx(0.1)
     assert found["worst_error"] == pytest.approx(0.25)
     assert found["repeats"] == pytest.approx([0.2, 0.0])
     assert found["best_rival"] == pytest.approx([9.9 / 11.0, 0.0])
     assert found["worst_peak"] == 0.98
+    assert found["beside"] == [pytest.approx({"speed": 2.0, "streamed": 0.4, "worst_error": 0.5})]
 
 
 def test_plans_are_named_by_their_trees_and_where_those_end(script: ModuleType) -> None:

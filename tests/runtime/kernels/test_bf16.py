@@ -84,7 +84,7 @@ def test_numbers_that_are_not_finite_stay_in_their_row_and_column() -> None:
     assert torch.equal(got[[0, 3, 4]], bf16.product_plainly(x[[0, 3, 4]], weight))
 
 
-def test_exact_products_go_through_it_where_torch_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_go_through_it_where_torch_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     if bf16.unavailable() is not None:
         pytest.skip("no compiler")
     x, weight, calls = numbers(21, 96), numbers(10, 96, seed=1), calls_of([16, 5])
@@ -99,6 +99,11 @@ def test_exact_products_go_through_it_where_torch_is_slow(monkeypatch: pytest.Mo
         if not native:
             assert torch.equal(out, ours)
         torch.testing.assert_close(out.float(), ours.float(), rtol=0.02, atol=0.02)
+        drafted, bias = linear.product(x, weight), numbers(10, 1, seed=3)[:, 0]
+        torch.testing.assert_close(drafted.float(), ours.float(), rtol=0.02, atol=0.02)
+        moved = linear.product(x, weight, bias).float() - bias.float()
+        torch.testing.assert_close(moved, ours.float(), rtol=0.02, atol=0.05)
+        assert native or torch.equal(drafted, ours)
     monkeypatch.setattr(bf16, "is_native", lambda: False)
     others = (weight.float(), weight.half(), numbers(10, 72), weight.t()[:16].contiguous().t())
     assert not any(linear.torch_is_slow(one) for one in others)
