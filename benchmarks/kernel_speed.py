@@ -174,7 +174,8 @@ def draft_steps(
 
     def steps(num_rows: int) -> Actions:
         tree = root_only(torch.zeros(1, dtype=torch.int64), num_rows)
-        rows = [drafted_rows(tree, torch.arange(num_rows), cache, cache.tree_slots(num_rows))]
+        level = Level(torch.arange(num_rows), torch.zeros(num_rows))
+        rows = [drafted_rows(tree, level, cache, cache.tree_slots(num_rows))]
         return {
             "compiled": lambda: compiled_layers.forward(compiled, rows),
             "products": draft_products(spec, substitutes, num_rows),

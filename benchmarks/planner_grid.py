@@ -50,7 +50,6 @@ PROMPTS = Path(__file__).with_name("prompts.jsonl")
 Kind = Literal["planning", "beside", "by hand"]  # beside: another form of the model
 CONTEXT = 512
 RIVALS = "1x8,2x8,4x12"  # width and depth, of whole trees
-RIVAL_SHARE = 1.05  # a rival that is faster by more is a mistake of the planner
 
 
 @dataclass(frozen=True)

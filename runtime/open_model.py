@@ -286,7 +286,7 @@ def make_drafters(
         of_head = HeadDrafter(own_trees, width, head, substitutes)
         found[head.head.layout], proposals[head.head.layout] = of_head, of_head.proposals
     for name, proposer in CHECKED.items():
-        if proposer in proposals and not spec.delta_nets:
+        if proposer in proposals:
             found[name] = replace(alone, proposals=proposals[proposer])
     return found
 
@@ -345,8 +345,8 @@ def check_head(spec: ModelSpec, placement: Placement, drafter: DrafterName | Non
 
 
 def check_drafter(artifact: Artifact, drafter: DrafterName | None) -> None:
-    """Raises SubspecError: USAGE for a draft model that is not there, UNSUPPORTED where proposed
-    tokens cannot be checked."""
+    """Raises SubspecError: USAGE for a draft model that is not there, UNSUPPORTED for one whose
+    states cannot go back where its tokens are not agreed with."""
     other = artifact.draft_model if drafter in WITH_DRAFT_MODEL else None
     if drafter in WITH_DRAFT_MODEL and other is None:
         raise SubspecError(
@@ -354,12 +354,9 @@ def check_drafter(artifact: Artifact, drafter: DrafterName | None) -> None:
             f"the drafter {drafter!r} needs a draft model, and {artifact.path} has none",
             "plan with one: subspec-plan --model REF --draft-model REF --vram SIZE",
         )
-    if drafter is None or drafter not in CHECKED:
-        return
-    if artifact.spec.delta_nets or (other is not None and other.delta_nets):
-        whose = "this model's" if artifact.spec.delta_nets else "the draft model's"
-        message = f"the drafter {drafter!r} does not know {whose} delta nets"
-        raise SubspecError(Exit.UNSUPPORTED, message, f"use 'substitute' or {CHECKED[drafter]!r}")
+    if drafter == "substitute+draft-model" and other is not None and other.delta_nets:
+        message = f"the drafter {drafter!r} does not know the draft model's delta nets"
+        raise SubspecError(Exit.UNSUPPORTED, message, "use 'substitute' or 'draft-model'")
 
 
 def release(memory: FastMemory) -> None:

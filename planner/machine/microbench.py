@@ -266,7 +266,7 @@ class Bench:
         def draft_pass(growing: Sequence[Growing]) -> Tensor:
             [one] = growing
             slots = self.cache.tree_slots(len(one.tree.tokens))
-            return through_head(drafted_rows(one.tree, one.last.nodes, self.cache, slots))
+            return through_head(drafted_rows(one.tree, one.last, self.cache, slots))
 
         def levels(width: int) -> Callable[[], object]:
             tree = Tree(width, DRAFT_LEVELS)

@@ -125,7 +125,7 @@ def with_checks(known: Known, run: Rehearsal) -> Known:
     proposer = known.proposer
     if proposer is None or known.request.constraints.method not in (None, both):
         return known
-    if known.spec.delta_nets or proposer.spec.delta_nets:
+    if proposer.spec.delta_nets:
         return known
     company = plan_for_company(known, both)
     if company is None:

@@ -151,14 +151,13 @@ def check_draft_model(profile: Profile, proposer: Proposer | None) -> None:
 
 
 def methods_that_draft(problem: Problem) -> tuple[Method, ...]:
-    """To choose from. Proposed tokens are not checked where there are delta nets."""
+    """To choose from. A draft model whose states cannot go back, delta nets, proposes nothing."""
     asked, proposer = problem.constraints.method, problem.proposer
     if asked is not None:
         return () if asked == "plain" else (asked,)
     if proposer is None:
         return ("substitute",)
-    nets = problem.spec.delta_nets or proposer.spec.delta_nets
-    both: tuple[Method, ...] = () if nets else ("substitute+draft-model",)
+    both: tuple[Method, ...] = () if proposer.spec.delta_nets else ("substitute+draft-model",)
     return ("substitute", "draft-model", *both)
 
 

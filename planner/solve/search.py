@@ -278,9 +278,7 @@ def usual_drafter(problem: Problem, method: Method) -> DrafterName | None:
     """Who drafts in the method's memory; None: the method's own. Looking tokens up costs nothing
     where nothing is found. On a GPU it does without graphs, which no one has timed."""
     alone = method == "substitute" and problem.constraints.method is None
-    if alone and problem.profile.device == "cpu" and not problem.spec.delta_nets:
-        return "substitute+lookup"
-    return None
+    return "substitute+lookup" if alone and problem.profile.device == "cpu" else None
 
 
 def draft_of(problem: Problem, scored: Scored) -> Draft:

@@ -97,7 +97,7 @@ class _Segment(ctypes.Structure):
         *((what, _Places) for what in ("places", "in_window")),
         *((what, _address) for what in ("layers", "nets")),
         *((what, _address) for what in ("nodes", "parents", "windows", "above")),
-        ("num_above", _size),
+        *((what, _size) for what in ("num_above", "num_together")),
     ]
 
 
@@ -327,6 +327,7 @@ def _place_nodes(segment: _Segment, rows: Rows) -> list[Tensor]:
     assert above.dtype == torch.bool and above.shape[1] <= rows.cache.nets[0].keys.shape[1]
     segment.nodes, segment.parents, segment.windows, segment.above = map(_at, placed)
     segment.num_above = above.shape[1]
+    segment.num_together = len(nodes) if tree.num_together is None else tree.num_together
     return placed
 
 

@@ -16,14 +16,26 @@ from torch import Tensor
 
 from subspec.runtime.model.delta_net import DeltaInputs
 from subspec.runtime.model.delta_rule import L2_EPSILON
-from subspec.runtime.model.net_state import NetState, TreeNodes
+from subspec.runtime.model.net_state import NetState, TreeNodes, slice_of
 
 
 def run_draft(state: NetState, inputs: DeltaInputs, z: Tensor, tree: TreeNodes) -> None:
-    """Some nodes of a tree, whose parents have run before. The results replace z [T, J F].
+    """Some nodes of a tree, those first whose parents have run before. The results replace z
+    [T, J F].
 
     Static shapes, and nothing is read back: a captured graph can do it.
     """
+    num_rows = len(tree.nodes)
+    together = num_rows if tree.num_together is None else tree.num_together
+    for some in (slice(together), *(slice(row, row + 1) for row in range(together, num_rows))):
+        nodes = TreeNodes(
+            tree.nodes[some], tree.parents[some], tree.above[some], tree.windows[some]
+        )
+        run_together(state, slice_of(inputs, some), z[some], nodes)
+
+
+def run_together(state: NetState, inputs: DeltaInputs, z: Tensor, tree: TreeNodes) -> None:
+    """Nodes whose parents have run before."""
     weights, dtype = state.weights, z.dtype
     q, k, v = convolved(state, inputs.qkv, tree)  # f32 [G, T, E], [G, T, E], [J, T, F]
     beta = inputs.b.float().sigmoid().t()

@@ -78,7 +78,7 @@ class DraftModel:
                     tokens = torch.cat((before, one.tree.tokens[:1]))
                     batch.append(causal_rows(cache, tokens, attend))
                 else:
-                    batch.append(drafted_rows(one.tree, last, cache, slots[one.index]))
+                    batch.append(drafted_rows(one.tree, one.last, cache, slots[one.index]))
                 first += len(batch[-1].tokens)
                 wanted.append(slice(first - len(last), first))
             logits = self.logits(batch, wanted)

@@ -115,7 +115,7 @@ class SubstituteDrafter:
 
         def run(growing: Sequence[Growing]) -> Tensor:
             batch = [
-                drafted_rows(one.tree, one.last.nodes, caches[one.index], slots[one.index])
+                drafted_rows(one.tree, one.last, caches[one.index], slots[one.index])
                 for one in growing
             ]
             if isinstance(self.compiled, CompiledGraphs):
@@ -182,8 +182,12 @@ def within_constraints(draft_pass: DraftPass, turns: Sequence[Turn]) -> DraftPas
     return run
 
 
-def drafted_rows(tree: TokenTree, nodes: Tensor, cache: Cache, slots: TreeSlots) -> Rows:
-    return replace(tree_rows(tree, nodes, cache, slots, attend), run_nodes=run_draft)
+def drafted_rows(tree: TokenTree, last: Level, cache: Cache, slots: TreeSlots) -> Rows:
+    """Of a tree's last level, and of what is proposed below it, which has no scores: a chain."""
+    rows = replace(tree_rows(tree, last.nodes, cache, slots, attend), run_nodes=run_draft)
+    if rows.tree is None:
+        return rows
+    return replace(rows, tree=replace(rows.tree, num_together=len(last.scores)))
 
 
 def tree_rows(

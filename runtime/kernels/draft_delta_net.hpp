@@ -1,8 +1,8 @@
 // The delta nets of a draft pass: a node attends over the nodes above it and reads the committed
 // memory once, as run_draft() of delta_draft.py, which says why that is the rule.
 //
-// A value head of a sequence is a task; nothing passes between tasks of a pass. Key heads are
-// computed by each value head that uses them.
+// A value head of a sequence is a task. Key heads are computed by each value head that uses them, and
+// left for later nodes by the first of them: rows that follow others of the pass wait for those.
 #pragma once
 #include "draft_pass.hpp"
 
@@ -208,13 +208,13 @@ struct NetTask {
         }
     }
 
-    void run() {
+    void run(int64_t from, int64_t to) {
         take_room(pass.of_thread());
         transpose_taps(first_q(), sizes().key_size, taps_q);
         transpose_taps(first_k(), sizes().key_size, taps_k);
         transpose_taps(first_v(), sizes().value_size, taps_v);
-        for (int64_t first = 0; first < segment.num_rows; first += NET_ROWS) {
-            const int64_t count = std::min<int64_t>(NET_ROWS, segment.num_rows - first);
+        for (int64_t first = from; first < to; first += NET_ROWS) {
+            const int64_t count = std::min<int64_t>(NET_ROWS, to - first);
             for (int64_t i = 0; i < count; i++) read_inputs(first + i, i);
             if (count == 4) read_memory<4>();
             else if (count == 3) read_memory<3>();
@@ -227,13 +227,25 @@ struct NetTask {
 };
 static_assert(NET_ROWS == 4, "run() lists the numbers of rows");
 
+// First the rows of each sequence that run together, then the others, one after another.
 void run_net(const Pass& pass, const Layer& layer) {
     const int64_t heads = pass.sizes.num_value_heads;
     const Share mine = share(pass.rows.num_segments * heads);
-    for (int64_t item = mine.first; item < mine.end; item++) {
-        const Segment& segment = pass.rows.segments[item / heads];
-        NetTask task = {pass, segment, segment.nets[layer.index], item % heads};
-        task.run();
+    int64_t most = 0;
+    for (int64_t i = 0; i < pass.rows.num_segments; i++) {
+        const Segment& segment = pass.rows.segments[i];
+        most = std::max(most, segment.num_rows - segment.num_together);
+    }
+    for (int64_t turn = 0; turn <= most; turn++) {
+        for (int64_t item = mine.first; item < mine.end; item++) {
+            const Segment& segment = pass.rows.segments[item / heads];
+            const int64_t end = std::min(segment.num_together + turn, segment.num_rows);
+            NetTask task = {pass, segment, segment.nets[layer.index], item % heads};
+            task.run(turn ? segment.num_together + turn - 1 : 0, end);
+        }
+        if (turn < most) {
+#pragma omp barrier
+        }
     }
 }
 

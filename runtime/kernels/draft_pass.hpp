@@ -81,7 +81,7 @@ struct Segment {
     // Of delta nets: where the rows are in their tree, and what they follow.
     const int64_t *nodes, *parents, *windows;  // [rows], [rows], [rows, K]
     const uint8_t* above;                      // [rows, num_above]
-    int64_t num_above;
+    int64_t num_above, num_together;  // the first rows, whose parents have run before this pass
 };
 struct Rows {
     int64_t num_rows, num_segments;

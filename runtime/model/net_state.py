@@ -50,6 +50,9 @@ class TreeNodes:
     above: Tensor  # bool [T, W], the nodes that each row follows
     windows: Tensor  # int64 [T, K]: what it convolves of the last K - 1 rows and the tree's
     paths: Paths | None = None  # of an exact pass; None: a draft's
+    # Of a draft's rows the first ones, whose parents have run before; each other one follows the
+    # row before it, or the first. None: all of them.
+    num_together: int | None = None
 
 
 States = tuple[DeltaState, ...]  # of each delta net

@@ -358,6 +358,12 @@ def test_a_draft_attends_to_what_the_rule_remembers(artifact: Artifact) -> None:
             drafted[nodes] = out
         close = {"rtol": 0.02, "atol": 0.02} if z.dtype == torch.bfloat16 else {}
         torch.testing.assert_close(drafted[:count], exact[:count], **close)
+        chain = torch.tensor([1, 2, 3, 4, 7, 10])  # one level, and then a node below the other
+        out = z[chain]
+        placed = replace(tree_nodes(tree, chain, cache.num_taps), num_together=3)
+        some = DeltaInputs(*(one[chain] for one in tensors_of(inputs)))
+        run_draft(net, some, out, placed)
+        torch.testing.assert_close(out, drafted[chain])
         assert torch.equal(net.committed.memory, before)
         commit_nodes(net, torch.tensor([0, 3, 6, 9]))
         assert not torch.equal(net.committed.memory, before)

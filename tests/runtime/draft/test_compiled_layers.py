@@ -505,6 +505,46 @@ def test_neither_company_nor_threads_change_a_bit_of_a_draft_with_delta_nets() -
             assert torch.equal(together, torch.cat([levels[depth] for levels in alone]))
 
 
+@pytest.mark.usefixtures("build")
+@pytest.mark.parametrize("name", NETS)
+def test_a_proposed_chain_has_the_bits_of_a_pass_for_each_of_its_nodes(name: str) -> None:
+    toy = make_toy(NETS[name])
+    tree = a_tree(toy.spec)
+    tree.parents[[1, 2, 3, 4, 7, 10]] = torch.tensor([0, 0, 0, 1, 4, 7])
+    for node in range(1, tree.num_nodes):
+        tree.ancestors[node] = tree.ancestors[tree.parents[node]]
+        tree.ancestors[node, node] = True
+    one_by_one = ([0], [1, 2, 3], [4], [7], [10])
+    for num_threads, compiled in ((1, False), (1, True), (2, True), (5, True)):
+        torch.set_num_threads(num_threads)
+        drafter, lengths = drafter_of(toy, compiled), (5, 120)
+        apart, caches = ([behind(toy.cache(), length) for length in lengths] for _ in range(2))
+        run = drafter.pass_over(apart, [cache.tree_slots(WIDTH) for cache in apart])
+        expected = [run([growing(index, tree, nodes)]) for nodes in one_by_one for index in (0, 1)]
+        run = drafter.pass_over(caches, [cache.tree_slots(WIDTH) for cache in caches])
+        run([growing(index, tree, [0]) for index in (0, 1)])
+        # One of them checks a chain beside its level, the other has only the level.
+        both = growing(0, tree, [1, 2, 3, 4, 7, 10], 3), growing(1, tree, [1, 2, 3])
+        got = run(both)
+        for rows, other in zip(got.split([3, 1, 1, 1, 3]), (2, 4, 6, 8, 3), strict=True):
+            assert_same(rows, expected[other], bits=compiled)
+
+
+def growing(
+    index: int, tree: TokenTree, nodes: list[int], num_scores: int | None = None
+) -> Growing:
+    scores = torch.zeros(len(nodes) if num_scores is None else num_scores)
+    return Growing(index, tree, Level(torch.tensor(nodes), scores))
+
+
+def assert_same(got: Tensor, expected: Tensor, bits: bool) -> None:
+    """The plain twin's products depend on how many rows they have."""
+    if bits:
+        assert torch.equal(got, expected)
+    else:
+        assert distance(got.float(), expected.float()) < 0.05
+
+
 # ---- several sequences --------------------------------------------------------------------------
 
 

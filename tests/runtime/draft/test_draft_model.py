@@ -180,6 +180,20 @@ def test_a_draft_model_with_delta_nets_drafts_alone(tmp_path: Path) -> None:
     assert failed.value.exit_code == Exit.UNSUPPORTED
 
 
+def test_what_a_draft_model_proposes_is_checked_by_a_model_with_delta_nets(tmp_path: Path) -> None:
+    import transformers
+
+    config = transformers.AutoConfig.for_model(**FAMILIES["qwen3_5_text"])
+    hybrid = random_checkpoint(tmp_path / "hybrid", config)
+    bf16 = converted(hybrid, tmp_path / "bf16", torch.bfloat16)
+    made = planned(build_artifact(bf16, tmp_path / "artifact", "raw", as_drafting(DEMO)))
+    prompt, said = [*range(30, 60)], []
+    for method in ("plain", *WITH_DRAFT_MODEL):
+        with Engine.open(made, OpenOptions(method)) as engine:
+            said.append([answer(engine, prompt[:end], NUM_TOKENS) for end in (30, 27)])
+    assert said[0] == said[1] == said[2]
+
+
 def test_a_draft_model_of_fewer_or_more_rows_says_only_tokens_of_the_model(tmp_path: Path) -> None:
     for rows in (1500, 2200):
         small = small_checkpoint(tmp_path / f"small-{rows}", vocab_size=rows)

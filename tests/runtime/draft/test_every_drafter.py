@@ -15,10 +15,10 @@ from builders import build_artifact, converted
 from counted import END, Counted
 from grammars import END as END_OF_TEXT
 from grammars import demo_tokens, text_of
-from heads import head_checkpoints, mtp_checkpoint
+from heads import head_checkpoints
 from running import generated
 
-from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.common.errors import SubspecError
 from subspec.artifacts.format.checks import check_plan
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.model import Source
@@ -37,7 +37,6 @@ KERNEL = "aten" if int4.unavailable() else "w4a8"
 DRAFTERS: tuple[DrafterName, ...] = (
     "substitute", "lookup", "draft-model", *OF_HEADS, *CHECKED,
 )  # fmt: skip
-ATTENDING = "mtp without delta nets"  # which the substitutes do not check
 NUM_TOKENS = 24
 SAID = [*range(40, 75), 300, 301, 302]
 PROMPTS = [SAID * 2, [*range(900, 960)], [*SAID, 77, *SAID[:-2]]]
@@ -104,8 +103,6 @@ def build(folder: Path, dtype: str, kind: str) -> Artifact:
     folder.mkdir()
     if kind == "demo":
         source, head = converted(DEMO, folder / "model", kind_of_numbers), None
-    elif kind == ATTENDING:
-        source, head = mtp_checkpoint(folder, kind_of_numbers, foreseen=True, hybrid=False), None
     else:
         source, head = head_checkpoints(kind, folder, kind_of_numbers, foreseen=True)
     other = DraftModelRef(Resolved(DEMO, Source("test/small"))) if kind == "demo" else None
@@ -116,9 +113,8 @@ def build(folder: Path, dtype: str, kind: str) -> Artifact:
 
 
 def kind_of(drafter: DrafterName) -> str:
-    """Which artifact it drafts for."""
-    layout = head_of(drafter)
-    return ATTENDING if layout == "mtp" and drafter in CHECKED else layout or "demo"
+    """Which artifact it drafts for; one with the head of mtp has delta nets."""
+    return head_of(drafter) or "demo"
 
 
 @pytest.fixture(scope="module")
@@ -233,10 +229,18 @@ def test_lossy_acceptance_keeps_its_rule_whoever_drafts(
             assert sum(sequence.stats.accepted) >= len(wrong)
 
 
-def test_what_a_head_proposes_is_not_checked_in_a_model_with_delta_nets(made: Made) -> None:
-    with pytest.raises(SubspecError, match="'substitute\\+mtp' does not know this model's") as told:
-        Engine.open(made.artifact("bfloat16", "mtp"), OpenOptions(drafter="substitute+mtp"))
-    assert told.value.exit_code == Exit.UNSUPPORTED and "'mtp'" in str(told.value.hint)
+def test_what_a_model_with_delta_nets_repeats_is_checked_in_one_pass(made: Made) -> None:
+    """Its next token depends most on the last one: it goes on as it did before."""
+    artifact, params, said = made.artifact("bfloat16", "mtp"), GenerationParams(NUM_TOKENS), []
+    with Engine.open(artifact, OpenOptions("plain")) as engine:
+        with engine.new_sequence() as sequence:
+            before = generated(sequence, PROMPTS[1], params)
+    prompt = [*PROMPTS[1], *before, *before[:6]]
+    for options in (OpenOptions("plain"), OpenOptions(drafter="substitute+lookup")):
+        with Engine.open(artifact, options) as engine, engine.new_sequence() as sequence:
+            said.append(generated(sequence, prompt, params))
+            assert engine.method == "plain" or sum(sequence.stats.proposed) > 0
+    assert said[0] == said[1]
 
 
 def test_an_open_engine_drafts_with_all_that_its_memory_has_room_for(made: Made) -> None:
