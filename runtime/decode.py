@@ -142,10 +142,10 @@ def verify(tree: TokenTree, logits: Tensor, turn: Turn) -> Round:
             return token
 
         try:
-            verdict = walk(tree, choose_and_push, depth)
+            with chooser.ahead():
+                verdict = walk(tree, choose_and_push, depth)
         except SubspecError as error:
             return failed(turn, error)
-        chooser.pop(verdict.num_emitted)
     emitted = verdict.emitted()
     told = logprobs(logits, verdict.path[: len(emitted)], emitted, turn.num_logprobs)
     num_drafted, num_proposed = tree.num_nodes - 1, tree.num_proposed
@@ -160,10 +160,10 @@ def verify_lossily(tree: TokenTree, logits: Tensor, turn: Turn, how: Lossy) -> R
     else:
         for node in range(tree.num_nodes):
             above = tree.tokens[tree.ancestors[node]].tolist()[1:]  # without the root
-            for token in above:
-                chooser.push(token)
-            choices.append(chooser.choose(logits[node], first + len(above)))
-            chooser.pop(len(above))
+            with chooser.ahead():
+                for token in above:
+                    chooser.push(token)
+                choices.append(chooser.choose(logits[node], first + len(above)))
     verdict = lossy.accept(tree, choices, logits, how)
     path = torch.tensor(verdict.path, device=turn.cache.device)
     told = logprobs(logits, path, verdict.emitted, turn.num_logprobs)
@@ -175,11 +175,14 @@ def verify_lossily(tree: TokenTree, logits: Tensor, turn: Turn, how: Lossy) -> R
 def logprobs(
     logits: Tensor, rows: Tensor | slice, tokens: Sequence[int], num_top: int | None
 ) -> tuple[TokenLogprobs, ...]:
-    """Of the tokens, each by its own of the `rows`; num_top None: nothing is asked for."""
+    """Of the tokens, each by its own of the `rows`, one after another: a row is large. num_top
+    None: nothing is asked for."""
     if num_top is None:
         return ()
-    pairs = zip(logits[rows], tokens, strict=True)
-    return tuple(logprobs_of(row, token, num_top) for row, token in pairs)
+    every = range(len(logits))[rows] if isinstance(rows, slice) else rows.tolist()
+    return tuple(
+        logprobs_of(logits[row], token, num_top) for row, token in zip(every, tokens, strict=True)
+    )
 
 
 def chosen(logits: Tensor, turn: Turn) -> Round:

@@ -149,21 +149,18 @@ class Engine:
     def _next_pieces(self) -> dict[Sequence, Piece]:
         """What the next pass reads of prompts: in company of answers little of them, so that those
         need not wait for long. Where a prompt's own log probabilities are wanted, no more rows have
-        logits than a verification of all sequences has."""
+        logits than a verification of the sequence has."""
         plan, found = self.plan, dict[Sequence, Piece]()
         room = plan.prefill_tokens
         if self._decoding:
             room = min(room, ROWS_IN_COMPANY)
-        room_of_head = (plan.num_sequences - len(self._decoding)) * plan.verify_width
         for sequence in self._reading:
-            rows = min(room, room_of_head) if sequence.wants_prompt_logprobs else room
+            rows = min(room, plan.verify_width) if sequence.wants_prompt_logprobs else room
             count = tokens_that_fit(plan, len(sequence.unread), rows)
             if not count:
                 break
             found[sequence] = sequence.piece(count)
-            num_rows = sum(calls_for(plan.prompt_widths, count))
-            room -= num_rows
-            room_of_head -= num_rows if sequence.wants_prompt_logprobs else plan.prompt_widths[0]
+            room -= sum(calls_for(plan.prompt_widths, count))
         return found
 
     def join(self, sequence: Sequence) -> None:

@@ -122,7 +122,7 @@ def answers(artifact: Artifact, method: Any) -> list[int]:
         return answer(engine, PROMPT, 24)
 
 
-@pytest.mark.parametrize("scales", ["block", "channel"])
+@pytest.mark.parametrize("scales", ["block", pytest.param("channel", marks=pytest.mark.slow)])
 def test_tokens_are_those_of_the_same_weights_in_bf16(
     scales: str, bf16: Path, tmp_path: Path
 ) -> None:

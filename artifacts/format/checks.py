@@ -188,7 +188,7 @@ def check_plan(
         fits = fits and known
     for widths in (plan.verify_widths, plan.prompt_widths):
         fits = fits and list(widths) == sorted(set(widths))
-    fits = fits and plan.prompt_widths[0] <= plan.prefill_tokens
+    fits = fits and plan.prompt_widths[0] <= min(plan.prefill_tokens, plan.verify_width)
     if not fits or plan.method not in plan.placements:
         raise _wrong(
             "plan.json",

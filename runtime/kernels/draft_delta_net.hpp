@@ -239,9 +239,10 @@ void run_net(const Pass& pass, const Layer& layer) {
     for (int64_t turn = 0; turn <= most; turn++) {
         for (int64_t item = mine.first; item < mine.end; item++) {
             const Segment& segment = pass.rows.segments[item / heads];
+            const int64_t first = turn ? segment.num_together + turn - 1 : 0;
             const int64_t end = std::min(segment.num_together + turn, segment.num_rows);
             NetTask task = {pass, segment, segment.nets[layer.index], item % heads};
-            task.run(turn ? segment.num_together + turn - 1 : 0, end);
+            if (first < end) task.run(first, end);
         }
         if (turn < most) {
 #pragma omp barrier

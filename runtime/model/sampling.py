@@ -6,7 +6,8 @@ V = vocabulary
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -63,7 +64,8 @@ class TokenLogprobs:
 
 class Chooser:
     """Chooses the tokens of one answer. What it says may depend on those before, so it is told of
-    each by `push`; `pop` takes that back, as a verification walks ahead of what is kept."""
+    each by `push`, and in a block of `ahead` by a verification, which walks ahead of what is
+    kept."""
 
     def __init__(
         self,
@@ -106,12 +108,18 @@ class Chooser:
         if self.constraint is not None:
             self.constraint.push(token)
 
-    def pop(self, num_tokens: int) -> None:
-        """Takes the last `num_tokens` back."""
-        for _ in range(num_tokens):
-            self._counts[self._answer.pop()] -= 1
-        if self.constraint is not None:
-            self.constraint.pop(num_tokens)
+    @contextmanager
+    def ahead(self) -> Iterator[None]:
+        """What is pushed in the block is taken back at its end, whatever happens in it."""
+        length = len(self._answer)
+        try:
+            yield
+        finally:
+            num_pushed = len(self._answer) - length
+            for _ in range(num_pushed):
+                self._counts[self._answer.pop()] -= 1
+            if self.constraint is not None:
+                self.constraint.pop(num_pushed)
 
     def _penalized(self, logits: Tensor) -> Tensor:
         """f64 [V], a copy."""

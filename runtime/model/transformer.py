@@ -176,7 +176,7 @@ def logits_of(spec: ModelSpec, head: Product, normed: Tensor, calls: Calls) -> T
     """normed [T, H], behind the final norm -> [T, V]."""
     logits = head(HEAD, normed, calls)[:, : spec.vocab_size]
     if spec.logits_divisor != 1:
-        logits = logits / spec.logits_divisor
+        logits.div_(spec.logits_divisor)
     if spec.logits_cap is not None:
         logits.div_(spec.logits_cap).tanh_().mul_(spec.logits_cap)
     return logits

@@ -54,12 +54,14 @@ class WindowSlots:
         return length - self.base < 2 * self.kept
 
     def move(self, stores: Sequence[Tensor], length: int) -> None:
-        """Copies the last of `length` tokens to the front. stores [B, num_slots, D]."""
+        """Copies the last of `length` tokens to the front. stores [B, num_slots, D]. Where it is
+        interrupted and does not overlap, it can be done again."""
         base, overlap = aligned_slots(length - self.kept), self.overlap(length)
         kept = self.places(base, length)
+        self.start = max(self.start, base)  # what lies in front of it is written over
         for store in stores:
             store[:, : length - base] = store[:, kept].clone() if overlap else store[:, kept]
-        self.base, self.start = base, max(self.start, base)
+        self.base = base
 
     def last_places(self, end: int) -> slice:
         """Where a piece of a text, for which there is no room, puts its last tokens before `end`:

@@ -52,14 +52,19 @@ class Digests:
 
     def submit(self, work: Callable[[], None]) -> None:
         """Run other work that reads and compares in the same threads."""
-        if len(self._pending) >= self._most_pending:
-            self._pending.popleft().result()
+        while len(self._pending) >= self._most_pending:
+            self._take_result()
         self._pending.append(self._pool.submit(work))
 
     def finish(self) -> None:
         """Wait for all checks. Raises SubspecError(CORRUPT) for a mismatch."""
         while self._pending:
-            self._pending.popleft().result()
+            self._take_result()
+
+    def _take_result(self) -> None:
+        """It stays pending where it is an error, or where waiting for it is interrupted."""
+        self._pending[0].result()
+        self._pending.popleft()
 
     def close(self) -> None:
         """Ends the threads."""

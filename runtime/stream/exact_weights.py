@@ -4,7 +4,6 @@ streamed: while one part computes, the next ones are copied into staging slots.
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
 from functools import partial
 
 import torch
@@ -51,21 +50,17 @@ class ExactWeights:
         self._record = record
 
     def __iter__(self) -> Iterator[Product]:
-        finished = False
-        try:
-            for layer in range(self._num_layers):
-                started = time.perf_counter()
-                yield partial(self._product, f"{layer_name(layer)}.")
-                self._record("layer", f"layer {layer}", started, {})
+        if self.streamed is not None:
+            self.streamed.begin_pass()
+        for layer in range(self._num_layers):
             started = time.perf_counter()
-            yield partial(self._product, "")
-            self._record("layer", "head", started, {})
-            finished = True
-        finally:
-            # After an aborted pass `streamed` keeps its error, and the next pass raises it.
-            with nullcontext() if finished else suppress(SubspecError):
-                if self.streamed is not None:
-                    self.streamed.end_pass(finished)
+            yield partial(self._product, f"{layer_name(layer)}.")
+            self._record("layer", f"layer {layer}", started, {})
+        started = time.perf_counter()
+        yield partial(self._product, "")
+        self._record("layer", "head", started, {})
+        if self.streamed is not None:
+            self.streamed.end_pass()
         if self._residual_decoder is not None:
             self._residual_decoder.check()
 

@@ -35,8 +35,11 @@ class StreamedParts(Protocol):
     def settle(self) -> None:
         """Wait for the digest check of the last part. Raises SubspecError(CORRUPT)."""
 
-    def end_pass(self, finished: bool) -> None:
-        """Called when all compute of a pass is issued; finished False: the pass was aborted."""
+    def begin_pass(self) -> None:
+        """Takes what is left of a pass that was aborted. Raises SubspecError if it failed."""
+
+    def end_pass(self) -> None:
+        """Called when all compute of a pass is issued."""
 
     def close(self) -> None: ...
 
@@ -74,15 +77,17 @@ class Ring:
         self._num_begun = 0
         self._num_taken = 0
         self._arrived: dict[str, Tensor] = {}
+        self._unchecked = {*range(len(blocks))}
         self._failure: SubspecError | None = None  # raised again by every later call
-        for _ in range(num_slots):
-            self._begin()
+        self._fill()
 
     @property
     def wait_seconds(self) -> float:
         return self._link.wait_seconds
 
     def take(self, name: str) -> Tensor:
+        if self._failure is not None:
+            raise self._failure
         if name not in self._arrived:
             self._release()
             self._take_block()
@@ -94,40 +99,43 @@ class Ring:
             self._checked()
         self._checked = lambda: None
 
-    def end_pass(self, finished: bool) -> None:
+    def begin_pass(self) -> None:
+        if self._failure is not None:
+            raise self._failure
         self._release()
-        if not finished:
-            while self._num_taken % len(self._blocks):
-                self._take_block()
-                self._release()
+        while self._num_taken % len(self._blocks):
+            self._take_block()
+            self._release()
+
+    def end_pass(self) -> None:
+        self._release()
 
     def close(self) -> None:
         self._link.close()
 
     def _take_block(self) -> None:
-        if self._failure is not None:
-            raise self._failure
-        block = self._blocks[self._num_taken % len(self._blocks)]
+        index, offset = self._num_taken % len(self._blocks), 0
+        block = self._blocks[index]
         with self._failures_kept():
             memory = self._link.wait(self._num_taken % self._num_slots)
-        if self._num_taken < len(self._blocks):
-            self._checked = self._check(block, memory)
         self._num_taken += 1
         self.streamed_bytes += block.num_bytes
-        offset = 0
         for part in block.parts:
             self._arrived[part.name] = view_of(part, memory[offset:], self._dtype)
             offset += part.padded_bytes
+        if index in self._unchecked:
+            with self._failures_kept():  # of an earlier part, where many are waiting
+                self._checked = self._check(block, memory)
+            self._unchecked.remove(index)
 
     def _release(self) -> None:
         """Allow the slot of the last block to be filled again, as its compute is issued. Raises
-        what the block's check found."""
-        if not self._arrived:
-            return
-        self._arrived = {}
-        self.settle()
-        self._link.release((self._num_taken - 1) % self._num_slots)
-        self._begin()
+        what the block's check found. It may be interrupted anywhere, and called again."""
+        if self._arrived:
+            self.settle()
+            self._link.release((self._num_taken - 1) % self._num_slots)
+            self._arrived = {}
+        self._fill()
 
     @contextmanager
     def _failures_kept(self) -> Iterator[None]:
@@ -137,11 +145,13 @@ class Ring:
             self._failure = error
             raise
 
-    def _begin(self) -> None:
-        index = self._num_begun % len(self._blocks)
-        slot = self._num_begun % self._num_slots
-        self._link.begin(slot, self._offsets[index], self._blocks[index].num_bytes)
-        self._num_begun += 1
+    def _fill(self) -> None:
+        """Starts copies into all slots that are free."""
+        while self._num_begun < self._num_taken + self._num_slots:
+            index = self._num_begun % len(self._blocks)
+            slot = self._num_begun % self._num_slots
+            self._link.begin(slot, self._offsets[index], self._blocks[index].num_bytes)
+            self._num_begun += 1
 
 
 class Requested:
@@ -199,7 +209,10 @@ class Requested:
     def settle(self) -> None:
         """Nothing to do: there are no background checks."""
 
-    def end_pass(self, finished: bool) -> None:
+    def begin_pass(self) -> None:
+        self._release()
+
+    def end_pass(self) -> None:
         self._release()
 
     def close(self) -> None:

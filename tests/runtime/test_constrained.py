@@ -131,10 +131,10 @@ def test_what_a_draft_may_propose_ends_with_the_constraint() -> None:
     for token in (11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21):
         chooser.push(token)
     assert follower.allowed_after([END]) is None and follower.allowed_after([END, 3]) is None
-    chooser.push(END)
-    chooser.push(9)
-    assert chooser.choose(torch.arange(50.0), 0) == 49, "what follows the end is nobody's"
-    chooser.pop(2)
+    with chooser.ahead():
+        chooser.push(END)
+        chooser.push(9)
+        assert chooser.choose(torch.arange(50.0), 0) == 49, "what follows the end is nobody's"
     assert len(constraint.said) == LONG
 
 

@@ -23,6 +23,7 @@ from subspec.artifacts.model import (
 )
 from subspec.artifacts.plan import Ledger
 from subspec.runtime import memory as memory_module
+from subspec.runtime.decode import logprobs
 from subspec.runtime.draft.beam import root_only
 from subspec.runtime.exact_pass import causal_rows, whole_tree
 from subspec.runtime.kernels.linear import calls_of
@@ -157,6 +158,11 @@ SPECS = {
     "many tokens": make_spec(
         num_layers=1, hidden_size=64, head_size=32, inner_size=128, vocab_size=40_960,
     ),
+    "many tokens, divided logits": replace(
+        make_spec(
+            num_layers=1, hidden_size=64, head_size=32, inner_size=128, vocab_size=40_960,
+        ), logits_divisor=8.0,
+    ),
     "a KV head for each head, f32 ropes": changed(
         replace(SMALL, rope_in_f32=True), num_kv_heads=4
     ),
@@ -214,6 +220,7 @@ def test_the_temporaries_of_every_exact_pass_are_within_the_workspace(
             rows = [whole_tree(tree, cache) for tree, cache in zip(trees, caches, strict=True)]
             logits: Tensor = forward(shared, exact, rows, calls_of([width] * num_sequences))
             Chooser(Sampling(1.0, 5, 0.9)).choose(logits[0], context)
+            logprobs(logits, torch.arange(width), [5] * width, 3)
         return seen.peak_bytes
 
     assert peak_of_prompt() <= granted

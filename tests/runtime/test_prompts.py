@@ -29,7 +29,9 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="module", params=["bfloat16", "float32"])
+@pytest.fixture(
+    scope="module", params=["bfloat16", pytest.param("float32", marks=pytest.mark.slow)]
+)
 def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     folder: Path = tmp_path_factory.mktemp("prompts")
     source = demo_checkpoint(folder / "model", getattr(torch, request.param))
@@ -185,6 +187,28 @@ def test_a_greedy_answers_tokens_are_the_likeliest(artifact: Artifact) -> None:
         assert all(one.top == () for one in sequence.logprobs) and len(sequence.logprobs) == 20
         generated(sequence, OTHER, GenerationParams(20))
         assert sequence.logprobs == []
+
+
+def test_prompts_of_which_log_probabilities_are_wanted_are_read_beside_others(
+    artifact: Artifact,
+) -> None:
+    long = [11 + n % 700 for n in range(200)]
+    asked = [(long, 3), (OTHER, None), (PROMPT, 2)]
+    with Engine.open(artifact) as engine:
+        expected = []
+        for prompt, wanted in asked:
+            with engine.new_sequence() as sequence:
+                said = generated(sequence, prompt, GenerationParams(3, prompt_logprobs=wanted))
+                expected.append((said, sequence.prompt_logprobs))
+        several = [engine.new_sequence() for _ in asked]
+        for sequence, (prompt, wanted) in zip(several, asked, strict=True):
+            sequence.begin(prompt, GenerationParams(3, prompt_logprobs=wanted))
+        first = engine._next_pieces().values()
+        most = engine.plan.verify_width
+        assert [len(piece.tokens) for piece in first] == [most, len(OTHER), most]
+        while engine.step():
+            pass
+        assert [(one.take_fresh(), one.prompt_logprobs) for one in several] == expected
 
 
 def test_log_probabilities_of_a_prompt_need_not_fit_the_rows_of_one_pass(

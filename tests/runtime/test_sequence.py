@@ -9,6 +9,7 @@ import pytest
 import torch
 from builders import build_artifact, replan
 from running import answer, generated
+from torch import Tensor
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format.store import Artifact
@@ -21,8 +22,9 @@ from subspec.runtime.draft.beam import DraftPass, Growing, TokenTree
 from subspec.runtime.draft.drafter import SubstituteDrafter, Turn
 from subspec.runtime.engine import Engine, OpenOptions
 from subspec.runtime.exact_pass import Model, Piece
+from subspec.runtime.lossy import Lossy
 from subspec.runtime.model.cache import Cache, TreeSlots
-from subspec.runtime.model.sampling import Sampling
+from subspec.runtime.model.sampling import Chooser, Sampling
 from subspec.runtime.sequence import GenerationParams
 
 PROMPT = list(range(10, 50))
@@ -459,6 +461,37 @@ def test_a_closed_sequence_answers_no_more(artifact: Artifact) -> None:
             while engine.step():
                 pass
             assert sequence.take_fresh() == expected
+
+
+@pytest.mark.parametrize("lossy", [None, Lossy("prob", 0.3, 2)], ids=["exact", "lossy"])
+def test_a_verification_that_failed_is_done_again_with_the_same_penalties(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch, lossy: Lossy | None
+) -> None:
+    """What it had walked ahead of is taken back."""
+    how = GenerationParams(24, Sampling(presence_penalty=1.5, frequency_penalty=0.7), lossy=lossy)
+    prompt, real, left = [*range(40, 60)], Chooser.choose, 0
+
+    def choose(chooser: Chooser, logits: Tensor, position: int) -> int:
+        nonlocal left
+        left -= 1
+        if left in (10, 5, 0):
+            raise MemoryError
+        return real(chooser, logits, position)
+
+    with Engine.open(artifact) as engine:
+        with engine.new_sequence() as sequence:
+            expected = generated(sequence, prompt, how)
+        with engine.new_sequence() as sequence:
+            sequence.begin(prompt, how)
+            engine.step()
+            left, num_failed = 16, 0
+            monkeypatch.setattr(Chooser, "choose", choose)
+            while sequence.finish_reason is None:
+                try:
+                    engine.step()
+                except MemoryError:
+                    num_failed += 1
+            assert sequence.take_fresh() == expected and num_failed == 3
 
 
 def test_a_prompt_that_is_interrupted_is_read_again(

@@ -222,6 +222,7 @@ def test_trees_are_as_deep_as_a_plan_may_rehearse() -> None:
     assert make_tree(max(WIDTHS["cpu"]), DEEPEST).num_nodes == 97
 
 
+@pytest.mark.slow
 def test_trees_within_an_answer_of_a_hybrid_are_those_of_the_rounds_that_decode_it(
     tmp_path: Path,
 ) -> None:

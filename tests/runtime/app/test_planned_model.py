@@ -137,7 +137,11 @@ main(sys.argv[2:])
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, Exit.INTERRUPTED), (signal.SIGTERM, Exit.TERMINATED)]
+    ("number", "code"),
+    [
+        (signal.SIGINT, Exit.INTERRUPTED),
+        pytest.param(signal.SIGTERM, Exit.TERMINATED, marks=pytest.mark.slow),
+    ],
 )
 def test_an_interrupted_planning_leaves_nothing_and_is_begun_again(
     artifacts: Path, capsys: Capture, planner: StandIn, number: int, code: int

@@ -81,12 +81,12 @@ def test_presence_and_frequency_penalties_count_the_answers_tokens() -> None:
     row = torch.zeros(4)
     row[1], row[2], row[3] = 3.0, 2.9, 2.0
     chosen = []
-    for _ in range(6):
-        chosen.append(chooser.choose(row, 0))
-        chooser.push(chosen[-1])
+    with chooser.ahead():
+        for _ in range(6):
+            chosen.append(chooser.choose(row, 0))
+            chooser.push(chosen[-1])
     # 1 at 3.0; then it has 2.25: 2 at 2.9; 2.15; 1 at 2.25: 2.0; 2 at 2.15: 1.9; 1, 3 tie at 2.0
     assert chosen == [1, 2, 1, 2, 1, 3]
-    chooser.pop(6)
     assert chooser.choose(row, 0) == 1
 
 

@@ -164,6 +164,21 @@ def test_a_copy_that_fails_over_itself_leaves_an_empty_cache(
         assert few.windows is not None and few.windows.base == few.windows.start == 0
 
 
+def test_what_an_interrupted_copy_wrote_over_is_not_gone_back_to() -> None:
+    few, _ = caches(ALL)
+    few.commit([0] * 319)
+
+    class Broken:
+        def __getitem__(self, place: object) -> None:
+            raise KeyboardInterrupt
+
+    assert few.windows is not None
+    with pytest.raises(KeyboardInterrupt):
+        few.windows.move([few.keys[0], Broken()], 319)  # type: ignore[list-item]
+    assert few.windows.base == 0
+    assert few.reachable(211) == 211 and few.reachable(210) == 0
+
+
 def test_one_can_go_back_as_far_as_the_windows_are_kept() -> None:
     few, _ = caches(ALL)
     assert few.windows is not None and few.windows.kept == 128

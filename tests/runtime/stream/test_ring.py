@@ -139,7 +139,7 @@ def test_the_next_passes_first_blocks_are_on_their_way_when_a_pass_ends(
     for name in NAMES:
         ring.take(name)
     assert len(link.begun) == len(blocks) + 1, "the last block is in use"
-    ring.end_pass(True)
+    ring.end_pass()
     assert [offset for _, offset in link.begun[-2:]] == first_two
     ring.close()
 
@@ -198,7 +198,7 @@ def test_a_block_is_checked_the_first_time_while_it_is_computed_with(
             first = not num_passes
             assert len(checks.begun) == (index + 1 if first else len(blocks))
             assert checks.ended == len(checks.begun) - first, "the last check is under way"
-        ring.end_pass(True)
+        ring.end_pass()
         assert checks.ended == len(checks.begun) == len(blocks)
     ring.close()
 
@@ -241,6 +241,54 @@ def test_no_pass_ends_with_a_block_that_is_wrong_nor_does_any_later_one(
     exact.close()
 
 
+def test_a_check_that_cannot_begin_fails_every_pass(toy: ToyWeights, stored: Stored) -> None:
+    """It may wait for an earlier part, and find that wrong."""
+
+    def check(block: Block, memory: Tensor) -> Callable[[], None]:
+        raise SubspecError(Exit.CORRUPT, "an earlier part is wrong")
+
+    exact = exact_over(toy, open_ring(toy, *stored, check=check)[0])
+    for _ in range(2):
+        with pytest.raises(SubspecError, match="an earlier part is wrong"):
+            logits(toy, exact)
+    exact.close()
+
+
+@pytest.mark.parametrize("where", ["begin", "wait"])
+def test_an_interrupted_check_is_done_in_the_next_pass(
+    toy: ToyWeights, stored: Stored, where: str
+) -> None:
+    expected, checks = logits(toy, exact_weights(toy)), Checks()
+    left, begun = 3, list[Block]()
+
+    def interrupted(here: str) -> bool:
+        nonlocal left
+        left -= here == where and len(begun) in (2, 4)
+        return left > 0 and here == where and len(begun) in (2, 4)
+
+    def check(block: Block, memory: Tensor) -> Callable[[], None]:
+        begun.append(block)
+        if interrupted("begin"):
+            raise KeyboardInterrupt
+        wait = checks.begin(block, memory)
+
+        def waited() -> None:
+            if interrupted("wait"):
+                raise KeyboardInterrupt
+            wait()
+
+        return waited
+
+    ring, blocks = open_ring(toy, *stored, check=check)
+    exact = exact_over(toy, ring)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            logits(toy, exact)
+    assert torch.equal(logits(toy, exact), expected) and torch.equal(logits(toy, exact), expected)
+    assert len(checks.begun) == checks.ended == len(blocks)
+    exact.close()
+
+
 # ---- requested parts ----------------------------------------------------------------------------
 
 
@@ -261,7 +309,7 @@ def test_parts_come_in_any_order_requested_or_not(
             if chance.random() < 0.5:
                 requested.request(chance.choices(NAMES, k=chance.randrange(4)))
         if chance.random() < 0.2:
-            requested.end_pass(chance.random() < 0.5)
+            chance.choice((requested.begin_pass, requested.end_pass))()
     requested.close()
 
 
@@ -327,7 +375,7 @@ def test_the_part_in_use_keeps_its_slot_until_another_is_taken(
     assert [other for other, _ in link.begun[1:]] == [1 - slot]
     assert torch.equal(in_use, toy.resident[NAMES[0]])
     taken(toy, requested, NAMES[4])  # nobody asked for it: the guess makes room, or the first part
-    requested.end_pass(True)
+    requested.end_pass()
     assert link.held <= {0, 1} - {link.begun[-1][0]}
     requested.close()
 
@@ -362,7 +410,7 @@ def test_a_wrong_guess_that_cannot_be_read_is_an_error_too(toy: ToyWeights, stor
     for _ in range(2):
         with pytest.raises(SubspecError, match="exact.safetensors ends at byte"):
             requested.take(NAMES[0])
-    requested.end_pass(False)
+    requested.begin_pass()
     requested.close()
 
 
