@@ -57,9 +57,10 @@ test-page: $(VENV)/.subspec-dev-installed
 	$(PIP) -c constraints.txt -e '.[serve,browser]'
 	$(BIN)/python -m pytest -q -m browser tests/runtime/server
 
-# The code for GPUs, where there is none: tests/simcuda/device.py says what is simulated.
+# The code for GPUs, where there is none: tests/simcuda/device.py says what is simulated. Nearly all
+# of these tests are in one file.
 test-simulated-gpu: $(VENV)/.subspec-dev-installed
-	$(BIN)/python -m pytest -q $(AT_ONCE) --simulated-cuda -m "gpu and not slow"
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal --simulated-cuda -m "gpu and not slow"
 
 # The tests that need the real model.
 test-real: $(VENV)/.subspec-dev-installed build/smollm2/config.json

@@ -200,7 +200,9 @@ def main(**given: Any) -> None:
         whole = resolve(options.model, options.revision, weights=False, tokenizer=True)
         check_draft_model(whole, small, options.draft_model)
         draft_model = DraftModelRef(small, options.draft_model_weights == "4bit")
-    head = resolve(options.draft_head) if options.draft_head not in (None, OWN_HEAD) else None
+    head = None
+    if options.draft_head is not None and options.draft_head != OWN_HEAD:
+        head = resolve(options.draft_head, tokenizer=False)  # it speaks the model's vocabulary
     resolved = resolve(options.model, options.revision, weights=not options.dry_run)
     for note in resolved.notes:
         say(note)

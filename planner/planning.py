@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from subspec.artifacts.common.errors import Exit, SubspecError, errors_of
 from subspec.artifacts.common.sizes import short_size
 from subspec.artifacts.format.folder import place_of
-from subspec.artifacts.plan import Method, Plan
+from subspec.artifacts.plan import Method, Plan, head_of, method_of
 from subspec.artifacts.profile import Profile
 from subspec.planner.solving import (
     Known,
@@ -183,8 +183,22 @@ def plan_again(
         from subspec.planner.rehearse.learning import rehearse
 
         return Planned(artifact.spec, *rehearse(known, artifact, progress, tell))
-    plan = solve(known)
+    plan = with_known_drafter(solve(known), artifact.plan)
     return Planned(artifact.spec, with_sweeps(known, plan) if sweeps else plan, profile)
+
+
+def with_known_drafter(plan: Plan, before: Plan) -> Plan:
+    """A plan that was not rehearsed, with what a rehearsal had found of who drafts, as far as it
+    has the memory for it and nothing else was asked for."""
+    head, own = before.head_draft, plan.placements.get("substitute")
+    if head is not None and own is not None and own.ledger.drafter:
+        if head.tree.num_nodes <= plan.verify_width and head.tree.width <= plan.tree.width:
+            plan = replace(plan, head_draft=head)
+    drafter = before.drafter
+    if drafter is None or plan.constraints.method is not None or method_of(drafter) != plan.method:
+        return plan
+    has_head = own is not None and own.ledger.drafter > 0
+    return replace(plan, drafter=drafter) if head_of(drafter) is None or has_head else plan
 
 
 def plan_from_runs(
@@ -209,7 +223,8 @@ def plan_from_runs(
         of_model = with_runs(known.proposer.acceptance, before, runs, "draft-model")
         known = known.learnt("draft-model", of_model)
     known = replace(known, profile=corrections_from(known, before, runs))
-    return Planned(known.spec, with_sweeps(known, solve(known)), known.profile)
+    plan = with_known_drafter(solve(known), before)
+    return Planned(known.spec, with_sweeps(known, plan), known.profile)
 
 
 def within_memory(request: PlanRequest, tell: Tell) -> PlanRequest:

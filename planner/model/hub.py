@@ -64,10 +64,13 @@ class Resolved:
 
 
 def resolve(
-    reference: str, revision: str | None = None, weights: bool = True, tokenizer: bool = False
+    reference: str,
+    revision: str | None = None,
+    weights: bool = True,
+    tokenizer: bool | None = None,
 ) -> Resolved:
-    """The folder of REF, downloaded if need be; without `weights` only what a dry run reads, and
-    its tokenizer if that is wanted.
+    """The folder of REF, downloaded if need be; without `weights` only what a dry run reads. Its
+    tokenizer comes too if that is wanted; None: with the weights.
 
     Raises SubspecError: USAGE for a REF that means nothing, HUB for what cannot be fetched,
     UNSUPPORTED for a repository without safetensors."""
@@ -89,7 +92,8 @@ def resolve(
         raise SubspecError(
             Exit.USAGE, f"{wanted[:100]!r} is not a revision", "give a commit, a branch or a tag"
         )
-    folder, lacking = _download(repository, wanted, weights, weights or tokenizer)
+    has_tokenizer = weights if tokenizer is None else tokenizer
+    folder, lacking = _download(repository, wanted, weights, has_tokenizer)
     notes = [f"{reference} is {repository}"] if "/" not in reference else []
     if lacking:
         what = ", ".join(lacking)
@@ -166,7 +170,7 @@ def _download(
     _has(repository, folder, WELCOME_FILES, away)
     if not weights:
         return folder, lacking
-    if not (folder / TOKENIZER).exists():
+    if tokenizer and not (folder / TOKENIZER).exists():
         _fetch(repository, folder.name, vocabulary, away)
         if away and not (folder / SENTENCEPIECE).exists():
             raise _incomplete(repository, revision, folder, TOKENIZER, away)

@@ -101,6 +101,27 @@ def read_sample(line: str, where: str) -> Sample:
     return sample
 
 
+def known_ids(
+    text: Tokenizer, samples: Iterable[Sample], vocab_size: int
+) -> list[tuple[str, list[int]]]:
+    """Kind and token ids of each sample, all kinds in turns. One that a chat template makes nothing
+    of, or tokens that the model has no rows for, is plain text, or left out. Raises
+    SubspecError(USAGE) if none is left."""
+    found = list[tuple[str, list[int]]]()
+    for sample in in_turns(samples):
+        for ids in (sample_ids(text, sample), text.plain_ids("\n\n".join(contents(sample)))):
+            if ids and max(ids) < vocab_size:
+                found.append((sample.kind, ids))
+                break
+    if not found:
+        raise SubspecError(
+            Exit.USAGE,
+            f"no calibration prompt consists of the model's {vocab_size} tokens",
+            "give prompts that do: --calibration FILE, or plan with --rehearse none",
+        )
+    return found
+
+
 def contents(sample: Sample) -> list[str]:
     prompt = sample.prompt
     return [prompt] if isinstance(prompt, str) else [message.content for message in prompt]

@@ -5,6 +5,7 @@ Rounds come from the planner's rehearsal and from the records of a user's runs.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from statistics import fmean
 
 from subspec.artifacts.acceptance import Acceptance, Curve, added, margin_of_ratio
@@ -135,18 +136,30 @@ def with_runs(
     acceptance: Acceptance, plan: Plan, runs: Iterable[Run], method: Method = "substitute"
 ) -> Acceptance:
     """Acceptance with the trees of a method's runs as a kind of its own. What they would have done
-    with another threshold than the plan's is not known: they count alike for all."""
+    with another width or threshold than the plan's is not known: as much more or less as other text
+    did, by what was known before."""
     drafted = [run for run in runs if run.method == method and any(run.drafted)]
     if not drafted:
         return acceptance
-    width = plan.draft_of(method).tree.width
-    own = [
-        replace(curve_of(drafted, width), min_path_probability=threshold)
-        for threshold in acceptance.thresholds
-    ]
-    others = [curve for curve in acceptance.curves if acceptance.measured and curve.kind != RUNS]
-    order = sorted((*others, *own), key=lambda curve: (curve.width, curve.min_path_probability))
+    own = curve_of(drafted, plan.draft_of(method).tree.width)
+    others = tuple(curve for curve in acceptance.curves if curve.kind != RUNS)
+    before = replace(acceptance, curves=others or acceptance.curves)
+    widths = {own.width, *(curve.width for curve in before.curves)}
+    found = [as_if(own, before, *pair) for pair in product(widths, before.thresholds)]
+    every = (*(others if acceptance.measured else ()), *found)
+    order = sorted(every, key=lambda curve: (curve.width, curve.min_path_probability))
     return Acceptance(tuple(order), measured=True)
+
+
+def as_if(own: Curve, before: Acceptance, width: int, threshold: float) -> Curve:
+    """The curve as it would be for trees of another width and threshold, level by level."""
+    levels, accepted, last = len(own.accepted), list[int](), own.num_trees
+    here, there = (before.reached(one, levels, threshold) for one in (own.width, width))
+    for number, (count, most) in enumerate(zip(own.accepted, own.drafted, strict=True)):
+        share = there[number] / here[number] if here[number] else 1.0
+        last = min(last, most, round(count * share))
+        accepted.append(last)
+    return replace(own, width=width, min_path_probability=threshold, accepted=tuple(accepted))
 
 
 RUNS = "runs"  # kind of text of a user's runs

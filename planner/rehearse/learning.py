@@ -73,14 +73,14 @@ def rehearse(
     profile = replace(known.profile, corrections=corrections(rounds, request.link_bandwidth))
     profile = with_load(profile, others_share(started, cpu_times()), tell)
     known = replace(known, profile=profile)
-    plan = with_sweeps(known, solve(known))
+    plan = solve(known)
     head = time_head(artifact, plan, samples, setting, progress, effort.time_seconds)
     if head is not None:
         plan = replace(plan, head_draft=head, reasons=(*plan.reasons, why_head(known.spec, head)))
     asked = request.constraints
     if asked.method is None and asked.width is None and asked.depth is None:
         plan = with_fastest_drafter(artifact, plan, samples, setting, progress, effort.time_seconds)
-    return plan, profile
+    return with_sweeps(known, plan), profile
 
 
 def effort_of(known: Known) -> Effort:

@@ -18,7 +18,7 @@ from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.model import ModelSpec
 from subspec.artifacts.native import cpp
 from subspec.artifacts.plan import HeadDraft, Method, Plan, Tree, Usage, calls_for
-from subspec.planner.rehearse.calibration import Sample, in_turns, sample_ids
+from subspec.planner.rehearse.calibration import Sample, known_ids
 from subspec.planner.rehearse.corrections import PredictFor, Rounds, Timed, drafted_rounds
 from subspec.planner.rehearse.replay import DEEPEST, WIDTHS, Answer, Grown, curves_of, walk
 from subspec.planner.rehearse.trail import Trail
@@ -99,7 +99,7 @@ def learn_acceptance(
     settled. None: no answer was long enough."""
     staged = replace(artifact, plan=with_tree(plan, method, CHAIN))
     text = load_tokenizer(artifact.path / "tokenizer")
-    turns = [(sample.kind, sample_ids(text, sample)) for sample in in_turns(samples)]
+    turns = known_ids(text, samples, artifact.spec.vocab_size)
     trees: Trees = {}
     found, learnt = None, ""
     until = time.perf_counter() + effort.learn_seconds
@@ -370,7 +370,7 @@ def speed_of_answers(
 
 def prompts_of(artifact: Artifact, samples: Several[Sample]) -> list[list[int]]:
     text = load_tokenizer(artifact.path / "tokenizer")
-    return [sample_ids(text, sample) for sample in in_turns(samples)]
+    return [ids for _, ids in known_ids(text, samples, artifact.spec.vocab_size)]
 
 
 def with_tree(plan: Plan, method: Method, tree: Tree) -> Plan:

@@ -116,13 +116,15 @@ def entry_of(request: ModelRequest) -> Entry:
 
 def identified(model: str) -> tuple[str, str]:
     """A REF in one form, and what it is now, as `Entry.checkpoint`. A local folder is named by its
-    real path, as subspec-plan sees it: an existing folder goes before a hub name."""
+    real path, as subspec-plan sees it: an existing folder goes before a hub name, but not before
+    one that begins with hf://."""
     if model == DEMO:
         return model, version("subspec")
     local = Path(os.path.expanduser(model))
     if model and "://" not in model and local.is_dir():
         return str(local.resolve()), files_digest(local.resolve())
-    return model.removeprefix("hf://"), ""
+    is_repository = "/" in model and "://" not in model
+    return f"hf://{model}" if is_repository else model, ""
 
 
 def files_digest(folder: Path) -> str:

@@ -12,7 +12,7 @@ from toys import make_curve, make_profile, make_spec
 from subspec.artifacts.acceptance import Acceptance
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format.store import open_artifact, verify
-from subspec.artifacts.plan import Constraints, Plan
+from subspec.artifacts.plan import Constraints, HeadDraft, Plan, Tree
 from subspec.artifacts.profile import Profile
 from subspec.planner import planning
 from subspec.planner.machine.measure import machine_name
@@ -24,6 +24,7 @@ from subspec.planner.planning import (
     plan_dry,
     plan_from_runs,
     plan_model,
+    with_known_drafter,
     within_memory,
 )
 from subspec.planner.rehearse import learning
@@ -129,6 +130,28 @@ def test_no_plan_is_for_more_memory_than_this_machine_has() -> None:
     assert len(said) == 1 and "is more than this machine's" in said[0]
     elsewhere = replace(here, known_profile=PROFILE)
     assert within_memory(elsewhere, said.append) == elsewhere and len(said) == 1
+
+
+def test_what_a_rehearsal_found_of_who_drafts_stays_where_nothing_else_is_asked_for(
+    tmp_path: Path,
+) -> None:
+    source, head = eagle_checkpoints(tmp_path, torch.bfloat16)
+    built = build_artifact(
+        source, tmp_path / "artifact", draft_head=head, width=2, depth=4, drafts_with_head=True
+    )
+    solved = replace(built.plan, constraints=Constraints(), drafter="substitute+lookup")
+    before = replace(solved, drafter="eagle", head_draft=HeadDraft(Tree(1, 4), 10.0, 2.0))
+    assert with_known_drafter(solved, before) == before
+    asked = replace(solved, constraints=Constraints(method="substitute"), drafter=None)
+    assert with_known_drafter(asked, before) == replace(asked, head_draft=before.head_draft)
+    own = solved.placements["substitute"]
+    headless = replace(own, ledger=replace(own.ledger, drafter=0, drafter_cache=0))
+    without = replace(solved, placements={**solved.placements, "substitute": headless})
+    assert with_known_drafter(without, before) == without
+    small = replace(solved, verify_widths=(4,))
+    assert with_known_drafter(small, before) == replace(small, drafter="eagle")
+    plain = replace(solved, method="plain", drafter=None)
+    assert with_known_drafter(plain, before).drafter is None
 
 
 def test_runs_of_another_plan_teach_nothing(tmp_path: Path) -> None:

@@ -278,6 +278,16 @@ def test_a_tokenizer_that_is_not_in_the_cache_is_named(offline: Path) -> None:
     assert "tokenizer.model" in refused("org/name", Exit.HUB).message
 
 
+@pytest.mark.usefixtures("away")
+def test_a_draft_head_needs_no_tokenizer(offline: Path) -> None:
+    snapshot = fill_cache(offline, "org/head")
+    (snapshot / "tokenizer.json").unlink()
+    list_files(offline, "org/head", ["config.json", *SHARDS])
+    assert resolve("org/head", tokenizer=False).path == snapshot
+    (snapshot / SHARDS[0]).unlink()
+    assert SHARDS[0] in refused("org/head", Exit.HUB, tokenizer=False).message
+
+
 @pytest.mark.parametrize("revision", [None, "dev", OTHER_SHA, SHA[:7]])
 def test_what_is_not_cached_is_said_with_the_reason(
     offline: Path, away: str, revision: str | None

@@ -16,6 +16,7 @@ from subspec.planner.rehearse.calibration import (
     Sample,
     contents,
     in_turns,
+    known_ids,
     read_samples,
     sample_ids,
     shipped_samples,
@@ -135,6 +136,26 @@ def test_text_is_continued_and_messages_go_through_the_template() -> None:
 def test_a_model_whose_template_fails_is_tried_on_plain_text() -> None:
     turns = (Message("system", "be brief"), Message("user", "hello"))
     assert sample_ids(Untemplated(), Sample("chat", turns)) == [*b"be brief\n\nhello"]
+
+
+def test_prompts_of_tokens_that_a_model_does_not_have_are_plain_text_or_left_out() -> None:
+    turns = (Message("system", "be brief"), Message("user", "hello"))
+    given = [Sample("chat", turns), Sample("greek", "\u03b1"), Sample("code", "def")]
+
+    class Odd(Letters):
+        def chat_ids(self, messages: list[dict[str, str]]) -> list[int]:
+            return [5000]
+
+    class Silent(Letters):
+        def chat_ids(self, messages: list[dict[str, str]]) -> list[int]:
+            return []
+
+    for text in (Odd(), Silent()):
+        found = known_ids(text, given, 128)
+        assert found == [("chat", [*b"be brief\n\nhello"]), ("code", [*b"def"])]
+    with pytest.raises(SubspecError, match="the model's 50 tokens") as caught:
+        known_ids(Odd(), given, 50)
+    assert caught.value.exit_code == Exit.USAGE and "--calibration" in str(caught.value.hint)
 
 
 def test_kinds_take_turns() -> None:

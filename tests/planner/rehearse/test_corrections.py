@@ -211,22 +211,43 @@ def test_answers_that_differ_widen_the_margin() -> None:
     assert own.margin == pytest.approx(1.96 * math.sqrt(2 * off**2 * 2) / 8)
 
 
-def test_runs_count_for_every_threshold_that_was_measured() -> None:
-    """What they would have done with another one is not known."""
+def test_runs_count_for_every_width_and_threshold_that_was_measured() -> None:
+    """What was measured does not tell these apart."""
     several = tuple(
         make_curve(width, 0.9, min_path_probability=stop) for width in (1, 4) for stop in (0.0, 0.2)
     )
     found = with_runs(Acceptance(several, measured=True), PLAN, [make_run()])
     own = [curve for curve in found.curves if curve.kind == "runs"]
-    assert own == [ONE_RUN, replace(ONE_RUN, min_path_probability=0.2)]
+    assert own == [
+        replace(ONE_RUN, width=width, min_path_probability=stop)
+        for width in (1, 2, 4) for stop in (0.0, 0.2)
+    ]  # fmt: skip
     assert found.thresholds == (0.0, 0.2)
+
+
+def test_runs_tell_of_other_widths_by_what_was_known_of_them() -> None:
+    """Level by level; a level is not accepted more often than it is drafted, or than the one
+    above."""
+    narrow, wide, widest = (
+        make_curve(width, rate) for width, rate in ((1, 0.4), (2, 0.8), (4, 1.0))
+    )
+    runs = [make_run(drafted=(40, 40, 36), accepted=(20, 4, 8, 8))]
+    found = with_runs(Acceptance((narrow, wide, widest), measured=True), PLAN, runs)
+    counts = {width: found.curve(width, 0.0, "runs").accepted for width in (1, 2, 4)}
+    assert counts == {1: (10, 4, 1), 2: (20, 16, 8), 4: (25, 25, 16)}
+    for known in (True, False):
+        found = with_runs(Acceptance((narrow, wide, widest), measured=known), PLAN, runs)
+        tokens = [found.tokens(width, 3) for width in (1, 2, 4)]
+        assert tokens == sorted(tokens) and found.tokens(2, 3) < Acceptance(
+            (wide,), measured=True
+        ).tokens(2, 3)
 
 
 def test_curves_stay_in_the_order_that_a_reader_asks_for() -> None:
     wider = Acceptance((CODE, replace(CODE, width=8)), measured=True)
     found = with_runs(wider, PLAN, [make_run()])
     assert [(curve.width, curve.kind) for curve in found.curves] == [
-        (2, "code"), (2, "runs"), (8, "code"),
+        (2, "code"), (2, "runs"), (8, "code"), (8, "runs"),
     ]  # fmt: skip
     spec = make_spec()
     plan = search(spec, make_profile(), 12_000_000, Constraints(context=256), found)

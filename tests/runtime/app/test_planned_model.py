@@ -205,6 +205,17 @@ def test_a_folder_is_the_same_by_whatever_path(
     assert entry_of(ModelRequest("hf://a/b", 1)) == entry_of(ModelRequest("a/b", 1))
 
 
+def test_the_hub_is_meant_where_it_is_named_whatever_lies_here(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(checkpoint.parent)
+    (checkpoint.parent / "org").mkdir(exist_ok=True)
+    (checkpoint.parent / "org" / "name").symlink_to(checkpoint)
+    hub, local = (entry_of(ModelRequest(model, 1)) for model in ("hf://org/name", "org/name"))
+    assert local == entry_of(ModelRequest(str(checkpoint), 1)) != hub
+    assert planner_words(hub.request)[:2] == ["--model", "hf://org/name"]
+
+
 def test_another_number_of_sequences_links_to_the_weights_that_are_there(planner: StandIn) -> None:
     """Another budget or link may store weights in another way, and a rehearsal is not repeated."""
     request = ModelRequest("demo", NINE, rehearse="none")
