@@ -20,6 +20,7 @@ from subspec.runtime.engine import Engine
 from subspec.runtime.sequence import Stats
 
 LARGEST_RECORDS = 1 << 30  # bytes of a file
+BEGINNING = b'{"schema": "subspec.bench.'  # of each line that append_row writes
 # What one run of `speed` or `sweep` does not change from row to row.
 SAME_IN_A_RUN = ("artifact", "num_weights", "machine", "torch", "python", "link_bandwidth")
 Row = TypeVar("Row")
@@ -182,14 +183,21 @@ def append_row(file: Path, row: SpeedRow | AnswerRow | SweepRow) -> None:
 
 
 def read_rows(file: Path) -> list[SpeedRow | AnswerRow | SweepRow]:
-    """Raises SubspecError: USAGE for a file that is not there, CORRUPT for a line that is no row.
-    A last line that was cut off is left out."""
+    """Raises SubspecError: USAGE for a file that is not there or ends like none of ours, CORRUPT
+    for a line that is no row. A row that was cut off at the end is left out."""
     try:
         if (size := file.stat().st_size) > LARGEST_RECORDS:
             raise SubspecError(Exit.USAGE, f"{file} has {size} bytes, expected a gigabyte at most")
         lines = file.read_bytes().split(b"\n")
     except OSError as error:
         raise SubspecError(Exit.USAGE, f"{file} cannot be read: {error.strerror}") from None
+    cut = lines[-1]
+    if not (cut.startswith(BEGINNING) or BEGINNING.startswith(cut)):
+        raise SubspecError(
+            Exit.USAGE,
+            f"{file}, line {len(lines)} is without a newline and not the beginning of a row",
+            "it is no file of rows that subspec-bench wrote with -o jsonl or --out: name another",
+        )
     return [row_of(line, f"{file}, line {number}") for number, line in enumerate(lines[:-1], 1)]
 
 
@@ -213,7 +221,8 @@ def rows_to_resume(
     same: Sequence[str] = ALL_OF_A_SETTING,
 ) -> list[Row]:
     """The rows of a kind that an interrupted run has written, whose cut line is removed. Raises
-    SubspecError(USAGE) if the fields `same` of their settings are not those of `setting`."""
+    SubspecError(USAGE) if the fields `same` of their settings are not those of `setting`, and as
+    `read_rows`: the file is then as it was."""
     if not file.exists():
         return []
     found = read_rows(file)

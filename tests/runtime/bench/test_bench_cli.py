@@ -358,6 +358,29 @@ def test_a_line_that_is_no_row_is_refused(tmp_path: Path) -> None:
         assert error.value.exit_code == Exit.CORRUPT
 
 
+@pytest.mark.parametrize("command", ["speed", "tasks", "sweep"])
+def test_a_file_that_is_not_ours_is_refused_and_stays_as_it_was(
+    artifact: Path, measured: dict[str, Path], capsys: Capture, tmp_path: Path, command: str
+) -> None:
+    row = measured["draft"].read_bytes().splitlines(keepends=True)[0]
+    notes = tmp_path / "notes.json"
+    for text in (b'{"todo": "call Anna"}', b"x", row + b'{"schema": "other'):
+        notes.write_bytes(text)
+        done = run(capsys, command, artifact, "--out", notes, *HERE)
+        assert done.exit_code == Exit.USAGE and "not the beginning of a row" in done.err
+        assert "name another" in done.err and notes.read_bytes() == text
+
+
+def test_only_a_row_of_ours_that_was_cut_off_is_left_out(
+    measured: dict[str, Path], tmp_path: Path
+) -> None:
+    whole, file = measured["draft"].read_bytes(), tmp_path / "rows.jsonl"
+    first = whole.splitlines(keepends=True)[0]
+    for size in (0, 1, 20, 40, len(first) - 1):
+        file.write_bytes(whole + first[:size])
+        assert read_rows(file) == read_rows(measured["draft"])
+
+
 def test_cells_of_a_table_cannot_break_it() -> None:
     text = as_markdown(Table(("a", "b"), (("x|y", "1"),)))
     assert text == "| a    | b |\n|------|--:|\n| x\\|y | 1 |\n"
