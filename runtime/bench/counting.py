@@ -24,9 +24,11 @@ class Interval:
 
 @dataclass(frozen=True)
 class Figures:
-    """Of all answers together. Rates are sums over sums, so that a long answer counts for more."""
+    """Of all answers together. Rates are sums over sums, so that a long answer counts for more.
+    An answer without a token, whose question did not fit, has no costs: it is counted in `answers`
+    and nowhere else. All other figures are 0 if no answer has a token."""
 
-    answers: int
+    answers: int  # all of them
     tokens: int
     decode_tokens_per_second: Interval  # after the first token
     tokens_per_second: float  # prompts included
@@ -40,8 +42,8 @@ class Figures:
     peak_bytes: int
 
 
-def figures(answers: Sequence[Costs]) -> Figures:
-    """Of one answer at least."""
+def figures(every: Sequence[Costs]) -> Figures:
+    answers = [one for one in every if one.generated_tokens]
     decoded = [one.generated_tokens - 1 for one in answers]
     seconds = [one.decode_seconds for one in answers]
     rounds = sum(len(one.accepted) for one in answers)
@@ -50,23 +52,27 @@ def figures(answers: Sequence[Costs]) -> Figures:
     whole = sum(seconds) + sum(one.first_token_seconds for one in answers)
     tokens = sum(one.generated_tokens for one in answers)
     return Figures(
-        answers=len(answers),
+        answers=len(every),
         tokens=tokens,
         decode_tokens_per_second=interval_of_ratio(decoded, seconds),
         tokens_per_second=ratio(tokens, whole),
-        first_token_seconds=mean(one.first_token_seconds for one in answers),
+        first_token_seconds=average([one.first_token_seconds for one in answers]),
         accepted_per_round=ratio(accepted, rounds),
-        acceptance_length=1 + ratio(accepted, rounds),
+        acceptance_length=ratio(accepted + rounds, rounds),
         acceptance_rate=ratio(accepted, drafted),
-        tau=mean(one.generated_tokens / (1 + len(one.accepted)) for one in answers),
+        tau=average([one.generated_tokens / (1 + len(one.accepted)) for one in answers]),
         streamed_bytes_per_token=ratio(sum(one.streamed_bytes for one in answers), sum(decoded)),
         stall_share=ratio(sum(one.stream_wait_seconds for one in answers), sum(seconds)),
-        peak_bytes=max(one.peak_bytes for one in answers),
+        peak_bytes=max((one.peak_bytes for one in answers), default=0),
     )
 
 
 def ratio(a: float, b: float) -> float:
     return a / b if b else 0.0
+
+
+def average(values: Sequence[float]) -> float:
+    return mean(values) if values else 0.0
 
 
 def interval_of_ratio(above: Sequence[float], below: Sequence[float]) -> Interval:

@@ -166,8 +166,11 @@ def sweep_part(rows: Sequence[SweepRow]) -> Part:
 
 
 def rate_bar(setting: Setting, parts: Sequence[str], answers: Sequence[Costs]) -> Bar:
-    rate = figures(answers).decode_tokens_per_second
-    text = f"{number(rate.value)} [{number(rate.low)}, {number(rate.high)}]"
+    found = figures(answers)
+    rate = found.decode_tokens_per_second
+    text = (
+        f"{number(rate.value)} [{number(rate.low)}, {number(rate.high)}]" if found.tokens else "-"
+    )
     return bar(setting, parts, text, (rate.value, rate.low, rate.high))
 
 

@@ -24,14 +24,15 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Compared:
-    """B against A over the turns that both have. Ratios are geometric means of the turns' own."""
+    """B against A over the turns that both have. Ratios are geometric means of the turns' own.
+    None: no turn has what is compared."""
 
     turns: int
     identical: int
     divergences: tuple[Divergence, ...]
-    speed_ratio: Interval  # of tokens/s after the first token
-    accepted_difference: Interval  # per round
-    score_difference: Interval | None  # None: nothing is judged
+    speed_ratio: Interval | None  # of tokens/s after the first token
+    accepted_difference: Interval | None  # per round, over the turns that both answered in rounds
+    score_difference: Interval | None
     a: Figures
     b: Figures
 
@@ -49,33 +50,43 @@ def compare(a: Sequence[AnswerRow], b: Sequence[AnswerRow]) -> Compared:
     found = [one for pair in pairs if (one := divergence(*pair)) is not None]
     timed = [pair for pair in pairs if rate(pair[0]) and rate(pair[1])]
     ratios = [math.log(rate(other) / rate(one)) for one, other in timed]
-    accepted = [per_round(other) - per_round(one) for one, other in pairs]
+    accepted = [
+        per_round(other) - per_round(one)
+        for one, other in pairs
+        if one.costs.accepted and other.costs.accepted
+    ]
     scores = [
         other.score - one.score
         for one, other in pairs
         if one.score is not None and other.score is not None
     ]
-    speed = mean_interval(ratios)
     return Compared(
         len(pairs),
         len(pairs) - len(found),
         tuple(found),
-        Interval(*(math.exp(one) for one in (speed.value, speed.low, speed.high))),
+        geometric_mean(ratios),
         mean_interval(accepted),
-        mean_interval(scores) if scores else None,
+        mean_interval(scores),
         figures([one.costs for one, _ in pairs]),
         figures([other.costs for _, other in pairs]),
     )
 
 
-def mean_interval(values: Sequence[float]) -> Interval:
+def geometric_mean(logarithms: Sequence[float]) -> Interval | None:
+    found = mean_interval(logarithms)
+    return found and Interval(*(math.exp(one) for one in (found.value, found.low, found.high)))
+
+
+def mean_interval(values: Sequence[float]) -> Interval | None:
+    """None: of nothing."""
     if not values:
-        return Interval(0.0, 0.0, 0.0)
+        return None
     return bootstrapped(len(values), lambda rows: sum(values[at] for at in rows) / len(rows))
 
 
 def rate(row: AnswerRow) -> float:
-    return ratio(row.costs.generated_tokens - 1, row.costs.decode_seconds)
+    """0 for an answer of one token, or of none."""
+    return ratio(max(0, row.costs.generated_tokens - 1), row.costs.decode_seconds)
 
 
 def per_round(row: AnswerRow) -> float:

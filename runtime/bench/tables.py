@@ -68,6 +68,8 @@ FIGURES = (
 
 
 def of_figures(one: Figures) -> tuple[str, ...]:
+    if not one.tokens:
+        return ("-",) * len(FIGURES)
     return (
         str(one.decode_tokens_per_second),
         number(one.tokens_per_second),
@@ -128,7 +130,6 @@ def sweep_table(rows: Sequence[SweepRow]) -> Table:
 
 
 def compared_table(found: Compared) -> Table:
-    score = "-" if found.score_difference is None else str(found.score_difference)
     first = found.divergences[0] if found.divergences else None
     where = f"{first.task} {first.item}, token {first.position}" if first else "-"
     return Table(
@@ -136,11 +137,11 @@ def compared_table(found: Compared) -> Table:
         (
             ("identical turns", f"{found.identical}/{found.turns}"),
             ("first divergence", where),
-            ("speed, B over A", str(found.speed_ratio)),
-            ("accepted per round, B - A", str(found.accepted_difference)),
-            ("score, B - A", score),
-            ("t/s of A", str(found.a.decode_tokens_per_second)),
-            ("t/s of B", str(found.b.decode_tokens_per_second)),
+            ("speed, B over A", str(found.speed_ratio or "-")),
+            ("accepted per round, B - A", str(found.accepted_difference or "-")),
+            ("score, B - A", str(found.score_difference or "-")),
+            ("t/s of A", of_figures(found.a)[0]),
+            ("t/s of B", of_figures(found.b)[0]),
         ),
     )
 

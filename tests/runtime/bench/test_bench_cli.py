@@ -18,9 +18,16 @@ from subspec.artifacts.format.codec import dump_json
 from subspec.artifacts.format.store import open_artifact
 from subspec.runtime.bench import tasks, variants
 from subspec.runtime.bench.cli import main
+from subspec.runtime.bench.page import page
 from subspec.runtime.bench.paired import compare, divergence
 from subspec.runtime.bench.records import AnswerRow, append_row, read_rows
-from subspec.runtime.bench.tables import Table, as_markdown, speed_table, written
+from subspec.runtime.bench.tables import (
+    Table,
+    as_markdown,
+    compared_table,
+    speed_table,
+    written,
+)
 from subspec.runtime.bench.variants import Variant
 
 Capture = pytest.CaptureFixture[str]
@@ -257,10 +264,10 @@ def test_a_trace_of_another_drafter_has_its_tokens_without_probabilities(
 def test_the_page_is_well_formed_without_scripts_and_says_what_is_in_the_rows(
     measured: dict[str, Path], speeds: Path, capsys: Capture, tmp_path: Path
 ) -> None:
-    page = tmp_path / "page.html"
-    done = run(capsys, "report", speeds, *measured.values(), "--out", page)
+    out = tmp_path / "page.html"
+    done = run(capsys, "report", speeds, *measured.values(), "--out", out)
     assert done.exit_code == 0, done.err
-    html = page.read_text()
+    html = out.read_text()
     ElementTree.fromstring(html.removeprefix("<!DOCTYPE html>\n"))
     assert "<script" not in html and "http" not in html.replace("http-equiv", "")
     for said in (
@@ -278,10 +285,10 @@ def test_names_from_files_are_text_on_the_page(
     measured: dict[str, Path], capsys: Capture, tmp_path: Path
 ) -> None:
     row = answers(measured["draft"])[0]
-    file, page = tmp_path / "<b>.jsonl", tmp_path / "page.html"
+    file, out = tmp_path / "<b>.jsonl", tmp_path / "page.html"
     append_row(file, replace(row, task="<img src=x>", setting=replace(row.setting, artifact="<i>")))
-    run(capsys, "report", file, "--out", page)
-    assert "<img" not in page.read_text() and "&lt;i&gt;" in page.read_text()
+    run(capsys, "report", file, "--out", out)
+    assert "<img" not in out.read_text() and "&lt;i&gt;" in out.read_text()
 
 
 def test_pairs_tell_where_tokens_part_and_by_how_much_they_differ(
@@ -294,8 +301,8 @@ def test_pairs_tell_where_tokens_part_and_by_how_much_they_differ(
         for row in rows
     ]  # fmt: skip
     found = compare(rows, slower)
-    assert found.speed_ratio.value == pytest.approx(0.5) and found.identical == 3
-    assert found.speed_ratio.low == pytest.approx(0.5)
+    assert found.speed_ratio is not None and found.identical == 3
+    assert found.speed_ratio.value == found.speed_ratio.low == pytest.approx(0.5)
     other = replace(rows[0], token_ids=(*rows[0].token_ids[:2], 9999))
     parted = divergence(rows[0], other)
     assert parted is not None and (parted.position, parted.b) == (2, 9999)
@@ -303,6 +310,30 @@ def test_pairs_tell_where_tokens_part_and_by_how_much_they_differ(
     assert shorter is not None and (shorter.position, shorter.b) == (1, None)
     with pytest.raises(SubspecError, match="none is of the same item"):
         compare(rows, [replace(row, item="other") for row in rows])
+
+
+def test_turns_without_tokens_change_no_difference_of_pairs(measured: dict[str, Path]) -> None:
+    rows = answers(measured["draft"])
+    nothing = replace(rows[0].costs, generated_tokens=0, verify_seconds=0.0, draft_seconds=0.0,
+                      drafted=(), accepted=())  # fmt: skip
+    unanswered = [
+        replace(row, item=f"long {at}", token_ids=(), score=None, costs=nothing)
+        for at, row in enumerate(rows)
+    ]
+    better = [
+        replace(row, costs=replace(row.costs, accepted=tuple(n + 1 for n in row.costs.accepted)))
+        for row in rows
+    ]
+    found = compare([*rows, *unanswered], [*better, *unanswered])
+    assert found.accepted_difference is not None and found.turns == 2 * len(rows)
+    assert found.accepted_difference.value == found.accepted_difference.low == pytest.approx(1)
+    assert found.a.decode_tokens_per_second == compare(rows, better).a.decode_tokens_per_second
+    none = compare(unanswered, unanswered)
+    assert none.speed_ratio is none.accepted_difference is none.score_difference is None
+    table = as_markdown(compared_table(none))
+    assert table.count(" - |") == 6 and "| speed, B over A" in table
+    whole = page([("rows.jsonl", unanswered)])
+    assert ElementTree.fromstring(whole.removeprefix("<!DOCTYPE html>\n")) is not None
 
 
 def test_other_tokens_are_an_error_if_somebody_expects_the_same(

@@ -1,14 +1,19 @@
 """Figures of answers by the rules of docs/bench.md, against worked examples."""
 
+from dataclasses import asdict, replace
+
 import numpy as np
 import pytest
 
 from subspec.runtime.bench.counting import figures, interval_of_mean, interval_of_ratio
 from subspec.runtime.bench.records import Costs
+from subspec.runtime.bench.tables import of_figures
 
 # 1 token by the prompt, then 3 rounds of 4, 1 and 2 tokens, in 2 seconds.
 FIRST = Costs(10, 8, 0.5, 0.5, 1.5, 0.4, 700, 9, (4, 4, 2), (3, 0, 1))
 SECOND = Costs(20, 3, 1.5, 0.0, 2.0, 0.0, 200, 7, (4,), (1,))
+# A question that did not fit the context.
+UNANSWERED = Costs(900, 0, 0.0, 0.0, 0.0, 0.0, 0, 0, (), ())
 
 
 def test_an_answers_figures_follow_the_counting_rules() -> None:
@@ -29,6 +34,21 @@ def test_rates_of_several_answers_are_sums_over_sums() -> None:
     assert found.decode_tokens_per_second.value == 9 / 4
     assert found.tau == (8 / 4 + 3 / 2) / 2
     assert found.first_token_seconds == 1.0
+
+
+def test_answers_without_a_token_are_counted_and_change_no_other_figure() -> None:
+    found = figures([UNANSWERED, FIRST, UNANSWERED, SECOND])
+    assert found == replace(figures([FIRST, SECOND]), answers=4)
+
+
+def test_figures_of_no_answer_with_a_token_are_zero_and_shown_as_missing() -> None:
+    for every in ([], [UNANSWERED], [UNANSWERED] * 3):
+        found = figures(every)
+        assert {**asdict(found), "answers": 0} == {
+            **dict.fromkeys(asdict(found), 0),
+            "decode_tokens_per_second": {"value": 0, "low": 0, "high": 0},
+        }
+        assert found.answers == len(every) and set(of_figures(found)) == {"-"}
 
 
 def test_intervals_hold_the_mean_about_as_often_as_they_say() -> None:
