@@ -6,6 +6,7 @@ It is a guard against accidents, not against an attacker: the child can read wha
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,7 @@ SECONDS = 10.0  # for one program
 MEMORY_BYTES = 1 << 30  # of its address space
 OUTPUT_BYTES = 1 << 20  # of one file
 MOST_TESTS = 100  # of one item
+FUTURE = re.compile(r"^from __future__ import .*$", re.MULTILINE)
 ALONE = ("unshare", "--user", "--map-root-user", "--net", "--ipc")
 # In the child, before the program: hard limits, which it cannot raise again.
 WITH_LIMITS = f"""
@@ -87,13 +89,23 @@ def end_of(file: Path) -> str:
 
 def score_code(text: str, item: Item) -> tuple[float, str]:
     """1.0 if the function of the answer passes the item's own test, and why not."""
-    code = code_of(text)
-    if f"def {item.entry_point}" not in code:  # it is only the function's body
-        code = item.given + code
-    elif item.given.lstrip().startswith(("from ", "import ")):  # what the prompt has imported
-        code = item.given.partition("def ")[0] + code
+    code = with_given(code_of(text), item)
     ran = run_program(f"{code}\n\n{item.references[0]}\n\ncheck({item.entry_point})\n")
     return float(ran.ok), ran.said
+
+
+def with_given(code: str, item: Item) -> str:
+    """The code after what the prompt has of the program: imports and functions that the test or
+    the answer may call, and the head of the function if the code is only its body. What the code
+    defines itself comes later, so that it counts."""
+    head = re.compile(rf"^[ \t]*(?:async +)?def +{re.escape(item.entry_point)}\b", re.MULTILINE)
+    if head.search(code) is None:
+        return item.given + code
+    of_function = head.search(item.given)
+    before = item.given[: of_function.start()] if of_function else ""
+    # These are allowed at the beginning of a program only.
+    futures = "".join(f"{line}\n" for line in FUTURE.findall(code))
+    return f"{futures}{before}\n{FUTURE.sub('', code)}"
 
 
 def score_stdin(text: str, item: Item) -> tuple[float, str]:

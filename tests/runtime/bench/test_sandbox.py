@@ -72,6 +72,37 @@ def test_a_function_is_judged_by_the_items_own_test(answer: str, expected: float
     assert score == expected and bool(why) == (not expected)
 
 
+# As HumanEval/32, /38 and /50: the test calls a function that the prompt defines.
+HELPED = (
+    "import math\nfrom typing import List\n\n\ndef shifted(text: str):\n"
+    '    """Next letters."""\n    return "".join(chr(ord(one) + 1) for one in text)\n\n\n'
+    "def unshifted(text: str):\n" + '    """Undo shifted."""\n'
+)
+ROUND_TRIP = "def check(candidate):\n    assert candidate(shifted('abc')) == 'abc'\n"
+SHIFT = Item("human-eval", "T/1", ("ask",), "code", (ROUND_TRIP,), 768, "unshifted", HELPED)
+UNSHIFTED = 'def unshifted(text: str):\n    return "".join(chr(ord(one) - 1) for one in text)\n'
+BY_TWO = "def {}(text):\n    return ''.join(chr(ord(one) {} 2) for one in text)\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (UNSHIFTED, 1.0),  # only what was asked
+        (HELPED + UNSHIFTED.partition("\n")[2], 1.0),  # everything again
+        ('    return "".join(chr(ord(one) - 1) for one in text)\n', 1.0),  # only the body
+        (BY_TWO.format("shifted", "+") + BY_TWO.format("unshifted", "-"), 1.0),  # its own helper
+        (BY_TWO.format("unshifted", "-"), 0.0),
+        ("def unshifted_too(text):\n    return text\n", 0.0),
+        ('"""Mine."""\nfrom __future__ import annotations\n' + UNSHIFTED, 1.0),
+    ],
+)
+def test_an_answer_has_the_prompts_helpers_unless_it_defines_them(
+    answer: str, expected: float
+) -> None:
+    score, why = score_code(f"```python\n{answer}```", SHIFT)
+    assert score == expected, why
+
+
 def test_a_program_is_judged_by_what_it_writes() -> None:
     assert score_stdin("print(sum(map(int, input().split())))", SUMS) == (1.0, "")
     assert score_stdin("print(5)", SUMS) == (0.0, "test 2: it writes something else")
