@@ -1,5 +1,6 @@
 """Items of a data set: from local files in the data set's own layout, or from the hub."""
 
+import hashlib
 import json
 import random
 from collections.abc import Iterable, Sequence
@@ -123,6 +124,12 @@ def item_of(task: str, layout: Layout, number: int, row: dict[str, Any], seed: i
         str(row.get("entry_point") or ""), str(row.get("prompt") or "") if layout.judge == "code"
         else "",
     )  # fmt: skip
+
+
+def digest_of(items: Sequence[Item], max_tokens: int) -> str:
+    """Of what is asked: answers to other questions, or longer ones, are other rows."""
+    asked = [[item.task, item.name, *item.turns] for item in items]
+    return hashlib.sha256(json.dumps([max_tokens, asked]).encode()).hexdigest()[:16]
 
 
 def turns_of(task: str, layout: Layout, row: dict[str, Any]) -> tuple[str, ...]:

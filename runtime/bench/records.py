@@ -4,10 +4,13 @@ before the next, so that a run that was interrupted goes on where it was."""
 import json
 import os
 import platform
-from collections.abc import Iterator, Sequence
+import stat
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import BinaryIO, Literal, TypeVar
 
 import torch
 
@@ -24,6 +27,7 @@ BEGINNING = b'{"schema": "subspec.bench.'  # of each line that append_row writes
 # What one run of `speed` or `sweep` does not change from row to row.
 SAME_IN_A_RUN = ("artifact", "num_weights", "machine", "torch", "python", "link_bandwidth")
 Row = TypeVar("Row")
+Key = tuple[str, str, int]  # of an answer: task, item, turn
 
 
 @dataclass(frozen=True)
@@ -106,9 +110,10 @@ class AnswerRow:
     score: float | None
     why: str
     costs: Costs
+    asked: str = ""  # digest of the item's turns and of the longest answer; "": an older row
 
     @property
-    def key(self) -> tuple[str, str, int]:
+    def key(self) -> Key:
         return self.task, self.item, self.turn
 
 
@@ -169,14 +174,45 @@ def costs_of(stats: Stats, peak_bytes: int) -> Costs:
     )
 
 
+def line_of(row: SpeedRow | AnswerRow | SweepRow) -> bytes:
+    return (json.dumps(asdict(row), ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
 def append_row(file: Path, row: SpeedRow | AnswerRow | SweepRow) -> None:
     """The row is on the disk when this returns. Raises SubspecError(RESOURCES)."""
-    line = json.dumps(asdict(row), ensure_ascii=False, allow_nan=False) + "\n"
+    with writing(file), open(file, "ab") as opened:
+        put(opened, line_of(row))
+
+
+def replace_answers(file: Path, answers: Mapping[Key, AnswerRow]) -> None:
+    """Put answers in the places of those with their keys. All are on the disk when this returns;
+    if it is interrupted, or raises SubspecError(RESOURCES), the file is as it was."""
+    rows = (
+        answers.get(row.key, row) if isinstance(row, AnswerRow) else row for row in read_rows(file)
+    )
+    target = file.resolve()  # a link stays one
+    with writing(file):
+        descriptor, unfinished = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:99]}.")
+        try:
+            with open(descriptor, "wb") as opened:
+                os.fchmod(descriptor, stat.S_IMODE(target.stat().st_mode))
+                put(opened, b"".join(map(line_of, rows)))
+            os.replace(unfinished, target)
+        finally:
+            Path(unfinished).unlink(missing_ok=True)
+
+
+def put(opened: BinaryIO, data: bytes) -> None:
+    opened.write(data)
+    opened.flush()
+    os.fsync(opened.fileno())
+
+
+@contextmanager
+def writing(file: Path) -> Iterator[None]:
+    """OSError in the block is raised as SubspecError(RESOURCES)."""
     try:
-        with open(file, "ab") as opened:
-            opened.write(line.encode())
-            opened.flush()
-            os.fsync(opened.fileno())
+        yield
     except OSError as error:
         message = f"{file} cannot be written: {error.strerror}"
         raise SubspecError(Exit.RESOURCES, message) from None

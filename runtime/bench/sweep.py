@@ -1,13 +1,11 @@
 """`subspec-bench sweep`: the same prompts under many settings, each a point of a grid."""
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.runtime.bench.items import Item
+from subspec.runtime.bench.items import Item, digest_of
 from subspec.runtime.bench.records import (
     SAME_IN_A_RUN,
     Costs,
@@ -72,12 +70,6 @@ def sweep_rows(
                 if out is not None:
                     append_row(out, row)
                 yield row
-
-
-def digest_of(items: Sequence[Item], max_tokens: int) -> str:
-    """Of what is asked: answers to other questions, or longer ones, are other rows."""
-    asked = [[item.task, item.name, *item.turns] for item in items]
-    return hashlib.sha256(json.dumps([max_tokens, asked]).encode()).hexdigest()[:16]
 
 
 def point(

@@ -2,17 +2,21 @@
 together, an item at a time."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.formatting import duration
-from subspec.runtime.bench.items import Item
+from subspec.runtime.bench.items import Item, digest_of
+from subspec.runtime.bench.layouts import Judge
 from subspec.runtime.bench.records import (
     AnswerRow,
+    Key,
     Setting,
     append_row,
     costs_of,
+    replace_answers,
     rows_to_resume,
     setting_of,
 )
@@ -23,6 +27,8 @@ from subspec.runtime.model.sampling import Sampling
 from subspec.runtime.sequence import GenerationParams, Stats
 from subspec.runtime.text.streaming import TextStream
 from subspec.runtime.text.tokenizer import ChatTokenizer
+
+RUN: tuple[Judge, ...] = ("code", "stdin")  # what they judge is a program
 
 
 @dataclass(frozen=True)
@@ -44,12 +50,15 @@ def answered_items(
     told: Callable[[str], None],
 ) -> list[AnswerRow]:
     """Rows of all items. out: a file that has those of an earlier run, which are not done again,
-    and gets the others."""
+    and gets the others. Raises SubspecError: USAGE if the earlier run asked something else."""
     setting = setting_of(engine, how.temperature, how.seed)
     done = rows_to_resume(out, AnswerRow, setting) if out else []
     rows = {row.key: row for row in done}
-    if done:
+    if out is not None and done:
         told(f"{len(done)} turns are in {out} already")
+        check_asked(rows, items, how, out)
+        if how.execute:
+            rows |= judged_later(rows, items, out, told)
     left = [item for item in items if (item.task, item.name, len(item.turns) - 1) not in rows]
     started = time.monotonic()
     for number, item in enumerate(left):
@@ -65,11 +74,52 @@ def answered_items(
     return [row for row in rows.values() if (row.task, row.item) in asked]
 
 
+def asked_of(item: Item, how: Asking) -> str:
+    return digest_of([item], how.max_tokens or item.max_tokens)
+
+
+def check_asked(
+    rows: Mapping[Key, AnswerRow], items: Sequence[Item], how: Asking, out: Path
+) -> None:
+    """Raises SubspecError(USAGE) if a row is the answer to other turns than its item has now, or
+    could have another length. Rows without a digest are believed."""
+    for item in items:
+        turns = [rows.get((item.task, item.name, turn)) for turn in range(len(item.turns))]
+        if any(row is not None and row.asked not in ("", asked_of(item, how)) for row in turns):
+            raise SubspecError(
+                Exit.USAGE,
+                f"{out} has an answer to {item.task} {item.name} that was asked with other words "
+                "or for another number of tokens",
+                "give another --out, or the --data and --max-tokens that it was begun with",
+            )
+
+
+def judged_later(
+    rows: Mapping[Key, AnswerRow],
+    items: Sequence[Item],
+    out: Path,
+    told: Callable[[str], None],
+) -> dict[Key, AnswerRow]:
+    """Rows whose code an earlier run did not run, judged by their texts. `out` has them in place of
+    what it had, also if this is interrupted."""
+    found = dict[Key, AnswerRow]()
+    try:
+        for item in items:
+            row = rows.get((item.task, item.name, len(item.turns) - 1))
+            if row is not None and row.score is None and item.judge in RUN:
+                told(f"running the code of {item.task} {item.name}")
+                found[row.key] = judged(row, item, execute=True)
+    finally:
+        if found:
+            replace_answers(out, found)
+    return found
+
+
 def answered(
     engine: Engine, tokenizer: ChatTokenizer, item: Item, how: Asking, setting: Setting
 ) -> Iterator[AnswerRow]:
     """A row for each turn; one sequence, so that a turn reads only what is new."""
-    most = how.max_tokens or item.max_tokens
+    most, digest = how.max_tokens or item.max_tokens, asked_of(item, how)
     sampling = Sampling(how.temperature, seed=how.seed)
     ends = frozenset(engine.artifact.spec.eos_token_ids)
     messages = list[dict[str, str]]()
@@ -78,7 +128,8 @@ def answered(
             messages.append({"role": "user", "content": asked})
             ids = tokenizer.chat_ids(messages)
             if len(ids) >= engine.plan.context:
-                yield too_long(item, setting, len(ids), engine.plan.context)
+                nothing = too_long(item, setting, len(ids), engine.plan.context)
+                yield replace(nothing, asked=digest)
                 return
             stream = TextStream(sequence, tokenizer, ids, GenerationParams(most, sampling, ends))
             for _ in stream:
@@ -96,6 +147,7 @@ def answered(
                 None,
                 "",
                 costs_of(sequence.stats, engine.peak.peak_bytes),
+                digest,
             )
             last = turn == len(item.turns) - 1
             yield judged(row, item, how.execute) if last else row
@@ -114,7 +166,7 @@ def too_long(item: Item, setting: Setting, size: int, context: int) -> AnswerRow
 def judged(row: AnswerRow, item: Item, execute: bool) -> AnswerRow:
     if item.judge == "none":
         return row
-    if item.judge in ("code", "stdin"):
+    if item.judge in RUN:
         if not execute:
             return replace(row, why="code was not run: --execute-code")
         score, why = (score_code if item.judge == "code" else score_stdin)(row.text, item)

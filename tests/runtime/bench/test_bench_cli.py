@@ -1,6 +1,7 @@
 """subspec-bench as a person uses it, on the demo model: rows, resuming, pairs, traces, the page."""
 
 import csv
+import errno
 import io
 import json
 import os
@@ -18,9 +19,10 @@ from subspec.artifacts.format.codec import dump_json
 from subspec.artifacts.format.store import open_artifact
 from subspec.runtime.bench import tasks, variants
 from subspec.runtime.bench.cli import main
+from subspec.runtime.bench.items import Item
 from subspec.runtime.bench.page import page
 from subspec.runtime.bench.paired import compare, divergence
-from subspec.runtime.bench.records import AnswerRow, append_row, read_rows
+from subspec.runtime.bench.records import AnswerRow, SpeedRow, append_row, read_rows
 from subspec.runtime.bench.tables import (
     Table,
     as_markdown,
@@ -170,6 +172,96 @@ def test_answers_of_another_setting_are_not_put_together(
     words = ["--tasks", "gsm8k", "--data", measured["draft"].parent, "--temperature", 0.5]
     done = run(capsys, "tasks", artifact, *HERE, *words, "--out", measured["draft"])
     assert done.exit_code == Exit.USAGE and "temperature 0.0 instead of 0.5" in done.err
+
+
+def test_answers_to_other_questions_or_of_another_length_are_not_put_together(
+    artifact: Path, measured: dict[str, Path], capsys: Capture, tmp_path: Path
+) -> None:
+    before = measured["draft"].read_bytes()
+    out, other = tmp_path / "out.jsonl", tmp_path / "gsm8k.jsonl"
+    out.write_bytes(before)
+    rows = [{"question": f"What is {n} - {n}?", "answer": "#### 0"} for n in range(3)]
+    other.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = measured["draft"].parent
+    for changed in (("--data", data, "--max-tokens", 9), ("--data", other, "--max-tokens", 8)):
+        words = ("--tasks", "gsm8k", *changed, "--out", out)
+        done = run(capsys, "tasks", artifact, *HERE, *words)
+        assert done.exit_code == Exit.USAGE and out.read_bytes() == before
+        assert "the --data and --max-tokens that it was begun with" in done.err
+    older = [row.replace(b', "asked": "' + row.partition(b'"asked": "')[2].strip()[:-1], b"")
+             for row in before.splitlines(keepends=True)]  # fmt: skip
+    out.write_bytes(b"".join(older))
+    assert b"asked" not in out.read_bytes()
+    words = ("--tasks", "gsm8k", "--data", data, "--max-tokens", 8, "--out", out)
+    assert "3 turns are in" in run(capsys, "tasks", artifact, *HERE, *words).err
+
+
+@pytest.fixture
+def unjudged(artifact: Path, tmp_path: Path) -> Path:
+    """A file of two answers with programs that were not run, and one row of `speed` between."""
+    row = {"prompt": "def f(a):\n", "test": "def check(one):\n    assert one\n"}
+    rows = [{**row, "entry_point": "f", "task_id": name} for name in ("one", "two")]
+    (tmp_path / "human-eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "out.jsonl"
+    words = ["--tasks", "human-eval", "--data", str(tmp_path), "--max-tokens", "4"]
+    main.main(["tasks", str(artifact), *HERE, *words, "--out", str(out)])
+    first, second = answers(out)
+    out.unlink()
+    speed = SpeedRow("subspec.bench.speed/1", first.setting, "pp1", (1.0,), 0.0, 0.0, 0)
+    for one in (first, speed, second):
+        append_row(out, one)
+    return out
+
+
+def test_stored_programs_are_run_later_without_decoding_them_again(
+    artifact: Path, unjudged: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before: list[Any] = read_rows(unjudged)
+    monkeypatch.setattr(tasks, "answered", lambda *_: pytest.fail("it was decoded again"))
+    monkeypatch.setattr(tasks, "score_code", lambda text, item: (1.0, ""))
+    words = ("tasks", artifact, *HERE, "--tasks", "human-eval", "--data", unjudged.parent)
+    words += ("--max-tokens", 4, "--out", unjudged)
+    assert "running the code" not in run(capsys, *words).err and read_rows(unjudged) == before
+    linked = unjudged.with_name("linked.jsonl")
+    linked.symlink_to(unjudged)
+    done = run(capsys, *words[:-1], linked, "--execute-code")
+    assert done.err.count("running the code") == 2 and "100.0" in done.out
+    assert read_rows(unjudged) == [
+        replace(row, score=1.0, why="") if isinstance(row, AnswerRow) else row for row in before
+    ]
+    assert linked.is_symlink() and not list(unjudged.parent.glob(".*"))
+    again = run(capsys, *words, "--execute-code")
+    assert again.exit_code == 0 and "running the code" not in again.err
+
+
+def test_judging_stored_programs_loses_no_row_if_it_is_interrupted(
+    artifact: Path, unjudged: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, whole = read_rows(unjudged), unjudged.read_bytes()
+    words = ("tasks", artifact, *HERE, "--tasks", "human-eval", "--data", unjudged.parent)
+    words += ("--max-tokens", 4, "--out", unjudged, "--execute-code")
+
+    def no_space(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tasks, "score_code", lambda text, item: (1.0, ""))
+    with monkeypatch.context() as full:
+        full.setattr("os.replace", no_space)
+        done = run(capsys, *words)
+        assert done.exit_code == Exit.RESOURCES and "No space left" in done.err
+        assert unjudged.read_bytes() == whole and not list(unjudged.parent.glob(".*"))
+    left = iter([(1.0, "")])
+
+    def interrupted(text: str, item: Item) -> tuple[float, str]:
+        for one in left:
+            return one
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tasks, "score_code", interrupted)
+    assert run(capsys, *words).exit_code == Exit.INTERRUPTED
+    rows: list[Any] = read_rows(unjudged)
+    assert [type(row) for row in rows] == [type(row) for row in before]
+    assert sorted(str(row.score) for row in answers(unjudged)) == ["1.0", "None"]
 
 
 def test_a_question_that_does_not_fit_is_counted_and_told(
@@ -418,8 +510,6 @@ def test_cells_of_a_table_cannot_break_it() -> None:
 
 
 def test_a_task_without_the_code_switch_runs_no_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    from subspec.runtime.bench.items import Item
-
     monkeypatch.setattr(tasks, "score_code", lambda *_: pytest.fail("code was run"))
     row: Any = AnswerRow("subspec.bench.answer/1", None, "t", "i", 0, "", (), "", None, "", None)  # type: ignore[arg-type]
     found = tasks.judged(row, Item("t", "i", ("x",), "code"), execute=False)
