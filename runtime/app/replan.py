@@ -8,7 +8,7 @@ import hashlib
 import os
 import shlex
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -193,12 +193,26 @@ def planned_anew(artifact: Artifact, found: Mismatch, link_bandwidth: int | None
 
 
 def planner_words(artifact: Artifact, found: Mismatch) -> list[str]:
-    words = ["--from", str(artifact.path), "--vram", f"{found.budget_bytes}B"]
-    words += ["--device", found.here.device]
-    constraints = artifact.plan.constraints
-    sequences = found.num_sequences or constraints.num_sequences
-    fixed = {
+    changed: dict[str, object] = {
+        "--vram": f"{found.budget_bytes}B",
+        "--device": found.here.device,
         "--context": found.context,
+    }
+    if found.num_sequences is not None:
+        changed["--sequences"] = found.num_sequences
+    return words_as_before(artifact, changed)
+
+
+def words_as_before(artifact: Artifact, changed: Mapping[str, object]) -> list[str]:
+    """What subspec-plan is asked for another plan of an artifact: what its plan was asked for, but
+    for the options in `changed`, of which those that are None are left to the planner."""
+    plan, constraints = artifact.plan, artifact.plan.constraints
+    sequences = constraints.num_sequences
+    asked = {
+        "--from": artifact.path,
+        "--vram": f"{plan.budget_bytes}B",
+        "--device": plan.device,
+        "--context": constraints.context,
         "--width": constraints.width,
         "--depth": constraints.depth,
         "--method": constraints.method,
@@ -206,8 +220,9 @@ def planner_words(artifact: Artifact, found: Mismatch) -> list[str]:
         "--ram": f"{constraints.ram_bytes}B" if constraints.ram_bytes else None,
         "--sequences": sequences if sequences > 1 else None,
         "--draft-head": "own" if constraints.draft_head else None,
+        **changed,
     }
-    return words + [str(word) for pair in fixed.items() if pair[1] is not None for word in pair]
+    return [str(word) for pair in asked.items() if pair[1] is not None for word in pair]
 
 
 def load_plan(text: bytes | str, artifact: Artifact) -> Plan:

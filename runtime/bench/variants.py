@@ -19,7 +19,7 @@ from subspec.runtime.app.opening import (
 )
 from subspec.runtime.app.opening_options import OpeningOptions
 from subspec.runtime.app.planner_command import run_planner
-from subspec.runtime.app.replan import load_plan
+from subspec.runtime.app.replan import load_plan, words_as_before
 from subspec.runtime.engine import Engine
 
 # Who proposes tokens; plain: nobody does.
@@ -28,7 +28,7 @@ Way = DrafterName | Literal["plain"]
 
 @dataclass(frozen=True)
 class Variant:
-    """What is asked of a plan; None: as it is in the artifact's own."""
+    """What is asked of a plan; None: what the artifact's own was asked for."""
 
     budget_bytes: int | None = None
     context: int | None = None
@@ -60,16 +60,19 @@ def planned(source: Source, variant: Variant) -> Artifact:
         trust_kernels(artifact)
     if variant == Variant():
         return planned_for_here(artifact, Opening.of(how))
-    asked = {
-        "--vram": f"{variant.budget_bytes or how.vram or artifact.plan.budget_bytes}B",
-        "--context": variant.context or artifact.plan.constraints.context,
+    budget = variant.budget_bytes or how.vram
+    changed = {
+        "--vram": f"{budget}B" if budget else None,
+        "--context": variant.context,
         "--width": variant.width,
         "--depth": variant.depth,
-        "--device": how.device or artifact.plan.device,
+        "--device": how.device,
         "--link-bandwidth": f"{how.link_bandwidth}B" if how.link_bandwidth else None,
     }
-    words = [str(word) for pair in asked.items() if pair[1] is not None for word in pair]
-    text = run_planner(["--from", str(source.folder), "--print-plan", *words])
+    given: dict[str, object] = {name: one for name, one in changed.items() if one is not None}
+    if (variant.width or variant.depth) and artifact.plan.constraints.method == "plain":
+        given["--method"] = None  # a tree is asked for, and plain decoding has none
+    text = run_planner([*words_as_before(artifact, given), "--print-plan"])
     return replace(artifact, plan=load_plan(text, artifact))
 
 

@@ -17,6 +17,8 @@ from running import Ended, demo_artifact
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format.codec import dump_json
 from subspec.artifacts.format.store import open_artifact
+from subspec.artifacts.plan import Constraints
+from subspec.runtime.app.opening_options import OpeningOptions
 from subspec.runtime.bench import tasks, variants
 from subspec.runtime.bench.cli import main
 from subspec.runtime.bench.items import Item
@@ -30,7 +32,7 @@ from subspec.runtime.bench.tables import (
     speed_table,
     written,
 )
-from subspec.runtime.bench.variants import Variant
+from subspec.runtime.bench.variants import Source, Variant
 
 Capture = pytest.CaptureFixture[str]
 HERE = ("--no-replan",)
@@ -310,6 +312,54 @@ def test_axes_are_combined_and_an_empty_one_is_the_plans_own() -> None:
     assert variants.variants([], [], [], []) == [Variant()]
     found = variants.variants([8, 9], [], [1, 2], [])
     assert found == [Variant(b, None, w) for b in (8, 9) for w in (1, 2)]
+
+
+def asked_for(
+    artifact: Path, constraints: Constraints, source: Source, variant: Variant
+) -> list[str]:
+    """What the planner is asked for a variant of the artifact's plan with these constraints."""
+    asked = list[list[str]]()
+    opened = open_artifact(artifact)
+    constrained = replace(opened, plan=replace(opened.plan, constraints=constraints))
+
+    def run_planner(words: list[str]) -> str:
+        asked.append(words)
+        return dump_json(opened.plan)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(variants, "open_folder", lambda folder: constrained)
+        patched.setattr(variants, "run_planner", run_planner)
+        variants.planned(source, variant)
+    return asked[0]
+
+
+def test_a_variant_is_asked_for_what_the_user_fixed_but_for_its_own_axes(artifact: Path) -> None:
+    fixed = Constraints(
+        context=200, width=2, depth=3, method="substitute", ram_bytes=1 << 30,
+        min_path_probability=0.05, num_sequences=3, draft_head=True,
+    )  # fmt: skip
+    here = Source(artifact)
+    own = f"{open_artifact(artifact).plan.budget_bytes}B"
+    kept = {
+        "--from": str(artifact), "--vram": own, "--device": "cpu", "--context": "200",
+        "--width": "2", "--depth": "3", "--method": "substitute", "--ram": f"{1 << 30}B",
+        "--draft-min-probability": "0.05", "--sequences": "3", "--draft-head": "own",
+    }  # fmt: skip
+    for variant, changed in (
+        (Variant(width=4), {"--width": "4"}),
+        (Variant(depth=5, context=128), {"--depth": "5", "--context": "128"}),
+        (Variant(budget_bytes=7_000_000), {"--vram": "7000000B"}),
+    ):
+        words = asked_for(artifact, fixed, here, variant)
+        assert words.pop() == "--print-plan"
+        assert dict(zip(words[::2], words[1::2], strict=True)) == kept | changed
+    slower = Source(artifact, OpeningOptions(vram=8_000_000, link_bandwidth=10**7))
+    words = asked_for(artifact, Constraints(method="plain"), slower, Variant(context=128))
+    for pair in ("--vram 8000000B", "--link-bandwidth 10000000B", "--method plain"):
+        assert pair in " ".join(words)
+    assert "--method" not in asked_for(
+        artifact, Constraints(method="plain"), here, Variant(depth=2)
+    )
 
 
 def test_a_trace_has_every_round_and_the_drafts_probabilities(
