@@ -59,8 +59,8 @@ def main() -> None:
               metavar="N,N", help="Tokens in the cache before either.")  # fmt: skip
 @click.option("-r", "--repeats", type=click.IntRange(1, 1000), default=3, show_default=True,
               help="How often each row is measured.")  # fmt: skip
-@click.option("--methods", default="substitute,plain", show_default=True, metavar="NAMES",
-              help=f"Some of {', '.join(METHODS)}.")  # fmt: skip
+@click.option("--methods", metavar="NAMES",
+              help=f"Some of {', '.join(METHODS)}.  [default: the plan's and plain]")  # fmt: skip
 @click.option("--budgets", default="", callback=sizes, metavar="SIZE,SIZE",
               help="Plan for each of them.  [default: the plan's]")  # fmt: skip
 @click.option("--contexts", default="", callback=positive_numbers, metavar="N,N",
@@ -81,7 +81,8 @@ def speed(artifact: Path, form: "Form", out: Path | None, **given: Any) -> None:
     from subspec.runtime.bench.throughput import Tests, speed_rows
     from subspec.runtime.bench.variants import variants
 
-    methods = names(given["methods"], METHODS, "--methods")
+    asked = given["methods"]
+    methods = () if asked is None else names(asked, METHODS, "--methods")
     axes = variants(given["budgets"], given["contexts"], given["widths"], given["depths"])
     tests = Tests(
         tuple(one for one in given["prompts"] if one),

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.runtime.bench.items import Item, digest_of
 from subspec.runtime.bench.records import (
     SAME_IN_A_RUN,
@@ -15,7 +14,14 @@ from subspec.runtime.bench.records import (
     setting_of,
 )
 from subspec.runtime.bench.tasks import Asking, answered
-from subspec.runtime.bench.variants import Source, Variant, Way, opened_engine, planned
+from subspec.runtime.bench.variants import (
+    Source,
+    Variant,
+    Way,
+    measurable,
+    opened_engine,
+    plans,
+)
 from subspec.runtime.engine import Engine
 from subspec.runtime.text.tokenizer import ChatTokenizer, load_tokenizer
 
@@ -36,17 +42,14 @@ def sweep_rows(
     out: Path | None,
     told: Callable[[str], None],
 ) -> Iterator[SweepRow]:
-    """A row at a time. A plan that does not fit its budget is told and left out. out: a file that
-    has rows of an earlier run, which are not measured again, and gets the others."""
+    """A row at a time. A plan that does not fit its budget, or has no memory for the method, is
+    told and left out. out: a file that has rows of an earlier run, which are not measured again,
+    and gets the others. Raises SubspecError, for plans before anything is measured."""
     asked = digest_of(items, grid.max_tokens)
-    for variant in grid.variants:
-        try:
-            artifact = planned(source, variant)
-        except SubspecError as error:
-            if error.exit_code != Exit.INFEASIBLE:
-                raise
-            told(f"left out: {error.message}")
-            continue
+    artifacts = plans(source, grid.variants, told)
+    if grid.method is not None:
+        artifacts = [artifact for artifact, _ in measurable(artifacts, [grid.method], told)]
+    for artifact in artifacts:
         text = load_tokenizer(artifact.path / "tokenizer")
         with opened_engine(artifact, source, grid.method) as engine:
             settings = [setting_of(engine, one, grid.seed) for one in grid.temperatures]

@@ -13,7 +13,14 @@ from subspec.runtime.bench.records import (
     rows_to_resume,
     setting_of,
 )
-from subspec.runtime.bench.variants import Source, Variant, Way, opened_engine, planned
+from subspec.runtime.bench.variants import (
+    Source,
+    Variant,
+    Way,
+    measurable,
+    opened_engine,
+    plans,
+)
 from subspec.runtime.engine import Engine
 from subspec.runtime.sequence import GenerationParams, Sequence, Stats
 from subspec.runtime.text.tokenizer import load_tokenizer
@@ -50,10 +57,11 @@ def speed_rows(
     out: Path | None,
     told: Callable[[str], None],
 ) -> Iterator[SpeedRow]:
-    """A row at a time, as they are measured. out: a file that has rows of an earlier run, which
-    are not measured again, and gets the others. Raises SubspecError."""
-    for variant in every:
-        artifact = planned(source, variant)
+    """A row at a time, as they are measured. methods: as the ways of `measurable`. out: a file that
+    has rows of an earlier run, which are not measured again, and gets the others. Raises
+    SubspecError, for plans before anything is measured."""
+    artifacts = plans(source, every, told)
+    for artifact in artifacts:
         if tests.longest > artifact.plan.context:
             raise SubspecError(
                 Exit.USAGE,
@@ -61,29 +69,29 @@ def speed_rows(
                 f"{artifact.plan.context}",
                 f"smaller tests, or --contexts {tests.longest}",
             )
+    for artifact, method in measurable(artifacts, methods, told):
         text = load_tokenizer(artifact.path / "tokenizer").plain_ids(TEXT)
         ids = text * (tests.longest // len(text) + 1)
-        for method in methods:
-            with opened_engine(artifact, source, method) as engine:
-                setting, wanted = setting_of(engine), list(rows_of(tests))
-                done = rows_to_resume(out, SpeedRow, setting, SAME_IN_A_RUN) if out else []
-                found = {
-                    one.test: one
-                    for one in done
-                    if one.setting == setting and len(one.tokens_per_second) == tests.repeats
-                }
-                if any(name not in found for name, *_ in wanted):
-                    measured(engine, ids, 0, 8, 2)  # the first pass also checks digests
-                for name, filled, read, decoded in wanted:
-                    if name in found:
-                        told(f"{method} {name} is in {out} already")
-                        yield found[name]
-                        continue
-                    told(f"{method} {name}")
-                    new = row(engine, name, ids, (filled, read, decoded), tests.repeats)
-                    if out is not None:
-                        append_row(out, new)
-                    yield new
+        with opened_engine(artifact, source, method) as engine:
+            setting, wanted = setting_of(engine), list(rows_of(tests))
+            done = rows_to_resume(out, SpeedRow, setting, SAME_IN_A_RUN) if out else []
+            found = {
+                one.test: one
+                for one in done
+                if one.setting == setting and len(one.tokens_per_second) == tests.repeats
+            }
+            if any(name not in found for name, *_ in wanted):
+                measured(engine, ids, 0, 8, 2)  # the first pass also checks digests
+            for name, filled, read, decoded in wanted:
+                if name in found:
+                    told(f"{method} {name} is in {out} already")
+                    yield found[name]
+                    continue
+                told(f"{method} {name}")
+                new = row(engine, name, ids, (filled, read, decoded), tests.repeats)
+                if out is not None:
+                    append_row(out, new)
+                yield new
 
 
 def rows_of(tests: Tests) -> Iterator[tuple[str, int, int, int]]:

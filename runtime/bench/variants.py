@@ -1,14 +1,15 @@
 """An artifact under other plans: subspec-plan --from solves them, and no folder is changed."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Literal
 
+from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format.store import Artifact
-from subspec.artifacts.plan import DrafterName
+from subspec.artifacts.plan import DrafterName, method_of
 from subspec.runtime.app.folder import open_folder
 from subspec.runtime.app.opening import (
     Opening,
@@ -20,7 +21,8 @@ from subspec.runtime.app.opening import (
 from subspec.runtime.app.opening_options import OpeningOptions
 from subspec.runtime.app.planner_command import run_planner
 from subspec.runtime.app.replan import load_plan, words_as_before
-from subspec.runtime.engine import Engine
+from subspec.runtime.engine import Engine, OpenOptions
+from subspec.runtime.open_model import check_drafter, check_head
 
 # Who proposes tokens; plain: nobody does.
 Way = DrafterName | Literal["plain"]
@@ -74,6 +76,59 @@ def planned(source: Source, variant: Variant) -> Artifact:
         given["--method"] = None  # a tree is asked for, and plain decoding has none
     text = run_planner([*words_as_before(artifact, given), "--print-plan"])
     return replace(artifact, plan=load_plan(text, artifact))
+
+
+def plans(source: Source, every: Sequence[Variant], told: Callable[[str], None]) -> list[Artifact]:
+    """The artifact under each variant's plan. One that does not fit its budget is told and left
+    out. Raises the planner's own SubspecError, also if none is left."""
+    found, problem = list[Artifact](), None
+    for variant in every:
+        try:
+            found.append(planned(source, variant))
+        except SubspecError as error:
+            if error.exit_code != Exit.INFEASIBLE:
+                raise
+            told(f"left out: {error.message}")
+            problem = error
+    if problem is not None and not found:
+        raise problem
+    return found
+
+
+def measurable(
+    artifacts: Sequence[Artifact], ways: Sequence[Way], told: Callable[[str], None]
+) -> list[tuple[Artifact, Way]]:
+    """Each artifact with each of the ways that its plan has memory for; others are told and left
+    out. ways: empty: the plan's own drafter and plain decoding. Raises SubspecError if none is
+    left."""
+    found, problem = list[tuple[Artifact, Way]](), None
+    for artifact in artifacts:
+        for way in ways or usual_ways(artifact):
+            if (error := problem_of(artifact, way)) is None:
+                found.append((artifact, way))
+                continue
+            told(f"left out: {way}: {error.message}")
+            problem = error
+    if problem is not None and not found:
+        raise problem
+    return found
+
+
+def usual_ways(artifact: Artifact) -> tuple[Way, ...]:
+    _, drafter = OpenOptions().chosen(artifact.plan)
+    return ("plain",) if drafter is None else (drafter, "plain")
+
+
+def problem_of(artifact: Artifact, way: Way) -> SubspecError | None:
+    """Why the artifact cannot decode in this way under its plan; None: it can."""
+    drafter = None if way == "plain" else way
+    try:
+        check_drafter(artifact, drafter)
+        placement = artifact.plan.placement(method_of(drafter) if drafter else "plain")
+        check_head(artifact.spec, placement, drafter)
+    except SubspecError as error:
+        return error
+    return None
 
 
 @contextmanager

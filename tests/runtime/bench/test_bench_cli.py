@@ -110,6 +110,71 @@ def test_rows_of_speed_that_a_file_has_are_not_measured_again(
     assert out.read_bytes() == elsewhere
 
 
+def opened_under(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch, without: str = "", **changed: Any
+) -> None:
+    """The artifact is opened with changes of its plan, without the placement of a method."""
+    opened = open_artifact(artifact)
+    placements = {name: one for name, one in opened.plan.placements.items() if name != without}
+    plan = replace(opened.plan, placements=placements, **changed)
+    monkeypatch.setattr(variants, "open_folder", lambda folder: replace(opened, plan=plan))
+
+
+@pytest.mark.parametrize(
+    ("changed", "labels"),
+    [
+        ({"drafter": "substitute+lookup"}, ["2x3+lookup", "plain"]),
+        ({"method": "plain"}, ["plain"]),
+        ({"method": "plain", "without": "substitute"}, ["plain"]),
+        ({"method": "plain", "drafter": "lookup"}, ["lookup", "plain"]),
+        ({"without": "plain"}, ["2x3"]),
+    ],
+)
+def test_speed_measures_the_plans_own_drafter_and_plain_decoding(
+    artifact: Path,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+    changed: dict[str, Any],
+    labels: list[str],
+) -> None:
+    opened_under(artifact, monkeypatch, **changed)
+    done = run(capsys, "speed", artifact, "-p", 0, "-n", 2, "-r", 1, *HERE, "-o", "csv")
+    assert done.exit_code == 0, done.err
+    assert [row["method"] for row in csv.DictReader(io.StringIO(done.out))] == labels
+    assert ("left out: plain: " in done.err) == (changed.get("without") == "plain")
+
+
+def test_methods_without_memory_are_left_out_as_long_as_one_is_left(
+    artifact: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened_under(artifact, monkeypatch, without="substitute", method="plain")
+    words = ("speed", artifact, "-p", 0, "-n", 2, "-r", 1, *HERE, "-o", "csv", "--methods")
+    done = run(capsys, *words, "substitute,draft-model,lookup")
+    assert [row["method"] for row in csv.DictReader(io.StringIO(done.out))] == ["lookup"]
+    assert done.exit_code == 0 and done.err.count("left out: ") == 2
+    assert "left out: substitute: this plan has no room for the method 'substitute'" in done.err
+    for name, code in (("substitute", Exit.INFEASIBLE), ("draft-model", Exit.USAGE)):
+        assert run(capsys, *words, name).exit_code == code
+    sweep = ("sweep", artifact, *HERE, "--max-samples", 1, "--max-tokens", 2, "--method")
+    assert run(capsys, *sweep, "substitute").exit_code == Exit.INFEASIBLE
+    assert run(capsys, *sweep, "plain").exit_code == 0
+
+
+@pytest.mark.parametrize("command", ["speed", "sweep"])
+def test_every_variant_is_planned_before_one_is_measured(
+    artifact: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    def run_planner(words: list[str]) -> str:
+        if "999" in words:
+            raise SubspecError(Exit.USAGE, "999 is not in the range")
+        return dump_json(open_artifact(artifact).plan)
+
+    monkeypatch.setattr(variants, "run_planner", run_planner)
+    monkeypatch.setattr(variants, "opened", lambda *_: pytest.fail("it was measured"))
+    done = run(capsys, command, artifact, "--widths", "1,999")
+    assert done.exit_code == Exit.USAGE and "not in the range" in done.err
+
+
 def test_every_form_of_a_table_says_the_same(speeds: Path) -> None:
     rows: list[Any] = read_rows(speeds)
     table = speed_table(rows)
