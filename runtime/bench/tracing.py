@@ -26,8 +26,8 @@ TRACE, STEPS = "trace.json", "steps.jsonl"
 
 @dataclass(frozen=True)
 class Node:
-    """A drafted token. probability: the draft's for it, after its parents and without sharpening;
-    None: this drafter has none."""
+    """A drafted token. probability: the substitutes' for it, after its parents and without
+    sharpening, whoever proposed it; None: they draft nothing here."""
 
     token: int
     parent: int  # its number in the round; 0 is the root
@@ -53,7 +53,8 @@ class Step:
 
 @dataclass(frozen=True)
 class Watched:
-    """Drafts as `drafter` does, and keeps each tree with its nodes' probabilities, if any."""
+    """Drafts as `drafter` does, and keeps each tree with its nodes' probabilities if the
+    substitutes draft or check it."""
 
     drafter: Drafter
     found: list[tuple[Node, ...]]
@@ -61,16 +62,16 @@ class Watched:
     def draft(self, turns: Sequence[Turn]) -> list[TokenTree]:
         trees = self.drafter.draft(turns)
         [turn], [tree] = turns, trees
-        drafter = self.drafter
         likely = None
-        if isinstance(drafter, SubstituteDrafter) and drafter.proposals is None:
-            likely = probabilities(drafter, turn, tree)
+        if isinstance(self.drafter, SubstituteDrafter):
+            likely = probabilities(self.drafter, turn, tree)
         self.found.append(nodes_of(tree, likely))
         return trees
 
 
 def probabilities(drafter: SubstituteDrafter, turn: Turn, tree: TokenTree) -> list[float]:
-    """Of each node but the root, in levels as the draft computed them."""
+    """Of each node but the root. Levels are computed one after the other, also where the draft
+    checked several in one pass."""
     slots = turn.cache.tree_slots(drafter.verify_width)
     run = drafter.pass_over([turn.cache], [slots])
     found = [0.0] * tree.num_nodes

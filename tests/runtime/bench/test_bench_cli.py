@@ -33,6 +33,8 @@ from subspec.runtime.bench.tables import (
     written,
 )
 from subspec.runtime.bench.variants import Source, Variant
+from subspec.runtime.draft import checked
+from subspec.runtime.draft.beam import TokenTree
 
 Capture = pytest.CaptureFixture[str]
 HERE = ("--no-replan",)
@@ -452,11 +454,23 @@ def test_a_trace_has_every_round_and_the_drafts_probabilities(
     assert {"prefill", "draft", "verify"} <= lanes
 
 
-def test_a_trace_of_another_drafter_has_its_tokens_without_probabilities(
+def by_path(steps: list[dict[str, Any]]) -> dict[tuple[int, ...], float]:
+    """The tokens before and down to each node of a trace -> its probability."""
+    found, before = dict[tuple[int, ...], float](), tuple[int, ...]()
+    for step in steps:
+        paths = [before]
+        for node in step["nodes"]:
+            paths.append((*paths[node["parent"]], node["token"]))
+            found[paths[-1]] = node["probability"]
+        before += tuple(step["emitted"])
+    return found
+
+
+def test_a_trace_of_another_drafter_has_the_substitutes_probabilities_if_they_check_it(
     artifact: Path, capsys: Capture, tmp_path: Path
 ) -> None:
-    emitted = list[list[int]]()
-    for drafter in ("substitute", "lookup"):
+    emitted, probable = list[list[int]](), list[dict[tuple[int, ...], float]]()
+    for drafter in ("substitute", "substitute+lookup", "lookup"):
         out = tmp_path / drafter
         words = ("--max-tokens", 12, "--drafter", drafter, "--out", out, *HERE)
         done = run(capsys, "trace", artifact, "def f(a):\n    return a\ndef f(a):", *words)
@@ -465,7 +479,39 @@ def test_a_trace_of_another_drafter_has_its_tokens_without_probabilities(
         emitted.append([token for step in steps for token in step["emitted"]])
         nodes = [node for step in steps for node in step["nodes"]]
         assert nodes and all((one["probability"] is None) == (drafter == "lookup") for one in nodes)
-    assert emitted[0] == emitted[1]
+        probable.append(by_path(steps))
+    assert emitted[0] == emitted[1] == emitted[2]
+    common = probable[0].keys() & probable[1].keys()
+    assert len(common) > 10
+    for path in common:
+        assert probable[1][path] == pytest.approx(probable[0][path], rel=0.1, abs=1e-3)
+
+
+def test_a_trace_of_checked_proposals_has_the_probabilities_of_each_level(
+    artifact: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whatever is proposed, and however much of it is agreed with in one pass."""
+    found = list[TokenTree]()
+    grow = checked.grow
+
+    def kept(*given: Any) -> list[TokenTree]:
+        found.extend(grow(*given))
+        return found[-1:]
+
+    monkeypatch.setattr(checked, "grow", kept)
+    monkeypatch.setattr(checked, "CLEAR", 0.0)
+    opened_under(artifact, monkeypatch, drafter="substitute+lookup")
+    text = "def add(a, b):\n    return a + b\n\n\n" * 3
+    words = ("--max-tokens", 24, "--out", tmp_path / "trace", *HERE)
+    done = run(capsys, "trace", artifact, text, *words)
+    assert done.exit_code == 0, done.err
+    assert any(tree.num_proposed for tree in found)
+    lines = (tmp_path / "trace" / "steps.jsonl").read_text().splitlines()
+    for step in map(json.loads, lines):
+        shares = dict[int, float]()
+        for node in step["nodes"]:
+            shares[node["parent"]] = shares.get(node["parent"], 0.0) + node["probability"]
+        assert all(0 < share <= 1.0001 for share in shares.values())
 
 
 def test_the_page_is_well_formed_without_scripts_and_says_what_is_in_the_rows(
