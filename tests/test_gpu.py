@@ -65,7 +65,11 @@ def test_speculation_gives_the_tokens_of_plain_decoding_on_cuda(
 
 
 @pytest.mark.parametrize("method", ["substitute", "plain"])
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.8, seed=3)], ids=str)
+@pytest.mark.parametrize(
+    "sampling",
+    [pytest.param(Sampling(), marks=pytest.mark.slow), Sampling(temperature=0.8, seed=3)],
+    ids=str,
+)
 def test_three_sequences_get_the_tokens_that_each_gets_alone_on_cuda(
     artifact: Artifact, sampling: Sampling, method: Method
 ) -> None:
