@@ -169,7 +169,7 @@ class HeadDraft:
     """What the draft head drafts, and what real rounds with it gave."""
 
     tree: Tree
-    tokens_per_second: Annotated[float, Between(0, 1e9)]
+    tokens_per_second: Annotated[float, Between(0, 1e9)] | None  # None: under another plan
     tokens_per_round: Annotated[float, Between(0, MOST_LEVELS + 1)]
 
 

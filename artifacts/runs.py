@@ -97,7 +97,7 @@ class Run:
 def recorded_by(plan: Plan, path: str) -> str:
     """The command whose answers are recorded for the plan: its predictions are for its method's own
     drafter, which need not be the default."""
-    options = "" if plan.drafter is None else f" --drafter {plan.method}"
+    options = "" if plan.drafter in (None, plan.method) else f" --drafter {plan.method}"
     return f'subspec-run {shlex.quote(path)}{options} "your prompt"'
 
 

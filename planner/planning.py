@@ -188,17 +188,23 @@ def plan_again(
 
 
 def with_known_drafter(plan: Plan, before: Plan) -> Plan:
-    """A plan that was not rehearsed, with what a rehearsal had found of who drafts, as far as it
-    has the memory for it and nothing else was asked for."""
-    head, own = before.head_draft, plan.placements.get("substitute")
-    if head is not None and own is not None and own.ledger.drafter:
-        if head.tree.num_nodes <= plan.verify_width and head.tree.width <= plan.tree.width:
-            plan = replace(plan, head_draft=head)
-    drafter = before.drafter
-    if drafter is None or plan.constraints.method is not None or method_of(drafter) != plan.method:
-        return plan
+    """A plan that was not rehearsed, with what a rehearsal on its machine had found of who drafts
+    in its method's memory, as far as nothing else is asked for. What a head gave is not known of
+    another budget or context."""
+    head, own, drafter = before.head_draft, plan.placements.get("substitute"), before.drafter
     has_head = own is not None and own.ledger.drafter > 0
-    return replace(plan, drafter=drafter) if head_of(drafter) is None or has_head else plan
+    if plan.machine != before.machine:
+        return plan
+    if head is not None and has_head:
+        alike = (plan.budget_bytes, plan.context) == (before.budget_bytes, before.context)
+        if head.tree.num_nodes <= plan.verify_width and head.tree.width <= plan.tree.width:
+            found = head if alike else replace(head, tokens_per_second=None)
+            plan = replace(plan, head_draft=found)
+    asked = plan.constraints
+    if (asked.method, asked.width, asked.depth) != (None, None, None) or drafter is None:
+        return plan
+    fits = method_of(drafter) == plan.method and (head_of(drafter) is None or has_head)
+    return replace(plan, drafter=drafter) if fits else plan
 
 
 def plan_from_runs(

@@ -214,8 +214,8 @@ class Engine:
 
     def ran_as_planned(self, sequence: Sequence) -> bool:
         """Whether the plan's predictions are of how the sequence's last answer was decoded."""
-        exact, stats = sequence.params.lossy is None, sequence.stats
-        return self.drafts_as_planned and exact and not any(stats.proposed)
+        looked_up = self.drafter == "substitute+lookup" and any(sequence.stats.proposed)
+        return self.drafts_as_planned and not looked_up and sequence.params.lossy is None
 
     @property
     def placement(self) -> Placement:

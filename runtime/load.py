@@ -472,11 +472,15 @@ class ArtifactWeights:
 
     def _check_block(self, block: Block, memory: Tensor) -> Callable[[], None]:
         """Begins to compare; what is returned waits. memory: uint8 on the host, the block's bytes,
-        unchanged until then. Raises SubspecError(CORRUPT)."""
+        unchanged until then. Raises SubspecError(CORRUPT). After an error nothing is compared."""
         offset = 0
-        for part in block.parts:
-            self._check_part(self._streaming, part, memory[offset:])
-            offset += part.padded_bytes
+        try:
+            for part in block.parts:
+                self._check_part(self._streaming, part, memory[offset:])
+                offset += part.padded_bytes
+        except BaseException:
+            self._streaming.finish()
+            raise
         return self._streaming.finish
 
 

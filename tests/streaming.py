@@ -45,6 +45,11 @@ class StrictLink:
     def release(self, slot: int) -> None:
         self.held.discard(slot)
 
+    def forget(self) -> None:
+        self.held.clear()
+        self.filling.clear()
+        self._inner.forget()
+
     def close(self) -> None:
         self._inner.close()
 

@@ -136,8 +136,8 @@ def with_runs(
     acceptance: Acceptance, plan: Plan, runs: Iterable[Run], method: Method = "substitute"
 ) -> Acceptance:
     """Acceptance with the trees of a method's runs as a kind of its own. What they would have done
-    with another width or threshold than the plan's is not known: as much more or less as other text
-    did, by what was known before."""
+    with another width than the plan's is not known: as much more or less as other text did, by what
+    was known before. With another threshold they count alike."""
     drafted = [run for run in runs if run.method == method and any(run.drafted)]
     if not drafted:
         return acceptance
@@ -152,7 +152,8 @@ def with_runs(
 
 
 def as_if(own: Curve, before: Acceptance, width: int, threshold: float) -> Curve:
-    """The curve as it would be for trees of another width and threshold, level by level."""
+    """The curve as it would be for trees of another width, level by level, among those that end by
+    a threshold."""
     levels, accepted, last = len(own.accepted), list[int](), own.num_trees
     here, there = (before.reached(one, levels, threshold) for one in (own.width, width))
     for number, (count, most) in enumerate(zip(own.accepted, own.drafted, strict=True)):

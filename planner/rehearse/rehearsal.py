@@ -343,7 +343,7 @@ def time_head(
             engine.model = replace(engine.model, drafter=replace(drafter, trees=(tree,)))
             speeds = speed_of_answers(engine, prompts, seconds / len(trees))
             found.append(HeadDraft(tree, *speeds))
-    return max(found, key=lambda one: one.tokens_per_second, default=None)
+    return max(found, key=lambda one: one.tokens_per_second or 0.0, default=None)
 
 
 def speed_of_answers(

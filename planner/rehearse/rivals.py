@@ -56,9 +56,7 @@ def with_fastest_drafter(
     plan = replace(plan, reasons=(*plan.reasons, why_drafter(own, speeds, best)))
     if best is None:
         return plan
-    method = method_of(best.drafter)
-    drafter = None if best.drafter == method else best.drafter
-    return replace(plan, method=method, drafter=drafter)
+    return replace(plan, method=method_of(best.drafter), drafter=best.drafter)
 
 
 def memories(artifact: Artifact, plan: Plan) -> list[DrafterName]:

@@ -116,7 +116,7 @@ def speed_line(plan: Plan) -> str:
         return f"{number(plain)} tokens/s"
     line = f"{number(speed)} tokens/s, {number(speed / plain)}x plain decoding ({number(plain)})"
     # What was measured of another drafter is among the plan's reasons.
-    if plan.drafter in (None, "substitute+lookup"):
+    if plan.drafter in (None, plan.method, "substitute+lookup"):
         return line
     return f"{line} if {plan.method} drafts"
 
@@ -250,7 +250,7 @@ def method_name(plan: Plan) -> str:
         return METHODS["plain"]
     if plan.drafter == "substitute+lookup":
         return f"speculative decoding with {draft_name(plan.tree)}, and what the text repeats"
-    if plan.drafter is not None:
+    if plan.drafter not in (None, plan.method):
         return f"speculative decoding, drafted by {plan.drafter}"
     return f"speculative decoding with {draft_name(plan.draft.tree)}" + DRAFTED_BY.get(
         plan.method, ""

@@ -123,8 +123,8 @@ def identified(model: str) -> tuple[str, str]:
     local = Path(os.path.expanduser(model))
     if model and "://" not in model and local.is_dir():
         return str(local.resolve()), files_digest(local.resolve())
-    is_repository = "/" in model and "://" not in model
-    return f"hf://{model}" if is_repository else model, ""
+    name = model.removeprefix("hf://")
+    return model if Path(os.path.expanduser(name)).exists() else name, ""
 
 
 def files_digest(folder: Path) -> str:

@@ -36,6 +36,9 @@ class Link(Protocol):
     def release(self, slot: int) -> None:
         """Allow the slot to be overwritten after all compute that was issued so far."""
 
+    def forget(self) -> None:
+        """Forgets all copies that were begun, and allows every slot to be overwritten."""
+
     def close(self) -> None: ...
 
 
@@ -89,7 +92,10 @@ class DiskLink:
         self._file = DirectFile(path)
         self._slots = slots
         self._bytes_per_second = bytes_per_second
-        self._requests: queue.SimpleQueue[tuple[int, int, int] | None] = queue.SimpleQueue()
+        # Slot, offset and bytes; an event is set when its turn comes; None: the end.
+        self._requests: queue.SimpleQueue[tuple[int, int, int] | threading.Event | None] = (
+            queue.SimpleQueue()
+        )
         self._filled: list[queue.SimpleQueue[BaseException | None]] = [
             queue.SimpleQueue() for _ in slots
         ]
@@ -116,6 +122,14 @@ class DiskLink:
     def release(self, slot: int) -> None:
         """Nothing to do: compute on a CPU has already ended."""
 
+    def forget(self) -> None:
+        idle = threading.Event()
+        self._requests.put(idle)
+        idle.wait()
+        for filled in self._filled:
+            while not filled.empty():
+                filled.get()
+
     @property
     def wait_seconds(self) -> float:
         return self._wait_seconds
@@ -131,6 +145,9 @@ class DiskLink:
         while (request := self._requests.get()) is not None:
             if self._closing.is_set():
                 return
+            if isinstance(request, threading.Event):
+                request.set()
+                continue
             slot, offset, num_bytes = request
             started = time.perf_counter()
             try:
@@ -196,6 +213,10 @@ class HostLink:
 
     def release(self, slot: int) -> None:
         self._free[slot].record(torch.cuda.current_stream(self._device))
+
+    def forget(self) -> None:
+        for slot in range(len(self._slots)):
+            self.release(slot)
 
     @property
     def wait_seconds(self) -> float:

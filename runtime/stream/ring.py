@@ -36,7 +36,7 @@ class StreamedParts(Protocol):
         """Wait for the digest check of the last part. Raises SubspecError(CORRUPT)."""
 
     def begin_pass(self) -> None:
-        """Takes what is left of a pass that was aborted. Raises SubspecError if it failed."""
+        """Whatever became of the pass before. Raises SubspecError if that has failed."""
 
     def end_pass(self) -> None:
         """Called when all compute of a pass is issued."""
@@ -77,6 +77,7 @@ class Ring:
         self._num_begun = 0
         self._num_taken = 0
         self._arrived: dict[str, Tensor] = {}
+        self._in_pass = False
         self._unchecked = {*range(len(blocks))}
         self._failure: SubspecError | None = None  # raised again by every later call
         self._fill()
@@ -102,13 +103,16 @@ class Ring:
     def begin_pass(self) -> None:
         if self._failure is not None:
             raise self._failure
-        self._release()
-        while self._num_taken % len(self._blocks):
-            self._take_block()
-            self._release()
+        if self._in_pass:  # the last one was cut short, wherever
+            self.settle()
+            self._link.forget()
+            self._arrived, self._num_begun, self._num_taken = {}, 0, 0
+        self._in_pass = True
+        self._fill()
 
     def end_pass(self) -> None:
         self._release()
+        self._in_pass = False
 
     def close(self) -> None:
         self._link.close()
@@ -130,7 +134,7 @@ class Ring:
 
     def _release(self) -> None:
         """Allow the slot of the last block to be filled again, as its compute is issued. Raises
-        what the block's check found. It may be interrupted anywhere, and called again."""
+        what the block's check found."""
         if self._arrived:
             self.settle()
             self._link.release((self._num_taken - 1) % self._num_slots)

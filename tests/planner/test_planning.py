@@ -142,8 +142,15 @@ def test_what_a_rehearsal_found_of_who_drafts_stays_where_nothing_else_is_asked_
     solved = replace(built.plan, constraints=Constraints(), drafter="substitute+lookup")
     before = replace(solved, drafter="eagle", head_draft=HeadDraft(Tree(1, 4), 10.0, 2.0))
     assert with_known_drafter(solved, before) == before
-    asked = replace(solved, constraints=Constraints(method="substitute"), drafter=None)
-    assert with_known_drafter(asked, before) == replace(asked, head_draft=before.head_draft)
+    elsewhere = replace(solved, machine="another one")
+    assert with_known_drafter(elsewhere, before) == elsewhere
+    larger = with_known_drafter(replace(solved, budget_bytes=2 * solved.budget_bytes), before)
+    assert larger.drafter == "eagle" and larger.head_draft == HeadDraft(Tree(1, 4), None, 2.0)
+    for constraints in ({"method": "substitute"}, {"width": 2}, {"depth": 4}):
+        asked = replace(solved, constraints=Constraints(**constraints), drafter=None)
+        assert with_known_drafter(asked, before) == replace(asked, head_draft=before.head_draft)
+    alone = replace(solved, drafter="substitute")
+    assert with_known_drafter(solved, alone) == alone, "it was faster than with lookup"
     own = solved.placements["substitute"]
     headless = replace(own, ledger=replace(own.ledger, drafter=0, drafter_cache=0))
     without = replace(solved, placements={**solved.placements, "substitute": headless})

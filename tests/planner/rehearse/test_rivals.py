@@ -163,7 +163,7 @@ def test_rivals_are_compared_with_what_drafts_in_the_plan(
     with_head: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked_up = replace(with_head, plan=replace(with_head.plan, drafter="substitute+lookup"))
-    for figure, drafter in ((12.0, "substitute+lookup"), (9.0, None)):
+    for figure, drafter in ((12.0, "substitute+lookup"), (9.0, "substitute")):
         faked(monkeypatch, substitute__lookup=figure, substitute=10.1)
         assert chosen(looked_up).plan.drafter == drafter
 
@@ -177,7 +177,7 @@ def test_a_draft_model_becomes_the_method_where_it_is_faster(
     assert set(memories(with_draft_model, plan)) == every
     asked = faked(monkeypatch, **{drafter.replace("+", "__").replace("-", "_"): 12.0})
     found = chosen(with_draft_model)
-    assert (found.plan.method, found.plan.drafter) == (drafter, None)
+    assert (found.plan.method, found.plan.drafter) == (drafter, drafter)
     assert set(asked) == {*every, "substitute+lookup"}
     faked(monkeypatch, substitute=12.0)
     assert chosen(found).plan.method == "substitute"

@@ -216,6 +216,11 @@ def test_the_hub_is_meant_where_it_is_named_whatever_lies_here(
     assert planner_words(hub.request)[:2] == ["--model", "hf://org/name"]
 
 
+@pytest.mark.parametrize("model", ["./typo", "/no/such/folder", "~/typo", "some/typo"])
+def test_a_path_that_leads_nowhere_stays_what_it_is(model: str) -> None:
+    assert entry_of(ModelRequest(model, 1)).request.model == model
+
+
 def test_another_number_of_sequences_links_to_the_weights_that_are_there(planner: StandIn) -> None:
     """Another budget or link may store weights in another way, and a rehearsal is not repeated."""
     request = ModelRequest("demo", NINE, rehearse="none")

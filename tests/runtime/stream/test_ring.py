@@ -23,7 +23,7 @@ from subspec.runtime.kernels.linear import calls_of
 from subspec.runtime.model.attention import attend
 from subspec.runtime.model.transformer import forward
 from subspec.runtime.stream.exact_weights import ExactWeights
-from subspec.runtime.stream.link import DiskLink, Link
+from subspec.runtime.stream.link import DirectFile, DiskLink, Link
 from subspec.runtime.stream.ring import Requested, view_of
 
 SPEC = make_spec(
@@ -238,6 +238,61 @@ def test_no_pass_ends_with_a_block_that_is_wrong_nor_does_any_later_one(
     for _ in range(2):
         with pytest.raises(SubspecError, match="that block is wrong"):
             logits(toy, exact)
+    exact.close()
+
+
+@pytest.mark.parametrize("where", ["before begin", "after begin", "before wait", "after wait"])
+def test_a_pass_that_is_interrupted_anywhere_leaves_the_next_one_right(
+    toy: ToyWeights, stored: Stored, where: str
+) -> None:
+    expected, left = logits(toy, exact_weights(toy)), 0
+
+    class Interrupted(StrictLink):
+        def begin(self, slot: int, offset: int, num_bytes: int) -> None:
+            interrupt("before begin")
+            super().begin(slot, offset, num_bytes)
+            interrupt("after begin")
+
+        def wait(self, slot: int) -> Tensor:
+            interrupt("before wait")
+            found = super().wait(slot)
+            interrupt("after wait")
+            return found
+
+    def interrupt(here: str) -> None:
+        nonlocal left
+        left -= here == where
+        if here == where and left == 0:
+            raise KeyboardInterrupt
+
+    ring, blocks = open_ring(toy, *stored, wrap=Interrupted)
+    exact = exact_over(toy, ring)
+    for count in (1, 4, len(blocks)):
+        left = count
+        with pytest.raises(KeyboardInterrupt):
+            logits(toy, exact)
+        assert torch.equal(logits(toy, exact), expected)
+        assert torch.equal(logits(toy, exact), expected)
+    exact.close()
+
+
+def test_a_reader_that_lacks_memory_once_is_asked_again(
+    toy: ToyWeights, stored: Stored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, real, left = logits(toy, exact_weights(toy)), DirectFile.read_into, 5
+
+    def read_into(self: DirectFile, target: Tensor, offset: int) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise MemoryError
+        real(self, target, offset)
+
+    monkeypatch.setattr(DirectFile, "read_into", read_into)
+    exact = exact_over(toy, open_ring(toy, *stored)[0])
+    with pytest.raises(MemoryError):
+        logits(toy, exact)
+    assert torch.equal(logits(toy, exact), expected)
     exact.close()
 
 
