@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,13 +17,14 @@ from running import answer, generated
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format.store import Artifact
-from subspec.artifacts.plan import Int4Kernel, Ledger, Method
+from subspec.artifacts.plan import DrafterName, Int4Kernel, Ledger, Method
 from subspec.planner.model.hub import DEMO
 from subspec.runtime import open_model
 from subspec.runtime.device import machine_name
 from subspec.runtime.engine import Engine, OpenOptions
 from subspec.runtime.kernels import bf16, int4
 from subspec.runtime.load import ArtifactWeights
+from subspec.runtime.lossy import Lossy
 from subspec.runtime.memory import FastMemory
 from subspec.runtime.model import attention
 from subspec.runtime.model.sampling import Sampling
@@ -512,3 +514,24 @@ def test_a_disk_that_fails_in_company_ends_every_answer(artifact: Artifact, tmp_
                 while True:
                     engine.step()
         assert all(sequence.finish_reason is None for sequence in sequences)
+
+
+@pytest.mark.parametrize(
+    ("drafter", "proposed", "predicted"),
+    [
+        (None, (), True),
+        ("substitute", (0, 0), True),
+        ("substitute+lookup", (0, 0), True),
+        ("substitute+lookup", (0, 2), False),  # levels that took no pass
+        ("substitute+draft-model", (1, 2), True),  # the plan reckons with them
+    ],
+)
+def test_plans_predict_answers_in_which_nothing_was_looked_up(
+    drafter: DrafterName | None, proposed: tuple[int, ...], predicted: bool
+) -> None:
+    engine: Any = SimpleNamespace(drafter=drafter, drafts_as_planned=True)
+    stats = SimpleNamespace(proposed=proposed)
+    sequence: Any = SimpleNamespace(stats=stats, params=SimpleNamespace(lossy=None))
+    assert Engine.ran_as_planned(engine, sequence) == predicted
+    sequence.params.lossy = Lossy()
+    assert not Engine.ran_as_planned(engine, sequence)
