@@ -1,7 +1,7 @@
 """A small agent that uses tools, against subspec-serve. Standard library only.
 
     subspec-serve --model Qwen2.5-7B-Instruct --vram 8GB --context 4096
-    python examples/agent.py "How many lines have the Markdown files here?" --folder docs
+    python examples/agent.py "How many lines have the Markdown files here?" --folder docs --steps 16
 
 Each step is one request: the model must call a tool, the result goes back as a message, and the
 last step may only be the answer. A model whose chat template has no place for tools is asked for
