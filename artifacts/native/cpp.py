@@ -23,7 +23,12 @@ from subspec.artifacts.common.user_cache import put, user_cache_dir
 
 # No fast-math: windows and rounding rely on IEEE arithmetic. No contraction: results must not
 # depend on which multiplications and additions a compiler fuses.
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC")
+# Nobody reads the flags of floating-point exceptions; if somebody could, loops that divide or compare
+# would not be vectorised without AVX-512.
+FLAGS = (
+    "-O3", "-march=native", "-std=c++17", "-ffp-contract=off", "-fno-trapping-math",
+    "-fopenmp", "-shared", "-fPIC",
+)  # fmt: skip
 FOLDER = "kernels"  # of the user's cache, and of an artifact
 LONGEST_BUILD_SECONDS = 120
 CHECK_SECONDS = 0.1  # how often a build looks whether it is still wanted

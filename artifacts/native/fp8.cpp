@@ -87,16 +87,18 @@ inline __m512i ends_at(__m512 step, float scale, float zero_point, float r) {
 }
 #endif
 
-// ends [16]: where the windows of the 16 codes begin (center 8.5), or end (7.5).
-inline void fill_ends(float scale, float zero_point, float fp8_scale, float center, int32_t* ends) {
+// ends [17]: where the windows of the 16 codes begin, and where the last one ends; each ends where
+// the next one begins.
+inline void fill_ends(float scale, float zero_point, float fp8_scale, int32_t* ends) {
     const float r = fp8_scale >= 0x1p-50f && fp8_scale <= 0x1p50f ? 1 / fp8_scale : 1;
 #ifdef VECTOR_PATH
     const __m512 code = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    const __m512 step = _mm512_sub_ps(code, _mm512_set1_ps(center));
-    _mm512_store_si512(ends, ends_at(step, scale, zero_point, r));
+    const __m512 step = _mm512_sub_ps(code, _mm512_set1_ps(8.5f));
+    _mm512_storeu_si512(ends, ends_at(step, scale, zero_point, r));
 #else
-    for (int c = 0; c < 16; c++) ends[c] = end_at((float)c - center, scale, zero_point, r);
+    for (int c = 0; c < 16; c++) ends[c] = end_at((float)c - 8.5f, scale, zero_point, r);
 #endif
+    ends[16] = end_at(7.5f, scale, zero_point, r);
 }
 
 constexpr int32_t IS_END[16] = {1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1};  // of the codes
@@ -106,12 +108,11 @@ struct alignas(16) Table {
     uint8_t floor[16], positive[16], both[16], is_cut[16];
 
     void fill(float scale, float zero_point, float fp8_scale) {
-        alignas(64) int32_t lows[16], highs[16];
-        fill_ends(scale, zero_point, fp8_scale, 8.5f, lows);
-        fill_ends(scale, zero_point, fp8_scale, 7.5f, highs);
+        int32_t ends[17];
+        fill_ends(scale, zero_point, fp8_scale, ends);
         alignas(64) int32_t floors[16], positives[16], boths[16], cut[16];
         for (int c = 0; c < 16; c++) {
-            const int32_t low = lows[c], high = highs[c];
+            const int32_t low = ends[c], high = ends[c + 1];
             const int32_t bottom = std::max(std::max(low, -high), 0);
             const int32_t kept = std::max(bottom, std::max(high, -low) - KEPT);
             const int32_t above = std::max(high - kept, 0);
@@ -444,9 +445,9 @@ extern "C" void subspec_fp8_choose(int64_t num_rows, int64_t num_columns, const 
     for (int64_t row = 0; row < num_rows; row++)
         for (int64_t group = 0; group < num_groups; group++) {
             const int64_t at = row * num_columns + group * TILE_COLUMNS;
-            alignas(64) int32_t ends[16];
+            int32_t ends[17];
             fill_ends(grid.scale(group, row), grid.zero_point(group, row), scales.at(group, row),
-                      8.5f, ends);
+                      ends);
             choose_codes(weight + at, ends, out + at / 2);
         }
 }
