@@ -22,9 +22,8 @@ from subspec.artifacts.common.child import child_process
 from subspec.artifacts.common.user_cache import put, user_cache_dir
 
 # No fast-math: windows and rounding rely on IEEE arithmetic. No contraction: results must not
-# depend on which multiplications and additions a compiler fuses.
-# Nobody reads the flags of floating-point exceptions; if somebody could, loops that divide or compare
-# would not be vectorised without AVX-512.
+# depend on which multiplications and additions a compiler fuses. Nobody reads the flags of
+# floating-point exceptions: could somebody, loops that divide or compare would stay scalar on AVX2.
 FLAGS = (
     "-O3", "-march=native", "-std=c++17", "-ffp-contract=off", "-fno-trapping-math",
     "-fopenmp", "-shared", "-fPIC",
