@@ -574,8 +574,9 @@ def test_recorded_runs_are_folded_into_the_plan(
     assert ended.exit_code == 0, ended.err
     after = open_artifact(there.path)
     verify(there.path)
-    [curve] = after.plan.acceptance.curves  # the plan made by hand had none that was measured
-    assert (curve.width, curve.kind, curve.num_answers) == (2, "runs", 2)
+    curves = after.plan.acceptance.curves  # the plan made by hand had none that was measured
+    assert {(curve.kind, curve.num_answers) for curve in curves} == {("runs", 2)}
+    [curve] = [curve for curve in curves if curve.width == 2]
     assert (curve.num_trees, curve.drafted, curve.accepted) == (8, (8, 8, 8), (6, 4, 4))
     corrections = after.profile.corrections
     assert corrections.num_rounds == 8 and corrections.draft != 1 and corrections.verify != 1

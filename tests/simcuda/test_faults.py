@@ -69,7 +69,7 @@ def refills_what_was_just_taken(self: Any, name: str) -> Any:
     found = take(self, name)
     if is_new:
         self._link.release((self._num_taken - 1) % self._num_slots)
-        self._begin()
+        self._fill()
     return found
 
 
