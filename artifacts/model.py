@@ -295,10 +295,6 @@ class ModelSpec:
         return tuple(one for one in self.attentions_by_window if one is not None)
 
     @cached_property
-    def kv_bytes_per_token(self) -> int:
-        return 2 * sum(one.kv_size for one in self.attentions) * self.item_bytes
-
-    @cached_property
     def ropes(self) -> tuple[Rope, ...]:
         """Distinct rotary embeddings: each needs a table of cosines and sines."""
         head = (self.draft_head.layer,) if self.draft_head else ()
@@ -505,11 +501,6 @@ class Linear:
         """Whether the two FP8 encodings support this shape. If not, what a checkpoint has in FP8 is
         multiplied out while an artifact is built."""
         return self.has_substitute and self.out_features % PART_ROWS == 0 and not self.padding_rows
-
-    @property
-    def substitute_bytes(self) -> int:
-        """Size of the 4-bit codes, and of a 16-bit scale and zero point for each group."""
-        return self.num_weights // 2 + self.num_weights // GROUP_SIZE * 4
 
 
 @dataclass(frozen=True)

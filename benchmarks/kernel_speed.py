@@ -194,9 +194,10 @@ def draft_steps(
             draft_pass = drafter.pass_over([cache], [cache.tree_slots(num_rows)])
             add_level(grown, last, children, tree, draft_pass([Growing(0, grown, last)]))
 
-        num_bytes = sum(memory_bytes(spec, net) for net in spec.delta_nets) + sum(
-            one.substitute_bytes if one.has_substitute else one.num_weights * spec.item_bytes
-            for one in spec.linears
+        num_bytes = sum(memory_bytes(spec, net) for net in spec.delta_nets)
+        num_bytes += substitutes_bytes(spec, "w4a8")
+        num_bytes += sum(
+            n.num_weights * spec.item_bytes for n in spec.linears if not n.has_substitute
         )
         return {"level": level, "reading": sum_of(num_bytes)}
 

@@ -6,7 +6,7 @@ No script of its own: `speed.py` traces some rounds, prints them so and writes t
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,10 +15,11 @@ import torch
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.sizes import short_size
+from subspec.artifacts.footprint import substitutes_bytes
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.model import layer_name
 from subspec.artifacts.plan import Method
-from subspec.runtime.clock import Span, chrome_trace, overlap_seconds
+from subspec.runtime.clock import Span, chrome_trace
 from subspec.runtime.draft.drafter import SubstituteDrafter
 from subspec.runtime.engine import Engine
 from subspec.runtime.load import DRAFT_DTYPE
@@ -166,6 +167,16 @@ def draft_products(engine: Engine, rows: int) -> Callable[[], None]:
     return run
 
 
+def overlap_seconds(some: Iterable[Span], others: Sequence[Span]) -> float:
+    """Seconds during which one of `some` and one of `others` run; neither overlap among
+    themselves."""
+    return sum(
+        max(0.0, min(a.end_seconds, b.end_seconds) - max(a.start_seconds, b.start_seconds))
+        for a in some
+        for b in others
+    )
+
+
 def roofline(artifact: Artifact, traced: Traced, ceilings: Ceilings) -> Roofline:
     plan, spec, rounds = artifact.plan, artifact.spec, traced.num_rounds
     lanes: dict[str, list[Span]] = {}
@@ -185,8 +196,8 @@ def roofline(artifact: Artifact, traced: Traced, ceilings: Ceilings) -> Roofline
     busy = overlap_seconds(lanes.get("copy", []), verifies) / rounds if on_cpu else link_floor
     every, resident = spec.linears, set(plan.placement("substitute").resident)
     num_weights = sum(n.num_weights for n in every)
-    draft_bytes = sum(
-        n.substitute_bytes if n.has_substitute else n.num_weights * spec.item_bytes for n in every
+    draft_bytes = substitutes_bytes(spec, "w4a8") + sum(  # other kernels read as much
+        n.num_weights * spec.item_bytes for n in every if not n.has_substitute
     )
     num_decoded = sum(
         p.part.num_weights

@@ -4,7 +4,7 @@ A trace has spans in lanes, written as Chrome trace events: Perfetto and chrome:
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,16 +65,6 @@ class Clock:
 def has_ranges() -> bool:
     """Whether this build of torch can mark ranges for NVIDIA's profilers."""
     return torch.version.cuda is not None
-
-
-def overlap_seconds(some: Iterable[Span], others: Sequence[Span]) -> float:
-    """Seconds during which one of `some` and one of `others` run; neither overlap among
-    themselves."""
-    return sum(
-        max(0.0, min(a.end_seconds, b.end_seconds) - max(a.start_seconds, b.start_seconds))
-        for a in some
-        for b in others
-    )
 
 
 def chrome_trace(spans: Sequence[Span], about: dict[str, str]) -> dict[str, Any]:

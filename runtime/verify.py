@@ -19,10 +19,6 @@ class Verdict:
     path: Tensor  # int64 [D + 1]: the root and the accepted nodes, in order; then anything
     result: Tensor  # int64 [D + 2]: accepted count, then the emitted tokens; then anything
 
-    @property
-    def num_emitted(self) -> int:
-        return int(self.result[0]) + 1
-
     def emitted(self) -> list[int]:
         """The accepted tokens and the target's own next one: the round's one transfer to host."""
         count, *tokens = self.result.tolist()

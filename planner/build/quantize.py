@@ -16,12 +16,7 @@ import torch
 from torch import Tensor
 
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.artifacts.format.packing import (
-    ZERO_POINT_CODE,
-    dequantize,
-    pack_nibbles,
-    unpack_nibbles,
-)
+from subspec.artifacts.format.packing import ZERO_POINT_CODE, pack_nibbles
 from subspec.artifacts.model import GROUP_SIZE
 
 HIGHEST_CODE = 15
@@ -113,25 +108,6 @@ QUANTIZERS: dict[str, Callable[[Tensor, torch.device | str], Substitute]] = {
     "blocked": quantize,
     "hqq": quantize_with_hqq,
 }
-
-
-@torch.no_grad()
-def relative_error(weight: Tensor, substitute: Substitute) -> float:
-    """|weight - substitute| / |weight| in the Frobenius norm, weight [N, K]; 0 for zeros."""
-    squared_error = squared_norm = 0.0
-    rows = max(1, (1 << 22) // weight.shape[1])  # temporaries of about 100 MB
-    pieces = zip(
-        weight.split(rows),
-        substitute.codes.split(rows),
-        substitute.qparams.split(rows, dim=1),
-        strict=True,
-    )
-    for exact, codes, qparams in pieces:
-        exact = exact.cpu().double()  # the square of a large bf16 overflows f32
-        approximate = dequantize(unpack_nibbles(codes), qparams).double()
-        squared_error += (exact - approximate).square().sum().item()
-        squared_norm += exact.square().sum().item()
-    return float((squared_error / squared_norm) ** 0.5) if squared_norm else 0.0
 
 
 def _fit_scale(low: Tensor, high: Tensor) -> Tensor:

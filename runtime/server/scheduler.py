@@ -172,11 +172,6 @@ class Scheduler:
     def num_waiting(self) -> int:
         return len(self._waiting)
 
-    @property
-    def prefix_bytes(self) -> int:
-        """Of host memory, in idle prefixes."""
-        return self._prefixes.num_bytes
-
     async def close(self, timeout_seconds: float) -> None:
         """Waits for running answers up to `timeout_seconds`, ends the others with an error, and
         gives the memory back."""

@@ -72,10 +72,6 @@ class ExactWeights:
     def wait_seconds(self) -> float:
         return 0.0 if self.streamed is None else self.streamed.wait_seconds
 
-    def close(self) -> None:
-        if self.streamed is not None:
-            self.streamed.close()
-
     def _product(
         self, prefix: str, name: str, x: Tensor, calls: Calls, gate: Tensor | None = None
     ) -> Tensor:

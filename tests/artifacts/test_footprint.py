@@ -77,7 +77,8 @@ def test_the_codes_and_qparams_of_a_matrix_are_asked_for_by_kernel() -> None:
 
 def test_a_ledger_names_every_purpose_once() -> None:
     purposes = make_ledger(SPEC, "cpu", "w4a8", SHAPE, 1000, 10**9)
-    assert purposes.cache == 320 * SPEC.kv_bytes_per_token  # 256 + 16 + 1 slots, by 64
+    kv_sizes = sum(one.kv_size for one in SPEC.attentions)
+    assert purposes.cache == 320 * 2 * kv_sizes * 2  # 256 + 16 + 1 slots, by 64
     assert purposes.tables == 2 * 320 * 64 * 2  # cos and sin of one rope, bf16
     assert purposes.norms == (8 * (2 * 256 + 512) + 256) * 2
     assert purposes.staging == 2 << 20

@@ -208,20 +208,10 @@ def test_norms_are_those_that_the_blocks_name_in_execution_order() -> None:
     assert list(MIXED.norm_sizes)[-1] == "model.norm"
 
 
-def test_a_substitute_takes_four_and_a_half_bits_per_weight() -> None:
-    assert Linear("x", 0, 0, 64, 128, False).substitute_bytes == 64 * 128 * 4.5 / 8
-    assert Linear("x", 0, 0, 16, 64, False).substitute_bytes == 512 + 64
-
-
 def test_residuals_need_whole_tiles_of_rows() -> None:
     spec = make_spec(num_layers=1, num_kv_heads=1, head_size=16, hidden_size=64)
     able = {part.linear.name: part.can_be_residual for part in spec.parts}
     assert not able["model.layers.0.self_attn.k_proj"] and able["model.layers.0.self_attn.q_proj"]
-
-
-def test_kv_bytes_count_keys_and_values_of_every_attention() -> None:
-    assert TINY.kv_bytes_per_token == 2 * 2 * (2 * 16) * 2
-    assert MIXED.kv_bytes_per_token == 2 * (2 * 16 + 32 + 2 * 16) * 2
 
 
 def test_values_that_are_keys_have_no_matrix_but_slots_in_the_cache() -> None:
@@ -232,7 +222,7 @@ def test_values_that_are_keys_have_no_matrix_but_slots_in_the_cache() -> None:
     )
     names = [linear.name for linear in spec.linears if linear.layer == 0]
     assert [name.rpartition(".")[2] for name in names] == ["q_proj", "k_proj", "o_proj"]
-    assert spec.kv_bytes_per_token == TINY.kv_bytes_per_token
+    assert [one.kv_size for one in spec.attentions] == [one.kv_size for one in TINY.attentions]
 
 
 def test_scalars_are_resident_and_the_last_of_what_is() -> None:

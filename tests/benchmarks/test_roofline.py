@@ -61,7 +61,7 @@ def test_every_term_stands_beside_its_floors(script: ModuleType, artifact: Artif
     }
     assert {name: term.floors for name, term in found.terms.items()} == {
         "draft level": {
-            "memory": pytest.approx(sum(linear.substitute_bytes for linear in every) / 1e6),
+            "memory": pytest.approx(weights * 4.5 / 8 / 1e6),
             "kernel": 0.25,
         },
         "copy": {"link": 3.0},
@@ -72,6 +72,15 @@ def test_every_term_stands_beside_its_floors(script: ModuleType, artifact: Artif
         },
         "rest of verify": {},
     }
+
+
+def test_only_what_runs_at_the_same_time_overlaps(script: ModuleType) -> None:
+    def spans(*ranges: tuple[float, float]) -> list[Span]:
+        return [Span("copy", "", start, end - start, {}) for start, end in ranges]
+
+    copies = spans((0.0, 2.0), (3.0, 5.0), (9.0, 10.0))
+    assert script.overlap_seconds(copies, spans((1.0, 4.0), (4.5, 5.5))) == 1.0 + 1.0 + 0.5
+    assert script.overlap_seconds(copies, []) == 0.0
 
 
 def test_the_busier_of_link_and_compute_is_the_bound(

@@ -13,7 +13,7 @@ from running import answer
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.plan import make_blocks
 from subspec.planner.model.hub import DEMO
-from subspec.runtime.clock import LANES, Clock, Span, chrome_trace, overlap_seconds
+from subspec.runtime.clock import LANES, Clock, Span, chrome_trace
 from subspec.runtime.engine import Engine, OpenOptions
 
 CPU = torch.device("cpu")
@@ -147,13 +147,9 @@ def test_a_trace_of_nothing_is_a_trace() -> None:
     assert chrome_trace([], {})["traceEvents"] == []
 
 
-def test_only_what_runs_at_the_same_time_overlaps() -> None:
-    def spans(*ranges: tuple[float, float]) -> list[Span]:
-        return [Span("copy", "", start, end - start, {}) for start, end in ranges]
-
-    copies = spans((0.0, 2.0), (3.0, 5.0), (9.0, 10.0))
-    assert overlap_seconds(copies, spans((1.0, 4.0), (4.5, 5.5))) == 1.0 + 1.0 + 0.5
-    assert overlap_seconds(copies, []) == 0.0
+def inside(span: Span, whole: Span) -> bool:
+    starts = whole.start_seconds <= span.start_seconds + 1e-9
+    return starts and span.end_seconds <= whole.end_seconds + 1e-9
 
 
 def lanes_of(spans: list[Span]) -> dict[str, list[Span]]:
@@ -219,8 +215,8 @@ def test_every_residual_is_decoded_once_a_pass_inside_its_layer(
     layers = [f"layer {n}" for n in range(artifact.spec.num_layers)] + ["head"]
     assert [span.name for span in traced["layer"]] == layers * num_passes
     for lane in ("decode", "product", "wait"):
-        seconds = sum(span.seconds for span in traced[lane])
-        assert overlap_seconds(traced[lane], traced["layer"]) == pytest.approx(seconds)
+        for span in traced[lane]:
+            assert any(inside(span, layer) for layer in traced["layer"]), f"{lane}: {span}"
     together = sum(span.seconds for lane in ("decode", "product", "wait") for span in traced[lane])
     assert together <= sum(span.seconds for span in traced["layer"])
 

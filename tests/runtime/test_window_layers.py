@@ -153,7 +153,9 @@ def test_idle_prefixes_come_back_with_their_windows(tmp_path: Path) -> None:
         text = [*prompt, *generated(sequence, prompt, GenerationParams(30, SEEDED))]
         held = sequence.cache.length
         prefixes.keep(sequence, 0)
-        assert 0 < prefixes.num_bytes < held * artifact.spec.kv_bytes_per_token * 0.8
+        spec = artifact.spec
+        whole = sum(footprint.kv_bytes(spec, one, held) for one in spec.attentions)
+        assert 0 < prefixes.num_bytes < whole * 0.8
         generated(sequence, prompt_of(100, seed=3), GenerationParams(5))
         nothing = tuple(prompt[:100])
         assert prefixes.longest(nothing) == (None, 0)

@@ -252,7 +252,8 @@ def shared(
 
 
 def make_toy(spec: ModelSpec) -> Toy:
-    generator = torch.Generator().manual_seed(spec.hidden_size + spec.kv_bytes_per_token)
+    kv_size = sum(one.kv_size for one in spec.attentions)
+    generator = torch.Generator().manual_seed(spec.hidden_size + 2 * kv_size * spec.item_bytes)
 
     def noise(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)

@@ -87,7 +87,7 @@ def test_each_attention_has_tensors_of_its_own_sizes_and_the_ledger_grants_them(
     assert [tuple(values.shape) for values in made.values] == shapes
     assert {keys.dtype for keys in made.keys} == {getattr(torch, dtype)}
     assert (made.num_slots, made.padding_slot, made.length) == (192, 191, 0)
-    assert spec.kv_bytes_per_token * 192 == sum(taken)
+    assert 2 * sum(one.kv_size for one in spec.attentions) * spec.item_bytes * 192 == sum(taken)
     assert cache_bytes(spec, Shape(150, 3, 16, None, 64, 1, 8)) == 3 * sum(taken)
 
 

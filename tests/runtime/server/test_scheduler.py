@@ -224,7 +224,7 @@ def test_idle_prefixes_come_back_from_host_memory_with_the_same_bits(
             following = scheduler.submit(asked(turn))
             assert await tokens_of(following) == tokens
             assert following.outcome.stats.reused_tokens == len(turn) - 3
-        assert 0 < scheduler.prefix_bytes <= 8 << 20
+        assert 0 < scheduler._prefixes.num_bytes <= 8 << 20
 
     use(artifact, tokenizer, check, num_sequences=1, prefix_cache_bytes=8 << 20)
 
@@ -239,7 +239,7 @@ def test_a_prefix_comes_back_although_its_room_goes_to_what_was_in_its_place(
         for index in (1, 2, 1, 2, 1):
             generation = scheduler.submit(asked(PROMPTS[index]))
             assert await tokens_of(generation) == alone[index]
-            assert scheduler.prefix_bytes <= room
+            assert scheduler._prefixes.num_bytes <= room
         assert generation.outcome.stats.reused_tokens == len(PROMPTS[1]) - 1
 
     use(artifact, tokenizer, check, num_sequences=1, prefix_cache_bytes=room)

@@ -138,7 +138,7 @@ def test_every_pass_sees_the_checkpoints_weights(
                 got = product(short_name(linear), x, calls_of([len(x)]))
                 assert torch.equal(got[:, : expected.shape[1]], expected), linear.name
                 assert not got[:, expected.shape[1] :].any(), "a head is padded with zeros"
-    weights.close()
+    ring.close()
 
 
 def test_an_answer_after_a_pass_that_was_cut_short_is_the_same(artifact: Artifact) -> None:

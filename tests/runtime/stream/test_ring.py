@@ -82,7 +82,7 @@ def test_a_pass_over_a_ring_has_the_bits_of_one_with_all_weights_in_memory(
         for num_passes in (1, 2, 3):
             assert torch.equal(logits(toy, exact), expected)
             assert exact.streamed_bytes == num_passes * sum(block.num_bytes for block in blocks)
-        exact.close()
+        ring.close()
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.002])
@@ -99,7 +99,7 @@ def test_a_pass_over_requested_parts_has_the_same_bits(
         assert torch.equal(logits(toy, exact, requested if ahead else None), expected)
     every = sum(part.padded_bytes for part in toy.stored)
     assert exact.streamed_bytes == (every if num_slots == 40 else 3 * every)
-    exact.close()
+    requested.close()
 
 
 @pytest.mark.parametrize("kind", ["ring", "requested"])
@@ -109,7 +109,8 @@ def test_a_pass_that_is_cut_short_leaves_the_next_one_right(
 ) -> None:
     expected = logits(toy, exact_weights(toy))
     requested = open_requested(toy, *stored)
-    exact = exact_over(toy, open_ring(toy, *stored)[0] if kind == "ring" else requested)
+    streamed = open_ring(toy, *stored)[0] if kind == "ring" else requested
+    exact = exact_over(toy, streamed)
     for num_products in (0, 1, 5):
         names = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
                  "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]  # fmt: skip
@@ -121,7 +122,7 @@ def test_a_pass_that_is_cut_short_leaves_the_next_one_right(
             if not whole:
                 break
         assert torch.equal(logits(toy, exact), expected)
-    exact.close()
+    streamed.close()
     if kind == "ring":
         requested.close()
 
@@ -238,7 +239,7 @@ def test_no_pass_ends_with_a_block_that_is_wrong_nor_does_any_later_one(
     for _ in range(2):
         with pytest.raises(SubspecError, match="that block is wrong"):
             logits(toy, exact)
-    exact.close()
+    ring.close()
 
 
 @pytest.mark.parametrize("where", ["before begin", "after begin", "before wait", "after wait"])
@@ -273,7 +274,7 @@ def test_a_pass_that_is_interrupted_anywhere_leaves_the_next_one_right(
             logits(toy, exact)
         assert torch.equal(logits(toy, exact), expected)
         assert torch.equal(logits(toy, exact), expected)
-    exact.close()
+    ring.close()
 
 
 def test_a_reader_that_lacks_memory_once_is_asked_again(
@@ -289,11 +290,12 @@ def test_a_reader_that_lacks_memory_once_is_asked_again(
         real(self, target, offset)
 
     monkeypatch.setattr(DirectFile, "read_into", read_into)
-    exact = exact_over(toy, open_ring(toy, *stored)[0])
+    ring, _ = open_ring(toy, *stored)
+    exact = exact_over(toy, ring)
     with pytest.raises(MemoryError):
         logits(toy, exact)
     assert torch.equal(logits(toy, exact), expected)
-    exact.close()
+    ring.close()
 
 
 def test_a_check_that_cannot_begin_fails_every_pass(toy: ToyWeights, stored: Stored) -> None:
@@ -302,11 +304,12 @@ def test_a_check_that_cannot_begin_fails_every_pass(toy: ToyWeights, stored: Sto
     def check(block: Block, memory: Tensor) -> Callable[[], None]:
         raise SubspecError(Exit.CORRUPT, "an earlier part is wrong")
 
-    exact = exact_over(toy, open_ring(toy, *stored, check=check)[0])
+    ring, _ = open_ring(toy, *stored, check=check)
+    exact = exact_over(toy, ring)
     for _ in range(2):
         with pytest.raises(SubspecError, match="an earlier part is wrong"):
             logits(toy, exact)
-    exact.close()
+    ring.close()
 
 
 @pytest.mark.parametrize("where", ["begin", "wait"])
@@ -341,7 +344,7 @@ def test_an_interrupted_check_is_done_in_the_next_pass(
             logits(toy, exact)
     assert torch.equal(logits(toy, exact), expected) and torch.equal(logits(toy, exact), expected)
     assert len(checks.begun) == checks.ended == len(blocks)
-    exact.close()
+    ring.close()
 
 
 # ---- requested parts ----------------------------------------------------------------------------
@@ -446,12 +449,13 @@ def test_a_read_that_fails_fails_its_pass_and_every_later_one(
     with open(path, "r+b") as file:
         file.truncate(offsets[NAMES[9]] + 100)
     requested = open_requested(toy, *stored)
-    exact = exact_over(toy, open_ring(toy, *stored)[0] if kind == "ring" else requested)
+    streamed = open_ring(toy, *stored)[0] if kind == "ring" else requested
+    exact = exact_over(toy, streamed)
     for _ in range(3):
         with pytest.raises(SubspecError, match="exact.safetensors ends at byte") as caught:
             logits(toy, exact, requested if kind == "requested ahead" else None)
         assert caught.value.exit_code == Exit.CORRUPT
-    exact.close()
+    streamed.close()
     if kind == "ring":
         requested.close()
 
