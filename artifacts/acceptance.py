@@ -117,11 +117,9 @@ class Acceptance:
         whole = 1.0 + sum(shares_of(curve.accepted, curve.num_trees, len(curve.accepted)))
         return curve.margin * self.tokens(width, depth, min_path_probability, kind) / whole
 
-    def round_yield(
-        self, width: int, depth: int, min_path_probability: float = 0.0, kind: str = ""
-    ) -> RoundYield:
+    def round_yield(self, width: int, depth: int, min_path_probability: float = 0.0) -> RoundYield:
         """What a round with a tree gives."""
-        curve = self.curve(width, min_path_probability, kind)
+        curve = self.curve(width, min_path_probability)
         reached = shares_of(curve.accepted, curve.num_trees, depth)
         # Beyond what was counted trees go on as they did, and nothing is known to be accepted.
         last = (curve.num_trees, *curve.drafted)[-1]

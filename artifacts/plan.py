@@ -117,7 +117,6 @@ class Usage:
 
     prompt_tokens: int
     answer_tokens: int
-    kind: str = ""  # of text, as named by the calibration; "": all kinds
 
 
 USUAL = Usage(128, 256)  # of a plan's own predictions, as far as its context allows

@@ -111,7 +111,7 @@ def solve(known: Known) -> Plan:
     request = known.request
     plan = search(
         known.spec, known.slowed, request.budget_bytes, request.constraints, known.acceptance,
-        known.stored, proposer=known.proposer,
+        known.stored, known.proposer,
     )  # fmt: skip
     if request.link_bandwidth is None:
         return plan
@@ -140,7 +140,7 @@ def with_sweeps(known: Known, plan: Plan) -> Plan:
         fixed = replace(constraints, context=context)
         return search(
             known.spec, slow, budget, fixed, known.acceptance, known.stored,
-            proposer=known.proposer,
+            known.proposer,
         )  # fmt: skip
 
     return with_outlook(plan, best, constraints.context is not None, known.spec.max_positions)

@@ -7,7 +7,7 @@ from subspec.artifacts.acceptance import Acceptance
 from subspec.artifacts.common.cpu_load import cpu_times, others_share
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.model import ModelSpec
-from subspec.artifacts.plan import USUAL, HeadDraft, Method, Plan
+from subspec.artifacts.plan import HeadDraft, Method, Plan
 from subspec.artifacts.profile import Profile
 from subspec.planner.rehearse.calibration import Sample, shipped_samples
 from subspec.planner.rehearse.corrections import corrections, without_corrections
@@ -24,7 +24,7 @@ from subspec.planner.rehearse.rehearsal import (
 from subspec.planner.rehearse.replay import DEEPEST, WIDTHS
 from subspec.planner.rehearse.rivals import with_fastest_drafter
 from subspec.planner.solve.outlook import predict_for, speed_of
-from subspec.planner.solve.predict import usage_within
+from subspec.planner.solve.predict import usual_usage
 from subspec.planner.solve.search import PRIOR
 from subspec.planner.solving import (
     Known,
@@ -178,7 +178,7 @@ def settles(known: Known, method: Method = "substitute") -> Callable[[Acceptance
         else:
             last = replace(last, drafts={method: replace(last.draft, acceptance=acceptance)})
         still = predict_for(
-            known.spec, known.slowed, last, stored, method, usage_within(last.context, USUAL),
+            known.spec, known.slowed, last, stored, method, usual_usage(last.context),
             known.draft_model,
         )  # fmt: skip
         return (

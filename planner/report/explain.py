@@ -15,7 +15,7 @@ from subspec.artifacts.common.formatting import duration, number
 from subspec.artifacts.common.sizes import format_size, short_size
 from subspec.artifacts.footprint import model_bytes
 from subspec.artifacts.model import ModelSpec
-from subspec.artifacts.plan import USUAL, Plan
+from subspec.artifacts.plan import Plan
 from subspec.artifacts.profile import Profile
 from subspec.artifacts.runs import Run
 from subspec.planner.report.charts import acceptance_chart, budget_chart
@@ -46,7 +46,7 @@ from subspec.planner.report.wording import (
     weights_dtype,
 )
 from subspec.planner.solve.outlook import what_more_memory_buys
-from subspec.planner.solve.predict import usage_within
+from subspec.planner.solve.predict import usual_usage
 from subspec.templates import load
 
 NUM_OPTIONS = 4  # on the terminal; the report shows all
@@ -80,7 +80,7 @@ def print_plan(spec: ModelSpec, plan: Plan, console: Console) -> None:
     costs.add_row(
         "first token",
         f"after {duration(predicted.time_to_first_token_seconds)} for a prompt of "
-        f"{usage_within(plan.context, USUAL).prompt_tokens} tokens",
+        f"{usual_usage(plan.context).prompt_tokens} tokens",
     )
     for answers, speed, drafts in company_rows(plan):
         costs.add_row(answers, f"{speed}, with {drafts} each")
@@ -213,7 +213,7 @@ def page(spec: ModelSpec, plan: Plan) -> dict[str, Any]:
         "num_bytes": model_bytes(spec),
         "method": method_name(plan),
         "predicted": plan.predicted.get(plan.method),
-        "usage": usage_within(plan.context, USUAL),
+        "usage": usual_usage(plan.context),
         "format_size": format_size,
         "short_size": short_size,
     }

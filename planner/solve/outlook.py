@@ -79,7 +79,7 @@ def predict_for(
     gives = ONE_TOKEN
     if tree and draft:
         stop = tree.min_path_probability
-        gives = draft.acceptance.round_yield(tree.width, tree.depth, stop, usage.kind)
+        gives = draft.acceptance.round_yield(tree.width, tree.depth, stop)
     peak = ledger.total_bytes - idle
     passes = passes_of(
         spec, profile, tree, plan.verify_widths, gives, plan.prefill_tokens, usage,

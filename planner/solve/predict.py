@@ -11,7 +11,15 @@ from math import ceil, sqrt
 from subspec.artifacts.acceptance import Acceptance, Checks, RoundYield
 from subspec.artifacts.footprint import CATCH_UP_ROWS, PRODUCT_ROWS, Ring, tokens_held
 from subspec.artifacts.model import ModelSpec
-from subspec.artifacts.plan import WITH_DRAFT_MODEL, Method, Prediction, Tree, Usage, calls_for
+from subspec.artifacts.plan import (
+    USUAL,
+    WITH_DRAFT_MODEL,
+    Method,
+    Prediction,
+    Tree,
+    Usage,
+    calls_for,
+)
 from subspec.artifacts.profile import LIVE_TOKENS, MORE_TOKENS, Profile, Timing, seconds_at
 from subspec.planner.solve.storage import Storage
 
@@ -311,7 +319,7 @@ def both_at_once(contended_shares: tuple[float, float], link: float, compute: fl
     return compute + slow_link * (1 - contended_compute)
 
 
-def usage_within(context: int, usage: Usage) -> Usage:
-    """The usage, reduced to fit `context` tokens."""
-    prompt = min(usage.prompt_tokens, context // 2)
-    return Usage(prompt, min(usage.answer_tokens, context - prompt), usage.kind)
+def usual_usage(context: int) -> Usage:
+    """What a plan's own predictions are for: the usual one, reduced to fit `context` tokens."""
+    prompt = min(USUAL.prompt_tokens, context // 2)
+    return Usage(prompt, min(USUAL.answer_tokens, context - prompt))

@@ -6,14 +6,13 @@ The context and a prompt's share of memory are decided here, before candidates a
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from subspec.artifacts.acceptance import ONE_TOKEN, Acceptance, RoundYield
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.footprint import Ring, Shape, make_ledger, text_bytes, workspace_bytes
 from subspec.artifacts.model import PAGE_BYTES, ModelSpec
 from subspec.artifacts.plan import (
-    USUAL,
     WITH_DRAFT_MODEL,
     WITH_SUBSTITUTES,
     Constraints,
@@ -29,7 +28,7 @@ from subspec.planner.solve.predict import (
     Proposer,
     passes_of,
     prompt_widths,
-    usage_within,
+    usual_usage,
 )
 from subspec.planner.solve.storage import NUM_SHARES, Storage, held_decoded, storages
 
@@ -60,9 +59,13 @@ class Problem:
     proposer: Proposer | None
     context: int
     storages: tuple[Storage, ...]  # to choose from; the last one decodes least at every use
-    usage: Usage  # of the predictions
     prefill_tokens: int = SMALLEST_PREFILL
     prefill_bytes: int = 0  # lower bound of the workspace
+
+    @cached_property
+    def usage(self) -> Usage:
+        """Of the predictions."""
+        return usual_usage(self.context)
 
 
 def make_problem(
@@ -72,7 +75,6 @@ def make_problem(
     constraints: Constraints,
     acceptance: Acceptance,
     stored: Storage | None = None,
-    usage: Usage = USUAL,
     proposer: Proposer | None = None,
 ) -> Problem:
     """The problem with its context: the user's, or the largest default that leaves room for a
@@ -110,13 +112,10 @@ def make_problem(
     while constraints.context is None and contexts[-1] // 2 >= SMALLEST_CONTEXT:
         contexts.append(contexts[-1] // 2)
 
-    def problem_for(context: int) -> Problem:
-        within = usage_within(context, usage)
-        return Problem(
-            spec, profile, budget_bytes, constraints, acceptance, proposer, context, choices, within
-        )
-
-    problems = [problem_for(context) for context in contexts]
+    problems = [
+        Problem(spec, profile, budget_bytes, constraints, acceptance, proposer, context, choices)
+        for context in contexts
+    ]
     drafting = (problem for problem in problems if smallest_draft(problem) is not None)
     decoding = (problem for problem in problems if smallest_plain(problem) is not None)
     return with_prompt_share(next(drafting, None) or next(decoding, None) or problems[-1])
@@ -383,8 +382,8 @@ def passes_for(
 def yield_for(problem: Problem, tree: Tree | None, drafts: Method = "substitute") -> RoundYield:
     if tree is None:
         return ONE_TOKEN
-    stop, kind = tree.min_path_probability, problem.usage.kind
-    return acceptance_of(problem, drafts).round_yield(tree.width, tree.depth, stop, kind)
+    stop = tree.min_path_probability
+    return acceptance_of(problem, drafts).round_yield(tree.width, tree.depth, stop)
 
 
 def base_ledger(problem: Problem, candidate: Candidate) -> Ledger:

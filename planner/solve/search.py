@@ -14,7 +14,6 @@ from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.sizes import LARGEST, format_size, short_size, weights_rate
 from subspec.artifacts.model import Encoding, ModelSpec
 from subspec.artifacts.plan import (
-    USUAL,
     WITH_DRAFT_MODEL,
     Company,
     Constraints,
@@ -26,7 +25,6 @@ from subspec.artifacts.plan import (
     Plan,
     Prediction,
     Tree,
-    Usage,
 )
 from subspec.artifacts.profile import Profile
 from subspec.planner.solve.predict import Candidate, Proposer, predict, prompt_widths
@@ -97,15 +95,12 @@ def search(
     constraints: Constraints,
     acceptance: Acceptance,
     stored: Storage | None = None,
-    usage: Usage = USUAL,
     proposer: Proposer | None = None,
 ) -> Plan:
-    """The fastest plan for `usage`. stored: storage of an existing artifact; None: the plan
+    """The fastest plan. stored: storage of an existing artifact; None: the plan
     decides. proposer: a draft model that it may use. Raises SubspecError(INFEASIBLE) with the
     smallest budget that has a plan."""
-    problem = make_problem(
-        spec, profile, budget_bytes, constraints, acceptance, stored, usage, proposer
-    )
+    problem = make_problem(spec, profile, budget_bytes, constraints, acceptance, stored, proposer)
     methods = methods_that_draft(problem)
     drafted = {drafts: best_by_width(problem, drafts) for drafts in methods}
     fastest = fastest_of(drafted)
@@ -463,7 +458,7 @@ def smallest_budget(problem: Problem, stored: Storage | None) -> int:
     def feasible(budget: int) -> bool:
         smaller = make_problem(
             problem.spec, problem.profile, budget, constraints, problem.acceptance, stored,
-            proposer=problem.proposer,
+            problem.proposer,
         )  # fmt: skip
         smallest = smallest_draft if constraints.needs_draft else smallest_plain
         return smallest(smaller) is not None

@@ -132,7 +132,7 @@ def test_kinds_are_merged_by_adding_their_counts() -> None:
 
 def test_a_kind_that_is_missing_is_expected_to_be_as_all_are() -> None:
     both = measured(EARLY, replace(EARLY, kind="prose", accepted=(8, 6, 2)))
-    assert yields_of(both, 2, 5, 0.25, "json") == yields_of(both, 2, 5, 0.25)
+    assert both.reached(2, 5, 0.25, "json") == both.reached(2, 5, 0.25)
     assert both.margin(2, 5, 0.25, "json") == both.margin(2, 5, 0.25)
 
 

@@ -8,11 +8,11 @@ from toys import ACCEPTANCE, make_fp8_spec, make_profile
 
 from subspec.artifacts.format.checks import check_plan
 from subspec.artifacts.model import StoredPart
-from subspec.artifacts.plan import USUAL, Constraints, Plan
+from subspec.artifacts.plan import Constraints, Plan
 from subspec.artifacts.profile import LinkRate, Profile
 from subspec.planner.solve import problem as problem_module
 from subspec.planner.solve.outlook import predict_for
-from subspec.planner.solve.predict import usage_within
+from subspec.planner.solve.predict import usual_usage
 from subspec.planner.solve.search import search
 from subspec.planner.solve.storage import Storage, held_decoded, storages, usual_storages
 
@@ -70,7 +70,7 @@ def test_memory_that_is_left_holds_fp8_weights_multiplied_out(stored: Storage | 
                 sizes[name].part.num_bytes if name in wide else sizes[name].part.plain_bytes
                 for name in placement.resident
             )
-            usage = usage_within(plan.context, USUAL)
+            usage = usual_usage(plan.context)
             again = predict_for(SPEC, FAST_LINK, plan, Storage(tuple(parts)), method, usage)
             assert again.tokens_per_second == pytest.approx(
                 plan.predicted[method].tokens_per_second

@@ -8,7 +8,7 @@ from toys import ACCEPTANCE, make_curve, make_profile, make_spec
 
 from subspec.artifacts.acceptance import Acceptance
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.artifacts.plan import USUAL, Constraints, Method, Plan, Point, Prediction, Usage
+from subspec.artifacts.plan import Constraints, Method, Plan, Point, Prediction, Usage
 from subspec.planner.solve.outlook import (
     BUDGET_STEPS,
     CONTEXTS,
@@ -17,13 +17,12 @@ from subspec.planner.solve.outlook import (
     what_more_memory_buys,
     with_outlook,
 )
-from subspec.planner.solve.predict import usage_within
+from subspec.planner.solve.predict import usual_usage
 from subspec.planner.solve.search import search
 from subspec.planner.solve.storage import usual_storages
 
 SPEC = make_spec()
 METHODS: tuple[Method, ...] = ("substitute", "plain")
-TWO_KINDS = Acceptance((make_curve(1, 0.9), make_curve(1, 0.4, "prose")), measured=True)
 
 
 def plan_for(budget_bytes: int, context: int | None = 256, **changes: Any) -> Plan:
@@ -51,7 +50,7 @@ def test_a_plan_foretells_for_the_usual_usage_what_it_predicts(
     found = foretold(
         plan,
         method,
-        usage_within(256, USUAL),
+        usual_usage(256),
         residual_weights_per_second=residual_weights_per_second,
     )
     expected = plan.predicted[method]
@@ -66,7 +65,7 @@ def test_what_a_plan_holds_decoded_is_not_foretold_to_be_decoded(method: Method)
     plan = search(SPEC, slow, 12_450_000, Constraints(context=256), ACCEPTANCE, stored)
     placement = plan.placement(method)
     assert 0 < len(placement.resident) < len(stored.parts)
-    found = predict_for(SPEC, slow, plan, stored, method, usage_within(256, USUAL))
+    found = predict_for(SPEC, slow, plan, stored, method, usual_usage(256))
     expected = plan.predicted[method]
     assert found == replace(expected, fast_peak_bytes=found.fast_peak_bytes)
 
@@ -82,21 +81,6 @@ def test_a_short_prompt_leaves_some_of_the_workspace_alone(method: Method) -> No
     assert peaks[0] > most - placement.ledger.workspace
 
 
-def test_a_kind_of_text_is_as_fast_as_it_is_accepted() -> None:
-    plan = plan_for(9_000_000, acceptance=TWO_KINDS)
-    code, every, prose = (
-        foretold(plan, "substitute", Usage(128, 128, kind)) for kind in ("code", "", "prose")
-    )
-    tree = plan.tree
-    for found, kind in ((code, "code"), (every, ""), (prose, "prose")):
-        expected = TWO_KINDS.tokens(tree.width, tree.depth, 0.0, kind)
-        assert found.tokens_per_round == pytest.approx(expected)
-    assert code.tokens_per_second > every.tokens_per_second > prose.tokens_per_second
-    assert code.verify_seconds == prose.verify_seconds
-    plain = [foretold(plan, "plain", Usage(128, 128, kind)) for kind in ("code", "prose")]
-    assert plain[0] == plain[1]
-
-
 def test_a_longer_cache_makes_a_round_longer() -> None:
     plan = plan_for(80_000_000, context=4096)
     for method in METHODS:
@@ -106,24 +90,18 @@ def test_a_longer_cache_makes_a_round_longer() -> None:
 
 
 def test_a_plan_whose_drafts_end_early_foretells_them() -> None:
-    """Of each kind, as it was counted with the plan's threshold."""
+    """As it was counted with the plan's threshold."""
     early = Acceptance(
-        (
-            make_curve(1, 0.8), make_curve(1, 0.7, "prose"),
-            make_curve(1, 0.79, "code", 0.3, lasts=0.9), make_curve(1, 0.69, "prose", 0.3, 0.8),
-        ),
-        measured=True,
-    )  # fmt: skip
+        (make_curve(1, 0.8), make_curve(1, 0.79, "code", 0.3, lasts=0.9)), measured=True
+    )
     whole = plan_for(9_000_000, acceptance=early)
     tree = replace(whole.tree, min_path_probability=0.3)
     plan = replace(whole, tree=tree)
-    for kind in ("", "code", "prose"):
-        usage = replace(usage_within(256, USUAL), kind=kind)
-        found, before = (foretold(one, "substitute", usage) for one in (plan, whole))
-        gives = early.round_yield(tree.width, tree.depth, 0.3, kind)
-        assert found.tokens_per_round == gives.tokens < before.tokens_per_round
-        assert found.levels_per_round == gives.levels < before.levels_per_round == tree.depth
-        assert found.draft_seconds < before.draft_seconds
+    found, before = (foretold(one, "substitute", usual_usage(256)) for one in (plan, whole))
+    gives = early.round_yield(tree.width, tree.depth, 0.3)
+    assert found.tokens_per_round == gives.tokens < before.tokens_per_round
+    assert found.levels_per_round == gives.levels < before.levels_per_round == tree.depth
+    assert found.draft_seconds < before.draft_seconds
 
 
 # Other budgets and contexts

@@ -20,7 +20,7 @@ from subspec.planner.solve.predict import (
     rounds_needed,
     shares_by_width,
     shares_in_company,
-    usage_within,
+    usual_usage,
 )
 from subspec.planner.solve.storage import raw_storage, usual_storages
 
@@ -367,5 +367,4 @@ def test_a_prompt_in_two_pieces_streams_the_weights_twice_and_checks_them_once()
 def test_the_usual_prompt_and_answer_keep_within_the_context(
     context: int, prompt: int, answer: int
 ) -> None:
-    assert usage_within(context, USUAL) == Usage(prompt, answer)
-    assert usage_within(context, replace(USUAL, kind="code")).kind == "code"
+    assert usual_usage(context) == Usage(prompt, answer)

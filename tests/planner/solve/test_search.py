@@ -19,7 +19,7 @@ from subspec.artifacts.common.sizes import parse_size
 from subspec.artifacts.footprint import ALLOCATOR_BYTES, Ring, graph_bytes, model_bytes
 from subspec.artifacts.format.checks import check_plan
 from subspec.artifacts.model import HEAD, LayerSpec, ModelSpec
-from subspec.artifacts.plan import USUAL, Constraints, Plan, tree_for
+from subspec.artifacts.plan import Constraints, Plan, tree_for
 from subspec.artifacts.profile import Corrections, LinkRate, Profile, Timing
 from subspec.planner.machine.profiles import with_link
 from subspec.planner.solve import problem as problem_module
@@ -28,7 +28,7 @@ from subspec.planner.solve.predict import (
     pass_seconds,
     passes_of,
     predict,
-    usage_within,
+    usual_usage,
 )
 from subspec.planner.solve.problem import (
     base_ledger,
@@ -146,7 +146,7 @@ def best_of_all(
     problem = make_problem(
         spec, profile, budget_bytes, Constraints(context=256), acceptance, stored
     )
-    usage = usage_within(256, USUAL)
+    usage = usual_usage(256)
     every = list(candidates(problem))
     every += [replace(c, tree=None) for c in every]
     speeds = [0.0]
