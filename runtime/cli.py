@@ -25,7 +25,6 @@ from subspec.runtime.app.run_options import (
 if TYPE_CHECKING:
     from subspec.artifacts.format.store import Artifact
     from subspec.runtime.app.answer import Answering
-    from subspec.runtime.app.opening import Opening
     from subspec.runtime.text.tokenizer import ChatTokenizer
 
 LARGEST_PROMPT = 16 << 20  # bytes read from stdin
@@ -138,31 +137,24 @@ def main(**given: Any) -> None:
     from subspec.runtime.app.opening import opened, planned_for_here, progress_line, trust_kernels
     from subspec.runtime.text.tokenizer import load_tokenizer
 
-    how = opening(options)
     if options.trust_kernels:
         trust_kernels(artifact)
     check_bias(artifact, options)
-    artifact = planned_for_here(artifact, how)
+    artifact = planned_for_here(artifact, options)
 
     tokenizer = load_tokenizer(artifact.path / "tokenizer")
     if prompt is None or options.chat:
-        with opened(artifact, how, progress_line()) as engine:
+        with opened(artifact, options, progress_line(), not options.unpadded) as engine:
             from subspec.runtime.app.chat import chat
 
             chat(engine, tokenizer, answering(artifact, options), options.system or "", prompt)
         return
     # Before the weights load, as the prompt may be too long.
     ids = prompt_ids(artifact, tokenizer, options, prompt)
-    with opened(artifact, how, progress_line()) as engine:
+    with opened(artifact, options, progress_line(), not options.unpadded) as engine:
         from subspec.runtime.app.answer import answer_once
 
         answer_once(engine, tokenizer, answering(artifact, options), ids, options.as_json)
-
-
-def opening(options: Options) -> "Opening":
-    from subspec.runtime.app.opening import Opening
-
-    return Opening.of(options, padded=not options.unpadded)
 
 
 def answering(artifact: "Artifact", options: Options) -> "Answering":

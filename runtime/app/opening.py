@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 
@@ -16,7 +15,6 @@ from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format.prebuilt import install_prebuilt
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.native import cpp
-from subspec.artifacts.plan import DrafterName, Method
 from subspec.artifacts.profile import UNDER_LOAD
 from subspec.runtime.app.opening_options import OpeningOptions
 from subspec.runtime.app.replan import fitted
@@ -30,35 +28,6 @@ SECONDS_BETWEEN_LINES = 10.0  # of progress, if stderr is not a terminal
 Progress = Callable[[str, float], None]
 
 
-@dataclass(frozen=True)
-class Opening:
-    """How to open an artifact, from a command line."""
-
-    method: Method | None = None  # None: the plan's
-    vram: int | None = None
-    replan: bool = True
-    device: str | None = None
-    link_bandwidth: int | None = None
-    padded: bool = True
-    graphs: bool = True
-    sequences: int | None = None  # that the plan must have memory for; None: any number
-    drafter: DrafterName | None = None  # None: the plan's
-
-    @staticmethod
-    def of(options: OpeningOptions, padded: bool = True, sequences: int | None = None) -> "Opening":
-        return Opening(
-            options.method,
-            options.vram,
-            not options.no_replan,
-            options.device,
-            options.link_bandwidth,
-            padded,
-            not options.no_graphs,
-            sequences,
-            options.drafter,
-        )
-
-
 def trust_kernels(artifact: Artifact) -> None:
     """Install the artifact's pre-built kernels and graphs, before anything is built or planned."""
     sources = {
@@ -70,19 +39,19 @@ def trust_kernels(artifact: Artifact) -> None:
         say(f"note: no pre-built kernels for this machine, compiling: {', '.join(missing)}")
 
 
-def planned_for_here(artifact: Artifact, how: Opening) -> Artifact:
+def planned_for_here(artifact: Artifact, options: OpeningOptions) -> Artifact:
     """The artifact with its own plan, or re-planned if that does not fit this machine."""
-    check_drafter(artifact, how.drafter)
-    if not how.replan:
+    check_drafter(artifact, options.drafter)
+    if options.no_replan:
         return artifact
     artifact, note = fitted(
         artifact,
-        how.method,
-        how.vram,
-        how.device,
-        how.link_bandwidth,
+        options.method,
+        options.vram,
+        options.device,
+        options.link_bandwidth,
         progress_line() if sys.stderr.isatty() else lambda *_: None,  # elsewhere only the note
-        how.sequences,
+        options.sequences,
     )
     if note:
         say(f"note: {note}")
@@ -90,22 +59,27 @@ def planned_for_here(artifact: Artifact, how: Opening) -> Artifact:
 
 
 @contextmanager
-def opened(artifact: Artifact, how: Opening, progress: Progress) -> Iterator[Engine]:
+def opened(
+    artifact: Artifact, options: OpeningOptions, progress: Progress, padded: bool = True
+) -> Iterator[Engine]:
     """`open_engine` for the block, with what is known only after it."""
-    with short_of_memory_told(), open_engine(artifact, how, progress) as engine:
+    with short_of_memory_told(), open_engine(artifact, options, progress, padded) as engine:
         yield engine
         if (problem := engine.missing_graphs) is not None:
             say(f"note: the draft's kernels were launched one by one: {problem}")
 
 
-def open_engine(artifact: Artifact, how: Opening, progress: Progress) -> Engine:
+def open_engine(
+    artifact: Artifact, options: OpeningOptions, progress: Progress, padded: bool = True
+) -> Engine:
     """Open the engine, with notes on stderr. Raises SubspecError."""
-    options = OpenOptions(
-        how.method, how.drafter, how.padded, how.device, how.link_bandwidth, how.graphs
-    )
+    how = OpenOptions(
+        options.method, options.drafter, padded, options.device, options.link_bandwidth,
+        graphs=not options.no_graphs,
+    )  # fmt: skip
     started = cpu_times()
     with short_of_memory_told():
-        engine = Engine.open(artifact, options, progress)
+        engine = Engine.open(artifact, how, progress)
     here, planned = machine_name(engine.device), artifact.plan.machine
     if here != planned:
         say(

@@ -11,13 +11,7 @@ from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.plan import DrafterName, method_of
 from subspec.runtime.app.folder import open_folder
-from subspec.runtime.app.opening import (
-    Opening,
-    opened,
-    planned_for_here,
-    progress_line,
-    trust_kernels,
-)
+from subspec.runtime.app.opening import opened, planned_for_here, progress_line, trust_kernels
 from subspec.runtime.app.opening_options import OpeningOptions
 from subspec.runtime.app.planner_command import run_planner
 from subspec.runtime.app.replan import load_plan, words_as_before
@@ -61,7 +55,7 @@ def planned(source: Source, variant: Variant) -> Artifact:
     if how.trust_kernels:
         trust_kernels(artifact)
     if variant == Variant():
-        return planned_for_here(artifact, Opening.of(how))
+        return planned_for_here(artifact, how)
     budget = variant.budget_bytes or how.vram
     changed = {
         "--vram": f"{budget}B" if budget else None,
@@ -141,5 +135,5 @@ def opened_engine(
     if way is not None:
         drafter = None if way == "plain" else way
         how = replace(how, no_speculation=way == "plain", drafter=drafter)
-    with opened(artifact, Opening.of(how, padded), progress_line()) as engine:
+    with opened(artifact, how, progress_line(), padded) as engine:
         yield engine

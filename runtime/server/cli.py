@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from socket import socket
 
     from subspec.artifacts.format.store import Artifact
-    from subspec.runtime.app.opening import Opening
     from subspec.runtime.server.assembly import Settings
 
 NEEDED = ("fastapi", "uvicorn", "prometheus_client", "llguidance")  # by the extra [serve]
@@ -129,12 +128,11 @@ def served(options: Options, keys: tuple[str, ...]) -> Exit:
             artifact = artifact or begun(planned_folder(options), options)
             from subspec.runtime.app.opening import planned_for_here, trust_kernels
 
-            how = opening(options)
             if options.trust_kernels:
                 trust_kernels(artifact)
-            artifact = planned_for_here(artifact, how)
+            artifact = planned_for_here(artifact, options)
             check_sequences(artifact, options.sequences)
-        return serve_artifact(options, settings, artifact, how, listening)
+        return serve_artifact(options, settings, artifact, listening)
 
 
 def begun(folder: Path, options: Options) -> "Artifact":
@@ -179,17 +177,10 @@ def check_sequences(artifact: "Artifact", asked: int | None) -> None:
         )
 
 
-def opening(options: Options) -> "Opening":
-    from subspec.runtime.app.opening import Opening
-
-    return Opening.of(options, sequences=options.sequences)
-
-
 def serve_artifact(
     options: Options,
     settings: "Settings",
     artifact: "Artifact",
-    how: "Opening",
     listening: "socket",
 ) -> Exit:
     from subspec.runtime.app.opening import open_engine, progress_line
@@ -200,11 +191,11 @@ def serve_artifact(
     from subspec.runtime.text.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(artifact.path / "tokenizer")
-    model = model_info(artifact, how.method, options.model_name)
+    model = model_info(artifact, options.method, options.model_name)
     if options.sequences is not None:
         model = replace(model, num_sequences=options.sequences)
     engine = Scheduler(
-        open_engine=lambda progress: open_engine(artifact, how, progress),
+        open_engine=lambda progress: open_engine(artifact, options, progress),
         tokenizer=tokenizer,
         num_sequences=model.num_sequences,
         queue_limit=options.queue,
