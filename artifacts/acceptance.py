@@ -27,6 +27,22 @@ Levels = Annotated[tuple[Count, ...], Length(0, MOST_LEVELS)]
 
 
 @dataclass(frozen=True)
+class Tree:
+    """The draft: a beam of `width` tokens per level, `depth` levels below the root."""
+
+    width: TreeWidth
+    depth: Annotated[int, Between(0, MOST_LEVELS)]
+    # Sharpens the draft's probabilities (arXiv 2509.18344).
+    temperature: Annotated[float, Between(1e-6, 1e6)] = 1.0
+    # The draft ends at the first level whose paths have a smaller total sharpened probability.
+    min_path_probability: Probability = 0.0
+
+    @property
+    def num_nodes(self) -> int:
+        return 1 + self.width * self.depth
+
+
+@dataclass(frozen=True)
 class Curve:
     """Trees of one width that end by one threshold, on one kind of text; level by level, from the
     first."""
@@ -94,36 +110,30 @@ class Acceptance:
         below = [some for some in limits if some <= min_path_probability] or limits[:1]
         return merged([c for c in own if c.min_path_probability == below[-1]])
 
-    def reached(
-        self, width: int, depth: int, min_path_probability: float = 0.0, kind: str = ""
-    ) -> tuple[float, ...]:
-        """Probability that a round accepts level 1, 2, ... `depth`."""
-        curve = self.curve(width, min_path_probability, kind)
-        return shares_of(curve.accepted, curve.num_trees, depth)
+    def reached(self, tree: Tree, kind: str = "") -> tuple[float, ...]:
+        """Probability that a round accepts level 1, 2, ... of the tree."""
+        curve = self.curve(tree.width, tree.min_path_probability, kind)
+        return shares_of(curve.accepted, curve.num_trees, tree.depth)
 
-    def tokens(
-        self, width: int, depth: int, min_path_probability: float = 0.0, kind: str = ""
-    ) -> float:
+    def tokens(self, tree: Tree, kind: str = "") -> float:
         """Expected tokens of one round: the accepted ones and the exact model's own."""
-        return 1.0 + sum(self.reached(width, depth, min_path_probability, kind))
+        return 1.0 + sum(self.reached(tree, kind))
 
-    def margin(
-        self, width: int, depth: int, min_path_probability: float = 0.0, kind: str = ""
-    ) -> float:
+    def margin(self, tree: Tree, kind: str = "") -> float:
         """Half of the 95 % confidence interval of `tokens`. inf: nothing was measured."""
         if not self.measured:
             return math.inf
-        curve = self.curve(width, min_path_probability, kind)
+        curve = self.curve(tree.width, tree.min_path_probability, kind)
         whole = 1.0 + sum(shares_of(curve.accepted, curve.num_trees, len(curve.accepted)))
-        return curve.margin * self.tokens(width, depth, min_path_probability, kind) / whole
+        return curve.margin * self.tokens(tree, kind) / whole
 
-    def round_yield(self, width: int, depth: int, min_path_probability: float = 0.0) -> RoundYield:
-        """What a round with a tree gives."""
-        curve = self.curve(width, min_path_probability)
-        reached = shares_of(curve.accepted, curve.num_trees, depth)
+    def round_yield(self, tree: Tree) -> RoundYield:
+        """What a round with the tree gives."""
+        curve = self.curve(tree.width, tree.min_path_probability)
+        reached = shares_of(curve.accepted, curve.num_trees, tree.depth)
         # Beyond what was counted trees go on as they did, and nothing is known to be accepted.
         last = (curve.num_trees, *curve.drafted)[-1]
-        drafted = (1.0, *shares_of(curve.drafted, curve.num_trees, depth, last))
+        drafted = (1.0, *shares_of(curve.drafted, curve.num_trees, tree.depth, last))
         return RoundYield(
             tokens=1.0 + sum(reached),
             tokens_squared=1.0 + sum((2 * n + 1) * p for n, p in enumerate(reached, 1)),

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from subspec.artifacts.acceptance import Acceptance, Checks
+from subspec.artifacts.acceptance import Tree as Tree  # others import it from here
 from subspec.artifacts.common.bounds import (
     MOST_LEVELS,
     Between,
@@ -48,22 +49,6 @@ Int4Kernel = Literal["aten", "gemlite", "w4a8"]  # w4a8: runtime/kernels/int4.cp
 Budget = Annotated[int, Between(1, LARGEST)]
 Positive = Annotated[int, Between(1, 1 << 62)]
 Sequences = Annotated[int, Between(1, 256)]
-
-
-@dataclass(frozen=True)
-class Tree:
-    """The draft: a beam of `width` tokens per level, `depth` levels below the root."""
-
-    width: TreeWidth
-    depth: Annotated[int, Between(0, MOST_LEVELS)]
-    # Sharpens the draft's probabilities (arXiv 2509.18344).
-    temperature: Annotated[float, Between(1e-6, 1e6)] = 1.0
-    # The draft ends at the first level whose paths have a smaller total sharpened probability.
-    min_path_probability: Probability = 0.0
-
-    @property
-    def num_nodes(self) -> int:
-        return 1 + self.width * self.depth
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from itertools import product
 from statistics import fmean
 
 from subspec.artifacts.acceptance import Acceptance, Curve, added, margin_of_ratio
-from subspec.artifacts.plan import Method, Plan, Prediction, Usage
+from subspec.artifacts.plan import Method, Plan, Prediction, Tree, Usage
 from subspec.artifacts.profile import Corrections, Profile
 from subspec.artifacts.runs import Run
 
@@ -155,7 +155,10 @@ def as_if(own: Curve, before: Acceptance, width: int, threshold: float) -> Curve
     """The curve as it would be for trees of another width, level by level, among those that end by
     a threshold."""
     levels, accepted, last = len(own.accepted), list[int](), own.num_trees
-    here, there = (before.reached(one, levels, threshold) for one in (own.width, width))
+    here, there = (
+        before.reached(Tree(one, levels, min_path_probability=threshold))
+        for one in (own.width, width)
+    )
     for number, (count, most) in enumerate(zip(own.accepted, own.drafted, strict=True)):
         share = there[number] / here[number] if here[number] else 1.0
         last = min(last, most, round(count * share))

@@ -171,8 +171,7 @@ def settles(known: Known, method: Method = "substitute") -> Callable[[Acceptance
         if last is None or plan.method != method or last.method != plan.method:
             return last is not None and last.method == plan.method
         tree = plan.draft.tree
-        shape = tree.width, tree.depth, tree.min_path_probability
-        tokens, margin = acceptance.tokens(*shape), acceptance.margin(*shape)
+        tokens, margin = acceptance.tokens(tree), acceptance.margin(tree)
         if method == "substitute":
             last = replace(last, acceptance=acceptance)
         else:

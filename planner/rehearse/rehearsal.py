@@ -101,7 +101,7 @@ def learn_acceptance(
     text = load_tokenizer(artifact.path / "tokenizer")
     turns = known_ids(text, samples, artifact.spec.vocab_size)
     trees: Trees = {}
-    found, learnt = None, ""
+    found, learnt, whole = None, "", Tree(2, DEEPEST)
     until = time.perf_counter() + effort.learn_seconds
     with opened(staged, method, setting) as engine:
         for first in range(0, len(turns), plan.num_sequences):
@@ -109,7 +109,7 @@ def learn_acceptance(
             add_answers(engine, turns[first : first + plan.num_sequences], trees)
             found = acceptance_of(trees)
             if found is not None:
-                tokens, margin = found.tokens(2, DEEPEST), found.margin(2, DEEPEST)
+                tokens, margin = found.tokens(whole), found.margin(whole)
                 learnt = f": {tokens:.1f} ± {margin:.1f} tokens a round, two wide"
                 if settled(found):
                     break

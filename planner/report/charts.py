@@ -34,11 +34,10 @@ def acceptance_chart(acceptance: Acceptance, tree: Tree) -> Chart | None:
     round's tokens as a band; None if the tree has no levels."""
     if not tree.depth:
         return None
-    known = tree.width, tree.depth, tree.min_path_probability
-    line = tuple(enumerate((1.0, *acceptance.reached(*known))))
+    line = tuple(enumerate((1.0, *acceptance.reached(tree))))
     band: tuple[tuple[float, float], ...] = ()
     if acceptance.measured:
-        off = acceptance.margin(*known) / acceptance.tokens(*known)
+        off = acceptance.margin(tree) / acceptance.tokens(tree)
         upper = [(level, min(1.0, share * (1 + off))) for level, share in line]
         # The root is always there.
         lower = [(level, max(0.0, share * (1 - off)) if level else 1.0) for level, share in line]

@@ -143,9 +143,7 @@ def plan_json(spec: ModelSpec, plan: Plan, artifact: Path | None) -> dict[str, A
         "acceptance": {
             "measured": acceptance.measured,
             "answers": acceptance.num_answers() if acceptance.measured else 0,
-            "tokens_per_round": acceptance.tokens(
-                tree.width, tree.depth, tree.min_path_probability
-            ),
+            "tokens_per_round": acceptance.tokens(tree),
             "margin": margin_of(plan),
         },
         "by_budget": [asdict(point) for point in plan.by_budget],

@@ -190,17 +190,14 @@ def acceptance_rows(plan: Plan) -> Rows:
 
 def tokens_expected(plan: Plan, kind: str = "") -> str:
     """ "12.1 ± 1.3": a round's tokens and half of their 95 % confidence interval, if known."""
-    tree = plan.draft.tree
-    known = tree.width, tree.depth, tree.min_path_probability, kind
-    tokens, margin = number(plan.draft.acceptance.tokens(*known)), margin_of(plan, kind)
+    tokens = number(plan.draft.acceptance.tokens(plan.draft.tree, kind))
+    margin = margin_of(plan, kind)
     return tokens if margin is None else f"{tokens} ± {number(margin)}"
 
 
 def margin_of(plan: Plan, kind: str = "") -> float | None:
     """None if nothing was measured."""
-    tree = plan.draft.tree
-    known = tree.width, tree.depth, tree.min_path_probability, kind
-    margin = plan.draft.acceptance.margin(*known)
+    margin = plan.draft.acceptance.margin(plan.draft.tree, kind)
     return margin if math.isfinite(margin) else None
 
 

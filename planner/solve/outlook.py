@@ -76,10 +76,7 @@ def predict_for(
     )
     workspace = min(workspace_bytes(spec, plan.device, shape), ledger.workspace)
     idle = ledger.guard + ledger.workspace - workspace
-    gives = ONE_TOKEN
-    if tree and draft:
-        stop = tree.min_path_probability
-        gives = draft.acceptance.round_yield(tree.width, tree.depth, stop)
+    gives = draft.acceptance.round_yield(draft.tree) if draft else ONE_TOKEN
     peak = ledger.total_bytes - idle
     passes = passes_of(
         spec, profile, tree, plan.verify_widths, gives, plan.prefill_tokens, usage,

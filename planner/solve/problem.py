@@ -380,10 +380,7 @@ def passes_for(
 
 @for_one_tree
 def yield_for(problem: Problem, tree: Tree | None, drafts: Method = "substitute") -> RoundYield:
-    if tree is None:
-        return ONE_TOKEN
-    stop = tree.min_path_probability
-    return acceptance_of(problem, drafts).round_yield(tree.width, tree.depth, stop)
+    return acceptance_of(problem, drafts).round_yield(tree) if tree else ONE_TOKEN
 
 
 def base_ledger(problem: Problem, candidate: Candidate) -> Ledger:

@@ -154,8 +154,7 @@ def answers_of(plan: Plan, runs: Sequence[Run]) -> Answers:
 
 
 def tokens_expected(draft: Draft) -> float:
-    tree = draft.tree
-    return draft.acceptance.tokens(tree.width, tree.depth, tree.min_path_probability)
+    return draft.acceptance.tokens(draft.tree)
 
 
 def figure(values: Sequence[float], predicted: float | None) -> Figure:
@@ -167,7 +166,7 @@ def levels_of(plan: Plan, runs: Sequence[Run]) -> tuple[Level, ...]:
     tree = draft.tree
     drafted = padded(added(run.drafted for run in runs), tree.depth)
     accepted = padded(added(run.accepted_by_level for run in runs), tree.depth)
-    expected = draft.acceptance.reached(tree.width, tree.depth, tree.min_path_probability)
+    expected = draft.acceptance.reached(tree)
     return tuple(
         Level(number, drafts, accepts, accepts / rounds, said)
         for number, (drafts, accepts, said) in enumerate(

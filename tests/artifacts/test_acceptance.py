@@ -4,7 +4,6 @@ simulations."""
 import math
 import random
 from dataclasses import replace
-from typing import Any
 
 import pytest
 from toys import make_curve
@@ -14,6 +13,7 @@ from subspec.artifacts.acceptance import (
     Acceptance,
     Curve,
     RoundYield,
+    Tree,
     added,
     margin_of_ratio,
     merged,
@@ -35,17 +35,24 @@ def counted(width: int, stop: float, accepted: int, kind: str = "", margin: floa
 # A round
 
 
-def yields_of(known: Acceptance, width: int, deepest: int, *which: Any) -> tuple[RoundYield, ...]:
+def early(depth: int) -> Tree:
+    return Tree(2, depth, min_path_probability=0.25)
+
+
+def yields_of(
+    known: Acceptance, width: int, deepest: int, stop: float = 0.0
+) -> tuple[RoundYield, ...]:
     """With trees of 0, 1, ... `deepest` levels."""
-    return tuple(known.round_yield(width, depth, *which) for depth in range(deepest + 1))
+    trees = (Tree(width, depth, min_path_probability=stop) for depth in range(deepest + 1))
+    return tuple(map(known.round_yield, trees))
 
 
 def test_a_round_gives_what_was_accepted_and_the_exact_models_own() -> None:
     """Half of the drafts are right: 1, 2, 3, 4 tokens in 1/2, 1/4, 1/8, 1/8 of the rounds."""
     half = measured(Curve(1, 0.0, "", 5, 1000, (1000,) * 3, (500, 250, 125)))
-    assert half.reached(1, 3) == (0.5, 0.25, 0.125)
-    assert (half.reached(1, 0), half.tokens(1, 0)) == ((), 1.0)
-    assert half.tokens(1, 3) == 1.875
+    assert half.reached(Tree(1, 3)) == (0.5, 0.25, 0.125)
+    assert (half.reached(Tree(1, 0)), half.tokens(Tree(1, 0))) == ((), 1.0)
+    assert half.tokens(Tree(1, 3)) == 1.875
     assert yields_of(half, 1, 3) == (
         ONE_TOKEN,
         RoundYield(1.5, 0.5 + 4 * 0.5, 1.0, (0.0, 1.0)),
@@ -57,7 +64,7 @@ def test_a_round_gives_what_was_accepted_and_the_exact_models_own() -> None:
 def test_drafts_that_end_early_are_counted_by_the_levels_that_they_have() -> None:
     """2 of 8 trees have one level, 4 have two, 2 have three; 4 rounds give 1 token, 1 gives 2, 2
     give 3, 1 gives 4."""
-    whole = measured(EARLY).round_yield(2, 3, 0.25)
+    whole = measured(EARLY).round_yield(early(3))
     assert whole == RoundYield(
         tokens=(4 * 1 + 1 * 2 + 2 * 3 + 1 * 4) / 8,
         tokens_squared=(4 * 1 + 1 * 4 + 2 * 9 + 1 * 16) / 8,
@@ -71,8 +78,8 @@ def test_a_shallower_tree_is_the_beginning_of_a_deeper_one() -> None:
     for depth in range(7):
         cut = replace(EARLY, drafted=EARLY.drafted[:depth], accepted=EARLY.accepted[:depth])
         if depth <= 3:
-            assert measured(cut).round_yield(2, depth, 0.25) == found[depth]
-        assert found[depth].tokens == measured(EARLY).tokens(2, depth, 0.25)
+            assert measured(cut).round_yield(early(depth)) == found[depth]
+        assert found[depth].tokens == measured(EARLY).tokens(early(depth))
     assert found[2].shares == (0.0, 2 / 8, 6 / 8)  # trees of three levels are cut at two
 
 
@@ -110,7 +117,7 @@ def test_a_width_or_threshold_between_counted_ones_is_as_the_next_smaller() -> N
         (8, 0.0, 0.75),
         (16, 0.5, 0.75),
     ):
-        assert known.reached(width, 1, stop) == (expected,)
+        assert known.reached(Tree(width, 1, min_path_probability=stop)) == (expected,)
     assert known.thresholds == (0.0, 0.1, 0.3)
 
 
@@ -127,13 +134,13 @@ def test_kinds_are_merged_by_adding_their_counts() -> None:
         pytest.approx(math.hypot(0.25 * 0.5, 0.75 * 0.1)),
     )  # fmt: skip
     assert both.curve(2, 0.25, "code") == EARLY
-    assert both.reached(2, 3, 0.25, "prose") == (0.25, 0.0, 0.0)
+    assert both.reached(early(3), "prose") == (0.25, 0.0, 0.0)
 
 
 def test_a_kind_that_is_missing_is_expected_to_be_as_all_are() -> None:
     both = measured(EARLY, replace(EARLY, kind="prose", accepted=(8, 6, 2)))
-    assert both.reached(2, 5, 0.25, "json") == both.reached(2, 5, 0.25)
-    assert both.margin(2, 5, 0.25, "json") == both.margin(2, 5, 0.25)
+    assert both.reached(early(5), "json") == both.reached(early(5))
+    assert both.margin(early(5), "json") == both.margin(early(5))
 
 
 def test_answers_are_counted_at_the_width_that_has_most() -> None:
@@ -190,10 +197,10 @@ def test_a_margin_holds_95_of_100_estimates() -> None:
 
 def test_a_shallower_tree_has_its_share_of_the_margin() -> None:
     known = measured(Curve(1, 0.0, "", 10, 100, (100, 100), (80, 60), 0.48))
-    assert known.margin(1, 2) == pytest.approx(0.48)
-    assert known.margin(1, 1) == pytest.approx(0.48 * 1.8 / 2.4)
-    assert known.margin(1, 9) == known.margin(1, 2)
+    assert known.margin(Tree(1, 2)) == pytest.approx(0.48)
+    assert known.margin(Tree(1, 1)) == pytest.approx(0.48 * 1.8 / 2.4)
+    assert known.margin(Tree(1, 9)) == known.margin(Tree(1, 2))
 
 
 def test_what_was_not_measured_has_no_margin() -> None:
-    assert Acceptance((counted(3, 0.0, 90),), measured=False).margin(3, 1) == math.inf
+    assert Acceptance((counted(3, 0.0, 90),), measured=False).margin(Tree(3, 1)) == math.inf

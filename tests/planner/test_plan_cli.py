@@ -25,6 +25,7 @@ from subspec.artifacts.format.codec import dump_json
 from subspec.artifacts.format.prebuilt import find_prebuilt
 from subspec.artifacts.format.store import Artifact, open_artifact, verify
 from subspec.artifacts.native import cpp
+from subspec.artifacts.plan import Tree
 from subspec.artifacts.profile import Corrections
 from subspec.artifacts.runs import append_run, plan_digest, read_runs
 from subspec.planner.cli import main
@@ -174,7 +175,7 @@ def test_the_demo_is_measured_planned_built_and_rehearsed(
     artifact = planned_demo(here, capsys)
     acceptance, corrections = artifact.plan.acceptance, artifact.profile.corrections
     assert acceptance.num_answers() >= 10 and corrections.num_rounds > 50
-    assert acceptance.margin(2, 6) < 0.25 * acceptance.tokens(2, 6)
+    assert acceptance.margin(Tree(2, 6)) < 0.25 * acceptance.tokens(Tree(2, 6))
     assert all(
         LEAST < factor < MOST
         for factor in (corrections.draft, corrections.verify, corrections.plain)
@@ -209,7 +210,7 @@ def planned_demo(here: Path, capsys: pytest.CaptureFixture[str]) -> Artifact:
     widths = sorted({curve.width for curve in acceptance.curves})
     assert widths in ([1, 2], [1, 2, 4]), "as wide as a budget of 9 MB has room for in company"
     assert acceptance.thresholds == THRESHOLDS
-    assert 2 < acceptance.tokens(1, 6) < acceptance.tokens(2, 6) < 7
+    assert 2 < acceptance.tokens(Tree(1, 6)) < acceptance.tokens(Tree(2, 6)) < 7
     budgets = [point.budget_bytes for point in artifact.plan.by_budget]
     assert budgets == sorted(set(budgets)) and {9_000_000, 9_900_000} <= set(budgets)
     assert artifact.plan.context in {point.context for point in artifact.plan.by_context}

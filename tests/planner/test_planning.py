@@ -200,7 +200,7 @@ def test_a_plan_is_settled_when_it_stays_the_best_and_its_tokens_are_known_well(
     def known(rate: float, share: float) -> Acceptance:
         """A chain's acceptance; its margin as a share of a whole tree's tokens."""
         curve = make_curve(1, rate)
-        tokens = Acceptance((curve,), measured=True).tokens(1, 64)
+        tokens = Acceptance((curve,), measured=True).tokens(Tree(1, 64))
         return Acceptance((replace(curve, margin=share * tokens),), measured=True)
 
     settled = settles(Known(request, spec, profile, PRIOR, raw_storage(spec)))

@@ -10,7 +10,7 @@ from toys import ACCEPTANCE, make_curve, make_profile, make_spec
 
 from subspec.artifacts.acceptance import Acceptance, Curve
 from subspec.artifacts.format.checks import check_plan
-from subspec.artifacts.plan import Constraints, Method, Prediction, Usage
+from subspec.artifacts.plan import Constraints, Method, Prediction, Tree, Usage
 from subspec.artifacts.profile import Corrections
 from subspec.artifacts.runs import Run
 from subspec.planner.rehearse.corrections import (
@@ -199,7 +199,7 @@ def test_runs_are_a_kind_of_text_of_their_own() -> None:
     both = Curve(2, 0.0, "runs", 2, 8, (8, 8, 8), (6, 4, 4), margin=0.0)
     assert found == Acceptance((CODE, both), measured=True)
     assert found.num_answers("runs") == 2 and found.num_answers("code") == 8
-    assert found.reached(2, 3, kind="code") == PLAN.acceptance.reached(2, 3)
+    assert found.reached(Tree(2, 3), kind="code") == PLAN.acceptance.reached(Tree(2, 3))
 
 
 def test_answers_that_differ_widen_the_margin() -> None:
@@ -237,10 +237,9 @@ def test_runs_tell_of_other_widths_by_what_was_known_of_them() -> None:
     assert counts == {1: (10, 4, 1), 2: (20, 16, 8), 4: (25, 25, 16)}
     for known in (True, False):
         found = with_runs(Acceptance((narrow, wide, widest), measured=known), PLAN, runs)
-        tokens = [found.tokens(width, 3) for width in (1, 2, 4)]
-        assert tokens == sorted(tokens) and found.tokens(2, 3) < Acceptance(
-            (wide,), measured=True
-        ).tokens(2, 3)
+        tokens = [found.tokens(Tree(width, 3)) for width in (1, 2, 4)]
+        before = Acceptance((wide,), measured=True).tokens(Tree(2, 3))
+        assert tokens == sorted(tokens) and tokens[1] < before
 
 
 def test_curves_stay_in_the_order_that_a_reader_asks_for() -> None:

@@ -15,7 +15,7 @@ from transformers import Qwen2Config
 from subspec.artifacts.acceptance import Acceptance
 from subspec.artifacts.format.checks import check_plan
 from subspec.artifacts.format.store import Artifact
-from subspec.artifacts.plan import Method, Placement, Prediction, Usage
+from subspec.artifacts.plan import Method, Placement, Prediction, Tree, Usage
 from subspec.planner.rehearse import rehearsal
 from subspec.planner.rehearse.calibration import Sample, sample_ids, shipped_samples
 from subspec.planner.rehearse.corrections import PredictFor, Rounds
@@ -104,13 +104,14 @@ def test_kinds_are_kept_apart_and_company_changes_no_count(
 def test_the_draft_of_the_demo_is_mostly_accepted_and_more_so_if_it_is_wider(
     both: Acceptance,
 ) -> None:
-    tokens = [both.tokens(width, 8) for width in WIDTHS["cpu"]]
+    tokens = [both.tokens(Tree(width, 8)) for width in WIDTHS["cpu"]]
     assert 2.5 < tokens[0] < tokens[1] < tokens[2] < 9
 
 
 def test_drafts_that_end_early_draft_fewer_levels_and_give_fewer_tokens(both: Acceptance) -> None:
     for width in WIDTHS["cpu"]:
-        gives = [both.round_yield(width, DEEPEST, threshold) for threshold in THRESHOLDS]
+        trees = [Tree(width, DEEPEST, min_path_probability=stop) for stop in THRESHOLDS]
+        gives = [both.round_yield(tree) for tree in trees]
         assert all(a.levels > b.levels and a.tokens >= b.tokens for a, b in pairwise(gives))
 
 
@@ -123,7 +124,7 @@ def test_the_draft_of_random_weights_is_seldom_accepted(tmp_path: Path) -> None:
     artifact = build_artifact(
         source, tmp_path / "artifact", resident_share=1.0, width=1, depth=DEEPEST
     )
-    assert learnt(artifact, CODE).reached(1, 1)[0] < 0.9
+    assert learnt(artifact, CODE).reached(Tree(1, 1))[0] < 0.9
 
 
 def test_answers_that_are_decoded_together_are_those_of_plain_decoding(demo: Artifact) -> None:

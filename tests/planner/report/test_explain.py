@@ -76,9 +76,7 @@ def words(page: str) -> str:
 
 def expected(plan: Plan, kind: str = "") -> tuple[float, float]:
     """A round's tokens and their margin, for drafts that end as the plan's do."""
-    tree = plan.tree
-    known = tree.width, tree.depth, tree.min_path_probability, kind
-    return plan.acceptance.tokens(*known), plan.acceptance.margin(*known)
+    return plan.acceptance.tokens(plan.tree, kind), plan.acceptance.margin(plan.tree, kind)
 
 
 def printed(spec: ModelSpec, plan: Plan) -> str:

@@ -98,7 +98,7 @@ def test_a_plan_whose_drafts_end_early_foretells_them() -> None:
     tree = replace(whole.tree, min_path_probability=0.3)
     plan = replace(whole, tree=tree)
     found, before = (foretold(one, "substitute", usual_usage(256)) for one in (plan, whole))
-    gives = early.round_yield(tree.width, tree.depth, 0.3)
+    gives = early.round_yield(tree)
     assert found.tokens_per_round == gives.tokens < before.tokens_per_round
     assert found.levels_per_round == gives.levels < before.levels_per_round == tree.depth
     assert found.draft_seconds < before.draft_seconds

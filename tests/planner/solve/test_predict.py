@@ -113,7 +113,7 @@ def test_plain_decoding_needs_a_round_for_each_token() -> None:
 def test_a_round_on_a_slow_link_lasts_as_long_as_the_link() -> None:
     """10 MiB stream, less than 2 MiB of them arrive while the draft runs; one block of compute is
     left at the end."""
-    found = predicted(CHAIN, 10 << 20, HALF.round_yield(1, 4), **ALONE)
+    found = predicted(CHAIN, 10 << 20, HALF.round_yield(Tree(1, 4)), **ALONE)
     assert found.draft_seconds == pytest.approx(4 * (8 * 5e-5 + 5e-5))
     assert found.compute_seconds == pytest.approx(8 * 2e-4 + 1e-4 + 7 / 63 * 3e-4)
     ahead = found.draft_seconds * LINK
@@ -122,7 +122,7 @@ def test_a_round_on_a_slow_link_lasts_as_long_as_the_link() -> None:
     assert found.verify_seconds == pytest.approx(link + found.compute_seconds / 10 + 1e-4)
     assert found.stream_seconds == (10 << 20) / LINK
     assert found.tokens_per_round == 1.9375
-    rounds = rounds_needed(127, HALF.round_yield(1, 4))
+    rounds = rounds_needed(127, HALF.round_yield(Tree(1, 4)))
     total = found.draft_seconds + found.verify_seconds
     assert found.tokens_per_second == pytest.approx(127 / (rounds * total))
 

@@ -19,7 +19,7 @@ from subspec.artifacts.common.sizes import parse_size
 from subspec.artifacts.footprint import ALLOCATOR_BYTES, Ring, graph_bytes, model_bytes
 from subspec.artifacts.format.checks import check_plan
 from subspec.artifacts.model import HEAD, LayerSpec, ModelSpec
-from subspec.artifacts.plan import Constraints, Plan, tree_for
+from subspec.artifacts.plan import Constraints, Plan, Tree, tree_for
 from subspec.artifacts.profile import Corrections, LinkRate, Profile, Timing
 from subspec.planner.machine.profiles import with_link
 from subspec.planner.solve import problem as problem_module
@@ -163,10 +163,8 @@ def best_of_all(
         placement = place(problem, candidate)
         inside = {*placement.resident, *placement.residuals}
         streamed = group_bytes(p for p in candidate.storage.parts if p.name not in inside)
-        tree, gives = candidate.tree, ONE_TOKEN
-        if tree:
-            stop = tree.min_path_probability
-            gives = acceptance.round_yield(tree.width, tree.depth, stop)
+        tree = candidate.tree
+        gives = acceptance.round_yield(tree) if tree else ONE_TOKEN
         passes = passes_of(
             spec, profile, tree, candidate.verify_widths, gives, problem.prefill_tokens, usage
         )
@@ -239,7 +237,7 @@ def test_drafts_end_early_where_acceptance_says_that_it_pays() -> None:
     assert (plan.method, plan.tree.min_path_probability) == ("substitute", 0.3)
     assert ["0.3" in reason for reason in said_of_ends(plan)] == [True]
     predicted = plan.predicted["substitute"]
-    expected = EARLY.round_yield(plan.tree.width, plan.tree.depth, 0.3)
+    expected = EARLY.round_yield(plan.tree)
     assert predicted.tokens_per_round == expected.tokens
     assert predicted.levels_per_round == expected.levels < plan.tree.depth - 1
     whole = Constraints(context=256, min_path_probability=0.0)
@@ -862,7 +860,7 @@ def test_without_a_decoder_residuals_are_decoded_while_loading_or_not_at_all() -
 
 
 def test_the_priors_are_marked_as_such() -> None:
-    assert not PRIOR.measured and PRIOR.margin(2, 8) == math.inf
+    assert not PRIOR.measured and PRIOR.margin(Tree(2, 8)) == math.inf
     assert PRIOR.thresholds == (0.0,)  # what ends early is not known
     plan = plan_for(12_000_000, acceptance=PRIOR)
     assert plan.acceptance == PRIOR and plan.tree.min_path_probability == 0
@@ -873,9 +871,9 @@ def test_the_priors_are_marked_as_such() -> None:
     ("width", "rate"), [(1, 0.968), (2, 0.975), (3, 0.975), (4, 0.981), (8, 0.985), (16, 0.985)]
 )
 def test_the_prior_accepts_each_level_alike(width: int, rate: float) -> None:
-    reached = PRIOR.reached(width, PRIOR_LEVELS)
+    reached = PRIOR.reached(Tree(width, PRIOR_LEVELS))
     assert reached == pytest.approx([rate**n for n in range(1, 65)], abs=1e-4)
-    assert PRIOR.round_yield(width, PRIOR_LEVELS).levels == PRIOR_LEVELS
+    assert PRIOR.round_yield(Tree(width, PRIOR_LEVELS)).levels == PRIOR_LEVELS
 
 
 def test_the_prior_of_a_width_lies_on_the_line_between_the_published_ones() -> None:

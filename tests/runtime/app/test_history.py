@@ -105,7 +105,7 @@ def test_a_level_is_accepted_by_a_share_of_all_rounds_whether_they_drafted_it_or
     levels = answers_of(PLAN, [run]).levels
     assert [(one.drafted, one.accepted) for one in levels] == [(10, 8), (6, 3), (0, 0)]
     assert [one.reached for one in levels] == [0.8, 0.3, 0.0]
-    assert [one.expected for one in levels] == list(PLAN.acceptance.reached(2, 3))
+    assert [one.expected for one in levels] == list(PLAN.acceptance.reached(Tree(2, 3)))
     more = answers_of(PLAN, [run, make_run(drafted=(10, 0, 0), accepted=(10,))]).levels
     assert [(one.drafted, one.reached) for one in more] == [(20, 0.4), (6, 0.15), (0, 0.0)]
 
