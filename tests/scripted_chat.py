@@ -7,8 +7,12 @@ import asyncio
 import json
 import sys
 from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import replace
+from functools import cache
+from itertools import count
 from typing import Any
 
+from served import serve
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -29,11 +33,11 @@ from subspec.runtime.server.chat_events import (
     ToolCallDelta,
     ToolCallStart,
 )
-from subspec.runtime.server.dialect import DialectService
 from subspec.runtime.server.errors import ApiError, as_api_error, error_response
 from subspec.runtime.server.generation import Outcome, QueueFull
 from subspec.runtime.server.messages import count_tokens, create_message
 from subspec.runtime.server.responses import create_response
+from subspec.runtime.server.service import Service
 
 MODEL = "tiny"
 METHOD: Method = "substitute"
@@ -75,7 +79,6 @@ class ScriptedChat:
         self.requests: list[ChatRequest] = []
         self.answers: list[ScriptedAnswer] = []
         self._script = script
-        self._num_ids = 0
 
     async def chat(self, request: ChatRequest) -> ChatAnswer:
         self.requests.append(request)
@@ -89,44 +92,31 @@ class ScriptedChat:
         self.requests.append(request)
         return sum(len(str(message["content"]).split()) for message in request.messages)
 
-    def new_id(self, prefix: str) -> str:
-        self._num_ids += 1
-        return f"{prefix}{self._num_ids}"
-
-    def service(self) -> DialectService:
-        return DialectService(
-            model_id=MODEL,
-            check_model=check_model,
-            check_ready=lambda: None,
-            chat=self.chat,
-            count_tokens=self.count_tokens,
-            token_logprobs=token_logprobs,
-            figures=lambda outcome: {},
-            new_id=self.new_id,
-        )
+    def service(self) -> Service:
+        usual = usual_service()
+        model = replace(usual.model, id=MODEL)
+        return replace(usual, model=model, chat=self.chat, count_tokens=self.count_tokens)
 
 
-def check_model(name: str | None) -> None:
-    if name not in (None, MODEL):
-        raise ApiError(404, f"no model {name!r}", code="model_not_found", param="model")
+@cache
+def usual_service() -> Service:
+    return serve().service
 
 
-def token_logprobs(found: TokenLogprobs) -> dict[str, Any]:
-    def one(token: int, logprob: float) -> dict[str, Any]:
-        return {"token": chr(token), "logprob": logprob, "bytes": [token]}
-
-    top = [one(token, logprob) for token, logprob in found.top]
-    return {**one(found.token, found.logprob), "top_logprobs": top}
+def numbered() -> Callable[[str], str]:
+    """In place of `random_id`."""
+    numbers = count(1)
+    return lambda prefix: f"{prefix}{next(numbers)}"
 
 
-def dialect_app(service: DialectService) -> Starlette:
+def dialect_app(service: Service) -> Starlette:
     async def responses(request: Request) -> Response:
         return await create_response(service, request)
 
     async def messages(request: Request) -> Response:
         return await create_message(service, request)
 
-    async def count(request: Request) -> Response:
+    async def counted(request: Request) -> Response:
         return await count_tokens(service, request)
 
     async def models(request: Request) -> Response:
@@ -139,7 +129,7 @@ def dialect_app(service: DialectService) -> Starlette:
         routes=[
             Route("/v1/responses", responses, methods=["POST"]),
             Route("/v1/messages", messages, methods=["POST"]),
-            Route("/v1/messages/count_tokens", count, methods=["POST"]),
+            Route("/v1/messages/count_tokens", counted, methods=["POST"]),
             Route("/v1/models", models),
         ],
         exception_handlers={

@@ -1,7 +1,7 @@
 """The ASGI app: which path is answered by what."""
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import FastAPI
 from pydantic import BaseModel
@@ -14,7 +14,6 @@ from starlette.types import ASGIApp
 from subspec.artifacts.common.errors import SubspecError
 from subspec.runtime.server.admission import LOADING
 from subspec.runtime.server.chat_page import page_router
-from subspec.runtime.server.dialect_endpoints import DIALECT_POSTS, dialect_service
 from subspec.runtime.server.errors import (
     RETRY_SECONDS,
     ApiError,
@@ -23,6 +22,8 @@ from subspec.runtime.server.errors import (
 )
 from subspec.runtime.server.generation import QueueFull
 from subspec.runtime.server.guards import GuardSettings, Log, RequestLog, guarded
+from subspec.runtime.server.messages import count_tokens, create_message
+from subspec.runtime.server.messages_request import CountTokens, CreateMessage
 from subspec.runtime.server.openai_chat import chat_completions
 from subspec.runtime.server.openai_chat_fields import ChatFields
 from subspec.runtime.server.openai_completions import completions
@@ -38,9 +39,10 @@ from subspec.runtime.server.openai_models import (
     props,
     tokenize,
 )
+from subspec.runtime.server.responses import create_response
+from subspec.runtime.server.responses_request import CreateResponse
 from subspec.runtime.server.service import Service
 
-Served = TypeVar("Served")  # what an endpoint works with
 Endpoint = Callable[[Service, Request], Awaitable[Response]]
 
 POSTS: tuple[tuple[str, Endpoint, type[BaseModel]], ...] = (
@@ -48,6 +50,9 @@ POSTS: tuple[tuple[str, Endpoint, type[BaseModel]], ...] = (
     ("/v1/completions", completions, CompletionFields),
     ("/tokenize", tokenize, TokenizeFields),
     ("/detokenize", detokenize, DetokenizeFields),
+    ("/v1/responses", create_response, CreateResponse),
+    ("/v1/messages", create_message, CreateMessage),
+    ("/v1/messages/count_tokens", count_tokens, CountTokens),
 )
 GETS: tuple[tuple[str, Endpoint], ...] = (
     ("/v1/models", list_models),
@@ -90,9 +95,6 @@ def make_endpoints(service: Service) -> FastAPI:
     schemas: dict[str, Any] = {}
     for path, endpoint, fields in POSTS:
         add(app, service, path, endpoint, "POST", body_schema(fields, schemas))
-    others = dialect_service(service)
-    for path, of_dialect, fields in DIALECT_POSTS:
-        add(app, others, path, of_dialect, "POST", body_schema(fields, schemas))
     for path, endpoint in GETS:
         add(app, service, path, endpoint, "GET", MODEL_IN_PATH if "{model" in path else None)
     for path, endpoint in (("/health", health), ("/health/ready", ready), ("/metrics", metrics)):
@@ -106,9 +108,9 @@ def make_endpoints(service: Service) -> FastAPI:
 
 def add(
     app: FastAPI,
-    service: Served,
+    service: Service,
     path: str,
-    endpoint: Callable[[Served, Request], Awaitable[Response]],
+    endpoint: Endpoint,
     method: str,
     described: Mapping[str, Any] | None = None,
 ) -> None:

@@ -1,17 +1,16 @@
-"""What the endpoints of the other dialects, Responses and Messages, share: what the server gives
-them, and the bounds and forms of what clients send."""
+"""What the endpoints of the other dialects, Responses and Messages, share: the bounds and forms of
+what clients send."""
 
 import secrets
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any
 
 from pydantic import Field
 
-from subspec.runtime.model.sampling import Sampling, TokenLogprobs
-from subspec.runtime.server.chat_events import Chat, ChatRequest, JSONValue
+from subspec.runtime.model.sampling import Sampling
+from subspec.runtime.server.chat_events import JSONValue
 from subspec.runtime.server.errors import ApiError, invalid, unsupported
-from subspec.runtime.server.generation import Outcome
 
 # Of one request. How large its body may be is limited before it is read (guards.py).
 MOST_ITEMS = 20_000  # messages, parts of one message
@@ -36,24 +35,6 @@ TopK = Annotated[int, Field(ge=0, le=MOST_TOKENS)]
 
 def random_id(prefix: str) -> str:
     return prefix + secrets.token_hex(12)
-
-
-@dataclass(frozen=True)
-class DialectService:
-    """check_model: raises ApiError for another model's name. check_ready: raises ApiError unless a
-    request would be taken. token_logprobs: in OpenAI's form. figures: fields that a finished answer
-    of OpenAI's dialects has beside its usage. sampling: of requests that do not say."""
-
-    model_id: str
-    check_model: Callable[[str | None], None]
-    check_ready: Callable[[], None]
-    chat: Chat
-    count_tokens: Callable[[ChatRequest], Awaitable[int]]
-    token_logprobs: Callable[[TokenLogprobs], dict[str, Any]]
-    figures: Callable[[Outcome], dict[str, Any]]
-    sampling: Sampling = Sampling()
-    refuse_unknown: bool = False  # fields of requests
-    new_id: Callable[[str], str] = random_id  # with this prefix, as "msg_"
 
 
 def as_parts(value: Any) -> Any:

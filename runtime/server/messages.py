@@ -2,7 +2,7 @@
 
 import hashlib
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Literal
 
 from starlette.requests import Request
@@ -20,7 +20,7 @@ from subspec.runtime.server.chat_events import (
     ToolCallDelta,
     ToolCallStart,
 )
-from subspec.runtime.server.dialect import DialectService
+from subspec.runtime.server.dialect import random_id
 from subspec.runtime.server.errors import ApiError, anthropic_body, invalid
 from subspec.runtime.server.generation import PromptTooLong
 from subspec.runtime.server.messages_request import (
@@ -31,6 +31,8 @@ from subspec.runtime.server.messages_request import (
     read_conversation,
     read_message,
 )
+from subspec.runtime.server.model_info import check_model
+from subspec.runtime.server.service import Service
 from subspec.runtime.server.streaming import Event, event_stream, gone, whole
 from subspec.runtime.server.tools.json_text import strict_json
 
@@ -43,9 +45,9 @@ class MessageWriter:
     """Writes one answer: `begin`, then `take` for each event. Each yields the events of the stream
     that follow from it; `message` is the body of an answer that is not streamed."""
 
-    def __init__(self, asked: AskedMessage, model_id: str, new_id: Callable[[str], str]) -> None:
+    def __init__(self, asked: AskedMessage, model_id: str) -> None:
         self.message: JSON = {
-            "id": new_id("msg_"),
+            "id": random_id("msg_"),
             "type": "message",
             "role": "assistant",
             "model": model_id,
@@ -159,13 +161,13 @@ def call_input(arguments: str) -> JSONValue:
     return value if isinstance(value, dict) else {"arguments": value}
 
 
-async def create_message(service: DialectService, request: Request) -> Response:
+async def create_message(service: Service, request: Request) -> Response:
     """POST /v1/messages"""
-    service.check_ready()
+    service.engine.check_ready()
     body = await read_body(request, CreateMessage, REFUSED, service.refuse_unknown)
-    check_model(body.model, service)
+    check_name(body.model, service)
     asked = read_message(body, service.sampling, secrets.randbits(63))
-    writer = MessageWriter(asked, service.model_id, service.new_id)
+    writer = MessageWriter(asked, service.model.id)
     if body.stream:
         # A stream begins with the prompt's length, which the answer knows at its end.
         input_tokens = await service.count_tokens(asked.chat)
@@ -176,7 +178,7 @@ async def create_message(service: DialectService, request: Request) -> Response:
     return gone() if message is None else JSONResponse(message)
 
 
-async def answer_to(request: ChatRequest, service: DialectService) -> ChatAnswer:
+async def answer_to(request: ChatRequest, service: Service) -> ChatAnswer:
     """A prompt that is too long is counted and refused in Anthropic's words: Claude Code looks for
     them, and how much of the conversation it leaves out then depends on the two numbers."""
     try:
@@ -187,19 +189,19 @@ async def answer_to(request: ChatRequest, service: DialectService) -> ChatAnswer
         raise invalid(message, "messages", "context_length_exceeded") from None
 
 
-async def count_tokens(service: DialectService, request: Request) -> Response:
+async def count_tokens(service: Service, request: Request) -> Response:
     """POST /v1/messages/count_tokens"""
     body = await read_body(request, CountTokens, REFUSED, service.refuse_unknown)
-    check_model(body.model, service)
+    check_name(body.model, service)
     count = await service.count_tokens(read_conversation(body, service.sampling))
     return JSONResponse({"input_tokens": count})
 
 
-def check_model(name: str, service: DialectService) -> None:
+def check_name(name: str, service: Service) -> None:
     """Programs that know no models but Anthropic's name one of those: it is taken as ours. Another
     name is somebody's mistake."""
     if not name.startswith("claude"):
-        service.check_model(name)
+        check_model(service.model, name)
 
 
 async def message_of(answer: ChatAnswer, writer: MessageWriter) -> JSON:

@@ -9,18 +9,19 @@ from starlette.responses import JSONResponse, Response
 
 from subspec.runtime.server.bodies import read_body
 from subspec.runtime.server.chat_events import ChatAnswer, JSONValue
-from subspec.runtime.server.dialect import DialectService
 from subspec.runtime.server.errors import too_long
 from subspec.runtime.server.generation import PromptTooLong
+from subspec.runtime.server.model_info import check_model
 from subspec.runtime.server.responses_answer import ResponseWriter, exhaust
 from subspec.runtime.server.responses_request import REFUSED, CreateResponse, read_request
+from subspec.runtime.server.service import Service
 from subspec.runtime.server.streaming import Event, event_stream, gone, whole
 
 
-async def create_response(service: DialectService, request: Request) -> Response:
-    service.check_ready()
+async def create_response(service: Service, request: Request) -> Response:
+    service.engine.check_ready()
     body = await read_body(request, CreateResponse, REFUSED, service.refuse_unknown)
-    service.check_model(body.model)
+    check_model(service.model, body.model)
     asked = read_request(body, service.sampling, secrets.randbits(63))
     writer = ResponseWriter(asked, service, int(time.time()))
     try:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from subspec.runtime.server import figures
 from subspec.runtime.server.chat_events import (
     ChatEnd,
     ChatEvent,
@@ -13,11 +14,13 @@ from subspec.runtime.server.chat_events import (
     ToolCallDelta,
     ToolCallStart,
 )
-from subspec.runtime.server.dialect import DialectService
+from subspec.runtime.server.dialect import random_id
 from subspec.runtime.server.errors import ApiError
 from subspec.runtime.server.responses_request import Asked, TextFormat
 from subspec.runtime.server.responses_tools import PlainTool, custom_input
+from subspec.runtime.server.service import Service
 from subspec.runtime.server.streaming import Event
+from subspec.runtime.server.token_text import chat_logprobs
 
 JSON = dict[str, JSONValue]
 
@@ -35,7 +38,7 @@ class ResponseWriter:
     """Writes one answer: `begin`, `take` for each event, and `fail` if it breaks off. Each yields
     the events of the stream that follow from it."""
 
-    def __init__(self, asked: Asked, service: DialectService, created_at: int) -> None:
+    def __init__(self, asked: Asked, service: Service, created_at: int) -> None:
         self.body = response_body(asked, service, created_at)
         self._asked = asked
         self._service = service
@@ -54,7 +57,8 @@ class ResponseWriter:
             yield from self._open_text(kind)
             yield from self._grow(event.text, [])
         elif isinstance(event, TextDelta):
-            self._early += [self._service.token_logprobs(one) for one in event.logprobs]
+            tokenizer = self._service.tokenizer.tokenizer
+            self._early += [chat_logprobs(tokenizer, one) for one in event.logprobs]
             if event.text:
                 yield from self._open_text("message")
                 logprobs, self._early = self._early, []
@@ -111,10 +115,10 @@ class ResponseWriter:
             return
         value: JSON
         if kind == "message":
-            value = {"id": self._service.new_id("msg_"), "type": "message", "role": "assistant"}
+            value = {"id": random_id("msg_"), "type": "message", "role": "assistant"}
             value |= {"status": "in_progress", "content": []}
         else:
-            value = {"id": self._service.new_id("rs_"), "type": "reasoning", "summary": []}
+            value = {"id": random_id("rs_"), "type": "reasoning", "summary": []}
             value |= {"status": "in_progress", "content": [], "encrypted_content": None}
         yield from self._open(OpenItem(kind, value))
         if kind == "summary":
@@ -131,12 +135,11 @@ class ResponseWriter:
         if tool and tool.namespace:
             value["namespace"] = tool.namespace
         value["status"] = "in_progress"
-        new_id = self._service.new_id
         if tool and tool.kind == "custom":
-            value = {"id": new_id("ctc_"), "type": "custom_tool_call", **value, "input": ""}
+            value = {"id": random_id("ctc_"), "type": "custom_tool_call", **value, "input": ""}
             yield from self._open(OpenItem("custom", value))
         else:
-            value = {"id": new_id("fc_"), "type": "function_call", **value, "arguments": ""}
+            value = {"id": random_id("fc_"), "type": "function_call", **value, "arguments": ""}
             yield from self._open(OpenItem("function", value))
 
     def _grow(self, text: str, logprobs: list[JSONValue]) -> Iterator[Event]:
@@ -201,7 +204,9 @@ class ResponseWriter:
                 end.prompt_tokens, end.cached_tokens, end.completion_tokens, end.reasoning_tokens
             ),
         }
-        self.body |= self._service.figures(end.outcome)
+        model = self._service.model
+        self.body["metrics"] = figures.metrics(end.outcome, model)
+        self.body["timings"] = figures.timings(end.outcome, model)
         yield self._event(
             "response.completed" if whole else "response.incomplete", response=self.body
         )
@@ -229,12 +234,12 @@ def usage(input_tokens: int, cached_tokens: int, output_tokens: int, reasoning_t
     }
 
 
-def response_body(request: Asked, service: DialectService, created_at: int) -> JSON:
+def response_body(request: Asked, service: Service, created_at: int) -> JSON:
     """The body as it is before anything is answered."""
     asked, reasoning = request.body, request.body.reasoning
     sampling = request.chat.sampling if request.chat else None
     return {
-        "id": service.new_id("resp_"),
+        "id": random_id("resp_"),
         "object": "response",
         "created_at": created_at,
         "status": "in_progress",
@@ -244,7 +249,7 @@ def response_body(request: Asked, service: DialectService, created_at: int) -> J
         "instructions": asked.instructions,
         "max_output_tokens": asked.max_output_tokens,
         "metadata": asked.metadata or {},
-        "model": service.model_id,
+        "model": service.model.id,
         "output": [],
         "parallel_tool_calls": asked.parallel_tool_calls is not False,
         "previous_response_id": None,

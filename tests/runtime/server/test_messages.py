@@ -4,10 +4,11 @@ import json
 from typing import Any
 
 import pytest
-from scripted_chat import ScriptedChat, dialect_app, ended
+from scripted_chat import ScriptedChat, dialect_app, ended, numbered
 from starlette.testclient import TestClient
 
 from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.runtime.server import messages
 from subspec.runtime.server.chat_events import (
     ChatEvent,
     ChatRequest,
@@ -29,6 +30,11 @@ SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}
 WEATHER = {"name": "weather", "description": "Of a city.", "input_schema": SCHEMA}
 # sha256 of "Hm."
 SIGNATURE = "sha256:6e72d95cb4b4fe164ee677f8ddce4bde2e5af04e9e282ccd4a2a17fa6ec71d81"
+
+
+@pytest.fixture(autouse=True)
+def same_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(messages, "random_id", numbered())
 
 
 def played(*events: ChatEvent | Exception) -> tuple[ScriptedChat, TestClient]:

@@ -5,12 +5,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
-from scripted_chat import ScriptedChat, dialect_app, ended
+from scripted_chat import ScriptedChat, dialect_app, ended, numbered, usual_service
 from starlette.testclient import TestClient
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.runtime.model.sampling import TokenLogprobs
-from subspec.runtime.server import responses
+from subspec.runtime.server import responses, responses_answer
 from subspec.runtime.server.chat_events import (
     ChatEvent,
     ChatRequest,
@@ -30,8 +30,9 @@ WEATHER = {"type": "function", "name": "weather", "description": "", "parameters
 
 
 @pytest.fixture(autouse=True)
-def one_second(monkeypatch: pytest.MonkeyPatch) -> None:
+def same_time_and_ids(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(responses.time, "time", lambda: 1_795_000_000.5)
+    monkeypatch.setattr(responses_answer, "random_id", numbered())
 
 
 def played(*events: ChatEvent | Exception) -> tuple[ScriptedChat, TestClient]:
@@ -72,7 +73,9 @@ def refused(body: JSON) -> JSON:
 def test_a_whole_answer_is_the_golden_body() -> None:
     _, client = played(ReasoningDelta("Hm."), *HELLO)
     response = client.post("/v1/responses", json={"model": "tiny", "input": "Hi", "user": "me"})
-    assert response.json() == {
+    body = response.json()
+    assert body.pop("metrics")["subspec"]["method"] == "substitute" and body.pop("timings")
+    assert body == {
         "id": "resp_1",
         "object": "response",
         "created_at": 1795000000,
@@ -461,7 +464,8 @@ def test_allowed_tools_leave_out_the_others() -> None:
 
 
 def test_log_probabilities_come_with_the_text_that_they_belong_to() -> None:
-    early, late = TokenLogprobs(72, -0.5, ((104, -1.0),)), TokenLogprobs(105, -0.25)
+    big, small, last = map(usual_service().tokenizer.tokenizer.token_to_id, "Hhi")
+    early, late = TokenLogprobs(big, -0.5, ((small, -1.0),)), TokenLogprobs(last, -0.25)
     body = {"input": "x", "top_logprobs": 1, "include": ["message.output_text.logprobs"]}
     events = streamed(body, TextDelta("", (early,)), TextDelta("Hi", (late,)), ended())
     top = [{"token": "h", "logprob": -1.0, "bytes": [104]}]

@@ -5,7 +5,6 @@ from pathlib import Path
 from served import serve
 
 from subspec.runtime.server.app import GETS, POSTS
-from subspec.runtime.server.dialect_endpoints import DIALECT_POSTS
 from subspec.runtime.server.guards import (
     BODY_SECONDS,
     LARGEST_BODY,
@@ -32,7 +31,7 @@ def section(name: str) -> str:
 
 def test_every_endpoint_is_listed() -> None:
     listed = section("Endpoints")
-    for path, *_ in (*POSTS, *DIALECT_POSTS, *GETS, *((path,) for path in OPEN_PATHS)):
+    for path, *_ in (*POSTS, *GETS, *((path,) for path in OPEN_PATHS)):
         assert path.replace("{model:path}", "{id}") in listed, path
     assert "/metrics" in listed and "`GET /`" in listed
 
