@@ -14,6 +14,7 @@ import click
 from subspec.artifacts.common.command import finite_option, say, size_option
 from subspec.artifacts.common.configuration import Configured
 from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.common.progress import Progress
 from subspec.artifacts.common.sizes import parse_size
 from subspec.planner.planning import (
     DraftModelRef,
@@ -24,7 +25,7 @@ from subspec.planner.planning import (
     plan_model,
 )
 from subspec.planner.solve.problem import check_method
-from subspec.planner.solving import PlanRequest, Progress
+from subspec.planner.solving import PlanRequest
 
 if TYPE_CHECKING:
     from subspec.artifacts.plan import Constraints

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from subspec.artifacts.common.errors import Exit, SubspecError, errors_of
+from subspec.artifacts.common.progress import Progress, unseen
 from subspec.artifacts.common.sizes import short_size
 from subspec.artifacts.format.folder import place_of
 from subspec.artifacts.plan import Method, Plan, head_of, method_of
 from subspec.artifacts.profile import Profile
 from subspec.planner.solving import (
     Known,
-    Progress,
     Tell,
     before_planning,
     known_of,
@@ -23,7 +23,6 @@ from subspec.planner.solving import (
     promised,
     solve,
     tell_load,
-    unseen,
     with_sweeps,
 )
 from subspec.planner.solving import PlanRequest as PlanRequest  # programs import it from here

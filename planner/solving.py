@@ -21,16 +21,11 @@ if TYPE_CHECKING:
     from subspec.planner.solve.predict import Proposer
     from subspec.planner.solve.storage import Storage
 
-Progress = Callable[[str, float], None]
 Tell = Callable[[str], None]
 
 
 def nobody(line: str) -> None:
     """A `tell` that keeps silent."""
-
-
-def unseen(stage: str, share: float) -> None:
-    """A `progress` that nobody watches."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.common.progress import Progress, unseen
 from subspec.artifacts.footprint import ROWS_IN_COMPANY
 from subspec.artifacts.format.prebuilt import find_prebuilt
 from subspec.artifacts.format.store import Artifact, open_artifact
@@ -27,7 +28,6 @@ from subspec.runtime.draft.draft_model import DraftModelDrafter
 from subspec.runtime.draft.drafter import SubstituteDrafter, Turn
 from subspec.runtime.exact_pass import Model, Piece, tokens_that_fit
 from subspec.runtime.kernels.linear import single_row_kernels
-from subspec.runtime.load import Progress
 from subspec.runtime.memory import PeakMeter
 from subspec.runtime.model import attention
 from subspec.runtime.model.cache import Cache
@@ -68,7 +68,7 @@ class Engine:
         cls,
         artifact: Artifact | str | Path,
         options: OpenOptions | None = None,
-        progress: Progress = lambda stage, share: None,
+        progress: Progress = unseen,
     ) -> "Engine":
         """Loads the model of an artifact into fast memory, as its plan says.
 

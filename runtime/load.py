@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.common.progress import Progress, unseen
 from subspec.artifacts.footprint import packed_bytes
 from subspec.artifacts.format.checks import HEAD_FILE
 from subspec.artifacts.format.fp8 import Scales, scales_of
@@ -54,8 +55,6 @@ TORCH_DTYPES = {
     "I64": torch.int64,
 }  # fmt: skip
 PIECE_BYTES = 1 << 20  # of a tensor that are read at a time
-
-Progress = Callable[[str, float], None]
 
 
 class WeightFiles(Protocol):
@@ -101,7 +100,7 @@ def place_substitutes(
     kernel: Int4Kernel,
     memory: FastMemory,
     files: WeightFiles,
-    progress: Progress = lambda stage, share: None,
+    progress: Progress = unseen,
     purpose: str = "substitutes",
 ) -> dict[str, Int4Weight]:
     """Every substitute, in the layout of the 4-bit kernel, by the matrix's name."""
@@ -122,7 +121,7 @@ def place_resident(
     placement: Placement,
     memory: FastMemory,
     files: WeightFiles,
-    progress: Progress = lambda stage, share: None,
+    progress: Progress = unseen,
 ) -> dict[str, Tensor]:
     """What stays of the exact weights, by part: as `view_of` gives them; a residual that is decoded
     while loading as if it were stored plainly, FP8 that is multiplied out as if it were raw."""

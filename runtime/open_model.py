@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.common.progress import Progress
 from subspec.artifacts.footprint import cache_slots, checkpoints_bytes, window_slots
 from subspec.artifacts.format.store import DRAFT_MODEL, Artifact
 from subspec.artifacts.model import ModelSpec
@@ -49,7 +50,6 @@ from subspec.runtime.kernels.linear import Int4Weight
 from subspec.runtime.load import (
     DRAFT_DTYPE,
     ArtifactWeights,
-    Progress,
     biases_of,
     check_kernel,
     make_residual_decoder,

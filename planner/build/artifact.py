@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.common.progress import Progress
 from subspec.artifacts.common.sizes import format_size
 from subspec.artifacts.footprint import model_bytes, norms_bytes, substitutes_bytes
 from subspec.artifacts.format.folder import new_folder, place_of
@@ -25,12 +26,7 @@ from subspec.artifacts.model import ModelSpec
 from subspec.artifacts.plan import Plan
 from subspec.artifacts.profile import Profile
 from subspec.artifacts.runs import Run, carry_runs, read_runs
-from subspec.planner.build.weights import (
-    Progress,
-    Quantizer,
-    write_draft_model,
-    write_weights,
-)
+from subspec.planner.build.weights import Quantizer, write_draft_model, write_weights
 from subspec.planner.model.checkpoint import Checkpoint
 from subspec.planner.model.tokenizer_files import TokenizerFiles
 from subspec.planner.report.explain import render_readme, render_report

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.common.progress import Progress
 from subspec.artifacts.format import fp8
 from subspec.artifacts.format.checks import HEAD_FILE, STORED_DTYPES, TOKEN_IDS_DTYPE
 from subspec.artifacts.format.fp8 import Scales, scales_of
@@ -46,7 +47,6 @@ from subspec.planner.model.fp8 import multiply_out, read_codes, read_scales
 from subspec.planner.model.stored import read_pieces
 
 Quantizer = Callable[[Tensor, torch.device | str], Substitute]
-Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)

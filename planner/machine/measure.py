@@ -12,6 +12,7 @@ from torch import Tensor
 
 from subspec.artifacts.common.cpu_load import cpu_times, others_share
 from subspec.artifacts.common.host_memory import free_host_bytes
+from subspec.artifacts.common.progress import Progress
 from subspec.artifacts.format.store import part_digest
 from subspec.artifacts.model import PAGE_BYTES, ModelSpec
 from subspec.artifacts.plan import Int4Kernel
@@ -46,8 +47,6 @@ from subspec.runtime.stream.link import DiskLink
 DIGEST_BYTES = 4 << 20  # of one part; each thread checks one at a time
 LARGEST_BLOCK = 64 << 20  # as large as a part may be; larger blocks are not faster
 LEAST_SHARE = 0.2  # of its speed; chosen: less is noise, not contention
-
-Progress = Callable[[str, float], None]
 
 
 def measure(

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from subspec.artifacts.acceptance import Acceptance
 from subspec.artifacts.common.cpu_load import cpu_times, others_share
+from subspec.artifacts.common.progress import Progress
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.model import ModelSpec
 from subspec.artifacts.plan import HeadDraft, Method, Plan
@@ -28,7 +29,6 @@ from subspec.planner.solve.predict import usual_usage
 from subspec.planner.solve.search import PRIOR
 from subspec.planner.solving import (
     Known,
-    Progress,
     Tell,
     promised,
     solve,

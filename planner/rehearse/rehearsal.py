@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from subspec.artifacts.acceptance import Acceptance, Checks
+from subspec.artifacts.common.progress import Progress
 from subspec.artifacts.format.prebuilt import pack_prebuilt
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.model import ModelSpec
@@ -37,7 +38,6 @@ from subspec.runtime.programs import graph_programs, kernel_sources
 from subspec.runtime.sequence import GenerationParams
 from subspec.runtime.text.tokenizer import load_tokenizer
 
-Progress = Callable[[str, float], None]
 Settled = Callable[[Acceptance], bool]  # whether more answers would not change the plan
 Trees = dict[tuple[int, str], list[list[Grown]]]  # of each answer, by width and kind of text
 

@@ -10,10 +10,11 @@ from collections.abc import Sequence as Several
 from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 
+from subspec.artifacts.common.progress import Progress
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.plan import DrafterName, Plan, method_of
 from subspec.planner.rehearse.calibration import Sample
-from subspec.planner.rehearse.rehearsal import Progress, Setting, prompts_of, speed_of_answers
+from subspec.planner.rehearse.rehearsal import Setting, prompts_of, speed_of_answers
 from subspec.runtime.engine import Engine, OpenOptions
 
 # How many times as fast as the plan's own another drafter must be. Chosen: what a person would

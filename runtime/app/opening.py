@@ -4,7 +4,7 @@ with progress and notes on stderr."""
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -12,6 +12,7 @@ import torch
 from subspec.artifacts.common.command import say
 from subspec.artifacts.common.cpu_load import cpu_times, others_share
 from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.common.progress import Progress, unseen
 from subspec.artifacts.format.prebuilt import install_prebuilt
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.native import cpp
@@ -24,8 +25,6 @@ from subspec.runtime.open_model import check_drafter
 from subspec.runtime.programs import graph_programs, kernel_sources
 
 SECONDS_BETWEEN_LINES = 10.0  # of progress, if stderr is not a terminal
-
-Progress = Callable[[str, float], None]
 
 
 def trust_kernels(artifact: Artifact) -> None:
@@ -50,7 +49,7 @@ def planned_for_here(artifact: Artifact, options: OpeningOptions) -> Artifact:
         options.vram,
         options.device,
         options.link_bandwidth,
-        progress_line() if sys.stderr.isatty() else lambda *_: None,  # elsewhere only the note
+        progress_line() if sys.stderr.isatty() else unseen,  # elsewhere only the note
         options.sequences,
     )
     if note:

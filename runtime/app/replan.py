@@ -8,7 +8,7 @@ import hashlib
 import os
 import shlex
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -19,6 +19,7 @@ import torch
 
 from subspec.artifacts.common.errors import SubspecError
 from subspec.artifacts.common.host_memory import free_host_bytes
+from subspec.artifacts.common.progress import Progress, unseen
 from subspec.artifacts.common.sizes import format_size
 from subspec.artifacts.common.user_cache import user_cache_dir
 from subspec.artifacts.format.checks import check_plan
@@ -36,7 +37,6 @@ MOST_KEPT = 64
 
 # If only the machine differs, the stored plan still runs, at another speed.
 Cause = Literal["machine", "budget", "device", "memory", "sequences"]
-Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def fitted(
     vram: int | None,
     device: str | None,
     link_bandwidth: int | None,
-    progress: Progress = lambda stage, share: None,
+    progress: Progress = unseen,
     sequences: int | None = None,
 ) -> tuple[Artifact, str]:
     """The artifact with a plan that can be used here, and a sentence on why it is a new one; "" if

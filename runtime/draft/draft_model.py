@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from subspec.artifacts.common.progress import Progress
 from subspec.artifacts.footprint import CATCH_UP_ROWS, MOST_PROPOSED
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.plan import Tree, tree_for
@@ -28,7 +29,6 @@ from subspec.runtime.kernels.linear import calls_of
 from subspec.runtime.load import (
     DRAFT_DTYPE,
     ArtifactWeights,
-    Progress,
     make_substitutes,
     place_substitutes,
     place_tensors,

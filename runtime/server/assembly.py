@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from subspec.artifacts.common.errors import Exit
+from subspec.artifacts.common.progress import Progress
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.plan import Method
 from subspec.runtime.model.sampling import Sampling
@@ -21,7 +22,7 @@ from subspec.runtime.server.journal import NAME, LogFormat, request_log, start_l
 from subspec.runtime.server.metrics import Metrics
 from subspec.runtime.server.model_info import ModelInfo
 from subspec.runtime.server.service import Service
-from subspec.runtime.server.serving import Progress, address_of, serve
+from subspec.runtime.server.serving import address_of, serve
 from subspec.runtime.text.tokenizer import ChatTokenizer
 
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")

@@ -17,6 +17,7 @@ import torch
 
 from subspec.artifacts.common.command import shortage
 from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.common.progress import Progress
 from subspec.artifacts.runs import append_run
 from subspec.runtime.app.answer import run_of
 from subspec.runtime.engine import Engine
@@ -38,8 +39,6 @@ from subspec.runtime.text.tokenizer import ChatTokenizer
 
 USUAL_SECONDS = 20.0  # that an answer takes, until one has ended
 RECENT_SHARE = 0.2  # of the last answer in what one is said to take
-
-Progress = Callable[[str, float], None]
 
 
 class Job:

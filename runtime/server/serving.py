@@ -35,8 +35,6 @@ TRIM_SECONDS = 5.0
 ARENA_MAX, MOST_HEAPS = -8, 2  # glibc's M_ARENA_MAX
 FAILED_SECONDS = 4.0  # from the engine's failure to the end of the process, at most
 
-Progress = Callable[[str, float], None]
-
 
 class Server(uvicorn.Server):
     """uvicorn, which leaves the signals to `run`."""
