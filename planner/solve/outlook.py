@@ -59,7 +59,7 @@ def predict_for(
     held = replace(stored, decoded=decoded, multiplied_out=placement.multiplied_out)
     block_bytes, num_slots = placement.block_bytes, placement.num_slots
     ring = Ring(block_bytes, num_slots) if num_slots else None
-    candidate = Candidate(held, tree, plan.verify_widths, ring, method if tree else "substitute")
+    candidate = Candidate(held, tree, plan.verify_widths, ring, method)
     inside = {*placement.resident, *placement.residuals}
     streamed = group_bytes([part for part in stored.parts if part.name not in inside])
     shape = Shape(
@@ -80,7 +80,7 @@ def predict_for(
     peak = ledger.total_bytes - idle
     passes = passes_of(
         spec, profile, tree, plan.verify_widths, gives, plan.prefill_tokens, usage,
-        drafts=candidate.drafts, proposer=proposer,
+        method=method, proposer=proposer,
     )  # fmt: skip
     return predict(profile, candidate, passes, streamed, gives, peak, usage)
 

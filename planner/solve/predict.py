@@ -37,11 +37,7 @@ class Candidate:
     tree: Tree | None  # None: plain decoding
     verify_widths: tuple[int, ...]  # as in Plan
     ring: Ring | None  # None: nothing streams
-    drafts: Method = "substitute"  # what does, if there is a tree
-
-    @property
-    def method(self) -> Method:
-        return self.drafts if self.tree else "plain"
+    method: Method  # "plain" without a tree
 
     @property
     def verify_width(self) -> int:
@@ -95,7 +91,7 @@ def passes_of(
     prefill_tokens: int,
     usage: Usage,
     num_answers: int = 1,
-    drafts: Method = "substitute",
+    method: Method = "substitute",
     proposer: Proposer | None = None,
 ) -> Passes:
     """Passes with a tree (None: plain decoding), in the middle of an answer. A verification is as
@@ -119,13 +115,13 @@ def passes_of(
     rows, before = min(prefill_tokens, usage.prompt_tokens), usage.prompt_tokens / 2
     prompt = pass_seconds(spec, profile.fast_layer, profile.exact_attention, rows, before)
     draft = catch_up = 0.0
-    if tree and drafts == "substitute":
+    if tree and method == "substitute":
         draft = draft_seconds(spec, profile, tree, gives.levels, live, num_answers)
     elif tree:
         assert proposer is not None
         caught_up = -(-usage.prompt_tokens // CATCH_UP_ROWS)
         catch_up = caught_up * model_pass_seconds(proposer, profile, CATCH_UP_ROWS, 1, before)
-        if drafts == "draft-model":
+        if method == "draft-model":
             draft = model_draft_seconds(proposer, profile, tree, gives, live, num_answers)
         else:
             draft = checked_draft_seconds(
@@ -229,11 +225,11 @@ def model_pass_seconds(
     return layers + seconds_at(profile.draft_model_head, head_rows)
 
 
-def draft_correction(profile: Profile, drafts: Method) -> float:
+def draft_correction(profile: Profile, method: Method) -> float:
     corrections = profile.corrections
-    if drafts == "draft-model":
+    if method == "draft-model":
         return corrections.draft_model
-    return corrections.checked_draft if drafts in WITH_DRAFT_MODEL else corrections.draft
+    return corrections.checked_draft if method in WITH_DRAFT_MODEL else corrections.draft
 
 
 def predict(
@@ -270,7 +266,7 @@ def predict(
     ahead = min(candidate.ring_bytes, streamed, passes.draft * link_rate)
     verify = overlapped((streamed - ahead) / link_rate, compute) + profile.round_seconds
     verify *= corrections.verify if candidate.tree else corrections.plain
-    slower = draft_correction(profile, candidate.drafts)
+    slower = draft_correction(profile, candidate.method)
     draft = passes.draft * slower
     # Weights are checked when they stream first, which is during the first prompt.
     checked = streamed / profile.digest_rate if profile.digest_rate else 0.0

@@ -160,9 +160,9 @@ def methods_that_draft(problem: Problem) -> tuple[Method, ...]:
     return ("substitute", "draft-model", *both)
 
 
-def acceptance_of(problem: Problem, drafts: Method) -> Acceptance:
+def acceptance_of(problem: Problem, method: Method) -> Acceptance:
     """Checked trees are nearly those that the substitutes grow alone."""
-    if drafts == "draft-model":
+    if method == "draft-model":
         assert problem.proposer is not None
         return problem.proposer.acceptance
     return problem.acceptance
@@ -198,7 +198,7 @@ def with_prompt_share(problem: Problem) -> Problem:
     share = int(min(PREFILL_SHARE * budget, PREFILL_SLACK_SHARE * slack))
     alike = stored_like(problem, problem.storages[-1])
     for storage in (alike[0], alike[-1]):
-        resident = Candidate(storage, None, narrowest(problem), None)
+        resident = Candidate(storage, None, narrowest(problem), None, "plain")
         spare = left_over(problem, resident) - storage.num_bytes
         if spare >= 0:
             share = min(share, least + int(PREFILL_SLACK_SHARE * spare))
@@ -214,22 +214,22 @@ def stored_like(problem: Problem, wanted: Storage) -> tuple[Storage, ...]:
 
 
 def candidates(
-    problem: Problem, drafts: Method = "substitute", room: tuple[int, ...] | None = None
+    problem: Problem, method: Method = "substitute", room: tuple[int, ...] | None = None
 ) -> Iterator[Candidate]:
     """Every candidate with a draft of that method, the smallest tree first. room: the verify widths
     of all; None: each tree is padded to the narrowest that fit it."""
-    for tree, padded in trees(problem, drafts):
+    for tree, padded in trees(problem, method):
         if room is not None and padded[-1] > room[-1]:
             continue
         for storage in problem.storages:
             for ring in staging(storage):
-                yield Candidate(storage, tree, room or padded, ring, drafts)
+                yield Candidate(storage, tree, room or padded, ring, method)
 
 
-def trees(problem: Problem, drafts: Method) -> Iterator[tuple[Tree, tuple[int, ...]]]:
+def trees(problem: Problem, method: Method) -> Iterator[tuple[Tree, tuple[int, ...]]]:
     """Trees with their verify widths; widths, depths and thresholds ascending."""
     constraints = problem.constraints
-    stops = thresholds(constraints, acceptance_of(problem, drafts))
+    stops = thresholds(constraints, acceptance_of(problem, method))
     for width in tree_widths(constraints):
         for depth in (constraints.depth,) if constraints.depth else DEPTHS:
             padded = padded_widths(problem.profile, 1 + width * depth)
@@ -258,32 +258,32 @@ def plain_candidates(problem: Problem, verify_widths: tuple[int, ...]) -> Iterat
     too."""
     for storage in problem.storages:
         for ring in staging(storage):
-            yield Candidate(storage, None, verify_widths, ring)
+            yield Candidate(storage, None, verify_widths, ring, "plain")
 
 
 def smallest_draft(problem: Problem) -> Candidate | None:
     """The draft that needs the least memory; None if it does not fit."""
     found = []
-    for drafts in methods_that_draft(problem):
-        first = next(trees(problem, drafts), None)
-        if first and (candidate := smallest(problem, *first, drafts)):
+    for method in methods_that_draft(problem):
+        first = next(trees(problem, method), None)
+        if first and (candidate := smallest(problem, *first, method)):
             found.append(candidate)
     return max(found, key=lambda one: left_over(problem, one), default=None)
 
 
 def smallest_plain(problem: Problem) -> Candidate | None:
-    return smallest(problem, None, narrowest(problem))
+    return smallest(problem, None, narrowest(problem), "plain")
 
 
 def smallest(
     problem: Problem,
     tree: Tree | None,
     verify_widths: tuple[int, ...],
-    drafts: Method = "substitute",
+    method: Method,
 ) -> Candidate | None:
     """The candidate that needs the least memory over all storages; None if it does not fit."""
     some = [
-        Candidate(way, tree, verify_widths, staging(way)[0], drafts) for way in problem.storages
+        Candidate(way, tree, verify_widths, staging(way)[0], method) for way in problem.storages
     ]
     best = max(some, key=lambda candidate: left_over(problem, candidate))
     return best if left_over(problem, best) >= 0 else None
@@ -291,8 +291,8 @@ def smallest(
 
 def narrowest(problem: Problem) -> tuple[int, ...]:
     """The verify widths of the smallest tree that the user's constraints allow."""
-    drafts = next(iter(methods_that_draft(problem)), None)
-    first = next(trees(problem, drafts), None) if drafts else None
+    method = next(iter(methods_that_draft(problem)), None)
+    first = next(trees(problem, method), None) if method else None
     return first[1] if first else (min(every_width(problem.profile)),)
 
 
@@ -362,25 +362,25 @@ def passes_for(
     tree: Tree | None,
     verify_widths: tuple[int, ...],
     num_answers: int = 1,
-    drafts: Method = "substitute",
+    method: Method = "substitute",
 ) -> Passes:
     return passes_of(
         problem.spec,
         problem.profile,
         tree,
         verify_widths,
-        yield_for(problem, tree, drafts),
+        yield_for(problem, tree, method),
         problem.prefill_tokens,
         problem.usage,
         num_answers,
-        drafts,
+        method,
         problem.proposer,
     )
 
 
 @for_one_tree
-def yield_for(problem: Problem, tree: Tree | None, drafts: Method = "substitute") -> RoundYield:
-    return acceptance_of(problem, drafts).round_yield(tree) if tree else ONE_TOKEN
+def yield_for(problem: Problem, tree: Tree | None, method: Method) -> RoundYield:
+    return acceptance_of(problem, method).round_yield(tree) if tree else ONE_TOKEN
 
 
 def base_ledger(problem: Problem, candidate: Candidate) -> Ledger:

@@ -102,7 +102,7 @@ def search(
     smallest budget that has a plan."""
     problem = make_problem(spec, profile, budget_bytes, constraints, acceptance, stored, proposer)
     methods = methods_that_draft(problem)
-    drafted = {drafts: best_by_width(problem, drafts) for drafts in methods}
+    drafted = {method: best_by_width(problem, method) for method in methods}
     fastest = fastest_of(drafted)
     plain = best(problem, plain_candidates(problem, narrowest(problem)))
     if plain is None or (constraints.needs_draft and fastest is None):
@@ -122,8 +122,8 @@ def search(
         best_ones = best_by_width(same, fastest)
         room = best_ones[0].candidate.verify_widths
         drafted = {
-            drafts: best_ones if drafts == fastest else best_by_width(same, drafts, room)
-            for drafts in methods
+            method: best_ones if method == fastest else best_by_width(same, method, room)
+            for method in methods
         }
         plain = best(same, plain_candidates(same, room))
         assert plain is not None, "it takes less than the draft"
@@ -132,23 +132,23 @@ def search(
         alike = stored_like(problem, plain.candidate.storage)
         same = replace(problem, storages=alike)
         room = plain.candidate.verify_widths
-        drafted = {drafts: best_by_width(same, drafts, room) for drafts in methods}
+        drafted = {method: best_by_width(same, method, room) for method in methods}
         check_ram(problem, plain)
-    return assemble(problem, plain, {drafts: some for drafts, some in drafted.items() if some})
+    return assemble(problem, plain, {method: some for method, some in drafted.items() if some})
 
 
 def fastest_of(drafted: dict[Method, list[Scored]]) -> Method | None:
     """None: no draft fits."""
-    fitting = [drafts for drafts, some in drafted.items() if some]
-    return max(fitting, key=lambda drafts: drafted[drafts][0].speed, default=None)
+    fitting = [method for method, some in drafted.items() if some]
+    return max(fitting, key=lambda method: drafted[method][0].speed, default=None)
 
 
 def best_by_width(
-    problem: Problem, drafts: Method, room: tuple[int, ...] | None = None
+    problem: Problem, method: Method, room: tuple[int, ...] | None = None
 ) -> list[Scored]:
     """The best candidate of every tree width, best first; empty if no draft fits. room: see
     `candidates`."""
-    by_width = groupby(candidates(problem, drafts, room), key=lambda c: c.draft_width)
+    by_width = groupby(candidates(problem, method, room), key=lambda c: c.draft_width)
     found = [scored for _, group in by_width if (scored := best(problem, group)) is not None]
     return sorted(found, key=lambda scored: -scored.speed)
 
@@ -197,9 +197,9 @@ def prediction_of(
     problem: Problem, candidate: Candidate, streamed: int, peak: int = 0, num_answers: int = 1
 ) -> Prediction:
     """num_answers: that decode at once; the tokens/s are those of one."""
-    gives = yield_for(problem, candidate.tree, candidate.drafts)
+    gives = yield_for(problem, candidate.tree, candidate.method)
     passes = passes_for(
-        problem, candidate.tree, candidate.verify_widths, num_answers, candidate.drafts
+        problem, candidate.tree, candidate.verify_widths, num_answers, candidate.method
     )
     return predict(problem.profile, candidate, passes, streamed, gives, peak, problem.usage)
 
@@ -211,7 +211,7 @@ def in_company(problem: Problem, chosen: Scored) -> Iterator[Company]:
     candidate, streamed = chosen.candidate, chosen.prediction.streamed_bytes
     room = [
         tree
-        for tree, widths in trees(problem, candidate.drafts)
+        for tree, widths in trees(problem, candidate.method)
         if widths[-1] <= candidate.verify_width and tree.width <= (candidate.draft_width or 0)
     ]
     num_answers = 2
@@ -231,12 +231,12 @@ def assemble(problem: Problem, plain: Scored, drafted: dict[Method, list[Scored]
     """The plan from the best candidates. `drafted`: best first; a method that does not fit has
     none."""
     found: dict[Method, Scored] = {"plain": plain}
-    found |= {drafts: some[0] for drafts, some in drafted.items()}
+    found |= {method: some[0] for method, some in drafted.items()}
     predicted = {method: scored.prediction for method, scored in found.items()}
     method, reasons = decide(problem, predicted)
     profile = problem.profile
     drafts: dict[Method, Draft] = {
-        drafts: draft_of(problem, scored) for drafts, scored in found.items() if drafts != "plain"
+        method: draft_of(problem, scored) for method, scored in found.items() if method != "plain"
     }
     if method in drafts and drafts[method].tree.min_path_probability:
         reasons = (*reasons, why_early(drafts[method].tree))
@@ -281,9 +281,9 @@ def draft_of(problem: Problem, scored: Scored) -> Draft:
     candidate = scored.candidate
     assert candidate.tree is not None
     checks = None
-    if candidate.drafts == "substitute+draft-model" and problem.proposer is not None:
+    if candidate.method == "substitute+draft-model" and problem.proposer is not None:
         checks = problem.proposer.checks
-    acceptance = acceptance_of(problem, candidate.drafts)
+    acceptance = acceptance_of(problem, candidate.method)
     return Draft(candidate.tree, acceptance, tuple(in_company(problem, scored)), checks)
 
 
@@ -404,16 +404,16 @@ def why_encoded(problem: Problem, chosen: Scored) -> str:
 def list_options(plain: Scored, drafted: dict[Method, list[Scored]]) -> tuple[Option, ...]:
     found = [Option("plain decoding, one token per pass", plain.speed)]
     found += [
-        Option(option_label(drafts, tree), scored.speed)
-        for drafts, some in drafted.items()
+        Option(option_label(method, tree), scored.speed)
+        for method, some in drafted.items()
         for scored in some
         if (tree := scored.candidate.tree)
     ]
     return tuple(sorted(found, key=lambda option: -option.tokens_per_second))
 
 
-def option_label(drafts: Method, tree: Tree) -> str:
-    whose = "" if drafts == "substitute" else f", {drafts}"
+def option_label(method: Method, tree: Tree) -> str:
+    whose = "" if method == "substitute" else f", {method}"
     return f"tree {tree.width} wide, {tree.depth} deep{whose}"
 
 

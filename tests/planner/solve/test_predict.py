@@ -26,8 +26,8 @@ from subspec.planner.solve.storage import raw_storage, usual_storages
 
 CODED, *_, RAW = usual_storages(make_spec())
 RING = Ring(1 << 20, 2)
-CHAIN = Candidate(RAW, Tree(1, 4), (8,), RING)
-PLAIN = Candidate(RAW, None, (8,), RING)
+CHAIN = Candidate(RAW, Tree(1, 4), (8,), RING, "substitute")
+PLAIN = Candidate(RAW, None, (8,), RING, "plain")
 LINK = 100e6  # bytes per second of the toy's link at 1 MiB
 HALF = Acceptance((Curve(1, 0.0, "", 9, 1600, (1600,) * 4, (800, 400, 200, 100)),), measured=True)
 AS_TIMED = Usage(64, 2 * (LIVE_TOKENS - 64))  # halfway through it the cache is as it was timed

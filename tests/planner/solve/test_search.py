@@ -148,7 +148,7 @@ def best_of_all(
     )
     usage = usual_usage(256)
     every = list(candidates(problem))
-    every += [replace(c, tree=None) for c in every]
+    every += [replace(c, tree=None, method="plain") for c in every]
     speeds = [0.0]
     for candidate in every:
         ringless = replace(candidate, ring=None)
@@ -887,6 +887,6 @@ def test_the_prior_of_a_width_lies_on_the_line_between_the_published_ones() -> N
 def test_the_ring_is_dropped_when_nothing_streams() -> None:
     spec, constraints = make_spec(), Constraints(context=256, method="plain")
     problem = make_problem(spec, make_profile(), 30_000_000, constraints, ACCEPTANCE)
-    placement = place(problem, Candidate(raw_storage(spec), None, (8,), Ring(1 << 20, 3)))
+    placement = place(problem, Candidate(raw_storage(spec), None, (8,), Ring(1 << 20, 3), "plain"))
     assert (placement.block_bytes, placement.num_slots, placement.ledger.staging) == (0, 0, 0)
     assert len(placement.resident) == len(spec.parts)
