@@ -313,16 +313,10 @@ def measure_here(
 ) -> Profile:
     from subspec.planner.machine.measure import measure
     from subspec.planner.machine.timing import pick_device
-    from subspec.planner.solve.problem import check_drafters
+    from subspec.planner.solve.problem import check_context, check_drafters
 
     check_drafters(request.constraints, spec, draft_model is not None)
-    context = request.constraints.context
-    if context is not None and context > spec.max_positions:
-        raise SubspecError(
-            Exit.USAGE,
-            f"--context {context} is more than the model's {spec.max_positions} positions",
-            f"--context {spec.max_positions} or less",
-        )
+    check_context(request.constraints.context, spec)
     profile = measure(
         spec, pick_device(request.device), place_of(out), progress, draft_model=draft_model
     )

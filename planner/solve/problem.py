@@ -81,13 +81,7 @@ def make_problem(
     draft, or at least for plain decoding. stored: storage of an existing artifact. Raises
     SubspecError: USAGE for a context beyond the model's positions or a draft model that is not
     there, UNSUPPORTED without batch-invariant widths."""
-    if constraints.context is not None and constraints.context > spec.max_positions:
-        raise SubspecError(
-            Exit.USAGE,
-            f"--context {constraints.context} is more than the model's {spec.max_positions} "
-            "positions",
-            f"--context {spec.max_positions} or less",
-        )
+    check_context(constraints.context, spec)
     if not profile.batch_invariant_widths:
         raise SubspecError(
             Exit.UNSUPPORTED,
@@ -119,6 +113,16 @@ def make_problem(
     drafting = (problem for problem in problems if smallest_draft(problem) is not None)
     decoding = (problem for problem in problems if smallest_plain(problem) is not None)
     return with_prompt_share(next(drafting, None) or next(decoding, None) or problems[-1])
+
+
+def check_context(context: int | None, spec: ModelSpec) -> None:
+    """Raises SubspecError(USAGE) for one beyond the model's positions."""
+    if context is not None and context > spec.max_positions:
+        raise SubspecError(
+            Exit.USAGE,
+            f"--context {context} is more than the model's {spec.max_positions} positions",
+            f"--context {spec.max_positions} or less",
+        )
 
 
 def check_drafters(constraints: Constraints, spec: ModelSpec, has_draft_model: bool) -> None:
