@@ -323,7 +323,13 @@ def substitute_drafter(
     capture = capture_on_gpu(opening.device) if opening.options.graphs and not on_cpu else None
     trees = plan.draft_of(opening.method).trees
     drafter = SubstituteDrafter(
-        trees, plan.verify_width, weights, substitutes, compiled, capture=capture
+        trees,
+        plan.verify_width,
+        weights,
+        substitutes,
+        compiled,
+        capture=capture,
+        num_captured=len(caches),
     )
     opening.stack.callback(drafter.captured.clear)
     return drafter

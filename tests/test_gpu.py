@@ -110,7 +110,7 @@ def test_captured_levels_draft_what_single_kernels_do(
             accepted.append(sequence.stats.accepted)
             assert engine.missing_graphs is None
             assert isinstance(engine.model.drafter, SubstituteDrafter)
-            captured = engine.model.drafter.captured.get(sequence.cache)
+            captured = engine.model.drafter.captured.get((sequence.cache,))
             assert captured is None if not graphs else captured and len(captured.replays) > 1
     assert said[0] == said[1] and accepted[0] == accepted[1]
 

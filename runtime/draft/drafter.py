@@ -5,6 +5,7 @@ model's own 4-bit copy, over the cache that verification shares; lookup is the t
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -68,25 +69,21 @@ class SubstituteDrafter:
     compiled: CompiledLayers | CompiledGraphs | None
     proposals: Proposals | None = None  # that it checks in one pass; None: nobody proposes
     capture: Callable[[Action], Replay] | None = None  # of levels as CUDA graphs; None: launched
-    captured: dict[Cache, DraftGraphs] = field(default_factory=dict)
+    # By the caches that draft together, the last company last. Their numbers together are
+    # `num_captured` at most: the ledger has memory for so many.
+    captured: dict[tuple[Cache, ...], DraftGraphs] = field(default_factory=dict)
+    num_captured: int = 1
 
     def draft(self, turns: Sequence[Turn]) -> list[TokenTree]:
         tree, num_rows = tree_for(self.trees, len(turns)), self.verify_width
         depths = [max(0, min(tree.depth, turn.max_tokens - 1)) for turn in turns]
         device = turns[0].cache.device
         roots = [torch.tensor([turn.root], device=device) for turn in turns]
-        constrained = any(turn.chooser.constraint for turn in turns)
-        alone = len(turns) == 1 and not constrained and not self.may_propose(turns)
-        if self.capture is not None and alone:
-            [cache] = [turn.cache for turn in turns]
-            if cache not in self.captured:
-                self.captured[cache] = graphs.make_graphs(tree, num_rows, device, self.capture)
-
-            def over(slots: TreeSlots) -> DraftPass:
-                return self.pass_over([cache], [slots])
-
-            return [graphs.grow(self.captured[cache], roots[0], depths[0], cache, over)]
         caches = [turn.cache for turn in turns]
+        constrained = any(turn.chooser.constraint for turn in turns)
+        if self.capture is not None and not constrained and not self.may_propose(turns):
+            captured = self.captured_for(tuple(caches), self.capture)
+            return graphs.grow(captured, roots, depths, caches, partial(self.pass_over, caches))
         slots = [cache.tree_slots(num_rows) for cache in caches]
         draft_pass = self.pass_over(caches, slots)
         if constrained:
@@ -95,6 +92,21 @@ class SubstituteDrafter:
             propose = self.proposals(turns)
             return checked.grow(roots, depths, propose, tree, num_rows, draft_pass)
         return grow(roots, depths, tree, num_rows, draft_pass)
+
+    def captured_for(
+        self, caches: tuple[Cache, ...], capture: Callable[[Action], Replay]
+    ) -> DraftGraphs:
+        """The graphs of this company. Others, the longest unused first, make room for new ones."""
+        captured = self.captured.pop(caches, None)
+        if captured is None:
+            tree = tree_for(self.trees, len(caches))
+            captured = graphs.make_graphs(
+                tree, self.verify_width, len(caches), caches[0].device, capture
+            )
+            while self.captured and sum(map(len, self.captured)) + len(caches) > self.num_captured:
+                del self.captured[next(iter(self.captured))]
+        self.captured[caches] = captured
+        return captured
 
     def may_propose(self, turns: Sequence[Turn]) -> bool:
         """Whether tokens are proposed that captured levels cannot check. What the text says of a

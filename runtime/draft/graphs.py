@@ -2,12 +2,13 @@
 
 One by one, the kernels of a level take the host longer to launch than the GPU to run. A graph of
 them is launched at once: captured once for the first level and once for the others, replayed for
-every level of every round. It reads and writes tensors that stay where they are: the root, how many
-tokens are committed, the tree. It attends to a fixed number of live slots, so a longer cache needs
-other graphs: live slots are rounded up to few different numbers.
+every level of every round. It reads and writes tensors that stay where they are: of each sequence
+that drafts with the others the root, how many tokens are committed, the tree. It attends to a fixed
+number of live slots, so a longer cache needs other graphs: live slots are rounded up to few
+different numbers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
@@ -32,109 +33,152 @@ LARGEST_STEP = 0.25  # of the live slots: what rounding up adds to them at most
 
 Action = Callable[[], object]
 Replay = Callable[[], object]
-# The draft model's passes over a tree that lies in these slots of the cache.
-PassesOver = Callable[[TreeSlots], DraftPass]
+# The draft's passes over trees that lie in these slots of the caches.
+PassesOver = Callable[[Sequence[TreeSlots]], DraftPass]
 
 
-@dataclass
-class DraftGraphs:
-    """One round at a time: the tree of the round before is overwritten."""
+@dataclass(frozen=True)
+class Buffers:
+    """Of one sequence: what its levels read and write."""
 
-    tree: Tree
-    capture: Callable[[Action], Replay]  # records an action without running it
     length: Tensor  # int64 [], committed tokens
     window_base: Tensor  # int64 [], the slot that lies first in layers with windows
     root: Tensor  # int64 [1]
     grown: TokenTree  # all of its rows count as nodes: a graph does not know how many levels follow
     last: Level  # the level that the next replay continues
-    children: Tensor  # int64 [k], the nodes that it writes
+
+
+@dataclass
+class DraftGraphs:
+    """Of sequences that draft together. One round at a time: the trees of the round before are
+    overwritten."""
+
+    tree: Tree
+    capture: Callable[[Action], Replay]  # records an action without running it
+    buffers: list[Buffers]
+    children: Tensor  # int64 [k], the nodes of each tree that the next replay writes
     # By live slots, the last captured one last: a longer cache forgets the graphs of a short one.
     replays: dict[int, tuple[Replay, Replay]] = field(default_factory=dict)
     problem: str | None = None  # why levels are launched kernel by kernel after all
 
 
 def make_graphs(
-    tree: Tree, verify_width: int, device: torch.device, capture: Callable[[Action], Replay]
+    tree: Tree,
+    verify_width: int,
+    num_sequences: int,
+    device: torch.device,
+    capture: Callable[[Action], Replay],
 ) -> DraftGraphs:
-    root = torch.zeros(1, dtype=torch.int64, device=device)
-    nodes = torch.zeros(tree.width, dtype=torch.int64, device=device)
-    scores = torch.zeros(tree.width, device=device)
-    return DraftGraphs(
-        tree=tree,
-        capture=capture,
-        length=torch.zeros((), dtype=torch.int64, device=device),
-        window_base=torch.zeros((), dtype=torch.int64, device=device),
-        root=root,
-        grown=replace(root_only(root, verify_width), num_nodes=verify_width),
-        last=Level(nodes, scores),
-        children=nodes.clone(),
-    )
+    def buffers() -> Buffers:
+        return Buffers(
+            length=zeros(),
+            window_base=zeros(),
+            root=(root := zeros(1)),
+            grown=replace(root_only(root, verify_width), num_nodes=verify_width),
+            last=Level(zeros(tree.width), torch.zeros(tree.width, device=device)),
+        )
+
+    def zeros(*size: int) -> Tensor:
+        return torch.zeros(size, dtype=torch.int64, device=device)
+
+    every = [buffers() for _ in range(num_sequences)]
+    return DraftGraphs(tree, capture, every, children=zeros(tree.width))
 
 
 def grow(
-    graphs: DraftGraphs, root: Tensor, depth: int, cache: Cache, passes: PassesOver
-) -> TokenTree:
-    """The tree's first `depth` levels, or fewer if it ends early, behind the committed tokens.
-    root int64 [1].
+    graphs: DraftGraphs,
+    roots: Sequence[Tensor],
+    depths: Sequence[int],
+    caches: Sequence[Cache],
+    passes: PassesOver,
+) -> list[TokenTree]:
+    """Each tree's first levels, as many as its entry of `depths`, or fewer if it ends early,
+    behind the committed tokens. roots: int64 [1] each.
 
     Where live slots reach a number for the first time a round goes kernel by kernel, which builds
-    what is not built yet, and the graphs are captured after it.
+    what is not built yet, and the graphs are captured after it. A replay grows all trees: of one
+    that has ended before the others, the levels behind its end are nobody's.
     """
-    num_rows = len(graphs.grown.tokens)
-    usual = cache.tree_slots(num_rows)
-    live_slots = min(rounded_up(usual.live_slots), cache.num_slots)
-    if depth == 0 or live_slots not in graphs.replays:
-        windowed = cache.stretch(live_slots)
-        draft_pass = passes(replace(usual, live_slots=live_slots, windowed=windowed))
-        [grown] = beam.grow([root], [depth], graphs.tree, num_rows, draft_pass)
+    tree, num_rows = graphs.tree, len(graphs.buffers[0].grown.tokens)
+    usual = [cache.tree_slots(num_rows) for cache in caches]
+    live_slots = min(rounded_up(max(one.live_slots for one in usual)), caches[0].num_slots)
+    if max(depths) == 0 or live_slots not in graphs.replays:
+        slots = [
+            replace(one, live_slots=live_slots, windowed=cache.stretch(live_slots))
+            for one, cache in zip(usual, caches, strict=True)
+        ]
+        trees = beam.grow(roots, depths, tree, num_rows, passes(slots))
         # What was never run has kernels to be chosen and built, which a capture forbids.
-        all_ran = grown.num_nodes > 1 + graphs.tree.width or graphs.tree.depth == 1
-        if depth > 0 and all_ran and graphs.problem is None:
-            capture_levels(graphs, live_slots, cache, passes)
-        return grown
+        all_ran = min(one.num_levels for one in trees) >= min(2, tree.depth)
+        if all_ran and graphs.problem is None:
+            capture_levels(graphs, live_slots, caches, passes)
+        return trees
     first, following = graphs.replays[live_slots]
-    graphs.root.copy_(root)
-    graphs.length.fill_(cache.length)
-    if cache.windows is not None:
-        graphs.window_base.fill_(cache.windows.base)
-    num_levels = 0
-    while num_levels < depth and not (num_levels and stops(graphs.tree, graphs.last)):
-        (following if num_levels else first)()
-        num_levels += 1
-    return replace(
-        graphs.grown, num_nodes=1 + graphs.tree.width * num_levels, num_levels=num_levels
-    )
+    for one, root, cache in zip(graphs.buffers, roots, caches, strict=True):
+        one.root.copy_(root)
+        one.length.fill_(cache.length)
+        if cache.windows is not None:
+            one.window_base.fill_(cache.windows.base)
+    num_levels, growing = [0] * len(depths), [*range(len(depths))]
+    for level in range(max(depths)):
+        growing = [
+            index
+            for index in growing
+            if level < depths[index] and not (level and stops(tree, graphs.buffers[index].last))
+        ]
+        if not growing:
+            break
+        (following if level else first)()
+        for index in growing:
+            num_levels[index] += 1
+    return [
+        replace(one.grown, num_nodes=1 + tree.width * levels, num_levels=levels)
+        for one, levels in zip(graphs.buffers, num_levels, strict=True)
+    ]
 
 
-def capture_levels(graphs: DraftGraphs, live_slots: int, cache: Cache, passes: PassesOver) -> None:
-    windowed = cache.stretch(live_slots)
-    if windowed is not None:
-        windowed = replace(windowed, base=graphs.window_base)
-    length = graphs.length
-    draft_pass = passes(TreeSlots(length, length, live_slots, cache.padding_slot, windowed))
-    grown, last, children = graphs.grown, graphs.last, graphs.children
-    at_root = Level.of_root(graphs.root.device)
+def capture_levels(
+    graphs: DraftGraphs, live_slots: int, caches: Sequence[Cache], passes: PassesOver
+) -> None:
+    slots = list[TreeSlots]()
+    for one, cache in zip(graphs.buffers, caches, strict=True):
+        windowed = cache.stretch(live_slots)
+        if windowed is not None:
+            windowed = replace(windowed, base=one.window_base)
+        slots.append(TreeSlots(one.length, one.length, live_slots, cache.padding_slot, windowed))
+    draft_pass, tree, children = passes(slots), graphs.tree, graphs.children
 
-    def add(before: Level) -> None:
-        logits = draft_pass([Growing(0, grown, before)])
-        level = add_level(grown, before, children, graphs.tree, logits)
-        last.nodes.copy_(children)
-        last.scores.copy_(level.scores)
-        children.add_(graphs.tree.width)
+    def add(before: Sequence[Level]) -> None:
+        growing = [
+            Growing(index, one.grown, last)
+            for index, (one, last) in enumerate(zip(graphs.buffers, before, strict=True))
+        ]
+        logits = draft_pass(growing).split([len(last.nodes) for last in before])
+        for one, last, some in zip(graphs.buffers, before, logits, strict=True):
+            level = add_level(one.grown, last, children, tree, some)
+            one.last.nodes.copy_(children)
+            one.last.scores.copy_(level.scores)
+        children.add_(tree.width)
 
     def first() -> None:
-        fresh = root_only(graphs.root, len(grown.tokens))
-        grown.tokens.copy_(fresh.tokens)
-        grown.parents.copy_(fresh.parents)
-        grown.ancestors.copy_(fresh.ancestors)
-        grown.depths.copy_(fresh.depths)
-        torch.arange(1, graphs.tree.width + 1, out=children)
-        add(at_root)
+        for one in graphs.buffers:
+            fresh = root_only(one.root, len(one.grown.tokens))
+            one.grown.tokens.copy_(fresh.tokens)
+            one.grown.parents.copy_(fresh.parents)
+            one.grown.ancestors.copy_(fresh.ancestors)
+            one.grown.depths.copy_(fresh.depths)
+        torch.arange(1, tree.width + 1, out=children)
+        add([Level.of_root(one.root.device) for one in graphs.buffers])
+
+    def others() -> None:
+        add([one.last for one in graphs.buffers])
 
     try:
         at_first = graphs.capture(first)
-        others = graphs.capture(lambda: add(last)) if graphs.tree.depth > 1 else at_first
-        graphs.replays[live_slots] = at_first, others
+        graphs.replays[live_slots] = (
+            at_first,
+            graphs.capture(others) if tree.depth > 1 else at_first,
+        )
         while len(graphs.replays) > GRAPH_SETS:
             del graphs.replays[next(iter(graphs.replays))]
     except RuntimeError as error:

@@ -120,6 +120,22 @@ def test_few_graphs_are_kept_and_each_has_the_kernels_that_the_ledger_counts(dem
             assert_counted(engine)
 
 
+def test_levels_of_a_company_have_no_more_kernels_than_the_ledger_counts_for_all(
+    demo: Demo,
+) -> None:
+    with simulated() as gpus:
+        chosen = replan(demo("raw"), **{**USUAL, "width": 2, "depth": 4, "num_sequences": 3})
+        with Engine.open(chosen, OpenOptions("substitute")) as engine:
+            sequences = [engine.new_sequence() for _ in range(3)]
+            for index, sequence in enumerate(sequences):
+                sequence.begin([7 + index] * 20, GenerationParams(24))
+            for _ in range(3):
+                engine.step()
+            assert engine.missing_graphs is None
+            assert_counted(engine, num_sequences=3)
+    assert not gpus.races
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name.startswith(("gemma", "olmo2"))])
 def test_families_of_many_norms_have_no_more_kernels_than_the_ledger_counts(
@@ -137,9 +153,9 @@ def test_families_of_many_norms_have_no_more_kernels_than_the_ledger_counts(
             assert_counted(engine)
 
 
-def assert_counted(engine: Engine) -> None:
+def assert_counted(engine: Engine, num_sequences: int = 1) -> None:
     """No captured level has more kernels than the ledger counts, nor far fewer."""
-    most = graph_kernels(engine.artifact.spec)
+    most = num_sequences * graph_kernels(engine.artifact.spec)
     for graphs in captured_levels(engine).values():
         for graph in graphs:
             names = Counter(graph.graph.names)

@@ -17,7 +17,8 @@ from subspec.planner.model.hub import DEMO
 from subspec.runtime.draft import beam
 from subspec.runtime.draft.beam import DraftPass, Growing, TokenTree
 from subspec.runtime.draft.drafter import SubstituteDrafter, tree_rows
-from subspec.runtime.draft.graphs import Action, DraftGraphs, grow, make_graphs, rounded_up
+from subspec.runtime.draft.graphs import Action, DraftGraphs, PassesOver, make_graphs, rounded_up
+from subspec.runtime.draft.graphs import grow as grow_all
 from subspec.runtime.engine import Engine, OpenOptions
 from subspec.runtime.model.attention import attend
 from subspec.runtime.model.cache import Cache, TreeSlots
@@ -29,31 +30,48 @@ V, W = 11, 24
 LOOKING_UP: tuple[DrafterName, ...] = ("substitute", "substitute+lookup")
 
 
-def graphs_of(tree: Tree, verify_width: int = W) -> DraftGraphs:
-    return make_graphs(tree, verify_width, CPU, capture=lambda action: action)
+def graphs_of(tree: Tree, num_sequences: int = 1) -> DraftGraphs:
+    return make_graphs(tree, W, num_sequences, CPU, capture=lambda action: action)
+
+
+def grow(
+    graphs: DraftGraphs, root: Tensor, depth: int, cache: Cache, passes: PassesOver
+) -> TokenTree:
+    """Of one sequence."""
+    [grown] = grow_all(graphs, [root], [depth], [cache], passes)
+    return grown
 
 
 def cache_of(length: int, slots: int = 2048) -> Cache:
     return Cache((torch.zeros(1, slots, 1),), (torch.zeros(1, slots, 1),), tokens=[0] * length)
 
 
-def lengths_count(behind: TreeSlots) -> DraftPass:
+def lengths_count(behind: Sequence[TreeSlots]) -> DraftPass:
     """Logits of the node's token and depth, and of how many tokens are committed."""
     table = torch.randn(V, V, generator=torch.Generator().manual_seed(6)) * 3
 
     def run(growing: Sequence[Growing]) -> Tensor:
-        [one] = growing
-        tree, nodes = one.tree, one.last.nodes
-        shift = behind.length + tree.depths[nodes]
-        return table[(tree.tokens[nodes] + shift) % V]
+        rows = []
+        for one in growing:
+            tree, nodes = one.tree, one.last.nodes
+            shift = behind[one.index].length + tree.depths[nodes]
+            rows.append(table[(tree.tokens[nodes] + shift) % V])
+        return torch.cat(rows)
 
     return run
 
 
 def plainly(tree: Tree, root: Tensor, depth: int, cache: Cache) -> TokenTree:
     """By the plain twin."""
-    [grown] = beam.grow([root], [depth], tree, W, lengths_count(cache.tree_slots(W)))
+    [grown] = all_plainly(tree, [root], [depth], [cache])
     return grown
+
+
+def all_plainly(
+    tree: Tree, roots: Sequence[Tensor], depths: Sequence[int], caches: Sequence[Cache]
+) -> list[TokenTree]:
+    slots = [cache.tree_slots(W) for cache in caches]
+    return beam.grow(roots, depths, tree, W, lengths_count(slots))
 
 
 def same(got: TokenTree, expected: TokenTree) -> bool:
@@ -96,10 +114,29 @@ def test_a_draft_that_ends_early_ends_where_the_plain_twin_does(
     assert len(shapes - {0, 5}) > 1, "trees of one depth prove little"
 
 
+@pytest.mark.parametrize("min_path_probability", [0.0, 0.6])
+def test_replayed_levels_of_several_sequences_are_those_of_the_plain_twin(
+    min_path_probability: float,
+) -> None:
+    """Of other lengths and depths, and with other ends."""
+    tree, ends = Tree(2, 5, 2.0, min_path_probability), set[tuple[int, ...]]()
+    graphs = graphs_of(tree, num_sequences=3)
+    for turn in range(40):
+        caches = [cache_of(length) for length in (3 + turn, 90 - turn, 40 + turn % 7)]
+        roots = [torch.tensor([(turn + index) % V]) for index in range(3)]
+        depths = [5, turn % 6, 5 if turn % 4 else 3]
+        expected = all_plainly(tree, roots, depths, caches)
+        grown = grow_all(graphs, roots, depths, caches, lengths_count)
+        assert all(same(*pair) for pair in zip(grown, expected, strict=True))
+        ends.add(tuple(one.num_levels for one in expected))
+    assert len(graphs.replays) == 1 and graphs.problem is None
+    assert len(ends) > 5, "trees of one depth prove little"
+
+
 def test_a_replayed_draft_runs_no_level_that_it_does_not_keep() -> None:
     ran = list[int]()
 
-    def passes(behind: TreeSlots) -> DraftPass:
+    def passes(behind: Sequence[TreeSlots]) -> DraftPass:
         real = lengths_count(behind)
 
         def run(growing: Sequence[Growing]) -> Tensor:
@@ -124,7 +161,7 @@ def test_the_first_round_of_a_length_is_not_replayed() -> None:
         captured.append(action)
         return action
 
-    graphs = make_graphs(Tree(2, 3), W, CPU, capture)
+    graphs = make_graphs(Tree(2, 3), W, 1, CPU, capture)
     grow(graphs, torch.tensor([1]), 3, cache_of(5), lengths_count)
     assert len(captured) == 2 and list(graphs.replays) == [64]
     grow(graphs, torch.tensor([1]), 3, cache_of(6), lengths_count)
@@ -139,11 +176,11 @@ def test_only_what_has_run_is_captured() -> None:
         captured.append(action)
         return action
 
-    graphs = make_graphs(Tree(2, 3), W, CPU, capture)
+    graphs = make_graphs(Tree(2, 3), W, 1, CPU, capture)
     for depth, expected in ((0, 0), (1, 0), (2, 2)):
         grow(graphs, torch.tensor([1]), depth, cache_of(5), lengths_count)
         assert len(captured) == expected
-    flat = make_graphs(Tree(2, 1), W, CPU, capture)
+    flat = make_graphs(Tree(2, 1), W, 1, CPU, capture)
     for _ in range(2):  # the second time it is replayed
         grown = grow(flat, torch.tensor([1]), 1, cache_of(5), lengths_count)
         assert grown.num_nodes == 3 and len(captured) == 3
@@ -156,7 +193,7 @@ def test_where_a_capture_fails_levels_go_on_kernel_by_kernel() -> None:
         tries.append(action)
         raise RuntimeError("CUDA error: operation not permitted\nCompile with X")
 
-    graphs = make_graphs(Tree(2, 3), W, CPU, capture)
+    graphs = make_graphs(Tree(2, 3), W, 1, CPU, capture)
     for length in (5, 6, 700):
         cache, root = cache_of(length), torch.tensor([length % V])
         expected = plainly(Tree(2, 3), root, 3, cache)
@@ -199,10 +236,10 @@ def test_a_level_its_rows_and_acceptance_wait_for_nothing(width: int) -> None:
     cache, root = cache_of(70), torch.tensor([3])
     rows = []
 
-    def passes(behind: TreeSlots) -> DraftPass:
+    def passes(behind: Sequence[TreeSlots]) -> DraftPass:
         def run(growing: Sequence[Growing]) -> Tensor:
             nodes = growing[0].last.nodes
-            rows.append(tree_rows(growing[0].tree, nodes, cache, behind, attend))
+            rows.append(tree_rows(growing[0].tree, nodes, cache, behind[0], attend))
             return logits[nodes]
 
         return run
@@ -214,7 +251,7 @@ def test_a_level_its_rows_and_acceptance_wait_for_nothing(width: int) -> None:
     with Operations() as seen:
         first()
         following()
-        verdict = accept(replace(graphs.grown, num_nodes=1 + 2 * width), choices, 4)
+        verdict = accept(replace(graphs.buffers[0].grown, num_nodes=1 + 2 * width), choices, 4)
     assert seen.names & {"topk.default", "index_put_.default", "masked_fill_.Scalar"}
     assert not seen.names & WAIT, "see the comment above"
     assert len(verdict.emitted()) >= 1 and len(rows) > 4
@@ -250,10 +287,11 @@ def test_an_answer_is_the_same_with_and_without_graphs(
     assert said[0] == said[1] and accepted[0] == accepted[1]
 
 
-def test_each_sequence_has_graphs_of_its_own_and_company_is_launched(artifact: Artifact) -> None:
-    """A graph has one tree's rows: several trees grow together without."""
-    prompts = [[*range(40, 60)], [*range(90, 120)]]
-    chosen = replan(artifact, width=2, depth=4, num_sequences=2)
+def test_each_company_has_graphs_of_its_own(artifact: Artifact) -> None:
+    """As many sequences in all of them as the plan has."""
+    prompts = [[*range(40, 60)], [*range(90, 120)], [*range(60, 72)]]
+    sizes = (10, 60, 30)
+    chosen = replan(artifact, width=2, depth=4, num_sequences=3)
     said: list[list[list[int]]] = []
     for together in (False, True):
         with Engine.open(chosen) as engine:
@@ -262,22 +300,25 @@ def test_each_sequence_has_graphs_of_its_own_and_company_is_launched(artifact: A
             drafter = replace(drafter, capture=lambda action: action)
             engine.model = replace(engine.model, drafter=drafter)
             sequences = [engine.new_sequence() for _ in prompts]
-            answers: list[list[int]] = [[], []]
+            answers: list[list[int]] = [[] for _ in prompts]
             if not together:
                 for index, sequence in enumerate(sequences):
-                    for some in sequence.generate(prompts[index], GenerationParams(30)):
+                    for some in sequence.generate(prompts[index], GenerationParams(60)):
                         answers[index] += some
-                assert list(drafter.captured) == [sequence.cache for sequence in sequences]
+                assert list(drafter.captured) == [(sequence.cache,) for sequence in sequences]
             else:
-                for sequence, prompt in zip(sequences, prompts, strict=True):
-                    sequence.begin(prompt, GenerationParams(30))
-                engine.step()
-                assert not drafter.captured
+                for sequence, prompt, size in zip(sequences, prompts, sizes, strict=True):
+                    sequence.begin(prompt, GenerationParams(size))
+                companies = list[tuple[Cache, ...]]()
                 while any(sequence.finish_reason is None for sequence in sequences):
                     engine.step()
+                    companies += [one for one in drafter.captured if one not in companies]
+                    assert sum(map(len, drafter.captured)) <= 3
+                assert [len(one) for one in companies] == [3, 2, 1]
+                assert all(one.replays for one in drafter.captured.values())
                 answers = [sequence.take_fresh() for sequence in sequences]
             said.append(answers)
-    assert said[0] == said[1]
+    assert [alone[:size] for alone, size in zip(said[0], sizes, strict=True)] == said[1]
 
 
 def test_levels_are_replayed_where_the_text_repeats_nothing(artifact: Artifact) -> None:
