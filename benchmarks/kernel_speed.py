@@ -1,13 +1,16 @@
 """The CPU kernels against what they replaced and against the memory's own speed, in one run.
 
     python benchmarks/kernel_speed.py [--layers 24 --hidden 2048 --inner 5632 --heads 16
-        --kv-heads 16 --vocabulary 32768 --hybrid] [--only levels|draft|exact|attention ...]
+        --kv-heads 16 --vocabulary 32768 --hybrid]
+        [--only levels|draft|graphs|exact|attention ...]
 
 4-bit products of one draft step (all matrices of all layers and the head, so that nothing stays in
 a cache) at several rows: ours, ATen's, and the time to read the same bytes once. One whole draft
 step behind 512 tokens: compiled, its products alone, and by the plain twin. One whole level of a
 draft, the 13th, with all that is beside the layers, against the time to read its bytes (weights,
-and states of delta nets) at the rate of a large sum. Exact products of bf16, hidden x inner: ours,
+and states of delta nets) at the rate of a large sum. The same draft step by graphs that torch
+compiles (a minute, the first time), as layers have that the C++ does not know, and by the plain
+twin. Exact products of bf16, hidden x inner: ours,
 which take torch's place on CPUs without instructions for bf16, torch's, and torch's in f32. Exact
 attention: ours and its plain twin. Each beside its ratio to ours. Decoding of residuals is in
 benchmarks/residual.py. The last line of stdout is one JSON object; milliseconds, medians.
@@ -43,10 +46,12 @@ from subspec.artifacts.model import (
     layer_name,
 )
 from subspec.artifacts.plan import Int4Kernel, Ledger, Tree
+from subspec.planner.machine.compile_graphs import compile_graphs
 from subspec.planner.machine.excerpt import RandomWeights, fill_with_noise, random_rows
 from subspec.planner.machine.timing import USUAL_EFFORT, Effort, time_each
-from subspec.runtime.draft import compiled_layers
+from subspec.runtime.draft import compiled_graphs, compiled_layers
 from subspec.runtime.draft.beam import Growing, Level, add_level, root_only
+from subspec.runtime.draft.compiled_graphs import load_graphs
 from subspec.runtime.draft.compiled_layers import compile_layers
 from subspec.runtime.draft.drafter import SubstituteDrafter, Turn, drafted_rows
 from subspec.runtime.draft.substitutes import Substitutes
@@ -57,10 +62,10 @@ from subspec.runtime.memory import FastMemory
 from subspec.runtime.model.attention import attend_batch_invariant, attend_in_fp64
 from subspec.runtime.model.cache import make_cache
 from subspec.runtime.model.net_state import make_net_states
-from subspec.runtime.model.transformer import forward, make_shared, make_tables
+from subspec.runtime.model.transformer import Rows, forward, make_shared, make_tables
 
 CPU = torch.device("cpu")
-GROUPS = ("levels", "draft", "exact", "attention")
+GROUPS = ("levels", "draft", "graphs", "exact", "attention")
 ROWS = (1, 2, 3, 4, 8, 16)
 EXACT_ROWS = (1, 8, 16, 32, 64, 256)
 STEP_ROWS = (1, 2, 3, 4, 8)
@@ -149,9 +154,9 @@ def draft_products(spec: ModelSpec, substitutes: Substitutes, rows: int) -> Call
 
 def draft_steps(
     spec: ModelSpec, substitutes: Substitutes
-) -> tuple[Callable[[int], Actions], Callable[[int], Actions]]:
-    """Rows of a draft -> the ways to run so many, and a whole level beside the reading of its
-    bytes."""
+) -> tuple[Callable[[int], Actions], Callable[[int], Actions], Callable[[int], Actions]]:
+    """Rows of a draft -> the ways to run so many; a whole level beside the reading of its bytes;
+    compiled graphs and what they replace."""
     slots = cache_slots(TOKENS, TREE_ROWS)
     shape = Shape(TOKENS, 1, TREE_ROWS, 1, prefill_tokens=1, num_threads=1, head_rows=1)
     purposes = make_ledger(spec, "cpu", "w4a8", shape, 0, 0)
@@ -172,10 +177,22 @@ def draft_steps(
     compiled = compile_layers(weights, substitutes)
     assert compiled is not None
 
-    def steps(num_rows: int) -> Actions:
+    def batch_of(num_rows: int) -> list[Rows]:
         tree = root_only(torch.zeros(1, dtype=torch.int64), num_rows)
         level = Level(torch.arange(num_rows), torch.zeros(num_rows))
-        rows = [drafted_rows(tree, level, cache, cache.tree_slots(num_rows))]
+        return [drafted_rows(tree, level, cache, cache.tree_slots(num_rows))]
+
+    def graphs(num_rows: int) -> Actions:
+        problem, rows = compile_graphs(spec), batch_of(num_rows)
+        loaded = load_graphs(weights, substitutes)
+        assert loaded is not None, problem
+        return {
+            "graphs": lambda: compiled_graphs.forward(loaded, rows),
+            "twin": lambda: forward(weights, substitutes, rows, calls_of([num_rows])),
+        }
+
+    def steps(num_rows: int) -> Actions:
+        rows = batch_of(num_rows)
         return {
             "compiled": lambda: compiled_layers.forward(compiled, rows),
             "products": draft_products(spec, substitutes, num_rows),
@@ -201,7 +218,7 @@ def draft_steps(
         )
         return {"level": level, "reading": sum_of(num_bytes)}
 
-    return steps, levels
+    return steps, levels, graphs
 
 
 def sum_of(num_bytes: int) -> Callable[[], object]:
@@ -287,9 +304,10 @@ def main(
         if "exact" in wanted and bf16.unavailable() is None:
             for rows in EXACT_ROWS:
                 compare(f"exact products, {rows} rows", exact_products(hidden, inner, rows))
-        w4a8 = random_substitutes(spec, "w4a8") if {"levels", "draft"} & {*wanted} else None
+        drafts = {"levels", "draft", "graphs"} & {*wanted}
+        w4a8 = random_substitutes(spec, "w4a8") if drafts else None
         if w4a8 is not None:
-            steps, levels = draft_steps(spec, w4a8)
+            steps, levels, graphs = draft_steps(spec, w4a8)
         if "levels" in wanted:
             for width in LEVEL_WIDTHS:
                 compare(name := f"one draft level, {width} wide", levels(width), LONG_EFFORT)
@@ -307,6 +325,9 @@ def main(
                 compare(f"draft products, {rows} rows", products)
             for rows in STEP_ROWS:
                 compare(f"one draft step, {rows} rows", steps(rows))
+        if "graphs" in wanted and w4a8 is not None and compiled_graphs.serves(spec):
+            for rows in STEP_ROWS:
+                compare(f"compiled graphs, {rows} rows", graphs(rows), LONG_EFFORT)
         if "attention" in wanted:
             for shape in ATTENTION:
                 compare(f"attention {' '.join(map(str, shape))}", exact_attention(shape))
