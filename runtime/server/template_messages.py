@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.runtime.server.tools.json_text import strict_json
+from subspec.runtime.server.tools.json_text import arguments_object
 from subspec.runtime.text.template_caps import TemplateCaps
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -36,24 +36,15 @@ def _message(
         raise _no_place(f"{where} belongs to a tool call", "leave tool calls out")
     changed = {**message, "role": role, "content": message.get("content") or ""}
     if message.get("tool_calls"):
-        changed["tool_calls"] = [
-            _call(call, f"{where}.tool_calls[{index}]", caps, short_ids)
-            for index, call in enumerate(message["tool_calls"])
-        ]
+        changed["tool_calls"] = [_call(one, caps, short_ids) for one in message["tool_calls"]]
     if short_ids and "tool_call_id" in message:
         changed["tool_call_id"] = _short(str(message["tool_call_id"]))
     return changed
 
 
-def _call(call: dict[str, Any], where: str, caps: TemplateCaps, short_ids: bool) -> dict[str, Any]:
-    function, where = call["function"], f"{where}.function.arguments"
-    arguments = function.get("arguments") or "{}"
-    try:
-        value = strict_json(arguments) if isinstance(arguments, str) else arguments
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise SubspecError(Exit.USAGE, f"{where} is not the JSON of an object")
+def _call(call: dict[str, Any], caps: TemplateCaps, short_ids: bool) -> dict[str, Any]:
+    function = call["function"]
+    value = arguments_object(function["arguments"])
     given = value if caps.supports_object_arguments else json.dumps(value, ensure_ascii=False)
     changed = {**call, "function": {**function, "arguments": given}}
     if short_ids:
