@@ -185,15 +185,19 @@ def without_strict(tool: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_tools(request: ChatRequest, model: ChatModel) -> None:
-    """Raises SubspecError(USAGE) for tools that the model cannot be told of or cannot call."""
-    if not offered_tools(request):
+    """Raises SubspecError(USAGE) for tools that the model cannot be told of, and for calls that
+    must have a form which is not known: others are shown as text."""
+    tools = offered_tools(request)
+    if not tools:
         return
     if not model.caps.supports_tools:
         message = "tools cannot be honoured: the model's chat template has no place for them"
         raise SubspecError(Exit.USAGE, message, "leave tools out, or use another model")
-    if model.tool_format is None:
-        message = "tools cannot be honoured: the form of this model's tool calls is not known"
-        raise SubspecError(Exit.USAGE, message, "leave tools out, or use another model")
+    is_strict = any(tool["function"].get("strict") for tool in tools)
+    if model.tool_format is None and (is_strict or request.tool_choice != "auto"):
+        what = "tool_choice" if request.tool_choice != "auto" else "a strict tool"
+        message = f"{what} cannot be honoured: the form of this model's tool calls is not known"
+        raise SubspecError(Exit.USAGE, message, "use tool_choice auto, and no strict tools")
 
 
 def make_prompt(request: ChatRequest, model: ChatModel) -> Prompt:

@@ -44,7 +44,7 @@ from subspec.runtime.text.tokenizer import ChatTokenizer
 
 CONTEXT = 4096
 HI = ({"role": "user", "content": "Hi"},)
-TOOL = {
+TOOL: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "get_weather",
@@ -52,6 +52,8 @@ TOOL = {
         "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
     },
 }
+STRICT: dict[str, Any] = {**TOOL, "function": {**TOOL["function"], "strict": True}}
+UNKNOWN_FORM = "{{ tools }}{{ messages }}"
 ARGUMENTS = '{"city": "Paris"}'
 JSON_CALL = f'<tool_call>\n{{"name": "get_weather", "arguments": {ARGUMENTS}}}\n</tool_call>'
 GEMMA_CALL = '<|tool_call>call:get_weather{city:<|"|>Paris<|"|>}<tool_call|>'
@@ -187,6 +189,13 @@ def test_calls_and_results_reach_the_template_as_it_takes_them(opened: Opened) -
     assert '<|"|>Paris<|"|>}<tool_call|>' in prompt_of(asked(*messages), opened(GEMMA4))
 
 
+def test_calls_of_a_form_that_is_not_known_are_text(opened: Opened) -> None:
+    model, call = opened(UNKNOWN_FORM), '<use tool="get_weather">Paris</use>'
+    assert "get_weather" in prompt_of(asked(tools=(TOOL,)), model)
+    events = answered(asked(tools=(TOOL,)), model, call)
+    assert text_of(events) == call and end_of(events).reason == "stop"
+
+
 def test_a_call_that_was_cut_off_may_be_sent_back(opened: Opened) -> None:
     call = {"id": "c", "function": {"name": "get_weather", "arguments": '{"city": "Par'}}
     messages = (*HI, {"role": "assistant", "content": None, "tool_calls": [call]}, *HI)
@@ -202,9 +211,8 @@ def test_tools_are_not_told_if_none_may_be_called(opened: Opened) -> None:
 
 
 def test_the_template_does_not_see_that_a_tool_is_strict(opened: Opened) -> None:
-    strict = {**TOOL, "function": {**TOOL["function"], "strict": True}}
     model = opened()
-    assert prompt_of(asked(tools=(strict,)), model) == prompt_of(asked(tools=(TOOL,)), model)
+    assert prompt_of(asked(tools=(STRICT,)), model) == prompt_of(asked(tools=(TOOL,)), model)
 
 
 def test_thinking_is_chosen_by_the_request(opened: Opened) -> None:
@@ -234,7 +242,12 @@ def test_a_turn_without_the_thinking_of_the_last_one_begins_behind_a_checkpoint(
     ("template", "request_", "word"),
     [
         (NO_SYSTEM, asked(tools=(TOOL,)), "^tools cannot be honoured: the model's chat template"),
-        ("{{ tools }}{{ messages }}", asked(tools=(TOOL,)), "^tools cannot .* is not known"),
+        (
+            UNKNOWN_FORM,
+            asked(tools=(TOOL,), tool_choice="required"),
+            "^tool_choice cannot .* is not known",
+        ),
+        (UNKNOWN_FORM, asked(tools=(STRICT,)), "^a strict tool cannot .* is not known"),
         (NO_SYSTEM, asked({"role": "system", "content": "x"}, *HI), r"messages\[0\] has the role"),
         (NO_SYSTEM, asked({"role": "tool", "content": "x"}), r"messages\[0\] belongs to a tool"),
         (QWEN3, asked({"role": "wizard", "content": "x"}), r"messages\[0\].role is 'wizard'"),
