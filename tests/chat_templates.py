@@ -74,6 +74,19 @@ GEMMA4 = """\
 {{ '<|turn>model\\n' }}
 {%- if not enable_thinking | default(false) %}{{ '<|channel>thought\\n<channel|>' }}{% endif -%}
 """
+FUNCTION_GEMMA = """\
+{%- if tools %}{{ '<start_of_turn>developer\\n' + tools | tojson + '<end_of_turn>\\n' }}{% endif -%}
+{%- for m in messages %}
+{%- if m.role == 'tool' %}
+{%- if not m.name %}{{ raise_exception('name must be provided') }}{% endif %}
+{{- '<start_function_response>response:' + m.name + '{' + m.content + '}' }}
+{%- else %}{{ '<start_of_turn>' + m.role + '\\n' + m.content }}
+{%- for call in m.tool_calls or [] %}
+{{- '<start_function_call>call:' + call.function.name + '{' }}
+{%- for key, value in call.function.arguments.items() %}{{ key ~ ':' ~ value }}{% endfor %}
+{{- '}<end_function_call>' }}{% endfor %}{{ '<end_of_turn>\\n' }}{% endif %}
+{%- endfor %}{{ '<start_of_turn>model\\n' -}}
+"""
 NO_SYSTEM = """\
 {%- for m in messages %}
 {%- if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from subspec.artifacts.common.errors import Exit, SubspecError
@@ -15,25 +15,38 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 def template_messages(
     messages: Sequence[dict[str, Any]], caps: TemplateCaps, short_ids: bool
 ) -> list[dict[str, Any]]:
-    """Contents are texts, arguments of calls objects if the template takes them so. short_ids: of
-    calls, for Mistral's templates. Raises SubspecError(USAGE) for what the template would drop."""
-    return [
-        _message(message, f"messages[{index}]", caps, short_ids)
-        for index, message in enumerate(messages)
-    ]
+    """Contents are texts, arguments of calls objects if the template takes them so, and results
+    have the names of their calls. short_ids: of calls, for Mistral's templates. Raises
+    SubspecError(USAGE) for what the template would drop."""
+    for index, message in enumerate(messages):
+        _check(message, f"messages[{index}]", caps)
+    return [_message(message, caps, short_ids) for message in _named(messages)]
 
 
-def _message(
-    message: dict[str, Any], where: str, caps: TemplateCaps, short_ids: bool
-) -> dict[str, Any]:
-    role = "system" if message["role"] == "developer" else message["role"]
+def _check(message: dict[str, Any], where: str, caps: TemplateCaps) -> None:
+    role = message["role"]
     if role not in ROLES:
         expected = ", ".join(ROLES)
         raise SubspecError(Exit.USAGE, f"{where}.role is {role!r}, expected one of {expected}")
-    if role == "system" and not caps.supports_system_role:
+    if role in ("system", "developer") and not caps.supports_system_role:
         raise _no_place(f"{where} has the role system", "say it in the first user message")
     if (role == "tool" or message.get("tool_calls")) and not caps.supports_tool_calls:
         raise _no_place(f"{where} belongs to a tool call", "leave tool calls out")
+
+
+def _named(messages: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Results with the names of their tools, without which FunctionGemma's template fails."""
+    names = dict[str, str]()
+    for message in messages:
+        calls = message.get("tool_calls") or []
+        names |= {call["id"]: call["function"]["name"] for call in calls if call.get("id")}
+        name = names.get(message.get("tool_call_id") or "")
+        is_nameless = message["role"] == "tool" and message.get("name") is None
+        yield {**message, "name": name} if name and is_nameless else message
+
+
+def _message(message: dict[str, Any], caps: TemplateCaps, short_ids: bool) -> dict[str, Any]:
+    role = "system" if message["role"] == "developer" else message["role"]
     changed = {**message, "role": role, "content": message.get("content") or ""}
     if message.get("tool_calls"):
         changed["tool_calls"] = [_call(one, caps, short_ids) for one in message["tool_calls"]]

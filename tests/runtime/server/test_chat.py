@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 from chat_templates import (
+    FUNCTION_GEMMA,
     GEMMA4,
     MISTRAL,
     NO_SYSTEM,
@@ -187,6 +189,24 @@ def test_calls_and_results_reach_the_template_as_it_takes_them(opened: Opened) -
     prompt = prompt_of(asked(*messages, tools=(TOOL,)), opened(MISTRAL))
     assert f"[TOOL_CALLS]get_weather[ARGS]{ARGUMENTS}</s>" in prompt
     assert '<|"|>Paris<|"|>}<tool_call|>' in prompt_of(asked(*messages), opened(GEMMA4))
+
+
+def test_a_result_has_the_name_of_its_call(opened: Opened) -> None:
+    def call(identifier: str, name: str) -> dict[str, Any]:
+        return {"id": identifier, "function": {"name": name, "arguments": "{}"}}
+
+    def result(identifier: str, **fields: str) -> dict[str, Any]:
+        return {"role": "tool", "tool_call_id": identifier, "content": "seen", **fields}
+
+    messages = (
+        *HI,
+        {"role": "assistant", "tool_calls": [call("a", "one"), call("b", "two")]},
+        *(result("b"), result("a"), result("unknown", name="three")),
+        {"role": "assistant", "tool_calls": [call("a", "four")]},
+        result("a"),
+    )
+    prompt = prompt_of(asked(*messages), opened(FUNCTION_GEMMA))
+    assert re.findall("response:([a-z]+)", prompt) == ["two", "one", "three", "four"]
 
 
 def test_calls_of_a_form_that_is_not_known_are_text(opened: Opened) -> None:
