@@ -87,6 +87,18 @@ FUNCTION_GEMMA = """\
 {{- '}<end_function_call>' }}{% endfor %}{{ '<end_of_turn>\\n' }}{% endif %}
 {%- endfor %}{{ '<start_of_turn>model\\n' -}}
 """
+LLAMA3 = """\
+{%- for m in messages %}
+{%- if m.tool_calls and m.tool_calls | length != 1 %}
+{{- raise_exception('This model only supports single tool-calls at once!') }}{% endif %}
+{%- set role = 'ipython' if m.role == 'tool' else m.role %}
+{{- '<|start_header_id|>' + role + '<|end_header_id|>\\n\\n' + m.content }}
+{%- for call in m.tool_calls or [] %}
+{{- '{"name": "' + call.function.name + '", "parameters": ' }}
+{{- call.function.arguments | tojson + '}' }}{% endfor %}{{ '<|eot_id|>' }}
+{%- endfor %}{% if tools %}{{ tools | tojson }}{% endif %}
+{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' -}}
+"""
 NO_SYSTEM = """\
 {%- for m in messages %}
 {%- if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}

@@ -120,6 +120,8 @@ async def chat(
     `Generator.submit` raises.
     """
     check_tools(request, model)
+    if model.caps.supports_tool_calls and not model.caps.supports_parallel_tool_calls:
+        request = replace(request, parallel_tool_calls=False)  # the model was trained on one
     prompt = await in_thread(model, lambda: make_prompt(request, model))
     tool_format = model.tool_format if offered_tools(request) else None
     constraint = None

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,11 +16,13 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 def template_messages(
     messages: Sequence[dict[str, Any]], caps: TemplateCaps, short_ids: bool
 ) -> list[dict[str, Any]]:
-    """Contents are texts, arguments of calls objects if the template takes them so, and results
-    have the names of their calls. short_ids: of calls, for Mistral's templates. Raises
-    SubspecError(USAGE) for what the template would drop."""
+    """Contents are texts, arguments of calls objects and several calls one turn if the template
+    takes them so, and results have the names of their calls. short_ids: of calls, for Mistral's
+    templates. Raises SubspecError(USAGE) for what the template would drop."""
     for index, message in enumerate(messages):
         _check(message, f"messages[{index}]", caps)
+    if not caps.supports_parallel_tool_calls:
+        messages = _one_by_one(messages)
     return [_message(message, caps, short_ids) for message in _named(messages)]
 
 
@@ -32,6 +35,29 @@ def _check(message: dict[str, Any], where: str, caps: TemplateCaps) -> None:
         raise _no_place(f"{where} has the role system", "say it in the first user message")
     if (role == "tool" or message.get("tool_calls")) and not caps.supports_tool_calls:
         raise _no_place(f"{where} belongs to a tool call", "leave tool calls out")
+
+
+def _one_by_one(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Several calls of a turn as a turn for each, with its result: Llama's templates refuse them
+    together."""
+    found, at = list[dict[str, Any]](), 0
+    while at < len(messages):
+        message, at = messages[at], at + 1
+        calls = message.get("tool_calls") or []
+        if len(calls) < 2:
+            found.append(message)
+            continue
+        results = defaultdict[str, deque[dict[str, Any]]](deque)
+        while at < len(messages) and messages[at]["role"] == "tool":
+            results[messages[at].get("tool_call_id") or ""].append(messages[at])
+            at += 1
+        for call in calls:
+            found.append({**message, "tool_calls": [call]})
+            if own := results[call.get("id") or ""]:
+                found.append(own.popleft())
+            message = {"role": "assistant", "content": ""}
+        found += [result for rest in results.values() for result in rest]
+    return found
 
 
 def _named(messages: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -14,6 +14,7 @@ import pytest
 from chat_templates import (
     FUNCTION_GEMMA,
     GEMMA4,
+    LLAMA3,
     MISTRAL,
     NO_SYSTEM,
     QWEN3,
@@ -191,13 +192,15 @@ def test_calls_and_results_reach_the_template_as_it_takes_them(opened: Opened) -
     assert '<|"|>Paris<|"|>}<tool_call|>' in prompt_of(asked(*messages), opened(GEMMA4))
 
 
+def call(identifier: str, name: str) -> dict[str, Any]:
+    return {"id": identifier, "function": {"name": name, "arguments": "{}"}}
+
+
+def result(identifier: str, **fields: str) -> dict[str, Any]:
+    return {"role": "tool", "tool_call_id": identifier, "content": "seen", **fields}
+
+
 def test_a_result_has_the_name_of_its_call(opened: Opened) -> None:
-    def call(identifier: str, name: str) -> dict[str, Any]:
-        return {"id": identifier, "function": {"name": name, "arguments": "{}"}}
-
-    def result(identifier: str, **fields: str) -> dict[str, Any]:
-        return {"role": "tool", "tool_call_id": identifier, "content": "seen", **fields}
-
     messages = (
         *HI,
         {"role": "assistant", "tool_calls": [call("a", "one"), call("b", "two")]},
@@ -207,6 +210,43 @@ def test_a_result_has_the_name_of_its_call(opened: Opened) -> None:
     )
     prompt = prompt_of(asked(*messages), opened(FUNCTION_GEMMA))
     assert re.findall("response:([a-z]+)", prompt) == ["two", "one", "three", "four"]
+
+
+def test_calls_of_one_turn_are_told_one_by_one_where_the_template_refuses_several(
+    opened: Opened,
+) -> None:
+    calls = [call("a", "one"), call("b", "two"), call("c", "three")]
+    messages = (
+        *HI,
+        {"role": "assistant", "content": "I look.", "tool_calls": calls},
+        *(result(one, content=f"of {one}") for one in ("c", "a", "x", "b")),
+        *HI,
+        {"role": "assistant", "tool_calls": calls[:2]},
+        *HI,
+    )
+    prompt = prompt_of(asked(*messages, tools=(TOOL,)), opened(LLAMA3))
+    said = re.findall(r"I look\.|of \w|(?<=\{\"name\": \")\w+|Hi", prompt.partition("[")[0])
+    assert said == [
+        *("Hi", "I look.", "one", "of a", "two", "of b", "three", "of c", "of x"),
+        *("Hi", "one", "two", "Hi"),
+    ]
+
+
+def test_a_model_whose_template_refuses_several_calls_makes_one(opened: Opened) -> None:
+    seen = list[ChatRequest]()
+
+    async def make(request: ChatRequest, form: ToolFormat | None, prompt: Prompt) -> None:
+        seen.append(request)
+
+    async def ask() -> list[ChatEvent]:
+        request = asked(tools=(TOOL,), tool_choice="required")
+        return [event async for event in await chat(request, model, generator, make)]
+
+    model = opened(LLAMA3)
+    one = f'{{"name": "get_weather", "parameters": {ARGUMENTS}}}'
+    generator = generator_of(model, f"{one}; {one}")
+    assert calls_of(asyncio.run(ask())) == [("get_weather", {"city": "Paris"})]
+    assert not seen[0].parallel_tool_calls
 
 
 def test_calls_of_a_form_that_is_not_known_are_text(opened: Opened) -> None:
