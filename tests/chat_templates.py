@@ -48,6 +48,11 @@ QWEN35_NOW = (  # keeps the thinking of the turn that goes on, and drops that of
 )
 MISTRAL = """\
 {{- bos_token }}
+{%- set turns = namespace(count=0) %}
+{%- for m in messages if m.role == 'user' or m.role == 'assistant' and not m.tool_calls %}
+{%- if (m.role == 'user') != (turns.count % 2 == 0) %}
+{{- raise_exception('roles must alternate') }}{% endif %}
+{%- set turns.count = turns.count + 1 %}{% endfor %}
 {%- if tools %}{{ '[AVAILABLE_TOOLS]' + tools | tojson + '[/AVAILABLE_TOOLS]' }}{% endif -%}
 {%- for m in messages %}
 {%- if m.role == 'user' %}{{ '[INST]' + m.content + '[/INST]' }}

@@ -16,13 +16,15 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 def template_messages(
     messages: Sequence[dict[str, Any]], caps: TemplateCaps, short_ids: bool
 ) -> list[dict[str, Any]]:
-    """Contents are texts, arguments of calls objects and several calls one turn if the template
-    takes them so, and results have the names of their calls. short_ids: of calls, for Mistral's
-    templates. Raises SubspecError(USAGE) for what the template would drop."""
+    """In an order that the template takes, with contents that are texts, arguments of calls that
+    are objects if it takes them, and results with the names of their calls. short_ids: of calls,
+    for Mistral's templates. Raises SubspecError(USAGE) for what the template would drop."""
     for index, message in enumerate(messages):
         _check(message, f"messages[{index}]", caps)
     if not caps.supports_parallel_tool_calls:
         messages = _one_by_one(messages)
+    if not caps.supports_user_after_result:
+        messages = _said_in_results(messages)
     return [_message(message, caps, short_ids) for message in _named(messages)]
 
 
@@ -57,6 +59,19 @@ def _one_by_one(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 found.append(own.popleft())
             message = {"role": "assistant", "content": ""}
         found += [result for rest in results.values() for result in rest]
+    return found
+
+
+def _said_in_results(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What a user says after a call's result as the end of that: Mistral's templates want an
+    assistant's turn in between."""
+    found = list[dict[str, Any]]()
+    for message in messages:
+        if message["role"] == "user" and found and found[-1]["role"] == "tool":
+            result = found.pop()
+            texts = [one["content"] for one in (result, message) if one.get("content")]
+            message = {**result, "content": "\n\n".join(texts)}
+        found.append(message)
     return found
 
 

@@ -232,6 +232,28 @@ def test_calls_of_one_turn_are_told_one_by_one_where_the_template_refuses_severa
     ]
 
 
+def test_what_a_user_says_after_a_result_ends_it_where_the_template_refuses_that_turn(
+    opened: Opened,
+) -> None:
+    def prompt(model: ChatModel) -> str:
+        return prompt_of(asked(*messages, tools=(TOOL,)), model)
+
+    messages = (
+        *HI,
+        {"role": "assistant", "tool_calls": [call("a", "one"), call("b", "two")]},
+        *(result("a"), result("b", content=""), *HI, *HI),
+        {"role": "assistant", "content": "Yes."},
+        *HI,
+    )
+    assert prompt(opened(MISTRAL)).endswith(
+        "[TOOL_RESULTS]seen[/TOOL_RESULTS][TOOL_RESULTS]Hi\n\nHi[/TOOL_RESULTS]"
+        "Yes.</s>[INST]Hi[/INST]"
+    )
+    assert "tool\nseen<|im_end|>\n<|im_start|>tool\n<|im_end|>\n<|im_start|>user\nHi" in prompt(
+        opened(QWEN3)
+    )
+
+
 def test_a_model_whose_template_refuses_several_calls_makes_one(opened: Opened) -> None:
     seen = list[ChatRequest]()
 
