@@ -236,6 +236,36 @@ def test_every_field_reaches_the_engine_side() -> None:
     )
 
 
+def test_messages_have_the_shape_that_templates_take() -> None:
+    """As those of /v1/responses and /v1/messages have."""
+    call = {"id": "c", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+    served = serve()
+    found = chat(
+        served, tools=[TOOL],
+        messages=[
+            {"role": "system", "content": "Be brief."},
+            {"role": "developer", "content": "Be kind."},
+            {"role": "user", "content": "a"},
+            {"role": "user", "content": "b"},
+            {"role": "system", "content": "It is late."},
+            {"role": "assistant", "content": "Let me look."},
+            {"role": "assistant", "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "c", "name": "look", "content": ""},
+            {"role": "user", "content": ""},
+        ],
+    )  # fmt: skip
+    assert found.status == 200, found.body
+    assert served.chats[0].messages == (
+        {"role": "system", "content": "Be brief.\n\nBe kind."},
+        {"role": "user", "content": "a\n\nb\n\nIt is late."},
+        {"role": "assistant", "content": "Let me look.", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "name": "look", "content": ""},
+    )
+    empty = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": ""})
+    assert chat(served, messages=[*empty]).status == 200
+    assert served.chats[1].messages == empty
+
+
 def test_null_is_the_same_as_leaving_a_field_out_also_within_messages() -> None:
     served = serve()
     call = {"id": None, "type": None, "function": {"name": "look", "arguments": None}}
