@@ -37,6 +37,7 @@ from subspec.runtime.server.reasoning import (
 from subspec.runtime.server.template_messages import template_messages
 from subspec.runtime.server.tools.formats import ToolFormat, choose_tool_format
 from subspec.runtime.text.chat_template import TemplateWorker
+from subspec.runtime.text.detokenizer import Unstopped
 from subspec.runtime.text.template_caps import TemplateCaps, find_caps
 from subspec.runtime.text.tokenizer import (
     MOST_COUNTED,
@@ -238,15 +239,15 @@ def shown_tokens(model: ChatModel, tool_format: ToolFormat | None) -> frozenset[
     )
 
 
-def unstopped(prompt: Prompt, tool_format: ToolFormat | None) -> list[tuple[str, str]]:
+def unstopped(prompt: Prompt, tool_format: ToolFormat | None) -> list[Unstopped]:
     """Stop texts are for the answer's text: they do not count in reasoning and in marked calls."""
-    pairs = []
-    if prompt.reasoning is not None:
-        begins = ("", prompt.reasoning.begin) if prompt.in_reasoning else (prompt.reasoning.begin,)
-        pairs += [(begin, prompt.reasoning.end) for begin in begins]
+    found, form = list[Unstopped](), prompt.reasoning
+    if form is not None:
+        found.append(Unstopped("" if prompt.in_reasoning else form.begin, form.end, leads=True))
     if tool_format is not None and tool_format.end is not None:
-        pairs += [(tool_format.begins[0], tool_format.end)]
-    return pairs
+        begin, end = tool_format.begins[0], tool_format.end
+        found.append(Unstopped(begin, end, follows=tool_format.follows))
+    return found
 
 
 class ModelAnswer:

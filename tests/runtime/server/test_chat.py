@@ -423,6 +423,15 @@ def test_stop_texts_are_for_the_answer_not_for_reasoning_and_calls(opened: Opene
     assert text_of(direct) == "Do " and end_of(direct).reason == "stop"
 
 
+def test_an_answer_that_speaks_of_marks_is_still_stopped(opened: Opened) -> None:
+    for mark in ("<think>", "<tool_call>"):
+        request = asked(stop=("Observation:",), tools=(TOOL,))
+        said = f"<think>a</think>Use the {mark} tag. Observation: x. more"
+        events = answered(request, opened(QWEN3), said)
+        assert text_of(events) == f"Use the {mark} tag. "
+        assert end_of(events).stop_text == "Observation:"
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_calls_are_told_as_calls(opened: Opened, seed: int) -> None:
     expected = ("get_weather", {"city": "Paris"})
