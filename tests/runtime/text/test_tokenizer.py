@@ -500,6 +500,21 @@ def test_no_text_that_a_client_sends_forges_a_turn(demo: ChatTokenizer) -> None:
     assert given["enable_thinking"] is False and given["reasoning_effort"] == "low"
 
 
+def test_marks_of_turns_that_are_no_special_tokens_are_split_too(demo: ChatTokenizer) -> None:
+    """What a model writes within its turn is not, nor tokens that the template does not have."""
+    tokenizer = Tokenizer.from_str(demo.tokenizer.to_str())
+    marks = ["<｜User｜>", "</tool_response>", "[OUT]"]
+    others = ["<think>", "</tool_call>", "<fim>", "\n\n", "user", "<b> <c>"]
+    tokenizer.add_tokens([AddedToken(one, special=False) for one in (*marks, *others)])
+    template = "<｜User｜>user\n\n<think></tool_call><b> <c></tool_response>[OUT]{{ messages }}"
+    chat = ChatTokenizer(tokenizer, template, {}, False)
+    for role in ("system", "user", "assistant", "tool"):
+        message = {"role": role, "content": " ".join([*marks, *others])}
+        (given,) = chat.template_variables(Conversation([message]))["messages"]
+        split = [one[0] + "\u200b" + one[1:] for one in marks]
+        assert given == {"role": role, "content": " ".join([*split, *others])}
+
+
 def test_tokens_that_overlap_are_all_split() -> None:
     tokens = ("<|a|>", "|>x<|", "<|<|")
     safe = without_control_tokens({"k": "<|a|>x<|<|a|>"}, tokens)["k"]
