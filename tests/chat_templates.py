@@ -48,6 +48,11 @@ QWEN35_NOW = (  # keeps the thinking of the turn that goes on, and drops that of
 )
 MISTRAL = """\
 {{- bos_token }}
+{%- set turns = namespace(count=0) %}
+{%- for m in messages if m.role == 'user' or m.role == 'assistant' and not m.tool_calls %}
+{%- if (m.role == 'user') != (turns.count % 2 == 0) %}
+{{- raise_exception('roles must alternate') }}{% endif %}
+{%- set turns.count = turns.count + 1 %}{% endfor %}
 {%- if tools %}{{ '[AVAILABLE_TOOLS]' + tools | tojson + '[/AVAILABLE_TOOLS]' }}{% endif -%}
 {%- for m in messages %}
 {%- if m.role == 'user' %}{{ '[INST]' + m.content + '[/INST]' }}
@@ -73,6 +78,31 @@ GEMMA4 = """\
 {%- endfor %}{{ '}<tool_call|>' }}{% endfor %}{{ '<turn|>\\n' }}{% endfor -%}
 {{ '<|turn>model\\n' }}
 {%- if not enable_thinking | default(false) %}{{ '<|channel>thought\\n<channel|>' }}{% endif -%}
+"""
+FUNCTION_GEMMA = """\
+{%- if tools %}{{ '<start_of_turn>developer\\n' + tools | tojson + '<end_of_turn>\\n' }}{% endif -%}
+{%- for m in messages %}
+{%- if m.role == 'tool' %}
+{%- if not m.name %}{{ raise_exception('name must be provided') }}{% endif %}
+{{- '<start_function_response>response:' + m.name + '{' + m.content + '}' }}
+{%- else %}{{ '<start_of_turn>' + m.role + '\\n' + m.content }}
+{%- for call in m.tool_calls or [] %}
+{{- '<start_function_call>call:' + call.function.name + '{' }}
+{%- for key, value in call.function.arguments.items() %}{{ key ~ ':' ~ value }}{% endfor %}
+{{- '}<end_function_call>' }}{% endfor %}{{ '<end_of_turn>\\n' }}{% endif %}
+{%- endfor %}{{ '<start_of_turn>model\\n' -}}
+"""
+LLAMA3 = """\
+{%- for m in messages %}
+{%- if m.tool_calls and m.tool_calls | length != 1 %}
+{{- raise_exception('This model only supports single tool-calls at once!') }}{% endif %}
+{%- set role = 'ipython' if m.role == 'tool' else m.role %}
+{{- '<|start_header_id|>' + role + '<|end_header_id|>\\n\\n' + m.content }}
+{%- for call in m.tool_calls or [] %}
+{{- '{"name": "' + call.function.name + '", "parameters": ' }}
+{{- call.function.arguments | tojson + '}' }}{% endfor %}{{ '<|eot_id|>' }}
+{%- endfor %}{% if tools %}{{ tools | tojson }}{% endif %}
+{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' -}}
 """
 NO_SYSTEM = """\
 {%- for m in messages %}

@@ -66,7 +66,7 @@ def read_tokenizer(folder: Path) -> TokenizerFiles:
         first = tokenizer("a")["input_ids"][:1]
         templates = tokenizer.chat_template
         beyond = _tokens_beyond(tokenizer.get_vocab(), config.vocab_size)
-    template = templates.get("default") if isinstance(templates, dict) else templates
+    template = _one_template(templates) if isinstance(templates, dict) else templates
     known = {name: None for name in SPECIAL_TOKENS} | tokenizer.special_tokens_map
     bos = tokenizer.bos_token_id
     return TokenizerFiles(
@@ -77,6 +77,17 @@ def read_tokenizer(folder: Path) -> TokenizerFiles:
         generation_config=generation,
         notes=(*beyond, *generation_notes(generation)),
     )
+
+
+def _one_template(templates: dict[str, str]) -> str | None:
+    """The default, or the one for tools where there are any, as transformers chooses."""
+    default, with_tools = templates.get("default"), templates.get("tool_use")
+    if not default or not with_tools:
+        return default
+    # What each of them renders stays the same: the newline behind `if` and `else` is dropped, the
+    # `+` keeps white space before a tag, and at a template's end jinja2 drops a newline.
+    first, second = (text.removesuffix("\n").removesuffix("\r") for text in (with_tools, default))
+    return f"{{% if tools %}}\n{first}{{%+ else %}}\n{second}{{%+ endif %}}"
 
 
 def _tokens_beyond(vocabulary: dict[str, int], num_rows: int) -> tuple[str, ...]:

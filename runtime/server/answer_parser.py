@@ -94,7 +94,7 @@ class AnswerParser:
         feed, form = self._feed, self._tool_format
         may_be_bare = form is not None and form.bare
         while True:
-            if may_be_bare:
+            while may_be_bare:
                 may_be_bare = yield from self._read_bare_call()
             begins = form.begins if form is not None else ()
             mark = yield from feed.until(begins, self._say)
@@ -107,16 +107,18 @@ class AnswerParser:
 
     def _read_bare_call(self) -> Generator[None, None, bool]:
         """Whether there was a call: another may follow."""
-        feed, before = self._feed, self.num_calls
+        feed, before, separator = self._feed, self.num_calls, ""
         self._space += yield from feed.skip_space()
         if before:
             count = yield from feed.length_of(";,", 1)
             if (yield from feed.begins("{", " {", "\n{", beyond=count)) is None:
                 return False
-            feed.take(count)
-            yield from feed.skip_space()
+            separator = feed.take(count) + (yield from feed.skip_space())
         yield from self._read_call("", self._say)
-        return self.num_calls > before
+        if self.num_calls > before:
+            return True
+        self._say(separator)  # of what is no call
+        return False
 
     def _read_call(self, mark: str, say: Callable[[str], None]) -> Wait:
         feed, calls, form = self._feed, self._calls, self._tool_format

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from starlette.requests import Request
 
 from subspec.artifacts.common.errors import SubspecError
@@ -26,10 +26,17 @@ Body = TypeVar("Body", bound="Fields")
 
 
 class Fields(BaseModel):
-    """Fields of a request. Strict: true is no number, and "1" is none. Unknown fields are ignored,
-    unless the server is told to refuse them."""
+    """Fields of a request. Strict: true is no number, and "1" is none. null is the same as leaving
+    a field out. Unknown fields are ignored, unless the server is told to refuse them."""
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def without_nulls(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {name: item for name, item in value.items() if item is not None}
 
 
 async def read_body(

@@ -8,9 +8,17 @@ from typing import Any, Literal
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.runtime.server.gemma_grammar import gemma_arguments
+from subspec.runtime.server.tools.json_text import as_json
+from subspec.runtime.server.tools.schema_types import (
+    Alternative,
+    alternatives,
+    types_in,
+    values_in,
+)
 
 JSONValue = Any
 ANY_TEXT = "/(.|\\n)*/"
+FOOT = "\n</parameter>\n"
 SHARED = ("$defs", "definitions", "x-guidance")  # what a part of a schema needs of the whole
 
 
@@ -137,33 +145,42 @@ def _elements(rule: str, schema: JSONValue, schemas: dict[str, JSONValue]) -> li
             Exit.USAGE,
             "the schema of a tool cannot be used: properties is no object, or required no list",
         )
-    shared = {key: whole[key] for key in SHARED if key in whole}
     rules, elements = list[str](), list[str]()
     for index, (name, value) in enumerate(properties.items()):
         inner = f"{rule}_{index}"
         elements.append(inner if name in required else f"{inner}?")
-        head, foot = json.dumps(f"<parameter={name}>\n"), "\n</parameter>\n"
-        if _is_text(value):
+        head = json.dumps(f"<parameter={name}>\n")
+        if any(_is_text(one) for one in alternatives(value, whole)):
+            # Bounds and patterns of a string are not checked.
             rules.append(f"{inner}: {head} {inner}_text")
-            rules.append(f"{inner}_text[suffix={json.dumps(foot)}]: {ANY_TEXT}")
-        elif _is_choice(value):
-            choice = " | ".join(json.dumps(one) for one in value["enum"])
-            rules.append(f"{inner}: {head} ({choice}) {json.dumps(foot)}")
+            rules.append(f"{inner}_text[suffix={json.dumps(FOOT)}]: {ANY_TEXT}")
         else:
-            part = f"schema_{inner}"
-            schemas[part] = {**value, **shared} if isinstance(value, dict) else value
-            rules.append(f"{inner}: {head} @{part} {json.dumps(foot)}")
+            some = " | ".join(_values(f"schema_{inner}", value, whole, schemas))
+            rules.append(f"{inner}: {head} ({some}) {json.dumps(FOOT)}")
     return [f"{rule}: {' '.join(elements)}" if elements else f'{rule}: ""', *rules]
 
 
-def _is_text(schema: JSONValue) -> bool:
-    """A string, which stands in an element as it is: bounds and patterns of it are not checked."""
-    return isinstance(schema, dict) and schema.get("type") == "string" and "enum" not in schema
+def _is_text(one: Alternative) -> bool:
+    """A string, which stands in an element as it is, or anything."""
+    types = types_in(one)
+    return "enum" not in one and (not types or "string" in types)
 
 
-def _is_choice(schema: JSONValue) -> bool:
-    values = schema.get("enum") if isinstance(schema, dict) else None
-    return isinstance(values, list) and bool(values) and all(isinstance(v, str) for v in values)
+def _values(
+    part: str, schema: JSONValue, whole: dict[str, JSONValue], schemas: dict[str, JSONValue]
+) -> list[str]:
+    """Of a value that may not be any string: enumerated strings as they are, the rest as JSON."""
+    shared = {key: whole[key] for key in SHARED if key in whole}
+    options = alternatives(schema, whole)
+    listed = [value for one in options if "enum" in one for value in values_in(one)]
+    if not any(isinstance(value, str) for value in listed):
+        schemas[part] = {**schema, **shared} if isinstance(schema, dict) else schema
+        return [f"@{part}"]
+    said = [json.dumps(value if isinstance(value, str) else as_json(value)) for value in listed]
+    if others := {kind for one in options if "enum" not in one for kind in types_in(one)}:
+        schemas[part] = {**shared, "allOf": [schema], "type": sorted(others)}
+        said.append(f"@{part}")
+    return said
 
 
 class _Spoken:

@@ -37,6 +37,7 @@ from subspec.runtime.server.reasoning import (
 from subspec.runtime.server.template_messages import template_messages
 from subspec.runtime.server.tools.formats import ToolFormat, choose_tool_format
 from subspec.runtime.text.chat_template import TemplateWorker
+from subspec.runtime.text.detokenizer import Unstopped
 from subspec.runtime.text.template_caps import TemplateCaps, find_caps
 from subspec.runtime.text.tokenizer import (
     MOST_COUNTED,
@@ -120,6 +121,8 @@ async def chat(
     `Generator.submit` raises.
     """
     check_tools(request, model)
+    if model.caps.supports_tool_calls and not model.caps.supports_parallel_tool_calls:
+        request = replace(request, parallel_tool_calls=False)  # the model was trained on one
     prompt = await in_thread(model, lambda: make_prompt(request, model))
     tool_format = model.tool_format if offered_tools(request) else None
     constraint = None
@@ -185,15 +188,19 @@ def without_strict(tool: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_tools(request: ChatRequest, model: ChatModel) -> None:
-    """Raises SubspecError(USAGE) for tools that the model cannot be told of or cannot call."""
-    if not offered_tools(request):
+    """Raises SubspecError(USAGE) for tools that the model cannot be told of, and for calls that
+    must have a form which is not known: others are shown as text."""
+    tools = offered_tools(request)
+    if not tools:
         return
     if not model.caps.supports_tools:
         message = "tools cannot be honoured: the model's chat template has no place for them"
         raise SubspecError(Exit.USAGE, message, "leave tools out, or use another model")
-    if model.tool_format is None:
-        message = "tools cannot be honoured: the form of this model's tool calls is not known"
-        raise SubspecError(Exit.USAGE, message, "leave tools out, or use another model")
+    is_strict = any(tool["function"].get("strict") for tool in tools)
+    if model.tool_format is None and (is_strict or request.tool_choice != "auto"):
+        what = "tool_choice" if request.tool_choice != "auto" else "a strict tool"
+        message = f"{what} cannot be honoured: the form of this model's tool calls is not known"
+        raise SubspecError(Exit.USAGE, message, "use tool_choice auto, and no strict tools")
 
 
 def make_prompt(request: ChatRequest, model: ChatModel) -> Prompt:
@@ -232,15 +239,15 @@ def shown_tokens(model: ChatModel, tool_format: ToolFormat | None) -> frozenset[
     )
 
 
-def unstopped(prompt: Prompt, tool_format: ToolFormat | None) -> list[tuple[str, str]]:
+def unstopped(prompt: Prompt, tool_format: ToolFormat | None) -> list[Unstopped]:
     """Stop texts are for the answer's text: they do not count in reasoning and in marked calls."""
-    pairs = []
-    if prompt.reasoning is not None:
-        begins = ("", prompt.reasoning.begin) if prompt.in_reasoning else (prompt.reasoning.begin,)
-        pairs += [(begin, prompt.reasoning.end) for begin in begins]
+    found, form = list[Unstopped](), prompt.reasoning
+    if form is not None:
+        found.append(Unstopped("" if prompt.in_reasoning else form.begin, form.end, leads=True))
     if tool_format is not None and tool_format.end is not None:
-        pairs += [(tool_format.begins[0], tool_format.end)]
-    return pairs
+        begin, end = tool_format.begins[0], tool_format.end
+        found.append(Unstopped(begin, end, follows=tool_format.follows))
+    return found
 
 
 class ModelAnswer:

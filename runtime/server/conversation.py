@@ -1,6 +1,6 @@
-"""Messages in OpenAI's chat form, put together from items that other APIs send one by one.
+"""Messages in OpenAI's chat form, put together from what clients of any API send one by one.
 
-Chat templates know fewer shapes than these APIs: a system message stands first, roles alternate,
+Chat templates know fewer shapes than the APIs: a system message stands first, roles alternate,
 and what an assistant thinks, says and calls before it is answered is one message.
 """
 
@@ -38,8 +38,11 @@ class Conversation:
         call = {"id": call_id, "type": "function", "function": function}
         self._last("assistant").setdefault("tool_calls", []).append(call)
 
-    def add_result(self, call_id: str, text: str) -> None:
-        self.messages.append({"role": "tool", "tool_call_id": call_id, "content": text})
+    def add_result(self, call_id: str | None, text: str, name: str | None = None) -> None:
+        """name: of the tool, if the client says it."""
+        said = {"tool_call_id": call_id, "name": name}
+        known = {key: value for key, value in said.items() if value is not None}
+        self.messages.append({"role": "tool", **known, "content": text})
 
     def _add_text(self, role: str, text: str, field: str, separator: str) -> None:
         if not text:

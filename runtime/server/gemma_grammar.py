@@ -13,6 +13,7 @@ from itertools import count
 from typing import Any
 
 from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.runtime.server.tools.schema_types import referred
 
 JSONValue = Any
 DEEPEST = 64  # schemas within each other
@@ -245,12 +246,9 @@ def _reference(rules: _Rules, ref: JSONValue, deepest: int) -> str:
 def _found(whole: JSONValue, ref: str) -> JSONValue:
     if not ref.startswith("#"):
         raise _unusable(f"the $ref {json.dumps(ref)[:80]} is not within the schema")
-    value = whole
-    for part in ref[1:].split("/")[1:]:
-        part = part.replace("~1", "/").replace("~0", "~")
-        if not isinstance(value, dict) or part not in value:
-            raise _unusable(f"the $ref {json.dumps(ref)[:80]} leads nowhere")
-        value = value[part]
+    value = referred(whole, ref)
+    if value is None:
+        raise _unusable(f"the $ref {json.dumps(ref)[:80]} leads nowhere")
     return value
 
 

@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.runtime.model.sampling import TokenLogprobs
 from subspec.runtime.sequence import FinishReason, GenerationParams, Stats
+from subspec.runtime.text.detokenizer import Unstopped
 
 
 @dataclass(frozen=True)
@@ -19,10 +20,10 @@ class GenerationRequest:
     prompt_ids: tuple[int, ...]
     params: GenerationParams
     stop: tuple[str, ...] = ()  # texts that end the answer and are no part of it
-    # As in StreamingDetokenizer: special tokens that are part of the text, and texts between which
-    # stop texts do not count.
+    # As in StreamingDetokenizer: special tokens that are part of the text, and where stop texts do
+    # not count.
     shown: frozenset[str] = frozenset()
-    unstopped: tuple[tuple[str, str], ...] = ()
+    unstopped: tuple[Unstopped, ...] = ()
 
 
 @dataclass(frozen=True)

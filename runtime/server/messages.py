@@ -34,7 +34,7 @@ from subspec.runtime.server.messages_request import (
 from subspec.runtime.server.model_info import check_model
 from subspec.runtime.server.service import Service
 from subspec.runtime.server.streaming import Event, event_stream, gone, whole
-from subspec.runtime.server.tools.json_text import strict_json
+from subspec.runtime.server.tools.json_text import arguments_object
 
 JSON = dict[str, JSONValue]
 PING = Event({"type": "ping"}, "ping").encode()
@@ -115,7 +115,7 @@ class MessageWriter:
         if block["type"] == "text":
             block["text"] = text
         elif block["type"] == "tool_use":
-            block["input"] = call_input(text)
+            block["input"] = arguments_object(text)
         else:
             block["thinking"] = text if self._shows_thinking else ""
             block["signature"] = signature(text)
@@ -149,16 +149,6 @@ def signature(thinking: str) -> str:
     """Nothing is signed here: a digest of the text, in a field that clients expect and pass back,
     and which nothing checks."""
     return "sha256:" + hashlib.sha256(thinking.encode()).hexdigest()
-
-
-def call_input(arguments: str) -> JSONValue:
-    """Arguments that a limit has cut off are no JSON: they are given as they are, under a name of
-    their own."""
-    try:
-        value = strict_json(arguments or "{}")
-    except ValueError:
-        return {"unfinished_arguments": arguments}
-    return value if isinstance(value, dict) else {"arguments": value}
 
 
 async def create_message(service: Service, request: Request) -> Response:

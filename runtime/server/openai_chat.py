@@ -26,7 +26,7 @@ from subspec.runtime.server.openai_chat_fields import (
     REFUSED_IN_CHAT,
     ChatFields,
     format_of,
-    message_of,
+    messages_of,
     thinking_of,
     tool_choice_of,
     tools_of,
@@ -59,7 +59,7 @@ def chat_request(asked: ChatFields, service: Service) -> ChatRequest:
     effort, thinking = thinking_of(asked)
     limits = [one for one in (asked.max_completion_tokens, asked.max_tokens) if one is not None]
     return ChatRequest(
-        messages=tuple(message_of(one, index) for index, one in enumerate(asked.messages)),
+        messages=messages_of(asked),
         sampling=sampling_of(asked, service.sampling, service.model),
         max_tokens=limits[0] if limits else None,
         stop=asked.stop_texts,

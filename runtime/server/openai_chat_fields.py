@@ -6,6 +6,7 @@ from pydantic import Field
 
 from subspec.runtime.server.bodies import Fields
 from subspec.runtime.server.chat_events import JSONValue, NamedTool, OutputFormat, ToolChoice
+from subspec.runtime.server.conversation import Conversation
 from subspec.runtime.server.errors import invalid, unsupported
 from subspec.runtime.server.openai_fields import (
     EFFORTS,
@@ -131,23 +132,31 @@ def thinking_of(asked: ChatFields) -> tuple[str | None, bool | None]:
     return EFFORTS.get(effort), enabled
 
 
-def message_of(message: Message, index: int) -> dict[str, JSONValue]:
-    """In the form of templates: parts joined by newlines, developer as system. Raises ApiError."""
-    found: dict[str, JSONValue] = {
-        "role": "system" if message.role == "developer" else message.role,
-        "content": text_of(message.content, f"messages[{index}].content"),
-    }
-    if message.name is not None:
-        found["name"] = message.name
-    if message.tool_calls:
-        found["tool_calls"] = [call.model_dump() for call in message.tool_calls]
-    if message.tool_call_id is not None:
-        found["tool_call_id"] = message.tool_call_id
-    if (reasoning := message.reasoning_content or message.reasoning) is not None:
-        found["reasoning_content"] = reasoning
-    if found["content"] is None and not message.tool_calls and message.role != "assistant":
-        raise invalid(f"messages[{index}].content is missing", f"messages[{index}].content")
-    return found
+def messages_of(asked: ChatFields) -> tuple[dict[str, JSONValue], ...]:
+    """In the form of templates. Raises ApiError."""
+    conversation = Conversation()
+    for index, message in enumerate(asked.messages):
+        add_message(conversation, message, f"messages[{index}].content")
+    if not conversation.has_turns and asked.messages[-1].role == "user":
+        conversation.messages.append({"role": "user", "content": ""})  # an empty question is one
+    return tuple(conversation.messages)
+
+
+def add_message(conversation: Conversation, message: Message, where: str) -> None:
+    text = text_of(message.content, where)
+    if text is None and message.role != "assistant":
+        raise invalid(f"{where} is missing", where)
+    if message.role == "user":
+        conversation.add_user(text or "")
+    elif message.role == "tool":
+        conversation.add_result(message.tool_call_id, text or "", message.name)
+    elif message.role == "assistant":
+        conversation.add_reasoning(message.reasoning_content or message.reasoning or "")
+        conversation.add_assistant(text or "")
+        for call in message.tool_calls or ():
+            conversation.add_call(call.id, call.function.name, call.function.arguments)
+    else:
+        conversation.add_system(text or "")
 
 
 def text_of(content: str | list[Part] | None, param: str) -> str | None:

@@ -2,11 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections import defaultdict, deque
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.runtime.server.tools.json_text import strict_json
+from subspec.runtime.server.tools.json_text import arguments_object
 from subspec.runtime.text.template_caps import TemplateCaps
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -15,45 +16,89 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 def template_messages(
     messages: Sequence[dict[str, Any]], caps: TemplateCaps, short_ids: bool
 ) -> list[dict[str, Any]]:
-    """Contents are texts, arguments of calls objects if the template takes them so. short_ids: of
-    calls, for Mistral's templates. Raises SubspecError(USAGE) for what the template would drop."""
-    return [
-        _message(message, f"messages[{index}]", caps, short_ids)
-        for index, message in enumerate(messages)
-    ]
+    """In an order that the template takes, with contents that are texts, arguments of calls that
+    are objects if it takes them, and results with the names of their calls. short_ids: of calls,
+    for Mistral's templates. Raises SubspecError(USAGE) for what the template would drop."""
+    for index, message in enumerate(messages):
+        _check(message, f"messages[{index}]", caps)
+    if not caps.supports_parallel_tool_calls:
+        messages = _one_by_one(messages)
+    if not caps.supports_user_after_result:
+        messages = _said_in_results(messages)
+    return [_message(message, caps, short_ids) for message in _named(messages)]
 
 
-def _message(
-    message: dict[str, Any], where: str, caps: TemplateCaps, short_ids: bool
-) -> dict[str, Any]:
-    role = "system" if message["role"] == "developer" else message["role"]
+def _check(message: dict[str, Any], where: str, caps: TemplateCaps) -> None:
+    role = message["role"]
     if role not in ROLES:
         expected = ", ".join(ROLES)
         raise SubspecError(Exit.USAGE, f"{where}.role is {role!r}, expected one of {expected}")
-    if role == "system" and not caps.supports_system_role:
+    if role in ("system", "developer") and not caps.supports_system_role:
         raise _no_place(f"{where} has the role system", "say it in the first user message")
     if (role == "tool" or message.get("tool_calls")) and not caps.supports_tool_calls:
         raise _no_place(f"{where} belongs to a tool call", "leave tool calls out")
+
+
+def _one_by_one(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Several calls of a turn as a turn for each, with its result: Llama's templates refuse them
+    together."""
+    found, at = list[dict[str, Any]](), 0
+    while at < len(messages):
+        message, at = messages[at], at + 1
+        calls = message.get("tool_calls") or []
+        if len(calls) < 2:
+            found.append(message)
+            continue
+        results = defaultdict[str, deque[dict[str, Any]]](deque)
+        while at < len(messages) and messages[at]["role"] == "tool":
+            results[messages[at].get("tool_call_id") or ""].append(messages[at])
+            at += 1
+        for call in calls:
+            found.append({**message, "tool_calls": [call]})
+            if own := results[call.get("id") or ""]:
+                found.append(own.popleft())
+            message = {"role": "assistant", "content": ""}
+        found += [result for rest in results.values() for result in rest]
+    return found
+
+
+def _said_in_results(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What a user says after a call's result as the end of that: Mistral's templates want an
+    assistant's turn in between."""
+    found = list[dict[str, Any]]()
+    for message in messages:
+        if message["role"] == "user" and found and found[-1]["role"] == "tool":
+            result = found.pop()
+            texts = [one["content"] for one in (result, message) if one.get("content")]
+            message = {**result, "content": "\n\n".join(texts)}
+        found.append(message)
+    return found
+
+
+def _named(messages: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Results with the names of their tools, without which FunctionGemma's template fails."""
+    names = dict[str, str]()
+    for message in messages:
+        calls = message.get("tool_calls") or []
+        names |= {call["id"]: call["function"]["name"] for call in calls if call.get("id")}
+        name = names.get(message.get("tool_call_id") or "")
+        is_nameless = message["role"] == "tool" and message.get("name") is None
+        yield {**message, "name": name} if name and is_nameless else message
+
+
+def _message(message: dict[str, Any], caps: TemplateCaps, short_ids: bool) -> dict[str, Any]:
+    role = "system" if message["role"] == "developer" else message["role"]
     changed = {**message, "role": role, "content": message.get("content") or ""}
     if message.get("tool_calls"):
-        changed["tool_calls"] = [
-            _call(call, f"{where}.tool_calls[{index}]", caps, short_ids)
-            for index, call in enumerate(message["tool_calls"])
-        ]
+        changed["tool_calls"] = [_call(one, caps, short_ids) for one in message["tool_calls"]]
     if short_ids and "tool_call_id" in message:
         changed["tool_call_id"] = _short(str(message["tool_call_id"]))
     return changed
 
 
-def _call(call: dict[str, Any], where: str, caps: TemplateCaps, short_ids: bool) -> dict[str, Any]:
-    function, where = call["function"], f"{where}.function.arguments"
-    arguments = function.get("arguments") or "{}"
-    try:
-        value = strict_json(arguments) if isinstance(arguments, str) else arguments
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise SubspecError(Exit.USAGE, f"{where} is not the JSON of an object")
+def _call(call: dict[str, Any], caps: TemplateCaps, short_ids: bool) -> dict[str, Any]:
+    function = call["function"]
+    value = arguments_object(function["arguments"])
     given = value if caps.supports_object_arguments else json.dumps(value, ensure_ascii=False)
     changed = {**call, "function": {**function, "arguments": given}}
     if short_ids:

@@ -1,6 +1,7 @@
 """A token as a text of its own, for log probabilities. What it adds to an answer depends on its
 neighbours: runtime/text decodes answers."""
 
+from functools import lru_cache
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -10,7 +11,22 @@ from subspec.runtime.text.detokenizer import BYTE_TOKEN, INCOMPLETE
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
-    """Part of a character is U+FFFD, as in vLLM."""
+    """Part of a character is U+FFFD, as in vLLM. Behind another token: decoders of SentencePiece's
+    tokens drop a space where a text begins."""
+    before, text = anchor(tokenizer)
+    whole: str = tokenizer.decode([*before, token], skip_special_tokens=False)
+    return whole.removeprefix(text)
+
+
+@lru_cache(maxsize=1)
+def anchor(tokenizer: Tokenizer) -> tuple[list[int], str]:
+    """A token that others can stand behind, and its text."""
+    before = tokenizer.encode("a", add_special_tokens=False).ids[-1:]
+    return before, tokenizer.decode(before, skip_special_tokens=False)
+
+
+def first_text(tokenizer: Tokenizer, token: int) -> str:
+    """Of a token that a text begins with."""
     text: str = tokenizer.decode([token], skip_special_tokens=False)
     return text
 
@@ -64,8 +80,10 @@ def completion_logprobs(
     a prompt. begin: characters before the first token."""
     tokens, logprobs, tops, offsets = list[str](), list[float | None](), list[Any](), list[int]()
     for one in found:
-        token = one if isinstance(one, int) else one.token
-        text = token_text(tokenizer, token)
+        if isinstance(one, int):
+            text = first_text(tokenizer, one)
+        else:
+            text = token_text(tokenizer, one.token)
         tokens.append(text)
         offsets.append(begin)
         begin += len(text)

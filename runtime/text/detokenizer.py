@@ -3,6 +3,7 @@
 import re
 from bisect import bisect_left
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 
@@ -64,14 +65,24 @@ class Decoder:
         return text
 
 
+@dataclass(frozen=True)
+class Unstopped:
+    """Where stop texts do not count: from `begin` to `end`; if `begin` is empty, text begins there.
+    leads: `begin` counts only if there is nothing but white space before it. follows: it counts
+    only with one of these behind it, perhaps after white space."""
+
+    begin: str
+    end: str
+    leads: bool = False
+    follows: tuple[str, ...] = ()
+
+
 class StreamingDetokenizer:
     """Ids that follow `prompt` -> text up to a stop text. Untrusted: use `printable` before showing
     it on a terminal.
 
     Special tokens are no part of the text, except those in `shown`. A stop text may have others in
-    it: a mark stands for each of them where it was, a surrogate, which no text contains. unstopped:
-    pairs of texts between which stop texts do not count; text begins within a pair whose first text
-    is empty.
+    it: a mark stands for each of them where it was, a surrogate, which no text contains.
     """
 
     def __init__(
@@ -80,7 +91,7 @@ class StreamingDetokenizer:
         stop: Sequence[str] = (),
         prompt: Sequence[int] = (),
         shown: frozenset[str] = frozenset(),
-        unstopped: Sequence[tuple[str, str]] = (),
+        unstopped: Sequence[Unstopped] = (),
     ) -> None:
         self._decoder = Decoder(text.tokenizer, prompt)
         special = special_tokens(text.tokenizer)
@@ -91,8 +102,9 @@ class StreamingDetokenizer:
         self._mark_of = {token: marks[c] for token, c in special.items() if c in marks}
         self._stop = tuple(stop)
         self._marked_stop = {marked(s, marks): s for s in stop if marked(s, marks) not in stop}
-        self._end_of = {begin: end for begin, end in unstopped if begin}
-        self._within = next((end for begin, end in unstopped if not begin), None)  # what ends it
+        self._unstopped = tuple(one for one in unstopped if one.begin)
+        self._within = next((one.end for one in unstopped if not one.begin), None)  # what ends it
+        self._is_blank = True  # what was released
         self._held = ""  # certain, but a stop text could begin with it
         self._marks: list[tuple[int, str]] = []  # at which characters after those of `text`
         self.text = ""
@@ -126,12 +138,12 @@ class StreamingDetokenizer:
         fresh = ""
         if not self.stopped:
             self._held += self._decoder.finish()
-            fresh = self._release(self._held, len(self._held)) + self._held
+            fresh = self._release(self._held, len(self._held), ended=True) + self._held
             self._held = ""
         self.text += fresh
         return fresh
 
-    def _release(self, seen: str, num_certain: int) -> str:
+    def _release(self, seen: str, num_certain: int, ended: bool = False) -> str:
         """What no stop text can begin with, of `seen`, all that is known after `text`."""
         begin = 0  # what is before it is released
         while True:
@@ -142,18 +154,43 @@ class StreamingDetokenizer:
                     break
                 begin, self._within = at + len(self._within), None
             stop_at, stop = self._find_stop(seen, begin)
-            opened_at, opened = first_of(seen[:num_certain], tuple(self._end_of), begin)
+            opened_at, opened, is_certain = self._find_opening(seen[:num_certain], begin, ended)
             if stop is not None and (opened is None or stop_at <= opened_at):
                 self.stop_text = stop
                 self._held = ""
                 return seen[:stop_at]
-            if opened is None:
+            if opened is None or not is_certain:
                 end = min(num_certain, self._end_of_safe(seen, begin))
+                end = end if opened is None else min(end, opened_at)
                 break
-            begin, self._within = opened_at + len(opened), self._end_of[opened]
+            begin, self._within = opened_at + len(opened.begin), opened.end
         self._held = seen[end:num_certain]
         self._marks = [(at - end, mark) for at, mark in self._marks if at >= end]
+        self._is_blank = self._is_blank and not seen[:end].strip()
         return seen[:end]
+
+    def _find_opening(
+        self, seen: str, begin: int, ended: bool
+    ) -> tuple[int, Unstopped | None, bool]:
+        """The first place after `begin` where stop texts cease to count, and whether that is
+        certain, which it may not be before what follows has come."""
+        found = list[tuple[int, Unstopped, bool]]()
+        for one in self._unstopped:
+            at = seen.find(one.begin, begin)
+            while at >= 0 and (opens := self._opens(one, seen, at, ended)) is False:
+                at = seen.find(one.begin, at + 1)
+            if at >= 0:
+                found.append((at, one, opens is True))
+        return min(found, key=lambda place: place[0], default=(-1, None, True))
+
+    def _opens(self, one: Unstopped, seen: str, at: int, ended: bool) -> bool | None:
+        """None: it depends on what follows."""
+        if one.leads and not (self._is_blank and not seen[:at].strip()):
+            return False
+        rest = seen[at + len(one.begin) :].lstrip()
+        if not one.follows or rest.startswith(one.follows):
+            return True
+        return None if not ended and any(text.startswith(rest) for text in one.follows) else False
 
     def _find_stop(self, seen: str, begin: int) -> tuple[int, str | None]:
         """The first stop text after `begin`, and where it begins."""
@@ -170,7 +207,8 @@ class StreamingDetokenizer:
         with_marks, places = insert(seen, self._marks)
         rest = with_marks[bisect_left(places, begin) :]
         return min(
-            len(seen) - overlap(seen[begin:], (*self._stop, *self._end_of)),
+            len(seen)
+            - overlap(seen[begin:], (*self._stop, *(one.begin for one in self._unstopped))),
             places[len(with_marks) - overlap(rest, tuple(self._marked_stop))],
         )
 

@@ -31,7 +31,7 @@ TOOL = {
 
 @dataclass(frozen=True)
 class TemplateCaps:
-    """supports_enable_thinking is ours."""
+    """supports_user_after_result and supports_enable_thinking are ours."""
 
     supports_string_content: bool = True
     supports_typed_content: bool = False
@@ -40,6 +40,7 @@ class TemplateCaps:
     supports_tool_calls: bool = False
     supports_parallel_tool_calls: bool = False
     supports_object_arguments: bool = False
+    supports_user_after_result: bool = False
     supports_preserve_reasoning: bool = False
     supports_reasoning_effort: bool = False
     supports_enable_thinking: bool = False
@@ -92,16 +93,21 @@ def _call_caps(rendered: Rendered) -> dict[str, bool]:
     with_object = _with_calls(rendered, objects[:1])
     # A template that takes texts prints an object as Python does.
     takes_objects = "probe-1" in with_object and "'probe_key'" not in with_object
-    both = _with_calls(rendered, objects if takes_objects else texts)
+    given = objects if takes_objects else texts
+    takes_calls = "probe-1" in _with_calls(rendered, given[:1])
+    both = _with_calls(rendered, given)
+    said = {"role": "user", "content": "probe-more"}
     return {
-        "supports_tool_calls": takes_objects or "probe-1" in _with_calls(rendered, [texts[0]]),
+        "supports_tool_calls": takes_calls,
         "supports_object_arguments": takes_objects,
         "supports_parallel_tool_calls": "probe-1" in both and "probe-2" in both,
+        "supports_user_after_result": takes_calls
+        and "probe-more" in _with_calls(rendered, given[:1], said),
     }
 
 
-def _with_calls(rendered: Rendered, arguments: list[Any]) -> str:
-    """A conversation with these calls and their results."""
+def _with_calls(rendered: Rendered, arguments: list[Any], *after: dict[str, Any]) -> str:
+    """A conversation with these calls, their results and what comes after those."""
     calls = [
         {
             "id": f"{CALL_ID[:-1]}{index}",
@@ -112,7 +118,7 @@ def _with_calls(rendered: Rendered, arguments: list[Any]) -> str:
     ]
     asked = {"role": "assistant", "content": "", "tool_calls": calls}
     results = [{**RESULT, "tool_call_id": call["id"]} for call in calls]
-    return rendered(Conversation([USER, asked, *results], [TOOL]))
+    return rendered(Conversation([USER, asked, *results, *after], [TOOL]))
 
 
 def _preserves_reasoning(rendered: Rendered) -> bool:

@@ -1,6 +1,7 @@
 """Text -> token ids: chat template and tokenizer. The way back is detokenizer.py."""
 
 import os
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,9 @@ LARGEST_TEMPLATE = 1 << 20
 DEEPEST = 100  # lists and objects within each other in what a template is given
 MOST_COUNTED = 1 << 18  # tokens of a text that need not fit a context
 QUICK_CHARACTERS = 8 << 10  # are encoded in a few ms
+MARK = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")  # there are tokens of white space and words too
+# Tokens that a model writes within its turn: they forge none, and texts speak of them.
+WITHIN_TURNS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
 SEPARATOR = "\ud800"  # half a character, which texts do not have
 
 
@@ -125,7 +129,13 @@ class ChatTokenizer:
 
     @cached_property
     def _control_tokens(self) -> tuple[str, ...]:
-        return tuple(one for one in special_tokens(self.tokenizer).values() if len(one) > 1)
+        """Special tokens, and others with which the template marks turns or results, as DeepSeek's
+        <｜User｜> and Qwen3's </tool_response>."""
+        special, template = special_tokens(self.tokenizer).values(), self.template or ""
+        added = [one.content for one in self.tokenizer.get_added_tokens_decoder().values()]
+        marks = [one for one in added if MARK.fullmatch(one) and one in template]
+        marks = [one for one in marks if one not in WITHIN_TURNS]
+        return tuple(one for one in dict.fromkeys((*special, *marks)) if len(one) > 1)
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         check_characters(text)

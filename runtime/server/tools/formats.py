@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from subspec.runtime.server.tools.calls import Calls
-from subspec.runtime.server.tools.feed import SPACE, TextFeed, Wait
+from subspec.runtime.server.tools.feed import SPACE, Malformed, TextFeed, Wait
 from subspec.runtime.server.tools.gemma_calls import gemma_call
 from subspec.runtime.server.tools.json_calls import bare_calls, json_calls, mistral_calls
 from subspec.runtime.server.tools.xml_calls import FUNCTION, xml_call
@@ -19,13 +19,15 @@ Kind = Literal["hermes", "xml", "llama", "mistral list", "mistral args", "gemma"
 
 @dataclass(frozen=True)
 class ToolFormat:
-    """begins: any of them begins a call, the first one usually does. end: the mark after a call, if
+    """begins: any of them begins a call, the first one usually does. follows: one of these does so
+    after that, perhaps behind white space, else it is no call. end: the mark after a call, if
     there is one. bare: a call may stand without marks where the answer begins. in_reasoning: calls
     count there too. quote: of gemma's strings."""
 
     kind: Kind
     begins: tuple[str, ...]
     end: str | None = None
+    follows: tuple[str, ...] = ()
     bare: bool = False
     in_reasoning: bool = False
     quote: str = ""
@@ -37,14 +39,19 @@ class ToolFormat:
         return (*self.begins, *(one for one in (self.end, self.quote) if one), *more)
 
 
-HERMES = ToolFormat("hermes", ("<tool_call>",), "</tool_call>")
-XML = ToolFormat("xml", ("<tool_call>", FUNCTION), "</tool_call>", in_reasoning=True)
+TAGGED = ("{", "[", FUNCTION)
+HERMES = ToolFormat("hermes", ("<tool_call>",), "</tool_call>", TAGGED)
+XML = ToolFormat("xml", ("<tool_call>", FUNCTION), "</tool_call>", TAGGED, in_reasoning=True)
 LLAMA = ToolFormat("llama", ("<|python_tag|>",), bare=True)
 MISTRAL_LIST = ToolFormat("mistral list", ("[TOOL_CALLS]",))
 MISTRAL_ARGS = ToolFormat("mistral args", ("[TOOL_CALLS]",))
-GEMMA_4 = ToolFormat("gemma", ("<|tool_call>",), "<tool_call|>", quote='<|"|>')
+GEMMA_4 = ToolFormat("gemma", ("<|tool_call>",), "<tool_call|>", ("call:",), quote='<|"|>')
 FUNCTION_GEMMA = ToolFormat(
-    "function gemma", ("<start_function_call>",), "<end_function_call>", quote="<escape>"
+    "function gemma",
+    ("<start_function_call>",),
+    "<end_function_call>",
+    ("call:",),
+    quote="<escape>",
 )
 
 
@@ -70,8 +77,11 @@ def read_call(form: ToolFormat, begin: str, feed: TextFeed, calls: Calls) -> Wai
     Malformed."""
     if begin != FUNCTION:
         feed.take(len(begin))
-    if form.kind in ("hermes", "xml"):
+    if form.follows:
         yield from feed.skip_space()
+        if (yield from feed.begins(*form.follows)) is None:
+            raise Malformed
+    if form.kind in ("hermes", "xml"):
         if (yield from feed.begins(FUNCTION)) is not None:
             yield from xml_call(feed, calls, must_be_offered=begin == FUNCTION)
         else:

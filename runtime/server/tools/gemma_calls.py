@@ -14,7 +14,6 @@ LONGEST_WORD = 4096  # of a number, true, false, null or a string without quotes
 
 def gemma_call(feed: TextFeed, calls: Calls, quote: str) -> Wait:
     """Raises Malformed."""
-    yield from feed.skip_space()
     yield from feed.expect("call:")
     name = yield from feed.word("{\n", LONGEST_NAME)
     yield from feed.begins("{")

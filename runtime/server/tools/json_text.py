@@ -167,6 +167,16 @@ def strict_json(text: str) -> Any:
     return found
 
 
+def arguments_object(arguments: str) -> dict[str, Any]:
+    """What a call's arguments say. Those that a limit has cut off are no JSON: they are given as
+    they are, under a name of their own."""
+    try:
+        value = strict_json(arguments or "{}")
+    except ValueError:
+        return {"unfinished_arguments": arguments}
+    return value if isinstance(value, dict) else {"arguments": value}
+
+
 def is_deeper(value: Any, most: int) -> bool:
     """Whether a value of JSON has more than `most` objects and arrays within each other."""
     level = [value]

@@ -8,6 +8,7 @@ from collections.abc import Generator
 from subspec.runtime.server.tools.calls import Calls, check_name
 from subspec.runtime.server.tools.feed import SPACE, Emit, Malformed, TextFeed, Wait
 from subspec.runtime.server.tools.json_text import as_json, strict_json
+from subspec.runtime.server.tools.schema_types import alternatives, kinds_of, types_in
 
 FUNCTION, PARAMETER = "<function=", "<parameter="
 END_FUNCTION, END_PARAMETER, END_CALL = "</function>", "</parameter>", "</tool_call>"
@@ -37,7 +38,7 @@ def xml_call(feed: TextFeed, calls: Calls, must_be_offered: bool) -> Wait:
             calls.arguments(f"{separator}{as_json(key)}: ")
             separator = ", "
             known = properties.get(key) if isinstance(properties, dict) else None
-            if not (yield from value(feed, calls, types_of(known))):
+            if not (yield from value(feed, calls, types_of(known, schema))):
                 return  # the text has ended
             continue
         if tag == END_FUNCTION:
@@ -114,19 +115,9 @@ def raw_value(feed: TextFeed, emit: Emit) -> Generator[None, None, bool]:
     return False
 
 
-def types_of(schema: object) -> frozenset[str]:
-    """JSON types that a schema allows; none: it does not say."""
-    if not isinstance(schema, dict):
-        return frozenset()
-    kind = schema.get("type")
-    types = {kind} if isinstance(kind, str) else set()
-    types |= {one for one in kind if isinstance(one, str)} if isinstance(kind, list) else set()
-    if not types and isinstance(schema.get("enum"), list):
-        types |= {"string" if isinstance(one, str) else "number" for one in schema["enum"]}
-    for key in ("anyOf", "oneOf"):
-        if not types and isinstance(schema.get(key), list):
-            types |= {kind for one in schema[key] for kind in types_of(one)}
-    return frozenset(types)
+def types_of(schema: object, whole: object) -> frozenset[str]:
+    """JSON types that a schema allows; none: it does not say. whole: what it is a part of."""
+    return frozenset[str]().union(*map(types_in, alternatives(schema, whole)))
 
 
 def typed(text: str, types: frozenset[str]) -> str:
@@ -142,11 +133,5 @@ def typed(text: str, types: frozenset[str]) -> str:
         found = strict_json(word)
     except ValueError:
         return as_json(text)
-    kinds: dict[str, type | tuple[type, ...]]
-    kinds = {"object": dict, "array": list, "integer": int, "number": (int, float)}
-    fits = any(
-        isinstance(found, kinds[kind]) and not isinstance(found, bool)
-        for kind in types or ("object", "array")
-        if kind in kinds
-    )
-    return as_json(found if fits else text)
+    kinds = kinds_of(found) - {"string"}  # which is not written in quotes
+    return as_json(found if kinds & (types or {"object", "array"}) else text)

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.planner.model.hub import DEMO
 from subspec.planner.model.tokenizer_files import TokenizerFiles, read_tokenizer
+from subspec.runtime.text.chat_template import render
 from subspec.runtime.text.tokenizer import ChatTokenizer
 
 CONFIG = {
@@ -266,7 +267,7 @@ def test_a_base_model_has_no_template_and_needs_no_config(tmp_path: Path) -> Non
         ("from config", None, "from config"),
         ("from config", "from file é".encode(), "from file é"),
         (None, b"from file", "from file"),
-        ([{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}], None, "d"),
+        ([{"name": "rag", "template": "r"}, {"name": "default", "template": "d"}], None, "d"),
         ([{"name": "tool_use", "template": "t"}], None, None),
     ],
 )
@@ -274,6 +275,59 @@ def test_a_template_is_the_file_or_the_configs_default(
     tmp_path: Path, in_config: object, in_file: bytes | None, expected: str | None
 ) -> None:
     assert read(tmp_path, {"chat_template": in_config}, in_file).chat_template == expected
+
+
+MACROS = """\
+{%- macro kind(spec) %}
+    {%- if 'items' in spec %}{{ 'list[' + kind(spec['items']) + ']' }}
+    {%- else %}{{ spec.type }}{% endif %}
+{%- endmacro %}
+{% set named = 'tools' %}
+{% macro head() %}<{{ named }}>{% endmacro %}
+{{ head() }}
+{% for tool in tools or [] %}
+    {{ tool.function.name + kind(tool.function.parameters) }}
+{% endfor %}
+"""
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        MACROS,
+        "  {% set a = 1 %}\n {{ a }} \n\n",
+        "\n\n{{- 'a' -}}\n ",
+        "{%- for m in messages %}{{ m.content }}{% endfor -%}\n",
+        "a{# of the end #}\n",
+        "    ",
+        "{{ 'a' }}\n    ",
+        "\r\na\r\n",
+        "{% raw %}{{ a }}{% endraw %}",
+    ],
+)
+def test_a_template_for_tools_is_taken_where_there_are_tools(tmp_path: Path, template: str) -> None:
+    """As transformers does, and what either renders stays the same to the last space."""
+    other = "{{ 'other' }}\n\n"
+    tools = [
+        {
+            "type": "function",
+            "function": {"name": "f", "parameters": {"items": {"items": {"type": "t"}}}},
+        }
+    ]
+    messages = [{"role": "user", "content": "hi"}]
+    for named in (
+        {"tool_use": template, "default": other},
+        {"tool_use": other, "default": template},
+    ):
+        config = {"chat_template": [{"name": k, "template": v} for k, v in named.items()]}
+        ours = read(tmp_path, config).chat_template
+        theirs = AutoTokenizer.from_pretrained(tmp_path)
+        for given in (tools, None):
+            variables = {"messages": messages, "tools": given, "add_generation_prompt": True}
+            assert ours is not None
+            assert render(ours, variables) == theirs.apply_chat_template(
+                messages, given, tokenize=False, add_generation_prompt=True
+            )
 
 
 def test_a_template_in_a_folder_of_several_does_not_hide_the_default(tmp_path: Path) -> None:

@@ -189,6 +189,12 @@ GOLDEN: list[tuple[ToolFormat, str, list[Any]]] = [
         [PARIS],
     ),
     (LLAMA, f"<|python_tag|>{PARIS_JSON}; {PARIS_JSON}", [PARIS, PARIS]),
+    (
+        LLAMA,
+        f'{PARIS_JSON}; {{"name": "now", "parameters": {{}}}}; {PARIS_JSON}; {PARIS_JSON} ok',
+        [PARIS, call("now"), PARIS, PARIS, ("text", "ok")],
+    ),
+    (LLAMA, f'{PARIS_JSON}; {{"name": "x"}}', [PARIS, ("text", '; {"name": "x"}')]),
     (LLAMA, f'\n{{"type": "function", "function": {PARIS_JSON}}}\n', [PARIS]),
     (LLAMA, f"```json\n[{PARIS_JSON}]\n```", [PARIS]),
     (LLAMA, f"{PARIS_JSON} is it", [PARIS, ("text", "is it")]),

@@ -9,6 +9,7 @@ from grammars import allowed_ids, demo_tokens, qwen_tokens, random_answer, spell
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.runtime.server.answer_grammar import constraint_for
+from subspec.runtime.server.answer_parser import AnswerParser
 from subspec.runtime.server.call_grammar import (
     HERMES,
     LLAMA,
@@ -16,7 +17,8 @@ from subspec.runtime.server.call_grammar import (
     MISTRAL_LIST,
     QWEN_XML,
 )
-from subspec.runtime.server.chat_events import NamedTool, OutputFormat
+from subspec.runtime.server.chat_events import NamedTool, OutputFormat, ToolCallDelta
+from subspec.runtime.server.tools.formats import XML
 
 WEATHER = {
     "type": "object",
@@ -141,6 +143,68 @@ def test_calls_in_elements_have_values_of_the_right_kinds():
         check_arguments("get_weather", {"city": city, "unit": unit, "days": int(days or 1)})
         ended += days is not None
     assert 0 < ended < 12
+
+
+COLOR = {"type": "string", "enum": ["red", "light blue"]}
+SIZE = {"type": "integer"}
+
+
+@pytest.mark.parametrize(
+    ("schema", "values", "refused"),
+    [
+        ({"anyOf": [{"type": "string"}, {"type": "null"}]}, ["Os lo", '"', None], []),
+        ({"type": ["string", "null"]}, ["Os lo", None], []),
+        ({"$ref": "#/$defs/Color"}, ["red", "light blue"], ['"red"', "green", "null"]),
+        ({"allOf": [{"$ref": "#/$defs/Color"}], "default": "red"}, ["red"], ['"red"', "1"]),
+        (
+            {"anyOf": [{"$ref": "#/$defs/Color"}, {"type": "null"}]},
+            ["light blue", None],
+            ['"red"', "green", "1"],
+        ),
+        (
+            {"anyOf": [COLOR, {"$ref": "#/$defs/Size"}, {"type": "array", "items": SIZE}]},
+            ["red", 12, [1, 2]],
+            ['"red"', "1.5", '["a"]', "null"],
+        ),
+        ({"enum": ["a", None, 3]}, ["a", None, 3], ['"a"', "4"]),
+        ({"const": "a"}, ["a"], ['"a"', "b"]),
+        ({"$ref": "#/$defs/Size"}, [1], ['"1"', "x"]),
+        ({"anyOf": [SIZE, {"type": "null"}]}, [1, None], ["x", '"x"']),
+        ({"description": "without a type"}, ["Paris", '"Paris"', ["a"]], []),
+        (True, ["Paris"], []),
+    ],
+)
+def test_a_string_in_an_element_stands_as_it_is_wherever_its_schema_says_so(
+    schema, values, refused
+):
+    """What the grammar lets a model write is read as the value that was meant."""
+    parameters = {
+        "type": "object",
+        "properties": {"q": schema},
+        "required": ["q"],
+        "$defs": {"Color": COLOR, "Size": SIZE},
+    }
+    tools = [tool("f", parameters)]
+    model = qwen_tokens()
+
+    def written(text: str) -> str | None:
+        call = f"<tool_call>\n<function=f>\n<parameter=q>\n{text}\n</parameter>\n"
+        call += "</function>\n</tool_call>"
+        one = constraint_for(model, tools=tools, tool_choice=NamedTool("f"), call_form=QWEN_XML)
+        for token in spell(model, call):
+            if token not in allowed_ids(one):
+                return None
+            one.push(token)
+        return call
+
+    for value in values:
+        call = written(value if isinstance(value, str) else json.dumps(value))
+        assert call is not None, value
+        parser = AnswerParser(None, False, XML, tools)
+        events = [*parser.feed(call), *parser.finish()]
+        said = "".join(one.arguments for one in events if isinstance(one, ToolCallDelta))
+        assert json.loads(said) == {"q": value}
+    assert [text for text in refused if written(text)] == []
 
 
 def test_the_newer_mistral_form_has_names_and_arguments():

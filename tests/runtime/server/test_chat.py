@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +12,9 @@ from typing import Any
 
 import pytest
 from chat_templates import (
+    FUNCTION_GEMMA,
     GEMMA4,
+    LLAMA3,
     MISTRAL,
     NO_SYSTEM,
     QWEN3,
@@ -44,7 +47,7 @@ from subspec.runtime.text.tokenizer import ChatTokenizer
 
 CONTEXT = 4096
 HI = ({"role": "user", "content": "Hi"},)
-TOOL = {
+TOOL: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "get_weather",
@@ -52,9 +55,10 @@ TOOL = {
         "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
     },
 }
+STRICT: dict[str, Any] = {**TOOL, "function": {**TOOL["function"], "strict": True}}
+UNKNOWN_FORM = "{{ tools }}{{ messages }}"
 ARGUMENTS = '{"city": "Paris"}'
 JSON_CALL = f'<tool_call>\n{{"name": "get_weather", "arguments": {ARGUMENTS}}}\n</tool_call>'
-BROKEN_CALL = {"id": "1", "function": {"name": "get_weather", "arguments": "["}}
 GEMMA_CALL = '<|tool_call>call:get_weather{city:<|"|>Paris<|"|>}<tool_call|>'
 Opened = Callable[..., ChatModel]
 
@@ -188,6 +192,99 @@ def test_calls_and_results_reach_the_template_as_it_takes_them(opened: Opened) -
     assert '<|"|>Paris<|"|>}<tool_call|>' in prompt_of(asked(*messages), opened(GEMMA4))
 
 
+def call(identifier: str, name: str) -> dict[str, Any]:
+    return {"id": identifier, "function": {"name": name, "arguments": "{}"}}
+
+
+def result(identifier: str, **fields: str) -> dict[str, Any]:
+    return {"role": "tool", "tool_call_id": identifier, "content": "seen", **fields}
+
+
+def test_a_result_has_the_name_of_its_call(opened: Opened) -> None:
+    messages = (
+        *HI,
+        {"role": "assistant", "tool_calls": [call("a", "one"), call("b", "two")]},
+        *(result("b"), result("a"), result("unknown", name="three")),
+        {"role": "assistant", "tool_calls": [call("a", "four")]},
+        result("a"),
+    )
+    prompt = prompt_of(asked(*messages), opened(FUNCTION_GEMMA))
+    assert re.findall("response:([a-z]+)", prompt) == ["two", "one", "three", "four"]
+
+
+def test_calls_of_one_turn_are_told_one_by_one_where_the_template_refuses_several(
+    opened: Opened,
+) -> None:
+    calls = [call("a", "one"), call("b", "two"), call("c", "three")]
+    messages = (
+        *HI,
+        {"role": "assistant", "content": "I look.", "tool_calls": calls},
+        *(result(one, content=f"of {one}") for one in ("c", "a", "x", "b")),
+        *HI,
+        {"role": "assistant", "tool_calls": calls[:2]},
+        *HI,
+    )
+    prompt = prompt_of(asked(*messages, tools=(TOOL,)), opened(LLAMA3))
+    said = re.findall(r"I look\.|of \w|(?<=\{\"name\": \")\w+|Hi", prompt.partition("[")[0])
+    assert said == [
+        *("Hi", "I look.", "one", "of a", "two", "of b", "three", "of c", "of x"),
+        *("Hi", "one", "two", "Hi"),
+    ]
+
+
+def test_what_a_user_says_after_a_result_ends_it_where_the_template_refuses_that_turn(
+    opened: Opened,
+) -> None:
+    def prompt(model: ChatModel) -> str:
+        return prompt_of(asked(*messages, tools=(TOOL,)), model)
+
+    messages = (
+        *HI,
+        {"role": "assistant", "tool_calls": [call("a", "one"), call("b", "two")]},
+        *(result("a"), result("b", content=""), *HI, *HI),
+        {"role": "assistant", "content": "Yes."},
+        *HI,
+    )
+    assert prompt(opened(MISTRAL)).endswith(
+        "[TOOL_RESULTS]seen[/TOOL_RESULTS][TOOL_RESULTS]Hi\n\nHi[/TOOL_RESULTS]"
+        "Yes.</s>[INST]Hi[/INST]"
+    )
+    assert "tool\nseen<|im_end|>\n<|im_start|>tool\n<|im_end|>\n<|im_start|>user\nHi" in prompt(
+        opened(QWEN3)
+    )
+
+
+def test_a_model_whose_template_refuses_several_calls_makes_one(opened: Opened) -> None:
+    seen = list[ChatRequest]()
+
+    async def make(request: ChatRequest, form: ToolFormat | None, prompt: Prompt) -> None:
+        seen.append(request)
+
+    async def ask() -> list[ChatEvent]:
+        request = asked(tools=(TOOL,), tool_choice="required")
+        return [event async for event in await chat(request, model, generator, make)]
+
+    model = opened(LLAMA3)
+    one = f'{{"name": "get_weather", "parameters": {ARGUMENTS}}}'
+    generator = generator_of(model, f"{one}; {one}")
+    assert calls_of(asyncio.run(ask())) == [("get_weather", {"city": "Paris"})]
+    assert not seen[0].parallel_tool_calls
+
+
+def test_calls_of_a_form_that_is_not_known_are_text(opened: Opened) -> None:
+    model, call = opened(UNKNOWN_FORM), '<use tool="get_weather">Paris</use>'
+    assert "get_weather" in prompt_of(asked(tools=(TOOL,)), model)
+    events = answered(asked(tools=(TOOL,)), model, call)
+    assert text_of(events) == call and end_of(events).reason == "stop"
+
+
+def test_a_call_that_was_cut_off_may_be_sent_back(opened: Opened) -> None:
+    call = {"id": "c", "function": {"name": "get_weather", "arguments": '{"city": "Par'}}
+    messages = (*HI, {"role": "assistant", "content": None, "tool_calls": [call]}, *HI)
+    prompt = prompt_of(asked(*messages, tools=(TOOL,)), opened(QWEN3))
+    assert r'"arguments": {"unfinished_arguments": "{\"city\": \"Par"}}' in prompt
+
+
 def test_tools_are_not_told_if_none_may_be_called(opened: Opened) -> None:
     model = opened()
     request = asked(tools=(TOOL,), tool_choice="none")
@@ -196,9 +293,8 @@ def test_tools_are_not_told_if_none_may_be_called(opened: Opened) -> None:
 
 
 def test_the_template_does_not_see_that_a_tool_is_strict(opened: Opened) -> None:
-    strict = {**TOOL, "function": {**TOOL["function"], "strict": True}}
     model = opened()
-    assert prompt_of(asked(tools=(strict,)), model) == prompt_of(asked(tools=(TOOL,)), model)
+    assert prompt_of(asked(tools=(STRICT,)), model) == prompt_of(asked(tools=(TOOL,)), model)
 
 
 def test_thinking_is_chosen_by_the_request(opened: Opened) -> None:
@@ -228,20 +324,18 @@ def test_a_turn_without_the_thinking_of_the_last_one_begins_behind_a_checkpoint(
     ("template", "request_", "word"),
     [
         (NO_SYSTEM, asked(tools=(TOOL,)), "^tools cannot be honoured: the model's chat template"),
-        ("{{ tools }}{{ messages }}", asked(tools=(TOOL,)), "^tools cannot .* is not known"),
+        (
+            UNKNOWN_FORM,
+            asked(tools=(TOOL,), tool_choice="required"),
+            "^tool_choice cannot .* is not known",
+        ),
+        (UNKNOWN_FORM, asked(tools=(STRICT,)), "^a strict tool cannot .* is not known"),
         (NO_SYSTEM, asked({"role": "system", "content": "x"}, *HI), r"messages\[0\] has the role"),
         (NO_SYSTEM, asked({"role": "tool", "content": "x"}), r"messages\[0\] belongs to a tool"),
         (QWEN3, asked({"role": "wizard", "content": "x"}), r"messages\[0\].role is 'wizard'"),
         (QWEN3, asked(output_format=OutputFormat("json_object")), "output_format cannot be"),
         (QWEN3, asked(tools=(TOOL,), tool_choice=NamedTool("a")), "tool_choice cannot be"),
         (QWEN3, asked({"role": "user", "content": "\ud800"}), "half of a surrogate pair"),
-        (
-            QWEN3,
-            asked(
-                {"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": "["}}]}
-            ),
-            r"messages\[0\].tool_calls\[0\].function.arguments is not the JSON of an object",
-        ),
         ("{{ raise_exception('No.') }}", asked(), "refuses this: No."),
     ],
 )
@@ -327,6 +421,15 @@ def test_stop_texts_are_for_the_answer_not_for_reasoning_and_calls(opened: Opene
     assert end_of(events).stop_text == "stop"
     direct = answered(asked(stop=("stop",), enable_thinking=False), model, "Do stop it")
     assert text_of(direct) == "Do " and end_of(direct).reason == "stop"
+
+
+def test_an_answer_that_speaks_of_marks_is_still_stopped(opened: Opened) -> None:
+    for mark in ("<think>", "<tool_call>"):
+        request = asked(stop=("Observation:",), tools=(TOOL,))
+        said = f"<think>a</think>Use the {mark} tag. Observation: x. more"
+        events = answered(request, opened(QWEN3), said)
+        assert text_of(events) == f"Use the {mark} tag. "
+        assert end_of(events).stop_text == "Observation:"
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -9,7 +9,6 @@ import pytest
 
 from subspec.runtime.server.answer_parser import AnswerParser
 from subspec.runtime.server.chat_events import ChatEvent, ToolCallDelta, ToolCallStart
-from subspec.runtime.server.messages import call_input
 from subspec.runtime.server.reasoning import THINK
 from subspec.runtime.server.responses_tools import custom_input
 from subspec.runtime.server.tools.formats import (
@@ -21,7 +20,7 @@ from subspec.runtime.server.tools.formats import (
     XML,
     ToolFormat,
 )
-from subspec.runtime.server.tools.json_text import DEEPEST
+from subspec.runtime.server.tools.json_text import DEEPEST, arguments_object
 
 FORMATS = (HERMES, XML, LLAMA, MISTRAL_LIST, MISTRAL_ARGS, GEMMA_4)
 PROPERTIES = {"s": {"type": "string"}, "n": {"type": "number"}, "o": {"type": "object"}, "any": {}}
@@ -84,7 +83,7 @@ def test_nothing_that_a_model_writes_breaks_a_response(form: ToolFormat) -> None
             sent(event.__dict__)
         for arguments in arguments_in(events):
             num_calls += 1
-            sent(call_input(arguments))
+            sent(arguments_object(arguments))
             sent(custom_input(arguments))
         again = arguments_in(events_of(form, text, chance))
         assert again == arguments_in(events), "it depends on where the text was cut"
@@ -133,7 +132,7 @@ def test_arguments_are_json_that_has_what_was_written_but_no_half_characters(nam
         [arguments] = arguments_in(events_of(form, text, chance))
         found = json.loads(arguments)
         assert (found["o"] if name == "xml" else found) == without_halves(value)
-        assert sent(call_input(arguments)) == sent(found)
+        assert sent(arguments_object(arguments)) == sent(found)
 
 
 @pytest.mark.parametrize("number", ["1e999", "-1e999", "NaN", "Infinity"])
@@ -145,7 +144,7 @@ def test_a_number_that_json_has_not_is_never_made_one(name: str, number: str) ->
     events = events_of(form, text, random.Random(0))
     assert events, "nothing is lost"
     for arguments in arguments_in(events):
-        sent(call_input(arguments))
+        sent(arguments_object(arguments))
 
 
 def test_of_two_values_for_one_name_the_last_one_counts() -> None:
@@ -155,12 +154,12 @@ def test_of_two_values_for_one_name_the_last_one_counts() -> None:
         (GEMMA_4, '<|tool_call>call:f{s:<|"|>1<|"|>,s:<|"|>2<|"|>}<tool_call|>'),
     ):
         [arguments] = arguments_in(events_of(form, text, random.Random(0)))
-        assert call_input(arguments) == {"s": "2"}
+        assert arguments_object(arguments) == {"s": "2"}
 
 
 @pytest.mark.parametrize("depth", [DEEPEST - 2, DEEPEST + 1, 3000, 200_000])
 def test_what_is_nested_too_deep_is_given_as_a_text(depth: int) -> None:
     value = '{"o":' + "[" * depth + "]" * depth + "}"
-    found = call_input(value)
+    found = arguments_object(value)
     assert (found == json.loads(value)) if depth < DEEPEST else ("unfinished_arguments" in found)
     sent(found)

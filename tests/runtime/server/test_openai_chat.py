@@ -236,6 +236,54 @@ def test_every_field_reaches_the_engine_side() -> None:
     )
 
 
+def test_messages_have_the_shape_that_templates_take() -> None:
+    """As those of /v1/responses and /v1/messages have."""
+    call = {"id": "c", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+    served = serve()
+    found = chat(
+        served, tools=[TOOL],
+        messages=[
+            {"role": "system", "content": "Be brief."},
+            {"role": "developer", "content": "Be kind."},
+            {"role": "user", "content": "a"},
+            {"role": "user", "content": "b"},
+            {"role": "system", "content": "It is late."},
+            {"role": "assistant", "content": "Let me look."},
+            {"role": "assistant", "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "c", "name": "look", "content": ""},
+            {"role": "user", "content": ""},
+        ],
+    )  # fmt: skip
+    assert found.status == 200, found.body
+    assert served.chats[0].messages == (
+        {"role": "system", "content": "Be brief.\n\nBe kind."},
+        {"role": "user", "content": "a\n\nb\n\nIt is late."},
+        {"role": "assistant", "content": "Let me look.", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "name": "look", "content": ""},
+    )
+    empty = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": ""})
+    assert chat(served, messages=[*empty]).status == 200
+    assert served.chats[1].messages == empty
+
+
+def test_null_is_the_same_as_leaving_a_field_out_also_within_messages() -> None:
+    served = serve()
+    call = {"id": None, "type": None, "function": {"name": "look", "arguments": None}}
+    part = {"type": "text", "text": "a", "refusal": None, "cache_control": None}
+    found = chat(
+        served, temperature=None, stop=None, tools=[TOOL], tool_choice=None, stream_options=None,
+        messages=[
+            {"role": "user", "content": [part], "name": None, "tool_calls": None},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": None, "content": "seen"},
+        ],
+    )  # fmt: skip
+    assert found.status == 200, found.body
+    (asked,) = served.chats
+    filled = {"id": "", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+    assert asked.messages[1] == {"role": "assistant", "content": None, "tool_calls": [filled]}
+
+
 def test_what_a_request_does_not_say_is_the_servers_and_its_seed_is_another_one_each_time() -> None:
     served = serve("a", sampling=Sampling(0.7, 20, 0.8))
     for _ in range(2):
@@ -317,7 +365,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
      "invalid_value"),
     ({"structured_outputs": {}}, "structured_outputs", "invalid_value"),
     ({"messages": []}, "messages", "invalid_value"),
-    ({"messages": None}, "messages", "invalid_value"),
+    ({"messages": None}, "messages", "missing_required_parameter"),
     ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role", "invalid_value"),
     ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "invalid_value"),
     ({"messages": [{"role": "user", "content": {}}]}, "messages[0].content", "invalid_value"),

@@ -1,5 +1,7 @@
 """What a template can render is found by asking it."""
 
+from dataclasses import replace
+
 import pytest
 from chat_templates import (
     GEMMA4,
@@ -22,14 +24,9 @@ CALLS = TemplateCaps(
     supports_tool_calls=True,
     supports_parallel_tool_calls=True,
     supports_object_arguments=True,
+    supports_user_after_result=True,
 )
-FULL = TemplateCaps(
-    **{
-        **CALLS.as_dict(),
-        "supports_preserve_reasoning": True,
-        "supports_enable_thinking": True,
-    }
-)
+FULL = replace(CALLS, supports_preserve_reasoning=True, supports_enable_thinking=True)
 TEXT_ARGUMENTS = """\
 {% for m in messages %}{{ m.content }}{% for call in m.tool_calls or [] %}
 {{ call.function.name ~ call.function.arguments }}{% endfor %}{% endfor %}{{ tools }}"""
@@ -50,12 +47,12 @@ PARTS = """\
         (QWEN3, FULL),
         (QWEN35, FULL),
         (QWEN35_NOW, FULL),
-        (MISTRAL, CALLS),
+        (MISTRAL, replace(CALLS, supports_user_after_result=False)),
         (NO_SYSTEM, TemplateCaps(supports_system_role=False)),
-        (TEXT_ARGUMENTS, TemplateCaps(**{**CALLS.as_dict(), "supports_object_arguments": False})),
+        (TEXT_ARGUMENTS, replace(CALLS, supports_object_arguments=False)),
         (
             FIRST_CALL_ONLY,
-            TemplateCaps(supports_tool_calls=True, supports_object_arguments=True),
+            replace(CALLS, supports_tools=False, supports_parallel_tool_calls=False),
         ),
         (PARTS, TemplateCaps(supports_typed_content=True, supports_reasoning_effort=True)),
         ("{{ nothing.at.all }}", TemplateCaps(False, False, False)),

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.planner.model.hub import DEMO
-from subspec.runtime.text.detokenizer import Decoder, StreamingDetokenizer
+from subspec.runtime.text.detokenizer import Decoder, StreamingDetokenizer, Unstopped
 from subspec.runtime.text.tokenizer import (
     QUICK_CHARACTERS,
     ChatTokenizer,
@@ -403,6 +403,9 @@ def test_a_stop_text_may_have_shown_and_hidden_special_tokens_in_it(demo: ChatTo
         assert "".join(in_pieces(printer, ids)) == "a" and printer.stop_text == stop
 
 
+PAIR = Unstopped("<t>", "</t>")
+
+
 @pytest.mark.parametrize(
     ("written", "said"),
     [
@@ -419,12 +422,55 @@ def test_a_stop_text_does_not_count_within_such_a_pair(
     demo: ChatTokenizer, written: str, said: str
 ) -> None:
     ids = byte_ids(demo.tokenizer, written)
-    printer = StreamingDetokenizer(demo, ("no such", "stop"), unstopped=[("<t>", "</t>")])
+    printer = StreamingDetokenizer(demo, ("no such", "stop"), unstopped=[PAIR])
     assert "".join(in_pieces(printer, ids)) == said == printer.text
     assert printer.stopped == (said != written)
-    inside = StreamingDetokenizer(demo, ("stop",), unstopped=[("", "</t>"), ("<t>", "</t>")])
+    inside = StreamingDetokenizer(demo, ("stop",), unstopped=[Unstopped("", "</t>"), PAIR])
     pieces = in_pieces(inside, byte_ids(demo.tokenizer, "stop </t>" + written))
     assert "".join(pieces) == "stop </t>" + said
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        (" \n<t>x stop</t> y stop z", " \n<t>x stop</t> y "),
+        ("a <t>x stop", "a <t>x "),
+        ("<t>stop</t><t>stop", "<t>stop</t><t>"),
+        ("a<c> {stop}</c> stop", "a<c> {stop}</c> "),
+        ("a<c> call:stop</c> stop", "a<c> call:stop</c> "),
+        ("a<c> is stop", "a<c> is "),
+        ("a<c><c>\n call stop", "a<c><c>\n call "),
+        ("a<c><c>{stop", "a<c><c>{stop"),
+        ("a<c> ", "a<c> "),
+        ("a<c> st", "a<c> st"),
+        ("stop<c>{", ""),
+        ("<c> cal", "<c> cal"),
+        ("<t>a</t>b<t><c>{stop</c>stop", "<t>a</t>b<t><c>{stop</c>"),
+    ],
+)
+def test_marks_that_are_only_spoken_of_leave_stop_texts_on(
+    demo: ChatTokenizer, written: str, said: str
+) -> None:
+    """Thinking is at the beginning, and a call is followed by what a call begins with."""
+    pairs = [
+        Unstopped("<t>", "</t>", leads=True),
+        Unstopped("<c>", "</c>", follows=("{", "call:")),
+    ]
+    ids = byte_ids(demo.tokenizer, written)
+    for step in (1, 3, len(ids)):
+        printer = StreamingDetokenizer(demo, ("no such", "stop"), unstopped=pairs)
+        pieces = [printer.feed(ids[at : at + step]) for at in range(0, len(ids), step)]
+        assert "".join([*pieces, printer.finish()]) == said == printer.text
+        assert printer.stopped == (said != written)
+
+
+def test_a_stop_text_that_waits_for_what_follows_a_mark_counts_at_the_end(
+    demo: ChatTokenizer,
+) -> None:
+    pairs = [Unstopped("<c>", "</c>", follows=("{",))]
+    printer = StreamingDetokenizer(demo, ("\n",), unstopped=pairs)
+    assert printer.feed(byte_ids(demo.tokenizer, "a<c>\n")) == "a"
+    assert printer.finish() == "<c>" and printer.stop_text == "\n"
 
 
 # What a template is given
@@ -452,6 +498,21 @@ def test_no_text_that_a_client_sends_forges_a_turn(demo: ChatTokenizer) -> None:
     )
     assert given["eos_token"] == "<|im_end|>" and given["add_generation_prompt"]
     assert given["enable_thinking"] is False and given["reasoning_effort"] == "low"
+
+
+def test_marks_of_turns_that_are_no_special_tokens_are_split_too(demo: ChatTokenizer) -> None:
+    """What a model writes within its turn is not, nor tokens that the template does not have."""
+    tokenizer = Tokenizer.from_str(demo.tokenizer.to_str())
+    marks = ["<｜User｜>", "</tool_response>", "[OUT]"]
+    others = ["<think>", "</tool_call>", "<fim>", "\n\n", "user", "<b> <c>"]
+    tokenizer.add_tokens([AddedToken(one, special=False) for one in (*marks, *others)])
+    template = "<｜User｜>user\n\n<think></tool_call><b> <c></tool_response>[OUT]{{ messages }}"
+    chat = ChatTokenizer(tokenizer, template, {}, False)
+    for role in ("system", "user", "assistant", "tool"):
+        message = {"role": role, "content": " ".join([*marks, *others])}
+        (given,) = chat.template_variables(Conversation([message]))["messages"]
+        split = [one[0] + "\u200b" + one[1:] for one in marks]
+        assert given == {"role": role, "content": " ".join([*split, *others])}
 
 
 def test_tokens_that_overlap_are_all_split() -> None:
