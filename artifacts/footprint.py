@@ -353,7 +353,7 @@ def workspace_bytes(spec: ModelSpec, device: DeviceKind, shape: Shape) -> int:
     prompt = pass_bytes(spec, device, 1, shape.prefill_tokens, slots, of_heads, threads)
     # All sequences verify, or all but one do while a piece of its prompt is read; the piece counts
     # as further sequences.
-    piece = min(ROWS_IN_COMPANY, shape.prefill_tokens)
+    piece = min(max(ROWS_IN_COMPANY, width), shape.prefill_tokens)
     verifying = max(sequences, sequences - 1 + -(-piece // width)) if sequences > 1 else 1
     of_heads = logits_bytes(spec, sequences * width)
     trees = pass_bytes(spec, device, verifying, width, slots, of_heads, threads, width)

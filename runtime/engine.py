@@ -153,7 +153,7 @@ class Engine:
         plan, found = self.plan, dict[Sequence, Piece]()
         room = plan.prefill_tokens
         if self._decoding:
-            room = min(room, ROWS_IN_COMPANY)
+            room = min(room, max(ROWS_IN_COMPANY, plan.prompt_widths[0]))
         for sequence in self._reading:
             rows = min(room, plan.verify_width) if sequence.wants_prompt_logprobs else room
             count = tokens_that_fit(plan, len(sequence.unread), rows)

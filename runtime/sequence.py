@@ -132,14 +132,16 @@ class Sequence:
         cache.roll_back(self._reusable(prompt, params))
         self.params, self.finish_reason, self._fresh = params, None, []
         self.prompt_logprobs, self.logprobs = [], []
-        self._prompt, self._num_read = prompt, len(prompt)
+        self._prompt, self._num_read = list(prompt), len(prompt)  # the caller's may change
         self.stats = Stats(
             self._engine.method,
             prompt_tokens=len(prompt),
             reused_tokens=cache.length,
             first_of_engine=self._engine.num_reads == 0,
         )
-        chooser = Chooser(params.sampling, prompt, params.end_tokens, params.constraint)
+        # Also where the answer goes on after them, what a constraint has to say ends there.
+        ends = params.end_tokens.union(self._engine.artifact.spec.eos_token_ids)
+        chooser = Chooser(params.sampling, prompt, ends, params.constraint)
         most = min(params.max_tokens, room)
         lossy = params.lossy if params.constraint is None else None
         self.turn = Turn(cache, 0, most, chooser, params.logprobs, lossy)

@@ -185,7 +185,7 @@ def within_constraints(draft_pass: DraftPass, turns: Sequence[Turn]) -> DraftPas
             constraint = turns[one.index].chooser.constraint
             for node in one.last.nodes.tolist():
                 path = one.tree.tokens[one.tree.ancestors[node]].tolist()[1:]  # without the root
-                allowed = constraint.allowed_after(path) if constraint is not None else None
+                allowed = constraint and constraint.allowed_after(path, logits.shape[1])
                 if allowed is not None:
                     logits[row].masked_fill_(~allowed.to(logits.device), -math.inf)
                 row += 1

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from subspec.artifacts.common.errors import Exit, SubspecError
@@ -51,10 +52,12 @@ class Follower:
         self._end_tokens = end_tokens
         self._said: list[int] = []  # the answer's tokens
         self._num_told = 0  # of them, to the constraint: each when the next one is asked for
+        self._most_told = 0  # so far: verification tells some, takes them back, and they are kept
         self._num_ends = 0
         self._seconds_left = ANSWER_SECONDS
         self._draft_seconds_left = ANSWER_SECONDS
         self._unpruned_until = 0  # how many tokens the answer must have
+        self._failure: Exception | None = None  # of a `pop`, after which nothing is known
 
     def push(self, token: int) -> None:
         """`token` comes next. What the constraint has against it, `allowed` says."""
@@ -66,11 +69,11 @@ class Follower:
         for _ in range(num_tokens):
             self._num_ends -= self._said.pop() in self._end_tokens
         if (beyond := self._num_told - len(self._said)) > 0:
-            self._constraint.pop(beyond)
+            self._take_back(beyond)
             self._num_told -= beyond
 
-    def allowed(self) -> Tensor | None:
-        """bool [V] on the host: what may come next; None: anything. Raises SubspecError if the
+    def allowed(self, size: int) -> Tensor | None:
+        """bool [size] on the host: what may come next; None: anything. Raises SubspecError if the
         answer cannot go on."""
         if self._num_ends:
             return None
@@ -79,8 +82,8 @@ class Follower:
             raise SubspecError(Exit.USAGE, message, "make the grammar simpler")
         begin = time.thread_time()
         try:
-            self._tell()
-            return self._constraint.allowed()
+            begin += self._tell()
+            return checked(self._constraint.allowed(), size)
         except SubspecError:
             raise
         except Exception as error:  # whatever it is, it is of this answer alone
@@ -89,31 +92,60 @@ class Follower:
         finally:
             self._seconds_left += STEP_SECONDS - (time.thread_time() - begin)
 
-    def allowed_after(self, path: Sequence[int]) -> Tensor | None:
-        """bool [V] on the host: what a draft may propose after the tokens `path`, which follow what
-        was pushed; None: anything, also where `path` itself is not allowed."""
+    def allowed_after(self, path: Sequence[int], size: int) -> Tensor | None:
+        """bool [size] on the host: what a draft may propose after the tokens `path`, which follow
+        what was pushed; None: anything, also where `path` itself is not allowed."""
         self._draft_seconds_left += STEP_SECONDS
         too_early = len(self._said) < self._unpruned_until
         if self._num_ends or too_early or self._draft_seconds_left < 0:
             return None
         begin, num_pushed = time.thread_time(), 0
         try:
-            self._tell()
+            begin += self._tell()
             for token in path:
-                allowed = self._constraint.allowed()
+                allowed = checked(self._constraint.allowed(), size)
                 if token in self._end_tokens or (allowed is not None and not allowed[token]):
                     return None
                 self._constraint.push(token)
                 num_pushed += 1
-            return self._constraint.allowed()
+            return checked(self._constraint.allowed(), size)
         except Exception:  # if the answer gets there, verification says so
             self._unpruned_until = len(self._said) + num_pushed + 1
             return None
         finally:
-            self._constraint.pop(num_pushed)
+            self._take_back(num_pushed)
             self._draft_seconds_left -= time.thread_time() - begin
 
-    def _tell(self) -> None:
+    def _tell(self) -> float:
+        """Seconds of what was told before, and taken back: it is not paid for again."""
+        if self._failure is not None:
+            raise self._failure
+        again = 0.0
         while self._num_told < len(self._said):
+            begin = time.thread_time()
             self._constraint.push(self._said[self._num_told])
             self._num_told += 1
+            if self._num_told <= self._most_told:
+                again += time.thread_time() - begin
+            self._most_told = max(self._most_told, self._num_told)
+        return again
+
+    def _take_back(self, num_tokens: int) -> None:
+        try:
+            self._constraint.pop(num_tokens)
+        except Exception as error:  # its answer ends where it goes on: others have part in a round
+            self._failure = error
+
+
+def checked(allowed: object, size: int) -> Tensor | None:
+    """What a constraint gave. Raises ValueError unless it is as `Constraint.allowed` says."""
+    if allowed is None:
+        return None
+    if not isinstance(allowed, Tensor):
+        raise ValueError(f"`allowed` gave a {type(allowed).__name__}, expected a tensor or None")
+    if allowed.dtype != torch.bool or allowed.shape != (size,):
+        kind = f"{allowed.dtype} {list(allowed.shape)}"
+        raise ValueError(f"`allowed` gave {kind}, expected torch.bool [{size}]")
+    if not allowed.any():
+        raise ValueError("it allows no token")
+    return allowed

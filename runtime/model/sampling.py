@@ -125,6 +125,8 @@ class Chooser:
         """f64 [V], a copy."""
         changed, one = logits.double(), self.sampling
         counts = +self._counts
+        for token, bias in one.logit_bias:  # first, as in transformers and vLLM
+            changed[token] += bias
         if one.repetition_penalty != 1:
             self._prompt_ids = self._prompt_ids.to(logits.device)  # once: a prompt may be long
             others = [token for token in counts if token not in self._prompt]
@@ -136,13 +138,11 @@ class Chooser:
             ids = torch.tensor(list(counts), device=logits.device)
             times = torch.tensor(list(counts.values()), device=logits.device)
             changed[ids] -= one.presence_penalty + one.frequency_penalty * times.double()
-        for token, bias in one.logit_bias:
-            changed[token] += bias
         return changed
 
     def _allowed(self, logits: Tensor) -> Tensor:
         """The logits [V], in place, -inf where the constraint forbids the token."""
-        mask = self.constraint.allowed() if self.constraint is not None else None
+        mask = self.constraint.allowed(len(logits)) if self.constraint is not None else None
         return logits if mask is None else logits.masked_fill_(~mask.to(logits.device), -math.inf)
 
 
@@ -155,8 +155,10 @@ def logprobs_of(logits: Tensor, token: int, num_top: int) -> TokenLogprobs:
 
 
 def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
-    """f64 [V] after temperature, top-k, top-p, min-p, in transformers' order; -inf if cut off."""
-    scaled = logits.double() / sampling.temperature
+    """f64 [V] after temperature, top-k, top-p, min-p, in transformers' order, 0 the greatest; -inf
+    if cut off."""
+    wide = logits.double()
+    scaled = (wide - wide.max()) / sampling.temperature  # at most 0: nothing overflows
     if 0 < sampling.top_k < len(logits):
         smallest = scaled.topk(sampling.top_k).values[-1]
         scaled.masked_fill_(scaled < smallest, float("-inf"))
@@ -181,7 +183,9 @@ def position_noise(seed: int, position: int, size: int, device: torch.device) ->
 
 
 def mix(seed: int, position: int) -> int:
-    """63-bit hash of the pair (splitmix64's finaliser), so that neighbours are unrelated."""
+    """63-bit hash of the pair (splitmix64's finaliser), so that neighbours are unrelated. torch's
+    generators on CPUs use its low 32 bits: of 4096 tokens two have one noise in 1 of 500 answers.
+    """
     mask = (1 << 64) - 1
     value = (seed * 0x9E3779B97F4A7C15 + position * 0xD1B54A32D192ED03 + 1) & mask
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):

@@ -5,7 +5,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from starlette.requests import Request
@@ -89,7 +89,9 @@ async def wanted_of(asked: CompletionFields, service: Service) -> list[Wanted]:
         found = []
         for ids, text in prompts_of(asked.prompt, service):
             echo = text if asked.echo else None
-            request = GenerationRequest(tuple(ids), params, asked.stop_texts)
+            # Without a seed each prompt's answer has another: some ask for samples by a list.
+            own = sampling_of(asked, service.sampling, service.model)
+            request = GenerationRequest(tuple(ids), replace(params, sampling=own), asked.stop_texts)
             found.append(Wanted(request, echo, asked.max_tokens == 0))
         return found
 

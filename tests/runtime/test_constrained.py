@@ -3,6 +3,7 @@ a draft nor company changes a token."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import pytest
 import torch
@@ -124,13 +125,15 @@ def test_what_a_draft_may_propose_ends_with_the_constraint() -> None:
     follower = chooser.constraint
     assert follower is not None
     chooser.push(10)
-    after = follower.allowed_after([16, 22])
+    after = follower.allowed_after([16, 22], 50)
     assert after is not None and after.nonzero().flatten().tolist() == list(range(3, 50, 5))
-    assert follower.allowed_after([17]) is None, "the path itself is not allowed"
+    assert follower.allowed_after([17], 50) is None, "the path itself is not allowed"
     assert constraint.said == [10]
     for token in (11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21):
         chooser.push(token)
-    assert follower.allowed_after([END]) is None and follower.allowed_after([END, 3]) is None
+    assert (
+        follower.allowed_after([END], 50) is None and follower.allowed_after([END, 3], 50) is None
+    )
     with chooser.ahead():
         chooser.push(END)
         chooser.push(9)
@@ -243,3 +246,54 @@ def test_a_prompt_whose_answer_cannot_begin_holds_up_no_other(artifact: Artifact
             while engine.step():
                 pass
             assert free.take_fresh() == expected
+
+
+@dataclass
+class OddMask(Counted):
+    """What it gives is no mask."""
+
+    def allowed(self) -> Tensor:
+        return super().allowed()[:-1] if len(self.said) >= 6 else super().allowed()
+
+
+@pytest.mark.parametrize("method", ["substitute", "plain"])
+def test_a_mask_of_another_size_ends_its_own_answer_only(
+    artifact: Artifact, method: Literal["substitute", "plain"]
+) -> None:
+    shared = replan(artifact, width=2, depth=5, resident_share=1.0, num_sequences=2)
+    with Engine.open(shared, OpenOptions(method)) as engine:
+        with engine.new_sequence() as sequence:
+            expected = generated(sequence, PROMPT, GenerationParams(40))
+        with engine.new_sequence() as free, engine.new_sequence() as failing:
+            constraint = OddMask(artifact.spec.vocab_size)
+            free.begin(PROMPT, GenerationParams(40))
+            failing.begin(PROMPT, GenerationParams(40, constraint=constraint))
+            with pytest.raises(SubspecError, match="expected torch.bool"):
+                while engine.step():
+                    pass
+            assert engine.is_active(free) and not engine.is_active(failing)
+            while engine.step():
+                pass
+            assert free.take_fresh() == expected
+
+
+def test_an_answer_that_goes_on_after_its_end_token_is_free_from_there(artifact: Artifact) -> None:
+    """Without `end_tokens`, as of requests that ignore the end: Counted fails if it is asked."""
+    known = replace(artifact, spec=replace(artifact.spec, eos_token_ids=(END,)))
+    said = []
+    for how in (OpenOptions("plain"), OpenOptions()):
+        with Engine.open(known, how) as engine, engine.new_sequence() as sequence:
+            constraint = Counted(artifact.spec.vocab_size)
+            said.append(generated(sequence, PROMPT, GenerationParams(60, constraint=constraint)))
+    assert said[0] == said[1] and END in said[0] and len(said[0]) == 60
+
+
+def test_a_prompt_is_the_callers_to_change(artifact: Artifact) -> None:
+    prompt = list(PROMPT)
+    with Engine.open(artifact) as engine, engine.new_sequence() as sequence:
+        expected = generated(sequence, PROMPT, GenerationParams(8))
+        sequence.begin(prompt, GenerationParams(8))
+        prompt.clear()
+        while engine.step():
+            pass
+        assert sequence.take_fresh() == expected

@@ -211,6 +211,19 @@ def test_prompts_of_which_log_probabilities_are_wanted_are_read_beside_others(
         assert [(one.take_fresh(), one.prompt_logprobs) for one in several] == expected
 
 
+def test_a_prompt_is_read_beside_an_answer_also_where_no_width_of_prompts_is_narrow(
+    artifact: Artifact,
+) -> None:
+    with Engine.open(artifact) as engine:
+        narrow = ROWS_IN_COMPANY + 8
+        engine.plan = replace(engine.plan, prefill_tokens=512, prompt_widths=(narrow,))
+        reading, answering = engine.new_sequence(), engine.new_sequence()
+        reading.begin(PROMPT, GenerationParams(4))
+        engine.join(answering)
+        engine.begin_to_decode(answering)
+        assert [len(piece.tokens) for piece in engine._next_pieces().values()] == [len(PROMPT)]
+
+
 def test_log_probabilities_of_a_prompt_need_not_fit_the_rows_of_one_pass(
     artifact: Artifact,
 ) -> None:

@@ -1,5 +1,6 @@
 """A constraint that is slow or fails: what that means for an answer, and what for its drafts."""
 
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -48,15 +49,15 @@ def test_a_failed_draft_is_not_tried_again_until_the_answer_is_beyond_that_place
     fragile = Fragile(dead_end=(1, 2, 3))
     one = follower(fragile)
     one.push(1)
-    assert one.allowed_after([2]) is not None
-    assert [one.allowed_after([2, 3]) for _ in range(5)] == [None] * 5
-    assert one.allowed_after([2]) is None and fragile.num_failures == 1
+    assert one.allowed_after([2], 9) is not None
+    assert [one.allowed_after([2, 3], 9) for _ in range(5)] == [None] * 5
+    assert one.allowed_after([2], 9) is None and fragile.num_failures == 1
     for token in (2, 4):
         one.push(token)
-        assert one.allowed() is not None, "the answer goes on"
-    assert one.allowed_after([3]) is None
+        assert one.allowed(9) is not None, "the answer goes on"
+    assert one.allowed_after([3], 9) is None
     one.push(5)
-    assert one.allowed_after([3]) is not None and fragile.num_failures == 1
+    assert one.allowed_after([3], 9) is not None and fragile.num_failures == 1
     assert fragile.said == [1, 2, 4, 5]
 
 
@@ -64,13 +65,13 @@ def test_what_has_failed_for_a_draft_is_asked_again_for_the_answer() -> None:
     fragile = Fragile(dead_end=(1, 2))
     one = follower(fragile)
     one.push(1)
-    assert one.allowed_after([2]) is None
+    assert one.allowed_after([2], 9) is None
     fragile.dead_end = ()  # a grammar gets easier to follow as more of it has been seen
     one.push(2)
-    assert one.allowed() is not None
+    assert one.allowed(9) is not None
     fragile.dead_end = (1, 2)
     with pytest.raises(SubspecError, match="too complex"):
-        one.allowed()
+        one.allowed(9)
 
 
 def test_an_error_that_nobody_foresaw_is_one_of_the_answer_and_of_no_draft() -> None:
@@ -79,9 +80,9 @@ def test_an_error_that_nobody_foresaw_is_one_of_the_answer_and_of_no_draft() -> 
             raise KeyError("a bug")
 
     one = follower(Broken())
-    assert one.allowed_after([]) is None
+    assert one.allowed_after([], 9) is None
     with pytest.raises(SubspecError, match="the grammar of the answer failed: KeyError") as caught:
-        one.allowed()
+        one.allowed(9)
     assert caught.value.exit_code == Exit.UNEXPECTED
 
 
@@ -90,13 +91,13 @@ def test_a_place_that_the_answer_left_again_is_no_problem_of_it() -> None:
     for token in (1, 2):
         one.push(token)
     one.pop(1)
-    assert one.allowed() is not None
+    assert one.allowed(9) is not None
     one.push(2)
     with pytest.raises(SubspecError, match="too complex"):
-        one.allowed()
+        one.allowed(9)
     one.pop(1)
     one.push(3)
-    assert one.allowed() is not None
+    assert one.allowed(9) is not None
 
 
 def test_after_the_first_end_token_nothing_is_asked() -> None:
@@ -104,10 +105,10 @@ def test_after_the_first_end_token_nothing_is_asked() -> None:
     one = follower(fragile)
     for token in (4, END, 5):
         one.push(token)
-    assert one.allowed() is None and one.allowed_after([6]) is None
+    assert one.allowed(9) is None and one.allowed_after([6], 9) is None
     assert fragile.said == []
     one.pop(2)
-    assert one.allowed() is not None and fragile.said == [4]
+    assert one.allowed(9) is not None and fragile.said == [4]
 
 
 def test_an_answer_whose_grammar_gets_too_slow_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +116,7 @@ def test_an_answer_whose_grammar_gets_too_slow_is_given_up(monkeypatch: pytest.M
     one, count = follower(Fragile(seconds=0.02)), 0
     with pytest.raises(SubspecError, match="takes too long to follow") as caught:
         for count in range(20):  # noqa: B007
-            one.allowed()
+            one.allowed(9)
     assert 2 < count < 10 and caught.value.exit_code == Exit.USAGE
 
 
@@ -123,8 +124,66 @@ def test_the_time_that_drafts_take_is_not_the_answers(monkeypatch: pytest.Monkey
     monkeypatch.setattr(constraint, "ANSWER_SECONDS", 0.05)
     fragile = Fragile(seconds=0.02)
     one = follower(fragile)
-    pruned = [one.allowed_after([]) is not None for _ in range(20)]
+    pruned = [one.allowed_after([], 9) is not None for _ in range(20)]
     assert pruned[0] and not all(pruned), "drafts are left unpruned when their time is spent"
     fragile.seconds = 0
-    assert one.allowed() is not None
-    assert any(one.allowed_after([]) is not None for _ in range(100)), "but not for ever"
+    assert one.allowed(9) is not None
+    assert any(one.allowed_after([], 9) is not None for _ in range(100)), "but not for ever"
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (torch.ones(8, dtype=torch.bool), "gave torch.bool [8], expected torch.bool [9]"),
+        (torch.ones(9), "gave torch.float32 [9], expected torch.bool [9]"),
+        ([True] * 9, "gave a list, expected a tensor or None"),
+        (torch.zeros(9, dtype=torch.bool), "allows no token"),
+    ],
+    ids=["short", "float", "list", "nothing"],
+)
+def test_what_is_no_mask_ends_the_answer_and_prunes_no_draft(given: object, told: str) -> None:
+    class Odd(Fragile):
+        def allowed(self) -> Tensor | None:
+            return given  # type: ignore[return-value]
+
+    one = follower(Odd())
+    assert one.allowed_after([], 9) is None
+    with pytest.raises(SubspecError, match=re.escape(told)):
+        one.allowed(9)
+
+
+def test_a_pop_that_fails_ends_its_answer_where_it_goes_on_and_no_earlier() -> None:
+    class Forgetful(Fragile):
+        def pop(self, num_tokens: int) -> None:
+            if num_tokens:
+                raise KeyError("lost")
+
+    one = follower(Forgetful())
+    one.push(3)
+    assert one.allowed(9) is not None
+    one.pop(1)
+    assert one.allowed_after([], 9) is None
+    with pytest.raises(SubspecError, match="the grammar of the answer failed"):
+        one.allowed(9)
+
+
+def test_what_is_told_again_is_not_paid_for_again() -> None:
+    """Verification tells the constraint of tokens, takes them back, and they are kept."""
+
+    class Slow(Fragile):
+        def push(self, token: int) -> None:
+            begin = time.thread_time()
+            while time.thread_time() - begin < 0.02:
+                pass
+            super().push(token)
+
+    left = []
+    for times in (1, 4):
+        one = follower(Slow())
+        for _ in range(times):
+            for token in (1, 2, 3):
+                one.push(token)
+            one.allowed(9)
+            one.pop(3)
+        left.append(one._seconds_left)
+    assert left[1] > left[0] - 0.02

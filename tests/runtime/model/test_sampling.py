@@ -49,7 +49,7 @@ def test_filters_keep_what_transformers_keeps(settings: tuple[float, int, float]
         if top_p < 1:
             expected = TopPLogitsWarper(top_p)(None, expected)
         got = filter_logits(logits(row), Sampling(temperature, top_k, top_p))
-        torch.testing.assert_close(got.float(), expected[0])
+        torch.testing.assert_close(got.float(), expected[0] - expected[0].max())
 
 
 @pytest.mark.parametrize("min_p", [0.02, 0.3, 1.0])
@@ -59,7 +59,7 @@ def test_min_p_keeps_what_transformers_keeps(min_p: float) -> None:
     for row in range(3):
         expected = MinPLogitsWarper(min_p)(None, logits(row)[None] / 0.8)
         got = filter_logits(logits(row), Sampling(0.8, min_p=min_p))
-        torch.testing.assert_close(got.float(), expected[0])
+        torch.testing.assert_close(got.float(), expected[0] - expected[0].max())
 
 
 def test_the_repetition_penalty_is_transformers_one() -> None:
@@ -73,6 +73,21 @@ def test_the_repetition_penalty_is_transformers_one() -> None:
     for row in range(20):
         expected = process(torch.tensor([prompt + said]), logits(row)[None].double())
         assert chooser.choose(logits(row), row) == int(expected.argmax())
+
+
+def test_a_bias_is_added_before_the_repetition_penalty() -> None:
+    """As transformers does: SequenceBias, then RepetitionPenalty."""
+    row = torch.tensor([2.0, 6.2, 0.0])
+    penalized = Sampling(repetition_penalty=1.2, logit_bias=((0, 5.0),))
+    assert Chooser(penalized, prompt=[0]).choose(row, 0) == 1, "7 / 1.2 < 6.2 < 2 / 1.2 + 5"
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-308, 1e-6])
+def test_the_smallest_temperatures_take_the_likeliest_token(temperature: float) -> None:
+    row = torch.tensor([30.0, 400.0, 399.0, -5.0])
+    for filters in ({}, {"top_p": 0.9}, {"min_p": 0.1}, {"top_k": 2}):
+        sampling = Sampling(temperature, **filters)  # type: ignore[arg-type]
+        assert {Chooser(sampling).choose(row, position) for position in range(20)} == {1}
 
 
 def test_presence_and_frequency_penalties_count_the_answers_tokens() -> None:

@@ -55,6 +55,16 @@ def test_several_prompts_have_an_answer_each_in_their_order() -> None:
     assert "metrics" not in body
 
 
+@pytest.mark.parametrize(("seed", "count"), [(None, 3), (-1, 3), (7, 1)])
+def test_prompts_of_a_request_have_seeds_of_their_own_unless_it_names_one(
+    seed: int | None, count: int
+) -> None:
+    """Three times one prompt is how three samples are asked for."""
+    served = serve("x")
+    complete(served, ["a b"] * 3, temperature=1.0, **({} if seed is None else {"seed": seed}))
+    assert len({request.params.sampling.seed for request in served.engine.requests}) == count
+
+
 def test_later_prompts_of_a_request_wait_while_the_queue_is_full(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
