@@ -180,15 +180,17 @@ def within_constraints(draft_pass: DraftPass, turns: Sequence[Turn]) -> DraftPas
     be accepted."""
 
     def run(growing: Sequence[Growing]) -> Tensor:
-        logits, row = draft_pass(growing), 0
-        for one in growing:
+        logits = draft_pass(growing)
+        sizes = [len(one.last.nodes) for one in growing]
+        for one, rows in zip(growing, logits.split(sizes), strict=True):
             constraint = turns[one.index].chooser.constraint
-            for node in one.last.nodes.tolist():
+            if constraint is None:
+                continue
+            for node, row in zip(one.last.nodes.tolist(), rows, strict=True):
                 path = one.tree.tokens[one.tree.ancestors[node]].tolist()[1:]  # without the root
-                allowed = constraint and constraint.allowed_after(path, logits.shape[1])
+                allowed = constraint.allowed_after(path, len(row))
                 if allowed is not None:
-                    logits[row].masked_fill_(~allowed.to(logits.device), -math.inf)
-                row += 1
+                    row.masked_fill_(~allowed.to(row.device), -math.inf)
         return logits
 
     return run

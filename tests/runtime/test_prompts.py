@@ -221,7 +221,7 @@ def test_a_prompt_is_read_beside_an_answer_also_where_no_width_of_prompts_is_nar
         reading.begin(PROMPT, GenerationParams(4))
         engine.join(answering)
         engine.begin_to_decode(answering)
-        assert [len(piece.tokens) for piece in engine._next_pieces().values()] == [len(PROMPT)]
+        assert [len(piece.tokens) for piece in engine._next_pieces().values()] == [narrow]
 
 
 def test_log_probabilities_of_a_prompt_need_not_fit_the_rows_of_one_pass(
