@@ -66,7 +66,7 @@ def plan_model(
     from subspec.planner.build.quantize import QUANTIZERS
     from subspec.planner.model.checkpoint import read_checkpoint
     from subspec.planner.model.draft_head import with_draft_head
-    from subspec.planner.model.tokenizer_files import read_tokenizer
+    from subspec.planner.model.tokenizer_files import read_tokenizer, with_end_of_turn
     from subspec.planner.rehearse.learning import rehearse
     from subspec.planner.rehearse.rehearsal import pack_programs
     from subspec.planner.solve.storage import Storage
@@ -77,6 +77,7 @@ def plan_model(
         with errors_of(f"draft head {draft_head.source.repository}"):
             checkpoint = with_draft_head(checkpoint, draft_head.path)
     tokenizer = read_tokenizer(model.path)
+    checkpoint = with_end_of_turn(checkpoint, tokenizer)
     for note in (*checkpoint.notes, *tokenizer.notes):
         tell(f"note: {note}")
     spec = checkpoint.spec

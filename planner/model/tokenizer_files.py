@@ -5,13 +5,14 @@ its tokenizer is made once, here, and written as a whole.
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format.tensors import open_regular
+from subspec.planner.model.checkpoint import Checkpoint
 from subspec.planner.model.config import CONFIG, load_config
 from subspec.planner.model.fields import Fields, read_fields, refuse_stand_in
 from subspec.planner.model.generation import generation_notes, read_generation
@@ -36,6 +37,7 @@ class TokenizerFiles:
     chat_template: str | None  # a base model has none
     special_tokens: dict[str, str | None]
     begins_with_bos: bool
+    end_token: int | None  # the id of eos_token
     generation_config: dict[str, Any]  # see read_generation()
     notes: tuple[str, ...] = ()  # what a person should be told
 
@@ -74,9 +76,27 @@ def read_tokenizer(folder: Path) -> TokenizerFiles:
         chat_template=_bounded(template, LARGEST_TEMPLATE, CHAT_TEMPLATE) if template else None,
         special_tokens={name: token and str(token) for name, token in known.items()},
         begins_with_bos=bos is not None and first == [bos],
+        end_token=tokenizer.eos_token_id,
         generation_config=generation,
         notes=(*beyond, *generation_notes(generation)),
     )
+
+
+def with_end_of_turn(checkpoint: Checkpoint, tokenizer: TokenizerFiles) -> Checkpoint:
+    """The tokenizer's eos_token ends the answers of a model for conversations, too: some configs
+    name only the end of a document, and their answers would go on into the next turn."""
+    spec, end = checkpoint.spec, tokenizer.end_token
+    if end is None or tokenizer.chat_template is None:
+        return checkpoint
+    if end in spec.eos_token_ids or end >= spec.vocab_size:
+        return checkpoint
+    name = str(tokenizer.special_tokens["eos_token"])[:40]
+    note = (
+        f"{name!r}, the tokenizer's eos_token (id {end}), ends answers, too, although the model's "
+        "configs do not say so: transformers' generate() would go on behind it"
+    )
+    ends = replace(spec, eos_token_ids=(*spec.eos_token_ids, end))
+    return replace(checkpoint, spec=ends, notes=(*checkpoint.notes, note))
 
 
 def _one_template(templates: dict[str, str]) -> str | None:

@@ -1,5 +1,7 @@
 """Planning as a library: it takes a request, says nothing, and returns what it found."""
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,6 +63,24 @@ def test_a_model_becomes_an_artifact_whose_plan_is_returned(
         assert open_artifact(out).plan == found.plan
         assert open_artifact(out).profile == found.profile == PROFILE
     assert capsys.readouterr() == ("", "")
+
+
+def test_the_end_of_a_turn_ends_an_answer_that_the_configs_would_let_run_on(
+    tmp_path: Path,
+) -> None:
+    """As in Qwen3.5-9B, whose config ends only documents."""
+    told = list[str]()
+    folder = shutil.copytree(DEMO, tmp_path / "model")
+    (folder / "generation_config.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": 0}))
+    found = plan_model(REQUEST, resolve(str(folder)), tmp_path / "chat", tell=told.append)
+    assert found.spec.eos_token_ids == (0, 2) == open_artifact(tmp_path / "chat").spec.eos_token_ids
+    assert [one for one in told if "'<|im_end|>'" in one and "id 2" in one]
+    (folder / "chat_template.jinja").unlink()  # nobody speaks in turns
+    told.clear()
+    base = plan_model(REQUEST, resolve(str(folder)), tmp_path / "base", tell=told.append)
+    assert base.spec.eos_token_ids == (0,) and not [one for one in told if "im_end" in one]
 
 
 def test_an_artifact_is_planned_again_and_stays_as_it_is(
