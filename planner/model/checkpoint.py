@@ -24,7 +24,7 @@ from subspec.artifacts.model import (
     Source,
     layer_name,
 )
-from subspec.planner.model.config import CONFIG, quantization_of, read_config
+from subspec.planner.model.config import CONFIG, config_notes, quantization_of, read_config
 from subspec.planner.model.fp8 import E4M3, StoredScales, refused_dtype, scales_beside
 from subspec.planner.model.stored import (
     AGAIN,
@@ -84,7 +84,7 @@ def read_checkpoint(folder: Path, source: Source) -> Checkpoint:
         f"{DRAFT_HEAD}.{name}": names.rows(f"{MTP}.{name}", shape)
         for name, shape in spec.draft_head_shapes.items()
     }
-    notes: tuple[str, ...] = ()
+    notes = config_notes(folder)
     if spec.tied_head and names.find(HEAD_WEIGHT):
         head = names.rows(HEAD_WEIGHT, shapes[EMBEDDING_WEIGHT])
         if not _same_weights(head, rows[EMBEDDING_WEIGHT]):  # transformers unties them, too

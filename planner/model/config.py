@@ -23,7 +23,7 @@ from subspec.planner.model.fields import (
 from subspec.planner.model.fp8 import QUANTIZATION, Quantization, expected_fp8, read_quantization
 from subspec.planner.model.layers import PER_LAYER, read_layers
 from subspec.planner.model.library import reading
-from subspec.planner.model.rope import check_rope, reach
+from subspec.planner.model.rope import check_rope, reach, rope_notes
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -167,6 +167,11 @@ def described(written: Fields, folder: Path, source: Source) -> ModelSpec:
 def quantization_of(folder: Path) -> Quantization | None:
     """What config.json says about FP8 weights; None: there are none."""
     return read_quantization(_decoder(read_fields(folder / CONFIG))[1])
+
+
+def config_notes(folder: Path) -> tuple[str, ...]:
+    """What a person should be told about what config.json asks for and is not done."""
+    return rope_notes(_decoder(read_fields(folder / CONFIG))[1])
 
 
 def load_config(written: Fields) -> Any:

@@ -53,6 +53,15 @@ def test_a_plan_for_another_machine_needs_neither_files_nor_a_terminal(
     assert capsys.readouterr() == ("", "") and list(tmp_path.iterdir()) == []
 
 
+def test_what_a_config_asks_for_and_is_not_done_is_told_by_a_dry_run_too(tmp_path: Path) -> None:
+    told = list[str]()
+    config = json.loads((DEMO / "config.json").read_text())
+    config["rope_parameters"] = {**config["rope_parameters"], "attn_factor": 0.88}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    plan_dry(REQUEST, resolve(str(tmp_path)), tmp_path / "out", tell=told.append)
+    assert "attn_factor 0.88" in told[0] and told[0].startswith("note: config.json")
+
+
 def test_a_model_becomes_an_artifact_whose_plan_is_returned(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,7 +21,7 @@ from subspec.artifacts.model import (
     Rope,
     Source,
 )
-from subspec.planner.model.config import read_config
+from subspec.planner.model.config import config_notes, read_config
 from subspec.planner.model.families import FAMILIES
 
 SOURCE = Source("org/tiny", "0" * 40, "mit")
@@ -443,6 +443,22 @@ def test_the_fields_of_llama3_and_yarn_are_kept(tmp_path: Path) -> None:
     scaling = {**YARN, "beta_fast": 16, "beta_slow": 2, "truncate": False}
     rope = rope_of(read(tmp_path, config(rope_scaling=scaling)))
     assert (rope.beta_fast, rope.beta_slow, rope.truncate) == (16.0, 2.0, False)
+
+
+def test_a_field_of_a_rope_that_transformers_ignores_is_named_and_ignored(tmp_path: Path) -> None:
+    """As DeepSeek-R1-0528-Qwen3-8B has attn_factor, which vLLM multiplies in."""
+    plain = read(tmp_path, config("llama", rope_scaling=YARN))
+    assert config_notes(tmp_path) == ()
+    scaling = {**YARN, "attn_factor": 0.8782488562869419}
+    assert read(tmp_path, config("llama", rope_scaling=scaling)) == plain
+    [note] = config_notes(tmp_path)
+    assert "rope_scaling has attn_factor 0.8782488562869419" in note
+    # Of some layers, of axes that are one in a text, and nothing at all.
+    own = {FULL: {**YARN, "extrapolation_factor": 2.0, "mrope_section": [1, 2], "finetuned": True}}
+    own[SLIDING] = {"rope_type": "default", "rope_theta": 1e4, "factor": None, "other": None}
+    write(tmp_path, config("olmo3", rope_parameters=own))
+    [note] = config_notes(tmp_path)
+    assert "rope_parameters.full_attention has extrapolation_factor 2.0: " in note
 
 
 def test_yarn_reaches_beyond_the_configs_positions_and_llama3_does_not(tmp_path: Path) -> None:
