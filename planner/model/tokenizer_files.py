@@ -4,6 +4,7 @@ Added and special tokens are spread over four files, and which of them wins is t
 its tokenizer is made once, here, and written as a whole.
 """
 
+import json
 import os
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -26,9 +27,15 @@ ADDED_TOKENS = "added_tokens.json"
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"
 MORE_TEMPLATES = "additional_chat_templates"  # a folder
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")  # what templates refer to
+# Families whose tokenizer may be Tekken, and a token that is in every Tekken.
+MAY_BE_TEKKEN, OF_TEKKEN = ("mistral", "ministral", "ministral3"), "[INST]"
 LARGEST_TOKENIZER = 128 << 20  # the largest known has 35 MB
 LARGEST_TEMPLATE = 1 << 20
 LARGEST_TOKEN = 1_000  # characters
+SPLIT_AS_TEKKEN = (
+    f"{TOKENIZER} splits text by a regex that is not Tekken's, which transformers calls incorrect: "
+    "text is split as Tekken does, as transformers does with fix_mistral_regex=True"
+)
 
 
 @dataclass(frozen=True)
@@ -48,14 +55,19 @@ def read_tokenizer(folder: Path) -> TokenizerFiles:
     _check_files(folder)
     generation = read_generation(folder)
     config = load_config(read_fields(folder / CONFIG))
+    split: tuple[str, ...] = ()
     with reading(f"the tokenizer in {folder}"):
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
         # The model type's own class would put its usual splitting of text in the file's place.
         has_file = (folder / TOKENIZER).exists()
-        tokenizer = (PreTrainedTokenizerFast if has_file else AutoTokenizer).from_pretrained(
-            folder, config=config, trust_remote_code=False, local_files_only=True
-        )
+        kind = PreTrainedTokenizerFast if has_file else AutoTokenizer
+        given = {"config": config, "trust_remote_code": False, "local_files_only": True}
+        tokenizer = kind.from_pretrained(folder, **given)
+        if has_file and config.model_type in MAY_BE_TEKKEN and _splits_bytes(tokenizer):
+            fixed = kind.from_pretrained(folder, **given, fix_mistral_regex=True)
+            if _pre_tokenizer(fixed) != _pre_tokenizer(tokenizer):
+                tokenizer, split = fixed, (SPLIT_AS_TEKKEN,)
         if not tokenizer.is_fast:
             raise SubspecError(
                 Exit.UNSUPPORTED,
@@ -78,7 +90,7 @@ def read_tokenizer(folder: Path) -> TokenizerFiles:
         begins_with_bos=bos is not None and first == [bos],
         end_token=tokenizer.eos_token_id,
         generation_config=generation,
-        notes=(*beyond, *generation_notes(generation)),
+        notes=(*split, *beyond, *generation_notes(generation)),
     )
 
 
@@ -97,6 +109,20 @@ def with_end_of_turn(checkpoint: Checkpoint, tokenizer: TokenizerFiles) -> Check
     )
     ends = replace(spec, eos_token_ids=(*spec.eos_token_ids, end))
     return replace(checkpoint, spec=ends, notes=(*checkpoint.notes, note))
+
+
+def _pre_tokenizer(tokenizer: Any) -> dict[str, Any]:
+    """How it splits text, before the merges."""
+    return json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] or {}
+
+
+def _splits_bytes(tokenizer: Any) -> bool:
+    """Whether it can be Tekken: transformers would mend any vocabulary of a Mistral that is large,
+    one of SentencePiece too, which that breaks."""
+    if OF_TEKKEN not in tokenizer.get_vocab():
+        return False
+    parts = _pre_tokenizer(tokenizer).get("pretokenizers", ())
+    return [part["type"] for part in parts] == ["Split", "ByteLevel"]
 
 
 def _one_template(templates: dict[str, str]) -> str | None:
