@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.model import DTYPE_BYTES, DraftHead, DType, ModelSpec, NormStyle, Source
-from subspec.planner.model.families import FAMILIES
+from subspec.planner.model.families import FAMILIES, WHOLES, Whole
 from subspec.planner.model.fields import (
     LARGEST_VOCABULARY,
     LARGEST_WIDTH,
@@ -106,10 +106,7 @@ ACTIVATIONS = {
     "silu": ("hidden_act", "silu"),
     "gelu_tanh": ("hidden_activation", "gelu_pytorch_tanh"),
 }
-# model_type -> that of the decoder, which in a multimodal model is the text part; the architecture.
-DECODERS = {name: (name, one.architecture) for name, one in FAMILIES.items()} | {
-    one.whole[0]: (name, one.whole[1]) for name, one in FAMILIES.items() if one.whole
-}
+ARCHITECTURES = {name: one.architecture for name, one in (FAMILIES | WHOLES).items()}
 # Not its text part's.
 OF_WHOLE = ("dtype", "eos_token_id", QUANTIZATION, "torch_dtype", "tie_word_embeddings")
 TEXT = "text_config"
@@ -209,16 +206,17 @@ def _decoder(written: Fields) -> tuple[str, Fields]:
     once nothing in the config asks for arithmetic that we do not do."""
     known = ", ".join(family.architecture for family in FAMILIES.values())
     architectures = written.texts("architectures")
-    whole = written.text("model_type", "")
-    name, architecture = DECODERS.get(whole, ("", ""))
-    if not name or architecture not in architectures:
+    name = written.text("model_type", "")
+    if name not in ARCHITECTURES or ARCHITECTURES[name] not in architectures:
         shown = ", ".join(architectures)[:100] or "no architecture"
-        message = f"{CONFIG} names {shown} of type {whole[:100]!r}, we run {known}"
+        message = f"{CONFIG} names {shown} of type {name[:100]!r}, we run {known}"
         if "auto_map" in written.values:
             message += "; its own code (auto_map) is never run"
         raise SubspecError(Exit.UNSUPPORTED, message, "choose a model of one of these families")
-    if name != whole:
-        written = _text_part(written, name)
+    # transformers reads these as another class, but not inside a multimodal model.
+    renamed = name == "mistral" and "layer_types" in written.values
+    if name in WHOLES:
+        name, written = _text_part(written, WHOLES[name])
     read_quantization(written)
     if not written.flag("is_causal", True):
         raise written.unsupported("is_causal", "true")
@@ -226,22 +224,22 @@ def _decoder(written: Fields) -> tuple[str, Fields]:
         if not FAMILIES[name].sizes_differ:
             raise written.unsupported(PER_LAYER, "layers that config.json describes together")
         _check_per_layer(written)
-    # transformers reads these as another class.
-    renamed = name == "mistral" and "layer_types" in written.values
     return ("ministral" if renamed else name), written
 
 
-def _text_part(written: Fields, name: str) -> Fields:
+def _text_part(written: Fields, whole: Whole) -> tuple[str, Fields]:
+    """Its model_type and its fields."""
     values = written.values.get(TEXT)
     if not isinstance(values, dict):
         raise written.wrong(TEXT, values, "an object")
-    # transformers looks at the whole's word alone, and at its class's where there is none.
-    own = {field: value for field, value in values.items() if field != "tie_word_embeddings"}
     decided = {field: written.values[field] for field in OF_WHOLE if written.has(field)}
-    text = Fields(f"{written.where}: {TEXT}", {**own, **decided})
-    if text.text("model_type", name) != name:
-        raise text.unsupported("model_type", repr(name))
-    return text
+    # transformers looks at the whole's word alone, and at its class's where there is none.
+    decided.setdefault("tie_word_embeddings", whole.tied)
+    text = Fields(f"{written.where}: {TEXT}", {**values, **decided})
+    name = text.text("model_type", whole.families[0])
+    if name not in whole.families:
+        raise text.unsupported("model_type", " or ".join(map(repr, whole.families)))
+    return name, text
 
 
 def _check_per_layer(written: Fields) -> None:

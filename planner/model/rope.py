@@ -24,8 +24,8 @@ BOUNDS = {
 ORIGINAL = "original_max_position_embeddings"
 DIVISORS = (1e-3, 1e6)
 COMPUTED_WITH = {*BOUNDS, ORIGINAL, "rope_type", "type", "truncate", "short_factor", "long_factor"}
-# In a text all axes have one position; how a model was trained.
-WITHOUT_EFFECT = {"mrope_section", "mrope_interleaved", "finetuned"}
+# In a text all axes have one position; how a model was trained, and the config's own number again.
+WITHOUT_EFFECT = {"mrope_section", "mrope_interleaved", "finetuned", "max_position_embeddings"}
 MOST_SHOWN = 4
 
 

@@ -19,10 +19,11 @@ from subspec.artifacts.model import (
     NormStyle,
     QueryGrowth,
     Rope,
+    ScaleBlock,
     Source,
 )
 from subspec.planner.model.config import config_notes, read_config
-from subspec.planner.model.families import FAMILIES
+from subspec.planner.model.families import FAMILIES, WHOLES
 
 SOURCE = Source("org/tiny", "0" * 40, "mit")
 SIZES = {
@@ -50,11 +51,11 @@ def config(family: str = "llama", **fields: Any) -> dict[str, Any]:
 
 def inside(family: str, whole: dict[str, Any], **fields: Any) -> dict[str, Any]:
     """The config of the multimodal model around a family."""
-    names = FAMILIES[family].whole
-    assert names is not None
+    [(name, one)] = [(name, one) for name, one in WHOLES.items() if family in one.families]
     text = config(family, **fields)
     del text["architectures"]
-    return {"architectures": [names[1]], "model_type": names[0], "text_config": text, **whole}
+    own = {"architectures": [one.architecture], "model_type": name, "text_config": text}
+    return {**own, **whole}
 
 
 def write(folder: Path, values: object, generation: object = None) -> Path:
@@ -312,6 +313,49 @@ def test_a_gemma_3_of_the_hub_is_its_text_part_and_leaves_much_to_its_class(
     text["tie_word_embeddings"] = False
     assert read(tmp_path, whole).tied_head
     assert not read(tmp_path, {**whole, "tie_word_embeddings": False}).tied_head
+
+
+def test_a_mistral_that_sees_is_the_family_that_its_text_part_says(tmp_path: Path) -> None:
+    """Mistral Small 3.x and Ministral 3; the whole decides whether the head is the embedding."""
+    fields: dict[str, Any] = {"num_key_value_heads": 2, "head_dim": 32}
+    for family in ("mistral", "ministral3"):
+        whole = inside(family, {"dtype": "bfloat16"}, **fields, tie_word_embeddings=False)
+        spec = read(tmp_path, whole)
+        assert (spec.family, spec.tied_head, config_notes(tmp_path)) == (family, True, ())
+        whole["tie_word_embeddings"] = False
+        spec = read(tmp_path, whole)
+        assert spec == replace(read(tmp_path, config(family, **fields)), dtype="bfloat16")
+    del whole["text_config"]["model_type"]
+    whole["text_config"]["layer_types"] = [FULL] * 3  # alone it would be a ministral
+    spec = read(tmp_path, whole)
+    assert spec.family == "mistral" and windows_of(spec) == [4096] * 3
+    with pytest.raises(SubspecError, match="model_type is 'mistral4'.*'mistral' or 'ministral3'"):
+        read(tmp_path, {**whole, "text_config": {**whole["text_config"], "model_type": "mistral4"}})
+
+
+def test_the_fp8_form_of_ministral_3_has_one_scale_for_a_matrix(tmp_path: Path) -> None:
+    quantization = {
+        "activation_scheme": "static",
+        "dequantize": False,
+        "modules_to_not_convert": ["model.vision_tower", "model.multi_modal_projector", "lm_head"],
+        "quant_method": "fp8",
+        "weight_block_size": None,
+    }
+    whole = {"dtype": "bfloat16", "quantization_config": quantization}
+    sizes = {"num_key_value_heads": 2, "head_dim": 32, "intermediate_size": 128}
+    spec = read(tmp_path, inside("ministral3", whole, **sizes))
+    assert len(spec.fp8) == 3 * 7 and "lm_head" not in spec.fp8
+    gate = "model.layers.0.mlp.gate_proj"
+    assert spec.fp8[gate] == ScaleBlock(128, SIZES["hidden_size"])
+
+
+@pytest.mark.parametrize("whole", WHOLES)
+def test_the_class_of_a_whole_says_whether_its_head_is_the_embedding(
+    transformers: Any, whole: str
+) -> None:
+    theirs = transformers.CONFIG_MAPPING[whole]
+    assert WHOLES[whole].tied == theirs.tie_word_embeddings
+    assert theirs.sub_configs_defaults["text_config"].model_type in (*WHOLES[whole].families, "")
 
 
 @pytest.mark.parametrize("family", ["gemma4_text", "gemma4_unified_text"])
