@@ -168,12 +168,12 @@ def _download(
     if not (folder / CONFIG).exists():
         raise _incomplete(repository, revision, folder, CONFIG, away)
     _has(repository, folder, WELCOME_FILES, away)
-    if not weights:
-        return folder, lacking
     if tokenizer and not (folder / TOKENIZER).exists():
         _fetch(repository, folder.name, vocabulary, away)
         if away and not (folder / SENTENCEPIECE).exists():
             raise _incomplete(repository, revision, folder, TOKENIZER, away)
+    if not weights:
+        return folder, lacking
     missing = _missing(folder)
     if missing:
         _fetch(repository, folder.name, tuple(missing), away)
