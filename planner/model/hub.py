@@ -15,6 +15,7 @@ from subspec.planner.model.tokenizer_files import (
     CHAT_TEMPLATE,
     SENTENCEPIECE,
     SPECIAL_TOKENS_MAP,
+    TEKKEN,
     TOKENIZER,
     TOKENIZER_CONFIG,
 )
@@ -170,7 +171,8 @@ def _download(
     _has(repository, folder, WELCOME_FILES, away)
     if tokenizer and not (folder / TOKENIZER).exists():
         _fetch(repository, folder.name, vocabulary, away)
-        if away and not (folder / SENTENCEPIECE).exists():
+        _has(repository, folder, (TEKKEN,), away)  # for the sentence that names it
+        if away and not any((folder / name).exists() for name in (SENTENCEPIECE, TEKKEN)):
             raise _incomplete(repository, revision, folder, TOKENIZER, away)
     if not weights:
         return folder, lacking

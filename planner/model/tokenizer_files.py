@@ -23,6 +23,7 @@ TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 SENTENCEPIECE = "tokenizer.model"
+TEKKEN = "tekken.json"  # Mistral's own; not read
 ADDED_TOKENS = "added_tokens.json"
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"
 MORE_TEMPLATES = "additional_chat_templates"  # a folder
@@ -176,6 +177,10 @@ def _check_files(folder: Path) -> None:
 def _check_sentencepiece(folder: Path) -> None:
     hint = "make one with transformers: AutoTokenizer.from_pretrained(OLD).save_pretrained(NEW)"
     if not (folder / SENTENCEPIECE).exists():
+        if (folder / TEKKEN).exists():  # what transformers makes of it does not begin with BOS
+            message = f"{folder} has its tokenizer as {TEKKEN}, expected {TOKENIZER}"
+            hint = f"choose a repository of this model that also has a {TOKENIZER}"
+            raise SubspecError(Exit.UNSUPPORTED, message, hint)
         message = f"{folder} has no tokenizer: neither {TOKENIZER} nor {SENTENCEPIECE}"
         raise SubspecError(Exit.UNSUPPORTED, message, hint)
     needed = {"sentencepiece": "sentencepiece", "protobuf": "google"}

@@ -278,6 +278,19 @@ def test_a_tokenizer_that_is_not_in_the_cache_is_named(offline: Path) -> None:
     assert "tokenizer.model" in refused("org/name", Exit.HUB).message
 
 
+def test_a_tekken_comes_only_where_there_is_no_other_tokenizer(
+    downloads: Callable[[bool], list[list[str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {**repository_files(True), "tekken.json": "{}"}
+    monkeypatch.setattr(sys.modules[__name__], "repository_files", lambda sharded: files)
+    downloads(True)
+    assert not (resolve("org/name", weights=False, tokenizer=True).path / "tekken.json").exists()
+    del files["tokenizer.json"]
+    shutil.rmtree("../home")
+    downloads(True)
+    assert (resolve("org/name", weights=False, tokenizer=True).path / "tekken.json").exists()
+
+
 @pytest.mark.usefixtures("away")
 def test_a_draft_head_needs_no_tokenizer(offline: Path) -> None:
     snapshot = fill_cache(offline, "org/head")

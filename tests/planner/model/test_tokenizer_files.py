@@ -154,6 +154,15 @@ def test_a_tekken_that_splits_text_as_llama_3_does_is_mended_where_transformers_
     assert len(found.notes) == mends and all("not Tekken's" in note for note in found.notes)
 
 
+def test_a_tokenizer_that_is_only_tekken_json_is_named(tmp_path: Path) -> None:
+    (folder_of(tmp_path) / "tokenizer.json").unlink()
+    (tmp_path / "tekken.json").write_text("{}")
+    with pytest.raises(SubspecError, match="has its tokenizer as tekken.json") as caught:
+        read_tokenizer(tmp_path)
+    assert caught.value.exit_code == Exit.UNSUPPORTED
+    assert "repository" in caught.value.hint and "save_pretrained" not in caught.value.hint
+
+
 def test_a_large_vocabulary_of_a_mistral_in_metaspace_stays_as_it_is(tmp_path: Path) -> None:
     """transformers' mend would take its spaces away."""
     tokenizer = tekken(LLAMA_3)
