@@ -13,6 +13,7 @@ from subspec.planner.model.stored import INDEX, WEIGHTS, shard_names
 from subspec.planner.model.tokenizer_files import (
     ADDED_TOKENS,
     CHAT_TEMPLATE,
+    MORE_TEMPLATES,
     SENTENCEPIECE,
     SPECIAL_TOKENS_MAP,
     TEKKEN,
@@ -25,7 +26,13 @@ README = "README.md"
 DRY_RUN_FILES = (CONFIG, INDEX)
 SMALL_FILES = (*DRY_RUN_FILES, TOKENIZER, TOKENIZER_CONFIG)
 # What a model runs without, and a cache that others filled often lacks; a person is told.
-EXTRA_FILES = (GENERATION_CONFIG, CHAT_TEMPLATE, ADDED_TOKENS, SPECIAL_TOKENS_MAP)
+EXTRA_FILES = (
+    GENERATION_CONFIG,
+    CHAT_TEMPLATE,
+    f"{MORE_TEMPLATES}/*.jinja",
+    ADDED_TOKENS,
+    SPECIAL_TOKENS_MAP,
+)
 WELCOME_FILES = (README, "LICENSE*", "NOTICE")  # nothing is computed from them
 LARGEST_README = 8 << 20
 

@@ -278,6 +278,16 @@ def test_a_tokenizer_that_is_not_in_the_cache_is_named(offline: Path) -> None:
     assert "tokenizer.model" in refused("org/name", Exit.HUB).message
 
 
+def test_named_chat_templates_come_with_the_tokenizer(
+    downloads: Callable[[bool], list[list[str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = "additional_chat_templates/tool_use.jinja"
+    files = {**repository_files(True), template: "{{ tools }}"}
+    monkeypatch.setattr(sys.modules[__name__], "repository_files", lambda sharded: files)
+    downloads(True)
+    assert (resolve("org/name").path / template).read_text() == "{{ tools }}"
+
+
 def test_a_tekken_comes_only_where_there_is_no_other_tokenizer(
     downloads: Callable[[bool], list[list[str]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -373,6 +383,7 @@ def downloads(offline: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[bool]
             requests.append([])
             for name, content in repository_files(sharded).items():
                 if any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
+                    (snapshot / name).parent.mkdir(exist_ok=True)
                     (snapshot / name).write_text(content)
                     requests[-1].append(name)
             return str(snapshot)
