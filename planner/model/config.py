@@ -110,6 +110,7 @@ ARCHITECTURES = {name: one.architecture for name, one in (FAMILIES | WHOLES).ite
 # Not its text part's.
 OF_WHOLE = ("dtype", "eos_token_id", QUANTIZATION, "torch_dtype", "tie_word_embeddings")
 TEXT = "text_config"
+OF_TEXT, OF_WHOLES = "ForCausalLM", "ForConditionalGeneration"  # how architectures end
 LAYER_VALUES = {"head_dim", "num_key_value_heads"}  # that per_layer_config may give a layer
 
 
@@ -204,12 +205,11 @@ def _copy(value: Any) -> Any:
 def _decoder(written: Fields) -> tuple[str, Fields]:
     """The model_type and the fields of the decoder, of a multimodal model those of its text part,
     once nothing in the config asks for arithmetic that we do not do."""
-    known = ", ".join(family.architecture for family in FAMILIES.values())
     architectures = written.texts("architectures")
     name = written.text("model_type", "")
     if name not in ARCHITECTURES or ARCHITECTURES[name] not in architectures:
         shown = ", ".join(architectures)[:100] or "no architecture"
-        message = f"{CONFIG} names {shown} of type {name[:100]!r}, we run {known}"
+        message = f"{CONFIG} names {shown} of type {name[:100]!r}, expected {_known_classes()}"
         if "auto_map" in written.values:
             message += "; its own code (auto_map) is never run"
         raise SubspecError(Exit.UNSUPPORTED, message, "choose a model of one of these families")
@@ -225,6 +225,15 @@ def _decoder(written: Fields) -> tuple[str, Fields]:
             raise written.unsupported(PER_LAYER, "layers that config.json describes together")
         _check_per_layer(written)
     return ("ministral" if renamed else name), written
+
+
+def _known_classes() -> str:
+    """The architectures that we run, shorter than a list of them."""
+    plain, whole = (
+        ", ".join(one.architecture.removesuffix(suffix) for one in known.values())
+        for known, suffix in ((FAMILIES, OF_TEXT), (WHOLES, OF_WHOLES))
+    )
+    return f"{OF_TEXT} of {plain}, or {OF_WHOLES} of {whole}"
 
 
 def _text_part(written: Fields, whole: Whole) -> tuple[str, Fields]:

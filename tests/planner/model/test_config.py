@@ -592,7 +592,15 @@ def test_unknown_layer_types_are_refused_where_they_have_a_meaning(tmp_path: Pat
 def test_an_unknown_architecture_is_told_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(SubspecError) as caught:
         read(tmp_path, config(architectures=["MambaForCausalLM"], model_type="mamba"))
-    assert all(family.architecture in caught.value.message for family in FAMILIES.values())
+    plain, whole = caught.value.message.split("ForConditionalGeneration of ")
+    assert "MambaForCausalLM of type 'mamba', expected ForCausalLM of Llama, Qwen2" in plain
+    for known, ending, said in (
+        (FAMILIES, "ForCausalLM", plain),
+        (WHOLES, "ForConditionalGeneration", f" {whole},"),
+    ):
+        for one in known.values():
+            assert one.architecture.endswith(ending)
+            assert f" {one.architecture.removesuffix(ending)}," in said
 
 
 def test_a_models_own_code_is_never_run_but_harmless_beside_a_known_class(tmp_path: Path) -> None:
