@@ -29,6 +29,10 @@ QUANTIZATION = "quantization_config"
 E4M3 = "F8_E4M3"
 SCALE_DTYPES = ("BF16", "F16", "F32", "F8_E8M0")
 SUFFIXES = ("_scale_inv", "_scale")  # of the name of the weight that they belong to
+NEEDED_FOR_INT8 = (
+    "; 8-bit integers as exact targets would need an encoding of their own, their upper four bits "
+    "as the substitute and the lower four streamed"
+)
 ORIGINAL = "use the original checkpoint in bfloat16: we make the 4-bit copy"
 
 
@@ -101,7 +105,12 @@ def _compressed(fields: Fields) -> Quantization:
         weights = Fields(where, values)
         kind, num_bits = weights.text("type", "int"), weights.integer("num_bits", 1, 64, 8)
         if (kind, num_bits) != ("float", 8):
-            raise _other_bits(where, f"{num_bits}-bit {kind}", kind == "int" and num_bits == 8)
+            raise SubspecError(
+                Exit.UNSUPPORTED,
+                f"{where} is {num_bits}-bit {kind[:60]}, of compressed-tensors we read only 8-bit "
+                f"float{NEEDED_FOR_INT8 if (kind, num_bits) == ('int', 8) else ''}",
+                ORIGINAL,
+            )
         if not weights.flag("symmetric", True):
             raise weights.unsupported("symmetric", "true")
         strategy = weights.text("strategy", "tensor")
@@ -270,22 +279,11 @@ def refused_dtype(tensor: StoredTensor, expected: str) -> SubspecError:
             Exit.UNSUPPORTED, f"{where} is F8_E5M2, of FP8 we read only {E4M3}", ORIGINAL
         )
     if tensor.dtype in ("I8", "U8"):
-        return _other_bits(where, tensor.dtype, True)
+        message = f"{where} is {tensor.dtype}, of 8 bits we read only FP8{NEEDED_FOR_INT8}"
+        return SubspecError(Exit.UNSUPPORTED, message, ORIGINAL)
     message = f"{where} is {tensor.dtype}, expected {expected}"
     return SubspecError(
         Exit.UNSUPPORTED,
         message,
         "use the original checkpoint, before quantisation: we make the 4-bit copy",
-    )
-
-
-def _other_bits(where: str, what: str, is_int8: bool) -> SubspecError:
-    needed = (
-        "; 8-bit integers as exact targets would need an encoding of their own, their upper four "
-        "bits as the substitute and the lower four streamed"
-        if is_int8
-        else ""
-    )
-    return SubspecError(
-        Exit.UNSUPPORTED, f"{where} is {what}, of 8 bits we read only FP8{needed}", ORIGINAL
     )

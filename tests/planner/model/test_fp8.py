@@ -223,7 +223,11 @@ def compressed(**weights: Any) -> dict[str, Any]:
         ({"quant_method": "fp8", "weight_block_size": [128]}, Exit.CORRUPT, "weight_block_size"),
         ({"quant_method": "fp8", "weight_block_size": [0, 1]}, Exit.CORRUPT, "weight_block_size"),
         (compressed(type="int"), Exit.UNSUPPORTED, "8-bit integers as exact targets would need"),
-        (compressed(num_bits=4), Exit.UNSUPPORTED, "4-bit float, of 8 bits we read only FP8"),
+        (
+            compressed(num_bits=4),
+            Exit.UNSUPPORTED,
+            "weights is 4-bit float, of compressed-tensors we read only 8-bit float",
+        ),
         (compressed(symmetric=False), Exit.UNSUPPORTED, "symmetric"),
         (compressed(strategy="group"), Exit.UNSUPPORTED, "strategy"),
         (compressed() | {"kv_cache_scheme": {"num_bits": 8}}, Exit.UNSUPPORTED, "kv_cache_scheme"),
