@@ -16,6 +16,7 @@ from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.model import ScaleBlock, Source
 from subspec.planner.build.weights import read_weight
 from subspec.planner.model.checkpoint import read_checkpoint, read_spec
+from subspec.planner.model.config import read_config
 
 to_fp8 = benchmark("to_fp8")
 SOURCE = Source("test/model")
@@ -205,6 +206,60 @@ def test_weights_that_are_no_numbers_are_refused_when_they_are_read(
     with pytest.raises(SubspecError) as caught:
         read_weight(read, next(one for one in read.spec.linears if one.name == GATE))
     assert caught.value.exit_code == code and said in caught.value.message
+
+
+def expected(folder: Path, **quantization: Any) -> set[str]:
+    """What a dry run takes for FP8, by the last part of its names; the layer's number is 0."""
+    change_config(folder, lambda config: config.update(quantization_config=quantization))
+    return {name.rpartition(".")[2] for name in read_config(folder, SOURCE).fp8}
+
+
+ATTENTION, DENSE = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"gate_proj", "up_proj", "down_proj"}
+
+
+@pytest.mark.parametrize(
+    ("kept", "left"),
+    [
+        (["lm_head", "model.layers.0.self_attn"], DENSE),
+        (["re:.*self_attn.*"], DENSE),
+        (["re:.*\\.(q|k|v)_proj$", "o_proj"], DENSE),
+        (["model.language_model.layers.0.self_attn", "vision_tower"], DENSE),
+        (["re:language_model\\.model\\.layers\\.\\d+\\.mlp\\."], ATTENTION),
+        (["re:self_attn", "re:visual.*", "mlp", "layers.0.self"], ATTENTION | DENSE),
+        (["Linear"], set()),
+        # What might take forever, and what is no pattern.
+        (
+            ["re:(.*)*x", "re:" + "(.|.)" * 20, "re:" + ".*" * 20, "re:(", "re:" + "m" * 999],
+            {"all"},
+        ),
+        (["re:[[a]", "re:" + ".?" * 40 + "x"], {"all"}),
+    ],
+    ids=str,
+)
+def test_a_dry_run_knows_which_matrices_stay_in_bf16(
+    folder: Path, kept: list[str], left: set[str]
+) -> None:
+    left = ATTENTION | DENSE if left == {"all"} else left
+    assert expected(folder, quant_method="fp8", modules_to_not_convert=kept) == left
+    assert expected(folder, **compressed(), ignore=kept) == left
+
+
+@pytest.mark.parametrize(
+    ("targets", "found"),
+    [
+        ([["Linear"]], ATTENTION | DENSE),
+        ([["re:.*mlp.*"]], DENSE),
+        ([["re:.*q_proj"], ["model.layers.0.mlp"]], {"q_proj", *DENSE}),
+        ([["Embedding"]], set()),
+    ],
+    ids=str,
+)
+def test_a_dry_run_knows_which_matrices_are_meant(
+    folder: Path, targets: list[list[str]], found: set[str]
+) -> None:
+    [group] = compressed()["config_groups"].values()
+    groups = {str(number): {**group, "targets": own} for number, own in enumerate(targets)}
+    assert expected(folder, **{**compressed(), "config_groups": groups}) == found
 
 
 def compressed(**weights: Any) -> dict[str, Any]:
