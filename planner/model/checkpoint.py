@@ -95,10 +95,7 @@ def read_checkpoint(folder: Path, source: Source) -> Checkpoint:
     apart = {*spec.net_tensors, *(f"{name}.weight" for name in scales)}
     dtype = _dtype([own for name, own in rows.items() if name not in apart])
     if scales and dtype != "bfloat16":
-        raise SubspecError(
-            Exit.UNSUPPORTED,
-            f"the checkpoint has weights in FP8 and others in {dtype}, expected bfloat16",
-        )
+        raise _not_beside_fp8("the checkpoint", dtype)
     if spec.tied_head:
         rows[HEAD_WEIGHT] = rows[EMBEDDING_WEIGHT]
     if any(DTYPES.get(own.tensor.dtype) != dtype for own in head_rows.values()):
@@ -130,7 +127,15 @@ def read_spec(folder: Path, source: Source) -> ModelSpec:
     indexed = (folder / INDEX).exists() or (folder / WEIGHTS).exists()
     if indexed and all((folder / name).exists() for name in shard_names(folder)):
         return read_checkpoint(folder, source).spec
-    return read_config(folder, source)
+    spec = read_config(folder, source)
+    if spec.fp8 and spec.dtype != "bfloat16":
+        raise _not_beside_fp8(CONFIG, spec.dtype)
+    return spec
+
+
+def _not_beside_fp8(where: str, dtype: DType) -> SubspecError:
+    message = f"{where} has weights in FP8 and others in {dtype}, expected bfloat16"
+    return SubspecError(Exit.UNSUPPORTED, message)
 
 
 def _same_weights(one: Rows, other: Rows) -> bool:

@@ -110,13 +110,14 @@ ARCHITECTURES = {name: one.architecture for name, one in (FAMILIES | WHOLES).ite
 # Not its text part's.
 OF_WHOLE = ("dtype", "eos_token_id", QUANTIZATION, "torch_dtype", "tie_word_embeddings")
 TEXT = "text_config"
+AUTO = "auto"  # a dtype: that of the tensors
 OF_TEXT, OF_WHOLES = "ForCausalLM", "ForConditionalGeneration"  # how architectures end
 LAYER_VALUES = {"head_dim", "num_key_value_heads"}  # that per_layer_config may give a layer
 
 
 def read_config(folder: Path, source: Source) -> ModelSpec:
-    """The decoder that config.json describes; its dtype is only the config's word (float32, which
-    is transformers' own default, where it says nothing).
+    """The decoder that config.json describes; its dtype is only the config's word (where it says
+    nothing float32, which is transformers' own default, or bfloat16 beside weights in FP8).
 
     Raises SubspecError: UNSUPPORTED for what we do not run, CORRUPT for what makes no sense."""
     return described(read_fields(folder / CONFIG), folder, source)
@@ -137,10 +138,11 @@ def described(written: Fields, folder: Path, source: Source) -> ModelSpec:
     layers = read_layers(config, style, max_positions)
     epsilon = config.number("rms_norm_eps", 1e-15, 1.0)
     norm = NormStyle(epsilon, style.rounds_late, style.zero_centered)
+    quantization = read_quantization(decoder)
     attending = next((one for one in layers if one.attentions), None) if style.mtp else None
     spec = ModelSpec(
         family=family,
-        dtype=_dtype(decoder),
+        dtype=_dtype(decoder, "bfloat16" if quantization else "float32"),
         hidden_size=config.integer("hidden_size", 1, LARGEST_WIDTH),
         vocab_size=config.integer("vocab_size", 1, LARGEST_VOCABULARY),
         max_positions=max_positions,
@@ -156,9 +158,6 @@ def described(written: Fields, folder: Path, source: Source) -> ModelSpec:
         eos_token_ids=_end_tokens(folder, config),
         source=source,
     )
-    quantization = read_quantization(decoder)
-    if quantization and spec.dtype != "bfloat16":
-        raise decoder.unsupported("dtype", "bfloat16 beside weights in FP8")
     return replace(spec, fp8=expected_fp8(spec, quantization))
 
 
@@ -268,9 +267,11 @@ def _check_per_layer(written: Fields) -> None:
             layer.integer(name, 1, LARGEST_WIDTH)
 
 
-def _dtype(written: Fields) -> DType:
+def _dtype(written: Fields, usual: DType) -> DType:
     field = "dtype" if written.has("dtype") else "torch_dtype"
-    name = written.text(field, "float32")
+    name = written.text(field, AUTO)
+    if name == AUTO:
+        return usual
     if name not in DTYPE_BYTES:
         raise written.unsupported(field, ", ".join(DTYPE_BYTES))
     return cast(DType, name)

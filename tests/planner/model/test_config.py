@@ -480,6 +480,11 @@ def test_a_text_part_of_another_type_is_refused(tmp_path: Path) -> None:
         assert caught.value.exit_code == Exit.CORRUPT
 
 
+def test_a_dtype_of_auto_is_none_at_all(tmp_path: Path) -> None:
+    for name in ("dtype", "torch_dtype"):
+        assert read(tmp_path, config(**{name: "auto"})) == read(tmp_path, config())
+
+
 def test_the_fields_of_llama3_and_yarn_are_kept(tmp_path: Path) -> None:
     assert rope_of(read(tmp_path, config(rope_theta=5e5, rope_scaling=LLAMA3))) == Rope(
         5e5, 16, "llama3", False, 8.0, 64, 1.0, 4.0

@@ -127,6 +127,22 @@ def test_blocks_that_an_artifact_does_not_have_are_multiplied_out(
     assert exact.scales is None and torch.equal(exact.weight, expected)
 
 
+@pytest.mark.parametrize("dtype", [None, "auto", "float16", "float32"])
+def test_beside_fp8_the_configs_dtype_counts_only_where_no_tensors_are_read(
+    folder: Path, dtype: str | None
+) -> None:
+    change_config(folder, lambda config: config.update(dtype=dtype, torch_dtype=dtype))
+    spec = read_checkpoint(folder, SOURCE).spec
+    assert spec.dtype == "bfloat16" and len(spec.fp8) == 7 and read_spec(folder, SOURCE) == spec
+    (folder / "model.safetensors").unlink()
+    if dtype in (None, "auto"):
+        assert read_spec(folder, SOURCE).dtype == "bfloat16"
+    else:
+        with pytest.raises(SubspecError, match=f"in FP8 and others in {dtype}") as caught:
+            read_spec(folder, SOURCE)
+        assert caught.value.exit_code == Exit.UNSUPPORTED
+
+
 REFUSED: dict[str, tuple[Callable[[Tensors], object], Exit, str]] = {
     "e5m2": (
         lambda t: t.update({f"{GATE}.weight": t[f"{GATE}.weight"].float().to(torch.float8_e5m2)}),
