@@ -13,7 +13,7 @@ import click
 
 from subspec.artifacts.common.command import finite_option, say, size_option
 from subspec.artifacts.common.configuration import Configured
-from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.common.errors import Exit, SubspecError, errors_of
 from subspec.artifacts.common.progress import Progress
 from subspec.artifacts.common.sizes import parse_size
 from subspec.planner.planning import (
@@ -195,11 +195,15 @@ def main(**given: Any) -> None:
     from subspec.planner.model.hub import resolve
 
     assert options.model is not None, "check_options asks for it"
+    if not options.dry_run or options.draft_model is not None:
+        whole = resolve(options.model, options.revision, weights=False, tokenizer=True)
+        vocabulary = check_model(whole)
     draft_model = None
     if options.draft_model is not None:
-        small = resolve(options.draft_model, weights=not options.dry_run, tokenizer=True)
-        whole = resolve(options.model, options.revision, weights=False, tokenizer=True)
-        check_draft_model(whole, small, options.draft_model)
+        small = resolve(options.draft_model, weights=False, tokenizer=True)
+        check_draft_model(vocabulary, small, options.draft_model)
+        if not options.dry_run:
+            small = resolve(options.draft_model)
         draft_model = DraftModelRef(small, options.draft_model_weights == "4bit")
     head = None
     if options.draft_head is not None and options.draft_head != OWN_HEAD:
@@ -218,13 +222,24 @@ def main(**given: Any) -> None:
     report(options, planned, out)
 
 
-def check_draft_model(model: "Resolved", draft_model: "Resolved", reference: str) -> None:
-    """Raises SubspecError(USAGE) for another vocabulary, before the model's weights are fetched."""
+def check_model(model: "Resolved") -> str:
+    """Its tokenizer.json. Raises SubspecError for a model that we do not run, before its weights
+    are fetched."""
+    from subspec.planner.model.config import read_config
     from subspec.planner.model.tokenizer_files import read_tokenizer
+
+    read_config(model.path, model.source)
+    return read_tokenizer(model.path).tokenizer_json
+
+
+def check_draft_model(vocabulary: str, draft_model: "Resolved", reference: str) -> None:
+    """Raises SubspecError for a draft model that we do not run, or USAGE for one of another
+    vocabulary, before its weights are fetched. vocabulary: the model's tokenizer.json."""
     from subspec.planner.model.vocabulary import check_vocabulary
 
-    ours, theirs = (read_tokenizer(one.path).tokenizer_json for one in (model, draft_model))
-    check_vocabulary(ours, theirs, reference)
+    with errors_of(f"draft model {draft_model.source.repository}"):
+        own = check_model(draft_model)
+    check_vocabulary(vocabulary, own, reference)
 
 
 def report(options: Options, planned: Planned, out: Path) -> None:

@@ -66,7 +66,7 @@ def plan_model(
     from subspec.planner.build.quantize import QUANTIZERS
     from subspec.planner.model.checkpoint import read_checkpoint
     from subspec.planner.model.draft_head import with_draft_head
-    from subspec.planner.model.tokenizer_files import read_tokenizer
+    from subspec.planner.model.tokenizer_files import read_tokenizer, with_end_of_turn
     from subspec.planner.rehearse.learning import rehearse
     from subspec.planner.rehearse.rehearsal import pack_programs
     from subspec.planner.solve.storage import Storage
@@ -77,6 +77,7 @@ def plan_model(
         with errors_of(f"draft head {draft_head.source.repository}"):
             checkpoint = with_draft_head(checkpoint, draft_head.path)
     tokenizer = read_tokenizer(model.path)
+    checkpoint = with_end_of_turn(checkpoint, tokenizer)
     for note in (*checkpoint.notes, *tokenizer.notes):
         tell(f"note: {note}")
     spec = checkpoint.spec
@@ -123,6 +124,7 @@ def plan_dry(
 ) -> Planned:
     """From config and headers alone. out: on whose disk the artifact would lie."""
     from subspec.planner.model.checkpoint import Checkpoint, read_spec
+    from subspec.planner.model.config import config_notes
     from subspec.planner.model.draft_head import with_draft_head
     from subspec.planner.model.generation import generation_notes, read_generation
 
@@ -136,7 +138,8 @@ def plan_dry(
         with errors_of(f"draft model {draft_model.model.source.repository}"):
             own = read_spec(draft_model.model.path, draft_model.model.source)
         other = as_draft_model(own, draft_model)
-    for note in generation_notes(read_generation(model.path)):
+    generation = read_generation(model.path)
+    for note in (*config_notes(model.path), *generation_notes(generation)):
         tell(f"note: {note}")
     profile = request.known_profile or measure_here(request, spec, out, progress, tell, other)
     known = before_planning(request, spec, profile, other)

@@ -81,6 +81,6 @@ def test_a_real_models_tokens_in_f32_are_those_of_transformers(artifact: Artifac
         prompt = torch.tensor([text.chat_ids([{"role": "user", "content": question}])])
         theirs = model.generate(
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NUM_TOKENS,
-            do_sample=False, pad_token_id=0,
+            do_sample=False, pad_token_id=0, eos_token_id=list(artifact.spec.eos_token_ids),
         )[0, prompt.shape[1] :]  # fmt: skip
         assert ours == theirs.tolist()

@@ -24,8 +24,9 @@ from subspec.artifacts.model import (
     Source,
     layer_name,
 )
-from subspec.planner.model.config import CONFIG, quantization_of, read_config
+from subspec.planner.model.config import CONFIG, config_notes, quantization_of, read_config
 from subspec.planner.model.fp8 import E4M3, StoredScales, refused_dtype, scales_beside
+from subspec.planner.model.names import HEAD_WEIGHT, HEADS, PREFIXES, stored_names
 from subspec.planner.model.stored import (
     AGAIN,
     INDEX,
@@ -40,14 +41,10 @@ from subspec.planner.model.stored import (
 
 DTYPES: dict[str, DType] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
-# What a decoder's names begin with, canonical and elsewhere: the bare decoder and the wrapped one,
-# and inside a multimodal model, as transformers writes it today and as transformers 4 did.
-PREFIXES = ("model.", "", "model.model.", "model.language_model.", "language_model.model.")
-HEADS = (f"{HEAD}.weight", f"language_model.{HEAD}.weight", f"model.{HEAD}.weight")
 DECODER_PARTS = ("embed_tokens", "layers", "norm")
 MTP = "mtp"  # what the tensors of a head for multi-token prediction begin with
 DRAFT_HEAD = "draft_head"  # what the rows of a draft head begin with
-EMBEDDING_WEIGHT, HEAD_WEIGHT = f"{EMBEDDING}.weight", f"{HEAD}.weight"
+EMBEDDING_WEIGHT = f"{EMBEDDING}.weight"
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,7 @@ def read_checkpoint(folder: Path, source: Source) -> Checkpoint:
         f"{DRAFT_HEAD}.{name}": names.rows(f"{MTP}.{name}", shape)
         for name, shape in spec.draft_head_shapes.items()
     }
-    notes: tuple[str, ...] = ()
+    notes = config_notes(folder)
     if spec.tied_head and names.find(HEAD_WEIGHT):
         head = names.rows(HEAD_WEIGHT, shapes[EMBEDDING_WEIGHT])
         if not _same_weights(head, rows[EMBEDDING_WEIGHT]):  # transformers unties them, too
@@ -98,10 +95,7 @@ def read_checkpoint(folder: Path, source: Source) -> Checkpoint:
     apart = {*spec.net_tensors, *(f"{name}.weight" for name in scales)}
     dtype = _dtype([own for name, own in rows.items() if name not in apart])
     if scales and dtype != "bfloat16":
-        raise SubspecError(
-            Exit.UNSUPPORTED,
-            f"the checkpoint has weights in FP8 and others in {dtype}, expected bfloat16",
-        )
+        raise _not_beside_fp8("the checkpoint", dtype)
     if spec.tied_head:
         rows[HEAD_WEIGHT] = rows[EMBEDDING_WEIGHT]
     if any(DTYPES.get(own.tensor.dtype) != dtype for own in head_rows.values()):
@@ -133,7 +127,15 @@ def read_spec(folder: Path, source: Source) -> ModelSpec:
     indexed = (folder / INDEX).exists() or (folder / WEIGHTS).exists()
     if indexed and all((folder / name).exists() for name in shard_names(folder)):
         return read_checkpoint(folder, source).spec
-    return read_config(folder, source)
+    spec = read_config(folder, source)
+    if spec.fp8 and spec.dtype != "bfloat16":
+        raise _not_beside_fp8(CONFIG, spec.dtype)
+    return spec
+
+
+def _not_beside_fp8(where: str, dtype: DType) -> SubspecError:
+    message = f"{where} has weights in FP8 and others in {dtype}, expected bfloat16"
+    return SubspecError(Exit.UNSUPPORTED, message)
 
 
 def _same_weights(one: Rows, other: Rows) -> bool:
@@ -180,7 +182,7 @@ class _Names:
         """The stored tensor of a canonical name. Raises SubspecError(CORRUPT) if there are two:
         nobody says which of them the model was trained with."""
         tensors, misplaced = self._stored.tensors, self._stored.misplaced
-        names = _stored_names(name)
+        names = stored_names(name)
         found = [tensors[one] for one in names if one in tensors and one not in misplaced]
         if len(found) > 1:
             message = (
@@ -207,7 +209,7 @@ class _Names:
 
     def _missing(self, name: str, shape: tuple[int, ...]) -> SubspecError:
         whole = self._fused[name][0] if name in self._fused else name
-        for stored in (*_stored_names(name), *_stored_names(whole)):
+        for stored in (*stored_names(name), *stored_names(whole)):
             if stored in self._stored.misplaced:
                 return SubspecError(Exit.CORRUPT, self._stored.misplaced[stored], AGAIN)
         message = f"the checkpoint has no {name}, expected one of shape {list(shape)} by {CONFIG}"
@@ -241,14 +243,6 @@ def _set_aside(stored: StoredTensors, spec: ModelSpec) -> tuple[str, ...]:
         f"set aside: {sum(counts.values())} tensors of {', '.join(p[:40] for p in shown)}{others}, "
         "which the text decoder does not read",
     )
-
-
-def _stored_names(name: str) -> tuple[str, ...]:
-    """What a checkpoint may call a canonical tensor. Each is looked up on its own, as transformers
-    does: merged checkpoints mix prefixes."""
-    if name == HEAD_WEIGHT:
-        return HEADS
-    return tuple(prefix + name.removeprefix(PREFIXES[0]) for prefix in PREFIXES)
 
 
 def _fusions(layer: LayerSpec) -> dict[str, tuple[str, int, int]]:

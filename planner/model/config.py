@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.model import DTYPE_BYTES, DraftHead, DType, ModelSpec, NormStyle, Source
-from subspec.planner.model.families import FAMILIES
+from subspec.planner.model.families import FAMILIES, WHOLES, Whole
 from subspec.planner.model.fields import (
     LARGEST_VOCABULARY,
     LARGEST_WIDTH,
@@ -23,7 +23,7 @@ from subspec.planner.model.fields import (
 from subspec.planner.model.fp8 import QUANTIZATION, Quantization, expected_fp8, read_quantization
 from subspec.planner.model.layers import PER_LAYER, read_layers
 from subspec.planner.model.library import reading
-from subspec.planner.model.rope import check_rope, reach
+from subspec.planner.model.rope import check_rope, reach, rope_notes
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -106,19 +106,18 @@ ACTIVATIONS = {
     "silu": ("hidden_act", "silu"),
     "gelu_tanh": ("hidden_activation", "gelu_pytorch_tanh"),
 }
-# model_type -> that of the decoder, which in a multimodal model is the text part; the architecture.
-DECODERS = {name: (name, one.architecture) for name, one in FAMILIES.items()} | {
-    one.whole[0]: (name, one.whole[1]) for name, one in FAMILIES.items() if one.whole
-}
+ARCHITECTURES = {name: one.architecture for name, one in (FAMILIES | WHOLES).items()}
 # Not its text part's.
 OF_WHOLE = ("dtype", "eos_token_id", QUANTIZATION, "torch_dtype", "tie_word_embeddings")
 TEXT = "text_config"
+AUTO = "auto"  # a dtype: that of the tensors
+OF_TEXT, OF_WHOLES = "ForCausalLM", "ForConditionalGeneration"  # how architectures end
 LAYER_VALUES = {"head_dim", "num_key_value_heads"}  # that per_layer_config may give a layer
 
 
 def read_config(folder: Path, source: Source) -> ModelSpec:
-    """The decoder that config.json describes; its dtype is only the config's word (float32, which
-    is transformers' own default, where it says nothing).
+    """The decoder that config.json describes; its dtype is only the config's word (where it says
+    nothing float32, which is transformers' own default, or bfloat16 beside weights in FP8).
 
     Raises SubspecError: UNSUPPORTED for what we do not run, CORRUPT for what makes no sense."""
     return described(read_fields(folder / CONFIG), folder, source)
@@ -139,10 +138,11 @@ def described(written: Fields, folder: Path, source: Source) -> ModelSpec:
     layers = read_layers(config, style, max_positions)
     epsilon = config.number("rms_norm_eps", 1e-15, 1.0)
     norm = NormStyle(epsilon, style.rounds_late, style.zero_centered)
+    quantization = read_quantization(decoder)
     attending = next((one for one in layers if one.attentions), None) if style.mtp else None
     spec = ModelSpec(
         family=family,
-        dtype=_dtype(decoder),
+        dtype=_dtype(decoder, "bfloat16" if quantization else "float32"),
         hidden_size=config.integer("hidden_size", 1, LARGEST_WIDTH),
         vocab_size=config.integer("vocab_size", 1, LARGEST_VOCABULARY),
         max_positions=max_positions,
@@ -158,15 +158,17 @@ def described(written: Fields, folder: Path, source: Source) -> ModelSpec:
         eos_token_ids=_end_tokens(folder, config),
         source=source,
     )
-    quantization = read_quantization(decoder)
-    if quantization and spec.dtype != "bfloat16":
-        raise decoder.unsupported("dtype", "bfloat16 beside weights in FP8")
     return replace(spec, fp8=expected_fp8(spec, quantization))
 
 
 def quantization_of(folder: Path) -> Quantization | None:
     """What config.json says about FP8 weights; None: there are none."""
     return read_quantization(_decoder(read_fields(folder / CONFIG))[1])
+
+
+def config_notes(folder: Path) -> tuple[str, ...]:
+    """What a person should be told about what config.json asks for and is not done."""
+    return rope_notes(_decoder(read_fields(folder / CONFIG))[1])
 
 
 def load_config(written: Fields) -> Any:
@@ -202,18 +204,18 @@ def _copy(value: Any) -> Any:
 def _decoder(written: Fields) -> tuple[str, Fields]:
     """The model_type and the fields of the decoder, of a multimodal model those of its text part,
     once nothing in the config asks for arithmetic that we do not do."""
-    known = ", ".join(family.architecture for family in FAMILIES.values())
     architectures = written.texts("architectures")
-    whole = written.text("model_type", "")
-    name, architecture = DECODERS.get(whole, ("", ""))
-    if not name or architecture not in architectures:
+    name = written.text("model_type", "")
+    if name not in ARCHITECTURES or ARCHITECTURES[name] not in architectures:
         shown = ", ".join(architectures)[:100] or "no architecture"
-        message = f"{CONFIG} names {shown} of type {whole[:100]!r}, we run {known}"
+        message = f"{CONFIG} names {shown} of type {name[:100]!r}, expected {_known_classes()}"
         if "auto_map" in written.values:
             message += "; its own code (auto_map) is never run"
         raise SubspecError(Exit.UNSUPPORTED, message, "choose a model of one of these families")
-    if name != whole:
-        written = _text_part(written, name)
+    # transformers reads these as another class, but not inside a multimodal model.
+    renamed = name == "mistral" and "layer_types" in written.values
+    if name in WHOLES:
+        name, written = _text_part(written, WHOLES[name])
     read_quantization(written)
     if not written.flag("is_causal", True):
         raise written.unsupported("is_causal", "true")
@@ -221,22 +223,31 @@ def _decoder(written: Fields) -> tuple[str, Fields]:
         if not FAMILIES[name].sizes_differ:
             raise written.unsupported(PER_LAYER, "layers that config.json describes together")
         _check_per_layer(written)
-    # transformers reads these as another class.
-    renamed = name == "mistral" and "layer_types" in written.values
     return ("ministral" if renamed else name), written
 
 
-def _text_part(written: Fields, name: str) -> Fields:
+def _known_classes() -> str:
+    """The architectures that we run, shorter than a list of them."""
+    plain, whole = (
+        ", ".join(one.architecture.removesuffix(suffix) for one in known.values())
+        for known, suffix in ((FAMILIES, OF_TEXT), (WHOLES, OF_WHOLES))
+    )
+    return f"{OF_TEXT} of {plain}, or {OF_WHOLES} of {whole}"
+
+
+def _text_part(written: Fields, whole: Whole) -> tuple[str, Fields]:
+    """Its model_type and its fields."""
     values = written.values.get(TEXT)
     if not isinstance(values, dict):
         raise written.wrong(TEXT, values, "an object")
-    # transformers looks at the whole's word alone, and at its class's where there is none.
-    own = {field: value for field, value in values.items() if field != "tie_word_embeddings"}
     decided = {field: written.values[field] for field in OF_WHOLE if written.has(field)}
-    text = Fields(f"{written.where}: {TEXT}", {**own, **decided})
-    if text.text("model_type", name) != name:
-        raise text.unsupported("model_type", repr(name))
-    return text
+    # transformers looks at the whole's word alone, and at its class's where there is none.
+    decided.setdefault("tie_word_embeddings", whole.tied)
+    text = Fields(f"{written.where}: {TEXT}", {**values, **decided})
+    name = text.text("model_type", whole.families[0])
+    if name not in whole.families:
+        raise text.unsupported("model_type", " or ".join(map(repr, whole.families)))
+    return name, text
 
 
 def _check_per_layer(written: Fields) -> None:
@@ -256,9 +267,11 @@ def _check_per_layer(written: Fields) -> None:
             layer.integer(name, 1, LARGEST_WIDTH)
 
 
-def _dtype(written: Fields) -> DType:
+def _dtype(written: Fields, usual: DType) -> DType:
     field = "dtype" if written.has("dtype") else "torch_dtype"
-    name = written.text(field, "float32")
+    name = written.text(field, AUTO)
+    if name == AUTO:
+        return usual
     if name not in DTYPE_BYTES:
         raise written.unsupported(field, ", ".join(DTYPE_BYTES))
     return cast(DType, name)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.model import HIDDEN_NORM, TOKEN_IDS, Eagle3, ModelSpec
-from subspec.planner.model.config import CONFIG, DECODERS
+from subspec.planner.model.config import ARCHITECTURES, CONFIG
 from subspec.planner.model.fields import MOST_LAYERS, Fields
 from subspec.planner.model.stored import AGAIN, Rows, StoredTensor, read_pieces, read_small
 
@@ -37,7 +37,7 @@ def decoder_fields(written: Fields) -> Fields:
     if not isinstance(inner, dict):
         raise written.wrong(INNER, inner, "an object")
     fields = Fields(written.where, inner)
-    _, known = DECODERS.get(fields.text("model_type", ""), ("", ""))
+    known = ARCHITECTURES.get(fields.text("model_type", ""))
     return Fields(written.where, {**inner, "architectures": [known]}) if known else fields
 
 

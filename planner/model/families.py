@@ -72,11 +72,8 @@ class Style:
 
 @dataclass(frozen=True)
 class Family:
-    """`whole`: model_type and architecture of the multimodal model whose text part this is."""
-
     architecture: str
     read: Callable[[Fields], Style]  # of transformers' config object
-    whole: tuple[str, str] | None = None
     sizes_differ: bool = False  # per_layer_config may give layers their own heads
 
 
@@ -263,19 +260,28 @@ FAMILIES: dict[str, Family] = {
     "glm4": Family("Glm4ForCausalLM", _glm4),
     "granite": Family("GraniteForCausalLM", _granite),
     "seed_oss": Family("SeedOssForCausalLM", _seed_oss),
-    "qwen3_5_text": Family(
-        "Qwen3_5ForCausalLM", _qwen3_5, ("qwen3_5", "Qwen3_5ForConditionalGeneration")
-    ),
-    "gemma3_text": Family(
-        "Gemma3ForCausalLM", _gemma3, ("gemma3", "Gemma3ForConditionalGeneration")
-    ),
-    "gemma4_text": Family(
-        "Gemma4ForCausalLM", _gemma4, ("gemma4", "Gemma4ForConditionalGeneration"), True
-    ),
-    "gemma4_unified_text": Family(
-        "Gemma4UnifiedForCausalLM",
-        _gemma4,
-        ("gemma4_unified", "Gemma4UnifiedForConditionalGeneration"),
-        True,
+    "qwen3_5_text": Family("Qwen3_5ForCausalLM", _qwen3_5),
+    "gemma3_text": Family("Gemma3ForCausalLM", _gemma3),
+    "gemma4_text": Family("Gemma4ForCausalLM", _gemma4, sizes_differ=True),
+    "gemma4_unified_text": Family("Gemma4UnifiedForCausalLM", _gemma4, sizes_differ=True),
+}
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A multimodal model, of which we run the text part."""
+
+    architecture: str
+    families: tuple[str, ...]  # of its text part; the first where that has no model_type
+    tied: bool  # whether the head is the embedding where its config does not say
+
+
+WHOLES: dict[str, Whole] = {
+    "mistral3": Whole("Mistral3ForConditionalGeneration", ("mistral", "ministral3"), True),
+    "qwen3_5": Whole("Qwen3_5ForConditionalGeneration", ("qwen3_5_text",), False),
+    "gemma3": Whole("Gemma3ForConditionalGeneration", ("gemma3_text",), True),
+    "gemma4": Whole("Gemma4ForConditionalGeneration", ("gemma4_text",), True),
+    "gemma4_unified": Whole(
+        "Gemma4UnifiedForConditionalGeneration", ("gemma4_unified_text",), True
     ),
 }

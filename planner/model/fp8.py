@@ -7,12 +7,16 @@ scales, rounded once to bfloat16, and activations stay bfloat16. What other engi
 activations, by `activation_scheme` or `input_activations`, is not part of it.
 """
 
+import re
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.model import GROUP_SIZE, HEAD, Linear, ModelSpec, ScaleBlock
 from subspec.planner.model.fields import LARGEST_WIDTH, Fields
+from subspec.planner.model.names import stored_names
 from subspec.planner.model.stored import (
     AGAIN,
     Rows,
@@ -29,6 +33,14 @@ QUANTIZATION = "quantization_config"
 E4M3 = "F8_E4M3"
 SCALE_DTYPES = ("BF16", "F16", "F32", "F8_E8M0")
 SUFFIXES = ("_scale_inv", "_scale")  # of the name of the weight that they belong to
+LINEAR = "Linear"  # in place of a name: all of them
+PATTERN = "re:"  # what a name begins with that is a regular expression
+LONGEST_PATTERN, MOST_PATTERNS = 200, 64
+MOST_REPEATS, MOST_CHOICES = 3, 8  # in a pattern, which would otherwise take forever
+NEEDED_FOR_INT8 = (
+    "; 8-bit integers as exact targets would need an encoding of their own, their upper four bits "
+    "as the substitute and the lower four streamed"
+)
 ORIGINAL = "use the original checkpoint in bfloat16: we make the 4-bit copy"
 
 
@@ -38,7 +50,8 @@ class Quantization:
 
     block: tuple[int, int] | None  # rows and columns of a block, if scales belong to blocks
     per_channel: bool  # of matrices without blocks: a scale for each row, else one for all
-    kept: tuple[str, ...]  # names of modules that are not in FP8, or beginnings of them
+    kept: tuple[str, ...]  # which modules are not in FP8, by _chosen
+    targets: tuple[str, ...] = (LINEAR,)  # which are, but for those
 
 
 @dataclass(frozen=True)
@@ -93,6 +106,7 @@ def _compressed(fields: Fields) -> Quantization:
     if not isinstance(groups, dict) or not groups:
         raise fields.wrong("config_groups", groups, "an object")
     found = set[tuple[tuple[int, int] | None, bool]]()
+    targets = list[str]()
     for name, group in groups.items():
         values = group.get("weights") if isinstance(group, dict) else None
         where = f"{fields.where}.config_groups.{name[:40]}.weights"
@@ -101,7 +115,12 @@ def _compressed(fields: Fields) -> Quantization:
         weights = Fields(where, values)
         kind, num_bits = weights.text("type", "int"), weights.integer("num_bits", 1, 64, 8)
         if (kind, num_bits) != ("float", 8):
-            raise _other_bits(where, f"{num_bits}-bit {kind}", kind == "int" and num_bits == 8)
+            raise SubspecError(
+                Exit.UNSUPPORTED,
+                f"{where} is {num_bits}-bit {kind[:60]}, of compressed-tensors we read only 8-bit "
+                f"float{NEEDED_FOR_INT8 if (kind, num_bits) == ('int', 8) else ''}",
+                ORIGINAL,
+            )
         if not weights.flag("symmetric", True):
             raise weights.unsupported("symmetric", "true")
         strategy = weights.text("strategy", "tensor")
@@ -109,10 +128,12 @@ def _compressed(fields: Fields) -> Quantization:
             raise weights.unsupported("strategy", "'tensor', 'channel' or 'block'")
         block = _block(weights, "block_structure") if strategy == "block" else None
         found.add((block, strategy == "channel"))
+        own = Fields(where.removesuffix(".weights"), group).texts("targets")
+        targets += own or [LINEAR]
     if len(found) > 1:
         raise fields.unsupported("config_groups", "groups whose scales belong to the same")
     [(block, per_channel)] = found
-    return Quantization(block, per_channel, tuple(fields.texts("ignore")))
+    return Quantization(block, per_channel, tuple(fields.texts("ignore")), tuple(targets))
 
 
 def _block(fields: Fields, name: str) -> tuple[int, int]:
@@ -126,18 +147,56 @@ def _block(fields: Fields, name: str) -> tuple[int, int]:
 
 
 def expected_fp8(spec: ModelSpec, quantization: Quantization | None) -> dict[str, ScaleBlock]:
-    """The FP8 matrices by config.json alone: all but the head and what it says is kept."""
+    """The FP8 matrices by config.json alone: what it names, but the head and what is kept."""
     if quantization is None:
         return {}
+    is_kept, is_target = _chosen(quantization.kept), _chosen(quantization.targets)
     return {
         one.name: _block_of(quantization, one.out_features, one.in_features)
         for one in spec.linears
-        if one.can_be_fp8
-        and one.name != HEAD
-        and not any(
-            one.name == kept or one.name.startswith(f"{kept}.") for kept in quantization.kept
-        )
+        if one.can_be_fp8 and one.name != HEAD and is_target(one.name) and not is_kept(one.name)
     }
+
+
+def _chosen(names: Sequence[str]) -> Callable[[str], bool]:
+    """Whether a list in a config chooses a linear, by any of the names that checkpoints have for
+    it: the list may also have what a name begins or ends with, patterns, and LINEAR."""
+    whole = {one for one in names if not one.startswith(PATTERN)}
+    written = [one.removeprefix(PATTERN) for one in names if one.startswith(PATTERN)]
+    patterns = [one for one in map(_pattern, written[:MOST_PATTERNS]) if one is not None]
+
+    def chooses(name: str) -> bool:
+        spelled = [one.removesuffix(".weight") for one in stored_names(f"{name}.weight")]
+        return (
+            LINEAR in whole
+            or any(not whole.isdisjoint(_ends(one)) for one in spelled)
+            or any(pattern.match(one) for pattern in patterns for one in spelled)
+        )
+
+    return chooses
+
+
+def _ends(name: str) -> set[str]:
+    """What a name begins or ends with, in whole parts."""
+    parts = name.split(".")
+    begins = {".".join(parts[: count + 1]) for count in range(len(parts))}
+    return begins | {".".join(parts[first:]) for first in range(len(parts))}
+
+
+def _pattern(text: str) -> re.Pattern[str] | None:
+    """None for one that makes no sense, or might be matched for very long: as if it were not there,
+    since only a dry run asks."""
+    repeats = len(re.findall(r"[*+{]", text))
+    choices = len(re.findall(r"\||(?<!\()\?", text))
+    if len(text) > LONGEST_PATTERN or repeats > MOST_REPEATS or choices > MOST_CHOICES:
+        return None
+    if re.search(r"\)[*+{]", text):
+        return None
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            return re.compile(text)
+    except (re.error, OverflowError):
+        return None
 
 
 def _block_of(quantization: Quantization, num_rows: int, num_columns: int) -> ScaleBlock:
@@ -270,22 +329,11 @@ def refused_dtype(tensor: StoredTensor, expected: str) -> SubspecError:
             Exit.UNSUPPORTED, f"{where} is F8_E5M2, of FP8 we read only {E4M3}", ORIGINAL
         )
     if tensor.dtype in ("I8", "U8"):
-        return _other_bits(where, tensor.dtype, True)
+        message = f"{where} is {tensor.dtype}, of 8 bits we read only FP8{NEEDED_FOR_INT8}"
+        return SubspecError(Exit.UNSUPPORTED, message, ORIGINAL)
     message = f"{where} is {tensor.dtype}, expected {expected}"
     return SubspecError(
         Exit.UNSUPPORTED,
         message,
         "use the original checkpoint, before quantisation: we make the 4-bit copy",
-    )
-
-
-def _other_bits(where: str, what: str, is_int8: bool) -> SubspecError:
-    needed = (
-        "; 8-bit integers as exact targets would need an encoding of their own, their upper four "
-        "bits as the substitute and the lower four streamed"
-        if is_int8
-        else ""
-    )
-    return SubspecError(
-        Exit.UNSUPPORTED, f"{where} is {what}, of 8 bits we read only FP8{needed}", ORIGINAL
     )

@@ -13,8 +13,10 @@ from subspec.planner.model.stored import INDEX, WEIGHTS, shard_names
 from subspec.planner.model.tokenizer_files import (
     ADDED_TOKENS,
     CHAT_TEMPLATE,
+    MORE_TEMPLATES,
     SENTENCEPIECE,
     SPECIAL_TOKENS_MAP,
+    TEKKEN,
     TOKENIZER,
     TOKENIZER_CONFIG,
 )
@@ -24,7 +26,13 @@ README = "README.md"
 DRY_RUN_FILES = (CONFIG, INDEX)
 SMALL_FILES = (*DRY_RUN_FILES, TOKENIZER, TOKENIZER_CONFIG)
 # What a model runs without, and a cache that others filled often lacks; a person is told.
-EXTRA_FILES = (GENERATION_CONFIG, CHAT_TEMPLATE, ADDED_TOKENS, SPECIAL_TOKENS_MAP)
+EXTRA_FILES = (
+    GENERATION_CONFIG,
+    CHAT_TEMPLATE,
+    f"{MORE_TEMPLATES}/*.jinja",
+    ADDED_TOKENS,
+    SPECIAL_TOKENS_MAP,
+)
 WELCOME_FILES = (README, "LICENSE*", "NOTICE")  # nothing is computed from them
 LARGEST_README = 8 << 20
 
@@ -33,19 +41,30 @@ ORGANISATIONS = {
     "Qwen2-": "Qwen",
     "Qwen2.5-": "Qwen",
     "Qwen3-": "Qwen",
+    "Qwen3.5-": "Qwen",
+    "Qwen3.6-": "Qwen",
+    "Qwen3.8-": "Qwen",
     "Llama-": "meta-llama",
     "Meta-Llama-": "meta-llama",
     "Mistral-": "mistralai",
     "Ministral-": "mistralai",
+    "Devstral-": "mistralai",
+    "Magistral-": "mistralai",
+    "DeepSeek-R1-Distill-": "deepseek-ai",
+    "DeepSeek-R1-0528-": "deepseek-ai",
+    "gemma-3-": "google",
+    "gemma-4-": "google",
     "SmolLM2-": "HuggingFaceTB",
     "SmolLM3-": "HuggingFaceTB",
     "OLMo-2-": "allenai",
     "Olmo-3-": "allenai",
+    "Olmo-3.1-": "allenai",
     "Phi-3-": "microsoft",
     "Phi-3.5-": "microsoft",
     "Phi-4-": "microsoft",
     "phi-4": "microsoft",
     "GLM-4-": "zai-org",
+    "GLM-Z1-": "zai-org",
     "granite-": "ibm-granite",
     "Seed-OSS-": "ByteDance-Seed",
 }
@@ -168,12 +187,13 @@ def _download(
     if not (folder / CONFIG).exists():
         raise _incomplete(repository, revision, folder, CONFIG, away)
     _has(repository, folder, WELCOME_FILES, away)
-    if not weights:
-        return folder, lacking
     if tokenizer and not (folder / TOKENIZER).exists():
         _fetch(repository, folder.name, vocabulary, away)
-        if away and not (folder / SENTENCEPIECE).exists():
+        _has(repository, folder, (TEKKEN,), away)  # for the sentence that names it
+        if away and not any((folder / name).exists() for name in (SENTENCEPIECE, TEKKEN)):
             raise _incomplete(repository, revision, folder, TOKENIZER, away)
+    if not weights:
+        return folder, lacking
     missing = _missing(folder)
     if missing:
         _fetch(repository, folder.name, tuple(missing), away)

@@ -23,6 +23,10 @@ BOUNDS = {
 }
 ORIGINAL = "original_max_position_embeddings"
 DIVISORS = (1e-3, 1e6)
+COMPUTED_WITH = {*BOUNDS, ORIGINAL, "rope_type", "type", "truncate", "short_factor", "long_factor"}
+# In a text all axes have one position; how a model was trained, and the config's own number again.
+WITHOUT_EFFECT = {"mrope_section", "mrope_interleaved", "finetuned", "max_position_embeddings"}
+MOST_SHOWN = 4
 
 
 def check_rope(config: Fields) -> None:
@@ -37,6 +41,26 @@ def check_rope(config: Fields) -> None:
         for name in ("rope_type", "type"):
             if fields.has(name):
                 fields.text(name)
+
+
+def rope_notes(config: Fields) -> tuple[str, ...]:
+    """What config.json says of a rotary embedding and transformers' models do not compute with,
+    which it calls unrecognized in a warning; such as attn_factor, which vLLM multiplies in."""
+    notes = []
+    for fields in _objects(config):
+        values = {name: one for name, one in fields.values.items() if not isinstance(one, dict)}
+        unknown = [
+            f"{name[:60]} {value!r:.40}"
+            for name, value in sorted(values.items())
+            if value is not None and name not in COMPUTED_WITH | WITHOUT_EFFECT
+        ]
+        if unknown:
+            others = ", ..." if len(unknown) > MOST_SHOWN else ""
+            notes.append(
+                f"{fields.where} has {', '.join(unknown[:MOST_SHOWN])}{others}: transformers does "
+                "not compute with it, nor does subspec; the tokens of an engine that does differ"
+            )
+    return tuple(notes)
 
 
 def read_rope(

@@ -4,14 +4,16 @@ Added and special tokens are spread over four files, and which of them wins is t
 its tokenizer is made once, here, and written as a whole.
 """
 
+import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format.tensors import open_regular
+from subspec.planner.model.checkpoint import Checkpoint
 from subspec.planner.model.config import CONFIG, load_config
 from subspec.planner.model.fields import Fields, read_fields, refuse_stand_in
 from subspec.planner.model.generation import generation_notes, read_generation
@@ -21,13 +23,20 @@ TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 SENTENCEPIECE = "tokenizer.model"
+TEKKEN = "tekken.json"  # Mistral's own; not read
 ADDED_TOKENS = "added_tokens.json"
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"
 MORE_TEMPLATES = "additional_chat_templates"  # a folder
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")  # what templates refer to
+# Families whose tokenizer may be Tekken, and a token that is in every Tekken.
+MAY_BE_TEKKEN, OF_TEKKEN = ("mistral", "ministral", "ministral3"), "[INST]"
 LARGEST_TOKENIZER = 128 << 20  # the largest known has 35 MB
 LARGEST_TEMPLATE = 1 << 20
 LARGEST_TOKEN = 1_000  # characters
+SPLIT_AS_TEKKEN = (
+    f"{TOKENIZER} splits text by a regex that is not Tekken's, which transformers calls incorrect: "
+    "text is split as Tekken does, as transformers does with fix_mistral_regex=True"
+)
 
 
 @dataclass(frozen=True)
@@ -36,6 +45,7 @@ class TokenizerFiles:
     chat_template: str | None  # a base model has none
     special_tokens: dict[str, str | None]
     begins_with_bos: bool
+    end_token: int | None  # the id of eos_token
     generation_config: dict[str, Any]  # see read_generation()
     notes: tuple[str, ...] = ()  # what a person should be told
 
@@ -46,14 +56,19 @@ def read_tokenizer(folder: Path) -> TokenizerFiles:
     _check_files(folder)
     generation = read_generation(folder)
     config = load_config(read_fields(folder / CONFIG))
+    split: tuple[str, ...] = ()
     with reading(f"the tokenizer in {folder}"):
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
         # The model type's own class would put its usual splitting of text in the file's place.
         has_file = (folder / TOKENIZER).exists()
-        tokenizer = (PreTrainedTokenizerFast if has_file else AutoTokenizer).from_pretrained(
-            folder, config=config, trust_remote_code=False, local_files_only=True
-        )
+        kind = PreTrainedTokenizerFast if has_file else AutoTokenizer
+        given = {"config": config, "trust_remote_code": False, "local_files_only": True}
+        tokenizer = kind.from_pretrained(folder, **given)
+        if has_file and config.model_type in MAY_BE_TEKKEN and _splits_bytes(tokenizer):
+            fixed = kind.from_pretrained(folder, **given, fix_mistral_regex=True)
+            if _pre_tokenizer(fixed) != _pre_tokenizer(tokenizer):
+                tokenizer, split = fixed, (SPLIT_AS_TEKKEN,)
         if not tokenizer.is_fast:
             raise SubspecError(
                 Exit.UNSUPPORTED,
@@ -74,9 +89,41 @@ def read_tokenizer(folder: Path) -> TokenizerFiles:
         chat_template=_bounded(template, LARGEST_TEMPLATE, CHAT_TEMPLATE) if template else None,
         special_tokens={name: token and str(token) for name, token in known.items()},
         begins_with_bos=bos is not None and first == [bos],
+        end_token=tokenizer.eos_token_id,
         generation_config=generation,
-        notes=(*beyond, *generation_notes(generation)),
+        notes=(*split, *beyond, *generation_notes(generation)),
     )
+
+
+def with_end_of_turn(checkpoint: Checkpoint, tokenizer: TokenizerFiles) -> Checkpoint:
+    """The tokenizer's eos_token ends the answers of a model for conversations, too: some configs
+    name only the end of a document, and their answers would go on into the next turn."""
+    spec, end = checkpoint.spec, tokenizer.end_token
+    if end is None or tokenizer.chat_template is None:
+        return checkpoint
+    if end in spec.eos_token_ids or end >= spec.vocab_size:
+        return checkpoint
+    name = str(tokenizer.special_tokens["eos_token"])[:40]
+    note = (
+        f"{name!r}, the tokenizer's eos_token (id {end}), ends answers, too, although the model's "
+        "configs do not say so: transformers' generate() would go on behind it"
+    )
+    ends = replace(spec, eos_token_ids=(*spec.eos_token_ids, end))
+    return replace(checkpoint, spec=ends, notes=(*checkpoint.notes, note))
+
+
+def _pre_tokenizer(tokenizer: Any) -> dict[str, Any]:
+    """How it splits text, before the merges."""
+    return json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] or {}
+
+
+def _splits_bytes(tokenizer: Any) -> bool:
+    """Whether it can be Tekken: transformers would mend any vocabulary of a Mistral that is large,
+    one of SentencePiece too, which that breaks."""
+    if OF_TEKKEN not in tokenizer.get_vocab():
+        return False
+    parts = _pre_tokenizer(tokenizer).get("pretokenizers", ())
+    return [part["type"] for part in parts] == ["Split", "ByteLevel"]
 
 
 def _one_template(templates: dict[str, str]) -> str | None:
@@ -130,6 +177,10 @@ def _check_files(folder: Path) -> None:
 def _check_sentencepiece(folder: Path) -> None:
     hint = "make one with transformers: AutoTokenizer.from_pretrained(OLD).save_pretrained(NEW)"
     if not (folder / SENTENCEPIECE).exists():
+        if (folder / TEKKEN).exists():  # what transformers makes of it does not begin with BOS
+            message = f"{folder} has its tokenizer as {TEKKEN}, expected {TOKENIZER}"
+            hint = f"choose a repository of this model that also has a {TOKENIZER}"
+            raise SubspecError(Exit.UNSUPPORTED, message, hint)
         message = f"{folder} has no tokenizer: neither {TOKENIZER} nor {SENTENCEPIECE}"
         raise SubspecError(Exit.UNSUPPORTED, message, hint)
     needed = {"sentencepiece": "sentencepiece", "protobuf": "google"}

@@ -8,8 +8,11 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
+from unittest.mock import Mock
 
+import huggingface_hub
 import pytest
 import running
 import torch
@@ -702,6 +705,57 @@ def test_a_model_that_is_not_ours_to_run_is_refused(
     ended = plan(capsys, "--model", model)
     assert ended.exit_code == 8 and message in ended.err, ended.err
     assert list(here.iterdir()) == []
+
+
+@pytest.fixture
+def hub(model: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """`model` is org/name on a hub, whose cache is a new folder; the files that were fetched."""
+    fetched: list[str] = []
+    cached = model.parent / "hub" / ("0" * 40)
+    cached.mkdir(parents=True)
+
+    def snapshot_download(_repository: str, *, allow_patterns: list[str], **_: object) -> str:
+        for path in model.iterdir():
+            if any(fnmatch(path.name, pattern) for pattern in allow_patterns):
+                shutil.copyfile(path, cached / path.name)
+                fetched.append(path.name)
+        return str(cached)
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", Mock())
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return fetched
+
+
+@pytest.mark.parametrize("option", ["--model", "--draft-model"])
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.json", '{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}', "GPT2LM"),
+        ("tokenizer.json", "[]", "cannot be read by transformers"),
+        ("tokenizer.json", None, "has no tokenizer"),
+    ],
+)
+def test_what_is_refused_is_refused_before_its_weights_are_fetched(
+    option: str, file: str, content: str | None, message: str, model: Path, hub: list[str],
+    here: Path, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    (model / file).unlink()
+    if content is not None:
+        (model / file).write_text(content)
+    ended = plan(capsys, option, "org/name")
+    assert ended.exit_code in (Exit.UNSUPPORTED, Exit.CORRUPT) and message in ended.err, ended.err
+    assert ("draft model org/name: " in ended.err) == (option == "--draft-model")
+    assert "config.json" in hub and "model.safetensors" not in hub
+    assert list(here.iterdir()) == []
+
+
+def test_the_weights_of_a_model_that_is_ours_to_run_are_fetched_once(
+    hub: list[str], here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan(capsys, "--model", "org/name", "--out", "made").exit_code == 0
+    assert hub.count("model.safetensors") == 1
+    assert open_artifact(here / "made").spec.source.repository == "org/name"
 
 
 @pytest.mark.parametrize(

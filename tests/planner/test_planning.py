@@ -1,5 +1,7 @@
 """Planning as a library: it takes a request, says nothing, and returns what it found."""
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,6 +53,15 @@ def test_a_plan_for_another_machine_needs_neither_files_nor_a_terminal(
     assert capsys.readouterr() == ("", "") and list(tmp_path.iterdir()) == []
 
 
+def test_what_a_config_asks_for_and_is_not_done_is_told_by_a_dry_run_too(tmp_path: Path) -> None:
+    told = list[str]()
+    config = json.loads((DEMO / "config.json").read_text())
+    config["rope_parameters"] = {**config["rope_parameters"], "attn_factor": 0.88}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    plan_dry(REQUEST, resolve(str(tmp_path)), tmp_path / "out", tell=told.append)
+    assert "attn_factor 0.88" in told[0] and told[0].startswith("note: config.json")
+
+
 def test_a_model_becomes_an_artifact_whose_plan_is_returned(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -61,6 +72,24 @@ def test_a_model_becomes_an_artifact_whose_plan_is_returned(
         assert open_artifact(out).plan == found.plan
         assert open_artifact(out).profile == found.profile == PROFILE
     assert capsys.readouterr() == ("", "")
+
+
+def test_the_end_of_a_turn_ends_an_answer_that_the_configs_would_let_run_on(
+    tmp_path: Path,
+) -> None:
+    """As in Qwen3.5-9B, whose config ends only documents."""
+    told = list[str]()
+    folder = shutil.copytree(DEMO, tmp_path / "model")
+    (folder / "generation_config.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": 0}))
+    found = plan_model(REQUEST, resolve(str(folder)), tmp_path / "chat", tell=told.append)
+    assert found.spec.eos_token_ids == (0, 2) == open_artifact(tmp_path / "chat").spec.eos_token_ids
+    assert [one for one in told if "'<|im_end|>'" in one and "id 2" in one]
+    (folder / "chat_template.jinja").unlink()  # nobody speaks in turns
+    told.clear()
+    base = plan_model(REQUEST, resolve(str(folder)), tmp_path / "base", tell=told.append)
+    assert base.spec.eos_token_ids == (0,) and not [one for one in told if "im_end" in one]
 
 
 def test_an_artifact_is_planned_again_and_stays_as_it_is(

@@ -19,10 +19,11 @@ from subspec.artifacts.model import (
     NormStyle,
     QueryGrowth,
     Rope,
+    ScaleBlock,
     Source,
 )
-from subspec.planner.model.config import read_config
-from subspec.planner.model.families import FAMILIES
+from subspec.planner.model.config import config_notes, read_config
+from subspec.planner.model.families import FAMILIES, WHOLES
 
 SOURCE = Source("org/tiny", "0" * 40, "mit")
 SIZES = {
@@ -50,11 +51,11 @@ def config(family: str = "llama", **fields: Any) -> dict[str, Any]:
 
 def inside(family: str, whole: dict[str, Any], **fields: Any) -> dict[str, Any]:
     """The config of the multimodal model around a family."""
-    names = FAMILIES[family].whole
-    assert names is not None
+    [(name, one)] = [(name, one) for name, one in WHOLES.items() if family in one.families]
     text = config(family, **fields)
     del text["architectures"]
-    return {"architectures": [names[1]], "model_type": names[0], "text_config": text, **whole}
+    own = {"architectures": [one.architecture], "model_type": name, "text_config": text}
+    return {**own, **whole}
 
 
 def write(folder: Path, values: object, generation: object = None) -> Path:
@@ -314,6 +315,49 @@ def test_a_gemma_3_of_the_hub_is_its_text_part_and_leaves_much_to_its_class(
     assert not read(tmp_path, {**whole, "tie_word_embeddings": False}).tied_head
 
 
+def test_a_mistral_that_sees_is_the_family_that_its_text_part_says(tmp_path: Path) -> None:
+    """Mistral Small 3.x and Ministral 3; the whole decides whether the head is the embedding."""
+    fields: dict[str, Any] = {"num_key_value_heads": 2, "head_dim": 32}
+    for family in ("mistral", "ministral3"):
+        whole = inside(family, {"dtype": "bfloat16"}, **fields, tie_word_embeddings=False)
+        spec = read(tmp_path, whole)
+        assert (spec.family, spec.tied_head, config_notes(tmp_path)) == (family, True, ())
+        whole["tie_word_embeddings"] = False
+        spec = read(tmp_path, whole)
+        assert spec == replace(read(tmp_path, config(family, **fields)), dtype="bfloat16")
+    del whole["text_config"]["model_type"]
+    whole["text_config"]["layer_types"] = [FULL] * 3  # alone it would be a ministral
+    spec = read(tmp_path, whole)
+    assert spec.family == "mistral" and windows_of(spec) == [4096] * 3
+    with pytest.raises(SubspecError, match="model_type is 'mistral4'.*'mistral' or 'ministral3'"):
+        read(tmp_path, {**whole, "text_config": {**whole["text_config"], "model_type": "mistral4"}})
+
+
+def test_the_fp8_form_of_ministral_3_has_one_scale_for_a_matrix(tmp_path: Path) -> None:
+    quantization = {
+        "activation_scheme": "static",
+        "dequantize": False,
+        "modules_to_not_convert": ["model.vision_tower", "model.multi_modal_projector", "lm_head"],
+        "quant_method": "fp8",
+        "weight_block_size": None,
+    }
+    whole = {"dtype": "bfloat16", "quantization_config": quantization}
+    sizes = {"num_key_value_heads": 2, "head_dim": 32, "intermediate_size": 128}
+    spec = read(tmp_path, inside("ministral3", whole, **sizes))
+    assert len(spec.fp8) == 3 * 7 and "lm_head" not in spec.fp8
+    gate = "model.layers.0.mlp.gate_proj"
+    assert spec.fp8[gate] == ScaleBlock(128, SIZES["hidden_size"])
+
+
+@pytest.mark.parametrize("whole", WHOLES)
+def test_the_class_of_a_whole_says_whether_its_head_is_the_embedding(
+    transformers: Any, whole: str
+) -> None:
+    theirs = transformers.CONFIG_MAPPING[whole]
+    assert WHOLES[whole].tied == theirs.tie_word_embeddings
+    assert theirs.sub_configs_defaults["text_config"].model_type in (*WHOLES[whole].families, "")
+
+
 @pytest.mark.parametrize("family", ["gemma4_text", "gemma4_unified_text"])
 def test_the_full_layers_of_gemma_4_have_heads_of_their_own(tmp_path: Path, family: str) -> None:
     fields: dict[str, Any] = {
@@ -436,6 +480,11 @@ def test_a_text_part_of_another_type_is_refused(tmp_path: Path) -> None:
         assert caught.value.exit_code == Exit.CORRUPT
 
 
+def test_a_dtype_of_auto_is_none_at_all(tmp_path: Path) -> None:
+    for name in ("dtype", "torch_dtype"):
+        assert read(tmp_path, config(**{name: "auto"})) == read(tmp_path, config())
+
+
 def test_the_fields_of_llama3_and_yarn_are_kept(tmp_path: Path) -> None:
     assert rope_of(read(tmp_path, config(rope_theta=5e5, rope_scaling=LLAMA3))) == Rope(
         5e5, 16, "llama3", False, 8.0, 64, 1.0, 4.0
@@ -443,6 +492,22 @@ def test_the_fields_of_llama3_and_yarn_are_kept(tmp_path: Path) -> None:
     scaling = {**YARN, "beta_fast": 16, "beta_slow": 2, "truncate": False}
     rope = rope_of(read(tmp_path, config(rope_scaling=scaling)))
     assert (rope.beta_fast, rope.beta_slow, rope.truncate) == (16.0, 2.0, False)
+
+
+def test_a_field_of_a_rope_that_transformers_ignores_is_named_and_ignored(tmp_path: Path) -> None:
+    """As DeepSeek-R1-0528-Qwen3-8B has attn_factor, which vLLM multiplies in."""
+    plain = read(tmp_path, config("llama", rope_scaling=YARN))
+    assert config_notes(tmp_path) == ()
+    scaling = {**YARN, "attn_factor": 0.8782488562869419}
+    assert read(tmp_path, config("llama", rope_scaling=scaling)) == plain
+    [note] = config_notes(tmp_path)
+    assert "rope_scaling has attn_factor 0.8782488562869419" in note
+    # Of some layers, of axes that are one in a text, and nothing at all.
+    own = {FULL: {**YARN, "extrapolation_factor": 2.0, "mrope_section": [1, 2], "finetuned": True}}
+    own[SLIDING] = {"rope_type": "default", "rope_theta": 1e4, "factor": None, "other": None}
+    write(tmp_path, config("olmo3", rope_parameters=own))
+    [note] = config_notes(tmp_path)
+    assert "rope_parameters.full_attention has extrapolation_factor 2.0: " in note
 
 
 def test_yarn_reaches_beyond_the_configs_positions_and_llama3_does_not(tmp_path: Path) -> None:
@@ -532,7 +597,15 @@ def test_unknown_layer_types_are_refused_where_they_have_a_meaning(tmp_path: Pat
 def test_an_unknown_architecture_is_told_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(SubspecError) as caught:
         read(tmp_path, config(architectures=["MambaForCausalLM"], model_type="mamba"))
-    assert all(family.architecture in caught.value.message for family in FAMILIES.values())
+    plain, whole = caught.value.message.split("ForConditionalGeneration of ")
+    assert "MambaForCausalLM of type 'mamba', expected ForCausalLM of Llama, Qwen2" in plain
+    for known, ending, said in (
+        (FAMILIES, "ForCausalLM", plain),
+        (WHOLES, "ForConditionalGeneration", f" {whole},"),
+    ):
+        for one in known.values():
+            assert one.architecture.endswith(ending)
+            assert f" {one.architecture.removesuffix(ending)}," in said
 
 
 def test_a_models_own_code_is_never_run_but_harmless_beside_a_known_class(tmp_path: Path) -> None:

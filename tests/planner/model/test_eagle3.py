@@ -72,7 +72,7 @@ BAD_IDS = torch.arange(EAGLE3_TOKENS)
         ({"hidden_size": 256}, Exit.USAGE, "a hidden size of 256.* and has 128"),
         ({"vocab_size": 2047}, Exit.USAGE, "a vocabulary of 2047.* and has 2048"),
         ({"num_hidden_layers": 2}, Exit.UNSUPPORTED, "has 2 layers"),
-        ({"model_type": "deepseek_v3"}, Exit.UNSUPPORTED, "of type 'deepseek_v3', we run"),
+        ({"model_type": "deepseek_v3"}, Exit.UNSUPPORTED, "of type 'deepseek_v3', expected"),
         ({"intermediate_size": 64}, Exit.CORRUPT, r"mlp.* has the shape \[192, 128\], expected"),
         (
             {"num_key_value_heads": 2},

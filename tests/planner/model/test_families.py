@@ -55,19 +55,25 @@ SIGHT: dict[str, dict[str, Any]] = {
                        "output_proj_dims": 128},
     "qwen3_5": {"hidden_size": 32, "intermediate_size": 32, "depth": 1, "num_heads": 2,
                 "out_hidden_size": 128, "num_position_embeddings": 16},
+    "mistral3": {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
+                 "num_attention_heads": 2, "head_dim": 16, "image_size": 28, "patch_size": 7},
 }  # fmt: skip
-TEXT_PART = {
-    "gemma3": "gemma3_text, as the hub has it",
-    "gemma4": "gemma4_text, keys are values in layers of other heads",
-    "gemma4_unified": "gemma4_unified_text",
-    "qwen3_5": "qwen3_5_text",
-}
+TEXT_PARTS = [
+    ("gemma3", "gemma3_text, as the hub has it"),
+    ("gemma4", "gemma4_text, keys are values in layers of other heads"),
+    ("gemma4_unified", "gemma4_unified_text"),
+    ("qwen3_5", "qwen3_5_text"),
+    ("mistral3", "mistral, sliding window"),
+    ("mistral3", "ministral3"),
+]
 
 
-@pytest.mark.parametrize("whole", SIGHT)
-def test_the_text_part_of_a_model_that_sees_gives_its_logits(whole: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("whole", "part"), TEXT_PARTS)
+def test_the_text_part_of_a_model_that_sees_gives_its_logits(
+    whole: str, part: str, tmp_path: Path
+) -> None:
     torch.set_num_threads(1)
-    text = FAMILIES[TEXT_PART[whole]]
+    text = FAMILIES[part]
     config = AutoConfig.for_model(whole, text_config=text, vision_config=SIGHT[whole])
     torch.manual_seed(0)
     auto: Any = AutoModelForImageTextToText

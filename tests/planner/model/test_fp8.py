@@ -16,6 +16,7 @@ from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.model import ScaleBlock, Source
 from subspec.planner.build.weights import read_weight
 from subspec.planner.model.checkpoint import read_checkpoint, read_spec
+from subspec.planner.model.config import read_config
 
 to_fp8 = benchmark("to_fp8")
 SOURCE = Source("test/model")
@@ -126,6 +127,22 @@ def test_blocks_that_an_artifact_does_not_have_are_multiplied_out(
     assert exact.scales is None and torch.equal(exact.weight, expected)
 
 
+@pytest.mark.parametrize("dtype", [None, "auto", "float16", "float32"])
+def test_beside_fp8_the_configs_dtype_counts_only_where_no_tensors_are_read(
+    folder: Path, dtype: str | None
+) -> None:
+    change_config(folder, lambda config: config.update(dtype=dtype, torch_dtype=dtype))
+    spec = read_checkpoint(folder, SOURCE).spec
+    assert spec.dtype == "bfloat16" and len(spec.fp8) == 7 and read_spec(folder, SOURCE) == spec
+    (folder / "model.safetensors").unlink()
+    if dtype in (None, "auto"):
+        assert read_spec(folder, SOURCE).dtype == "bfloat16"
+    else:
+        with pytest.raises(SubspecError, match=f"in FP8 and others in {dtype}") as caught:
+            read_spec(folder, SOURCE)
+        assert caught.value.exit_code == Exit.UNSUPPORTED
+
+
 REFUSED: dict[str, tuple[Callable[[Tensors], object], Exit, str]] = {
     "e5m2": (
         lambda t: t.update({f"{GATE}.weight": t[f"{GATE}.weight"].float().to(torch.float8_e5m2)}),
@@ -207,6 +224,60 @@ def test_weights_that_are_no_numbers_are_refused_when_they_are_read(
     assert caught.value.exit_code == code and said in caught.value.message
 
 
+def expected(folder: Path, **quantization: Any) -> set[str]:
+    """What a dry run takes for FP8, by the last part of its names; the layer's number is 0."""
+    change_config(folder, lambda config: config.update(quantization_config=quantization))
+    return {name.rpartition(".")[2] for name in read_config(folder, SOURCE).fp8}
+
+
+ATTENTION, DENSE = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"gate_proj", "up_proj", "down_proj"}
+
+
+@pytest.mark.parametrize(
+    ("kept", "left"),
+    [
+        (["lm_head", "model.layers.0.self_attn"], DENSE),
+        (["re:.*self_attn.*"], DENSE),
+        (["re:.*\\.(q|k|v)_proj$", "o_proj"], DENSE),
+        (["model.language_model.layers.0.self_attn", "vision_tower"], DENSE),
+        (["re:language_model\\.model\\.layers\\.\\d+\\.mlp\\."], ATTENTION),
+        (["re:self_attn", "re:visual.*", "mlp", "layers.0.self"], ATTENTION | DENSE),
+        (["Linear"], set()),
+        # What might take forever, and what is no pattern.
+        (
+            ["re:(.*)*x", "re:" + "(.|.)" * 20, "re:" + ".*" * 20, "re:(", "re:" + "m" * 999],
+            {"all"},
+        ),
+        (["re:[[a]", "re:" + ".?" * 40 + "x"], {"all"}),
+    ],
+    ids=str,
+)
+def test_a_dry_run_knows_which_matrices_stay_in_bf16(
+    folder: Path, kept: list[str], left: set[str]
+) -> None:
+    left = ATTENTION | DENSE if left == {"all"} else left
+    assert expected(folder, quant_method="fp8", modules_to_not_convert=kept) == left
+    assert expected(folder, **compressed(), ignore=kept) == left
+
+
+@pytest.mark.parametrize(
+    ("targets", "found"),
+    [
+        ([["Linear"]], ATTENTION | DENSE),
+        ([["re:.*mlp.*"]], DENSE),
+        ([["re:.*q_proj"], ["model.layers.0.mlp"]], {"q_proj", *DENSE}),
+        ([["Embedding"]], set()),
+    ],
+    ids=str,
+)
+def test_a_dry_run_knows_which_matrices_are_meant(
+    folder: Path, targets: list[list[str]], found: set[str]
+) -> None:
+    [group] = compressed()["config_groups"].values()
+    groups = {str(number): {**group, "targets": own} for number, own in enumerate(targets)}
+    assert expected(folder, **{**compressed(), "config_groups": groups}) == found
+
+
 def compressed(**weights: Any) -> dict[str, Any]:
     values = {"num_bits": 8, "type": "float", "strategy": "channel", **weights}
     return {
@@ -223,7 +294,11 @@ def compressed(**weights: Any) -> dict[str, Any]:
         ({"quant_method": "fp8", "weight_block_size": [128]}, Exit.CORRUPT, "weight_block_size"),
         ({"quant_method": "fp8", "weight_block_size": [0, 1]}, Exit.CORRUPT, "weight_block_size"),
         (compressed(type="int"), Exit.UNSUPPORTED, "8-bit integers as exact targets would need"),
-        (compressed(num_bits=4), Exit.UNSUPPORTED, "4-bit float, of 8 bits we read only FP8"),
+        (
+            compressed(num_bits=4),
+            Exit.UNSUPPORTED,
+            "weights is 4-bit float, of compressed-tensors we read only 8-bit float",
+        ),
         (compressed(symmetric=False), Exit.UNSUPPORTED, "symmetric"),
         (compressed(strategy="group"), Exit.UNSUPPORTED, "strategy"),
         (compressed() | {"kv_cache_scheme": {"num_bits": 8}}, Exit.UNSUPPORTED, "kv_cache_scheme"),

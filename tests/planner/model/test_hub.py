@@ -175,6 +175,16 @@ def test_branches_and_commits_find_their_own_snapshot(offline: Path) -> None:
     [
         ("Qwen2.5-32B", "Qwen/Qwen2.5-32B"),
         ("Qwen3-8B", "Qwen/Qwen3-8B"),
+        ("Qwen3.5-27B", "Qwen/Qwen3.5-27B"),
+        ("Qwen3.6-27B", "Qwen/Qwen3.6-27B"),
+        ("gemma-3-27b-it", "google/gemma-3-27b-it"),
+        ("gemma-4-31B-it", "google/gemma-4-31B-it"),
+        ("Olmo-3.1-32B-Think", "allenai/Olmo-3.1-32B-Think"),
+        ("GLM-Z1-9B-0414", "zai-org/GLM-Z1-9B-0414"),
+        ("DeepSeek-R1-Distill-Qwen-32B", "deepseek-ai/DeepSeek-R1-Distill-Qwen-32B"),
+        ("DeepSeek-R1-0528-Qwen3-8B", "deepseek-ai/DeepSeek-R1-0528-Qwen3-8B"),
+        ("Devstral-Small-2-24B-Instruct-2512", "mistralai/Devstral-Small-2-24B-Instruct-2512"),
+        ("Magistral-Small-2509", "mistralai/Magistral-Small-2509"),
         ("Llama-3.1-8B-Instruct", "meta-llama/Llama-3.1-8B-Instruct"),
         ("Mistral-7B-v0.1", "mistralai/Mistral-7B-v0.1"),
         ("SmolLM3-3B", "HuggingFaceTB/SmolLM3-3B"),
@@ -278,6 +288,29 @@ def test_a_tokenizer_that_is_not_in_the_cache_is_named(offline: Path) -> None:
     assert "tokenizer.model" in refused("org/name", Exit.HUB).message
 
 
+def test_named_chat_templates_come_with_the_tokenizer(
+    downloads: Callable[[bool], list[list[str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = "additional_chat_templates/tool_use.jinja"
+    files = {**repository_files(True), template: "{{ tools }}"}
+    monkeypatch.setattr(sys.modules[__name__], "repository_files", lambda sharded: files)
+    downloads(True)
+    assert (resolve("org/name").path / template).read_text() == "{{ tools }}"
+
+
+def test_a_tekken_comes_only_where_there_is_no_other_tokenizer(
+    downloads: Callable[[bool], list[list[str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {**repository_files(True), "tekken.json": "{}"}
+    monkeypatch.setattr(sys.modules[__name__], "repository_files", lambda sharded: files)
+    downloads(True)
+    assert not (resolve("org/name", weights=False, tokenizer=True).path / "tekken.json").exists()
+    del files["tokenizer.json"]
+    shutil.rmtree("../home")
+    downloads(True)
+    assert (resolve("org/name", weights=False, tokenizer=True).path / "tekken.json").exists()
+
+
 @pytest.mark.usefixtures("away")
 def test_a_draft_head_needs_no_tokenizer(offline: Path) -> None:
     snapshot = fill_cache(offline, "org/head")
@@ -360,6 +393,7 @@ def downloads(offline: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[bool]
             requests.append([])
             for name, content in repository_files(sharded).items():
                 if any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
+                    (snapshot / name).parent.mkdir(exist_ok=True)
                     (snapshot / name).write_text(content)
                     requests[-1].append(name)
             return str(snapshot)

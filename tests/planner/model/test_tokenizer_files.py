@@ -5,7 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import AutoTokenizer
 
 from subspec.artifacts.common.errors import Exit, SubspecError
@@ -30,6 +39,12 @@ TEXTS = [
     "<s>a</s>",
     "",
 ]
+
+
+LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def byte_level(bos: bool = False) -> Tokenizer:
@@ -98,6 +113,65 @@ def described(content: str, **more: object) -> dict[str, object]:
 
 
 CONTROL = ("<|im_start|>", "<|im_end|>")
+
+
+def tekken(pattern: str, last: str = "[INST]") -> Tokenizer:
+    """Of a size that transformers looks at the regex of."""
+    tokens = [*"<unk> <s> </s>".split(), last, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokens += ["Ba", "Bay", "eBay", "12", "123", *(f"filler{n}" for n in range(100_000))]
+    merges = [("B", "a"), ("Ba", "y"), ("e", "Bay"), ("1", "2"), ("12", "3")]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+@pytest.mark.parametrize(("version", "last"), [("4.49.0", "[INST]"), ("5.1.0", "[INST]"),
+                                               ("4.49.0", "[OTHER]")])  # fmt: skip
+def test_a_tekken_that_splits_text_as_llama_3_does_is_mended_where_transformers_would_warn(
+    tmp_path: Path, version: str, last: str
+) -> None:
+    """As in Mistral-Small-3.1. A new file is right, and another vocabulary's own."""
+    sizes = {**CONFIG, "model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+    config = {**sizes, "vocab_size": 131_072, "transformers_version": version}
+    folder_of(tmp_path, tekken(LLAMA_3, last), config=config)
+    found = read_tokenizer(tmp_path)
+    ours = Tokenizer.from_str(found.tokenizer_json)
+    mends = version.startswith("4") and last == "[INST]"
+    theirs: Any = AutoTokenizer
+    theirs = theirs.from_pretrained(tmp_path, fix_mistral_regex=mends, local_files_only=True)
+    for text in (*TEXTS, "eBay 123"):
+        assert ours.encode(text).ids == theirs(text)["input_ids"], text
+    assert ours.encode("eBay 123").tokens[:3] == (
+        ["e", "Bay", "Ġ"] if mends else ["eBay", "Ġ", "123"]
+    )
+    assert len(found.notes) == mends and all("not Tekken's" in note for note in found.notes)
+
+
+def test_a_tokenizer_that_is_only_tekken_json_is_named(tmp_path: Path) -> None:
+    (folder_of(tmp_path) / "tokenizer.json").unlink()
+    (tmp_path / "tekken.json").write_text("{}")
+    with pytest.raises(SubspecError, match="has its tokenizer as tekken.json") as caught:
+        read_tokenizer(tmp_path)
+    assert caught.value.exit_code == Exit.UNSUPPORTED
+    assert "repository" in caught.value.hint and "save_pretrained" not in caught.value.hint
+
+
+def test_a_large_vocabulary_of_a_mistral_in_metaspace_stays_as_it_is(tmp_path: Path) -> None:
+    """transformers' mend would take its spaces away."""
+    tokenizer = tekken(LLAMA_3)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    config = {**CONFIG, "model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+    folder_of(tmp_path, tokenizer, config={**config, "vocab_size": 131_072})
+    found = read_tokenizer(tmp_path)
+    assert json.loads(found.tokenizer_json)["pre_tokenizer"]["type"] == "Metaspace"
+    assert not found.notes
 
 
 def test_added_tokens_of_the_config_are_taken_over(tmp_path: Path) -> None:
