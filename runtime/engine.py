@@ -26,10 +26,10 @@ from subspec.runtime.draft import compiled_layers
 from subspec.runtime.draft.draft_model import DraftModelDrafter
 from subspec.runtime.draft.drafter import SubstituteDrafter, Turn
 from subspec.runtime.exact_pass import Model, Piece, tokens_that_fit
+from subspec.runtime.kernels import triton_driver
 from subspec.runtime.kernels.linear import single_row_kernels
 from subspec.runtime.load import Progress
 from subspec.runtime.memory import PeakMeter
-from subspec.runtime.model import attention
 from subspec.runtime.model.cache import Cache
 from subspec.runtime.open_model import OpenedModel, open_model
 from subspec.runtime.open_model import OpenOptions as OpenOptions  # programs import it from here
@@ -243,7 +243,7 @@ class Engine:
     def plain_attention(self) -> str | None:
         """Why exact attention on a GPU is its plain twin; None: it is not."""
         on_cuda = self.device.type == "cuda"
-        return attention.unavailable_on_cuda(self.device) if on_cuda else None
+        return triton_driver.unavailable(self.device) if on_cuda else None
 
     @property
     def has_prebuilt_kernels(self) -> bool:

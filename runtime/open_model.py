@@ -51,6 +51,7 @@ from subspec.runtime.load import (
     ArtifactWeights,
     Progress,
     biases_of,
+    check_decoder,
     check_kernel,
     make_residual_decoder,
     make_substitutes,
@@ -196,9 +197,10 @@ def prepare_kernels(
     artifact: Artifact, method: Method, device: torch.device, stack: ExitStack
 ) -> None:
     """Tunes and compiles, before fast memory is taken."""
-    plan, spec, ledger = artifact.plan, artifact.spec, artifact.plan.placement(method).ledger
-    if ledger.substitutes or ledger.drafter:
-        check_kernel(artifact, plan)
+    plan, spec, placement = artifact.plan, artifact.spec, artifact.plan.placement(method)
+    if placement.ledger.substitutes or placement.ledger.drafter:
+        check_kernel(artifact, plan, device)
+    check_decoder(artifact, placement, device)
     if plan.int4_kernel == "gemlite" and method != "plain":
         shapes = set[tuple[int, int]]()
         if method in WITH_SUBSTITUTES:

@@ -220,7 +220,7 @@ class Bench:
         columns = [one.in_features for one in every if one.has_substitute]
         if self.device.type == "cpu":
             kernels += ["w4a8"] if int4.unavailable() is None else []
-        elif gemlite_kernel.unavailable(columns) is None:
+        elif gemlite_kernel.unavailable(self.device, columns) is None:
             kernels.append("gemlite")
         packed = {kernel: self._random_substitutes(kernel) for kernel in kernels}
         layers = {kernel: self.draft_timings(packed[kernel]).layer for kernel in kernels}

@@ -24,6 +24,7 @@ from subspec.artifacts.common.user_cache import user_cache_dir
 from subspec.artifacts.footprint import packed_bytes
 from subspec.artifacts.format.packing import ZERO_POINT_CODE
 from subspec.artifacts.model import GROUP_SIZE
+from subspec.runtime.kernels import triton_driver
 
 # One kernel takes so many columns at a time, and beyond the last ones it reads what lies behind the
 # grid: there a NaN would make every result one.
@@ -56,10 +57,12 @@ def pack_qparams(weight: GemliteWeight, qparams: Tensor) -> None:
     weight.offsets.copy_(zero_point - ZERO_POINT_CODE * scale)
 
 
-def unavailable(all_num_columns: Iterable[int]) -> str | None:
-    """Why matrices of these numbers of columns cannot be multiplied here; None: they can."""
+def unavailable(device: torch.device, all_num_columns: Iterable[int]) -> str | None:
+    """Why matrices of these numbers of columns cannot be multiplied there; None: they can."""
     if not is_installed():
         return "gemlite is not installed"
+    if (problem := triton_driver.unavailable(device)) is not None:
+        return problem
     odd = next((n for n in all_num_columns if n % WHOLE_COLUMNS), None)
     return None if odd is None else f"it takes whole {WHOLE_COLUMNS} columns, and one has {odd}"
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from subspec.artifacts.footprint import delta_net_scratch_bytes
 from subspec.artifacts.native import cpp
-from subspec.runtime.model.attention import ELEMENT_BITS, unavailable_on_cuda
+from subspec.runtime.kernels import triton_driver
+from subspec.runtime.model.attention import ELEMENT_BITS
 from subspec.runtime.model.delta_rule import convolve, gated_norm, gates, rates, step
 from subspec.runtime.model.paths import Paths, chain_paths
 
@@ -81,7 +82,7 @@ def delta_net(
     assert not is_end or paths.num_slots == 1
     if z.device.type == "cpu" and unavailable() is None:
         return delta_net_in_cpp(weights, state, paths, inputs, z, ends)
-    compiled = z.device.type == "cuda" and unavailable_on_cuda(z.device) is None
+    compiled = z.device.type == "cuda" and triton_driver.unavailable(z.device) is None
     return in_parts(weights, state, paths, inputs, z, ends, walk_on_cuda if compiled else walk)
 
 

@@ -228,6 +228,7 @@ def triton_launches(simulation: Simulation) -> Iterator[None]:
     if find_spec("triton") is None:
         yield
         return
+    from triton.runtime.driver import driver
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
@@ -245,6 +246,7 @@ def triton_launches(simulation: Simulation) -> Iterator[None]:
         return InterpretedFunction(self.fn)(*args, **settings)
 
     with (
+        patch.object(driver, "_active", SimpleNamespace(utils=None)),  # it has started
         patch.object(JITFunction, "run", launch),
         patch.object(JITFunction, "__call__", call),
         patch.object(InterpretedFunction, "run", launch),

@@ -120,13 +120,14 @@ def test_a_plan_for_columns_that_gemlite_would_read_beyond_is_refused(
     """It takes 256 columns at a time, and a NaN behind the grid would make every result one."""
     odd = make_spec(inner_size=448)
     columns = [one.in_features for one in odd.linears if one.has_substitute]
-    assert 448 in columns and unavailable(columns) == (
+    device = torch.device("cuda", 0)
+    assert 448 in columns and unavailable(device, columns) == (
         "it takes whole 256 columns, and one has 448"
     )
-    assert unavailable([256, 512, 18944, 27648]) is None
+    assert unavailable(device, [256, 512, 18944, 27648]) is None
     chosen = planned(artifact)
     with pytest.raises(SubspecError, match="gemlite, cannot run here: it takes whole") as caught:
-        load.check_kernel(replace(chosen, spec=odd), chosen.plan)
+        load.check_kernel(replace(chosen, spec=odd), chosen.plan, device)
     assert caught.value.exit_code == Exit.WRONG_MACHINE
 
 
