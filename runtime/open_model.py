@@ -65,7 +65,7 @@ from subspec.runtime.model.cache import Cache, make_cache
 from subspec.runtime.model.embedding import EmbeddingRows
 from subspec.runtime.model.net_state import make_net_states
 from subspec.runtime.model.transformer import SharedWeights, make_shared, make_tables
-from subspec.runtime.programs import draft_rows, needed_kernels, substitute_shapes
+from subspec.runtime.programs import draft_products, needed_kernels
 from subspec.runtime.stream.exact_weights import ExactWeights
 
 
@@ -202,12 +202,7 @@ def prepare_kernels(
         check_kernel(artifact, plan, device)
     check_decoder(artifact, placement, device)
     if plan.int4_kernel == "gemlite" and method != "plain":
-        shapes = set[tuple[int, int]]()
-        if method in WITH_SUBSTITUTES:
-            shapes |= substitute_shapes(spec)
-        if method in WITH_DRAFT_MODEL and artifact.draft_model is not None:
-            shapes |= substitute_shapes(artifact.draft_model)
-        gemlite_kernel.tune(device, shapes, draft_rows(plan, method))
+        gemlite_kernel.tune(device, draft_products(artifact, method))
     sources = [source for source, _ in needed_kernels(spec, plan, method)]
     stack.enter_context(cpp.build_ahead(sources))
 
