@@ -109,7 +109,7 @@ class Engine:
         An error leaves those that have not committed the round where they were: the next step does
         it again.
         """
-        self._prepare()
+        self.prepare()
         active = list(self._decoding)
         pieces = self._next_pieces()
         if not active and not pieces:
@@ -190,11 +190,14 @@ class Engine:
         if self._closed:
             raise SubspecError(Exit.USAGE, "the engine is closed", "open the artifact again")
 
-    def _prepare(self) -> None:
+    def prepare(self) -> None:
         """Before a pass: others of this process may have set other threads, and a result's bits
-        depend on their number."""
+        depend on their number; this thread may have used another GPU, and Triton launches kernels
+        on the one that the thread used last, wherever their tensors are."""
         self.check_open()
         torch.set_num_threads(self.plan.num_threads)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
 
     @contextmanager
     def _watched(self, company: tuple[int, int], length: int) -> Iterator[None]:
