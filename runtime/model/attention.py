@@ -39,13 +39,6 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: floa
     return output.reshape(num_heads, num_rows, head_size).to(q.dtype)
 
 
-def without_cudnn() -> None:
-    """Leaves `attend` on cuda the kernels that take any shape at once. cuDNN makes a plan for each
-    number of rows and slots that is new, up to 37 ms of the host (huggingface/transformers#48163),
-    and both change from prompt to prompt."""
-    torch.backends.cuda.enable_cudnn_sdp(False)
-
-
 def attend_batch_invariant(
     q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: float
 ) -> Tensor:
