@@ -7,8 +7,8 @@ raw weights and with residuals, and checks for both: speculation and plain decod
 tokens, greedy and seeded; the driver's peak stays within the budget; how busy the link is while
 verifying; the terms of a round at full and at throttled link speed; a draft's level with and
 without CUDA graphs. And how fast residuals decode, as weights and as share of the memory's
-bandwidth, and how long exact attention takes. Stories on stderr, one JSON object as the last line
-of stdout.
+bandwidth, and how long exact attention and a draft's take. Stories on stderr, one JSON object as
+the last line of stdout.
 """
 
 import json
@@ -26,8 +26,11 @@ from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.sizes import format_size, weights_rate
 from subspec.artifacts.format.store import Artifact, open_artifact
 from subspec.artifacts.plan import Method
+from subspec.runtime.device import restrict_cuda_kernels
+from subspec.runtime.draft.graphs import capture_on_gpu
 from subspec.runtime.engine import Engine, OpenOptions
-from subspec.runtime.model.attention import attend_batch_invariant, attend_in_fp64
+from subspec.runtime.kernels import triton_driver
+from subspec.runtime.model.attention import attend, attend_batch_invariant, attend_in_fp64
 from subspec.runtime.model.sampling import Sampling
 from subspec.runtime.sequence import GenerationParams
 from subspec.runtime.text.tokenizer import load_tokenizer
@@ -142,13 +145,38 @@ def attention() -> dict[str, float]:
         tree[node, 4032 + node] = True
     masks = {"tree": tree.cuda(), "prompt": causal, "one": causal[-1:]}
     found = {}
-    for name, visible, attend in (
+    for name, visible, exact in (
         *((name, visible, attend_batch_invariant) for name, visible in masks.items()),
         ("tree, by the twin", masks["tree"], attend_in_fp64),
     ):
         given = q[:, : len(visible)], keys, values, visible, 128**-0.5
-        found[name] = device_seconds(partial(attend, *given), 10)
+        found[name] = device_seconds(partial(exact, *given), 10)
         print(f"attention, {name}: {found[name] * 1e3:.2f} ms a layer", file=sys.stderr)
+    return found | draft_attention()
+
+
+def draft_attention() -> dict[str, float]:
+    """Seconds of a draft's attention in a layer of a 7 B model, a level of 4 rows over 4096 slots,
+    as a captured level has it: by torch's kernel, which has one thread block for a KV head where
+    there is a mask, and by the exact one, which divides the slots among blocks."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    ways = {"torch": attend}
+    if triton_driver.unavailable(device) is None:
+        from subspec.runtime.kernels.attention_triton import attend_in_blocks
+
+        ways["in blocks"] = attend_in_blocks
+    restrict_cuda_kernels()  # as the engine does
+    q = torch.randn(28, 4, 128, device="cuda").bfloat16()
+    keys, values = torch.randn(2, 4, 4096, 128, device="cuda").bfloat16()
+    visible = torch.ones(4, 4096, dtype=torch.bool, device="cuda")
+    visible[:, 4092:] = torch.eye(4, dtype=torch.bool, device="cuda")
+    capture, found = capture_on_gpu(device), {}
+    for name, chosen in ways.items():
+        action = partial(chosen, q, keys, values, visible, 128**-0.5)
+        action()  # what was never run is built, which a capture forbids
+        found[f"draft, {name}"] = device_seconds(capture(action), 20)
+    timed = ", ".join(f"{name} {seconds * 1e3:.3f} ms" for name, seconds in found.items())
+    print(f"attention, 4 rows of 28 heads over 4 KV heads: {timed} a layer", file=sys.stderr)
     return found
 
 

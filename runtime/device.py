@@ -9,7 +9,6 @@ import torch
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.plan import Placement, Plan
 from subspec.runtime.kernels.linear import check_capability
-from subspec.runtime.model import attention
 
 
 def open_device(
@@ -40,7 +39,7 @@ def open_device(
             )
         check_capability(chosen)
         torch.cuda.set_device(chosen)
-        attention.without_cudnn()
+        restrict_cuda_kernels()
         torch.cuda.empty_cache()  # what others of this process cached would count against us
         # What torch may allocate: the budget less the context, which torch does not count.
         ours = plan.budget_bytes - placement.ledger.overhead
@@ -48,6 +47,20 @@ def open_device(
         torch.cuda.set_per_process_memory_fraction(min(1.0, ours / total), chosen)
         stack.callback(torch.cuda.set_per_process_memory_fraction, 1.0, chosen)
     return chosen
+
+
+def restrict_cuda_kernels() -> None:
+    """Which kernels torch may choose on GPUs, in this process.
+
+    Products of 16-bit numbers are added up in f32. Else cuBLAS may round partial sums to 16 bits
+    where it divides a long sum among thread blocks, which depends on the number of rows.
+    Drafts' attention is left the kernels that take any shape at once: cuDNN makes a plan for each
+    number of rows and slots that is new, up to 37 ms of the host (huggingface/transformers#48163),
+    and both change from prompt to prompt.
+    """
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def machine_name(device: torch.device) -> str:

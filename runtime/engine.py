@@ -27,9 +27,9 @@ from subspec.runtime.draft import compiled_layers
 from subspec.runtime.draft.draft_model import DraftModelDrafter
 from subspec.runtime.draft.drafter import SubstituteDrafter, Turn
 from subspec.runtime.exact_pass import Model, Piece, tokens_that_fit
+from subspec.runtime.kernels import triton_driver
 from subspec.runtime.kernels.linear import single_row_kernels
 from subspec.runtime.memory import PeakMeter
-from subspec.runtime.model import attention
 from subspec.runtime.model.cache import Cache
 from subspec.runtime.open_model import OpenedModel, open_model
 from subspec.runtime.open_model import OpenOptions as OpenOptions  # programs import it from here
@@ -109,7 +109,7 @@ class Engine:
         An error leaves those that have not committed the round where they were: the next step does
         it again.
         """
-        self._prepare()
+        self.prepare()
         active = list(self._decoding)
         pieces = self._next_pieces()
         if not active and not pieces:
@@ -190,11 +190,14 @@ class Engine:
         if self._closed:
             raise SubspecError(Exit.USAGE, "the engine is closed", "open the artifact again")
 
-    def _prepare(self) -> None:
+    def prepare(self) -> None:
         """Before a pass: others of this process may have set other threads, and a result's bits
-        depend on their number."""
+        depend on their number; this thread may have used another GPU, and Triton launches kernels
+        on the one that the thread used last, wherever their tensors are."""
         self.check_open()
         torch.set_num_threads(self.plan.num_threads)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
 
     @contextmanager
     def _watched(self, company: tuple[int, int], length: int) -> Iterator[None]:
@@ -243,7 +246,7 @@ class Engine:
     def plain_attention(self) -> str | None:
         """Why exact attention on a GPU is its plain twin; None: it is not."""
         on_cuda = self.device.type == "cuda"
-        return attention.unavailable_on_cuda(self.device) if on_cuda else None
+        return triton_driver.unavailable(self.device) if on_cuda else None
 
     @property
     def has_prebuilt_kernels(self) -> bool:

@@ -20,7 +20,7 @@ from subspec.runtime.draft.drafter import Drafter, Turn, tree_nodes, tree_rows
 from subspec.runtime.kernels.linear import calls_of
 from subspec.runtime.model.attention import attend, attend_batch_invariant
 from subspec.runtime.model.cache import Cache
-from subspec.runtime.model.paths import tree_paths
+from subspec.runtime.model.paths import on_device, tree_paths
 from subspec.runtime.model.sampling import Chooser
 from subspec.runtime.model.transformer import (
     Attend,
@@ -154,6 +154,7 @@ def with_paths(rows: Rows, tree: TokenTree) -> Rows:
     parents = tree.parents[: tree.num_nodes].tolist()
     before = [parent if parent < node else -1 for node, parent in enumerate(parents)]
     paths = tree_paths(before, rows.cache.num_taps)
+    paths = on_device(paths, rows.cache.device, rows.tree.windows[: len(paths)])
     return replace(rows, tree=replace(rows.tree, paths=paths))
 
 

@@ -34,7 +34,7 @@ from subspec.artifacts.native import cpp, fp8_cpu, residual_cpu
 from subspec.artifacts.plan import Block, Int4Kernel, Placement, Plan, make_blocks
 from subspec.runtime.clock import Record, unrecorded
 from subspec.runtime.draft.substitutes import Substitutes
-from subspec.runtime.kernels import gemlite_kernel, int4
+from subspec.runtime.kernels import gemlite_kernel, int4, triton_driver
 from subspec.runtime.kernels.linear import (
     Int4Weight,
     empty_weight,
@@ -215,13 +215,13 @@ def make_residual_decoder(
     )
 
 
-def check_kernel(artifact: Artifact, plan: Plan) -> None:
+def check_kernel(artifact: Artifact, plan: Plan, device: torch.device) -> None:
     """Raises SubspecError(WRONG_MACHINE) if the plan's 4-bit kernel cannot run here."""
     if plan.int4_kernel == "gemlite":
         specs = [spec for spec in (artifact.spec, artifact.draft_model) if spec is not None]
         every = (one for spec in specs for one in spec.linears)
         columns = (one.in_features for one in every if one.has_substitute)
-        if (problem := gemlite_kernel.unavailable(columns)) is not None:
+        if (problem := gemlite_kernel.unavailable(device, columns)) is not None:
             raise SubspecError(
                 Exit.WRONG_MACHINE,
                 f"the plan's 4-bit kernel, gemlite, cannot run here: {problem}",
@@ -234,6 +234,22 @@ def check_kernel(artifact: Artifact, plan: Plan) -> None:
             "add --trust-kernels to load the one in the artifact"
             if find_prebuilt(artifact, cpp.program(int4.SOURCE))
             else "install a C++ compiler, or plan again on this machine",
+        )
+
+
+def check_decoder(artifact: Artifact, placement: Placement, device: torch.device) -> None:
+    """Raises SubspecError(WRONG_MACHINE) if residuals are decoded at their use, and nothing can do
+    it here. On CPUs a plain twin can, and FP8 codes have one on GPUs as well."""
+    if device.type == "cpu":
+        return
+    ready, problem = set(placement.resident), triton_driver.unavailable(device)
+    if problem is not None and any(
+        one.is_residual and one.name not in ready for one in artifact.stored_parts()
+    ):
+        raise SubspecError(
+            Exit.WRONG_MACHINE,
+            f"the plan decodes residuals on the GPU with Triton, which cannot run here: {problem}",
+            "install what is missing, or plan again on this machine",
         )
 
 

@@ -51,6 +51,7 @@ from subspec.runtime.load import (
     DRAFT_DTYPE,
     ArtifactWeights,
     biases_of,
+    check_decoder,
     check_kernel,
     make_residual_decoder,
     make_substitutes,
@@ -64,7 +65,7 @@ from subspec.runtime.model.cache import Cache, make_cache
 from subspec.runtime.model.embedding import EmbeddingRows
 from subspec.runtime.model.net_state import make_net_states
 from subspec.runtime.model.transformer import SharedWeights, make_shared, make_tables
-from subspec.runtime.programs import draft_rows, needed_kernels, substitute_shapes
+from subspec.runtime.programs import draft_products, needed_kernels
 from subspec.runtime.stream.exact_weights import ExactWeights
 
 
@@ -196,16 +197,12 @@ def prepare_kernels(
     artifact: Artifact, method: Method, device: torch.device, stack: ExitStack
 ) -> None:
     """Tunes and compiles, before fast memory is taken."""
-    plan, spec, ledger = artifact.plan, artifact.spec, artifact.plan.placement(method).ledger
-    if ledger.substitutes or ledger.drafter:
-        check_kernel(artifact, plan)
+    plan, spec, placement = artifact.plan, artifact.spec, artifact.plan.placement(method)
+    if placement.ledger.substitutes or placement.ledger.drafter:
+        check_kernel(artifact, plan, device)
+    check_decoder(artifact, placement, device)
     if plan.int4_kernel == "gemlite" and method != "plain":
-        shapes = set[tuple[int, int]]()
-        if method in WITH_SUBSTITUTES:
-            shapes |= substitute_shapes(spec)
-        if method in WITH_DRAFT_MODEL and artifact.draft_model is not None:
-            shapes |= substitute_shapes(artifact.draft_model)
-        gemlite_kernel.tune(device, shapes, draft_rows(plan, method))
+        gemlite_kernel.tune(device, draft_products(artifact, method))
     sources = [source for source, _ in needed_kernels(spec, plan, method)]
     stack.enter_context(cpp.build_ahead(sources))
 

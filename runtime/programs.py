@@ -3,9 +3,17 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from subspec.artifacts.footprint import CATCH_UP_ROWS, MOST_PROPOSED
+from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.model import ModelSpec
 from subspec.artifacts.native import fp8_cpu, residual_cpu
-from subspec.artifacts.plan import Method, Plan, tree_for
+from subspec.artifacts.plan import (
+    WITH_DRAFT_MODEL,
+    WITH_SUBSTITUTES,
+    Method,
+    Plan,
+    tree_for,
+)
 from subspec.runtime.draft import compiled_layers, graph_pieces
 from subspec.runtime.kernels import bf16, int4
 from subspec.runtime.model import attention, delta_net
@@ -51,7 +59,20 @@ def substitute_shapes(spec: ModelSpec) -> set[tuple[int, int]]:
     return {(one.out_features, one.in_features) for one in spec.linears if one.has_substitute}
 
 
-def draft_rows(plan: Plan, method: Method) -> set[int]:
-    """Rows of a draft's passes: each sequence has its root or a level."""
+def draft_products(artifact: Artifact, method: Method) -> dict[tuple[int, int], int]:
+    """The most rows of a product with each shape of 4-bit matrices, whoever drafts in the method's
+    memory. A draft model also reads texts."""
+    found, most = dict[tuple[int, int], int](), most_draft_rows(artifact.plan, method)
+    if method in WITH_SUBSTITUTES:
+        found |= dict.fromkeys(substitute_shapes(artifact.spec), most)
+    if method in WITH_DRAFT_MODEL and artifact.draft_model is not None:
+        shapes = substitute_shapes(artifact.draft_model)
+        found |= dict.fromkeys(shapes, max(most, CATCH_UP_ROWS))
+    return found
+
+
+def most_draft_rows(plan: Plan, method: Method) -> int:
+    """Of a pass over trees: each sequence has a level, and below it what is proposed. The planner
+    tries other trees under a plan's memory, which are no wider than that."""
     every, trees = range(1, plan.num_sequences + 1), plan.draft_of(method).trees
-    return {count * width for count in every for width in (1, tree_for(trees, count).width)}
+    return max(count * (tree_for(trees, count).width + MOST_PROPOSED) for count in every)

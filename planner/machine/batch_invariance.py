@@ -17,7 +17,7 @@ from subspec.runtime.kernels.linear import Calls, calls_of
 from subspec.runtime.model.attention import attend_batch_invariant
 from subspec.runtime.model.cache import Cache
 from subspec.runtime.model.net_state import TreeNodes
-from subspec.runtime.model.paths import tree_paths
+from subspec.runtime.model.paths import on_device, tree_paths
 from subspec.runtime.model.transformer import (
     Attend,
     Pass,
@@ -103,7 +103,7 @@ def rows_at(cache: Cache, rows: Tensor, index: int) -> Rows:
     visible = (live < length) | (live == slots[:, None])
     alone = None
     if cache.nets:
-        paths = tree_paths([-1] * width, cache.num_taps)
+        paths = on_device(tree_paths([-1] * width, cache.num_taps), rows.device)
         alone = TreeNodes(rows, rows, visible, rows[:, None], paths)
     return Rows(
         rows,

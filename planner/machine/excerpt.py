@@ -93,7 +93,7 @@ def fill_with_noise(target: Tensor, scale: float) -> None:
 
 def cancel_columns(matrix: Tensor) -> None:
     """Half of the columns of [N, K] become the others' opposites, in no order."""
-    ours, theirs = paired(matrix.shape[1], matrix.device)
+    ours, theirs = (some.to(matrix.device) for some in paired(matrix.shape[1]))
     for rows in matrix.split(max(1, CANCELLED_AT_ONCE // matrix.shape[1])):
         rows[:, theirs] = -rows[:, ours]
 
@@ -103,17 +103,18 @@ def cancelling(x: Tensor) -> Tensor:
     columns cancel are sums of terms that add up to 0. What is computed for them is nothing but
     rounding, so it tells in which order they were added, which the rounding of another sum to 16
     bits hides in all but one of ten thousand cases."""
-    ours, theirs = paired(x.shape[1], x.device)
+    ours, theirs = (some.to(x.device) for some in paired(x.shape[1]))
     x = x.clone()
     x[:, theirs] = x[:, ours]
     return x
 
 
 @lru_cache(maxsize=64)
-def paired(num_columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def paired(num_columns: int) -> tuple[Tensor, Tensor]:
+    """On the host, as they outlive a measurement: a GPU's memory is the engines' afterwards."""
     order = torch.randperm(num_columns, generator=torch.Generator().manual_seed(num_columns))
     half = num_columns // 2
-    return order[:half].to(device), order[half : 2 * half].to(device)
+    return order[:half], order[half : 2 * half]
 
 
 def random_substitute(num_rows: int, num_columns: int) -> tuple[Tensor, Tensor]:

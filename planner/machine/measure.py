@@ -36,11 +36,12 @@ from subspec.planner.machine.timing import (
 from subspec.planner.solve.problem import staging
 from subspec.planner.solve.storage import raw_storage, usual_storages
 from subspec.runtime.device import machine_name as name_of_device
+from subspec.runtime.device import restrict_cuda_kernels
 from subspec.runtime.draft.compiled_graphs import CompiledGraphs
 from subspec.runtime.draft.substitutes import Substitutes
 from subspec.runtime.kernels import gemlite_kernel
 from subspec.runtime.memory import bytes_of, host_buffer, pinned_buffer, unpin
-from subspec.runtime.model.attention import attend, attend_batch_invariant, without_cudnn
+from subspec.runtime.model.attention import attend, attend_batch_invariant
 from subspec.runtime.stream.digests import Digests
 from subspec.runtime.stream.link import DiskLink
 
@@ -64,7 +65,7 @@ def measure(
     if cuda:
         target = torch.device("cuda", target.index or 0)
         torch.cuda.set_device(target)
-        without_cudnn()  # as the engine does
+        restrict_cuda_kernels()  # as the engine does
     free = torch.cuda.mem_get_info(target)[0] if cuda else free_host_bytes()
     with slow_tier(spec, target, folder, effort) as tier, torch.inference_mode():
         progress("measuring", 0.0)

@@ -58,6 +58,7 @@ from subspec.runtime.memory import FastMemory
 from subspec.runtime.model.attention import attend, attend_batch_invariant
 from subspec.runtime.model.cache import make_cache
 from subspec.runtime.model.net_state import commit_nodes, make_net_states
+from subspec.runtime.model.paths import chain_paths
 from subspec.runtime.model.sampling import Chooser, Sampling
 from subspec.runtime.model.transformer import (
     Attend,
@@ -220,7 +221,7 @@ class Bench:
         columns = [one.in_features for one in every if one.has_substitute]
         if self.device.type == "cpu":
             kernels += ["w4a8"] if int4.unavailable() is None else []
-        elif gemlite_kernel.unavailable(columns) is None:
+        elif gemlite_kernel.unavailable(self.device, columns) is None:
             kernels.append("gemlite")
         packed = {kernel: self._random_substitutes(kernel) for kernel in kernels}
         layers = {kernel: self.draft_timings(packed[kernel]).layer for kernel in kernels}
@@ -304,8 +305,10 @@ class Bench:
 
         def moving() -> None:
             self.cache.commit_path(path, [])
-            for net in self.cache.nets:
-                commit_nodes(net, path)
+            if self.cache.nets:
+                paths = chain_paths(len(path), self.cache.num_taps, self.device)
+                for net in self.cache.nets:
+                    commit_nodes(net, path, paths)
 
         actions: list[Callable[[], object]] = [
             lambda: accept(tree, tree.tokens, ACCEPT_DEPTH).emitted(),

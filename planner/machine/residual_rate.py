@@ -1,6 +1,5 @@
 """Speed of decoding exact weights from residuals and FP8 codes, with the runtime's decoder."""
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import cycle
@@ -24,6 +23,7 @@ from subspec.artifacts.plan import Int4Kernel
 from subspec.planner.build.quantize import quantize
 from subspec.planner.machine.excerpt import fill_with_noise
 from subspec.planner.machine.timing import USUAL_EFFORT, Effort, time_each
+from subspec.runtime.kernels import triton_driver
 from subspec.runtime.kernels.linear import cpu_tile_rows, pack
 from subspec.runtime.stream.residual_decoder import ResidualDecoder
 
@@ -47,7 +47,7 @@ def decode_rate(
     compiled = fp8_cpu if encoding == "fp8-residual" else residual_cpu
     if encoding in RESIDUALS and (
         compiled.unavailable() is not None
-        or (not on_cpu and importlib.util.find_spec("triton") is None)
+        or (not on_cpu and triton_driver.unavailable(device) is not None)
     ):
         return 0.0
     seconds = num_weights = 0.0

@@ -122,6 +122,7 @@ def learn_acceptance(
 @torch.inference_mode()
 def add_answers(engine: Engine, turns: Several[tuple[str, list[int]]], trees: Trees) -> None:
     """Decodes an answer to each prompt, all together, and adds the trees along them."""
+    engine.prepare()
     drafter = engine.model.drafter
     assert isinstance(drafter, SubstituteDrafter | DraftModelDrafter)
     drafting = drafter if isinstance(drafter, SubstituteDrafter) else drafter.model

@@ -10,6 +10,7 @@ from torch import Tensor
 from subspec.runtime.model.cache import Cache
 from subspec.runtime.model.delta_net import DeltaInputs, commit
 from subspec.runtime.model.net_state import States, copied_states, copy_state, tensors_of
+from subspec.runtime.model.paths import chain_paths
 
 
 @dataclass
@@ -49,10 +50,12 @@ class Trail:
             for net, state in zip(self.cache.nets, self.states, strict=True):
                 copy_state(net.committed, state)
             self.reached = self.first
-        if self.reached < length:
+        if self.reached < length and self.cache.nets:
+            paths = chain_paths(length - self.reached, self.cache.num_taps, self.cache.device)
             some = slice(self.reached - self.first, length - self.first)
             for pieces, net in zip(self.inputs, self.cache.nets, strict=True):
-                commit(net.weights, net.committed, part_of(pieces, some, self.cache.device))
+                kept = part_of(pieces, some, self.cache.device)
+                commit(net.weights, net.committed, paths, kept)
         self.reached = length
 
 

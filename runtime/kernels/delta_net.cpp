@@ -36,7 +36,7 @@ struct Sizes {
 struct Tensors {
     const void *before, *qkv, *a, *b, *z;  // [K - 1, C], [N, C], [N, J], [N, J], [N, J F]
     int64_t qkv_row, a_row, b_row, z_row;
-    void* out;  // [N, J F]
+    void* out;  // [N, J F]; null: only memories are wanted, and there is no z
     int64_t out_row;
     const float *taps, *rate, *step_bias, *norm;  // [C, K], [J], [J], [F]
     const float* memory;                          // [J, E, F]
@@ -140,6 +140,7 @@ struct Task {
     const Scratch& s;
     int64_t head, first, count;  // of its rows
 
+    bool reads() const { return tensors.out != nullptr; }  // what q reads of the memories
     int64_t channels() const {
         return 2 * sizes.num_key_heads * sizes.key_size + sizes.num_value_heads * sizes.value_size;
     }
@@ -188,12 +189,13 @@ struct Task {
     void read_inputs() const {
         for (int64_t i = 0; i < count; i++) {
             float *const q = s.q + i * s.keys, *const k = s.k + i * s.keys;
-            convolve(first + i, first_q(), sizes.key_size, s.keys, s.taps_q, q);
             convolve(first + i, first_k(), sizes.key_size, s.keys, s.taps_k, k);
             convolve(first + i, first_v(), sizes.value_size, s.values, s.taps_v,
                      s.v + i * s.values);
-            to_length(q, sizes.query_scale);
             to_length(k, 1);
+            if (!reads()) continue;
+            convolve(first + i, first_q(), sizes.key_size, s.keys, s.taps_q, q);
+            to_length(q, sizes.query_scale);
         }
         for (int64_t i = 0; i < count; i += LANES) {
             Element a[LANES] = {}, b[LANES] = {};
@@ -234,6 +236,7 @@ struct Task {
     }
 
     // own = the memory that follows `from` after row i of the piece, and what q reads of it.
+    template <bool READS>
     void step(int64_t i, int64_t column, const float* from, float* own) const {
         const float *const q = s.q + i * s.keys, *const k = s.k + i * s.keys;
         const float decay = s.decay[i], beta = s.beta[i];
@@ -254,9 +257,9 @@ struct Task {
                     const int64_t at = (e + j) * COLUMNS + w * LANES;
                     const Floats memory = load(from + at) * decay + change[w] * k[e + j];
                     store(own + at, memory);
-                    sums[j][w] += memory * q[e + j];
+                    if constexpr (READS) sums[j][w] += memory * q[e + j];
                 }
-        for (int w = 0; w < WIDE; w++)
+        for (int w = 0; READS && w < WIDE; w++)
             store(s.out + i * s.values + column + w * LANES, sum(sums, w));
     }
 
@@ -265,7 +268,9 @@ struct Task {
             const int64_t row = first + i, source = tensors.sources[row];
             float* const own = s.memory(tensors.slots[row], column);
             if (source < 0) take_committed(column, own);
-            step(i, column, source < 0 ? own : s.memory(source, column), own);
+            const float* const from = source < 0 ? own : s.memory(source, column);
+            if (reads()) step<true>(i, column, from, own);
+            else step<false>(i, column, from, own);
             for (int64_t end = 0; end < sizes.num_ends; end++)
                 if (tensors.end_rows[end] == row) leave_end(own, column, tensors.ends[end]);
         }
@@ -303,7 +308,7 @@ struct Task {
     void run() const {
         read_inputs();
         for (int64_t column = 0; column < sizes.value_size; column += COLUMNS) walk(column);
-        for (int64_t i = 0; i < count; i++) norm_and_gate(i);
+        for (int64_t i = 0; i < count && reads(); i++) norm_and_gate(i);
     }
 };
 
@@ -319,7 +324,8 @@ void run(const Sizes& sizes, const Tensors& tensors, float* scratch, int num_thr
 #pragma omp for schedule(static)
         for (int64_t head = 0; head < heads; head++) {
             Task<Element> task = {sizes, tensors, s, head, 0, 0};
-            task.transpose_taps(task.first_q(), sizes.key_size, s.keys, s.taps_q);
+            if (task.reads())
+                task.transpose_taps(task.first_q(), sizes.key_size, s.keys, s.taps_q);
             task.transpose_taps(task.first_k(), sizes.key_size, s.keys, s.taps_k);
             task.transpose_taps(task.first_v(), sizes.value_size, s.values, s.taps_v);
             for (; task.first < sizes.num_rows; task.first += ROWS) {

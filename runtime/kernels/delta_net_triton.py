@@ -20,13 +20,15 @@ import triton.language as tl
 from torch import Tensor
 
 from subspec.artifacts.footprint import delta_net_slots_bytes
+from subspec.runtime.model import paths
+from subspec.runtime.model.paths import Steps
 
 MAX_KEY_SIZE = 512
 TILE = 2048  # numbers of a memory that a program holds, 64 of a thread
 MOST_COLUMNS = 16
 
-_CONTINUES = tl.constexpr(-2)  # as a row's source: the row before it
-_COMMITTED = tl.constexpr(-1)
+_CONTINUES = tl.constexpr(paths.CONTINUES)
+_COMMITTED = tl.constexpr(paths.COMMITTED)
 
 
 def columns_of(key_size: int) -> int:
@@ -39,45 +41,23 @@ def padded_keys(key_size: int) -> int:
     return found
 
 
-def steps_of(
-    sources: Sequence[int], slots: Sequence[int], end_rows: Sequence[int]
-) -> list[tuple[int, int, int]]:
-    """Of each row: where the memory that it continues is (a slot, _COMMITTED or _CONTINUES), the
-    slot that takes its own, and the entry of the ends that does; -1: none. A row that follows the
-    one before it needs no slot for that."""
-    taken, writers, kept = list[int](), dict[int, int](), set[int]()
-    for row, (source, slot) in enumerate(zip(sources, slots, strict=True)):
-        follows = row > 0 and source >= 0 and source == slots[row - 1]
-        if source >= 0 and not follows:
-            kept.add(writers[source])
-        taken.append(_CONTINUES.value if follows else source)
-        writers[slot] = row
-    ends = {row: entry for entry, row in enumerate(end_rows)}
-    return [
-        (source, slots[row] if row in kept else -1, ends.get(row, -1))
-        for row, source in enumerate(taken)
-    ]
-
-
-def walk(
-    memory: Tensor, steps: Sequence[tuple[int, int, int]], rows: Sequence[Tensor], ends: Tensor
-) -> Tensor:
+def walk(memory: Tensor, steps: Steps, rows: Sequence[Tensor], ends: Tensor) -> Tensor:
     """memory f32 [J, E, F]; rows: q and k f32 [N, J, E], v f32 [N, J, F], decay and beta f32
-    [N, J]; ends f32 [.., J, E, F] -> f32 [N, J, F], what q reads of the memories.
+    [N, J]; ends f32 [number of them, J, E, F] -> f32 [N, J, F], what q reads of the memories.
 
     `ends` may be `memory` if only the first row continues that. Does not wait for the device.
     """
     q, k, v, decay, beta = (some.contiguous() for some in rows)
     (num_rows, num_heads, key_size), value_size = q.shape, v.shape[2]
     assert memory.is_contiguous() and ends.is_contiguous() and key_size <= MAX_KEY_SIZE
-    assert memory.shape == (num_heads, key_size, value_size) and len(steps) == num_rows
-    num_slots = 1 + max(slot for _, slot, _ in steps)
-    size = delta_net_slots_bytes(num_slots, num_heads, key_size, value_size)
+    assert memory.shape == (num_heads, key_size, value_size)
+    assert steps.rows.shape == (num_rows, 3) and len(ends) == steps.num_ends
+    size = delta_net_slots_bytes(steps.num_slots, num_heads, key_size, value_size)
     slots = torch.empty(size // 4, dtype=torch.float32, device=v.device)
     out, columns = torch.empty_like(v), columns_of(key_size)
     _walk[(num_heads, triton.cdiv(value_size, columns))](
         memory,
-        torch.tensor(steps, dtype=torch.int32).to(v.device),
+        steps.rows,
         slots,
         q,
         k,

@@ -11,7 +11,7 @@ import importlib.util
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -24,6 +24,7 @@ from subspec.artifacts.common.user_cache import user_cache_dir
 from subspec.artifacts.footprint import packed_bytes
 from subspec.artifacts.format.packing import ZERO_POINT_CODE
 from subspec.artifacts.model import GROUP_SIZE
+from subspec.runtime.kernels import triton_driver
 
 # One kernel takes so many columns at a time, and beyond the last ones it reads what lies behind the
 # grid: there a NaN would make every result one.
@@ -56,10 +57,12 @@ def pack_qparams(weight: GemliteWeight, qparams: Tensor) -> None:
     weight.offsets.copy_(zero_point - ZERO_POINT_CODE * scale)
 
 
-def unavailable(all_num_columns: Iterable[int]) -> str | None:
-    """Why matrices of these numbers of columns cannot be multiplied here; None: they can."""
+def unavailable(device: torch.device, all_num_columns: Iterable[int]) -> str | None:
+    """Why matrices of these numbers of columns cannot be multiplied there; None: they can."""
     if not is_installed():
         return "gemlite is not installed"
+    if (problem := triton_driver.unavailable(device)) is not None:
+        return problem
     odd = next((n for n in all_num_columns if n % WHOLE_COLUMNS), None)
     return None if odd is None else f"it takes whole {WHOLE_COLUMNS} columns, and one has {odd}"
 
@@ -68,32 +71,44 @@ def is_installed() -> bool:
     return importlib.util.find_spec("gemlite") is not None
 
 
-def tune(
-    device: torch.device, shapes: Iterable[tuple[int, int]], all_num_rows: Iterable[int]
-) -> None:
-    """Computes a product of each substitute's shape with each number of rows, while fast memory is
-    still free.
+def tune(device: torch.device, most_rows: Mapping[tuple[int, int], int]) -> None:
+    """Computes products of all numbers of rows that are tuned apart, while fast memory is still
+    free. most_rows: of a product with a matrix, by its rows and columns.
 
     Triton times a kernel at the first call of a shape in every process, even where one
     configuration is known, and takes 256 MiB for it beside copies of the weight.
     """
-    rows = sorted(all_num_rows)
     with torch.inference_mode():
         # cuBLAS keeps its workspace: it may not come to lie in what timing takes, and hold that.
         square = torch.zeros(16, 16, dtype=torch.bfloat16, device=device)
         torch.mm(square, square)
-        for num_rows, num_columns in sorted(shapes):
+        for (num_rows, num_columns), most in sorted(most_rows.items()):
             room = [
                 torch.zeros(size, dtype=torch.uint8, device=device)
                 for size in packed_bytes(num_rows, num_columns, "gemlite")
             ]
             weight = empty(num_rows, num_columns, room[0], room[2])
-            for count in rows:
+            for count in tuned_rows(most):
                 x = torch.zeros(count, num_columns, dtype=torch.bfloat16, device=device)
                 product(x, weight)
     torch.cuda.synchronize(device)
     del room, weight, x
     torch.cuda.empty_cache()
+
+
+def tuned_rows(most: int) -> list[int]:
+    """Numbers of rows that stand for all up to `most`.
+
+    gemlite tunes for each number up to 4 and then for 8, 16, 24, 32, 48, 64, 96, ..., to which it
+    rounds others up. Two stand for each of these, as Triton compiles a kernel for multiples of 16
+    and for other numbers, and from 64 rows on gemlite takes another kernel than for 63.
+    """
+    found, last = {1, 2, 3, 4}, 4
+    for bound in sorted(times << power for times in (1, 3) for power in range(3, 12)):
+        if last < most:
+            found |= {bound - 1, bound}
+            last = bound
+    return sorted(found)
 
 
 def product(x: Tensor, weight: GemliteWeight) -> Tensor:

@@ -10,8 +10,6 @@ A = query heads, B = KV heads, T = query rows, S = live slots, D = head size
 """
 
 import ctypes
-from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -20,8 +18,8 @@ from torch import Tensor
 
 from subspec.artifacts.footprint import attention_scratch_bytes, rows_in_fp64
 from subspec.artifacts.native import cpp
+from subspec.runtime.kernels import triton_driver
 
-MIN_CAPABILITY = (8, 0)  # of attend_in_blocks: products of bf16 and tf32
 SOURCE = Path(__file__).parents[1] / "kernels" / "attention.cpp"
 ELEMENT_BITS = {torch.float32: 32, torch.float16: 16, torch.bfloat16: -16}
 
@@ -41,20 +39,13 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: floa
     return output.reshape(num_heads, num_rows, head_size).to(q.dtype)
 
 
-def without_cudnn() -> None:
-    """Leaves `attend` on cuda the kernels that take any shape at once. cuDNN makes a plan for each
-    number of rows and slots that is new, up to 37 ms of the host (huggingface/transformers#48163),
-    and both change from prompt to prompt."""
-    torch.backends.cuda.enable_cudnn_sdp(False)
-
-
 def attend_batch_invariant(
     q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: float
 ) -> Tensor:
     """The same, batch-invariant: a row's result does not depend on other rows or masked slots."""
     if q.device.type == "cpu" and unavailable() is None:
         return attend_in_order(q, keys, values, visible, scale)
-    if q.device.type == "cuda" and unavailable_on_cuda(q.device) is None:
+    if q.device.type == "cuda" and triton_driver.unavailable(q.device) is None:
         from subspec.runtime.kernels import attention_triton  # triton: only where there is a GPU
 
         if q.shape[2] <= attention_triton.MAX_HEAD_SIZE:
@@ -135,18 +126,6 @@ def unavailable() -> str | None:
     """None if `attend_in_order` works, which builds attention.cpp where that has not been done;
     else why not."""
     return cpp.unavailable(SOURCE, _declare)
-
-
-@cache
-def unavailable_on_cuda(device: torch.device) -> str | None:
-    """None if `attend_in_blocks` works there, else why not."""
-    if find_spec("triton") is None:
-        return "triton is not installed"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < MIN_CAPABILITY:
-        have, need = (".".join(map(str, some)) for some in (capability, MIN_CAPABILITY))
-        return f"the GPU has compute capability {have}, and {need} is needed"
-    return None
 
 
 def _declare(library: ctypes.CDLL) -> None:

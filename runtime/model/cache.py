@@ -30,6 +30,7 @@ from subspec.runtime.model.net_state import (
     copy_state,
     make_state,
 )
+from subspec.runtime.model.paths import chain_paths
 from subspec.runtime.model.windows import WindowSlots
 
 
@@ -207,8 +208,10 @@ class Cache:
             places = self.places(index, first, first + len(path))
             for kept in pair:  # one at a time: a small temporary
                 kept[:, places] = kept.index_select(1, path + places.start)
-        for net in self.nets:
-            commit_nodes(net, path[: len(tokens)])
+        if self.nets and tokens:
+            paths = chain_paths(len(tokens), self.num_taps, self.device)
+            for net in self.nets:
+                commit_nodes(net, path[: len(tokens)], paths)
         self.tokens.extend(tokens)
         if self.nets and end // CHECKPOINT_TOKENS > first // CHECKPOINT_TOKENS:
             self.save()

@@ -18,9 +18,17 @@ from torch import Tensor
 
 from subspec.artifacts.footprint import delta_net_scratch_bytes
 from subspec.artifacts.native import cpp
-from subspec.runtime.model.attention import ELEMENT_BITS, unavailable_on_cuda
-from subspec.runtime.model.delta_rule import convolve, gated_norm, gates, rates, step
-from subspec.runtime.model.paths import Paths, chain_paths
+from subspec.runtime.kernels import triton_driver
+from subspec.runtime.model.attention import ELEMENT_BITS
+from subspec.runtime.model.delta_rule import (
+    convolve,
+    convolve_written,
+    gated_norm,
+    gates,
+    rates,
+    step,
+)
+from subspec.runtime.model.paths import Paths
 
 SOURCE = Path(__file__).parents[1] / "kernels" / "delta_net.cpp"
 
@@ -81,33 +89,22 @@ def delta_net(
     assert not is_end or paths.num_slots == 1
     if z.device.type == "cpu" and unavailable() is None:
         return delta_net_in_cpp(weights, state, paths, inputs, z, ends)
-    compiled = z.device.type == "cuda" and unavailable_on_cuda(z.device) is None
-    return in_parts(weights, state, paths, inputs, z, ends, walk_on_cuda if compiled else walk)
+    return in_parts(weights, state, paths, inputs, z, ends, walk_on(z.device))
 
 
-def commit(weights: DeltaWeights, state: DeltaState, inputs: DeltaInputs) -> None:
+def commit(weights: DeltaWeights, state: DeltaState, paths: Paths, inputs: DeltaInputs) -> None:
     """Moves the state on by rows that follow one another: the same bits as if a prompt had held
-    their tokens."""
-    num_rows = len(inputs.qkv)
-    paths = chain_paths(num_rows, weights.conv.shape[-1])
-    nothing = inputs.qkv.new_zeros(num_rows, state.memory[:, 0].numel())
-    delta_net(weights, state, paths, inputs, nothing, [End(num_rows - 1, state)])
+    their tokens. What only the rows' results would need is not computed."""
+    device = state.memory.device
+    if device.type == "cpu" and unavailable() is None:
+        commit_in_cpp(weights, state, paths, inputs)
+    else:
+        commit_in_parts(weights, state, paths, inputs, walk_on(device))
 
 
-def leave_inputs(state: DeltaState, paths: Paths, inputs: DeltaInputs, ends: Sequence[End]) -> None:
-    """The last inputs of the convolution behind each end, some of which may be the state's own."""
-    num_before, found = len(state.conv), []
-    if not num_before:  # a convolution of one tap
-        return
-    for end in ends:
-        window = paths.windows[end.row, 1:].tolist()  # row by row: so few that indices cost more
-        found.append(
-            torch.stack(
-                [state.conv[i] if i < num_before else inputs.qkv[i - num_before] for i in window]
-            )
-        )
-    for end, rows in zip(ends, found, strict=True):
-        end.state.conv.copy_(rows)
+def walk_on(device: torch.device) -> Walk:
+    compiled = device.type == "cuda" and triton_driver.unavailable(device) is None
+    return walk_on_cuda if compiled else walk
 
 
 class _Sizes(ctypes.Structure):
@@ -146,12 +143,34 @@ def delta_net_in_cpp(
     ends: Sequence[End],
 ) -> Tensor:
     """The bits of the plain twin. Needs unavailable() to be None."""
-    num_heads, key_size, value_size = state.memory.shape
-    qkv, a, b, dtype = inputs.qkv, inputs.a, inputs.b, z.dtype
-    assert state.conv.dtype == qkv.dtype == a.dtype == b.dtype == dtype
-    assert all(x.stride(1) == 1 for x in (qkv, a, b, z)) and state.conv.is_contiguous()
-    out = torch.empty(z.shape, dtype=dtype)
+    out = torch.empty(z.shape, dtype=z.dtype)
     out[len(paths) :] = 0
+    run_in_cpp(weights, state, paths, inputs, (z, out), ends)
+    return out
+
+
+def commit_in_cpp(
+    weights: DeltaWeights, state: DeltaState, paths: Paths, inputs: DeltaInputs
+) -> None:
+    """The same of `commit_in_parts`."""
+    run_in_cpp(weights, state, paths, inputs, None, [End(len(paths) - 1, state)])
+
+
+def run_in_cpp(
+    weights: DeltaWeights,
+    state: DeltaState,
+    paths: Paths,
+    inputs: DeltaInputs,
+    results: tuple[Tensor, Tensor] | None,
+    ends: Sequence[End],
+) -> None:
+    """results: z, and what takes the results; None: only states are wanted."""
+    num_heads, key_size, value_size = state.memory.shape
+    qkv, a, b, dtype = inputs.qkv, inputs.a, inputs.b, inputs.qkv.dtype
+    z, out = results or (None, None)
+    rows = (qkv, a, b) if z is None else (qkv, a, b, z)
+    assert state.conv.dtype == dtype and all(x.dtype == dtype for x in rows)
+    assert all(x.stride(1) == 1 for x in rows) and state.conv.is_contiguous()
     end_rows = torch.tensor([end.row for end in ends], dtype=torch.int64)
     memories = torch.tensor([end.state.memory.data_ptr() for end in ends], dtype=torch.int64)
     stored = (weights.conv, rates(weights.decay_log), weights.step_bias, weights.norm)
@@ -173,10 +192,10 @@ def delta_net_in_cpp(
         torch.promote_types(weights.norm.dtype, dtype) == dtype,
     )
     tensors = _Tensors(
-        *(x.data_ptr() for x in (state.conv, qkv, a, b, z)),
-        *(x.stride(0) for x in (qkv, a, b, z)),
-        out.data_ptr(),
-        out.stride(0),
+        *(0 if x is None else x.data_ptr() for x in (state.conv, qkv, a, b, z)),
+        *(0 if x is None else x.stride(0) for x in (qkv, a, b, z)),
+        0 if out is None else out.data_ptr(),
+        0 if out is None else out.stride(0),
         *(x.data_ptr() for x in (*small, state.memory)),
         *(x.data_ptr() for x in (paths.windows, paths.sources, paths.slots, end_rows, memories)),
     )
@@ -193,7 +212,22 @@ def delta_net_in_cpp(
         num_threads,
     )
     leave_inputs(state, paths, inputs, ends)
-    return out
+
+
+def leave_inputs(state: DeltaState, paths: Paths, inputs: DeltaInputs, ends: Sequence[End]) -> None:
+    """The last inputs of the convolution behind each end, some of which may be the state's own."""
+    num_before, found = len(state.conv), []
+    if not num_before:  # a convolution of one tap
+        return
+    for end in ends:
+        window = paths.windows[end.row, 1:].tolist()  # row by row: so few that indices cost more
+        found.append(
+            torch.stack(
+                [state.conv[i] if i < num_before else inputs.qkv[i - num_before] for i in window]
+            )
+        )
+    for end, rows in zip(ends, found, strict=True):
+        end.state.conv.copy_(rows)
 
 
 def _declare(library: ctypes.CDLL) -> None:
@@ -233,14 +267,30 @@ def in_parts(
     if not num_rows:
         return out
     before = torch.cat((state.conv, inputs.qkv))
-    q, k, v = convolve(weights.conv, before, paths.windows.to(z.device), state.memory.shape)
-    a, b = inputs.a[:num_rows], inputs.b[:num_rows]
-    decay, beta = gates(weights.decay_log, weights.step_bias, a, b)
+    q, k, v = convolve(weights.conv, before, paths.windows, state.memory.shape)
+    decay, beta = gates_of(weights, inputs, num_rows)
     read = walk(state.memory, paths, (q, k, v, decay, beta), ends)
     gate = z[:num_rows].unflatten(1, (num_heads, -1))
     out[:num_rows] = gated_norm(weights.norm, weights.epsilon, read, gate).flatten(1)
-    leave_inputs(state, paths, inputs, ends)
+    for end in ends:
+        end.state.conv.copy_(before[paths.windows[end.row, 1:]])
     return out
+
+
+def commit_in_parts(
+    weights: DeltaWeights, state: DeltaState, paths: Paths, inputs: DeltaInputs, walk: Walk
+) -> None:
+    """Nothing reads the memories: k stands for q, because the same kernel gives the same bits."""
+    before = torch.cat((state.conv, inputs.qkv))
+    k, v = convolve_written(weights.conv, before, paths.windows, state.memory.shape)
+    decay, beta = gates_of(weights, inputs, len(paths))
+    walk(state.memory, paths, (k, k, v, decay, beta), [End(len(paths) - 1, state)])
+    state.conv.copy_(before[paths.windows[-1, 1:]])
+
+
+def gates_of(weights: DeltaWeights, inputs: DeltaInputs, num_rows: int) -> tuple[Tensor, Tensor]:
+    a, b = inputs.a[:num_rows], inputs.b[:num_rows]
+    return gates(weights.decay_log, weights.step_bias, a, b)
 
 
 def walk(memory: Tensor, paths: Paths, rows: Sequence[Tensor], ends: Sequence[End]) -> Tensor:
@@ -264,18 +314,12 @@ def walk(memory: Tensor, paths: Paths, rows: Sequence[Tensor], ends: Sequence[En
 def walk_on_cuda(
     memory: Tensor, paths: Paths, rows: Sequence[Tensor], ends: Sequence[End]
 ) -> Tensor:
-    """The same by delta_net_triton.py."""
+    """The same by delta_net_triton.py. Ends are behind the last row, the first one on the GPU."""
     from subspec.runtime.kernels import delta_net_triton  # triton: only where there is a GPU
 
-    end_rows = list(dict.fromkeys(end.row for end in ends))
-    left = memory.new_empty(len(end_rows), *memory.shape) if len(ends) != 1 else None
-    read: Tensor = delta_net_triton.walk(
-        memory,
-        delta_net_triton.steps_of(paths.sources.tolist(), paths.slots.tolist(), end_rows),
-        rows,
-        ends[0].state.memory[None] if left is None else left,
-    )
-    if left is not None:
-        for end in ends:
-            end.state.memory.copy_(left[end_rows.index(end.row)])
+    assert paths.steps is not None and all(end.row == len(paths) - 1 for end in ends)
+    left = ends[0].state.memory[None] if ends else memory.new_empty(0, *memory.shape)
+    read: Tensor = delta_net_triton.walk(memory, paths.steps, rows, left)
+    for end in ends[1:]:
+        end.state.memory.copy_(left[0])
     return read

@@ -28,17 +28,37 @@ def convolve(
     """conv [C, 1, K], rows `windows` [N, K] of `before` -> q and k f32 [N, J, E] of the lengths
     1 / sqrt(E) and 1, and v f32 [N, J, F]. sizes: J, E, F."""
     num_heads, key_size, value_size = sizes
+    of_keys = (before.shape[1] - num_heads * value_size) // 2
+    mixed = convolved(conv, before, windows)
+    q, k, v = mixed.split((of_keys, of_keys, num_heads * value_size), dim=1)
+    q = of_heads(q, num_heads, key_size) * key_size**-0.5
+    return q, of_heads(k, num_heads, key_size), v.unflatten(1, (num_heads, value_size))
+
+
+def convolve_written(
+    conv: Tensor, before: Tensor, windows: Tensor, sizes: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """The k and v of `convolve`: all that is written to a memory."""
+    num_heads, key_size, value_size = sizes
+    of_keys = (before.shape[1] - num_heads * value_size) // 2
+    mixed = convolved(conv[of_keys:], before[:, of_keys:], windows)
+    k, v = mixed.split((of_keys, num_heads * value_size), dim=1)
+    return of_heads(k, num_heads, key_size), v.unflatten(1, (num_heads, value_size))
+
+
+def convolved(conv: Tensor, before: Tensor, windows: Tensor) -> Tensor:
+    """-> f32 [N, C], of numbers in the dtype of `before`"""
     taps = conv.float()[:, 0]
     mixed = torch.zeros(len(windows), before.shape[1], device=before.device)
     for tap in range(taps.shape[1]):
         mixed = mixed + before[windows[:, tap]].float() * taps[:, tap]
-    mixed = silu(mixed.to(before.dtype).float()).to(before.dtype).float()
-    of_keys = (before.shape[1] - num_heads * value_size) // 2
-    q, k, v = mixed.split((of_keys, of_keys, num_heads * value_size), dim=1)
-    q, k = (some.unflatten(1, (-1, key_size)) for some in (q, k))
-    repeats = num_heads // q.shape[1]
-    q, k = (unit_length(some).repeat_interleave(repeats, dim=1) for some in (q, k))
-    return q * key_size**-0.5, k, v.unflatten(1, (num_heads, value_size))
+    return silu(mixed.to(before.dtype).float()).to(before.dtype).float()
+
+
+def of_heads(x: Tensor, num_heads: int, key_size: int) -> Tensor:
+    """x [N, G E] -> [N, J, E] of the length 1"""
+    x = x.unflatten(1, (-1, key_size))
+    return unit_length(x).repeat_interleave(num_heads // x.shape[1], dim=1)
 
 
 def unit_length(x: Tensor) -> Tensor:

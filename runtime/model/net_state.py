@@ -66,20 +66,37 @@ class Stop:
     states: States
 
 
+@dataclass(frozen=True)
+class Cut:
+    """Rows of a piece of a text that each delta net takes in one call."""
+
+    rows: slice
+    paths: Paths
+    stops: Sequence[Stop]  # behind them
+
+
+def cuts_of(num_rows: int, stops: Sequence[Stop], num_taps: int, device: torch.device) -> list[Cut]:
+    """T >= 1 rows, each behind the one before. A long piece is cut, which changes no bit."""
+    ends = {*range(NET_ROWS, num_rows, NET_ROWS), num_rows, *(stop.num_rows for stop in stops)}
+    found, first = list[Cut](), 0
+    for last in sorted(ends):
+        paths = chain_paths(last - first, num_taps, device)
+        behind = [stop for stop in stops if stop.num_rows == last]
+        found.append(Cut(slice(first, last), paths, behind))
+        first = last
+    return found
+
+
 def run_piece(
-    state: NetState, index: int, inputs: DeltaInputs, z: Tensor, stops: Sequence[Stop] = ()
+    state: NetState, index: int, inputs: DeltaInputs, z: Tensor, cuts: Sequence[Cut]
 ) -> None:
-    """T >= 1 rows of a text, each behind the one before. The results replace z [T, J F]. index: the
-    net's in `stops`. A long piece runs in several, which changes no bit."""
-    before, num_rows, first = state.committed, len(inputs.qkv), 0
-    cuts = {*range(NET_ROWS, num_rows, NET_ROWS), num_rows, *(stop.num_rows for stop in stops)}
-    for last in sorted(cuts):
-        some, num_some = slice(first, last), last - first
-        paths = chain_paths(num_some, state.weights.conv.shape[-1])
-        ends = [End(num_some - 1, state.read)]
-        ends += [End(num_some - 1, one.states[index]) for one in stops if one.num_rows == last]
-        z[some] = delta_net(state.weights, before, paths, slice_of(inputs, some), z[some], ends)
-        before, first = state.read, last
+    """Rows of a text. The results replace z [T, J F]. index: the net's in stops."""
+    before = state.committed
+    for cut in cuts:
+        some, last = cut.rows, len(cut.paths) - 1
+        ends = [End(last, state.read), *(End(last, stop.states[index]) for stop in cut.stops)]
+        z[some] = delta_net(state.weights, before, cut.paths, slice_of(inputs, some), z[some], ends)
+        before = state.read
 
 
 def run_tree(state: NetState, inputs: DeltaInputs, z: Tensor, tree: TreeNodes) -> None:
@@ -91,12 +108,11 @@ def run_tree(state: NetState, inputs: DeltaInputs, z: Tensor, tree: TreeNodes) -
     z.copy_(delta_net(state.weights, state.committed, tree.paths, inputs, z))
 
 
-def commit_nodes(state: NetState, path: Tensor) -> None:
+def commit_nodes(state: NetState, path: Tensor, paths: Paths) -> None:
     """The nodes `path` of the tree that has run become the last committed tokens. int64 [T], on the
-    device, the root first."""
-    if len(path):
-        kept = DeltaInputs(*(one.index_select(0, path) for one in tensors_of(state.nodes)))
-        commit(state.weights, state.committed, kept)
+    device, the root first. paths: a chain of so many rows."""
+    kept = DeltaInputs(*(one.index_select(0, path) for one in tensors_of(state.nodes)))
+    commit(state.weights, state.committed, paths, kept)
 
 
 def copy_state(target: DeltaState, source: DeltaState) -> None:

@@ -5,7 +5,7 @@ T = rows, N = rows without padding, K = taps of a convolution along the paths
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -13,24 +13,53 @@ from torch import Tensor
 
 from subspec.artifacts.footprint import NET_ROWS
 
+HOST = torch.device("cpu")
+COMMITTED, CONTINUES = -1, -2  # as the source of a row's memory, in steps
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Of a walk on a GPU, where one kernel takes row after row."""
+
+    rows: Tensor  # int32 [N, 3], on the GPU, see `steps_of`
+    num_slots: int  # of memories that several rows continue
+    num_ends: int
+
 
 @dataclass(frozen=True)
 class Paths:
     """How the rows of a pass follow one another. A slot holds the memory of one row while rows that
-    continue it are still to come; made once for all layers, on the CPU."""
+    continue it are still to come. Made once for all layers: what a GPU reads is brought there
+    once, as each upload would wait for all that the GPU has to do."""
 
-    windows: Tensor  # int64 [N, K]: rows of cat(state.conv, qkv) that a convolution takes
-    sources: Tensor  # int64 [N]: slot of the memory that a row continues; -1: what is committed
-    slots: Tensor  # int64 [N]: slot of its own
+    # int64 [N, K], where the rows are: those of cat(state.conv, qkv) that a convolution takes
+    windows: Tensor
+    # On the host, int64 [N]
+    sources: Tensor  # slot of the memory that a row continues; -1: what is committed
+    slots: Tensor  # slot of its own
     num_slots: int
+    steps: Steps | None = None  # of rows on a GPU
 
     def __len__(self) -> int:
         return len(self.slots)
 
 
+def chain_paths(num_rows: int, num_taps: int, device: torch.device = HOST) -> Paths:
+    """Each row follows the one before it, and the last one is an end. Made on the device, so that
+    nothing is uploaded."""
+    paths = chain_on_host(num_rows, num_taps)
+    if device.type == "cpu":
+        return paths
+    first, taps = (torch.arange(count, device=device) for count in (num_rows, num_taps))
+    rows = torch.full((num_rows, 3), -1, dtype=torch.int32, device=device)
+    rows[1:, 0].fill_(CONTINUES)
+    rows[-1:, 2].fill_(0)
+    return replace(paths, windows=first[:, None] + taps, steps=Steps(rows, 0, 1))
+
+
 @lru_cache(maxsize=2 * NET_ROWS)
-def chain_paths(num_rows: int, num_taps: int) -> Paths:
-    """Each row follows the one before it. Shared: nobody writes to them."""
+def chain_on_host(num_rows: int, num_taps: int) -> Paths:
+    """Shared: nobody writes to them."""
     windows = torch.arange(num_rows)[:, None] + torch.arange(num_taps)
     slots = torch.zeros(num_rows, dtype=torch.int64)
     sources = slots.clone()
@@ -57,6 +86,41 @@ def tree_paths(parents: Sequence[int], num_taps: int) -> Paths:
         if not left[row]:
             free.append(slots[row])
     return Paths(windows, torch.tensor(sources), torch.tensor(slots), num_slots)
+
+
+def on_device(paths: Paths, device: torch.device, windows: Tensor | None = None) -> Paths:
+    """The paths for rows on that device; none of them is an end. windows: if they are there."""
+    if device.type == "cpu":
+        return paths
+    steps = steps_of(paths.sources.tolist(), paths.slots.tolist(), ())
+    there = paths.windows.to(device) if windows is None else windows
+    return replace(paths, windows=there, steps=uploaded(steps, device))
+
+
+def steps_of(
+    sources: Sequence[int], slots: Sequence[int], end_rows: Sequence[int]
+) -> list[tuple[int, int, int]]:
+    """Of each row: where the memory that it continues is (a slot, COMMITTED or CONTINUES: it is the
+    row's before), the slot that takes its own, and the entry of the ends that does; -1: none. A row
+    that follows the one before it needs no slot for that."""
+    taken, writers, kept = list[int](), dict[int, int](), set[int]()
+    for row, (source, slot) in enumerate(zip(sources, slots, strict=True)):
+        follows = row > 0 and source >= 0 and source == slots[row - 1]
+        if source >= 0 and not follows:
+            kept.add(writers[source])
+        taken.append(CONTINUES if follows else source)
+        writers[slot] = row
+    ends = {row: entry for entry, row in enumerate(end_rows)}
+    return [
+        (source, slots[row] if row in kept else -1, ends.get(row, -1))
+        for row, source in enumerate(taken)
+    ]
+
+
+def uploaded(steps: Sequence[tuple[int, int, int]], device: torch.device) -> Steps:
+    rows = torch.tensor(steps, dtype=torch.int32).to(device)
+    num_slots = 1 + max(slot for _, slot, _ in steps)
+    return Steps(rows, num_slots, 1 + max(end for *_, end in steps))
 
 
 def window_rows(parents: Tensor, rows: Tensor, num_taps: int) -> Tensor:

@@ -8,6 +8,7 @@ T = rows, H = hidden size, A = query heads, B = KV heads, D = head size, S = liv
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -31,7 +32,15 @@ from subspec.runtime.kernels.linear import Calls
 from subspec.runtime.model.cache import Cache
 from subspec.runtime.model.delta_net import DeltaInputs
 from subspec.runtime.model.embedding import EmbeddingRows
-from subspec.runtime.model.net_state import NetState, Stop, TreeNodes, run_piece, run_tree
+from subspec.runtime.model.net_state import (
+    Cut,
+    NetState,
+    Stop,
+    TreeNodes,
+    cuts_of,
+    run_piece,
+    run_tree,
+)
 from subspec.runtime.model.positions import grown, rotate
 
 # q [A, T, D], keys and values [B, S, D], visible bool [T, S], scale -> [A, T, D]
@@ -111,6 +120,21 @@ class Pass:
     batch: Sequence[Rows]  # of several sequences, in the order of the rows
     calls: Calls
     positions: Tensor  # int64 [T], of all rows
+
+    @cached_property
+    def cuts(self) -> list[list[Cut]]:
+        """How delta nets take the rows of each piece of a text; of a tree nothing."""
+        return [
+            cuts_of(
+                len(rows.tokens) - rows.num_padding,
+                rows.stops,
+                rows.cache.num_taps,
+                rows.cache.device,
+            )
+            if rows.tree is None
+            else []
+            for rows in self.batch
+        ]
 
     def spans(self) -> Iterator[tuple[Rows, slice]]:
         """Each sequence and its range of rows."""
@@ -313,7 +337,7 @@ def recur_rows(now: Pass, index: int, body: DeltaNet, product: Product, x: Tenso
     qkv, z, b, a = (
         product(f"{body.name}.in_proj_{name}", x, now.calls) for name in ("qkv", "z", "b", "a")
     )
-    for rows, span in now.spans():
+    for (rows, span), cuts in zip(now.spans(), now.cuts, strict=True):
         state = rows.cache.nets[index]
         if rows.tree is not None:
             inputs = DeltaInputs(qkv[span], b[span], a[span])
@@ -321,7 +345,7 @@ def recur_rows(now: Pass, index: int, body: DeltaNet, product: Product, x: Tenso
         else:
             some = slice(span.start, span.stop - rows.num_padding)
             inputs = DeltaInputs(qkv[some], b[some], a[some])
-            run_piece(state, index, inputs, z[some], rows.stops)
+            run_piece(state, index, inputs, z[some], cuts)
     del qkv
     return product(f"{body.name}.out_proj", z, now.calls)
 

@@ -18,7 +18,10 @@ from subspec.artifacts.format.fp8 import Scales
 from subspec.artifacts.model import Part
 from subspec.artifacts.native import fp8_cpu, residual_cpu
 from subspec.runtime.clock import Record, unrecorded
+from subspec.runtime.kernels import triton_driver
 from subspec.runtime.kernels.linear import Int4Weight, read_codes, unpack
+
+WIDENED_ROWS = 64  # by the plain twin of FP8's kernel on a GPU, at a time: small temporaries
 
 
 @dataclass(frozen=True)
@@ -63,12 +66,16 @@ class ResidualDecoder:
             )
 
     def _widen(self, out: Tensor, codes: Tensor, scales: Scales) -> None:
-        if out.device.type == "cuda":
+        if out.device.type == "cpu":
+            fp8_cpu.widen_into(out, codes, scales, self.num_threads)
+        elif triton_driver.unavailable(out.device) is None:
             from subspec.runtime.kernels import fp8_triton  # triton: only where there is a GPU
 
             fp8_triton.widen_into(out, codes, scales)
         else:
-            fp8_cpu.widen_into(out, codes, scales, self.num_threads)
+            for first in range(0, len(out), WIDENED_ROWS):
+                some = slice(first, first + WIDENED_ROWS)
+                out[some] = fp8.widen(codes[some], scales.from_row(first))
 
     def _on_gpu(self, out: Tensor, part: Part, stored: Tensor, scales: Scales | None) -> None:
         from subspec.runtime.kernels import fp8_triton, residual_triton

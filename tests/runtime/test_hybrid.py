@@ -27,6 +27,7 @@ from subspec.runtime.model import net_state
 from subspec.runtime.model.cache import Cache
 from subspec.runtime.model.delta_net import DeltaInputs
 from subspec.runtime.model.net_state import commit_nodes, run_tree, tensors_of
+from subspec.runtime.model.paths import chain_paths
 from subspec.runtime.model.sampling import Sampling
 from subspec.runtime.sequence import GenerationParams
 from subspec.runtime.server.prefixes import PrefixCache
@@ -367,5 +368,5 @@ def test_a_draft_attends_to_what_the_rule_remembers(artifact: Artifact) -> None:
         run_draft(net, some, out, placed)
         torch.testing.assert_close(out, drafted[chain])
         assert torch.equal(net.committed.memory, before)
-        commit_nodes(net, torch.tensor([0, 3, 6, 9]))
+        commit_nodes(net, torch.tensor([0, 3, 6, 9]), chain_paths(4, cache.num_taps))
         assert not torch.equal(net.committed.memory, before)

@@ -62,7 +62,7 @@ def patched(simulation: Simulation) -> Iterator[None]:
     run_thread, as_tensor, Generator = threading.Thread.run, torch.as_tensor, torch.Generator
 
     def run_in_mode(self: threading.Thread) -> None:
-        with Mode():  # a mode is one thread's
+        with private.no_lifting(), Mode():  # they are one thread's
             run_thread(self)
 
     class HostGenerator:
@@ -228,6 +228,7 @@ def triton_launches(simulation: Simulation) -> Iterator[None]:
     if find_spec("triton") is None:
         yield
         return
+    from triton.runtime.driver import driver
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
@@ -244,7 +245,12 @@ def triton_launches(simulation: Simulation) -> Iterator[None]:
     def call(self: Any, *args: Any, **settings: Any) -> Any:
         return InterpretedFunction(self.fn)(*args, **settings)
 
+    def attend(q: torch.Tensor, *given: Any) -> torch.Tensor:
+        simulation.check_triton(q.device)
+        return attention.attend_in_fp64(q, *given)
+
     with (
+        patch.object(driver, "_active", SimpleNamespace(utils=None)),  # it has started
         patch.object(JITFunction, "run", launch),
         patch.object(JITFunction, "__call__", call),
         patch.object(InterpretedFunction, "run", launch),
@@ -253,5 +259,5 @@ def triton_launches(simulation: Simulation) -> Iterator[None]:
         if not isinstance(residual_triton._decode_tile, InterpretedFunction):
             stack.enter_context(patch.object(residual_triton, "_decode_tile", DecodeTile()))
         if find_spec(ATTENTION) is not None and simulation.back.type == "cpu":
-            stack.enter_context(patch(f"{ATTENTION}.attend_in_blocks", attention.attend_in_fp64))
+            stack.enter_context(patch(f"{ATTENTION}.attend_in_blocks", attend))
         yield

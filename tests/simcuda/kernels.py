@@ -136,6 +136,7 @@ class DecodeTile:
         given = [out, words, halves, codes, scales, mismatches]
         assert all(is_sim(one) for one in given), "Triton takes device pointers"
         simulation = active()
+        simulation.check_triton(out.device)
         simulation.check_not_capturing("a kernel is compiled")
         if simulation.back.type == "cpu":
             dtype = torch.bfloat16 if FRACTION_BITS == 7 else torch.float16
@@ -169,6 +170,7 @@ def launched(kernel: Any, args: Any, grid: Any, settings: Any) -> None:
 
     simulation, sims = active(), [one for one in args if is_sim(one)]
     assert len(sims) == sum(isinstance(one, Tensor) for one in args), "Triton takes device pointers"
+    simulation.check_triton(sims[0].device)
     stream = simulation.current(sims[0].device.index)
     function = getattr(kernel, "fn", kernel)
 

@@ -148,6 +148,14 @@ class Simulation:
         if self.capturing is not None:
             raise CaptureError(f"not permitted while a stream is captured: {what} at {where()}")
 
+    def check_triton(self, device: torch.device) -> None:
+        """Triton launches on the thread's current GPU, whatever it is given."""
+        if device.index != self.thread.device:
+            raise MixedDevices(
+                f"Triton launches on cuda:{self.thread.device}, with tensors of {device}, "
+                f"at {where()}"
+            )
+
     def step(self, stream: Any, what: str, reads: Sequence[Any], writes: Sequence[Any]) -> None:
         """An operation that reads and writes simulated tensors."""
         self.launch(stream)

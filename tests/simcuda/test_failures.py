@@ -2,6 +2,8 @@
 interrupted changes no later one, and a second GPU is like the first."""
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -181,6 +183,40 @@ def test_levels_are_captured_on_each_of_two_gpus(gpus: Simulation, demo: Demo) -
             assert {graph.graph.stream.device for graph in graphs} == {torch.device(device)}
         torch.cuda.set_device(0)
     assert said[0] == said[1]
+
+
+@pytest.mark.parametrize("encoding", ["raw", "residual"])
+def test_engines_on_two_gpus_decode_in_turns_in_one_thread(
+    gpus: Simulation, demo: Demo, encoding: Encoding
+) -> None:
+    """Triton launches on the thread's GPU, which the other engine's step has set."""
+    said = []
+    with ExitStack() as stack:
+        sequences = []
+        for device in ("cuda:0", "cuda:1"):
+            options = OpenOptions("substitute", device=device)
+            chosen = replan(demo(encoding), **{**USUAL, "depth": 2})  # type: ignore[arg-type]
+            engine = stack.enter_context(Engine.open(chosen, options))
+            sequences.append((engine, stack.enter_context(engine.new_sequence())))
+        for _, sequence in sequences:
+            sequence.begin(PROMPT, GenerationParams(NUM_TOKENS))
+        while [engine for engine, _ in sequences if engine.step()]:
+            pass
+        said = [sequence.take_fresh() for _, sequence in sequences]
+    assert said[0] == said[1] and len(said[0]) == NUM_TOKENS
+
+
+def test_an_engine_on_the_second_gpu_may_be_stepped_by_another_thread(
+    gpus: Simulation, demo: Demo
+) -> None:
+    """As the server does, whose thread begins on the first GPU."""
+    said = []
+    chosen = replan(demo("residual"), **{**USUAL, "depth": 2})  # type: ignore[arg-type]
+    with Engine.open(chosen, OpenOptions("substitute", device="cuda:1")) as engine:
+        thread = Thread(target=lambda: said.append(answer(engine, PROMPT, NUM_TOKENS)))
+        thread.start()
+        thread.join()
+    assert len(said[0]) == NUM_TOKENS
 
 
 def test_torchs_own_capture_stream_captures_nothing_on_another_gpu(gpus: Simulation) -> None:

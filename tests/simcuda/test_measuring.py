@@ -1,16 +1,23 @@
-"""The planner's measuring of a GPU, on the simulated one: nothing races, nothing stays behind."""
+"""The planner's measuring of a GPU, on the simulated one: nothing races, nothing stays behind, and
+torch may choose the kernels that the engine runs with."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
+from builders import replan
+from simcuda.answering import USUAL
 from simcuda.device import simulated
 
-from subspec.artifacts.model import Source
+from subspec.artifacts.format.store import Artifact
+from subspec.artifacts.model import Encoding, Source
 from subspec.planner.machine import measure, microbench, residual_rate
 from subspec.planner.machine.timing import Effort
 from subspec.planner.model.checkpoint import read_spec
 from subspec.planner.model.hub import DEMO
+from subspec.runtime.engine import Engine
 
 SHORT = Effort(
     passes=1,
@@ -46,3 +53,44 @@ def test_a_gpu_is_measured_without_a_race_and_nothing_stays(
     assert profile.batch_invariant_widths == ((8, 24),)
     assert profile.int4_kernel == "aten" and profile.residual_weights_per_second > 0
     assert profile.pinnable_bytes > 0
+
+
+REDUCED = "allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction"
+
+
+def allowed() -> list[bool]:
+    """Sums in 16 bits, and cuDNN's attention."""
+    found: list[bool] = [getattr(torch.backends.cuda.matmul, name) for name in REDUCED]
+    return [*found, torch.backends.cuda.cudnn_sdp_enabled()]
+
+
+@pytest.fixture
+def torchs_own_choice() -> Iterator[Callable[[], None]]:
+    def restore() -> None:
+        for name in REDUCED:
+            setattr(torch.backends.cuda.matmul, name, True)
+        torch.backends.cuda.enable_cudnn_sdp(True)
+
+    restore()
+    yield restore
+    restore()
+
+
+def test_plans_are_measured_and_run_with_sums_in_f32_and_without_cudnns_attention(
+    torchs_own_choice: Callable[[], None],
+    tmp_path: Path,
+    demo: Callable[[Encoding], Artifact],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def nothing_is_timed(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measure, "slow_tier", nothing_is_timed)
+    with simulated():
+        assert allowed() == [True] * 3
+        with pytest.raises(KeyboardInterrupt):
+            measure.measure(read_spec(DEMO, Source("demo")), "cuda", tmp_path, print, SHORT)
+        assert allowed() == [False] * 3
+        torchs_own_choice()
+        with Engine.open(replan(demo("raw"), **USUAL)):  # type: ignore[arg-type]
+            assert allowed() == [False] * 3

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from subspec.artifacts.footprint import delta_net_slots_bytes
 from subspec.runtime.model.delta_net import walk
-from subspec.runtime.model.paths import Paths, chain_paths, tree_paths
+from subspec.runtime.model.paths import Paths, chain_paths, steps_of, tree_paths, uploaded
 
 triton = pytest.importorskip("triton")
 delta_net_triton = pytest.importorskip("subspec.runtime.kernels.delta_net_triton")
@@ -58,9 +58,9 @@ def walked(
     memory: Tensor, paths: Paths, rows: Sequence[Tensor], end_rows: Sequence[int] = ()
 ) -> tuple[Tensor, Tensor]:
     """What is read, and the memories behind some rows."""
-    steps = delta_net_triton.steps_of(paths.sources.tolist(), paths.slots.tolist(), end_rows)
+    steps = steps_of(paths.sources.tolist(), paths.slots.tolist(), end_rows)
     ends = memory.new_empty(len(end_rows), *memory.shape)
-    return delta_net_triton.walk(memory, steps, rows, ends), ends
+    return delta_net_triton.walk(memory, uploaded(steps, memory.device), rows, ends), ends
 
 
 def random_tree(count: int, seed: int) -> list[int]:
@@ -102,8 +102,8 @@ def a_row_of_a_tree_has_the_bits_that_its_path_has_row_by_row(device: str) -> No
 def a_chain_may_leave_its_end_where_it_began(device: str) -> None:
     memory, rows = rows_of(SHAPES[1], 7, device)
     expected, [state] = walked(memory, chain_paths(7, 1), rows, [6])
-    steps = delta_net_triton.steps_of(*(x.tolist() for x in chain_ends(7)), [6])
-    got = delta_net_triton.walk(memory, steps, rows, memory[None])
+    steps = steps_of(*(x.tolist() for x in chain_ends(7)), [6])
+    got = delta_net_triton.walk(memory, uploaded(steps, memory.device), rows, memory[None])
     assert torch.equal(got, expected) and torch.equal(memory, state)
 
 
@@ -135,7 +135,7 @@ def test_on_cuda(holds: Callable[[str], None]) -> None:
 def test_a_chain_needs_no_slot_and_a_beam_one_for_each_row_but_the_last() -> None:
     def slots_of(parents: Sequence[int]) -> set[int]:
         paths = tree_paths(parents, 1)
-        steps = delta_net_triton.steps_of(paths.sources.tolist(), paths.slots.tolist(), [])
+        steps = steps_of(paths.sources.tolist(), paths.slots.tolist(), [])
         return {slot for _, slot, _ in steps} - {-1}
 
     assert not slots_of([-1, 0, 1, 2]) and not slots_of([-1])

@@ -128,7 +128,7 @@ def one_by_one(
         some = picked(inputs, [row])
         given = (weights, state, chain_paths(1, num_taps), some, z[row : row + 1])
         found.append(net.delta_net(*given))
-        net.commit(weights, state, some)
+        net.commit(weights, state, chain_paths(1, num_taps), some)
     return torch.cat(found), state
 
 
@@ -203,7 +203,8 @@ def test_a_kept_path_leaves_the_state_of_a_prompt_with_its_tokens(
     _, expected = one_by_one(weights, state, inputs, z)
     committed = copied(state)
     for first, count in ((0, 1), (1, 5), (6, 2), (8, 12)):
-        net.commit(weights, committed, picked(inputs, range(first, first + count)))
+        paths = chain_paths(count, shape[-1])
+        net.commit(weights, committed, paths, picked(inputs, range(first, first + count)))
     assert equal(committed, expected)
 
 
@@ -225,7 +226,7 @@ def test_a_prompt_in_pieces_has_the_bits_of_one_and_leaves_states_on_its_way() -
     assert torch.equal(torch.cat(found), expected)
     assert equal(mark, halfway)
     committed = copied(state)
-    net.commit(weights, committed, inputs)
+    net.commit(weights, committed, chain_paths(30, shape[-1]), inputs)
     assert equal(live, committed)
 
 
@@ -269,6 +270,26 @@ def test_the_compiled_one_has_the_bits_of_the_plain_twin(dtype: torch.dtype) -> 
                 torch.set_num_threads(num_threads)
                 got = leaves(given, net.delta_net_in_cpp)
                 assert all(map(equal_bits, got, expected))
+
+
+@pytest.mark.usefixtures("build", "threads")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_commit_has_the_bits_of_a_pass_that_is_read(dtype: torch.dtype) -> None:
+    """Compiled, and by the plain twin: all that it leaves out is what q reads."""
+    for shape, count in zip((*SHAPES, LARGE), (9, 1, 40, 5, 37), strict=True):
+        weights, state = layer(shape, dtype)
+        inputs, z = rows(shape, dtype, count)
+        paths, expected = chain_paths(count, shape[-1]), copied(state)
+        net.delta_net_in_torch(weights, state, paths, inputs, z, [End(count - 1, expected)])
+        plain = copied(state)
+        net.commit_in_parts(weights, plain, paths, inputs, net.walk)
+        assert equal_bits(plain.memory, expected.memory) and equal_bits(plain.conv, expected.conv)
+        for num_threads in (1, 3):
+            torch.set_num_threads(num_threads)
+            compiled = copied(state)
+            net.commit_in_cpp(weights, compiled, paths, inputs)
+            assert equal_bits(compiled.memory, expected.memory)
+            assert equal_bits(compiled.conv, expected.conv)
 
 
 @pytest.mark.usefixtures("build")
