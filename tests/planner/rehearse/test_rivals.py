@@ -228,4 +228,4 @@ def test_a_rehearsal_compares_unless_it_was_asked_for_something(
         known_profile=PROFILE, samples=tuple(SAMPLES), rehearse=2.0,
     )  # fmt: skip
     plan = plan_again(request, with_head, with_head.path, sweeps=False).plan
-    assert plan.drafter == (None if asked else "eagle")
+    assert (plan.drafter == "eagle") == (not asked)
