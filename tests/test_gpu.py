@@ -9,6 +9,7 @@ import torch
 from builders import build_artifact, converted, random_checkpoint, replan
 from families import FAMILIES
 from heads import eagle3_checkpoints, eagle_checkpoints
+from interpreter import needs_interpreter
 from invariance import widths_here
 from running import answer, generated
 from simcuda.simulation import is_active
@@ -115,6 +116,7 @@ def test_captured_levels_draft_what_single_kernels_do(
     assert said[0] == said[1] and accepted[0] == accepted[1]
 
 
+@needs_interpreter
 def test_a_model_with_delta_nets_gives_its_plain_tokens_on_cuda(tmp_path: Path) -> None:
     """From captured levels as well."""
     import transformers

@@ -10,6 +10,7 @@ import pytest
 import torch
 from builders import build_artifact, converted, random_checkpoint, replan
 from families import FAMILIES
+from interpreter import needs_interpreter
 from simcuda.answering import PROMPT, USUAL
 from simcuda.device import simulated
 from simcuda.simulation import Simulation
@@ -22,6 +23,7 @@ from subspec.runtime.model.paths import chain_paths, on_device, steps_of, tree_p
 from subspec.runtime.sequence import GenerationParams
 
 pytest.importorskip("triton")
+pytestmark = needs_interpreter
 
 GPU = torch.device("cuda", 0)
 HEADS, SIZE, TAPS = 4, 32, 4  # two key heads

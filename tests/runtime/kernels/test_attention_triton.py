@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from interpreter import needs_interpreter
 from torch import Tensor
 
 from subspec.artifacts import footprint
@@ -63,6 +64,7 @@ def properties(names: str) -> int:
 
 
 @pytest.mark.slow  # minutes; `make test-slow`
+@needs_interpreter
 def test_a_row_sees_what_it_sees_and_nothing_else_under_the_interpreter() -> None:
     assert properties("check_*") == 0
 

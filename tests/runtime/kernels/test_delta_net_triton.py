@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from interpreter import needs_interpreter
 from torch import Tensor
 
 from subspec.artifacts.footprint import delta_net_slots_bytes
@@ -28,6 +29,7 @@ Shape = tuple[int, int, int]  # J, E, F
 SHAPES: list[Shape] = [(3, 16, 24), (2, 12, 70), (1, 128, 33)]
 
 
+@needs_interpreter
 def test_rows_have_bits_of_their_own_under_the_interpreter() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(
