@@ -1,6 +1,7 @@
 // The server: one streamed answer, what it says about itself, and its errors as one kind of error.
 
 import { readEvents } from "./sse.js";
+import { session } from "./storage.js";
 
 /** kind: "auth", "loading", "queue_full", "context", "gone" (no answer, or the server ends), "cut"
  * (the stream ended before the answer did), "engine" (it failed while answering), "failed" (it has
@@ -17,11 +18,11 @@ const KEY = "subspec.key";
 const EFFORTS = ["low", "medium", "high"];
 
 export function apiKey() {
-  return sessionStorage.getItem(KEY) ?? "";
+  return session.getItem(KEY) ?? "";
 }
 
 export function keepApiKey(key) {
-  sessionStorage.setItem(KEY, key);
+  session.setItem(KEY, key);
 }
 
 async function request(path, options = {}) {

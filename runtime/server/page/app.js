@@ -23,6 +23,7 @@ import { closeMenu, closedMenu, prepareMenu } from "./menu.js";
 import { messageView } from "./messages.js";
 import { loadSettings, requestBody } from "./settings.js";
 import { drawList, exportFile, importFile } from "./sidebar.js";
+import { keepsNothing, session } from "./storage.js";
 
 const byId = (id) => document.getElementById(id);
 const prompt = byId("prompt");
@@ -373,11 +374,16 @@ prepareDialogs();
 listen();
 prepareMenu();
 startConversation();
-if (state.conversations.length && sessionStorage.getItem("subspec.open")) {
-  const last = state.conversations.find((one) => one.id === sessionStorage.getItem("subspec.open"));
-  if (last) showConversation(last);
-}
-window.addEventListener("pagehide", () => sessionStorage.setItem("subspec.open", state.current.id));
+const last = state.conversations.find((one) => one.id === session.getItem("subspec.open"));
+if (last) showConversation(last);
+window.addEventListener("pagehide", () => session.setItem("subspec.open", state.current.id));
 showComposer();
 prompt.focus();
+if (keepsNothing)
+  showBanner(
+    "blocked",
+    "This browser keeps nothing: conversations end with this tab. Export what you need.",
+    "Close",
+    () => hideBanner("blocked"),
+  );
 connect();

@@ -4,6 +4,8 @@
 // lost. `leaf` is the last message of the branch that is shown. Several tabs may write to one
 // conversation: each adds messages, and only the tab that made one changes it.
 
+import { local } from "./storage.js";
+
 const PREFIX = "subspec.chat.";
 const FORMAT = "subspec-conversations";
 const MAX_IMPORT = 20000; // messages in one conversation
@@ -68,9 +70,9 @@ export function titleOf(text) {
 /** Every conversation of the browser, the newest first. What cannot be read is left alone. */
 export function loadConversations() {
   const found = [];
-  for (let i = 0; i < localStorage.length; i += 1) {
-    const key = localStorage.key(i);
-    const conversation = key.startsWith(PREFIX) ? parse(localStorage.getItem(key)) : null;
+  for (let i = 0; i < local.length; i += 1) {
+    const key = local.key(i);
+    const conversation = key.startsWith(PREFIX) ? parse(local.getItem(key)) : null;
     if (conversation && key === PREFIX + conversation.id) found.push(conversation);
   }
   return found.sort((a, b) => b.updated - a.updated);
@@ -85,7 +87,7 @@ function parse(text) {
 }
 
 function loadConversation(id) {
-  return parse(localStorage.getItem(PREFIX + id));
+  return parse(local.getItem(PREFIX + id));
 }
 
 /** Writes it down, with what other tabs have added to it since. Returns whether there was room. */
@@ -93,7 +95,7 @@ export function saveConversation(conversation) {
   const stored = loadConversation(conversation.id);
   if (stored) addMessages(conversation, stored.messages);
   try {
-    localStorage.setItem(PREFIX + conversation.id, JSON.stringify(conversation));
+    local.setItem(PREFIX + conversation.id, JSON.stringify(conversation));
     return true;
   } catch {
     return false;
@@ -126,7 +128,7 @@ function addMessages(conversation, stored) {
 }
 
 export function deleteConversation(id) {
-  localStorage.removeItem(PREFIX + id);
+  local.removeItem(PREFIX + id);
 }
 
 export function removeMessage(conversation, message) {

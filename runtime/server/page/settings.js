@@ -1,5 +1,7 @@
 // What the user set: sampling, and how a request is made of it.
 
+import { local } from "./storage.js";
+
 const KEY = "subspec.settings";
 
 /** name: the field of the request. An empty value is left to the server. */
@@ -57,7 +59,7 @@ export const FIELDS = [
 export function loadSettings() {
   let kept = {};
   try {
-    kept = JSON.parse(localStorage.getItem(KEY)) ?? {};
+    kept = JSON.parse(local.getItem(KEY)) ?? {};
   } catch {
     // Settings that cannot be read are settings that were not made.
   }
@@ -83,7 +85,7 @@ export function valueIn(field, value) {
 /** Returns whether there was room for them. */
 export function saveSettings(settings) {
   try {
-    localStorage.setItem(KEY, JSON.stringify(settings));
+    local.setItem(KEY, JSON.stringify(settings));
     return true;
   } catch {
     return false;

@@ -8,8 +8,10 @@ import { parseBlocks } from "./blocks.js";
 import {
   addMessage,
   branchOf,
+  deleteConversation,
   exportText,
   importText,
+  loadConversations,
   newConversation,
   removeMessage,
   saveConversation,
@@ -21,6 +23,7 @@ import { highlight } from "./highlight.js";
 import { parseInline, plainText, safeHref } from "./inline.js";
 import { requestBody, valueIn } from "./settings.js";
 import { eventParser } from "./sse.js";
+import { keepsNothing, local } from "./storage.js";
 
 /** Nodes in a short form: strong(a em(b)). */
 function short(nodes) {
@@ -314,40 +317,47 @@ test("the live speed is that of the server's tokens, whatever pieces they come i
   assert.deepEqual(meter.read(), { tokens: 29, rate: 10, exact: true });
 });
 
+test("without a store of the browser what is kept is found until the end", () => {
+  assert.equal(keepsNothing, true);
+  const conversation = newConversation("");
+  addMessage(conversation, null, { role: "user", text: "One" });
+  assert.equal(saveConversation(conversation), true);
+  assert.deepEqual(
+    loadConversations().map((one) => one.title),
+    ["One"],
+  );
+  deleteConversation(conversation.id);
+  assert.deepEqual(loadConversations(), []);
+});
+
 test("what another tab has written is neither lost nor taken back", () => {
-  const store = new Map();
-  globalThis.localStorage = {
-    getItem: (key) => store.get(key) ?? null,
-    setItem: (key, value) => store.set(key, value),
-  };
   const here = newConversation("");
   const first = addMessage(here, null, { role: "user", text: "One" });
   saveConversation(here);
   const key = `subspec.chat.${here.id}`;
-  const there = JSON.parse(store.get(key)); // as another tab has it
+  const there = JSON.parse(local.getItem(key)); // as another tab has it
   const theirs = { id: "b".repeat(24), parent: first.id, role: "assistant", text: "Th", created: 1 };
   there.messages.push(theirs);
   there.leaf = theirs.id;
   there.title = "Renamed";
-  store.set(key, JSON.stringify(there));
+  local.setItem(key, JSON.stringify(there));
 
   const failed = addMessage(here, first.id, { role: "assistant" });
   const again = addMessage(here, first.id, { role: "assistant", text: "Mine" });
   removeMessage(here, failed);
   saveConversation(here);
-  const kept = JSON.parse(store.get(key));
+  const kept = JSON.parse(local.getItem(key));
   assert.deepEqual(
     kept.messages.map((message) => message.text),
     ["One", "Th", "Mine"],
   );
 
   theirs.text = "Theirs goes on";
-  store.set(key, JSON.stringify({ ...there, messages: [...there.messages] }));
+  local.setItem(key, JSON.stringify({ ...there, messages: [...there.messages] }));
   takeStored(here, there, true);
   assert.deepEqual([here.title, here.leaf], ["Renamed", first.id]);
   assert.equal(here.messages.find((message) => message.id === theirs.id).text, "Theirs goes on");
   assert.ok(here.messages.includes(again));
   takeStored(here, there, false);
   assert.equal(here.leaf, theirs.id);
-  delete globalThis.localStorage;
 });

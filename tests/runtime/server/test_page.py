@@ -69,10 +69,11 @@ def server() -> Iterator[ChatServer]:
 
 @pytest.fixture
 def visit(browser: Any, server: ChatServer) -> Iterator[Callable[..., Page]]:
-    """Opens the page; in the end, nothing may have left the origin, met the policy or failed."""
+    """Opens the page, after `script`; in the end, nothing may have left the origin, met the policy
+    or failed."""
     contexts, faults = [], []
 
-    def open_page(refuses: tuple[str, ...] = (), **options: Any) -> Page:
+    def open_page(script: str = "", **options: Any) -> Page:
         context = browser.new_context(**options)
         contexts.append(context)
         page = context.new_page()
@@ -82,6 +83,7 @@ def visit(browser: Any, server: ChatServer) -> Iterator[Callable[..., Page]]:
         page.add_init_script(
             "addEventListener('securitypolicyviolation', e => console.error('CSP', e.blockedURI))"
         )
+        page.add_init_script(script)
         page.goto(server.address)
         return page
 
@@ -259,6 +261,25 @@ def test_a_full_storage_is_told_and_the_answer_still_shown(
     ask(page)
     expect(body_text(page)).to_have_text("y" * 2000)
     expect(page.get_by_role("alert")).to_contain_text("storage is full")
+
+
+def test_a_browser_that_keeps_nothing_is_told_and_answered(
+    visit: Callable[..., Page], server: ChatServer
+) -> None:
+    denied = "{ get() { throw new DOMException('Access is denied', 'SecurityError'); } }"
+    names = ("localStorage", "sessionStorage")
+    page = visit("".join(f"Object.defineProperty(window, '{name}', {denied});" for name in names))
+    connected(page)
+    expect(page.get_by_role("alert")).to_contain_text("keeps nothing")
+    ask(page, "The first one")
+    expect(body_text(page)).to_have_text("Hello.")
+    page.get_by_role("button", name="New conversation").click()
+    ask(page, "The second one")
+    titles = page.locator("#conversations .open-chat")
+    expect(titles).to_have_text(["The second one", "The first one"])
+    page.get_by_role("button", name="Switch between light and dark").click()
+    page.get_by_role("alert").get_by_role("button", name="Close").click()
+    expect(page.locator("#banner")).to_be_hidden()
 
 
 def test_the_settings_are_sent_and_kept(visit: Callable[..., Page], server: ChatServer) -> None:
