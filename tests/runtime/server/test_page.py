@@ -278,6 +278,11 @@ def test_a_browser_that_keeps_nothing_is_told_and_answered(
     titles = page.locator("#conversations .open-chat")
     expect(titles).to_have_text(["The second one", "The first one"])
     page.get_by_role("button", name="Switch between light and dark").click()
+    not_json = {"name": "a.json", "mimeType": "application/json", "buffer": b"{"}
+    page.locator("#import-file").set_input_files(not_json)
+    expect(page.get_by_role("alert")).to_contain_text("not JSON")
+    page.get_by_role("alert").get_by_role("button", name="Close").click()
+    expect(page.get_by_role("alert")).to_contain_text("keeps nothing")
     page.get_by_role("alert").get_by_role("button", name="Close").click()
     expect(page.locator("#banner")).to_be_hidden()
 
