@@ -5,7 +5,8 @@ import { answer, spokenEnd } from "./answering.js";
 import {
   addMessage,
   branchOf,
-  isConversationKey,
+  conversationId,
+  loadConversation,
   loadConversations,
   newConversation,
   removeMessage,
@@ -17,7 +18,7 @@ import {
 import { hideBanner, showBanner } from "./banner.js";
 import { connection } from "./connection.js";
 import { askedKey, editedSettings, prepareDialogs } from "./dialogs.js";
-import { announce } from "./dom.js";
+import { announce, arrange } from "./dom.js";
 import { formatBytes, formatCount, formatRate } from "./figures.js";
 import { closeMenu, closedMenu, prepareMenu } from "./menu.js";
 import { messageView } from "./messages.js";
@@ -37,7 +38,8 @@ const state = {
   server: { model: "", context: null, thinking: false, efforts: [], memory: null },
   conversations: loadConversations(),
   current: null,
-  running: null, // {conversation, message, abort, view, notice}
+  running: null, // {conversation, message, abort, notice}
+  views: new Map(), // of the messages that are shown
   follows: true, // the newest text stays in sight
 };
 
@@ -45,20 +47,34 @@ const state = {
 
 function showConversation(conversation) {
   state.current = conversation;
-  const branch = branchOf(conversation);
-  const views = branch.map((message) => {
-    const view = messageView(message, siblingsOf(conversation, message), actions);
-    const isRunning = state.running?.message === message;
-    if (isRunning) state.running.view = view;
-    view.update(isRunning, state.running?.notice);
-    return view;
-  });
-  byId("messages").replaceChildren(...views.map((view) => view.root));
-  byId("empty").hidden = branch.length > 0;
-  document.title = conversation.title ? `${conversation.title} · subspec` : "subspec";
-  showList();
-  showResources();
+  redraw();
   toEnd();
+}
+
+/** Shows what the current conversation has become. Messages that were shown already keep their
+ * elements, so that nobody who reads, selects or types among them is disturbed. */
+function redraw() {
+  const branch = branchOf(state.current);
+  const before = state.views;
+  state.views = new Map(
+    branch.map((message) => [message, before.get(message) ?? messageView(message, actions)]),
+  );
+  for (const [message, view] of state.views)
+    view.update(state.running?.message === message, state.running?.notice);
+  arrange(
+    byId("messages"),
+    [...state.views.values()].map((view) => view.root),
+  );
+  byId("empty").hidden = branch.length > 0;
+  showTitles();
+  showResources();
+  if (state.follows) toEnd();
+}
+
+function showTitles() {
+  const { title } = state.current;
+  document.title = title ? `${title} · subspec` : "subspec";
+  showList();
 }
 
 function showList() {
@@ -71,7 +87,7 @@ function showList() {
     },
     renamed(conversation) {
       keep(conversation);
-      showConversation(state.current);
+      showTitles();
     },
     deleted(conversation) {
       if (state.running?.conversation === conversation) state.running.abort.abort();
@@ -152,6 +168,7 @@ const connect = connection((server) => {
 
 const actions = {
   busy: () => state.running !== null,
+  siblings: (message) => siblingsOf(state.current, message),
   edit(message, text) {
     if (state.running) return;
     generate(addMessage(state.current, message.parent, { role: "user", text }));
@@ -169,7 +186,7 @@ const actions = {
     if (state.running) return;
     showBranch(state.current, message);
     keep(state.current);
-    showConversation(state.current);
+    redraw();
     document.querySelector(`[data-id="${message.id}"] .versions button:enabled`)?.focus();
   },
 };
@@ -193,7 +210,7 @@ async function generate(asked) {
     branchOf(conversation),
   );
   const message = addMessage(conversation, asked.id, { role: "assistant" });
-  const running = { conversation, message, abort: new AbortController(), view: null, notice: "" };
+  const running = { conversation, message, abort: new AbortController(), notice: "" };
   state.running = running;
   keep(conversation);
   showConversation(conversation);
@@ -203,7 +220,7 @@ async function generate(asked) {
   const speak = speaker(message);
   const { error } = await answer(message, body, running.abort.signal, (notice, speed) => {
     running.notice = notice;
-    if (state.current === conversation) running.view?.update(true, notice);
+    state.views.get(message)?.update(true, notice);
     if (state.follows) scroller.scrollTop = scroller.scrollHeight;
     showSpeed(speed, notice, message);
     speak();
@@ -213,10 +230,8 @@ async function generate(asked) {
   });
   state.running = null;
   keep(conversation);
-  if (state.current === conversation) {
-    running.view?.update(false);
-    if (state.follows) toEnd();
-  }
+  state.views.get(message)?.update(false);
+  if (state.current === conversation && state.follows) toEnd();
   showList();
   showComposer();
   byId("live").textContent = "";
@@ -296,23 +311,24 @@ async function importChosen() {
   }
 }
 
-/** Another tab wrote: its conversations and messages appear here, but never under what is being
- * answered or edited. */
-function takeOver(event) {
-  if (!isConversationKey(event.key)) return;
+/** Another tab wrote a conversation, or cleared all: what it changed appears here, but one that is
+ * being answered or edited keeps its branch. */
+function takeOver({ key }) {
+  const id = key === null ? null : conversationId(key);
+  if (key !== null && id === null) return;
   const { current, running } = state;
+  const isChanged = (one) => key === null || one.id === id;
   const isEdited = document.querySelector(".edit-text") !== null;
-  const own = new Map([...state.conversations, current].map((one) => [one.id, one]));
   const isBusy = (one) => one === running?.conversation || (one === current && isEdited);
-  const kept = loadConversations().map((stored) => {
-    const known = own.get(stored.id);
-    if (known) takeStored(known, stored, isBusy(known));
-    return known ?? stored;
-  });
-  const isKept = !running || kept.includes(running.conversation);
-  state.conversations = isKept ? kept : [running.conversation, ...kept];
-  if (isBusy(current)) showList();
-  else showConversation(current);
+  const stored = id === null ? null : loadConversation(id);
+  const known = [...state.conversations, current].find(isChanged);
+  if (stored && known) takeStored(known, stored, isBusy(known));
+  const stays = (one) => !isChanged(one) || one === running?.conversation;
+  const kept = new Set(state.conversations.filter(stays));
+  if (stored) kept.add(known ?? stored);
+  state.conversations = [...kept].sort((a, b) => b.updated - a.updated);
+  if (isChanged(current)) redraw();
+  else showList();
 }
 
 /* Keys and clicks */

@@ -71,9 +71,9 @@ export function titleOf(text) {
 export function loadConversations() {
   const found = [];
   for (let i = 0; i < local.length; i += 1) {
-    const key = local.key(i);
-    const conversation = key.startsWith(PREFIX) ? parse(local.getItem(key)) : null;
-    if (conversation && key === PREFIX + conversation.id) found.push(conversation);
+    const id = conversationId(local.key(i));
+    const conversation = id === null ? null : loadConversation(id);
+    if (conversation) found.push(conversation);
   }
   return found.sort((a, b) => b.updated - a.updated);
 }
@@ -86,8 +86,10 @@ function parse(text) {
   }
 }
 
-function loadConversation(id) {
-  return parse(local.getItem(PREFIX + id));
+/** The conversation as it is stored, or null. */
+export function loadConversation(id) {
+  const conversation = parse(local.getItem(PREFIX + id));
+  return conversation?.id === id ? conversation : null;
 }
 
 /** Writes it down, with what other tabs have added to it since. Returns whether there was room. */
@@ -137,8 +139,9 @@ export function removeMessage(conversation, message) {
   conversation.leaf = message.parent;
 }
 
-export function isConversationKey(key) {
-  return key === null || key.startsWith(PREFIX);
+/** The id of the conversation that is stored under `key`, or null. */
+export function conversationId(key) {
+  return key.startsWith(PREFIX) ? key.slice(PREFIX.length) : null;
 }
 
 export function exportText(conversations) {

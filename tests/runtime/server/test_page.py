@@ -428,6 +428,44 @@ def test_another_tab_takes_neither_an_edit_nor_what_was_said(
     assert {"The edited question", "To the edit."} <= set(said)
 
 
+def test_neither_another_tab_nor_a_new_name_moves_what_is_read(
+    visit: Callable[..., Page], server: ChatServer
+) -> None:
+    page = connected(visit())
+    server.answer, server.reasoning = "A line.\n\n" * 100, "Hmm."
+    ask(page, "A long one")
+    page.locator("summary").click()
+    again = page.get_by_role("button", name="Regenerate this answer").first
+    again.focus()
+    page.evaluate("() => scroller.scrollTop = 100")
+    expect(page.locator("#to-end")).to_be_visible()
+
+    def is_undisturbed() -> bool:
+        expect(again).to_be_focused()
+        expect(page.locator("details[open]")).to_have_count(1)
+        return bool(page.evaluate("() => scroller.scrollTop") == 100)
+
+    other = page.context.new_page()
+    other.goto(server.address)
+    connected(other)
+    server.answer, server.reasoning = "Said elsewhere.", ""
+    ask(other, "Something else")
+    titles = page.locator("#conversations .open-chat")
+    expect(titles).to_have_text(["Something else", "A long one"])
+    assert is_undisturbed()
+    other.get_by_role("button", name="A long one").first.click()
+    ask(other, "Go on")
+    expect(body_text(page)).to_have_text("Said elsewhere.")
+    assert is_undisturbed()
+    page.get_by_role("button", name="Rename “A long one”").focus()
+    page.keyboard.press("Enter")
+    page.get_by_role("textbox", name="Name of the conversation").fill("Renamed")
+    page.keyboard.press("Enter")
+    expect(titles.first).to_have_text("Renamed")
+    assert page.evaluate("() => scroller.scrollTop") == 100
+    assert page.title() == "Renamed · subspec"
+
+
 def test_nothing_that_a_model_writes_runs_or_is_fetched(
     visit: Callable[..., Page], server: ChatServer
 ) -> None:
