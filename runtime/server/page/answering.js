@@ -8,17 +8,19 @@ const MAX_QUEUE_RETRIES = 5;
 const MAX_LOADING_RETRIES = 600;
 const FRAME_MS = 40;
 
-/** Fills `message` as the answer comes. onChange(notice, speed) is called at most 25 times a
- * second, and rarely enough to leave the processor nine tenths of its time. Returns how it ended:
- * {error: ServerError or null}. */
+/** Fills `message` as the answer comes. `body()` makes the request, anew for each try: the server may
+ * have said more about itself since. onChange(notice, speed) is called at most 25 times a second,
+ * and rarely enough to leave the processor nine tenths of its time. Returns how it ended:
+ * {error: ServerError or null, model: who answered, or null}. */
 export async function answer(message, body, signal, onChange) {
   const paint = painter(onChange);
   const meter = speedometer();
   let error = null;
+  let model = null;
   try {
     for (let attempt = 1; ; attempt += 1) {
       try {
-        await receive(message, body, signal, meter, paint);
+        model = await receive(message, body(), signal, meter, paint);
         break;
       } catch (failure) {
         const seconds = retrySeconds(failure, attempt, message);
@@ -38,10 +40,12 @@ export async function answer(message, body, signal, onChange) {
   } finally {
     paint.stop();
   }
-  return { error };
+  return { error, model };
 }
 
+/** Returns the name of the model that answered. */
 async function receive(message, body, signal, meter, paint) {
+  let model = null;
   const began = performance.now();
   for await (const event of streamAnswer(body, signal)) {
     if (event.waiting !== undefined) paint(waitingText(event.waiting));
@@ -57,12 +61,14 @@ async function receive(message, body, signal, meter, paint) {
       meter.text(event.text.length);
     }
     if (event.finish !== undefined) {
+      model = event.model;
       message.finish = event.finish ?? "stop";
       message.stats = answerFigures(event, meter.read());
       if (Number.isFinite(event.usage?.total_tokens))
         message.contextTokens = event.usage.total_tokens;
     } else paint(undefined, meter.read());
   }
+  return model;
 }
 
 function waitingText(place) {

@@ -5,7 +5,7 @@ import { session } from "./storage.js";
 
 /** kind: "auth", "loading", "queue_full", "context", "gone" (no answer, or the server ends), "cut"
  * (the stream ended before the answer did), "engine" (it failed while answering), "failed" (it has
- * failed for good: nothing to wait for) or "refused". */
+ * failed for good: nothing to wait for), "model" (it has another one) or "refused". */
 export class ServerError extends Error {
   constructor(kind, message, retryAfter = null) {
     super(message);
@@ -58,6 +58,7 @@ function kindOf(status, error) {
   if (error.code === "queue_full" || status === 429) return "queue_full";
   if (error.code === "context_length_exceeded") return "context";
   if (error.code === "engine_failed") return "failed";
+  if (error.code === "model_not_found") return "model";
   if (error.code === "shutting_down") return "gone";
   if (status === 503) return "loading";
   if (status === 502 || status === 504) return "gone";
@@ -103,8 +104,8 @@ function numberOf(...values) {
   return values.find((value) => Number.isFinite(value)) ?? null;
 }
 
-/** Yields {waiting}, {text}, {reasoning}, {tokens}, then one {finish, usage, metrics, timings}.
- * Raises ServerError, and AbortError when the signal says stop. */
+/** Yields {waiting}, {text}, {reasoning}, {tokens}, then one {finish, model, usage, metrics,
+ * timings}. Raises ServerError, and AbortError when the signal says stop. */
 export async function* streamAnswer(body, signal) {
   const response = await request("/v1/chat/completions", {
     method: "POST",
@@ -112,7 +113,7 @@ export async function* streamAnswer(body, signal) {
     body: JSON.stringify(body),
     signal,
   });
-  const end = { finish: null, usage: null, metrics: null, timings: null };
+  const end = { finish: null, model: null, usage: null, metrics: null, timings: null };
   try {
     for await (const event of readEvents(response.body)) {
       if (event.comment !== undefined) {
@@ -157,6 +158,7 @@ function* readChunk(chunk, end) {
   if (typeof reasoning === "string" && reasoning) yield { reasoning };
   if (typeof delta.content === "string" && delta.content) yield { text: delta.content };
   if (typeof choice?.finish_reason === "string") end.finish = choice.finish_reason;
+  if (typeof chunk.model === "string") end.model = chunk.model;
   for (const name of ["usage", "metrics", "timings"]) {
     if (chunk[name] && typeof chunk[name] === "object") end[name] = chunk[name];
   }

@@ -203,12 +203,8 @@ function send() {
 async function generate(asked) {
   const conversation = state.current;
   conversation.leaf = asked.id;
-  const body = requestBody(
-    state.server,
-    state.settings,
-    conversation.system,
-    branchOf(conversation),
-  );
+  const branch = branchOf(conversation);
+  const body = () => requestBody(state.server, state.settings, conversation.system, branch);
   const message = addMessage(conversation, asked.id, { role: "assistant" });
   const running = { conversation, message, abort: new AbortController(), notice: "" };
   state.running = running;
@@ -218,7 +214,7 @@ async function generate(asked) {
   announce("Message sent");
   let saved = performance.now();
   const speak = speaker(message);
-  const { error } = await answer(message, body, running.abort.signal, (notice, speed) => {
+  const { error, model } = await answer(message, body, running.abort.signal, (notice, speed) => {
     running.notice = notice;
     state.views.get(message)?.update(true, notice);
     if (state.follows) scroller.scrollTop = scroller.scrollHeight;
@@ -243,11 +239,12 @@ async function generate(asked) {
         : "The answer is complete",
   );
   if (error) afterError(error, message);
+  else if (model && model !== state.server.model) connect();
   else refreshMemory();
 }
 
 function afterError(error, message) {
-  if (["gone", "cut", "failed"].includes(error.kind)) connect();
+  if (["gone", "cut", "failed", "model"].includes(error.kind)) connect();
   if (error.kind !== "auth") return;
   askedKey(false).then((given) => {
     if (!given) return;

@@ -92,14 +92,14 @@ export function saveSettings(settings) {
   }
 }
 
-/** The body of POST /v1/chat/completions for an answer to the last message of `branch`. */
+/** The body of POST /v1/chat/completions for an answer to the last message of `branch`. It names no
+ * model: the server takes that for the one it has, which may be another than it was. */
 export function requestBody(server, settings, system, branch) {
   const messages = branch
     .filter((message) => message.role === "user" || message.text)
     .map((message) => ({ role: message.role, content: message.text }));
   if (system.trim()) messages.unshift({ role: "system", content: system });
   const body = {
-    model: server.model,
     messages,
     stream: true,
     stream_options: { include_usage: true, continuous_usage_stats: true },

@@ -270,6 +270,7 @@ test("requests", () => {
     { role: "user", text: "b" },
   ];
   const body = requestBody(server, settings, " ", branch);
+  assert.ok(!("model" in body));
   assert.deepEqual(body.messages, [
     { role: "user", content: "a" },
     { role: "user", content: "b" },

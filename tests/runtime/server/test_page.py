@@ -16,7 +16,7 @@ pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 playwright_api = pytest.importorskip("playwright.sync_api")
 
-from chat_server import QUEUE_FULL, ChatServer, serving  # noqa: E402
+from chat_server import LOADING, QUEUE_FULL, ChatServer, serving  # noqa: E402
 
 Page = Any
 expect = playwright_api.expect
@@ -380,6 +380,36 @@ def test_a_server_that_is_lost_in_an_answer_is_told_and_looked_for(browser: Any)
     expect(last_answer(page).locator(".error-note")).to_contain_text("What had come is kept")
     expect(page.get_by_role("alert")).to_contain_text("does not answer")
     page.context.close()
+
+
+def test_a_question_to_a_server_that_loads_is_asked_with_what_it_says_then(
+    visit: Callable[..., Page], server: ChatServer
+) -> None:
+    server.loads = True
+    server.refusals += [(503, LOADING, {"Retry-After": "2"})] * 2
+    page = visit("""localStorage.setItem("subspec.settings", '{"thinking": "off"}')""")
+    ask(page, wait=False)
+    expect(last_answer(page)).to_contain_text("still loading")
+    server.loads = False
+    page.get_by_role("button", name="Try now").click()
+    connected(page)
+    expect(body_text(page)).to_have_text("Hello.")
+    assert server.requests[-1]["chat_template_kwargs"] == {"enable_thinking": False}
+    assert all("model" not in asked for asked in server.requests)
+
+
+def test_a_server_that_has_another_model_now_is_asked_about_itself_again(
+    visit: Callable[..., Page], server: ChatServer
+) -> None:
+    page = connected(visit())
+    server.model = "SmolLM2-135M"
+    ask(page)
+    expect(page.locator("#model")).to_have_text("SmolLM2-135M")
+    server.model = "Qwen3-8B"
+    server.refusals.append((404, {"message": "Not here.", "code": "model_not_found"}, {}))
+    ask(page)
+    expect(last_answer(page).locator(".error-note")).to_contain_text("Not here.")
+    expect(page.locator("#model")).to_have_text("Qwen3-8B")
 
 
 def test_an_engine_that_has_failed_is_not_waited_for(
