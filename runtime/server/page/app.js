@@ -292,7 +292,7 @@ async function importChosen() {
   input.value = "";
   if (!file) return;
   try {
-    const { added, failed } = await importFile(file, state.conversations);
+    const { added, failed, damaged } = await importFile(file, state.conversations);
     state.conversations = [...state.conversations, ...added].sort((a, b) => b.updated - a.updated);
     showList();
     announce(`${added.length} conversations imported`);
@@ -302,6 +302,11 @@ async function importChosen() {
         `The browser’s storage is full: ${failed} of them are not kept.`,
         "Close",
         () => hideBanner("storage"),
+      );
+    const left = damaged === 1 ? "1 conversation was" : `${damaged} conversations were`;
+    if (damaged)
+      showBanner("import", `${left} damaged in the file, and left out.`, "Close", () =>
+        hideBanner("import"),
       );
   } catch (error) {
     showBanner("import", error.message, "Close", () => hideBanner("import"));

@@ -133,7 +133,9 @@ export function deleteConversation(id) {
   local.removeItem(PREFIX + id);
 }
 
+/** Takes a message out, unless others follow it: without a parent they could not be read again. */
 export function removeMessage(conversation, message) {
+  if (conversation.messages.some((other) => other.parent === message.id)) return;
   removed.add(message.id);
   conversation.messages = conversation.messages.filter((other) => other !== message);
   conversation.leaf = message.parent;
@@ -148,7 +150,8 @@ export function exportText(conversations) {
   return JSON.stringify({ format: FORMAT, version: 1, conversations }, null, 1);
 }
 
-/** The conversations of an exported file. Raises an Error that says what is wrong with it. */
+/** An exported file as {conversations, damaged}: damaged is how many could not be read. Raises an
+ * Error that says what is wrong with the file. */
 export function importText(text) {
   let file;
   try {
@@ -159,9 +162,8 @@ export function importText(text) {
   if (file?.format !== FORMAT || !Array.isArray(file.conversations)) {
     throw new Error("The file is not an export of this page.");
   }
-  const conversations = file.conversations.map(checked);
-  if (conversations.includes(null)) throw new Error("A conversation in the file is damaged.");
-  return conversations;
+  const conversations = file.conversations.map(checked).filter((one) => one !== null);
+  return { conversations, damaged: file.conversations.length - conversations.length };
 }
 
 /** A copy with the known fields only, or null if one is not what it must be. */

@@ -56,7 +56,8 @@ export function exportFile(conversations) {
 }
 
 /** Adds a file's conversations; one that is there already and differs is added under a new id.
- * Returns {added, failed}: failed is how many the browser had no room for. Raises an Error. */
+ * Returns {added, failed, damaged}: how many the browser had no room for, and how many could not be
+ * read. Raises an Error. */
 export async function importFile(file, conversations) {
   if (file.size > MAX_FILE_BYTES) throw new Error("The file is too large.");
   const known = new Map(
@@ -64,12 +65,13 @@ export async function importFile(file, conversations) {
   );
   const added = [];
   let failed = 0;
-  for (const conversation of importText(await file.text())) {
+  const found = importText(await file.text());
+  for (const conversation of found.conversations) {
     if (known.get(conversation.id) === JSON.stringify(conversation)) continue;
     if (known.has(conversation.id)) conversation.id = newId();
     known.set(conversation.id, JSON.stringify(conversation));
     added.push(conversation);
     if (!saveConversation(conversation)) failed += 1;
   }
-  return { added, failed };
+  return { added, failed, damaged: found.damaged };
 }

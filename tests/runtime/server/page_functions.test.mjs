@@ -241,15 +241,25 @@ test("branches and exports", () => {
   );
   showBranch(conversation, answer);
   assert.equal(branchOf(conversation).at(-1).text, "one");
-  assert.deepEqual(importText(exportText([conversation])), [conversation]);
-  for (const damaged of [
-    "",
-    "[]",
-    "{}",
-    '{"format":"subspec-conversations","conversations":[{}]}',
-  ]) {
-    assert.throws(() => importText(damaged), /./);
-  }
+  const lone = { ...conversation, messages: conversation.messages.slice(1) };
+  assert.deepEqual(importText(exportText([lone, conversation, {}])), {
+    conversations: [conversation],
+    damaged: 2,
+  });
+  for (const damaged of ["", "[]", "{}"]) assert.throws(() => importText(damaged), /./);
+});
+
+test("a message that others follow is never taken out", () => {
+  const conversation = newConversation("");
+  const asked = addMessage(conversation, null, { role: "user", text: "One" });
+  const failed = addMessage(conversation, asked.id, { role: "assistant" });
+  const more = addMessage(conversation, failed.id, { role: "user", text: "Two" });
+  removeMessage(conversation, failed);
+  assert.deepEqual(branchOf(conversation), [asked, failed, more]);
+  removeMessage(conversation, more);
+  removeMessage(conversation, failed);
+  assert.deepEqual(branchOf(conversation), [asked]);
+  assert.equal(importText(exportText([conversation])).damaged, 0);
 });
 
 test("requests", () => {

@@ -231,7 +231,7 @@ def test_what_was_streamed_before_a_reload_is_kept(
     expect(page.locator("#send")).to_be_visible()
 
 
-def test_an_export_is_imported_elsewhere_and_a_damaged_one_refused(
+def test_an_export_is_imported_elsewhere_and_what_is_damaged_left_out(
     visit: Callable[..., Page], tmp_path: Path
 ) -> None:
     page = connected(visit())
@@ -245,11 +245,13 @@ def test_an_export_is_imported_elsewhere_and_a_damaged_one_refused(
     other = connected(visit())
     other.locator("#import-file").set_input_files(tmp_path / "kept.json")
     expect(other.locator("#conversations .open-chat")).to_have_text(["Kept"])
-    exported["conversations"][0]["messages"][0]["parent"] = "f" * 24
+    whole = {**exported["conversations"][0], "id": "f" * 24, "title": "Whole"}
+    exported["conversations"][0]["messages"] = exported["conversations"][0]["messages"][1:]
+    exported["conversations"].append(whole)
     (tmp_path / "damaged.json").write_text(json.dumps(exported), "utf-8")
     other.locator("#import-file").set_input_files(tmp_path / "damaged.json")
-    expect(other.get_by_role("alert")).to_contain_text("damaged")
-    expect(other.locator("#conversations .open-chat")).to_have_count(1)
+    expect(other.get_by_role("alert")).to_contain_text("1 conversation was damaged")
+    expect(other.locator("#conversations .open-chat")).to_have_count(2)
 
 
 def test_a_full_storage_is_told_and_the_answer_still_shown(
@@ -357,6 +359,25 @@ def test_an_error_is_told_and_can_be_tried_again(
     server.fails_with, server.answer = None, "Now it works."
     page.get_by_role("button", name="Try again").click()
     expect(body_text(page)).to_have_text("Now it works.")
+
+
+def test_an_earlier_answer_that_is_tried_again_takes_nothing_along(
+    visit: Callable[..., Page], server: ChatServer
+) -> None:
+    page = connected(visit())
+    page.evaluate("() => localStorage.setItem('filler', 'x'.repeat(5 * 1024 * 1024 - 200))")
+    server.fails_with, server.answer = "error", ""
+    ask(page, "One")
+    server.fails_with, server.answer = None, "Two is answered."
+    ask(page, "Two")
+    server.answer = "One is answered."
+    page.get_by_role("button", name="Try again").click()
+    expect(body_text(page)).to_have_text("One is answered.")
+    page.evaluate("() => localStorage.removeItem('filler')")
+    page.get_by_role("button", name="Previous version").click()
+    expect(body_text(page)).to_have_text("Two is answered.")
+    page.reload()
+    expect(body_text(page)).to_have_text("Two is answered.")
 
 
 def test_a_server_that_is_gone_is_told(browser: Any) -> None:
