@@ -60,8 +60,9 @@ export function exportFile(conversations) {
  * read. Raises an Error. */
 export async function importFile(file, conversations) {
   if (file.size > MAX_FILE_BYTES) throw new Error("The file is too large.");
+  const here = importText(exportText(conversations)).conversations; // with their fields in order
   const known = new Map(
-    conversations.map((conversation) => [conversation.id, JSON.stringify(conversation)]),
+    here.map((conversation) => [conversation.id, JSON.stringify(conversation)]),
   );
   const added = [];
   let failed = 0;

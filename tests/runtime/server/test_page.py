@@ -242,6 +242,10 @@ def test_an_export_is_imported_elsewhere_and_what_is_damaged_left_out(
     exported = json.loads((tmp_path / "kept.json").read_text("utf-8"))
     assert [m["text"] for m in exported["conversations"][0]["messages"]] == ["Kept", "Hello."]
 
+    page.locator("#import-file").set_input_files(tmp_path / "kept.json")
+    expect(page.locator("#announcer")).to_contain_text("0 conversations imported")
+    expect(page.locator("#conversations .open-chat")).to_have_text(["Kept"])
+
     other = connected(visit())
     other.locator("#import-file").set_input_files(tmp_path / "kept.json")
     expect(other.locator("#conversations .open-chat")).to_have_text(["Kept"])
