@@ -41,6 +41,7 @@ const state = {
   running: null, // {conversation, message, abort, notice}
   views: new Map(), // of the messages that are shown
   follows: true, // the newest text stays in sight
+  lastTop: 0, // where the text was scrolled to
 };
 
 /* What is shown */
@@ -153,8 +154,13 @@ function showResources() {
 
 function toEnd() {
   state.follows = true;
-  scroller.scrollTop = scroller.scrollHeight;
+  scrollToEnd();
   byId("to-end").hidden = true;
+}
+
+function scrollToEnd() {
+  scroller.scrollTop = scroller.scrollHeight;
+  state.lastTop = scroller.scrollTop;
 }
 
 const connect = connection((server) => {
@@ -216,8 +222,9 @@ async function generate(asked) {
   const speak = speaker(message);
   const { error, model } = await answer(message, body, running.abort.signal, (notice, speed) => {
     running.notice = notice;
+    onScroll(); // one whose event is still to come
     state.views.get(message)?.update(true, notice);
-    if (state.follows) scroller.scrollTop = scroller.scrollHeight;
+    if (state.follows) scrollToEnd();
     showSpeed(speed, notice, message);
     speak();
     if (performance.now() - saved < SAVE_EVERY_MS) return;
@@ -352,8 +359,15 @@ function onKey(event) {
   }
 }
 
+/** The newest text is left by any way up, however short, and found again by a way down to it. */
 function onScroll() {
-  state.follows = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < NEAR_END;
+  const { scrollTop } = scroller;
+  const left = scroller.scrollHeight - scrollTop - scroller.clientHeight;
+  const moved = scrollTop - state.lastTop;
+  if (Math.abs(moved) <= 1) return; // rounding; slow ways add up
+  state.lastTop = scrollTop;
+  if (moved > 0) state.follows ||= left < NEAR_END;
+  else state.follows = left <= 1; // at the end: the text has become shorter
   byId("to-end").hidden = state.follows;
 }
 

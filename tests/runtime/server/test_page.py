@@ -521,6 +521,27 @@ def test_neither_another_tab_nor_a_new_name_moves_what_is_read(
     assert page.title() == "Renamed · subspec"
 
 
+def test_a_short_way_up_leaves_an_answer_that_goes_on(
+    visit: Callable[..., Page], server: ChatServer
+) -> None:
+    page = connected(visit())
+    server.answer, server.chunk_chars, server.pause_seconds = "A line.\n\n" * 1000, 9, 0.02
+    ask(page, wait=False)
+    left = "scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight"
+    page.wait_for_function("() => scroller.scrollTop > 200")
+    assert page.evaluate(left) < 2
+    page.evaluate("() => scroller.scrollTop -= 30")
+    expect(page.locator("#to-end")).to_be_visible()
+    top = page.evaluate("() => scroller.scrollTop")
+    page.wait_for_function(f"() => {left} > 200")
+    assert page.evaluate("() => scroller.scrollTop") == top
+    page.evaluate("() => scroller.scrollTop = scroller.scrollHeight - scroller.clientHeight - 40")
+    expect(page.locator("#to-end")).to_be_hidden()
+    page.wait_for_function("top => scroller.scrollTop > top", arg=top + 300)
+    assert page.evaluate(left) < 2
+    page.keyboard.press("Escape")
+
+
 def test_nothing_that_a_model_writes_runs_or_is_fetched(
     visit: Callable[..., Page], server: ChatServer
 ) -> None:
