@@ -45,6 +45,9 @@ const kinds = (text, open) =>
 test("emphasis, code and links", () => {
   assert.equal(shown("a **b *c* d** e"), "a strong(b em(c) d) e");
   assert.equal(shown("***both***"), "em(strong(both))");
+  assert.equal(shown("**5*3 = 15**"), "strong(5*3 = 15)");
+  assert.equal(shown("**w*h** and **l*w*h**"), "strong(w*h) and strong(lem(w)h)");
+  assert.equal(shown("*a **b** c* a**b_c_*d*"), "em(a strong(b) c) a**b_c_em(d)");
   assert.equal(shown("snake_case_name 2 * 3 * 4 __b__"), "snake_case_name 2 * 3 * 4 strong(b)");
   assert.equal(shown("~~gone~~ ~5"), "strike(gone) ~5");
   assert.equal(shown("`a * b` ``c ` d``"), "code(a * b) code(c ` d)");
@@ -155,6 +158,10 @@ test("long hostile texts are read in a linear time", () => {
     "[",
     "*",
     "**a ",
+    "**a*b",
+    "a**b*",
+    "*a**b_c~~d",
+    "***a**b_ ",
     "*a_b ",
     "[a](",
     "](a",
