@@ -101,8 +101,9 @@ function trimEnd(tokens) {
   if (last?.type === "text") last.text = last.text.replace(/ {1,8}$/, "");
 }
 
-/** For the start of every run of backticks, the start of the next run of the same length. */
-function matchingTicks(text) {
+/** For the start of every run of backticks, {length, close}: the start of the next run of the same
+ * length, or -1. */
+export function matchingTicks(text) {
   const runs = [...text.matchAll(/`+/g)].map((run) => [run.index, run[0].length]);
   const later = new Map();
   const next = new Map();

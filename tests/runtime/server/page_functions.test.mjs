@@ -132,6 +132,18 @@ test("blocks", () => {
     [table.head, table.aligns, table.rows],
     [["a", "b"], ["start", "center"], [["1", "x | y"]]],
   );
+  const [calls] = parseBlocks("|Op|Says|\n|-|-|\n|`a || b`|or|\n|`` `|` `\\|` ``|\\`|\n|`|`|` `|");
+  assert.deepEqual(calls.rows, [
+    ["`a || b`", "or"],
+    ["`` `|` `|` ``", "\\`"],
+    ["`|`", "` `"],
+  ]);
+  assert.equal(kinds("Use `a | b`:\n---"), "paragraph rule");
+  const [few] = parseBlocks("|a|b|\n|-|-|\n|1|2|3|\n|`x|y|");
+  assert.deepEqual(few.rows, [
+    ["1", "2"],
+    ["`x", "y"],
+  ]);
   assert.equal(parseBlocks("```make\na:\n\tb\n```")[0].text, "a:\n\tb");
   assert.equal(parseBlocks("- a\n  ```\n    b\n  ```")[0].items[0].blocks[1].text, "  b");
 });
@@ -178,6 +190,8 @@ test("long hostile texts are read in a linear time", () => {
     " #",
     "- a\n",
     "|a|b|\n|-|-|\n",
+    "|`a|b`",
+    "|`a\n",
     "```\n",
     "_a_ ",
     "*_",
