@@ -313,6 +313,24 @@ def test_the_settings_are_sent_and_kept(visit: Callable[..., Page], server: Chat
     assert sent["chat_template_kwargs"] == {"enable_thinking": False}
 
 
+def test_a_dialog_is_closed_by_a_click_beside_it_alone(visit: Callable[..., Page]) -> None:
+    page = connected(visit())
+    page.get_by_role("button", name="System prompt and sampling").click()
+    area = page.get_by_label("System prompt of this conversation")
+    area.fill("A long system prompt")
+    dialog = page.locator("#settings")
+    box, field = dialog.bounding_box(), area.bounding_box()
+    page.mouse.click(box["x"] + 5, box["y"] + 5)  # its padding
+    expect(dialog).to_be_visible()
+    page.mouse.move(field["x"] + 10, field["y"] + 10)
+    page.mouse.down()
+    page.mouse.move(10, field["y"] + 10)
+    page.mouse.up()
+    expect(dialog).to_be_visible()
+    page.mouse.click(10, 10)
+    expect(dialog).to_be_hidden()
+
+
 def test_a_key_is_asked_for_and_kept_for_the_tab_only(
     visit: Callable[..., Page], server: ChatServer
 ) -> None:
