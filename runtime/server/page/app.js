@@ -39,7 +39,7 @@ const state = {
   conversations: loadConversations(),
   current: null,
   running: null, // {conversation, message, abort, notice}
-  views: new Map(), // of the messages that are shown
+  views: new Map(), // of the messages that are shown, and of edits that were begun elsewhere
   follows: true, // the newest text stays in sight
   lastTop: 0, // where the text was scrolled to
 };
@@ -56,16 +56,16 @@ function showConversation(conversation) {
  * elements, so that nobody who reads, selects or types among them is disturbed. */
 function redraw() {
   const branch = branchOf(state.current);
-  const before = state.views;
-  state.views = new Map(
-    branch.map((message) => [message, before.get(message) ?? messageView(message, actions)]),
+  const edited = [...state.views].filter(([, view]) => view.isEdited());
+  const views = branch.map((message) => state.views.get(message) ?? messageView(message, actions));
+  views.forEach((view, at) =>
+    view.update(state.running?.message === branch[at], state.running?.notice),
   );
-  for (const [message, view] of state.views)
-    view.update(state.running?.message === message, state.running?.notice);
   arrange(
     byId("messages"),
-    [...state.views.values()].map((view) => view.root),
+    views.map((view) => view.root),
   );
+  state.views = new Map([...edited, ...branch.map((message, at) => [message, views[at]])]);
   byId("empty").hidden = branch.length > 0;
   showTitles();
   showResources();

@@ -5,8 +5,9 @@ import { formatSeconds } from "./figures.js";
 import { markdownView } from "./render.js";
 
 /** `actions`: busy(), siblings(message), edit(message, text), regenerate(message), show(message),
- * retry(message). Returns {root, update(isOpen, notice)}; update shows what `message` and its
- * siblings have become; `notice` stands in for text that has not come yet. */
+ * retry(message). Returns {root, update(isOpen, notice), isEdited()}; update shows what `message` and
+ * its siblings have become, `notice` stands in for text that has not come yet; isEdited tells whether
+ * the user has typed something that is not sent. */
 export function messageView(message, actions) {
   const isUser = message.role === "user";
   const label = isUser ? "You" : "Answer";
@@ -24,18 +25,24 @@ function userView(root, message, actions) {
     copyButton(() => message.text),
     iconButton("edit", "Edit and send again", () => edit()),
   ]);
-  const show = () => root.replaceChildren(bubble, bar.root);
+  let area = null; // while it is edited
+  const show = () => {
+    area = null;
+    root.replaceChildren(bubble, bar.root);
+  };
   const edit = () => {
     if (actions.busy()) return;
-    const area = element("textarea", {
+    area = element("textarea", {
       className: "edit-text",
       value: message.text,
       dir: "auto",
       ariaLabel: "Edit your message",
     });
     const finish = (send) => {
+      if (send && actions.busy()) return; // the text stays until it can be sent
+      const text = area.value;
       show();
-      if (send && area.value.trim()) actions.edit(message, area.value);
+      if (send && text.trim()) actions.edit(message, text);
       else root.querySelector(".toolbar button:nth-of-type(2)")?.focus();
     };
     area.addEventListener("keydown", (event) => {
@@ -70,7 +77,7 @@ function userView(root, message, actions) {
     area.setSelectionRange(area.value.length, area.value.length);
   };
   show();
-  return { root, update: bar.update };
+  return { root, update: bar.update, isEdited: () => area !== null && area.value !== message.text };
 }
 
 function answerView(root, message, actions) {
@@ -106,7 +113,7 @@ function answerView(root, message, actions) {
     if (says !== noted) notes.replaceChildren(...notesOf(message, actions));
     noted = says;
   };
-  return { root, update };
+  return { root, update, isEdited: () => false };
 }
 
 function reasoningView(message) {

@@ -99,7 +99,7 @@ def visit(browser: Any, server: ChatServer) -> Iterator[Callable[..., Page]]:
 
 
 def ask(page: Page, text: str = "Hello", *, wait: bool = True) -> None:
-    page.get_by_role("textbox", name="Message").fill(text)
+    page.get_by_role("textbox", name="Message", exact=True).fill(text)
     page.keyboard.press("Enter")
     if wait:
         expect(page.locator("body:not(.busy)")).to_be_attached(timeout=30000)
@@ -191,6 +191,37 @@ def test_an_edited_message_is_sent_again_and_the_old_branch_stays(
     page.get_by_role("button", name="Previous version").click()
     expect(page.locator(".bubble")).to_have_text("Whta?")
     expect(body_text(page)).to_have_text("Hello.")
+
+
+def test_an_edit_stays_until_it_is_sent_or_cancelled(
+    visit: Callable[..., Page], server: ChatServer
+) -> None:
+    page = connected(visit())
+    ask(page, "The first question")
+    page.get_by_role("button", name="Edit and send again").click()
+    area = page.get_by_role("textbox", name="Edit your message")
+    area.fill("Half an hour of work")
+    server.answer, server.pause_seconds = "word " * 40, 0.1
+    ask(page, "Another question", wait=False)
+    expect(body_text(page)).to_contain_text("word")
+    area.press("Enter")  # not while an answer comes
+    expect(page.locator("body:not(.busy)")).to_be_attached()
+    server.pause_seconds = 0
+    page.get_by_role("button", name="Regenerate this answer").last.click()
+    expect(page.get_by_label("Version 2 of 2")).to_be_visible()
+    expect(area).to_have_value("Half an hour of work")
+    page.get_by_role("button", name="New conversation").click()
+    expect(area).to_have_count(0)
+    page.get_by_role("button", name="The first question").first.click()
+    expect(area).to_have_value("Half an hour of work")
+    area.press("Enter")
+    expect(page.locator(".bubble")).to_have_text("Half an hour of work")
+    sent = [[m["content"] for m in asked["messages"]][-1] for asked in server.requests]
+    assert sent == ["The first question", *["Another question"] * 2, "Half an hour of work"]
+    page.get_by_role("button", name="Edit and send again").click()
+    area.fill("Not this")
+    area.press("Escape")
+    expect(page.locator(".bubble")).to_have_text("Half an hour of work")
 
 
 def test_conversations_survive_a_reload_and_can_be_renamed_and_deleted(
