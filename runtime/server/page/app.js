@@ -20,6 +20,7 @@ import { connection } from "./connection.js";
 import { askedKey, editedSettings, prepareDialogs } from "./dialogs.js";
 import { announce, arrange } from "./dom.js";
 import { formatBytes, formatCount, formatRate } from "./figures.js";
+import { isComposing, sendOnEnter } from "./keys.js";
 import { closeMenu, closedMenu, prepareMenu } from "./menu.js";
 import { messageView } from "./messages.js";
 import { loadSettings, requestBody } from "./settings.js";
@@ -342,15 +343,8 @@ function takeOver({ key }) {
 
 /* Keys and clicks */
 
-function onPromptKey(event) {
-  const touch = matchMedia("(hover: none) and (pointer: coarse)").matches;
-  if (event.key !== "Enter" || event.shiftKey || event.isComposing || touch) return;
-  event.preventDefault();
-  send();
-}
-
 function onKey(event) {
-  if (document.querySelector("dialog[open]")) return;
+  if (isComposing(event) || document.querySelector("dialog[open]")) return;
   if (event.key === "Escape") {
     if (!closedMenu()) state.running?.abort.abort();
   } else if (event.key === "/" && document.activeElement === document.body) {
@@ -372,7 +366,7 @@ function onScroll() {
 }
 
 function listen() {
-  prompt.addEventListener("keydown", onPromptKey);
+  sendOnEnter(prompt, send);
   prompt.addEventListener("input", () => {
     growPrompt();
     showComposer();

@@ -2,6 +2,7 @@
 
 import { copyButton, element, icon, iconButton } from "./dom.js";
 import { formatSeconds } from "./figures.js";
+import { isComposing, sendOnEnter } from "./keys.js";
 import { markdownView } from "./render.js";
 
 /** `actions`: busy(), siblings(message), edit(message, text), regenerate(message), show(message),
@@ -45,14 +46,11 @@ function userView(root, message, actions) {
       if (send && text.trim()) actions.edit(message, text);
       else root.querySelector(".toolbar button:nth-of-type(2)")?.focus();
     };
+    sendOnEnter(area, () => finish(true));
     area.addEventListener("keydown", (event) => {
-      if (event.key === "Escape") {
-        event.stopPropagation();
-        finish(false);
-      } else if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
-        event.preventDefault();
-        finish(true);
-      }
+      if (isComposing(event) || event.key !== "Escape") return;
+      event.stopPropagation();
+      finish(false);
     });
     const send = element("button", {
       type: "button",

@@ -224,6 +224,48 @@ def test_an_edit_stays_until_it_is_sent_or_cancelled(
     expect(page.locator(".bubble")).to_have_text("Half an hour of work")
 
 
+def test_the_keys_of_an_input_method_end_nothing(
+    visit: Callable[..., Page], server: ChatServer
+) -> None:
+    page = connected(visit())
+    press = """(field, [key, how]) => field.dispatchEvent(new KeyboardEvent(
+        "keydown", { key, bubbles: true, cancelable: true, ...how }))"""
+    server.answer, server.pause_seconds = "word " * 40, 0.1
+    ask(page, wait=False)
+    expect(body_text(page)).to_contain_text("word")
+    prompt = page.locator("#prompt")
+    prompt.fill("next")
+    for how in ({"isComposing": True}, {"keyCode": 229}):
+        prompt.evaluate(press, ["Escape", how])  # would stop the answer
+    expect(page.locator("body:not(.busy)")).to_be_attached(timeout=30000)
+    expect(last_answer(page)).not_to_contain_text("Stopped.")
+    page.get_by_role("button", name="Edit and send again").click()
+    area = page.get_by_role("textbox", name="Edit your message")
+    area.fill("edited")
+    for key in ("Enter", "Escape"):
+        for how in ({"isComposing": True}, {"keyCode": 229}):
+            prompt.evaluate(press, [key, how])
+            area.evaluate(press, [key, how])
+    expect(area).to_have_value("edited")
+    expect(prompt).to_have_value("next")
+    assert len(server.requests) == 1
+
+
+def test_enter_makes_a_line_on_a_touch_keyboard(
+    visit: Callable[..., Page], server: ChatServer
+) -> None:
+    page = connected(visit(**PHONE))
+    assert page.locator("#prompt").get_attribute("enterkeyhint") == "enter"
+    page.locator("#prompt").fill("Hello")
+    page.get_by_role("button", name="Send").tap()
+    expect(last_answer(page).locator(".figures")).to_be_visible()
+    page.get_by_role("button", name="Edit and send again").tap()
+    page.keyboard.press("Enter")
+    area = page.get_by_role("textbox", name="Edit your message")
+    expect(area).to_have_value("Hello\n")
+    assert area.get_attribute("enterkeyhint") == "enter"
+
+
 def test_conversations_survive_a_reload_and_can_be_renamed_and_deleted(
     visit: Callable[..., Page], server: ChatServer
 ) -> None:
