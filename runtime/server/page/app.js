@@ -189,12 +189,15 @@ const actions = {
     if (!message.text && !message.reasoning) removeMessage(state.current, message);
     actions.regenerate(message);
   },
-  show(message) {
+  show(message, step) {
     if (state.running) return;
     showBranch(state.current, message);
     keep(state.current);
     redraw();
-    document.querySelector(`[data-id="${message.id}"] .versions button:enabled`)?.focus();
+    // The same button is pressed again by the same key, until there is nowhere to go.
+    const buttons = [...state.views.get(message).root.querySelectorAll(".versions button")];
+    if (step > 0) buttons.reverse();
+    buttons.find((button) => !button.disabled)?.focus();
   },
 };
 
@@ -216,8 +219,10 @@ async function generate(asked) {
   const running = { conversation, message, abort: new AbortController(), notice: "" };
   state.running = running;
   keep(conversation);
+  const hadFocus = byId("messages").contains(document.activeElement);
   showConversation(conversation);
   showComposer();
+  if (hadFocus) byId("stop").focus(); // what had it is gone, or hidden until the end
   announce("Message sent");
   let saved = performance.now();
   const speak = speaker(message);

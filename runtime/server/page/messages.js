@@ -5,10 +5,11 @@ import { formatSeconds } from "./figures.js";
 import { isComposing, sendOnEnter } from "./keys.js";
 import { markdownView } from "./render.js";
 
-/** `actions`: busy(), siblings(message), edit(message, text), regenerate(message), show(message),
- * retry(message). Returns {root, update(isOpen, notice), isEdited()}; update shows what `message` and
- * its siblings have become, `notice` stands in for text that has not come yet; isEdited tells whether
- * the user has typed something that is not sent. */
+/** `actions`: busy(), siblings(message), edit(message, text), regenerate(message), retry(message),
+ * show(message, step), of a sibling that is so many steps away. Returns {root,
+ * update(isOpen, notice), isEdited()}; update shows what `message` and its siblings have become,
+ * `notice` stands in for text that has not come yet; isEdited tells whether the user has typed
+ * something that is not sent. */
 export function messageView(message, actions) {
   const isUser = message.role === "user";
   const label = isUser ? "You" : "Answer";
@@ -27,10 +28,7 @@ function userView(root, message, actions) {
     iconButton("edit", "Edit and send again", () => edit()),
   ]);
   let area = null; // while it is edited
-  const show = () => {
-    area = null;
-    root.replaceChildren(bubble, bar.root);
-  };
+  const show = () => root.replaceChildren(bubble, bar.root);
   const edit = () => {
     if (actions.busy()) return;
     area = element("textarea", {
@@ -42,9 +40,11 @@ function userView(root, message, actions) {
     const finish = (send) => {
       if (send && actions.busy()) return; // the text stays until it can be sent
       const text = area.value;
+      const isSent = send && text.trim() !== "";
+      area = null;
+      if (isSent) actions.edit(message, text); // while the field has the focus, to hand it on
       show();
-      if (send && text.trim()) actions.edit(message, text);
-      else root.querySelector(".toolbar button:nth-of-type(2)")?.focus();
+      if (!isSent) root.querySelector(".toolbar button:nth-of-type(2)").focus();
     };
     sendOnEnter(area, () => finish(true));
     area.addEventListener("keydown", (event) => {
@@ -173,7 +173,7 @@ function toolbar(message, actions, buttons) {
   const turn = (name, label, step) =>
     iconButton(name, label, () => {
       const siblings = actions.siblings(message);
-      actions.show(siblings[siblings.indexOf(message) + step]);
+      actions.show(siblings[siblings.indexOf(message) + step], step);
     });
   const [previous, next] = [turn("left", "Previous version", -1), turn("right", "Next version", 1)];
   const place = element("span");

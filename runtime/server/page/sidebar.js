@@ -10,15 +10,22 @@ import {
   saveConversation,
 } from "./conversations.js";
 
+const byId = (id) => document.getElementById(id);
 const MAX_FILE_BYTES = 64 * 1024 * 1024;
 
 /** Draws the list. `actions`: open(conversation), deleted(conversation), renamed(conversation). */
 export function drawList(list, conversations, current, actions) {
-  const focused = document.activeElement?.closest("#conversations li")?.dataset.id;
+  const focused = document.activeElement?.closest("#conversations li");
+  const place = [...list.children].indexOf(focused);
+  const button = focused && [...focused.children].indexOf(document.activeElement);
   list.replaceChildren(
     ...conversations.map((conversation) => row(conversation, conversation === current, actions)),
   );
-  if (focused) list.querySelector(`[data-id="${CSS.escape(focused)}"] .open-chat`)?.focus();
+  if (!focused) return;
+  const rows = [...list.children];
+  const same = rows.find((one) => one.dataset.id === focused.dataset.id);
+  const near = rows[Math.min(place, rows.length - 1)]; // of one that was deleted
+  (same?.children[button] ?? near?.firstElementChild ?? byId("new-chat")).focus();
 }
 
 function row(conversation, isCurrent, actions) {

@@ -708,6 +708,55 @@ def test_every_control_has_a_name_and_everything_works_by_keyboard(
     expect(page.get_by_role("button", name="System prompt and sampling")).to_be_focused()
 
 
+def test_the_focus_is_never_lost(visit: Callable[..., Page], server: ChatServer) -> None:
+    page = connected(visit())
+    server.answer, server.pause_seconds = "word " * 10, 0.1
+    prompt, stop = page.locator("#prompt"), page.locator("#stop")
+
+    def press(name: str, key: str = "Enter") -> None:
+        page.get_by_role("button", name=name).last.focus()
+        page.keyboard.press(key)
+
+    def is_handed_on() -> None:
+        expect(stop).to_be_focused()
+        expect(prompt).to_be_focused(timeout=30000)
+
+    server.fails_with = "error"
+    ask(page, "One")
+    server.fails_with = None
+    press("Try again")
+    is_handed_on()
+    for _ in range(2):
+        press("Regenerate this answer")
+        is_handed_on()
+    press("Previous version")
+    page.keyboard.press("Enter")
+    expect(page.get_by_label("Version 2 of 4")).to_be_visible()
+    page.keyboard.press("Enter")
+    expect(page.get_by_label("Version 1 of 4")).to_be_visible()
+    for number in (2, 3, 4):
+        expect(page.get_by_role("button", name="Next version")).to_be_focused()
+        page.keyboard.press("Enter")
+        expect(page.get_by_label(f"Version {number} of 4")).to_be_visible()
+    expect(page.get_by_role("button", name="Previous version")).to_be_focused()
+    press("Edit and send again")
+    page.keyboard.type(" more")
+    page.keyboard.press("Enter")
+    is_handed_on()
+    server.pause_seconds = 0
+    for title in ("Two", "Three"):
+        page.get_by_role("button", name="New conversation").click()
+        ask(page, title)
+    press("Rename “Two”")
+    page.keyboard.type("2")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("button", name="Rename “2”")).to_be_focused()
+    for title, focused in (("2", "One"), ("One", "Three"), ("Three", "New conversation")):
+        press(f"Delete “{title}”")
+        page.get_by_role("button", name="Delete", exact=True).press("Enter")
+        expect(page.get_by_role("button", name=focused, exact=True)).to_be_focused()
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_has_enough_contrast(visit: Callable[..., Page], scheme: str) -> None:
     page = connected(visit(color_scheme=scheme))
