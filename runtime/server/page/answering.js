@@ -4,8 +4,13 @@
 import { ServerError, streamAnswer } from "./api.js";
 import { answerFigures, speedometer } from "./figures.js";
 
-const MAX_QUEUE_RETRIES = 5;
-const MAX_LOADING_RETRIES = 600;
+// Of what may pass: how often it is asked again, after how many seconds if the server does not say,
+// and in which words.
+const PASSING = {
+  queue_full: { most: 5, seconds: 5, text: "The server's queue is full" },
+  overloaded: { most: 5, seconds: 2, text: "The server has too many requests" },
+  loading: { most: 600, seconds: 2, text: "The model is still loading" },
+};
 const FRAME_MS = 40;
 
 /** Fills `message` as the answer comes. `body()` makes the request, anew for each try: the server may
@@ -79,16 +84,13 @@ function waitingText(place) {
 /** After how many seconds to ask again, or null: not by itself. */
 function retrySeconds(failure, attempt, message) {
   if (message.text || message.reasoning) return null;
-  if (failure.kind === "queue_full" && attempt <= MAX_QUEUE_RETRIES) return failure.retryAfter ?? 5;
-  if (failure.kind === "loading" && attempt <= MAX_LOADING_RETRIES) return failure.retryAfter ?? 2;
-  return null;
+  const passing = PASSING[failure.kind];
+  return passing && attempt <= passing.most ? (failure.retryAfter ?? passing.seconds) : null;
 }
 
 async function countDown(failure, seconds, signal, paint) {
-  const what =
-    failure.kind === "loading" ? "The model is still loading" : "The server's queue is full";
   for (let left = seconds; left > 0; left -= 1) {
-    paint(`${what}; trying again in ${left} s…`);
+    paint(`${PASSING[failure.kind].text}; trying again in ${left} s…`);
     await new Promise((resolve) => {
       const timer = setTimeout(resolve, 1000);
       signal.addEventListener(
@@ -111,6 +113,7 @@ function explained(error) {
     context:
       " Start a new conversation, shorten this one, or plan the model with a longer context.",
     queue_full: " The queue stayed full.",
+    resources: " The server is short of memory or processes now: try again later.",
     cut: " What had come is kept.",
     engine: " What had come is kept.",
     failed: " The server's log says why; it must be started again.",

@@ -3,9 +3,10 @@
 import { readEvents } from "./sse.js";
 import { session } from "./storage.js";
 
-/** kind: "auth", "loading", "queue_full", "context", "gone" (no answer, or the server ends), "cut"
- * (the stream ended before the answer did), "engine" (it failed while answering), "failed" (it has
- * failed for good: nothing to wait for), "model" (it has another one) or "refused". */
+/** kind: "auth", "loading", "queue_full", "overloaded", "resources" (it has too little of something
+ * now), "context", "gone" (no answer, or the server ends), "cut" (the stream ended before the answer
+ * did), "engine" (it failed while answering), "failed" (it has failed for good: nothing to wait for),
+ * "model" (it has another one) or "refused". */
 export class ServerError extends Error {
   constructor(kind, message, retryAfter = null) {
     super(message);
@@ -25,8 +26,14 @@ export function keepApiKey(key) {
   session.setItem(KEY, key);
 }
 
+/** Whether a header can carry it. */
+export function isKey(text) {
+  return /^[!-~]*$/.test(text);
+}
+
 async function request(path, options = {}) {
   const headers = { ...options.headers };
+  if (!isKey(apiKey())) throw new ServerError("auth", "The API key is not printable ASCII.");
   if (apiKey()) headers.Authorization = `Bearer ${apiKey()}`;
   let response;
   try {
@@ -60,6 +67,7 @@ function kindOf(status, error) {
   if (error.code === "engine_failed") return "failed";
   if (error.code === "model_not_found") return "model";
   if (error.code === "shutting_down") return "gone";
+  if (error.code === "overloaded" || error.code === "resources") return error.code;
   if (status === 503) return "loading";
   if (status === 502 || status === 504) return "gone";
   return "refused";

@@ -1,6 +1,6 @@
 // The dialogs: settings, API key, and one question.
 
-import { apiKey, keepApiKey } from "./api.js";
+import { apiKey, isKey, keepApiKey } from "./api.js";
 import { element } from "./dom.js";
 import { FIELDS, saveSettings, valueIn } from "./settings.js";
 
@@ -61,13 +61,18 @@ export async function askedName(name) {
 export async function askedKey(isWrong) {
   const dialog = byId("key");
   if (dialog.open) return false;
-  byId("key-text").textContent = isWrong
-    ? "The server does not accept this key."
-    : "This server asks for an API key. It is kept until this tab is closed.";
-  byId("key-value").value = apiKey();
-  if (!(await opened(dialog))) return false;
-  keepApiKey(byId("key-value").value.trim());
-  return true;
+  const field = byId("key-value");
+  field.value = apiKey();
+  for (let refused = isWrong; ; refused = true) {
+    byId("key-text").textContent = refused
+      ? "The server does not accept this key."
+      : "This server asks for an API key. It is kept until this tab is closed.";
+    if (!(await opened(dialog))) return false;
+    const key = field.value.trim();
+    if (!isKey(key)) continue;
+    keepApiKey(key);
+    return true;
+  }
 }
 
 /** Lets the user change `settings` and the conversation's system prompt. Returns whether. */

@@ -3,7 +3,8 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import { spokenEnd } from "./answering.js";
+import { answer, spokenEnd } from "./answering.js";
+import { getJson, keepApiKey } from "./api.js";
 import { parseBlocks } from "./blocks.js";
 import {
   addMessage,
@@ -315,6 +316,49 @@ test("requests", () => {
     ["", "1", 3, 1.5, "x", null].map((value) => valueIn(field, value)),
     [null, 1, null, null, null, null],
   );
+});
+
+/** What the page makes of a refusal: its kind, how often a question is asked until the page says that
+ * it waits, and what is shown if it does not. */
+async function refusal(status, error) {
+  let asked = 0;
+  globalThis.fetch = async () => {
+    asked += 1;
+    return new Response(JSON.stringify({ error }), { status, headers: { "Retry-After": "1" } });
+  };
+  const message = { text: "" };
+  const stop = new AbortController();
+  await answer(
+    message,
+    () => ({}),
+    stop.signal,
+    () => stop.abort(), // at the first word about waiting
+  );
+  const { kind } = await getJson("/").catch((raised) => raised);
+  delete globalThis.fetch;
+  return { kind, asked: asked - 1, shown: message.error?.text };
+}
+
+test("only what may pass is asked again", async () => {
+  const kinds = {
+    overloaded: { kind: "overloaded", shown: undefined },
+    queue_full: { kind: "queue_full", shown: undefined },
+    503: { kind: "loading", shown: undefined },
+    resources: {
+      kind: "resources",
+      shown: "No memory. The server is short of memory or processes now: try again later.",
+    },
+  };
+  for (const [code, { kind, shown }] of Object.entries(kinds)) {
+    const met = await refusal(503, { code, message: "No memory" });
+    assert.deepEqual(met, { kind, asked: 1, shown });
+  }
+});
+
+test("a key that no header can carry is a wrong key", async () => {
+  keepApiKey("“secret”");
+  await assert.rejects(getJson("/"), { kind: "auth" });
+  keepApiKey("");
 });
 
 test("figures", () => {

@@ -417,6 +417,31 @@ def test_a_key_is_asked_for_and_kept_for_the_tab_only(
     assert page.evaluate("() => JSON.stringify({...localStorage}).includes('secret')") is False
 
 
+def test_a_key_that_no_header_can_carry_is_refused(
+    visit: Callable[..., Page], server: ChatServer
+) -> None:
+    server.key = "secret"
+    page = visit()
+    field = page.get_by_label("API key", exact=True).last
+    field.fill("“secret”")
+    page.keyboard.press("Enter")
+    expect(page.locator("#key-text")).to_have_text("The server does not accept this key.")
+    field.fill("secret")
+    page.keyboard.press("Enter")
+    connected(page)
+
+
+def test_a_server_with_too_many_requests_is_asked_again(
+    visit: Callable[..., Page], server: ChatServer
+) -> None:
+    page = connected(visit())
+    busy = {"message": "256 requests are being answered", "code": "overloaded"}
+    server.refusals.append((503, busy, {"Retry-After": "2"}))
+    ask(page, wait=False)
+    expect(last_answer(page)).to_contain_text("too many requests; trying again in")
+    expect(body_text(page)).to_have_text("Hello.")
+
+
 def test_a_full_queue_is_waited_for(visit: Callable[..., Page], server: ChatServer) -> None:
     page = connected(visit())
     server.refusals.append((503, QUEUE_FULL, {"Retry-After": "2"}))
