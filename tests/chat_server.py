@@ -37,6 +37,8 @@ QUEUE_FULL = {
     "code": "queue_full",
 }
 
+LOADING = {"message": "Loading model", "type": "unavailable_error", "param": None, "code": 503}
+
 
 @dataclass
 class ChatServer:
@@ -49,6 +51,8 @@ class ChatServer:
     pause_seconds: float = 0.0
     fails_with: str | None = None  # "error" or "cut": after the text, instead of an end
     key: str | None = None
+    model: str = "Qwen3-32B"
+    loads: bool = False  # what it says of itself; an answer is refused by `refusals`
     refusals: list[tuple[int, dict[str, Any], dict[str, str]]] = field(default_factory=list)
     requests: list[dict[str, Any]] = field(default_factory=list)
     num_disconnected: int = 0
@@ -60,7 +64,8 @@ class ChatServer:
             for name, text in (("reasoning_content", self.reasoning), ("content", self.answer)):
                 for at in range(0, len(text), self.chunk_chars):
                     piece = {name: text[at : at + self.chunk_chars]}
-                    yield event({"choices": [{"index": 0, "delta": piece, "finish_reason": None}]})
+                    choice = {"index": 0, "delta": piece, "finish_reason": None}
+                    yield event({"model": self.model, "choices": [choice]})
                     await asyncio.sleep(self.pause_seconds)
             if self.fails_with == "error":
                 yield event({"error": {"message": "The device is lost", "code": "engine_error"}})
@@ -87,7 +92,9 @@ def chat_app(server: ChatServer) -> FastAPI:
         return JSONResponse({"error": {"message": "no key", "code": "invalid_api_key"}}, 401)
 
     async def models(request: Request) -> Response:
-        model = {"id": "Qwen3-32B", "object": "model", "meta": {"n_ctx": 4096}}
+        if server.loads:
+            return JSONResponse({"error": LOADING}, 503)
+        model = {"id": server.model, "object": "model", "meta": {"n_ctx": 4096}}
         return refusal(request) or JSONResponse({"object": "list", "data": [model]})
 
     async def props(request: Request) -> Response:

@@ -4,21 +4,28 @@
 import { ServerError, streamAnswer } from "./api.js";
 import { answerFigures, speedometer } from "./figures.js";
 
-const MAX_QUEUE_RETRIES = 5;
-const MAX_LOADING_RETRIES = 600;
+// Of what may pass: how often it is asked again, after how many seconds if the server does not say,
+// and in which words.
+const PASSING = {
+  queue_full: { most: 5, seconds: 5, text: "The server's queue is full" },
+  overloaded: { most: 5, seconds: 2, text: "The server has too many requests" },
+  loading: { most: 600, seconds: 2, text: "The model is still loading" },
+};
 const FRAME_MS = 40;
 
-/** Fills `message` as the answer comes. onChange(notice, speed) is called at most 25 times a
- * second, and rarely enough to leave the processor nine tenths of its time. Returns how it ended:
- * {error: ServerError or null}. */
+/** Fills `message` as the answer comes. `body()` makes the request, anew for each try: the server may
+ * have said more about itself since. onChange(notice, speed) is called at most 25 times a second,
+ * and rarely enough to leave the processor nine tenths of its time. Returns how it ended:
+ * {error: ServerError or null, model: who answered, or null}. */
 export async function answer(message, body, signal, onChange) {
   const paint = painter(onChange);
   const meter = speedometer();
   let error = null;
+  let model = null;
   try {
     for (let attempt = 1; ; attempt += 1) {
       try {
-        await receive(message, body, signal, meter, paint);
+        model = await receive(message, body(), signal, meter, paint);
         break;
       } catch (failure) {
         const seconds = retrySeconds(failure, attempt, message);
@@ -38,10 +45,12 @@ export async function answer(message, body, signal, onChange) {
   } finally {
     paint.stop();
   }
-  return { error };
+  return { error, model };
 }
 
+/** Returns the name of the model that answered. */
 async function receive(message, body, signal, meter, paint) {
+  let model = null;
   const began = performance.now();
   for await (const event of streamAnswer(body, signal)) {
     if (event.waiting !== undefined) paint(waitingText(event.waiting));
@@ -57,12 +66,14 @@ async function receive(message, body, signal, meter, paint) {
       meter.text(event.text.length);
     }
     if (event.finish !== undefined) {
+      model = event.model;
       message.finish = event.finish ?? "stop";
       message.stats = answerFigures(event, meter.read());
       if (Number.isFinite(event.usage?.total_tokens))
         message.contextTokens = event.usage.total_tokens;
     } else paint(undefined, meter.read());
   }
+  return model;
 }
 
 function waitingText(place) {
@@ -73,16 +84,13 @@ function waitingText(place) {
 /** After how many seconds to ask again, or null: not by itself. */
 function retrySeconds(failure, attempt, message) {
   if (message.text || message.reasoning) return null;
-  if (failure.kind === "queue_full" && attempt <= MAX_QUEUE_RETRIES) return failure.retryAfter ?? 5;
-  if (failure.kind === "loading" && attempt <= MAX_LOADING_RETRIES) return failure.retryAfter ?? 2;
-  return null;
+  const passing = PASSING[failure.kind];
+  return passing && attempt <= passing.most ? (failure.retryAfter ?? passing.seconds) : null;
 }
 
 async function countDown(failure, seconds, signal, paint) {
-  const what =
-    failure.kind === "loading" ? "The model is still loading" : "The server's queue is full";
   for (let left = seconds; left > 0; left -= 1) {
-    paint(`${what}; trying again in ${left} s…`);
+    paint(`${PASSING[failure.kind].text}; trying again in ${left} s…`);
     await new Promise((resolve) => {
       const timer = setTimeout(resolve, 1000);
       signal.addEventListener(
@@ -105,6 +113,7 @@ function explained(error) {
     context:
       " Start a new conversation, shorten this one, or plan the model with a longer context.",
     queue_full: " The queue stayed full.",
+    resources: " The server is short of memory or processes now: try again later.",
     cut: " What had come is kept.",
     engine: " What had come is kept.",
     failed: " The server's log says why; it must be started again.",

@@ -1,10 +1,12 @@
 // The server: one streamed answer, what it says about itself, and its errors as one kind of error.
 
 import { readEvents } from "./sse.js";
+import { session } from "./storage.js";
 
-/** kind: "auth", "loading", "queue_full", "context", "gone" (no answer, or the server ends), "cut"
- * (the stream ended before the answer did), "engine" (it failed while answering), "failed" (it has
- * failed for good: nothing to wait for) or "refused". */
+/** kind: "auth", "loading", "queue_full", "overloaded", "resources" (it has too little of something
+ * now), "context", "gone" (no answer, or the server ends), "cut" (the stream ended before the answer
+ * did), "engine" (it failed while answering), "failed" (it has failed for good: nothing to wait for),
+ * "model" (it has another one) or "refused". */
 export class ServerError extends Error {
   constructor(kind, message, retryAfter = null) {
     super(message);
@@ -17,15 +19,21 @@ const KEY = "subspec.key";
 const EFFORTS = ["low", "medium", "high"];
 
 export function apiKey() {
-  return sessionStorage.getItem(KEY) ?? "";
+  return session.getItem(KEY) ?? "";
 }
 
 export function keepApiKey(key) {
-  sessionStorage.setItem(KEY, key);
+  session.setItem(KEY, key);
+}
+
+/** Whether a header can carry it. */
+export function isKey(text) {
+  return /^[!-~]*$/.test(text);
 }
 
 async function request(path, options = {}) {
   const headers = { ...options.headers };
+  if (!isKey(apiKey())) throw new ServerError("auth", "The API key is not printable ASCII.");
   if (apiKey()) headers.Authorization = `Bearer ${apiKey()}`;
   let response;
   try {
@@ -57,7 +65,9 @@ function kindOf(status, error) {
   if (error.code === "queue_full" || status === 429) return "queue_full";
   if (error.code === "context_length_exceeded") return "context";
   if (error.code === "engine_failed") return "failed";
+  if (error.code === "model_not_found") return "model";
   if (error.code === "shutting_down") return "gone";
+  if (error.code === "overloaded" || error.code === "resources") return error.code;
   if (status === 503) return "loading";
   if (status === 502 || status === 504) return "gone";
   return "refused";
@@ -102,8 +112,8 @@ function numberOf(...values) {
   return values.find((value) => Number.isFinite(value)) ?? null;
 }
 
-/** Yields {waiting}, {text}, {reasoning}, {tokens}, then one {finish, usage, metrics, timings}.
- * Raises ServerError, and AbortError when the signal says stop. */
+/** Yields {waiting}, {text}, {reasoning}, {tokens}, then one {finish, model, usage, metrics,
+ * timings}. Raises ServerError, and AbortError when the signal says stop. */
 export async function* streamAnswer(body, signal) {
   const response = await request("/v1/chat/completions", {
     method: "POST",
@@ -111,7 +121,7 @@ export async function* streamAnswer(body, signal) {
     body: JSON.stringify(body),
     signal,
   });
-  const end = { finish: null, usage: null, metrics: null, timings: null };
+  const end = { finish: null, model: null, usage: null, metrics: null, timings: null };
   try {
     for await (const event of readEvents(response.body)) {
       if (event.comment !== undefined) {
@@ -156,6 +166,7 @@ function* readChunk(chunk, end) {
   if (typeof reasoning === "string" && reasoning) yield { reasoning };
   if (typeof delta.content === "string" && delta.content) yield { text: delta.content };
   if (typeof choice?.finish_reason === "string") end.finish = choice.finish_reason;
+  if (typeof chunk.model === "string") end.model = chunk.model;
   for (const name of ["usage", "metrics", "timings"]) {
     if (chunk[name] && typeof chunk[name] === "object") end[name] = chunk[name];
   }

@@ -5,7 +5,8 @@ import { answer, spokenEnd } from "./answering.js";
 import {
   addMessage,
   branchOf,
-  isConversationKey,
+  conversationId,
+  loadConversation,
   loadConversations,
   newConversation,
   removeMessage,
@@ -17,12 +18,14 @@ import {
 import { hideBanner, showBanner } from "./banner.js";
 import { connection } from "./connection.js";
 import { askedKey, editedSettings, prepareDialogs } from "./dialogs.js";
-import { announce } from "./dom.js";
+import { announce, arrange } from "./dom.js";
 import { formatBytes, formatCount, formatRate } from "./figures.js";
+import { isComposing, sendOnEnter } from "./keys.js";
 import { closeMenu, closedMenu, prepareMenu } from "./menu.js";
 import { messageView } from "./messages.js";
 import { loadSettings, requestBody } from "./settings.js";
 import { drawList, exportFile, importFile } from "./sidebar.js";
+import { keepsNothing, session } from "./storage.js";
 
 const byId = (id) => document.getElementById(id);
 const prompt = byId("prompt");
@@ -36,28 +39,44 @@ const state = {
   server: { model: "", context: null, thinking: false, efforts: [], memory: null },
   conversations: loadConversations(),
   current: null,
-  running: null, // {conversation, message, abort, view, notice}
+  running: null, // {conversation, message, abort, notice}
+  views: new Map(), // of the messages that are shown, and of edits that were begun elsewhere
   follows: true, // the newest text stays in sight
+  lastTop: 0, // where the text was scrolled to
 };
 
 /* What is shown */
 
 function showConversation(conversation) {
   state.current = conversation;
-  const branch = branchOf(conversation);
-  const views = branch.map((message) => {
-    const view = messageView(message, siblingsOf(conversation, message), actions);
-    const isRunning = state.running?.message === message;
-    if (isRunning) state.running.view = view;
-    view.update(isRunning, state.running?.notice);
-    return view;
-  });
-  byId("messages").replaceChildren(...views.map((view) => view.root));
-  byId("empty").hidden = branch.length > 0;
-  document.title = conversation.title ? `${conversation.title} · subspec` : "subspec";
-  showList();
-  showResources();
+  redraw();
   toEnd();
+}
+
+/** Shows what the current conversation has become. Messages that were shown already keep their
+ * elements, so that nobody who reads, selects or types among them is disturbed. */
+function redraw() {
+  const branch = branchOf(state.current);
+  const edited = [...state.views].filter(([, view]) => view.isEdited());
+  const views = branch.map((message) => state.views.get(message) ?? messageView(message, actions));
+  views.forEach((view, at) =>
+    view.update(state.running?.message === branch[at], state.running?.notice),
+  );
+  arrange(
+    byId("messages"),
+    views.map((view) => view.root),
+  );
+  state.views = new Map([...edited, ...branch.map((message, at) => [message, views[at]])]);
+  byId("empty").hidden = branch.length > 0;
+  showTitles();
+  showResources();
+  if (state.follows) toEnd();
+}
+
+function showTitles() {
+  const { title } = state.current;
+  document.title = title ? `${title} · subspec` : "subspec";
+  showList();
 }
 
 function showList() {
@@ -70,7 +89,7 @@ function showList() {
     },
     renamed(conversation) {
       keep(conversation);
-      showConversation(state.current);
+      showTitles();
     },
     deleted(conversation) {
       if (state.running?.conversation === conversation) state.running.abort.abort();
@@ -136,8 +155,13 @@ function showResources() {
 
 function toEnd() {
   state.follows = true;
-  scroller.scrollTop = scroller.scrollHeight;
+  scrollToEnd();
   byId("to-end").hidden = true;
+}
+
+function scrollToEnd() {
+  scroller.scrollTop = scroller.scrollHeight;
+  state.lastTop = scroller.scrollTop;
 }
 
 const connect = connection((server) => {
@@ -151,6 +175,7 @@ const connect = connection((server) => {
 
 const actions = {
   busy: () => state.running !== null,
+  siblings: (message) => siblingsOf(state.current, message),
   edit(message, text) {
     if (state.running) return;
     generate(addMessage(state.current, message.parent, { role: "user", text }));
@@ -164,12 +189,15 @@ const actions = {
     if (!message.text && !message.reasoning) removeMessage(state.current, message);
     actions.regenerate(message);
   },
-  show(message) {
+  show(message, step) {
     if (state.running) return;
     showBranch(state.current, message);
     keep(state.current);
-    showConversation(state.current);
-    document.querySelector(`[data-id="${message.id}"] .versions button:enabled`)?.focus();
+    redraw();
+    // The same button is pressed again by the same key, until there is nowhere to go.
+    const buttons = [...state.views.get(message).root.querySelectorAll(".versions button")];
+    if (step > 0) buttons.reverse();
+    buttons.find((button) => !button.disabled)?.focus();
   },
 };
 
@@ -185,25 +213,24 @@ function send() {
 async function generate(asked) {
   const conversation = state.current;
   conversation.leaf = asked.id;
-  const body = requestBody(
-    state.server,
-    state.settings,
-    conversation.system,
-    branchOf(conversation),
-  );
+  const branch = branchOf(conversation);
+  const body = () => requestBody(state.server, state.settings, conversation.system, branch);
   const message = addMessage(conversation, asked.id, { role: "assistant" });
-  const running = { conversation, message, abort: new AbortController(), view: null, notice: "" };
+  const running = { conversation, message, abort: new AbortController(), notice: "" };
   state.running = running;
   keep(conversation);
+  const hadFocus = byId("messages").contains(document.activeElement);
   showConversation(conversation);
   showComposer();
+  if (hadFocus) byId("stop").focus(); // what had it is gone, or hidden until the end
   announce("Message sent");
   let saved = performance.now();
   const speak = speaker(message);
-  const { error } = await answer(message, body, running.abort.signal, (notice, speed) => {
+  const { error, model } = await answer(message, body, running.abort.signal, (notice, speed) => {
     running.notice = notice;
-    if (state.current === conversation) running.view?.update(true, notice);
-    if (state.follows) scroller.scrollTop = scroller.scrollHeight;
+    onScroll(); // one whose event is still to come
+    state.views.get(message)?.update(true, notice);
+    if (state.follows) scrollToEnd();
     showSpeed(speed, notice, message);
     speak();
     if (performance.now() - saved < SAVE_EVERY_MS) return;
@@ -212,10 +239,8 @@ async function generate(asked) {
   });
   state.running = null;
   keep(conversation);
-  if (state.current === conversation) {
-    running.view?.update(false);
-    if (state.follows) toEnd();
-  }
+  state.views.get(message)?.update(false);
+  if (state.current === conversation && state.follows) toEnd();
   showList();
   showComposer();
   byId("live").textContent = "";
@@ -227,11 +252,12 @@ async function generate(asked) {
         : "The answer is complete",
   );
   if (error) afterError(error, message);
+  else if (model && model !== state.server.model) connect();
   else refreshMemory();
 }
 
 function afterError(error, message) {
-  if (["gone", "cut", "failed"].includes(error.kind)) connect();
+  if (["gone", "cut", "failed", "model"].includes(error.kind)) connect();
   if (error.kind !== "auth") return;
   askedKey(false).then((given) => {
     if (!given) return;
@@ -279,7 +305,7 @@ async function importChosen() {
   input.value = "";
   if (!file) return;
   try {
-    const { added, failed } = await importFile(file, state.conversations);
+    const { added, failed, damaged } = await importFile(file, state.conversations);
     state.conversations = [...state.conversations, ...added].sort((a, b) => b.updated - a.updated);
     showList();
     announce(`${added.length} conversations imported`);
@@ -290,41 +316,40 @@ async function importChosen() {
         "Close",
         () => hideBanner("storage"),
       );
+    const left = damaged === 1 ? "1 conversation was" : `${damaged} conversations were`;
+    if (damaged)
+      showBanner("import", `${left} damaged in the file, and left out.`, "Close", () =>
+        hideBanner("import"),
+      );
   } catch (error) {
     showBanner("import", error.message, "Close", () => hideBanner("import"));
   }
 }
 
-/** Another tab wrote: its conversations and messages appear here, but never under what is being
- * answered or edited. */
-function takeOver(event) {
-  if (!isConversationKey(event.key)) return;
+/** Another tab wrote a conversation, or cleared all: what it changed appears here, but one that is
+ * being answered or edited keeps its branch. */
+function takeOver({ key }) {
+  const id = key === null ? null : conversationId(key);
+  if (key !== null && id === null) return;
   const { current, running } = state;
+  const isChanged = (one) => key === null || one.id === id;
   const isEdited = document.querySelector(".edit-text") !== null;
-  const own = new Map([...state.conversations, current].map((one) => [one.id, one]));
   const isBusy = (one) => one === running?.conversation || (one === current && isEdited);
-  const kept = loadConversations().map((stored) => {
-    const known = own.get(stored.id);
-    if (known) takeStored(known, stored, isBusy(known));
-    return known ?? stored;
-  });
-  const isKept = !running || kept.includes(running.conversation);
-  state.conversations = isKept ? kept : [running.conversation, ...kept];
-  if (isBusy(current)) showList();
-  else showConversation(current);
+  const stored = id === null ? null : loadConversation(id);
+  const known = [...state.conversations, current].find(isChanged);
+  if (stored && known) takeStored(known, stored, isBusy(known));
+  const stays = (one) => !isChanged(one) || one === running?.conversation;
+  const kept = new Set(state.conversations.filter(stays));
+  if (stored) kept.add(known ?? stored);
+  state.conversations = [...kept].sort((a, b) => b.updated - a.updated);
+  if (isChanged(current)) redraw();
+  else showList();
 }
 
 /* Keys and clicks */
 
-function onPromptKey(event) {
-  const touch = matchMedia("(hover: none) and (pointer: coarse)").matches;
-  if (event.key !== "Enter" || event.shiftKey || event.isComposing || touch) return;
-  event.preventDefault();
-  send();
-}
-
 function onKey(event) {
-  if (document.querySelector("dialog[open]")) return;
+  if (isComposing(event) || document.querySelector("dialog[open]")) return;
   if (event.key === "Escape") {
     if (!closedMenu()) state.running?.abort.abort();
   } else if (event.key === "/" && document.activeElement === document.body) {
@@ -333,13 +358,20 @@ function onKey(event) {
   }
 }
 
+/** The newest text is left by any way up, however short, and found again by a way down to it. */
 function onScroll() {
-  state.follows = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < NEAR_END;
+  const { scrollTop } = scroller;
+  const left = scroller.scrollHeight - scrollTop - scroller.clientHeight;
+  const moved = scrollTop - state.lastTop;
+  if (Math.abs(moved) <= 1) return; // rounding; slow ways add up
+  state.lastTop = scrollTop;
+  if (moved > 0) state.follows ||= left < NEAR_END;
+  else state.follows = left <= 1; // at the end: the text has become shorter
   byId("to-end").hidden = state.follows;
 }
 
 function listen() {
-  prompt.addEventListener("keydown", onPromptKey);
+  sendOnEnter(prompt, send);
   prompt.addEventListener("input", () => {
     growPrompt();
     showComposer();
@@ -373,11 +405,16 @@ prepareDialogs();
 listen();
 prepareMenu();
 startConversation();
-if (state.conversations.length && sessionStorage.getItem("subspec.open")) {
-  const last = state.conversations.find((one) => one.id === sessionStorage.getItem("subspec.open"));
-  if (last) showConversation(last);
-}
-window.addEventListener("pagehide", () => sessionStorage.setItem("subspec.open", state.current.id));
+const last = state.conversations.find((one) => one.id === session.getItem("subspec.open"));
+if (last) showConversation(last);
+window.addEventListener("pagehide", () => session.setItem("subspec.open", state.current.id));
 showComposer();
 prompt.focus();
+if (keepsNothing)
+  showBanner(
+    "blocked",
+    "This browser keeps nothing: conversations end with this tab. Export what you need.",
+    "Close",
+    () => hideBanner("blocked"),
+  );
 connect();

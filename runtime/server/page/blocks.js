@@ -5,6 +5,8 @@
 // {type: "table", aligns, head, rows}. `offset` is where it begins in the text, `open` tells that
 // it touches the end of a text that is still being written.
 
+import { matchingTicks } from "./inline.js";
+
 const MAX_DEPTH = 8;
 const MAX_COLUMNS = 64;
 const FENCE = /^( {0,3})(`{3,}|~{3,})([^`]*)$/;
@@ -176,7 +178,8 @@ function startsTable(lines, at, open) {
     if (below === undefined) return /\|.*\|/.test(lines[at]);
     if (/^[\s|:-]*$/.test(below)) return true;
   }
-  if (below === undefined || !below.includes("-") || !/^[\s|:-]+$/.test(below)) return false;
+  // Without a bar it is a rule, below a text with a bar in its code, say.
+  if (!below?.includes("-") || !below.includes("|") || !/^[\s|:-]+$/.test(below)) return false;
   const marks = cellsOf(below);
   return marks.length === cellsOf(lines[at]).length && marks.every((m) => /^:?-+:?$/.test(m));
 }
@@ -184,11 +187,16 @@ function startsTable(lines, at, open) {
 /** The cells of a row; a bar inside of a code span or after a backslash does not end one. */
 function cellsOf(line) {
   const row = line.trim();
+  const ticks = matchingTicks(row);
   const cells = [];
   let cell = "";
   for (let at = row[0] === "|" ? 1 : 0; at < row.length; at += 1) {
-    if (row[at] === "\\" && row[at + 1] === "|") {
-      cell += "|";
+    const span = ticks.get(at);
+    if (span && span.close > 0) {
+      cell += row.slice(at, span.close + span.length).replaceAll("\\|", "|");
+      at = span.close + span.length - 1;
+    } else if (row[at] === "\\" && at + 1 < row.length) {
+      cell += row[at + 1] === "|" ? "|" : row.slice(at, at + 2);
       at += 1;
     } else if (row[at] === "|" && cells.length < MAX_COLUMNS) {
       cells.push(cell.trim());

@@ -53,6 +53,7 @@ function waited(pause, error) {
   const texts = {
     gone: "The server does not answer.",
     loading: "The model is loading…",
+    overloaded: "The server has too many requests.",
     failed: "The engine has failed: the server must be started again.",
   };
   return new Promise((resolve) => {

@@ -4,6 +4,8 @@
 // lost. `leaf` is the last message of the branch that is shown. Several tabs may write to one
 // conversation: each adds messages, and only the tab that made one changes it.
 
+import { local } from "./storage.js";
+
 const PREFIX = "subspec.chat.";
 const FORMAT = "subspec-conversations";
 const MAX_IMPORT = 20000; // messages in one conversation
@@ -68,10 +70,10 @@ export function titleOf(text) {
 /** Every conversation of the browser, the newest first. What cannot be read is left alone. */
 export function loadConversations() {
   const found = [];
-  for (let i = 0; i < localStorage.length; i += 1) {
-    const key = localStorage.key(i);
-    const conversation = key.startsWith(PREFIX) ? parse(localStorage.getItem(key)) : null;
-    if (conversation && key === PREFIX + conversation.id) found.push(conversation);
+  for (let i = 0; i < local.length; i += 1) {
+    const id = conversationId(local.key(i));
+    const conversation = id === null ? null : loadConversation(id);
+    if (conversation) found.push(conversation);
   }
   return found.sort((a, b) => b.updated - a.updated);
 }
@@ -84,8 +86,10 @@ function parse(text) {
   }
 }
 
-function loadConversation(id) {
-  return parse(localStorage.getItem(PREFIX + id));
+/** The conversation as it is stored, or null. */
+export function loadConversation(id) {
+  const conversation = parse(local.getItem(PREFIX + id));
+  return conversation?.id === id ? conversation : null;
 }
 
 /** Writes it down, with what other tabs have added to it since. Returns whether there was room. */
@@ -93,7 +97,7 @@ export function saveConversation(conversation) {
   const stored = loadConversation(conversation.id);
   if (stored) addMessages(conversation, stored.messages);
   try {
-    localStorage.setItem(PREFIX + conversation.id, JSON.stringify(conversation));
+    local.setItem(PREFIX + conversation.id, JSON.stringify(conversation));
     return true;
   } catch {
     return false;
@@ -126,24 +130,28 @@ function addMessages(conversation, stored) {
 }
 
 export function deleteConversation(id) {
-  localStorage.removeItem(PREFIX + id);
+  local.removeItem(PREFIX + id);
 }
 
+/** Takes a message out, unless others follow it: without a parent they could not be read again. */
 export function removeMessage(conversation, message) {
+  if (conversation.messages.some((other) => other.parent === message.id)) return;
   removed.add(message.id);
   conversation.messages = conversation.messages.filter((other) => other !== message);
   conversation.leaf = message.parent;
 }
 
-export function isConversationKey(key) {
-  return key === null || key.startsWith(PREFIX);
+/** The id of the conversation that is stored under `key`, or null. */
+export function conversationId(key) {
+  return key.startsWith(PREFIX) ? key.slice(PREFIX.length) : null;
 }
 
 export function exportText(conversations) {
   return JSON.stringify({ format: FORMAT, version: 1, conversations }, null, 1);
 }
 
-/** The conversations of an exported file. Raises an Error that says what is wrong with it. */
+/** An exported file as {conversations, damaged}: damaged is how many could not be read. Raises an
+ * Error that says what is wrong with the file. */
 export function importText(text) {
   let file;
   try {
@@ -154,9 +162,8 @@ export function importText(text) {
   if (file?.format !== FORMAT || !Array.isArray(file.conversations)) {
     throw new Error("The file is not an export of this page.");
   }
-  const conversations = file.conversations.map(checked);
-  if (conversations.includes(null)) throw new Error("A conversation in the file is damaged.");
-  return conversations;
+  const conversations = file.conversations.map(checked).filter((one) => one !== null);
+  return { conversations, damaged: file.conversations.length - conversations.length };
 }
 
 /** A copy with the known fields only, or null if one is not what it must be. */

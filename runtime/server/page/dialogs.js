@@ -1,6 +1,6 @@
 // The dialogs: settings, API key, and one question.
 
-import { apiKey, keepApiKey } from "./api.js";
+import { apiKey, isKey, keepApiKey } from "./api.js";
 import { element } from "./dom.js";
 import { FIELDS, saveSettings, valueIn } from "./settings.js";
 
@@ -9,8 +9,13 @@ const byId = (id) => document.getElementById(id);
 /** A dialog closes by its Cancel button, by Escape and by a click beside it. */
 export function prepareDialogs() {
   for (const dialog of document.querySelectorAll("dialog")) {
+    let pressedBeside = false; // else a selection was drawn out of a field
+    dialog.addEventListener("pointerdown", (event) => {
+      pressedBeside = isBeside(dialog, event);
+    });
     dialog.addEventListener("click", (event) => {
-      if (event.target === dialog || event.target.closest("[data-close]")) dialog.close("");
+      const leaves = pressedBeside && isBeside(dialog, event);
+      if (leaves || event.target.closest("[data-close]")) dialog.close("");
     });
     // Forms are never sent: the policy of the page forbids it, and Enter means the main button.
     dialog.querySelector("form").addEventListener("submit", (event) => {
@@ -18,6 +23,14 @@ export function prepareDialogs() {
       dialog.close("ok");
     });
   }
+}
+
+/** Whether it was the backdrop: of clicks there a dialog is the target, but also of those on its
+ * padding. */
+function isBeside(dialog, { target, clientX, clientY }) {
+  const { left, right, top, bottom } = dialog.getBoundingClientRect();
+  const isInside = clientX >= left && clientX <= right && clientY >= top && clientY <= bottom;
+  return target === dialog && !isInside;
 }
 
 function opened(dialog) {
@@ -48,13 +61,18 @@ export async function askedName(name) {
 export async function askedKey(isWrong) {
   const dialog = byId("key");
   if (dialog.open) return false;
-  byId("key-text").textContent = isWrong
-    ? "The server does not accept this key."
-    : "This server asks for an API key. It is kept until this tab is closed.";
-  byId("key-value").value = apiKey();
-  if (!(await opened(dialog))) return false;
-  keepApiKey(byId("key-value").value.trim());
-  return true;
+  const field = byId("key-value");
+  field.value = apiKey();
+  for (let refused = isWrong; ; refused = true) {
+    byId("key-text").textContent = refused
+      ? "The server does not accept this key."
+      : "This server asks for an API key. It is kept until this tab is closed.";
+    if (!(await opened(dialog))) return false;
+    const key = field.value.trim();
+    if (!isKey(key)) continue;
+    keepApiKey(key);
+    return true;
+  }
 }
 
 /** Lets the user change `settings` and the conversation's system prompt. Returns whether. */

@@ -17,6 +17,16 @@ export function element(tag, properties = {}, ...children) {
   return made;
 }
 
+/** Makes `nodes` the children of `parent`. Those that it had stay where they are, with the focus and
+ * the scroll position that are in them. */
+export function arrange(parent, nodes) {
+  const wanted = new Set(nodes);
+  for (const old of [...parent.children]) if (!wanted.has(old)) old.remove();
+  nodes.forEach((node, at) => {
+    if (parent.children[at] !== node) parent.insertBefore(node, parent.children[at] ?? null);
+  });
+}
+
 /** A drawing of index.html's sprite. */
 export function icon(name) {
   const svg = document.createElementNS(SVG, "svg");

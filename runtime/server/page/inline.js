@@ -101,8 +101,9 @@ function trimEnd(tokens) {
   if (last?.type === "text") last.text = last.text.replace(/ {1,8}$/, "");
 }
 
-/** For the start of every run of backticks, the start of the next run of the same length. */
-function matchingTicks(text) {
+/** For the start of every run of backticks, {length, close}: the start of the next run of the same
+ * length, or -1. */
+export function matchingTicks(text) {
   const runs = [...text.matchAll(/`+/g)].map((run) => [run.index, run[0].length]);
   const later = new Map();
   const next = new Map();
@@ -185,7 +186,18 @@ function scanRun(text, at, mark, tokens, plain) {
   }
   const means = mark === "~" ? count === 2 : count <= MAX_RUN;
   if (means && (canOpen || canClose || end === text.length)) {
-    tokens.push({ type: "run", mark, left: count, canOpen, canClose, at, opens: [], closes: [] });
+    tokens.push({
+      type: "run",
+      mark,
+      count,
+      left: count,
+      canOpen,
+      canClose,
+      tried: 0,
+      at,
+      opens: [],
+      closes: [],
+    });
   } else plain(text.slice(at, end));
   return end;
 }
@@ -272,24 +284,20 @@ function withoutLinks(nodes) {
  * nothing closes are closed at the end. */
 function nest(tokens, closeFrom) {
   const openers = [];
-  const waiting = { "*": 0, _: 0, "~": 0 };
-  const drop = () => (waiting[openers.pop().mark] -= 1);
   for (const run of tokens) {
     if (run.type !== "run") continue;
-    while (run.canClose && run.left > 0 && waiting[run.mark] > 0) {
-      while (openers.at(-1).mark !== run.mark) drop();
-      const opener = openers.at(-1);
+    while (run.canClose && run.left > 0) {
+      const found = openerOf(run, openers);
+      if (found < 0) break;
+      const opener = openers[found];
       const count = Math.min(2, opener.left, run.left);
       opener.opens.push(kindOf(run.mark, count));
       run.closes.push(true);
       opener.left -= count;
       run.left -= count;
-      if (opener.left === 0) drop();
+      openers.length = opener.left === 0 ? found : found + 1;
     }
-    if (run.canOpen && run.left > 0) {
-      openers.push(run);
-      waiting[run.mark] += 1;
-    }
+    if (run.canOpen && run.left > 0) openers.push(run);
   }
   for (const opener of openers) {
     while (opener.at >= closeFrom && opener.left > 0) {
@@ -299,6 +307,27 @@ function nest(tokens, closeFrom) {
     }
   }
   return build(tokens);
+}
+
+/** The place of the opener that `run` closes, or -1. An opener that was passed by pairs with no other
+ * run of that sort, and neither does any below it: none is looked at twice, so the search is linear. */
+function openerOf(run, openers) {
+  const sort = 1 << (6 * "*_~".indexOf(run.mark) + 3 * run.canOpen + (run.count % 3));
+  for (let at = openers.length - 1; at >= 0; at -= 1) {
+    if (isPair(openers[at], run)) return at;
+    if (openers[at].tried & sort) return -1;
+    openers[at].tried |= sort;
+  }
+  return -1;
+}
+
+/** CommonMark's rule of three keeps `**a*b**` from being read as `**a*` and `b**`: where one of the
+ * two runs could open as well as close, their lengths must not sum to a multiple of three, unless
+ * both are one. */
+function isPair(opener, run) {
+  if (opener.mark !== run.mark) return false;
+  const isClear = !opener.canClose && !run.canOpen;
+  return isClear || (opener.count + run.count) % 3 !== 0 || opener.count % 3 === 0;
 }
 
 function kindOf(mark, count) {

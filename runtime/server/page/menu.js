@@ -1,6 +1,7 @@
 // The drawer that the sidebar is on a phone, and the theme.
 
 import { announce } from "./dom.js";
+import { local } from "./storage.js";
 
 const byId = (id) => document.getElementById(id);
 const phone = matchMedia("(max-width: 760px)");
@@ -34,7 +35,7 @@ function switchTheme() {
   if (next === system) delete root.dataset.theme;
   else root.dataset.theme = next;
   try {
-    localStorage.setItem("subspec.theme", root.dataset.theme ?? "");
+    local.setItem("subspec.theme", root.dataset.theme ?? "");
   } catch {
     // Shown, but not kept.
   }

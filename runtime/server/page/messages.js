@@ -2,12 +2,15 @@
 
 import { copyButton, element, icon, iconButton } from "./dom.js";
 import { formatSeconds } from "./figures.js";
+import { isComposing, sendOnEnter } from "./keys.js";
 import { markdownView } from "./render.js";
 
-/** `actions`: busy(), edit(message, text), regenerate(message), show(message), retry(message).
- * Returns {root, update(isOpen, notice)}; update shows what `message` has become; `notice` stands
- * in for text that has not come yet. */
-export function messageView(message, siblings, actions) {
+/** `actions`: busy(), siblings(message), edit(message, text), regenerate(message), retry(message),
+ * show(message, step), of a sibling that is so many steps away. Returns {root,
+ * update(isOpen, notice), isEdited()}; update shows what `message` and its siblings have become,
+ * `notice` stands in for text that has not come yet; isEdited tells whether the user has typed
+ * something that is not sent. */
+export function messageView(message, actions) {
   const isUser = message.role === "user";
   const label = isUser ? "You" : "Answer";
   const root = element("article", {
@@ -15,43 +18,39 @@ export function messageView(message, siblings, actions) {
     ariaLabel: label,
     data: { id: message.id },
   });
-  return isUser
-    ? userView(root, message, siblings, actions)
-    : answerView(root, message, siblings, actions);
+  return isUser ? userView(root, message, actions) : answerView(root, message, actions);
 }
 
-function userView(root, message, siblings, actions) {
-  const show = () => {
-    const bubble = element("div", { className: "bubble", dir: "auto", textContent: message.text });
-    root.replaceChildren(
-      bubble,
-      toolbar(message, siblings, actions, [
-        copyButton(() => message.text),
-        iconButton("edit", "Edit and send again", edit),
-      ]),
-    );
-  };
+function userView(root, message, actions) {
+  const bubble = element("div", { className: "bubble", dir: "auto", textContent: message.text });
+  const bar = toolbar(message, actions, [
+    copyButton(() => message.text),
+    iconButton("edit", "Edit and send again", () => edit()),
+  ]);
+  let area = null; // while it is edited
+  const show = () => root.replaceChildren(bubble, bar.root);
   const edit = () => {
     if (actions.busy()) return;
-    const area = element("textarea", {
+    area = element("textarea", {
       className: "edit-text",
       value: message.text,
       dir: "auto",
       ariaLabel: "Edit your message",
     });
     const finish = (send) => {
+      if (send && actions.busy()) return; // the text stays until it can be sent
+      const text = area.value;
+      const isSent = send && text.trim() !== "";
+      area = null;
+      if (isSent) actions.edit(message, text); // while the field has the focus, to hand it on
       show();
-      if (send && area.value.trim()) actions.edit(message, area.value);
-      else root.querySelector(".toolbar button:nth-of-type(2)")?.focus();
+      if (!isSent) root.querySelector(".toolbar button:nth-of-type(2)").focus();
     };
+    sendOnEnter(area, () => finish(true));
     area.addEventListener("keydown", (event) => {
-      if (event.key === "Escape") {
-        event.stopPropagation();
-        finish(false);
-      } else if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
-        event.preventDefault();
-        finish(true);
-      }
+      if (isComposing(event) || event.key !== "Escape") return;
+      event.stopPropagation();
+      finish(false);
     });
     const send = element("button", {
       type: "button",
@@ -76,10 +75,10 @@ function userView(root, message, siblings, actions) {
     area.setSelectionRange(area.value.length, area.value.length);
   };
   show();
-  return { root, update() {} };
+  return { root, update: bar.update, isEdited: () => area !== null && area.value !== message.text };
 }
 
-function answerView(root, message, siblings, actions) {
+function answerView(root, message, actions) {
   const body = element("div", { className: "markdown" });
   const render = markdownView(body);
   const wait = element(
@@ -88,9 +87,15 @@ function answerView(root, message, siblings, actions) {
     element("span", { className: "pulse", ariaHidden: "true" }),
     element("span"),
   );
-  const notes = element("div", { className: "notes" });
+  const notes = element("div");
+  const bar = toolbar(message, actions, [
+    copyButton(() => message.text),
+    iconButton("again", "Regenerate this answer", () => actions.regenerate(message)),
+  ]);
+  const below = element("div", { className: "notes" }, notes, bar.root);
   const thinking = reasoningView(message);
-  root.append(thinking.root, body, wait, notes);
+  let noted = "";
+  root.append(thinking.root, body, wait, below);
 
   const update = (isOpen, notice = "") => {
     thinking.update(isOpen && !message.text);
@@ -98,16 +103,15 @@ function answerView(root, message, siblings, actions) {
     root.classList.toggle("open", isOpen);
     wait.hidden = !isOpen || Boolean(message.text || message.reasoning);
     wait.lastChild.textContent = notice || "Reading the prompt…";
-    if (isOpen) return notes.replaceChildren();
-    notes.replaceChildren(...notesOf(message, actions));
-    notes.append(
-      toolbar(message, siblings, actions, [
-        copyButton(() => message.text),
-        iconButton("again", "Regenerate this answer", () => actions.regenerate(message)),
-      ]),
-    );
+    below.hidden = isOpen;
+    if (isOpen) return;
+    bar.update();
+    // Drawn again only when they say something else: one of their buttons may have the focus.
+    const says = JSON.stringify([message.finish, message.error, message.stats]);
+    if (says !== noted) notes.replaceChildren(...notesOf(message, actions));
+    noted = says;
   };
-  return { root, update };
+  return { root, update, isEdited: () => false };
 }
 
 function reasoningView(message) {
@@ -164,31 +168,31 @@ function notesOf(message, actions) {
   return notes;
 }
 
-function toolbar(message, siblings, actions, buttons) {
-  const bar = element(
+/** {root, update()}: `buttons`, and the way to the message's siblings where it has some. */
+function toolbar(message, actions, buttons) {
+  const turn = (name, label, step) =>
+    iconButton(name, label, () => {
+      const siblings = actions.siblings(message);
+      actions.show(siblings[siblings.indexOf(message) + step], step);
+    });
+  const [previous, next] = [turn("left", "Previous version", -1), turn("right", "Next version", 1)];
+  const place = element("span");
+  const versions = element("span", { className: "versions" }, previous, place, next);
+  const root = element(
     "div",
     { className: "toolbar", role: "group", ariaLabel: "Message actions" },
     ...buttons,
+    versions,
   );
-  if (siblings.length > 1) {
-    const at = siblings.indexOf(message);
-    const turn = (name, label, to) => {
-      const button = iconButton(name, label, () => actions.show(siblings[to]));
-      button.disabled = to < 0 || to >= siblings.length;
-      return button;
-    };
-    bar.append(
-      element(
-        "span",
-        { className: "versions" },
-        turn("left", "Previous version", at - 1),
-        element("span", {
-          textContent: `${at + 1} / ${siblings.length}`,
-          ariaLabel: `Version ${at + 1} of ${siblings.length}`,
-        }),
-        turn("right", "Next version", at + 1),
-      ),
-    );
-  }
-  return bar;
+  const update = () => {
+    const siblings = actions.siblings(message);
+    const number = siblings.indexOf(message) + 1;
+    versions.hidden = siblings.length < 2;
+    place.textContent = `${number} / ${siblings.length}`;
+    place.ariaLabel = `Version ${number} of ${siblings.length}`;
+    previous.disabled = number <= 1;
+    next.disabled = number >= siblings.length;
+  };
+  update();
+  return { root, update };
 }

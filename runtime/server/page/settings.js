@@ -1,5 +1,7 @@
 // What the user set: sampling, and how a request is made of it.
 
+import { local } from "./storage.js";
+
 const KEY = "subspec.settings";
 
 /** name: the field of the request. An empty value is left to the server. */
@@ -57,7 +59,7 @@ export const FIELDS = [
 export function loadSettings() {
   let kept = {};
   try {
-    kept = JSON.parse(localStorage.getItem(KEY)) ?? {};
+    kept = JSON.parse(local.getItem(KEY)) ?? {};
   } catch {
     // Settings that cannot be read are settings that were not made.
   }
@@ -83,21 +85,21 @@ export function valueIn(field, value) {
 /** Returns whether there was room for them. */
 export function saveSettings(settings) {
   try {
-    localStorage.setItem(KEY, JSON.stringify(settings));
+    local.setItem(KEY, JSON.stringify(settings));
     return true;
   } catch {
     return false;
   }
 }
 
-/** The body of POST /v1/chat/completions for an answer to the last message of `branch`. */
+/** The body of POST /v1/chat/completions for an answer to the last message of `branch`. It names no
+ * model: the server takes that for the one it has, which may be another than it was. */
 export function requestBody(server, settings, system, branch) {
   const messages = branch
     .filter((message) => message.role === "user" || message.text)
     .map((message) => ({ role: message.role, content: message.text }));
   if (system.trim()) messages.unshift({ role: "system", content: system });
   const body = {
-    model: server.model,
     messages,
     stream: true,
     stream_options: { include_usage: true, continuous_usage_stats: true },

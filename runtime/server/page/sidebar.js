@@ -10,15 +10,22 @@ import {
   saveConversation,
 } from "./conversations.js";
 
+const byId = (id) => document.getElementById(id);
 const MAX_FILE_BYTES = 64 * 1024 * 1024;
 
 /** Draws the list. `actions`: open(conversation), deleted(conversation), renamed(conversation). */
 export function drawList(list, conversations, current, actions) {
-  const focused = document.activeElement?.closest("#conversations li")?.dataset.id;
+  const focused = document.activeElement?.closest("#conversations li");
+  const place = [...list.children].indexOf(focused);
+  const button = focused && [...focused.children].indexOf(document.activeElement);
   list.replaceChildren(
     ...conversations.map((conversation) => row(conversation, conversation === current, actions)),
   );
-  if (focused) list.querySelector(`[data-id="${CSS.escape(focused)}"] .open-chat`)?.focus();
+  if (!focused) return;
+  const rows = [...list.children];
+  const same = rows.find((one) => one.dataset.id === focused.dataset.id);
+  const near = rows[Math.min(place, rows.length - 1)]; // of one that was deleted
+  (same?.children[button] ?? near?.firstElementChild ?? byId("new-chat")).focus();
 }
 
 function row(conversation, isCurrent, actions) {
@@ -56,20 +63,23 @@ export function exportFile(conversations) {
 }
 
 /** Adds a file's conversations; one that is there already and differs is added under a new id.
- * Returns {added, failed}: failed is how many the browser had no room for. Raises an Error. */
+ * Returns {added, failed, damaged}: how many the browser had no room for, and how many could not be
+ * read. Raises an Error. */
 export async function importFile(file, conversations) {
   if (file.size > MAX_FILE_BYTES) throw new Error("The file is too large.");
+  const here = importText(exportText(conversations)).conversations; // with their fields in order
   const known = new Map(
-    conversations.map((conversation) => [conversation.id, JSON.stringify(conversation)]),
+    here.map((conversation) => [conversation.id, JSON.stringify(conversation)]),
   );
   const added = [];
   let failed = 0;
-  for (const conversation of importText(await file.text())) {
+  const found = importText(await file.text());
+  for (const conversation of found.conversations) {
     if (known.get(conversation.id) === JSON.stringify(conversation)) continue;
     if (known.has(conversation.id)) conversation.id = newId();
     known.set(conversation.id, JSON.stringify(conversation));
     added.push(conversation);
     if (!saveConversation(conversation)) failed += 1;
   }
-  return { added, failed };
+  return { added, failed, damaged: found.damaged };
 }

@@ -3,13 +3,16 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import { spokenEnd } from "./answering.js";
+import { answer, spokenEnd } from "./answering.js";
+import { getJson, keepApiKey } from "./api.js";
 import { parseBlocks } from "./blocks.js";
 import {
   addMessage,
   branchOf,
+  deleteConversation,
   exportText,
   importText,
+  loadConversations,
   newConversation,
   removeMessage,
   saveConversation,
@@ -21,6 +24,7 @@ import { highlight } from "./highlight.js";
 import { parseInline, plainText, safeHref } from "./inline.js";
 import { requestBody, valueIn } from "./settings.js";
 import { eventParser } from "./sse.js";
+import { keepsNothing, local } from "./storage.js";
 
 /** Nodes in a short form: strong(a em(b)). */
 function short(nodes) {
@@ -42,6 +46,9 @@ const kinds = (text, open) =>
 test("emphasis, code and links", () => {
   assert.equal(shown("a **b *c* d** e"), "a strong(b em(c) d) e");
   assert.equal(shown("***both***"), "em(strong(both))");
+  assert.equal(shown("**5*3 = 15**"), "strong(5*3 = 15)");
+  assert.equal(shown("**w*h** and **l*w*h**"), "strong(w*h) and strong(lem(w)h)");
+  assert.equal(shown("*a **b** c* a**b_c_*d*"), "em(a strong(b) c) a**b_c_em(d)");
   assert.equal(shown("snake_case_name 2 * 3 * 4 __b__"), "snake_case_name 2 * 3 * 4 strong(b)");
   assert.equal(shown("~~gone~~ ~5"), "strike(gone) ~5");
   assert.equal(shown("`a * b` ``c ` d``"), "code(a * b) code(c ` d)");
@@ -126,6 +133,18 @@ test("blocks", () => {
     [table.head, table.aligns, table.rows],
     [["a", "b"], ["start", "center"], [["1", "x | y"]]],
   );
+  const [calls] = parseBlocks("|Op|Says|\n|-|-|\n|`a || b`|or|\n|`` `|` `\\|` ``|\\`|\n|`|`|` `|");
+  assert.deepEqual(calls.rows, [
+    ["`a || b`", "or"],
+    ["`` `|` `|` ``", "\\`"],
+    ["`|`", "` `"],
+  ]);
+  assert.equal(kinds("Use `a | b`:\n---"), "paragraph rule");
+  const [few] = parseBlocks("|a|b|\n|-|-|\n|1|2|3|\n|`x|y|");
+  assert.deepEqual(few.rows, [
+    ["1", "2"],
+    ["`x", "y"],
+  ]);
   assert.equal(parseBlocks("```make\na:\n\tb\n```")[0].text, "a:\n\tb");
   assert.equal(parseBlocks("- a\n  ```\n    b\n  ```")[0].items[0].blocks[1].text, "  b");
 });
@@ -152,6 +171,10 @@ test("long hostile texts are read in a linear time", () => {
     "[",
     "*",
     "**a ",
+    "**a*b",
+    "a**b*",
+    "*a**b_c~~d",
+    "***a**b_ ",
     "*a_b ",
     "[a](",
     "](a",
@@ -168,6 +191,8 @@ test("long hostile texts are read in a linear time", () => {
     " #",
     "- a\n",
     "|a|b|\n|-|-|\n",
+    "|`a|b`",
+    "|`a\n",
     "```\n",
     "_a_ ",
     "*_",
@@ -238,15 +263,25 @@ test("branches and exports", () => {
   );
   showBranch(conversation, answer);
   assert.equal(branchOf(conversation).at(-1).text, "one");
-  assert.deepEqual(importText(exportText([conversation])), [conversation]);
-  for (const damaged of [
-    "",
-    "[]",
-    "{}",
-    '{"format":"subspec-conversations","conversations":[{}]}',
-  ]) {
-    assert.throws(() => importText(damaged), /./);
-  }
+  const lone = { ...conversation, messages: conversation.messages.slice(1) };
+  assert.deepEqual(importText(exportText([lone, conversation, {}])), {
+    conversations: [conversation],
+    damaged: 2,
+  });
+  for (const damaged of ["", "[]", "{}"]) assert.throws(() => importText(damaged), /./);
+});
+
+test("a message that others follow is never taken out", () => {
+  const conversation = newConversation("");
+  const asked = addMessage(conversation, null, { role: "user", text: "One" });
+  const failed = addMessage(conversation, asked.id, { role: "assistant" });
+  const more = addMessage(conversation, failed.id, { role: "user", text: "Two" });
+  removeMessage(conversation, failed);
+  assert.deepEqual(branchOf(conversation), [asked, failed, more]);
+  removeMessage(conversation, more);
+  removeMessage(conversation, failed);
+  assert.deepEqual(branchOf(conversation), [asked]);
+  assert.equal(importText(exportText([conversation])).damaged, 0);
 });
 
 test("requests", () => {
@@ -267,6 +302,7 @@ test("requests", () => {
     { role: "user", text: "b" },
   ];
   const body = requestBody(server, settings, " ", branch);
+  assert.ok(!("model" in body));
   assert.deepEqual(body.messages, [
     { role: "user", content: "a" },
     { role: "user", content: "b" },
@@ -280,6 +316,49 @@ test("requests", () => {
     ["", "1", 3, 1.5, "x", null].map((value) => valueIn(field, value)),
     [null, 1, null, null, null, null],
   );
+});
+
+/** What the page makes of a refusal: its kind, how often a question is asked until the page says that
+ * it waits, and what is shown if it does not. */
+async function refusal(status, error) {
+  let asked = 0;
+  globalThis.fetch = async () => {
+    asked += 1;
+    return new Response(JSON.stringify({ error }), { status, headers: { "Retry-After": "1" } });
+  };
+  const message = { text: "" };
+  const stop = new AbortController();
+  await answer(
+    message,
+    () => ({}),
+    stop.signal,
+    () => stop.abort(), // at the first word about waiting
+  );
+  const { kind } = await getJson("/").catch((raised) => raised);
+  delete globalThis.fetch;
+  return { kind, asked: asked - 1, shown: message.error?.text };
+}
+
+test("only what may pass is asked again", async () => {
+  const kinds = {
+    overloaded: { kind: "overloaded", shown: undefined },
+    queue_full: { kind: "queue_full", shown: undefined },
+    503: { kind: "loading", shown: undefined },
+    resources: {
+      kind: "resources",
+      shown: "No memory. The server is short of memory or processes now: try again later.",
+    },
+  };
+  for (const [code, { kind, shown }] of Object.entries(kinds)) {
+    const met = await refusal(503, { code, message: "No memory" });
+    assert.deepEqual(met, { kind, asked: 1, shown });
+  }
+});
+
+test("a key that no header can carry is a wrong key", async () => {
+  keepApiKey("“secret”");
+  await assert.rejects(getJson("/"), { kind: "auth" });
+  keepApiKey("");
 });
 
 test("figures", () => {
@@ -314,40 +393,47 @@ test("the live speed is that of the server's tokens, whatever pieces they come i
   assert.deepEqual(meter.read(), { tokens: 29, rate: 10, exact: true });
 });
 
+test("without a store of the browser what is kept is found until the end", () => {
+  assert.equal(keepsNothing, true);
+  const conversation = newConversation("");
+  addMessage(conversation, null, { role: "user", text: "One" });
+  assert.equal(saveConversation(conversation), true);
+  assert.deepEqual(
+    loadConversations().map((one) => one.title),
+    ["One"],
+  );
+  deleteConversation(conversation.id);
+  assert.deepEqual(loadConversations(), []);
+});
+
 test("what another tab has written is neither lost nor taken back", () => {
-  const store = new Map();
-  globalThis.localStorage = {
-    getItem: (key) => store.get(key) ?? null,
-    setItem: (key, value) => store.set(key, value),
-  };
   const here = newConversation("");
   const first = addMessage(here, null, { role: "user", text: "One" });
   saveConversation(here);
   const key = `subspec.chat.${here.id}`;
-  const there = JSON.parse(store.get(key)); // as another tab has it
+  const there = JSON.parse(local.getItem(key)); // as another tab has it
   const theirs = { id: "b".repeat(24), parent: first.id, role: "assistant", text: "Th", created: 1 };
   there.messages.push(theirs);
   there.leaf = theirs.id;
   there.title = "Renamed";
-  store.set(key, JSON.stringify(there));
+  local.setItem(key, JSON.stringify(there));
 
   const failed = addMessage(here, first.id, { role: "assistant" });
   const again = addMessage(here, first.id, { role: "assistant", text: "Mine" });
   removeMessage(here, failed);
   saveConversation(here);
-  const kept = JSON.parse(store.get(key));
+  const kept = JSON.parse(local.getItem(key));
   assert.deepEqual(
     kept.messages.map((message) => message.text),
     ["One", "Th", "Mine"],
   );
 
   theirs.text = "Theirs goes on";
-  store.set(key, JSON.stringify({ ...there, messages: [...there.messages] }));
+  local.setItem(key, JSON.stringify({ ...there, messages: [...there.messages] }));
   takeStored(here, there, true);
   assert.deepEqual([here.title, here.leaf], ["Renamed", first.id]);
   assert.equal(here.messages.find((message) => message.id === theirs.id).text, "Theirs goes on");
   assert.ok(here.messages.includes(again));
   takeStored(here, there, false);
   assert.equal(here.leaf, theirs.id);
-  delete globalThis.localStorage;
 });

@@ -16,7 +16,7 @@ pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 playwright_api = pytest.importorskip("playwright.sync_api")
 
-from chat_server import QUEUE_FULL, ChatServer, serving  # noqa: E402
+from chat_server import LOADING, QUEUE_FULL, ChatServer, serving  # noqa: E402
 
 Page = Any
 expect = playwright_api.expect
@@ -69,10 +69,11 @@ def server() -> Iterator[ChatServer]:
 
 @pytest.fixture
 def visit(browser: Any, server: ChatServer) -> Iterator[Callable[..., Page]]:
-    """Opens the page; in the end, nothing may have left the origin, met the policy or failed."""
+    """Opens the page, after `script`; in the end, nothing may have left the origin, met the policy
+    or failed."""
     contexts, faults = [], []
 
-    def open_page(refuses: tuple[str, ...] = (), **options: Any) -> Page:
+    def open_page(script: str = "", **options: Any) -> Page:
         context = browser.new_context(**options)
         contexts.append(context)
         page = context.new_page()
@@ -82,6 +83,7 @@ def visit(browser: Any, server: ChatServer) -> Iterator[Callable[..., Page]]:
         page.add_init_script(
             "addEventListener('securitypolicyviolation', e => console.error('CSP', e.blockedURI))"
         )
+        page.add_init_script(script)
         page.goto(server.address)
         return page
 
@@ -97,7 +99,7 @@ def visit(browser: Any, server: ChatServer) -> Iterator[Callable[..., Page]]:
 
 
 def ask(page: Page, text: str = "Hello", *, wait: bool = True) -> None:
-    page.get_by_role("textbox", name="Message").fill(text)
+    page.get_by_role("textbox", name="Message", exact=True).fill(text)
     page.keyboard.press("Enter")
     if wait:
         expect(page.locator("body:not(.busy)")).to_be_attached(timeout=30000)
@@ -191,6 +193,79 @@ def test_an_edited_message_is_sent_again_and_the_old_branch_stays(
     expect(body_text(page)).to_have_text("Hello.")
 
 
+def test_an_edit_stays_until_it_is_sent_or_cancelled(
+    visit: Callable[..., Page], server: ChatServer
+) -> None:
+    page = connected(visit())
+    ask(page, "The first question")
+    page.get_by_role("button", name="Edit and send again").click()
+    area = page.get_by_role("textbox", name="Edit your message")
+    area.fill("Half an hour of work")
+    server.answer, server.pause_seconds = "word " * 40, 0.1
+    ask(page, "Another question", wait=False)
+    expect(body_text(page)).to_contain_text("word")
+    area.press("Enter")  # not while an answer comes
+    expect(page.locator("body:not(.busy)")).to_be_attached()
+    server.pause_seconds = 0
+    page.get_by_role("button", name="Regenerate this answer").last.click()
+    expect(page.get_by_label("Version 2 of 2")).to_be_visible()
+    expect(area).to_have_value("Half an hour of work")
+    page.get_by_role("button", name="New conversation").click()
+    expect(area).to_have_count(0)
+    page.get_by_role("button", name="The first question").first.click()
+    expect(area).to_have_value("Half an hour of work")
+    area.press("Enter")
+    expect(page.locator(".bubble")).to_have_text("Half an hour of work")
+    sent = [[m["content"] for m in asked["messages"]][-1] for asked in server.requests]
+    assert sent == ["The first question", *["Another question"] * 2, "Half an hour of work"]
+    page.get_by_role("button", name="Edit and send again").click()
+    area.fill("Not this")
+    area.press("Escape")
+    expect(page.locator(".bubble")).to_have_text("Half an hour of work")
+
+
+def test_the_keys_of_an_input_method_end_nothing(
+    visit: Callable[..., Page], server: ChatServer
+) -> None:
+    page = connected(visit())
+    press = """(field, [key, how]) => field.dispatchEvent(new KeyboardEvent(
+        "keydown", { key, bubbles: true, cancelable: true, ...how }))"""
+    server.answer, server.pause_seconds = "word " * 40, 0.1
+    ask(page, wait=False)
+    expect(body_text(page)).to_contain_text("word")
+    prompt = page.locator("#prompt")
+    prompt.fill("next")
+    for how in ({"isComposing": True}, {"keyCode": 229}):
+        prompt.evaluate(press, ["Escape", how])  # would stop the answer
+    expect(page.locator("body:not(.busy)")).to_be_attached(timeout=30000)
+    expect(last_answer(page)).not_to_contain_text("Stopped.")
+    page.get_by_role("button", name="Edit and send again").click()
+    area = page.get_by_role("textbox", name="Edit your message")
+    area.fill("edited")
+    for key in ("Enter", "Escape"):
+        for how in ({"isComposing": True}, {"keyCode": 229}):
+            prompt.evaluate(press, [key, how])
+            area.evaluate(press, [key, how])
+    expect(area).to_have_value("edited")
+    expect(prompt).to_have_value("next")
+    assert len(server.requests) == 1
+
+
+def test_enter_makes_a_line_on_a_touch_keyboard(
+    visit: Callable[..., Page], server: ChatServer
+) -> None:
+    page = connected(visit(**PHONE))
+    assert page.locator("#prompt").get_attribute("enterkeyhint") == "enter"
+    page.locator("#prompt").fill("Hello")
+    page.get_by_role("button", name="Send").tap()
+    expect(last_answer(page).locator(".figures")).to_be_visible()
+    page.get_by_role("button", name="Edit and send again").tap()
+    page.keyboard.press("Enter")
+    area = page.get_by_role("textbox", name="Edit your message")
+    expect(area).to_have_value("Hello\n")
+    assert area.get_attribute("enterkeyhint") == "enter"
+
+
 def test_conversations_survive_a_reload_and_can_be_renamed_and_deleted(
     visit: Callable[..., Page], server: ChatServer
 ) -> None:
@@ -229,7 +304,7 @@ def test_what_was_streamed_before_a_reload_is_kept(
     expect(page.locator("#send")).to_be_visible()
 
 
-def test_an_export_is_imported_elsewhere_and_a_damaged_one_refused(
+def test_an_export_is_imported_elsewhere_and_what_is_damaged_left_out(
     visit: Callable[..., Page], tmp_path: Path
 ) -> None:
     page = connected(visit())
@@ -240,14 +315,20 @@ def test_an_export_is_imported_elsewhere_and_a_damaged_one_refused(
     exported = json.loads((tmp_path / "kept.json").read_text("utf-8"))
     assert [m["text"] for m in exported["conversations"][0]["messages"]] == ["Kept", "Hello."]
 
+    page.locator("#import-file").set_input_files(tmp_path / "kept.json")
+    expect(page.locator("#announcer")).to_contain_text("0 conversations imported")
+    expect(page.locator("#conversations .open-chat")).to_have_text(["Kept"])
+
     other = connected(visit())
     other.locator("#import-file").set_input_files(tmp_path / "kept.json")
     expect(other.locator("#conversations .open-chat")).to_have_text(["Kept"])
-    exported["conversations"][0]["messages"][0]["parent"] = "f" * 24
+    whole = {**exported["conversations"][0], "id": "f" * 24, "title": "Whole"}
+    exported["conversations"][0]["messages"] = exported["conversations"][0]["messages"][1:]
+    exported["conversations"].append(whole)
     (tmp_path / "damaged.json").write_text(json.dumps(exported), "utf-8")
     other.locator("#import-file").set_input_files(tmp_path / "damaged.json")
-    expect(other.get_by_role("alert")).to_contain_text("damaged")
-    expect(other.locator("#conversations .open-chat")).to_have_count(1)
+    expect(other.get_by_role("alert")).to_contain_text("1 conversation was damaged")
+    expect(other.locator("#conversations .open-chat")).to_have_count(2)
 
 
 def test_a_full_storage_is_told_and_the_answer_still_shown(
@@ -259,6 +340,30 @@ def test_a_full_storage_is_told_and_the_answer_still_shown(
     ask(page)
     expect(body_text(page)).to_have_text("y" * 2000)
     expect(page.get_by_role("alert")).to_contain_text("storage is full")
+
+
+def test_a_browser_that_keeps_nothing_is_told_and_answered(
+    visit: Callable[..., Page], server: ChatServer
+) -> None:
+    denied = "{ get() { throw new DOMException('Access is denied', 'SecurityError'); } }"
+    names = ("localStorage", "sessionStorage")
+    page = visit("".join(f"Object.defineProperty(window, '{name}', {denied});" for name in names))
+    connected(page)
+    expect(page.get_by_role("alert")).to_contain_text("keeps nothing")
+    ask(page, "The first one")
+    expect(body_text(page)).to_have_text("Hello.")
+    page.get_by_role("button", name="New conversation").click()
+    ask(page, "The second one")
+    titles = page.locator("#conversations .open-chat")
+    expect(titles).to_have_text(["The second one", "The first one"])
+    page.get_by_role("button", name="Switch between light and dark").click()
+    not_json = {"name": "a.json", "mimeType": "application/json", "buffer": b"{"}
+    page.locator("#import-file").set_input_files(not_json)
+    expect(page.get_by_role("alert")).to_contain_text("not JSON")
+    page.get_by_role("alert").get_by_role("button", name="Close").click()
+    expect(page.get_by_role("alert")).to_contain_text("keeps nothing")
+    page.get_by_role("alert").get_by_role("button", name="Close").click()
+    expect(page.locator("#banner")).to_be_hidden()
 
 
 def test_the_settings_are_sent_and_kept(visit: Callable[..., Page], server: ChatServer) -> None:
@@ -281,6 +386,24 @@ def test_the_settings_are_sent_and_kept(visit: Callable[..., Page], server: Chat
     assert sent["chat_template_kwargs"] == {"enable_thinking": False}
 
 
+def test_a_dialog_is_closed_by_a_click_beside_it_alone(visit: Callable[..., Page]) -> None:
+    page = connected(visit())
+    page.get_by_role("button", name="System prompt and sampling").click()
+    area = page.get_by_label("System prompt of this conversation")
+    area.fill("A long system prompt")
+    dialog = page.locator("#settings")
+    box, field = dialog.bounding_box(), area.bounding_box()
+    page.mouse.click(box["x"] + 5, box["y"] + 5)  # its padding
+    expect(dialog).to_be_visible()
+    page.mouse.move(field["x"] + 10, field["y"] + 10)
+    page.mouse.down()
+    page.mouse.move(10, field["y"] + 10)
+    page.mouse.up()
+    expect(dialog).to_be_visible()
+    page.mouse.click(10, 10)
+    expect(dialog).to_be_hidden()
+
+
 def test_a_key_is_asked_for_and_kept_for_the_tab_only(
     visit: Callable[..., Page], server: ChatServer
 ) -> None:
@@ -292,6 +415,31 @@ def test_a_key_is_asked_for_and_kept_for_the_tab_only(
     ask(page)
     expect(body_text(page)).to_have_text("Hello.")
     assert page.evaluate("() => JSON.stringify({...localStorage}).includes('secret')") is False
+
+
+def test_a_key_that_no_header_can_carry_is_refused(
+    visit: Callable[..., Page], server: ChatServer
+) -> None:
+    server.key = "secret"
+    page = visit()
+    field = page.get_by_label("API key", exact=True).last
+    field.fill("“secret”")
+    page.keyboard.press("Enter")
+    expect(page.locator("#key-text")).to_have_text("The server does not accept this key.")
+    field.fill("secret")
+    page.keyboard.press("Enter")
+    connected(page)
+
+
+def test_a_server_with_too_many_requests_is_asked_again(
+    visit: Callable[..., Page], server: ChatServer
+) -> None:
+    page = connected(visit())
+    busy = {"message": "256 requests are being answered", "code": "overloaded"}
+    server.refusals.append((503, busy, {"Retry-After": "2"}))
+    ask(page, wait=False)
+    expect(last_answer(page)).to_contain_text("too many requests; trying again in")
+    expect(body_text(page)).to_have_text("Hello.")
 
 
 def test_a_full_queue_is_waited_for(visit: Callable[..., Page], server: ChatServer) -> None:
@@ -333,6 +481,25 @@ def test_an_error_is_told_and_can_be_tried_again(
     expect(body_text(page)).to_have_text("Now it works.")
 
 
+def test_an_earlier_answer_that_is_tried_again_takes_nothing_along(
+    visit: Callable[..., Page], server: ChatServer
+) -> None:
+    page = connected(visit())
+    page.evaluate("() => localStorage.setItem('filler', 'x'.repeat(5 * 1024 * 1024 - 200))")
+    server.fails_with, server.answer = "error", ""
+    ask(page, "One")
+    server.fails_with, server.answer = None, "Two is answered."
+    ask(page, "Two")
+    server.answer = "One is answered."
+    page.get_by_role("button", name="Try again").click()
+    expect(body_text(page)).to_have_text("One is answered.")
+    page.evaluate("() => localStorage.removeItem('filler')")
+    page.get_by_role("button", name="Previous version").click()
+    expect(body_text(page)).to_have_text("Two is answered.")
+    page.reload()
+    expect(body_text(page)).to_have_text("Two is answered.")
+
+
 def test_a_server_that_is_gone_is_told(browser: Any) -> None:
     with serving(ChatServer()) as server:
         page = browser.new_page()
@@ -354,6 +521,36 @@ def test_a_server_that_is_lost_in_an_answer_is_told_and_looked_for(browser: Any)
     expect(last_answer(page).locator(".error-note")).to_contain_text("What had come is kept")
     expect(page.get_by_role("alert")).to_contain_text("does not answer")
     page.context.close()
+
+
+def test_a_question_to_a_server_that_loads_is_asked_with_what_it_says_then(
+    visit: Callable[..., Page], server: ChatServer
+) -> None:
+    server.loads = True
+    server.refusals += [(503, LOADING, {"Retry-After": "2"})] * 2
+    page = visit("""localStorage.setItem("subspec.settings", '{"thinking": "off"}')""")
+    ask(page, wait=False)
+    expect(last_answer(page)).to_contain_text("still loading")
+    server.loads = False
+    page.get_by_role("button", name="Try now").click()
+    connected(page)
+    expect(body_text(page)).to_have_text("Hello.")
+    assert server.requests[-1]["chat_template_kwargs"] == {"enable_thinking": False}
+    assert all("model" not in asked for asked in server.requests)
+
+
+def test_a_server_that_has_another_model_now_is_asked_about_itself_again(
+    visit: Callable[..., Page], server: ChatServer
+) -> None:
+    page = connected(visit())
+    server.model = "SmolLM2-135M"
+    ask(page)
+    expect(page.locator("#model")).to_have_text("SmolLM2-135M")
+    server.model = "Qwen3-8B"
+    server.refusals.append((404, {"message": "Not here.", "code": "model_not_found"}, {}))
+    ask(page)
+    expect(last_answer(page).locator(".error-note")).to_contain_text("Not here.")
+    expect(page.locator("#model")).to_have_text("Qwen3-8B")
 
 
 def test_an_engine_that_has_failed_is_not_waited_for(
@@ -400,6 +597,65 @@ def test_another_tab_takes_neither_an_edit_nor_what_was_said(
     )
     assert {"The first question", "Another question", "Said elsewhere."} <= set(said)
     assert {"The edited question", "To the edit."} <= set(said)
+
+
+def test_neither_another_tab_nor_a_new_name_moves_what_is_read(
+    visit: Callable[..., Page], server: ChatServer
+) -> None:
+    page = connected(visit())
+    server.answer, server.reasoning = "A line.\n\n" * 100, "Hmm."
+    ask(page, "A long one")
+    page.locator("summary").click()
+    again = page.get_by_role("button", name="Regenerate this answer").first
+    again.focus()
+    page.evaluate("() => scroller.scrollTop = 100")
+    expect(page.locator("#to-end")).to_be_visible()
+
+    def is_undisturbed() -> bool:
+        expect(again).to_be_focused()
+        expect(page.locator("details[open]")).to_have_count(1)
+        return bool(page.evaluate("() => scroller.scrollTop") == 100)
+
+    other = page.context.new_page()
+    other.goto(server.address)
+    connected(other)
+    server.answer, server.reasoning = "Said elsewhere.", ""
+    ask(other, "Something else")
+    titles = page.locator("#conversations .open-chat")
+    expect(titles).to_have_text(["Something else", "A long one"])
+    assert is_undisturbed()
+    other.get_by_role("button", name="A long one").first.click()
+    ask(other, "Go on")
+    expect(body_text(page)).to_have_text("Said elsewhere.")
+    assert is_undisturbed()
+    page.get_by_role("button", name="Rename “A long one”").focus()
+    page.keyboard.press("Enter")
+    page.get_by_role("textbox", name="Name of the conversation").fill("Renamed")
+    page.keyboard.press("Enter")
+    expect(titles.first).to_have_text("Renamed")
+    assert page.evaluate("() => scroller.scrollTop") == 100
+    assert page.title() == "Renamed · subspec"
+
+
+def test_a_short_way_up_leaves_an_answer_that_goes_on(
+    visit: Callable[..., Page], server: ChatServer
+) -> None:
+    page = connected(visit())
+    server.answer, server.chunk_chars, server.pause_seconds = "A line.\n\n" * 1000, 9, 0.02
+    ask(page, wait=False)
+    left = "scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight"
+    page.wait_for_function("() => scroller.scrollTop > 200")
+    assert page.evaluate(left) < 2
+    page.evaluate("() => scroller.scrollTop -= 30")
+    expect(page.locator("#to-end")).to_be_visible()
+    top = page.evaluate("() => scroller.scrollTop")
+    page.wait_for_function(f"() => {left} > 200")
+    assert page.evaluate("() => scroller.scrollTop") == top
+    page.evaluate("() => scroller.scrollTop = scroller.scrollHeight - scroller.clientHeight - 40")
+    expect(page.locator("#to-end")).to_be_hidden()
+    page.wait_for_function("top => scroller.scrollTop > top", arg=top + 300)
+    assert page.evaluate(left) < 2
+    page.keyboard.press("Escape")
 
 
 def test_nothing_that_a_model_writes_runs_or_is_fetched(
@@ -475,6 +731,55 @@ def test_every_control_has_a_name_and_everything_works_by_keyboard(
     page.keyboard.press("Escape")
     expect(page.locator("#settings")).to_be_hidden()
     expect(page.get_by_role("button", name="System prompt and sampling")).to_be_focused()
+
+
+def test_the_focus_is_never_lost(visit: Callable[..., Page], server: ChatServer) -> None:
+    page = connected(visit())
+    server.answer, server.pause_seconds = "word " * 10, 0.1
+    prompt, stop = page.locator("#prompt"), page.locator("#stop")
+
+    def press(name: str, key: str = "Enter") -> None:
+        page.get_by_role("button", name=name).last.focus()
+        page.keyboard.press(key)
+
+    def is_handed_on() -> None:
+        expect(stop).to_be_focused()
+        expect(prompt).to_be_focused(timeout=30000)
+
+    server.fails_with = "error"
+    ask(page, "One")
+    server.fails_with = None
+    press("Try again")
+    is_handed_on()
+    for _ in range(2):
+        press("Regenerate this answer")
+        is_handed_on()
+    press("Previous version")
+    page.keyboard.press("Enter")
+    expect(page.get_by_label("Version 2 of 4")).to_be_visible()
+    page.keyboard.press("Enter")
+    expect(page.get_by_label("Version 1 of 4")).to_be_visible()
+    for number in (2, 3, 4):
+        expect(page.get_by_role("button", name="Next version")).to_be_focused()
+        page.keyboard.press("Enter")
+        expect(page.get_by_label(f"Version {number} of 4")).to_be_visible()
+    expect(page.get_by_role("button", name="Previous version")).to_be_focused()
+    press("Edit and send again")
+    page.keyboard.type(" more")
+    page.keyboard.press("Enter")
+    is_handed_on()
+    server.pause_seconds = 0
+    for title in ("Two", "Three"):
+        page.get_by_role("button", name="New conversation").click()
+        ask(page, title)
+    press("Rename “Two”")
+    page.keyboard.type("2")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("button", name="Rename “2”")).to_be_focused()
+    for title, focused in (("2", "One"), ("One", "Three"), ("Three", "New conversation")):
+        press(f"Delete “{title}”")
+        page.get_by_role("button", name="Delete", exact=True).press("Enter")
+        expect(page.get_by_role("button", name=focused, exact=True)).to_be_focused()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
