@@ -17,6 +17,7 @@ import torch
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.gpu_memory import held_bytes
+from subspec.artifacts.common.host_memory import host_bytes
 from subspec.artifacts.format.folder import DISK_IS_FULL
 from subspec.artifacts.profile import Timing
 from subspec.runtime.kernels.linear import check_capability
@@ -83,7 +84,7 @@ def pick_device(name: str | None) -> str:
 def fast_memory_bytes(device: str) -> int:
     """All fast memory of the device, in use or not."""
     if device == "cpu":
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return host_bytes()
     total: int = torch.cuda.get_device_properties(torch.device(device)).total_memory
     return total
 

@@ -10,6 +10,7 @@ from heads import eagle_checkpoints
 from toys import make_curve, make_profile, make_spec
 
 from subspec.artifacts.acceptance import Acceptance
+from subspec.artifacts.common import host_memory
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format.store import open_artifact, verify
 from subspec.artifacts.plan import Constraints, HeadDraft, Plan, Tree
@@ -130,6 +131,12 @@ def test_no_plan_is_for_more_memory_than_this_machine_has() -> None:
     assert len(said) == 1 and "is more than this machine's" in said[0]
     elsewhere = replace(here, known_profile=PROFILE)
     assert within_memory(elsewhere, said.append) == elsewhere and len(said) == 1
+
+
+def test_a_budget_is_at_most_what_a_control_group_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_memory, "memories", lambda: [(1 << 36, 1 << 35), (1 << 32, 1 << 31)])
+    here = replace(REQUEST, budget_bytes=1 << 33, known_profile=None, device="cpu")
+    assert within_memory(here, lambda said: None).budget_bytes == 1 << 32
 
 
 def test_what_a_rehearsal_found_of_who_drafts_stays_where_nothing_else_is_asked_for(
