@@ -4,6 +4,7 @@ The format is that of huggingface/safetensors: u64 length, JSON header, tensors 
 header is padded with spaces so that the data begins on a page, which direct reads need.
 """
 
+import fcntl
 import io
 import json
 import os
@@ -20,6 +21,9 @@ from subspec.artifacts.format.codec import parse_json
 from subspec.artifacts.model import PAGE_BYTES
 
 LARGEST_HEADER = 25 << 20
+# Flags of a file (linux/fs.h): requests of ioctl, and the flag of those that are never compressed.
+FS_IOC_GETFLAGS, FS_IOC_SETFLAGS, FS_NOCOMP_FL = 0x80086601, 0x40086602, 0x400
+LONG_FLAGS = struct.Struct("I4x")  # declared as a long, of which the kernel uses an int
 AHEAD_BYTES = 4 << 20  # read ahead at a time
 MOST_TENSORS = 100_000
 MOST_DIMENSIONS = 8
@@ -126,6 +130,15 @@ def write_header(
     text += b" " * (-(len(text) + 8) % PAGE_BYTES)
     file.write(struct.pack("<Q", len(text)) + text)
     return 8 + len(text)
+
+
+def keep_uncompressed(descriptor: int) -> None:
+    """Asks the file system (btrfs, f2fs) not to compress a file that is still empty. What it
+    compresses it reads through the page cache whatever the reader asks for. Ignores errors: other
+    file systems know no such flag."""
+    with suppress(OSError):
+        [flags] = LONG_FLAGS.unpack(fcntl.ioctl(descriptor, FS_IOC_GETFLAGS, bytes(8)))
+        fcntl.ioctl(descriptor, FS_IOC_SETFLAGS, LONG_FLAGS.pack(flags | FS_NOCOMP_FL))
 
 
 def open_regular(path: Path) -> io.BufferedReader:
