@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from subspec.artifacts.common.errors import SHORTAGES, Exit, SubspecError
+from subspec.artifacts.common.errors import DISK_FAILED, SHORTAGES, Exit, SubspecError, not_read
 from subspec.artifacts.format.codec import parse_json
 from subspec.artifacts.model import PAGE_BYTES
 
@@ -142,15 +142,15 @@ def keep_uncompressed(descriptor: int) -> None:
 
 
 def open_regular(path: Path) -> io.BufferedReader:
-    """Open a regular file without waiting. Raises SubspecError(CORRUPT), also for a FIFO, a device
-    or a folder."""
+    """Open a regular file without waiting. Raises SubspecError: CORRUPT, also for a FIFO, a device
+    or a folder; RESOURCES if the disk fails."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         raise SubspecError(Exit.CORRUPT, f"{path.name} is missing in {path.parent}") from None
     except OSError as error:
-        if error.errno in SHORTAGES:
-            raise
+        if error.errno in (*SHORTAGES, *DISK_FAILED):
+            raise not_read(path.name, error) from None
         raise SubspecError(
             Exit.CORRUPT, f"{path.name} cannot be opened: {error.strerror}"
         ) from None
@@ -185,11 +185,14 @@ class TensorFile:
         self._file.close()
 
     def read_into(self, target: memoryview, offset: int) -> None:
-        """Fill `target` from byte `offset`. Raises SubspecError(CORRUPT) if the file ends
-        before."""
+        """Fill `target` from byte `offset`. Raises SubspecError: CORRUPT if the file ends before,
+        RESOURCES if the disk fails."""
         done = 0
         while done < len(target):
-            count = os.preadv(self._file.fileno(), [target[done:]], offset + done)
+            try:
+                count = os.preadv(self._file.fileno(), [target[done:]], offset + done)
+            except OSError as error:
+                raise not_read(self._path.name, error) from None
             if count <= 0:
                 raise SubspecError(
                     Exit.CORRUPT,
