@@ -24,6 +24,7 @@ from subspec.runtime.memory import bytes_of, check_host_memory, pinned_buffer, u
 
 READ_BYTES = 64 << 20
 OVERSLEPT_SECONDS = 0.002
+CLOSING_SECONDS = 10.0  # to wait for a read; a disk or a server that has gone may never answer
 
 
 class Link(Protocol):
@@ -160,8 +161,9 @@ class DiskLink:
     def close(self) -> None:
         self._closing.set()
         self._requests.put(None)
-        self._thread.join()
-        self._file.close()
+        self._thread.join(CLOSING_SECONDS)
+        if not self._thread.is_alive():  # else it keeps file and slots, and ends with the process
+            self._file.close()
 
     def _read_all(self) -> None:
         due = 0.0

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +196,25 @@ def test_ctrl_c_pressed_again_while_leaving_prints_no_traceback() -> None:
         child.send_signal(signal.SIGINT)
         assert child.stderr.read() == b"\ninterrupted\n"
     assert child.returncode == Exit.INTERRUPTED
+
+
+@pytest.mark.parametrize(("patience", "printed"), [(60, b"closed\n"), (0.1, b"")])
+def test_a_second_signal_ends_a_command_whose_closing_hangs_but_not_at_once(
+    patience: float, printed: bytes
+) -> None:
+    act = (
+        f"\n    from subspec.artifacts.common import signals; signals.PATIENCE_SECONDS = {patience}"
+        "\n    try: print('open', flush=True); time.sleep(60)"
+        "\n    finally: print('closing', flush=True); time.sleep(1.5); print('closed', flush=True)"
+    )
+    with start(act) as child:
+        assert child.stdout is not None and child.stdout.readline() == b"open\n"
+        child.send_signal(signal.SIGTERM)
+        assert child.stdout.readline() == b"closing\n"
+        time.sleep(0.3)
+        child.send_signal(signal.SIGINT)
+        assert child.stdout.read() == printed
+    assert child.returncode == Exit.TERMINATED
 
 
 def test_printable_text_keeps_all_but_what_steers_a_terminal() -> None:

@@ -25,6 +25,7 @@ from subspec.runtime.kernels.linear import calls_of
 from subspec.runtime.memory import host_buffer
 from subspec.runtime.model.attention import attend
 from subspec.runtime.model.transformer import forward
+from subspec.runtime.stream import link as link_module
 from subspec.runtime.stream.exact_weights import ExactWeights
 from subspec.runtime.stream.link import DirectFile, DiskLink, Link, tell_of_cached_reads
 from subspec.runtime.stream.ring import Requested, view_of
@@ -560,6 +561,30 @@ def test_closing_does_not_wait_for_a_link_that_takes_years(stored: Stored) -> No
     closing.start()
     closing.join(timeout=30)
     assert not closing.is_alive()
+
+
+def test_closing_does_not_wait_for_a_disk_that_never_answers(
+    stored: Stored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading, answer = threading.Event(), threading.Event()
+
+    def hang(self: DirectFile, target: Tensor, offset: int) -> None:
+        reading.set()
+        answer.wait()
+
+    monkeypatch.setattr(DirectFile, "read_into", hang)
+    monkeypatch.setattr(link_module, "CLOSING_SECONDS", 0.1)
+    link = DiskLink(stored[0], [torch.empty(4096, dtype=torch.uint8)], None)
+    link.begin(0, 0, 4096)
+    reading.wait()
+    closing = threading.Thread(target=link.close, daemon=True)
+    closing.start()
+    closing.join(timeout=5)
+    ended = not closing.is_alive()
+    answer.set()
+    closing.join()
+    assert ended
+    link._file.close()  # the reader kept it
 
 
 def test_a_reader_that_cannot_start_leaves_no_file_open(
