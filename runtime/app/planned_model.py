@@ -21,7 +21,7 @@ from typing import IO, Literal
 from subspec.artifacts.common.command import say
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.sizes import format_size, short_size
-from subspec.artifacts.common.user_cache import user_cache_dir
+from subspec.artifacts.common.user_cache import cache_problem, kept_folder, user_cache_dir
 from subspec.artifacts.format.codec import dump_json, load_dataclass, parse_json
 from subspec.artifacts.format.folder import MANIFEST
 from subspec.artifacts.format.store import LARGEST_JSON, open_artifact
@@ -86,18 +86,18 @@ def planned_model(request: ModelRequest, tell: Tell = say) -> Path:
 
     Raises SubspecError: the planner's own, or RESOURCES if there is no cache.
     """
+    folder, wanted = kept_folder("artifacts"), entry_of(request)
+    if folder is not None and is_current(folder / artifact_name(wanted.request), wanted):
+        return folder / artifact_name(wanted.request)
     folder = user_cache_dir("artifacts")
     if folder is None:
         raise SubspecError(
             Exit.RESOURCES,
-            "the user's cache cannot be written, where a planned model is kept",
+            f"a planned model cannot be kept in the user's cache: {cache_problem('artifacts')}",
             "set XDG_CACHE_HOME, or plan into a folder of your choice: "
             f"subspec-plan --model {shlex.quote(request.model)} --vram SIZE --out DIR",
         )
-    wanted = entry_of(request)
     path = folder / artifact_name(wanted.request)
-    if is_current(path, wanted):
-        return path
     with locked(entry_path(path), tell) as entry:
         if not is_current(path, wanted):  # another process may have planned it meanwhile
             plan_into(path, wanted, entry, tell)
