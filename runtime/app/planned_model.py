@@ -5,7 +5,6 @@ that plans holds a lock on the entry. Nothing here removes an artifact: planning
 and people may delete what they like.
 """
 
-import fcntl
 import hashlib
 import os
 import re
@@ -23,7 +22,7 @@ from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.sizes import format_size, short_size
 from subspec.artifacts.common.user_cache import cache_problem, kept_folder, user_cache_dir
 from subspec.artifacts.format.codec import dump_json, load_dataclass, parse_json
-from subspec.artifacts.format.folder import MANIFEST
+from subspec.artifacts.format.folder import MANIFEST, lock_file
 from subspec.artifacts.format.store import LARGEST_JSON, open_artifact
 from subspec.artifacts.format.tensors import open_regular
 from subspec.artifacts.model import Source
@@ -214,10 +213,10 @@ def lock_of(entry: Path, tell: Tell) -> IO[str]:
     while True:
         file = open(entry, "a+", encoding="utf-8")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(file, waiting=False)
         except BlockingIOError:
             tell("another process is planning this model: waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
+            lock_file(file, waiting=True)
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), entry.stat()):
                 return file
