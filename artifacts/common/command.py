@@ -50,6 +50,12 @@ def say(line: str) -> None:
     sys.stderr.write(printable(line) + "\n")
 
 
+def rewrites_lines() -> bool:
+    """Whether stderr is a terminal that can write over a line: one of TERM=dumb (an editor's shell)
+    shows the control characters."""
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+
 def size_option(
     context: click.Context, parameter: click.Parameter, value: str | None
 ) -> int | None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
-from subspec.artifacts.common.command import say
+from subspec.artifacts.common.command import rewrites_lines, say
 from subspec.artifacts.common.cpu_load import cpu_times, others_share
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.progress import Progress, unseen
@@ -147,7 +147,7 @@ def progress_line() -> Progress:
 
     def show(stage: str, share: float) -> None:
         nonlocal spoken
-        if sys.stderr.isatty():
+        if rewrites_lines():
             sys.stderr.write(f"\r\033[K{stage} {share:4.0%}" if share < 1 else "\r\033[K")
             sys.stderr.flush()
         elif time.monotonic() - spoken > SECONDS_BETWEEN_LINES:

@@ -27,6 +27,7 @@ from subspec.planner.model.hub import DEMO
 from subspec.planner.solve.search import PRIOR, search
 from subspec.planner.solve.storage import Storage
 from subspec.runtime.app import planner_command
+from subspec.runtime.app.folder import open_folder
 from subspec.runtime.app.planner_command import planners_error
 from subspec.runtime.app.replan import (
     Here,
@@ -115,6 +116,17 @@ def test_an_existing_sibling_is_replaced_only_if_asked(artifact: Path, tmp_path:
     assert plan(*words) == 0
     assert plan(*words) == Exit.USAGE
     assert plan(*words, "--overwrite") == 0
+
+
+def test_the_command_that_runs_an_artifact_can_be_pasted(
+    artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "my small model"
+    assert plan("--from", artifact, "--vram", "8MB", "--out", out) == 0
+    assert f"subspec-run '{out}' \"your prompt\"" in capsys.readouterr().err
+    with pytest.raises(SubspecError) as caught:
+        open_folder(Path("my model"))
+    assert "subspec-run --model 'my model' --vram SIZE" in caught.value.hint
 
 
 def test_a_folder_on_another_disk_is_refused_and_nothing_is_left(
