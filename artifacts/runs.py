@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shlex
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -131,11 +132,14 @@ def read_runs(artifact_path: Path) -> tuple[Run, ...]:
 def carry_runs(source: Path, target: Path) -> None:
     """Link the records of the folder `source` into `target`, which is about to replace it.
 
-    A link, so that an answer that ends meanwhile is still recorded.
+    A link, so that an answer that ends meanwhile is still recorded; a copy where there are none.
     """
     with suppress(OSError):
         if stat.S_ISREG(os.lstat(source / RUNS).st_mode):
-            os.link(source / RUNS, target / RUNS)
+            try:
+                os.link(source / RUNS, target / RUNS)
+            except OSError:
+                shutil.copyfile(source / RUNS, target / RUNS)
 
 
 # One line, both directions

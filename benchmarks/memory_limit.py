@@ -11,10 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from subspec.artifacts.common.control_groups import own_groups
+
 ALLOWANCE_BYTES = 64 << 20  # above an idle interpreter and the budget
-CGROUPS = Path("/sys/fs/cgroup")
-VERSION_1 = CGROUPS / "memory"
-OWN_GROUPS = Path("/proc/self/cgroup")
 # What the commands have imported and started before they read a weight.
 IDLE = (
     "import torch, subspec.runtime.engine, subspec.runtime.app.answer, subspec.runtime.app.replan; "
@@ -42,7 +41,8 @@ class Group:
 @contextmanager
 def memory_group(limit_bytes: int) -> Iterator[Group | None]:
     """A new group without swap; None where this process may not make one."""
-    for parent in parents():
+    # In version 2 a folder with processes of its own bounds no children: those above come next.
+    for parent in own_groups("memory"):
         folder = parent / f"subspec-{os.getpid()}"
         try:
             folder.mkdir()
@@ -57,17 +57,6 @@ def memory_group(limit_bytes: int) -> Iterator[Group | None]:
         if bounded:
             return
     yield None
-
-
-def parents() -> list[Path]:
-    """Where a group could be made. In version 2 a folder with processes of its own bounds no
-    children: those above this process's own come next."""
-    if VERSION_1.exists():
-        return [VERSION_1]
-    lines = OWN_GROUPS.read_text().splitlines()
-    own = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
-    folder = CGROUPS / own
-    return [folder, *(above for above in folder.parents if above.is_relative_to(CGROUPS))]
 
 
 def set_limit(folder: Path, limit_bytes: int) -> bool:

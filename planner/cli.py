@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -251,7 +252,7 @@ def report(options: Options, planned: Planned, out: Path) -> None:
     spec, plan = planned.spec, planned.plan
     print_plan(spec, plan, Console(stderr=True))
     if not options.dry_run:
-        say(f'wrote {out}/: subspec-run {out} "your prompt"')
+        say(f'wrote {out}/: subspec-run {shlex.quote(str(out))} "your prompt"')
     if options.as_json:
         print(json.dumps(plan_json(spec, plan, None if options.dry_run else out)))
     elif not options.dry_run:
@@ -458,7 +459,7 @@ def progress() -> Iterator[Progress]:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     console = Console(stderr=True)
-    if not console.is_terminal:
+    if not console.is_terminal or console.is_dumb_terminal:
         stages: list[str] = []
 
         def line(stage: str, share: float) -> None:

@@ -4,11 +4,14 @@ Nothing here prints: a caller passes `tell`, which is given what a person should
 `progress`. Heavy imports wait until they are needed.
 """
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from subspec.artifacts.common.cpu_load import usable_cpus
 from subspec.artifacts.common.errors import Exit, SubspecError, errors_of
+from subspec.artifacts.common.formatting import counted
 from subspec.artifacts.common.progress import Progress, unseen
 from subspec.artifacts.common.sizes import short_size
 from subspec.artifacts.format.folder import place_of
@@ -328,6 +331,11 @@ def measure_here(
             f"note: the budget is {short_size(request.budget_bytes)}, but only "
             f"{short_size(profile.free_bytes)} of {profile.device} memory are free now: runs are "
             "planned again for less until more is free"
+        )
+    if "OMP_NUM_THREADS" in os.environ and profile.num_threads < usable_cpus():
+        tell(
+            f"note: OMP_NUM_THREADS bounds the plan's CPU threads: {profile.num_threads} on "
+            f"{counted(usable_cpus(), 'CPU')}; runs keep to that without the variable too"
         )
     tell_load(profile, tell)
     return profile

@@ -1,11 +1,10 @@
 """The device that a model is opened on, and its name in plans."""
 
-import os
-import sys
 from contextlib import ExitStack
 
 import torch
 
+from subspec.artifacts.common.cpu_load import usable_cpus
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.plan import Placement, Plan
 from subspec.runtime.kernels.linear import check_capability
@@ -68,9 +67,7 @@ def machine_name(device: torch.device) -> str:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        linux = sys.platform == "linux"  # elsewhere a process has no set of its own
-        num_cpus = len(os.sched_getaffinity(0)) if linux else os.cpu_count()
-        name = f"{instruction_sets()}, {num_cpus} cpus"
+        name = f"{instruction_sets()}, {usable_cpus()} cpus"
     return f"{device.type}: {name}; torch {torch.__version__}"
 
 

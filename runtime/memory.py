@@ -3,7 +3,7 @@
 import mmap
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,7 +133,8 @@ def host_pages(num_bytes: int) -> tuple[mmap.mmap, Tensor]:
             "re-plan with a smaller --vram",
         ) from None
     if huge:
-        memory.madvise(mmap.MADV_HUGEPAGE)
+        with suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
     whole = torch.frombuffer(memory, dtype=torch.uint8)
     start = -whole.data_ptr() % alignment
     return memory, whole[start : start + size].fill_(0)[:num_bytes]

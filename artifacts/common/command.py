@@ -17,7 +17,13 @@ from typing import Any, NoReturn, TextIO
 
 import click
 
-from subspec.artifacts.common.errors import SHORTAGES, Exit, SubspecError
+from subspec.artifacts.common.errors import (
+    ASK_THE_KERNEL,
+    DISK_FAILED,
+    SHORTAGES,
+    Exit,
+    SubspecError,
+)
 from subspec.artifacts.common.signals import Terminated, raised_as_exceptions
 from subspec.artifacts.common.sizes import parse_size
 
@@ -42,6 +48,12 @@ def printable(text: str) -> str:
 def say(line: str) -> None:
     """Print a line for people on stderr; stdout is for data."""
     sys.stderr.write(printable(line) + "\n")
+
+
+def rewrites_lines() -> bool:
+    """Whether stderr is a terminal that can write over a line: one of TERM=dumb (an editor's shell)
+    shows the control characters."""
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def size_option(
@@ -204,11 +216,14 @@ def discard(stream: TextIO) -> None:
 
 
 def shortage(error: Exception) -> SubspecError | None:
-    """What an error says if the system has no more of something; None: it says something else.
+    """What an error says if the system has no more of something, or its disk failed; None: it says
+    something else.
     Libraries have no type of their own for that."""
     code = error.errno if isinstance(error, OSError) else None
     if code in DISK_IS_FULL:
         return SubspecError(Exit.RESOURCES, f"cannot write: {os.strerror(code)}")
+    if code in DISK_FAILED:
+        return SubspecError(Exit.RESOURCES, f"reading or writing failed: {error}", ASK_THE_KERNEL)
     if isinstance(error, MemoryError):
         what = "out of memory"
     elif code in SHORTAGES:

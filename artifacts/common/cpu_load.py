@@ -1,10 +1,15 @@
-"""How much of the processors other programs use: what is timed beside them is too slow."""
+"""The processors: how many this process may use, and how much of them other programs do, beside
+whom what is timed is too slow."""
 
+import math
 import os
+import sys
 import time
 from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
+
+from subspec.artifacts.common.control_groups import own_groups
 
 STAT = Path("/proc/stat")
 
@@ -17,6 +22,29 @@ class CpuTimes:
     busy: float  # of the CPUs that this process may use, whoever used them
     own: float  # used by this process, and by its children that have ended
     num_cpus: int  # that `busy` is of; 0: the system does not tell
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may keep busy: those that it may run on, or the share of their time
+    that its control groups grant. Threads beyond a quota spend it early, and all of them then wait
+    for the next period."""
+    if sys.platform != "linux":  # elsewhere a process has no set of its own
+        return os.cpu_count() or 1
+    quotas = (cpu_quota(folder) for folder in own_groups("cpu"))
+    granted = [max(1, math.ceil(quota)) for quota in quotas if quota is not None]
+    return min([len(os.sched_getaffinity(0)), *granted])
+
+
+def cpu_quota(folder: Path) -> float | None:
+    """CPUs' worth of time that a control group grants; None without a limit."""
+    for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
+        try:
+            quota, period = map(int, " ".join((folder / x).read_text() for x in names).split())
+        except (OSError, ValueError):  # of the other version; the limit is the word max
+            continue
+        if quota > 0 and period > 0:  # -1: no limit
+            return quota / period
+    return None
 
 
 def cpu_times() -> CpuTimes:

@@ -11,6 +11,8 @@ SHORTAGES = (
     errno.ENOMEM,
     errno.EAGAIN,
 )  # of the system: no file's fault
+DISK_FAILED = (errno.EIO, errno.ESTALE, errno.ENXIO, errno.ETIMEDOUT)  # or the network it is on
+ASK_THE_KERNEL = "check the disk, or the network that it is on: dmesg says what happened"
 
 
 class Exit(enum.IntEnum):
@@ -38,6 +40,14 @@ class SubspecError(Exception):
         self.message = message
         self.hint = hint
         self.said = said
+
+
+def not_read(name: str, error: OSError) -> Exception:
+    """What to raise where reading the file `name` failed, which says nothing of its content. A
+    shortage of the system stays what it is: whoever is asked again may succeed."""
+    if error.errno in SHORTAGES:
+        return error
+    return SubspecError(Exit.RESOURCES, f"{name}: reading failed: {error.strerror}", ASK_THE_KERNEL)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ anything else.
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -15,6 +16,7 @@ from typing import Any
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 RETRY_SECONDS = 0.05
+PATIENCE_SECONDS = 3.0  # for what is being closed: a disk that has stopped answering holds it up
 IMPORTER = "<frozen importlib._bootstrap>"
 # An exception in these would lose a child that has been started, or print again what was printed.
 WHOLE = ("Popen.__init__", "Output.write", "Story.write")
@@ -41,17 +43,21 @@ def end_at_once() -> None:
 
 @contextmanager
 def raised_as_exceptions() -> Iterator[None]:
-    """A signal in the block raises KeyboardInterrupt or Terminated, once.
+    """A signal in the block raises KeyboardInterrupt or Terminated, once. Another one that comes
+    PATIENCE_SECONDS later ends the process, whatever is still being closed.
 
     Native code may drop an exception that is raised while it runs Python, or abort: none is raised
     during an import, and one that was dropped is raised again. While one closes resources, no other
     is raised.
     """
-    arrived, over = 0, False
+    arrived, since, over = 0, 0.0, False
 
     def arrive(number: int, frame: FrameType | None) -> None:
-        nonlocal arrived
-        arrived = arrived or number
+        nonlocal arrived, since
+        if not arrived:
+            arrived, since = number, time.monotonic()
+        if time.monotonic() - since > PATIENCE_SECONDS:
+            os._exit(128 + arrived)
         attempt(number, frame)
 
     def attempt(_: int, frame: FrameType | None) -> None:

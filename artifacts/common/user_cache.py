@@ -1,45 +1,83 @@
 """The user's cache: compiled code, re-solved plans, run records. All of it may be deleted."""
 
+import functools
 import os
 import stat
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 
 def user_cache_dir(kind: str) -> Path | None:
-    """Private folder for files of one kind; None if there cannot be one.
+    """Private folder for files of one kind, in which this process may write; None if there cannot
+    be one, and `cache_problem` says why."""
+    found = _writable(kind)
+    return found if isinstance(found, Path) else None
 
-    Code is loaded from here, so a folder that others could write to is not used.
-    """
+
+def cache_problem(kind: str) -> str | None:
+    """Why nothing of one kind can be kept, to follow a colon; None: it can."""
+    found = _writable(kind)
+    return found if isinstance(found, str) else None
+
+
+def kept_folder(kind: str) -> Path | None:
+    """The same folder for reading alone: it need not be writable. None: there is none, or others
+    could have written what it holds."""
     try:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        ours = Path(base) / "subspec"
-        ours.mkdir(mode=0o700, parents=True, exist_ok=True)
-        folder = ours / kind
-        folder.mkdir(mode=0o700, exist_ok=True)
-        private = is_private(ours) and is_private(folder)
-    except (OSError, RuntimeError):  # Path.home() raises RuntimeError if there is none
+        folder = _base() / kind
+        private = all(_not_private(one) is None for one in (folder.parent, folder))
+    except (OSError, RuntimeError):
         return None
-    return folder if private and os.access(folder, os.W_OK | os.X_OK) else None
+    return folder if private and os.access(folder, os.R_OK | os.X_OK) else None
 
 
 def kept_file(name: str) -> Path | None:
-    """The file `KIND/NAME` of the cache; None: there is none."""
+    """The file `KIND/NAME` of the cache, else of this process's memory; None: there is none."""
+    return cached_file(name) or held_file(name)
+
+
+def cached_file(name: str) -> Path | None:
+    """The file `KIND/NAME` of the cache, which outlives this process; None: there is none."""
     kind, _, rest = name.partition("/")
-    folder = user_cache_dir(kind)
-    path = folder / rest if folder else None
-    return path if path is not None and path.exists() else None
+    folder = kept_folder(kind)
+    return folder / rest if folder is not None and (folder / rest).exists() else None
 
 
 def keep_file(name: str, content: bytes) -> bool:
-    """Write the file `KIND/NAME`. False: there is no folder for it."""
+    """Write the file `KIND/NAME`. False: the cache takes nothing (or its disk is full), and the
+    file lasts as long as this process, if the system has memory for it."""
     kind, _, rest = name.partition("/")
-    folder = user_cache_dir(kind)
-    if folder is None:
-        return False
-    put(folder / rest, lambda unfinished: unfinished.write_bytes(content))
-    return True
+    with suppress(OSError):
+        if (folder := user_cache_dir(kind)) is not None:
+            put(folder / rest, lambda unfinished: unfinished.write_bytes(content))
+            return True
+    with suppress(OSError):
+        hold_file(name, content)
+    return False
+
+
+def hold_file(name: str, content: bytes) -> Path:
+    """Keep the file `KIND/NAME` in memory until the process ends. Programs can be loaded from it
+    whatever disks there are, and nobody else can write to it. Raises OSError."""
+    descriptor = os.memfd_create(name.rpartition("/")[2], os.MFD_CLOEXEC)
+    # It stays open: the loader takes a library of the same path for the one it has.
+    with os.fdopen(descriptor, "wb", closefd=False) as file:
+        file.write(content)
+    _held()[name] = Path(f"/proc/self/fd/{descriptor}")
+    return _held()[name]
+
+
+def held_file(name: str) -> Path | None:
+    """The file `KIND/NAME` that this process holds in memory."""
+    return _held().get(name)
+
+
+@functools.cache
+def _held() -> dict[str, Path]:
+    """Paths of what `hold_file` keeps, by name."""
+    return {}
 
 
 def put(target: Path, write: Callable[[Path], object]) -> None:
@@ -53,6 +91,33 @@ def put(target: Path, write: Callable[[Path], object]) -> None:
         Path(unfinished).unlink(missing_ok=True)
 
 
-def is_private(folder: Path) -> bool:
+def _base() -> Path:
+    """Raises RuntimeError if there is no home."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "subspec"
+
+
+def _writable(kind: str) -> Path | str:
+    """The folder, or why nothing can be written there. Code is loaded from it, so one that others
+    could write to is not used."""
+    try:
+        ours = _base()
+        folder = ours / kind
+        for one in (ours, folder):
+            one.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if (problem := _not_private(one)) is not None:
+                return problem
+    except RuntimeError:  # of Path.home()
+        return "there is no home directory for a cache"
+    except OSError as error:
+        return f"{error.filename or ours} cannot be made: {error.strerror}"
+    return folder if os.access(folder, os.W_OK | os.X_OK) else f"{folder} is not writable"
+
+
+def _not_private(folder: Path) -> str | None:
+    """Why others could have written what is in `folder`; None: they could not. Raises OSError."""
     status = folder.stat()
-    return status.st_uid == os.getuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    if status.st_uid != os.getuid():
+        return f"{folder} belongs to another user (id {status.st_uid}, expected {os.getuid()})"
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return f"{folder} can be written by others (mode {stat.S_IMODE(status.st_mode):o})"
+    return None

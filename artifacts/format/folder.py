@@ -7,12 +7,16 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
+from subspec.artifacts.common.command import say
 from subspec.artifacts.common.errors import Exit, SubspecError
 
 MANIFEST = "manifest.json"
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LOST_AND_FOUND = "lost+found"  # what an empty disk holds
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what a file system without them says
+NO_FOLDER_SYNC = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
 OWN_NAMES = (".lock", ".building", ".complete", ".replaced")  # in a folder that is filled in place
 
 
@@ -97,7 +101,7 @@ def _only_builder(path: Path, lock: Path) -> Iterator[None]:
         ) from error
     with opened as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(file, waiting=False)
             # The previous holder may have removed the file that we opened.
             held = os.path.samestat(os.fstat(file.fileno()), lock.stat())
         except (BlockingIOError, FileNotFoundError):
@@ -117,6 +121,21 @@ def _only_builder(path: Path, lock: Path) -> Iterator[None]:
             yield
         finally:
             lock.unlink(missing_ok=True)
+
+
+def lock_file(file: IO[str], waiting: bool) -> None:
+    """Take the lock of an open file, or go on without one, with a note, where the file system has
+    none: few users plan into one folder twice at once. Raises BlockingIOError if another process
+    has it and this is not `waiting`."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if waiting else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        say(
+            f"note: the file system of {file.name} has no locks ({error.strerror}): two plannings "
+            "at once are not kept apart there"
+        )
 
 
 def check_target(path: Path, overwrite: bool) -> None:
@@ -190,8 +209,13 @@ def _sync_tree(folder: Path) -> None:
 
 
 def _sync(path: Path) -> None:
+    """Files must reach the disk; a file system that has no such call for folders (exFAT, some in
+    user space) has its own way with names."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_FOLDER_SYNC or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)

@@ -33,14 +33,16 @@ def find_prebuilt(artifact: Artifact, program: str) -> FileEntry | None:
 
 
 def install_prebuilt(artifact: Artifact, programs: Iterable[str]) -> list[str]:
-    """Keep the artifact's programs in the user's cache, to be loaded from now on: the caller trusts
-    them. Returns those that are missing. Raises SubspecError(CORRUPT) for one that does not match
-    its digest."""
+    """Keep the artifact's programs in the user's cache, to be loaded from now on, or by this
+    process alone if nothing can be kept: the caller trusts them. Returns those that are missing.
+    Raises SubspecError(CORRUPT) for one that does not match its digest."""
     missing = []
     for program in programs:
         entry = find_prebuilt(artifact, program)
-        if entry is None or not keep_file(program, checked(artifact.path, entry)):
+        if entry is None:
             missing.append(program)
+        else:
+            keep_file(program, checked(artifact.path, entry))
     return missing
 
 

@@ -4,6 +4,7 @@ The format is that of huggingface/safetensors: u64 length, JSON header, tensors 
 header is padded with spaces so that the data begins on a page, which direct reads need.
 """
 
+import fcntl
 import io
 import json
 import os
@@ -15,11 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from subspec.artifacts.common.errors import SHORTAGES, Exit, SubspecError
+from subspec.artifacts.common.errors import DISK_FAILED, SHORTAGES, Exit, SubspecError, not_read
 from subspec.artifacts.format.codec import parse_json
 from subspec.artifacts.model import PAGE_BYTES
 
 LARGEST_HEADER = 25 << 20
+# Flags of a file (linux/fs.h): requests of ioctl, and the flag of those that are never compressed.
+FS_IOC_GETFLAGS, FS_IOC_SETFLAGS, FS_NOCOMP_FL = 0x80086601, 0x40086602, 0x400
+LONG_FLAGS = struct.Struct("I4x")  # declared as a long, of which the kernel uses an int
 AHEAD_BYTES = 4 << 20  # read ahead at a time
 MOST_TENSORS = 100_000
 MOST_DIMENSIONS = 8
@@ -128,16 +132,25 @@ def write_header(
     return 8 + len(text)
 
 
+def keep_uncompressed(descriptor: int) -> None:
+    """Asks the file system (btrfs, f2fs) not to compress a file that is still empty. What it
+    compresses it reads through the page cache whatever the reader asks for. Ignores errors: other
+    file systems know no such flag."""
+    with suppress(OSError):
+        [flags] = LONG_FLAGS.unpack(fcntl.ioctl(descriptor, FS_IOC_GETFLAGS, bytes(8)))
+        fcntl.ioctl(descriptor, FS_IOC_SETFLAGS, LONG_FLAGS.pack(flags | FS_NOCOMP_FL))
+
+
 def open_regular(path: Path) -> io.BufferedReader:
-    """Open a regular file without waiting. Raises SubspecError(CORRUPT), also for a FIFO, a device
-    or a folder."""
+    """Open a regular file without waiting. Raises SubspecError: CORRUPT, also for a FIFO, a device
+    or a folder; RESOURCES if the disk fails."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         raise SubspecError(Exit.CORRUPT, f"{path.name} is missing in {path.parent}") from None
     except OSError as error:
-        if error.errno in SHORTAGES:
-            raise
+        if error.errno in (*SHORTAGES, *DISK_FAILED):
+            raise not_read(path.name, error) from None
         raise SubspecError(
             Exit.CORRUPT, f"{path.name} cannot be opened: {error.strerror}"
         ) from None
@@ -172,11 +185,14 @@ class TensorFile:
         self._file.close()
 
     def read_into(self, target: memoryview, offset: int) -> None:
-        """Fill `target` from byte `offset`. Raises SubspecError(CORRUPT) if the file ends
-        before."""
+        """Fill `target` from byte `offset`. Raises SubspecError: CORRUPT if the file ends before,
+        RESOURCES if the disk fails."""
         done = 0
         while done < len(target):
-            count = os.preadv(self._file.fileno(), [target[done:]], offset + done)
+            try:
+                count = os.preadv(self._file.fileno(), [target[done:]], offset + done)
+            except OSError as error:
+                raise not_read(self._path.name, error) from None
             if count <= 0:
                 raise SubspecError(
                     Exit.CORRUPT,

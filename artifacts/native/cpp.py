@@ -19,7 +19,7 @@ from pathlib import Path
 import torch  # noqa: F401  loads libgomp.so.1, which the libraries then share with it
 
 from subspec.artifacts.common.child import child_process
-from subspec.artifacts.common.user_cache import put, user_cache_dir
+from subspec.artifacts.common.user_cache import held_file, hold_file, keep_file, kept_file
 
 # No fast-math: windows and rounding rely on IEEE arithmetic. No contraction: results must not
 # depend on which multiplications and additions a compiler fuses. Nobody reads the flags of
@@ -96,16 +96,13 @@ def _lock(source: Path) -> threading.Lock:
 
 def _built(source: Path, stopped: threading.Event) -> ctypes.CDLL | str:
     try:
-        folder = user_cache_dir(FOLDER)
-        if folder is not None:
-            return _opened(source, folder / library_name(source), stopped)
-        with tempfile.TemporaryDirectory() as private:  # a loaded library does not need its file
-            return _opened(source, Path(private) / f"{source.stem}.so", stopped)
+        return _kept(program(source)) or _compiled(source, stopped)
     except NoCompiler as error:
         return str(error)
     except subprocess.CalledProcessError as error:
         lines = error.stderr.splitlines() or [f"exit status {error.returncode}"]
-        line = next((line for line in lines if "error" in line), lines[0])
+        # A linker says what failed before the compiler says that the linker did.
+        line = next((line for line in lines if "error" in line or "failed" in line), lines[0])
         return f"{Path(error.cmd[0]).name} failed: {line.strip()[:300]}"
     except subprocess.TimeoutExpired as error:
         return f"the C++ compiler took longer than {error.timeout:.0f} seconds"
@@ -139,19 +136,31 @@ def _texts(source: Path) -> list[bytes]:
     return texts
 
 
-def _opened(source: Path, target: Path, stopped: threading.Event) -> ctypes.CDLL:
-    """Load `target`; build it if it is missing or cannot be loaded (damaged, or built for another C
-    library). Raises NoCompiler, CalledProcessError, TimeoutExpired or OSError."""
-    if target.exists():
-        with suppress(OSError):
-            return ctypes.CDLL(str(target))
+def _kept(name: str) -> ctypes.CDLL | None:
+    """The library of that name in the cache; None: there is none, or it cannot be loaded (damaged,
+    or built for another C library)."""
+    path = kept_file(name)
+    if path is None:
+        return None
+    with suppress(OSError):
+        return ctypes.CDLL(str(path))
+    with suppress(OSError):  # perhaps the cache is mounted noexec: memory is not
+        return ctypes.CDLL(str(held_file(name) or hold_file(name, path.read_bytes())))
+    return None
+
+
+def _compiled(source: Path, stopped: threading.Event) -> ctypes.CDLL:
+    """Build the library of `source`, keep it if possible, and load it. Raises NoCompiler,
+    CalledProcessError, TimeoutExpired or OSError."""
     name, *options = _compiler()
     compiler = shutil.which(name)
     if compiler is None:
         raise NoCompiler(f"there is no C++ compiler {name!r} (install g++ or set CXX)")
-    command = [compiler, *options, *FLAGS, str(source), "-o"]
-    put(target, lambda unfinished: _run([*command, str(unfinished)], stopped))
-    return ctypes.CDLL(str(target))
+    with tempfile.TemporaryDirectory() as private:  # a cache may be full, or missing
+        built = Path(private) / f"{source.stem}.so"
+        _run([compiler, *options, *FLAGS, str(source), "-o", str(built)], stopped)
+        keep_file(program(source), built.read_bytes())
+        return _kept(program(source)) or ctypes.CDLL(str(built))
 
 
 def _compiler() -> list[str]:

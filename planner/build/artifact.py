@@ -1,5 +1,6 @@
 """Plan + checkpoint -> artifact folder, built under a temporary name."""
 
+import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ from subspec.artifacts.format.store import (
     write_json,
     write_manifest,
 )
+from subspec.artifacts.format.tensors import keep_uncompressed
 from subspec.artifacts.model import ModelSpec
 from subspec.artifacts.plan import Plan
 from subspec.artifacts.profile import Profile
@@ -32,6 +34,10 @@ from subspec.planner.model.tokenizer_files import TokenizerFiles
 from subspec.planner.report.explain import render_readme, render_report
 
 PRODUCER = f"subspec {version('subspec')}"
+
+# exFAT and some file systems in user space; a file of another user; a file with very many links.
+NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+COPIED_BYTES = 16 << 20  # at a time
 
 Improve = Callable[[Artifact], tuple[Plan, Profile]]
 
@@ -97,22 +103,26 @@ def with_draft_model(
 
 def rebuild(artifact: Artifact, plan: Plan, profile: Profile, out: Path, overwrite: bool) -> None:
     """Write the artifact with another plan to `out`: its own folder, or one beside it. The weights
-    are linked, not copied; run records are kept only in their own folder. Raises
-    SubspecError(USAGE) if `out` is on another disk."""
+    are linked, and copied only where the file system has no links; run records are kept only in
+    their own folder. Raises SubspecError: USAGE if `out` is on another disk, RESOURCES if there is
+    no room for copies."""
     rewritten = {"plan.json", "profile.json", "README.md", "report.html"}
     kept = [entry for entry in artifact.manifest.files if entry.path not in rewritten]
     with no_empty_parents(out), new_folder(out, overwrite) as folder:
-        for entry in kept:
-            target = folder / entry.path
+        for index, entry in enumerate(kept):
+            source, target = artifact.path / entry.path, folder / entry.path
             target.parent.mkdir(exist_ok=True)
             try:
-                os.link(artifact.path / entry.path, target)
+                os.link(source, target)
             except OSError as error:
-                raise SubspecError(
-                    Exit.USAGE,
-                    f"{entry.path} cannot be linked into {out}: {error.strerror}",
-                    f"choose an --out on the disk of {artifact.path}",
-                ) from None
+                if error.errno not in NO_LINKS:
+                    raise SubspecError(
+                        Exit.USAGE,
+                        f"{entry.path} cannot be linked into {out}: {error.strerror}",
+                        f"choose an --out on the disk of {artifact.path}",
+                    ) from None
+                check_room(sum(other.num_bytes for other in kept[index:]), out)
+                copy_weights(source, target)
         write_json(folder, "profile.json", profile)
         here = [run for run in read_runs(artifact.path) if run.machine == profile.machine]
         write_plan(folder, artifact.spec, plan, profile, here)
@@ -125,6 +135,12 @@ def rebuild(artifact: Artifact, plan: Plan, profile: Profile, out: Path, overwri
         open_artifact(folder)
         if out.resolve() == artifact.path.resolve():
             carry_runs(artifact.path, folder)
+
+
+def copy_weights(source: Path, target: Path) -> None:
+    with open(source, "rb") as file, open(target, "wb") as copy:
+        keep_uncompressed(copy.fileno())
+        shutil.copyfileobj(file, copy, COPIED_BYTES)
 
 
 @contextmanager
@@ -156,6 +172,10 @@ def check_space(spec: ModelSpec, draft_model: ModelSpec | None, out: Path) -> No
     needed = int((model_bytes(spec) + substitutes_bytes(spec, "aten")) * 1.02) + (1 << 20)
     if draft_model is not None:
         needed += draft_model_disk_bytes(draft_model)
+    check_room(needed, out)
+
+
+def check_room(needed: int, out: Path) -> None:
     parent = place_of(out)
     free = shutil.disk_usage(parent).free
     if free < needed:

@@ -28,7 +28,7 @@ from subspec.artifacts.format.store import (
     SubstituteEntry,
     part_digest,
 )
-from subspec.artifacts.format.tensors import TensorFile, write_header
+from subspec.artifacts.format.tensors import TensorFile, keep_uncompressed, write_header
 from subspec.artifacts.model import (
     EMBEDDING,
     GROUP_SIZE,
@@ -370,6 +370,7 @@ class HashedFile:
         self.path = path
         self.num_bytes = 0
         self._file = open(path, "wb")
+        keep_uncompressed(self._file.fileno())
         self._hash = hashlib.sha256()
         self._chunks: list[str] = []
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from subspec.artifacts.common.child import run_child
-from subspec.artifacts.common.user_cache import user_cache_dir
+from subspec.artifacts.common.user_cache import cache_problem, user_cache_dir
 from subspec.artifacts.format.codec import dump_json, load_dataclass, parse_json
 from subspec.artifacts.model import ModelSpec
 from subspec.runtime.draft.graph_pieces import (
@@ -36,7 +36,7 @@ def compile_graphs(spec: ModelSpec) -> str | None:
     """Compile what is missing of the model's pieces; returns why that is not possible."""
     folder = user_cache_dir(FOLDER)
     if folder is None:
-        return "there is no private folder for the user's cache"
+        return f"nothing can be kept: {cache_problem(FOLDER)}"
     if all((folder.parent / program(piece)).exists() for piece in pieces_of(spec)):
         return None
     # Quiet, and nothing is left behind: of torch's own cache, or of a child that had to be ended.

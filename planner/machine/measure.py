@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from subspec.artifacts.common.cpu_load import cpu_times, others_share
+from subspec.artifacts.common.cpu_load import cpu_times, others_share, usable_cpus
 from subspec.artifacts.common.host_memory import free_host_bytes
 from subspec.artifacts.common.progress import Progress
 from subspec.artifacts.format.store import part_digest
@@ -66,6 +66,8 @@ def measure(
         target = torch.device("cuda", target.index or 0)
         torch.cuda.set_device(target)
         restrict_cuda_kernels()  # as the engine does
+    # torch counts the CPUs that this process may run on, whatever share of them it is granted.
+    torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))
     free = torch.cuda.mem_get_info(target)[0] if cuda else free_host_bytes()
     with slow_tier(spec, target, folder, effort) as tier, torch.inference_mode():
         progress("measuring", 0.0)

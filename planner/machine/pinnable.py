@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from subspec.artifacts.common.child import run_child
-from subspec.artifacts.common.host_memory import CONTAINER, cgroup_memory, machine_memory
+from subspec.artifacts.common.host_memory import memories
 
 TIME_LIMIT_SECONDS = 60.0
 SMALLEST_PIECE = 256 << 20
@@ -121,8 +121,8 @@ def host_register(device: str) -> Callable[[int, int], bool]:
 
 
 def spare_bytes() -> int:
-    """Bytes that the machine, and the container if this is one, can spare for the next piece."""
-    return min(less_reserve(*both) for both in [machine_memory(), *cgroup_memory(CONTAINER)])
+    """Bytes that the machine and this process's control groups can spare for the next piece."""
+    return min(less_reserve(*both) for both in memories())
 
 
 def less_reserve(total: int, available: int) -> int:

@@ -17,7 +17,9 @@ import torch
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.gpu_memory import held_bytes
+from subspec.artifacts.common.host_memory import host_bytes
 from subspec.artifacts.format.folder import DISK_IS_FULL
+from subspec.artifacts.format.tensors import keep_uncompressed
 from subspec.artifacts.profile import Timing
 from subspec.runtime.kernels.linear import check_capability
 from subspec.runtime.memory import bytes_of
@@ -83,7 +85,7 @@ def pick_device(name: str | None) -> str:
 def fast_memory_bytes(device: str) -> int:
     """All fast memory of the device, in use or not."""
     if device == "cpu":
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return host_bytes()
     total: int = torch.cuda.get_device_properties(torch.device(device)).total_memory
     return total
 
@@ -150,6 +152,7 @@ def unnamed_file(folder: Path, num_bytes: int) -> Iterator[Path]:
     SubspecError: RESOURCES if the disk is full, else USAGE."""
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
+            keep_uncompressed(file.fileno())  # as an artifact's weights are
             random, piece = torch.Generator(), torch.empty(PIECE_BYTES // 8, dtype=torch.int64)
             for first in range(0, num_bytes, PIECE_BYTES):
                 piece.random_(generator=random)

@@ -1,5 +1,6 @@
 """An artifact's folder, before anything slow is imported."""
 
+import shlex
 from pathlib import Path
 from threading import Thread
 
@@ -17,7 +18,7 @@ def open_folder(path: Path) -> Artifact:
     if path.exists() and not is_checkpoint:
         return open_artifact(path)
     what = "is a checkpoint, not an artifact" if is_checkpoint else "does not exist"
-    model = path if is_checkpoint or not path.is_absolute() else "REF"
+    model = shlex.quote(str(path)) if is_checkpoint or not path.is_absolute() else "REF"
     raise SubspecError(
         Exit.USAGE,
         f"{path} {what}",

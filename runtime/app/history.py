@@ -4,6 +4,7 @@ Reads only JSON: no weights, no torch.
 """
 
 import json
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -184,7 +185,7 @@ def hint_of(history: History, path: str) -> str | None:
     for way in history.ways:
         drift = way.tokens_per_second.drift
         if drift is not None and abs(drift) > LARGEST_DRIFT and way.answers >= FEWEST_ANSWERS:
-            return f"subspec-plan --calibrate {path} updates the plan with these runs"
+            return f"subspec-plan --calibrate {shlex.quote(path)} updates the plan with these runs"
     return None
 
 

@@ -9,10 +9,16 @@ from contextlib import contextmanager
 
 import torch
 
-from subspec.artifacts.common.command import say
+from subspec.artifacts.common.command import rewrites_lines, say
 from subspec.artifacts.common.cpu_load import cpu_times, others_share
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.progress import Progress, unseen
+from subspec.artifacts.common.user_cache import (
+    cache_problem,
+    cached_file,
+    held_file,
+    kept_file,
+)
 from subspec.artifacts.format.prebuilt import install_prebuilt
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.native import cpp
@@ -77,8 +83,16 @@ def open_engine(
         graphs=not options.no_graphs,
     )  # fmt: skip
     started = cpu_times()
+    programs = map(cpp.program, kernel_sources(artifact.spec, artifact.plan))
+    absent = [program for program in programs if kept_file(program) is None]
     with short_of_memory_told():
         engine = Engine.open(artifact, how, progress)
+    if any(held_file(program) and not cached_file(program) for program in absent):
+        why = cache_problem(cpp.FOLDER) or "writing there failed: its disk may be full"
+        say(
+            "note: the C++ kernels are compiled at every start, as the user's cache keeps nothing: "
+            f"{why}; set XDG_CACHE_HOME to a folder of yours"
+        )
     here, planned = machine_name(engine.device), artifact.plan.machine
     if here != planned:
         say(
@@ -133,7 +147,7 @@ def progress_line() -> Progress:
 
     def show(stage: str, share: float) -> None:
         nonlocal spoken
-        if sys.stderr.isatty():
+        if rewrites_lines():
             sys.stderr.write(f"\r\033[K{stage} {share:4.0%}" if share < 1 else "\r\033[K")
             sys.stderr.flush()
         elif time.monotonic() - spoken > SECONDS_BETWEEN_LINES:

@@ -5,7 +5,6 @@ that plans holds a lock on the entry. Nothing here removes an artifact: planning
 and people may delete what they like.
 """
 
-import fcntl
 import hashlib
 import os
 import re
@@ -21,9 +20,9 @@ from typing import IO, Literal
 from subspec.artifacts.common.command import say
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.sizes import format_size, short_size
-from subspec.artifacts.common.user_cache import user_cache_dir
+from subspec.artifacts.common.user_cache import cache_problem, kept_folder, user_cache_dir
 from subspec.artifacts.format.codec import dump_json, load_dataclass, parse_json
-from subspec.artifacts.format.folder import MANIFEST
+from subspec.artifacts.format.folder import MANIFEST, lock_file
 from subspec.artifacts.format.store import LARGEST_JSON, open_artifact
 from subspec.artifacts.format.tensors import open_regular
 from subspec.artifacts.model import Source
@@ -86,18 +85,18 @@ def planned_model(request: ModelRequest, tell: Tell = say) -> Path:
 
     Raises SubspecError: the planner's own, or RESOURCES if there is no cache.
     """
+    folder, wanted = kept_folder("artifacts"), entry_of(request)
+    if folder is not None and is_current(folder / artifact_name(wanted.request), wanted):
+        return folder / artifact_name(wanted.request)
     folder = user_cache_dir("artifacts")
     if folder is None:
         raise SubspecError(
             Exit.RESOURCES,
-            "the user's cache cannot be written, where a planned model is kept",
+            f"a planned model cannot be kept in the user's cache: {cache_problem('artifacts')}",
             "set XDG_CACHE_HOME, or plan into a folder of your choice: "
             f"subspec-plan --model {shlex.quote(request.model)} --vram SIZE --out DIR",
         )
-    wanted = entry_of(request)
     path = folder / artifact_name(wanted.request)
-    if is_current(path, wanted):
-        return path
     with locked(entry_path(path), tell) as entry:
         if not is_current(path, wanted):  # another process may have planned it meanwhile
             plan_into(path, wanted, entry, tell)
@@ -214,10 +213,10 @@ def lock_of(entry: Path, tell: Tell) -> IO[str]:
     while True:
         file = open(entry, "a+", encoding="utf-8")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(file, waiting=False)
         except BlockingIOError:
             tell("another process is planning this model: waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
+            lock_file(file, waiting=True)
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), entry.stat()):
                 return file

@@ -21,7 +21,7 @@ from subspec.artifacts.common.errors import SubspecError
 from subspec.artifacts.common.host_memory import free_host_bytes
 from subspec.artifacts.common.progress import Progress, unseen
 from subspec.artifacts.common.sizes import format_size
-from subspec.artifacts.common.user_cache import user_cache_dir
+from subspec.artifacts.common.user_cache import kept_folder, user_cache_dir
 from subspec.artifacts.format.checks import check_plan
 from subspec.artifacts.format.codec import dump_json, load_dataclass, parse_json
 from subspec.artifacts.format.folder import MANIFEST
@@ -170,7 +170,7 @@ def solve_again(
     artifact: Artifact, found: Mismatch, link_bandwidth: int | None, progress: Progress
 ) -> Plan:
     """The plan for `found`: from the cache, else from the planner. Raises SubspecError."""
-    folder = user_cache_dir("plans")
+    folder = user_cache_dir("plans") or kept_folder("plans")  # what is there serves read-only too
     entry = folder / entry_name(artifact, found, link_bandwidth) if folder else None
     plan = read_entry(entry, artifact, found) if entry else None
     if plan is None:

@@ -11,10 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from subspec.artifacts.common.user_cache import user_cache_dir
+from subspec.artifacts.common.user_cache import kept_file
 from subspec.artifacts.model import Attention, DeltaNet, Dense, ModelSpec, layer_name
 from subspec.runtime.draft.graph_pieces import (
-    FOLDER,
     Piece,
     Place,
     join_piece,
@@ -72,12 +71,12 @@ def serves(spec: ModelSpec) -> bool:
 def load_graphs(weights: SharedWeights, substitutes: Substitutes) -> CompiledGraphs | None:
     """From the user's cache. None: the plain twin has to run, because a piece is not there for this
     model, processor and torch, or cannot be loaded."""
-    folder, loaded = user_cache_dir(FOLDER), dict[Piece, Graph]()
-    if folder is None or not serves(weights.spec):
+    loaded = dict[Piece, Graph]()
+    if not serves(weights.spec):
         return None
     for piece in pieces_of(weights.spec):
-        path = folder.parent / program(piece)
-        graph = load_graph(path) if path.exists() else None
+        path = kept_file(program(piece))
+        graph = load_graph(path) if path is not None else None
         if graph is None:
             return None
         loaded[piece] = graph

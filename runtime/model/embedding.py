@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.common.errors import Exit, SubspecError, not_read
 from subspec.artifacts.format.tensors import StoredTensor
 from subspec.runtime.memory import bytes_of, pinned_buffer, unpin
 
@@ -36,7 +36,11 @@ class FileRows:
         view = bytes_of(rows.view(torch.uint8).view(-1))
         for index, token in enumerate(tokens.tolist()):
             piece = view[index * size : (index + 1) * size]
-            if os.preadv(self._descriptor, [piece], self._offset + token * size) != size:
+            try:
+                count = os.preadv(self._descriptor, [piece], self._offset + token * size)
+            except OSError as error:
+                raise not_read(self._path.name, error) from None
+            if count != size:
                 raise SubspecError(
                     Exit.CORRUPT,
                     f"{self._path.name} ends within the embedding row of token {token}",

@@ -17,7 +17,7 @@ from subspec.runtime.server.admission import Admission
 from subspec.runtime.server.app import make_app
 from subspec.runtime.server.chat_events import Chat, CountTokens
 from subspec.runtime.server.generation import Generator, ServedEngine, Status
-from subspec.runtime.server.guards import OPEN_PATHS, GuardSettings, is_loopback
+from subspec.runtime.server.guards import OPEN_PATHS, GuardSettings, is_loopback, without_brackets
 from subspec.runtime.server.journal import NAME, LogFormat, request_log, start_log
 from subspec.runtime.server.metrics import Metrics
 from subspec.runtime.server.model_info import ModelInfo
@@ -72,7 +72,7 @@ def guard_settings(settings: Settings) -> GuardSettings:
     """On loopback and without a key only the names of this machine are served: a web page cannot
     have itself called one of these. With a key it does not matter what a page is called."""
     checked = is_loopback(settings.host) and not settings.keys
-    hosts = (*LOCAL_NAMES, settings.host) if checked else ()
+    hosts = (*LOCAL_NAMES, without_brackets(settings.host)) if checked else ()
     return GuardSettings(settings.keys, hosts, (*OPEN_PATHS, *sorted(chat_page.PATHS)))
 
 

@@ -105,11 +105,16 @@ def host_of(header: str) -> str:
     return header.partition(":")[0].lower()
 
 
+def without_brackets(host: str) -> str:
+    """An IPv6 address may be given as it stands in a URL: [::1]."""
+    return host[1:-1] if host.startswith("[") and host.endswith("]") else host
+
+
 def is_loopback(host: str) -> bool:
     if host == "localhost":
         return True
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return ipaddress.ip_address(without_brackets(host)).is_loopback
     except ValueError:
         return False
 

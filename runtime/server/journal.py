@@ -8,7 +8,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Literal
 
-from subspec.artifacts.common.command import printable
+from subspec.artifacts.common.command import printable, rewrites_lines
 
 LogFormat = Literal["text", "json"]
 LONGEST_PATH = 200  # characters
@@ -42,7 +42,7 @@ class LineFormatter(logging.Formatter):
             return json.dumps(found | ({"traceback": trace} if trace else {}))
         said = SENTENCES[record.msg].format(**fields) if record.msg in SENTENCES else message
         line = printable(f"{when:%Y-%m-%dT%H:%M:%SZ} {said}")
-        if sys.stderr.isatty():  # the line may have begun with progress, or with the ^C of a key
+        if rewrites_lines():  # the line may have begun with progress, or with the ^C of a key
             line = f"\r\033[K{line}"
         return f"{line}\n{trace}" if trace else line
 

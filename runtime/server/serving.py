@@ -5,6 +5,7 @@ import ctypes
 import gc
 import logging
 import os
+import resource
 import signal
 import socket
 import time
@@ -22,9 +23,12 @@ from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.signals import take
 from subspec.runtime.server.admission import Admission, engine_failed, shutting_down
 from subspec.runtime.server.generation import Status
+from subspec.runtime.server.guards import without_brackets
 from subspec.runtime.server.journal import NAME
 
 MOST_CONNECTIONS = 512  # with more, those that send no request are closed at once
+MOST_FILES = 4096  # asked for at the start, if the hard limit allows: a burst must not take all
+OTHER_FILES = 64  # that are no connections: of the engine, of requests that open some
 IDLE_SECONDS = 15.0  # of a connection that has sent no whole request
 STALLED_SECONDS = 60.0  # of a client that reads nothing of what it asked for
 FINISH_SECONDS = 1  # for the last bytes of responses, once their answers have ended
@@ -62,10 +66,16 @@ def server_of(app: ASGIApp) -> Server:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0: a free one. Raises SubspecError(RESOURCES)."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    """A listening socket; port 0: a free one. On a name with addresses of both kinds it listens
+    with IPv4, on :: with both. Raises SubspecError(RESOURCES)."""
+    address = without_brackets(host)
     try:
-        listening = socket.create_server((host, port), family=family, backlog=1024)
+        listening = socket.create_server(
+            (address, port),
+            family=family_of(address),
+            backlog=1024,
+            dualstack_ipv6=address == "::" and socket.has_dualstack_ipv6(),
+        )
     except (OSError, OverflowError) as error:
         reason = str(error.strerror if isinstance(error, OSError) else error)
         raise SubspecError(
@@ -78,6 +88,13 @@ def listen(host: str, port: int) -> socket.socket:
     # last one, which takes it 40 ms.
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listening
+
+
+def family_of(host: str) -> socket.AddressFamily:
+    """Raises OSError for a name without an address."""
+    found = socket.getaddrinfo(host or None, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    families = {family for family, *_ in found}
+    return socket.AF_INET if socket.AF_INET in families else socket.AF_INET6
 
 
 def address_of(listening: socket.socket) -> str:
@@ -211,11 +228,23 @@ def keep_what_is_loaded() -> None:
     gc.freeze()
 
 
+def most_connections() -> int:
+    """Connections at once: MOST_CONNECTIONS, or as many as the limit of open files leaves, which is
+    raised first as far as this process may (systemd and shells set it low for select's sake)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = resource.RLIM_INFINITY
+    if unlimited != soft < MOST_FILES:
+        soft = max(soft, MOST_FILES if hard == unlimited else min(MOST_FILES, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    left = MOST_CONNECTIONS if soft == unlimited else soft - OTHER_FILES
+    return max(1, min(MOST_CONNECTIONS, left))
+
+
 async def close_idle(server: uvicorn.Server) -> None:
     """Closes connections on which no request is being answered, IDLE_SECONDS after the first look
     that found them so, or at once if there are too many: uvicorn waits for a request's head for
     ever. Also those whose client has read nothing for STALLED_SECONDS."""
-    since: dict[H11Protocol, float] = {}
+    most, since = most_connections(), dict[H11Protocol, float]()
     stalled: dict[H11Protocol, tuple[int, float]] = {}  # bytes that wait to be read, since when
     while True:
         await asyncio.sleep(min(IDLE_SECONDS / 5, SWEEP_SECONDS))
@@ -223,7 +252,7 @@ async def close_idle(server: uvicorn.Server) -> None:
         connections = [o for o in server.server_state.connections if isinstance(o, H11Protocol)]
         idle = [one for one in connections if waits(one)]
         since = {one: since.get(one, now) for one in idle}
-        num_over = len(connections) - MOST_CONNECTIONS
+        num_over = len(connections) - most
         for number, connection in enumerate(sorted(idle, key=since.__getitem__)):
             if number < num_over or now - since[connection] >= IDLE_SECONDS:
                 connection.transport.close()

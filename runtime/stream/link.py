@@ -4,6 +4,9 @@ A link fills staging slots. It orders copies and compute: `wait` makes compute w
 into the slot, `release` makes the next copy into the slot wait for that compute.
 """
 
+import errno
+import fcntl
+import functools
 import os
 import queue
 import threading
@@ -14,12 +17,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.common.command import say
+from subspec.artifacts.common.errors import Exit, SubspecError, not_read
 from subspec.runtime.clock import Record, unrecorded
 from subspec.runtime.memory import bytes_of, check_host_memory, pinned_buffer, unpin
 
 READ_BYTES = 64 << 20
 OVERSLEPT_SECONDS = 0.002
+CLOSING_SECONDS = 10.0  # to wait for a read; a disk or a server that has gone may never answer
 
 
 class Link(Protocol):
@@ -44,26 +49,30 @@ class Link(Protocol):
 
 class DirectFile:
     """A file that is read with direct I/O if the file system supports it, so that the page cache
-    takes no memory of the budget."""
+    takes no memory of the budget; a note says where it does not."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        flags = os.O_RDONLY | os.O_CLOEXEC
         try:
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
-        except OSError:  # a file system without direct I/O
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._descriptor = os.open(path, flags | os.O_DIRECT)
+        except OSError as error:
+            self._descriptor = os.open(path, flags)
+            tell_of_cached_reads(error.strerror)
 
     def read_into(self, target: Tensor, offset: int) -> None:
         """Fill target uint8 [bytes], page-aligned and a multiple of PAGE_BYTES long. Raises
-        SubspecError(CORRUPT)."""
+        SubspecError: CORRUPT if the file is too short, RESOURCES if the disk fails; OSError if the
+        system is short of something."""
         view, done = bytes_of(target), 0
         while done < len(view):
             try:
                 count = os.preadv(self._descriptor, [view[done : done + READ_BYTES]], offset + done)
             except OSError as error:
-                raise SubspecError(
-                    Exit.CORRUPT, f"{self._path.name}: reading failed: {error.strerror}"
-                ) from None
+                if error.errno == errno.EINVAL and self._stop_direct_reads():
+                    tell_of_cached_reads(error.strerror)
+                    continue
+                raise not_read(self._path.name, error) from None
             if count <= 0:
                 raise SubspecError(
                     Exit.CORRUPT,
@@ -75,6 +84,21 @@ class DirectFile:
 
     def close(self) -> None:
         os.close(self._descriptor)
+
+    def _stop_direct_reads(self) -> bool:
+        """Read through the page cache from now on; False if it is so already. Some file systems
+        refuse direct reads only once one is tried, or want larger blocks than pages."""
+        flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
+        fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+        return bool(flags & os.O_DIRECT)
+
+
+@functools.cache  # once is enough
+def tell_of_cached_reads(reason: str) -> None:
+    say(
+        f"note: the file system refuses direct reads ({reason}), so weights pass through the page "
+        "cache, whose memory no budget covers and whose speed a plan cannot rely on"
+    )
 
 
 class DiskLink:
@@ -137,8 +161,9 @@ class DiskLink:
     def close(self) -> None:
         self._closing.set()
         self._requests.put(None)
-        self._thread.join()
-        self._file.close()
+        self._thread.join(CLOSING_SECONDS)
+        if not self._thread.is_alive():  # else it keeps file and slots, and ends with the process
+            self._file.close()
 
     def _read_all(self) -> None:
         due = 0.0

@@ -105,20 +105,6 @@ def test_a_process_that_takes_more_than_its_limit_is_killed_and_counted(
     assert not group.folder.exists()
 
 
-def test_in_version_2_a_group_is_made_beside_this_process_or_above_it(
-    limits: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(limits, "VERSION_1", tmp_path / "memory")
-    own = tmp_path / "own"
-    own.write_text("1:cpu:/elsewhere\n0::/user.slice/app.scope\n", "utf-8")
-    monkeypatch.setattr(limits, "OWN_GROUPS", own)
-    root = limits.CGROUPS
-    expected = [root / "user.slice" / "app.scope", root / "user.slice", root]
-    assert limits.parents() == expected
-    own.write_text("0::/\n", "utf-8")
-    assert limits.parents() == [root]
-
-
 @pytest.mark.parametrize("version", [1, 2])
 def test_a_limit_counts_swap_too(limits: ModuleType, tmp_path: Path, version: int) -> None:
     assert not limits.set_limit(tmp_path, 1000)  # memory is not bounded there

@@ -12,11 +12,14 @@ from heads import eagle_checkpoints
 from toys import make_curve, make_profile, make_spec
 
 from subspec.artifacts.acceptance import Acceptance
+from subspec.artifacts.common import host_memory
 from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.common.progress import unseen
 from subspec.artifacts.format.store import open_artifact, verify
 from subspec.artifacts.plan import Constraints, HeadDraft, Plan, Tree
 from subspec.artifacts.profile import Profile
 from subspec.planner import planning
+from subspec.planner.machine import measure
 from subspec.planner.machine.measure import machine_name
 from subspec.planner.machine.timing import fast_memory_bytes
 from subspec.planner.model.hub import DEMO, resolve
@@ -159,6 +162,29 @@ def test_no_plan_is_for_more_memory_than_this_machine_has() -> None:
     assert len(said) == 1 and "is more than this machine's" in said[0]
     elsewhere = replace(here, known_profile=PROFILE)
     assert within_memory(elsewhere, said.append) == elsewhere and len(said) == 1
+
+
+def test_a_budget_is_at_most_what_a_control_group_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_memory, "memories", lambda: [(1 << 36, 1 << 35), (1 << 32, 1 << 31)])
+    here = replace(REQUEST, budget_bytes=1 << 33, known_profile=None, device="cpu")
+    assert within_memory(here, lambda said: None).budget_bytes == 1 << 32
+
+
+def test_a_plan_whose_threads_omp_num_threads_bounds_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "usable_cpus", lambda: 8)
+    monkeypatch.setattr(measure, "measure", lambda *_, **__: PROFILE)
+    said = list[str]()
+    for value in (None, "2"):
+        if value:
+            monkeypatch.setenv("OMP_NUM_THREADS", value)
+        else:
+            monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        here = replace(REQUEST, budget_bytes=1 << 20, known_profile=None, device="cpu")
+        planning.measure_here(here, make_spec(), tmp_path, unseen, said.append)
+        assert len(said) == (1 if value else 0)
+    assert "OMP_NUM_THREADS bounds the plan's CPU threads: 2 on 8 CPUs" in said[0]
 
 
 def test_what_a_rehearsal_found_of_who_drafts_stays_where_nothing_else_is_asked_for(

@@ -1,6 +1,7 @@
 """An engine: its memory is the ledger's, an open that fails leaves nothing, its sequences share."""
 
 import os
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from builders import build_artifact, converted, demo_checkpoint, random_checkpoi
 from families import FAMILIES
 from running import answer, generated
 
+from subspec.artifacts.common import cpu_load
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.plan import DrafterName, Int4Kernel, Ledger, Method
@@ -330,6 +332,29 @@ def test_the_name_of_a_machine_counts_the_cpus_that_the_process_may_use() -> Non
         assert ", 1 cpus; torch " in machine_name(torch.device("cpu"))
     finally:
         os.sched_setaffinity(0, usable)
+
+
+def test_the_name_of_a_machine_counts_the_cpus_that_a_quota_grants(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
+    monkeypatch.setattr(cpu_load, "own_groups", lambda controller: [Path("a group")])
+    monkeypatch.setattr(cpu_load, "cpu_quota", lambda folder: 2.5)
+    assert ", 3 cpus; torch " in machine_name(torch.device("cpu"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process has no set of its own")
+@pytest.mark.parametrize(
+    "binding",
+    [{"OMP_PROC_BIND": "true"}, {"OMP_PLACES": "cores"}, {"GOMP_CPU_AFFINITY": "0"}],
+    ids=str,
+)
+def test_bindings_of_openmp_threads_do_not_take_cpus_away(binding: dict[str, str]) -> None:
+    code = (
+        "import os; before = os.sched_getaffinity(0); from subspec.artifacts.native import cpp; "
+        "assert os.sched_getaffinity(0) == before, os.sched_getaffinity(0)"
+    )
+    subprocess.run([sys.executable, "-c", code], env=os.environ | binding, check=True)
 
 
 def test_two_engines_of_one_process_do_not_disturb_each_other(artifact: Artifact) -> None:

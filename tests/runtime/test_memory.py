@@ -1,5 +1,6 @@
 """Fast memory: arenas of the ledger's sizes, and temporaries that stay within its workspace."""
 
+import errno
 import mmap
 from collections.abc import Iterator
 from dataclasses import replace
@@ -27,7 +28,7 @@ from subspec.runtime.decode import logprobs
 from subspec.runtime.draft.beam import root_only
 from subspec.runtime.exact_pass import causal_rows, whole_tree
 from subspec.runtime.kernels.linear import calls_of
-from subspec.runtime.memory import Arena, FastMemory, Temporaries
+from subspec.runtime.memory import HUGE_PAGE_BYTES, Arena, FastMemory, Temporaries, host_buffer
 from subspec.runtime.model.attention import attend_batch_invariant
 from subspec.runtime.model.sampling import Chooser, Sampling
 from subspec.runtime.model.transformer import HeadRows, forward
@@ -36,6 +37,16 @@ CPU = torch.device("cpu")
 
 
 # ---- arenas -------------------------------------------------------------------------------------
+
+
+def test_a_kernel_without_huge_pages_has_the_same_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refusing(mmap.mmap):
+        def madvise(self, option: int, *_: int) -> None:
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(mmap, "mmap", Refusing)
+    found = host_buffer(8 * HUGE_PAGE_BYTES)
+    assert len(found) == 8 * HUGE_PAGE_BYTES and not found.any()
 
 
 def test_tensors_are_carved_from_their_purposes_arena_in_order() -> None:

@@ -308,6 +308,17 @@ def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(
     assert capsys.readouterr().err == "loading  50%\n"
 
 
+@pytest.mark.parametrize(("kind", "said"), [("dumb", "loading  50%\n"), ("xterm", "\r\033[K")])
+def test_progress_writes_over_its_line_only_where_a_terminal_can(
+    kind: str, said: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", kind)
+    monkeypatch.setattr(opening, "SECONDS_BETWEEN_LINES", 0.0)
+    opening.progress_line()("loading", 0.5)
+    assert capsys.readouterr().err.startswith(said)
+
+
 # In a child, as it is started
 
 

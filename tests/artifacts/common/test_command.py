@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,25 @@ def test_ctrl_c_pressed_again_while_leaving_prints_no_traceback() -> None:
     assert child.returncode == Exit.INTERRUPTED
 
 
+@pytest.mark.parametrize(("patience", "printed"), [(60, b"closed\n"), (0.1, b"")])
+def test_a_second_signal_ends_a_command_whose_closing_hangs_but_not_at_once(
+    patience: float, printed: bytes
+) -> None:
+    act = (
+        f"\n    from subspec.artifacts.common import signals; signals.PATIENCE_SECONDS = {patience}"
+        "\n    try: print('open', flush=True); time.sleep(60)"
+        "\n    finally: print('closing', flush=True); time.sleep(1.5); print('closed', flush=True)"
+    )
+    with start(act) as child:
+        assert child.stdout is not None and child.stdout.readline() == b"open\n"
+        child.send_signal(signal.SIGTERM)
+        assert child.stdout.readline() == b"closing\n"
+        time.sleep(0.3)
+        child.send_signal(signal.SIGINT)
+        assert child.stdout.read() == printed
+    assert child.returncode == Exit.TERMINATED
+
+
 def test_printable_text_keeps_all_but_what_steers_a_terminal() -> None:
     clipboard = "\x1b]52;c;ZXZpbA==\x07"
     assert printable(f"a\tb\n{clipboard}\x9b2J\x7f\r é 你 🙂") == "a\tb\n]52;c;ZXZpbA==2J é 你 🙂"
@@ -281,6 +301,7 @@ def test_whatever_stdout_cannot_take_is_one_sentence(words: tuple[str, ...]) -> 
     [
         ('RuntimeError("can\'t start new thread")', b"can't start new thread"),
         ("OSError(24, 'Too many open files')", b"Too many open files"),
+        ("OSError(5, 'Input/output error', 'a')", b"reading or writing failed: [Errno 5]"),
         ("ImportError('x.so: failed to map segment from shared object')", b"failed to map segment"),
         ("BlockingIOError(11, 'Resource temporarily unavailable')", b"temporarily unavailable"),
         ("MemoryError()", b"out of memory"),
@@ -292,4 +313,4 @@ def test_what_the_system_has_no_more_of_is_a_sentence(error: str, said: bytes) -
         first, _, hint = child.stderr.read().partition(b"\n\nhint: ")
     assert child.returncode == Exit.RESOURCES
     assert first.startswith(b"error: ") and said in first and b"\n" not in first
-    assert hint.startswith(b"close other programs")
+    assert hint.startswith((b"close other programs", b"check the disk"))

@@ -11,7 +11,13 @@ from pathlib import Path
 import pytest
 
 from subspec.artifacts.common import cpu_load
-from subspec.artifacts.common.cpu_load import CpuTimes, busy_ticks, cpu_times, others_share
+from subspec.artifacts.common.cpu_load import (
+    CpuTimes,
+    busy_ticks,
+    cpu_times,
+    others_share,
+    usable_cpus,
+)
 
 STAT = """cpu  61 8 15 849 27 3 2 37 9 0
 cpu0 15 1 6 400 1 1 1 19 4 0
@@ -58,6 +64,30 @@ def test_what_the_system_does_not_tell_counts_as_no_load(monkeypatch: pytest.Mon
     moment = CpuTimes(5.0, 100.0, 3.0, 2)
     assert others_share(moment, moment) == 0
     assert others_share(moment, CpuTimes(6.0, 0.0, 3.0, 1)) == 0, "CPUs were taken away"
+
+
+@pytest.mark.parametrize(
+    ("files", "usable"),
+    [
+        ({}, 8),
+        ({"cpu.max": "max 100000"}, 8),
+        ({"cpu.max": "200000 100000"}, 2),
+        ({"cpu.max": "150000 100000"}, 2),
+        ({"cpu.max": "10000 100000"}, 1),
+        ({"cpu.max": "1600000 100000"}, 8),
+        ({"cpu.cfs_quota_us": "-1", "cpu.cfs_period_us": "100000"}, 8),
+        ({"cpu.cfs_quota_us": "250000", "cpu.cfs_period_us": "100000"}, 3),
+    ],
+    ids=str,
+)
+def test_a_quota_of_cpu_time_is_rounded_up_to_whole_cpus(
+    files: dict[str, str], usable: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(f"{text}\n")
+    monkeypatch.setattr(cpu_load, "own_groups", lambda controller: [tmp_path / "own", tmp_path])
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
+    assert usable_cpus() == usable
 
 
 @contextmanager

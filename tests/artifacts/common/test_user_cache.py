@@ -1,3 +1,4 @@
+import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -5,13 +6,27 @@ from pathlib import Path
 
 import pytest
 
-from subspec.artifacts.common.user_cache import user_cache_dir
+from subspec.artifacts.common import user_cache
+from subspec.artifacts.common.user_cache import (
+    cache_problem,
+    cached_file,
+    keep_file,
+    kept_file,
+    kept_folder,
+    user_cache_dir,
+)
 
 
 @pytest.fixture(autouse=True)
 def ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "subspec"
+
+
+@pytest.fixture(autouse=True)
+def nothing_held() -> Iterator[None]:
+    yield
+    user_cache._held.cache_clear()
 
 
 @pytest.fixture
@@ -31,8 +46,47 @@ def test_a_folder_is_the_users_own(ours: Path, open_umask: None) -> None:
 @pytest.mark.parametrize("open_one", ["", "kernels"])
 def test_a_folder_that_others_may_write_to_is_not_used(ours: Path, open_one: str) -> None:
     assert user_cache_dir("kernels") is not None
-    (ours / open_one).chmod(0o777)
+    (ours / open_one).chmod(0o775)
+    assert user_cache_dir("kernels") is None and kept_folder("kernels") is None
+    problem = cache_problem("kernels")
+    assert problem is not None and problem.endswith("can be written by others (mode 775)")
+
+
+def test_a_folder_of_another_user_is_not_used(ours: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert user_cache_dir("kernels") is not None
+    owner = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: owner + 1)
+    assert user_cache_dir("kernels") is None and kept_folder("kernels") is None
+    assert cache_problem("kernels") == (
+        f"{ours} belongs to another user (id {owner}, expected {owner + 1})"
+    )
+
+
+def test_what_a_cache_holds_is_read_where_nothing_can_be_written(
+    ours: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert keep_file("kernels/a.so", b"a")
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, how: not how & os.W_OK and access(path, how))
     assert user_cache_dir("kernels") is None
+    assert cache_problem("kernels") == f"{ours / 'kernels'} is not writable"
+    assert kept_file("kernels/a.so") == ours / "kernels" / "a.so"
+
+
+def test_what_cannot_be_kept_is_held_in_memory(ours: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(target: Path, write: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(user_cache, "put", full)
+        assert not keep_file("kernels/a.so", b"first")
+    monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)
+    for content in (b"first", b"second"):
+        held = kept_file("kernels/a.so")
+        assert held is not None and held.read_bytes() == content
+        assert cached_file("kernels/a.so") is None
+        assert not keep_file("kernels/a.so", b"second")
+    assert not keep_file("kernels/b.so", b"b") and kept_file("kernels/c.so") is None
 
 
 def test_without_a_place_for_a_cache_there_is_none(

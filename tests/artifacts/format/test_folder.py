@@ -1,6 +1,8 @@
 import errno
+import fcntl
 import os
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +45,36 @@ def test_the_folder_takes_its_name_at_the_end_and_nothing_else_stays(tmp_path: P
         assert not target.exists() and folder.parent == target.parent
     assert text_of(target) == "new"
     assert names(target.parent) == ["artifact"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_takes_a_folder_and_a_note_says_so(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(file: object, how: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    build(tmp_path / "artifact", "new")
+    assert text_of(tmp_path / "artifact") == "new"
+    assert capsys.readouterr().err.count("two plannings at once are not kept apart") == 1
+
+
+def test_only_a_folder_need_not_be_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sync, refused = os.fsync, stat.S_ISDIR
+
+    def refusing(descriptor: int) -> None:
+        if refused(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refusing)
+    build(tmp_path / "artifact", "new")
+    assert text_of(tmp_path / "artifact") == "new"
+    refused = stat.S_ISREG
+    with pytest.raises(OSError, match="Invalid argument"):
+        build(tmp_path / "other", "new")
+    assert names(tmp_path) == ["artifact"]
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])

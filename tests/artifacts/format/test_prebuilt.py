@@ -9,6 +9,7 @@ import pytest
 from builders import build_artifact
 from running import QUESTION, run
 
+from subspec.artifacts.common import user_cache
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format.prebuilt import find_prebuilt, install_prebuilt, pack_prebuilt
 from subspec.artifacts.format.store import Artifact, open_artifact, verify, write_manifest
@@ -55,6 +56,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     cpp.library.cache_clear()
     yield tmp_path / "cache" / "subspec" / "kernels"
     cpp.library.cache_clear()
+    user_cache._held.cache_clear()
 
 
 def test_what_was_built_is_listed_with_its_digest(artifact: Artifact) -> None:
@@ -103,11 +105,43 @@ def test_kernels_of_other_sources_flags_or_processors_are_not_brought(
     assert find_prebuilt(artifact, cpp.program(residual_cpu.SOURCE)) is None
 
 
-def test_where_nothing_can_be_kept_nothing_is_adopted(
-    artifact: Artifact, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+def test_where_nothing_can_be_kept_this_process_alone_loads_what_is_trusted(
+    artifact: Artifact,
+    elsewhere: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """A home that is not writable, and no compiler."""
     monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)
-    assert install_prebuilt(artifact, programs()) == programs()
+    words = (artifact.path, QUESTION, "--max-tokens", 2, "--no-replan", "--no-record")
+    trusted = run(capsys, *words, "--trust-kernels")
+    assert trusted.exit_code == 0
+    assert "kernels" not in trusted.err and "compiler" not in trusted.err
+    assert residual_cpu.unavailable() is None
+
+
+def test_where_nothing_can_be_kept_a_note_says_that_kernels_are_compiled_at_every_start(
+    artifact: Artifact,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    built = {source.name: tmp_path / f"{source.stem}.so" for source in SOURCES}
+    for source in SOURCES:
+        shutil.copy(artifact.path / cpp.program(source), built[source.name])
+
+    def copied(command: list[str], stopped: object) -> None:
+        shutil.copy(built[Path(command[-3]).name], command[-1])
+
+    monkeypatch.setattr(cpp, "_run", copied)
+    monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)
+    cpp.library.cache_clear()
+    words = (artifact.path, QUESTION, "--max-tokens", 2, "--no-replan", "--no-record")
+    said = run(capsys, *words).err
+    cpp.library.cache_clear()
+    user_cache._held.cache_clear()
+    assert said.count("note: the C++ kernels are compiled at every start") == 1
+    assert f"{os.devnull}/subspec cannot be made: Not a directory" in said
 
 
 def test_a_person_without_a_compiler_is_told_of_them_and_may_trust_them(
@@ -120,7 +154,7 @@ def test_a_person_without_a_compiler_is_told_of_them_and_may_trust_them(
     assert ended.exit_code == 0
     assert "there is no C++ compiler" in ended.err
     assert "(--trust-kernels would load the artifact's own)" in ended.err
-    assert not [*elsewhere.iterdir()], "nothing of it is kept unasked"
+    assert not elsewhere.exists(), "nothing of it is kept unasked"
     cpp.library.cache_clear()
     trusted = run(capsys, *words, "--trust-kernels")
     assert trusted.exit_code == 0 and "compiler" not in trusted.err

@@ -1,3 +1,5 @@
+import errno
+import fcntl
 import io
 import json
 import os
@@ -12,6 +14,7 @@ import torch
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format.tensors import (
     StoredTensor,
+    keep_uncompressed,
     open_regular,
     read_ahead,
     read_header,
@@ -46,6 +49,26 @@ def test_a_header_is_written_as_these_bytes_and_ends_on_a_page() -> None:
     )
     assert offset == PAGE_BYTES
     assert file.getvalue() == struct.pack("<Q", 4088) + text.ljust(4088)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_file_keeps_its_flags_and_is_not_compressed_where_the_file_system_can(
+    known: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bytes of the calls are those of linux/fs.h."""
+    calls = []
+
+    def ioctl(descriptor: int, request: int, argument: bytes) -> bytes:
+        calls.append((request, argument))
+        if not known:
+            raise OSError(errno.ENOTTY, "Inappropriate ioctl for device")
+        return b"\x50\0\0\0\0\0\0\0"
+
+    monkeypatch.setattr(fcntl, "ioctl", ioctl)
+    with (tmp_path / "file").open("wb") as file:
+        keep_uncompressed(file.fileno())
+    get, put = (0x80086601, bytes(8)), (0x40086602, b"\x50\x04\0\0\0\0\0\0")
+    assert calls == ([get, put] if known else [get])
 
 
 def test_the_safetensors_library_reads_what_we_write(tmp_path: Path) -> None:

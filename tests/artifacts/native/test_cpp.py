@@ -1,5 +1,6 @@
 """C++ sources become libraries: once, in private, and with a sentence where that fails."""
 
+import ctypes
 import os
 import shutil
 import stat
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from subspec.artifacts.common import user_cache
 from subspec.artifacts.common.user_cache import user_cache_dir
 from subspec.artifacts.native import cpp, residual_cpu
 
@@ -18,9 +20,11 @@ from subspec.artifacts.native import cpp, residual_cpu
 def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty cache, and nothing loaded; afterwards as if nothing had been."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    user_cache._held.cache_clear()
     cpp.library.cache_clear()
     yield tmp_path
     cpp.library.cache_clear()
+    user_cache._held.cache_clear()
 
 
 def fake_compiler(folder: Path, script: str) -> str:
@@ -55,7 +59,18 @@ def test_what_the_compiler_complains_about_is_passed_on(
     monkeypatch.setenv("CXX", fake_compiler(fresh, script))
     reason = residual_cpu.unavailable()
     assert reason is not None and "a.cpp:1: error: no such luck" in reason
-    assert [path.name for path in (fresh / "cache" / "subspec" / "kernels").iterdir()] == []
+    assert not (fresh / "cache").exists()
+
+
+def test_a_linkers_reason_goes_before_the_compilers_word_that_it_failed(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = (
+        "ld: final link failed: No space left on device\ncollect2: error: ld returned 1 exit status"
+    )
+    monkeypatch.setenv("CXX", fake_compiler(fresh, f"echo '{said}' >&2; exit 1"))
+    reason = residual_cpu.unavailable()
+    assert reason == "compiler failed: ld: final link failed: No space left on device"
 
 
 def test_what_cannot_be_loaded_is_reported(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,6 +171,38 @@ def test_a_cache_that_others_may_write_to_or_that_cannot_be_is_not_used(
     assert residual_cpu.unavailable() is None
 
 
+def test_a_cache_on_a_disk_without_programs_keeps_a_library_and_memory_loads_it(
+    fresh: Path, built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mounted noexec: the loader is refused there."""
+    monkeypatch.setenv("CXX", fake_compiler(fresh, f'cp {built} "$last"'))
+    load = ctypes.CDLL
+
+    def refusing(path: str) -> ctypes.CDLL:
+        if path.startswith(str(fresh)):
+            raise OSError(f"{path}: failed to map segment from shared object")
+        return load(path)
+
+    monkeypatch.setattr(ctypes, "CDLL", refusing)
+    for _ in range(2):
+        assert residual_cpu.unavailable() is None
+        cpp.library.cache_clear()
+        user_cache._held.cache_clear()  # as at the next start
+    assert len((fresh / "builds").read_text()) == 1
+
+
+def test_where_nothing_can_be_kept_a_library_is_built_once_in_a_process(
+    fresh: Path, built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", fake_compiler(fresh, f'cp {built} "$last"'))
+    monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)
+    with cpp.build_ahead([residual_cpu.SOURCE]):
+        assert residual_cpu.unavailable() is None
+    cpp.library.cache_clear()
+    assert residual_cpu.unavailable() is None
+    assert len((fresh / "builds").read_text()) == 1
+
+
 def test_a_build_that_is_not_waited_for_ends_with_all_its_processes_and_files(
     fresh: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,7 +216,7 @@ def test_a_build_that_is_not_waited_for_ends_with_all_its_processes_and_files(
     while time.monotonic() < limit and is_running(started):
         time.sleep(0.01)
     assert not is_running(started)
-    assert [*(fresh / "cache" / "subspec" / "kernels").iterdir()] == []
+    assert not (fresh / "cache").exists()
 
 
 def is_running(process: int) -> bool:

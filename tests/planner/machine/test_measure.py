@@ -22,6 +22,7 @@ from subspec.artifacts.format.codec import dump_json
 from subspec.artifacts.model import ModelSpec, Source
 from subspec.artifacts.plan import Constraints
 from subspec.artifacts.profile import SHORTEST, Corrections, Profile
+from subspec.planner.machine import measure as measuring
 from subspec.planner.machine import residual_rate
 from subspec.planner.machine.measure import (
     LARGEST_BLOCK,
@@ -54,6 +55,18 @@ def one_thread() -> None:
 
 def measured(spec: ModelSpec, folder: Path) -> Profile:
     return measure(spec, "cpu", folder, lambda stage, share: None, HASTY)
+
+
+def test_a_quota_of_cpu_time_bounds_the_threads_that_are_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measuring, "usable_cpus", lambda: 1)
+    torch.set_num_threads(2)
+    try:
+        profile = measured(make_spec(), tmp_path)
+        assert profile.num_threads == 1
+    finally:
+        torch.set_num_threads(1)
 
 
 def written(profile: Profile, folder: Path) -> Path:

@@ -10,7 +10,6 @@ import pytest
 from subspec.planner.machine.pinnable import (
     LARGEST_PIECE,
     SMALLEST_PIECE,
-    cgroup_memory,
     last_total,
     less_reserve,
     output_of,
@@ -173,22 +172,6 @@ def test_no_piece_is_tried_that_is_not_to_spare() -> None:
 )
 def test_one_gib_or_a_twentieth_stays_free(total: int, available: int, spare: int) -> None:
     assert less_reserve(total, available) == spare
-
-
-def write_cgroup(folder: Path, limit: str) -> Path:
-    (folder / "memory.max").write_text(f"{limit}\n")
-    (folder / "memory.current").write_text("5000\n")
-    (folder / "memory.stat").write_text("anon 3000\ninactive_file 700\nactive_file 300\nshmem 9\n")
-    return folder
-
-
-def test_a_containers_limit_counts_and_its_file_caches_give_way(tmp_path: Path) -> None:
-    assert cgroup_memory(write_cgroup(tmp_path, "8000")) == [(8000, 4000)]
-
-
-def test_a_cgroup_without_a_limit_does_not_count(tmp_path: Path) -> None:
-    assert cgroup_memory(tmp_path) == []
-    assert cgroup_memory(write_cgroup(tmp_path, "max")) == []
 
 
 def test_the_child_for_the_cpu_imports_no_torch() -> None:

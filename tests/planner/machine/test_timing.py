@@ -9,6 +9,8 @@ import torch
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.profile import Timing
+from subspec.planner.build import weights
+from subspec.planner.machine import timing
 from subspec.planner.machine.timing import (
     USUAL_EFFORT,
     Cursor,
@@ -89,6 +91,18 @@ def test_an_unnamed_file_has_the_bytes_asked_for_and_no_name(
     with unnamed_file(tmp_path, num_bytes) as path:
         assert len(path.read_bytes()) == num_bytes
         assert os.listdir(tmp_path) == []
+
+
+def test_what_is_streamed_and_what_is_timed_in_its_place_are_empty_files_when_flagged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+    for module in (timing, weights):
+        monkeypatch.setattr(
+            module, "keep_uncompressed", lambda number: sizes.append(os.fstat(number).st_size)
+        )
+    with unnamed_file(tmp_path, 2 << 20), weights.HashedFile(tmp_path / "exact.safetensors"):
+        assert sizes == [0, 0]
 
 
 def test_no_block_of_an_unnamed_file_is_like_another(tmp_path: Path) -> None:

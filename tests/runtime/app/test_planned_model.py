@@ -385,10 +385,20 @@ def test_a_planner_that_is_not_there_is_said(capfd: Capture) -> None:
 
 def test_without_a_cache_the_way_out_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)
-    with pytest.raises(SubspecError, match="cache cannot be written") as caught:
+    with pytest.raises(SubspecError, match="cannot be kept in the user.s cache") as caught:
         planned_model(ModelRequest("demo", NINE))
     assert caught.value.exit_code == Exit.RESOURCES
     assert "subspec-plan --model demo --vram SIZE --out DIR" in caught.value.hint
+
+
+def test_a_planned_model_is_used_from_a_cache_that_cannot_be_written(
+    planner: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = ModelRequest("demo", NINE)
+    path = planned_model(request)
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, how: not how & os.W_OK and access(path, how))
+    assert planned_model(request) == path and len(planner.asked) == 1
 
 
 def test_an_empty_prompt_is_refused_before_anything_is_planned(

@@ -1,5 +1,6 @@
 """Another plan for the same weights: by subspec-plan --from, and by subspec-run on the fly."""
 
+import errno
 import json
 import os
 import shutil
@@ -19,12 +20,14 @@ from subspec.artifacts.common.user_cache import user_cache_dir
 from subspec.artifacts.format.codec import dump_json
 from subspec.artifacts.format.store import Artifact, open_artifact, verify
 from subspec.artifacts.plan import Constraints, Method, Placement, Plan
+from subspec.artifacts.runs import RUNS
 from subspec.planner.build.artifact import rebuild
 from subspec.planner.cli import main as plan_command
 from subspec.planner.model.hub import DEMO
 from subspec.planner.solve.search import PRIOR, search
 from subspec.planner.solve.storage import Storage
 from subspec.runtime.app import planner_command
+from subspec.runtime.app.folder import open_folder
 from subspec.runtime.app.planner_command import planners_error
 from subspec.runtime.app.replan import (
     Here,
@@ -115,6 +118,17 @@ def test_an_existing_sibling_is_replaced_only_if_asked(artifact: Path, tmp_path:
     assert plan(*words, "--overwrite") == 0
 
 
+def test_the_command_that_runs_an_artifact_can_be_pasted(
+    artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "my small model"
+    assert plan("--from", artifact, "--vram", "8MB", "--out", out) == 0
+    assert f"subspec-run '{out}' \"your prompt\"" in capsys.readouterr().err
+    with pytest.raises(SubspecError) as caught:
+        open_folder(Path("my model"))
+    assert "subspec-run --model 'my model' --vram SIZE" in caught.value.hint
+
+
 def test_a_folder_on_another_disk_is_refused_and_nothing_is_left(
     artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,6 +141,26 @@ def test_a_folder_on_another_disk_is_refused_and_nothing_is_left(
         rebuild(opened, opened.plan, opened.profile, tmp_path / "other", overwrite=False)
     assert caught.value.exit_code == Exit.USAGE
     assert [path.name for path in tmp_path.iterdir()] == ["artifact"]
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK])
+def test_where_nothing_can_be_linked_weights_and_records_are_copied_if_there_is_room(
+    code: int, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_links(*_: object, **__: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "link", no_links)
+    opened = open_artifact(artifact)
+    (artifact / RUNS).write_text("a record\n")
+    with monkeypatch.context() as patch:
+        usage = shutil.disk_usage(artifact)._replace(free=1000)
+        patch.setattr(shutil, "disk_usage", lambda folder: usage)
+        with pytest.raises(SubspecError, match="has 1.00 KB") as caught:
+            rebuild(opened, opened.plan, opened.profile, artifact, overwrite=True)
+    assert caught.value.exit_code == Exit.RESOURCES
+    rebuild(opened, opened.plan, opened.profile, artifact, overwrite=True)
+    assert verify(artifact) > 0 and (artifact / RUNS).read_text() == "a record\n"
 
 
 @pytest.mark.parametrize(

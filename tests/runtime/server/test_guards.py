@@ -75,8 +75,8 @@ def test_a_page_whose_name_points_here_is_kept_out(host: str, status: int) -> No
 
 
 def test_loopback_is_known_by_address_and_name() -> None:
-    assert all(map(is_loopback, ("127.0.0.1", "127.9.9.9", "::1", "localhost")))
-    assert not any(map(is_loopback, ("0.0.0.0", "::", "10.0.0.1", "example.org", "")))
+    assert all(map(is_loopback, ("127.0.0.1", "127.9.9.9", "::1", "[::1]", "localhost")))
+    assert not any(map(is_loopback, ("0.0.0.0", "::", "[::]", "10.0.0.1", "example.org", "")))
     assert host_of("[::1]:80") == "::1" and host_of("A.b:80") == "a.b"
 
 

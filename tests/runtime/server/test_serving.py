@@ -5,6 +5,7 @@ import gc
 import http.client
 import json
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -241,6 +242,64 @@ def test_connections_beyond_the_limit_and_clients_that_read_nothing_are_ended(
     assert stalled.transport.ended == "aborted"  # type: ignore[attr-defined]
     assert reading.transport.ended == ""  # type: ignore[attr-defined]
     assert [one.transport.ended for one in idle].count("closed") == 1  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("limits", "raised", "connections"),
+    [
+        ((256, 1024), 1024, 512),
+        ((256, 1 << 20), 4096, 512),
+        ((256, 256), 256, 192),
+        ((50, 50), 50, 1),
+        ((1 << 16, 1 << 20), 1 << 16, 512),
+        ((resource.RLIM_INFINITY, resource.RLIM_INFINITY), resource.RLIM_INFINITY, 512),
+        ((256, resource.RLIM_INFINITY), 4096, 512),
+    ],
+    ids=str,
+)
+def test_connections_are_bounded_by_the_limit_of_open_files_which_is_raised_first(
+    limits: tuple[int, int], raised: int, connections: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = [limits]
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: found[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, given: found.append(given))
+    assert serving.most_connections() == connections
+    assert found[-1] == (raised, limits[1])
+
+
+def resolving(monkeypatch: pytest.MonkeyPatch, *families: socket.AddressFamily) -> None:
+    real = {socket.AF_INET: "127.0.0.1", socket.AF_INET6: "::1"}
+    found = [(one, socket.SOCK_STREAM, 6, "", (real[one], 0)) for one in families]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+
+
+@pytest.mark.parametrize(
+    ("families", "chosen"),
+    [
+        ([socket.AF_INET6], socket.AF_INET6),
+        ([socket.AF_INET6, socket.AF_INET], socket.AF_INET),
+        ([socket.AF_INET], socket.AF_INET),
+    ],
+)
+def test_a_name_is_listened_on_in_the_family_that_it_has(
+    families: list[socket.AddressFamily],
+    chosen: socket.AddressFamily,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    resolving(monkeypatch, *families)
+    assert serving.family_of("a-name") == chosen
+
+
+def test_an_address_may_have_the_brackets_of_a_url_and_two_colons_are_everybody() -> None:
+    try:
+        listening = serving.listen("[::1]", 0)
+    except SubspecError:
+        pytest.skip("this machine has no IPv6")
+    with listening:
+        assert serving.address_of(listening).startswith("http://[::1]:")
+    with serving.listen("::", 0) as both:
+        for host in ("127.0.0.1", "::1"):
+            socket.create_connection((host, both.getsockname()[1]), timeout=5).close()
 
 
 def test_no_collection_of_garbage_goes_through_what_the_engine_has_loaded() -> None:

@@ -1,6 +1,8 @@
 """Parts that stream: the right bytes in any order, slots that are not refilled too soon, failures
 that are never skipped."""
 
+import errno
+import fcntl
 import os
 import random
 import threading
@@ -20,10 +22,12 @@ from subspec.artifacts.model import StoredPart
 from subspec.artifacts.plan import Block
 from subspec.runtime.exact_pass import causal_rows
 from subspec.runtime.kernels.linear import calls_of
+from subspec.runtime.memory import host_buffer
 from subspec.runtime.model.attention import attend
 from subspec.runtime.model.transformer import forward
+from subspec.runtime.stream import link as link_module
 from subspec.runtime.stream.exact_weights import ExactWeights
-from subspec.runtime.stream.link import DirectFile, DiskLink, Link
+from subspec.runtime.stream.link import DirectFile, DiskLink, Link, tell_of_cached_reads
 from subspec.runtime.stream.ring import Requested, view_of
 
 SPEC = make_spec(
@@ -277,6 +281,71 @@ def test_a_pass_that_is_interrupted_anywhere_leaves_the_next_one_right(
     ring.close()
 
 
+def failing_reads(monkeypatch: pytest.MonkeyPatch, code: int, direct_only: bool = False) -> None:
+    """Reads end with an error; direct_only: not those through the page cache."""
+    read = os.preadv
+
+    def preadv(descriptor: int, buffers: Any, offset: int) -> int:
+        direct = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT
+        if direct_only and not direct:
+            return read(descriptor, buffers, offset)
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "preadv", preadv)
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE])
+def test_a_disk_that_fails_is_not_called_a_damaged_artifact(
+    code: int, stored: Stored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing_reads(monkeypatch, code)
+    file = DirectFile(stored[0])
+    with pytest.raises(SubspecError, match="exact.safetensors: reading failed") as failed:
+        file.read_into(host_buffer(4096), 0)
+    file.close()
+    assert failed.value.exit_code == Exit.RESOURCES and "dmesg" in failed.value.hint
+
+
+def test_a_read_that_lacks_memory_may_be_asked_again(
+    stored: Stored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing_reads(monkeypatch, errno.ENOMEM)
+    file = DirectFile(stored[0])
+    with pytest.raises(OSError, match="Cannot allocate memory"):
+        file.read_into(host_buffer(4096), 0)
+    file.close()
+
+
+@pytest.mark.parametrize("at_open", [True, False])
+def test_where_direct_reads_are_refused_the_page_cache_is_read_and_a_note_says_so_once(
+    at_open: bool,
+    stored: Stored,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tell_of_cached_reads.cache_clear()
+    real = os.open
+
+    def refusing(path: Path, flags: int) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return real(path, flags)
+
+    if at_open:
+        monkeypatch.setattr(os, "open", refusing)
+    else:
+        failing_reads(monkeypatch, errno.EINVAL, direct_only=True)
+    found, size = host_buffer(8192), stored[0].stat().st_size // 4096 * 4096
+    for _ in range(2):
+        file = DirectFile(stored[0])
+        for offset in (0, size - 8192):
+            file.read_into(found, offset)
+            assert bytes(found.tolist()) == stored[0].read_bytes()[offset:][:8192]
+        file.close()
+    said = capsys.readouterr().err
+    assert said.count("the file system refuses direct reads (Invalid argument)") == 1
+
+
 def test_a_reader_that_lacks_memory_once_is_asked_again(
     toy: ToyWeights, stored: Stored, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -492,6 +561,30 @@ def test_closing_does_not_wait_for_a_link_that_takes_years(stored: Stored) -> No
     closing.start()
     closing.join(timeout=30)
     assert not closing.is_alive()
+
+
+def test_closing_does_not_wait_for_a_disk_that_never_answers(
+    stored: Stored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading, answer = threading.Event(), threading.Event()
+
+    def hang(self: DirectFile, target: Tensor, offset: int) -> None:
+        reading.set()
+        answer.wait()
+
+    monkeypatch.setattr(DirectFile, "read_into", hang)
+    monkeypatch.setattr(link_module, "CLOSING_SECONDS", 0.1)
+    link = DiskLink(stored[0], [torch.empty(4096, dtype=torch.uint8)], None)
+    link.begin(0, 0, 4096)
+    reading.wait()
+    closing = threading.Thread(target=link.close, daemon=True)
+    closing.start()
+    closing.join(timeout=5)
+    ended = not closing.is_alive()
+    answer.set()
+    closing.join()
+    assert ended
+    link._file.close()  # the reader kept it
 
 
 def test_a_reader_that_cannot_start_leaves_no_file_open(
