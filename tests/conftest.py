@@ -3,6 +3,7 @@ also in a background job."""
 
 import os
 import signal
+from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
@@ -32,6 +33,15 @@ def pytest_configure(config: pytest.Config) -> None:
         stack = ExitStack()
         stack.enter_context(simulated())
         config.add_cleanup(stack.close)
+
+
+@pytest.fixture(autouse=True)
+def same_handler_of_interrupts() -> Iterator[None]:
+    """A command that leaves after Ctrl-C ignores the next one: right for a process, not for one of
+    tests, whose later children would wait for ever for the one that they are sent."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -48,14 +48,6 @@ def program(artifact: str, **_: Any) -> None:
     print("done")
 
 
-@pytest.fixture(autouse=True)
-def same_signal_handlers() -> Any:
-    """Leaving after Ctrl-C ignores the next one: right for a process, not for this one."""
-    before = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def run(*words: str) -> int:
     with pytest.raises(SystemExit) as ended:
         sys.exit(program(list(words)))

@@ -40,13 +40,6 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return demo_artifact(tmp_path_factory.getbasetemp())
 
 
-@pytest.fixture(autouse=True)
-def same_signal_handlers() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def test_the_answer_is_on_stdout_and_its_figures_on_stderr(artifact: Path, capsys: Capture) -> None:
     ended = run(capsys, artifact, QUESTION, "--max-tokens", 6)
     assert ended.exit_code == 0
