@@ -230,6 +230,11 @@ def expected(folder: Path, **quantization: Any) -> set[str]:
     return {name.rpartition(".")[2] for name in read_config(folder, SOURCE).fp8}
 
 
+def first_name(case: object) -> str:
+    """An id that is the same in every process, as sets have no order of their own."""
+    return str(case[0])[:40] if isinstance(case, list) else ""
+
+
 ATTENTION, DENSE = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"gate_proj", "up_proj", "down_proj"}
 
 
@@ -250,7 +255,7 @@ ATTENTION, DENSE = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"gate_proj", "up_p
         ),
         (["re:[[a]", "re:" + ".?" * 40 + "x"], {"all"}),
     ],
-    ids=str,
+    ids=first_name,
 )
 def test_a_dry_run_knows_which_matrices_stay_in_bf16(
     folder: Path, kept: list[str], left: set[str]
@@ -268,7 +273,7 @@ def test_a_dry_run_knows_which_matrices_stay_in_bf16(
         ([["re:.*q_proj"], ["model.layers.0.mlp"]], {"q_proj", *DENSE}),
         ([["Embedding"]], set()),
     ],
-    ids=str,
+    ids=first_name,
 )
 def test_a_dry_run_knows_which_matrices_are_meant(
     folder: Path, targets: list[list[str]], found: set[str]
