@@ -196,9 +196,10 @@ def test_every_block_that_streams_is_a_copy(
     num_passes = len(traced["prefill"]) + len(traced["verify"])
     waited = num_passes * len(blocks)
     assert len(traced["wait"]) == waited
-    # What the next pass takes first is on its way already.
+    # What the next pass takes first is on its way already; closing need not wait for it.
     copies = [span.detail for span in traced["copy"]]
-    assert copies == (expected * (num_passes + 1))[: waited + placement.num_slots]
+    assert waited <= len(copies) <= waited + placement.num_slots
+    assert copies == (expected * (num_passes + 1))[: len(copies)]
     assert len({span.name for span in traced["copy"]}) == placement.num_slots
 
 
