@@ -18,7 +18,6 @@ from subspec.artifacts.plan import (
     Company,
     Constraints,
     Draft,
-    DrafterName,
     Method,
     Option,
     Placement,
@@ -265,15 +264,7 @@ def assemble(problem: Problem, plain: Scored, drafted: dict[Method, list[Scored]
         company=own.company if own else (),
         constraints=problem.constraints,
         drafts=drafts,
-        drafter=usual_drafter(problem, method),
     )
-
-
-def usual_drafter(problem: Problem, method: Method) -> DrafterName | None:
-    """Who drafts in the method's memory; None: the method's own. Looking tokens up costs nothing
-    where nothing is found. On a GPU it does without graphs, which no one has timed."""
-    alone = method == "substitute" and problem.constraints.method is None
-    return "substitute+lookup" if alone and problem.profile.device == "cpu" else None
 
 
 def draft_of(problem: Problem, scored: Scored) -> Draft:

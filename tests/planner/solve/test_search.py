@@ -215,15 +215,6 @@ def test_it_speculates_on_a_slow_link() -> None:
     assert speed(plan) > 3 * plan.predicted["plain"].tokens_per_second
 
 
-def test_what_the_text_repeats_is_looked_up_unless_substitutes_alone_were_asked_for() -> None:
-    asked = Constraints(context=256, method="substitute")
-    assert plan_for(12_000_000).drafter == "substitute+lookup"
-    assert plan_for(12_000_000, asked).drafter is None
-    assert plan_for(12_000_000, replace(asked, method="plain")).drafter is None
-    gpu = plan_for(12_000_000 + ONLY_GPUS, profile=make_profile(device="cuda"))
-    assert gpu.method == "substitute" and gpu.drafter is None
-
-
 # Ended early
 
 
