@@ -103,7 +103,7 @@ class Follower:
         try:
             begin += self._tell()
             for token in path:
-                allowed = checked(self._constraint.allowed(), size)
+                allowed = self._constraint.allowed()
                 if token in self._end_tokens or (allowed is not None and not allowed[token]):
                     return None
                 self._constraint.push(token)
