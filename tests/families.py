@@ -4,6 +4,7 @@ Sizes are such that 4 bits take every matrix, but where a name says otherwise. W
 original positions of scaled ropes are shorter than PROMPT_TOKENS.
 """
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
         },
     ),
 }  # fmt: skip
+
+
+def config_of(case: str, **changes: Any) -> Any:
+    """transformers' config of one of FAMILIES. transformers writes into the objects that it is
+    given: without a copy, one test would change what another one reads."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(**deepcopy({**FAMILIES[case], **changes}))
 
 
 def save_random_model(folder: Path, config: Any, seed: int = 0) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from builders import build_artifact, converted, random_checkpoint, replan
-from families import FAMILIES
+from families import config_of
 from heads import eagle3_checkpoints, eagle_checkpoints
 from interpreter import needs_interpreter
 from invariance import widths_here
@@ -119,11 +119,8 @@ def test_captured_levels_draft_what_single_kernels_do(
 @needs_interpreter
 def test_a_model_with_delta_nets_gives_its_plain_tokens_on_cuda(tmp_path: Path) -> None:
     """From captured levels as well."""
-    import transformers
-
     # Small: Triton's interpreter is slow.
-    values = {**FAMILIES["qwen3_5_text"], "num_hidden_layers": 2, "full_attention_interval": 2}
-    config = transformers.AutoConfig.for_model(**values)
+    config = config_of("qwen3_5_text", num_hidden_layers=2, full_attention_interval=2)
     source = random_checkpoint(tmp_path / "f32", config)
     source = converted(source, tmp_path / "bf16", torch.bfloat16)
     built = build_artifact(source, tmp_path / "artifact", device="cuda")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from builders import build_artifact, converted, demo_checkpoint, random_checkpoint, replan
-from families import FAMILIES, PROMPT_TOKENS, SIZES
+from families import FAMILIES, PROMPT_TOKENS, SIZES, config_of
 from invariance import widths_here
 from running import answer, generated
 
@@ -66,7 +66,7 @@ def one_thread() -> None:
 def test_f32_tokens_equal_transformers_greedy_decoding(case: str, tmp_path: Path) -> None:
     import transformers
 
-    config = transformers.AutoConfig.for_model(**FAMILIES[case])
+    config = config_of(case)
     folder = random_checkpoint(tmp_path / "checkpoint", config)
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
@@ -93,9 +93,7 @@ LAYERS_THAT_DIFFER = [case for case in FAMILIES if case.startswith(("gemma", "qw
 def test_a_bf16_draft_of_layers_that_differ_never_changes_the_tokens(
     case: str, tmp_path: Path
 ) -> None:
-    import transformers
-
-    config = transformers.AutoConfig.for_model(**FAMILIES[case])
+    config = config_of(case)
     folder = converted(
         random_checkpoint(tmp_path / "f32", config), tmp_path / "bf16", torch.bfloat16
     )

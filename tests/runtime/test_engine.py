@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from builders import build_artifact, converted, demo_checkpoint, random_checkpoint, replan
-from families import FAMILIES
+from families import FAMILIES, config_of
 from running import answer, generated
 
 from subspec.artifacts.common import cpu_load
@@ -110,9 +110,7 @@ def test_measured_memory_stays_within_the_ledger(
 def test_three_sequences_of_every_family_stay_within_the_ledger(
     case: str, dtype: torch.dtype, kernel: Int4Kernel, tmp_path: Path
 ) -> None:
-    import transformers
-
-    config = transformers.AutoConfig.for_model(**FAMILIES[case])
+    config = config_of(case)
     folder = random_checkpoint(tmp_path / "float32", config)
     checkpoint = converted(folder, tmp_path / "converted", dtype)
     # Beyond a context of 128 longrope has other frequencies.

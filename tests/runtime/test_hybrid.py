@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from builders import build_artifact, converted, random_checkpoint, replan
-from families import FAMILIES, family
+from families import config_of, family
 from invariance import widths_here
 from running import answer, generated
 from torch import Tensor
@@ -46,10 +46,8 @@ def one_thread() -> None:
     scope="module", params=["bfloat16", pytest.param("float32", marks=pytest.mark.slow)]
 )
 def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    import transformers
-
     folder = tmp_path_factory.mktemp("hybrid")
-    config = transformers.AutoConfig.for_model(**FAMILIES["qwen3_5_text"])
+    config = config_of("qwen3_5_text")
     source = random_checkpoint(folder / "f32", config)
     if request.param == "bfloat16":
         source = converted(source, folder / "bf16", torch.bfloat16)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from builders import build_artifact, converted, random_checkpoint
-from families import FAMILIES
+from families import config_of
 from running import answer, generated
 
 from subspec.artifacts import footprint
@@ -22,9 +22,9 @@ from subspec.runtime.sequence import GenerationParams, Stats
 from subspec.runtime.server.prefixes import PrefixCache
 
 CASES = {
-    "gemma3": {**FAMILIES["gemma3_text, as the hub has it"], "num_hidden_layers": 3},
-    "gemma4": FAMILIES["gemma4_text, keys are values in layers of other heads"],
-    "mistral": FAMILIES["mistral, sliding window"],
+    "gemma3": {"case": "gemma3_text, as the hub has it", "num_hidden_layers": 3},
+    "gemma4": {"case": "gemma4_text, keys are values in layers of other heads"},
+    "mistral": {"case": "mistral, sliding window"},
 }
 TREES = {"gemma3": (2, 5), "gemma4": (1, 9), "mistral": (3, 3)}
 CONTEXT = 512  # of which layers with windows of 20 tokens keep 128, and have room for 320
@@ -45,9 +45,7 @@ def prompt_of(num_tokens: int, seed: int = 0) -> list[int]:
 
 
 def checkpoint(case: str, folder: Path) -> Path:
-    import transformers
-
-    return random_checkpoint(folder, transformers.AutoConfig.for_model(**CASES[case]))
+    return random_checkpoint(folder, config_of(**CASES[case]))
 
 
 def artifact_of(case: str, source: Path, folder: Path, **settings: Any) -> Artifact:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from builders import build_artifact, demo_checkpoint, random_checkpoint, replan
-from families import FAMILIES
+from families import FAMILIES, config_of
 from running import answer
 from simcuda.answering import PROMPT, USUAL, captured_levels
 from simcuda.device import simulated
@@ -63,13 +63,12 @@ def test_a_drafted_answer_is_the_plain_one(demo: Demo, encoding: Encoding) -> No
 def test_a_drafted_answer_is_the_plain_one_of_every_kind_of_layer(
     kind: str, encoding: Encoding, tmp_path: Path
 ) -> None:
-    from transformers import AutoConfig
 
     name, dtype = KINDS[kind]
     if name == "demo":
         folder = demo_checkpoint(tmp_path / "checkpoint", dtype)
     else:
-        config = AutoConfig.for_model(**FAMILIES[name])
+        config = config_of(name)
         folder = random_checkpoint(tmp_path / "checkpoint", config)
     artifact = build_artifact(folder, tmp_path / "artifact", encoding, device="cuda", context=256)
     assert_lossless(artifact, 14, context=256)
@@ -141,9 +140,8 @@ def test_levels_of_a_company_have_no_more_kernels_than_the_ledger_counts_for_all
 def test_families_of_many_norms_have_no_more_kernels_than_the_ledger_counts(
     name: str, tmp_path: Path
 ) -> None:
-    from transformers import AutoConfig
 
-    config = AutoConfig.for_model(**FAMILIES[name])
+    config = config_of(name)
     folder = random_checkpoint(tmp_path / "checkpoint", config)
     artifact = build_artifact(folder, tmp_path / "artifact", device="cuda", context=256)
     plan = {**USUAL, "width": 3, "depth": 3, "context": 256}

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from builders import build_artifact, random_checkpoint
-from families import FAMILIES
+from families import config_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, LlamaConfig, Qwen2Config
+from transformers import LlamaConfig, Qwen2Config
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format.packing import dequantize, unpack_nibbles
@@ -127,7 +127,7 @@ ODD_FAMILIES = (
 def test_fused_padded_tied_and_odd_matrices_are_kept_byte_by_byte(
     case: str, tmp_path: Path
 ) -> None:
-    config = AutoConfig.for_model(**FAMILIES[case])
+    config = config_of(case)
     source = random_checkpoint(tmp_path / "checkpoint", config)
     check_exact_bytes(build_artifact(source, tmp_path / "artifact"), source)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, save_random_model
+from families import config_of, save_random_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -133,8 +133,7 @@ def test_the_tensors_of_a_saved_transformers_model_are_found_with_their_bytes(
 
 
 def test_fused_matrices_are_found_as_rows(tmp_path: Path) -> None:
-    case = {**FAMILIES["phi3, window"], "vocab_size": 64}
-    model = save_random_model(tmp_path, AutoConfig.for_model(**case))
+    model = save_random_model(tmp_path, config_of("phi3, window", vocab_size=64))
     checkpoint = read_checkpoint(tmp_path, SOURCE)
     layer = model.model.layers[1]
     q, k, v = layer.self_attn.qkv_proj.weight.split((128, 64, 64))

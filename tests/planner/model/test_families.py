@@ -1,12 +1,13 @@
 """Every family's spec and weights give transformers' logits."""
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, PROMPT_TOKENS, save_random_model
+from families import FAMILIES, PROMPT_TOKENS, config_of, save_random_model
 from plain_decoder import Weights, logits_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
@@ -28,7 +29,7 @@ def weights_of(checkpoint: Checkpoint) -> Weights:
 @pytest.mark.parametrize("case", FAMILIES)
 def test_logits_equal_transformers(case: str, tmp_path: Path) -> None:
     torch.set_num_threads(1)
-    config = AutoConfig.for_model(**FAMILIES[case])
+    config = config_of(case)
     model = save_random_model(tmp_path, config)
     checkpoint = read_checkpoint(tmp_path, SOURCE)
     prompt = torch.randint(3, 2040, (PROMPT_TOKENS,), generator=torch.Generator().manual_seed(1))
@@ -73,7 +74,7 @@ def test_the_text_part_of_a_model_that_sees_gives_its_logits(
     whole: str, part: str, tmp_path: Path
 ) -> None:
     torch.set_num_threads(1)
-    text = FAMILIES[part]
+    text = deepcopy(FAMILIES[part])
     config = AutoConfig.for_model(whole, text_config=text, vision_config=SIGHT[whole])
     torch.manual_seed(0)
     auto: Any = AutoModelForImageTextToText
@@ -93,7 +94,7 @@ def test_small_f32_tensors_of_a_bf16_hybrid_are_kept_and_its_draft_head_set_asid
     tmp_path: Path,
 ) -> None:
     """As Qwen3.5 has A_log and the norm of its delta nets, and Qwen3.6 has not."""
-    save_random_model(tmp_path, AutoConfig.for_model(**FAMILIES["qwen3_5_text"]))
+    save_random_model(tmp_path, config_of("qwen3_5_text"))
     weights = tmp_path / "model.safetensors"
     tensors = {
         name: tensor if name.endswith(("A_log", "linear_attn.norm.weight")) else tensor.bfloat16()

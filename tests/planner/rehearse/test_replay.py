@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from builders import build_artifact, converted, random_checkpoint, replan
-from families import FAMILIES
+from families import config_of
 from rehearsing import PROMPT, Stage, on_stage
 
 from subspec.artifacts.acceptance import Acceptance
@@ -227,9 +227,7 @@ def test_trees_within_an_answer_of_a_hybrid_are_those_of_the_rounds_that_decode_
     tmp_path: Path,
 ) -> None:
     """Its states follow the trees, forwards and back again."""
-    import transformers
-
-    config = transformers.AutoConfig.for_model(**FAMILIES["qwen3_5_text"])
+    config = config_of("qwen3_5_text")
     source = converted(
         random_checkpoint(tmp_path / "f32", config), tmp_path / "bf16", torch.bfloat16
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from builders import build_artifact, converted, random_checkpoint, replan
-from families import FAMILIES, SIZES
+from families import SIZES, config_of
 from invariance import widths_here
 from running import answer, generated
 
@@ -162,9 +162,7 @@ def chain(model: DraftModel, sequence: object) -> list[int]:
 
 
 def test_a_draft_model_with_delta_nets_drafts_alone(tmp_path: Path) -> None:
-    import transformers
-
-    config = transformers.AutoConfig.for_model(**FAMILIES["qwen3_5_text"])
+    config = config_of("qwen3_5_text")
     hybrid = random_checkpoint(tmp_path / "hybrid", config)
     bf16 = converted(hybrid, tmp_path / "bf16", torch.bfloat16)
     made = planned(build_artifact(DEMO, tmp_path / "artifact", "raw", as_drafting(bf16)))
@@ -181,9 +179,7 @@ def test_a_draft_model_with_delta_nets_drafts_alone(tmp_path: Path) -> None:
 
 
 def test_what_a_draft_model_proposes_is_checked_by_a_model_with_delta_nets(tmp_path: Path) -> None:
-    import transformers
-
-    config = transformers.AutoConfig.for_model(**FAMILIES["qwen3_5_text"])
+    config = config_of("qwen3_5_text")
     hybrid = random_checkpoint(tmp_path / "hybrid", config)
     bf16 = converted(hybrid, tmp_path / "bf16", torch.bfloat16)
     made = planned(build_artifact(bf16, tmp_path / "artifact", "raw", as_drafting(DEMO)))
