@@ -133,7 +133,7 @@ class Options:
 @click.option(
     "--draft-min-probability", "min_path_probability", metavar="P",
     type=click.FloatRange(0, 1, max_open=True), callback=finite_option,
-    help="End a draft at the first level whose paths are together less probable than P.",
+    help="Stop drafting at the first level whose total path probability is below P.",
 )  # fmt: skip
 @click.option(
     "--method",
@@ -142,13 +142,13 @@ class Options:
 )
 @click.option(
     "--draft-model", metavar="REF",
-    help="A smaller model of the same vocabulary, which may draft; it stays in fast memory.",
+    help="Draft model: a smaller model with the same vocabulary. It is resident in fast memory.",
 )  # fmt: skip
 @click.option("--draft-model-weights", type=click.Choice(["4bit", "exact"]), default="4bit",
               show_default=True, help="Storage of the draft model's weights.")  # fmt: skip
 @click.option(
     "--draft-head", metavar="own|REF",
-    help="Memory for a head that drafts from hidden states: the checkpoint's own, or one of EAGLE.",
+    help="Draft head: own for the checkpoint's MTP head, or REF of an EAGLE head.",
 )  # fmt: skip
 @click.option(
     "--profile", type=click.Path(path_type=Path), help="Plan for the machine of this profile.json."
@@ -159,7 +159,8 @@ class Options:
 )  # fmt: skip
 @click.option(
     "--rehearse", type=RehearsalTime(), metavar="SECONDS|none",
-    help="About how long the plan is run before it is final, or not at all.  [default: 60]",
+    help="Time for running the artifact to measure acceptance and speed; none: skip it.  [default: "
+    "60]",
 )  # fmt: skip
 @click.option(
     "--link-bandwidth", callback=size_option, metavar="SIZE",
@@ -293,7 +294,7 @@ def check_options(options: Options) -> None:
     if options.calibrate is not None and (options.profile or options.calibration or rehearses):
         raise SubspecError(
             Exit.USAGE,
-            "--calibrate takes what runs taught under the profile that is there: --calibration, "
+            "--calibrate uses the recorded runs and the artifact's profile: --calibration, "
             "--profile and --rehearse do not apply",
             "leave them out, or use --from",
         )
@@ -307,8 +308,7 @@ def check_options(options: Options) -> None:
     if options.rehearse == 0 and options.calibration is not None:
         raise SubspecError(
             Exit.USAGE,
-            "--calibration FILE is what a rehearsal measures acceptance on, and --rehearse none "
-            "leaves it out",
+            "--calibration FILE needs a measurement run, which --rehearse none skips",
             "leave out one of them",
         )
     if options.vram is None and options.artifact is None:

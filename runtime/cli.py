@@ -35,7 +35,11 @@ LARGEST_PROMPT = 16 << 20  # bytes read from stdin
 )
 @click.argument("artifact", required=False)
 @click.argument("prompt", required=False)
-@option("--model", "Instead of ARTIFACT: plan REF for --vram, once, and keep it.", metavar="REF")
+@option(
+    "--model",
+    "Model to run instead of ARTIFACT; it is planned for --vram on first use and cached.",
+    metavar="REF",
+)
 @option("--max-tokens", "Longest answer, in tokens.", type=click.IntRange(min=1))
 @option(
     "--temperature", "Sampling temperature; 0 is greedy.",
@@ -59,7 +63,8 @@ LARGEST_PROMPT = 16 << 20  # bytes read from stdin
     type=float, callback=finite_option,
 )  # fmt: skip
 @option(
-    "--frequency-penalty", "The same, for each time that a token is in the answer.",
+    "--frequency-penalty",
+    "Penalty per occurrence of a token in the answer, subtracted from its logit.",
     type=float, callback=finite_option,
 )  # fmt: skip
 @option(
@@ -75,7 +80,7 @@ LARGEST_PROMPT = 16 << 20  # bytes read from stdin
 @option("--system", "System message of the chat.")
 @option("--raw", "Continue PROMPT as it is, without the chat template.", is_flag=True)
 @option("--chat", "Chat of several turns; the default on a terminal without PROMPT.", is_flag=True)
-@option("--no-speculation", "Decode plainly: the same tokens without a draft.", is_flag=True)
+@option("--no-speculation", "Disable speculative decoding; the tokens stay the same.", is_flag=True)
 @option(
     "--unpadded", "With --no-speculation: one unpadded row per pass, the fastest.", is_flag=True
 )
@@ -86,19 +91,20 @@ LARGEST_PROMPT = 16 << 20  # bytes read from stdin
 @option("--rehearse", "With --model: as for subspec-plan.", metavar="SECONDS|none")
 @option("--draft-model", "With --model: a smaller model that may draft.", metavar="REF")
 @option(
-    "--verify", "lossy: also keep drafts that are nearly the model's own. The answer differs.",
+    "--verify",
+    "lossy also accepts some drafted tokens that the model would not choose: the answer changes.",
     type=click.Choice(["exact", "lossy"]),
 )  # fmt: skip
 @option(
-    "--threshold-method", "With --verify lossy: what is compared with --threshold.",
+    "--threshold-method", "With --verify lossy: criterion that --threshold applies to.",
     type=click.Choice(["entropy", "prob"]),
 )  # fmt: skip
 @option(
-    "--threshold", "With --verify lossy: bound of the entropy's share, or smallest probability.",
+    "--threshold", "With --verify lossy: maximum normalized entropy, or minimum probability.",
     type=click.FloatRange(0, 1), callback=finite_option,
 )  # fmt: skip
 @option(
-    "--window", "With --verify lossy: tokens that must be right after a wrong one.",
+    "--window", "With --verify lossy: following tokens that must match the model's choice.",
     type=click.IntRange(min=0), metavar="N",
 )  # fmt: skip
 @option(
@@ -113,7 +119,7 @@ LARGEST_PROMPT = 16 << 20  # bytes read from stdin
 @click.version_option(package_name="subspec")
 def main(**given: Any) -> None:
     """Run the model in the folder ARTIFACT on PROMPT (- reads it from stdin); or, with --model REF
-    --vram SIZE in place of ARTIFACT, plan the model first, which is kept for the next time.
+    --vram SIZE in place of ARTIFACT, plan the model first and cache the artifact.
 
     The answer goes to stdout, everything else to stderr. Exit codes, the SIZE grammar and the JSON
     object are in docs/commands.md.

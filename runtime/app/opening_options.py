@@ -78,7 +78,7 @@ def plan_options(command: Command) -> Command:
     for add in (
         option(
             "--link-bandwidth",
-            "Limit the link to SIZE per second.",
+            "Limit the weight stream to SIZE per second (disk, or PCIe on a GPU).",
             callback=size_option,
             metavar="SIZE",
         ),
@@ -87,7 +87,8 @@ def plan_options(command: Command) -> Command:
         ),
         option(
             "--trust-kernels",
-            "Load the pre-built kernels and graphs in ARTIFACT; they are programs.",
+            "Load the pre-built kernels and graphs in ARTIFACT. They are executable code: for "
+            "trusted artifacts only.",
             is_flag=True,
         ),
         option("--no-replan", "Use the stored plan as it is, on any machine.", is_flag=True),
@@ -106,8 +107,8 @@ def plan_options(command: Command) -> Command:
 def drafter_option(command: Command) -> Command:
     return option_with_default_of(OpeningOptions)(
         "--drafter",
-        "Who proposes tokens: the 4-bit substitute, text that stood before, a draft head, a draft "
-        "model; or one of these as far as the substitute agrees.  [default: the plan's]",
+        "The 4-bit substitute, prompt lookup, a draft head or a draft model. substitute+X: X "
+        "proposes, the substitute checks.  [default: the plan's]",
         type=click.Choice(get_args(DrafterName)),
     )(command)
 

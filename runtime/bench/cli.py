@@ -112,9 +112,9 @@ def speed(artifact: Path, form: "Form", out: Path | None, **given: Any) -> None:
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True,
               help="Of the choice of items and of sampling.")  # fmt: skip
 @click.option("--no-speculation", is_flag=True,
-              help="Decode plainly: the same tokens without a draft.")  # fmt: skip
+              help="Disable speculative decoding; the tokens stay the same.")  # fmt: skip
 @click.option("--drafter", type=click.Choice(get_args(DrafterName)),
-              help="Who proposes tokens.  [default: the plan's]")  # fmt: skip
+              help="Drafter.  [default: the plan's]")  # fmt: skip
 @click.option("--execute-code", is_flag=True,
               help="Run generated programs, in a child with limits.")  # fmt: skip
 @form_option
@@ -225,7 +225,7 @@ def compare(a: Path, b: Path, as_json: bool, expect_identical: bool) -> None:
               callback=folder_of_files,
               help="For trace.json (Perfetto) and steps.jsonl.")  # fmt: skip
 @click.option("--drafter", type=click.Choice(get_args(DrafterName)),
-              help="Who proposes tokens.  [default: the plan's]")  # fmt: skip
+              help="Drafter.  [default: the plan's]")  # fmt: skip
 @plan_options
 def trace(artifact: Path, prompt: str, out: Path, max_tokens: int, **given: Any) -> None:
     """What runs when, and what the draft thought.

@@ -40,15 +40,19 @@ NEEDED = ("fastapi", "uvicorn", "prometheus_client", "llguidance")  # by the ext
     "subspec-serve", cls=Configured, context_settings={"help_option_names": ["-h", "--help"]}
 )
 @click.argument("artifact", required=False, type=click.Path(path_type=Path))
-@option("--model", "Instead of ARTIFACT: plan REF for --vram, once, and keep it.", metavar="REF")
-@option("--host", "Address to listen on. Others than loopback need a key.")
+@option(
+    "--model",
+    "Model to run instead of ARTIFACT; it is planned for --vram on first use and cached.",
+    metavar="REF",
+)
+@option("--host", "Address to listen on. Addresses other than loopback need an API key.")
 @option("--port", "Port to listen on; 0 takes a free one.", type=click.IntRange(0, 65535))
 @option(
     "--api-key-file",
-    f"File with keys, one a line, of which a request needs one; {KEY_VARIABLE} adds one.",
+    f"File with API keys, one per line; {KEY_VARIABLE} adds one.",
     type=click.Path(path_type=Path), metavar="FILE",
 )  # fmt: skip
-@option("--insecure-no-auth", "Serve another host than loopback without a key.", is_flag=True)
+@option("--insecure-no-auth", "Allow a non-loopback --host without an API key.", is_flag=True)
 @option(
     "--cors-origin", "Let web pages of this origin use the API; may be repeated.", multiple=True,
     metavar="ORIGIN", callback=matching(ORIGIN, f"an origin{HINT}such as https://example.org"),
@@ -66,7 +70,7 @@ NEEDED = ("fastapi", "uvicorn", "prometheus_client", "llguidance")  # by the ext
         type=click.IntRange(0, 10_000), metavar="N")  # fmt: skip
 @option("--prefix-cache", "Host memory for the prefixes of idle conversations.",
         type=click.UNPROCESSED, callback=no_size_or_size, metavar="SIZE")  # fmt: skip
-@option("--shutdown-timeout", "Seconds that answers have to end after SIGTERM or Ctrl-C.",
+@option("--shutdown-timeout", "Seconds to let running answers finish after SIGTERM or Ctrl-C.",
         type=click.FloatRange(0, 86400), callback=finite_option, metavar="SECONDS")  # fmt: skip
 @option("--log-format", "Form of the log on stderr.", type=click.Choice(["text", "json"]))
 @option("--strict", "Refuse requests with unknown fields instead of ignoring these.", is_flag=True)
@@ -75,7 +79,7 @@ NEEDED = ("fastapi", "uvicorn", "prometheus_client", "llguidance")  # by the ext
 @option("--top-p", "Of requests that do not say.",
         type=click.FloatRange(0, 1, min_open=True), callback=finite_option)  # fmt: skip
 @option("--top-k", "Of requests that do not say; 0 disables.", type=click.IntRange(min=0))
-@option("--no-speculation", "Decode plainly: the same tokens without a draft.", is_flag=True)
+@option("--no-speculation", "Disable speculative decoding; the tokens stay the same.", is_flag=True)
 @drafter_option
 @plan_options
 @option(
@@ -88,8 +92,8 @@ NEEDED = ("fastapi", "uvicorn", "prometheus_client", "llguidance")  # by the ext
 @click.version_option(package_name="subspec")
 def main(**given: Any) -> None:
     """Serve the model in the folder ARTIFACT over HTTP: a chat page, and the APIs of OpenAI and
-    Anthropic. With --model REF --vram SIZE in place of ARTIFACT, plan the model first, which is
-    kept for the next time.
+    Anthropic. With --model REF --vram SIZE in place of ARTIFACT, plan the model first and cache the
+    artifact.
 
     It listens at once, and answers when its weights have loaded. docs/server.md has the endpoints.
     """
