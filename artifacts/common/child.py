@@ -57,9 +57,18 @@ def run_child(
 
 
 def end_group(child: "subprocess.Popen[bytes]") -> None:
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        if child.poll() is None:
-            with suppress(ProcessLookupError):
-                os.killpg(child.pid, number)
-            with suppress(subprocess.TimeoutExpired):
-                child.wait(PATIENCE_SECONDS)
+    """The child has time to end; whoever of its group is left then has none."""
+    if child.poll() is None:
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(PATIENCE_SECONDS)
+    kill_group(child)
+
+
+def kill_group(child: "subprocess.Popen[bytes]") -> None:
+    """Also what is left of the group of a child that has ended."""
+    with suppress(ProcessLookupError, PermissionError):  # none is left, or none of this user's
+        os.killpg(child.pid, signal.SIGKILL)
+    with suppress(subprocess.TimeoutExpired):
+        child.wait(PATIENCE_SECONDS)

@@ -14,7 +14,8 @@ from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.runtime.bench.layouts import BUILTIN, LAYOUTS, Judge, Layout
 
 OWN = Path(__file__).parent / "prompts.jsonl"
-LARGEST_LINE = 16 << 20  # bytes
+LARGEST_LINE = 1 << 30  # bytes; rows of LiveCodeBench have their hidden tests, of many megabytes
+UNREAD = "private_test_cases"  # of LiveCodeBench: nearly all of its gigabytes
 MOST_ROWS = 200_000
 
 
@@ -55,8 +56,10 @@ def items_of(task: str, data: Path | None, most: int, seed: int) -> list[Item]:
 
 def rows_of(task: str, layout: Layout, data: Path | None) -> Iterable[dict[str, Any]]:
     if data is None:
-        return rows_of_hub(task, layout)
-    return local_rows(data / f"{task}.jsonl" if data.is_dir() else data)
+        rows = rows_of_hub(task, layout)
+    else:
+        rows = local_rows(data / f"{task}.jsonl" if data.is_dir() else data)
+    return ({key: value for key, value in row.items() if key != UNREAD} for row in rows)
 
 
 def rows_of_hub(task: str, layout: Layout) -> Iterable[dict[str, Any]]:
@@ -106,6 +109,7 @@ def item_of(task: str, layout: Layout, number: int, row: dict[str, Any], seed: i
     """Raises SubspecError(USAGE) for a row that lacks a field."""
     name = next((str(row[key]) for key in layout.keys if row.get(key) is not None), str(number))
     fields, references = dict(row), references_of(task, layout, row)
+    method = method_of(task, row) if layout.starter else ""
     if layout.choices:
         options, right = options_of(layout, row, f"{seed} {task} {name}", references)
         fields["options"] = "\n".join(
@@ -116,13 +120,14 @@ def item_of(task: str, layout: Layout, number: int, row: dict[str, Any], seed: i
         turns = turns_of(task, layout, row)
     else:
         try:
-            turns = (layout.prompt.format_map(fields).strip(),)
+            asked = layout.starter if method else layout.prompt
+            turns = (asked.format_map(fields).strip(),)
         except KeyError as error:
             raise lacking(task, error.args[0]) from None
     return Item(
-        task, name, turns, layout.judge, references, layout.max_tokens,
-        str(row.get("entry_point") or ""), str(row.get("prompt") or "") if layout.judge == "code"
-        else "",
+        task, name, turns, "calls" if method else layout.judge, references, layout.max_tokens,
+        method or str(row.get("entry_point") or ""),
+        str(row.get("prompt") or "") if layout.judge == "code" else "",
     )  # fmt: skip
 
 
@@ -147,6 +152,20 @@ def references_of(task: str, layout: Layout, row: dict[str, Any]) -> tuple[str, 
         raise lacking(task, layout.reference)
     value = row[layout.reference]
     return tuple(map(str, value)) if isinstance(value, list) else (str(value),)
+
+
+def method_of(task: str, row: dict[str, Any]) -> str:
+    """The method that starter code begins, as in LeetCode's problems; "": there is none, and a
+    program is asked for. Raises SubspecError(USAGE)."""
+    if not str(row.get("starter_code") or "").strip():
+        return ""
+    try:
+        name = json.loads(row["metadata"])["func_name"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        name = None
+    if not isinstance(name, str) or not name.isidentifier():
+        raise lacking(task, "metadata with func_name, the method of its starter_code")
+    return name
 
 
 def options_of(

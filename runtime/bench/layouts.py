@@ -6,7 +6,7 @@ from typing import Literal
 
 # How an answer is scored; `scoring.py` has one function for each.
 Judge = Literal[
-    "none", "number", "math", "letter", "code", "stdin", "f1", "rouge", "class", "count",
+    "none", "number", "math", "letter", "code", "stdin", "calls", "f1", "rouge", "class", "count",
     "paragraph", "edit",
 ]  # fmt: skip
 
@@ -16,11 +16,13 @@ class Layout:
     """hub: the data set there, its configuration and split. prompt: what is asked, with fields of
     the item in braces. turns: the field with the user's messages, in place of a prompt. reference:
     the field that an answer is judged by. choices: fields or one list field with options, of which
-    the first, or the one that the reference names, is right."""
+    the first, or the one that the reference names, is right. starter: what is asked in place of
+    `prompt` of an item with starter code, whose method is called with each test's arguments."""
 
     hub: tuple[str, str | None, str]
     max_tokens: int
     prompt: str = ""
+    starter: str = ""
     turns: str = ""
     reference: str = ""
     judge: Judge = "none"
@@ -85,6 +87,8 @@ LAYOUTS: dict[str, Layout] = {
         ("livecodebench/code_generation_lite", None, "test"), 2048,
         "Write a Python program that reads stdin and writes stdout. Give it in one code block."
         "\n\n{question_content}",
+        "Complete this Python class. Give the whole class in one code block.\n\n"
+        "{question_content}\n\n```python\n{starter_code}\n```",
         reference="public_test_cases", judge="stdin", keys=("question_id",),
     ),
     "mmlu-pro": Layout(

@@ -1,5 +1,5 @@
 """Running generated code, which only --execute-code asks for: in a child with limits, in an empty
-folder, without network where the system lets a user take that away.
+folder, without network and other processes where the system lets a user take those away.
 
 It is a guard against accidents, not against an attacker: the child can read what this user can.
 """
@@ -7,110 +7,186 @@ It is a guard against accidents, not against an attacker: the child can read wha
 import json
 import os
 import re
-import shutil
+import secrets
 import subprocess
 import sys
 import tempfile
+import textwrap
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from subspec.artifacts.common.child import run_child
+from subspec.artifacts.common.child import child_process, kill_group
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.runtime.bench.items import Item
-from subspec.runtime.bench.scoring import code_of
+from subspec.runtime.bench.scoring import code_of, definition_of
 
 SECONDS = 10.0  # for one program
 MEMORY_BYTES = 1 << 30  # of its address space
 OUTPUT_BYTES = 1 << 20  # of one file
+FOLDER_BYTES = 16 << 20  # of all its files, where it has namespaces
 MOST_TESTS = 100  # of one item
+TOKEN_BYTES = 32
 FUTURE = re.compile(r"^from __future__ import .*$", re.MULTILINE)
-ALONE = ("unshare", "--user", "--map-root-user", "--net", "--ipc")
-# In the child, before the program: hard limits, which it cannot raise again.
-WITH_LIMITS = f"""
+ENVIRONMENT = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "LANG": "C.UTF-8"}
+# Before a command: a folder that is then a small file system of its own.
+MOUNTED = f"""
+mount -t proc proc /proc 2>/dev/null # forbidden in some containers; then it shows all processes
+mount -t tmpfs -o size={FOLDER_BYTES},nr_inodes=1000,mode=700 tmpfs "$1" && shift && exec "$@"
+"""
+NAMESPACES = (
+    "unshare", "--user", "--map-root-user", "--net", "--ipc", "--mount", "--pid", "--fork",
+    "--kill-child", "sh", "-c", MOUNTED, "sh",
+)  # fmt: skip
+NOT_ALONE = (
+    "note: this system does not let this user make namespaces (unshare), so generated code has the "
+    "network, can end this user's processes, leave some behind and fill the disk: run the whole "
+    "command in a container, or only models that you trust"
+)
+# In the child, before the program: hard limits, which it cannot raise again. Once `finished` is
+# there, what goes wrong is the program's. The token is read first and written last, so that only a
+# program that was run to its last line has written it.
+HARNESS = f"""
 import os, resource, runpy, sys
+folder, name = sys.argv[1:]
+token = os.read(0, {TOKEN_BYTES})
+os.chdir(folder)
+streams = [os.open("stdin", os.O_RDONLY)]
+streams += [os.open(one, os.O_WRONLY | os.O_CREAT, 0o600) for one in ("stdout", "stderr")]
+with open("program.py", "rb") as given, open("work/program.py", "wb") as program:
+    program.write(given.read())
+finished = os.open("finished", os.O_WRONLY | os.O_CREAT, 0o600)
+for number, stream in enumerate(streams):
+    os.dup2(stream, number)
+os.chdir("work")
 for kind, most in (("CPU", {int(SECONDS)}), ("AS", {MEMORY_BYTES}), ("FSIZE", {OUTPUT_BYTES}),
                    ("NOFILE", 32), ("NPROC", 64), ("CORE", 0)):
     resource.setrlimit(getattr(resource, "RLIMIT_" + kind), (most, most))
-for number, name in ((1, "stdout"), (2, "stderr")):
-    os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT, 0o600), number)
 sys.argv = ["program.py"]
-runpy.run_path("program.py", run_name="__main__")
+runpy.run_path("program.py", run_name=name)
+os.write(finished, token)
 """
+# What LeetCode and LiveCodeBench give to every answer; builtins again, some are shadowed.
+MODULES = (
+    "string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random",
+    "statistics", "itertools", "functools", "operator", "io", "sys", "json", "builtins", "typing",
+)  # fmt: skip
+GIVEN_TO_METHODS = (
+    "".join(f"from {one} import *\n" for one in MODULES)
+    + f"import {', '.join(MODULES)}\nsys.setrecursionlimit(50_000)\n"
+)
 
 
 @dataclass(frozen=True)
 class Ran:
     ok: bool  # it ended with 0 within its limits
     out: str
-    said: str  # the last line of its stderr, or why it was ended
+    said: str  # the last line of its stderr, or why it was ended; "" if ok
+    finished: bool = False  # ok, and its last line was reached: it did not end itself before
 
 
 @cache
 def alone() -> tuple[str, ...]:
-    """The words before a command that has no network; empty: not on this system."""
-    if shutil.which(ALONE[0]) is None:
-        return ()
-    done = subprocess.run([*ALONE, "true"], capture_output=True)
-    return ALONE if done.returncode == 0 else ()
+    """The words before a folder and a command that then has no network, can end no other process
+    and ends with its children; empty: not on this system."""
+    with suppress(OSError), tempfile.TemporaryDirectory(prefix="subspec-code-") as folder:
+        done = subprocess.run(
+            [*NAMESPACES, folder, "true"],
+            capture_output=True, stdin=subprocess.DEVNULL, env=ENVIRONMENT,
+        )  # fmt: skip
+        return NAMESPACES if done.returncode == 0 else ()
+    return ()
 
 
-def run_program(program: str, given: str = "", seconds: float = SECONDS) -> Ran:
-    """Run Python code to its end."""
-    with tempfile.TemporaryDirectory(prefix="subspec-code-") as folder:
-        Path(folder, "program.py").write_text(program, "utf-8")
-        inside = f"import os; os.chdir({folder!r})\n{WITH_LIMITS}"
-        command = [*alone(), sys.executable, "-I", "-B", "-c", inside]
-        environment = {"PATH": "/usr/bin:/bin", "HOME": folder, "TMPDIR": folder}
-        environment |= {"OMP_NUM_THREADS": "1", "LANG": "C.UTF-8"}
+def run_program(
+    program: str, given: str = "", seconds: float = SECONDS, name: str = "__main__"
+) -> Ran:
+    """Run Python code to its end, as the module `name`. Raises SubspecError(RESOURCES)."""
+    try:
+        with tempfile.TemporaryDirectory(
+            prefix="subspec-code-", ignore_cleanup_errors=True
+        ) as folder:
+            return run_in(Path(folder), program, given, seconds, name)
+    except OSError as error:
+        message = f"generated code cannot be run: {error.strerror}"
+        raise SubspecError(Exit.RESOURCES, message) from None
+
+
+def run_in(folder: Path, program: str, given: str, seconds: float, name: str) -> Ran:
+    """In its folder `work`; beside it is what it cannot spoil by accident."""
+    work, token = folder / "work", secrets.token_bytes(TOKEN_BYTES)
+    work.mkdir()
+    (folder / "program.py").write_text(program, "utf-8", "replace")
+    # No pipe: a process that is left behind would hold it.
+    (folder / "stdin").write_text(given, "utf-8", "replace")
+    inside = [sys.executable, "-I", "-B", "-c", HARNESS, str(folder), name]
+    before = [*alone(), str(work)] if alone() else []
+    environment = ENVIRONMENT | {"HOME": str(work), "TMPDIR": str(work)}
+    with child_process([*before, *inside], environment=environment) as child:
         try:
-            with suppress(BrokenPipeError):  # it need not read what it is given
-                code = run_child(
-                    command, given.encode(), seconds, environment=environment
-                ).returncode
+            _, told = child.communicate(token, seconds)
         except subprocess.TimeoutExpired:
             return Ran(False, "", f"it ran for more than {seconds:g} s")
-        except OSError as error:
-            message = f"generated code cannot be run: {error.strerror}"
-            raise SubspecError(Exit.RESOURCES, message) from None
-        out, story = (end_of(Path(folder, name)) for name in ("stdout", "stderr"))
-        last = (story.strip().splitlines() or [""])[-1][:300]
-        return Ran(code == 0, out, last if code else "")
+        finally:
+            kill_group(child)
+    if not (folder / "finished").exists():
+        why = last_line(told.decode("utf-8", "replace"))
+        raise SubspecError(Exit.RESOURCES, f"generated code cannot be run: {why}")
+    out, story, finished = (end_of(folder / one) for one in ("stdout", "stderr", "finished"))
+    text, code = out.decode("utf-8", "replace"), child.returncode
+    if code:
+        said = last_line(story.decode("utf-8", "replace")) or f"it ended with {code}"
+        return Ran(False, text, said)
+    return Ran(True, text, "", finished == token)
 
 
-def end_of(file: Path) -> str:
+def last_line(text: str) -> str:
+    return (text.strip().splitlines() or [""])[-1][:300]
+
+
+def end_of(file: Path) -> bytes:
     with suppress(OSError):
         descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW)
         with os.fdopen(descriptor, "rb") as opened:
-            return opened.read(OUTPUT_BYTES).decode("utf-8", "replace")
-    return ""
+            return opened.read(OUTPUT_BYTES)
+    return b""
 
 
 def score_code(text: str, item: Item) -> tuple[float, str]:
     """1.0 if the function of the answer passes the item's own test, and why not."""
-    code = with_given(code_of(text), item)
-    ran = run_program(f"{code}\n\n{item.references[0]}\n\ncheck({item.entry_point})\n")
-    return float(ran.ok), ran.said
+    code = with_given(code_of(text, item.entry_point), item)
+    return called(f"{code}\n\n{item.references[0]}\n\ncheck({item.entry_point})\n")
+
+
+def called(program: str) -> tuple[float, str]:
+    """1.0 if a program that calls an answer and checks it gets to its end. It is not `__main__`, as
+    in HumanEval and LiveCodeBench: what an answer does as a program is not asked for."""
+    ran = run_program(program, name="answer")
+    return float(ran.finished), "" if ran.finished else ran.said or "it ended before its test"
 
 
 def with_given(code: str, item: Item) -> str:
     """The code after what the prompt has of the program: imports and functions that the test or
     the answer may call, and the head of the function if the code is only its body. What the code
     defines itself comes later, so that it counts."""
-    head = re.compile(rf"^[ \t]*(?:async +)?def +{re.escape(item.entry_point)}\b", re.MULTILINE)
+    head = definition_of(item.entry_point)
     if head.search(code) is None:
-        return item.given + code
+        indented = code.lstrip("\n").startswith((" ", "\t"))
+        return item.given + (code if indented else textwrap.indent(code, "    "))
     of_function = head.search(item.given)
-    before = item.given[: of_function.start()] if of_function else ""
-    # These are allowed at the beginning of a program only.
+    return after(item.given[: of_function.start()] if of_function else "", code)
+
+
+def after(before: str, code: str) -> str:
+    """Imports from the future are allowed at the beginning of a program only."""
     futures = "".join(f"{line}\n" for line in FUTURE.findall(code))
     return f"{futures}{before}\n{FUTURE.sub('', code)}"
 
 
 def score_stdin(text: str, item: Item) -> tuple[float, str]:
     """1.0 if the program of the answer writes what each test expects."""
-    for number, (given, expected) in enumerate(stdin_tests(item), 1):
+    for number, (given, expected) in enumerate(pairs_of(item), 1):
         ran = run_program(code_of(text), given)
         if not ran.ok or ran.out.split() != expected.split():
             why = ran.said or "it writes something else"
@@ -118,7 +194,25 @@ def score_stdin(text: str, item: Item) -> tuple[float, str]:
     return 1.0, ""
 
 
-def stdin_tests(item: Item) -> list[tuple[str, str]]:
+def score_calls(text: str, item: Item) -> tuple[float, str]:
+    """1.0 if the method of the answer returns what each test expects: JSON, an argument a line.
+    As in LiveCodeBench a tuple is a list, and the method may be a function."""
+    code = code_of(text, item.entry_point)
+    method = f"Solution().{item.entry_point}" if "class Solution" in code else item.entry_point
+    for number, (given, expected) in enumerate(pairs_of(item), 1):
+        arguments = [line for line in given.split("\n") if line.strip()]
+        test = (
+            f"import json\nfound = {method}(*[json.loads(one) for one in {arguments!r}])\n"
+            "found = list(found) if isinstance(found, tuple) else found\n"
+            f"assert found == json.loads({expected!r}), 'it returns something else'\n"
+        )
+        score, why = called(f"{after(GIVEN_TO_METHODS, code)}\n\n{test}")
+        if not score:
+            return 0.0, f"test {number}: {why}"
+    return 1.0, ""
+
+
+def pairs_of(item: Item) -> list[tuple[str, str]]:
     """Input and output of the item's tests. Raises SubspecError(USAGE)."""
     try:
         found = json.loads(item.references[0])

@@ -2,13 +2,20 @@
 
 import re
 import string
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Sequence
 from difflib import SequenceMatcher
 
 from subspec.runtime.bench.layouts import Judge
 
-FENCE = re.compile(r"```(?:[A-Za-z0-9_+-]*)\n(.*?)(?:```|\Z)", re.DOTALL)
+# Of a code block: its language and its lines. A fence may be indented, stand in a list, or follow
+# the last line.
+BLOCK = re.compile(
+    r"^[^`\n]*```[ \t]*([^\s`]*)[^`\n]*\n(.*?)(?:^[ \t]*```|```[ \t]*$|\Z)",
+    re.DOTALL | re.MULTILINE,
+)
+PYTHON = ("python", "python3", "py")  # languages of a block
 ANSWER = re.compile(r"answer\s*(?:is)?\s*[:=]?\s*(.+)", re.IGNORECASE)
 NUMBER = re.compile(r"-?(?:\d[\d,]*)?\.?\d+")
 LETTER = re.compile(r"\(?\b([A-J])\b\)?")
@@ -17,10 +24,20 @@ PUNCTUATION = str.maketrans("", "", string.punctuation)
 LONGEST_MATH = 200  # characters of a result
 
 
-def code_of(text: str) -> str:
-    """The longest code block of an answer; without one, all of it."""
-    blocks = FENCE.findall(text)
-    return max(blocks, key=len) if blocks else text
+def code_of(text: str, defines: str = "") -> str:
+    """The last code block of an answer that defines a function, the last one of Python, or the last
+    one; without any, all of it. Models correct themselves, so that LiveCodeBench takes the last one
+    too, but often end with how a function is called or with what a program writes."""
+    blocks = [(language.lower(), textwrap.dedent(code))
+              for language, code in BLOCK.findall(text.replace("\r\n", "\n"))]  # fmt: skip
+    every = [code for _, code in blocks]
+    defining = [code for code in every if defines and definition_of(defines).search(code)]
+    of_python = [code for language, code in blocks if language in PYTHON]
+    return (defining or of_python or every or [text])[-1]
+
+
+def definition_of(name: str) -> re.Pattern[str]:
+    return re.compile(rf"^[ \t]*(?:async +)?def +{re.escape(name)}\b", re.MULTILINE)
 
 
 def final_answer(text: str) -> str:

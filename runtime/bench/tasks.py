@@ -20,7 +20,7 @@ from subspec.runtime.bench.records import (
     rows_to_resume,
     setting_of,
 )
-from subspec.runtime.bench.sandbox import score_code, score_stdin
+from subspec.runtime.bench.sandbox import NOT_ALONE, alone, score_calls, score_code, score_stdin
 from subspec.runtime.bench.scoring import SCORES
 from subspec.runtime.engine import Engine
 from subspec.runtime.model.sampling import Sampling
@@ -28,7 +28,7 @@ from subspec.runtime.sequence import GenerationParams, Stats
 from subspec.runtime.text.streaming import TextStream
 from subspec.runtime.text.tokenizer import ChatTokenizer
 
-RUN: tuple[Judge, ...] = ("code", "stdin")  # what they judge is a program
+RUN: tuple[Judge, ...] = ("code", "stdin", "calls")  # what they judge is a program
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,8 @@ def answered_items(
     setting = setting_of(engine, how.temperature, how.seed)
     done = rows_to_resume(out, AnswerRow, setting) if out else []
     rows = {row.key: row for row in done}
+    if how.execute and any(item.judge in RUN for item in items) and not alone():
+        told(NOT_ALONE)
     if out is not None and done:
         told(f"{len(done)} turns are in {out} already")
         check_asked(rows, items, how, out)
@@ -67,8 +69,12 @@ def answered_items(
         place = len(items) - len(left) + number + 1
         told(f"{place} of {len(items)}{about}: {item.task} {item.name}")
         for row in answered(engine, tokenizer, item, how, setting):
-            if out is not None and row.key not in rows:
-                append_row(out, row)
+            try:
+                if how.execute and to_run(row, item):
+                    row = run(row, item, told)
+            finally:  # an answer is expensive: it is kept without a score if this is interrupted
+                if out is not None and row.key not in rows:
+                    append_row(out, row)
             rows[row.key] = row
     asked = {(item.task, item.name) for item in items}
     return [row for row in rows.values() if (row.task, row.item) in asked]
@@ -106,19 +112,33 @@ def judged_later(
     try:
         for item in items:
             row = rows.get((item.task, item.name, len(item.turns) - 1))
-            if row is not None and row.score is None and item.judge in RUN:
+            if row is not None and to_run(row, item):
                 told(f"running the code of {item.task} {item.name}")
-                found[row.key] = judged(row, item, execute=True)
+                found[row.key] = run(row, item, told)
     finally:
         if found:
             replace_answers(out, found)
     return found
 
 
+def to_run(row: AnswerRow, item: Item) -> bool:
+    """Whether it is the last answer of an item, with code that was not run."""
+    last = row.turn == len(item.turns) - 1
+    return last and row.score is None and item.judge in RUN
+
+
+def run(row: AnswerRow, item: Item, told: Callable[[str], None]) -> AnswerRow:
+    found = judged(row, item, execute=True)
+    if found.score is None:
+        told(found.why)
+    return found
+
+
 def answered(
     engine: Engine, tokenizer: ChatTokenizer, item: Item, how: Asking, setting: Setting
 ) -> Iterator[AnswerRow]:
-    """A row for each turn; one sequence, so that a turn reads only what is new."""
+    """A row for each turn, whose code is not run yet; one sequence, so that a turn reads only what
+    is new."""
     most, digest = how.max_tokens or item.max_tokens, asked_of(item, how)
     sampling = Sampling(how.temperature, seed=how.seed)
     ends = frozenset(engine.artifact.spec.eos_token_ids)
@@ -150,7 +170,7 @@ def answered(
                 digest,
             )
             last = turn == len(item.turns) - 1
-            yield judged(row, item, how.execute) if last else row
+            yield judged(row, item, execute=False) if last else row
 
 
 def too_long(item: Item, setting: Setting, size: int, context: int) -> AnswerRow:
@@ -169,6 +189,10 @@ def judged(row: AnswerRow, item: Item, execute: bool) -> AnswerRow:
     if item.judge in RUN:
         if not execute:
             return replace(row, why="code was not run: --execute-code")
-        score, why = (score_code if item.judge == "code" else score_stdin)(row.text, item)
+        score_of = {"code": score_code, "stdin": score_stdin, "calls": score_calls}[item.judge]
+        try:
+            score, why = score_of(row.text, item)
+        except SubspecError as error:  # not the answer's fault, and no reason to end a run
+            return replace(row, why=f"not judged: {error.message}")
         return replace(row, score=score, why=why)
     return replace(row, score=SCORES[item.judge](row.text, item.references))

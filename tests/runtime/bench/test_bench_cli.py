@@ -333,6 +333,39 @@ def test_judging_stored_programs_loses_no_row_if_it_is_interrupted(
     assert sorted(str(row.score) for row in answers(unjudged)) == ["1.0", "None"]
 
 
+@pytest.mark.parametrize(
+    "failure", [KeyboardInterrupt(), SubspecError(Exit.RESOURCES, "full disk")]
+)
+def test_an_answer_is_kept_if_its_code_could_not_be_run_and_is_run_later(
+    failure: BaseException,
+    artifact: Path,
+    unjudged: Path,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def failing(text: str, item: Item) -> tuple[float, str]:
+        raise failure
+
+    unjudged.unlink()
+    words = ("tasks", artifact, *HERE, "--tasks", "human-eval", "--data", unjudged.parent)
+    words += ("--max-tokens", 4, "--out", unjudged, "--execute-code")
+    monkeypatch.setattr(tasks, "alone", tuple)
+    monkeypatch.setattr(tasks, "score_code", failing)
+    done = run(capsys, *words)
+    assert done.err.count("this system does not let this user make namespaces") == 1
+    if isinstance(failure, SubspecError):
+        assert done.exit_code == 0 and done.err.count("not judged: full disk") == 2
+    else:
+        assert done.exit_code == Exit.INTERRUPTED
+    kept = answers(unjudged)
+    assert [row.score for row in kept] == [None] * (2 if done.exit_code == 0 else 1)
+    monkeypatch.setattr(tasks, "score_code", lambda text, item: (1.0, ""))
+    assert run(capsys, *words).exit_code == 0
+    judged = answers(unjudged)
+    assert [row.score for row in judged] == [1.0, 1.0]
+    assert [row.costs for row in judged[: len(kept)]] == [row.costs for row in kept]
+
+
 def test_a_question_that_does_not_fit_is_counted_and_told(
     artifact: Path, capsys: Capture, tmp_path: Path
 ) -> None:
@@ -675,6 +708,17 @@ def test_a_task_without_the_code_switch_runs_no_code(monkeypatch: pytest.MonkeyP
     row: Any = AnswerRow("subspec.bench.answer/1", None, "t", "i", 0, "", (), "", None, "", None)  # type: ignore[arg-type]
     found = tasks.judged(row, Item("t", "i", ("x",), "code"), execute=False)
     assert found.score is None and "--execute-code" in found.why
+
+
+def test_an_item_without_tests_is_not_judged_and_ends_no_run() -> None:
+    row: Any = AnswerRow("subspec.bench.answer/1", None, "t", "i", 0, "", (), "", None, "", None)  # type: ignore[arg-type]
+    for judge in ("stdin", "calls"):
+        item = Item("t", "i", ("x",), judge, ("[]",))  # type: ignore[arg-type]
+        found = tasks.judged(row, item, execute=True)
+        assert (found.score, found.why) == (
+            None,
+            "not judged: t i has no tests with input and output",
+        )
 
 
 def test_each_command_takes_a_file_and_the_environment(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.runtime.bench.items import Item, items_of
+from subspec.runtime.bench.items import Item, items_of, rows_of
 from subspec.runtime.bench.layouts import BUILTIN, LAYOUTS, Layout
 from subspec.runtime.bench.records import AnswerRow
 from subspec.runtime.bench.tasks import judged
@@ -95,6 +95,40 @@ def test_a_row_of_each_data_set_becomes_a_question_whose_right_answer_scores(
         assert scored(item, right) == 1.0
         assert scored(item, "") == 0.0
         assert (scored(item, "Answer: wholly unlike 99") or 0.0) < 0.5
+
+
+METHOD = {
+    "question_content": "Double it.", "question_id": "m", "starter_code":
+    "class Solution:\n    def double(self, one: int) -> int:\n        ",
+    "metadata": '{"func_name": "double"}',
+    "public_test_cases": '[{"input": "2", "output": "4", "testtype": "functional"}]',
+}  # fmt: skip
+
+
+def test_starter_code_is_shown_and_its_method_is_what_is_judged(tmp_path: Path) -> None:
+    [item] = items_of("livecodebench", write(tmp_path, "livecodebench", METHOD), 1, 0)
+    assert (item.judge, item.entry_point) == ("calls", "double")
+    assert "Double it." in item.turns[0] and METHOD["starter_code"] in item.turns[0]
+    assert "stdin" not in item.turns[0]
+    program = loaded(tmp_path, "livecodebench")
+    assert (program.judge, program.entry_point) == ("stdin", "")
+
+
+@pytest.mark.parametrize("metadata", [{}, {"metadata": "{}"}, {"metadata": '{"func_name": "a b"}'}])
+def test_starter_code_without_the_name_of_its_method_is_refused(
+    tmp_path: Path, metadata: dict[str, str]
+) -> None:
+    row = {key: value for key, value in METHOD.items() if key != "metadata"} | metadata
+    with pytest.raises(SubspecError, match="lacks the field metadata with func_name"):
+        items_of("livecodebench", write(tmp_path, "livecodebench", row), 1, 0)
+
+
+def test_hidden_tests_of_many_megabytes_are_read_over_and_not_kept(tmp_path: Path) -> None:
+    row = ROWS["livecodebench"][0] | {"private_test_cases": "x" * (17 << 20)}
+    [found] = rows_of(
+        "livecodebench", LAYOUTS["livecodebench"], write(tmp_path, "livecodebench", row)
+    )
+    assert found == ROWS["livecodebench"][0]
 
 
 def test_every_turn_of_a_conversation_is_asked(tmp_path: Path) -> None:

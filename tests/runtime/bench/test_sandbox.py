@@ -1,14 +1,21 @@
 """Generated programs run within limits, and what they may not do ends them."""
 
 import os
+import time
 from pathlib import Path
 
 import pytest
 
-from subspec.artifacts.common.errors import SubspecError
+from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.runtime.bench import sandbox
 from subspec.runtime.bench.items import Item
-from subspec.runtime.bench.sandbox import run_program, score_code, score_stdin, stdin_tests
+from subspec.runtime.bench.sandbox import (
+    pairs_of,
+    run_program,
+    score_calls,
+    score_code,
+    score_stdin,
+)
 
 ADD = 'import math\ndef add(a, b):\n    """Sum."""\n'
 TEST = "def check(candidate):\n    assert candidate(2, 3) == 5\n"
@@ -56,6 +63,104 @@ def test_its_folder_is_gone_afterwards(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert run_program("open('left', 'w').write('x')").ok
     assert not list(tmp_path.iterdir())
+
+
+def running(marker: str) -> bool:
+    for command in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if marker.encode() in command.read_bytes():
+                return True
+        except OSError:  # it has just ended
+            continue
+    return False
+
+
+def check_nothing_is_left(start: str) -> None:
+    marker = f"77.{os.getpid()}"
+    code = "from subprocess import Popen\n" + start.format(f"['sleep', '{marker}']")
+    begun = time.monotonic()
+    assert run_program(code, given="x" * (1 << 20)).ok  # more than a pipe has room for
+    assert time.monotonic() - begun < sandbox.SECONDS
+    while running(marker) and time.monotonic() - begun < sandbox.SECONDS:
+        time.sleep(0.05)
+    assert not running(marker)
+
+
+@pytest.mark.parametrize("start", ["Popen({})", "Popen({}, start_new_session=True)"])
+def test_processes_that_a_program_leaves_end_with_it(start: str) -> None:
+    if not sandbox.alone():
+        pytest.skip("this user may make no namespaces")
+    check_nothing_is_left(start)
+
+
+def test_without_namespaces_its_process_group_ends_with_a_program(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sandbox, "alone", tuple)
+    check_nothing_is_left("Popen({})")
+
+
+def test_a_process_that_goes_on_writing_into_the_folder_costs_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sandbox, "alone", tuple)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # what it leaves is pytest's to remove
+    code = (
+        "import os, time\nif os.fork() == 0:\n    os.setsid()\n    end = time.time() + 2\n"
+        "    while time.time() < end:\n        open(str(time.time()), 'w').close()\n"
+        "else:\n    time.sleep(0.2)\n"
+    )
+    assert run_program(code).ok
+
+
+def test_a_program_sees_no_other_process_and_has_a_small_disk_where_it_has_namespaces() -> None:
+    if not sandbox.alone():
+        pytest.skip("this user may make no namespaces")
+    ran = run_program(f"import os; os.kill({os.getpid()}, 0)")
+    assert not ran.ok and "No such process" in ran.said
+    ran = run_program("for n in range(32): open(str(n), 'wb').write(bytes(1 << 20))")
+    assert not ran.ok and "No space left" in ran.said
+
+
+def test_a_program_that_cannot_be_started_is_no_wrong_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for words in (("false",), ("no-such-command",)):
+        monkeypatch.setattr(sandbox, "alone", lambda words=words: words)
+        with pytest.raises(SubspecError, match="generated code cannot be run") as error:
+            score_code("```python\ndef add(a, b):\n    return a + b\n```", ITEM)
+        assert error.value.exit_code == Exit.RESOURCES
+
+
+WRONG = "def add(a, b):\n    return a - b\n\n"
+RIGHT = "def add(a, b):\n    return a + b\n\n"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        WRONG + "if __name__ == '__main__':\n    import sys\n    sys.exit(0)\n",
+        WRONG + "import unittest\nif __name__ == '__main__':\n    unittest.main()\n",
+        WRONG + "raise SystemExit(0)\n",
+        WRONG + "import os\nopen('../finished', 'wb').write(bytes(32))\nos._exit(0)\n",
+        "import os\ndef add(a, b):\n    os._exit(0)\n",
+    ],
+)
+def test_an_answer_that_ends_before_its_test_has_not_passed_it(answer: str) -> None:
+    score, why = score_code(f"```python\n{answer}```", ITEM)
+    assert score == 0.0 and why
+
+
+def test_what_an_answer_does_as_a_program_is_not_run() -> None:
+    answer = RIGHT + "if __name__ == '__main__':\n    print(add(int(input()), 1))\n"
+    assert score_code(f"```python\n{answer}```", ITEM) == (1.0, "")
+
+
+def test_usage_after_the_function_is_not_taken_for_it() -> None:
+    usage = "from mine import add\n" + "print(add(1, 2))\n" * 9
+    text = f"1. So:\n\n   ``` python\n{RIGHT}   ```\n\nUse it:\n\n```python\n{usage}```\n"
+    assert score_code(text, ITEM) == (1.0, "")
+    assert score_code("```python\nreturn a + b\n```", ITEM) == (1.0, "")  # only the body
 
 
 @pytest.mark.parametrize(
@@ -107,4 +212,38 @@ def test_a_program_is_judged_by_what_it_writes() -> None:
     assert score_stdin("print(sum(map(int, input().split())))", SUMS) == (1.0, "")
     assert score_stdin("print(5)", SUMS) == (0.0, "test 2: it writes something else")
     with pytest.raises(SubspecError, match="no tests with input and output"):
-        stdin_tests(Item("livecodebench", "q", ("ask",), "stdin", ("{}",)))
+        pairs_of(Item("livecodebench", "q", ("ask",), "stdin", ("{}",)))
+
+
+CALLED = (
+    '[{"input": "[1, 2]\\n3", "output": "[3, 6]", "testtype": "functional"},'
+    ' {"input": "[]\\n0\\n", "output": "[]", "testtype": "functional"}]'
+)
+TIMES = Item("livecodebench", "m", ("ask",), "calls", (CALLED,), entry_point="times")
+METHOD = (
+    "class Solution:\n    def times(self, every: List[int], by: int) -> List[int]:\n        {}\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (METHOD.format("return [one * by for one in every]"), ""),
+        (METHOD.format("return tuple(one * by for one in every)"), ""),
+        (METHOD.format("print(7)\n        return list(map(partial(mul, by), every))"), ""),
+        ("def times(every, by):\n    return [one * by for one in every]\n", ""),
+        (
+            "from __future__ import annotations\n" + METHOD.format("return [by * 1, by * 2]"),
+            "test 2",
+        ),
+        (METHOD.format("exit(0)"), "test 1: it ended before its test"),
+        (METHOD.format("return every") + "print([3, 6])\n", "test 1: AssertionError"),
+        ("print([3, 6])", "test 1: NameError"),
+    ],
+)
+def test_a_method_is_called_with_json_and_judged_by_what_it_returns(
+    answer: str, expected: str
+) -> None:
+    usage = "\nUse it:\n```python\nprint(Solution().times([1], 2))\n```\n" if not expected else ""
+    score, why = score_calls(f"```python\n{answer}```\n{usage}", TIMES)
+    assert score == float(not expected) and expected in why, why

@@ -77,10 +77,43 @@ def test_classes_counts_and_lines_of_code() -> None:
     assert 0 < score_edit("return y", ["return x"]) < 1
 
 
-def test_the_longest_code_block_counts_and_an_open_one_too() -> None:
-    assert code_of("see\n```python\na\n```\n```\nlonger\n```\n") == "longer\n"
+def test_the_last_block_of_python_counts_and_an_open_one_too() -> None:
+    assert (
+        code_of("```python\na\n```\nbetter:\n```python\nb\n```\nit writes\n```\n5\n6\n```\n")
+        == "b\n"
+    )
+    assert code_of("see\n```\na\n```\n```\nlonger\n```\n") == "longer\n"
     assert code_of("```py\nx = 1") == "x = 1"
     assert code_of("plain") == "plain"
+
+
+def test_the_last_block_that_defines_the_function_counts() -> None:
+    first, second = "def f(a):\n    return a\n", "async def f(a):\n    return 2\n"
+    usage = "print(f(1))\n" * 5 + "print(fan(1))\n"
+    text = "".join(f"```python\n{one}```\nthen\n" for one in (first, second, usage))
+    assert code_of(text, "f") == second
+    assert code_of(text.replace("async def f", "def fan"), "f") == first
+    assert code_of(text, "g") == code_of(text) == usage
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "``` python\n{}```",
+        "```Python \n{}```\n",
+        "1. So:\n\n   ```python\n{}   ```\n",
+        "- ```python\n{}  ```\n",
+        "```python title=f.py\n{}```",
+        "Use ```f``` so:\n```\n{}```",
+    ],
+)
+def test_a_fence_may_have_spaces_an_indent_and_windows_line_ends(text: str) -> None:
+    code = 'def f():\n    return "```"  # a fence\n'
+    indented = "".join(f"   {line}\n" for line in code.splitlines())
+    for body in (code, indented):
+        answer = text.format(body)
+        assert code_of(answer, "f") == code_of(answer.replace("\n", "\r\n"), "f") == code
+    assert code_of("```python\nreturn 1```") == "return 1"
 
 
 def test_the_final_answer_is_the_last_one_or_the_last_line() -> None:
