@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from difflib import SequenceMatcher
 
+from subspec.runtime.bench.items import Item
 from subspec.runtime.bench.layouts import Judge
 from subspec.runtime.bench.math_results import boxed, same_result
 
@@ -119,10 +120,16 @@ def longest_common(a: Sequence[str], b: Sequence[str]) -> int:
     return row[-1]
 
 
-def score_class(text: str, references: Sequence[str]) -> float:
-    """The class is the first line of the answer, or the only one that it names."""
-    first = (text.strip().splitlines() or [""])[0].lower()
-    return max((float(one.lower() in first) for one in references), default=0.0)
+def score_class(text: str, references: Sequence[str], classes: Sequence[str] = ()) -> float:
+    """One over the number of classes that the text has in it, if the right one is among them. A
+    class whose name is a part of the right one's does not count."""
+    named = {one for one in (*classes, *references) if one in text}
+    found = (
+        1 / sum(one == right or one not in right for one in named)
+        for right in references
+        if right in named
+    )
+    return max(found, default=0.0)
 
 
 def score_count(text: str, references: Sequence[str]) -> float:
@@ -136,13 +143,23 @@ def score_paragraph(text: str, references: Sequence[str]) -> float:
 
 
 def score_edit(text: str, references: Sequence[str]) -> float:
-    """Similarity of the answer's first line of code and the reference."""
-    lines = [line for line in code_of(text).splitlines() if line.strip()]
-    first = next((one for one in lines if not one.lstrip().startswith(("#", "//"))), "")
+    """Similarity of the reference and the answer's first line without the marks of a comment or a
+    fence."""
+    lines = (line.strip() for line in text.splitlines() if not re.search("`|#|//", line))
+    first = next((line for line in lines if line), "")
     return max(
-        (SequenceMatcher(None, first.strip(), one.strip(), False).ratio() for one in references),
+        (SequenceMatcher(None, first, one.strip(), False).ratio() for one in references),
         default=0.0,
     )
+
+
+def score_text(text: str, item: Item) -> float:
+    """Of an answer to an item that has references, and is not judged by running code."""
+    if item.first_line:
+        text = (text.strip().splitlines() or [""])[0]
+    if item.judge == "class":
+        return score_class(text, item.references, item.classes)
+    return SCORES[item.judge](text, item.references)
 
 
 SCORES: dict[Judge, Callable[[str, Sequence[str]], float]] = {
@@ -151,7 +168,6 @@ SCORES: dict[Judge, Callable[[str, Sequence[str]], float]] = {
     "letter": score_letter,
     "f1": score_f1,
     "rouge": score_rouge,
-    "class": score_class,
     "count": score_count,
     "paragraph": score_paragraph,
     "edit": score_edit,

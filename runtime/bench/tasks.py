@@ -21,7 +21,7 @@ from subspec.runtime.bench.records import (
     setting_of,
 )
 from subspec.runtime.bench.sandbox import score_code, score_stdin
-from subspec.runtime.bench.scoring import SCORES
+from subspec.runtime.bench.scoring import score_text
 from subspec.runtime.engine import Engine
 from subspec.runtime.model.sampling import Sampling
 from subspec.runtime.sequence import GenerationParams, Stats
@@ -171,4 +171,6 @@ def judged(row: AnswerRow, item: Item, execute: bool) -> AnswerRow:
             return replace(row, why="code was not run: --execute-code")
         score, why = (score_code if item.judge == "code" else score_stdin)(row.text, item)
         return replace(row, score=score, why=why)
-    return replace(row, score=SCORES[item.judge](row.text, item.references))
+    if not item.references:
+        return replace(row, why="the item has no reference")
+    return replace(row, score=score_text(row.text, item))

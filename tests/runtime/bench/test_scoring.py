@@ -139,10 +139,46 @@ def test_words_in_common() -> None:
 
 
 def test_classes_counts_and_lines_of_code() -> None:
-    assert score_class("Type: City\nother", ["city"]) == 1
+    assert score_class("Type: City\nother", ["City"]) == 1
     assert score_count("3 or 4", ["3"]) == 0.5
     assert score_edit("    return x\n", ["return x"]) == 1
     assert 0 < score_edit("return y", ["return x"]) < 1
+
+
+CLASSES = ["City", "Country", "Other location", "location", "Number"]
+
+
+@pytest.mark.parametrize(
+    ("text", "right", "expected"),
+    [
+        ("Type: City", "City", 1),
+        ("City or Country", "City", 0.5),
+        ("Country", "City", 0),
+        ("the capacity of a Number", "City", 0),
+        (", ".join(CLASSES), "City", 0.2),
+        ("Other location", "Other location", 1),
+        ("Other location", "location", 0.5),
+    ],
+)
+def test_an_answer_that_names_several_classes_shares_its_score(
+    text: str, right: str, expected: float
+) -> None:
+    assert score_class(text, [right], CLASSES) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("\n```python\n\n# next\nreturn x\n```", 1),
+        ("// next\nreturn x", 1),
+        ("see `x` # the next one\n    return x\nreturn y", 1),
+        ("Here is the next line:\n\nreturn x", 0.27),
+    ],
+)
+def test_a_line_of_code_is_the_first_without_marks_of_comments_and_fences(
+    text: str, expected: float
+) -> None:
+    assert score_edit(text, ["return x"]) == pytest.approx(expected, abs=0.01)
 
 
 def test_the_longest_code_block_counts_and_an_open_one_too() -> None:
