@@ -115,6 +115,8 @@ def speed(artifact: Path, form: "Form", out: Path | None, **given: Any) -> None:
               help="Disable speculative decoding; the tokens stay the same.")  # fmt: skip
 @click.option("--drafter", type=click.Choice(get_args(DrafterName)),
               help="Drafter.  [default: the plan's]")  # fmt: skip
+@click.option("--no-thinking", is_flag=True,
+              help="Tell the chat template that the model is not to think.")  # fmt: skip
 @click.option("--execute-code", is_flag=True,
               help="Run generated programs, in a child with limits.")  # fmt: skip
 @form_option
@@ -123,6 +125,7 @@ def speed(artifact: Path, form: "Form", out: Path | None, **given: Any) -> None:
 def tasks(artifact: Path, form: "Form", out: Path | None, **given: Any) -> None:
     """Accuracy, acceptance and speed on data sets."""
     from subspec.runtime.bench.items import items_of
+    from subspec.runtime.bench.prompting import check_no_thinking
     from subspec.runtime.bench.tables import task_table
     from subspec.runtime.bench.tasks import Asking, answered_items
     from subspec.runtime.bench.variants import Variant, opened_engine, planned
@@ -131,11 +134,14 @@ def tasks(artifact: Path, form: "Form", out: Path | None, **given: Any) -> None:
     chosen = names(given["tasks"], (BUILTIN, *LAYOUTS), "--tasks")
     most, seed = given["max_samples"], given["seed"]
     items = [one for task in chosen for one in items_of(task, given["data"], most, seed)]
-    how = Asking(given["temperature"], seed, given["max_tokens"], given["execute_code"])
+    thinking = False if given["no_thinking"] else None
+    how = Asking(given["temperature"], seed, given["max_tokens"], given["execute_code"], thinking)
     source = source_of(artifact, given)
     found = planned(source, Variant())
+    text = load_tokenizer(found.path / "tokenizer")
+    if given["no_thinking"]:
+        check_no_thinking(text)
     with opened_engine(found, source, None, padded=True) as engine:
-        text = load_tokenizer(found.path / "tokenizer")
         rows = answered_items(engine, text, items, how, out, say)
     show(rows, task_table(rows), form)
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -22,7 +23,7 @@ MOST_ROWS = 200_000
 @dataclass(frozen=True)
 class Item:
     """One conversation to be had and judged: the user's turns, and what its last answer should
-    be."""
+    be. first_line, cut_middle: as in `Layout`."""
 
     task: str
     name: str
@@ -32,6 +33,9 @@ class Item:
     max_tokens: int = 512
     entry_point: str = ""  # of the function that is asked for
     given: str = ""  # code that the answer continues
+    classes: tuple[str, ...] = ()  # of which one is to be named
+    first_line: bool = False
+    cut_middle: bool = False
 
 
 def items_of(task: str, data: Path | None, most: int, seed: int) -> list[Item]:
@@ -51,7 +55,20 @@ def items_of(task: str, data: Path | None, most: int, seed: int) -> list[Item]:
         raise SubspecError(Exit.USAGE, f"{task} has no items in {where}", "give another --data")
     numbers = list(range(len(rows)))
     random.Random(f"{seed} {task}").shuffle(numbers)
+    if layout.spread:
+        numbers = spread(numbers, [str(row.get(layout.spread)) for row in rows])
     return [item_of(task, layout, number, rows[number], seed) for number in numbers[:most]]
+
+
+def spread(numbers: Sequence[int], kinds: Sequence[str]) -> list[int]:
+    """The numbers again, the first one of each kind before the second one of any. kinds: what kind
+    a number is of."""
+    before = Counter[str]()
+    place = dict[int, int]()
+    for number in numbers:
+        place[number] = before[kinds[number]]
+        before[kinds[number]] += 1
+    return sorted(numbers, key=place.__getitem__)
 
 
 def rows_of(task: str, layout: Layout, data: Path | None) -> Iterable[dict[str, Any]]:
@@ -115,7 +132,7 @@ def item_of(task: str, layout: Layout, number: int, row: dict[str, Any], seed: i
         fields["options"] = "\n".join(
             f"{letter}. {one}" for letter, one in zip(ascii_uppercase, options, strict=False)
         )
-        references = (right,)
+        references = (right,) if right else ()
     if layout.turns:
         turns = turns_of(task, layout, row)
     else:
@@ -124,10 +141,13 @@ def item_of(task: str, layout: Layout, number: int, row: dict[str, Any], seed: i
             turns = (asked.format_map(fields).strip(),)
         except KeyError as error:
             raise lacking(task, error.args[0]) from None
+    classes = row.get("all_classes") if layout.judge == "class" else None
     return Item(
         task, name, turns, "calls" if method else layout.judge, references, layout.max_tokens,
         method or str(row.get("entry_point") or ""),
         str(row.get("prompt") or "") if layout.judge == "code" else "",
+        tuple(map(str, classes)) if isinstance(classes, list) else (),
+        layout.first_line, layout.cut_middle,
     )  # fmt: skip
 
 
@@ -151,6 +171,8 @@ def references_of(task: str, layout: Layout, row: dict[str, Any]) -> tuple[str, 
     if layout.reference not in row:
         raise lacking(task, layout.reference)
     value = row[layout.reference]
+    if value is None:
+        return ()
     return tuple(map(str, value)) if isinstance(value, list) else (str(value),)
 
 
@@ -171,12 +193,13 @@ def method_of(task: str, row: dict[str, Any]) -> str:
 def options_of(
     layout: Layout, row: dict[str, Any], seed: str, references: tuple[str, ...]
 ) -> tuple[list[str], str]:
-    """The options in the order in which they are shown, and the letter of the right one."""
+    """The options in the order in which they are shown, and the letter of the right one, "" if the
+    item does not say it."""
     if len(layout.choices) == 1:  # as the data set orders them
         options = row.get(layout.choices[0])
         if not isinstance(options, list) or not 2 <= len(options) <= 10:
             raise lacking(layout.hub[0], f"{layout.choices[0]}, a list of 2 to 10")
-        return [str(one) for one in options], references[0].strip()
+        return [str(one) for one in options], "".join(references[:1]).strip()
     missing = next((one for one in layout.choices if one not in row), None)
     if missing is not None:
         raise lacking(layout.hub[0], missing)

@@ -28,6 +28,9 @@ class Layout:
     judge: Judge = "none"
     choices: tuple[str, ...] = ()
     keys: tuple[str, ...] = ()  # that name an item, the first one that it has; else its number
+    spread: str = ""
+    first_line: bool = False
+    cut_middle: bool = False
 
 
 NUMBER = "\n\nThink step by step. End with a line of the form: Answer: NUMBER"
@@ -42,9 +45,14 @@ ASKED_SUMMARY = "Answer from this text in one or more sentences.\n\n{context}\n\
 EXAMPLES = "{context}\n{input}"
 
 
-def longbench(name: str, prompt: str, judge: Judge, max_tokens: int) -> Layout:
-    hub = ("THUDM/LongBench", name, "test")
-    return Layout(hub, max_tokens, prompt, reference="answers", judge=judge, keys=("_id",))
+def longbench(
+    name: str, prompt: str, judge: Judge, max_tokens: int, first_line: bool = False
+) -> Layout:
+    """Judged, and cut if need be, as LongBench's eval.py, metrics.py and pred.py do it."""
+    return Layout(
+        ("THUDM/LongBench", name, "test"), max_tokens, prompt, reference="answers", judge=judge,
+        keys=("_id",), first_line=first_line, cut_middle=True,
+    )  # fmt: skip
 
 
 LAYOUTS: dict[str, Layout] = {
@@ -93,7 +101,7 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "mmlu-pro": Layout(
         ("TIGER-Lab/MMLU-Pro", None, "test"), 1024, "{question}" + LETTER, reference="answer",
-        judge="letter", choices=("options",), keys=("question_id",),
+        judge="letter", choices=("options",), keys=("question_id",), spread="category",
     ),
     **{
         name: longbench(name, PASSAGES, "f1", 32)
@@ -105,9 +113,9 @@ LAYOUTS: dict[str, Layout] = {
     "gov_report": longbench("gov_report", SUMMARY, "rouge", 512),
     "multi_news": longbench("multi_news", SUMMARY, "rouge", 512),
     "qmsum": longbench("qmsum", ASKED_SUMMARY, "rouge", 512),
-    "trec": longbench("trec", EXAMPLES, "class", 64),
-    "triviaqa": longbench("triviaqa", EXAMPLES, "f1", 32),
-    "samsum": longbench("samsum", EXAMPLES, "rouge", 128),
+    "trec": longbench("trec", EXAMPLES, "class", 64, first_line=True),
+    "triviaqa": longbench("triviaqa", EXAMPLES, "f1", 32, first_line=True),
+    "samsum": longbench("samsum", EXAMPLES, "rouge", 128, first_line=True),
     "passage_count": longbench(
         "passage_count",
         "How many different paragraphs are here? Answer with the number only.\n\n{context}",

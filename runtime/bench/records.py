@@ -50,6 +50,7 @@ class Setting:
     temperature: float
     seed: int
     link_bandwidth: int | None
+    enable_thinking: bool | None = None  # what the chat template was told; None: its own default
 
     @property
     def label(self) -> str:
@@ -111,6 +112,12 @@ class AnswerRow:
     why: str
     costs: Costs
     asked: str = ""  # digest of the item's turns and of the longest answer; "": an older row
+    reasoning_characters: int = 0  # of `text`, before the answer
+
+    @property
+    def answer(self) -> str:
+        """What is judged: the text after the reasoning."""
+        return self.text[self.reasoning_characters :]
 
     @property
     def key(self) -> Key:
@@ -136,7 +143,12 @@ KINDS: dict[str, type[SpeedRow] | type[AnswerRow] | type[SweepRow]] = {
 }
 
 
-def setting_of(engine: Engine, temperature: float = 0.0, seed: int = 0) -> Setting:
+def setting_of(
+    engine: Engine,
+    temperature: float = 0.0,
+    seed: int = 0,
+    enable_thinking: bool | None = None,
+) -> Setting:
     plan = engine.plan
     tree = plan.draft_of(engine.method).tree
     return Setting(
@@ -156,6 +168,7 @@ def setting_of(engine: Engine, temperature: float = 0.0, seed: int = 0) -> Setti
         temperature=temperature,
         seed=seed,
         link_bandwidth=round(engine.link_bandwidth) if engine.link_bandwidth else None,
+        enable_thinking=enable_thinking,
     )
 
 

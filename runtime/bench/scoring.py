@@ -7,7 +7,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from difflib import SequenceMatcher
 
+from subspec.runtime.bench.items import Item
 from subspec.runtime.bench.layouts import Judge
+from subspec.runtime.bench.math_results import boxed, same_result
 
 # Of a code block: its language and its lines. A fence may be indented, stand in a list, or follow
 # the last line.
@@ -16,12 +18,20 @@ BLOCK = re.compile(
     re.DOTALL | re.MULTILINE,
 )
 PYTHON = ("python", "python3", "py")  # languages of a block
-ANSWER = re.compile(r"answer\s*(?:is)?\s*[:=]?\s*(.+)", re.IGNORECASE)
-NUMBER = re.compile(r"-?(?:\d[\d,]*)?\.?\d+")
-LETTER = re.compile(r"\(?\b([A-J])\b\)?")
+OPENING = r"(?:[\s*_$]|\\[(\[])*"  # of bold text and formulas; the answer may be on the next line
+ANSWER_LINE = re.compile(
+    r"^[^\w\n]*(?:the )?(?:final |correct )?answer[^\w\n:]*(?:is[^\w\n:]*)?:" + OPENING + "(.+)",
+    re.IGNORECASE | re.MULTILINE,
+)
+ANSWER_IN_SENTENCE = re.compile(
+    r"\banswer\b[*_ ]*(?:is\b[*_ ]*[:=]?|[:=])" + OPENING + "(.+)", re.IGNORECASE
+)
+NUMBER = re.compile(r"-?\d*\.?\d+")
+GROUPED = re.compile(r"(?<![\d.])(?<!\d,)\d{1,3}(?:,\d{3})+(?!,?\d)")  # 1,234 and no list
+LETTER = re.compile(r"\b([A-J])\b")
+FIRST_LETTER = re.compile(r"\W*([A-J])\s*(?:[^\w\s'’]|$)", re.IGNORECASE)  # c, (c), C. Paris
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 PUNCTUATION = str.maketrans("", "", string.punctuation)
-LONGEST_MATH = 200  # characters of a result
 
 
 def code_of(text: str, defines: str = "") -> str:
@@ -41,62 +51,49 @@ def definition_of(name: str) -> re.Pattern[str]:
 
 
 def final_answer(text: str) -> str:
-    """What follows the last "answer:"; without one, the last line."""
-    said = ANSWER.findall(text)
+    """What is said to be the answer; if nothing is, the last line."""
     lines = text.strip().splitlines()
-    return str(said[-1]).strip() if said else lines[-1] if lines else ""
+    return said_answer(text) or (lines[-1] if lines else "")
+
+
+def said_answer(text: str) -> str:
+    """What follows the last line "Answer:"; without one what the last box holds; without that what
+    follows the last "answer is" within a sentence; "" if there is none of them."""
+    lines: list[str] = ANSWER_LINE.findall(text)
+    if lines:
+        return boxed(lines[-1]) or lines[-1]
+    sentences: list[str] = ANSWER_IN_SENTENCE.findall(text)
+    return boxed(text) or (sentences[-1] if sentences else "")
 
 
 def numbers(text: str) -> list[float]:
-    return [float(one.replace(",", "")) for one in NUMBER.findall(text)]
+    text = GROUPED.sub(lambda found: found[0].replace(",", ""), text.replace("−", "-"))
+    return [float(one) for one in NUMBER.findall(text)]
 
 
 def score_number(text: str, references: Sequence[str]) -> float:
-    """The number of the final answer; gsm8k's references end with "#### NUMBER"."""
-    said = numbers(final_answer(text)) or numbers(text)
-    wanted = numbers(references[0].rpartition("####")[2])
-    return float(bool(said and wanted) and said[-1] == wanted[-1])
+    """The first number of the answer, behind its last "="; without an answer the last number of
+    all. gsm8k's references end with "#### NUMBER"."""
+    said = numbers(said_answer(text).rpartition("=")[2])[:1] or numbers(text)[-1:]
+    wanted = numbers(references[0].rpartition("####")[2])[-1:]
+    return float(bool(said) and said == wanted)
 
 
 def score_math(text: str, references: Sequence[str]) -> float:
     """The boxed or the final result, as text or as a number."""
-    said, wanted = (
-        plain_math(boxed(one) or other)
-        for one, other in ((text, final_answer(text)), (references[0], references[0]))
+    return float(
+        same_result(boxed(text) or final_answer(text), boxed(references[0]) or references[0])
     )
-    if said == wanted:
-        return float(wanted != "")
-    as_numbers = [numbers(one) for one in (said, wanted)]
-    whole = [len(one) == 1 and NUMBER.fullmatch(text) for one, text in
-             zip(as_numbers, (said, wanted), strict=True)]  # fmt: skip
-    return float(all(whole) and as_numbers[0] == as_numbers[1])
-
-
-def boxed(text: str) -> str:
-    r"""What the last \boxed{...} holds, with its own braces; "" if there is none."""
-    start = text.rfind("\\boxed{")
-    depth = 0
-    for at in range(start + 6, len(text)) if start >= 0 else ():
-        depth += {"{": 1, "}": -1}.get(text[at], 0)
-        if depth == 0:
-            return text[start + 7 : at]
-    return ""
-
-
-def plain_math(text: str) -> str:
-    """Without what only changes how a result looks."""
-    text = text.strip().strip("$").rstrip(".")[:LONGEST_MATH]
-    for mark in ("\\left", "\\right", "\\!", "\\,", "\\;", "\\ ", "$", "\\%", "%", "^\\circ", " "):
-        text = text.replace(mark, "")
-    text = re.sub(r"\\(?:text|mathrm|mbox)\{([^{}]*)\}", r"\1", text)
-    text = text.replace("dfrac", "frac").replace("tfrac", "frac")
-    return re.sub(r"\\frac(\d)(\d)", r"\\frac{\1}{\2}", text)
 
 
 def score_letter(text: str, references: Sequence[str]) -> float:
-    """The first letter after "answer:"; without one the last of all, as "I" is a letter too."""
-    after = ANSWER.findall(text)
-    said = LETTER.findall(after[-1])[:1] if after else LETTER.findall(text)[-1:]
+    """The letter that the answer begins with, or its first capital one; without an answer the last
+    capital letter of all."""
+    answer = said_answer(text)
+    if first := FIRST_LETTER.match(answer):
+        said = [first[1].upper()]
+    else:
+        said = LETTER.findall(answer)[:1] or LETTER.findall(text)[-1:]
     return float(said == [references[0].strip()])
 
 
@@ -140,10 +137,16 @@ def longest_common(a: Sequence[str], b: Sequence[str]) -> int:
     return row[-1]
 
 
-def score_class(text: str, references: Sequence[str]) -> float:
-    """The class is the first line of the answer, or the only one that it names."""
-    first = (text.strip().splitlines() or [""])[0].lower()
-    return max((float(one.lower() in first) for one in references), default=0.0)
+def score_class(text: str, references: Sequence[str], classes: Sequence[str] = ()) -> float:
+    """One over the number of classes that the text has in it, if the right one is among them. A
+    class whose name is a part of the right one's does not count."""
+    named = {one for one in (*classes, *references) if one in text}
+    found = (
+        1 / sum(one == right or one not in right for one in named)
+        for right in references
+        if right in named
+    )
+    return max(found, default=0.0)
 
 
 def score_count(text: str, references: Sequence[str]) -> float:
@@ -157,13 +160,23 @@ def score_paragraph(text: str, references: Sequence[str]) -> float:
 
 
 def score_edit(text: str, references: Sequence[str]) -> float:
-    """Similarity of the answer's first line of code and the reference."""
-    lines = [line for line in code_of(text).splitlines() if line.strip()]
-    first = next((one for one in lines if not one.lstrip().startswith(("#", "//"))), "")
+    """Similarity of the reference and the answer's first line without the marks of a comment or a
+    fence."""
+    lines = (line.strip() for line in text.splitlines() if not re.search("`|#|//", line))
+    first = next((line for line in lines if line), "")
     return max(
-        (SequenceMatcher(None, first.strip(), one.strip(), False).ratio() for one in references),
+        (SequenceMatcher(None, first, one.strip(), False).ratio() for one in references),
         default=0.0,
     )
+
+
+def score_text(text: str, item: Item) -> float:
+    """Of an answer to an item that has references, and is not judged by running code."""
+    if item.first_line:
+        text = (text.strip().splitlines() or [""])[0]
+    if item.judge == "class":
+        return score_class(text, item.references, item.classes)
+    return SCORES[item.judge](text, item.references)
 
 
 SCORES: dict[Judge, Callable[[str, Sequence[str]], float]] = {
@@ -172,7 +185,6 @@ SCORES: dict[Judge, Callable[[str, Sequence[str]], float]] = {
     "letter": score_letter,
     "f1": score_f1,
     "rouge": score_rouge,
-    "class": score_class,
     "count": score_count,
     "paragraph": score_paragraph,
     "edit": score_edit,

@@ -10,6 +10,7 @@ from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.formatting import duration
 from subspec.runtime.bench.items import Item, digest_of
 from subspec.runtime.bench.layouts import Judge
+from subspec.runtime.bench.prompting import prompt_of, reasoning_marks, reasoning_of, without_middle
 from subspec.runtime.bench.records import (
     AnswerRow,
     Key,
@@ -21,10 +22,11 @@ from subspec.runtime.bench.records import (
     setting_of,
 )
 from subspec.runtime.bench.sandbox import NOT_ALONE, alone, score_calls, score_code, score_stdin
-from subspec.runtime.bench.scoring import SCORES
+from subspec.runtime.bench.scoring import score_text
 from subspec.runtime.engine import Engine
 from subspec.runtime.model.sampling import Sampling
 from subspec.runtime.sequence import GenerationParams, Stats
+from subspec.runtime.text.reasoning import reasoning_length
 from subspec.runtime.text.streaming import TextStream
 from subspec.runtime.text.tokenizer import ChatTokenizer
 
@@ -33,12 +35,14 @@ RUN: tuple[Judge, ...] = ("code", "stdin", "calls")  # what they judge is a prog
 
 @dataclass(frozen=True)
 class Asking:
-    """max_tokens: None: as long as each task is. execute: generated code is run."""
+    """max_tokens: None: as long as each task is. execute: generated code is run. enable_thinking:
+    None: as the chat template has it."""
 
     temperature: float = 0.0
     seed: int = 0
     max_tokens: int | None = None
     execute: bool = False
+    enable_thinking: bool | None = None
 
 
 def answered_items(
@@ -51,7 +55,7 @@ def answered_items(
 ) -> list[AnswerRow]:
     """Rows of all items. out: a file that has those of an earlier run, which are not done again,
     and gets the others. Raises SubspecError: USAGE if the earlier run asked something else."""
-    setting = setting_of(engine, how.temperature, how.seed)
+    setting = setting_of(engine, how.temperature, how.seed, how.enable_thinking)
     done = rows_to_resume(out, AnswerRow, setting) if out else []
     rows = {row.key: row for row in done}
     if how.execute and any(item.judge in RUN for item in items) and not alone():
@@ -140,21 +144,25 @@ def answered(
     """A row for each turn, whose code is not run yet; one sequence, so that a turn reads only what
     is new."""
     most, digest = how.max_tokens or item.max_tokens, asked_of(item, how)
+    context = engine.plan.context
     sampling = Sampling(how.temperature, seed=how.seed)
-    ends = frozenset(engine.artifact.spec.eos_token_ids)
+    params = GenerationParams(most, sampling, frozenset(engine.artifact.spec.eos_token_ids))
+    reasoning, shown = reasoning_of(tokenizer), reasoning_marks(tokenizer)
     messages = list[dict[str, str]]()
     with engine.new_sequence() as sequence:
         for turn, asked in enumerate(item.turns):
             messages.append({"role": "user", "content": asked})
-            ids = tokenizer.chat_ids(messages)
-            if len(ids) >= engine.plan.context:
-                nothing = too_long(item, setting, len(ids), engine.plan.context)
+            prompt = prompt_of(tokenizer, messages, how.enable_thinking)
+            if item.cut_middle:  # with room for the longest answer, but no more than half
+                room = max(context - most, context // 2)
+                prompt = without_middle(prompt, tokenizer, messages, how.enable_thinking, room)
+            if len(prompt.ids) >= context:
+                nothing = too_long(item, setting, len(prompt.ids), context)
                 yield replace(nothing, asked=digest)
                 return
-            stream = TextStream(sequence, tokenizer, ids, GenerationParams(most, sampling, ends))
+            stream = TextStream(sequence, tokenizer, prompt.ids, params, shown=shown)
             for _ in stream:
                 pass
-            messages.append({"role": "assistant", "content": stream.text})
             row = AnswerRow(
                 "subspec.bench.answer/1",
                 setting,
@@ -165,10 +173,12 @@ def answered(
                 tuple(stream.token_ids),
                 sequence.finish_reason or "",
                 None,
-                "",
+                prompt.cut,
                 costs_of(sequence.stats, engine.peak.peak_bytes),
                 digest,
+                reasoning_length(stream.text, reasoning, prompt.in_reasoning),
             )
+            messages.append({"role": "assistant", "content": row.answer or row.text})
             last = turn == len(item.turns) - 1
             yield judged(row, item, execute=False) if last else row
 
@@ -186,13 +196,22 @@ def too_long(item: Item, setting: Setting, size: int, context: int) -> AnswerRow
 def judged(row: AnswerRow, item: Item, execute: bool) -> AnswerRow:
     if item.judge == "none":
         return row
+    if row.text and not row.answer:
+        return replace(row, score=0.0, why=because(row, "there is no answer after the reasoning"))
     if item.judge in RUN:
         if not execute:
             return replace(row, why="code was not run: --execute-code")
         score_of = {"code": score_code, "stdin": score_stdin, "calls": score_calls}[item.judge]
         try:
-            score, why = score_of(row.text, item)
+            score, why = score_of(row.answer, item)
         except SubspecError as error:  # not the answer's fault, and no reason to end a run
             return replace(row, why=f"not judged: {error.message}")
         return replace(row, score=score, why=why)
-    return replace(row, score=SCORES[item.judge](row.text, item.references))
+    if not item.references:
+        return replace(row, why=because(row, "the item has no reference"))
+    return replace(row, score=score_text(row.answer, item))
+
+
+def because(row: AnswerRow, why: str) -> str:
+    """Why its score is what it is, with what is known of the prompt already."""
+    return f"{row.why}; {why}" if row.why else why

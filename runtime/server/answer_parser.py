@@ -4,10 +4,10 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 from subspec.runtime.server.chat_events import ChatEvent, ReasoningDelta, TextDelta
-from subspec.runtime.server.reasoning import ReasoningFormat
 from subspec.runtime.server.tools.calls import Calls
 from subspec.runtime.server.tools.feed import SPACE, Malformed, TextFeed, Wait
 from subspec.runtime.server.tools.formats import ToolFormat, read_call
+from subspec.runtime.text.reasoning import ReasoningFormat
 
 LONGEST_RESCAN = 4096  # characters of a malformed call in which another may begin
 

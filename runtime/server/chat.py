@@ -28,16 +28,16 @@ from subspec.runtime.server.generation import (
     Piece,
     PromptTooLong,
 )
-from subspec.runtime.server.reasoning import (
+from subspec.runtime.server.template_messages import template_messages
+from subspec.runtime.server.tools.formats import ToolFormat, choose_tool_format
+from subspec.runtime.text.chat_template import TemplateWorker
+from subspec.runtime.text.detokenizer import Unstopped
+from subspec.runtime.text.reasoning import (
     ReasoningFormat,
     choose_reasoning,
     ends_in_reasoning,
     has_ended_reasoning,
 )
-from subspec.runtime.server.template_messages import template_messages
-from subspec.runtime.server.tools.formats import ToolFormat, choose_tool_format
-from subspec.runtime.text.chat_template import TemplateWorker
-from subspec.runtime.text.detokenizer import Unstopped
 from subspec.runtime.text.template_caps import TemplateCaps, find_caps
 from subspec.runtime.text.tokenizer import (
     MOST_COUNTED,

@@ -12,8 +12,8 @@ from subspec.runtime.server.chat import Prompt, offered_tools
 from subspec.runtime.server.chat_events import ChatRequest
 from subspec.runtime.server.grammar import GrammarThreads
 from subspec.runtime.server.grammar_tokens import GrammarTokens, read_grammar_tokens
-from subspec.runtime.server.reasoning import ReasoningFormat
 from subspec.runtime.server.tools.formats import ToolFormat
+from subspec.runtime.text.reasoning import ReasoningFormat
 
 
 class Constraints:

@@ -36,7 +36,7 @@ class AnswerText:
 class TextStream:
     """Iterating yields pieces of the answer to `prompt_ids` in whole characters; together they are
     `text`: what follows the prompt's own text. A text in `stop` ends the answer and is not part of
-    it; it may be, or contain, special tokens.
+    it; it may be, or contain, special tokens. Those in `shown` are part of the text.
 
         for piece in TextStream(sequence, tokenizer, ids, GenerationParams(max_tokens=64)):
             print(piece, end="")
@@ -49,11 +49,12 @@ class TextStream:
         prompt_ids: list[int],
         params: GenerationParams,
         stop: tuple[str, ...] = (),
+        shown: frozenset[str] = frozenset(),
     ) -> None:
         self.prompt_ids = prompt_ids
         self.token_ids: list[int] = []
         self._sequence = sequence
-        self._answer = AnswerText(StreamingDetokenizer(tokenizer, stop, prompt_ids))
+        self._answer = AnswerText(StreamingDetokenizer(tokenizer, stop, prompt_ids, shown))
         self._params = replace(params, cut=self._answer.cut)
 
     @property

@@ -109,10 +109,11 @@ class ChatTokenizer:
                 "leave that text out: the model was not made for it",
             )
 
-    def render(self, messages: list[dict[str, str]]) -> str:
+    def render(self, messages: list[dict[str, str]], enable_thinking: bool | None = None) -> str:
         """Messages -> text. Raises SubspecError: USAGE if the template refuses them, CORRUPT if it
         fails."""
-        return render(self.template or "", self.template_variables(Conversation(messages)))
+        conversation = Conversation(messages, enable_thinking=enable_thinking)
+        return render(self.template or "", self.template_variables(conversation))
 
     def template_variables(self, conversation: Conversation) -> dict[str, Any]:
         """What the template sees, without control tokens in what a person may have written: texts

@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 
 import click
 import pytest
+from chat_templates import QWEN35
 from running import Ended, demo_artifact
 
 from subspec.artifacts.common.errors import Exit, SubspecError
@@ -35,6 +36,8 @@ from subspec.runtime.bench.tables import (
 from subspec.runtime.bench.variants import Source, Variant
 from subspec.runtime.draft import checked
 from subspec.runtime.draft.beam import TokenTree
+from subspec.runtime.text import tokenizer
+from subspec.runtime.text.tokenizer import load_tokenizer
 
 Capture = pytest.CaptureFixture[str]
 HERE = ("--no-replan",)
@@ -377,6 +380,67 @@ def test_a_question_that_does_not_fit_is_counted_and_told(
     assert done.exit_code == 0, done.err
     [kept] = answers(out)
     assert (kept.finish_reason, kept.score) == ("too long", 0.0) and "do not fit" in kept.why
+
+
+def test_of_a_longbench_prompt_over_the_context_the_middle_is_left_out_and_told(
+    artifact: Path, capsys: Capture, tmp_path: Path
+) -> None:
+    row = {"context": "word " * 500, "input": "who?", "answers": ["Anna"], "_id": "long"}
+    for task in ("hotpotqa", "gov_report"):  # for the longest answer of the second there is no room
+        (tmp_path / f"{task}.jsonl").write_text(json.dumps(row) + "\n")
+    out = tmp_path / "out.jsonl"
+    words = ("--tasks", "hotpotqa,gov_report", "--data", tmp_path, "--out", out, *HERE)
+    done = run(capsys, "tasks", artifact, *words)
+    assert done.exit_code == 0, done.err
+    context = open_artifact(artifact).plan.context
+    for kept, room in zip(answers(out), (context - 32, context // 2), strict=True):
+        assert room - 8 <= kept.costs.prompt_tokens <= room and kept.token_ids
+        assert kept.why.startswith("its middle was left out: of ")
+        assert kept.why.endswith(f" {kept.costs.prompt_tokens} were read")
+
+
+def test_reasoning_is_not_the_answer_and_can_be_switched_off(
+    artifact: Path,
+    measured: dict[str, Path],
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    words = ["tasks", artifact, *HERE, "--tasks", "gsm8k", "--data", measured["draft"].parent]
+    words += ["--max-tokens", 4, "--out", tmp_path / "out.jsonl"]
+    refused = run(capsys, *words, "--no-thinking")
+    assert refused.exit_code == Exit.USAGE and "has no enable_thinking" in refused.err
+    thinking = replace(load_tokenizer(artifact / "tokenizer"), template=QWEN35)
+    monkeypatch.setattr(tokenizer, "load_tokenizer", lambda folder: thinking)
+    assert run(capsys, *words).exit_code == 0
+    for row in answers(tmp_path / "out.jsonl"):
+        assert row.text and row.reasoning_characters == len(row.text) and row.answer == ""
+        assert row.score == 0 and row.why == "there is no answer after the reasoning"
+        assert row.setting.enable_thinking is None
+    refused = run(capsys, *words, "--no-thinking")
+    assert (
+        refused.exit_code == Exit.USAGE and "enable_thinking None instead of False" in refused.err
+    )
+    assert run(capsys, *words[:-1], tmp_path / "told.jsonl", "--no-thinking").exit_code == 0
+    for row in answers(tmp_path / "told.jsonl"):
+        assert row.answer == row.text and row.why == "" and row.setting.enable_thinking is False
+
+
+def test_code_in_the_reasoning_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = list[str]()
+
+    def score_code(text: str, item: Item) -> tuple[float, str]:
+        seen.append(text)
+        return 1.0, ""
+
+    monkeypatch.setattr(tasks, "score_code", score_code)
+    item = Item("human-eval", "i", ("x",), "code", ("test",))
+    thought, said = "<think>x = 1</think>", "x = 2"
+    row: Any = AnswerRow("subspec.bench.answer/1", None, "t", "i", 0, "", (), "", None, "", None)  # type: ignore[arg-type]
+    row = replace(row, text=thought + said, reasoning_characters=len(thought))
+    assert tasks.judged(row, item, execute=True).score == 1 and seen == [said]
+    cut = replace(row, text=thought)
+    assert tasks.judged(cut, item, execute=True).score == 0 and len(seen) == 1
 
 
 def test_a_sweep_plans_each_point_and_leaves_out_what_does_not_fit(

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -73,12 +74,14 @@ def loaded(folder: Path, task: str) -> Item:
     return item
 
 
-def scored(item: Item, text: str) -> float | None:
-    row: Any = AnswerRow(
+def answer_to(item: Item, text: str) -> AnswerRow:
+    return AnswerRow(
         "subspec.bench.answer/1", None, item.task, item.name, 0, text, (), "eos", None, "", None  # type: ignore[arg-type]
     )  # fmt: skip
-    found: AnswerRow = judged(row, item, execute=False)
-    return found.score
+
+
+def scored(item: Item, text: str) -> float | None:
+    return judged(answer_to(item, text), item, execute=False).score
 
 
 @pytest.mark.parametrize("task", LAYOUTS)
@@ -129,6 +132,40 @@ def test_hidden_tests_of_many_megabytes_are_read_over_and_not_kept(tmp_path: Pat
         "livecodebench", LAYOUTS["livecodebench"], write(tmp_path, "livecodebench", row)
     )
     assert found == ROWS["livecodebench"][0]
+
+
+@pytest.mark.parametrize("task", ["triviaqa", "samsum", "trec"])
+def test_of_answers_to_examples_only_the_first_line_is_judged(task: str, tmp_path: Path) -> None:
+    classes = LONGBENCH | {"answers": ["City"], "all_classes": ["City", "Number"]}
+    [item] = items_of(task, write(tmp_path, task, classes), 1, 0)
+    assert scored(item, "\nCity\n\nPassage: a Number of towns") == 1.0
+    assert scored(item, "Nothing\nCity") == 0.0
+    assert scored(item, "City Number") == pytest.approx(0.5 if task == "trec" else 2 / 3)
+
+
+@pytest.mark.parametrize("task", ["passage_count", "trec", "hotpotqa", "gsm8k", "mmlu-pro"])
+@pytest.mark.parametrize("reference", [[], None])
+def test_an_item_without_a_reference_is_answered_and_not_judged(
+    task: str, reference: object, tmp_path: Path
+) -> None:
+    row = row_for(task, LAYOUTS[task])[0] | {LAYOUTS[task].reference: reference}
+    [item] = items_of(task, write(tmp_path, task, row), 1, 0)
+    found = judged(answer_to(item, "3"), item, execute=False)
+    assert found.score is None and found.why == "the item has no reference"
+
+
+def test_a_limited_number_of_items_is_spread_evenly_over_categories(tmp_path: Path) -> None:
+    kinds = ["law"] * 90 + ["physics"] * 8 + ["history"] * 2
+    rows = [
+        ROWS["mmlu-pro"][0] | {"question_id": at, "category": kind} for at, kind in enumerate(kinds)
+    ]
+    data = write(tmp_path, "mmlu-pro", *rows)
+    few, same, other = (items_of("mmlu-pro", data, 9, seed) for seed in (0, 0, 1))
+    counts = Counter(kinds[int(item.name)] for item in few)
+    assert counts["history"] == 2 and abs(counts["law"] - counts["physics"]) <= 1
+    assert few == same != other
+    assert items_of("mmlu-pro", data, 20, 0)[:9] == few
+    assert len({item.name for item in items_of("mmlu-pro", data, 200, 0)}) == 100
 
 
 def test_every_turn_of_a_conversation_is_asked(tmp_path: Path) -> None:

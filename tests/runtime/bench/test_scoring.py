@@ -2,8 +2,8 @@
 
 import pytest
 
+from subspec.runtime.bench.math_results import boxed
 from subspec.runtime.bench.scoring import (
-    boxed,
     code_of,
     final_answer,
     longest_common,
@@ -27,6 +27,17 @@ from subspec.runtime.bench.scoring import (
         ("it is 7", "7", 1),
         ("", "7", 0),
         ("Answer: -5", "-5", 1),
+        ("Answer: −5", "-5", 1),
+        ("Answer: 18\n\nPlease note that this answer assumes 2 eggs.", "18", 1),
+        ("Answer: 18 dollars for 2 days", "18", 1),
+        ("**Final answer:** 2 * 9 = $18$ for 2 days", "18", 1),
+        ("The answer is: 18\nIt took 2 days.", "18", 1),
+        ("Answer:\n\n18\n\nin 2 days", "18", 1),
+        ("So the answer is **18** for 2 days, not 3.", "18", 1),
+        (r"It is $\boxed{18}$ after 2 days.", "18", 1),
+        ("Answer: 1,23", "123", 0),
+        ("Answer: 2,000,000 people", "2000000", 1),
+        ("7 eggs. I hope this answers your 2 questions about 7", "7", 1),
     ],
 )
 def test_numbers(text: str, reference: str, expected: float) -> None:
@@ -43,6 +54,45 @@ def test_numbers(text: str, reference: str, expected: float) -> None:
         (r"\boxed{\text{east}}", "east", 1),
         ("Answer: 3", "4", 0),
         ("", "4", 0),
+        ("**Answer: 4**", "4", 1),
+        ("Answer: **4**", "4", 1),
+        ("**Answer:** $4$", "4", 1),
+        ("### Final Answer\n\n**Answer:**\n\n$$\n4\n$$", "4", 1),
+        (r"Answer: \(\frac{3}{4}\)", r"\frac{3}{4}", 1),
+        (r"\boxed{90^{\circ}}", r"90^\circ", 1),
+        ("Answer: 90°", r"90^\circ", 1),
+        ("Answer: 0.5", r"\frac{1}{2}", 1),
+        ("Answer: 1/2", r"\frac{1}{2}", 1),
+        ("Answer: 0.33", r"\frac{1}{3}", 0),
+        ("Answer: −1/2", r"\frac{-1}{2}", 1),
+        (r"\boxed{-\frac12}", r"\frac{-1}{2}", 1),
+        (r"\boxed{\frac{72}9}", "8", 1),
+        (r"\boxed{2\frac{3}{4}}", r"\frac{23}{4}", 0),
+        (r"\boxed{\frac{1}{0}}", "0", 0),
+        (r"Answer: \$5", "5", 1),
+        (r"\boxed{5\text{ cm}}", "5", 1),
+        (r"\boxed{5\,\mathrm{cm}^2}", "5", 1),
+        ("5", r"5\text{ cm}", 1),
+        ("Answer: x=5", "5", 1),
+        ("Answer: $f(x) = 2x$", "2x", 1),
+        ("Answer: $x = 5, y = 3$", "3", 0),
+        (r"so $\boxed 3$", "3", 1),
+        (r"so $\fbox{3}$", "3", 1),
+        (r"Answer: \sqrt2", r"\sqrt{2}", 1),
+        ("Answer: x^{2}", "x^2", 1),
+        ("Answer: x^{23}", "x^23", 0),
+        ("Answer: A", r"\text{(A)}", 1),
+        (r"\boxed{\text{(A)}}", "A", 1),
+        (r"\boxed{1,23}", "12,3", 0),
+        (r"\boxed{2,3}", "23", 0),
+        (r"\boxed{2,3}", "2, 3", 1),
+        (r"\boxed{(1,234)}", "(1, 234)", 1),
+        (r"\boxed{12{,}345}", "12345", 1),
+        (r"\boxed{12,\!345.5}", "12345.50", 1),
+        (r"\boxed{\begin{pmatrix}1\\2\end{pmatrix}}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", 1),
+        (r"\boxed{\begin{pmatrix}1\\-2\end{pmatrix}}", r"\begin{pmatrix}1\\2\end{pmatrix}", 0),
+        ("Answer: 1e999999999", "3", 0),
+        ("Answer: 2*3", "23", 0),
     ],
 )
 def test_results(text: str, reference: str, expected: float) -> None:
@@ -56,7 +106,25 @@ def test_the_last_box_with_its_own_braces() -> None:
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("Answer: C", 1), ("Answer: (C).", 1), ("It is A.\nAnswer: B", 0), ("I take C", 1), ("", 0)],
+    [
+        ("Answer: C", 1),
+        ("Answer: (C).", 1),
+        ("It is A.\nAnswer: B", 0),
+        ("I take C", 1),
+        ("", 0),
+        ("Answer: C\n\nI hope this answers your question.", 1),
+        ("Answer: C\n\nB would be an answer to A.", 1),
+        ("Answer: c", 1),
+        ("answer: (c)", 1),
+        ("**Answer:** c) because a is wrong", 1),
+        ("Answer: a dog, so C", 1),
+        ("Answer: Option C", 1),
+        ("The correct answer is: **C**. I am sure.", 1),
+        ("I'd say the answer is C. I am sure.", 1),
+        (r"Answer: $\boxed{\text{C}}$", 1),
+        (r"It has \boxed{12} legs: C", 1),
+        ("Answer: B\nas the answer is not C", 0),
+    ],
 )
 def test_letters(text: str, expected: float) -> None:
     assert score_letter(text, ["C"]) == expected
@@ -71,10 +139,46 @@ def test_words_in_common() -> None:
 
 
 def test_classes_counts_and_lines_of_code() -> None:
-    assert score_class("Type: City\nother", ["city"]) == 1
+    assert score_class("Type: City\nother", ["City"]) == 1
     assert score_count("3 or 4", ["3"]) == 0.5
     assert score_edit("    return x\n", ["return x"]) == 1
     assert 0 < score_edit("return y", ["return x"]) < 1
+
+
+CLASSES = ["City", "Country", "Other location", "location", "Number"]
+
+
+@pytest.mark.parametrize(
+    ("text", "right", "expected"),
+    [
+        ("Type: City", "City", 1),
+        ("City or Country", "City", 0.5),
+        ("Country", "City", 0),
+        ("the capacity of a Number", "City", 0),
+        (", ".join(CLASSES), "City", 0.2),
+        ("Other location", "Other location", 1),
+        ("Other location", "location", 0.5),
+    ],
+)
+def test_an_answer_that_names_several_classes_shares_its_score(
+    text: str, right: str, expected: float
+) -> None:
+    assert score_class(text, [right], CLASSES) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("\n```python\n\n# next\nreturn x\n```", 1),
+        ("// next\nreturn x", 1),
+        ("see `x` # the next one\n    return x\nreturn y", 1),
+        ("Here is the next line:\n\nreturn x", 0.27),
+    ],
+)
+def test_a_line_of_code_is_the_first_without_marks_of_comments_and_fences(
+    text: str, expected: float
+) -> None:
+    assert score_edit(text, ["return x"]) == pytest.approx(expected, abs=0.01)
 
 
 def test_the_last_block_of_python_counts_and_an_open_one_too() -> None:

@@ -14,14 +14,6 @@ from subspec.runtime.server.chat_events import (
     ToolCallDelta,
     ToolCallStart,
 )
-from subspec.runtime.server.reasoning import (
-    BRACKETS,
-    CHANNEL,
-    THINK,
-    ReasoningFormat,
-    choose_reasoning,
-    ends_in_reasoning,
-)
 from subspec.runtime.server.tools.formats import (
     FUNCTION_GEMMA,
     GEMMA_4,
@@ -32,6 +24,14 @@ from subspec.runtime.server.tools.formats import (
     XML,
     ToolFormat,
     choose_tool_format,
+)
+from subspec.runtime.text.reasoning import (
+    BRACKETS,
+    CHANNEL,
+    THINK,
+    ReasoningFormat,
+    choose_reasoning,
+    ends_in_reasoning,
 )
 
 

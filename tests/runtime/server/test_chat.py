@@ -41,8 +41,8 @@ from subspec.runtime.server.chat_events import (
     ToolCallStart,
 )
 from subspec.runtime.server.generation import PromptTooLong, QueueFull
-from subspec.runtime.server.reasoning import THINK
 from subspec.runtime.server.tools.formats import HERMES, ToolFormat
+from subspec.runtime.text.reasoning import THINK
 from subspec.runtime.text.tokenizer import ChatTokenizer
 
 CONTEXT = 4096

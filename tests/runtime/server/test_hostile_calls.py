@@ -9,7 +9,6 @@ import pytest
 
 from subspec.runtime.server.answer_parser import AnswerParser
 from subspec.runtime.server.chat_events import ChatEvent, ToolCallDelta, ToolCallStart
-from subspec.runtime.server.reasoning import THINK
 from subspec.runtime.server.responses_tools import custom_input
 from subspec.runtime.server.tools.formats import (
     GEMMA_4,
@@ -21,6 +20,7 @@ from subspec.runtime.server.tools.formats import (
     ToolFormat,
 )
 from subspec.runtime.server.tools.json_text import DEEPEST, arguments_object
+from subspec.runtime.text.reasoning import THINK
 
 FORMATS = (HERMES, XML, LLAMA, MISTRAL_LIST, MISTRAL_ARGS, GEMMA_4)
 PROPERTIES = {"s": {"type": "string"}, "n": {"type": "number"}, "o": {"type": "object"}, "any": {}}

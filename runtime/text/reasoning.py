@@ -38,3 +38,12 @@ def ends_in_reasoning(prompt: str, form: ReasoningFormat) -> bool:
 def has_ended_reasoning(prompt: str, form: ReasoningFormat) -> bool:
     """Whether a rendered prompt says already that there is no reasoning to come."""
     return prompt.rstrip().endswith(form.end)
+
+
+def reasoning_length(text: str, form: ReasoningFormat, is_open: bool) -> int:
+    """How many characters of an answer are reasoning, the marks and the newlines after it included:
+    all of them if it does not end. is_open: the prompt ends within the reasoning."""
+    if not is_open and not text.lstrip().startswith(form.begin):
+        return 0
+    _, mark, answer = text.partition(form.end)
+    return len(text) - len(answer.lstrip("\n")) if mark else len(text)
