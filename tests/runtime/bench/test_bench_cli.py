@@ -32,9 +32,12 @@ from subspec.runtime.bench.tables import (
     speed_table,
     written,
 )
+from subspec.runtime.bench.throughput import warm_up
 from subspec.runtime.bench.variants import Source, Variant
 from subspec.runtime.draft import checked
 from subspec.runtime.draft.beam import TokenTree
+from subspec.runtime.engine import Engine
+from subspec.runtime.sequence import GenerationParams, Sequence
 
 Capture = pytest.CaptureFixture[str]
 HERE = ("--no-replan",)
@@ -233,6 +236,56 @@ def test_an_interrupted_run_goes_on_where_it_was(
     assert [row.token_ids for row in answers(out)] == [
         row.token_ids for row in answers(measured["draft"])
     ]
+
+
+def test_one_short_answer_that_does_not_count_comes_before_the_others(
+    artifact: Path,
+    measured: dict[str, Path],
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Else the first one's time to its first token has the check of digests in it."""
+    generated = list[int]()
+    generate = Sequence.generate
+
+    def noted(sequence: Sequence, prompt: list[int], params: GenerationParams) -> Any:
+        generated.append(params.max_tokens)
+        return generate(sequence, prompt, params)
+
+    monkeypatch.setattr(Sequence, "generate", noted)
+    out, data = tmp_path / "answers.jsonl", measured["draft"].parent
+    words = ("--tasks", "gsm8k", "--data", data, "--max-tokens", 8, "--out", out)
+    run(capsys, "tasks", artifact, *HERE, *words)
+    assert generated == [3, 8, 8, 8] and len(answers(out)) == 3
+    out.write_bytes(out.read_bytes().splitlines(keepends=True)[0])
+    run(capsys, "tasks", artifact, *HERE, *words)  # goes on, in a new process as a rule
+    assert generated[4:] == [3, 8, 8]
+    run(capsys, "tasks", artifact, *HERE, *words)
+    assert len(generated) == 7
+    run(capsys, "sweep", artifact, *HERE, "--max-samples", 1, "--max-tokens", 5)
+    assert generated[7:] == [3, 5, 5]  # an item of two turns
+
+
+def test_a_question_that_is_too_long_is_no_trouble_for_the_answer_that_does_not_count(
+    artifact: Path,
+) -> None:
+    with Engine.open(artifact) as engine:
+        warm_up(engine, [5] * 10 * engine.plan.context)
+        assert engine.num_reads == 1
+
+
+def test_each_item_is_sampled_with_noise_of_its_own(
+    artifact: Path, capsys: Capture, tmp_path: Path
+) -> None:
+    row = {"question": "Say anything", "answer": "#### 1"}
+    (tmp_path / "gsm8k.jsonl").write_text("".join(json.dumps(row) + "\n" for _ in range(3)))
+    words = ("--tasks", "gsm8k", "--data", tmp_path, "--max-tokens", 8, "--temperature", 5)
+    for name in ("a", "b"):
+        run(capsys, "tasks", artifact, *HERE, *words, "--out", tmp_path / f"{name}.jsonl")
+    a, b = (answers(tmp_path / f"{name}.jsonl") for name in ("a", "b"))
+    assert len({one.token_ids for one in a}) == 3
+    assert [one.token_ids for one in a] == [one.token_ids for one in b]
 
 
 def test_answers_of_another_setting_are_not_put_together(
