@@ -71,6 +71,21 @@ def machine_name(device: torch.device) -> str:
     return f"{device.type}: {name}; torch {torch.__version__}"
 
 
+def driver_version(device: torch.device) -> str:
+    """Of a GPU, as NVML tells it. Empty: it is none, or nvidia-ml-py is not installed."""
+    if device.type != "cuda":
+        return ""
+    try:
+        import pynvml
+    except ImportError:
+        return ""
+    try:
+        pynvml.nvmlInit()
+        return str(pynvml.nvmlSystemGetDriverVersion())
+    except pynvml.NVMLError:
+        return ""
+
+
 def instruction_sets() -> str:
     """Of the CPU, as far as torch and oneDNN choose products by them: each adds in an order of its
     own."""

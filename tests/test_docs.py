@@ -93,6 +93,11 @@ def test_every_option_is_documented_and_every_documented_one_exists(
     assert name != "subspec-run" or "--full" in SECTIONS[name]
 
 
+def test_every_method_of_the_benchmarks_is_in_their_options() -> None:
+    [row] = [line for line in SECTIONS["subspec-bench"].splitlines() if "`--methods" in line]
+    assert set(bench_cli.METHODS) <= set(re.findall(r"`([a-z0-9+-]+)`", row))
+
+
 def test_every_task_of_the_benchmarks_is_in_their_table() -> None:
     table = (DOCS / "bench.md").read_text("utf-8")
     cells = [line.split(" | ")[0] for line in table.splitlines() if line.startswith("| `")]

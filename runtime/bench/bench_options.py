@@ -54,10 +54,10 @@ def names(text: str, known: Iterable[str], what: str) -> tuple[str, ...]:
     return found
 
 
-def file_of_rows(
+def writable_file(
     context: click.Context, option: click.Parameter, value: Path | None
 ) -> Path | None:
-    """Callback: a file that rows can be added to, as far as that is known before one is measured.
+    """Callback: a file that can be written, as far as that is known before anything is measured.
     Nothing is made."""
     return None if value is None else checked_writable(value, value.is_file, "file")
 
@@ -94,7 +94,7 @@ def out_option(help: str) -> Callable[[Command], Command]:
     return click.option(
         "--out",
         type=click.Path(path_type=Path),
-        callback=file_of_rows,
+        callback=writable_file,
         metavar="FILE",
         help=help,
     )

@@ -23,12 +23,12 @@ from subspec.runtime.bench.bench_options import (
     sizes,
     temperatures,
     whole_numbers,
+    writable_file,
 )
 from subspec.runtime.bench.layouts import BUILTIN, LAYOUTS
 
 if TYPE_CHECKING:
-    from subspec.runtime.bench.records import AnswerRow, SpeedRow, SweepRow
-    from subspec.runtime.bench.tables import Form, Table
+    from subspec.runtime.bench.tables import Form
     from subspec.runtime.bench.variants import Source
 
 NAME = "subspec-bench"
@@ -77,7 +77,8 @@ def speed(artifact: Path, form: "Form", out: Path | None, **given: Any) -> None:
 
     Rows are as llama-bench has them: pp128 reads 128 tokens, tg64 generates 64.
     """
-    from subspec.runtime.bench.tables import speed_table
+    from subspec.runtime.bench.csv_columns import speed_columns
+    from subspec.runtime.bench.tables import speed_table, written
     from subspec.runtime.bench.throughput import Tests, speed_rows
     from subspec.runtime.bench.variants import variants
 
@@ -94,7 +95,7 @@ def speed(artifact: Path, form: "Form", out: Path | None, **given: Any) -> None:
         message = "--prompts and --answers are 0, expected something to measure"
         raise SubspecError(Exit.USAGE, message, "such as --prompts 128")
     rows = list(speed_rows(source_of(artifact, given), axes, methods, tests, out, say))  # type: ignore[arg-type]
-    show(rows, speed_table(rows), form)
+    sys.stdout.write(written(rows, form, speed_table, speed_columns))
 
 
 @main.command("tasks", cls=Configured, program=NAME, context_settings=HELP)
@@ -124,9 +125,10 @@ def speed(artifact: Path, form: "Form", out: Path | None, **given: Any) -> None:
 @plan_options
 def tasks(artifact: Path, form: "Form", out: Path | None, **given: Any) -> None:
     """Accuracy, acceptance and speed on data sets."""
+    from subspec.runtime.bench.csv_columns import task_columns
     from subspec.runtime.bench.items import items_of
     from subspec.runtime.bench.prompting import check_no_thinking
-    from subspec.runtime.bench.tables import task_table
+    from subspec.runtime.bench.tables import task_table, written
     from subspec.runtime.bench.tasks import Asking, answered_items
     from subspec.runtime.bench.variants import Variant, opened_engine, planned
     from subspec.runtime.text.tokenizer import load_tokenizer
@@ -143,7 +145,7 @@ def tasks(artifact: Path, form: "Form", out: Path | None, **given: Any) -> None:
         check_no_thinking(text)
     with opened_engine(found, source, None, padded=True) as engine:
         rows = answered_items(engine, text, items, how, out, say)
-    show(rows, task_table(rows), form)
+    sys.stdout.write(written(rows, form, task_table, task_columns))
 
 
 @main.command("sweep", cls=Configured, program=NAME, context_settings=HELP)
@@ -179,9 +181,10 @@ def sweep(artifact: Path, form: "Form", out: Path | None, **given: Any) -> None:
 
     The prompts are the same for all; subspec-plan --from plans each combination.
     """
+    from subspec.runtime.bench.csv_columns import sweep_columns
     from subspec.runtime.bench.items import items_of
     from subspec.runtime.bench.sweep import Grid, sweep_rows
-    from subspec.runtime.bench.tables import sweep_table
+    from subspec.runtime.bench.tables import sweep_table, written
     from subspec.runtime.bench.variants import variants
 
     chosen = names(given["tasks"], (BUILTIN, *LAYOUTS), "--tasks")
@@ -190,7 +193,7 @@ def sweep(artifact: Path, form: "Form", out: Path | None, **given: Any) -> None:
     axes = variants(given["budgets"], given["contexts"], given["widths"], given["depths"])
     grid = Grid(axes, given["temperatures"] or (0.0,), given["method"], given["max_tokens"], seed)
     rows = list(sweep_rows(source_of(artifact, given), grid, items, out, say))
-    show(rows, sweep_table(rows), form)
+    sys.stdout.write(written(rows, form, sweep_table, sweep_columns))
 
 
 @main.command("compare", cls=Configured, program=NAME, context_settings=HELP)
@@ -209,6 +212,11 @@ def compare(a: Path, b: Path, as_json: bool, expect_identical: bool) -> None:
     from subspec.runtime.bench.tables import as_markdown, compared_table
 
     found = compared(*(list(of_kind(read_rows(file), AnswerRow)) for file in (a, b)))
+    if found.left_out:
+        say(
+            f"note: {found.left_out} of {found.turns + found.left_out} turns of the same items are "
+            "left out: other words were asked, other references judge them, or --max-tokens differs"
+        )
     if as_json:
         print(json.dumps(compared_json(found)))
     else:
@@ -262,15 +270,19 @@ def trace(artifact: Path, prompt: str, out: Path, max_tokens: int, **given: Any)
 @main.command("report", cls=Configured, program=NAME, context_settings=HELP)
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), default=Path("bench.html"),
-              show_default=True, metavar="FILE", help="The page.")  # fmt: skip
+              show_default=True, callback=writable_file, metavar="FILE",
+              help="The page; replaces an older one.")  # fmt: skip
 def report(files: tuple[Path, ...], out: Path) -> None:
     """One HTML page of measured files.
 
     They were written with --out or -o jsonl.
     """
-    from subspec.runtime.bench.page import page
+    from subspec.runtime.bench.page import is_replaceable, page
     from subspec.runtime.bench.records import read_rows
 
+    if not is_replaceable(out):
+        message = f"{out} exists already and is no page of {NAME} report"
+        raise SubspecError(Exit.USAGE, message, "choose another --out")
     rendered = page([(file.name, read_rows(file)) for file in files])
     try:
         out.write_text(rendered, "utf-8")
@@ -287,14 +299,6 @@ def source_of(artifact: Path, given: dict[str, Any]) -> "Source":
     how = OpeningOptions(**{k: v for k, v in given.items() if k in known})
     check_opening(how)
     return Source(artifact, how)
-
-
-def show(
-    rows: "list[SpeedRow] | list[AnswerRow] | list[SweepRow]", table: "Table", form: "Form"
-) -> None:
-    from subspec.runtime.bench.tables import written
-
-    sys.stdout.write(written(rows, table, form))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import mean
+from math import sqrt
+from statistics import NormalDist, mean
 
 import numpy as np
 
@@ -14,12 +15,25 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Interval:
+    """low, high: None: it is of one value, which says nothing of others."""
+
     value: float
-    low: float
-    high: float
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def ends(self) -> tuple[float, float] | None:
+        return None if self.low is None or self.high is None else (self.low, self.high)
+
+    def through(self, rising: Callable[[float], float]) -> "Interval":
+        return Interval(rising(self.value), *map(rising, self.ends or ()))
+
+    def shown(self, form: Callable[[float], str]) -> str:
+        ends = f" [{', '.join(map(form, self.ends))}]" if self.ends else ""
+        return f"{form(self.value)}{ends}"
 
     def __str__(self) -> str:
-        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
+        return self.shown("{:.3g}".format)
 
 
 @dataclass(frozen=True)
@@ -90,6 +104,19 @@ def interval_of_mean(values: Sequence[float]) -> Interval:
     return bootstrapped(len(every), lambda rows: float(every[rows].mean()))
 
 
+def interval_of_score(scores: Sequence[float]) -> Interval:
+    """The mean, and Wilson's interval (1927) if all are 0 or 1: resampling 20 that are right would
+    be certain of the next one."""
+    if len(scores) < 2 or not all(one in (0, 1) for one in scores):
+        return interval_of_mean(scores)
+    number, share = len(scores), mean(scores)
+    z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+    centre = share + z * z / (2 * number)
+    half = z * sqrt(share * (1 - share) / number + (z / (2 * number)) ** 2)
+    low, high = ((centre + off) / (1 + z * z / number) for off in (-half, half))
+    return Interval(share, max(0.0, low), min(1.0, high))
+
+
 def bootstrapped(
     number: int, figure: Callable[["np.ndarray[tuple[int, ...], np.dtype[np.intp]]"], float]
 ) -> Interval:
@@ -97,7 +124,7 @@ def bootstrapped(
     time."""
     value = figure(np.arange(number))
     if number < 2:
-        return Interval(value, value, value)
+        return Interval(value)
     drawn = np.random.default_rng(0).integers(0, number, (RESAMPLES, number))
     found = [figure(rows) for rows in drawn]
     low, high = np.quantile(found, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])

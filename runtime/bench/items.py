@@ -53,11 +53,11 @@ def items_of(task: str, data: Path | None, most: int, seed: int) -> list[Item]:
     if not rows:
         where = "the hub" if data is None else data
         raise SubspecError(Exit.USAGE, f"{task} has no items in {where}", "give another --data")
-    numbers = list(range(len(rows)))
+    numbers, names = list(range(len(rows))), ids_of(layout, rows)
     random.Random(f"{seed} {task}").shuffle(numbers)
     if layout.spread:
         numbers = spread(numbers, [str(row.get(layout.spread)) for row in rows])
-    return [item_of(task, layout, number, rows[number], seed) for number in numbers[:most]]
+    return [item_of(task, layout, names[at], rows[at], seed) for at in numbers[:most]]
 
 
 def spread(numbers: Sequence[int], kinds: Sequence[str]) -> list[int]:
@@ -122,9 +122,19 @@ def wrong_row(file: Path, number: int, why: str) -> SubspecError:
     return SubspecError(Exit.USAGE, f"{file}, line {number}: {why}", "expected an object a line")
 
 
-def item_of(task: str, layout: Layout, number: int, row: dict[str, Any], seed: int) -> Item:
+def ids_of(layout: Layout, rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Their ids or numbers. One that is there again is counted: an answer belongs to one item."""
+    seen, names = Counter[str](), list[str]()
+    for number, row in enumerate(rows):
+        given = (str(row[key]) for key in layout.keys if row.get(key) is not None)
+        name = next(given, str(number))
+        seen[name] += 1
+        names.append(name if seen[name] == 1 else f"{name} #{seen[name]}")
+    return names
+
+
+def item_of(task: str, layout: Layout, name: str, row: dict[str, Any], seed: int) -> Item:
     """Raises SubspecError(USAGE) for a row that lacks a field."""
-    name = next((str(row[key]) for key in layout.keys if row.get(key) is not None), str(number))
     fields, references = dict(row), references_of(task, layout, row)
     method = method_of(task, row) if layout.starter else ""
     if layout.choices:
@@ -152,8 +162,9 @@ def item_of(task: str, layout: Layout, number: int, row: dict[str, Any], seed: i
 
 
 def digest_of(items: Sequence[Item], max_tokens: int) -> str:
-    """Of what is asked: answers to other questions, or longer ones, are other rows."""
-    asked = [[item.task, item.name, *item.turns] for item in items]
+    """Of what is asked: answers to other questions, longer ones, and those that are judged by other
+    references are other rows."""
+    asked = [[item.task, item.name, item.turns, item.references] for item in items]
     return hashlib.sha256(json.dumps([max_tokens, asked]).encode()).hexdigest()[:16]
 
 

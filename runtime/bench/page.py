@@ -2,14 +2,15 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import mean, stdev
 
 from subspec.artifacts.common.axes import Axis, axis
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.formatting import number
 from subspec.artifacts.common.sizes import short_size
-from subspec.runtime.bench.counting import figures, interval_of_mean
-from subspec.runtime.bench.paired import compare
+from subspec.runtime.bench.counting import Interval, figures
+from subspec.runtime.bench.paired import compare, pairs_of
 from subspec.runtime.bench.records import (
     AnswerRow,
     Costs,
@@ -21,12 +22,19 @@ from subspec.runtime.bench.records import (
 from subspec.runtime.bench.tables import (
     Table,
     compared_table,
+    link_limit,
+    names_of,
+    score_cell,
+    score_of,
     speed_table,
+    spread,
     sweep_table,
     task_table,
 )
 from subspec.templates import load
 
+MARK = b'<meta name="generator" content="subspec-bench report" />'  # of a page of ours
+MARKED_BYTES = 1000  # of its beginning
 MOST_PLANS = 2  # that the page names
 MOST_LINES = 6  # of one chart, as many as there are colours
 Rows = Sequence[SpeedRow | AnswerRow | SweepRow]
@@ -34,7 +42,8 @@ Rows = Sequence[SpeedRow | AnswerRow | SweepRow]
 
 @dataclass(frozen=True)
 class Bar:
-    """low, high: what the value may be; places are shares of the longest bar."""
+    """low, high: what the value may be, or the value if nobody knows; places are shares of the
+    longest bar."""
 
     name: str
     text: str
@@ -85,10 +94,9 @@ def page(files: Sequence[tuple[str, Rows]]) -> str:
     return load("bench.html").render(
         models=unique(one.artifact for one in settings),
         machines=unique(one.machine for one in settings),
-        links=unique(
-            "not limited" if one.link_bandwidth is None else f"{short_size(one.link_bandwidth)}/s"
-            for one in settings
-        ),
+        links=unique(map(link_of, settings)),
+        versions=unique(f"subspec {one.subspec}" for one in settings if one.subspec),
+        drivers=unique(f"driver {one.driver}" for one in settings if one.driver),
         files=[(name, len(some)) for name, some in files],
         plans=unique(one.plan[:12] for one in settings[:MOST_PLANS]),
         num_more=max(0, len({one.plan for one in settings}) - MOST_PLANS),
@@ -96,18 +104,41 @@ def page(files: Sequence[tuple[str, Rows]]) -> str:
     )
 
 
+def is_replaceable(file: Path) -> bool:
+    """Whether nothing but an older page would be lost. What cannot be read is not."""
+    try:
+        with open(file, "rb") as opened:
+            beginning = opened.read(MARKED_BYTES)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return not beginning or MARK in beginning
+
+
+def link_of(setting: Setting) -> str:
+    measured = setting.measured_link_bandwidth
+    return link_limit(setting) + (f" (measured {short_size(measured)}/s)" if measured else "")
+
+
 def unique(values: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(values))
 
 
 def speed_part(rows: Sequence[SpeedRow]) -> Part:
-    groups = dict[str, list[Bar]]()
+    groups, names = dict[str, list[Bar]](), names_of([row.setting for row in rows])
     for row in rows:
         value = mean(row.tokens_per_second)
         off = stdev(row.tokens_per_second) if len(row.tokens_per_second) > 1 else 0.0
-        text = f"{number(value)} ± {number(off)}"
         groups.setdefault(row.test, []).append(
-            bar(row.setting, rows_differ(rows), text, (value, value - off, value + off))
+            Bar(
+                names[row.setting],
+                spread(row.tokens_per_second),
+                value,
+                value - off,
+                value + off,
+                plain=row.setting.method == "plain",
+            )
         )
     about = (
         "pp: tokens of a prompt that are read, tg: tokens that are generated, @ d: tokens in the "
@@ -121,20 +152,20 @@ def task_part(rows: Sequence[AnswerRow]) -> Part:
     groups = dict[str, dict[Setting, list[AnswerRow]]]()
     for row in rows:
         groups.setdefault(row.task, {}).setdefault(row.setting, []).append(row)
-    parts = differing(list(dict.fromkeys(row.setting for row in rows)))
+    names = names_of([row.setting for row in rows])
     charts = []
     for task, by_setting in groups.items():
         bars = []
         for setting, some in by_setting.items():
-            bars.append(rate_bar(setting, parts, [row.costs for row in some]))
+            bars.append(rate_bar(setting, names[setting], [row.costs for row in some]))
         charts.append((f"{task}, tokens/s", tuple(bars)))
-        scores = [score_bar(setting, parts, some) for setting, some in by_setting.items()]
+        scores = [score_bar(setting, names[setting], some) for setting, some in by_setting.items()]
         if judged := tuple(one for one in scores if one is not None):
             charts.append((f"{task}, score", judged))
     about = "Tokens/s after the first token, with its 95 % interval over the items."
     lines = reached_lines(
         {
-            f"{task} {setting.label}".strip(): [row.costs for row in some]
+            f"{task} {names[setting]}": [row.costs for row in some]
             for task, by_setting in groups.items()
             for setting, some in by_setting.items()
         }
@@ -148,66 +179,37 @@ def pairs_part(rows: Sequence[AnswerRow]) -> list[Part]:
     if len(settings) != 2:
         return []
     a, b = ([row for row in rows if row.setting == setting] for setting in settings)
-    if not {row.key for row in a} & {row.key for row in b}:
+    if not pairs_of(a, b)[0]:
         return []
-    names = [named(setting, differing(settings)) for setting in settings]
-    about = f"Turn by turn: A is {names[0]}, B is {names[1]}. Intervals are over the pairs."
+    names = names_of(settings)
+    one, other = (names[setting] for setting in settings)
+    about = f"Turn by turn: A is {one}, B is {other}. Intervals are over the pairs."
     return [Part("Pairs", about, (), compared_table(compare(a, b)))]
 
 
 def sweep_part(rows: Sequence[SweepRow]) -> Part:
-    settings = [row.setting for row in rows]
-    bars = tuple(rate_bar(row.setting, differing(settings), row.answers) for row in rows)
+    names = names_of([row.setting for row in rows])
+    bars = tuple(rate_bar(row.setting, names[row.setting], row.answers) for row in rows)
     about = "The same prompts under each setting: tokens/s after the first token, 95 % intervals."
-    lines = reached_lines(
-        {named(row.setting, differing(settings)): list(row.answers) for row in rows}
-    )
+    lines = reached_lines({names[row.setting]: list(row.answers) for row in rows})
     return Part("Sweep", about, (("tokens/s", bars),), sweep_table(rows), lines)
 
 
-def rate_bar(setting: Setting, parts: Sequence[str], answers: Sequence[Costs]) -> Bar:
+def rate_bar(setting: Setting, name: str, answers: Sequence[Costs]) -> Bar:
     found = figures(answers)
     rate = found.decode_tokens_per_second
-    text = (
-        f"{number(rate.value)} [{number(rate.low)}, {number(rate.high)}]" if found.tokens else "-"
-    )
-    return bar(setting, parts, text, (rate.value, rate.low, rate.high))
+    return bar(setting, name, rate.shown(number) if found.tokens else "-", rate)
 
 
-def score_bar(setting: Setting, parts: Sequence[str], rows: Sequence[AnswerRow]) -> Bar | None:
-    """Of 100; None if nothing was judged."""
-    scores = [100 * row.score for row in rows if row.score is not None]
-    if not scores:
-        return None
-    found = interval_of_mean(scores)
-    text = f"{found.value:.1f} [{found.low:.1f}, {found.high:.1f}]"
-    return bar(setting, parts, text, (found.value, found.low, found.high))
+def score_bar(setting: Setting, name: str, rows: Sequence[AnswerRow]) -> Bar | None:
+    """None if nothing was judged."""
+    found = score_of(rows)
+    return None if found is None else bar(setting, name, score_cell(found), found)
 
 
-def bar(
-    setting: Setting, parts: Sequence[str], text: str, values: tuple[float, float, float]
-) -> Bar:
-    return Bar(named(setting, parts), text, *values, plain=setting.method == "plain")
-
-
-def rows_differ(rows: Sequence[SpeedRow]) -> tuple[str, ...]:
-    return differing([row.setting for row in rows])
-
-
-def differing(settings: Sequence[Setting]) -> tuple[str, ...]:
-    """What of a setting has to be said to tell these apart."""
-    fields = ("artifact", "budget_bytes", "context", "temperature")
-    return tuple(f for f in fields if len({getattr(one, f) for one in settings}) > 1)
-
-
-def named(setting: Setting, parts: Sequence[str]) -> str:
-    said = {
-        "artifact": setting.artifact,
-        "budget_bytes": short_size(setting.budget_bytes),
-        "context": f"context {setting.context}",
-        "temperature": f"T {setting.temperature:g}",
-    }
-    return ", ".join([setting.label, *(said[part] for part in parts)])
+def bar(setting: Setting, name: str, text: str, found: Interval) -> Bar:
+    low, high = found.ends or (found.value, found.value)
+    return Bar(name, text, found.value, low, high, plain=setting.method == "plain")
 
 
 def reached_lines(answers: dict[str, list[Costs]]) -> Lines | None:

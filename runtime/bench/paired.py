@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.runtime.bench.counting import Figures, Interval, bootstrapped, figures, ratio
+from subspec.runtime.bench.counting import Figures, Interval, figures, interval_of_mean, ratio
 from subspec.runtime.bench.records import AnswerRow
 
 
@@ -24,10 +24,11 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Compared:
-    """B against A over the turns that both have. Ratios are geometric means of the turns' own.
-    None: no turn has what is compared."""
+    """B against A over the turns that both were asked. Ratios are geometric means of the turns'
+    own. None: no turn has what is compared."""
 
     turns: int
+    left_out: int  # turns of the same items, with other words, references or most tokens
     identical: int
     divergences: tuple[Divergence, ...]
     speed_ratio: Interval | None  # of tokens/s after the first token
@@ -39,13 +40,18 @@ class Compared:
 
 def compare(a: Sequence[AnswerRow], b: Sequence[AnswerRow]) -> Compared:
     """Raises SubspecError(USAGE) if they have no turn in common."""
-    others = {row.key: row for row in b}
-    pairs = [(row, others[row.key]) for row in a if row.key in others]
+    pairs, left_out = pairs_of(a, b)
     if not pairs:
+        same = (
+            "asked in the same words for the same number of tokens"
+            if left_out
+            else ("of the same item")
+        )
         raise SubspecError(
             Exit.USAGE,
-            f"of {len(a)} and {len(b)} turns none is of the same item",
-            "compare two files of subspec-bench tasks with the same --tasks and --seed",
+            f"of {len(a)} and {len(b)} turns none is {same}",
+            "compare two files of subspec-bench tasks with the same --tasks, --data, --seed and "
+            "--max-tokens",
         )
     found = [one for pair in pairs if (one := divergence(*pair)) is not None]
     timed = [pair for pair in pairs if rate(pair[0]) and rate(pair[1])]
@@ -62,6 +68,7 @@ def compare(a: Sequence[AnswerRow], b: Sequence[AnswerRow]) -> Compared:
     ]
     return Compared(
         len(pairs),
+        left_out,
         len(pairs) - len(found),
         tuple(found),
         geometric_mean(ratios),
@@ -72,16 +79,29 @@ def compare(a: Sequence[AnswerRow], b: Sequence[AnswerRow]) -> Compared:
     )
 
 
+def pairs_of(
+    a: Sequence[AnswerRow], b: Sequence[AnswerRow]
+) -> tuple[list[tuple[AnswerRow, AnswerRow]], int]:
+    """Of the same turn, and how many are left out: ids of items are often the numbers of their
+    rows, so that other questions have them too. Rows without a digest are believed."""
+    others = {row.key: row for row in b}
+    every = [(row, others[row.key]) for row in a if row.key in others]
+    pairs = [
+        (one, other)
+        for one, other in every
+        if one.asked == other.asked or "" in (one.asked, other.asked)
+    ]
+    return pairs, len(every) - len(pairs)
+
+
 def geometric_mean(logarithms: Sequence[float]) -> Interval | None:
     found = mean_interval(logarithms)
-    return found and Interval(*(math.exp(one) for one in (found.value, found.low, found.high)))
+    return found and found.through(math.exp)
 
 
 def mean_interval(values: Sequence[float]) -> Interval | None:
     """None: of nothing."""
-    if not values:
-        return None
-    return bootstrapped(len(values), lambda rows: sum(values[at] for at in rows) / len(rows))
+    return interval_of_mean(values) if values else None
 
 
 def rate(row: AnswerRow) -> float:

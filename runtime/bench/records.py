@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import BinaryIO, Literal, TypeVar
 
@@ -18,14 +19,16 @@ from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format.codec import load_dataclass, parse_json
 from subspec.artifacts.plan import DrafterName, Method
 from subspec.artifacts.runs import plan_digest
-from subspec.runtime.device import machine_name
+from subspec.runtime.device import driver_version, machine_name
 from subspec.runtime.engine import Engine
 from subspec.runtime.sequence import Stats
 
 LARGEST_RECORDS = 1 << 30  # bytes of a file
 BEGINNING = b'{"schema": "subspec.bench.'  # of each line that append_row writes
 # What one run of `speed` or `sweep` does not change from row to row.
-SAME_IN_A_RUN = ("artifact", "num_weights", "machine", "torch", "python", "link_bandwidth")
+SAME_IN_A_RUN = (
+    "artifact", "num_weights", "machine", "torch", "python", "link_bandwidth", "subspec", "driver",
+)  # fmt: skip
 Row = TypeVar("Row")
 Key = tuple[str, str, int]  # of an answer: task, item, turn
 
@@ -49,8 +52,14 @@ class Setting:
     depth: int
     temperature: float
     seed: int
-    link_bandwidth: int | None
+    link_bandwidth: int | None  # bytes per second that it was limited to
+    # What older rows lack:
     enable_thinking: bool | None = None  # what the chat template was told; None: its own default
+    subspec: str = ""  # the version that measured
+    weight_bytes: int = 0  # of the matrices, as the checkpoint has them
+    # Bytes per second, as the plan's profile has it; None: that is of another machine.
+    measured_link_bandwidth: int | None = None
+    driver: str = ""  # of the GPU; "": there is none, or nobody knows
 
     @property
     def label(self) -> str:
@@ -111,7 +120,8 @@ class AnswerRow:
     score: float | None
     why: str
     costs: Costs
-    asked: str = ""  # digest of the item's turns and of the longest answer; "": an older row
+    # Digest of the item's turns, references and longest answer; "": an older row
+    asked: str = ""
     reasoning_characters: int = 0  # of `text`, before the answer
 
     @property
@@ -149,13 +159,14 @@ def setting_of(
     seed: int = 0,
     enable_thinking: bool | None = None,
 ) -> Setting:
-    plan = engine.plan
+    plan, spec, profile = engine.plan, engine.artifact.spec, engine.artifact.profile
     tree = plan.draft_of(engine.method).tree
+    machine = machine_name(engine.device)
     return Setting(
         artifact=engine.artifact.path.resolve().name,
-        num_weights=sum(one.num_weights for one in engine.artifact.spec.linears),
+        num_weights=sum(one.num_weights for one in spec.linears),
         plan=plan_digest(plan),
-        machine=machine_name(engine.device),
+        machine=machine,
         torch=torch.__version__,
         python=platform.python_version(),
         method=engine.method,
@@ -169,6 +180,14 @@ def setting_of(
         seed=seed,
         link_bandwidth=round(engine.link_bandwidth) if engine.link_bandwidth else None,
         enable_thinking=enable_thinking,
+        subspec=version("subspec"),
+        weight_bytes=sum(part.plain_bytes for part in spec.parts),
+        measured_link_bandwidth=(
+            round(max(one.bytes_per_second for one in profile.link))
+            if profile.machine == machine
+            else None
+        ),
+        driver=driver_version(engine.device),
     )
 
 
@@ -233,21 +252,26 @@ def writing(file: Path) -> Iterator[None]:
 
 def read_rows(file: Path) -> list[SpeedRow | AnswerRow | SweepRow]:
     """Raises SubspecError: USAGE for a file that is not there or ends like none of ours, CORRUPT
-    for a line that is no row. A row that was cut off at the end is left out."""
+    for a line that is no row. A row that was cut off at the end is left out, and so are blank
+    lines."""
     try:
         if (size := file.stat().st_size) > LARGEST_RECORDS:
             raise SubspecError(Exit.USAGE, f"{file} has {size} bytes, expected a gigabyte at most")
         lines = file.read_bytes().split(b"\n")
     except OSError as error:
         raise SubspecError(Exit.USAGE, f"{file} cannot be read: {error.strerror}") from None
-    cut = lines[-1]
+    cut = lines[-1].strip()
     if not (cut.startswith(BEGINNING) or BEGINNING.startswith(cut)):
         raise SubspecError(
             Exit.USAGE,
             f"{file}, line {len(lines)} is without a newline and not the beginning of a row",
             "it is no file of rows that subspec-bench wrote with -o jsonl or --out: name another",
         )
-    return [row_of(line, f"{file}, line {number}") for number, line in enumerate(lines[:-1], 1)]
+    return [
+        row_of(line, f"{file}, line {number}")
+        for number, line in enumerate(lines[:-1], 1)
+        if line.strip()
+    ]
 
 
 def row_of(line: bytes, where: str) -> SpeedRow | AnswerRow | SweepRow:

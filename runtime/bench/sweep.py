@@ -13,7 +13,8 @@ from subspec.runtime.bench.records import (
     rows_to_resume,
     setting_of,
 )
-from subspec.runtime.bench.tasks import Asking, answered
+from subspec.runtime.bench.tasks import Asking, answered, opening_of
+from subspec.runtime.bench.throughput import warm_up
 from subspec.runtime.bench.variants import (
     Source,
     Variant,
@@ -56,7 +57,7 @@ def sweep_rows(
             done = rows_to_resume(out, SweepRow, settings[0], SAME_IN_A_RUN) if out else []
             found = {one.setting: one for one in done if one.asked == asked}
             if any(setting not in found for setting in settings):
-                point(engine, text, items[:1], 0.0, Grid(grid.variants, max_tokens=2))  # digests
+                warm_up(engine, opening_of(text, items[0]))
             for temperature, setting in zip(grid.temperatures, settings, strict=True):
                 tree = engine.plan.draft_of(engine.method).tree
                 told(

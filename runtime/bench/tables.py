@@ -1,21 +1,28 @@
-"""Rows as tables for people and programs: Markdown, CSV, JSON, JSON Lines."""
+"""Rows as tables for people, and as Markdown, JSON, JSON Lines."""
 
-import csv
-import io
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
 from statistics import mean, stdev
-from typing import Literal
+from typing import Literal, TypeVar
 
 from subspec.artifacts.common.formatting import big_number, number
 from subspec.artifacts.common.sizes import short_size
-from subspec.runtime.bench.counting import Figures, figures, interval_of_mean
+from subspec.runtime.bench.counting import Figures, Interval, figures, interval_of_score
+from subspec.runtime.bench.csv_columns import Columns, as_csv, by_task
 from subspec.runtime.bench.paired import Compared
 from subspec.runtime.bench.records import AnswerRow, Setting, SpeedRow, SweepRow
 
 Form = Literal["md", "csv", "json", "jsonl"]
-FORMS: tuple[Form, ...] = ("md", "csv", "json", "jsonl")
+Row = TypeVar("Row", SpeedRow, AnswerRow, SweepRow)
+# What a setting is named by, beside its label, where settings differ in it; and what else may have
+# to tell them apart.
+NAMED_BY = (
+    "artifact", "budget_bytes", "context", "temperature", "link_bandwidth", "machine", "seed",
+)  # fmt: skip
+LAST_RESORT = (
+    *(one.name for one in fields(Setting) if one.name not in (*NAMED_BY, "plan")), "plan",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -28,19 +35,70 @@ class Table:
 
 
 def spread(values: Sequence[float]) -> str:
-    """ "12.3 ± 0.4"."""
-    off = stdev(values) if len(values) > 1 else 0.0
-    return f"{number(mean(values))} ± {number(off)}"
+    """ "12.3 ± 0.4"; of one value "12.3"."""
+    off = f" ± {number(stdev(values))}" if len(values) > 1 else ""
+    return f"{number(mean(values))}{off}"
 
 
-def of_setting(one: Setting) -> tuple[str, ...]:
-    return (
-        one.artifact, big_number(one.num_weights), short_size(one.budget_bytes), str(one.context),
-        one.label,
-    )  # fmt: skip
+def names_of(settings: Sequence[Setting], besides: Sequence[str] = ()) -> dict[Setting, str]:
+    """Names that tell settings apart, by no more than what they differ in. besides: fields that are
+    shown beside the name."""
+    every = list(dict.fromkeys(settings))
+    parts = [
+        part
+        for part in NAMED_BY
+        if part not in besides and len({getattr(one, part) for one in every}) > 1
+    ]
+
+    def named(one: Setting, parts: Sequence[str]) -> str:
+        return ", ".join([one.label, *(said(one, part) for part in parts)])
+
+    def told_apart(parts: Sequence[str]) -> int:
+        return len({(named(one, parts), *(getattr(one, b) for b in besides)) for one in every})
+
+    for part in LAST_RESORT:
+        if told_apart([*parts, part]) > told_apart(parts):
+            parts.append(part)
+    return {one: named(one, parts) for one in every}
 
 
-SETTING = ("model", "size", "budget", "context", "method")
+def said(setting: Setting, part: str) -> str:
+    """A field of a setting, in a name."""
+    value = getattr(setting, part)
+    if part in ("artifact", "machine"):
+        return str(value)
+    if part == "budget_bytes":
+        return short_size(setting.budget_bytes)
+    if part == "temperature":
+        return f"T {setting.temperature:g}"
+    if part == "link_bandwidth":
+        return f"link {link_limit(setting)}"
+    return f"{part} {value[:12] if part == 'plan' else value}"
+
+
+def link_limit(setting: Setting) -> str:
+    limit = setting.link_bandwidth
+    return "not limited" if limit is None else f"{short_size(limit)}/s"
+
+
+SETTING = ("model", "size", "params", "budget", "context", "method")
+SHOWN = ("artifact", "budget_bytes", "context")  # of a setting, beside its name
+
+
+def of_settings(every: Sequence[Setting], more: Sequence[str] = ()) -> list[tuple[str, ...]]:
+    """Cells of each. more: other fields that have columns."""
+    names = names_of(every, (*SHOWN, *more))
+    return [
+        (
+            one.artifact,
+            short_size(one.weight_bytes) if one.weight_bytes else "-",
+            big_number(one.num_weights),
+            short_size(one.budget_bytes),
+            str(one.context),
+            names[one],
+        )
+        for one in every
+    ]
 
 
 def speed_table(rows: Sequence[SpeedRow]) -> Table:
@@ -48,16 +106,16 @@ def speed_table(rows: Sequence[SpeedRow]) -> Table:
         (*SETTING, "test", "t/s", "accepted/round", "streamed/token", "peak"),
         tuple(
             (
-                *of_setting(row.setting),
+                *setting,
                 row.test,
                 spread(row.tokens_per_second),
                 number(row.accepted_per_round) if row.test.startswith("tg") else "",
                 short_size(row.streamed_bytes_per_token) if row.test.startswith("tg") else "",
                 short_size(row.peak_bytes),
             )
-            for row in rows
+            for row, setting in zip(rows, of_settings([row.setting for row in rows]), strict=True)
         ),
-        num_names=6,
+        num_names=7,
     )
 
 
@@ -71,7 +129,7 @@ def of_figures(one: Figures) -> tuple[str, ...]:
     if not one.tokens:
         return ("-",) * len(FIGURES)
     return (
-        str(one.decode_tokens_per_second),
+        one.decode_tokens_per_second.shown(number),
         number(one.tokens_per_second),
         f"{number(one.first_token_seconds)} s",
         number(one.accepted_per_round),
@@ -86,31 +144,31 @@ def of_figures(one: Figures) -> tuple[str, ...]:
 
 def task_table(rows: Sequence[AnswerRow]) -> Table:
     """A row per task and setting, in the order in which they come."""
-    groups = dict[tuple[Setting, str], list[AnswerRow]]()
-    for row in rows:
-        groups.setdefault((row.setting, row.task), []).append(row)
+    names = names_of([row.setting for row in rows])
     return Table(
         ("task", "method", "items", "score", *FIGURES),
         tuple(
             (
                 task,
-                setting.label,
+                names[setting],
                 str(len({row.item for row in some})),
-                score_of(some),
+                score_cell(score_of(some)),
                 *of_figures(figures([row.costs for row in some])),
             )
-            for (setting, task), some in groups.items()
+            for (setting, task), some in by_task(rows).items()
         ),
         num_names=2,
     )
 
 
-def score_of(rows: Sequence[AnswerRow]) -> str:
+def score_cell(found: Interval | None) -> str:
+    return found.shown("{:.1f}".format) if found else "-"
+
+
+def score_of(rows: Sequence[AnswerRow]) -> Interval | None:
+    """Of 100; None if nothing was judged."""
     scores = [row.score for row in rows if row.score is not None]
-    if not scores:
-        return "-"
-    found = interval_of_mean(scores)
-    return f"{100 * found.value:.1f} [{100 * found.low:.1f}, {100 * found.high:.1f}]"
+    return interval_of_score(scores).through(lambda one: 100 * one) if scores else None
 
 
 def sweep_table(rows: Sequence[SweepRow]) -> Table:
@@ -118,14 +176,16 @@ def sweep_table(rows: Sequence[SweepRow]) -> Table:
         (*SETTING, "temperature", "predicted", *FIGURES),
         tuple(
             (
-                *of_setting(row.setting),
+                *setting,
                 f"{row.setting.temperature:g}",
                 number(row.predicted_tokens_per_second) if row.predicted_tokens_per_second else "-",
                 *of_figures(figures(row.answers)),
             )
-            for row in rows
+            for row, setting in zip(
+                rows, of_settings([row.setting for row in rows], ["temperature"]), strict=True
+            )
         ),
-        num_names=6,
+        num_names=7,
     )
 
 
@@ -135,15 +195,24 @@ def compared_table(found: Compared) -> Table:
     return Table(
         ("figure", "value [95 %]"),
         (
+            *([("left out, asked otherwise", str(found.left_out))] if found.left_out else []),
             ("identical turns", f"{found.identical}/{found.turns}"),
             ("first divergence", where),
             ("speed, B over A", str(found.speed_ratio or "-")),
-            ("accepted per round, B - A", str(found.accepted_difference or "-")),
-            ("score, B - A", str(found.score_difference or "-")),
+            ("accepted per round, B - A", difference(found.accepted_difference)),
+            ("score, B - A", difference(found.score_difference)),
             ("t/s of A", of_figures(found.a)[0]),
             ("t/s of B", of_figures(found.b)[0]),
         ),
     )
+
+
+def difference(found: Interval | None) -> str:
+    if found is None:
+        return "-"
+    if not any((found.value, *(found.ends or ()))):
+        return "0 in every pair"  # which an interval of [0, 0] would promise of other items
+    return str(found)
 
 
 def as_markdown(table: Table) -> str:
@@ -165,19 +234,16 @@ def as_markdown(table: Table) -> str:
     return "\n".join([line(cells[0]), f"|{rule}|", *map(line, cells[1:])]) + "\n"
 
 
-def as_csv(table: Table) -> str:
-    out = io.StringIO()
-    csv.writer(out, lineterminator="\n").writerows([table.columns, *table.rows])
-    return out.getvalue()
-
-
 def written(
-    rows: Sequence[SpeedRow] | Sequence[AnswerRow] | Sequence[SweepRow], table: Table, form: Form
+    rows: Sequence[Row],
+    form: Form,
+    table: Callable[[Sequence[Row]], Table],
+    columns: Callable[[Sequence[Row]], Columns],
 ) -> str:
     if form == "md":
-        return as_markdown(table)
+        return as_markdown(table(rows))
     if form == "csv":
-        return as_csv(table)
+        return as_csv(columns(rows))
     values = [json.dumps(asdict(row), ensure_ascii=False, allow_nan=False) for row in rows]
     if form == "jsonl":
         return "".join(f"{value}\n" for value in values)

@@ -1,6 +1,7 @@
 """`subspec-bench tasks`: items of data sets, answered and judged: accuracy, acceptance and speed
 together, an item at a time."""
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from subspec.runtime.bench.records import (
 )
 from subspec.runtime.bench.sandbox import NOT_ALONE, alone, score_calls, score_code, score_stdin
 from subspec.runtime.bench.scoring import score_text
+from subspec.runtime.bench.throughput import warm_up
 from subspec.runtime.engine import Engine
 from subspec.runtime.model.sampling import Sampling
 from subspec.runtime.sequence import GenerationParams, Stats
@@ -66,6 +68,8 @@ def answered_items(
         if how.execute:
             rows |= judged_later(rows, items, out, told)
     left = [item for item in items if (item.task, item.name, len(item.turns) - 1) not in rows]
+    if left:
+        warm_up(engine, opening_of(tokenizer, left[0]))
     started = time.monotonic()
     for number, item in enumerate(left):
         rest = (time.monotonic() - started) / number * (len(left) - number) if number else None
@@ -86,6 +90,18 @@ def answered_items(
 
 def asked_of(item: Item, how: Asking) -> str:
     return digest_of([item], how.max_tokens or item.max_tokens)
+
+
+def opening_of(tokenizer: ChatTokenizer, item: Item) -> list[int]:
+    """The item's first prompt."""
+    return tokenizer.chat_ids([{"role": "user", "content": item.turns[0]}])
+
+
+def seed_of(item: Item, seed: int) -> int:
+    """Of an item's sampling: one seed for all would give their answers the same noise, token by
+    token, and intervals take them as independent."""
+    digest = hashlib.sha256(f"{seed} {item.task} {item.name}".encode()).digest()
+    return int.from_bytes(digest[:8]) >> 1
 
 
 def check_asked(
@@ -145,7 +161,7 @@ def answered(
     is new."""
     most, digest = how.max_tokens or item.max_tokens, asked_of(item, how)
     context = engine.plan.context
-    sampling = Sampling(how.temperature, seed=how.seed)
+    sampling = Sampling(how.temperature, seed=seed_of(item, how.seed))
     params = GenerationParams(most, sampling, frozenset(engine.artifact.spec.eos_token_ids))
     reasoning, shown = reasoning_of(tokenizer), reasoning_marks(tokenizer)
     messages = list[dict[str, str]]()

@@ -14,6 +14,7 @@ import torch
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format.store import Artifact
+from subspec.runtime.bench.throughput import warm_up
 from subspec.runtime.bench.variants import Source
 from subspec.runtime.clock import Span, chrome_trace
 from subspec.runtime.draft.beam import Growing, Level, TokenTree
@@ -112,9 +113,7 @@ def traced(
     with Engine.open(artifact, how) as engine:
         spans = engine.model.clock.spans
         assert spans is not None
-        with engine.new_sequence() as sequence:  # digests, and what is compiled at first use
-            for _ in sequence.generate(prompt, GenerationParams(2)):
-                pass
+        warm_up(engine, prompt)
         spans.clear()
         steps = list(steps_of(engine, prompt, params))
         timed = list(spans)

@@ -7,7 +7,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from xml.etree import ElementTree
 
 import click
@@ -22,20 +22,25 @@ from subspec.artifacts.plan import Constraints
 from subspec.runtime.app.opening_options import OpeningOptions
 from subspec.runtime.bench import tasks, variants
 from subspec.runtime.bench.cli import main
+from subspec.runtime.bench.csv_columns import speed_columns
 from subspec.runtime.bench.items import Item
 from subspec.runtime.bench.page import page
 from subspec.runtime.bench.paired import compare, divergence
 from subspec.runtime.bench.records import AnswerRow, SpeedRow, append_row, read_rows
 from subspec.runtime.bench.tables import (
+    Form,
     Table,
     as_markdown,
     compared_table,
     speed_table,
     written,
 )
+from subspec.runtime.bench.throughput import warm_up
 from subspec.runtime.bench.variants import Source, Variant
 from subspec.runtime.draft import checked
 from subspec.runtime.draft.beam import TokenTree
+from subspec.runtime.engine import Engine
+from subspec.runtime.sequence import GenerationParams, Sequence
 from subspec.runtime.text import tokenizer
 from subspec.runtime.text.tokenizer import load_tokenizer
 
@@ -145,7 +150,7 @@ def test_speed_measures_the_plans_own_drafter_and_plain_decoding(
     opened_under(artifact, monkeypatch, **changed)
     done = run(capsys, "speed", artifact, "-p", 0, "-n", 2, "-r", 1, *HERE, "-o", "csv")
     assert done.exit_code == 0, done.err
-    assert [row["method"] for row in csv.DictReader(io.StringIO(done.out))] == labels
+    assert [row["label"] for row in csv.DictReader(io.StringIO(done.out))] == labels
     assert ("left out: plain: " in done.err) == (changed.get("without") == "plain")
 
 
@@ -155,7 +160,7 @@ def test_methods_without_memory_are_left_out_as_long_as_one_is_left(
     opened_under(artifact, monkeypatch, without="substitute", method="plain")
     words = ("speed", artifact, "-p", 0, "-n", 2, "-r", 1, *HERE, "-o", "csv", "--methods")
     done = run(capsys, *words, "substitute,draft-model,lookup")
-    assert [row["method"] for row in csv.DictReader(io.StringIO(done.out))] == ["lookup"]
+    assert [row["label"] for row in csv.DictReader(io.StringIO(done.out))] == ["lookup"]
     assert done.exit_code == 0 and done.err.count("left out: ") == 2
     assert "left out: substitute: this plan has no room for the method 'substitute'" in done.err
     for name, code in (("substitute", Exit.INFEASIBLE), ("draft-model", Exit.USAGE)):
@@ -182,15 +187,19 @@ def test_every_variant_is_planned_before_one_is_measured(
 
 def test_every_form_of_a_table_says_the_same(speeds: Path) -> None:
     rows: list[Any] = read_rows(speeds)
-    table = speed_table(rows)
-    header, rule, *lines = written(rows, table, "md").splitlines()
-    assert len(lines) == 8 and {line.count("|") for line in (header, rule, *lines)} == {11}
+    md, of_csv, of_json, jsonl = (
+        written(rows, form, speed_table, speed_columns) for form in get_args(Form)
+    )
+    header, rule, *lines = md.splitlines()
+    assert len(lines) == 8 and {line.count("|") for line in (header, rule, *lines)} == {12}
     assert set(rule) <= set("|-:")
-    cells = list(csv.DictReader(io.StringIO(written(rows, table, "csv"))))
+    cells = list(csv.DictReader(io.StringIO(of_csv)))
     assert [row["test"] for row in cells] == [row.test for row in rows]
-    assert all(" ± " in row["t/s"] for row in cells)
-    whole = json.loads(written(rows, table, "json"))["rows"]
-    assert whole == [json.loads(line) for line in written(rows, table, "jsonl").splitlines()]
+    assert [float(row["tokens_per_second"]) for row in cells] == [
+        row.tokens_per_second[0] for row in rows
+    ]
+    whole = json.loads(of_json)["rows"]
+    assert whole == [json.loads(line) for line in jsonl.splitlines()]
     assert {row["schema"] for row in whole} == {"subspec.bench.speed/1"}
 
 
@@ -236,6 +245,67 @@ def test_an_interrupted_run_goes_on_where_it_was(
     assert [row.token_ids for row in answers(out)] == [
         row.token_ids for row in answers(measured["draft"])
     ]
+
+
+def test_one_short_answer_that_does_not_count_comes_before_the_others(
+    artifact: Path,
+    measured: dict[str, Path],
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Else the first one's time to its first token has the check of digests in it."""
+    generated = list[int]()
+    generate = Sequence.generate
+
+    def noted(sequence: Sequence, prompt: list[int], params: GenerationParams) -> Any:
+        generated.append(params.max_tokens)
+        return generate(sequence, prompt, params)
+
+    monkeypatch.setattr(Sequence, "generate", noted)
+    out, data = tmp_path / "answers.jsonl", measured["draft"].parent
+    words = ("--tasks", "gsm8k", "--data", data, "--max-tokens", 8, "--out", out)
+    run(capsys, "tasks", artifact, *HERE, *words)
+    assert generated == [3, 8, 8, 8] and len(answers(out)) == 3
+    out.write_bytes(out.read_bytes().splitlines(keepends=True)[0])
+    run(capsys, "tasks", artifact, *HERE, *words)  # goes on, in a new process as a rule
+    assert generated[4:] == [3, 8, 8]
+    run(capsys, "tasks", artifact, *HERE, *words)
+    assert len(generated) == 7
+    run(capsys, "sweep", artifact, *HERE, "--max-samples", 1, "--max-tokens", 5)
+    assert generated[7:] == [3, 5, 5]  # an item of two turns
+
+
+def test_a_question_that_is_too_long_is_no_trouble_for_the_answer_that_does_not_count(
+    artifact: Path,
+) -> None:
+    with Engine.open(artifact) as engine:
+        warm_up(engine, [5] * 10 * engine.plan.context)
+        assert engine.num_reads == 1
+
+
+def test_each_item_is_sampled_with_noise_of_its_own(
+    artifact: Path, capsys: Capture, tmp_path: Path
+) -> None:
+    row = {"question": "Say anything", "answer": "#### 1"}
+    (tmp_path / "gsm8k.jsonl").write_text("".join(json.dumps(row) + "\n" for _ in range(3)))
+    words = ("--tasks", "gsm8k", "--data", tmp_path, "--max-tokens", 8, "--temperature", 5)
+    for name in ("a", "b"):
+        run(capsys, "tasks", artifact, *HERE, *words, "--out", tmp_path / f"{name}.jsonl")
+    a, b = (answers(tmp_path / f"{name}.jsonl") for name in ("a", "b"))
+    assert len({one.token_ids for one in a}) == 3
+    assert [one.token_ids for one in a] == [one.token_ids for one in b]
+
+
+def test_answers_of_another_version_are_not_put_together(
+    artifact: Path, measured: dict[str, Path], capsys: Capture, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.jsonl"
+    for row in answers(measured["draft"]):
+        append_row(out, replace(row, setting=replace(row.setting, subspec="0.0.1")))
+    words = ("--tasks", "gsm8k", "--data", measured["draft"].parent, "--max-tokens", 8)
+    done = run(capsys, "tasks", artifact, *HERE, *words, "--out", out)
+    assert done.exit_code == Exit.USAGE and "subspec '0.0.1' instead of" in done.err
 
 
 def test_answers_of_another_setting_are_not_put_together(

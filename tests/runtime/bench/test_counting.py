@@ -5,7 +5,13 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 
-from subspec.runtime.bench.counting import figures, interval_of_mean, interval_of_ratio
+from subspec.runtime.bench.counting import (
+    Interval,
+    figures,
+    interval_of_mean,
+    interval_of_ratio,
+    interval_of_score,
+)
 from subspec.runtime.bench.records import Costs
 from subspec.runtime.bench.tables import of_figures
 
@@ -46,9 +52,21 @@ def test_figures_of_no_answer_with_a_token_are_zero_and_shown_as_missing() -> No
         found = figures(every)
         assert {**asdict(found), "answers": 0} == {
             **dict.fromkeys(asdict(found), 0),
-            "decode_tokens_per_second": {"value": 0, "low": 0, "high": 0},
+            "decode_tokens_per_second": {"value": 0, "low": None, "high": None},
         }
         assert found.answers == len(every) and set(of_figures(found)) == {"-"}
+
+
+def test_scores_of_right_and_wrong_are_never_certain() -> None:
+    right = interval_of_score([1.0] * 20)
+    assert (right.value, right.high) == (1, pytest.approx(1))
+    assert right.low == pytest.approx(0.8389, abs=1e-4)
+    wrong = interval_of_score([0.0] * 20)
+    assert (wrong.low, wrong.high) == (pytest.approx(0), pytest.approx(0.1611, abs=1e-4))
+    some = interval_of_score([1.0] * 3 + [0.0] * 7)  # worked out by hand, z = 1.96
+    assert some.ends == (pytest.approx(0.1078, abs=1e-4), pytest.approx(0.6032, abs=1e-4))
+    shares = [0.2, 0.4, 1.0]
+    assert interval_of_score(shares) == interval_of_mean(shares)
 
 
 def test_intervals_hold_the_mean_about_as_often_as_they_say() -> None:
@@ -63,5 +81,6 @@ def test_intervals_hold_the_mean_about_as_often_as_they_say() -> None:
 def test_an_interval_is_the_same_every_time_and_one_value_has_none() -> None:
     assert interval_of_mean([1.0, 2.0, 4.0]) == interval_of_mean([1.0, 2.0, 4.0])
     one = interval_of_ratio([6], [3])
-    assert (one.value, one.low, one.high) == (2, 2, 2)
+    assert (one.value, one.low, one.high) == (2, None, None) and str(one) == "2"
+    assert interval_of_score([1.0]) == Interval(1.0) == interval_of_mean([1])
     assert interval_of_ratio([1, 1], [0, 0]).value == 0

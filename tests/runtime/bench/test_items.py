@@ -3,6 +3,7 @@
 import json
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.runtime.bench.items import Item, items_of, rows_of
+from subspec.runtime.bench.items import Item, digest_of, items_of, rows_of
 from subspec.runtime.bench.layouts import BUILTIN, LAYOUTS, Layout
 from subspec.runtime.bench.records import AnswerRow
 from subspec.runtime.bench.tasks import judged
@@ -184,6 +185,22 @@ def test_options_are_shuffled_by_the_item_and_not_by_its_place(tmp_path: Path) -
     assert {item.references[0] for item in every} == set("ABCD")
     for item in every:
         assert f"{item.references[0]}. this" in item.turns[0]
+
+
+def test_items_with_one_id_are_told_apart(tmp_path: Path) -> None:
+    rows = [ROWS["aime"][0] | {"id": name, "problem": name + str(n)}
+            for n, name in enumerate(["x", "y", "x", "x"])]  # fmt: skip
+    items = items_of("aime", write(tmp_path, "aime", *rows), 4, 0)
+    found = {item.name: item.turns[0].split()[0] for item in items}
+    assert found == {"x": "x0", "y": "y1", "x #2": "x2", "x #3": "x3"}
+
+
+def test_the_digest_of_what_is_asked_depends_on_words_references_and_length() -> None:
+    item = Item("t", "i", ("a", "b"), references=("c",))
+    others = [replace(item, turns=("a",)), replace(item, references=("d",))]
+    digests = [digest_of([one], 8) for one in (item, *others)]
+    assert len({*digests, digest_of([item], 9)}) == 4
+    assert digests[0] == digest_of([item], 8)
 
 
 def test_the_choice_of_items_is_the_seeds(tmp_path: Path) -> None:
