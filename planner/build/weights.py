@@ -195,10 +195,7 @@ def write_resident(file: "HashedFile", checkpoint: Checkpoint) -> None:
     scales = [(name, "F32", shape) for name, shape in spec.scale_shapes.items()]
     write_header(file, [*tensors, *scales])
     for name, shape in shapes.items():
-        if (matrix := name.removesuffix(".weight")) in checkpoint.scales:
-            file.write(raw_bytes(read_multiplied(checkpoint, matrix)))
-        else:
-            write_exactly(file, checkpoint, name)
+        write_exactly(file, checkpoint, name)
         rows = padding_rows.get(name, 0)
         file.write(bytes(rows * spec.item_bytes * math.prod(shape[1:])))
     for linear in spec.linears:
@@ -225,10 +222,11 @@ def write_draft_head(file: "HashedFile", checkpoint: Checkpoint) -> None:
 def write_exactly(
     file: "HashedFile", checkpoint: Checkpoint, name: str, dtype: torch.dtype | None = None
 ) -> None:
-    """Write a tensor as it is in the checkpoint, or in another dtype. Raises SubspecError(CORRUPT)
-    for NaN or infinity."""
-    rows = checkpoint.rows[name]
-    for stored in read_pieces(rows):
+    """Write a tensor as it is in the checkpoint, one in FP8 multiplied out, or in another dtype.
+    Raises SubspecError(CORRUPT) for NaN or infinity."""
+    rows, matrix = checkpoint.rows[name], name.removesuffix(".weight")
+    in_fp8 = matrix in checkpoint.scales
+    for stored in [read_multiplied(checkpoint, matrix)] if in_fp8 else read_pieces(rows):
         piece = stored if dtype is None else stored.to(dtype)
         num_bad = int((~piece.isfinite()).sum())
         if num_bad:

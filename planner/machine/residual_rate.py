@@ -40,26 +40,30 @@ def decode_rate(
     encoding: Encoding,
     effort: Effort = USUAL_EFFORT,
 ) -> float:
-    """Weights per second that are decoded from an encoding, over the matrices of a layer, of an FP8
-    encoding over those in FP8; 0: no fast decoder (no compiler, no Triton), none for the layout of
-    the 4-bit kernel, or no such matrix."""
+    """Weights per second that are decoded from an encoding, over the matrices of the first layer,
+    of an FP8 encoding over those in FP8 of the first layer that has any; 0: no fast decoder (no
+    compiler, no Triton), none for the layout of the 4-bit kernel, or no such matrix."""
     on_cpu = device.type == "cpu"
     compiled = fp8_cpu if encoding == "fp8-residual" else residual_cpu
-    if encoding in RESIDUALS and (
+    coded = encoding in RESIDUALS
+    if coded and (
         compiled.unavailable() is not None
         or (not on_cpu and triton_driver.unavailable(device) is not None)
     ):
         return 0.0
     seconds = num_weights = 0.0
-    layer = [one for one in spec.linears if one.layer == 0 and one.has_substitute]
-    if encoding != "residual":
-        layer = [one for one in layer if one.fp8]
+    if encoding == "residual":
+        layer = [one for one in spec.linears if one.layer == 0 and one.has_substitute]
+    else:
+        packed = [one for one in spec.linears if one.fp8]
+        layer = [one for one in packed if one.layer == packed[0].layer]
     one_of_a_shape = {(n.out_features, n.in_features): n for n in layer}
     for linear in one_of_a_shape.values():
         most = DECODE_WEIGHTS if on_cpu else PART_BYTES // spec.item_bytes
         rows = max(PART_ROWS, min(linear.out_features, most // linear.in_features))
         rows = rows // PART_ROWS * PART_ROWS
-        if linear.out_features % PART_ROWS or (on_cpu and cpu_tile_rows(rows, kernel) is None):
+        unknown_layout = coded and on_cpu and cpu_tile_rows(rows, kernel) is None
+        if linear.out_features % PART_ROWS or unknown_layout:
             continue
         times = sum(
             (n.out_features, n.in_features) == (linear.out_features, linear.in_features)

@@ -7,12 +7,12 @@ matrix is always consecutive rows of one stored tensor.
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.model import (
     EMBEDDING,
     FINAL_NORM,
-    FUSION,
     HEAD,
     Attention,
     Block,
@@ -25,7 +25,16 @@ from subspec.artifacts.model import (
     layer_name,
 )
 from subspec.planner.model.config import CONFIG, config_notes, quantization_of, read_config
-from subspec.planner.model.fp8 import E4M3, StoredScales, refused_dtype, scales_beside
+from subspec.planner.model.fp8 import (
+    E4M3,
+    ORIGINAL,
+    PACKED,
+    Quantization,
+    StoredScales,
+    refused_dtype,
+    refused_packed,
+    scales_beside,
+)
 from subspec.planner.model.names import HEAD_WEIGHT, HEADS, PREFIXES, stored_names
 from subspec.planner.model.stored import (
     AGAIN,
@@ -56,7 +65,8 @@ class Checkpoint:
     spec: ModelSpec
     rows: dict[str, Rows]
     notes: tuple[str, ...] = ()  # what a person should be told
-    # Of every matrix that is stored in FP8, by its name; those in `spec.fp8` stay so.
+    # Of every matrix that is stored in FP8, by its name; those in `spec.fp8` stay so. Those of a
+    # draft head have the names of its rows.
     scales: dict[str, StoredScales] = field(default_factory=dict)
 
 
@@ -67,8 +77,6 @@ def read_checkpoint(folder: Path, source: Source) -> Checkpoint:
     spec = read_config(folder, source)
     stored = stored_tensors(folder)
     names = _Names(spec, stored)
-    if not names.find(f"{MTP}.{FUSION}.weight"):  # which copies often leave out
-        spec = replace(spec, draft_head=None)
     shapes = _shapes(spec)
     # Of a tied pair either may be the one that is stored.
     stands_in = spec.tied_head and names.find(HEAD_WEIGHT) and not names.find(EMBEDDING_WEIGHT)
@@ -77,10 +85,6 @@ def read_checkpoint(folder: Path, source: Source) -> Checkpoint:
         rows[name] = names.rows(
             HEAD_WEIGHT if stands_in and name == EMBEDDING_WEIGHT else name, shape
         )
-    head_rows = {
-        f"{DRAFT_HEAD}.{name}": names.rows(f"{MTP}.{name}", shape)
-        for name, shape in spec.draft_head_shapes.items()
-    }
     notes = config_notes(folder)
     if spec.tied_head and names.find(HEAD_WEIGHT):
         head = names.rows(HEAD_WEIGHT, shapes[EMBEDDING_WEIGHT])
@@ -91,35 +95,75 @@ def read_checkpoint(folder: Path, source: Source) -> Checkpoint:
                 f"{CONFIG} says that the head is the embedding, but {head.tensor.name} is not "
                 f"{rows[EMBEDDING_WEIGHT].tensor.name}: each is used as stored",
             )
-    scales = _scales(folder, spec, rows, stored)
+    quantization = quantization_of(folder)
+    scales = _scales(spec, rows, stored, quantization)
     apart = {*spec.net_tensors, *(f"{name}.weight" for name in scales)}
     dtype = _dtype([own for name, own in rows.items() if name not in apart])
     if scales and dtype != "bfloat16":
         raise _not_beside_fp8("the checkpoint", dtype)
     if spec.tied_head:
         rows[HEAD_WEIGHT] = rows[EMBEDDING_WEIGHT]
-    if any(DTYPES.get(own.tensor.dtype) != dtype for own in head_rows.values()):
-        spec, head_rows = replace(spec, draft_head=None), {}  # weights are never converted
-    notes = (*_set_aside(stored, spec), *notes)
-    rows |= head_rows
+    own_head = _own_head(replace(spec, dtype=dtype), names, stored, quantization)
+    if not own_head.rows:
+        spec = replace(spec, draft_head=None)
+    notes = (*_set_aside(stored, spec), *own_head.notes, *notes)
     fitting = {one.name for one in spec.linears if one.can_be_fp8}
     fp8 = {n: one.block for n, one in scales.items() if n in fitting and one.is_aligned}
     layers = _with_net_dtypes(spec, dtype, rows)
     spec = replace(spec, dtype=dtype, layers=layers, fp8=fp8)
-    return Checkpoint(folder, spec, rows, notes, scales)
+    return Checkpoint(folder, spec, rows | own_head.rows, notes, scales | own_head.scales)
 
 
 def _scales(
-    folder: Path, spec: ModelSpec, rows: dict[str, Rows], stored: StoredTensors
+    spec: ModelSpec,
+    rows: dict[str, Rows],
+    stored: StoredTensors,
+    quantization: Quantization | None,
 ) -> dict[str, StoredScales]:
     """Of the matrices that are stored in FP8, by name."""
-    quantization = quantization_of(folder)
     found = {}
     for linear in spec.linears:
         own = rows.get(f"{linear.name}.weight")
         if own is not None and own.tensor.dtype == E4M3:
-            found[linear.name] = scales_beside(own, linear, stored, quantization)
+            found[linear.name] = scales_beside(own, stored, quantization)
     return found
+
+
+class _OwnHead(NamedTuple):
+    """What a checkpoint has of a draft head, by the names of a Checkpoint."""
+
+    rows: dict[str, Rows]  # none: there is no head, or it is set aside
+    scales: dict[str, StoredScales]
+    notes: tuple[str, ...] = ()
+
+
+def _own_head(
+    spec: ModelSpec, names: "_Names", stored: StoredTensors, quantization: Quantization | None
+) -> _OwnHead:
+    """The head for multi-token prediction. It only drafts: one that is not whole, or neither in the
+    model's dtype nor in FP8, is set aside. Raises SubspecError(CORRUPT) for another shape."""
+    rows, scales = dict[str, Rows](), dict[str, StoredScales]()
+    if not any(names.find(f"{MTP}.{name}") for name in spec.draft_head_shapes):
+        return _OwnHead({}, {})  # copies often leave it out
+    for name, shape in spec.draft_head_shapes.items():
+        tensor = names.find(f"{MTP}.{name}")
+        if tensor is None:
+            return _without_head(names.missing(f"{MTP}.{name}", shape).message)
+        in_fp8 = tensor.dtype == E4M3 and len(shape) == 2
+        if not in_fp8 and DTYPES.get(tensor.dtype) != spec.dtype:
+            return _without_head(f"{tensor.name} is {tensor.dtype}, the model is {spec.dtype}")
+        own = rows[f"{DRAFT_HEAD}.{name}"] = names.rows(f"{MTP}.{name}", shape)
+        if in_fp8:
+            matrix = f"{DRAFT_HEAD}.{name}".removesuffix(".weight")
+            try:
+                scales[matrix] = scales_beside(own, stored, quantization)
+            except SubspecError as error:
+                return _without_head(error.message)
+    return _OwnHead(rows, scales)
+
+
+def _without_head(reason: str) -> _OwnHead:
+    return _OwnHead({}, {}, (f"the checkpoint's own draft head is set aside: {reason}",))
 
 
 def read_spec(folder: Path, source: Source) -> ModelSpec:
@@ -135,7 +179,7 @@ def read_spec(folder: Path, source: Source) -> ModelSpec:
 
 def _not_beside_fp8(where: str, dtype: DType) -> SubspecError:
     message = f"{where} has weights in FP8 and others in {dtype}, expected bfloat16"
-    return SubspecError(Exit.UNSUPPORTED, message)
+    return SubspecError(Exit.UNSUPPORTED, message, ORIGINAL)
 
 
 def _same_weights(one: Rows, other: Rows) -> bool:
@@ -192,13 +236,16 @@ class _Names:
         return found[0] if found else None
 
     def rows(self, name: str, shape: tuple[int, ...]) -> Rows:
-        """Raises SubspecError(CORRUPT) for what is not stored, or not in this shape."""
+        """Raises SubspecError: CORRUPT for what is not stored, or not in this shape, UNSUPPORTED
+        for packed weights."""
         tensor, first, stored_shape = self.find(name), 0, shape
         if tensor is None and name in self._fused:
             fused, first, total = self._fused[name]
             tensor, stored_shape = self.find(fused), (total, *shape[1:])
         if tensor is None:
-            raise self._missing(name, shape)
+            raise self.missing(name, shape)
+        if tensor.shape != stored_shape and tensor.dtype in PACKED:
+            raise refused_packed(tensor, stored_shape)
         if tensor.shape != stored_shape:
             raise SubspecError(
                 Exit.CORRUPT,
@@ -207,7 +254,7 @@ class _Names:
             )
         return Rows(tensor, first, shape[0])
 
-    def _missing(self, name: str, shape: tuple[int, ...]) -> SubspecError:
+    def missing(self, name: str, shape: tuple[int, ...]) -> SubspecError:
         whole = self._fused[name][0] if name in self._fused else name
         for stored in (*stored_names(name), *stored_names(whole)):
             if stored in self._stored.misplaced:

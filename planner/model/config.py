@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.model import DTYPE_BYTES, DraftHead, DType, ModelSpec, NormStyle, Source
-from subspec.planner.model.families import FAMILIES, WHOLES, Whole
+from subspec.planner.model.families import FAMILIES, WHOLES, Whole, mtp_notes
 from subspec.planner.model.fields import (
     LARGEST_VOCABULARY,
     LARGEST_WIDTH,
@@ -61,6 +61,7 @@ READ = (
     "max_window_layers",
     "mlp_bias",
     "mtp_num_hidden_layers",
+    "mtp_use_dedicated_embeddings",
     "no_rope_layer_interval",
     "no_rope_layers",
     "num_attention_heads",
@@ -168,7 +169,8 @@ def quantization_of(folder: Path) -> Quantization | None:
 
 def config_notes(folder: Path) -> tuple[str, ...]:
     """What a person should be told about what config.json asks for and is not done."""
-    return rope_notes(_decoder(read_fields(folder / CONFIG))[1])
+    _, decoder = _decoder(read_fields(folder / CONFIG))
+    return (*rope_notes(decoder), *mtp_notes(decoder))
 
 
 def load_config(written: Fields) -> Any:

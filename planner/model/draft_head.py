@@ -78,7 +78,8 @@ def with_draft_head(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
         rows_of(tensors, "embed_tokens.weight", (spec.vocab_size, spec.hidden_size))
         check_embedding(copied, checkpoint.rows[EMBEDDING_WEIGHT])
     kept = {n: own for n, own in checkpoint.rows.items() if not n.startswith(f"{DRAFT_HEAD}.")}
-    return replace(checkpoint, spec=spec, rows=kept | rows)
+    scales = {n: own for n, own in checkpoint.scales.items() if not n.startswith(f"{DRAFT_HEAD}.")}
+    return replace(checkpoint, spec=spec, rows=kept | rows, scales=scales)
 
 
 def check_sizes(own: ModelSpec, spec: ModelSpec) -> None:

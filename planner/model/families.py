@@ -14,6 +14,7 @@ FULL = "full_attention"
 LINEAR = "linear_attention"
 MOST_TAPS = 64
 MTP_LAYERS, MOST_MTP_LAYERS = "mtp_num_hidden_layers", 64
+MTP_EMBEDDINGS = "mtp_use_dedicated_embeddings"
 MULTIPLIER = (1e-6, 1e6)  # of granite's
 CAP = (1e-3, 1e6)  # of logits
 
@@ -242,7 +243,21 @@ def _qwen3_5(config: Fields) -> Style:
         partial_rope=True,
         output_gate=True,
         delta_net=DeltaNet(key_heads, value_heads, key_size, value_size, num_taps),
-        mtp=config.has(MTP_LAYERS) and config.integer(MTP_LAYERS, 0, MOST_MTP_LAYERS) == 1,
+        mtp=_mtp_layers(config) == 1 and not config.flag(MTP_EMBEDDINGS, False),
+    )
+
+
+def _mtp_layers(config: Fields) -> int:
+    return config.integer(MTP_LAYERS, 0, MOST_MTP_LAYERS, 0)
+
+
+def mtp_notes(config: Fields) -> tuple[str, ...]:
+    """What a person should be told about a head for multi-token prediction that is not run."""
+    if not (_mtp_layers(config) and config.flag(MTP_EMBEDDINGS, False)):
+        return ()
+    return (
+        f"{config.where}: {MTP_EMBEDDINGS} is true: the draft head is set aside, as we run only "
+        "one that reads the model's embedding",
     )
 
 

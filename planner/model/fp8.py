@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.artifacts.model import GROUP_SIZE, HEAD, Linear, ModelSpec, ScaleBlock
+from subspec.artifacts.model import GROUP_SIZE, HEAD, ModelSpec, ScaleBlock
 from subspec.planner.model.fields import LARGEST_WIDTH, Fields
 from subspec.planner.model.names import stored_names
 from subspec.planner.model.stored import (
@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 
 QUANTIZATION = "quantization_config"
 E4M3 = "F8_E4M3"
-SCALE_DTYPES = ("BF16", "F16", "F32", "F8_E8M0")
+EXPONENTS = "U8"  # a dtype of scales: F8_E8M0 by another name, as MXFP8 checkpoints store it
+SCALE_DTYPES = ("BF16", "F16", "F32", "F8_E8M0", EXPONENTS)
+USUAL_BLOCK = (128, 128)  # of fine-grained FP8 that does not say, as in transformers
 SUFFIXES = ("_scale_inv", "_scale")  # of the name of the weight that they belong to
 LINEAR = "Linear"  # in place of a name: all of them
 PATTERN = "re:"  # what a name begins with that is a regular expression
@@ -42,6 +44,8 @@ NEEDED_FOR_INT8 = (
     "as the substitute and the lower four streamed"
 )
 ORIGINAL = "use the original checkpoint in bfloat16: we make the 4-bit copy"
+PACKED = ("U8", "I8")  # dtypes of weights that share a byte
+MODELOPT = "hf_quant_config.json"  # where NVIDIA's ModelOpt writes how it quantised
 
 
 @dataclass(frozen=True)
@@ -89,10 +93,13 @@ def read_quantization(written: Fields) -> Quantization | None:
 def _fine_grained(fields: Fields) -> Quantization:
     if fields.text("fmt", "e4m3") != "e4m3":
         raise fields.unsupported("fmt", "'e4m3'")
-    kept = tuple(fields.texts("modules_to_not_convert"))
-    if not fields.has("weight_block_size"):
-        return Quantization(None, False, kept)
-    return Quantization(_block(fields, "weight_block_size"), False, kept)
+    usual = "modules_to_not_convert"
+    kept = tuple(fields.texts(usual if fields.has(usual) else "ignored_layers"))
+    size = "weight_block_size"
+    if size not in fields.values:
+        return Quantization(USUAL_BLOCK, False, kept)
+    # null: one scale for a matrix
+    return Quantization(_block(fields, size) if fields.has(size) else None, False, kept)
 
 
 def _compressed(fields: Fields) -> Quantization:
@@ -108,10 +115,19 @@ def _compressed(fields: Fields) -> Quantization:
     found = set[tuple[tuple[int, int] | None, bool]]()
     targets = list[str]()
     for name, group in groups.items():
-        values = group.get("weights") if isinstance(group, dict) else None
+        if not isinstance(group, dict):
+            raise fields.wrong(f"config_groups.{name[:40]}", group, "an object")
         where = f"{fields.where}.config_groups.{name[:40]}.weights"
+        values = group.get("weights")
+        if values is None:
+            raise SubspecError(
+                Exit.UNSUPPORTED,
+                f"{where} is null: the group quantises activations alone, of attention or of keys "
+                "and values, which we compute only in bfloat16",
+                ORIGINAL,
+            )
         if not isinstance(values, dict):
-            raise fields.wrong(f"config_groups.{name[:40]}", group, "an object with weights")
+            raise fields.wrong(f"config_groups.{name[:40]}.weights", values, "an object")
         weights = Fields(where, values)
         kind, num_bits = weights.text("type", "int"), weights.integer("num_bits", 1, 64, 8)
         if (kind, num_bits) != ("float", 8):
@@ -206,7 +222,7 @@ def _block_of(quantization: Quantization, num_rows: int, num_columns: int) -> Sc
 
 
 def scales_beside(
-    rows: Rows, linear: Linear, stored: StoredTensors, quantization: Quantization | None
+    rows: Rows, stored: StoredTensors, quantization: Quantization | None
 ) -> StoredScales:
     """The scales of a matrix that is stored in FP8. Raises SubspecError: CORRUPT if there are none,
     or not for its shape, UNSUPPORTED if nothing says what they belong to."""
@@ -239,7 +255,7 @@ def scales_beside(
     if tensor.shape in ((), (1,), (1, 1)):
         block = ScaleBlock(rows.count, num_columns)
         return StoredScales(tensor, block, 0, True)
-    if quantization.block is None and tensor.shape in ((num_rows,), (num_rows, 1)):
+    if tensor.shape in ((num_rows,), (num_rows, 1)):
         return StoredScales(tensor, ScaleBlock(1, num_columns), rows.first, True)
     if quantization.block is not None:
         height, width = quantization.block
@@ -260,11 +276,15 @@ def scales_beside(
 def read_scales(scales: StoredScales, rows: Rows) -> "Tensor":
     """f32 [row blocks, column blocks] of the matrix that `rows` are. Raises SubspecError: CORRUPT
     for one that is not finite, UNSUPPORTED for one that is not used in practice."""
+    import torch
+
     from subspec.artifacts.format.fp8 import LARGEST_SCALE, SMALLEST_SCALE
 
     tensor = scales.tensor
-    found = read_small(tensor).float()
-    found = found.view(tensor.shape[0] if tensor.shape else 1, -1)
+    found = read_small(tensor)
+    if tensor.dtype == EXPONENTS:  # the power of two with this biased exponent; 255 is NaN
+        found = found.view(torch.float8_e8m0fnu)
+    found = found.float().view(tensor.shape[0] if tensor.shape else 1, -1)
     if len(found) > 1:
         last = rows.first + rows.count
         found = found[scales.first : -(-last // scales.block.rows)]
@@ -319,6 +339,18 @@ def multiply_out(codes: "Tensor", values: "Tensor", scales: StoredScales, rows: 
         of_some = values[row[some]][:, column]
         found[some] = (codes[some].view(torch.float8_e4m3fn).float() * of_some).bfloat16()
     return found
+
+
+def refused_packed(tensor: StoredTensor, expected: tuple[int, ...]) -> SubspecError:
+    """Why a matrix of another shape, with several weights in a byte, is not a target."""
+    beside = f", as {MODELOPT} says" if (tensor.file.parent / MODELOPT).exists() else ""
+    return SubspecError(
+        Exit.UNSUPPORTED,
+        f"{tensor.file.name}: {tensor.name} is {tensor.dtype} of the shape {list(tensor.shape)}, "
+        f"expected weights of {list(expected)}: they are packed{beside}, and of quantised "
+        "weights we read only FP8",
+        ORIGINAL,
+    )
 
 
 def refused_dtype(tensor: StoredTensor, expected: str) -> SubspecError:

@@ -385,7 +385,7 @@ def why_encoded(problem: Problem, chosen: Scored) -> str:
         return f"{what}: as in the existing artifact"
     if problem.constraints.encoding != "auto":
         return f"{what}: that was asked for"
-    if not profile.residual_weights_per_second:
+    if not profile.decode_rate(encoding):
         return f"{what}: there is no fast decoder for residuals here (a C++ compiler builds one)"
     if not chosen.prediction.streamed_bytes and not num_coded:
         return f"{what}: all of them fit"

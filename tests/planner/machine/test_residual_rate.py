@@ -1,10 +1,14 @@
 """How fast residuals become weights; 0 where nothing decodes them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from toys import make_spec
+from toys import make_fp8_spec, make_spec
 
+from subspec.artifacts.model import Encoding, ModelSpec, layer_name
 from subspec.artifacts.native import residual_cpu
+from subspec.planner.machine import residual_rate
 from subspec.planner.machine.residual_rate import decode_rate
 from subspec.planner.machine.timing import Effort
 
@@ -32,3 +36,27 @@ def test_nothing_is_decoded_without_4_bit_substitutes() -> None:
 def test_nothing_is_decoded_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(residual_cpu, "unavailable", lambda: "there is none")
     assert decode_rate(make_spec(), CPU, "aten", "residual", HASTY) == 0.0
+
+
+def with_first_layer_in_bf16() -> ModelSpec:
+    """As `modules_to_not_convert` may leave it."""
+    spec = make_fp8_spec()
+    first = layer_name(0) + "."
+    return replace(spec, fp8={n: one for n, one in spec.fp8.items() if not n.startswith(first)})
+
+
+@pytest.mark.parametrize("encoding", ["fp8", "fp8-residual"])
+def test_fp8_is_timed_in_the_first_layer_that_has_it(encoding: Encoding) -> None:
+    spec = with_first_layer_in_bf16()
+    assert spec.fp8 and all(one.fp8 is None for one in spec.linears if one.layer == 0)
+    assert 1e6 < decode_rate(spec, CPU, "aten", encoding, HASTY) < 1e11
+    assert decode_rate(make_spec(), CPU, "aten", encoding, HASTY) == 0.0
+
+
+def test_fp8_codes_are_multiplied_out_in_any_layout_of_the_4_bit_codes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a CPU without AVX2, where residuals cannot be decoded."""
+    monkeypatch.setattr(residual_rate, "cpu_tile_rows", lambda *_: None)
+    assert decode_rate(make_fp8_spec(), CPU, "aten", "fp8", HASTY) > 1e6
+    assert decode_rate(make_fp8_spec(), CPU, "aten", "fp8-residual", HASTY) == 0.0

@@ -510,6 +510,22 @@ def test_a_field_of_a_rope_that_transformers_ignores_is_named_and_ignored(tmp_pa
     assert "rope_parameters.full_attention has extrapolation_factor 2.0: " in note
 
 
+def test_a_head_that_drafts_with_an_embedding_of_its_own_is_set_aside_with_a_note(
+    tmp_path: Path,
+) -> None:
+    head: dict[str, Any] = {"mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False}
+    for own in (config("qwen3_5_text", **head), inside("qwen3_5_text", {}, **head)):
+        assert read(tmp_path, own).draft_head is not None and config_notes(tmp_path) == ()
+    head["mtp_use_dedicated_embeddings"] = True
+    for own in (config("qwen3_5_text", **head), inside("qwen3_5_text", {}, **head)):
+        assert read(tmp_path, own).draft_head is None
+        [note] = config_notes(tmp_path)
+        assert "mtp_use_dedicated_embeddings is true: the draft head is set aside" in note
+    head["mtp_num_hidden_layers"] = 0
+    read(tmp_path, config("qwen3_5_text", **head))
+    assert config_notes(tmp_path) == ()
+
+
 def test_yarn_reaches_beyond_the_configs_positions_and_llama3_does_not(tmp_path: Path) -> None:
     positions: dict[str, Any] = {"max_position_embeddings": 64}
     assert read(tmp_path, config(rope_scaling=YARN, **positions)).max_positions == 256

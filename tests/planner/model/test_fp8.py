@@ -13,6 +13,7 @@ from scripts import benchmark
 from torch import Tensor
 
 from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.format import fp8
 from subspec.artifacts.model import ScaleBlock, Source
 from subspec.planner.build.weights import read_weight
 from subspec.planner.model.checkpoint import read_checkpoint, read_spec
@@ -141,6 +142,78 @@ def test_beside_fp8_the_configs_dtype_counts_only_where_no_tensors_are_read(
         with pytest.raises(SubspecError, match=f"in FP8 and others in {dtype}") as caught:
             read_spec(folder, SOURCE)
         assert caught.value.exit_code == Exit.UNSUPPORTED
+        assert caught.value.hint and "the original checkpoint" in caught.value.hint
+
+
+def gate_of(folder: Path) -> tuple[Tensor, Tensor]:
+    """The exact gate as it is read, multiplied out, and in f64 by its FP8 codes and scales of
+    blocks."""
+    read = read_checkpoint(folder, SOURCE)
+    found = read_weight(read, next(one for one in read.spec.linears if one.name == GATE))
+    assert found.scales is not None
+    tensors = load_file(folder / "model.safetensors")
+    scales = tensors[f"{GATE}.weight_scale_inv"]
+    if scales.dtype == torch.uint8:
+        scales = torch.exp2(scales.double() - 127)
+    whole = scales.double().repeat_interleave(128, 0).repeat_interleave(128, 1)[:192, :192]
+    return fp8.widen(found.weight, found.scales), tensors[f"{GATE}.weight"].double() * whole
+
+
+def test_scales_in_float16_beside_weights_in_bfloat16_are_read(folder: Path) -> None:
+    def in_f16(tensors: Tensors) -> None:
+        tensors |= {n: (x * 256).half() for n, x in tensors.items() if n.endswith("_inv")}
+
+    change_tensors(folder, in_f16)
+    found, expected = gate_of(folder)
+    assert torch.equal(found, expected.bfloat16())
+
+
+def test_scales_that_are_bytes_are_exponents(bf16: Path, tmp_path: Path) -> None:
+    to_fp8.convert(bf16, tmp_path / "fp8", "block", "F8_E8M0")
+
+    def as_bytes(tensors: Tensors) -> None:
+        found = {n: x for n, x in tensors.items() if n.endswith("_inv")}
+        tensors |= {name: x.view(torch.uint8) for name, x in found.items()}
+
+    change_tensors(tmp_path / "fp8", as_bytes)
+    found, expected = gate_of(tmp_path / "fp8")
+    assert torch.equal(found, expected.bfloat16())
+    change_tensors(tmp_path / "fp8", lambda t: t[f"{GATE}.weight_scale_inv"].fill_(255))
+    with pytest.raises(SubspecError, match="NaN or infinite"):
+        gate_of(tmp_path / "fp8")
+
+
+@pytest.mark.parametrize(
+    ("scales", "block"), [("block", ScaleBlock(128, 128)), ("channel", ScaleBlock(1, 192))]
+)
+def test_fine_grained_fp8_that_does_not_say_has_blocks_of_128_or_what_its_scales_show(
+    bf16: Path, tmp_path: Path, scales: str, block: ScaleBlock
+) -> None:
+    folder = tmp_path / "fp8"
+    to_fp8.convert(bf16, folder, scales)
+    quantization = {"quant_method": "fp8", "modules_to_not_convert": ["lm_head"]}
+    change_config(folder, lambda config: config.update(quantization_config=quantization))
+    assert read_checkpoint(folder, SOURCE).spec.fp8[GATE] == block
+    assert read_config(folder, SOURCE).fp8[GATE] == ScaleBlock(128, 128)
+    change_tensors(folder, lambda t: t.update({f"{GATE}.weight_scale": torch.ones(3, 3)}))
+    change_tensors(folder, lambda t: t.pop(f"{GATE}.weight_scale_inv", None))
+    with pytest.raises(SubspecError, match=r"has the shape \[3, 3\]"):
+        read_checkpoint(folder, SOURCE)
+
+
+@pytest.mark.parametrize("by_modelopt", [True, False])
+def test_weights_that_share_a_byte_are_refused_as_such(folder: Path, by_modelopt: bool) -> None:
+    """As NVFP4 has them, whose older checkpoints say nothing in config.json."""
+    change_config(folder, lambda config: config.pop("quantization_config"))
+    change_tensors(
+        folder, lambda t: t.update({f"{GATE}.weight": torch.zeros(192, 96, dtype=torch.uint8)})
+    )
+    if by_modelopt:
+        (folder / "hf_quant_config.json").write_text("{}")
+    with pytest.raises(SubspecError, match=r"is U8 of the shape \[192, 96\]") as caught:
+        read_checkpoint(folder, SOURCE)
+    assert caught.value.exit_code == Exit.UNSUPPORTED and "original" in str(caught.value.hint)
+    assert ("as hf_quant_config.json says" in caught.value.message) is by_modelopt
 
 
 REFUSED: dict[str, tuple[Callable[[Tensors], object], Exit, str]] = {
@@ -191,6 +264,8 @@ def test_what_is_no_target_is_refused_by_name(folder: Path, case: str) -> None:
     with pytest.raises(SubspecError) as caught:
         read_checkpoint(folder, SOURCE)
     assert caught.value.exit_code == code and said in caught.value.message
+    if case == "the rest in float16":
+        assert caught.value.hint and "the original checkpoint" in caught.value.hint
 
 
 UNREADABLE: dict[str, tuple[Callable[[Tensors], object], Exit, str]] = {
@@ -262,6 +337,7 @@ def test_a_dry_run_knows_which_matrices_stay_in_bf16(
 ) -> None:
     left = ATTENTION | DENSE if left == {"all"} else left
     assert expected(folder, quant_method="fp8", modules_to_not_convert=kept) == left
+    assert expected(folder, quant_method="fp8", ignored_layers=kept) == left
     assert expected(folder, **compressed(), ignore=kept) == left
 
 
@@ -308,6 +384,17 @@ def compressed(**weights: Any) -> dict[str, Any]:
         (compressed(strategy="group"), Exit.UNSUPPORTED, "strategy"),
         (compressed() | {"kv_cache_scheme": {"num_bits": 8}}, Exit.UNSUPPORTED, "kv_cache_scheme"),
         (compressed() | {"config_groups": {}}, Exit.CORRUPT, "config_groups"),
+        (compressed() | {"config_groups": {"a": 1}}, Exit.CORRUPT, "config_groups.a is 1"),
+        (
+            compressed() | {"config_groups": {"a": {"targets": ["Attention"], "weights": None}}},
+            Exit.UNSUPPORTED,
+            "config_groups.a.weights is null: the group quantises activations alone",
+        ),
+        (
+            compressed() | {"config_groups": {"a": {"weights": 8}}},
+            Exit.CORRUPT,
+            "config_groups.a.weights is 8",
+        ),
     ],
     ids=str,
 )

@@ -106,3 +106,8 @@ def test_the_last_storage_needs_no_work_at_its_use() -> None:
             part.num_bytes for part in SPEC.parts if part.linear.fp8
         )
     assert all(a is b for a, b in zip(*(storages(SPEC, "auto", True) for _ in "ab"), strict=True))
+
+
+def test_without_a_decoder_of_fp8_residuals_the_plan_says_so() -> None:
+    plan = plan_for(40_000_000, profile=replace(FAST_LINK, fp8_residual_weights_per_second=0.0))
+    assert not plan.residuals and "there is no fast decoder for residuals" in plan.reasons[-1]
