@@ -28,10 +28,10 @@ PRODUCT_ROWS = 256
 NET_ROWS = 128
 HEAD_ROWS = 128
 NET_SLOTS = 18  # states that live at once along a tree of up to 16 nodes a level
-# Of delta nets: states of a sequence in host memory that it can go back to: after every so many
-# tokens, and before the end of a prompt by more tokens than chat templates end their prompts with.
-# Those of a long text lie further apart.
-CHECKPOINTS = 4
+# Of delta nets: states of a sequence in host memory that it can go back to: where the last prompt
+# began, which is where the answer before it ended; before its end by more tokens than chat
+# templates end their prompts with; and after every so many tokens, of a long text further apart.
+CHECKPOINTS = 5
 CHECKPOINT_TOKENS = 2048
 TOKENS_BEHIND_CHECKPOINT = 16
 # That layers with windows keep before their widest window: a conversation can go back so far, and
