@@ -1,9 +1,10 @@
-"""Fast memory that a model needs: arithmetic that planner and runtime share; no torch.
+"""Memory that a model needs: arithmetic that planner and runtime share; no torch.
 
 The runtime allocates an arena of exactly this size for each purpose of the ledger. Its loops are
 bounded by the constants below, and tests compare measured temporaries with `workspace_bytes`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
@@ -16,7 +17,7 @@ from subspec.artifacts.model import (
     Dense,
     ModelSpec,
 )
-from subspec.artifacts.plan import DeviceKind, Int4Kernel, Ledger
+from subspec.artifacts.plan import DeviceKind, HostLedger, Int4Kernel, Ledger
 
 ALIGNMENT = 256  # bytes; of every tensor in fast memory
 SLOT_ALIGNMENT = 64  # live lengths of the KV cache are multiples of it, for few distinct shapes
@@ -28,10 +29,10 @@ PRODUCT_ROWS = 256
 NET_ROWS = 128
 HEAD_ROWS = 128
 NET_SLOTS = 18  # states that live at once along a tree of up to 16 nodes a level
-# Of delta nets: states of a sequence in host memory that it can go back to: after every so many
-# tokens, and before the end of a prompt by more tokens than chat templates end their prompts with.
-# Those of a long text lie further apart.
-CHECKPOINTS = 4
+# Of delta nets: states of a sequence in host memory that it can go back to: where the last prompt
+# began, which is where the answer before it ended; before its end by more tokens than chat
+# templates end their prompts with; and after every so many tokens, of a long text further apart.
+CHECKPOINTS = 5
 CHECKPOINT_TOKENS = 2048
 TOKENS_BEHIND_CHECKPOINT = 16
 # That layers with windows keep before their widest window: a conversation can go back so far, and
@@ -327,6 +328,17 @@ def checkpoints_bytes(spec: ModelSpec, num_sequences: int) -> int:
     """Host memory of the states that sequences can go back to, which on CPUs is fast memory."""
     states = sum(memory_bytes(spec, net) for net in spec.delta_nets)
     return num_sequences * CHECKPOINTS * states
+
+
+def make_host_ledger(
+    specs: Sequence[ModelSpec], streamed_bytes: int, num_sequences: int
+) -> HostLedger:
+    """On a GPU. specs: the model's, and that of a draft model which is used."""
+    return HostLedger(
+        streamed_bytes,
+        sum(spec.embedding_bytes for spec in specs),
+        sum(checkpoints_bytes(spec, num_sequences) for spec in specs),
+    )
 
 
 def memory_bytes(spec: ModelSpec, net: DeltaNet) -> int:

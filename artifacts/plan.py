@@ -21,7 +21,7 @@ from subspec.artifacts.common.bounds import (
     VerifyWidths,
 )
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.artifacts.common.sizes import LARGEST, format_size
+from subspec.artifacts.common.sizes import LARGEST, format_size, short_size
 from subspec.artifacts.model import StoredPart
 
 DeviceKind = Literal["cpu", "cuda"]
@@ -81,6 +81,35 @@ class Ledger:
         """Purpose -> bytes of what is allocated once, when an engine is opened."""
         unallocated = ("workspace", "overhead", "guard")
         return {name: size for name, size in vars(self).items() if name not in unallocated}
+
+
+@dataclass(frozen=True)
+class HostLedger:
+    """Bytes of host memory that a GPU's plan takes, besides the process itself."""
+
+    streamed: Count  # exact weights that stream; pinned
+    embedding: Count  # a draft model's too; pinned
+    checkpoints: Count  # of the states of delta nets, of all sequences
+
+    @property
+    def pinned_bytes(self) -> int:
+        return self.streamed + self.embedding
+
+    @property
+    def total_bytes(self) -> int:
+        return self.pinned_bytes + self.checkpoints
+
+    @property
+    def parts(self) -> str:
+        parts = [f"{short_size(self.streamed)} of weights that stream"] if self.streamed else []
+        parts.append(f"{short_size(self.embedding)} of embedding")
+        if self.checkpoints:
+            parts.append(f"{short_size(self.checkpoints)} of states to go back to")
+        return ", ".join(parts)
+
+    def how_to_take_less(self, num_sequences: int) -> str:
+        fewer = self.checkpoints and num_sequences > 1
+        return "a larger --vram" + (", or fewer --sequences" if fewer else "")
 
 
 @dataclass(frozen=True)
@@ -183,7 +212,7 @@ class Constraints:
     width: TreeWidth | None = None
     depth: Annotated[int, Between(1, MOST_LEVELS)] | None = None
     method: Method | None = None
-    ram_bytes: Budget | None = None  # budget of pinned host memory, the slow memory of a GPU
+    ram_bytes: Budget | None = None  # budget of host memory, the slow memory of a GPU
     encoding: Literal["auto", "residual", "raw", "kept"] = "auto"  # kept: a re-planned artifact's
     min_path_probability: Probability | None = None  # Tree.min_path_probability
     num_sequences: Sequences = 1
@@ -232,6 +261,7 @@ class Plan:
     head_draft: HeadDraft | None = None  # None: the draft head was not run
     # Who drafts in the method's memory, unless something else is asked for; None: the method's own.
     drafter: DrafterName | None = None
+    host_ledger: HostLedger | None = None  # of the method, on a GPU; None: not known
 
     @property
     def verify_width(self) -> int:

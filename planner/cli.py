@@ -123,7 +123,9 @@ class Options:
 )  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), help="[default: NAME-SIZE/]")
 @click.option("--revision", help="Branch, tag or commit of a hub model.")
-@click.option("--ram", callback=size_option, metavar="SIZE", help="Budget of pinned host memory.")
+@click.option(
+    "--ram", callback=size_option, metavar="SIZE", help="Budget of host memory, with a GPU."
+)
 @click.option(
     "--width", type=click.IntRange(1, 64), help="Width of the draft tree.  [default: the fastest]"
 )

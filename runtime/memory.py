@@ -98,15 +98,15 @@ class FastMemory:
             ) from None
 
 
-def check_host_memory(num_bytes: int) -> None:
+def check_host_memory(num_bytes: int, parts: str = "", less: str = "a larger --vram") -> None:
     """Raises SubspecError(RESOURCES) if so much host memory is not free: touching it would end this
-    process, or another one."""
+    process, or another one. parts: what it is for; less: options of a plan that takes less."""
     if num_bytes > (free := free_host_bytes()):
         raise SubspecError(
             Exit.RESOURCES,
             f"the plan needs {format_size(num_bytes)} of host memory, but only "
-            f"{format_size(free)} are free",
-            "close other programs, or plan with a larger --vram",
+            f"{format_size(free)} are free" + (f": {parts}" if parts else ""),
+            f"close other programs, or plan with {less}",
         )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.progress import Progress
-from subspec.artifacts.footprint import cache_slots, checkpoints_bytes, window_slots
+from subspec.artifacts.footprint import cache_slots, make_host_ledger, window_slots
 from subspec.artifacts.format.store import DRAFT_MODEL, Artifact
 from subspec.artifacts.model import ModelSpec
 from subspec.artifacts.native import cpp
@@ -25,6 +25,7 @@ from subspec.artifacts.plan import (
     Placement,
     Plan,
     head_of,
+    make_blocks,
     method_of,
 )
 from subspec.runtime.clock import Clock, Record, unrecorded
@@ -176,6 +177,7 @@ def open_model(artifact: Artifact, options: OpenOptions, progress: Progress) -> 
         opening = Opening(
             artifact, options, method, drafter_name, device, memory, stack, clock, progress
         )
+        check_host_ledger(opening)
         loaded = load_weights(opening)
         caches = make_caches(opening, loaded)
         slots, dtype = caches[0].num_slots, getattr(torch, spec.dtype)
@@ -205,6 +207,21 @@ def prepare_kernels(
         gemlite_kernel.tune(device, draft_products(artifact, method))
     sources = [source for source, _ in needed_kernels(spec, plan, method)]
     stack.enter_context(cpp.build_ahead(sources))
+
+
+def check_host_ledger(opening: Opening) -> None:
+    """Raises SubspecError(RESOURCES) if the host has no room for what it holds beside a GPU, the
+    states that sequences go back to included, which are touched when they are first needed."""
+    if opening.device.type == "cpu":  # all of it is in the ledger of fast memory
+        return
+    artifact, plan, specs = opening.artifact, opening.artifact.plan, [opening.artifact.spec]
+    if opening.method in WITH_DRAFT_MODEL and artifact.draft_model is not None:
+        specs.append(artifact.draft_model)
+    blocks = make_blocks(artifact.stored_parts(), opening.placement)
+    streamed = sum(block.num_bytes for block in blocks)
+    needed = make_host_ledger(specs, streamed, plan.num_sequences)
+    less = needed.how_to_take_less(plan.num_sequences)
+    check_host_memory(needed.total_bytes, needed.parts, less)
 
 
 def load_weights(opening: Opening) -> Loaded:
@@ -238,8 +255,6 @@ def load_weights(opening: Opening) -> Loaded:
 def make_caches(opening: Opening, loaded: Loaded) -> list[Cache]:
     """An empty one for each sequence."""
     plan, spec, memory = opening.artifact.plan, opening.artifact.spec, opening.memory
-    if opening.device.type == "cuda":  # on CPUs they are in the ledger
-        check_host_memory(checkpoints_bytes(spec, plan.num_sequences))
     slots = cache_slots(plan.context, plan.verify_width)
     few_slots = window_slots(spec, plan.context, plan.verify_width)
     take = partial(memory.take_tensor, "cache")

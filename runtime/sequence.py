@@ -130,6 +130,7 @@ class Sequence:
         self._engine.leave(self)
         cache = self.cache
         cache.roll_back(self._reusable(prompt, params))
+        cache.begin_prompt(len(prompt) - TOKENS_BEHIND_CHECKPOINT)
         self.params, self.finish_reason, self._fresh = params, None, []
         self.prompt_logprobs, self.logprobs = [], []
         self._prompt, self._num_read = list(prompt), len(prompt)  # the caller's may change

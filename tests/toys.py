@@ -7,6 +7,7 @@ from subspec.artifacts.acceptance import Acceptance, Curve
 from subspec.artifacts.model import (
     Attention,
     Block,
+    DeltaNet,
     Dense,
     LayerSpec,
     ModelSpec,
@@ -85,6 +86,14 @@ def make_spec(
         source=Source("org/toy", "0" * 40, "apache-2.0"),
     )
     return replace(spec, **changes)
+
+
+def make_hybrid_spec(**changes: Any) -> ModelSpec:
+    """The first layer is a gated delta net."""
+    spec = make_spec(**changes)
+    mixes, dense = spec.layers[0].blocks
+    first = LayerSpec((replace(mixes, body=DeltaNet(2, 4, 32, 32, 4)), dense))
+    return replace(spec, layers=(first, *spec.layers[1:]))
 
 
 def make_fp8_spec(**changes: Any) -> ModelSpec:

@@ -28,6 +28,7 @@ from subspec.planner.report.wording import (
     context_rows,
     cost_rows,
     decision_rows,
+    host_line,
     in_markdown,
     ledger_rows,
     margin_of,
@@ -75,6 +76,8 @@ def print_plan(spec: ModelSpec, plan: Plan, console: Console) -> None:
     console.print(table)
     costs = Table.grid(padding=(0, 2))
     costs.add_row("streamed", streamed_line(spec, plan))
+    if taken := host_line(plan):
+        costs.add_row("host memory", taken)
     costs.add_row("round", round_line(predicted))
     costs.add_row("speed", f"{speed_line(plan)}, predicted")
     costs.add_row(
@@ -114,6 +117,7 @@ def plan_json(spec: ModelSpec, plan: Plan, artifact: Path | None) -> dict[str, A
         "artifact": None if artifact is None else str(artifact),
         "feasible": True,
         "ledger": ledger,
+        "host_ledger": asdict(plan.host_ledger) if plan.host_ledger else None,
         "decisions": {
             "device": plan.device,
             "method": plan.method,

@@ -273,6 +273,12 @@ def streamed_line(spec: ModelSpec, plan: Plan) -> str:
     return line + (f", {len(placement.residuals)} as residuals" if placement.residuals else "")
 
 
+def host_line(plan: Plan) -> str:
+    """ "" if the plan takes no host memory beside a GPU's."""
+    taken = plan.host_ledger
+    return f"{format_size(taken.total_bytes)}: {taken.parts}" if taken else ""
+
+
 def decision_rows(plan: Plan) -> Rows:
     placement, tree = placement_of(plan), plan.draft.tree
     rows: Rows = [("method", method_name(plan))]
@@ -287,6 +293,7 @@ def decision_rows(plan: Plan) -> Rows:
         ("verification", f"padded to {', '.join(map(str, plan.verify_widths))} rows"),
         ("prompt", f"{plan.prefill_tokens} tokens per stream of the weights"),
         ("staging ring", ring if placement.num_slots else "none: nothing streams"),
+        *([("host memory", line)] if (line := host_line(plan)) else []),
         ("4-bit kernel", plan.int4_kernel),
         ("CPU threads", str(plan.num_threads)),
     ]

@@ -12,12 +12,14 @@ from itertools import groupby
 from subspec.artifacts.acceptance import Acceptance, Checks, Curve
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.sizes import LARGEST, format_size, short_size, weights_rate
+from subspec.artifacts.footprint import make_host_ledger
 from subspec.artifacts.model import Encoding, ModelSpec
 from subspec.artifacts.plan import (
     WITH_DRAFT_MODEL,
     Company,
     Constraints,
     Draft,
+    HostLedger,
     Method,
     Option,
     Placement,
@@ -264,6 +266,7 @@ def assemble(problem: Problem, plain: Scored, drafted: dict[Method, list[Scored]
         company=own.company if own else (),
         constraints=problem.constraints,
         drafts=drafts,
+        host_ledger=host_ledger_of(problem, found[method]),
     )
 
 
@@ -408,26 +411,36 @@ def option_label(method: Method, tree: Tree) -> str:
     return f"tree {tree.width} wide, {tree.depth} deep{whose}"
 
 
-def check_ram(problem: Problem, scored: Scored) -> None:
-    """Raise SubspecError(INFEASIBLE) if streamed weights and embedding exceed pinned host
-    memory."""
+def host_ledger_of(problem: Problem, scored: Scored) -> HostLedger | None:
+    """None: the fast memory is the host's."""
     if problem.profile.device != "cuda":
-        return
-    needed = scored.prediction.streamed_bytes + problem.spec.embedding_bytes
+        return None
+    specs, constraints = [problem.spec], problem.constraints
     if problem.proposer is not None and scored.candidate.method in WITH_DRAFT_MODEL:
-        needed += problem.proposer.spec.embedding_bytes
+        specs.append(problem.proposer.spec)
+    return make_host_ledger(specs, scored.prediction.streamed_bytes, constraints.num_sequences)
+
+
+def check_ram(problem: Problem, scored: Scored) -> None:
+    """Raise SubspecError(INFEASIBLE) if the host's memory is too small for what it holds beside a
+    GPU, or too little of it can be pinned."""
+    needed = host_ledger_of(problem, scored)
+    if needed is None:
+        return
     ram, pinnable = problem.constraints.ram_bytes, problem.profile.pinnable_bytes
-    what = f"streamed weights and the embedding take {short_size(needed)} of pinned host memory"
-    if ram is not None and needed > ram:
+    if ram is not None and needed.total_bytes > ram:
+        less = needed.how_to_take_less(problem.constraints.num_sequences)
         raise SubspecError(
             Exit.INFEASIBLE,
-            f"{what}, --ram is {short_size(ram)}",
-            f"--ram {-(-needed // 10**9)}GB, or a larger --vram",
+            f"the plan takes {short_size(needed.total_bytes)} of host memory ({needed.parts}), "
+            f"--ram is {short_size(ram)}",
+            f"--ram {-(-needed.total_bytes // 10**9)}GB, or {less}",
         )
-    if pinnable and needed > pinnable:
+    if pinnable and needed.pinned_bytes > pinnable:
         raise SubspecError(
             Exit.INFEASIBLE,
-            f"{what}, this process can pin {short_size(pinnable)}",
+            f"streamed weights and the embedding take {short_size(needed.pinned_bytes)} of pinned "
+            f"host memory, this process can pin {short_size(pinnable)}",
             "a larger --vram, a higher `ulimit -l`, or more memory for this container",
         )
 

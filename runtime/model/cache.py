@@ -7,7 +7,7 @@ their own sizes, in execution order; those with windows may have places for a st
 only (windows.py). Delta nets have no slots but states (net_state.py).
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -87,10 +87,12 @@ class Cache:
     values: tuple[Tensor, ...]
     nets: tuple[NetState, ...] = ()  # of each delta net
     # Of delta nets: where `roll_back` can go back to, ascending; in host memory for more of them;
-    # and those that a pass makes, by how many of its rows lie before.
+    # those that a pass makes, by how many of its rows lie before; and the last two places where a
+    # prompt began or ended, whose checkpoints stay whatever follows.
     checkpoints: list[Checkpoint] = field(default_factory=list)
     unused: list[States] = field(default_factory=list)
     pending: list[Stop] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)  # ids whose exact keys and values are committed
     unread: Unread | None = None  # by a draft head; None: there is none
     windows: WindowSlots | None = None  # None: every attention has all slots
@@ -216,6 +218,18 @@ class Cache:
         if self.nets and end // CHECKPOINT_TOKENS > first // CHECKPOINT_TOKENS:
             self.save()
 
+    def begin_prompt(self, end: int) -> None:
+        """A prompt follows what is committed. Its next version is likely to differ from it behind
+        `end` tokens, as a template's next turn does, or already from here on, if the question is
+        edited: both places have checkpoints, from now on or when they are read, until another
+        prompt begins."""
+        if not self.nets:
+            return
+        places = {*self.ends, self.length} | ({end} if end > self.length else set())
+        self.ends = sorted(places - {0})[-2:]
+        if self.length and (not self.checkpoints or self.checkpoints[-1].length < self.length):
+            self.save()
+
     def save(self) -> None:
         """Makes what is committed a checkpoint."""
         [stop] = self.stops([0])
@@ -227,18 +241,20 @@ class Cache:
     def stops(self, num_rows: Sequence[int]) -> list[Stop]:
         """Room for states after so many rows of the next pass, ascending; `commit` makes them
         checkpoints. There is room for few: those that are nearest to others go, or are left out."""
-        self.unused += [stop.states for stop in self.pending]
-        self.pending.clear()
+        self.forget_pending()
         lengths = [one.length for one in self.checkpoints]
         lengths += [self.length + count for count in num_rows]
-        while len(lengths) > len(self.unused) + len(self.checkpoints):
-            del lengths[most_crowded(lengths)]
+        lengths = thinned(lengths, self.ends, len(self.unused) + len(self.checkpoints))
         self.unused += [one.states for one in self.checkpoints if one.length not in lengths]
         self.checkpoints = [one for one in self.checkpoints if one.length in lengths]
         for count in num_rows:
             if self.length + count in lengths:
                 self.pending.append(Stop(count, self.unused.pop()))
         return self.pending
+
+    def forget_pending(self) -> None:
+        self.unused += [stop.states for stop in self.pending]
+        self.pending.clear()
 
     def reachable(self, length: int) -> int:
         """How many tokens, no more than `length`, `roll_back` can keep."""
@@ -255,6 +271,8 @@ class Cache:
         assert self.reachable(length) == length
         if self.unread is not None:
             self.unread.count = max(0, min(self.unread.count, length - self.unread.first))
+        self.forget_pending()
+        self.ends = [one for one in self.ends if one <= length]
         while self.checkpoints and self.checkpoints[-1].length > length:
             self.unused.append(self.checkpoints.pop().states)
         if self.nets and 0 < length < self.length:
@@ -275,9 +293,12 @@ class Cache:
         self.roll_back(0)
         assert not tokens or not self.nets or checkpoints[-1].length == len(tokens)
         for one in checkpoints[-CHECKPOINTS:]:
-            self.set_states(one.states)
-            self.tokens = list(tokens[: one.length])
-            self.save()
+            self.checkpoints.append(Checkpoint(one.length, self.unused.pop()))
+            for mine, theirs in zip(self.checkpoints[-1].states, one.states, strict=True):
+                copy_state(mine, theirs)
+        if self.checkpoints:
+            self.set_states(self.checkpoints[-1].states)
+        self.ends = [one.length for one in self.checkpoints[-2:]]
         if self.windows is not None:
             self.windows.begin_at(window_start)
         self.tokens = list(tokens)
@@ -335,8 +356,13 @@ def in_host_memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype)
 
 
-def most_crowded(lengths: Sequence[int]) -> int:
-    """The place of the one that is nearest to its neighbours, never the last one: without it one
-    has to go back least further."""
-    gaps = [after - before for before, after in zip([0, *lengths], lengths[1:], strict=False)]
-    return gaps.index(min(gaps)) if gaps else 0
+def thinned(lengths: Sequence[int], kept: Collection[int], most: int) -> list[int]:
+    """At most so many of them, 1 or more, ascending. Those go first that are nearest to their
+    neighbours: without them one has to go back least further. The last one stays, and those in
+    `kept` stay as long as there are others."""
+    left = list(lengths)
+    while len(left) > most:
+        gaps = zip(left, [0, *left], left[1:], strict=False)
+        free = [(after - before, one) for one, before, after in gaps if one not in kept]
+        left.remove(min(free)[1] if free else left[0])
+    return left

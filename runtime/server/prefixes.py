@@ -3,11 +3,13 @@ need not read it again. What comes back has the same bits.
 """
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from subspec.runtime.model.cache import Cache, Checkpoint
+from subspec.artifacts.footprint import CHECKPOINTS
+from subspec.runtime.model.cache import Cache, Checkpoint, thinned
 from subspec.runtime.model.delta_net import DeltaState
 from subspec.runtime.model.net_state import States
 from subspec.runtime.model.windows import windows_reach
@@ -22,7 +24,7 @@ class Prefix:
     # Keys and values [B, T, D] of each attention, on the host; in layers with windows of the last
     # tokens only, if the cache has no more
     kept: tuple[Tensor, ...]
-    # Of delta nets: the cache's last one, and one behind all tokens
+    # Of delta nets: the last one is behind all tokens
     checkpoints: tuple[Checkpoint, ...] = ()
     window_start: int = 0  # the first token that layers with windows have
     window: int = 0  # the widest
@@ -50,23 +52,32 @@ class PrefixCache:
 
     def keep(self, sequence: Sequence, num_shared: int) -> None:
         """Copies what the sequence's cache holds, unless no more than its first `num_shared` tokens
-        would be lost without that, or it is too little or too large."""
+        would be lost without that, or it is too little or too large. Prefixes that it begins with
+        go; the states that they had of delta nets are also this one's."""
         count = sequence.num_reusable
         tokens = tuple(sequence.cache.tokens[:count])
         if count - num_shared < WORTH_KEEPING or self.longest(tokens)[1] == count:
             return
         cache = sequence.cache
-        sources, kept = states_until(cache, count), held_until(cache, count)
+        begun = [one for one in self._prefixes if one == tokens[: len(one)]]
+        known = {one.length: one for some in begun for one in self._prefixes[some].checkpoints}
+        found = {one.length: one for one in states_until(cache, count)} | known
+        kept = held_until(cache, count)
         wanted = 8 * count + sum(one.nbytes for one in kept)
+        room = self._most_bytes - wanted
+        free = room - self.num_bytes + sum(self._prefixes[one].num_bytes for one in begun)
+        sources = few_states(found, cache.ends, room, free)
         wanted += sum(bytes_of_states(one.states) for one in sources)
         if wanted > self._most_bytes:
             return
-        for known in [one for one in self._prefixes if one == tokens[: len(one)]]:
-            self._drop(known)
+        for one in begun:
+            self._drop(one)
         while self.num_bytes + wanted > self._most_bytes:
             self._drop(next(iter(self._prefixes)))
         copies = tuple(one.to("cpu", copy=True) for one in kept)
-        states = tuple(Checkpoint(one.length, on_host(one.states)) for one in sources)
+        states = tuple(
+            known.get(one.length) or Checkpoint(one.length, on_host(one.states)) for one in sources
+        )
         windows = cache.windows
         start, widest = (0, 0) if windows is None else (windows.start, windows.widest)
         self._prefixes[tokens] = Prefix(tokens, copies, states, start, widest)
@@ -117,14 +128,26 @@ def first_tokens(cache: Cache, window_start: int) -> list[int]:
 
 
 def states_until(cache: Cache, count: int) -> list[Checkpoint]:
-    """Of delta nets: the states behind `count` tokens, which the cache can go back to, and at the
-    checkpoint before: where the text differs if a template drops the thinking of an answer."""
-    found = [one for one in cache.checkpoints if one.length < count][-1:]
-    if not cache.nets or not count:
+    """Of delta nets: those in the first `count` tokens, which the cache can go back to; the last
+    one is behind all of them."""
+    found = [one for one in cache.checkpoints if one.length <= count]
+    if cache.nets and count == cache.length:
+        live = Checkpoint(count, tuple(net.committed for net in cache.nets))
+        return [*(one for one in found if one.length < count), live]
+    return found
+
+
+def few_states(
+    found: Mapping[int, Checkpoint], ends: list[int], room: int, free: int
+) -> list[Checkpoint]:
+    """Of those found, by their lengths, the last one and those at `ends`, where the next turn may
+    differ, as far as they fit `room` bytes; and others, for which no other prefix has to go, as far
+    as they fit `free` bytes. No more than a cache has room for."""
+    if not found:
         return []
-    if count == cache.length:
-        return [*found, Checkpoint(count, tuple(net.committed for net in cache.nets))]
-    return [*found, *(one for one in cache.checkpoints if one.length == count)]
+    of_each = bytes_of_states(found[max(found)].states)
+    most = min(CHECKPOINTS, room // of_each, max(free // of_each, 1 + len(ends)))
+    return [found[one] for one in thinned(sorted(found), ends, max(1, most))]
 
 
 def on_host(states: States) -> States:

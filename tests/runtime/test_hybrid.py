@@ -188,6 +188,55 @@ def test_checkpoints_are_few_and_those_of_a_long_text_lie_further_apart(
         assert checkpoints_bytes(artifact.spec, 1) >= sum(one.nbytes for one in tensors)
 
 
+def test_a_long_answer_leaves_the_checkpoint_at_the_end_of_its_prompt(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It passes more places of checkpoints than there is room for. Then it is asked for again, or a
+    next turn has its end without what came before; and an answer that was cut off goes on."""
+    for module in (sequences, caches):
+        monkeypatch.setattr(module, "CHECKPOINT_TOKENS", 16)
+    artifact = planned(artifact)
+    end = len(PROMPT) - TOKENS_BEHIND_CHECKPOINT
+    with Engine.open(artifact) as engine, engine.new_sequence() as sequence:
+        said = generated(sequence, PROMPT, GenerationParams(120))
+        late = sequence.cache.checkpoints[-1].length
+        assert late >= len(PROMPT) + 120 - 16, "the last of the answer stays as well"
+        for prompt, kept in (
+            ([*PROMPT, *said[:-4], *OTHER[:9]], late),
+            (PROMPT, end),
+            (PROMPT, end),
+            ([*PROMPT[:-3], *said[80:], *OTHER], end),
+        ):
+            got = generated(sequence, prompt, GenerationParams(90))
+            assert sequence.stats.reused_tokens == kept
+            with engine.new_sequence() as fresh:
+                assert generated(fresh, prompt, GenerationParams(90)) == got
+                assert equal(bits(fresh.cache), bits(sequence.cache))
+
+
+def test_an_edited_question_is_read_from_the_end_of_the_answer_before_it(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after its own answer, which is a long one, and more than once."""
+    for module in (sequences, caches):
+        monkeypatch.setattr(module, "CHECKPOINT_TOKENS", 16)
+    artifact = planned(artifact)
+    with Engine.open(artifact) as engine, engine.new_sequence() as sequence:
+        said = generated(sequence, PROMPT, GenerationParams(30))
+        before = [*PROMPT, *said]
+        for prompt, kept in (
+            ([*before, *OTHER], len(before) - 1),
+            ([*before, *OTHER[:10], *PROMPT[:40]], len(before) - 1),
+            ([*before, *OTHER[:10], *PROMPT[:40]], len(before) + 50 - TOKENS_BEHIND_CHECKPOINT),
+            ([*before[:-1], *PROMPT[60:]], len(before) - 1),
+        ):
+            got = generated(sequence, prompt, GenerationParams(90))
+            assert sequence.stats.reused_tokens == kept
+            with engine.new_sequence() as fresh:
+                assert generated(fresh, prompt, GenerationParams(90)) == got
+                assert equal(bits(fresh.cache), bits(sequence.cache))
+
+
 @pytest.mark.parametrize("method", ["plain", "substitute"])
 def test_what_is_used_is_within_the_ledger(artifact: Artifact, method: Method) -> None:
     """Arenas, with the checkpoints of a CPU, and temporaries of prompts, rounds and drafts."""
@@ -322,6 +371,64 @@ def test_the_server_brings_states_back_from_host_memory(artifact: Artifact) -> N
                 assert generated(fresh, prompt, GenerationParams(20)) == got
                 assert equal(bits(other.cache), bits(fresh.cache))
         assert store.longest(tuple(OTHER)) == (None, 0)
+
+
+def test_the_server_keeps_where_a_long_answers_prompt_ended_and_the_turns_before_it(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A longer prefix takes the place of the shorter one, and reaches back as far; where there is
+    little room the ends of prompts and answers are kept, and then the last one alone."""
+    for module in (sequences, caches):
+        monkeypatch.setattr(module, "CHECKPOINT_TOKENS", 32)
+    with Engine.open(planned(artifact)) as engine:
+        store = PrefixCache(1 << 30)
+        with engine.new_sequence() as sequence:
+            first = [*PROMPT, *generated(sequence, PROMPT, GenerationParams(40))]
+            store.keep(sequence, 0)
+            second = [*first, *OTHER]
+            said = generated(sequence, second, GenerationParams(100))
+            store.keep(sequence, 0)
+            [prefix] = store._prefixes.values()
+            assert len(prefix.checkpoints) == CHECKPOINTS
+            kept = [len(first) - 1, len(second) - TOKENS_BEHIND_CHECKPOINT, len(prefix.tokens)]
+            each = checkpoints_bytes(artifact.spec, 1) // CHECKPOINTS
+            for missing, lengths in ((2, kept), (3, kept[1:]), (4, kept[2:])):
+                tight = PrefixCache(store.num_bytes - missing * each + each // 2)
+                tight.keep(sequence, 0)
+                [small] = tight._prefixes.values()
+                assert [one.length for one in small.checkpoints] == lengths
+                assert small.num_bytes == tight.num_bytes
+        for prompt, usable in (
+            ([*second[:-3], *said[60:], *OTHER], kept[1]),
+            (second, kept[1]),
+            ([*first[:-1], *PROMPT[40:]], kept[0]),
+        ):
+            found, count = store.longest(tuple(prompt[:-1]))
+            assert found is not None and count == usable
+            with engine.new_sequence() as other, engine.new_sequence() as fresh:
+                generated(other, OTHER, GenerationParams(9))
+                store.restore(found, count, other)
+                got = generated(other, prompt, GenerationParams(20))
+                assert other.stats.reused_tokens == usable
+                assert generated(fresh, prompt, GenerationParams(20)) == got
+                assert equal(bits(other.cache), bits(fresh.cache))
+
+
+def test_no_other_conversation_goes_for_the_more_checkpoints_of_one(artifact: Artifact) -> None:
+    text = [3 + 13 * n % 1999 for n in range(300)]
+    with Engine.open(planned(artifact)) as engine, engine.new_sequence() as sequence:
+        for length in (60, 120, 180, 240, 300):
+            generated(sequence, text[:length], GenerationParams(1))
+        large = PrefixCache(1 << 30)
+        large.keep(sequence, 0)
+        small = PrefixCache(1 << 30)
+        other = engine.new_sequence()
+        generated(other, OTHER, GenerationParams(40))
+        small.keep(other, 0)
+        store = PrefixCache(small.num_bytes + large.num_bytes - 1)
+        store.keep(other, 0)
+        store.keep(sequence, 0)
+        assert [len(one.checkpoints) for one in store._prefixes.values()][1:] == [CHECKPOINTS - 1]
 
 
 def test_a_draft_attends_to_what_the_rule_remembers(artifact: Artifact) -> None:

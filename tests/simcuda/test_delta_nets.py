@@ -15,7 +15,11 @@ from simcuda.answering import PROMPT, USUAL
 from simcuda.device import simulated
 from simcuda.simulation import Simulation
 
+from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.footprint import make_host_ledger
 from subspec.artifacts.format.store import Artifact
+from subspec.artifacts.plan import make_blocks
+from subspec.runtime import memory, open_model
 from subspec.runtime.engine import Engine, OpenOptions
 from subspec.runtime.model import delta_net as net
 from subspec.runtime.model.delta_net import DeltaInputs, DeltaState, DeltaWeights, End
@@ -48,6 +52,23 @@ def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     source = random_checkpoint(folder / "f32", config)
     source = converted(source, folder / "bf16", torch.bfloat16)
     return build_artifact(source, folder / "artifact", device="cuda")
+
+
+def test_states_for_which_the_host_has_no_room_are_told_before_anything_is_loaded(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {**USUAL, "num_sequences": 3, "context": 256}
+    chosen = replan(artifact, **settings)
+    streamed = sum(
+        one.num_bytes for one in make_blocks(chosen.stored_parts(), chosen.plan.placement("plain"))
+    )
+    needed = make_host_ledger([chosen.spec], streamed, 3)
+    monkeypatch.setattr(memory, "free_host_bytes", lambda: needed.total_bytes - 1)
+    monkeypatch.setattr(open_model, "load_weights", None)
+    with simulated(), pytest.raises(SubspecError, match="of states to go back to") as caught:
+        Engine.open(chosen, OpenOptions("plain"))
+    assert caught.value.exit_code == Exit.RESOURCES
+    assert caught.value.hint.endswith("a larger --vram, or fewer --sequences")
 
 
 def waits(gpus: Simulation) -> dict[str, int]:

@@ -17,7 +17,7 @@ from subspec.artifacts.acceptance import Acceptance
 from subspec.artifacts.common.formatting import number
 from subspec.artifacts.common.sizes import format_size
 from subspec.artifacts.model import ModelSpec, Source
-from subspec.artifacts.plan import Constraints, Option, Plan
+from subspec.artifacts.plan import Constraints, HostLedger, Option, Plan
 from subspec.planner.report.explain import plan_json, print_plan, render_readme, render_report
 from subspec.planner.report.wording import ledger_rows
 from subspec.planner.solve.outlook import with_outlook
@@ -272,6 +272,15 @@ def test_the_table_survives_foreign_names() -> None:
     assert "\x1b" not in text and "\u202e" not in text
 
 
+def test_the_table_says_what_a_gpus_plan_takes_of_host_memory() -> None:
+    plan = replace(make_plan(), host_ledger=HostLedger(21_000_000, 3_000_000, 500_000))
+    text = " ".join(printed(SPEC, plan).split())
+    assert " host memory 24.50 MB (23.37 MiB): 21.00 MB of weights" in text
+    assert plan_json(SPEC, plan, None)["host_ledger"] == {
+        "streamed": 21_000_000, "embedding": 3_000_000, "checkpoints": 500_000
+    }  # fmt: skip
+
+
 # JSON
 
 
@@ -279,8 +288,8 @@ def test_the_json_object_has_the_documented_keys() -> None:
     plan = make_plan()
     found = json.loads(json.dumps(plan_json(SPEC, plan, Path("toy-12mb")), allow_nan=False))
     assert list(found) == [
-        "schema", "model", "budget_bytes", "artifact", "feasible", "ledger", "decisions",
-        "predicted", "acceptance", "by_budget", "by_context",
+        "schema", "model", "budget_bytes", "artifact", "feasible", "ledger", "host_ledger",
+        "decisions", "predicted", "acceptance", "by_budget", "by_context",
     ]  # fmt: skip
     assert found["schema"] == "subspec.plan/1"
     assert found["artifact"] == "toy-12mb"

@@ -4,16 +4,16 @@ from dataclasses import replace
 
 from builders import make_plan
 from run_records import make_run
-from toys import ACCEPTANCE, make_profile, make_spec
+from toys import ACCEPTANCE, make_hybrid_spec, make_profile, make_spec
 
 from subspec.artifacts.common.sizes import short_size
 from subspec.artifacts.footprint import model_bytes
-from subspec.artifacts.model import DeltaNet, LayerSpec
-from subspec.artifacts.plan import Constraints
+from subspec.artifacts.plan import Constraints, HostLedger
 from subspec.artifacts.profile import Corrections, LinkRate
 from subspec.planner.report.wording import (
     PURPOSES,
     cost_rows,
+    decision_rows,
     in_markdown,
     ledger_rows,
     method_name,
@@ -38,12 +38,20 @@ def test_every_purpose_of_the_ledger_has_a_label_and_all_add_up_to_the_budget() 
 
 
 def test_the_states_of_delta_nets_are_not_called_a_kv_cache() -> None:
-    spec = make_spec()
-    attends = spec.layers[0]
-    recurs = replace(attends.blocks[0], body=DeltaNet(2, 4, 32, 32, 4))
-    layers = (LayerSpec((recurs, attends.blocks[1])), *spec.layers[1:])
-    rows = ledger_rows(replace(spec, layers=layers), make_plan(spec))
+    rows = ledger_rows(make_hybrid_spec(), make_plan(make_spec()))
     assert "KV cache, delta-net states" in [row.label for row in rows]
+
+
+def test_what_a_gpus_plan_takes_of_host_memory_is_told_part_by_part() -> None:
+    plan = make_plan(make_spec())
+    assert "host memory" not in dict(decision_rows(plan))
+    plan = replace(plan, host_ledger=HostLedger(21_000_000, 3_000_000, 500_000))
+    assert dict(decision_rows(plan))["host memory"] == (
+        "24.50 MB (23.37 MiB): 21.00 MB of weights that stream, 3.00 MB of embedding, 500.00 KB of "
+        "states to go back to"
+    )
+    plan = replace(plan, host_ledger=HostLedger(0, 3_000_000, 0))
+    assert dict(decision_rows(plan))["host memory"].endswith(": 3.00 MB of embedding")
 
 
 def test_what_streams_is_told_beside_what_is_resident() -> None:

@@ -11,12 +11,18 @@ from typing import Any
 
 import pytest
 from samples import sampled
-from toys import ACCEPTANCE, make_curve, make_profile, make_spec
+from toys import ACCEPTANCE, make_curve, make_hybrid_spec, make_profile, make_spec
 
 from subspec.artifacts.acceptance import ONE_TOKEN, Acceptance, Curve
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.sizes import parse_size
-from subspec.artifacts.footprint import ALLOCATOR_BYTES, Ring, graph_bytes, model_bytes
+from subspec.artifacts.footprint import (
+    ALLOCATOR_BYTES,
+    Ring,
+    checkpoints_bytes,
+    graph_bytes,
+    model_bytes,
+)
 from subspec.artifacts.format.checks import check_plan
 from subspec.artifacts.model import HEAD, LayerSpec, ModelSpec
 from subspec.artifacts.plan import Constraints, Plan, Tree, tree_for
@@ -559,6 +565,24 @@ def test_what_streams_must_be_what_the_process_can_pin() -> None:
     ):
         plan = plan_for(budget, profile=fine)
         assert plan.predicted["plain"].streamed_bytes > 1_000_000
+
+
+def test_the_states_that_conversations_go_back_to_are_within_the_host_memory_of_a_gpu() -> None:
+    """They are not pinned; of fewer conversations there are fewer."""
+    spec, gpu = make_hybrid_spec(), make_profile(device="cuda")
+    budget = 16_000_000 + ALLOCATOR_BYTES + graph_bytes(spec)
+    four = Constraints(context=256, num_sequences=4)
+    ledger = plan_for(budget, four, spec=spec, profile=gpu).host_ledger
+    assert ledger is not None and ledger.streamed and ledger.embedding == 2 * 2048 * 256
+    assert ledger.checkpoints == checkpoints_bytes(spec, 4) > 0
+    plan_for(budget, replace(four, ram_bytes=ledger.total_bytes), spec=spec, profile=gpu)
+    with pytest.raises(SubspecError, match="of states to go back to") as caught:
+        less = replace(four, ram_bytes=ledger.total_bytes - 1)
+        plan_for(budget, less, spec=spec, profile=gpu)
+    assert caught.value.exit_code == Exit.INFEASIBLE and "fewer --sequences" in caught.value.hint
+    enough = make_profile(device="cuda", pinnable_bytes=ledger.pinned_bytes)
+    assert plan_for(budget, four, spec=spec, profile=enough).host_ledger == ledger
+    assert plan_for(16_000_000, four, spec=spec).host_ledger is None  # on cpu it is fast memory
 
 
 # The user's constraints
