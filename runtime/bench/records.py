@@ -20,6 +20,7 @@ from subspec.artifacts.plan import DrafterName, Method
 from subspec.artifacts.runs import plan_digest
 from subspec.runtime.device import machine_name
 from subspec.runtime.engine import Engine
+from subspec.runtime.lossy import Lossy
 from subspec.runtime.sequence import Stats
 
 LARGEST_RECORDS = 1 << 30  # bytes of a file
@@ -50,9 +51,21 @@ class Setting:
     temperature: float
     seed: int
     link_bandwidth: int | None
+    draft_temperature: float | None = None  # that was asked for; None: that of the plan's trees
+    lossy: Lossy | None = None  # None: the answers are the exact model's own
 
     @property
     def label(self) -> str:
+        """Who drafts, and what that changes: a draft temperature, or a lossy rule."""
+        parts = [self.drafter_label]
+        if self.draft_temperature is not None:
+            parts.append(f"draft temperature {self.draft_temperature:g}")
+        if self.lossy is not None:
+            parts.append(str(self.lossy))
+        return ", ".join(parts)
+
+    @property
+    def drafter_label(self) -> str:
         """A draft's tree, or how it is plain: one row, or the twin with the draft's bits."""
         if self.drafter is None:
             return "plain twin" if self.padded else "plain"
@@ -76,6 +89,7 @@ class Costs:
     peak_bytes: int  # of fast memory, so far
     drafted: tuple[int, ...]  # levels, by round
     accepted: tuple[int, ...]  # tokens of them, by round
+    lossy_tokens: int = 0  # of the answer, that are not the exact model's own
 
     @property
     def decode_seconds(self) -> float:
@@ -136,7 +150,9 @@ KINDS: dict[str, type[SpeedRow] | type[AnswerRow] | type[SweepRow]] = {
 }
 
 
-def setting_of(engine: Engine, temperature: float = 0.0, seed: int = 0) -> Setting:
+def setting_of(
+    engine: Engine, temperature: float = 0.0, seed: int = 0, lossy: Lossy | None = None
+) -> Setting:
     plan = engine.plan
     tree = plan.draft_of(engine.method).tree
     return Setting(
@@ -156,6 +172,8 @@ def setting_of(engine: Engine, temperature: float = 0.0, seed: int = 0) -> Setti
         temperature=temperature,
         seed=seed,
         link_bandwidth=round(engine.link_bandwidth) if engine.link_bandwidth else None,
+        draft_temperature=engine.draft_temperature,
+        lossy=lossy,
     )
 
 
@@ -171,6 +189,7 @@ def costs_of(stats: Stats, peak_bytes: int) -> Costs:
         peak_bytes,
         stats.drafted,
         stats.accepted,
+        stats.lossy_tokens,
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.formatting import duration
+from subspec.artifacts.format.store import Artifact
 from subspec.runtime.bench.items import Item, digest_of
 from subspec.runtime.bench.layouts import Judge
 from subspec.runtime.bench.records import (
@@ -23,6 +24,7 @@ from subspec.runtime.bench.records import (
 from subspec.runtime.bench.sandbox import score_code, score_stdin
 from subspec.runtime.bench.scoring import SCORES
 from subspec.runtime.engine import Engine
+from subspec.runtime.lossy import Lossy
 from subspec.runtime.model.sampling import Sampling
 from subspec.runtime.sequence import GenerationParams, Stats
 from subspec.runtime.text.streaming import TextStream
@@ -33,12 +35,22 @@ RUN: tuple[Judge, ...] = ("code", "stdin")  # what they judge is a program
 
 @dataclass(frozen=True)
 class Asking:
-    """max_tokens: None: as long as each task is. execute: generated code is run."""
+    """max_tokens: None: as long as each task is. execute: generated code is run. lossy: the rule by
+    which drafts are accepted; None: exactly."""
 
     temperature: float = 0.0
     seed: int = 0
     max_tokens: int | None = None
     execute: bool = False
+    lossy: Lossy | None = None
+
+    def params(
+        self, most: int, artifact: Artifact, logprobs: int | None = None
+    ) -> GenerationParams:
+        """Of an answer of at most `most` tokens."""
+        sampling = Sampling(self.temperature, seed=self.seed)
+        ends = frozenset(artifact.spec.eos_token_ids)
+        return GenerationParams(most, sampling, ends, logprobs=logprobs, lossy=self.lossy)
 
 
 def answered_items(
@@ -51,7 +63,7 @@ def answered_items(
 ) -> list[AnswerRow]:
     """Rows of all items. out: a file that has those of an earlier run, which are not done again,
     and gets the others. Raises SubspecError: USAGE if the earlier run asked something else."""
-    setting = setting_of(engine, how.temperature, how.seed)
+    setting = setting_of(engine, how.temperature, how.seed, how.lossy)
     done = rows_to_resume(out, AnswerRow, setting) if out else []
     rows = {row.key: row for row in done}
     if out is not None and done:
@@ -120,8 +132,7 @@ def answered(
 ) -> Iterator[AnswerRow]:
     """A row for each turn; one sequence, so that a turn reads only what is new."""
     most, digest = how.max_tokens or item.max_tokens, asked_of(item, how)
-    sampling = Sampling(how.temperature, seed=how.seed)
-    ends = frozenset(engine.artifact.spec.eos_token_ids)
+    params = how.params(most, engine.artifact)
     messages = list[dict[str, str]]()
     with engine.new_sequence() as sequence:
         for turn, asked in enumerate(item.turns):
@@ -131,7 +142,7 @@ def answered(
                 nothing = too_long(item, setting, len(ids), engine.plan.context)
                 yield replace(nothing, asked=digest)
                 return
-            stream = TextStream(sequence, tokenizer, ids, GenerationParams(most, sampling, ends))
+            stream = TextStream(sequence, tokenizer, ids, params)
             for _ in stream:
                 pass
             messages.append({"role": "assistant", "content": stream.text})
