@@ -12,7 +12,7 @@ from subspec.artifacts.common.command import finite_option, say
 from subspec.artifacts.common.configuration import Configured
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.sizes import format_size
-from subspec.runtime.app.opening_options import drafter_option, plan_options
+from subspec.runtime.app.opening_options import drafting_options, lossy_options, plan_options
 from subspec.runtime.app.run_options import (
     MOST_LOGPROBS,
     Options,
@@ -80,33 +80,16 @@ LARGEST_PROMPT = 16 << 20  # bytes read from stdin
 @option("--system", "System message of the chat.")
 @option("--raw", "Continue PROMPT as it is, without the chat template.", is_flag=True)
 @option("--chat", "Chat of several turns; the default on a terminal without PROMPT.", is_flag=True)
-@option("--no-speculation", "Disable speculative decoding; the tokens stay the same.", is_flag=True)
+@drafting_options
 @option(
     "--unpadded", "With --no-speculation: one unpadded row per pass, the fastest.", is_flag=True
 )
-@drafter_option
 @plan_options
 @option("--context", "With --model: tokens of prompt and answer.", type=click.IntRange(min=16))
 @option("--sequences", "With --model: conversations in memory.", type=click.IntRange(1, 256))
 @option("--rehearse", "With --model: as for subspec-plan.", metavar="SECONDS|none")
 @option("--draft-model", "With --model: a smaller model that may draft.", metavar="REF")
-@option(
-    "--verify",
-    "lossy also accepts some drafted tokens that the model would not choose: the answer changes.",
-    type=click.Choice(["exact", "lossy"]),
-)  # fmt: skip
-@option(
-    "--threshold-method", "With --verify lossy: criterion that --threshold applies to.",
-    type=click.Choice(["entropy", "prob"]),
-)  # fmt: skip
-@option(
-    "--threshold", "With --verify lossy: maximum normalized entropy, or minimum probability.",
-    type=click.FloatRange(0, 1), callback=finite_option,
-)  # fmt: skip
-@option(
-    "--window", "With --verify lossy: following tokens that must match the model's choice.",
-    type=click.IntRange(min=0), metavar="N",
-)  # fmt: skip
+@lossy_options
 @option(
     "--logprobs", "With --json: log probabilities of each token and of the N likeliest.",
     type=click.IntRange(0, MOST_LOGPROBS), metavar="N",
@@ -165,7 +148,6 @@ def main(**given: Any) -> None:
 
 def answering(artifact: "Artifact", options: Options) -> "Answering":
     from subspec.runtime.app.answer import Answering
-    from subspec.runtime.lossy import Lossy
     from subspec.runtime.model.sampling import Sampling
     from subspec.runtime.sequence import GenerationParams
 
@@ -181,11 +163,8 @@ def answering(artifact: "Artifact", options: Options) -> "Answering":
         options.logit_bias,
     )
     ends = frozenset(artifact.spec.eos_token_ids)
-    lossy = None
-    if options.verify == "lossy":
-        lossy = Lossy(options.threshold_method, options.threshold, options.window)
     params = GenerationParams(
-        options.max_tokens, sampling, ends, logprobs=options.logprobs, lossy=lossy
+        options.max_tokens, sampling, ends, logprobs=options.logprobs, lossy=options.lossy
     )
     return Answering(params, options.stop, not options.no_record)
 

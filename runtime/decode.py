@@ -164,7 +164,7 @@ def verify_lossily(tree: TokenTree, logits: Tensor, turn: Turn, how: Lossy) -> R
                 for token in above:
                     chooser.push(token)
                 choices.append(chooser.choose(logits[node], first + len(above)))
-    verdict = lossy.accept(tree, choices, logits, how)
+    verdict = lossy.accept(tree, choices, logits, how, turn.end_tokens)
     path = torch.tensor(verdict.path, device=turn.cache.device)
     told = logprobs(logits, path, verdict.emitted, turn.num_logprobs)
     num_drafted, num_proposed = tree.num_nodes - 1, tree.num_proposed

@@ -54,6 +54,7 @@ class Engine:
         plain, options = opened.drafter is None, opened.options
         self.padded = not plain or (options.padded and self.plan.method != "plain")
         self.link_bandwidth = options.link_bandwidth
+        self.draft_temperature = options.draft_temperature  # None: that of the plan's trees
         self.num_reads = 0  # of pieces of prompts; the first one also waits for digests
         self._caches = opened.caches  # that no sequence has
         self._reading: list[Sequence] = []  # their prompts, first come, first served
@@ -213,6 +214,8 @@ class Engine:
     @property
     def drafts_as_planned(self) -> bool:
         """Whether the plan's predictions are of what drafts here, as far as it looks nothing up."""
+        if self.drafter is not None and self.draft_temperature is not None:
+            return False
         return self.drafter in (None, self.method, "substitute+lookup")
 
     def ran_as_planned(self, sequence: Sequence) -> bool:
@@ -227,9 +230,10 @@ class Engine:
     @property
     def predicted_tokens_per_second(self) -> float | None:
         """The plan's prediction for this method, or what a draft head was measured at; None for the
-        padded twin and for other drafters, which have none."""
-        if self.drafter in OF_HEADS and self.plan.head_draft is not None:
-            return self.plan.head_draft.tokens_per_second
+        padded twin, and for other drafters and draft temperatures, which have none."""
+        of_head = self.plan.head_draft if self.draft_temperature is None else None
+        if self.drafter in OF_HEADS and of_head is not None:
+            return of_head.tokens_per_second
         unknown = self.method == "plain" and self.padded or not self.drafts_as_planned
         if unknown or self.method not in self.plan.predicted:
             return None

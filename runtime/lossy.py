@@ -5,21 +5,24 @@ The published rule (docs/commands.md): of the paths that are acceptable the long
 child that is not its parent's choice is acceptable if at least `window` nodes below it, one below
 the other, are each the choice of the one above, and if the parent's probabilities let it pass:
 their entropy is below `threshold` of the largest possible one, or the child has at least
-`threshold` of them.
+`threshold` of them. Below an end token there are no nodes, whatever was drafted there: the answer
+ends at it.
 W = rows of the tree, V = vocabulary
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
-
-import torch
-from torch import Tensor
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.runtime.draft.beam import TokenTree
 
+if TYPE_CHECKING:  # command lines have the rule's defaults from here, without torch
+    from torch import Tensor
+
+    from subspec.runtime.draft.beam import TokenTree
+
+Verify = Literal["exact", "lossy"]
 ThresholdMethod = Literal["entropy", "prob"]
 
 
@@ -28,6 +31,9 @@ class Lossy:
     threshold_method: ThresholdMethod = "entropy"
     threshold: float = 0.3
     window: int = 6  # nodes
+
+    def __str__(self) -> str:
+        return f"lossy ({self.threshold_method} {self.threshold:g}, window {self.window})"
 
     def __post_init__(self) -> None:
         if not 0 <= self.threshold <= 1:
@@ -44,13 +50,27 @@ class LossyVerdict:
     lossy: list[int]  # places in `emitted` of tokens that are not the exact model's choice
 
 
-def accept(tree: TokenTree, choices: Sequence[int], logits: Tensor, how: Lossy) -> LossyVerdict:
+def verification_json(how: Lossy | None) -> dict[str, Any]:
+    """The label of what an answer is verified by, as every JSON object has it."""
+    if how is None:
+        return {"verify": "exact", "lossy": None}
+    return {"verify": "lossy", "lossy": asdict(how)}
+
+
+def accept(
+    tree: "TokenTree",
+    choices: Sequence[int],
+    logits: "Tensor",
+    how: Lossy,
+    end_tokens: frozenset[int] = frozenset(),
+) -> LossyVerdict:
     """choices: of the exact model at each node, logits [W, V]. Of paths of one length it is the one
     whose first token is the exact model's own, or else the likelier one, level by level."""
     tokens, parents = tree.tokens.tolist(), tree.parents.tolist()
     children: list[list[int]] = [[] for _ in range(tree.num_nodes)]
     for node in range(1, tree.num_nodes):
-        children[parents[node]].append(node)
+        if tokens[parents[node]] not in end_tokens:
+            children[parents[node]].append(node)
     passes = gate(tokens, logits, how)
     agreed = [0] * tree.num_nodes  # nodes below each, one below the other, that are choices
     length, following = [0] * tree.num_nodes, list[int | None]([None] * tree.num_nodes)
@@ -73,7 +93,7 @@ def accept(tree: TokenTree, choices: Sequence[int], logits: Tensor, how: Lossy) 
     return LossyVerdict(path, emitted, kept)
 
 
-def gate(tokens: Sequence[int], logits: Tensor, how: Lossy) -> Callable[[int, int], float | None]:
+def gate(tokens: Sequence[int], logits: "Tensor", how: Lossy) -> Callable[[int, int], float | None]:
     """The probability of a child after a node, as the exact model has it before temperature and
     filters; None: it does not pass. One row at a time is looked at, and few of them are."""
 
@@ -82,8 +102,8 @@ def gate(tokens: Sequence[int], logits: Tensor, how: Lossy) -> Callable[[int, in
         probability = float(log_probabilities[tokens[child]].exp())
         if how.threshold_method == "prob":
             return probability if probability >= how.threshold else None
-        terms = torch.special.entr(log_probabilities.exp())
-        unsure = float(terms.sum()) / math.log(len(log_probabilities))
+        every = log_probabilities.exp()
+        unsure = -float(every.xlogy(every).sum()) / math.log(len(every))
         return probability if unsure < how.threshold else None
 
     return passes

@@ -24,6 +24,7 @@ from subspec.artifacts.plan import (
     Method,
     Placement,
     Plan,
+    Tree,
     head_of,
     make_blocks,
     method_of,
@@ -82,10 +83,14 @@ class OpenOptions:
     link_bandwidth: float | None = None  # bytes per second that the link is slowed to
     graphs: bool = True  # on cuda: a draft's levels are captured as CUDA graphs
     trace: bool = False  # `engine.model.clock.spans` says what ran when
+    draft_temperature: float | None = None  # instead of that of the plan's trees
 
     def __post_init__(self) -> None:
         if self.link_bandwidth is not None and not self.link_bandwidth > 0:
             message = f"link_bandwidth is {self.link_bandwidth}, expected more than 0"
+            raise SubspecError(Exit.USAGE, message)
+        if self.draft_temperature is not None and not self.draft_temperature > 0:
+            message = f"draft_temperature is {self.draft_temperature}, expected more than 0"
             raise SubspecError(Exit.USAGE, message)
         if self.drafter is not None and self.method not in (None, method_of(self.drafter)):
             message = f"the drafter {self.drafter!r} does not go with the method {self.method!r}"
@@ -133,6 +138,15 @@ class Opening:
     @property
     def placement(self) -> Placement:
         return self.artifact.plan.placement(self.method)
+
+    @property
+    def trees(self) -> tuple[Tree, ...]:
+        """What the method drafts for each of 1, 2, 4, ... sequences."""
+        return tuple(map(self.sharpened, self.artifact.plan.draft_of(self.method).trees))
+
+    def sharpened(self, tree: Tree) -> Tree:
+        temperature = self.options.draft_temperature
+        return tree if temperature is None else replace(tree, temperature=temperature)
 
     @property
     def reads_hidden_states(self) -> bool:
@@ -281,7 +295,7 @@ def make_drafters(
 ) -> dict[DrafterName, Drafter]:
     """Those that may draft in this memory, the one that was asked for among them."""
     plan, spec, method = opening.artifact.plan, opening.artifact.spec, opening.method
-    trees, width = plan.draft_of(method).trees, plan.verify_width
+    trees, width = opening.trees, plan.verify_width
     if method == "plain":
         return {"lookup": LookupDrafter(width)}
     draft_model = open_draft_model(opening, caches) if method in WITH_DRAFT_MODEL else None
@@ -294,7 +308,7 @@ def make_drafters(
     found: dict[DrafterName, Drafter] = {"substitute": alone}
     proposals: dict[DrafterName, Proposals] = {"lookup": looked_up}
     if head is not None:
-        own_trees = (plan.head_draft.tree,) if plan.head_draft else trees
+        own_trees = (opening.sharpened(plan.head_draft.tree),) if plan.head_draft else trees
         of_head = HeadDrafter(own_trees, width, head, substitutes)
         found[head.head.layout], proposals[head.head.layout] = of_head, of_head.proposals
     for name, proposer in CHECKED.items():
@@ -333,9 +347,8 @@ def substitute_drafter(
         if compiled is None and plan.draft_graphs:
             compiled = compiled_graphs.load_graphs(weights, substitutes)
     capture = capture_on_gpu(opening.device) if opening.options.graphs and not on_cpu else None
-    trees = plan.draft_of(opening.method).trees
     drafter = SubstituteDrafter(
-        trees,
+        opening.trees,
         plan.verify_width,
         weights,
         substitutes,

@@ -145,7 +145,7 @@ class Sequence:
         chooser = Chooser(params.sampling, prompt, ends, params.constraint)
         most = min(params.max_tokens, room)
         lossy = params.lossy if params.constraint is None else None
-        self.turn = Turn(cache, 0, most, chooser, params.logprobs, lossy)
+        self.turn = Turn(cache, 0, most, chooser, params.logprobs, lossy, params.end_tokens)
         self._engine.join(self)
 
     @property

@@ -8,7 +8,7 @@ import json
 import socket
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from scripted_generator import Script
 from served import CONTEXT, ScriptedEngine, model_of, scripted_chat, scripted_count
@@ -17,6 +17,7 @@ from subspec.artifacts.common.command import leave, reported
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.signals import end_at_once
 from subspec.planner.model.hub import DEMO
+from subspec.runtime.lossy import Lossy
 from subspec.runtime.server import serving
 from subspec.runtime.server.assembly import Settings, listening_told, serve_engine
 from subspec.runtime.server.generation import Status
@@ -34,6 +35,7 @@ class Life:
     shutdown_seconds: float = 30.0
     idle_seconds: float = 15.0
     log_format: str = "text"
+    lossy: bool = False
 
 
 class TimedEngine(ScriptedEngine):
@@ -73,7 +75,7 @@ def main(life: Life) -> None:
         listening_told(settings, listening)
         code = serve_engine(
             settings,
-            model_of(tokenizer),
+            replace(model_of(tokenizer), lossy=Lossy() if life.lossy else None),
             tokenizer,
             engine,
             lambda generator: scripted_chat(generator, tokenizer, [], ()),

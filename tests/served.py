@@ -4,13 +4,14 @@ when a body's pieces come and when the client goes."""
 import asyncio
 import json
 from collections.abc import AsyncIterator, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from scripted_generator import Script, ScriptedGenerator
 from starlette.types import ASGIApp, Message
 
 from subspec.planner.model.hub import DEMO
+from subspec.runtime.lossy import Lossy
 from subspec.runtime.model.sampling import Sampling
 from subspec.runtime.sequence import GenerationParams
 from subspec.runtime.server.admission import Admission
@@ -153,10 +154,11 @@ def serve(
     sampling: Sampling | None = None,
     refuse_unknown: bool = False,
     events: Sequence[ChatEvent] = (),
+    lossy: Lossy | None = None,
 ) -> Served:
     tokenizer = load_tokenizer(DEMO)
     engine = ScriptedEngine(tokenizer, scripts or ("Hello",))
-    model = model_of(tokenizer)
+    model = replace(model_of(tokenizer), lossy=lossy)
     metrics = Metrics(model.id, model.depth, 12.0)
     admission = Admission(engine, CONTEXT, model.vocab_size, metrics)
     chats: list[ChatRequest] = []

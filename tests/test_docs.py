@@ -53,6 +53,7 @@ from subspec.runtime.app.answer import Answer
 from subspec.runtime.bench import cli as bench_cli
 from subspec.runtime.bench.layouts import BUILTIN, LAYOUTS
 from subspec.runtime.bench.records import KINDS, Costs, Setting
+from subspec.runtime.lossy import Lossy
 from subspec.runtime.sequence import GenerationParams, Stats
 from subspec.runtime.server import cli as serve_cli
 
@@ -134,11 +135,12 @@ def test_the_runs_json_object_is_explained_key_by_key() -> None:
     engine: Any = SimpleNamespace(
         method="plain",
         drafter=None,
+        draft_temperature=None,
         plan=SimpleNamespace(budget_bytes=1),
         peak=SimpleNamespace(peak_bytes=1),
         predicted_tokens_per_second=None,
     )
-    sequence: Any = SimpleNamespace(stats=Stats("plain"), params=GenerationParams())
+    sequence: Any = SimpleNamespace(stats=Stats("plain"), params=GenerationParams(lossy=Lossy()))
     printed = Answer("text", [5], [1], "eos").as_json(engine, sequence)
     assert keys(printed) == keys(shown)
 

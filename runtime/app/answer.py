@@ -18,6 +18,7 @@ from subspec.artifacts.common.sizes import short_size
 from subspec.artifacts.runs import Run, append_run, plan_digest
 from subspec.runtime.device import machine_name
 from subspec.runtime.engine import Engine
+from subspec.runtime.lossy import verification_json
 from subspec.runtime.model.sampling import TokenLogprobs
 from subspec.runtime.sequence import GenerationParams, Sequence
 from subspec.runtime.text.streaming import TextStream
@@ -51,7 +52,8 @@ class Answer:
             "logprobs": logprobs_json(self.logprobs),
             "method": engine.method,
             "drafter": engine.drafter,
-            "verify": "exact" if sequence.params.lossy is None else "lossy",
+            "draft_temperature": engine.draft_temperature,
+            **verification_json(sequence.params.lossy),
             "stats": stats_json(engine, sequence),
         }
 

@@ -80,7 +80,7 @@ def open_engine(
     """Open the engine, with notes on stderr. Raises SubspecError."""
     how = OpenOptions(
         options.method, options.drafter, padded, options.device, options.link_bandwidth,
-        graphs=not options.no_graphs,
+        graphs=not options.no_graphs, draft_temperature=options.draft_temperature,
     )  # fmt: skip
     started = cpu_times()
     programs = map(cpp.program, kernel_sources(artifact.spec, artifact.plan))

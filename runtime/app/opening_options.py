@@ -1,4 +1,5 @@
-"""The options that subspec-run and subspec-serve share: which artifact, and how it is opened."""
+"""The options that the commands which run a model share: which artifact, how it is opened, who
+drafts, what is accepted."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -7,10 +8,12 @@ from typing import Any, get_args
 
 import click
 
-from subspec.artifacts.common.command import HINT, size_option
+from subspec.artifacts.common.command import HINT, finite_option, size_option
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.plan import DrafterName, Method, method_of
+from subspec.runtime.lossy import Lossy, ThresholdMethod, Verify
 
+DRAFT_TEMPERATURES = (0.01, 100.0)
 DEVICE = re.compile(r"cpu|cuda(:[0-9]{1,3})?", re.ASCII)
 # The first option of a pair needs the second.
 NEEDS = (
@@ -18,6 +21,9 @@ NEEDS = (
     ("context", "model"),
     ("rehearse", "model"),
     ("draft_model", "model"),
+    ("threshold_method", "verify"),
+    ("threshold", "verify"),
+    ("window", "verify"),
 )
 
 Command = Callable[..., None]
@@ -35,6 +41,11 @@ class OpeningOptions:
     draft_model: str | None = None
     no_speculation: bool = False
     drafter: DrafterName | None = None
+    draft_temperature: float | None = None  # None: that of the plan's trees
+    verify: Verify = "exact"
+    threshold_method: ThresholdMethod = Lossy.threshold_method
+    threshold: float = Lossy.threshold
+    window: int = Lossy.window
     no_graphs: bool = False
     vram: int | None = None
     no_replan: bool = False
@@ -50,6 +61,12 @@ class OpeningOptions:
             return "plain"
         return None if self.drafter is None else method_of(self.drafter)
 
+    @property
+    def lossy(self) -> Lossy | None:
+        if self.verify == "exact":
+            return None
+        return Lossy(self.threshold_method, self.threshold, self.window)
+
 
 def option_with_default_of(options: type[OpeningOptions]) -> Callable[..., Decorator]:
     """Makes click options, each with the default of its field in `options`."""
@@ -62,6 +79,17 @@ def option_with_default_of(options: type[OpeningOptions]) -> Callable[..., Decor
     return option
 
 
+def all_of(*options: Decorator) -> Decorator:
+    """Adds options that `--help` shows in this order."""
+
+    def add(command: Command) -> Command:
+        for one in reversed(options):
+            command = one(command)
+        return command
+
+    return add
+
+
 def device_option(
     context: click.Context, parameter: click.Parameter, value: str | None
 ) -> str | None:
@@ -72,45 +100,68 @@ def device_option(
     return value
 
 
-def plan_options(command: Command) -> Command:
-    """Adds the options of what is done with an artifact's plan on this machine."""
-    option = option_with_default_of(OpeningOptions)
-    for add in (
-        option(
-            "--link-bandwidth",
-            "Limit the weight stream to SIZE per second (disk, or PCIe on a GPU).",
-            callback=size_option,
-            metavar="SIZE",
-        ),
-        option(
-            "--device", "cpu, or one GPU such as cuda:1.", callback=device_option, metavar="DEVICE"
-        ),
-        option(
-            "--trust-kernels",
-            "Load the pre-built kernels and graphs in ARTIFACT. They are executable code: for "
-            "trusted artifacts only.",
-            is_flag=True,
-        ),
-        option("--no-replan", "Use the stored plan as it is, on any machine.", is_flag=True),
-        option(
-            "--vram",
-            "Budget: re-plan for SIZE if the plan needs more.",
-            callback=size_option,
-            metavar="SIZE",
-        ),
-        option("--no-graphs", "On a GPU: no CUDA graphs for the draft.", is_flag=True),
-    ):  # --help names the last one first
-        command = add(command)
-    return command  # fmt: skip
-
-
-def drafter_option(command: Command) -> Command:
-    return option_with_default_of(OpeningOptions)(
+option = option_with_default_of(OpeningOptions)
+# What is done with an artifact's plan on this machine.
+plan_options = all_of(
+    option("--no-graphs", "On a GPU: no CUDA graphs for the draft.", is_flag=True),
+    option(
+        "--vram", "Budget: re-plan for SIZE if the plan needs more.",
+        callback=size_option, metavar="SIZE",
+    ),
+    option("--no-replan", "Use the stored plan as it is, on any machine.", is_flag=True),
+    option(
+        "--trust-kernels",
+        "Load the pre-built kernels and graphs in ARTIFACT. They are executable code: for trusted "
+        "artifacts only.",
+        is_flag=True,
+    ),
+    option("--device", "cpu, or one GPU such as cuda:1.", callback=device_option, metavar="DEVICE"),
+    option(
+        "--link-bandwidth", "Limit the weight stream to SIZE per second (disk, or PCIe on a GPU).",
+        callback=size_option, metavar="SIZE",
+    ),
+)  # fmt: skip
+# What is drafted; no token depends on it.
+drafting_options = all_of(
+    option(
+        "--no-speculation", "Disable speculative decoding; the tokens stay the same.", is_flag=True
+    ),
+    option(
         "--drafter",
         "The 4-bit substitute, prompt lookup, a draft head or a draft model. substitute+X: X "
         "proposes, the substitute checks.  [default: the plan's]",
         type=click.Choice(get_args(DrafterName)),
-    )(command)
+    ),
+    option(
+        "--draft-temperature",
+        "Divide the draft's logits by T where its tokens are ranked.  [default: the plan's]",
+        type=click.FloatRange(*DRAFT_TEMPERATURES), callback=finite_option, metavar="T",
+    ),
+)  # fmt: skip
+# Whether drafts are accepted by a lossy rule, and what its threshold is of.
+verify_options = all_of(
+    option(
+        "--verify",
+        "lossy also accepts some drafted tokens that the model would not choose: the answer "
+        "changes.",
+        type=click.Choice(get_args(Verify)),
+    ),
+    option(
+        "--threshold-method", "With --verify lossy: criterion that the threshold applies to.",
+        type=click.Choice(get_args(ThresholdMethod)),
+    ),
+)  # fmt: skip
+lossy_options = all_of(
+    verify_options,
+    option(
+        "--threshold", "With --verify lossy: maximum normalized entropy, or minimum probability.",
+        type=click.FloatRange(0, 1), callback=finite_option,
+    ),
+    option(
+        "--window", "With --verify lossy: following tokens that must match the model's choice.",
+        type=click.IntRange(min=0), metavar="N",
+    ),
+)  # fmt: skip
 
 
 def check_opening(options: OpeningOptions, needs: Iterable[tuple[str, str]] = ()) -> None:
@@ -119,8 +170,12 @@ def check_opening(options: OpeningOptions, needs: Iterable[tuple[str, str]] = ()
         if is_given(options, flag) and not is_given(options, other):
             message = f"{spelled(flag)} was given without {spelled(other)}"
             raise SubspecError(Exit.USAGE, message, f"add {spelled(other)}")
-    if options.no_speculation and options.drafter is not None:
-        message = "--no-speculation and --drafter exclude each other"
+    for flag in ("drafter", "draft_temperature", "verify"):
+        if options.no_speculation and is_given(options, flag):
+            message = f"--no-speculation and {spelled(flag)} exclude each other"
+            raise SubspecError(Exit.USAGE, message, "leave one out")
+    if options.drafter == "lookup" and options.draft_temperature is not None:
+        message = "--draft-temperature was given, and --drafter lookup has no probabilities"
         raise SubspecError(Exit.USAGE, message, "leave one out")
     if options.model is None and options.vram and options.no_replan:
         message = "--vram and --no-replan exclude each other"

@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import click
 
@@ -41,10 +40,6 @@ class Options(OpeningOptions):
     raw: bool = False
     chat: bool = False
     unpadded: bool = False
-    verify: Literal["exact", "lossy"] = "exact"
-    threshold_method: Literal["entropy", "prob"] = "entropy"
-    threshold: float = 0.3
-    window: int = 6
     logprobs: int | None = None
     as_json: bool = False
     check: bool = False
@@ -55,11 +50,10 @@ class Options(OpeningOptions):
 # The first flag of a pair needs the second, or excludes it.
 NEEDS = (
     ("full", "check"), ("unpadded", "no_speculation"), ("sequences", "model"),
-    ("logprobs", "as_json"), ("threshold_method", "verify"), ("threshold", "verify"),
-    ("window", "verify"),
+    ("logprobs", "as_json"),
 )  # fmt: skip
 EXCLUDES = (
-    ("verify", "no_speculation"), ("as_json", "chat"), ("raw", "chat"), ("raw", "system"),
+    ("as_json", "chat"), ("raw", "chat"), ("raw", "system"),
     ("stats", "prompt"), ("stats", "chat"), ("stats", "check"),
 )  # fmt: skip
 

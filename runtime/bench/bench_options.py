@@ -1,15 +1,19 @@
 """Options of subspec-bench: lists of numbers, sizes and names, and those of several commands."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import click
 
-from subspec.artifacts.common.command import HINT
+from subspec.artifacts.common.command import HINT, finite_option
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.sizes import parse_size
+from subspec.runtime.app.opening_options import DRAFT_TEMPERATURES, OpeningOptions, all_of
+from subspec.runtime.lossy import Lossy
 
 Command = Callable[..., None]
 
@@ -25,6 +29,18 @@ def positive_numbers(context: click.Context, option: click.Parameter, text: str)
 
 def temperatures(context: click.Context, option: click.Parameter, text: str) -> tuple[float, ...]:
     return tuple(listed(text, float, lambda one: 0 <= one <= 100, "numbers such as 0,0.7"))
+
+
+def draft_temperatures(
+    context: click.Context, option: click.Parameter, text: str
+) -> tuple[float, ...]:
+    least, most = DRAFT_TEMPERATURES
+    expected = f"numbers from {least:g} to {most:g}, such as 0.2,1"
+    return tuple(listed(text, float, lambda one: least <= one <= most, expected))
+
+
+def shares(context: click.Context, option: click.Parameter, text: str) -> tuple[float, ...]:
+    return tuple(listed(text, float, lambda one: 0 <= one <= 1, "numbers from 0 to 1, as 0.1,0.3"))
 
 
 def sizes(context: click.Context, option: click.Parameter, text: str) -> tuple[int, ...]:
@@ -52,6 +68,23 @@ def names(text: str, known: Iterable[str], what: str) -> tuple[str, ...]:
     if not found:
         raise SubspecError(Exit.USAGE, f"{what} is empty, expected some of {', '.join(every)}")
     return found
+
+
+def rules_of(
+    how: OpeningOptions, thresholds: Sequence[float], windows: Sequence[int], method: str | None
+) -> list[Lossy | None]:
+    """The lossy rules of a sweep, or exactness alone. Raises SubspecError(USAGE)."""
+    if how.lossy is None:
+        for flag, given in (("--thresholds", thresholds), ("--windows", windows)):
+            if given:
+                message = f"{flag} was given without --verify lossy"
+                raise SubspecError(Exit.USAGE, message, "add --verify lossy")
+        return [None]
+    if method == "plain":
+        message = "--method plain and --verify lossy exclude each other"
+        raise SubspecError(Exit.USAGE, message, "leave one out")
+    axes = product(thresholds or (Lossy.threshold,), windows or (Lossy.window,))
+    return [replace(how.lossy, threshold=one, window=size) for one, size in axes]
 
 
 def writable_file(
@@ -98,6 +131,15 @@ def out_option(help: str) -> Callable[[Command], Command]:
         metavar="FILE",
         help=help,
     )
+
+
+# How one answer is sampled.
+sampling_options = all_of(
+    click.option("--temperature", type=click.FloatRange(0, 100), default=0.0, show_default=True,
+                 callback=finite_option, help="Of sampling; 0 is greedy."),
+    click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True,
+                 help="Of the choice of items and of sampling."),
+)  # fmt: skip
 
 
 def artifact_argument(command: Command) -> Command:

@@ -8,24 +8,36 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from subspec.artifacts.common.command import Program, finite_option, say
+from subspec.artifacts.common.command import Program, say
 from subspec.artifacts.common.configuration import Configured
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.plan import DrafterName
-from subspec.runtime.app.opening_options import OpeningOptions, check_opening, plan_options
+from subspec.runtime.app.opening_options import (
+    OpeningOptions,
+    check_opening,
+    drafting_options,
+    lossy_options,
+    plan_options,
+    verify_options,
+)
 from subspec.runtime.bench.bench_options import (
     artifact_argument,
+    draft_temperatures,
     folder_of_files,
     form_option,
     names,
     out_option,
     positive_numbers,
+    rules_of,
+    sampling_options,
+    shares,
     sizes,
     temperatures,
     whole_numbers,
     writable_file,
 )
 from subspec.runtime.bench.layouts import BUILTIN, LAYOUTS
+from subspec.runtime.lossy import Lossy
 
 if TYPE_CHECKING:
     from subspec.runtime.bench.tables import Form
@@ -108,14 +120,9 @@ def speed(artifact: Path, form: "Form", out: Path | None, **given: Any) -> None:
               help="Items of each task.")  # fmt: skip
 @click.option("--max-tokens", type=click.IntRange(min=1),
               help="Longest answer.  [default: the task's]")  # fmt: skip
-@click.option("--temperature", type=click.FloatRange(0, 100), default=0.0, show_default=True,
-              callback=finite_option, help="Of sampling; 0 is greedy.")  # fmt: skip
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True,
-              help="Of the choice of items and of sampling.")  # fmt: skip
-@click.option("--no-speculation", is_flag=True,
-              help="Disable speculative decoding; the tokens stay the same.")  # fmt: skip
-@click.option("--drafter", type=click.Choice(get_args(DrafterName)),
-              help="Drafter.  [default: the plan's]")  # fmt: skip
+@sampling_options
+@drafting_options
+@lossy_options
 @click.option("--no-thinking", is_flag=True,
               help="Tell the chat template that the model is not to think.")  # fmt: skip
 @click.option("--execute-code", is_flag=True,
@@ -136,9 +143,15 @@ def tasks(artifact: Path, form: "Form", out: Path | None, **given: Any) -> None:
     chosen = names(given["tasks"], (BUILTIN, *LAYOUTS), "--tasks")
     most, seed = given["max_samples"], given["seed"]
     items = [one for task in chosen for one in items_of(task, given["data"], most, seed)]
-    thinking = False if given["no_thinking"] else None
-    how = Asking(given["temperature"], seed, given["max_tokens"], given["execute_code"], thinking)
     source = source_of(artifact, given)
+    how = Asking(
+        given["temperature"],
+        seed,
+        given["max_tokens"],
+        given["execute_code"],
+        source.how.lossy,
+        False if given["no_thinking"] else None,
+    )
     found = planned(source, Variant())
     text = load_tokenizer(found.path / "tokenizer")
     if given["no_thinking"]:
@@ -156,6 +169,13 @@ def tasks(artifact: Path, form: "Form", out: Path | None, **given: Any) -> None:
               help="Depths of the draft tree.  [default: the plan's]")  # fmt: skip
 @click.option("--temperatures", default="0", show_default=True, callback=temperatures,
               metavar="T,T", help="Sampling temperatures; 0 is greedy.")  # fmt: skip
+@click.option("--draft-temperatures", default="", callback=draft_temperatures, metavar="T,T",
+              help="Temperatures of the draft.  [default: the plan's]")  # fmt: skip
+@verify_options
+@click.option("--thresholds", default="", callback=shares, metavar="X,X",
+              help=f"With --verify lossy.  [default: {Lossy.threshold}]")  # fmt: skip
+@click.option("--windows", default="", callback=whole_numbers, metavar="N,N",
+              help=f"With --verify lossy.  [default: {Lossy.window}]")  # fmt: skip
 @click.option("--budgets", default="", callback=sizes, metavar="SIZE,SIZE",
               help="Plan for each of them.  [default: the plan's]")  # fmt: skip
 @click.option("--contexts", default="", callback=positive_numbers, metavar="N,N",
@@ -187,12 +207,22 @@ def sweep(artifact: Path, form: "Form", out: Path | None, **given: Any) -> None:
     from subspec.runtime.bench.tables import sweep_table, written
     from subspec.runtime.bench.variants import variants
 
+    source = source_of(artifact, given)
+    rules = rules_of(source.how, given["thresholds"], given["windows"], given["method"])
     chosen = names(given["tasks"], (BUILTIN, *LAYOUTS), "--tasks")
     most, seed = given["max_samples"], given["seed"]
     items = [one for task in chosen for one in items_of(task, given["data"], most, seed)]
     axes = variants(given["budgets"], given["contexts"], given["widths"], given["depths"])
-    grid = Grid(axes, given["temperatures"] or (0.0,), given["method"], given["max_tokens"], seed)
-    rows = list(sweep_rows(source_of(artifact, given), grid, items, out, say))
+    grid = Grid(
+        axes,
+        given["temperatures"] or (0.0,),
+        given["method"],
+        given["max_tokens"],
+        seed,
+        rules,
+        given["draft_temperatures"] or (None,),
+    )
+    rows = list(sweep_rows(source, grid, items, out, say))
     sys.stdout.write(written(rows, form, sweep_table, sweep_columns))
 
 
@@ -207,7 +237,7 @@ def compare(a: Path, b: Path, as_json: bool, expect_identical: bool) -> None:
     They were written with --out. Tokens, speed, acceptance and score are compared.
     """
     from subspec.runtime.bench.paired import compare as compared
-    from subspec.runtime.bench.paired import compared_json
+    from subspec.runtime.bench.paired import compared_json, identical_or_raise
     from subspec.runtime.bench.records import AnswerRow, of_kind, read_rows
     from subspec.runtime.bench.tables import as_markdown, compared_table
 
@@ -221,13 +251,8 @@ def compare(a: Path, b: Path, as_json: bool, expect_identical: bool) -> None:
         print(json.dumps(compared_json(found)))
     else:
         sys.stdout.write(as_markdown(compared_table(found)))
-    if expect_identical and found.identical < found.turns:
-        first = found.divergences[0]
-        raise SubspecError(
-            Exit.UNEXPECTED,
-            f"{found.turns - found.identical} of {found.turns} turns have other tokens, first "
-            f"{first.task} {first.item} at token {first.position}",
-        )
+    if expect_identical:
+        say(identical_or_raise(found))
 
 
 @main.command("trace", cls=Configured, program=NAME, context_settings=HELP)
@@ -238,28 +263,28 @@ def compare(a: Path, b: Path, as_json: bool, expect_identical: bool) -> None:
 @click.option("--out", type=click.Path(path_type=Path), required=True, metavar="FOLDER",
               callback=folder_of_files,
               help="For trace.json (Perfetto) and steps.jsonl.")  # fmt: skip
-@click.option("--drafter", type=click.Choice(get_args(DrafterName)),
-              help="Drafter.  [default: the plan's]")  # fmt: skip
+@sampling_options
+@drafting_options
+@lossy_options
 @plan_options
 def trace(artifact: Path, prompt: str, out: Path, max_tokens: int, **given: Any) -> None:
     """What runs when, and what the draft thought.
 
     PROMPT is answered; drafted tokens are written with their probabilities.
     """
+    from subspec.runtime.bench.tasks import Asking
     from subspec.runtime.bench.tracing import traced, write_trace
     from subspec.runtime.bench.variants import Variant, planned
-    from subspec.runtime.sequence import GenerationParams
     from subspec.runtime.text.tokenizer import load_tokenizer
 
     source = source_of(artifact, given)
     found = planned(source, Variant())
     ids = load_tokenizer(found.path / "tokenizer").chat_ids([{"role": "user", "content": prompt}])
-    ends = frozenset(found.spec.eos_token_ids)
-    params = GenerationParams(max_tokens, end_tokens=ends, logprobs=0)
-    spans, steps = traced(found, source, ids, params)
+    how = Asking(given["temperature"], given["seed"], max_tokens, lossy=source.how.lossy)
+    setting, spans, steps = traced(found, source, ids, how)
     try:
         out.mkdir(exist_ok=True)
-        write_trace(out, found, spans, steps)
+        write_trace(out, setting, spans, steps)
     except OSError as error:
         message = f"--out {out} cannot be written: {error.strerror}"
         raise SubspecError(Exit.RESOURCES, message, "name another folder") from None

@@ -54,6 +54,7 @@ class Figures:
     streamed_bytes_per_token: float
     stall_share: float  # of decoding, spent waiting for weights
     peak_bytes: int
+    lossy_share: float  # of the tokens, that are not the exact model's own
 
 
 def figures(every: Sequence[Costs]) -> Figures:
@@ -78,6 +79,7 @@ def figures(every: Sequence[Costs]) -> Figures:
         streamed_bytes_per_token=ratio(sum(one.streamed_bytes for one in answers), sum(decoded)),
         stall_share=ratio(sum(one.stream_wait_seconds for one in answers), sum(seconds)),
         peak_bytes=max((one.peak_bytes for one in answers), default=0),
+        lossy_share=ratio(sum(one.lossy_tokens for one in answers), tokens),
     )
 
 

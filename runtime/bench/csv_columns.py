@@ -3,11 +3,12 @@
 import csv
 import io
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from statistics import mean, stdev
 
 from subspec.runtime.bench.counting import Figures, Interval, figures, interval_of_score
 from subspec.runtime.bench.records import AnswerRow, Costs, Setting, SpeedRow, SweepRow
+from subspec.runtime.lossy import Lossy
 
 Cell = str | int | float | None  # None: empty
 Columns = list[dict[str, Cell]]  # by row
@@ -22,7 +23,9 @@ def by_task(rows: Sequence[AnswerRow]) -> dict[tuple[Setting, str], list[AnswerR
 
 
 def of_setting(one: Setting) -> dict[str, Cell]:
-    return {"label": one.label, **asdict(one)}
+    cells = asdict(one)
+    rule = cells.pop("lossy") or {field.name: None for field in fields(Lossy)}
+    return {"label": one.label, **cells, **rule}
 
 
 def of_interval(name: str, found: Interval) -> dict[str, Cell]:

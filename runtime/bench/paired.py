@@ -25,8 +25,12 @@ class Divergence:
 @dataclass(frozen=True)
 class Compared:
     """B against A over the turns that both were asked. Ratios are geometric means of the turns'
-    own. None: no turn has what is compared."""
+    own. None: no turn has what is compared. lossy: whether a lossy rule accepted drafts of either.
+    """
 
+    a_method: str  # labels of its settings
+    b_method: str
+    lossy: bool
     turns: int
     left_out: int  # turns of the same items, with other words, references or most tokens
     identical: int
@@ -67,6 +71,9 @@ def compare(a: Sequence[AnswerRow], b: Sequence[AnswerRow]) -> Compared:
         if one.score is not None and other.score is not None
     ]
     return Compared(
+        methods_of([one for one, _ in pairs]),
+        methods_of([other for _, other in pairs]),
+        any(row.setting.lossy is not None for pair in pairs for row in pair),
         len(pairs),
         left_out,
         len(pairs) - len(found),
@@ -92,6 +99,10 @@ def pairs_of(
         if one.asked == other.asked or "" in (one.asked, other.asked)
     ]
     return pairs, len(every) - len(pairs)
+
+
+def methods_of(rows: Sequence[AnswerRow]) -> str:
+    return "; ".join(dict.fromkeys(row.setting.label for row in rows))
 
 
 def geometric_mean(logarithms: Sequence[float]) -> Interval | None:
@@ -122,6 +133,21 @@ def divergence(a: AnswerRow, b: AnswerRow) -> Divergence | None:
     at = next(differing, shorter)
     first, second = (row.token_ids[at] if at < len(row.token_ids) else None for row in (a, b))
     return Divergence(a.task, a.item, a.turn, at, first, second)
+
+
+def identical_or_raise(found: Compared) -> str:
+    """What was compared. Raises SubspecError(UNEXPECTED) if a token differs."""
+    which = f"A is {found.a_method}, B is {found.b_method}"
+    if found.identical == found.turns:
+        return f"all {found.turns} turns have identical tokens; {which}"
+    first = found.divergences[0]
+    of_rule = "a lossy rule may change tokens: only exact answers are promised to be identical"
+    raise SubspecError(
+        Exit.UNEXPECTED,
+        f"{found.turns - found.identical} of {found.turns} turns have other tokens, first "
+        f"{first.task} {first.item} at token {first.position}; {which}",
+        of_rule if found.lossy else "",
+    )
 
 
 def compared_json(found: Compared) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from subspec.artifacts.plan import DrafterName, Method
 from subspec.artifacts.runs import plan_digest
 from subspec.runtime.device import driver_version, machine_name
 from subspec.runtime.engine import Engine
+from subspec.runtime.lossy import Lossy
 from subspec.runtime.sequence import Stats
 
 LARGEST_RECORDS = 1 << 30  # bytes of a file
@@ -54,6 +55,8 @@ class Setting:
     seed: int
     link_bandwidth: int | None  # bytes per second that it was limited to
     # What older rows lack:
+    draft_temperature: float | None = None  # that was asked for; None: that of the plan's trees
+    lossy: Lossy | None = None  # None: the answers are the exact model's own
     enable_thinking: bool | None = None  # what the chat template was told; None: its own default
     subspec: str = ""  # the version that measured
     weight_bytes: int = 0  # of the matrices, as the checkpoint has them
@@ -63,6 +66,16 @@ class Setting:
 
     @property
     def label(self) -> str:
+        """Who drafts, and what that changes: a draft temperature, or a lossy rule."""
+        parts = [self.drafter_label]
+        if self.draft_temperature is not None:
+            parts.append(f"draft temperature {self.draft_temperature:g}")
+        if self.lossy is not None:
+            parts.append(str(self.lossy))
+        return ", ".join(parts)
+
+    @property
+    def drafter_label(self) -> str:
         """A draft's tree, or how it is plain: one row, or the twin with the draft's bits."""
         if self.drafter is None:
             return "plain twin" if self.padded else "plain"
@@ -86,6 +99,7 @@ class Costs:
     peak_bytes: int  # of fast memory, so far
     drafted: tuple[int, ...]  # levels, by round
     accepted: tuple[int, ...]  # tokens of them, by round
+    lossy_tokens: int = 0  # of the answer, that are not the exact model's own
 
     @property
     def decode_seconds(self) -> float:
@@ -157,6 +171,7 @@ def setting_of(
     engine: Engine,
     temperature: float = 0.0,
     seed: int = 0,
+    lossy: Lossy | None = None,
     enable_thinking: bool | None = None,
 ) -> Setting:
     plan, spec, profile = engine.plan, engine.artifact.spec, engine.artifact.profile
@@ -188,6 +203,8 @@ def setting_of(
             else None
         ),
         driver=driver_version(engine.device),
+        draft_temperature=engine.draft_temperature,
+        lossy=lossy,
     )
 
 
@@ -203,6 +220,7 @@ def costs_of(stats: Stats, peak_bytes: int) -> Costs:
         peak_bytes,
         stats.drafted,
         stats.accepted,
+        stats.lossy_tokens,
     )
 
 

@@ -121,7 +121,7 @@ def speed_table(rows: Sequence[SpeedRow]) -> Table:
 
 FIGURES = (
     "t/s", "with prompts", "first token", "accepted/round", "acceptance length",
-    "acceptance rate", "tau", "streamed/token", "stalled", "peak",
+    "acceptance rate", "tau", "streamed/token", "stalled", "peak", "lossy",
 )  # fmt: skip
 
 
@@ -139,6 +139,7 @@ def of_figures(one: Figures) -> tuple[str, ...]:
         short_size(one.streamed_bytes_per_token),
         f"{one.stall_share:.0%}",
         short_size(one.peak_bytes),
+        f"{one.lossy_share:.1%}",
     )
 
 
@@ -196,6 +197,8 @@ def compared_table(found: Compared) -> Table:
         ("figure", "value [95 %]"),
         (
             *([("left out, asked otherwise", str(found.left_out))] if found.left_out else []),
+            ("A", found.a_method),
+            ("B", found.b_method),
             ("identical turns", f"{found.identical}/{found.turns}"),
             ("first divergence", where),
             ("speed, B over A", str(found.speed_ratio or "-")),

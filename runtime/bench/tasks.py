@@ -9,6 +9,7 @@ from pathlib import Path
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.formatting import duration
+from subspec.artifacts.format.store import Artifact
 from subspec.runtime.bench.items import Item, digest_of
 from subspec.runtime.bench.layouts import Judge
 from subspec.runtime.bench.prompting import prompt_of, reasoning_marks, reasoning_of, without_middle
@@ -26,6 +27,7 @@ from subspec.runtime.bench.sandbox import NOT_ALONE, alone, score_calls, score_c
 from subspec.runtime.bench.scoring import score_text
 from subspec.runtime.bench.throughput import warm_up
 from subspec.runtime.engine import Engine
+from subspec.runtime.lossy import Lossy
 from subspec.runtime.model.sampling import Sampling
 from subspec.runtime.sequence import GenerationParams, Stats
 from subspec.runtime.text.reasoning import reasoning_length
@@ -37,14 +39,23 @@ RUN: tuple[Judge, ...] = ("code", "stdin", "calls")  # what they judge is a prog
 
 @dataclass(frozen=True)
 class Asking:
-    """max_tokens: None: as long as each task is. execute: generated code is run. enable_thinking:
-    None: as the chat template has it."""
+    """max_tokens: None: as long as each task is. execute: generated code is run. lossy: the rule by
+    which drafts are accepted; None: exactly. enable_thinking: None: as the chat template has it."""
 
     temperature: float = 0.0
     seed: int = 0
     max_tokens: int | None = None
     execute: bool = False
+    lossy: Lossy | None = None
     enable_thinking: bool | None = None
+
+    def params(
+        self, most: int, artifact: Artifact, logprobs: int | None = None
+    ) -> GenerationParams:
+        """Of an answer of at most `most` tokens."""
+        sampling = Sampling(self.temperature, seed=self.seed)
+        ends = frozenset(artifact.spec.eos_token_ids)
+        return GenerationParams(most, sampling, ends, logprobs=logprobs, lossy=self.lossy)
 
 
 def answered_items(
@@ -57,7 +68,7 @@ def answered_items(
 ) -> list[AnswerRow]:
     """Rows of all items. out: a file that has those of an earlier run, which are not done again,
     and gets the others. Raises SubspecError: USAGE if the earlier run asked something else."""
-    setting = setting_of(engine, how.temperature, how.seed, how.enable_thinking)
+    setting = setting_of(engine, how.temperature, how.seed, how.lossy, how.enable_thinking)
     done = rows_to_resume(out, AnswerRow, setting) if out else []
     rows = {row.key: row for row in done}
     if how.execute and any(item.judge in RUN for item in items) and not alone():
@@ -161,8 +172,7 @@ def answered(
     is new."""
     most, digest = how.max_tokens or item.max_tokens, asked_of(item, how)
     context = engine.plan.context
-    sampling = Sampling(how.temperature, seed=seed_of(item, how.seed))
-    params = GenerationParams(most, sampling, frozenset(engine.artifact.spec.eos_token_ids))
+    params = replace(how, seed=seed_of(item, how.seed)).params(most, engine.artifact)
     reasoning, shown = reasoning_of(tokenizer), reasoning_marks(tokenizer)
     messages = list[dict[str, str]]()
     with engine.new_sequence() as sequence:

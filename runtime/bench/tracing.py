@@ -14,6 +14,8 @@ import torch
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format.store import Artifact
+from subspec.runtime.bench.records import Setting, setting_of
+from subspec.runtime.bench.tasks import Asking
 from subspec.runtime.bench.throughput import warm_up
 from subspec.runtime.bench.variants import Source
 from subspec.runtime.clock import Span, chrome_trace
@@ -49,6 +51,7 @@ class Step:
     verify_seconds: float
     stream_wait_seconds: float
     streamed_bytes: int
+    lossy_tokens: int  # of `emitted`, that are not the exact model's own
     nodes: tuple[Node, ...]
 
 
@@ -99,18 +102,22 @@ def nodes_of(tree: TokenTree, likely: Sequence[float] | None) -> tuple[Node, ...
 
 
 def traced(
-    artifact: Artifact, source: Source, prompt: list[int], params: GenerationParams
-) -> tuple[list[Span], list[Step]]:
-    """Spans and rounds of one answer. Raises SubspecError."""
-    how = OpenOptions(
-        drafter=source.how.drafter,
-        device=source.how.device,
-        link_bandwidth=source.how.link_bandwidth,
-        graphs=not source.how.no_graphs,
+    artifact: Artifact, source: Source, prompt: list[int], how: Asking
+) -> tuple[Setting, list[Span], list[Step]]:
+    """Spans and rounds of one answer, and what they were measured under. Raises SubspecError."""
+    assert how.max_tokens is not None, "the command has a default"
+    opened, params = source.how, how.params(how.max_tokens, artifact, logprobs=0)
+    options = OpenOptions(
+        opened.method,
+        opened.drafter,
+        device=opened.device,
+        link_bandwidth=opened.link_bandwidth,
+        graphs=not opened.no_graphs,
         trace=True,
-        padded=False,
+        draft_temperature=opened.draft_temperature,
     )
-    with Engine.open(artifact, how) as engine:
+    with Engine.open(artifact, options) as engine:
+        setting = setting_of(engine, how.temperature, how.seed, how.lossy)
         spans = engine.model.clock.spans
         assert spans is not None
         warm_up(engine, prompt)
@@ -119,14 +126,15 @@ def traced(
         timed = list(spans)
         drafter = engine.model.drafter
         if drafter is None:
-            return timed, steps
+            return setting, timed, steps
         watched = Watched(drafter, [])
         engine.model = replace(engine.model, drafter=watched)
         again = list(steps_of(engine, prompt, params))
     if [step.emitted for step in again] != [step.emitted for step in steps]:
         raise SubspecError(Exit.UNEXPECTED, "two runs of one prompt gave different rounds")
     every = [(), *watched.found]
-    return timed, [replace(one, nodes=nodes) for one, nodes in zip(steps, every, strict=True)]
+    steps = [replace(one, nodes=nodes) for one, nodes in zip(steps, every, strict=True)]
+    return setting, timed, steps
 
 
 def steps_of(engine: Engine, prompt: list[int], params: GenerationParams) -> Iterator[Step]:
@@ -146,16 +154,23 @@ def steps_of(engine: Engine, prompt: list[int], params: GenerationParams) -> Ite
                 else now.time_to_first_token_seconds,
                 now.stream_wait_seconds - before.stream_wait_seconds,
                 now.streamed_bytes - before.streamed_bytes,
+                now.lossy_tokens - before.lossy_tokens,
                 (),
             )
             before = now
 
 
 def write_trace(
-    folder: Path, artifact: Artifact, spans: Sequence[Span], steps: Sequence[Step]
+    folder: Path, setting: Setting, spans: Sequence[Span], steps: Sequence[Step]
 ) -> None:
     """trace.json, for Perfetto or chrome://tracing, and steps.jsonl."""
-    about = {"artifact": artifact.path.resolve().name, "machine": artifact.plan.machine}
+    about = {
+        "artifact": setting.artifact,
+        "machine": setting.machine,
+        "method": setting.label,
+        "temperature": f"{setting.temperature:g}",
+        "seed": str(setting.seed),
+    }
     (folder / TRACE).write_text(json.dumps(chrome_trace(spans, about)) + "\n", "utf-8")
     lines = [json.dumps(asdict(step)) + "\n" for step in steps]
     (folder / STEPS).write_text("".join(lines), "utf-8")

@@ -42,6 +42,7 @@ class Turn:
     chooser: Chooser = field(default_factory=lambda: Chooser(Sampling()))
     num_logprobs: int | None = None  # likeliest tokens to report with each; None: nothing
     lossy: Lossy | None = None  # None: only what the exact model says
+    end_tokens: frozenset[int] = frozenset()  # of the answer; a lossy rule counts nothing below one
 
 
 Proposals = Callable[[Sequence[Turn]], Propose]

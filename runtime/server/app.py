@@ -61,6 +61,7 @@ GETS: tuple[tuple[str, Endpoint], ...] = (
 )
 
 
+VERIFY_HEADER = "x-subspec-verify"  # of a server whose answers are lossy
 MODEL_IN_PATH = {
     "parameters": [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}]
 }
@@ -80,14 +81,15 @@ def make_app(
             allow_origins=cors_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=["x-request-id", "retry-after", "x-queue-depth"],
+            expose_headers=["x-request-id", "retry-after", "x-queue-depth", VERIFY_HEADER],
         )
 
     def logged(name: str, method: str, path: str, status: int, seconds: float) -> None:
         service.metrics.responded(status)
         log(name, method, path, status, seconds)
 
-    return RequestLog(app, logged)
+    lossy = service.model.lossy
+    return RequestLog(app, logged, {} if lossy is None else {VERIFY_HEADER: str(lossy)})
 
 
 def make_endpoints(service: Service) -> FastAPI:

@@ -11,6 +11,7 @@ from subspec.artifacts.common.errors import Exit
 from subspec.artifacts.common.progress import Progress
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.plan import Method
+from subspec.runtime.lossy import Lossy, verification_json
 from subspec.runtime.model.sampling import Sampling
 from subspec.runtime.server import chat_page
 from subspec.runtime.server.admission import Admission
@@ -41,7 +42,9 @@ class Settings:
     refuse_unknown: bool = False
 
 
-def model_info(artifact: Artifact, method: Method | None, name: str | None) -> ModelInfo:
+def model_info(
+    artifact: Artifact, method: Method | None, name: str | None, lossy: Lossy | None = None
+) -> ModelInfo:
     """name: the model's id for clients; None: that of its checkpoint."""
     plan, spec = artifact.plan, artifact.spec
     chosen: Method = method or plan.method
@@ -65,6 +68,7 @@ def model_info(artifact: Artifact, method: Method | None, name: str | None) -> M
         budget_bytes=plan.budget_bytes,
         predicted_tokens_per_second=predicted.tokens_per_second if predicted else None,
         names=frozenset({source.rpartition("/")[2], source, folder} - {"", model_id}),
+        lossy=lossy,
     )
 
 
@@ -111,6 +115,8 @@ def serve_engine(
     app = make_app(service, guard_settings(settings), settings.cors_origins, request_log(logger))
     address = address_of(listening)
     logger.info("loading", {"model": model.id})
+    if model.lossy is not None:
+        logger.warning("lossy", {"rule": str(model.lossy), **verification_json(model.lossy)})
     told = partial(tell, logger, model, address, progress, set())
     return serve(app, admission, listening, settings.shutdown_seconds, told)
 

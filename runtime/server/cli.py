@@ -14,7 +14,7 @@ import click
 from subspec.artifacts.common.command import HINT, finite_option, leave
 from subspec.artifacts.common.configuration import Configured
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.runtime.app.opening_options import drafter_option, plan_options
+from subspec.runtime.app.opening_options import drafting_options, lossy_options, plan_options
 from subspec.runtime.server.serve_options import (
     KEY_VARIABLE,
     MODEL_NAME,
@@ -79,8 +79,8 @@ NEEDED = ("fastapi", "uvicorn", "prometheus_client", "llguidance")  # by the ext
 @option("--top-p", "Of requests that do not say.",
         type=click.FloatRange(0, 1, min_open=True), callback=finite_option)  # fmt: skip
 @option("--top-k", "Of requests that do not say; 0 disables.", type=click.IntRange(min=0))
-@option("--no-speculation", "Disable speculative decoding; the tokens stay the same.", is_flag=True)
-@drafter_option
+@drafting_options
+@lossy_options
 @plan_options
 @option(
     "--context", "With --model: tokens of prompt and answer together.",
@@ -195,7 +195,7 @@ def serve_artifact(
     from subspec.runtime.text.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(artifact.path / "tokenizer")
-    model = model_info(artifact, options.method, options.model_name)
+    model = model_info(artifact, options.method, options.model_name, options.lossy)
     if options.sequences is not None:
         model = replace(model, num_sequences=options.sequences)
     engine = Scheduler(
@@ -205,6 +205,7 @@ def serve_artifact(
         queue_limit=options.queue,
         prefix_cache_bytes=options.prefix_cache,
         record=not options.no_record,
+        lossy=options.lossy,
     )
     chats = open_chat_model(tokenizer, model.context, model.vocab_size, model.end_tokens)
     constraints = Constraints(

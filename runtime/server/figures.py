@@ -3,6 +3,7 @@ timings."""
 
 from typing import Any
 
+from subspec.runtime.lossy import verification_json
 from subspec.runtime.server.generation import Outcome
 from subspec.runtime.server.model_info import ModelInfo
 
@@ -48,6 +49,8 @@ def metrics(outcome: Outcome, model: ModelInfo) -> dict[str, Any]:
             "verify_ms": 1000 * stats.verify_seconds,
             "stream_wait_ms": 1000 * stats.stream_wait_seconds,
             "streamed_bytes": stats.streamed_bytes,
+            **verification_json(outcome.lossy),
+            "lossy_tokens": stats.lossy_tokens,
         },
     }
 

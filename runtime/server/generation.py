@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.runtime.lossy import Lossy
 from subspec.runtime.model.sampling import TokenLogprobs
 from subspec.runtime.sequence import FinishReason, GenerationParams, Stats
 from subspec.runtime.text.detokenizer import Unstopped
@@ -49,6 +50,7 @@ class Outcome:
     predicted_tokens_per_second: float | None
     # Of each token of the prompt but the first, if the request asked for them.
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    lossy: Lossy | None = None  # by which its drafts were verified; None: exactly
 
 
 class Generation(Protocol):

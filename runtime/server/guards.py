@@ -8,7 +8,7 @@ import ipaddress
 import re
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -50,11 +50,13 @@ def guarded(app: ASGIApp, settings: GuardSettings) -> ASGIApp:
 
 
 class RequestLog:
-    """The outermost: gives every response an X-Request-Id, the client's if it is a sane one."""
+    """The outermost: gives every response an X-Request-Id, the client's if it is a sane one, and
+    the headers `also`."""
 
-    def __init__(self, app: ASGIApp, log: Log) -> None:
+    def __init__(self, app: ASGIApp, log: Log, also: Mapping[str, str]) -> None:
         self._app = app
         self._log = log
+        self._also = also
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -71,6 +73,7 @@ class RequestLog:
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = name
                 headers["x-content-type-options"] = "nosniff"
+                headers.update(self._also)
             await send(message)
 
         try:

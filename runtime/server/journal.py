@@ -17,6 +17,7 @@ NAME = "subspec.server"
 SENTENCES = {
     "listening": "listening on {address}",
     "loading": "loading {model}",
+    "lossy": "{rule}: answers may differ from the exact model's",
     "ready": "ready on {address}: {model}, context {context}, {sequences} at once",
     "stopping": "stopping",
     "draining": "{running} running: {seconds:g} s to end; a second signal ends the process at once",

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from subspec.artifacts.plan import Method
+from subspec.runtime.lossy import Lossy
 from subspec.runtime.server.errors import FINAL, ApiError
 
 
@@ -25,6 +26,7 @@ class ModelInfo:
     budget_bytes: int  # of fast memory
     predicted_tokens_per_second: float | None = None
     names: frozenset[str] = frozenset()
+    lossy: Lossy | None = None  # the rule by which its answers are verified; None: exactly
 
 
 def check_model(model: ModelInfo, asked: str | None) -> None:

@@ -8,6 +8,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from tokenizers import Tokenizer
 
+from subspec.runtime.lossy import verification_json
 from subspec.runtime.server.bodies import read_body
 from subspec.runtime.server.errors import invalid
 from subspec.runtime.server.model_info import ModelInfo, check_model
@@ -93,6 +94,7 @@ async def props(service: Service, request: Request) -> Response:
                 "draft_width": model.width,
                 "draft_depth": model.depth,
                 "predicted_tokens_per_second": model.predicted_tokens_per_second,
+                **verification_json(model.lossy),
             },
         }
     )

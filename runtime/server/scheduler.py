@@ -21,6 +21,7 @@ from subspec.artifacts.common.progress import Progress
 from subspec.artifacts.runs import append_run
 from subspec.runtime.app.answer import run_of
 from subspec.runtime.engine import Engine
+from subspec.runtime.lossy import Lossy
 from subspec.runtime.sequence import Sequence
 from subspec.runtime.server.errors import INTERNAL
 from subspec.runtime.server.generation import (
@@ -105,7 +106,8 @@ class Scheduler:
     """An engine in a thread of its own, as `generation.ServedEngine` says.
 
     open_engine: called in the thread; it may take minutes. queue_limit: requests that may wait.
-    record: whether answers that had no company are added to the artifact's run records.
+    record: whether answers that had no company are added to the artifact's run records. lossy: how
+    drafts of all answers are verified; None: exactly, as under a constraint.
     """
 
     def __init__(
@@ -116,6 +118,7 @@ class Scheduler:
         queue_limit: int,
         prefix_cache_bytes: int = 0,
         record: bool = True,
+        lossy: Lossy | None = None,
     ) -> None:
         self.status = Status("loading")
         self.peak_bytes = 0
@@ -125,6 +128,7 @@ class Scheduler:
         self._queue_limit = queue_limit
         self._prefixes = PrefixCache(prefix_cache_bytes)
         self._record = record
+        self._lossy = lossy
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         # Shared by the threads, under the lock
         self._changed = threading.Condition()
@@ -272,7 +276,8 @@ class Scheduler:
         text = AnswerText(detokenizer)
         self._free.remove(sequence)
         try:
-            sequence.begin(list(request.prompt_ids), replace(request.params, cut=text.cut))
+            params = replace(request.params, cut=text.cut, lossy=self._lossy)
+            sequence.begin(list(request.prompt_ids), params)
         except BaseException:
             self._free.append(sequence)
             raise
@@ -322,6 +327,7 @@ class Scheduler:
             generation_seconds=seconds,
             predicted_tokens_per_second=engine.predicted_tokens_per_second,
             prompt_logprobs=tuple(sequence.prompt_logprobs),
+            lossy=sequence.turn.lossy,
         )
         self._release(answer)
         try:

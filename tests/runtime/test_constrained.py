@@ -154,8 +154,9 @@ class Failing(Counted):
 def test_lossy_acceptance_is_exact_under_a_constraint(artifact: Artifact) -> None:
     everything = Lossy("prob", 0, 0)
     with Engine.open(artifact) as engine, engine.new_sequence() as sequence:
-        sequence.begin(PROMPT, GenerationParams(4, lossy=everything))
-        assert sequence.turn.lossy == everything
+        ends = frozenset({2, 3})
+        sequence.begin(PROMPT, GenerationParams(4, end_tokens=ends, lossy=everything))
+        assert sequence.turn.lossy == everything and sequence.turn.end_tokens == ends
         sequence.begin(PROMPT, replace(params(artifact, Sampling()), lossy=everything))
         assert sequence.turn.lossy is None
 

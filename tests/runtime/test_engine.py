@@ -558,3 +558,21 @@ def test_plans_predict_answers_in_which_nothing_was_looked_up(
     assert Engine.ran_as_planned(engine, sequence) == predicted
     sequence.params.lossy = Lossy()
     assert not Engine.ran_as_planned(engine, sequence)
+
+
+@pytest.mark.parametrize(
+    ("drafter", "temperature", "predicted"),
+    [
+        ("substitute", None, True),
+        ("substitute", 0.5, False),
+        ("lookup", None, False),
+        (None, 0.5, True),  # it has nothing to rank
+    ],
+)
+def test_plans_predict_drafts_at_their_own_temperature(
+    drafter: DrafterName | None, temperature: float | None, predicted: bool
+) -> None:
+    engine: Any = SimpleNamespace(
+        drafter=drafter, method="substitute", draft_temperature=temperature
+    )
+    assert Engine.drafts_as_planned.fget(engine) == predicted  # type: ignore[attr-defined]

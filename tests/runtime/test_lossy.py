@@ -1,13 +1,17 @@
 """Lossy acceptance by its published rule, on trees written out."""
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from subspec.artifacts.common.errors import SubspecError
+from subspec.runtime.decode import verify
 from subspec.runtime.draft.beam import TokenTree
+from subspec.runtime.draft.drafter import Turn
 from subspec.runtime.lossy import Lossy, LossyVerdict, accept
 
 V = 16
@@ -40,10 +44,14 @@ def logits_of(rows: list[dict[int, float]]) -> Tensor:
 
 
 def accepted(
-    parents: list[int], tokens: list[int], rows: list[dict[int, float]], how: Lossy
+    parents: list[int],
+    tokens: list[int],
+    rows: list[dict[int, float]],
+    how: Lossy,
+    end_tokens: frozenset[int] = frozenset(),
 ) -> LossyVerdict:
     logits = logits_of(rows)
-    return accept(tree_of(parents, tokens), logits.argmax(-1).tolist(), logits, how)
+    return accept(tree_of(parents, tokens), logits.argmax(-1).tolist(), logits, how, end_tokens)
 
 
 # A chain 1 2 3 4 5: at its root the exact model would say 9 (0.6), then 2, 3, 4, 5 and 6.
@@ -99,6 +107,37 @@ def test_several_wrong_tokens_may_be_kept_if_each_passes() -> None:
     assert (found.emitted, found.lossy) == ([1, 2, 3, 4, 5, 6], [0, 2])
     # Below 1 only one node is agreed with, one below the other.
     assert accepted(*CHAIN, rows, Lossy("prob", 0.3, 2)).emitted == [9]
+
+
+def test_nothing_below_an_end_token_counts() -> None:
+    """A child 1, which the exact model says, and 15, which it does not and which ends the answer,
+    with six nodes below that are all right."""
+    parents, tokens = [0, 0, 0, 2, 3, 4, 5, 6, 7], [0, 1, 15, 2, 3, 4, 5, 6, 7]
+    rows = [{1: 0.99, 15: 0.005}, {8: 0.9}, *({token: 0.9} for token in (2, 3, 4, 5, 6, 7, 8))]
+    assert accepted(parents, tokens, rows, Lossy()).emitted == [15, 2, 3, 4, 5, 6, 7, 8]
+    end = frozenset({15})
+    assert accepted(parents, tokens, rows, Lossy(), end) == LossyVerdict([0, 1], [1, 8], [])
+    # One that needs nothing right after it may end the answer, and as a path of one node.
+    rows[0] = {9: 0.6, 15: 0.35, 1: 0.01}
+    found = accepted(parents, tokens, rows, Lossy("prob", 0.3, 0), end)
+    assert (found.path, found.emitted[0], found.lossy) == ([0, 2], 15, [0])
+
+
+def test_an_end_token_that_the_exact_model_says_ends_what_is_right() -> None:
+    """Below 1 the chain goes on rightly for one node, 2, at which the answer ends."""
+    end = frozenset({2})
+    for window, kept in ((1, [1, 2]), (2, [])):
+        found = accepted(*CHAIN, ROWS, Lossy("prob", 0.3, window), end)
+        assert found.emitted[:-1] == kept and found.path == [0, 1, 2][: len(kept) + 1]
+
+
+def test_a_verification_knows_the_answers_end_tokens() -> None:
+    parents, tokens = [0, 0, 0, 2, 3, 4, 5, 6, 7], [0, 1, 15, 2, 3, 4, 5, 6, 7]
+    rows = [{1: 0.99, 15: 0.005}, {8: 0.9}, *({token: 0.9} for token in (2, 3, 4, 5, 6, 7, 8))]
+    cache: Any = SimpleNamespace(length=0, device=torch.device("cpu"))
+    turn = Turn(cache, 0, 20, lossy=Lossy(), end_tokens=frozenset({15}))
+    done = verify(tree_of(parents, tokens), logits_of(rows), turn)
+    assert (done.emitted, done.lossy, done.path.tolist()) == ([1, 8], [], [0, 1])
 
 
 @pytest.mark.parametrize("wrong", [{"threshold": -0.1}, {"threshold": 1.1}, {"window": -1}])

@@ -36,7 +36,7 @@ const NEAR_END = 80; // pixels
 
 const state = {
   settings: loadSettings(),
-  server: { model: "", context: null, thinking: false, efforts: [], memory: null },
+  server: { model: "", context: null, thinking: false, efforts: [], lossy: false, memory: null },
   conversations: loadConversations(),
   current: null,
   running: null, // {conversation, message, abort, notice}
@@ -143,7 +143,8 @@ function growPrompt() {
 function showResources() {
   const parts = [];
   const used = branchOf(state.current).findLast((message) => message.contextTokens)?.contextTokens;
-  const { context, memory } = state.server;
+  const { context, lossy, memory } = state.server;
+  if (lossy) parts.push("Lossy: answers may differ from the exact model’s");
   if (used && context) parts.push(`Context ${formatCount(used)} of ${formatCount(context)}`);
   else if (context) parts.push(`Context ${formatCount(context)}`);
   if (memory) {

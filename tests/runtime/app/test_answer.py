@@ -57,7 +57,7 @@ def test_json_is_one_object_with_the_documented_keys(artifact: Path, capsys: Cap
     assert ended.out.count("\n") == 1 and ended.out.isascii()
     assert set(found) == {
         "schema", "text", "token_ids", "prompt_token_ids", "finish_reason", "logprobs", "method",
-        "drafter", "verify", "stats",
+        "drafter", "draft_temperature", "verify", "lossy", "stats",
     }  # fmt: skip
     assert set(found["stats"]) == STATS
     assert (
@@ -73,14 +73,29 @@ def test_json_is_one_object_with_the_documented_keys(artifact: Path, capsys: Cap
     assert 0 < stats["fast_peak_bytes"] <= stats["budget_bytes"] < stats["process_peak_bytes"]
 
 
+def test_another_draft_temperature_gives_the_same_answer_and_is_not_recorded(
+    artifact: Path, capsys: Capture
+) -> None:
+    words, before = (artifact, QUESTION, "--max-tokens", 24, "--no-replan"), read_runs(artifact)
+    usual = json.loads(run(capsys, *words, "--json", "--no-record").out)
+    flat = json.loads(run(capsys, *words, "--json", "--draft-temperature", 50).out)
+    assert flat["token_ids"] == usual["token_ids"]
+    assert (usual["draft_temperature"], flat["draft_temperature"]) == (None, 50.0)
+    stats = flat["stats"]
+    assert stats["predicted_tokens_per_second"] is None is not usual["stats"]["drafted_levels"]
+    assert len(read_runs(artifact)) == len(before)
+
+
 def test_lossy_acceptance_is_labelled_and_not_recorded(artifact: Path, capsys: Capture) -> None:
     words, before = (artifact, QUESTION, "--max-tokens", 24, "--no-replan"), read_runs(artifact)
     exact = json.loads(run(capsys, *words, "--json", "--no-record").out)
     assert exact["verify"] == "exact" and exact["stats"]["lossy_tokens"] == 0
+    assert exact["lossy"] is None
     everything = ("--verify", "lossy", "--threshold-method", "prob", "--threshold", 0)
     lossy = json.loads(run(capsys, *words, *everything, "--window", 0, "--json").out)
     assert lossy["verify"] == "lossy" and lossy["stats"]["lossy_tokens"] > 0
     assert lossy["token_ids"] != exact["token_ids"]
+    assert lossy["lossy"] == {"threshold_method": "prob", "threshold": 0.0, "window": 0}
     line = run(capsys, *words, *everything, "--window", 0).err
     number = counted(lossy["stats"]["lossy_tokens"], "token")
     assert f"LOSSY: {number} not the model's own" in line
@@ -271,6 +286,7 @@ def fakes(ids: list[int], after: Any = lambda: None) -> tuple[Any, Any]:
         peak=SimpleNamespace(peak_bytes=1),
         method="plain",
         drafter=None,
+        draft_temperature=None,
         ran_as_planned=lambda sequence: True,
         predicted_tokens_per_second=None,
     )

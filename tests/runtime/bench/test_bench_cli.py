@@ -40,6 +40,7 @@ from subspec.runtime.bench.variants import Source, Variant
 from subspec.runtime.draft import checked
 from subspec.runtime.draft.beam import TokenTree
 from subspec.runtime.engine import Engine
+from subspec.runtime.lossy import Lossy
 from subspec.runtime.sequence import GenerationParams, Sequence
 from subspec.runtime.text import tokenizer
 from subspec.runtime.text.tokenizer import load_tokenizer
@@ -220,6 +221,65 @@ def test_another_drafter_gives_the_same_answers_and_is_named(
     assert run(capsys, "compare", *files, "--expect-identical").exit_code == 0
     refused = run(capsys, "tasks", artifact, *HERE, *words, "--no-speculation")
     assert refused.exit_code == Exit.USAGE and "exclude each other" in refused.err
+
+
+ALL = ("--verify", "lossy", "--threshold-method", "prob", "--threshold", 0, "--window", 0)
+RULE = "lossy (prob 0, window 0)"
+
+
+def test_lossy_answers_name_their_rule_in_every_row_and_table(
+    artifact: Path, measured: dict[str, Path], capsys: Capture, tmp_path: Path
+) -> None:
+    exact, out = tmp_path / "exact.jsonl", tmp_path / "lossy.jsonl"
+    words = ["tasks", artifact, *HERE, "--tasks", "gsm8k", "--data", measured["draft"].parent]
+    words += ["--max-tokens", 16, "--temperature", 1.5, "--out"]
+    assert run(capsys, *words, exact).exit_code == 0
+    done = run(capsys, *words, out, *ALL)
+    assert done.exit_code == 0 and f"2x3, {RULE}" in done.out, done.err
+    rows = answers(out)
+    assert {row.setting.lossy for row in rows} == {Lossy("prob", 0.0, 0)}
+    assert sum(row.costs.lossy_tokens for row in rows) > 0
+    refused = run(capsys, *words, exact, *ALL)
+    assert refused.exit_code == Exit.USAGE and "lossy None instead of Lossy(" in refused.err
+    files = (exact, out)
+    found = run(capsys, "compare", *files)
+    assert found.exit_code == 0 and f"2x3, {RULE}" in found.out
+    strict = run(capsys, "compare", *files, "--expect-identical")
+    assert strict.exit_code == Exit.UNEXPECTED and f"A is 2x3, B is 2x3, {RULE}" in strict.err
+    assert "hint: a lossy rule may change tokens" in strict.err
+    told = json.loads(run(capsys, "compare", *files, "--json").out)
+    assert (told["a_method"], told["b_method"], told["lossy"]) == ("2x3", f"2x3, {RULE}", True)
+    assert told["b"]["lossy_share"] > 0 == told["a"]["lossy_share"]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(tmp_path)
+        assert run(capsys, "report", *files).exit_code == 0
+        assert RULE in Path("bench.html").read_text("utf-8")
+
+
+def test_identical_lossy_answers_are_said_to_be_lossy(
+    artifact: Path, measured: dict[str, Path], capsys: Capture, tmp_path: Path
+) -> None:
+    """A threshold that nothing passes."""
+    out = tmp_path / "lossy.jsonl"
+    words = ["--tasks", "gsm8k", "--data", measured["draft"].parent, "--max-tokens", 8]
+    run(capsys, "tasks", artifact, *HERE, *words, "--verify", "lossy", "--threshold", 0,
+        "--out", out)  # fmt: skip
+    done = run(capsys, "compare", measured["draft"], out, "--expect-identical")
+    assert done.exit_code == 0
+    said = "all 3 turns have identical tokens; A is 2x3, B is 2x3, lossy (entropy 0, window 6)"
+    assert said in done.err
+
+
+def test_rows_of_before_lossy_acceptance_are_exact(
+    measured: dict[str, Path], tmp_path: Path
+) -> None:
+    older = [json.loads(line) for line in measured["draft"].read_text().splitlines()]
+    for row in older:
+        del row["setting"]["lossy"], row["setting"]["draft_temperature"]
+        del row["costs"]["lossy_tokens"]
+    file = tmp_path / "older.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in older))
+    assert read_rows(file) == read_rows(measured["draft"])
 
 
 def test_answers_have_scores_tokens_and_costs(measured: dict[str, Path]) -> None:
@@ -542,6 +602,46 @@ def test_a_sweep_plans_each_point_and_leaves_out_what_does_not_fit(
     assert len(read_rows(out)) == 4 and out.read_bytes().startswith(kept)
 
 
+def test_a_sweep_has_axes_of_lossy_rules_and_of_draft_temperatures(
+    artifact: Path, capsys: Capture, tmp_path: Path
+) -> None:
+    out = tmp_path / "sweep.jsonl"
+    words = ("sweep", artifact, *HERE, "--max-samples", 1, "--max-tokens", 6, "--out", out)
+    words += ("--draft-temperatures", "0.2,3", "--verify", "lossy", "--thresholds", "0,0.3")
+    done = run(capsys, *words, "--windows", "0,4")
+    assert done.exit_code == 0, done.err
+    rows: list[Any] = read_rows(out)
+    assert [(row.setting.draft_temperature, row.setting.lossy) for row in rows] == [
+        (temperature, Lossy("entropy", threshold, window))
+        for temperature in (0.2, 3.0) for threshold in (0.0, 0.3) for window in (0, 4)
+    ]  # fmt: skip
+    assert all(row.predicted_tokens_per_second is None for row in rows)
+    assert "2x3, draft temperature 0.2, lossy (entropy 0.3, window 4)" in done.out
+    again = run(capsys, *words, "--windows", "0,4")
+    assert again.err.count("already") == 8
+    plan = ("sweep", artifact, *HERE, "--max-samples", 1, "--max-tokens", 6, "--out", out)
+    assert run(capsys, *plan).exit_code == 0
+    last: Any = read_rows(out)[-1]
+    assert (last.setting.draft_temperature, last.setting.lossy) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--thresholds", "0.3"], "--thresholds was given without --verify lossy"),
+        (["--windows", "4"], "--windows was given without --verify lossy"),
+        (["--verify", "lossy", "--thresholds", "1.5"], "numbers from 0 to 1"),
+        (["--verify", "lossy", "--method", "plain"], "exclude each other"),
+        (["--draft-temperatures", "0"], "numbers from 0.01 to 100"),
+    ],
+)
+def test_an_axis_that_makes_no_sense_is_refused(
+    artifact: Path, capsys: Capture, words: list[str], expected: str
+) -> None:
+    done = run(capsys, "sweep", artifact, *HERE, *words)
+    assert done.exit_code == Exit.USAGE and expected in done.err
+
+
 def test_axes_are_combined_and_an_empty_one_is_the_plans_own() -> None:
     assert variants.variants([], [], [], []) == [Variant()]
     found = variants.variants([8, 9], [], [1, 2], [])
@@ -619,6 +719,33 @@ def test_a_trace_has_every_round_and_the_drafts_probabilities(
     trace = json.loads((out / "trace.json").read_text())
     lanes = {event["args"].get("name") for event in trace["traceEvents"]}
     assert {"prefill", "draft", "verify"} <= lanes
+
+
+def test_a_trace_takes_the_options_of_an_answer_and_says_them(
+    artifact: Path, capsys: Capture, tmp_path: Path
+) -> None:
+    def steps(*words: object) -> tuple[list[dict[str, Any]], dict[str, str]]:
+        out = tmp_path / "trace"
+        shown = ("trace", artifact, "def f", "--max-tokens", 12, "--out", out, *HERE)
+        done = run(capsys, *shown, *words)
+        assert done.exit_code == 0, done.err
+        about = json.loads((out / "trace.json").read_text())["otherData"]
+        lines = (out / "steps.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines], about
+
+    sampling = ("--temperature", 0.9, "--seed", 3)
+    drafted, about = steps(*sampling)
+    assert (about["method"], about["temperature"], about["seed"]) == ("2x3", "0.9", "3")
+    plain, about = steps(*sampling, "--no-speculation")
+    assert about["method"] == "plain twin" and all(not step["nodes"] for step in plain)
+    flat, about = steps(*sampling, "--draft-temperature", 9)
+    assert about["method"] == "2x3, draft temperature 9"
+    said = [
+        [token for step in some for token in step["emitted"]] for some in (drafted, plain, flat)
+    ]
+    assert said[0] == said[1] == said[2]
+    lossy, about = steps(*ALL, *sampling)
+    assert about["method"] == f"2x3, {RULE}" and sum(step["lossy_tokens"] for step in lossy) > 0
 
 
 def by_path(steps: list[dict[str, Any]]) -> dict[tuple[int, ...], float]:

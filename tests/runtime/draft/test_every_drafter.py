@@ -17,6 +17,7 @@ from grammars import END as END_OF_TEXT
 from grammars import demo_tokens, text_of
 from heads import head_checkpoints
 from running import generated
+from torch import Tensor
 
 from subspec.artifacts.common.errors import SubspecError
 from subspec.artifacts.format.checks import check_plan
@@ -25,6 +26,7 @@ from subspec.artifacts.model import Source
 from subspec.artifacts.plan import CHECKED, OF_HEADS, DrafterName, head_of
 from subspec.planner.model.hub import DEMO, Resolved
 from subspec.planner.planning import DraftModelRef
+from subspec.runtime.draft import beam
 from subspec.runtime.engine import Engine, OpenOptions
 from subspec.runtime.kernels import int4
 from subspec.runtime.lossy import Lossy
@@ -190,6 +192,27 @@ def test_the_answers_are_what_was_asked_for(made: Made) -> None:
     assert len(said) == NUM_TOKENS or set(json.loads(text)) == {"a", "b"}
     usual = [made.said("bfloat16", "demo", asked) for asked in ASKED]
     assert all(one != other for n, one in enumerate(usual) for other in usual[:n])
+
+
+@pytest.mark.parametrize("drafter", [one for one in DRAFTERS if one != "lookup"])
+def test_a_draft_temperature_changes_what_is_drafted_and_no_token(
+    made: Made, monkeypatch: pytest.MonkeyPatch, drafter: DrafterName
+) -> None:
+    kind, used, temperature = kind_of(drafter), set[float](), 5.0
+    real = beam.log_probabilities
+
+    def noted(some: Tensor, logits: Tensor, temperature: float) -> Tensor:
+        used.add(temperature)
+        return real(some, logits, temperature)
+
+    monkeypatch.setattr(beam, "log_probabilities", noted)
+    options = OpenOptions(drafter=drafter, draft_temperature=temperature)
+    with Engine.open(made.artifact("bfloat16", kind), options) as engine:
+        with engine.new_sequence() as sequence:
+            said = generated(sequence, PROMPTS[0], ASKED["seed"]())
+    assert said == made.said("bfloat16", kind, "seed") and used == {temperature}
+    with pytest.raises(SubspecError, match="draft_temperature is 0.0, expected more than 0"):
+        OpenOptions(draft_temperature=0.0)
 
 
 LOSSY = Lossy("prob", 0.02, 1)

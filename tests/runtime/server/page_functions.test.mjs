@@ -4,7 +4,7 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 
 import { answer, spokenEnd } from "./answering.js";
-import { getJson, keepApiKey } from "./api.js";
+import { describeServer, getJson, keepApiKey } from "./api.js";
 import { parseBlocks } from "./blocks.js";
 import {
   addMessage,
@@ -353,6 +353,15 @@ test("only what may pass is asked again", async () => {
     const met = await refusal(503, { code, message: "No memory" });
     assert.deepEqual(met, { kind, asked: 1, shown });
   }
+});
+
+test("a lossy server is known by its props", async () => {
+  for (const verify of ["exact", "lossy", undefined]) {
+    globalThis.fetch = async (path) =>
+      new Response(JSON.stringify(path === "/props" ? { subspec: { verify } } : { data: [] }));
+    assert.equal((await describeServer()).lossy, verify === "lossy");
+  }
+  delete globalThis.fetch;
 });
 
 test("a key that no header can carry is a wrong key", async () => {

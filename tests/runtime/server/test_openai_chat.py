@@ -4,6 +4,7 @@ import asyncio
 import gc
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from served import SCRIPTED_DEPTH, Client, Response, Served, ask, model_of, serv
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.planner.model.hub import DEMO
+from subspec.runtime.lossy import Lossy
 from subspec.runtime.model.sampling import Sampling
 from subspec.runtime.sequence import Stats
 from subspec.runtime.server import streaming
@@ -22,6 +24,7 @@ from subspec.runtime.server.chat_events import (
     ToolCallDelta,
     ToolCallStart,
 )
+from subspec.runtime.server.figures import metrics as metrics_of
 from subspec.runtime.server.figures import speculative_decoding
 from subspec.runtime.server.generation import Outcome, Piece, QueueFull
 from subspec.runtime.server.metrics import Metrics
@@ -151,6 +154,16 @@ def test_rounds_deeper_than_the_plans_own_tree_are_counted_too() -> None:
     metrics = Metrics("m", SCRIPTED_DEPTH, None)
     metrics.answered(outcome, 0.5, 1.0)
     assert f'position="{deep - 1}"}} 1.0'.encode() in metrics.text()
+
+
+def test_figures_say_by_which_rule_an_answer_was_verified() -> None:
+    model = model_of(load_tokenizer(DEMO))
+    stats = Stats("substitute", drafted=(2,), drafted_tokens=2, accepted=(2,), lossy_tokens=1)
+    exact = Outcome("eos", None, stats, 0.0, 1.0, None)
+    assert metrics_of(exact, model)["subspec"]["verify"] == "exact"
+    told = metrics_of(replace(exact, lossy=Lossy()), model)["subspec"]
+    assert (told["verify"], told["lossy_tokens"]) == ("lossy", 1)
+    assert told["lossy"] == {"threshold_method": "entropy", "threshold": 0.3, "window": 6}
 
 
 def test_thinking_and_tool_calls_have_their_own_fields() -> None:

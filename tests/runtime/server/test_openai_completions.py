@@ -10,6 +10,7 @@ from scripted_generator import Script
 from served import Client, Response, Served, ask, serve
 
 from subspec.planner.model.hub import DEMO
+from subspec.runtime.lossy import Lossy
 from subspec.runtime.server import openai_completions
 from subspec.runtime.server.generation import Generation, GenerationRequest, QueueFull
 from subspec.runtime.server.openai_models import text_of
@@ -289,6 +290,20 @@ def test_props_have_what_clients_branch_on_and_no_path() -> None:
     assert found["total_slots"] == 2 and found["model_path"] == "org/model"
     assert found["chat_template"] and found["chat_template_caps"] == {}
     assert found["memory"] == {"budget_bytes": 50, "peak_bytes": 7}
+
+
+def test_a_lossy_server_says_so_in_its_props_and_in_every_response() -> None:
+    usual, lossy = serve("Hello").app, serve("Hello", lossy=Lossy("prob", 0.2, 3)).app
+    asked = {"prompt": "x", "max_tokens": 4}
+    for app, rule in ((usual, None), (lossy, "lossy (prob 0.2, window 3)")):
+        for path, body in (("/props", None), ("/nothing", None), (PATH, asked)):
+            response = ask(app, path, body)
+            assert response.headers.get("x-subspec-verify") == rule
+    told = ask(lossy, "/props").json["subspec"]
+    assert told["verify"] == "lossy"
+    assert told["lossy"] == {"threshold_method": "prob", "threshold": 0.2, "window": 3}
+    told = ask(usual, "/props").json["subspec"]
+    assert told["verify"] == "exact" and told["lossy"] is None
 
 
 def test_the_api_is_described() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from builders import build_artifact, replan
+from counted import Counted
 from running import generated
 
 from subspec.artifacts.common.errors import Exit, SubspecError
@@ -22,6 +23,7 @@ from subspec.runtime.decode import Read, Round
 from subspec.runtime.draft.drafter import Turn
 from subspec.runtime.engine import Engine, OpenOptions
 from subspec.runtime.exact_pass import Piece as PromptPiece
+from subspec.runtime.lossy import Lossy
 from subspec.runtime.model.sampling import Sampling
 from subspec.runtime.sequence import GenerationParams, Sequence
 from subspec.runtime.server import scheduler
@@ -79,6 +81,7 @@ def use(
     prefix_cache_bytes: int = 0,
     link_bandwidth: float | None = None,
     record: bool = False,
+    lossy: Lossy | None = None,
 ) -> None:
     options = OpenOptions(link_bandwidth=link_bandwidth)
 
@@ -90,6 +93,7 @@ def use(
             queue_limit,
             prefix_cache_bytes,
             record,
+            lossy,
         )
         scheduler.start()
         while scheduler.status.phase == "loading":
@@ -287,6 +291,24 @@ def test_log_probabilities_come_with_their_tokens(
         assert said == PROMPTS[0][1:]
 
     use(artifact, tokenizer, check)
+
+
+def test_a_lossy_scheduler_says_of_each_answer_by_which_rule_it_was_verified(
+    artifact: Artifact, tokenizer: ChatTokenizer, alone: list[list[int]]
+) -> None:
+    """Under a constraint there is none, and such answers are no records."""
+    everything, before = Lossy("prob", 0, 0), len(read_runs(artifact.path))
+
+    async def check(scheduler: Scheduler) -> None:
+        free = scheduler.submit(asked(PROMPTS[0]))
+        assert await tokens_of(free) != alone[0]
+        assert free.outcome.lossy == everything and free.outcome.stats.lossy_tokens > 0
+        held = scheduler.submit(asked(PROMPTS[0], replace(PARAMS, constraint=Counted(2048))))
+        await tokens_of(held)
+        assert held.outcome.lossy is None and held.outcome.stats.lossy_tokens == 0
+
+    use(artifact, tokenizer, check, record=True, lossy=everything)
+    assert len(read_runs(artifact.path)) <= before + 1  # of the one under a constraint
 
 
 def test_only_answers_without_company_are_recorded(

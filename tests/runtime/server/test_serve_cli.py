@@ -76,6 +76,8 @@ def test_keys_are_lines_of_printable_ascii(tmp_path: Path) -> None:
         (["--log-format", "xml"], "'xml' is not one of"),
         (["--vram", "5MB", "--no-replan"], "exclude each other"),
         (["--context", "99"], "--context was given without --model"),
+        (["--threshold", "0.5"], "--threshold was given without --verify lossy"),
+        (["--verify", "lossy", "--no-speculation"], "exclude each other"),
         (["--rehearse", "none"], "--rehearse was given without --model"),
         (["--model", "demo", "--vram", "9MB"], "an ARTIFACT, artifact, and --model exclude"),
     ],

@@ -196,6 +196,19 @@ def test_the_log_is_json_a_line_and_what_a_client_sends_breaks_none() -> None:
         assert all(json.loads(line) for line in server.lines)
 
 
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_a_lossy_server_says_so_when_it_starts(form: str) -> None:
+    with process(log_format=form, lossy=True) as server:
+        server.wait_for("ready")
+        [line] = [line for line in server.lines if "lossy" in line]
+    if form == "json":
+        told = json.loads(line)
+        assert (told["level"], told["verify"]) == ("warning", "lossy")
+        assert told["lossy"] == {"threshold_method": "entropy", "threshold": 0.3, "window": 6}
+    else:
+        assert "lossy (entropy 0.3, window 6): answers may differ from the exact model's" in line
+
+
 # Connections
 
 
