@@ -15,6 +15,7 @@ import click
 from subspec.artifacts.common.command import finite_option, say, size_option
 from subspec.artifacts.common.configuration import Configured
 from subspec.artifacts.common.errors import Exit, SubspecError, errors_of
+from subspec.artifacts.common.precedence import Rules
 from subspec.artifacts.common.progress import Progress
 from subspec.artifacts.common.sizes import parse_size
 from subspec.planner.planning import (
@@ -96,9 +97,30 @@ class Options:
         return self.vram
 
 
+# check_options has the sentences.
+RULES = Rules(
+    needs=(
+        ("print_plan", "source"), ("reprofile", "source"), ("draft_model", "model"),
+        ("draft_model_weights", "draft_model"), ("draft_head", "model"), ("encoding", "model"),
+        ("quantizer", "model"), ("revision", "model"),
+    ),
+    excludes=(
+        ("model", "source"), ("model", "calibrate"), ("source", "calibrate"),
+        ("calibrate", "profile"), ("calibrate", "calibration"), ("calibrate", "rehearse"),
+        ("profile", "calibration"), ("profile", "rehearse"), ("calibration", "rehearse"),
+    ),
+    only_if={
+        ("draft_head", "model"): lambda given: given["draft_head"] != OWN_HEAD,
+        ("profile", "rehearse"): lambda given: given["rehearse"] > 0,
+        ("calibration", "rehearse"): lambda given: given["rehearse"] == 0,
+    },
+)  # fmt: skip
+
+
 @click.command(
-    "subspec-plan", cls=Configured, context_settings={"help_option_names": ["-h", "--help"]}
-)
+    "subspec-plan", cls=Configured, rules=RULES,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)  # fmt: skip
 @click.option(
     "--model", metavar="REF",
     help="A folder, org/name, hf://org/name@rev, a bare name such as Qwen2.5-32B, or demo.",

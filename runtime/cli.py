@@ -15,6 +15,7 @@ from subspec.artifacts.common.sizes import format_size
 from subspec.runtime.app.opening_options import drafting_options, lossy_options, plan_options
 from subspec.runtime.app.run_options import (
     MOST_LOGPROBS,
+    RULES,
     Options,
     arranged,
     bias_option,
@@ -31,8 +32,9 @@ LARGEST_PROMPT = 16 << 20  # bytes read from stdin
 
 
 @click.command(
-    "subspec-run", cls=Configured, context_settings={"help_option_names": ["-h", "--help"]}
-)
+    "subspec-run", cls=Configured, rules=RULES,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)  # fmt: skip
 @click.argument("artifact", required=False)
 @click.argument("prompt", required=False)
 @option(

@@ -1,10 +1,10 @@
 """Where the value of an option comes from: default < configuration file < environment < command
-line. A file has one value for each long option, and is read as the command line is."""
+line."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from copy import copy
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -13,25 +13,25 @@ import click
 import yaml
 from click.core import ParameterSource
 
-from subspec.artifacts.common.command import HINT, Program, fail
-from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.common.command import HINT, Program, fail, say
+from subspec.artifacts.common.configuration_file import texts_of, values_of
+from subspec.artifacts.common.errors import SubspecError
+from subspec.artifacts.common.precedence import ORIGINS, Overridden, Rules, settle, source_of
 
-LARGEST_FILE = 64 << 10  # bytes
 NOT_CONFIGURED = ("config", "print-config", "help", "version")
-ORIGINS = {
-    ParameterSource.COMMANDLINE: "the command line",
-    ParameterSource.ENVIRONMENT: "the environment",
-    ParameterSource.DEFAULT_MAP: "the configuration file",
-}
 
 
 class Configured(Program):
     """A command whose options also come from --config FILE and from the environment, as
-    SUBSPEC_RUN_MAX_TOKENS for subspec-run's --max-tokens."""
+    SUBSPEC_RUN_MAX_TOKENS for subspec-run's --max-tokens. Each flag has an opposite, so that the
+    command line can take back what these say."""
 
-    def __init__(self, name: str, program: str = "", **settings: Any) -> None:
+    def __init__(
+        self, name: str, program: str = "", rules: Rules | None = None, **settings: Any
+    ) -> None:
         """program: of which it is a command, if it is one."""
         super().__init__(name, **settings)
+        self.rules = rules or Rules()
         self.params += [
             click.Option(
                 ["--config"],
@@ -50,16 +50,33 @@ class Configured(Program):
         for option in self.params:
             if isinstance(option, click.Option) and long_name(option) not in NOT_CONFIGURED[1:]:
                 option.envvar = variable_name(f"{program} {name}".strip(), option)
+        if flags_of(self):
+            self.epilog = "Each flag has an opposite: --no-X for --X, and --X for --no-X."
+
+    def make_parser(self, ctx: click.Context) -> Any:
+        """With the flags' opposites, which --help does not list."""
+        parser = super().make_parser(ctx)
+        for name, option in flags_of(self).items():
+            parser.add_option(
+                option, [opposite(f"--{name}")], option.name, action="store_const", const=False
+            )
+        return parser
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        given = list(args)
         try:
-            rest = super().parse_args(ctx, args)
+            on_line, _, _ = self.make_parser(ctx).parse_args(list(args))
+            prints = "print_config" in on_line
+            command = with_nothing_required(self) if prints else self
+            rest = click.Command.parse_args(command, ctx, args)
+        except click.BadOptionUsage as error:
+            raise with_opposite(error, self) from None
         except click.BadParameter as error:
             raise from_where(error) from None
-        del ctx.params["config"]
-        if ctx.params.pop("print_config"):
-            print_configuration(ctx, given)
+        warn_of_unknown_variables(ctx)
+        overridden = settle(ctx, self.rules)
+        del ctx.params["config"], ctx.params["print_config"]
+        if prints:
+            print_configuration(ctx, on_line, overridden)
             ctx.exit()
         return rest
 
@@ -87,6 +104,15 @@ def configured(command: click.Command) -> dict[str, click.Option]:
     return {name: one for name, one in options.items() if name not in NOT_CONFIGURED}
 
 
+def read_configuration(
+    context: click.Context, parameter: click.Parameter, file: Path | None
+) -> Path | None:
+    """Callback of --config: what the file says replaces defaults. Raises SubspecError(USAGE)."""
+    if file is not None:
+        context.default_map = values_of(context, file, configured(context.command))
+    return file
+
+
 def from_where(error: click.BadParameter) -> click.BadParameter:
     """The same error, of a value that is not on the command line, with its variable."""
     option, context = error.param, error.ctx
@@ -97,158 +123,87 @@ def from_where(error: click.BadParameter) -> click.BadParameter:
     return error
 
 
-# ---- a file ----
+def warn_of_unknown_variables(context: click.Context) -> None:
+    """A variable that is meant for this program and sets nothing is a misspelt one."""
+    program = context.find_root().command
+    commands = program.commands.values() if isinstance(program, click.Group) else [program]
+    options = [one for command in commands for one in command.params]
+    known = [str(one.envvar) for one in options if one.envvar is not None]
+    for variable in sorted(set(os.environ) - set(known)):
+        if variable.startswith(f"{program.name}_".replace("-", "_").upper()):
+            near = get_close_matches(variable, known, n=1)
+            meant = f"; did you mean {near[0]}?" if near else ""
+            say(f"note: the environment's {variable} is no option of {program.name}{meant}")
 
 
-def read_configuration(
-    context: click.Context, parameter: click.Parameter, file: Path | None
-) -> Path | None:
-    """Callback of --config: what the file says replaces defaults. Raises SubspecError(USAGE)."""
-    if file is not None:
-        context.default_map = values_of(context, file)
-    return file
+# ---- flags ----
 
 
-def values_of(context: click.Context, file: Path) -> dict[str, str | list[str]]:
-    """By parameter: text as it is written, a list of texts for an option that may be repeated."""
-    known = configured(context.command)
-    found = dict[str, str | list[str]]()
-    for key_node, node in yaml_root(file).value:
-        key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
-        place = f"{file}, line {key_node.start_mark.line + 1}"
-        if key not in known:
-            raise unknown_key(place, key, known)
-        option = known[key]
-        assert option.name is not None
-        if option.name in found:
-            raise wrong(f"{place}: {key} is there twice", "leave one out")
-        value = texts_of(node, option.multiple)
-        if isinstance(value, Got):
-            raise wrong(f"{place}: {key} is {value.what}, expected {expected_of(option)}")
-        check_value(context, f"{place}: {key}", option, value)
-        found[option.name] = value
-    return found
+def flags_of(command: click.Command) -> dict[str, click.Option]:
+    return {name: one for name, one in configured(command).items() if one.is_flag}
 
 
-@dataclass(frozen=True)
-class Got:
-    """What is there instead of a value."""
-
-    what: str
+def opposite(flag: str) -> str:
+    """ "--raw" -> "--no-raw", "--no-replan" -> "--replan"."""
+    return "--" + flag[len("--no-") :] if flag.startswith("--no-") else "--no-" + flag[2:]
 
 
-def texts_of(node: yaml.Node, multiple: bool) -> str | list[str] | Got:
-    listed = node.value if isinstance(node, yaml.SequenceNode) else [node]
-    if isinstance(node, yaml.SequenceNode) and not multiple:
-        return Got("a list")
-    if not all(isinstance(one, yaml.ScalarNode) for one in listed):
-        return Got("a mapping" if isinstance(node, yaml.MappingNode) else "a list of lists")
-    if any(one.tag != yaml.BaseLoader.DEFAULT_SCALAR_TAG for one in listed):
-        return Got("a value with a YAML tag")
-    texts = [str(one.value) for one in listed]
-    return texts if multiple else texts[0]
-
-
-def yaml_root(file: Path) -> yaml.MappingNode:
-    """The file's one mapping, as nodes: nothing of it becomes an object. Raises
-    SubspecError(USAGE)."""
-    try:
-        with open(file, "rb") as opened:
-            raw = opened.read(LARGEST_FILE + 1)
-        if len(raw) > LARGEST_FILE:
-            raise wrong(f"--config {file} has more than {LARGEST_FILE} bytes")
-        root = yaml.compose(raw.decode("utf-8"), Loader=yaml.BaseLoader)
-    except OSError as error:
-        raise wrong(f"--config {file} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise wrong(f"--config {file} is not UTF-8: {error.reason}") from None
-    except RecursionError:
-        raise wrong(f"--config {file} is nested too deep, expected key: value") from None
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = f", line {mark.line + 1}" if mark else ""
-        raise wrong(f"--config {file}{line} is not YAML: {error.problem}") from None
-    except yaml.YAMLError as error:
-        raise wrong(f"--config {file} is not YAML: {error}") from None
-    if root is None:
-        return yaml.MappingNode("", [])
-    if not isinstance(root, yaml.MappingNode):
-        raise wrong(f"--config {file} has no keys", "write lines such as: max-tokens: 256")
-    return root
-
-
-def check_value(
-    context: click.Context, place: str, option: click.Option, value: str | list[str]
-) -> None:
-    """Raises SubspecError(USAGE) for what the command line would refuse."""
-    try:
-        if "" in (value if option.multiple else [value]):
-            raise click.BadParameter("")
-        option.process_value(context, value)
-    except click.UsageError as error:
-        got = repr(value) if value else "empty"
-        hint = error.message.partition(HINT)[2]
-        raise wrong(f"{place} is {got}, expected {expected_of(option)}", hint) from None
-
-
-def expected_of(option: click.Option) -> str:
-    kind = option.type
-    if option.is_flag:
-        return "true or false"
-    if isinstance(kind, click.Choice):
-        said = "one of " + ", ".join(map(str, kind.choices))
-    elif isinstance(kind, click.IntRange | click.FloatRange):
-        said = "a whole number" if isinstance(kind, click.IntRange) else "a number"
-        if kind.min is not None:
-            said += f" {'above' if kind.min_open else 'from'} {kind.min}"
-        if kind.max is not None:
-            said += f" {'below' if kind.max_open else 'to'} {kind.max}"
-    else:
-        said = option.metavar or kind.name
-    return f"{said}, or a list of them" if option.multiple else said
-
-
-def unknown_key(place: str, key: str | None, known: dict[str, click.Option]) -> SubspecError:
-    if key is None:
-        return wrong(f"{place}: a key is not text, expected the name of an option")
-    near = get_close_matches(key.replace("_", "-").lstrip("-"), known, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(sorted(known))}"
-    return wrong(f"{place}: {key!r} is not an option of this command", hint)
-
-
-def wrong(message: str, hint: str = "docs/commands.md describes the file") -> SubspecError:
-    return SubspecError(Exit.USAGE, message, hint)
+def with_opposite(error: click.BadOptionUsage, command: click.Command) -> click.BadOptionUsage:
+    """The same error, of --flag=false, with the option that says so."""
+    flags = [f"--{name}" for name in flags_of(command)]
+    if error.option_name not in (*flags, *map(opposite, flags)):
+        return error
+    message = f"{error.message}{HINT}{opposite(error.option_name)} is its opposite"
+    return click.BadOptionUsage(error.option_name, message, error.ctx)
 
 
 # ---- what --print-config prints ----
 
 
-def print_configuration(context: click.Context, given: Sequence[str]) -> None:
-    """All options on stdout, as a file for --config: those without a value are comments."""
-    options = configured(context.command)
-    on_line, _, _ = context.command.make_parser(context).parse_args(list(given))
+def with_nothing_required(command: click.Command) -> click.Command:
+    """The same command, whose configuration can be printed without an ARTIFACT."""
+    changed = copy(command)
+    changed.params = [copy(one) for one in command.params]
+    for one in changed.params:
+        one.required = False
+    return changed
+
+
+def print_configuration(
+    context: click.Context, on_line: Mapping[str, Any], overridden: Mapping[str, Overridden]
+) -> None:
+    """All options on stdout, as a file for --config: those without a value, and those that do not
+    count, are comments. on_line: what the command line says."""
     rows = []
-    for key, option in options.items():
+    for key, option in configured(context.command).items():
         assert option.name is not None
-        source = context.get_parameter_source(option.name) or ParameterSource.DEFAULT
-        origin = ORIGINS.get(source, "default")
+        lost = overridden.get(option.name)
+        source = lost.source if lost else source_of(context, option.name)
+        origin = ORIGINS[source]
         if source == ParameterSource.ENVIRONMENT:
             origin += f"'s {option.envvar}"
         value = written_value(context, option, source, on_line)
-        empty = value in (None, [], "")
-        rows.append((f"# {key}:" if empty else yaml_line(key, value), origin))
+        if option.is_flag:
+            value = lost is not None or bool(context.params[option.name])
+        if value in (None, [], ""):
+            rows.append((f"# {key}:", origin))
+        elif lost:
+            rows.append((f"# {yaml_line(key, value)}", f"{origin}, overridden by {lost.by}"))
+        else:
+            rows.append((yaml_line(key, value), origin))
     width = max(len(line) for line, _ in rows)
     for line, origin in rows:
         click.echo(f"{line:<{width}}  # {origin}")
 
 
 def written_value(
-    context: click.Context, option: click.Option, source: ParameterSource, on_line: dict[str, Any]
+    context: click.Context,
+    option: click.Option,
+    source: ParameterSource,
+    on_line: Mapping[str, Any],
 ) -> Any:
     """As a person wrote it, or the default: 24GB, not 24000000000."""
     name = option.name or ""
-    if option.is_flag:
-        return bool(context.params[name])
     if source == ParameterSource.COMMANDLINE:
         value = on_line[name]
     elif source == ParameterSource.ENVIRONMENT:
@@ -268,7 +223,7 @@ def yaml_line(key: str, value: Any) -> str:
     many = isinstance(value, list)
     texts = value if many else [str(value).lower() if isinstance(value, bool) else str(value)]
 
-    def line(written: list[str]) -> str:
+    def line(written: Sequence[str]) -> str:
         return f"{key}: [{', '.join(written)}]" if many else f"{key}: {written[0]}"
 
     with suppress(yaml.YAMLError):

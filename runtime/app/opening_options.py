@@ -2,7 +2,7 @@
 drafts, what is accepted."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -10,20 +10,34 @@ import click
 
 from subspec.artifacts.common.command import HINT, finite_option, size_option
 from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.common.precedence import Rules
 from subspec.artifacts.plan import DrafterName, Method, method_of
 from subspec.runtime.lossy import Lossy, ThresholdMethod, Verify
 
 DRAFT_TEMPERATURES = (0.01, 100.0)
 DEVICE = re.compile(r"cpu|cuda(:[0-9]{1,3})?", re.ASCII)
-# The first option of a pair needs the second.
-NEEDS = (
-    ("model", "vram"),
-    ("context", "model"),
-    ("rehearse", "model"),
-    ("draft_model", "model"),
-    ("threshold_method", "verify"),
-    ("threshold", "verify"),
-    ("window", "verify"),
+OPENING = Rules(
+    needs=(
+        ("model", "vram"),
+        ("context", "model"),
+        ("rehearse", "model"),
+        ("draft_model", "model"),
+        ("threshold_method", "verify"),
+        ("threshold", "verify"),
+        ("window", "verify"),
+    ),
+    excludes=(
+        ("no_speculation", "drafter"),
+        ("no_speculation", "draft_temperature"),
+        ("no_speculation", "verify"),
+        ("drafter", "draft_temperature"),
+        ("vram", "no_replan"),
+    ),
+    only_if={
+        ("drafter", "draft_temperature"): lambda given: given["drafter"] == "lookup",
+        # A model is planned for --vram, and that plan may be used as it is.
+        ("vram", "no_replan"): lambda given: given.get("model") is None,
+    },
 )
 
 Command = Callable[..., None]
@@ -164,22 +178,20 @@ lossy_options = all_of(
 )  # fmt: skip
 
 
-def check_opening(options: OpeningOptions, needs: Iterable[tuple[str, str]] = ()) -> None:
-    """Raises SubspecError(USAGE) for what click cannot see. needs: pairs beyond NEEDS."""
-    for flag, other in (*NEEDS, *needs):
+def check_opening(options: OpeningOptions, rules: Rules = OPENING) -> None:
+    """Raises SubspecError(USAGE) for what click cannot see."""
+    for flag, other in rules.needs:
         if is_given(options, flag) and not is_given(options, other):
             message = f"{spelled(flag)} was given without {spelled(other)}"
             raise SubspecError(Exit.USAGE, message, f"add {spelled(other)}")
-    for flag in ("drafter", "draft_temperature", "verify"):
-        if options.no_speculation and is_given(options, flag):
-            message = f"--no-speculation and {spelled(flag)} exclude each other"
-            raise SubspecError(Exit.USAGE, message, "leave one out")
     if options.drafter == "lookup" and options.draft_temperature is not None:
         message = "--draft-temperature was given, and --drafter lookup has no probabilities"
         raise SubspecError(Exit.USAGE, message, "leave one out")
-    if options.model is None and options.vram and options.no_replan:
-        message = "--vram and --no-replan exclude each other"
-        raise SubspecError(Exit.USAGE, message, "leave one out")
+    for flag, other in rules.excludes:
+        both = is_given(options, flag) and is_given(options, other)
+        if both and rules.hold((flag, other), vars(options)):
+            message = f"{spelled(flag)} and {spelled(other)} exclude each other"
+            raise SubspecError(Exit.USAGE, message, "leave one out")
 
 
 def is_given(options: OpeningOptions, field: str) -> bool:

@@ -7,12 +7,12 @@ import click
 
 from subspec.artifacts.common.command import HINT
 from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.common.precedence import Rules
 from subspec.runtime.app.opening_options import (
+    OPENING,
     OpeningOptions,
     check_opening,
-    is_given,
     option_with_default_of,
-    spelled,
 )
 
 BIAS = re.compile(r"([0-9]{1,9})=([+-]?[0-9]{1,9}(?:\.[0-9]{1,9})?)", re.ASCII)
@@ -47,14 +47,17 @@ class Options(OpeningOptions):
     stats: bool = False
 
 
-# The first flag of a pair needs the second, or excludes it.
-NEEDS = (
-    ("full", "check"), ("unpadded", "no_speculation"), ("sequences", "model"),
-    ("logprobs", "as_json"),
-)  # fmt: skip
-EXCLUDES = (
-    ("as_json", "chat"), ("raw", "chat"), ("raw", "system"),
-    ("stats", "prompt"), ("stats", "chat"), ("stats", "check"),
+RULES = Rules(
+    needs=(
+        *OPENING.needs, ("full", "check"), ("unpadded", "no_speculation"), ("sequences", "model"),
+        ("logprobs", "as_json"),
+    ),
+    excludes=(
+        *OPENING.excludes, ("artifact", "model"), ("as_json", "chat"), ("raw", "chat"),
+        ("raw", "system"), ("stats", "prompt"), ("stats", "chat"), ("stats", "check"),
+    ),
+    # With --model the only positional argument is PROMPT.
+    only_if={**OPENING.only_if, ("artifact", "model"): lambda given: given["prompt"] is not None},
 )  # fmt: skip
 
 
@@ -101,11 +104,7 @@ def arranged(options: Options) -> Options:
 
 def check_options(options: Options) -> None:
     """Raises SubspecError(USAGE) for what click cannot see."""
-    check_opening(options, NEEDS)
-    for flag, other in EXCLUDES:
-        if is_given(options, flag) and is_given(options, other):
-            message = f"{spelled(flag)} and {spelled(other)} exclude each other"
-            raise SubspecError(Exit.USAGE, message, "leave one out")
+    check_opening(options, RULES)
     if "" in options.stop:
         raise SubspecError(Exit.USAGE, "--stop is empty", "give the text that ends the answer")
     try:

@@ -12,7 +12,12 @@ import click
 from subspec.artifacts.common.command import HINT, finite_option
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.sizes import parse_size
-from subspec.runtime.app.opening_options import DRAFT_TEMPERATURES, OpeningOptions, all_of
+from subspec.runtime.app.opening_options import (
+    DRAFT_TEMPERATURES,
+    OPENING,
+    OpeningOptions,
+    all_of,
+)
 from subspec.runtime.lossy import Lossy
 
 Command = Callable[..., None]
@@ -70,6 +75,15 @@ def names(text: str, known: Iterable[str], what: str) -> tuple[str, ...]:
     return found
 
 
+# rules_of has the sentences.
+SWEEPING = replace(
+    OPENING,
+    needs=(*OPENING.needs, ("thresholds", "verify"), ("windows", "verify")),
+    excludes=(*OPENING.excludes, ("method", "verify")),
+    only_if={**OPENING.only_if, ("method", "verify"): lambda given: given["method"] == "plain"},
+)
+
+
 def rules_of(
     how: OpeningOptions, thresholds: Sequence[float], windows: Sequence[int], method: str | None
 ) -> list[Lossy | None]:
@@ -95,9 +109,11 @@ def writable_file(
     return None if value is None else checked_writable(value, value.is_file, "file")
 
 
-def folder_of_files(context: click.Context, option: click.Parameter, value: Path) -> Path:
+def folder_of_files(
+    context: click.Context, option: click.Parameter, value: Path | None
+) -> Path | None:
     """Callback: a folder that files can be written to, or that can be made."""
-    return checked_writable(value, value.is_dir, "folder")
+    return None if value is None else checked_writable(value, value.is_dir, "folder")
 
 
 def checked_writable(path: Path, is_one: Callable[[], bool], kind: str) -> Path:

@@ -13,6 +13,7 @@ from subspec.artifacts.common.configuration import Configured
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.plan import DrafterName
 from subspec.runtime.app.opening_options import (
+    OPENING,
     OpeningOptions,
     check_opening,
     drafting_options,
@@ -21,6 +22,7 @@ from subspec.runtime.app.opening_options import (
     verify_options,
 )
 from subspec.runtime.bench.bench_options import (
+    SWEEPING,
     artifact_argument,
     draft_temperatures,
     folder_of_files,
@@ -61,7 +63,7 @@ def main() -> None:
     """
 
 
-@main.command("speed", cls=Configured, program=NAME, context_settings=HELP)
+@main.command("speed", cls=Configured, program=NAME, rules=OPENING, context_settings=HELP)
 @artifact_argument
 @click.option("-p", "--prompts", default="128", show_default=True, callback=whole_numbers,
               metavar="N,N", help="Rows pp: tokens of prompts that are read.")  # fmt: skip
@@ -110,7 +112,7 @@ def speed(artifact: Path, form: "Form", out: Path | None, **given: Any) -> None:
     sys.stdout.write(written(rows, form, speed_table, speed_columns))
 
 
-@main.command("tasks", cls=Configured, program=NAME, context_settings=HELP)
+@main.command("tasks", cls=Configured, program=NAME, rules=OPENING, context_settings=HELP)
 @artifact_argument
 @click.option("--tasks", default=BUILTIN, show_default=True, metavar="NAMES",
               help=f"Some of {BUILTIN}, {', '.join(LAYOUTS)}.")  # fmt: skip
@@ -161,7 +163,7 @@ def tasks(artifact: Path, form: "Form", out: Path | None, **given: Any) -> None:
     sys.stdout.write(written(rows, form, task_table, task_columns))
 
 
-@main.command("sweep", cls=Configured, program=NAME, context_settings=HELP)
+@main.command("sweep", cls=Configured, program=NAME, rules=SWEEPING, context_settings=HELP)
 @artifact_argument
 @click.option("--widths", default="", callback=positive_numbers, metavar="N,N",
               help="Widths of the draft tree.  [default: the plan's]")  # fmt: skip
@@ -255,7 +257,7 @@ def compare(a: Path, b: Path, as_json: bool, expect_identical: bool) -> None:
         say(identical_or_raise(found))
 
 
-@main.command("trace", cls=Configured, program=NAME, context_settings=HELP)
+@main.command("trace", cls=Configured, program=NAME, rules=OPENING, context_settings=HELP)
 @artifact_argument
 @click.argument("prompt")
 @click.option("--max-tokens", type=click.IntRange(min=2), default=64, show_default=True,

@@ -19,6 +19,7 @@ from subspec.runtime.server.serve_options import (
     KEY_VARIABLE,
     MODEL_NAME,
     ORIGIN,
+    RULES,
     Options,
     api_keys,
     check_options,
@@ -37,8 +38,9 @@ NEEDED = ("fastapi", "uvicorn", "prometheus_client", "llguidance")  # by the ext
 
 
 @click.command(
-    "subspec-serve", cls=Configured, context_settings={"help_option_names": ["-h", "--help"]}
-)
+    "subspec-serve", cls=Configured, rules=RULES,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)  # fmt: skip
 @click.argument("artifact", required=False, type=click.Path(path_type=Path))
 @option(
     "--model",

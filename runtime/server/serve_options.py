@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import click
 from subspec.artifacts.common.command import size_option
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.runtime.app.opening_options import (
+    OPENING,
     OpeningOptions,
     check_opening,
     option_with_default_of,
@@ -21,6 +22,7 @@ KEY = re.compile(r"[\x21-\x7e]{1,512}")  # what a header can have
 ORIGIN = re.compile(r"\*|https?://[^\s/@?#]+|[a-z][a-z0-9+.-]*://[^\s/@?#]*", re.ASCII)
 MODEL_NAME = re.compile(r"[A-Za-z0-9._:/@-]{1,128}")
 KEY_VARIABLE = "SUBSPEC_API_KEY"
+RULES = replace(OPENING, excludes=(*OPENING.excludes, ("artifact", "model")))
 
 
 @dataclass(frozen=True)

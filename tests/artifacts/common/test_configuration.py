@@ -8,7 +8,13 @@ import click
 import pytest
 
 from subspec.artifacts.common import configuration
-from subspec.artifacts.common.configuration import Configured, configured, variable_name
+from subspec.artifacts.common.configuration import (
+    Configured,
+    configured,
+    flags_of,
+    opposite,
+    variable_name,
+)
 from subspec.artifacts.common.errors import Exit
 from subspec.planner.cli import main as plan
 from subspec.runtime import cli as run_cli
@@ -17,7 +23,9 @@ from subspec.runtime.bench.cli import main as bench
 from subspec.runtime.cli import main as run
 from subspec.runtime.server.cli import main as serve
 
+assert isinstance(bench, click.Group)
 COMMANDS: tuple[click.Command, ...] = (plan, run, serve)
+EVERY = [*COMMANDS, *bench.commands.values()]
 METHODS = Path(__file__).parents[3] / "examples" / "methods"
 Capture = pytest.CaptureFixture[str]
 
@@ -62,6 +70,90 @@ def test_every_option_has_a_key_and_a_variable(command: click.Command, capsys: C
     assert set(origins(out)) == set(configured(command))
     for key, option in configured(command).items():
         assert option.envvar == f"{command.name}_{key}".upper().replace("-", "_")
+
+
+@pytest.mark.parametrize("command", bench.commands)
+def test_a_command_of_subspec_bench_prints_its_configuration_without_an_artifact(
+    command: str, capsys: Capture
+) -> None:
+    code, out, err = printed(capsys, bench, command, "--print-config")
+    assert (code, err) == (0, "") and "# default" in out
+    code, _, err = printed(capsys, bench, command)
+    assert code == Exit.USAGE and "Missing argument" in err
+
+
+@pytest.mark.parametrize("command", EVERY, ids=[str(c.name) for c in EVERY])
+def test_every_flag_has_an_opposite_which_is_no_other_option(command: click.Command) -> None:
+    assert isinstance(command, Configured)
+    names = {one for option in command.params for one in option.opts}
+    for key, option in flags_of(command).items():
+        other = opposite(f"--{key}")
+        assert other not in names and opposite(other) == f"--{key}"
+        context = click.Context(command)
+        found, _, _ = command.make_parser(context).parse_args([f"--{key}", other])
+        assert found[option.name] is False
+        assert other not in command.get_help(context)
+
+
+@pytest.mark.parametrize("lower", ["file", "environment"])
+def test_a_flag_that_is_true_elsewhere_is_taken_back_on_the_command_line(
+    lower: str, capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("no-replan: true\nraw: true\n" if lower == "file" else "")
+    if lower == "environment":
+        monkeypatch.setenv("SUBSPEC_RUN_NO_REPLAN", "1")
+        monkeypatch.setenv("SUBSPEC_RUN_RAW", "1")
+    words = ("--config", file, "--print-config")
+    found = origins(printed(capsys, run, *words)[1])
+    assert found["no-replan"][0] == found["raw"][0] == "true"
+    found = origins(printed(capsys, run, *words, "--replan", "--no-raw")[1])
+    assert found["no-replan"] == found["raw"] == ("false", "the command line")
+
+
+@pytest.mark.parametrize("word", ["--no-speculation=false", "--speculation=true"])
+def test_a_flag_with_a_value_is_told_its_opposite(capsys: Capture, word: str) -> None:
+    code, _, err = printed(capsys, run, "artifact", word)
+    other = opposite(word.partition("=")[0])
+    assert code == Exit.USAGE and f"does not take a value.\n\nhint: {other} is its opposite" in err
+
+
+def test_a_misspelt_variable_is_named_with_the_one_that_is_meant(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SUBSPEC_RUN_MAX_TOKEN", "5")
+    code, _, err = printed(capsys, run, "--print-config")
+    meant = "did you mean SUBSPEC_RUN_MAX_TOKENS?"
+    assert code == 0
+    assert err == (
+        f"note: the environment's SUBSPEC_RUN_MAX_TOKEN is no option of subspec-run; {meant}\n"
+    )
+    assert printed(capsys, serve, "--print-config")[2] == ""
+
+
+def test_variables_of_all_commands_of_subspec_bench_are_known(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SUBSPEC_BENCH_SPEED_REPEATS", "2")
+    monkeypatch.setenv("SUBSPEC_BENCH_TASKS_CONFIG", "")
+    assert printed(capsys, bench, "tasks", "--print-config")[2] == ""
+    monkeypatch.setenv("SUBSPEC_BENCH_TASK_SEED", "2")
+    err = printed(capsys, bench, "tasks", "--print-config")[2]
+    assert "did you mean SUBSPEC_BENCH_TASKS_SEED?" in err
+
+
+def test_null_in_a_file_sets_nothing(
+    capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("drafter: null\nvram: ~\nstop: Null\nseed: ~\nsystem: 'null'\n")
+    monkeypatch.setenv("SUBSPEC_RUN_SEED", "20")
+    code, out, _ = printed(capsys, run, "--config", file, "--print-config")
+    found = origins(out)
+    assert code == 0
+    assert found["drafter"] == found["vram"] == found["stop"] == ("", "default")
+    assert found["seed"] == ("20", "the environment's SUBSPEC_RUN_SEED")
+    assert found["system"] == ('"null"', "the configuration file")
 
 
 def test_what_print_config_prints_is_a_file_that_says_the_same(
@@ -116,6 +208,8 @@ def test_a_file_gives_what_the_same_command_line_gives(
         ("raw: maybe\n", "raw is 'maybe', expected true or false"),
         ("vram: 8gb\n", "vram is '8gb', expected SIZE\n\nhint: a small b means bits"),
         ("system:\n", "system is empty"),
+        ("stop: [a, null]\n", "stop is a list with null, expected text, or a list of them"),
+        ("seed: ~\nseed: 2\n", "line 2: seed is there twice"),
         ("seed: 1\nseed: 2\n", "line 2: seed is there twice"),
         ("seed: !!python/object/apply:os.system [x]\n", "seed is a list"),
         ("seed: !!int 3\n", "seed is a value with a YAML tag"),
