@@ -183,8 +183,11 @@ def compile_layers(weights: SharedWeights, substitutes: Substitutes) -> Compiled
     a matrix without a substitute for int4.cpp, no compiler."""
     spec, form = weights.spec, known_form(weights.spec)
     in_layers = [linear for linear in spec.linears[:-1] if not linear.stays_exact]
-    matrices = (substitutes.weights[linear.name] for linear in in_layers)
-    fits = all(isinstance(w, Int4Weight) and w.kernel == "w4a8" for w in matrices)
+    matrices = [substitutes.weights[linear.name] for linear in in_layers]
+    # A draft model whose weights are kept as they are has none.
+    fits = bool(matrices) and all(
+        isinstance(w, Int4Weight) and w.kernel == "w4a8" for w in matrices
+    )
     bf16 = weights.dtype == torch.bfloat16 == getattr(torch, spec.dtype)
     if form is None or not fits or not bf16 or unavailable() is not None:
         return None

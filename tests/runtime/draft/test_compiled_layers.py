@@ -759,6 +759,11 @@ def test_a_matrix_without_a_substitute_leaves_the_layers_to_their_twin(toy: Toy)
     assert compiled_without("lm_head") is not None
 
 
+def test_a_draft_model_without_a_substitute_leaves_the_layers_to_their_twin(toy: Toy) -> None:
+    exact = replace(toy.weights, spec=replace(toy.spec, quantized=False))
+    assert compile_layers(exact, replace(toy.substitutes, weights=toy.exact.weights)) is None
+
+
 def test_without_a_compiler_the_twin_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     toy = make_toy(SPECS["llama, yarn rope, heads of 24"])
     monkeypatch.setenv("CXX", "no-such-compiler")
