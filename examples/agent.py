@@ -11,6 +11,7 @@ the same call as JSON of a schema, which the server's grammar forces.
 import argparse
 import ast
 import json
+import math
 import operator
 import sys
 import urllib.error
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 LONGEST_RESULT = 2000  # characters of a tool's result that the model reads
+LARGEST_INTEGER = 4096  # bits
 SYSTEM = (
     "You solve a task step by step with tools. Call one tool at a time, read its result, and call "
     "final_answer as soon as you know the answer."
@@ -62,10 +64,15 @@ class Server:
     base_url: str  # with /v1
     model: str
     key: str = "none"
+    max_tokens: int = 512  # of one step
 
 
 class Refused(Exception):
     """The server's own sentence."""
+
+
+class CutOff(Exception):
+    """A step that has no end."""
 
 
 def post(server: Server, body: dict[str, Any]) -> dict[str, Any]:
@@ -93,6 +100,20 @@ def model_of(base_url: str, key: str) -> str:
 # ---- one step ----
 
 
+def message_of(server: Server, body: dict[str, Any]) -> Message:
+    """What the model says. Raises CutOff, Refused."""
+    done = post(server, {"model": server.model, "max_tokens": server.max_tokens, **body})
+    told(done)
+    [choice] = done["choices"]
+    if choice["finish_reason"] == "length":
+        raise CutOff(
+            f"a step was cut off after {done['usage']['completion_tokens']} tokens: give the agent "
+            "more with --max-tokens, or the server a larger --context"
+        )
+    message: Message = choice["message"]
+    return message
+
+
 def call_by_tools(server: Server, messages: Sequence[Message], tools: Sequence[Tool]) -> Call:
     """The model's next call, in the form that it was trained for."""
     offered = [
@@ -105,10 +126,8 @@ def call_by_tools(server: Server, messages: Sequence[Message], tools: Sequence[T
         }
         for tool in tools
     ]  # fmt: skip
-    asked = {"model": server.model, "messages": [*messages], "max_tokens": 512}
-    done = post(server, {**asked, "tools": offered, "tool_choice": "required"})
-    told(done)
-    message = done["choices"][0]["message"]
+    asked = {"messages": [*messages], "tools": offered, "tool_choice": "required"}
+    message = message_of(server, asked)
     [call, *_] = message["tool_calls"]
     arguments = json.loads(call["function"]["arguments"])
     kept = {**message, "tool_calls": [call]}  # one at a time
@@ -130,15 +149,8 @@ def call_by_schema(server: Server, messages: Sequence[Message], tools: Sequence[
         for tool in tools
     ]
     form = {"type": "json_schema", "json_schema": {"name": "call", "schema": {"anyOf": options}}}
-    done = post(
-        server,
-        {
-            "model": server.model, "messages": [system, *messages[1:]], "max_tokens": 512,
-            "response_format": form,
-        },
-    )  # fmt: skip
-    told(done)
-    text = done["choices"][0]["message"]["content"]
+    asked = {"messages": [system, *messages[1:]], "response_format": form}
+    text = message_of(server, asked)["content"]
     found = json.loads(text)
     kept = {"role": "assistant", "content": text}
     return Call(found["tool"], found["arguments"], kept, None)
@@ -157,7 +169,7 @@ def told(done: dict[str, Any]) -> None:
 
 
 def solve(server: Server, task: str, tools: Sequence[Tool], most_steps: int) -> str:
-    """The answer to the task. Raises Refused."""
+    """The answer to the task. Raises CutOff, Refused."""
     messages: list[Message] = [
         {"role": "system", "content": SYSTEM},
         {"role": "user", "content": task},
@@ -202,7 +214,8 @@ def answer_of(call: Call, result: str) -> Message:
 
 # ---- the tools ----
 
-OPERATIONS: dict[type[ast.AST], Callable[..., float]] = {
+Number = int | float
+OPERATIONS: dict[type[ast.AST], Callable[..., Number]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
     ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod,
     ast.Pow: operator.pow, ast.USub: operator.neg, ast.UAdd: operator.pos,
@@ -210,21 +223,38 @@ OPERATIONS: dict[type[ast.AST], Callable[..., float]] = {
 
 
 def calculate(expression: str) -> str:
-    """Arithmetic only: nothing of what the model writes is executed."""
+    """Arithmetic only: nothing of what the model writes is executed. Integers are exact."""
     try:
-        return f"{value_of(ast.parse(expression.strip(), mode='eval').body):g}"
+        return str(value_of(ast.parse(expression.strip(), mode="eval").body))
     except (SyntaxError, ValueError, ArithmeticError, RecursionError, TypeError) as error:
         raise ToolError(f"{expression[:100]!r} cannot be calculated: {error}") from None
 
 
-def value_of(node: ast.AST) -> float:
+def value_of(node: ast.AST) -> Number:
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-        return float(node.value)
+        return checked(node.value)
     if isinstance(node, ast.UnaryOp) and type(node.op) in OPERATIONS:
         return OPERATIONS[type(node.op)](value_of(node.operand))
     if isinstance(node, ast.BinOp) and type(node.op) in OPERATIONS:
-        return OPERATIONS[type(node.op)](value_of(node.left), value_of(node.right))
+        left, right = value_of(node.left), value_of(node.right)
+        if isinstance(node.op, ast.Pow) and isinstance(left, int) and isinstance(right, int):
+            check_bits(left.bit_length() * right)  # before it is computed
+        return checked(OPERATIONS[type(node.op)](left, right))
     raise ValueError("it is not arithmetic")
+
+
+def checked(value: Any) -> Number:
+    if isinstance(value, int):
+        check_bits(value.bit_length())
+        return value
+    if not isinstance(value, float) or not math.isfinite(value):
+        raise ValueError("it has no finite real value")
+    return value
+
+
+def check_bits(bits: int) -> None:
+    if bits > LARGEST_INTEGER:
+        raise ValueError("the number is too large")
 
 
 def tools_over(folder: Path) -> list[Tool]:
@@ -264,16 +294,17 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--base-url", default="http://127.0.0.1:8000/v1")
     parser.add_argument("--key", default="none", help="API key of the server")
     parser.add_argument("--folder", type=Path, default=Path(), help="of the files to be read")
+    parser.add_argument("--max-tokens", type=int, default=512, help="longest step, in tokens")
     parser.add_argument("--steps", type=int, default=8, help="the last one can only be the answer")
     given = parser.parse_args(words)
     base_url = given.base_url.rstrip("/")
     try:
-        server = Server(base_url, model_of(base_url, given.key), given.key)
+        server = Server(base_url, model_of(base_url, given.key), given.key, given.max_tokens)
         print(solve(server, given.task, tools_over(given.folder), max(1, given.steps)))
     except (urllib.error.URLError, ConnectionError) as error:
         sys.exit(f"error: no server at {base_url}: {error}")
-    except Refused as refused:
-        sys.exit(f"error: {refused}")
+    except (CutOff, Refused) as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

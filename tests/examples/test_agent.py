@@ -37,6 +37,7 @@ class Script:
 
     calls: Sequence[tuple[str, dict[str, str]]]
     with_tools: bool = True
+    cut: bool = False  # the last call, by max_tokens
     requests: list[dict[str, Any]] = field(default_factory=list)
     base_url: str = ""
 
@@ -54,7 +55,13 @@ class Script:
             message["content"] = json.dumps({"tool": name, "arguments": arguments})
         draft = {"mean_acceptance_length": 3.5}
         metrics = {"tokens_per_second": 12.0, "speculative_decoding": draft}
-        choice = {"message": message, "finish_reason": "stop"}
+        reason = "stop"
+        if self.cut and len(self.requests) == len(self.calls):
+            reason = "length"
+            written = message["tool_calls"][0]["function"] if "tools" in body else message
+            key = "arguments" if "tools" in body else "content"
+            written[key] = written[key][:-9]
+        choice = {"message": message, "finish_reason": reason}
         return 200, {"choices": [choice], "usage": {"completion_tokens": 9}, "metrics": metrics}
 
 
@@ -157,6 +164,33 @@ def test_a_server_that_refuses_or_is_not_there_is_one_sentence(agent: ModuleType
             agent.main(["task", "--base-url", script.base_url])
 
 
-@pytest.mark.parametrize(("expression", "expected"), [("(3 + 4) * 12", "84"), ("-7 // 2", "-4")])
+@pytest.mark.parametrize("with_tools", [True, False])
+def test_a_step_that_is_cut_off_is_one_sentence(
+    agent: ModuleType, folder: Path, with_tools: bool
+) -> None:
+    calls = [("list_files", {}), ("final_answer", {"answer": "a long story"})]
+    with serving(Script(calls, with_tools, cut=True)) as script:
+        words = ["task", "--base-url", script.base_url, "--folder", str(folder)]
+        with pytest.raises(SystemExit, match="^error: a step was cut off after 9 tokens: .*"):
+            agent.main([*words, "--max-tokens", "9"])
+    assert [one["max_tokens"] for one in script.requests] == [9, 9]
+
+
+@pytest.mark.parametrize(
+    ("expression", "expected"),
+    [
+        ("(3 + 4) * 12", "84"), ("-7 // 2", "-4"), ("12345678 + 1", "12345679"),
+        ("2**100", str(2**100)), ("7 / 2", "3.5"), ("2**-1", "0.5"),
+        ("1234567.25 * 1", "1234567.25"),
+    ],
+)  # fmt: skip
 def test_arithmetic(agent: ModuleType, expression: str, expected: str) -> None:
     assert agent.calculate(expression) == expected
+
+
+@pytest.mark.parametrize(
+    "expression", ["2**1000000000", "10**999 * 10**999", "(-8)**0.5", "1e308 * 10", "1 / 0", "True"]
+)
+def test_a_number_that_is_too_large_or_none_is_refused(agent: ModuleType, expression: str) -> None:
+    with pytest.raises(agent.ToolError, match="cannot be calculated"):
+        agent.calculate(expression)
