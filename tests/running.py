@@ -8,6 +8,8 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from collections.abc import Sequence as Many
 from dataclasses import dataclass, replace
 from pathlib import Path
 from select import select
@@ -16,11 +18,14 @@ from typing import IO, Any
 import pytest
 import torch
 from builders import build_artifact
+from torch import Tensor
 
 from subspec.artifacts.format.store import write_json, write_manifest
 from subspec.artifacts.plan import Prediction
 from subspec.planner.model.hub import DEMO
 from subspec.runtime.cli import main
+from subspec.runtime.draft import drafter
+from subspec.runtime.draft.beam import TokenTree
 from subspec.runtime.engine import Engine
 from subspec.runtime.model.sampling import Sampling
 from subspec.runtime.sequence import GenerationParams, Sequence
@@ -62,6 +67,17 @@ def own_cache(base: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def generated(sequence: Sequence, prompt: list[int], params: GenerationParams) -> list[int]:
     """All tokens of an answer."""
     return [token for some in sequence.generate(prompt, params) for token in some]
+
+
+def drafts_of_depths(patch: pytest.MonkeyPatch, depths: Iterator[int]) -> None:
+    """The next trees grow as deep as `depths` say, if their rounds have room: as drafts that end
+    early do, whatever this machine's draft is sure of."""
+    real = drafter.grow
+
+    def grow(roots: Many[Tensor], most: Many[int], *rest: Any) -> list[TokenTree]:
+        return real(roots, [min(one, next(depths)) for one in most], *rest)
+
+    patch.setattr(drafter, "grow", grow)
 
 
 def answer(

@@ -1,14 +1,14 @@
 """A server process with a scripted engine, for tests of its life: what it does while it loads, when
 it is told to end, and when its engine fails.
 
-    python tests/scripted_server.py '{"load_seconds": 1}'
+    python tests/scripted_server.py '{"num_words": 10}'
 """
 
 import json
 import socket
 import sys
-import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from scripted_generator import Script
 from served import CONTEXT, ScriptedEngine, model_of, scripted_chat, scripted_count
@@ -26,10 +26,11 @@ from subspec.runtime.text.tokenizer import load_tokenizer
 
 @dataclass(frozen=True)
 class Life:
-    """load_seconds: None: for ever. fail_seconds: after the start, if at all."""
+    """loaded, failed: files; it loads until there is the first, and fails once there is the other.
+    None: it has loaded at once, it never fails."""
 
-    load_seconds: float | None = 0.0
-    fail_seconds: float | None = None
+    loaded: str | None = None
+    failed: str | None = None
     pause_seconds: float = 0.0  # before each token
     num_words: int = 20
     shutdown_seconds: float = 30.0
@@ -38,19 +39,14 @@ class Life:
     lossy: bool = False
 
 
-class TimedEngine(ScriptedEngine):
+class GatedEngine(ScriptedEngine):
     life: Life
-    started = 0.0
-
-    def start(self) -> None:
-        self.started = time.monotonic()
 
     @property
     def status(self) -> Status:
-        age = time.monotonic() - self.started
-        if self.life.fail_seconds is not None and age > self.life.fail_seconds:
+        if self.life.failed is not None and Path(self.life.failed).exists():
             return Status("failed", error=SubspecError(Exit.CORRUPT, "a digest does not match"))
-        if self.life.load_seconds is None or age < self.life.load_seconds:
+        if self.life.loaded is not None and not Path(self.life.loaded).exists():
             return Status("loading", "weights", 0.5)
         return Status("ready")
 
@@ -64,7 +60,7 @@ def main(life: Life) -> None:
     serving.IDLE_SECONDS = life.idle_seconds
     tokenizer = load_tokenizer(DEMO)
     script = Script("word " * life.num_words, largest_round=1, pause_seconds=life.pause_seconds)
-    engine = TimedEngine(tokenizer, [script])
+    engine = GatedEngine(tokenizer, [script])
     engine.life = life
     assert CONTEXT > 2 * life.num_words
     settings = Settings(

@@ -82,7 +82,7 @@ def _held() -> dict[str, Path]:
 
 def put(target: Path, write: Callable[[Path], object]) -> None:
     """Write under a temporary name and rename, so that concurrent writers do not conflict."""
-    descriptor, unfinished = tempfile.mkstemp(dir=target.parent, suffix=target.suffix)
+    descriptor, unfinished = tempfile.mkstemp(dir=target.parent, suffix=".new")
     os.close(descriptor)
     try:
         write(Path(unfinished))

@@ -3,12 +3,14 @@
 import time
 from collections.abc import Sequence as Many
 from dataclasses import replace
+from itertools import cycle
 from typing import Any
 
 import pytest
 import torch
 from builders import build_artifact, replan
-from running import answer, generated
+from invariance import widths_here
+from running import answer, drafts_of_depths, generated
 from torch import Tensor
 
 from subspec.artifacts.common.errors import Exit, SubspecError
@@ -248,12 +250,13 @@ def test_drafts_that_end_early_change_no_token(
     width: int, sampling: Sampling, artifact: Artifact
 ) -> None:
     said, levels = [], []
+    widths = widths_here(artifact.spec, "cpu", 1 + width * 7)
     for threshold in (0.0, 0.5, 0.9):
         chosen = resident(
             artifact,
             width=width,
             depth=7,
-            verify_widths=(8, 16, 24),
+            verify_widths=widths,
             min_path_probability=threshold,
         )
         with Engine.open(chosen) as engine, engine.new_sequence() as sequence:
@@ -326,12 +329,10 @@ def verified(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
 
 def test_a_verification_is_as_wide_as_its_drafts_need_together(
-    artifact: Artifact, verified: list[tuple[int, ...]]
+    artifact: Artifact, verified: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chosen = resident(
-        artifact, width=2, depth=7, verify_widths=(4, 8, 16), min_path_probability=0.97,
-        num_sequences=2,
-    )  # fmt: skip
+    drafts_of_depths(monkeypatch, cycle([1, 3, 7]))
+    chosen = resident(artifact, width=2, depth=7, verify_widths=(4, 8, 16), num_sequences=2)
     with Engine.open(chosen) as engine, engine.new_sequence() as alone:
         generated(alone, PROMPT, GenerationParams(60))
         widths = [next(w for w in (4, 8, 16) if w >= 1 + 2 * n) for n in alone.stats.drafted]

@@ -190,14 +190,17 @@ def test_ctrl_c_pressed_again_while_leaving_prints_no_traceback() -> None:
     assert child.returncode == Exit.INTERRUPTED
 
 
-@pytest.mark.parametrize(("patience", "printed"), [(60, b"closed\n"), (0.1, b"")])
+@pytest.mark.parametrize(
+    ("patience", "seconds", "printed"), [(60, 1.5, b"closed\n"), (0.1, 30, b"")]
+)
 def test_a_second_signal_ends_a_command_whose_closing_hangs_but_not_at_once(
-    patience: float, printed: bytes
+    patience: float, seconds: float, printed: bytes
 ) -> None:
     act = (
         f"\n    from subspec.artifacts.common import signals; signals.PATIENCE_SECONDS = {patience}"
         "\n    try: print('open', flush=True); time.sleep(60)"
-        "\n    finally: print('closing', flush=True); time.sleep(1.5); print('closed', flush=True)"
+        f"\n    finally: print('closing', flush=True); time.sleep({seconds})"
+        "; print('closed', flush=True)"
     )
     with start(act) as child:
         assert child.stdout is not None and child.stdout.readline() == b"open\n"

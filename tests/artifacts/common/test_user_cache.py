@@ -89,6 +89,18 @@ def test_what_cannot_be_kept_is_held_in_memory(ours: Path, monkeypatch: pytest.M
     assert not keep_file("kernels/b.so", b"b") and kept_file("kernels/c.so") is None
 
 
+def test_a_library_that_is_being_written_is_not_found_as_one(ours: Path) -> None:
+    folder, seen = user_cache_dir("kernels"), list[list[Path]]()
+    assert folder is not None
+
+    def write(unfinished: Path) -> None:
+        unfinished.write_bytes(b"a")
+        seen.append([*folder.glob("*.so")])
+
+    user_cache.put(folder / "a.so", write)
+    assert seen == [[]] and [*folder.iterdir()] == [folder / "a.so"]
+
+
 def test_without_a_place_for_a_cache_there_is_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import cycle, pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from builders import PROFILE, build_artifact, random_checkpoint, replan
 from rehearsing import LONG, PROMPT, SAID, on_stage, said
-from running import generated
+from running import drafts_of_depths, generated
 from transformers import Qwen2Config
 
 from subspec.artifacts.acceptance import Acceptance
@@ -97,7 +97,10 @@ def test_there_is_a_curve_for_each_width_threshold_and_kind_and_a_reader_takes_t
 def test_kinds_are_kept_apart_and_company_changes_no_count(
     demo: Artifact, both: Acceptance
 ) -> None:
-    alone = learnt(replan(demo, width=4, depth=DEEPEST, int4_kernel="w4a8"), CODE).curves
+    wide = replan(
+        demo, width=4, depth=DEEPEST, verify_widths=demo.plan.verify_widths, int4_kernel="w4a8"
+    )
+    alone = learnt(wide, CODE).curves
     assert alone == tuple(curve for curve in both.curves if curve.kind == "code")
 
 
@@ -289,8 +292,9 @@ def test_every_round_but_an_answers_first_is_timed(demo: Artifact) -> None:
 def test_the_drafts_of_rounds_count_as_if_each_had_drafted_the_levels_of_a_usual_one(
     demo: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rounds of a plan that ends early draft more levels and fewer."""
-    early = replan(demo, width=3, depth=5, int4_kernel="w4a8", min_path_probability=0.97)
+    """Rounds draft more levels and fewer, as those of a plan that ends early do."""
+    drafts_of_depths(monkeypatch, cycle([2, 5, 1]))
+    early = replan(demo, width=3, depth=5, int4_kernel="w4a8")
     prompt = sample_ids(load_tokenizer(demo.path / "tokenizer"), CODE[0])
     seen = list[tuple[float, ...]]()
     with Engine.open(early) as engine:

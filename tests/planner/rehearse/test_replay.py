@@ -49,8 +49,8 @@ def test_trees_along_an_answer_are_accepted_as_those_of_the_rounds_that_decode_i
         answers = stage.answer(*prompts_of(stage))
         walked = stage.walk(answers, width)
     real = replan(
-        demo, width=width, depth=DEEPEST, verify_widths=(104,), int4_kernel="w4a8",
-        resident_share=0.8,
+        demo, width=width, depth=DEEPEST, verify_widths=demo.plan.verify_widths,
+        int4_kernel="w4a8", resident_share=0.8,
     )  # fmt: skip
     lengths = set[int]()
     with Engine.open(real) as engine, engine.new_sequence() as sequence:

@@ -202,7 +202,7 @@ def test_a_client_that_goes_before_its_body_has_come_leaves_nothing() -> None:
         client = Client("POST", CHAT, [b"{"], {"content-length": "100"})
         client._pieces, client._scope = [], client._scope
         client.gone.set()
-        await asyncio.wait_for(client.run(served.app), 1)
+        await asyncio.wait_for(client.run(served.app), 30)
 
     asyncio.run(leave())
     assert not served.engine.requests

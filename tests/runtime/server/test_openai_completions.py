@@ -203,7 +203,7 @@ def test_a_later_prompt_that_is_never_taken_is_refused_before_another_one_is_ans
 
 
 def test_several_answers_end_when_their_client_goes() -> None:
-    served = serve(Script("word " * 100, largest_round=1, pause_seconds=0.02))
+    served = serve(Script("word " * 100, largest_round=1, pause_seconds=60))
 
     async def leave() -> None:
         client = Client("POST", PATH, [json.dumps({"prompt": ["a", "b", "c"]}).encode()])
@@ -211,7 +211,7 @@ def test_several_answers_end_when_their_client_goes() -> None:
         while len(served.engine.generations) < 2:
             await asyncio.sleep(0.001)
         client.gone.set()
-        await asyncio.wait_for(task, 1.0)
+        await asyncio.wait_for(task, 30)
 
     asyncio.run(leave())
     assert len(served.engine.generations) == 2  # the third had not had its turn

@@ -272,8 +272,10 @@ def test_an_idle_engine_keeps_no_grammar_and_no_log_probabilities(
         known += [weakref.ref(one) for one in generation.outcome.prompt_logprobs]
         assert watched() is grammar and len(known) == 24 + len(PROMPTS[0]) - 1
         del grammar, params, generation, found
-        await asyncio.sleep(0.1)
-        gc.collect()
+        limit = time.monotonic() + 20  # the engine's thread goes on after the last piece
+        while watched() is not None and time.monotonic() < limit:
+            await asyncio.sleep(0.01)
+            gc.collect()
         assert watched() is None and not any(one() for one in known)
 
     use(artifact, tokenizer, check)

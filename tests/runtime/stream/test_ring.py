@@ -543,14 +543,15 @@ def test_a_wrong_guess_that_cannot_be_read_is_an_error_too(toy: ToyWeights, stor
 
 
 def test_closing_waits_for_the_reader(toy: ToyWeights, stored: Stored) -> None:
-    before = threading.active_count()
+    before = {*threading.enumerate()}
     ring, _ = open_ring(toy, *stored)
     requested = open_requested(toy, *stored)
     requested.request(NAMES)
-    assert threading.active_count() == before + 2
+    readers = {*threading.enumerate()} - before
+    assert len(readers) == 2
     ring.close()
     requested.close()
-    assert threading.active_count() == before
+    assert not readers & {*threading.enumerate()}
 
 
 def test_closing_does_not_wait_for_a_link_that_takes_years(stored: Stored) -> None:
