@@ -9,8 +9,10 @@ def counted(count: int, noun: str) -> str:
 
 
 def number(value: float) -> str:
-    """Three significant digits from 1 on, without an exponent: "0.05", "9.10", "14.3", "1234"."""
-    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
+    """Three significant digits from 1 on, two decimals below and four below 0.1, without an
+    exponent: "0.0812", "0.46", "9.10", "14.3", "1234"."""
+    decimals = 0 if value >= 100 else 1 if value >= 10 else 4 if 0 < value < 0.1 else 2
+    return f"{value:.{decimals}f}"
 
 
 def big_number(count: int) -> str:

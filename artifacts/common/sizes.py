@@ -42,6 +42,15 @@ def short_size(num_bytes: int | float) -> str:
     return _scaled(num_bytes, 1000, "B")
 
 
+def size_argument(num_bytes: int) -> str:
+    """The least size of four digits that is enough, as it is written behind an option:
+    20_971_520_001 -> "20.98GB"."""
+    unit = next((one for one in ("TB", "GB", "MB", "KB") if num_bytes >= UNITS[one]), "B")
+    whole = len(str(num_bytes // UNITS[unit]))
+    step = max(1, UNITS[unit] // 10 ** max(0, 4 - whole))
+    return f"{-(-num_bytes // step) * step / UNITS[unit]:.10g}{unit}"
+
+
 def _scaled(num_bytes: int | float, base: int, suffix: str) -> str:
     value, prefixes = float(num_bytes), ["", "K", "M", "G", "T"]
     while abs(value) >= base and len(prefixes) > 1:

@@ -8,7 +8,15 @@ def test_one_of_a_thing_has_no_plural() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(0, "0.00"), (3.14159, "3.14"), (31.4159, "31.4"), (31415.9, "31416")]
+    ("value", "text"),
+    [
+        (0, "0.00"),
+        (0.08123, "0.0812"),
+        (0.456, "0.46"),
+        (3.14159, "3.14"),
+        (31.4159, "31.4"),
+        (31415.9, "31416"),
+    ],
 )
 def test_numbers_have_three_digits(value: float, text: str) -> None:
     assert number(value) == text

@@ -1,7 +1,7 @@
 import pytest
 
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.artifacts.common.sizes import format_size, parse_size, short_size
+from subspec.artifacts.common.sizes import format_size, parse_size, short_size, size_argument
 
 
 @pytest.mark.parametrize(
@@ -64,3 +64,21 @@ def test_a_size_is_shown_in_both_units() -> None:
     assert format_size(24_000_000_000) == "24.00 GB (22.35 GiB)"
     assert format_size(512) == "512 B (512 B)"
     assert short_size(1_500) == "1.50 KB"
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "argument"),
+    [
+        (20_971_520_001, "20.98GB"),
+        (21_000_000_000, "21GB"),
+        (5_060_000_000, "5.06GB"),
+        (999_999_999, "1000MB"),
+        (123_456_789, "123.5MB"),
+        (1_000_000_000_001, "1.001TB"),
+        (512, "512B"),
+        (1, "1B"),
+    ],
+)
+def test_a_size_to_ask_for_is_short_and_never_too_small(num_bytes: int, argument: str) -> None:
+    assert size_argument(num_bytes) == argument
+    assert num_bytes <= parse_size(argument) <= max(num_bytes + 1, num_bytes * 1.001)
