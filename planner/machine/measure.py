@@ -88,7 +88,7 @@ def measure(
         profile = replace(
             typical_of(passes),
             free_bytes=free,
-            pinnable_bytes=pinnable_bytes(device, raw_storage(spec).num_bytes) if cuda else 0,
+            pinnable_bytes=pinnable_bytes(device, most_pinned(spec, draft_model)) if cuda else 0,
             overhead_bytes=gpu_overhead_bytes(target) if cuda else 0,
             batch_invariant_widths=bench.batch_invariant_widths(),
             draft_model_layer=drafting.layer,
@@ -102,6 +102,12 @@ def measure(
         torch.cuda.empty_cache()  # the rehearsal needs the memory
     progress("measured", 1.0)
     return profile
+
+
+def most_pinned(spec: ModelSpec, draft_model: ModelSpec | None) -> int:
+    """Bytes of host memory that a plan takes at most: all weights stream, embeddings lie there."""
+    embeddings = sum(one.embedding_bytes for one in (spec, draft_model) if one is not None)
+    return raw_storage(spec).num_bytes + embeddings
 
 
 def timings_of_draft_model(bench: Bench, kernel: Int4Kernel) -> DraftTimings:

@@ -31,6 +31,7 @@ from subspec.planner.machine.measure import (
     digest_rate,
     measure,
     measure_link,
+    most_pinned,
     share_kept,
     slow_tier,
 )
@@ -238,3 +239,11 @@ def test_the_check_of_weights_takes_time() -> None:
 
 def test_a_share_that_is_kept_is_no_gain_and_no_standstill() -> None:
     assert [share_kept(loaded, 10.0) for loaded in (5.0, 11.0, 0.0)] == [0.5, 1.0, LEAST_SHARE]
+
+
+def test_as_much_is_tried_to_be_pinned_as_a_plan_takes_at_most() -> None:
+    """With the rows of embeddings, a draft model's too: else a tiny budget would be refused."""
+    spec, small = make_spec(), make_spec(num_layers=1)
+    own = raw_storage(spec).num_bytes + spec.embedding_bytes
+    assert most_pinned(spec, None) == own
+    assert most_pinned(spec, small) == own + small.embedding_bytes
