@@ -126,19 +126,24 @@ def solve_if_feasible(known: Known) -> Plan | None:
 
 def with_sweeps(known: Known, plan: Plan) -> Plan:
     """The plan with what other budgets and contexts would give."""
+    from subspec.planner.solve.feasible import drafting_from
     from subspec.planner.solve.outlook import with_outlook
     from subspec.planner.solve.search import search
 
     slow, constraints = known.slowed, known.request.constraints
 
-    def best(budget: int, context: int | None) -> Plan:
+    def best(budget: int, context: int) -> Plan:
         fixed = replace(constraints, context=context)
         return search(
             known.spec, slow, budget, fixed, known.acceptance, known.stored,
             known.proposer,
         )  # fmt: skip
 
-    return with_outlook(plan, best, constraints.context is not None, known.spec.max_positions)
+    most = known.spec.max_positions
+    if set(plan.placements) != {"plain"}:
+        return with_outlook(plan, best, most)
+    begins = drafting_from(known.spec, slow, plan, known.acceptance, known.stored, known.proposer)
+    return with_outlook(plan, best, most, begins)
 
 
 def promised(known: Known, plan: Plan) -> "PredictFor":

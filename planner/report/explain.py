@@ -38,6 +38,7 @@ from subspec.planner.report.wording import (
     option_rows,
     parameters,
     placement_of,
+    plain_speed,
     resident_bytes,
     round_line,
     round_rows,
@@ -142,7 +143,7 @@ def plan_json(spec: ModelSpec, plan: Plan, artifact: Path | None) -> dict[str, A
         },
         "predicted": {
             **asdict(predicted),
-            "plain_tokens_per_second": plan.predicted["plain"].tokens_per_second,
+            "plain_tokens_per_second": plain_speed(plan),
         },
         "acceptance": {
             "measured": acceptance.measured,
@@ -199,6 +200,7 @@ def render_report(spec: ModelSpec, plan: Plan, profile: Profile, runs: Sequence[
         decisions=decision_rows(plan),
         streamed=streamed_line(spec, plan) if predicts else "",
         costs=cost_rows(profile),
+        plain_speed=plain_speed,
         number=number,
         duration=duration,
     )

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 from subspec.artifacts.acceptance import ONE_TOKEN, Checks
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.artifacts.common.sizes import short_size
+from subspec.artifacts.common.formatting import number
+from subspec.artifacts.common.sizes import short_size, size_argument
 from subspec.artifacts.footprint import Ring, Shape, workspace_bytes
 from subspec.artifacts.model import ModelSpec
 from subspec.artifacts.plan import (
@@ -27,7 +28,7 @@ NEXT_BYTES = 10**9  # more memory, for which the gain is reported
 NEXT_SHARE = 0.1  # of the budget, if that is less
 NO_CHECKS = Checks(passes=1.0, proposed=0.0)  # of a method that checks nothing
 
-Solve = Callable[[int, int | None], Plan]  # budget, context (None: chosen) -> best plan
+Solve = Callable[[int, int], Plan]  # budget, context -> best plan
 
 
 def predict_for(
@@ -85,13 +86,12 @@ def predict_for(
     return predict(profile, candidate, passes, streamed, gives, peak, usage)
 
 
-def with_outlook(plan: Plan, solve: Solve, fixed_context: bool, most_positions: int) -> Plan:
-    """The plan with `by_budget` and `by_context`. A context that the user fixed stays fixed for
-    other budgets."""
-    context = plan.context if fixed_context else None
-    sizes = [int(plan.budget_bytes * step) for step in BUDGET_STEPS]
-    sizes.append(plan.budget_bytes + next_bytes(plan.budget_bytes))
-    budgets = points(solve, [(size, context) for size in sizes])
+def with_outlook(plan: Plan, solve: Solve, most_positions: int, drafting_from: int = 0) -> Plan:
+    """The plan with `by_budget`, of its own context, and `by_context`. drafting_from: the budget
+    from which a draft fits, if none does."""
+    sizes = {int(plan.budget_bytes * step) for step in BUDGET_STEPS} | {drafting_from}
+    sizes |= {plan.budget_bytes + next_bytes(plan.budget_bytes)}
+    budgets = points(solve, [(size, plan.context) for size in sorted(sizes) if size])
     others = [some for some in CONTEXTS if some <= most_positions and some != plan.context]
     contexts = points(solve, [(plan.budget_bytes, some) for some in others])
     own = Point(plan.budget_bytes, plan.context, plan.method, speed_of(plan))
@@ -102,7 +102,7 @@ def with_outlook(plan: Plan, solve: Solve, fixed_context: bool, most_positions: 
     )
 
 
-def points(solve: Solve, asked: Sequence[tuple[int, int | None]]) -> list[Point]:
+def points(solve: Solve, asked: Sequence[tuple[int, int]]) -> list[Point]:
     """Points of the feasible plans for pairs of budget and context."""
     found = []
     for budget, context in asked:
@@ -132,6 +132,20 @@ def what_more_memory_buys(plan: Plan) -> str:
     if point is None:
         return ""
     gain = point.tokens_per_second / speed_of(plan) - 1
-    if gain < 0.005:
-        return f"{short_size(more)} more would buy nothing"
-    return f"{short_size(more)} more would buy {gain:.0%}: {point.tokens_per_second:.2f} tokens/s"
+    said = f"{short_size(more)} more would buy "
+    said += (
+        f"{gain:.0%}: {number(point.tokens_per_second)} tokens/s" if gain >= 0.005 else "nothing"
+    )
+    return f"{said}; {begins}" if (begins := where_drafting_begins(plan)) else said
+
+
+def where_drafting_begins(plan: Plan) -> str:
+    """The first budget with a draft; "" if the plan's own has room for one."""
+    if set(plan.placements) != {"plain"}:
+        return ""
+    drafting = (point for point in plan.by_budget if point.method != "plain")
+    first = next(drafting, None)
+    if first is None:
+        return ""
+    size = size_argument(first.budget_bytes)
+    return f"drafting begins at {size}: {number(first.tokens_per_second)} tokens/s"

@@ -1,21 +1,30 @@
 """Input of a search, and the candidates that it chooses from.
 
-The context and a prompt's share of memory are decided here, before candidates are compared.
+A prompt's share of memory is decided here, before candidates are compared.
 """
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from itertools import groupby
 
 from subspec.artifacts.acceptance import ONE_TOKEN, Acceptance, RoundYield
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.artifacts.footprint import Ring, Shape, make_ledger, text_bytes, workspace_bytes
+from subspec.artifacts.common.sizes import LARGEST
+from subspec.artifacts.footprint import (
+    Ring,
+    Shape,
+    make_host_ledger,
+    make_ledger,
+    workspace_bytes,
+)
 from subspec.artifacts.model import PAGE_BYTES, ModelSpec
 from subspec.artifacts.plan import (
     WITH_DRAFT_MODEL,
     WITH_SUBSTITUTES,
     Constraints,
+    HostLedger,
     Ledger,
     Method,
     Tree,
@@ -39,8 +48,7 @@ NUM_SLOTS = (2, 4, 8)  # of a ring: one is read while the others are filled
 # its probability says: at 0.5 a path's is about how often it is accepted on a real model. Trees
 # grow as well as at 0.2, the paper's (arXiv 2509.18344, section 4.2; docs/LOG.md).
 SHARPENING = 0.5
-DEFAULT_CONTEXT = 4096  # halved until its keys and values fit their share of the budget
-CONTEXT_SHARE = 0.125  # chosen, not measured: keys and values should not displace many weights
+DEFAULT_CONTEXT = 4096  # shorter where it costs too much speed, longer where that costs none
 SMALLEST_CONTEXT = 256  # chosen: a question and a short answer
 # Limits of the activations of a prompt that is processed in one stream of the weights: of the
 # budget, and of what the smallest plan leaves of it. Chosen, not measured.
@@ -77,10 +85,10 @@ def make_problem(
     stored: Storage | None = None,
     proposer: Proposer | None = None,
 ) -> Problem:
-    """The problem with its context: the user's, or the largest default that leaves room for a
-    draft, or at least for plain decoding. stored: storage of an existing artifact. Raises
-    SubspecError: USAGE for a context beyond the model's positions or a draft model that is not
-    there, UNSUPPORTED without batch-invariant widths."""
+    """The problem with the user's context, or the shortest default; see `at_context`. stored:
+    storage of an existing artifact. Raises SubspecError: USAGE for a context beyond the model's
+    positions or a draft model that is not there, UNSUPPORTED without batch-invariant widths,
+    INFEASIBLE for a tree that is wider than all of them."""
     check_context(constraints.context, spec)
     if not profile.batch_invariant_widths:
         raise SubspecError(
@@ -96,23 +104,26 @@ def make_problem(
         )
     check_drafters(constraints, spec, proposer is not None)
     check_draft_model(profile, proposer)
+    check_tree(constraints, profile)
     decodes = profile.residual_weights_per_second > 0
     decodes = decodes and (not spec.fp8 or profile.fp8_residual_weights_per_second > 0)
     choices = held_decoded(stored) if stored else storages(spec, constraints.encoding, decodes)
     if not decodes:  # a slow decoder is good enough while loading
         choices = tuple(storage for storage in choices if not storage.coded_weights)
-    sequences = constraints.num_sequences
-    contexts = [constraints.context or default_context(spec, budget_bytes, sequences)]
-    while constraints.context is None and contexts[-1] // 2 >= SMALLEST_CONTEXT:
-        contexts.append(contexts[-1] // 2)
+    context = constraints.context or default_contexts(spec)[0]
+    problem = Problem(
+        spec, profile, budget_bytes, constraints, acceptance, proposer, context, choices
+    )
+    return at_context(problem, context)
 
-    problems = [
-        Problem(spec, profile, budget_bytes, constraints, acceptance, proposer, context, choices)
-        for context in contexts
-    ]
-    drafting = (problem for problem in problems if smallest_draft(problem) is not None)
-    decoding = (problem for problem in problems if smallest_plain(problem) is not None)
-    return with_prompt_share(next(drafting, None) or next(decoding, None) or problems[-1])
+
+def at_context(problem: Problem, context: int) -> Problem:
+    """The same with another context, and what that leaves for prompts."""
+    return with_prompt_share(without_prompt_share(replace(problem, context=context)))
+
+
+def without_prompt_share(problem: Problem) -> Problem:
+    return replace(problem, prefill_tokens=SMALLEST_PREFILL, prefill_bytes=0)
 
 
 def check_context(context: int | None, spec: ModelSpec) -> None:
@@ -128,6 +139,12 @@ def check_context(context: int | None, spec: ModelSpec) -> None:
 def check_drafters(constraints: Constraints, spec: ModelSpec, has_draft_model: bool) -> None:
     """Raises SubspecError(USAGE) if a draft model or a head is asked for that is not there."""
     check_method(constraints.method, has_draft_model)
+    if constraints.method == "plain" and (constraints.width or constraints.depth):
+        raise SubspecError(
+            Exit.USAGE,
+            "--method plain drafts no tree, and --width or --depth was given",
+            "leave out --width and --depth, or use --method substitute",
+        )
     if constraints.draft_head and spec.draft_head is None:
         message = "--draft-head own was given, and the checkpoint has no head that drafts"
         raise SubspecError(Exit.USAGE, message, "leave it out, or give the head's own checkpoint")
@@ -153,6 +170,21 @@ def check_draft_model(profile: Profile, proposer: Proposer | None) -> None:
         )
 
 
+def check_tree(constraints: Constraints, profile: Profile) -> None:
+    """Raises SubspecError(INFEASIBLE) for a tree that no exact pass has room for."""
+    width, depth = constraints.width or 1, constraints.depth or 1
+    num_nodes, widest = 1 + width * depth, max(every_width(profile))
+    if num_nodes <= widest:
+        return
+    deepest = (widest - 1) // width
+    raise SubspecError(
+        Exit.INFEASIBLE,
+        f"a draft tree {width} wide and {depth} deep has {num_nodes} nodes, the widest "
+        f"batch-invariant pass on this machine has {widest} rows",
+        f"--depth {deepest} or less" if deepest else f"--width {widest - 1} or less",
+    )
+
+
 def methods_that_draft(problem: Problem) -> tuple[Method, ...]:
     """To choose from. A draft model whose states cannot go back, delta nets, proposes nothing."""
     asked, proposer = problem.constraints.method, problem.proposer
@@ -172,14 +204,13 @@ def acceptance_of(problem: Problem, method: Method) -> Acceptance:
     return problem.acceptance
 
 
-def default_context(spec: ModelSpec, budget_bytes: int, num_sequences: int) -> int:
-    """The largest default context; `make_problem` may halve it further to make a plan fit."""
-    context = min(DEFAULT_CONTEXT, spec.max_positions)
-    while num_sequences * text_bytes(spec, context) > CONTEXT_SHARE * budget_bytes:
-        if context // 2 < SMALLEST_CONTEXT:
-            break
-        context //= 2
-    return context
+def default_contexts(spec: ModelSpec) -> list[int]:
+    """To choose from, ascending: halves of the default one, and its doubles as far as the model has
+    positions."""
+    usual = min(DEFAULT_CONTEXT, spec.max_positions)
+    shorter = range(1, max(1, (usual // SMALLEST_CONTEXT).bit_length()))
+    longer = range(1, (spec.max_positions // usual).bit_length())
+    return [usual >> n for n in reversed(shorter)] + [usual] + [usual << n for n in longer]
 
 
 def with_prompt_share(problem: Problem) -> Problem:
@@ -190,25 +221,47 @@ def with_prompt_share(problem: Problem) -> Problem:
     that. If all weights can be resident, as stored or decoded, none of them is displaced: prompts
     in pieces then cost no streaming.
     """
-    budget, smallest = problem.budget_bytes, smallest_draft(problem) or smallest_plain(problem)
-    slack = left_over(problem, smallest) if smallest else 0
+    budget, slack = problem.budget_bytes, slack_bytes(problem)
     most = max(problem.context, SMALLEST_PREFILL)
 
     def needed(tokens: int) -> int:
         shape = Shape(problem.context, 1, 1, 1, tokens, problem.profile.num_threads, 1)
         return workspace_bytes(problem.spec, problem.profile.device, shape)
 
-    least = needed(SMALLEST_PREFILL)
-    share = int(min(PREFILL_SHARE * budget, PREFILL_SLACK_SHARE * slack))
+    share = int(min(PREFILL_SHARE * budget, PREFILL_SLACK_SHARE * slack, needed(most)))
     alike = stored_like(problem, problem.storages[-1])
     for storage in (alike[0], alike[-1]):
         resident = Candidate(storage, None, narrowest(problem), None, "plain")
         spare = left_over(problem, resident) - storage.num_bytes
         if spare >= 0:
-            share = min(share, least + int(PREFILL_SLACK_SHARE * spare))
-    share = max(least, min(share, needed(most)))
+            share = min(share, needed(SMALLEST_PREFILL) + int(PREFILL_SLACK_SHARE * spare))
     above = bisect_right(range(most + 1), share, lo=SMALLEST_PREFILL, key=needed)
-    return replace(problem, prefill_tokens=above - 1, prefill_bytes=share)
+    return replace(problem, prefill_tokens=max(SMALLEST_PREFILL, above - 1), prefill_bytes=share)
+
+
+def slack_bytes(problem: Problem) -> int:
+    """What the smallest plan leaves of the budget: of the methods that draft and fit, the one that
+    leaves least, as prompts should displace none of them."""
+    by_method = groupby(smallest_drafts(problem), key=lambda one: one.method)
+    found = [roomiest(problem, some) for _, some in by_method]
+    fitting = [one for one in found if one] or [one for one in [smallest_plain(problem)] if one]
+    return min((spare_bytes(problem, one) for one in fitting), default=0)
+
+
+def prompt_tokens_within(problem: Problem, candidates: Iterable[Candidate]) -> int:
+    """Most tokens of a prompt that fit the memory that all of the candidates have for activations
+    anyway: verification and drafts may need more than a short prompt."""
+    most = max(problem.context, SMALLEST_PREFILL)
+    for candidate in candidates:
+        ledger, shape = base_ledger(problem, candidate), shape_of_candidate(problem, candidate)
+
+        def needed(tokens: int, shape: Shape = shape) -> int:
+            own = replace(shape, prefill_tokens=tokens)
+            return workspace_bytes(problem.spec, problem.profile.device, own)
+
+        span = range(most + 1)
+        most = bisect_right(span, ledger.workspace, lo=SMALLEST_PREFILL, key=needed) - 1
+    return most
 
 
 def stored_like(problem: Problem, wanted: Storage) -> tuple[Storage, ...]:
@@ -267,30 +320,36 @@ def plain_candidates(problem: Problem, verify_widths: tuple[int, ...]) -> Iterat
 
 def smallest_draft(problem: Problem) -> Candidate | None:
     """The draft that needs the least memory; None if it does not fit."""
-    found = []
-    for method in methods_that_draft(problem):
-        first = next(trees(problem, method), None)
-        if first and (candidate := smallest(problem, *first, method)):
-            found.append(candidate)
-    return max(found, key=lambda one: left_over(problem, one), default=None)
+    return roomiest(problem, smallest_drafts(problem))
 
 
 def smallest_plain(problem: Problem) -> Candidate | None:
-    return smallest(problem, None, narrowest(problem), "plain")
+    return roomiest(problem, smallest_plains(problem))
 
 
-def smallest(
-    problem: Problem,
-    tree: Tree | None,
-    verify_widths: tuple[int, ...],
-    method: Method,
-) -> Candidate | None:
-    """The candidate that needs the least memory over all storages; None if it does not fit."""
-    some = [
-        Candidate(way, tree, verify_widths, staging(way)[0], method) for way in problem.storages
-    ]
-    best = max(some, key=lambda candidate: left_over(problem, candidate))
-    return best if left_over(problem, best) >= 0 else None
+def roomiest(problem: Problem, some: Iterable[Candidate]) -> Candidate | None:
+    """The candidate that leaves most memory; None if none fits."""
+    best = max(some, key=lambda candidate: spare_bytes(problem, candidate), default=None)
+    return best if best and spare_bytes(problem, best) >= 0 else None
+
+
+def smallest_drafts(problem: Problem) -> Iterator[Candidate]:
+    """The smallest tree of each method in every storage."""
+    for method in methods_that_draft(problem):
+        if first := next(trees(problem, method), None):
+            yield from smallest_ones(problem, *first, method)
+
+
+def smallest_plains(problem: Problem) -> list[Candidate]:
+    return smallest_ones(problem, None, narrowest(problem), "plain")
+
+
+def smallest_ones(
+    problem: Problem, tree: Tree | None, verify_widths: tuple[int, ...], method: Method
+) -> list[Candidate]:
+    """One of every storage, with the smallest ring."""
+    ways = problem.storages
+    return [Candidate(way, tree, verify_widths, staging(way)[0], method) for way in ways]
 
 
 def narrowest(problem: Problem) -> tuple[int, ...]:
@@ -341,6 +400,41 @@ def left_over(problem: Problem, candidate: Candidate) -> int:
     return left - storage.decoded_bytes - candidate.ring_bytes
 
 
+def spare_bytes(problem: Problem, candidate: Candidate) -> int:
+    """Bytes of the budget that a candidate does not need; negative: it does not fit."""
+    held = must_hold(problem, candidate)
+    parts = candidate.storage.largest_part if held else 0  # they are not cut
+    return left_over(problem, candidate) - held - parts
+
+
+def must_hold(problem: Problem, candidate: Candidate) -> int:
+    """Bytes of exact weights that have to be in fast memory because the host of a GPU has no room
+    for them. LARGEST: it has none even for what else a plan takes there."""
+    num_bytes = candidate.storage.num_bytes
+    excess = host_excess(problem, candidate.method, num_bytes)
+    return LARGEST if excess > num_bytes else max(0, excess)
+
+
+def host_excess(problem: Problem, method: Method, streamed: int) -> int:
+    """Bytes that a method takes of a GPU's host memory beyond what it may; 0 or less: none."""
+    needed = host_ledger(problem, method, streamed)
+    if needed is None:
+        return 0
+    ram, pinnable = problem.constraints.ram_bytes, problem.profile.pinnable_bytes
+    of_all = needed.total_bytes - ram if ram is not None else 0
+    return max(of_all, needed.pinned_bytes - pinnable if pinnable else 0)
+
+
+def host_ledger(problem: Problem, method: Method, streamed: int) -> HostLedger | None:
+    """None: the fast memory is the host's."""
+    if problem.profile.device != "cuda":
+        return None
+    specs = [problem.spec]
+    if problem.proposer is not None and method in WITH_DRAFT_MODEL:
+        specs.append(problem.proposer.spec)
+    return make_host_ledger(specs, streamed, problem.constraints.num_sequences)
+
+
 # A search computes these for one tree once for each storage and ring.
 for_one_tree = lru_cache(maxsize=1024)
 
@@ -354,9 +448,10 @@ def left_without_ring(
     decodes_residuals: bool,
     method: Method,
 ) -> int:
-    ledger = ledger_of(
+    shape = shape_of(
         problem, draft_width, verify_width, None, scratch_bytes, decodes_residuals, method
     )
+    ledger = ledger_of(problem, shape)
     return problem.budget_bytes - ledger.total_bytes
 
 
@@ -389,7 +484,24 @@ def yield_for(problem: Problem, tree: Tree | None, method: Method) -> RoundYield
 
 def base_ledger(problem: Problem, candidate: Candidate) -> Ledger:
     """Ledger of everything except resident exact weights."""
-    return ledger_of(
+    return ledger_of(problem, shape_of_candidate(problem, candidate))
+
+
+def ledger_of(problem: Problem, shape: Shape) -> Ledger:
+    profile = problem.profile
+    base = make_ledger(
+        problem.spec,
+        profile.device,
+        profile.int4_kernel,
+        shape,
+        profile.overhead_bytes,
+        problem.budget_bytes,
+    )
+    return replace(base, workspace=max(base.workspace, problem.prefill_bytes))
+
+
+def shape_of_candidate(problem: Problem, candidate: Candidate) -> Shape:
+    return shape_of(
         problem,
         candidate.draft_width,
         candidate.verify_width,
@@ -400,7 +512,7 @@ def base_ledger(problem: Problem, candidate: Candidate) -> Ledger:
     )
 
 
-def ledger_of(
+def shape_of(
     problem: Problem,
     draft_width: int | None,
     verify_width: int,
@@ -408,9 +520,9 @@ def ledger_of(
     scratch_bytes: int,
     decodes_residuals: bool,
     method: Method,
-) -> Ledger:
+) -> Shape:
     profile, proposer = problem.profile, problem.proposer
-    shape = Shape(
+    return Shape(
         problem.context,
         problem.constraints.num_sequences,
         verify_width,
@@ -425,12 +537,3 @@ def ledger_of(
         substitutes_draft=method in WITH_SUBSTITUTES,
         drafts_with_head=problem.constraints.draft_head and method == "substitute",
     )
-    base = make_ledger(
-        problem.spec,
-        profile.device,
-        profile.int4_kernel,
-        shape,
-        profile.overhead_bytes,
-        problem.budget_bytes,
-    )
-    return replace(base, workspace=max(base.workspace, problem.prefill_bytes))

@@ -2,7 +2,7 @@
 
 The space is small: every tree x storage x staging ring is tried. The memory that a candidate leaves
 is filled with exact weights as they are stored; a storage may have some residuals decoded while
-loading. More memory, link or acceptance never predicts fewer tokens/s.
+loading. More memory, link or acceptance never predicts fewer tokens/s in the same context.
 """
 
 from collections.abc import Iterable, Iterator
@@ -10,16 +10,14 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from subspec.artifacts.acceptance import Acceptance, Checks, Curve
-from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.artifacts.common.sizes import LARGEST, format_size, short_size, weights_rate
-from subspec.artifacts.footprint import make_host_ledger
+from subspec.artifacts.common.formatting import number
+from subspec.artifacts.common.sizes import weights_rate
 from subspec.artifacts.model import Encoding, ModelSpec
 from subspec.artifacts.plan import (
     WITH_DRAFT_MODEL,
     Company,
     Constraints,
     Draft,
-    HostLedger,
     Method,
     Option,
     Placement,
@@ -28,21 +26,26 @@ from subspec.artifacts.plan import (
     Tree,
 )
 from subspec.artifacts.profile import Profile
+from subspec.planner.solve.feasible import nothing_fits
 from subspec.planner.solve.predict import Candidate, Proposer, predict, prompt_widths
 from subspec.planner.solve.problem import (
+    DEFAULT_CONTEXT,
     Problem,
     acceptance_of,
+    at_context,
     base_ledger,
     candidates,
-    default_context,
+    default_contexts,
+    host_excess,
+    host_ledger,
     left_over,
     make_problem,
     methods_that_draft,
+    must_hold,
     narrowest,
     passes_for,
     plain_candidates,
-    smallest_draft,
-    smallest_plain,
+    prompt_tokens_within,
     stored_like,
     trees,
     yield_for,
@@ -57,6 +60,10 @@ PRIOR_LEVELS = 64
 # substitutes agree.
 PRIOR_MODEL_RATES = {1: 0.75, 2: 0.82, 4: 0.87, 8: 0.9}
 PRIOR_CHECKS = Checks(passes=0.4, proposed=1.0)
+
+# Of the speed, that a default context may take from what a shorter one gives. Chosen, not measured.
+CONTEXT_COST = 0.1
+SAME_SPEED = 0.999  # at least this share: a longer context than the usual one costs nothing
 
 
 def constant_rate(width: int, rate: float) -> Curve:
@@ -102,54 +109,103 @@ def search(
     decides. proposer: a draft model that it may use. Raises SubspecError(INFEASIBLE) with the
     smallest budget that has a plan."""
     problem = make_problem(spec, profile, budget_bytes, constraints, acceptance, stored, proposer)
-    methods = methods_that_draft(problem)
-    drafted = {method: best_by_width(problem, method) for method in methods}
-    fastest = fastest_of(drafted)
-    plain = best(problem, plain_candidates(problem, narrowest(problem)))
-    if plain is None or (constraints.needs_draft and fastest is None):
-        needed = smallest_budget(problem, stored)
-        fits = f"needs {format_size(needed)}" if needed else "does not exist on this machine"
-        raise SubspecError(
-            Exit.INFEASIBLE,
-            f"the budget is {format_size(budget_bytes)}, the smallest plan {fits}",
-            how_to_fit(problem, needed, stored),
-        )
-    # All methods share the stored weights and the verify widths: those of the fastest one. Which
-    # residuals are decoded while loading may differ.
-    asked = constraints.method not in (None, "plain")
-    if fastest and (asked or drafted[fastest][0].speed > plain.speed):
-        alike = stored_like(problem, drafted[fastest][0].candidate.storage)
-        same = replace(problem, storages=alike)
-        best_ones = best_by_width(same, fastest)
-        room = best_ones[0].candidate.verify_widths
-        drafted = {
-            method: best_ones if method == fastest else best_by_width(same, method, room)
-            for method in methods
-        }
-        plain = best(same, plain_candidates(same, room))
-        assert plain is not None, "it takes less than the draft"
-        check_ram(problem, best_ones[0])
-    else:
-        alike = stored_like(problem, plain.candidate.storage)
-        same = replace(problem, storages=alike)
-        room = plain.candidate.verify_widths
-        drafted = {method: best_by_width(same, method, room) for method in methods}
-        check_ram(problem, plain)
-    return assemble(problem, plain, {method: some for method, some in drafted.items() if some})
+    solved, reasons = solve_context(problem)
+    if solved.chosen is None:
+        raise nothing_fits(problem)
+    return assemble(solved, placed_beside(solved, solved.chosen), reasons)
 
 
-def fastest_of(drafted: dict[Method, list[Scored]]) -> Method | None:
-    """None: no draft fits."""
-    fitting = [method for method, some in drafted.items() if some]
-    return max(fitting, key=lambda method: drafted[method][0].speed, default=None)
+@dataclass(frozen=True)
+class Solved:
+    """The fastest candidates of a problem, each of them as if the others were not there."""
+
+    problem: Problem
+    plain: Scored | None
+    drafted: dict[Method, list[Scored]]  # of every tree width, best first
+
+    @property
+    def chosen(self) -> Scored | None:
+        """The fastest that the user's constraints allow; None: nothing fits."""
+        constraints = self.problem.constraints
+        drafts = [some[0] for some in self.drafted.values() if some]
+        fastest = max(drafts, key=lambda one: one.speed, default=None)
+        if self.plain is None or (constraints.needs_draft and fastest is None):
+            return None
+        asked = constraints.method not in (None, "plain")
+        return fastest if fastest and (asked or fastest.speed > self.plain.speed) else self.plain
+
+    @property
+    def speed(self) -> float:
+        return self.chosen.speed if self.chosen else 0.0
+
+    @property
+    def drafting(self) -> set[Method]:
+        """The methods whose drafts fit, each by itself."""
+        return {method for method, some in self.drafted.items() if some}
 
 
-def best_by_width(
-    problem: Problem, method: Method, room: tuple[int, ...] | None = None
-) -> list[Scored]:
-    """The best candidate of every tree width, best first; empty if no draft fits. room: see
-    `candidates`."""
-    by_width = groupby(candidates(problem, method, room), key=lambda c: c.draft_width)
+def solve(problem: Problem) -> Solved:
+    drafted = {method: best_by_width(problem, method) for method in methods_that_draft(problem)}
+    return Solved(problem, best(problem, plain_candidates(problem, narrowest(problem))), drafted)
+
+
+def solve_context(problem: Problem) -> tuple[Solved, tuple[str, ...]]:
+    """The problem with the user's context, or the longest default one that costs little speed, and
+    the reasons for it. A shorter context leaves more memory: the shortest is the fastest. One that
+    is longer than usual leaves every method that drafts its memory."""
+    if problem.constraints.context is not None:
+        return solve(problem), ()
+    shortest, *contexts = default_contexts(problem.spec)
+    fastest = solve(at_context(problem, shortest))
+    chosen, longer = fastest, None
+    for context in (one for one in reversed(contexts) if one <= DEFAULT_CONTEXT):
+        one = solve(at_context(problem, context))
+        if one.speed >= (1 - CONTEXT_COST) * fastest.speed:
+            chosen = one
+            break
+        longer = one
+    if longer is not None:
+        return chosen, (why_shorter(chosen, longer),)
+    usual = chosen
+    for context in (one for one in contexts if one > usual.problem.context):
+        one = solve(at_context(problem, context))
+        if one.speed < SAME_SPEED * usual.speed or one.drafting != usual.drafting:
+            break
+        chosen = one
+    if chosen is usual:
+        return chosen, ()
+    return chosen, (f"the context is {chosen.problem.context} tokens: that costs no speed",)
+
+
+def why_shorter(chosen: Solved, longer: Solved) -> str:
+    """Reason for a context below the default one."""
+    said = f"the context is {chosen.problem.context} tokens: one of {longer.problem.context} "
+    if not longer.speed:
+        return said + "does not fit the budget"
+    ratio = f"{number(longer.speed)} tokens/s instead of {number(chosen.speed)}"
+    return said + f"would give {ratio}"
+
+
+def placed_beside(solved: Solved, chosen: Scored) -> dict[Method, Scored]:
+    """The chosen candidate, and the best of every other method that fits beside it: all methods
+    share the stored weights and the verify widths. Which residuals are decoded while loading may
+    differ."""
+    candidate = chosen.candidate
+    same = replace(solved.problem, storages=stored_like(solved.problem, candidate.storage))
+    room, found = candidate.verify_widths, dict[Method, Scored]()
+    methods: tuple[Method, ...] = ("plain", *solved.drafted)
+    for method in methods:
+        drafts = method != "plain"
+        others = candidates(same, method, room) if drafts else plain_candidates(same, room)
+        one = chosen if method == candidate.method else best(same, others)
+        if one is not None:
+            found[method] = one
+    return found
+
+
+def best_by_width(problem: Problem, method: Method) -> list[Scored]:
+    """The best candidate of every tree width, best first; empty if no draft fits."""
+    by_width = groupby(candidates(problem, method), key=lambda c: c.draft_width)
     found = [scored for _, group in by_width if (scored := best(problem, group)) is not None]
     return sorted(found, key=lambda scored: -scored.speed)
 
@@ -166,6 +222,8 @@ def best(problem: Problem, group: Iterable[Candidate]) -> Scored | None:
         if found is not None and speed <= found.speed:
             break
         scored = score(problem, candidate)
+        if host_excess(problem, candidate.method, scored.prediction.streamed_bytes) > 0:
+            continue
         if found is None or scored.speed > found.speed:
             found = scored
     return found
@@ -179,7 +237,7 @@ def estimate(problem: Problem, candidate: Candidate) -> float | None:
     everything, left = candidate.storage.num_bytes, left_over(problem, candidate)
     if left + candidate.ring_bytes >= everything:
         left = everything
-    if left < 0:
+    if left < must_hold(problem, candidate):
         return None
     return prediction_of(problem, candidate, everything - left).tokens_per_second
 
@@ -228,16 +286,20 @@ def in_company(problem: Problem, chosen: Scored) -> Iterator[Company]:
         num_answers *= 2
 
 
-def assemble(problem: Problem, plain: Scored, drafted: dict[Method, list[Scored]]) -> Plan:
-    """The plan from the best candidates. `drafted`: best first; a method that does not fit has
-    none."""
-    found: dict[Method, Scored] = {"plain": plain}
-    found |= {method: some[0] for method, some in drafted.items()}
-    predicted = {method: scored.prediction for method, scored in found.items()}
-    method, reasons = decide(problem, predicted)
+def assemble(solved: Solved, placed: dict[Method, Scored], reasons: tuple[str, ...]) -> Plan:
+    """The plan of the methods that were placed beside each other. reasons: for the context. What is
+    said of the others' speeds is what they would reach without the chosen one."""
+    room = prompt_tokens_within(solved.problem, (one.candidate for one in placed.values()))
+    problem = replace(solved.problem, prefill_tokens=room)
+    found = {method: with_prompts_of(problem, one) for method, one in placed.items()}
+    plain, predicted = found["plain"], {name: one.prediction for name, one in found.items()}
+    speeds = {method: some[0].speed for method, some in solved.drafted.items() if some}
+    assert solved.plain is not None, "something fits"
+    method, why = decide(problem, predicted["plain"], solved.plain.speed, speeds)
+    reasons += why
     profile = problem.profile
     drafts: dict[Method, Draft] = {
-        method: draft_of(problem, scored) for method, scored in found.items() if method != "plain"
+        name: draft_of(problem, scored) for name, scored in found.items() if name != "plain"
     }
     if method in drafts and drafts[method].tree.min_path_probability:
         reasons = (*reasons, why_early(drafts[method].tree))
@@ -257,17 +319,24 @@ def assemble(problem: Problem, plain: Scored, drafted: dict[Method, list[Scored]
         int4_kernel=profile.int4_kernel,
         draft_graphs=profile.draft_graphs,
         prefill_tokens=problem.prefill_tokens,
-        placements={method: scored.placement for method, scored in found.items()},
+        placements={name: scored.placement for name, scored in found.items()},
         residuals=plain.candidate.storage.residuals,
         predicted=predicted,
         acceptance=problem.acceptance,
-        options=list_options(plain, drafted),
+        options=list_options(solved.plain, solved.drafted),
         reasons=reasons,
         company=own.company if own else (),
         constraints=problem.constraints,
         drafts=drafts,
-        host_ledger=host_ledger_of(problem, found[method]),
+        host_ledger=host_ledger(problem, method, predicted[method].streamed_bytes),
     )
+
+
+def with_prompts_of(problem: Problem, scored: Scored) -> Scored:
+    """With the prediction for prompts as the problem has them."""
+    before = scored.prediction
+    after = prediction_of(problem, scored.candidate, before.streamed_bytes, before.fast_peak_bytes)
+    return replace(scored, prediction=after)
 
 
 def draft_of(problem: Problem, scored: Scored) -> Draft:
@@ -306,46 +375,39 @@ def place(problem: Problem, candidate: Candidate) -> Placement:
     )
 
 
-def decide(problem: Problem, predicted: dict[Method, Prediction]) -> tuple[Method, tuple[str, ...]]:
-    """The method and the reasons, one sentence each."""
-    plain = predicted["plain"].tokens_per_second
+def decide(
+    problem: Problem, plainly: Prediction, plain: float, drafted: dict[Method, float]
+) -> tuple[Method, tuple[str, ...]]:
+    """The method and the reasons, one sentence each. plainly: what plain decoding does beside the
+    chosen draft; plain, drafted: tokens/s of the methods, each as if the others were not there."""
     reasons = []
-    largest = default_context(problem.spec, LARGEST, 1)
-    if problem.constraints.context is None and problem.context < largest:
-        reasons.append(
-            f"the context is {problem.context} tokens: keys and values of a larger one would take "
-            "too much of the budget"
-        )
-    if problem.prefill_tokens < problem.context and predicted["plain"].streamed_bytes:
+    if problem.prefill_tokens < problem.context and plainly.streamed_bytes:
         reasons.append(
             f"a prompt streams the weights once per {problem.prefill_tokens} tokens: the "
             "activations of more would take too much of the budget"
         )
     with_model = set(methods_that_draft(problem)) & set(WITH_DRAFT_MODEL)
-    if with_model and not with_model & set(predicted):
+    if with_model and not with_model & set(drafted):
         reasons.append("the draft model does not fit the budget")
     if problem.constraints.method == "plain":
         return "plain", (*reasons, "plain decoding was asked for")
-    drafting: dict[Method, Prediction] = {**predicted}
-    del drafting["plain"]
-    if not drafting:
+    if not drafted:
         return "plain", (*reasons, "the substitutes do not fit the budget: plain decoding")
-    fastest = max(drafting, key=lambda method: drafting[method].tokens_per_second)
-    drafted = drafting[fastest].tokens_per_second
-    ratio = f"{drafted:.2f} against {plain:.2f} tokens/s"
+    fastest = max(drafted, key=lambda method: drafted[method])
+    ratio = f"{number(drafted[fastest])} against {number(plain)} tokens/s"
     if problem.constraints.method is not None:
         return fastest, (*reasons, f"speculation was asked for: {ratio}")
-    if drafted <= plain:
+    if drafted[fastest] <= plain:
         return "plain", (*reasons, f"speculation would not pay: {ratio}")
-    return fastest, (*reasons, f"speculation beats plain decoding: {ratio}", *why_drafted(drafting))
+    return fastest, (*reasons, f"speculation beats plain decoding: {ratio}", *why_drafted(drafted))
 
 
-def why_drafted(drafting: dict[Method, Prediction]) -> list[str]:
+def why_drafted(drafted: dict[Method, float]) -> list[str]:
     """Reason for the choice among several methods that draft."""
-    if not set(drafting) & set(WITH_DRAFT_MODEL):
+    if not set(drafted) & set(WITH_DRAFT_MODEL):
         return []
-    speeds = sorted(drafting.items(), key=lambda one: -one[1].tokens_per_second)
-    listed = ", ".join(f"{name} {said.tokens_per_second:.2f}" for name, said in speeds)
+    speeds = sorted(drafted.items(), key=lambda one: -one[1])
+    listed = ", ".join(f"{name} {number(speed)}" for name, speed in speeds)
     return [f"predicted tokens/s by what drafts: {listed}"]
 
 
@@ -364,7 +426,7 @@ def why_stored(problem: Problem, chosen: Scored) -> str:
     if not decoded:
         return reason
     done = "multiplied out" if wide == decoded else "decoded"
-    reason += f"; {decoded} of {len(storage.parts)} matrices are {done} while loading"
+    reason += f"; {decoded} of {len(storage.parts)} parts are {done} while loading"
     return reason + (f", {wide} of them multiplied out" if 0 < wide < decoded else "")
 
 
@@ -383,7 +445,7 @@ def why_encoded(problem: Problem, chosen: Scored) -> str:
         what += "raw"
     else:
         what += f"as residuals of {storage.bits_per_residual:.1f} bits"
-        what += "" if num_coded == num_parts else f", {num_coded} of {num_parts} matrices"
+        what += "" if num_coded == num_parts else f", {num_coded} of {num_parts} parts"
     if problem.constraints.encoding == "kept":
         return f"{what}: as in the existing artifact"
     if problem.constraints.encoding != "auto":
@@ -409,68 +471,3 @@ def list_options(plain: Scored, drafted: dict[Method, list[Scored]]) -> tuple[Op
 def option_label(method: Method, tree: Tree) -> str:
     whose = "" if method == "substitute" else f", {method}"
     return f"tree {tree.width} wide, {tree.depth} deep{whose}"
-
-
-def host_ledger_of(problem: Problem, scored: Scored) -> HostLedger | None:
-    """None: the fast memory is the host's."""
-    if problem.profile.device != "cuda":
-        return None
-    specs, constraints = [problem.spec], problem.constraints
-    if problem.proposer is not None and scored.candidate.method in WITH_DRAFT_MODEL:
-        specs.append(problem.proposer.spec)
-    return make_host_ledger(specs, scored.prediction.streamed_bytes, constraints.num_sequences)
-
-
-def check_ram(problem: Problem, scored: Scored) -> None:
-    """Raise SubspecError(INFEASIBLE) if the host's memory is too small for what it holds beside a
-    GPU, or too little of it can be pinned."""
-    needed = host_ledger_of(problem, scored)
-    if needed is None:
-        return
-    ram, pinnable = problem.constraints.ram_bytes, problem.profile.pinnable_bytes
-    if ram is not None and needed.total_bytes > ram:
-        less = needed.how_to_take_less(problem.constraints.num_sequences)
-        raise SubspecError(
-            Exit.INFEASIBLE,
-            f"the plan takes {short_size(needed.total_bytes)} of host memory ({needed.parts}), "
-            f"--ram is {short_size(ram)}",
-            f"--ram {-(-needed.total_bytes // 10**9)}GB, or {less}",
-        )
-    if pinnable and needed.pinned_bytes > pinnable:
-        raise SubspecError(
-            Exit.INFEASIBLE,
-            f"streamed weights and the embedding take {short_size(needed.pinned_bytes)} of pinned "
-            f"host memory, this process can pin {short_size(pinnable)}",
-            "a larger --vram, a higher `ulimit -l`, or more memory for this container",
-        )
-
-
-def how_to_fit(problem: Problem, needed: int, stored: Storage | None) -> str:
-    if not needed:
-        return ""
-    hint = f"--vram {needed}B"
-    if stored and stored.residuals and not problem.profile.residual_weights_per_second:
-        hint += ", or install a C++ compiler (g++): else residuals are decoded only while loading"
-    return hint
-
-
-def smallest_budget(problem: Problem, stored: Storage | None) -> int:
-    """Bytes of the smallest budget that has a plan, to 0.1 %; 0 if none up to 8 TiB has. stored: as
-    of `search`."""
-    constraints = problem.constraints
-
-    def feasible(budget: int) -> bool:
-        smaller = make_problem(
-            problem.spec, problem.profile, budget, constraints, problem.acceptance, stored,
-            problem.proposer,
-        )  # fmt: skip
-        smallest = smallest_draft if constraints.needs_draft else smallest_plain
-        return smallest(smaller) is not None
-
-    low, high = 0, 1 << 43
-    if not feasible(high):
-        return 0
-    while high - low > high // 1000 + 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if feasible(middle) else (middle, high)
-    return high

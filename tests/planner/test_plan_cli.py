@@ -23,6 +23,7 @@ from run_records import make_run
 from safetensors.torch import load_file, save_file
 
 from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.common.sizes import parse_size
 from subspec.artifacts.footprint import draft_head_bytes
 from subspec.artifacts.format.codec import dump_json
 from subspec.artifacts.format.prebuilt import find_prebuilt
@@ -102,7 +103,7 @@ def test_a_draft_model_is_planned_into_the_artifact(
     assert said["ledger"]["drafter"] > 0 < said["ledger"]["drafter_cache"]
     assert artifact.draft_model is not None and artifact.draft_model.vocab_size == 2048
     assert verify(Path("made")) > 0
-    again = run(capsys, "--from", "made", "--out", "beside", "--json")
+    again = run(capsys, "--from", "made", "--context", "512", "--out", "beside", "--json")
     assert again.exit_code == 0, again.err
     beside = open_artifact(Path("beside"))
     assert beside.draft_model == artifact.draft_model and len(beside.plan.placements) == 4
@@ -659,12 +660,12 @@ def test_a_cap_below_the_floor_names_the_smallest_that_works(
     assert ended.exit_code == 3
     error = json.loads(ended.out)["error"]
     assert error["code"] == "infeasible" and error["exit"] == 3
-    found = re.fullmatch(r"--vram (\d+B)", error["hint"])
+    found = re.fullmatch(r"--vram ([\d.]+MB)", error["hint"])
     assert found is not None
     assert list(here.iterdir()) == []
     again = plan(capsys, "--vram", found[1], "--out", "floor")
     assert again.exit_code == 0, again.err
-    smaller = f"{int(found[1][:-1]) * 99 // 100}B"
+    smaller = f"{parse_size(found[1]) * 99 // 100}B"
     assert plan(capsys, "--vram", smaller, "--dry-run").exit_code == 3
 
 

@@ -49,10 +49,10 @@ def make_plan(
 def explored(plan: Plan) -> Plan:
     """With what other budgets and contexts would give."""
 
-    def solve(budget: int, context: int | None) -> Plan:
+    def solve(budget: int, context: int) -> Plan:
         return search(SPEC, make_profile(), budget, Constraints(context=context), plan.acceptance)
 
-    return with_outlook(plan, solve, False, SPEC.max_positions)
+    return with_outlook(plan, solve, SPEC.max_positions)
 
 
 def hostile() -> tuple[ModelSpec, Plan]:

@@ -65,7 +65,7 @@ def test_what_streams_is_told_beside_what_is_resident() -> None:
     streamed = plan.predicted[plan.method].streamed_bytes
     assert resident and residuals and streamed
     assert streamed_line(spec, plan) == (
-        f"{short_size(streamed)} per round, {total - resident - residuals} of {total} matrices; "
+        f"{short_size(streamed)} per round, {total - resident - residuals} of {total} parts; "
         f"{resident} are resident, {residuals} as residuals"
     )
 

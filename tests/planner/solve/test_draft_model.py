@@ -95,6 +95,16 @@ def test_a_draft_model_fits_where_substitutes_do_not() -> None:
         planned(2_000_000, method="draft-model")
 
 
+def test_a_draft_model_never_costs_speed_where_the_context_is_ours() -> None:
+    """It fits beside a longer context than the substitutes do."""
+    slow = proposer(0.3, Checks(1.0, 1.0))
+    for budget in range(7_500_000, 13_000_000, 500_000):
+        given = (MODEL, profile_with(), budget, Constraints(), ACCEPTANCE)
+        alone, beside = search(*given), search(*given, proposer=slow)
+        speeds = [plan.predicted[plan.method].tokens_per_second for plan in (alone, beside)]
+        assert speeds[1] >= 0.9 * speeds[0]
+
+
 def test_a_draft_model_that_does_not_fit_is_said() -> None:
     large = replace(proposer(), spec=make_spec(num_layers=30))
     plan = planned(one=large)

@@ -8,7 +8,10 @@ from toys import ACCEPTANCE, make_curve, make_profile, make_spec
 
 from subspec.artifacts.acceptance import Acceptance
 from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.common.formatting import number
+from subspec.artifacts.common.sizes import size_argument
 from subspec.artifacts.plan import Constraints, Method, Plan, Point, Prediction, Usage
+from subspec.planner.solve.feasible import drafting_from
 from subspec.planner.solve.outlook import (
     BUDGET_STEPS,
     CONTEXTS,
@@ -107,12 +110,12 @@ def test_a_plan_whose_drafts_end_early_foretells_them() -> None:
 # Other budgets and contexts
 
 
-def best(budget_bytes: int, context: int | None) -> Plan:
+def best(budget_bytes: int, context: int) -> Plan:
     return plan_for(budget_bytes, context)
 
 
 def test_every_budget_and_context_that_has_a_plan_is_a_point() -> None:
-    plan = with_outlook(plan_for(10_000_000), best, fixed_context=True, most_positions=4096)
+    plan = with_outlook(plan_for(10_000_000), best, most_positions=4096)
     budgets = [int(10_000_000 * step) for step in BUDGET_STEPS]
     assert [p.budget_bytes for p in plan.by_budget] == sorted(
         # Of the smallest nothing fits.
@@ -135,34 +138,53 @@ def test_every_budget_and_context_that_has_a_plan_is_a_point() -> None:
 
 
 def test_more_memory_is_shown_as_never_slower() -> None:
-    plan = with_outlook(plan_for(12_000_000), best, fixed_context=True, most_positions=4096)
+    plan = with_outlook(plan_for(12_000_000), best, most_positions=4096)
     speeds = [point.tokens_per_second for point in plan.by_budget]
     assert speeds == sorted(speeds) and speeds[-1] > 2 * speeds[0]
     assert {point.method for point in plan.by_budget} == {"substitute", "plain"}
 
 
-def test_a_context_that_is_ours_is_chosen_anew_for_every_budget() -> None:
-    asked = list[tuple[int, int | None]]()
+def test_other_budgets_are_for_the_plans_own_context() -> None:
+    """Whoever chose it: else more memory would buy a longer context, and no speed."""
+    asked = list[tuple[int, int]]()
 
-    def solve(budget_bytes: int, context: int | None) -> Plan:
+    def solve(budget_bytes: int, context: int) -> Plan:
         asked.append((budget_bytes, context))
         return best(budget_bytes, context)
 
-    plan = with_outlook(plan_for(24_000_000, None), solve, False, most_positions=2100)
-    assert {context for budget, context in asked if budget != 24_000_000} == {None}
-    assert [context for budget, context in asked if budget == 24_000_000] == [1024, 2048]
-    assert len({point.context for point in plan.by_budget}) > 1
+    own = plan_for(24_000_000, None)
+    plan = with_outlook(own, solve, most_positions=4000)
+    assert own.context == 2048
+    assert {context for budget, context in asked if budget != 24_000_000} == {2048}
+    assert {point.context for point in plan.by_budget} == {2048}
+    speeds = [point.tokens_per_second for point in plan.by_budget]
+    assert speeds == sorted(speeds)
     # The plan's own context is a point once, and is not solved for again.
+    assert [context for budget, context in asked if budget == 24_000_000] == [512, 1024]
     assert [point.context for point in plan.by_context] == [512, 1024, 2048]
-    assert plan.context == 512
+
+
+def test_a_plan_without_room_for_a_draft_says_where_drafting_begins() -> None:
+    plan = plan_for(6_500_000)
+    assert set(plan.placements) == {"plain"}
+    begins = drafting_from(SPEC, make_profile(), plan, ACCEPTANCE)
+    first = best(begins, 256)
+    assert (
+        first.method == "substitute" and "substitute" not in best(begins - 20_000, 256).placements
+    )
+    told = what_more_memory_buys(with_outlook(plan, best, 4096, begins))
+    size, speed = size_argument(begins), number(first.predicted["substitute"].tokens_per_second)
+    assert told.endswith(f"; drafting begins at {size}: {speed} tokens/s")
+    drafts = plan_for(12_000_000)
+    assert "drafting" not in what_more_memory_buys(with_outlook(drafts, best, 4096))
 
 
 def test_an_error_other_than_too_little_memory_is_not_passed_over() -> None:
-    def broken(budget_bytes: int, context: int | None) -> Plan:
+    def broken(budget_bytes: int, context: int) -> Plan:
         raise SubspecError(Exit.UNSUPPORTED, "a bug", "")
 
     with pytest.raises(SubspecError, match="a bug"):
-        with_outlook(plan_for(12_000_000), broken, fixed_context=True, most_positions=4096)
+        with_outlook(plan_for(12_000_000), broken, most_positions=4096)
 
 
 # The next GB
@@ -178,8 +200,8 @@ def test_the_next_gb_is_a_tenth_of_a_small_budget(budget_bytes: int, more: int) 
 @pytest.mark.parametrize(
     ("speed", "sentence"),
     [
-        (1.31, "1.20 MB more would buy 31%: 13.10 tokens/s"),
-        (1.006, "1.20 MB more would buy 1%: 10.06 tokens/s"),
+        (1.31, "1.20 MB more would buy 31%: 13.1 tokens/s"),
+        (1.006, "1.20 MB more would buy 1%: 10.1 tokens/s"),
         (1.004, "1.20 MB more would buy nothing"),
         (1.0, "1.20 MB more would buy nothing"),
     ],
@@ -204,5 +226,5 @@ def test_a_budget_that_was_not_looked_into_is_not_spoken_of() -> None:
 
 
 def test_the_next_gb_is_among_the_budgets_that_are_tried() -> None:
-    plan = with_outlook(plan_for(12_000_000), best, fixed_context=True, most_positions=4096)
+    plan = with_outlook(plan_for(12_000_000), best, most_positions=4096)
     assert what_more_memory_buys(plan).startswith("1.20 MB more would buy ")

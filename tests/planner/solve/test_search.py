@@ -15,19 +15,23 @@ from toys import ACCEPTANCE, make_curve, make_hybrid_spec, make_profile, make_sp
 
 from subspec.artifacts.acceptance import ONE_TOKEN, Acceptance, Curve
 from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.common.formatting import number
 from subspec.artifacts.common.sizes import parse_size
 from subspec.artifacts.footprint import (
     ALLOCATOR_BYTES,
     Ring,
+    Shape,
     checkpoints_bytes,
     graph_bytes,
     model_bytes,
+    workspace_bytes,
 )
 from subspec.artifacts.format.checks import check_plan
 from subspec.artifacts.model import HEAD, LayerSpec, ModelSpec
-from subspec.artifacts.plan import Constraints, Plan, Tree, tree_for
+from subspec.artifacts.plan import Constraints, Method, Plan, Tree, tree_for
 from subspec.artifacts.profile import Corrections, LinkRate, Profile, Timing
 from subspec.planner.machine.profiles import with_link
+from subspec.planner.report.wording import plain_speed
 from subspec.planner.solve import problem as problem_module
 from subspec.planner.solve.predict import (
     Candidate,
@@ -55,6 +59,7 @@ from subspec.planner.solve.storage import (
 BUDGETS = (6_000_000, 9_000_000, 10_000_000, 12_000_000, 14_500_000, 16_000_000, 30_000_000)
 LONG = Constraints(context=1024)
 NUM_PARTS = len(make_spec().parts)
+TALL = make_spec(num_layers=32)  # so that its weights are most of what a plan takes
 DECODE_RATES = (0.0, 2e7, 2e8)  # weights/s; the toy's link brings 5e7 raw ones
 SHARES = ((1.0, 1.0), (0.2, 0.2), (0.05, 0.9), (0.9, 0.05))  # kept while link and compute are busy
 # Trees that end early do so mostly where they would be rejected.
@@ -213,6 +218,26 @@ def test_it_abstains_where_drafts_are_rejected() -> None:
     asked = plan_for(12_000_000, Constraints(context=256, method="substitute"), acceptance=never)
     assert asked.method == "substitute"
     assert any("speculation was asked for" in reason for reason in asked.reasons)
+
+
+@pytest.mark.parametrize("budget_bytes", [9_000_000, 14_500_000, 30_000_000])
+@pytest.mark.parametrize("decode_rate", DECODE_RATES)
+def test_a_plan_is_compared_with_the_best_of_the_others(
+    budget_bytes: int, decode_rate: float
+) -> None:
+    """Not with what they would do in its weights and widths. A plan for plain decoding alone has
+    more memory for prompts."""
+    given = {"profile": make_profile(residual_weights_per_second=decode_rate)}
+    plan = plan_for(budget_bytes, **given)
+    plain, drafted = (
+        speed(plan_for(budget_bytes, Constraints(context=256, method=method), **given))
+        for method in ("plain", "substitute")
+    )
+    listed = [option.tokens_per_second for option in plan.options]
+    assert speed(plan) == listed[0] == max(plain_speed(plan), drafted) and drafted in listed
+    assert plain_speed(plan) >= plain
+    ratio = f": {number(drafted)} against {number(plain_speed(plan))} tokens/s"
+    assert any(reason.endswith(ratio) for reason in plan.reasons)
 
 
 def test_it_speculates_on_a_slow_link() -> None:
@@ -401,6 +426,34 @@ def test_prompts_take_no_weights_place_when_memory_grows(small_space: None) -> N
     assert tokens[streamed.index(0)] < 100  # the weights come first
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("share", [1.001, 1.03, 1.2])
+def test_a_prompt_has_all_memory_that_verification_and_drafts_need_anyway(
+    device: str, share: float
+) -> None:
+    """What is left of it would not do for another token in the same stream."""
+    constraints = Constraints(context=1024, width=3, depth=40)
+    wide = ((8, 16, 32, 64, 128),)
+    spec, profile = make_spec(), make_profile(device=device, batch_invariant_widths=wide)
+    with pytest.raises(SubspecError) as caught:
+        plan_for(1_000_000, constraints, profile=profile)
+    least = parse_size(caught.value.hint.removeprefix("--vram "))
+    plan = plan_for(int(share * least), constraints, profile=profile)
+    assert 64 < plan.prefill_tokens <= 1024
+
+    def needed(method: Method, tokens: int) -> int:
+        shape = Shape(
+            1024, 1, plan.verify_width, plan.tree.width if method != "plain" else None, tokens,
+            profile.num_threads, plan.prompt_widths[0],
+        )  # fmt: skip
+        return workspace_bytes(spec, plan.device, shape)
+
+    sizes = {method: one.ledger.workspace for method, one in plan.placements.items()}
+    assert all(needed(method, plan.prefill_tokens) <= size for method, size in sizes.items())
+    more = plan.prefill_tokens + 1
+    assert more > 1024 or any(needed(method, more) > size for method, size in sizes.items())
+
+
 @pytest.mark.parametrize("budget_bytes", [8_000_000, 11_000_000, 14_500_000])
 def test_faster_decoding_never_predicts_slower(budget_bytes: int, small_space: None) -> None:
     rates = [0.0, *(1e6 * 1.5**n for n in range(20))]
@@ -446,6 +499,37 @@ def test_one_level_that_is_accepted_more_often_never_predicts_slower(small_space
         curves = [Curve(1, 0.0, "", 9, trees, (trees,) * 13, tuple(some)) for some in counts]
         rates = [Acceptance((curve,), measured=True) for curve in curves]
         never_falls([speed(plan_for(9_000_000, acceptance=rate)) for rate in rates])
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"profile": make_profile(), "residual_weights_per_second": 0.0},
+        {
+            "profile": make_profile(device="cuda", overhead_bytes=1_000_000),
+            "residual_weights_per_second": 5e7,
+        },
+    ],
+    ids=["cpu", "cuda"],
+)
+def test_more_memory_with_the_default_context_costs_a_tenth_of_the_speed_at_most(
+    given: dict[str, Any], small_space: None
+) -> None:
+    """What it may cost buys a longer context."""
+    decodes = given["residual_weights_per_second"]
+    profile = replace(given["profile"], residual_weights_per_second=decodes)
+    least = 7_500_000 + (ALLOCATOR_BYTES if profile.device == "cuda" else 0)
+    plans = [
+        plan_for(budget, Constraints(), profile=profile)
+        for budget in range(least, least + 40_000_000, 1_500_007)
+    ]
+    fastest = plans[0]
+    for plan in plans:
+        assert speed(plan) >= 0.9 * speed(fastest)
+        assert speed(plan) >= speed(fastest) or plan.context > fastest.context
+        fastest = max(fastest, plan, key=speed)
+    contexts = {plan.context for plan in plans}
+    assert len(contexts) > 2 and max(contexts) == 4096
 
 
 # Within the budget
@@ -518,7 +602,7 @@ def test_an_infeasible_request_names_the_smallest_cap_that_works(constraints: Co
     with pytest.raises(SubspecError) as caught:
         plan_for(2_000_000, constraints)
     assert caught.value.exit_code == Exit.INFEASIBLE
-    match = re.fullmatch(r"--vram (\d+B)", caught.value.hint)
+    match = re.fullmatch(r"--vram ([\d.]+MB)", caught.value.hint)
     assert match is not None
     smallest = parse_size(match[1])
     check_plan(make_spec(), list(raw_storage(make_spec()).parts), plan_for(smallest, constraints))
@@ -526,10 +610,22 @@ def test_an_infeasible_request_names_the_smallest_cap_that_works(constraints: Co
         plan_for(smallest * 99 // 100, constraints)
 
 
-def test_a_tree_that_no_kernel_takes_is_infeasible_at_any_size() -> None:
-    with pytest.raises(SubspecError, match="does not exist") as caught:
-        plan_for(10**9, Constraints(width=8, depth=100))
-    assert (caught.value.exit_code, caught.value.hint) == (Exit.INFEASIBLE, "")
+@pytest.mark.parametrize(
+    ("constraints", "hint"),
+    [
+        (Constraints(width=8, depth=100), "--depth 7 or less"),
+        (Constraints(depth=100), "--depth 63 or less"),
+        (Constraints(width=64), "--width 63 or less"),
+    ],
+)
+def test_a_tree_that_no_kernel_takes_is_infeasible_at_any_size(
+    constraints: Constraints, hint: str
+) -> None:
+    num_nodes = 1 + (constraints.width or 1) * (constraints.depth or 1)
+    said = f"{num_nodes} nodes, the widest batch-invariant pass on this machine has 64 rows"
+    with pytest.raises(SubspecError, match=said) as caught:
+        plan_for(10**9, constraints)
+    assert (caught.value.exit_code, caught.value.hint) == (Exit.INFEASIBLE, hint)
 
 
 def test_a_machine_without_position_free_kernels_is_refused() -> None:
@@ -538,8 +634,9 @@ def test_a_machine_without_position_free_kernels_is_refused() -> None:
     assert caught.value.exit_code == Exit.UNSUPPORTED
 
 
-# What a draft takes on GPUs alone.
-ONLY_GPUS = ALLOCATOR_BYTES + graph_bytes(make_spec())
+# What a plan takes on GPUs alone.
+ONLY_GPUS = ALLOCATOR_BYTES
+EMBEDDING = make_spec().embedding_bytes
 
 
 def test_what_streams_must_fit_the_host_memory_of_a_gpu() -> None:
@@ -551,6 +648,32 @@ def test_what_streams_must_fit_the_host_memory_of_a_gpu() -> None:
     resident = plan_for(30_000_000 + ONLY_GPUS, constraints, profile=gpu)
     assert resident.placement("plain").num_slots == 0
     assert plan_for(12_000_000, constraints)  # on cpu the slow tier is the disk
+    # What the hint names is enough.
+    match = re.fullmatch(r"--ram ([\d.]+MB), or --vram ([\d.]+MB)", caught.value.hint)
+    assert match is not None
+    ram, vram = map(parse_size, match.groups())
+    assert plan_for(8_000_000 + ONLY_GPUS, replace(constraints, ram_bytes=ram), profile=gpu)
+    assert plan_for(vram, constraints, profile=gpu)
+    with pytest.raises(SubspecError):
+        plan_for(vram * 98 // 100, constraints, profile=gpu)
+
+
+@pytest.mark.parametrize("ram_bytes", [14_000_000, 18_000_000, 24_000_000])
+def test_a_plan_keeps_to_the_host_memory_that_it_is_given(ram_bytes: int) -> None:
+    """Where the fastest one would stream more: residuals stream less."""
+    # Decoding is slow, so that raw weights are what is fastest.
+    gpu = make_profile(device="cuda", residual_weights_per_second=2e7)
+    given = {"spec": TALL, "profile": gpu}
+    budget = 32_000_000 + ONLY_GPUS + graph_bytes(TALL)
+    drafting = Constraints(context=256, method="substitute")
+    free = plan_for(budget, drafting, **given)
+    assert free.predicted["substitute"].streamed_bytes + EMBEDDING > ram_bytes
+    for plan in (
+        plan_for(budget, replace(drafting, ram_bytes=ram_bytes), **given),
+        plan_for(budget, drafting, spec=TALL, profile=replace(gpu, pinnable_bytes=ram_bytes)),
+    ):
+        assert all(one.streamed_bytes + EMBEDDING <= ram_bytes for one in plan.predicted.values())
+        assert len(plan.residuals) > len(free.residuals) and speed(plan) <= speed(free)
 
 
 def test_what_streams_must_be_what_the_process_can_pin() -> None:
@@ -570,14 +693,14 @@ def test_what_streams_must_be_what_the_process_can_pin() -> None:
 def test_the_states_that_conversations_go_back_to_are_within_the_host_memory_of_a_gpu() -> None:
     """They are not pinned; of fewer conversations there are fewer."""
     spec, gpu = make_hybrid_spec(), make_profile(device="cuda")
-    budget = 16_000_000 + ALLOCATOR_BYTES + graph_bytes(spec)
+    budget = 16_000_000 + ALLOCATOR_BYTES
     four = Constraints(context=256, num_sequences=4)
     ledger = plan_for(budget, four, spec=spec, profile=gpu).host_ledger
     assert ledger is not None and ledger.streamed and ledger.embedding == 2 * 2048 * 256
     assert ledger.checkpoints == checkpoints_bytes(spec, 4) > 0
     plan_for(budget, replace(four, ram_bytes=ledger.total_bytes), spec=spec, profile=gpu)
     with pytest.raises(SubspecError, match="of states to go back to") as caught:
-        less = replace(four, ram_bytes=ledger.total_bytes - 1)
+        less = replace(four, ram_bytes=ledger.total_bytes - ledger.streamed)
         plan_for(budget, less, spec=spec, profile=gpu)
     assert caught.value.exit_code == Exit.INFEASIBLE and "fewer --sequences" in caught.value.hint
     enough = make_profile(device="cuda", pinnable_bytes=ledger.pinned_bytes)
@@ -621,18 +744,51 @@ def test_a_fixed_tree_that_does_not_fit_is_an_error_and_not_plain_decoding() -> 
     assert caught.value.exit_code == Exit.INFEASIBLE
 
 
+@pytest.mark.parametrize("asked", [{"width": 4}, {"depth": 9}])
+def test_a_tree_for_plain_decoding_is_a_usage_error(asked: dict[str, int]) -> None:
+    with pytest.raises(SubspecError, match="--method plain drafts no tree") as caught:
+        plan_for(12_000_000, Constraints(method="plain", **asked))
+    assert caught.value.exit_code == Exit.USAGE
+
+
 def test_a_context_beyond_the_models_positions_is_a_usage_error() -> None:
     with pytest.raises(SubspecError, match="4096 positions") as caught:
         plan_for(10**9, Constraints(context=4097))
     assert caught.value.exit_code == Exit.USAGE
 
 
-def test_the_context_is_ours_to_halve() -> None:
-    """Keys and values keep to an eighth of the budget, and a reason says so."""
+def test_a_default_context_costs_a_tenth_of_the_speed_at_most() -> None:
+    """The longest such one: a reason says what the next would give."""
     assert plan_for(10**9, Constraints()).context == 4096
-    plan = plan_for(24_000_000, Constraints())
-    assert plan.context == 512
-    assert "the context is 512 tokens" in plan.reasons[0]
+    for budget in (9_000_000, 12_000_000, 14_000_000, 16_000_000, 24_000_000):
+        contexts = (256, 512, 1024, 2048, 4096)
+        speeds = {one: speed_in_context(budget, one) for one in contexts}
+        enough = 0.9 * speeds[256]
+        plan = plan_for(budget, Constraints())
+        assert plan.context == max(one for one in contexts if speeds[one] >= enough)
+        assert speed(plan) == speeds[plan.context]
+        said = f"the context is {plan.context} tokens: one of {2 * plan.context}"
+        assert (said in plan.reasons[0]) == (plan.context < 4096)
+
+
+def speed_in_context(budget_bytes: int, context: int) -> float:
+    """0: no plan fits."""
+    try:
+        return speed(plan_for(budget_bytes, Constraints(context=context)))
+    except SubspecError:
+        return 0.0
+
+
+def test_a_default_context_grows_where_that_costs_no_speed() -> None:
+    """As far as the model has positions and memory is left."""
+    spec = make_spec(max_positions=20_000)
+    contexts = [
+        plan_for(budget, Constraints(), spec=spec).context
+        for budget in (30_000_000, 40_000_000, 60_000_000, 10**9)
+    ]
+    assert contexts == [2048, 4096, 8192, 16384]
+    plan = plan_for(10**9, Constraints(), spec=spec)
+    assert "the context is 16384 tokens: that costs no speed" in plan.reasons
 
 
 def test_layers_with_windows_leave_room_for_a_longer_context() -> None:
@@ -645,8 +801,8 @@ def test_layers_with_windows_leave_room_for_a_longer_context() -> None:
         for one in spec.layers
     )
     windowed = replace(spec, layers=tuple(layers))
-    contexts = [problem_module.default_context(one, 26_000_000, 1) for one in (spec, windowed)]
-    assert contexts == [512, 4096]
+    contexts = [plan_for(26_000_000, Constraints(), spec=one).context for one in (spec, windowed)]
+    assert contexts == [2048, 4096]
     plans = [plan_for(10**9, Constraints(context=4096), spec=one) for one in (spec, windowed)]
     ledgers = [plan.placement("substitute").ledger for plan in plans]
     assert ledgers[0].windows == ledgers[1].cache == 0
@@ -656,13 +812,12 @@ def test_layers_with_windows_leave_room_for_a_longer_context() -> None:
     assert near == far < pass_seconds(spec, *timings, 4000)
 
 
-def test_a_context_that_leaves_no_room_for_a_draft_is_halved_further(
+def test_a_default_context_leaves_room_for_a_draft_that_is_faster(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # More than this whole model:
     monkeypatch.setattr("subspec.artifacts.footprint.ALLOCATOR_BYTES", 0)
     profile = make_profile(device="cuda", overhead_bytes=1_700_000)
-    assert problem_module.default_context(make_spec(), 17_000_000, 1) == 512
     plan = plan_for(17_000_000, Constraints(), profile=profile)
     assert plan.context == 256 and "substitute" in plan.placements
     asked = plan_for(17_000_000, Constraints(context=512), profile=profile)
@@ -786,7 +941,6 @@ def test_an_artifacts_weights_are_planned_as_they_are_stored() -> None:
 # Held decoded
 
 
-TALL = make_spec(num_layers=32)  # so that its weights are most of what a plan takes
 CODED = usual_storages(TALL)[0]
 NUM_CODED = len(CODED.residuals)
 DECODING_BOUND = make_profile(link=(LinkRate(64 << 10, 10e9),), residual_weights_per_second=2e7)
@@ -816,7 +970,7 @@ def test_where_decoding_is_the_slower_memory_that_is_left_holds_residuals_decode
     plan = plan_tall(share, DECODING_BOUND)
     count = num_decoded(plan)
     assert 0 < count < NUM_CODED and plan.residuals == CODED.residuals
-    assert plan.reasons[-1].endswith(f"; {count} of {NUM_CODED} matrices are decoded while loading")
+    assert plan.reasons[-1].endswith(f"; {count} of {NUM_CODED} parts are decoded while loading")
     only_as_stored(monkeypatch)
     without = plan_tall(share, DECODING_BOUND)
     assert num_decoded(without) == 0 and "decoded while loading" not in without.reasons[-1]
@@ -868,7 +1022,7 @@ def test_without_a_decoder_residuals_are_decoded_while_loading_or_not_at_all() -
     with pytest.raises(SubspecError) as caught:
         plan_tall(0.9, without)
     assert caught.value.exit_code == Exit.INFEASIBLE
-    match = re.fullmatch(r"--vram (\d+B), or install a C\+\+ compiler.*", caught.value.hint)
+    match = re.fullmatch(r"--vram ([\d.]+MB), or install a C\+\+ compiler.*", caught.value.hint)
     assert match is not None
     smallest = plan_for(parse_size(match[1]), spec=TALL, stored=CODED)
     assert num_decoded(smallest) == NUM_CODED

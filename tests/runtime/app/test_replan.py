@@ -228,8 +228,7 @@ def test_an_artifact_that_decodes_slowly_is_planned_to_hold_some_residuals_decod
         assert set(resident) <= set(some.plan.residuals)
         total = len(before.spec.parts)
         assert (
-            f"; {len(resident)} of {total} matrices are decoded while loading"
-            in some.plan.reasons[-1]
+            f"; {len(resident)} of {total} parts are decoded while loading" in some.plan.reasons[-1]
         )
         assert tokens(some) == tokens(before)
         counts.append(len(resident))
