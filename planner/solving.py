@@ -77,17 +77,23 @@ class Known:
 def before_planning(
     request: PlanRequest, spec: "ModelSpec", profile: Profile, draft_model: "ModelSpec | None"
 ) -> Known:
-    """Of a model without an artifact: nothing is learnt yet."""
+    """Of a model without an artifact: nothing is learnt yet. Raises SubspecError(USAGE) for a
+    profile of another model."""
+    from subspec.planner.machine.profiles import check_shapes
     from subspec.planner.solve.search import PRIOR, unknown_proposer
 
+    check_shapes(profile, spec, draft_model)
     return Known(request, spec, profile, PRIOR, proposer=unknown_proposer(draft_model))
 
 
 def known_of(request: PlanRequest, artifact: "Artifact", profile: Profile) -> Known:
-    """Of an artifact, with what its plan has learnt; its weights stay as they are."""
+    """Of an artifact, with what its plan has learnt; its weights stay as they are. Raises
+    SubspecError(USAGE) for a profile of another model."""
+    from subspec.planner.machine.profiles import check_shapes
     from subspec.planner.solve.search import unknown_proposer
     from subspec.planner.solve.storage import Storage
 
+    check_shapes(profile, artifact.spec, artifact.draft_model)
     plan, proposer = artifact.plan, unknown_proposer(artifact.draft_model)
     if proposer is not None and "draft-model" in plan.drafts:
         proposer = replace(proposer, acceptance=plan.drafts["draft-model"].acceptance)
@@ -101,10 +107,10 @@ def known_of(request: PlanRequest, artifact: "Artifact", profile: Profile) -> Kn
 def solve(known: Known) -> Plan:
     """Raises SubspecError(INFEASIBLE) if nothing fits, UNSUPPORTED for what this machine cannot
     do."""
-    from subspec.planner.solve.search import search
+    from subspec.planner.solve.fastest import fastest_plan
 
     request = known.request
-    plan = search(
+    plan = fastest_plan(
         known.spec, known.slowed, request.budget_bytes, request.constraints, known.acceptance,
         known.stored, known.proposer,
     )  # fmt: skip
@@ -126,14 +132,14 @@ def solve_if_feasible(known: Known) -> Plan | None:
 
 def with_sweeps(known: Known, plan: Plan) -> Plan:
     """The plan with what other budgets and contexts would give."""
+    from subspec.planner.solve.fastest import fastest_plan
     from subspec.planner.solve.outlook import with_outlook
-    from subspec.planner.solve.search import search
 
     slow, constraints = known.slowed, known.request.constraints
 
     def best(budget: int, context: int | None) -> Plan:
         fixed = replace(constraints, context=context)
-        return search(
+        return fastest_plan(
             known.spec, slow, budget, fixed, known.acceptance, known.stored,
             known.proposer,
         )  # fmt: skip

@@ -111,6 +111,7 @@ def search(
             Exit.INFEASIBLE,
             f"the budget is {format_size(budget_bytes)}, the smallest plan {fits}",
             how_to_fit(problem, needed, stored),
+            smallest_budget_bytes=needed or None,
         )
     # All methods share the stored weights and the verify widths: those of the fastest one. Which
     # residuals are decoded while loading may differ.
