@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.sizes import short_size
-from subspec.artifacts.plan import Constraints, Method, Plan
+from subspec.artifacts.plan import Constraints, Method, Plan, head_of, method_of
 from subspec.artifacts.profile import Profile
 
 if TYPE_CHECKING:
@@ -145,6 +145,26 @@ def with_sweeps(known: Known, plan: Plan) -> Plan:
         )  # fmt: skip
 
     return with_outlook(plan, best, constraints.context is not None, known.spec.max_positions)
+
+
+def with_known_drafter(plan: Plan, before: Plan) -> Plan:
+    """A plan that was not rehearsed, with what a rehearsal on its machine had found of who drafts
+    in its method's memory, as far as nothing else is asked for. What a head gave is not known of
+    another budget or context."""
+    head, own, drafter = before.head_draft, plan.placements.get("substitute"), before.drafter
+    has_head = own is not None and own.ledger.drafter > 0
+    if plan.machine != before.machine:
+        return plan
+    if head is not None and has_head:
+        alike = (plan.budget_bytes, plan.context) == (before.budget_bytes, before.context)
+        if head.tree.num_nodes <= plan.verify_width and head.tree.width <= plan.tree.width:
+            found = head if alike else replace(head, tokens_per_second=None)
+            plan = replace(plan, head_draft=found)
+    asked = plan.constraints
+    if (asked.method, asked.width, asked.depth) != (None, None, None) or drafter is None:
+        return plan
+    fits = method_of(drafter) == plan.method and (head_of(drafter) is None or has_head)
+    return replace(plan, drafter=drafter) if fits else plan
 
 
 def promised(known: Known, plan: Plan) -> "PredictFor":
