@@ -43,7 +43,7 @@ from subspec.artifacts.plan import (
     Prediction,
     Tree,
 )
-from subspec.artifacts.profile import Corrections, LinkRate, Profile, Timing
+from subspec.artifacts.profile import Corrections, KernelCosts, LinkRate, Profile, Timing
 from subspec.artifacts.runs import Run
 from subspec.planner import cli as plan_cli
 from subspec.planner.report.explain import plan_json
@@ -142,8 +142,8 @@ def test_the_runs_json_object_is_explained_key_by_key() -> None:
     "kind",
     [ModelSpec, DraftHead, Eagle3, LayerSpec, Block, Attention, QueryGrowth, Dense, NormStyle, Rope,
      Source, Plan, Tree, Placement, Ledger, Prediction, Acceptance, Curve, Option, Point,
-     Constraints, Profile, Timing, LinkRate, Corrections, Manifest, FileEntry, PartEntry,
-     SubstituteEntry, Run],
+     Constraints, Profile, KernelCosts, Timing, LinkRate, Corrections, Manifest, FileEntry,
+     PartEntry, SubstituteEntry, Run],
 )  # fmt: skip
 def test_every_field_of_the_format_is_named(kind: type) -> None:
     for field in kind.__dataclass_fields__:  # type: ignore[attr-defined]
