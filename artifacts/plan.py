@@ -141,7 +141,7 @@ class Prediction:
     """Seconds and bytes of one round (plain decoding: of one token)."""
 
     tokens_per_second: float  # of an answer, after its first token
-    time_to_first_token_seconds: float
+    time_to_first_token_seconds: float  # of any prompt but the first
     fast_peak_bytes: int
     tokens_per_round: float
     levels_per_round: float  # drafted
@@ -151,6 +151,7 @@ class Prediction:
     compute_seconds: float  # decoding included
     decode_seconds: float  # residuals -> exact weights
     streamed_bytes: int
+    digest_seconds: float = 0.0  # that the first prompt takes longer: what streams is checked once
 
 
 @dataclass(frozen=True)
@@ -202,6 +203,7 @@ class Point:
     context: int
     method: Method
     tokens_per_second: float
+    full_tokens_per_second: float | None = None  # at the end of a text that fills the context
 
 
 @dataclass(frozen=True)
@@ -250,6 +252,8 @@ class Plan:
     reasons: tuple[str, ...] = ()  # one sentence per decision
     constraints: Constraints = Constraints()
     draft_graphs: bool = False  # the draft's small operations are compiled by torch (graphs/)
+    disk_bytes: Count = 0  # of the artifact's weights, about
+    full_context: Prediction | None = None  # of the method, for a text that fills the context
     by_budget: tuple[Point, ...] = ()  # budgets ascending, for the report
     by_context: tuple[Point, ...] = ()  # contexts ascending
     company: Annotated[

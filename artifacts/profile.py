@@ -1,7 +1,7 @@
 """Profile: measurements of a machine with the runtime's own kernels, at a model's shapes."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Annotated
 
@@ -57,6 +57,19 @@ MORE_TOKENS = 1024  # additional tokens in the cache, which the attention timing
 
 
 @dataclass(frozen=True)
+class KernelCosts:
+    """The fields of a Profile that depend on its 4-bit kernel."""
+
+    int4_kernel: Int4Kernel
+    draft_layer: Timings
+    draft_head: Timings
+    residual_weights_per_second: Rate
+    fp8_residual_weights_per_second: Rate = 0.0
+    draft_model_layer: SomeTimings = ()
+    draft_model_head: SomeTimings = ()
+
+
+@dataclass(frozen=True)
 class Profile:
     device: DeviceKind
     machine: str  # device name, instruction set, torch version, processors
@@ -98,6 +111,21 @@ class Profile:
     draft_model_head: SomeTimings = ()
     # Share of the CPUs' time that was other programs' meanwhile, or a host's other guests'.
     others_cpu_share: Annotated[float, Between(0, 1)] = 0.0
+    # Of slower 4-bit kernels that take less memory.
+    other_kernels: Annotated[tuple[KernelCosts, ...], Length(0, 2)] = ()
+    # `shapes_of` the model, and of the draft model, that were measured; "": not known.
+    shapes: str = ""
+    draft_model_shapes: str = ""
+
+    @property
+    def by_kernel(self) -> "tuple[Profile, ...]":
+        """A profile for every 4-bit kernel that was timed, the fastest kernel's first."""
+        alone = replace(self, other_kernels=())
+        return (alone, *(replace(alone, **vars(one)) for one in self.other_kernels))
+
+    def with_kernel(self, kernel: Int4Kernel) -> "Profile":
+        """The profile for a plan with this 4-bit kernel; itself if that was not timed."""
+        return next((one for one in self.by_kernel if one.int4_kernel == kernel), self)
 
     @property
     def under_load(self) -> bool:
@@ -133,9 +161,12 @@ class Profile:
 
 def out_of_order(profile: Profile) -> str:
     """Name of the first list whose widths or block sizes are not ascending; "" if all are."""
+    others = enumerate(profile.other_kernels)
+    places = {"": profile, **{f"other_kernels[{n}].": one for n, one in others}}
     lists = {"link": [rate.block_bytes for rate in profile.link]} | {
-        name: [timing.width for timing in timings]
-        for name, timings in vars(profile).items()
+        place + name: [timing.width for timing in timings]
+        for place, some in places.items()
+        for name, timings in vars(some).items()
         if timings and isinstance(timings, tuple) and isinstance(timings[0], Timing)
     }
     groups = enumerate(profile.batch_invariant_widths)

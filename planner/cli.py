@@ -21,6 +21,7 @@ from subspec.artifacts.common.sizes import parse_size
 from subspec.planner.planning import (
     DraftModelRef,
     Planned,
+    foresee,
     plan_again,
     plan_dry,
     plan_from_runs,
@@ -214,38 +215,70 @@ def main(**given: Any) -> None:
         plan_artifact(options, options.artifact)
         return
     out = options.out or Path(default_name(options))
-    # A download may take an hour: what can be known to fail is asked first.
     request = request_of(options)
     if not options.dry_run:
         check_out(out, options.overwrite)
+    configs = fetch(options, weights=False)
+    for note in configs.model.notes:
+        say(note)
+    if options.dry_run:
+        with progress() as show:
+            planned = plan_dry(
+                request, configs.model, out, show, say, configs.draft_model, configs.draft_head
+            )
+    else:
+        planned = build_planned(options, request, configs, out)
+    report(options, planned, out)
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints that the options name, in folders of this machine."""
+
+    model: "Resolved"
+    draft_model: DraftModelRef | None
+    draft_head: "Resolved | None"
+
+
+def fetch(options: Options, weights: bool) -> Checkpoints:
+    """Without `weights` only what is small of model and draft model: whether they go together is
+    checked, and that we run them. A draft head is fetched whole."""
     from subspec.planner.model.hub import resolve
 
     assert options.model is not None, "check_options asks for it"
-    if not options.dry_run or options.draft_model is not None:
-        whole = resolve(options.model, options.revision, weights=False, tokenizer=True)
-        vocabulary = check_model(whole)
+    checks = not weights and (not options.dry_run or options.draft_model is not None)
+    model = resolve(options.model, options.revision, weights, tokenizer=weights or checks)
+    vocabulary = check_model(model) if checks else ""
     draft_model = None
     if options.draft_model is not None:
-        small = resolve(options.draft_model, weights=False, tokenizer=True)
-        check_draft_model(vocabulary, small, options.draft_model)
-        if not options.dry_run:
-            small = resolve(options.draft_model)
+        small = resolve(options.draft_model, weights=weights, tokenizer=True)
+        if checks:
+            check_draft_model(vocabulary, small, options.draft_model)
         draft_model = DraftModelRef(small, options.draft_model_weights == "4bit")
     head = None
     if options.draft_head is not None and options.draft_head != OWN_HEAD:
         head = resolve(options.draft_head, tokenizer=False)  # it speaks the model's vocabulary
-    resolved = resolve(options.model, options.revision, weights=not options.dry_run)
-    for note in resolved.notes:
-        say(note)
+    return Checkpoints(model, draft_model, head)
+
+
+def build_planned(
+    options: Options, request: PlanRequest, configs: Checkpoints, out: Path
+) -> Planned:
+    """The artifact `out`. A download may take an hour: whether there is a plan at all, and room for
+    it on the disk, is asked before it."""
+    from subspec.planner.build.artifact import check_space
+
     with progress() as show:
-        if options.dry_run:
-            planned = plan_dry(request, resolved, out, show, say, draft_model, head)
-        else:
-            planned = plan_model(
-                request, resolved, out, options.overwrite, options.quantizer, show, say,
-                draft_model, head,
-            )  # fmt: skip
-    report(options, planned, out)
+        known, plan = foresee(
+            request, configs.model, out, show, say, configs.draft_model, configs.draft_head
+        )
+    check_space(known.spec, plan, known.draft_model, out)
+    whole = fetch(options, weights=True)
+    with progress() as show:
+        return plan_model(
+            known.request, whole.model, out, options.overwrite, options.quantizer, show, say,
+            whole.draft_model, whole.draft_head, measured=known.profile,
+        )  # fmt: skip
 
 
 def check_model(model: "Resolved") -> str:

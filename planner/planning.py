@@ -15,7 +15,7 @@ from subspec.artifacts.common.formatting import counted
 from subspec.artifacts.common.progress import Progress, unseen
 from subspec.artifacts.common.sizes import short_size
 from subspec.artifacts.format.folder import place_of
-from subspec.artifacts.plan import Method, Plan, head_of, method_of
+from subspec.artifacts.plan import Method, Plan
 from subspec.artifacts.profile import Profile
 from subspec.planner.solving import (
     Known,
@@ -26,6 +26,7 @@ from subspec.planner.solving import (
     promised,
     solve,
     tell_load,
+    with_known_drafter,
     with_sweeps,
 )
 from subspec.planner.solving import PlanRequest as PlanRequest  # programs import it from here
@@ -53,6 +54,36 @@ class Planned:
     profile: Profile
 
 
+def foresee(
+    request: PlanRequest,
+    model: "Resolved",
+    out: Path,
+    progress: Progress = unseen,
+    tell: Tell = nobody,
+    draft_model: DraftModelRef | None = None,
+    draft_head: "Resolved | None" = None,
+) -> tuple[Known, Plan]:
+    """What config.json says of a model, and headers where they are there, the machine measured for
+    it, and the plan that follows: whether it can be planned, before its weights are fetched. out:
+    on whose disk the artifact would lie. Raises SubspecError."""
+    from subspec.planner.model.checkpoint import Checkpoint, read_spec
+    from subspec.planner.model.draft_head import with_draft_head
+
+    request = within_memory(request, tell)
+    spec = read_spec(model.path, model.source)
+    if draft_head is not None:
+        with errors_of(f"draft head {draft_head.source.repository}"):
+            spec = with_draft_head(Checkpoint(model.path, spec, {}), draft_head.path).spec
+    other = None
+    if draft_model is not None:
+        with errors_of(f"draft model {draft_model.model.source.repository}"):
+            own = read_spec(draft_model.model.path, draft_model.model.source)
+        other = as_draft_model(own, draft_model)
+    profile = request.known_profile or measure_here(request, spec, out, progress, tell, other)
+    known = before_planning(request, spec, profile, other)
+    return known, solve(known)
+
+
 def plan_model(
     request: PlanRequest,
     model: "Resolved",
@@ -63,10 +94,13 @@ def plan_model(
     tell: Tell = nobody,
     draft_model: DraftModelRef | None = None,
     draft_head: "Resolved | None" = None,
+    measured: Profile | None = None,
 ) -> Planned:
-    """A checkpoint becomes the artifact `out`, with a draft head of its own or another one."""
+    """A checkpoint becomes the artifact `out`, with a draft head of its own or another one.
+    measured: by `foresee`; it is measured again if the weights are not what config.json says."""
     from subspec.planner.build.artifact import build
     from subspec.planner.build.quantize import QUANTIZERS
+    from subspec.planner.machine.profiles import measured_for
     from subspec.planner.model.checkpoint import read_checkpoint
     from subspec.planner.model.draft_head import with_draft_head
     from subspec.planner.model.tokenizer_files import read_tokenizer, with_end_of_turn
@@ -88,10 +122,13 @@ def plan_model(
     for note in drafting.notes if drafting else ():
         tell(f"note: draft model: {note}")
     other = drafting.spec if drafting else None
-    measured = request.known_profile or measure_here(request, spec, out, progress, tell, other)
-    known = before_planning(request, spec, measured, other)
+    if measured is not None and not measured_for(measured, spec, other):
+        measured = None
+    profile = request.known_profile or measured
+    profile = profile or measure_here(request, spec, out, progress, tell, other)
+    known = before_planning(request, spec, profile, other)
     first = solve(known)
-    found = Planned(spec, first, measured)
+    found = Planned(spec, first, profile)
 
     def improve(artifact: "Artifact") -> tuple[Plan, Profile]:
         """Residuals are as long as they turned out by now: a plan for what they were thought to be
@@ -101,16 +138,16 @@ def plan_model(
         if request.known_profile is not None or request.rehearse == 0:
             now = replace(known, stored=Storage(tuple(artifact.stored_parts())))
             plan = solve(now) if first.residuals else first
-            found = Planned(spec, with_sweeps(now, plan), measured)
+            found = Planned(spec, with_sweeps(now, plan), profile)
         else:
-            known_now = known_of(request, artifact, measured)
+            known_now = known_of(request, artifact, profile)
             found = Planned(spec, *rehearse(known_now, artifact, progress, tell))
         if request.known_profile is None:
             pack_programs(artifact.path, found.plan, spec)
         return found.plan, found.profile
 
     build(
-        checkpoint, tokenizer, first, measured, out, overwrite, QUANTIZERS[quantizer], improve,
+        checkpoint, tokenizer, first, profile, out, overwrite, QUANTIZERS[quantizer], improve,
         progress, drafting,
     )  # fmt: skip
     return found
@@ -125,28 +162,14 @@ def plan_dry(
     draft_model: DraftModelRef | None = None,
     draft_head: "Resolved | None" = None,
 ) -> Planned:
-    """From config and headers alone. out: on whose disk the artifact would lie."""
-    from subspec.planner.model.checkpoint import Checkpoint, read_spec
+    """From config and headers alone."""
     from subspec.planner.model.config import config_notes
-    from subspec.planner.model.draft_head import with_draft_head
     from subspec.planner.model.generation import generation_notes, read_generation
 
-    request = within_memory(request, tell)
-    spec = read_spec(model.path, model.source)
-    if draft_head is not None:
-        with errors_of(f"draft head {draft_head.source.repository}"):
-            spec = with_draft_head(Checkpoint(model.path, spec, {}), draft_head.path).spec
-    other = None
-    if draft_model is not None:
-        with errors_of(f"draft model {draft_model.model.source.repository}"):
-            own = read_spec(draft_model.model.path, draft_model.model.source)
-        other = as_draft_model(own, draft_model)
-    generation = read_generation(model.path)
-    for note in (*config_notes(model.path), *generation_notes(generation)):
+    known, plan = foresee(request, model, out, progress, tell, draft_model, draft_head)
+    for note in (*config_notes(model.path), *generation_notes(read_generation(model.path))):
         tell(f"note: {note}")
-    profile = request.known_profile or measure_here(request, spec, out, progress, tell, other)
-    known = before_planning(request, spec, profile, other)
-    return Planned(spec, with_sweeps(known, solve(known)), profile)
+    return Planned(known.spec, with_sweeps(known, plan), known.profile)
 
 
 def read_draft_model(given: DraftModelRef) -> "Checkpoint":
@@ -190,26 +213,6 @@ def plan_again(
         return Planned(artifact.spec, *rehearse(known, artifact, progress, tell))
     plan = with_known_drafter(solve(known), artifact.plan)
     return Planned(artifact.spec, with_sweeps(known, plan) if sweeps else plan, profile)
-
-
-def with_known_drafter(plan: Plan, before: Plan) -> Plan:
-    """A plan that was not rehearsed, with what a rehearsal on its machine had found of who drafts
-    in its method's memory, as far as nothing else is asked for. What a head gave is not known of
-    another budget or context."""
-    head, own, drafter = before.head_draft, plan.placements.get("substitute"), before.drafter
-    has_head = own is not None and own.ledger.drafter > 0
-    if plan.machine != before.machine:
-        return plan
-    if head is not None and has_head:
-        alike = (plan.budget_bytes, plan.context) == (before.budget_bytes, before.context)
-        if head.tree.num_nodes <= plan.verify_width and head.tree.width <= plan.tree.width:
-            found = head if alike else replace(head, tokens_per_second=None)
-            plan = replace(plan, head_draft=found)
-    asked = plan.constraints
-    if (asked.method, asked.width, asked.depth) != (None, None, None) or drafter is None:
-        return plan
-    fits = method_of(drafter) == plan.method and (head_of(drafter) is None or has_head)
-    return replace(plan, drafter=drafter) if fits else plan
 
 
 def plan_from_runs(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.sizes import short_size
-from subspec.artifacts.plan import Constraints, Method, Plan
+from subspec.artifacts.plan import Constraints, Method, Plan, head_of, method_of
 from subspec.artifacts.profile import Profile
 
 if TYPE_CHECKING:
@@ -77,17 +77,23 @@ class Known:
 def before_planning(
     request: PlanRequest, spec: "ModelSpec", profile: Profile, draft_model: "ModelSpec | None"
 ) -> Known:
-    """Of a model without an artifact: nothing is learnt yet."""
+    """Of a model without an artifact: nothing is learnt yet. Raises SubspecError(USAGE) for a
+    profile of another model."""
+    from subspec.planner.machine.profiles import check_shapes
     from subspec.planner.solve.search import PRIOR, unknown_proposer
 
+    check_shapes(profile, spec, draft_model)
     return Known(request, spec, profile, PRIOR, proposer=unknown_proposer(draft_model))
 
 
 def known_of(request: PlanRequest, artifact: "Artifact", profile: Profile) -> Known:
-    """Of an artifact, with what its plan has learnt; its weights stay as they are."""
+    """Of an artifact, with what its plan has learnt; its weights stay as they are. Raises
+    SubspecError(USAGE) for a profile of another model."""
+    from subspec.planner.machine.profiles import check_shapes
     from subspec.planner.solve.search import unknown_proposer
     from subspec.planner.solve.storage import Storage
 
+    check_shapes(profile, artifact.spec, artifact.draft_model)
     plan, proposer = artifact.plan, unknown_proposer(artifact.draft_model)
     if proposer is not None and "draft-model" in plan.drafts:
         proposer = replace(proposer, acceptance=plan.drafts["draft-model"].acceptance)
@@ -101,10 +107,10 @@ def known_of(request: PlanRequest, artifact: "Artifact", profile: Profile) -> Kn
 def solve(known: Known) -> Plan:
     """Raises SubspecError(INFEASIBLE) if nothing fits, UNSUPPORTED for what this machine cannot
     do."""
-    from subspec.planner.solve.search import search
+    from subspec.planner.solve.fastest import fastest_plan
 
     request = known.request
-    plan = search(
+    plan = fastest_plan(
         known.spec, known.slowed, request.budget_bytes, request.constraints, known.acceptance,
         known.stored, known.proposer,
     )  # fmt: skip
@@ -126,15 +132,15 @@ def solve_if_feasible(known: Known) -> Plan | None:
 
 def with_sweeps(known: Known, plan: Plan) -> Plan:
     """The plan with what other budgets and contexts would give."""
+    from subspec.planner.solve.fastest import fastest_plan
     from subspec.planner.solve.feasible import drafting_from
     from subspec.planner.solve.outlook import with_outlook
-    from subspec.planner.solve.search import search
 
     slow, constraints = known.slowed, known.request.constraints
 
     def best(budget: int, context: int) -> Plan:
         fixed = replace(constraints, context=context)
-        return search(
+        return fastest_plan(
             known.spec, slow, budget, fixed, known.acceptance, known.stored,
             known.proposer,
         )  # fmt: skip
@@ -144,6 +150,26 @@ def with_sweeps(known: Known, plan: Plan) -> Plan:
         return with_outlook(plan, best, most)
     begins = drafting_from(known.spec, slow, plan, known.acceptance, known.stored, known.proposer)
     return with_outlook(plan, best, most, begins)
+
+
+def with_known_drafter(plan: Plan, before: Plan) -> Plan:
+    """A plan that was not rehearsed, with what a rehearsal on its machine had found of who drafts
+    in its method's memory, as far as nothing else is asked for. What a head gave is not known of
+    another budget or context."""
+    head, own, drafter = before.head_draft, plan.placements.get("substitute"), before.drafter
+    has_head = own is not None and own.ledger.drafter > 0
+    if plan.machine != before.machine:
+        return plan
+    if head is not None and has_head:
+        alike = (plan.budget_bytes, plan.context) == (before.budget_bytes, before.context)
+        if head.tree.num_nodes <= plan.verify_width and head.tree.width <= plan.tree.width:
+            found = head if alike else replace(head, tokens_per_second=None)
+            plan = replace(plan, head_draft=found)
+    asked = plan.constraints
+    if (asked.method, asked.width, asked.depth) != (None, None, None) or drafter is None:
+        return plan
+    fits = method_of(drafter) == plan.method and (head_of(drafter) is None or has_head)
+    return replace(plan, drafter=drafter) if fits else plan
 
 
 def promised(known: Known, plan: Plan) -> "PredictFor":

@@ -43,11 +43,11 @@ from subspec.artifacts.plan import (
     Prediction,
     Tree,
 )
-from subspec.artifacts.profile import Corrections, LinkRate, Profile, Timing
+from subspec.artifacts.profile import Corrections, KernelCosts, LinkRate, Profile, Timing
 from subspec.artifacts.runs import Run
 from subspec.planner import cli as plan_cli
 from subspec.planner.report.explain import plan_json
-from subspec.planner.solve.search import search
+from subspec.planner.solve.fastest import fastest_plan
 from subspec.runtime import cli as run_cli
 from subspec.runtime.app.answer import Answer
 from subspec.runtime.bench import cli as bench_cli
@@ -122,7 +122,7 @@ def test_the_exit_codes_are_those_of_the_code() -> None:
 
 def test_the_plans_json_object_has_the_documented_keys() -> None:
     shown = json.loads(SECTIONS["subspec-plan"].split("```json\n")[1].split("```")[0])
-    plan = search(make_spec(), make_profile(), 12_000_000, Constraints(), ACCEPTANCE)
+    plan = fastest_plan(make_spec(), make_profile(), 12_000_000, Constraints(), ACCEPTANCE)
     assert keys(plan_json(make_spec(), plan, None)) == keys(shown)
 
 
@@ -149,8 +149,8 @@ def test_the_runs_json_object_is_explained_key_by_key() -> None:
     "kind",
     [ModelSpec, DraftHead, Eagle3, LayerSpec, Block, Attention, QueryGrowth, Dense, NormStyle, Rope,
      Source, Plan, Tree, Placement, Ledger, Prediction, Acceptance, Curve, Option, Point,
-     Constraints, Profile, Timing, LinkRate, Corrections, Manifest, FileEntry, PartEntry,
-     SubstituteEntry, Run],
+     Constraints, Profile, KernelCosts, Timing, LinkRate, Corrections, Manifest, FileEntry,
+     PartEntry, SubstituteEntry, Run],
 )  # fmt: skip
 def test_every_field_of_the_format_is_named(kind: type) -> None:
     for field in kind.__dataclass_fields__:  # type: ignore[attr-defined]

@@ -252,6 +252,8 @@ def fail(error: SubspecError, as_json: bool) -> NoReturn:
             "message": error.message,
             "hint": error.hint,
         }
+        if error.smallest_budget_bytes is not None:
+            body["smallest_budget_bytes"] = error.smallest_budget_bytes
         sys.stdout.write(json.dumps({"schema": "subspec.error/1", "error": body}) + "\n")
     if not error.said:
         say(f"error: {error.message}")

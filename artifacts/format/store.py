@@ -27,7 +27,7 @@ from subspec.artifacts.runs import RUNS
 
 # Readers refuse another major version. They accept a newer minor version, which may have added
 # files, and top-level keys of JSON files.
-FORMAT_VERSION = "9.2"
+FORMAT_VERSION = "10.0"
 VERSION = re.compile(r"([0-9]{1,4})\.([0-9]{1,4})", re.ASCII)
 CHUNK_BYTES = 64 << 20
 LARGEST_JSON = 8 << 20

@@ -12,7 +12,6 @@ from pathlib import Path
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.progress import Progress
 from subspec.artifacts.common.sizes import format_size
-from subspec.artifacts.footprint import model_bytes, norms_bytes, substitutes_bytes
 from subspec.artifacts.format.folder import new_folder, place_of
 from subspec.artifacts.format.store import (
     DRAFT_MODEL,
@@ -32,11 +31,13 @@ from subspec.planner.build.weights import Quantizer, write_draft_model, write_we
 from subspec.planner.model.checkpoint import Checkpoint
 from subspec.planner.model.tokenizer_files import TokenizerFiles
 from subspec.planner.report.explain import render_readme, render_report
+from subspec.planner.solve.storage import artifact_bytes, storage_with
 
 PRODUCER = f"subspec {version('subspec')}"
 
 # exFAT and some file systems in user space; a file of another user; a file with very many links.
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+DISK_MARGIN = 1.02  # residuals are as long as they turn out
 COPIED_BYTES = 16 << 20  # at a time
 
 Improve = Callable[[Artifact], tuple[Plan, Profile]]
@@ -58,7 +59,7 @@ def build(
     run: it may return a better plan and a corrected profile, which are stored. An error leaves
     nothing behind. Raises SubspecError."""
     spec = checkpoint.spec
-    check_space(spec, draft_model.spec if draft_model else None, out)
+    check_space(spec, plan, draft_model.spec if draft_model else None, out)
     with no_empty_parents(out), new_folder(out, overwrite) as folder:
         written = write_weights(folder, checkpoint, plan.residuals, quantizer, progress)
         write_tokenizer(folder, tokenizer)
@@ -167,12 +168,11 @@ def write_plan(
     (folder / "report.html").write_text(report, encoding="utf-8")
 
 
-def check_space(spec: ModelSpec, draft_model: ModelSpec | None, out: Path) -> None:
-    """Raise SubspecError(RESOURCES) if the disk of `out` has too little space."""
-    needed = int((model_bytes(spec) + substitutes_bytes(spec, "aten")) * 1.02) + (1 << 20)
-    if draft_model is not None:
-        needed += draft_model_disk_bytes(draft_model)
-    check_room(needed, out)
+def check_space(spec: ModelSpec, plan: Plan, draft_model: ModelSpec | None, out: Path) -> None:
+    """Raise SubspecError(RESOURCES) if the disk of `out` has too little space for the weights as
+    the plan stores them."""
+    stored = storage_with(spec, plan.residuals)
+    check_room(int(artifact_bytes(spec, stored, draft_model) * DISK_MARGIN) + (1 << 20), out)
 
 
 def check_room(needed: int, out: Path) -> None:
@@ -184,10 +184,6 @@ def check_room(needed: int, out: Path) -> None:
             f"the artifact needs {format_size(needed)} of disk, {parent} has {format_size(free)}",
             "free space, or choose another --out",
         )
-
-
-def draft_model_disk_bytes(spec: ModelSpec) -> int:
-    return substitutes_bytes(spec, "aten") + norms_bytes(spec) + spec.embedding_bytes
 
 
 def write_tokenizer(folder: Path, files: TokenizerFiles) -> None:

@@ -16,10 +16,10 @@ from subspec.artifacts.common.progress import Progress
 from subspec.artifacts.format.store import part_digest
 from subspec.artifacts.model import PAGE_BYTES, ModelSpec
 from subspec.artifacts.plan import Int4Kernel
-from subspec.artifacts.profile import LinkRate, Profile, Timing
+from subspec.artifacts.profile import KernelCosts, LinkRate, Profile, Timing
 from subspec.planner.machine.microbench import Bench, DraftTimings
 from subspec.planner.machine.pinnable import pinnable_bytes
-from subspec.planner.machine.profiles import middle_timing, typical_of
+from subspec.planner.machine.profiles import middle_timing, shapes_of, typical_of
 from subspec.planner.machine.residual_rate import decode_rate
 from subspec.planner.machine.timing import (
     USUAL_EFFORT,
@@ -72,7 +72,8 @@ def measure(
     with slow_tier(spec, target, folder, effort) as tier, torch.inference_mode():
         progress("measuring", 0.0)
         bench = Bench(spec, target, effort)
-        kernel, substitutes = bench.faster_kernel([draft_model] if draft_model else [])
+        kernels = bench.timed_kernels([draft_model] if draft_model else [])
+        kernel, (substitutes, _) = next(iter(kernels.items()))
         graphs = bench.faster_graphs(substitutes)
         passes = []
         for index in range(effort.passes):
@@ -80,10 +81,11 @@ def measure(
                 f"measuring, {index + 1} of {effort.passes}", (index + 1) / (effort.passes + 2)
             )
             passes.append(measured_once(bench, kernel, substitutes, graphs, tier))
-        drafting = DraftTimings((), (), ())
+        drafting = dict.fromkeys(kernels, DraftTimings((), (), ()))
         if draft_model is not None:
             progress("measuring the draft model", (effort.passes + 1) / (effort.passes + 2))
-            drafting = timings_of_draft_model(Bench(draft_model, target, effort), kernel)
+            of_model = Bench(draft_model, target, effort)
+            drafting = {one: timings_of_draft_model(of_model, one) for one in kernels}
         progress("measuring batch invariance", (effort.passes + 1) / (effort.passes + 2))
         profile = replace(
             typical_of(passes),
@@ -91,13 +93,20 @@ def measure(
             pinnable_bytes=pinnable_bytes(device, most_pinned(spec, draft_model)) if cuda else 0,
             overhead_bytes=gpu_overhead_bytes(target) if cuda else 0,
             batch_invariant_widths=bench.batch_invariant_widths(),
-            draft_model_layer=drafting.layer,
-            draft_model_attention=drafting.attention,
-            draft_model_head=drafting.head,
+            draft_model_layer=drafting[kernel].layer,
+            draft_model_attention=drafting[kernel].attention,
+            draft_model_head=drafting[kernel].head,
+            other_kernels=tuple(
+                kernel_costs(bench, one, draft, drafting[one])
+                for one, (_, draft) in kernels.items()
+                if one != kernel
+            ),
+            shapes=shapes_of(spec),
+            draft_model_shapes=shapes_of(draft_model),
         )
-    if kernel == "gemlite":
+    if "gemlite" in kernels:
         gemlite_kernel.keep_tuning(target)
-    del bench, substitutes, graphs
+    del bench, substitutes, kernels, graphs
     if cuda:
         torch.cuda.empty_cache()  # the rehearsal needs the memory
     progress("measured", 1.0)
@@ -108,6 +117,22 @@ def most_pinned(spec: ModelSpec, draft_model: ModelSpec | None) -> int:
     """Bytes of host memory that a plan takes at most: all weights stream, embeddings lie there."""
     embeddings = sum(one.embedding_bytes for one in (spec, draft_model) if one is not None)
     return raw_storage(spec).num_bytes + embeddings
+
+
+def kernel_costs(
+    bench: Bench, kernel: Int4Kernel, draft: DraftTimings, of_model: DraftTimings
+) -> KernelCosts:
+    """Of a kernel that is not the fastest: its draft was timed once."""
+    spec, device, effort = bench.full_spec, bench.device, bench.effort
+    return KernelCosts(
+        kernel,
+        draft.layer,
+        draft.head,
+        decode_rate(bench.spec, device, kernel, "residual", effort),
+        decode_rate(spec, device, kernel, "fp8-residual", effort),
+        of_model.layer,
+        of_model.head,
+    )
 
 
 def timings_of_draft_model(bench: Bench, kernel: Int4Kernel) -> DraftTimings:

@@ -80,10 +80,12 @@ from subspec.runtime.verify import accept
 EXACT_WIDTHS = (8, 16, 32, 64, 104)  # the last: trees 4 wide and 24 deep
 CUDA_WIDTHS = (200, 400)  # with fewer rows a GPU may be memory-bound, so the slope is unknown
 DRAFT_WIDTHS = (1, 2, 4, 8, 16)
+CUDA_DRAFT_WIDTHS = (64,)  # likewise: several answers, or a wide tree
 DRAFT_LEVELS = 5  # of the trees that are grown to time one level
 ACCEPT_DEPTH = 12  # levels of an accepted path that are moved in the cache, as in a usual round
 ATTENTION_WIDTHS = (1, 8, 64)
 FAST_WIDTHS = (1, 16, 128)  # a token of plain decoding; prompts
+CUDA_FAST_WIDTHS = (512,)  # likewise
 LOADED_WIDTH = 32  # rows of the layers that are timed while the link is busy
 # Verify widths that are tried, denser at usual sizes of trees; the last: 8 wide, 48 deep.
 PADDED_WIDTHS = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 104, 128, 160, 200, 256, 304, 400)
@@ -171,11 +173,12 @@ class Bench:
     def fast_timings(self) -> tuple[tuple[Timing, ...], float]:
         """Timings of an exact layer without padding (one row of plain decoding, more of a prompt),
         and seconds of the head at one row."""
+        of_prompts = FAST_WIDTHS[1:] + (CUDA_FAST_WIDTHS if self.device.type == "cuda" else ())
         layers = {
             width: self._layers(
                 self.weights, self.exact, self._causal_rows(width, attend_batch_invariant)
             )
-            for width in FAST_WIDTHS[1:]
+            for width in of_prompts
         }
         layers[1] = self._layers(self.weights, self.exact, self._causal_rows(1, attend))
         through_head = self._through_head(self.weights, self.exact)
@@ -186,9 +189,7 @@ class Bench:
         with single_row_kernels() if self.device.type == "cpu" else nullcontext():
             (layer, slowest), (head, _) = time_each(actions, self.device, self.effort)
         calls = self.layers_per_call
-        prompts = time_widths(
-            {w: layers[w] for w in FAST_WIDTHS[1:]}, self.device, calls, self.effort
-        )
+        prompts = time_widths({w: layers[w] for w in of_prompts}, self.device, calls, self.effort)
         return (Timing(1, layer / calls, slowest / calls), *prompts), head / self.head_share
 
     def attention_timings(self, attention: Attend, dtype: torch.dtype) -> tuple[Timing, ...]:
@@ -213,9 +214,12 @@ class Bench:
         """Layers of a verification of LOADED_WIDTH rows, to be timed while the link is busy."""
         return self._layers(self.weights, self.exact, self._tree_rows(LOADED_WIDTH))
 
-    def faster_kernel(self, others: Sequence[ModelSpec] = ()) -> tuple[Int4Kernel, Substitutes]:
-        """The 4-bit kernel that is faster at four rows, and random substitutes in its layout.
-        others: models that it has to serve as well."""
+    def timed_kernels(
+        self, others: Sequence[ModelSpec] = ()
+    ) -> dict[Int4Kernel, tuple[Substitutes, DraftTimings]]:
+        """The 4-bit kernels that may be used, the fastest at four rows first: random substitutes in
+        the kernel's layout, and timings. One that is slower and takes no less memory is left out.
+        others: models that they have to serve as well."""
         kernels: list[Int4Kernel] = ["aten"]
         every = [one for spec in (self.full_spec, *others) for one in spec.linears]
         columns = [one.in_features for one in every if one.has_substitute]
@@ -224,9 +228,14 @@ class Bench:
         elif gemlite_kernel.unavailable(self.device, columns) is None:
             kernels.append("gemlite")
         packed = {kernel: self._random_substitutes(kernel) for kernel in kernels}
-        layers = {kernel: self.draft_timings(packed[kernel]).layer for kernel in kernels}
-        fastest = min(kernels, key=lambda kernel: seconds_at(layers[kernel], 4))
-        return fastest, packed[fastest]
+        timed = {kernel: self.draft_timings(packed[kernel]) for kernel in kernels}
+        kernels.sort(key=lambda kernel: seconds_at(timed[kernel].layer, 4))
+        sizes = [substitutes_bytes(self.spec, kernel) for kernel in kernels]
+        return {
+            kernel: (packed[kernel], timed[kernel])
+            for index, kernel in enumerate(kernels)
+            if sizes[index] < min(sizes[:index], default=sizes[index] + 1)
+        }
 
     def faster_graphs(self, substitutes: Substitutes) -> CompiledGraphs | None:
         """The draft's small operations compiled by torch, if a pass of four rows is faster with
@@ -271,9 +280,11 @@ class Bench:
 
         def levels(width: int) -> Callable[[], object]:
             tree = Tree(width, DRAFT_LEVELS)
-            return lambda: grow([root], [tree.depth], tree, max(EXACT_WIDTHS), draft_pass)
+            rows = max(*EXACT_WIDTHS, tree.num_nodes)
+            return lambda: grow([root], [tree.depth], tree, rows, draft_pass)
 
-        widths = [width for width in DRAFT_WIDTHS if width <= self.spec.vocab_size]
+        every = DRAFT_WIDTHS + (CUDA_DRAFT_WIDTHS if self.device.type == "cuda" else ())
+        widths = [width for width in every if width <= self.spec.vocab_size]
         heads = {width: levels(width) for width in widths}
         if as_draft_model:
             widths.append(CATCH_UP_ROWS)

@@ -1,5 +1,6 @@
-"""Profiles from a file, from several measurements, and with a limited link."""
+"""Profiles from a file, from several measurements, with a limited link, and whose they are."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format.codec import load_dataclass
+from subspec.artifacts.model import ModelSpec
 from subspec.artifacts.profile import Corrections, LinkRate, Profile, Timing, out_of_order
 from subspec.planner.model.fields import read_fields
 
@@ -15,20 +17,63 @@ from subspec.planner.model.fields import read_fields
 def read_profile(path: Path) -> Profile:
     """Read a profile.json. Raises SubspecError: USAGE if there is no such file, CORRUPT if
     invalid."""
+    hint = "give the profile.json of an artifact, or leave --profile out to measure this machine"
     if not path.is_file():
         raise SubspecError(
             Exit.USAGE,
             f"--profile {path} is not a file",
-            "give the profile.json of an artifact, or leave --profile out to measure",
+            hint,
         )
-    profile: Profile = load_dataclass(Profile, read_fields(path).values, path.name)
+    try:
+        profile: Profile = load_dataclass(Profile, read_fields(path).values, path.name)
+    except SubspecError as error:
+        raise SubspecError(error.exit_code, error.message, error.hint or hint) from None
     if wrong := out_of_order(profile):
         raise SubspecError(
             Exit.CORRUPT,
             f"{path.name}.{wrong} is not in order, expected ascending widths or block sizes",
-            "leave --profile out to measure this machine",
+            hint,
         )
     return profile
+
+
+def shapes_of(spec: ModelSpec | None) -> str:
+    """What the timings of a profile depend on, in words and a digest; "" without a model. Models of
+    one architecture and size have the same."""
+    if spec is None:
+        return ""
+    heads = [
+        (one.num_heads, one.num_kv_heads, one.head_size, one.window) for one in spec.attentions
+    ]
+    nets = [net.memory_shape for layer in spec.layers for net in layer.delta_nets]
+    matrices = [(one.name, one.out_features, one.in_features) for one in spec.linears]
+    digest = hashlib.sha256(repr((heads, nets, matrices)).encode()).hexdigest()[:12]
+    dtype = f"FP8 and {spec.dtype}" if spec.fp8 else spec.dtype
+    return (
+        f"{spec.num_layers} layers of {spec.hidden_size}, vocabulary {spec.vocab_size}, {dtype} "
+        f"({digest})"
+    )
+
+
+def measured_for(profile: Profile, spec: ModelSpec, draft_model: ModelSpec | None) -> bool:
+    wanted = shapes_of(spec), shapes_of(draft_model)
+    return (profile.shapes, profile.draft_model_shapes) == wanted
+
+
+def check_shapes(profile: Profile, spec: ModelSpec, draft_model: ModelSpec | None) -> None:
+    """Raises SubspecError(USAGE) for a profile that another model was measured for, as far as it
+    says which."""
+    pairs = [("model", profile.shapes, shapes_of(spec))]
+    if profile.has_draft_model:  # if it has none, that is said where one is wanted
+        pairs.append(("draft model", profile.draft_model_shapes, shapes_of(draft_model)))
+    for what, measured, wanted in pairs:
+        if measured and wanted and measured != wanted:
+            raise SubspecError(
+                Exit.USAGE,
+                f"the profile is of another {what}: of {measured}, and this one has {wanted}",
+                "give the profile.json of an artifact of this model, or leave --profile out to "
+                "measure this machine",
+            )
 
 
 def typical_of(profiles: Sequence[Profile]) -> Profile:

@@ -17,7 +17,7 @@ import torch
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.gpu_memory import held_bytes
-from subspec.artifacts.common.host_memory import host_bytes
+from subspec.artifacts.common.host_memory import free_host_bytes, host_bytes
 from subspec.artifacts.format.folder import DISK_IS_FULL
 from subspec.artifacts.format.tensors import keep_uncompressed
 from subspec.artifacts.profile import Timing
@@ -88,6 +88,14 @@ def fast_memory_bytes(device: str) -> int:
         return host_bytes()
     total: int = torch.cuda.get_device_properties(torch.device(device)).total_memory
     return total
+
+
+def free_memory_bytes(device: str) -> int:
+    """Fast memory of the device that nobody uses now."""
+    if device == "cpu":
+        return free_host_bytes()
+    free, _ = torch.cuda.mem_get_info(torch.device(device))
+    return int(free)
 
 
 def gpu_overhead_bytes(device: torch.device) -> int:

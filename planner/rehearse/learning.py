@@ -5,11 +5,14 @@ from dataclasses import dataclass, replace
 
 from subspec.artifacts.acceptance import Acceptance
 from subspec.artifacts.common.cpu_load import cpu_times, others_share
+from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.progress import Progress
+from subspec.artifacts.common.sizes import short_size
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.model import ModelSpec
 from subspec.artifacts.plan import HeadDraft, Method, Plan
 from subspec.artifacts.profile import Profile
+from subspec.planner.machine.timing import free_memory_bytes
 from subspec.planner.rehearse.calibration import Sample, shipped_samples
 from subspec.planner.rehearse.corrections import corrections, without_corrections
 from subspec.planner.rehearse.rehearsal import (
@@ -30,13 +33,16 @@ from subspec.planner.solve.search import PRIOR
 from subspec.planner.solving import (
     Known,
     Tell,
+    known_of,
     promised,
     solve,
     solve_if_feasible,
+    with_known_drafter,
     with_load,
     with_sweeps,
 )
 
+FREE_SHARE = 0.97  # of what is free now that a rehearsal takes: it may be less a moment later
 SETTLED_SPEED = 0.98  # of the best plan's, by the plan that was the best before
 SETTLED_MARGIN = 0.12  # of a round's tokens, to be known within
 
@@ -53,6 +59,38 @@ class Rehearsal:
 
 
 def rehearse(
+    known: Known, artifact: Artifact, progress: Progress, tell: Tell
+) -> tuple[Plan, Profile]:
+    """The plan and the profile after a rehearsal in as much of the budget as is free now. The plan
+    is for all of it. If nothing can be run in what is free, nothing is learnt, and that is told:
+    the weights that were packed for the plan are not lost."""
+    request, profile = known.request, known.profile
+    free = free_memory_bytes(request.device or profile.device) + profile.overhead_bytes
+    room = int(free * FREE_SHARE)
+    within = replace(request, budget_bytes=min(request.budget_bytes, room))
+    try:
+        plan, profile = rehearse_within(replace(known, request=within), artifact, progress, tell)
+    except SubspecError as error:
+        if error.exit_code not in (Exit.INFEASIBLE, Exit.RESOURCES):
+            raise
+        plan = with_sweeps(known, solve(known))
+        tell(
+            f"note: the artifact was not run, so acceptance and speed were not measured "
+            f"({error.message}): when more memory is free, subspec-plan --from ARTIFACT --rehearse "
+            "60"
+        )
+        return plan, profile
+    if within == request:
+        return plan, profile
+    tell(
+        f"note: rehearsed within {short_size(room)}, which are free now; the plan is for "
+        f"{short_size(request.budget_bytes)}"
+    )
+    learnt = known_of(request, replace(artifact, plan=plan), profile)
+    return with_sweeps(learnt, with_known_drafter(solve(learnt), plan)), profile
+
+
+def rehearse_within(
     known: Known, artifact: Artifact, progress: Progress, tell: Tell
 ) -> tuple[Plan, Profile]:
     """Runs the artifact to learn acceptance, then the plan that is best by it, for corrections, and

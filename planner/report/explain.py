@@ -28,11 +28,13 @@ from subspec.planner.report.wording import (
     context_rows,
     cost_rows,
     decision_rows,
-    host_line,
+    first_token_line,
+    full_context_line,
     in_markdown,
     ledger_rows,
     margin_of,
     method_name,
+    needs_rows,
     num_parameters,
     one_line,
     option_rows,
@@ -45,6 +47,7 @@ from subspec.planner.report.wording import (
     run_rows,
     speed_line,
     streamed_line,
+    usage_line,
     weights_dtype,
 )
 from subspec.planner.solve.outlook import what_more_memory_buys
@@ -67,6 +70,8 @@ def print_plan(spec: ModelSpec, plan: Plan, console: Console) -> None:
     facts.add_row("budget", f"{format_size(plan.budget_bytes)} of {plan.device} memory")
     facts.add_row("method", method_name(plan))
     facts.add_row("context", f"{plan.context} tokens")
+    for what, size in needs_rows(plan):
+        facts.add_row(what, size)
     console.print(facts)
     table = Table("fast memory", box=None, padding=(0, 2), header_style="dim")
     table.add_column("size", justify="right")
@@ -77,15 +82,12 @@ def print_plan(spec: ModelSpec, plan: Plan, console: Console) -> None:
     console.print(table)
     costs = Table.grid(padding=(0, 2))
     costs.add_row("streamed", streamed_line(spec, plan))
-    if taken := host_line(plan):
-        costs.add_row("host memory", taken)
     costs.add_row("round", round_line(predicted))
-    costs.add_row("speed", f"{speed_line(plan)}, predicted")
-    costs.add_row(
-        "first token",
-        f"after {duration(predicted.time_to_first_token_seconds)} for a prompt of "
-        f"{usual_usage(plan.context).prompt_tokens} tokens",
-    )
+    usual = usage_line(usual_usage(plan.context))
+    costs.add_row("speed", f"{speed_line(plan)}, predicted for {usual}")
+    costs.add_row("first token", first_token_line(plan))
+    if full := full_context_line(plan):
+        costs.add_row("full context", full)
     for answers, speed, drafts in company_rows(plan):
         costs.add_row(answers, f"{speed}, with {drafts} each")
     if accepted := acceptance_line(plan):
@@ -119,6 +121,7 @@ def plan_json(spec: ModelSpec, plan: Plan, artifact: Path | None) -> dict[str, A
         "feasible": True,
         "ledger": ledger,
         "host_ledger": asdict(plan.host_ledger) if plan.host_ledger else None,
+        "disk_bytes": plan.disk_bytes,
         "decisions": {
             "device": plan.device,
             "method": plan.method,
@@ -145,6 +148,7 @@ def plan_json(spec: ModelSpec, plan: Plan, artifact: Path | None) -> dict[str, A
             **asdict(predicted),
             "plain_tokens_per_second": plain_speed(plan),
         },
+        "full_context": asdict(plan.full_context) if plan.full_context else None,
         "acceptance": {
             "measured": acceptance.measured,
             "answers": acceptance.num_answers() if acceptance.measured else 0,
@@ -170,6 +174,7 @@ def render_readme(spec: ModelSpec, plan: Plan) -> str:
         coded=bool(plan.residuals),
         resident_bytes=resident_bytes(plan),
         speed=speed_line(plan) if plan.method in plan.predicted else None,
+        needs=needs_rows(plan),
         acceptance=acceptance_line(plan),
     )
 
@@ -191,6 +196,8 @@ def render_report(spec: ModelSpec, plan: Plan, profile: Profile, runs: Sequence[
         by_budget=budget_chart(plan),
         more_memory=what_more_memory_buys(plan) if predicts else "",
         contexts=context_rows(plan),
+        first_token=first_token_line(plan) if predicts else "",
+        full_context=full_context_line(plan) if predicts else "",
         accepted=acceptance_line(plan),
         curve=acceptance_chart(plan.draft.acceptance, plan.draft.tree),
         kinds=acceptance_rows(plan),

@@ -11,9 +11,10 @@ from subspec.artifacts.common.formatting import big_number, counted, duration, n
 from subspec.artifacts.common.sizes import format_size, short_size, weights_rate
 from subspec.artifacts.footprint import model_bytes
 from subspec.artifacts.model import ModelSpec
-from subspec.artifacts.plan import Method, Placement, Plan, Prediction, Tree
+from subspec.artifacts.plan import Method, Placement, Plan, Prediction, Tree, Usage
 from subspec.artifacts.profile import Profile
 from subspec.artifacts.runs import Run
+from subspec.planner.solve.predict import full_usage, usual_usage
 from subspec.planner.solve.search import option_label
 
 PURPOSES = {  # of the ledger, in the order of the report's bar
@@ -43,6 +44,7 @@ DRAFTED_BY: dict[Method, str] = {  # behind a tree; the plain case is the substi
     "draft-model": " of the draft model",
     "substitute+draft-model": " that checks what the draft model proposes",
 }
+NOTICED_SHARE = 0.05  # of the time to the first token
 MOST_KINDS = 8  # of text; a user's calibration may have many
 
 Rows = list[tuple[str, ...]]
@@ -78,6 +80,16 @@ def resident_bytes(plan: Plan) -> int:
 
 def placement_of(plan: Plan) -> Placement:
     return plan.placement(plan.method)
+
+
+def needs_rows(plan: Plan) -> Rows:
+    """What a plan takes beside its budget; none if that is not known."""
+    rows: Rows = []
+    if taken := host_line(plan):
+        rows.append(("host memory", taken))
+    if plan.disk_bytes:
+        rows.append(("disk", f"{format_size(plan.disk_bytes)} for the artifact"))
+    return rows
 
 
 # Time
@@ -128,6 +140,32 @@ def plain_speed(plan: Plan) -> float:
     return next(considered, plan.predicted["plain"].tokens_per_second)
 
 
+def usage_line(usage: Usage) -> str:
+    return f"a prompt of {usage.prompt_tokens} tokens and an answer of {usage.answer_tokens}"
+
+
+def first_token_line(plan: Plan) -> str:
+    predicted = plan.predicted[plan.method]
+    prompt, first = usual_usage(plan.context).prompt_tokens, predicted.time_to_first_token_seconds
+    line = f"after {duration(first)} for a prompt of {prompt} tokens"
+    if predicted.digest_seconds < NOTICED_SHARE * first:
+        return line
+    whole = duration(first + predicted.digest_seconds)
+    return f"{line}; {whole} for the first one after a start, which checks digests"
+
+
+def full_context_line(plan: Plan) -> str:
+    """What a text gives that fills the context; "" if the usual one does, or nothing was
+    predicted."""
+    full, usage = plan.full_context, full_usage(plan.context)
+    if full is None or usage == usual_usage(plan.context):
+        return ""
+    return (
+        f"{number(full.tokens_per_second)} tokens/s for {usage_line(usage)}, first token after "
+        f"{duration(full.time_to_first_token_seconds)}"
+    )
+
+
 def company_rows(plan: Plan) -> Rows:
     """Answers that decode at once, what each of them drafts, predicted tokens/s together; none
     without a draft."""
@@ -160,7 +198,8 @@ def context_rows(plan: Plan) -> Rows:
     """The best plan for each context under this budget."""
     return [
         (f"{point.context} tokens" + (" (this plan)" if point.context == plan.context else ""),
-         METHODS[point.method], number(point.tokens_per_second))
+         METHODS[point.method], number(point.tokens_per_second),
+         number(point.full_tokens_per_second) if point.full_tokens_per_second else "")
         for point in plan.by_context
     ]  # fmt: skip
 
@@ -175,7 +214,10 @@ def acceptance_line(plan: Plan) -> str:
         return ""
     tokens = f"{tokens_expected(plan)} tokens per round"
     if not acceptance.measured:
-        return f"{tokens}, from published figures: not measured on this model"
+        return (
+            f"{tokens}, from published figures: not measured on this model, and measured plans may "
+            "reach far less (6 to 9 on a model of 1 billion parameters)"
+        )
     return f"{tokens}, measured on {counted(acceptance.num_answers(), 'answer')}"
 
 
@@ -301,7 +343,7 @@ def decision_rows(plan: Plan) -> Rows:
         ("verification", f"padded to {', '.join(map(str, plan.verify_widths))} rows"),
         ("prompt", f"{plan.prefill_tokens} tokens per stream of the weights"),
         ("staging ring", ring if placement.num_slots else "none: nothing streams"),
-        *([("host memory", line)] if (line := host_line(plan)) else []),
+        *needs_rows(plan),
         ("4-bit kernel", plan.int4_kernel),
         ("CPU threads", str(plan.num_threads)),
     ]

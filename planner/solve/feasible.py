@@ -35,7 +35,7 @@ def nothing_fits(problem: Problem) -> SubspecError:
     if needed and kept and not problem.profile.residual_weights_per_second:
         hint += ", or install a C++ compiler (g++): else residuals are decoded only while loading"
     message = f"the budget is {format_size(budget)}, the smallest plan {fits}"
-    return SubspecError(Exit.INFEASIBLE, message, hint)
+    return SubspecError(Exit.INFEASIBLE, message, hint, smallest_budget_bytes=needed or None)
 
 
 def host_too_small(problem: Problem, least: HostLedger, hint: str) -> SubspecError:

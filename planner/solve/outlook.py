@@ -42,6 +42,7 @@ def predict_for(
 ) -> Prediction:
     """Prediction of `plan` for `usage`; its own predictions are for the usual one. The peak is also
     for this usage: a short prompt does not use the whole workspace."""
+    profile = profile.with_kernel(plan.int4_kernel)
     placement = plan.placement(method)
     ledger = placement.ledger
     draft = None if method == "plain" else plan.draft_of(method)
@@ -94,7 +95,7 @@ def with_outlook(plan: Plan, solve: Solve, most_positions: int, drafting_from: i
     budgets = points(solve, [(size, plan.context) for size in sorted(sizes) if size])
     others = [some for some in CONTEXTS if some <= most_positions and some != plan.context]
     contexts = points(solve, [(plan.budget_bytes, some) for some in others])
-    own = Point(plan.budget_bytes, plan.context, plan.method, speed_of(plan))
+    own = point_of(plan)
     return replace(
         plan,
         by_budget=tuple(sorted({*budgets, own}, key=lambda point: point.budget_bytes)),
@@ -112,8 +113,13 @@ def points(solve: Solve, asked: Sequence[tuple[int, int]]) -> list[Point]:
             if error.exit_code != Exit.INFEASIBLE:
                 raise
             continue
-        found.append(Point(budget, plan.context, plan.method, speed_of(plan)))
+        found.append(point_of(plan))
     return found
+
+
+def point_of(plan: Plan) -> Point:
+    full = plan.full_context.tokens_per_second if plan.full_context else None
+    return Point(plan.budget_bytes, plan.context, plan.method, speed_of(plan), full)
 
 
 def speed_of(plan: Plan) -> float:

@@ -271,8 +271,8 @@ def predict(
     # Weights are checked when they stream first, which is during the first prompt.
     checked = streamed / profile.digest_rate if profile.digest_rate else 0.0
     prompt = passes.prompt + decode
-    first = overlapped(link, prompt + checked)
-    first += (passes.num_prompts - 1) * overlapped(link, prompt) + passes.head
+    piece = overlapped(link, prompt)
+    first = passes.num_prompts * piece + passes.head
     num_tokens = max(1, usage.answer_tokens - 1)  # the first one is the prompt's
     seconds = rounds_needed(num_tokens, gives) * (draft + verify) + passes.catch_up * slower
     return Prediction(
@@ -287,6 +287,7 @@ def predict(
         compute_seconds=compute,
         decode_seconds=decode,
         streamed_bytes=streamed,
+        digest_seconds=(overlapped(link, prompt + checked) - piece) * corrections.prompt,
     )
 
 
@@ -319,3 +320,9 @@ def usual_usage(context: int) -> Usage:
     """What a plan's own predictions are for: the usual one, reduced to fit `context` tokens."""
     prompt = min(USUAL.prompt_tokens, context // 2)
     return Usage(prompt, min(USUAL.answer_tokens, context - prompt))
+
+
+def full_usage(context: int) -> Usage:
+    """The usual answer to a prompt that leaves no more of the context."""
+    answer = usual_usage(context).answer_tokens
+    return Usage(context - answer, answer)

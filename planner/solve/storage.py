@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.footprint import draft_head_bytes, norms_bytes, substitutes_bytes
 from subspec.artifacts.model import HEAD, Encoding, ModelSpec, Part, StoredPart, padded
 
 # A search needs these thousands of times for one model, and iterating over its matrices is slow.
@@ -201,12 +202,34 @@ def spread(spec: ModelSpec, raw_share: float) -> Iterator[StoredPart]:
     every = spec.parts
     raw = set(evenly_raw(every, raw_share))
     for part in every:
-        if part in raw:
-            yield plainly(part)
-        else:
-            each = FP8_RESIDUAL_BITS if part.linear.fp8 else RESIDUAL_BITS[spec.dtype]
-            bits = part.num_weights * each
-            yield StoredPart(part, part.residual_encoding, padded(int(bits / 8)))
+        yield plainly(part) if part in raw else usual_residual(spec, part)
+
+
+def usual_residual(spec: ModelSpec, part: Part) -> StoredPart:
+    each = FP8_RESIDUAL_BITS if part.linear.fp8 else RESIDUAL_BITS[spec.dtype]
+    return StoredPart(part, part.residual_encoding, padded(int(part.num_weights * each / 8)))
+
+
+def storage_with(spec: ModelSpec, residuals: tuple[str, ...]) -> Storage:
+    """The storage of which these parts are residuals, of the usual size."""
+    coded = set(residuals)
+    return Storage(
+        tuple(
+            usual_residual(spec, part) if part.name in coded else plainly(part)
+            for part in spec.parts
+        )
+    )
+
+
+def artifact_bytes(spec: ModelSpec, stored: Storage, draft_model: ModelSpec | None) -> int:
+    """Size of the weights on disk. Substitutes are stored as ATen's kernels read them."""
+    total = sum(part.padded_bytes for part in stored.parts)
+    total += draft_head_bytes(spec) + sum(
+        substitutes_bytes(one, "aten") + norms_bytes(one) + one.embedding_bytes
+        for one in (spec, draft_model)
+        if one is not None
+    )
+    return total
 
 
 def evenly_raw(some: Iterable[Part], share: float) -> Iterator[Part]:

@@ -40,7 +40,8 @@ def planners_error(code: int, printed: str, story: str, shown: bool = False) -> 
         value = parse_json(printed, "the planner's error")
         found: Reported = load_dataclass(Reported, value, "the planner's error")
         error = found.error
-        return SubspecError(Exit(error.exit), error.message, error.hint, said=shown)
+        smallest = error.smallest_budget_bytes
+        return SubspecError(Exit(error.exit), error.message, error.hint, shown, smallest)
     except (SubspecError, ValueError):
         line = "see above" if shown else (story.splitlines() or [""])[-1][:300]
         return SubspecError(Exit.UNEXPECTED, f"subspec-plan ended with code {code}: {line}")
@@ -52,6 +53,7 @@ class ErrorObject:
     exit: int
     message: str
     hint: str
+    smallest_budget_bytes: int | None = None
 
 
 @dataclass(frozen=True)

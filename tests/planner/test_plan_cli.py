@@ -21,6 +21,7 @@ from builders import PROFILE, build_artifact, random_checkpoint
 from heads import EAGLE3_TOKENS, eagle3_checkpoints
 from run_records import make_run
 from safetensors.torch import load_file, save_file
+from toys import make_spec
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.sizes import parse_size
@@ -33,12 +34,14 @@ from subspec.artifacts.plan import Tree
 from subspec.artifacts.profile import Corrections
 from subspec.artifacts.runs import append_run, plan_digest, read_runs
 from subspec.planner.cli import main
+from subspec.planner.machine.profiles import shapes_of
 from subspec.planner.model.hub import DEMO
 from subspec.planner.rehearse import learning
 from subspec.planner.rehearse.calibration import shipped_samples
 from subspec.planner.rehearse.corrections import LEAST, MOST
 from subspec.planner.rehearse.rehearsal import Effort
 from subspec.planner.rehearse.replay import THRESHOLDS
+from subspec.runtime import memory
 from subspec.runtime.engine import Engine
 from subspec.runtime.programs import kernel_sources
 
@@ -662,6 +665,7 @@ def test_a_cap_below_the_floor_names_the_smallest_that_works(
     assert error["code"] == "infeasible" and error["exit"] == 3
     found = re.fullmatch(r"--vram ([\d.]+MB)", error["hint"])
     assert found is not None
+    assert parse_size(found[1]) >= error["smallest_budget_bytes"] > 0.98 * parse_size(found[1])
     assert list(here.iterdir()) == []
     again = plan(capsys, "--vram", found[1], "--out", "floor")
     assert again.exit_code == 0, again.err
@@ -749,6 +753,75 @@ def test_what_is_refused_is_refused_before_its_weights_are_fetched(
     assert ("draft model org/name: " in ended.err) == (option == "--draft-model")
     assert "config.json" in hub and "model.safetensors" not in hub
     assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--context", "99999"], Exit.USAGE, "--context 99999 is more than the model's"),
+        (["--draft-head", "own"], Exit.USAGE, "the checkpoint has no head that drafts"),
+        (["--vram", "1MB"], Exit.INFEASIBLE, "the smallest plan needs"),
+        (["--method", "substitute", "--vram", "3MB"], Exit.INFEASIBLE, "the smallest plan needs"),
+        ([], Exit.RESOURCES, "of disk"),
+    ],
+)
+def test_what_has_no_plan_or_no_room_is_refused_before_its_weights_are_fetched(
+    words: list[str], code: Exit, message: str, hub: list[str], here: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("shutil.disk_usage", lambda path: Mock(free=1000))
+    for known in (True, False):  # the machine of a file, and this one
+        ended = plan(capsys, "--model", "org/name", *words, known=known)
+        assert ended.exit_code == code and message in ended.err, ended.err
+        if code == Exit.USAGE:
+            assert "measuring" not in ended.err
+    assert "config.json" in hub and "model.safetensors" not in hub
+    assert list(here.iterdir()) == []
+
+
+def test_a_profile_of_another_model_is_refused(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = replace(PROFILE, shapes=shapes_of(make_spec()))
+    (here.parent / "profile.json").write_text(dump_json(other))
+    ended = plan(capsys, "--dry-run")
+    assert ended.exit_code == Exit.USAGE and "the profile is of another model" in ended.err
+    assert "8 layers of 256, vocabulary 2048" in ended.err and "hint: give the" in ended.err
+    build_artifact(DEMO, here / "there", width=2, depth=3)
+    again = run(capsys, "--from", "there", "--profile", "../profile.json")
+    assert again.exit_code == Exit.USAGE and "another model" in again.err
+
+
+def test_a_config_that_is_given_as_a_profile_is_told_from_one(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended = plan(capsys, "--profile", DEMO / "config.json", "--dry-run")
+    assert ended.exit_code == Exit.CORRUPT and "config.json" in ended.err
+    assert "hint: give the profile.json of an artifact" in ended.err
+
+
+def test_more_memory_than_is_free_costs_no_rehearsal_and_no_build(
+    here: Path, capsys: pytest.CaptureFixture[str], brief: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is rehearsed in what is free, and planned for what was asked for; in too little it is not
+    rehearsed."""
+    enough = memory.free_host_bytes
+    for free, runs in ((8_200_000, True), (2_000_000, False)):
+
+        def taken(_: str, free: int = free) -> int:
+            """From when the artifact is run."""
+            monkeypatch.setattr(memory, "free_host_bytes", lambda: free)
+            return free
+
+        monkeypatch.setattr(memory, "free_host_bytes", enough)
+        monkeypatch.setattr(learning, "free_memory_bytes", taken)
+        ended = plan(capsys, "--link-bandwidth", "40MB", "--overwrite", known=False)
+        assert ended.exit_code == 0, ended.err
+        found = open_artifact(here / "demo-9mb").plan
+        assert found.budget_bytes == 9_000_000 and found.by_budget
+        assert found.acceptance.measured is runs
+        said = "rehearsed within 7.95 MB" if runs else "the artifact was not run"
+        assert f"note: {said}" in ended.err, ended.err
 
 
 def test_the_weights_of_a_model_that_is_ours_to_run_are_fetched_once(

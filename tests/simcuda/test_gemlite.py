@@ -20,15 +20,21 @@ from torch import Tensor
 from toys import make_spec
 
 from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.footprint import substitutes_bytes
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.model import Source
 from subspec.artifacts.plan import DrafterName
+from subspec.artifacts.profile import Timing
+from subspec.planner.machine import microbench
+from subspec.planner.machine.microbench import Bench
+from subspec.planner.machine.timing import Effort
 from subspec.planner.model.hub import Resolved
 from subspec.planner.planning import DraftModelRef
 from subspec.planner.rehearse.rehearsal import AT_ONCE, HEAD_TREES
 from subspec.planner.rehearse.replay import WIDTHS
 from subspec.runtime import load
 from subspec.runtime.draft import checked, drafter
+from subspec.runtime.draft.substitutes import Substitutes
 from subspec.runtime.engine import Engine, OpenOptions
 from subspec.runtime.kernels import gemlite_kernel
 from subspec.runtime.kernels.gemlite_kernel import GemliteWeight, unavailable
@@ -182,6 +188,36 @@ def test_nothing_is_tuned_or_compiled_in_an_answer_whoever_drafts(
                 assert max(double.rows) == most_draft_rows(chosen.plan, "substitute")
             assert (max(double.rows) > 2 * 3) is (name not in ("substitute", "eagle"))
         assert double.tuned == tuned and double.compiled == compiled
+
+
+def test_a_kernel_that_is_slower_but_takes_less_memory_is_timed_too_and_runs_a_plan(
+    gpus: Simulation, double: Double, artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of gemlite a second copy of scales and zero points lies in fast memory; ATen's has none."""
+    monkeypatch.setattr(microbench, "DRAFT_WIDTHS", (1, 4))
+    monkeypatch.setattr(microbench, "CUDA_DRAFT_WIDTHS", ())
+    spec, device = artifact.spec, torch.device("cuda", 0)
+    timed, double_rows = Bench.draft_timings, list[int]()
+    for seconds, expected in (
+        ({"aten": 2e-4, "gemlite": 1e-4}, ["gemlite", "aten"]),
+        ({"aten": 1e-4, "gemlite": 2e-4}, ["aten"]),
+    ):
+        pretended = iter(seconds.values())
+
+        def draft_timings(bench: Bench, packed: Substitutes, pretended: Any = pretended) -> Any:
+            found, each = timed(bench, packed), next(pretended)
+            double_rows.append(len(double.rows))
+            return replace(found, layer=tuple(Timing(one.width, each) for one in found.layer))
+
+        monkeypatch.setattr(Bench, "draft_timings", draft_timings)
+        with torch.inference_mode():
+            bench = Bench(spec, device, Effort(fewest_samples=1, action_seconds=0.0))
+            assert list(bench.timed_kernels()) == expected
+    assert double_rows[0] == 0 < double_rows[1], "each was run"
+    small, large = (substitutes_bytes(spec, kernel) for kernel in ("aten", "gemlite"))
+    assert large == pytest.approx(1.11 * small, rel=0.01)
+    with Engine.open(planned(artifact, int4_kernel="aten", num_sequences=2)) as engine:
+        assert answers_of_two(engine, PROMPT, 12) == 24
 
 
 @pytest.mark.parametrize("most", [18, 36, 128, 144])

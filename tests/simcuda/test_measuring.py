@@ -14,6 +14,7 @@ from simcuda.device import simulated
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.model import Encoding, Source
 from subspec.planner.machine import measure, microbench, residual_rate
+from subspec.planner.machine.profiles import shapes_of
 from subspec.planner.machine.timing import Effort
 from subspec.planner.model.checkpoint import read_spec
 from subspec.planner.model.hub import DEMO
@@ -37,7 +38,10 @@ def test_a_gpu_is_measured_without_a_race_and_nothing_stays(
 ) -> None:
     monkeypatch.setattr(microbench, "EXACT_WIDTHS", (8, 24))
     monkeypatch.setattr(microbench, "CUDA_WIDTHS", ())
-    monkeypatch.setattr(microbench, "DRAFT_WIDTHS", (1, 4))
+    monkeypatch.setattr(microbench, "DRAFT_WIDTHS", (1,))
+    monkeypatch.setattr(microbench, "CUDA_DRAFT_WIDTHS", (4,))  # measured on a GPU alone
+    monkeypatch.setattr(microbench, "FAST_WIDTHS", (1, 8))
+    monkeypatch.setattr(microbench, "CUDA_FAST_WIDTHS", (24,))
     monkeypatch.setattr(microbench, "PADDED_WIDTHS", (8, 24))
     monkeypatch.setattr(residual_rate, "DECODED_BYTES", 1 << 20)
     monkeypatch.setattr(residual_rate, "CALLS_ON_CUDA", 2)
@@ -51,6 +55,9 @@ def test_a_gpu_is_measured_without_a_race_and_nothing_stays(
     assert profile.device == "cuda" and "Simulated GPU" in profile.machine
     assert profile.overhead_bytes == gpus.context_bytes
     assert profile.batch_invariant_widths == ((8, 24),)
+    assert [timing.width for timing in profile.draft_layer] == [1, 4]
+    assert [timing.width for timing in profile.fast_layer] == [1, 8, 24]
+    assert profile.shapes == shapes_of(spec) and profile.other_kernels == ()
     assert profile.int4_kernel == "aten" and profile.residual_weights_per_second > 0
     assert profile.pinnable_bytes > 0
 

@@ -312,7 +312,7 @@ def test_a_format_version_that_is_none_is_refused(artifact: Path, version: objec
     refused(artifact, "format_version")
 
 
-@pytest.mark.parametrize("version, hint", [("10.0", "upgrade subspec"), ("8.0", "build")])
+@pytest.mark.parametrize("version, hint", [("11.0", "upgrade subspec"), ("9.1", "build")])
 def test_another_major_format_is_named(artifact: Path, version: str, hint: str) -> None:
     reseal(artifact, lambda value: value.update(format_version=version, files=version))
     with pytest.raises(SubspecError, match=version) as caught:
@@ -325,7 +325,7 @@ def test_a_newer_minor_format_may_have_more_files_and_keys(artifact: Path) -> No
     for name in ("model.json", "plan.json", "profile.json"):
         edit(artifact, name, lambda value: value.update(future=1))
     refused(artifact, "model.json", "future")
-    reseal(artifact, lambda value: value.update(format_version="9.7", future=[]))
+    reseal(artifact, lambda value: value.update(format_version="10.7", future=[]))
     assert open_artifact(artifact).spec == TINY
     verify(artifact)
 

@@ -4,11 +4,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toys import make_profile
+from toys import make_fp8_spec, make_profile, make_spec
 
 from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.model import Source
 from subspec.artifacts.profile import Corrections, LinkRate, Timing
-from subspec.planner.machine.profiles import read_profile, typical_of, under_link, with_link
+from subspec.planner.machine.profiles import (
+    check_shapes,
+    read_profile,
+    shapes_of,
+    typical_of,
+    under_link,
+    with_link,
+)
 
 
 def write(folder: Path, values: Any) -> Path:
@@ -31,6 +39,10 @@ def test_what_no_run_taught_yet_may_be_left_out(tmp_path: Path) -> None:
 
 
 TIMING = {"width": 1, "seconds": 1e-4, "slowest": 1e-4}
+OTHER_KERNEL = {
+    "int4_kernel": "aten", "draft_layer": [TIMING], "draft_head": [TIMING],
+    "residual_weights_per_second": 0.0,
+}  # fmt: skip
 FAULTS: dict[str, tuple[str, Any]] = {
     "no link": ("link", []),
     "blocks that do not ascend": (
@@ -66,6 +78,9 @@ FAULTS: dict[str, tuple[str, Any]] = {
     "a group of more widths than a plan has": ("batch_invariant_widths", [list(range(1, 66))]),
     "a group whose widths do not ascend": ("batch_invariant_widths", [[8, 16], [32, 24]]),
     "a group with a width twice": ("batch_invariant_widths", [[8, 8]]),
+    "widths of another kernel that do not ascend": (
+        "other_kernels", [{**OTHER_KERNEL, "draft_layer": [TIMING, TIMING]}],
+    ),
 }  # fmt: skip
 
 
@@ -82,7 +97,28 @@ def test_what_no_measurement_gives_is_refused(fault: str, tmp_path: Path) -> Non
 def test_what_is_not_a_profile_is_refused(text: str, tmp_path: Path) -> None:
     with pytest.raises(SubspecError, match="profile.json") as caught:
         read_profile(write(tmp_path, text))
-    assert caught.value.exit_code == Exit.CORRUPT
+    assert caught.value.exit_code == Exit.CORRUPT and caught.value.hint
+
+
+def test_a_profile_is_of_the_shapes_that_were_measured_and_no_others() -> None:
+    """Models of one architecture and size differ in nothing that is timed."""
+    spec, plain = make_spec(), make_profile()
+    tuned = replace(spec, source=Source("org/tuned"), max_positions=8192, eos_token_ids=(7,))
+    assert shapes_of(spec) == shapes_of(tuned) != ""
+    timed = {"draft_model_layer": plain.draft_layer, "draft_model_shapes": shapes_of(spec)}
+    profile = make_profile(shapes=shapes_of(spec), **timed)
+    check_shapes(profile, tuned, tuned)
+    check_shapes(profile, tuned, None)
+    check_shapes(make_profile(), spec, spec)  # it does not say whose it is
+    others = (
+        make_spec(num_layers=9), make_spec(inner_size=1024), make_spec(num_heads=2, head_size=128),
+        make_spec(dtype="float16"), make_spec(vocab_size=4096), make_fp8_spec(),
+    )  # fmt: skip
+    for other in others:
+        with pytest.raises(SubspecError, match="the profile is of another model: of 8 layers"):
+            check_shapes(profile, other, spec)
+        with pytest.raises(SubspecError, match="the profile is of another draft model"):
+            check_shapes(profile, spec, other)
 
 
 def test_a_missing_file_and_a_folder_are_a_wrong_argument(tmp_path: Path) -> None:

@@ -14,12 +14,13 @@ from run_records import make_run
 from toys import ACCEPTANCE, make_curve, make_profile, make_spec
 
 from subspec.artifacts.acceptance import Acceptance
-from subspec.artifacts.common.formatting import number
+from subspec.artifacts.common.formatting import duration, number
 from subspec.artifacts.common.sizes import format_size
 from subspec.artifacts.model import ModelSpec, Source
 from subspec.artifacts.plan import Constraints, HostLedger, Option, Plan
 from subspec.planner.report.explain import plan_json, print_plan, render_readme, render_report
 from subspec.planner.report.wording import ledger_rows
+from subspec.planner.solve.fastest import fastest_plan
 from subspec.planner.solve.outlook import with_outlook
 from subspec.planner.solve.search import PRIOR, search
 
@@ -43,14 +44,15 @@ MEASURED = Acceptance(
 def make_plan(
     budget_bytes: int = BUDGETS["speculation"], acceptance: Acceptance = ACCEPTANCE
 ) -> Plan:
-    return search(SPEC, make_profile(), budget_bytes, Constraints(context=256), acceptance)
+    return fastest_plan(SPEC, make_profile(), budget_bytes, Constraints(context=256), acceptance)
 
 
 def explored(plan: Plan) -> Plan:
     """With what other budgets and contexts would give."""
 
     def solve(budget: int, context: int) -> Plan:
-        return search(SPEC, make_profile(), budget, Constraints(context=context), plan.acceptance)
+        asked = Constraints(context=context)
+        return fastest_plan(SPEC, make_profile(), budget, asked, plan.acceptance)
 
     return with_outlook(plan, solve, SPEC.max_positions)
 
@@ -261,6 +263,31 @@ def test_table_and_readme_say_what_acceptance_rests_on() -> None:
     assert "acceptance" not in render_readme(SPEC, without) + printed(SPEC, without)
 
 
+def test_the_table_says_which_lengths_its_figures_are_for_and_what_a_plan_takes_beside() -> None:
+    asked = Constraints(context=4096)
+    plan = fastest_plan(SPEC, make_profile(digest_rate=5e7), 27_000_000, asked, ACCEPTANCE)
+    assert plan.full_context is not None and plan.predicted[plan.method].digest_seconds > 0
+    text = " ".join(printed(SPEC, plan).split())
+    full, usual = plan.full_context, plan.predicted[plan.method]
+    first, digests = usual.time_to_first_token_seconds, usual.digest_seconds
+    assert "predicted for a prompt of 128 tokens and an answer of 256 first token" in text
+    assert (
+        f"first token after {duration(first)} for a prompt of 128 tokens; "
+        f"{duration(first + digests)} for the first one after a start, which checks digests"
+    ) in text
+    assert (
+        f"full context {number(full.tokens_per_second)} tokens/s for a prompt of 3840 tokens and "
+        f"an answer of 256, first token after {duration(full.time_to_first_token_seconds)}"
+    ) in text
+    assert f"disk {format_size(plan.disk_bytes)} for the artifact" in text
+    assert "host memory" not in text
+    beside = replace(plan, host_ledger=HostLedger(29 * 10**9, 10**9, 0))
+    for page in (printed(SPEC, beside), render_readme(SPEC, beside)):
+        assert "host memory" in page and "30.00 GB" in page
+    assert "30.00 GB" in words(render_report(SPEC, beside, make_profile()))
+    assert "full context" not in printed(SPEC, make_plan()), "the usual lengths fill it"
+
+
 def test_the_table_says_what_more_memory_would_buy() -> None:
     assert "more memory  1.20 MB more would buy" in printed(SPEC, explored(make_plan()))
     assert "more memory" not in printed(SPEC, make_plan())
@@ -289,7 +316,8 @@ def test_the_json_object_has_the_documented_keys() -> None:
     found = json.loads(json.dumps(plan_json(SPEC, plan, Path("toy-12mb")), allow_nan=False))
     assert list(found) == [
         "schema", "model", "budget_bytes", "artifact", "feasible", "ledger", "host_ledger",
-        "decisions", "predicted", "acceptance", "by_budget", "by_context",
+        "disk_bytes", "decisions", "predicted", "full_context", "acceptance", "by_budget",
+        "by_context",
     ]  # fmt: skip
     assert found["schema"] == "subspec.plan/1"
     assert found["artifact"] == "toy-12mb"
@@ -315,8 +343,10 @@ def test_the_json_object_has_the_documented_keys() -> None:
     assert set(found["predicted"]) == {
         "tokens_per_second", "time_to_first_token_seconds", "fast_peak_bytes", "tokens_per_round",
         "levels_per_round", "draft_seconds", "verify_seconds", "stream_seconds", "compute_seconds",
-        "decode_seconds", "streamed_bytes", "plain_tokens_per_second",
+        "decode_seconds", "streamed_bytes", "digest_seconds", "plain_tokens_per_second",
     }  # fmt: skip
+    assert {*found["full_context"], "plain_tokens_per_second"} == set(found["predicted"])
+    assert found["disk_bytes"] > 0 and found["host_ledger"] is None
 
 
 def test_the_json_object_tells_acceptance_and_the_outlook() -> None:
@@ -333,6 +363,7 @@ def test_the_json_object_tells_acceptance_and_the_outlook() -> None:
         "context": 256,
         "method": "substitute",
         "tokens_per_second": plan.predicted["substitute"].tokens_per_second,
+        "full_tokens_per_second": found["full_context"]["tokens_per_second"],
     }
     assert own in found["by_budget"] and own in found["by_context"]
     assert len(found["by_budget"]) == len(plan.by_budget)

@@ -339,12 +339,13 @@ def test_the_first_token_comes_after_the_prompt_and_one_head() -> None:
 
 def test_weights_that_stream_for_the_first_time_are_checked() -> None:
     given: dict[str, Any] = {"streamed": 10 << 20, "usage": USUAL, **ALONE}
-    checked, bare = (
-        predicted(CHAIN, digest_rate=rate, **given).time_to_first_token_seconds
-        for rate in (10e6, 0.0)
-    )
-    assert bare == pytest.approx((10 << 20) / LINK, rel=0.05)  # the link is the longer
-    assert checked == pytest.approx((10 << 20) / 10e6, rel=0.05)  # the check is
+    checked, bare = (predicted(CHAIN, digest_rate=rate, **given) for rate in (10e6, 0.0))
+    later = bare.time_to_first_token_seconds
+    assert later == pytest.approx((10 << 20) / LINK, rel=0.05)  # the link is the longer
+    assert checked.time_to_first_token_seconds == later, "that was for the first prompt alone"
+    first = later + checked.digest_seconds
+    assert first == pytest.approx((10 << 20) / 10e6, rel=0.05)  # the check is
+    assert bare.digest_seconds == 0.0
     assert predicted(CHAIN, usage=USUAL).time_to_first_token_seconds < 0.02
 
 
@@ -354,6 +355,7 @@ def test_a_prompt_in_two_pieces_streams_the_weights_twice_and_checks_them_once()
     halves = predicted(PLAIN, prefill_tokens=64, **given, **ALONE)
     extra = halves.time_to_first_token_seconds - whole.time_to_first_token_seconds
     assert extra == pytest.approx(10**8 / LINK, rel=0.01)
+    assert halves.digest_seconds == pytest.approx(whole.digest_seconds, rel=0.01)
     assert predicted(PLAIN, prefill_tokens=100, **given).time_to_first_token_seconds > extra
 
 

@@ -24,7 +24,8 @@ from subspec.artifacts.runs import RUNS
 from subspec.planner.build.artifact import rebuild
 from subspec.planner.cli import main as plan_command
 from subspec.planner.model.hub import DEMO
-from subspec.planner.solve.search import PRIOR, search
+from subspec.planner.solve.fastest import fastest_plan
+from subspec.planner.solve.search import PRIOR
 from subspec.planner.solve.storage import Storage
 from subspec.runtime.app import planner_command, replan
 from subspec.runtime.app.folder import open_folder
@@ -199,7 +200,7 @@ def test_an_anew_planned_artifact_has_the_plan_of_the_search(artifact: Path) -> 
     opened = open_artifact(artifact)
     stored = Storage(tuple(opened.stored_parts()))
     kept = Constraints(encoding="kept")
-    expected = search(opened.spec, opened.profile, 8_000_000, kept, PRIOR, stored)
+    expected = fastest_plan(opened.spec, opened.profile, 8_000_000, kept, PRIOR, stored)
     assert plan("--from", artifact, "--vram", "8MB") == 0
     found = open_artifact(artifact).plan
     assert replace(found, by_budget=(), by_context=()) == expected
