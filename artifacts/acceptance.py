@@ -13,7 +13,7 @@ from itertools import pairwise, zip_longest
 from typing import Annotated
 
 from subspec.artifacts.common.bounds import (
-    MOST_LEVELS,
+    MAX_LEVELS,
     Between,
     Count,
     Length,
@@ -23,7 +23,7 @@ from subspec.artifacts.common.bounds import (
 
 TWO_SIDED_95 = 1.96
 
-Levels = Annotated[tuple[Count, ...], Length(0, MOST_LEVELS)]
+Levels = Annotated[tuple[Count, ...], Length(0, MAX_LEVELS)]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Tree:
     """The draft: a beam of `width` tokens per level, `depth` levels below the root."""
 
     width: TreeWidth
-    depth: Annotated[int, Between(0, MOST_LEVELS)]
+    depth: Annotated[int, Between(0, MAX_LEVELS)]
     # Sharpens the draft's probabilities (arXiv 2509.18344).
     temperature: Annotated[float, Between(1e-6, 1e6)] = 1.0
     # The draft ends at the first level whose paths have a smaller total sharpened probability.
@@ -59,15 +59,15 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Checks:
+class HierarchicalCost:
     """What a drafted level takes if one proposes tokens and another one checks them."""
 
-    passes: Annotated[float, Between(0, 1)]  # of the one that checks
-    proposed: Annotated[float, Between(0, MOST_LEVELS)]  # tokens; each is a pass of the other one
+    substitute_passes: Annotated[float, Between(0, 1)]  # of the one that checks
+    proposer_passes: Annotated[float, Between(0, MAX_LEVELS)]  # of the other one, a token each
 
 
 @dataclass(frozen=True)
-class RoundYield:
+class ExpectedRound:
     """Expectations of one round."""
 
     tokens: float  # the accepted ones and the exact model's own
@@ -76,7 +76,7 @@ class RoundYield:
     shares: tuple[float, ...]  # of the rounds that draft 0, 1, ... levels
 
 
-ONE_TOKEN = RoundYield(1.0, 1.0, 0.0, (1.0,))  # a pass of plain decoding
+ONE_TOKEN = ExpectedRound(1.0, 1.0, 0.0, (1.0,))  # a pass of plain decoding
 
 
 @dataclass(frozen=True)
@@ -110,14 +110,14 @@ class Acceptance:
         below = [some for some in limits if some <= min_path_probability] or limits[:1]
         return merged([c for c in own if c.min_path_probability == below[-1]])
 
-    def reached(self, tree: Tree, kind: str = "") -> tuple[float, ...]:
+    def acceptance_rates(self, tree: Tree, kind: str = "") -> tuple[float, ...]:
         """Probability that a round accepts level 1, 2, ... of the tree."""
         curve = self.curve(tree.width, tree.min_path_probability, kind)
         return shares_of(curve.accepted, curve.num_trees, tree.depth)
 
-    def tokens(self, tree: Tree, kind: str = "") -> float:
+    def acceptance_length(self, tree: Tree, kind: str = "") -> float:
         """Expected tokens of one round: the accepted ones and the exact model's own."""
-        return 1.0 + sum(self.reached(tree, kind))
+        return 1.0 + sum(self.acceptance_rates(tree, kind))
 
     def margin(self, tree: Tree, kind: str = "") -> float:
         """Half of the 95 % confidence interval of `tokens`. inf: nothing was measured."""
@@ -125,16 +125,16 @@ class Acceptance:
             return math.inf
         curve = self.curve(tree.width, tree.min_path_probability, kind)
         whole = 1.0 + sum(shares_of(curve.accepted, curve.num_trees, len(curve.accepted)))
-        return curve.margin * self.tokens(tree, kind) / whole
+        return curve.margin * self.acceptance_length(tree, kind) / whole
 
-    def round_yield(self, tree: Tree) -> RoundYield:
+    def expected_round(self, tree: Tree) -> ExpectedRound:
         """What a round with the tree gives."""
         curve = self.curve(tree.width, tree.min_path_probability)
         reached = shares_of(curve.accepted, curve.num_trees, tree.depth)
         # Beyond what was counted trees go on as they did, and nothing is known to be accepted.
         last = (curve.num_trees, *curve.drafted)[-1]
         drafted = (1.0, *shares_of(curve.drafted, curve.num_trees, tree.depth, last))
-        return RoundYield(
+        return ExpectedRound(
             tokens=1.0 + sum(reached),
             tokens_squared=1.0 + sum((2 * n + 1) * p for n, p in enumerate(reached, 1)),
             levels=sum(drafted[1:]),

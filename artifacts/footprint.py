@@ -41,14 +41,14 @@ TOKENS_BEHIND_WINDOW = 192
 # Tokens that a draft model reads in a pass, of texts that it has to catch up with.
 CATCH_UP_ROWS = 128
 # Of prompts, in a pass that also verifies: the answers of other sequences should not wait for long.
-ROWS_IN_COMPANY = 128
+MIXED_PREFILL_ROWS = 128
 
 DRAFT_BYTES = 2  # the draft computes in bf16
 TOKEN_ID_BYTES = 8
 GUARD_SHARE = 0.01  # of the budget, for what operations allocate internally
 GUARD_BYTES = 128 << 10  # at least
 # cuda: at most. Kernels' own temporaries are of the sizes of a pass, not of the weights.
-MOST_GUARD_BYTES = 96 << 20
+MAX_GUARD_BYTES = 96 << 20
 # cuda: cuBLAS' workspaces (32 MiB on each of two streams on Hopper, 8 elsewhere), and the rounding
 # of segments in torch's allocator: a test sends real shapes through a model of it.
 ALLOCATOR_BYTES = (64 << 20) + (48 << 20)
@@ -64,7 +64,7 @@ DELTA_NET_PIECE = 32  # delta_net.cpp rounds the sizes of heads up to multiples 
 DELTA_NET_ROWS = 32  # whose inputs it widens together
 ATTENTION_SECTION = 512  # slots that attention_triton.py adds up on their own
 ATTENTION_SECTIONS = 8  # of them, at a time
-MOST_PROPOSED = 15  # tokens of each sequence that a draft's pass checks beside a level
+MAX_PROPOSED = 15  # tokens of each sequence that a draft's pass checks beside a level
 DRAFT_GROUP_BYTES = 76  # for 64 quantized activations in draft_layers.cpp
 
 
@@ -88,7 +88,7 @@ class Shape:
     num_sequences: int
     verify_width: int
     draft_width: int | None  # of the tree; None: no draft
-    prefill_tokens: int
+    prefill_chunk_tokens: int
     num_threads: int  # of the CPU
     head_rows: int  # of each sequence, whose logits a prompt's pass computes
     ring: Ring | None = None  # None: nothing streams
@@ -194,7 +194,7 @@ def make_ledger(
 
 def guard_bytes(device: DeviceKind, budget_bytes: int) -> int:
     share = max(GUARD_BYTES, int(budget_bytes * GUARD_SHARE))
-    return min(share, MOST_GUARD_BYTES) if device == "cuda" else share
+    return min(share, MAX_GUARD_BYTES) if device == "cuda" else share
 
 
 def packed_bytes(num_rows: int, num_columns: int, kernel: Int4Kernel) -> tuple[int, ...]:
@@ -316,7 +316,7 @@ def head_states_bytes(spec: ModelSpec, shape: Shape) -> int:
 
 @lru_cache(maxsize=4096)
 def net_state_bytes(spec: ModelSpec, net: DeltaNet, width: int) -> int:
-    """Size of a delta net's states: what is committed, what a piece of a prompt leaves, and what
+    """Size of a delta net's states: what is committed, what a chunk of a prompt leaves, and what
     the nodes of a tree keep."""
     heads, item = width * net.num_value_heads, spec.item_bytes
     nodes = aligned(width * net.num_channels * item) + 2 * aligned(heads * item)
@@ -343,7 +343,7 @@ def make_host_ledger(
 
 def memory_bytes(spec: ModelSpec, net: DeltaNet) -> int:
     """Size of one state of a delta net."""
-    recent = (net.num_taps - 1) * net.num_channels * spec.item_bytes
+    recent = (net.conv_kernel_size - 1) * net.num_channels * spec.item_bytes
     return aligned(recent) + aligned(4 * prod(net.memory_shape))
 
 
@@ -354,7 +354,7 @@ def model_bytes(spec: ModelSpec) -> int:
     small += sum(prod(shape) for shape in spec.scale_shapes.values()) * 4
     matrices = sum(part.plain_bytes for part in spec.parts)
     embedding = spec.embedding_bytes
-    return small + matrices + (0 if spec.tied_head else embedding)
+    return small + matrices + (0 if spec.tie_word_embeddings else embedding)
 
 
 def workspace_bytes(spec: ModelSpec, device: DeviceKind, shape: Shape) -> int:
@@ -362,11 +362,11 @@ def workspace_bytes(spec: ModelSpec, device: DeviceKind, shape: Shape) -> int:
     slots, threads = Slots(shape.slots, shape.window_slots(spec)), shape.num_threads
     sequences, width = shape.num_sequences, shape.verify_width
     of_heads = logits_bytes(spec, sequences * shape.head_rows)
-    prompt = pass_bytes(spec, device, 1, shape.prefill_tokens, slots, of_heads, threads)
-    # All sequences verify, or all but one do while a piece of its prompt is read; the piece counts
+    prompt = pass_bytes(spec, device, 1, shape.prefill_chunk_tokens, slots, of_heads, threads)
+    # All sequences verify, or all but one do while a chunk of its prompt is read; the chunk counts
     # as further sequences.
-    piece = min(max(ROWS_IN_COMPANY, width), shape.prefill_tokens)
-    verifying = max(sequences, sequences - 1 + -(-piece // width)) if sequences > 1 else 1
+    chunk = min(max(MIXED_PREFILL_ROWS, width), shape.prefill_chunk_tokens)
+    verifying = max(sequences, sequences - 1 + -(-chunk // width)) if sequences > 1 else 1
     of_heads = logits_bytes(spec, sequences * width)
     trees = pass_bytes(spec, device, verifying, width, slots, of_heads, threads, width)
     exact = max(prompt, trees, moving_bytes(spec) if slots.windowed else 0)
@@ -374,13 +374,13 @@ def workspace_bytes(spec: ModelSpec, device: DeviceKind, shape: Shape) -> int:
         exact += head_pass_bytes(spec, device, 1, max(HEAD_ROWS, width), slots)
         exact += 2 * sequences * width * spec.hidden_size * spec.item_bytes
         if spec.eagle3:  # the streams that it reads, of all rows, and those of what is kept
-            rows = max(shape.prefill_tokens, verifying * width) + sequences * width
+            rows = max(shape.prefill_chunk_tokens, verifying * width) + sequences * width
             exact += rows * len(spec.eagle3.reads) * spec.hidden_size * spec.item_bytes
     if shape.draft_width is None:
         return aligned(exact) + (ALLOCATOR_BYTES if device == "cuda" else 0)
     draft, vocabulary = 0, padded_vocabulary(spec)
     if shape.substitutes_draft:
-        rows = min(shape.draft_width + MOST_PROPOSED, max(shape.draft_width, width))
+        rows = min(shape.draft_width + MAX_PROPOSED, max(shape.draft_width, width))
         draft = draft_pass_bytes(spec, device, shape, sequences, rows)
         if shape.drafts_with_head:
             draft = max(draft, head_pass_bytes(spec, device, sequences, max(rows, width), slots))
@@ -390,7 +390,7 @@ def workspace_bytes(spec: ModelSpec, device: DeviceKind, shape: Shape) -> int:
         draft += sequences * 2 * rows * vocabulary
     if shape.draft_model is not None:
         # A level; or the last tokens before it, of which one has logits; or a text that is read.
-        rows, whole = max(shape.draft_width, 1 + MOST_PROPOSED), all_tokens_kept(shape)
+        rows, whole = max(shape.draft_width, 1 + MAX_PROPOSED), all_tokens_kept(shape)
         own = max(
             draft_pass_bytes(shape.draft_model, device, whole, sequences, rows),
             draft_pass_bytes(shape.draft_model, device, whole, 1, CATCH_UP_ROWS),
@@ -493,7 +493,7 @@ def block_bytes(
     piece = min(every, PRODUCT_ROWS)
     result, norm = every * hidden * item, piece * hidden * (item + 12)
     if isinstance(body, Dense):
-        inner, widest = body.inner_size, max(body.inner_size, hidden)
+        inner, widest = body.intermediate_size, max(body.intermediate_size, hidden)
         gates = every * inner * item * (2 if body.bias else 1)
         return max(norm, gates + max(2 * piece * widest * item, result))
     if isinstance(body, DeltaNet):
@@ -507,7 +507,7 @@ def block_bytes(
     if body.window is not None and slots.windowed is not None:
         live = slots.windowed
         if not tree_rows and rows + tokens_in_windows(spec) >= live:
-            # A piece of a prompt that they have no room for, and what its windows show before it.
+            # A chunk of a prompt that they have no room for, and what its windows show before it.
             joined = 2 * (max(spec.windows) + rows) * body.kv_size * item
     query, repeats = body.query_size, body.num_heads // body.num_kv_heads
     turned = 4 if spec.rope_in_f32 else item
@@ -546,15 +546,15 @@ def net_rule_bytes(net: DeltaNet, rows: int, num_threads: int) -> int:
     keys, values = net.num_value_heads * net.key_size, net.values_width
     inputs = rows * (4 * net.num_channels + 5 * keys + 6 * values)
     twin = 4 * (inputs + (NET_SLOTS + 8) * prod(net.memory_shape))
-    of_head = net.key_size, net.value_size, net.num_taps
+    of_head = net.key_size, net.value_size, net.conv_kernel_size
     return max(twin, delta_net_scratch_bytes(num_threads, *of_head, NET_SLOTS))
 
 
 def drafted_net_bytes(spec: ModelSpec, net: DeltaNet, rows: int, tree_rows: int) -> int:
     """Temporaries of delta_draft.py over one sequence's rows of a level."""
     keys, values = net.num_value_heads * net.key_size, net.values_width
-    before = (net.num_taps + tree_rows) * net.num_channels * spec.item_bytes
-    inputs = rows * net.num_channels * (net.num_taps * (spec.item_bytes + 8) + 12)
+    before = (net.conv_kernel_size + tree_rows) * net.num_channels * spec.item_bytes
+    inputs = rows * net.num_channels * (net.conv_kernel_size * (spec.item_bytes + 8) + 12)
     scores = 4 * rows * net.num_value_heads * 8 * tree_rows
     return before + inputs + scores + 4 * rows * (6 * keys + 12 * values)
 
@@ -575,13 +575,13 @@ def attention_scratch_bytes(num_threads: int, num_slots: int, head_size: int) ->
 
 
 def delta_net_scratch_bytes(
-    num_threads: int, key_size: int, value_size: int, num_taps: int, num_slots: int
+    num_threads: int, key_size: int, value_size: int, conv_kernel_size: int, num_slots: int
 ) -> int:
     """Scratch memory of delta_net.cpp: per thread, the inputs of some rows of a head in f32, and a
     memory for each slot."""
     rows, piece = DELTA_NET_ROWS, DELTA_NET_PIECE
     keys, values = (-(-size // piece) * piece for size in (key_size, value_size))
-    inputs = (num_taps + rows) * (2 * keys + values) + rows * (values + 2)
+    inputs = (conv_kernel_size + rows) * (2 * keys + values) + rows * (values + 2)
     return 4 * num_threads * (inputs + num_slots * keys * values)
 
 
@@ -615,7 +615,9 @@ def compiled_draft_bytes(
     """Temporaries of draft_layers.cpp in bf16: rows, RoPE, masks and scratch."""
     attentions = [body for body in spec.bodies if isinstance(body, Attention)]
     nets = [body for body in spec.bodies if isinstance(body, DeltaNet)]
-    inner = max((body.inner_size for body in spec.bodies if isinstance(body, Dense)), default=0)
+    inner = max(
+        (body.intermediate_size for body in spec.bodies if isinstance(body, Dense)), default=0
+    )
     mixed = max([body.query_size for body in attentions] + [net.values_width for net in nets])
     width = max(
         [2 * (body.query_size + body.kv_size) for body in attentions]
@@ -626,7 +628,7 @@ def compiled_draft_bytes(
     per_thread = [64 * (head_size + 15)]
     per_thread += [
         4 * (2 * net.key_size + 3 * net.value_size)
-        + net.num_taps * (2 * net.key_size + net.value_size)
+        + net.conv_kernel_size * (2 * net.key_size + net.value_size)
         for net in nets
     ]
     every = sequences * rows
@@ -635,7 +637,7 @@ def compiled_draft_bytes(
     live = slots.every + (slots.windowed or 0)
     masks = sequences * (rows * (rows + live * 11) + 8 * live + rows * 64)
     if nets:  # where rows are in their trees
-        masks += every * (2 * (rows + 64) + 16 * max(net.num_taps for net in nets) + 64)
+        masks += every * (2 * (rows + 64) + 16 * max(net.conv_kernel_size for net in nets) + 64)
     return every * (2 * spec.hidden_size + 4 * head_size) + masks + scratch
 
 

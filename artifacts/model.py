@@ -117,7 +117,7 @@ class DeltaNet:
     num_value_heads: Size
     key_size: Size  # of a head
     value_size: Size
-    num_taps: Annotated[int, Between(2, 64)]  # of the convolution of q, k and v along the text
+    conv_kernel_size: Annotated[int, Between(2, 64)]  # convolves q, k and v along the text
     # Small tensors that are f32 whatever the model is.
     f32_tensors: Annotated[tuple[NetTensor, ...], Length(0, 4)] = ()
     name: Name = "linear_attn"
@@ -145,7 +145,7 @@ class DeltaNet:
     def tensor_shapes(self) -> dict[NetTensor, tuple[int, ...]]:
         """Names of its small tensors under <name>, in execution order."""
         return {
-            "conv1d.weight": (self.num_channels, 1, self.num_taps),
+            "conv1d.weight": (self.num_channels, 1, self.conv_kernel_size),
             "A_log": (self.num_value_heads,),
             "dt_bias": (self.num_value_heads,),
             "norm.weight": (self.value_size,),
@@ -157,7 +157,7 @@ class Dense:
     """Gated feed-forward, down(activation(gate(x)) * up(x)): <name>.gate_proj, up_proj,
     down_proj."""
 
-    inner_size: Size
+    intermediate_size: Size
     bias: bool = False
     activation: Literal["silu", "gelu_tanh"] = "silu"  # gelu by its approximation with tanh
     name: Name = "mlp"
@@ -252,11 +252,11 @@ class ModelSpec:
     max_positions: Positions
     layers: Annotated[tuple[LayerSpec, ...], Length(1, 10_000)]
     norm: NormStyle
-    tied_head: bool  # the head is the embedding matrix
+    tie_word_embeddings: bool  # the head is the embedding matrix
     embedding_scale: Positive = 1.0  # multiplies embedding rows
     rounds_embedding_scale: bool = False  # to the dtype, before it multiplies
     logits_divisor: Positive = 1.0
-    logits_cap: Positive | None = None  # logits become cap * tanh(logits / cap)
+    logits_soft_cap: Positive | None = None  # logits become cap * tanh(logits / cap)
     rope_in_f32: bool = False  # q and k are rotated in f32 and then rounded
     # The artifact has its weights, which are in no pass of the model's own.
     draft_head: DraftHead | None = None
@@ -499,7 +499,7 @@ class Linear:
     @property
     def can_be_fp8(self) -> bool:
         """Whether the two FP8 encodings support this shape. If not, what a checkpoint has in FP8 is
-        multiplied out while an artifact is built."""
+        dequantized while an artifact is built."""
         return self.has_substitute and self.out_features % PART_ROWS == 0 and not self.padding_rows
 
 
@@ -604,9 +604,9 @@ def _linear_shapes(
             add("in_proj_a", body.num_value_heads, hidden, False, exact=True)
             add("out_proj", hidden, body.values_width, False)
         else:
-            add("gate_proj", body.inner_size, hidden, body.bias)
-            add("up_proj", body.inner_size, hidden, body.bias)
-            add("down_proj", hidden, body.inner_size, body.bias)
+            add("gate_proj", body.intermediate_size, hidden, body.bias)
+            add("up_proj", body.intermediate_size, hidden, body.bias)
+            add("down_proj", hidden, body.intermediate_size, body.bias)
     return found
 
 

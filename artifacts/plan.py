@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from subspec.artifacts.acceptance import Acceptance, Checks
+from subspec.artifacts.acceptance import Acceptance, HierarchicalCost
 from subspec.artifacts.acceptance import Tree as Tree  # others import it from here
 from subspec.artifacts.common.bounds import (
-    MOST_LEVELS,
+    MAX_LEVELS,
     Between,
     Count,
     Length,
@@ -21,7 +21,7 @@ from subspec.artifacts.common.bounds import (
     VerifyWidths,
 )
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.artifacts.common.sizes import LARGEST, format_size, short_size
+from subspec.artifacts.common.sizes import MAX_BYTES, format_size, short_size
 from subspec.artifacts.model import StoredPart
 
 DeviceKind = Literal["cpu", "cuda"]
@@ -37,7 +37,7 @@ DrafterName = Literal[
 ]  # fmt: skip
 OF_HEADS: tuple[DrafterName, ...] = ("mtp", "eagle", "eagle3")
 # Who proposes what the substitutes check.
-CHECKED: dict[DrafterName, DrafterName] = {
+PROPOSER_OF: dict[DrafterName, DrafterName] = {
     "substitute+lookup": "lookup", "substitute+mtp": "mtp", "substitute+eagle": "eagle",
     "substitute+eagle3": "eagle3", "substitute+draft-model": "draft-model",
 }  # fmt: skip
@@ -46,7 +46,7 @@ WITH_DRAFT_MODEL: tuple[Method, ...] = ("draft-model", "substitute+draft-model")
 Int4Kernel = Literal["aten", "gemlite", "w4a8"]  # w4a8: runtime/kernels/int4.cpp, on cpu
 
 
-Budget = Annotated[int, Between(1, LARGEST)]
+Budget = Annotated[int, Between(1, MAX_BYTES)]
 Positive = Annotated[int, Between(1, 1 << 62)]
 Sequences = Annotated[int, Between(1, 256)]
 
@@ -122,7 +122,7 @@ class Placement:
     num_slots: Count
     ledger: Ledger  # its sum is at most the budget
     # Of `resident`: the parts of FP8 matrices that are there in the model's dtype, not as codes.
-    multiplied_out: tuple[str, ...] = ()
+    dequantized: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class Company:
+class BatchDraft:
     """What is drafted for each of several answers that decode at once, one stream of the weights
     verifying them all."""
 
@@ -165,26 +165,26 @@ class Company:
 
 @dataclass(frozen=True)
 class Draft:
-    """What a method drafts, how often that is accepted, and in company."""
+    """What a method drafts, how often that is accepted, and in a batch."""
 
     tree: Tree
     acceptance: Acceptance
-    company: Annotated[tuple[Company, ...], Length(0, 8)] = ()
-    checks: Checks | None = None  # of a drafter that checks what another one proposes
+    by_batch_size: Annotated[tuple[BatchDraft, ...], Length(0, 8)] = ()
+    hierarchical_cost: HierarchicalCost | None = None  # where another one proposes
 
     @property
     def trees(self) -> tuple[Tree, ...]:
         """What is drafted for each of 1, 2, 4, 8, ... answers at once; see `tree_for`."""
-        return (self.tree, *(one.tree for one in self.company))
+        return (self.tree, *(one.tree for one in self.by_batch_size))
 
 
 @dataclass(frozen=True)
-class HeadDraft:
+class DraftHeadResult:
     """What the draft head drafts, and what real rounds with it gave."""
 
     tree: Tree
     tokens_per_second: Annotated[float, Between(0, 1e9)] | None  # None: under another plan
-    tokens_per_round: Annotated[float, Between(0, MOST_LEVELS + 1)]
+    tokens_per_round: Annotated[float, Between(0, MAX_LEVELS + 1)]
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ class Constraints:
 
     context: Positive | None = None
     width: TreeWidth | None = None
-    depth: Annotated[int, Between(1, MOST_LEVELS)] | None = None
+    depth: Annotated[int, Between(1, MAX_LEVELS)] | None = None
     method: Method | None = None
     ram_bytes: Budget | None = None  # budget of host memory, the slow memory of a GPU
     encoding: Literal["auto", "residual", "raw", "kept"] = "auto"  # kept: a re-planned artifact's
@@ -243,7 +243,7 @@ class Plan:
     prompt_widths: VerifyWidths
     num_threads: Threads  # of the CPU; a result's bits depend on it
     int4_kernel: Int4Kernel
-    prefill_tokens: Positive  # of a prompt that are processed in one stream of the weights
+    prefill_chunk_tokens: Positive  # of a prompt that are processed in one stream of the weights
     placements: dict[Method, Placement]  # a method that does not fit the budget has none
     residuals: tuple[str, ...]  # names of the parts that are stored as residuals
     predicted: dict[Method, Prediction]
@@ -256,13 +256,12 @@ class Plan:
     full_context: Prediction | None = None  # of the method, for a text that fills the context
     by_budget: tuple[Point, ...] = ()  # budgets ascending, for the report
     by_context: tuple[Point, ...] = ()  # contexts ascending
-    company: Annotated[
-        tuple[Company, ...], Length(0, 8)
-    ] = ()  # of 2, 4, 8, ... answers at once; fewer take the one before
-    # Of methods whose drafters have weights of their own. `tree`, `acceptance` and `company` are
-    # the substitutes'.
+    # Of 2, 4, 8, ... answers at once; fewer take the one before
+    by_batch_size: Annotated[tuple[BatchDraft, ...], Length(0, 8)] = ()
+    # Of methods whose drafters have weights of their own. `tree`, `acceptance` and
+    # `by_batch_size` are the substitutes'.
     drafts: dict[Method, Draft] = field(default_factory=dict)
-    head_draft: HeadDraft | None = None  # None: the draft head was not run
+    draft_head_result: DraftHeadResult | None = None  # None: the draft head was not run
     # Who drafts in the method's memory, unless something else is asked for; None: the method's own.
     drafter: DrafterName | None = None
     host_ledger: HostLedger | None = None  # of the method, on a GPU; None: not known
@@ -274,7 +273,7 @@ class Plan:
 
     def draft_of(self, method: Method) -> Draft:
         """Of plain decoding: what the substitutes would draft."""
-        return self.drafts.get(method) or Draft(self.tree, self.acceptance, self.company)
+        return self.drafts.get(method) or Draft(self.tree, self.acceptance, self.by_batch_size)
 
     @property
     def draft(self) -> Draft:
@@ -302,7 +301,7 @@ def method_of(drafter: DrafterName) -> Method:
 
 def head_of(drafter: DrafterName | None) -> DrafterName | None:
     """The layout of the draft head that proposes tokens for a drafter; None: none does."""
-    proposes = CHECKED.get(drafter, drafter) if drafter is not None else None
+    proposes = PROPOSER_OF.get(drafter, drafter) if drafter is not None else None
     return proposes if proposes in OF_HEADS else None
 
 
@@ -312,7 +311,7 @@ def tree_for(trees: Sequence[Tree], num_answers: int) -> Tree:
     return trees[min(num_answers.bit_length(), len(trees)) - 1]
 
 
-def calls_for(widths: Sequence[int], num_rows: int) -> list[int]:
+def split_rows(widths: Sequence[int], num_rows: int) -> list[int]:
     """Rows of the exact products' calls for so many rows, 1 or more: the widest of `widths`, which
     ascend, as often as it is filled, and then the narrowest that has room for the rest."""
     whole, rest = divmod(num_rows, widths[-1])

@@ -10,7 +10,7 @@ from subspec.artifacts.model import Encoding
 from subspec.artifacts.plan import DeviceKind, Int4Kernel
 
 FASTEST = 1e15  # bytes or weights a second
-SHORTEST, LONGEST = 1e-9, 1e6  # bounds of a timing, in seconds
+MIN_SECONDS, MAX_SECONDS = 1e-9, 1e6  # bounds of a timing, in seconds
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,8 @@ class Timing:
     """Seconds of one operation at `width` rows: the typical and the slowest time."""
 
     width: Annotated[int, Between(1, 1 << 20)]
-    seconds: Annotated[float, Between(SHORTEST, LONGEST)]
-    slowest: Annotated[float, Between(0, LONGEST)] = 0.0
+    seconds: Annotated[float, Between(MIN_SECONDS, MAX_SECONDS)]
+    slowest: Annotated[float, Between(0, MAX_SECONDS)] = 0.0
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Corrections:
     # Bytes per second that the link was limited to in them; None: not limited.
     link_bandwidth: Annotated[int, Between(1, 1 << 62)] | None = None
     draft_model: Factor = 1.0  # a draft of the draft model alone
-    checked_draft: Factor = 1.0  # one that it proposes and the substitutes check
+    hierarchical_draft: Factor = 1.0  # one that it proposes and the substitutes check
 
 
 UNDER_LOAD = 0.15  # of the CPUs' time; chosen: a quiet system's own services use a few percent
@@ -83,7 +83,7 @@ class Profile:
     # are computed, and that a layer keeps while the link is busy.
     contended_link: Share
     contended_compute: Share
-    digest_rate: Rate  # bytes per second of the digest check when weights are first read
+    digest_bytes_per_second: Rate  # of the check when weights are first read
     exact_layer: Timings  # one decoder layer, LIVE_TOKENS in the cache
     fast_layer: Timings  # the same without padding, by the fastest kernels: one token, a prompt
     draft_layer: Timings
@@ -92,9 +92,8 @@ class Profile:
     draft_attention: Timings
     exact_head: Timings
     draft_head: Timings
-    round_seconds: Annotated[
-        float, Between(0, LONGEST)
-    ]  # fixed cost of a round outside layers and heads
+    # Fixed cost of a round outside layers and heads
+    round_overhead_seconds: Annotated[float, Between(0, MAX_SECONDS)]
     residual_weights_per_second: Rate  # decoded from residuals; 0: not on this machine
     int4_kernel: Int4Kernel
     # Groups of widths, ascending: a row has the same bits at any place in all widths of a group.
@@ -110,7 +109,7 @@ class Profile:
     draft_model_attention: SomeTimings = ()
     draft_model_head: SomeTimings = ()
     # Share of the CPUs' time that was other programs' meanwhile, or a host's other guests'.
-    others_cpu_share: Annotated[float, Between(0, 1)] = 0.0
+    background_cpu_share: Annotated[float, Between(0, 1)] = 0.0
     # Of slower 4-bit kernels that take less memory.
     other_kernels: Annotated[tuple[KernelCosts, ...], Length(0, 2)] = ()
     # `shapes_of` the model, and of the draft model, that were measured; "": not known.
@@ -130,13 +129,13 @@ class Profile:
     @property
     def under_load(self) -> bool:
         """Whether other programs made the figures too slow. A GPU's hardly depend on the CPUs."""
-        return self.device == "cpu" and self.others_cpu_share > UNDER_LOAD
+        return self.device == "cpu" and self.background_cpu_share > UNDER_LOAD
 
     @property
     def has_draft_model(self) -> bool:
         return bool(self.draft_model_layer)
 
-    def decode_rate(self, encoding: Encoding) -> float:
+    def weights_per_second(self, encoding: Encoding) -> float:
         """Weights per second from an encoding to what is multiplied."""
         if encoding == "raw":
             return math.inf

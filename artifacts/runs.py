@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Annotated
 
 from subspec.artifacts.common.bounds import (
-    MOST_LEVELS,
+    MAX_LEVELS,
     Between,
     Count,
     Length,
@@ -35,14 +35,14 @@ from subspec.artifacts.format.folder import MANIFEST
 from subspec.artifacts.plan import Method, Plan
 
 RUNS = "runs.jsonl"
-MOST_RUNS = 1000  # the newest are kept; the file grows to twice that before it is cut
-LARGEST_FILE = 4 << 20  # bytes; of a larger one the end is read
-LONGEST_LINE = 16 << 10
+MAX_RUNS = 1000  # the newest are kept; the file grows to twice that before it is cut
+MAX_FILE = 4 << 20  # bytes; of a larger one the end is read
+MAX_LINE = 16 << 10
 TIME = Matching(
     r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z", "a time such as 2026-11-20T16:45:00Z"
 )
 DIGEST = Matching(r"[0-9a-f]{64}", "64 hexadecimal digits")
-Levels = Annotated[tuple[Count, ...], Length(0, MOST_LEVELS + 1)]
+Levels = Annotated[tuple[Count, ...], Length(0, MAX_LEVELS + 1)]
 # Do not follow a link out of an untrusted folder, and do not wait for a FIFO.
 SAFELY = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
@@ -59,9 +59,9 @@ class Run:
     link_bandwidth: Count | None  # bytes per second that the link was limited to
     greedy: bool
     prompt_tokens: Count
-    reused_tokens: Count  # of the prompt, already in the cache
+    cached_tokens: Count  # of the prompt, already in the cache
     generated_tokens: Count
-    first_of_engine: bool  # the time to its first token includes the check of digests
+    includes_digest_check: bool  # the time to its first token includes the check of digests
     drafted: Levels  # by level: rounds that drafted it; the last ones may have room for few levels
     accepted: Levels  # at index n: rounds that accepted n drafted tokens of the text
     draft_seconds: Seconds
@@ -119,14 +119,14 @@ def append_run(artifact_path: Path, run: Run) -> None:
 
 
 def read_runs(artifact_path: Path) -> tuple[Run, ...]:
-    """The newest MOST_RUNS records, oldest first."""
+    """The newest MAX_RUNS records, oldest first."""
     lines = last_lines(artifact_path / RUNS)
     with suppress(OSError):
         if (path := cache_file(artifact_path)) is not None:
             lines += last_lines(path)
     found = (load_run(line) for line in lines)
     runs = sorted((run for run in found if run is not None), key=lambda run: run.time)
-    return tuple(runs[-MOST_RUNS:])
+    return tuple(runs[-MAX_RUNS:])
 
 
 def carry_runs(source: Path, target: Path) -> None:
@@ -152,7 +152,7 @@ def dump_run(run: Run) -> bytes:
 
 def load_run(line: bytes) -> Run | None:
     """Record of a line; None if the line is not a valid record."""
-    if len(line) > LONGEST_LINE:
+    if len(line) > MAX_LINE:
         return None
     try:
         run: Run = load_dataclass(Run, parse_json(line, RUNS), RUNS)
@@ -191,16 +191,16 @@ def append_line(path: Path, line: bytes) -> None:
         torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"  # the disk was full
         os.write(descriptor, b"\n" + line if torn else line)
     lines = last_lines(path)
-    if len(lines) > 2 * MOST_RUNS or size > LARGEST_FILE:
-        replace_lines(path, lines[-MOST_RUNS:])
+    if len(lines) > 2 * MAX_RUNS or size > MAX_FILE:
+        replace_lines(path, lines[-MAX_RUNS:])
 
 
 def last_lines(path: Path) -> list[bytes]:
-    """Lines within the last LARGEST_FILE bytes; none if the file cannot be read."""
+    """Lines within the last MAX_FILE bytes; none if the file cannot be read."""
     try:
         with regular_file(path, os.O_RDONLY) as descriptor:
-            first = max(0, os.fstat(descriptor).st_size - LARGEST_FILE)
-            data = os.pread(descriptor, LARGEST_FILE, first)
+            first = max(0, os.fstat(descriptor).st_size - MAX_FILE)
+            data = os.pread(descriptor, MAX_FILE, first)
     except OSError:
         return []
     lines = data.split(b"\n")

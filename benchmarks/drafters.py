@@ -33,7 +33,7 @@ from subspec.runtime.text.tokenizer import load_tokenizer
 
 KINDS = {"code": ("code",), "chat": ("question", "turns")}  # of prompts.jsonl
 PROMPTS = Path(__file__).with_name("prompts.jsonl")
-LEAST_COPIED = 200  # characters
+MIN_COPIED = 200  # characters
 CHANGES = (
     "Repeat the following text word for word.",
     "Repeat the following text, but write every number as digits.",
@@ -100,7 +100,7 @@ def by_kind(artifact: Artifact, count: int) -> dict[str, list[list[int]]]:
     text, samples = load_tokenizer(artifact.path / "tokenizer"), read_samples(PROMPTS)
     longest = artifact.plan.context // 2
     found = {kind: [one for one in samples if one.kind in some] for kind, some in KINDS.items()}
-    texts = [one for sample in samples if len(one := last_words(sample)) > LEAST_COPIED]
+    texts = [one for sample in samples if len(one := last_words(sample)) > MIN_COPIED]
     found["copying"] = [
         Sample("copying", (Message("user", f"{CHANGES[n % len(CHANGES)]}\n\n{one}"),))
         for n, one in enumerate(texts)
@@ -135,7 +135,7 @@ def in_turns(
 def answer(engine: Engine, prompt: list[int], num_tokens: int) -> tuple[list[int], Stats]:
     ends = frozenset(engine.artifact.spec.eos_token_ids)
     with engine.new_sequence() as sequence:
-        params = GenerationParams(num_tokens, end_tokens=ends)
+        params = GenerationParams(num_tokens, stop_token_ids=ends)
         tokens = [one for some in sequence.generate(prompt, params) for one in some]
         return tokens, sequence.stats
 

@@ -31,7 +31,7 @@ from subspec.runtime.draft.graphs import capture_on_gpu
 from subspec.runtime.engine import Engine, OpenOptions
 from subspec.runtime.kernels import triton_driver
 from subspec.runtime.model.attention import attend, attend_batch_invariant, attend_in_fp64
-from subspec.runtime.model.sampling import Sampling
+from subspec.runtime.model.sampling import SamplingParams
 from subspec.runtime.sequence import GenerationParams
 from subspec.runtime.text.tokenizer import load_tokenizer
 
@@ -79,7 +79,7 @@ def main(
         found[encoding] = {"speed": speeds}
     failed = list[str]()
     for encoding, artifact in artifacts.items():
-        checked = check_promises(artifact, tokens)
+        checked = check_predictions(artifact, tokens)
         failed += [f"{encoding}, {name}" for name, holds in checked.items() if not holds]
         found[encoding] |= {
             "link_bytes_per_second": artifact.profile.link[-1].bytes_per_second,
@@ -203,11 +203,11 @@ def memory_bandwidth() -> float:
     return rate
 
 
-def check_promises(artifact: Artifact, tokens: int) -> dict[str, bool]:
+def check_predictions(artifact: Artifact, tokens: int) -> dict[str, bool]:
     """Same tokens with and without speculation; peak memory within the budget."""
     print(f"{artifact.path.name}: same tokens, within the budget?", file=sys.stderr)
     text, budget = load_tokenizer(artifact.path / "tokenizer"), artifact.plan.budget_bytes
-    samplings = {"greedy": Sampling(), "seeded": Sampling(temperature=0.8, seed=1)}
+    samplings = {"greedy": SamplingParams(), "seeded": SamplingParams(temperature=0.8, seed=1)}
     said: dict[str, dict[Method, list[list[int]]]] = {name: {} for name in samplings}
     within = True
     for method in METHODS:
@@ -240,7 +240,7 @@ def draft_level_seconds(artifact: Artifact, tokens: int) -> dict[str, float]:
             with engine.new_sequence() as sequence:
                 for _ in sequence.generate(prompt, GenerationParams(tokens)):
                     pass
-                stats, problem = sequence.stats, engine.missing_graphs
+                stats, problem = sequence.stats, engine.missing_graphs_reason
             found[name] = stats.draft_seconds / max(1, stats.drafted_levels)
             print(f"a draft level by {name}: {found[name] * 1e3:.2f} ms", problem or "",
                   file=sys.stderr)  # fmt: skip

@@ -42,7 +42,7 @@ STATUS = re.compile(rb"HTTP/1\.[01] (\d{3}) ")
 # Why a server may say that it cannot: the queue is full, bodies or connections are too many.
 MEANT = (b'"queue_full"', b'"overloaded"', b'"overloaded_error"', b"Service Unavailable")
 HEALTH_SECONDS = 0.05
-MOST_GROWTH = 16 << 20  # bytes of memory that a second round of the same may add
+MAX_GROWTH = 16 << 20  # bytes of memory that a second round of the same may add
 SETTLED_SECONDS = 30.0  # until connections that were left are closed
 USUAL = {"prompt": "def read_file(path):", "max_tokens": 60, "logprobs": 2, "temperature": 0.8,
          "seed": 7}  # fmt: skip
@@ -219,7 +219,7 @@ def judge(
         if last > first:
             yield f"{what} was {first} after the first round and is {last} after the second"
     grown = usages[2].resident_bytes - usages[1].resident_bytes
-    if grown > MOST_GROWTH:
+    if grown > MAX_GROWTH:
         yield f"a second round of the same took {grown / 1e6:.1f} MB more"
     if health_p99(health) > HEALTH_SECONDS:
         yield f"/health took {health_p99(health) * 1e3:.0f} ms at the 99th percentile"

@@ -50,13 +50,13 @@ from subspec.planner.machine.compile_graphs import compile_graphs
 from subspec.planner.machine.excerpt import RandomWeights, fill_with_noise, random_rows
 from subspec.planner.machine.timing import USUAL_EFFORT, Effort, time_each
 from subspec.runtime.draft import compiled_graphs, compiled_layers
-from subspec.runtime.draft.beam import Growing, Level, add_level, root_only
+from subspec.runtime.draft.beam import Level, PartialTree, add_level, root_only
 from subspec.runtime.draft.compiled_graphs import load_graphs
 from subspec.runtime.draft.compiled_layers import compile_layers
-from subspec.runtime.draft.drafter import SubstituteDrafter, Turn, drafted_rows
+from subspec.runtime.draft.drafter import DecodeState, SubstituteDrafter, drafted_rows
 from subspec.runtime.draft.substitutes import Substitutes
 from subspec.runtime.kernels import bf16
-from subspec.runtime.kernels.linear import Int4Weight, calls_of
+from subspec.runtime.kernels.linear import Int4Weight, gemm_ranges
 from subspec.runtime.load import make_substitutes, place_substitutes, place_tensors
 from subspec.runtime.memory import FastMemory
 from subspec.runtime.model.attention import attend_batch_invariant, attend_in_fp64
@@ -104,7 +104,9 @@ def model_of(
     if hybrid:
         attention = replace(attention, output_gate=True, qk_norm="head")
     net_heads = hidden // NET_HEAD_SIZE
-    net = DeltaNet(max(1, net_heads // 2), net_heads, NET_HEAD_SIZE, NET_HEAD_SIZE, num_taps=4)
+    net = DeltaNet(
+        max(1, net_heads // 2), net_heads, NET_HEAD_SIZE, NET_HEAD_SIZE, conv_kernel_size=4
+    )
 
     def layer(index: int) -> LayerSpec:
         mixer = net if hybrid and (index + 1) % INTERVAL else attention
@@ -120,7 +122,7 @@ def model_of(
         max_positions=cache_slots(TOKENS, TREE_ROWS),
         layers=tuple(layer(index) for index in range(layers)),
         norm=NormStyle(1e-6, rounds_late=hybrid, zero_centered=hybrid),
-        tied_head=False,
+        tie_word_embeddings=False,
     )
 
 
@@ -158,7 +160,7 @@ def draft_steps(
     """Rows of a draft -> the ways to run so many; a whole level beside the reading of its bytes;
     compiled graphs and what they replace."""
     slots = cache_slots(TOKENS, TREE_ROWS)
-    shape = Shape(TOKENS, 1, TREE_ROWS, 1, prefill_tokens=1, num_threads=1, head_rows=1)
+    shape = Shape(TOKENS, 1, TREE_ROWS, 1, prefill_chunk_tokens=1, num_threads=1, head_rows=1)
     purposes = make_ledger(spec, "cpu", "w4a8", shape, 0, 0)
     memory = FastMemory(CPU, replace(purposes, substitutes=0))
     tensors = place_tensors(spec, memory, RandomWeights(torch.bfloat16))
@@ -188,7 +190,7 @@ def draft_steps(
         assert loaded is not None, problem
         return {
             "graphs": lambda: compiled_graphs.forward(loaded, rows),
-            "twin": lambda: forward(weights, substitutes, rows, calls_of([num_rows])),
+            "twin": lambda: forward(weights, substitutes, rows, gemm_ranges([num_rows])),
         }
 
     def steps(num_rows: int) -> Actions:
@@ -196,20 +198,20 @@ def draft_steps(
         return {
             "compiled": lambda: compiled_layers.forward(compiled, rows),
             "products": draft_products(spec, substitutes, num_rows),
-            "twin": lambda: forward(weights, substitutes, rows, calls_of([num_rows])),
+            "twin": lambda: forward(weights, substitutes, rows, gemm_ranges([num_rows])),
         }
 
     def levels(width: int) -> Actions:
         tree, num_rows = Tree(width, LEVELS_BEFORE + 1), 1 + (LEVELS_BEFORE + 1) * width
         drafter = SubstituteDrafter((tree,), num_rows, weights, substitutes, compiled)
-        [grown] = drafter.draft([Turn(cache, 0, LEVELS_BEFORE + 1)])  # the last token is another's
+        [grown] = drafter.draft([DecodeState(cache, 0, LEVELS_BEFORE + 1)])  # and another's token
         children = torch.arange(grown.num_nodes, num_rows)
         nodes = children - width
         last = Level(nodes, torch.zeros(width))
 
         def level() -> None:
             draft_pass = drafter.pass_over([cache], [cache.tree_slots(num_rows)])
-            add_level(grown, last, children, tree, draft_pass([Growing(0, grown, last)]))
+            add_level(grown, last, children, tree, draft_pass([PartialTree(0, grown, last)]))
 
         num_bytes = sum(memory_bytes(spec, net) for net in spec.delta_nets)
         num_bytes += substitutes_bytes(spec, "w4a8")

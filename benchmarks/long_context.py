@@ -9,7 +9,7 @@ weights take and twice what the keys and values do, unless given: some of the we
 
 Four turns, in one sequence: a text of so many tokens; the answer and a few tokens more; the same
 turn with another end, as when a user edits a question; one that departs from the middle of the
-text. Each says how many tokens were read, after what time (and what was promised for the first),
+text. Each says how many tokens were read, after what time (and what was predicted for the first),
 and whether its answer is that of a fresh sequence (`--no-fresh` saves that time). Then the peak of
 fast memory and the ledger. The last line of stdout is one JSON object.
 """
@@ -85,7 +85,7 @@ def planned(model: Resolved, context: int, budget_bytes: int | None, out: Path) 
     fixed = Constraints(context, width=1, depth=4, method="substitute")
     spec = read_spec(model.path, model.source)
     budget = budget_bytes or 2 * text_bytes(spec, context) + model_bytes(spec)
-    plan_model(PlanRequest(budget, fixed, "cpu", rehearse=0), model, out, tell=say)
+    plan_model(PlanRequest(budget, fixed, "cpu", rehearse=0), model, out, notify=say)
     return open_artifact(out)
 
 
@@ -115,14 +115,14 @@ def asked(sequence: Sequence, name: str, prompt: list[int], turns: list[Turn]) -
     for tokens in sequence.generate(prompt, GenerationParams(ANSWER_TOKENS)):
         said += tokens
     stats = sequence.stats
-    read = stats.prompt_tokens - stats.reused_tokens
+    read = stats.prompt_tokens - stats.cached_tokens
     turn = Turn(name, stats.prompt_tokens, read, stats.time_to_first_token_seconds, None)
     turns.append(turn)
     say(f"{name}: {read} of {turn.prompt_tokens} tokens read in {turn.first_token_seconds:.2f} s")
     return said
 
 
-def promised_seconds(artifact: Artifact, tokens: int) -> float:
+def predicted_seconds(artifact: Artifact, tokens: int) -> float:
     """Of the first token after a text of so many."""
     plan, stored = artifact.plan, Storage(tuple(artifact.stored_parts()))
     usage = Usage(tokens, ANSWER_TOKENS)
@@ -154,8 +154,8 @@ def main(kind: Kind, tokens: int, layers: int, hidden: int, vram: int | None, fr
         model = random_model(kind, layers, hidden, Path(scratch) / "model")
         context = tokens + 4 * (ANSWER_TOKENS + MORE_TOKENS)
         artifact = planned(model, context, vram, Path(scratch) / "artifact")
-        promised = promised_seconds(artifact, tokens)
-        say(f"promised: the first token after {promised:.2f} s")
+        predicted = predicted_seconds(artifact, tokens)
+        say(f"predicted: the first token after {predicted:.2f} s")
         turns, engine = run(artifact, numbers(tokens, 0), fresh)
     ledger, peak = engine.placement.ledger, engine.peak.peak_bytes
     for turn in turns:
@@ -166,7 +166,7 @@ def main(kind: Kind, tokens: int, layers: int, hidden: int, vram: int | None, fr
     say(f"peak {short_size(peak)} of {short_size(ledger.total_bytes)}")
     found = {
         "kind": kind,
-        "promised_seconds": promised,
+        "predicted_seconds": predicted,
         "turns": [asdict(turn) for turn in turns],
         "peak_bytes": peak,
         "ledger": asdict(ledger),

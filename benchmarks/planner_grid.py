@@ -11,7 +11,7 @@ of the machine favour nobody. Answers end where the model ends them, or where th
 themselves. The prompts (prompts.jsonl) were written independently of those that plans are rehearsed
 on.
 
-Each line says what was promised and reached in tokens/s over all tokens, and a round's tokens.
+Each line says what was predicted and reached in tokens/s over all tokens, and a round's tokens.
 `repeats` is how far the real speeds of the plannings of one budget lie apart; `beside` is what the
 other form streams a round and reaches, as a share of the model's. The last line of stdout is one
 JSON object.
@@ -60,9 +60,9 @@ class Contender:
     number: int  # of its kind, from 1
     budget_bytes: int
     plan: str
-    promised: float  # tokens/s
+    predicted: float  # tokens/s
     actual: float
-    tokens_promised: float  # a round
+    predicted_tokens: float  # a round
     tokens_actual: float
     levels_actual: float
     streamed_bytes: float  # a round
@@ -71,7 +71,7 @@ class Contender:
 
     @property
     def error(self) -> float:
-        return self.promised / self.actual - 1
+        return self.predicted / self.actual - 1
 
 
 Entry = tuple[Kind, int, Artifact]
@@ -81,7 +81,7 @@ def planned(model: Path, budget_bytes: int, out: Path, link_bandwidth: int | Non
     request = PlanRequest(
         budget_bytes, Constraints(context=CONTEXT), "cpu", link_bandwidth=link_bandwidth
     )
-    plan_model(request, resolve(str(model)), out, tell=say)
+    plan_model(request, resolve(str(model)), out, notify=say)
     return open_artifact(out)
 
 
@@ -133,7 +133,7 @@ def answer(engine: Engine, prompt: list[int], num_tokens: int) -> Stats:
     def repeats(tokens: Sequence[int]) -> int | None:
         return len(tokens) if before_loop([*said, *tokens]) < len(said) + len(tokens) else None
 
-    params = GenerationParams(num_tokens, end_tokens=ends, cut=repeats)
+    params = GenerationParams(num_tokens, stop_token_ids=ends, stopping_criteria=repeats)
     with engine.new_sequence() as sequence:
         for tokens in sequence.generate(prompt, params):
             said += tokens
@@ -149,9 +149,9 @@ def contender_of(kind: Kind, number: int, engine: Engine, answers: list[Stats]) 
         number=number,
         budget_bytes=plan.budget_bytes,
         plan=name_of(plan),
-        promised=said.tokens_per_second,
+        predicted=said.tokens_per_second,
         actual=tokens / sum(one.decode_seconds for one in answers),
-        tokens_promised=said.tokens_per_round,
+        predicted_tokens=said.tokens_per_round,
         tokens_actual=tokens / rounds,
         levels_actual=sum(one.drafted_levels for one in answers) / rounds,
         streamed_bytes=sum(one.streamed_bytes for one in answers) / rounds,
@@ -170,8 +170,8 @@ def name_of(plan: Plan) -> str:
 def line_of(one: Contender) -> str:
     return (
         f"{short_size(one.budget_bytes):>9} {one.kind:8} {one.number} {one.plan:12}"
-        f" promised {one.promised:6.2f} actual {one.actual:6.2f} ({one.error:+.0%})"
-        f"  a round {one.tokens_promised:.1f}, {one.tokens_actual:.1f}"
+        f" predicted {one.predicted:6.2f} actual {one.actual:6.2f} ({one.error:+.0%})"
+        f"  a round {one.predicted_tokens:.1f}, {one.tokens_actual:.1f}"
         f" of {one.levels_actual:.1f} levels, {short_size(one.streamed_bytes)}"
         f"  peak {short_size(one.peak_bytes)} of {short_size(one.ledger_bytes)}"
     )
@@ -201,7 +201,7 @@ def summary_of(found: list[Contender]) -> dict[str, object]:
 
 
 def against(ours: list[Contender], others: list[Contender]) -> dict[str, float]:
-    """What the other form reaches and streams as a share of ours, and its worst promise."""
+    """What the other form reaches and streams as a share of ours, and its worst prediction."""
 
     def median(name: str, some: list[Contender]) -> float:
         return statistics.median(getattr(one, name) for one in some)

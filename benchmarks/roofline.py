@@ -30,7 +30,7 @@ WARM_UP_ROUNDS = 2
 TRACED_ROUNDS = 8
 MEMORY_BYTES = 256 << 20  # summed up to time the memory; larger than caches
 CEILING_SECONDS = 0.3  # that one ceiling is looked for
-FEWEST_CALLS = 5
+MIN_CALLS = 5
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def ceilings(engine: Engine, link_bandwidth: int | None) -> Ceilings:
 def fastest(action: Callable[[], object], device: torch.device) -> float:
     """Seconds of the quickest call: what disturbs the machine lowers no ceiling."""
     seconds, until = list[float](), time.perf_counter() + CEILING_SECONDS
-    while len(seconds) < FEWEST_CALLS or time.perf_counter() < until:
+    while len(seconds) < MIN_CALLS or time.perf_counter() < until:
         started = time.perf_counter()
         action()
         if device.type == "cuda":

@@ -10,7 +10,7 @@ it verifies. A round of today drafts, then streams; the GPU verifies beside the 
                 it is accepted, and the exact model's own token is the one guessed, the next round
                 has its draft already (ShadowSpec)
   interleaved   two sequences in turns: one drafts while the link streams for the other
-  company       two sequences draft together and share one stream, as the engine does
+  batched       two sequences draft together and share one stream, as the engine does
   hierarchical  levels cost 1 / 2.5: a small drafter proposes, the substitute checks several levels
                 at once
   both          hierarchical and ahead
@@ -39,7 +39,7 @@ LEVELS_OF_TWO = 1.1  # seconds of a level for two sequences: it reads the same w
 
 @dataclass(frozen=True)
 class Machine:
-    """Seconds on a GPU. Interleaving and company need memory for a second cache as well."""
+    """Seconds on a GPU. Interleaving and a batch need memory for a second cache as well."""
 
     level_seconds: float  # of a draft
     stream_seconds: float  # of all that streams in a round
@@ -100,7 +100,7 @@ def play_interleaved(machine: Machine, depth: int, num_rounds: int, draw: Draw) 
     return Played(tokens / seconds, depth, machine.stream_seconds / turn, busy / turn)
 
 
-def play_company(machine: Machine, depth: int, num_rounds: int, draw: Draw) -> Played:
+def play_batched(machine: Machine, depth: int, num_rounds: int, draw: Draw) -> Played:
     """Two sequences in one stream; the GPU verifies twice the rows in it."""
     drafting = depth * machine.level_seconds * LEVELS_OF_TWO
     verifying = 2 * machine.verify_seconds
@@ -133,7 +133,7 @@ def schemes(machine: Machine, num_rounds: int) -> dict[str, Callable[[int], Play
         "hierarchical": lambda depth: play_alone(small, depth, num_rounds, draw(), False),
         "both": lambda depth: play_alone(small, depth, num_rounds, draw(), True),
         "interleaved": lambda depth: play_interleaved(machine, depth, num_rounds, draw()),
-        "company": lambda depth: play_company(machine, depth, num_rounds, draw()),
+        "batched": lambda depth: play_batched(machine, depth, num_rounds, draw()),
     }
 
 

@@ -81,7 +81,7 @@ def main(
     }
     print(json.dumps(found))
     if any(one.equal < len(asked) for one in loads):
-        sys.exit("answers in company differ from those alone")
+        sys.exit("answers in a batch differ from those alone")
 
 
 def questions(count: int) -> list[list[dict[str, str]]]:

@@ -7,7 +7,7 @@ Plain is the fastest plain decoding we have: one row, unpadded, the memory that 
 would take full of exact weights. Both decode greedily from the same prompts, in turns; the order
 alternates so that a drifting disk favours nobody.
 
-With --sequences N, for a plan of N sequences, both also decode N prompts in company, one stream of
+With --sequences N, for a plan of N sequences, both also decode N prompts in a batch, one stream of
 the weights for all of them, and the same prompts one after another.
 
 Then some rounds are traced, and what this machine could do at best is timed: each term of a round
@@ -75,7 +75,7 @@ class Speed:
 
 
 @dataclass(frozen=True)
-class Company:
+class BatchSpeed:
     """The same prompts one after another and all at once; tokens/s of all sequences together."""
 
     num_sequences: int
@@ -100,7 +100,7 @@ def prompts_for(artifact: Artifact) -> list[list[int]]:
 
 def decode_prompts(engine: Engine, tokens: int) -> list[Stats]:
     """Every prompt, one after another."""
-    params = GenerationParams(tokens, end_tokens=frozenset(engine.artifact.spec.eos_token_ids))
+    params = GenerationParams(tokens, stop_token_ids=frozenset(engine.artifact.spec.eos_token_ids))
     found = []
     for prompt in prompts_for(engine.artifact):
         with engine.new_sequence() as sequence:
@@ -152,13 +152,13 @@ def compare_methods(
     }
 
 
-def compare_company(engine: Engine, num_sequences: int, tokens: int) -> Company:
+def compare_batched(engine: Engine, num_sequences: int, tokens: int) -> BatchSpeed:
     """No token ends an answer: a sequence that left early would let the others run faster."""
     params = GenerationParams(tokens)
     prompts = list(islice(cycle(prompts_for(engine.artifact)), num_sequences))
 
     def decode(groups: Sequence[Sequence[list[int]]]) -> tuple[float, list[list[int]]]:
-        """Each group in company -> tokens/s after the first tokens, and the answers."""
+        """Each group in a batch -> tokens/s after the first tokens, and the answers."""
         before, answers = decoding_seconds(engine), list[list[int]]()
         for group in groups:
             with ExitStack() as stack:
@@ -167,7 +167,7 @@ def compare_company(engine: Engine, num_sequences: int, tokens: int) -> Company:
                     sequence.begin(prompt, params)
                 while any(sequence.finish_reason is None for sequence in sequences):
                     engine.step()
-                answers += [sequence.take_fresh() for sequence in sequences]
+                answers += [sequence.take_new_tokens() for sequence in sequences]
         seconds = decoding_seconds(engine) - before
         return sum(len(answer) - 1 for answer in answers) / max(1e-9, seconds), answers
 
@@ -175,7 +175,7 @@ def compare_company(engine: Engine, num_sequences: int, tokens: int) -> Company:
     decode([[max(prompts, key=len)]])
     alone, expected = decode([[prompt] for prompt in prompts])
     together, got = decode([prompts])
-    return Company(num_sequences, alone, together, together / alone, got == expected)
+    return BatchSpeed(num_sequences, alone, together, together / alone, got == expected)
 
 
 def decoding_seconds(engine: Engine) -> float:
@@ -203,7 +203,7 @@ def say_speed(method: Method, found: Speed) -> None:
     )
 
 
-def say_company(method: Method, found: Company) -> None:
+def say_batched(method: Method, found: BatchSpeed) -> None:
     say(
         f"{method:10}  {found.num_sequences} sequences together"
         f" {found.together_tokens_per_second:.2f} tokens/s,"
@@ -233,7 +233,7 @@ def check_given(artifact: Artifact, num_sequences: int, trace: Path | None) -> N
 @click.option("--repeats", default=1, show_default=True)
 @click.option("--link-bandwidth", callback=size_option, metavar="SIZE")
 @click.option(
-    "--sequences", default=1, show_default=True, help="Compare so many in company with one alone."
+    "--sequences", default=1, show_default=True, help="Compare so many in a batch with one alone."
 )
 @click.option(
     "--trace",
@@ -257,11 +257,11 @@ def main(
         say_speed(method, speed)
     ratio = speeds["substitute"].tokens_per_second / speeds["plain"].tokens_per_second
     say(f"substitute / plain (unpadded): {ratio:.2f}x")
-    company = dict[Method, Company]()
+    batched = dict[Method, BatchSpeed]()
     for method in METHODS if sequences > 1 else ():
         with opened(artifact, method, link_bandwidth) as engine:
-            company[method] = compare_company(engine, sequences, tokens)
-        say_company(method, company[method])
+            batched[method] = compare_batched(engine, sequences, tokens)
+        say_batched(method, batched[method])
     with opened(artifact, "substitute", link_bandwidth, trace=True) as engine:
         rounds = trace_rounds(engine, TEXTS[0])
         best = ceilings(engine, link_bandwidth)
@@ -277,7 +277,7 @@ def main(
         "ratio": ratio,
         "plain": asdict(speeds["plain"]),
         "substitute": asdict(speeds["substitute"]),
-        "company": {method: asdict(one) for method, one in company.items()},
+        "batched": {method: asdict(one) for method, one in batched.items()},
         "roofline": asdict(against) | {"verdict": verdict(against)},
     }
     print(json.dumps(found))

@@ -20,7 +20,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-LARGEST = 448.0  # of e4m3
+MAX_FP8 = 448.0  # of e4m3
 BLOCK = 128
 SHARD_BYTES = 2_000_000_000
 SCALE_DTYPES = {
@@ -79,13 +79,13 @@ def to_fp8(weight: Tensor, scales: str, scale_dtype: torch.dtype) -> tuple[Tenso
     blocks = torch.nn.functional.pad(weight.float(), padding)
     blocks = blocks.unflatten(1, (-1, width)).unflatten(0, (-1, height))
     largest = blocks.abs().amax((1, 3), keepdim=True)
-    scale = torch.where(largest > 0, largest / LARGEST, 1.0)
+    scale = torch.where(largest > 0, largest / MAX_FP8, 1.0)
     if (
         scale_dtype == torch.float8_e8m0fnu
     ):  # a power of two; rounded up, so that nothing is clipped
         scale = torch.exp2(torch.ceil(torch.log2(scale)))
     stored = scale.to(scale_dtype)
-    codes = (blocks / stored.float()).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+    codes = (blocks / stored.float()).clamp(-MAX_FP8, MAX_FP8).to(torch.float8_e4m3fn)
     codes = codes.flatten(2, 3).flatten(0, 1)[:num_rows, :num_columns].contiguous()
     return codes, stored.flatten() if scales == "tensor" else stored[:, 0, :, 0].contiguous()
 

@@ -38,7 +38,7 @@ CHAT_TEMPLATE = (
 )
 HELD_OUT_MODULES, HELD_OUT_MODULE_TOKENS = 20, 20_000
 HELD_OUT_TURNS, HELD_OUT_TURN_TOKENS = 100, 10_000
-LONGEST_FUNCTION = 3000  # characters of a chat turn's answer
+MAX_FUNCTION = 3000  # characters of a chat turn's answer
 
 
 def main() -> None:
@@ -141,7 +141,7 @@ def chat_turns(text: str) -> Iterator[str]:
         if not isinstance(node, ast.FunctionDef):
             continue
         docstring, code = ast.get_docstring(node), source_of(lines, node)
-        if docstring and len(code) < LONGEST_FUNCTION:
+        if docstring and len(code) < MAX_FUNCTION:
             first = docstring.strip().split("\n\n")[0].replace("\n", " ")
             yield (
                 f"{START}user\nWrite the Python function {node.name}: {first}{END}\n"

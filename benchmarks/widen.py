@@ -146,7 +146,7 @@ def write_config(path: Path, source: ModelSpec, args: argparse.Namespace) -> Non
     growth = args.hidden / source.hidden_size
     attention, net, dense = common_form(source)
     heads = round(attention.num_heads * growth)
-    inner = round(dense.inner_size * growth / GROUP_SIZE) * GROUP_SIZE
+    inner = round(dense.intermediate_size * growth / GROUP_SIZE) * GROUP_SIZE
     origin = {"model": args.model.name, "hidden_size": source.hidden_size}
     origin |= {"num_hidden_layers": source.num_layers, "seed": args.seed, "note": NOTE}
     whole = json.loads(path.read_text("utf-8"))
@@ -224,7 +224,7 @@ def all_recipes(source: ModelSpec, wide: ModelSpec, names: list[str], seed: int)
         return replace(made, offset=float(source.norm.zero_centered), stays_f32=stays_f32)
 
     found = {n: recipe(n, usual) for n in names if not n.startswith(f"{prefix}layers.")}
-    if source.tied_head:
+    if source.tie_word_embeddings:
         norm = found[f"{prefix}norm.weight"]
         even = torch.full_like(scale, 1 / growth)
         found[f"{prefix}norm.weight"] = replace(norm, row_scale=even)
@@ -283,7 +283,7 @@ def wide_dimensions(source: ModelSpec, wide: ModelSpec) -> dict[str, Copies]:
             narrow.num_heads * gated, broad.num_heads * gated, 1, rows_of(query, gated)
         ),
         "kv": copies(narrow.kv_size, broad.kv_size),
-        "inner": copies(narrow_dense.inner_size, broad_dense.inner_size, least),
+        "inner": copies(narrow_dense.intermediate_size, broad_dense.intermediate_size, least),
     }
 
 
@@ -300,7 +300,7 @@ def net_dimensions(net: DeltaNet, wide: DeltaNet, least: int) -> dict[str, Copie
         "value_heads": copies(net.num_value_heads, wide.num_value_heads, 1, values),
         "value_head": copies(net.value_size, net.value_size),
         "one": copies(1, 1),
-        "taps": copies(net.num_taps, net.num_taps),
+        "taps": copies(net.conv_kernel_size, net.conv_kernel_size),
     }
 
 

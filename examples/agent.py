@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-LONGEST_RESULT = 2000  # characters of a tool's result that the model reads
-LARGEST_INTEGER = 4096  # bits
+MAX_RESULT = 2000  # characters of a tool's result that the model reads
+MAX_INTEGER = 4096  # bits
 SYSTEM = (
     "You solve a task step by step with tools. Call one tool at a time, read its result, and call "
     "final_answer as soon as you know the answer."
@@ -201,7 +201,7 @@ def run(call: Call, tools: Sequence[Tool]) -> str:
     if tool is None or set(call.arguments) != set(tool.arguments):
         return f"error: there is no {call.tool} with {', '.join(call.arguments) or 'no arguments'}"
     try:
-        return tool.run(**call.arguments)[:LONGEST_RESULT]
+        return tool.run(**call.arguments)[:MAX_RESULT]
     except ToolError as error:
         return f"error: {error}"
 
@@ -253,7 +253,7 @@ def checked(value: Any) -> Number:
 
 
 def check_bits(bits: int) -> None:
-    if bits > LARGEST_INTEGER:
+    if bits > MAX_INTEGER:
         raise ValueError("the number is too large")
 
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from subspec.planner.rehearse.calibration import Sample
 
 OWN_HEAD = "own"  # instead of a draft head's REF
-LONGEST_REHEARSAL = 86_400  # seconds
+MAX_REHEARSAL = 86_400  # seconds
 
 
 class RehearsalTime(click.ParamType[float]):
@@ -49,9 +49,9 @@ class RehearsalTime(click.ParamType[float]):
         if value == "none":
             return 0.0
         with suppress(ValueError):
-            if 0 < (seconds := float(value)) <= LONGEST_REHEARSAL:
+            if 0 < (seconds := float(value)) <= MAX_REHEARSAL:
                 return seconds
-        self.fail(f"{value!r} is neither none nor seconds up to {LONGEST_REHEARSAL}", param, ctx)
+        self.fail(f"{value!r} is neither none nor seconds up to {MAX_REHEARSAL}", param, ctx)
 
 
 @dataclass(frozen=True)
@@ -269,15 +269,15 @@ def build_planned(
     from subspec.planner.build.artifact import check_space
 
     with progress() as show:
-        known, plan = foresee(
+        inputs, plan = foresee(
             request, configs.model, out, show, say, configs.draft_model, configs.draft_head
         )
-    check_space(known.spec, plan, known.draft_model, out)
+    check_space(inputs.spec, plan, inputs.draft_model, out)
     whole = fetch(options, weights=True)
     with progress() as show:
         return plan_model(
-            known.request, whole.model, out, options.overwrite, options.quantizer, show, say,
-            whole.draft_model, whole.draft_head, measured=known.profile,
+            inputs.request, whole.model, out, options.overwrite, options.quantizer, show, say,
+            whole.draft_model, whole.draft_head, measured=inputs.profile,
         )  # fmt: skip
 
 

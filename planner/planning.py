@@ -1,6 +1,6 @@
 """From a request to a plan and an artifact: measure, solve, build, rehearse, solve again.
 
-Nothing here prints: a caller passes `tell`, which is given what a person should know, and
+Nothing here prints: a caller passes `notify`, which is given what a person should know, and
 `progress`. Heavy imports wait until they are needed.
 """
 
@@ -18,14 +18,14 @@ from subspec.artifacts.format.folder import place_of
 from subspec.artifacts.plan import Method, Plan
 from subspec.artifacts.profile import Profile
 from subspec.planner.solving import (
-    Known,
-    Tell,
-    before_planning,
-    known_of,
-    nobody,
-    promised,
+    Notify,
+    PlanInputs,
+    inputs_from_artifact,
+    inputs_from_model,
+    no_notify,
+    notify_if_under_load,
+    predictor_for,
     solve,
-    tell_load,
     with_known_drafter,
     with_sweeps,
 )
@@ -59,17 +59,17 @@ def foresee(
     model: "Resolved",
     out: Path,
     progress: Progress = unseen,
-    tell: Tell = nobody,
+    notify: Notify = no_notify,
     draft_model: DraftModelRef | None = None,
     draft_head: "Resolved | None" = None,
-) -> tuple[Known, Plan]:
+) -> tuple[PlanInputs, Plan]:
     """What config.json says of a model, and headers where they are there, the machine measured for
     it, and the plan that follows: whether it can be planned, before its weights are fetched. out:
     on whose disk the artifact would lie. Raises SubspecError."""
     from subspec.planner.model.checkpoint import Checkpoint, read_spec
     from subspec.planner.model.draft_head import with_draft_head
 
-    request = within_memory(request, tell)
+    request = within_memory(request, notify)
     spec = read_spec(model.path, model.source)
     if draft_head is not None:
         with errors_of(f"draft head {draft_head.source.repository}"):
@@ -79,9 +79,9 @@ def foresee(
         with errors_of(f"draft model {draft_model.model.source.repository}"):
             own = read_spec(draft_model.model.path, draft_model.model.source)
         other = as_draft_model(own, draft_model)
-    profile = request.known_profile or measure_here(request, spec, out, progress, tell, other)
-    known = before_planning(request, spec, profile, other)
-    return known, solve(known)
+    profile = request.known_profile or measure_here(request, spec, out, progress, notify, other)
+    inputs = inputs_from_model(request, spec, profile, other)
+    return inputs, solve(inputs)
 
 
 def plan_model(
@@ -91,7 +91,7 @@ def plan_model(
     overwrite: bool = False,
     quantizer: str = "blocked",
     progress: Progress = unseen,
-    tell: Tell = nobody,
+    notify: Notify = no_notify,
     draft_model: DraftModelRef | None = None,
     draft_head: "Resolved | None" = None,
     measured: Profile | None = None,
@@ -108,7 +108,7 @@ def plan_model(
     from subspec.planner.rehearse.rehearsal import pack_programs
     from subspec.planner.solve.storage import Storage
 
-    request = within_memory(request, tell)
+    request = within_memory(request, notify)
     checkpoint = read_checkpoint(model.path, model.source)
     if draft_head is not None:
         with errors_of(f"draft head {draft_head.source.repository}"):
@@ -116,18 +116,18 @@ def plan_model(
     tokenizer = read_tokenizer(model.path)
     checkpoint = with_end_of_turn(checkpoint, tokenizer)
     for note in (*checkpoint.notes, *tokenizer.notes):
-        tell(f"note: {note}")
+        notify(f"note: {note}")
     spec = checkpoint.spec
     drafting = read_draft_model(draft_model) if draft_model else None
     for note in drafting.notes if drafting else ():
-        tell(f"note: draft model: {note}")
+        notify(f"note: draft model: {note}")
     other = drafting.spec if drafting else None
     if measured is not None and not measured_for(measured, spec, other):
         measured = None
     profile = request.known_profile or measured
-    profile = profile or measure_here(request, spec, out, progress, tell, other)
-    known = before_planning(request, spec, profile, other)
-    first = solve(known)
+    profile = profile or measure_here(request, spec, out, progress, notify, other)
+    inputs = inputs_from_model(request, spec, profile, other)
+    first = solve(inputs)
     found = Planned(spec, first, profile)
 
     def improve(artifact: "Artifact") -> tuple[Plan, Profile]:
@@ -136,12 +136,12 @@ def plan_model(
         nonlocal found
         # Another machine's plan cannot be run here.
         if request.known_profile is not None or request.rehearse == 0:
-            now = replace(known, stored=Storage(tuple(artifact.stored_parts())))
+            now = replace(inputs, stored=Storage(tuple(artifact.stored_parts())))
             plan = solve(now) if first.residuals else first
             found = Planned(spec, with_sweeps(now, plan), profile)
         else:
-            known_now = known_of(request, artifact, profile)
-            found = Planned(spec, *rehearse(known_now, artifact, progress, tell))
+            inputs_now = inputs_from_artifact(request, artifact, profile)
+            found = Planned(spec, *rehearse(inputs_now, artifact, progress, notify))
         if request.known_profile is None:
             pack_programs(artifact.path, found.plan, spec)
         return found.plan, found.profile
@@ -158,7 +158,7 @@ def plan_dry(
     model: "Resolved",
     out: Path,
     progress: Progress = unseen,
-    tell: Tell = nobody,
+    notify: Notify = no_notify,
     draft_model: DraftModelRef | None = None,
     draft_head: "Resolved | None" = None,
 ) -> Planned:
@@ -166,10 +166,10 @@ def plan_dry(
     from subspec.planner.model.config import config_notes
     from subspec.planner.model.generation import generation_notes, read_generation
 
-    known, plan = foresee(request, model, out, progress, tell, draft_model, draft_head)
+    inputs, plan = foresee(request, model, out, progress, notify, draft_model, draft_head)
     for note in (*config_notes(model.path), *generation_notes(read_generation(model.path))):
-        tell(f"note: {note}")
-    return Planned(known.spec, with_sweeps(known, plan), known.profile)
+        notify(f"note: {note}")
+    return Planned(inputs.spec, with_sweeps(inputs, plan), inputs.profile)
 
 
 def read_draft_model(given: DraftModelRef) -> "Checkpoint":
@@ -182,7 +182,7 @@ def read_draft_model(given: DraftModelRef) -> "Checkpoint":
 
 
 def as_draft_model(spec: "ModelSpec", given: DraftModelRef) -> "ModelSpec":
-    """What it has in FP8 is multiplied out."""
+    """What it has in FP8 is dequantized."""
     return replace(spec, fp8={}, draft_head=None, quantized=given.quantized)
 
 
@@ -193,7 +193,7 @@ def plan_again(
     measure_again: bool = False,
     sweeps: bool = True,
     progress: Progress = unseen,
-    tell: Tell = nobody,
+    notify: Notify = no_notify,
 ) -> Planned:
     """Another plan over the weights of an artifact, which stay as they are; nothing is written.
 
@@ -201,18 +201,18 @@ def plan_again(
     would do; the request's samples alone have it rehearsed too. sweeps: with what other budgets and
     contexts would give; without them nothing is rehearsed for measure_again.
     """
-    request = as_stored(within_memory(request, tell))
+    request = as_stored(within_memory(request, notify))
     profile = request.known_profile
     if profile is None:
-        profile = profile_for(request, artifact, out, measure_again, progress, tell)
-    known = known_of(request, artifact, profile)
+        profile = profile_for(request, artifact, out, measure_again, progress, notify)
+    inputs = inputs_from_artifact(request, artifact, profile)
     wants = request.samples is not None or request.rehearse or (measure_again and sweeps)
     if wants and request.rehearse != 0:
         from subspec.planner.rehearse.learning import rehearse
 
-        return Planned(artifact.spec, *rehearse(known, artifact, progress, tell))
-    plan = with_known_drafter(solve(known), artifact.plan)
-    return Planned(artifact.spec, with_sweeps(known, plan) if sweeps else plan, profile)
+        return Planned(artifact.spec, *rehearse(inputs, artifact, progress, notify))
+    plan = with_known_drafter(solve(inputs), artifact.plan)
+    return Planned(artifact.spec, with_sweeps(inputs, plan) if sweeps else plan, profile)
 
 
 def plan_from_runs(
@@ -220,28 +220,30 @@ def plan_from_runs(
     artifact: "Artifact",
     out: Path,
     progress: Progress = unseen,
-    tell: Tell = nobody,
+    notify: Notify = no_notify,
 ) -> Planned:
     """Another plan over the weights of an artifact, with what its recorded runs taught."""
     from subspec.planner.rehearse.corrections import with_runs
 
-    request = as_stored(within_memory(request, tell))
-    profile = profile_for(request, artifact, out, False, progress, tell)
+    request = as_stored(within_memory(request, notify))
+    profile = profile_for(request, artifact, out, False, progress, notify)
     runs, before = recorded_runs(artifact, profile), artifact.plan
-    known = known_of(request, artifact, profile)
+    inputs = inputs_from_artifact(request, artifact, profile)
     # Checked trees are nearly the substitutes' own.
     checked = before.method == "substitute+draft-model"
     method: Method = before.method if checked else "substitute"
-    known = known.learnt("substitute", with_runs(known.acceptance, before, runs, method))
-    if known.proposer is not None:
-        of_model = with_runs(known.proposer.acceptance, before, runs, "draft-model")
-        known = known.learnt("draft-model", of_model)
-    known = replace(known, profile=corrections_from(known, before, runs))
-    plan = with_known_drafter(solve(known), before)
-    return Planned(known.spec, with_sweeps(known, plan), known.profile)
+    inputs = inputs.with_acceptance(
+        "substitute", with_runs(inputs.acceptance, before, runs, method)
+    )
+    if inputs.proposer is not None:
+        of_model = with_runs(inputs.proposer.acceptance, before, runs, "draft-model")
+        inputs = inputs.with_acceptance("draft-model", of_model)
+    inputs = replace(inputs, profile=corrections_from(inputs, before, runs))
+    plan = with_known_drafter(solve(inputs), before)
+    return Planned(inputs.spec, with_sweeps(inputs, plan), inputs.profile)
 
 
-def within_memory(request: PlanRequest, tell: Tell) -> PlanRequest:
+def within_memory(request: PlanRequest, notify: Notify) -> PlanRequest:
     """The request with a budget that this machine has; another machine's is not known."""
     if request.known_profile is not None:
         return request
@@ -251,7 +253,7 @@ def within_memory(request: PlanRequest, tell: Tell) -> PlanRequest:
     most = fast_memory_bytes(device)
     if request.budget_bytes <= most:
         return request
-    tell(
+    notify(
         f"note: a budget of {short_size(request.budget_bytes)} is more than this machine's "
         f"{short_size(most)} of {device} memory: planned for {short_size(most)}"
     )
@@ -280,16 +282,16 @@ def recorded_runs(artifact: "Artifact", profile: Profile) -> "list[Run]":
     return runs
 
 
-def corrections_from(known: Known, plan: Plan, runs: "list[Run]") -> Profile:
+def corrections_from(inputs: PlanInputs, plan: Plan, runs: "list[Run]") -> Profile:
     """Folds the times of the plan's runs into the profile; phases without a run stay as they
     were."""
     from subspec.planner.rehearse.corrections import corrections, rounds_of_runs, updated
 
-    bandwidth = known.request.link_bandwidth
+    bandwidth = inputs.request.link_bandwidth
     free = [run for run in runs if run.link_bandwidth == bandwidth]
-    rounds = rounds_of_runs(free, promised(known, plan))
-    found = updated(known.slowed.corrections, rounds, corrections(rounds, bandwidth))
-    return replace(known.profile, corrections=found)
+    rounds = rounds_of_runs(free, predictor_for(inputs, plan))
+    found = updated(inputs.slowed.corrections, rounds, corrections(rounds, bandwidth))
+    return replace(inputs.profile, corrections=found)
 
 
 def profile_for(
@@ -298,7 +300,7 @@ def profile_for(
     out: Path,
     measure_again: bool,
     progress: Progress,
-    tell: Tell,
+    notify: Notify,
 ) -> Profile:
     """The artifact's own profile if it was measured on this machine, else a new one."""
     from subspec.planner.machine.measure import machine_name
@@ -306,10 +308,12 @@ def profile_for(
 
     if not measure_again:
         if artifact.profile.machine == machine_name(pick_device(request.device)):
-            tell_load(artifact.profile, tell)
+            notify_if_under_load(artifact.profile, notify)
             return artifact.profile
-        tell(f"the profile is of another machine ({artifact.profile.machine}): measuring this one")
-    return measure_here(request, artifact.spec, out, progress, tell, artifact.draft_model)
+        notify(
+            f"the profile is of another machine ({artifact.profile.machine}): measuring this one"
+        )
+    return measure_here(request, artifact.spec, out, progress, notify, artifact.draft_model)
 
 
 def measure_here(
@@ -317,7 +321,7 @@ def measure_here(
     spec: "ModelSpec",
     out: Path,
     progress: Progress,
-    tell: Tell,
+    notify: Notify,
     draft_model: "ModelSpec | None" = None,
 ) -> Profile:
     from subspec.planner.machine.measure import measure
@@ -330,15 +334,15 @@ def measure_here(
         spec, pick_device(request.device), place_of(out), progress, draft_model=draft_model
     )
     if profile.free_bytes < request.budget_bytes:
-        tell(
+        notify(
             f"note: the budget is {short_size(request.budget_bytes)}, but only "
             f"{short_size(profile.free_bytes)} of {profile.device} memory are free now: runs are "
             "planned again for less until more is free"
         )
     if "OMP_NUM_THREADS" in os.environ and profile.num_threads < usable_cpus():
-        tell(
+        notify(
             f"note: OMP_NUM_THREADS bounds the plan's CPU threads: {profile.num_threads} on "
             f"{counted(usable_cpus(), 'CPU')}; runs keep to that without the variable too"
         )
-    tell_load(profile, tell)
+    notify_if_under_load(profile, notify)
     return profile

@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from subspec.planner.solve.predict import Proposer
     from subspec.planner.solve.storage import Storage
 
-Tell = Callable[[str], None]
+Notify = Callable[[str], None]
 
 
-def nobody(line: str) -> None:
-    """A `tell` that keeps silent."""
+def no_notify(line: str) -> None:
+    """A `notify` that keeps silent."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class PlanRequest:
 
 
 @dataclass(frozen=True)
-class Known:
+class PlanInputs:
     """What is asked for, and all that is known when a plan is solved."""
 
     request: PlanRequest
@@ -63,10 +63,10 @@ class Known:
     def draft_model(self) -> "ModelSpec | None":
         return self.proposer.spec if self.proposer else None
 
-    def constrained(self, constraints: Constraints) -> "Known":
+    def constrained(self, constraints: Constraints) -> "PlanInputs":
         return replace(self, request=replace(self.request, constraints=constraints))
 
-    def learnt(self, method: Method, acceptance: "Acceptance") -> "Known":
+    def with_acceptance(self, method: Method, acceptance: "Acceptance") -> "PlanInputs":
         """With the acceptance of the method's trees: the substitutes' or the draft model's."""
         if method == "substitute":
             return replace(self, acceptance=acceptance)
@@ -74,20 +74,22 @@ class Known:
         return replace(self, proposer=replace(self.proposer, acceptance=acceptance))
 
 
-def before_planning(
+def inputs_from_model(
     request: PlanRequest, spec: "ModelSpec", profile: Profile, draft_model: "ModelSpec | None"
-) -> Known:
-    """Of a model without an artifact: nothing is learnt yet. Raises SubspecError(USAGE) for a
+) -> PlanInputs:
+    """Of a model without an artifact: nothing is measured yet. Raises SubspecError(USAGE) for a
     profile of another model."""
     from subspec.planner.machine.profiles import check_shapes
     from subspec.planner.solve.search import PRIOR, unknown_proposer
 
     check_shapes(profile, spec, draft_model)
-    return Known(request, spec, profile, PRIOR, proposer=unknown_proposer(draft_model))
+    return PlanInputs(request, spec, profile, PRIOR, proposer=unknown_proposer(draft_model))
 
 
-def known_of(request: PlanRequest, artifact: "Artifact", profile: Profile) -> Known:
-    """Of an artifact, with what its plan has learnt; its weights stay as they are. Raises
+def inputs_from_artifact(
+    request: PlanRequest, artifact: "Artifact", profile: Profile
+) -> PlanInputs:
+    """Of an artifact, with what its plan has measured; its weights stay as they are. Raises
     SubspecError(USAGE) for a profile of another model."""
     from subspec.planner.machine.profiles import check_shapes
     from subspec.planner.solve.search import unknown_proposer
@@ -98,21 +100,21 @@ def known_of(request: PlanRequest, artifact: "Artifact", profile: Profile) -> Kn
     if proposer is not None and "draft-model" in plan.drafts:
         proposer = replace(proposer, acceptance=plan.drafts["draft-model"].acceptance)
     checked = plan.drafts.get("substitute+draft-model")
-    if proposer is not None and checked is not None and checked.checks:
-        proposer = replace(proposer, checks=checked.checks)
+    if proposer is not None and checked is not None and checked.hierarchical_cost:
+        proposer = replace(proposer, hierarchical_cost=checked.hierarchical_cost)
     stored = Storage(tuple(artifact.stored_parts()))
-    return Known(request, artifact.spec, profile, plan.acceptance, stored, proposer)
+    return PlanInputs(request, artifact.spec, profile, plan.acceptance, stored, proposer)
 
 
-def solve(known: Known) -> Plan:
+def solve(inputs: PlanInputs) -> Plan:
     """Raises SubspecError(INFEASIBLE) if nothing fits, UNSUPPORTED for what this machine cannot
     do."""
     from subspec.planner.solve.fastest import fastest_plan
 
-    request = known.request
+    request = inputs.request
     plan = fastest_plan(
-        known.spec, known.slowed, request.budget_bytes, request.constraints, known.acceptance,
-        known.stored, known.proposer,
+        inputs.spec, inputs.slowed, request.budget_bytes, request.constraints, inputs.acceptance,
+        inputs.stored, inputs.proposer,
     )  # fmt: skip
     if request.link_bandwidth is None:
         return plan
@@ -120,35 +122,37 @@ def solve(known: Known) -> Plan:
     return replace(plan, reasons=(f"{reason}: --link-bandwidth", *plan.reasons))
 
 
-def solve_if_feasible(known: Known) -> Plan | None:
+def solve_if_feasible(inputs: PlanInputs) -> Plan | None:
     """None: nothing fits."""
     try:
-        return solve(known)
+        return solve(inputs)
     except SubspecError as error:
         if error.exit_code != Exit.INFEASIBLE:
             raise
         return None
 
 
-def with_sweeps(known: Known, plan: Plan) -> Plan:
+def with_sweeps(inputs: PlanInputs, plan: Plan) -> Plan:
     """The plan with what other budgets and contexts would give."""
     from subspec.planner.solve.fastest import fastest_plan
     from subspec.planner.solve.feasible import drafting_from
     from subspec.planner.solve.outlook import with_outlook
 
-    slow, constraints = known.slowed, known.request.constraints
+    slow, constraints = inputs.slowed, inputs.request.constraints
 
     def best(budget: int, context: int) -> Plan:
         fixed = replace(constraints, context=context)
         return fastest_plan(
-            known.spec, slow, budget, fixed, known.acceptance, known.stored,
-            known.proposer,
+            inputs.spec, slow, budget, fixed, inputs.acceptance, inputs.stored,
+            inputs.proposer,
         )  # fmt: skip
 
-    most = known.spec.max_positions
+    most = inputs.spec.max_positions
     if set(plan.placements) != {"plain"}:
         return with_outlook(plan, best, most)
-    begins = drafting_from(known.spec, slow, plan, known.acceptance, known.stored, known.proposer)
+    begins = drafting_from(
+        inputs.spec, slow, plan, inputs.acceptance, inputs.stored, inputs.proposer
+    )
     return with_outlook(plan, best, most, begins)
 
 
@@ -156,7 +160,7 @@ def with_known_drafter(plan: Plan, before: Plan) -> Plan:
     """A plan that was not rehearsed, with what a rehearsal on its machine had found of who drafts
     in its method's memory, as far as nothing else is asked for. What a head gave is not known of
     another budget or context."""
-    head, own, drafter = before.head_draft, plan.placements.get("substitute"), before.drafter
+    head, own, drafter = before.draft_head_result, plan.placements.get("substitute"), before.drafter
     has_head = own is not None and own.ledger.drafter > 0
     if plan.machine != before.machine:
         return plan
@@ -164,7 +168,7 @@ def with_known_drafter(plan: Plan, before: Plan) -> Plan:
         alike = (plan.budget_bytes, plan.context) == (before.budget_bytes, before.context)
         if head.tree.num_nodes <= plan.verify_width and head.tree.width <= plan.tree.width:
             found = head if alike else replace(head, tokens_per_second=None)
-            plan = replace(plan, head_draft=found)
+            plan = replace(plan, draft_head_result=found)
     asked = plan.constraints
     if (asked.method, asked.width, asked.depth) != (None, None, None) or drafter is None:
         return plan
@@ -172,34 +176,34 @@ def with_known_drafter(plan: Plan, before: Plan) -> Plan:
     return replace(plan, drafter=drafter) if fits else plan
 
 
-def promised(known: Known, plan: Plan) -> "PredictFor":
-    """What the plan promises for a usage, by the profile's own terms. A check of what streams first
+def predictor_for(inputs: PlanInputs, plan: Plan) -> "PredictFor":
+    """What the plan predicts for a usage, by the profile's own terms. A check of what streams first
     is left out: it happens once."""
     from subspec.planner.rehearse.corrections import without_corrections
     from subspec.planner.solve.outlook import predict_for
 
-    assert known.stored is not None
-    spec, stored, other = known.spec, known.stored, known.draft_model
-    bare = replace(without_corrections(known.slowed), digest_rate=0.0)
+    assert inputs.stored is not None
+    spec, stored, other = inputs.spec, inputs.stored, inputs.draft_model
+    bare = replace(without_corrections(inputs.slowed), digest_bytes_per_second=0.0)
     return lambda method, usage: predict_for(spec, bare, plan, stored, method, usage, other)
 
 
 # A machine that is busy
 
 
-def with_load(profile: Profile, others: float, tell: Tell) -> Profile:
+def with_load(profile: Profile, others: float, notify: Notify) -> Profile:
     """The profile after a rehearsal beside which other programs used this share of the CPUs; told
     unless it was under load before."""
-    busier = replace(profile, others_cpu_share=max(profile.others_cpu_share, others))
+    busier = replace(profile, background_cpu_share=max(profile.background_cpu_share, others))
     if not profile.under_load:
-        tell_load(busier, tell)
+        notify_if_under_load(busier, notify)
     return busier
 
 
-def tell_load(profile: Profile, tell: Tell) -> None:
+def notify_if_under_load(profile: Profile, notify: Notify) -> None:
     if profile.under_load:
-        tell(
-            f"note: other programs used {profile.others_cpu_share:.0%} of the CPUs while this "
+        notify(
+            f"note: other programs used {profile.background_cpu_share:.0%} of the CPUs while this "
             "machine was measured: predictions are too slow, and another plan may be faster; when "
             "they have ended, measure again (subspec-plan --from ARTIFACT --reprofile)"
         )

@@ -14,7 +14,7 @@ from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.sizes import format_size
 from subspec.runtime.app.opening_options import drafting_options, lossy_options, plan_options
 from subspec.runtime.app.run_options import (
-    MOST_LOGPROBS,
+    MAX_LOGPROBS,
     RULES,
     Options,
     arranged,
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from subspec.runtime.app.answer import Answering
     from subspec.runtime.text.tokenizer import ChatTokenizer
 
-LARGEST_PROMPT = 16 << 20  # bytes read from stdin
+MAX_PROMPT = 16 << 20  # bytes read from stdin
 
 
 @click.command(
@@ -44,7 +44,7 @@ LARGEST_PROMPT = 16 << 20  # bytes read from stdin
 )
 @option("--max-tokens", "Longest answer, in tokens.", type=click.IntRange(min=1))
 @option(
-    "--temperature", "Sampling temperature; 0 is greedy.",
+    "--temperature", "SamplingParams temperature; 0 is greedy.",
     type=click.FloatRange(0, 100), callback=finite_option,
 )  # fmt: skip
 @option(
@@ -94,7 +94,7 @@ LARGEST_PROMPT = 16 << 20  # bytes read from stdin
 @lossy_options
 @option(
     "--logprobs", "With --json: log probabilities of each token and of the N likeliest.",
-    type=click.IntRange(0, MOST_LOGPROBS), metavar="N",
+    type=click.IntRange(0, MAX_LOGPROBS), metavar="N",
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 @option("--check", "Check the artifact's structure and exit.", is_flag=True)
@@ -150,10 +150,10 @@ def main(**given: Any) -> None:
 
 def answering(artifact: "Artifact", options: Options) -> "Answering":
     from subspec.runtime.app.answer import Answering
-    from subspec.runtime.model.sampling import Sampling
+    from subspec.runtime.model.sampling import SamplingParams
     from subspec.runtime.sequence import GenerationParams
 
-    sampling = Sampling(
+    sampling = SamplingParams(
         options.temperature,
         options.top_k,
         options.top_p,
@@ -207,9 +207,9 @@ def read_prompt(options: Options) -> str | None:
         raise SubspecError(Exit.USAGE, "--json was given without a PROMPT", "give a PROMPT")
     from_stdin = prompt is None or prompt == "-"
     if from_stdin:
-        raw = sys.stdin.buffer.read(LARGEST_PROMPT + 1)
-        if len(raw) > LARGEST_PROMPT:
-            message = f"stdin has more than {format_size(LARGEST_PROMPT)}"
+        raw = sys.stdin.buffer.read(MAX_PROMPT + 1)
+        if len(raw) > MAX_PROMPT:
+            message = f"stdin has more than {format_size(MAX_PROMPT)}"
             raise SubspecError(Exit.USAGE, message, "give a shorter PROMPT")
         try:
             prompt = raw.decode("utf-8").removesuffix("\n")

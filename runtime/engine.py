@@ -17,16 +17,23 @@ import torch
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.progress import Progress, unseen
-from subspec.artifacts.footprint import ROWS_IN_COMPANY
+from subspec.artifacts.footprint import MIXED_PREFILL_ROWS
 from subspec.artifacts.format.prebuilt import find_prebuilt
 from subspec.artifacts.format.store import Artifact, open_artifact
 from subspec.artifacts.native import cpp
-from subspec.artifacts.plan import OF_HEADS, DrafterName, Method, Placement, Plan, calls_for
-from subspec.runtime.decode import Read, Round, decode_plainly, decode_unpadded, read, speculate
+from subspec.artifacts.plan import OF_HEADS, DrafterName, Method, Placement, Plan, split_rows
+from subspec.runtime.decode import (
+    PrefillResult,
+    Round,
+    decode_plainly,
+    decode_unpadded,
+    prefill,
+    speculate,
+)
 from subspec.runtime.draft import compiled_layers
 from subspec.runtime.draft.draft_model import DraftModelDrafter
-from subspec.runtime.draft.drafter import SubstituteDrafter, Turn
-from subspec.runtime.exact_pass import Model, Piece, tokens_that_fit
+from subspec.runtime.draft.drafter import DecodeState, SubstituteDrafter
+from subspec.runtime.exact_pass import Model, PrefillChunk, tokens_that_fit
 from subspec.runtime.kernels import triton_driver
 from subspec.runtime.kernels.linear import single_row_kernels
 from subspec.runtime.memory import PeakMeter
@@ -45,7 +52,7 @@ class Engine:
         self.plan: Plan = opened.artifact.plan
         self.method: Method = opened.method
         self.drafter: DrafterName | None = opened.drafter
-        self.drafters = opened.drafters  # see `draft_with`
+        self.drafters = opened.drafters  # see `set_drafter`
         self.device = opened.device
         self.memory = opened.memory
         self.peak = PeakMeter(opened.memory)
@@ -55,13 +62,13 @@ class Engine:
         self.padded = not plain or (options.padded and self.plan.method != "plain")
         self.link_bandwidth = options.link_bandwidth
         self.draft_temperature = options.draft_temperature  # None: that of the plan's trees
-        self.num_reads = 0  # of pieces of prompts; the first one also waits for digests
+        self.num_prefill_chunks = 0  # of chunks of prompts; the first one also waits for digests
         self._caches = opened.caches  # that no sequence has
-        self._reading: list[Sequence] = []  # their prompts, first come, first served
+        self._prefilling: list[Sequence] = []  # their prompts, first come, first served
         self._decoding: list[Sequence] = []
         self._resources = opened.resources
         self._closed = False
-        # By the numbers of sequences that decode and that read
+        # By the numbers of sequences that decode and that prefill
         self._watched_lengths = dict[tuple[int, int], int]()
 
     @classmethod
@@ -96,7 +103,7 @@ class Engine:
         cache.roll_back(0)
         return Sequence(self, cache)
 
-    def draft_with(self, drafter: DrafterName) -> None:
+    def set_drafter(self, drafter: DrafterName) -> None:
         """From the next round on, another one of `drafters` drafts."""
         self.drafter, self.model = drafter, replace(self.model, drafter=self.drafters[drafter])
 
@@ -112,78 +119,85 @@ class Engine:
         """
         self.prepare()
         active = list(self._decoding)
-        pieces = self._next_pieces()
-        if not active and not pieces:
+        chunks = self._next_chunks()
+        if not active and not chunks:
             return False
         exact, clock = self.model.exact, self.model.clock
-        before = dict(clock.seconds), exact.wait_seconds, exact.streamed_bytes
-        sizes = [one.cache.length for one in active]
-        sizes += [piece.cache.length + len(piece.tokens) for piece in pieces.values()]
-        with self._watched((len(active), len(pieces)), max(sizes)):
-            rounds, reads = self._passes([one.turn for one in active], list(pieces.values()))
-        self.num_reads += len(pieces)
-        seconds = {k: v - before[0].get(k, 0.0) for k, v in clock.seconds.items()}
-        for (sequence, piece), done in zip(pieces.items(), reads, strict=True):
-            sequence.take_read(piece, done, sum(seconds.values()))
+        seconds_before, wait_before = dict(clock.seconds), exact.wait_seconds
+        bytes_before = exact.streamed_bytes
+        sizes = [sequence.cache.length for sequence in active]
+        sizes += [chunk.cache.length + len(chunk.tokens) for chunk in chunks.values()]
+        with self._watched((len(active), len(chunks)), max(sizes)):
+            rounds, prefilled = self._passes(
+                [sequence.state for sequence in active], list(chunks.values())
+            )
+        self.num_prefill_chunks += len(chunks)
+        seconds = {k: v - seconds_before.get(k, 0.0) for k, v in clock.seconds.items()}
+        for (sequence, chunk), done in zip(chunks.items(), prefilled, strict=True):
+            sequence.finish_chunk(chunk, done, sum(seconds.values()))
         for sequence, round_ in zip(active, rounds, strict=True):
-            sequence.take(
+            sequence.finish_round(
                 round_,
                 draft_seconds=seconds.get("draft", 0.0),
                 verify_seconds=seconds["verify"],
-                wait_seconds=exact.wait_seconds - before[1],
-                streamed_bytes=exact.streamed_bytes - before[2],
+                wait_seconds=exact.wait_seconds - wait_before,
+                streamed_bytes=exact.streamed_bytes - bytes_before,
             )
         return True
 
-    def _passes(self, turns: list[Turn], pieces: list[Piece]) -> tuple[list[Round], list[Read]]:
+    def _passes(
+        self, states: list[DecodeState], chunks: list[PrefillChunk]
+    ) -> tuple[list[Round], list[PrefillResult]]:
         model = self.model
-        if not turns:
-            return [], read(model, pieces)
+        if not states:
+            return [], prefill(model, chunks)
         if model.drafter is not None:
-            return speculate(model, turns, pieces)
+            return speculate(model, states, chunks)
         if self.padded:
-            return decode_plainly(model, turns, pieces)
-        reads = read(model, pieces) if pieces else []  # of other calls than single rows
+            return decode_plainly(model, states, chunks)
+        prefilled = prefill(model, chunks) if chunks else []  # of other calls than single rows
         with single_row_kernels() if self.device.type == "cpu" else nullcontext():
-            return decode_unpadded(model, turns), reads
+            return decode_unpadded(model, states), prefilled
 
-    def _next_pieces(self) -> dict[Sequence, Piece]:
-        """What the next pass reads of prompts: in company of answers little of them, so that those
-        need not wait for long. Where a prompt's own log probabilities are wanted, no more rows have
-        logits than a verification of the sequence has."""
-        plan, found = self.plan, dict[Sequence, Piece]()
-        room = plan.prefill_tokens
+    def _next_chunks(self) -> dict[Sequence, PrefillChunk]:
+        """What the next pass reads of prompts: beside answers that decode, little of
+        them, so that those need not wait for long. Where a prompt's own log probabilities are
+        wanted, no more rows have logits than a verification of the sequence has."""
+        plan, found = self.plan, dict[Sequence, PrefillChunk]()
+        rows_left = plan.prefill_chunk_tokens
         if self._decoding:
-            room = min(room, max(ROWS_IN_COMPANY, plan.prompt_widths[0]))
-        for sequence in self._reading:
-            rows = min(room, plan.verify_width) if sequence.wants_prompt_logprobs else room
+            rows_left = min(rows_left, max(MIXED_PREFILL_ROWS, plan.prompt_widths[0]))
+        for sequence in self._prefilling:
+            rows = (
+                min(rows_left, plan.verify_width) if sequence.wants_prompt_logprobs else rows_left
+            )
             count = tokens_that_fit(plan, len(sequence.unread), rows)
             if not count:
                 break
-            found[sequence] = sequence.piece(count)
-            room -= sum(calls_for(plan.prompt_widths, count))
+            found[sequence] = sequence.next_chunk(count)
+            rows_left -= sum(split_rows(plan.prompt_widths, count))
         return found
 
-    def join(self, sequence: Sequence) -> None:
+    def add(self, sequence: Sequence) -> None:
         """From the next step on it reads its prompt and decodes with the others."""
-        self._reading.append(sequence)
+        self._prefilling.append(sequence)
 
-    def begin_to_decode(self, sequence: Sequence) -> None:
+    def start_decoding(self, sequence: Sequence) -> None:
         """Its prompt is read."""
-        self._reading.remove(sequence)
+        self._prefilling.remove(sequence)
         self._decoding.append(sequence)
 
-    def leave(self, sequence: Sequence) -> None:
+    def remove(self, sequence: Sequence) -> None:
         """It reads and decodes no more."""
-        for some in (self._reading, self._decoding):
-            if sequence in some:
-                some.remove(sequence)
+        for sequences in (self._prefilling, self._decoding):
+            if sequence in sequences:
+                sequences.remove(sequence)
 
     def is_active(self, sequence: Sequence) -> bool:
         """Whether the next step does something for it."""
-        return sequence in self._reading or sequence in self._decoding
+        return sequence in self._prefilling or sequence in self._decoding
 
-    def give_back(self, cache: Cache) -> None:
+    def release_cache(self, cache: Cache) -> None:
         self._caches.append(cache)
 
     def check_open(self) -> None:
@@ -201,27 +215,27 @@ class Engine:
             torch.cuda.set_device(self.device)
 
     @contextmanager
-    def _watched(self, company: tuple[int, int], length: int) -> Iterator[None]:
+    def _watched(self, counts: tuple[int, int], length: int) -> Iterator[None]:
         """Temporaries grow with the numbers of sequences and the longest text, and watching them
         takes time: each time that it is longer by half."""
-        if 2 * length < 3 * self._watched_lengths.get(company, 0):
+        if 2 * length < 3 * self._watched_lengths.get(counts, 0):
             yield
             return
-        self._watched_lengths[company] = length
+        self._watched_lengths[counts] = length
         with self.peak.watch():
             yield
 
     @property
-    def drafts_as_planned(self) -> bool:
+    def uses_planned_drafter(self) -> bool:
         """Whether the plan's predictions are of what drafts here, as far as it looks nothing up."""
         if self.drafter is not None and self.draft_temperature is not None:
             return False
         return self.drafter in (None, self.method, "substitute+lookup")
 
-    def ran_as_planned(self, sequence: Sequence) -> bool:
+    def is_predicted_by_plan(self, sequence: Sequence) -> bool:
         """Whether the plan's predictions are of how the sequence's last answer was decoded."""
         looked_up = self.drafter == "substitute+lookup" and any(sequence.stats.proposed)
-        return self.drafts_as_planned and not looked_up and sequence.params.lossy is None
+        return self.uses_planned_drafter and not looked_up and sequence.params.lossy is None
 
     @property
     def placement(self) -> Placement:
@@ -231,23 +245,23 @@ class Engine:
     def predicted_tokens_per_second(self) -> float | None:
         """The plan's prediction for this method, or what a draft head was measured at; None for the
         padded twin, and for other drafters and draft temperatures, which have none."""
-        of_head = self.plan.head_draft if self.draft_temperature is None else None
+        of_head = self.plan.draft_head_result if self.draft_temperature is None else None
         if self.drafter in OF_HEADS and of_head is not None:
             return of_head.tokens_per_second
-        unknown = self.method == "plain" and self.padded or not self.drafts_as_planned
+        unknown = self.method == "plain" and self.padded or not self.uses_planned_drafter
         if unknown or self.method not in self.plan.predicted:
             return None
         return self.plan.predicted[self.method].tokens_per_second
 
     @property
-    def missing_kernels(self) -> str | None:
+    def missing_kernels_reason(self) -> str | None:
         """Why plain twins do the work of the C++ kernels; None: they do not."""
         kernels = needed_kernels(self.artifact.spec, self.plan, self.method)
         problems = (unavailable() for _, unavailable in kernels)
         return next((problem for problem in problems if problem is not None), None)
 
     @property
-    def plain_attention(self) -> str | None:
+    def slow_attention_reason(self) -> str | None:
         """Why exact attention on a GPU is its plain twin; None: it is not."""
         on_cuda = self.device.type == "cuda"
         return triton_driver.unavailable(self.device) if on_cuda else None
@@ -260,7 +274,7 @@ class Engine:
         return any(find_prebuilt(self.artifact, program) is not None for program in programs)
 
     @property
-    def plain_draft(self) -> str | None:
+    def slow_draft_reason(self) -> str | None:
         """Why the draft's layers run one by one; None: they are compiled, or nothing is drafted."""
         drafter, spec, plan = self.model.drafter, self.artifact.spec, self.plan
         if isinstance(drafter, DraftModelDrafter):
@@ -284,7 +298,7 @@ class Engine:
         return "this model has layers that the compiled draft does not compute"
 
     @property
-    def missing_graphs(self) -> str | None:
+    def missing_graphs_reason(self) -> str | None:
         """Why the draft's levels are not captured; None: they are, or need not be."""
         drafter = self.model.drafter
         return drafter.graph_problem if isinstance(drafter, SubstituteDrafter) else None

@@ -2,7 +2,7 @@
 read, and the logits that it gives.
 
 Every row goes through calls of widths that give it the same bits, and through batch-invariant
-attention: whatever tree, piece or company it is in.
+attention: whatever tree, chunk or batch it is in.
 W = rows of a tree, V = vocabulary
 """
 
@@ -12,20 +12,20 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from subspec.artifacts.plan import Plan, calls_for
+from subspec.artifacts.plan import Plan, split_rows
 from subspec.runtime.clock import Clock
 from subspec.runtime.draft.beam import TokenTree, narrowed, root_only
 from subspec.runtime.draft.draft_head import HeadWeights
-from subspec.runtime.draft.drafter import Drafter, Turn, tree_nodes, tree_rows
-from subspec.runtime.kernels.linear import calls_of
+from subspec.runtime.draft.drafter import DecodeState, Drafter, tree_nodes, tree_rows
+from subspec.runtime.kernels.linear import gemm_ranges
 from subspec.runtime.model.attention import attend, attend_batch_invariant
 from subspec.runtime.model.cache import Cache
 from subspec.runtime.model.paths import on_device, tree_paths
-from subspec.runtime.model.sampling import Chooser
+from subspec.runtime.model.sampling import Sampler
 from subspec.runtime.model.transformer import (
     Attend,
     HeadRows,
-    Places,
+    KVLocations,
     Rows,
     SharedWeights,
     forward_hidden,
@@ -48,37 +48,38 @@ class Model:
 
 @dataclass(frozen=True)
 class Outputs:
-    """Of one stream, by tree and by piece: logits, [W, V] and of a piece's `head_rows`, and what a
+    """Of one stream, by tree and by chunk: logits, [W, V] and of a chunk's `head_rows`, and what a
     draft head reads of all of their rows (`forward_hidden`), [rows, H] or more."""
 
-    of_trees: Sequence[Tensor]
-    of_pieces: Sequence[Tensor]
+    tree_logits: Sequence[Tensor]
+    chunk_logits: Sequence[Tensor]
     hidden_of_trees: Sequence[Tensor]
-    hidden_of_pieces: Sequence[Tensor]
+    hidden_of_chunks: Sequence[Tensor]
 
 
 @dataclass(frozen=True)
-class Piece:
+class PrefillChunk:
     """The next tokens of a prompt."""
 
     cache: Cache
     tokens: Sequence[int]
-    chooser: Chooser | None  # of the answer's first token; None: more of the prompt follows
+    sampler: Sampler | None  # of the answer's first token; None: more of the prompt follows
     num_logprobs: int | None = None  # likeliest tokens to report with the first token
     # With the prompt's own log probabilities: the tokens that follow each of `tokens` in the
     # prompt, and how many of the likeliest tokens to report.
-    following: Sequence[int] = ()
-    num_following_logprobs: int = 0
-    stops: Sequence[int] = ()  # numbers of its tokens after which states are kept as checkpoints
+    next_tokens: Sequence[int] = ()
+    num_prompt_logprobs: int = 0
+    # Numbers of its tokens after which states are kept as checkpoints
+    checkpoints_at: Sequence[int] = ()
 
 
-def filled(plan: Plan, drafts: Sequence[TokenTree]) -> tuple[list[TokenTree], list[int]]:
+def pad_trees(plan: Plan, drafts: Sequence[TokenTree]) -> tuple[list[TokenTree], list[int]]:
     """The drafts in as many rows as calls of the exact products take for all of them together, and
     the rows of these calls: together, because a call reads all of a weight, however few its rows
     are. A draft's own rows are a width that has room for it, so that what the calls are filled up
     with has room as well."""
     room = [len(draft.tokens) for draft in drafts]
-    calls = calls_for(plan.prompt_widths, sum(draft.num_nodes for draft in drafts))
+    calls = split_rows(plan.prompt_widths, sum(draft.num_nodes for draft in drafts))
     if sum(calls) > sum(room):
         calls = room
     spare, trees = sum(calls) - sum(draft.num_nodes for draft in drafts), list[TokenTree]()
@@ -93,47 +94,47 @@ def exact_outputs(
     model: Model,
     trees: Sequence[TokenTree],
     calls_of_trees: Sequence[int],
-    turns: Sequence[Turn],
-    pieces: Sequence[Piece],
+    states: Sequence[DecodeState],
+    chunks: Sequence[PrefillChunk],
 ) -> Outputs:
-    """calls_of_trees: as `filled` gives them."""
+    """calls_of_trees: as `pad_trees` gives them."""
     plan, rows_of_trees = model.plan, [len(tree.tokens) for tree in trees]
-    batch = [whole_tree(tree, turn.cache) for tree, turn in zip(trees, turns, strict=True)]
-    batch += [padded_rows(plan, piece) for piece in pieces]
+    batch = [whole_tree(tree, state.cache) for tree, state in zip(trees, states, strict=True)]
+    batch += [padded_rows(plan, chunk) for chunk in chunks]
     sizes, wanted, head_sizes = list(calls_of_trees), list[slice](), list(calls_of_trees)
-    rows_of_pieces = list[int]()
-    for piece in pieces:
-        calls = calls_for(plan.prompt_widths, len(piece.tokens))
-        some, some_sizes = head_rows(plan, piece, calls)
+    rows_of_chunks = list[int]()
+    for chunk in chunks:
+        calls = split_rows(plan.prompt_widths, len(chunk.tokens))
+        some, some_sizes = head_rows(plan, chunk, calls)
         wanted.append(slice(sum(sizes) + some.start, sum(sizes) + some.stop))
         sizes += calls
-        rows_of_pieces.append(sum(calls))
+        rows_of_chunks.append(sum(calls))
         head_sizes += some_sizes
     of_trees = slice(0, sum(rows_of_trees))
-    head = HeadRows([of_trees, *wanted] if trees else wanted, calls_of(head_sizes))
+    head = HeadRows([of_trees, *wanted] if trees else wanted, gemm_ranges(head_sizes))
     eagle3 = model.weights.spec.eagle3 if model.head is not None else None
     reads = eagle3.reads if eagle3 is not None else ()
-    logits, x = forward_hidden(model.weights, model.exact, batch, calls_of(sizes), head, reads)
+    logits, x = forward_hidden(model.weights, model.exact, batch, gemm_ranges(sizes), head, reads)
     first, *others = logits.split([some.stop - some.start for some in (of_trees, *wanted)])
-    hidden = x.split([*rows_of_trees, *rows_of_pieces])
+    hidden = x.split([*rows_of_trees, *rows_of_chunks])
     num_trees = len(trees)
     of_each_tree = first.split(rows_of_trees) if trees else []
     return Outputs(of_each_tree, others, hidden[:num_trees], hidden[num_trees:])
 
 
-def head_rows(plan: Plan, piece: Piece, calls: list[int]) -> tuple[slice, list[int]]:
-    """Which rows of a piece have logits, and the head's calls for them: all, if the prompt's own
+def head_rows(plan: Plan, chunk: PrefillChunk, calls: list[int]) -> tuple[slice, list[int]]:
+    """Which rows of a chunk have logits, and the head's calls for them: all, if the prompt's own
     log probabilities are wanted, or the fewest that end with its last token."""
-    if piece.following:
+    if chunk.next_tokens:
         return slice(0, sum(calls)), calls
     few = plan.prompt_widths[0]
-    first = max(0, len(piece.tokens) - few)
+    first = max(0, len(chunk.tokens) - few)
     return slice(first, first + few), [few]
 
 
 def tokens_that_fit(plan: Plan, num_tokens: int, num_rows: int) -> int:
     """How many of so many tokens of a prompt can be read by `num_rows` rows."""
-    if sum(calls_for(plan.prompt_widths, num_tokens)) <= num_rows:
+    if sum(split_rows(plan.prompt_widths, num_tokens)) <= num_rows:
         return num_tokens
     whole, rest = divmod(num_rows, plan.prompt_widths[-1])
     fitting = [width for width in plan.prompt_widths if width <= rest]
@@ -153,7 +154,7 @@ def with_paths(rows: Rows, tree: TokenTree) -> Rows:
     assert rows.tree is not None
     parents = tree.parents[: tree.num_nodes].tolist()
     before = [parent if parent < node else -1 for node, parent in enumerate(parents)]
-    paths = tree_paths(before, rows.cache.num_taps)
+    paths = tree_paths(before, rows.cache.conv_kernel_size)
     paths = on_device(paths, rows.cache.device, rows.tree.windows[: len(paths)])
     return replace(rows, tree=replace(rows.tree, paths=paths))
 
@@ -165,16 +166,16 @@ def root_row(cache: Cache, root: Tensor) -> Rows:
         return rows
     tree = root_only(root, 1)
     first = torch.zeros(1, dtype=torch.int64, device=root.device)
-    return with_paths(replace(rows, tree=tree_nodes(tree, first, cache.num_taps)), tree)
+    return with_paths(replace(rows, tree=tree_nodes(tree, first, cache.conv_kernel_size)), tree)
 
 
-def padded_rows(plan: Plan, piece: Piece) -> Rows:
-    """Rows for a piece, and for padding: copies of its last row that write where nobody reads."""
-    tokens = torch.tensor(list(piece.tokens), device=piece.cache.device)
-    rows = causal_rows(piece.cache, tokens, attend_batch_invariant)
-    rows = replace(rows, stops=piece.cache.stops(piece.stops))
-    num_rows = sum(calls_for(plan.prompt_widths, len(piece.tokens)))
-    return repeated_last(rows, num_rows - len(piece.tokens))
+def padded_rows(plan: Plan, chunk: PrefillChunk) -> Rows:
+    """Rows for a chunk, and for padding: copies of its last row that write where nobody reads."""
+    tokens = torch.tensor(list(chunk.tokens), device=chunk.cache.device)
+    rows = causal_rows(chunk.cache, tokens, attend_batch_invariant)
+    rows = replace(rows, checkpoints_at=chunk.cache.stops(chunk.checkpoints_at))
+    num_rows = sum(split_rows(plan.prompt_widths, len(chunk.tokens)))
+    return repeated_last(rows, num_rows - len(chunk.tokens))
 
 
 def repeated_last(rows: Rows, count: int) -> Rows:
@@ -213,14 +214,18 @@ def causal_rows(cache: Cache, tokens: Tensor, attention: Attend) -> Rows:
     return replace(rows, windowed=in_windows(cache.windows, cache.length, positions, live))
 
 
-def in_windows(windows: WindowSlots, length: int, positions: Tensor, live_slots: int) -> Places:
+def in_windows(
+    windows: WindowSlots, length: int, positions: Tensor, live_slots: int
+) -> KVLocations:
     """Where rows of a text at int64 [T] positions lie in layers with windows, behind `length`
     tokens."""
     device, end = positions.device, length + len(positions)
     if windows.fit(end):
         live = torch.arange(min(live_slots, windows.num_slots), device=device)
-        return Places(positions - windows.base, live + windows.base, None)
+        return KVLocations(positions - windows.base, live + windows.base, None)
     num_before = min(length - windows.start, windows.widest - 1)
     last = windows.last_places(end)
     slots = torch.arange(last.start, last.stop, device=device)
-    return Places(slots, torch.arange(length - num_before, end, device=device), None, num_before)
+    return KVLocations(
+        slots, torch.arange(length - num_before, end, device=device), None, num_before
+    )

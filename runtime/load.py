@@ -124,10 +124,10 @@ def place_resident(
     progress: Progress = unseen,
 ) -> dict[str, Tensor]:
     """What stays of the exact weights, by part: as `view_of` gives them; a residual that is decoded
-    while loading as if it were stored plainly, FP8 that is multiplied out as if it were raw."""
-    ready, residuals = set(placement.resident), set(placement.residuals)
-    wide = set(placement.multiplied_out)
-    chosen = [part for part in stored if part.name in ready | residuals]
+    while loading as if it were stored plainly, FP8 that is dequantized as if it were raw."""
+    resident_names, residuals = set(placement.resident), set(placement.residuals)
+    dequantized = set(placement.dequantized)
+    chosen = [part for part in stored if part.name in resident_names | residuals]
     dtype: torch.dtype = getattr(torch, spec.dtype)
     found = {}
     for index, one in enumerate(chosen):
@@ -136,7 +136,7 @@ def place_resident(
             files.read_stored(one, room)
             found[one.name] = room[: one.num_bytes]
         else:
-            if one.name in wide:
+            if one.name in dequantized:
                 plain = StoredPart(one.part, "raw", one.part.num_bytes)
             else:
                 plain = StoredPart(one.part, one.part.plain_encoding, one.part.plain_bytes)
@@ -195,11 +195,12 @@ def make_residual_decoder(
     record: Record = unrecorded,
 ) -> ResidualDecoder | None:
     """None: no weight is decoded at its use. FP8 codes are."""
-    ready, wide = set(placement.resident), set(placement.multiplied_out)
+    resident_names, dequantized = set(placement.resident), set(placement.dequantized)
     coded = [
         p
         for p in stored
-        if (p.is_residual and p.name not in ready) or (p.part.linear.fp8 and p.name not in wide)
+        if (p.is_residual and p.name not in resident_names)
+        or (p.part.linear.fp8 and p.name not in dequantized)
     ]
     if not coded:
         return None
@@ -242,9 +243,9 @@ def check_decoder(artifact: Artifact, placement: Placement, device: torch.device
     it here. On CPUs a plain twin can, and FP8 codes have one on GPUs as well."""
     if device.type == "cpu":
         return
-    ready, problem = set(placement.resident), triton_driver.unavailable(device)
+    resident_names, problem = set(placement.resident), triton_driver.unavailable(device)
     if problem is not None and any(
-        one.is_residual and one.name not in ready for one in artifact.stored_parts()
+        one.is_residual and one.name not in resident_names for one in artifact.stored_parts()
     ):
         raise SubspecError(
             Exit.WRONG_MACHINE,
@@ -346,7 +347,7 @@ class ArtifactWeights:
             self._decode(out, own, *substitute, scales)
         else:
             assert scales is not None
-            fp8_cpu.widen_into(out, own.view(out.shape), scales, self._num_threads)
+            fp8_cpu.dequantize_into(out, own.view(out.shape), scales, self._num_threads)
             self._loading.finish()  # so that no more than one part is on the host
         if not on_cpu:
             target.copy_(out)

@@ -44,26 +44,26 @@ class Lossy:
 
 
 @dataclass(frozen=True)
-class LossyVerdict:
+class LossyVerification:
     path: list[int]  # the root and the accepted nodes
-    emitted: list[int]  # their tokens, and the exact model's own next one
-    lossy: list[int]  # places in `emitted` of tokens that are not the exact model's choice
+    tokens: list[int]  # their tokens, and the exact model's own next one
+    lossy: list[int]  # places in `tokens` of tokens that are not the exact model's choice
 
 
-def verification_json(how: Lossy | None) -> dict[str, Any]:
+def verification_json(rule: Lossy | None) -> dict[str, Any]:
     """The label of what an answer is verified by, as every JSON object has it."""
-    if how is None:
+    if rule is None:
         return {"verify": "exact", "lossy": None}
-    return {"verify": "lossy", "lossy": asdict(how)}
+    return {"verify": "lossy", "lossy": asdict(rule)}
 
 
 def accept(
     tree: "TokenTree",
     choices: Sequence[int],
     logits: "Tensor",
-    how: Lossy,
+    rule: Lossy,
     end_tokens: frozenset[int] = frozenset(),
-) -> LossyVerdict:
+) -> LossyVerification:
     """choices: of the exact model at each node, logits [W, V]. Of paths of one length it is the one
     whose first token is the exact model's own, or else the likelier one, level by level."""
     tokens, parents = tree.tokens.tolist(), tree.parents.tolist()
@@ -71,7 +71,7 @@ def accept(
     for node in range(1, tree.num_nodes):
         if tokens[parents[node]] not in end_tokens:
             children[parents[node]].append(node)
-    passes = gate(tokens, logits, how)
+    passes = gate(tokens, logits, rule)
     agreed = [0] * tree.num_nodes  # nodes below each, one below the other, that are choices
     length, following = [0] * tree.num_nodes, list[int | None]([None] * tree.num_nodes)
     for node in reversed(range(tree.num_nodes)):  # those below come first
@@ -80,7 +80,7 @@ def accept(
             own = tokens[child] == choices[node]
             if own:
                 agreed[node] = 1 + agreed[child]
-            likely = 1.0 if own else passes(node, child) if agreed[child] >= how.window else None
+            likely = 1.0 if own else passes(node, child) if agreed[child] >= rule.window else None
             if likely is not None and (found := (1 + length[child], own, likely)) > best:
                 best, following[node] = found, child
         length[node] = best[0]
@@ -89,21 +89,23 @@ def accept(
         if tokens[below] != choices[path[-1]]:
             kept.append(len(path) - 1)
         path.append(below)
-    emitted = [*(tokens[node] for node in path[1:]), choices[path[-1]]]
-    return LossyVerdict(path, emitted, kept)
+    new_tokens = [*(tokens[node] for node in path[1:]), choices[path[-1]]]
+    return LossyVerification(path, new_tokens, kept)
 
 
-def gate(tokens: Sequence[int], logits: "Tensor", how: Lossy) -> Callable[[int, int], float | None]:
+def gate(
+    tokens: Sequence[int], logits: "Tensor", rule: Lossy
+) -> Callable[[int, int], float | None]:
     """The probability of a child after a node, as the exact model has it before temperature and
     filters; None: it does not pass. One row at a time is looked at, and few of them are."""
 
     def passes(node: int, child: int) -> float | None:
         log_probabilities = logits[node].double().log_softmax(-1)
         probability = float(log_probabilities[tokens[child]].exp())
-        if how.threshold_method == "prob":
-            return probability if probability >= how.threshold else None
+        if rule.threshold_method == "prob":
+            return probability if probability >= rule.threshold else None
         every = log_probabilities.exp()
         unsure = -float(every.xlogy(every).sum()) / math.log(len(every))
-        return probability if unsure < how.threshold else None
+        return probability if unsure < rule.threshold else None
 
     return passes

@@ -17,7 +17,7 @@ from subspec.artifacts.format.store import DRAFT_MODEL, Artifact
 from subspec.artifacts.model import ModelSpec
 from subspec.artifacts.native import cpp
 from subspec.artifacts.plan import (
-    CHECKED,
+    PROPOSER_OF,
     WITH_DRAFT_MODEL,
     WITH_SUBSTITUTES,
     DrafterName,
@@ -308,10 +308,12 @@ def make_drafters(
     found: dict[DrafterName, Drafter] = {"substitute": alone}
     proposals: dict[DrafterName, Proposals] = {"lookup": looked_up}
     if head is not None:
-        own_trees = (opening.sharpened(plan.head_draft.tree),) if plan.head_draft else trees
+        own_trees = (
+            (opening.sharpened(plan.draft_head_result.tree),) if plan.draft_head_result else trees
+        )
         of_head = HeadDrafter(own_trees, width, head, substitutes)
         found[head.head.layout], proposals[head.head.layout] = of_head, of_head.proposals
-    for name, proposer in CHECKED.items():
+    for name, proposer in PROPOSER_OF.items():
         if proposer in proposals:
             found[name] = replace(alone, proposals=proposals[proposer])
     return found

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from subspec.artifacts.footprint import CATCH_UP_ROWS, MOST_PROPOSED
+from subspec.artifacts.footprint import CATCH_UP_ROWS, MAX_PROPOSED
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.model import ModelSpec
 from subspec.artifacts.native import fp8_cpu, residual_cpu
@@ -75,4 +75,4 @@ def most_draft_rows(plan: Plan, method: Method) -> int:
     """Of a pass over trees: each sequence has a level, and below it what is proposed. The planner
     tries other trees under a plan's memory, which are no wider than that."""
     every, trees = range(1, plan.num_sequences + 1), plan.draft_of(method).trees
-    return max(count * (tree_for(trees, count).width + MOST_PROPOSED) for count in every)
+    return max(count * (tree_for(trees, count).width + MAX_PROPOSED) for count in every)

@@ -15,52 +15,55 @@ from subspec.runtime.draft.beam import TokenTree
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Verification:
     path: Tensor  # int64 [D + 1]: the root and the accepted nodes, in order; then anything
-    result: Tensor  # int64 [D + 2]: accepted count, then the emitted tokens; then anything
+    packed_tokens: Tensor  # int64 [D + 2]: accepted count, then the new tokens; then anything
 
-    def emitted(self) -> list[int]:
+    def tokens(self) -> list[int]:
         """The accepted tokens and the target's own next one: the round's one transfer to host."""
-        count, *tokens = self.result.tolist()
+        count, *tokens = self.packed_tokens.tolist()
         return tokens[: count + 1]
 
 
-def accept(tree: TokenTree, choices: Tensor, depth: int) -> Verdict:
+def accept(tree: TokenTree, choices: Tensor, depth: int) -> Verification:
     """choices int64 [W]: the target's next token at each row. Static shapes, nothing read back."""
     device = choices.device
     nodes = torch.arange(len(choices), device=device)
-    wrong = (tree.tokens != choices[tree.parents]) | (nodes >= tree.num_nodes)
-    wrong[0].fill_(False)
-    alive = ~(tree.ancestors & wrong).any(1) & (nodes < tree.num_nodes)
-    # Siblings differ in their token, so the alive nodes form one path, one node per depth.
+    mismatched = (tree.tokens != choices[tree.parents]) | (nodes >= tree.num_nodes)
+    mismatched[0].fill_(False)
+    accepted_nodes = ~(tree.ancestors & mismatched).any(1) & (nodes < tree.num_nodes)
+    # Siblings differ in their token, so the accepted nodes form one path, one node per depth.
     depths = tree.depths.clamp(max=depth + 1)
     path = torch.zeros(depth + 2, dtype=torch.int64, device=device)
-    path.scatter_(0, depths.masked_fill(~alive, depth + 1), nodes)
+    path.scatter_(0, depths.masked_fill(~accepted_nodes, depth + 1), nodes)
     path = path[: depth + 1]
-    accepted = alive.sum()[None] - 1  # without the root; [1], as one number would be read back
+    # Without the root; [1], as one number would be read back
+    accepted = accepted_nodes.sum()[None] - 1
     steps = torch.arange(depth + 1, device=device)
     last = path[accepted]
     following = tree.tokens[path.roll(-1)]
-    emitted = torch.where(steps < accepted, following, choices[last])
-    return Verdict(path, torch.cat((accepted, emitted)))
+    new_tokens = torch.where(steps < accepted, following, choices[last])
+    return Verification(path, torch.cat((accepted, new_tokens)))
 
 
-def walk(tree: TokenTree, choose: Callable[[int, int], int | None], depth: int) -> Verdict:
+def accept_sequentially(
+    tree: TokenTree, choose: Callable[[int, int], int | None], depth: int
+) -> Verification:
     """The plain twin: from the root, `choose(node, its depth)` after `choose`. Few choices are
     made, one after the other on the host: for those that take long. The walk ends early where
     `choose` returns None, which it may not at the root."""
     tokens, parents = tree.tokens.tolist(), tree.parents.tolist()
-    path, emitted = list[int](), list[int]()
+    path, new_tokens = list[int](), list[int]()
     node: int | None = 0
     while node is not None and (token := choose(node, len(path))) is not None:
         path.append(node)
-        emitted.append(token)
-        match = (
+        new_tokens.append(token)
+        matching_children = (
             child
             for child in range(node + 1, tree.num_nodes)
             if parents[child] == node and tokens[child] == token
         )
-        node = next(match, None)
+        node = next(matching_children, None)
     padded = path + [0] * (depth + 1 - len(path))
-    result = torch.tensor([len(path) - 1, *emitted])
-    return Verdict(torch.tensor(padded, device=tree.tokens.device), result)
+    packed = torch.tensor([len(path) - 1, *new_tokens])
+    return Verification(torch.tensor(padded, device=tree.tokens.device), packed)

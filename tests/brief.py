@@ -37,7 +37,7 @@ main(sys.argv[2:])
 BRIEF_PLANNER = (sys.executable, "-c", BRIEF_PLAN, str(Path(__file__).parent))
 # Learning ends with the five answers: a limit in seconds would be another on a busy machine. So
 # rounds have some seconds, for a few even there.
-BRIEF = Effort(learn_seconds=60.0, time_seconds=4.0, plain_seconds=1.0)
+BRIEF = Effort(acceptance_seconds=60.0, time_seconds=4.0, plain_seconds=1.0)
 
 
 def be_brief(patch: pytest.MonkeyPatch) -> None:

@@ -51,7 +51,7 @@ PROFILE = Profile(
     link=(LinkRate(1 << 20, 1e9), LinkRate(64 << 20, 2e9)),
     contended_link=0.8,
     contended_compute=0.9,
-    digest_rate=1e9,
+    digest_bytes_per_second=1e9,
     exact_layer=(Timing(1, 1e-3), Timing(64, 4e-3)),
     fast_layer=(Timing(1, 5e-4), Timing(128, 2e-3)),
     draft_layer=(Timing(1, 2e-4), Timing(8, 1e-3)),
@@ -60,7 +60,7 @@ PROFILE = Profile(
     draft_attention=(Timing(1, 1e-5), Timing(64, 1e-4)),
     exact_head=(Timing(1, 1e-4), Timing(64, 1e-3)),
     draft_head=(Timing(1, 1e-4), Timing(8, 4e-4)),
-    round_seconds=1e-4,
+    round_overhead_seconds=1e-4,
     int4_kernel="aten",
     batch_invariant_widths=((8, 16, 24, 32, 48, 64),),
     residual_weights_per_second=1e9,
@@ -94,7 +94,7 @@ def make_plan(
     """
     storage = storage or raw_storage(spec)
     verify_widths = verify_widths or (-(-(1 + width * depth) // 8) * 8,)
-    prefill_tokens = max(context, verify_widths[0])
+    prefill_chunk_tokens = max(context, verify_widths[0])
     stay = choose_resident(storage, int(storage.num_bytes * resident_share))
     resident = [part for part in stay if not part.is_residual]
     residuals = [part for part in stay if part.is_residual]
@@ -108,7 +108,7 @@ def make_plan(
             num_sequences,
             verify_widths[-1],
             None if method == "plain" else width,
-            prefill_tokens,
+            prefill_chunk_tokens,
             num_threads,
             verify_widths[0],
             ring,
@@ -142,7 +142,7 @@ def make_plan(
         prompt_widths=verify_widths,
         num_threads=num_threads,
         int4_kernel=int4_kernel,
-        prefill_tokens=prefill_tokens,
+        prefill_chunk_tokens=prefill_chunk_tokens,
         placements=placements,
         residuals=storage.residuals,
         predicted={},

@@ -33,5 +33,5 @@ class Counted:
             pytest.fail("what was not allowed was said")
         self.said.append(token)
 
-    def pop(self, num_tokens: int) -> None:
+    def rollback(self, num_tokens: int) -> None:
         del self.said[len(self.said) - num_tokens :]

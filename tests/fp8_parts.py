@@ -9,7 +9,7 @@ from subspec.artifacts.format.fp8 import Scales
 from subspec.planner.build.quantize import quantize
 
 KINDS = ("typical", "extreme", "on the qparams", "tiny", "huge", "far away")
-LARGEST = 448.0
+MAX_FP8 = 448.0
 
 
 def quantized(matrix: Tensor, block: tuple[int, int]) -> tuple[Tensor, Scales]:
@@ -17,7 +17,7 @@ def quantized(matrix: Tensor, block: tuple[int, int]) -> tuple[Tensor, Scales]:
     height, width = block
     blocks = matrix.unflatten(1, (-1, width)).unflatten(0, (-1, height))
     largest = blocks.abs().amax((1, 3), keepdim=True)
-    scale = torch.where(largest > 0, largest / LARGEST, torch.ones_like(largest))
+    scale = torch.where(largest > 0, largest / MAX_FP8, torch.ones_like(largest))
     codes = (blocks / scale).to(torch.float8_e4m3fn).view(matrix.shape).view(torch.uint8)
     return codes, Scales(scale[:, 0, :, 0].contiguous(), height, width)
 
@@ -34,7 +34,7 @@ def own_part(
     if matrix is None:
         matrix = torch.randn(num_rows, num_columns, generator=generator) * 0.02
     weight, scales = quantized(matrix, block)
-    qparams = quantize(fp8.widen(weight, scales), "cpu").qparams
+    qparams = quantize(fp8.dequantize(weight, scales), "cpu").qparams
     return weight, fp8_residual.codes_by_windows(weight, qparams, scales), qparams, scales
 
 

@@ -38,7 +38,7 @@ def logits_of(spec: ModelSpec, weights: Weights, tokens: Tensor) -> Tensor:
             x = x * weights(f"{layer_name(index)}.{layer.scalar}")
     x = _norm(spec, x, weights(f"{FINAL_NORM}.weight"))
     logits = F.linear(x, weights(f"{HEAD}.weight")) / spec.logits_divisor
-    cap = spec.logits_cap
+    cap = spec.logits_soft_cap
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
@@ -85,7 +85,7 @@ def _recur(spec: ModelSpec, net: DeltaNet, weights: Weights, x: Tensor) -> Tenso
     qkv, z, b, a = (
         F.linear(x, weights(f"in_proj_{name}.weight")) for name in ("qkv", "z", "b", "a")
     )
-    taps, channels = net.num_taps, net.num_channels
+    taps, channels = net.conv_kernel_size, net.num_channels
     padded = F.pad(qkv.t(), (taps - 1, 0))[None]
     qkv = F.silu(F.conv1d(padded, weights("conv1d.weight"), groups=channels))[0].t()
     q, k, v = qkv.split((net.keys_width, net.keys_width, net.values_width), 1)

@@ -27,7 +27,7 @@ from subspec.runtime.cli import main
 from subspec.runtime.draft import drafter
 from subspec.runtime.draft.beam import TokenTree
 from subspec.runtime.engine import Engine
-from subspec.runtime.model.sampling import Sampling
+from subspec.runtime.model.sampling import SamplingParams
 from subspec.runtime.sequence import GenerationParams, Sequence
 
 SUBSPEC_RUN = str(Path(sys.executable).with_name("subspec-run"))
@@ -81,11 +81,13 @@ def drafts_of_depths(patch: pytest.MonkeyPatch, depths: Iterator[int]) -> None:
 
 
 def answer(
-    engine: Engine, prompt: list[int], num_tokens: int, sampling: Sampling | None = None
+    engine: Engine, prompt: list[int], num_tokens: int, sampling: SamplingParams | None = None
 ) -> list[int]:
     """All tokens of an answer by a sequence of its own."""
     with engine.new_sequence() as sequence:
-        return generated(sequence, prompt, GenerationParams(num_tokens, sampling or Sampling()))
+        return generated(
+            sequence, prompt, GenerationParams(num_tokens, sampling or SamplingParams())
+        )
 
 
 @dataclass(frozen=True)

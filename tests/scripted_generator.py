@@ -93,8 +93,8 @@ class ScriptedGeneration:
     async def __aiter__(self) -> AsyncIterator[Piece]:
         request, tokenizer = self.request, self._generator.tokenizer
         left = tokenizer.tokenizer.encode(self._script.text, add_special_tokens=False).ids
-        if self._script.ends and request.params.end_tokens and self._script.error is None:
-            left.append(min(request.params.end_tokens))
+        if self._script.ends and request.params.stop_token_ids and self._script.error is None:
+            left.append(min(request.params.stop_token_ids))
         room = self._generator.context - len(request.prompt_ids)
         most = min(room, request.params.max_tokens)
         at_most: FinishReason = "length" if request.params.max_tokens <= room else "context"
@@ -119,7 +119,7 @@ class ScriptedGeneration:
                 round_ids, reason = round_ids[: most - len(self.token_ids)], at_most
             elif not left and self._script.error is None:
                 reason = "length"
-            ends = (at for at, one in enumerate(round_ids) if one in request.params.end_tokens)
+            ends = (at for at, one in enumerate(round_ids) if one in request.params.stop_token_ids)
             if (end := next(ends, None)) is not None:
                 round_ids, reason = round_ids[: end + 1], "eos"
             before = detokenizer.num_tokens
@@ -142,7 +142,7 @@ class ScriptedGeneration:
             allowed = constraint.allowed()
             name = self._generator.tokenizer.tokenizer.id_to_token(token)
             assert allowed is None or allowed[token], f"the constraint forbids {name!r}"
-            if token not in self.request.params.end_tokens:
+            if token not in self.request.params.stop_token_ids:
                 constraint.push(token)
 
     def _logprobs(self, round_ids: list[int]) -> tuple[TokenLogprobs, ...]:

@@ -19,7 +19,7 @@ from subspec.artifacts.common.signals import end_at_once
 from subspec.planner.model.hub import DEMO
 from subspec.runtime.lossy import Lossy
 from subspec.runtime.server import serving
-from subspec.runtime.server.assembly import Settings, listening_told, serve_engine
+from subspec.runtime.server.assembly import Settings, notify_listening, serve_engine
 from subspec.runtime.server.generation import Status
 from subspec.runtime.text.tokenizer import load_tokenizer
 
@@ -68,7 +68,7 @@ def main(life: Life) -> None:
         log_format="json" if life.log_format == "json" else "text",
     )
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        listening_told(settings, listening)
+        notify_listening(settings, listening)
         code = serve_engine(
             settings,
             replace(model_of(tokenizer), lossy=Lossy() if life.lossy else None),

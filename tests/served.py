@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message
 
 from subspec.planner.model.hub import DEMO
 from subspec.runtime.lossy import Lossy
-from subspec.runtime.model.sampling import Sampling
+from subspec.runtime.model.sampling import SamplingParams
 from subspec.runtime.sequence import GenerationParams
 from subspec.runtime.server.admission import Admission
 from subspec.runtime.server.app import make_app
@@ -25,8 +25,8 @@ from subspec.runtime.server.chat_events import (
     TextDelta,
 )
 from subspec.runtime.server.generation import Generation, GenerationRequest, Generator, Status
-from subspec.runtime.server.guards import GuardSettings
 from subspec.runtime.server.metrics import Metrics
+from subspec.runtime.server.middleware import GuardSettings
 from subspec.runtime.server.model_info import ModelInfo
 from subspec.runtime.server.service import Service
 from subspec.runtime.text.tokenizer import ChatTokenizer, load_tokenizer
@@ -89,7 +89,7 @@ class ScriptedAnswer:
             "tool_calls" if self.events else reason,  # type: ignore[arg-type]
             outcome.stop_text,
             stats.prompt_tokens,
-            stats.reused_tokens,
+            stats.cached_tokens,
             stats.generated_tokens,
             0,
             outcome,
@@ -137,7 +137,7 @@ def scripted_chat(
         params = GenerationParams(
             max_tokens=request.max_tokens or CONTEXT,
             sampling=request.sampling,
-            end_tokens=frozenset({0}),
+            stop_token_ids=frozenset({0}),
             logprobs=request.logprobs,
         )
         ids = tuple(tokenizer.plain_ids(text))
@@ -151,7 +151,7 @@ def serve(
     *scripts: str | Script,
     guards: GuardSettings | None = None,
     cors_origins: Sequence[str] = (),
-    sampling: Sampling | None = None,
+    sampling: SamplingParams | None = None,
     refuse_unknown: bool = False,
     events: Sequence[ChatEvent] = (),
     lossy: Lossy | None = None,
@@ -170,7 +170,7 @@ def serve(
         chat,
         scripted_count,
         metrics,
-        sampling or Sampling(),
+        sampling or SamplingParams(),
         refuse_unknown,
     )
     log: list[tuple[str, str, str, int]] = []

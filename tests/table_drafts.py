@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from subspec.runtime.draft.beam import DraftPass, Growing, TokenTree
+from subspec.runtime.draft.beam import DraftPass, PartialTree, TokenTree
 
 V = 11  # vocabulary
 
@@ -14,7 +14,7 @@ def table_draft(*tables: Tensor) -> DraftPass:
     """Drafts whose logits depend on the node's token only: row t of a table [V, V] of the
     sequence's own."""
 
-    def run(growing: Sequence[Growing]) -> Tensor:
+    def run(growing: Sequence[PartialTree]) -> Tensor:
         return torch.cat([tables[one.index][one.tree.tokens[one.last.nodes]] for one in growing])
 
     return run

@@ -55,7 +55,7 @@ def bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return converted(random_checkpoint(folder / "f32", config), folder / "bf16", torch.bfloat16)
 
 
-def multiplied_out(source: Path, out: Path) -> dict[str, Tensor]:
+def dequantized(source: Path, out: Path) -> dict[str, Tensor]:
     """A bfloat16 checkpoint of the weights that an FP8 one has, and these."""
     shutil.copytree(source, out)
     found = {}
@@ -90,14 +90,14 @@ def checkpoint(
 
 
 def test_every_matrix_is_the_codes_times_their_scales(checkpoint: Path, tmp_path: Path) -> None:
-    expected = multiplied_out(checkpoint, tmp_path / "bf16")
+    expected = dequantized(checkpoint, tmp_path / "bf16")
     read = read_checkpoint(checkpoint, Source("test/model"))
     num_fp8 = 0
     for linear in read.spec.linears:
         exact = read_weight(read, linear)
         weight = exact.weight
         if exact.scales is not None:
-            weight = fp8.widen(weight, exact.scales)
+            weight = fp8.dequantize(weight, exact.scales)
             num_fp8 += 1
         own = weight[: linear.out_features - linear.padding_rows]
         assert torch.equal(own, expected[f"{linear.name}.weight"]), linear.name
@@ -113,7 +113,7 @@ def test_transformers_multiplies_whole_blocks_out_to_the_same_weights(scale_dtyp
     codes, scales = to_fp8.to_fp8(weight, "block", to_fp8.SCALE_DTYPES[scale_dtype])
     stored = {"weight": codes, "weight_scale_inv": scales.float()}
     theirs = Fp8Dequantize(None).convert(stored)["weight"].bfloat16()
-    ours = fp8.widen(codes.view(torch.uint8), fp8.Scales(scales.float(), 128, 128))
+    ours = fp8.dequantize(codes.view(torch.uint8), fp8.Scales(scales.float(), 128, 128))
     assert torch.equal(ours, theirs)
 
 
@@ -129,7 +129,7 @@ def test_tokens_are_those_of_the_same_weights_in_bf16(
     """Residuals and FP8 bytes, resident in part and streamed, drafted and not."""
     checkpoint = tmp_path / "fp8"
     to_fp8.convert(bf16, checkpoint, scales)
-    multiplied_out(checkpoint, tmp_path / "bf16")
+    dequantized(checkpoint, tmp_path / "bf16")
     wide = build_artifact(tmp_path / "bf16", tmp_path / "wide", "raw", **SETTINGS)
     expected = answers(wide, "plain")
     for encoding in ("raw", "residual"):
@@ -159,7 +159,7 @@ def test_weights_may_be_multiplied_out_while_loading(
         plan = search(own.spec, slow, budget_bytes, constraints, PRIOR, stored)
         again = replace(own, plan=plan)
         with Engine.open(again, OpenOptions("substitute", trace=True)) as engine:
-            wide = set(engine.placement.multiplied_out)
+            wide = set(engine.placement.dequantized)
             assert least <= len(wide) <= most
             assert answer(engine, PROMPT, 24) == expected
             assert not any(arena.numel() for arena in engine.memory._free.values())

@@ -22,7 +22,7 @@ from subspec.planner.model.hub import DEMO
 from subspec.runtime.draft.drafter import SubstituteDrafter
 from subspec.runtime.engine import Engine, OpenOptions
 from subspec.runtime.kernels.linear import int4_product, int4_product_plainly, pack
-from subspec.runtime.model.sampling import Sampling
+from subspec.runtime.model.sampling import SamplingParams
 from subspec.runtime.sequence import GenerationParams
 from subspec.runtime.stream.link import HostLink
 from subspec.runtime.text.tokenizer import load_tokenizer
@@ -42,12 +42,14 @@ def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return build_artifact(DEMO, out, request.param, device="cuda", context=512)
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.8, seed=3)], ids=str)
+@pytest.mark.parametrize(
+    "sampling", [SamplingParams(), SamplingParams(temperature=0.8, seed=3)], ids=str
+)
 @pytest.mark.parametrize(
     "plan", [(1, 24, 0.0, 0.3), (6, 5, 0.5, 0.0), (8, 3, 1.0, 0.0), (4, 12, 0.5, 0.9)], ids=str
 )
 def test_speculation_gives_the_tokens_of_plain_decoding_on_cuda(
-    artifact: Artifact, plan: tuple[int, int, float, float], sampling: Sampling
+    artifact: Artifact, plan: tuple[int, int, float, float], sampling: SamplingParams
 ) -> None:
     """Each verification as wide as its draft needs, in the widths of one group of the GPU's."""
     width, depth, share, threshold = plan
@@ -68,11 +70,14 @@ def test_speculation_gives_the_tokens_of_plain_decoding_on_cuda(
 @pytest.mark.parametrize("method", ["substitute", "plain"])
 @pytest.mark.parametrize(
     "sampling",
-    [pytest.param(Sampling(), marks=pytest.mark.slow), Sampling(temperature=0.8, seed=3)],
+    [
+        pytest.param(SamplingParams(), marks=pytest.mark.slow),
+        SamplingParams(temperature=0.8, seed=3),
+    ],
     ids=str,
 )
 def test_three_sequences_get_the_tokens_that_each_gets_alone_on_cuda(
-    artifact: Artifact, sampling: Sampling, method: Method
+    artifact: Artifact, sampling: SamplingParams, method: Method
 ) -> None:
     text = load_tokenizer(artifact.path / "tokenizer")
     ids = [text.plain_ids(prompt) for prompt in PROMPTS]
@@ -89,7 +94,7 @@ def test_three_sequences_get_the_tokens_that_each_gets_alone_on_cuda(
             engine.step()
         while engine.step():
             pass
-        assert [sequence.take_fresh() for sequence in sequences] == alone
+        assert [sequence.take_new_tokens() for sequence in sequences] == alone
 
 
 @pytest.mark.parametrize("shape", [(1, 8), (6, 5)], ids=str)
@@ -109,7 +114,7 @@ def test_captured_levels_draft_what_single_kernels_do(
         ):
             said.append(generated(sequence, [*range(40, 60)], GenerationParams(num_tokens)))
             accepted.append(sequence.stats.accepted)
-            assert engine.missing_graphs is None
+            assert engine.missing_graphs_reason is None
             assert isinstance(engine.model.drafter, SubstituteDrafter)
             captured = engine.model.drafter.captured.get((sequence.cache,))
             assert captured is None if not graphs else captured and len(captured.replays) > 1
@@ -130,7 +135,7 @@ def test_a_model_with_delta_nets_gives_its_plain_tokens_on_cuda(tmp_path: Path) 
     for how in ways:
         with Engine.open(chosen, how) as engine:
             said.append(answer(engine, [*range(40, 50)], tokens(60)))
-            assert how.method == "plain" or engine.missing_graphs is None
+            assert how.method == "plain" or engine.missing_graphs_reason is None
     assert said[0] == said[1] == said[2]
 
 

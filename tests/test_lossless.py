@@ -15,18 +15,18 @@ from running import answer, generated
 
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.model import Encoding
-from subspec.artifacts.plan import Company, DrafterName, Int4Kernel, Method, Plan, Tree
+from subspec.artifacts.plan import BatchDraft, DrafterName, Int4Kernel, Method, Plan, Tree
 from subspec.planner.model.hub import DEMO
 from subspec.runtime import decode
 from subspec.runtime.draft.beam import TokenTree
 from subspec.runtime.engine import Engine, OpenOptions
 from subspec.runtime.kernels import int4
-from subspec.runtime.model.sampling import Sampling
+from subspec.runtime.model.sampling import SamplingParams
 from subspec.runtime.sequence import GenerationParams, Sequence
 from subspec.runtime.text.tokenizer import load_tokenizer
 
-GREEDY = Sampling()
-SEEDED = Sampling(temperature=0.8, top_k=0, top_p=0.95, seed=7)
+GREEDY = SamplingParams()
+SEEDED = SamplingParams(temperature=0.8, top_k=0, top_p=0.95, seed=7)
 SAMPLINGS = {"greedy": GREEDY, "seeded": SEEDED}
 ENCODINGS: tuple[Encoding, ...] = ("raw", "residual")
 METHODS: tuple[Method, ...] = ("plain", "substitute")
@@ -46,11 +46,11 @@ PLANS: list[DraftPlan] = [
     (1, 31, 0.5, "residual", FASTEST, 0.1),
     (4, 7, 1.0, "raw", FASTEST, 0.97),
 ]
-MOST_NODES = 32
+MAX_NODES = 32
 NUM_PROMPTS = 40
 NUM_TOKENS, MANY_TOKENS = 32, 96  # in the quick tests, and in the slow one
 
-Answer = Callable[[int, Sampling, int], list[int]]  # of a prompt, as so many tokens
+Answer = Callable[[int, SamplingParams, int], list[int]]  # of a prompt, as so many tokens
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -109,7 +109,7 @@ def test_a_bf16_draft_of_layers_that_differ_never_changes_the_tokens(
                 answers.append(answer(engine, prompt, 40, sampling))
         assert answers[0] == answers[1]
         # A random model whose head is its embedding says the last token again.
-        assert artifact.spec.tied_head or len(set(answers[0])) > 3
+        assert artifact.spec.tie_word_embeddings or len(set(answers[0])) > 3
 
 
 # Of f32 the quick tests are those against transformers above.
@@ -128,7 +128,7 @@ def demos(
 @pytest.fixture(scope="module")
 def widths(demos: dict[Encoding, Artifact]) -> tuple[int, ...]:
     """A verification is padded to one of these."""
-    return widths_here(demos["raw"].spec, "cpu", MOST_NODES)
+    return widths_here(demos["raw"].spec, "cpu", MAX_NODES)
 
 
 @pytest.fixture(scope="module")
@@ -151,9 +151,9 @@ def plain_answer(
 ) -> Answer:
     """What the plain twin emits for a prompt, alone, with everything resident and raw."""
     artifact = replan(demos["raw"], resident_share=1.0, verify_widths=widths)
-    known = dict[tuple[int, Sampling], list[int]]()
+    known = dict[tuple[int, SamplingParams], list[int]]()
 
-    def known_answer(index: int, sampling: Sampling, num_tokens: int) -> list[int]:
+    def known_answer(index: int, sampling: SamplingParams, num_tokens: int) -> list[int]:
         if len(known.get((index, sampling), ())) < num_tokens:
             with Engine.open(artifact, OpenOptions("plain")) as engine:
                 known[index, sampling] = answer(engine, prompts[index], num_tokens, sampling)
@@ -189,14 +189,14 @@ def test_drafts_that_end_early_are_verified_in_several_widths(
 ) -> None:
     """Which widths there are depends on the processor, and so does how many prompts it takes until
     rounds of an answer have had several of them."""
-    seen, real = set[int](), decode.filled
+    seen, real = set[int](), decode.pad_trees
 
     def counted(plan: Plan, drafts: Many[TokenTree]) -> tuple[list[TokenTree], list[int]]:
         trees, calls = real(plan, drafts)
         seen.update(calls)
         return trees, calls
 
-    monkeypatch.setattr(decode, "filled", counted)
+    monkeypatch.setattr(decode, "pad_trees", counted)
     for plan in (one for one in PLANS if one[-1]):
         seen.clear()
         own = PLANS.index(plan)
@@ -270,22 +270,22 @@ def test_a_chain_of_levels_is_the_same_with_and_without_looked_up_tokens(
     assert found[0] == found[1]
 
 
-# Alone = in company
+# Alone = in a batch
 
 
 @pytest.mark.parametrize(
-    ("opened", "share", "threshold", "company"),
+    ("opened", "share", "threshold", "by_batch_size"),
     [
         (OpenOptions("substitute"), 0.0, 0.0, ()),
-        (OpenOptions("substitute"), 0.0, 0.0, (Company(Tree(1, 5), 0.0),)),
+        (OpenOptions("substitute"), 0.0, 0.0, (BatchDraft(Tree(1, 5), 0.0),)),
         (OpenOptions("substitute"), 1.0, 0.9, ()),
         (OpenOptions("plain"), 0.0, 0.0, ()),
         pytest.param(OpenOptions(drafter="lookup"), 0.0, 0.0, (), marks=pytest.mark.slow),
-        (OpenOptions(drafter="substitute+lookup"), 0.0, 0.0, (Company(Tree(1, 5), 0.0),)),
+        (OpenOptions(drafter="substitute+lookup"), 0.0, 0.0, (BatchDraft(Tree(1, 5), 0.0),)),
     ],
     ids=[
         "drafted, streamed",
-        "drafted with fewer nodes in company",
+        "drafted with fewer nodes in a batch",
         "drafted till improbable, resident",
         "plain, streamed",
         "looked up",
@@ -302,7 +302,7 @@ def test_sequences_that_come_and_go_get_the_tokens_that_they_get_alone(
     opened: OpenOptions,
     share: float,
     threshold: float,
-    company: tuple[Company, ...],
+    by_batch_size: tuple[BatchDraft, ...],
 ) -> None:
     """One begins while others decode, one ends early, one is closed in the middle and its cache
     goes to another, one is used for a second turn."""
@@ -313,7 +313,7 @@ def test_sequences_that_come_and_go_get_the_tokens_that_they_get_alone(
         demos[encoding], width=2, depth=7, resident_share=share, verify_widths=widths,
         int4_kernel=FASTEST, num_sequences=3, min_path_probability=threshold,
     )  # fmt: skip
-    artifact = replace(artifact, plan=replace(artifact.plan, company=company))
+    artifact = replace(artifact, plan=replace(artifact.plan, by_batch_size=by_batch_size))
     whole, short = (GenerationParams(count, how) for count in (NUM_TOKENS, 16))
     with Engine.open(artifact, opened) as engine:
         first, second = engine.new_sequence(), engine.new_sequence()
@@ -325,15 +325,15 @@ def test_sequences_that_come_and_go_get_the_tokens_that_they_get_alone(
         early = next(i for i, token in enumerate(alone[2]) if i > 8 and token not in alone[2][:i])
         third.begin(prompts[2], GenerationParams(NUM_TOKENS, how, frozenset([alone[2][early]])))
         step(engine, 2)
-        begun = second.take_fresh()
+        begun = second.take_new_tokens()
         second.close()
         fourth = engine.new_sequence()
         assert fourth.cache is second.cache
         fourth.begin(prompts[3], whole)
         finish(engine, first, third, fourth)
         assert begun == alone[1][: len(begun)] and 3 < len(begun) < NUM_TOKENS
-        assert third.take_fresh() == alone[2][: early + 1] and third.finish_reason == "eos"
-        assert (first.take_fresh(), fourth.take_fresh()) == (alone[0], alone[3])
+        assert third.take_new_tokens() == alone[2][: early + 1] and third.finish_reason == "eos"
+        assert (first.take_new_tokens(), fourth.take_new_tokens()) == (alone[0], alone[3])
 
         again = [*prompts[2], *alone[2][: early + 1], *prompts[3]]
         third.begin(again, short)
@@ -341,7 +341,7 @@ def test_sequences_that_come_and_go_get_the_tokens_that_they_get_alone(
         step(engine, 3)
         fourth.close()
         finish(engine, third)
-        second_turn = third.take_fresh()
+        second_turn = third.take_new_tokens()
     with Engine.open(artifact, OpenOptions("plain")) as engine, engine.new_sequence() as lone:
         ends = frozenset([alone[2][early]])
         assert [*generated(lone, prompts[2], GenerationParams(NUM_TOKENS, how, ends))]
@@ -367,7 +367,7 @@ def test_sequences_may_differ_in_sampling_and_in_length(
         sequences[1].begin(prompts[0], GenerationParams(NUM_TOKENS, SEEDED))
         sequences[2].begin(long, GenerationParams(20, SEEDED))
         finish(engine, *sequences)
-        assert [one.take_fresh() for one in sequences] == [
+        assert [one.take_new_tokens() for one in sequences] == [
             plain_answer(0, GREEDY, NUM_TOKENS), plain_answer(0, SEEDED, NUM_TOKENS), alone
         ]  # fmt: skip
 
@@ -403,7 +403,7 @@ def test_sampled_output_is_distributed_as_the_target(tmp_path: Path) -> None:
     counts = torch.zeros(256, dtype=torch.float64)
     with Engine.open(artifact, OpenOptions("substitute")) as engine:
         for seed in range(draws):
-            one, two = answer(engine, prompt, 2, Sampling(temperature, top_k=4, seed=seed))
+            one, two = answer(engine, prompt, 2, SamplingParams(temperature, top_k=4, seed=seed))
             counts[one * 16 + two] += 1
     assert counts[expected == 0].sum() == 0
     likely = expected * draws >= 5  # the others are one cell together

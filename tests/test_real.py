@@ -15,7 +15,7 @@ from subspec.artifacts.plan import Constraints
 from subspec.planner.model.hub import resolve
 from subspec.planner.planning import PlanRequest, plan_model
 from subspec.runtime.engine import Engine, OpenOptions
-from subspec.runtime.model.sampling import Sampling
+from subspec.runtime.model.sampling import SamplingParams
 from subspec.runtime.sequence import GenerationParams
 from subspec.runtime.text.tokenizer import load_tokenizer
 
@@ -48,7 +48,7 @@ def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return open_artifact(folder / "artifact")
 
 
-def decoded(artifact: Artifact, options: OpenOptions, sampling: Sampling) -> list[list[int]]:
+def decoded(artifact: Artifact, options: OpenOptions, sampling: SamplingParams) -> list[list[int]]:
     text = load_tokenizer(artifact.path / "tokenizer")
     params = GenerationParams(NUM_TOKENS, sampling, frozenset(artifact.spec.eos_token_ids))
     found = []
@@ -60,9 +60,9 @@ def decoded(artifact: Artifact, options: OpenOptions, sampling: Sampling) -> lis
     return found
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.8, seed=3)])
+@pytest.mark.parametrize("sampling", [SamplingParams(), SamplingParams(temperature=0.8, seed=3)])
 def test_a_draft_never_changes_the_tokens_of_a_real_model(
-    artifact: Artifact, sampling: Sampling
+    artifact: Artifact, sampling: SamplingParams
 ) -> None:
     plain, drafted = (
         decoded(artifact, OpenOptions(method), sampling) for method in ("plain", "substitute")
@@ -76,7 +76,7 @@ def test_a_real_models_tokens_in_f32_are_those_of_transformers(artifact: Artifac
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     text = load_tokenizer(artifact.path / "tokenizer")
     for question, ours in zip(
-        QUESTIONS, decoded(artifact, OpenOptions("substitute"), Sampling()), strict=True
+        QUESTIONS, decoded(artifact, OpenOptions("substitute"), SamplingParams()), strict=True
     ):
         prompt = torch.tensor([text.chat_ids([{"role": "user", "content": question}])])
         theirs = model.generate(

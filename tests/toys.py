@@ -46,7 +46,7 @@ def make_spec(
     num_heads: int = 4,
     num_kv_heads: int = 2,
     head_size: int = 64,
-    inner_size: int = 512,
+    intermediate_size: int = 512,
     qkv_bias: bool = True,
     output_bias: bool = False,
     mlp_bias: bool = False,
@@ -58,7 +58,7 @@ def make_spec(
 ) -> ModelSpec:
     """8 layers of 1 MB, 11 MB in all, bf16; every layer as Llama's are."""
     rope = replace(rope or Rope(10_000.0, 0), size=head_size)
-    dense = Block(Dense(inner_size, mlp_bias), "post_attention_layernorm")
+    dense = Block(Dense(intermediate_size, mlp_bias), "post_attention_layernorm")
     attention = Attention(
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
@@ -82,7 +82,7 @@ def make_spec(
         max_positions=4096,
         layers=tuple(layer(index) for index in range(num_layers)),
         norm=NormStyle(1e-6),
-        tied_head=False,
+        tie_word_embeddings=False,
         source=Source("org/toy", "0" * 40, "apache-2.0"),
     )
     return replace(spec, **changes)
@@ -114,7 +114,7 @@ def make_profile(**changes: Any) -> Profile:
         link=(LinkRate(64 << 10, 50e6), LinkRate(1 << 20, 100e6)),
         contended_link=0.8,
         contended_compute=0.9,
-        digest_rate=1e9,
+        digest_bytes_per_second=1e9,
         exact_layer=(Timing(1, 1e-4, 1.5e-4), Timing(8, 2e-4, 3e-4), Timing(64, 8e-4, 9e-4)),
         fast_layer=(Timing(1, 8e-5), Timing(128, 1.28e-3)),
         draft_layer=(Timing(1, 5e-5, 6e-5), Timing(8, 2e-4, 3e-4)),
@@ -123,7 +123,7 @@ def make_profile(**changes: Any) -> Profile:
         draft_attention=(Timing(1, 1e-5), Timing(64, 1e-4)),
         exact_head=(Timing(1, 1e-4, 1e-4), Timing(64, 4e-4, 5e-4)),
         draft_head=(Timing(1, 5e-5, 5e-5), Timing(8, 1e-4, 1e-4)),
-        round_seconds=1e-4,
+        round_overhead_seconds=1e-4,
         int4_kernel="aten",
         batch_invariant_widths=((8, 16, 32, 64),),
         residual_weights_per_second=0.0,

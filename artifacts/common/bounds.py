@@ -9,16 +9,16 @@ from typing import Annotated, Any
 
 @dataclass(frozen=True)
 class Between:
-    """A number from `least` to `most`, both included."""
+    """A number from `minimum` to `maximum`, both included."""
 
-    least: float
-    most: float
+    minimum: float
+    maximum: float
 
     def holds(self, value: Any) -> bool:
-        return bool(self.least <= value <= self.most)  # False for NaN
+        return bool(self.minimum <= value <= self.maximum)  # False for NaN
 
     def __str__(self) -> str:
-        return f"{self.least:g} to {self.most:g}"
+        return f"{self.minimum:g} to {self.maximum:g}"
 
 
 @dataclass(frozen=True)
@@ -36,16 +36,16 @@ class Below:
 
 @dataclass(frozen=True)
 class Length:
-    """A list of `least` to `most` entries."""
+    """A list of `minimum` to `maximum` entries."""
 
-    least: int
-    most: int
+    minimum: int
+    maximum: int
 
     def holds(self, value: Any) -> bool:
-        return self.least <= len(value) <= self.most
+        return self.minimum <= len(value) <= self.maximum
 
     def __str__(self) -> str:
-        return f"{self.least} to {self.most} entries"
+        return f"{self.minimum} to {self.maximum} entries"
 
 
 @dataclass(frozen=True)
@@ -71,4 +71,4 @@ Threads = Annotated[int, Between(1, 1024)]
 VerifyWidth = Annotated[int, Between(1, 4096)]
 VerifyWidths = Annotated[tuple[VerifyWidth, ...], Length(1, 64)]
 TreeWidth = Annotated[int, Between(1, 256)]
-MOST_LEVELS = 1024  # of a tree
+MAX_LEVELS = 1024  # of a tree

@@ -255,7 +255,7 @@ def fail(error: SubspecError, as_json: bool) -> NoReturn:
         if error.smallest_budget_bytes is not None:
             body["smallest_budget_bytes"] = error.smallest_budget_bytes
         sys.stdout.write(json.dumps({"schema": "subspec.error/1", "error": body}) + "\n")
-    if not error.said:
+    if not error.is_printed:
         say(f"error: {error.message}")
         if error.hint:
             say(f"\nhint: {error.hint}")

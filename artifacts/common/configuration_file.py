@@ -12,7 +12,7 @@ import yaml
 from subspec.artifacts.common.command import HINT
 from subspec.artifacts.common.errors import Exit, SubspecError
 
-LARGEST_FILE = 64 << 10  # bytes
+MAX_FILE = 64 << 10  # bytes
 NULLS = ("null", "Null", "NULL", "~")  # without quotes: the file does not set the option
 
 
@@ -73,9 +73,9 @@ def yaml_root(file: Path) -> yaml.MappingNode:
     SubspecError(USAGE)."""
     try:
         with open(file, "rb") as opened:
-            raw = opened.read(LARGEST_FILE + 1)
-        if len(raw) > LARGEST_FILE:
-            raise wrong(f"--config {file} has more than {LARGEST_FILE} bytes")
+            raw = opened.read(MAX_FILE + 1)
+        if len(raw) > MAX_FILE:
+            raise wrong(f"--config {file} has more than {MAX_FILE} bytes")
         root = yaml.compose(raw.decode("utf-8"), Loader=yaml.BaseLoader)
     except OSError as error:
         raise wrong(f"--config {file} cannot be read: {error.strerror}") from None

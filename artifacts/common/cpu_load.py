@@ -58,7 +58,7 @@ def cpu_times() -> CpuTimes:
     return CpuTimes(time.monotonic(), ticks / os.sysconf("SC_CLK_TCK"), own, num_cpus)
 
 
-def others_share(start: CpuTimes, end: CpuTimes) -> float:
+def background_cpu_share(start: CpuTimes, end: CpuTimes) -> float:
     """Share of the CPUs' time, 0 to 1, that was not this process's own and not idle: of other
     programs, and on a virtual machine of its host's other guests. 0 if it is not known."""
     available = (end.wall - start.wall) * end.num_cpus

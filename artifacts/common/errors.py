@@ -31,23 +31,23 @@ class Exit(enum.IntEnum):
 
 
 class SubspecError(Exception):
-    """`message` says what was got and what was expected; `hint` says what to do about it. said:
-    both are on stderr already, from a command that this one ran. smallest_budget_bytes: of
-    INFEASIBLE, if there is one that has a plan."""
+    """`message` says what was got and what was expected; `hint` says what to do about it.
+    is_printed: both are on stderr already, from a command that this one ran.
+    smallest_budget_bytes: of INFEASIBLE, if a budget has a plan."""
 
     def __init__(
         self,
         exit_code: Exit,
         message: str,
         hint: str = "",
-        said: bool = False,
+        is_printed: bool = False,
         smallest_budget_bytes: int | None = None,
     ) -> None:
         super().__init__(message)
         self.exit_code = exit_code
         self.message = message
         self.hint = hint
-        self.said = said
+        self.is_printed = is_printed
         self.smallest_budget_bytes = smallest_budget_bytes
 
 
@@ -68,5 +68,5 @@ def errors_of(what: str) -> Iterator[None]:
     except SubspecError as error:
         message = f"{what}: {error.message}"
         raise SubspecError(
-            error.exit_code, message, error.hint, error.said, error.smallest_budget_bytes
+            error.exit_code, message, error.hint, error.is_printed, error.smallest_budget_bytes
         ) from error

@@ -9,7 +9,7 @@ UNITS: dict[str, int] = {
     **{f"{p}B": 1000 ** (i + 1) for i, p in enumerate("KMGTP")},
     **{f"{p}iB": 1024 ** (i + 1) for i, p in enumerate("KMGTP")},
 }
-LARGEST = 1024**5  # 1 PiB: anything above is a typing error
+MAX_BYTES = 1024**5  # 1 PiB: anything above is a typing error
 SIZE = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,18})?) ?([KMGTP]i?B|B|[KMGTP])", re.ASCII)
 
 
@@ -23,7 +23,7 @@ def parse_size(text: str) -> int:
         raise SubspecError(Exit.USAGE, f"{text!r} is not a size", hint)
     number, unit = match.groups()
     num_bytes = round(float(number) * UNITS[unit if unit.endswith("B") else unit + "B"])
-    if not 1 <= num_bytes <= LARGEST:
+    if not 1 <= num_bytes <= MAX_BYTES:
         raise SubspecError(
             Exit.USAGE,
             f"{text!r} is {num_bytes} bytes, expected 1 byte to 1 PiB",

@@ -22,7 +22,7 @@ def cache_problem(kind: str) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def kept_folder(kind: str) -> Path | None:
+def readable_cache_dir(kind: str) -> Path | None:
     """The same folder for reading alone: it need not be writable. None: there is none, or others
     could have written what it holds."""
     try:
@@ -33,19 +33,19 @@ def kept_folder(kind: str) -> Path | None:
     return folder if private and os.access(folder, os.R_OK | os.X_OK) else None
 
 
-def kept_file(name: str) -> Path | None:
+def find_file(name: str) -> Path | None:
     """The file `KIND/NAME` of the cache, else of this process's memory; None: there is none."""
-    return cached_file(name) or held_file(name)
+    return find_on_disk(name) or find_in_memory(name)
 
 
-def cached_file(name: str) -> Path | None:
+def find_on_disk(name: str) -> Path | None:
     """The file `KIND/NAME` of the cache, which outlives this process; None: there is none."""
     kind, _, rest = name.partition("/")
-    folder = kept_folder(kind)
+    folder = readable_cache_dir(kind)
     return folder / rest if folder is not None and (folder / rest).exists() else None
 
 
-def keep_file(name: str, content: bytes) -> bool:
+def store_file(name: str, content: bytes) -> bool:
     """Write the file `KIND/NAME`. False: the cache takes nothing (or its disk is full), and the
     file lasts as long as this process, if the system has memory for it."""
     kind, _, rest = name.partition("/")
@@ -54,11 +54,11 @@ def keep_file(name: str, content: bytes) -> bool:
             put(folder / rest, lambda unfinished: unfinished.write_bytes(content))
             return True
     with suppress(OSError):
-        hold_file(name, content)
+        store_in_memory(name, content)
     return False
 
 
-def hold_file(name: str, content: bytes) -> Path:
+def store_in_memory(name: str, content: bytes) -> Path:
     """Keep the file `KIND/NAME` in memory until the process ends. Programs can be loaded from it
     whatever disks there are, and nobody else can write to it. Raises OSError."""
     descriptor = os.memfd_create(name.rpartition("/")[2], os.MFD_CLOEXEC)
@@ -69,14 +69,14 @@ def hold_file(name: str, content: bytes) -> Path:
     return _held()[name]
 
 
-def held_file(name: str) -> Path | None:
+def find_in_memory(name: str) -> Path | None:
     """The file `KIND/NAME` that this process holds in memory."""
     return _held().get(name)
 
 
 @functools.cache
 def _held() -> dict[str, Path]:
-    """Paths of what `hold_file` keeps, by name."""
+    """Paths of what `store_in_memory` keeps, by name."""
     return {}
 
 

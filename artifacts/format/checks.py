@@ -25,8 +25,8 @@ from subspec.artifacts.model import (
 )
 from subspec.artifacts.plan import Placement, Plan, method_of
 
-LARGEST_MODEL_BYTES = 1 << 44  # 16 TiB, about 262,144 parts
-MOST_THRESHOLDS = 64  # at which drafts end: a search takes its time for each
+MAX_MODEL_BYTES = 1 << 44  # 16 TiB, about 262,144 parts
+MAX_THRESHOLDS = 64  # at which drafts end: a search takes its time for each
 HEAD_FILE = "draft_head.safetensors"  # of models with one (ModelSpec.draft_head)
 TOKEN_IDS_DTYPE = "I64"
 STORED_DTYPES: dict[DType, str] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -56,7 +56,7 @@ def check_spec(spec: ModelSpec) -> None:
                 )
     if not any(layer.attentions for layer in spec.layers):
         raise _wrong("model.json", "has no attention in any layer")
-    if len(taps := {net.num_taps for net in spec.delta_nets}) > 1:
+    if len(taps := {net.conv_kernel_size for net in spec.delta_nets}) > 1:
         raise _wrong("model.json", f"has delta nets of {sorted(taps)} taps, expected one number")
     if spec.draft_head is not None:
         _check_draft_head(spec.draft_head)
@@ -65,7 +65,7 @@ def check_spec(spec: ModelSpec) -> None:
         raise _wrong("model.json", "norm is zero_centered, which it can be only with rounds_late")
     _check_fp8(spec)
     num_bytes = sum(linear.num_weights for linear in spec.linears) * spec.item_bytes
-    if num_bytes > LARGEST_MODEL_BYTES:
+    if num_bytes > MAX_MODEL_BYTES:
         raise _wrong("model.json", f"describes {short_size(num_bytes)} of weights")
 
 
@@ -178,8 +178,8 @@ def check_plan(
         for some in draft.trees:
             fits = fits and some.num_nodes <= plan.verify_width
             fits = fits and some.width <= draft.tree.width
-    if plan.head_draft is not None:
-        some = plan.head_draft.tree
+    if plan.draft_head_result is not None:
+        some = plan.draft_head_result.tree
         fits = fits and some.num_nodes <= plan.verify_width and some.width <= tree.width
     if plan.drafter is not None:
         fits = fits and method_of(plan.drafter) == plan.method
@@ -188,21 +188,22 @@ def check_plan(
         fits = fits and known
     for widths in (plan.verify_widths, plan.prompt_widths):
         fits = fits and list(widths) == sorted(set(widths))
-    fits = fits and plan.prompt_widths[0] <= min(plan.prefill_tokens, plan.verify_width)
+    fits = fits and plan.prompt_widths[0] <= min(plan.prefill_chunk_tokens, plan.verify_width)
     if not fits or plan.method not in plan.placements:
         raise _wrong(
             "plan.json",
             f"method {plan.method}, tree {tree.width}x{tree.depth}, verify widths "
             f"{list(plan.verify_widths)}, prompt widths {list(plan.prompt_widths)}, "
-            f"{plan.prefill_tokens} prefill tokens and context {plan.context} are inconsistent",
+            f"{plan.prefill_chunk_tokens} prefill tokens and "
+            f"context {plan.context} are inconsistent",
         )
     for acceptance in (plan.acceptance, *(draft.acceptance for draft in plan.drafts.values())):
         _check_curves(acceptance.curves)
         thresholds = acceptance.thresholds
-        if len(thresholds) > MOST_THRESHOLDS:
+        if len(thresholds) > MAX_THRESHOLDS:
             raise _wrong(
                 "plan.json",
-                f"acceptance has {len(thresholds)} thresholds, expected at most {MOST_THRESHOLDS}",
+                f"acceptance has {len(thresholds)} thresholds, expected at most {MAX_THRESHOLDS}",
             )
 
 
@@ -236,11 +237,9 @@ def _check_placement(
     for name in placement.residuals:
         if not every[name].is_residual:
             raise _wrong("plan.json", f"{label} has {name} as a residual, but it is stored raw")
-    for name in placement.multiplied_out:
+    for name in placement.dequantized:
         if name not in placement.resident or not every[name].part.linear.fp8:
-            raise _wrong(
-                "plan.json", f"{label} has {name[:200]!r} multiplied out, not resident FP8"
-            )
+            raise _wrong("plan.json", f"{label} has {name[:200]!r} dequantized, not resident FP8")
     # A residual is decoded with its substitute, unless that is done while loading.
     decodes = any(part.is_residual and part.name not in placement.resident for part in stored)
     if decodes and not placement.ledger.substitutes:

@@ -16,7 +16,7 @@ from subspec.artifacts.model import GROUP_SIZE, Linear
 NAN_CODE = 0x7F  # without its sign: the one code that is no number
 # Of a scale, unless it is 0: no product with a code is a subnormal or infinite f32 or bf16, so it
 # does not matter how a machine treats these.
-SMALLEST_SCALE, LARGEST_SCALE = 2.0**-100, 2.0**100
+MIN_SCALE, MAX_SCALE = 2.0**-100, 2.0**100
 ROWS_AT_ONCE = 1024  # bounds the temporaries
 
 
@@ -44,7 +44,7 @@ def scales_of(linear: Linear, values: Tensor, first_row: int = 0) -> Scales:
     return Scales(values, linear.fp8.rows, linear.fp8.columns, first_row)
 
 
-def widen(codes: Tensor, scales: Scales) -> Tensor:
+def dequantize(codes: Tensor, scales: Scales) -> Tensor:
     """FP8 codes uint8 [R, K] -> the exact weights, bf16 [R, K]."""
     out = torch.empty(codes.shape, dtype=torch.bfloat16, device=codes.device)
     for first in range(0, len(codes), ROWS_AT_ONCE):

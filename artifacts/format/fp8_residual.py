@@ -43,7 +43,7 @@ from subspec.artifacts.format.tiles import (
 
 RADIX = 4  # weights that share one number, which is below 63^4 < 2^24
 KEPT = 31  # largest magnitudes of each sign that a window keeps; smaller weights are escaped
-SMALLEST_DIVISOR, LARGEST_DIVISOR = 2.0**-50, 2.0**50  # beyond these a scale does not divide
+MIN_DIVISOR, MAX_DIVISOR = 2.0**-50, 2.0**50  # beyond these a scale does not divide
 
 
 class Windows(NamedTuple):
@@ -144,7 +144,7 @@ def _ends(scale: Tensor, zero_point: Tensor, fp8_scale: Tensor) -> Tensor:
     multiply-add gives the same; end c is the smallest ordinal of a number >= x(c), or 127. No
     nonzero result is subnormal. Do not rewrite these expressions.
     """
-    divides = (fp8_scale >= SMALLEST_DIVISOR) & (fp8_scale <= LARGEST_DIVISOR)
+    divides = (fp8_scale >= MIN_DIVISOR) & (fp8_scale <= MAX_DIVISOR)
     r = torch.where(divides, 1 / fp8_scale, torch.ones_like(fp8_scale))
     step = torch.arange(17, device=scale.device, dtype=torch.float32) - 8.5
     x = (step * scale[..., None] + zero_point[..., None]) * r[..., None]

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.artifacts.common.user_cache import keep_file, kept_file
+from subspec.artifacts.common.user_cache import find_file, store_file
 from subspec.artifacts.format.store import AGAIN, Artifact, FileEntry
 from subspec.artifacts.format.tensors import open_regular
 
@@ -21,7 +21,7 @@ def pack_prebuilt(folder: Path, programs: Iterable[str]) -> None:
     """Copy programs from the user's cache into the folder of an artifact that has no manifest
     yet."""
     for program in programs:
-        built = kept_file(program)
+        built = find_file(program)
         if built is not None:
             (folder / program).parent.mkdir(exist_ok=True)
             shutil.copyfile(built, folder / program)
@@ -42,7 +42,7 @@ def install_prebuilt(artifact: Artifact, programs: Iterable[str]) -> list[str]:
         if entry is None:
             missing.append(program)
         else:
-            keep_file(program, checked(artifact.path, entry))
+            store_file(program, checked(artifact.path, entry))
     return missing
 
 

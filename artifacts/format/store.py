@@ -30,7 +30,7 @@ from subspec.artifacts.runs import RUNS
 FORMAT_VERSION = "10.0"
 VERSION = re.compile(r"([0-9]{1,4})\.([0-9]{1,4})", re.ASCII)
 CHUNK_BYTES = 64 << 20
-LARGEST_JSON = 8 << 20
+MAX_JSON = 8 << 20
 NEW_MANIFEST = f".{MANIFEST}.new"
 REQUIRED = (
     "model.json", "plan.json", "profile.json",
@@ -45,7 +45,7 @@ DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
 TOKENIZER_FILES = (
     "tokenizer/tokenizer.json", "tokenizer/settings.json", "tokenizer/chat_template.jinja",
 )  # fmt: skip
-LARGEST_TOKENIZER = 128 << 20  # bytes of its largest file; the largest known has 35 MB
+MAX_TOKENIZER = 128 << 20  # bytes of its largest file; the largest known has 35 MB
 FILE_NAME = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*", re.ASCII)
 AGAIN = "copy or build the artifact again"
 
@@ -279,9 +279,9 @@ def _check_tokenizer(path: Path, manifest: Manifest) -> None:
     for entry in manifest.files:
         if entry.path not in TOKENIZER_FILES:
             continue
-        if entry.num_bytes > LARGEST_TOKENIZER:
+        if entry.num_bytes > MAX_TOKENIZER:
             raise _corrupt(
-                f"{entry.path} is {entry.num_bytes} bytes, expected at most {LARGEST_TOKENIZER}"
+                f"{entry.path} is {entry.num_bytes} bytes, expected at most {MAX_TOKENIZER}"
             )
         if file_entry(path, entry.path).chunks != entry.chunks:
             raise _corrupt(f"{entry.path} does not match its digest")
@@ -358,8 +358,8 @@ def _read_small(path: Path, name: str) -> bytes:
     _check_inside(path, name)
     with open_regular(path / name) as file:
         size = os.fstat(file.fileno()).st_size
-        if size > LARGEST_JSON:
-            raise _corrupt(f"{name} is {size} bytes, expected at most {LARGEST_JSON}")
+        if size > MAX_JSON:
+            raise _corrupt(f"{name} is {size} bytes, expected at most {MAX_JSON}")
         return file.read()
 
 

@@ -20,14 +20,14 @@ from subspec.artifacts.common.errors import DISK_FAILED, SHORTAGES, Exit, Subspe
 from subspec.artifacts.format.codec import parse_json
 from subspec.artifacts.model import PAGE_BYTES
 
-LARGEST_HEADER = 25 << 20
+MAX_HEADER = 25 << 20
 # Flags of a file (linux/fs.h): requests of ioctl, and the flag of those that are never compressed.
 FS_IOC_GETFLAGS, FS_IOC_SETFLAGS, FS_NOCOMP_FL = 0x80086601, 0x40086602, 0x400
 LONG_FLAGS = struct.Struct("I4x")  # declared as a long, of which the kernel uses an int
 AHEAD_BYTES = 4 << 20  # read ahead at a time
-MOST_TENSORS = 100_000
-MOST_DIMENSIONS = 8
-LARGEST_COUNT = 1 << 63  # of a dimension or a byte position; products can still be printed
+MAX_TENSORS = 100_000
+MAX_DIMENSIONS = 8
+MAX_COUNT = 1 << 63  # of a dimension or a byte position; products can still be printed
 ITEM_BYTES = {
     "U8": 1, "I8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
     "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
@@ -56,15 +56,15 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         if len(prefix) < 8:
             raise SubspecError(Exit.CORRUPT, f"{where} is {size} bytes, too short for a header")
         (length,) = struct.unpack("<Q", prefix)
-        if length > min(LARGEST_HEADER, size - 8):
+        if length > min(MAX_HEADER, size - 8):
             raise SubspecError(
                 Exit.CORRUPT,
                 f"{where} claims a header of {length} bytes, expected at most "
-                f"{min(LARGEST_HEADER, size - 8)}",
+                f"{min(MAX_HEADER, size - 8)}",
             )
         text = file.read(length)
-    if text.count(b"{") > MOST_TENSORS + 2:  # before it is parsed: a million entries take 500 MB
-        raise SubspecError(Exit.CORRUPT, f"{where} lists more than {MOST_TENSORS} tensors")
+    if text.count(b"{") > MAX_TENSORS + 2:  # before it is parsed: a million entries take 500 MB
+        raise SubspecError(Exit.CORRUPT, f"{where} lists more than {MAX_TENSORS} tensors")
     header = parse_json(text, f"{where} (header)")
     if not isinstance(header, dict):
         raise SubspecError(Exit.CORRUPT, f"{where} (header) is not an object")
@@ -92,8 +92,8 @@ def _stored(where: str, name: str, entry: object, base: int) -> StoredTensor:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise wrong(f"an unknown dtype {str(dtype)[:60]!r}")
-    if not _are_counts(shape) or len(shape) > MOST_DIMENSIONS:
-        raise wrong(f"the shape {str(shape)[:60]}, expected at most {MOST_DIMENSIONS} counts")
+    if not _are_counts(shape) or len(shape) > MAX_DIMENSIONS:
+        raise wrong(f"the shape {str(shape)[:60]}, expected at most {MAX_DIMENSIONS} counts")
     if not _are_counts(offsets) or len(offsets) != 2:
         raise wrong(f"the offsets {str(offsets)[:60]}, expected two byte positions")
     num_bytes = ITEM_BYTES[dtype]
@@ -105,7 +105,7 @@ def _stored(where: str, name: str, entry: object, base: int) -> StoredTensor:
 
 
 def _are_counts(value: object) -> bool:
-    return isinstance(value, list) and all(type(n) is int and 0 <= n < LARGEST_COUNT for n in value)
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < MAX_COUNT for n in value)
 
 
 class Writable(Protocol):

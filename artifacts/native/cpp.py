@@ -19,7 +19,12 @@ from pathlib import Path
 import torch  # noqa: F401  loads libgomp.so.1, which the libraries then share with it
 
 from subspec.artifacts.common.child import child_process
-from subspec.artifacts.common.user_cache import held_file, hold_file, keep_file, kept_file
+from subspec.artifacts.common.user_cache import (
+    find_file,
+    find_in_memory,
+    store_file,
+    store_in_memory,
+)
 
 # No fast-math: windows and rounding rely on IEEE arithmetic. No contraction: results must not
 # depend on which multiplications and additions a compiler fuses. Nobody reads the flags of
@@ -29,7 +34,7 @@ FLAGS = (
     "-fopenmp", "-shared", "-fPIC",
 )  # fmt: skip
 FOLDER = "kernels"  # of the user's cache, and of an artifact
-LONGEST_BUILD_SECONDS = 120
+MAX_BUILD_SECONDS = 120
 CHECK_SECONDS = 0.1  # how often a build looks whether it is still wanted
 WANTED = threading.Event()  # is never set; an event that is set stops a build
 LOCAL_INCLUDE = re.compile(rb'^[ \t]*#[ \t]*include[ \t]*"([^"\n]+)"', re.MULTILINE)
@@ -139,13 +144,13 @@ def _texts(source: Path) -> list[bytes]:
 def _kept(name: str) -> ctypes.CDLL | None:
     """The library of that name in the cache; None: there is none, or it cannot be loaded (damaged,
     or built for another C library)."""
-    path = kept_file(name)
+    path = find_file(name)
     if path is None:
         return None
     with suppress(OSError):
         return ctypes.CDLL(str(path))
     with suppress(OSError):  # perhaps the cache is mounted noexec: memory is not
-        return ctypes.CDLL(str(held_file(name) or hold_file(name, path.read_bytes())))
+        return ctypes.CDLL(str(find_in_memory(name) or store_in_memory(name, path.read_bytes())))
     return None
 
 
@@ -159,7 +164,7 @@ def _compiled(source: Path, stopped: threading.Event) -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as private:  # a cache may be full, or missing
         built = Path(private) / f"{source.stem}.so"
         _run([compiler, *options, *FLAGS, str(source), "-o", str(built)], stopped)
-        keep_file(program(source), built.read_bytes())
+        store_file(program(source), built.read_bytes())
         return _kept(program(source)) or ctypes.CDLL(str(built))
 
 
@@ -168,14 +173,14 @@ def _compiler() -> list[str]:
 
 
 def _run(command: list[str], stopped: threading.Event = WANTED) -> None:
-    limit = time.monotonic() + LONGEST_BUILD_SECONDS
+    limit = time.monotonic() + MAX_BUILD_SECONDS
     with child_process(command) as child:
         while True:
             with suppress(subprocess.TimeoutExpired):
                 _, said = child.communicate(timeout=CHECK_SECONDS)
                 break
             if stopped.is_set() or time.monotonic() > limit:
-                raise subprocess.TimeoutExpired(command, LONGEST_BUILD_SECONDS)
+                raise subprocess.TimeoutExpired(command, MAX_BUILD_SECONDS)
     if child.returncode:
         story = said.decode("utf-8", "replace")
         raise subprocess.CalledProcessError(child.returncode, command, stderr=story)

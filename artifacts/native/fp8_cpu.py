@@ -23,7 +23,7 @@ from subspec.artifacts.model import GROUP_SIZE
 from subspec.artifacts.native import cpp
 
 SOURCE = Path(__file__).with_name("fp8.cpp")
-MOST_TILE_WORDS = 897  # MOST_WORDS of fp8.cpp
+MAX_TILE_WORDS = 897  # MOST_WORDS of fp8.cpp
 
 
 def unavailable() -> str | None:
@@ -61,7 +61,7 @@ def encode(
         return fp8_residual.encode(weight, codes, qparams, scales)
     check_part(weight, codes, qparams)
     assert weight.dtype == torch.uint8
-    index, payload = room_for_words(weight.numel(), MOST_TILE_WORDS)
+    index, payload = room_for_words(weight.numel(), MAX_TILE_WORDS)
     num_words = cpp.loaded(SOURCE, _declare).subspec_fp8_encode(
         *weight.shape,
         weight.data_ptr(),
@@ -98,7 +98,7 @@ def decode_any(
         decode_into(out, stored, codes, qparams, scales, 0, num_threads)
         return
     found = fp8_residual.decode(stored, codes, qparams, scales)
-    out.copy_(found if out.dtype == torch.uint8 else fp8.widen(found, scales))
+    out.copy_(found if out.dtype == torch.uint8 else fp8.dequantize(found, scales))
 
 
 def decode_into(
@@ -136,13 +136,13 @@ def decode_into(
         raise corrupt("the length of a tile does not fit its weights")
 
 
-def widen_into(out: Tensor, codes: Tensor, scales: Scales, num_threads: int) -> None:
-    """Fill out bf16 [R, K] with what fp8.widen returns for the FP8 codes uint8 [R, K]; by it if
-    there is no library."""
+def dequantize_into(out: Tensor, codes: Tensor, scales: Scales, num_threads: int) -> None:
+    """Fill out bf16 [R, K] with what fp8.dequantize returns for the FP8 codes uint8 [R, K]; by it
+    if there is no library."""
     assert out.dtype == torch.bfloat16 and codes.dtype == torch.uint8 and out.shape == codes.shape
     assert out.is_contiguous() and codes.is_contiguous() and out.shape[1] % GROUP_SIZE == 0
     if unavailable() is not None:
-        out.copy_(fp8.widen(codes, scales))
+        out.copy_(fp8.dequantize(codes, scales))
         return
     assert out.data_ptr() % 16 == 0, "it is written in vectors"
     cpp.loaded(SOURCE, _declare).subspec_fp8_widen(

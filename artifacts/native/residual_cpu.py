@@ -21,7 +21,7 @@ from subspec.artifacts.format.tiles import (
 from subspec.artifacts.native import cpp
 
 SOURCE = Path(__file__).with_name("residual.cpp")
-MOST_TILE_WORDS = 1920  # MOST_WORDS of residual.cpp
+MAX_TILE_WORDS = 1920  # MOST_WORDS of residual.cpp
 
 
 def unavailable() -> str | None:
@@ -38,7 +38,7 @@ def encode(weight: Tensor, codes: Tensor, qparams: Tensor, num_threads: int) -> 
     check_part(weight, codes, qparams)
     num_rows, num_columns = weight.shape
     assert codes.shape == (num_rows, num_columns // 2)
-    index, payload = room_for_words(weight.numel(), MOST_TILE_WORDS)
+    index, payload = room_for_words(weight.numel(), MAX_TILE_WORDS)
     num_words = cpp.loaded(SOURCE, _declare).subspec_encode(
         num_rows,
         num_columns,

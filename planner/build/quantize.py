@@ -25,11 +25,9 @@ POWER = 0.7  # hqq's lp_norm
 BETA = 10.0
 SHRINK_BEGINS = 0.17  # |x| - |x|^(POWER - 1) / BETA is negative up to |x| = 0.1701
 
-SMALLEST_SCALE = (
-    2.0**-59
-)  # no end of a code's interval, zero_point + (code - 8 +- 1/2) * scale, is a
-LARGEST_SCALE = 2.0**59  # subnormal f32, which a machine may take for zero, and none overflows
-LARGEST_ZERO_POINT = torch.finfo(torch.bfloat16).max
+MIN_SCALE = 2.0**-59  # no end of a code's interval, zero_point + (code - 8 +- 1/2) * scale, is a
+MAX_SCALE = 2.0**59  # subnormal f32, which a machine may take for zero, and none overflows
+MAX_ZERO_POINT = torch.finfo(torch.bfloat16).max
 ZERO_POINT_STEPS = (
     256 * 7
 )  # a zero_point within as many steps of 0 is rounded to bf16 by at most 7 steps
@@ -46,9 +44,7 @@ class Substitute:
     """weight ~ (code - ZERO_POINT_CODE) * scale + zero_point, on the host, as it is stored."""
 
     codes: Tensor  # uint8 [N, K / 2], packed by pack_nibbles
-    qparams: (
-        Tensor  # bf16 [G, N, 2]: scale, within SMALLEST_ and LARGEST_SCALE, and zero_point, finite
-    )
+    qparams: Tensor  # bf16 [G, N, 2]: scale, within MIN_ and MAX_SCALE, and zero_point, finite
 
 
 @torch.no_grad()
@@ -96,7 +92,7 @@ def quantize_with_hqq(weight: Tensor, device: torch.device | str) -> Substitute:
         _, found = Quantizer.quantize(
             original, nbits=4, group_size=GROUP_SIZE, axis=1, bitpack=False, device=str(device)
         )
-        scale = found["scale"].float().clamp(SMALLEST_SCALE, LARGEST_SCALE).bfloat16().float()
+        scale = found["scale"].float().clamp(MIN_SCALE, MAX_SCALE).bfloat16().float()
         stored = _qparams(scale, found["zero"].float().nan_to_num(0.0))
         codes = pack_nibbles(_nearest_codes(original, stored))
         blocks.append((codes.cpu(), stored.cpu()))
@@ -118,7 +114,7 @@ def _fit_scale(low: Tensor, high: Tensor) -> Tensor:
     """
     magnitude = torch.maximum(low.abs(), high.abs())
     scale = torch.maximum((high - low) / HIGHEST_CODE, magnitude / ZERO_POINT_STEPS)
-    return scale.clamp_(SMALLEST_SCALE, LARGEST_SCALE)
+    return scale.clamp_(MIN_SCALE, MAX_SCALE)
 
 
 def _fit_zero(original: Tensor, low: Tensor, high: Tensor, scale: Tensor) -> Tensor:
@@ -166,7 +162,7 @@ def _without_shrunk(residual: Tensor, scale: Tensor) -> Tensor:
 
 def _qparams(scale: Tensor, zero: Tensor) -> Tensor:
     """scale, already rounded to bf16, and zero, both f32 [B, 1] -> bf16 [B, 2]."""
-    zero_point = ((ZERO_POINT_CODE - zero) * scale).clamp_(-LARGEST_ZERO_POINT, LARGEST_ZERO_POINT)
+    zero_point = ((ZERO_POINT_CODE - zero) * scale).clamp_(-MAX_ZERO_POINT, MAX_ZERO_POINT)
     return torch.cat((scale, zero_point), dim=1).bfloat16()
 
 

@@ -43,7 +43,7 @@ from subspec.artifacts.native import fp8_cpu, residual_cpu
 from subspec.planner.build.quantize import Substitute
 from subspec.planner.model.checkpoint import DRAFT_HEAD, Checkpoint
 from subspec.planner.model.eagle3 import token_ids
-from subspec.planner.model.fp8 import multiply_out, read_codes, read_scales
+from subspec.planner.model.fp8 import dequantize, read_codes, read_scales
 from subspec.planner.model.stored import read_pieces
 
 Quantizer = Callable[[Tensor, torch.device | str], Substitute]
@@ -222,11 +222,11 @@ def write_draft_head(file: "HashedFile", checkpoint: Checkpoint) -> None:
 def write_exactly(
     file: "HashedFile", checkpoint: Checkpoint, name: str, dtype: torch.dtype | None = None
 ) -> None:
-    """Write a tensor as it is in the checkpoint, one in FP8 multiplied out, or in another dtype.
+    """Write a tensor as it is in the checkpoint, one in FP8 dequantized, or in another dtype.
     Raises SubspecError(CORRUPT) for NaN or infinity."""
     rows, matrix = checkpoint.rows[name], name.removesuffix(".weight")
     in_fp8 = matrix in checkpoint.scales
-    for stored in [read_multiplied(checkpoint, matrix)] if in_fp8 else read_pieces(rows):
+    for stored in [read_dequantized(checkpoint, matrix)] if in_fp8 else read_pieces(rows):
         piece = stored if dtype is None else stored.to(dtype)
         num_bad = int((~piece.isfinite()).sum())
         if num_bad:
@@ -308,7 +308,7 @@ def write_substitute(
 ) -> Substitute:
     """Quantize a matrix and write its substitute. Of an FP8 matrix the codes are then chosen by
     their windows, in which its residual has its weights."""
-    weight = fp8.widen(exact.weight, exact.scales) if exact.scales else exact.weight
+    weight = fp8.dequantize(exact.weight, exact.scales) if exact.scales else exact.weight
     try:
         substitute = quantizer(weight, device)
     except SubspecError as error:
@@ -332,7 +332,7 @@ def substitute_digest(substitute: Substitute, scales: Scales | None) -> str:
 
 def read_weight(checkpoint: Checkpoint, linear: Linear) -> Exact:
     """The exact matrix, with the head's rows of zeros; one that is stored in FP8, but not in blocks
-    that an artifact has, is multiplied out."""
+    that an artifact has, is dequantized."""
     rows = checkpoint.rows[f"{linear.name}.weight"]
     if linear.fp8:
         values = read_scales(checkpoint.scales[linear.name], rows)
@@ -340,7 +340,7 @@ def read_weight(checkpoint: Checkpoint, linear: Linear) -> Exact:
     dtype: torch.dtype = getattr(torch, checkpoint.spec.dtype)
     weight = torch.empty(linear.out_features, linear.in_features, dtype=dtype)
     if linear.name in checkpoint.scales:
-        weight[: rows.count] = read_multiplied(checkpoint, linear.name)
+        weight[: rows.count] = read_dequantized(checkpoint, linear.name)
         weight[rows.count :] = 0
         return Exact(weight, None)
     first = 0
@@ -351,10 +351,10 @@ def read_weight(checkpoint: Checkpoint, linear: Linear) -> Exact:
     return Exact(weight, None)
 
 
-def read_multiplied(checkpoint: Checkpoint, name: str) -> Tensor:
+def read_dequantized(checkpoint: Checkpoint, name: str) -> Tensor:
     """The exact weights of a matrix that is stored in FP8, bf16 without the head's padding."""
     rows, scales = checkpoint.rows[f"{name}.weight"], checkpoint.scales[name]
-    return multiply_out(read_codes(rows), read_scales(scales, rows), scales, rows)
+    return dequantize(read_codes(rows), read_scales(scales, rows), scales, rows)
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:

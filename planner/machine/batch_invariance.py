@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from subspec.planner.machine.excerpt import cancelling, fill_with_noise
-from subspec.runtime.kernels.linear import Calls, calls_of
+from subspec.runtime.kernels.linear import GemmRanges, gemm_ranges
 from subspec.runtime.model.attention import attend_batch_invariant
 from subspec.runtime.model.cache import Cache
 from subspec.runtime.model.net_state import TreeNodes
@@ -82,10 +82,10 @@ def same_bits(step: Step, x: Tensor, order: Tensor, cache: Cache) -> list[Tensor
     width, here = len(x), torch.arange(len(x), device=x.device)
     alone = step(x.clone(), [rows_at(cache, here, 0)])
     batch = [rows_at(cache, some, index) for index, some in enumerate((here, order))]
-    company = step(torch.cat((x, x[order])), batch)
-    assert alone.keys() == company.keys()
+    batched = step(torch.cat((x, x[order])), batch)
+    assert alone.keys() == batched.keys()
     for name, pieces in alone.items():
-        rows, both = torch.cat(pieces), torch.cat(company[name])
+        rows, both = torch.cat(pieces), torch.cat(batched[name])
         if not (torch.equal(both[:width], rows) and torch.equal(both[width:], rows[order])):
             return None
     return [torch.cat(pieces)[:COMPARED_ROWS] for pieces in alone.values()]
@@ -103,7 +103,7 @@ def rows_at(cache: Cache, rows: Tensor, index: int) -> Rows:
     visible = (live < length) | (live == slots[:, None])
     alone = None
     if cache.nets:
-        paths = on_device(tree_paths([-1] * width, cache.num_taps), rows.device)
+        paths = on_device(tree_paths([-1] * width, cache.conv_kernel_size), rows.device)
         alone = TreeNodes(rows, rows, visible, rows[:, None], paths)
     return Rows(
         rows,
@@ -140,8 +140,8 @@ def head_step(weights: SharedWeights, product: Product) -> Step:
     return run
 
 
-def calls_for(batch: list[Rows]) -> Calls:
-    return calls_of([len(rows.tokens) for rows in batch])
+def calls_for(batch: list[Rows]) -> GemmRanges:
+    return gemm_ranges([len(rows.tokens) for rows in batch])
 
 
 def watch(product: Product, attend: Attend, seen: Seen) -> tuple[Product, Attend]:
@@ -152,7 +152,9 @@ def watch(product: Product, attend: Attend, seen: Seen) -> tuple[Product, Attend
     def see(what: str, rows: Tensor) -> None:
         seen.setdefault(f"{latest} {what}", []).append(rows.clone())
 
-    def watched_product(name: str, x: Tensor, calls: Calls, gate: Tensor | None = None) -> Tensor:
+    def watched_product(
+        name: str, x: Tensor, calls: GemmRanges, gate: Tensor | None = None
+    ) -> Tensor:
         nonlocal latest
         latest = name
         for what, rows in (("in", x), ("gate", gate)):

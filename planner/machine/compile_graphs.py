@@ -26,8 +26,8 @@ from subspec.runtime.draft.graph_pieces import (
     program,
 )
 
-LONGEST_SECONDS = 600
-MOST_ROWS = 1 << 16  # a bound that torch.export wants
+MAX_SECONDS = 600
+MAX_ROWS = 1 << 16  # a bound that torch.export wants
 # Few rows: one thread is done before another one wakes.
 CONFIGURATION = {"cpp.threads": 1}
 
@@ -44,11 +44,9 @@ def compile_graphs(spec: ModelSpec) -> str | None:
         command = [sys.executable, "-m", __spec__.name, str(folder.parent), scratch]
         environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": scratch}
         try:
-            ended = run_child(
-                command, dump_json(spec).encode(), LONGEST_SECONDS, False, environment
-            )
+            ended = run_child(command, dump_json(spec).encode(), MAX_SECONDS, False, environment)
         except subprocess.TimeoutExpired:
-            return f"torch could not compile: it took longer than {LONGEST_SECONDS} seconds"
+            return f"torch could not compile: it took longer than {MAX_SECONDS} seconds"
         except OSError as error:
             return f"torch could not compile: {error}"
     if ended.returncode:
@@ -60,7 +58,7 @@ def compile_graphs(spec: ModelSpec) -> str | None:
 def compile_piece(piece: Piece, path: Path, scratch: Path) -> None:
     """Write the package in `scratch`, of the same file system, and rename it."""
     rows, weights = example_of(piece)
-    num_rows = torch.export.Dim("T", min=1, max=MOST_ROWS)
+    num_rows = torch.export.Dim("T", min=1, max=MAX_ROWS)
     dynamic: tuple[list[dict[int, object]], list[None]] = (
         [{0: num_rows} for _ in rows],
         [None for _ in weights],

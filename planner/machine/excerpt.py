@@ -13,15 +13,15 @@ from subspec.runtime.kernels.linear import Int4Weight, pack_qparams, pack_rows
 NOISE_PERIOD = (1 << 16) + 1  # numbers; a prime
 CANCELLED_AT_ONCE = 1 << 22  # numbers
 CYCLED_BYTES = 96 << 20  # of weights in a pass: more than a cache, as in a whole model
-MOST_LAYERS = 24
+MAX_LAYERS = 24
 
 
 def excerpt(spec: ModelSpec) -> ModelSpec:
     """The first layers with CYCLED_BYTES of 4-bit weights, with every kind of layer at least once;
-    of a larger head only the rows of CYCLED_BYTES. FP8 weights are as if multiplied out: that is
+    of a larger head only the rows of CYCLED_BYTES. FP8 weights are as if dequantized: that is
     timed on its own."""
     of_first = sum(linear.num_weights for linear in spec.linears if linear.layer == 0)
-    num_layers = min(spec.num_layers, MOST_LAYERS, CYCLED_BYTES * 2 // max(1, of_first))
+    num_layers = min(spec.num_layers, MAX_LAYERS, CYCLED_BYTES * 2 // max(1, of_first))
     every_kind = num_layers_of_every_kind(spec)
     # Whole periods: kinds have their shares of the layers.
     if spec.delta_nets:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from subspec.artifacts.common.cpu_load import cpu_times, others_share, usable_cpus
+from subspec.artifacts.common.cpu_load import background_cpu_share, cpu_times, usable_cpus
 from subspec.artifacts.common.host_memory import free_host_bytes
 from subspec.artifacts.common.progress import Progress
 from subspec.artifacts.format.store import part_digest
@@ -20,7 +20,7 @@ from subspec.artifacts.profile import KernelCosts, LinkRate, Profile, Timing
 from subspec.planner.machine.microbench import Bench, DraftTimings
 from subspec.planner.machine.pinnable import pinnable_bytes
 from subspec.planner.machine.profiles import middle_timing, shapes_of, typical_of
-from subspec.planner.machine.residual_rate import decode_rate
+from subspec.planner.machine.residual_rate import decoded_weights_per_second
 from subspec.planner.machine.timing import (
     USUAL_EFFORT,
     Cursor,
@@ -46,8 +46,8 @@ from subspec.runtime.stream.digests import Digests
 from subspec.runtime.stream.link import DiskLink
 
 DIGEST_BYTES = 4 << 20  # of one part; each thread checks one at a time
-LARGEST_BLOCK = 64 << 20  # as large as a part may be; larger blocks are not faster
-LEAST_SHARE = 0.2  # of its speed; chosen: less is noise, not contention
+MAX_BLOCK = 64 << 20  # as large as a part may be; larger blocks are not faster
+MIN_SHARE = 0.2  # of its speed; chosen: less is noise, not contention
 
 
 def measure(
@@ -69,7 +69,7 @@ def measure(
     # torch counts the CPUs that this process may run on, whatever share of them it is granted.
     torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))
     free = torch.cuda.mem_get_info(target)[0] if cuda else free_host_bytes()
-    with slow_tier(spec, target, folder, effort) as tier, torch.inference_mode():
+    with open_slow_memory(spec, target, folder, effort) as slow_memory, torch.inference_mode():
         progress("measuring", 0.0)
         bench = Bench(spec, target, effort)
         kernels = bench.timed_kernels([draft_model] if draft_model else [])
@@ -80,7 +80,7 @@ def measure(
             progress(
                 f"measuring, {index + 1} of {effort.passes}", (index + 1) / (effort.passes + 2)
             )
-            passes.append(measured_once(bench, kernel, substitutes, graphs, tier))
+            passes.append(measured_once(bench, kernel, substitutes, graphs, slow_memory))
         drafting = dict.fromkeys(kernels, DraftTimings((), (), ()))
         if draft_model is not None:
             progress("measuring the draft model", (effort.passes + 1) / (effort.passes + 2))
@@ -128,8 +128,8 @@ def kernel_costs(
         kernel,
         draft.layer,
         draft.head,
-        decode_rate(bench.spec, device, kernel, "residual", effort),
-        decode_rate(spec, device, kernel, "fp8-residual", effort),
+        decoded_weights_per_second(bench.spec, device, kernel, "residual", effort),
+        decoded_weights_per_second(spec, device, kernel, "fp8-residual", effort),
         of_model.layer,
         of_model.head,
     )
@@ -155,7 +155,7 @@ def machine_name(device: str) -> str:
 
 
 @dataclass(frozen=True)
-class SlowTier:
+class SlowMemory:
     """Slow memory to time the link with."""
 
     open_link: Callable[[int], Stream]  # with two slots of so many bytes
@@ -163,19 +163,19 @@ class SlowTier:
 
 
 @contextmanager
-def slow_tier(
+def open_slow_memory(
     spec: ModelSpec, device: torch.device, folder: Path, effort: Effort
-) -> Iterator[SlowTier]:
+) -> Iterator[SlowMemory]:
     """A file on the disk of `folder`, or for a GPU host memory, as large as the model within the
     limits of `effort`."""
     least, most = effort.least_link_bytes, effort.most_link_bytes
     num_bytes = min(max(raw_storage(spec).num_bytes, least), most) >> 20 << 20
     if device.type == "cuda":
         with pinned(num_bytes) as host:
-            yield SlowTier(lambda size: HostCopies(device, host, size), Cursor(num_bytes))
+            yield SlowMemory(lambda size: HostCopies(device, host, size), Cursor(num_bytes))
         return
     with unnamed_file(folder, num_bytes) as path:
-        yield SlowTier(
+        yield SlowMemory(
             lambda size: DiskLink(path, [host_buffer(size) for _ in range(2)], None),
             Cursor(num_bytes),
         )
@@ -196,24 +196,26 @@ def block_sizes(spec: ModelSpec) -> list[int]:
     """Bytes of the blocks that a plan may stream, ascending."""
     ways = usual_storages(spec)[0], raw_storage(spec)
     blocks = {ring.block_bytes if ring else 0 for way in ways for ring in staging(way)}
-    return sorted({min(max(block, PAGE_BYTES), LARGEST_BLOCK) for block in blocks})
+    return sorted({min(max(block, PAGE_BYTES), MAX_BLOCK) for block in blocks})
 
 
-def measure_link(tier: SlowTier, block_bytes: int, effort: Effort = USUAL_EFFORT) -> LinkRate:
-    link = tier.open_link(block_bytes)
+def measure_link(
+    slow_memory: SlowMemory, block_bytes: int, effort: Effort = USUAL_EFFORT
+) -> LinkRate:
+    link = slow_memory.open_link(block_bytes)
     try:
-        return LinkRate(block_bytes, stream_rate(link, tier.cursor, block_bytes, effort))
+        return LinkRate(block_bytes, stream_rate(link, slow_memory.cursor, block_bytes, effort))
     finally:
         link.close()
 
 
-def contention(bench: Bench, tier: SlowTier, idle: LinkRate) -> tuple[float, float]:
+def contention(bench: Bench, slow_memory: SlowMemory, idle: LinkRate) -> tuple[float, float]:
     """Shares of their speeds that the link and the layers keep while both are busy."""
     action = bench.loaded_layers()
     alone = repetitions(action, bench.device, bench.effort)
-    link = tier.open_link(idle.block_bytes)
+    link = slow_memory.open_link(idle.block_bytes)
     try:
-        with streaming(link, tier.cursor, idle.block_bytes) as bytes_per_second:
+        with streaming(link, slow_memory.cursor, idle.block_bytes) as bytes_per_second:
             loaded = repetitions(action, bench.device, bench.effort)
             busy = bytes_per_second()
     finally:
@@ -222,7 +224,7 @@ def contention(bench: Bench, tier: SlowTier, idle: LinkRate) -> tuple[float, flo
 
 
 def share_kept(loaded: float, idle: float) -> float:
-    return min(1.0, max(LEAST_SHARE, loaded / idle))
+    return min(1.0, max(MIN_SHARE, loaded / idle))
 
 
 def measured_once(
@@ -230,7 +232,7 @@ def measured_once(
     kernel: Int4Kernel,
     substitutes: Substitutes,
     graphs: CompiledGraphs | None,
-    tier: SlowTier,
+    slow_memory: SlowMemory,
 ) -> Profile:
     """Time everything once; the caller sets the fields that are not timed."""
     started = cpu_times()
@@ -238,8 +240,8 @@ def measured_once(
     fast_layer, plain_head = bench.fast_timings()
     draft = bench.draft_timings(substitutes, graphs)
     effort = bench.effort
-    link = tuple(measure_link(tier, size, effort) for size in block_sizes(bench.full_spec))
-    contended_link, contended_compute = contention(bench, tier, link[-1])
+    link = tuple(measure_link(slow_memory, size, effort) for size in block_sizes(bench.full_spec))
+    contended_link, contended_compute = contention(bench, slow_memory, link[-1])
     return Profile(
         device="cuda" if bench.device.type == "cuda" else "cpu",
         machine=name_of_device(bench.device),
@@ -250,7 +252,7 @@ def measured_once(
         link=link,
         contended_link=contended_link,
         contended_compute=contended_compute,
-        digest_rate=digest_rate(effort),
+        digest_bytes_per_second=digest_bytes_per_second(effort),
         exact_layer=exact_layer,
         fast_layer=fast_layer,
         draft_layer=draft.layer,
@@ -259,18 +261,20 @@ def measured_once(
         draft_attention=draft.attention,
         exact_head=(Timing(1, plain_head), *exact_head),
         draft_head=draft.head,
-        round_seconds=bench.round_seconds(),
-        residual_weights_per_second=decode_rate(
+        round_overhead_seconds=bench.round_overhead_seconds(),
+        residual_weights_per_second=decoded_weights_per_second(
             bench.spec, bench.device, kernel, "residual", effort
         ),
-        fp8_residual_weights_per_second=decode_rate(
+        fp8_residual_weights_per_second=decoded_weights_per_second(
             bench.full_spec, bench.device, kernel, "fp8-residual", effort
         ),
-        fp8_weights_per_second=decode_rate(bench.full_spec, bench.device, kernel, "fp8", effort),
+        fp8_weights_per_second=decoded_weights_per_second(
+            bench.full_spec, bench.device, kernel, "fp8", effort
+        ),
         int4_kernel=kernel,
         batch_invariant_widths=(),
         draft_graphs=graphs is not None,
-        others_cpu_share=others_share(started, cpu_times()),
+        background_cpu_share=background_cpu_share(started, cpu_times()),
     )
 
 
@@ -296,7 +300,7 @@ class HostCopies:
         self._copies.synchronize()
 
 
-def digest_rate(effort: Effort = USUAL_EFFORT) -> float:
+def digest_bytes_per_second(effort: Effort = USUAL_EFFORT) -> float:
     """Bytes per second of the digest check when weights are first read."""
     num_threads = torch.get_num_threads()
     data = torch.zeros(DIGEST_BYTES, dtype=torch.uint8)

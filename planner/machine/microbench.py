@@ -23,7 +23,7 @@ from subspec.artifacts.footprint import (
 )
 from subspec.artifacts.model import ModelSpec
 from subspec.artifacts.plan import DeviceKind, Int4Kernel, Ledger, Placement, Tree
-from subspec.artifacts.profile import LIVE_TOKENS, MORE_TOKENS, SHORTEST, Timing, seconds_at
+from subspec.artifacts.profile import LIVE_TOKENS, MIN_SECONDS, MORE_TOKENS, Timing, seconds_at
 from subspec.planner.machine.batch_invariance import rows_at_any_place
 from subspec.planner.machine.compile_graphs import compile_graphs
 from subspec.planner.machine.excerpt import (
@@ -35,7 +35,7 @@ from subspec.planner.machine.excerpt import (
 from subspec.planner.machine.timing import USUAL_EFFORT, Effort, time_each, time_widths
 from subspec.planner.solve.storage import raw_storage
 from subspec.runtime.draft import compiled_graphs
-from subspec.runtime.draft.beam import Growing, grow, root_only
+from subspec.runtime.draft.beam import PartialTree, grow, root_only
 from subspec.runtime.draft.compiled_graphs import CompiledGraphs, load_graphs, serves
 from subspec.runtime.draft.compiled_layers import compile_layers, run_layers
 from subspec.runtime.draft.delta_draft import run_draft
@@ -44,7 +44,7 @@ from subspec.runtime.draft.graphs import Action, Replay, capture_on_gpu
 from subspec.runtime.draft.substitutes import Substitutes
 from subspec.runtime.exact_pass import causal_rows, whole_tree
 from subspec.runtime.kernels import gemlite_kernel, int4
-from subspec.runtime.kernels.linear import calls_of, single_row_kernels
+from subspec.runtime.kernels.linear import gemm_ranges, single_row_kernels
 from subspec.runtime.load import (
     DRAFT_DTYPE,
     biases_of,
@@ -59,7 +59,7 @@ from subspec.runtime.model.attention import attend, attend_batch_invariant
 from subspec.runtime.model.cache import make_cache
 from subspec.runtime.model.net_state import commit_nodes, make_net_states
 from subspec.runtime.model.paths import chain_paths
-from subspec.runtime.model.sampling import Chooser, Sampling
+from subspec.runtime.model.sampling import Sampler, SamplingParams
 from subspec.runtime.model.transformer import (
     Attend,
     Pass,
@@ -184,7 +184,9 @@ class Bench:
         through_head = self._through_head(self.weights, self.exact)
         actions: list[Callable[[], object]] = [
             layers[1],
-            lambda: Chooser(Sampling()).choose(through_head(self._causal_rows(1, attend))[0], 0),
+            lambda: Sampler(SamplingParams()).sample(
+                through_head(self._causal_rows(1, attend))[0], 0
+            ),
         ]
         with single_row_kernels() if self.device.type == "cpu" else nullcontext():
             (layer, slowest), (head, _) = time_each(actions, self.device, self.effort)
@@ -251,7 +253,7 @@ class Bench:
         if graphs is None:
             return None
         rows = self._draft_rows(4)
-        calls = calls_of([4])
+        calls = gemm_ranges([4])
         actions: list[Callable[[], object]] = [
             lambda: compiled_graphs.forward(graphs, [rows]),
             lambda: forward(weights, substitutes, [rows], calls),
@@ -273,7 +275,7 @@ class Bench:
         through_head = self._through_head(self.draft_weights, substitutes)
         root = torch.zeros(1, dtype=torch.int64, device=self.device)
 
-        def draft_pass(growing: Sequence[Growing]) -> Tensor:
+        def draft_pass(growing: Sequence[PartialTree]) -> Tensor:
             [one] = growing
             slots = self.cache.tree_slots(len(one.tree.tokens))
             return through_head(drafted_rows(one.tree, one.last, self.cache, slots))
@@ -308,7 +310,7 @@ class Bench:
         layer, head = self._timed(layers, heads, DRAFT_LEVELS, self.layers_per_call)
         return DraftTimings(layer, self.attention_timings(attend, DRAFT_DTYPE), head)
 
-    def round_seconds(self) -> float:
+    def round_overhead_seconds(self) -> float:
         """Seconds of accepting a path and moving its keys and values in every layer's cache, or the
         layer's state along it."""
         tree = root_only(torch.zeros(1, dtype=torch.int64, device=self.device), 32)
@@ -317,12 +319,12 @@ class Bench:
         def moving() -> None:
             self.cache.commit_path(path, [])
             if self.cache.nets:
-                paths = chain_paths(len(path), self.cache.num_taps, self.device)
+                paths = chain_paths(len(path), self.cache.conv_kernel_size, self.device)
                 for net in self.cache.nets:
                     commit_nodes(net, path, paths)
 
         actions: list[Callable[[], object]] = [
-            lambda: accept(tree, tree.tokens, ACCEPT_DEPTH).emitted(),
+            lambda: accept(tree, tree.tokens, ACCEPT_DEPTH).tokens(),
             moving,
         ]
         (accepting, _), (moved, _) = time_each(actions, self.device, self.effort)
@@ -377,7 +379,7 @@ class Bench:
         layers = cycle(enumerate(islice(products, self.spec.num_layers)))
         num_rows = len(rows.tokens)
         x = torch.ones(num_rows, self.spec.hidden_size, dtype=weights.dtype).to(self.device)
-        now = Pass(weights, [rows], calls_of([num_rows]), rows.positions)
+        now = Pass(weights, [rows], gemm_ranges([num_rows]), rows.positions)
 
         def run() -> None:
             for index, product in islice(layers, self.layers_per_call):
@@ -410,7 +412,7 @@ class Bench:
         """The part of a pass outside its layers."""
         *_, head = products
         return lambda rows: to_logits(
-            weights, head, embed(weights, rows.tokens), calls_of([len(rows.tokens)])
+            weights, head, embed(weights, rows.tokens), gemm_ranges([len(rows.tokens)])
         )
 
     def _keep(self, tensor: Tensor) -> Tensor:
@@ -435,6 +437,6 @@ def replayed(action: Action, capture: Callable[[Action], Replay]) -> Action:
 
 def difference(near: tuple[Timing, ...], far: tuple[Timing, ...]) -> tuple[Timing, ...]:
     return tuple(
-        Timing(f.width, max(f.seconds - n.seconds, SHORTEST), f.slowest)
+        Timing(f.width, max(f.seconds - n.seconds, MIN_SECONDS), f.slowest)
         for n, f in zip(near, far, strict=True)
     )

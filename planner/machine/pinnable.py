@@ -17,8 +17,8 @@ from subspec.artifacts.common.child import run_child
 from subspec.artifacts.common.host_memory import memories
 
 TIME_LIMIT_SECONDS = 60.0
-SMALLEST_PIECE = 256 << 20
-LARGEST_PIECE = 4 << 30
+MIN_PIECE = 256 << 20
+MAX_PIECE = 4 << 30
 RESERVE_BYTES = 1 << 30  # always left free, or a 20th of the memory if that is more
 PORTABLE = 1  # cudaHostRegister: pinned for every GPU's context
 
@@ -26,7 +26,7 @@ PORTABLE = 1  # cudaHostRegister: pinned for every GPU's context
 def pinnable_bytes(device: str, wanted_bytes: int) -> int:
     """Host bytes that can be pinned for `device` in addition to what is pinned already.
 
-    At least `wanted_bytes` if possible; 0 if unknown or less than SMALLEST_PIECE. The child stops
+    At least `wanted_bytes` if possible; 0 if unknown or less than MIN_PIECE. The child stops
     after TIME_LIMIT_SECONDS: on a slow machine more may be possible.
     """
     child = [
@@ -55,12 +55,12 @@ def last_total(output: bytes, wanted_bytes: int) -> int:
     """Largest valid total in the complete lines of the output; 0 if there is none."""
     lines = output.split(b"\n")[:-1]
     found = [int(line) for line in lines if re.fullmatch(rb"[0-9]{1,18}", line)]
-    most = whole_pieces(wanted_bytes + SMALLEST_PIECE - 1)
+    most = whole_pieces(wanted_bytes + MIN_PIECE - 1)
     return max((total for total in found if total <= most), default=0)
 
 
 def whole_pieces(num_bytes: int) -> int:
-    return num_bytes // SMALLEST_PIECE * SMALLEST_PIECE
+    return num_bytes // MIN_PIECE * MIN_PIECE
 
 
 # The child
@@ -74,10 +74,10 @@ def totals(
     A piece is at most a quarter of the total so far, which bounds what a killed child cannot
     report. A piece that is refused, or that would not leave the reserve, is halved and tried again.
     """
-    wanted = whole_pieces(wanted_bytes + SMALLEST_PIECE - 1)
-    reached, largest = 0, LARGEST_PIECE
+    wanted = whole_pieces(wanted_bytes + MIN_PIECE - 1)
+    reached, largest = 0, MAX_PIECE
     while reached < wanted and largest:
-        piece = max(SMALLEST_PIECE, whole_pieces(reached // 4))
+        piece = max(MIN_PIECE, whole_pieces(reached // 4))
         piece = min(piece, largest, wanted - reached)
         if piece <= spare() and pin(piece):
             reached += piece

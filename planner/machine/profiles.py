@@ -111,7 +111,7 @@ def under_link(profile: Profile, bytes_per_second: int | None) -> Profile:
         corrections = Corrections(
             draft=corrections.draft,
             draft_model=corrections.draft_model,
-            checked_draft=corrections.checked_draft,
+            hierarchical_draft=corrections.hierarchical_draft,
             num_rounds=corrections.num_rounds,
             link_bandwidth=bytes_per_second,
         )

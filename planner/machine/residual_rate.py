@@ -30,10 +30,10 @@ from subspec.runtime.stream.residual_decoder import ResidualDecoder
 DECODE_WEIGHTS = 1 << 21  # of one matrix, decoded at a time: enough for all threads
 DECODED_BYTES = 64 << 20  # that calls cycle through: more than the caches of most processors
 CALLS_ON_CUDA = 16  # in one timing
-LARGEST_FP8 = 448.0  # of e4m3
+MAX_FP8 = 448.0  # of e4m3
 
 
-def decode_rate(
+def decoded_weights_per_second(
     spec: ModelSpec,
     device: torch.device,
     kernel: Int4Kernel,
@@ -97,10 +97,10 @@ def decode_seconds(
         made = quantize(weight, device)
         stored = residual_cpu.encode(weight, made.codes, made.qparams, threads)
     else:
-        scale = float(weight.abs().max()) / LARGEST_FP8
+        scale = float(weight.abs().max()) / MAX_FP8
         of_blocks = scales_of(cut, torch.full(cut.scale_shape, scale))
         codes = (weight / scale).to(torch.float8_e4m3fn).view(torch.uint8)
-        made = quantize(fp8.widen(codes, of_blocks), device)
+        made = quantize(fp8.dequantize(codes, of_blocks), device)
         own = fp8_cpu.codes_by_windows(codes, made.qparams, of_blocks, threads)
         stored = codes.view(torch.float8_e4m3fn)
         if encoding == "fp8-residual":

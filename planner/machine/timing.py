@@ -43,7 +43,7 @@ class Effort:
     # Size of the data that the link is timed with: the model's size within these bounds. All of it
     # is read before a byte is read again, so that caches (a host's page cache, a disk's memory, a
     # processor's last level) have other bytes by then. At least one of the largest blocks
-    # (LARGEST_BLOCK of measure.py); at most what takes a few seconds to write.
+    # (MAX_BLOCK of measure.py); at most what takes a few seconds to write.
     least_link_bytes: int = 64 << 20
     most_link_bytes: int = 1 << 30
     # Whether torch compiles the draft of a model that draft_layers.cpp does not know: up to a

@@ -79,17 +79,19 @@ def read_checkpoint(folder: Path, source: Source) -> Checkpoint:
     names = _Names(spec, stored)
     shapes = _shapes(spec)
     # Of a tied pair either may be the one that is stored.
-    stands_in = spec.tied_head and names.find(HEAD_WEIGHT) and not names.find(EMBEDDING_WEIGHT)
+    stands_in = (
+        spec.tie_word_embeddings and names.find(HEAD_WEIGHT) and not names.find(EMBEDDING_WEIGHT)
+    )
     rows = {}
     for name, shape in shapes.items():
         rows[name] = names.rows(
             HEAD_WEIGHT if stands_in and name == EMBEDDING_WEIGHT else name, shape
         )
     notes = config_notes(folder)
-    if spec.tied_head and names.find(HEAD_WEIGHT):
+    if spec.tie_word_embeddings and names.find(HEAD_WEIGHT):
         head = names.rows(HEAD_WEIGHT, shapes[EMBEDDING_WEIGHT])
         if not _same_weights(head, rows[EMBEDDING_WEIGHT]):  # transformers unties them, too
-            spec = replace(spec, tied_head=False)
+            spec = replace(spec, tie_word_embeddings=False)
             rows[HEAD_WEIGHT] = head
             notes += (
                 f"{CONFIG} says that the head is the embedding, but {head.tensor.name} is not "
@@ -101,7 +103,7 @@ def read_checkpoint(folder: Path, source: Source) -> Checkpoint:
     dtype = _dtype([own for name, own in rows.items() if name not in apart])
     if scales and dtype != "bfloat16":
         raise _not_beside_fp8("the checkpoint", dtype)
-    if spec.tied_head:
+    if spec.tie_word_embeddings:
         rows[HEAD_WEIGHT] = rows[EMBEDDING_WEIGHT]
     own_head = _own_head(replace(spec, dtype=dtype), names, stored, quantization)
     if not own_head.rows:
@@ -198,7 +200,7 @@ def _shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     found: dict[str, tuple[int, ...]] = {EMBEDDING_WEIGHT: (spec.vocab_size, spec.hidden_size)}
     for linear in spec.linears:
         rows = linear.out_features - linear.padding_rows
-        if not (linear.name == HEAD and spec.tied_head):
+        if not (linear.name == HEAD and spec.tie_word_embeddings):
             found[f"{linear.name}.weight"] = (rows, linear.in_features)
         if linear.has_bias:
             found[f"{linear.name}.bias"] = (rows,)
@@ -306,7 +308,7 @@ def _fusions(layer: LayerSpec) -> dict[str, tuple[str, int, int]]:
                 sizes["q_proj"] *= 2
         elif isinstance(body, Dense):
             fused = f"{body.name}.gate_up_proj"
-            sizes = {"gate_proj": body.inner_size, "up_proj": body.inner_size}
+            sizes = {"gate_proj": body.intermediate_size, "up_proj": body.intermediate_size}
         else:
             continue
         first, total = 0, sum(sizes.values())

@@ -13,10 +13,10 @@ from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.model import DTYPE_BYTES, DraftHead, DType, ModelSpec, NormStyle, Source
 from subspec.planner.model.families import FAMILIES, WHOLES, Whole, mtp_notes
 from subspec.planner.model.fields import (
-    LARGEST_VOCABULARY,
-    LARGEST_WIDTH,
-    MOST_LAYERS,
-    MOST_POSITIONS,
+    MAX_LAYERS,
+    MAX_POSITIONS,
+    MAX_VOCABULARY,
+    MAX_WIDTH,
     Fields,
     read_fields,
 )
@@ -27,7 +27,7 @@ from subspec.planner.model.rope import check_rope, reach, rope_notes
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
-MOST_END_TOKENS = 1_000
+MAX_END_TOKENS = 1_000
 
 # What transformers' config class is given: nothing else in a config reaches it. It would set any
 # name as an attribute, and enumerate num_labels.
@@ -91,17 +91,17 @@ READ = (
 )
 # What transformers divides by or counts up to while it makes the object.
 COUNTS = {
-    "full_attention_interval": MOST_LAYERS,
-    "global_head_dim": LARGEST_WIDTH,
-    "head_dim": LARGEST_WIDTH,
-    "hidden_size": LARGEST_WIDTH,
-    "max_position_embeddings": MOST_POSITIONS,
-    "no_rope_layer_interval": MOST_LAYERS,
-    "num_attention_heads": LARGEST_WIDTH,
-    "num_global_key_value_heads": LARGEST_WIDTH,
-    "num_hidden_layers": MOST_LAYERS,
-    "num_key_value_heads": LARGEST_WIDTH,
-    "sliding_window_pattern": MOST_LAYERS,
+    "full_attention_interval": MAX_LAYERS,
+    "global_head_dim": MAX_WIDTH,
+    "head_dim": MAX_WIDTH,
+    "hidden_size": MAX_WIDTH,
+    "max_position_embeddings": MAX_POSITIONS,
+    "no_rope_layer_interval": MAX_LAYERS,
+    "num_attention_heads": MAX_WIDTH,
+    "num_global_key_value_heads": MAX_WIDTH,
+    "num_hidden_layers": MAX_LAYERS,
+    "num_key_value_heads": MAX_WIDTH,
+    "sliding_window_pattern": MAX_LAYERS,
 }
 ACTIVATIONS = {
     "silu": ("hidden_act", "silu"),
@@ -144,16 +144,16 @@ def described(written: Fields, folder: Path, source: Source) -> ModelSpec:
     spec = ModelSpec(
         family=family,
         dtype=_dtype(decoder, "bfloat16" if quantization else "float32"),
-        hidden_size=config.integer("hidden_size", 1, LARGEST_WIDTH),
-        vocab_size=config.integer("vocab_size", 1, LARGEST_VOCABULARY),
+        hidden_size=config.integer("hidden_size", 1, MAX_WIDTH),
+        vocab_size=config.integer("vocab_size", 1, MAX_VOCABULARY),
         max_positions=max_positions,
         layers=layers,
         norm=norm,
-        tied_head=config.flag("tie_word_embeddings"),
+        tie_word_embeddings=config.flag("tie_word_embeddings"),
         embedding_scale=style.embedding_scale,
         rounds_embedding_scale=style.rounds_embedding_scale,
         logits_divisor=style.logits_divisor,
-        logits_cap=style.logits_cap,
+        logits_soft_cap=style.logits_soft_cap,
         rope_in_f32=style.rope_in_f32,
         draft_head=DraftHead("mtp", attending, norm) if attending else None,
         eos_token_ids=_end_tokens(folder, config),
@@ -256,7 +256,7 @@ def _check_per_layer(written: Fields) -> None:
     """Raises SubspecError unless it gives layers nothing but other heads."""
     values = written.values[PER_LAYER]
     expected = "an object from the indices of layers to objects"
-    if not isinstance(values, dict) or len(values) > MOST_LAYERS:
+    if not isinstance(values, dict) or len(values) > MAX_LAYERS:
         raise written.wrong(PER_LAYER, values, expected)
     for index, own in values.items():
         fine = index.isascii() and index.isdigit() and len(index) < 6
@@ -266,7 +266,7 @@ def _check_per_layer(written: Fields) -> None:
         for name in own:
             if name not in LAYER_VALUES:
                 raise layer.unsupported(name[:60], f"layers that differ in {sorted(LAYER_VALUES)}")
-            layer.integer(name, 1, LARGEST_WIDTH)
+            layer.integer(name, 1, MAX_WIDTH)
 
 
 def _dtype(written: Fields, usual: DType) -> DType:
@@ -287,7 +287,7 @@ def _end_tokens(folder: Path, config: Fields) -> tuple[int, ...]:
         fields = generation if generation.has("eos_token_id") else config
     value = fields.values.get("eos_token_id")
     found = [] if value is None else value if isinstance(value, list) else [value]
-    fine = all(type(token) is int and 0 <= token < LARGEST_VOCABULARY for token in found)
-    if not fine or len(found) > MOST_END_TOKENS:
+    fine = all(type(token) is int and 0 <= token < MAX_VOCABULARY for token in found)
+    if not fine or len(found) > MAX_END_TOKENS:
         raise fields.wrong("eos_token_id", value, "a token id or a list of them")
     return tuple(dict.fromkeys(found))

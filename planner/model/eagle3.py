@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.model import HIDDEN_NORM, TOKEN_IDS, Eagle3, ModelSpec
 from subspec.planner.model.config import ARCHITECTURES, CONFIG
-from subspec.planner.model.fields import MOST_LAYERS, Fields
+from subspec.planner.model.fields import MAX_LAYERS, Fields
 from subspec.planner.model.stored import AGAIN, Rows, StoredTensor, read_pieces, read_small
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ MARKS = (MIDLAYER, OFFSETS, NOT_READ)
 INNER = "transformer_layer_config"
 READS = "eagle_aux_hidden_state_layer_ids"
 COMPARED_ROWS = 1024  # of embeddings, at a time
-LARGEST_DIFFERENCE = 2.0**-6  # between a model's embedding and a head's copy, of the largest entry
+MAX_DIFFERENCE = 2.0**-6  # between a model's embedding and a head's copy, of the largest entry
 
 
 def is_eagle3(tensors: dict[str, StoredTensor]) -> bool:
@@ -79,7 +79,7 @@ def layers_read(written: Fields, nested: Fields, num_layers: int) -> tuple[int, 
     expected = f"a list of different layers, {-first} to {num_layers - first}"
     if not isinstance(given, list) or not 1 <= len(given) <= 16:
         raise fields.wrong(READS, given, expected)
-    whole = all(type(one) is int and -MOST_LAYERS < one < MOST_LAYERS for one in given)
+    whole = all(type(one) is int and -MAX_LAYERS < one < MAX_LAYERS for one in given)
     found = tuple(one + first for one in given) if whole else ()
     if len(set(found)) < len(given) or not all(0 <= one <= num_layers for one in found):
         raise fields.wrong(READS, given, expected)
@@ -118,7 +118,7 @@ def check_embedding(own: StoredTensor, models: Rows) -> None:
         count = min(COMPARED_ROWS, models.count - first)
         both = Rows(models.tensor, models.first + first, count), Rows(own, first, count)
         ours, theirs = (torch.cat([*read_pieces(one)]).float() for one in both)
-        if not bool(((ours - theirs).abs() <= LARGEST_DIFFERENCE * ours.abs().max()).all()):
+        if not bool(((ours - theirs).abs() <= MAX_DIFFERENCE * ours.abs().max()).all()):
             raise SubspecError(
                 Exit.UNSUPPORTED,
                 f"{own.name} is not the embedding of its model",

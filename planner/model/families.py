@@ -7,13 +7,13 @@ from typing import Literal
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.model import DeltaNet, QueryGrowth
-from subspec.planner.model.fields import LARGEST_WIDTH, MOST_LAYERS, MOST_POSITIONS, Fields
+from subspec.planner.model.fields import MAX_LAYERS, MAX_POSITIONS, MAX_WIDTH, Fields
 from subspec.planner.model.rope import BOUNDS, ORIGINAL, rope_values
 
 FULL = "full_attention"
 LINEAR = "linear_attention"
-MOST_TAPS = 64
-MTP_LAYERS, MOST_MTP_LAYERS = "mtp_num_hidden_layers", 64
+MAX_TAPS = 64
+MTP_LAYERS, MAX_MTP_LAYERS = "mtp_num_hidden_layers", 64
 MTP_EMBEDDINGS = "mtp_use_dedicated_embeddings"
 MULTIPLIER = (1e-6, 1e6)  # of granite's
 CAP = (1e-3, 1e6)  # of logits
@@ -68,7 +68,7 @@ class Style:
     embedding_scale: float = 1.0
     rounds_embedding_scale: bool = False
     logits_divisor: float = 1.0
-    logits_cap: float | None = None
+    logits_soft_cap: float | None = None
 
 
 @dataclass(frozen=True)
@@ -103,13 +103,13 @@ def _ministral(config: Fields) -> Style:
 def _ministral3(config: Fields) -> Style:
     values = rope_values(config, FULL)
     beta = values.number("llama_4_scaling_beta", *BOUNDS["llama_4_scaling_beta"])
-    growth = QueryGrowth(beta, values.integer(ORIGINAL, 1, MOST_POSITIONS))
+    growth = QueryGrowth(beta, values.integer(ORIGINAL, 1, MAX_POSITIONS))
     return Style(windows="all_layers", query_growth=growth)
 
 
 def _smollm3(config: Fields) -> Style:
     flags = config.values["no_rope_layers"]  # 1: this layer does turn positions
-    enough = len(flags) >= config.integer("num_hidden_layers", 1, MOST_LAYERS)
+    enough = len(flags) >= config.integer("num_hidden_layers", 1, MAX_LAYERS)
     if not enough or not all(type(flag) is int and flag in (0, 1) for flag in flags):
         raise config.wrong("no_rope_layers", flags, "0 or 1 for each layer")
     rotates = tuple(bool(flag) for flag in flags)
@@ -173,9 +173,9 @@ def _gemma(config: Fields) -> Style:
         qkv_bias=bias,
         output_bias=bias,
         qk_norm="head",
-        embedding_scale=config.integer("hidden_size", 1, LARGEST_WIDTH) ** 0.5,
+        embedding_scale=config.integer("hidden_size", 1, MAX_WIDTH) ** 0.5,
         rounds_embedding_scale=True,
-        logits_cap=(
+        logits_soft_cap=(
             config.number("final_logit_softcapping", *CAP)
             if config.has("final_logit_softcapping")
             else None
@@ -187,7 +187,7 @@ def _gemma3(config: Fields) -> Style:
     """Its attn_logit_softcapping has no effect in transformers either."""
     if config.flag("use_bidirectional_attention", False):
         raise config.unsupported("use_bidirectional_attention", "false")
-    scale = config.integer("query_pre_attn_scalar", 1, LARGEST_WIDTH) ** -0.5
+    scale = config.integer("query_pre_attn_scalar", 1, MAX_WIDTH) ** -0.5
     return replace(_gemma(config), zero_centered=True, attention_scale=scale)
 
 
@@ -226,13 +226,13 @@ def _qwen3_5(config: Fields) -> Style:
         if config.has(name) and config.values[name] not in computed:
             raise config.unsupported(name, " or ".join(map(repr, computed)))
     key_heads, value_heads, key_size, value_size = (
-        config.integer(f"linear_{name}", 1, LARGEST_WIDTH)
+        config.integer(f"linear_{name}", 1, MAX_WIDTH)
         for name in ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim")
     )
     if value_heads % key_heads:
         expected = f"a multiple of linear_num_key_heads, {key_heads}"
         raise config.wrong("linear_num_value_heads", value_heads, expected)
-    num_taps = config.integer("linear_conv_kernel_dim", 2, MOST_TAPS)
+    conv_kernel_size = config.integer("linear_conv_kernel_dim", 2, MAX_TAPS)
     bias = config.flag("attention_bias")
     return Style(
         rounds_late=True,
@@ -242,13 +242,13 @@ def _qwen3_5(config: Fields) -> Style:
         qk_norm="head",
         partial_rope=True,
         output_gate=True,
-        delta_net=DeltaNet(key_heads, value_heads, key_size, value_size, num_taps),
+        delta_net=DeltaNet(key_heads, value_heads, key_size, value_size, conv_kernel_size),
         mtp=_mtp_layers(config) == 1 and not config.flag(MTP_EMBEDDINGS, False),
     )
 
 
 def _mtp_layers(config: Fields) -> int:
-    return config.integer(MTP_LAYERS, 0, MOST_MTP_LAYERS, 0)
+    return config.integer(MTP_LAYERS, 0, MAX_MTP_LAYERS, 0)
 
 
 def mtp_notes(config: Fields) -> tuple[str, ...]:

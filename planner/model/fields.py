@@ -9,16 +9,16 @@ from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format.codec import parse_json
 from subspec.artifacts.format.tensors import open_regular
 
-LARGEST_JSON = 32 << 20  # an index of 100,000 tensors has 10 MB
+MAX_JSON = 32 << 20  # an index of 100,000 tensors has 10 MB
 # How what some other program left in a file's place begins.
 GIT_LFS = b"version https://git-lfs.github.com/"
 WEB_PAGES = (b"<!doctype", b"<html", b"<?xml")
 
 # A bound for every number, far above any model: what follows may then multiply and enumerate them.
-LARGEST_WIDTH = 1 << 20
-MOST_LAYERS = 10_000
-LARGEST_VOCABULARY = 1 << 24
-MOST_POSITIONS = 1 << 30
+MAX_WIDTH = 1 << 20
+MAX_LAYERS = 10_000
+MAX_VOCABULARY = 1 << 24
+MAX_POSITIONS = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,9 @@ def read_fields(path: Path) -> Fields:
     """A JSON file that holds one object. Raises SubspecError(CORRUPT)."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-        if size > LARGEST_JSON:
+        if size > MAX_JSON:
             raise SubspecError(
-                Exit.CORRUPT, f"{path.name} is {size} bytes, expected at most {LARGEST_JSON}"
+                Exit.CORRUPT, f"{path.name} is {size} bytes, expected at most {MAX_JSON}"
             )
         content = file.read()
     refuse_stand_in(path, content)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.model import GROUP_SIZE, HEAD, ModelSpec, ScaleBlock
-from subspec.planner.model.fields import LARGEST_WIDTH, Fields
+from subspec.planner.model.fields import MAX_WIDTH, Fields
 from subspec.planner.model.names import stored_names
 from subspec.planner.model.stored import (
     AGAIN,
@@ -37,8 +37,8 @@ USUAL_BLOCK = (128, 128)  # of fine-grained FP8 that does not say, as in transfo
 SUFFIXES = ("_scale_inv", "_scale")  # of the name of the weight that they belong to
 LINEAR = "Linear"  # in place of a name: all of them
 PATTERN = "re:"  # what a name begins with that is a regular expression
-LONGEST_PATTERN, MOST_PATTERNS = 200, 64
-MOST_REPEATS, MOST_CHOICES = 3, 8  # in a pattern, which would otherwise take forever
+MAX_PATTERN, MAX_PATTERNS = 200, 64
+MAX_REPEATS, MAX_CHOICES = 3, 8  # in a pattern, which would otherwise take forever
 NEEDED_FOR_INT8 = (
     "; 8-bit integers as exact targets would need an encoding of their own, their upper four bits "
     "as the substitute and the lower four streamed"
@@ -154,10 +154,10 @@ def _compressed(fields: Fields) -> Quantization:
 
 def _block(fields: Fields, name: str) -> tuple[int, int]:
     value = fields.values.get(name)
-    expected = f"two integers from 1 to {LARGEST_WIDTH}"
+    expected = f"two integers from 1 to {MAX_WIDTH}"
     if not isinstance(value, list) or len(value) != 2:
         raise fields.wrong(name, value, expected)
-    if not all(type(n) is int and 1 <= n <= LARGEST_WIDTH for n in value):
+    if not all(type(n) is int and 1 <= n <= MAX_WIDTH for n in value):
         raise fields.wrong(name, value, expected)
     return value[0], value[1]
 
@@ -179,7 +179,7 @@ def _chosen(names: Sequence[str]) -> Callable[[str], bool]:
     it: the list may also have what a name begins or ends with, patterns, and LINEAR."""
     whole = {one for one in names if not one.startswith(PATTERN)}
     written = [one.removeprefix(PATTERN) for one in names if one.startswith(PATTERN)]
-    patterns = [one for one in map(_pattern, written[:MOST_PATTERNS]) if one is not None]
+    patterns = [one for one in map(_pattern, written[:MAX_PATTERNS]) if one is not None]
 
     def chooses(name: str) -> bool:
         spelled = [one.removesuffix(".weight") for one in stored_names(f"{name}.weight")]
@@ -204,7 +204,7 @@ def _pattern(text: str) -> re.Pattern[str] | None:
     since only a dry run asks."""
     repeats = len(re.findall(r"[*+{]", text))
     choices = len(re.findall(r"\||(?<!\()\?", text))
-    if len(text) > LONGEST_PATTERN or repeats > MOST_REPEATS or choices > MOST_CHOICES:
+    if len(text) > MAX_PATTERN or repeats > MAX_REPEATS or choices > MAX_CHOICES:
         return None
     if re.search(r"\)[*+{]", text):
         return None
@@ -278,7 +278,7 @@ def read_scales(scales: StoredScales, rows: Rows) -> "Tensor":
     for one that is not finite, UNSUPPORTED for one that is not used in practice."""
     import torch
 
-    from subspec.artifacts.format.fp8 import LARGEST_SCALE, SMALLEST_SCALE
+    from subspec.artifacts.format.fp8 import MAX_SCALE, MIN_SCALE
 
     tensor = scales.tensor
     found = read_small(tensor)
@@ -295,7 +295,7 @@ def read_scales(scales: StoredScales, rows: Rows) -> "Tensor":
             "finite numbers",
             AGAIN,
         )
-    if bool(((found != 0) & ((found < SMALLEST_SCALE) | (found > LARGEST_SCALE))).any()):
+    if bool(((found != 0) & ((found < MIN_SCALE) | (found > MAX_SCALE))).any()):
         raise SubspecError(
             Exit.UNSUPPORTED,
             f"{tensor.file.name}: {tensor.name} has a scale that is negative, below 2^-100 or "
@@ -326,7 +326,7 @@ def read_codes(rows: Rows) -> "Tensor":
     return found
 
 
-def multiply_out(codes: "Tensor", values: "Tensor", scales: StoredScales, rows: Rows) -> "Tensor":
+def dequantize(codes: "Tensor", values: "Tensor", scales: StoredScales, rows: Rows) -> "Tensor":
     """FP8 codes uint8 [rows, columns] -> the exact weights in bfloat16, for any blocks."""
     import torch
 

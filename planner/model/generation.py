@@ -29,7 +29,7 @@ PROCESSORS: dict[str, float | None] = {
     "token_healing": None,
     "watermarking_config": None,
 }
-LONGEST_VALUE = 40  # characters of a value that are shown
+MAX_VALUE = 40  # characters of a value that are shown
 
 
 def read_generation(folder: Path) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def generation_notes(generation: dict[str, Any]) -> tuple[str, ...]:
         is_set = value is not None if name == "forced_eos_token_id" else bool(value)
         if is_set and value != neutral:
             shown = repr(value)
-            cut = shown[:LONGEST_VALUE] + "…" if len(shown) > LONGEST_VALUE else shown
+            cut = shown[:MAX_VALUE] + "…" if len(shown) > MAX_VALUE else shown
             found.append(f"{name} {cut}")
     if not found:
         return ()

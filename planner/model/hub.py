@@ -34,7 +34,7 @@ EXTRA_FILES = (
     SPECIAL_TOKENS_MAP,
 )
 WELCOME_FILES = (README, "LICENSE*", "NOTICE")  # nothing is computed from them
-LARGEST_README = 8 << 20
+MAX_README = 8 << 20
 
 # Beginning of a bare model name -> the organisation that publishes the family.
 ORGANISATIONS = {
@@ -329,7 +329,7 @@ def _command(repository: str, revision: str | None) -> str:
 def _license(folder: Path) -> str:
     """`license:` of the README's front matter; "" where there is none."""
     path = folder / README
-    if not path.is_file() or path.stat().st_size > LARGEST_README:
+    if not path.is_file() or path.stat().st_size > MAX_README:
         return ""
     from huggingface_hub.repocard import metadata_load
 

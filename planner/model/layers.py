@@ -5,7 +5,7 @@ from dataclasses import replace
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.model import Attention, Block, DeltaNet, Dense, LayerSpec
 from subspec.planner.model.families import FULL, LINEAR, Style
-from subspec.planner.model.fields import LARGEST_WIDTH, MOST_LAYERS, MOST_POSITIONS, Fields
+from subspec.planner.model.fields import MAX_LAYERS, MAX_POSITIONS, MAX_WIDTH, Fields
 from subspec.planner.model.rope import read_rope
 
 SLIDING = "sliding_attention"
@@ -19,8 +19,8 @@ def read_layers(config: Fields, style: Style, max_positions: int) -> tuple[Layer
         kind: _attention(config, style, kind, _own_values(config, types, kind), max_positions)
         for kind in set(types) - {LINEAR}
     }
-    inner_size = config.integer("intermediate_size", 1, LARGEST_WIDTH)
-    dense = Dense(inner_size, style.mlp_bias, style.activation)
+    intermediate_size = config.integer("intermediate_size", 1, MAX_WIDTH)
+    dense = Dense(intermediate_size, style.mlp_bias, style.activation)
     layers = []
     for index, kind in enumerate(types):
         mixer: Attention | DeltaNet
@@ -43,12 +43,12 @@ def _attention(
     config: Fields, style: Style, kind: str, own: Fields, max_positions: int
 ) -> Attention:
     """Of the layers of one type. own: the config with what these layers have for themselves."""
-    heads = config.integer("num_attention_heads", 1, LARGEST_WIDTH)
-    kv_heads = own.integer("num_key_value_heads", 1, LARGEST_WIDTH)
+    heads = config.integer("num_attention_heads", 1, MAX_WIDTH)
+    kv_heads = own.integer("num_key_value_heads", 1, MAX_WIDTH)
     if heads % kv_heads:
         raise own.wrong("num_key_value_heads", kv_heads, f"a divisor of {heads} heads")
-    head_size = config.integer("hidden_size", 1, LARGEST_WIDTH) // heads
-    head_size = own.integer("head_dim", 1, LARGEST_WIDTH, head_size)
+    head_size = config.integer("hidden_size", 1, MAX_WIDTH) // heads
+    head_size = own.integer("head_dim", 1, MAX_WIDTH, head_size)
     if head_size % 2:
         raise own.wrong("head_dim", head_size, "an even number")
     return Attention(
@@ -80,7 +80,7 @@ def _own_values(config: Fields, types: list[str], kind: str) -> Fields:
 
 
 def _layer_types(config: Fields, style: Style) -> list[str]:
-    num_layers = config.integer("num_hidden_layers", 1, MOST_LAYERS)
+    num_layers = config.integer("num_hidden_layers", 1, MAX_LAYERS)
     if style.windows == "none" and style.delta_net is None:
         return [FULL] * num_layers
     if style.windows == "all_layers":
@@ -105,5 +105,5 @@ def _window(config: Fields, layer_type: str, max_positions: int) -> int | None:
         raise SubspecError(
             Exit.CORRUPT, f"{config.where}: layer_types has {SLIDING}, sliding_window is off"
         )
-    window = config.integer("sliding_window", 1, MOST_POSITIONS)
+    window = config.integer("sliding_window", 1, MAX_POSITIONS)
     return window if window < max_positions else None

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 
-LONGEST_REASON = 160  # characters
+MAX_REASON = 160  # characters
 
 
 @contextmanager
@@ -26,7 +26,7 @@ def reading(what: str) -> Iterator[None]:
         # TypeError, KeyError, ImportError, ...
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        reason = " ".join(str(error).split())[:LONGEST_REASON] or "no reason given"
+        reason = " ".join(str(error).split())[:MAX_REASON] or "no reason given"
         raise SubspecError(
             Exit.CORRUPT,
             f"{what} cannot be read by transformers: {type(error).__name__}: {reason}",

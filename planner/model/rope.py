@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 
 from subspec.artifacts.model import Rope
-from subspec.planner.model.fields import MOST_POSITIONS, Fields
+from subspec.planner.model.fields import MAX_POSITIONS, Fields
 
 KINDS = ("default", "linear", "llama3", "yarn", "longrope", "proportional")
 BOUNDS = {
@@ -26,7 +26,7 @@ DIVISORS = (1e-3, 1e6)
 COMPUTED_WITH = {*BOUNDS, ORIGINAL, "rope_type", "type", "truncate", "short_factor", "long_factor"}
 # In a text all axes have one position; how a model was trained, and the config's own number again.
 WITHOUT_EFFECT = {"mrope_section", "mrope_interleaved", "finetuned", "max_position_embeddings"}
-MOST_SHOWN = 4
+MAX_SHOWN = 4
 
 
 def check_rope(config: Fields) -> None:
@@ -37,7 +37,7 @@ def check_rope(config: Fields) -> None:
             if fields.has(name):
                 fields.number(name, low, high)
         if fields.has(ORIGINAL):
-            fields.integer(ORIGINAL, 1, MOST_POSITIONS)
+            fields.integer(ORIGINAL, 1, MAX_POSITIONS)
         for name in ("rope_type", "type"):
             if fields.has(name):
                 fields.text(name)
@@ -55,9 +55,9 @@ def rope_notes(config: Fields) -> tuple[str, ...]:
             if value is not None and name not in COMPUTED_WITH | WITHOUT_EFFECT
         ]
         if unknown:
-            others = ", ..." if len(unknown) > MOST_SHOWN else ""
+            others = ", ..." if len(unknown) > MAX_SHOWN else ""
             notes.append(
-                f"{fields.where} has {', '.join(unknown[:MOST_SHOWN])}{others}: transformers does "
+                f"{fields.where} has {', '.join(unknown[:MAX_SHOWN])}{others}: transformers does "
                 "not compute with it, nor does subspec; the tokens of an engine that does differ"
             )
     return tuple(notes)
@@ -103,14 +103,14 @@ def read_rope(
 def reach(config: Fields) -> int:
     """The positions that a model may use. yarn reaches beyond max_position_embeddings; longrope has
     other frequencies beyond its original positions, for all tokens at once: it ends there."""
-    positions = config.integer("max_position_embeddings", 1, MOST_POSITIONS)
+    positions = config.integer("max_position_embeddings", 1, MAX_POSITIONS)
     for values in _objects(config):
         kind = values.values.get("rope_type")
         if kind == "longrope":
-            positions = min(positions, values.integer(ORIGINAL, 2, MOST_POSITIONS))
+            positions = min(positions, values.integer(ORIGINAL, 2, MAX_POSITIONS))
         if kind == "yarn":
             scaled = _original(values) * values.number("factor", *BOUNDS["factor"])
-            positions = max(positions, min(int(scaled), MOST_POSITIONS))
+            positions = max(positions, min(int(scaled), MAX_POSITIONS))
     return positions
 
 
@@ -138,7 +138,7 @@ def _objects(config: Fields) -> Iterator[Fields]:
 
 
 def _original(values: Fields) -> int:
-    return values.integer(ORIGINAL, 1, MOST_POSITIONS)
+    return values.integer(ORIGINAL, 1, MAX_POSITIONS)
 
 
 def _llama3(values: Fields, theta: float, size: int, interleaved: bool) -> Rope:
@@ -179,8 +179,8 @@ def _yarn(values: Fields, theta: float, size: int, interleaved: bool, truncate: 
 
 
 def _longrope(config: Fields, values: Fields, theta: float, size: int, interleaved: bool) -> Rope:
-    original = values.integer(ORIGINAL, 2, MOST_POSITIONS)
-    positions = config.integer("max_position_embeddings", 1, MOST_POSITIONS)
+    original = values.integer(ORIGINAL, 2, MAX_POSITIONS)
+    positions = config.integer("max_position_embeddings", 1, MAX_POSITIONS)
     factor = values.number("factor", *BOUNDS["factor"], max(1.0, positions / original))
     attention_factor = math.sqrt(1 + math.log(factor) / math.log(original))
     return Rope(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.artifacts.format.tensors import ITEM_BYTES, LARGEST_HEADER, MOST_TENSORS, open_regular
+from subspec.artifacts.format.tensors import ITEM_BYTES, MAX_HEADER, MAX_TENSORS, open_regular
 from subspec.planner.model.fields import read_fields, refuse_stand_in
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
         if len(prefix) < 8:
             raise SubspecError(Exit.CORRUPT, f"{path.name} is {size} bytes, too short for a header")
         (length,) = struct.unpack("<Q", prefix[:8])
-        largest = min(LARGEST_HEADER, size - 8)
+        largest = min(MAX_HEADER, size - 8)
         if length > largest:
             raise SubspecError(
                 Exit.CORRUPT,
@@ -127,8 +127,8 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
                 AGAIN,
             )
         file.seek(8)
-        if file.read(length).count(b"{") > MOST_TENSORS + 2:  # before it is parsed, into far more
-            raise SubspecError(Exit.CORRUPT, f"{path.name} lists more than {MOST_TENSORS} tensors")
+        if file.read(length).count(b"{") > MAX_TENSORS + 2:  # before it is parsed, into far more
+            raise SubspecError(Exit.CORRUPT, f"{path.name} lists more than {MAX_TENSORS} tensors")
     found = {}
     with _opened(path) as opened:
         for name in opened.keys():  # noqa: SIM118  (it is not iterable)

@@ -30,9 +30,9 @@ MORE_TEMPLATES = "additional_chat_templates"  # a folder
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")  # what templates refer to
 # Families whose tokenizer may be Tekken, and a token that is in every Tekken.
 MAY_BE_TEKKEN, OF_TEKKEN = ("mistral", "ministral", "ministral3"), "[INST]"
-LARGEST_TOKENIZER = 128 << 20  # the largest known has 35 MB
-LARGEST_TEMPLATE = 1 << 20
-LARGEST_TOKEN = 1_000  # characters
+MAX_TOKENIZER = 128 << 20  # the largest known has 35 MB
+MAX_TEMPLATE = 1 << 20
+MAX_TOKEN = 1_000  # characters
 SPLIT_AS_TEKKEN = (
     f"{TOKENIZER} splits text by a regex that is not Tekken's, which transformers calls incorrect: "
     "text is split as Tekken does, as transformers does with fix_mistral_regex=True"
@@ -85,8 +85,8 @@ def read_tokenizer(folder: Path) -> TokenizerFiles:
     known = {name: None for name in SPECIAL_TOKENS} | tokenizer.special_tokens_map
     bos = tokenizer.bos_token_id
     return TokenizerFiles(
-        tokenizer_json=_bounded(text, LARGEST_TOKENIZER, TOKENIZER),
-        chat_template=_bounded(template, LARGEST_TEMPLATE, CHAT_TEMPLATE) if template else None,
+        tokenizer_json=_bounded(text, MAX_TOKENIZER, TOKENIZER),
+        chat_template=_bounded(template, MAX_TEMPLATE, CHAT_TEMPLATE) if template else None,
         special_tokens={name: token and str(token) for name, token in known.items()},
         begins_with_bos=bos is not None and first == [bos],
         end_token=tokenizer.eos_token_id,
@@ -156,10 +156,10 @@ def _check_files(folder: Path) -> None:
     hand are named if they make no sense."""
     if not (folder / TOKENIZER).exists():
         _check_sentencepiece(folder)
-    limits = {TOKENIZER: LARGEST_TOKENIZER, SENTENCEPIECE: LARGEST_TOKENIZER}
-    limits |= {CHAT_TEMPLATE: LARGEST_TEMPLATE}
+    limits = {TOKENIZER: MAX_TOKENIZER, SENTENCEPIECE: MAX_TOKENIZER}
+    limits |= {CHAT_TEMPLATE: MAX_TEMPLATE}
     more = [path.relative_to(folder).as_posix() for path in folder.glob(f"{MORE_TEMPLATES}/*")]
-    for name, largest in {**limits, **dict.fromkeys(more, LARGEST_TEMPLATE)}.items():
+    for name, largest in {**limits, **dict.fromkeys(more, MAX_TEMPLATE)}.items():
         if (folder / name).exists():
             _check_file(folder / name, largest)
     for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, ADDED_TOKENS):
@@ -213,10 +213,8 @@ def _check_template(config: Fields) -> None:
     named = found if isinstance(found, list) else [{"template": found or ""}]
     for entry in named:
         template = entry.get("template") if isinstance(entry, dict) else None
-        if not isinstance(template, str) or len(template) > LARGEST_TEMPLATE:
-            expected = (
-                f"a string, or a list of named ones, of at most {LARGEST_TEMPLATE} characters"
-            )
+        if not isinstance(template, str) or len(template) > MAX_TEMPLATE:
+            expected = f"a string, or a list of named ones, of at most {MAX_TEMPLATE} characters"
             raise config.wrong("chat_template", found, expected)
 
 
@@ -224,7 +222,7 @@ def _check_special_tokens(config: Fields) -> None:
     for name in SPECIAL_TOKENS:
         value = config.values.get(name)
         token = value.get("content") if isinstance(value, dict) else value
-        if value is not None and (not isinstance(token, str) or len(token) > LARGEST_TOKEN):
+        if value is not None and (not isinstance(token, str) or len(token) > MAX_TOKEN):
             raise config.wrong(name, value, "a string, or an object with its content")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 
-LARGEST_SHARE_MISSING = 0.01  # of the model's tokens; chosen: added ones that a base model lacks
+MAX_SHARE_MISSING = 0.01  # of the model's tokens; chosen: added ones that a base model lacks
 
 
 def check_vocabulary(of_model: str, of_draft_model: str, draft_model: str) -> None:
@@ -27,7 +27,7 @@ def check_vocabulary(of_model: str, of_draft_model: str, draft_model: str) -> No
                 hint,
             )
     missing = len(ours.keys() - theirs.keys())
-    if missing > LARGEST_SHARE_MISSING * len(ours):
+    if missing > MAX_SHARE_MISSING * len(ours):
         raise SubspecError(
             Exit.USAGE,
             f"the draft model {draft_model} has {len(ours) - missing} of the model's {len(ours)} "

@@ -12,8 +12,8 @@ from subspec.artifacts.format.codec import load_dataclass, parse_json
 from subspec.artifacts.format.tensors import open_regular
 
 SHIPPED = Path(__file__).with_name("calibration.jsonl")
-LARGEST_FILE = 1_000_000  # bytes
-MOST_PROMPTS = 1000
+MAX_FILE = 1_000_000  # bytes
+MAX_PROMPTS = 1000
 KIND = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,19}", re.ASCII)
 SHAPES = 'a line is an object: {"kind": "code", "text": "def "}, {"chat": "Hi"} or {"messages": []}'
 
@@ -58,11 +58,11 @@ def read_samples(path: Path) -> tuple[Sample, ...]:
     """
     try:
         with open_regular(path) as file:
-            content = file.read(LARGEST_FILE + 1)
+            content = file.read(MAX_FILE + 1)
     except SubspecError as error:  # a wrong file of the user is not a damaged artifact
         raise SubspecError(Exit.USAGE, error.message, "give a file of prompts") from None
-    if len(content) > LARGEST_FILE:
-        message = f"{path.name} has more than {LARGEST_FILE} bytes"
+    if len(content) > MAX_FILE:
+        message = f"{path.name} has more than {MAX_FILE} bytes"
         raise SubspecError(Exit.USAGE, message, "some dozens of short prompts are enough")
     try:
         lines = content.decode("utf-8").split("\n")  # a string may hold U+2028: no splitlines()
@@ -72,8 +72,8 @@ def read_samples(path: Path) -> tuple[Sample, ...]:
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
         raise SubspecError(Exit.USAGE, f"{path.name} holds no prompt", SHAPES)
-    if len(numbered) > MOST_PROMPTS:
-        message = f"{path.name} has {len(numbered)} prompts, expected at most {MOST_PROMPTS}"
+    if len(numbered) > MAX_PROMPTS:
+        message = f"{path.name} has {len(numbered)} prompts, expected at most {MAX_PROMPTS}"
         raise SubspecError(Exit.USAGE, message, "some dozens are enough")
     return tuple(read_sample(line, f"{path.name} line {number}") for number, line in numbered)
 

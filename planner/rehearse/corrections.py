@@ -14,7 +14,7 @@ from subspec.artifacts.profile import Corrections, Profile
 from subspec.artifacts.runs import Run
 
 TRIMMED = 0.1  # share of the fastest and of the slowest rounds that a mean leaves out; chosen
-LEAST, MOST = 0.2, 5.0  # of a factor; chosen
+MIN_FACTOR, MAX_FACTOR = 0.2, 5.0  # of a factor; chosen
 
 PredictFor = Callable[[Method, Usage], Prediction]
 
@@ -36,7 +36,7 @@ class Rounds:
     plain: tuple[Timed, ...] = ()
     prompt: tuple[Timed, ...] = ()
     draft_model: tuple[Timed, ...] = ()  # drafts of a draft model alone
-    checked_draft: tuple[Timed, ...] = ()  # drafts that it proposed and the substitutes checked
+    hierarchical_draft: tuple[Timed, ...] = ()  # it proposed, substitutes checked
 
     def and_also(self, other: "Rounds") -> "Rounds":
         return Rounds(
@@ -45,7 +45,7 @@ class Rounds:
             self.plain + other.plain,
             self.prompt + other.prompt,
             self.draft_model + other.draft_model,
-            self.checked_draft + other.checked_draft,
+            self.hierarchical_draft + other.hierarchical_draft,
         )
 
 
@@ -59,7 +59,7 @@ def drafted_rounds(
     if method == "draft-model":
         return Rounds((), verify, (), prompt, draft_model=draft)
     if method == "substitute+draft-model":
-        return Rounds((), verify, (), prompt, checked_draft=draft)
+        return Rounds((), verify, (), prompt, hierarchical_draft=draft)
     return Rounds(draft, verify, (), prompt)
 
 
@@ -69,7 +69,7 @@ def corrections(rounds: Rounds, link_bandwidth: int | None = None) -> Correction
     return Corrections(
         draft=slowdown(rounds.draft),
         draft_model=slowdown(rounds.draft_model),
-        checked_draft=slowdown(rounds.checked_draft),
+        hierarchical_draft=slowdown(rounds.hierarchical_draft),
         verify=slowdown(rounds.verify),
         plain=slowdown(rounds.plain),
         prompt=slowdown(rounds.prompt),
@@ -84,7 +84,9 @@ def updated(before: Corrections, rounds: Rounds, found: Corrections) -> Correcti
     return Corrections(
         draft=found.draft if rounds.draft else before.draft,
         draft_model=found.draft_model if rounds.draft_model else before.draft_model,
-        checked_draft=found.checked_draft if rounds.checked_draft else before.checked_draft,
+        hierarchical_draft=found.hierarchical_draft
+        if rounds.hierarchical_draft
+        else before.hierarchical_draft,
         verify=found.verify if rounds.verify else before.verify,
         plain=found.plain if rounds.plain else before.plain,
         prompt=found.prompt if rounds.prompt else before.prompt,
@@ -99,7 +101,7 @@ def slowdown(some: Sequence[Timed]) -> float:
     if not ratios:
         return 1.0
     cut = int(len(ratios) * TRIMMED)
-    return min(MOST, max(LEAST, fmean(ratios[cut : len(ratios) - cut])))
+    return min(MAX_FACTOR, max(MIN_FACTOR, fmean(ratios[cut : len(ratios) - cut])))
 
 
 def without_corrections(profile: Profile) -> Profile:
@@ -116,7 +118,7 @@ def rounds_of_runs(runs: Iterable[Run], predict_for: PredictFor) -> Rounds:
         said = predict_for(run.method, usage)
         verify = repeated(run.verify_seconds, run.rounds, said.verify_seconds)
         prompt: tuple[Timed, ...] = ()
-        if not run.reused_tokens and not run.first_of_engine:
+        if not run.cached_tokens and not run.includes_digest_check:
             prompt = repeated(run.first_token_seconds, 1, said.time_to_first_token_seconds)
         if run.method == "plain":
             # The padded twin is slower, and its speed is not predicted.
@@ -156,7 +158,7 @@ def as_if(own: Curve, before: Acceptance, width: int, threshold: float) -> Curve
     a threshold."""
     levels, accepted, last = len(own.accepted), list[int](), own.num_trees
     here, there = (
-        before.reached(Tree(one, levels, min_path_probability=threshold))
+        before.acceptance_rates(Tree(one, levels, min_path_probability=threshold))
         for one in (own.width, width)
     )
     for number, (count, most) in enumerate(zip(own.accepted, own.drafted, strict=True)):

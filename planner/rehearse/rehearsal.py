@@ -1,4 +1,4 @@
-"""Runs a built artifact on calibration prompts: acceptance of draft trees (`replay.py`), learnt on
+"""Runs a built artifact on calibration prompts: acceptance of draft trees (`replay.py`) on
 several answers at once, and times of real rounds, one answer at a time.
 """
 
@@ -12,28 +12,28 @@ from pathlib import Path
 
 import torch
 
-from subspec.artifacts.acceptance import Acceptance, Checks
+from subspec.artifacts.acceptance import Acceptance, HierarchicalCost
 from subspec.artifacts.common.progress import Progress
 from subspec.artifacts.format.prebuilt import pack_prebuilt
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.model import ModelSpec
 from subspec.artifacts.native import cpp
-from subspec.artifacts.plan import HeadDraft, Method, Plan, Tree, Usage, calls_for
+from subspec.artifacts.plan import DraftHeadResult, Method, Plan, Tree, Usage, split_rows
 from subspec.planner.rehearse.calibration import Sample, known_ids
 from subspec.planner.rehearse.corrections import PredictFor, Rounds, Timed, drafted_rounds
-from subspec.planner.rehearse.replay import DEEPEST, WIDTHS, Answer, Grown, curves_of, walk
+from subspec.planner.rehearse.replay import MAX_DEPTH, WIDTHS, Answer, Grown, curves_of, walk
 from subspec.planner.rehearse.trail import Trail
 from subspec.planner.solve.problem import make_tree
-from subspec.runtime.decode import keep, keep_piece, read, speculate
-from subspec.runtime.draft.beam import Growing
-from subspec.runtime.draft.checked import Propose
+from subspec.runtime.decode import commit_chunk, commit_round, prefill, speculate
+from subspec.runtime.draft.beam import PartialTree
 from subspec.runtime.draft.draft_model import DraftModelDrafter
-from subspec.runtime.draft.drafter import SubstituteDrafter, Turn
+from subspec.runtime.draft.drafter import DecodeState, SubstituteDrafter
 from subspec.runtime.draft.head_drafter import HeadDrafter
+from subspec.runtime.draft.hierarchical import Propose
 from subspec.runtime.engine import Engine, OpenOptions
-from subspec.runtime.exact_pass import Piece, tokens_that_fit
+from subspec.runtime.exact_pass import PrefillChunk, tokens_that_fit
 from subspec.runtime.model.cache import Cache
-from subspec.runtime.model.sampling import Chooser, Sampling
+from subspec.runtime.model.sampling import Sampler, SamplingParams
 from subspec.runtime.programs import graph_programs, kernel_sources
 from subspec.runtime.sequence import GenerationParams
 from subspec.runtime.text.tokenizer import load_tokenizer
@@ -41,7 +41,7 @@ from subspec.runtime.text.tokenizer import load_tokenizer
 Settled = Callable[[Acceptance], bool]  # whether more answers would not change the plan
 Trees = dict[tuple[int, str], list[list[Grown]]]  # of each answer, by width and kind of text
 
-AT_ONCE = (8, 4, 2, 1)  # answers that acceptance is learnt on together; as many as fit the budget
+AT_ONCE = (8, 4, 2, 1)  # answers that acceptance is measured on together; as many as fit the budget
 ANSWER_TOKENS = 80  # of each at most: another prompt says more than the rest of an answer
 CONTEXT = 256  # of each, prompt and answer
 # The answers are decoded with chains, which give most tokens for the rows that they verify.
@@ -49,27 +49,29 @@ CHAIN = make_tree(1, 16, 0.2)
 # A pass of one layer is cheap, and trained for the first few tokens.
 HEAD_TREES = make_tree(1, 2), make_tree(1, 4), make_tree(2, 4), make_tree(4, 6, 0.1)
 LOOP_TOKENS = 12  # that a repetition has at least
-LONGEST_PERIOD = 24  # tokens
+MAX_PERIOD = 24  # tokens
 
 
 @dataclass(frozen=True)
 class Effort:
     """How long a plan is rehearsed."""
 
-    learn_seconds: float = 45.0  # for acceptance; less once the choice is settled
+    acceptance_seconds: float = 45.0  # for acceptance; less once the choice is settled
     time_seconds: float = 8.0  # for rounds of the plan that was chosen
     plain_seconds: float = 4.0  # for plain decoding
 
     def divided(self, num_methods: int) -> "Effort":
         """For each of several methods that draft."""
         return Effort(
-            self.learn_seconds / num_methods, self.time_seconds / num_methods, self.plain_seconds
+            self.acceptance_seconds / num_methods,
+            self.time_seconds / num_methods,
+            self.plain_seconds,
         )
 
     @staticmethod
     def within(seconds: float) -> "Effort":
         usual = Effort()
-        whole = usual.learn_seconds + usual.time_seconds + usual.plain_seconds
+        whole = usual.acceptance_seconds + usual.time_seconds + usual.plain_seconds
         return Effort(*(seconds / whole * share for share in vars(usual).values()))
 
 
@@ -84,7 +86,7 @@ class Setting:
     device: str | None = None
 
 
-def learn_acceptance(
+def measure_acceptance(
     artifact: Artifact,
     plan: Plan,
     samples: Several[Sample],
@@ -101,21 +103,21 @@ def learn_acceptance(
     text = load_tokenizer(artifact.path / "tokenizer")
     turns = known_ids(text, samples, artifact.spec.vocab_size)
     trees: Trees = {}
-    found, learnt, whole = None, "", Tree(2, DEEPEST)
-    until = time.perf_counter() + effort.learn_seconds
+    found, so_far, whole = None, "", Tree(2, MAX_DEPTH)
+    until = time.perf_counter() + effort.acceptance_seconds
     with opened(staged, method, setting) as engine:
         for first in range(0, len(turns), plan.num_sequences):
-            progress(f"rehearsing{learnt}", first / len(turns))
+            progress(f"rehearsing{so_far}", first / len(turns))
             add_answers(engine, turns[first : first + plan.num_sequences], trees)
             found = acceptance_of(trees)
             if found is not None:
-                tokens, margin = found.tokens(whole), found.margin(whole)
-                learnt = f": {tokens:.1f} ± {margin:.1f} tokens a round, two wide"
+                tokens, margin = found.acceptance_length(whole), found.margin(whole)
+                so_far = f": {tokens:.1f} ± {margin:.1f} tokens a round, two wide"
                 if settled(found):
                     break
             if time.perf_counter() > until:
                 break
-    progress(f"rehearsing{learnt}", 1.0)
+    progress(f"rehearsing{so_far}", 1.0)
     return found
 
 
@@ -131,7 +133,7 @@ def add_answers(engine: Engine, turns: Several[tuple[str, list[int]]], trees: Tr
         trails = [Trail(cache) for cache in caches]
         answers = decode_together(engine, trails, [prompt for _, prompt in turns])
         for width in WIDTHS[engine.plan.device]:
-            has_room = 1 + width * DEEPEST <= engine.plan.verify_width
+            has_room = 1 + width * MAX_DEPTH <= engine.plan.verify_width
             if has_room and width <= engine.artifact.spec.vocab_size:
                 along = walk(drafting, trails, answers, width)
                 for (kind, _), some in zip(turns, along, strict=True):
@@ -150,15 +152,15 @@ def decode_together(
     roots = read_together(engine, caches, prompts)
     for trail in trails:
         trail.begin()
-    turns = [Turn(cache, root, room - 1) for cache, root in zip(caches, roots, strict=True)]
+    states = [DecodeState(cache, root, room - 1) for cache, root in zip(caches, roots, strict=True)]
     texts = [[*prompt, root] for prompt, root in zip(prompts, roots, strict=True)]
     ended = [root in ends for root in roots]
-    while active := [n for n, turn in enumerate(turns) if turn.max_tokens > 0 and not ended[n]]:
-        rounds, _ = speculate(model, [turns[n] for n in active])
+    while active := [n for n, state in enumerate(states) if state.max_tokens > 0 and not ended[n]]:
+        rounds, _ = speculate(model, [states[n] for n in active])
         for n, done in zip(active, rounds, strict=True):
-            some = done.emitted[: turns[n].max_tokens]
+            some = done.new_tokens[: states[n].max_tokens]
             kept = next((index for index, one in enumerate(some, 1) if one in ends), len(some))
-            keep(turns[n], done, kept)
+            commit_round(states[n], done, kept)
             trails[n].add(done.path[:kept])
             texts[n] += some[:kept]
             ended[n] = texts[n][-1] in ends
@@ -174,26 +176,26 @@ def read_together(engine: Engine, caches: Several[Cache], prompts: Several[list[
     """Keys and values of the prompts into the caches -> the first token of each answer."""
     model, plan, first_tokens = engine.model, engine.plan, dict[int, int]()
     while len(first_tokens) < len(prompts):
-        room, pieces = plan.prefill_tokens, dict[int, Piece]()
+        room, chunks = plan.prefill_chunk_tokens, dict[int, PrefillChunk]()
         for n, (cache, prompt) in enumerate(zip(caches, prompts, strict=True)):
             unread = prompt[cache.length :]
             count = tokens_that_fit(plan, len(unread), room) if unread else 0
             if count:
-                ends = Chooser(Sampling()) if count == len(unread) else None
-                pieces[n] = Piece(cache, unread[:count], ends)
-                room -= sum(calls_for(plan.prompt_widths, count))
-        for n, done in zip(pieces, read(model, list(pieces.values())), strict=True):
-            keep_piece(pieces[n], done)
-            if done.first is not None:
-                first_tokens[n] = done.first
+                ends = Sampler(SamplingParams()) if count == len(unread) else None
+                chunks[n] = PrefillChunk(cache, unread[:count], ends)
+                room -= sum(split_rows(plan.prompt_widths, count))
+        for n, done in zip(chunks, prefill(model, list(chunks.values())), strict=True):
+            commit_chunk(chunks[n], done)
+            if done.first_token is not None:
+                first_tokens[n] = done.first_token
     return [first_tokens[n] for n in range(len(prompts))]
 
 
 def before_loop(tokens: Several[int]) -> int:
     """How many tokens come before the text repeats itself for the second time: at least
-    LOOP_TOKENS, with a period of LONGEST_PERIOD at most."""
+    LOOP_TOKENS, with a period of MAX_PERIOD at most."""
     for first in range(len(tokens)):
-        for period in range(1, LONGEST_PERIOD + 1):
+        for period in range(1, MAX_PERIOD + 1):
             repeated = max(LOOP_TOKENS, 2 * period)
             again = tokens[first + period : first + period + repeated]
             if len(again) == repeated and again == tokens[first : first + repeated]:
@@ -243,7 +245,7 @@ def timed_rounds(
     as the engine measures temporaries in it."""
     prompt = prompt[: engine.plan.context // 2]
     params = GenerationParams(
-        ANSWER_TOKENS, end_tokens=frozenset(engine.artifact.spec.eos_token_ids)
+        ANSWER_TOKENS, stop_token_ids=frozenset(engine.artifact.spec.eos_token_ids)
     )
     clock = [(0.0, 0.0, 0)]
     exact = engine.model.exact
@@ -270,14 +272,14 @@ def timed_rounds(
     return drafted_rounds(engine.method, draft, verify, asked)
 
 
-def learn_checks(
+def measure_hierarchical_cost(
     artifact: Artifact,
     plan: Plan,
     samples: Several[Sample],
     setting: Setting,
     progress: Progress,
     seconds: float,
-) -> Checks | None:
+) -> HierarchicalCost | None:
     """What a level takes where the draft model proposes and the substitutes check, on answers to
     the samples, one after another. None: no level was drafted."""
     method: Method = "substitute+draft-model"
@@ -291,10 +293,10 @@ def learn_checks(
         assert isinstance(drafter, SubstituteDrafter) and drafter.proposals is not None
         proposals, tries = drafter.proposals, list[int]()
 
-        def counted(turns: Several[Turn]) -> Propose:
-            propose = proposals(turns)
+        def counted(states: Several[DecodeState]) -> Propose:
+            propose = proposals(states)
 
-            def run(growing: Several[Growing], rooms: Several[int]) -> list[list[int]]:
+            def run(growing: Several[PartialTree], rooms: Several[int]) -> list[list[int]]:
                 found = propose(growing, rooms)
                 # Where it stops before there is no room, one more pass said so.
                 tries.extend(min(len(f) + 1, room) for f, room in zip(found, rooms, strict=True))
@@ -307,13 +309,15 @@ def learn_checks(
         for prompt in prompts_of(artifact, samples):
             with engine.new_sequence() as sequence:
                 some = prompt[: engine.plan.context // 2]
-                for _ in sequence.generate(some, GenerationParams(ANSWER_TOKENS, end_tokens=ends)):
+                for _ in sequence.generate(
+                    some, GenerationParams(ANSWER_TOKENS, stop_token_ids=ends)
+                ):
                     pass
                 levels += sequence.stats.drafted_levels
                 agreed += sum(sequence.stats.proposed)
             if time.perf_counter() > until:
                 break
-    return Checks((levels - agreed) / levels, sum(tries) / levels) if levels else None
+    return HierarchicalCost((levels - agreed) / levels, sum(tries) / levels) if levels else None
 
 
 def time_head(
@@ -323,13 +327,13 @@ def time_head(
     setting: Setting,
     progress: Progress,
     seconds: float,
-) -> HeadDraft | None:
+) -> DraftHeadResult | None:
     """Real rounds of the draft head with each of a few trees, on answers to the samples: the best
     tree. None: the plan has no memory for a head, or no tree of them fits."""
     head, placement = artifact.spec.draft_head, plan.placements.get("substitute")
     if head is None or placement is None or not placement.ledger.drafter:
         return None
-    prompts, found = prompts_of(artifact, samples), list[HeadDraft]()
+    prompts, found = prompts_of(artifact, samples), list[DraftHeadResult]()
     most, widest = plan.verify_width, plan.tree.width
     trees = [tree for tree in HEAD_TREES if tree.num_nodes <= most and tree.width <= widest]
     how = OpenOptions(
@@ -343,7 +347,7 @@ def time_head(
             progress("timing the draft head", number / len(trees))
             engine.model = replace(engine.model, drafter=replace(drafter, trees=(tree,)))
             speeds = speed_of_answers(engine, prompts, seconds / len(trees))
-            found.append(HeadDraft(tree, *speeds))
+            found.append(DraftHeadResult(tree, *speeds))
     return max(found, key=lambda one: one.tokens_per_second or 0.0, default=None)
 
 
@@ -353,7 +357,7 @@ def speed_of_answers(
     """Tokens a second and a round, after the first token, of about so many seconds of answers."""
     tokens, rounds, spent, until = 0, 0, 0.0, time.perf_counter() + seconds
     params = GenerationParams(
-        ANSWER_TOKENS, end_tokens=frozenset(engine.artifact.spec.eos_token_ids)
+        ANSWER_TOKENS, stop_token_ids=frozenset(engine.artifact.spec.eos_token_ids)
     )
     for prompt in prompts:
         with engine.new_sequence() as sequence:
@@ -375,7 +379,7 @@ def prompts_of(artifact: Artifact, samples: Several[Sample]) -> list[list[int]]:
 
 
 def with_tree(plan: Plan, method: Method, tree: Tree) -> Plan:
-    """The plan with another tree for a method, whatever the company."""
+    """The plan with another tree for a method, at any batch size."""
     if method == "substitute":
         return replace(plan, tree=tree)
     return replace(plan, drafts={method: replace(plan.drafts[method], tree=tree)})

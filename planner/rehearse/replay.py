@@ -20,7 +20,7 @@ from subspec.planner.rehearse.trail import Trail
 from subspec.planner.solve.problem import make_tree
 from subspec.runtime.draft.beam import (
     DraftPass,
-    Growing,
+    PartialTree,
     TokenTree,
     levels,
     log_probability,
@@ -32,7 +32,7 @@ WIDTHS: dict[DeviceKind, tuple[int, ...]] = {
     "cpu": (1, 2, 4),
     "cuda": (1, 2, 4, 8),
 }  # of the trees, by device
-DEEPEST = 24  # levels
+MAX_DEPTH = 24  # levels
 THRESHOLDS = (0.0, 0.1, 0.2, 0.3, 0.45)  # of Tree.min_path_probability
 
 
@@ -99,17 +99,17 @@ def grow_along(
 ) -> list[Grown]:
     """A tree at the start in each answer, until a level is not accepted and no threshold would go
     on."""
-    tree, device = make_tree(width, DEEPEST), caches[0].device
+    tree, device = make_tree(width, MAX_DEPTH), caches[0].device
     roots = [answer.tokens[start] for answer, start in zip(answers, starts, strict=True)]
     trees = [root_only(torch.tensor([root], device=device), tree.num_nodes) for root in roots]
     found = [Grown(start) for start in starts]
 
-    def ends(growing: Growing) -> bool:
+    def ends(growing: PartialTree) -> bool:
         one = found[growing.index]
         return one.node is None and one.levels[-1] < math.log(THRESHOLDS[1])
 
     passes = drafter.passes_after(caches, starts, tree.num_nodes)
-    depths = [DEEPEST] * len(trees)
+    depths = [MAX_DEPTH] * len(trees)
     for level in levels(trees, depths, tree, passes, ends):
         for growing in level:
             one = found[growing.index]
@@ -142,7 +142,7 @@ def rounds_within(one: Grown, threshold: float) -> list[tuple[int, int]]:
     least = math.log(threshold) if threshold else -math.inf
     while first <= one.accepted:
         drafted, total = 0, 0.0
-        while drafted < DEEPEST and not (drafted and total < least):
+        while drafted < MAX_DEPTH and not (drafted and total < least):
             total += steps[min(first + drafted, len(steps) - 1)]
             drafted += 1
         accepted = min(one.accepted - first, drafted)
@@ -157,8 +157,8 @@ def curves_of(trees: Sequence[Sequence[Grown]], width: int, kind: str) -> list[C
     for threshold in THRESHOLDS:
         by_answer = [[r for one in some for r in rounds_within(one, threshold)] for some in trees]
         every = [one for rounds in by_answer for one in rounds]
-        drafted = [sum(n >= level for n, _ in every) for level in range(1, DEEPEST + 1)]
-        accepted = [sum(n >= level for _, n in every) for level in range(1, DEEPEST + 1)]
+        drafted = [sum(n >= level for n, _ in every) for level in range(1, MAX_DEPTH + 1)]
+        accepted = [sum(n >= level for _, n in every) for level in range(1, MAX_DEPTH + 1)]
         margin = margin_of_ratio([(sum(a + 1 for _, a in some), len(some)) for some in by_answer])
         found.append(
             Curve(

@@ -21,7 +21,7 @@ from subspec.runtime.engine import Engine, OpenOptions
 # notice, and more than two measurements of the same differ by.
 CLEARLY = 1.05
 SURE = 2.0  # standard errors that it must be faster by
-LEAST_PROMPTS = 3  # that an error can be told from
+MIN_PROMPTS = 3  # that an error can be told from
 NUM_PROMPTS = 8  # that the time is meant for
 
 Speeds = dict[DrafterName, dict[int, float]]  # tokens a second, by the number of the prompt
@@ -103,16 +103,16 @@ def add_speeds(
     """seconds: for each drafter of the engine."""
     drafters, share = list(engine.drafters), seconds / NUM_PROMPTS
     for drafter in drafters:  # temporaries are measured in it, and weights are checked
-        engine.draft_with(drafter)
+        engine.set_drafter(drafter)
         speed_of_answers(engine, [prompt for _, prompt in prompts[:1]], share)
     until = time.perf_counter() + seconds * len(drafters)
     for turn, (number, prompt) in enumerate(prompts):
         for drafter in drafters if turn % 2 else reversed(drafters):
-            engine.draft_with(drafter)
+            engine.set_drafter(drafter)
             speed, _ = speed_of_answers(engine, [prompt], share)
             if speed:
                 found.setdefault(drafter, {})[number] = speed
-        if turn + 1 >= LEAST_PROMPTS and time.perf_counter() > until:
+        if turn + 1 >= MIN_PROMPTS and time.perf_counter() > until:
             break
 
 
@@ -127,7 +127,7 @@ def against(own: DrafterName, other: DrafterName, speeds: Speeds) -> Rival | Non
     """None: it is the same one, or there are too few prompts that both have answered."""
     mine, others = speeds.get(own, {}), speeds[other]
     shared = [number for number in others if number in mine]
-    if other == own or len(shared) < LEAST_PROMPTS:
+    if other == own or len(shared) < MIN_PROMPTS:
         return None
     gains = [math.log(others[number] / mine[number]) for number in shared]
     gain, error = fmean(gains), stdev(gains) / math.sqrt(len(gains))

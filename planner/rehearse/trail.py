@@ -51,7 +51,9 @@ class Trail:
                 copy_state(net.committed, state)
             self.reached = self.first
         if self.reached < length and self.cache.nets:
-            paths = chain_paths(length - self.reached, self.cache.num_taps, self.cache.device)
+            paths = chain_paths(
+                length - self.reached, self.cache.conv_kernel_size, self.cache.device
+            )
             some = slice(self.reached - self.first, length - self.first)
             for pieces, net in zip(self.inputs, self.cache.nets, strict=True):
                 kept = part_of(pieces, some, self.cache.device)

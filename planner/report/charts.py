@@ -34,10 +34,10 @@ def acceptance_chart(acceptance: Acceptance, tree: Tree) -> Chart | None:
     round's tokens as a band; None if the tree has no levels."""
     if not tree.depth:
         return None
-    line = tuple(enumerate((1.0, *acceptance.reached(tree))))
+    line = tuple(enumerate((1.0, *acceptance.acceptance_rates(tree))))
     band: tuple[tuple[float, float], ...] = ()
     if acceptance.measured:
-        off = acceptance.margin(tree) / acceptance.tokens(tree)
+        off = acceptance.margin(tree) / acceptance.acceptance_length(tree)
         upper = [(level, min(1.0, share * (1 + off))) for level, share in line]
         # The root is always there.
         lower = [(level, max(0.0, share * (1 - off)) if level else 1.0) for level, share in line]

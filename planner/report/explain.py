@@ -24,7 +24,7 @@ from subspec.planner.report.wording import (
     METHODS,
     acceptance_line,
     acceptance_rows,
-    company_rows,
+    batch_size_rows,
     context_rows,
     cost_rows,
     decision_rows,
@@ -88,7 +88,7 @@ def print_plan(spec: ModelSpec, plan: Plan, console: Console) -> None:
     costs.add_row("first token", first_token_line(plan))
     if full := full_context_line(plan):
         costs.add_row("full context", full)
-    for answers, speed, drafts in company_rows(plan):
+    for answers, speed, drafts in batch_size_rows(plan):
         costs.add_row(answers, f"{speed}, with {drafts} each")
     if accepted := acceptance_line(plan):
         kinds = ", ".join(f"{kind} {tokens}" for kind, _, tokens in acceptance_rows(plan)[:-1])
@@ -129,13 +129,14 @@ def plan_json(spec: ModelSpec, plan: Plan, artifact: Path | None) -> dict[str, A
             "context": plan.context,
             "sequences": plan.num_sequences,
             "tree": asdict(tree),
-            "company": [
-                {"answers": 2 << index, **asdict(one)} for index, one in enumerate(draft.company)
+            "by_batch_size": [
+                {"batch_size": 2 << index, **asdict(one)}
+                for index, one in enumerate(draft.by_batch_size)
             ],
             "verify_widths": list(plan.verify_widths),
             "int4_kernel": plan.int4_kernel,
             "threads": plan.num_threads,
-            "prefill_tokens": plan.prefill_tokens,
+            "prefill_chunk_tokens": plan.prefill_chunk_tokens,
             "block_bytes": placement.block_bytes,
             "num_slots": placement.num_slots,
             "residual_parts": len(plan.residuals),
@@ -152,7 +153,7 @@ def plan_json(spec: ModelSpec, plan: Plan, artifact: Path | None) -> dict[str, A
         "acceptance": {
             "measured": acceptance.measured,
             "answers": acceptance.num_answers() if acceptance.measured else 0,
-            "tokens_per_round": acceptance.tokens(tree),
+            "tokens_per_round": acceptance.acceptance_length(tree),
             "margin": margin_of(plan),
         },
         "by_budget": [asdict(point) for point in plan.by_budget],

@@ -45,7 +45,7 @@ DRAFTED_BY: dict[Method, str] = {  # behind a tree; the plain case is the substi
     "substitute+draft-model": " that checks what the draft model proposes",
 }
 NOTICED_SHARE = 0.05  # of the time to the first token
-MOST_KINDS = 8  # of text; a user's calibration may have many
+MAX_KINDS = 8  # of text; a user's calibration may have many
 
 Rows = list[tuple[str, ...]]
 
@@ -166,7 +166,7 @@ def full_context_line(plan: Plan) -> str:
     )
 
 
-def company_rows(plan: Plan) -> Rows:
+def batch_size_rows(plan: Plan) -> Rows:
     """Answers that decode at once, what each of them drafts, predicted tokens/s together; none
     without a draft."""
     if plan.method == "plain":
@@ -174,7 +174,7 @@ def company_rows(plan: Plan) -> Rows:
     return [
         (f"{2 << index} answers at once", f"{number(one.tokens_per_second)} tokens/s together",
          draft_name(one.tree))
-        for index, one in enumerate(plan.draft.company)
+        for index, one in enumerate(plan.draft.by_batch_size)
     ]  # fmt: skip
 
 
@@ -226,7 +226,7 @@ def acceptance_rows(plan: Plan) -> Rows:
     acceptance = plan.draft.acceptance
     if len(acceptance.kinds) < 2 or not acceptance.measured or not plan.draft.tree.depth:
         return []
-    most = sorted(acceptance.kinds, key=lambda kind: -acceptance.num_answers(kind))[:MOST_KINDS]
+    most = sorted(acceptance.kinds, key=lambda kind: -acceptance.num_answers(kind))[:MAX_KINDS]
     return [
         (
             one_line(kind) or "all kinds",
@@ -239,7 +239,7 @@ def acceptance_rows(plan: Plan) -> Rows:
 
 def tokens_expected(plan: Plan, kind: str = "") -> str:
     """ "12.1 ± 1.3": a round's tokens and half of their 95 % confidence interval, if known."""
-    tokens = number(plan.draft.acceptance.tokens(plan.draft.tree, kind))
+    tokens = number(plan.draft.acceptance.acceptance_length(plan.draft.tree, kind))
     margin = margin_of(plan, kind)
     return tokens if margin is None else f"{tokens} ± {number(margin)}"
 
@@ -259,7 +259,7 @@ def run_rows(runs: Sequence[Run]) -> Rows:
     for method, name in METHODS.items():
         some = [run for run in runs if run.method == method]
         # With a reused prompt or a digest check the first token's time is another figure.
-        whole = [run for run in some if not run.reused_tokens and not run.first_of_engine]
+        whole = [run for run in some if not run.cached_tokens and not run.includes_digest_check]
         rows += compared(
             f"{name}, tokens/s",
             number,
@@ -313,8 +313,8 @@ def streamed_line(spec: ModelSpec, plan: Plan) -> str:
     """What streams, and what of the exact weights is resident. A part is at most 64 MB of a
     matrix."""
     placement, streamed = placement_of(plan), plan.predicted[plan.method].streamed_bytes
-    total, wide = len(spec.parts), len(placement.multiplied_out)
-    out = f" ({wide} multiplied out)" if wide else ""
+    total, num_dequantized = len(spec.parts), len(placement.dequantized)
+    out = f" ({num_dequantized} dequantized)" if num_dequantized else ""
     if not streamed:
         return f"nothing: all {total} parts are resident{out}"
     inside = len(placement.resident) + len(placement.residuals)
@@ -337,11 +337,11 @@ def decision_rows(plan: Plan) -> Rows:
             ("draft temperature", f"{tree.temperature:g}, for ranking nodes and ending drafts")
         )
     ring = f"{placement.num_slots} slots of {format_size(placement.block_bytes)}"
-    rows += [(answers, f"{drafts}: {speed}") for answers, speed, drafts in company_rows(plan)]
+    rows += [(answers, f"{drafts}: {speed}") for answers, speed, drafts in batch_size_rows(plan)]
     return [
         *rows,
         ("verification", f"padded to {', '.join(map(str, plan.verify_widths))} rows"),
-        ("prompt", f"{plan.prefill_tokens} tokens per stream of the weights"),
+        ("prompt", f"{plan.prefill_chunk_tokens} tokens per stream of the weights"),
         ("staging ring", ring if placement.num_slots else "none: nothing streams"),
         *needs_rows(plan),
         ("4-bit kernel", plan.int4_kernel),
@@ -367,9 +367,13 @@ def cost_rows(profile: Profile) -> Rows:
         what = weights_rate(decoding) if decoding else "not available"
         rows.append(("decoding residuals of FP8 weights", what))
         rows.append(("multiplying FP8 weights out", weights_rate(profile.fp8_weights_per_second)))
-    digests = f"{short_size(profile.digest_rate)}/s" if profile.digest_rate else "free"
+    digests = (
+        f"{short_size(profile.digest_bytes_per_second)}/s"
+        if profile.digest_bytes_per_second
+        else "free"
+    )
     rows.append(("checking digests at first read", digests))
-    rows.append(("fixed cost of a round", duration(profile.round_seconds)))
+    rows.append(("fixed cost of a round", duration(profile.round_overhead_seconds)))
     rows.append(("free fast memory", format_size(profile.free_bytes)))
     if profile.pinnable_bytes:
         rows.append(("host memory that can be pinned", format_size(profile.pinnable_bytes)))
@@ -390,7 +394,7 @@ def corrections_line(profile: Profile) -> str:
 
 FP8_TARGET = (
     "The target is the FP8 checkpoint, not the model that it was made from: its weights are used "
-    "exactly, multiplied out to bfloat16, and activations stay bfloat16. Engines that round "
+    "exactly, dequantized to bfloat16, and activations stay bfloat16. Engines that round "
     "activations to FP8 too can give other tokens."
 )
 

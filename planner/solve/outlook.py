@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from subspec.artifacts.acceptance import ONE_TOKEN, Checks
+from subspec.artifacts.acceptance import ONE_TOKEN, HierarchicalCost
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.formatting import number
 from subspec.artifacts.common.sizes import short_size, size_argument
@@ -26,7 +26,8 @@ BUDGET_STEPS = (0.4, 0.5, 0.625, 0.75, 0.875, 1.125, 1.25, 1.5, 1.75, 2.0)  # of
 CONTEXTS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 NEXT_BYTES = 10**9  # more memory, for which the gain is reported
 NEXT_SHARE = 0.1  # of the budget, if that is less
-NO_CHECKS = Checks(passes=1.0, proposed=0.0)  # of a method that checks nothing
+# Of a method that checks nothing
+NO_HIERARCHICAL_COST = HierarchicalCost(substitute_passes=1.0, proposer_passes=0.0)
 
 Solve = Callable[[int, int], Plan]  # budget, context -> best plan
 
@@ -49,16 +50,18 @@ def predict_for(
     tree, proposer = draft.tree if draft else None, None
     if method in WITH_DRAFT_MODEL:
         assert draft is not None and draft_model is not None
-        proposer = Proposer(draft_model, draft.acceptance, draft.checks or NO_CHECKS)
+        proposer = Proposer(
+            draft_model, draft.acceptance, draft.hierarchical_cost or NO_HIERARCHICAL_COST
+        )
     else:
         draft_model = None
-    ready, wide = set(placement.resident), set(placement.multiplied_out)
+    resident_names, dequantized = set(placement.resident), set(placement.dequantized)
     decoded = tuple(
         part.name
         for part in stored.parts
-        if part.name in wide or (part.is_residual and part.name in ready)
+        if part.name in dequantized or (part.is_residual and part.name in resident_names)
     )
-    held = replace(stored, decoded=decoded, multiplied_out=placement.multiplied_out)
+    held = replace(stored, decoded=decoded, dequantized=placement.dequantized)
     block_bytes, num_slots = placement.block_bytes, placement.num_slots
     ring = Ring(block_bytes, num_slots) if num_slots else None
     candidate = Candidate(held, tree, plan.verify_widths, ring, method)
@@ -69,7 +72,7 @@ def predict_for(
         1,
         plan.verify_width if tree else 1,
         candidate.draft_width,
-        min(plan.prefill_tokens, usage.prompt_tokens),
+        min(plan.prefill_chunk_tokens, usage.prompt_tokens),
         plan.num_threads,
         plan.prompt_widths[0],
         draft_model=draft_model,
@@ -78,13 +81,13 @@ def predict_for(
     )
     workspace = min(workspace_bytes(spec, plan.device, shape), ledger.workspace)
     idle = ledger.guard + ledger.workspace - workspace
-    gives = draft.acceptance.round_yield(draft.tree) if draft else ONE_TOKEN
+    expected = draft.acceptance.expected_round(draft.tree) if draft else ONE_TOKEN
     peak = ledger.total_bytes - idle
     passes = passes_of(
-        spec, profile, tree, plan.verify_widths, gives, plan.prefill_tokens, usage,
+        spec, profile, tree, plan.verify_widths, expected, plan.prefill_chunk_tokens, usage,
         method=method, proposer=proposer,
     )  # fmt: skip
-    return predict(profile, candidate, passes, streamed, gives, peak, usage)
+    return predict(profile, candidate, passes, streamed, expected, peak, usage)
 
 
 def with_outlook(plan: Plan, solve: Solve, most_positions: int, drafting_from: int = 0) -> Plan:

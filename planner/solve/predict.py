@@ -8,7 +8,7 @@ from bisect import bisect_left
 from dataclasses import dataclass
 from math import ceil, sqrt
 
-from subspec.artifacts.acceptance import Acceptance, Checks, RoundYield
+from subspec.artifacts.acceptance import Acceptance, ExpectedRound, HierarchicalCost
 from subspec.artifacts.footprint import CATCH_UP_ROWS, PRODUCT_ROWS, Ring, tokens_held
 from subspec.artifacts.model import ModelSpec
 from subspec.artifacts.plan import (
@@ -18,7 +18,7 @@ from subspec.artifacts.plan import (
     Prediction,
     Tree,
     Usage,
-    calls_for,
+    split_rows,
 )
 from subspec.artifacts.profile import LIVE_TOKENS, MORE_TOKENS, Profile, Timing, seconds_at
 from subspec.planner.solve.storage import Storage
@@ -56,11 +56,11 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Proposer:
-    """A draft model that a plan may use, and what was learnt of it."""
+    """A draft model that a plan may use, and what was measured of it."""
 
     spec: ModelSpec
     acceptance: Acceptance  # of its own trees
-    checks: Checks  # of trees that it proposes and the substitutes check
+    hierarchical_cost: HierarchicalCost  # of trees that it proposes and the substitutes check
 
 
 @dataclass(frozen=True)
@@ -69,17 +69,17 @@ class Passes:
 
     draft: float  # all levels of a usual round; 0: plain decoding
     exact: float  # the verification, or a token of plain decoding
-    prompt: float  # a piece of the prompt, without the head
-    num_prompts: int  # pieces of the prompt; each streams the weights once
+    prompt: float  # a chunk of the prompt, without the head
+    num_prompts: int  # chunks of the prompt; each streams the weights once
     head: float  # at one row
     catch_up: float = 0.0  # of a draft model with the prompt, once
 
 
-def rounds_needed(num_tokens: int, gives: RoundYield) -> float:
+def rounds_needed(num_tokens: int, expected: ExpectedRound) -> float:
     """Expected number of rounds for `num_tokens`: by Wald's identity, with the overshoot of a
     renewal process in the last round."""
-    overshoot = (gives.tokens_squared - gives.tokens) / (2 * gives.tokens)
-    return max(1.0, (num_tokens + overshoot) / gives.tokens)
+    overshoot = (expected.tokens_squared - expected.tokens) / (2 * expected.tokens)
+    return max(1.0, (num_tokens + overshoot) / expected.tokens)
 
 
 def passes_of(
@@ -87,8 +87,8 @@ def passes_of(
     profile: Profile,
     tree: Tree | None,
     verify_widths: tuple[int, ...],
-    gives: RoundYield,
-    prefill_tokens: int,
+    expected: ExpectedRound,
+    prefill_chunk_tokens: int,
     usage: Usage,
     num_answers: int = 1,
     method: Method = "substitute",
@@ -97,41 +97,47 @@ def passes_of(
     """Passes with a tree (None: plain decoding), in the middle of an answer. A verification is as
     wide as its draft needs: `gives.shares` says how often it has how many levels. Several answers
     at once have a tree each, whose rows share calls."""
-    live = usage.prompt_tokens + usage.answer_tokens / 2
+    cached_tokens = usage.prompt_tokens + usage.answer_tokens / 2
     head = seconds_at(profile.exact_head, 1)
     if tree:
         if num_answers == 1:
-            shares = shares_by_width(tree, verify_widths, gives)
+            shares = shares_by_width(tree, verify_widths, expected)
         else:
-            shares = shares_in_company(
-                tree, prompt_widths(profile, verify_widths[-1]), gives, num_answers
+            shares = batched_call_counts(
+                tree, prompt_widths(profile, verify_widths[-1]), expected, num_answers
             )
         exact = 0.0
         for width, share in shares.items():
-            one = pass_seconds(spec, profile.exact_layer, profile.exact_attention, width, live)
+            one = pass_seconds(
+                spec, profile.exact_layer, profile.exact_attention, width, cached_tokens
+            )
             exact += share * (one + seconds_at(profile.exact_head, width))
     else:
-        exact = pass_seconds(spec, profile.fast_layer, profile.fast_attention, 1, live) + head
-    rows, before = min(prefill_tokens, usage.prompt_tokens), usage.prompt_tokens / 2
+        exact = (
+            pass_seconds(spec, profile.fast_layer, profile.fast_attention, 1, cached_tokens) + head
+        )
+    rows, before = min(prefill_chunk_tokens, usage.prompt_tokens), usage.prompt_tokens / 2
     prompt = pass_seconds(spec, profile.fast_layer, profile.exact_attention, rows, before)
     draft = catch_up = 0.0
     if tree and method == "substitute":
-        draft = draft_seconds(spec, profile, tree, gives.levels, live, num_answers)
+        draft = draft_seconds(spec, profile, tree, expected.levels, cached_tokens, num_answers)
     elif tree:
         assert proposer is not None
         caught_up = -(-usage.prompt_tokens // CATCH_UP_ROWS)
         catch_up = caught_up * model_pass_seconds(proposer, profile, CATCH_UP_ROWS, 1, before)
         if method == "draft-model":
-            draft = model_draft_seconds(proposer, profile, tree, gives, live, num_answers)
+            draft = model_draft_seconds(
+                proposer, profile, tree, expected, cached_tokens, num_answers
+            )
         else:
-            draft = checked_draft_seconds(
-                spec, proposer, profile, tree, gives.levels, live, num_answers
+            draft = hierarchical_draft_seconds(
+                spec, proposer, profile, tree, expected.levels, cached_tokens, num_answers
             )
     return Passes(
         draft=draft,
         exact=exact,
         prompt=prompt,
-        num_prompts=-(-usage.prompt_tokens // prefill_tokens),
+        num_prompts=-(-usage.prompt_tokens // prefill_chunk_tokens),
         head=head,
         catch_up=catch_up,
     )
@@ -145,40 +151,48 @@ def prompt_widths(profile: Profile, verify_width: int) -> tuple[int, ...]:
 
 
 def shares_by_width(
-    tree: Tree, verify_widths: tuple[int, ...], gives: RoundYield
+    tree: Tree, verify_widths: tuple[int, ...], expected: ExpectedRound
 ) -> dict[int, float]:
     """Share of the rounds by the rows of their verification."""
     found = dict[int, float]()
-    for levels, share in enumerate(gives.shares):
+    for levels, share in enumerate(expected.shares):
         if share:
             width = verify_widths[bisect_left(verify_widths, 1 + tree.width * levels)]
             found[width] = found.get(width, 0.0) + share
     return found
 
 
-def shares_in_company(
-    tree: Tree, widths: tuple[int, ...], gives: RoundYield, num_answers: int
+def batched_call_counts(
+    tree: Tree, widths: tuple[int, ...], expected: ExpectedRound, num_answers: int
 ) -> dict[int, float]:
     """How many calls of each width a round has on average. The rows of independent drafts add up,
     and their variances do: half of the rounds count as one deviation above the mean, half below."""
-    squares = sum(share * levels**2 for levels, share in enumerate(gives.shares))
-    deviation = sqrt(max(0.0, squares - gives.levels**2) * num_answers)
+    squares = sum(share * levels**2 for levels, share in enumerate(expected.shares))
+    deviation = sqrt(max(0.0, squares - expected.levels**2) * num_answers)
     found = dict[int, float]()
-    for levels in (gives.levels * num_answers - deviation, gives.levels * num_answers + deviation):
-        for width in calls_for(widths, max(num_answers, ceil(num_answers + tree.width * levels))):
+    for levels in (
+        expected.levels * num_answers - deviation,
+        expected.levels * num_answers + deviation,
+    ):
+        for width in split_rows(widths, max(num_answers, ceil(num_answers + tree.width * levels))):
             found[width] = found.get(width, 0.0) + 0.5
     return found
 
 
 def draft_seconds(
-    spec: ModelSpec, profile: Profile, tree: Tree, levels: float, live: float, num_trees: int
+    spec: ModelSpec,
+    profile: Profile,
+    tree: Tree,
+    levels: float,
+    cached_tokens: float,
+    num_trees: int,
 ) -> float:
     """Seconds of so many levels of trees that grow together; the first one has one row of each, the
     root."""
     if not levels:
         return 0.0
     first, level = (
-        pass_seconds(spec, profile.draft_layer, profile.draft_attention, rows, live)
+        pass_seconds(spec, profile.draft_layer, profile.draft_attention, rows, cached_tokens)
         + seconds_at(profile.draft_head, rows)
         for rows in (num_trees, num_trees * tree.width)
     )
@@ -186,42 +200,47 @@ def draft_seconds(
 
 
 def model_draft_seconds(
-    proposer: Proposer, profile: Profile, tree: Tree, gives: RoundYield, live: float, num_trees: int
+    proposer: Proposer,
+    profile: Profile,
+    tree: Tree,
+    expected: ExpectedRound,
+    cached_tokens: float,
+    num_trees: int,
 ) -> float:
     """Seconds of the levels of trees that a draft model grows alone. The first pass also reads what
     the round before gave."""
-    if not gives.levels:
+    if not expected.levels:
         return 0.0
-    read, rows = ceil(num_trees * gives.tokens), num_trees * tree.width
-    first = model_pass_seconds(proposer, profile, read, num_trees, live)
-    level = model_pass_seconds(proposer, profile, rows, rows, live)
-    return first + max(0.0, gives.levels - 1) * level
+    read, rows = ceil(num_trees * expected.tokens), num_trees * tree.width
+    first = model_pass_seconds(proposer, profile, read, num_trees, cached_tokens)
+    level = model_pass_seconds(proposer, profile, rows, rows, cached_tokens)
+    return first + max(0.0, expected.levels - 1) * level
 
 
-def checked_draft_seconds(
+def hierarchical_draft_seconds(
     spec: ModelSpec,
     proposer: Proposer,
     profile: Profile,
     tree: Tree,
     levels: float,
-    live: float,
+    cached_tokens: float,
     num_trees: int,
 ) -> float:
     """Seconds of so many levels of trees that a draft model proposes and the substitutes check."""
-    checks = proposer.checks
-    rows = ceil(num_trees * (tree.width + checks.proposed / max(checks.passes, 0.01)))
-    check = pass_seconds(spec, profile.draft_layer, profile.draft_attention, rows, live)
+    cost = proposer.hierarchical_cost
+    rows = ceil(num_trees * (tree.width + cost.proposer_passes / max(cost.substitute_passes, 0.01)))
+    check = pass_seconds(spec, profile.draft_layer, profile.draft_attention, rows, cached_tokens)
     check += seconds_at(profile.draft_head, rows)
-    proposal = model_pass_seconds(proposer, profile, num_trees, num_trees, live)
-    return levels * (checks.passes * check + checks.proposed * proposal)
+    proposal = model_pass_seconds(proposer, profile, num_trees, num_trees, cached_tokens)
+    return levels * (cost.substitute_passes * check + cost.proposer_passes * proposal)
 
 
 def model_pass_seconds(
-    proposer: Proposer, profile: Profile, rows: int, head_rows: int, live: float
+    proposer: Proposer, profile: Profile, rows: int, head_rows: int, cached_tokens: float
 ) -> float:
     """Seconds of a draft model's pass, with logits of some of its rows."""
     layer, attention = profile.draft_model_layer, profile.draft_model_attention
-    layers = pass_seconds(proposer.spec, layer, attention, rows, live)
+    layers = pass_seconds(proposer.spec, layer, attention, rows, cached_tokens)
     return layers + seconds_at(profile.draft_model_head, head_rows)
 
 
@@ -229,7 +248,7 @@ def draft_correction(profile: Profile, method: Method) -> float:
     corrections = profile.corrections
     if method == "draft-model":
         return corrections.draft_model
-    return corrections.checked_draft if method in WITH_DRAFT_MODEL else corrections.draft
+    return corrections.hierarchical_draft if method in WITH_DRAFT_MODEL else corrections.draft
 
 
 def predict(
@@ -237,7 +256,7 @@ def predict(
     candidate: Candidate,
     passes: Passes,
     streamed: int,
-    gives: RoundYield,
+    expected: ExpectedRound,
     peak: int,
     usage: Usage,
 ) -> Prediction:
@@ -248,7 +267,9 @@ def predict(
     threads that compute, in turn with the products.
     """
     corrections = profile.corrections
-    decode = sum(n / profile.decode_rate(one) for one, n in candidate.storage.used_as.items())
+    decode = sum(
+        n / profile.weights_per_second(one) for one, n in candidate.storage.used_as.items()
+    )
     link_rate = profile.link_rate(candidate.ring.block_bytes if candidate.ring else 0)
     if profile.device == "cpu" and candidate.ring:
         read_ahead = candidate.ring_bytes / READ_AHEAD_SECONDS
@@ -259,28 +280,28 @@ def predict(
         """Seconds of streaming and computing in parallel, plus one block of the shorter one at the
         ends. The number of blocks is not rounded, so that the time is continuous in the bytes."""
         num_blocks = max(1.0, streamed / candidate.ring.block_bytes) if candidate.ring else 1.0
-        both = both_at_once(profile.contended_shares(link_rate), link, compute)
+        both = overlapped_seconds(profile.contended_shares(link_rate), link, compute)
         return both + min(link, compute) / num_blocks
 
     # With the uncorrected time of the draft, because the factor of verification was measured so.
     ahead = min(candidate.ring_bytes, streamed, passes.draft * link_rate)
-    verify = overlapped((streamed - ahead) / link_rate, compute) + profile.round_seconds
+    verify = overlapped((streamed - ahead) / link_rate, compute) + profile.round_overhead_seconds
     verify *= corrections.verify if candidate.tree else corrections.plain
     slower = draft_correction(profile, candidate.method)
     draft = passes.draft * slower
     # Weights are checked when they stream first, which is during the first prompt.
-    checked = streamed / profile.digest_rate if profile.digest_rate else 0.0
+    checked = streamed / profile.digest_bytes_per_second if profile.digest_bytes_per_second else 0.0
     prompt = passes.prompt + decode
     piece = overlapped(link, prompt)
     first = passes.num_prompts * piece + passes.head
     num_tokens = max(1, usage.answer_tokens - 1)  # the first one is the prompt's
-    seconds = rounds_needed(num_tokens, gives) * (draft + verify) + passes.catch_up * slower
+    seconds = rounds_needed(num_tokens, expected) * (draft + verify) + passes.catch_up * slower
     return Prediction(
         tokens_per_second=num_tokens / seconds,
         time_to_first_token_seconds=first * corrections.prompt,
         fast_peak_bytes=peak,
-        tokens_per_round=gives.tokens,
-        levels_per_round=gives.levels,
+        tokens_per_round=expected.tokens,
+        levels_per_round=expected.levels,
         draft_seconds=draft,
         verify_seconds=verify,
         stream_seconds=link,
@@ -296,18 +317,18 @@ def pass_seconds(
     layer: tuple[Timing, ...],
     attention: tuple[Timing, ...],
     width: int,
-    live: float,
+    cached_tokens: float,
 ) -> float:
-    """Seconds of all layers at `width` rows with `live` tokens in the cache."""
+    """Seconds of all layers at `width` rows with `cached_tokens` tokens in the cache."""
     more = sum(
-        count * (tokens_held(spec, window, live) - LIVE_TOKENS)
+        count * (tokens_held(spec, window, cached_tokens) - LIVE_TOKENS)
         for window, count in spec.attentions_by_window.items()
     )
     attending = more / MORE_TOKENS * seconds_at(attention, width)
     return max(0.0, spec.num_layers * seconds_at(layer, width) + attending)
 
 
-def both_at_once(contended_shares: tuple[float, float], link: float, compute: float) -> float:
+def overlapped_seconds(contended_shares: tuple[float, float], link: float, compute: float) -> float:
     """Seconds of both in parallel: each slows the other down until the shorter one has ended."""
     contended_link, contended_compute = contended_shares
     slow_link, slow_compute = link / contended_link, compute / contended_compute

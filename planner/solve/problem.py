@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import groupby
 
-from subspec.artifacts.acceptance import ONE_TOKEN, Acceptance, RoundYield
+from subspec.artifacts.acceptance import ONE_TOKEN, Acceptance, ExpectedRound
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.artifacts.common.sizes import LARGEST
+from subspec.artifacts.common.sizes import MAX_BYTES
 from subspec.artifacts.footprint import (
     Ring,
     Shape,
@@ -49,12 +49,12 @@ NUM_SLOTS = (2, 4, 8)  # of a ring: one is read while the others are filled
 # grow as well as at 0.2, the paper's (arXiv 2509.18344, section 4.2; docs/LOG.md).
 SHARPENING = 0.5
 DEFAULT_CONTEXT = 4096  # shorter where it costs too much speed, longer where that costs none
-SMALLEST_CONTEXT = 256  # chosen: a question and a short answer
+MIN_CONTEXT = 256  # chosen: a question and a short answer
 # Limits of the activations of a prompt that is processed in one stream of the weights: of the
 # budget, and of what the smallest plan leaves of it. Chosen, not measured.
 PREFILL_SHARE = 0.15
 PREFILL_SLACK_SHARE = 0.5
-SMALLEST_PREFILL = 64  # tokens; fewer are too little work for a stream of the weights
+MIN_PREFILL = 64  # tokens; fewer are too little work for a stream of the weights
 
 
 @dataclass(frozen=True, eq=False)  # compared by identity: it is the key of what is worked out once
@@ -67,7 +67,7 @@ class Problem:
     proposer: Proposer | None
     context: int
     storages: tuple[Storage, ...]  # to choose from; the last one decodes least at every use
-    prefill_tokens: int = SMALLEST_PREFILL
+    prefill_chunk_tokens: int = MIN_PREFILL
     prefill_bytes: int = 0  # lower bound of the workspace
 
     @cached_property
@@ -123,7 +123,7 @@ def at_context(problem: Problem, context: int) -> Problem:
 
 
 def without_prompt_share(problem: Problem) -> Problem:
-    return replace(problem, prefill_tokens=SMALLEST_PREFILL, prefill_bytes=0)
+    return replace(problem, prefill_chunk_tokens=MIN_PREFILL, prefill_bytes=0)
 
 
 def check_context(context: int | None, spec: ModelSpec) -> None:
@@ -208,7 +208,7 @@ def default_contexts(spec: ModelSpec) -> list[int]:
     """To choose from, ascending: halves of the default one, and its doubles as far as the model has
     positions."""
     usual = min(DEFAULT_CONTEXT, spec.max_positions)
-    shorter = range(1, max(1, (usual // SMALLEST_CONTEXT).bit_length()))
+    shorter = range(1, max(1, (usual // MIN_CONTEXT).bit_length()))
     longer = range(1, (spec.max_positions // usual).bit_length())
     return [usual >> n for n in reversed(shorter)] + [usual] + [usual << n for n in longer]
 
@@ -216,13 +216,13 @@ def default_contexts(spec: ModelSpec) -> list[int]:
 def with_prompt_share(problem: Problem) -> Problem:
     """Decide the bytes of a prompt's activations, and the number of tokens that fit them.
 
-    The bytes grow continuously with the budget. If pieces were halved until they fit, a little more
+    The bytes grow continuously with the budget. If chunks were halved until they fit, a little more
     memory could double them, displace weights and make the plan slower; tests of monotony check
     that. If all weights can be resident, as stored or decoded, none of them is displaced: prompts
-    in pieces then cost no streaming.
+    in chunks then cost no streaming.
     """
     budget, slack = problem.budget_bytes, slack_bytes(problem)
-    most = max(problem.context, SMALLEST_PREFILL)
+    most = max(problem.context, MIN_PREFILL)
 
     def needed(tokens: int) -> int:
         shape = Shape(problem.context, 1, 1, 1, tokens, problem.profile.num_threads, 1)
@@ -234,9 +234,9 @@ def with_prompt_share(problem: Problem) -> Problem:
         resident = Candidate(storage, None, narrowest(problem), None, "plain")
         spare = left_over(problem, resident) - storage.num_bytes
         if spare >= 0:
-            share = min(share, needed(SMALLEST_PREFILL) + int(PREFILL_SLACK_SHARE * spare))
-    above = bisect_right(range(most + 1), share, lo=SMALLEST_PREFILL, key=needed)
-    return replace(problem, prefill_tokens=max(SMALLEST_PREFILL, above - 1), prefill_bytes=share)
+            share = min(share, needed(MIN_PREFILL) + int(PREFILL_SLACK_SHARE * spare))
+    above = bisect_right(range(most + 1), share, lo=MIN_PREFILL, key=needed)
+    return replace(problem, prefill_chunk_tokens=max(MIN_PREFILL, above - 1), prefill_bytes=share)
 
 
 def slack_bytes(problem: Problem) -> int:
@@ -251,16 +251,16 @@ def slack_bytes(problem: Problem) -> int:
 def prompt_tokens_within(problem: Problem, candidates: Iterable[Candidate]) -> int:
     """Most tokens of a prompt that fit the memory that all of the candidates have for activations
     anyway: verification and drafts may need more than a short prompt."""
-    most = max(problem.context, SMALLEST_PREFILL)
+    most = max(problem.context, MIN_PREFILL)
     for candidate in candidates:
         ledger, shape = base_ledger(problem, candidate), shape_of_candidate(problem, candidate)
 
         def needed(tokens: int, shape: Shape = shape) -> int:
-            own = replace(shape, prefill_tokens=tokens)
+            own = replace(shape, prefill_chunk_tokens=tokens)
             return workspace_bytes(problem.spec, problem.profile.device, own)
 
         span = range(most + 1)
-        most = bisect_right(span, ledger.workspace, lo=SMALLEST_PREFILL, key=needed) - 1
+        most = bisect_right(span, ledger.workspace, lo=MIN_PREFILL, key=needed) - 1
     return most
 
 
@@ -409,10 +409,10 @@ def spare_bytes(problem: Problem, candidate: Candidate) -> int:
 
 def must_hold(problem: Problem, candidate: Candidate) -> int:
     """Bytes of exact weights that have to be in fast memory because the host of a GPU has no room
-    for them. LARGEST: it has none even for what else a plan takes there."""
+    for them. MAX_BYTES: it has none even for what else a plan takes there."""
     num_bytes = candidate.storage.num_bytes
     excess = host_excess(problem, candidate.method, num_bytes)
-    return LARGEST if excess > num_bytes else max(0, excess)
+    return MAX_BYTES if excess > num_bytes else max(0, excess)
 
 
 def host_excess(problem: Problem, method: Method, streamed: int) -> int:
@@ -468,8 +468,8 @@ def passes_for(
         problem.profile,
         tree,
         verify_widths,
-        yield_for(problem, tree, method),
-        problem.prefill_tokens,
+        expected_round_for(problem, tree, method),
+        problem.prefill_chunk_tokens,
         problem.usage,
         num_answers,
         method,
@@ -478,8 +478,8 @@ def passes_for(
 
 
 @for_one_tree
-def yield_for(problem: Problem, tree: Tree | None, method: Method) -> RoundYield:
-    return acceptance_of(problem, method).round_yield(tree) if tree else ONE_TOKEN
+def expected_round_for(problem: Problem, tree: Tree | None, method: Method) -> ExpectedRound:
+    return acceptance_of(problem, method).expected_round(tree) if tree else ONE_TOKEN
 
 
 def base_ledger(problem: Problem, candidate: Candidate) -> Ledger:
@@ -527,7 +527,7 @@ def shape_of(
         problem.constraints.num_sequences,
         verify_width,
         draft_width,
-        problem.prefill_tokens,
+        problem.prefill_chunk_tokens,
         profile.num_threads,
         prompt_widths(profile, verify_width)[0],
         ring,

@@ -9,13 +9,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
 
-from subspec.artifacts.acceptance import Acceptance, Checks, Curve
+from subspec.artifacts.acceptance import Acceptance, Curve, HierarchicalCost
 from subspec.artifacts.common.formatting import number
 from subspec.artifacts.common.sizes import weights_rate
 from subspec.artifacts.model import Encoding, ModelSpec
 from subspec.artifacts.plan import (
     WITH_DRAFT_MODEL,
-    Company,
+    BatchDraft,
     Constraints,
     Draft,
     Method,
@@ -36,6 +36,7 @@ from subspec.planner.solve.problem import (
     base_ledger,
     candidates,
     default_contexts,
+    expected_round_for,
     host_excess,
     host_ledger,
     left_over,
@@ -48,7 +49,6 @@ from subspec.planner.solve.problem import (
     prompt_tokens_within,
     stored_like,
     trees,
-    yield_for,
 )
 from subspec.planner.solve.storage import Storage, choose_resident, group_bytes
 
@@ -59,7 +59,7 @@ PRIOR_LEVELS = 64
 # Of a draft model: what is published of models a tenth as large, and a guess at how often the
 # substitutes agree.
 PRIOR_MODEL_RATES = {1: 0.75, 2: 0.82, 4: 0.87, 8: 0.9}
-PRIOR_CHECKS = Checks(passes=0.4, proposed=1.0)
+PRIOR_HIERARCHICAL_COST = HierarchicalCost(substitute_passes=0.4, proposer_passes=1.0)
 
 # Of the speed, that a default context may take from what a shorter one gives. Chosen, not measured.
 CONTEXT_COST = 0.1
@@ -81,8 +81,8 @@ PRIOR = prior(PRIOR_RATES)
 
 
 def unknown_proposer(spec: ModelSpec | None) -> Proposer | None:
-    """A draft model before anything was learnt of it."""
-    return Proposer(spec, prior(PRIOR_MODEL_RATES), PRIOR_CHECKS) if spec else None
+    """A draft model before anything was measured of it."""
+    return Proposer(spec, prior(PRIOR_MODEL_RATES), PRIOR_HIERARCHICAL_COST) if spec else None
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,9 @@ def best(problem: Problem, group: Iterable[Candidate]) -> Scored | None:
     The estimate allows a part to be cut anywhere, so it is an upper bound: the first candidate with
     an estimate below the best score ends the search.
     """
-    estimates = [(hope, c) for c in group if (hope := estimate(problem, c)) is not None]
+    estimates = [
+        (upper_bound, c) for c in group if (upper_bound := estimate(problem, c)) is not None
+    ]
     found: Scored | None = None
     for speed, candidate in sorted(estimates, key=lambda pair: -pair[0]):
         if found is not None and speed <= found.speed:
@@ -256,14 +258,14 @@ def prediction_of(
     problem: Problem, candidate: Candidate, streamed: int, peak: int = 0, num_answers: int = 1
 ) -> Prediction:
     """num_answers: that decode at once; the tokens/s are those of one."""
-    gives = yield_for(problem, candidate.tree, candidate.method)
+    expected = expected_round_for(problem, candidate.tree, candidate.method)
     passes = passes_for(
         problem, candidate.tree, candidate.verify_widths, num_answers, candidate.method
     )
-    return predict(problem.profile, candidate, passes, streamed, gives, peak, problem.usage)
+    return predict(problem.profile, candidate, passes, streamed, expected, peak, problem.usage)
 
 
-def in_company(problem: Problem, chosen: Scored) -> Iterator[Company]:
+def drafts_by_batch_size(problem: Problem, chosen: Scored) -> Iterator[BatchDraft]:
     """The best tree of each of 2, 4, 8, ... answers at once, as far as the chosen candidate's
     memory has room for it. Their rows share every call of a verification, whose time grows with
     them: the more answers, the fewer nodes pay."""
@@ -282,7 +284,7 @@ def in_company(problem: Problem, chosen: Scored) -> Iterator[Company]:
             return num_answers * predicted.tokens_per_second
 
         best = max(room, key=together)
-        yield Company(best, together(best))
+        yield BatchDraft(best, together(best))
         num_answers *= 2
 
 
@@ -290,7 +292,7 @@ def assemble(solved: Solved, placed: dict[Method, Scored], reasons: tuple[str, .
     """The plan of the methods that were placed beside each other. reasons: for the context. What is
     said of the others' speeds is what they would reach without the chosen one."""
     room = prompt_tokens_within(solved.problem, (one.candidate for one in placed.values()))
-    problem = replace(solved.problem, prefill_tokens=room)
+    problem = replace(solved.problem, prefill_chunk_tokens=room)
     found = {method: with_prompts_of(problem, one) for method, one in placed.items()}
     plain, predicted = found["plain"], {name: one.prediction for name, one in found.items()}
     speeds = {method: some[0].speed for method, some in solved.drafted.items() if some}
@@ -318,14 +320,14 @@ def assemble(solved: Solved, placed: dict[Method, Scored], reasons: tuple[str, .
         num_threads=profile.num_threads,
         int4_kernel=profile.int4_kernel,
         draft_graphs=profile.draft_graphs,
-        prefill_tokens=problem.prefill_tokens,
+        prefill_chunk_tokens=problem.prefill_chunk_tokens,
         placements={name: scored.placement for name, scored in found.items()},
         residuals=plain.candidate.storage.residuals,
         predicted=predicted,
         acceptance=problem.acceptance,
         options=list_options(solved.plain, solved.drafted),
         reasons=reasons,
-        company=own.company if own else (),
+        by_batch_size=own.by_batch_size if own else (),
         constraints=problem.constraints,
         drafts=drafts,
         host_ledger=host_ledger(problem, method, predicted[method].streamed_bytes),
@@ -343,11 +345,11 @@ def draft_of(problem: Problem, scored: Scored) -> Draft:
     """What the plan says of a candidate's draft."""
     candidate = scored.candidate
     assert candidate.tree is not None
-    checks = None
+    cost = None
     if candidate.method == "substitute+draft-model" and problem.proposer is not None:
-        checks = problem.proposer.checks
+        cost = problem.proposer.hierarchical_cost
     acceptance = acceptance_of(problem, candidate.method)
-    return Draft(candidate.tree, acceptance, tuple(in_company(problem, scored)), checks)
+    return Draft(candidate.tree, acceptance, tuple(drafts_by_batch_size(problem, scored)), cost)
 
 
 def place(problem: Problem, candidate: Candidate) -> Placement:
@@ -355,10 +357,10 @@ def place(problem: Problem, candidate: Candidate) -> Placement:
     storage, ringless = candidate.storage, replace(candidate, ring=None)
     if left_over(problem, ringless) >= storage.num_bytes:
         candidate = ringless
-    stay = choose_resident(storage, left_over(problem, candidate))
-    raw = [part for part in stay if not part.is_residual]
-    residuals = [part for part in stay if part.is_residual]
-    ready = {*storage.decoded, *(part.name for part in raw)}
+    resident_parts = choose_resident(storage, left_over(problem, candidate))
+    raw = [part for part in resident_parts if not part.is_residual]
+    residuals = [part for part in resident_parts if part.is_residual]
+    resident_names = {*storage.decoded, *(part.name for part in raw)}
     ledger = replace(
         base_ledger(problem, candidate),
         resident=group_bytes(raw) + storage.decoded_bytes,
@@ -366,12 +368,12 @@ def place(problem: Problem, candidate: Candidate) -> Placement:
     )
     ring = candidate.ring
     return Placement(
-        tuple(part.name for part in storage.parts if part.name in ready),
+        tuple(part.name for part in storage.parts if part.name in resident_names),
         tuple(part.name for part in residuals),
         ring.block_bytes if ring else 0,
         ring.num_slots if ring else 0,
         ledger,
-        storage.multiplied_out,
+        storage.dequantized,
     )
 
 
@@ -381,9 +383,9 @@ def decide(
     """The method and the reasons, one sentence each. plainly: what plain decoding does beside the
     chosen draft; plain, drafted: tokens/s of the methods, each as if the others were not there."""
     reasons = []
-    if problem.prefill_tokens < problem.context and plainly.streamed_bytes:
+    if problem.prefill_chunk_tokens < problem.context and plainly.streamed_bytes:
         reasons.append(
-            f"a prompt streams the weights once per {problem.prefill_tokens} tokens: the "
+            f"a prompt streams the weights once per {problem.prefill_chunk_tokens} tokens: the "
             "activations of more would take too much of the budget"
         )
     with_model = set(methods_that_draft(problem)) & set(WITH_DRAFT_MODEL)
@@ -421,13 +423,15 @@ def why_early(tree: Tree) -> str:
 def why_stored(problem: Problem, chosen: Scored) -> str:
     """Reason for the storage of exact weights, and how many are decoded while loading."""
     storage = chosen.candidate.storage
-    decoded, wide = len(storage.decoded), len(storage.multiplied_out)
+    decoded, num_dequantized = len(storage.decoded), len(storage.dequantized)
     reason = why_encoded(problem, chosen)
     if not decoded:
         return reason
-    done = "multiplied out" if wide == decoded else "decoded"
+    done = "dequantized" if num_dequantized == decoded else "decoded"
     reason += f"; {decoded} of {len(storage.parts)} parts are {done} while loading"
-    return reason + (f", {wide} of them multiplied out" if 0 < wide < decoded else "")
+    return reason + (
+        f", {num_dequantized} of them dequantized" if 0 < num_dequantized < decoded else ""
+    )
 
 
 def why_encoded(problem: Problem, chosen: Scored) -> str:
@@ -438,7 +442,7 @@ def why_encoded(problem: Problem, chosen: Scored) -> str:
     num_bytes = sum(part.plain_bytes for part in problem.spec.parts)
     link = profile.link_rate(ring.block_bytes if ring else 0) * num_weights / max(1, num_bytes)
     encoding: Encoding = "fp8-residual" if problem.spec.fp8 else "residual"
-    decode = weights_rate(profile.decode_rate(encoding))
+    decode = weights_rate(profile.weights_per_second(encoding))
     rates = f"decoding gives {decode} here, the link {weights_rate(link)} raw"
     what = "the exact weights are stored "
     if not num_coded:
@@ -450,7 +454,7 @@ def why_encoded(problem: Problem, chosen: Scored) -> str:
         return f"{what}: as in the existing artifact"
     if problem.constraints.encoding != "auto":
         return f"{what}: that was asked for"
-    if not profile.decode_rate(encoding):
+    if not profile.weights_per_second(encoding):
         return f"{what}: there is no fast decoder for residuals here (a C++ compiler builds one)"
     if not chosen.prediction.streamed_bytes and not num_coded:
         return f"{what}: all of them fit"

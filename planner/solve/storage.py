@@ -4,7 +4,7 @@ A residual takes about half of the bytes on the link and in memory, and is decod
 all weights are residuals if the link is slow, none if decoding is slow, and in between as many as
 keep both busy. An existing artifact keeps its residuals: if memory is left and decoding is slow,
 some are decoded once, while loading, and are resident as exact weights. Those of FP8 matrices come
-in two sizes: as FP8 codes, which are multiplied by their scales at every use, or multiplied out
+in two sizes: as FP8 codes, which are multiplied by their scales at every use, or dequantized
 once and for all, in twice the bytes.
 """
 
@@ -22,7 +22,7 @@ for_one_model = lru_cache(maxsize=4)
 # Bits of a stored weight until it is encoded: normal to Student-t rows give 7.1 to 7.6 in bf16.
 RESIDUAL_BITS = {"bfloat16": 7.4, "float16": 10.4, "float32": 23.4}
 FP8_RESIDUAL_BITS = 3.3  # normal rows give 3.0, heavier tails 3.5
-NUM_SHARES = 8  # steps: 0, 1/8, ... 1 of the weights raw, or decoded, or multiplied out
+NUM_SHARES = 8  # steps: 0, 1/8, ... 1 of the weights raw, or decoded, or dequantized
 
 
 @dataclass(frozen=True, eq=False)  # compared by identity: it is the key of what is worked out once
@@ -31,8 +31,8 @@ class Storage:
     execution order."""
 
     parts: tuple[StoredPart, ...]  # in execution order
-    decoded: tuple[str, ...] = ()  # while loading: residuals, and what is multiplied out
-    multiplied_out: tuple[str, ...] = ()  # of `decoded`: those of FP8 matrices, to 16 bits
+    decoded: tuple[str, ...] = ()  # while loading: residuals, and what is dequantized
+    dequantized: tuple[str, ...] = ()  # of `decoded`: those of FP8 matrices, to 16 bits
 
     @cached_property
     def as_stored(self) -> tuple[StoredPart, ...]:
@@ -43,9 +43,9 @@ class Storage:
     @cached_property
     def decoded_bytes(self) -> int:
         """Fast memory of the parts that are decoded while loading."""
-        decoded, wide = set(self.decoded), set(self.multiplied_out)
+        decoded, dequantized = set(self.decoded), set(self.dequantized)
         return sum(
-            padded(one.part.num_bytes if one.name in wide else one.part.plain_bytes)
+            padded(one.part.num_bytes if one.name in dequantized else one.part.plain_bytes)
             for one in self.parts
             if one.name in decoded
         )
@@ -103,11 +103,11 @@ class Storage:
     @cached_property
     def used_as(self) -> dict[Encoding, int]:
         """What the weights are at every use, and how many."""
-        decoded, wide = set(self.decoded), set(self.multiplied_out)
+        decoded, dequantized = set(self.decoded), set(self.dequantized)
         found = dict[Encoding, int]()
         for one in self.parts:
             encoding = one.part.plain_encoding if one.name in decoded else one.encoding
-            encoding = "raw" if one.name in wide else encoding
+            encoding = "raw" if one.name in dequantized else encoding
             found[encoding] = found.get(encoding, 0) + one.part.num_weights
         return found
 
@@ -119,12 +119,12 @@ class Storage:
     @cached_property
     def scratch_bytes(self) -> int:
         """Bytes of the largest part that is decoded at its use; 0: none is."""
-        decoded, wide = set(self.decoded), set(self.multiplied_out)
+        decoded, dequantized = set(self.decoded), set(self.dequantized)
         coded = (
             one.part.padded_bytes
             for one in self.parts
             if (one.is_residual and one.name not in decoded)
-            or (one.part.linear.fp8 and one.name not in wide)
+            or (one.part.linear.fp8 and one.name not in dequantized)
         )
         return max(coded, default=0)
 
@@ -162,7 +162,7 @@ def group_bytes(group: Iterable[StoredPart]) -> int:
 
 def storages(spec: ModelSpec, encoding: str, decodes: bool) -> tuple[Storage, ...]:
     """Storages that a new artifact may have with --encoding auto, residual or raw, fewest bytes
-    first, and then those with FP8 weights multiplied out. decodes: whether this machine has a fast
+    first, and then those with FP8 weights dequantized. decodes: whether this machine has a fast
     decoder. Raises SubspecError(UNSUPPORTED) for residuals without one."""
     if encoding == "residual" and not decodes:
         raise SubspecError(
@@ -181,8 +181,10 @@ def storages(spec: ModelSpec, encoding: str, decodes: bool) -> tuple[Storage, ..
 def any_storages(spec: ModelSpec) -> tuple[Storage, ...]:
     usual = usual_storages(spec)
     bytes_of = ((some, tuple(p.name for p in some.parts if p.encoding == "fp8")) for some in usual)
-    wide = (multiplied_out(some, names) for some, names in bytes_of if names and some.residuals)
-    return (*usual, *wide, *held_decoded(raw_storage(spec))[1:])
+    dequantized = (
+        with_dequantized(some, names) for some, names in bytes_of if names and some.residuals
+    )
+    return (*usual, *dequantized, *held_decoded(raw_storage(spec))[1:])
 
 
 @for_one_model
@@ -246,7 +248,7 @@ def evenly_raw(some: Iterable[Part], share: float) -> Iterator[Part]:
 @for_one_model
 def held_decoded(storage: Storage) -> tuple[Storage, ...]:
     """The storage with none, then more and more, then all of its residuals decoded while loading;
-    likewise with FP8 matrices multiplied out: first beside residuals, then beside FP8 codes."""
+    likewise with FP8 matrices dequantized: first beside residuals, then beside FP8 codes."""
     shares = [share / NUM_SHARES for share in range(1, NUM_SHARES + 1)]
     coded = [part.part for part in storage.parts if part.is_residual]
     packed = [part.part for part in storage.parts if part.part.linear.fp8]
@@ -256,19 +258,19 @@ def held_decoded(storage: Storage) -> tuple[Storage, ...]:
         ways.append(replace(storage, decoded=decoded))
     for all_decoded in (storage, ways[-1]):
         for share in shares if packed else ():
-            wide = tuple(part.name for part in evenly_raw(packed, share))
-            ways.append(multiplied_out(all_decoded, wide))
+            dequantized = tuple(part.name for part in evenly_raw(packed, share))
+            ways.append(with_dequantized(all_decoded, dequantized))
     found = dict[tuple[tuple[str, ...], tuple[str, ...]], Storage]()
     for way in ways:
-        found.setdefault((way.decoded, way.multiplied_out), way)
+        found.setdefault((way.decoded, way.dequantized), way)
     return tuple(found.values())
 
 
-def multiplied_out(storage: Storage, names: tuple[str, ...]) -> Storage:
-    """The storage with these parts of FP8 matrices multiplied out while loading."""
+def with_dequantized(storage: Storage, names: tuple[str, ...]) -> Storage:
+    """The storage with these parts of FP8 matrices dequantized while loading."""
     chosen = {*storage.decoded, *names}
     decoded = tuple(part.name for part in storage.parts if part.name in chosen)
-    return replace(storage, decoded=decoded, multiplied_out=names)
+    return replace(storage, decoded=decoded, dequantized=names)
 
 
 @for_one_model

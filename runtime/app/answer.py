@@ -146,7 +146,7 @@ def recorded(engine: Engine, sequence: Sequence, how: Answering) -> Iterator[Non
     finally:
         stats = sequence.stats
         decoded = stats is not before and stats.accepted
-        if decoded and how.record and engine.ran_as_planned(sequence):
+        if decoded and how.record and engine.is_predicted_by_plan(sequence):
             append_run(engine.artifact.path, run_of(engine, sequence))
 
 
@@ -164,9 +164,9 @@ def run_of(engine: Engine, sequence: Sequence) -> Run:
         link_bandwidth=round(engine.link_bandwidth) if engine.link_bandwidth else None,
         greedy=sequence.params.sampling.temperature == 0,
         prompt_tokens=stats.prompt_tokens,
-        reused_tokens=stats.reused_tokens,
+        cached_tokens=stats.cached_tokens,
         generated_tokens=stats.generated_tokens,
-        first_of_engine=stats.first_of_engine,
+        includes_digest_check=stats.includes_digest_check,
         drafted=tuple(sum(drafted >= level for drafted in stats.drafted) for level in levels),
         accepted=tuple(histogram(stats.accepted)),
         draft_seconds=stats.draft_seconds,
@@ -195,7 +195,7 @@ def stats_json(engine: Engine, sequence: Sequence) -> dict[str, Any]:
     rounds = len(stats.accepted)
     return {
         "prompt_tokens": stats.prompt_tokens,
-        "reused_tokens": stats.reused_tokens,
+        "cached_tokens": stats.cached_tokens,
         "generated_tokens": stats.generated_tokens,
         "decode_tokens_per_second": stats.decode_tokens_per_second,
         "time_to_first_token_seconds": stats.time_to_first_token_seconds,
@@ -238,7 +238,7 @@ def stats_line(engine: Engine, sequence: Sequence) -> str:
     """One line for a person: prompt, speed and memory against the prediction."""
     stats, found = sequence.stats, stats_json(engine, sequence)
     rounds, predicted = found["rounds"], found["predicted_tokens_per_second"]
-    reused = f" ({stats.reused_tokens} reused)" if stats.reused_tokens else ""
+    reused = f" ({stats.cached_tokens} reused)" if stats.cached_tokens else ""
     said = [
         f"prompt {counted(stats.prompt_tokens, 'token')}{reused}, "
         f"first token after {duration(stats.time_to_first_token_seconds)}",

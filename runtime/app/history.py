@@ -19,8 +19,8 @@ from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.plan import USUAL, Draft, Method, Plan
 from subspec.artifacts.runs import Run, plan_digest, read_runs, recorded_by
 
-FEWEST_ANSWERS = 5  # that a hint is based on
-LARGEST_DRIFT = 0.1  # a larger difference from the predicted speed gives a hint
+MIN_ANSWERS = 5  # that a hint is based on
+MAX_DRIFT = 0.1  # a larger difference from the predicted speed gives a hint
 SAME_LINK = 0.99  # a link of at least this share of the plan's rate counts as the plan's
 
 
@@ -128,7 +128,7 @@ def answers_of(plan: Plan, runs: Sequence[Run]) -> Answers:
     """runs: at least one, all of one way of decoding."""
     newest = runs[-1]
     # A first token that includes a check of digests takes longer than predicted.
-    settled = [run for run in runs if not run.first_of_engine]
+    settled = [run for run in runs if not run.includes_digest_check]
     drafts = newest.method != "plain"
     return Answers(
         method=newest.method,
@@ -155,7 +155,7 @@ def answers_of(plan: Plan, runs: Sequence[Run]) -> Answers:
 
 
 def tokens_expected(draft: Draft) -> float:
-    return draft.acceptance.tokens(draft.tree)
+    return draft.acceptance.acceptance_length(draft.tree)
 
 
 def figure(values: Sequence[float], predicted: float | None) -> Figure:
@@ -167,7 +167,7 @@ def levels_of(plan: Plan, runs: Sequence[Run]) -> tuple[Level, ...]:
     tree = draft.tree
     drafted = padded(added(run.drafted for run in runs), tree.depth)
     accepted = padded(added(run.accepted_by_level for run in runs), tree.depth)
-    expected = draft.acceptance.reached(tree)
+    expected = draft.acceptance.acceptance_rates(tree)
     return tuple(
         Level(number, drafts, accepts, accepts / rounds, said)
         for number, (drafts, accepts, said) in enumerate(
@@ -184,7 +184,7 @@ def hint_of(history: History, path: str) -> str | None:
     """A command that corrects the plan; None if it is close enough or too little is known."""
     for way in history.ways:
         drift = way.tokens_per_second.drift
-        if drift is not None and abs(drift) > LARGEST_DRIFT and way.answers >= FEWEST_ANSWERS:
+        if drift is not None and abs(drift) > MAX_DRIFT and way.answers >= MIN_ANSWERS:
             return f"subspec-plan --calibrate {shlex.quote(path)} updates the plan with these runs"
     return None
 

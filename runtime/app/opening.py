@@ -10,14 +10,14 @@ from contextlib import contextmanager
 import torch
 
 from subspec.artifacts.common.command import rewrites_lines, say
-from subspec.artifacts.common.cpu_load import cpu_times, others_share
+from subspec.artifacts.common.cpu_load import background_cpu_share, cpu_times
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.progress import Progress, unseen
 from subspec.artifacts.common.user_cache import (
     cache_problem,
-    cached_file,
-    held_file,
-    kept_file,
+    find_file,
+    find_in_memory,
+    find_on_disk,
 )
 from subspec.artifacts.format.prebuilt import install_prebuilt
 from subspec.artifacts.format.store import Artifact
@@ -70,7 +70,7 @@ def opened(
     """`open_engine` for the block, with what is known only after it."""
     with short_of_memory_told(), open_engine(artifact, options, progress, padded) as engine:
         yield engine
-        if (problem := engine.missing_graphs) is not None:
+        if (problem := engine.missing_graphs_reason) is not None:
             say(f"note: the draft's kernels were launched one by one: {problem}")
 
 
@@ -84,10 +84,10 @@ def open_engine(
     )  # fmt: skip
     started = cpu_times()
     programs = map(cpp.program, kernel_sources(artifact.spec, artifact.plan))
-    absent = [program for program in programs if kept_file(program) is None]
+    absent = [program for program in programs if find_file(program) is None]
     with short_of_memory_told():
         engine = Engine.open(artifact, how, progress)
-    if any(held_file(program) and not cached_file(program) for program in absent):
+    if any(find_in_memory(program) and not find_on_disk(program) for program in absent):
         why = cache_problem(cpp.FOLDER) or "writing there failed: its disk may be full"
         say(
             "note: the C++ kernels are compiled at every start, as the user's cache keeps nothing: "
@@ -102,10 +102,10 @@ def open_engine(
     elif (
         planned == artifact.profile.machine
         and artifact.profile.under_load
-        and others_share(started, cpu_times()) <= UNDER_LOAD
+        and background_cpu_share(started, cpu_times()) <= UNDER_LOAD
     ):
         say(measured_under_load(artifact))
-    if (problem := engine.missing_kernels) is not None:
+    if (problem := engine.missing_kernels_reason) is not None:
         trust = " (--trust-kernels would load the artifact's own)"
         say(
             "note: without the C++ kernels residuals decode a hundred times slower, exact "
@@ -113,9 +113,9 @@ def open_engine(
             f"{problem}"
             f"{trust if engine.has_prebuilt_kernels else ''}"
         )
-    if (problem := engine.plain_attention) is not None:
+    if (problem := engine.slow_attention_reason) is not None:
         say(f"note: exact attention runs in f64, which is slow on most GPUs: {problem}")
-    if (problem := engine.plain_draft) is not None:
+    if (problem := engine.slow_draft_reason) is not None:
         say(f"note: drafting is slower than it could be: {problem}")
     return engine
 
@@ -135,8 +135,9 @@ def short_of_memory_told() -> Iterator[None]:
 
 def measured_under_load(artifact: Artifact) -> str:
     return (
-        f"note: other programs used {artifact.profile.others_cpu_share:.0%} of the CPUs while this "
-        "plan was measured, so predictions are too slow, and another plan may be faster: "
+        f"note: other programs used {artifact.profile.background_cpu_share:.0%} of the CPUs "
+        "while this plan was measured, so predictions are too slow, and another plan may be "
+        "faster: "
         f"subspec-plan --from {shlex.quote(str(artifact.path))} --reprofile"
     )
 

@@ -20,10 +20,10 @@ from typing import IO, Literal
 from subspec.artifacts.common.command import say
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.sizes import format_size, short_size
-from subspec.artifacts.common.user_cache import cache_problem, kept_folder, user_cache_dir
+from subspec.artifacts.common.user_cache import cache_problem, readable_cache_dir, user_cache_dir
 from subspec.artifacts.format.codec import dump_json, load_dataclass, parse_json
 from subspec.artifacts.format.folder import MANIFEST, lock_file
-from subspec.artifacts.format.store import LARGEST_JSON, open_artifact
+from subspec.artifacts.format.store import MAX_JSON, open_artifact
 from subspec.artifacts.format.tensors import open_regular
 from subspec.artifacts.model import Source
 from subspec.runtime.app.opening_options import OpeningOptions
@@ -33,9 +33,9 @@ DEMO = "demo"  # the model that comes with subspec
 # What a plan can depend on in a folder with a checkpoint.
 CHECKPOINT_FILES = ("*", "additional_chat_templates/*")
 CHECKPOINT_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt")
-LONGEST_STEM = 60  # characters of a model's name in that of its artifact
+MAX_STEM = 60  # characters of a model's name in that of its artifact
 
-Tell = Callable[[str], None]
+Notify = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -79,13 +79,13 @@ class Entry:
     draft_model: str = ""  # the same of the draft model
 
 
-def planned_model(request: ModelRequest, tell: Tell = say) -> Path:
+def planned_model(request: ModelRequest, notify: Notify = say) -> Path:
     """The artifact for `request`: from the user's cache, else planned into it, which takes from a
     minute to hours. The planner's story goes to stderr.
 
     Raises SubspecError: the planner's own, or RESOURCES if there is no cache.
     """
-    folder, wanted = kept_folder("artifacts"), entry_of(request)
+    folder, wanted = readable_cache_dir("artifacts"), entry_of(request)
     if folder is not None and is_current(folder / artifact_name(wanted.request), wanted):
         return folder / artifact_name(wanted.request)
     folder = user_cache_dir("artifacts")
@@ -97,9 +97,9 @@ def planned_model(request: ModelRequest, tell: Tell = say) -> Path:
             f"subspec-plan --model {shlex.quote(request.model)} --vram SIZE --out DIR",
         )
     path = folder / artifact_name(wanted.request)
-    with locked(entry_path(path), tell) as entry:
+    with locked(entry_path(path), notify) as entry:
         if not is_current(path, wanted):  # another process may have planned it meanwhile
-            plan_into(path, wanted, entry, tell)
+            plan_into(path, wanted, entry, notify)
     return path
 
 
@@ -139,7 +139,7 @@ def files_digest(folder: Path) -> str:
 
 def artifact_name(request: ModelRequest) -> str:
     """Readable, and one for each request: qwen2.5-32b-24.00gb-1f0c5ae37d42."""
-    stem = request.model.partition("@")[0].rstrip("/").rpartition("/")[2][:LONGEST_STEM]
+    stem = request.model.partition("@")[0].rstrip("/").rpartition("/")[2][:MAX_STEM]
     size = short_size(request.budget_bytes).replace(" ", "")
     digest = hashlib.sha256(dump_json(request).encode()).hexdigest()[:12]
     return re.sub(r"[^a-z0-9._-]+", "-", f"{stem}-{size}-{digest}".lower()).lstrip("-.")
@@ -153,7 +153,7 @@ def read_entry(path: Path) -> Entry | None:
     """None if it is missing, damaged or being written."""
     try:
         with open_regular(path) as file:
-            value = parse_json(file.read(LARGEST_JSON), path.name)
+            value = parse_json(file.read(MAX_JSON), path.name)
         found: Entry = load_dataclass(Entry, value, path.name)
     except (SubspecError, OSError):
         return None
@@ -198,10 +198,10 @@ def downloaded_commit(repository: str, revision: str) -> str | None:
 
 
 @contextmanager
-def locked(entry: Path, tell: Tell) -> Iterator[IO[str]]:
+def locked(entry: Path, notify: Notify) -> Iterator[IO[str]]:
     """The entry, open and locked; the kernel releases the lock however this process ends. An error
     in the block removes the entry."""
-    with lock_of(entry, tell) as file:
+    with lock_of(entry, notify) as file:
         try:
             yield file
         except BaseException:
@@ -209,13 +209,13 @@ def locked(entry: Path, tell: Tell) -> Iterator[IO[str]]:
             raise
 
 
-def lock_of(entry: Path, tell: Tell) -> IO[str]:
+def lock_of(entry: Path, notify: Notify) -> IO[str]:
     while True:
         file = open(entry, "a+", encoding="utf-8")
         try:
             lock_file(file, waiting=False)
         except BlockingIOError:
-            tell("another process is planning this model: waiting for it")
+            notify("another process is planning this model: waiting for it")
             lock_file(file, waiting=True)
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), entry.stat()):
@@ -223,7 +223,7 @@ def lock_of(entry: Path, tell: Tell) -> IO[str]:
         file.close()  # the previous holder has removed what we opened
 
 
-def plan_into(path: Path, wanted: Entry, entry: IO[str], tell: Tell) -> None:
+def plan_into(path: Path, wanted: Entry, entry: IO[str], notify: Notify) -> None:
     """Run subspec-plan, then write the entry."""
     request = wanted.request
     if path.exists() and not (path / MANIFEST).is_file() and any(path.iterdir()):
@@ -233,7 +233,7 @@ def plan_into(path: Path, wanted: Entry, entry: IO[str], tell: Tell) -> None:
             f"remove it: rm -r {shlex.quote(str(path))}",
         )
     similar = same_weights(path, wanted)
-    tell(
+    notify(
         f"planning {request.model} for {short_size(request.budget_bytes)} into {path}, once"
         + (f", with the weights of {similar.name}" if similar else "")
     )
@@ -242,7 +242,7 @@ def plan_into(path: Path, wanted: Entry, entry: IO[str], tell: Tell) -> None:
     run_planner([*planner_words(request, similar), "--out", str(path), *overwrite], shown=True)
     entry.write(dump_json(wanted))
     entry.flush()
-    tell(kept(path))
+    notify(kept(path))
 
 
 def kept(path: Path) -> str:

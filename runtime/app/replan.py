@@ -21,11 +21,11 @@ from subspec.artifacts.common.errors import SubspecError
 from subspec.artifacts.common.host_memory import free_host_bytes
 from subspec.artifacts.common.progress import Progress, unseen
 from subspec.artifacts.common.sizes import format_size
-from subspec.artifacts.common.user_cache import kept_folder, user_cache_dir
+from subspec.artifacts.common.user_cache import readable_cache_dir, user_cache_dir
 from subspec.artifacts.format.checks import check_plan
 from subspec.artifacts.format.codec import dump_json, load_dataclass, parse_json
 from subspec.artifacts.format.folder import MANIFEST
-from subspec.artifacts.format.store import LARGEST_JSON, Artifact
+from subspec.artifacts.format.store import MAX_JSON, Artifact
 from subspec.artifacts.format.tensors import open_regular
 from subspec.artifacts.plan import Method, Plan
 from subspec.runtime.app.planner_command import run_planner
@@ -33,7 +33,7 @@ from subspec.runtime.device import machine_name
 
 MARGIN = 0.03  # of what is free now; it may be less by the time the weights are loaded
 STEPS = 32  # of a plan's budget: free memory varies between runs, the cached plan should not
-MOST_KEPT = 64
+MAX_KEPT = 64
 
 # If only the machine differs, the stored plan still runs, at another speed.
 Cause = Literal["machine", "budget", "device", "memory", "sequences"]
@@ -170,7 +170,8 @@ def solve_again(
     artifact: Artifact, found: Mismatch, link_bandwidth: int | None, progress: Progress
 ) -> Plan:
     """The plan for `found`: from the cache, else from the planner. Raises SubspecError."""
-    folder = user_cache_dir("plans") or kept_folder("plans")  # what is there serves read-only too
+    # What is there serves read-only too
+    folder = user_cache_dir("plans") or readable_cache_dir("plans")
     entry = folder / entry_name(artifact, found, link_bandwidth) if folder else None
     plan = read_entry(entry, artifact, found) if entry else None
     if plan is None:
@@ -264,7 +265,7 @@ def write_entry(path: Path, plan: Plan) -> None:
         finally:
             Path(unfinished).unlink(missing_ok=True)
         by_age = sorted(path.parent.iterdir(), key=lambda entry: entry.stat().st_mtime)
-        for entry in by_age[:-MOST_KEPT]:
+        for entry in by_age[:-MAX_KEPT]:
             entry.unlink(missing_ok=True)
 
 
@@ -272,7 +273,7 @@ def read_entry(path: Path, artifact: Artifact, found: Mismatch) -> Plan | None:
     """The plan of an entry; None if it is missing, damaged or for something else."""
     try:
         with open_regular(path) as file:
-            plan = load_plan(file.read(LARGEST_JSON), artifact)
+            plan = load_plan(file.read(MAX_JSON), artifact)
     except (SubspecError, OSError):
         return None
     with suppress(OSError):

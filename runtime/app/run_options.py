@@ -16,7 +16,7 @@ from subspec.runtime.app.opening_options import (
 )
 
 BIAS = re.compile(r"([0-9]{1,9})=([+-]?[0-9]{1,9}(?:\.[0-9]{1,9})?)", re.ASCII)
-MOST_LOGPROBS = 20  # likeliest tokens that are reported with each token
+MAX_LOGPROBS = 20  # likeliest tokens that are reported with each token
 
 
 @dataclass(frozen=True)

@@ -65,13 +65,13 @@ def main() -> None:
 
 @main.command("speed", cls=Configured, program=NAME, rules=OPENING, context_settings=HELP)
 @artifact_argument
-@click.option("-p", "--prompts", default="128", show_default=True, callback=whole_numbers,
+@click.option("-p", "--prompt-tokens", default="128", show_default=True, callback=whole_numbers,
               metavar="N,N", help="Rows pp: tokens of prompts that are read.")  # fmt: skip
-@click.option("-n", "--answers", default="64", show_default=True, callback=whole_numbers,
+@click.option("-n", "--generated-tokens", default="64", show_default=True, callback=whole_numbers,
               metavar="N,N", help="Rows tg: tokens that are generated.")  # fmt: skip
-@click.option("-d", "--filled", default="0", show_default=True, callback=whole_numbers,
+@click.option("-d", "--cached-tokens", default="0", show_default=True, callback=whole_numbers,
               metavar="N,N", help="Tokens in the cache before either.")  # fmt: skip
-@click.option("-r", "--repeats", type=click.IntRange(1, 1000), default=3, show_default=True,
+@click.option("-r", "--repetitions", type=click.IntRange(1, 1000), default=3, show_default=True,
               help="How often each row is measured.")  # fmt: skip
 @click.option("--methods", metavar="NAMES",
               help=f"Some of {', '.join(METHODS)}.  [default: the plan's and plain]")  # fmt: skip
@@ -100,14 +100,14 @@ def speed(artifact: Path, form: "Form", out: Path | None, **given: Any) -> None:
     methods = () if asked is None else names(asked, METHODS, "--methods")
     axes = variants(given["budgets"], given["contexts"], given["widths"], given["depths"])
     tests = Tests(
-        tuple(one for one in given["prompts"] if one),
-        tuple(one for one in given["answers"] if one),
-        given["filled"] or (0,),
-        given["repeats"],
+        tuple(one for one in given["prompt_tokens"] if one),
+        tuple(one for one in given["generated_tokens"] if one),
+        given["cached_tokens"] or (0,),
+        given["repetitions"],
     )
-    if not (tests.prompts or tests.answers):
-        message = "--prompts and --answers are 0, expected something to measure"
-        raise SubspecError(Exit.USAGE, message, "such as --prompts 128")
+    if not (tests.prompt_tokens or tests.generated_tokens):
+        message = "--prompt-tokens and --generated-tokens are 0, expected something to measure"
+        raise SubspecError(Exit.USAGE, message, "such as --prompt-tokens 128")
     rows = list(speed_rows(source_of(artifact, given), axes, methods, tests, out, say))  # type: ignore[arg-type]
     sys.stdout.write(written(rows, form, speed_table, speed_columns))
 

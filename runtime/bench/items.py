@@ -15,9 +15,9 @@ from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.runtime.bench.layouts import BUILTIN, LAYOUTS, Judge, Layout
 
 OWN = Path(__file__).parent / "prompts.jsonl"
-LARGEST_LINE = 1 << 30  # bytes; rows of LiveCodeBench have their hidden tests, of many megabytes
+MAX_LINE = 1 << 30  # bytes; rows of LiveCodeBench have their hidden tests, of many megabytes
 UNREAD = "private_test_cases"  # of LiveCodeBench: nearly all of its gigabytes
-MOST_ROWS = 200_000
+MAX_ROWS = 200_000
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def items_of(task: str, data: Path | None, most: int, seed: int) -> list[Item]:
         layout = Layout((BUILTIN, None, ""), 256, turns="turns")
     elif task in LAYOUTS:
         layout = LAYOUTS[task]
-        rows = list(islice(rows_of(task, layout, data), MOST_ROWS))
+        rows = list(islice(rows_of(task, layout, data), MAX_ROWS))
     else:
         known = ", ".join((BUILTIN, *LAYOUTS))
         raise SubspecError(Exit.USAGE, f"there is no task {task!r}", f"the tasks are {known}")
@@ -97,10 +97,10 @@ def local_rows(file: Path) -> Iterable[dict[str, Any]]:
     try:
         with open(file, "rb") as lines:
             number = 0
-            while line := lines.readline(LARGEST_LINE + 1):
+            while line := lines.readline(MAX_LINE + 1):
                 number += 1
-                if len(line) > LARGEST_LINE:
-                    raise wrong_row(file, number, f"it has more than {LARGEST_LINE} bytes")
+                if len(line) > MAX_LINE:
+                    raise wrong_row(file, number, f"it has more than {MAX_LINE} bytes")
                 if not line.strip():
                     continue
                 try:

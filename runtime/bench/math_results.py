@@ -4,7 +4,7 @@ does not count follows lm-eval's tasks minerva_math and hendrycks_math."""
 import re
 from fractions import Fraction
 
-LONGEST = 200  # characters of a result
+MAX_CHARACTERS = 200  # characters of a result
 BOX = re.compile(r"\\(?:boxed|fbox)\s*")
 # What only changes how a result looks, and what stands for it. In this order.
 LOOKS = (
@@ -56,7 +56,7 @@ def same_result(one: str, other: str) -> bool:
 def plain_math(text: str) -> str:
     """Without what only changes how a result looks: marks around it, units, "x =", space. Braces
     around one character are none."""
-    text = text.strip()[:LONGEST]
+    text = text.strip()[:MAX_CHARACTERS]
     for mark, plain in LOOKS:
         text = text.replace(mark, plain)
     text = text.lstrip(" *_").rstrip(" *_.")

@@ -35,8 +35,8 @@ from subspec.templates import load
 
 MARK = b'<meta name="generator" content="subspec-bench report" />'  # of a page of ours
 MARKED_BYTES = 1000  # of its beginning
-MOST_PLANS = 2  # that the page names
-MOST_LINES = 6  # of one chart, as many as there are colours
+MAX_PLANS = 2  # that the page names
+MAX_LINES = 6  # of one chart, as many as there are colours
 Rows = Sequence[SpeedRow | AnswerRow | SweepRow]
 
 
@@ -98,8 +98,8 @@ def page(files: Sequence[tuple[str, Rows]]) -> str:
         versions=unique(f"subspec {one.subspec}" for one in settings if one.subspec),
         drivers=unique(f"driver {one.driver}" for one in settings if one.driver),
         files=[(name, len(some)) for name, some in files],
-        plans=unique(one.plan[:12] for one in settings[:MOST_PLANS]),
-        num_more=max(0, len({one.plan for one in settings}) - MOST_PLANS),
+        plans=unique(one.plan[:12] for one in settings[:MAX_PLANS]),
+        num_more=max(0, len({one.plan for one in settings}) - MAX_PLANS),
         parts=parts,
     )
 
@@ -218,7 +218,7 @@ def reached_lines(answers: dict[str, list[Costs]]) -> Lines | None:
     for name, some in answers.items():
         rounds = [count for one in some for count in one.accepted]
         depth = max((levels for one in some for levels in one.drafted), default=0)
-        if depth and len(found) < MOST_LINES:
+        if depth and len(found) < MAX_LINES:
             share = tuple(
                 (float(level), sum(count >= level for count in rounds) / len(rounds))
                 for level in range(depth + 1)

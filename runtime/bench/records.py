@@ -24,7 +24,7 @@ from subspec.runtime.engine import Engine
 from subspec.runtime.lossy import Lossy
 from subspec.runtime.sequence import Stats
 
-LARGEST_RECORDS = 1 << 30  # bytes of a file
+MAX_RECORDS = 1 << 30  # bytes of a file
 BEGINNING = b'{"schema": "subspec.bench.'  # of each line that append_row writes
 # What one run of `speed` or `sweep` does not change from row to row.
 SAME_IN_A_RUN = (
@@ -273,7 +273,7 @@ def read_rows(file: Path) -> list[SpeedRow | AnswerRow | SweepRow]:
     for a line that is no row. A row that was cut off at the end is left out, and so are blank
     lines."""
     try:
-        if (size := file.stat().st_size) > LARGEST_RECORDS:
+        if (size := file.stat().st_size) > MAX_RECORDS:
             raise SubspecError(Exit.USAGE, f"{file} has {size} bytes, expected a gigabyte at most")
         lines = file.read_bytes().split(b"\n")
     except OSError as error:

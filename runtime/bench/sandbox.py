@@ -26,7 +26,7 @@ SECONDS = 10.0  # for one program
 MEMORY_BYTES = 1 << 30  # of its address space
 OUTPUT_BYTES = 1 << 20  # of one file
 FOLDER_BYTES = 16 << 20  # of all its files, where it has namespaces
-MOST_TESTS = 100  # of one item
+MAX_TESTS = 100  # of one item
 TOKEN_BYTES = 32
 FUTURE = re.compile(r"^from __future__ import .*$", re.MULTILINE)
 ENVIRONMENT = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "LANG": "C.UTF-8"}
@@ -125,13 +125,13 @@ def run_in(folder: Path, program: str, given: str, seconds: float, name: str) ->
     environment = ENVIRONMENT | {"HOME": str(work), "TMPDIR": str(work)}
     with child_process([*before, *inside], environment=environment) as child:
         try:
-            _, told = child.communicate(token, seconds)
+            _, notify = child.communicate(token, seconds)
         except subprocess.TimeoutExpired:
             return Ran(False, "", f"it ran for more than {seconds:g} s")
         finally:
             kill_group(child)
     if not (folder / "finished").exists():
-        why = last_line(told.decode("utf-8", "replace"))
+        why = last_line(notify.decode("utf-8", "replace"))
         raise SubspecError(Exit.RESOURCES, f"generated code cannot be run: {why}")
     out, story, finished = (end_of(folder / one) for one in ("stdout", "stderr", "finished"))
     text, code = out.decode("utf-8", "replace"), child.returncode
@@ -216,7 +216,7 @@ def pairs_of(item: Item) -> list[tuple[str, str]]:
     """Input and output of the item's tests. Raises SubspecError(USAGE)."""
     try:
         found = json.loads(item.references[0])
-        tests = [(str(one["input"]), str(one["output"])) for one in found[:MOST_TESTS]]
+        tests = [(str(one["input"]), str(one["output"])) for one in found[:MAX_TESTS]]
     except (ValueError, KeyError, TypeError, RecursionError):
         tests = []
     if not tests:

@@ -55,15 +55,15 @@ def sweep_rows(
     grid: Grid,
     items: Sequence[Item],
     out: Path | None,
-    told: Callable[[str], None],
+    notify: Callable[[str], None],
 ) -> Iterator[SweepRow]:
     """A row at a time. A plan that does not fit its budget, or has no memory for the method, is
     told and left out. out: a file that has rows of an earlier run, which are not measured again,
     and gets the others. Raises SubspecError, for plans before anything is measured."""
     asked = digest_of(items, grid.max_tokens)
-    artifacts = plans(source, grid.variants, told)
+    artifacts = plans(source, grid.variants, notify)
     if grid.method is not None:
-        artifacts = [artifact for artifact, _ in measurable(artifacts, [grid.method], told)]
+        artifacts = [artifact for artifact, _ in measurable(artifacts, [grid.method], notify)]
     for artifact, draft_temperature in product(artifacts, grid.draft_temperatures):
         text = load_tokenizer(artifact.path / "tokenizer")
         sharpened = replace(source.how, draft_temperature=draft_temperature)
@@ -76,12 +76,12 @@ def sweep_rows(
             if any(setting not in found for setting in settings):
                 warm_up(engine, opening_of(text, items[0]))
             for how, setting in zip(grid.askings, settings, strict=True):
-                told(
+                notify(
                     f"{setting.label}, {engine.plan.budget_bytes} bytes, "
                     f"context {engine.plan.context}, temperature {how.temperature:g}"
                 )
                 if setting in found:
-                    told(f"which is in {out} already")
+                    notify(f"which is in {out} already")
                     yield found[setting]
                     continue
                 answers = point(engine, text, items, how, setting)

@@ -28,7 +28,7 @@ from subspec.runtime.bench.scoring import score_text
 from subspec.runtime.bench.throughput import warm_up
 from subspec.runtime.engine import Engine
 from subspec.runtime.lossy import Lossy
-from subspec.runtime.model.sampling import Sampling
+from subspec.runtime.model.sampling import SamplingParams
 from subspec.runtime.sequence import GenerationParams, Stats
 from subspec.runtime.text.reasoning import reasoning_length
 from subspec.runtime.text.streaming import TextStream
@@ -53,7 +53,7 @@ class Asking:
         self, most: int, artifact: Artifact, logprobs: int | None = None
     ) -> GenerationParams:
         """Of an answer of at most `most` tokens."""
-        sampling = Sampling(self.temperature, seed=self.seed)
+        sampling = SamplingParams(self.temperature, seed=self.seed)
         ends = frozenset(artifact.spec.eos_token_ids)
         return GenerationParams(most, sampling, ends, logprobs=logprobs, lossy=self.lossy)
 
@@ -64,7 +64,7 @@ def answered_items(
     items: Sequence[Item],
     how: Asking,
     out: Path | None,
-    told: Callable[[str], None],
+    notify: Callable[[str], None],
 ) -> list[AnswerRow]:
     """Rows of all items. out: a file that has those of an earlier run, which are not done again,
     and gets the others. Raises SubspecError: USAGE if the earlier run asked something else."""
@@ -72,12 +72,12 @@ def answered_items(
     done = rows_to_resume(out, AnswerRow, setting) if out else []
     rows = {row.key: row for row in done}
     if how.execute and any(item.judge in RUN for item in items) and not alone():
-        told(NOT_ALONE)
+        notify(NOT_ALONE)
     if out is not None and done:
-        told(f"{len(done)} turns are in {out} already")
+        notify(f"{len(done)} turns are in {out} already")
         check_asked(rows, items, how, out)
         if how.execute:
-            rows |= judged_later(rows, items, out, told)
+            rows |= judged_later(rows, items, out, notify)
     left = [item for item in items if (item.task, item.name, len(item.turns) - 1) not in rows]
     if left:
         warm_up(engine, opening_of(tokenizer, left[0]))
@@ -86,11 +86,11 @@ def answered_items(
         rest = (time.monotonic() - started) / number * (len(left) - number) if number else None
         about = f", about {duration(rest)} left" if rest else ""
         place = len(items) - len(left) + number + 1
-        told(f"{place} of {len(items)}{about}: {item.task} {item.name}")
+        notify(f"{place} of {len(items)}{about}: {item.task} {item.name}")
         for row in answered(engine, tokenizer, item, how, setting):
             try:
                 if how.execute and to_run(row, item):
-                    row = run(row, item, told)
+                    row = run(row, item, notify)
             finally:  # an answer is expensive: it is kept without a score if this is interrupted
                 if out is not None and row.key not in rows:
                     append_row(out, row)
@@ -135,7 +135,7 @@ def judged_later(
     rows: Mapping[Key, AnswerRow],
     items: Sequence[Item],
     out: Path,
-    told: Callable[[str], None],
+    notify: Callable[[str], None],
 ) -> dict[Key, AnswerRow]:
     """Rows whose code an earlier run did not run, judged by their texts. `out` has them in place of
     what it had, also if this is interrupted."""
@@ -144,8 +144,8 @@ def judged_later(
         for item in items:
             row = rows.get((item.task, item.name, len(item.turns) - 1))
             if row is not None and to_run(row, item):
-                told(f"running the code of {item.task} {item.name}")
-                found[row.key] = run(row, item, told)
+                notify(f"running the code of {item.task} {item.name}")
+                found[row.key] = run(row, item, notify)
     finally:
         if found:
             replace_answers(out, found)
@@ -158,10 +158,10 @@ def to_run(row: AnswerRow, item: Item) -> bool:
     return last and row.score is None and item.judge in RUN
 
 
-def run(row: AnswerRow, item: Item, told: Callable[[str], None]) -> AnswerRow:
+def run(row: AnswerRow, item: Item, notify: Callable[[str], None]) -> AnswerRow:
     found = judged(row, item, execute=True)
     if found.score is None:
-        told(found.why)
+        notify(found.why)
     return found
 
 

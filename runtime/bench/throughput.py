@@ -39,14 +39,14 @@ TEXT = (
 class Tests:
     """Which rows are measured: tokens read, tokens decoded, tokens in the cache before either."""
 
-    prompts: tuple[int, ...] = (128,)
-    answers: tuple[int, ...] = (64,)
-    filled: tuple[int, ...] = (0,)
-    repeats: int = 3
+    prompt_tokens: tuple[int, ...] = (128,)
+    generated_tokens: tuple[int, ...] = (64,)
+    cached_tokens: tuple[int, ...] = (0,)
+    repetitions: int = 3
 
     @property
     def longest(self) -> int:
-        return max(self.filled) + max((*self.prompts, *self.answers)) + 2
+        return max(self.cached_tokens) + max((*self.prompt_tokens, *self.generated_tokens)) + 2
 
 
 def speed_rows(
@@ -55,12 +55,12 @@ def speed_rows(
     methods: Many[Way],
     tests: Tests,
     out: Path | None,
-    told: Callable[[str], None],
+    notify: Callable[[str], None],
 ) -> Iterator[SpeedRow]:
     """A row at a time, as they are measured. methods: as the ways of `measurable`. out: a file that
     has rows of an earlier run, which are not measured again, and gets the others. Raises
     SubspecError, for plans before anything is measured."""
-    artifacts = plans(source, every, told)
+    artifacts = plans(source, every, notify)
     for artifact in artifacts:
         if tests.longest > artifact.plan.context:
             raise SubspecError(
@@ -69,7 +69,7 @@ def speed_rows(
                 f"{artifact.plan.context}",
                 f"smaller tests, or --contexts {tests.longest}",
             )
-    for artifact, method in measurable(artifacts, methods, told):
+    for artifact, method in measurable(artifacts, methods, notify):
         text = load_tokenizer(artifact.path / "tokenizer").plain_ids(TEXT)
         ids = text * (tests.longest // len(text) + 1)
         with opened_engine(artifact, source, method) as engine:
@@ -78,17 +78,17 @@ def speed_rows(
             found = {
                 one.test: one
                 for one in done
-                if one.setting == setting and len(one.tokens_per_second) == tests.repeats
+                if one.setting == setting and len(one.tokens_per_second) == tests.repetitions
             }
             if any(name not in found for name, *_ in wanted):
                 warm_up(engine, ids[:8])
             for name, filled, read, decoded in wanted:
                 if name in found:
-                    told(f"{method} {name} is in {out} already")
+                    notify(f"{method} {name} is in {out} already")
                     yield found[name]
                     continue
-                told(f"{method} {name}")
-                new = row(engine, name, ids, (filled, read, decoded), tests.repeats)
+                notify(f"{method} {name}")
+                new = row(engine, name, ids, (filled, read, decoded), tests.repetitions)
                 if out is not None:
                     append_row(out, new)
                 yield new
@@ -96,11 +96,11 @@ def speed_rows(
 
 def rows_of(tests: Tests) -> Iterator[tuple[str, int, int, int]]:
     """Name, tokens before, tokens read, tokens decoded."""
-    for filled in tests.filled:
+    for filled in tests.cached_tokens:
         after = f" @ d{filled}" if filled else ""
-        for count in tests.prompts:
+        for count in tests.prompt_tokens:
             yield f"pp{count}{after}", filled, count, 0
-        for count in tests.answers:
+        for count in tests.generated_tokens:
             yield f"tg{count}{after}", filled, 0, count
 
 
@@ -141,7 +141,7 @@ def warm_up(engine: Engine, prompt: list[int]) -> None:
     """A short answer that does not count: the first pass also checks digests, buffers grow, and
     what is compiled at first use is compiled. Of the prompt it reads what one pass takes."""
     with engine.new_sequence() as sequence:
-        most = min(engine.plan.prefill_tokens, engine.plan.context // 2)
+        most = min(engine.plan.prefill_chunk_tokens, engine.plan.context // 2)
         decode(sequence, prompt[:most], 3)
 
 

@@ -19,8 +19,8 @@ from subspec.runtime.bench.tasks import Asking
 from subspec.runtime.bench.throughput import warm_up
 from subspec.runtime.bench.variants import Source
 from subspec.runtime.clock import Span, chrome_trace
-from subspec.runtime.draft.beam import Growing, Level, TokenTree
-from subspec.runtime.draft.drafter import Drafter, SubstituteDrafter, Turn
+from subspec.runtime.draft.beam import Level, PartialTree, TokenTree
+from subspec.runtime.draft.drafter import DecodeState, Drafter, SubstituteDrafter
 from subspec.runtime.engine import Engine, OpenOptions
 from subspec.runtime.sequence import GenerationParams
 
@@ -63,25 +63,27 @@ class Watched:
     drafter: Drafter
     found: list[tuple[Node, ...]]
 
-    def draft(self, turns: Sequence[Turn]) -> list[TokenTree]:
-        trees = self.drafter.draft(turns)
-        [turn], [tree] = turns, trees
+    def draft(self, states: Sequence[DecodeState]) -> list[TokenTree]:
+        trees = self.drafter.draft(states)
+        [state], [tree] = states, trees
         likely = None
         if isinstance(self.drafter, SubstituteDrafter):
-            likely = probabilities(self.drafter, turn, tree)
+            likely = probabilities(self.drafter, state, tree)
         self.found.append(nodes_of(tree, likely))
         return trees
 
 
-def probabilities(drafter: SubstituteDrafter, turn: Turn, tree: TokenTree) -> list[float]:
+def probabilities(drafter: SubstituteDrafter, state: DecodeState, tree: TokenTree) -> list[float]:
     """Of each node but the root. Levels are computed one after the other, also where the draft
     checked several in one pass."""
-    slots = turn.cache.tree_slots(drafter.verify_width)
-    run = drafter.pass_over([turn.cache], [slots])
+    slots = state.cache.tree_slots(drafter.verify_width)
+    run = drafter.pass_over([state.cache], [slots])
     found = [0.0] * tree.num_nodes
     for level in range(int(tree.depths[: tree.num_nodes].max())):
         nodes = torch.nonzero(tree.depths[: tree.num_nodes] == level).flatten()
-        logits = run([Growing(0, tree, Level(nodes, torch.zeros(len(nodes), device=nodes.device)))])
+        logits = run(
+            [PartialTree(0, tree, Level(nodes, torch.zeros(len(nodes), device=nodes.device)))]
+        )
         for parent, row in zip(nodes.tolist(), logits, strict=True):
             children = torch.nonzero(tree.parents[: tree.num_nodes] == parent).flatten().tolist()
             likely = row.float().softmax(-1)

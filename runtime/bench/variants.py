@@ -72,7 +72,9 @@ def planned(source: Source, variant: Variant) -> Artifact:
     return replace(artifact, plan=load_plan(text, artifact))
 
 
-def plans(source: Source, every: Sequence[Variant], told: Callable[[str], None]) -> list[Artifact]:
+def plans(
+    source: Source, every: Sequence[Variant], notify: Callable[[str], None]
+) -> list[Artifact]:
     """The artifact under each variant's plan. One that does not fit its budget is told and left
     out. Raises the planner's own SubspecError, also if none is left."""
     found, problem = list[Artifact](), None
@@ -82,7 +84,7 @@ def plans(source: Source, every: Sequence[Variant], told: Callable[[str], None])
         except SubspecError as error:
             if error.exit_code != Exit.INFEASIBLE:
                 raise
-            told(f"left out: {error.message}")
+            notify(f"left out: {error.message}")
             problem = error
     if problem is not None and not found:
         raise problem
@@ -90,7 +92,7 @@ def plans(source: Source, every: Sequence[Variant], told: Callable[[str], None])
 
 
 def measurable(
-    artifacts: Sequence[Artifact], ways: Sequence[Way], told: Callable[[str], None]
+    artifacts: Sequence[Artifact], ways: Sequence[Way], notify: Callable[[str], None]
 ) -> list[tuple[Artifact, Way]]:
     """Each artifact with each of the ways that its plan has memory for; others are told and left
     out. ways: empty: the plan's own drafter and plain decoding. Raises SubspecError if none is
@@ -101,7 +103,7 @@ def measurable(
             if (error := problem_of(artifact, way)) is None:
                 found.append((artifact, way))
                 continue
-            told(f"left out: {way}: {error.message}")
+            notify(f"left out: {way}: {error.message}")
             problem = error
     if problem is not None and not found:
         raise problem

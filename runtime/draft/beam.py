@@ -43,7 +43,7 @@ class Level:
 
 
 @dataclass(frozen=True)
-class Growing:
+class PartialTree:
     """A tree and its last level; `index` says which of the sequences it is for."""
 
     index: int
@@ -52,7 +52,7 @@ class Growing:
 
 
 # The draft model's logits for the last level of each tree: f32 [sum of their nodes, V].
-DraftPass = Callable[[Sequence[Growing]], Tensor]
+DraftPass = Callable[[Sequence[PartialTree]], Tensor]
 
 
 def root_only(root: Tensor, verify_width: int) -> TokenTree:
@@ -100,12 +100,12 @@ def levels(
     depths: Sequence[int],
     tree: Tree,
     draft_pass: DraftPass,
-    ends: Callable[[Growing], bool],
-) -> Iterator[list[Growing]]:
+    ends: Callable[[PartialTree], bool],
+) -> Iterator[list[PartialTree]]:
     """The trees that grew, after each level; all states of a tree share its tensors. ends: asked
     before each level but the first."""
     growing = [
-        Growing(index, one, Level.of_root(one.tokens.device)) for index, one in enumerate(trees)
+        PartialTree(index, one, Level.of_root(one.tokens.device)) for index, one in enumerate(trees)
     ]
     for level in range(max(depths, default=0)):
         growing = [
@@ -123,7 +123,7 @@ def levels(
             deeper = replace(
                 one.tree, num_nodes=first + tree.width, num_levels=one.tree.num_levels + 1
             )
-            grown.append(Growing(one.index, deeper, last))
+            grown.append(PartialTree(one.index, deeper, last))
         growing = grown
         yield growing
 

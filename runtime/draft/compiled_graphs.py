@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from subspec.artifacts.common.user_cache import kept_file
+from subspec.artifacts.common.user_cache import find_file
 from subspec.artifacts.model import Attention, DeltaNet, Dense, ModelSpec, layer_name
 from subspec.runtime.draft.graph_pieces import (
     Piece,
@@ -23,7 +23,7 @@ from subspec.runtime.draft.graph_pieces import (
     program,
 )
 from subspec.runtime.draft.substitutes import Substitutes
-from subspec.runtime.kernels.linear import Calls, calls_of
+from subspec.runtime.kernels.linear import GemmRanges, gemm_ranges
 from subspec.runtime.model.transformer import (
     Product,
     Rows,
@@ -75,7 +75,7 @@ def load_graphs(weights: SharedWeights, substitutes: Substitutes) -> CompiledGra
     if not serves(weights.spec):
         return None
     for piece in pieces_of(weights.spec):
-        path = kept_file(program(piece))
+        path = find_file(program(piece))
         graph = load_graph(path) if path is not None else None
         if graph is None:
             return None
@@ -133,13 +133,13 @@ def forward(graphs: CompiledGraphs, batch: Sequence[Rows]) -> Tensor:
     """Rows through all layers -> logits [T, V]."""
     x = embed(graphs.weights, join([rows.tokens for rows in batch]))
     run_layers(graphs, x, batch)
-    return to_logits(graphs.weights, graphs.substitutes.head, x, calls_of([len(x)]))
+    return to_logits(graphs.weights, graphs.substitutes.head, x, gemm_ranges([len(x)]))
 
 
 def run_layers(graphs: CompiledGraphs, x: Tensor, batch: Sequence[Rows]) -> None:
     """x bf16 [T, H], updated in place; keys and values of the rows into their slots."""
     assert x.dtype == graphs.weights.dtype and x.is_contiguous()
-    passing = Passing(graphs.weights, batch, calls_of([len(x)]))
+    passing = Passing(graphs.weights, batch, gemm_ranges([len(x)]))
     first = graphs.first_norm
     normed = x if first is None else normalize(graphs.weights, first, x)
     for step in graphs.steps:
@@ -153,7 +153,7 @@ def run_layers(graphs: CompiledGraphs, x: Tensor, batch: Sequence[Rows]) -> None
 class Passing:
     """What all blocks of one pass share: made once, where transformer.py makes it for each."""
 
-    def __init__(self, weights: SharedWeights, batch: Sequence[Rows], calls: Calls) -> None:
+    def __init__(self, weights: SharedWeights, batch: Sequence[Rows], calls: GemmRanges) -> None:
         self.batch, self.calls = batch, calls
         self.positions = join([rows.positions for rows in batch])
         bodies = [body for body in weights.spec.bodies if isinstance(body, Attention)]

@@ -23,7 +23,7 @@ from subspec.artifacts.model import (
 )
 from subspec.artifacts.native import cpp
 from subspec.runtime.draft.substitutes import Substitutes
-from subspec.runtime.kernels.linear import Int4Weight, calls_of
+from subspec.runtime.kernels.linear import Int4Weight, gemm_ranges
 from subspec.runtime.model.cache import Cache
 from subspec.runtime.model.net_state import NetState
 from subspec.runtime.model.transformer import (
@@ -47,12 +47,12 @@ class _Sizes(ctypes.Structure):
     _fields_ = [
         ("num_layers", _size),
         ("hidden_size", _size),
-        ("inner_size", _size),
+        ("intermediate_size", _size),
         ("num_heads", _size),
         ("num_kv_heads", _size),
         *((what, _size) for what in ("head_size", "rope_size", "gated")),
         *((what, _size) for what in ("num_key_heads", "num_value_heads")),
-        *((what, _size) for what in ("key_size", "value_size", "num_taps", "rounds_late")),
+        *((what, _size) for what in ("key_size", "value_size", "conv_kernel_size", "rounds_late")),
         *((what, ctypes.c_float) for what in ("norm_epsilon", "norm_offset", "scale")),
     ]
 
@@ -240,11 +240,17 @@ def _sizes(spec: ModelSpec, form: Form) -> _Sizes:
     assert attention.rope is not None
     of_net = (0, 0, 0, 0, 0)
     if net is not None:
-        of_net = net.num_key_heads, net.num_value_heads, net.key_size, net.value_size, net.num_taps
+        of_net = (
+            net.num_key_heads,
+            net.num_value_heads,
+            net.key_size,
+            net.value_size,
+            net.conv_kernel_size,
+        )
     return _Sizes(
         spec.num_layers,
         spec.hidden_size,
-        form.dense.inner_size,
+        form.dense.intermediate_size,
         attention.num_heads,
         attention.num_kv_heads,
         attention.head_size,
@@ -262,7 +268,7 @@ def forward(layers: CompiledLayers, batch: Sequence[Rows], head: HeadRows | None
     """Rows through all layers -> logits [T, V], or those of the head's rows."""
     x = embed(layers.weights, join([rows.tokens for rows in batch]))
     run_layers(layers, x, batch)
-    x, calls = (x, calls_of([len(x)])) if head is None else head.of(x)
+    x, calls = (x, gemm_ranges([len(x)])) if head is None else head.of(x)
     return to_logits(layers.weights, layers.substitutes.head, x, calls)
 
 

@@ -28,7 +28,7 @@ from subspec.artifacts.model import (
     ModelSpec,
     layer_name,
 )
-from subspec.runtime.kernels.linear import Calls, calls_of, product
+from subspec.runtime.kernels.linear import GemmRanges, gemm_ranges, product
 from subspec.runtime.load import DRAFT_DTYPE
 from subspec.runtime.model.attention import attend
 from subspec.runtime.model.cache import Cache, Unread
@@ -63,7 +63,9 @@ class HeadWeights:
     decoder: SharedWeights  # of a model of this one layer
     tensors: Mapping[str, Tensor]
 
-    def __call__(self, name: str, x: Tensor, calls: Calls, gate: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, name: str, x: Tensor, calls: GemmRanges, gate: Tensor | None = None
+    ) -> Tensor:
         """A product of the layer."""
         prefix = f"{HEAD_LAYER}.{name}"
         out = product(x, self.tensors[f"{prefix}.weight"], self.tensors.get(f"{prefix}.bias"))
@@ -84,7 +86,7 @@ def next_hidden(weights: HeadWeights, batch: Sequence[Rows], hidden: Tensor) -> 
     head's one attention."""
     head, tensors = weights.head, weights.tensors
     tokens, positions = (join([getattr(r, n) for r in batch]) for n in ("tokens", "positions"))
-    now = Pass(weights.decoder, batch, calls_of([len(tokens)]), positions)
+    now = Pass(weights.decoder, batch, gemm_ranges([len(tokens)]), positions)
     parts = [embed(weights.model, tokens), hidden]
     if head.layout == "eagle3":
         return next_of_eagle3(weights, now, *parts)
@@ -125,7 +127,7 @@ def logits_from(weights: HeadWeights, head: Product, hidden: Tensor) -> Tensor:
     spec, tensors = weights.model.spec, weights.tensors
     if spec.eagle3 is None:
         normed = hidden.to(DRAFT_DTYPE)
-        return logits_of(spec, head, normed, calls_of([len(normed)]))
+        return logits_of(spec, head, normed, gemm_ranges([len(normed)]))
     normed = rms_norm(weights.head.norm, tensors[f"{HEAD_NORM}.weight"], hidden)
     own = product(normed, tensors[f"{HEAD}.weight"]).to(DRAFT_DTYPE)
     if TOKEN_IDS not in tensors:

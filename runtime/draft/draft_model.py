@@ -15,17 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from subspec.artifacts.common.progress import Progress
-from subspec.artifacts.footprint import CATCH_UP_ROWS, MOST_PROPOSED
+from subspec.artifacts.footprint import CATCH_UP_ROWS, MAX_PROPOSED
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.plan import Tree, tree_for
 from subspec.runtime.draft import compiled_layers
-from subspec.runtime.draft.beam import DraftPass, Growing, TokenTree, grow
-from subspec.runtime.draft.checked import Propose, likeliest, likeliest_path, probable_chains
+from subspec.runtime.draft.beam import DraftPass, PartialTree, TokenTree, grow
 from subspec.runtime.draft.compiled_layers import CompiledLayers
-from subspec.runtime.draft.drafter import Turn, drafted_rows, within_constraints
+from subspec.runtime.draft.drafter import DecodeState, drafted_rows, within_constraints
+from subspec.runtime.draft.hierarchical import Propose, likeliest, likeliest_path, probable_chains
 from subspec.runtime.draft.substitutes import Substitutes
 from subspec.runtime.exact_pass import causal_rows
-from subspec.runtime.kernels.linear import calls_of
+from subspec.runtime.kernels.linear import gemm_ranges
 from subspec.runtime.load import (
     DRAFT_DTYPE,
     ArtifactWeights,
@@ -63,11 +63,11 @@ class DraftModel:
         model's caches."""
         own = [self.caches[cache] for cache in caches]
         texts = [cache.tokens[:length] for cache, length in zip(caches, lengths, strict=True)]
-        few = [0 if cache.nets else MOST_PROPOSED for cache in own]
+        few = [0 if cache.nets else MAX_PROPOSED for cache in own]
         self.catch_up(own, texts, few)
         slots = [tree_after(*one, num_rows) for one in zip(own, lengths, strict=True)]
 
-        def run(growing: Sequence[Growing]) -> Tensor:
+        def run(growing: Sequence[PartialTree]) -> Tensor:
             batch, wanted, unread = list[Rows](), list[slice](), list[list[int]]()
             first = 0
             for one in growing:
@@ -116,33 +116,33 @@ class DraftModel:
     def logits(self, batch: Sequence[Rows], wanted: Sequence[slice]) -> Tensor:
         """[wanted rows, V], -inf for tokens that this model does not have."""
         num_rows = sum(len(rows.tokens) for rows in batch)
-        head = HeadRows(wanted, calls_of([sum(some.stop - some.start for some in wanted)]))
+        head = HeadRows(wanted, gemm_ranges([sum(some.stop - some.start for some in wanted)]))
         pieces_of_nets = any(rows.cache.nets and rows.tree is None for rows in batch)
         if self.compiled is not None and not pieces_of_nets:
             logits = compiled_layers.forward(self.compiled, batch, head)
         else:
-            calls = calls_of([num_rows])
+            calls = gemm_ranges([num_rows])
             logits = forward(self.weights, self.substitutes, batch, calls, head)
         missing = self.vocab_size - logits.shape[1]
         if missing > 0:
             return F.pad(logits, (0, missing), value=float("-inf"))
         return logits[:, : self.vocab_size]
 
-    def proposals(self, turns: Sequence[Turn]) -> Propose:
+    def proposals(self, states: Sequence[DecodeState]) -> Propose:
         """Proposes the chain of its likeliest tokens, as far as it is probable, for the substitutes
         to check. Its cache reads on along what it proposes, and goes back where others do not."""
 
-        def propose(growing: Sequence[Growing], rooms: Sequence[int]) -> list[list[int]]:
+        def propose(growing: Sequence[PartialTree], rooms: Sequence[int]) -> list[list[int]]:
             texts = dict[int, list[int]]()
             for one in growing:
-                turn = turns[one.index]
-                texts[one.index] = [*turn.cache.tokens, turn.root, *likeliest_path(one)]
+                state = states[one.index]
+                texts[one.index] = [*state.cache.tokens, state.root, *likeliest_path(one)]
             most = {one.index: room for one, room in zip(growing, rooms, strict=True)}
             found = probable_chains(texts, most, continued)
             return [found[one.index] for one in growing]
 
         def continued(texts: Mapping[int, list[int]]) -> list[tuple[int, float]]:
-            own = [self.caches[turns[index].cache] for index in texts]
+            own = [self.caches[states[index].cache] for index in texts]
             return self.continued(own, list(texts.values()))
 
         return propose
@@ -152,7 +152,7 @@ class DraftModel:
     ) -> list[tuple[int, float]]:
         """The likeliest next token of each text and its probability; the caches then hold them."""
         assert not any(cache.nets for cache in own), "their states do not go back"
-        self.catch_up(own, [text[:-1] for text in texts], [MOST_PROPOSED] * len(own))
+        self.catch_up(own, [text[:-1] for text in texts], [MAX_PROPOSED] * len(own))
         batch, wanted, first = list[Rows](), list[slice](), 0
         unread = [text[cache.length :] for cache, text in zip(own, texts, strict=True)]
         for cache, tokens in zip(own, unread, strict=True):
@@ -221,13 +221,13 @@ class DraftModelDrafter:
     verify_width: int
     model: DraftModel
 
-    def draft(self, turns: Sequence[Turn]) -> list[TokenTree]:
-        tree, num_rows = tree_for(self.trees, len(turns)), self.verify_width
-        depths = [max(0, min(tree.depth, turn.max_tokens - 1)) for turn in turns]
-        caches = [turn.cache for turn in turns]
-        roots = [torch.tensor([turn.root], device=turn.cache.device) for turn in turns]
+    def draft(self, states: Sequence[DecodeState]) -> list[TokenTree]:
+        tree, num_rows = tree_for(self.trees, len(states)), self.verify_width
+        depths = [max(0, min(tree.depth, state.max_tokens - 1)) for state in states]
+        caches = [state.cache for state in states]
+        roots = [torch.tensor([state.root], device=state.cache.device) for state in states]
         lengths = [cache.length for cache in caches]
         draft_pass = self.model.passes_after(caches, lengths, num_rows)
-        if any(turn.chooser.constraint for turn in turns):
-            draft_pass = within_constraints(draft_pass, turns)
+        if any(state.sampler.constraint for state in states):
+            draft_pass = within_constraints(draft_pass, states)
         return grow(roots, depths, tree, num_rows, draft_pass)

@@ -12,49 +12,49 @@ import torch
 from torch import Tensor
 
 from subspec.artifacts.plan import Tree, tree_for
-from subspec.runtime.draft import checked, compiled_graphs, compiled_layers, graphs
-from subspec.runtime.draft.beam import DraftPass, Growing, Level, TokenTree, grow, root_only
-from subspec.runtime.draft.checked import Propose
+from subspec.runtime.draft import compiled_graphs, compiled_layers, graphs, hierarchical
+from subspec.runtime.draft.beam import DraftPass, Level, PartialTree, TokenTree, grow, root_only
 from subspec.runtime.draft.compiled_graphs import CompiledGraphs
 from subspec.runtime.draft.compiled_layers import CompiledLayers
 from subspec.runtime.draft.delta_draft import run_draft
 from subspec.runtime.draft.graphs import Action, DraftGraphs, Replay
+from subspec.runtime.draft.hierarchical import Propose
 from subspec.runtime.draft.lookup import as_text, continuation
 from subspec.runtime.draft.substitutes import Substitutes
-from subspec.runtime.kernels.linear import calls_of
+from subspec.runtime.kernels.linear import gemm_ranges
 from subspec.runtime.lossy import Lossy
 from subspec.runtime.model.attention import attend
 from subspec.runtime.model.cache import Cache, TreeSlots
 from subspec.runtime.model.net_state import TreeNodes
 from subspec.runtime.model.paths import window_rows
-from subspec.runtime.model.sampling import Chooser, Sampling
-from subspec.runtime.model.transformer import Attend, Places, Rows, SharedWeights, forward
+from subspec.runtime.model.sampling import Sampler, SamplingParams
+from subspec.runtime.model.transformer import Attend, KVLocations, Rows, SharedWeights, forward
 
 
 @dataclass
-class Turn:
-    """One sequence's part of a round. `root` is the last emitted token; its keys and values are not
-    in the cache yet."""
+class DecodeState:
+    """What a round needs to know of a sequence. `root` is its last token, whose keys and
+    values are not in the cache yet."""
 
     cache: Cache
     root: int
-    max_tokens: int  # that may still be emitted
-    chooser: Chooser = field(default_factory=lambda: Chooser(Sampling()))
+    max_tokens: int  # that may still follow
+    sampler: Sampler = field(default_factory=lambda: Sampler(SamplingParams()))
     num_logprobs: int | None = None  # likeliest tokens to report with each; None: nothing
     lossy: Lossy | None = None  # None: only what the exact model says
     end_tokens: frozenset[int] = frozenset()  # of the answer; a lossy rule counts nothing below one
 
 
-Proposals = Callable[[Sequence[Turn]], Propose]
+Proposals = Callable[[Sequence[DecodeState]], Propose]
 
 
 class Drafter(Protocol):
-    """One with weights of its own also has a cache of its own for each turn's, and brings it up to
-    the turn's tokens when it is asked: nobody tells it of prompts or of what was accepted."""
+    """One with weights of its own also has a cache of its own for each state's, and brings it up to
+    the state's tokens when it is asked: nobody tells it of prompts or of what was accepted."""
 
-    def draft(self, turns: Sequence[Turn]) -> list[TokenTree]:
-        """A tree for each turn, over its root, no deeper than its `max_tokens` leaves room for. May
-        write anything into the cache's tree slots."""
+    def draft(self, states: Sequence[DecodeState]) -> list[TokenTree]:
+        """A tree for each state, over its root, no deeper than its `max_tokens` leaves room for.
+        May write anything into the cache's tree slots."""
 
 
 @dataclass(frozen=True)
@@ -70,34 +70,34 @@ class SubstituteDrafter:
     compiled: CompiledLayers | CompiledGraphs | None
     proposals: Proposals | None = None  # that it checks in one pass; None: nobody proposes
     capture: Callable[[Action], Replay] | None = None  # of levels as CUDA graphs; None: launched
-    # By the caches that draft together, the last company last. Their numbers together are
+    # By the caches that draft together, the last batch last. Their numbers together are
     # `num_captured` at most: the ledger has memory for so many.
     captured: dict[tuple[Cache, ...], DraftGraphs] = field(default_factory=dict)
     num_captured: int = 1
 
-    def draft(self, turns: Sequence[Turn]) -> list[TokenTree]:
-        tree, num_rows = tree_for(self.trees, len(turns)), self.verify_width
-        depths = [max(0, min(tree.depth, turn.max_tokens - 1)) for turn in turns]
-        device = turns[0].cache.device
-        roots = [torch.tensor([turn.root], device=device) for turn in turns]
-        caches = [turn.cache for turn in turns]
-        constrained = any(turn.chooser.constraint for turn in turns)
-        if self.capture is not None and not constrained and not self.may_propose(turns):
+    def draft(self, states: Sequence[DecodeState]) -> list[TokenTree]:
+        tree, num_rows = tree_for(self.trees, len(states)), self.verify_width
+        depths = [max(0, min(tree.depth, state.max_tokens - 1)) for state in states]
+        device = states[0].cache.device
+        roots = [torch.tensor([state.root], device=device) for state in states]
+        caches = [state.cache for state in states]
+        constrained = any(state.sampler.constraint for state in states)
+        if self.capture is not None and not constrained and not self.may_propose(states):
             captured = self.captured_for(tuple(caches), self.capture)
             return graphs.grow(captured, roots, depths, caches, partial(self.pass_over, caches))
         slots = [cache.tree_slots(num_rows) for cache in caches]
         draft_pass = self.pass_over(caches, slots)
         if constrained:
-            draft_pass = within_constraints(draft_pass, turns)
+            draft_pass = within_constraints(draft_pass, states)
         if self.proposals is not None:
-            propose = self.proposals(turns)
-            return checked.grow(roots, depths, propose, tree, num_rows, draft_pass)
+            propose = self.proposals(states)
+            return hierarchical.grow(roots, depths, propose, tree, num_rows, draft_pass)
         return grow(roots, depths, tree, num_rows, draft_pass)
 
     def captured_for(
         self, caches: tuple[Cache, ...], capture: Callable[[Action], Replay]
     ) -> DraftGraphs:
-        """The graphs of this company. Others, the longest unused first, make room for new ones."""
+        """The graphs of this batch. Others, the longest unused first, make room for new ones."""
         captured = self.captured.pop(caches, None)
         if captured is None:
             tree = tree_for(self.trees, len(caches))
@@ -109,11 +109,11 @@ class SubstituteDrafter:
         self.captured[caches] = captured
         return captured
 
-    def may_propose(self, turns: Sequence[Turn]) -> bool:
+    def may_propose(self, states: Sequence[DecodeState]) -> bool:
         """Whether tokens are proposed that captured levels cannot check. What the text says of a
         deeper level than the first is left out, as looking it up would stop them."""
         if self.proposals is looked_up:
-            return any(continuation(text_of(turn), 1) for turn in turns)
+            return any(continuation(text_of(state), 1) for state in states)
         return self.proposals is not None
 
     def passes_after(
@@ -126,7 +126,7 @@ class SubstituteDrafter:
     def pass_over(self, caches: Sequence[Cache], slots: Sequence[TreeSlots]) -> DraftPass:
         """Passes over a tree in each cache."""
 
-        def run(growing: Sequence[Growing]) -> Tensor:
+        def run(growing: Sequence[PartialTree]) -> Tensor:
             batch = [
                 drafted_rows(one.tree, one.last, caches[one.index], slots[one.index])
                 for one in growing
@@ -136,7 +136,7 @@ class SubstituteDrafter:
             if self.compiled is not None:
                 return compiled_layers.forward(self.compiled, batch)
             num_rows = sum(len(rows.tokens) for rows in batch)
-            return forward(self.weights, self.substitutes, batch, calls_of([num_rows]))
+            return forward(self.weights, self.substitutes, batch, gemm_ranges([num_rows]))
 
         return run
 
@@ -153,38 +153,38 @@ class LookupDrafter:
 
     verify_width: int
 
-    def draft(self, turns: Sequence[Turn]) -> list[TokenTree]:
-        return [self.chain(turn) for turn in turns]
+    def draft(self, states: Sequence[DecodeState]) -> list[TokenTree]:
+        return [self.chain(state) for state in states]
 
-    def chain(self, turn: Turn) -> TokenTree:
-        most = max(0, min(self.verify_width, turn.max_tokens) - 1)
-        tokens = continuation(text_of(turn), most)
-        root = torch.tensor([turn.root], device=turn.cache.device)
+    def chain(self, state: DecodeState) -> TokenTree:
+        most = max(0, min(self.verify_width, state.max_tokens) - 1)
+        tokens = continuation(text_of(state), most)
+        root = torch.tensor([state.root], device=state.cache.device)
         at_root = Level.of_root(root.device)
-        start = Growing(0, root_only(root, self.verify_width), at_root)
-        grown = checked.with_guess(start, tokens, width=1).tree
+        start = PartialTree(0, root_only(root, self.verify_width), at_root)
+        grown = hierarchical.with_guess(start, tokens, width=1).tree
         return replace(grown, num_levels=len(tokens), num_proposed=len(tokens))
 
 
-def looked_up(turns: Sequence[Turn]) -> Propose:
+def looked_up(states: Sequence[DecodeState]) -> Propose:
     """Proposes what may follow by prompt and answer."""
-    return checked.looked_up([text_of(turn) for turn in turns])
+    return hierarchical.looked_up([text_of(state) for state in states])
 
 
-def text_of(turn: Turn) -> str:
+def text_of(state: DecodeState) -> str:
     """What was said so far, to look tokens up in."""
-    return as_text([*turn.cache.tokens, turn.root])
+    return as_text([*state.cache.tokens, state.root])
 
 
-def within_constraints(draft_pass: DraftPass, turns: Sequence[Turn]) -> DraftPass:
-    """The pass, whose logits are -inf for tokens that a turn's constraint forbids: they would not
+def within_constraints(draft_pass: DraftPass, states: Sequence[DecodeState]) -> DraftPass:
+    """The pass, whose logits are -inf for tokens that a state's constraint forbids: they would not
     be accepted."""
 
-    def run(growing: Sequence[Growing]) -> Tensor:
+    def run(growing: Sequence[PartialTree]) -> Tensor:
         logits = draft_pass(growing)
         sizes = [len(one.last.nodes) for one in growing]
         for one, rows in zip(growing, logits.split(sizes), strict=True):
-            constraint = turns[one.index].chooser.constraint
+            constraint = states[one.index].sampler.constraint
             if constraint is None:
                 continue
             for node, row in zip(one.last.nodes.tolist(), rows, strict=True):
@@ -218,8 +218,10 @@ def tree_rows(
         base, padding_slot = slots.windowed.base, slots.windowed.padding_slot
         stretch = torch.arange(slots.windowed.live_slots, device=nodes.device) + base
         found = tree_places(tree, nodes, slots, stretch, slots.first - base, padding_slot)
-        rows = replace(rows, windowed=Places(*found))
-    return replace(rows, tree=tree_nodes(tree, nodes, cache.num_taps)) if cache.nets else rows
+        rows = replace(rows, windowed=KVLocations(*found))
+    return (
+        replace(rows, tree=tree_nodes(tree, nodes, cache.conv_kernel_size)) if cache.nets else rows
+    )
 
 
 def tree_places(
@@ -236,10 +238,10 @@ def tree_places(
     return own, slot_positions, visible
 
 
-def tree_nodes(tree: TokenTree, nodes: Tensor, num_taps: int) -> TreeNodes:
+def tree_nodes(tree: TokenTree, nodes: Tensor, conv_kernel_size: int) -> TreeNodes:
     """Of a tree that grows, nothing read back."""
     rows = torch.arange(len(tree.parents), device=nodes.device)
     before = tree.parents.masked_fill(tree.parents == rows, -1)
-    windows = window_rows(before, nodes, num_taps)
+    windows = window_rows(before, nodes, conv_kernel_size)
     above = tree.ancestors[nodes] & (rows != nodes[:, None])
     return TreeNodes(nodes, tree.parents[nodes], above, windows)

@@ -67,7 +67,7 @@ class Heads:
 class Gated:
     """Between the products of a feed-forward: rows (gate, up) -> activation(gate) * up."""
 
-    inner_size: int
+    intermediate_size: int
     activation: str
     kind: str = "gated"
 
@@ -101,7 +101,7 @@ def places_of(spec: ModelSpec) -> list[Place]:
 def own_piece(spec: ModelSpec, body: Attention | Dense) -> Piece | None:
     """The piece inside a block; None: it computes nothing between its products and attention."""
     if isinstance(body, Dense):
-        return Gated(body.inner_size, body.activation)
+        return Gated(body.intermediate_size, body.activation)
     computes = body.qk_norm != "none" or body.rope or body.value_norm or body.query_growth
     if not computes:
         return None
@@ -225,7 +225,7 @@ def example_of(piece: Piece) -> tuple[list[Tensor], list[Tensor]]:
         return torch.ones(size, dtype=torch.bfloat16)
 
     if isinstance(piece, Gated):
-        return [rows(piece.inner_size), rows(piece.inner_size)], []
+        return [rows(piece.intermediate_size), rows(piece.intermediate_size)], []
     if isinstance(piece, Join):
         sizes = piece.hidden_size * piece.after, int(piece.scalar), piece.hidden_size * piece.before
         both = [rows(piece.hidden_size), rows(piece.hidden_size)]

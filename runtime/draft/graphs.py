@@ -20,8 +20,8 @@ from subspec.artifacts.plan import Tree
 from subspec.runtime.draft import beam
 from subspec.runtime.draft.beam import (
     DraftPass,
-    Growing,
     Level,
+    PartialTree,
     TokenTree,
     add_level,
     root_only,
@@ -29,7 +29,7 @@ from subspec.runtime.draft.beam import (
 )
 from subspec.runtime.model.cache import Cache, TreeSlots
 
-LARGEST_STEP = 0.25  # of the live slots: what rounding up adds to them at most
+MAX_STEP = 0.25  # of the live slots: what rounding up adds to them at most
 
 Action = Callable[[], object]
 Replay = Callable[[], object]
@@ -150,7 +150,7 @@ def capture_levels(
 
     def add(before: Sequence[Level]) -> None:
         growing = [
-            Growing(index, one.grown, last)
+            PartialTree(index, one.grown, last)
             for index, (one, last) in enumerate(zip(graphs.buffers, before, strict=True))
         ]
         logits = draft_pass(growing).split([len(last.nodes) for last in before])
@@ -188,7 +188,7 @@ def capture_levels(
 def rounded_up(live_slots: int) -> int:
     """To a multiple of a step that grows with it, so that a long context has few graphs."""
     step = SLOT_ALIGNMENT
-    while 2 * step <= LARGEST_STEP * live_slots:
+    while 2 * step <= MAX_STEP * live_slots:
         step *= 2
     return -(-live_slots // step) * step
 

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from subspec.artifacts.plan import Tree, tree_for
-from subspec.runtime.draft.beam import DraftPass, Growing, TokenTree, grow
-from subspec.runtime.draft.checked import Propose, likeliest, likeliest_path, probable_chains
+from subspec.runtime.draft.beam import DraftPass, PartialTree, TokenTree, grow
 from subspec.runtime.draft.draft_head import (
     HeadWeights,
     following_rows,
@@ -22,7 +21,8 @@ from subspec.runtime.draft.draft_head import (
     next_hidden,
     of_head,
 )
-from subspec.runtime.draft.drafter import Turn, tree_rows, within_constraints
+from subspec.runtime.draft.drafter import DecodeState, tree_rows, within_constraints
+from subspec.runtime.draft.hierarchical import Propose, likeliest, likeliest_path, probable_chains
 from subspec.runtime.draft.substitutes import Substitutes
 from subspec.runtime.model.attention import attend
 from subspec.runtime.model.cache import Cache, TreeSlots
@@ -39,13 +39,13 @@ class HeadDrafter:
     weights: HeadWeights
     substitutes: Substitutes
 
-    def draft(self, turns: Sequence[Turn]) -> list[TokenTree]:
-        tree, caches = tree_for(self.trees, len(turns)), [turn.cache for turn in turns]
-        depths = [max(0, min(tree.depth, turn.max_tokens - 1)) for turn in turns]
-        roots = [torch.tensor([turn.root], device=turn.cache.device) for turn in turns]
+    def draft(self, states: Sequence[DecodeState]) -> list[TokenTree]:
+        tree, caches = tree_for(self.trees, len(states)), [state.cache for state in states]
+        depths = [max(0, min(tree.depth, state.max_tokens - 1)) for state in states]
+        roots = [torch.tensor([state.root], device=state.cache.device) for state in states]
         draft_pass = self.passes_over(caches)
-        if any(turn.chooser.constraint for turn in turns):
-            draft_pass = within_constraints(draft_pass, turns)
+        if any(state.sampler.constraint for state in states):
+            draft_pass = within_constraints(draft_pass, states)
         return grow(roots, depths, tree, self.verify_width, draft_pass)
 
     def passes_over(self, caches: Sequence[Cache]) -> DraftPass:
@@ -55,13 +55,13 @@ class HeadDrafter:
         # What the head returned for each node
         returned = [cache.keys[-1].new_empty(shape) for cache in caches]
 
-        def inputs(one: Growing) -> tuple[Rows, Tensor]:
+        def inputs(one: PartialTree) -> tuple[Rows, Tensor]:
             cache, own, known = caches[one.index], slots[one.index], returned[one.index]
             if one.tree.num_levels:
                 return level_rows(one, cache, own), known[one.tree.parents[one.last.nodes]]
             return root_rows(one.tree.tokens[:1], cache, own)
 
-        def run(growing: Sequence[Growing]) -> Tensor:
+        def run(growing: Sequence[PartialTree]) -> Tensor:
             pairs = [inputs(one) for one in growing]
             batch, hidden = [rows for rows, _ in pairs], torch.cat([some for _, some in pairs])
             found = next_hidden(self.weights, batch, hidden)
@@ -78,13 +78,13 @@ class HeadDrafter:
         """[rows, V], of what the head returned."""
         return logits_from(self.weights, self.substitutes.head, returned)
 
-    def proposals(self, turns: Sequence[Turn]) -> Propose:
+    def proposals(self, states: Sequence[DecodeState]) -> Propose:
         """Proposes the chain of the head's likeliest tokens, as far as it is probable, for the
         substitutes to check."""
-        caches = [turn.cache for turn in turns]
+        caches = [state.cache for state in states]
         slots = [cache.tree_slots(self.verify_width) for cache in caches]
         # From the root on: what the head has read of each tree, and what it returned, [1, H] each
-        read, returned = [list[int]() for _ in turns], [list[Tensor]() for _ in turns]
+        read, returned = [list[int]() for _ in states], [list[Tensor]() for _ in states]
 
         def next_rows(index: int, text: Sequence[int]) -> tuple[Rows, Tensor]:
             cache, own, depth = caches[index], slots[index], len(read[index])
@@ -108,8 +108,8 @@ class HeadDrafter:
                     returned[index].append(some[-1:])
             return likeliest(self.logits(torch.cat([returned[index][-1] for index in texts])))
 
-        def propose(growing: Sequence[Growing], rooms: Sequence[int]) -> list[list[int]]:
-            texts = {one.index: [turns[one.index].root, *likeliest_path(one)] for one in growing}
+        def propose(growing: Sequence[PartialTree], rooms: Sequence[int]) -> list[list[int]]:
+            texts = {one.index: [states[one.index].root, *likeliest_path(one)] for one in growing}
             most = {one.index: room for one, room in zip(growing, rooms, strict=True)}
             found = probable_chains(texts, most, continued)
             return [found[one.index] for one in growing]
@@ -134,7 +134,7 @@ def root_rows(root: Tensor, cache: Cache, slots: TreeSlots) -> tuple[Rows, Tenso
     return rows, unread.rows[: unread.count]
 
 
-def level_rows(one: Growing, cache: Cache, slots: TreeSlots) -> Rows:
+def level_rows(one: PartialTree, cache: Cache, slots: TreeSlots) -> Rows:
     """Rows for the last level of a tree."""
     rows = tree_rows(one.tree, one.last.nodes, of_head(cache), slots, attend)
     rows = replace(rows, windowed=None)  # a head has all slots

@@ -7,7 +7,7 @@ from functools import partial
 from torch import Tensor
 
 from subspec.artifacts.model import layer_name
-from subspec.runtime.kernels.linear import Calls, Int4Weight, int4_product, product
+from subspec.runtime.kernels.linear import GemmRanges, Int4Weight, int4_product, product
 from subspec.runtime.model.transformer import Product
 
 
@@ -29,7 +29,7 @@ class Substitutes:
         return partial(self._product, "")
 
     def _product(
-        self, prefix: str, name: str, x: Tensor, calls: Calls, gate: Tensor | None = None
+        self, prefix: str, name: str, x: Tensor, calls: GemmRanges, gate: Tensor | None = None
     ) -> Tensor:
         """All rows at once: a draft's bits are nobody's promise."""
         weight, bias = self.weights[prefix + name], self.biases.get(prefix + name)

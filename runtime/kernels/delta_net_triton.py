@@ -25,7 +25,7 @@ from subspec.runtime.model.paths import Steps
 
 MAX_KEY_SIZE = 512
 TILE = 2048  # numbers of a memory that a program holds, 64 of a thread
-MOST_COLUMNS = 16
+MAX_COLUMNS = 16
 
 _CONTINUES = tl.constexpr(paths.CONTINUES)
 _COMMITTED = tl.constexpr(paths.COMMITTED)
@@ -33,7 +33,7 @@ _COMMITTED = tl.constexpr(paths.COMMITTED)
 
 def columns_of(key_size: int) -> int:
     """Columns of a memory that a program computes."""
-    return min(MOST_COLUMNS, TILE // padded_keys(key_size))
+    return min(MAX_COLUMNS, TILE // padded_keys(key_size))
 
 
 def padded_keys(key_size: int) -> int:

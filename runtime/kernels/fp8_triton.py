@@ -38,8 +38,8 @@ MAX_WORDS = 1 << 29  # four times as many bytes have to fit an int32
 
 # Triton kernels can only use module constants that are constexpr.
 _KEPT = tl.constexpr(fp8_residual.KEPT)
-_SMALLEST = tl.constexpr(fp8_residual.SMALLEST_DIVISOR)
-_LARGEST = tl.constexpr(fp8_residual.LARGEST_DIVISOR)
+_SMALLEST = tl.constexpr(fp8_residual.MIN_DIVISOR)
+_LARGEST = tl.constexpr(fp8_residual.MAX_DIVISOR)
 
 
 def decode_into(
@@ -75,8 +75,8 @@ def decode_into(
     )
 
 
-def widen_into(out: Tensor, codes: Tensor, scales: Scales) -> None:
-    """Fill out bf16 [R, K] with what fp8.widen returns for the FP8 codes uint8 [R, K]."""
+def dequantize_into(out: Tensor, codes: Tensor, scales: Scales) -> None:
+    """Fill out bf16 [R, K] with what fp8.dequantize returns for the FP8 codes uint8 [R, K]."""
     num_rows, num_columns = out.shape
     assert out.dtype == torch.bfloat16 and codes.dtype == torch.uint8 and out.shape == codes.shape
     assert out.is_contiguous() and codes.is_contiguous()

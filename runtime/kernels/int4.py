@@ -15,8 +15,8 @@ from subspec.artifacts.native import cpp
 
 SOURCE = Path(__file__).with_name("int4.cpp")
 BLOCK_ROWS = 16  # rows of W whose codes are interleaved; a divisor of N
-LARGEST_VALUE = 127  # of an 8-bit activation
-SMALLEST_GROUP = 2.0**-100  # a group of activations that are all smaller counts as zeros
+MAX_VALUE = 127  # of an 8-bit activation
+MIN_GROUP = 2.0**-100  # a group of activations that are all smaller counts as zeros
 
 
 def unavailable() -> str | None:
@@ -99,12 +99,12 @@ def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     """x bf16 [T, K] -> integers as f32 [T, G, 64] and their scale f32 [T, G, 1]."""
     groups = x.float().view(x.shape[0], -1, GROUP_SIZE)
     largest = groups.abs().amax(-1, keepdim=True)
-    usable = largest.isfinite() & (largest >= SMALLEST_GROUP)
+    usable = largest.isfinite() & (largest >= MIN_GROUP)
     # A tensor, because number / tensor would multiply by a reciprocal.
-    steps = torch.full_like(largest, LARGEST_VALUE) / largest
+    steps = torch.full_like(largest, MAX_VALUE) / largest
     values = torch.where(usable, torch.round(groups * steps), 0.0)
     beyond = torch.where(largest.isfinite(), 0.0, torch.nan)
-    return values, torch.where(usable, largest / LARGEST_VALUE, beyond)
+    return values, torch.where(usable, largest / MAX_VALUE, beyond)
 
 
 def _declare(library: ctypes.CDLL) -> None:

@@ -21,16 +21,16 @@ from subspec.artifacts.plan import DeviceKind, Int4Kernel
 from subspec.runtime.kernels import bf16, gemlite_kernel, int4
 
 PIECE_BYTES = 1 << 20  # of codes, read and packed at a time: temporaries of a few MB
-LEAST_CAPABILITY = 8, 0  # of ATen's 4-bit kernels on GPUs
+MIN_CAPABILITY = 8, 0  # of ATen's 4-bit kernels on GPUs
 ROWS_PER_TILE = {"AVX512": 64, "AVX2": 32}  # ATen's packed bytes differ per instruction set
 
 
 # Ranges of a pass's rows, one after the other: what a call of the kernel computes together. A row's
 # bits may depend on their sizes, and on nothing else of the pass.
-Calls = Sequence[slice]
+GemmRanges = Sequence[slice]
 
 
-def calls_of(sizes: Iterable[int]) -> Calls:
+def gemm_ranges(sizes: Iterable[int]) -> GemmRanges:
     """Ranges of these numbers of rows; one of more than PRODUCT_ROWS is divided, which bounds
     temporaries."""
     found, end = list[slice](), 0
@@ -41,13 +41,13 @@ def calls_of(sizes: Iterable[int]) -> Calls:
     return found
 
 
-def exact_product(x: Tensor, weight: Tensor, out: Tensor, calls: Calls) -> None:
+def exact_product(x: Tensor, weight: Tensor, out: Tensor, calls: GemmRanges) -> None:
     """out [T, N] = x [T, K] @ weight [N, K]^T; `out` may be a column range of a wider tensor."""
     for rows in calls:
         multiply(x[rows], weight, out[rows])
 
 
-def exact_product_into(x: Tensor, weight: Tensor, gate: Tensor, calls: Calls) -> None:
+def exact_product_into(x: Tensor, weight: Tensor, gate: Tensor, calls: GemmRanges) -> None:
     """gate [T, N] *= x [T, K] @ weight [N, K]^T, without a second [T, N]."""
     for rows in calls:
         some = x[rows]
@@ -92,11 +92,11 @@ def single_row_kernels() -> Iterator[None]:
 def check_capability(device: torch.device) -> None:
     """Raises SubspecError(WRONG_MACHINE) for a GPU that is too old for the 4-bit kernels."""
     found = torch.cuda.get_device_capability(device)
-    if found < LEAST_CAPABILITY:
+    if found < MIN_CAPABILITY:
         raise SubspecError(
             Exit.WRONG_MACHINE,
             f"{torch.cuda.get_device_name(device)} has compute capability {found[0]}.{found[1]}, "
-            f"expected {LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]} or more (Ampere)",
+            f"expected {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]} or more (Ampere)",
             "plan with --device cpu",
         )
 

@@ -110,7 +110,7 @@ class Cache:
         return self.num_slots - 1
 
     @property
-    def num_taps(self) -> int:
+    def conv_kernel_size(self) -> int:
         """Of every delta net's convolution."""
         return self.nets[0].weights.conv.shape[-1]
 
@@ -211,7 +211,7 @@ class Cache:
             for kept in pair:  # one at a time: a small temporary
                 kept[:, places] = kept.index_select(1, path + places.start)
         if self.nets and tokens:
-            paths = chain_paths(len(tokens), self.num_taps, self.device)
+            paths = chain_paths(len(tokens), self.conv_kernel_size, self.device)
             for net in self.nets:
                 commit_nodes(net, path[: len(tokens)], paths)
         self.tokens.extend(tokens)

@@ -22,8 +22,8 @@ STEP_SECONDS = 0.005
 
 class Constraint(Protocol):
     """The state of one answer. Verification and drafts walk ahead with `push` and come back with
-    `pop`, so both must be quick, and `pop` exact, also after an error. `allowed` and `push` may
-    raise SubspecError."""
+    `rollback`, so both must be quick, and `rollback` exact, also after an error. `allowed` and
+    `push` may raise SubspecError."""
 
     def allowed(self) -> Tensor | None:
         """bool [V] on the host: tokens that may come next, one at least; None: every token."""
@@ -34,12 +34,12 @@ class Constraint(Protocol):
         state as it was."""
         ...
 
-    def pop(self, num_tokens: int) -> None:
+    def rollback(self, num_tokens: int) -> None:
         """Takes the last `num_tokens` back."""
         ...
 
 
-class Follower:
+class ConstraintFollower:
     """Follows one answer with its constraint, up to the first end token: what comes after that
     belongs to no answer.
 
@@ -57,14 +57,14 @@ class Follower:
         self._seconds_left = ANSWER_SECONDS
         self._draft_seconds_left = ANSWER_SECONDS
         self._unpruned_until = 0  # how many tokens the answer must have
-        self._failure: Exception | None = None  # of a `pop`, after which nothing is known
+        self._failure: Exception | None = None  # of a `rollback`, after which nothing is known
 
     def push(self, token: int) -> None:
         """`token` comes next. What the constraint has against it, `allowed` says."""
         self._said.append(token)
         self._num_ends += token in self._end_tokens
 
-    def pop(self, num_tokens: int) -> None:
+    def rollback(self, num_tokens: int) -> None:
         """Takes the last `num_tokens` back."""
         for _ in range(num_tokens):
             self._num_ends -= self._said.pop() in self._end_tokens
@@ -132,7 +132,7 @@ class Follower:
 
     def _take_back(self, num_tokens: int) -> None:
         try:
-            self._constraint.pop(num_tokens)
+            self._constraint.rollback(num_tokens)
         except Exception as error:  # its answer ends where it goes on: others have part in a round
             self._failure = error
 

@@ -110,7 +110,7 @@ def walk_on(device: torch.device) -> Walk:
 class _Sizes(ctypes.Structure):
     _fields_ = [
         *((f"num_{what}", ctypes.c_int64) for what in ("rows", "key_heads", "value_heads")),
-        *((what, ctypes.c_int64) for what in ("key_size", "value_size", "num_taps")),
+        *((what, ctypes.c_int64) for what in ("key_size", "value_size", "conv_kernel_size")),
         *((f"num_{what}", ctypes.c_int64) for what in ("slots", "ends")),
         *((f, ctypes.c_float) for f in ("query_scale", "inverse_value_size", "norm_epsilon")),
         ("rounds_norm", ctypes.c_int32),
@@ -200,7 +200,7 @@ def run_in_cpp(
         *(x.data_ptr() for x in (paths.windows, paths.sources, paths.slots, end_rows, memories)),
     )
     num_threads = torch.get_num_threads()
-    of_head = key_size, value_size, sizes.num_taps
+    of_head = key_size, value_size, sizes.conv_kernel_size
     size = delta_net_scratch_bytes(num_threads, *of_head, paths.num_slots)
     scratch = torch.empty(size, dtype=torch.uint8)
     assert scratch.data_ptr() % 64 == 0, "it is used as vectors"

@@ -75,12 +75,14 @@ class Cut:
     stops: Sequence[Stop]  # behind them
 
 
-def cuts_of(num_rows: int, stops: Sequence[Stop], num_taps: int, device: torch.device) -> list[Cut]:
+def cuts_of(
+    num_rows: int, stops: Sequence[Stop], conv_kernel_size: int, device: torch.device
+) -> list[Cut]:
     """T >= 1 rows, each behind the one before. A long piece is cut, which changes no bit."""
     ends = {*range(NET_ROWS, num_rows, NET_ROWS), num_rows, *(stop.num_rows for stop in stops)}
     found, first = list[Cut](), 0
     for last in sorted(ends):
-        paths = chain_paths(last - first, num_taps, device)
+        paths = chain_paths(last - first, conv_kernel_size, device)
         behind = [stop for stop in stops if stop.num_rows == last]
         found.append(Cut(slice(first, last), paths, behind))
         first = last
@@ -186,5 +188,5 @@ def _net_state(
 
 
 def make_state(spec: ModelSpec, net: DeltaNet, take: Take) -> DeltaState:
-    recent = take((net.num_taps - 1, net.num_channels), getattr(torch, spec.dtype))
+    recent = take((net.conv_kernel_size - 1, net.num_channels), getattr(torch, spec.dtype))
     return DeltaState(recent, take(net.memory_shape, torch.float32))

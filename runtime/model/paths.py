@@ -44,13 +44,13 @@ class Paths:
         return len(self.slots)
 
 
-def chain_paths(num_rows: int, num_taps: int, device: torch.device = HOST) -> Paths:
+def chain_paths(num_rows: int, conv_kernel_size: int, device: torch.device = HOST) -> Paths:
     """Each row follows the one before it, and the last one is an end. Made on the device, so that
     nothing is uploaded."""
-    paths = chain_on_host(num_rows, num_taps)
+    paths = chain_on_host(num_rows, conv_kernel_size)
     if device.type == "cpu":
         return paths
-    first, taps = (torch.arange(count, device=device) for count in (num_rows, num_taps))
+    first, taps = (torch.arange(count, device=device) for count in (num_rows, conv_kernel_size))
     rows = torch.full((num_rows, 3), -1, dtype=torch.int32, device=device)
     rows[1:, 0].fill_(CONTINUES)
     rows[-1:, 2].fill_(0)
@@ -58,19 +58,19 @@ def chain_paths(num_rows: int, num_taps: int, device: torch.device = HOST) -> Pa
 
 
 @lru_cache(maxsize=2 * NET_ROWS)
-def chain_on_host(num_rows: int, num_taps: int) -> Paths:
+def chain_on_host(num_rows: int, conv_kernel_size: int) -> Paths:
     """Shared: nobody writes to them."""
-    windows = torch.arange(num_rows)[:, None] + torch.arange(num_taps)
+    windows = torch.arange(num_rows)[:, None] + torch.arange(conv_kernel_size)
     slots = torch.zeros(num_rows, dtype=torch.int64)
     sources = slots.clone()
     sources[:1] = -1
     return Paths(windows, sources, slots, 1)
 
 
-def tree_paths(parents: Sequence[int], num_taps: int) -> Paths:
+def tree_paths(parents: Sequence[int], conv_kernel_size: int) -> Paths:
     """parents: of each row an earlier one; -1: the committed state."""
     assert all(-1 <= parent < row for row, parent in enumerate(parents))
-    windows = window_rows(torch.tensor(parents), torch.arange(len(parents)), num_taps)
+    windows = window_rows(torch.tensor(parents), torch.arange(len(parents)), conv_kernel_size)
     left, free = Counter(parents), list[int]()
     sources, slots, num_slots = list[int](), list[int](), 0
     for row, parent in enumerate(parents):
@@ -123,10 +123,10 @@ def uploaded(steps: Sequence[tuple[int, int, int]], device: torch.device) -> Ste
     return Steps(rows, num_slots, 1 + max(end for *_, end in steps))
 
 
-def window_rows(parents: Tensor, rows: Tensor, num_taps: int) -> Tensor:
+def window_rows(parents: Tensor, rows: Tensor, conv_kernel_size: int) -> Tensor:
     """int64 [len(rows), K]: the inputs that the convolutions of `rows` take, as rows of the last
     K - 1 committed inputs and those of the tree behind them. parents: -1 above a first row."""
-    committed = num_taps - 1
+    committed = conv_kernel_size - 1
     above = torch.cat((torch.arange(-1, committed - 1, device=rows.device), parents + committed))
     taps = [rows + committed]
     for _ in range(committed):

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.runtime.model.constraint import Constraint, Follower
+from subspec.runtime.model.constraint import Constraint, ConstraintFollower
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """Temperature 0 is greedy. top_k 0, top_p 1 and min_p 0 keep every token; a repetition_penalty
     of 1 and penalties of 0 change none. Raises SubspecError(USAGE) for other values than those
     beside the fields."""
@@ -62,39 +62,41 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...] = ()
 
 
-class Chooser:
+class Sampler:
     """Chooses the tokens of one answer. What it says may depend on those before, so it is told of
     each by `push`, and in a block of `ahead` by a verification, which walks ahead of what is
     kept."""
 
     def __init__(
         self,
-        sampling: Sampling,
+        sampling: SamplingParams,
         prompt: Sequence[int] = (),
         end_tokens: frozenset[int] = frozenset(),
         constraint: Constraint | None = None,
     ) -> None:
         self.sampling = sampling
-        self.constraint = Follower(constraint, end_tokens) if constraint is not None else None
+        self.constraint = (
+            ConstraintFollower(constraint, end_tokens) if constraint is not None else None
+        )
         self._prompt = frozenset(prompt) if sampling.repetition_penalty != 1 else frozenset[int]()
         self._prompt_ids = torch.tensor(sorted(self._prompt), dtype=torch.int64)
         self._answer: list[int] = []
         self._counts = Counter[int]()  # of the answer's tokens
 
     @property
-    def takes_the_best(self) -> bool:
+    def is_argmax(self) -> bool:
         """Whether every token is the one with the greatest logit, whatever came before."""
         one = self.sampling
         changes = one.repetition_penalty != 1 or one.presence_penalty or one.frequency_penalty
         return not (one.temperature or changes or one.logit_bias or self.constraint)
 
-    def choose(self, logits: Tensor, position: int) -> int:
+    def sample(self, logits: Tensor, position: int) -> int:
         """The token at `position`, from its logits [V].
 
         Gumbel-max: argmax(log p + noise) is distributed as p. Ties go to the lowest id. Raises
         SubspecError if the constraint lets the answer not go on.
         """
-        if not self.takes_the_best:
+        if not self.is_argmax:
             logits = self._allowed(self._penalized(logits))
         if self.sampling.temperature > 0:
             noise = position_noise(self.sampling.seed, position, len(logits), logits.device)
@@ -119,7 +121,7 @@ class Chooser:
             for _ in range(num_pushed):
                 self._counts[self._answer.pop()] -= 1
             if self.constraint is not None:
-                self.constraint.pop(num_pushed)
+                self.constraint.rollback(num_pushed)
 
     def _penalized(self, logits: Tensor) -> Tensor:
         """f64 [V], a copy."""
@@ -154,7 +156,7 @@ def logprobs_of(logits: Tensor, token: int, num_top: int) -> TokenLogprobs:
     return TokenLogprobs(token, float(every[token]), top)
 
 
-def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
+def filter_logits(logits: Tensor, sampling: SamplingParams) -> Tensor:
     """f64 [V] after temperature, top-k, top-p, min-p, in transformers' order, 0 the greatest; -inf
     if cut off."""
     wide = logits.double()

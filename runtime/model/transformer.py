@@ -28,7 +28,7 @@ from subspec.artifacts.model import (
     Rope,
     layer_name,
 )
-from subspec.runtime.kernels.linear import Calls
+from subspec.runtime.kernels.linear import GemmRanges
 from subspec.runtime.model.cache import Cache
 from subspec.runtime.model.delta_net import DeltaInputs
 from subspec.runtime.model.embedding import EmbeddingRows
@@ -52,7 +52,9 @@ RunNodes = Callable[[NetState, DeltaInputs, Tensor, TreeNodes], None]
 class Product(Protocol):
     """The matrix products of one layer (or of the head), called in execution order."""
 
-    def __call__(self, name: str, x: Tensor, calls: Calls, gate: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, name: str, x: Tensor, calls: GemmRanges, gate: Tensor | None = None
+    ) -> Tensor:
         """x [T, K] -> x W^T + b [T, N]; with `gate` [T, N]: gate * (x W^T + b), in its place.
 
         name: under the layer. calls: the rows that an exact product computes together, so that a
@@ -74,7 +76,7 @@ class SharedWeights:
 
 
 @dataclass(frozen=True)
-class Places:
+class KVLocations:
     """Where a sequence's rows lie in the stores of some layers, and what they see there. All on the
     device."""
 
@@ -102,13 +104,13 @@ class Rows:
     tree: TreeNodes | None = None
     run_nodes: RunNodes = run_tree
     num_padding: int = 0  # of a piece's rows, the last ones
-    stops: Sequence[Stop] = ()  # of a piece
-    windowed: Places | None = None  # in layers with windows; None: as in all others
+    checkpoints_at: Sequence[Stop] = ()  # of a piece
+    windowed: KVLocations | None = None  # in layers with windows; None: as in all others
 
-    def places(self, window: int | None) -> Places:
+    def places(self, window: int | None) -> KVLocations:
         """In layers with this window."""
         if window is None or self.windowed is None:
-            return Places(self.slots, self.slot_positions, self.visible)
+            return KVLocations(self.slots, self.slot_positions, self.visible)
         return self.windowed
 
 
@@ -118,7 +120,7 @@ class Pass:
 
     weights: SharedWeights
     batch: Sequence[Rows]  # of several sequences, in the order of the rows
-    calls: Calls
+    calls: GemmRanges
     positions: Tensor  # int64 [T], of all rows
 
     @cached_property
@@ -127,8 +129,8 @@ class Pass:
         return [
             cuts_of(
                 len(rows.tokens) - rows.num_padding,
-                rows.stops,
-                rows.cache.num_taps,
+                rows.checkpoints_at,
+                rows.cache.conv_kernel_size,
                 rows.cache.device,
             )
             if rows.tree is None
@@ -149,9 +151,9 @@ class HeadRows:
     """Some rows of a pass, ascending, whose logits are wanted, and the head's calls for them."""
 
     rows: Sequence[slice]
-    calls: Calls
+    calls: GemmRanges
 
-    def of(self, x: Tensor) -> tuple[Tensor, Calls]:
+    def of(self, x: Tensor) -> tuple[Tensor, GemmRanges]:
         return join([x[some] for some in self.rows]), self.calls
 
 
@@ -159,7 +161,7 @@ def forward(
     weights: SharedWeights,
     products: Iterable[Product],
     batch: Sequence[Rows],
-    calls: Calls,
+    calls: GemmRanges,
     head: HeadRows | None = None,
 ) -> Tensor:
     """Rows through all layers -> logits [T, V], or those of the head's rows."""
@@ -170,7 +172,7 @@ def forward_hidden(
     weights: SharedWeights,
     products: Iterable[Product],
     batch: Sequence[Rows],
-    calls: Calls,
+    calls: GemmRanges,
     head: HeadRows | None = None,
     reads: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor]:
@@ -191,18 +193,18 @@ def forward_hidden(
     return logits, streams
 
 
-def to_logits(weights: SharedWeights, head: Product, x: Tensor, calls: Calls) -> Tensor:
+def to_logits(weights: SharedWeights, head: Product, x: Tensor, calls: GemmRanges) -> Tensor:
     """x [T, H] -> [T, V]."""
     return logits_of(weights.spec, head, normalize(weights, FINAL_NORM, x), calls)
 
 
-def logits_of(spec: ModelSpec, head: Product, normed: Tensor, calls: Calls) -> Tensor:
+def logits_of(spec: ModelSpec, head: Product, normed: Tensor, calls: GemmRanges) -> Tensor:
     """normed [T, H], behind the final norm -> [T, V]."""
     logits = head(HEAD, normed, calls)[:, : spec.vocab_size]
     if spec.logits_divisor != 1:
         logits.div_(spec.logits_divisor)
-    if spec.logits_cap is not None:
-        logits.div_(spec.logits_cap).tanh_().mul_(spec.logits_cap)
+    if spec.logits_soft_cap is not None:
+        logits.div_(spec.logits_soft_cap).tanh_().mul_(spec.logits_soft_cap)
     return logits
 
 

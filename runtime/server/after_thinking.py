@@ -13,7 +13,7 @@ from torch import Tensor
 from subspec.runtime.model.constraint import Constraint
 from subspec.runtime.server.grammar_tokens import GrammarTokens
 
-MOST_NEWLINES = 2  # between the end of the thinking and the answer
+MAX_NEWLINES = 2  # between the end of the thinking and the answer
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def read_thinking(tokens: GrammarTokens, begin: str, end: str) -> Thinking:
         tag,
         tokens.contents,
         tuple(_allowed(tokens, tag[:said], tag) for said in range(len(tag))),
-        tuple(_newlines(tokens, most) for most in range(MOST_NEWLINES + 1)),
+        tuple(_newlines(tokens, most) for most in range(MAX_NEWLINES + 1)),
     )
 
 
@@ -71,7 +71,7 @@ class AfterThinking:
         if allowed is None or phase == "answer":
             return allowed
         if phase == "gap":
-            return allowed | self._thinking.newlines[MOST_NEWLINES - said]
+            return allowed | self._thinking.newlines[MAX_NEWLINES - said]
         if self._thinking.begin is None:
             return allowed
         allowed = allowed.clone()
@@ -85,13 +85,13 @@ class AfterThinking:
         self._before.append(self._state)
         self._state = after
 
-    def pop(self, num_tokens: int) -> None:
+    def rollback(self, num_tokens: int) -> None:
         if num_tokens > len(self._before):
             raise ValueError(f"pop of {num_tokens} tokens, {len(self._before)} were pushed")
         states = [*self._before[len(self._before) - num_tokens :], self._state]
         del self._before[len(self._before) - num_tokens :]
         self._state = states[0]
-        self._answer.pop(sum(state.phase == "answer" for state in states[1:]))
+        self._answer.rollback(sum(state.phase == "answer" for state in states[1:]))
 
     def _after(self, token: int) -> State:
         phase, said = self._state
@@ -104,7 +104,7 @@ class AfterThinking:
             if at < 0:
                 return State("thinking", _overlap(seen, self._thinking.end))
             return State("gap", len(seen) - at - len(self._thinking.end))
-        if phase == "gap" and _num_newlines(content) in range(1, MOST_NEWLINES - said + 1):
+        if phase == "gap" and _num_newlines(content) in range(1, MAX_NEWLINES - said + 1):
             return State("gap", said + len(content))
         return State("answer")
 
@@ -120,7 +120,7 @@ def _allowed(tokens: GrammarTokens, said: bytes, end: bytes) -> Tensor:
         at = (said + content).find(end)
         if at >= 0:
             rest = (said + content)[at + len(end) :]
-            allowed[token] &= 0 <= _num_newlines(rest) <= MOST_NEWLINES
+            allowed[token] &= 0 <= _num_newlines(rest) <= MAX_NEWLINES
     return torch.from_numpy(allowed)
 
 

@@ -9,7 +9,7 @@ from subspec.runtime.server.tools.feed import SPACE, Malformed, TextFeed, Wait
 from subspec.runtime.server.tools.formats import ToolFormat, read_call
 from subspec.runtime.text.reasoning import ReasoningFormat
 
-LONGEST_RESCAN = 4096  # characters of a malformed call in which another may begin
+MAX_RESCAN = 4096  # characters of a malformed call in which another may begin
 
 
 class AnswerParser:
@@ -132,7 +132,7 @@ class AnswerParser:
                 yield from self._read_rest_of_call(form)
             elif calls.count == before:
                 kept = feed.kept
-                count = len(kept) if mark and len(kept) >= LONGEST_RESCAN else len(mark)
+                count = len(kept) if mark and len(kept) >= MAX_RESCAN else len(mark)
                 feed.put_back(count)
                 say(kept[:count])
         feed.forget()

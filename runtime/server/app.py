@@ -21,9 +21,9 @@ from subspec.runtime.server.errors import (
     error_response,
 )
 from subspec.runtime.server.generation import QueueFull
-from subspec.runtime.server.guards import GuardSettings, Log, RequestLog, guarded
 from subspec.runtime.server.messages import count_tokens, create_message
 from subspec.runtime.server.messages_request import CountTokens, CreateMessage
+from subspec.runtime.server.middleware import GuardSettings, Log, RequestLog, guarded
 from subspec.runtime.server.openai_chat import chat_completions
 from subspec.runtime.server.openai_chat_fields import ChatFields
 from subspec.runtime.server.openai_completions import completions

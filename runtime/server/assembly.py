@@ -12,15 +12,20 @@ from subspec.artifacts.common.progress import Progress
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.plan import Method
 from subspec.runtime.lossy import Lossy, verification_json
-from subspec.runtime.model.sampling import Sampling
+from subspec.runtime.model.sampling import SamplingParams
 from subspec.runtime.server import chat_page
 from subspec.runtime.server.admission import Admission
 from subspec.runtime.server.app import make_app
 from subspec.runtime.server.chat_events import Chat, CountTokens
 from subspec.runtime.server.generation import Generator, ServedEngine, Status
-from subspec.runtime.server.guards import OPEN_PATHS, GuardSettings, is_loopback, without_brackets
-from subspec.runtime.server.journal import NAME, LogFormat, request_log, start_log
+from subspec.runtime.server.log_format import NAME, LogFormat, request_log, start_log
 from subspec.runtime.server.metrics import Metrics
+from subspec.runtime.server.middleware import (
+    OPEN_PATHS,
+    GuardSettings,
+    is_loopback,
+    without_brackets,
+)
 from subspec.runtime.server.model_info import ModelInfo
 from subspec.runtime.server.service import Service
 from subspec.runtime.server.serving import address_of, serve
@@ -38,7 +43,7 @@ class Settings:
     cors_origins: tuple[str, ...] = ()
     shutdown_seconds: float = 30.0
     log_format: LogFormat = "text"
-    sampling: Sampling = Sampling()
+    sampling: SamplingParams = SamplingParams()
     refuse_unknown: bool = False
 
 
@@ -80,7 +85,7 @@ def guard_settings(settings: Settings) -> GuardSettings:
     return GuardSettings(settings.keys, hosts, (*OPEN_PATHS, *sorted(chat_page.PATHS)))
 
 
-def listening_told(settings: Settings, listening: socket.socket) -> None:
+def notify_listening(settings: Settings, listening: socket.socket) -> None:
     """Begins the log."""
     logger = start_log(settings.log_format)
     logger.info("listening", {"address": address_of(listening)})

@@ -40,7 +40,7 @@ from subspec.runtime.text.reasoning import (
 )
 from subspec.runtime.text.template_caps import TemplateCaps, find_caps
 from subspec.runtime.text.tokenizer import (
-    MOST_COUNTED,
+    MAX_COUNTED,
     ChatTokenizer,
     Conversation,
     special_tokens,
@@ -135,7 +135,7 @@ async def chat(
     params = GenerationParams(
         max_tokens=room if request.max_tokens is None else request.max_tokens,
         sampling=request.sampling,
-        end_tokens=frozenset() if request.ignore_end else model.end_tokens,
+        stop_token_ids=frozenset() if request.ignore_end else model.end_tokens,
         constraint=constraint,
         logprobs=request.logprobs,
     )
@@ -156,7 +156,7 @@ async def chat(
         len(prompt.ids),
         parser,
         tokenizer.token_to_id(form.end) if form is not None else None,
-        params.end_tokens,
+        params.stop_token_ids,
         request.parallel_tool_calls,
     )
 
@@ -164,7 +164,7 @@ async def chat(
 async def count_tokens(request: ChatRequest, model: ChatModel) -> int:
     """Of the prompt that `chat` would submit, also if the context has no room for it."""
     check_tools(request, model)
-    roomy = replace(model, context=max(model.context, MOST_COUNTED))
+    roomy = replace(model, context=max(model.context, MAX_COUNTED))
     try:
         return len((await in_thread(model, lambda: make_prompt(request, roomy))).ids)
     except PromptTooLong as error:
@@ -341,7 +341,7 @@ class ModelAnswer:
                 reason,
                 outcome.stop_text,
                 stats.prompt_tokens,
-                stats.reused_tokens,
+                stats.cached_tokens,
                 stats.generated_tokens,
                 self._reasoning_tokens,
                 outcome,

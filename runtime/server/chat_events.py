@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from subspec.runtime.model.sampling import Sampling, TokenLogprobs
+from subspec.runtime.model.sampling import SamplingParams, TokenLogprobs
 from subspec.runtime.server.generation import Outcome
 
 JSONValue = Any  # what json.loads returns
@@ -37,7 +37,7 @@ class ChatRequest:
     {"type": "function", "function": {"name", "description", "parameters"}}."""
 
     messages: tuple[dict[str, JSONValue], ...]
-    sampling: Sampling
+    sampling: SamplingParams
     max_tokens: int | None = None  # None: what the context has room for
     stop: tuple[str, ...] = ()
     logprobs: int | None = None

@@ -123,13 +123,13 @@ def check_extra() -> None:
 def served(options: Options, keys: tuple[str, ...]) -> Exit:
     """From the options to the end of the server."""
     artifact = None if options.artifact is None else begun(options.artifact, options)
-    from subspec.runtime.server.assembly import guard_settings, listening_told
+    from subspec.runtime.server.assembly import guard_settings, notify_listening
     from subspec.runtime.server.planning import answering_meanwhile
     from subspec.runtime.server.serving import listen
 
     settings = settings_of(options, keys)
     with listen(options.host, options.port) as listening:
-        listening_told(settings, listening)
+        notify_listening(settings, listening)
         with answering_meanwhile(listening, guard_settings(settings)):
             artifact = artifact or begun(planned_folder(options), options)
             from subspec.runtime.app.opening import planned_for_here, trust_kernels
@@ -158,7 +158,7 @@ def planned_folder(options: Options) -> Path:
 
 
 def settings_of(options: Options, keys: tuple[str, ...]) -> "Settings":
-    from subspec.runtime.model.sampling import Sampling
+    from subspec.runtime.model.sampling import SamplingParams
     from subspec.runtime.server.assembly import Settings
 
     return Settings(
@@ -167,7 +167,7 @@ def settings_of(options: Options, keys: tuple[str, ...]) -> "Settings":
         cors_origins=options.cors_origin,
         shutdown_seconds=options.shutdown_timeout,
         log_format="json" if options.log_format == "json" else "text",
-        sampling=Sampling(options.temperature, options.top_k, options.top_p),
+        sampling=SamplingParams(options.temperature, options.top_k, options.top_p),
         refuse_unknown=options.strict,
     )
 

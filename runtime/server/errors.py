@@ -14,7 +14,7 @@ from subspec.runtime.server.generation import PromptTooLong, QueueFull
 FINAL = {"x-should-retry": "false"}
 RETRY_SECONDS = 5  # after which a server that loads or closes may be asked again
 INTERNAL = "the server failed; its log says why"
-LONGEST_MESSAGE = 1000  # characters
+MAX_MESSAGE = 1000  # characters
 OF_A_COMMAND = re.compile(r"(?<!\S)--[a-z]|\bsubspec-[a-z]")
 ANTHROPIC_KINDS = {
     400: "invalid_request_error",
@@ -101,7 +101,7 @@ def said(error: SubspecError) -> str:
     """In a sentence. A hint about a command line is not for clients, who have none."""
     told = bool(error.hint) and not OF_A_COMMAND.search(error.hint)
     message = f"{error.message} ({error.hint})" if told else error.message
-    return message[:LONGEST_MESSAGE]
+    return message[:MAX_MESSAGE]
 
 
 def openai_body(error: ApiError) -> dict[str, Any]:

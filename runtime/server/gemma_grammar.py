@@ -16,8 +16,8 @@ from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.runtime.server.tools.schema_types import referred
 
 JSONValue = Any
-DEEPEST = 64  # schemas within each other
-MOST_VALUES = 10_000  # schemas and enumerated values, counted once for each place where they hold
+MAX_DEPTH = 64  # schemas within each other
+MAX_VALUES = 10_000  # schemas and enumerated values, counted once for each place where they hold
 BARE_KEY = re.compile(r"[\w$@./-]{1,256}")
 ANY_KEY = r"[A-Za-z_][A-Za-z0-9_.-]{0,63}"
 SAYS_NOTHING = ("title", "description", "default", "examples", "deprecated")
@@ -76,7 +76,7 @@ def gemma_arguments(
         whole = {**whole, "type": "object"}
     lenient = whole.get("x-guidance", {}).get("lenient") is not False
     rules = _Rules(rule, whole, lenient, f"<[{special[quote]}]>", quote)
-    start = _value(rules, whole, DEEPEST)
+    start = _value(rules, whole, MAX_DEPTH)
     return [f"{rule}: {start}", *rules.lines], rules.schemas
 
 
@@ -293,7 +293,7 @@ def _list_of(schema: dict[str, JSONValue], key: str) -> list[JSONValue]:
 
 
 def _count(rules: _Rules) -> None:
-    if next(rules.values) >= MOST_VALUES:
+    if next(rules.values) >= MAX_VALUES:
         raise _unusable("it is too large")
 
 

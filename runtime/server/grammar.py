@@ -19,7 +19,7 @@ from subspec.runtime.server.grammar_tokens import GrammarTokens
 
 Result = TypeVar("Result")
 
-LARGEST_GRAMMAR_BYTES = 256 << 10
+MAX_GRAMMAR_BYTES = 256 << 10
 COMPILE_SECONDS = 1.0
 # A compiled grammar is asked in the engine's thread, where all answers wait for it: with
 # llguidance's own limits a step may take a second, with these about 0.1, a usual one 0.02 ms.
@@ -36,9 +36,9 @@ def compile_grammar(tokens: GrammarTokens, grammar: str, what: str) -> LLMatcher
     """`grammar`: Lark, or llguidance's JSON list of grammars; `what` names it in errors. Nothing
     that it names is fetched. Raises SubspecError(USAGE) if it is wrong, has features that are not
     supported, can never be satisfied, or is more than the limits allow."""
-    if (size := len(grammar.encode("utf-8", "replace"))) > LARGEST_GRAMMAR_BYTES:
+    if (size := len(grammar.encode("utf-8", "replace"))) > MAX_GRAMMAR_BYTES:
         raise SubspecError(
-            Exit.USAGE, f"{what} has {size} bytes, expected at most {LARGEST_GRAMMAR_BYTES}", HINT
+            Exit.USAGE, f"{what} has {size} bytes, expected at most {MAX_GRAMMAR_BYTES}", HINT
         )
     begin = time.monotonic()
     matcher = _matcher(tokens, grammar)
@@ -81,7 +81,7 @@ class GrammarThreads:
 class GrammarConstraint:
     """A grammar from its beginning. `allowed` and `push` raise SubspecError(USAGE) where a state is
     more than the limits allow, or nothing that the model has can follow. The grammar is compiled
-    again for who goes on from there, by `pop` already: not for an answer that ends there."""
+    again for who goes on from there, by `rollback` already: not for an answer that ends there."""
 
     def __init__(self, tokens: GrammarTokens, grammar: str, what: str) -> None:
         """Raises SubspecError as compile_grammar does."""
@@ -113,7 +113,7 @@ class GrammarConstraint:
         self._pushed.append(token)
         self._allowed = None
 
-    def pop(self, num_tokens: int) -> None:
+    def rollback(self, num_tokens: int) -> None:
         if num_tokens > len(self._pushed):
             raise ValueError(f"pop of {num_tokens} tokens, {len(self._pushed)} were pushed")
         if num_tokens:

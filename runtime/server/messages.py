@@ -8,7 +8,6 @@ from typing import Literal
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from subspec.runtime.server.bodies import read_body
 from subspec.runtime.server.chat_events import (
     ChatAnswer,
     ChatEnd,
@@ -20,7 +19,6 @@ from subspec.runtime.server.chat_events import (
     ToolCallDelta,
     ToolCallStart,
 )
-from subspec.runtime.server.dialect import random_id
 from subspec.runtime.server.errors import ApiError, anthropic_body, invalid
 from subspec.runtime.server.generation import PromptTooLong
 from subspec.runtime.server.messages_request import (
@@ -32,6 +30,8 @@ from subspec.runtime.server.messages_request import (
     read_message,
 )
 from subspec.runtime.server.model_info import check_model
+from subspec.runtime.server.request_bodies import read_body
+from subspec.runtime.server.request_fields import random_id
 from subspec.runtime.server.service import Service
 from subspec.runtime.server.streaming import Event, event_stream, gone, whole
 from subspec.runtime.server.tools.json_text import arguments_object

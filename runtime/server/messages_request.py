@@ -6,8 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from subspec.runtime.model.sampling import Sampling
-from subspec.runtime.server.bodies import Fields
+from subspec.runtime.model.sampling import SamplingParams
 from subspec.runtime.server.chat_events import (
     ChatRequest,
     JSONValue,
@@ -16,9 +15,12 @@ from subspec.runtime.server.chat_events import (
     ToolChoice,
 )
 from subspec.runtime.server.conversation import Conversation
-from subspec.runtime.server.dialect import (
-    MOST_ITEMS,
-    MOST_TOOLS,
+from subspec.runtime.server.errors import invalid, unsupported
+from subspec.runtime.server.openai_fields import EFFORTS
+from subspec.runtime.server.request_bodies import Fields
+from subspec.runtime.server.request_fields import (
+    MAX_ITEMS,
+    MAX_TOOLS,
     Count,
     JSONObject,
     Label,
@@ -33,8 +35,6 @@ from subspec.runtime.server.dialect import (
     required,
     with_asked,
 )
-from subspec.runtime.server.errors import invalid, unsupported
-from subspec.runtime.server.openai_fields import EFFORTS
 
 # Blocks that say something to this model. What a provider's own tools left in a conversation
 # (server_tool_use, web_search_tool_result, redacted_thinking, ...) is skipped.
@@ -63,14 +63,14 @@ class ContentBlock(Fields):
     # Of a tool_result or a search_result
     content: Annotated[
         list[Annotated["ContentBlock", BeforeValidator(only_known)]],
-        Field(max_length=MOST_ITEMS),
+        Field(max_length=MAX_ITEMS),
         BeforeValidator(as_parts),
     ] = []
 
 
 Blocks = Annotated[
     list[Annotated[ContentBlock, BeforeValidator(only_known)]],
-    Field(max_length=MOST_ITEMS),
+    Field(max_length=MAX_ITEMS),
     BeforeValidator(as_parts),
 ]
 
@@ -117,9 +117,9 @@ REFUSED: dict[str, tuple[Any, ...]] = {"mcp_servers": ([],), "container": ()}
 
 class CountTokens(Fields):
     model: Label
-    messages: Annotated[list[Turn], Field(min_length=1, max_length=MOST_ITEMS)]
+    messages: Annotated[list[Turn], Field(min_length=1, max_length=MAX_ITEMS)]
     system: Blocks = []
-    tools: Annotated[list[AnthropicTool] | None, Field(max_length=MOST_TOOLS)] = None
+    tools: Annotated[list[AnthropicTool] | None, Field(max_length=MAX_TOOLS)] = None
     tool_choice: Choice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
@@ -154,7 +154,7 @@ class AskedMessage:
         return self.body.thinking is None or self.body.thinking.display != "omitted"
 
 
-def read_message(body: CreateMessage, defaults: Sampling, fresh_seed: int) -> AskedMessage:
+def read_message(body: CreateMessage, defaults: SamplingParams, fresh_seed: int) -> AskedMessage:
     """defaults: where the request is silent. Raises ApiError."""
     asked = {"temperature": body.temperature, "top_p": body.top_p, "top_k": body.top_k}
     sampling = replace(with_asked(defaults, asked), seed=fresh_seed)
@@ -163,7 +163,7 @@ def read_message(body: CreateMessage, defaults: Sampling, fresh_seed: int) -> As
     return AskedMessage(body, replace(chat, max_tokens=body.max_tokens, stop=stop))
 
 
-def read_conversation(body: CountTokens, sampling: Sampling) -> ChatRequest:
+def read_conversation(body: CountTokens, sampling: SamplingParams) -> ChatRequest:
     """What the prompt is made of. Raises ApiError."""
     conversation = Conversation()
     system = [without_billing(block) for block in body.system]

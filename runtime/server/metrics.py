@@ -10,8 +10,8 @@ from prometheus_client import (
     generate_latest,
 )
 
-from subspec.runtime.server.figures import draft_rounds
 from subspec.runtime.server.generation import Outcome
+from subspec.runtime.server.response_metrics import draft_rounds
 
 # Seconds. A prompt of a model that streams may take minutes.
 LATENCIES = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640, 1280)
@@ -97,7 +97,7 @@ class Metrics:
         """An answer came to its end after `seconds`, its first token after `first_seconds`."""
         stats, model = outcome.stats, self._model
         self._prompt.labels(model).inc(stats.prompt_tokens)
-        self._cached.labels(model).inc(stats.reused_tokens)
+        self._cached.labels(model).inc(stats.cached_tokens)
         self._generated.labels(model).inc(stats.generated_tokens)
         self._streamed.labels(model).inc(stats.streamed_bytes)
         self._waited.labels(model).inc(stats.stream_wait_seconds)

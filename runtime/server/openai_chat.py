@@ -9,8 +9,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from subspec.runtime.server import figures
-from subspec.runtime.server.bodies import read_body
+from subspec.runtime.server import response_metrics
 from subspec.runtime.server.chat_events import (
     ChatAnswer,
     ChatEnd,
@@ -32,6 +31,7 @@ from subspec.runtime.server.openai_chat_fields import (
     tools_of,
 )
 from subspec.runtime.server.openai_fields import sampling_of
+from subspec.runtime.server.request_bodies import read_body
 from subspec.runtime.server.service import Service
 from subspec.runtime.server.streaming import DONE, Event, event_stream, gone, whole
 from subspec.runtime.server.token_text import chat_logprobs
@@ -91,7 +91,7 @@ def error_event(error: ApiError) -> Event:
 
 
 def usage_of(end: ChatEnd) -> JSON:
-    return figures.usage(
+    return response_metrics.usage(
         end.prompt_tokens,
         end.cached_tokens,
         end.completion_tokens,
@@ -138,7 +138,7 @@ async def chunks(
                 call = {"index": event.index, "function": {"arguments": event.arguments}}
                 yield Event(chunk({"tool_calls": [call]}))
             case ChatEnd():
-                timings = figures.timings(event.outcome, service.model)
+                timings = response_metrics.timings(event.outcome, service.model)
                 yield Event({**chunk({}, reason=event.reason), "timings": timings})
                 if asked.wants_usage:
                     yield Event(
@@ -146,7 +146,7 @@ async def chunks(
                             **head.of("chat.completion.chunk"),
                             "choices": [],
                             "usage": usage_of(event),
-                            "metrics": figures.metrics(event.outcome, service.model),
+                            "metrics": response_metrics.metrics(event.outcome, service.model),
                             "timings": timings,
                         }
                     )
@@ -196,6 +196,6 @@ async def completion(answer: ChatAnswer, head: Head, service: Service, with_logp
         **head.of("chat.completion"),
         "choices": [choice],
         "usage": usage_of(end),
-        "metrics": figures.metrics(end.outcome, service.model),
-        "timings": figures.timings(end.outcome, service.model),
+        "metrics": response_metrics.metrics(end.outcome, service.model),
+        "timings": response_metrics.timings(end.outcome, service.model),
     }

@@ -4,23 +4,23 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from subspec.runtime.server.bodies import Fields
 from subspec.runtime.server.chat_events import JSONValue, NamedTool, OutputFormat, ToolChoice
 from subspec.runtime.server.conversation import Conversation
 from subspec.runtime.server.errors import invalid, unsupported
 from subspec.runtime.server.openai_fields import (
     EFFORTS,
-    MOST_LOGPROBS,
-    MOST_TOKENS,
+    MAX_LOGPROBS,
+    MAX_TOKENS,
     REFUSED,
     SamplingFields,
     StructuredOutputs,
 )
+from subspec.runtime.server.request_bodies import Fields
 
-MOST_TOOLS = 256
+MAX_TOOLS = 256
 
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.:/-]{1,128}$")]
-Count = Annotated[int, Field(ge=1, le=MOST_TOKENS)]
+Count = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
 
 REFUSED_IN_CHAT: dict[str, tuple[Any, ...]] = {
     **REFUSED,
@@ -60,7 +60,7 @@ class Message(Fields):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[Part] | None = None
     name: str | None = None
-    tool_calls: Annotated[list[ToolCall], Field(max_length=MOST_TOOLS)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None  # vLLM's name for it
@@ -108,8 +108,8 @@ class ChatFields(SamplingFields):
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
-    tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["auto", "none", "required"] | ToolByName | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None

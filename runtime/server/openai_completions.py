@@ -13,8 +13,7 @@ from starlette.responses import JSONResponse, Response
 
 from subspec.runtime.model.sampling import TokenLogprobs
 from subspec.runtime.sequence import GenerationParams
-from subspec.runtime.server import figures
-from subspec.runtime.server.bodies import read_body
+from subspec.runtime.server import response_metrics
 from subspec.runtime.server.errors import invalid, too_long, unsupported
 from subspec.runtime.server.generation import (
     Generation,
@@ -32,6 +31,7 @@ from subspec.runtime.server.openai_fields import (
     CompletionFields,
     sampling_of,
 )
+from subspec.runtime.server.request_bodies import read_body
 from subspec.runtime.server.service import Service
 from subspec.runtime.server.streaming import DONE, Event, event_stream, gone, whole
 from subspec.runtime.server.token_text import completion_logprobs
@@ -80,7 +80,7 @@ async def wanted_of(asked: CompletionFields, service: Service) -> list[Wanted]:
     params = GenerationParams(
         max_tokens=service.model.context if asked.max_tokens is None else max(1, asked.max_tokens),
         sampling=sampling,
-        end_tokens=frozenset() if asked.ignore_eos else service.model.end_tokens,
+        stop_token_ids=frozenset() if asked.ignore_eos else service.model.end_tokens,
         logprobs=asked.logprobs,
         prompt_logprobs=asked.logprobs if asked.echo else None,
     )
@@ -251,16 +251,16 @@ def summary(wanted: list[Wanted], outcomes: list[Outcome], service: Service) -> 
     stats = [outcome.stats for outcome in outcomes]
     hidden = wanted[0].hide_answer
     found: JSON = {
-        "usage": figures.usage(
+        "usage": response_metrics.usage(
             sum(one.prompt_tokens for one in stats),
-            sum(one.reused_tokens for one in stats),
+            sum(one.cached_tokens for one in stats),
             0 if hidden else sum(one.generated_tokens for one in stats),
             sum(sum(one.accepted) for one in stats),
         )
     }
     if len(outcomes) == 1:
-        found["metrics"] = figures.metrics(outcomes[0], service.model)
-        found["timings"] = figures.timings(outcomes[0], service.model)
+        found["metrics"] = response_metrics.metrics(outcomes[0], service.model)
+        found["timings"] = response_metrics.timings(outcomes[0], service.model)
     return found
 
 

@@ -6,18 +6,18 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
-from subspec.runtime.model.sampling import Sampling
-from subspec.runtime.server.bodies import Fields
+from subspec.runtime.model.sampling import SamplingParams
 from subspec.runtime.server.chat_events import JSONValue
 from subspec.runtime.server.errors import invalid
 from subspec.runtime.server.model_info import ModelInfo
+from subspec.runtime.server.request_bodies import Fields
 
-MOST_STOPS = 16
-LONGEST_STOP = 256  # characters
-MOST_BIASES = 1024
-MOST_LOGPROBS = 20
-MOST_TOKENS = 1 << 30
-MOST_SCHEMA_TEXT = 1 << 16  # characters of a regular expression or a grammar
+MAX_STOPS = 16
+MAX_STOP = 256  # characters
+MAX_BIASES = 1024
+MAX_LOGPROBS = 20
+MAX_TOKENS = 1 << 30
+MAX_SCHEMA_TEXT = 1 << 16  # characters of a regular expression or a grammar
 
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Seed = Annotated[int, Field(ge=-(1 << 63), lt=1 << 64)]
@@ -73,8 +73,8 @@ class StructuredOutputs(Fields):
     """vLLM's; one of them."""
 
     json_schema: dict[str, JSONValue] | None = Field(None, alias="json")
-    regex: Annotated[str, Field(max_length=MOST_SCHEMA_TEXT)] | None = None
-    grammar: Annotated[str, Field(max_length=MOST_SCHEMA_TEXT)] | None = None
+    regex: Annotated[str, Field(max_length=MAX_SCHEMA_TEXT)] | None = None
+    grammar: Annotated[str, Field(max_length=MAX_SCHEMA_TEXT)] | None = None
 
 
 class SamplingFields(Fields):
@@ -83,7 +83,7 @@ class SamplingFields(Fields):
     model: str | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=MOST_TOKENS)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=MAX_TOKENS)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: Seed | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
@@ -100,10 +100,10 @@ class SamplingFields(Fields):
     @classmethod
     def few_and_short(cls, stop: str | list[str] | None) -> str | list[str] | None:
         texts = [stop] if isinstance(stop, str) else stop or []
-        if len(texts) > MOST_STOPS:
-            raise ValueError(f"at most {MOST_STOPS} stop texts")
-        if not all(0 < len(one) <= LONGEST_STOP for one in texts):
-            raise ValueError(f"a stop text has 1 to {LONGEST_STOP} characters")
+        if len(texts) > MAX_STOPS:
+            raise ValueError(f"at most {MAX_STOPS} stop texts")
+        if not all(0 < len(one) <= MAX_STOP for one in texts):
+            raise ValueError(f"a stop text has 1 to {MAX_STOP} characters")
         return stop
 
     @property
@@ -120,7 +120,7 @@ class SamplingFields(Fields):
         return bool(options and options.include_usage and options.continuous_usage_stats)
 
 
-def sampling_of(asked: SamplingFields, usual: Sampling, model: ModelInfo) -> Sampling:
+def sampling_of(asked: SamplingFields, usual: SamplingParams, model: ModelInfo) -> SamplingParams:
     """usual: of requests that do not say. Without a seed, or with -1, each answer has another."""
     given = {
         "temperature": asked.temperature,
@@ -134,7 +134,7 @@ def sampling_of(asked: SamplingFields, usual: Sampling, model: ModelInfo) -> Sam
         name: getattr(usual, name) if value is None else value for name, value in given.items()
     }
     seed = asked.seed % (1 << 63) if asked.seed not in (None, -1) else secrets.randbits(63)
-    return Sampling(
+    return SamplingParams(
         **chosen,
         top_k=usual.top_k if asked.top_k is None else max(0, asked.top_k),
         seed=seed,
@@ -143,8 +143,8 @@ def sampling_of(asked: SamplingFields, usual: Sampling, model: ModelInfo) -> Sam
 
 
 def bias_of(given: dict[str, float], vocab_size: int) -> tuple[tuple[int, float], ...]:
-    if len(given) > MOST_BIASES:
-        message = f"logit_bias has {len(given)} tokens, expected at most {MOST_BIASES}"
+    if len(given) > MAX_BIASES:
+        message = f"logit_bias has {len(given)} tokens, expected at most {MAX_BIASES}"
         raise invalid(message, "logit_bias")
     found = []
     for key, bias in given.items():
@@ -158,19 +158,19 @@ def bias_of(given: dict[str, float], vocab_size: int) -> tuple[tuple[int, float]
 # /v1/completions
 
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(min_length=1)]
-MOST_PROMPTS = 256
+MAX_PROMPTS = 256
 
 
 class CompletionFields(SamplingFields):
     prompt: (
         str
         | TokenIds
-        | Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS)]
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=MOST_PROMPTS)]
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
     )
-    max_tokens: Annotated[int, Field(ge=0, le=MOST_TOKENS)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
     echo: bool | None = None
-    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
 
 # /tokenize, /detokenize

@@ -9,16 +9,16 @@ from starlette.responses import JSONResponse, Response
 from tokenizers import Tokenizer
 
 from subspec.runtime.lossy import verification_json
-from subspec.runtime.server.bodies import read_body
 from subspec.runtime.server.errors import invalid
 from subspec.runtime.server.model_info import ModelInfo, check_model
 from subspec.runtime.server.openai_fields import DetokenizeFields, TokenizeFields
+from subspec.runtime.server.request_bodies import read_body
 from subspec.runtime.server.service import Service
 from subspec.runtime.server.token_text import token_text
-from subspec.runtime.text.tokenizer import MOST_COUNTED
+from subspec.runtime.text.tokenizer import MAX_COUNTED
 
 JSON = dict[str, Any]
-MOST_TEXTS = 1 << 16  # tokens whose texts are told one by one
+MAX_TEXTS = 1 << 16  # tokens whose texts are told one by one
 
 
 async def list_models(service: Service, request: Request) -> Response:
@@ -113,9 +113,9 @@ async def tokenize(service: Service, request: Request) -> Response:
     tokenizer = service.tokenizer
 
     def answer() -> Response:
-        if tokenizer.is_longer(text, MOST_COUNTED):
+        if tokenizer.is_longer(text, MAX_COUNTED):
             param = "content" if asked.prompt is None else "prompt"
-            raise invalid(f"{param} has more than {MOST_COUNTED} tokens", param)
+            raise invalid(f"{param} has more than {MAX_COUNTED} tokens", param)
         ids = tokenizer.plain_ids(text) if special else tokenizer.rendered_ids(text)
         return JSONResponse(token_list(ids, asked, service))
 
@@ -127,8 +127,8 @@ def token_list(ids: list[int], asked: TokenizeFields, service: Service) -> JSON:
     tokenizer = service.tokenizer.tokenizer
     body: JSON = {"tokens": ids, "count": len(ids), "max_model_len": service.model.context}
     texts = "with_pieces" if asked.with_pieces else "return_token_strs"
-    if len(ids) > MOST_TEXTS and (asked.with_pieces or asked.return_token_strs):
-        raise invalid(f"{texts} is for at most {MOST_TEXTS} tokens, these are {len(ids)}", texts)
+    if len(ids) > MAX_TEXTS and (asked.with_pieces or asked.return_token_strs):
+        raise invalid(f"{texts} is for at most {MAX_TEXTS} tokens, these are {len(ids)}", texts)
     if asked.with_pieces:
         body["tokens"] = [{"id": one, "piece": token_text(tokenizer, one)} for one in ids]
     if asked.return_token_strs:

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp
 from subspec.runtime.server.admission import LOADING
 from subspec.runtime.server.chat_page import page_router
 from subspec.runtime.server.errors import error_response, unavailable
-from subspec.runtime.server.guards import GuardSettings, guarded
+from subspec.runtime.server.middleware import GuardSettings, guarded
 from subspec.runtime.server.serving import Server, close_idle, server_of
 
 

@@ -7,11 +7,11 @@ from collections.abc import AsyncIterator
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from subspec.runtime.server.bodies import read_body
 from subspec.runtime.server.chat_events import ChatAnswer, JSONValue
 from subspec.runtime.server.errors import too_long
 from subspec.runtime.server.generation import PromptTooLong
 from subspec.runtime.server.model_info import check_model
+from subspec.runtime.server.request_bodies import read_body
 from subspec.runtime.server.responses_answer import ResponseWriter, exhaust
 from subspec.runtime.server.responses_request import REFUSED, CreateResponse, read_request
 from subspec.runtime.server.service import Service

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from subspec.runtime.server import figures
+from subspec.runtime.server import response_metrics
 from subspec.runtime.server.chat_events import (
     ChatEnd,
     ChatEvent,
@@ -14,8 +14,8 @@ from subspec.runtime.server.chat_events import (
     ToolCallDelta,
     ToolCallStart,
 )
-from subspec.runtime.server.dialect import random_id
 from subspec.runtime.server.errors import ApiError
+from subspec.runtime.server.request_fields import random_id
 from subspec.runtime.server.responses_request import Asked, TextFormat
 from subspec.runtime.server.responses_tools import PlainTool, custom_input
 from subspec.runtime.server.service import Service
@@ -205,8 +205,8 @@ class ResponseWriter:
             ),
         }
         model = self._service.model
-        self.body["metrics"] = figures.metrics(end.outcome, model)
-        self.body["timings"] = figures.timings(end.outcome, model)
+        self.body["metrics"] = response_metrics.metrics(end.outcome, model)
+        self.body["timings"] = response_metrics.timings(end.outcome, model)
         yield self._event(
             "response.completed" if whole else "response.incomplete", response=self.body
         )

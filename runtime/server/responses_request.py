@@ -5,8 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from subspec.runtime.model.sampling import Sampling
-from subspec.runtime.server.bodies import Fields, shown
+from subspec.runtime.model.sampling import SamplingParams
 from subspec.runtime.server.chat_events import (
     ChatRequest,
     JSONValue,
@@ -15,9 +14,12 @@ from subspec.runtime.server.chat_events import (
     ToolChoice,
 )
 from subspec.runtime.server.conversation import Conversation
-from subspec.runtime.server.dialect import (
-    MOST_ITEMS,
-    MOST_TOOLS,
+from subspec.runtime.server.errors import invalid, unsupported
+from subspec.runtime.server.openai_fields import EFFORTS
+from subspec.runtime.server.request_bodies import Fields, shown
+from subspec.runtime.server.request_fields import (
+    MAX_ITEMS,
+    MAX_TOOLS,
     Count,
     JSONObject,
     Label,
@@ -32,8 +34,6 @@ from subspec.runtime.server.dialect import (
     required,
     with_asked,
 )
-from subspec.runtime.server.errors import invalid, unsupported
-from subspec.runtime.server.openai_fields import EFFORTS
 from subspec.runtime.server.responses_tools import (
     Tool,
     UsableTools,
@@ -63,7 +63,7 @@ class InputPart(Fields):
     refusal: str | None = None
 
 
-Parts = Annotated[list[InputPart], Field(max_length=MOST_ITEMS), BeforeValidator(as_parts)]
+Parts = Annotated[list[InputPart], Field(max_length=MAX_ITEMS), BeforeValidator(as_parts)]
 
 
 def only_known(item: Any) -> Any:
@@ -86,7 +86,7 @@ class InputItem(Fields):
     arguments: str | None = None  # of a function_call
     input: str | None = None  # of a custom_tool_call
     output: Parts = []
-    tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS)] = []
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] = []
 
 
 class TextFormat(Fields):
@@ -125,7 +125,7 @@ class CreateResponse(Fields):
     model: Label | None = None
     input: Annotated[
         list[Annotated[InputItem, BeforeValidator(only_known)]],
-        Field(max_length=MOST_ITEMS),
+        Field(max_length=MAX_ITEMS),
         BeforeValidator(as_items),
     ] = []
     instructions: str | None = None
@@ -133,7 +133,7 @@ class CreateResponse(Fields):
     max_output_tokens: Count | None = None
     temperature: Temperature | None = None
     top_p: TopP | None = None
-    tools: Annotated[list[Tool] | None, Field(max_length=MOST_TOOLS)] = None
+    tools: Annotated[list[Tool] | None, Field(max_length=MAX_TOOLS)] = None
     tool_choice: JSONValue = None
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
@@ -172,7 +172,7 @@ class Asked:
     chat: ChatRequest | None
 
 
-def read_request(body: CreateResponse, defaults: Sampling, fresh_seed: int) -> Asked:
+def read_request(body: CreateResponse, defaults: SamplingParams, fresh_seed: int) -> Asked:
     """defaults: where the request is silent. fresh_seed: if it names none. Raises ApiError."""
     late = [tool for item in body.input for tool in item.tools]  # of additional_tools
     tools = usable_tools([*(body.tools or []), *late])
@@ -201,7 +201,9 @@ def read_request(body: CreateResponse, defaults: Sampling, fresh_seed: int) -> A
     )
 
 
-def read_sampling(body: CreateResponse, defaults: Sampling, fresh_seed: int) -> Sampling:
+def read_sampling(
+    body: CreateResponse, defaults: SamplingParams, fresh_seed: int
+) -> SamplingParams:
     asked = {
         "temperature": body.temperature,
         "top_p": body.top_p,

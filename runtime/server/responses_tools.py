@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from subspec.runtime.server.bodies import Fields
 from subspec.runtime.server.chat_events import JSONValue
-from subspec.runtime.server.dialect import MOST_TOOLS, JSONObject, Label, Name
+from subspec.runtime.server.request_bodies import Fields
+from subspec.runtime.server.request_fields import MAX_TOOLS, JSONObject, Label, Name
 from subspec.runtime.server.tools.json_text import strict_json
 
 TOOL_TYPES = {"function", "custom", "namespace"}
@@ -42,7 +42,7 @@ class PlainTool(Fields):
     strict: bool | None = None
     format: CustomFormat | None = None  # of a custom tool
     tools: Annotated[
-        list[Annotated["PlainTool", BeforeValidator(only_usable)]], Field(max_length=MOST_TOOLS)
+        list[Annotated["PlainTool", BeforeValidator(only_usable)]], Field(max_length=MAX_TOOLS)
     ] = []  # of a namespace
 
 

@@ -32,8 +32,8 @@ from subspec.runtime.server.generation import (
     QueueFull,
     Status,
 )
-from subspec.runtime.server.journal import NAME
-from subspec.runtime.server.prefixes import PrefixCache, num_shared
+from subspec.runtime.server.log_format import NAME
+from subspec.runtime.server.prefix_cache import PrefixCache, num_shared
 from subspec.runtime.text.detokenizer import StreamingDetokenizer
 from subspec.runtime.text.streaming import AnswerText
 from subspec.runtime.text.tokenizer import ChatTokenizer
@@ -106,7 +106,7 @@ class Scheduler:
     """An engine in a thread of its own, as `generation.ServedEngine` says.
 
     open_engine: called in the thread; it may take minutes. queue_limit: requests that may wait.
-    record: whether answers that had no company are added to the artifact's run records. lossy: how
+    record: whether answers that decoded alone are added to the artifact's run records. lossy: how
     drafts of all answers are verified; None: exactly, as under a constraint.
     """
 
@@ -276,7 +276,7 @@ class Scheduler:
         text = AnswerText(detokenizer)
         self._free.remove(sequence)
         try:
-            params = replace(request.params, cut=text.cut, lossy=self._lossy)
+            params = replace(request.params, stopping_criteria=text.cut, lossy=self._lossy)
             sequence.begin(list(request.prompt_ids), params)
         except BaseException:
             self._free.append(sequence)
@@ -293,7 +293,7 @@ class Scheduler:
 
         def shared(sequence: Sequence) -> int:
             same = num_shared(tuple(sequence.cache.tokens), prompt)
-            return sequence.cache.reachable(min(sequence.num_reusable, same))
+            return sequence.cache.reachable(min(sequence.num_cacheable, same))
 
         sequence = max(self._free, key=shared)  # of equals the first
         prefix, count = self._prefixes.longest(prompt)
@@ -308,7 +308,11 @@ class Scheduler:
     def _send(self, engine: Engine, answer: Answer) -> None:
         """What a step gave of the answer."""
         job, sequence = answer.job, answer.sequence
-        ids, text, first = sequence.take_fresh(), answer.text.take_fresh(), answer.num_sent
+        ids, text, first = (
+            sequence.take_new_tokens(),
+            answer.text.take_new_tokens(),
+            answer.num_sent,
+        )
         answer.num_sent += len(ids)
         reason = sequence.finish_reason
         if reason is not None:
@@ -327,11 +331,11 @@ class Scheduler:
             generation_seconds=seconds,
             predicted_tokens_per_second=engine.predicted_tokens_per_second,
             prompt_logprobs=tuple(sequence.prompt_logprobs),
-            lossy=sequence.turn.lossy,
+            lossy=sequence.state.lossy,
         )
         self._release(answer)
         try:
-            recorded = self._record and answer.alone and engine.ran_as_planned(sequence)
+            recorded = self._record and answer.alone and engine.is_predicted_by_plan(sequence)
             if recorded and sequence.stats.accepted:
                 append_run(engine.artifact.path, run_of(engine, sequence))
         finally:  # the answer is whole, whatever becomes of its record
@@ -360,7 +364,7 @@ class Scheduler:
 
     def _release(self, answer: Answer) -> None:
         """Its sequence is free."""
-        answer.sequence.forget()
+        answer.sequence.reset()
         self._answers.remove(answer)
         self._free.append(answer.sequence)
 

@@ -17,7 +17,7 @@ from subspec.runtime.app.opening_options import (
     option_with_default_of,
 )
 
-LARGEST_KEY_FILE = 64 << 10  # bytes
+MAX_KEY_FILE = 64 << 10  # bytes
 KEY = re.compile(r"[\x21-\x7e]{1,512}")  # what a header can have
 ORIGIN = re.compile(r"\*|https?://[^\s/@?#]+|[a-z][a-z0-9+.-]*://[^\s/@?#]*", re.ASCII)
 MODEL_NAME = re.compile(r"[A-Za-z0-9._:/@-]{1,128}")
@@ -77,7 +77,7 @@ def check_options(options: Options, keys: tuple[str, ...]) -> None:
         message = f"an ARTIFACT, {options.artifact}, and --model exclude each other"
         raise SubspecError(Exit.USAGE, message, "leave one out")
     check_opening(options)
-    from subspec.runtime.server.guards import is_loopback
+    from subspec.runtime.server.middleware import is_loopback
 
     if not keys and not options.insecure_no_auth and not is_loopback(options.host):
         raise SubspecError(
@@ -96,7 +96,7 @@ def api_keys(file: Path | None, variable: str | None) -> tuple[str, ...]:
     if file is not None:
         try:
             with open(file, "rb") as opened:
-                lines = opened.read(LARGEST_KEY_FILE).decode("utf-8").splitlines()
+                lines = opened.read(MAX_KEY_FILE).decode("utf-8").splitlines()
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
             message = f"--api-key-file {file} cannot be read: {reason}"

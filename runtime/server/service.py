@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from subspec.runtime.model.sampling import Sampling
+from subspec.runtime.model.sampling import SamplingParams
 from subspec.runtime.server.admission import Admission
 from subspec.runtime.server.chat_events import Chat, CountTokens
 from subspec.runtime.server.metrics import Metrics
@@ -19,6 +19,6 @@ class Service:
     chat: Chat
     count_tokens: CountTokens  # of the prompt that `chat` would make of a request
     metrics: Metrics
-    sampling: Sampling = Sampling()  # of requests that do not say
+    sampling: SamplingParams = SamplingParams()  # of requests that do not say
     refuse_unknown: bool = False  # fields of requests
     template_caps: Mapping[str, bool] = field(default_factory=dict)

@@ -23,11 +23,11 @@ from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.signals import take
 from subspec.runtime.server.admission import Admission, engine_failed, shutting_down
 from subspec.runtime.server.generation import Status
-from subspec.runtime.server.guards import without_brackets
-from subspec.runtime.server.journal import NAME
+from subspec.runtime.server.log_format import NAME
+from subspec.runtime.server.middleware import without_brackets
 
-MOST_CONNECTIONS = 512  # with more, those that send no request are closed at once
-MOST_FILES = 4096  # asked for at the start, if the hard limit allows: a burst must not take all
+MAX_CONNECTIONS = 512  # with more, those that send no request are closed at once
+MAX_FILES = 4096  # asked for at the start, if the hard limit allows: a burst must not take all
 OTHER_FILES = 64  # that are no connections: of the engine, of requests that open some
 IDLE_SECONDS = 15.0  # of a connection that has sent no whole request
 STALLED_SECONDS = 60.0  # of a client that reads nothing of what it asked for
@@ -36,7 +36,7 @@ CLOSE_SECONDS = 2.0  # for the engine to give its memory back
 WATCH_SECONDS = 0.2
 SWEEP_SECONDS = 1.0
 TRIM_SECONDS = 5.0
-ARENA_MAX, MOST_HEAPS = -8, 2  # glibc's M_ARENA_MAX
+ARENA_MAX, MAX_HEAPS = -8, 2  # glibc's M_ARENA_MAX
 FAILED_SECONDS = 4.0  # from the engine's failure to the end of the process, at most
 
 
@@ -229,15 +229,15 @@ def keep_what_is_loaded() -> None:
 
 
 def most_connections() -> int:
-    """Connections at once: MOST_CONNECTIONS, or as many as the limit of open files leaves, which is
+    """Connections at once: MAX_CONNECTIONS, or as many as the limit of open files leaves, which is
     raised first as far as this process may (systemd and shells set it low for select's sake)."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     unlimited = resource.RLIM_INFINITY
-    if unlimited != soft < MOST_FILES:
-        soft = max(soft, MOST_FILES if hard == unlimited else min(MOST_FILES, hard))
+    if unlimited != soft < MAX_FILES:
+        soft = max(soft, MAX_FILES if hard == unlimited else min(MAX_FILES, hard))
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    left = MOST_CONNECTIONS if soft == unlimited else soft - OTHER_FILES
-    return max(1, min(MOST_CONNECTIONS, left))
+    left = MAX_CONNECTIONS if soft == unlimited else soft - OTHER_FILES
+    return max(1, min(MAX_CONNECTIONS, left))
 
 
 async def close_idle(server: uvicorn.Server) -> None:
@@ -274,7 +274,7 @@ async def give_back_memory() -> None:
     libc = ctypes.CDLL(None)
     trim = getattr(libc, "malloc_trim", None)  # of glibc alone
     if trim is not None:
-        libc.mallopt(ARENA_MAX, MOST_HEAPS)
+        libc.mallopt(ARENA_MAX, MAX_HEAPS)
     while trim is not None:
         await asyncio.sleep(TRIM_SECONDS)
         await asyncio.to_thread(trim, 0)

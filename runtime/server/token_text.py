@@ -62,7 +62,7 @@ def chat_logprobs(tokenizer: Tokenizer, found: TokenLogprobs) -> dict[str, Any]:
     def one(token: int, logprob: float) -> dict[str, Any]:
         return {
             "token": token_text(tokenizer, token),
-            "logprob": max(logprob, LEAST),
+            "logprob": max(logprob, MIN_LOGPROB),
             "bytes": token_bytes(tokenizer, token),
         }
 
@@ -70,7 +70,7 @@ def chat_logprobs(tokenizer: Tokenizer, found: TokenLogprobs) -> dict[str, Any]:
     return {**one(found.token, found.logprob), "top_logprobs": top}
 
 
-LEAST = -9999.0  # JSON has no infinity; vLLM's value
+MIN_LOGPROB = -9999.0  # JSON has no infinity; vLLM's value
 
 
 def completion_logprobs(
@@ -91,10 +91,10 @@ def completion_logprobs(
             logprobs.append(None)
             tops.append(None)
             continue
-        logprobs.append(max(one.logprob, LEAST))
+        logprobs.append(max(one.logprob, MIN_LOGPROB))
         top: dict[str, float] = {}
         for other, logprob in (*one.top, (one.token, one.logprob)):
-            top.setdefault(token_text(tokenizer, other), max(logprob, LEAST))
+            top.setdefault(token_text(tokenizer, other), max(logprob, MIN_LOGPROB))
         tops.append(top)
     return {
         "tokens": tokens,

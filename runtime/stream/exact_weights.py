@@ -12,7 +12,7 @@ from torch import Tensor
 from subspec.artifacts.common.errors import SubspecError
 from subspec.artifacts.model import Linear, ModelSpec, Part, StoredPart, layer_name
 from subspec.runtime.clock import Record, unrecorded
-from subspec.runtime.kernels.linear import Calls, exact_product, exact_product_into
+from subspec.runtime.kernels.linear import GemmRanges, exact_product, exact_product_into
 from subspec.runtime.model.transformer import Product
 from subspec.runtime.stream.residual_decoder import ResidualDecoder
 from subspec.runtime.stream.ring import StreamedParts
@@ -73,7 +73,7 @@ class ExactWeights:
         return 0.0 if self.streamed is None else self.streamed.wait_seconds
 
     def _product(
-        self, prefix: str, name: str, x: Tensor, calls: Calls, gate: Tensor | None = None
+        self, prefix: str, name: str, x: Tensor, calls: GemmRanges, gate: Tensor | None = None
     ) -> Tensor:
         linear = self._linears[prefix + name]
         bias = self._biases.get(linear.name)
@@ -91,8 +91,8 @@ class ExactWeights:
         linear: Linear,
         x: Tensor,
         out: Tensor,
-        calls: Calls,
-        product: Callable[[Tensor, Tensor, Tensor, Calls], None],
+        calls: GemmRanges,
+        product: Callable[[Tensor, Tensor, Tensor, GemmRanges], None],
     ) -> None:
         whole = self._unplaced.get(linear.name)
         if whole is not None:

@@ -21,7 +21,7 @@ from subspec.runtime.clock import Record, unrecorded
 from subspec.runtime.kernels import triton_driver
 from subspec.runtime.kernels.linear import Int4Weight, read_codes, unpack
 
-WIDENED_ROWS = 64  # by the plain twin of FP8's kernel on a GPU, at a time: small temporaries
+DEQUANTIZED_ROWS = 64  # by the plain twin of FP8's kernel on a GPU, at a time: small temporaries
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class ResidualDecoder:
             scales = self.scales[part.linear.name].from_row(part.first_row)
         if stored.dtype != torch.uint8:
             assert scales is not None
-            self._widen(out, stored.view(torch.uint8), scales)
+            self._dequantize(out, stored.view(torch.uint8), scales)
         elif out.device.type == "cuda":
             self._on_gpu(out, part, stored, scales)
         else:
@@ -65,17 +65,17 @@ class ResidualDecoder:
                 "copy or build the artifact again",
             )
 
-    def _widen(self, out: Tensor, codes: Tensor, scales: Scales) -> None:
+    def _dequantize(self, out: Tensor, codes: Tensor, scales: Scales) -> None:
         if out.device.type == "cpu":
-            fp8_cpu.widen_into(out, codes, scales, self.num_threads)
+            fp8_cpu.dequantize_into(out, codes, scales, self.num_threads)
         elif triton_driver.unavailable(out.device) is None:
             from subspec.runtime.kernels import fp8_triton  # triton: only where there is a GPU
 
-            fp8_triton.widen_into(out, codes, scales)
+            fp8_triton.dequantize_into(out, codes, scales)
         else:
-            for first in range(0, len(out), WIDENED_ROWS):
-                some = slice(first, first + WIDENED_ROWS)
-                out[some] = fp8.widen(codes[some], scales.from_row(first))
+            for first in range(0, len(out), DEQUANTIZED_ROWS):
+                some = slice(first, first + DEQUANTIZED_ROWS)
+                out[some] = fp8.dequantize(codes[some], scales.from_row(first))
 
     def _on_gpu(self, out: Tensor, part: Part, stored: Tensor, scales: Scales | None) -> None:
         from subspec.runtime.kernels import fp8_triton, residual_triton
@@ -112,4 +112,4 @@ def decode_on_cpu(
         fp8_cpu.decode_into(out, stored, codes, qparams, scales, tile_rows, num_threads)
     else:
         found = fp8_residual.decode(stored, unpack(codes, tile_rows), qparams, scales)
-        out.copy_(fp8.widen(found, scales))
+        out.copy_(fp8.dequantize(found, scales))

@@ -29,8 +29,8 @@ CPU_SECONDS = 2  # for each render
 WALL_SECONDS = 60  # for an overloaded machine, where waiting takes no CPU seconds
 MEMORY_BYTES = 512 << 20  # of address space; Python and jinja2 take 40 MB
 RETIRING_BYTES = 128 << 20  # a child that has taken as much serves no other render
-LONGEST_TEXT = 4 << 20  # characters that a template may produce
-LONGEST_MESSAGE = 500  # characters of a template's own error
+MAX_TEXT = 4 << 20  # characters that a template may produce
+MAX_MESSAGE = 500  # characters of a template's own error
 CHILD = (sys.executable, "-P", __file__)  # -P: import nothing from this folder
 
 
@@ -213,14 +213,14 @@ def reply_to(template: str, variables: dict[str, Any]) -> dict[str, str]:
         for piece in compiled(template).generate(**variables):
             pieces.append(piece)
             length += len(piece)
-            if length > LONGEST_TEXT:
-                return {"failed": f"it made more than {LONGEST_TEXT} characters"}
+            if length > MAX_TEXT:
+                return {"failed": f"it made more than {MAX_TEXT} characters"}
     except Refused as error:
-        return {"refused": str(error)[:LONGEST_MESSAGE]}
+        return {"refused": str(error)[:MAX_MESSAGE]}
     except MemoryError:
         return {"failed": f"it took more than {MEMORY_BYTES >> 20} MiB"}
     except Exception as error:  # a template may raise anything
-        return {"failed": (str(error) or type(error).__name__)[:LONGEST_MESSAGE]}
+        return {"failed": (str(error) or type(error).__name__)[:MAX_MESSAGE]}
     return {"text": "".join(pieces)}
 
 

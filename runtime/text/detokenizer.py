@@ -11,8 +11,8 @@ from subspec.runtime.text.tokenizer import ChatTokenizer, special_tokens
 
 INCOMPLETE = "\ufffd"  # text of bytes that are not a character, or not yet
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
-MOST_WAITING = 64  # tokens whose text is not certain; a character has 4 bytes
-MOST_BEFORE = 256  # of a prompt's last tokens, with which an answer is decoded
+MAX_WAITING = 64  # tokens whose text is not certain; a character has 4 bytes
+MAX_BEFORE = 256  # of a prompt's last tokens, with which an answer is decoded
 
 
 class Decoder:
@@ -26,7 +26,7 @@ class Decoder:
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._special = special_tokens(tokenizer)
-        self._ids = list(prompt[-MOST_BEFORE:])  # since a place where decoding can begin
+        self._ids = list(prompt[-MAX_BEFORE:])  # since a place where decoding can begin
         self._num_settled = len(self._ids)  # of them, when all of their text had been returned
         self._num_given = len(self._decode())  # characters of their text that were returned
         self._in_bytes = False  # the last token is a byte
@@ -39,7 +39,7 @@ class Decoder:
             piece = self._tokenizer.id_to_token(token) or ""
             self._in_bytes = BYTE_TOKEN.fullmatch(piece) is not None
         text = self._decode()
-        if len(self._ids) - self._num_settled >= MOST_WAITING:
+        if len(self._ids) - self._num_settled >= MAX_WAITING:
             return self._give(text, len(text))
         if self._in_bytes:  # if these are no characters in the end, each byte becomes U+FFFD
             return self._give(text, self._num_given)

@@ -10,8 +10,8 @@ from subspec.runtime.text.tokenizer import ChatTokenizer
 
 
 class AnswerText:
-    """The text of one answer. Its `cut` belongs into the answer's GenerationParams: it sees each
-    round's tokens before they are committed, so that the answer ends with a stop text."""
+    """The text of one answer. Its `cut` is the `stopping_criteria` of its GenerationParams: it
+    sees each round's tokens before they are committed, so that the answer ends with a stop text."""
 
     def __init__(self, detokenizer: StreamingDetokenizer) -> None:
         self.detokenizer = detokenizer
@@ -23,7 +23,7 @@ class AnswerText:
         self._fresh += self.detokenizer.feed(list(tokens))
         return self.detokenizer.num_tokens - before if self.detokenizer.stopped else None
 
-    def take_fresh(self) -> str:
+    def take_new_tokens(self) -> str:
         """Text that has become certain since the last call."""
         fresh, self._fresh = self._fresh, ""
         return fresh
@@ -55,7 +55,7 @@ class TextStream:
         self.token_ids: list[int] = []
         self._sequence = sequence
         self._answer = AnswerText(StreamingDetokenizer(tokenizer, stop, prompt_ids, shown))
-        self._params = replace(params, cut=self._answer.cut)
+        self._params = replace(params, stopping_criteria=self._answer.cut)
 
     @property
     def text(self) -> str:
@@ -67,7 +67,7 @@ class TextStream:
         try:
             for tokens in self._sequence.generate(self.prompt_ids, self._params):
                 self.token_ids += tokens
-                yield self._answer.take_fresh()
+                yield self._answer.take_new_tokens()
         finally:
             rest = self._answer.finish()
         if rest:

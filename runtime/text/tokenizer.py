@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format.codec import load_dataclass, parse_json
-from subspec.artifacts.format.store import LARGEST_TOKENIZER
+from subspec.artifacts.format.store import MAX_TOKENIZER
 from subspec.artifacts.format.tensors import open_regular
 from subspec.runtime.text.chat_template import render
 
@@ -21,9 +21,9 @@ TOKENIZER = "tokenizer.json"
 SETTINGS = "settings.json"
 TEMPLATE = "chat_template.jinja"
 KNOWN_SETTINGS = ("special_tokens", "begins_with_bos")
-LARGEST_TEMPLATE = 1 << 20
-DEEPEST = 100  # lists and objects within each other in what a template is given
-MOST_COUNTED = 1 << 18  # tokens of a text that need not fit a context
+MAX_TEMPLATE = 1 << 20
+MAX_DEPTH = 100  # lists and objects within each other in what a template is given
+MAX_COUNTED = 1 << 18  # tokens of a text that need not fit a context
 QUICK_CHARACTERS = 8 << 10  # are encoded in a few ms
 MARK = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")  # there are tokens of white space and words too
 # Tokens that a model writes within its turn: they forge none, and texts speak of them.
@@ -159,7 +159,7 @@ class ChatTokenizer:
 def load_tokenizer(folder: Path) -> ChatTokenizer:
     """Load the folder tokenizer/ of an artifact. Raises SubspecError(CORRUPT)."""
     try:
-        tokenizer = Tokenizer.from_buffer(_read(folder / TOKENIZER, LARGEST_TOKENIZER))
+        tokenizer = Tokenizer.from_buffer(_read(folder / TOKENIZER, MAX_TOKENIZER))
     except SubspecError:
         raise
     except Exception as error:  # tokenizers raises bare Exception
@@ -170,13 +170,13 @@ def load_tokenizer(folder: Path) -> ChatTokenizer:
     tokenizer.no_padding()
     settings, template = Settings(), None
     if (folder / SETTINGS).exists():
-        value = parse_json(_read(folder / SETTINGS, LARGEST_TEMPLATE), SETTINGS)
+        value = parse_json(_read(folder / SETTINGS, MAX_TEMPLATE), SETTINGS)
         if isinstance(value, dict):  # a newer minor format may have added keys
             value = {key: item for key, item in value.items() if key in KNOWN_SETTINGS}
         settings = load_dataclass(Settings, value, SETTINGS)
     if (folder / TEMPLATE).exists():
         try:
-            template = _read(folder / TEMPLATE, LARGEST_TEMPLATE).decode("utf-8")
+            template = _read(folder / TEMPLATE, MAX_TEMPLATE).decode("utf-8")
         except UnicodeDecodeError as error:
             raise SubspecError(Exit.CORRUPT, f"{TEMPLATE} is not UTF-8: {error}") from None
     return ChatTokenizer(tokenizer, template, settings.special_tokens, settings.begins_with_bos)
@@ -207,8 +207,8 @@ def without_control_tokens(value: Any, control_tokens: Sequence[str]) -> Any:
 
 def texts_of(value: Any, depth: int = 0) -> Iterator[str]:
     """Texts and keys in a JSON value, in order."""
-    if depth > DEEPEST:
-        message = f"the messages or tools are nested more than {DEEPEST} deep"
+    if depth > MAX_DEPTH:
+        message = f"the messages or tools are nested more than {MAX_DEPTH} deep"
         raise SubspecError(Exit.USAGE, message, "send less deeply nested JSON")
     if isinstance(value, str):
         yield value

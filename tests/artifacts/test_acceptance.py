@@ -12,7 +12,7 @@ from subspec.artifacts.acceptance import (
     ONE_TOKEN,
     Acceptance,
     Curve,
-    RoundYield,
+    ExpectedRound,
     Tree,
     added,
     margin_of_ratio,
@@ -41,31 +41,31 @@ def early(depth: int) -> Tree:
 
 def yields_of(
     known: Acceptance, width: int, deepest: int, stop: float = 0.0
-) -> tuple[RoundYield, ...]:
+) -> tuple[ExpectedRound, ...]:
     """With trees of 0, 1, ... `deepest` levels."""
     trees = (Tree(width, depth, min_path_probability=stop) for depth in range(deepest + 1))
-    return tuple(map(known.round_yield, trees))
+    return tuple(map(known.expected_round, trees))
 
 
 def test_a_round_gives_what_was_accepted_and_the_exact_models_own() -> None:
     """Half of the drafts are right: 1, 2, 3, 4 tokens in 1/2, 1/4, 1/8, 1/8 of the rounds."""
     half = measured(Curve(1, 0.0, "", 5, 1000, (1000,) * 3, (500, 250, 125)))
-    assert half.reached(Tree(1, 3)) == (0.5, 0.25, 0.125)
-    assert (half.reached(Tree(1, 0)), half.tokens(Tree(1, 0))) == ((), 1.0)
-    assert half.tokens(Tree(1, 3)) == 1.875
+    assert half.acceptance_rates(Tree(1, 3)) == (0.5, 0.25, 0.125)
+    assert (half.acceptance_rates(Tree(1, 0)), half.acceptance_length(Tree(1, 0))) == ((), 1.0)
+    assert half.acceptance_length(Tree(1, 3)) == 1.875
     assert yields_of(half, 1, 3) == (
         ONE_TOKEN,
-        RoundYield(1.5, 0.5 + 4 * 0.5, 1.0, (0.0, 1.0)),
-        RoundYield(1.75, 0.5 + 4 * 0.25 + 9 * 0.25, 2.0, (0.0, 0.0, 1.0)),
-        RoundYield(1.875, 0.5 + 4 * 0.25 + 9 * 0.125 + 16 * 0.125, 3.0, (0.0, 0.0, 0.0, 1.0)),
+        ExpectedRound(1.5, 0.5 + 4 * 0.5, 1.0, (0.0, 1.0)),
+        ExpectedRound(1.75, 0.5 + 4 * 0.25 + 9 * 0.25, 2.0, (0.0, 0.0, 1.0)),
+        ExpectedRound(1.875, 0.5 + 4 * 0.25 + 9 * 0.125 + 16 * 0.125, 3.0, (0.0, 0.0, 0.0, 1.0)),
     )
 
 
 def test_drafts_that_end_early_are_counted_by_the_levels_that_they_have() -> None:
     """2 of 8 trees have one level, 4 have two, 2 have three; 4 rounds give 1 token, 1 gives 2, 2
     give 3, 1 gives 4."""
-    whole = measured(EARLY).round_yield(early(3))
-    assert whole == RoundYield(
+    whole = measured(EARLY).expected_round(early(3))
+    assert whole == ExpectedRound(
         tokens=(4 * 1 + 1 * 2 + 2 * 3 + 1 * 4) / 8,
         tokens_squared=(4 * 1 + 1 * 4 + 2 * 9 + 1 * 16) / 8,
         levels=(2 * 1 + 4 * 2 + 2 * 3) / 8,
@@ -78,8 +78,8 @@ def test_a_shallower_tree_is_the_beginning_of_a_deeper_one() -> None:
     for depth in range(7):
         cut = replace(EARLY, drafted=EARLY.drafted[:depth], accepted=EARLY.accepted[:depth])
         if depth <= 3:
-            assert measured(cut).round_yield(early(depth)) == found[depth]
-        assert found[depth].tokens == measured(EARLY).tokens(early(depth))
+            assert measured(cut).expected_round(early(depth)) == found[depth]
+        assert found[depth].tokens == measured(EARLY).acceptance_length(early(depth))
     assert found[2].shares == (0.0, 2 / 8, 6 / 8)  # trees of three levels are cut at two
 
 
@@ -106,7 +106,7 @@ def test_beyond_the_levels_that_were_counted_trees_go_on_and_nothing_is_accepted
 
 
 def test_a_width_or_threshold_between_counted_ones_is_as_the_next_smaller() -> None:
-    """Which never promises more than was counted: narrower trees are accepted less often."""
+    """Which never expects more than was counted: narrower trees are accepted less often."""
     known = measured(counted(2, 0.1, 50), counted(2, 0.3, 40), counted(8, 0.0, 75))
     for width, stop, expected in (
         (2, 0.1, 0.5),
@@ -117,7 +117,7 @@ def test_a_width_or_threshold_between_counted_ones_is_as_the_next_smaller() -> N
         (8, 0.0, 0.75),
         (16, 0.5, 0.75),
     ):
-        assert known.reached(Tree(width, 1, min_path_probability=stop)) == (expected,)
+        assert known.acceptance_rates(Tree(width, 1, min_path_probability=stop)) == (expected,)
     assert known.thresholds == (0.0, 0.1, 0.3)
 
 
@@ -134,12 +134,12 @@ def test_kinds_are_merged_by_adding_their_counts() -> None:
         pytest.approx(math.hypot(0.25 * 0.5, 0.75 * 0.1)),
     )  # fmt: skip
     assert both.curve(2, 0.25, "code") == EARLY
-    assert both.reached(early(3), "prose") == (0.25, 0.0, 0.0)
+    assert both.acceptance_rates(early(3), "prose") == (0.25, 0.0, 0.0)
 
 
 def test_a_kind_that_is_missing_is_expected_to_be_as_all_are() -> None:
     both = measured(EARLY, replace(EARLY, kind="prose", accepted=(8, 6, 2)))
-    assert both.reached(early(5), "json") == both.reached(early(5))
+    assert both.acceptance_rates(early(5), "json") == both.acceptance_rates(early(5))
     assert both.margin(early(5), "json") == both.margin(early(5))
 
 

@@ -10,7 +10,7 @@ from toys import make_spec
 from subspec.artifacts.footprint import (
     ALLOCATOR_BYTES,
     GUARD_BYTES,
-    MOST_GUARD_BYTES,
+    MAX_GUARD_BYTES,
     Ring,
     Shape,
     cache_bytes,
@@ -34,7 +34,7 @@ SHAPE = Shape(
     num_sequences=1,
     verify_width=16,
     draft_width=3,
-    prefill_tokens=128,
+    prefill_chunk_tokens=128,
     num_threads=2,
     head_rows=8,
     ring=Ring(1 << 20, 2),
@@ -53,7 +53,7 @@ def ledger(shape: Shape = SHAPE, spec: ModelSpec = SPEC, device: DeviceKind = "c
 def test_exact_and_small_tensors_and_an_untied_embedding_are_the_whole_model() -> None:
     small = sum(prod(shape) for shape in SPEC.resident_shapes.values()) * 2
     assert model_bytes(SPEC) == exact_bytes(SPEC) + small + 2048 * 256 * 2
-    tied = replace(SPEC, tied_head=True)
+    tied = replace(SPEC, tie_word_embeddings=True)
     assert model_bytes(tied) == exact_bytes(SPEC) + small
 
 
@@ -64,7 +64,7 @@ def test_substitutes_take_a_little_more_than_a_quarter() -> None:
 
 
 def test_a_matrix_without_a_substitute_counts_as_small_and_is_exact() -> None:
-    odd = make_spec(inner_size=72)
+    odd = make_spec(intermediate_size=72)
     norms_and_biases = 2 * 256 + (256 + 128 + 128)
     assert norms_bytes(odd) == (8 * (3 * 72 * 256 + norms_and_biases) + 256) * 2
     assert substitutes_bytes(odd, "aten") < substitutes_bytes(SPEC, "aten")
@@ -87,7 +87,7 @@ def test_a_ledger_names_every_purpose_once() -> None:
     assert purposes.resident == purposes.residuals == purposes.scratch == 0
     assert make_ledger(SPEC, "cpu", "w4a8", SHAPE, 0, 1).guard == GUARD_BYTES
     on_gpu = [make_ledger(SPEC, "cuda", "aten", SHAPE, 0, size).guard for size in (10**9, 10**11)]
-    assert on_gpu == [10**7, MOST_GUARD_BYTES]
+    assert on_gpu == [10**7, MAX_GUARD_BYTES]
     assert purposes.total_bytes == sum(getattr(purposes, one.name) for one in fields(Ledger))
 
 
@@ -161,7 +161,7 @@ MORE: list[dict[str, Any]] = [
     {"num_sequences": 4},
     {"verify_width": 32},
     {"draft_width": 8},
-    {"prefill_tokens": 512},
+    {"prefill_chunk_tokens": 512},
     {"num_threads": 8},
     {"ring": Ring(2 << 20, 2)},
     {"ring": Ring(1 << 20, 3)},

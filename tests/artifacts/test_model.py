@@ -25,15 +25,17 @@ TINY = make_spec(
     num_heads=4,
     num_kv_heads=2,
     head_size=16,
-    inner_size=128,
+    intermediate_size=128,
     hidden_size=64,
     vocab_size=128,
     qkv_bias=False,
 )
 # gate is 2624 rows of 64 KiB: 2.6 parts, which are not equal in whole 64 rows.
-LARGE = make_spec(num_layers=1, head_size=16, inner_size=2624, hidden_size=16384, dtype="float32")
+LARGE = make_spec(
+    num_layers=1, head_size=16, intermediate_size=2624, hidden_size=16384, dtype="float32"
+)
 # 72 inputs are not groups of 64, nor 16 x rows.
-UNEVEN = make_spec(num_layers=2, head_size=16, inner_size=72, hidden_size=64, vocab_size=128)
+UNEVEN = make_spec(num_layers=2, head_size=16, intermediate_size=72, hidden_size=64, vocab_size=128)
 # Layers that differ: an attention of other sizes and norms, a bias, two attentions in one layer.
 MIXED = replace(
     TINY,
@@ -118,13 +120,13 @@ def test_a_large_matrix_is_split_into_about_equal_parts_of_whole_64_rows() -> No
 
 
 def test_the_head_of_a_large_vocabulary_needs_no_more_staging_than_the_layers() -> None:
-    spec = make_spec(num_layers=1, hidden_size=576, inner_size=1536, vocab_size=49_152)
+    spec = make_spec(num_layers=1, hidden_size=576, intermediate_size=1536, vocab_size=49_152)
     *layers, head = spec.linears
     largest = max(one.num_weights for one in layers) * spec.item_bytes
     parts = [part for part in spec.parts if part.linear is head]
     assert sum(part.num_rows for part in parts) == 49_152
     assert max(part.num_bytes for part in parts) <= largest
-    small = make_spec(num_layers=1, hidden_size=64, inner_size=64, vocab_size=49_152)
+    small = make_spec(num_layers=1, hidden_size=64, intermediate_size=64, vocab_size=49_152)
     assert max(part.num_bytes for part in small.parts) == 1 << 20
 
 
@@ -138,7 +140,7 @@ def test_a_part_is_padded_to_whole_pages() -> None:
     head = TINY.parts[-1]
     assert head.num_bytes == 128 * 64 * 2 == 4 * 4096
     assert head.padded_bytes == head.num_bytes
-    odd = make_spec(num_layers=1, inner_size=320, hidden_size=16)
+    odd = make_spec(num_layers=1, intermediate_size=320, hidden_size=16)
     down = next(part for part in odd.parts if part.linear.name.endswith("down_proj"))
     assert down.num_bytes == 16 * 320 * 2 == 2.5 * 4096
     assert down.padded_bytes == 3 * 4096
@@ -155,7 +157,7 @@ def test_a_head_of_any_vocabulary_is_padded_to_whole_tiles(vocab_size: int) -> N
 
 def test_the_head_streams_tied_or_not_and_the_embedding_is_never_resident() -> None:
     for tied in (False, True):
-        spec = replace(TINY, tied_head=tied)
+        spec = replace(TINY, tie_word_embeddings=tied)
         assert spec.parts[-1].linear.name == "lm_head"
         assert not [name for name in spec.resident_shapes if "embed" in name or "head" in name]
         assert spec.embedding_bytes == 128 * 64 * 2
@@ -178,7 +180,7 @@ def test_every_weight_is_a_part_or_resident_but_never_both(spec: ModelSpec) -> N
 
 def test_biases_and_norms_are_resident_with_their_lengths() -> None:
     spec = make_spec(
-        num_layers=2, head_size=16, inner_size=128, hidden_size=64, qkv_bias=True,
+        num_layers=2, head_size=16, intermediate_size=128, hidden_size=64, qkv_bias=True,
         output_bias=True, mlp_bias=True, qk_norm=True,
     )  # fmt: skip
     resident, layer = spec.resident_shapes, "model.layers.1"

@@ -28,12 +28,14 @@ from subspec.planner.build.artifact import rebuild
 
 FORMAT = Path(__file__).parents[2] / "docs" / "format.md"
 LINE = (
-    b'{"accepted":[1,1,0,2],"draft_seconds":0.25,"drafted":[4,4,4],"fast_peak_bytes":7500000,'
-    b'"first_of_engine":false,"first_token_seconds":0.5,"generated_tokens":11,"greedy":true,'
-    b'"link_bandwidth":null,"machine":"cpu: a toy, 2 cpus","method":"substitute","padded":true,'
+    b'{"accepted":[1,1,0,2],"cached_tokens":0,"draft_seconds":0.25,'
+    b'"drafted":[4,4,4],"fast_peak_bytes":7500000,'
+    b'"first_token_seconds":0.5,"generated_tokens":11,"greedy":true,'
+    b'"includes_digest_check":false,"link_bandwidth":null,'
+    b'"machine":"cpu: a toy, 2 cpus","method":"substitute","padded":true,'
     b'"plan":"' + b"ab" * 32 + b'","predicted_first_token_seconds":0.5,'
     b'"predicted_peak_bytes":8000000,"predicted_tokens_per_second":20.0,"prompt_tokens":24,'
-    b'"reused_tokens":0,"stream_wait_seconds":0.125,"streamed_bytes":20000000,'
+    b'"stream_wait_seconds":0.125,"streamed_bytes":20000000,'
     b'"time":"2026-11-20T16:45:00Z","verify_seconds":0.375}\n'
 )
 
@@ -110,7 +112,7 @@ def test_its_figures_are_those_of_the_answer() -> None:
         LINE.replace(b'"drafted":[4,4,4]', b'"drafted":[' + b"4," * 2000 + b"4]"),
         LINE.replace(b'"time":"2026-11-20T16:45:00Z"', b'"time":"yesterday"'),
         LINE.replace(b'"plan":"ab', b'"plan":"zz'),
-        LINE.replace(b"a toy", b"a toy" + b" " * runs.LONGEST_LINE),
+        LINE.replace(b"a toy", b"a toy" + b" " * runs.MAX_LINE),
     ],
 )
 def test_what_is_no_record_is_skipped(folder: Path, line: bytes) -> None:
@@ -140,13 +142,13 @@ def test_no_file_is_no_records(folder: Path, tmp_path: Path) -> None:
 
 def test_the_newest_thousand_are_kept_and_the_file_is_cut_now_and_then(folder: Path) -> None:
     file = folder / runs.RUNS
-    file.write_bytes(b"".join(dump_run(at(second)) for second in range(2 * runs.MOST_RUNS - 1)))
+    file.write_bytes(b"".join(dump_run(at(second)) for second in range(2 * runs.MAX_RUNS - 1)))
     file.chmod(0o640)
     append_run(folder, at(2000))
-    assert len(file.read_bytes().splitlines()) == 2 * runs.MOST_RUNS
-    assert read_runs(folder)[0] == at(runs.MOST_RUNS)
+    assert len(file.read_bytes().splitlines()) == 2 * runs.MAX_RUNS
+    assert read_runs(folder)[0] == at(runs.MAX_RUNS)
     append_run(folder, at(2001))
-    assert len(file.read_bytes().splitlines()) == runs.MOST_RUNS
+    assert len(file.read_bytes().splitlines()) == runs.MAX_RUNS
     assert read_runs(folder)[-1] == at(2001)
     assert file.stat().st_mode & 0o777 == 0o640
     assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", runs.RUNS]
@@ -160,7 +162,7 @@ def test_a_huge_file_is_read_from_its_end_and_cut(folder: Path) -> None:
     assert read_runs(folder) == (at(1),)
     append_run(folder, at(2))
     assert read_runs(folder) == (at(1), at(2))
-    assert (folder / runs.RUNS).stat().st_size <= runs.LARGEST_FILE
+    assert (folder / runs.RUNS).stat().st_size <= runs.MAX_FILE
 
 
 def test_a_folder_that_cannot_be_written_has_its_records_in_the_cache(

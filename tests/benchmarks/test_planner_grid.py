@@ -1,4 +1,4 @@
-"""benchmarks/planner_grid.py: what its summary says of promises and of what came."""
+"""benchmarks/planner_grid.py: what its summary says of predictions and of what came."""
 
 from dataclasses import replace
 from types import ModuleType
@@ -18,13 +18,13 @@ def script() -> ModuleType:
 
 def test_a_summary_of_promises_repeats_and_rivals(script: ModuleType) -> None:
     first = script.Contender(
-        "planning", 1, 100, "2x24 to 0.1", promised=11.0, actual=10.0, tokens_promised=8.0,
+        "planning", 1, 100, "2x24 to 0.1", predicted=11.0, actual=10.0, predicted_tokens=8.0,
         tokens_actual=8.0, levels_actual=11.0, streamed_bytes=50.0, ledger_bytes=100, peak_bytes=97,
     )  # fmt: skip
-    second = replace(first, number=2, promised=9.0, actual=12.0)
-    by_hand = replace(first, kind="by hand", promised=1.0, actual=9.9, peak_bytes=99)
-    other = replace(first, budget_bytes=200, promised=20.0, actual=20.0, peak_bytes=98)
-    fp8 = replace(first, kind="beside", promised=11.0, actual=22.0, streamed_bytes=20.0)
+    second = replace(first, number=2, predicted=9.0, actual=12.0)
+    by_hand = replace(first, kind="by hand", predicted=1.0, actual=9.9, peak_bytes=99)
+    other = replace(first, budget_bytes=200, predicted=20.0, actual=20.0, peak_bytes=98)
+    fp8 = replace(first, kind="beside", predicted=11.0, actual=22.0, streamed_bytes=20.0)
     found = script.summary_of([first, second, by_hand, other, fp8])
     assert found["median_error"] == pytest.approx(0.1)
     assert found["worst_error"] == pytest.approx(0.25)

@@ -45,7 +45,7 @@ def test_a_run_prints_the_roofline_and_writes_the_trace(
     assert len(drafts) == found["num_rounds"]
 
 
-def test_sequences_in_company_have_the_tokens_that_they_have_alone(
+def test_sequences_in_a_batch_have_the_tokens_that_they_have_alone(
     script: ModuleType,
     artifact: Artifact,
     capsys: pytest.CaptureFixture[str],
@@ -53,9 +53,9 @@ def test_sequences_in_company_have_the_tokens_that_they_have_alone(
 ) -> None:
     monkeypatch.setattr("roofline.MEMORY_BYTES", 1 << 20)
     script.main([str(artifact.path), "--tokens", "8", "--sequences", "2"], standalone_mode=False)
-    company = json.loads(capsys.readouterr().out.splitlines()[-1])["company"]
-    assert list(company) == ["plain", "substitute"]
-    for one in company.values():
+    batched = json.loads(capsys.readouterr().out.splitlines()[-1])["batched"]
+    assert list(batched) == ["plain", "substitute"]
+    for one in batched.values():
         assert one["num_sequences"] == 2 and one["same_tokens"]
         assert one["ratio"] == pytest.approx(
             one["together_tokens_per_second"] / one["alone_tokens_per_second"]

@@ -32,7 +32,7 @@ WEATHER: Any = {
 }
 QUESTION: Any = [{"role": "user", "content": "What is the weather in Paris?"}]
 ENDLESS: Any = {"ignore_eos": True}
-MOST_STREAMS = 30  # that are opened to fill the server
+MAX_STREAMS = 30  # that are opened to fill the server
 
 
 class Place(BaseModel):
@@ -234,7 +234,7 @@ def ask_raw(client: openai.OpenAI, model: str) -> Any:
 
 def fill(client: openai.OpenAI, model: str, streams: list[Any]) -> None:
     """Opens streams until one is refused. Their responses begin before they have an answer."""
-    for _ in range(MOST_STREAMS):
+    for _ in range(MAX_STREAMS):
         try:
             stream = client.chat.completions.create(
                 model=model, messages=QUESTION, stream=True, extra_body=ENDLESS
@@ -244,7 +244,7 @@ def fill(client: openai.OpenAI, model: str, streams: list[Any]) -> None:
             assert int(error.response.headers["retry-after"]) > 0
             return
         streams.append(stream)
-    raise AssertionError(f"{MOST_STREAMS} streams were taken")
+    raise AssertionError(f"{MAX_STREAMS} streams were taken")
 
 
 def running(client: openai.OpenAI) -> float:

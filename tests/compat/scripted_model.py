@@ -21,7 +21,7 @@ from subspec.artifacts.common.command import leave, reported  # noqa: E402
 from subspec.artifacts.common.errors import Exit  # noqa: E402
 from subspec.artifacts.common.signals import end_at_once  # noqa: E402
 from subspec.planner.model.hub import DEMO  # noqa: E402
-from subspec.runtime.server.assembly import Settings, listening_told, serve_engine  # noqa: E402
+from subspec.runtime.server.assembly import Settings, notify_listening, serve_engine  # noqa: E402
 from subspec.runtime.server.chat import chat, count_tokens, open_chat_model  # noqa: E402
 from subspec.runtime.text.tokenizer import load_tokenizer  # noqa: E402
 
@@ -38,7 +38,7 @@ def main(answers: list[str]) -> None:
     engine.context = CONTEXT
     settings = Settings(log_format="json")
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        listening_told(settings, listening)
+        notify_listening(settings, listening)
         code = serve_engine(
             settings,
             model,

@@ -38,7 +38,7 @@ from subspec.planner.machine.profiles import shapes_of
 from subspec.planner.model.hub import DEMO
 from subspec.planner.rehearse import learning
 from subspec.planner.rehearse.calibration import shipped_samples
-from subspec.planner.rehearse.corrections import LEAST, MOST
+from subspec.planner.rehearse.corrections import MAX_FACTOR, MIN_FACTOR
 from subspec.planner.rehearse.rehearsal import Effort
 from subspec.planner.rehearse.replay import THRESHOLDS
 from subspec.runtime import memory
@@ -182,9 +182,9 @@ def test_the_demo_is_measured_planned_built_and_rehearsed(
     artifact = planned_demo(here, capsys)
     acceptance, corrections = artifact.plan.acceptance, artifact.profile.corrections
     assert acceptance.num_answers() >= 10 and corrections.num_rounds > 50
-    assert acceptance.margin(Tree(2, 6)) < 0.25 * acceptance.tokens(Tree(2, 6))
+    assert acceptance.margin(Tree(2, 6)) < 0.25 * acceptance.acceptance_length(Tree(2, 6))
     assert all(
-        LEAST < factor < MOST
+        MIN_FACTOR < factor < MAX_FACTOR
         for factor in (corrections.draft, corrections.verify, corrections.plain)
     )
 
@@ -215,9 +215,11 @@ def planned_demo(here: Path, capsys: pytest.CaptureFixture[str]) -> Artifact:
     assert set(acceptance.kinds) <= {sample.kind for sample in shipped_samples()}
     assert len(acceptance.kinds) > 2
     widths = sorted({curve.width for curve in acceptance.curves})
-    assert widths in ([1, 2], [1, 2, 4]), "as wide as a budget of 9 MB has room for in company"
+    assert widths in ([1, 2], [1, 2, 4]), "as wide as a budget of 9 MB has room for in a batch"
     assert acceptance.thresholds == THRESHOLDS
-    assert 2 < acceptance.tokens(Tree(1, 6)) < acceptance.tokens(Tree(2, 6)) < 7
+    assert (
+        2 < acceptance.acceptance_length(Tree(1, 6)) < acceptance.acceptance_length(Tree(2, 6)) < 7
+    )
     budgets = [point.budget_bytes for point in artifact.plan.by_budget]
     assert budgets == sorted(set(budgets)) and {9_000_000, 9_900_000} <= set(budgets)
     assert artifact.plan.context in {point.context for point in artifact.plan.by_context}
@@ -252,7 +254,7 @@ def test_a_rehearsal_takes_the_seconds_that_it_is_given(
         asked.append(sum(vars(effort).values()))
         raise SubspecError(Exit.HUB, "that is enough")
 
-    monkeypatch.setattr(learning, "learn_acceptance", watched)
+    monkeypatch.setattr(learning, "measure_acceptance", watched)
     build_artifact(DEMO, here / "there", width=2, depth=3)
     words = ("--from", "there", "--vram", "9MB", "--rehearse")
     assert run(capsys, *words, seconds).exit_code == Exit.HUB

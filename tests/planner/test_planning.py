@@ -16,7 +16,7 @@ from subspec.artifacts.common import host_memory
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.progress import unseen
 from subspec.artifacts.format.store import open_artifact, verify
-from subspec.artifacts.plan import Constraints, HeadDraft, Plan, Tree
+from subspec.artifacts.plan import Constraints, DraftHeadResult, Plan, Tree
 from subspec.artifacts.profile import Profile
 from subspec.planner import planning
 from subspec.planner.machine import measure
@@ -33,12 +33,17 @@ from subspec.planner.planning import (
     within_memory,
 )
 from subspec.planner.rehearse import learning
-from subspec.planner.rehearse.learning import plan_for_company, settles
+from subspec.planner.rehearse.learning import calibration_plan, settles
 from subspec.planner.rehearse.rehearsal import AT_ONCE, CONTEXT
-from subspec.planner.rehearse.replay import DEEPEST
+from subspec.planner.rehearse.replay import MAX_DEPTH
 from subspec.planner.solve.search import PRIOR
 from subspec.planner.solve.storage import raw_storage
-from subspec.planner.solving import Known, known_of, tell_load, with_load
+from subspec.planner.solving import (
+    PlanInputs,
+    inputs_from_artifact,
+    notify_if_under_load,
+    with_load,
+)
 
 REQUEST = PlanRequest(9_000_000, Constraints(context=200, width=2), known_profile=PROFILE)
 
@@ -61,7 +66,7 @@ def test_what_a_config_asks_for_and_is_not_done_is_told_by_a_dry_run_too(tmp_pat
     config = json.loads((DEMO / "config.json").read_text())
     config["rope_parameters"] = {**config["rope_parameters"], "attn_factor": 0.88}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    plan_dry(REQUEST, resolve(str(tmp_path)), tmp_path / "out", tell=told.append)
+    plan_dry(REQUEST, resolve(str(tmp_path)), tmp_path / "out", notify=told.append)
     assert "attn_factor 0.88" in told[0] and told[0].startswith("note: config.json")
 
 
@@ -86,12 +91,12 @@ def test_the_end_of_a_turn_ends_an_answer_that_the_configs_would_let_run_on(
     (folder / "generation_config.json").unlink()
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": 0}))
-    found = plan_model(REQUEST, resolve(str(folder)), tmp_path / "chat", tell=told.append)
+    found = plan_model(REQUEST, resolve(str(folder)), tmp_path / "chat", notify=told.append)
     assert found.spec.eos_token_ids == (0, 2) == open_artifact(tmp_path / "chat").spec.eos_token_ids
     assert [one for one in told if "'<|im_end|>'" in one and "id 2" in one]
     (folder / "chat_template.jinja").unlink()  # nobody speaks in turns
     told.clear()
-    base = plan_model(REQUEST, resolve(str(folder)), tmp_path / "base", tell=told.append)
+    base = plan_model(REQUEST, resolve(str(folder)), tmp_path / "base", notify=told.append)
     assert base.spec.eos_token_ids == (0,) and not [one for one in told if "im_end" in one]
 
 
@@ -135,21 +140,21 @@ def test_every_constraint_survives_that_an_artifact_is_planned_again(tmp_path: P
 
 
 def test_figures_that_other_programs_disturbed_are_told_and_kept(tmp_path: Path) -> None:
-    quiet, busy = (replace(PROFILE, others_cpu_share=share) for share in (0.14, 0.43))
+    quiet, busy = (replace(PROFILE, background_cpu_share=share) for share in (0.14, 0.43))
     told = list[str]()
     assert with_load(quiet, 0.1, told.append) == quiet and told == []
-    tell_load(busy, told.append)
-    assert with_load(busy, 0.6, told.append).others_cpu_share == 0.6
+    notify_if_under_load(busy, told.append)
+    assert with_load(busy, 0.6, told.append).background_cpu_share == 0.6
     assert len(told) == 1, "once"
     assert with_load(quiet, 0.43, told.append) == busy
-    tell_load(replace(busy, device="cuda"), told.append)
+    notify_if_under_load(replace(busy, device="cuda"), told.append)
     assert len(told) == 2 and told[0] == told[1]
     assert "used 43% of the CPUs" in told[0] and "--from ARTIFACT --reprofile" in told[0]
     artifact = build_artifact(DEMO, tmp_path / "artifact", width=2, depth=3, resident_share=0.5)
     here, request = machine_name("cpu"), replace(REQUEST, known_profile=None, device="cpu")
     for profile in (quiet, busy):
         stored = replace(artifact, profile=replace(profile, machine=here))
-        found = plan_again(request, stored, artifact.path, sweeps=False, tell=told.append)
+        found = plan_again(request, stored, artifact.path, sweeps=False, notify=told.append)
         assert found.profile == stored.profile
     assert told[2:] == told[:1]
 
@@ -195,15 +200,21 @@ def test_what_a_rehearsal_found_of_who_drafts_stays_where_nothing_else_is_asked_
         source, tmp_path / "artifact", draft_head=head, width=2, depth=4, drafts_with_head=True
     )
     solved = replace(built.plan, constraints=Constraints(), drafter="substitute+lookup")
-    before = replace(solved, drafter="eagle", head_draft=HeadDraft(Tree(1, 4), 10.0, 2.0))
+    before = replace(
+        solved, drafter="eagle", draft_head_result=DraftHeadResult(Tree(1, 4), 10.0, 2.0)
+    )
     assert with_known_drafter(solved, before) == before
     elsewhere = replace(solved, machine="another one")
     assert with_known_drafter(elsewhere, before) == elsewhere
     larger = with_known_drafter(replace(solved, budget_bytes=2 * solved.budget_bytes), before)
-    assert larger.drafter == "eagle" and larger.head_draft == HeadDraft(Tree(1, 4), None, 2.0)
+    assert larger.drafter == "eagle" and larger.draft_head_result == DraftHeadResult(
+        Tree(1, 4), None, 2.0
+    )
     for constraints in ({"method": "substitute"}, {"width": 2}, {"depth": 4}):
         asked = replace(solved, constraints=Constraints(**constraints), drafter=None)
-        assert with_known_drafter(asked, before) == replace(asked, head_draft=before.head_draft)
+        assert with_known_drafter(asked, before) == replace(
+            asked, draft_head_result=before.draft_head_result
+        )
     alone = replace(solved, drafter="substitute")
     assert with_known_drafter(solved, alone) == alone, "it was faster than with lookup"
     own = solved.placements["substitute"]
@@ -237,15 +248,15 @@ def test_acceptance_is_learnt_on_as_many_answers_at_once_as_the_budget_has_room_
     for budget_bytes in (6_900_000, 8_200_000, 9_500_000, 40_000_000):
         fixed = Constraints(context=4000, depth=2, method="plain", min_path_probability=0.4)
         request = PlanRequest(budget_bytes, fixed)
-        plan = plan_for_company(known_of(request, artifact, PROFILE))
+        plan = calibration_plan(inputs_from_artifact(request, artifact, PROFILE))
         assert plan is not None
-        assert (plan.context, plan.method, plan.tree.depth) == (CONTEXT, "substitute", DEEPEST)
+        assert (plan.context, plan.method, plan.tree.depth) == (CONTEXT, "substitute", MAX_DEPTH)
         assert plan.tree.num_nodes <= plan.verify_width
         assert plan.placement("substitute").ledger.total_bytes <= budget_bytes
         found.append((plan.num_sequences, plan.tree.width))
     assert found == [(1, 1), (2, 1), (2, 2), (AT_ONCE[0], 2)]
     tiny = PlanRequest(2_000_000, Constraints())
-    assert plan_for_company(known_of(tiny, artifact, PROFILE)) is None
+    assert calibration_plan(inputs_from_artifact(tiny, artifact, PROFILE)) is None
 
 
 def test_a_plan_is_settled_when_it_stays_the_best_and_its_tokens_are_known_well() -> None:
@@ -255,10 +266,10 @@ def test_a_plan_is_settled_when_it_stays_the_best_and_its_tokens_are_known_well(
     def known(rate: float, share: float) -> Acceptance:
         """A chain's acceptance; its margin as a share of a whole tree's tokens."""
         curve = make_curve(1, rate)
-        tokens = Acceptance((curve,), measured=True).tokens(Tree(1, 64))
+        tokens = Acceptance((curve,), measured=True).acceptance_length(Tree(1, 64))
         return Acceptance((replace(curve, margin=share * tokens),), measured=True)
 
-    settled = settles(Known(request, spec, profile, PRIOR, raw_storage(spec)))
+    settled = settles(PlanInputs(request, spec, profile, PRIOR, raw_storage(spec)))
     assert not settled(known(0.9, 0.01)), "there is none before the first"
     assert settled(known(0.9, 0.01))
     assert not settled(known(0.9, 0.13)), "another answer may say something else"
@@ -270,7 +281,7 @@ def test_a_plan_is_settled_when_it_stays_the_best_and_its_tokens_are_known_well(
 def test_where_plain_decoding_stays_the_best_no_more_is_to_be_learnt() -> None:
     spec, profile = make_spec(), make_profile()
     request = PlanRequest(30_000_000, Constraints(context=256))
-    settled = settles(Known(request, spec, profile, PRIOR, raw_storage(spec)))
+    settled = settles(PlanInputs(request, spec, profile, PRIOR, raw_storage(spec)))
     hopeless = Acceptance((make_curve(1, 0.01, margin=9.0),), measured=True)
     assert not settled(hopeless) and settled(hopeless)
 

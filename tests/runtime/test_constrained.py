@@ -1,5 +1,5 @@
 """Constraints, penalties and biases in an engine: what they say holds for every token, and neither
-a draft nor company changes a token."""
+a draft nor a batch changes a token."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +18,7 @@ from subspec.artifacts.plan import DrafterName
 from subspec.planner.model.hub import DEMO
 from subspec.runtime.engine import Engine, OpenOptions
 from subspec.runtime.lossy import Lossy
-from subspec.runtime.model.sampling import Chooser, Sampling
+from subspec.runtime.model.sampling import Sampler, SamplingParams
 from subspec.runtime.sequence import GenerationParams
 
 PROMPT = [3 + (17 * n) % 900 for n in range(40)]
@@ -35,18 +35,18 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     return build_artifact(DEMO, out, resident_share=1.0)
 
 
-def params(artifact: Artifact, sampling: Sampling) -> GenerationParams:
+def params(artifact: Artifact, sampling: SamplingParams) -> GenerationParams:
     constraint = Counted(artifact.spec.vocab_size)
     ends = frozenset({END})
-    return GenerationParams(60, sampling, end_tokens=ends, constraint=constraint)
+    return GenerationParams(60, sampling, stop_token_ids=ends, constraint=constraint)
 
 
 @pytest.mark.parametrize("width", [1, 3])
 @pytest.mark.parametrize(
-    "sampling", [Sampling(), Sampling(temperature=0.9, seed=5, top_p=0.95)], ids=str
+    "sampling", [SamplingParams(), SamplingParams(temperature=0.9, seed=5, top_p=0.95)], ids=str
 )
 def test_a_constraint_holds_and_a_draft_within_it_changes_no_token(
-    artifact: Artifact, sampling: Sampling, width: int
+    artifact: Artifact, sampling: SamplingParams, width: int
 ) -> None:
     chosen = replan(artifact, width=width, depth=7, resident_share=1.0)
     with Engine.open(chosen, OpenOptions("plain")) as engine, engine.new_sequence() as sequence:
@@ -66,12 +66,12 @@ def test_looked_up_tokens_do_not_leave_a_constraint(
     artifact: Artifact, drafter: DrafterName
 ) -> None:
     with Engine.open(artifact, OpenOptions("plain")) as engine, engine.new_sequence() as sequence:
-        expected = generated(sequence, PROMPT, params(artifact, Sampling()))
+        expected = generated(sequence, PROMPT, params(artifact, SamplingParams()))
     how, prompt = OpenOptions(drafter=drafter), [*PROMPT, *expected, *PROMPT]
     with Engine.open(artifact, OpenOptions("plain")) as engine, engine.new_sequence() as sequence:
-        expected = generated(sequence, prompt, params(artifact, Sampling()))
+        expected = generated(sequence, prompt, params(artifact, SamplingParams()))
     with Engine.open(artifact, how) as engine, engine.new_sequence() as sequence:
-        assert generated(sequence, prompt, params(artifact, Sampling())) == expected
+        assert generated(sequence, prompt, params(artifact, SamplingParams())) == expected
         assert sum(sequence.stats.proposed) > 0
 
 
@@ -80,26 +80,26 @@ def test_constrained_and_free_answers_keep_each_other_company(artifact: Artifact
     with Engine.open(shared) as engine:
         with engine.new_sequence() as sequence:
             free = generated(sequence, PROMPT, GenerationParams(40))
-            bound = generated(sequence, PROMPT, params(artifact, Sampling()))
+            bound = generated(sequence, PROMPT, params(artifact, SamplingParams()))
         with engine.new_sequence() as first, engine.new_sequence() as second:
             first.begin(PROMPT, GenerationParams(40))
-            second.begin(PROMPT, params(artifact, Sampling()))
+            second.begin(PROMPT, params(artifact, SamplingParams()))
             while engine.step():
                 pass
-            assert (first.take_fresh(), second.take_fresh()) == (free, bound)
+            assert (first.take_new_tokens(), second.take_new_tokens()) == (free, bound)
 
 
 PENALTIES = [
-    Sampling(repetition_penalty=1.4),
-    Sampling(presence_penalty=2.0, frequency_penalty=0.7),
-    Sampling(0.8, seed=2, min_p=0.05, frequency_penalty=1.0),
-    Sampling(logit_bias=((11, 4.0), (12, -50.0))),
+    SamplingParams(repetition_penalty=1.4),
+    SamplingParams(presence_penalty=2.0, frequency_penalty=0.7),
+    SamplingParams(0.8, seed=2, min_p=0.05, frequency_penalty=1.0),
+    SamplingParams(logit_bias=((11, 4.0), (12, -50.0))),
 ]
 
 
 @pytest.mark.parametrize("sampling", PENALTIES, ids=str)
 def test_penalties_and_biases_are_the_same_with_a_draft(
-    artifact: Artifact, sampling: Sampling
+    artifact: Artifact, sampling: SamplingParams
 ) -> None:
     chosen = replan(artifact, width=2, depth=7, resident_share=1.0)
     said = []
@@ -108,12 +108,12 @@ def test_penalties_and_biases_are_the_same_with_a_draft(
             said.append(generated(sequence, PROMPT, GenerationParams(60, sampling)))
     assert said[0] == said[1]
     with Engine.open(chosen) as engine, engine.new_sequence() as sequence:
-        usual = Sampling(sampling.temperature, seed=sampling.seed)
+        usual = SamplingParams(sampling.temperature, seed=sampling.seed)
         assert generated(sequence, PROMPT, GenerationParams(60, usual)) != said[0]
 
 
 def test_a_bias_of_a_token_that_the_model_lacks_is_refused(artifact: Artifact) -> None:
-    sampling = Sampling(logit_bias=((10**6, 1.0),))
+    sampling = SamplingParams(logit_bias=((10**6, 1.0),))
     with Engine.open(artifact) as engine, engine.new_sequence() as sequence:
         with pytest.raises(SubspecError, match="logit_bias has the token id 1000000"):
             generated(sequence, PROMPT, GenerationParams(5, sampling))
@@ -121,23 +121,23 @@ def test_a_bias_of_a_token_that_the_model_lacks_is_refused(artifact: Artifact) -
 
 def test_what_a_draft_may_propose_ends_with_the_constraint() -> None:
     constraint = Counted(50)
-    chooser = Chooser(Sampling(), end_tokens=frozenset({END}), constraint=constraint)
-    follower = chooser.constraint
+    sampler = Sampler(SamplingParams(), end_tokens=frozenset({END}), constraint=constraint)
+    follower = sampler.constraint
     assert follower is not None
-    chooser.push(10)
+    sampler.push(10)
     after = follower.allowed_after([16, 22], 50)
     assert after is not None and after.nonzero().flatten().tolist() == list(range(3, 50, 5))
     assert follower.allowed_after([17], 50) is None, "the path itself is not allowed"
     assert constraint.said == [10]
     for token in (11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21):
-        chooser.push(token)
+        sampler.push(token)
     assert (
         follower.allowed_after([END], 50) is None and follower.allowed_after([END, 3], 50) is None
     )
-    with chooser.ahead():
-        chooser.push(END)
-        chooser.push(9)
-        assert chooser.choose(torch.arange(50.0), 0) == 49, "what follows the end is nobody's"
+    with sampler.ahead():
+        sampler.push(END)
+        sampler.push(9)
+        assert sampler.sample(torch.arange(50.0), 0) == 49, "what follows the end is nobody's"
     assert len(constraint.said) == LONG
 
 
@@ -155,10 +155,10 @@ def test_lossy_acceptance_is_exact_under_a_constraint(artifact: Artifact) -> Non
     everything = Lossy("prob", 0, 0)
     with Engine.open(artifact) as engine, engine.new_sequence() as sequence:
         ends = frozenset({2, 3})
-        sequence.begin(PROMPT, GenerationParams(4, end_tokens=ends, lossy=everything))
-        assert sequence.turn.lossy == everything and sequence.turn.end_tokens == ends
-        sequence.begin(PROMPT, replace(params(artifact, Sampling()), lossy=everything))
-        assert sequence.turn.lossy is None
+        sequence.begin(PROMPT, GenerationParams(4, stop_token_ids=ends, lossy=everything))
+        assert sequence.state.lossy == everything and sequence.state.end_tokens == ends
+        sequence.begin(PROMPT, replace(params(artifact, SamplingParams()), lossy=everything))
+        assert sequence.state.lossy is None
 
 
 @dataclass
@@ -191,7 +191,7 @@ def test_a_constraint_that_fails_ends_its_own_answer_only(
             assert failing.finish_reason is None
             while engine.step():
                 pass
-            assert free.take_fresh() == expected
+            assert free.take_new_tokens() == expected
             assert generated(failing, PROMPT, GenerationParams(40)) == expected
 
 
@@ -215,9 +215,9 @@ class FailingElsewhere(Counted):
 def test_a_constraint_that_fails_where_only_drafts_go_ends_no_answer(artifact: Artifact) -> None:
     chosen = replan(artifact, width=3, depth=5, resident_share=1.0)
     with Engine.open(chosen) as engine, engine.new_sequence() as sequence:
-        expected = generated(sequence, PROMPT, params(artifact, Sampling()))
+        expected = generated(sequence, PROMPT, params(artifact, SamplingParams()))
         elsewhere = FailingElsewhere(artifact.spec.vocab_size, answer=expected)
-        asked = replace(params(artifact, Sampling()), constraint=elsewhere)
+        asked = replace(params(artifact, SamplingParams()), constraint=elsewhere)
         assert generated(sequence, PROMPT, asked) == expected
         assert elsewhere.num_failures > 0, "no draft left the answer"
 
@@ -235,7 +235,7 @@ def test_an_answer_that_a_stop_text_ends_does_not_hear_of_what_fails_behind_it(
 
     with Engine.open(chosen, how) as engine, engine.new_sequence() as sequence:
         constraint = Failing(artifact.spec.vocab_size)
-        asked = GenerationParams(40, constraint=constraint, cut=cut)
+        asked = GenerationParams(40, constraint=constraint, stopping_criteria=cut)
         assert len(generated(sequence, PROMPT, asked)) == 6
         assert sequence.finish_reason == "stop"
 
@@ -260,11 +260,11 @@ def test_a_prompt_whose_answer_cannot_begin_holds_up_no_other(artifact: Artifact
             assert not engine.is_active(failing)
             while engine.step():
                 pass
-            assert free.take_fresh() == expected
+            assert free.take_new_tokens() == expected
 
 
 def test_an_answer_that_goes_on_after_its_end_token_is_free_from_there(artifact: Artifact) -> None:
-    """Without `end_tokens`, as of requests that ignore the end: Counted fails if it is asked."""
+    """Without `stop_token_ids`, as of requests that ignore the end: Counted fails if asked."""
     known = replace(artifact, spec=replace(artifact.spec, eos_token_ids=(END,)))
     said = []
     for how in (OpenOptions("plain"), OpenOptions()):
@@ -282,4 +282,4 @@ def test_a_prompt_is_the_callers_to_change(artifact: Artifact) -> None:
         prompt.clear()
         while engine.step():
             pass
-        assert sequence.take_fresh() == expected
+        assert sequence.take_new_tokens() == expected

@@ -29,7 +29,7 @@ from subspec.runtime.load import ArtifactWeights
 from subspec.runtime.lossy import Lossy
 from subspec.runtime.memory import FastMemory
 from subspec.runtime.model import attention
-from subspec.runtime.model.sampling import Sampling
+from subspec.runtime.model.sampling import SamplingParams
 from subspec.runtime.programs import needed_kernels
 from subspec.runtime.sequence import GenerationParams, Sequence
 from subspec.runtime.stream.ring import Ring
@@ -37,7 +37,7 @@ from subspec.runtime.stream.ring import Ring
 PROMPT = list(range(10, 50))
 METHODS: tuple[Method, ...] = ("substitute", "plain")
 FASTEST: Int4Kernel = "aten" if int4.unavailable() else "w4a8"
-SAMPLED = Sampling(temperature=0.8, top_p=0.9, top_k=40)
+SAMPLED = SamplingParams(temperature=0.8, top_p=0.9, top_k=40)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -296,14 +296,14 @@ def test_where_kernels_cannot_be_built_plain_twins_decode_within_the_ledger(
 ) -> None:
     shared = replan(artifact, width=4, depth=14, num_sequences=3)
     with Engine.open(shared) as engine:
-        assert engine.missing_kernels is None
+        assert engine.missing_kernels_reason is None
         expected = answer(engine, PROMPT, 12)
     for kernel in (attention, bf16):
         monkeypatch.setattr(kernel, "unavailable", lambda: "there is no C++ compiler")
     said = []
     for method in METHODS:
         with Engine.open(shared, OpenOptions(method)) as engine:
-            assert engine.missing_kernels == "there is no C++ compiler"
+            assert engine.missing_kernels_reason == "there is no C++ compiler"
             said.append(answer(engine, PROMPT, 12))
             workspace = engine.placement.ledger.workspace
             assert 0.4 * workspace <= temporary_bytes(engine, 253) <= workspace
@@ -378,7 +378,7 @@ def test_two_engines_of_one_process_do_not_disturb_each_other(artifact: Artifact
                 second.step()
             while second.step():
                 pass
-            assert [one.take_fresh(), two.take_fresh()] == expected
+            assert [one.take_new_tokens(), two.take_new_tokens()] == expected
     torch.set_num_threads(1)
 
 
@@ -413,7 +413,7 @@ def test_a_step_without_answers_does_nothing(artifact: Artifact) -> None:
         assert not engine.step()
         sequence.begin(PROMPT, GenerationParams(2))
         assert engine.step() and engine.step() and not engine.step()
-        assert len(sequence.take_fresh()) == 2
+        assert len(sequence.take_new_tokens()) == 2
 
 
 def test_a_closed_engine_answers_no_more(artifact: Artifact) -> None:
@@ -444,7 +444,7 @@ def begun(engine: Engine, count: int, num_tokens: int) -> list[Sequence]:
 def finished(engine: Engine, sequences: list[Sequence]) -> list[list[int]]:
     while engine.step():
         pass
-    return [sequence.take_fresh() for sequence in sequences]
+    return [sequence.take_new_tokens() for sequence in sequences]
 
 
 def test_sequences_share_unpadded_passes_too(artifact: Artifact) -> None:
@@ -497,12 +497,12 @@ def test_an_error_of_one_answers_cut_ends_that_answer_alone(artifact: Artifact) 
         expected = finished(engine, begun(engine, 3, 24))
     with Engine.open(shared) as engine:
         first, failing, last = begun(engine, 3, 24)
-        failing.begin([21, *PROMPT], GenerationParams(24, cut=fail_late))
+        failing.begin([21, *PROMPT], GenerationParams(24, stopping_criteria=fail_late))
         assert engine.step() and engine.step()
         with pytest.raises(ValueError, match="own mistake"):
             engine.step()
         assert failing.finish_reason is None and not engine.is_active(failing)
-        kept = failing.take_fresh()
+        kept = failing.take_new_tokens()
         assert kept == expected[1][: len(kept)]
         assert finished(engine, [first, last]) == [expected[0], expected[2]]
         assert generated(failing, [21, *PROMPT], GenerationParams(24)) == expected[1]
@@ -524,7 +524,7 @@ def test_a_damaged_block_ends_the_round_of_all_who_would_read_it(
             with pytest.raises(SubspecError, match="digest") as caught:
                 generated(sequence, PROMPT, GenerationParams(5))
             assert caught.value.exit_code == Exit.CORRUPT
-            assert not engine.is_active(sequence) and sequence.take_fresh() == []
+            assert not engine.is_active(sequence) and sequence.take_new_tokens() == []
 
 
 def test_a_disk_that_fails_in_company_ends_every_answer(artifact: Artifact, tmp_path: Path) -> None:
@@ -555,12 +555,12 @@ def test_a_disk_that_fails_in_company_ends_every_answer(artifact: Artifact, tmp_
 def test_plans_predict_answers_in_which_nothing_was_looked_up(
     drafter: DrafterName | None, proposed: tuple[int, ...], predicted: bool
 ) -> None:
-    engine: Any = SimpleNamespace(drafter=drafter, drafts_as_planned=True)
+    engine: Any = SimpleNamespace(drafter=drafter, uses_planned_drafter=True)
     stats = SimpleNamespace(proposed=proposed)
     sequence: Any = SimpleNamespace(stats=stats, params=SimpleNamespace(lossy=None))
-    assert Engine.ran_as_planned(engine, sequence) == predicted
+    assert Engine.is_predicted_by_plan(engine, sequence) == predicted
     sequence.params.lossy = Lossy()
-    assert not Engine.ran_as_planned(engine, sequence)
+    assert not Engine.is_predicted_by_plan(engine, sequence)
 
 
 @pytest.mark.parametrize(
@@ -578,4 +578,4 @@ def test_plans_predict_drafts_at_their_own_temperature(
     engine: Any = SimpleNamespace(
         drafter=drafter, method="substitute", draft_temperature=temperature
     )
-    assert Engine.drafts_as_planned.fget(engine) == predicted  # type: ignore[attr-defined]
+    assert Engine.uses_planned_drafter.fget(engine) == predicted  # type: ignore[attr-defined]

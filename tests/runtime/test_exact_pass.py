@@ -8,7 +8,7 @@ from toys import make_spec
 from subspec.artifacts.plan import Plan
 from subspec.planner.solve.storage import raw_storage
 from subspec.runtime.draft.beam import TokenTree, root_only
-from subspec.runtime.exact_pass import filled
+from subspec.runtime.exact_pass import pad_trees
 
 
 def plan_of(*widths: int) -> Plan:
@@ -39,7 +39,7 @@ def test_trees_share_the_calls_of_one_verification(
     num_nodes: tuple[int, ...], calls: tuple[int, ...], rows: list[int]
 ) -> None:
     plan = plan_of(4, 8, 16)
-    trees, got = filled(plan, drafts(plan, *num_nodes))
+    trees, got = pad_trees(plan, drafts(plan, *num_nodes))
     assert tuple(got) == calls and [len(tree.tokens) for tree in trees] == rows
     assert [tree.num_nodes for tree in trees] == list(num_nodes)
 
@@ -48,5 +48,5 @@ def test_what_has_no_room_for_fuller_calls_is_verified_tree_by_tree() -> None:
     plan = plan_of(5, 7, 100)
     some = [root_only(torch.tensor([3]), 5), root_only(torch.tensor([4]), 5)]
     some = [TokenTree(t.tokens, t.parents, t.ancestors, t.depths, 4) for t in some]
-    trees, calls = filled(plan, some)
+    trees, calls = pad_trees(plan, some)
     assert calls == [5, 5] and [len(tree.tokens) for tree in trees] == [5, 5]

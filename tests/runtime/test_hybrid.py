@@ -28,9 +28,9 @@ from subspec.runtime.model.cache import Cache
 from subspec.runtime.model.delta_net import DeltaInputs
 from subspec.runtime.model.net_state import commit_nodes, run_tree, tensors_of
 from subspec.runtime.model.paths import chain_paths
-from subspec.runtime.model.sampling import Sampling
+from subspec.runtime.model.sampling import SamplingParams
 from subspec.runtime.sequence import GenerationParams
-from subspec.runtime.server.prefixes import PrefixCache
+from subspec.runtime.server.prefix_cache import PrefixCache
 
 PROMPT = [3 + 7 * n % 2000 for n in range(100)]
 OTHER = [5 + 11 * n % 1900 for n in range(70)]
@@ -73,8 +73,10 @@ def equal(some: list[Tensor], others: list[Tensor]) -> bool:
     return all(torch.equal(one, other) for one, other in zip(some, others, strict=True))
 
 
-def read_alone(artifact: Artifact, tokens: list[int], prefill_tokens: int = 384) -> list[Tensor]:
-    plan = replace(artifact.plan, prefill_tokens=prefill_tokens)
+def read_alone(
+    artifact: Artifact, tokens: list[int], prefill_chunk_tokens: int = 384
+) -> list[Tensor]:
+    plan = replace(artifact.plan, prefill_chunk_tokens=prefill_chunk_tokens)
     how = OpenOptions("plain")
     with Engine.open(replace(artifact, plan=plan), how) as engine, engine.new_sequence() as one:
         generated(one, tokens, GenerationParams(1))
@@ -85,8 +87,8 @@ def read_alone(artifact: Artifact, tokens: list[int], prefill_tokens: int = 384)
 def test_a_prompts_states_do_not_depend_on_its_pieces(artifact: Artifact) -> None:
     artifact = planned(artifact)
     expected = read_alone(artifact, [*PROMPT, *OTHER])
-    for prefill_tokens in (16, 40, 152):
-        assert equal(read_alone(artifact, [*PROMPT, *OTHER], prefill_tokens), expected)
+    for prefill_chunk_tokens in (16, 40, 152):
+        assert equal(read_alone(artifact, [*PROMPT, *OTHER], prefill_chunk_tokens), expected)
 
 
 @pytest.mark.parametrize("shape", [CHAIN, TREE], ids=["chain", "tree"])
@@ -103,7 +105,7 @@ def test_what_answers_leave_is_what_reading_them_would_give(
                 assert equal(bits(sequence.cache), read_alone(artifact, whole[:-1])), method
                 again = [*whole, *OTHER]
                 following = generated(sequence, again, GenerationParams(20))
-                assert sequence.stats.reused_tokens == len(whole) - 1
+                assert sequence.stats.cached_tokens == len(whole) - 1
             with engine.new_sequence() as fresh:
                 assert generated(fresh, again, GenerationParams(20)) == following
     assert said[0] == said[1]
@@ -134,7 +136,7 @@ def test_several_turns_have_transformers_tokens(tmp_path: Path) -> None:
                 torch.tensor([text]), max_new_tokens=16, do_sample=False, eos_token_id=None
             )[0, len(text) :].tolist()
             assert generated(sequence, text, GenerationParams(16)) == expected
-            assert sequence.stats.reused_tokens == (len(text) - 21 if turn else 0)
+            assert sequence.stats.cached_tokens == (len(text) - 21 if turn else 0)
             text = [*text, *expected, *OTHER[20 * turn : 20 * turn + 20]]
 
 
@@ -161,7 +163,7 @@ def test_states_go_back_to_checkpoints_bit_for_bit(
             if name == "a longer one":
                 prompt = [*PROMPT, *said, *OTHER]
             got = generated(sequence, prompt, params)
-            assert sequence.stats.reused_tokens == kept, name
+            assert sequence.stats.cached_tokens == kept, name
             kept_bits = bits(sequence.cache)
             with engine.new_sequence() as fresh:
                 assert generated(fresh, prompt, params) == got, name
@@ -208,7 +210,7 @@ def test_a_long_answer_leaves_the_checkpoint_at_the_end_of_its_prompt(
             ([*PROMPT[:-3], *said[80:], *OTHER], end),
         ):
             got = generated(sequence, prompt, GenerationParams(90))
-            assert sequence.stats.reused_tokens == kept
+            assert sequence.stats.cached_tokens == kept
             with engine.new_sequence() as fresh:
                 assert generated(fresh, prompt, GenerationParams(90)) == got
                 assert equal(bits(fresh.cache), bits(sequence.cache))
@@ -231,7 +233,7 @@ def test_an_edited_question_is_read_from_the_end_of_the_answer_before_it(
             ([*before[:-1], *PROMPT[60:]], len(before) - 1),
         ):
             got = generated(sequence, prompt, GenerationParams(90))
-            assert sequence.stats.reused_tokens == kept
+            assert sequence.stats.cached_tokens == kept
             with engine.new_sequence() as fresh:
                 assert generated(fresh, prompt, GenerationParams(90)) == got
                 assert equal(bits(fresh.cache), bits(sequence.cache))
@@ -279,7 +281,7 @@ def test_a_pass_that_fails_changes_no_state(
                 engine.step()
             except RuntimeError:
                 problems += 1
-        assert sequence.take_fresh() == expected and problems == 4
+        assert sequence.take_new_tokens() == expected and problems == 4
 
 
 @pytest.mark.parametrize("work", ["copy_state", "commit_nodes"], ids=["a prompt", "a round"])
@@ -304,7 +306,7 @@ def test_a_commit_that_fails_ends_its_answer_and_leaves_nothing_to_go_on_from(
             broken.setattr(caches, work, failing)
             while engine.is_active(sequence):
                 engine.step()
-                said += sequence.take_fresh()
+                said += sequence.take_new_tokens()
         assert not engine.is_active(sequence) and sequence.finish_reason is None
         again = [*PROMPT, *said]
         generated(sequence, again, GenerationParams(1))
@@ -316,7 +318,7 @@ def test_sequences_together_get_the_tokens_that_they_get_alone(
     artifact: Artifact, method: str
 ) -> None:
     artifact = planned(artifact)
-    how, prompts = Sampling(0.8, seed=5), [PROMPT, OTHER, [*OTHER[30:], *PROMPT]]
+    how, prompts = SamplingParams(0.8, seed=5), [PROMPT, OTHER, [*OTHER[30:], *PROMPT]]
     with Engine.open(artifact, OpenOptions("plain")) as engine:
         alone = [answer(engine, prompt, 32, how) for prompt in prompts]
     with Engine.open(artifact, OpenOptions(method)) as engine:
@@ -326,7 +328,7 @@ def test_sequences_together_get_the_tokens_that_they_get_alone(
             engine.step()
         while any(map(engine.is_active, several)):
             engine.step()
-        assert [sequence.take_fresh() for sequence in several] == alone
+        assert [sequence.take_new_tokens() for sequence in several] == alone
         for sequence, prompt, said in zip(several, prompts, alone, strict=True):
             expected = read_alone(artifact, [*prompt, *said[:-1]])
             assert equal(bits(sequence.cache), expected)
@@ -339,7 +341,7 @@ def test_the_fastest_plain_decoding_moves_the_states_on(artifact: Artifact) -> N
         whole = [*PROMPT, *generated(sequence, PROMPT, GenerationParams(20))]
         before = bits(sequence.cache)
         again = generated(sequence, [*whole, 9], GenerationParams(20))
-        assert sequence.stats.reused_tokens == len(PROMPT) - TOKENS_BEHIND_CHECKPOINT
+        assert sequence.stats.cached_tokens == len(PROMPT) - TOKENS_BEHIND_CHECKPOINT
         with engine.new_sequence() as fresh:
             assert generated(fresh, [*whole, 9], GenerationParams(20)) == again
     expected = read_alone(planned(artifact), whole[:-1])
@@ -367,7 +369,7 @@ def test_the_server_brings_states_back_from_host_memory(artifact: Artifact) -> N
                 generated(other, OTHER, GenerationParams(9))
                 store.restore(prefix, count, other)
                 got = generated(other, prompt, GenerationParams(20))
-                assert other.stats.reused_tokens == usable
+                assert other.stats.cached_tokens == usable
                 assert generated(fresh, prompt, GenerationParams(20)) == got
                 assert equal(bits(other.cache), bits(fresh.cache))
         assert store.longest(tuple(OTHER)) == (None, 0)
@@ -409,7 +411,7 @@ def test_the_server_keeps_where_a_long_answers_prompt_ended_and_the_turns_before
                 generated(other, OTHER, GenerationParams(9))
                 store.restore(found, count, other)
                 got = generated(other, prompt, GenerationParams(20))
-                assert other.stats.reused_tokens == usable
+                assert other.stats.cached_tokens == usable
                 assert generated(fresh, prompt, GenerationParams(20)) == got
                 assert equal(bits(other.cache), bits(fresh.cache))
 
@@ -462,16 +464,16 @@ def test_a_draft_attends_to_what_the_rule_remembers(artifact: Artifact) -> None:
             nodes = torch.tensor(level)
             some = DeltaInputs(*(one[nodes] for one in tensors_of(inputs)))
             out = z[nodes]
-            run_draft(net, some, out, tree_nodes(tree, nodes, cache.num_taps))
+            run_draft(net, some, out, tree_nodes(tree, nodes, cache.conv_kernel_size))
             drafted[nodes] = out
         close = {"rtol": 0.02, "atol": 0.02} if z.dtype == torch.bfloat16 else {}
         torch.testing.assert_close(drafted[:count], exact[:count], **close)
         chain = torch.tensor([1, 2, 3, 4, 7, 10])  # one level, and then a node below the other
         out = z[chain]
-        placed = replace(tree_nodes(tree, chain, cache.num_taps), num_together=3)
+        placed = replace(tree_nodes(tree, chain, cache.conv_kernel_size), num_together=3)
         some = DeltaInputs(*(one[chain] for one in tensors_of(inputs)))
         run_draft(net, some, out, placed)
         torch.testing.assert_close(out, drafted[chain])
         assert torch.equal(net.committed.memory, before)
-        commit_nodes(net, torch.tensor([0, 3, 6, 9]), chain_paths(4, cache.num_taps))
+        commit_nodes(net, torch.tensor([0, 3, 6, 9]), chain_paths(4, cache.conv_kernel_size))
         assert not torch.equal(net.committed.memory, before)

@@ -104,14 +104,14 @@ def test_the_first_token_of_a_longer_prompt_is_said_to_come_later(
     def first_token(num_tokens: int) -> float:
         usage = Usage(num_tokens, 256)
         passes = passes_of(
-            spec, profile, None, plan.verify_widths, ONE_TOKEN, plan.prefill_tokens, usage
+            spec, profile, None, plan.verify_widths, ONE_TOKEN, plan.prefill_chunk_tokens, usage
         )
         said = predict(profile, candidate, passes, 20 * 10**9, ONE_TOKEN, 0, usage)
         return said.time_to_first_token_seconds
 
     seconds = [first_token(count) for count in (128, 2_000, 8_000, 32_000)]
     assert seconds == sorted(set(seconds)) and 0 < seconds[0] < seconds[-1] < 600
-    assert plan.prefill_tokens < 32_000, "which takes two streams of the weights"
+    assert plan.prefill_chunk_tokens < 32_000, "which takes two streams of the weights"
 
 
 @pytest.fixture
@@ -143,10 +143,10 @@ def read(sequence: Sequence, plan: Plan, prompt: list[int]) -> list[int]:
     sequence.begin(prompt, GenerationParams())
     pieces = list[int]()
     while unread := sequence.unread:
-        pieces.append(tokens_that_fit(plan, len(unread), plan.prefill_tokens))
-        piece = sequence.piece(pieces[-1])
-        sequence.cache.stops(piece.stops)
-        sequence.cache.commit(list(piece.tokens))
+        pieces.append(tokens_that_fit(plan, len(unread), plan.prefill_chunk_tokens))
+        chunk = sequence.next_chunk(pieces[-1])
+        sequence.cache.stops(chunk.checkpoints_at)
+        sequence.cache.commit(list(chunk.tokens))
     return pieces
 
 
@@ -188,7 +188,7 @@ def test_what_lies_before_the_ends_of_prompts_and_answers_is_not_read_again(
 
     def reused(following: list[int]) -> int:
         read(sequence, plan, following)
-        return sequence.stats.reused_tokens
+        return sequence.stats.cached_tokens
 
     whole = [*prompt, *said]
     question, other = [*range(200_000, 200_300)], [*range(210_000, 210_100)]

@@ -27,10 +27,10 @@ from subspec.runtime import memory as memory_module
 from subspec.runtime.decode import logprobs
 from subspec.runtime.draft.beam import root_only
 from subspec.runtime.exact_pass import causal_rows, whole_tree
-from subspec.runtime.kernels.linear import calls_of
+from subspec.runtime.kernels.linear import gemm_ranges
 from subspec.runtime.memory import HUGE_PAGE_BYTES, Arena, FastMemory, Temporaries, host_buffer
 from subspec.runtime.model.attention import attend_batch_invariant
-from subspec.runtime.model.sampling import Chooser, Sampling
+from subspec.runtime.model.sampling import Sampler, SamplingParams
 from subspec.runtime.model.transformer import HeadRows, forward
 
 CPU = torch.device("cpu")
@@ -156,22 +156,25 @@ def changed(spec: ModelSpec, after: bool = False, **changes: object) -> ModelSpe
 
 
 NET = DeltaNet(2, 6, 24, 40, 4)
-SMALL = make_spec(num_layers=2, hidden_size=128, head_size=32, inner_size=256, vocab_size=512)
+SMALL = make_spec(
+    num_layers=2, hidden_size=128, head_size=32, intermediate_size=256, vocab_size=512
+)
 SPECS = {
     "llama": SMALL,
     "one KV head, norms of heads, every bias": make_spec(
-        num_layers=2, num_heads=8, num_kv_heads=1, hidden_size=128, head_size=32, inner_size=64,
-        vocab_size=512, qk_norm=True, output_bias=True, mlp_bias=True,
+        num_layers=2, num_heads=8, num_kv_heads=1, hidden_size=128, head_size=32,
+        intermediate_size=64, vocab_size=512, qk_norm=True, output_bias=True, mlp_bias=True,
     ),
     "biases of a wide feed-forward": make_spec(
-        num_layers=2, hidden_size=128, head_size=32, inner_size=1024, vocab_size=512, mlp_bias=True,
+        num_layers=2, hidden_size=128, head_size=32, intermediate_size=1024, vocab_size=512,
+        mlp_bias=True,
     ),
     "many tokens": make_spec(
-        num_layers=1, hidden_size=64, head_size=32, inner_size=128, vocab_size=40_960,
+        num_layers=1, hidden_size=64, head_size=32, intermediate_size=128, vocab_size=40_960,
     ),
     "many tokens, divided logits": replace(
         make_spec(
-            num_layers=1, hidden_size=64, head_size=32, inner_size=128, vocab_size=40_960,
+            num_layers=1, hidden_size=64, head_size=32, intermediate_size=128, vocab_size=40_960,
         ), logits_divisor=8.0,
     ),
     "a KV head for each head, f32 ropes": changed(
@@ -220,17 +223,17 @@ def test_the_temporaries_of_every_exact_pass_are_within_the_workspace(
                 [causal_rows(caches[0], prompt, attend_batch_invariant)],
                 slice(context - 8, context),
             )
-            head = HeadRows([last], calls_of([8]))
-            logits = forward(shared, exact, rows, calls_of([context]), head)
-            Chooser(Sampling(1.0, 5, 0.9)).choose(logits[0], context)
+            head = HeadRows([last], gemm_ranges([8]))
+            logits = forward(shared, exact, rows, gemm_ranges([context]), head)
+            Sampler(SamplingParams(1.0, 5, 0.9)).sample(logits[0], context)
         return seen.peak_bytes
 
     def peak_of_verification() -> int:
         trees = [root_only(torch.tensor([5]), width) for _ in caches]
         with Temporaries() as seen:
             rows = [whole_tree(tree, cache) for tree, cache in zip(trees, caches, strict=True)]
-            logits: Tensor = forward(shared, exact, rows, calls_of([width] * num_sequences))
-            Chooser(Sampling(1.0, 5, 0.9)).choose(logits[0], context)
+            logits: Tensor = forward(shared, exact, rows, gemm_ranges([width] * num_sequences))
+            Sampler(SamplingParams(1.0, 5, 0.9)).sample(logits[0], context)
             logprobs(logits, torch.arange(width), [5] * width, 3)
         return seen.peak_bytes
 
@@ -262,6 +265,6 @@ def test_a_long_text_is_granted_little_more_than_reading_it_takes(name: str) -> 
     prompt = torch.arange(piece) % toy.spec.vocab_size
     with Temporaries() as seen:
         rows = [causal_rows(cache, prompt, attend_batch_invariant)]
-        head = HeadRows([slice(piece - 8, piece)], calls_of([8]))
-        forward(shared, exact, rows, calls_of([piece]), head)
+        head = HeadRows([slice(piece - 8, piece)], gemm_ranges([8]))
+        forward(shared, exact, rows, gemm_ranges([piece]), head)
     assert seen.peak_bytes <= granted <= 1.25 * seen.peak_bytes

@@ -1,4 +1,4 @@
-"""Prompts are read in pieces, in company, after what is in the cache already: no bit of an answer
+"""Prompts are read in chunks, in a batch, after what is in the cache already: no bit of an answer
 depends on that. Log probabilities of both."""
 
 from dataclasses import replace
@@ -11,13 +11,13 @@ from invariance import widths_here
 from running import generated
 from torch import Tensor
 
-from subspec.artifacts.footprint import ROWS_IN_COMPANY
+from subspec.artifacts.footprint import MIXED_PREFILL_ROWS
 from subspec.artifacts.format.store import Artifact
-from subspec.artifacts.plan import Method, calls_for
+from subspec.artifacts.plan import Method, split_rows
 from subspec.runtime.engine import Engine, OpenOptions
 from subspec.runtime.exact_pass import tokens_that_fit
 from subspec.runtime.model.cache import Cache
-from subspec.runtime.model.sampling import Sampling
+from subspec.runtime.model.sampling import SamplingParams
 from subspec.runtime.sequence import GenerationParams, Sequence
 
 PROMPT = [3 + (17 * n) % 900 for n in range(150)]
@@ -52,8 +52,8 @@ def equal(some: list[Tensor], others: list[Tensor]) -> bool:
     return all(map(torch.equal, some, others))
 
 
-def read_alone(artifact: Artifact, prompt: list[int], prefill_tokens: int) -> list[Tensor]:
-    plan = replace(artifact.plan, prefill_tokens=prefill_tokens)
+def read_alone(artifact: Artifact, prompt: list[int], prefill_chunk_tokens: int) -> list[Tensor]:
+    plan = replace(artifact.plan, prefill_chunk_tokens=prefill_chunk_tokens)
     with Engine.open(replace(artifact, plan=plan)) as engine, engine.new_sequence() as sequence:
         generated(sequence, prompt, GenerationParams(1))
         return bits(sequence.cache)
@@ -61,8 +61,10 @@ def read_alone(artifact: Artifact, prompt: list[int], prefill_tokens: int) -> li
 
 def test_a_prompts_bits_do_not_depend_on_its_pieces(artifact: Artifact) -> None:
     expected = read_alone(artifact, PROMPT, 256)
-    for prefill_tokens in (16, 40, 64, 150):
-        assert equal(read_alone(artifact, PROMPT, prefill_tokens), expected), prefill_tokens
+    for prefill_chunk_tokens in (16, 40, 64, 150):
+        assert equal(read_alone(artifact, PROMPT, prefill_chunk_tokens), expected), (
+            prefill_chunk_tokens
+        )
 
 
 def test_what_answers_leave_in_the_cache_is_what_reading_them_would_give(
@@ -78,7 +80,7 @@ def test_what_answers_leave_in_the_cache_is_what_reading_them_would_give(
             assert equal(kept, expected), method
             again = [*whole, 9, 10, 11]
             following = generated(sequence, again, GenerationParams(30))
-            assert sequence.stats.reused_tokens == len(whole) - 1
+            assert sequence.stats.cached_tokens == len(whole) - 1
             with engine.new_sequence() as fresh:
                 assert generated(fresh, again, GenerationParams(30)) == following
 
@@ -88,7 +90,7 @@ def test_unpadded_decoding_reuses_what_was_read_as_a_prompt(artifact: Artifact) 
     with Engine.open(artifact, how) as engine, engine.new_sequence() as sequence:
         whole = [*OTHER, *generated(sequence, OTHER, GenerationParams(20))]
         following = generated(sequence, [*whole, 9], GenerationParams(20))
-        assert sequence.stats.reused_tokens == len(OTHER)
+        assert sequence.stats.cached_tokens == len(OTHER)
         with engine.new_sequence() as fresh:
             assert generated(fresh, [*whole, 9], GenerationParams(20)) == following
 
@@ -97,7 +99,7 @@ def test_prompts_are_read_while_others_answer_and_change_nothing_of_them(
     artifact: Artifact,
 ) -> None:
     def params() -> GenerationParams:
-        return GenerationParams(40, Sampling(0.7, seed=3))
+        return GenerationParams(40, SamplingParams(0.7, seed=3))
 
     with Engine.open(artifact) as engine, engine.new_sequence() as alone:
         expected = {n: generated(alone, prompt, params()) for n, prompt in enumerate(prompts())}
@@ -108,7 +110,7 @@ def test_prompts_are_read_while_others_answer_and_change_nothing_of_them(
         def step() -> None:
             assert engine.step()
             for sequence, tokens in said.items():
-                tokens += sequence.take_fresh()
+                tokens += sequence.take_new_tokens()
 
         first.begin(prompts()[0], params())
         while len(said[first]) < 5:
@@ -117,7 +119,7 @@ def test_prompts_are_read_while_others_answer_and_change_nothing_of_them(
         second.begin(prompts()[1], params())
         third.begin(prompts()[2], params())
         step()
-        assert 0 < second.cache.length <= ROWS_IN_COMPANY < len(prompts()[1])
+        assert 0 < second.cache.length <= MIXED_PREFILL_ROWS < len(prompts()[1])
         assert len(said[first]) > before, "it did not wait for the prompt"
         while any(map(engine.is_active, said)):
             step()
@@ -137,20 +139,20 @@ def test_short_prompts_share_one_stream(artifact: Artifact) -> None:
         for n, sequence in enumerate(sequences):
             sequence.begin(OTHER[n:], GenerationParams(1))
         assert engine.step() and not engine.step()
-        assert [len(sequence.take_fresh()) for sequence in sequences] == [1, 1, 1]
+        assert [len(sequence.take_new_tokens()) for sequence in sequences] == [1, 1, 1]
 
 
 def test_a_prompts_calls_have_room_for_it_and_waste_little(artifact: Artifact) -> None:
     plan = replace(artifact.plan, prompt_widths=(8, 16, 64))
-    assert calls_for(plan.prompt_widths, 1) == [8]
-    assert calls_for(plan.prompt_widths, 64) == [64]
-    assert calls_for(plan.prompt_widths, 150) == [64, 64, 64]
-    assert calls_for(plan.prompt_widths, 140) == [64, 64, 16]
+    assert split_rows(plan.prompt_widths, 1) == [8]
+    assert split_rows(plan.prompt_widths, 64) == [64]
+    assert split_rows(plan.prompt_widths, 150) == [64, 64, 64]
+    assert split_rows(plan.prompt_widths, 140) == [64, 64, 16]
     for num_rows in range(8, 300):
         for num_tokens in (1, 7, 8, 9, 65, 150, 1000):
             count = tokens_that_fit(plan, num_tokens, num_rows)
             assert 0 < count <= num_tokens
-            assert sum(calls_for(plan.prompt_widths, count)) <= num_rows
+            assert sum(split_rows(plan.prompt_widths, count)) <= num_rows
     assert tokens_that_fit(plan, 5, 7) == 0
 
 
@@ -160,7 +162,7 @@ def test_a_prompts_calls_have_room_for_it_and_waste_little(artifact: Artifact) -
 @pytest.mark.parametrize("method", ["substitute", "plain"])
 def test_log_probabilities_are_the_exact_models(artifact: Artifact, method: Method) -> None:
     """The same for a token wherever it is computed: in an answer, in a prompt, alone."""
-    params = GenerationParams(30, Sampling(0.8, seed=1), logprobs=3)
+    params = GenerationParams(30, SamplingParams(0.8, seed=1), logprobs=3)
     with Engine.open(artifact, OpenOptions(method)) as engine:
         with engine.new_sequence() as sequence:
             said = generated(sequence, OTHER, params)
@@ -203,25 +205,25 @@ def test_prompts_of_which_log_probabilities_are_wanted_are_read_beside_others(
         several = [engine.new_sequence() for _ in asked]
         for sequence, (prompt, wanted) in zip(several, asked, strict=True):
             sequence.begin(prompt, GenerationParams(3, prompt_logprobs=wanted))
-        first = engine._next_pieces().values()
+        first = engine._next_chunks().values()
         most = engine.plan.verify_width
-        assert [len(piece.tokens) for piece in first] == [most, len(OTHER), most]
+        assert [len(chunk.tokens) for chunk in first] == [most, len(OTHER), most]
         while engine.step():
             pass
-        assert [(one.take_fresh(), one.prompt_logprobs) for one in several] == expected
+        assert [(one.take_new_tokens(), one.prompt_logprobs) for one in several] == expected
 
 
 def test_a_prompt_is_read_beside_an_answer_also_where_no_width_of_prompts_is_narrow(
     artifact: Artifact,
 ) -> None:
     with Engine.open(artifact) as engine:
-        narrow = ROWS_IN_COMPANY + 8
-        engine.plan = replace(engine.plan, prefill_tokens=512, prompt_widths=(narrow,))
+        narrow = MIXED_PREFILL_ROWS + 8
+        engine.plan = replace(engine.plan, prefill_chunk_tokens=512, prompt_widths=(narrow,))
         reading, answering = engine.new_sequence(), engine.new_sequence()
         reading.begin(PROMPT, GenerationParams(4))
-        engine.join(answering)
-        engine.begin_to_decode(answering)
-        assert [len(piece.tokens) for piece in engine._next_pieces().values()] == [narrow]
+        engine.add(answering)
+        engine.start_decoding(answering)
+        assert [len(chunk.tokens) for chunk in engine._next_chunks().values()] == [narrow]
 
 
 def test_log_probabilities_of_a_prompt_need_not_fit_the_rows_of_one_pass(

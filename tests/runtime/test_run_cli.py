@@ -25,7 +25,7 @@ from subspec.runtime.app import answer, opening
 from subspec.runtime.app.folder import open_folder
 from subspec.runtime.app.run_options import Options, arranged, check_options
 from subspec.runtime.device import machine_name
-from subspec.runtime.model.sampling import Sampling
+from subspec.runtime.model.sampling import SamplingParams
 from subspec.runtime.text.tokenizer import ChatTokenizer, load_tokenizer
 
 SLOW = ("--link-bandwidth", "15MB")  # a round takes a third of a second
@@ -204,10 +204,12 @@ def test_the_options_of_sampling_reach_the_engine(artifact: Path) -> None:
         logprobs=2, as_json=True,
     )  # fmt: skip
     params = cli.answering(open_folder(artifact), given).params
-    assert params.sampling == Sampling(0.5, 7, 0.9, 3, 0.1, 1.2, -0.5, 0.25, ((5, -1.5), (7, 2.0)))
+    assert params.sampling == SamplingParams(
+        0.5, 7, 0.9, 3, 0.1, 1.2, -0.5, 0.25, ((5, -1.5), (7, 2.0))
+    )
     assert params.logprobs == 2
     plain = cli.answering(open_folder(artifact), Options()).params
-    assert plain.sampling == Sampling() and plain.logprobs is None
+    assert plain.sampling == SamplingParams() and plain.logprobs is None
 
 
 def test_biases_are_read_as_pairs() -> None:
@@ -239,7 +241,7 @@ def test_a_pipe_that_brings_no_prompt_is_refused(
     data: bytes,
     message: str,
 ) -> None:
-    monkeypatch.setattr(cli, "LARGEST_PROMPT", 100)
+    monkeypatch.setattr(cli, "MAX_PROMPT", 100)
     pipe(monkeypatch, data)
     refused(run(capsys, artifact), Exit.USAGE, message, "")
 
@@ -439,12 +441,12 @@ def test_a_plan_from_disturbed_figures_is_said_so_once_the_machine_is_quieter(
     plan = replace(stored.plan, machine=machine)
 
     def said(share: float, others_now: float, measured_on: str = machine) -> bool:
-        profile = replace(stored.profile, machine=measured_on, others_cpu_share=share)
+        profile = replace(stored.profile, machine=measured_on, background_cpu_share=share)
         write_json(copied, "plan.json", plan)
         write_json(copied, "profile.json", profile)
         listed = stored.manifest
         write_manifest(copied, listed.producer, listed.parts, listed.substitutes, {})
-        monkeypatch.setattr(opening, "others_share", lambda start, end: others_now)
+        monkeypatch.setattr(opening, "background_cpu_share", lambda start, end: others_now)
         ended = run(capsys, copied, *words)
         assert ended.exit_code == 0
         note = "note: other programs used 43% of the CPUs while this plan was measured"

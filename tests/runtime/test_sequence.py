@@ -15,18 +15,18 @@ from torch import Tensor
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format.store import Artifact
-from subspec.artifacts.plan import Method, calls_for
+from subspec.artifacts.plan import Method, split_rows
 from subspec.planner.model.hub import DEMO
 from subspec.runtime import decode
 from subspec.runtime import sequence as sequences
 from subspec.runtime.decode import Round
-from subspec.runtime.draft.beam import DraftPass, Growing, TokenTree
-from subspec.runtime.draft.drafter import SubstituteDrafter, Turn
+from subspec.runtime.draft.beam import DraftPass, PartialTree, TokenTree
+from subspec.runtime.draft.drafter import DecodeState, SubstituteDrafter
 from subspec.runtime.engine import Engine, OpenOptions
-from subspec.runtime.exact_pass import Model, Piece
+from subspec.runtime.exact_pass import Model, PrefillChunk
 from subspec.runtime.lossy import Lossy
 from subspec.runtime.model.cache import Cache, TreeSlots
-from subspec.runtime.model.sampling import Chooser, Sampling
+from subspec.runtime.model.sampling import Sampler, SamplingParams
 from subspec.runtime.sequence import GenerationParams
 
 PROMPT = list(range(10, 50))
@@ -58,11 +58,11 @@ def test_a_prompt_that_continues_the_last_one_reuses_its_prefix(
     with Engine.open(artifact, OpenOptions(method)) as engine, engine.new_sequence() as sequence:
         first = generated(sequence, PROMPT, GenerationParams(20))
         generated(sequence, [*PROMPT, *first, 11, 12, 13], GenerationParams(5))
-        assert sequence.stats.reused_tokens == len(PROMPT) + len(first) - 1
+        assert sequence.stats.cached_tokens == len(PROMPT) + len(first) - 1
         generated(sequence, [*PROMPT[:10], 99], GenerationParams(5))
-        assert sequence.stats.reused_tokens == 10
+        assert sequence.stats.cached_tokens == 10
         generated(sequence, [*PROMPT[:10], 99], GenerationParams(5))
-        assert sequence.stats.reused_tokens == 10, "the last token is read again"
+        assert sequence.stats.cached_tokens == 10, "the last token is read again"
 
 
 def test_another_sequence_reuses_nothing_of_the_cache_that_it_gets(artifact: Artifact) -> None:
@@ -70,7 +70,7 @@ def test_another_sequence_reuses_nothing_of_the_cache_that_it_gets(artifact: Art
         expected = answer(engine, PROMPT, 5)
         with engine.new_sequence() as sequence:
             assert generated(sequence, PROMPT, GenerationParams(5)) == expected
-            assert sequence.stats.reused_tokens == 0
+            assert sequence.stats.cached_tokens == 0
 
 
 def test_reuse_gives_the_same_tokens_with_and_without_speculation(artifact: Artifact) -> None:
@@ -95,7 +95,7 @@ def test_generation_ends_at_an_end_of_text_inside_an_accepted_block(artifact: Ar
         tokens = answer(engine, PROMPT, 30)
         end = tokens[9]
         with engine.new_sequence() as sequence:
-            params = GenerationParams(30, end_tokens=frozenset([end]))
+            params = GenerationParams(30, stop_token_ids=frozenset([end]))
             ended = generated(sequence, PROMPT, params)
             assert ended == tokens[: tokens.index(end) + 1]
             assert sequence.finish_reason == "eos"
@@ -105,7 +105,7 @@ def test_generation_ends_at_an_end_of_text_inside_an_accepted_block(artifact: Ar
 def test_an_answer_may_be_its_end_token_alone(artifact: Artifact) -> None:
     with Engine.open(artifact) as engine, engine.new_sequence() as sequence:
         [first] = generated(sequence, PROMPT, GenerationParams(1))
-        params = GenerationParams(30, end_tokens=frozenset([first]))
+        params = GenerationParams(30, stop_token_ids=frozenset([first]))
         assert generated(sequence, PROMPT, params) == [first]
         assert sequence.finish_reason == "eos" and not engine.step()
 
@@ -115,7 +115,8 @@ def test_an_answer_may_be_its_end_token_alone(artifact: Artifact) -> None:
 def test_a_cut_ends_the_answer_and_only_what_is_kept_is_committed(
     num_kept: int, method: Method, artifact: Artifact
 ) -> None:
-    """`cut` sees every token once, in order, and answers for those that it was asked about."""
+    """`stopping_criteria` sees every token once, in order, and answers for those that it
+    was asked about."""
     seen = list[int]()
 
     def cut(tokens: Many[int]) -> int | None:
@@ -126,7 +127,7 @@ def test_a_cut_ends_the_answer_and_only_what_is_kept_is_committed(
     with Engine.open(artifact, OpenOptions(method)) as engine:
         tokens = answer(engine, PROMPT, 30)
         with engine.new_sequence() as sequence:
-            kept = generated(sequence, PROMPT, GenerationParams(30, cut=cut))
+            kept = generated(sequence, PROMPT, GenerationParams(30, stopping_criteria=cut))
             assert kept == tokens[:num_kept] and seen == tokens[: len(seen)]
             assert sequence.finish_reason == "stop"
             assert sequence.stats.generated_tokens == num_kept
@@ -137,7 +138,7 @@ def test_a_cut_ends_the_answer_and_only_what_is_kept_is_committed(
 
 def test_a_cut_beyond_what_it_was_asked_about_keeps_that(artifact: Artifact) -> None:
     with Engine.open(artifact) as engine, engine.new_sequence() as sequence:
-        params = GenerationParams(30, cut=lambda tokens: 1000)
+        params = GenerationParams(30, stopping_criteria=lambda tokens: 1000)
         assert len(generated(sequence, PROMPT, params)) == 1
         assert sequence.finish_reason == "stop"
 
@@ -145,8 +146,12 @@ def test_a_cut_beyond_what_it_was_asked_about_keeps_that(artifact: Artifact) -> 
 @pytest.mark.parametrize("count", [0, -1])
 def test_a_cut_that_keeps_nothing_is_refused(count: int, artifact: Artifact) -> None:
     with Engine.open(artifact) as engine, engine.new_sequence() as sequence:
-        params = GenerationParams(30, cut=lambda tokens: count if len(tokens) > 1 else None)
-        with pytest.raises(SubspecError, match=f"cut returned {count}, expected 1 or more"):
+        params = GenerationParams(
+            30, stopping_criteria=lambda tokens: count if len(tokens) > 1 else None
+        )
+        with pytest.raises(
+            SubspecError, match=f"stopping_criteria returned {count}, expected 1 or more"
+        ):
             generated(sequence, PROMPT, params)
         assert not engine.step() and sequence.finish_reason is None
 
@@ -166,13 +171,13 @@ def test_the_time_to_commit_a_round_is_part_of_it(
     artifact: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Delta nets replay what is kept: speeds and predictions would leave that out."""
-    real = sequences.keep
+    real = sequences.commit_round
 
-    def slow(turn: Turn, done: Round, num_tokens: int) -> None:
+    def slow(state: DecodeState, done: Round, num_tokens: int) -> None:
         time.sleep(0.02)
-        real(turn, done, num_tokens)
+        real(state, done, num_tokens)
 
-    monkeypatch.setattr(sequences, "keep", slow)
+    monkeypatch.setattr(sequences, "commit_round", slow)
     with Engine.open(artifact, OpenOptions("plain")) as engine, engine.new_sequence() as sequence:
         generated(sequence, [3, 4, 5], GenerationParams(4))
         assert sequence.stats.decode_seconds > 3 * 0.02
@@ -218,7 +223,7 @@ def test_a_prompt_that_cannot_be_read_is_refused_and_changes_nothing(
             assert caught.value.exit_code == Exit.USAGE
             while engine.step():
                 pass
-            assert sequence.take_fresh() == expected
+            assert sequence.take_new_tokens() == expected
 
 
 # Drafts
@@ -234,20 +239,20 @@ def test_drafted_tokens_behind_the_end_of_the_answer_are_not_counted_as_accepted
         for drafted, accepted in zip(stats.drafted, stats.accepted, strict=True):
             assert drafted == min(depth, left - 1) and accepted <= drafted
             left -= accepted + 1
-        assert stats.first_of_engine and left == 0
+        assert stats.includes_digest_check and left == 0
         assert stats.drafted_levels == sum(stats.drafted)
         ends = frozenset([tokens[9]])
-        *_, last = sequence.generate(PROMPT, GenerationParams(30, end_tokens=ends))
+        *_, last = sequence.generate(PROMPT, GenerationParams(30, stop_token_ids=ends))
         assert sequence.stats.accepted[-1] == len(last) < sequence.stats.drafted[-1]
-        assert not sequence.stats.first_of_engine
+        assert not sequence.stats.includes_digest_check
 
 
 @pytest.mark.parametrize("width", [1, 3])
 @pytest.mark.parametrize(
-    "sampling", [Sampling(), Sampling(temperature=0.8, top_p=0.9, seed=3)], ids=str
+    "sampling", [SamplingParams(), SamplingParams(temperature=0.8, top_p=0.9, seed=3)], ids=str
 )
 def test_drafts_that_end_early_change_no_token(
-    width: int, sampling: Sampling, artifact: Artifact
+    width: int, sampling: SamplingParams, artifact: Artifact
 ) -> None:
     said, levels = [], []
     widths = widths_here(artifact.spec, "cpu", 1 + width * 7)
@@ -275,7 +280,7 @@ def drafted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     def counted(self: SubstituteDrafter, caches: Many[Cache], slots: Many[TreeSlots]) -> DraftPass:
         draft_pass = real(self, caches, slots)
 
-        def run(growing: Many[Growing]) -> torch.Tensor:
+        def run(growing: Many[PartialTree]) -> torch.Tensor:
             [one] = growing
             depths.append(int(one.tree.depths[one.last.nodes[0]]))
             return draft_pass(growing)
@@ -316,13 +321,13 @@ def verified(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         model: Model,
         trees: Many[TokenTree],
         calls: Many[int],
-        turns: Many[Turn],
-        pieces: Many[Piece],
+        states: Many[DecodeState],
+        chunks: Many[PrefillChunk],
     ) -> Any:
         if trees:
             assert sum(len(tree.tokens) for tree in trees) == sum(calls)
             rows.append(tuple(calls))
-        return real(model, trees, calls, turns, pieces)
+        return real(model, trees, calls, states, chunks)
 
     monkeypatch.setattr(decode, "exact_outputs", counted)
     return rows
@@ -345,7 +350,7 @@ def test_a_verification_is_as_wide_as_its_drafts_need_together(
             pairs = zip(alone.stats.drafted, other.stats.drafted, strict=False)
         # The first rows of the second prompt have no draft beside them.
         together = [2 + 2 * sum(pair) for pair in pairs]
-        expected = [tuple(calls_for(chosen.plan.prompt_widths, rows)) for rows in together]
+        expected = [tuple(split_rows(chosen.plan.prompt_widths, rows)) for rows in together]
         assert verified[: len(expected)] == expected and max(together) > 16
     verified.clear()
     with Engine.open(chosen, OpenOptions("plain")) as engine:
@@ -382,8 +387,8 @@ def test_a_long_prompt_streams_the_weights_once(artifact: Artifact) -> None:
 def test_prompts_in_several_streams_give_the_same_tokens(artifact: Artifact) -> None:
     prompt = [5 + i % 900 for i in range(200)]
     answers = []
-    for prefill_tokens in (256, 64):
-        plan = replace(artifact.plan, prefill_tokens=prefill_tokens)
+    for prefill_chunk_tokens in (256, 64):
+        plan = replace(artifact.plan, prefill_chunk_tokens=prefill_chunk_tokens)
         with Engine.open(replace(artifact, plan=plan)) as engine:
             answers.append(answer(engine, prompt, 10))
     assert answers[0] == answers[1]
@@ -441,7 +446,7 @@ def test_another_answer_ends_the_one_before_and_is_not_ended_by_it(artifact: Art
         sequence.begin(PROMPT, GenerationParams(20))
         while engine.step():
             pass
-        assert sequence.take_fresh() == expected
+        assert sequence.take_new_tokens() == expected
 
 
 def test_a_closed_sequence_answers_no_more(artifact: Artifact) -> None:
@@ -461,7 +466,7 @@ def test_a_closed_sequence_answers_no_more(artifact: Artifact) -> None:
                 assert caught.value.exit_code == Exit.USAGE
             while engine.step():
                 pass
-            assert sequence.take_fresh() == expected
+            assert sequence.take_new_tokens() == expected
 
 
 @pytest.mark.parametrize("lossy", [None, Lossy("prob", 0.3, 2)], ids=["exact", "lossy"])
@@ -469,15 +474,17 @@ def test_a_verification_that_failed_is_done_again_with_the_same_penalties(
     artifact: Artifact, monkeypatch: pytest.MonkeyPatch, lossy: Lossy | None
 ) -> None:
     """What it had walked ahead of is taken back."""
-    how = GenerationParams(24, Sampling(presence_penalty=1.5, frequency_penalty=0.7), lossy=lossy)
-    prompt, real, left = [*range(40, 60)], Chooser.choose, 0
+    how = GenerationParams(
+        24, SamplingParams(presence_penalty=1.5, frequency_penalty=0.7), lossy=lossy
+    )
+    prompt, real, left = [*range(40, 60)], Sampler.sample, 0
 
-    def choose(chooser: Chooser, logits: Tensor, position: int) -> int:
+    def choose(sampler: Sampler, logits: Tensor, position: int) -> int:
         nonlocal left
         left -= 1
         if left in (10, 5, 0):
             raise MemoryError
-        return real(chooser, logits, position)
+        return real(sampler, logits, position)
 
     with Engine.open(artifact) as engine:
         with engine.new_sequence() as sequence:
@@ -486,13 +493,13 @@ def test_a_verification_that_failed_is_done_again_with_the_same_penalties(
             sequence.begin(prompt, how)
             engine.step()
             left, num_failed = 16, 0
-            monkeypatch.setattr(Chooser, "choose", choose)
+            monkeypatch.setattr(Sampler, "sample", choose)
             while sequence.finish_reason is None:
                 try:
                     engine.step()
                 except MemoryError:
                     num_failed += 1
-            assert sequence.take_fresh() == expected and num_failed == 3
+            assert sequence.take_new_tokens() == expected and num_failed == 3
 
 
 def test_a_prompt_that_is_interrupted_is_read_again(
@@ -500,7 +507,7 @@ def test_a_prompt_that_is_interrupted_is_read_again(
 ) -> None:
     """In the middle of a layer, after a part of the prompt was committed."""
     prompt = [5 + i % 900 for i in range(200)]
-    plan = replace(replan(artifact, resident_share=0.3).plan, prefill_tokens=64)
+    plan = replace(replan(artifact, resident_share=0.3).plan, prefill_chunk_tokens=64)
     with Engine.open(replace(artifact, plan=plan)) as engine, engine.new_sequence() as sequence:
         expected = generated(sequence, prompt, GenerationParams(10))
         sequence.cache.roll_back(0)
@@ -517,6 +524,6 @@ def test_a_prompt_that_is_interrupted_is_read_again(
             patch.setattr(Cache, "write", write)
             with pytest.raises(KeyboardInterrupt):
                 generated(sequence, prompt, GenerationParams(10))
-        assert not engine.step() and sequence.take_fresh() == []
+        assert not engine.step() and sequence.take_new_tokens() == []
         assert generated(sequence, prompt, GenerationParams(10)) == expected
-        assert 0 < sequence.stats.reused_tokens < 200
+        assert 0 < sequence.stats.cached_tokens < 200

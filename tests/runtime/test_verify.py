@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from subspec.artifacts.plan import Tree
-from subspec.runtime.draft.beam import Growing, TokenTree, grow, root_only
-from subspec.runtime.verify import accept, walk
+from subspec.runtime.draft.beam import PartialTree, TokenTree, grow, root_only
+from subspec.runtime.verify import accept, accept_sequentially
 
 V = 11  # vocabulary
 
@@ -16,7 +16,7 @@ V = 11  # vocabulary
 def random_tree(seed: int, width: int, depth: int, padded: int = 40) -> TokenTree:
     table = torch.randn(V, V, generator=torch.Generator().manual_seed(seed)) * 3
 
-    def draft(growing: Sequence[Growing]) -> Tensor:
+    def draft(growing: Sequence[PartialTree]) -> Tensor:
         [one] = growing
         return table[one.tree.tokens[one.last.nodes]]
 
@@ -33,16 +33,16 @@ def test_acceptance_on_the_device_equals_the_walk_from_the_root(seed: int) -> No
     for node in range(1, tree.num_nodes):  # a target that likes the draft: long paths happen
         if torch.rand(1, generator=generator) < 0.7:
             choices[tree.parents[node]] = tree.tokens[node]
-    verdict, asked = accept(tree, choices, depth), list[tuple[int, int]]()
+    verification, asked = accept(tree, choices, depth), list[tuple[int, int]]()
 
     def choose(node: int, level: int) -> int:
         asked.append((node, level))
         return int(choices[node])
 
-    walked = walk(tree, choose, depth)
-    expected = walked.emitted()
-    assert verdict.emitted() == expected
-    path = verdict.path[: len(expected)].tolist()
+    walked = accept_sequentially(tree, choose, depth)
+    expected = walked.tokens()
+    assert verification.tokens() == expected
+    path = verification.path[: len(expected)].tolist()
     assert walked.path.tolist() == path + [0] * (depth + 1 - len(path))
     assert asked == [(node, level) for level, node in enumerate(path)], "no other choice is made"
     assert [tree.depths[node] for node in path] == list(range(len(expected)))
@@ -53,13 +53,13 @@ def test_a_target_that_never_agrees_still_emits_its_own_token() -> None:
     tree = random_tree(3, width=2, depth=4)
     children = set(tree.tokens[1:3].tolist())
     other = next(token for token in range(V) if token not in children)
-    assert accept(tree, torch.full((40,), other), 4).emitted() == [other]
+    assert accept(tree, torch.full((40,), other), 4).tokens() == [other]
 
 
 def test_padding_rows_are_never_accepted() -> None:
     root = torch.tensor([6])
     choices = torch.full((16,), 6)  # padding rows carry the root's token
-    assert accept(root_only(root, 16), choices, 5).emitted() == [6]
+    assert accept(root_only(root, 16), choices, 5).tokens() == [6]
 
 
 def test_a_tree_that_is_less_deep_than_the_plans_is_accepted_as_far_as_it_goes() -> None:
@@ -69,5 +69,5 @@ def test_a_tree_that_is_less_deep_than_the_plans_is_accepted_as_far_as_it_goes()
     choices[path[:-1]] = tree.tokens[path[1:]]
     choices[path[-1]] = 9
     expected = [*tree.tokens[path[1:]].tolist(), 9]
-    assert accept(tree, choices, 6).emitted() == expected
-    assert walk(tree, lambda node, level: int(choices[node]), 6).emitted() == expected
+    assert accept(tree, choices, 6).tokens() == expected
+    assert accept_sequentially(tree, lambda node, level: int(choices[node]), 6).tokens() == expected

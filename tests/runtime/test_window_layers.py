@@ -17,9 +17,9 @@ from subspec.artifacts.plan import Placement
 from subspec.runtime.draft.drafter import SubstituteDrafter
 from subspec.runtime.engine import Engine, OpenOptions
 from subspec.runtime.kernels import int4
-from subspec.runtime.model.sampling import Sampling
+from subspec.runtime.model.sampling import SamplingParams
 from subspec.runtime.sequence import GenerationParams, Stats
-from subspec.runtime.server.prefixes import PrefixCache
+from subspec.runtime.server.prefix_cache import PrefixCache
 
 CASES = {
     "gemma3": {"case": "gemma3_text, as the hub has it", "num_hidden_layers": 3},
@@ -28,7 +28,7 @@ CASES = {
 }
 TREES = {"gemma3": (2, 5), "gemma4": (1, 9), "mistral": (3, 3)}
 CONTEXT = 512  # of which layers with windows of 20 tokens keep 128, and have room for 320
-SEEDED = Sampling(temperature=0.8, top_k=0, top_p=0.95, seed=7)
+SEEDED = SamplingParams(temperature=0.8, top_k=0, top_p=0.95, seed=7)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -94,7 +94,7 @@ def bf16_artifact(case: str, folder: Path, **settings: Any) -> Artifact:
     ["gemma4", *(pytest.param(one, marks=pytest.mark.slow) for one in ("gemma3", "mistral"))],
 )
 def test_turns_that_reuse_a_cache_say_what_fresh_ones_say(case: str, tmp_path: Path) -> None:
-    """Of a bf16 draft in company: a next turn, the same prompt again, and a turn that was edited
+    """Of a bf16 draft in a batch: a next turn, the same prompt again, and a turn that was edited
     further back than the windows are kept."""
     artifact = bf16_artifact(case, tmp_path, num_sequences=2, resident_share=1.0)
     text, said, reused = prompt_of(350), list[tuple[list[int], int, list[int]]](), list[int]()
@@ -105,7 +105,7 @@ def test_turns_that_reuse_a_cache_say_what_fresh_ones_say(case: str, tmp_path: P
             text = text[:kept] + prompt_of(more, seed=more)
             tokens = generated(sequence, text, GenerationParams(count, SEEDED))
             said.append((text, count, tokens))
-            reused.append(sequence.stats.reused_tokens)
+            reused.append(sequence.stats.cached_tokens)
             text = text + tokens
     assert reused[1] >= 388 and reused[3] == 0
     with Engine.open(keeping_all(artifact), OpenOptions("plain")) as engine:
@@ -162,6 +162,6 @@ def test_idle_prefixes_come_back_with_their_windows(tmp_path: Path) -> None:
         assert prefix is not None and count == held
         prefixes.restore(prefix, count, sequence)
         got = generated(sequence, following, GenerationParams(30, SEEDED))
-        assert sequence.stats.reused_tokens == held
+        assert sequence.stats.cached_tokens == held
         sequence.close()
         assert got == answer(engine, following, 30, SEEDED)

@@ -11,7 +11,7 @@ from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.plan import Method
 from subspec.runtime.draft.drafter import SubstituteDrafter
 from subspec.runtime.engine import Engine, OpenOptions
-from subspec.runtime.model.sampling import Sampling
+from subspec.runtime.model.sampling import SamplingParams
 
 PROMPT = [*range(40, 60)]
 USUAL = {"width": 1, "depth": 6, "resident_share": 0.3, "context": 512, "device": "cuda"}
@@ -21,7 +21,7 @@ def answered(
     artifact: Artifact,
     num_tokens: int,
     options: OpenOptions | None = None,
-    sampling: Sampling | None = None,
+    sampling: SamplingParams | None = None,
     prompt: list[int] | None = None,
     **plan: Any,
 ) -> tuple[list[int], Simulation]:
@@ -31,7 +31,7 @@ def answered(
         chosen = replan(artifact, **{**USUAL, **plan})
         with Engine.open(chosen, options) as engine:
             said = answer(engine, prompt or PROMPT, num_tokens, sampling)
-            assert engine.missing_graphs is None, engine.missing_graphs
+            assert engine.missing_graphs_reason is None, engine.missing_graphs_reason
     assert not simulation.races, simulation.races
     assert not simulation.registered, "host memory stays registered"
     return said, simulation

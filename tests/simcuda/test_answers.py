@@ -20,11 +20,11 @@ from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.model import Encoding
 from subspec.artifacts.plan import Method
 from subspec.runtime.engine import Engine, OpenOptions
-from subspec.runtime.model.sampling import Sampling
+from subspec.runtime.model.sampling import SamplingParams
 from subspec.runtime.sequence import GenerationParams
 
 Demo = Callable[[Encoding], Artifact]
-SEEDED = Sampling(temperature=0.8, seed=3)
+SEEDED = SamplingParams(temperature=0.8, seed=3)
 KINDS = {
     "full attention, half precision": ("demo", torch.float16),
     "full attention, f32": ("demo", torch.float32),
@@ -44,9 +44,9 @@ def assert_lossless(artifact: Artifact, num_tokens: int, **plan: Any) -> None:
         with simulated() as gpus:
             chosen = replan(artifact, **{**USUAL, "width": 2, "depth": 4, **plan})
             with Engine.open(chosen, OpenOptions(method)) as engine:
-                for sampling in (Sampling(), SEEDED):
+                for sampling in (SamplingParams(), SEEDED):
                     said.append(answer(engine, PROMPT, num_tokens, sampling))
-                assert engine.missing_graphs is None
+                assert engine.missing_graphs_reason is None
         assert not gpus.races and not gpus.registered
     assert said[:2] == said[2:]
     assert all(len(tokens) == num_tokens for tokens in said)
@@ -74,7 +74,7 @@ def test_a_drafted_answer_is_the_plain_one_of_every_kind_of_layer(
     assert_lossless(artifact, 14, context=256)
 
 
-def waits_of_a_round(gpus: Simulation, engine: Engine, sampling: Sampling) -> Counter[str]:
+def waits_of_a_round(gpus: Simulation, engine: Engine, sampling: SamplingParams) -> Counter[str]:
     """Of the host, by kind, once levels are replayed."""
     with engine.new_sequence() as sequence:
         sequence.begin(PROMPT, GenerationParams(60, sampling))
@@ -95,7 +95,7 @@ def test_a_round_waits_for_a_few_numbers_alone(demo: Demo) -> None:
         with simulated() as gpus:
             chosen = replan(demo(encoding), **USUAL)  # type: ignore[arg-type]
             with Engine.open(chosen, OpenOptions("substitute")) as engine:
-                waits = waits_of_a_round(gpus, engine, Sampling())
+                waits = waits_of_a_round(gpus, engine, SamplingParams())
         assert waits.pop("event.synchronize", 0) <= 40  # past ones, to add up how long they took
         assert waits == {
             "copy from the host": 1,
@@ -130,7 +130,7 @@ def test_levels_of_a_company_have_no_more_kernels_than_the_ledger_counts_for_all
                 sequence.begin([7 + index] * 20, GenerationParams(24))
             for _ in range(3):
                 engine.step()
-            assert engine.missing_graphs is None
+            assert engine.missing_graphs_reason is None
             assert_counted(engine, num_sequences=3)
     assert not gpus.races
 

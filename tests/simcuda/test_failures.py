@@ -178,7 +178,7 @@ def test_levels_are_captured_on_each_of_two_gpus(gpus: Simulation, demo: Demo) -
         chosen = planned(demo)
         with Engine.open(chosen, OpenOptions("substitute", device=device)) as engine:
             said.append(answer(engine, PROMPT, 12))
-            assert engine.missing_graphs is None
+            assert engine.missing_graphs_reason is None
             [graphs] = captured_levels(engine).values()
             assert {graph.graph.stream.device for graph in graphs} == {torch.device(device)}
         torch.cuda.set_device(0)
@@ -202,7 +202,7 @@ def test_engines_on_two_gpus_decode_in_turns_in_one_thread(
             sequence.begin(PROMPT, GenerationParams(NUM_TOKENS))
         while [engine for engine, _ in sequences if engine.step()]:
             pass
-        said = [sequence.take_fresh() for _, sequence in sequences]
+        said = [sequence.take_new_tokens() for _, sequence in sequences]
     assert said[0] == said[1] and len(said[0]) == NUM_TOKENS
 
 

@@ -33,7 +33,7 @@ from subspec.planner.planning import DraftModelRef
 from subspec.planner.rehearse.rehearsal import AT_ONCE, HEAD_TREES
 from subspec.planner.rehearse.replay import WIDTHS
 from subspec.runtime import load
-from subspec.runtime.draft import checked, drafter
+from subspec.runtime.draft import drafter, hierarchical
 from subspec.runtime.draft.substitutes import Substitutes
 from subspec.runtime.engine import Engine, OpenOptions
 from subspec.runtime.kernels import gemlite_kernel
@@ -164,7 +164,7 @@ def test_nothing_is_tuned_or_compiled_in_an_answer_whoever_drafts(
 ) -> None:
     """Lookup, a draft model and a head propose more rows than a level has, and a draft model reads
     texts."""
-    for module in (checked, drafter):  # a text in which lookup finds as much as it may
+    for module in (hierarchical, drafter):  # a text in which lookup finds as much as it may
         monkeypatch.setattr(module, "continuation", lambda text, room: [7] * room)
     settings: dict[str, Any] = {"num_sequences": 2, "context": 512, "depth": 18}
     if opened == "eagle":
@@ -181,7 +181,7 @@ def test_nothing_is_tuned_or_compiled_in_an_answer_whoever_drafts(
     with Engine.open(chosen, OpenOptions(drafter=opened)) as engine:
         tuned, compiled = set(double.tuned), set(double.compiled)
         for name in (opened, *others):
-            engine.draft_with(name)
+            engine.set_drafter(name)
             double.rows.clear()
             assert answers_of_two(engine, [*range(40, 190)], 24) == 48
             if name.endswith("lookup"):
@@ -245,7 +245,7 @@ def answers_of_two(engine: Engine, prompt: list[int], num_tokens: int) -> int:
         sequence.begin(prompt, GenerationParams(num_tokens))
     while engine.step():
         pass
-    said = sum(len(sequence.take_fresh()) for sequence in sequences)
+    said = sum(len(sequence.take_new_tokens()) for sequence in sequences)
     for sequence in sequences:
         sequence.close()
     return said
@@ -255,7 +255,7 @@ def test_a_plan_for_columns_that_gemlite_would_read_beyond_is_refused(
     gpus: Simulation, double: Double, artifact: Artifact
 ) -> None:
     """It takes 256 columns at a time, and a NaN behind the grid would make every result one."""
-    odd = make_spec(inner_size=448)
+    odd = make_spec(intermediate_size=448)
     columns = [one.in_features for one in odd.linears if one.has_substitute]
     device = torch.device("cuda", 0)
     assert 448 in columns and unavailable(device, columns) == (

@@ -8,21 +8,21 @@ from simcuda.paper import MB, SPECS, paper_artifact, paper_engine
 from subspec.artifacts.footprint import graph_bytes
 from subspec.artifacts.plan import Method
 from subspec.runtime.engine import Engine
-from subspec.runtime.model.sampling import Sampling
+from subspec.runtime.model.sampling import SamplingParams
 from subspec.runtime.sequence import GenerationParams
 
-SAMPLED = Sampling(temperature=0.8, seed=3)
+SAMPLED = SamplingParams(temperature=0.8, seed=3)
 
 
 def decode_at(engine: Engine, length: int, num_tokens: int = 4) -> None:
-    """The last piece of a prompt of so many tokens, and a few rounds: the last ones replay what was
+    """The last chunk of a prompt of so many tokens, and a few rounds: the last ones replay what was
     captured."""
     with engine.new_sequence() as sequence:
-        sequence.cache.commit([5] * max(0, length - engine.plan.prefill_tokens))
+        sequence.cache.commit([5] * max(0, length - engine.plan.prefill_chunk_tokens))
         params = GenerationParams(num_tokens, SAMPLED)
         for _ in sequence.generate([5] * length, params):
             pass
-    assert engine.missing_graphs is None
+    assert engine.missing_graphs_reason is None
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_what_passes_take_beside_the_arenas_is_within_the_ledger(
         room = ledger.workspace + ledger.guard
         print(
             f"{name}, {budget_gb} GB, {method}, tree {plan.tree.width}x{plan.tree.depth}, "
-            f"context {plan.context}, prefill {plan.prefill_tokens}: beside the arenas "
+            f"context {plan.context}, prefill {plan.prefill_chunk_tokens}: beside the arenas "
             f"{room / MB:.0f} MB, graphs {graphs / MB:.0f}, reserved {taken / MB:.0f}"
         )
         assert taken + graphs <= room

@@ -92,7 +92,7 @@ def test_plans_are_measured_and_run_with_sums_in_f32_and_without_cudnns_attentio
     def nothing_is_timed(*_: object) -> NoReturn:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(measure, "slow_tier", nothing_is_timed)
+    monkeypatch.setattr(measure, "open_slow_memory", nothing_is_timed)
     with simulated():
         assert allowed() == [True] * 3
         with pytest.raises(KeyboardInterrupt):

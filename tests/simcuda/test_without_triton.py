@@ -20,7 +20,7 @@ from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format import fp8
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.model import Encoding, Part
-from subspec.planner.machine.residual_rate import decode_rate
+from subspec.planner.machine.residual_rate import decoded_weights_per_second
 from subspec.runtime.engine import Engine, OpenOptions
 from subspec.runtime.kernels import gemlite_kernel, triton_driver
 from subspec.runtime.stream.residual_decoder import ResidualDecoder
@@ -110,7 +110,7 @@ def test_answers_are_the_plain_ones_without_triton_and_the_engine_says_why(demo:
     chosen, said = replan(demo("raw"), **{**USUAL, "width": 2, "depth": 3}), []
     for how in (OpenOptions("substitute"), OpenOptions("plain")):
         with Engine.open(chosen, how) as engine:
-            assert engine.plain_attention == "there is no C compiler"
+            assert engine.slow_attention_reason == "there is no C compiler"
             said.append(answer(engine, PROMPT, 8))
     assert said[0] == said[1] and len(said[0]) == 8
 
@@ -128,7 +128,7 @@ def test_planning_without_triton_finds_no_decoder_and_no_gemlite(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(gemlite_kernel, "is_installed", lambda: True)
-    assert decode_rate(make_spec(), GPU, "aten", "residual") == 0.0
+    assert decoded_weights_per_second(make_spec(), GPU, "aten", "residual") == 0.0
     assert gemlite_kernel.unavailable(GPU, [256]) == "there is no C compiler"
 
 
@@ -143,4 +143,4 @@ def test_fp8_codes_are_multiplied_out_without_triton() -> None:
     none_bad = torch.zeros(1, dtype=torch.int32, device=GPU)
     decoder = ResidualDecoder({}, {linear.name: there}, scratch, torch.bfloat16, 1, none_bad)
     got = decoder.decode(part, weight[96:].cuda().view(torch.float8_e4m3fn))
-    assert torch.equal(got.cpu(), fp8.widen(weight, scales)[96:])
+    assert torch.equal(got.cpu(), fp8.dequantize(weight, scales)[96:])

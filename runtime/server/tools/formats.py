@@ -13,7 +13,7 @@ from subspec.runtime.server.tools.gemma_calls import gemma_call
 from subspec.runtime.server.tools.json_calls import bare_calls, json_calls, mistral_calls
 from subspec.runtime.server.tools.xml_calls import FUNCTION, xml_call
 
-MOST_CLOSING = 64  # characters between a call and its end mark
+MAX_CLOSING = 64  # characters between a call and its end mark
 Kind = Literal["hermes", "xml", "llama", "mistral list", "mistral args", "gemma", "function gemma"]
 
 
@@ -98,6 +98,6 @@ def read_call(form: ToolFormat, begin: str, feed: TextFeed, calls: Calls) -> Wai
 
 def take_end(feed: TextFeed, end: str) -> Wait:
     """Takes the end mark, and a bracket too many before it, if it comes."""
-    count = yield from feed.length_of(SPACE + "}]", MOST_CLOSING)
+    count = yield from feed.length_of(SPACE + "}]", MAX_CLOSING)
     if (yield from feed.begins(end, beyond=count)) is not None:
         feed.take(count + len(end))

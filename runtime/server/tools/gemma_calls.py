@@ -6,16 +6,16 @@ from collections.abc import Callable, Generator
 
 from subspec.runtime.server.tools.calls import Calls
 from subspec.runtime.server.tools.feed import Emit, Malformed, TextFeed, Wait
-from subspec.runtime.server.tools.json_text import DEEPEST, as_json, json_value, strict_json
+from subspec.runtime.server.tools.json_text import MAX_DEPTH, as_json, json_value, strict_json
 
-LONGEST_NAME = 256
-LONGEST_WORD = 4096  # of a number, true, false, null or a string without quotes
+MAX_NAME = 256
+MAX_WORD = 4096  # of a number, true, false, null or a string without quotes
 
 
 def gemma_call(feed: TextFeed, calls: Calls, quote: str) -> Wait:
     """Raises Malformed."""
     yield from feed.expect("call:")
-    name = yield from feed.word("{\n", LONGEST_NAME)
+    name = yield from feed.word("{\n", MAX_NAME)
     yield from feed.begins("{")
     calls.start(name.strip())
     yield from members(feed, calls.arguments, quote, 1)
@@ -63,7 +63,7 @@ def member_name(feed: TextFeed, quote: str) -> Generator[None, None, str]:
     """A key: bare, or in either kind of quotes. Its colon is taken."""
     mark = yield from feed.begins(quote, '"')
     if mark is None:
-        key = (yield from feed.word(":{},", LONGEST_NAME)).strip()
+        key = (yield from feed.word(":{},", MAX_NAME)).strip()
     else:
         feed.take(len(mark))
         pieces: list[str] = []
@@ -77,7 +77,7 @@ def member_name(feed: TextFeed, quote: str) -> Generator[None, None, str]:
 
 
 def value(feed: TextFeed, emit: Emit, quote: str, depth: int) -> Wait:
-    if depth > DEEPEST:
+    if depth > MAX_DEPTH:
         raise Malformed
     yield from feed.skip_space()
     kind = yield from feed.begins(quote, '"', "{", "[")
@@ -96,7 +96,7 @@ def value(feed: TextFeed, emit: Emit, quote: str, depth: int) -> Wait:
     elif kind == "[":
         yield from items(feed, emit, quote, depth + 1)
     else:
-        emit(json_of_word((yield from feed.word(",}]", LONGEST_WORD)).strip()))
+        emit(json_of_word((yield from feed.word(",}]", MAX_WORD)).strip()))
 
 
 def json_of_word(word: str) -> str:

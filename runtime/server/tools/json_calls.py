@@ -10,7 +10,7 @@ from subspec.runtime.server.tools.json_text import as_json, json_text, json_valu
 ARGUMENTS = ("arguments", "parameters")
 KEYS = ("name", "id", "type", "function", *ARGUMENTS)
 FENCES = ("```json", "```tool_code", "```tool_call", "```")
-LONGEST_KEY = 256
+MAX_KEY = 256
 
 
 def json_calls(feed: TextFeed, calls: Calls, must_be_offered: bool = False) -> Wait:
@@ -61,7 +61,7 @@ def json_call(feed: TextFeed, calls: Calls, must_be_offered: bool) -> Wait:
 
 def read_key(feed: TextFeed) -> Generator[None, None, str]:
     yield from feed.expect('"')
-    key = yield from feed.word('"\\', LONGEST_KEY)
+    key = yield from feed.word('"\\', MAX_KEY)
     yield from feed.expect('"')
     return key
 
@@ -103,10 +103,10 @@ def mistral_calls(feed: TextFeed, calls: Calls) -> Wait:
     if (yield from feed.begins("[", "{")) is not None:
         yield from json_calls(feed, calls)
         return
-    name = yield from feed.word("[{", LONGEST_KEY)
+    name = yield from feed.word("[{", MAX_KEY)
     if (yield from feed.begins("[CALL_ID]")) is not None:
         feed.take(len("[CALL_ID]"))
-        yield from feed.word("[{", LONGEST_KEY)
+        yield from feed.word("[{", MAX_KEY)
     if (yield from feed.begins("[ARGS]")) is not None:
         feed.take(len("[ARGS]"))
     yield from feed.skip_space()

@@ -8,9 +8,9 @@ from typing import Any
 
 from subspec.runtime.server.tools.feed import Emit, Malformed, TextFeed, Wait
 
-DEEPEST = 100  # objects and arrays within each other
+MAX_DEPTH = 100  # objects and arrays within each other
 CHUNK = 4096  # characters that are looked at together
-LONGEST_WORD = 64  # characters of a number
+MAX_WORD = 64  # characters of a number
 NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 WORDS = ("true", "false", "null")
 # Escapes in JSON: those of half a UTF-16 pair, which no text can have, are in the second group.
@@ -88,7 +88,7 @@ class JsonScanner:
                 self._state = state.removesuffix(" digits")
         elif state == "word":
             self._word += one
-            self.failed = len(self._word) > LONGEST_WORD
+            self.failed = len(self._word) > MAX_WORD
         elif one not in " \t\r\n":
             self._step_between(one)
 
@@ -110,7 +110,7 @@ class JsonScanner:
         elif state in ("value", "first value") and one in "{[":
             self._open.append(one)
             self._go("first key" if one == "{" else "first value")
-            self.failed = len(self._open) > DEEPEST
+            self.failed = len(self._open) > MAX_DEPTH
         elif state in ("value", "first value") and (one.isalnum() or one == "-"):
             self._word = one
             self._go("word")
@@ -162,7 +162,7 @@ def strict_json(text: str) -> Any:
         found = json.loads(without_halves(text), parse_float=_finite, parse_constant=_finite)
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    if is_deeper(found, DEEPEST):
+    if is_deeper(found, MAX_DEPTH):
         raise ValueError("nested too deeply")
     return found
 

@@ -4,14 +4,14 @@ from typing import Any
 
 JSONValue = Any
 Alternative = dict[str, JSONValue]  # `type` and `enum`, as far as a schema says them
-MOST_ALTERNATIVES = 1000  # of a value; of one with more nothing is known
-DEEPEST = 32  # references and alternatives within each other
+MAX_ALTERNATIVES = 1000  # of a value; of one with more nothing is known
+MAX_DEPTH = 32  # references and alternatives within each other
 
 
 def alternatives(schema: JSONValue, whole: JSONValue) -> list[Alternative]:
     """Of which a value fits one, with what $ref, allOf, anyOf and oneOf lead to. {}: it may be
     anything. whole: the schema in which references are looked up."""
-    return _alternatives(schema, whole, {}, DEEPEST)
+    return _alternatives(schema, whole, {}, MAX_DEPTH)
 
 
 def types_in(one: Alternative) -> frozenset[str]:
@@ -72,7 +72,7 @@ def _alternatives(
     said = {key: schema[key] for key in ("type", "enum") if key in schema}
     found = [said | ({"enum": [schema["const"]]} if "const" in schema else {})]
     for part in parts:
-        if len(found) * len(part) > MOST_ALTERNATIVES:
+        if len(found) * len(part) > MAX_ALTERNATIVES:
             return [{}]
         found = [one | other for one in found for other in part]
     return found

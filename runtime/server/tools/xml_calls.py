@@ -12,15 +12,15 @@ from subspec.runtime.server.tools.schema_types import alternatives, kinds_of, ty
 
 FUNCTION, PARAMETER = "<function=", "<parameter="
 END_FUNCTION, END_PARAMETER, END_CALL = "</function>", "</parameter>", "</tool_call>"
-LONGEST_NAME = 256
-MOST_SPACE = 64  # after a value, before the next tag
+MAX_NAME = 256
+MAX_SPACE = 64  # after a value, before the next tag
 
 
 def xml_call(feed: TextFeed, calls: Calls, must_be_offered: bool) -> Wait:
     """From <function= to </function>. must_be_offered: else it is no call. Raises Malformed before
     the name is certain; what fits no parameter after that ends the call."""
     yield from feed.expect(FUNCTION)
-    name = (yield from feed.word(">\n", LONGEST_NAME)).strip().strip("\"'")
+    name = (yield from feed.word(">\n", MAX_NAME)).strip().strip("\"'")
     yield from feed.expect(">")
     check_name(name)
     if must_be_offered and name not in calls.parameters:
@@ -30,7 +30,7 @@ def xml_call(feed: TextFeed, calls: Calls, must_be_offered: bool) -> Wait:
     properties = schema.get("properties")
     separator = "{"
     while True:
-        space = yield from feed.length_of(SPACE, MOST_SPACE)
+        space = yield from feed.length_of(SPACE, MAX_SPACE)
         tag = yield from feed.begins(PARAMETER, END_FUNCTION, beyond=space)
         if tag == PARAMETER:
             feed.take(space + len(PARAMETER))
@@ -51,7 +51,7 @@ def xml_call(feed: TextFeed, calls: Calls, must_be_offered: bool) -> Wait:
 
 
 def parameter_name(feed: TextFeed) -> Generator[None, None, str]:
-    name = yield from feed.word(">\n", LONGEST_NAME)
+    name = yield from feed.word(">\n", MAX_NAME)
     yield from feed.expect(">")
     return name.strip().strip("\"'")
 
@@ -100,7 +100,7 @@ def raw_value(feed: TextFeed, emit: Emit) -> Generator[None, None, bool]:
     while (yield from feed.until((END_PARAMETER,), emit)) is not None:
         after = len(END_PARAMETER)
         space = 0
-        while space < MOST_SPACE:
+        while space < MAX_SPACE:
             one = yield from feed.peek(1, after + space)
             if not one or one not in SPACE:
                 break

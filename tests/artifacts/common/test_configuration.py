@@ -134,7 +134,7 @@ def test_a_misspelt_variable_is_named_with_the_one_that_is_meant(
 def test_variables_of_all_commands_of_subspec_bench_are_known(
     capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("SUBSPEC_BENCH_SPEED_REPEATS", "2")
+    monkeypatch.setenv("SUBSPEC_BENCH_SPEED_REPETITIONS", "2")
     monkeypatch.setenv("SUBSPEC_BENCH_TASKS_CONFIG", "")
     assert printed(capsys, bench, "tasks", "--print-config")[2] == ""
     monkeypatch.setenv("SUBSPEC_BENCH_TASK_SEED", "2")

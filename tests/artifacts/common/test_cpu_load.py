@@ -13,9 +13,9 @@ import pytest
 from subspec.artifacts.common import cpu_load
 from subspec.artifacts.common.cpu_load import (
     CpuTimes,
+    background_cpu_share,
     busy_ticks,
     cpu_times,
-    others_share,
     usable_cpus,
 )
 
@@ -54,16 +54,16 @@ def test_the_share_of_others_is_what_was_busy_without_us(
     busy: float, own: float, share: float
 ) -> None:
     start, end = CpuTimes(5.0, 100.0, 3.0, 2), CpuTimes(15.0, 100.0 + busy, 3.0 + own, 2)
-    assert others_share(start, end) == pytest.approx(share)
+    assert background_cpu_share(start, end) == pytest.approx(share)
 
 
 def test_what_the_system_does_not_tell_counts_as_no_load(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_load, "STAT", Path("/nonexistent"))
     start = cpu_times()
-    assert start.num_cpus == 0 and others_share(start, cpu_times()) == 0
+    assert start.num_cpus == 0 and background_cpu_share(start, cpu_times()) == 0
     moment = CpuTimes(5.0, 100.0, 3.0, 2)
-    assert others_share(moment, moment) == 0
-    assert others_share(moment, CpuTimes(6.0, 0.0, 3.0, 1)) == 0, "CPUs were taken away"
+    assert background_cpu_share(moment, moment) == 0
+    assert background_cpu_share(moment, CpuTimes(6.0, 0.0, 3.0, 1)) == 0, "CPUs were taken away"
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_a_program_that_spins_on_our_cpu_is_seen() -> None:
         with spinning():
             start = cpu_times()
             time.sleep(0.5)
-            assert others_share(start, cpu_times()) > 0.5
+            assert background_cpu_share(start, cpu_times()) > 0.5
     finally:
         os.sched_setaffinity(0, allowed)
 

@@ -9,10 +9,10 @@ import pytest
 from subspec.artifacts.common import user_cache
 from subspec.artifacts.common.user_cache import (
     cache_problem,
-    cached_file,
-    keep_file,
-    kept_file,
-    kept_folder,
+    find_file,
+    find_on_disk,
+    readable_cache_dir,
+    store_file,
     user_cache_dir,
 )
 
@@ -47,7 +47,7 @@ def test_a_folder_is_the_users_own(ours: Path, open_umask: None) -> None:
 def test_a_folder_that_others_may_write_to_is_not_used(ours: Path, open_one: str) -> None:
     assert user_cache_dir("kernels") is not None
     (ours / open_one).chmod(0o775)
-    assert user_cache_dir("kernels") is None and kept_folder("kernels") is None
+    assert user_cache_dir("kernels") is None and readable_cache_dir("kernels") is None
     problem = cache_problem("kernels")
     assert problem is not None and problem.endswith("can be written by others (mode 775)")
 
@@ -56,7 +56,7 @@ def test_a_folder_of_another_user_is_not_used(ours: Path, monkeypatch: pytest.Mo
     assert user_cache_dir("kernels") is not None
     owner = os.getuid()
     monkeypatch.setattr(os, "getuid", lambda: owner + 1)
-    assert user_cache_dir("kernels") is None and kept_folder("kernels") is None
+    assert user_cache_dir("kernels") is None and readable_cache_dir("kernels") is None
     assert cache_problem("kernels") == (
         f"{ours} belongs to another user (id {owner}, expected {owner + 1})"
     )
@@ -65,12 +65,12 @@ def test_a_folder_of_another_user_is_not_used(ours: Path, monkeypatch: pytest.Mo
 def test_what_a_cache_holds_is_read_where_nothing_can_be_written(
     ours: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert keep_file("kernels/a.so", b"a")
+    assert store_file("kernels/a.so", b"a")
     access = os.access
     monkeypatch.setattr(os, "access", lambda path, how: not how & os.W_OK and access(path, how))
     assert user_cache_dir("kernels") is None
     assert cache_problem("kernels") == f"{ours / 'kernels'} is not writable"
-    assert kept_file("kernels/a.so") == ours / "kernels" / "a.so"
+    assert find_file("kernels/a.so") == ours / "kernels" / "a.so"
 
 
 def test_what_cannot_be_kept_is_held_in_memory(ours: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,14 +79,14 @@ def test_what_cannot_be_kept_is_held_in_memory(ours: Path, monkeypatch: pytest.M
 
     with monkeypatch.context() as patch:
         patch.setattr(user_cache, "put", full)
-        assert not keep_file("kernels/a.so", b"first")
+        assert not store_file("kernels/a.so", b"first")
     monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)
     for content in (b"first", b"second"):
-        held = kept_file("kernels/a.so")
+        held = find_file("kernels/a.so")
         assert held is not None and held.read_bytes() == content
-        assert cached_file("kernels/a.so") is None
-        assert not keep_file("kernels/a.so", b"second")
-    assert not keep_file("kernels/b.so", b"b") and kept_file("kernels/c.so") is None
+        assert find_on_disk("kernels/a.so") is None
+        assert not store_file("kernels/a.so", b"second")
+    assert not store_file("kernels/b.so", b"b") and find_file("kernels/c.so") is None
 
 
 def test_a_library_that_is_being_written_is_not_found_as_one(ours: Path) -> None:

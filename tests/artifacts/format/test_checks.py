@@ -49,19 +49,19 @@ SPEC = ModelSpec(
         ),
     ),
     norm=NormStyle(1e-6),
-    tied_head=True,
+    tie_word_embeddings=True,
 )
 EAGLE3_HEAD = DraftHead("eagle3", SPEC.layers[0], SPEC.norm)
 WITH_EAGLE3 = replace(SPEC, draft_head=EAGLE3_HEAD, eagle3=Eagle3((0, 1), vocab_size=32))
 RAW = [StoredPart(part, "raw", part.num_bytes) for part in SPEC.parts]
 CODED = [StoredPart(part, "residual", part.num_bytes // 2) for part in SPEC.parts]
-LARGEST_PART = max(part.padded_bytes for part in RAW)
-STREAMING = Placement((), (), LARGEST_PART, 2, Ledger(staging=2 * LARGEST_PART, cache=1000))
+MAX_PART = max(part.padded_bytes for part in RAW)
+STREAMING = Placement((), (), MAX_PART, 2, Ledger(staging=2 * MAX_PART, cache=1000))
 PLAN = Plan(
-    device="cpu", machine="test", budget_bytes=2 * LARGEST_PART + 1000, context=100,
+    device="cpu", machine="test", budget_bytes=2 * MAX_PART + 1000, context=100,
     num_sequences=1, method="substitute", tree=Tree(2, 3), verify_widths=(3, 7),
     prompt_widths=(3, 7), num_threads=1,
-    int4_kernel="aten", prefill_tokens=64, residuals=(), predicted={},
+    int4_kernel="aten", prefill_chunk_tokens=64, residuals=(), predicted={},
     placements={"substitute": STREAMING, "plain": STREAMING},
     acceptance=Acceptance((Curve(2, 0.0, "code", 2, 10, (10, 9), (6, 3)),), measured=True),
 )  # fmt: skip
@@ -141,11 +141,11 @@ WRONG_MODELS: dict[str, dict[str, Any]] = {
     "one name for two norms": in_dense_block(before="input_layernorm"),
     "a norm with a path for a name": in_dense_block(after="../norm"),
     "a body without a name": in_dense_block(body=replace(DENSE, name="")),
-    "no inner size": in_dense_block(body=replace(DENSE, inner_size=0)),
+    "no inner size": in_dense_block(body=replace(DENSE, intermediate_size=0)),
     "negative size": {"hidden_size": -64},
     "huge vocabulary": {"vocab_size": 10**12},
     "huge product": {
-        "layers": in_dense_block(body=replace(DENSE, inner_size=1 << 20))["layers"] * 9999,
+        "layers": in_dense_block(body=replace(DENSE, intermediate_size=1 << 20))["layers"] * 9999,
         "hidden_size": 1 << 20,
     },
     "heads that do not divide": in_attention(num_heads=3),
@@ -155,7 +155,7 @@ WRONG_MODELS: dict[str, dict[str, Any]] = {
     "queries that grow at no position": in_attention(query_growth=QueryGrowth(0.1, 0)),
     "epsilon": {"norm": NormStyle(0.0)},
     "norms around zero that round early": {"norm": NormStyle(1e-6, zero_centered=True)},
-    "a cap of 0": {"logits_cap": 0.0},
+    "a cap of 0": {"logits_soft_cap": 0.0},
     "a scalar with a path for a name": {
         "layers": (replace(SPEC.layers[0], scalar="../scalar"),),
     },
@@ -194,14 +194,14 @@ def placed(method: str, **changes: Any) -> dict[str, Any]:
 WRONG_PLANS: dict[str, dict[str, Any]] = {
     "no budget": {"budget_bytes": 0},
     "budget beyond any machine": {"budget_bytes": 1 << 60},
-    "ledger over budget": {"budget_bytes": 2 * LARGEST_PART + 999},
+    "ledger over budget": {"budget_bytes": 2 * MAX_PART + 999},
     "negative ledger": placed("plain", ledger=Ledger(cache=-1, guard=2)),
     "unknown part": placed("substitute", resident=("model.layers.9.mlp.up_proj",)),
     "a raw part that is split": placed("substitute", residuals=(RAW[0].name,)),
     "one slot": placed("plain", num_slots=1),
     "a million slots": placed("plain", num_slots=10**6),
     "blocks of half pages": placed("plain", block_bytes=STREAMING.block_bytes + 2048),
-    "slots too small": placed("plain", block_bytes=LARGEST_PART - 1),
+    "slots too small": placed("plain", block_bytes=MAX_PART - 1),
     "huge slots": placed("plain", block_bytes=1 << 62),
     "no width": {"tree": Tree(0, 3)},
     "wide tree": {"tree": Tree(10**6, 1), "verify_widths": (10**7,)},
@@ -219,7 +219,7 @@ WRONG_PLANS: dict[str, dict[str, Any]] = {
     "context beyond the model": {"context": 101},
     "no context": {"context": 0},
     "no threads": {"num_threads": 0},
-    "no prefill": {"prefill_tokens": 0},
+    "no prefill": {"prefill_chunk_tokens": 0},
     "a method that has no placement": {"placements": {"plain": STREAMING}},
     "no sequences": {"num_sequences": 0},
     "a million sequences": {"num_sequences": 10**6},
@@ -301,7 +301,7 @@ def test_what_is_multiplied_out_is_resident_fp8() -> None:
     everything = tuple(part.name for part in stored)
 
     def check(resident: tuple[str, ...], wide: tuple[str, ...]) -> None:
-        own = replace(STREAMING, resident=resident, multiplied_out=wide)
+        own = replace(STREAMING, resident=resident, dequantized=wide)
         both: dict[Method, Placement] = {"substitute": own, "plain": own}
         check_plan(spec, stored, replace(PLAN, placements=both))
 
@@ -312,7 +312,7 @@ def test_what_is_multiplied_out_is_resident_fp8() -> None:
 
 def test_residuals_are_decoded_over_substitutes_in_memory() -> None:
     refused("plan.json", lambda: check_plan(SPEC, CODED, PLAN))
-    ledger = Ledger(substitutes=1, staging=2 * LARGEST_PART)
+    ledger = Ledger(substitutes=1, staging=2 * MAX_PART)
     with_them = replace(STREAMING, ledger=ledger)
     some_stay = replace(with_them, residuals=(CODED[0].name,))
     loaded = replace(STREAMING, resident=tuple(part.name for part in CODED))  # decoded by then

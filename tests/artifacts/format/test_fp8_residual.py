@@ -56,7 +56,7 @@ def test_own_codes_need_no_escapes_but_of_cut_windows_and_are_nearest() -> None:
     num_tiles = weight.numel() // TILE_WEIGHTS
     first_words = words[num_tiles + 1 + words[:num_tiles].long()]
     assert not bool((first_words & 1).any()), "a tile has escapes everywhere"
-    exact = fp8.widen(weight, scales).double()
+    exact = fp8.dequantize(weight, scales).double()
     chosen = unpack_nibbles(codes)
     step = qparams[..., 0].T.double().repeat_interleave(64, 1)
     distance = (exact - dequantize(chosen, qparams).double()).abs() / step
@@ -125,9 +125,9 @@ def test_the_weights_are_the_codes_times_their_scales_rounded_once() -> None:
     codes = ALL[FINITE].view(2, -1)[:, :64].contiguous()
     scales = Scales(torch.tensor([[3e-4], [1.7]]), 1, 64)
     expected = codes.view(torch.float8_e4m3fn).float() * scales.values
-    assert torch.equal(fp8.widen(codes, scales), expected.bfloat16())
+    assert torch.equal(fp8.dequantize(codes, scales), expected.bfloat16())
     below = Scales(scales.values, 1, 64, first_row=1)
-    assert torch.equal(fp8.widen(codes[1:], below), expected[1:].bfloat16())
+    assert torch.equal(fp8.dequantize(codes[1:], below), expected[1:].bfloat16())
 
 
 def test_damaged_streams_are_refused() -> None:

@@ -48,14 +48,14 @@ Change = Callable[[Json], object]
 ATTENTION = Attention(2, 1, 32, scale=32**-0.5, rope=Rope(10000.0, size=32), qkv_bias=True)
 
 
-def layer_of(inner_size: int) -> LayerSpec:
-    dense = Block(Dense(inner_size), "post_attention_layernorm")
+def layer_of(intermediate_size: int) -> LayerSpec:
+    dense = Block(Dense(intermediate_size), "post_attention_layernorm")
     return LayerSpec((Block(ATTENTION, "input_layernorm"), dense))
 
 
 TINY = ModelSpec(
     family="qwen2", dtype="bfloat16", hidden_size=64, vocab_size=128, max_positions=256,
-    layers=(layer_of(128),) * 2, norm=NormStyle(1e-6), tied_head=False,
+    layers=(layer_of(128),) * 2, norm=NormStyle(1e-6), tie_word_embeddings=False,
 )  # fmt: skip
 LARGE = replace(TINY, hidden_size=4096, layers=(layer_of(11008),) * 32, vocab_size=32000)
 WEIGHT_FILES = (
@@ -73,7 +73,7 @@ def make_plan(spec: ModelSpec) -> Plan:
         device="cpu", machine="test", budget_bytes=2 * largest, context=128, num_sequences=1,
         method="substitute", tree=Tree(2, 3), verify_widths=(8,), prompt_widths=(8,),
         num_threads=1, int4_kernel="aten",
-        prefill_tokens=64, placements={"substitute": placement, "plain": placement},
+        prefill_chunk_tokens=64, placements={"substitute": placement, "plain": placement},
         residuals=(), predicted={},
         acceptance=Acceptance((Curve(2, 0.2, "code", 2, 9, (9, 5), (5, 3), 0.5),), measured=True),
         by_budget=(Point(2 * largest, 128, "substitute", 5.0),),
@@ -85,10 +85,11 @@ def make_profile() -> Profile:
     return Profile(
         device="cpu", machine="test", num_threads=1, free_bytes=1 << 30, pinnable_bytes=0,
         overhead_bytes=0, link=(LinkRate(1 << 20, 1e9),), contended_link=0.8, contended_compute=0.9,
-        digest_rate=1e9, exact_layer=timing, fast_layer=timing, draft_layer=timing,
+        digest_bytes_per_second=1e9, exact_layer=timing, fast_layer=timing, draft_layer=timing,
         exact_attention=timing, fast_attention=timing, draft_attention=timing, exact_head=timing,
-        draft_head=timing, round_seconds=0.001, residual_weights_per_second=0.0, int4_kernel="aten",
-        batch_invariant_widths=((8,),), corrections=Corrections(verify=1.25, num_rounds=40),
+        draft_head=timing, round_overhead_seconds=0.001, residual_weights_per_second=0.0,
+        int4_kernel="aten", batch_invariant_widths=((8,),),
+        corrections=Corrections(verify=1.25, num_rounds=40),
     )  # fmt: skip
 
 

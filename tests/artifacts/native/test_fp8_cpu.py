@@ -59,7 +59,7 @@ def test_rows_of_a_matrix_are_decoded_over_any_layout(tile_rows: int, first_row:
     stored = fp8_cpu.encode(weight[rows].contiguous(), own, qparams[:, rows], below, 1)
     out = torch.empty(128, 256, dtype=torch.bfloat16)
     fp8_cpu.decode_into(out, stored, packed, qparams[:, rows], below, tile_rows, 2)
-    assert torch.equal(out, fp8.widen(weight[rows], below))
+    assert torch.equal(out, fp8.dequantize(weight[rows], below))
 
 
 @pytest.mark.parametrize("block", [(128, 128), (1, 256), (256, 256), (64, 64)])
@@ -70,8 +70,8 @@ def test_widening_multiplies_every_code_as_torch_does(block: tuple[int, int]) ->
     varied = scales._replace(values=scales.values * torch.logspace(-20, 20, scales.values.numel())
                              .view(scales.values.shape))  # fmt: skip
     out = torch.empty(256, 256, dtype=torch.bfloat16)
-    fp8_cpu.widen_into(out, codes, varied, 2)
-    assert torch.equal(out, fp8.widen(codes, varied))
+    fp8_cpu.dequantize_into(out, codes, varied, 2)
+    assert torch.equal(out, fp8.dequantize(codes, varied))
 
 
 def test_damage_is_refused_where_the_twin_refuses_it() -> None:
@@ -101,7 +101,7 @@ def test_a_tile_is_never_longer_than_its_bound() -> None:
         weight, codes, qparams, scales = adversarial_part(kind, 1e-3)
         stored = fp8_cpu.encode(weight, pack_nibbles(codes), qparams, scales, 1)
         index = stored.view(torch.int32)[: weight.numel() // TILE_WEIGHTS + 1]
-        assert int(index.diff().max()) <= fp8_cpu.MOST_TILE_WORDS
+        assert int(index.diff().max()) <= fp8_cpu.MAX_TILE_WORDS
 
 
 def test_without_a_compiler_the_plain_twins_do_the_work(
@@ -112,5 +112,5 @@ def test_without_a_compiler_the_plain_twins_do_the_work(
     stored = fp8_cpu.encode(weight, codes, qparams, scales, 1)
     assert torch.equal(fp8_cpu.decode(stored, codes, qparams, scales, 1), weight)
     out = torch.empty(64, 128, dtype=torch.bfloat16)
-    fp8_cpu.widen_into(out, weight, scales, 1)
-    assert torch.equal(out, fp8.widen(weight, scales))
+    fp8_cpu.dequantize_into(out, weight, scales, 1)
+    assert torch.equal(out, fp8.dequantize(weight, scales))

@@ -10,9 +10,9 @@ from subspec.artifacts.format.packing import dequantize, pack_nibbles, unpack_ni
 from subspec.artifacts.model import GROUP_SIZE
 from subspec.planner.build import quantize as module
 from subspec.planner.build.quantize import (
-    LARGEST_SCALE,
+    MAX_SCALE,
+    MIN_SCALE,
     QUANTIZERS,
-    SMALLEST_SCALE,
     Substitute,
     quantize,
     quantize_with_hqq,
@@ -173,7 +173,7 @@ ODD = {
 
 def sane(qparams: Tensor) -> bool:
     scale, zero_point = qparams.unbind(-1)
-    in_range = (scale >= SMALLEST_SCALE) & (scale <= LARGEST_SCALE)
+    in_range = (scale >= MIN_SCALE) & (scale <= MAX_SCALE)
     return bool((in_range & torch.isfinite(zero_point)).all())
 
 

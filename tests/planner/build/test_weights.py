@@ -96,7 +96,7 @@ def canonical(spec: ModelSpec, stored: dict[str, Tensor]) -> dict[str, Tensor]:
         if leaf == "gate_up_proj.weight":
             for one, rows in zip(("gate", "up"), found.pop(name).chunk(2), strict=True):
                 found[f"{layer}.mlp.{one}_proj.weight"] = rows
-    if spec.tied_head:
+    if spec.tie_word_embeddings:
         found["lm_head.weight"] = found["model.embed_tokens.weight"]
     head, padding = found["lm_head.weight"], spec.linears[-1].padding_rows
     found["lm_head.weight"] = torch.cat((head, head.new_zeros(padding, head.shape[1])))

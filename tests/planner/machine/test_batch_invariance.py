@@ -1,4 +1,4 @@
-"""A pass gives a row the same bits at any place, in company, with any number of threads; and an
+"""A pass gives a row the same bits at any place, in a batch, with any number of threads; and an
 operation that does not is found out.
 
 The products here take a row at a time, so that only the other operations are judged, at any width.
@@ -21,7 +21,7 @@ from subspec.planner.machine import batch_invariance
 from subspec.planner.machine.batch_invariance import rows_at_any_place
 from subspec.planner.machine.excerpt import cancel_columns, cancelling
 from subspec.runtime.kernels import linear
-from subspec.runtime.kernels.linear import Calls, calls_of
+from subspec.runtime.kernels.linear import GemmRanges, gemm_ranges
 from subspec.runtime.model import transformer
 from subspec.runtime.model.transformer import Pass, Product
 
@@ -45,7 +45,7 @@ def attending(**changes: object) -> tuple[LayerSpec, ...]:
 FORMS = {
     "no multiple of a vector": SIZES,
     "a vocabulary and a feed-forward that many threads share": replace(
-        make_spec(num_layers=1, inner_size=18_944, hidden_size=64), vocab_size=40_000
+        make_spec(num_layers=1, intermediate_size=18_944, hidden_size=64), vocab_size=40_000
     ),
     "norms rounded late, ropes in f32": replace(
         SIZES, norm=NormStyle(1e-5, rounds_late=True), rope_in_f32=True
@@ -76,7 +76,7 @@ FORMS = {
         norm=NormStyle(1e-6, rounds_late=True, zero_centered=True),
         embedding_scale=5.5,
         rounds_embedding_scale=True,
-        logits_cap=3.0,
+        logits_soft_cap=3.0,
         layers=tuple(
             LayerSpec(
                 (layer.blocks[0], Block(Dense(4_999, activation="gelu_tanh"), "between")), "scalar"
@@ -111,11 +111,11 @@ def threads_as_before() -> Iterator[None]:
 
 
 def a_row_at_a_time(product: Product) -> Product:
-    def run(name: str, x: Tensor, calls: Calls, gate: Tensor | None = None) -> Tensor:
+    def run(name: str, x: Tensor, calls: GemmRanges, gate: Tensor | None = None) -> Tensor:
         gates = [None] * len(x) if gate is None else [row.clone() for row in gate.split(1)]
         rows = [row.clone() for row in x.split(1)]
         return torch.cat(
-            [product(name, r, calls_of([1]), g) for r, g in zip(rows, gates, strict=True)]
+            [product(name, r, gemm_ranges([1]), g) for r, g in zip(rows, gates, strict=True)]
         )
 
     return run
@@ -173,7 +173,7 @@ def disturbed(where: str) -> Iterator[None]:
     def gating(gate: Tensor, inplace: bool) -> Tensor:
         return last_row_differs(silu(gate, inplace=inplace))
 
-    def product(x: Tensor, weight: Tensor, out: Tensor, calls: Calls) -> None:
+    def product(x: Tensor, weight: Tensor, out: Tensor, calls: GemmRanges) -> None:
         linear.exact_product(x, weight, out, calls)
         last_row_differs(out)
 
@@ -200,7 +200,9 @@ def disturbed(where: str) -> Iterator[None]:
 @torch.inference_mode()
 def test_an_operation_that_looks_at_the_place_of_a_row_is_found_out(where: str) -> None:
     torch.set_num_threads(1)
-    toy = random_weights(make_spec(num_layers=1, hidden_size=64, inner_size=128, head_size=16))
+    toy = random_weights(
+        make_spec(num_layers=1, hidden_size=64, intermediate_size=128, head_size=16)
+    )
     shared, cache = shared_weights(toy, 256), empty_cache(toy.spec, 256)
     cache.commit([0] * 40)
     found = partial(rows_at_any_place, shared, exact_weights(toy), cache, 16)
@@ -213,7 +215,7 @@ def test_an_operation_that_looks_at_the_place_of_a_row_is_found_out(where: str) 
 def test_gates_that_threads_share_are_found_out() -> None:
     """As torch computes them in f32, the last numbers of each thread's share by other code."""
     torch.set_num_threads(3)
-    toy = random_weights(replace(make_spec(num_layers=1, inner_size=8_960), dtype="float32"))
+    toy = random_weights(replace(make_spec(num_layers=1, intermediate_size=8_960), dtype="float32"))
     shared, cache = shared_weights(toy, 256), empty_cache(toy.spec, 256)
     products = [a_row_at_a_time(product) for product in exact_weights(toy)]
     assert rows_at_any_place(shared, products, cache, 56) is not None
@@ -236,12 +238,14 @@ def test_widths_at_which_products_add_in_another_order_are_told_apart() -> None:
     """As oneDNN's do on processors with AMX, from 33 rows on: one of ten thousand bf16 results
     differs, so that the rows of a layer often show nothing."""
     torch.set_num_threads(1)
-    toy = random_weights(make_spec(num_layers=1, hidden_size=512, inner_size=1024, vocab_size=64))
+    toy = random_weights(
+        make_spec(num_layers=1, hidden_size=512, intermediate_size=1024, vocab_size=64)
+    )
     for matrix in toy.matrices.values():
         cancel_columns(matrix)
     shared, cache = shared_weights(toy, 256), empty_cache(toy.spec, 256)
 
-    def product(x: Tensor, weight: Tensor, out: Tensor, calls: Calls) -> None:
+    def product(x: Tensor, weight: Tensor, out: Tensor, calls: GemmRanges) -> None:
         for rows in calls:
             order = -1 if rows.stop - rows.start > 32 else 1
             for row in range(rows.start, rows.stop):

@@ -11,7 +11,7 @@ from subspec.planner.machine.excerpt import (
 )
 
 QWEN_32B = make_spec(
-    hidden_size=5120, inner_size=27648, num_layers=64, num_heads=40, num_kv_heads=8,
+    hidden_size=5120, intermediate_size=27648, num_layers=64, num_heads=40, num_kv_heads=8,
     head_size=128, vocab_size=152064,
 )  # fmt: skip
 
@@ -29,7 +29,7 @@ def test_of_a_large_model_one_layer_and_part_of_the_head_are_measured() -> None:
 
 
 def test_layers_in_between_make_more_than_a_cache_holds() -> None:
-    spec = make_spec(hidden_size=1536, inner_size=8960, num_layers=28, head_size=128)
+    spec = make_spec(hidden_size=1536, intermediate_size=8960, num_layers=28, head_size=128)
     found = excerpt(spec)
     layer_bytes = sum(n.num_weights for n in spec.linears if n.layer == 0) // 2
     assert CYCLED_BYTES - layer_bytes < found.num_layers * layer_bytes <= CYCLED_BYTES
@@ -45,7 +45,7 @@ def test_layers_keep_their_kinds_and_their_order() -> None:
 def test_every_kind_of_layer_is_measured_however_large_the_layers_are(last_kind: int) -> None:
     """One layer would do, if all were alike."""
     spec = make_spec(
-        hidden_size=5120, inner_size=27648, num_layers=64, head_size=128, vocab_size=152064,
+        hidden_size=5120, intermediate_size=27648, num_layers=64, head_size=128, vocab_size=152064,
         window=8, windowed_layers=(last_kind,),
     )  # fmt: skip
     found = excerpt(spec)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from subspec.planner.machine.pinnable import (
-    LARGEST_PIECE,
-    SMALLEST_PIECE,
+    MAX_PIECE,
+    MIN_PIECE,
     last_total,
     less_reserve,
     output_of,
@@ -19,7 +19,7 @@ from subspec.planner.machine.pinnable import (
 )
 
 GIB = 1 << 30
-PIECE = SMALLEST_PIECE
+PIECE = MIN_PIECE
 CHILD = [sys.executable, "-m", "subspec.planner.machine.pinnable"]
 # CHILD under a limit. Root may lock more than its own by CAP_IPC_LOCK (14), which exec does not
 # give back if PR_CAPBSET_DROP (24) took it away.
@@ -149,7 +149,7 @@ def test_pieces_grow_with_what_is_reached() -> None:
     found = reached(100 * GIB, 1 << 60)
     steps = [after - before for before, after in zip([0, *found], found, strict=False)]
     assert found[-1] == 100 * GIB and len(found) < 50
-    assert steps[:8] == [PIECE] * 8 and max(steps) == LARGEST_PIECE
+    assert steps[:8] == [PIECE] * 8 and max(steps) == MAX_PIECE
     assert all(step <= max(PIECE, total / 5) for step, total in zip(steps, found, strict=True))
 
 

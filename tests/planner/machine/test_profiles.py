@@ -33,9 +33,9 @@ def test_a_profile_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 def test_what_no_run_taught_yet_may_be_left_out(tmp_path: Path) -> None:
     values = asdict(make_profile())
-    del values["corrections"], values["others_cpu_share"]
+    del values["corrections"], values["background_cpu_share"]
     found = read_profile(write(tmp_path, values))
-    assert (found.corrections, found.others_cpu_share) == (Corrections(), 0.0)
+    assert (found.corrections, found.background_cpu_share) == (Corrections(), 0.0)
 
 
 TIMING = {"width": 1, "seconds": 1e-4, "slowest": 1e-4}
@@ -61,7 +61,7 @@ FAULTS: dict[str, tuple[str, Any]] = {
     "a link that stops while layers are computed": ("contended_link", 0.0),
     "layers that stop while the link is busy": ("contended_compute", 0.0),
     "layers that are helped by a busy link": ("contended_compute", 1.1),
-    "a check beyond physics": ("digest_rate", 1e300),
+    "a check beyond physics": ("digest_bytes_per_second", 1e300),
     "decoding that runs backwards": ("residual_weights_per_second", -1.0),
     "a draft that takes no time in reality": ("corrections", {"draft": 0.0}),
     "a prompt a thousand times slower than promised": ("corrections", {"prompt": 1000.0}),
@@ -70,7 +70,7 @@ FAULTS: dict[str, tuple[str, Any]] = {
     "memory less than none": ("free_bytes", -1),
     "pinnable memory less than none": ("pinnable_bytes", -1),
     "a negative overhead": ("overhead_bytes", -1),
-    "a negative round": ("round_seconds", -1.0),
+    "a negative round": ("round_overhead_seconds", -1.0),
     "no threads": ("num_threads", 0),
     "passes of no rows": ("batch_invariant_widths", [[0, 8]]),
     "widths outside of a group": ("batch_invariant_widths", [8, 16]),
@@ -111,8 +111,9 @@ def test_a_profile_is_of_the_shapes_that_were_measured_and_no_others() -> None:
     check_shapes(profile, tuned, None)
     check_shapes(make_profile(), spec, spec)  # it does not say whose it is
     others = (
-        make_spec(num_layers=9), make_spec(inner_size=1024), make_spec(num_heads=2, head_size=128),
-        make_spec(dtype="float16"), make_spec(vocab_size=4096), make_fp8_spec(),
+        make_spec(num_layers=9), make_spec(intermediate_size=1024),
+        make_spec(num_heads=2, head_size=128), make_spec(dtype="float16"),
+        make_spec(vocab_size=4096), make_fp8_spec(),
     )  # fmt: skip
     for other in others:
         with pytest.raises(SubspecError, match="the profile is of another model: of 8 layers"):
@@ -183,8 +184,8 @@ def test_of_several_profiles_the_middle_of_each_figure_counts_and_the_slowest_ti
         for share, seconds, rate in ((0.9, 3.0, 1e9), (0.7, 1.0, 3e9), (0.8, 2.0, 2e9))
     )
     found = typical_of([one, two, three])
-    passes = [make_profile(others_cpu_share=share) for share in (0.0, 0.9, 0.05)]
-    assert typical_of(passes).others_cpu_share == 0.05, "nor do its figures count"
+    passes = [make_profile(background_cpu_share=share) for share in (0.0, 0.9, 0.05)]
+    assert typical_of(passes).background_cpu_share == 0.05, "nor do its figures count"
     assert found.contended_link == 0.8
     assert found.draft_layer == (Timing(1, 2.0, 6.0),)
     assert found.link == (LinkRate(4096, 2e9),)

@@ -9,7 +9,7 @@ from toys import make_fp8_spec, make_spec
 from subspec.artifacts.model import Encoding, ModelSpec, layer_name
 from subspec.artifacts.native import residual_cpu
 from subspec.planner.machine import residual_rate
-from subspec.planner.machine.residual_rate import decode_rate
+from subspec.planner.machine.residual_rate import decoded_weights_per_second
 from subspec.planner.machine.timing import Effort
 
 CPU = torch.device("cpu")
@@ -25,17 +25,21 @@ def one_thread() -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_decoding_takes_time(dtype: str) -> None:
-    assert 1e6 < decode_rate(make_spec(dtype=dtype), CPU, "aten", "residual", HASTY) < 1e11
+    assert (
+        1e6
+        < decoded_weights_per_second(make_spec(dtype=dtype), CPU, "aten", "residual", HASTY)
+        < 1e11
+    )
 
 
 def test_nothing_is_decoded_without_4_bit_substitutes() -> None:
-    odd = make_spec(hidden_size=72, inner_size=100, head_size=18)
-    assert decode_rate(odd, CPU, "aten", "residual", HASTY) == 0.0
+    odd = make_spec(hidden_size=72, intermediate_size=100, head_size=18)
+    assert decoded_weights_per_second(odd, CPU, "aten", "residual", HASTY) == 0.0
 
 
 def test_nothing_is_decoded_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(residual_cpu, "unavailable", lambda: "there is none")
-    assert decode_rate(make_spec(), CPU, "aten", "residual", HASTY) == 0.0
+    assert decoded_weights_per_second(make_spec(), CPU, "aten", "residual", HASTY) == 0.0
 
 
 def with_first_layer_in_bf16() -> ModelSpec:
@@ -49,8 +53,8 @@ def with_first_layer_in_bf16() -> ModelSpec:
 def test_fp8_is_timed_in_the_first_layer_that_has_it(encoding: Encoding) -> None:
     spec = with_first_layer_in_bf16()
     assert spec.fp8 and all(one.fp8 is None for one in spec.linears if one.layer == 0)
-    assert 1e6 < decode_rate(spec, CPU, "aten", encoding, HASTY) < 1e11
-    assert decode_rate(make_spec(), CPU, "aten", encoding, HASTY) == 0.0
+    assert 1e6 < decoded_weights_per_second(spec, CPU, "aten", encoding, HASTY) < 1e11
+    assert decoded_weights_per_second(make_spec(), CPU, "aten", encoding, HASTY) == 0.0
 
 
 def test_fp8_codes_are_multiplied_out_in_any_layout_of_the_4_bit_codes(
@@ -58,5 +62,5 @@ def test_fp8_codes_are_multiplied_out_in_any_layout_of_the_4_bit_codes(
 ) -> None:
     """As on a CPU without AVX2, where residuals cannot be decoded."""
     monkeypatch.setattr(residual_rate, "cpu_tile_rows", lambda *_: None)
-    assert decode_rate(make_fp8_spec(), CPU, "aten", "fp8", HASTY) > 1e6
-    assert decode_rate(make_fp8_spec(), CPU, "aten", "fp8-residual", HASTY) == 0.0
+    assert decoded_weights_per_second(make_fp8_spec(), CPU, "aten", "fp8", HASTY) > 1e6
+    assert decoded_weights_per_second(make_fp8_spec(), CPU, "aten", "fp8-residual", HASTY) == 0.0

@@ -126,7 +126,7 @@ def test_the_tensors_of_a_saved_transformers_model_are_found_with_their_bytes(
     expected = dict(model.named_parameters())
     assert checkpoint.rows.keys() == expected.keys() | {"lm_head.weight"}
     assert checkpoint.spec.dtype == "bfloat16"
-    assert checkpoint.spec.tied_head is tied
+    assert checkpoint.spec.tie_word_embeddings is tied
     assert len(shard_names(tmp_path)) > 1
     for name, parameter in expected.items():
         assert stored_bytes(checkpoint, name) == as_bytes(parameter)
@@ -250,7 +250,7 @@ def test_a_missing_head_is_told_about_tying(tmp_path: Path) -> None:
     del found["lm_head.weight"]
     assert "tie_word_embeddings" in refused(write(tmp_path, found)).hint
     tied = read_checkpoint(write(tmp_path, found, tie_word_embeddings=True), SOURCE)
-    assert tied.spec.tied_head
+    assert tied.spec.tie_word_embeddings
 
 
 @pytest.mark.parametrize("equal", [True, False])
@@ -266,7 +266,7 @@ def test_a_head_is_tied_or_not_as_transformers_takes_it_when_both_are_stored(
     written = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**written, "tie_word_embeddings": True}))
     checkpoint = read_checkpoint(tmp_path, SOURCE)
-    assert checkpoint.spec.tied_head is equal
+    assert checkpoint.spec.tie_word_embeddings is equal
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
     for name in ("lm_head.weight", "model.embed_tokens.weight"):
         assert stored_bytes(checkpoint, name) == as_bytes(theirs.state_dict()[name])
@@ -279,7 +279,7 @@ def test_of_a_tied_pair_the_head_alone_may_be_stored(tmp_path: Path) -> None:
     found = tensors()
     del found["model.embed_tokens.weight"]
     tied = read_checkpoint(write(tmp_path, found, tie_word_embeddings=True), SOURCE)
-    assert tied.spec.tied_head
+    assert tied.spec.tie_word_embeddings
     embedding = tied.rows["model.embed_tokens.weight"]
     assert tied.rows["lm_head.weight"] == embedding
     assert embedding.tensor.name == "lm_head.weight"

@@ -1,5 +1,5 @@
 """FP8 checkpoints as the package compressed-tensors writes them, as llm-compressor does, against
-what it and transformers multiply out. Skipped without the package."""
+what it and transformers dequantize. Skipped without the package."""
 
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,6 @@ def test_weights_are_those_that_transformers_multiplies_out(
     theirs = model.state_dict()
     for linear in read.spec.linears:
         exact = read_weight(read, linear)
-        ours = fp8.widen(exact.weight, exact.scales) if exact.scales else exact.weight
+        ours = fp8.dequantize(exact.weight, exact.scales) if exact.scales else exact.weight
         rows = linear.out_features - linear.padding_rows
         assert torch.equal(ours[:rows], theirs[f"{linear.name}.weight"]), linear.name

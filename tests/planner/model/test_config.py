@@ -101,7 +101,7 @@ def by_transformers(transformers: Any, folder: Path) -> dict[str, Any]:
         "num_kv_heads": attention.k_proj.out_features // attention.head_dim,
         "head_size": attention.head_dim,
         "norm_epsilon": norm.variance_epsilon,
-        "tied_head": model.lm_head.weight is model.model.embed_tokens.weight,
+        "tie_word_embeddings": model.lm_head.weight is model.model.embed_tokens.weight,
         "qkv_bias": attention.q_proj.bias is not None,
         "output_bias": attention.o_proj.bias is not None,
         "mlp_bias": layer.mlp.up_proj.bias is not None,
@@ -138,7 +138,7 @@ def by_us(spec: ModelSpec) -> dict[str, Any]:
         "num_kv_heads": attention.num_kv_heads,
         "head_size": attention.head_size,
         "norm_epsilon": spec.norm.epsilon,
-        "tied_head": spec.tied_head,
+        "tie_word_embeddings": spec.tie_word_embeddings,
         "qkv_bias": attention.qkv_bias,
         "output_bias": attention.output_bias,
         "mlp_bias": dense.bias,
@@ -206,7 +206,7 @@ def test_what_save_pretrained_writes_reads_like_the_short_form(
     assert read_config(tmp_path, SOURCE) == short
     assert short.max_positions == written.max_position_embeddings
     assert short.vocab_size == written.vocab_size
-    assert short.tied_head == written.tie_word_embeddings
+    assert short.tie_word_embeddings == written.tie_word_embeddings
     assert short.dtype == "bfloat16"
 
 
@@ -301,7 +301,7 @@ def test_a_gemma_3_of_the_hub_is_its_text_part_and_leaves_much_to_its_class(
     }
     spec = read(tmp_path, whole)
     assert (spec.family, spec.dtype, spec.eos_token_ids) == ("gemma3_text", "bfloat16", (1, 106))
-    assert spec.tied_head and spec.vocab_size == 262_208
+    assert spec.tie_word_embeddings and spec.vocab_size == 262_208
     assert spec.norm == replace(GEMMA_NORM, zero_centered=True)
     assert spec.embedding_scale == 2560**0.5 and spec.rounds_embedding_scale
     assert windows_of(spec) == [None if layer % 6 == 5 else 1024 for layer in range(34)]
@@ -311,8 +311,8 @@ def test_a_gemma_3_of_the_hub_is_its_text_part_and_leaves_much_to_its_class(
     assert far.rope == Rope(1_000_000.0, 256, "linear", factor=8.0)
     # The whole's word on a tied head counts, and its class's where it has none.
     text["tie_word_embeddings"] = False
-    assert read(tmp_path, whole).tied_head
-    assert not read(tmp_path, {**whole, "tie_word_embeddings": False}).tied_head
+    assert read(tmp_path, whole).tie_word_embeddings
+    assert not read(tmp_path, {**whole, "tie_word_embeddings": False}).tie_word_embeddings
 
 
 def test_a_mistral_that_sees_is_the_family_that_its_text_part_says(tmp_path: Path) -> None:
@@ -321,7 +321,7 @@ def test_a_mistral_that_sees_is_the_family_that_its_text_part_says(tmp_path: Pat
     for family in ("mistral", "ministral3"):
         whole = inside(family, {"dtype": "bfloat16"}, **fields, tie_word_embeddings=False)
         spec = read(tmp_path, whole)
-        assert (spec.family, spec.tied_head, config_notes(tmp_path)) == (family, True, ())
+        assert (spec.family, spec.tie_word_embeddings, config_notes(tmp_path)) == (family, True, ())
         whole["tie_word_embeddings"] = False
         spec = read(tmp_path, whole)
         assert spec == replace(read(tmp_path, config(family, **fields)), dtype="bfloat16")
@@ -376,7 +376,7 @@ def test_the_full_layers_of_gemma_4_have_heads_of_their_own(tmp_path: Path, fami
     assert near.scale == far.scale == 1.0 and near.value_norm and far.value_norm
     assert far.rope == Rope(1_000_000.0, 128, "proportional", turning_pairs=16)
     assert {layer.scalar for layer in spec.layers} == {"layer_scalar"}
-    assert (spec.norm, spec.logits_cap) == (GEMMA_NORM, 30.0)
+    assert (spec.norm, spec.logits_soft_cap) == (GEMMA_NORM, 30.0)
     assert spec == replace(read(tmp_path, config(family, **fields)), dtype="bfloat16")
 
 

@@ -146,7 +146,7 @@ def test_beside_fp8_the_configs_dtype_counts_only_where_no_tensors_are_read(
 
 
 def gate_of(folder: Path) -> tuple[Tensor, Tensor]:
-    """The exact gate as it is read, multiplied out, and in f64 by its FP8 codes and scales of
+    """The exact gate as it is read, dequantized, and in f64 by its FP8 codes and scales of
     blocks."""
     read = read_checkpoint(folder, SOURCE)
     found = read_weight(read, next(one for one in read.spec.linears if one.name == GATE))
@@ -156,7 +156,7 @@ def gate_of(folder: Path) -> tuple[Tensor, Tensor]:
     if scales.dtype == torch.uint8:
         scales = torch.exp2(scales.double() - 127)
     whole = scales.double().repeat_interleave(128, 0).repeat_interleave(128, 1)[:192, :192]
-    return fp8.widen(found.weight, found.scales), tensors[f"{GATE}.weight"].double() * whole
+    return fp8.dequantize(found.weight, found.scales), tensors[f"{GATE}.weight"].double() * whole
 
 
 def test_scales_in_float16_beside_weights_in_bfloat16_are_read(folder: Path) -> None:

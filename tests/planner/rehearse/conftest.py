@@ -7,7 +7,7 @@ from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.model import Source
 from subspec.planner.model.checkpoint import read_checkpoint
 from subspec.planner.model.hub import DEMO
-from subspec.planner.rehearse.replay import DEEPEST, WIDTHS
+from subspec.planner.rehearse.replay import MAX_DEPTH, WIDTHS
 from subspec.planner.solve.problem import make_tree
 
 
@@ -23,7 +23,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     same bits in all widths of its verifications: answers of other plans are compared."""
     torch.set_num_threads(1)
     spec = read_checkpoint(DEMO, Source("test/model")).spec
-    widths = widths_here(spec, "cpu", make_tree(max(WIDTHS["cpu"]), DEEPEST).num_nodes)
+    widths = widths_here(spec, "cpu", make_tree(max(WIDTHS["cpu"]), MAX_DEPTH).num_nodes)
     folder = tmp_path_factory.mktemp("demo") / "artifact"
     return build_artifact(
         DEMO,

@@ -9,8 +9,8 @@ import pytest
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.planner.rehearse.calibration import (
-    LARGEST_FILE,
-    MOST_PROMPTS,
+    MAX_FILE,
+    MAX_PROMPTS,
     SHIPPED,
     Message,
     Sample,
@@ -106,8 +106,8 @@ def test_a_line_that_is_wrong_is_named(line: str, tmp_path: Path) -> None:
         ("", "prompts.jsonl holds no prompt"),
         ("\n \n", "prompts.jsonl holds no prompt"),
         (b'{"text": "\xff"}', "prompts.jsonl is not UTF-8: invalid start byte at byte 10"),
-        (" " * (LARGEST_FILE + 1), "prompts.jsonl has more than 1000000 bytes"),
-        ('{"text": "a"}\n' * (MOST_PROMPTS + 1), "prompts.jsonl has 1001 prompts, expected at"),
+        (" " * (MAX_FILE + 1), "prompts.jsonl has more than 1000000 bytes"),
+        ('{"text": "a"}\n' * (MAX_PROMPTS + 1), "prompts.jsonl has 1001 prompts, expected at"),
     ],
 )
 def test_a_file_that_holds_no_prompts_or_too_many_is_refused(
@@ -123,8 +123,8 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_as_many_prompts_as_are_allowed_are_read(tmp_path: Path) -> None:
-    samples = read_samples(write(tmp_path, '{"text": "a"}\n' * MOST_PROMPTS))
-    assert samples == (Sample("own", "a"),) * MOST_PROMPTS
+    samples = read_samples(write(tmp_path, '{"text": "a"}\n' * MAX_PROMPTS))
+    assert samples == (Sample("own", "a"),) * MAX_PROMPTS
 
 
 def test_text_is_continued_and_messages_go_through_the_template() -> None:

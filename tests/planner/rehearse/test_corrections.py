@@ -14,8 +14,8 @@ from subspec.artifacts.plan import Constraints, Method, Prediction, Tree, Usage
 from subspec.artifacts.profile import Corrections
 from subspec.artifacts.runs import Run
 from subspec.planner.rehearse.corrections import (
-    LEAST,
-    MOST,
+    MAX_FACTOR,
+    MIN_FACTOR,
     Rounds,
     Timed,
     corrections,
@@ -56,8 +56,8 @@ def test_where_nothing_was_timed_the_prediction_stays() -> None:
 
 
 def test_a_factor_beyond_reason_is_a_mistake_of_something_else() -> None:
-    assert slowdown([Timed((50.0,), 0.1)]) == MOST
-    assert slowdown([Timed((1e-9,), 0.1)]) == LEAST
+    assert slowdown([Timed((50.0,), 0.1)]) == MAX_FACTOR
+    assert slowdown([Timed((1e-9,), 0.1)]) == MIN_FACTOR
 
 
 def test_phases_are_learned_apart() -> None:
@@ -149,7 +149,7 @@ def test_plain_decoding_at_one_row_is_learned_and_its_padded_twin_is_not() -> No
     assert rounds_of_runs([replace(fast, padded=True)], said).plain == ()
 
 
-@pytest.mark.parametrize("changes", [{"reused_tokens": 5}, {"first_of_engine": True}])
+@pytest.mark.parametrize("changes", [{"cached_tokens": 5}, {"includes_digest_check": True}])
 def test_a_first_token_that_others_or_digests_share_in_is_not_learned(
     changes: dict[str, Any],
 ) -> None:
@@ -161,24 +161,26 @@ def test_runs_fold_into_the_profile_until_its_predictions_are_theirs() -> None:
     spec, profile, stored = make_spec(), make_profile(), raw_storage(make_spec())
     plan = search(spec, profile, 12_000_000, Constraints(context=256), ACCEPTANCE, stored)
 
-    def promised(method: Method, usage: Usage) -> Prediction:
-        return predict_for(spec, replace(profile, digest_rate=0.0), plan, stored, method, usage)
+    def predicted_for(method: Method, usage: Usage) -> Prediction:
+        return predict_for(
+            spec, replace(profile, digest_bytes_per_second=0.0), plan, stored, method, usage
+        )
 
     runs = []
     for prompt_tokens, num_rounds, factor in ((20, 30, 1.2), (90, 60, 1.3), (120, 30, 1.4)):
         usage = Usage(prompt_tokens, 100)
         tokens = {"prompt_tokens": prompt_tokens, "generated_tokens": 100}
-        drafted, plain = promised("substitute", usage), promised("plain", usage)
+        drafted, plain = predicted_for("substitute", usage), predicted_for("plain", usage)
         runs.append(run_like(drafted, factor, num_rounds, **tokens))
         runs.append(run_like(plain, 2 * factor, num_rounds, method="plain", padded=False, **tokens))
-    rounds = rounds_of_runs(runs, promised)
+    rounds = rounds_of_runs(runs, predicted_for)
     taught = replace(profile, corrections=corrections(rounds))
     assert taught.corrections.draft == pytest.approx(1.3, rel=0.02)
     assert taught.corrections.num_rounds == 240
     for method, factor in (("substitute", 1.3), ("plain", 2.6)):
         usage = Usage(90, 100)
         after = predict_for(spec, taught, plan, stored, method, usage)  # type: ignore[arg-type]
-        before = promised(method, usage)  # type: ignore[arg-type]
+        before = predicted_for(method, usage)  # type: ignore[arg-type]
         seconds = before.draft_seconds + before.verify_seconds
         found = after.draft_seconds + after.verify_seconds
         assert found == pytest.approx(factor * seconds, rel=0.03)
@@ -199,7 +201,9 @@ def test_runs_are_a_kind_of_text_of_their_own() -> None:
     both = Curve(2, 0.0, "runs", 2, 8, (8, 8, 8), (6, 4, 4), margin=0.0)
     assert found == Acceptance((CODE, both), measured=True)
     assert found.num_answers("runs") == 2 and found.num_answers("code") == 8
-    assert found.reached(Tree(2, 3), kind="code") == PLAN.acceptance.reached(Tree(2, 3))
+    assert found.acceptance_rates(Tree(2, 3), kind="code") == PLAN.acceptance.acceptance_rates(
+        Tree(2, 3)
+    )
 
 
 def test_answers_that_differ_widen_the_margin() -> None:
@@ -237,8 +241,8 @@ def test_runs_tell_of_other_widths_by_what_was_known_of_them() -> None:
     assert counts == {1: (10, 4, 1), 2: (20, 16, 8), 4: (25, 25, 16)}
     for known in (True, False):
         found = with_runs(Acceptance((narrow, wide, widest), measured=known), PLAN, runs)
-        tokens = [found.tokens(Tree(width, 3)) for width in (1, 2, 4)]
-        before = Acceptance((wide,), measured=True).tokens(Tree(2, 3))
+        tokens = [found.acceptance_length(Tree(width, 3)) for width in (1, 2, 4)]
+        before = Acceptance((wide,), measured=True).acceptance_length(Tree(2, 3))
         assert tokens == sorted(tokens) and tokens[1] < before
 
 

@@ -21,18 +21,18 @@ from subspec.planner.rehearse.calibration import Sample, sample_ids, shipped_sam
 from subspec.planner.rehearse.corrections import PredictFor, Rounds
 from subspec.planner.rehearse.rehearsal import (
     ANSWER_TOKENS,
-    LONGEST_PERIOD,
     LOOP_TOKENS,
+    MAX_PERIOD,
     USUAL_EFFORT,
     Effort,
     Setting,
     acceptance_of,
     before_loop,
-    learn_acceptance,
+    measure_acceptance,
     time_rounds,
     timed_rounds,
 )
-from subspec.planner.rehearse.replay import DEEPEST, THRESHOLDS, WIDTHS
+from subspec.planner.rehearse.replay import MAX_DEPTH, THRESHOLDS, WIDTHS
 from subspec.planner.solve.outlook import predict_for
 from subspec.planner.solve.storage import Storage
 from subspec.runtime.engine import Engine, OpenOptions
@@ -41,20 +41,20 @@ from subspec.runtime.text.tokenizer import load_tokenizer
 
 CODE = [Sample("code", "def read(path):\n    "), Sample("code", "class Reader:\n    def __init__(")]
 PROSE = [Sample("prose", "The first house on the left was built in")]
-BRIEF = Effort(learn_seconds=60.0, time_seconds=0.2, plain_seconds=0.1)
+BRIEF = Effort(acceptance_seconds=60.0, time_seconds=0.2, plain_seconds=0.1)
 
 
 def never(acceptance: Acceptance) -> bool:
     return False
 
 
-def learnt(
+def acceptance_of_run(
     artifact: Artifact,
     samples: Sequence[Sample],
     settled: rehearsal.Settled = never,
     effort: Effort = BRIEF,
 ) -> Acceptance:
-    found = learn_acceptance(
+    found = measure_acceptance(
         artifact, artifact.plan, samples, Setting(), settled, lambda *_: None, effort
     )
     assert found is not None and found.measured
@@ -77,7 +77,7 @@ def timed(
 @pytest.fixture(scope="module")
 def both(demo: Artifact) -> Acceptance:
     torch.set_num_threads(1)
-    return learnt(demo, [*CODE, *PROSE])
+    return acceptance_of_run(demo, [*CODE, *PROSE])
 
 
 def test_there_is_a_curve_for_each_width_threshold_and_kind_and_a_reader_takes_them(
@@ -89,7 +89,7 @@ def test_there_is_a_curve_for_each_width_threshold_and_kind_and_a_reader_takes_t
     ]  # fmt: skip
     assert both.num_answers("code") == 2 and both.num_answers("prose") == 1
     for curve in both.curves:
-        assert len(curve.drafted) == len(curve.accepted) == DEEPEST
+        assert len(curve.drafted) == len(curve.accepted) == MAX_DEPTH
         assert curve.num_trees > 1 and curve.margin > 0
     check_plan(demo.spec, demo.stored_parts(), replace(demo.plan, acceptance=both))
 
@@ -98,24 +98,24 @@ def test_kinds_are_kept_apart_and_company_changes_no_count(
     demo: Artifact, both: Acceptance
 ) -> None:
     wide = replan(
-        demo, width=4, depth=DEEPEST, verify_widths=demo.plan.verify_widths, int4_kernel="w4a8"
+        demo, width=4, depth=MAX_DEPTH, verify_widths=demo.plan.verify_widths, int4_kernel="w4a8"
     )
-    alone = learnt(wide, CODE).curves
+    alone = acceptance_of_run(wide, CODE).curves
     assert alone == tuple(curve for curve in both.curves if curve.kind == "code")
 
 
 def test_the_draft_of_the_demo_is_mostly_accepted_and_more_so_if_it_is_wider(
     both: Acceptance,
 ) -> None:
-    tokens = [both.tokens(Tree(width, 8)) for width in WIDTHS["cpu"]]
+    tokens = [both.acceptance_length(Tree(width, 8)) for width in WIDTHS["cpu"]]
     assert 2.5 < tokens[0] < tokens[1] < tokens[2] < 9
 
 
 def test_drafts_that_end_early_draft_fewer_levels_and_give_fewer_tokens(both: Acceptance) -> None:
     for width in WIDTHS["cpu"]:
-        trees = [Tree(width, DEEPEST, min_path_probability=stop) for stop in THRESHOLDS]
-        gives = [both.round_yield(tree) for tree in trees]
-        assert all(a.levels > b.levels and a.tokens >= b.tokens for a, b in pairwise(gives))
+        trees = [Tree(width, MAX_DEPTH, min_path_probability=stop) for stop in THRESHOLDS]
+        expectation = [both.expected_round(tree) for tree in trees]
+        assert all(a.levels > b.levels and a.tokens >= b.tokens for a, b in pairwise(expectation))
 
 
 def test_the_draft_of_random_weights_is_seldom_accepted(tmp_path: Path) -> None:
@@ -125,16 +125,16 @@ def test_the_draft_of_random_weights_is_seldom_accepted(tmp_path: Path) -> None:
     )  # fmt: skip
     source = random_checkpoint(tmp_path / "checkpoint", config)
     artifact = build_artifact(
-        source, tmp_path / "artifact", resident_share=1.0, width=1, depth=DEEPEST
+        source, tmp_path / "artifact", resident_share=1.0, width=1, depth=MAX_DEPTH
     )
-    assert learnt(artifact, CODE).reached(Tree(1, 1))[0] < 0.9
+    assert acceptance_of_run(artifact, CODE).acceptance_rates(Tree(1, 1))[0] < 0.9
 
 
 def test_answers_that_are_decoded_together_are_those_of_plain_decoding(demo: Artifact) -> None:
     """Up to where they end or begin to repeat themselves."""
     text = load_tokenizer(demo.path / "tokenizer")
     prompts = [sample_ids(text, sample) for sample in (*CODE[:1], *PROSE)]
-    params = GenerationParams(ANSWER_TOKENS, end_tokens=frozenset(demo.spec.eos_token_ids))
+    params = GenerationParams(ANSWER_TOKENS, stop_token_ids=frozenset(demo.spec.eos_token_ids))
     with on_stage(demo) as stage:
         answers = stage.decode(*prompts)
         for one, cache in zip(answers, stage.caches, strict=True):
@@ -166,7 +166,8 @@ def test_an_answer_that_ends_at_once_teaches_nothing(demo: Artifact) -> None:
     spec = replace(demo.spec, eos_token_ids=(one.tokens[one.prompt_length],))
     brief = replace(demo, spec=spec)
     assert (
-        learn_acceptance(brief, brief.plan, PROSE, Setting(), never, lambda *_: None, BRIEF) is None
+        measure_acceptance(brief, brief.plan, PROSE, Setting(), never, lambda *_: None, BRIEF)
+        is None
     )
     assert acceptance_of({}) is None
 
@@ -180,12 +181,14 @@ def test_learning_stops_as_soon_as_the_choice_is_settled(demo: Artifact) -> None
         return len(asked) == 2
 
     samples = [*CODE, *PROSE] * 3
-    found = learnt(demo, samples, settled)
+    found = acceptance_of_run(demo, samples, settled)
     assert asked == [2, 4] and found.num_answers() == 4
 
 
 def test_a_slow_machine_is_asked_for_one_batch_only(demo: Artifact) -> None:
-    found = learnt(demo, [*CODE, *PROSE] * 3, effort=replace(BRIEF, learn_seconds=0.0))
+    found = acceptance_of_run(
+        demo, [*CODE, *PROSE] * 3, effort=replace(BRIEF, acceptance_seconds=0.0)
+    )
     assert found.num_answers() == demo.plan.num_sequences == 2
     assert set(found.kinds) == {"code", "prose"}, "kinds take turns"
 
@@ -200,14 +203,14 @@ def test_several_sequences_decode_and_are_walked_at_once(
         return real(drafter, caches, answers, width)
 
     monkeypatch.setattr(rehearsal, "walk", watched)
-    learnt(demo, [*CODE, *PROSE])
+    acceptance_of_run(demo, [*CODE, *PROSE])
     assert together == [2] * len(WIDTHS["cpu"]) + [1] * len(WIDTHS["cpu"])
 
 
 def test_prompts_that_fill_a_prefill_are_read_in_several_streams_with_the_same_answers(
     demo: Artifact,
 ) -> None:
-    small = replace(demo, plan=replace(demo.plan, prefill_tokens=30))
+    small = replace(demo, plan=replace(demo.plan, prefill_chunk_tokens=30))
     prompts = [PROMPT, PROMPT[:20]]
     with on_stage(demo) as stage:
         expected = stage.decode(*prompts)
@@ -216,22 +219,22 @@ def test_prompts_that_fill_a_prefill_are_read_in_several_streams_with_the_same_a
 
 
 def test_a_plan_has_no_curves_of_trees_that_it_has_no_room_for(demo: Artifact) -> None:
-    narrow = replan(demo, width=2, depth=DEEPEST, int4_kernel="w4a8")
-    assert {curve.width for curve in learnt(narrow, PROSE).curves} == {1, 2}
+    narrow = replan(demo, width=2, depth=MAX_DEPTH, int4_kernel="w4a8")
+    assert {curve.width for curve in acceptance_of_run(narrow, PROSE).curves} == {1, 2}
 
 
 @pytest.mark.parametrize("context", [24, 40])
 def test_a_context_that_ends_the_answers_early_is_enough(context: int, demo: Artifact) -> None:
-    small = replan(demo, width=1, depth=DEEPEST, context=context)
-    found = learnt(small, CODE)
+    small = replan(demo, width=1, depth=MAX_DEPTH, context=context)
+    found = acceptance_of_run(small, CODE)
     assert all(sum(curve.accepted) < context // 2 * 2 for curve in found.curves)
 
 
 def test_the_shipped_prompts_take_turns_until_time_is_up(demo: Artifact) -> None:
     stages = list[tuple[str, float]]()
-    found = learn_acceptance(
+    found = measure_acceptance(
         demo, demo.plan, shipped_samples(), Setting(), never, lambda *s: stages.append(s),
-        replace(BRIEF, learn_seconds=0.3),
+        replace(BRIEF, acceptance_seconds=0.3),
     )  # fmt: skip
     assert found is not None
     assert all(name.startswith("rehearsing") for name, _ in stages)
@@ -260,7 +263,7 @@ def test_the_shipped_prompts_take_turns_until_time_is_up(demo: Artifact) -> None
     ],
 )
 def test_a_text_counts_up_to_its_second_repetition(tokens: list[int], kept: int) -> None:
-    assert (LOOP_TOKENS, LONGEST_PERIOD) == (12, 24)
+    assert (LOOP_TOKENS, MAX_PERIOD) == (12, 24)
     assert before_loop(tokens) == kept
 
 
@@ -343,10 +346,10 @@ def test_a_slower_link_is_rehearsed_at_its_speed(demo: Artifact) -> None:
     streams = replan(demo, width=3, depth=5, resident_share=0.0)
     storage = Storage(tuple(demo.stored_parts()))
 
-    def promised(method: Method, usage: Usage) -> Prediction:
+    def predicted_for(method: Method, usage: Usage) -> Prediction:
         return predict_for(demo.spec, PROFILE, streams.plan, storage, method, usage)
 
-    found = timed(streams, promised, Setting(link_bandwidth=100e6))
+    found = timed(streams, predicted_for, Setting(link_bandwidth=100e6))
     assert all(one.predicted > 0 for one in found.plain)
     assert min(found.plain[0].actual) > 0.8 * storage.num_bytes / 100e6
 
@@ -359,5 +362,7 @@ def test_seconds_are_divided_as_in_the_usual_effort() -> None:
     for seconds in (0.5, 10.0, 3600.0):
         found = Effort.within(seconds)
         assert sum(vars(found).values()) == pytest.approx(seconds)
-        assert found.learn_seconds / seconds == pytest.approx(USUAL_EFFORT.learn_seconds / usual)
+        assert found.acceptance_seconds / seconds == pytest.approx(
+            USUAL_EFFORT.acceptance_seconds / usual
+        )
         assert found.plain_seconds / seconds == pytest.approx(USUAL_EFFORT.plain_seconds / usual)

@@ -14,7 +14,7 @@ from subspec.artifacts.acceptance import Acceptance
 from subspec.artifacts.format.checks import check_plan
 from subspec.artifacts.format.store import Artifact
 from subspec.planner.rehearse.replay import (
-    DEEPEST,
+    MAX_DEPTH,
     THRESHOLDS,
     WIDTHS,
     Answer,
@@ -23,7 +23,7 @@ from subspec.planner.rehearse.replay import (
     rounds_within,
 )
 from subspec.planner.solve.problem import make_tree
-from subspec.runtime.draft.beam import Growing, Level, root_only
+from subspec.runtime.draft.beam import Level, PartialTree, root_only
 from subspec.runtime.engine import Engine
 from subspec.runtime.sequence import GenerationParams
 from subspec.runtime.text.tokenizer import load_tokenizer
@@ -49,7 +49,7 @@ def test_trees_along_an_answer_are_accepted_as_those_of_the_rounds_that_decode_i
         answers = stage.answer(*prompts_of(stage))
         walked = stage.walk(answers, width)
     real = replan(
-        demo, width=width, depth=DEEPEST, verify_widths=demo.plan.verify_widths,
+        demo, width=width, depth=MAX_DEPTH, verify_widths=demo.plan.verify_widths,
         int4_kernel="w4a8", resident_share=0.8,
     )  # fmt: skip
     lengths = set[int]()
@@ -98,7 +98,7 @@ def test_a_tree_within_an_answer_has_the_logits_of_one_at_the_end_of_a_cache(
                 slots = cache.tree_slots(8, None if cut else after)
                 assert int(slots.length) == after
                 draft_pass = stage.drafter.pass_over([cache], [slots])
-                growing = Growing(0, root_only(root, 8), Level.of_root(root.device))
+                growing = PartialTree(0, root_only(root, 8), Level.of_root(root.device))
                 found.append(draft_pass([growing]).clone())
             assert torch.equal(found[0].argmax(-1), found[1].argmax(-1))
             assert torch.allclose(found[0], found[1], atol=1e-2)
@@ -113,10 +113,10 @@ def test_a_tree_goes_on_until_no_threshold_would_and_counts_what_the_answer_has(
         answers = stage.answer(*prompts_of(stage))
         for answer, trees in zip(answers, stage.walk(answers, 2), strict=True):
             for one in trees:
-                assert 0 <= one.accepted <= len(one.levels) <= DEEPEST
+                assert 0 <= one.accepted <= len(one.levels) <= MAX_DEPTH
                 assert one.start + one.accepted < len(answer.tokens)
                 assert one.levels == sorted(one.levels, reverse=True), "a level is of those above"
-                if one.node is None and len(one.levels) < DEEPEST:
+                if one.node is None and len(one.levels) < MAX_DEPTH:
                     assert one.levels[-1] < math.log(THRESHOLDS[1])
 
 
@@ -172,18 +172,18 @@ def test_rounds_with_a_threshold_give_the_tokens_that_one_whole_tree_gives() -> 
     """The first of them never has more levels for a higher threshold."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(200):
-        steps = torch.rand(int(torch.randint(1, DEEPEST + 1, (), generator=generator)),
+        steps = torch.rand(int(torch.randint(1, MAX_DEPTH + 1, (), generator=generator)),
                            generator=generator)  # fmt: skip
         levels = steps.clamp_min(0.05).log().cumsum(0).tolist()
         accepted = int(torch.randint(0, len(levels) + 1, (), generator=generator))
-        one, before = Grown(0, levels, accepted, None), DEEPEST
+        one, before = Grown(0, levels, accepted, None), MAX_DEPTH
         for threshold in THRESHOLDS:
             rounds = rounds_within(one, threshold)
             assert sum(accepts + 1 for _, accepts in rounds) == accepted + 1
             assert all(1 <= drafted and accepts <= drafted for drafted, accepts in rounds)
             assert rounds[0][0] <= before
             before = rounds[0][0]
-        assert rounds_within(one, 0.0) == [(DEEPEST, accepted)]
+        assert rounds_within(one, 0.0) == [(MAX_DEPTH, accepted)]
 
 
 # Counts
@@ -197,8 +197,8 @@ def test_curves_count_levels_by_hand() -> None:
     assert tuple(curve.min_path_probability for curve in curves) == THRESHOLDS
     whole = curves[0]
     assert (whole.width, whole.kind, whole.num_answers, whole.num_trees) == (2, "code", 2, 3)
-    assert whole.drafted == (3,) * DEEPEST
-    assert whole.accepted == (2, 1, 1, *(0,) * (DEEPEST - 3))
+    assert whole.drafted == (3,) * MAX_DEPTH
+    assert whole.accepted == (2, 1, 1, *(0,) * (MAX_DEPTH - 3))
     [tenth] = [curve for curve in curves if curve.min_path_probability == 0.1]
     assert tenth.drafted[:4] == (3, 2, 2, 1) and tenth.accepted == whole.accepted
     assert all(curve.margin > 0 for curve in curves)
@@ -219,7 +219,7 @@ def test_curves_pass_the_readers_check(demo: Artifact) -> None:
 
 
 def test_trees_are_as_deep_as_a_plan_may_rehearse() -> None:
-    assert make_tree(max(WIDTHS["cpu"]), DEEPEST).num_nodes == 97
+    assert make_tree(max(WIDTHS["cpu"]), MAX_DEPTH).num_nodes == 97
 
 
 @pytest.mark.slow
@@ -232,14 +232,14 @@ def test_trees_within_an_answer_of_a_hybrid_are_those_of_the_rounds_that_decode_
         random_checkpoint(tmp_path / "f32", config), tmp_path / "bf16", torch.bfloat16
     )
     hybrid = build_artifact(
-        source, tmp_path / "artifact", context=128, width=4, depth=DEEPEST, num_sequences=2
+        source, tmp_path / "artifact", context=128, width=4, depth=MAX_DEPTH, num_sequences=2
     )
     prompts = [[3 + 7 * n % 2000 for n in range(40)], [5 + 11 * n % 1900 for n in range(30)]]
     with on_stage(hybrid) as stage:
         answers = stage.decode(*prompts)
         walked = {width: stage.walk(answers, width) for width in (1, 2, 1)}
     for width, along in walked.items():
-        real = replan(hybrid, context=128, width=width, depth=DEEPEST, verify_widths=(104,))
+        real = replan(hybrid, context=128, width=width, depth=MAX_DEPTH, verify_widths=(104,))
         with Engine.open(real) as engine, engine.new_sequence() as sequence:
             for answer, trees in zip(answers, along, strict=True):
                 length = answer.prompt_length

@@ -28,7 +28,7 @@ from subspec.planner.rehearse.rivals import (
     with_fastest_drafter,
 )
 from subspec.runtime.draft.beam import TokenTree
-from subspec.runtime.draft.drafter import SubstituteDrafter, Turn
+from subspec.runtime.draft.drafter import DecodeState, SubstituteDrafter
 from subspec.runtime.engine import Engine, OpenOptions
 
 SAMPLES = [Sample("code", f"def read_{name}(path):\n    ") for name in ("all", "one", "two", "few")]
@@ -189,9 +189,9 @@ def test_a_head_drafts_by_default_where_rounds_show_that_it_is_faster(
     """The substitutes' rounds take many times as long."""
     real = SubstituteDrafter.draft
 
-    def slow(self: SubstituteDrafter, turns: Sequence[Turn]) -> list[TokenTree]:
+    def slow(self: SubstituteDrafter, states: Sequence[DecodeState]) -> list[TokenTree]:
         time.sleep(0.2)
-        return real(self, turns)
+        return real(self, states)
 
     monkeypatch.setattr(SubstituteDrafter, "draft", slow)
     assert chosen(with_head).plan.drafter == "eagle"

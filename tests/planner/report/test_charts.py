@@ -49,7 +49,7 @@ def test_one_budget_is_no_chart() -> None:
 def test_the_acceptance_curve_goes_from_the_root_to_the_deepest_level() -> None:
     chart = acceptance_chart(MEASURED, Tree(1, 4))
     assert chart is not None
-    assert chart.line == tuple(enumerate((1.0, *MEASURED.reached(Tree(1, 4)))))
+    assert chart.line == tuple(enumerate((1.0, *MEASURED.acceptance_rates(Tree(1, 4)))))
     assert [label for _, label in chart.x.ticks] == ["0", "1", "2", "3", "4"]
     assert [label for _, label in chart.y.ticks] == ["0%", "20%", "40%", "60%", "80%", "100%"]
 

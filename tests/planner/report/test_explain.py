@@ -78,7 +78,9 @@ def words(page: str) -> str:
 
 def expected(plan: Plan, kind: str = "") -> tuple[float, float]:
     """A round's tokens and their margin, for drafts that end as the plan's do."""
-    return plan.acceptance.tokens(plan.tree, kind), plan.acceptance.margin(plan.tree, kind)
+    return plan.acceptance.acceptance_length(plan.tree, kind), plan.acceptance.margin(
+        plan.tree, kind
+    )
 
 
 def printed(spec: ModelSpec, plan: Plan) -> str:
@@ -265,7 +267,9 @@ def test_table_and_readme_say_what_acceptance_rests_on() -> None:
 
 def test_the_table_says_which_lengths_its_figures_are_for_and_what_a_plan_takes_beside() -> None:
     asked = Constraints(context=4096)
-    plan = fastest_plan(SPEC, make_profile(digest_rate=5e7), 27_000_000, asked, ACCEPTANCE)
+    plan = fastest_plan(
+        SPEC, make_profile(digest_bytes_per_second=5e7), 27_000_000, asked, ACCEPTANCE
+    )
     assert plan.full_context is not None and plan.predicted[plan.method].digest_seconds > 0
     text = " ".join(printed(SPEC, plan).split())
     full, usual = plan.full_context, plan.predicted[plan.method]
@@ -330,9 +334,10 @@ def test_the_json_object_has_the_documented_keys() -> None:
     }
     assert sum(found["ledger"].values()) <= found["budget_bytes"] == 12_000_000
     assert set(found["decisions"]) == {
-        "device", "method", "drafter", "context", "sequences", "tree", "company", "verify_widths",
-        "int4_kernel", "threads", "prefill_tokens", "block_bytes", "num_slots", "residual_parts",
-        "resident_bytes", "residual_bytes", "streamed_bytes", "reasons",
+        "device", "method", "drafter", "context", "sequences", "tree", "by_batch_size",
+        "verify_widths", "int4_kernel", "threads", "prefill_chunk_tokens", "block_bytes",
+        "num_slots", "residual_parts", "resident_bytes", "residual_bytes", "streamed_bytes",
+        "reasons",
     }  # fmt: skip
     assert set(found["decisions"]["tree"]) == {
         "width",

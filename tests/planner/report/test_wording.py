@@ -87,7 +87,7 @@ def test_what_the_text_repeats_is_said_to_be_drafted_too() -> None:
 
 def test_runs_are_compared_with_what_was_predicted_for_them() -> None:
     runs = [make_run(verify_seconds=seconds) for seconds in (0.2, 0.375, 0.55)]
-    waited = make_run(method="plain", first_of_engine=True, predicted_peak_bytes=None)
+    waited = make_run(method="plain", includes_digest_check=True, predicted_peak_bytes=None)
     assert run_rows([*runs, waited]) == [
         ("speculative decoding, tokens/s", "3", "20.0", "16.0", "-20%"),
         ("speculative decoding, first token", "3", "500 ms", "500 ms", "+0%"),

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from toys import ACCEPTANCE, make_curve, make_profile, make_spec
 
-from subspec.artifacts.acceptance import Acceptance, Checks
+from subspec.artifacts.acceptance import Acceptance, HierarchicalCost
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format.checks import check_plan
 from subspec.artifacts.plan import USUAL, WITH_DRAFT_MODEL, Constraints, Method, Plan
@@ -15,7 +15,7 @@ from subspec.planner.solve.predict import Proposer
 from subspec.planner.solve.search import search, unknown_proposer
 from subspec.planner.solve.storage import Storage, raw_storage
 
-MODEL, SMALL = make_spec(), make_spec(num_layers=1, inner_size=128)
+MODEL, SMALL = make_spec(), make_spec(num_layers=1, intermediate_size=128)
 BUDGET = 10_000_000
 QUICK, SLOW = 1e-5, 1e-2
 
@@ -30,12 +30,12 @@ def profile_with(layer_seconds: float = QUICK, **changes: object) -> Profile:
     )
 
 
-USUAL_CHECKS = Checks(0.5, 1.0)
+USUAL_CHECKS = HierarchicalCost(0.5, 1.0)
 
 
-def proposer(rate: float = 0.8, checks: Checks = USUAL_CHECKS) -> Proposer:
+def proposer(rate: float = 0.8, cost: HierarchicalCost = USUAL_CHECKS) -> Proposer:
     own = Acceptance((make_curve(1, rate), make_curve(2, rate)), measured=True)
-    return Proposer(SMALL, own, checks)
+    return Proposer(SMALL, own, cost)
 
 
 def planned(
@@ -54,11 +54,14 @@ def test_a_quick_draft_model_that_is_accepted_as_often_is_chosen() -> None:
     assert plan.method == "draft-model" and set(plan.drafts) == set(WITH_DRAFT_MODEL)
     check_plan(MODEL, list(raw_storage(MODEL).parts), plan, has_draft_model=True)
     assert any("what drafts" in reason for reason in plan.reasons)
-    assert plan.draft.acceptance.measured and plan.draft.checks is None
+    assert plan.draft.acceptance.measured and plan.draft.hierarchical_cost is None
 
 
 def test_one_that_is_slow_or_hardly_accepted_is_not() -> None:
-    for plan in (planned(profile=profile_with(SLOW)), planned(one=proposer(0.1, Checks(1.0, 9.0)))):
+    for plan in (
+        planned(profile=profile_with(SLOW)),
+        planned(one=proposer(0.1, HierarchicalCost(1.0, 9.0))),
+    ):
         assert plan.method == "substitute"
         speeds = {method: said.tokens_per_second for method, said in plan.predicted.items()}
         assert speeds["substitute"] > max(speeds[method] for method in WITH_DRAFT_MODEL)
@@ -68,8 +71,11 @@ def test_substitutes_that_agree_with_it_are_faster_with_it() -> None:
     """One pass of theirs in five, where its own trees are accepted rarely and more rows of a pass
     cost little."""
     flat = profile_with(draft_layer=(Timing(1, 1e-4), Timing(8, 1.1e-4)))
-    plan = planned(2 * BUDGET, profile=flat, one=proposer(0.3, Checks(0.2, 0.9)))
-    assert plan.method == "substitute+draft-model" and plan.draft.checks == Checks(0.2, 0.9)
+    plan = planned(2 * BUDGET, profile=flat, one=proposer(0.3, HierarchicalCost(0.2, 0.9)))
+    assert (
+        plan.method == "substitute+draft-model"
+        and plan.draft.hierarchical_cost == HierarchicalCost(0.2, 0.9)
+    )
     assert plan.draft.acceptance == plan.acceptance
 
 
@@ -97,7 +103,7 @@ def test_a_draft_model_fits_where_substitutes_do_not() -> None:
 
 def test_a_draft_model_never_costs_speed_where_the_context_is_ours() -> None:
     """It fits beside a longer context than the substitutes do."""
-    slow = proposer(0.3, Checks(1.0, 1.0))
+    slow = proposer(0.3, HierarchicalCost(1.0, 1.0))
     for budget in range(7_500_000, 13_000_000, 500_000):
         given = (MODEL, profile_with(), budget, Constraints(), ACCEPTANCE)
         alone, beside = search(*given), search(*given, proposer=slow)

@@ -1,4 +1,4 @@
-"""What of FP8 weights is held as residuals, as FP8 codes, or multiplied out, as memory grows."""
+"""What of FP8 weights is held as residuals, as FP8 codes, or dequantized, as memory grows."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -55,7 +55,7 @@ def test_memory_that_is_left_holds_fp8_weights_multiplied_out(stored: Storage | 
     plans = [plan_for(budget_bytes, stored) for budget_bytes in BUDGETS]
     for slower, faster in pairwise(map(speed, plans)):
         assert faster >= slower * (1 - 1e-9)
-    counts = [len(plan.placement(plan.method).multiplied_out) for plan in plans]
+    counts = [len(plan.placement(plan.method).dequantized) for plan in plans]
     assert counts[0] < NUM_FP8 == counts[-1] and len(set(counts)) > 3
     largest = plans[-1]
     assert largest.predicted[largest.method].decode_seconds == 0
@@ -65,7 +65,7 @@ def test_memory_that_is_left_holds_fp8_weights_multiplied_out(stored: Storage | 
         check_plan(SPEC, parts, plan)
         sizes = {one.name: one for one in parts}
         for method, placement in plan.placements.items():
-            wide = set(placement.multiplied_out)
+            wide = set(placement.dequantized)
             assert placement.ledger.resident == sum(
                 sizes[name].part.num_bytes if name in wide else sizes[name].part.plain_bytes
                 for name in placement.resident
@@ -81,12 +81,12 @@ def test_where_multiplying_out_costs_little_memory_holds_residuals_as_fp8_codes_
     cheap = replace(FAST_LINK, fp8_weights_per_second=3e9)
     plan = plan_for(34_000_000, CODED, cheap)
     placement = plan.placement(plan.method)
-    assert len(placement.multiplied_out) < NUM_FP8 / 4
+    assert len(placement.dequantized) < NUM_FP8 / 4
     assert len(placement.resident) > NUM_FP8 * 3 / 4
     dear = replace(FAST_LINK, fp8_weights_per_second=3.1e7)
     plan = plan_for(34_000_000, CODED, dear)
     placement = plan.placement(plan.method)
-    assert placement.multiplied_out and len(placement.resident) < NUM_FP8 * 3 / 4
+    assert placement.dequantized and len(placement.resident) < NUM_FP8 * 3 / 4
 
 
 def test_where_the_link_is_the_slower_nothing_that_streams_makes_room_for_it() -> None:
@@ -94,7 +94,7 @@ def test_where_the_link_is_the_slower_nothing_that_streams_makes_room_for_it() -
     for stored in (None, BYTES):
         plan = plan_for(23_000_000, stored, slow)
         assert plan.predicted[plan.method].streamed_bytes
-        assert not plan.placement(plan.method).multiplied_out
+        assert not plan.placement(plan.method).dequantized
 
 
 def test_the_last_storage_needs_no_work_at_its_use() -> None:

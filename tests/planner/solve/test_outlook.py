@@ -1,4 +1,4 @@
-"""What a plan promises for another usage, and what other budgets and contexts would give."""
+"""What a plan predicts for another usage, and what other budgets and contexts would give."""
 
 from dataclasses import replace
 from typing import Any
@@ -77,7 +77,7 @@ def test_what_a_plan_holds_decoded_is_not_foretold_to_be_decoded(method: Method)
 def test_a_short_prompt_leaves_some_of_the_workspace_alone(method: Method) -> None:
     plan = plan_for(40_000_000, context=1024)
     placement = plan.placement(method)
-    assert plan.prefill_tokens > 64
+    assert plan.prefill_chunk_tokens > 64
     most = placement.ledger.total_bytes - placement.ledger.guard
     peaks = [foretold(plan, method, Usage(n, 10)).fast_peak_bytes for n in (16, 64, 256, 1000)]
     assert peaks == sorted(peaks) and peaks[0] < peaks[-1] <= most
@@ -101,9 +101,9 @@ def test_a_plan_whose_drafts_end_early_foretells_them() -> None:
     tree = replace(whole.tree, min_path_probability=0.3)
     plan = replace(whole, tree=tree)
     found, before = (foretold(one, "substitute", usual_usage(256)) for one in (plan, whole))
-    gives = early.round_yield(tree)
-    assert found.tokens_per_round == gives.tokens < before.tokens_per_round
-    assert found.levels_per_round == gives.levels < before.levels_per_round == tree.depth
+    expectation = early.expected_round(tree)
+    assert found.tokens_per_round == expectation.tokens < before.tokens_per_round
+    assert found.levels_per_round == expectation.levels < before.levels_per_round == tree.depth
     assert found.draft_seconds < before.draft_seconds
 
 

@@ -7,19 +7,19 @@ from typing import Any
 import pytest
 from toys import make_profile, make_spec
 
-from subspec.artifacts.acceptance import ONE_TOKEN, Acceptance, Curve, RoundYield
+from subspec.artifacts.acceptance import ONE_TOKEN, Acceptance, Curve, ExpectedRound
 from subspec.artifacts.footprint import Ring
 from subspec.artifacts.plan import USUAL, Prediction, Tree, Usage
 from subspec.artifacts.profile import LIVE_TOKENS, MORE_TOKENS, Corrections, Profile, Timing
 from subspec.planner.machine.profiles import with_link
 from subspec.planner.solve.predict import (
     Candidate,
-    both_at_once,
+    batched_call_counts,
+    overlapped_seconds,
     passes_of,
     predict,
     rounds_needed,
     shares_by_width,
-    shares_in_company,
     usual_usage,
 )
 from subspec.planner.solve.storage import raw_storage, usual_storages
@@ -35,29 +35,35 @@ ALONE: dict[str, float] = {"contended_link": 1.0, "contended_compute": 1.0}
 SHARES = (0.01, 0.2, 0.5, 0.9, 1.0)
 
 
-def never_accepted(*shares: float) -> RoundYield:
+def never_accepted(*shares: float) -> ExpectedRound:
     """shares: of the rounds that draft 0, 1, ... levels."""
-    return RoundYield(1.0, 1.0, sum(n * share for n, share in enumerate(shares)), shares)
+    return ExpectedRound(1.0, 1.0, sum(n * share for n, share in enumerate(shares)), shares)
 
 
-def whole_tree(tree: Tree | None) -> RoundYield:
+def whole_tree(tree: Tree | None) -> ExpectedRound:
     return never_accepted(*(0.0,) * tree.depth, 1.0) if tree else ONE_TOKEN
 
 
 def predicted(
     candidate: Candidate,
     streamed: int = 0,
-    gives: RoundYield | None = None,
-    prefill_tokens: int = 128,
+    expectation: ExpectedRound | None = None,
+    prefill_chunk_tokens: int = 128,
     usage: Usage = AS_TIMED,
     **changes: Any,
 ) -> Prediction:
     """gives: of a whole tree that is never accepted, unless it is given."""
-    profile, gives = make_profile(**changes), gives or whole_tree(candidate.tree)
+    profile, expectation = make_profile(**changes), expectation or whole_tree(candidate.tree)
     passes = passes_of(
-        make_spec(), profile, candidate.tree, candidate.verify_widths, gives, prefill_tokens, usage
+        make_spec(),
+        profile,
+        candidate.tree,
+        candidate.verify_widths,
+        expectation,
+        prefill_chunk_tokens,
+        usage,
     )
-    return predict(profile, candidate, passes, streamed, gives, 0, usage)
+    return predict(profile, candidate, passes, streamed, expectation, 0, usage)
 
 
 def never_rises(seconds: list[float]) -> None:
@@ -78,7 +84,7 @@ def counted_rounds(num_tokens: int, reached: list[float]) -> float:
     return needed[num_tokens]
 
 
-def yield_with(reached: list[float]) -> RoundYield:
+def expected_round_with(reached: list[float]) -> ExpectedRound:
     squares = sum((2 * n + 1) * p for n, p in enumerate(reached, 1))
     return replace(ONE_TOKEN, tokens=1 + sum(reached), tokens_squared=1 + squares)
 
@@ -91,14 +97,14 @@ def test_the_rounds_of_an_answer_are_those_of_a_count_of_all_ways(
 ) -> None:
     """The last round's overshoot included, which is 11 % of what the deepest tree needs."""
     reached = [rate**level for level in range(1, depth + 1)]
-    found = rounds_needed(num_tokens, yield_with(reached))
+    found = rounds_needed(num_tokens, expected_round_with(reached))
     assert found == pytest.approx(counted_rounds(num_tokens, reached), rel=0.02)
 
 
 def test_an_answer_as_short_as_a_tree_is_deep_is_near_enough() -> None:
     for num_tokens in (1, 2, 5, 11, 23):
         reached = [0.9**level for level in range(1, 17)]
-        found = rounds_needed(num_tokens, yield_with(reached))
+        found = rounds_needed(num_tokens, expected_round_with(reached))
         assert found == pytest.approx(counted_rounds(num_tokens, reached), rel=0.13)
         assert found >= 1
 
@@ -113,7 +119,7 @@ def test_plain_decoding_needs_a_round_for_each_token() -> None:
 def test_a_round_on_a_slow_link_lasts_as_long_as_the_link() -> None:
     """10 MiB stream, less than 2 MiB of them arrive while the draft runs; one block of compute is
     left at the end."""
-    found = predicted(CHAIN, 10 << 20, HALF.round_yield(Tree(1, 4)), **ALONE)
+    found = predicted(CHAIN, 10 << 20, HALF.expected_round(Tree(1, 4)), **ALONE)
     assert found.draft_seconds == pytest.approx(4 * (8 * 5e-5 + 5e-5))
     assert found.compute_seconds == pytest.approx(8 * 2e-4 + 1e-4 + 7 / 63 * 3e-4)
     ahead = found.draft_seconds * LINK
@@ -122,7 +128,7 @@ def test_a_round_on_a_slow_link_lasts_as_long_as_the_link() -> None:
     assert found.verify_seconds == pytest.approx(link + found.compute_seconds / 10 + 1e-4)
     assert found.stream_seconds == (10 << 20) / LINK
     assert found.tokens_per_round == 1.9375
-    rounds = rounds_needed(127, HALF.round_yield(Tree(1, 4)))
+    rounds = rounds_needed(127, HALF.expected_round(Tree(1, 4)))
     total = found.draft_seconds + found.verify_seconds
     assert found.tokens_per_second == pytest.approx(127 / (rounds * total))
 
@@ -151,30 +157,30 @@ def test_a_draft_takes_as_long_as_the_levels_that_it_usually_has() -> None:
         ((0.5, 0.5), first),  # some level is drafted, so there is a first one
         ((1.0,), 0.0),
     ):
-        found = predicted(wide, gives=never_accepted(*shares))
+        found = predicted(wide, expectation=never_accepted(*shares))
         assert found.draft_seconds == pytest.approx(seconds)
         assert found.levels_per_round == sum(n * share for n, share in enumerate(shares))
 
 
 def test_several_answers_share_calls_and_their_drafts_vary_together() -> None:
     """Of 4 answers that draft 2 or 6 levels, two wide: 16 levels, give or take a deviation of 4."""
-    gives = never_accepted(0.0, 0.0, 0.5, 0.0, 0.0, 0.0, 0.5)
-    found = shares_in_company(Tree(2, 6), (8, 16, 32), gives, 4)
+    expectation = never_accepted(0.0, 0.0, 0.5, 0.0, 0.0, 0.0, 0.5)
+    found = batched_call_counts(Tree(2, 6), (8, 16, 32), expectation, 4)
     assert found == {32: 1.0, 16: 0.5}, "28 rows in one call, 44 in two"
-    assert shares_in_company(Tree(1, 4), (8, 16), whole_tree(Tree(1, 4)), 2) == {16: 1.0}
+    assert batched_call_counts(Tree(1, 4), (8, 16), whole_tree(Tree(1, 4)), 2) == {16: 1.0}
 
 
 def test_a_verification_is_as_wide_as_its_draft_needs() -> None:
     """Drafts of 0, 1, 2, 3 levels have 1, 3, 5, 7 nodes."""
-    tree, gives = Tree(2, 3), never_accepted(0.125, 0.25, 0.0, 0.625)
+    tree, expectation = Tree(2, 3), never_accepted(0.125, 0.25, 0.0, 0.625)
     for widths, expected in (
         ((7,), {7: 1.0}),
         ((3, 8), {3: 0.375, 8: 0.625}),
         ((1, 2, 4, 6, 8), {1: 0.125, 4: 0.25, 8: 0.625}),
         ((5, 64), {5: 0.375, 64: 0.625}),
     ):
-        assert shares_by_width(tree, widths, gives) == expected
-    found = predicted(replace(CHAIN, tree=tree, verify_widths=(1, 8, 64)), gives=gives)
+        assert shares_by_width(tree, widths, expectation) == expected
+    found = predicted(replace(CHAIN, tree=tree, verify_widths=(1, 8, 64)), expectation=expectation)
     one, eight = 8 * 1e-4 + 1e-4, 8 * 2e-4 + 1e-4 + 7 / 63 * 3e-4
     assert found.compute_seconds == pytest.approx(0.125 * one + 0.875 * eight)
 
@@ -185,9 +191,9 @@ def test_more_widths_and_drafts_that_end_sooner_are_never_slower() -> None:
     every = (whole_tree(tree), *reversed(ending))
     ladder = ((64,), (32,), (16, 32), (8, 16, 32), (1, 2, 4, 8, 16, 24, 32))
     rounds = [
-        [predicted(replace(CHAIN, tree=tree, verify_widths=widths), 1 << 20, gives)
+        [predicted(replace(CHAIN, tree=tree, verify_widths=widths), 1 << 20, expectation)
          for widths in ladder]
-        for gives in every
+        for expectation in every
     ]  # fmt: skip
     for row in rounds:
         never_rises([found.verify_seconds for found in row])
@@ -253,15 +259,15 @@ def sharing(contended_link: float, contended_compute: float) -> Profile:
 
 def test_the_longer_lane_has_its_full_speed_once_the_shorter_has_ended() -> None:
     shares = (0.8, 0.5)
-    assert both_at_once(shares, 10.0, 1.0) == pytest.approx(2 + (10 - 2 * 0.8))
-    assert both_at_once(shares, 2.0, 10.0) == pytest.approx(2.5 + (10 - 2.5 * 0.5))
-    assert both_at_once(shares, 8.0, 5.0) == pytest.approx(10)  # both end at once
-    assert both_at_once(shares, 0.0, 3.0) == both_at_once(shares, 3.0, 0.0) == 3
+    assert overlapped_seconds(shares, 10.0, 1.0) == pytest.approx(2 + (10 - 2 * 0.8))
+    assert overlapped_seconds(shares, 2.0, 10.0) == pytest.approx(2.5 + (10 - 2.5 * 0.5))
+    assert overlapped_seconds(shares, 8.0, 5.0) == pytest.approx(10)  # both end at once
+    assert overlapped_seconds(shares, 0.0, 3.0) == overlapped_seconds(shares, 3.0, 0.0) == 3
 
 
 def test_lanes_that_do_not_disturb_each_other_take_as_long_as_the_longer() -> None:
-    assert both_at_once((1.0, 1.0), 2.0, 7.0) == 7
-    assert both_at_once((1.0, 1.0), 8.0, 7.0) == 8
+    assert overlapped_seconds((1.0, 1.0), 2.0, 7.0) == 7
+    assert overlapped_seconds((1.0, 1.0), 8.0, 7.0) == 8
 
 
 @pytest.mark.parametrize("contended_link", SHARES)
@@ -274,8 +280,8 @@ def test_more_work_takes_no_less_time_and_a_little_more_takes_little(
     for other in (0.0, 0.1, 1.0, 3.0, 40.0):
         some = [step * n for n in range(400)]
         for seconds in (
-            [both_at_once(shares, link, other) for link in some],
-            [both_at_once(shares, other, compute) for compute in some],
+            [overlapped_seconds(shares, link, other) for link in some],
+            [overlapped_seconds(shares, other, compute) for compute in some],
         ):
             assert all(-1e-9 <= b - a <= most + 1e-9 for a, b in pairwise(seconds))
             assert all(s >= max(n, other) for s, n in zip(seconds, some, strict=True))
@@ -323,8 +329,8 @@ def test_a_link_throttled_below_what_it_keeps_beside_compute_is_slowed_by_nothin
     slow, shares = with_link(profile, 40_000_000), profile.contended_shares(40e6)
     assert (slow.contended_link, slow.contended_compute) == shares == (1.0, 0.75)
     assert slow.contended_shares(40e6) == shares, "throttled again it is the same"
-    assert both_at_once(shares, 10.0, 1.5) == pytest.approx(10)
-    assert both_at_once(shares, 4.0, 10.0) == pytest.approx(10 + 4 * 0.25)
+    assert overlapped_seconds(shares, 10.0, 1.5) == pytest.approx(10)
+    assert overlapped_seconds(shares, 4.0, 10.0) == pytest.approx(10 + 4 * 0.25)
 
 
 # The first token
@@ -339,7 +345,9 @@ def test_the_first_token_comes_after_the_prompt_and_one_head() -> None:
 
 def test_weights_that_stream_for_the_first_time_are_checked() -> None:
     given: dict[str, Any] = {"streamed": 10 << 20, "usage": USUAL, **ALONE}
-    checked, bare = (predicted(CHAIN, digest_rate=rate, **given) for rate in (10e6, 0.0))
+    checked, bare = (
+        predicted(CHAIN, digest_bytes_per_second=rate, **given) for rate in (10e6, 0.0)
+    )
     later = bare.time_to_first_token_seconds
     assert later == pytest.approx((10 << 20) / LINK, rel=0.05)  # the link is the longer
     assert checked.time_to_first_token_seconds == later, "that was for the first prompt alone"
@@ -350,13 +358,17 @@ def test_weights_that_stream_for_the_first_time_are_checked() -> None:
 
 
 def test_a_prompt_in_two_pieces_streams_the_weights_twice_and_checks_them_once() -> None:
-    given: dict[str, Any] = {"streamed": 10**8, "usage": Usage(128, 128), "digest_rate": 5e7}
-    whole = predicted(PLAIN, prefill_tokens=128, **given, **ALONE)
-    halves = predicted(PLAIN, prefill_tokens=64, **given, **ALONE)
+    given: dict[str, Any] = {
+        "streamed": 10**8,
+        "usage": Usage(128, 128),
+        "digest_bytes_per_second": 5e7,
+    }
+    whole = predicted(PLAIN, prefill_chunk_tokens=128, **given, **ALONE)
+    halves = predicted(PLAIN, prefill_chunk_tokens=64, **given, **ALONE)
     extra = halves.time_to_first_token_seconds - whole.time_to_first_token_seconds
     assert extra == pytest.approx(10**8 / LINK, rel=0.01)
     assert halves.digest_seconds == pytest.approx(whole.digest_seconds, rel=0.01)
-    assert predicted(PLAIN, prefill_tokens=100, **given).time_to_first_token_seconds > extra
+    assert predicted(PLAIN, prefill_chunk_tokens=100, **given).time_to_first_token_seconds > extra
 
 
 # Usage

@@ -175,11 +175,17 @@ def best_of_all(
         inside = {*placement.resident, *placement.residuals}
         streamed = group_bytes(p for p in candidate.storage.parts if p.name not in inside)
         tree = candidate.tree
-        gives = acceptance.round_yield(tree) if tree else ONE_TOKEN
+        expectation = acceptance.expected_round(tree) if tree else ONE_TOKEN
         passes = passes_of(
-            spec, profile, tree, candidate.verify_widths, gives, problem.prefill_tokens, usage
+            spec,
+            profile,
+            tree,
+            candidate.verify_widths,
+            expectation,
+            problem.prefill_chunk_tokens,
+            usage,
         )
-        found = predict(profile, candidate, passes, streamed, gives, 0, usage)
+        found = predict(profile, candidate, passes, streamed, expectation, 0, usage)
         speeds.append(found.tokens_per_second)
     return max(speeds)
 
@@ -259,7 +265,7 @@ def test_drafts_end_early_where_acceptance_says_that_it_pays() -> None:
     assert (plan.method, plan.tree.min_path_probability) == ("substitute", 0.3)
     assert ["0.3" in reason for reason in said_of_ends(plan)] == [True]
     predicted = plan.predicted["substitute"]
-    expected = EARLY.round_yield(plan.tree)
+    expected = EARLY.expected_round(plan.tree)
     assert predicted.tokens_per_round == expected.tokens
     assert predicted.levels_per_round == expected.levels < plan.tree.depth - 1
     whole = Constraints(context=256, min_path_probability=0.0)
@@ -331,15 +337,15 @@ def test_each_of_several_answers_drafts_what_pays_for_all_of_them() -> None:
         Constraints(context=256, method="substitute", num_sequences=9),
         profile=make_profile(exact_layer=dear),
     )
-    assert len(plan.company) == 3, "of 2, 4 and 8 answers"
+    assert len(plan.by_batch_size) == 3, "of 2, 4 and 8 answers"
     sizes = [tree.num_nodes for tree in plan.draft.trees]
     assert sizes == sorted(sizes, reverse=True) and sizes[-1] < sizes[0]
-    speeds = [speed(plan), *(one.tokens_per_second for one in plan.company)]
+    speeds = [speed(plan), *(one.tokens_per_second for one in plan.by_batch_size)]
     assert speeds == sorted(speeds)
     assert [tree_for(plan.draft.trees, count) for count in (1, 3, 9)] == [
-        plan.tree, plan.company[0].tree, plan.company[2].tree
+        plan.tree, plan.by_batch_size[0].tree, plan.by_batch_size[2].tree
     ]  # fmt: skip
-    assert not plan_for(20 << 20).company
+    assert not plan_for(20 << 20).by_batch_size
 
 
 def test_what_is_drafted_in_company_keeps_what_the_user_fixed() -> None:
@@ -415,12 +421,12 @@ def test_more_memory_never_predicts_slower_where_drafts_may_end_early(small_spac
 def test_prompts_take_no_weights_place_when_memory_grows(small_space: None) -> None:
     """Wide layers: the activations of a prompt take as much as the weights."""
     given = {
-        "spec": make_spec(inner_size=4096, num_heads=2),
+        "spec": make_spec(intermediate_size=4096, num_heads=2),
         "profile": make_profile(batch_invariant_widths=((8,),)),
     }
     plans = [plan_for(b, LONG, **given) for b in range(20_000_000, 120_000_000, 500_007)]
     never_falls([speed(plan) for plan in plans])
-    tokens = [plan.prefill_tokens for plan in plans]
+    tokens = [plan.prefill_chunk_tokens for plan in plans]
     assert (min(tokens), max(tokens)) == (64, 1024)
     streamed = [plan.predicted["plain"].streamed_bytes for plan in plans]
     assert tokens[streamed.index(0)] < 100  # the weights come first
@@ -439,7 +445,7 @@ def test_a_prompt_has_all_memory_that_verification_and_drafts_need_anyway(
         plan_for(1_000_000, constraints, profile=profile)
     least = parse_size(caught.value.hint.removeprefix("--vram "))
     plan = plan_for(int(share * least), constraints, profile=profile)
-    assert 64 < plan.prefill_tokens <= 1024
+    assert 64 < plan.prefill_chunk_tokens <= 1024
 
     def needed(method: Method, tokens: int) -> int:
         shape = Shape(
@@ -449,8 +455,8 @@ def test_a_prompt_has_all_memory_that_verification_and_drafts_need_anyway(
         return workspace_bytes(spec, plan.device, shape)
 
     sizes = {method: one.ledger.workspace for method, one in plan.placements.items()}
-    assert all(needed(method, plan.prefill_tokens) <= size for method, size in sizes.items())
-    more = plan.prefill_tokens + 1
+    assert all(needed(method, plan.prefill_chunk_tokens) <= size for method, size in sizes.items())
+    more = plan.prefill_chunk_tokens + 1
     assert more > 1024 or any(needed(method, more) > size for method, size in sizes.items())
 
 
@@ -553,7 +559,7 @@ def test_every_plan_passes_the_readers_check(
     stored: int | None,
     small_space: None,
 ) -> None:
-    spec = make_spec(dtype=dtype, tied_head=dtype == "float32")
+    spec = make_spec(dtype=dtype, tie_word_embeddings=dtype == "float32")
     overhead = 1_000_000 if device == "cuda" else 0
     profile = make_profile(
         device=device,
@@ -827,9 +833,9 @@ def test_a_default_context_leaves_room_for_a_draft_that_is_faster(
 # Residency
 
 
-@pytest.mark.parametrize("tied_head", [False, True])
-def test_resident_parts_fill_the_bytes_in_execution_order(tied_head: bool) -> None:
-    for storage in usual_storages(make_spec(tied_head=tied_head)):
+@pytest.mark.parametrize("tie_word_embeddings", [False, True])
+def test_resident_parts_fill_the_bytes_in_execution_order(tie_word_embeddings: bool) -> None:
+    for storage in usual_storages(make_spec(tie_word_embeddings=tie_word_embeddings)):
         order = [part.name for part in storage.parts]
         before = 0
         for num_bytes in range(0, storage.num_bytes + 200_000, 50_021):
@@ -1040,9 +1046,9 @@ def test_the_priors_are_marked_as_such() -> None:
     ("width", "rate"), [(1, 0.968), (2, 0.975), (3, 0.975), (4, 0.981), (8, 0.985), (16, 0.985)]
 )
 def test_the_prior_accepts_each_level_alike(width: int, rate: float) -> None:
-    reached = PRIOR.reached(Tree(width, PRIOR_LEVELS))
+    reached = PRIOR.acceptance_rates(Tree(width, PRIOR_LEVELS))
     assert reached == pytest.approx([rate**n for n in range(1, 65)], abs=1e-4)
-    assert PRIOR.round_yield(Tree(width, PRIOR_LEVELS)).levels == PRIOR_LEVELS
+    assert PRIOR.expected_round(Tree(width, PRIOR_LEVELS)).levels == PRIOR_LEVELS
 
 
 def test_the_prior_of_a_width_lies_on_the_line_between_the_published_ones() -> None:

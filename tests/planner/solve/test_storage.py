@@ -40,7 +40,7 @@ def test_a_share_of_the_bytes_is_spread_evenly(share: float) -> None:
 
 
 def test_a_matrix_that_can_be_no_residual_is_raw_whatever_the_share() -> None:
-    odd = make_spec(inner_size=528)
+    odd = make_spec(intermediate_size=528)
     chosen = set(evenly_raw(odd.parts, 0.0))
     assert chosen == {part for part in odd.parts if part.linear.out_features == 528}
 

@@ -25,7 +25,7 @@ from subspec.runtime.sequence import GenerationParams, Stats
 from subspec.runtime.text.tokenizer import load_tokenizer
 
 STATS = {
-    "prompt_tokens", "reused_tokens", "generated_tokens", "decode_tokens_per_second",
+    "prompt_tokens", "cached_tokens", "generated_tokens", "decode_tokens_per_second",
     "time_to_first_token_seconds", "rounds", "mean_accepted_per_round", "accepted_histogram",
     "lossy_tokens", "drafted_levels", "proposed_levels",
     "draft_seconds", "verify_seconds", "stream_wait_seconds", "streamed_bytes", "fast_peak_bytes",
@@ -176,10 +176,10 @@ def test_an_answer_is_recorded_with_its_figures(unrecorded: Path, capsys: Captur
     plan = open_artifact(unrecorded).plan
     assert found.plan == plan_digest(plan) and found.machine.startswith("cpu: ")
     assert (found.method, found.padded, found.greedy) == ("substitute", True, False)
-    assert found.link_bandwidth == 900_000_000 and found.first_of_engine
+    assert found.link_bandwidth == 900_000_000 and found.includes_digest_check
     assert found.rounds == stats["rounds"] and len(found.drafted) == plan.tree.depth
     assert 0 < found.drafted_levels <= found.rounds * plan.tree.depth
-    for name in ("prompt_tokens", "reused_tokens", "generated_tokens", "draft_seconds",
+    for name in ("prompt_tokens", "cached_tokens", "generated_tokens", "draft_seconds",
                  "verify_seconds", "stream_wait_seconds", "streamed_bytes", "fast_peak_bytes",
                  "predicted_tokens_per_second"):  # fmt: skip
         assert getattr(found, name) == stats[name]
@@ -215,8 +215,8 @@ def test_each_turn_of_a_chat_is_recorded_but_not_one_that_does_not_fit(
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(turns), encoding="utf-8"))
     assert run(capsys, unrecorded, "--chat", "--max-tokens", 6).exit_code == 0
     first, second = read_runs(unrecorded)
-    assert first.first_of_engine and not second.first_of_engine
-    assert first.reused_tokens == 0 < second.reused_tokens
+    assert first.includes_digest_check and not second.includes_digest_check
+    assert first.cached_tokens == 0 < second.cached_tokens
 
 
 def test_an_answer_is_recorded_up_to_where_it_was_interrupted(unrecorded: Path) -> None:
@@ -274,7 +274,7 @@ def fakes(ids: list[int], after: Any = lambda: None) -> tuple[Any, Any]:
         for index, token in enumerate(ids):
             if index:
                 after()
-            params.cut([token])
+            params.stopping_criteria([token])
             sequence.finish_reason = "length" if index + 1 == len(ids) else None
             yield [token]
 
@@ -287,7 +287,7 @@ def fakes(ids: list[int], after: Any = lambda: None) -> tuple[Any, Any]:
         method="plain",
         drafter=None,
         draft_temperature=None,
-        ran_as_planned=lambda sequence: True,
+        is_predicted_by_plan=lambda sequence: True,
         predicted_tokens_per_second=None,
     )
     return engine, sequence

@@ -91,7 +91,7 @@ def test_the_median_is_held_against_the_prediction() -> None:
 
 
 def test_a_sessions_first_token_counts_only_where_there_is_no_other() -> None:
-    first = make_run(first_of_engine=True, first_token_seconds=9.0)
+    first = make_run(includes_digest_check=True, first_token_seconds=9.0)
     both = answers_of(PLAN, [first, make_run(first_token_seconds=0.25)])
     assert both.first_token_seconds.highest == 0.25 and not both.digests_checked
     alone = answers_of(PLAN, [first])
@@ -105,7 +105,7 @@ def test_a_level_is_accepted_by_a_share_of_all_rounds_whether_they_drafted_it_or
     levels = answers_of(PLAN, [run]).levels
     assert [(one.drafted, one.accepted) for one in levels] == [(10, 8), (6, 3), (0, 0)]
     assert [one.reached for one in levels] == [0.8, 0.3, 0.0]
-    assert [one.expected for one in levels] == list(PLAN.acceptance.reached(Tree(2, 3)))
+    assert [one.expected for one in levels] == list(PLAN.acceptance.acceptance_rates(Tree(2, 3)))
     more = answers_of(PLAN, [run, make_run(drafted=(10, 0, 0), accepted=(10,))]).levels
     assert [(one.drafted, one.reached) for one in more] == [(20, 0.4), (6, 0.15), (0, 0.0)]
 

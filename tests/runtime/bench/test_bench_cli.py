@@ -37,7 +37,7 @@ from subspec.runtime.bench.tables import (
 )
 from subspec.runtime.bench.throughput import warm_up
 from subspec.runtime.bench.variants import Source, Variant
-from subspec.runtime.draft import checked
+from subspec.runtime.draft import hierarchical
 from subspec.runtime.draft.beam import TokenTree
 from subspec.runtime.engine import Engine
 from subspec.runtime.lossy import Lossy
@@ -341,7 +341,7 @@ def test_a_question_that_is_too_long_is_no_trouble_for_the_answer_that_does_not_
 ) -> None:
     with Engine.open(artifact) as engine:
         warm_up(engine, [5] * 10 * engine.plan.context)
-        assert engine.num_reads == 1
+        assert engine.num_prefill_chunks == 1
 
 
 def test_each_item_is_sampled_with_noise_of_its_own(
@@ -786,14 +786,14 @@ def test_a_trace_of_checked_proposals_has_the_probabilities_of_each_level(
 ) -> None:
     """Whatever is proposed, and however much of it is agreed with in one pass."""
     found = list[TokenTree]()
-    grow = checked.grow
+    grow = hierarchical.grow
 
     def kept(*given: Any) -> list[TokenTree]:
         found.extend(grow(*given))
         return found[-1:]
 
-    monkeypatch.setattr(checked, "grow", kept)
-    monkeypatch.setattr(checked, "CLEAR", 0.0)
+    monkeypatch.setattr(hierarchical, "grow", kept)
+    monkeypatch.setattr(hierarchical, "CLEAR", 0.0)
     opened_under(artifact, monkeypatch, drafter="substitute+lookup")
     text = "def add(a, b):\n    return a + b\n\n\n" * 3
     words = ("--max-tokens", 24, "--out", tmp_path / "trace", *HERE)
@@ -986,11 +986,12 @@ def test_each_command_takes_a_file_and_the_environment(
     capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     file = tmp_path / "bench.yaml"
-    file.write_text("repeats: 7\nprompts: 1,2\n")
-    monkeypatch.setenv("SUBSPEC_BENCH_SPEED_ANSWERS", "9")
+    file.write_text("repetitions: 7\nprompt-tokens: 1,2\n")
+    monkeypatch.setenv("SUBSPEC_BENCH_SPEED_GENERATED_TOKENS", "9")
     done = run(capsys, "speed", "x", "--config", file, "--print-config")
     assert done.exit_code == 0, done.err
-    assert "repeats: 7 " in done.out and "prompts: 1,2 " in done.out and "answers: 9 " in done.out
+    assert "repetitions: 7 " in done.out and "prompt-tokens: 1,2 " in done.out
+    assert "generated-tokens: 9 " in done.out
     assert isinstance(main, click.Group) and set(main.commands) == {
         "speed", "tasks", "sweep", "compare", "trace", "report",
     }  # fmt: skip

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from subspec.artifacts.plan import Tree
 from subspec.runtime.draft.beam import (
-    Growing,
     Level,
+    PartialTree,
     TokenTree,
     grow,
     levels,
@@ -27,7 +27,7 @@ def one_tree(root: int, tree: Tree, padded: int, table: Tensor) -> TokenTree:
     return grown
 
 
-def never(growing: Growing) -> bool:
+def never(growing: PartialTree) -> bool:
     return False
 
 
@@ -81,7 +81,7 @@ def test_the_probability_of_a_level_is_that_of_all_its_paths() -> None:
 def test_whether_a_tree_ends_is_asked_of_its_last_level_before_the_next_one() -> None:
     asked = list[tuple[int, int]]()
 
-    def ends(growing: Growing) -> bool:
+    def ends(growing: PartialTree) -> bool:
         asked.append((growing.index, growing.tree.num_nodes))
         return growing.index == 0 and growing.tree.num_nodes > 3
 
@@ -117,7 +117,7 @@ def test_the_first_levels_of_a_tree_are_those_of_a_shallower_one(width: int) -> 
 def test_a_level_is_drafted_only_when_it_is_asked_for() -> None:
     real, asked = table_draft(random_table(3)), list[int]()
 
-    def draft(growing: Sequence[Growing]) -> Tensor:
+    def draft(growing: Sequence[PartialTree]) -> Tensor:
         asked.append(int(growing[0].tree.depths[growing[0].last.nodes[0]]))
         return real(growing)
 
@@ -170,7 +170,7 @@ def test_a_tree_that_ends_early_leaves_the_others_growing() -> None:
 def test_one_pass_drafts_a_level_of_all_trees_that_still_grow() -> None:
     real, asked = table_draft(*TABLES), list[list[int]]()
 
-    def draft(growing: Sequence[Growing]) -> Tensor:
+    def draft(growing: Sequence[PartialTree]) -> Tensor:
         asked.append([one.index for one in growing])
         return real(growing)
 

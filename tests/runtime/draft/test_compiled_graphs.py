@@ -15,7 +15,7 @@ from torch import Tensor
 from toy_weights import empty_cache, random_weights, shared_weights
 from toys import make_spec
 
-from subspec.artifacts.common.user_cache import keep_file, kept_file
+from subspec.artifacts.common.user_cache import find_file, store_file
 from subspec.artifacts.footprint import Shape, workspace_bytes
 from subspec.artifacts.format.prebuilt import pack_prebuilt
 from subspec.artifacts.format.store import Artifact, open_artifact, write_json, write_manifest
@@ -34,7 +34,7 @@ from subspec.planner.machine import compile_graphs
 from subspec.planner.model.hub import DEMO
 from subspec.runtime.draft import compiled_graphs, compiled_layers
 from subspec.runtime.draft.compiled_graphs import CompiledGraphs, Graph, graphs_over
-from subspec.runtime.draft.drafter import SubstituteDrafter, Turn
+from subspec.runtime.draft.drafter import DecodeState, SubstituteDrafter
 from subspec.runtime.draft.graph_pieces import (
     Gated,
     Heads,
@@ -48,7 +48,7 @@ from subspec.runtime.draft.graph_pieces import (
 from subspec.runtime.draft.substitutes import Substitutes
 from subspec.runtime.engine import Engine
 from subspec.runtime.exact_pass import causal_rows
-from subspec.runtime.kernels.linear import calls_of
+from subspec.runtime.kernels.linear import gemm_ranges
 from subspec.runtime.load import biases_of
 from subspec.runtime.memory import Temporaries
 from subspec.runtime.model.attention import attend
@@ -138,7 +138,7 @@ def model_of(
 
     def twin(batch: Sequence[Rows]) -> Tensor:
         num_rows = sum(len(rows.tokens) for rows in batch)
-        return forward(weights, matrices, batch, calls_of([num_rows]))
+        return forward(weights, matrices, batch, gemm_ranges([num_rows]))
 
     return graphs, twin
 
@@ -206,9 +206,9 @@ def test_the_temporaries_of_a_whole_draft_are_within_the_workspace(
     spec, width = replace(spec, dtype="bfloat16"), 24
     graphs, _ = model_of(spec)
     drafter = SubstituteDrafter((Tree(4, 5),), width, graphs.weights, graphs.substitutes, graphs)
-    turns = [Turn(filled_cache(spec, 80 + n), n, 50) for n in range(num_sequences)]
+    states = [DecodeState(filled_cache(spec, 80 + n), n, 50) for n in range(num_sequences)]
     with Temporaries() as seen, torch.inference_mode():
-        drafter.draft(turns)
+        drafter.draft(states)
     shape = Shape(SLOTS - width - 1, num_sequences, width, 4, 8, 1, 8)
     assert seen.peak_bytes <= workspace_bytes(spec, "cpu", shape)
 
@@ -256,7 +256,7 @@ def test_compiled_pieces_are_as_near_as_bf16_is(
     assert compile_graphs.compile_graphs(spec) is None
     torch.manual_seed(0)
     for piece in pieces_of(spec):
-        path = kept_file(program(piece))
+        path = find_file(program(piece))
         graph = compiled_graphs.load_graph(path) if path else None
         assert graph is not None
         for num_rows in (1, 2, 3, 16, 33):
@@ -309,7 +309,7 @@ def artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Artifact:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     made = build_artifact(DEMO, tmp_path / "artifact")
     for piece in pieces_of(made.spec):
-        assert keep_file(program(piece), piece.kind.encode())
+        assert store_file(program(piece), piece.kind.encode())
     pack_prebuilt(made.path, map(program, pieces_of(made.spec)))
     write_json(made.path, "plan.json", replace(made.plan, draft_graphs=True))
     listed = made.manifest
@@ -327,7 +327,7 @@ def test_a_plan_with_graphs_drafts_with_them(artifact: Artifact) -> None:
     with Engine.open(artifact) as engine:
         drafter = engine.model.drafter
         assert isinstance(drafter, SubstituteDrafter)
-        assert isinstance(drafter.compiled, CompiledGraphs) and engine.plain_draft is None
+        assert isinstance(drafter.compiled, CompiledGraphs) and engine.slow_draft_reason is None
     plain = replan(artifact)
     assert not plain.plan.draft_graphs
     with Engine.open(plain) as engine:

@@ -34,9 +34,9 @@ from subspec.artifacts.native import cpp
 from subspec.artifacts.plan import Tree
 from subspec.planner.build.quantize import quantize
 from subspec.planner.model.hub import DEMO
-from subspec.runtime.decode import keep_piece, read
+from subspec.runtime.decode import commit_chunk, prefill
 from subspec.runtime.draft import compiled_layers
-from subspec.runtime.draft.beam import Growing, Level, TokenTree
+from subspec.runtime.draft.beam import Level, PartialTree, TokenTree
 from subspec.runtime.draft.compiled_layers import (
     CompiledLayers,
     compile_layers,
@@ -44,18 +44,18 @@ from subspec.runtime.draft.compiled_layers import (
     run_layers,
     scratch_bytes,
 )
-from subspec.runtime.draft.drafter import SubstituteDrafter, Turn
+from subspec.runtime.draft.drafter import DecodeState, SubstituteDrafter
 from subspec.runtime.draft.substitutes import Substitutes
 from subspec.runtime.engine import Engine, OpenOptions
-from subspec.runtime.exact_pass import Piece, causal_rows
+from subspec.runtime.exact_pass import PrefillChunk, causal_rows
 from subspec.runtime.kernels import int4
-from subspec.runtime.kernels.linear import Calls, Int4Weight, calls_of, pack
+from subspec.runtime.kernels.linear import GemmRanges, Int4Weight, gemm_ranges, pack
 from subspec.runtime.memory import Temporaries
 from subspec.runtime.model.attention import attend
 from subspec.runtime.model.cache import Cache
 from subspec.runtime.model.embedding import EmbeddingRows
 from subspec.runtime.model.net_state import NetState, make_net_states
-from subspec.runtime.model.sampling import Chooser, Sampling
+from subspec.runtime.model.sampling import Sampler, SamplingParams
 from subspec.runtime.model.transformer import (
     Rows,
     SharedWeights,
@@ -79,7 +79,7 @@ LLAMA3 = Rope(
 )  # fmt: skip
 SPECS = {
     "qwen2, 7 heads to 1, tied": make_spec(
-        num_layers=3, hidden_size=448, num_heads=7, num_kv_heads=1, tied_head=True
+        num_layers=3, hidden_size=448, num_heads=7, num_kv_heads=1, tie_word_embeddings=True
     ),
     "qwen2, windows on the upper layers": make_spec(
         num_layers=3, hidden_size=128, head_size=32, window=24, windowed_layers=(1, 2)
@@ -180,8 +180,8 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def in_one_call(batch: Sequence[Rows]) -> Calls:
-    return calls_of([sum(len(rows.tokens) for rows in batch)])
+def in_one_call(batch: Sequence[Rows]) -> GemmRanges:
+    return gemm_ranges([sum(len(rows.tokens) for rows in batch)])
 
 
 @dataclass(frozen=True)
@@ -455,7 +455,7 @@ def of_levels(
         for index, tree in enumerate(trees):
             nodes = (tree.depths == depth).nonzero().flatten()
             nodes = nodes[nodes < tree.num_nodes]
-            growing.append(Growing(index, tree, Level(nodes, torch.zeros(len(nodes)))))
+            growing.append(PartialTree(index, tree, Level(nodes, torch.zeros(len(nodes)))))
         found.append(run(growing).float())
     return found
 
@@ -533,9 +533,9 @@ def test_a_proposed_chain_has_the_bits_of_a_pass_for_each_of_its_nodes(name: str
 
 def growing(
     index: int, tree: TokenTree, nodes: list[int], num_scores: int | None = None
-) -> Growing:
+) -> PartialTree:
     scores = torch.zeros(len(nodes) if num_scores is None else num_scores)
-    return Growing(index, tree, Level(torch.tensor(nodes), scores))
+    return PartialTree(index, tree, Level(torch.tensor(nodes), scores))
 
 
 def assert_same(got: Tensor, expected: Tensor, bits: bool) -> None:
@@ -572,7 +572,7 @@ def test_sequences_in_one_call_have_the_bits_of_calls_alone(
 
 @pytest.mark.usefixtures("build")
 def test_the_number_of_threads_changes_no_bit_of_several_sequences() -> None:
-    spec = make_spec(num_layers=1, hidden_size=512, inner_size=3072, qk_norm=True)
+    spec = make_spec(num_layers=1, hidden_size=512, intermediate_size=3072, qk_norm=True)
     toy = make_toy(spec)
     batch = [tree_like(spec, count, length) for count, length in ((2, 20), (3, 130), (1, 64))]
     alone = toy.logits(*batch)
@@ -612,7 +612,7 @@ def test_a_row_depends_neither_on_its_place_nor_on_rows_that_it_does_not_see(num
 
 @pytest.mark.usefixtures("build")
 def test_the_number_of_threads_changes_no_bit() -> None:
-    spec = make_spec(num_layers=1, hidden_size=512, inner_size=3072, qk_norm=True)
+    spec = make_spec(num_layers=1, hidden_size=512, intermediate_size=3072, qk_norm=True)
     toy = make_toy(spec)  # enough for five
     for num_rows in (1, 3, 9):
         rows = tree_like(spec, num_rows, 70)
@@ -639,7 +639,9 @@ def only_last(spec: ModelSpec, change: Callable[[LayerSpec], LayerSpec]) -> Mode
     return replace(spec, layers=(*spec.layers[:-1], change(spec.layers[-1])))
 
 
-PLAIN = make_spec(num_layers=2, hidden_size=128, head_size=32, inner_size=128, vocab_size=256)
+PLAIN = make_spec(
+    num_layers=2, hidden_size=128, head_size=32, intermediate_size=128, vocab_size=256
+)
 REFUSED = {
     "no positions": each(PLAIN, lambda one: with_attention(one, rope=None)),
     "an interleaved rope": each(
@@ -704,7 +706,7 @@ def test_a_form_that_it_does_not_compute_is_left_to_the_twin(name: str) -> None:
     assert compile_layers(toy.weights, toy.substitutes) is None
     drafter = SubstituteDrafter((Tree(2, 3),), 8, toy.weights, toy.substitutes, None)
     caches = [replace(toy.cache(), tokens=[1] * length) for length in (5, 70)]
-    trees = drafter.draft([Turn(cache, 7, 50) for cache in caches])
+    trees = drafter.draft([DecodeState(cache, 7, 50) for cache in caches])
     assert [tree.num_nodes for tree in trees] == [7, 7]
 
 
@@ -720,8 +722,8 @@ def test_the_form_that_it_computes_is_the_one_that_all_layers_share(name: str) -
 def test_embeddings_logits_and_windows_of_one_size_are_no_other_form() -> None:
     for spec in (
         replace(PLAIN, embedding_scale=3.0, logits_divisor=2.0),
-        replace(PLAIN, embedding_scale=3.3, rounds_embedding_scale=True, logits_cap=5.0),
-        replace(PLAIN, tied_head=True),
+        replace(PLAIN, embedding_scale=3.3, rounds_embedding_scale=True, logits_soft_cap=5.0),
+        replace(PLAIN, tie_word_embeddings=True),
         only_last(PLAIN, lambda one: with_attention(one, window=9)),
         each(PLAIN, lambda one: with_attention(one, window=9)),
         each(PLAIN, lambda one: with_attention(one, qk_norm="head", scale=0.3)),
@@ -791,17 +793,17 @@ def test_the_demo_models_drafts_are_those_of_the_twin(tmp_path: Path) -> None:
         for begin in range(300, 700, 100):
             prompt = text[begin : begin + 30 + begin // 10]
             cache.roll_back(0)
-            piece = Piece(cache, prompt, Chooser(Sampling()))
-            [done] = read(engine.model, [piece])
-            keep_piece(piece, done)
-            root = done.first
+            chunk = PrefillChunk(cache, prompt, Sampler(SamplingParams()))
+            [done] = prefill(engine.model, [chunk])
+            commit_chunk(chunk, done)
+            root = done.first_token
             assert root is not None
-            [tree] = drafter.draft([Turn(cache, root, 100)])
+            [tree] = drafter.draft([DecodeState(cache, root, 100)])
             slots = [cache.tree_slots(drafter.verify_width)]
             for depth in range(6):
                 nodes = (tree.depths == depth).nonzero().flatten()
                 nodes = nodes[nodes < tree.num_nodes]
-                growing = [Growing(0, tree, Level(nodes, torch.zeros(len(nodes))))]
+                growing = [PartialTree(0, tree, Level(nodes, torch.zeros(len(nodes))))]
                 kept = [tensor.clone() for tensor in (*cache.keys, *cache.values)]
                 got = drafter.pass_over([cache], slots)(growing).float()
                 for tensor, before in zip((*cache.keys, *cache.values), kept, strict=True):
@@ -864,11 +866,12 @@ def test_the_temporaries_of_a_whole_draft_are_within_the_workspace(
     compiled = compile_layers(toy.weights, toy.substitutes)
     for one in (compiled, None) if compiled else (None,):
         drafter = SubstituteDrafter((Tree(4, 5),), width, toy.weights, toy.substitutes, one)
-        turns = [
-            Turn(replace(toy.cache(), tokens=[1] * (100 + n)), n, 50) for n in range(num_sequences)
+        states = [
+            DecodeState(replace(toy.cache(), tokens=[1] * (100 + n)), n, 50)
+            for n in range(num_sequences)
         ]
         with Temporaries() as seen:
-            drafter.draft(turns)
+            drafter.draft(states)
         context = SLOTS - width - 1
         assert cache_slots(context, width) == SLOTS
         shape = Shape(context, num_sequences, width, 4, 8, 1, 8)

@@ -14,18 +14,18 @@ from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.footprint import CATCH_UP_ROWS
 from subspec.artifacts.format.store import DRAFT_MODEL, Artifact, open_artifact, verify
 from subspec.artifacts.model import Source
-from subspec.artifacts.plan import WITH_DRAFT_MODEL, Company, Method, Tree
+from subspec.artifacts.plan import WITH_DRAFT_MODEL, BatchDraft, Method, Tree
 from subspec.planner.model.hub import DEMO, Resolved
 from subspec.planner.planning import DraftModelRef
 from subspec.runtime.draft.draft_model import DraftModel, DraftModelDrafter
 from subspec.runtime.engine import Engine, OpenOptions
 from subspec.runtime.kernels import int4
-from subspec.runtime.model.sampling import Sampling
+from subspec.runtime.model.sampling import SamplingParams
 from subspec.runtime.sequence import GenerationParams
 from subspec.runtime.text.tokenizer import load_tokenizer
 
 KERNEL = "aten" if int4.unavailable() else "w4a8"
-SEEDED = Sampling(temperature=0.8, top_p=0.95, seed=7)
+SEEDED = SamplingParams(temperature=0.8, top_p=0.95, seed=7)
 NUM_TOKENS = 14
 
 
@@ -72,9 +72,9 @@ def planned(artifact: Artifact, **settings: object) -> Artifact:
     return replan(artifact, verify_widths=widths, **{**usual, **settings})
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), SEEDED], ids=["greedy", "seeded"])
+@pytest.mark.parametrize("sampling", [SamplingParams(), SEEDED], ids=["greedy", "seeded"])
 def test_a_draft_model_gives_the_tokens_of_plain_decoding(
-    artifact: Artifact, prompts: list[list[int]], sampling: Sampling
+    artifact: Artifact, prompts: list[list[int]], sampling: SamplingParams
 ) -> None:
     made = planned(artifact, resident_share=0.3)
     with Engine.open(made, OpenOptions("plain")) as engine:
@@ -91,7 +91,7 @@ def test_sequences_with_a_draft_model_get_in_company_what_they_get_alone(
     """One begins later, one is closed and its caches go to another, one has a second turn that
     goes back within the first."""
     made = planned(artifact, num_sequences=2)
-    draft = replace(made.plan.drafts[method], company=(Company(Tree(1, 4), 1.0),))
+    draft = replace(made.plan.drafts[method], by_batch_size=(BatchDraft(Tree(1, 4), 1.0),))
     made = replace(made, plan=replace(made.plan, drafts={**made.plan.drafts, method: draft}))
     params = GenerationParams(NUM_TOKENS)
     again = [*prompts[0], *prompts[1][3:]]
@@ -110,7 +110,7 @@ def test_sequences_with_a_draft_model_get_in_company_what_they_get_alone(
         third.begin(prompts[0][1:], params)
         while first.finish_reason is None or third.finish_reason is None:
             engine.step()
-        assert (first.take_fresh(), third.take_fresh()) == (alone[0], alone[2])
+        assert (first.take_new_tokens(), third.take_new_tokens()) == (alone[0], alone[2])
         assert generated(first, again, params) == alone[3]
         assert generated(first, prompts[1], params) == alone[1]
 

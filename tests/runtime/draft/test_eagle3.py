@@ -24,11 +24,11 @@ from subspec.runtime.draft.draft_head import (
 )
 from subspec.runtime.engine import Engine, OpenOptions
 from subspec.runtime.exact_pass import causal_rows
-from subspec.runtime.kernels.linear import calls_of
+from subspec.runtime.kernels.linear import gemm_ranges
 from subspec.runtime.load import check_token_ids
 from subspec.runtime.model.attention import attend, attend_batch_invariant
 from subspec.runtime.model.cache import Cache, make_cache
-from subspec.runtime.model.sampling import Sampling
+from subspec.runtime.model.sampling import SamplingParams
 from subspec.runtime.model.transformer import forward_hidden, make_shared, make_tables
 from subspec.runtime.sequence import GenerationParams
 
@@ -141,7 +141,7 @@ def test_it_reads_the_stream_before_the_layers_that_it_names(
         expected = torch.cat((said[1][0], said[2][0], streams[0]), dim=1)  # 3: behind the last
         with Engine.open(artifact, OpenOptions("plain")) as engine, engine.new_sequence() as one:
             rows = causal_rows(one.cache, torch.tensor(text), attend_batch_invariant)
-            calls, weights = calls_of([len(text)]), engine.model.weights
+            calls, weights = gemm_ranges([len(text)]), engine.model.weights
             _, found = forward_hidden(
                 weights, engine.model.exact, [rows], calls, reads=EAGLE3_READS
             )
@@ -161,13 +161,15 @@ class Bounded:
     def push(self, token: int) -> None:
         self.said.append(token)
 
-    def pop(self, num_tokens: int) -> None:
+    def rollback(self, num_tokens: int) -> None:
         del self.said[len(self.said) - num_tokens :]
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.9, seed=5)], ids=str)
+@pytest.mark.parametrize(
+    "sampling", [SamplingParams(), SamplingParams(temperature=0.9, seed=5)], ids=str
+)
 def test_tokens_that_it_has_no_logits_of_are_said_where_a_constraint_wants_them(
-    artifact: Artifact, sampling: Sampling
+    artifact: Artifact, sampling: SamplingParams
 ) -> None:
     ids = load_file(artifact.path / HEAD_FILE)["token_ids"]
     inside = torch.zeros(artifact.spec.vocab_size, dtype=torch.bool).index_fill(0, ids, True)

@@ -1,5 +1,5 @@
 """Whoever drafts: an answer under a grammar, a bias, a penalty or a seed is the one of plain
-decoding, alone and in company, and lossy acceptance keeps its rule."""
+decoding, alone and in a batch, and lossy acceptance keeps its rule."""
 
 import json
 import math
@@ -23,26 +23,26 @@ from subspec.artifacts.common.errors import SubspecError
 from subspec.artifacts.format.checks import check_plan
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.model import Source
-from subspec.artifacts.plan import CHECKED, OF_HEADS, DrafterName, head_of
+from subspec.artifacts.plan import OF_HEADS, PROPOSER_OF, DrafterName, head_of
 from subspec.planner.model.hub import DEMO, Resolved
 from subspec.planner.planning import DraftModelRef
 from subspec.runtime.draft import beam
 from subspec.runtime.engine import Engine, OpenOptions
 from subspec.runtime.kernels import int4
 from subspec.runtime.lossy import Lossy
-from subspec.runtime.model.sampling import Sampling
+from subspec.runtime.model.sampling import SamplingParams
 from subspec.runtime.sequence import GenerationParams
 from subspec.runtime.server.answer_grammar import constraint_for
 from subspec.runtime.server.chat_events import OutputFormat
 
 KERNEL = "aten" if int4.unavailable() else "w4a8"
 DRAFTERS: tuple[DrafterName, ...] = (
-    "substitute", "lookup", "draft-model", *OF_HEADS, *CHECKED,
+    "substitute", "lookup", "draft-model", *OF_HEADS, *PROPOSER_OF,
 )  # fmt: skip
 NUM_TOKENS = 24
 SAID = [*range(40, 75), 300, 301, 302]
 PROMPTS = [SAID * 2, [*range(900, 960)], [*SAID, 77, *SAID[:-2]]]
-SEEDED = Sampling(temperature=0.8, top_p=0.95, seed=5)
+SEEDED = SamplingParams(temperature=0.8, top_p=0.95, seed=5)
 SCHEMA = {
     "type": "object",
     "properties": {"a": {"type": "integer"}, "b": {"enum": ["red", "green"]}},
@@ -51,32 +51,34 @@ SCHEMA = {
 }
 
 
-def counted(sampling: Sampling) -> GenerationParams:
+def counted(sampling: SamplingParams) -> GenerationParams:
     ends = frozenset({END})
     return GenerationParams(NUM_TOKENS, sampling, ends, constraint=Counted(2048))
 
 
-def by_schema(sampling: Sampling) -> GenerationParams:
+def by_schema(sampling: SamplingParams) -> GenerationParams:
     constraint = constraint_for(demo_tokens(), OutputFormat("json_schema", SCHEMA))
     ends = frozenset({END_OF_TEXT})
     return GenerationParams(NUM_TOKENS, sampling, ends, constraint=constraint)
 
 
-def free(sampling: Sampling) -> GenerationParams:
+def free(sampling: SamplingParams) -> GenerationParams:
     return GenerationParams(NUM_TOKENS, sampling)
 
 
 # What is asked of an answer; a constraint is a state of one answer.
 ASKED: dict[str, Callable[[], GenerationParams]] = {
     "seed": lambda: free(SEEDED),
-    "class by class": lambda: counted(Sampling()),
+    "class by class": lambda: counted(SamplingParams()),
     "class by class, seed": lambda: counted(SEEDED),
-    "schema": lambda: by_schema(Sampling()),
+    "schema": lambda: by_schema(SamplingParams()),
     "schema, seed": lambda: by_schema(SEEDED),
-    "penalties": lambda: free(Sampling(presence_penalty=1.5, frequency_penalty=0.7)),
-    "repetition penalty, seed": lambda: free(Sampling(0.7, seed=2, repetition_penalty=1.3)),
-    "bias": lambda: free(Sampling(logit_bias=((11, 3.0), (12, -50.0)))),
-    "bias, min-p, seed": lambda: free(Sampling(0.8, seed=3, min_p=0.05, logit_bias=((50, 2.0),))),
+    "penalties": lambda: free(SamplingParams(presence_penalty=1.5, frequency_penalty=0.7)),
+    "repetition penalty, seed": lambda: free(SamplingParams(0.7, seed=2, repetition_penalty=1.3)),
+    "bias": lambda: free(SamplingParams(logit_bias=((11, 3.0), (12, -50.0)))),
+    "bias, min-p, seed": lambda: free(
+        SamplingParams(0.8, seed=3, min_p=0.05, logit_bias=((50, 2.0),))
+    ),
 }
 
 
@@ -174,13 +176,13 @@ def test_answers_of_which_different_things_are_asked_keep_each_other_company(
             engine.step()
             for index, (number, asked) in list(running.items()):
                 if several[index].finish_reason is not None:
-                    said = several[index].take_fresh()
+                    said = several[index].take_new_tokens()
                     assert said == made.said(dtype, kind, asked, number), asked
                     accepted += sum(several[index].stats.accepted)
                     proposed += sum(several[index].stats.proposed)
                     del running[index]
     assert accepted > 10
-    assert proposed > 4 or engine.drafter not in CHECKED
+    assert proposed > 4 or engine.drafter not in PROPOSER_OF
     assert engine.peak.peak_bytes <= engine.plan.budget_bytes
 
 
@@ -221,12 +223,12 @@ LOSSY = Lossy("prob", 0.02, 1)
 @pytest.mark.parametrize(
     "sampling",
     [
-        pytest.param(Sampling(), id="greedy"),
+        pytest.param(SamplingParams(), id="greedy"),
         pytest.param(SEEDED, id="seeded", marks=pytest.mark.slow),
     ],
 )
 def test_lossy_acceptance_keeps_its_rule_whoever_drafts(
-    opened: tuple[str, str, Engine], made: Made, sampling: Sampling
+    opened: tuple[str, str, Engine], made: Made, sampling: SamplingParams
 ) -> None:
     """What is not the exact model's choice after the tokens before it is counted, and likely."""
     dtype, kind, engine = opened
@@ -242,7 +244,7 @@ def test_lossy_acceptance_keeps_its_rule_whoever_drafts(
         while engine.step():
             pass
         for sequence, prompt in zip(both, PROMPTS[1:], strict=True):
-            said, wrong = sequence.take_fresh(), list[int]()
+            said, wrong = sequence.take_new_tokens(), list[int]()
             for place, token in enumerate(said):
                 [own] = generated(judge, [*prompt, *said[:place]], GenerationParams(1, sampling))
                 if token != own:
@@ -273,7 +275,7 @@ def test_an_open_engine_drafts_with_all_that_its_memory_has_room_for(made: Made)
             "substitute", "substitute+lookup", "eagle", "substitute+eagle",
         }  # fmt: skip
         for drafter in engine.drafters:
-            engine.draft_with(drafter)
+            engine.set_drafter(drafter)
             with engine.new_sequence() as sequence:
                 assert generated(sequence, PROMPTS[0], ASKED["seed"]()) == expected, drafter
 

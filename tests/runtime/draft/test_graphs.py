@@ -15,7 +15,7 @@ from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.plan import DrafterName, Tree
 from subspec.planner.model.hub import DEMO
 from subspec.runtime.draft import beam
-from subspec.runtime.draft.beam import DraftPass, Growing, TokenTree
+from subspec.runtime.draft.beam import DraftPass, PartialTree, TokenTree
 from subspec.runtime.draft.drafter import SubstituteDrafter, tree_rows
 from subspec.runtime.draft.graphs import Action, DraftGraphs, PassesOver, make_graphs, rounded_up
 from subspec.runtime.draft.graphs import grow as grow_all
@@ -50,7 +50,7 @@ def lengths_count(behind: Sequence[TreeSlots]) -> DraftPass:
     """Logits of the node's token and depth, and of how many tokens are committed."""
     table = torch.randn(V, V, generator=torch.Generator().manual_seed(6)) * 3
 
-    def run(growing: Sequence[Growing]) -> Tensor:
+    def run(growing: Sequence[PartialTree]) -> Tensor:
         rows = []
         for one in growing:
             tree, nodes = one.tree, one.last.nodes
@@ -139,7 +139,7 @@ def test_a_replayed_draft_runs_no_level_that_it_does_not_keep() -> None:
     def passes(behind: Sequence[TreeSlots]) -> DraftPass:
         real = lengths_count(behind)
 
-        def run(growing: Sequence[Growing]) -> Tensor:
+        def run(growing: Sequence[PartialTree]) -> Tensor:
             ran.append(int(growing[0].tree.depths[growing[0].last.nodes[0]]))
             return real(growing)
 
@@ -237,7 +237,7 @@ def test_a_level_its_rows_and_acceptance_wait_for_nothing(width: int) -> None:
     rows = []
 
     def passes(behind: Sequence[TreeSlots]) -> DraftPass:
-        def run(growing: Sequence[Growing]) -> Tensor:
+        def run(growing: Sequence[PartialTree]) -> Tensor:
             nodes = growing[0].last.nodes
             rows.append(tree_rows(growing[0].tree, nodes, cache, behind[0], attend))
             return logits[nodes]
@@ -251,10 +251,10 @@ def test_a_level_its_rows_and_acceptance_wait_for_nothing(width: int) -> None:
     with Operations() as seen:
         first()
         following()
-        verdict = accept(replace(graphs.buffers[0].grown, num_nodes=1 + 2 * width), choices, 4)
+        verification = accept(replace(graphs.buffers[0].grown, num_nodes=1 + 2 * width), choices, 4)
     assert seen.names & {"topk.default", "index_put_.default", "masked_fill_.Scalar"}
     assert not seen.names & WAIT, "see the comment above"
-    assert len(verdict.emitted()) >= 1 and len(rows) > 4
+    assert len(verification.tokens()) >= 1 and len(rows) > 4
 
 
 @pytest.fixture(scope="module")
@@ -316,7 +316,7 @@ def test_each_company_has_graphs_of_its_own(artifact: Artifact) -> None:
                     assert sum(map(len, drafter.captured)) <= 3
                 assert [len(one) for one in companies] == [3, 2, 1]
                 assert all(one.replays for one in drafter.captured.values())
-                answers = [sequence.take_fresh() for sequence in sequences]
+                answers = [sequence.take_new_tokens() for sequence in sequences]
             said.append(answers)
     assert [alone[:size] for alone, size in zip(said[0], sizes, strict=True)] == said[1]
 
@@ -353,7 +353,7 @@ def test_graphs_are_for_gpus(artifact: Artifact) -> None:
     with Engine.open(artifact) as engine:
         drafter = engine.model.drafter
         assert isinstance(drafter, SubstituteDrafter)
-        assert drafter.capture is None and engine.missing_graphs is None
+        assert drafter.capture is None and engine.missing_graphs_reason is None
 
 
 def test_why_levels_are_not_captured_is_told(artifact: Artifact) -> None:
@@ -365,4 +365,6 @@ def test_why_levels_are_not_captured_is_told(artifact: Artifact) -> None:
         assert isinstance(drafter, SubstituteDrafter)
         engine.model = replace(engine.model, drafter=replace(drafter, capture=refuse))
         list(sequence.generate([*range(40, 60)], GenerationParams(20)))
-        assert engine.missing_graphs == "CUDA graphs cannot be captured: CUDA error: no memory"
+        assert (
+            engine.missing_graphs_reason == "CUDA graphs cannot be captured: CUDA error: no memory"
+        )

@@ -14,24 +14,24 @@ from safetensors.torch import load_file
 from subspec.artifacts.format.checks import HEAD_FILE
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.plan import Tree
-from subspec.runtime.draft import checked
-from subspec.runtime.draft.beam import Growing, Level, root_only
+from subspec.runtime.draft import hierarchical
+from subspec.runtime.draft.beam import Level, PartialTree, root_only
 from subspec.runtime.draft.draft_head import logits_from, read_from
-from subspec.runtime.draft.drafter import Turn
+from subspec.runtime.draft.drafter import DecodeState
 from subspec.runtime.draft.head_drafter import HeadDrafter
 from subspec.runtime.engine import Engine, OpenOptions
 from subspec.runtime.exact_pass import causal_rows
-from subspec.runtime.kernels.linear import calls_of
+from subspec.runtime.kernels.linear import gemm_ranges
 from subspec.runtime.model.attention import attend_batch_invariant
 from subspec.runtime.model.cache import Cache
-from subspec.runtime.model.sampling import Sampling
+from subspec.runtime.model.sampling import SamplingParams
 from subspec.runtime.model.transformer import embed, forward_hidden
 from subspec.runtime.sequence import GenerationParams
 
 PLAIN = OpenOptions("plain")
 LAYOUTS = "mtp", "eagle", "eagle3"
 CASES = [(layout, dtype) for layout in LAYOUTS for dtype in ("bfloat16", "float32")]
-GREEDY, SEEDED = Sampling(), Sampling(temperature=0.7, top_k=0, top_p=0.95, seed=5)
+GREEDY, SEEDED = SamplingParams(), SamplingParams(temperature=0.7, top_k=0, top_p=0.95, seed=5)
 PROMPTS = [list(range(3, 40)), list(range(900, 1040))]
 NUM_TOKENS = 14
 
@@ -80,7 +80,7 @@ def test_tokens_are_those_of_plain_decoding_alone_in_company_and_after_roll_back
                 sequence.begin(prompt, GenerationParams(NUM_TOKENS, sampling))
             while engine.step():
                 pass
-            found += [sequence.take_fresh() for sequence in both]
+            found += [sequence.take_new_tokens() for sequence in both]
             accepted = sum(sum(sequence.stats.accepted) for sequence in both)
             answers.append(found)
             assert engine.peak.peak_bytes <= engine.plan.budget_bytes
@@ -88,7 +88,7 @@ def test_tokens_are_those_of_plain_decoding_alone_in_company_and_after_roll_back
                 unused = [len(engine.memory._free[name]) for name in ("drafter", "drafter_cache")]
                 assert unused == [0, 0]
     assert answers[0] == answers[1]
-    assert answers[1][0] == answers[1][-2], "the same prompt, alone and in company"
+    assert answers[1][0] == answers[1][-2], "the same prompt, alone and in a batch"
     assert accepted > 4
 
 
@@ -104,11 +104,11 @@ def test_a_draft_is_that_of_a_head_that_reads_the_whole_text_anew(
         assert isinstance(drafter, HeadDrafter)
         real = HeadDrafter.draft
 
-        def watched(self: HeadDrafter, turns: Sequence[Turn]) -> object:
-            trees = real(self, turns)
-            for turn, tree in zip(turns, trees, strict=True):
+        def watched(self: HeadDrafter, states: Sequence[DecodeState]) -> object:
+            trees = real(self, states)
+            for state, tree in zip(states, trees, strict=True):
                 if tree.num_levels:
-                    text = [*turn.cache.tokens, turn.root]
+                    text = [*state.cache.tokens, state.root]
                     seen.append((text, sorted(tree.tokens[1:3].tolist())))
             return trees
 
@@ -125,7 +125,7 @@ def best_two(engine: Engine, cache: Cache, text: list[int]) -> list[int]:
     model, spec = engine.model, engine.artifact.spec
     cache.roll_back(0)
     rows = causal_rows(cache, torch.tensor(text[:-1]), attend_batch_invariant)
-    reads, calls = spec.eagle3.reads if spec.eagle3 else (), calls_of([len(text) - 1])
+    reads, calls = spec.eagle3.reads if spec.eagle3 else (), gemm_ranges([len(text) - 1])
     _, x = forward_hidden(model.weights, model.exact, [rows], calls, reads=reads)
     assert model.head is not None
     hidden, embedded = read_from(model.head, x), embed(model.weights, torch.tensor(text[1:]))
@@ -145,22 +145,22 @@ def test_a_proposed_chain_is_what_the_head_drafts_alone_whatever_was_proposed_be
         assert isinstance(drafter, HeadDrafter)
         with engine.new_sequence() as sequence:
             for _ in sequence.generate(PROMPTS[0], GenerationParams(NUM_TOKENS)):
-                turns = [replace(sequence.turn, max_tokens=9)]
-                [alone] = replace(drafter, trees=(Tree(1, 4),)).draft(turns)
+                states = [replace(sequence.state, max_tokens=9)]
+                [alone] = replace(drafter, trees=(Tree(1, 4),)).draft(states)
                 drafted = alone.tokens[1:5].tolist()
-                propose = drafter.proposals(turns)
-                [found] = propose([behind(turns[0], drafter, [])], [4])
+                propose = drafter.proposals(states)
+                [found] = propose([behind(states[0], drafter, [])], [4])
                 assert found == drafted[: len(found)]
                 lengths.append(len(found))
                 for path in (drafted[:2], [*drafted[:1], 9, 11], [12]):
-                    one = behind(turns[0], drafter, path)
-                    assert propose([one], [2]) == drafter.proposals(turns)([one], [2])
+                    one = behind(states[0], drafter, path)
+                    assert propose([one], [2]) == drafter.proposals(states)([one], [2])
     assert max(lengths) > 2
 
 
-def behind(turn: Turn, drafter: HeadDrafter, path: list[int]) -> Growing:
+def behind(state: DecodeState, drafter: HeadDrafter, path: list[int]) -> PartialTree:
     """A tree whose last level ends a chain of these tokens."""
-    root = torch.tensor([turn.root])
-    start = Growing(0, root_only(root, drafter.verify_width), Level.of_root(root.device))
-    one = checked.with_guess(start, path, width=1)
+    root = torch.tensor([state.root])
+    start = PartialTree(0, root_only(root, drafter.verify_width), Level.of_root(root.device))
+    one = hierarchical.with_guess(start, path, width=1)
     return replace(one, last=Level(one.last.nodes[-1:], one.last.scores))

@@ -10,7 +10,7 @@ from instruction_sets import Build, built
 from torch import Tensor
 
 from subspec.runtime.kernels import bf16, linear
-from subspec.runtime.kernels.linear import calls_of
+from subspec.runtime.kernels.linear import gemm_ranges
 
 BUILDS = {
     "native": Build((), ""),
@@ -87,7 +87,7 @@ def test_numbers_that_are_not_finite_stay_in_their_row_and_column() -> None:
 def test_products_go_through_it_where_torch_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     if bf16.unavailable() is not None:
         pytest.skip("no compiler")
-    x, weight, calls = numbers(21, 96), numbers(10, 96, seed=1), calls_of([16, 5])
+    x, weight, calls = numbers(21, 96), numbers(10, 96, seed=1), gemm_ranges([16, 5])
     ours, gate = bf16.product_plainly(x, weight), numbers(21, 10, seed=2)
     for native in (False, True):
         monkeypatch.setattr(bf16, "is_native", lambda native=native: native)

@@ -50,7 +50,7 @@ def check_a_part_is_decoded_to_the_exact_weights(
 ) -> None:
     weight, codes, qparams, scales = own_part(ROWS, num_columns, (64, 64))
     got, mismatches = decoded(weight, unpack_nibbles(codes), qparams, scales, layout, inner_tiles)
-    assert torch.equal(got, fp8.widen(weight[PART], scales.from_row(FIRST_ROW)))
+    assert torch.equal(got, fp8.dequantize(weight[PART], scales.from_row(FIRST_ROW)))
     assert mismatches == 0
 
 
@@ -59,7 +59,7 @@ def check_any_codes_come_back_as_escapes(kind: str) -> None:
     weight, codes, qparams, scales = adversarial_part(kind, 3e-4, 64)
     weight[(weight & 0x7F) == 0x7F] = 0  # NaN
     got, mismatches = decoded(weight, codes, qparams, scales, "gemlite", 0)
-    assert torch.equal(got, fp8.widen(weight[PART], scales.from_row(FIRST_ROW)))
+    assert torch.equal(got, fp8.dequantize(weight[PART], scales.from_row(FIRST_ROW)))
     assert mismatches == 0
 
 
@@ -84,7 +84,7 @@ def check_damage_is_counted_where_the_twin_refuses_it() -> None:
         else:
             assert int(mismatches) == 0
             numbers = (expected & 0x7F) != 0x7F  # damage can also make NaN of a code
-            assert torch.equal(out[numbers], fp8.widen(expected, below)[numbers])
+            assert torch.equal(out[numbers], fp8.dequantize(expected, below)[numbers])
     assert num_refused >= 3
     with pytest.raises(SubspecError, match="it is 8 bytes"):
         fp8_triton.decode_into(out, stored[:8], packed, qparams, below, "gemlite", mismatches)
@@ -94,8 +94,8 @@ def check_codes_are_multiplied_out_as_the_twin_does() -> None:
     weight, _, _, scales = own_part(ROWS, 192, (64, 64))
     out = torch.empty(NUM_ROWS, 192, dtype=torch.bfloat16)
     below = scales.from_row(FIRST_ROW)
-    fp8_triton.widen_into(out, weight[PART], below)
-    assert torch.equal(out, fp8.widen(weight[PART], below))
+    fp8_triton.dequantize_into(out, weight[PART], below)
+    assert torch.equal(out, fp8.dequantize(weight[PART], below))
 
 
 def decoded(
@@ -128,13 +128,13 @@ def decoded(
 @pytest.mark.parametrize(("layout", "inner_tiles", "num_columns"), LAYOUTS)
 def test_a_part_is_decoded_on_cuda(layout: Int4Kernel, inner_tiles: int, num_columns: int) -> None:
     weight, codes, qparams, scales = own_part(ROWS, num_columns, (64, 64))
-    expected = fp8.widen(weight[PART], scales.from_row(FIRST_ROW))
+    expected = fp8.dequantize(weight[PART], scales.from_row(FIRST_ROW))
     unpacked = unpack_nibbles(codes)
     got, mismatches = decoded(weight, unpacked, qparams, scales, layout, inner_tiles, "cuda")
     assert torch.equal(got, expected) and mismatches == 0
     out = torch.empty(NUM_ROWS, num_columns, dtype=torch.bfloat16, device="cuda")
     below = scales._replace(values=scales.values.cuda(), first_row=FIRST_ROW)
-    fp8_triton.widen_into(out, weight[PART].cuda(), below)
+    fp8_triton.dequantize_into(out, weight[PART].cuda(), below)
     assert torch.equal(out.cpu(), expected)
 
 

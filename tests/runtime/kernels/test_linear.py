@@ -11,11 +11,11 @@ from subspec.planner.build.quantize import quantize
 from subspec.runtime.kernels import linear
 from subspec.runtime.kernels.linear import (
     Int4Weight,
-    calls_of,
     cpu_tile_rows,
     empty_weight,
     exact_product,
     exact_product_into,
+    gemm_ranges,
     inner_tiles,
     int4_product,
     int4_product_plainly,
@@ -190,20 +190,20 @@ def test_products_in_pieces_equal_one_product(rows: int, size: int) -> None:
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(rows, 64, generator=generator), torch.randn(32, 64, generator=generator)
     wide = torch.zeros(rows, 48)
-    exact_product(x, weight, wide[:, 8:40], calls_of(sizes))
+    exact_product(x, weight, wide[:, 8:40], gemm_ranges(sizes))
     torch.testing.assert_close(wide[:, 8:40], x @ weight.t())
     assert wide[:, :8].abs().sum() + wide[:, 40:].abs().sum() == 0
     gate = torch.full((rows, 32), 2.0)
-    exact_product_into(x, weight, gate, calls_of(sizes))
+    exact_product_into(x, weight, gate, gemm_ranges(sizes))
     torch.testing.assert_close(gate, 2.0 * (x @ weight.t()))
 
 
 def test_a_call_has_no_more_rows_than_a_piece() -> None:
-    assert calls_of([2, 3, 1]) == [slice(0, 2), slice(2, 5), slice(5, 6)]
-    assert calls_of([]) == []
+    assert gemm_ranges([2, 3, 1]) == [slice(0, 2), slice(2, 5), slice(5, 6)]
+    assert gemm_ranges([]) == []
     most = PRODUCT_ROWS
     ends = [(0, most), (most, most + 9), (most + 9, 2 * most + 9), (2 * most + 9, 2 * most + 18)]
-    assert calls_of([most + 9, most + 9]) == [slice(*pair) for pair in ends]
+    assert gemm_ranges([most + 9, most + 9]) == [slice(*pair) for pair in ends]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -216,10 +216,10 @@ def test_the_rows_of_several_sequences_have_the_bits_of_separate_calls(
     alone = [torch.randn(width, 320, generator=generator).to(dtype) for _ in range(3)]
     together = torch.cat(alone)
     out, gate = torch.empty(3 * width, 96, dtype=dtype), torch.ones(3 * width, 96, dtype=dtype)
-    exact_product(together, weight, out, calls_of([width] * 3))
-    exact_product_into(together, weight, gate, calls_of([width] * 3))
+    exact_product(together, weight, out, gemm_ranges([width] * 3))
+    exact_product_into(together, weight, gate, gemm_ranges([width] * 3))
     for x, got, gated in zip(alone, out.split(width), gate.split(width), strict=True):
         expected, expected_gate = (torch.ones(width, 96, dtype=dtype) for _ in range(2))
-        exact_product(x, weight, expected, calls_of([width]))
-        exact_product_into(x, weight, expected_gate, calls_of([width]))
+        exact_product(x, weight, expected, gemm_ranges([width]))
+        exact_product_into(x, weight, expected_gate, gemm_ranges([width]))
         assert torch.equal(got, expected) and torch.equal(gated, expected_gate)

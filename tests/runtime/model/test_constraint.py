@@ -11,7 +11,7 @@ from torch import Tensor
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.runtime.model import constraint
-from subspec.runtime.model.constraint import Follower
+from subspec.runtime.model.constraint import ConstraintFollower
 
 END = 0
 
@@ -37,12 +37,12 @@ class Fragile:
     def push(self, token: int) -> None:
         self.said.append(token)
 
-    def pop(self, num_tokens: int) -> None:
+    def rollback(self, num_tokens: int) -> None:
         del self.said[len(self.said) - num_tokens :]
 
 
-def follower(fragile: Fragile) -> Follower:
-    return Follower(fragile, frozenset({END}))
+def follower(fragile: Fragile) -> ConstraintFollower:
+    return ConstraintFollower(fragile, frozenset({END}))
 
 
 def test_a_failed_draft_is_not_tried_again_until_the_answer_is_beyond_that_place() -> None:
@@ -90,12 +90,12 @@ def test_a_place_that_the_answer_left_again_is_no_problem_of_it() -> None:
     one = follower(Fragile(dead_end=(1, 2)))
     for token in (1, 2):
         one.push(token)
-    one.pop(1)
+    one.rollback(1)
     assert one.allowed(9) is not None
     one.push(2)
     with pytest.raises(SubspecError, match="too complex"):
         one.allowed(9)
-    one.pop(1)
+    one.rollback(1)
     one.push(3)
     assert one.allowed(9) is not None
 
@@ -107,7 +107,7 @@ def test_after_the_first_end_token_nothing_is_asked() -> None:
         one.push(token)
     assert one.allowed(9) is None and one.allowed_after([6], 9) is None
     assert fragile.said == []
-    one.pop(2)
+    one.rollback(2)
     assert one.allowed(9) is not None and fragile.said == [4]
 
 
@@ -154,14 +154,14 @@ def test_what_is_no_mask_ends_the_answer_and_prunes_no_draft(given: object, told
 
 def test_a_pop_that_fails_ends_its_answer_where_it_goes_on_and_no_earlier() -> None:
     class Forgetful(Fragile):
-        def pop(self, num_tokens: int) -> None:
+        def rollback(self, num_tokens: int) -> None:
             if num_tokens:
                 raise KeyError("lost")
 
     one = follower(Forgetful())
     one.push(3)
     assert one.allowed(9) is not None
-    one.pop(1)
+    one.rollback(1)
     assert one.allowed_after([], 9) is None
     with pytest.raises(SubspecError, match="the grammar of the answer failed"):
         one.allowed(9)
@@ -184,6 +184,6 @@ def test_what_is_told_again_is_not_paid_for_again() -> None:
             for token in (1, 2, 3):
                 one.push(token)
             one.allowed(9)
-            one.pop(3)
+            one.rollback(3)
         left.append(one._seconds_left)
     assert left[1] > left[0] - 0.02

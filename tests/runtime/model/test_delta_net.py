@@ -63,7 +63,7 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def layer(shape: Shape, dtype: torch.dtype, seed: int = 0) -> tuple[DeltaWeights, DeltaState]:
-    num_keys, num_values, key_size, value_size, num_taps = shape
+    num_keys, num_values, key_size, value_size, conv_kernel_size = shape
     channels = 2 * num_keys * key_size + num_values * value_size
     generator = torch.Generator().manual_seed(seed)
 
@@ -71,14 +71,14 @@ def layer(shape: Shape, dtype: torch.dtype, seed: int = 0) -> tuple[DeltaWeights
         return torch.randn(*sizes, generator=generator)
 
     weights = DeltaWeights(
-        conv=some(channels, 1, num_taps).to(dtype),
+        conv=some(channels, 1, conv_kernel_size).to(dtype),
         decay_log=some(num_values),
         step_bias=some(num_values).to(dtype),
         norm=some(value_size).to(dtype),
         epsilon=1e-6,
     )
     state = DeltaState(
-        some(num_taps - 1, channels).to(dtype), some(num_values, key_size, value_size)
+        some(conv_kernel_size - 1, channels).to(dtype), some(num_values, key_size, value_size)
     )
     return weights, state
 
@@ -123,12 +123,12 @@ def one_by_one(
     weights: DeltaWeights, state: DeltaState, inputs: DeltaInputs, z: Tensor
 ) -> tuple[Tensor, DeltaState]:
     """Rows of a chain, each in a pass of its own -> their outputs, and the state behind them."""
-    state, found, num_taps = copied(state), [], weights.conv.shape[-1]
+    state, found, conv_kernel_size = copied(state), [], weights.conv.shape[-1]
     for row in range(len(z)):
         some = picked(inputs, [row])
-        given = (weights, state, chain_paths(1, num_taps), some, z[row : row + 1])
+        given = (weights, state, chain_paths(1, conv_kernel_size), some, z[row : row + 1])
         found.append(net.delta_net(*given))
-        net.commit(weights, state, chain_paths(1, num_taps), some)
+        net.commit(weights, state, chain_paths(1, conv_kernel_size), some)
     return torch.cat(found), state
 
 
@@ -333,8 +333,11 @@ def test_scratch_is_for_each_thread_and_slot() -> None:
 
 
 def test_a_chain_is_a_tree() -> None:
-    for num_taps in (1, 3, 4):
-        chain, tree = chain_paths(6, num_taps), tree_paths([-1, 0, 1, 2, 3, 4], num_taps)
+    for conv_kernel_size in (1, 3, 4):
+        chain, tree = (
+            chain_paths(6, conv_kernel_size),
+            tree_paths([-1, 0, 1, 2, 3, 4], conv_kernel_size),
+        )
         assert all(torch.equal(getattr(chain, n), getattr(tree, n)) for n in ("windows", "sources"))
         assert torch.equal(chain.slots, tree.slots) and chain.num_slots == tree.num_slots == 1
 

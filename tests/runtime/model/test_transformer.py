@@ -1,4 +1,4 @@
-"""A pass over the layers against plain arithmetic in f64, and the bits that company may not change.
+"""A pass over the layers against plain arithmetic in f64, and the bits that a batch may not change.
 
 T = rows, H = hidden size, A = query heads, B = KV heads, D = head size, V = vocabulary
 """
@@ -28,7 +28,7 @@ from subspec.artifacts.model import (
 )
 from subspec.runtime.draft.beam import TokenTree, root_only
 from subspec.runtime.exact_pass import causal_rows, whole_tree
-from subspec.runtime.kernels.linear import Calls, calls_of
+from subspec.runtime.kernels.linear import GemmRanges, gemm_ranges
 from subspec.runtime.model.attention import attend, attend_batch_invariant
 from subspec.runtime.model.cache import Cache
 from subspec.runtime.model.transformer import (
@@ -54,7 +54,7 @@ LLAMA = make_spec(
     num_heads=4,
     num_kv_heads=2,
     head_size=16,
-    inner_size=128,
+    intermediate_size=128,
     hidden_size=64,
     vocab_size=96,
     dtype="float32",
@@ -90,7 +90,7 @@ def weighted(index: int, block: Block) -> Block:
 SPECS = {
     "llama": LLAMA,
     "every bias": make_spec(
-        num_layers=2, head_size=16, inner_size=128, hidden_size=64, vocab_size=96,
+        num_layers=2, head_size=16, intermediate_size=128, hidden_size=64, vocab_size=96,
         dtype="float32", qkv_bias=True, output_bias=True, mlp_bias=True,
     ),
     "a rope over a part of each head": with_layers(rope=Rope(10_000.0, 6)),
@@ -134,7 +134,7 @@ SPECS = {
     ),
     "values that are keys as they are": with_layers(values_are_keys=True, qk_norm="all_heads"),
     "capped logits, a scale that is rounded": replace(
-        LLAMA, embedding_scale=3.3, rounds_embedding_scale=True, logits_cap=2.5,
+        LLAMA, embedding_scale=3.3, rounds_embedding_scale=True, logits_soft_cap=2.5,
     ),
     "a head that needs padding": replace(LLAMA, vocab_size=83),
     "matrices without a substitute": replace(
@@ -204,8 +204,8 @@ def plainly(toy: ToyWeights, tokens: Tensor) -> tuple[Tensor, Tensor]:
         if layer.scalar:
             x = x * toy.tensors[f"{name}.{layer.scalar}"].double()
     logits = plain_product(toy, HEAD, plain_norm(toy, FINAL_NORM, x)) / spec.logits_divisor
-    if spec.logits_cap is not None:
-        logits = spec.logits_cap * torch.tanh(logits / spec.logits_cap)
+    if spec.logits_soft_cap is not None:
+        logits = spec.logits_soft_cap * torch.tanh(logits / spec.logits_soft_cap)
     return logits[:, : spec.vocab_size], x
 
 
@@ -274,7 +274,7 @@ def test_a_pass_is_what_its_spec_says(name: str) -> None:
     tokens = tokens_of(toy.spec, 300)
     rows = causal_rows(empty_cache(toy.spec, SLOTS), tokens, attend)
     got, hidden = forward_hidden(
-        shared_weights(toy, SLOTS), exact_weights(toy), [rows], calls_of([300])
+        shared_weights(toy, SLOTS), exact_weights(toy), [rows], gemm_ranges([300])
     )
     expected, expected_hidden = plainly(toy, tokens)
     assert got.shape == (300, toy.spec.vocab_size)
@@ -288,7 +288,7 @@ def test_batch_invariant_attention_computes_the_same_pass(name: str) -> None:
     tokens = tokens_of(toy.spec, 70)
     rows = causal_rows(empty_cache(toy.spec, SLOTS), tokens, attend_batch_invariant)
     shared = shared_weights(toy, SLOTS)
-    got = forward(shared, exact_weights(toy), [rows], calls_of([70]))
+    got = forward(shared, exact_weights(toy), [rows], gemm_ranges([70]))
     torch.testing.assert_close(got.double(), plainly(toy, tokens)[0], rtol=2e-4, atol=2e-4)
 
 
@@ -296,19 +296,19 @@ def test_the_residual_stream_is_what_the_final_norm_and_the_head_read() -> None:
     toy = random_weights(replace(LLAMA, dtype="bfloat16"))
     shared = shared_weights(toy, SLOTS)
     rows = causal_rows(empty_cache(toy.spec, SLOTS), tokens_of(toy.spec, 9), attend)
-    logits, x = forward_hidden(shared, exact_weights(toy), [rows], calls_of([9]))
+    logits, x = forward_hidden(shared, exact_weights(toy), [rows], gemm_ranges([9]))
     *_, head = exact_weights(toy)
     assert x.shape == (9, toy.spec.hidden_size)
-    assert torch.equal(to_logits(shared, head, x, calls_of([9])), logits)
+    assert torch.equal(to_logits(shared, head, x, gemm_ranges([9])), logits)
 
 
 def test_the_logits_of_some_rows_are_those_of_all_rows() -> None:
     toy = random_weights(LLAMA)
-    shared, tokens, calls = shared_weights(toy, SLOTS), tokens_of(toy.spec, 9), calls_of([9])
+    shared, tokens, calls = shared_weights(toy, SLOTS), tokens_of(toy.spec, 9), gemm_ranges([9])
     caches = [empty_cache(toy.spec, SLOTS) for _ in range(2)]
     every = forward(shared, exact_weights(toy), [causal_rows(caches[0], tokens, attend)], calls)
     rows = [causal_rows(caches[1], tokens, attend)]
-    wanted = HeadRows([slice(2, 5), slice(8, 9)], calls_of([3, 1]))
+    wanted = HeadRows([slice(2, 5), slice(8, 9)], gemm_ranges([3, 1]))
     some, hidden = forward_hidden(shared, exact_weights(toy), rows, calls, wanted)
     assert some.shape == (4, toy.spec.vocab_size) and hidden.shape == (9, toy.spec.hidden_size)
     torch.testing.assert_close(some, every[[2, 3, 4, 8]])
@@ -369,7 +369,7 @@ def test_queries_grow_by_whole_steps_of_their_position() -> None:
     assert torch.equal(grown(torch.ones(1, 6, 1), plain, positions), torch.ones(1, 6, 1))
 
 
-# ---- company ------------------------------------------------------------------------------------
+# ---- in a batch
 
 
 def chain(tokens: Tensor, width: int) -> TokenTree:
@@ -387,13 +387,13 @@ def prompted(toy: ToyWeights, shared: SharedWeights, length: int) -> Cache:
     cache = empty_cache(toy.spec, SLOTS)
     tokens = tokens_of(toy.spec, length, seed=length)
     rows = [causal_rows(cache, tokens, attend)]
-    forward(shared, exact_weights(toy), rows, calls_of([length]))
+    forward(shared, exact_weights(toy), rows, gemm_ranges([length]))
     cache.commit(tokens.tolist())
     return cache
 
 
 def verified(toy: ToyWeights, shared: SharedWeights, batch: list[Rows], width: int) -> Tensor:
-    return forward(shared, exact_weights(toy), batch, calls_of([width] * len(batch)))
+    return forward(shared, exact_weights(toy), batch, gemm_ranges([width] * len(batch)))
 
 
 COMPANY = {
@@ -453,11 +453,11 @@ def test_a_rows_feed_forward_depends_neither_on_its_place_nor_on_the_number_of_t
     """Threads share 24 rows of so many numbers at places that no vector ends at."""
     row = torch.randn(1, 18_944, generator=torch.Generator().manual_seed(0)).to(dtype) * 3
 
-    def product(name: str, x: Tensor, calls: Calls, gate: Tensor | None = None) -> Tensor:
+    def product(name: str, x: Tensor, calls: GemmRanges, gate: Tensor | None = None) -> Tensor:
         return x.clone() if gate is None else gate
 
     toy = random_weights(LLAMA)
-    now = Pass(shared_weights(toy, 1), [], calls_of([24]), torch.zeros(24, dtype=torch.int64))
+    now = Pass(shared_weights(toy, 1), [], gemm_ranges([24]), torch.zeros(24, dtype=torch.int64))
     before = torch.get_num_threads()
     expected = feed_forward(now, Dense(18_944), product, row)
     try:

@@ -21,7 +21,7 @@ from subspec.artifacts.footprint import (
 from subspec.artifacts.model import LayerSpec, ModelSpec
 from subspec.runtime.draft.beam import TokenTree, root_only
 from subspec.runtime.exact_pass import causal_rows, repeated_last, whole_tree
-from subspec.runtime.kernels.linear import calls_of
+from subspec.runtime.kernels.linear import gemm_ranges
 from subspec.runtime.memory import Temporaries
 from subspec.runtime.model import attention
 from subspec.runtime.model.attention import attend_batch_invariant
@@ -45,7 +45,7 @@ def short_texts() -> Iterator[None]:
 
 def spec_of(*windows: int | None, dtype: str = "float32") -> ModelSpec:
     made = make_spec(
-        num_layers=len(windows), hidden_size=64, head_size=32, inner_size=64, num_heads=4,
+        num_layers=len(windows), hidden_size=64, head_size=32, intermediate_size=64, num_heads=4,
         num_kv_heads=2, vocab_size=256, dtype=dtype,
     )  # fmt: skip
 
@@ -69,9 +69,9 @@ def caches(spec: ModelSpec) -> tuple[Cache, Cache]:
 
 
 def read(toy: ToyWeights, shared: SharedWeights, cache: Cache, tokens: Tensor) -> Tensor:
-    """A piece of a prompt, with three rows of padding."""
+    """A chunk of a prompt, with three rows of padding."""
     rows = repeated_last(causal_rows(cache, tokens, attend_batch_invariant), 3)
-    logits = forward(shared, exact_weights(toy), [rows], calls_of([len(tokens) + 3]))
+    logits = forward(shared, exact_weights(toy), [rows], gemm_ranges([len(tokens) + 3]))
     cache.commit(tokens.tolist())
     return logits[: len(tokens)]
 
@@ -90,7 +90,7 @@ def tree_of(tokens: Tensor) -> TokenTree:
 def verify(toy: ToyWeights, shared: SharedWeights, cache: Cache, tokens: Tensor) -> Tensor:
     """A round that keeps the root, its second child and that one's child."""
     rows = whole_tree(tree_of(tokens), cache)
-    logits = forward(shared, exact_weights(toy), [rows], calls_of([WIDTH]))
+    logits = forward(shared, exact_weights(toy), [rows], gemm_ranges([WIDTH]))
     cache.commit_path(torch.tensor([0, 2, 3, 0]), tokens[[0, 2, 3]].tolist())
     return logits[:4]
 
@@ -138,7 +138,7 @@ def test_an_abandoned_piece_leaves_what_is_committed() -> None:
     rows = replace(causal_rows(few, piece, attend_batch_invariant))
     with pytest.raises(KeyboardInterrupt):
         products = [*exact_weights(toy)]
-        forward(shared, [*products[:2], broken], [rows], calls_of([len(piece)]))  # type: ignore[list-item]
+        forward(shared, [*products[:2], broken], [rows], gemm_ranges([len(piece)]))  # type: ignore[list-item]
     assert few.tokens == every.tokens
     assert torch.equal(verify(toy, shared, few, last), verify(toy, shared, every, last))
     assert torch.equal(read(toy, shared, few, piece), read(toy, shared, every, piece))
@@ -218,6 +218,6 @@ def test_temporaries_of_long_pieces_and_of_copies_are_within_the_workspace(
         with Temporaries() as seen:
             tokens = torch.arange(rows) % 256
             made = causal_rows(few, tokens, attend_batch_invariant)
-            forward(shared, products, [made], calls_of([rows]))
+            forward(shared, products, [made], gemm_ranges([rows]))
         few.commit(tokens.tolist())
         assert seen.peak_bytes <= workspace_bytes(spec, "cpu", shape)

@@ -93,7 +93,7 @@ def test_a_model_that_may_think_begins_with_the_tag_or_answers_at_once():
     assert set(allowed_ids(one)) == digits(model) | {begin}
     one.push(begin)
     assert set(allowed_ids(one)) > digits(model)
-    one.pop(1)
+    one.rollback(1)
     push(one, spell(model, "1"))
     assert begin not in allowed_ids(one)
     assert set(allowed_ids(one)) <= digits(model)
@@ -122,7 +122,7 @@ def test_pop_is_exact_across_the_end_of_the_thinking(tokens, seed):
             said += 1
         else:
             count = chance.randint(0, said)
-            one.pop(count)
+            one.rollback(count)
             said -= count
         if said < len(answer):
             assert allowed_ids(one) == expected[said]

@@ -27,7 +27,7 @@ from scripted_generator import Script, ScriptedGenerator
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.footprint import TOKENS_BEHIND_CHECKPOINT
 from subspec.runtime.model.constraint import Constraint
-from subspec.runtime.model.sampling import Sampling
+from subspec.runtime.model.sampling import SamplingParams
 from subspec.runtime.server.chat import ChatModel, Prompt, chat, count_tokens, open_chat_model
 from subspec.runtime.server.chat_events import (
     ChatEnd,
@@ -82,7 +82,7 @@ def opened() -> Iterator[Opened]:
 
 
 def asked(*messages: dict[str, Any], **fields: Any) -> ChatRequest:
-    return ChatRequest(messages or HI, Sampling(), **fields)
+    return ChatRequest(messages or HI, SamplingParams(), **fields)
 
 
 def generator_of(model: ChatModel, *scripts: str | Script, seed: int = 0) -> ScriptedGenerator:
@@ -143,16 +143,16 @@ def test_an_answer_is_the_models_text(opened: Opened) -> None:
 
 
 def test_the_engine_is_asked_for_what_the_client_asks(opened: Opened) -> None:
-    model, sampling = opened(), Sampling(0.5, seed=7)
+    model, sampling = opened(), SamplingParams(0.5, seed=7)
     generator = generator_of(model)
     request = replace(asked(), sampling=sampling, max_tokens=9, stop=("x",), logprobs=2)
     asyncio.run(events_of(request, model, generator))
     asyncio.run(events_of(asked(ignore_end=True), model, generator))
     first, second = generator.requests
     assert first.params.max_tokens == 9 and first.stop == ("x",) and first.params.logprobs == 2
-    assert first.params.sampling == sampling and first.params.end_tokens == model.end_tokens
+    assert first.params.sampling == sampling and first.params.stop_token_ids == model.end_tokens
     assert second.params.max_tokens == CONTEXT - len(second.prompt_ids)
-    assert second.params.end_tokens == frozenset()
+    assert second.params.stop_token_ids == frozenset()
     assert list(first.prompt_ids) == model.tokenizer.chat_ids([*HI])
 
 
@@ -363,7 +363,7 @@ def test_a_constraint_is_made_from_the_request_and_reaches_the_engine(opened: Op
     class Anything:
         def allowed(self) -> None: ...
         def push(self, token: int) -> None: ...
-        def pop(self, num_tokens: int) -> None: ...
+        def rollback(self, num_tokens: int) -> None: ...
 
     model, seen = opened(), list[tuple[ChatRequest, ToolFormat | None, Prompt]]()
     constraint = Anything()

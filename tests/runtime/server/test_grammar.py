@@ -17,7 +17,7 @@ from grammars import (
 )
 
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.runtime.model.constraint import Follower
+from subspec.runtime.model.constraint import ConstraintFollower
 from subspec.runtime.server import grammar
 from subspec.runtime.server.answer_grammar import constraint_for
 from subspec.runtime.server.chat_events import OutputFormat
@@ -107,7 +107,7 @@ def test_pop_undoes_push_exactly(name, seed):
     for _ in range(120):
         if said and chance.random() < 0.4:
             count = chance.randint(0, min(len(said), 12))
-            walked.pop(count)
+            walked.rollback(count)
             said = said[: len(said) - count]
         else:
             if chance.random() < 0.7:  # a push is right whether the mask was asked for or not
@@ -137,7 +137,7 @@ def test_a_token_that_was_not_allowed_is_refused_and_changes_nothing():
         one.push(END)
     assert allowed_ids(one) == before
     with pytest.raises(ValueError, match="pop of 2 tokens"):
-        one.pop(2)
+        one.rollback(2)
 
 
 def test_a_mask_is_kept_until_the_state_changes_and_is_never_overwritten():
@@ -162,7 +162,7 @@ def test_a_state_that_is_too_complex_is_a_sentence_and_can_be_left():
             one.push(b)
     assert caught.value.exit_code == Exit.USAGE
     assert count > 20
-    one.pop(count - 10)
+    one.rollback(count - 10)
     fresh = constraint(model, late)
     for _ in range(10):
         fresh.push(b)
@@ -183,7 +183,7 @@ def test_a_grammar_that_has_failed_is_compiled_once_more_for_who_goes_on(monkeyp
             one.allowed()
             one.push(b)
     assert len(compiled) == 1, "nobody has gone on yet"
-    one.pop(count - 10)
+    one.rollback(count - 10)
     for _ in range(3):
         assert b in allowed_ids(one)
         one.push(b)
@@ -195,7 +195,7 @@ def test_a_grammar_that_gets_slower_and_slower_is_given_up(monkeypatch):
     model = demo_tokens()
     one = constraint(model, OutputFormat("lark", 'start: s\ns: s s s | s s | "a" | "aa" | '))
     a = next(token for token in allowed_ids(one) if model.contents[token] == b"a")
-    answer = Follower(one, model.ends)
+    answer = ConstraintFollower(one, model.ends)
     begin = time.thread_time()
     with pytest.raises(SubspecError, match="takes too long to follow"):
         for _ in range(3000):

@@ -19,7 +19,7 @@ from subspec.runtime.server.tools.formats import (
     XML,
     ToolFormat,
 )
-from subspec.runtime.server.tools.json_text import DEEPEST, arguments_object
+from subspec.runtime.server.tools.json_text import MAX_DEPTH, arguments_object
 from subspec.runtime.text.reasoning import THINK
 
 FORMATS = (HERMES, XML, LLAMA, MISTRAL_LIST, MISTRAL_ARGS, GEMMA_4)
@@ -157,9 +157,9 @@ def test_of_two_values_for_one_name_the_last_one_counts() -> None:
         assert arguments_object(arguments) == {"s": "2"}
 
 
-@pytest.mark.parametrize("depth", [DEEPEST - 2, DEEPEST + 1, 3000, 200_000])
+@pytest.mark.parametrize("depth", [MAX_DEPTH - 2, MAX_DEPTH + 1, 3000, 200_000])
 def test_what_is_nested_too_deep_is_given_as_a_text(depth: int) -> None:
     value = '{"o":' + "[" * depth + "]" * depth + "}"
     found = arguments_object(value)
-    assert (found == json.loads(value)) if depth < DEEPEST else ("unfinished_arguments" in found)
+    assert (found == json.loads(value)) if depth < MAX_DEPTH else ("unfinished_arguments" in found)
     sent(found)

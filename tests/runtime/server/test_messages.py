@@ -25,7 +25,7 @@ from subspec.runtime.server.generation import PromptTooLong, QueueFull
 JSON = dict[str, Any]
 HELLO: tuple[ChatEvent, ...] = (TextDelta("Hel"), TextDelta("lo"), ended())
 HI = [{"role": "user", "content": "Hi"}]
-LEAST: JSON = {"model": "tiny", "max_tokens": 50, "messages": HI}
+MINIMAL: JSON = {"model": "tiny", "max_tokens": 50, "messages": HI}
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}
 WEATHER = {"name": "weather", "description": "Of a city.", "input_schema": SCHEMA}
 # sha256 of "Hm."
@@ -45,14 +45,14 @@ def played(*events: ChatEvent | Exception) -> tuple[ScriptedChat, TestClient]:
 def asked(**fields: Any) -> ChatRequest:
     """What the model gets."""
     chat, client = played(*HELLO)
-    response = client.post("/v1/messages", json=LEAST | fields)
+    response = client.post("/v1/messages", json=MINIMAL | fields)
     assert response.status_code == 200, response.text
     return chat.requests[0]
 
 
 def streamed(body: JSON, *events: ChatEvent | Exception) -> list[JSON]:
     _, client = played(*events)
-    response = client.post("/v1/messages", json=LEAST | {"stream": True} | body)
+    response = client.post("/v1/messages", json=MINIMAL | {"stream": True} | body)
     assert response.status_code == 200, response.text
     found = []
     for frame in response.text.removesuffix("\n\n").split("\n\n"):
@@ -65,7 +65,7 @@ def streamed(body: JSON, *events: ChatEvent | Exception) -> list[JSON]:
 def test_a_whole_message_is_the_golden_body() -> None:
     _, client = played(ReasoningDelta("Hm."), *HELLO)
     headers = {"anthropic-version": "2023-06-01", "anthropic-beta": "a,b", "x-api-key": "k"}
-    response = client.post("/v1/messages?beta=true", json=LEAST, headers=headers)
+    response = client.post("/v1/messages?beta=true", json=MINIMAL, headers=headers)
     assert response.json() == {
         "id": "msg_1",
         "type": "message",
@@ -168,14 +168,14 @@ def test_omitted_thinking_leaves_its_block_and_no_text() -> None:
 )
 def test_the_reason_of_an_end_is_told(end: ChatEvent, reason: str, text: str | None) -> None:
     _, client = played(TextDelta("x"), end)
-    found = client.post("/v1/messages", json=LEAST).json()
+    found = client.post("/v1/messages", json=MINIMAL).json()
     assert (found["stop_reason"], found["stop_sequence"]) == (reason, text)
 
 
 def test_arguments_that_a_limit_cuts_off_are_still_an_object() -> None:
     cut = (ToolCallStart(0, "c", "weather"), ToolCallDelta(0, '{"ci'), ended("length"))
     _, client = played(*cut)
-    found = client.post("/v1/messages", json=LEAST).json()
+    found = client.post("/v1/messages", json=MINIMAL).json()
     assert found["content"][0]["input"] == {"unfinished_arguments": '{"ci'}
 
 
@@ -195,7 +195,7 @@ def test_what_refuses_a_request_is_a_status_also_for_a_stream() -> None:
     ):
         _, client = played(error)
         for stream in (False, True):
-            response = client.post("/v1/messages", json=LEAST | {"stream": stream})
+            response = client.post("/v1/messages", json=MINIMAL | {"stream": stream})
             assert response.status_code == status
             assert response.json()["error"]["type"] == kind
 
@@ -207,7 +207,7 @@ def test_a_prompt_that_is_too_long_is_refused_in_the_words_that_claude_code_look
     """The second one was not counted yet: the scripted count is of words."""
     _, client = played(PromptTooLong(num_tokens, 512))
     for stream in (False, True):
-        response = client.post("/v1/messages", json=LEAST | {"stream": stream})
+        response = client.post("/v1/messages", json=MINIMAL | {"stream": stream})
         assert response.status_code == 400
         assert response.json()["error"] == {
             "type": "invalid_request_error",
@@ -371,7 +371,7 @@ CASES: list[tuple[JSON, str]] = [
 @pytest.mark.parametrize(("fields", "param"), CASES, ids=[param for _, param in CASES])
 def test_what_cannot_be_honoured_is_refused_by_name(fields: JSON, param: str) -> None:
     _, client = played(*HELLO)
-    body = {key: value for key, value in (LEAST | fields).items() if value is not None}
+    body = {key: value for key, value in (MINIMAL | fields).items() if value is not None}
     response = client.post("/v1/messages", json=body)
     assert response.status_code == 400, response.text
     error = response.json()["error"]
@@ -382,7 +382,7 @@ def test_what_cannot_be_honoured_is_refused_by_name(fields: JSON, param: str) ->
 def test_only_names_of_the_model_and_those_that_tools_have_in_them_are_taken() -> None:
     for name, status in (("tiny", 200), ("claude-opus-4-1", 200), ("gpt-5", 404)):
         _, client = played(*HELLO)
-        response = client.post("/v1/messages", json=LEAST | {"model": name})
+        response = client.post("/v1/messages", json=MINIMAL | {"model": name})
         assert response.status_code == status
         assert response.json().get("model", "tiny") == "tiny"
         if status == 404:

@@ -14,7 +14,7 @@ from served import SCRIPTED_DEPTH, Client, Response, Served, ask, model_of, serv
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.planner.model.hub import DEMO
 from subspec.runtime.lossy import Lossy
-from subspec.runtime.model.sampling import Sampling
+from subspec.runtime.model.sampling import SamplingParams
 from subspec.runtime.sequence import Stats
 from subspec.runtime.server import streaming
 from subspec.runtime.server.chat_events import (
@@ -24,10 +24,10 @@ from subspec.runtime.server.chat_events import (
     ToolCallDelta,
     ToolCallStart,
 )
-from subspec.runtime.server.figures import metrics as metrics_of
-from subspec.runtime.server.figures import speculative_decoding
 from subspec.runtime.server.generation import Outcome, Piece, QueueFull
 from subspec.runtime.server.metrics import Metrics
+from subspec.runtime.server.response_metrics import metrics as metrics_of
+from subspec.runtime.server.response_metrics import speculative_decoding
 from subspec.runtime.text.tokenizer import load_tokenizer
 
 PATH = "/v1/chat/completions"
@@ -143,7 +143,7 @@ def test_the_metrics_keep_what_aiperf_checks() -> None:
 
 
 def test_rounds_deeper_than_the_plans_own_tree_are_counted_too() -> None:
-    """What is drafted in company may be narrower and deeper."""
+    """What is drafted in a batch may be narrower and deeper."""
     deep = SCRIPTED_DEPTH + 3
     stats = Stats("substitute", drafted=(deep, 2), drafted_tokens=deep + 2, accepted=(deep, 0))
     outcome = Outcome("eos", None, stats, 0.0, 1.0, None)
@@ -234,7 +234,7 @@ def test_every_field_reaches_the_engine_side() -> None:
     )  # fmt: skip
     assert found.status == 200, found.body
     (asked,) = served.chats
-    assert asked.sampling == Sampling(0.5, 7, 0.9, 3, 0.1, 1.1, 0.2, -0.3, ((5, -100.0),))
+    assert asked.sampling == SamplingParams(0.5, 7, 0.9, 3, 0.1, 1.1, 0.2, -0.3, ((5, -100.0),))
     assert asked.max_tokens == 8 and asked.stop == ("x",) and asked.logprobs == 4
     assert asked.tools == (TOOL,) and asked.tool_choice == NamedTool("look")
     assert not asked.parallel_tool_calls and asked.ignore_end
@@ -298,7 +298,7 @@ def test_null_is_the_same_as_leaving_a_field_out_also_within_messages() -> None:
 
 
 def test_what_a_request_does_not_say_is_the_servers_and_its_seed_is_another_one_each_time() -> None:
-    served = serve("a", sampling=Sampling(0.7, 20, 0.8))
+    served = serve("a", sampling=SamplingParams(0.7, 20, 0.8))
     for _ in range(2):
         assert chat(served).status == 200
     first, second = (one.sampling for one in served.chats)

@@ -19,12 +19,12 @@ from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.runs import read_runs
 from subspec.planner.model.hub import DEMO
-from subspec.runtime.decode import Read, Round
-from subspec.runtime.draft.drafter import Turn
+from subspec.runtime.decode import PrefillResult, Round
+from subspec.runtime.draft.drafter import DecodeState
 from subspec.runtime.engine import Engine, OpenOptions
-from subspec.runtime.exact_pass import Piece as PromptPiece
+from subspec.runtime.exact_pass import PrefillChunk
 from subspec.runtime.lossy import Lossy
-from subspec.runtime.model.sampling import Sampling
+from subspec.runtime.model.sampling import SamplingParams
 from subspec.runtime.sequence import GenerationParams, Sequence
 from subspec.runtime.server import scheduler
 from subspec.runtime.server.generation import (
@@ -34,16 +34,16 @@ from subspec.runtime.server.generation import (
     Piece,
     QueueFull,
 )
-from subspec.runtime.server.prefixes import Prefix, PrefixCache
+from subspec.runtime.server.prefix_cache import Prefix, PrefixCache
 from subspec.runtime.server.scheduler import Scheduler
 from subspec.runtime.text.streaming import AnswerText
 from subspec.runtime.text.tokenizer import ChatTokenizer, load_tokenizer
 
 PROMPTS = [[3 + (17 * n + k) % 900 for n in range(30 + 25 * k)] for k in range(5)]
-PARAMS = GenerationParams(24, Sampling(0.8, seed=4))
+PARAMS = GenerationParams(24, SamplingParams(0.8, seed=4))
 SLOW = 20_000_000.0  # bytes a second: a round takes a fifth of one
 
-PassResult = tuple[list[Round], list[Read]]
+PassResult = tuple[list[Round], list[PrefillResult]]
 Use = Callable[[Scheduler], Awaitable[None]]
 
 
@@ -207,7 +207,7 @@ def test_a_next_turn_goes_where_its_prefix_is(artifact: Artifact, tokenizer: Cha
         for prompt in (PROMPTS[1], PROMPTS[0], PROMPTS[2]):
             following = scheduler.submit(asked([*prompt, 9]))
             await tokens_of(following)
-            assert following.outcome.stats.reused_tokens == len(prompt)
+            assert following.outcome.stats.cached_tokens == len(prompt)
 
     use(artifact, tokenizer, check)
 
@@ -227,7 +227,7 @@ def test_idle_prefixes_come_back_from_host_memory_with_the_same_bits(
         for turn, tokens in zip(turns, expected, strict=True):
             following = scheduler.submit(asked(turn))
             assert await tokens_of(following) == tokens
-            assert following.outcome.stats.reused_tokens == len(turn) - 3
+            assert following.outcome.stats.cached_tokens == len(turn) - 3
         assert 0 < scheduler._prefixes.num_bytes <= 8 << 20
 
     use(artifact, tokenizer, check, num_sequences=1, prefix_cache_bytes=8 << 20)
@@ -244,7 +244,7 @@ def test_a_prefix_comes_back_although_its_room_goes_to_what_was_in_its_place(
             generation = scheduler.submit(asked(PROMPTS[index]))
             assert await tokens_of(generation) == alone[index]
             assert scheduler._prefixes.num_bytes <= room
-        assert generation.outcome.stats.reused_tokens == len(PROMPTS[1]) - 1
+        assert generation.outcome.stats.cached_tokens == len(PROMPTS[1]) - 1
 
     use(artifact, tokenizer, check, num_sequences=1, prefix_cache_bytes=room)
 
@@ -259,7 +259,7 @@ def test_an_idle_engine_keeps_no_grammar_and_no_log_probabilities(
         def push(self, token: int) -> None:
             pass
 
-        def pop(self, num_tokens: int) -> None:
+        def rollback(self, num_tokens: int) -> None:
             pass
 
     async def check(scheduler: Scheduler) -> None:
@@ -374,7 +374,7 @@ def test_a_bug_that_one_request_meets_is_told_to_it_and_to_the_log_and_ends_no_o
     owner, name = {
         "its beginning": (scheduler, "StreamingDetokenizer"),
         "its text": (AnswerText, "cut"),
-        "what is sent": (AnswerText, "take_fresh"),
+        "what is sent": (AnswerText, "take_new_tokens"),
         "its record": (scheduler, "run_of"),
     }[place]
     work, is_broken = getattr(owner, name), True
@@ -408,7 +408,7 @@ def test_a_bug_that_one_request_meets_is_told_to_it_and_to_the_log_and_ends_no_o
 def test_a_bug_of_the_engine_is_told_to_all_who_wait(
     artifact: Artifact, tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(engine: Engine, turns: list[Turn], pieces: list[PromptPiece]) -> PassResult:
+    def broken(engine: Engine, states: list[DecodeState], chunks: list[PrefillChunk]) -> PassResult:
         raise KeyError("a bug")
 
     monkeypatch.setattr(Engine, "_passes", broken)
@@ -468,10 +468,10 @@ def test_after_a_shortage_the_next_answers_are_what_they_would_be(
     """It ends the answers that there are, in the middle of a stream of weights."""
     passes, count = Engine._passes, 0
 
-    def short(engine: Engine, turns: list[Turn], pieces: list[PromptPiece]) -> PassResult:
+    def short(engine: Engine, states: list[DecodeState], chunks: list[PrefillChunk]) -> PassResult:
         nonlocal count
         count += 1
-        found = passes(engine, turns, pieces)
+        found = passes(engine, states, chunks)
         if count == 4:
             raise error
         return found

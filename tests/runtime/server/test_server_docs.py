@@ -5,22 +5,22 @@ from pathlib import Path
 from served import serve
 
 from subspec.runtime.server.app import GETS, POSTS
-from subspec.runtime.server.guards import (
+from subspec.runtime.server.middleware import (
     BODY_SECONDS,
-    LARGEST_BODY,
-    MOST_HELD,
-    MOST_REQUESTS,
+    MAX_BODY,
+    MAX_HELD,
+    MAX_REQUESTS,
     OPEN_PATHS,
 )
-from subspec.runtime.server.openai_chat_fields import MOST_TOOLS, ChatFields
+from subspec.runtime.server.openai_chat_fields import MAX_TOOLS, ChatFields
 from subspec.runtime.server.openai_fields import (
-    MOST_BIASES,
-    MOST_LOGPROBS,
-    MOST_PROMPTS,
-    MOST_STOPS,
+    MAX_BIASES,
+    MAX_LOGPROBS,
+    MAX_PROMPTS,
+    MAX_STOPS,
     CompletionFields,
 )
-from subspec.runtime.server.serving import IDLE_SECONDS, MOST_CONNECTIONS, STALLED_SECONDS
+from subspec.runtime.server.serving import IDLE_SECONDS, MAX_CONNECTIONS, STALLED_SECONDS
 
 PAGE = (Path(__file__).parents[3] / "docs/server.md").read_text("utf-8")
 
@@ -46,11 +46,11 @@ def test_every_field_that_is_read_is_listed() -> None:
 def test_every_limit_is_the_codes() -> None:
     limits, fields = section("Limits"), section("Fields of a request")
     for number in (
-        f"{LARGEST_BODY >> 20} MiB", f"{MOST_HELD >> 20} MiB", f"{BODY_SECONDS:g} s",
-        str(MOST_CONNECTIONS), f"{IDLE_SECONDS:g} s", str(MOST_REQUESTS), f"{STALLED_SECONDS:g} s",
+        f"{MAX_BODY >> 20} MiB", f"{MAX_HELD >> 20} MiB", f"{BODY_SECONDS:g} s",
+        str(MAX_CONNECTIONS), f"{IDLE_SECONDS:g} s", str(MAX_REQUESTS), f"{STALLED_SECONDS:g} s",
     ):  # fmt: skip
         assert number in limits
-    for count in (MOST_BIASES, MOST_LOGPROBS, MOST_PROMPTS, MOST_STOPS, MOST_TOOLS):
+    for count in (MAX_BIASES, MAX_LOGPROBS, MAX_PROMPTS, MAX_STOPS, MAX_TOOLS):
         assert f"to {count} " in fields or f"to {count}," in fields, count
 
 

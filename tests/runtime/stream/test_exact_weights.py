@@ -20,7 +20,7 @@ from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.plan import Block, Ledger, Placement, make_blocks
 from subspec.planner.model.hub import DEMO
 from subspec.runtime.engine import Engine, OpenOptions
-from subspec.runtime.kernels.linear import calls_of
+from subspec.runtime.kernels.linear import gemm_ranges
 from subspec.runtime.load import ArtifactWeights
 from subspec.runtime.memory import host_buffer
 from subspec.runtime.sequence import GenerationParams
@@ -58,7 +58,12 @@ def test_a_matrix_in_parts_has_the_product_of_the_whole_one(
     """The last part is smaller than the others; with a gate as well as without, and with a bias."""
     monkeypatch.setattr(model_module, "PART_BYTES", part_rows * 64 * 4)
     spec = make_spec(
-        num_layers=2, head_size=16, inner_size=336, hidden_size=64, dtype="float32", mlp_bias=bias
+        num_layers=2,
+        head_size=16,
+        intermediate_size=336,
+        hidden_size=64,
+        dtype="float32",
+        mlp_bias=bias,
     )
     toy = random_weights(spec)
     pieces = [part for part in spec.parts if part.linear.name == "model.layers.1.mlp.up_proj"]
@@ -68,41 +73,41 @@ def test_a_matrix_in_parts_has_the_product_of_the_whole_one(
     expected = x @ toy.matrices["model.layers.1.mlp.up_proj"].t()
     if bias:
         expected += toy.tensors["model.layers.1.mlp.up_proj.bias"]
-    torch.testing.assert_close(layer("mlp.up_proj", x, calls_of([len(x)])), expected)
-    gated = layer("mlp.up_proj", x, calls_of([len(x)]), gate.clone())
+    torch.testing.assert_close(layer("mlp.up_proj", x, gemm_ranges([len(x)])), expected)
+    gated = layer("mlp.up_proj", x, gemm_ranges([len(x)]), gate.clone())
     torch.testing.assert_close(gated, gate * expected)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("inner_size", [320, 40])
+@pytest.mark.parametrize("intermediate_size", [320, 40])
 def test_the_rows_of_several_sequences_have_the_bits_of_separate_products(
-    dtype: str, inner_size: int
+    dtype: str, intermediate_size: int
 ) -> None:
     """Also of a matrix that has no substitute."""
     spec = make_spec(
-        num_layers=1, head_size=16, inner_size=inner_size, hidden_size=64, dtype=dtype,
-        mlp_bias=True,
+        num_layers=1, head_size=16, intermediate_size=intermediate_size, hidden_size=64,
+        dtype=dtype, mlp_bias=True,
     )  # fmt: skip
     layer, head = exact_weights(random_weights(spec))
     x, gate = (
         torch.randn(24, n, generator=torch.Generator().manual_seed(n)).to(getattr(torch, dtype))
-        for n in (64, inner_size)
+        for n in (64, intermediate_size)
     )
     for product, name, gated in (
         (layer, "mlp.gate_proj", False),
         (layer, "mlp.up_proj", True),
         (head, "lm_head", False),
     ):
-        together = product(name, x, calls_of([8] * 3), gate.clone() if gated else None)
+        together = product(name, x, gemm_ranges([8] * 3), gate.clone() if gated else None)
         for some in (slice(0, 8), slice(8, 16), slice(16, 24)):
-            alone = product(name, x[some], calls_of([8]), gate[some].clone() if gated else None)
+            alone = product(name, x[some], gemm_ranges([8]), gate[some].clone() if gated else None)
             assert torch.equal(together[some], alone), name
 
 
 def test_a_gate_without_a_bias_is_multiplied_in_its_place() -> None:
     layer, _ = exact_weights(random_weights(make_spec(num_layers=1, dtype="float32")))
     gate = torch.ones(3, 512)
-    assert layer("mlp.up_proj", torch.ones(3, 256), calls_of([3]), gate) is gate
+    assert layer("mlp.up_proj", torch.ones(3, 256), gemm_ranges([3]), gate) is gate
 
 
 # ---- an artifact's weights ----------------------------------------------------------------------
@@ -133,9 +138,11 @@ def test_every_pass_sees_the_checkpoints_weights(
                 x = torch.eye(linear.in_features, dtype=torch.bfloat16)
                 time.sleep(compute_delay)
                 is_head = linear.name == model_module.HEAD
-                name = model_module.EMBEDDING if is_head and spec.tied_head else linear.name
+                name = (
+                    model_module.EMBEDDING if is_head and spec.tie_word_embeddings else linear.name
+                )
                 expected = checkpoint[f"{name}.weight"].t()
-                got = product(short_name(linear), x, calls_of([len(x)]))
+                got = product(short_name(linear), x, gemm_ranges([len(x)]))
                 assert torch.equal(got[:, : expected.shape[1]], expected), linear.name
                 assert not got[:, expected.shape[1] :].any(), "a head is padded with zeros"
     ring.close()
@@ -149,7 +156,7 @@ def test_an_answer_after_a_pass_that_was_cut_short_is_the_same(artifact: Artifac
             for layer, product in enumerate(engine.model.exact):
                 for linear in (n for n in artifact.spec.linears if n.layer == layer):
                     x = torch.zeros(1, linear.in_features).bfloat16()
-                    product(short_name(linear), x, calls_of([1]))
+                    product(short_name(linear), x, gemm_ranges([1]))
                 if layer == num_layers:
                     break
             assert answer(engine, prompt, 12) == expected

@@ -20,7 +20,7 @@ from subspec.planner.model.hub import DEMO
 from subspec.planner.solve.search import PRIOR, search
 from subspec.planner.solve.storage import Storage
 from subspec.runtime.engine import Engine, OpenOptions
-from subspec.runtime.kernels.linear import calls_of
+from subspec.runtime.kernels.linear import gemm_ranges
 from subspec.runtime.sequence import GenerationParams
 
 PROMPT = [5 + n % 90 for n in range(30)]
@@ -54,7 +54,7 @@ def products(engine: Engine) -> dict[str, torch.Tensor]:
         for linear in (n for n in spec.linears if n.layer == layer):
             x = torch.eye(linear.in_features, dtype=dtype)
             name = linear.name.removeprefix(f"{layer_name(layer)}.")
-            found[linear.name] = product(name, x, calls_of([len(x)])).t()
+            found[linear.name] = product(name, x, gemm_ranges([len(x)])).t()
     return found
 
 
@@ -81,7 +81,7 @@ def test_every_product_is_that_of_the_checkpoints_weight(artifact: Artifact) -> 
         for _ in range(2):  # the first pass is checked against the digests, the second is not
             for name, got in products(engine).items():
                 bias = original.get(f"{name}.bias")
-                known = "model.embed_tokens" if name == HEAD and spec.tied_head else name
+                known = "model.embed_tokens" if name == HEAD and spec.tie_word_embeddings else name
                 expected = original[f"{known}.weight"].to(dtype)
                 if bias is not None:
                     expected = expected + bias.to(dtype)[:, None]

@@ -21,7 +21,7 @@ from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.model import StoredPart
 from subspec.artifacts.plan import Block
 from subspec.runtime.exact_pass import causal_rows
-from subspec.runtime.kernels.linear import calls_of
+from subspec.runtime.kernels.linear import gemm_ranges
 from subspec.runtime.memory import host_buffer
 from subspec.runtime.model.attention import attend
 from subspec.runtime.model.transformer import forward
@@ -31,8 +31,8 @@ from subspec.runtime.stream.link import DirectFile, DiskLink, Link, tell_of_cach
 from subspec.runtime.stream.ring import Requested, view_of
 
 SPEC = make_spec(
-    num_layers=3, head_size=16, inner_size=320, hidden_size=64, vocab_size=256, dtype="float32",
-    output_bias=True,
+    num_layers=3, head_size=16, intermediate_size=320, hidden_size=64, vocab_size=256,
+    dtype="float32", output_bias=True,
 )  # fmt: skip
 NAMES = [part.name for part in SPEC.parts]
 
@@ -67,7 +67,7 @@ def logits(toy: ToyWeights, exact: ExactWeights, request: Requested | None = Non
             yield product
 
     products = exact if request is None else asking()
-    return forward(shared_weights(toy, 64), products, rows, calls_of([20]))
+    return forward(shared_weights(toy, 64), products, rows, gemm_ranges([20]))
 
 
 # ---- the weights over both ----------------------------------------------------------------------
@@ -122,7 +122,7 @@ def test_a_pass_that_is_cut_short_leaves_the_next_one_right(
             whole = layer < after
             for name in names if whole else names[:num_products]:
                 num_columns = 320 if "down" in name else 64
-                product(name, torch.ones(1, num_columns), calls_of([1]))
+                product(name, torch.ones(1, num_columns), gemm_ranges([1]))
             if not whole:
                 break
         assert torch.equal(logits(toy, exact), expected)

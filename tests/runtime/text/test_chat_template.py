@@ -16,7 +16,7 @@ from subspec.planner.model.hub import DEMO
 from subspec.runtime.text import chat_template
 from subspec.runtime.text.chat_template import (
     CPU_SECONDS,
-    LONGEST_TEXT,
+    MAX_TEXT,
     RETIRING_BYTES,
     TemplateWorker,
     render,
@@ -187,7 +187,7 @@ def test_a_message_without_content_fails_as_a_sentence() -> None:
 
 
 def test_a_long_but_honest_prompt_renders() -> None:
-    content = "x" * (LONGEST_TEXT - 100)
+    content = "x" * (MAX_TEXT - 100)
     assert content in render(TEMPLATES["demo"], variables([{"role": "user", "content": content}]))
 
 

@@ -8,29 +8,29 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from subspec.runtime.model.sampling import Sampling
+from subspec.runtime.model.sampling import SamplingParams
 from subspec.runtime.server.chat_events import JSONValue
 from subspec.runtime.server.errors import ApiError, invalid, unsupported
 
 # Of one request. How large its body may be is limited before it is read (guards.py).
-MOST_ITEMS = 20_000  # messages, parts of one message
-MOST_TOOLS = 1024
-MOST_STOPS = 16
-MOST_TOKENS = 1 << 30
-LONGEST_NAME = 256
-LONGEST_STOP = 1000
+MAX_ITEMS = 20_000  # messages, parts of one message
+MAX_TOOLS = 1024
+MAX_STOPS = 16
+MAX_TOKENS = 1 << 30
+MAX_NAME = 256
+MAX_STOP = 1000
 
 JSONObject = dict[str, JSONValue]
-Name = Annotated[str, Field(min_length=1, max_length=LONGEST_NAME)]
-Label = Annotated[str, Field(max_length=LONGEST_NAME)]
+Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
+Label = Annotated[str, Field(max_length=MAX_NAME)]
 StopTexts = Annotated[
-    list[Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]],
-    Field(max_length=MOST_STOPS),
+    list[Annotated[str, Field(min_length=1, max_length=MAX_STOP)]],
+    Field(max_length=MAX_STOPS),
 ]
-Count = Annotated[int, Field(ge=1, le=MOST_TOKENS)]
+Count = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
 Temperature = Annotated[float, Field(ge=0, le=100)]
 TopP = Annotated[float, Field(gt=0, le=1)]
-TopK = Annotated[int, Field(ge=0, le=MOST_TOKENS)]
+TopK = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
 
 
 def random_id(prefix: str) -> str:
@@ -44,7 +44,7 @@ def as_parts(value: Any) -> Any:
     return [] if value is None else value
 
 
-def with_asked(defaults: Sampling, asked: Mapping[str, float | None]) -> Sampling:
+def with_asked(defaults: SamplingParams, asked: Mapping[str, float | None]) -> SamplingParams:
     """asked: values by field; None where the request does not say."""
     given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     return replace(defaults, **given)

@@ -16,9 +16,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from subspec.runtime.server.errors import FINAL, ApiError, error_response
 
-LARGEST_BODY = 8 << 20  # bytes; a prompt of a million token ids has 7 MB, and no images are read
-MOST_HELD = 128 << 20  # bytes of all bodies that are being read
-MOST_REQUESTS = 256  # that are being answered, or refused
+MAX_BODY = 8 << 20  # bytes; a prompt of a million token ids has 7 MB, and no images are read
+MAX_HELD = 128 << 20  # bytes of all bodies that are being read
+MAX_REQUESTS = 256  # that are being answered, or refused
 BODY_SECONDS = 30.0  # for a whole body
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 # Answered without a key: what a supervisor asks.
@@ -35,10 +35,10 @@ class GuardSettings:
     keys: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
     open_paths: tuple[str, ...] = OPEN_PATHS
-    largest_body: int = LARGEST_BODY
+    largest_body: int = MAX_BODY
     body_seconds: float = BODY_SECONDS
-    most_held: int = MOST_HELD
-    most_requests: int = MOST_REQUESTS
+    most_held: int = MAX_HELD
+    most_requests: int = MAX_REQUESTS
 
 
 def guarded(app: ASGIApp, settings: GuardSettings) -> ASGIApp:

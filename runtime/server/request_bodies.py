@@ -14,9 +14,9 @@ from subspec.artifacts.format.codec import parse_json
 from subspec.runtime.server.errors import ApiError, invalid, unsupported
 from subspec.runtime.server.tools.json_text import is_deeper
 
-DEEPEST = 500  # objects and lists within each other
+MAX_DEPTH = 500  # objects and lists within each other
 QUICK_BYTES = 16 << 10  # a smaller body is parsed at once, without a thread
-LONGEST_SHOWN = 80  # characters of a value in a message
+MAX_SHOWN = 80  # characters of a value in a message
 SHOULD_BE = re.compile(r"Input should be (.*)", re.DOTALL)
 SHOULD_HAVE = re.compile(
     r"\w+ should have ((?:at least|at most) \d+ \w+)(?: after validation, not .*)?"
@@ -81,7 +81,7 @@ def parse_body(raw: bytes) -> dict[str, Any]:
         raise invalid(error.message[:300], code="invalid_json") from None
     if not isinstance(value, dict):
         raise invalid("the body is not a JSON object", code="invalid_json")
-    if raw.count(b"[") + raw.count(b"{") > DEEPEST and is_deeper(value, DEEPEST):
+    if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and is_deeper(value, MAX_DEPTH):
         # Responses repeat parts of it, and are written where the stack has less room.
         raise invalid("the body is not valid JSON: nested too deep", code="invalid_json")
     return value
@@ -144,5 +144,5 @@ def shown(value: object) -> str:
     """A value in a message, without control characters, cut off."""
     if isinstance(value, list | dict):
         return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
-    text = repr(value[:LONGEST_SHOWN] if isinstance(value, str) else value)
-    return text if len(text) <= LONGEST_SHOWN else text[:LONGEST_SHOWN] + "..."
+    text = repr(value[:MAX_SHOWN] if isinstance(value, str) else value)
+    return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."

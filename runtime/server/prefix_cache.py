@@ -54,7 +54,7 @@ class PrefixCache:
         """Copies what the sequence's cache holds, unless no more than its first `num_shared` tokens
         would be lost without that, or it is too little or too large. Prefixes that it begins with
         go; the states that they had of delta nets are also this one's."""
-        count = sequence.num_reusable
+        count = sequence.num_cacheable
         tokens = tuple(sequence.cache.tokens[:count])
         if count - num_shared < WORTH_KEEPING or self.longest(tokens)[1] == count:
             return
@@ -96,14 +96,14 @@ class PrefixCache:
         error."""
         if prefix.tokens in self._prefixes:  # else it has just made room for what the cache had
             self._prefixes.move_to_end(prefix.tokens)
-        sequence.restored([])
+        sequence.restore([])
         states = [one for one in prefix.checkpoints if one.length <= count]
         cache = sequence.cache
         firsts = first_tokens(cache, prefix.window_start)
         tensors = (*cache.keys, *cache.values)
         for target, kept, first in zip(tensors, prefix.kept, firsts, strict=True):
             target[:, : count - first] = kept[:, : count - first]
-        sequence.restored(list(prefix.tokens[:count]), states, prefix.window_start)
+        sequence.restore(list(prefix.tokens[:count]), states, prefix.window_start)
 
     def _drop(self, tokens: tuple[int, ...]) -> None:
         self.num_bytes -= self._prefixes.pop(tokens).num_bytes

@@ -8,7 +8,7 @@ import pytest
 from served import Client, Response, ask, serve
 
 from subspec.runtime.server.generation import Status
-from subspec.runtime.server.guards import GuardSettings, host_of, is_loopback
+from subspec.runtime.server.middleware import GuardSettings, host_of, is_loopback
 
 CHAT = "/v1/chat/completions"
 BODY = {"messages": [{"role": "user", "content": "Hi"}]}

@@ -12,12 +12,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from subspec.artifacts.footprint import MOST_PROPOSED
+from subspec.artifacts.footprint import MAX_PROPOSED
 from subspec.artifacts.plan import Tree
 from subspec.runtime.draft.beam import (
     DraftPass,
-    Growing,
     Level,
+    PartialTree,
     TokenTree,
     add_level,
     root_only,
@@ -28,11 +28,11 @@ from subspec.runtime.draft.lookup import as_text, continuation
 # Of the probability of a level, that its likeliest path has at least where the others are given up.
 CLEAR = 0.8
 # A proposed token costs a pass; one that the substitutes do not agree with was in vain. Chosen.
-LEAST_PROBABILITY = 0.4  # of a proposed chain
+MIN_PROBABILITY = 0.4  # of a proposed chain
 
 # Trees, and how many tokens each has room for -> what may follow the likeliest node of each one's
 # last level, no more than that.
-Propose = Callable[[Sequence[Growing], Sequence[int]], list[list[int]]]
+Propose = Callable[[Sequence[PartialTree], Sequence[int]], list[list[int]]]
 # Texts by the index of their tree -> the likeliest next token of each, and its probability.
 Continue = Callable[[Mapping[int, list[int]]], list[tuple[int, float]]]
 
@@ -48,7 +48,7 @@ def grow(
     """A tree for each root int64 [1], as `grow` of beam.py. draft_pass: of the substitutes."""
     trees = [root_only(root, verify_width) for root in roots]
     growing = [
-        Growing(index, one, Level.of_root(one.tokens.device)) for index, one in enumerate(trees)
+        PartialTree(index, one, Level.of_root(one.tokens.device)) for index, one in enumerate(trees)
     ]
     while growing := [
         one
@@ -57,7 +57,7 @@ def grow(
         and not (one.tree.num_levels and stops(tree, one.last))
     ]:
         left = [depths[one.index] - one.tree.num_levels - 1 for one in growing]
-        guesses = propose(growing, [min(count, MOST_PROPOSED) for count in left])
+        guesses = propose(growing, [min(count, MAX_PROPOSED) for count in left])
         asked = [with_guess(*some, tree.width) for some in zip(growing, guesses, strict=True)]
         logits = draft_pass(asked).split([len(one.last.nodes) for one in asked])
         growing = [
@@ -84,7 +84,7 @@ def looked_up(texts: Sequence[str]) -> Propose:
     """Proposes what followed where the same stood before. texts: up to the root of each tree, by
     its index; one character per token."""
 
-    def propose(growing: Sequence[Growing], rooms: Sequence[int]) -> list[list[int]]:
+    def propose(growing: Sequence[PartialTree], rooms: Sequence[int]) -> list[list[int]]:
         return [
             continuation(texts[one.index] + as_text(likeliest_path(one)), room)
             for one, room in zip(growing, rooms, strict=True)
@@ -105,12 +105,12 @@ def probable_chains(
         likeliest = continued({index: texts[index] for index in active})
         for index, (token, probability) in zip(active, likeliest, strict=True):
             probable[index] *= probability
-            if probable[index] >= LEAST_PROBABILITY:
+            if probable[index] >= MIN_PROBABILITY:
                 texts[index].append(token)
         active = [
             index
             for index in active
-            if probable[index] >= LEAST_PROBABILITY
+            if probable[index] >= MIN_PROBABILITY
             and len(texts[index]) - lengths[index] < rooms[index]
         ]
     return {index: text[lengths[index] :] for index, text in texts.items()}
@@ -124,13 +124,13 @@ def likeliest(logits: Tensor) -> list[tuple[int, float]]:
     return list(zip(ids.tolist(), probabilities.tolist(), strict=True))
 
 
-def likeliest_path(one: Growing) -> list[int]:
+def likeliest_path(one: PartialTree) -> list[int]:
     """The tokens down to the first node of the last level, without the root."""
     path: list[int] = one.tree.tokens[one.tree.ancestors[one.last.nodes[0]]].tolist()[1:]
     return path
 
 
-def with_guess(one: Growing, tokens: Sequence[int], width: int) -> Growing:
+def with_guess(one: PartialTree, tokens: Sequence[int], width: int) -> PartialTree:
     """The tree with the tokens as a chain below its last level's first node, each where the first
     node of its level will be; `last.nodes` are those of the level and then of the chain."""
     if not tokens:
@@ -146,10 +146,10 @@ def with_guess(one: Growing, tokens: Sequence[int], width: int) -> Growing:
     tree.ancestors[chain] = lines
     asked = replace(tree, num_nodes=tree.num_nodes + width * len(tokens))
     nodes = torch.cat((one.last.nodes, chain))
-    return Growing(one.index, asked, Level(nodes, one.last.scores))
+    return PartialTree(one.index, asked, Level(nodes, one.last.scores))
 
 
-def deepened(one: Growing, tokens: Sequence[int], tree: Tree, logits: Tensor) -> Growing:
+def deepened(one: PartialTree, tokens: Sequence[int], tree: Tree, logits: Tensor) -> PartialTree:
     """The tree with the levels that the logits give: of the last level, and then of each proposed
     token that is clearly the likeliest."""
     num_nodes = len(one.last.nodes)
@@ -166,8 +166,8 @@ def deepened(one: Growing, tokens: Sequence[int], tree: Tree, logits: Tensor) ->
     return one
 
 
-def with_level(one: Growing, last: Level, tree: Tree, logits: Tensor) -> Growing:
+def with_level(one: PartialTree, last: Level, tree: Tree, logits: Tensor) -> PartialTree:
     first = one.tree.num_nodes
     children = torch.arange(first, first + tree.width, device=one.tree.tokens.device)
     grown = replace(one.tree, num_nodes=first + tree.width, num_levels=one.tree.num_levels + 1)
-    return Growing(one.index, grown, add_level(one.tree, last, children, tree, logits))
+    return PartialTree(one.index, grown, add_level(one.tree, last, children, tree, logits))

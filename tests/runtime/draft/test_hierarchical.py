@@ -7,10 +7,10 @@ import torch
 from table_drafts import V, random_table, same, table_draft
 from torch import Tensor
 
-from subspec.artifacts.footprint import MOST_PROPOSED
+from subspec.artifacts.footprint import MAX_PROPOSED
 from subspec.artifacts.plan import Tree
-from subspec.runtime.draft import beam, checked
-from subspec.runtime.draft.beam import DraftPass, Growing, TokenTree
+from subspec.runtime.draft import beam, hierarchical
+from subspec.runtime.draft.beam import DraftPass, PartialTree, TokenTree
 from subspec.runtime.draft.lookup import as_text
 
 PADDED = 64
@@ -20,7 +20,7 @@ def counted(draft_pass: DraftPass) -> tuple[DraftPass, list[int]]:
     """The pass, and the rows of each of its calls."""
     calls: list[int] = []
 
-    def run(growing: Sequence[Growing]) -> Tensor:
+    def run(growing: Sequence[PartialTree]) -> Tensor:
         calls.append(sum(len(one.last.nodes) for one in growing))
         for one in growing:
             check_rows(one)
@@ -29,7 +29,7 @@ def counted(draft_pass: DraftPass) -> tuple[DraftPass, list[int]]:
     return run, calls
 
 
-def check_rows(one: Growing) -> None:
+def check_rows(one: PartialTree) -> None:
     """Every row has a slot, and sees itself and what is above it."""
     tree = one.tree
     assert (one.last.nodes < tree.num_nodes).all()
@@ -49,9 +49,9 @@ def grown(
 ) -> tuple[list[TokenTree], list[int]]:
     draft_pass, calls = counted(table_draft(*tables))
     roots = [torch.tensor(text[-1:]) for text in texts]
-    trees = checked.grow(
-        roots, [depth] * len(texts), checked.looked_up([as_text(text) for text in texts]), tree,
-        PADDED, draft_pass,
+    trees = hierarchical.grow(
+        roots, [depth] * len(texts), hierarchical.looked_up([as_text(text) for text in texts]),
+        tree, PADDED, draft_pass,
     )  # fmt: skip
     return trees, calls
 
@@ -122,4 +122,4 @@ def test_a_tree_is_no_deeper_than_asked_for_and_no_pass_larger_than_its_memory(d
     [one], calls = grown([text], Tree(1, 40), [chain_table()], depth)
     assert one.num_levels == depth == one.num_nodes - 1
     [one], calls = grown([text], Tree(1, 60), [chain_table()], 60)
-    assert one.num_levels == 60 and max(calls) == 1 + MOST_PROPOSED
+    assert one.num_levels == 60 and max(calls) == 1 + MAX_PROPOSED

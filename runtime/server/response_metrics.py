@@ -89,10 +89,10 @@ def draft_rounds(outcome: Outcome) -> list[tuple[int, int]]:
 def timings(outcome: Outcome, model: ModelInfo) -> dict[str, Any]:
     """llama.cpp's."""
     stats = outcome.stats
-    read = stats.prompt_tokens - stats.reused_tokens
+    read = stats.prompt_tokens - stats.cached_tokens
     prompt_seconds, seconds = stats.time_to_first_token_seconds, stats.decode_seconds
     found: dict[str, Any] = {
-        "cache_n": stats.reused_tokens,
+        "cache_n": stats.cached_tokens,
         "prompt_n": read,
         "prompt_ms": 1000 * prompt_seconds,
         "prompt_per_token_ms": 1000 * prompt_seconds / read if read else 0.0,

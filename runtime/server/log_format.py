@@ -11,7 +11,7 @@ from typing import Literal
 from subspec.artifacts.common.command import printable, rewrites_lines
 
 LogFormat = Literal["text", "json"]
-LONGEST_PATH = 200  # characters
+MAX_PATH = 200  # characters
 NAME = "subspec.server"
 # How an event reads as text.
 SENTENCES = {
@@ -72,7 +72,7 @@ def request_log(logger: logging.Logger) -> Callable[[str, str, str, int, float],
             "request",
             {
                 "method": method,
-                "path": (path if path.isprintable() else ascii(path))[:LONGEST_PATH],
+                "path": (path if path.isprintable() else ascii(path))[:MAX_PATH],
                 "status": status,
                 "seconds": round(seconds, 3),
                 "id": request_id,
