@@ -39,37 +39,37 @@ from subspec.runtime.verify import accept, accept_sequentially
 
 @dataclass(frozen=True)
 class Round:
-    """What one sequence's draft and its verification gave; of plain decoding, one pass."""
+    """Result of one draft and its verification, or of one plain pass, for one sequence."""
 
     new_tokens: list[int]  # the accepted tokens and one more
-    path: Tensor  # int64 [1 + levels]: the root and the accepted nodes of the tree; then anything
-    num_levels: int = 0  # drafted
-    num_drafted: int = 0  # tokens, of all these levels
+    path: Tensor  # int64 [1 + levels]: the root and the accepted nodes of the tree; then padding
+    num_levels: int = 0  # drafted levels
+    num_drafted: int = 0  # tokens in all these levels
     num_proposed: int = 0  # levels that took no pass of the substitutes
     logprobs: tuple[TokenLogprobs, ...] = ()  # of `new_tokens`, if the state asks for them
     lossy: Sequence[int] = ()  # places in `new_tokens` of tokens that are not the exact model's own
-    error: SubspecError | None = None  # of its constraint: why there are no new tokens
+    error: SubspecError | None = None  # why its constraint gave no new tokens
     hidden: Tensor | None = None  # [1 + levels, H], of the path, for a draft head
 
 
 @dataclass(frozen=True)
 class PrefillResult:
-    """What a chunk gave: the answer's first token, if it ends the prompt, and log probabilities of
-    that token and of the prompt's own, if they were asked for."""
+    """Result of a chunk: the answer's first token if the chunk ends the prompt, and the requested
+    log probabilities of that token and of the prompt's own."""
 
     first_token: int | None = None
     first_token_logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
-    error: SubspecError | None = None  # of the constraint: why there is no first token
+    error: SubspecError | None = None  # why the constraint gave no first token
     hidden: Tensor | None = None  # [1, H], of the last token, for a draft head
 
 
 def speculate(
     model: Model, states: Sequence[DecodeState], chunks: Sequence[PrefillChunk] = ()
 ) -> tuple[list[Round], list[PrefillResult]]:
-    """One round of every sequence, each of which emits one token at least, and the chunks of
-    prompts. Nothing is committed: `commit_round` is called once it is known how much of a
-    round is kept, and `commit_chunk` for each chunk."""
+    """Run one round of every sequence, each of which emits at least one token, and prefill the
+    chunks. Nothing is committed: call `commit_round` once it is known how much of a round is kept,
+    and `commit_chunk` for each chunk."""
     assert model.drafter is not None
     with model.clock.phase("draft"):
         trees, calls = pad_trees(model.plan, model.drafter.draft(states))
@@ -85,7 +85,8 @@ def speculate(
 def decode_plainly(
     model: Model, states: Sequence[DecodeState], chunks: Sequence[PrefillChunk] = ()
 ) -> tuple[list[Round], list[PrefillResult]]:
-    """The plain twin: one token per sequence and pass, padded as a draft of one node, no draft."""
+    """Decode one token per sequence: the plain twin of `speculate`, padded as a tree of one
+    node."""
     with model.clock.phase("verify"):
         narrowest = model.plan.verify_widths[0]
         roots = [root_only(root_of(state), narrowest) for state in states]
@@ -106,35 +107,36 @@ def decode_unpadded(model: Model, states: Sequence[DecodeState]) -> list[Round]:
 
 
 def prefill(model: Model, chunks: Sequence[PrefillChunk]) -> list[PrefillResult]:
-    """Exact keys and values of the chunks into their caches; `commit_chunk` commits them.
+    """Write exact keys and values of the chunks into their caches; `commit_chunk` commits them.
 
-    Layer after layer over all of them, so that each weight streams once, whatever their lengths;
-    only a plan too tight for a prompt's activations cuts it (`prefill_chunk_tokens`).
+    All chunks go through a layer before the next one, so that each weight streams once, whatever
+    their lengths; only a plan too tight for a prompt's activations cuts it
+    (`prefill_chunk_tokens`).
     """
     with model.clock.phase("prefill"):
         return prefill_results(model, chunks, exact_outputs(model, [], [], [], chunks))
 
 
-def commit_round(state: DecodeState, done: Round, num_tokens: int) -> None:
-    """Commits a round of which the first `num_tokens` new tokens are kept, one at least."""
-    kept = done.new_tokens[:num_tokens]
-    state.cache.commit_path(done.path, [state.root, *kept[:-1]], done.hidden)
+def commit_round(state: DecodeState, result: Round, num_tokens: int) -> None:
+    """Commit the first `num_tokens` (1 or more) new tokens of a round."""
+    kept = result.new_tokens[:num_tokens]
+    state.cache.commit_path(result.path, [state.root, *kept[:-1]], result.hidden)
     state.root = kept[-1]
     state.max_tokens -= len(kept)
     for token in kept:
         state.sampler.push(token)
 
 
-def commit_chunk(chunk: PrefillChunk, done: PrefillResult) -> None:
-    """Commits a chunk of a prompt that was read."""
-    chunk.cache.commit(list(chunk.tokens), done.hidden)
+def commit_chunk(chunk: PrefillChunk, result: PrefillResult) -> None:
+    """Commit a chunk of a prompt."""
+    chunk.cache.commit(list(chunk.tokens), result.hidden)
 
 
 def verify(tree: TokenTree, logits: Tensor, state: DecodeState) -> Round:
-    """What the exact model would say, from the root as far as the tree has it. logits [W, V].
+    """Return the path of the tree that the exact model agrees with, and its tokens. logits [W, V].
 
-    An argmax takes no time: all rows have theirs on the device. Other choices take some, and may
-    depend on those before: only what is on the path is chosen.
+    Argmax is computed for all rows at once on the device. Sampling is slower and may depend on
+    earlier tokens: only tokens on the path are sampled.
     """
     if state.lossy is not None:
         return verify_lossily(tree, logits, state, state.lossy)
@@ -149,7 +151,7 @@ def verify(tree: TokenTree, logits: Tensor, state: DecodeState) -> Round:
             except SubspecError:
                 if level == 0:
                     raise
-                return None  # the answer may end before: if not, the next round begins here
+                return None  # the answer may end earlier; if not, the next round begins here
             sampler.push(token)
             return token
 
@@ -169,7 +171,8 @@ def verify(tree: TokenTree, logits: Tensor, state: DecodeState) -> Round:
 
 
 def verify_lossily(tree: TokenTree, logits: Tensor, state: DecodeState, rule: Lossy) -> Round:
-    """The longest path that the rule accepts; every node's choice is made for it."""
+    """Return the longest path that the rule accepts. The exact model's token is chosen at every
+    node."""
     sampler, first, choices = state.sampler, state.cache.length + 1, list[int]()
     if sampler.is_argmax:
         choices = logits.argmax(-1).tolist()
@@ -193,18 +196,18 @@ def verify_lossily(tree: TokenTree, logits: Tensor, state: DecodeState, rule: Lo
 def logprobs(
     logits: Tensor, rows: Tensor | slice, tokens: Sequence[int], num_top: int | None
 ) -> tuple[TokenLogprobs, ...]:
-    """Of the tokens, each by its own of the `rows`, one after another: a row is large. num_top
-    None: nothing is asked for."""
+    """Log probabilities of `tokens`, each from its own row, one row after another as they are
+    large. num_top=None returns ()."""
     if num_top is None:
         return ()
-    every = range(len(logits))[rows] if isinstance(rows, slice) else rows.tolist()
+    indices = range(len(logits))[rows] if isinstance(rows, slice) else rows.tolist()
     return tuple(
-        logprobs_of(logits[row], token, num_top) for row, token in zip(every, tokens, strict=True)
+        logprobs_of(logits[row], token, num_top) for row, token in zip(indices, tokens, strict=True)
     )
 
 
 def sample_next(logits: Tensor, state: DecodeState) -> Round:
-    """The next token of a sequence, from the logits [W, V] whose first row is its root's."""
+    """Sample a sequence's next token from logits [W, V], whose first row is its root's."""
     try:
         token = state.sampler.sample(logits[0], state.cache.length + 1)
     except SubspecError as error:
@@ -215,25 +218,25 @@ def sample_next(logits: Tensor, state: DecodeState) -> Round:
 
 
 def failed_round(state: DecodeState, error: SubspecError) -> Round:
-    """It is one answer's alone: the pass that others share goes on."""
+    """Return a round that failed with `error`; other sequences are unaffected."""
     return Round([], torch.zeros(1, dtype=torch.int64, device=state.cache.device), error=error)
 
 
 def with_hidden_states(model: Model, rounds: Sequence[Round], outputs: Outputs) -> list[Round]:
-    """The rounds, with what a draft head reads of their paths."""
+    """Return the rounds with the hidden states of their paths, for a draft head."""
     head = model.head
     if head is None:
         return list(rounds)
     return [
-        replace(done, hidden=read_from(head, x[done.path]))
-        for done, x in zip(rounds, outputs.hidden_of_trees, strict=True)
+        replace(result, hidden=read_from(head, x[result.path]))
+        for result, x in zip(rounds, outputs.hidden_of_trees, strict=True)
     ]
 
 
 def prefill_results(
     model: Model, chunks: Sequence[PrefillChunk], outputs: Outputs
 ) -> list[PrefillResult]:
-    """What the chunks gave; a draft head reads them too."""
+    """Return the results of the chunks. A draft head reads the chunks too."""
     results = [
         prefill_result(chunk, logits)
         for chunk, logits in zip(chunks, outputs.chunk_logits, strict=True)
@@ -242,13 +245,13 @@ def prefill_results(
     if head is None:
         return results
     return [
-        replace(done, hidden=read_text(head, chunk.cache, chunk.tokens, x[: len(chunk.tokens)]))
-        for chunk, x, done in zip(chunks, outputs.hidden_of_chunks, results, strict=True)
+        replace(result, hidden=read_text(head, chunk.cache, chunk.tokens, x[: len(chunk.tokens)]))
+        for chunk, x, result in zip(chunks, outputs.hidden_of_chunks, results, strict=True)
     ]
 
 
 def prefill_result(chunk: PrefillChunk, logits: Tensor) -> PrefillResult:
-    """What the logits [rows, V] say, which are those of the chunk's `head_rows`."""
+    """Result of a chunk, from the logits [rows, V] of its `head_rows`."""
     num_tokens, wanted = len(chunk.tokens), slice(len(chunk.next_tokens))
     own = logprobs(logits, wanted, chunk.next_tokens, chunk.num_prompt_logprobs)
     if chunk.sampler is None:

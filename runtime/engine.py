@@ -5,7 +5,7 @@
         for tokens in sequence.generate(prompt_ids, GenerationParams(max_tokens=64)):
             ...
 
-It knows token ids, not text: runtime/text does the rest.
+It takes and returns token ids: runtime/text handles text.
 """
 
 from collections.abc import Iterator
@@ -62,13 +62,13 @@ class Engine:
         self.padded = not plain or (options.padded and self.plan.method != "plain")
         self.link_bandwidth = options.link_bandwidth
         self.draft_temperature = options.draft_temperature  # None: that of the plan's trees
-        self.num_prefill_chunks = 0  # of chunks of prompts; the first one also waits for digests
-        self._caches = opened.caches  # that no sequence has
-        self._prefilling: list[Sequence] = []  # their prompts, first come, first served
+        self.num_prefill_chunks = 0  # the first chunk also waits for digests
+        self._caches = opened.caches  # not in use by a sequence
+        self._prefilling: list[Sequence] = []  # in order of arrival
         self._decoding: list[Sequence] = []
         self._resources = opened.resources
         self._closed = False
-        # By the numbers of sequences that decode and that prefill
+        # By the numbers of sequences that decode and that prefill; see `_watched`
         self._watched_lengths = dict[tuple[int, int], int]()
 
     @classmethod
@@ -78,7 +78,7 @@ class Engine:
         options: OpenOptions | None = None,
         progress: Progress = unseen,
     ) -> "Engine":
-        """Loads the model of an artifact into fast memory, as its plan says.
+        """Load the model of an artifact into fast memory, as its plan says.
 
         progress(stage, share from 0 to 1) is called while weights load. Raises SubspecError:
         INFEASIBLE if the plan has no room for the method, WRONG_MACHINE for a plan of another
@@ -90,7 +90,7 @@ class Engine:
         return cls(open_model(artifact, options or OpenOptions(), progress))
 
     def new_sequence(self) -> Sequence:
-        """An empty sequence; close it to give its cache to another one. Raises
+        """Return an empty sequence; close it to free its cache for another one. Raises
         SubspecError(RESOURCES) if the plan's sequences are all in use."""
         self.check_open()
         if not self._caches:
@@ -104,18 +104,16 @@ class Engine:
         return Sequence(self, cache)
 
     def set_drafter(self, drafter: DrafterName) -> None:
-        """From the next round on, another one of `drafters` drafts."""
+        """Switch to another of `drafters`, from the next round on."""
         self.drafter, self.model = drafter, replace(self.model, drafter=self.drafters[drafter])
 
     @torch.inference_mode()
     def step(self) -> bool:
-        """One stream of the exact weights, for every sequence that has begun an answer: those whose
-        prompts are not read yet read on, and the others do a round: their drafts grow together, the
-        stream verifies all of them, and each commits what it keeps. Returns False if no sequence
-        has.
+        """Stream the exact weights once for all active sequences. Return False if there are none.
 
-        An error leaves those that have not committed the round where they were: the next step does
-        it again.
+        Unread prompts are prefilled, and the other sequences do a round: their drafts grow
+        together, the stream verifies all of them, and each commits what it keeps. After an error,
+        sequences that have not committed the round are unchanged: the next step repeats it.
         """
         self.prepare()
         active = list(self._decoding)
@@ -133,8 +131,8 @@ class Engine:
             )
         self.num_prefill_chunks += len(chunks)
         seconds = {k: v - seconds_before.get(k, 0.0) for k, v in clock.seconds.items()}
-        for (sequence, chunk), done in zip(chunks.items(), prefilled, strict=True):
-            sequence.finish_chunk(chunk, done, sum(seconds.values()))
+        for (sequence, chunk), result in zip(chunks.items(), prefilled, strict=True):
+            sequence.finish_chunk(chunk, result, sum(seconds.values()))
         for sequence, round_ in zip(active, rounds, strict=True):
             sequence.finish_round(
                 round_,
@@ -155,14 +153,14 @@ class Engine:
             return speculate(model, states, chunks)
         if self.padded:
             return decode_plainly(model, states, chunks)
-        prefilled = prefill(model, chunks) if chunks else []  # of other calls than single rows
+        prefilled = prefill(model, chunks) if chunks else []  # without single-row kernels
         with single_row_kernels() if self.device.type == "cpu" else nullcontext():
             return decode_unpadded(model, states), prefilled
 
     def _next_chunks(self) -> dict[Sequence, PrefillChunk]:
-        """What the next pass reads of prompts: beside answers that decode, little of
-        them, so that those need not wait for long. Where a prompt's own log probabilities are
-        wanted, no more rows have logits than a verification of the sequence has."""
+        """Return the chunks of prompts for the next pass: few tokens while other sequences decode,
+        so that these do not wait for long. A prompt with log probabilities gets no more rows than a
+        verification of the sequence has."""
         plan, found = self.plan, dict[Sequence, PrefillChunk]()
         rows_left = plan.prefill_chunk_tokens
         if self._decoding:
@@ -179,22 +177,22 @@ class Engine:
         return found
 
     def add(self, sequence: Sequence) -> None:
-        """From the next step on it reads its prompt and decodes with the others."""
+        """Add a sequence to the batch, from the next step on."""
         self._prefilling.append(sequence)
 
     def start_decoding(self, sequence: Sequence) -> None:
-        """Its prompt is read."""
+        """Move a sequence from prefill to decoding."""
         self._prefilling.remove(sequence)
         self._decoding.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """It reads and decodes no more."""
+        """Remove a sequence from the batch."""
         for sequences in (self._prefilling, self._decoding):
             if sequence in sequences:
                 sequences.remove(sequence)
 
     def is_active(self, sequence: Sequence) -> bool:
-        """Whether the next step does something for it."""
+        """Return True if the sequence is in the batch."""
         return sequence in self._prefilling or sequence in self._decoding
 
     def release_cache(self, cache: Cache) -> None:
@@ -206,9 +204,9 @@ class Engine:
             raise SubspecError(Exit.USAGE, "the engine is closed", "open the artifact again")
 
     def prepare(self) -> None:
-        """Before a pass: others of this process may have set other threads, and a result's bits
-        depend on their number; this thread may have used another GPU, and Triton launches kernels
-        on the one that the thread used last, wherever their tensors are."""
+        """Set the number of torch threads and the current GPU before a pass. Other code of the
+        process may have changed them: bits depend on the number of threads, and Triton launches
+        kernels on the thread's current GPU, wherever their tensors are."""
         self.check_open()
         torch.set_num_threads(self.plan.num_threads)
         if self.device.type == "cuda":
@@ -216,8 +214,9 @@ class Engine:
 
     @contextmanager
     def _watched(self, counts: tuple[int, int], length: int) -> Iterator[None]:
-        """Temporaries grow with the numbers of sequences and the longest text, and watching them
-        takes time: each time that it is longer by half."""
+        """Record the peak of memory in the block, but only if `length` has grown by half since the
+        last time with these numbers of sequences: watching takes time, and temporaries grow with
+        both."""
         if 2 * length < 3 * self._watched_lengths.get(counts, 0):
             yield
             return
@@ -227,13 +226,13 @@ class Engine:
 
     @property
     def uses_planned_drafter(self) -> bool:
-        """Whether the plan's predictions are of what drafts here, as far as it looks nothing up."""
+        """Return True if the plan's predictions hold for the drafter in use, lookup aside."""
         if self.drafter is not None and self.draft_temperature is not None:
             return False
         return self.drafter in (None, self.method, "substitute+lookup")
 
     def is_predicted_by_plan(self, sequence: Sequence) -> bool:
-        """Whether the plan's predictions are of how the sequence's last answer was decoded."""
+        """Return True if the plan's predictions hold for the sequence's last answer."""
         looked_up = self.drafter == "substitute+lookup" and any(sequence.stats.proposed)
         return self.uses_planned_drafter and not looked_up and sequence.params.lossy is None
 
@@ -243,8 +242,8 @@ class Engine:
 
     @property
     def predicted_tokens_per_second(self) -> float | None:
-        """The plan's prediction for this method, or what a draft head was measured at; None for the
-        padded twin, and for other drafters and draft temperatures, which have none."""
+        """The plan's prediction for this method, or the measured speed of a draft head. None for
+        the padded twin and for other drafters and draft temperatures, which have no prediction."""
         of_head = self.plan.draft_head_result if self.draft_temperature is None else None
         if self.drafter in OF_HEADS and of_head is not None:
             return of_head.tokens_per_second
@@ -255,27 +254,28 @@ class Engine:
 
     @property
     def missing_kernels_reason(self) -> str | None:
-        """Why plain twins do the work of the C++ kernels; None: they do not."""
+        """Why plain twins replace the C++ kernels, or None if they do not."""
         kernels = needed_kernels(self.artifact.spec, self.plan, self.method)
         problems = (unavailable() for _, unavailable in kernels)
         return next((problem for problem in problems if problem is not None), None)
 
     @property
     def slow_attention_reason(self) -> str | None:
-        """Why exact attention on a GPU is its plain twin; None: it is not."""
+        """Why exact attention on a GPU runs its plain twin, or None if it does not."""
         on_cuda = self.device.type == "cuda"
         return triton_driver.unavailable(self.device) if on_cuda else None
 
     @property
     def has_prebuilt_kernels(self) -> bool:
-        """Whether the artifact has kernels for this machine that are not trusted yet."""
+        """Return True if the artifact has kernels for this machine that are not trusted yet."""
         kernels = needed_kernels(self.artifact.spec, self.plan, self.method)
         programs = (cpp.program(source) for source, _ in kernels)
         return any(find_prebuilt(self.artifact, program) is not None for program in programs)
 
     @property
     def slow_draft_reason(self) -> str | None:
-        """Why the draft's layers run one by one; None: they are compiled, or nothing is drafted."""
+        """Why the draft's layers run one by one, or None if they are compiled or nothing is
+        drafted."""
         drafter, spec, plan = self.model.drafter, self.artifact.spec, self.plan
         if isinstance(drafter, DraftModelDrafter):
             compilable = self.device.type == "cpu" and plan.int4_kernel == "w4a8"
@@ -299,12 +299,12 @@ class Engine:
 
     @property
     def missing_graphs_reason(self) -> str | None:
-        """Why the draft's levels are not captured; None: they are, or need not be."""
+        """Why the draft's levels are not captured, or None if they are or need not be."""
         drafter = self.model.drafter
         return drafter.graph_problem if isinstance(drafter, SubstituteDrafter) else None
 
     def close(self) -> None:
-        """Gives fast memory back. Its sequences cannot be used any more."""
+        """Release fast memory. The engine's sequences cannot be used any more."""
         self._closed = True
         try:
             if self.device.type == "cuda":

@@ -1,5 +1,4 @@
-"""One stream of the exact weights: the rows that it takes, of trees to verify and of prompts to
-read, and the logits that it gives.
+"""One pass of the exact weights over rows of trees to verify and of prompts to prefill.
 
 Every row goes through calls of widths that give it the same bits, and through batch-invariant
 attention: whatever tree, chunk or batch it is in.
@@ -48,8 +47,8 @@ class Model:
 
 @dataclass(frozen=True)
 class Outputs:
-    """Of one stream, by tree and by chunk: logits, [W, V] and of a chunk's `head_rows`, and what a
-    draft head reads of all of their rows (`forward_hidden`), [rows, H] or more."""
+    """Outputs of one pass, by tree and by chunk: logits, [W, V] and of a chunk's `head_rows`, and
+    the hidden states of all rows that a draft head reads (`forward_hidden`), [rows, H] or wider."""
 
     tree_logits: Sequence[Tensor]
     chunk_logits: Sequence[Tensor]
@@ -63,21 +62,20 @@ class PrefillChunk:
 
     cache: Cache
     tokens: Sequence[int]
-    sampler: Sampler | None  # of the answer's first token; None: more of the prompt follows
+    sampler: Sampler | None  # for the answer's first token; None: more of the prompt follows
     num_logprobs: int | None = None  # likeliest tokens to report with the first token
     # With the prompt's own log probabilities: the tokens that follow each of `tokens` in the
     # prompt, and how many of the likeliest tokens to report.
     next_tokens: Sequence[int] = ()
     num_prompt_logprobs: int = 0
-    # Numbers of its tokens after which states are kept as checkpoints
+    # Numbers of tokens after which states are kept as checkpoints
     checkpoints_at: Sequence[int] = ()
 
 
 def pad_trees(plan: Plan, drafts: Sequence[TokenTree]) -> tuple[list[TokenTree], list[int]]:
-    """The drafts in as many rows as calls of the exact products take for all of them together, and
-    the rows of these calls: together, because a call reads all of a weight, however few its rows
-    are. A draft's own rows are a width that has room for it, so that what the calls are filled up
-    with has room as well."""
+    """Pad the drafts to the rows of calls that they share; return the trees and the rows of each
+    call. Calls are shared because each reads all of a weight, however few its rows. The padding
+    fits: a draft's tensors already have a width with room for it."""
     room = [len(draft.tokens) for draft in drafts]
     calls = split_rows(plan.prompt_widths, sum(draft.num_nodes for draft in drafts))
     if sum(calls) > sum(room):
@@ -97,7 +95,7 @@ def exact_outputs(
     states: Sequence[DecodeState],
     chunks: Sequence[PrefillChunk],
 ) -> Outputs:
-    """calls_of_trees: as `pad_trees` gives them."""
+    """Run the exact weights over trees and chunks. calls_of_trees: as returned by `pad_trees`."""
     plan, rows_of_trees = model.plan, [len(tree.tokens) for tree in trees]
     batch = [whole_tree(tree, state.cache) for tree, state in zip(trees, states, strict=True)]
     batch += [padded_rows(plan, chunk) for chunk in chunks]
@@ -105,17 +103,17 @@ def exact_outputs(
     rows_of_chunks = list[int]()
     for chunk in chunks:
         calls = split_rows(plan.prompt_widths, len(chunk.tokens))
-        some, some_sizes = head_rows(plan, chunk, calls)
-        wanted.append(slice(sum(sizes) + some.start, sum(sizes) + some.stop))
+        rows, chunk_head_sizes = head_rows(plan, chunk, calls)
+        wanted.append(slice(sum(sizes) + rows.start, sum(sizes) + rows.stop))
         sizes += calls
         rows_of_chunks.append(sum(calls))
-        head_sizes += some_sizes
+        head_sizes += chunk_head_sizes
     of_trees = slice(0, sum(rows_of_trees))
     head = HeadRows([of_trees, *wanted] if trees else wanted, gemm_ranges(head_sizes))
     eagle3 = model.weights.spec.eagle3 if model.head is not None else None
     reads = eagle3.reads if eagle3 is not None else ()
     logits, x = forward_hidden(model.weights, model.exact, batch, gemm_ranges(sizes), head, reads)
-    first, *others = logits.split([some.stop - some.start for some in (of_trees, *wanted)])
+    first, *others = logits.split([rows.stop - rows.start for rows in (of_trees, *wanted)])
     hidden = x.split([*rows_of_trees, *rows_of_chunks])
     num_trees = len(trees)
     of_each_tree = first.split(rows_of_trees) if trees else []
@@ -123,17 +121,17 @@ def exact_outputs(
 
 
 def head_rows(plan: Plan, chunk: PrefillChunk, calls: list[int]) -> tuple[slice, list[int]]:
-    """Which rows of a chunk have logits, and the head's calls for them: all, if the prompt's own
-    log probabilities are wanted, or the fewest that end with its last token."""
+    """Return the rows of a chunk that have logits, and the head's calls for them: all, if the
+    prompt's own log probabilities are requested, or the fewest that end with its last token."""
     if chunk.next_tokens:
         return slice(0, sum(calls)), calls
-    few = plan.prompt_widths[0]
-    first = max(0, len(chunk.tokens) - few)
-    return slice(first, first + few), [few]
+    narrowest = plan.prompt_widths[0]
+    first = max(0, len(chunk.tokens) - narrowest)
+    return slice(first, first + narrowest), [narrowest]
 
 
 def tokens_that_fit(plan: Plan, num_tokens: int, num_rows: int) -> int:
-    """How many of so many tokens of a prompt can be read by `num_rows` rows."""
+    """Number of a prompt's `num_tokens` tokens that `num_rows` rows can prefill."""
     if sum(split_rows(plan.prompt_widths, num_tokens)) <= num_rows:
         return num_tokens
     whole, rest = divmod(num_rows, plan.prompt_widths[-1])
@@ -142,7 +140,7 @@ def tokens_that_fit(plan: Plan, num_tokens: int, num_rows: int) -> int:
 
 
 def whole_tree(tree: TokenTree, cache: Cache) -> Rows:
-    """Rows for all of a tree that follows what `cache` has committed."""
+    """Rows of all nodes of a tree that follows the committed tokens of `cache`."""
     nodes = torch.arange(len(tree.tokens), device=tree.tokens.device)
     slots = cache.tree_slots(len(nodes))
     rows = tree_rows(tree, nodes, cache, slots, attend_batch_invariant)
@@ -150,7 +148,7 @@ def whole_tree(tree: TokenTree, cache: Cache) -> Rows:
 
 
 def with_paths(rows: Rows, tree: TokenTree) -> Rows:
-    """Rows of a whole tree, with the paths that delta nets follow, which are the host's."""
+    """Rows of a whole tree, with the paths that delta nets follow, computed on the host."""
     assert rows.tree is not None
     parents = tree.parents[: tree.num_nodes].tolist()
     before = [parent if parent < node else -1 for node, parent in enumerate(parents)]
@@ -160,7 +158,7 @@ def with_paths(rows: Rows, tree: TokenTree) -> Rows:
 
 
 def root_row(cache: Cache, root: Tensor) -> Rows:
-    """The one row of a tree without a draft, int64 [1], with fast attention."""
+    """The one row of a tree of its root only, int64 [1], with fast attention."""
     rows = causal_rows(cache, root, attend)
     if not cache.nets:
         return rows
@@ -170,7 +168,7 @@ def root_row(cache: Cache, root: Tensor) -> Rows:
 
 
 def padded_rows(plan: Plan, chunk: PrefillChunk) -> Rows:
-    """Rows for a chunk, and for padding: copies of its last row that write where nobody reads."""
+    """Rows of a chunk and its padding: copies of its last row that write to an unread slot."""
     tokens = torch.tensor(list(chunk.tokens), device=chunk.cache.device)
     rows = causal_rows(chunk.cache, tokens, attend_batch_invariant)
     rows = replace(rows, checkpoints_at=chunk.cache.stops(chunk.checkpoints_at))
@@ -182,7 +180,7 @@ def repeated_last(rows: Rows, count: int) -> Rows:
     if not count:
         return rows
     tokens, positions = (
-        torch.cat((some, some[-1:].repeat(count))) for some in (rows.tokens, rows.positions)
+        torch.cat((x, x[-1:].repeat(count))) for x in (rows.tokens, rows.positions)
     )
     windowed, windows = rows.windowed, rows.cache.windows
     if windowed is not None and windows is not None and windowed.num_before is None:
@@ -203,7 +201,7 @@ def with_padding(slots: Tensor, count: int, padding_slot: int) -> Tensor:
 
 
 def causal_rows(cache: Cache, tokens: Tensor, attention: Attend) -> Rows:
-    """Rows for tokens int64 [T] that follow the committed ones, each seeing all before it."""
+    """Rows of tokens int64 [T] that follow the committed ones; each sees all before it."""
     cache.make_room(len(tokens))
     positions = torch.arange(len(tokens), device=tokens.device) + cache.length
     live = cache.live_slots(cache.length + len(tokens))
@@ -217,8 +215,7 @@ def causal_rows(cache: Cache, tokens: Tensor, attention: Attend) -> Rows:
 def in_windows(
     windows: WindowSlots, length: int, positions: Tensor, live_slots: int
 ) -> KVLocations:
-    """Where rows of a text at int64 [T] positions lie in layers with windows, behind `length`
-    tokens."""
+    """Locations in layers with windows of rows at int64 [T] positions, behind `length` tokens."""
     device, end = positions.device, length + len(positions)
     if windows.fit(end):
         live = torch.arange(min(live_slots, windows.num_slots), device=device)

@@ -24,19 +24,22 @@ from subspec.runtime.model.sampling import Sampler, SamplingParams, TokenLogprob
 if TYPE_CHECKING:
     from subspec.runtime.engine import Engine
 
-# Of new tokens: None to go on, or how many of them the answer ends after (1 or more).
+# New tokens -> None to go on, or the number of them (1 or more) that the answer ends after.
 StoppingCriteria = Callable[[Tokens[int]], int | None]
 FinishReason = Literal["eos", "stop", "length", "context"]
 
 
 @dataclass(frozen=True)
 class GenerationParams:
-    """max_tokens: 1 or more. stop_token_ids: ids that end the answer; the one met is part of it.
-    stopping_criteria: asked about each round's tokens before they are committed (stop strings).
-    constraint: what the answer may say, a state of its own. logprobs: how many of the likeliest
-    tokens to report with each token of the answer, prompt_logprobs: with each of the prompt; None:
-    report nothing. lossy: which drafted tokens are kept although they are not the exact model's;
-    None: none, as under a constraint."""
+    """Parameters of one answer.
+
+    max_tokens: 1 or more. stop_token_ids: ids that end the answer, which includes the one met.
+    stopping_criteria: called with each round's tokens before they are committed (stop strings).
+    constraint: which tokens the answer may have; its state is this answer's own. logprobs: number
+    of likeliest tokens to report with each token of the answer, prompt_logprobs: with each of the
+    prompt; None: report nothing. lossy: which drafted tokens are kept although they are not the
+    exact model's; with None, or under a constraint, none are.
+    """
 
     max_tokens: int = 512
     sampling: SamplingParams = SamplingParams()
@@ -54,19 +57,19 @@ class GenerationParams:
 
 @dataclass(frozen=True)
 class Stats:
-    """What one answer took. Seconds and bytes are those of its rounds, the batch included."""
+    """Statistics of one answer. Seconds and bytes are those of its rounds, the batch included."""
 
     method: Method
     prompt_tokens: int = 0
-    cached_tokens: int = 0  # of the prompt, that were in the cache already
+    cached_tokens: int = 0  # of the prompt, found in the cache
     time_to_first_token_seconds: float = 0.0
     generated_tokens: int = 0
-    includes_digest_check: bool = False  # its first token waited for digests too
-    drafted: tuple[int, ...] = ()  # levels, by round
-    drafted_tokens: int = 0  # of all levels
-    proposed: tuple[int, ...] = ()  # levels that took no pass of the substitutes, by round
-    accepted: tuple[int, ...] = ()  # drafted tokens that the answer has, by round
-    lossy_tokens: int = 0  # of the answer, that are not the exact model's own
+    includes_digest_check: bool = False  # the first token also waited for digests
+    drafted: tuple[int, ...] = ()  # levels, per round
+    drafted_tokens: int = 0  # in all levels
+    proposed: tuple[int, ...] = ()  # levels that took no pass of the substitutes, per round
+    accepted: tuple[int, ...] = ()  # drafted tokens in the answer, per round
+    lossy_tokens: int = 0  # not the exact model's own
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
     stream_wait_seconds: float = 0.0
@@ -87,8 +90,8 @@ class Stats:
 
 
 class Sequence:
-    """Made by Engine.new_sequence. Answers follow each other: the cache keeps what a prompt shares
-    with what came before. Close it, or use it as a context manager."""
+    """One conversation, made by Engine.new_sequence. Answers follow each other: the cache keeps the
+    prefix that a prompt shares with the text before. Close it, or use it as a context manager."""
 
     def __init__(self, engine: "Engine", cache: Cache) -> None:
         self._engine = engine
@@ -96,24 +99,24 @@ class Sequence:
         self.params = GenerationParams()
         self.stats = Stats(engine.method)
         self.state = DecodeState(cache, root=0, max_tokens=0)
-        self.logprobs: list[TokenLogprobs] = []  # of the answer's tokens, if it asked for them
+        self.logprobs: list[TokenLogprobs] = []  # of the answer's tokens, if requested
         self.prompt_logprobs: list[TokenLogprobs] = []  # of the prompt's, from the second one on
         self._prompt: list[int] = []
-        self._num_prefilled = 0  # leading tokens of the cache that were read, not decoded
-        self.finish_reason: FinishReason | None = None  # None: it is decoding, or never was
-        self._new_tokens: list[int] = []  # not yet given out
+        self._num_prefilled = 0  # leading tokens of the cache that were prefilled, not decoded
+        self.finish_reason: FinishReason | None = None  # None: decoding, or not begun
+        self._new_tokens: list[int] = []  # not yet returned
         self._closed = False
 
     def generate(self, prompt: list[int], params: GenerationParams) -> Iterator[list[int]]:
-        """Yields new token ids as they are decided. Other sequences of the engine that are decoding
-        advance with it. Leaving the loop ends the answer, and so does another `generate` or
-        `begin`, or closing the sequence.
+        """Yield new token ids as they are decided. Other decoding sequences of the engine advance
+        with it. The answer ends when the loop is left, at another `generate` or `begin`, or when
+        the sequence is closed.
 
         Raises SubspecError(USAGE) for a prompt that is empty, leaves no room in the plan's context
         or has ids beyond the vocabulary.
         """
         self.begin(prompt, params)
-        state = self.state  # another answer has another one
+        state = self.state  # each answer has its own
         try:
             while self.state is state and (self._new_tokens or self._engine.is_active(self)):
                 if not self._new_tokens:
@@ -125,7 +128,7 @@ class Sequence:
                 self._engine.remove(self)
 
     def begin(self, prompt: list[int], params: GenerationParams) -> None:
-        """Begins an answer: Engine.step reads the prompt, and then decodes."""
+        """Begin an answer: Engine.step prefills the prompt, then decodes."""
         max_answer_tokens = self._max_answer_tokens(prompt, params)
         self._engine.remove(self)
         cache = self.cache
@@ -140,7 +143,7 @@ class Sequence:
             cached_tokens=cache.length,
             includes_digest_check=self._engine.num_prefill_chunks == 0,
         )
-        # Also where the answer goes on after them, what a constraint has to say ends there.
+        # A constraint ends at these tokens, even if the answer goes on after them.
         ends = params.stop_token_ids.union(self._engine.artifact.spec.eos_token_ids)
         sampler = Sampler(params.sampling, prompt, ends, params.constraint)
         max_tokens = min(params.max_tokens, max_answer_tokens)
@@ -152,17 +155,17 @@ class Sequence:
 
     @property
     def num_cacheable(self) -> int:
-        """How many tokens of the cache have the bits that reading them would give: all, but with
-        unpadded decoding, which computes those of an answer in another way."""
+        """Number of tokens in the cache with the bits of a prefill: all, except those of an answer
+        decoded without padding."""
         cache = self.cache
         return cache.length if self._engine.padded else cache.reachable(self._num_prefilled)
 
     def restore(
         self, tokens: list[int], checkpoints: Tokens[Checkpoint] = (), window_start: int = 0
     ) -> None:
-        """The slots hold what reading `tokens` gave, in layers with windows of those from
-        `window_start` on, as delta nets' checkpoints do, of which the last one is behind all of
-        them."""
+        """Use slots that already hold the results of a prefill of `tokens`; layers with windows
+        hold those from `window_start` on. checkpoints: of delta nets, the last one behind all
+        tokens."""
         self.cache.resume(tokens, checkpoints, window_start)
         self._num_prefilled = len(tokens)
 
@@ -176,7 +179,7 @@ class Sequence:
         return self.params.prompt_logprobs is not None
 
     def next_chunk(self, num_tokens: int) -> PrefillChunk:
-        """The next tokens of the prompt, to be read."""
+        """Return the next `num_tokens` tokens of the prompt as a chunk to prefill."""
         first, params = self.cache.length, self.params
         end = first + num_tokens
         ends = end == len(self._prompt)
@@ -195,79 +198,79 @@ class Sequence:
             num_prompt_logprobs=params.prompt_logprobs,
         )
 
-    def finish_chunk(self, chunk: PrefillChunk, done: PrefillResult, seconds: float) -> None:
-        """A chunk of the prompt was read. After the last one this sequence decodes."""
+    def finish_chunk(self, chunk: PrefillChunk, result: PrefillResult, seconds: float) -> None:
+        """Commit a chunk of the prompt. After the last one this sequence decodes."""
         with self._rolls_back_on_error():
-            commit_chunk(chunk, done)
-        self.prompt_logprobs += done.prompt_logprobs
+            commit_chunk(chunk, result)
+        self.prompt_logprobs += result.prompt_logprobs
         so_far = self.stats.time_to_first_token_seconds
         self.stats = replace(self.stats, time_to_first_token_seconds=so_far + seconds)
-        if done.error is not None:
+        if result.error is not None:
             self._engine.remove(self)
-            raise done.error
-        if done.first_token is None:
+            raise result.error
+        if result.first_token is None:
             return
-        self.state.root = done.first_token
+        self.state.root = result.first_token
         try:
-            kept = self._num_kept([done.first_token])
+            kept = self._num_kept([result.first_token])
         except BaseException:
             self._engine.remove(self)
             raise
         self.state.max_tokens -= kept
-        self.state.sampler.push(done.first_token)
-        self._append([done.first_token], done.first_token_logprobs)
+        self.state.sampler.push(result.first_token)
+        self._append([result.first_token], result.first_token_logprobs)
         self._engine.start_decoding(self)
         if self.finish_reason is not None:
             self._engine.remove(self)
 
     def finish_round(
         self,
-        done: Round,
+        result: Round,
         draft_seconds: float,
         verify_seconds: float,
         wait_seconds: float,
         streamed_bytes: int,
     ) -> None:
-        """A round of this sequence: what is kept of it is committed and given out. An error of the
-        answer's `stopping_criteria` or constraint ends it: the others go on without it."""
+        """Commit and give out what is kept of a round. An error of the answer's `stopping_criteria`
+        or constraint ends this answer only."""
         try:
-            if done.error is not None:
-                raise done.error
-            num_kept = self._num_kept(done.new_tokens)
+            if result.error is not None:
+                raise result.error
+            num_kept = self._num_kept(result.new_tokens)
         except BaseException:
             self._engine.remove(self)
             raise
         stats, began = self.stats, time.perf_counter()
         with self._rolls_back_on_error():
-            commit_round(self.state, done, num_kept)
+            commit_round(self.state, result, num_kept)
         verify_seconds += time.perf_counter() - began
         self.stats = replace(
             stats,
-            drafted=(*stats.drafted, done.num_levels),
-            drafted_tokens=stats.drafted_tokens + done.num_drafted,
-            proposed=(*stats.proposed, done.num_proposed),
-            accepted=(*stats.accepted, min(len(done.new_tokens) - 1, num_kept)),
-            lossy_tokens=stats.lossy_tokens + sum(place < num_kept for place in done.lossy),
+            drafted=(*stats.drafted, result.num_levels),
+            drafted_tokens=stats.drafted_tokens + result.num_drafted,
+            proposed=(*stats.proposed, result.num_proposed),
+            accepted=(*stats.accepted, min(len(result.new_tokens) - 1, num_kept)),
+            lossy_tokens=stats.lossy_tokens + sum(place < num_kept for place in result.lossy),
             draft_seconds=stats.draft_seconds + draft_seconds,
             verify_seconds=stats.verify_seconds + verify_seconds,
             stream_wait_seconds=stats.stream_wait_seconds + wait_seconds,
             streamed_bytes=stats.streamed_bytes + streamed_bytes,
         )
-        self._append(done.new_tokens[:num_kept], done.logprobs[:num_kept])
+        self._append(result.new_tokens[:num_kept], result.logprobs[:num_kept])
         if self.finish_reason is not None:
             self._engine.remove(self)
 
     def take_new_tokens(self) -> list[int]:
-        """Tokens since the last call."""
+        """Return the tokens since the last call."""
         new_tokens, self._new_tokens = self._new_tokens, []
         return new_tokens
 
     def stop(self) -> None:
-        """Ends the answer, if one has begun; the cache keeps what it has."""
+        """End the answer, if one has begun; the cache keeps its tokens."""
         self._engine.remove(self)
 
     def reset(self) -> None:
-        """Stops, and releases the answer's grammar, which may have tens of MB, and its log
+        """Stop, and release the answer's grammar, which may take tens of MB, and its log
         probabilities: an idle sequence would keep them."""
         self.stop()
         self.params = replace(
@@ -277,7 +280,7 @@ class Sequence:
         self.prompt_logprobs, self.logprobs = [], []
 
     def close(self) -> None:
-        """Gives the cache back to the engine, once: another sequence may have it by now."""
+        """Return the cache to the engine, once: another sequence may have it by the second call."""
         if not self._closed:
             self._closed = True
             self._engine.remove(self)
@@ -291,8 +294,8 @@ class Sequence:
 
     @contextmanager
     def _rolls_back_on_error(self) -> Iterator[None]:
-        """A commit that fails, for want of memory, may have moved some layers on and others not:
-        the answer ends, and nothing of its cache is used again."""
+        """End the answer and empty the cache if a commit fails, for example for lack of memory: it
+        may have updated some layers and not others."""
         try:
             yield
         except BaseException:
@@ -302,30 +305,32 @@ class Sequence:
             raise
 
     def _num_cached_tokens(self, prompt: list[int], params: GenerationParams) -> int:
-        """How many of the prompt's tokens are in the cache, with the bits that reading them would
-        give. The last one is read, for its logits."""
+        """Number of the prompt's tokens that are in the cache with the bits of a prefill. The last
+        one is always read, for its logits."""
         if params.prompt_logprobs is not None:
             return 0
         cache = self.cache
         shared = min(cache.common_prefix(prompt), self.num_cacheable, len(prompt) - 1)
         if cache.unread is not None and not cache.nets and not cache.unread.reaches(shared):
-            # A draft head reads a token with the hidden state before it, which is gone: once more.
+            # A draft head needs the hidden state before the next token, which is gone: redo one.
             shared = max(0, shared - 1)
         return cache.reachable(shared)
 
     def _checkpoint_offsets(self, first: int, end: int) -> list[int]:
-        """Where the prompt's tokens from `first` on, up to `end`, have checkpoints: what templates
-        end a prompt with is not what the next prompt has in its place."""
+        """Numbers of tokens behind `first`, up to `end`, after which states are kept as
+        checkpoints. One is before the last tokens of the prompt: what a template ends a prompt with
+        is not in the next one."""
         interval = CHECKPOINT_TOKENS
         found = {*range(interval * (first // interval + 1), end + 1, interval)}
         found.add(len(self._prompt) - TOKENS_BEHIND_CHECKPOINT)
         return sorted(offset - first for offset in found if first < offset <= end)
 
     def _max_answer_tokens(self, prompt: list[int], params: GenerationParams) -> int:
-        """How many tokens an answer to the prompt can have."""
+        """Largest number of tokens that an answer to the prompt can have. Raises
+        SubspecError(USAGE) for a prompt that cannot be answered."""
         if self._closed:
             message = "the sequence is closed"
-            raise SubspecError(Exit.USAGE, message, "another one: engine.new_sequence()")
+            raise SubspecError(Exit.USAGE, message, "make another one: engine.new_sequence()")
         self._engine.check_open()
         context = self._engine.plan.context
         if not 0 < len(prompt) < context:
@@ -336,7 +341,7 @@ class Sequence:
                 shorter if prompt else "give some text",
             )
         size = self._engine.artifact.spec.vocab_size
-        if (wrong := next((one for one in prompt if not 0 <= one < size), None)) is not None:
+        if (wrong := next((token for token in prompt if not 0 <= token < size), None)) is not None:
             message = f"the prompt has the token id {wrong}, expected 0 to {size - 1}"
             raise SubspecError(Exit.USAGE, message, "use the model's own tokenizer")
         biased = (token for token, _ in params.sampling.logit_bias if not 0 <= token < size)
@@ -352,7 +357,7 @@ class Sequence:
         self.stats = replace(self.stats, generated_tokens=count)
 
     def _num_kept(self, new_tokens: list[int]) -> int:
-        """How many of the new tokens are kept; says in `finish_reason` if the answer ends."""
+        """Number of new tokens that are kept. Sets `finish_reason` if the answer ends."""
         left, reason = self.state.max_tokens, self.finish_reason
         kept = new_tokens[:left]
         if len(new_tokens) >= left:

@@ -16,17 +16,19 @@ from subspec.runtime.draft.beam import TokenTree
 
 @dataclass(frozen=True)
 class Verification:
-    path: Tensor  # int64 [D + 1]: the root and the accepted nodes, in order; then anything
-    packed_tokens: Tensor  # int64 [D + 2]: accepted count, then the new tokens; then anything
+    path: Tensor  # int64 [D + 1]: the root and the accepted nodes, in order; then padding
+    packed_tokens: Tensor  # int64 [D + 2]: accepted count, then the new tokens; then padding
 
     def tokens(self) -> list[int]:
-        """The accepted tokens and the target's own next one: the round's one transfer to host."""
+        """Return the accepted tokens and the target's own next one: the round's one transfer to
+        host."""
         count, *tokens = self.packed_tokens.tolist()
         return tokens[: count + 1]
 
 
 def accept(tree: TokenTree, choices: Tensor, depth: int) -> Verification:
-    """choices int64 [W]: the target's next token at each row. Static shapes, nothing read back."""
+    """Return the accepted path and its tokens. choices int64 [W]: the target's next token at each
+    row. Static shapes, nothing is read back."""
     device = choices.device
     nodes = torch.arange(len(choices), device=device)
     mismatched = (tree.tokens != choices[tree.parents]) | (nodes >= tree.num_nodes)
@@ -49,9 +51,9 @@ def accept(tree: TokenTree, choices: Tensor, depth: int) -> Verification:
 def accept_sequentially(
     tree: TokenTree, choose: Callable[[int, int], int | None], depth: int
 ) -> Verification:
-    """The plain twin: from the root, `choose(node, its depth)` after `choose`. Few choices are
-    made, one after the other on the host: for those that take long. The walk ends early where
-    `choose` returns None, which it may not at the root."""
+    """Plain twin of `accept` for slow choices: walk from the root and call `choose(node, its
+    depth)` on the host for nodes of the path only. The walk ends early if `choose` returns None,
+    which is not allowed at the root."""
     tokens, parents = tree.tokens.tolist(), tree.parents.tolist()
     path, new_tokens = list[int](), list[int]()
     node: int | None = 0

@@ -3,7 +3,7 @@
 W = rows of a tree's tensors: the plan's widest while it grows, fewer where fewer are verified;
 k = beam width, V = vocabulary.
 Node 0 is the root, the last token that was emitted. Nodes of level d are 1 + k (d - 1) .. k d.
-arXiv 2509.18344 section 4: the k best continuations over all parents form the next level.
+As in arXiv 2509.18344, section 4, the k best continuations over all parents form the next level.
 """
 
 import math
@@ -18,7 +18,7 @@ from subspec.artifacts.plan import Tree
 
 @dataclass(frozen=True)
 class TokenTree:
-    """Rows beyond the nodes are padding: copies of the root that nobody reads."""
+    """A tree of candidate tokens. Rows beyond the nodes are padding: unread copies of the root."""
 
     tokens: Tensor  # int64 [W]
     parents: Tensor  # int64 [W]; the root's is itself
@@ -26,7 +26,7 @@ class TokenTree:
     depths: Tensor  # int64 [W]; the root's is 0
     num_nodes: int
     num_levels: int = 0
-    num_proposed: int = 0  # of them, that took no pass of the substitutes
+    num_proposed: int = 0  # levels that took no pass of the substitutes
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Level:
 
 @dataclass(frozen=True)
 class PartialTree:
-    """A tree and its last level; `index` says which of the sequences it is for."""
+    """A tree and its last level; `index` is that of its sequence."""
 
     index: int
     tree: TokenTree
@@ -56,7 +56,7 @@ DraftPass = Callable[[Sequence[PartialTree]], Tensor]
 
 
 def root_only(root: Tensor, verify_width: int) -> TokenTree:
-    """A tree without a draft: what plain decoding verifies. root int64 [1]."""
+    """Return a tree of the root only, int64 [1]: what plain decoding verifies."""
     ancestors = torch.zeros(verify_width, verify_width, dtype=torch.bool, device=root.device)
     ancestors[:, 0].fill_(True)
     return TokenTree(
@@ -69,7 +69,7 @@ def root_only(root: Tensor, verify_width: int) -> TokenTree:
 
 
 def narrowed(tree: TokenTree, num_rows: int) -> TokenTree:
-    """The tree in fewer rows, its nodes at least."""
+    """Return the tree in `num_rows` rows, no fewer than its nodes."""
     return replace(
         tree,
         tokens=tree.tokens[:num_rows],
@@ -86,12 +86,12 @@ def grow(
     verify_width: int,
     draft_pass: DraftPass,
 ) -> list[TokenTree]:
-    """A tree for each root int64 [1], as deep as its entry of `depths`, or less deep where
-    `tree.min_path_probability` says so. One pass drafts a level of all of them."""
+    """Grow a tree from each root int64 [1], as deep as its entry of `depths`, or less deep where
+    `tree.min_path_probability` stops it. One pass drafts a level of all trees."""
     trees = [root_only(root, verify_width) for root in roots]
-    for level in levels(trees, depths, tree, draft_pass, lambda one: stops(tree, one.last)):
-        for one in level:
-            trees[one.index] = one.tree
+    for level in levels(trees, depths, tree, draft_pass, lambda draft: stops(tree, draft.last)):
+        for draft in level:
+            trees[draft.index] = draft.tree
     return trees
 
 
@@ -102,28 +102,31 @@ def levels(
     draft_pass: DraftPass,
     ends: Callable[[PartialTree], bool],
 ) -> Iterator[list[PartialTree]]:
-    """The trees that grew, after each level; all states of a tree share its tensors. ends: asked
-    before each level but the first."""
+    """Yield the trees that grew, after each level; all states of a tree share its tensors. ends:
+    called before each level but the first."""
     growing = [
-        PartialTree(index, one, Level.of_root(one.tokens.device)) for index, one in enumerate(trees)
+        PartialTree(index, root, Level.of_root(root.tokens.device))
+        for index, root in enumerate(trees)
     ]
     for level in range(max(depths, default=0)):
         growing = [
-            one for one in growing if level < depths[one.index] and not (level and ends(one))
+            draft
+            for draft in growing
+            if level < depths[draft.index] and not (level and ends(draft))
         ]
         if not growing:
             return
         logits = draft_pass(growing)
-        sizes = [len(one.last.nodes) for one in growing]
+        sizes = [len(draft.last.nodes) for draft in growing]
         grown = []
-        for one, some in zip(growing, logits.split(sizes), strict=True):
-            first, device = one.tree.num_nodes, one.tree.tokens.device
+        for draft, rows in zip(growing, logits.split(sizes), strict=True):
+            first, device = draft.tree.num_nodes, draft.tree.tokens.device
             children = torch.arange(first, first + tree.width, device=device)
-            last = add_level(one.tree, one.last, children, tree, some)
+            last = add_level(draft.tree, draft.last, children, tree, rows)
             deeper = replace(
-                one.tree, num_nodes=first + tree.width, num_levels=one.tree.num_levels + 1
+                draft.tree, num_nodes=first + tree.width, num_levels=draft.tree.num_levels + 1
             )
-            grown.append(PartialTree(one.index, deeper, last))
+            grown.append(PartialTree(draft.index, deeper, last))
         growing = grown
         yield growing
 
@@ -135,15 +138,15 @@ def stops(tree: Tree, last: Level) -> bool:
 
 
 def log_probability(level: Level) -> float:
-    """Log of the total path probability of the level, sharpened as the ranking is; synchronizes."""
+    """Log of the total path probability of the level, sharpened as for ranking; synchronizes."""
     return level.scores.logsumexp(0).item()
 
 
 def add_level(grown: TokenTree, last: Level, children: Tensor, tree: Tree, logits: Tensor) -> Level:
-    """Writes the k best continuations of the last level into the rows `children`, int64 [k].
-    logits [nodes of the last level, V].
+    """Write the k best continuations of the last level into the rows `children`, int64 [k], and
+    return them as a level. logits [nodes of the last level, V].
 
-    Static shapes, nothing read back and no number of the host's: a captured graph can do it.
+    Static shapes, nothing is read back, no number comes from the host: a graph can capture it.
     """
     logits = logits.float()
     best, ids = logits.topk(min(tree.width, logits.shape[1]), dim=-1)  # [last level, k] each
@@ -157,6 +160,6 @@ def add_level(grown: TokenTree, last: Level, children: Tensor, tree: Tree, logit
     return Level(children, scores)
 
 
-def log_probabilities(some: Tensor, logits: Tensor, temperature: float) -> Tensor:
-    """log softmax(logits / temperature) of `some` of the logits: [rows, k] of [rows, V]."""
-    return some / temperature - (logits / temperature).logsumexp(-1, keepdim=True)
+def log_probabilities(selected: Tensor, logits: Tensor, temperature: float) -> Tensor:
+    """log softmax(logits / temperature) of the `selected` logits: [rows, k] of [rows, V]."""
+    return selected / temperature - (logits / temperature).logsumexp(-1, keepdim=True)

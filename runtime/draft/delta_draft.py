@@ -20,29 +20,29 @@ from subspec.runtime.model.net_state import NetState, TreeNodes, slice_of
 
 
 def run_draft(state: NetState, inputs: DeltaInputs, z: Tensor, tree: TreeNodes) -> None:
-    """Some nodes of a tree, those first whose parents have run before. The results replace z
-    [T, J F].
+    """Run nodes of a tree: the first `num_together` at once, as their parents have run before, then
+    one by one. The outputs replace z [T, J F].
 
-    Static shapes, and nothing is read back: a captured graph can do it.
+    Static shapes, nothing is read back: a graph can capture it.
     """
     num_rows = len(tree.nodes)
     together = num_rows if tree.num_together is None else tree.num_together
-    for some in (slice(together), *(slice(row, row + 1) for row in range(together, num_rows))):
+    for rows in (slice(together), *(slice(row, row + 1) for row in range(together, num_rows))):
         nodes = TreeNodes(
-            tree.nodes[some], tree.parents[some], tree.above[some], tree.windows[some]
+            tree.nodes[rows], tree.parents[rows], tree.above[rows], tree.windows[rows]
         )
-        run_together(state, slice_of(inputs, some), z[some], nodes)
+        run_together(state, slice_of(inputs, rows), z[rows], nodes)
 
 
 def run_together(state: NetState, inputs: DeltaInputs, z: Tensor, tree: TreeNodes) -> None:
-    """Nodes whose parents have run before."""
+    """Run nodes whose parents have run before."""
     weights, dtype = state.weights, z.dtype
     q, k, v = convolved(state, inputs.qkv, tree)  # f32 [G, T, E], [G, T, E], [J, T, F]
     beta = inputs.b.float().sigmoid().t()
     step = F.softplus(inputs.a.float() + weights.step_bias.float())
     decay = (step * -weights.decay_log.float().exp()).t()
     keys, updates, decays = (
-        one[:, : tree.above.shape[1]] for one in (state.keys, state.updates, state.path_decays)
+        x[:, : tree.above.shape[1]] for x in (state.keys, state.updates, state.path_decays)
     )
     above_parent = decays[:, tree.parents].masked_fill(tree.parents == tree.nodes, 0.0)
     decay = decay + above_parent  # [J, T], of the whole path
@@ -77,6 +77,6 @@ def convolved(state: NetState, qkv: Tensor, tree: TreeNodes) -> tuple[Tensor, Te
     num_keys, key_size = state.keys.shape[0], state.keys.shape[2]
     keys = num_keys * key_size
     q, k, v = mixed.split((keys, keys, num_heads * value_size), dim=1)
-    q, k = (some.unflatten(1, (num_keys, key_size)).transpose(0, 1) for some in (q, k))
-    q, k = (some * (some.square().sum(-1, keepdim=True) + L2_EPSILON).rsqrt() for some in (q, k))
+    q, k = (x.unflatten(1, (num_keys, key_size)).transpose(0, 1) for x in (q, k))
+    q, k = (x * (x.square().sum(-1, keepdim=True) + L2_EPSILON).rsqrt() for x in (q, k))
     return q * key_size**-0.5, k, v.unflatten(1, (num_heads, value_size)).transpose(0, 1)

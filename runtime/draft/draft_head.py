@@ -1,9 +1,9 @@
 """A draft head: one decoder layer that predicts the token after the next one.
 
 Its row for a token takes the token's embedding and the model's hidden state of the token before,
-and gives the logits of the token after it. A row further down a draft takes what the head returned
-for the token before instead. So a row lies in the slot of its token, beside the model's own keys
-and values, and the first token has none.
+and gives the logits of the token after it. Further down a draft, a row takes the head's own output
+for the token before. So a row lies in the slot of its token, beside the model's own keys and
+values, and the first token has none.
 T = rows, H = hidden size, S = live slots, V = vocabulary
 """
 
@@ -49,14 +49,14 @@ from subspec.runtime.model.transformer import (
     rms_norm,
 )
 
-# Logits of tokens that a head has none of: below all others, and of a finite share, because a
-# constraint may leave no other token.
+# Logit of tokens outside a head's vocabulary: below all others, but finite, because a constraint
+# may leave no other token.
 OUTSIDE = -1e30
 
 
 @dataclass(frozen=True)
 class HeadWeights:
-    """In fast memory; embedding and ropes are the model's own."""
+    """Weights of a draft head in fast memory; embedding and rope tables are the model's own."""
 
     head: DraftHead
     model: SharedWeights  # whose hidden states it reads
@@ -73,17 +73,17 @@ class HeadWeights:
 
 
 def read_from(weights: HeadWeights, x: Tensor) -> Tensor:
-    """The residual stream of the exact model, [T, H] or of several places side by side, -> the
-    hidden states [T, H] that the head takes."""
+    """Hidden states [T, H] that the head takes, from the residual stream x of the exact model, [T,
+    H] or of several places side by side."""
     if weights.model.spec.eagle3 is not None:
         return fused(weights, x)
     return normalize(weights.model, FINAL_NORM, x)
 
 
 def next_hidden(weights: HeadWeights, batch: Sequence[Rows], hidden: Tensor) -> Tensor:
-    """hidden [T, H] of the tokens before each row's, the exact model's or what this returned for
-    them -> the head's own [T, H], of which `logits_from` makes logits. batch: over caches of the
-    head's one attention."""
+    """Run the head: return its outputs [T, H], from which `logits_from` makes logits. hidden [T,
+    H]: of the token before each row's, the exact model's or the head's own output. batch: over
+    caches of the head's one attention."""
     head, tensors = weights.head, weights.tensors
     tokens, positions = (join([getattr(r, n) for r in batch]) for n in ("tokens", "positions"))
     now = Pass(weights.decoder, batch, gemm_ranges([len(tokens)]), positions)
@@ -106,8 +106,8 @@ def fused(weights: HeadWeights, x: Tensor) -> Tensor:
 
 
 def next_of_eagle3(weights: HeadWeights, now: Pass, embedded: Tensor, hidden: Tensor) -> Tensor:
-    """What the layer of EAGLE-3 makes of embedded and hidden [T, H]: attention takes both, normed,
-    side by side, and adds to the hidden state."""
+    """Output of EAGLE-3's layer for embedded and hidden [T, H]: attention takes both, normed, side
+    by side, and adds to the hidden state."""
     eagle3, layer = weights.model.spec.eagle3, layer_name(0)
     attending, feeding = weights.head.layer.blocks
     assert eagle3 is not None and isinstance(attending.body, Attention)
@@ -122,8 +122,8 @@ def next_of_eagle3(weights: HeadWeights, now: Pass, embedded: Tensor, hidden: Te
 
 
 def logits_from(weights: HeadWeights, head: Product, hidden: Tensor) -> Tensor:
-    """Logits bf16 [T, V] from what the draft head returned, [T, H]. head: the substitute of the
-    model's, for draft heads without logits of their own."""
+    """Logits bf16 [T, V] of the draft head's outputs [T, H]. head: the substitute of the model's,
+    for draft heads without logits of their own."""
     spec, tensors = weights.model.spec, weights.tensors
     if spec.eagle3 is None:
         normed = hidden.to(DRAFT_DTYPE)
@@ -137,9 +137,9 @@ def logits_from(weights: HeadWeights, head: Product, hidden: Tensor) -> Tensor:
 
 
 def read_text(weights: HeadWeights, cache: Cache, tokens: Sequence[int], x: Tensor) -> Tensor:
-    """Keys and values of the head for a text that follows what is committed; x [T, H]: the residual
-    stream of each of its tokens. Returns what the head has not read yet, [1, H]. Of a first token
-    without a hidden state before it what is in its slot stays."""
+    """Write the head's keys and values for a text that follows the committed tokens. x [T, H]: the
+    residual stream of each token. Returns the hidden state that the head has not read yet, [1, H].
+    A first token has no hidden state before it: its slot is not written."""
     first, text = cache.length, [*cache.tokens, *tokens]
     live, unread = cache.live_slots(len(text)), cache.unread
     assert unread is not None
@@ -154,8 +154,8 @@ def read_text(weights: HeadWeights, cache: Cache, tokens: Sequence[int], x: Tens
 def read_some(
     weights: HeadWeights, cache: Cache, text: Sequence[int], first: int, hidden: Tensor, live: int
 ) -> None:
-    """hidden [T, H]: of the tokens of the text from `first` on, each read with the next one, as far
-    as there is one."""
+    """Read the text from `first` on: each of its hidden states [T, H] with the next token, if
+    any."""
     following = text[first + 1 : first + 1 + len(hidden)]
     if following:
         tokens = torch.tensor(list(following), device=cache.device)
@@ -164,8 +164,8 @@ def read_some(
 
 
 def following_rows(cache: Cache, tokens: Tensor, first: int, live_slots: int) -> Rows:
-    """Rows of the head for tokens int64 [T] at `first` and further; each sees all before it but the
-    first of the text, which has no row."""
+    """Rows of the head for tokens int64 [T] from position `first` on; each sees all before it but
+    the first of the text, which has no row."""
     positions = torch.arange(len(tokens), device=cache.device) + first
     slots = torch.arange(live_slots, device=cache.device)
     visible = (slots <= positions[:, None]) & (slots > 0)
@@ -178,8 +178,8 @@ def of_head(cache: Cache) -> Cache:
 
 
 def with_head(cache: Cache, spec: ModelSpec, num_unread: int, take: Take) -> Cache:
-    """The empty cache with room for the model's draft head. num_unread: hidden states that it may
-    have to read; take: see make_cache()."""
+    """Return the empty cache with room for the model's draft head. num_unread: maximum number of
+    hidden states to be read; take: see make_cache()."""
     assert spec.draft_head is not None
     [attention] = spec.draft_head.layer.attentions
     dtype = cache.keys[0].dtype
@@ -193,7 +193,8 @@ def with_head(cache: Cache, spec: ModelSpec, num_unread: int, take: Take) -> Cac
 
 
 def make_head(shared: SharedWeights, tensors: Mapping[str, Tensor]) -> HeadWeights:
-    """tensors: those of `spec.draft_head_shapes`, in the dtype of the model's activations."""
+    """Return the weights of the draft head. tensors: those of `spec.draft_head_shapes`, in the
+    dtype of the model's activations."""
     head = shared.spec.draft_head
     assert head is not None
     spec = replace(shared.spec, layers=(head.layer,), norm=head.norm, draft_head=None, eagle3=None)

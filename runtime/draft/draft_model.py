@@ -1,9 +1,9 @@
 """A draft model: a smaller model of the same vocabulary, all of it in fast memory, with a cache of
 its own for each sequence.
 
-Nobody tells it of prompts or of what was accepted. When it is asked, it compares the tokens of its
-cache with those of the exact model's, forgets what is not there any more, and reads what is new:
-the last few in the pass that drafts.
+It is not notified of prompts or accepted tokens. When it drafts, it compares the tokens of its
+cache with those of the exact model's, drops those that are gone, and reads the new ones: the last
+few in the pass that drafts.
 V = vocabulary of the exact model
 """
 
@@ -59,46 +59,47 @@ class DraftModel:
     def passes_after(
         self, caches: Sequence[Cache], lengths: Sequence[int], num_rows: int
     ) -> DraftPass:
-        """Passes over trees of `num_rows` rows behind the first `lengths` tokens of the exact
-        model's caches."""
+        """Return passes over trees of `num_rows` rows behind the first `lengths` tokens of the
+        exact model's caches."""
         own = [self.caches[cache] for cache in caches]
         texts = [cache.tokens[:length] for cache, length in zip(caches, lengths, strict=True)]
-        few = [0 if cache.nets else MAX_PROPOSED for cache in own]
-        self.catch_up(own, texts, few)
-        slots = [tree_after(*one, num_rows) for one in zip(own, lengths, strict=True)]
+        num_unread = [0 if cache.nets else MAX_PROPOSED for cache in own]
+        self.catch_up(own, texts, num_unread)
+        pairs = zip(own, lengths, strict=True)
+        slots = [tree_after(cache, length, num_rows) for cache, length in pairs]
 
         def run(growing: Sequence[PartialTree]) -> Tensor:
             batch, wanted, unread = list[Rows](), list[slice](), list[list[int]]()
             first = 0
-            for one in growing:
-                cache, last = own[one.index], one.last.nodes
-                unread.append(texts[one.index][cache.length :])
+            for draft in growing:
+                cache, last = own[draft.index], draft.last.nodes
+                unread.append(texts[draft.index][cache.length :])
                 if unread[-1]:  # the tree is its root
                     before = torch.tensor(unread[-1], device=last.device)
-                    tokens = torch.cat((before, one.tree.tokens[:1]))
+                    tokens = torch.cat((before, draft.tree.tokens[:1]))
                     batch.append(causal_rows(cache, tokens, attend))
                 else:
-                    batch.append(drafted_rows(one.tree, one.last, cache, slots[one.index]))
+                    batch.append(drafted_rows(draft.tree, draft.last, cache, slots[draft.index]))
                 first += len(batch[-1].tokens)
                 wanted.append(slice(first - len(last), first))
             logits = self.logits(batch, wanted)
-            for one, tokens_read in zip(growing, unread, strict=True):
+            for draft, tokens_read in zip(growing, unread, strict=True):
                 if tokens_read:
-                    own[one.index].commit(tokens_read)
+                    own[draft.index].commit(tokens_read)
             return logits
 
         return run
 
     def catch_up(
-        self, own: Sequence[Cache], texts: Sequence[Sequence[int]], few: Sequence[int]
+        self, own: Sequence[Cache], texts: Sequence[Sequence[int]], num_unread: Sequence[int]
     ) -> None:
-        """Makes each cache hold its text but for the last few tokens, or all of it."""
+        """Make each cache hold its text, except for at most its last `num_unread` tokens."""
         for cache, text in zip(own, texts, strict=True):
             if text[: cache.length] != cache.tokens:
                 cache.roll_back(cache.reachable(cache.common_prefix(list(text))))
         while True:
             room, pieces = CATCH_UP_ROWS, dict[Cache, list[int]]()
-            for cache, text, left in zip(own, texts, few, strict=True):
+            for cache, text, left in zip(own, texts, num_unread, strict=True):
                 count = min(room, len(text) - left - cache.length)
                 if count > 0:
                     pieces[cache] = list(text[cache.length : cache.length + count])
@@ -114,9 +115,9 @@ class DraftModel:
                 cache.commit(tokens)
 
     def logits(self, batch: Sequence[Rows], wanted: Sequence[slice]) -> Tensor:
-        """[wanted rows, V], -inf for tokens that this model does not have."""
+        """Logits [wanted rows, V], -inf for tokens that this model does not have."""
         num_rows = sum(len(rows.tokens) for rows in batch)
-        head = HeadRows(wanted, gemm_ranges([sum(some.stop - some.start for some in wanted)]))
+        head = HeadRows(wanted, gemm_ranges([sum(rows.stop - rows.start for rows in wanted)]))
         pieces_of_nets = any(rows.cache.nets and rows.tree is None for rows in batch)
         if self.compiled is not None and not pieces_of_nets:
             logits = compiled_layers.forward(self.compiled, batch, head)
@@ -129,17 +130,18 @@ class DraftModel:
         return logits[:, : self.vocab_size]
 
     def proposals(self, states: Sequence[DecodeState]) -> Propose:
-        """Proposes the chain of its likeliest tokens, as far as it is probable, for the substitutes
-        to check. Its cache reads on along what it proposes, and goes back where others do not."""
+        """Return a proposer of the chain of the model's likeliest tokens, as far as it is probable,
+        for the substitutes to check. Its cache advances along the proposals and rolls back where
+        they are rejected."""
 
         def propose(growing: Sequence[PartialTree], rooms: Sequence[int]) -> list[list[int]]:
             texts = dict[int, list[int]]()
-            for one in growing:
-                state = states[one.index]
-                texts[one.index] = [*state.cache.tokens, state.root, *likeliest_path(one)]
-            most = {one.index: room for one, room in zip(growing, rooms, strict=True)}
-            found = probable_chains(texts, most, continued)
-            return [found[one.index] for one in growing]
+            for draft in growing:
+                state = states[draft.index]
+                texts[draft.index] = [*state.cache.tokens, state.root, *likeliest_path(draft)]
+            room_of = {draft.index: room for draft, room in zip(growing, rooms, strict=True)}
+            found = probable_chains(texts, room_of, continued)
+            return [found[draft.index] for draft in growing]
 
         def continued(texts: Mapping[int, list[int]]) -> list[tuple[int, float]]:
             own = [self.caches[states[index].cache] for index in texts]
@@ -150,8 +152,8 @@ class DraftModel:
     def continued(
         self, own: Sequence[Cache], texts: Sequence[list[int]]
     ) -> list[tuple[int, float]]:
-        """The likeliest next token of each text and its probability; the caches then hold them."""
-        assert not any(cache.nets for cache in own), "their states do not go back"
+        """Likeliest next token of each text and its probability; the caches then hold the texts."""
+        assert not any(cache.nets for cache in own), "states of delta nets do not roll back"
         self.catch_up(own, [text[:-1] for text in texts], [MAX_PROPOSED] * len(own))
         batch, wanted, first = list[Rows](), list[slice](), 0
         unread = [text[cache.length :] for cache, text in zip(own, texts, strict=True)]
@@ -166,7 +168,7 @@ class DraftModel:
 
 
 def tree_after(cache: Cache, length: int, num_rows: int) -> TreeSlots:
-    """Where a tree lies behind so many tokens, whether or not the cache has read all of them."""
+    """Slots of a tree behind `length` tokens, whether or not the cache has read all of them."""
     first = torch.full((), length, device=cache.device)
     return TreeSlots(first, first, cache.live_slots(length + num_rows), cache.padding_slot)
 
@@ -179,8 +181,8 @@ def load_draft_model(
     caches: Sequence[Cache],
     progress: Progress,
 ) -> DraftModel:
-    """The artifact's draft model in the arenas that the ledger has for it. files, embedding: its
-    own; caches: the exact model's."""
+    """Load the artifact's draft model into the ledger's arenas for it. files, embedding: its own;
+    caches: the exact model's."""
     spec, plan = artifact.draft_model, artifact.plan
     assert spec is not None
 
@@ -197,7 +199,7 @@ def load_draft_model(
     slots, size = caches[0].num_slots, spec.vocab_size
 
     def known_rows(tokens: Tensor) -> Tensor:
-        """Of the model's own tokens: the exact model's vocabulary may be padded to more."""
+        """Embedding rows, with ids clamped: the exact model's vocabulary may be padded to more."""
         return embedding(tokens.clamp(max=size - 1))
 
     tables = make_tables(spec, slots, DRAFT_DTYPE, kept)

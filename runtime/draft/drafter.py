@@ -1,6 +1,6 @@
-"""Drafters propose a tree of tokens for each sequence; verification decides. The substitute is the
-model's own 4-bit copy, over the cache that verification shares; lookup is the text itself.
-"""
+"""Drafters propose a tree of tokens for each sequence; verification decides. The substitute drafter
+uses the model's own 4-bit copy, over the cache that verification shares; the lookup drafter
+searches the text."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -33,34 +33,34 @@ from subspec.runtime.model.transformer import Attend, KVLocations, Rows, SharedW
 
 @dataclass
 class DecodeState:
-    """What a round needs to know of a sequence. `root` is its last token, whose keys and
-    values are not in the cache yet."""
+    """State of a decoding sequence. `root` is its last token, whose keys and values are not in the
+    cache yet."""
 
     cache: Cache
     root: int
     max_tokens: int  # that may still follow
     sampler: Sampler = field(default_factory=lambda: Sampler(SamplingParams()))
     num_logprobs: int | None = None  # likeliest tokens to report with each; None: nothing
-    lossy: Lossy | None = None  # None: only what the exact model says
-    end_tokens: frozenset[int] = frozenset()  # of the answer; a lossy rule counts nothing below one
+    lossy: Lossy | None = None  # None: only the exact model's tokens
+    end_tokens: frozenset[int] = frozenset()  # end the answer; a lossy rule ignores nodes below one
 
 
 Proposals = Callable[[Sequence[DecodeState]], Propose]
 
 
 class Drafter(Protocol):
-    """One with weights of its own also has a cache of its own for each state's, and brings it up to
-    the state's tokens when it is asked: nobody tells it of prompts or of what was accepted."""
+    """Proposes trees. A drafter with weights of its own has a cache for each state's and updates it
+    to the state's tokens in `draft`: it is not notified of prompts or accepted tokens."""
 
     def draft(self, states: Sequence[DecodeState]) -> list[TokenTree]:
-        """A tree for each state, over its root, no deeper than its `max_tokens` leaves room for.
-        May write anything into the cache's tree slots."""
+        """Return a tree for each state, over its root, no deeper than its `max_tokens` leaves room
+        for. May write anything into the cache's tree slots."""
 
 
 @dataclass(frozen=True)
 class SubstituteDrafter:
-    """Drafts with the substitutes, which attend to the exact keys and values of what is committed
-    and write approximate ones for their nodes; verification overwrites those."""
+    """Drafts with the substitutes. They attend to the exact keys and values of committed tokens and
+    write approximate ones for their nodes, which verification overwrites."""
 
     trees: tuple[Tree, ...]  # of 1, 2, 4, ... sequences
     verify_width: int
@@ -68,10 +68,10 @@ class SubstituteDrafter:
     substitutes: Substitutes
     # All layers in one call, or their small operations as graphs; None: the plain twin runs.
     compiled: CompiledLayers | CompiledGraphs | None
-    proposals: Proposals | None = None  # that it checks in one pass; None: nobody proposes
-    capture: Callable[[Action], Replay] | None = None  # of levels as CUDA graphs; None: launched
-    # By the caches that draft together, the last batch last. Their numbers together are
-    # `num_captured` at most: the ledger has memory for so many.
+    proposals: Proposals | None = None  # checked in one pass; None: no proposals
+    capture: Callable[[Action], Replay] | None = None  # levels as CUDA graphs; None: launched
+    # By the caches that draft together, the last used last. They have `num_captured` caches in
+    # all at most: the ledger has memory for so many.
     captured: dict[tuple[Cache, ...], DraftGraphs] = field(default_factory=dict)
     num_captured: int = 1
 
@@ -97,7 +97,7 @@ class SubstituteDrafter:
     def captured_for(
         self, caches: tuple[Cache, ...], capture: Callable[[Action], Replay]
     ) -> DraftGraphs:
-        """The graphs of this batch. Others, the longest unused first, make room for new ones."""
+        """Return the graphs of this batch. New ones replace the least recently used."""
         captured = self.captured.pop(caches, None)
         if captured is None:
             tree = tree_for(self.trees, len(caches))
@@ -110,8 +110,8 @@ class SubstituteDrafter:
         return captured
 
     def may_propose(self, states: Sequence[DecodeState]) -> bool:
-        """Whether tokens are proposed that captured levels cannot check. What the text says of a
-        deeper level than the first is left out, as looking it up would stop them."""
+        """Return True if tokens are proposed that captured levels cannot check. Lookup below the
+        first level is left out, as it would interrupt the graphs."""
         if self.proposals is looked_up:
             return any(continuation(text_of(state), 1) for state in states)
         return self.proposals is not None
@@ -119,17 +119,18 @@ class SubstituteDrafter:
     def passes_after(
         self, caches: Sequence[Cache], lengths: Sequence[int], num_rows: int
     ) -> DraftPass:
-        """Passes over trees of `num_rows` rows behind the first `lengths` tokens of the caches."""
-        every = zip(caches, lengths, strict=True)
-        return self.pass_over(caches, [one.tree_slots(num_rows, length) for one, length in every])
+        """Return passes over trees of `num_rows` rows behind the caches' first `lengths` tokens."""
+        pairs = zip(caches, lengths, strict=True)
+        slots = [cache.tree_slots(num_rows, length) for cache, length in pairs]
+        return self.pass_over(caches, slots)
 
     def pass_over(self, caches: Sequence[Cache], slots: Sequence[TreeSlots]) -> DraftPass:
-        """Passes over a tree in each cache."""
+        """Return passes over a tree in each cache."""
 
         def run(growing: Sequence[PartialTree]) -> Tensor:
             batch = [
-                drafted_rows(one.tree, one.last, caches[one.index], slots[one.index])
-                for one in growing
+                drafted_rows(draft.tree, draft.last, caches[draft.index], slots[draft.index])
+                for draft in growing
             ]
             if isinstance(self.compiled, CompiledGraphs):
                 return compiled_graphs.forward(self.compiled, batch)
@@ -142,14 +143,14 @@ class SubstituteDrafter:
 
     @property
     def graph_problem(self) -> str | None:
-        """Why levels are launched kernel by kernel after all."""
-        return next((one.problem for one in self.captured.values() if one.problem), None)
+        """Why levels are launched kernel by kernel, or None if they need not be."""
+        return next((graphs.problem for graphs in self.captured.values() if graphs.problem), None)
 
 
 @dataclass(frozen=True)
 class LookupDrafter:
-    """Drafts a chain of the tokens that followed the last few where they stood before. No weights,
-    no memory."""
+    """Drafts the tokens that followed an earlier occurrence of the last few, as a chain. No
+    weights, no memory."""
 
     verify_width: int
 
@@ -157,8 +158,8 @@ class LookupDrafter:
         return [self.chain(state) for state in states]
 
     def chain(self, state: DecodeState) -> TokenTree:
-        most = max(0, min(self.verify_width, state.max_tokens) - 1)
-        tokens = continuation(text_of(state), most)
+        max_tokens = max(0, min(self.verify_width, state.max_tokens) - 1)
+        tokens = continuation(text_of(state), max_tokens)
         root = torch.tensor([state.root], device=state.cache.device)
         at_root = Level.of_root(root.device)
         start = PartialTree(0, root_only(root, self.verify_width), at_root)
@@ -167,28 +168,29 @@ class LookupDrafter:
 
 
 def looked_up(states: Sequence[DecodeState]) -> Propose:
-    """Proposes what may follow by prompt and answer."""
+    """Return a proposer that looks tokens up in prompt and answer."""
     return hierarchical.looked_up([text_of(state) for state in states])
 
 
 def text_of(state: DecodeState) -> str:
-    """What was said so far, to look tokens up in."""
+    """The sequence's text so far, for lookup."""
     return as_text([*state.cache.tokens, state.root])
 
 
 def within_constraints(draft_pass: DraftPass, states: Sequence[DecodeState]) -> DraftPass:
-    """The pass, whose logits are -inf for tokens that a state's constraint forbids: they would not
-    be accepted."""
+    """Return the pass with logits of -inf for tokens that a state's constraint forbids: they would
+    not be accepted."""
 
     def run(growing: Sequence[PartialTree]) -> Tensor:
         logits = draft_pass(growing)
-        sizes = [len(one.last.nodes) for one in growing]
-        for one, rows in zip(growing, logits.split(sizes), strict=True):
-            constraint = states[one.index].sampler.constraint
+        sizes = [len(draft.last.nodes) for draft in growing]
+        for draft, rows in zip(growing, logits.split(sizes), strict=True):
+            constraint = states[draft.index].sampler.constraint
             if constraint is None:
                 continue
-            for node, row in zip(one.last.nodes.tolist(), rows, strict=True):
-                path = one.tree.tokens[one.tree.ancestors[node]].tolist()[1:]  # without the root
+            for node, row in zip(draft.last.nodes.tolist(), rows, strict=True):
+                tree = draft.tree
+                path = tree.tokens[tree.ancestors[node]].tolist()[1:]  # without the root
                 allowed = constraint.allowed_after(path, len(row))
                 if allowed is not None:
                     row.masked_fill_(~allowed.to(row.device), -math.inf)
@@ -198,7 +200,7 @@ def within_constraints(draft_pass: DraftPass, states: Sequence[DecodeState]) -> 
 
 
 def drafted_rows(tree: TokenTree, last: Level, cache: Cache, slots: TreeSlots) -> Rows:
-    """Of a tree's last level, and of what is proposed below it, which has no scores: a chain."""
+    """Rows of a tree's last level, and of the chain proposed below it, which has no scores."""
     rows = replace(tree_rows(tree, last.nodes, cache, slots, attend), run_nodes=run_draft)
     if rows.tree is None:
         return rows
@@ -208,8 +210,8 @@ def drafted_rows(tree: TokenTree, last: Level, cache: Cache, slots: TreeSlots) -
 def tree_rows(
     tree: TokenTree, nodes: Tensor, cache: Cache, slots: TreeSlots, attention: Attend
 ) -> Rows:
-    """Rows for `nodes` of a tree that lies after committed tokens. Nothing is read back, and
-    nothing comes from the host but numbers that stay the same: a captured graph can do it."""
+    """Rows of `nodes` of a tree that follows committed tokens. Nothing is read back, and all
+    numbers from the host are constant: a graph can capture it."""
     positions = slots.length + tree.depths[nodes]
     live = torch.arange(slots.live_slots, device=nodes.device)
     all_slots = tree_places(tree, nodes, slots, live, slots.first, slots.padding_slot)
@@ -227,8 +229,8 @@ def tree_rows(
 def tree_places(
     tree: TokenTree, nodes: Tensor, slots: TreeSlots, live: Tensor, first: Tensor, padding_slot: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of nodes in stores that have the slots `live`, int64 [S], where the root's place is `first`:
-    their own places, the positions of all, and which of them they see."""
+    """Locations of nodes in stores with the slots `live`, int64 [S], where the root's is `first`:
+    their own slots, the positions of all slots, and which of them they see."""
     of_tree = torch.arange(len(tree.tokens), device=nodes.device) + first
     visible = (live < slots.length).repeat(len(nodes), 1)
     visible[:, of_tree] = tree.ancestors[nodes]
@@ -239,7 +241,7 @@ def tree_places(
 
 
 def tree_nodes(tree: TokenTree, nodes: Tensor, conv_kernel_size: int) -> TreeNodes:
-    """Of a tree that grows, nothing read back."""
+    """Nodes of a growing tree, for delta nets. Nothing is read back."""
     rows = torch.arange(len(tree.parents), device=nodes.device)
     before = tree.parents.masked_fill(tree.parents == rows, -1)
     windows = window_rows(before, nodes, conv_kernel_size)

@@ -1,11 +1,10 @@
 """A draft's levels as CUDA graphs: the fast twin of `grow` of beam.py.
 
-One by one, the kernels of a level take the host longer to launch than the GPU to run. A graph of
-them is launched at once: captured once for the first level and once for the others, replayed for
-every level of every round. It reads and writes tensors that stay where they are: of each sequence
-that drafts with the others the root, how many tokens are committed, the tree. It attends to a fixed
-number of live slots, so a longer cache needs other graphs: live slots are rounded up to few
-different numbers.
+Launching the kernels of a level one by one takes the host longer than the GPU takes to run them. A
+graph launches them at once: captured once for the first level and once for the others, replayed for
+every level of every round. It reads and writes tensors at fixed addresses: for each sequence of the
+batch the root, the number of committed tokens, the tree. It attends to a fixed number of live
+slots, so a longer cache needs other graphs: live slots are rounded up to few different numbers.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,17 +28,17 @@ from subspec.runtime.draft.beam import (
 )
 from subspec.runtime.model.cache import Cache, TreeSlots
 
-MAX_STEP = 0.25  # of the live slots: what rounding up adds to them at most
+MAX_STEP = 0.25  # share of the live slots that rounding up adds at most
 
 Action = Callable[[], object]
 Replay = Callable[[], object]
-# The draft's passes over trees that lie in these slots of the caches.
+# Slots of trees in the caches -> the draft's passes over them.
 PassesOver = Callable[[Sequence[TreeSlots]], DraftPass]
 
 
 @dataclass(frozen=True)
 class Buffers:
-    """Of one sequence: what its levels read and write."""
+    """Tensors that the levels of one sequence read and write."""
 
     length: Tensor  # int64 [], committed tokens
     window_base: Tensor  # int64 [], the slot that lies first in layers with windows
@@ -50,16 +49,15 @@ class Buffers:
 
 @dataclass
 class DraftGraphs:
-    """Of sequences that draft together. One round at a time: the trees of the round before are
-    overwritten."""
+    """Graphs of sequences that draft together. A round overwrites the trees of the one before."""
 
     tree: Tree
     capture: Callable[[Action], Replay]  # records an action without running it
     buffers: list[Buffers]
     children: Tensor  # int64 [k], the nodes of each tree that the next replay writes
-    # By live slots, the last captured one last: a longer cache forgets the graphs of a short one.
+    # By live slots, in order of capture: the oldest are dropped as the caches grow.
     replays: dict[int, tuple[Replay, Replay]] = field(default_factory=dict)
-    problem: str | None = None  # why levels are launched kernel by kernel after all
+    problem: str | None = None  # why levels are launched kernel by kernel
 
 
 def make_graphs(
@@ -81,8 +79,8 @@ def make_graphs(
     def zeros(*size: int) -> Tensor:
         return torch.zeros(size, dtype=torch.int64, device=device)
 
-    every = [buffers() for _ in range(num_sequences)]
-    return DraftGraphs(tree, capture, every, children=zeros(tree.width))
+    all_buffers = [buffers() for _ in range(num_sequences)]
+    return DraftGraphs(tree, capture, all_buffers, children=zeros(tree.width))
 
 
 def grow(
@@ -92,33 +90,33 @@ def grow(
     caches: Sequence[Cache],
     passes: PassesOver,
 ) -> list[TokenTree]:
-    """Each tree's first levels, as many as its entry of `depths`, or fewer if it ends early,
-    behind the committed tokens. roots: int64 [1] each.
+    """Grow each tree behind its committed tokens to as many levels as its entry of `depths`, or
+    fewer if it ends early. roots: int64 [1] each.
 
-    Where live slots reach a number for the first time a round goes kernel by kernel, which builds
-    what is not built yet, and the graphs are captured after it. A replay grows all trees: of one
-    that has ended before the others, the levels behind its end are nobody's.
+    The first round with a number of live slots runs kernel by kernel, which builds missing kernels;
+    the graphs are captured after it. A replay grows all trees: levels behind a tree's end are
+    ignored.
     """
     tree, num_rows = graphs.tree, len(graphs.buffers[0].grown.tokens)
     usual = [cache.tree_slots(num_rows) for cache in caches]
-    live_slots = min(rounded_up(max(one.live_slots for one in usual)), caches[0].num_slots)
+    live_slots = min(rounded_up(max(slots.live_slots for slots in usual)), caches[0].num_slots)
     if max(depths) == 0 or live_slots not in graphs.replays:
         slots = [
-            replace(one, live_slots=live_slots, windowed=cache.stretch(live_slots))
-            for one, cache in zip(usual, caches, strict=True)
+            replace(tree_slots, live_slots=live_slots, windowed=cache.stretch(live_slots))
+            for tree_slots, cache in zip(usual, caches, strict=True)
         ]
         trees = beam.grow(roots, depths, tree, num_rows, passes(slots))
-        # What was never run has kernels to be chosen and built, which a capture forbids.
-        all_ran = min(one.num_levels for one in trees) >= min(2, tree.depth)
+        # The first run chooses and builds kernels, which a capture forbids.
+        all_ran = min(grown.num_levels for grown in trees) >= min(2, tree.depth)
         if all_ran and graphs.problem is None:
             capture_levels(graphs, live_slots, caches, passes)
         return trees
     first, following = graphs.replays[live_slots]
-    for one, root, cache in zip(graphs.buffers, roots, caches, strict=True):
-        one.root.copy_(root)
-        one.length.fill_(cache.length)
+    for buffers, root, cache in zip(graphs.buffers, roots, caches, strict=True):
+        buffers.root.copy_(root)
+        buffers.length.fill_(cache.length)
         if cache.windows is not None:
-            one.window_base.fill_(cache.windows.base)
+            buffers.window_base.fill_(cache.windows.base)
     num_levels, growing = [0] * len(depths), [*range(len(depths))]
     for level in range(max(depths)):
         growing = [
@@ -132,8 +130,8 @@ def grow(
         for index in growing:
             num_levels[index] += 1
     return [
-        replace(one.grown, num_nodes=1 + tree.width * levels, num_levels=levels)
-        for one, levels in zip(graphs.buffers, num_levels, strict=True)
+        replace(buffers.grown, num_nodes=1 + tree.width * levels, num_levels=levels)
+        for buffers, levels in zip(graphs.buffers, num_levels, strict=True)
     ]
 
 
@@ -141,37 +139,39 @@ def capture_levels(
     graphs: DraftGraphs, live_slots: int, caches: Sequence[Cache], passes: PassesOver
 ) -> None:
     slots = list[TreeSlots]()
-    for one, cache in zip(graphs.buffers, caches, strict=True):
+    for buffers, cache in zip(graphs.buffers, caches, strict=True):
         windowed = cache.stretch(live_slots)
         if windowed is not None:
-            windowed = replace(windowed, base=one.window_base)
-        slots.append(TreeSlots(one.length, one.length, live_slots, cache.padding_slot, windowed))
+            windowed = replace(windowed, base=buffers.window_base)
+        slots.append(
+            TreeSlots(buffers.length, buffers.length, live_slots, cache.padding_slot, windowed)
+        )
     draft_pass, tree, children = passes(slots), graphs.tree, graphs.children
 
     def add(before: Sequence[Level]) -> None:
         growing = [
-            PartialTree(index, one.grown, last)
-            for index, (one, last) in enumerate(zip(graphs.buffers, before, strict=True))
+            PartialTree(index, buffers.grown, last)
+            for index, (buffers, last) in enumerate(zip(graphs.buffers, before, strict=True))
         ]
         logits = draft_pass(growing).split([len(last.nodes) for last in before])
-        for one, last, some in zip(graphs.buffers, before, logits, strict=True):
-            level = add_level(one.grown, last, children, tree, some)
-            one.last.nodes.copy_(children)
-            one.last.scores.copy_(level.scores)
+        for buffers, last, rows in zip(graphs.buffers, before, logits, strict=True):
+            level = add_level(buffers.grown, last, children, tree, rows)
+            buffers.last.nodes.copy_(children)
+            buffers.last.scores.copy_(level.scores)
         children.add_(tree.width)
 
     def first() -> None:
-        for one in graphs.buffers:
-            fresh = root_only(one.root, len(one.grown.tokens))
-            one.grown.tokens.copy_(fresh.tokens)
-            one.grown.parents.copy_(fresh.parents)
-            one.grown.ancestors.copy_(fresh.ancestors)
-            one.grown.depths.copy_(fresh.depths)
+        for buffers in graphs.buffers:
+            fresh = root_only(buffers.root, len(buffers.grown.tokens))
+            buffers.grown.tokens.copy_(fresh.tokens)
+            buffers.grown.parents.copy_(fresh.parents)
+            buffers.grown.ancestors.copy_(fresh.ancestors)
+            buffers.grown.depths.copy_(fresh.depths)
         torch.arange(1, tree.width + 1, out=children)
-        add([Level.of_root(one.root.device) for one in graphs.buffers])
+        add([Level.of_root(buffers.root.device) for buffers in graphs.buffers])
 
     def others() -> None:
-        add([one.last for one in graphs.buffers])
+        add([buffers.last for buffers in graphs.buffers])
 
     try:
         at_first = graphs.capture(first)
@@ -186,7 +186,8 @@ def capture_levels(
 
 
 def rounded_up(live_slots: int) -> int:
-    """To a multiple of a step that grows with it, so that a long context has few graphs."""
+    """Round up to a multiple of a step that grows with it, so that a long context has few
+    graphs."""
     step = SLOT_ALIGNMENT
     while 2 * step <= MAX_STEP * live_slots:
         step *= 2
@@ -195,7 +196,7 @@ def rounded_up(live_slots: int) -> int:
 
 @dataclass(frozen=True)
 class Captured:
-    """A graph, and the action: it owns the tensors whose addresses the graph has."""
+    """A graph and its action, which owns the tensors whose addresses the graph has."""
 
     graph: torch.cuda.CUDAGraph
     action: Action
@@ -205,15 +206,16 @@ class Captured:
 
 
 def capture_on_gpu(device: torch.device) -> Callable[[Action], Replay]:
-    """All graphs take their temporaries from one pool: they never run at the same time."""
+    """Return a function that captures actions. All graphs take their temporaries from one pool:
+    they never run at the same time."""
     pool = torch.cuda.graph_pool_handle()
-    # Its own: torch's is one for the process, of the first GPU that captured. On another GPU what
-    # is captured on it is nothing.
+    # torch's own capture stream belongs to the first GPU that captured: on another GPU it would
+    # capture nothing.
     stream = torch.cuda.Stream(device)
 
     def capture(action: Action) -> Replay:
         graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
-        # Copies of the ring may go on meanwhile: they are other threads' and other streams'.
+        # The ring may copy meanwhile, in other threads and on other streams.
         with torch.cuda.device(device):
             try:
                 with torch.cuda.graph(

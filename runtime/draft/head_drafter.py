@@ -1,8 +1,9 @@
-"""Drafts with a draft head: the tree grows as the substitutes' does, a pass of one layer a level.
+"""Drafts with a draft head: a tree grows as with the substitutes, in one pass of one layer per
+level.
 
-The first pass also reads what the last round has committed, with the exact model's hidden states:
-keys and values that the draft wrote for it are written again. Or the head proposes a chain that the
-substitutes check: it reads what they go on with as if it had said it, with its own hidden states.
+The first pass also reads what the last round committed, with the exact model's hidden states, and
+overwrites the keys and values that the draft wrote for it. Or the head proposes a chain for the
+substitutes to check: it reads their tokens as its own, with its own hidden states.
 W = rows of a tree, H = hidden size
 """
 
@@ -31,8 +32,8 @@ from subspec.runtime.model.transformer import Rows
 
 @dataclass(frozen=True)
 class HeadDrafter:
-    """The logits of what the head returns are its own, or those of the substitute of the model's
-    head."""
+    """Drafts trees with a draft head. Its outputs give logits by a head of its own, or by the
+    substitute of the model's head."""
 
     trees: tuple[Tree, ...]  # of 1, 2, 4, ... sequences
     verify_width: int
@@ -49,38 +50,38 @@ class HeadDrafter:
         return grow(roots, depths, tree, self.verify_width, draft_pass)
 
     def passes_over(self, caches: Sequence[Cache]) -> DraftPass:
-        """Passes over a tree in each cache, level after level from the root."""
+        """Return passes over a tree in each cache, level by level from the root."""
         slots = [cache.tree_slots(self.verify_width) for cache in caches]
         shape = self.verify_width, self.weights.model.spec.hidden_size
         # What the head returned for each node
         returned = [cache.keys[-1].new_empty(shape) for cache in caches]
 
-        def inputs(one: PartialTree) -> tuple[Rows, Tensor]:
-            cache, own, known = caches[one.index], slots[one.index], returned[one.index]
-            if one.tree.num_levels:
-                return level_rows(one, cache, own), known[one.tree.parents[one.last.nodes]]
-            return root_rows(one.tree.tokens[:1], cache, own)
+        def inputs(draft: PartialTree) -> tuple[Rows, Tensor]:
+            cache, own, known = caches[draft.index], slots[draft.index], returned[draft.index]
+            if draft.tree.num_levels:
+                return level_rows(draft, cache, own), known[draft.tree.parents[draft.last.nodes]]
+            return root_rows(draft.tree.tokens[:1], cache, own)
 
         def run(growing: Sequence[PartialTree]) -> Tensor:
-            pairs = [inputs(one) for one in growing]
-            batch, hidden = [rows for rows, _ in pairs], torch.cat([some for _, some in pairs])
+            pairs = [inputs(draft) for draft in growing]
+            batch, hidden = [rows for rows, _ in pairs], torch.cat([x for _, x in pairs])
             found = next_hidden(self.weights, batch, hidden)
             wanted, sizes = list[Tensor](), [len(rows.tokens) for rows in batch]
-            for one, some in zip(growing, found.split(sizes), strict=True):
-                nodes = one.last.nodes
-                wanted.append(some[-len(nodes) :])  # before the root: what is only read
-                returned[one.index][nodes] = wanted[-1]
+            for draft, outputs in zip(growing, found.split(sizes), strict=True):
+                nodes = draft.last.nodes
+                wanted.append(outputs[-len(nodes) :])  # rows before the root's are only read
+                returned[draft.index][nodes] = wanted[-1]
             return self.logits(torch.cat(wanted))
 
         return run
 
     def logits(self, returned: Tensor) -> Tensor:
-        """[rows, V], of what the head returned."""
+        """Logits [rows, V] of the head's outputs."""
         return logits_from(self.weights, self.substitutes.head, returned)
 
     def proposals(self, states: Sequence[DecodeState]) -> Propose:
-        """Proposes the chain of the head's likeliest tokens, as far as it is probable, for the
-        substitutes to check."""
+        """Return a proposer of the chain of the head's likeliest tokens, as far as it is probable,
+        for the substitutes to check."""
         caches = [state.cache for state in states]
         slots = [cache.tree_slots(self.verify_width) for cache in caches]
         # From the root on: what the head has read of each tree, and what it returned, [1, H] each
@@ -98,34 +99,37 @@ class HeadDrafter:
             for index, text in texts.items():
                 kept = num_shared(read[index], text)
                 del read[index][kept:], returned[index][kept:]
-            while behind := [one for one, text in texts.items() if len(read[one]) < len(text)]:
+            while behind := [
+                index for index, text in texts.items() if len(read[index]) < len(text)
+            ]:
                 pairs = [next_rows(index, texts[index]) for index in behind]
-                batch, hidden = [rows for rows, _ in pairs], torch.cat([some for _, some in pairs])
+                batch, hidden = [rows for rows, _ in pairs], torch.cat([x for _, x in pairs])
                 found = next_hidden(self.weights, batch, hidden)
                 sizes = [len(rows.tokens) for rows in batch]
-                for index, some in zip(behind, found.split(sizes), strict=True):
+                for index, outputs in zip(behind, found.split(sizes), strict=True):
                     read[index].append(texts[index][len(read[index])])
-                    returned[index].append(some[-1:])
+                    returned[index].append(outputs[-1:])
             return likeliest(self.logits(torch.cat([returned[index][-1] for index in texts])))
 
         def propose(growing: Sequence[PartialTree], rooms: Sequence[int]) -> list[list[int]]:
-            texts = {one.index: [states[one.index].root, *likeliest_path(one)] for one in growing}
-            most = {one.index: room for one, room in zip(growing, rooms, strict=True)}
-            found = probable_chains(texts, most, continued)
-            return [found[one.index] for one in growing]
+            paths = {draft.index: likeliest_path(draft) for draft in growing}
+            texts = {index: [states[index].root, *path] for index, path in paths.items()}
+            room_of = {draft.index: room for draft, room in zip(growing, rooms, strict=True)}
+            found = probable_chains(texts, room_of, continued)
+            return [found[draft.index] for draft in growing]
 
         return propose
 
 
-def num_shared(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens both begin with."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((n for n, (a, b) in pairs if a != b), min(len(one), len(other)))
+def num_shared(first: Sequence[int], second: Sequence[int]) -> int:
+    """Length of the common prefix."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((n for n, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 def root_rows(root: Tensor, cache: Cache, slots: TreeSlots) -> tuple[Rows, Tensor]:
-    """Rows for what is committed and not read yet, and for the root int64 [1], with the exact
-    model's hidden states."""
+    """Rows of committed tokens that the head has not read, and of the root int64 [1], with the
+    exact model's hidden states."""
     unread = cache.unread
     assert unread is not None and unread.reaches(cache.length)
     known = torch.tensor(cache.tokens[unread.first + 1 :], dtype=torch.int64, device=cache.device)
@@ -134,9 +138,9 @@ def root_rows(root: Tensor, cache: Cache, slots: TreeSlots) -> tuple[Rows, Tenso
     return rows, unread.rows[: unread.count]
 
 
-def level_rows(one: PartialTree, cache: Cache, slots: TreeSlots) -> Rows:
-    """Rows for the last level of a tree."""
-    rows = tree_rows(one.tree, one.last.nodes, of_head(cache), slots, attend)
+def level_rows(draft: PartialTree, cache: Cache, slots: TreeSlots) -> Rows:
+    """Rows of a tree's last level."""
+    rows = tree_rows(draft.tree, draft.last.nodes, of_head(cache), slots, attend)
     rows = replace(rows, windowed=None)  # a head has all slots
     assert rows.visible is not None
     rows.visible[:, 0].fill_(False)  # the first token of a text has no row

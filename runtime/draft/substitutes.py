@@ -13,7 +13,8 @@ from subspec.runtime.model.transformer import Product
 
 @dataclass(frozen=True)
 class Substitutes:
-    """Iterating yields the products of each layer and then of the head, like ExactWeights."""
+    """The 4-bit products. Iterating yields those of each layer, then of the head, like
+    ExactWeights."""
 
     num_layers: int
     weights: Mapping[str, Int4Weight | Tensor]  # by matrix; Tensor: exact, no 4-bit form
@@ -31,7 +32,7 @@ class Substitutes:
     def _product(
         self, prefix: str, name: str, x: Tensor, calls: GemmRanges, gate: Tensor | None = None
     ) -> Tensor:
-        """All rows at once: a draft's bits are nobody's promise."""
+        """Multiply all rows at once: a draft need not be batch-invariant."""
         weight, bias = self.weights[prefix + name], self.biases.get(prefix + name)
         if isinstance(weight, Int4Weight):
             out = int4_product(x, weight)
