@@ -50,7 +50,7 @@ _F16_SCALE = tl.constexpr(2.0**15)  # of weights, 1 at most: what their rounding
 
 @dataclass(frozen=True)
 class Tiling:
-    """What a program of `_attend_section` computes together. The bits depend on the first two."""
+    """Tile sizes of a program of `_attend_section`. The bits depend on the first two."""
 
     block: int  # places
     chunk: int  # dimensions of a score
@@ -59,8 +59,8 @@ class Tiling:
 
 
 def tiling(dims: int, dtype: torch.dtype) -> Tiling:
-    """For a head size that is a power of two from 32 to MAX_HEAD_SIZE. Fits the registers, and 99
-    KiB of shared memory, of every GPU from sm_80 on: a test compiles them."""
+    """Return tile sizes for a head size that is a power of two from 32 to MAX_HEAD_SIZE. They fit
+    the registers, and 99 KiB of shared memory, of every GPU from sm_80 on: a test compiles them."""
     num_warps = 4 if dims < 128 else 8
     if dtype == torch.float32:
         return Tiling(64, dims, num_warps, 1) if dims <= 128 else Tiling(32, 64, num_warps, 1)

@@ -20,14 +20,14 @@ STEP = 2 * LANES  # a divisor of K
 
 @cache
 def is_native() -> bool:
-    """Whether torch multiplies bf16 by instructions for it (AVX-512, or Arm's)."""
+    """Return True if torch multiplies bf16 by instructions for it (AVX-512, or Arm's)."""
     return torch.backends.mkldnn.is_available() and bool(
         torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
 
 
 def unavailable() -> str | None:
-    """None if `product` can be used, which builds bf16.cpp if needed; else the reason."""
+    """Why `product` cannot be used, or None if it can. Builds bf16.cpp if needed."""
     return cpp.unavailable(SOURCE, _declare)
 
 

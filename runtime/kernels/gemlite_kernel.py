@@ -58,7 +58,8 @@ def pack_qparams(weight: GemliteWeight, qparams: Tensor) -> None:
 
 
 def unavailable(device: torch.device, all_num_columns: Iterable[int]) -> str | None:
-    """Why matrices of these numbers of columns cannot be multiplied there; None: they can."""
+    """Why matrices with these numbers of columns cannot be multiplied there, or None if they
+    can."""
     if not is_installed():
         return "gemlite is not installed"
     if (problem := triton_driver.unavailable(device)) is not None:
@@ -72,11 +73,11 @@ def is_installed() -> bool:
 
 
 def tune(device: torch.device, most_rows: Mapping[tuple[int, int], int]) -> None:
-    """Computes products of all numbers of rows that are tuned apart, while fast memory is still
-    free. most_rows: of a product with a matrix, by its rows and columns.
+    """Compute products of all numbers of rows that are tuned separately, while fast memory is still
+    free. most_rows: largest number for a matrix, by its rows and columns.
 
-    Triton times a kernel at the first call of a shape in every process, even where one
-    configuration is known, and takes 256 MiB for it beside copies of the weight.
+    Triton times a kernel at the first call of a shape in every process, even if one configuration
+    is known, and takes 256 MiB for it beside copies of the weight.
     """
     with torch.inference_mode():
         # cuBLAS keeps its workspace: it may not come to lie in what timing takes, and hold that.
@@ -122,7 +123,7 @@ def product(x: Tensor, weight: GemliteWeight) -> Tensor:
 
 @functools.cache
 def _form(device: torch.device) -> tuple[list[Tensor], list[int]]:
-    """gemlite's other arguments of a weight (types, group size, layout), taken from a small weight
+    """gemlite's other arguments for a weight (types, group size, layout), taken from a small weight
     that gemlite packed itself."""
     from gemlite.helper import A16W4_HQQ_INT
 
@@ -165,7 +166,7 @@ def keep_tuning(device: torch.device) -> None:
 
 
 def tuning_file(gpu: str) -> Path | None:
-    """File for a GPU and the installed versions; None: there is no cache folder."""
+    """File for a GPU and the installed versions, or None without a cache folder."""
     folder = user_cache_dir("kernels")
     known = (gpu, *(version(name) for name in ("gemlite", "triton", "torch")))
     digest = hashlib.sha256("\0".join(known).encode()).hexdigest()

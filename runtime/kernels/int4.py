@@ -20,7 +20,7 @@ MIN_GROUP = 2.0**-100  # a group of activations that are all smaller counts as z
 
 
 def unavailable() -> str | None:
-    """None if `product` can be used, which builds int4.cpp if needed; else the reason."""
+    """Why `product` cannot be used, or None if it can. Builds int4.cpp if needed."""
     return cpp.unavailable(SOURCE, _declare)
 
 

@@ -31,7 +31,7 @@ GemmRanges = Sequence[slice]
 
 
 def gemm_ranges(sizes: Iterable[int]) -> GemmRanges:
-    """Ranges of these numbers of rows; one of more than PRODUCT_ROWS is divided, which bounds
+    """Ranges of these numbers of rows; one of more than PRODUCT_ROWS is divided, to bound
     temporaries."""
     found, end = list[slice](), 0
     for size in sizes:
@@ -65,8 +65,8 @@ def multiply(x: Tensor, weight: Tensor, out: Tensor) -> None:
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """[T, N] = x [T, K] @ weight [N, K]^T + bias [N] in the matrix' dtype, for drafts: their bits
-    are nobody's promise."""
+    """[T, N] = x [T, K] @ weight [N, K]^T + bias [N] in the matrix' dtype, for drafts: not
+    batch-invariant."""
     if not torch_is_slow(weight) or bf16.unavailable() is not None:
         return F.linear(x, weight, bias)
     out = x.new_empty(len(x), len(weight))
@@ -75,7 +75,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def torch_is_slow(weight: Tensor) -> bool:
-    """Whether bf16.cpp multiplies by this matrix [N, K] faster than torch."""
+    """Return True if bf16.cpp multiplies by this matrix [N, K] faster than torch."""
     slow = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and not bf16.is_native()
     return slow and weight.shape[1] % bf16.STEP == 0 and weight.is_contiguous()
 
@@ -90,7 +90,7 @@ def single_row_kernels() -> Iterator[None]:
 
 
 def check_capability(device: torch.device) -> None:
-    """Raises SubspecError(WRONG_MACHINE) for a GPU that is too old for the 4-bit kernels."""
+    """Raise SubspecError(WRONG_MACHINE) for a GPU that is too old for the 4-bit kernels."""
     found = torch.cuda.get_device_capability(device)
     if found < MIN_CAPABILITY:
         raise SubspecError(
@@ -122,9 +122,9 @@ def cpu_tile_rows(num_rows: int, kernel: Int4Kernel = "aten") -> int | None:
 
 
 def read_codes(weight: Int4Weight, first_row: int, num_rows: int) -> tuple[Tensor, int]:
-    """uint8 [num_rows, K / 2] bytes of some rows (whole tiles of 64) of a packed substitute on the
+    """Bytes uint8 [num_rows, K / 2] of some rows (whole tiles of 64) of a packed substitute on the
     CPU, and the rows per tile of their layout. Raises SubspecError(WRONG_MACHINE) for a layout that
-    is not supported: plans that are made on such a machine store all weights raw."""
+    is not supported: plans made on such a machine store all weights raw."""
     num_bytes_per_row = weight.packed.shape[1]
     tile_rows = cpu_tile_rows(weight.packed.shape[0], weight.kernel)
     if tile_rows is None:
@@ -138,7 +138,7 @@ def read_codes(weight: Int4Weight, first_row: int, num_rows: int) -> tuple[Tenso
 
 
 def unpack(packed: Tensor, tile_rows: int) -> Tensor:
-    """What `read_codes` returns -> nibble pairs uint8 [R, K / 2], as stored."""
+    """Bytes from `read_codes` -> nibble pairs uint8 [R, K / 2], as stored."""
     return int4.unpack(packed) if tile_rows == int4.BLOCK_ROWS else unpack_cpu(packed, tile_rows)
 
 

@@ -1,6 +1,6 @@
-"""What the Triton decoders of residual_triton.py and fp8_triton.py share: the sizes of their tiles,
-and conversions between integers and floats by bit patterns, because Triton's take more instructions
-and its interpreter rounds in other ways.
+"""Code that the Triton decoders of residual_triton.py and fp8_triton.py share: the sizes of their
+tiles, and conversions between integers and floats by bit patterns, because Triton's take more
+instructions and its interpreter rounds differently.
 
 Imports triton, so only code for CUDA may import this module.
 """

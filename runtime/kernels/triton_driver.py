@@ -1,6 +1,7 @@
-"""Whether kernels of Triton can run on a GPU: all code that is about to use them asks here first.
+"""Check that Triton kernels can run on a GPU: all code that is about to use them calls
+`unavailable`.
 
-Triton is imported only when that is asked.
+Triton is imported only then.
 """
 
 from functools import cache
@@ -13,7 +14,7 @@ MIN_CAPABILITY = (8, 0)  # of our kernels: products of bf16 and tf32
 
 @cache
 def unavailable(device: torch.device) -> str | None:
-    """None if kernels of Triton run on the CUDA device, else why not.
+    """Why Triton kernels cannot run on the CUDA device, or None if they can.
 
     Starts Triton's driver, which compiles a library in C unless it is in Triton's cache: that needs
     a C compiler, Python.h, and libcuda where the linker finds it.

@@ -42,7 +42,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: floa
 def attend_batch_invariant(
     q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: float
 ) -> Tensor:
-    """The same, batch-invariant: a row's result does not depend on other rows or masked slots."""
+    """Batch-invariant `attend`: a row's result does not depend on other rows or masked slots."""
     if q.device.type == "cpu" and unavailable() is None:
         return attend_in_order(q, keys, values, visible, scale)
     if q.device.type == "cuda" and triton_driver.unavailable(q.device) is None:
@@ -56,12 +56,12 @@ def attend_batch_invariant(
 def attend_in_order(
     q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: float
 ) -> Tensor:
-    """The same in f32, on the CPU, one slot after the other in ascending order.
+    """Batch-invariant attention in f32 on CPUs, one slot after the other in ascending order.
 
-    The bits of a row depend only on its q and on the sequence of the keys and values that it sees:
-    not on hidden slots, their number or what is in them, the other rows, its place among them or
-    the number of threads. A row that sees nothing becomes zeros. Needs unavailable() to be None;
-    what was built for another instruction set may round differently.
+    The bits of a row depend only on its q and on the sequence of keys and values that it sees: not
+    on masked slots, the other rows, its place among them or the number of threads. A row that sees
+    nothing becomes zeros. Needs unavailable() to be None; a build for another instruction set may
+    round differently.
     """
     (num_heads, num_rows, head_size), (num_kv_heads, num_slots, _) = q.shape, keys.shape
     assert q.dtype == keys.dtype == values.dtype and visible.dtype == torch.bool
@@ -107,7 +107,7 @@ def attend_in_fp64(
     """The plain twin of `attend_in_order` and `attend_in_blocks`: in fp64, one KV head at a time.
 
     After rounding to q's dtype the result does not depend on which slots the visible keys are in,
-    nor on how many hidden ones lie between them; hidden values must be finite.
+    nor on the number of masked slots between them; masked values must be finite.
     """
     num_rows, repeats, output = q.shape[1], len(q) // len(keys), torch.empty_like(q)
     at_once = rows_in_fp64(repeats) if q.device.type == "cpu" else num_rows  # for memory
@@ -123,8 +123,7 @@ def attend_in_fp64(
 
 
 def unavailable() -> str | None:
-    """None if `attend_in_order` works, which builds attention.cpp where that has not been done;
-    else why not."""
+    """Why `attend_in_order` cannot be used, or None if it can. Builds attention.cpp if needed."""
     return cpp.unavailable(SOURCE, _declare)
 
 

@@ -38,15 +38,15 @@ from subspec.runtime.model.windows import WindowSlots
 class Stretch:
     """Slots that a pass attends to in the layers with windows."""
 
-    base: Tensor  # int64 [], the one that lies first in the stores, on the device
+    base: Tensor  # int64 [], the first slot in the stores, on the device
     live_slots: int
     padding_slot: int  # its place in the stores
 
 
 @dataclass(frozen=True)
 class TreeSlots:
-    """Where a tree lies in a cache, and how many committed tokens it sees; both numbers are on the
-    device, where a captured graph reads them."""
+    """Slots of a tree in a cache, and the number of committed tokens that it sees; both numbers are
+    on the device, where a captured graph reads them."""
 
     length: Tensor  # int64 [], tokens before the tree
     first: Tensor  # int64 [], slot of the root: behind all that is committed
@@ -65,7 +65,7 @@ class Checkpoint:
 
 @dataclass
 class Unread:
-    """Hidden states of the last committed tokens, which a draft head has not read yet: it reads one
+    """Hidden states of the last committed tokens that a draft head has not read yet: it reads each
     with the token that follows."""
 
     rows: Tensor  # [R, H]
@@ -77,7 +77,7 @@ class Unread:
         self.first, self.count = first, len(hidden)
 
     def reaches(self, length: int) -> bool:
-        """Whether the last row is of the last of so many tokens."""
+        """Return True if the last row belongs to the last of `length` tokens."""
         return bool(self.count) and self.first + self.count == length
 
 
@@ -86,15 +86,15 @@ class Cache:
     keys: tuple[Tensor, ...]  # [B, S, D] of each attention, a draft head's last
     values: tuple[Tensor, ...]
     nets: tuple[NetState, ...] = ()  # of each delta net
-    # Of delta nets: where `roll_back` can go back to, ascending; in host memory for more of them;
-    # those that a pass makes, by how many of its rows lie before; and the last two places where a
-    # prompt began or ended, whose checkpoints stay whatever follows.
+    # Of delta nets: states that `roll_back` can restore, ascending; host memory for more of them;
+    # those that the next pass makes; and the last two places where a prompt began or ended, whose
+    # checkpoints are kept.
     checkpoints: list[Checkpoint] = field(default_factory=list)
     unused: list[States] = field(default_factory=list)
     pending: list[Stop] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)  # ids whose exact keys and values are committed
-    unread: Unread | None = None  # by a draft head; None: there is none
+    unread: Unread | None = None  # by a draft head; None: no draft head
     windows: WindowSlots | None = None  # None: every attention has all slots
 
     @property
@@ -111,7 +111,7 @@ class Cache:
 
     @property
     def conv_kernel_size(self) -> int:
-        """Of every delta net's convolution."""
+        """Taps of every delta net's convolution."""
         return self.nets[0].weights.conv.shape[-1]
 
     @property
@@ -122,9 +122,9 @@ class Cache:
         return min(aligned_slots(end), self.num_slots)
 
     def tree_slots(self, num_rows: int, after: int | None = None) -> TreeSlots:
-        """Of a tree of so many rows that follows the first `after` committed tokens; None: all. The
-        live slots are those of the whole tree, whatever of it is drafted yet, so that every pass of
-        a round has one shape."""
+        """Slots of a tree of `num_rows` rows that follows the first `after` committed tokens, by
+        default all. The live slots are those of the whole tree, however much is drafted yet, so
+        that every pass of a round has one shape."""
         self.make_room(num_rows)
         assert after is None or self.windows is None or self.windows.reach(after)
         first = torch.full((), self.length, device=self.device)
@@ -133,8 +133,8 @@ class Cache:
         return TreeSlots(length, first, live_slots, self.padding_slot, self.stretch(live_slots))
 
     def stretch(self, live_slots: int) -> Stretch | None:
-        """Of so many live slots those that layers with windows have, whose number depends on
-        nothing else."""
+        """The part of the live slots that layers with windows have; its size depends on
+        `live_slots` only."""
         windows = self.windows
         if windows is None:
             return None
@@ -142,12 +142,12 @@ class Cache:
         return Stretch(base, min(live_slots, windows.num_slots), windows.padding_slot)
 
     def make_room(self, num_rows: int) -> None:
-        """Before a pass of so many rows: gives them places in the layers with windows. A piece of a
-        text may have more than these have room for: then all that has to be kept lies in the first
-        half of their stores.
+        """Give the next `num_rows` rows places in the layers with windows, before a pass. If a
+        chunk of a prompt has more rows than fit, all tokens that have to be kept then lie in the
+        first half of the stores.
 
-        What is committed stays, whatever happens meanwhile; but where a copy overlaps what it
-        copies, which it does for such pieces only, an error leaves an empty cache.
+        An error does not change what is committed, except where a copy overlaps its source, which
+        happens for such chunks only: then the cache is emptied.
         """
         windows = self.windows
         if windows is None or windows.fit(self.length + num_rows):
@@ -165,7 +165,7 @@ class Cache:
             raise
 
     def places(self, attention: int, first: int, end: int) -> slice:
-        """Where the tokens [first, end) lie in the stores of an attention."""
+        """Places of the tokens [first, end) in the stores of an attention."""
         if self.windows is None or attention not in self.windows.attentions:
             return slice(first, end)
         return self.windows.places(first, end)
@@ -181,9 +181,8 @@ class Cache:
         return self.keys[attention][:, :num_slots], self.values[attention][:, :num_slots]
 
     def commit(self, tokens: list[int], hidden: Tensor | None = None) -> None:
-        """The next slots hold the exact keys and values of `tokens`, which a pass has read. hidden
-        [R, H]: for a draft head, the states of the last R of them, of which it has read those
-        before."""
+        """Commit `tokens`, whose exact keys and values a pass wrote to the next slots. hidden [R,
+        H]: states of the last R tokens, for a draft head, which has read those before."""
         end = self.length + len(tokens)
         if self.windows is not None and not self.windows.fit(end):
             self.windows.jump(end)
@@ -197,11 +196,11 @@ class Cache:
         self.tokens.extend(tokens)
 
     def commit_path(self, path: Tensor, tokens: list[int], hidden: Tensor | None = None) -> None:
-        """Moves the tree nodes `path` (int64, ascending, on the device, the root first) to the
-        first slots of the tree, and commits `tokens`, which are those of its first nodes.
+        """Move the tree nodes `path` (int64, ascending, on the device, the root first) to the first
+        slots of the tree, and commit `tokens`, which are those of its first nodes.
 
-        Rows of `path` beyond them may be anything: what they leave is written again. hidden
-        [path, H]: for a draft head.
+        Rows of `path` beyond them may be anything: their slots are overwritten later. hidden [path,
+        H]: for a draft head.
         """
         first, end = self.length, self.length + len(tokens)
         if self.unread is not None and hidden is not None:
@@ -219,10 +218,9 @@ class Cache:
             self.save()
 
     def begin_prompt(self, end: int) -> None:
-        """A prompt follows what is committed. Its next version is likely to differ from it behind
-        `end` tokens, as a template's next turn does, or already from here on, if the question is
-        edited: both places have checkpoints, from now on or when they are read, until another
-        prompt begins."""
+        """Keep checkpoints for a prompt that follows the committed tokens, until another one
+        begins: here, as its next version may be an edited question, and after `end` tokens, as the
+        next turn differs there. They are made now or when those tokens are read."""
         if not self.nets:
             return
         places = {*self.ends, self.length} | ({end} if end > self.length else set())
@@ -231,7 +229,7 @@ class Cache:
             self.save()
 
     def save(self) -> None:
-        """Makes what is committed a checkpoint."""
+        """Make a checkpoint of the committed state."""
         [stop] = self.stops([0])
         for net, state in zip(self.nets, stop.states, strict=True):
             copy_state(state, net.committed)
@@ -239,8 +237,9 @@ class Cache:
         self.pending.clear()
 
     def stops(self, num_rows: Sequence[int]) -> list[Stop]:
-        """Room for states after so many rows of the next pass, ascending; `commit` makes them
-        checkpoints. There is room for few: those that are nearest to others go, or are left out."""
+        """Reserve room for states after these numbers of rows of the next pass, ascending; `commit`
+        makes them checkpoints. Room is limited: checkpoints nearest to others are dropped, or not
+        made."""
         self.forget_pending()
         lengths = [one.length for one in self.checkpoints]
         lengths += [self.length + count for count in num_rows]
@@ -257,7 +256,7 @@ class Cache:
         self.pending.clear()
 
     def reachable(self, length: int) -> int:
-        """How many tokens, no more than `length`, `roll_back` can keep."""
+        """Number of tokens, at most `length`, that `roll_back` can keep."""
         if length >= self.length:
             return self.length
         if self.nets:
@@ -266,8 +265,8 @@ class Cache:
         return length if self.windows is None or self.windows.reach(length) else 0
 
     def roll_back(self, length: int) -> None:
-        """Forgets all but the first `length` tokens, which is `reachable`; their slots are written
-        again."""
+        """Drop all but the first `length` tokens, which must be `reachable`; their slots are
+        reused."""
         assert self.reachable(length) == length
         if self.unread is not None:
             self.unread.count = max(0, min(self.unread.count, length - self.unread.first))
@@ -287,8 +286,8 @@ class Cache:
     def resume(
         self, tokens: Sequence[int], checkpoints: Sequence[Checkpoint], window_start: int = 0
     ) -> None:
-        """The slots hold the exact keys and values of `tokens`, in layers with windows of those
-        from `window_start` on, and the last of the checkpoints the states of delta nets behind
+        """Commit `tokens`, whose exact keys and values the slots already hold; layers with windows
+        hold those from `window_start` on. The last checkpoint has the states of delta nets behind
         them."""
         self.roll_back(0)
         assert not tokens or not self.nets or checkpoints[-1].length == len(tokens)
@@ -308,7 +307,7 @@ class Cache:
             copy_state(net.committed, state)
 
     def common_prefix(self, tokens: list[int]) -> int:
-        """How many leading `tokens` are already committed."""
+        """Number of leading `tokens` that are committed."""
         for index, (mine, theirs) in enumerate(zip(self.tokens, tokens, strict=False)):
             if mine != theirs:
                 return index
@@ -322,9 +321,9 @@ def make_cache(
     nets: tuple[NetState, ...] = (),
     windowed: tuple[int, Take] | None = None,
 ) -> Cache:
-    """An empty cache in memory that `take(shape, dtype)` gives. nets: one of each delta net.
-    windowed: how many slots layers with windows have, and what gives their memory; None: all
-    slots, as other layers."""
+    """Return an empty cache in memory from `take(shape, dtype)`. nets: one for each delta net.
+    windowed: number of slots of layers with windows, and what allocates them; None: all slots, as
+    in other layers."""
     assert len(nets) == len(spec.delta_nets)
     on_cpu = nets and nets[0].committed.memory.device.type == "cpu"
     room = take if on_cpu else in_host_memory
@@ -347,19 +346,19 @@ def make_cache(
 
 
 def host_states(spec: ModelSpec, take: Take) -> States:
-    """Room for a checkpoint."""
+    """Return room for a checkpoint."""
     return tuple(make_state(spec, net, take) for net in spec.delta_nets)
 
 
 def in_host_memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Its pages are the process's from their first use on."""
+    """Allocate host memory; the process gets its pages when they are first used."""
     return torch.empty(shape, dtype=dtype)
 
 
 def thinned(lengths: Sequence[int], kept: Collection[int], most: int) -> list[int]:
-    """At most so many of them, 1 or more, ascending. Those go first that are nearest to their
-    neighbours: without them one has to go back least further. The last one stays, and those in
-    `kept` stay as long as there are others."""
+    """Return at most `most` (1 or more) of the lengths, ascending. Those nearest to their
+    neighbours are dropped first, as they cost the shortest way back. The last one stays, and those
+    in `kept` stay as long as there are others."""
     left = list(lengths)
     while len(left) > most:
         gaps = zip(left, [0, *left], left[1:], strict=False)

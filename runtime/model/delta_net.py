@@ -35,7 +35,7 @@ SOURCE = Path(__file__).parents[1] / "kernels" / "delta_net.cpp"
 
 @dataclass(frozen=True)
 class DeltaState:
-    """Of one layer, after the committed tokens."""
+    """State of one layer after the committed tokens."""
 
     conv: Tensor  # [K - 1, C], the last inputs of the convolution, in the model's dtype
     memory: Tensor  # f32 [J, E, F]
@@ -63,7 +63,7 @@ class DeltaInputs:
 
 @dataclass(frozen=True)
 class End:
-    """Takes what the state is after a row."""
+    """A row, and the state that takes the layer's state after it."""
 
     row: int
     state: DeltaState
@@ -93,8 +93,8 @@ def delta_net(
 
 
 def commit(weights: DeltaWeights, state: DeltaState, paths: Paths, inputs: DeltaInputs) -> None:
-    """Moves the state on by rows that follow one another: the same bits as if a prompt had held
-    their tokens. What only the rows' results would need is not computed."""
+    """Advance the state by rows that follow one another, with the bits of a prefill of their
+    tokens. Outputs of the rows are not computed."""
     device = state.memory.device
     if device.type == "cpu" and unavailable() is None:
         commit_in_cpp(weights, state, paths, inputs)
@@ -129,8 +129,7 @@ class _Tensors(ctypes.Structure):
 
 
 def unavailable() -> str | None:
-    """None if `delta_net_in_cpp` works, which builds delta_net.cpp where that has not been done;
-    else why not."""
+    """Why `delta_net_in_cpp` cannot be used, or None if it can. Builds delta_net.cpp if needed."""
     return cpp.unavailable(SOURCE, _declare)
 
 
@@ -142,7 +141,7 @@ def delta_net_in_cpp(
     z: Tensor,
     ends: Sequence[End],
 ) -> Tensor:
-    """The bits of the plain twin. Needs unavailable() to be None."""
+    """Compute the bits of the plain twin. Needs unavailable() to be None."""
     out = torch.empty(z.shape, dtype=z.dtype)
     out[len(paths) :] = 0
     run_in_cpp(weights, state, paths, inputs, (z, out), ends)
@@ -152,7 +151,7 @@ def delta_net_in_cpp(
 def commit_in_cpp(
     weights: DeltaWeights, state: DeltaState, paths: Paths, inputs: DeltaInputs
 ) -> None:
-    """The same of `commit_in_parts`."""
+    """Compute the bits of `commit_in_parts`. Needs unavailable() to be None."""
     run_in_cpp(weights, state, paths, inputs, None, [End(len(paths) - 1, state)])
 
 
@@ -164,7 +163,8 @@ def run_in_cpp(
     results: tuple[Tensor, Tensor] | None,
     ends: Sequence[End],
 ) -> None:
-    """results: z, and what takes the results; None: only states are wanted."""
+    """Run rows in C++. results: z, and the tensor for the outputs; None: only states are
+    updated."""
     num_heads, key_size, value_size = state.memory.shape
     qkv, a, b, dtype = inputs.qkv, inputs.a, inputs.b, inputs.qkv.dtype
     z, out = results or (None, None)
@@ -215,7 +215,7 @@ def run_in_cpp(
 
 
 def leave_inputs(state: DeltaState, paths: Paths, inputs: DeltaInputs, ends: Sequence[End]) -> None:
-    """The last inputs of the convolution behind each end, some of which may be the state's own."""
+    """Write the last inputs of the convolution to each end; ends may include `state` itself."""
     num_before, found = len(state.conv), []
     if not num_before:  # a convolution of one tap
         return
@@ -249,7 +249,7 @@ def delta_net_in_torch(
     z: Tensor,
     ends: Sequence[End],
 ) -> Tensor:
-    """The plain twin."""
+    """The plain twin of `delta_net`."""
     return in_parts(weights, state, paths, inputs, z, ends, walk)
 
 
@@ -280,7 +280,8 @@ def in_parts(
 def commit_in_parts(
     weights: DeltaWeights, state: DeltaState, paths: Paths, inputs: DeltaInputs, walk: Walk
 ) -> None:
-    """Nothing reads the memories: k stands for q, because the same kernel gives the same bits."""
+    """Advance the state. Nothing reads the memories: k stands for q, because the same kernel gives
+    the same bits."""
     before = torch.cat((state.conv, inputs.qkv))
     k, v = convolve_written(weights.conv, before, paths.windows, state.memory.shape)
     decay, beta = gates_of(weights, inputs, len(paths))
@@ -294,8 +295,8 @@ def gates_of(weights: DeltaWeights, inputs: DeltaInputs, num_rows: int) -> tuple
 
 
 def walk(memory: Tensor, paths: Paths, rows: Sequence[Tensor], ends: Sequence[End]) -> Tensor:
-    """The rule along the paths. memory f32 [J, E, F], of the committed tokens; rows: q, k, v, decay
-    and beta -> f32 [N, J, F]."""
+    """Apply the rule along the paths. memory f32 [J, E, F], of the committed tokens; rows: q, k, v,
+    decay and beta -> f32 [N, J, F]."""
     memories, kept, found = dict[int, Tensor](), dict[int, Tensor](), []
     wanted = {end.row for end in ends}
     sources, slots = paths.sources.tolist(), paths.slots.tolist()
@@ -314,7 +315,7 @@ def walk(memory: Tensor, paths: Paths, rows: Sequence[Tensor], ends: Sequence[En
 def walk_on_cuda(
     memory: Tensor, paths: Paths, rows: Sequence[Tensor], ends: Sequence[End]
 ) -> Tensor:
-    """The same by delta_net_triton.py. Ends are behind the last row, the first one on the GPU."""
+    """`walk` by delta_net_triton.py. All ends are behind the last row, the first one on the GPU."""
     from subspec.runtime.kernels import delta_net_triton  # triton: only where there is a GPU
 
     assert paths.steps is not None and all(end.row == len(paths) - 1 for end in ends)

@@ -47,7 +47,7 @@ def convolve_written(
 
 
 def convolved(conv: Tensor, before: Tensor, windows: Tensor) -> Tensor:
-    """-> f32 [N, C], of numbers in the dtype of `before`"""
+    """Convolution and SiLU, f32 [N, C], rounded to the dtype of `before`."""
     taps = conv.float()[:, 0]
     mixed = torch.zeros(len(windows), before.shape[1], device=before.device)
     for tap in range(taps.shape[1]):
@@ -56,7 +56,7 @@ def convolved(conv: Tensor, before: Tensor, windows: Tensor) -> Tensor:
 
 
 def of_heads(x: Tensor, num_heads: int, key_size: int) -> Tensor:
-    """x [N, G E] -> [N, J, E] of the length 1"""
+    """x [N, G E] -> [N, J, E], each head normalized to length 1."""
     x = x.unflatten(1, (-1, key_size))
     return unit_length(x).repeat_interleave(num_heads // x.shape[1], dim=1)
 
@@ -73,15 +73,15 @@ def gates(decay_log: Tensor, step_bias: Tensor, a: Tensor, b: Tensor) -> tuple[T
 
 
 def rates(decay_log: Tensor) -> Tensor:
-    """f32 [J], of the decay."""
+    """Rates of decay, f32 [J]."""
     return decay_log.double().exp().float()
 
 
 def step(
     memory: Tensor, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The gated delta rule: memory [J, E, F]; q, k [J, E]; v [J, F]; decay, beta [J] -> the memory
-    that follows, and what q reads of it [J, F]."""
+    """Gated delta rule: memory [J, E, F]; q, k [J, E]; v [J, F]; decay, beta [J] -> the next
+    memory, and what q reads of it [J, F]."""
     known = ordered_sum(memory * k[:, :, None], 1) * decay[:, None]
     change = (v - known) * beta[:, None]
     memory = memory * decay[:, None, None] + change[:, None] * k[:, :, None]

@@ -21,7 +21,7 @@ EmbeddingRows = Callable[[Tensor], Tensor]
 
 
 class FileRows:
-    """cpu: rows are read from the artifact through the page cache, which is no memory of ours."""
+    """Embedding rows on cpu: read from the artifact through the page cache, outside the budget."""
 
     def __init__(self, path: Path, stored: StoredTensor, dtype: torch.dtype) -> None:
         self._path = path
@@ -53,8 +53,8 @@ class FileRows:
 
 
 class MappedRows:
-    """cuda: the GPU itself gathers rows from a pinned copy in host memory, so that a captured graph
-    can. `gather_on_host` is its plain twin."""
+    """Embedding rows on cuda: the GPU gathers them from a pinned copy in host memory, so that a
+    graph can capture it. `gather_on_host` is its plain twin."""
 
     def __init__(
         self, path: Path, stored: StoredTensor, dtype: torch.dtype, device: torch.device
@@ -79,7 +79,7 @@ class MappedRows:
 
 
 def gather_on_host(host: Tensor, tokens: Tensor) -> Tensor:
-    """The plain twin of MappedRows: host [V, H], tokens int64 [T] on any device -> [T, H] there."""
+    """Plain twin of MappedRows: host [V, H], tokens int64 [T] on any device -> [T, H] there."""
     return F.embedding(tokens.cpu(), host).to(tokens.device)
 
 

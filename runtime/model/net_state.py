@@ -1,8 +1,8 @@
-"""What a cache holds of a delta net: the state behind the committed tokens, and what passes leave
-for `commit`. delta_net.py has the arithmetic.
+"""State of delta nets in a cache: the state behind the committed tokens, and the results of passes
+that `commit` needs. delta_net.py has the arithmetic.
 
-A pass only reads the committed state. A piece of a text writes the state behind it beside it; the
-nodes of a tree keep what they put in, and committing a path of them replays it.
+A pass only reads the committed state. A chunk of a text writes the state behind it to `read`; the
+nodes of a tree keep their inputs, and committing a path of them replays these.
 T = rows, W = rows of a tree, C = channels, K = taps, G / J = key / value heads, E / F = their sizes
 """
 
@@ -33,7 +33,7 @@ class NetState:
 
     weights: DeltaWeights
     committed: DeltaState
-    read: DeltaState  # behind the piece of a text that a pass has read
+    read: DeltaState  # behind the chunk of a text that a pass has read
     nodes: DeltaInputs  # [W, ...], of the tree that a pass has run
     # What a draft keeps of its nodes
     keys: Tensor  # f32 [G, W, E]
@@ -43,14 +43,16 @@ class NetState:
 
 @dataclass(frozen=True)
 class TreeNodes:
-    """Which of a tree's rows follow which, and how delta nets run along them."""
+    """Rows of a tree, the rows that they follow, and how delta nets run along them."""
 
     nodes: Tensor  # int64 [T], the rows' numbers in the tree
     parents: Tensor  # int64 [T], of those rows; a root's is itself
     above: Tensor  # bool [T, W], the nodes that each row follows
-    windows: Tensor  # int64 [T, K]: what it convolves of the last K - 1 rows and the tree's
+    windows: (
+        Tensor  # int64 [T, K]: inputs of its convolution, among the last K - 1 rows and the tree's
+    )
     paths: Paths | None = None  # of an exact pass; None: a draft's
-    # Of a draft's rows the first ones, whose parents have run before; each other one follows the
+    # Number of a draft's leading rows, whose parents have run before; each other row follows the
     # row before it, or the first. None: all of them.
     num_together: int | None = None
 
@@ -60,7 +62,7 @@ States = tuple[DeltaState, ...]  # of each delta net
 
 @dataclass(frozen=True)
 class Stop:
-    """After so many rows of a piece the states are copied to `states`."""
+    """A number of rows of a chunk, after which the states are copied to `states`."""
 
     num_rows: int
     states: States
@@ -68,7 +70,7 @@ class Stop:
 
 @dataclass(frozen=True)
 class Cut:
-    """Rows of a piece of a text that each delta net takes in one call."""
+    """Rows of a chunk that each delta net takes in one call."""
 
     rows: slice
     paths: Paths
@@ -78,7 +80,7 @@ class Cut:
 def cuts_of(
     num_rows: int, stops: Sequence[Stop], conv_kernel_size: int, device: torch.device
 ) -> list[Cut]:
-    """T >= 1 rows, each behind the one before. A long piece is cut, which changes no bit."""
+    """Cut T >= 1 consecutive rows at `stops` and into bounded calls, which changes no bit."""
     ends = {*range(NET_ROWS, num_rows, NET_ROWS), num_rows, *(stop.num_rows for stop in stops)}
     found, first = list[Cut](), 0
     for last in sorted(ends):
@@ -92,7 +94,7 @@ def cuts_of(
 def run_piece(
     state: NetState, index: int, inputs: DeltaInputs, z: Tensor, cuts: Sequence[Cut]
 ) -> None:
-    """Rows of a text. The results replace z [T, J F]. index: the net's in stops."""
+    """Run rows of a text. The outputs replace z [T, J F]. index: the net's in stops."""
     before = state.committed
     for cut in cuts:
         some, last = cut.rows, len(cut.paths) - 1
@@ -102,8 +104,8 @@ def run_piece(
 
 
 def run_tree(state: NetState, inputs: DeltaInputs, z: Tensor, tree: TreeNodes) -> None:
-    """A tree's rows, each behind its parent. The results replace z [T, J F]; what `commit_nodes`
-    needs is kept."""
+    """Run a tree's rows, each behind its parent. The outputs replace z [T, J F]; inputs are kept
+    for `commit_nodes`."""
     assert tree.paths is not None
     for kept, fresh in zip(tensors_of(state.nodes), tensors_of(inputs), strict=True):
         kept[: len(fresh)] = fresh
@@ -111,8 +113,8 @@ def run_tree(state: NetState, inputs: DeltaInputs, z: Tensor, tree: TreeNodes) -
 
 
 def commit_nodes(state: NetState, path: Tensor, paths: Paths) -> None:
-    """The nodes `path` of the tree that has run become the last committed tokens. int64 [T], on the
-    device, the root first. paths: a chain of so many rows."""
+    """Commit the nodes `path` of the tree that was run: int64 [T], on the device, the root first.
+    paths: a chain of T rows."""
     kept = DeltaInputs(*(one.index_select(0, path) for one in tensors_of(state.nodes)))
     commit(state.weights, state.committed, paths, kept)
 
@@ -123,7 +125,7 @@ def copy_state(target: DeltaState, source: DeltaState) -> None:
 
 
 def copied_states(nets: Sequence[NetState]) -> States:
-    """In host memory."""
+    """Return a copy of the committed states in host memory."""
     return tuple(
         DeltaState(
             *(one.to("cpu", copy=True) for one in (net.committed.conv, net.committed.memory))
@@ -151,7 +153,7 @@ def tensors_of(inputs: DeltaInputs) -> tuple[Tensor, Tensor, Tensor]:
 def make_net_states(
     spec: ModelSpec, verify_width: int, tensors: Mapping[str, Tensor], take: Take
 ) -> tuple[NetState, ...]:
-    """Empty states in memory that `take(shape, dtype)` gives, which must be zeros. tensors: the
+    """Return empty states in memory from `take(shape, dtype)`, which must be zeros. tensors: the
     artifact's resident tensors by name."""
     return tuple(
         _net_state(spec, net, f"{layer_name(index)}.{net.name}", verify_width, tensors, take)

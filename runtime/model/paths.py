@@ -1,4 +1,4 @@
-"""How the rows of a pass follow one another: along a text, or along a tree.
+"""Paths of the rows of a pass: which row follows which, along a text or along a tree.
 
 T = rows, N = rows without padding, K = taps of a convolution along the paths
 """
@@ -19,20 +19,19 @@ COMMITTED, CONTINUES = -1, -2  # as the source of a row's memory, in steps
 
 @dataclass(frozen=True)
 class Steps:
-    """Of a walk on a GPU, where one kernel takes row after row."""
+    """Steps of a walk on a GPU, where one kernel takes row after row."""
 
     rows: Tensor  # int32 [N, 3], on the GPU, see `steps_of`
-    num_slots: int  # of memories that several rows continue
+    num_slots: int  # for memories that other rows than the next continue
     num_ends: int
 
 
 @dataclass(frozen=True)
 class Paths:
-    """How the rows of a pass follow one another. A slot holds the memory of one row while rows that
-    continue it are still to come. Made once for all layers: what a GPU reads is brought there
-    once, as each upload would wait for all that the GPU has to do."""
+    """Sources of the rows of a pass. A slot holds the memory of one row while rows that continue it
+    are still to come. Made once for all layers: each upload to a GPU would wait for its queue."""
 
-    # int64 [N, K], where the rows are: those of cat(state.conv, qkv) that a convolution takes
+    # int64 [N, K], on the rows' device: rows of cat(state.conv, qkv) that a convolution takes
     windows: Tensor
     # On the host, int64 [N]
     sources: Tensor  # slot of the memory that a row continues; -1: what is committed
@@ -45,7 +44,7 @@ class Paths:
 
 
 def chain_paths(num_rows: int, conv_kernel_size: int, device: torch.device = HOST) -> Paths:
-    """Each row follows the one before it, and the last one is an end. Made on the device, so that
+    """Paths of rows that follow one another; the last row is an end. Made on the device, so that
     nothing is uploaded."""
     paths = chain_on_host(num_rows, conv_kernel_size)
     if device.type == "cpu":
@@ -59,7 +58,7 @@ def chain_paths(num_rows: int, conv_kernel_size: int, device: torch.device = HOS
 
 @lru_cache(maxsize=2 * NET_ROWS)
 def chain_on_host(num_rows: int, conv_kernel_size: int) -> Paths:
-    """Shared: nobody writes to them."""
+    """Paths of a chain on the host; cached and shared, so not to be written to."""
     windows = torch.arange(num_rows)[:, None] + torch.arange(conv_kernel_size)
     slots = torch.zeros(num_rows, dtype=torch.int64)
     sources = slots.clone()
@@ -68,7 +67,7 @@ def chain_on_host(num_rows: int, conv_kernel_size: int) -> Paths:
 
 
 def tree_paths(parents: Sequence[int], conv_kernel_size: int) -> Paths:
-    """parents: of each row an earlier one; -1: the committed state."""
+    """Paths of a tree. parents: an earlier row for each row; -1: the committed state."""
     assert all(-1 <= parent < row for row, parent in enumerate(parents))
     windows = window_rows(torch.tensor(parents), torch.arange(len(parents)), conv_kernel_size)
     left, free = Counter(parents), list[int]()
@@ -89,7 +88,8 @@ def tree_paths(parents: Sequence[int], conv_kernel_size: int) -> Paths:
 
 
 def on_device(paths: Paths, device: torch.device, windows: Tensor | None = None) -> Paths:
-    """The paths for rows on that device; none of them is an end. windows: if they are there."""
+    """The paths for rows on that device, without ends. windows: those of the paths, if already
+    there."""
     if device.type == "cpu":
         return paths
     steps = steps_of(paths.sources.tolist(), paths.slots.tolist(), ())
@@ -100,9 +100,9 @@ def on_device(paths: Paths, device: torch.device, windows: Tensor | None = None)
 def steps_of(
     sources: Sequence[int], slots: Sequence[int], end_rows: Sequence[int]
 ) -> list[tuple[int, int, int]]:
-    """Of each row: where the memory that it continues is (a slot, COMMITTED or CONTINUES: it is the
-    row's before), the slot that takes its own, and the entry of the ends that does; -1: none. A row
-    that follows the one before it needs no slot for that."""
+    """Return for each row the source of the memory that it continues (a slot, COMMITTED, or
+    CONTINUES: the row before), the slot for its own memory, and the index of its end; -1: none. A
+    row that only the next one continues needs no slot."""
     taken, writers, kept = list[int](), dict[int, int](), set[int]()
     for row, (source, slot) in enumerate(zip(sources, slots, strict=True)):
         follows = row > 0 and source >= 0 and source == slots[row - 1]
@@ -124,8 +124,8 @@ def uploaded(steps: Sequence[tuple[int, int, int]], device: torch.device) -> Ste
 
 
 def window_rows(parents: Tensor, rows: Tensor, conv_kernel_size: int) -> Tensor:
-    """int64 [len(rows), K]: the inputs that the convolutions of `rows` take, as rows of the last
-    K - 1 committed inputs and those of the tree behind them. parents: -1 above a first row."""
+    """Inputs of the convolutions of `rows`, int64 [len(rows), K]: rows of the last K - 1 committed
+    inputs and the tree's behind them. parents: -1 above a first row."""
     committed = conv_kernel_size - 1
     above = torch.cat((torch.arange(-1, committed - 1, device=rows.device), parents + committed))
     taps = [rows + committed]

@@ -13,7 +13,7 @@ LOG2_E = 1.4426950408889634
 
 
 def ordered_sum(x: Tensor, dim: int) -> Tensor:
-    """Over one dimension, as partial sums of every NUM_SUMS-th number and then halves of those."""
+    """Sum over one dimension: partial sums of every NUM_SUMS-th number, then pairwise halves."""
     x = x.movedim(dim, 0)
     sums = x.new_zeros(NUM_SUMS, *x.shape[1:])
     for first in range(0, len(x), NUM_SUMS):
@@ -26,8 +26,8 @@ def ordered_sum(x: Tensor, dim: int) -> Tensor:
 
 
 def square_root(x: Tensor) -> Tensor:
-    """Of f32 x, correctly rounded, as torch's own is not: the root of 24 bits is farther from the
-    middle of two f32 numbers than f64 errs."""
+    """Correctly rounded square root of f32 x, which torch's is not. f64 suffices: the root of a
+    24-bit number is farther from the middle of two f32 numbers than the error of f64."""
     return x.double().sqrt().float()
 
 
@@ -46,13 +46,13 @@ def exp_of_negative(x: Tensor) -> Tensor:
 
 
 def sigmoid(x: Tensor) -> Tensor:
-    """In x's dtype."""
+    """Sigmoid in x's dtype."""
     power = exp_of_negative(-x.float().abs())
     return (torch.where(x < 0, power, torch.ones_like(power)) / (power + 1)).to(x.dtype)
 
 
 def silu(x: Tensor) -> Tensor:
-    """Of f32 x."""
+    """SiLU of f32 x."""
     power = exp_of_negative(-x.abs())
     return x * torch.where(x < 0, power, torch.ones_like(power)) / (power + 1)
 

@@ -1,5 +1,5 @@
-"""Logits -> token. The noise for the token at position p depends on (seed, p) alone, so that
-speculation on or off gives the same tokens.
+"""Logits -> token. The noise for the token at position p depends on (seed, p) alone, so that tokens
+are the same with and without speculation.
 
 V = vocabulary
 """
@@ -19,9 +19,9 @@ from subspec.runtime.model.constraint import Constraint, ConstraintFollower
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """Temperature 0 is greedy. top_k 0, top_p 1 and min_p 0 keep every token; a repetition_penalty
-    of 1 and penalties of 0 change none. Raises SubspecError(USAGE) for other values than those
-    beside the fields."""
+    """Parameters of the sampler. Temperature 0 is greedy. top_k 0, top_p 1 and min_p 0 keep every
+    token; a repetition_penalty of 1 and penalties of 0 have no effect. Raises SubspecError(USAGE)
+    for values outside the ranges beside the fields."""
 
     temperature: float = 0.0  # 0 or more
     top_k: int = 0  # 0 or more
@@ -54,8 +54,8 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Log probabilities of the exact model at one place, before temperature, filters, penalties and
-    constraints: of the token that stands there, and of the likeliest ones, best first."""
+    """Log probabilities by the exact model at one position, before temperature, filters, penalties
+    and constraints: of its token, and of the likeliest ones, best first."""
 
     token: int
     logprob: float
@@ -63,9 +63,8 @@ class TokenLogprobs:
 
 
 class Sampler:
-    """Chooses the tokens of one answer. What it says may depend on those before, so it is told of
-    each by `push`, and in a block of `ahead` by a verification, which walks ahead of what is
-    kept."""
+    """Samples the tokens of one answer. A sample may depend on earlier tokens, so each is added
+    with `push`; verification adds tokens that may not be kept in a block of `ahead`."""
 
     def __init__(
         self,
@@ -85,16 +84,16 @@ class Sampler:
 
     @property
     def is_argmax(self) -> bool:
-        """Whether every token is the one with the greatest logit, whatever came before."""
+        """Return True if every token is the one with the greatest logit, whatever came before."""
         one = self.sampling
         changes = one.repetition_penalty != 1 or one.presence_penalty or one.frequency_penalty
         return not (one.temperature or changes or one.logit_bias or self.constraint)
 
     def sample(self, logits: Tensor, position: int) -> int:
-        """The token at `position`, from its logits [V].
+        """Sample the token at `position` from its logits [V].
 
         Gumbel-max: argmax(log p + noise) is distributed as p. Ties go to the lowest id. Raises
-        SubspecError if the constraint lets the answer not go on.
+        SubspecError if the constraint ends the answer with an error.
         """
         if not self.is_argmax:
             logits = self._allowed(self._penalized(logits))
@@ -104,7 +103,7 @@ class Sampler:
         return int(logits.argmax())
 
     def push(self, token: int) -> None:
-        """`token` comes next."""
+        """Append `token` to the answer."""
         self._answer.append(token)
         self._counts[token] += 1
         if self.constraint is not None:
@@ -112,7 +111,7 @@ class Sampler:
 
     @contextmanager
     def ahead(self) -> Iterator[None]:
-        """What is pushed in the block is taken back at its end, whatever happens in it."""
+        """Undo, at the end of the block, all pushes in it, also after an error."""
         length = len(self._answer)
         try:
             yield
@@ -124,7 +123,7 @@ class Sampler:
                 self.constraint.rollback(num_pushed)
 
     def _penalized(self, logits: Tensor) -> Tensor:
-        """f64 [V], a copy."""
+        """Logits with bias and penalties, f64 [V], a copy."""
         changed, one = logits.double(), self.sampling
         counts = +self._counts
         for token, bias in one.logit_bias:  # first, as in transformers and vLLM
@@ -149,7 +148,8 @@ class Sampler:
 
 
 def logprobs_of(logits: Tensor, token: int, num_top: int) -> TokenLogprobs:
-    """Of `token`, and of the `num_top` likeliest, from the exact model's logits [V]."""
+    """Log probabilities of `token` and of the `num_top` likeliest, from the exact model's logits
+    [V]."""
     every = logits.double().log_softmax(-1)
     best, ids = every.topk(min(num_top, len(every)))
     top = tuple(zip(ids.tolist(), best.tolist(), strict=True))
@@ -157,8 +157,8 @@ def logprobs_of(logits: Tensor, token: int, num_top: int) -> TokenLogprobs:
 
 
 def filter_logits(logits: Tensor, sampling: SamplingParams) -> Tensor:
-    """f64 [V] after temperature, top-k, top-p, min-p, in transformers' order, 0 the greatest; -inf
-    if cut off."""
+    """Logits after temperature, top-k, top-p and min-p, in transformers' order: f64 [V], 0 the
+    greatest, -inf if filtered out."""
     wide = logits.double()
     scaled = (wide - wide.max()) / sampling.temperature  # at most 0: nothing overflows
     if 0 < sampling.top_k < len(logits):

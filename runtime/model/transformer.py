@@ -1,7 +1,7 @@
 """The decoder's arithmetic, once: for substitutes and exact weights, every layer, every pass.
 
-What a layer computes is said by its LayerSpec. A pass takes rows of one or several sequences: the
-products see all rows, attention sees each sequence's own cache.
+A layer is specified by its LayerSpec. A pass takes rows of one or several sequences: the products
+see all rows, attention sees each sequence's own cache.
 T = rows, H = hidden size, A = query heads, B = KV heads, D = head size, S = live slots
 """
 
@@ -45,7 +45,7 @@ from subspec.runtime.model.positions import grown, rotate
 
 # q [A, T, D], keys and values [B, S, D], visible bool [T, S], scale -> [A, T, D]
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
-# A delta net's state, its inputs, z [T, J F] that the results replace, the rows' places in a tree
+# A delta net's state, its inputs, z [T, J F] that the outputs replace, the rows' places in a tree
 RunNodes = Callable[[NetState, DeltaInputs, Tensor, TreeNodes], None]
 
 
@@ -65,7 +65,7 @@ class Product(Protocol):
 
 @dataclass(frozen=True)
 class SharedWeights:
-    """The small tensors that every pass shares, in the dtype that its activations have."""
+    """Small tensors that every pass shares, in the dtype of its activations."""
 
     spec: ModelSpec
     embedding: EmbeddingRows
@@ -77,21 +77,21 @@ class SharedWeights:
 
 @dataclass(frozen=True)
 class KVLocations:
-    """Where a sequence's rows lie in the stores of some layers, and what they see there. All on the
+    """Places of a sequence's rows in the stores of some layers, and what they see there. All on the
     device."""
 
     slots: Tensor  # int64 [T], where their keys and values go
     slot_positions: Tensor  # int64 [S], of the live slots
     visible: Tensor | None  # bool [T, S]; None: the slots of earlier positions (a prompt)
-    # Of a piece of a text for which the stores have no room: how many of the tokens before it are
-    # joined with its own, as live slots; `slots` are those of its last rows alone.
+    # For a chunk that the stores have no room for: number of tokens before it that are joined with
+    # its own, as live slots; `slots` are those of its last rows only.
     num_before: int | None = None
 
 
 @dataclass(frozen=True)
 class Rows:
-    """One sequence's rows of a pass, where they lie in its cache and how they look back into it.
-    All on the device."""
+    """One sequence's rows of a pass, their places in its cache and what they see of it. All on the
+    device."""
 
     tokens: Tensor  # int64 [T]
     positions: Tensor  # int64 [T]
@@ -100,15 +100,15 @@ class Rows:
     visible: Tensor | None  # bool [T, S]; None: the slots of earlier positions (a prompt)
     cache: Cache
     attend: Attend
-    # Of delta nets: None: a piece of a text, each row behind the one before.
+    # For delta nets; None: a chunk of a text, each row behind the one before
     tree: TreeNodes | None = None
     run_nodes: RunNodes = run_tree
-    num_padding: int = 0  # of a piece's rows, the last ones
-    checkpoints_at: Sequence[Stop] = ()  # of a piece
+    num_padding: int = 0  # of a chunk's rows, the last ones
+    checkpoints_at: Sequence[Stop] = ()  # of a chunk
     windowed: KVLocations | None = None  # in layers with windows; None: as in all others
 
     def places(self, window: int | None) -> KVLocations:
-        """In layers with this window."""
+        """Locations in layers with this window."""
         if window is None or self.windowed is None:
             return KVLocations(self.slots, self.slot_positions, self.visible)
         return self.windowed
@@ -116,7 +116,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Pass:
-    """What all layers of one pass share."""
+    """Arguments that all layers of one pass share."""
 
     weights: SharedWeights
     batch: Sequence[Rows]  # of several sequences, in the order of the rows
@@ -125,7 +125,7 @@ class Pass:
 
     @cached_property
     def cuts(self) -> list[list[Cut]]:
-        """How delta nets take the rows of each piece of a text; of a tree nothing."""
+        """Calls in which delta nets take the rows of each chunk of a text; [] for a tree."""
         return [
             cuts_of(
                 len(rows.tokens) - rows.num_padding,
@@ -139,7 +139,7 @@ class Pass:
         ]
 
     def spans(self) -> Iterator[tuple[Rows, slice]]:
-        """Each sequence and its range of rows."""
+        """Yield each sequence and its range of rows."""
         first = 0
         for rows in self.batch:
             yield rows, slice(first, first + len(rows.tokens))
@@ -148,7 +148,7 @@ class Pass:
 
 @dataclass(frozen=True)
 class HeadRows:
-    """Some rows of a pass, ascending, whose logits are wanted, and the head's calls for them."""
+    """Rows of a pass, ascending, that need logits, and the head's calls for them."""
 
     rows: Sequence[slice]
     calls: GemmRanges
@@ -164,7 +164,7 @@ def forward(
     calls: GemmRanges,
     head: HeadRows | None = None,
 ) -> Tensor:
-    """Rows through all layers -> logits [T, V], or those of the head's rows."""
+    """Run rows through all layers -> logits [T, V], or those of the head's rows."""
     return forward_hidden(weights, products, batch, calls, head)[0]
 
 
@@ -176,7 +176,7 @@ def forward_hidden(
     head: HeadRows | None = None,
     reads: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor]:
-    """The logits as `forward` returns them, and what a draft head reads: the residual stream [T, H]
+    """Return the logits as `forward`, and what a draft head reads: the residual stream [T, H]
     before the final norm, or those before the layers `reads` side by side, [T, H reads]."""
     tokens, positions = (join([getattr(r, n) for r in batch]) for n in ("tokens", "positions"))
     now = Pass(weights, batch, calls, positions)
@@ -222,7 +222,7 @@ def embedding_scale(spec: ModelSpec) -> float:
 
 
 def add_layer(now: Pass, layer: int, product: Product, x: Tensor) -> None:
-    """x [T, H] through all blocks of a layer, in place."""
+    """Run x [T, H] through all blocks of a layer, in place."""
     attention, net = now.weights.spec.mixers_before[layer]
     for block in now.weights.spec.layers[layer].blocks:
         if isinstance(block.body, DeltaNet):
@@ -261,7 +261,8 @@ def add_result(weights: SharedWeights, layer: str, block: Block, out: Tensor, x:
 def attend_rows(
     now: Pass, layer: str, index: int, body: Attention, product: Product, x: Tensor
 ) -> Tensor:
-    """x [T, H] -> [T, H]; keys and values of the rows into their caches. index: the attention's."""
+    """Attention block: x [T, H] -> [T, H]. Writes the rows' keys and values to their caches. index:
+    the attention's."""
     q, k, v, gate = project(now, layer, body, product, x)
     tables = None
     if body.rope is not None:
@@ -294,8 +295,8 @@ def attend_rows(
 def into_cache(
     rows: Rows, index: int, window: int | None, keys: Tensor, values: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """keys, values [B, T, D] of the rows into their cache, as far as it has room for them -> those
-    that the rows may attend to, [B, S, D] each. index: the attention's."""
+    """Write keys, values [B, T, D] of the rows to their cache, as far as it has room -> those that
+    the rows may attend to, [B, S, D] each. index: the attention's."""
     cache, places = rows.cache, rows.places(window)
     if places.num_before is None:
         cache.write(index, places.slots, keys, values)
@@ -334,8 +335,8 @@ def project(
 
 
 def recur_rows(now: Pass, index: int, body: DeltaNet, product: Product, x: Tensor) -> Tensor:
-    """x [T, H] -> [T, H]; what the rows leave of their states into their caches. index: the delta
-    net's."""
+    """Delta-net block: x [T, H] -> [T, H]. Writes the rows' states to their caches. index: the
+    delta net's."""
     qkv, z, b, a = (
         product(f"{body.name}.in_proj_{name}", x, now.calls) for name in ("qkv", "z", "b", "a")
     )
@@ -360,7 +361,7 @@ def feed_forward(now: Pass, body: Dense, product: Product, x: Tensor) -> Tensor:
 
 
 def activate(body: Dense, gate: Tensor) -> None:
-    """gate [T, inner size], in place."""
+    """Apply the activation to gate [T, inner size], in place."""
     if body.activation == "silu":
         for some in pieces_of_one_place(gate, torch.bfloat16):
             F.silu(some, inplace=True)
@@ -370,15 +371,15 @@ def activate(body: Dense, gate: Tensor) -> None:
 
 
 def pieces_of_one_place(x: Tensor, even: torch.dtype | None) -> Iterable[Tensor]:
-    """x [T, N] in pieces over which a function gives a row the same bits wherever the row is. On
-    CPUs torch's f32 sigmoid and silu round the last numbers of a tensor, and of each thread's share
-    of one, otherwise than the others: a row at a time. even: the dtype in which they do not."""
+    """Split x [T, N] so that a function gives a row the same bits wherever it is. On CPUs torch's
+    f32 sigmoid and silu round the last numbers of a tensor, and of each thread's share of one,
+    differently: a row at a time. even: the dtype in which they do not."""
     return x if x.device.type == "cpu" and x.dtype != even else (x,)
 
 
 def live_slots(rows: Rows, some: slice, window: int | None) -> slice:
-    """The live slots that the sequence's rows `some` may have to attend to: of a piece that is
-    joined with what came before it, those that its windows show."""
+    """Live slots that the sequence's rows `some` may have to attend to: for a chunk that is joined
+    with the tokens before it, those within its window."""
     num_before = rows.places(window).num_before
     if num_before is None or window is None:
         return slice(None)
@@ -388,7 +389,7 @@ def live_slots(rows: Rows, some: slice, window: int | None) -> slice:
 
 
 def visible_slots(rows: Rows, some: slice, window: int | None, live: slice = slice(None)) -> Tensor:
-    """bool [T, S]: which of the live slots the sequence's rows `some` may attend to."""
+    """Mask bool [T, S] of the live slots that the sequence's rows `some` may attend to."""
     positions, places = rows.positions[some, None], rows.places(window)
     slot_positions = places.slot_positions[live]
     if places.visible is not None:
@@ -406,7 +407,8 @@ def normalize(weights: SharedWeights, name: str, x: Tensor) -> Tensor:
 
 
 def rms_norm(style: NormStyle, weight: Tensor | None, x: Tensor) -> Tensor:
-    """In pieces: torch takes f32 copies of its input, which for a long prompt would be large."""
+    """RMSNorm over the last dimension, in pieces: torch makes f32 copies of its input, which are
+    large for a long prompt."""
     normed = torch.empty_like(x)
     if weight is not None and style.rounds_late:
         weight = weight.float() + 1 if style.zero_centered else weight.float()
@@ -439,8 +441,8 @@ def make_shared(
     dtype: torch.dtype,
     keep: Callable[[Tensor], Tensor],
 ) -> SharedWeights:
-    """`tensors`: the artifact's resident tensors by name, on the device. `keep` copies norms and
-    scalars of another dtype into fast memory."""
+    """Return the small weights. `tensors`: the artifact's resident tensors by name, on the device.
+    `keep` copies norms and scalars of another dtype into fast memory."""
 
     def kept(name: str) -> Tensor:
         tensor = tensors[name]
@@ -454,8 +456,8 @@ def make_shared(
 def make_tables(
     spec: ModelSpec, num_positions: int, dtype: torch.dtype, keep: Callable[[Tensor], Tensor]
 ) -> dict[Rope, tuple[Tensor, Tensor]]:
-    """cos and sin [num_positions, rope size] of each rope, in fast memory; f32 where the model
-    rotates in it."""
+    """cos and sin [num_positions, rope size] of each rope, in fast memory; f32 for models that
+    rotate in f32."""
     wanted = torch.float32 if spec.rope_in_f32 else dtype
     found = {}
     for rope in spec.ropes:

@@ -20,8 +20,7 @@ PIECE_BYTES = 1 << 20  # of a file, read at a time
 
 
 class Digests:
-    """Background checks, of which `finish` raises the first error. The queue of checks is
-    bounded."""
+    """Background checks; `finish` raises the first error. The queue of checks is bounded."""
 
     def __init__(self, num_threads: int) -> None:
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="subspec-digest")
@@ -62,12 +61,12 @@ class Digests:
             self._take_result()
 
     def _take_result(self) -> None:
-        """It stays pending where it is an error, or where waiting for it is interrupted."""
+        """Wait for the oldest check. It stays pending if it fails, or if waiting is interrupted."""
         self._pending[0].result()
         self._pending.popleft()
 
     def close(self) -> None:
-        """Ends the threads."""
+        """End the threads."""
         self._pool.shutdown(cancel_futures=True)
 
     def _submit(self, name: str, expected: str, digest: Callable[[], str]) -> None:

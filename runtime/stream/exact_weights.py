@@ -34,8 +34,8 @@ class ExactWeights:
         record: Record = unrecorded,
     ) -> None:
         """unplaced: matrix name -> [N, K], of matrices without a substitute; resident: part name ->
-        what `view_of` gives; biases: matrix name -> [N]; streamed: all other parts;
-        residual_decoder: needed if any part is a residual, or in FP8, when it is used."""
+        as `view_of` returns it; biases: matrix name -> [N]; streamed: all other parts;
+        residual_decoder: needed if any part is a residual or FP8 codes when it is used."""
         self.streamed = streamed
         self._num_layers = spec.num_layers
         self._dtype: torch.dtype = getattr(torch, spec.dtype)

@@ -24,7 +24,7 @@ from subspec.runtime.memory import bytes_of, check_host_memory, pinned_buffer, u
 
 READ_BYTES = 64 << 20
 OVERSLEPT_SECONDS = 0.002
-CLOSING_SECONDS = 10.0  # to wait for a read; a disk or a server that has gone may never answer
+CLOSING_SECONDS = 10.0  # to wait for a read; a lost disk or server may never answer
 
 
 class Link(Protocol):
@@ -42,14 +42,14 @@ class Link(Protocol):
         """Allow the slot to be overwritten after all compute that was issued so far."""
 
     def forget(self) -> None:
-        """Forgets all copies that were begun, and allows every slot to be overwritten."""
+        """Drop all copies that were begun, and allow every slot to be overwritten."""
 
     def close(self) -> None: ...
 
 
 class DirectFile:
     """A file that is read with direct I/O if the file system supports it, so that the page cache
-    takes no memory of the budget; a note says where it does not."""
+    takes no memory of the budget; else a note is printed."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -86,8 +86,8 @@ class DirectFile:
         os.close(self._descriptor)
 
     def _stop_direct_reads(self) -> bool:
-        """Read through the page cache from now on; False if it is so already. Some file systems
-        refuse direct reads only once one is tried, or want larger blocks than pages."""
+        """Read through the page cache from now on; return False if that was so already. Some file
+        systems refuse direct reads only once one is tried, or need larger blocks than pages."""
         flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
         fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
         return bool(flags & os.O_DIRECT)
@@ -116,14 +116,14 @@ class DiskLink:
         self._file = DirectFile(path)
         self._slots = slots
         self._bytes_per_second = bytes_per_second
-        # Slot, offset and bytes; an event is set when its turn comes; None: the end.
+        # (slot, offset, bytes); an event, set when reached; or None, which ends the thread
         self._requests: queue.SimpleQueue[tuple[int, int, int] | threading.Event | None] = (
             queue.SimpleQueue()
         )
         self._filled: list[queue.SimpleQueue[BaseException | None]] = [
             queue.SimpleQueue() for _ in slots
         ]
-        self._closing = threading.Event()  # what a slow link still owes need not be waited for
+        self._closing = threading.Event()  # do not wait for a limited link any more
         self._thread = threading.Thread(target=self._read_all, name="subspec-reader", daemon=True)
         try:
             self._thread.start()

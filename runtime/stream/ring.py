@@ -29,17 +29,18 @@ class StreamedParts(Protocol):
     def wait_seconds(self) -> float: ...
 
     def take(self, name: str) -> Tensor:
-        """The part as it is stored, by `view_of`. Valid until the next call. Raises SubspecError if
-        it could not be read."""
+        """Return the part as stored, by `view_of`, valid until the next call. Raises SubspecError
+        if it could not be read."""
 
     def settle(self) -> None:
         """Wait for the digest check of the last part. Raises SubspecError(CORRUPT)."""
 
     def begin_pass(self) -> None:
-        """Whatever became of the pass before. Raises SubspecError if that has failed."""
+        """Begin a pass, also after one that was cut short. Raises SubspecError if reading has
+        failed."""
 
     def end_pass(self) -> None:
-        """Called when all compute of a pass is issued."""
+        """End a pass, once all of its compute is issued."""
 
     def close(self) -> None: ...
 
@@ -64,8 +65,9 @@ class Ring:
         dtype: torch.dtype,
         check: Check = unchecked,
     ) -> None:
-        """`check` compares a block with its digests, the first time that it is streamed. It runs in
-        parallel with the compute that reads the block, and ends before the next block is taken."""
+        """`check` compares a block with its digests when it is streamed for the first time. It runs
+        in parallel with the compute that reads the block, and ends before the next block is
+        taken."""
         self.streamed_bytes = 0
         self._check = check
         self._checked: Callable[[], None] = lambda: None
@@ -92,7 +94,7 @@ class Ring:
         if name not in self._arrived:
             self._release()
             self._take_block()
-            assert name in self._arrived, f"{name} was asked for out of order"
+            assert name in self._arrived, f"{name} was taken out of order"
         return self._arrived[name]
 
     def settle(self) -> None:
@@ -103,7 +105,7 @@ class Ring:
     def begin_pass(self) -> None:
         if self._failure is not None:
             raise self._failure
-        if self._in_pass:  # the last one was cut short, wherever
+        if self._in_pass:  # the last one was cut short
             self.settle()
             self._link.forget()
             self._arrived, self._num_begun, self._num_taken = {}, 0, 0
@@ -128,13 +130,13 @@ class Ring:
             self._arrived[part.name] = view_of(part, memory[offset:], self._dtype)
             offset += part.padded_bytes
         if index in self._unchecked:
-            with self._failures_kept():  # of an earlier part, where many are waiting
+            with self._failures_kept():  # an earlier part's, if the queue is full
                 self._checked = self._check(block, memory)
             self._unchecked.remove(index)
 
     def _release(self) -> None:
-        """Allow the slot of the last block to be filled again, as its compute is issued. Raises
-        what the block's check found."""
+        """Allow the last block's slot to be filled again, as its compute is issued. Raises the
+        error of the block's check."""
         if self._arrived:
             self.settle()
             self._link.release((self._num_taken - 1) % self._num_slots)
@@ -150,7 +152,7 @@ class Ring:
             raise
 
     def _fill(self) -> None:
-        """Starts copies into all slots that are free."""
+        """Start copies into all free slots."""
         while self._num_begun < self._num_taken + self._num_slots:
             index = self._num_begun % len(self._blocks)
             slot = self._num_begun % self._num_slots
@@ -181,7 +183,7 @@ class Requested:
         self._slots: dict[str, int] = {}  # least recently used first
         self._views: dict[str, Tensor] = {}  # of those that have arrived
         self._in_use: str | None = None
-        self._failure: SubspecError | None = None  # kept: nothing is taken after it
+        self._failure: SubspecError | None = None  # raised again by every later call
 
     @property
     def wait_seconds(self) -> float:
@@ -223,7 +225,7 @@ class Requested:
         self._link.close()
 
     def _arrive(self, name: str) -> Tensor:
-        """Waits for the part's copy. A slot is waited for once: a copy that failed has no other."""
+        """Wait for the part's copy, once per copy: a failed copy is not repeated."""
         if self._failure is not None:
             raise self._failure
         if name not in self._views:
@@ -236,7 +238,7 @@ class Requested:
         return self._views[name]
 
     def _make_room(self, wanted: Sequence[str] = ()) -> bool:
-        """False: every slot is being filled, in use or `wanted`."""
+        """Free a slot. Return False if every slot is being filled, in use or `wanted`."""
         kept = {self._in_use, *wanted}
         idle = (one for one in self._slots if one in self._views and one not in kept)
         oldest = next(idle, None)
@@ -259,8 +261,8 @@ class Requested:
 
 
 def view_of(part: StoredPart, memory: Tensor, dtype: torch.dtype) -> Tensor:
-    """memory: uint8, beginning with the part's bytes -> [rows, K], of `dtype` or of FP8 codes; of a
-    residual uint8 [bytes]."""
+    """View of a part in memory, uint8, that begins with its bytes: [rows, K] of `dtype` or of FP8
+    codes, or uint8 [bytes] of a residual."""
     found = memory[: part.num_bytes]
     if part.is_residual:
         return found

@@ -35,8 +35,8 @@ CHILD = (sys.executable, "-P", __file__)  # -P: import nothing from this folder
 
 
 class TemplateWorker:
-    """A child that renders one request after the other. The limits hold for each of them; a child
-    that was stopped is replaced. Threads may call `render` at once and wait for each other."""
+    """A child that renders requests one after the other. The limits hold for each request; a child
+    that was stopped is replaced. `render` is thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -63,7 +63,7 @@ class TemplateWorker:
         return reply["text"]
 
     def close(self) -> None:
-        """Ends the child. It may be asked again: another one is started then."""
+        """End the child. A later `render` starts another one."""
         with self._lock:
             self._end_child()
 
@@ -104,7 +104,7 @@ class TemplateWorker:
         return reply
 
     def _end_child(self) -> None:
-        """It ends by itself when nobody can ask it."""
+        """Close the child's input, which ends it."""
         if self._child is not None:
             with self._child, suppress(BrokenPipeError):
                 assert self._child.stdin is not None
@@ -113,7 +113,7 @@ class TemplateWorker:
 
 
 def render(template: str, variables: dict[str, Any]) -> str:
-    """The same in a child for this one render."""
+    """Render as `TemplateWorker.render`, in a child for this one request."""
     with TemplateWorker() as worker:
         return worker.render(template, variables)
 
@@ -128,7 +128,7 @@ def _started() -> "subprocess.Popen[bytes]":
 
 
 def _exchange(child: "subprocess.Popen[bytes]", request: bytes) -> bytes:
-    """The reply's line; what there is of it if the child has ended."""
+    """Send a request and return the line of the reply, cut short if the child has ended."""
     assert child.stdin is not None and child.stdout is not None
     with suppress(BrokenPipeError):
         child.stdin.write(request)
@@ -138,7 +138,7 @@ def _exchange(child: "subprocess.Popen[bytes]", request: bytes) -> bytes:
 
 
 def _stopped(status: int, is_late: bool) -> SubspecError:
-    """Why a child has ended without a reply."""
+    """The error for a child that ended without a reply."""
     if is_late:
         return _failed(f"it ran for more than {WALL_SECONDS} s")
     if status == -signal.SIGPROF:
@@ -189,8 +189,8 @@ def serve(requests: BinaryIO) -> None:
 
 
 def is_worn() -> bool:
-    """Whether this process has taken so much memory that the next render could miss it. The peak in
-    getrusage is no help: a child begins with its parent's."""
+    """Return True if this process has taken so much memory that the next render could lack it. The
+    peak in getrusage is no help: a child starts with its parent's."""
     try:
         status = Path("/proc/self/status").read_text("ascii", "replace")
     except OSError:  # not Linux
@@ -226,7 +226,8 @@ def reply_to(template: str, variables: dict[str, Any]) -> dict[str, str]:
 
 @lru_cache(maxsize=2)
 def compiled(template: str) -> Template:
-    """Holds nothing of what it has rendered: a template cannot change its environment."""
+    """Return the compiled template. It keeps no data of renders: a template cannot change its
+    environment."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,

@@ -1,4 +1,4 @@
-"""Token ids -> text as it becomes certain, up to a stop text."""
+"""Streaming detokenizer: token ids -> text as it becomes certain, up to a stop text."""
 
 import re
 from bisect import bisect_left
@@ -12,28 +12,28 @@ from subspec.runtime.text.tokenizer import ChatTokenizer, special_tokens
 INCOMPLETE = "\ufffd"  # text of bytes that are not a character, or not yet
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 MAX_WAITING = 64  # tokens whose text is not certain; a character has 4 bytes
-MAX_BEFORE = 256  # of a prompt's last tokens, with which an answer is decoded
+MAX_BEFORE = 256  # last tokens of a prompt that are decoded together with the answer
 
 
 class Decoder:
     """Streaming detokenizer: ids that follow `prompt`, one by one -> their text, in total
-    decode(prompt + ids) without decode(prompt), with which it begins.
+    decode(prompt + ids) without its prefix decode(prompt).
 
-    What a token says depends on its neighbours: a byte is a part of a character, and some decoders
-    drop the first space. So tokens are decoded together with those before them.
+    The text of a token depends on its neighbours: a byte is a part of a character, and some
+    decoders drop the first space. So tokens are decoded together with those before them.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._special = special_tokens(tokenizer)
         self._ids = list(prompt[-MAX_BEFORE:])  # since a place where decoding can begin
-        self._num_settled = len(self._ids)  # of them, when all of their text had been returned
+        self._num_settled = len(self._ids)  # of them, whose text has all been returned
         self._num_given = len(self._decode())  # characters of their text that were returned
         self._in_bytes = False  # the last token is a byte
         self.waiting = ""  # whole characters that the next token may still change
 
     def feed(self, token: int) -> str:
-        """Text that has become certain."""
+        """Return the text that has become certain."""
         self._ids.append(token)
         if token not in self._special:  # which the tokenizer's decoder does not see
             piece = self._tokenizer.id_to_token(token) or ""
@@ -46,7 +46,7 @@ class Decoder:
         return self._give(text, len(text) - text.endswith(INCOMPLETE))
 
     def finish(self) -> str:
-        """The remaining text, with an incomplete character as U+FFFD."""
+        """Return the remaining text, with an incomplete character as U+FFFD."""
         text = self._decode()
         return self._give(text, len(text))
 
@@ -67,9 +67,9 @@ class Decoder:
 
 @dataclass(frozen=True)
 class Unstopped:
-    """Where stop texts do not count: from `begin` to `end`; if `begin` is empty, text begins there.
-    leads: `begin` counts only if there is nothing but white space before it. follows: it counts
-    only with one of these behind it, perhaps after white space."""
+    """A section in which stop texts do not count: from `begin` to `end`; with an empty `begin` the
+    text starts inside. leads: `begin` counts only after white space or nothing. follows: it counts
+    only before one of these, after optional white space."""
 
     begin: str
     end: str
@@ -81,8 +81,8 @@ class StreamingDetokenizer:
     """Ids that follow `prompt` -> text up to a stop text. Untrusted: use `printable` before showing
     it on a terminal.
 
-    Special tokens are no part of the text, except those in `shown`. A stop text may have others in
-    it: a mark stands for each of them where it was, a surrogate, which no text contains.
+    Special tokens are not part of the text, except those in `shown`. A stop text may contain
+    others: each is replaced by a mark, a surrogate, which no text contains.
     """
 
     def __init__(
@@ -103,12 +103,14 @@ class StreamingDetokenizer:
         self._stop = tuple(stop)
         self._marked_stop = {marked(s, marks): s for s in stop if marked(s, marks) not in stop}
         self._unstopped = tuple(one for one in unstopped if one.begin)
-        self._within = next((one.end for one in unstopped if not one.begin), None)  # what ends it
-        self._is_blank = True  # what was released
-        self._held = ""  # certain, but a stop text could begin with it
-        self._marks: list[tuple[int, str]] = []  # at which characters after those of `text`
+        self._within = next(
+            (one.end for one in unstopped if not one.begin), None
+        )  # end of the section that the text is in
+        self._is_blank = True  # released text is only white space
+        self._held = ""  # certain text with which a stop text could begin
+        self._marks: list[tuple[int, str]] = []  # and their places after `text`
         self.text = ""
-        self.stop_text: str | None = None  # that has ended the text
+        self.stop_text: str | None = None  # the one that ended the text
         self.num_tokens = 0  # of the text, up to the token that completed a stop text
 
     @property
@@ -116,7 +118,7 @@ class StreamingDetokenizer:
         return self.stop_text is not None
 
     def feed(self, ids: Sequence[int]) -> str:
-        """Text that has become certain. After a stop text `stopped` is True."""
+        """Return the text that has become certain. After a stop text `stopped` is True."""
         fresh = ""
         for token in ids:
             if self.stopped:
@@ -134,7 +136,7 @@ class StreamingDetokenizer:
         return fresh
 
     def finish(self) -> str:
-        """The text that was withheld because a stop text could have begun with it."""
+        """Return the text that was withheld because a stop text could have begun with it."""
         fresh = ""
         if not self.stopped:
             self._held += self._decoder.finish()
@@ -144,7 +146,7 @@ class StreamingDetokenizer:
         return fresh
 
     def _release(self, seen: str, num_certain: int, ended: bool = False) -> str:
-        """What no stop text can begin with, of `seen`, all that is known after `text`."""
+        """Return the part of `seen`, all text after `text`, with which no stop text can begin."""
         begin = 0  # what is before it is released
         while True:
             if self._within is not None:
@@ -172,8 +174,8 @@ class StreamingDetokenizer:
     def _find_opening(
         self, seen: str, begin: int, ended: bool
     ) -> tuple[int, Unstopped | None, bool]:
-        """The first place after `begin` where stop texts cease to count, and whether that is
-        certain, which it may not be before what follows has come."""
+        """The first section without stop texts after `begin`: its place, itself, and whether it is
+        certain, which may depend on the text that follows."""
         found = list[tuple[int, Unstopped, bool]]()
         for one in self._unstopped:
             at = seen.find(one.begin, begin)
@@ -184,7 +186,8 @@ class StreamingDetokenizer:
         return min(found, key=lambda place: place[0], default=(-1, None, True))
 
     def _opens(self, one: Unstopped, seen: str, at: int, ended: bool) -> bool | None:
-        """None: it depends on what follows."""
+        """Return True if the section begins at `at`, None if that depends on the text that
+        follows."""
         if one.leads and not (self._is_blank and not seen[:at].strip()):
             return False
         rest = seen[at + len(one.begin) :].lstrip()
@@ -193,7 +196,7 @@ class StreamingDetokenizer:
         return None if not ended and any(text.startswith(rest) for text in one.follows) else False
 
     def _find_stop(self, seen: str, begin: int) -> tuple[int, str | None]:
-        """The first stop text after `begin`, and where it begins."""
+        """The first stop text after `begin`: its place and itself."""
         at, stop = first_of(seen, self._stop, begin)
         with_marks, places = insert(seen, self._marks)
         start = bisect_left(places, begin)
@@ -203,7 +206,8 @@ class StreamingDetokenizer:
         return at, stop
 
     def _end_of_safe(self, seen: str, begin: int) -> int:
-        """Up to where neither a stop text nor a place without them can have begun."""
+        """End of the text in which neither a stop text nor a section without them can have
+        begun."""
         with_marks, places = insert(seen, self._marks)
         rest = with_marks[bisect_left(places, begin) :]
         return min(
@@ -214,21 +218,21 @@ class StreamingDetokenizer:
 
 
 def first_of(text: str, wanted: Sequence[str], begin: int = 0) -> tuple[int, str | None]:
-    """The first of the wanted texts after `begin`, and where it begins; -1 and None: none is."""
+    """The first of the `wanted` texts after `begin`: its place and itself, or -1 and None."""
     found = [(at, one) for one in wanted if (at := text.find(one, begin)) >= 0]
     return min(found, key=lambda place: place[0], default=(-1, None))
 
 
 def marked(stop: str, marks: dict[str, str]) -> str:
-    """A stop text with marks for the special tokens in it, of which the longest come first."""
+    """A stop text with marks for the special tokens in it. marks: the longest tokens first."""
     for content, mark in marks.items():
         stop = stop.replace(content, mark)
     return stop
 
 
 def insert(text: str, marks: Sequence[tuple[int, str]]) -> tuple[str, list[int]]:
-    """`text` with marks before some of its characters, and the place in `text` of each character,
-    and of the end, of that."""
+    """Return `text` with marks before some of its characters, and the place in `text` of each
+    character of the result, and of its end."""
     whole, places, begin = "", list[int](), 0
     for at, mark in marks:
         whole += text[begin:at] + mark

@@ -1,4 +1,4 @@
-"""The text of an answer as it becomes certain, over a sequence's tokens."""
+"""Text of an answer as it becomes certain, from a sequence's tokens."""
 
 from collections.abc import Iterator
 from collections.abc import Sequence as Tokens
@@ -18,18 +18,18 @@ class AnswerText:
         self._fresh = ""
 
     def cut(self, tokens: Tokens[int]) -> int | None:
-        """Number of tokens to keep if a stop text ends the answer."""
+        """Return the number of tokens to keep if a stop text ends the answer, else None."""
         before = self.detokenizer.num_tokens
         self._fresh += self.detokenizer.feed(list(tokens))
         return self.detokenizer.num_tokens - before if self.detokenizer.stopped else None
 
     def take_new_tokens(self) -> str:
-        """Text that has become certain since the last call."""
+        """Return the text that has become certain since the last call."""
         fresh, self._fresh = self._fresh, ""
         return fresh
 
     def finish(self) -> str:
-        """What was withheld, as a stop text could have begun with it."""
+        """Return the text that was withheld because a stop text could have begun with it."""
         return self.detokenizer.finish()
 
 

@@ -1,4 +1,4 @@
-"""What a chat template can render, found by rendering probes.
+"""Capabilities of a chat template, found by rendering probes.
 
 The names are those of llama.cpp's `chat_template_caps`, on which careful clients branch.
 """
@@ -31,7 +31,7 @@ TOOL = {
 
 @dataclass(frozen=True)
 class TemplateCaps:
-    """supports_user_after_result and supports_enable_thinking are ours."""
+    """Capabilities; supports_user_after_result and supports_enable_thinking are not llama.cpp's."""
 
     supports_string_content: bool = True
     supports_typed_content: bool = False
@@ -53,7 +53,7 @@ Rendered = Callable[[Conversation], str]  # "" if the template refuses or fails
 
 
 def find_caps(tokenizer: ChatTokenizer, worker: TemplateWorker) -> TemplateCaps:
-    """Takes a few ms for each of about 15 probes. Without a template messages are plain text."""
+    """Render about 15 probes, a few ms each. Without a template messages are plain text."""
     template = tokenizer.template
     if template is None:
         return TemplateCaps()
@@ -107,7 +107,7 @@ def _call_caps(rendered: Rendered) -> dict[str, bool]:
 
 
 def _with_calls(rendered: Rendered, arguments: list[Any], *after: dict[str, Any]) -> str:
-    """A conversation with these calls, their results and what comes after those."""
+    """Render a conversation with these calls, their results and the messages `after`."""
     calls = [
         {
             "id": f"{CALL_ID[:-1]}{index}",
@@ -122,7 +122,7 @@ def _with_calls(rendered: Rendered, arguments: list[Any], *after: dict[str, Any]
 
 
 def _preserves_reasoning(rendered: Rendered) -> bool:
-    """Of the turn before, or of the turn that goes on after a call."""
+    """Return True if the reasoning of the previous turn is rendered, or that before a call."""
     thought = {"role": "assistant", "content": "probe", "reasoning_content": "probe-thought"}
     function = {"name": "probe_tool", "arguments": {"probe_key": "probe"}}
     call = {"id": CALL_ID, "type": "function", "function": function}

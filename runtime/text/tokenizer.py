@@ -24,8 +24,8 @@ KNOWN_SETTINGS = ("special_tokens", "begins_with_bos")
 MAX_TEMPLATE = 1 << 20
 MAX_DEPTH = 100  # lists and objects within each other in what a template is given
 MAX_COUNTED = 1 << 18  # tokens of a text that need not fit a context
-QUICK_CHARACTERS = 8 << 10  # are encoded in a few ms
-MARK = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")  # there are tokens of white space and words too
+QUICK_CHARACTERS = 8 << 10  # encoded in a few ms
+MARK = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")  # other added tokens are white space or words
 # Tokens that a model writes within its turn: they forge none, and texts speak of them.
 WITHIN_TURNS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
 SEPARATOR = "\ud800"  # half a character, which texts do not have
@@ -42,9 +42,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class Conversation:
-    """What a chat template is given. messages and tools: as in OpenAI's chat form, except that the
-    arguments of tool calls are objects where the template takes them so. enable_thinking,
-    reasoning_effort: None: the template's own default."""
+    """Input of a chat template. messages and tools: as in OpenAI's chat form, except that the
+    arguments of tool calls are objects if the template takes objects. enable_thinking,
+    reasoning_effort: None is the template's own default."""
 
     messages: Sequence[dict[str, Any]]
     tools: Sequence[dict[str, Any]] = ()
@@ -71,7 +71,7 @@ class ChatTokenizer:
         return self.rendered_ids(self.render(messages))
 
     def rendered_ids(self, text: str) -> list[int]:
-        """What a chat template has made -> ids, special tokens in it included, and no others."""
+        """Rendered chat template -> ids; special tokens only as in the text."""
         return self._encode(text, add_special_tokens=False)
 
     def plain_ids(self, text: str) -> list[int]:
@@ -85,9 +85,9 @@ class ChatTokenizer:
         return ids[1:] if ids[:2] == [bos, bos] else ids  # the text had one as well
 
     def is_longer(self, text: str, most: int) -> bool:
-        """Whether a text has more than `most` tokens for certain: it is told by the text's pieces,
-        of which a hostile text's first ones are enough. A piece's first and last words may be made
-        of more tokens than in the whole, but the text has not half as many."""
+        """Return True if a text certainly has more than `most` tokens. It is encoded in pieces, so
+        that the first ones of a hostile text are enough. The words at the ends of a piece may take
+        more tokens than in the whole text, but the sum is less than twice as large."""
         count = 0
         if len(text) <= most:
             return False
@@ -99,7 +99,7 @@ class ChatTokenizer:
         return False
 
     def check_known(self, ids: Sequence[int], vocab_size: int) -> None:
-        """Raises SubspecError(USAGE) for a token that the model does not know: some tokenizers have
+        """Raise SubspecError(USAGE) for a token that the model does not know: some tokenizers have
         more tokens than the embedding has rows."""
         if (token := next((one for one in ids if one >= vocab_size), None)) is not None:
             raise SubspecError(
@@ -116,8 +116,8 @@ class ChatTokenizer:
         return render(self.template or "", self.template_variables(conversation))
 
     def template_variables(self, conversation: Conversation) -> dict[str, Any]:
-        """What the template sees, without control tokens in what a person may have written: texts
-        of all roles, calls and results, tools. Raises SubspecError(USAGE)."""
+        """Variables of the template, without control tokens in text that a person may have written:
+        texts of all roles, calls and results, tools. Raises SubspecError(USAGE)."""
         given = {"messages": [*conversation.messages], "tools": [*conversation.tools] or None}
         chosen = {
             "enable_thinking": conversation.enable_thinking,
@@ -193,9 +193,9 @@ def _read(path: Path, most: int) -> bytes:
 
 
 def without_control_tokens(value: Any, control_tokens: Sequence[str]) -> Any:
-    """The same JSON value with special tokens in its texts and keys split by a zero-width space, so
-    that they are tokenized as ordinary text and a user cannot forge turns. Raises SubspecError
-    (USAGE) for half a character, and for a value that is nested too deeply."""
+    """Return the JSON value with special tokens in its texts and keys split by a zero-width space,
+    so that they are tokenized as ordinary text and a user cannot forge turns. Raises SubspecError
+    (USAGE) for half a surrogate pair, and for a value that is nested too deeply."""
     texts = [*texts_of(value)]
     check_characters("".join(texts))
     whole = SEPARATOR.join(texts)  # in one text: a client may send very many
@@ -206,7 +206,7 @@ def without_control_tokens(value: Any, control_tokens: Sequence[str]) -> Any:
 
 
 def texts_of(value: Any, depth: int = 0) -> Iterator[str]:
-    """Texts and keys in a JSON value, in order."""
+    """Yield the texts and keys in a JSON value, in order."""
     if depth > MAX_DEPTH:
         message = f"the messages or tools are nested more than {MAX_DEPTH} deep"
         raise SubspecError(Exit.USAGE, message, "send less deeply nested JSON")
@@ -222,7 +222,7 @@ def texts_of(value: Any, depth: int = 0) -> Iterator[str]:
 
 
 def with_texts(value: Any, texts: Iterator[str]) -> Any:
-    """The same value with other texts in the order of `texts_of`."""
+    """Return the value with other texts, in the order of `texts_of`."""
     if isinstance(value, str):
         return next(texts)
     if isinstance(value, dict):
@@ -233,7 +233,7 @@ def with_texts(value: Any, texts: Iterator[str]) -> Any:
 
 
 def check_characters(text: str) -> None:
-    """Raises SubspecError(USAGE) for half a surrogate pair, which no tokenizer can encode."""
+    """Raise SubspecError(USAGE) for half a surrogate pair, which no tokenizer can encode."""
     if not text.isascii():
         try:
             text.encode()
@@ -244,6 +244,6 @@ def check_characters(text: str) -> None:
 
 
 def special_tokens(tokenizer: Tokenizer) -> dict[int, str]:
-    """Those that decoding leaves out, by id."""
+    """Tokens that decoding leaves out, by id."""
     added = tokenizer.get_added_tokens_decoder()
     return {token: one.content for token, one in added.items() if one.special}

@@ -165,7 +165,7 @@ def test_a_part_that_is_asked_for_out_of_order_is_a_mistake_of_ours(
 ) -> None:
     ring, blocks = open_ring(toy, *stored)
     ring.take(NAMES[0])
-    with pytest.raises(AssertionError, match="asked for out of order"):
+    with pytest.raises(AssertionError, match="taken out of order"):
         ring.take(blocks[2].parts[0].name)
     ring.close()
 
