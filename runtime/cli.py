@@ -172,7 +172,7 @@ def answering(artifact: "Artifact", options: Options) -> "Answering":
 
 
 def chosen_folder(options: Options) -> Path:
-    """ARTIFACT, or that of --model, which is planned if it is not there yet."""
+    """Folder of ARTIFACT, or of the artifact of --model, which is planned if it is missing."""
     if options.model is None:
         assert options.artifact is not None, "arranged() asks for it"
         return Path(options.artifact)
@@ -254,7 +254,7 @@ def prompt_ids(
 
 
 def check_bias(artifact: "Artifact", options: Options) -> None:
-    """Before the weights load. Raises SubspecError(USAGE)."""
+    """Raise SubspecError(USAGE) for unknown token ids, before the weights load."""
     last = artifact.spec.vocab_size - 1
     wrong = next((token for token, _ in options.logit_bias if token > last), None)
     if wrong is not None:

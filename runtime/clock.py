@@ -37,7 +37,8 @@ class Span:
 
 @dataclass
 class Clock:
-    """Phases do not overlap. On cuda a phase ends when its kernels have ended: it synchronizes."""
+    """Seconds per phase. Phases do not overlap. On cuda a phase synchronizes: it ends with its
+    kernels."""
 
     device: torch.device
     spans: list[Span] | None = None  # None: not recorded
@@ -46,7 +47,7 @@ class Clock:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         started = time.perf_counter()
-        # A range for a profiler of NVIDIA's, where one may be watching.
+        # A range for NVIDIA's profilers, if one is attached.
         marked = self.spans is not None and self.device.type == "cuda" and has_ranges()
         with torch.cuda.nvtx.range(name) if marked else nullcontext():
             yield
@@ -63,7 +64,7 @@ class Clock:
 
 
 def has_ranges() -> bool:
-    """Whether this build of torch can mark ranges for NVIDIA's profilers."""
+    """Return True if this build of torch can mark ranges for NVIDIA's profilers."""
     return torch.version.cuda is not None
 
 

@@ -13,8 +13,8 @@ from subspec.runtime.kernels.linear import check_capability
 def open_device(
     plan: Plan, placement: Placement, device: str | None, stack: ExitStack
 ) -> torch.device:
-    """The plan's device; `device` may pick one GPU of several. Limits what torch may take of it,
-    until the stack is closed."""
+    """Return the plan's device; `device` may select one of several GPUs. Limits torch's share of
+    its memory until the stack is closed."""
     chosen = torch.device(device or plan.device)
     if chosen.type != plan.device:
         raise SubspecError(
@@ -39,7 +39,7 @@ def open_device(
         check_capability(chosen)
         torch.cuda.set_device(chosen)
         restrict_cuda_kernels()
-        torch.cuda.empty_cache()  # what others of this process cached would count against us
+        torch.cuda.empty_cache()  # other code's cache would count against the budget
         # What torch may allocate: the budget less the context, which torch does not count.
         ours = plan.budget_bytes - placement.ledger.overhead
         total = torch.cuda.get_device_properties(chosen).total_memory
@@ -49,13 +49,13 @@ def open_device(
 
 
 def restrict_cuda_kernels() -> None:
-    """Which kernels torch may choose on GPUs, in this process.
+    """Restrict the kernels that torch may choose on GPUs, in this process.
 
     Products of 16-bit numbers are added up in f32. Else cuBLAS may round partial sums to 16 bits
-    where it divides a long sum among thread blocks, which depends on the number of rows.
-    Drafts' attention is left the kernels that take any shape at once: cuDNN makes a plan for each
-    number of rows and slots that is new, up to 37 ms of the host (huggingface/transformers#48163),
-    and both change from prompt to prompt.
+    where it divides a long sum among thread blocks, which depends on the number of rows. Drafts'
+    attention may use only kernels that take any shape at once: cuDNN makes a plan for each new
+    number of rows and slots, up to 37 ms of the host (huggingface/transformers#48163), and both
+    change from prompt to prompt.
     """
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
@@ -63,7 +63,7 @@ def restrict_cuda_kernels() -> None:
 
 
 def machine_name(device: torch.device) -> str:
-    """What a plan's costs and a result's bits depend on, the same throughout a process."""
+    """Name of what a plan's costs and a result's bits depend on; constant in a process."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
@@ -72,7 +72,7 @@ def machine_name(device: torch.device) -> str:
 
 
 def driver_version(device: torch.device) -> str:
-    """Of a GPU, as NVML tells it. Empty: it is none, or nvidia-ml-py is not installed."""
+    """Version of the GPU's driver, from NVML; empty without a GPU or nvidia-ml-py."""
     if device.type != "cuda":
         return ""
     try:
@@ -87,8 +87,8 @@ def driver_version(device: torch.device) -> str:
 
 
 def instruction_sets() -> str:
-    """Of the CPU, as far as torch and oneDNN choose products by them: each adds in an order of its
-    own."""
+    """Instruction sets of the CPU by which torch and oneDNN choose products, each of which adds in
+    an order of its own."""
     found = [torch.backends.cpu.get_cpu_capability()]
     if torch.cpu._is_avx512_bf16_supported():
         found.append("bf16")

@@ -1,5 +1,5 @@
-"""Weights -> the arenas of fast memory, in kernel layouts, piece by piece: while a model loads, no
-more memory is taken than while it runs.
+"""Load weights into the arenas of fast memory, in kernel layouts, piece by piece: loading a model
+takes no more memory than running it.
 
 The weights are an artifact's (`ArtifactWeights`), or random ones of the same shapes (the planner's
 microbenchmarks).
@@ -49,32 +49,33 @@ from subspec.runtime.stream.link import DirectFile, DiskLink, HostLink
 from subspec.runtime.stream.residual_decoder import ResidualDecoder
 from subspec.runtime.stream.ring import Ring, view_of
 
-DRAFT_DTYPE = torch.bfloat16  # what the 4-bit kernels take
+DRAFT_DTYPE = torch.bfloat16  # that the 4-bit kernels take
 TORCH_DTYPES = {
     "U8": torch.uint8, "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32,
     "I64": torch.int64,
 }  # fmt: skip
-PIECE_BYTES = 1 << 20  # of a tensor that are read at a time
+PIECE_BYTES = 1 << 20  # of a tensor, read at a time
 
 
 class WeightFiles(Protocol):
-    """Where weights come from."""
+    """Source of weights."""
 
     def read_tensor(self, name: str, target: Tensor) -> None:
-        """Fills a resident tensor, in fast memory."""
+        """Fill a resident tensor, in fast memory."""
 
     def read_substitute(self, linear: Linear, weight: Int4Weight) -> None:
-        """Fills a substitute's layout. May return before it has; `finish` waits."""
+        """Fill a substitute's layout. May return before that is done; `finish` waits."""
 
     def read_exact(self, stored: StoredPart, target: Tensor) -> None:
-        """Fills target [rows, K], in fast memory, with the exact weights of what is not stored so:
-        of the model's dtype, or FP8 codes."""
+        """Fill target [rows, K], in fast memory, with the exact weights of a part that is stored in
+        another form: in the model's dtype, or as FP8 codes."""
 
     def read_stored(self, stored: StoredPart, target: Tensor) -> None:
-        """Fills target uint8 [padded bytes], in fast memory at a page, with the part as stored."""
+        """Fill target uint8 [padded bytes], page-aligned in fast memory, with the part as
+        stored."""
 
     def finish(self) -> None:
-        """Waits for what is under way. Raises SubspecError(CORRUPT) for what is damaged."""
+        """Wait for pending reads. Raises SubspecError(CORRUPT) for damaged files."""
 
 
 # Placing: which tensor lies in which arena
@@ -123,8 +124,8 @@ def place_resident(
     files: WeightFiles,
     progress: Progress = unseen,
 ) -> dict[str, Tensor]:
-    """What stays of the exact weights, by part: as `view_of` gives them; a residual that is decoded
-    while loading as if it were stored plainly, FP8 that is dequantized as if it were raw."""
+    """Resident exact weights, by part, as `view_of` returns them. A residual that is decoded while
+    loading is returned as if stored plainly, FP8 that is dequantized as if stored raw."""
     resident_names, residuals = set(placement.resident), set(placement.residuals)
     dequantized = set(placement.dequantized)
     chosen = [part for part in stored if part.name in resident_names | residuals]
@@ -155,7 +156,7 @@ def biases_of(spec: ModelSpec, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def scales_by_name(spec: ModelSpec, tensors: dict[str, Tensor]) -> dict[str, Scales]:
-    """Of every FP8 matrix, by its name."""
+    """Scales of every FP8 matrix, by its name."""
     return {
         one.name: scales_of(one, tensors[f"{one.name}.fp8_scale"])
         for one in spec.linears
@@ -194,7 +195,8 @@ def make_residual_decoder(
     num_threads: int,
     record: Record = unrecorded,
 ) -> ResidualDecoder | None:
-    """None: no weight is decoded at its use. FP8 codes are."""
+    """Return the decoder of residuals and FP8 codes, or None if no weight is decoded when it is
+    used."""
     resident_names, dequantized = set(placement.resident), set(placement.dequantized)
     coded = [
         p
@@ -217,7 +219,7 @@ def make_residual_decoder(
 
 
 def check_kernel(artifact: Artifact, plan: Plan, device: torch.device) -> None:
-    """Raises SubspecError(WRONG_MACHINE) if the plan's 4-bit kernel cannot run here."""
+    """Raise SubspecError(WRONG_MACHINE) if the plan's 4-bit kernel cannot run here."""
     if plan.int4_kernel == "gemlite":
         specs = [spec for spec in (artifact.spec, artifact.draft_model) if spec is not None]
         every = (one for spec in specs for one in spec.linears)
@@ -239,8 +241,8 @@ def check_kernel(artifact: Artifact, plan: Plan, device: torch.device) -> None:
 
 
 def check_decoder(artifact: Artifact, placement: Placement, device: torch.device) -> None:
-    """Raises SubspecError(WRONG_MACHINE) if residuals are decoded at their use, and nothing can do
-    it here. On CPUs a plain twin can, and FP8 codes have one on GPUs as well."""
+    """Raise SubspecError(WRONG_MACHINE) if residuals are decoded when they are used, and this
+    machine cannot. CPUs have a plain twin, and FP8 codes have one on GPUs as well."""
     if device.type == "cpu":
         return
     resident_names, problem = set(placement.resident), triton_driver.unavailable(device)
@@ -255,7 +257,7 @@ def check_decoder(artifact: Artifact, placement: Placement, device: torch.device
 
 
 def check_token_ids(token_ids: Tensor, vocab_size: int) -> None:
-    """Raises SubspecError(CORRUPT) unless they are different tokens of the vocabulary."""
+    """Raise SubspecError(CORRUPT) unless they are different tokens of the vocabulary."""
     ids = token_ids.cpu()
     if int(ids.min()) < 0 or int(ids.max()) >= vocab_size or len(ids.unique()) < len(ids):
         message = f"{HEAD_FILE}: {TOKEN_IDS} are not different tokens of {vocab_size}"
@@ -266,8 +268,7 @@ def check_token_ids(token_ids: Tensor, vocab_size: int) -> None:
 
 
 class ArtifactWeights:
-    """Reads an artifact's weights, or those of its draft model, and checks the digest of all it
-    reads."""
+    """Reads the weights of an artifact, or of its draft model, and checks all digests."""
 
     def __init__(self, artifact: Artifact, folder: str = "") -> None:
         spec, substitutes = artifact.spec, artifact.manifest.substitutes
@@ -303,7 +304,7 @@ class ArtifactWeights:
                 flat[first : first + len(piece)] = piece
 
     def read_substitute(self, linear: Linear, weight: Int4Weight) -> None:
-        """In a thread, beside others: codes and then qparams pass through its digest."""
+        """Read in a background thread; the digest is over codes, then qparams."""
         header = self._header("substitutes.safetensors")
         codes, qparams = (header[f"{linear.name}.{kind}"] for kind in ("codes", "qparams"))
         expected = self._substitute_digests[linear.name]
@@ -331,7 +332,7 @@ class ArtifactWeights:
             target.copy_(host)
 
     def read_exact(self, stored: StoredPart, target: Tensor) -> None:
-        """A residual is decoded once and for all over the substitute as the artifact stores it."""
+        """Decode a residual once, over the substitute as the artifact stores it."""
         part = stored.part
         host = host_buffer(stored.padded_bytes)
         with self._exact_file() as file:
@@ -383,7 +384,7 @@ class ArtifactWeights:
         return found
 
     def check_resident(self) -> None:
-        """Begins to compare what `read_tensor` reads with its digest."""
+        """Start to compare what `read_tensor` reads with its digest."""
         name = "resident.safetensors"
         self._loading.check_file(self._path / name, self._files[name])
 
@@ -395,7 +396,8 @@ class ArtifactWeights:
         link_bandwidth: float | None,
         record: Record,
     ) -> Ring | None:
-        """What streams, through the plan's staging slots; None: nothing does."""
+        """Return the ring of streamed parts in the plan's staging slots, or None if nothing
+        streams."""
         blocks = make_blocks(stored, placement)
         if not blocks:
             return None
@@ -469,7 +471,7 @@ class ArtifactWeights:
             return read_whole(file, self._header(name)[f"{linear.name}.fp8_scale"])
 
     def _scale_bytes(self, linear: Linear) -> memoryview | bytes:
-        """For the digest of the substitute."""
+        """Bytes of the FP8 scales, for the digest of the substitute."""
         return bytes_of(self._scales(linear).view(-1).view(torch.uint8)) if linear.fp8 else b""
 
     def _read_part(self, file: DirectFile, part: StoredPart, host: Tensor) -> None:
@@ -487,8 +489,9 @@ class ArtifactWeights:
         )
 
     def _check_block(self, block: Block, memory: Tensor) -> Callable[[], None]:
-        """Begins to compare; what is returned waits. memory: uint8 on the host, the block's bytes,
-        unchanged until then. Raises SubspecError(CORRUPT). After an error nothing is compared."""
+        """Start to compare a block with its digests; return a function that waits for the result
+        and raises SubspecError(CORRUPT). memory: the block's bytes, uint8 on the host, unchanged
+        until then. After an error nothing is pending."""
         offset = 0
         try:
             for part in block.parts:

@@ -51,7 +51,7 @@ class LossyVerification:
 
 
 def verification_json(rule: Lossy | None) -> dict[str, Any]:
-    """The label of what an answer is verified by, as every JSON object has it."""
+    """Fields of a JSON object that say how an answer was verified."""
     if rule is None:
         return {"verify": "exact", "lossy": None}
     return {"verify": "lossy", "lossy": asdict(rule)}
@@ -64,17 +64,18 @@ def accept(
     rule: Lossy,
     end_tokens: frozenset[int] = frozenset(),
 ) -> LossyVerification:
-    """choices: of the exact model at each node, logits [W, V]. Of paths of one length it is the one
-    whose first token is the exact model's own, or else the likelier one, level by level."""
+    """Return the longest acceptable path. choices: the exact model's token at each node; logits [W,
+    V]. Among paths of one length, one whose first token is the exact model's own wins, or else the
+    likelier one, level by level."""
     tokens, parents = tree.tokens.tolist(), tree.parents.tolist()
     children: list[list[int]] = [[] for _ in range(tree.num_nodes)]
     for node in range(1, tree.num_nodes):
         if tokens[parents[node]] not in end_tokens:
             children[parents[node]].append(node)
     passes = gate(tokens, logits, rule)
-    agreed = [0] * tree.num_nodes  # nodes below each, one below the other, that are choices
+    agreed = [0] * tree.num_nodes  # chain of nodes below each that are choices
     length, following = [0] * tree.num_nodes, list[int | None]([None] * tree.num_nodes)
-    for node in reversed(range(tree.num_nodes)):  # those below come first
+    for node in reversed(range(tree.num_nodes)):  # children first
         best = (0, False, 0.0)
         for child in children[node]:
             own = tokens[child] == choices[node]
@@ -96,8 +97,8 @@ def accept(
 def gate(
     tokens: Sequence[int], logits: "Tensor", rule: Lossy
 ) -> Callable[[int, int], float | None]:
-    """The probability of a child after a node, as the exact model has it before temperature and
-    filters; None: it does not pass. One row at a time is looked at, and few of them are."""
+    """Return a function: node, child -> the child's probability by the exact model, before
+    temperature and filters, or None if it does not pass. Only rows that are needed are computed."""
 
     def passes(node: int, child: int) -> float | None:
         log_probabilities = logits[node].double().log_softmax(-1)

@@ -81,7 +81,8 @@ class FastMemory:
         return self.take(purpose, count * dtype.itemsize).view(dtype).view(shape)
 
     def _allocate(self, num_bytes: int) -> "Arena":
-        """Zeros, because unwritten cache slots are read and multiplied by 0, and 0 * NaN is NaN."""
+        """Allocate zeros, because unwritten cache slots are read and multiplied by 0, and 0 * NaN
+        is NaN."""
         if self.device.type == "cpu":
             pages, memory = host_pages(num_bytes)
             return Arena(memory, lambda: pages.madvise(mmap.MADV_DONTNEED))
@@ -99,8 +100,9 @@ class FastMemory:
 
 
 def check_host_memory(num_bytes: int, parts: str = "", less: str = "a larger --vram") -> None:
-    """Raises SubspecError(RESOURCES) if so much host memory is not free: touching it would end this
-    process, or another one. parts: what it is for; less: options of a plan that takes less."""
+    """Raise SubspecError(RESOURCES) if so much host memory is not free: touching it would get this
+    process or another one killed. parts: what it is for; less: options of a plan that needs
+    less."""
     if num_bytes > (free := free_host_bytes()):
         raise SubspecError(
             Exit.RESOURCES,
@@ -168,7 +170,8 @@ def bytes_of(tensor: Tensor) -> memoryview:
 class Temporaries(TorchDispatchMode):
     """Live and peak bytes of the tensors that operations create while the mode is active.
 
-    What an operation allocates and frees internally is not seen: the ledger's guard covers it.
+    Memory that an operation allocates and frees internally is not seen: the ledger's guard covers
+    it.
     """
 
     def __init__(self) -> None:

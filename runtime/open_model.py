@@ -1,6 +1,5 @@
-"""A model in fast memory, under its plan: the device, the weights in their arenas, what passes
-share, a cache for each sequence, and who drafts. engine.py runs it.
-"""
+"""Opens a model under its plan: the device, the weights in their arenas, tensors that passes share,
+a cache for each sequence, and the drafters. engine.py runs it."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -73,16 +72,16 @@ from subspec.runtime.stream.exact_weights import ExactWeights
 
 @dataclass(frozen=True)
 class OpenOptions:
-    """How a model is opened; the plan says everything else."""
+    """Options of opening a model; all else is in the plan."""
 
     method: Method | None = None  # None: the plan's
-    drafter: DrafterName | None = None  # None: the plan's, or that of the method that is asked for
-    # Of plain decoding: False for one row, the fastest, which is not the draft's exact twin.
+    drafter: DrafterName | None = None  # None: the plan's, or that of `method`
+    # Plain decoding: False for one row, the fastest, which is not the draft's exact twin.
     padded: bool = True
-    device: str | None = None  # of several GPUs one, such as cuda:1
-    link_bandwidth: float | None = None  # bytes per second that the link is slowed to
+    device: str | None = None  # one of several GPUs, such as cuda:1
+    link_bandwidth: float | None = None  # limit of the link, bytes per second
     graphs: bool = True  # on cuda: a draft's levels are captured as CUDA graphs
-    trace: bool = False  # `engine.model.clock.spans` says what ran when
+    trace: bool = False  # record `engine.model.clock.spans`
     draft_temperature: float | None = None  # instead of that of the plan's trees
 
     def __post_init__(self) -> None:
@@ -98,7 +97,7 @@ class OpenOptions:
             raise SubspecError(Exit.USAGE, message, hint)
 
     def chosen(self, plan: Plan) -> tuple[Method, DrafterName | None]:
-        """The method, and who drafts."""
+        """Return the method and the drafter."""
         if self.drafter is not None:
             return method_of(self.drafter), self.drafter
         if self.method is None and plan.drafter is not None:
@@ -117,13 +116,13 @@ class OpenedModel:
     memory: FastMemory
     model: Model
     caches: list[Cache]  # one for each sequence
-    drafters: Mapping[DrafterName, Drafter]  # that there is memory for
+    drafters: Mapping[DrafterName, Drafter]  # that fit the memory
     resources: ExitStack  # closes all of it
 
 
 @dataclass(frozen=True)
 class Opening:
-    """What the steps below have in common."""
+    """Arguments that the steps below share."""
 
     artifact: Artifact
     options: OpenOptions
@@ -131,7 +130,7 @@ class Opening:
     drafter: DrafterName | None
     device: torch.device
     memory: FastMemory
-    stack: ExitStack  # undoes what was done, if a step fails
+    stack: ExitStack  # undoes earlier steps if one fails
     clock: Clock
     progress: Progress
 
@@ -141,7 +140,7 @@ class Opening:
 
     @property
     def trees(self) -> tuple[Tree, ...]:
-        """What the method drafts for each of 1, 2, 4, ... sequences."""
+        """Trees that the method drafts for 1, 2, 4, ... sequences."""
         return tuple(map(self.sharpened, self.artifact.plan.draft_of(self.method).trees))
 
     def sharpened(self, tree: Tree) -> Tree:
@@ -158,7 +157,7 @@ class Opening:
         return self.clock.record if self.device.type == "cpu" else unrecorded
 
     def kept(self, tensor: Tensor) -> Tensor:
-        """A copy in fast memory, of a small tensor."""
+        """Copy a small tensor into fast memory."""
         shape = tuple(tensor.shape)
         return self.memory.take_tensor("tables", shape, tensor.dtype).copy_(tensor)
 
@@ -168,7 +167,7 @@ class Loaded:
     """Weights, each in its arena."""
 
     embedding: EmbeddingRows
-    tensors: dict[str, Tensor]  # norms, biases and what else is small
+    tensors: dict[str, Tensor]  # norms, biases and other small tensors
     of_head: dict[str, Tensor]  # a draft head's
     packed: dict[str, Int4Weight]  # substitutes
     exact: ExactWeights
@@ -212,7 +211,7 @@ def open_model(artifact: Artifact, options: OpenOptions, progress: Progress) -> 
 def prepare_kernels(
     artifact: Artifact, method: Method, device: torch.device, stack: ExitStack
 ) -> None:
-    """Tunes and compiles, before fast memory is taken."""
+    """Tune and compile kernels, before fast memory is taken."""
     plan, spec, placement = artifact.plan, artifact.spec, artifact.plan.placement(method)
     if placement.ledger.substitutes or placement.ledger.drafter:
         check_kernel(artifact, plan, device)
@@ -224,8 +223,8 @@ def prepare_kernels(
 
 
 def check_host_ledger(opening: Opening) -> None:
-    """Raises SubspecError(RESOURCES) if the host has no room for what it holds beside a GPU, the
-    states that sequences go back to included, which are touched when they are first needed."""
+    """Raise SubspecError(RESOURCES) if the host has no room for its memory beside a GPU, including
+    the checkpoints of sequences, whose pages are touched only when they are first needed."""
     if opening.device.type == "cpu":  # all of it is in the ledger of fast memory
         return
     artifact, plan, specs = opening.artifact, opening.artifact.plan, [opening.artifact.spec]
@@ -267,7 +266,7 @@ def load_weights(opening: Opening) -> Loaded:
 
 
 def make_caches(opening: Opening, loaded: Loaded) -> list[Cache]:
-    """An empty one for each sequence."""
+    """Return an empty cache for each sequence."""
     plan, spec, memory = opening.artifact.plan, opening.artifact.spec, opening.memory
     slots = cache_slots(plan.context, plan.verify_width)
     few_slots = window_slots(spec, plan.context, plan.verify_width)
@@ -293,7 +292,7 @@ def make_drafters(
     head: HeadWeights | None,
     caches: Sequence[Cache],
 ) -> dict[DrafterName, Drafter]:
-    """Those that may draft in this memory, the one that was asked for among them."""
+    """Return the drafters that fit this memory, the requested one among them."""
     plan, spec, method = opening.artifact.plan, opening.artifact.spec, opening.method
     trees, width = opening.trees, plan.verify_width
     if method == "plain":
@@ -334,7 +333,7 @@ def substitute_drafter(
     substitutes: Substitutes,
     caches: Sequence[Cache],
 ) -> SubstituteDrafter:
-    """With nobody who proposes."""
+    """Return a substitute drafter without proposals."""
     plan, spec, on_cpu = opening.artifact.plan, opening.artifact.spec, opening.device.type == "cpu"
     if weights.dtype != DRAFT_DTYPE:
         tables = weights.tables
@@ -363,7 +362,8 @@ def substitute_drafter(
 
 
 def check_head(spec: ModelSpec, placement: Placement, drafter: DrafterName | None) -> None:
-    """Raises SubspecError if a draft head is asked for, and none of its kind can draft."""
+    """Raise SubspecError if the drafter needs a draft head that the artifact or the plan does not
+    have."""
     asked, layout = head_of(drafter), spec.draft_head.layout if spec.draft_head else None
     if asked is None:
         return
@@ -378,8 +378,8 @@ def check_head(spec: ModelSpec, placement: Placement, drafter: DrafterName | Non
 
 
 def check_drafter(artifact: Artifact, drafter: DrafterName | None) -> None:
-    """Raises SubspecError: USAGE for a draft model that is not there, UNSUPPORTED for one whose
-    states cannot go back where its tokens are not agreed with."""
+    """Raise SubspecError: USAGE for a draft model that the artifact does not have, UNSUPPORTED for
+    one whose states cannot roll back when its tokens are rejected."""
     other = artifact.draft_model if drafter in WITH_DRAFT_MODEL else None
     if drafter in WITH_DRAFT_MODEL and other is None:
         raise SubspecError(
@@ -388,7 +388,7 @@ def check_drafter(artifact: Artifact, drafter: DrafterName | None) -> None:
             "plan with one: subspec-plan --model REF --draft-model REF --vram SIZE",
         )
     if drafter == "substitute+draft-model" and other is not None and other.delta_nets:
-        message = f"the drafter {drafter!r} does not know the draft model's delta nets"
+        message = f"the drafter {drafter!r} does not support a draft model with delta nets"
         raise SubspecError(Exit.UNSUPPORTED, message, "use 'substitute' or 'draft-model'")
 
 

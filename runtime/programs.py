@@ -1,4 +1,4 @@
-"""What is compiled for a plan: C++ sources, torch's graphs, shapes that gemlite tunes."""
+"""Programs that are compiled for a plan: C++ sources, torch's graphs, shapes that gemlite tunes."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +22,7 @@ Kernel = tuple[Path, Callable[[], str | None]]  # its source, and why it cannot 
 
 
 def needed_kernels(spec: ModelSpec, plan: Plan, method: Method) -> list[Kernel]:
-    """What decoding by `method` calls."""
+    """C++ kernels that decoding by `method` calls."""
     if plan.device != "cpu":
         return []
     found: list[Kernel] = [(attention.SOURCE, attention.unavailable)]
@@ -42,13 +42,13 @@ def needed_kernels(spec: ModelSpec, plan: Plan, method: Method) -> list[Kernel]:
 
 
 def kernel_sources(spec: ModelSpec, plan: Plan) -> list[Path]:
-    """What is compiled for decoding by any of the plan's methods."""
+    """C++ sources for decoding by any of the plan's methods."""
     kernels = (one for method in plan.placements for one in needed_kernels(spec, plan, method))
     return list(dict.fromkeys(source for source, _ in kernels))
 
 
 def graph_programs(plan: Plan, spec: ModelSpec) -> list[str]:
-    """What torch compiled for the plan's drafts, as it is named on this machine."""
+    """Names, on this machine, of the graphs that torch compiled for the plan's drafts."""
     if not plan.draft_graphs:
         return []
     return [graph_pieces.program(piece) for piece in graph_pieces.pieces_of(spec)]
@@ -60,8 +60,8 @@ def substitute_shapes(spec: ModelSpec) -> set[tuple[int, int]]:
 
 
 def draft_products(artifact: Artifact, method: Method) -> dict[tuple[int, int], int]:
-    """The most rows of a product with each shape of 4-bit matrices, whoever drafts in the method's
-    memory. A draft model also reads texts."""
+    """Most rows of a product with 4-bit matrices of each shape, for any drafter that fits the
+    method's memory. A draft model also reads texts."""
     found, most = dict[tuple[int, int], int](), most_draft_rows(artifact.plan, method)
     if method in WITH_SUBSTITUTES:
         found |= dict.fromkeys(substitute_shapes(artifact.spec), most)
@@ -72,7 +72,7 @@ def draft_products(artifact: Artifact, method: Method) -> dict[tuple[int, int], 
 
 
 def most_draft_rows(plan: Plan, method: Method) -> int:
-    """Of a pass over trees: each sequence has a level, and below it what is proposed. The planner
-    tries other trees under a plan's memory, which are no wider than that."""
+    """Most rows of a pass over trees: for each sequence a level, and the tokens proposed below it.
+    The planner also tries other trees in a plan's memory, which are no wider."""
     every, trees = range(1, plan.num_sequences + 1), plan.draft_of(method).trees
     return max(count * (tree_for(trees, count).width + MAX_PROPOSED) for count in every)

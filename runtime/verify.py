@@ -1,8 +1,8 @@
-"""Which candidates the exact model accepts; pure functions of its choices.
+"""Verification: which candidates the exact model accepts, as pure functions of its choices.
 
-W = rows of the tree, D = its levels. Each node's choice is the target's own next
-token there (argmax, or its sample), so whatever the draft proposed, what is emitted is the
-target's. A child is accepted if it is that token.
+W = rows of the tree, D = its levels. Each node's choice is the target's own next token there
+(argmax, or its sample), so every emitted token is the target's, whatever the draft proposed. A
+child is accepted if it is that token.
 """
 
 from collections.abc import Callable

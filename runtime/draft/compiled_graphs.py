@@ -61,7 +61,7 @@ class CompiledGraphs:
 
 
 def serves(spec: ModelSpec) -> bool:
-    """Whether every block is of a form that has pieces."""
+    """Return True if every block has a form with pieces."""
     return all(
         isinstance(body, Dense) or (isinstance(body, Attention) and not body.output_gate)
         for body in spec.bodies
@@ -69,8 +69,8 @@ def serves(spec: ModelSpec) -> bool:
 
 
 def load_graphs(weights: SharedWeights, substitutes: Substitutes) -> CompiledGraphs | None:
-    """From the user's cache. None: the plain twin has to run, because a piece is not there for this
-    model, processor and torch, or cannot be loaded."""
+    """Load graphs from the user's cache. Return None if the plain twin has to run, because a piece
+    for this model, processor and torch is missing or cannot be loaded."""
     loaded = dict[Piece, Graph]()
     if not serves(weights.spec):
         return None
@@ -84,7 +84,7 @@ def load_graphs(weights: SharedWeights, substitutes: Substitutes) -> CompiledGra
 
 
 def load_graph(path: Path) -> Graph | None:
-    """None: torch cannot load it. It needs neither a compiler nor torch's own, which
+    """Load a graph, or return None if torch cannot. Needs neither a compiler nor torch's own, which
     torch._inductor.aoti_load_package would import."""
     single_threaded = True  # it waits for nothing and shares its buffers with no thread
     try:
@@ -130,14 +130,14 @@ def own_norms(weights: SharedWeights, place: Place) -> tuple[Tensor, ...]:
 
 
 def forward(graphs: CompiledGraphs, batch: Sequence[Rows]) -> Tensor:
-    """Rows through all layers -> logits [T, V]."""
+    """Run rows through all layers -> logits [T, V]."""
     x = embed(graphs.weights, join([rows.tokens for rows in batch]))
     run_layers(graphs, x, batch)
     return to_logits(graphs.weights, graphs.substitutes.head, x, gemm_ranges([len(x)]))
 
 
 def run_layers(graphs: CompiledGraphs, x: Tensor, batch: Sequence[Rows]) -> None:
-    """x bf16 [T, H], updated in place; keys and values of the rows into their slots."""
+    """Update x bf16 [T, H] in place; write the rows' keys and values to their slots."""
     assert x.dtype == graphs.weights.dtype and x.is_contiguous()
     passing = Passing(graphs.weights, batch, gemm_ranges([len(x)]))
     first = graphs.first_norm
@@ -151,7 +151,8 @@ def run_layers(graphs: CompiledGraphs, x: Tensor, batch: Sequence[Rows]) -> None
 
 
 class Passing:
-    """What all blocks of one pass share: made once, where transformer.py makes it for each."""
+    """Tensors that all blocks of one pass share: made once, where transformer.py makes them for
+    each."""
 
     def __init__(self, weights: SharedWeights, batch: Sequence[Rows], calls: GemmRanges) -> None:
         self.batch, self.calls = batch, calls
@@ -167,7 +168,7 @@ class Passing:
         }
 
     def attend(self, step: Step, body: Attention, x: Tensor) -> Tensor:
-        """x [T, H] -> [T, H]; keys and values of the rows into their caches."""
+        """Attention: x [T, H] -> [T, H]. Writes the rows' keys and values to their caches."""
         q, k = (step.product(f"{body.name}.{letter}_proj", x, self.calls) for letter in "qk")
         v = k if body.values_are_keys else step.product(f"{body.name}.v_proj", x, self.calls)
         q, k, v = self.heads(step, body, q, k, v)

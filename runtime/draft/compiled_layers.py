@@ -1,6 +1,6 @@
-"""All layers of a draft pass in one call, on CPUs: draft_layers.cpp computes them. Its plain twin
-is forward() of transformer.py over the same substitutes, which also runs where a layer is of a form
-that the compiled one does not know.
+"""All layers of a draft pass in one call, on CPUs, by draft_layers.cpp. Its plain twin is forward()
+of transformer.py over the same substitutes, which also runs for layers that draft_layers.cpp does
+not support.
 
 T = rows, H = hidden size, D = head size
 """
@@ -110,7 +110,7 @@ class _Rows(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Form:
-    """What all layers share, windows aside."""
+    """Properties that all layers share, windows aside."""
 
     attention: Attention
     net: DeltaNet | None  # of the layers that have no attention
@@ -125,7 +125,7 @@ class CacheParts:
 
 @dataclass(frozen=True)
 class CompiledLayers:
-    """What a call needs; the addresses are those of the weights' tensors."""
+    """Arguments of a call; the addresses are those of the weights' tensors."""
 
     weights: SharedWeights
     substitutes: Substitutes
@@ -136,13 +136,12 @@ class CompiledLayers:
 
 
 def unavailable() -> str | None:
-    """None if `forward` works, which builds draft_layers.cpp where that has not been done; else why
-    not."""
+    """Why `forward` cannot be used, or None if it can. Builds draft_layers.cpp if needed."""
     return cpp.unavailable(SOURCE, _declare)
 
 
 def known_form(spec: ModelSpec) -> Form | None:
-    """None if a layer is of a form that draft_layers.cpp does not compute."""
+    """Return the layers' form, or None if draft_layers.cpp does not support one of them."""
     mixers, denses = set[Attention | DeltaNet](), set[Dense]()
     for layer in spec.layers:
         bodies = _bodies(layer)
@@ -179,8 +178,8 @@ def _bodies(layer: LayerSpec) -> tuple[Attention | DeltaNet, Dense] | None:
 
 
 def compile_layers(weights: SharedWeights, substitutes: Substitutes) -> CompiledLayers | None:
-    """None where the plain twin has to run: not on a CPU, not all in bf16, a layer of another form,
-    a matrix without a substitute for int4.cpp, no compiler."""
+    """Return the compiled layers, or None if the plain twin has to run: not on a CPU, not all in
+    bf16, an unsupported layer, a matrix without a substitute for int4.cpp, no compiler."""
     spec, form = weights.spec, known_form(weights.spec)
     in_layers = [linear for linear in spec.linears[:-1] if not linear.stays_exact]
     matrices = [substitutes.weights[linear.name] for linear in in_layers]
@@ -265,7 +264,7 @@ def _sizes(spec: ModelSpec, form: Form) -> _Sizes:
 
 
 def forward(layers: CompiledLayers, batch: Sequence[Rows], head: HeadRows | None = None) -> Tensor:
-    """Rows through all layers -> logits [T, V], or those of the head's rows."""
+    """Run rows through all layers -> logits [T, V], or those of the head's rows."""
     x = embed(layers.weights, join([rows.tokens for rows in batch]))
     run_layers(layers, x, batch)
     x, calls = (x, gemm_ranges([len(x)])) if head is None else head.of(x)
@@ -273,10 +272,11 @@ def forward(layers: CompiledLayers, batch: Sequence[Rows], head: HeadRows | None
 
 
 def run_layers(layers: CompiledLayers, x: Tensor, batch: Sequence[Rows]) -> None:
-    """x bf16 [T, H], updated in place; keys and values of the rows into their slots.
+    """Update x bf16 [T, H] in place; write the rows' keys and values to their slots.
 
-    The bits of a row depend neither on the other rows that it does not see nor on the number of
-    threads. It differs from the plain twin by the order of sums, and rounds less often in between.
+    The bits of a row depend neither on other rows that it does not see nor on the number of
+    threads. They differ from the plain twin's: sums have another order, and fewer are rounded in
+    between.
     """
     num_threads = torch.get_num_threads()
     positions = join([rows.positions for rows in batch])
@@ -315,7 +315,7 @@ def run_layers(layers: CompiledLayers, x: Tensor, batch: Sequence[Rows]) -> None
 
 
 def _places(rows: Rows, window: int | None) -> tuple[_Places, list[Tensor]]:
-    """Of the rows in layers with this window, and the tensors that they point to."""
+    """Places of the rows in layers with this window, and the tensors that they point to."""
     places = rows.places(window)
     slots, num_slots = places.slots.contiguous(), len(places.slot_positions)
     visible = visible_slots(rows, slice(None), window).contiguous()
@@ -327,7 +327,7 @@ def _places(rows: Rows, window: int | None) -> tuple[_Places, list[Tensor]]:
 
 
 def _place_nodes(segment: _Segment, rows: Rows) -> list[Tensor]:
-    """Where the rows are in their tree -> what the segment then points to."""
+    """Write the rows' places in their tree; return the tensors that the segment then points to."""
     tree = rows.tree
     assert tree is not None, "only trees are drafted"
     placed = [one.contiguous() for one in (tree.nodes, tree.parents, tree.windows, tree.above)]
@@ -361,7 +361,7 @@ def _cache_net(net: NetState) -> _CacheNet:
 
 
 def scratch_bytes(sizes: _Sizes, num_rows: int, num_threads: int) -> int:
-    """What `run_layers` allocates beside masks and rope."""
+    """Bytes that `run_layers` allocates beside masks and rope."""
     library = cpp.loaded(SOURCE, _declare)
     return int(library.subspec_draft_scratch_bytes(ctypes.byref(sizes), num_rows, num_threads))
 
