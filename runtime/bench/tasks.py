@@ -39,7 +39,7 @@ RUN: tuple[Judge, ...] = ("code", "stdin", "calls")  # judges that run a program
 
 @dataclass(frozen=True)
 class Asking:
-    """How items are answered. max_tokens: None: each task's own. execute: run generated code.
+    """Options for answering items. max_tokens: None: each task's own. execute: run generated code.
     lossy: rule that accepts drafts; None: exact. enable_thinking: None: the chat template's
     default."""
 

@@ -105,7 +105,7 @@ class ChatAnswer(Protocol):
 
     @property
     def queue_position(self) -> int:
-        """As Generation's."""
+        """As `Generation.queue_position`."""
         ...
 
     @property
@@ -117,7 +117,7 @@ class ChatAnswer(Protocol):
         ...
 
     def cancel(self) -> None:
-        """As Generation's."""
+        """As `Generation.cancel`."""
         ...
 
 

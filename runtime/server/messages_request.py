@@ -37,7 +37,7 @@ from subspec.runtime.server.request_fields import (
 )
 
 # Blocks shown to the model. Those of a provider's own tools
-# (server_tool_use, web_search_tool_result, redacted_thinking, ...) is skipped.
+# (server_tool_use, web_search_tool_result, redacted_thinking, ...) are skipped.
 BLOCK_TYPES = {"text", "thinking", "tool_use", "tool_result", "image", "document", "search_result"}
 BILLING = "x-anthropic-billing-header:"
 

@@ -53,7 +53,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 REFUSED_IN_COMPLETIONS: dict[str, tuple[Any, ...]] = {**REFUSED, "suffix": ("",)}
 
 
-# Clients' value -> template's value. Other values are passed to the template.
+# Clients' value -> template's value. Other values use the template's default.
 EFFORTS = {
     "minimal": "low",
     "low": "low",
