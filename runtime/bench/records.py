@@ -283,7 +283,7 @@ def read_rows(file: Path) -> list[SpeedRow | AnswerRow | SweepRow]:
         raise SubspecError(
             Exit.USAGE,
             f"{file}, line {len(lines)} has no newline and is not the beginning of a row",
-            "name a file that subspec-bench wrote with -o jsonl or --out",
+            "name another, one that subspec-bench wrote with -o jsonl or --out",
         )
     return [
         row_of(line, f"{file}, line {number}")
