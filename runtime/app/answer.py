@@ -1,4 +1,4 @@
-"""One answer on a terminal: text, figures, run record."""
+"""Answer one prompt on a terminal: text, statistics, run record."""
 
 import json
 import resource
@@ -27,20 +27,20 @@ from subspec.runtime.text.tokenizer import ChatTokenizer
 
 @dataclass(frozen=True)
 class Answering:
-    """How to answer, from the command line."""
+    """Options of an answer from the command line."""
 
     params: GenerationParams
     stop: tuple[str, ...] = ()
-    record: bool = True  # whether answers are added to the run records
+    record: bool = True  # add answers to the run records
 
 
 @dataclass(frozen=True)
 class Answer:
-    text: str  # the model's, control characters included
+    text: str  # from the model, control characters included
     token_ids: list[int]
     prompt_token_ids: list[int]
     finish_reason: str  # "eos", "stop", "length", "context" or "interrupted"
-    logprobs: tuple[TokenLogprobs, ...] | None = None  # of each of token_ids, if asked for
+    logprobs: tuple[TokenLogprobs, ...] | None = None  # of each of token_ids, if requested
 
     def as_json(self, engine: Engine, sequence: Sequence) -> dict[str, Any]:
         return {
@@ -61,7 +61,7 @@ class Answer:
 def answer_once(
     engine: Engine, tokenizer: ChatTokenizer, how: Answering, ids: list[int], as_json: bool
 ) -> None:
-    """Answer the prompt `ids` on stdout, with figures on stderr."""
+    """Answer the prompt `ids` on stdout, with statistics on stderr."""
     with engine.new_sequence() as sequence:
         answer = answer_prompt(engine, sequence, tokenizer, how, ids, echo=not as_json)
         if as_json:
@@ -83,7 +83,7 @@ def answer_prompt(
     ids: list[int],
     echo: bool,
 ) -> Answer:
-    """Run the prompt `ids`; with `echo` the text streams to stdout as it becomes certain.
+    """Run the prompt `ids`; with `echo`, stream complete text to stdout.
 
     Ctrl-C ends the answer after the current round; a second one does not wait for it.
     """
@@ -114,9 +114,9 @@ def answer_prompt(
 
 @contextmanager
 def first_interrupt_noted() -> Iterator[Callable[[], bool]]:
-    """Yield a function that says whether Ctrl-C was pressed. The first one is only noted, so that
-    an answer ends between two rounds and the next one can reuse the cache. A second one is handled
-    as before: it raises KeyboardInterrupt."""
+    """Yield a function that returns True once Ctrl-C was pressed. The first Ctrl-C is only
+    recorded, so that an answer ends between rounds and the cache stays reusable. A second one
+    raises KeyboardInterrupt as usual."""
     presses = 0
     before = signal.getsignal(signal.SIGINT)
 
@@ -126,7 +126,7 @@ def first_interrupt_noted() -> Iterator[Callable[[], bool]]:
         if presses > 1 and callable(before):
             before(number, frame)
 
-    if before == signal.SIG_IGN:  # in a shell script's background job
+    if before == signal.SIG_IGN:  # ignored in a shell script's background job
         yield lambda: False
         return
     signal.signal(signal.SIGINT, note)
@@ -138,8 +138,8 @@ def first_interrupt_noted() -> Iterator[Callable[[], bool]]:
 
 @contextmanager
 def recorded(engine: Engine, sequence: Sequence, how: Answering) -> Iterator[None]:
-    """Add the answer of the block to the artifact's run records, also if it was interrupted, unless
-    no round was decoded or the plan's predictions are not of such an answer."""
+    """Add the block's answer to the artifact's run records, also if it was interrupted, unless it
+    decoded no round or the plan predicts no such answers."""
     before = sequence.stats
     try:
         yield
@@ -182,7 +182,7 @@ def run_of(engine: Engine, sequence: Sequence) -> Run:
 
 
 def cut_off(answer: Answer, engine: Engine, how: Answering) -> str:
-    """Why the answer was cut off; "" if it was not."""
+    """Return why the answer was cut off; "" if it was not."""
     if answer.finish_reason == "length":
         return f"cut off at --max-tokens {how.params.max_tokens}"
     if answer.finish_reason == "context":
@@ -230,12 +230,12 @@ def logprobs_json(logprobs: tuple[TokenLogprobs, ...] | None) -> list[dict[str, 
 
 
 def histogram(accepted: "list[int] | tuple[int, ...]") -> list[int]:
-    """At index n: number of rounds that accepted n."""
+    """Histogram: item n is the number of rounds that accepted n tokens."""
     return [accepted.count(n) for n in range(max(accepted, default=0) + 1)]
 
 
 def stats_line(engine: Engine, sequence: Sequence) -> str:
-    """One line for a person: prompt, speed and memory against the prediction."""
+    """Format a line of statistics: prompt, speed and memory against the prediction."""
     stats, found = sequence.stats, stats_json(engine, sequence)
     rounds, predicted = found["rounds"], found["predicted_tokens_per_second"]
     reused = f" ({stats.cached_tokens} reused)" if stats.cached_tokens else ""

@@ -1,4 +1,4 @@
-"""A chat on the terminal: several turns over one sequence."""
+"""A chat on the terminal: several turns in one sequence."""
 
 import signal
 import sys
@@ -28,8 +28,8 @@ QUOTES = '"""'
 def chat(
     engine: Engine, tokenizer: ChatTokenizer, how: Answering, system: str, first: str | None
 ) -> None:
-    """Read turns until /exit or the end of stdin. system: the system message, "" for none; first: a
-    turn given on the command line."""
+    """Read turns until /exit or the end of stdin. system: system message, "" for none; first: a
+    turn from the command line."""
     say(f"{engine.artifact.spec.source.repository}: /help lists the commands, Ctrl-D leaves")
     with engine.new_sequence() as sequence, interrupts_caught():
         talk(Conversation(engine, sequence, tokenizer, how, system), first)
@@ -37,7 +37,7 @@ def chat(
 
 @contextmanager
 def interrupts_caught() -> Iterator[None]:
-    """Ctrl-C raises KeyboardInterrupt in the block each time, also after one that was caught."""
+    """Raise KeyboardInterrupt in the block at every Ctrl-C, also after a caught one."""
     before = signal.getsignal(signal.SIGINT)
     if before != signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -69,7 +69,7 @@ def talk(conversation: "Conversation", first: str | None) -> None:
 
 
 class Conversation:
-    """The messages so far, and the commands that change them."""
+    """The conversation's messages, and the commands that change them."""
 
     def __init__(
         self,
@@ -152,7 +152,7 @@ class Conversation:
 
 
 def next_turn() -> str | None:
-    """The next turn: a line, or lines between triple quotes; None at the end of stdin."""
+    """Read a turn: a line, or lines between triple quotes; None at the end of stdin."""
     line = next_line("> ")
     if line is None or not line.lstrip().startswith(QUOTES):
         return None if line is None else line.strip()
@@ -166,7 +166,7 @@ def next_turn() -> str | None:
 
 
 def next_line(prompt: str) -> str | None:
-    """One line without its newline; None at the end of stdin."""
+    """Read a line without its newline; None at the end of stdin."""
     if not sys.stdin.isatty():
         raw = sys.stdin.buffer.readline()
         return raw.decode("utf-8").rstrip("\r\n") if raw else None
@@ -175,9 +175,9 @@ def next_line(prompt: str) -> str | None:
     try:
         if sys.stdout.isatty():
             return input(prompt)
-        sys.stderr.write(prompt)  # stdout is a file and gets only the answers
+        sys.stderr.write(prompt)  # stdout is a file and gets only answers
         sys.stderr.flush()
         return input()
     except EOFError:
-        say("")  # so that the shell's prompt begins on a new line
+        say("")  # put the shell's prompt on a new line
         return None

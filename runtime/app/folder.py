@@ -1,4 +1,4 @@
-"""An artifact's folder, before anything slow is imported."""
+"""Open an artifact's folder before slow imports."""
 
 import shlex
 from pathlib import Path
@@ -13,7 +13,7 @@ LOADED_FIRST_BYTES = 2 << 30  # that a disk reads in about a second
 
 
 def open_folder(path: Path) -> Artifact:
-    """open_artifact, with a hint if `path` is a checkpoint or the name of a model."""
+    """Open an artifact. The error has a hint if `path` is a checkpoint or a model's name."""
     is_checkpoint = (path / "config.json").exists() and not (path / "manifest.json").exists()
     if path.exists() and not is_checkpoint:
         return open_artifact(path)
@@ -28,8 +28,8 @@ def open_folder(path: Path) -> Artifact:
 
 
 def begin_to_read(artifact: Artifact, method: Method | None) -> None:
-    """Start reading the substitutes, which are loaded first, into the page cache: the disk is idle
-    for a second or two while torch is imported. method None: the plan's."""
+    """Prefetch the substitutes, which are loaded first, into the page cache: the disk is idle for a
+    second or two while torch is imported. method None: the plan's."""
     placement = artifact.plan.placements.get(method or artifact.plan.method)
     if placement is not None and placement.ledger.substitutes:
         path = artifact.path / "substitutes.safetensors"

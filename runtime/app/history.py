@@ -1,4 +1,5 @@
-"""Recorded runs against the plan's predictions: speed, first token, memory, acceptance by level.
+"""Compare recorded runs with the plan's predictions: speed, first token, memory, acceptance by
+level.
 
 Reads only JSON: no weights, no torch.
 """
@@ -19,14 +20,14 @@ from subspec.artifacts.format.store import Artifact
 from subspec.artifacts.plan import USUAL, Draft, Method, Plan
 from subspec.artifacts.runs import Run, plan_digest, read_runs, recorded_by
 
-MIN_ANSWERS = 5  # that a hint is based on
+MIN_ANSWERS = 5  # minimum for a hint
 MAX_DRIFT = 0.1  # a larger difference from the predicted speed gives a hint
 SAME_LINK = 0.99  # a link of at least this share of the plan's rate counts as the plan's
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure over several answers, and its prediction; None: the plan predicts none."""
+    """A figure over several answers, and its prediction; None: not predicted."""
 
     median: float
     lowest: float
@@ -35,7 +36,7 @@ class Figure:
 
     @property
     def drift(self) -> float | None:
-        """0.1: 10 % more than predicted."""
+        """Relative deviation; 0.1: 10 % more than predicted."""
         return self.median / self.predicted - 1 if self.predicted else None
 
 
@@ -50,7 +51,7 @@ class Level:
 
 @dataclass(frozen=True)
 class Answers:
-    """The answers of one way of decoding."""
+    """Answers of one decoding method."""
 
     method: Method
     padded: bool
@@ -60,7 +61,7 @@ class Answers:
     answer_tokens: float
     tokens_per_second: Figure
     first_token_seconds: Figure
-    digests_checked: bool  # every first token includes a check of digests
+    digests_checked: bool  # every first token includes the digest check
     tokens_per_round: Figure
     fast_peak_bytes: Figure
     levels: tuple[Level, ...]  # of the draft; empty without one
@@ -74,7 +75,7 @@ class History:
     left_out: dict[str, int]  # reason -> number of answers
 
 
-# Why an answer is not compared with the plan's predictions.
+# Reasons not to compare an answer with the plan's predictions.
 OTHER_PLAN, OTHER_MACHINE, SLOWER_LINK = "other_plan", "other_machine", "slower_link"
 REASONS = {
     OTHER_PLAN: "under another plan",
@@ -112,7 +113,7 @@ def summary(plan: Plan, runs: Sequence[Run]) -> History:
 
 
 def why_left_out(plan: Plan, digest: str, run: Run) -> str | None:
-    """The reason why a run is not compared; None if it is."""
+    """Return the reason why a run is not compared; None if it is."""
     if run.plan != digest:
         return OTHER_PLAN
     if run.machine != plan.machine:
@@ -125,9 +126,9 @@ def why_left_out(plan: Plan, digest: str, run: Run) -> str | None:
 
 
 def answers_of(plan: Plan, runs: Sequence[Run]) -> Answers:
-    """runs: at least one, all of one way of decoding."""
+    """Summarize at least one run, all of one decoding method."""
     newest = runs[-1]
-    # A first token that includes a check of digests takes longer than predicted.
+    # The digest check of a first token is not part of the prediction.
     settled = [run for run in runs if not run.includes_digest_check]
     drafts = newest.method != "plain"
     return Answers(
@@ -181,7 +182,8 @@ def padded(counts: tuple[int, ...], depth: int) -> tuple[int, ...]:
 
 
 def hint_of(history: History, path: str) -> str | None:
-    """A command that corrects the plan; None if it is close enough or too little is known."""
+    """Return a command that corrects the plan; None if it is accurate or there is too little
+    data."""
     for way in history.ways:
         drift = way.tokens_per_second.drift
         if drift is not None and abs(drift) > MAX_DRIFT and way.answers >= MIN_ANSWERS:
@@ -193,7 +195,7 @@ def hint_of(history: History, path: str) -> str | None:
 
 
 def history_json(history: History, hint: str | None) -> dict[str, Any]:
-    """docs/commands.md describes every key."""
+    """Return the object of --json; docs/commands.md describes its keys."""
     return {
         "schema": "subspec.stats/1",
         "machine": history.machine,
@@ -270,7 +272,7 @@ def figure_rows(way: Answers) -> list[tuple[str, ...]]:
 
 
 def notes_of(way: Answers) -> list[str]:
-    """Conditions of these answers that differ from the prediction's."""
+    """Notes on conditions that differ from the prediction's."""
     notes = []
     if way.tokens_per_second.predicted is not None:
         notes.append(
@@ -278,12 +280,12 @@ def notes_of(way: Answers) -> list[str]:
             f"answer; the medians here are {way.prompt_tokens:.0f} and {way.answer_tokens:.0f}"
         )
     if way.digests_checked:
-        notes.append("first tokens include the check of digests: no run had a second answer")
+        notes.append("first tokens include the digest check: no run had a second answer")
     return notes
 
 
 def level_rows(levels: Sequence[Level]) -> list[tuple[str, ...]]:
-    """Levels 1, 2, 4, 8, ... and the deepest."""
+    """Rows for levels 1, 2, 4, 8, ... and the deepest."""
     rows: list[tuple[str, ...]] = [("level", "drafted", "accepted to here", "predicted")]
     for one in levels:
         if one.level.bit_count() == 1 or one.level == len(levels):
@@ -293,7 +295,7 @@ def level_rows(levels: Sequence[Level]) -> list[tuple[str, ...]]:
 
 
 def aligned_columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Indented lines; the first column is aligned left, the others right."""
+    """Format rows as indented lines; the first column is aligned left, the others right."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     return [
         "  "

@@ -1,5 +1,5 @@
-"""From an artifact to an engine, as both commands do it: re-planned for this machine if need be,
-with progress and notes on stderr."""
+"""Open an engine from an artifact, as subspec-run and subspec-serve do: re-plan for this machine if
+needed, with progress and notes on stderr."""
 
 import shlex
 import sys
@@ -30,7 +30,7 @@ from subspec.runtime.engine import Engine, OpenOptions
 from subspec.runtime.open_model import check_drafter
 from subspec.runtime.programs import graph_programs, kernel_sources
 
-SECONDS_BETWEEN_LINES = 10.0  # of progress, if stderr is not a terminal
+SECONDS_BETWEEN_LINES = 10.0  # of progress if stderr is not a terminal
 
 
 def trust_kernels(artifact: Artifact) -> None:
@@ -45,7 +45,7 @@ def trust_kernels(artifact: Artifact) -> None:
 
 
 def planned_for_here(artifact: Artifact, options: OpeningOptions) -> Artifact:
-    """The artifact with its own plan, or re-planned if that does not fit this machine."""
+    """Return the artifact, re-planned if its plan does not fit this machine."""
     check_drafter(artifact, options.drafter)
     if options.no_replan:
         return artifact
@@ -67,7 +67,7 @@ def planned_for_here(artifact: Artifact, options: OpeningOptions) -> Artifact:
 def opened(
     artifact: Artifact, options: OpeningOptions, progress: Progress, padded: bool = True
 ) -> Iterator[Engine]:
-    """`open_engine` for the block, with what is known only after it."""
+    """`open_engine` for the block; also prints notes that are known only at its end."""
     with short_of_memory_told(), open_engine(artifact, options, progress, padded) as engine:
         yield engine
         if (problem := engine.missing_graphs_reason) is not None:
@@ -90,8 +90,8 @@ def open_engine(
     if any(find_in_memory(program) and not find_on_disk(program) for program in absent):
         why = cache_problem(cpp.FOLDER) or "writing there failed: its disk may be full"
         say(
-            "note: the C++ kernels are compiled at every start, as the user's cache keeps nothing: "
-            f"{why}; set XDG_CACHE_HOME to a folder of yours"
+            "note: the C++ kernels are compiled at every start because the user's cache is not "
+            f"writable: {why}; set XDG_CACHE_HOME to a folder of yours"
         )
     here, planned = machine_name(engine.device), artifact.plan.machine
     if here != planned:
@@ -122,7 +122,7 @@ def open_engine(
 
 @contextmanager
 def short_of_memory_told() -> Iterator[None]:
-    """torch's OutOfMemoryError in the block is raised as SubspecError(RESOURCES)."""
+    """Raise torch's OutOfMemoryError of the block as SubspecError(RESOURCES)."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -136,14 +136,14 @@ def short_of_memory_told() -> Iterator[None]:
 def measured_under_load(artifact: Artifact) -> str:
     return (
         f"note: other programs used {artifact.profile.background_cpu_share:.0%} of the CPUs "
-        "while this plan was measured, so predictions are too slow, and another plan may be "
+        "while this plan was measured, so the predicted speed is too low and another plan may be "
         "faster: "
         f"subspec-plan --from {shlex.quote(str(artifact.path))} --reprofile"
     )
 
 
 def progress_line() -> Progress:
-    """Progress on one line of a terminal; elsewhere a line every SECONDS_BETWEEN_LINES."""
+    """Report progress on one line of a terminal; elsewhere one line every SECONDS_BETWEEN_LINES."""
     spoken = time.monotonic()
 
     def show(stage: str, share: float) -> None:

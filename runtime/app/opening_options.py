@@ -1,5 +1,4 @@
-"""The options that the commands which run a model share: which artifact, how it is opened, who
-drafts, what is accepted."""
+"""Options shared by the commands that run a model: artifact, opening, drafter, verification."""
 
 import re
 from collections.abc import Callable
@@ -35,7 +34,7 @@ OPENING = Rules(
     ),
     only_if={
         ("drafter", "draft_temperature"): lambda given: given["drafter"] == "lookup",
-        # A model is planned for --vram, and that plan may be used as it is.
+        # With --model, --vram is the budget of its plan, which may be used as stored.
         ("vram", "no_replan"): lambda given: given.get("model") is None,
     },
 )
@@ -46,7 +45,7 @@ Decorator = Callable[[Command], Command]
 
 @dataclass(frozen=True, kw_only=True)
 class OpeningOptions:
-    """As click parsed them."""
+    """Options as parsed by click."""
 
     model: str | None = None
     context: int | None = None
@@ -70,7 +69,7 @@ class OpeningOptions:
 
     @property
     def method(self) -> Method | None:
-        """None: the plan's."""
+        """The decoding method; None: the plan's."""
         if self.no_speculation:
             return "plain"
         return None if self.drafter is None else method_of(self.drafter)
@@ -83,7 +82,7 @@ class OpeningOptions:
 
 
 def option_with_default_of(options: type[OpeningOptions]) -> Callable[..., Decorator]:
-    """Makes click options, each with the default of its field in `options`."""
+    """Return a factory of click options whose defaults are the fields of `options`."""
 
     def option(name: str, help: str, **settings: Any) -> Decorator:
         default = getattr(options, name.lstrip("-").replace("-", "_"))
@@ -94,7 +93,7 @@ def option_with_default_of(options: type[OpeningOptions]) -> Callable[..., Decor
 
 
 def all_of(*options: Decorator) -> Decorator:
-    """Adds options that `--help` shows in this order."""
+    """Combine options, which `--help` shows in this order."""
 
     def add(command: Command) -> Command:
         for one in reversed(options):
@@ -115,7 +114,7 @@ def device_option(
 
 
 option = option_with_default_of(OpeningOptions)
-# What is done with an artifact's plan on this machine.
+# How an artifact's plan is used on this machine.
 plan_options = all_of(
     option("--no-graphs", "On a GPU: no CUDA graphs for the draft.", is_flag=True),
     option(
@@ -135,7 +134,7 @@ plan_options = all_of(
         callback=size_option, metavar="SIZE",
     ),
 )  # fmt: skip
-# What is drafted; no token depends on it.
+# How tokens are drafted; the output does not depend on it.
 drafting_options = all_of(
     option(
         "--no-speculation", "Disable speculative decoding; the tokens stay the same.", is_flag=True
@@ -152,7 +151,7 @@ drafting_options = all_of(
         type=click.FloatRange(*DRAFT_TEMPERATURES), callback=finite_option, metavar="T",
     ),
 )  # fmt: skip
-# Whether drafts are accepted by a lossy rule, and what its threshold is of.
+# Lossy acceptance, and the criterion of its threshold.
 verify_options = all_of(
     option(
         "--verify",
@@ -179,7 +178,7 @@ lossy_options = all_of(
 
 
 def check_opening(options: OpeningOptions, rules: Rules = OPENING) -> None:
-    """Raises SubspecError(USAGE) for what click cannot see."""
+    """Raise SubspecError(USAGE) for combinations that click cannot check."""
     for flag, other in rules.needs:
         if is_given(options, flag) and not is_given(options, other):
             message = f"{spelled(flag)} was given without {spelled(other)}"

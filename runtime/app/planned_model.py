@@ -1,8 +1,8 @@
-"""A model's artifact in the user's cache: planned by subspec-plan when it is first asked for.
+"""Artifacts in the user's cache, planned by subspec-plan on first use.
 
-An artifact NAME/ stands beside its entry NAME.json, which says what it was planned for. A process
-that plans holds a lock on the entry. Nothing here removes an artifact: planning again replaces it,
-and people may delete what they like.
+An artifact NAME/ has an entry NAME.json, which records what it was planned for. A planning process
+holds a lock on the entry. Nothing here deletes artifacts: planning again replaces them, and users
+may delete any.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ from subspec.runtime.app.opening_options import OpeningOptions
 from subspec.runtime.app.planner_command import run_planner
 
 DEMO = "demo"  # the model that comes with subspec
-# What a plan can depend on in a folder with a checkpoint.
+# Files of a checkpoint folder that a plan may depend on.
 CHECKPOINT_FILES = ("*", "additional_chat_templates/*")
 CHECKPOINT_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt")
 MAX_STEM = 60  # characters of a model's name in that of its artifact
@@ -40,7 +40,7 @@ Notify = Callable[[str], None]
 
 @dataclass(frozen=True)
 class ModelRequest:
-    """What a person asked of --model: options of subspec-plan. None: the planner's default."""
+    """Options of --model for subspec-plan. None: the planner's default."""
 
     model: str  # REF: a folder, org/name, hf://org/name@revision, a bare name, or demo
     budget_bytes: int
@@ -53,7 +53,7 @@ class ModelRequest:
 
 
 def request_of(options: OpeningOptions) -> ModelRequest:
-    """Of a command line with --model, which `check_opening` has looked at."""
+    """Return the request of a command line with --model that passed `check_opening`."""
     assert options.model is not None and options.vram is not None
     return ModelRequest(
         options.model,
@@ -69,19 +69,19 @@ def request_of(options: OpeningOptions) -> ModelRequest:
 
 @dataclass(frozen=True)
 class Entry:
-    """What an artifact in the cache was planned for."""
+    """What a cached artifact was planned for."""
 
     schema: Literal["subspec.planned/1"]
     request: ModelRequest
-    # Of a local folder: digest of its files' names, sizes and times. Of the demo: subspec's
-    # version. The artifact of a hub model names its commit.
+    # Local folder: digest of its files' names, sizes and times. Demo: subspec's version. Empty for
+    # a hub model, whose artifact has its commit.
     checkpoint: str
-    draft_model: str = ""  # the same of the draft model
+    draft_model: str = ""  # likewise of the draft model
 
 
 def planned_model(request: ModelRequest, notify: Notify = say) -> Path:
-    """The artifact for `request`: from the user's cache, else planned into it, which takes from a
-    minute to hours. The planner's story goes to stderr.
+    """Return the folder of the artifact for `request`, from the user's cache, else planned into it,
+    which takes from a minute to hours. The planner's progress goes to stderr.
 
     Raises SubspecError: the planner's own, or RESOURCES if there is no cache.
     """
@@ -98,13 +98,13 @@ def planned_model(request: ModelRequest, notify: Notify = say) -> Path:
         )
     path = folder / artifact_name(wanted.request)
     with locked(entry_path(path), notify) as entry:
-        if not is_current(path, wanted):  # another process may have planned it meanwhile
+        if not is_current(path, wanted):  # may have been planned by another process meanwhile
             plan_into(path, wanted, entry, notify)
     return path
 
 
 def entry_of(request: ModelRequest) -> Entry:
-    """The entry that an artifact for `request` has now."""
+    """Return the current entry for `request`."""
     model, checkpoint = identified(request.model)
     named, own = replace(request, model=model), ""
     if request.draft_model is not None:
@@ -114,9 +114,9 @@ def entry_of(request: ModelRequest) -> Entry:
 
 
 def identified(model: str) -> tuple[str, str]:
-    """A REF in one form, and what it is now, as `Entry.checkpoint`. A local folder is named by its
-    real path, as subspec-plan sees it: an existing folder goes before a hub name, but not before
-    one that begins with hf://."""
+    """Return a REF in canonical form and its version, as `Entry.checkpoint`. A local folder is
+    named by its real path, as in subspec-plan: an existing folder takes precedence over a hub name,
+    except one that begins with hf://."""
     if model == DEMO:
         return model, version("subspec")
     local = Path(os.path.expanduser(model))
@@ -127,7 +127,7 @@ def identified(model: str) -> tuple[str, str]:
 
 
 def files_digest(folder: Path) -> str:
-    """Changes with a file of the checkpoint in `folder`, as far as sizes and times show it."""
+    """Digest of names, sizes and times of the checkpoint's files in `folder`."""
     found = []
     for pattern in CHECKPOINT_FILES:
         for path in sorted(folder.glob(pattern)):
@@ -138,7 +138,7 @@ def files_digest(folder: Path) -> str:
 
 
 def artifact_name(request: ModelRequest) -> str:
-    """Readable, and one for each request: qwen2.5-32b-24.00gb-1f0c5ae37d42."""
+    """Return a readable name, unique per request: qwen2.5-32b-24.00gb-1f0c5ae37d42."""
     stem = request.model.partition("@")[0].rstrip("/").rpartition("/")[2][:MAX_STEM]
     size = short_size(request.budget_bytes).replace(" ", "")
     digest = hashlib.sha256(dump_json(request).encode()).hexdigest()[:12]
@@ -150,7 +150,7 @@ def entry_path(path: Path) -> Path:
 
 
 def read_entry(path: Path) -> Entry | None:
-    """None if it is missing, damaged or being written."""
+    """Read an entry; None if it is missing, damaged or being written."""
     try:
         with open_regular(path) as file:
             value = parse_json(file.read(MAX_JSON), path.name)
@@ -161,8 +161,8 @@ def read_entry(path: Path) -> Entry | None:
 
 
 def is_current(path: Path, wanted: Entry) -> bool:
-    """Whether the artifact `path` is there, whole as far as its structure shows, and of `wanted`.
-    Raises SubspecError if the system lacks something to tell."""
+    """Return True if the artifact `path` matches `wanted` and its structure is complete. Raises
+    SubspecError if the check itself fails for want of resources."""
     if read_entry(entry_path(path)) != wanted:
         return False
     try:
@@ -178,7 +178,7 @@ def is_current(path: Path, wanted: Entry) -> bool:
 
 
 def is_downloaded(source: Source, model: str) -> bool:
-    """Whether `source` is local, or what the hub's cache on this disk has of the REF."""
+    """Return True if `source` is local or the REF's version in the hub's local cache."""
     commit = (
         downloaded_commit(source.repository, model.partition("@")[2]) if source.revision else None
     )
@@ -186,21 +186,21 @@ def is_downloaded(source: Source, model: str) -> bool:
 
 
 def downloaded_commit(repository: str, revision: str) -> str | None:
-    """The commit that the hub's cache on this disk has for a revision ("": main); None: none. The
-    hub itself is not asked, so that a start needs no network."""
-    from huggingface_hub import try_to_load_from_cache  # 0.3 s: who uses the hub pays
+    """Return the commit of a revision ("": main) in the hub's local cache; None if there is none.
+    The hub is not contacted, so that a start needs no network."""
+    from huggingface_hub import try_to_load_from_cache  # 0.3 s, only for hub models
 
     try:
         found = try_to_load_from_cache(repository, "config.json", revision=revision or None)
-    except ValueError:  # the library's own checks of names
+    except ValueError:  # the library validates names
         return None
     return Path(found).parent.name if isinstance(found, str) else None
 
 
 @contextmanager
 def locked(entry: Path, notify: Notify) -> Iterator[IO[str]]:
-    """The entry, open and locked; the kernel releases the lock however this process ends. An error
-    in the block removes the entry."""
+    """Open and lock the entry; the kernel releases the lock when the process ends. An error in the
+    block removes the entry."""
     with lock_of(entry, notify) as file:
         try:
             yield file
@@ -220,7 +220,7 @@ def lock_of(entry: Path, notify: Notify) -> IO[str]:
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), entry.stat()):
                 return file
-        file.close()  # the previous holder has removed what we opened
+        file.close()  # the previous holder removed this file
 
 
 def plan_into(path: Path, wanted: Entry, entry: IO[str], notify: Notify) -> None:
@@ -229,7 +229,7 @@ def plan_into(path: Path, wanted: Entry, entry: IO[str], notify: Notify) -> None
     if path.exists() and not (path / MANIFEST).is_file() and any(path.iterdir()):
         raise SubspecError(
             Exit.CORRUPT,
-            f"{path} is no whole artifact",
+            f"{path} is an incomplete artifact",
             f"remove it: rm -r {shlex.quote(str(path))}",
         )
     similar = same_weights(path, wanted)
@@ -246,7 +246,8 @@ def plan_into(path: Path, wanted: Entry, entry: IO[str], notify: Notify) -> None
 
 
 def kept(path: Path) -> str:
-    """How much a planned model takes, all of them if there are others, and how to remove it."""
+    """Describe a planned model's disk usage, the total if there are several, and how to remove
+    it."""
     artifacts = list(path.parent.glob(f"[!.]*/{MANIFEST}"))
     said = f"kept for the next start: {format_size(disk_bytes(path))}"
     if len(artifacts) > 1:
@@ -256,8 +257,8 @@ def kept(path: Path) -> str:
 
 
 def planner_words(request: ModelRequest, similar: Path | None = None) -> list[str]:
-    """Options of subspec-plan; similar: an artifact whose weights are to be linked, and what was
-    measured taken over."""
+    """Return the options of subspec-plan; similar: an artifact to link weights and reuse
+    measurements from."""
     words = ["--from", str(similar)] if similar else ["--model", request.model]
     words += ["--vram", f"{request.budget_bytes}B"]
     link = request.link_bandwidth
@@ -273,8 +274,8 @@ def planner_words(request: ModelRequest, similar: Path | None = None) -> list[st
 
 
 def same_weights(path: Path, wanted: Entry) -> Path | None:
-    """Another artifact beside `path` that differs from `wanted` at most in the number and length of
-    its sequences. Another budget may have encoded weights in another way."""
+    """Return another artifact beside `path` that differs from `wanted` at most in the number and
+    length of its sequences. Another budget may have encoded weights differently."""
 
     def weights(entry: Entry) -> Entry:
         return replace(entry, request=replace(entry.request, context=None, sequences=None))
@@ -289,7 +290,7 @@ def same_weights(path: Path, wanted: Entry) -> Path | None:
 
 
 def disk_bytes(folder: Path) -> int:
-    """Bytes of the files in `folder`; what is linked several times counts once."""
+    """Bytes of the files in `folder`; hard links count once."""
     found = {}
     for path in folder.rglob("*"):
         status = path.lstat()

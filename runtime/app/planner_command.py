@@ -1,4 +1,4 @@
-"""subspec-plan as a command, because the runtime does not import the planner."""
+"""Run subspec-plan as a command, since the runtime does not import the planner."""
 
 import os
 import sys
@@ -14,9 +14,9 @@ PLANNER = (sys.executable, "-P", "-m", "subspec.planner")
 
 
 def run_planner(words: Sequence[str], shown: bool = False) -> bytes:
-    """What subspec-plan with these words and --json prints on stdout. shown: a person sees its
-    stderr. Raises SubspecError: the planner's own, with its exit code."""
-    # The words are all that is asked for: a person's defaults for subspec-plan say nothing of it.
+    """Run subspec-plan with these arguments and --json, and return its stdout. shown: its stderr is
+    shown to the user. Raises SubspecError: the planner's own, with its exit code."""
+    # The arguments are complete: the user's defaults for subspec-plan must not apply.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("SUBSPEC_PLAN_")}
     try:
         ended = run_child([*PLANNER, *words, "--json"], shown=shown, environment=environment)
@@ -34,8 +34,8 @@ def run_planner(words: Sequence[str], shown: bool = False) -> bytes:
 
 
 def planners_error(code: int, printed: str, story: str, shown: bool = False) -> SubspecError:
-    """The planner's error from the JSON object on its stdout, `printed`; without one, from the last
-    line of its stderr, `story`. shown: a person has seen it there."""
+    """Return the planner's error from the JSON object on its stdout, `printed`; without one, from
+    the last line of its stderr, `story`. shown: that was shown to the user."""
     try:
         value = parse_json(printed, "the planner's error")
         found: Reported = load_dataclass(Reported, value, "the planner's error")
@@ -58,7 +58,7 @@ class ErrorObject:
 
 @dataclass(frozen=True)
 class Reported:
-    """The object that a command prints with --json when it fails (docs/commands.md)."""
+    """The JSON object of a failed command with --json (docs/commands.md)."""
 
     schema: Literal["subspec.error/1"]
     error: ErrorObject

@@ -31,8 +31,8 @@ from subspec.artifacts.plan import Method, Plan
 from subspec.runtime.app.planner_command import run_planner
 from subspec.runtime.device import machine_name
 
-MARGIN = 0.03  # of what is free now; it may be less by the time the weights are loaded
-STEPS = 32  # of a plan's budget: free memory varies between runs, the cached plan should not
+MARGIN = 0.03  # of free memory; less may be free once the weights are loaded
+STEPS = 32  # steps of a plan's budget: free memory varies between runs, the cached plan should not
 MAX_KEPT = 64
 
 # If only the machine differs, the stored plan still runs, at another speed.
@@ -41,11 +41,11 @@ Cause = Literal["machine", "budget", "device", "memory", "sequences"]
 
 @dataclass(frozen=True)
 class Here:
-    """Where a plan is to run."""
+    """The device, machine and free memory that a plan is to run with."""
 
     device: str  # cpu, cuda or cuda:N
     machine: str  # machine_name of it
-    free_bytes: int  # of its fast memory, without what this process has already taken
+    free_bytes: int  # of fast memory, beyond what this process already uses
 
     @property
     def kind(self) -> str:
@@ -54,13 +54,13 @@ class Here:
 
 @dataclass(frozen=True)
 class Mismatch:
-    """Why a plan cannot be used as it is, and what to plan for instead."""
+    """Why a plan cannot be used as it is, and what to re-plan for."""
 
     cause: Cause
     budget_bytes: int
     context: int | None  # None: the planner's choice, for a smaller budget
     here: Here
-    said: str  # both, in one sentence
+    said: str  # cause and new target, in one sentence
     num_sequences: int | None = None  # None: as many as the plan's constraints say
 
 
@@ -73,9 +73,8 @@ def fitted(
     progress: Progress = unseen,
     sequences: int | None = None,
 ) -> tuple[Artifact, str]:
-    """The artifact with a plan that can be used here, and a sentence on why it is a new one; "" if
-    it is not. method None: the plan's. sequences: how many the plan must have memory for. Raises
-    the planner's own SubspecError."""
+    """Return the artifact with a usable plan, and a sentence on why it is a new one; "" if it is
+    not. method None: the plan's. sequences: required number. Raises the planner's SubspecError."""
     plan = artifact.plan
     here = look_around(plan, device)
     found = mismatch(plan, method or plan.method, here, vram, sequences) if here else None
@@ -102,8 +101,8 @@ def fitted(
 
 
 def look_around(plan: Plan, device: str | None) -> Here | None:
-    """The requested device, else the plan's, else the CPU if there is no GPU. None: there is no
-    such device, which Engine.open reports."""
+    """Return the requested device, else the plan's, else the CPU if there is no GPU. None if there
+    is no such device, which Engine.open reports."""
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     chosen = device or (plan.device if num_gpus else "cpu")
     if chosen == "cpu":
@@ -117,9 +116,9 @@ def look_around(plan: Plan, device: str | None) -> Here | None:
 def mismatch(
     plan: Plan, method: Method, here: Here, vram: int | None, sequences: int | None = None
 ) -> Mismatch | None:
-    """Why `plan` cannot be used `here`; None if it can. vram: the user's budget, if given; one
-    larger than the plan's matters only if re-planning is needed anyway. sequences: how many are
-    needed."""
+    """Return why `plan` cannot be used `here`; None if it can. vram: the user's budget, if given;
+    one larger than the plan's matters only if re-planning is needed anyway. sequences: required
+    number."""
     placement = plan.placement(method)
     wanted = plan.budget_bytes if vram is None else vram
     same_kind, foreign = here.kind == plan.device, here.machine != plan.machine
@@ -134,7 +133,7 @@ def mismatch(
     free = ""
     if budget > room:
         step = max(1, plan.budget_bytes // STEPS)
-        if 0 < room < 8 * step:  # the budget was far beyond this memory: a share of what is free
+        if 0 < room < 8 * step:  # the budget far exceeds this memory: a share of free memory
             step = max(1, 1 << room.bit_length() >> 6)
         budget = max(1, room // step) * step
         free = f", but only {format_size(here.free_bytes)} are free"
@@ -169,8 +168,8 @@ def counted(num_sequences: int) -> str:
 def solve_again(
     artifact: Artifact, found: Mismatch, link_bandwidth: int | None, progress: Progress
 ) -> Plan:
-    """The plan for `found`: from the cache, else from the planner. Raises SubspecError."""
-    # What is there serves read-only too
+    """Return the plan for `found` from the cache, else from the planner. Raises SubspecError."""
+    # A read-only cache is usable too
     folder = user_cache_dir("plans") or readable_cache_dir("plans")
     entry = folder / entry_name(artifact, found, link_bandwidth) if folder else None
     plan = read_entry(entry, artifact, found) if entry else None
@@ -186,8 +185,8 @@ def solve_again(
 
 
 def planned_anew(artifact: Artifact, found: Mismatch, link_bandwidth: int | None) -> Plan:
-    """Plan by subspec-plan, for a link of at most `link_bandwidth` bytes per second. It measures
-    this machine, in seconds, if the artifact's profile is of another one. Raises SubspecError."""
+    """Run subspec-plan for a link of at most `link_bandwidth` bytes per second. It measures this
+    machine, in seconds, if the artifact's profile is of another one. Raises SubspecError."""
     words = [*planner_words(artifact, found), "--print-plan"]
     words += ["--link-bandwidth", f"{link_bandwidth}B"] if link_bandwidth else []
     return load_plan(run_planner(words), artifact)
@@ -205,8 +204,8 @@ def planner_words(artifact: Artifact, found: Mismatch) -> list[str]:
 
 
 def words_as_before(artifact: Artifact, changed: Mapping[str, object]) -> list[str]:
-    """What subspec-plan is asked for another plan of an artifact: what its plan was asked for, but
-    for the options in `changed`, of which those that are None are left to the planner."""
+    """Return the options that subspec-plan was given for the artifact, with those in `changed`
+    replaced; None leaves one to the planner."""
     plan, constraints = artifact.plan, artifact.plan.constraints
     sequences = constraints.num_sequences
     asked = {
@@ -232,7 +231,7 @@ def load_plan(text: bytes | str, artifact: Artifact) -> Plan:
     return plan
 
 
-# The cache: an entry is the text of a plan.json, named by a digest of all that it depends on.
+# The cache: an entry is a plan.json, named by a digest of everything that it depends on.
 
 
 def entry_name(artifact: Artifact, found: Mismatch, link_bandwidth: int | None) -> str:
@@ -255,7 +254,7 @@ def digest(data: bytes) -> str:
 
 def write_entry(path: Path, plan: Plan) -> None:
     """Write an entry atomically and remove the least recently used ones. Ignores errors: the next
-    start then plans again."""
+    start then re-plans."""
     with suppress(OSError):
         descriptor, unfinished = tempfile.mkstemp(dir=path.parent, suffix=".new")
         try:
@@ -270,7 +269,7 @@ def write_entry(path: Path, plan: Plan) -> None:
 
 
 def read_entry(path: Path, artifact: Artifact, found: Mismatch) -> Plan | None:
-    """The plan of an entry; None if it is missing, damaged or for something else."""
+    """Return the plan of an entry; None if it is missing, damaged or does not match."""
     try:
         with open_regular(path) as file:
             plan = load_plan(file.read(MAX_JSON), artifact)

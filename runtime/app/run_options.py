@@ -1,4 +1,4 @@
-"""The command line of subspec-run as it is parsed, and what of it goes together."""
+"""The parsed command line of subspec-run, and checks of option combinations."""
 
 import re
 from dataclasses import dataclass, replace
@@ -16,12 +16,12 @@ from subspec.runtime.app.opening_options import (
 )
 
 BIAS = re.compile(r"([0-9]{1,9})=([+-]?[0-9]{1,9}(?:\.[0-9]{1,9})?)", re.ASCII)
-MAX_LOGPROBS = 20  # likeliest tokens that are reported with each token
+MAX_LOGPROBS = 20  # likeliest tokens reported with each token
 
 
 @dataclass(frozen=True)
 class Options(OpeningOptions):
-    """The command line, as click parsed it."""
+    """Options as parsed by click."""
 
     artifact: str | None = None
     prompt: str | None = None
@@ -67,7 +67,7 @@ option = option_with_default_of(Options)
 def bias_option(
     context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
 ) -> tuple[tuple[int, float], ...]:
-    """ID=BIAS, several times -> pairs."""
+    """Parse repeated ID=BIAS into pairs."""
     found = dict[int, float]()
     for value in values:
         match = BIAS.fullmatch(value)
@@ -84,7 +84,8 @@ def bias_option(
 
 
 def arranged(options: Options) -> Options:
-    """With --model the only positional argument is PROMPT. Raises SubspecError(USAGE)."""
+    """Assign positional arguments: with --model the only one is PROMPT. Raises
+    SubspecError(USAGE)."""
     if options.model is None:
         if options.artifact is None:
             raise SubspecError(
@@ -103,7 +104,7 @@ def arranged(options: Options) -> Options:
 
 
 def check_options(options: Options) -> None:
-    """Raises SubspecError(USAGE) for what click cannot see."""
+    """Raise SubspecError(USAGE) for combinations that click cannot check."""
     check_opening(options, RULES)
     if "" in options.stop:
         raise SubspecError(Exit.USAGE, "--stop is empty", "give the text that ends the answer")
@@ -117,5 +118,5 @@ def check_options(options: Options) -> None:
             *options.stop,
         )
         "".join(word or "" for word in words).encode("utf-8")
-    except UnicodeEncodeError:  # surrogates, which stand for bytes that are not UTF-8
+    except UnicodeEncodeError:  # surrogates stand for bytes that are not UTF-8
         raise SubspecError(Exit.USAGE, "an argument is not UTF-8", "convert it to UTF-8") from None

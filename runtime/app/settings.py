@@ -1,11 +1,11 @@
-"""Settings of an answer that a chat's /set changes, by the names of subspec-run's options."""
+"""Sampling settings for /set in a chat, named as subspec-run's options."""
 
 from dataclasses import replace
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.runtime.sequence import GenerationParams
 
-# Name -> how its value is read.
+# Name -> parser of its value.
 SETTINGS: dict[str, type[int] | type[float]] = {
     "max-tokens": int,
     "temperature": float,
@@ -17,11 +17,12 @@ SETTINGS: dict[str, type[int] | type[float]] = {
     "frequency-penalty": float,
     "seed": int,
 }
-OF_THE_PARAMS = ("max-tokens",)  # all others are of their sampling
+OF_THE_PARAMS = ("max-tokens",)  # all others are in params.sampling
 
 
 def changed(params: GenerationParams, given: str) -> GenerationParams:
-    """The params after `given`: NAME VALUE or NAME=VALUE. Raises SubspecError(USAGE)."""
+    """Return the params with one setting changed. given: NAME VALUE or NAME=VALUE. Raises
+    SubspecError(USAGE)."""
     words = given.replace("=", " ", 1).split()
     name = words[0].replace("_", "-").lower() if words else ""
     if name not in SETTINGS or len(words) != 2:
@@ -40,7 +41,7 @@ def changed(params: GenerationParams, given: str) -> GenerationParams:
 
 
 def described(params: GenerationParams) -> str:
-    """Every setting and its value, a line each."""
+    """Format every setting and its value, one per line."""
     lines = []
     for name in SETTINGS:
         owner = params if name in OF_THE_PARAMS else params.sampling

@@ -1,4 +1,5 @@
-"""Options of subspec-bench: lists of numbers, sizes and names, and those of several commands."""
+"""Option parsers of subspec-bench: lists of numbers, sizes and names, and options shared by several
+commands."""
 
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -24,7 +25,7 @@ Command = Callable[..., None]
 
 
 def whole_numbers(context: click.Context, option: click.Parameter, text: str) -> tuple[int, ...]:
-    """ "128,512" -> (128, 512); "" -> ()."""
+    """Parse a list of numbers: "128,512" -> (128, 512); "" -> ()."""
     return tuple(listed(text, int, lambda one: one >= 0, "whole numbers such as 128,512"))
 
 
@@ -66,7 +67,7 @@ def listed(text: str, kind: Any, holds: Any, expected: str) -> list[Any]:
 
 
 def names(text: str, known: Iterable[str], what: str) -> tuple[str, ...]:
-    """At least one. Raises SubspecError(USAGE)."""
+    """Parse a list of at least one known name. Raises SubspecError(USAGE)."""
     every, found = list(known), tuple(one.strip() for one in text.split(",") if one.strip())
     if wrong := next((one for one in found if one not in every), None):
         raise SubspecError(Exit.USAGE, f"{what} {wrong!r}, expected some of {', '.join(every)}")
@@ -75,7 +76,7 @@ def names(text: str, known: Iterable[str], what: str) -> tuple[str, ...]:
     return found
 
 
-# rules_of has the sentences.
+# rules_of has the error messages.
 SWEEPING = replace(
     OPENING,
     needs=(*OPENING.needs, ("thresholds", "verify"), ("windows", "verify")),
@@ -87,7 +88,7 @@ SWEEPING = replace(
 def rules_of(
     how: OpeningOptions, thresholds: Sequence[float], windows: Sequence[int], method: str | None
 ) -> list[Lossy | None]:
-    """The lossy rules of a sweep, or exactness alone. Raises SubspecError(USAGE)."""
+    """Return the lossy rules of a sweep, or [None] if it is exact. Raises SubspecError(USAGE)."""
     if how.lossy is None:
         for flag, given in (("--thresholds", thresholds), ("--windows", windows)):
             if given:
@@ -104,20 +105,19 @@ def rules_of(
 def writable_file(
     context: click.Context, option: click.Parameter, value: Path | None
 ) -> Path | None:
-    """Callback: a file that can be written, as far as that is known before anything is measured.
-    Nothing is made."""
+    """Callback: check as far as possible that a file can be written, without creating it."""
     return None if value is None else checked_writable(value, value.is_file, "file")
 
 
 def folder_of_files(
     context: click.Context, option: click.Parameter, value: Path | None
 ) -> Path | None:
-    """Callback: a folder that files can be written to, or that can be made."""
+    """Callback: check that a folder is writable or can be created."""
     return None if value is None else checked_writable(value, value.is_dir, "folder")
 
 
 def checked_writable(path: Path, is_one: Callable[[], bool], kind: str) -> Path:
-    """Raises click.BadParameter."""
+    """Return `path`. Raises click.BadParameter if it cannot be written."""
     try:
         there = path.exists()
         if there and not is_one():
@@ -152,9 +152,9 @@ def out_option(help: str) -> Callable[[Command], Command]:
 # How one answer is sampled.
 sampling_options = all_of(
     click.option("--temperature", type=click.FloatRange(0, 100), default=0.0, show_default=True,
-                 callback=finite_option, help="Of sampling; 0 is greedy."),
+                 callback=finite_option, help="Sampling temperature; 0 is greedy."),
     click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True,
-                 help="Of the choice of items and of sampling."),
+                 help="Seed for item selection and sampling."),
 )  # fmt: skip
 
 

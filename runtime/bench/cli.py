@@ -51,7 +51,7 @@ METHODS = (*get_args(DrafterName), "plain")
 
 
 class Programs(Program, click.Group):
-    """Commands under one name, each of which ends as `Program` says."""
+    """A group of commands with the exit codes of `Program`."""
 
 
 @click.group(NAME, cls=Programs, context_settings=HELP, no_args_is_help=False)
@@ -59,37 +59,37 @@ class Programs(Program, click.Group):
 def main() -> None:
     """Measure an artifact: speed, tasks with accuracy, sweeps of settings, pairs, traces.
 
-    Tables go to stdout, progress to stderr. docs/bench.md has the rules by which is counted.
+    Tables go to stdout, progress to stderr. docs/bench.md defines every figure.
     """
 
 
 @main.command("speed", cls=Configured, program=NAME, rules=OPENING, context_settings=HELP)
 @artifact_argument
 @click.option("-p", "--prompt-tokens", default="128", show_default=True, callback=whole_numbers,
-              metavar="N,N", help="Rows pp: tokens of prompts that are read.")  # fmt: skip
+              metavar="N,N", help="Prompt lengths for pp tests.")  # fmt: skip
 @click.option("-n", "--generated-tokens", default="64", show_default=True, callback=whole_numbers,
-              metavar="N,N", help="Rows tg: tokens that are generated.")  # fmt: skip
+              metavar="N,N", help="Numbers of generated tokens for tg tests.")  # fmt: skip
 @click.option("-d", "--cached-tokens", default="0", show_default=True, callback=whole_numbers,
-              metavar="N,N", help="Tokens in the cache before either.")  # fmt: skip
+              metavar="N,N", help="Numbers of tokens already in the KV cache.")  # fmt: skip
 @click.option("-r", "--repetitions", type=click.IntRange(1, 1000), default=3, show_default=True,
-              help="How often each row is measured.")  # fmt: skip
+              help="Measurements of each row.")  # fmt: skip
 @click.option("--methods", metavar="NAMES",
-              help=f"Some of {', '.join(METHODS)}.  [default: the plan's and plain]")  # fmt: skip
+              help=f"Any of {', '.join(METHODS)}.  [default: the plan's and plain]")  # fmt: skip
 @click.option("--budgets", default="", callback=sizes, metavar="SIZE,SIZE",
-              help="Plan for each of them.  [default: the plan's]")  # fmt: skip
+              help="Plan for each value.  [default: the plan's]")  # fmt: skip
 @click.option("--contexts", default="", callback=positive_numbers, metavar="N,N",
-              help="Plan for each of them.  [default: the plan's]")  # fmt: skip
+              help="Plan for each value.  [default: the plan's]")  # fmt: skip
 @click.option("--widths", default="", callback=positive_numbers, metavar="N,N",
               help="Widths of the draft tree.  [default: the plan's]")  # fmt: skip
 @click.option("--depths", default="", callback=positive_numbers, metavar="N,N",
               help="Depths of the draft tree.  [default: the plan's]")  # fmt: skip
 @form_option
-@out_option("Append each row; what it has already is not measured again.")
+@out_option("Append each row; rows already in FILE are skipped.")
 @plan_options
 def speed(artifact: Path, form: "Form", out: Path | None, **given: Any) -> None:
-    """Tokens/s of prompts and of generation.
+    """Measure tokens/s of prompt processing and of generation.
 
-    Rows are as llama-bench has them: pp128 reads 128 tokens, tg64 generates 64.
+    Rows are named as in llama-bench: pp128 reads 128 tokens, tg64 generates 64.
     """
     from subspec.runtime.bench.csv_columns import speed_columns
     from subspec.runtime.bench.tables import speed_table, written
@@ -115,25 +115,26 @@ def speed(artifact: Path, form: "Form", out: Path | None, **given: Any) -> None:
 @main.command("tasks", cls=Configured, program=NAME, rules=OPENING, context_settings=HELP)
 @artifact_argument
 @click.option("--tasks", default=BUILTIN, show_default=True, metavar="NAMES",
-              help=f"Some of {BUILTIN}, {', '.join(LAYOUTS)}.")  # fmt: skip
+              help=f"Any of {BUILTIN}, {', '.join(LAYOUTS)}.")  # fmt: skip
 @click.option("--data", type=click.Path(path_type=Path), metavar="FOLDER",
-              help="With TASK.jsonl in the data set's own layout.  [default: the hub]")  # fmt: skip
+              help="Folder with TASK.jsonl in the data set's own layout.  "
+              "[default: the hub]")  # fmt: skip
 @click.option("--max-samples", type=click.IntRange(min=1), default=20, show_default=True,
-              help="Items of each task.")  # fmt: skip
+              help="Maximum items per task.")  # fmt: skip
 @click.option("--max-tokens", type=click.IntRange(min=1),
-              help="Longest answer.  [default: the task's]")  # fmt: skip
+              help="Maximum answer length.  [default: the task's]")  # fmt: skip
 @sampling_options
 @drafting_options
 @lossy_options
 @click.option("--no-thinking", is_flag=True,
-              help="Tell the chat template that the model is not to think.")  # fmt: skip
+              help="Turn off thinking in the chat template.")  # fmt: skip
 @click.option("--execute-code", is_flag=True,
-              help="Run generated programs, in a child with limits.")  # fmt: skip
+              help="Run generated programs, in a child process with limits.")  # fmt: skip
 @form_option
-@out_option("Append each answer; what it has already is not done again.")
+@out_option("Append each answer; answers already in FILE are skipped.")
 @plan_options
 def tasks(artifact: Path, form: "Form", out: Path | None, **given: Any) -> None:
-    """Accuracy, acceptance and speed on data sets."""
+    """Measure accuracy, acceptance and speed on data sets."""
     from subspec.runtime.bench.csv_columns import task_columns
     from subspec.runtime.bench.items import items_of
     from subspec.runtime.bench.prompting import check_no_thinking
@@ -175,31 +176,31 @@ def tasks(artifact: Path, form: "Form", out: Path | None, **given: Any) -> None:
               help="Temperatures of the draft.  [default: the plan's]")  # fmt: skip
 @verify_options
 @click.option("--thresholds", default="", callback=shares, metavar="X,X",
-              help=f"With --verify lossy.  [default: {Lossy.threshold}]")  # fmt: skip
+              help=f"With --verify lossy: thresholds.  [default: {Lossy.threshold}]")  # fmt: skip
 @click.option("--windows", default="", callback=whole_numbers, metavar="N,N",
-              help=f"With --verify lossy.  [default: {Lossy.window}]")  # fmt: skip
+              help=f"With --verify lossy: windows.  [default: {Lossy.window}]")  # fmt: skip
 @click.option("--budgets", default="", callback=sizes, metavar="SIZE,SIZE",
-              help="Plan for each of them.  [default: the plan's]")  # fmt: skip
+              help="Plan for each value.  [default: the plan's]")  # fmt: skip
 @click.option("--contexts", default="", callback=positive_numbers, metavar="N,N",
-              help="Plan for each of them.  [default: the plan's]")  # fmt: skip
+              help="Plan for each value.  [default: the plan's]")  # fmt: skip
 @click.option(
     "--method", type=click.Choice(METHODS), help="Decoding method.  [default: each plan's own]"
 )
 @click.option("--tasks", default=BUILTIN, show_default=True, metavar="NAMES",
-              help="Whose items are asked, as for tasks.")  # fmt: skip
+              help="Tasks to take prompts from.")  # fmt: skip
 @click.option("--data", type=click.Path(path_type=Path), metavar="FOLDER",
-              help="With TASK.jsonl.  [default: the hub]")  # fmt: skip
+              help="Folder with TASK.jsonl.  [default: the hub]")  # fmt: skip
 @click.option("--max-samples", type=click.IntRange(min=1), default=4, show_default=True,
-              help="Items of each task.")  # fmt: skip
+              help="Maximum items per task.")  # fmt: skip
 @click.option("--max-tokens", type=click.IntRange(min=2), default=64, show_default=True,
-              help="Longest answer.")  # fmt: skip
+              help="Maximum answer length.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True,
-              help="Of the choice of items and of sampling.")  # fmt: skip
+              help="Seed for item selection and sampling.")  # fmt: skip
 @form_option
-@out_option("Append each row; what it has already is not measured again.")
+@out_option("Append each row; rows already in FILE are skipped.")
 @plan_options
 def sweep(artifact: Path, form: "Form", out: Path | None, **given: Any) -> None:
-    """Speed under every combination of settings.
+    """Measure speed under every combination of settings.
 
     The prompts are the same for all; subspec-plan --from plans each combination.
     """
@@ -231,12 +232,12 @@ def sweep(artifact: Path, form: "Form", out: Path | None, **given: Any) -> None:
 @main.command("compare", cls=Configured, program=NAME, context_settings=HELP)
 @click.argument("a", type=click.Path(path_type=Path))
 @click.argument("b", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-@click.option("--expect-identical", is_flag=True, help="End with 1 if a token differs.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object on stdout.")
+@click.option("--expect-identical", is_flag=True, help="Exit with code 1 if any token differs.")
 def compare(a: Path, b: Path, as_json: bool, expect_identical: bool) -> None:
-    """Compare two files of tasks, item by item.
+    """Compare two result files of tasks, item by item.
 
-    They were written with --out. Tokens, speed, acceptance and score are compared.
+    Write them with --out. Tokens, speed, acceptance and score are compared.
     """
     from subspec.runtime.bench.paired import compare as compared
     from subspec.runtime.bench.paired import compared_json, identical_or_raise
@@ -247,7 +248,7 @@ def compare(a: Path, b: Path, as_json: bool, expect_identical: bool) -> None:
     if found.left_out:
         say(
             f"note: {found.left_out} of {found.turns + found.left_out} turns of the same items are "
-            "left out: other words were asked, other references judge them, or --max-tokens differs"
+            "left out: their prompts, references or --max-tokens differ"
         )
     if as_json:
         print(json.dumps(compared_json(found)))
@@ -261,19 +262,16 @@ def compare(a: Path, b: Path, as_json: bool, expect_identical: bool) -> None:
 @artifact_argument
 @click.argument("prompt")
 @click.option("--max-tokens", type=click.IntRange(min=2), default=64, show_default=True,
-              help="Longest answer.")  # fmt: skip
+              help="Maximum answer length.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), required=True, metavar="FOLDER",
               callback=folder_of_files,
-              help="For trace.json (Perfetto) and steps.jsonl.")  # fmt: skip
+              help="Folder for trace.json (Perfetto) and steps.jsonl.")  # fmt: skip
 @sampling_options
 @drafting_options
 @lossy_options
 @plan_options
 def trace(artifact: Path, prompt: str, out: Path, max_tokens: int, **given: Any) -> None:
-    """What runs when, and what the draft thought.
-
-    PROMPT is answered; drafted tokens are written with their probabilities.
-    """
+    """Trace one answer: a timeline and every drafted token's probability."""
     from subspec.runtime.bench.tasks import Asking
     from subspec.runtime.bench.tracing import traced, write_trace
     from subspec.runtime.bench.variants import Variant, planned
@@ -298,17 +296,17 @@ def trace(artifact: Path, prompt: str, out: Path, max_tokens: int, **given: Any)
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), default=Path("bench.html"),
               show_default=True, callback=writable_file, metavar="FILE",
-              help="The page; replaces an older one.")  # fmt: skip
+              help="Output page; an older one is replaced.")  # fmt: skip
 def report(files: tuple[Path, ...], out: Path) -> None:
-    """One HTML page of measured files.
+    """Write an HTML report of result files.
 
-    They were written with --out or -o jsonl.
+    FILES were written with --out or -o jsonl.
     """
     from subspec.runtime.bench.page import is_replaceable, page
     from subspec.runtime.bench.records import read_rows
 
     if not is_replaceable(out):
-        message = f"{out} exists already and is no page of {NAME} report"
+        message = f"{out} exists already and is not a page of {NAME} report"
         raise SubspecError(Exit.USAGE, message, "choose another --out")
     rendered = page([(file.name, read_rows(file)) for file in files])
     try:

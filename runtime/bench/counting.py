@@ -1,4 +1,4 @@
-"""Figures of many answers, and how sure they are. docs/bench.md writes the rules down."""
+"""Aggregate figures over many answers, with confidence intervals. docs/bench.md defines them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Interval:
-    """low, high: None: it is of one value, which says nothing of others."""
+    """A value and its interval. low, high: None for a single value, which has no interval."""
 
     value: float
     low: float | None = None
@@ -38,23 +38,25 @@ class Interval:
 
 @dataclass(frozen=True)
 class Figures:
-    """Of all answers together. Rates are sums over sums, so that a long answer counts for more.
-    An answer without a token, whose question did not fit, has no costs: it is counted in `answers`
-    and nowhere else. All other figures are 0 if no answer has a token."""
+    """Figures over all answers. Rates are sums over sums, so that long answers weigh more.
 
-    answers: int  # all of them
+    Answers without tokens, whose prompt did not fit, have no costs: only `answers` counts them.
+        Without any token all other figures are 0.
+    """
+
+    answers: int  # total
     tokens: int
     decode_tokens_per_second: Interval  # after the first token
     tokens_per_second: float  # prompts included
     first_token_seconds: float  # mean
     accepted_per_round: float  # drafted tokens
     acceptance_length: float  # with the exact model's own token: vLLM's mean acceptance length
-    acceptance_rate: float  # accepted tokens over drafted levels
+    acceptance_rate: float  # accepted tokens / drafted levels
     tau: float  # the official implementation's, by answer, then the mean
     streamed_bytes_per_token: float
     stall_share: float  # of decoding, spent waiting for weights
     peak_bytes: int
-    lossy_share: float  # of the tokens, that are not the exact model's own
+    lossy_share: float  # share of tokens that differ from the exact model's
 
 
 def figures(every: Sequence[Costs]) -> Figures:
@@ -92,7 +94,7 @@ def average(values: Sequence[float]) -> float:
 
 
 def interval_of_ratio(above: Sequence[float], below: Sequence[float]) -> Interval:
-    """Sum over sum, and its interval if other answers of the kind had been asked for."""
+    """Return the ratio of sums, with its bootstrap interval over items of the same kind."""
     a, b = np.asarray(above, dtype=float), np.asarray(below, dtype=float)
 
     def rate(rows: "np.ndarray[tuple[int, ...], np.dtype[np.intp]]") -> float:
@@ -107,8 +109,8 @@ def interval_of_mean(values: Sequence[float]) -> Interval:
 
 
 def interval_of_score(scores: Sequence[float]) -> Interval:
-    """The mean, and Wilson's interval (1927) if all are 0 or 1: resampling 20 that are right would
-    be certain of the next one."""
+    """Return the mean with its interval, Wilson's (1927) if all scores are 0 or 1: a bootstrap over
+    20 right answers would have no width."""
     if len(scores) < 2 or not all(one in (0, 1) for one in scores):
         return interval_of_mean(scores)
     number, share = len(scores), mean(scores)
@@ -122,8 +124,8 @@ def interval_of_score(scores: Sequence[float]) -> Interval:
 def bootstrapped(
     number: int, figure: Callable[["np.ndarray[tuple[int, ...], np.dtype[np.intp]]"], float]
 ) -> Interval:
-    """The figure of all rows, and the percentiles of it over resampled ones; the same every
-    time."""
+    """Return the figure over all rows and its percentiles over resampled rows, with a fixed
+    seed."""
     value = figure(np.arange(number))
     if number < 2:
         return Interval(value)

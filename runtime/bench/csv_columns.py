@@ -1,4 +1,4 @@
-"""Rows as CSV: for programs, so numbers without words, in columns with units in their names."""
+"""Rows as CSV for programs: plain numbers, with units in the column names."""
 
 import csv
 import io
@@ -15,7 +15,7 @@ Columns = list[dict[str, Cell]]  # by row
 
 
 def by_task(rows: Sequence[AnswerRow]) -> dict[tuple[Setting, str], list[AnswerRow]]:
-    """In the order in which they come."""
+    """Group rows by task, in order of appearance."""
     found = dict[tuple[Setting, str], list[AnswerRow]]()
     for row in rows:
         found.setdefault((row.setting, row.task), []).append(row)

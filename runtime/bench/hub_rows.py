@@ -1,4 +1,4 @@
-"""Rows of a data set of the hub. Only here is the extra [bench] imported."""
+"""Rows of a data set on the hub. The only module that imports the extra [bench]."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -10,7 +10,7 @@ from subspec.runtime.bench.layouts import Layout
 
 
 def hub_rows(task: str, layout: Layout) -> Iterable[dict[str, Any]]:
-    """Raises SubspecError(HUB)."""
+    """Yield the data set's rows. Raises SubspecError(HUB)."""
     name, config, split = layout.hub
     try:
         rows: Iterable[dict[str, Any]] = load_dataset(name, config, split=split)

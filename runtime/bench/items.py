@@ -16,14 +16,14 @@ from subspec.runtime.bench.layouts import BUILTIN, LAYOUTS, Judge, Layout
 
 OWN = Path(__file__).parent / "prompts.jsonl"
 MAX_LINE = 1 << 30  # bytes; rows of LiveCodeBench have their hidden tests, of many megabytes
-UNREAD = "private_test_cases"  # of LiveCodeBench: nearly all of its gigabytes
+UNREAD = "private_test_cases"  # LiveCodeBench's hidden tests: nearly all of its gigabytes
 MAX_ROWS = 200_000
 
 
 @dataclass(frozen=True)
 class Item:
-    """One conversation to be had and judged: the user's turns, and what its last answer should
-    be. first_line, cut_middle: as in `Layout`."""
+    """One conversation to evaluate: the user's turns and the reference for its last answer.
+    first_line, cut_middle: as in `Layout`."""
 
     task: str
     name: str
@@ -31,16 +31,16 @@ class Item:
     judge: Judge = "none"
     references: tuple[str, ...] = ()
     max_tokens: int = 512
-    entry_point: str = ""  # of the function that is asked for
-    given: str = ""  # code that the answer continues
-    classes: tuple[str, ...] = ()  # of which one is to be named
+    entry_point: str = ""  # of the requested function
+    given: str = ""  # code that the answer completes
+    classes: tuple[str, ...] = ()  # options of a multiple-choice question
     first_line: bool = False
     cut_middle: bool = False
 
 
 def items_of(task: str, data: Path | None, most: int, seed: int) -> list[Item]:
-    """At most `most` items in an order that `seed` decides. data: a folder with TASK.jsonl; None:
-    the hub. Raises SubspecError."""
+    """Return at most `most` items, shuffled by `seed`. data: a folder with TASK.jsonl; None: the
+    hub. Raises SubspecError."""
     if task == BUILTIN:
         rows: Sequence[dict[str, Any]] = list(local_rows(OWN))
         layout = Layout((BUILTIN, None, ""), 256, turns="turns")
@@ -61,8 +61,7 @@ def items_of(task: str, data: Path | None, most: int, seed: int) -> list[Item]:
 
 
 def spread(numbers: Sequence[int], kinds: Sequence[str]) -> list[int]:
-    """The numbers again, the first one of each kind before the second one of any. kinds: what kind
-    a number is of."""
+    """Reorder the numbers round-robin over their kinds. kinds: the kind of each number."""
     before = Counter[str]()
     place = dict[int, int]()
     for number in numbers:
@@ -80,8 +79,9 @@ def rows_of(task: str, layout: Layout, data: Path | None) -> Iterable[dict[str, 
 
 
 def rows_of_hub(task: str, layout: Layout) -> Iterable[dict[str, Any]]:
-    """Raises SubspecError: USAGE without the extra [bench], HUB."""
-    try:  # a second and 140 MB, for those who ask the hub
+    """Return a data set's rows from the hub. Raises SubspecError: USAGE without the extra [bench],
+    HUB."""
+    try:  # imported only for the hub: 1 s and 140 MB
         from subspec.runtime.bench.hub_rows import hub_rows
     except ImportError:
         raise SubspecError(
@@ -93,7 +93,7 @@ def rows_of_hub(task: str, layout: Layout) -> Iterable[dict[str, Any]]:
 
 
 def local_rows(file: Path) -> Iterable[dict[str, Any]]:
-    """JSON Lines. Raises SubspecError(USAGE)."""
+    """Yield the rows of a JSON Lines file. Raises SubspecError(USAGE)."""
     try:
         with open(file, "rb") as lines:
             number = 0
@@ -123,7 +123,8 @@ def wrong_row(file: Path, number: int, why: str) -> SubspecError:
 
 
 def ids_of(layout: Layout, rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Their ids or numbers. One that is there again is counted: an answer belongs to one item."""
+    """Return the rows' ids, or their numbers. Repeated ids get a counter: each answer belongs to
+    one item."""
     seen, names = Counter[str](), list[str]()
     for number, row in enumerate(rows):
         given = (str(row[key]) for key in layout.keys if row.get(key) is not None)
@@ -134,7 +135,7 @@ def ids_of(layout: Layout, rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def item_of(task: str, layout: Layout, name: str, row: dict[str, Any], seed: int) -> Item:
-    """Raises SubspecError(USAGE) for a row that lacks a field."""
+    """Convert a row to an item. Raises SubspecError(USAGE) if it lacks a field."""
     fields, references = dict(row), references_of(task, layout, row)
     method = method_of(task, row) if layout.starter else ""
     if layout.choices:
@@ -162,8 +163,8 @@ def item_of(task: str, layout: Layout, name: str, row: dict[str, Any], seed: int
 
 
 def digest_of(items: Sequence[Item], max_tokens: int) -> str:
-    """Of what is asked: answers to other questions, longer ones, and those that are judged by other
-    references are other rows."""
+    """Digest of prompts, references and maximum answer length: rows that differ in any of these are
+    not comparable."""
     asked = [[item.task, item.name, item.turns, item.references] for item in items]
     return hashlib.sha256(json.dumps([max_tokens, asked]).encode()).hexdigest()[:16]
 
@@ -188,8 +189,8 @@ def references_of(task: str, layout: Layout, row: dict[str, Any]) -> tuple[str, 
 
 
 def method_of(task: str, row: dict[str, Any]) -> str:
-    """The method that starter code begins, as in LeetCode's problems; "": there is none, and a
-    program is asked for. Raises SubspecError(USAGE)."""
+    """Return the method that starter code begins, as in LeetCode's problems; "" if the item asks
+    for a program. Raises SubspecError(USAGE)."""
     if not str(row.get("starter_code") or "").strip():
         return ""
     try:
@@ -204,8 +205,8 @@ def method_of(task: str, row: dict[str, Any]) -> str:
 def options_of(
     layout: Layout, row: dict[str, Any], seed: str, references: tuple[str, ...]
 ) -> tuple[list[str], str]:
-    """The options in the order in which they are shown, and the letter of the right one, "" if the
-    item does not say it."""
+    """Return the options in display order, and the correct one's letter, "" if the item has
+    none."""
     if len(layout.choices) == 1:  # as the data set orders them
         options = row.get(layout.choices[0])
         if not isinstance(options, list) or not 2 <= len(options) <= 10:
@@ -216,7 +217,7 @@ def options_of(
         raise lacking(layout.hub[0], missing)
     options = [str(row[one]).strip() for one in layout.choices]
     order = list(range(len(options)))
-    random.Random(seed).shuffle(order)  # of its own, so that it does not depend on other items
+    random.Random(seed).shuffle(order)  # per item, so that it does not depend on other items
     return [options[at] for at in order], ascii_uppercase[order.index(0)]
 
 

@@ -1,5 +1,5 @@
-"""Data sets that people compare by, as data: where they are, which fields an item has, how it is
-asked, and how an answer is judged. No item of theirs is in here."""
+"""Common benchmark data sets as data: location, fields of an item, prompt and judge. Contains none
+of their items."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -13,11 +13,11 @@ Judge = Literal[
 
 @dataclass(frozen=True)
 class Layout:
-    """hub: the data set there, its configuration and split. prompt: what is asked, with fields of
-    the item in braces. turns: the field with the user's messages, in place of a prompt. reference:
-    the field that an answer is judged by. choices: fields or one list field with options, of which
-    the first, or the one that the reference names, is right. starter: what is asked in place of
-    `prompt` of an item with starter code, whose method is called with each test's arguments."""
+    """hub: data set, configuration and split on the hub. prompt: template with the item's fields in
+    braces. turns: field with the user's messages, in place of a prompt. reference: field that
+    answers are judged by. choices: fields, or one list field, with options; the first one, or the
+    one that the reference names, is correct. starter: prompt for items with starter code, whose
+    method is called with each test's arguments."""
 
     hub: tuple[str, str | None, str]
     max_tokens: int
@@ -27,7 +27,7 @@ class Layout:
     reference: str = ""
     judge: Judge = "none"
     choices: tuple[str, ...] = ()
-    keys: tuple[str, ...] = ()  # that name an item, the first one that it has; else its number
+    keys: tuple[str, ...] = ()  # id fields in order of preference; else the row's number
     spread: str = ""
     first_line: bool = False
     cut_middle: bool = False
@@ -48,7 +48,8 @@ EXAMPLES = "{context}\n{input}"
 def longbench(
     name: str, prompt: str, judge: Judge, max_tokens: int, first_line: bool = False
 ) -> Layout:
-    """Judged, and cut if need be, as LongBench's eval.py, metrics.py and pred.py do it."""
+    """Layout of a LongBench task, judged and truncated as by its eval.py, metrics.py and
+    pred.py."""
     return Layout(
         ("THUDM/LongBench", name, "test"), max_tokens, prompt, reference="answers", judge=judge,
         keys=("_id",), first_line=first_line, cut_middle=True,
@@ -134,4 +135,4 @@ LAYOUTS: dict[str, Layout] = {
         "edit", 64,
     ),
 }  # fmt: skip
-BUILTIN = "builtin-mini"  # prompts of ours, never under the name of a data set
+BUILTIN = "builtin-mini"  # our own prompts, never under a data set's name

@@ -1,12 +1,12 @@
-"""Results of mathematics: what a text's last box holds, and whether two of them are the same. What
-does not count follows lm-eval's tasks minerva_math and hendrycks_math."""
+"""Mathematical results: extraction of the last box, and equivalence. Normalization follows
+lm-eval's tasks minerva_math and hendrycks_math."""
 
 import re
 from fractions import Fraction
 
 MAX_CHARACTERS = 200  # characters of a result
 BOX = re.compile(r"\\(?:boxed|fbox)\s*")
-# What only changes how a result looks, and what stands for it. In this order.
+# Notation and its replacement, applied in this order.
 LOOKS = (
     ("\\\\", ";"),  # the end of a matrix' row
     ("\\dfrac", "\\frac"),
@@ -28,8 +28,8 @@ VALUE = re.compile(rf"(-?)(?:\\frac({WHOLE})({WHOLE})|({NUMBER})(?:/(\d+))?)")
 
 
 def boxed(text: str) -> str:
-    r"""What the last \boxed{...} holds, with its own braces; "" if there is none. A box without
-    braces ends with the formula or the word."""
+    r"""Return the content of the last \boxed{...}, with its own braces; "" if there is none. A box
+    without braces ends with the formula or the word."""
     boxes = list(BOX.finditer(text))
     if not boxes:
         return ""
@@ -45,7 +45,8 @@ def boxed(text: str) -> str:
 
 
 def same_result(one: str, other: str) -> bool:
-    """As text, or as numbers: decimal, in groups of three digits, or a fraction."""
+    """Return True if two results are equal as text or as numbers: decimal, with groups of three
+    digits, or a fraction."""
     one, other = plain_math(one), plain_math(other)
     if one == other:
         return one != ""
@@ -54,8 +55,8 @@ def same_result(one: str, other: str) -> bool:
 
 
 def plain_math(text: str) -> str:
-    """Without what only changes how a result looks: marks around it, units, "x =", space. Braces
-    around one character are none."""
+    """Normalize notation: remove marks around the result, units, "x =", space, and braces around a
+    single character."""
     text = text.strip()[:MAX_CHARACTERS]
     for mark, plain in LOOKS:
         text = text.replace(mark, plain)
@@ -67,7 +68,7 @@ def plain_math(text: str) -> str:
 
 
 def value_of(text: str) -> Fraction | None:
-    """Of a plain result that is one number."""
+    """Return the number in a plain result; None if it is not a single number."""
     found = VALUE.fullmatch(text)
     if found is None:
         return None

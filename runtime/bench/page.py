@@ -33,17 +33,17 @@ from subspec.runtime.bench.tables import (
 )
 from subspec.templates import load
 
-MARK = b'<meta name="generator" content="subspec-bench report" />'  # of a page of ours
-MARKED_BYTES = 1000  # of its beginning
-MAX_PLANS = 2  # that the page names
+MARK = b'<meta name="generator" content="subspec-bench report" />'  # identifies our pages
+MARKED_BYTES = 1000  # searched at the beginning of a file
+MAX_PLANS = 2  # named on the page
 MAX_LINES = 6  # of one chart, as many as there are colours
 Rows = Sequence[SpeedRow | AnswerRow | SweepRow]
 
 
 @dataclass(frozen=True)
 class Bar:
-    """low, high: what the value may be, or the value if nobody knows; places are shares of the
-    longest bar."""
+    """One bar. low, high: ends of its interval, or the value if there is none; positions are shares
+    of the longest bar."""
 
     name: str
     text: str
@@ -68,7 +68,7 @@ class Lines:
 
 @dataclass(frozen=True)
 class Part:
-    """One section: a chart of bars for each of `groups`, at most one of lines, and the numbers."""
+    """One section: bar charts for each of `groups`, at most one line chart, and the table."""
 
     title: str
     about: str
@@ -78,7 +78,7 @@ class Part:
 
 
 def page(files: Sequence[tuple[str, Rows]]) -> str:
-    """Of the rows of some files. Raises SubspecError(USAGE) if there are none."""
+    """Render the rows of result files as HTML. Raises SubspecError(USAGE) if there are none."""
     rows = [row for _, some in files for row in some]
     if not rows:
         raise SubspecError(Exit.USAGE, "the files have no rows", "measure something first")
@@ -105,7 +105,8 @@ def page(files: Sequence[tuple[str, Rows]]) -> str:
 
 
 def is_replaceable(file: Path) -> bool:
-    """Whether nothing but an older page would be lost. What cannot be read is not."""
+    """Return True if the file is absent, empty or an older page. Unreadable files are not
+    replaceable."""
     try:
         with open(file, "rb") as opened:
             beginning = opened.read(MARKED_BYTES)
@@ -141,8 +142,8 @@ def speed_part(rows: Sequence[SpeedRow]) -> Part:
             )
         )
     about = (
-        "pp: tokens of a prompt that are read, tg: tokens that are generated, @ d: tokens in the "
-        "cache before. Tokens/s; the thin line is the standard deviation of the repetitions."
+        "pp: prompt tokens, tg: generated tokens, @ d: tokens already in the KV cache. "
+        "Tokens/s; the thin line is the standard deviation of the repetitions."
     )
     every = tuple((f"{test}, tokens/s", tuple(bars)) for test, bars in groups.items())
     return Part("Speed", about, every, speed_table(rows))
@@ -174,7 +175,7 @@ def task_part(rows: Sequence[AnswerRow]) -> Part:
 
 
 def pairs_part(rows: Sequence[AnswerRow]) -> list[Part]:
-    """Of two settings that answered the same items; else nothing."""
+    """Return the comparison of two settings with the same items; else an empty list."""
     settings = list(dict.fromkeys(row.setting for row in rows))
     if len(settings) != 2:
         return []
@@ -202,7 +203,7 @@ def rate_bar(setting: Setting, name: str, answers: Sequence[Costs]) -> Bar:
 
 
 def score_bar(setting: Setting, name: str, rows: Sequence[AnswerRow]) -> Bar | None:
-    """None if nothing was judged."""
+    """Return the score's bar; None if nothing was judged."""
     found = score_of(rows)
     return None if found is None else bar(setting, name, score_cell(found), found)
 
@@ -213,7 +214,7 @@ def bar(setting: Setting, name: str, text: str, found: Interval) -> Bar:
 
 
 def reached_lines(answers: dict[str, list[Costs]]) -> Lines | None:
-    """The share of rounds that accept each level, for the first of the groups that draft."""
+    """Share of rounds that accept each level, for the first groups with a draft."""
     found = list[Line]()
     for name, some in answers.items():
         rounds = [count for one in some for count in one.accepted]

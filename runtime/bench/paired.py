@@ -12,7 +12,7 @@ from subspec.runtime.bench.records import AnswerRow
 
 @dataclass(frozen=True)
 class Divergence:
-    """The first token that differs; None: that answer had ended."""
+    """The first differing token; None: that answer had ended."""
 
     task: str
     item: str
@@ -24,15 +24,14 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Compared:
-    """B against A over the turns that both were asked. Ratios are geometric means of the turns'
-    own. None: no turn has what is compared. lossy: whether a lossy rule accepted drafts of either.
-    """
+    """B against A over their common turns. Ratios are geometric means over turns. None: no turn has
+    the figure. lossy: a lossy rule accepted drafts of A or B."""
 
     a_method: str  # labels of its settings
     b_method: str
     lossy: bool
     turns: int
-    left_out: int  # turns of the same items, with other words, references or most tokens
+    left_out: int  # turns whose prompts, references or maximum length differ
     identical: int
     divergences: tuple[Divergence, ...]
     speed_ratio: Interval | None  # of tokens/s after the first token
@@ -43,7 +42,7 @@ class Compared:
 
 
 def compare(a: Sequence[AnswerRow], b: Sequence[AnswerRow]) -> Compared:
-    """Raises SubspecError(USAGE) if they have no turn in common."""
+    """Compare two runs. Raises SubspecError(USAGE) if they have no turn in common."""
     pairs, left_out = pairs_of(a, b)
     if not pairs:
         same = (
@@ -89,8 +88,8 @@ def compare(a: Sequence[AnswerRow], b: Sequence[AnswerRow]) -> Compared:
 def pairs_of(
     a: Sequence[AnswerRow], b: Sequence[AnswerRow]
 ) -> tuple[list[tuple[AnswerRow, AnswerRow]], int]:
-    """Of the same turn, and how many are left out: ids of items are often the numbers of their
-    rows, so that other questions have them too. Rows without a digest are believed."""
+    """Return pairs of the same turn, and how many are left out: ids are often row numbers, which
+    other data also has. Rows without a digest are assumed to match."""
     others = {row.key: row for row in b}
     every = [(row, others[row.key]) for row in a if row.key in others]
     pairs = [
@@ -111,12 +110,12 @@ def geometric_mean(logarithms: Sequence[float]) -> Interval | None:
 
 
 def mean_interval(values: Sequence[float]) -> Interval | None:
-    """None: of nothing."""
+    """Return the mean with its interval; None without values."""
     return interval_of_mean(values) if values else None
 
 
 def rate(row: AnswerRow) -> float:
-    """0 for an answer of one token, or of none."""
+    """Tokens/s after the first token; 0 for fewer than two tokens."""
     return ratio(max(0, row.costs.generated_tokens - 1), row.costs.decode_seconds)
 
 
@@ -125,7 +124,7 @@ def per_round(row: AnswerRow) -> float:
 
 
 def divergence(a: AnswerRow, b: AnswerRow) -> Divergence | None:
-    """None: the same tokens."""
+    """Return the first difference; None if the tokens are identical."""
     if a.token_ids == b.token_ids:
         return None
     shorter = min(len(a.token_ids), len(b.token_ids))
@@ -136,7 +135,8 @@ def divergence(a: AnswerRow, b: AnswerRow) -> Divergence | None:
 
 
 def identical_or_raise(found: Compared) -> str:
-    """What was compared. Raises SubspecError(UNEXPECTED) if a token differs."""
+    """Return a description of the comparison. Raises SubspecError(UNEXPECTED) if any token
+    differs."""
     which = f"A is {found.a_method}, B is {found.b_method}"
     if found.identical == found.turns:
         return f"all {found.turns} turns have identical tokens; {which}"

@@ -1,5 +1,5 @@
-"""Prompts of items: what the chat template makes of their turns, cut to the context if they may be,
-and where the model's reasoning is in an answer."""
+"""Prompts of items: rendered by the chat template, truncated if allowed; and the span of reasoning
+in an answer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,8 +20,8 @@ Messages = Sequence[dict[str, str]]
 
 @dataclass(frozen=True)
 class Prompt:
-    """in_reasoning: its text opens the reasoning. cut: how its middle was left out, in words; ""
-    if it was not."""
+    """A prompt. in_reasoning: it opens the reasoning. cut: description of the truncation; "" if
+    there is none."""
 
     ids: list[int]
     in_reasoning: bool
@@ -29,7 +29,8 @@ class Prompt:
 
 
 def prompt_of(tokenizer: ChatTokenizer, messages: Messages, enable_thinking: bool | None) -> Prompt:
-    """enable_thinking: None: the template's own default. Raises SubspecError as `render` does."""
+    """Render a prompt. enable_thinking: None: the template's default. Raises SubspecError as
+    `render` does."""
     if tokenizer.template is None:
         return Prompt(tokenizer.chat_ids(list(messages)), False)
     text = tokenizer.render(list(messages), enable_thinking)
@@ -43,8 +44,8 @@ def without_middle(
     enable_thinking: bool | None,
     most: int,
 ) -> Prompt:
-    """The prompt of these messages in at most `most` tokens: of the last message the first and the
-    last tokens remain, as many of both. It is longer if the rest alone is."""
+    """Truncate the middle of the last message so that the prompt has at most `most` tokens, keeping
+    equally many at both ends. It is longer if the rest alone is."""
     found, asked = whole, tokenizer.rendered_ids(messages[-1]["content"])
     num_kept = len(asked)
     while (excess := len(found.ids) - most) > 0:
@@ -61,19 +62,19 @@ def without_middle(
 
 
 def reasoning_of(tokenizer: ChatTokenizer) -> ReasoningFormat:
-    """<think> is reasoning also where the template does not know it: some models begin with it."""
+    """Return the reasoning format, <think> if the template has none: some models begin with it."""
     return choose_reasoning(tokenizer.template or "") or THINK
 
 
 def reasoning_marks(tokenizer: ChatTokenizer) -> frozenset[str]:
-    """Special tokens without which the end of the reasoning could not be seen."""
+    """Special tokens that must be decoded to find the end of the reasoning."""
     marks = reasoning_of(tokenizer).marks
     special = special_tokens(tokenizer.tokenizer).values()
     return frozenset(token for token in special if any(token in mark for mark in marks))
 
 
 def check_no_thinking(tokenizer: ChatTokenizer) -> None:
-    """Raises SubspecError(USAGE) if the model cannot be told not to think."""
+    """Raise SubspecError(USAGE) if the chat template cannot turn thinking off."""
     with TemplateWorker() as worker:
         if find_caps(tokenizer, worker).supports_enable_thinking:
             return

@@ -1,5 +1,5 @@
-"""What subspec-bench measures, as rows of JSON Lines files: appended one by one, each on the disk
-before the next, so that a run that was interrupted goes on where it was."""
+"""Measurements of subspec-bench as rows of JSON Lines files. Each row is flushed to disk before the
+next one, so that an interrupted run can resume."""
 
 import json
 import os
@@ -25,8 +25,8 @@ from subspec.runtime.lossy import Lossy
 from subspec.runtime.sequence import Stats
 
 MAX_RECORDS = 1 << 30  # bytes of a file
-BEGINNING = b'{"schema": "subspec.bench.'  # of each line that append_row writes
-# What one run of `speed` or `sweep` does not change from row to row.
+BEGINNING = b'{"schema": "subspec.bench.'  # beginning of each line written by append_row
+# Fields that are constant within one run of `speed` or `sweep`.
 SAME_IN_A_RUN = (
     "artifact", "num_weights", "machine", "torch", "python", "link_bandwidth", "subspec", "driver",
 )  # fmt: skip
@@ -36,7 +36,7 @@ Key = tuple[str, str, int]  # of an answer: task, item, turn
 
 @dataclass(frozen=True)
 class Setting:
-    """What a row was measured under; equal settings can be put together."""
+    """Conditions of a measurement; rows with equal settings can be combined."""
 
     artifact: str  # the folder's name
     num_weights: int  # of its matrices
@@ -53,20 +53,20 @@ class Setting:
     depth: int
     temperature: float
     seed: int
-    link_bandwidth: int | None  # bytes per second that it was limited to
-    # What older rows lack:
-    draft_temperature: float | None = None  # that was asked for; None: that of the plan's trees
-    lossy: Lossy | None = None  # None: the answers are the exact model's own
-    enable_thinking: bool | None = None  # what the chat template was told; None: its own default
-    subspec: str = ""  # the version that measured
+    link_bandwidth: int | None  # limit in bytes per second
+    # Absent in older rows:
+    draft_temperature: float | None = None  # as requested; None: that of the plan's trees
+    lossy: Lossy | None = None  # None: exact answers
+    enable_thinking: bool | None = None  # the chat template's argument; None: its default
+    subspec: str = ""  # its version
     weight_bytes: int = 0  # of the matrices, as the checkpoint has them
-    # Bytes per second, as the plan's profile has it; None: that is of another machine.
+    # Bytes per second in the plan's profile; None: it is of another machine.
     measured_link_bandwidth: int | None = None
-    driver: str = ""  # of the GPU; "": there is none, or nobody knows
+    driver: str = ""  # of the GPU; "": none, or unknown
 
     @property
     def label(self) -> str:
-        """Who drafts, and what that changes: a draft temperature, or a lossy rule."""
+        """The drafter, with a draft temperature or lossy rule."""
         parts = [self.drafter_label]
         if self.draft_temperature is not None:
             parts.append(f"draft temperature {self.draft_temperature:g}")
@@ -76,7 +76,7 @@ class Setting:
 
     @property
     def drafter_label(self) -> str:
-        """A draft's tree, or how it is plain: one row, or the twin with the draft's bits."""
+        """The draft's tree; or "plain", or "plain twin", which gives the draft's exact bits."""
         if self.drafter is None:
             return "plain twin" if self.padded else "plain"
         tree = f"{self.width}x{self.depth}"
@@ -87,7 +87,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Costs:
-    """Of one answer, or of one row of a table."""
+    """Costs of one answer, or of one row of a table."""
 
     prompt_tokens: int
     generated_tokens: int
@@ -99,7 +99,7 @@ class Costs:
     peak_bytes: int  # of fast memory, so far
     drafted: tuple[int, ...]  # levels, by round
     accepted: tuple[int, ...]  # tokens of them, by round
-    lossy_tokens: int = 0  # of the answer, that are not the exact model's own
+    lossy_tokens: int = 0  # of the answer, that differ from the exact model's
 
     @property
     def decode_seconds(self) -> float:
@@ -112,7 +112,7 @@ class SpeedRow:
 
     schema: Literal["subspec.bench.speed/1"]
     setting: Setting
-    test: str  # pp128, tg64, with "@ d256" for tokens that were in the cache before
+    test: str  # pp128, tg64, with "@ d256" for tokens already in the cache
     tokens_per_second: tuple[float, ...]
     accepted_per_round: float
     streamed_bytes_per_token: float
@@ -121,7 +121,7 @@ class SpeedRow:
 
 @dataclass(frozen=True)
 class AnswerRow:
-    """One turn of one item of `tasks`. score: None: nothing judges it, or it was not to be run."""
+    """One turn of one item of `tasks`. score: None: not judged, or its code was not to be run."""
 
     schema: Literal["subspec.bench.answer/1"]
     setting: Setting
@@ -134,13 +134,13 @@ class AnswerRow:
     score: float | None
     why: str
     costs: Costs
-    # Digest of the item's turns, references and longest answer; "": an older row
+    # Digest of the item's turns, references and maximum length; "": an older row
     asked: str = ""
     reasoning_characters: int = 0  # of `text`, before the answer
 
     @property
     def answer(self) -> str:
-        """What is judged: the text after the reasoning."""
+        """The text after the reasoning, which is judged."""
         return self.text[self.reasoning_characters :]
 
     @property
@@ -156,7 +156,7 @@ class SweepRow:
     setting: Setting
     predicted_tokens_per_second: float | None
     answers: tuple[Costs, ...]
-    asked: str = ""  # digest of the prompts and of the longest answer
+    asked: str = ""  # digest of the prompts and of the maximum length
 
 
 ALL_OF_A_SETTING = tuple(one.name for one in fields(Setting))
@@ -229,18 +229,18 @@ def line_of(row: SpeedRow | AnswerRow | SweepRow) -> bytes:
 
 
 def append_row(file: Path, row: SpeedRow | AnswerRow | SweepRow) -> None:
-    """The row is on the disk when this returns. Raises SubspecError(RESOURCES)."""
+    """Append a row and flush it to disk. Raises SubspecError(RESOURCES)."""
     with writing(file), open(file, "ab") as opened:
         put(opened, line_of(row))
 
 
 def replace_answers(file: Path, answers: Mapping[Key, AnswerRow]) -> None:
-    """Put answers in the places of those with their keys. All are on the disk when this returns;
-    if it is interrupted, or raises SubspecError(RESOURCES), the file is as it was."""
+    """Replace answers by key and flush them to disk. If this is interrupted or raises
+    SubspecError(RESOURCES), the file is unchanged."""
     rows = (
         answers.get(row.key, row) if isinstance(row, AnswerRow) else row for row in read_rows(file)
     )
-    target = file.resolve()  # a link stays one
+    target = file.resolve()  # keeps a symbolic link
     with writing(file):
         descriptor, unfinished = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:99]}.")
         try:
@@ -260,7 +260,7 @@ def put(opened: BinaryIO, data: bytes) -> None:
 
 @contextmanager
 def writing(file: Path) -> Iterator[None]:
-    """OSError in the block is raised as SubspecError(RESOURCES)."""
+    """Raise OSError of the block as SubspecError(RESOURCES)."""
     try:
         yield
     except OSError as error:
@@ -269,12 +269,12 @@ def writing(file: Path) -> Iterator[None]:
 
 
 def read_rows(file: Path) -> list[SpeedRow | AnswerRow | SweepRow]:
-    """Raises SubspecError: USAGE for a file that is not there or ends like none of ours, CORRUPT
-    for a line that is no row. A row that was cut off at the end is left out, and so are blank
-    lines."""
+    """Read the rows of a file. Blank lines and a row truncated at the end are skipped. Raises
+    SubspecError: USAGE if the file is missing or does not end like a result file, CORRUPT for an
+    invalid line."""
     try:
         if (size := file.stat().st_size) > MAX_RECORDS:
-            raise SubspecError(Exit.USAGE, f"{file} has {size} bytes, expected a gigabyte at most")
+            raise SubspecError(Exit.USAGE, f"{file} has {size} bytes, expected at most a gigabyte")
         lines = file.read_bytes().split(b"\n")
     except OSError as error:
         raise SubspecError(Exit.USAGE, f"{file} cannot be read: {error.strerror}") from None
@@ -282,8 +282,8 @@ def read_rows(file: Path) -> list[SpeedRow | AnswerRow | SweepRow]:
     if not (cut.startswith(BEGINNING) or BEGINNING.startswith(cut)):
         raise SubspecError(
             Exit.USAGE,
-            f"{file}, line {len(lines)} is without a newline and not the beginning of a row",
-            "it is no file of rows that subspec-bench wrote with -o jsonl or --out: name another",
+            f"{file}, line {len(lines)} has no newline and is not the beginning of a row",
+            "name another, one that subspec-bench wrote with -o jsonl or --out",
         )
     return [
         row_of(line, f"{file}, line {number}")
@@ -299,7 +299,7 @@ def row_of(line: bytes, where: str) -> SpeedRow | AnswerRow | SweepRow:
         raise SubspecError(
             Exit.CORRUPT,
             f"{where} has the schema {schema!r}, expected one of {', '.join(KINDS)}",
-            "it is a file that subspec-bench wrote with -o jsonl or --out",
+            "name a file that subspec-bench wrote with -o jsonl or --out",
         )
     row: SpeedRow | AnswerRow | SweepRow = load_dataclass(KINDS[schema], value, where)
     return row
@@ -311,9 +311,9 @@ def rows_to_resume(
     setting: Setting,
     same: Sequence[str] = ALL_OF_A_SETTING,
 ) -> list[Row]:
-    """The rows of a kind that an interrupted run has written, whose cut line is removed. Raises
-    SubspecError(USAGE) if the fields `same` of their settings are not those of `setting`, and as
-    `read_rows`: the file is then as it was."""
+    """Return the rows that an interrupted run has written, and remove its truncated line. Raises
+    SubspecError as `read_rows`, and USAGE if the fields `same` of their settings differ from
+    `setting`; the file is then unchanged."""
     if not file.exists():
         return []
     found = read_rows(file)
@@ -327,9 +327,9 @@ def rows_to_resume(
             raise SubspecError(
                 Exit.USAGE,
                 f"{file} was measured with {', '.join(changed)}",
-                "give another --out, or the options that it was begun with",
+                "give another --out, or the options of that run",
             )
-    with open(file, "r+b") as opened:  # without what was cut off
+    with open(file, "r+b") as opened:  # without the truncated row
         end = opened.read().rfind(b"\n") + 1
         opened.truncate(end)
     return list(of_kind(found, kind))

@@ -1,7 +1,7 @@
-"""Running generated code, which only --execute-code asks for: in a child with limits, in an empty
-folder, without network and other processes where the system lets a user take those away.
+"""Run generated code (--execute-code): in a child process with limits, in an empty folder, and
+without network or other processes where the system supports that.
 
-It is a guard against accidents, not against an attacker: the child can read what this user can.
+It guards against accidents, not attacks: the child can read the user's files.
 """
 
 import json
@@ -25,12 +25,12 @@ from subspec.runtime.bench.scoring import code_of, definition_of
 SECONDS = 10.0  # for one program
 MEMORY_BYTES = 1 << 30  # of its address space
 OUTPUT_BYTES = 1 << 20  # of one file
-FOLDER_BYTES = 16 << 20  # of all its files, where it has namespaces
+FOLDER_BYTES = 16 << 20  # of all its files, with namespaces
 MAX_TESTS = 100  # of one item
 TOKEN_BYTES = 32
 FUTURE = re.compile(r"^from __future__ import .*$", re.MULTILINE)
 ENVIRONMENT = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "LANG": "C.UTF-8"}
-# Before a command: a folder that is then a small file system of its own.
+# Command prefix that mounts a small file system of its own on a folder.
 MOUNTED = f"""
 mount -t proc proc /proc 2>/dev/null # forbidden in some containers; then it shows all processes
 mount -t tmpfs -o size={FOLDER_BYTES},nr_inodes=1000,mode=700 tmpfs "$1" && shift && exec "$@"
@@ -44,9 +44,9 @@ NOT_ALONE = (
     "network, can end this user's processes, leave some behind and fill the disk: run the whole "
     "command in a container, or only models that you trust"
 )
-# In the child, before the program: hard limits, which it cannot raise again. Once `finished` is
-# there, what goes wrong is the program's. The token is read first and written last, so that only a
-# program that was run to its last line has written it.
+# Runs in the child before the program: sets hard limits, which it cannot raise. Errors after
+# `finished` exists are the program's. The token is read first and written last, so that only a
+# program that ran to its last line has written it.
 HARNESS = f"""
 import os, resource, runpy, sys
 folder, name = sys.argv[1:]
@@ -67,7 +67,7 @@ sys.argv = ["program.py"]
 runpy.run_path("program.py", run_name=name)
 os.write(finished, token)
 """
-# What LeetCode and LiveCodeBench give to every answer; builtins again, some are shadowed.
+# LeetCode's and LiveCodeBench's imports; builtins come last, since some are shadowed.
 MODULES = (
     "string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random",
     "statistics", "itertools", "functools", "operator", "io", "sys", "json", "builtins", "typing",
@@ -82,14 +82,14 @@ GIVEN_TO_METHODS = (
 class Ran:
     ok: bool  # it ended with 0 within its limits
     out: str
-    said: str  # the last line of its stderr, or why it was ended; "" if ok
-    finished: bool = False  # ok, and its last line was reached: it did not end itself before
+    said: str  # the last line of its stderr, or why it was killed; "" if ok
+    finished: bool = False  # ok, and its last line was reached
 
 
 @cache
 def alone() -> tuple[str, ...]:
-    """The words before a folder and a command that then has no network, can end no other process
-    and ends with its children; empty: not on this system."""
+    """Command prefix, followed by a folder and a command, that runs it without network, unable to
+    end other processes, and ending with its children; empty if unsupported."""
     with suppress(OSError), tempfile.TemporaryDirectory(prefix="subspec-code-") as folder:
         done = subprocess.run(
             [*NAMESPACES, folder, "true"],
@@ -102,7 +102,7 @@ def alone() -> tuple[str, ...]:
 def run_program(
     program: str, given: str = "", seconds: float = SECONDS, name: str = "__main__"
 ) -> Ran:
-    """Run Python code to its end, as the module `name`. Raises SubspecError(RESOURCES)."""
+    """Run Python code as the module `name`. Raises SubspecError(RESOURCES)."""
     try:
         with tempfile.TemporaryDirectory(
             prefix="subspec-code-", ignore_cleanup_errors=True
@@ -114,11 +114,11 @@ def run_program(
 
 
 def run_in(folder: Path, program: str, given: str, seconds: float, name: str) -> Ran:
-    """In its folder `work`; beside it is what it cannot spoil by accident."""
+    """Run it in its folder `work`; files beside that are safe from accidents."""
     work, token = folder / "work", secrets.token_bytes(TOKEN_BYTES)
     work.mkdir()
     (folder / "program.py").write_text(program, "utf-8", "replace")
-    # No pipe: a process that is left behind would hold it.
+    # Not a pipe: an orphaned process would keep it open.
     (folder / "stdin").write_text(given, "utf-8", "replace")
     inside = [sys.executable, "-I", "-B", "-c", HARNESS, str(folder), name]
     before = [*alone(), str(work)] if alone() else []
@@ -154,22 +154,22 @@ def end_of(file: Path) -> bytes:
 
 
 def score_code(text: str, item: Item) -> tuple[float, str]:
-    """1.0 if the function of the answer passes the item's own test, and why not."""
+    """Return 1.0 if the answer's function passes the item's test, and the reason if not."""
     code = with_given(code_of(text, item.entry_point), item)
     return called(f"{code}\n\n{item.references[0]}\n\ncheck({item.entry_point})\n")
 
 
 def called(program: str) -> tuple[float, str]:
-    """1.0 if a program that calls an answer and checks it gets to its end. It is not `__main__`, as
-    in HumanEval and LiveCodeBench: what an answer does as a program is not asked for."""
+    """Return 1.0 if a program that calls and checks an answer completes. It does not run as
+    `__main__`, as in HumanEval and LiveCodeBench, so that the answer's own main code is skipped."""
     ran = run_program(program, name="answer")
     return float(ran.finished), "" if ran.finished else ran.said or "it ended before its test"
 
 
 def with_given(code: str, item: Item) -> str:
-    """The code after what the prompt has of the program: imports and functions that the test or
-    the answer may call, and the head of the function if the code is only its body. What the code
-    defines itself comes later, so that it counts."""
+    """Prepend the prompt's code: imports and functions that the test or the answer may call, and
+    the function's head if the code is only its body. Definitions in the code come later and take
+    precedence."""
     head = definition_of(item.entry_point)
     if head.search(code) is None:
         indented = code.lstrip("\n").startswith((" ", "\t"))
@@ -179,13 +179,13 @@ def with_given(code: str, item: Item) -> str:
 
 
 def after(before: str, code: str) -> str:
-    """Imports from the future are allowed at the beginning of a program only."""
+    """Join code, moving `from __future__` imports to the beginning, as Python requires."""
     futures = "".join(f"{line}\n" for line in FUTURE.findall(code))
     return f"{futures}{before}\n{FUTURE.sub('', code)}"
 
 
 def score_stdin(text: str, item: Item) -> tuple[float, str]:
-    """1.0 if the program of the answer writes what each test expects."""
+    """Return 1.0 if the answer's program prints the expected output of each test."""
     for number, (given, expected) in enumerate(pairs_of(item), 1):
         ran = run_program(code_of(text), given)
         if not ran.ok or ran.out.split() != expected.split():
@@ -195,8 +195,8 @@ def score_stdin(text: str, item: Item) -> tuple[float, str]:
 
 
 def score_calls(text: str, item: Item) -> tuple[float, str]:
-    """1.0 if the method of the answer returns what each test expects: JSON, an argument a line.
-    As in LiveCodeBench a tuple is a list, and the method may be a function."""
+    """Return 1.0 if the answer's method returns each test's expected value. Arguments are JSON, one
+    per line. As in LiveCodeBench a tuple equals a list, and the method may be a function."""
     code = code_of(text, item.entry_point)
     method = f"Solution().{item.entry_point}" if "class Solution" in code else item.entry_point
     for number, (given, expected) in enumerate(pairs_of(item), 1):
@@ -213,7 +213,7 @@ def score_calls(text: str, item: Item) -> tuple[float, str]:
 
 
 def pairs_of(item: Item) -> list[tuple[str, str]]:
-    """Input and output of the item's tests. Raises SubspecError(USAGE)."""
+    """Return inputs and outputs of the item's tests. Raises SubspecError(USAGE)."""
     try:
         found = json.loads(item.references[0])
         tests = [(str(one["input"]), str(one["output"])) for one in found[:MAX_TESTS]]

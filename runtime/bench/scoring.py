@@ -1,4 +1,4 @@
-"""How far an answer is right: 0 to 1, from its text and the reference. Nothing is executed here."""
+"""Scores of answers, 0 to 1, from text and reference. Executes nothing."""
 
 import re
 import string
@@ -11,7 +11,7 @@ from subspec.runtime.bench.items import Item
 from subspec.runtime.bench.layouts import Judge
 from subspec.runtime.bench.math_results import boxed, same_result
 
-# Of a code block: its language and its lines. A fence may be indented, stand in a list, or follow
+# A code block: its language and lines. A fence may be indented, in a list, or follow
 # the last line.
 BLOCK = re.compile(
     r"^[^`\n]*```[ \t]*([^\s`]*)[^`\n]*\n(.*?)(?:^[ \t]*```|```[ \t]*$|\Z)",
@@ -27,7 +27,7 @@ ANSWER_IN_SENTENCE = re.compile(
     r"\banswer\b[*_ ]*(?:is\b[*_ ]*[:=]?|[:=])" + OPENING + "(.+)", re.IGNORECASE
 )
 NUMBER = re.compile(r"-?\d*\.?\d+")
-GROUPED = re.compile(r"(?<![\d.])(?<!\d,)\d{1,3}(?:,\d{3})+(?!,?\d)")  # 1,234 and no list
+GROUPED = re.compile(r"(?<![\d.])(?<!\d,)\d{1,3}(?:,\d{3})+(?!,?\d)")  # 1,234 but not a list
 LETTER = re.compile(r"\b([A-J])\b")
 FIRST_LETTER = re.compile(r"\W*([A-J])\s*(?:[^\w\s'’]|$)", re.IGNORECASE)  # c, (c), C. Paris
 ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -35,9 +35,9 @@ PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def code_of(text: str, defines: str = "") -> str:
-    """The last code block of an answer that defines a function, the last one of Python, or the last
-    one; without any, all of it. Models correct themselves, so that LiveCodeBench takes the last one
-    too, but often end with how a function is called or with what a program writes."""
+    """Return the answer's last code block that defines a function, else the last one of Python,
+    else the last one, else all of the text. Models correct themselves, so LiveCodeBench too takes
+    the last block, but they often end with usage or output."""
     blocks = [(language.lower(), textwrap.dedent(code))
               for language, code in BLOCK.findall(text.replace("\r\n", "\n"))]  # fmt: skip
     every = [code for _, code in blocks]
@@ -51,14 +51,14 @@ def definition_of(name: str) -> re.Pattern[str]:
 
 
 def final_answer(text: str) -> str:
-    """What is said to be the answer; if nothing is, the last line."""
+    """Return the stated answer; if there is none, the last line."""
     lines = text.strip().splitlines()
     return said_answer(text) or (lines[-1] if lines else "")
 
 
 def said_answer(text: str) -> str:
-    """What follows the last line "Answer:"; without one what the last box holds; without that what
-    follows the last "answer is" within a sentence; "" if there is none of them."""
+    """Return the text after the last line "Answer:", else the last box, else the text after the
+    last "answer is" within a sentence, else ""."""
     lines: list[str] = ANSWER_LINE.findall(text)
     if lines:
         return boxed(lines[-1]) or lines[-1]
@@ -72,23 +72,23 @@ def numbers(text: str) -> list[float]:
 
 
 def score_number(text: str, references: Sequence[str]) -> float:
-    """The first number of the answer, behind its last "="; without an answer the last number of
-    all. gsm8k's references end with "#### NUMBER"."""
+    """Compare the answer's first number after its last "="; without a stated answer, the text's
+    last number. gsm8k's references end with "#### NUMBER"."""
     said = numbers(said_answer(text).rpartition("=")[2])[:1] or numbers(text)[-1:]
     wanted = numbers(references[0].rpartition("####")[2])[-1:]
     return float(bool(said) and said == wanted)
 
 
 def score_math(text: str, references: Sequence[str]) -> float:
-    """The boxed or the final result, as text or as a number."""
+    """Compare the boxed or final result as text or as a number."""
     return float(
         same_result(boxed(text) or final_answer(text), boxed(references[0]) or references[0])
     )
 
 
 def score_letter(text: str, references: Sequence[str]) -> float:
-    """The letter that the answer begins with, or its first capital one; without an answer the last
-    capital letter of all."""
+    """Compare the answer's first letter or first capital one; without a stated answer, the text's
+    last capital letter."""
     answer = said_answer(text)
     if first := FIRST_LETTER.match(answer):
         said = [first[1].upper()]
@@ -98,7 +98,7 @@ def score_letter(text: str, references: Sequence[str]) -> float:
 
 
 def words(text: str) -> list[str]:
-    """Lower case, without punctuation and articles."""
+    """Words in lower case, without punctuation and articles."""
     return ARTICLES.sub(" ", text.lower().translate(PUNCTUATION)).split()
 
 
@@ -112,7 +112,7 @@ def overlap(said: Sequence[str], wanted: Sequence[str]) -> float:
 
 
 def score_rouge(text: str, references: Sequence[str]) -> float:
-    """ROUGE-L's F1 over words."""
+    """ROUGE-L F1 over words."""
     said = text.lower().translate(PUNCTUATION).split()
     found = 0.0
     for one in references:
@@ -138,8 +138,8 @@ def longest_common(a: Sequence[str], b: Sequence[str]) -> int:
 
 
 def score_class(text: str, references: Sequence[str], classes: Sequence[str] = ()) -> float:
-    """One over the number of classes that the text has in it, if the right one is among them. A
-    class whose name is a part of the right one's does not count."""
+    """Return 1/n if the text names n classes, the correct one included. Classes whose name is part
+    of the correct one's do not count."""
     named = {one for one in (*classes, *references) if one in text}
     found = (
         1 / sum(one == right or one not in right for one in named)
@@ -150,7 +150,7 @@ def score_class(text: str, references: Sequence[str], classes: Sequence[str] = (
 
 
 def score_count(text: str, references: Sequence[str]) -> float:
-    """The share of the answer's numbers that are right."""
+    """Share of the answer's numbers that are correct."""
     said, wanted = numbers(text), numbers(references[0])
     return sum(one == wanted[-1] for one in said) / len(said) if said and wanted else 0.0
 
@@ -160,8 +160,8 @@ def score_paragraph(text: str, references: Sequence[str]) -> float:
 
 
 def score_edit(text: str, references: Sequence[str]) -> float:
-    """Similarity of the reference and the answer's first line without the marks of a comment or a
-    fence."""
+    """Similarity of the reference and the answer's first line, ignoring comment marks and
+    fences."""
     lines = (line.strip() for line in text.splitlines() if not re.search("`|#|//", line))
     first = next((line for line in lines if line), "")
     return max(
@@ -171,7 +171,7 @@ def score_edit(text: str, references: Sequence[str]) -> float:
 
 
 def score_text(text: str, item: Item) -> float:
-    """Of an answer to an item that has references, and is not judged by running code."""
+    """Score an answer to an item with references whose code is not run."""
     if item.first_line:
         text = (text.strip().splitlines() or [""])[0]
     if item.judge == "class":

@@ -32,7 +32,7 @@ from subspec.runtime.text.tokenizer import ChatTokenizer, load_tokenizer
 
 @dataclass(frozen=True)
 class Grid:
-    """rules: by which drafts are accepted; None: exactly. draft_temperatures: None: the plan's."""
+    """Axes of the grid. rules: lossy rules; None: exact. draft_temperatures: None: the plan's."""
 
     variants: Sequence[Variant]
     temperatures: Sequence[float] = (0.0,)
@@ -57,9 +57,9 @@ def sweep_rows(
     out: Path | None,
     notify: Callable[[str], None],
 ) -> Iterator[SweepRow]:
-    """A row at a time. A plan that does not fit its budget, or has no memory for the method, is
-    told and left out. out: a file that has rows of an earlier run, which are not measured again,
-    and gets the others. Raises SubspecError, for plans before anything is measured."""
+    """Yield rows as they are measured. Plans that do not fit their budget, or have no memory for
+    the method, are reported and skipped. out: file of results to append to; its rows are not
+    measured again. Raises SubspecError, for plans before anything is measured."""
     asked = digest_of(items, grid.max_tokens)
     artifacts = plans(source, grid.variants, notify)
     if grid.method is not None:

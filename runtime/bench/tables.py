@@ -1,4 +1,4 @@
-"""Rows as tables for people, and as Markdown, JSON, JSON Lines."""
+"""Rows as readable tables, and as Markdown, JSON, JSON Lines."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -15,8 +15,8 @@ from subspec.runtime.bench.records import AnswerRow, Setting, SpeedRow, SweepRow
 
 Form = Literal["md", "csv", "json", "jsonl"]
 Row = TypeVar("Row", SpeedRow, AnswerRow, SweepRow)
-# What a setting is named by, beside its label, where settings differ in it; and what else may have
-# to tell them apart.
+# Fields in a setting's name besides its label, where settings differ in them; and further fields
+# for names that are still equal.
 NAMED_BY = (
     "artifact", "budget_bytes", "context", "temperature", "link_bandwidth", "machine", "seed",
 )  # fmt: skip
@@ -27,7 +27,7 @@ LAST_RESORT = (
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as a person reads them. The first `num_names` columns say what a row is."""
+    """Formatted cells. The first `num_names` columns identify a row."""
 
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -35,14 +35,13 @@ class Table:
 
 
 def spread(values: Sequence[float]) -> str:
-    """ "12.3 ± 0.4"; of one value "12.3"."""
+    """Mean and deviation as "12.3 ± 0.4"; a single value as "12.3"."""
     off = f" ± {number(stdev(values))}" if len(values) > 1 else ""
     return f"{number(mean(values))}{off}"
 
 
 def names_of(settings: Sequence[Setting], besides: Sequence[str] = ()) -> dict[Setting, str]:
-    """Names that tell settings apart, by no more than what they differ in. besides: fields that are
-    shown beside the name."""
+    """Shortest distinct names of settings. besides: fields shown in other columns."""
     every = list(dict.fromkeys(settings))
     parts = [
         part
@@ -63,7 +62,7 @@ def names_of(settings: Sequence[Setting], besides: Sequence[str] = ()) -> dict[S
 
 
 def said(setting: Setting, part: str) -> str:
-    """A field of a setting, in a name."""
+    """A setting's field as part of its name."""
     value = getattr(setting, part)
     if part in ("artifact", "machine"):
         return str(value)
@@ -86,7 +85,7 @@ SHOWN = ("artifact", "budget_bytes", "context")  # of a setting, beside its name
 
 
 def of_settings(every: Sequence[Setting], more: Sequence[str] = ()) -> list[tuple[str, ...]]:
-    """Cells of each. more: other fields that have columns."""
+    """Cells of each setting. more: other fields with columns."""
     names = names_of(every, (*SHOWN, *more))
     return [
         (
@@ -144,7 +143,7 @@ def of_figures(one: Figures) -> tuple[str, ...]:
 
 
 def task_table(rows: Sequence[AnswerRow]) -> Table:
-    """A row per task and setting, in the order in which they come."""
+    """A row per task and setting, in order of appearance."""
     names = names_of([row.setting for row in rows])
     return Table(
         ("task", "method", "items", "score", *FIGURES),
@@ -167,7 +166,7 @@ def score_cell(found: Interval | None) -> str:
 
 
 def score_of(rows: Sequence[AnswerRow]) -> Interval | None:
-    """Of 100; None if nothing was judged."""
+    """Score in percent; None if nothing was judged."""
     scores = [row.score for row in rows if row.score is not None]
     return interval_of_score(scores).through(lambda one: 100 * one) if scores else None
 
@@ -214,12 +213,12 @@ def difference(found: Interval | None) -> str:
     if found is None:
         return "-"
     if not any((found.value, *(found.ends or ()))):
-        return "0 in every pair"  # which an interval of [0, 0] would promise of other items
+        return "0 in every pair"  # an interval of [0, 0] would say so of other items
     return str(found)
 
 
 def as_markdown(table: Table) -> str:
-    """Aligned, so that it can be read as it is; numbers to the right."""
+    """Markdown with aligned columns, numbers to the right."""
     cells = [table.columns, *([cell.replace("|", "\\|") for cell in row] for row in table.rows)]
     widths = [max(len(row[at]) for row in cells) for at in range(len(table.columns))]
 

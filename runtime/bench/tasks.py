@@ -1,5 +1,5 @@
-"""`subspec-bench tasks`: items of data sets, answered and judged: accuracy, acceptance and speed
-together, an item at a time."""
+"""`subspec-bench tasks`: answers and judges items of data sets one by one, for accuracy, acceptance
+and speed."""
 
 import hashlib
 import time
@@ -34,13 +34,14 @@ from subspec.runtime.text.reasoning import reasoning_length
 from subspec.runtime.text.streaming import TextStream
 from subspec.runtime.text.tokenizer import ChatTokenizer
 
-RUN: tuple[Judge, ...] = ("code", "stdin", "calls")  # what they judge is a program
+RUN: tuple[Judge, ...] = ("code", "stdin", "calls")  # judges that run a program
 
 
 @dataclass(frozen=True)
 class Asking:
-    """max_tokens: None: as long as each task is. execute: generated code is run. lossy: the rule by
-    which drafts are accepted; None: exactly. enable_thinking: None: as the chat template has it."""
+    """Options for answering items. max_tokens: None: each task's own. execute: run generated code.
+    lossy: rule that accepts drafts; None: exact. enable_thinking: None: the chat template's
+    default."""
 
     temperature: float = 0.0
     seed: int = 0
@@ -52,7 +53,7 @@ class Asking:
     def params(
         self, most: int, artifact: Artifact, logprobs: int | None = None
     ) -> GenerationParams:
-        """Of an answer of at most `most` tokens."""
+        """Generation parameters of an answer of at most `most` tokens."""
         sampling = SamplingParams(self.temperature, seed=self.seed)
         ends = frozenset(artifact.spec.eos_token_ids)
         return GenerationParams(most, sampling, ends, logprobs=logprobs, lossy=self.lossy)
@@ -66,8 +67,8 @@ def answered_items(
     out: Path | None,
     notify: Callable[[str], None],
 ) -> list[AnswerRow]:
-    """Rows of all items. out: a file that has those of an earlier run, which are not done again,
-    and gets the others. Raises SubspecError: USAGE if the earlier run asked something else."""
+    """Return the rows of all items. out: file of results to append to; its answers are not
+    repeated. Raises SubspecError: USAGE if that file is of other prompts or settings."""
     setting = setting_of(engine, how.temperature, how.seed, how.lossy, how.enable_thinking)
     done = rows_to_resume(out, AnswerRow, setting) if out else []
     rows = {row.key: row for row in done}
@@ -91,7 +92,7 @@ def answered_items(
             try:
                 if how.execute and to_run(row, item):
                     row = run(row, item, notify)
-            finally:  # an answer is expensive: it is kept without a score if this is interrupted
+            finally:  # answers are expensive: kept without a score if interrupted
                 if out is not None and row.key not in rows:
                     append_row(out, row)
             rows[row.key] = row
@@ -109,8 +110,8 @@ def opening_of(tokenizer: ChatTokenizer, item: Item) -> list[int]:
 
 
 def seed_of(item: Item, seed: int) -> int:
-    """Of an item's sampling: one seed for all would give their answers the same noise, token by
-    token, and intervals take them as independent."""
+    """Seed of an item's sampling. A common seed would give all answers the same noise, token by
+    token, but intervals assume independence."""
     digest = hashlib.sha256(f"{seed} {item.task} {item.name}".encode()).digest()
     return int.from_bytes(digest[:8]) >> 1
 
@@ -118,16 +119,16 @@ def seed_of(item: Item, seed: int) -> int:
 def check_asked(
     rows: Mapping[Key, AnswerRow], items: Sequence[Item], how: Asking, out: Path
 ) -> None:
-    """Raises SubspecError(USAGE) if a row is the answer to other turns than its item has now, or
-    could have another length. Rows without a digest are believed."""
+    """Raise SubspecError(USAGE) if a row's prompts or maximum length differ from its item's. Rows
+    without a digest are assumed to match."""
     for item in items:
         turns = [rows.get((item.task, item.name, turn)) for turn in range(len(item.turns))]
         if any(row is not None and row.asked not in ("", asked_of(item, how)) for row in turns):
             raise SubspecError(
                 Exit.USAGE,
-                f"{out} has an answer to {item.task} {item.name} that was asked with other words "
-                "or for another number of tokens",
-                "give another --out, or the --data and --max-tokens that it was begun with",
+                f"{out} has an answer to {item.task} {item.name} with another prompt, reference "
+                "or --max-tokens",
+                "give another --out, or the --data and --max-tokens of that run",
             )
 
 
@@ -137,8 +138,8 @@ def judged_later(
     out: Path,
     notify: Callable[[str], None],
 ) -> dict[Key, AnswerRow]:
-    """Rows whose code an earlier run did not run, judged by their texts. `out` has them in place of
-    what it had, also if this is interrupted."""
+    """Judge rows whose code an earlier run did not run. They are replaced in `out`, also after an
+    interruption."""
     found = dict[Key, AnswerRow]()
     try:
         for item in items:
@@ -153,7 +154,7 @@ def judged_later(
 
 
 def to_run(row: AnswerRow, item: Item) -> bool:
-    """Whether it is the last answer of an item, with code that was not run."""
+    """Return True for an item's last answer if its code was not run."""
     last = row.turn == len(item.turns) - 1
     return last and row.score is None and item.judge in RUN
 
@@ -168,8 +169,8 @@ def run(row: AnswerRow, item: Item, notify: Callable[[str], None]) -> AnswerRow:
 def answered(
     engine: Engine, tokenizer: ChatTokenizer, item: Item, how: Asking, setting: Setting
 ) -> Iterator[AnswerRow]:
-    """A row for each turn, whose code is not run yet; one sequence, so that a turn reads only what
-    is new."""
+    """Yield a row per turn, with code not run yet. All turns share one sequence, so that only new
+    tokens are prefilled."""
     most, digest = how.max_tokens or item.max_tokens, asked_of(item, how)
     context = engine.plan.context
     params = replace(how, seed=seed_of(item, how.seed)).params(most, engine.artifact)
@@ -179,7 +180,7 @@ def answered(
         for turn, asked in enumerate(item.turns):
             messages.append({"role": "user", "content": asked})
             prompt = prompt_of(tokenizer, messages, how.enable_thinking)
-            if item.cut_middle:  # with room for the longest answer, but no more than half
+            if item.cut_middle:  # reserves the maximum answer length, at most half
                 room = max(context - most, context // 2)
                 prompt = without_middle(prompt, tokenizer, messages, how.enable_thinking, room)
             if len(prompt.ids) >= context:
@@ -210,9 +211,9 @@ def answered(
 
 
 def too_long(item: Item, setting: Setting, size: int, context: int) -> AnswerRow:
-    """Not left out in silence: it counts as an answer that is not there."""
+    """The row of an item whose prompt does not fit: it counts as a missing answer."""
     nothing = costs_of(Stats(setting.method, prompt_tokens=size), 0)
-    why = f"its {size} tokens do not fit the context of {context}"
+    why = f"the prompt's {size} tokens do not fit the context of {context}"
     return AnswerRow(
         "subspec.bench.answer/1", setting, item.task, item.name, len(item.turns) - 1, "", (),
         "too long", None if item.judge == "none" else 0.0, why, nothing,
@@ -230,7 +231,7 @@ def judged(row: AnswerRow, item: Item, execute: bool) -> AnswerRow:
         score_of = {"code": score_code, "stdin": score_stdin, "calls": score_calls}[item.judge]
         try:
             score, why = score_of(row.answer, item)
-        except SubspecError as error:  # not the answer's fault, and no reason to end a run
+        except SubspecError as error:  # not the answer's fault; the run continues
             return replace(row, why=f"not judged: {error.message}")
         return replace(row, score=score, why=why)
     if not item.references:
@@ -239,5 +240,5 @@ def judged(row: AnswerRow, item: Item, execute: bool) -> AnswerRow:
 
 
 def because(row: AnswerRow, why: str) -> str:
-    """Why its score is what it is, with what is known of the prompt already."""
+    """The reason for a score, after remarks on the prompt."""
     return f"{row.why}; {why}" if row.why else why

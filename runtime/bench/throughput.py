@@ -1,4 +1,4 @@
-"""`subspec-bench speed`: rows as llama-bench has them, for prompts (pp) and for generation (tg)."""
+"""`subspec-bench speed`: rows as in llama-bench, for prompts (pp) and generation (tg)."""
 
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Many
@@ -25,7 +25,7 @@ from subspec.runtime.engine import Engine
 from subspec.runtime.sequence import GenerationParams, Sequence, Stats
 from subspec.runtime.text.tokenizer import load_tokenizer
 
-# What fills a context, over and over: text that a draft finds neither trivial nor impossible.
+# Filler text, repeated: neither trivial nor impossible to draft.
 TEXT = (
     "The lighthouse keeper wrote down every ship that passed, its flag, its sails and the weather. "
     "In forty years he filled ninety books. When the light became electric, nobody asked for them; "
@@ -37,7 +37,7 @@ TEXT = (
 
 @dataclass(frozen=True)
 class Tests:
-    """Which rows are measured: tokens read, tokens decoded, tokens in the cache before either."""
+    """Tests to run: prompt lengths, generated tokens, and tokens already in the cache."""
 
     prompt_tokens: tuple[int, ...] = (128,)
     generated_tokens: tuple[int, ...] = (64,)
@@ -57,9 +57,9 @@ def speed_rows(
     out: Path | None,
     notify: Callable[[str], None],
 ) -> Iterator[SpeedRow]:
-    """A row at a time, as they are measured. methods: as the ways of `measurable`. out: a file that
-    has rows of an earlier run, which are not measured again, and gets the others. Raises
-    SubspecError, for plans before anything is measured."""
+    """Yield rows as they are measured. methods: as the ways of `measurable`. out: file of results
+    to append to; its rows are not measured again. Raises SubspecError, for plans before anything is
+    measured."""
     artifacts = plans(source, every, notify)
     for artifact in artifacts:
         if tests.longest > artifact.plan.context:
@@ -95,7 +95,7 @@ def speed_rows(
 
 
 def rows_of(tests: Tests) -> Iterator[tuple[str, int, int, int]]:
-    """Name, tokens before, tokens read, tokens decoded."""
+    """Yield name, cached tokens, prompt tokens, generated tokens."""
     for filled in tests.cached_tokens:
         after = f" @ d{filled}" if filled else ""
         for count in tests.prompt_tokens:
@@ -108,7 +108,7 @@ def row(
     engine: Engine, name: str, ids: list[int], counts: tuple[int, int, int], repeats: int
 ) -> SpeedRow:
     filled, read, decoded = counts
-    # The first one is not counted: buffers grow, and kernels meet new shapes.
+    # The first one is a warm-up: buffers grow, and kernels see new shapes.
     found = [measured(engine, ids, *counts) for _ in range(repeats + 1)][1:]
     if read:
         rates = [read / one.time_to_first_token_seconds for one in found]
@@ -127,10 +127,10 @@ def row(
 
 
 def measured(engine: Engine, ids: list[int], filled: int, read: int, decoded: int) -> Stats:
-    """Of a sequence whose cache has the first `filled` tokens: what it takes to read the next ones,
-    or to decode after them. No token ends an answer."""
+    """Measure prefill of the next tokens, or decoding, with the first `filled` tokens in the cache.
+    End tokens are ignored."""
     with engine.new_sequence() as sequence:
-        before = max(filled, 0 if read else 1)  # something has to be continued
+        before = max(filled, 0 if read else 1)  # decoding needs a token
         if filled and read:
             decode(sequence, ids[:filled], 1)
         decode(sequence, ids[: before + read], decoded + 1)
@@ -138,8 +138,8 @@ def measured(engine: Engine, ids: list[int], filled: int, read: int, decoded: in
 
 
 def warm_up(engine: Engine, prompt: list[int]) -> None:
-    """A short answer that does not count: the first pass also checks digests, buffers grow, and
-    what is compiled at first use is compiled. Of the prompt it reads what one pass takes."""
+    """Run a short unmeasured answer: the first pass also checks digests, grows buffers and
+    compiles. It prefills as much of the prompt as one pass takes."""
     with engine.new_sequence() as sequence:
         most = min(engine.plan.prefill_chunk_tokens, engine.plan.context // 2)
         decode(sequence, prompt[:most], 3)

@@ -1,8 +1,7 @@
-"""`subspec-bench trace`: what runs when in each round, and what the draft thought of its tokens.
+"""`subspec-bench trace`: a timeline of each round, and the probabilities of drafted tokens.
 
-The answer is decoded twice. Times are those of the first run, in which nothing is observed but
-them; in the second one each draft's probabilities are read, which takes time. Both give the same
-tokens, which is checked.
+The answer is decoded twice. Times are from the first run, which only records times; the second one
+reads the draft's probabilities, which takes time. Both must give the same tokens, which is checked.
 """
 
 import json
@@ -29,11 +28,11 @@ TRACE, STEPS = "trace.json", "steps.jsonl"
 
 @dataclass(frozen=True)
 class Node:
-    """A drafted token. probability: the substitutes' for it, after its parents and without
-    sharpening, whoever proposed it; None: they draft nothing here."""
+    """A drafted token. probability: the substitutes', given its parents and without sharpening,
+    whichever drafter proposed it; None: the draft has no substitutes."""
 
     token: int
-    parent: int  # its number in the round; 0 is the root
+    parent: int  # its index in the round; 0 is the root
     depth: int
     probability: float | None
 
@@ -44,21 +43,21 @@ class Step:
 
     round: int
     emitted: tuple[int, ...]
-    logprobs: tuple[float, ...]  # the exact model's, of the emitted tokens
+    logprobs: tuple[float, ...]  # of the emitted tokens, by the exact model
     accepted: int
     levels: int
     draft_seconds: float
     verify_seconds: float
     stream_wait_seconds: float
     streamed_bytes: int
-    lossy_tokens: int  # of `emitted`, that are not the exact model's own
+    lossy_tokens: int  # of `emitted`, that differ from the exact model's
     nodes: tuple[Node, ...]
 
 
 @dataclass(frozen=True)
 class Watched:
-    """Drafts as `drafter` does, and keeps each tree with its nodes' probabilities if the
-    substitutes draft or check it."""
+    """A drafter that also records each tree, with its nodes' probabilities if the substitutes draft
+    or check it."""
 
     drafter: Drafter
     found: list[tuple[Node, ...]]
@@ -74,8 +73,8 @@ class Watched:
 
 
 def probabilities(drafter: SubstituteDrafter, state: DecodeState, tree: TokenTree) -> list[float]:
-    """Of each node but the root. Levels are computed one after the other, also where the draft
-    checked several in one pass."""
+    """Probability of each node except the root. Computed level by level, even if the draft checked
+    several levels in one pass."""
     slots = state.cache.tree_slots(drafter.verify_width)
     run = drafter.pass_over([state.cache], [slots])
     found = [0.0] * tree.num_nodes
@@ -106,7 +105,7 @@ def nodes_of(tree: TokenTree, likely: Sequence[float] | None) -> tuple[Node, ...
 def traced(
     artifact: Artifact, source: Source, prompt: list[int], how: Asking
 ) -> tuple[Setting, list[Span], list[Step]]:
-    """Spans and rounds of one answer, and what they were measured under. Raises SubspecError."""
+    """Trace one answer: return its spans, rounds and setting. Raises SubspecError."""
     assert how.max_tokens is not None, "the command has a default"
     opened, params = source.how, how.params(how.max_tokens, artifact, logprobs=0)
     options = OpenOptions(
@@ -165,7 +164,7 @@ def steps_of(engine: Engine, prompt: list[int], params: GenerationParams) -> Ite
 def write_trace(
     folder: Path, setting: Setting, spans: Sequence[Span], steps: Sequence[Step]
 ) -> None:
-    """trace.json, for Perfetto or chrome://tracing, and steps.jsonl."""
+    """Write trace.json (Perfetto, chrome://tracing) and steps.jsonl."""
     about = {
         "artifact": setting.artifact,
         "machine": setting.machine,

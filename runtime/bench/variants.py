@@ -1,4 +1,4 @@
-"""An artifact under other plans: subspec-plan --from solves them, and no folder is changed."""
+"""An artifact under other plans, solved by subspec-plan --from. No folder is changed."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,13 +18,13 @@ from subspec.runtime.app.replan import load_plan, words_as_before
 from subspec.runtime.engine import Engine, OpenOptions
 from subspec.runtime.open_model import check_drafter, check_head
 
-# Who proposes tokens; plain: nobody does.
+# The drafter, or plain for none.
 Way = DrafterName | Literal["plain"]
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What is asked of a plan; None: what the artifact's own was asked for."""
+    """Requested changes to a plan; None: as in the artifact's own request."""
 
     budget_bytes: int | None = None
     context: int | None = None
@@ -34,7 +34,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Source:
-    """An artifact and how it is opened, from a command line."""
+    """An artifact and its opening options from a command line."""
 
     folder: Path
     how: OpeningOptions = OpeningOptions()
@@ -43,14 +43,14 @@ class Source:
 def variants(
     budgets: Sequence[int], contexts: Sequence[int], widths: Sequence[int], depths: Sequence[int]
 ) -> list[Variant]:
-    """Every combination; an empty axis keeps the plan's own."""
+    """Return every combination; an empty axis keeps the plan's value."""
     given = (budgets, contexts, widths, depths)
     axes: list[list[int | None]] = [[*axis] or [None] for axis in given]
     return [Variant(*point) for point in product(*axes)]
 
 
 def planned(source: Source, variant: Variant) -> Artifact:
-    """The artifact under a variant's plan. Raises the planner's own SubspecError."""
+    """Return the artifact with a variant's plan. Raises the planner's SubspecError."""
     artifact, how = open_folder(source.folder), source.how
     if how.trust_kernels:
         trust_kernels(artifact)
@@ -67,7 +67,7 @@ def planned(source: Source, variant: Variant) -> Artifact:
     }
     given: dict[str, object] = {name: one for name, one in changed.items() if one is not None}
     if (variant.width or variant.depth) and artifact.plan.constraints.method == "plain":
-        given["--method"] = None  # a tree is asked for, and plain decoding has none
+        given["--method"] = None  # plain decoding has no tree
     text = run_planner([*words_as_before(artifact, given), "--print-plan"])
     return replace(artifact, plan=load_plan(text, artifact))
 
@@ -75,8 +75,8 @@ def planned(source: Source, variant: Variant) -> Artifact:
 def plans(
     source: Source, every: Sequence[Variant], notify: Callable[[str], None]
 ) -> list[Artifact]:
-    """The artifact under each variant's plan. One that does not fit its budget is told and left
-    out. Raises the planner's own SubspecError, also if none is left."""
+    """Return the artifact with each variant's plan. Plans that do not fit their budget are reported
+    and skipped. Raises the planner's SubspecError, also if none is left."""
     found, problem = list[Artifact](), None
     for variant in every:
         try:
@@ -94,8 +94,8 @@ def plans(
 def measurable(
     artifacts: Sequence[Artifact], ways: Sequence[Way], notify: Callable[[str], None]
 ) -> list[tuple[Artifact, Way]]:
-    """Each artifact with each of the ways that its plan has memory for; others are told and left
-    out. ways: empty: the plan's own drafter and plain decoding. Raises SubspecError if none is
+    """Return each artifact with each way that its plan has memory for; others are reported and
+    skipped. ways: empty: the plan's drafter and plain decoding. Raises SubspecError if none is
     left."""
     found, problem = list[tuple[Artifact, Way]](), None
     for artifact in artifacts:
@@ -116,7 +116,7 @@ def usual_ways(artifact: Artifact) -> tuple[Way, ...]:
 
 
 def problem_of(artifact: Artifact, way: Way) -> SubspecError | None:
-    """Why the artifact cannot decode in this way under its plan; None: it can."""
+    """Why the plan does not support this way of decoding; None if it does."""
     drafter = None if way == "plain" else way
     try:
         check_drafter(artifact, drafter)
@@ -131,8 +131,8 @@ def problem_of(artifact: Artifact, way: Way) -> SubspecError | None:
 def opened_engine(
     artifact: Artifact, source: Source, way: Way | None, padded: bool = False
 ) -> Iterator[Engine]:
-    """way: None: what the source says. Plain decoding is the fastest one; padded: the twin that
-    gives the draft's tokens."""
+    """Open an engine. way: None: the source's. Plain decoding is the fastest one, or with `padded`
+    the twin with the draft's exact tokens."""
     how = source.how
     if way is not None:
         drafter = None if way == "plain" else way

@@ -1,5 +1,5 @@
-"""The one door to the engine: every API's request goes through it, and is checked, measured and, if
-the server must close, ended here."""
+"""Admission: every API submits its requests here, where they are checked, counted and, at shutdown,
+ended."""
 
 import asyncio
 import time
@@ -33,7 +33,8 @@ def engine_failed() -> ApiError:
 
 
 class Admission:
-    """A Generator. context: tokens of prompt and answer together."""
+    """A `Generator` in front of the engine. context: maximum tokens of prompt and answer
+    together."""
 
     def __init__(
         self, engine: ServedEngine, context: int, vocab_size: int, metrics: Metrics
@@ -52,7 +53,7 @@ class Admission:
 
     @property
     def problem(self) -> ApiError | None:
-        """Why no request is taken now; None: one would be."""
+        """The error that new requests get now; None if requests are accepted."""
         status = self.engine.status
         if status.phase == "failed":
             return engine_failed()
@@ -61,13 +62,13 @@ class Admission:
         return unavailable(LOADING, 503) if status.phase == "loading" else None
 
     def check_ready(self) -> None:
-        """Raises ApiError(503) unless a request would be taken."""
+        """Raise ApiError(503) unless requests are accepted."""
         if (problem := self.problem) is not None:
             self._metrics.rejected(str(problem.code))
             raise problem
 
     def submit(self, request: GenerationRequest) -> Generation:
-        """Raises ApiError, QueueFull and SubspecError."""
+        """Submit a request. Raises ApiError, QueueFull and SubspecError."""
         self.check_ready()
         self.check_prompt(request.prompt_ids)
         try:
@@ -80,7 +81,7 @@ class Admission:
         return admitted
 
     def check_prompt(self, ids: Sequence[int]) -> None:
-        """Raises ApiError and PromptTooLong for one that would never be taken."""
+        """Check a prompt. Raises ApiError or PromptTooLong if it can never be accepted."""
         if len(ids) >= self._context:
             self._metrics.rejected("context_length_exceeded")
             raise PromptTooLong(len(ids), self._context)
@@ -91,23 +92,23 @@ class Admission:
 
     @property
     def num_live(self) -> int:
-        """Answers that have been begun and have not ended."""
+        """Number of running answers."""
         return len(self._live)
 
     async def drained(self, timeout_seconds: float) -> bool:
-        """Waits for the answers that have been begun. Returns False if some are left."""
+        """Wait for running answers. Returns False if some are left after `timeout_seconds`."""
         limit = time.monotonic() + timeout_seconds
         while self._live and time.monotonic() < limit:
             await asyncio.sleep(POLL_SECONDS)
         return not self._live
 
     def cut(self, error: ApiError) -> None:
-        """Ends every answer with `error`."""
+        """End every answer with `error`."""
         self._ending = error
         self.ended_early().set_result(None)
 
     def ended_early(self) -> "asyncio.Future[None]":
-        """Done when answers must end."""
+        """A future that is done when answers must end."""
         self._cut = self._cut or asyncio.get_running_loop().create_future()
         return self._cut
 
@@ -120,7 +121,7 @@ class Admission:
 
 
 class AdmittedGeneration:
-    """A Generation that can be cut, and whose figures are counted."""
+    """A `Generation` that can be aborted and whose metrics are recorded."""
 
     def __init__(self, admission: Admission, inner: Generation, metrics: Metrics) -> None:
         self._admission = admission
@@ -171,7 +172,7 @@ class AdmittedGeneration:
                 await dropped(coming)
             self._inner.cancel()
             self._admission.forget(self)
-        if not self._over:  # nobody cancelled it
+        if not self._over:  # not cancelled
             self._end(self._inner.outcome.reason)
             seconds = time.monotonic() - self._began
             self._metrics.answered(self._inner.outcome, first_seconds or seconds, seconds)

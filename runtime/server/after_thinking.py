@@ -1,4 +1,4 @@
-"""A grammar that begins when the model has thought.
+"""A constraint that applies a grammar after the model's thinking.
 
 V = vocabulary
 """
@@ -18,13 +18,13 @@ MAX_NEWLINES = 2  # between the end of the thinking and the answer
 
 @dataclass(frozen=True)
 class Thinking:
-    """How a model thinks, made once by `read_thinking`.
+    """The marks of a model's thinking and token masks for them, computed by `read_thinking`.
 
-    begin: the token that begins it, None if that is no single token.
-    end: the text that ends it, in one token or several.
-    allowed: by the number of bytes of `end` that have been said, bool [V]: no end token, since an
-        answer that must have a form cannot end in its thinking.
-    newlines: by the number of newlines that may come, bool [V]: tokens of no more than those.
+    begin: token that opens the thinking; None if it is not a single token.
+    end: text that closes it, one token or several.
+    allowed: bool [V] by the number of bytes of `end` generated so far; never an end-of-answer
+        token, since a constrained answer must not end within its thinking.
+    newlines: bool [V] by the number of newlines still allowed: tokens of at most that many.
     """
 
     begin: int | None
@@ -35,7 +35,8 @@ class Thinking:
 
 
 def read_thinking(tokens: GrammarTokens, begin: str, end: str) -> Thinking:
-    """begin, end: the tags, such as <think> and </think>. Takes about 0.2 s for 152k tokens."""
+    """Return the `Thinking` of the tags `begin` and `end`, such as <think> and </think>. Takes
+    about 0.2 s for 152k tokens."""
     tag = end.encode()
     return Thinking(
         tokens.special.get(begin),
@@ -47,15 +48,15 @@ def read_thinking(tokens: GrammarTokens, begin: str, end: str) -> Thinking:
 
 
 class State(NamedTuple):
-    """said: bytes of `end` that the thinking ends with; in a gap, newlines after it."""
+    """Progress of the thinking. said: matched bytes of `end`; in a gap, newlines so far."""
 
     phase: Literal["begin", "thinking", "gap", "answer"]
     said: int = 0
 
 
 class AfterThinking:
-    """`answer` from the end of the thinking on. is_open: the prompt ends within the thinking; else
-    the model may begin it, as the first token of all, or answer at once."""
+    """Apply the constraint `answer` once the thinking ends. is_open: the prompt ends within the
+    thinking; otherwise the model may open it with its first token, or answer at once."""
 
     def __init__(self, thinking: Thinking, is_open: bool, answer: Constraint) -> None:
         self._thinking = thinking
@@ -110,8 +111,8 @@ class AfterThinking:
 
 
 def _allowed(tokens: GrammarTokens, said: bytes, end: bytes) -> Tensor:
-    """All but end tokens, and those that end the thinking and say something of the answer as well,
-    which the grammar could not see."""
+    """Mask of all tokens but end tokens and those that hold both the end of the thinking and text
+    of the answer, which the grammar could not check."""
     allowed = numpy.ones(len(tokens.contents), bool)
     allowed[list(tokens.ends)] = False
     for token, content in enumerate(tokens.contents):
@@ -132,7 +133,7 @@ def _newlines(tokens: GrammarTokens, most: int) -> Tensor:
 
 
 def _num_newlines(content: bytes) -> int:
-    """-1 if there is something else in it."""
+    """Number of newlines in `content`; -1 if it has other bytes."""
     return len(content) if content.strip(b"\n") == b"" else -1
 
 

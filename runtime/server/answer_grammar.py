@@ -1,4 +1,4 @@
-"""What a request asks of its answer's form -> one constraint."""
+"""Combine a request's output format and tools into one constraint."""
 
 import json
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from subspec.runtime.server.chat_events import JSONValue, NamedTool, OutputForma
 from subspec.runtime.server.grammar import HINT, GrammarConstraint
 from subspec.runtime.server.grammar_tokens import GrammarTokens
 
-# A model may indent, but not go on for ever with spaces.
+# Indentation is allowed, endless white space is not.
 JSON_SETTINGS = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,64}"}
 
 
@@ -33,13 +33,13 @@ def constraint_for(
     thinking: Thinking | None = None,
     thinking_is_open: bool = False,
 ) -> Constraint | None:
-    """tools and the next two as in ChatRequest. call_form: how the model writes calls, None if
-    there is no grammar for that. thinking: how it thinks, if it may; thinking_is_open: the prompt
-    ends within it.
+    """Return the answer's constraint, or None if it may be anything.
 
-    Tools that are only allowed constrain the answer if it has an output format or if one of them
-    is `strict`. Returns None for an answer that may be anything. Call it in a thread of
-    GrammarThreads: it takes up to a second. Raises SubspecError(USAGE).
+    tools, tool_choice and parallel are as in ChatRequest. call_form: syntax of the model's calls,
+    None if no grammar is known for it. thinking: the model's thinking marks, if it may think;
+    thinking_is_open: the prompt ends within the thinking. Tools that are only allowed constrain the
+    answer if it has an output format or if one of them is `strict`. Takes up to a second: call it
+    in a thread of GrammarThreads. Raises SubspecError(USAGE).
     """
     grammar, what = _grammar(
         tokens, output_format, tools, tool_choice, parallel_tool_calls, call_form
@@ -58,7 +58,7 @@ def _grammar(
     parallel: bool,
     form: CallForm | None,
 ) -> tuple[list[dict[str, JSONValue]] | None, str]:
-    """llguidance's list of grammars, the first begins the answer, and what it is in errors."""
+    """llguidance's list of grammars, the answer's first, and a name for error messages."""
     must_call = tool_choice == "required" or isinstance(tool_choice, NamedTool)
     if must_call:
         chosen = _chosen(tools, tool_choice)
@@ -119,7 +119,8 @@ def _chosen(tools: Sequence[dict[str, JSONValue]], choice: ToolChoice) -> list[T
 
 
 def _read(tools: Sequence[dict[str, JSONValue]]) -> list[Tool]:
-    """A tool that is not strict may have a schema with features that cannot be enforced."""
+    """Read the tools. Schema features that cannot be enforced are allowed for tools that are not
+    strict."""
     return [
         Tool(
             tool["function"]["name"],
@@ -137,8 +138,8 @@ def _is_strict(tool: dict[str, JSONValue]) -> bool:
 
 
 def _with_settings(schema: JSONValue, lenient: bool) -> JSONValue:
-    """The schema with our settings of llguidance, whatever it had of its own. Raises
-    SubspecError(USAGE) for one that is no schema."""
+    """Return the schema with our llguidance settings in place of its own. Raises
+    SubspecError(USAGE) for an invalid schema."""
     if isinstance(schema, bool):
         return schema
     if not isinstance(schema, dict):
@@ -152,5 +153,5 @@ def _text(grammar: list[dict[str, JSONValue]], what: str) -> str:
         return json.dumps({"grammars": grammar}, ensure_ascii=False, allow_nan=False)
     except RecursionError:
         raise SubspecError(Exit.USAGE, f"{what} is nested too deeply", HINT) from None
-    except ValueError as error:  # not a finite number, or one of too many digits
+    except ValueError as error:  # a number that is not finite or has too many digits
         raise SubspecError(Exit.USAGE, f"{what} is no JSON: {str(error)[:200]}", HINT) from None

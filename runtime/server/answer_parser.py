@@ -1,4 +1,4 @@
-"""Splits model text into reasoning, answer and tool calls as it comes."""
+"""Incremental parser: splits model text into reasoning, answer and tool calls."""
 
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
@@ -13,12 +13,14 @@ MAX_RESCAN = 4096  # characters of a malformed call in which another may begin
 
 
 class AnswerParser:
-    """`feed` and `finish` return events, which do not depend on where the text was cut, except for
-    how it is divided into deltas. Nothing is lost: what is no call comes as text, and what cannot
-    belong to a call that has been told already comes as the rest of its arguments.
+    """`feed` and `finish` return events.
 
-    is_reasoning: the prompt has opened the reasoning already. White space around the reasoning and
-    beside calls is left out.
+    The result does not depend on how the text was split, except for the division into deltas. No
+    text is lost: malformed calls are returned as text, and text that cannot belong to a call
+    already announced becomes the rest of its arguments. White space around reasoning and next to
+    calls is dropped.
+
+    is_reasoning: the prompt has opened the reasoning already.
     """
 
     def __init__(
@@ -49,7 +51,7 @@ class AnswerParser:
         return self._advance()
 
     def finish(self) -> list[ChatEvent]:
-        """What was withheld because something could have begun with it."""
+        """Return the events of the text withheld as a possible mark."""
         self._feed.ended = True
         return self._advance()
 
@@ -65,7 +67,7 @@ class AnswerParser:
         yield from self._read_answer()
 
     def _read_reasoning(self, form: ReasoningFormat) -> Wait:
-        """What the answer begins with, if it is reasoning."""
+        """Read the reasoning at the beginning of the answer, if there is one."""
         feed = self._feed
         self._space = yield from feed.skip_space()
         if (yield from feed.begins(form.begin)) is not None:  # perhaps once more than the prompt
@@ -106,7 +108,7 @@ class AnswerParser:
             self._events.append(TextDelta(self._space))
 
     def _read_bare_call(self) -> Generator[None, None, bool]:
-        """Whether there was a call: another may follow."""
+        """Read a call without marks. Returns True if there was one: another may follow."""
         feed, before, separator = self._feed, self.num_calls, ""
         self._space += yield from feed.skip_space()
         if before:
@@ -158,7 +160,7 @@ class AnswerParser:
         self._events += [TextDelta(one) for one in self._with_space(text)]
 
     def _with_space(self, text: str) -> list[str]:
-        """The text up to white space at its end, which is withheld."""
+        """Return the text without its trailing white space, which is withheld."""
         text = self._space + text
         if self._follows_call:
             text = text.lstrip(SPACE)

@@ -1,4 +1,4 @@
-"""The ASGI app: which path is answered by what."""
+"""The ASGI app: the routes of all endpoints."""
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
@@ -61,7 +61,7 @@ GETS: tuple[tuple[str, Endpoint], ...] = (
 )
 
 
-VERIFY_HEADER = "x-subspec-verify"  # of a server whose answers are lossy
+VERIFY_HEADER = "x-subspec-verify"  # sent by a lossy server
 MODEL_IN_PATH = {
     "parameters": [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}]
 }
@@ -73,7 +73,7 @@ def make_app(
     cors_origins: Sequence[str],
     log: Log,
 ) -> ASGIApp:
-    """The endpoints and the chat page, behind their guards."""
+    """Build the app: endpoints and chat page behind the guard middleware."""
     app: ASGIApp = guarded(make_endpoints(service), guards)
     if cors_origins:
         app = CORSMiddleware(
@@ -119,7 +119,7 @@ def add(
     async def answered(request: Request) -> Response:
         return await endpoint(service, request)
 
-    if path.startswith("/health"):  # some supervisors ask for the head alone
+    if path.startswith("/health"):  # some supervisors send HEAD
         app.add_api_route(path, answered, methods=["HEAD"], include_in_schema=False)
     app.add_api_route(
         path,
@@ -133,7 +133,7 @@ def add(
 
 
 def body_schema(fields: type[BaseModel], schemas: dict[str, Any]) -> dict[str, Any]:
-    """The endpoint's body for /openapi.json; its parts are added to `schemas`."""
+    """Return the endpoint's request schema for /openapi.json; its parts are added to `schemas`."""
     schema = fields.model_json_schema(ref_template="#/components/schemas/{model}")
     schemas.update(schema.pop("$defs", {}))
     schemas[fields.__name__] = schema
@@ -169,7 +169,7 @@ def no_such_thing(request: Request, error: HTTPException) -> ApiError:
 
 
 async def health(service: Service, request: Request) -> Response:
-    """200 as long as the process lives."""
+    """Respond 200 as long as the process lives."""
     status = service.engine.engine.status
     body: dict[str, Any] = {"status": "ok", "engine": status.phase}
     if status.phase == "loading":
@@ -178,7 +178,7 @@ async def health(service: Service, request: Request) -> Response:
 
 
 async def ready(service: Service, request: Request) -> Response:
-    """503 unless a request would be taken; while weights load with llama.cpp's body."""
+    """Respond 503 unless requests are accepted; while weights load, with llama.cpp's body."""
     problem = service.engine.problem
     if problem is None:
         return JSONResponse({"status": "ok"})

@@ -1,4 +1,4 @@
-"""From an artifact and an engine to a server."""
+"""Assemble and run a server from an artifact and an engine."""
 
 import logging
 import socket
@@ -36,7 +36,7 @@ LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 
 @dataclass(frozen=True)
 class Settings:
-    """How to serve, from a command line. host: as it was given."""
+    """Server settings from a command line. host: as given."""
 
     host: str = "127.0.0.1"
     keys: tuple[str, ...] = ()
@@ -50,7 +50,7 @@ class Settings:
 def model_info(
     artifact: Artifact, method: Method | None, name: str | None, lossy: Lossy | None = None
 ) -> ModelInfo:
-    """name: the model's id for clients; None: that of its checkpoint."""
+    """Return the model's description for clients. name: its id; None: that of its checkpoint."""
     plan, spec = artifact.plan, artifact.spec
     chosen: Method = method or plan.method
     draft = None if chosen == "plain" else plan.draft_of(chosen)
@@ -78,15 +78,15 @@ def model_info(
 
 
 def guard_settings(settings: Settings) -> GuardSettings:
-    """On loopback and without a key only the names of this machine are served: a web page cannot
-    have itself called one of these. With a key it does not matter what a page is called."""
+    """Settings of the guards. On loopback without a key, only this machine's names are accepted as
+    Host: a web page cannot bind these to its own name (DNS rebinding)."""
     checked = is_loopback(settings.host) and not settings.keys
     hosts = (*LOCAL_NAMES, without_brackets(settings.host)) if checked else ()
     return GuardSettings(settings.keys, hosts, (*OPEN_PATHS, *sorted(chat_page.PATHS)))
 
 
 def notify_listening(settings: Settings, listening: socket.socket) -> None:
-    """Begins the log."""
+    """Start the log and write its first line."""
     logger = start_log(settings.log_format)
     logger.info("listening", {"address": address_of(listening)})
 
@@ -102,7 +102,7 @@ def serve_engine(
     listening: socket.socket,
     progress: Progress,
 ) -> Exit:
-    """Serves until a signal comes; returns and raises as `serve`. The log has begun."""
+    """Serve until a signal arrives; returns and raises as `serve`. The log has been started."""
     metrics = Metrics(model.id, model.depth, model.predicted_tokens_per_second)
     admission = Admission(engine, model.context, model.vocab_size, metrics)
     service = Service(
@@ -134,7 +134,7 @@ def tell(
     said: set[str],
     status: Status,
 ) -> None:
-    """Shows how far loading is, and once that it is over. said: the phases that were told."""
+    """Report loading progress, and its completion once. said: phases reported so far."""
     if status.phase == "loading" and status.stage:
         progress(status.stage, status.share)
     if status.phase == "ready" and "ready" not in said:

@@ -19,15 +19,15 @@ from subspec.runtime.server.tools.schema_types import (
 JSONValue = Any
 ANY_TEXT = "/(.|\\n)*/"
 FOOT = "\n</parameter>\n"
-SHARED = ("$defs", "definitions", "x-guidance")  # what a part of a schema needs of the whole
+SHARED = ("$defs", "definitions", "x-guidance")  # keys of the whole schema that its parts refer to
 
 
 @dataclass(frozen=True)
 class CallForm:
-    """What a model says around calls: `before`, then for each call `begin`, the tool's name,
-    `middle`, the arguments and `end`, with `between` between two calls, then `after`. arguments:
-    a JSON object, an element <parameter=NAME> for each, or Gemma's {key:value,...}, whose strings
-    stand between quotes that are one token, `quote`."""
+    """A model's call syntax: `before`, then for each call `begin`, the tool's name, `middle`, the
+    arguments and `end`, with `between` between two calls, then `after`. arguments: a JSON object,
+    an element <parameter=NAME> for each, or Gemma's {key:value,...}, whose strings stand between
+    quotes that are a single token, `quote`."""
 
     begin: str
     middle: str
@@ -71,7 +71,7 @@ class Tool:
 
 @dataclass(frozen=True)
 class Grammar:
-    """Rules in Lark, and the JSON schemas that they refer to as @name."""
+    """Lark rules, and the JSON schemas that they refer to as @name."""
 
     rules: tuple[str, ...]
     schemas: dict[str, JSONValue]
@@ -80,8 +80,8 @@ class Grammar:
 def calls_grammar(
     form: CallForm, tools: Sequence[Tool], parallel: bool, special: dict[str, int]
 ) -> Grammar:
-    """The rule `calls`: one call, or one or more. special: ids of the tokens that the form's texts
-    may have in them."""
+    """Return the rule `calls`: one call, or one or more. special: ids of special tokens that may
+    occur in the form's texts."""
     spoken = _Spoken(special)
     more = f"({spoken(form.between)} call)*" if parallel else ""
     rules = [
@@ -108,7 +108,8 @@ def calls_grammar(
 def optional_calls_grammar(
     form: CallForm, tools: Sequence[Tool], parallel: bool, special: dict[str, int]
 ) -> Grammar:
-    """The rule `start`: any text, in which calls may be; what begins as a call is one."""
+    """Return the rule `start`: any text with optional calls; text that begins as a call must be
+    one."""
     calls = calls_grammar(form, tools, parallel, special)
     spoken = _Spoken(special)
     text = f"TEXT: {ANY_TEXT}"
@@ -126,7 +127,7 @@ def optional_calls_grammar(
 
 
 def _rests(form: CallForm, tools: Sequence[Tool], spoken: "_Spoken") -> list[str]:
-    """What follows `begin`, by the tool's name."""
+    """Rules for what follows `begin`, one per tool."""
     names = " | ".join(f"rest_{index}" for index in range(len(tools)))
     return [f"rest: {names}"] + [
         f"rest_{index}: {json.dumps(tool.name)} {spoken(form.middle)} arguments_{index} "
@@ -137,13 +138,13 @@ def _rests(form: CallForm, tools: Sequence[Tool], spoken: "_Spoken") -> list[str
 
 def _elements(rule: str, schema: JSONValue, schemas: dict[str, JSONValue]) -> list[str]:
     """Rules for <parameter=NAME> elements in the order of the schema's properties. Raises
-    SubspecError(USAGE) for a schema that is none."""
+    SubspecError(USAGE) for an invalid schema."""
     whole = schema if isinstance(schema, dict) else {}
     properties, required = whole.get("properties", {}), whole.get("required", [])
     if not isinstance(properties, dict) or not isinstance(required, list):
         raise SubspecError(
             Exit.USAGE,
-            "the schema of a tool cannot be used: properties is no object, or required no list",
+            "the schema of a tool cannot be used: properties must be an object and required a list",
         )
     rules, elements = list[str](), list[str]()
     for index, (name, value) in enumerate(properties.items()):
@@ -151,7 +152,7 @@ def _elements(rule: str, schema: JSONValue, schemas: dict[str, JSONValue]) -> li
         elements.append(inner if name in required else f"{inner}?")
         head = json.dumps(f"<parameter={name}>\n")
         if any(_is_text(one) for one in alternatives(value, whole)):
-            # Bounds and patterns of a string are not checked.
+            # Length limits and patterns of strings are not enforced.
             rules.append(f"{inner}: {head} {inner}_text")
             rules.append(f"{inner}_text[suffix={json.dumps(FOOT)}]: {ANY_TEXT}")
         else:
@@ -161,7 +162,7 @@ def _elements(rule: str, schema: JSONValue, schemas: dict[str, JSONValue]) -> li
 
 
 def _is_text(one: Alternative) -> bool:
-    """A string, which stands in an element as it is, or anything."""
+    """Return True if the value may be any string: it stands in an element without quotes."""
     types = types_in(one)
     return "enum" not in one and (not types or "string" in types)
 
@@ -169,7 +170,7 @@ def _is_text(one: Alternative) -> bool:
 def _values(
     part: str, schema: JSONValue, whole: dict[str, JSONValue], schemas: dict[str, JSONValue]
 ) -> list[str]:
-    """Of a value that may not be any string: enumerated strings as they are, the rest as JSON."""
+    """Alternatives for a value other than any string: enumerated strings bare, the rest as JSON."""
     shared = {key: whole[key] for key in SHARED if key in whole}
     options = alternatives(schema, whole)
     listed = [value for one in options if "enum" in one for value in values_in(one)]
@@ -184,7 +185,7 @@ def _values(
 
 
 class _Spoken:
-    """Text -> Lark: a special token in it by its id, the rest as a string."""
+    """Convert text to Lark: special tokens by id, the rest as strings."""
 
     def __init__(self, special: dict[str, int]) -> None:
         names = sorted(special, key=len, reverse=True)

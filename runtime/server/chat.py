@@ -1,4 +1,4 @@
-"""ChatRequest -> ChatEvents: render the template, make tokens, submit them, read the answer."""
+"""ChatRequest -> ChatEvents: render the template, tokenize, submit, parse the answer."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -47,12 +47,12 @@ from subspec.runtime.text.tokenizer import (
 )
 
 Result = TypeVar("Result")
-NUM_THREADS = 2  # that render and tokenize; the worker renders one after the other
+NUM_THREADS = 2  # for rendering and tokenizing; the worker renders one prompt at a time
 
 
 @dataclass(frozen=True)
 class ChatModel:
-    """What a chat needs to know of a model, and what it works with. Close it."""
+    """A model's chat template, tokenizer, formats and threads. Close it."""
 
     tokenizer: ChatTokenizer
     context: int
@@ -72,22 +72,23 @@ class ChatModel:
 
 @dataclass(frozen=True)
 class Prompt:
-    """reasoning: how the answer may begin to reason; in_reasoning: it has begun in the prompt."""
+    """A rendered prompt. reasoning: format of the answer's reasoning, if it may have one;
+    in_reasoning: the prompt has opened it."""
 
     ids: tuple[int, ...]
     reasoning: ReasoningFormat | None
     in_reasoning: bool
 
 
-# From a request, how the model may write calls in its answer, and the prompt. Takes up to a second
-# in a thread. Raises SubspecError(USAGE) for what cannot be honoured.
+# (request, the model's call format, prompt) -> constraint. Runs in a thread, up to a second. Raises
+# SubspecError(USAGE) for what cannot be enforced.
 MakeConstraint = Callable[[ChatRequest, ToolFormat | None, Prompt], Awaitable[Constraint | None]]
 
 
 def open_chat_model(
     tokenizer: ChatTokenizer, context: int, vocab_size: int, end_tokens: frozenset[int]
 ) -> ChatModel:
-    """Renders probes, which takes about 0.1 s."""
+    """Open the model for chats. Renders probes, which takes about 0.1 s."""
     worker = TemplateWorker()
     template = tokenizer.template or ""
     try:
@@ -115,10 +116,11 @@ async def chat(
     generator: Generator,
     make_constraint: MakeConstraint | None = None,
 ) -> "ModelAnswer":
-    """The answer, which has been submitted. make_constraint: of requests that ask for one.
+    """Submit a chat request and return its answer. make_constraint: called for requests with a
+    constraint.
 
-    Raises SubspecError: USAGE for what the client can change, PromptTooLong among it, and what
-    `Generator.submit` raises.
+    Raises SubspecError: USAGE for what the client can change, PromptTooLong included, and what
+        `Generator.submit` raises.
     """
     check_tools(request, model)
     if model.caps.supports_tool_calls and not model.caps.supports_parallel_tool_calls:
@@ -162,13 +164,13 @@ async def chat(
 
 
 async def count_tokens(request: ChatRequest, model: ChatModel) -> int:
-    """Of the prompt that `chat` would submit, also if the context has no room for it."""
+    """Number of tokens of the prompt that `chat` would submit, even if it exceeds the context."""
     check_tools(request, model)
     roomy = replace(model, context=max(model.context, MAX_COUNTED))
     try:
         return len((await in_thread(model, lambda: make_prompt(request, roomy))).ids)
     except PromptTooLong as error:
-        message = f"the prompt has more than {roomy.context} tokens, which are not counted"
+        message = f"the prompt has more than {roomy.context} tokens, the maximum that is counted"
         raise SubspecError(Exit.USAGE, message, error.hint) from None
 
 
@@ -177,19 +179,19 @@ async def in_thread(model: ChatModel, work: Callable[[], Result]) -> Result:
 
 
 def offered_tools(request: ChatRequest) -> tuple[dict[str, Any], ...]:
-    """Tools that the model is told of."""
+    """Tools that are shown to the model."""
     return () if request.tool_choice == "none" else request.tools
 
 
 def without_strict(tool: dict[str, Any]) -> dict[str, Any]:
-    """The tool as templates know it: how a grammar holds the model to it is not told."""
+    """Return the tool without `strict`, which templates do not know."""
     function = {key: value for key, value in tool["function"].items() if key != "strict"}
     return {**tool, "function": function}
 
 
 def check_tools(request: ChatRequest, model: ChatModel) -> None:
-    """Raises SubspecError(USAGE) for tools that the model cannot be told of, and for calls that
-    must have a form which is not known: others are shown as text."""
+    """Raise SubspecError(USAGE) for tools that the template cannot show, and for required calls in
+    a format that is not known: other calls are shown as text."""
     tools = offered_tools(request)
     if not tools:
         return
@@ -204,7 +206,7 @@ def check_tools(request: ChatRequest, model: ChatModel) -> None:
 
 
 def make_prompt(request: ChatRequest, model: ChatModel) -> Prompt:
-    """Takes a few ms; the event loop must not wait for it."""
+    """Render and tokenize the prompt. Takes a few ms: not for the event loop."""
     tokenizer, form = model.tokenizer, model.tool_format
     short_ids = form is not None and form.kind in ("mistral list", "mistral args")
     messages = template_messages(request.messages, model.caps, short_ids)
@@ -232,7 +234,7 @@ def make_prompt(request: ChatRequest, model: ChatModel) -> Prompt:
 
 
 def shown_tokens(model: ChatModel, tool_format: ToolFormat | None) -> frozenset[str]:
-    """Special tokens without which the answer could not be read."""
+    """Special tokens that must be decoded for the answer to be parsed."""
     marks = [mark for form in (model.reasoning, tool_format) if form for mark in form.marks]
     return frozenset(
         token for token in model.special_tokens if any(token in mark for mark in marks)
@@ -240,7 +242,7 @@ def shown_tokens(model: ChatModel, tool_format: ToolFormat | None) -> frozenset[
 
 
 def unstopped(prompt: Prompt, tool_format: ToolFormat | None) -> list[Unstopped]:
-    """Stop texts are for the answer's text: they do not count in reasoning and in marked calls."""
+    """Spans in which stop texts do not count: reasoning and marked calls."""
     found, form = list[Unstopped](), prompt.reasoning
     if form is not None:
         found.append(Unstopped("" if prompt.in_reasoning else form.begin, form.end, leads=True))
@@ -251,8 +253,11 @@ def unstopped(prompt: Prompt, tool_format: ToolFormat | None) -> list[Unstopped]
 
 
 class ModelAnswer:
-    """Events of an answer that has been submitted. Iterate it to the end, or cancel it.
-    reasoning_end: the token of that mark, if it is one. parallel: else only one call is told."""
+    """Events of a submitted answer. Iterate it to the end, or cancel it.
+
+    reasoning_end: the token of that mark, if it is a single one. parallel: return all calls;
+        otherwise only the first.
+    """
 
     def __init__(
         self,
@@ -264,14 +269,14 @@ class ModelAnswer:
         parallel: bool,
     ) -> None:
         self.num_prompt_tokens = num_prompt_tokens
-        self.num_tokens = 0  # that were decided so far
+        self.num_tokens = 0  # decoded so far
         self._generation = generation
         self._parser = parser
         self._reasoning_end = reasoning_end
         self._end_tokens = end_tokens
         self._parallel = parallel
         self._reasoning_tokens = 0
-        self._logprobs: list[TokenLogprobs] = []  # of the answer's text, not given out yet
+        self._logprobs: list[TokenLogprobs] = []  # of the answer's text, not yet returned
 
     @property
     def queue_position(self) -> int:
@@ -303,7 +308,7 @@ class ModelAnswer:
         return self._with_logprobs(events)
 
     def _num_reasoning(self, ids: tuple[int, ...], was_reasoning: bool) -> int:
-        """How many of a piece's tokens belong to the reasoning, its marks included."""
+        """Number of a piece's tokens that belong to the reasoning, marks included."""
         if self._parser.is_reasoning:
             return len(ids)
         begun = was_reasoning or (self._parser.has_reasoned and not self._reasoning_tokens)
@@ -312,7 +317,7 @@ class ModelAnswer:
         return len(ids) if was_reasoning else 0
 
     def _with_logprobs(self, events: list[ChatEvent]) -> list[ChatEvent]:
-        """Those of a call's tokens are not given out: clients expect those of the text."""
+        """Attach log probabilities to text only: clients expect none for calls."""
         given = list[ChatEvent]()
         for event in events:
             if isinstance(event, TextDelta):

@@ -1,7 +1,5 @@
-"""A chat request and the events of its answer, in one form for every API: openai_chat.py,
-responses.py and messages.py translate their JSON to and from these, chat.py does the work in
-between.
-"""
+"""A chat request and the events of its answer, in one form for every API. openai_chat.py,
+responses.py and messages.py convert their JSON to and from these; chat.py produces them."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
@@ -15,7 +13,7 @@ JSONValue = Any  # what json.loads returns
 
 @dataclass(frozen=True)
 class NamedTool:
-    """A tool_choice: this tool must be called."""
+    """A tool_choice that forces this tool."""
 
     name: str
 
@@ -25,7 +23,7 @@ ToolChoice = Literal["auto", "none", "required"] | NamedTool
 
 @dataclass(frozen=True)
 class OutputFormat:
-    """What the text of the answer must be."""
+    """Required form of the answer's text."""
 
     kind: Literal["json_object", "json_schema", "regex", "lark"]
     value: JSONValue = None  # the schema, or the grammar's text
@@ -33,12 +31,15 @@ class OutputFormat:
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """messages: OpenAI's chat form; a content is a str or None, parts are joined already. tools:
-    {"type": "function", "function": {"name", "description", "parameters"}}."""
+    """A request in one form for all APIs.
+
+    messages: in OpenAI's chat format; contents are str or None, text parts already joined. tools:
+        {"type": "function", "function": {"name", "description", "parameters"}}.
+    """
 
     messages: tuple[dict[str, JSONValue], ...]
     sampling: SamplingParams
-    max_tokens: int | None = None  # None: what the context has room for
+    max_tokens: int | None = None  # None: the rest of the context
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     tools: tuple[dict[str, JSONValue], ...] = ()
@@ -47,7 +48,7 @@ class ChatRequest:
     output_format: OutputFormat | None = None
     reasoning_effort: str | None = None  # as the template knows it
     enable_thinking: bool | None = None  # None: the template's own default
-    # Whether a special token that the answer ends with, and other special tokens, count as text.
+    # Whether special tokens are part of the text: one at the end of the answer, and all others.
     ignore_end: bool = False
 
 
@@ -60,7 +61,7 @@ class ReasoningDelta:
 
 @dataclass(frozen=True)
 class TextDelta:
-    """Text of the answer. logprobs: of the tokens decided since the last delta, if asked for."""
+    """Text of the answer. logprobs: of the tokens decoded since the last delta, if requested."""
 
     text: str
     logprobs: tuple[TokenLogprobs, ...] = ()
@@ -75,7 +76,7 @@ class ToolCallStart:
 
 @dataclass(frozen=True)
 class ToolCallDelta:
-    """A piece of the call's arguments, a JSON object in the end."""
+    """A piece of the call's arguments; together they are a JSON object."""
 
     index: int
     arguments: str
@@ -96,15 +97,15 @@ ChatEvent = ReasoningDelta | TextDelta | ToolCallStart | ToolCallDelta | ChatEnd
 
 
 class ChatAnswer(Protocol):
-    """Answer to a chat request that was submitted. Iterate it to the end, or cancel it."""
+    """Answer to a submitted chat request. Iterate it to the end, or cancel it."""
 
     def __aiter__(self) -> AsyncIterator[ChatEvent]:
-        """Raises SubspecError if the engine fails."""
+        """Yield events. Raises SubspecError if the engine fails."""
         ...
 
     @property
     def queue_position(self) -> int:
-        """As Generation's."""
+        """As `Generation.queue_position`."""
         ...
 
     @property
@@ -112,15 +113,15 @@ class ChatAnswer(Protocol):
 
     @property
     def num_tokens(self) -> int:
-        """Of the answer, that were decided so far."""
+        """Number of the answer's tokens decoded so far."""
         ...
 
     def cancel(self) -> None:
-        """As Generation's."""
+        """As `Generation.cancel`."""
         ...
 
 
-# Renders the template, makes tokens and a grammar, and submits them. Raises SubspecError (USAGE for
+# Renders the template, tokenizes, compiles a grammar and submits. Raises SubspecError (USAGE for
 # what the client can change) and QueueFull.
 Chat = Callable[[ChatRequest], Awaitable[ChatAnswer]]
 CountTokens = Callable[[ChatRequest], Awaitable[int]]

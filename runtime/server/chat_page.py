@@ -1,10 +1,10 @@
-"""The chat page at /: static files, with headers under which nothing that a model writes can run or
-be fetched.
+"""The chat page at /: static files, with headers that prevent model output from running or loading
+anything.
 
-The files have no secrets, and a browser sends no key for them: PATHS are open without one. The page
-asks only this server, through /v1/models, /v1/chat/completions and /props. Of the latter it reads
-`chat_template_caps` (`supports_enable_thinking`, `supports_reasoning_effort`) and `memory`
-(`budget_bytes`, `peak_bytes`); it does without what is missing.
+The files hold no secrets and browsers send no key for them: PATHS need none. The page requests only
+    this server's /v1/models, /v1/chat/completions and /props. Of the latter it reads
+    `chat_template_caps` (`supports_enable_thinking`, `supports_reasoning_effort`) and `memory`
+    (`budget_bytes`, `peak_bytes`), all optional.
 """
 
 import hashlib
@@ -45,7 +45,7 @@ HEADERS = {
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
     "permissions-policy": "camera=(), geolocation=(), microphone=(), payment=(), usb=()",
-    "cache-control": "no-cache",  # asked for again each time, and not sent if it is the same
+    "cache-control": "no-cache",  # revalidated on each load, not sent if unchanged
 }
 
 
@@ -60,7 +60,7 @@ class PageFile:
 
 
 def page_files(folder: Path = FOLDER) -> dict[str, PageFile]:
-    """By the path of the URL. Files of other kinds in `folder` are not given."""
+    """The page's files by URL path. Other kinds of files in `folder` are not served."""
     files = {
         f"/page/{file.name}": PageFile(file.read_bytes(), MEDIA_TYPES[file.suffix])
         for file in sorted(folder.iterdir())
@@ -73,7 +73,7 @@ PATHS = frozenset(page_files())
 
 
 def page_router() -> APIRouter:
-    """GET and HEAD of each file; it is not part of the API's description."""
+    """Routes for GET and HEAD of each file; not in the API's description."""
     router = APIRouter()
     for path, file in page_files().items():
         router.add_route(path, partial(page_response, file), ["GET"], include_in_schema=False)

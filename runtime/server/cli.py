@@ -1,5 +1,5 @@
-"""subspec-serve ARTIFACT|--model REF: the model behind OpenAI's and Anthropic's APIs. Slow imports
-are done when needed."""
+"""subspec-serve ARTIFACT|--model REF: serve a model through OpenAI's and Anthropic's APIs. Slow
+imports are done when needed."""
 
 import os
 import shlex
@@ -56,8 +56,9 @@ NEEDED = ("fastapi", "uvicorn", "prometheus_client", "llguidance")  # by the ext
 )  # fmt: skip
 @option("--insecure-no-auth", "Allow a non-loopback --host without an API key.", is_flag=True)
 @option(
-    "--cors-origin", "Let web pages of this origin use the API; may be repeated.", multiple=True,
-    metavar="ORIGIN", callback=matching(ORIGIN, f"an origin{HINT}such as https://example.org"),
+    "--cors-origin", "Allow web pages of this origin to use the API; may be repeated.",
+    multiple=True, metavar="ORIGIN",
+    callback=matching(ORIGIN, f"an origin{HINT}such as https://example.org"),
 )  # fmt: skip
 @option(
     "--model-name", "The model's id for clients. Default: the name of its checkpoint.",
@@ -68,7 +69,7 @@ NEEDED = ("fastapi", "uvicorn", "prometheus_client", "llguidance")  # by the ext
     "Default: the plan's; with --model 1.",
     type=click.IntRange(1, 256), metavar="N",
 )  # fmt: skip
-@option("--queue", "Requests that may wait; more are refused with 503.",
+@option("--queue", "Maximum number of waiting requests; more are refused with 503.",
         type=click.IntRange(0, 10_000), metavar="N")  # fmt: skip
 @option("--prefix-cache", "Host memory for the prefixes of idle conversations.",
         type=click.UNPROCESSED, callback=no_size_or_size, metavar="SIZE")  # fmt: skip
@@ -76,11 +77,11 @@ NEEDED = ("fastapi", "uvicorn", "prometheus_client", "llguidance")  # by the ext
         type=click.FloatRange(0, 86400), callback=finite_option, metavar="SECONDS")  # fmt: skip
 @option("--log-format", "Form of the log on stderr.", type=click.Choice(["text", "json"]))
 @option("--strict", "Refuse requests with unknown fields instead of ignoring these.", is_flag=True)
-@option("--temperature", "Of requests that do not say; 0 is greedy.",
+@option("--temperature", "Default temperature; 0 is greedy.",
         type=click.FloatRange(0, 100), callback=finite_option)  # fmt: skip
-@option("--top-p", "Of requests that do not say.",
+@option("--top-p", "Default top-p.",
         type=click.FloatRange(0, 1, min_open=True), callback=finite_option)  # fmt: skip
-@option("--top-k", "Of requests that do not say; 0 disables.", type=click.IntRange(min=0))
+@option("--top-k", "Default top-k; 0 disables.", type=click.IntRange(min=0))
 @drafting_options
 @lossy_options
 @plan_options
@@ -89,7 +90,7 @@ NEEDED = ("fastapi", "uvicorn", "prometheus_client", "llguidance")  # by the ext
     type=click.IntRange(min=16), metavar="N",
 )  # fmt: skip
 @option("--rehearse", "With --model: as for subspec-plan.", metavar="SECONDS|none")
-@option("--draft-model", "With --model: a smaller model that may draft.", metavar="REF")
+@option("--draft-model", "With --model: a smaller model as draft model.", metavar="REF")
 @option("--no-record", "Do not add answers to the run records.", is_flag=True)
 @click.version_option(package_name="subspec")
 def main(**given: Any) -> None:
@@ -97,7 +98,8 @@ def main(**given: Any) -> None:
     Anthropic. With --model REF --vram SIZE in place of ARTIFACT, plan the model first and cache the
     artifact.
 
-    It listens at once, and answers when its weights have loaded. docs/server.md has the endpoints.
+    The server listens at once and answers once its weights are loaded. docs/server.md lists the
+    endpoints.
     """
     options = Options(**given)
     check_extra()
@@ -109,7 +111,7 @@ def main(**given: Any) -> None:
 
 
 def check_extra() -> None:
-    """Raises SubspecError(USAGE) if packages of the extra [serve] are missing."""
+    """Raise SubspecError(USAGE) if packages of the extra [serve] are missing."""
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         verb = "is" if len(missing) == 1 else "are"
@@ -121,7 +123,7 @@ def check_extra() -> None:
 
 
 def served(options: Options, keys: tuple[str, ...]) -> Exit:
-    """From the options to the end of the server."""
+    """Run the server and return its exit code."""
     artifact = None if options.artifact is None else begun(options.artifact, options)
     from subspec.runtime.server.assembly import guard_settings, notify_listening
     from subspec.runtime.server.planning import answering_meanwhile
@@ -142,7 +144,7 @@ def served(options: Options, keys: tuple[str, ...]) -> Exit:
 
 
 def begun(folder: Path, options: Options) -> "Artifact":
-    """The artifact, whose files are being read into the page cache."""
+    """Open the artifact and start reading its files into the page cache."""
     from subspec.runtime.app.folder import begin_to_read, open_folder
 
     artifact = open_folder(folder)
@@ -151,7 +153,7 @@ def begun(folder: Path, options: Options) -> "Artifact":
 
 
 def planned_folder(options: Options) -> Path:
-    """The artifact of --model, which is planned if it is not there yet."""
+    """Return the folder of the artifact for --model, planning it if needed."""
     from subspec.runtime.app.planned_model import planned_model, request_of
 
     return planned_model(request_of(options))
@@ -173,7 +175,7 @@ def settings_of(options: Options, keys: tuple[str, ...]) -> "Settings":
 
 
 def check_sequences(artifact: "Artifact", asked: int | None) -> None:
-    """Raises SubspecError(USAGE) for more sequences than the plan has memory for."""
+    """Raise SubspecError(USAGE) for more sequences than the plan has memory for."""
     planned = artifact.plan.num_sequences
     if asked is not None and asked > planned:
         raise SubspecError(

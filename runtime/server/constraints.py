@@ -1,4 +1,4 @@
-"""From a chat request to the constraint of its answer: what chat.py is given as MakeConstraint."""
+"""The MakeConstraint of chat.py: builds the constraint of a chat request's answer."""
 
 import asyncio
 
@@ -17,8 +17,8 @@ from subspec.runtime.text.reasoning import ReasoningFormat
 
 
 class Constraints:
-    """Constraints of one model's answers. What grammars need to know of its tokens is read for the
-    first request that needs one. Close it."""
+    """Builds constraints for one model's answers. Token tables for grammars are read on first use.
+    Close it."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, end_tokens: tuple[int, ...]) -> None:
         self._tokenizer = tokenizer
@@ -32,8 +32,9 @@ class Constraints:
     async def make(
         self, request: ChatRequest, tool_format: ToolFormat | None, prompt: Prompt
     ) -> Constraint | None:
-        """None: the answer may be anything. Raises SubspecError: USAGE for a grammar that is wrong
-        or too complex, UNSUPPORTED for a model whose tokens have no bytes."""
+        """Return the answer's constraint; None if it may be anything. Raises SubspecError: USAGE
+        for a grammar that is wrong or too complex, UNSUPPORTED for a model whose tokens have no
+        bytes."""
         if not is_asked(request):
             return None
         async with self._reading:
@@ -65,7 +66,7 @@ class Constraints:
 
 
 def is_asked(request: ChatRequest) -> bool:
-    """Whether the request constrains its answer's form."""
+    """Return True if the request constrains the form of its answer."""
     strict = (tool.get("function", {}).get("strict") is True for tool in offered_tools(request))
     asked = request.output_format is not None or request.tool_choice not in ("auto", "none")
     return asked or any(strict)

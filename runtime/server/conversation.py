@@ -1,23 +1,23 @@
-"""Messages in OpenAI's chat form, put together from what clients of any API send one by one.
+"""Build messages in OpenAI's chat form from what clients of any API send item by item.
 
-Chat templates know fewer shapes than the APIs: a system message stands first, roles alternate,
-and what an assistant thinks, says and calls before it is answered is one message.
+Chat templates accept fewer forms than the APIs: a system message comes first, roles alternate, and
+    an assistant's reasoning, text and calls before the next turn are one message.
 """
 
 from subspec.runtime.server.chat_events import JSONValue
 
 
 class Conversation:
-    """System texts before everything else become the first message. A later one is shown to the
-    model as a user's: templates refuse it elsewhere, and moving it to the front would change
-    the prompt's beginning, which a cache may hold. Empty texts are left out."""
+    """Collects messages. System texts at the beginning become the first message. A later one
+    becomes a user message: templates reject it elsewhere, and moving it to the front would change
+    the prompt's beginning, which a cache may hold. Empty texts are dropped."""
 
     def __init__(self) -> None:
         self.messages: list[dict[str, JSONValue]] = []
 
     @property
     def has_turns(self) -> bool:
-        """Whether there is more than a system message."""
+        """True if there is more than a system message."""
         return any(message["role"] != "system" for message in self.messages)
 
     def add_system(self, text: str) -> None:
@@ -39,7 +39,7 @@ class Conversation:
         self._last("assistant").setdefault("tool_calls", []).append(call)
 
     def add_result(self, call_id: str | None, text: str, name: str | None = None) -> None:
-        """name: of the tool, if the client says it."""
+        """Add a tool's result. name: the tool's name, if the client sends it."""
         said = {"tool_call_id": call_id, "name": name}
         known = {key: value for key, value in said.items() if value is not None}
         self.messages.append({"role": "tool", **known, "content": text})
@@ -52,7 +52,7 @@ class Conversation:
         message[field] = f"{before}{separator}{text}" if before else text
 
     def _last(self, role: str) -> dict[str, JSONValue]:
-        """The last message if it is of this role, else a new one."""
+        """Return the last message if it has this role, else append a new one."""
         if not self.messages or self.messages[-1]["role"] != role:
             self.messages.append({"role": role, "content": None})
         return self.messages[-1]

@@ -1,4 +1,4 @@
-"""Errors as HTTP answers, in the form of each dialect."""
+"""Errors as HTTP responses, in the format of each API."""
 
 import re
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from subspec.runtime.server.generation import PromptTooLong, QueueFull
 
 # openai-python retries 408, 409, 429 and 5xx unless this says otherwise.
 FINAL = {"x-should-retry": "false"}
-RETRY_SECONDS = 5  # after which a server that loads or closes may be asked again
+RETRY_SECONDS = 5  # Retry-After while the server loads or shuts down
 INTERNAL = "the server failed; its log says why"
 MAX_MESSAGE = 1000  # characters
 OF_A_COMMAND = re.compile(r"(?<!\S)--[a-z]|\bsubspec-[a-z]")
@@ -27,9 +27,9 @@ ANTHROPIC_KINDS = {
 }
 
 
-@dataclass(eq=False)  # not frozen: an exception on its way is written to
+@dataclass(eq=False)  # not frozen: Python writes to a raised exception
 class ApiError(Exception):
-    """kind: OpenAI's `type`. param: the field that is wrong."""
+    """An error for the client. kind: OpenAI's `type`. param: the invalid field."""
 
     status: int
     message: str
@@ -40,12 +40,12 @@ class ApiError(Exception):
 
 
 def invalid(message: str, param: str | None = None, code: str = "invalid_value") -> ApiError:
-    """400 for what will never be answered as it is."""
+    """A 400 that must not be retried."""
     return ApiError(400, message, code=code, param=param, headers=FINAL)
 
 
 def unsupported(message: str, param: str) -> ApiError:
-    """400 for a field that is known and cannot be honoured."""
+    """A 400 for a known field that is not supported."""
     return invalid(message, param, "unsupported_value")
 
 
@@ -55,14 +55,14 @@ def unavailable(message: str, code: str | int) -> ApiError:
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """What a client is told about `error`: of one that is a bug, nothing."""
+    """Convert `error` for the client. Details of bugs are not disclosed."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, QueueFull):
         num = error.num_waiting
         waiting = "1 request is waiting" if num == 1 else f"{num} requests are waiting"
         headers = {"retry-after": str(error.retry_after_seconds), "x-queue-depth": str(num)}
-        message = f"{waiting}, and no more may"
+        message = f"{waiting}: the queue is full"
         return ApiError(503, message, "overloaded_error", "queue_full", headers=headers)
     if isinstance(error, PromptTooLong):
         return too_long(error, "messages")
@@ -81,24 +81,24 @@ def as_api_error(error: Exception) -> ApiError:
 
 
 def too_long(error: PromptTooLong, param: str) -> ApiError:
-    """In the words that clients of OpenAI's look for. param: where the prompt is."""
+    """A 400 in the wording that OpenAI clients look for. param: the prompt's field."""
     message = (
         f"This model's maximum context length is {error.context} tokens, and the prompt has "
-        f"{error.counted}: the answer needs room for one at least"
+        f"{error.counted}: the answer needs room for at least one"
     )
     return invalid(message, param, "context_length_exceeded")
 
 
 def engine_error(error: SubspecError) -> ApiError:
-    """What is told of an error while an answer is computed. One of the request itself, as of a
-    grammar that cannot be followed further, is told as if it had been found before."""
+    """Convert an error raised while decoding. An error of the request itself, such as a grammar
+    that cannot be continued, is reported as a 400."""
     if error.exit_code == Exit.USAGE:
         return as_api_error(error)
     return ApiError(500, said(error), "server_error", "engine_error")
 
 
 def said(error: SubspecError) -> str:
-    """In a sentence. A hint about a command line is not for clients, who have none."""
+    """The error's message as one sentence, without hints about command lines."""
     told = bool(error.hint) and not OF_A_COMMAND.search(error.hint)
     message = f"{error.message} ({error.hint})" if told else error.message
     return message[:MAX_MESSAGE]
@@ -121,7 +121,7 @@ def anthropic_body(error: ApiError) -> dict[str, Any]:
 
 
 def error_body(error: ApiError, path: str) -> dict[str, Any]:
-    """In the dialect of the endpoint `path`."""
+    """The error's body in the format of the endpoint `path`."""
     return anthropic_body(error) if path.startswith("/v1/messages") else openai_body(error)
 
 

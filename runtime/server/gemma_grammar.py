@@ -1,8 +1,8 @@
-"""The Lark grammar of arguments as Gemma 4 and FunctionGemma write them: {key:value,...}.
+"""The Lark grammar of arguments in Gemma 4's and FunctionGemma's form: {key:value,...}.
 
-Keys are bare and sorted, as the models' chat templates write them (`dictsort`); a string stands
-between quotes that are one special token, without escapes; numbers, true, false and null are
-JSON's. Sources: the chat templates of Gemma 4 and FunctionGemma.
+Keys are bare and sorted, as in the models' chat templates (`dictsort`); strings stand between
+quotes that are one special token, without escapes; numbers, true, false and null are JSON's.
+Sources: the chat templates of Gemma 4 and FunctionGemma.
 """
 
 import json
@@ -16,15 +16,15 @@ from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.runtime.server.tools.schema_types import referred
 
 JSONValue = Any
-MAX_DEPTH = 64  # schemas within each other
-MAX_VALUES = 10_000  # schemas and enumerated values, counted once for each place where they hold
+MAX_DEPTH = 64  # nested schemas
+MAX_VALUES = 10_000  # schemas and enumerated values, counted at each use
 BARE_KEY = re.compile(r"[\w$@./-]{1,256}")
 ANY_KEY = r"[A-Za-z_][A-Za-z0-9_.-]{0,63}"
 SAYS_NOTHING = ("title", "description", "default", "examples", "deprecated")
 BESIDE_REF = (*SAYS_NOTHING, "$ref", "$defs", "definitions", "$schema", "$id", "x-guidance")
 SCALARS = ("integer", "number", "boolean", "null")
 KINDS = ("string", *SCALARS, "array", "object")
-# Keywords of JSON Schema that hold a value to something which is not enforced here.
+# Keywords of JSON Schema that are not enforced here.
 NOT_ENFORCED = (
     *("not", "if", "then", "else", "patternProperties", "propertyNames", "minProperties"),
     *("maxProperties", "uniqueItems", "contains", "minContains", "maxContains"),
@@ -35,13 +35,13 @@ NOT_ENFORCED = (
 
 @dataclass(frozen=True)
 class _Rules:
-    """The rules that are written so far, for one tool's schema."""
+    """The rules generated so far for one tool's schema."""
 
-    name: str  # of the rule of the arguments; all others begin with it
-    whole: JSONValue  # the schema, in which a $ref is looked up
-    lenient: bool  # what cannot be enforced is left out
+    name: str  # name of the arguments' rule and prefix of all others
+    whole: JSONValue  # the schema that a $ref refers to
+    lenient: bool  # skip what cannot be enforced
     quote: str  # Lark of the special token around a string
-    quoted: str  # its name, which no text has in it
+    quoted: str  # its name, which never occurs in text
     lines: list[str] = field(default_factory=list)
     schemas: dict[str, JSONValue] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)  # $ref -> rule
@@ -63,12 +63,12 @@ class _Rules:
 def gemma_arguments(
     rule: str, schema: JSONValue, quote: str, special: dict[str, int]
 ) -> tuple[list[str], dict[str, JSONValue]]:
-    """The rule of a tool's arguments with those that it needs, and the JSON schemas that they refer
+    """Return the rule of a tool's arguments with its subrules, and the JSON schemas that they refer
     to as @name. Patterns and formats of strings are not enforced. Raises SubspecError(USAGE)."""
     if quote not in special:
         raise SubspecError(
             Exit.USAGE,
-            f"tool calls cannot be constrained: {quote} is no token of this model",
+            f"tool calls cannot be constrained: {quote} is not a token of this model",
             "use tool_choice auto, and no strict tools",
         )
     whole = schema if isinstance(schema, dict) else {}
@@ -81,14 +81,14 @@ def gemma_arguments(
 
 
 def _value(rules: _Rules, schema: JSONValue, deepest: int) -> str:
-    """Lark of a value that the schema allows. Raises SubspecError(USAGE)."""
+    """Return the Lark expression of a value allowed by the schema. Raises SubspecError(USAGE)."""
     _count(rules)
     if deepest == 0:
         raise _unusable("it is nested too deeply")
     if schema is True:
         schema = {}
     if not isinstance(schema, dict):
-        raise _unusable(f"{json.dumps(schema)[:80]} is no schema that a value can have")
+        raise _unusable(f"{json.dumps(schema)[:80]} is not a schema that any value satisfies")
     if not rules.lenient and (found := [key for key in NOT_ENFORCED if key in schema]):
         raise _unusable(f"{found[0]} cannot be enforced")
     if "const" in schema:
@@ -102,7 +102,7 @@ def _value(rules: _Rules, schema: JSONValue, deepest: int) -> str:
         return _reference(rules, schema["$ref"], deepest)
     for key in ("anyOf", "oneOf"):
         if key in schema:
-            # What stands beside the alternatives holds for each of them.
+            # Keywords beside the alternatives apply to each of them.
             beside = {name: value for name, value in schema.items() if name != key}
             options = [_merged(rules, beside, one) for one in _list_of(schema, key)]
             return _either([_value(rules, one, deepest - 1) for one in options])
@@ -111,7 +111,7 @@ def _value(rules: _Rules, schema: JSONValue, deepest: int) -> str:
     kinds = schema.get("type", list(KINDS))
     kinds = kinds if isinstance(kinds, list) else [kinds]
     if unknown := [kind for kind in kinds if kind not in KINDS]:
-        raise _unusable(f"the type {json.dumps(unknown[0])[:80]} is none of {', '.join(KINDS)}")
+        raise _unusable(f"the type {json.dumps(unknown[0])[:80]} is not one of {', '.join(KINDS)}")
     if "type" not in schema and not set(schema) & {"properties", "items", "required"}:
         return _reference(rules, "", deepest)  # any value
     return _either([_of_kind(rules, kind, schema, deepest) for kind in dict.fromkeys(kinds)])
@@ -138,7 +138,7 @@ def _of_kind(rules: _Rules, kind: str, schema: dict[str, JSONValue], deepest: in
 
 
 def _string_text(rules: _Rules, text: str) -> str:
-    """A terminal: the text without the quote spelled in it, where a reader would end it."""
+    """A terminal: text that does not contain the quote, where a parser would end it."""
     quote = re.escape(rules.quoted).replace("/", r"\/")
     return rules.terminal(f"{text} & ~/(.|\\n)*{quote}(.|\\n)*/")
 
@@ -158,15 +158,15 @@ def _array(rules: _Rules, schema: dict[str, JSONValue], deepest: int) -> str:
 
 
 def _object(rules: _Rules, schema: dict[str, JSONValue], deepest: int) -> str:
-    """Members in the order of their names. Properties that the schema does not name are allowed if
-    it names none, or says how they are."""
+    """Members sorted by name. Properties that the schema does not name are allowed if it names none
+    or has a schema for them."""
     properties, required = schema.get("properties", {}), schema.get("required", [])
     if not isinstance(properties, dict) or not isinstance(required, list):
-        raise _unusable("properties is no object, or required no list")
+        raise _unusable("properties must be an object and required a list")
     more = schema.get("additionalProperties", not properties)
     if missing := [name for name in required if name not in properties]:
         if schema.get("additionalProperties") is False:
-            raise _unusable(f"{json.dumps(missing[0])[:80]} is required, but no property")
+            raise _unusable(f"{json.dumps(missing[0])[:80]} is required, but not in properties")
         extra = schema.get("additionalProperties", True)
         properties = {**properties, **dict.fromkeys(map(str, missing), extra)}
     names = sorted(properties, key=lambda name: (name.lower(), name))
@@ -197,14 +197,14 @@ def _more_members(
 
 
 def _key(rules: _Rules, name: str) -> str:
-    """A key that a reader would take for another, or for several, stands in quotes."""
+    """Return the key, in quotes if it would otherwise be ambiguous."""
     if BARE_KEY.fullmatch(name):
         return json.dumps(f"{name}:")
     return f'{_quoted(rules, name)} ":"'
 
 
 def _literal(rules: _Rules, value: JSONValue) -> str:
-    """Lark of one value."""
+    """Lark expression of one value."""
     _count(rules)
     if isinstance(value, str):
         return _quoted(rules, value)
@@ -228,7 +228,7 @@ def _quoted(rules: _Rules, text: str) -> str:
 
 
 def _reference(rules: _Rules, ref: JSONValue, deepest: int) -> str:
-    """The rule of a $ref into the same schema, which may refer to itself; of "": any value."""
+    """The rule of a $ref into the same schema, which may be recursive; for "": any value."""
     if not isinstance(ref, str):
         raise _unusable("a $ref is no text")
     if ref not in rules.refs:
@@ -248,7 +248,7 @@ def _found(whole: JSONValue, ref: str) -> JSONValue:
         raise _unusable(f"the $ref {json.dumps(ref)[:80]} is not within the schema")
     value = referred(whole, ref)
     if value is None:
-        raise _unusable(f"the $ref {json.dumps(ref)[:80]} leads nowhere")
+        raise _unusable(f"the $ref {json.dumps(ref)[:80]} has no target")
     return value
 
 
@@ -260,7 +260,8 @@ def _all_of(rules: _Rules, schema: dict[str, JSONValue]) -> JSONValue:
 
 
 def _merged(rules: _Rules, beside: JSONValue, schema: JSONValue) -> JSONValue:
-    """A schema that holds to both, as far as they speak of different things."""
+    """Combine two schemas that must both hold. Raises SubspecError(USAGE) if their keywords
+    conflict."""
     if not isinstance(schema, dict) or not isinstance(beside, dict):
         return schema
     merged = {**beside, **schema}
@@ -271,7 +272,7 @@ def _merged(rules: _Rules, beside: JSONValue, schema: JSONValue) -> JSONValue:
         elif key == "properties" and isinstance(mine, dict) and isinstance(other, dict):
             merged[key] = {**mine, **other}
         elif mine != other and key not in SAYS_NOTHING and not rules.lenient:
-            raise _unusable(f"two of its parts say {key}, and not the same")
+            raise _unusable(f"two of its parts have conflicting values of {key}")
     return merged
 
 
@@ -288,7 +289,7 @@ def _bounds(schema: dict[str, JSONValue], low: str, high: str) -> tuple[int, int
 def _list_of(schema: dict[str, JSONValue], key: str) -> list[JSONValue]:
     found = schema[key]
     if not isinstance(found, list) or not found:
-        raise _unusable(f"{key} is no list with something in it")
+        raise _unusable(f"{key} is not a list, or empty")
     return found
 
 

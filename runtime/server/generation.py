@@ -1,8 +1,7 @@
-"""What the web side asks of the engine side, and what comes back: the one boundary between the
-event loop and the engine's thread.
+"""The interface between the event loop and the engine's thread.
 
-A request has token ids, not messages; an answer comes in pieces of text with the tokens that they
-are made of. scheduler.py implements `Generator` with an engine.
+Requests have token ids, not messages; answers come as pieces of text with their tokens.
+scheduler.py implements `Generator` with an engine.
 """
 
 from collections.abc import AsyncIterator
@@ -20,27 +19,26 @@ from subspec.runtime.text.detokenizer import Unstopped
 class GenerationRequest:
     prompt_ids: tuple[int, ...]
     params: GenerationParams
-    stop: tuple[str, ...] = ()  # texts that end the answer and are no part of it
-    # As in StreamingDetokenizer: special tokens that are part of the text, and where stop texts do
-    # not count.
+    stop: tuple[str, ...] = ()  # texts that end the answer, not included in it
+    # As in StreamingDetokenizer: special tokens that are part of the text, and spans without stop
+    # texts.
     shown: frozenset[str] = frozenset()
     unstopped: tuple[Unstopped, ...] = ()
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Text that has become certain, and the tokens that were decided since the last piece. The two
-    need not meet: a character may take several tokens, and a text that a stop text could begin with
-    is withheld."""
+    """Complete text, and the tokens decoded since the last piece. They may be offset: a character
+    may take several tokens, and text that may begin a stop text is withheld."""
 
     text: str
     token_ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprobs, ...] = ()  # of each token, if the request asked for them
+    logprobs: tuple[TokenLogprobs, ...] = ()  # of each token, if requested
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How an answer ended, and what it took."""
+    """Finish reason and statistics of an answer."""
 
     reason: FinishReason  # eos, stop, length or context
     stop_text: str | None  # which of the request's stop texts ended it
@@ -48,45 +46,45 @@ class Outcome:
     queue_seconds: float  # from the request to its sequence
     generation_seconds: float  # from the sequence to the last token
     predicted_tokens_per_second: float | None
-    # Of each token of the prompt but the first, if the request asked for them.
+    # Of each token of the prompt but the first, if requested.
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
-    lossy: Lossy | None = None  # by which its drafts were verified; None: exactly
+    lossy: Lossy | None = None  # verification rule; None: exact
 
 
 class Generation(Protocol):
-    """One request's answer. Iterate it to the end, or cancel it: its sequence is free then."""
+    """One request's answer. Iterate it to the end, or cancel it, to free its sequence."""
 
     def __aiter__(self) -> AsyncIterator[Piece]:
-        """Pieces as they come. Raises SubspecError if the engine fails."""
+        """Yield pieces. Raises SubspecError if the engine fails."""
         ...
 
     @property
     def queue_position(self) -> int:
-        """0: it is being answered; else its place among those that wait."""
+        """Position in the queue from 1; 0 while it is being answered."""
         ...
 
     @property
     def outcome(self) -> Outcome:
-        """After the last piece."""
+        """The outcome; available after the last piece."""
         ...
 
     def cancel(self) -> None:
-        """Ends it before the next round, waiting or not; no more pieces come. May be called twice,
-        and after the end."""
+        """End the answer, waiting or running, before the next round; no more pieces follow. May be
+        called repeatedly and after the end."""
         ...
 
 
-@dataclass(eq=False)  # not frozen: an exception on its way is written to
+@dataclass(eq=False)  # not frozen: Python writes to a raised exception
 class QueueFull(Exception):
     num_waiting: int
     retry_after_seconds: int
 
 
 class PromptTooLong(SubspecError):
-    """OpenAI's context_length_exceeded."""
+    """Raised for a prompt that exceeds the context (OpenAI's context_length_exceeded)."""
 
     def __init__(self, num_tokens: int | None, context: int) -> None:
-        """num_tokens: None: so many that they were not counted."""
+        """num_tokens: None if there are too many to count."""
         self.num_tokens, self.context = num_tokens, context
         super().__init__(
             Exit.USAGE,
@@ -101,17 +99,18 @@ class PromptTooLong(SubspecError):
 
 
 class Generator(Protocol):
-    """Called in the event loop; nothing here blocks."""
+    """Submits requests. Called in the event loop; does not block."""
 
     def submit(self, request: GenerationRequest) -> Generation:
-        """Raises QueueFull, or SubspecError(USAGE) for a prompt that the context has no room for or
-        that has ids beyond the vocabulary, (RESOURCES) if the engine has failed or is closing."""
+        """Submit a request. Raises QueueFull, or SubspecError: USAGE for a prompt that leaves no
+        room in the context or has ids beyond the vocabulary, RESOURCES if the engine has failed or
+        is closing."""
         ...
 
 
 @dataclass(frozen=True)
 class Status:
-    """How far an engine is. stage, share (0 to 1): of loading. error: why it failed."""
+    """State of an engine. stage, share (0 to 1): loading progress. error: why it failed."""
 
     phase: Literal["loading", "ready", "closed", "failed"]
     stage: str = ""
@@ -133,14 +132,14 @@ class ServedEngine(Generator, Protocol):
 
     @property
     def peak_bytes(self) -> int:
-        """Of fast memory, as measured so far."""
+        """Measured peak of fast memory."""
         ...
 
     def start(self) -> None:
-        """Begins to load the weights."""
+        """Start loading the weights."""
         ...
 
     async def close(self, timeout_seconds: float) -> None:
-        """Waits for running answers up to `timeout_seconds`, ends the others with an error, and
-        gives the memory back."""
+        """Wait up to `timeout_seconds` for running answers, end the others with an error, and free
+        all memory."""
         ...

@@ -1,4 +1,4 @@
-"""Grammars by llguidance behind the protocol that the engine knows (runtime/model/constraint.py).
+"""Grammars compiled by llguidance, as the engine's Constraint (runtime/model/constraint.py).
 
 V = vocabulary
 """
@@ -21,7 +21,7 @@ Result = TypeVar("Result")
 
 MAX_GRAMMAR_BYTES = 256 << 10
 COMPILE_SECONDS = 1.0
-# A compiled grammar is asked in the engine's thread, where all answers wait for it: with
+# A compiled grammar runs in the engine's thread, where all answers wait for it: with
 # llguidance's own limits a step may take a second, with these about 0.1, a usual one 0.02 ms.
 INITIAL_FUEL = 500_000
 STEP_FUEL = 50_000
@@ -33,9 +33,9 @@ HINT = "make the grammar simpler"
 
 
 def compile_grammar(tokens: GrammarTokens, grammar: str, what: str) -> LLMatcher:
-    """`grammar`: Lark, or llguidance's JSON list of grammars; `what` names it in errors. Nothing
-    that it names is fetched. Raises SubspecError(USAGE) if it is wrong, has features that are not
-    supported, can never be satisfied, or is more than the limits allow."""
+    """Compile `grammar`: Lark, or llguidance's JSON list of grammars; `what` names it in errors.
+    Nothing it refers to is fetched. Raises SubspecError(USAGE) if it is invalid, unsupported, can
+    never be satisfied, or exceeds the limits."""
     if (size := len(grammar.encode("utf-8", "replace"))) > MAX_GRAMMAR_BYTES:
         raise SubspecError(
             Exit.USAGE, f"{what} has {size} bytes, expected at most {MAX_GRAMMAR_BYTES}", HINT
@@ -50,15 +50,15 @@ def compile_grammar(tokens: GrammarTokens, grammar: str, what: str) -> LLMatcher
 
 
 class GrammarThreads:
-    """Threads in which grammars are compiled, so that no event loop waits for them; two, so that a
-    slow one holds up nobody. A thread cannot be stopped, but the limits stop what it does."""
+    """Threads that compile grammars off the event loop; two, so that a slow one does not block
+    others. Threads cannot be stopped, but the limits bound their work."""
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(2, "grammar")
 
     async def run(self, work: Callable[[], Result], what: str) -> Result:
-        """Returns work(). Raises what it raises, or SubspecError(USAGE) if it takes longer than
-        twice COMPILE_SECONDS once it has begun: by then compile_grammar would have said so."""
+        """Return work(). Raises its exceptions, or SubspecError(USAGE) if it runs longer than twice
+        COMPILE_SECONDS: by then compile_grammar should have failed itself."""
         loop = asyncio.get_running_loop()
         begun = asyncio.Event()
 
@@ -70,7 +70,7 @@ class GrammarThreads:
         await begun.wait()
         done, _ = await asyncio.wait([future], timeout=2 * COMPILE_SECONDS)
         if not done:
-            future.add_done_callback(lambda late: late.exception())  # nobody will ask for it
+            future.add_done_callback(lambda late: late.exception())  # its result is not needed
             raise _too_slow(what, 2 * COMPILE_SECONDS)
         return future.result()
 
@@ -79,28 +79,28 @@ class GrammarThreads:
 
 
 class GrammarConstraint:
-    """A grammar from its beginning. `allowed` and `push` raise SubspecError(USAGE) where a state is
-    more than the limits allow, or nothing that the model has can follow. The grammar is compiled
-    again for who goes on from there, by `rollback` already: not for an answer that ends there."""
+    """A grammar from its beginning. `allowed` and `push` raise SubspecError(USAGE) if a state
+    exceeds the limits or no token can follow. To continue after that, `rollback` recompiles the
+    grammar."""
 
     def __init__(self, tokens: GrammarTokens, grammar: str, what: str) -> None:
-        """Raises SubspecError as compile_grammar does."""
+        """Compile the grammar. Raises SubspecError as compile_grammar does."""
         self._tokens = tokens
         self._grammar = grammar
         self._what = what
-        # None: the last one has failed. It keeps an error for ever, and its copies share it.
+        # None: the last one failed. Its error is permanent and shared with its copies.
         self._matcher: LLMatcher | None = compile_grammar(tokens, grammar, what)
-        self._pushed: list[int] = []  # tokens that the matcher took
-        self._allowed: Tensor | None = None  # None: not asked for in this state
+        self._pushed: list[int] = []  # tokens pushed to the matcher
+        self._allowed: Tensor | None = None  # None: not computed in this state
 
     def allowed(self) -> Tensor:
-        """bool [V]: end tokens among them where the grammar may end."""
+        """bool [V]; includes end tokens where the grammar may end."""
         if self._allowed is None:
             self._allowed = self._mask()
         return self._allowed
 
     def push(self, token: int) -> None:
-        """Raises ValueError for a token that was not allowed, or an end token."""
+        """Advance by one token. Raises ValueError for one that was not allowed, or an end token."""
         if token in self._tokens.ends:
             raise ValueError(f"token {token} is no part of {self._what}: it ends the answer")
         matcher = self._usable()
@@ -124,7 +124,7 @@ class GrammarConstraint:
         self._usable()
 
     def _usable(self) -> LLMatcher:
-        """The matcher, which has taken the tokens that were pushed."""
+        """Return the matcher, advanced by the pushed tokens."""
         if self._matcher is None:
             self._matcher = _matcher(self._tokens, self._grammar)
             self._matcher.consume_tokens(self._pushed)
@@ -135,7 +135,7 @@ class GrammarConstraint:
         bits = numpy.empty(-(-vocab_size // 32), numpy.uint32)
         matcher = self._usable()
         matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
-        if matcher.is_error():  # the mask is of the end tokens then
+        if matcher.is_error():  # the mask then has the end tokens
             error = matcher.get_error()
             self._matcher = None
             raise _too_complex(self._what, error)
@@ -157,7 +157,7 @@ def _matcher(tokens: GrammarTokens, grammar: str) -> LLMatcher:
 
 
 def _try_a_step(matcher: LLMatcher, tokens: GrammarTokens, what: str) -> None:
-    """Raises SubspecError(USAGE) for a grammar that cannot even begin, or not go back."""
+    """Try one step. Raises SubspecError(USAGE) for a grammar that cannot begin or roll back."""
     bits = numpy.frombuffer(matcher.compute_bitmask(), numpy.uint8)
     _check(matcher, what)
     allowed = numpy.flatnonzero(numpy.unpackbits(bits, count=tokens.vocab_size, bitorder="little"))
@@ -179,7 +179,7 @@ def _check(matcher: LLMatcher, what: str) -> None:
 
 
 def reason(error: str) -> str:
-    """One line of an error of llguidance, without the grammar that it may repeat."""
+    """One line of an llguidance error, without the grammar that it may repeat."""
     lines = [line.strip() for line in error.split("<non-verbose/>")[0].splitlines()]
     first = next((line for line in lines if line), "no reason given")
     last = next((line for line in lines if line.startswith("error: ")), "")  # of a regex

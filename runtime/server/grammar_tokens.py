@@ -1,4 +1,4 @@
-"""A model's tokens as llguidance knows them: the bytes of each, and how text becomes tokens."""
+"""A model's tokens for llguidance: the bytes of each, and a tokenizer function."""
 
 import json
 import re
@@ -16,9 +16,9 @@ SPACE = "▁"  # in SentencePiece's pieces
 
 @dataclass(frozen=True)
 class GrammarTokens:
-    """contents: of each id below vocab_size what it says, b"" for an id that the tokenizer does not
-    have; of a special token its name. special: ids by name: tokens that no text within a grammar
-    contains, only a grammar that names them. ends: tokens that end an answer."""
+    """contents: bytes of each id below vocab_size, b"" for an unused id, the name for a special
+    token. special: ids by name of tokens that only match where a grammar names them. ends: tokens
+    that end an answer."""
 
     tokenizer: LLTokenizer
     vocab_size: int
@@ -30,8 +30,9 @@ class GrammarTokens:
 def read_grammar_tokens(
     tokenizer: Tokenizer, vocab_size: int, end_tokens: tuple[int, ...]
 ) -> GrammarTokens:
-    """Takes about a second for 152k tokens. Raises SubspecError(UNSUPPORTED) for a tokenizer whose
-    tokens have no bytes, or a model without an end token."""
+    """Read a tokenizer's tokens. Takes about a second for 152k tokens. Raises
+    SubspecError(UNSUPPORTED) for a tokenizer whose tokens have no bytes, or a model without an end
+    token."""
     ends = sorted({token for token in end_tokens if 0 <= token < vocab_size})
     if not ends:
         raise SubspecError(
@@ -42,7 +43,7 @@ def read_grammar_tokens(
     special = {
         token.content: index
         for index, token in added.items()
-        # <think> and <tool_call> are tokens that decoding shows, but no part of anybody's text.
+        # <think> and <tool_call> are decoded as text, but never match in a grammar's text.
         if token.special or (token.content.startswith("<") and token.content.endswith(">"))
     }
     contents = [b""] * vocab_size
@@ -65,8 +66,8 @@ def read_grammar_tokens(
 
 
 class _TokenSource:
-    """What llguidance asks of a tokenizer. A text that it has in tokens has no special token in it,
-    and no space before it (`tokenizer` must not put one there)."""
+    """The tokenizer interface of llguidance. Its texts are tokenized without special tokens and
+    without a leading space (`tokenizer` must not add one)."""
 
     def __init__(
         self,
@@ -89,15 +90,15 @@ class _TokenSource:
         self._index_of = {contents[index]: index for index in sorted(self._usable, reverse=True)}
 
     def __call__(self, text: bytes) -> list[int]:
-        """UTF-8 -> ids as the model was trained on; llguidance forces them where the grammar leaves
-        no choice of text."""
+        """Tokenize UTF-8 as in training; llguidance forces these ids where the grammar leaves no
+        choice of text."""
         ids: list[int] = []
         for part in self._apart(text.decode("utf-8")):
             ids += self._tokenizer.encode(part, add_special_tokens=False).ids
         return ids if self._usable.issuperset(ids) else self._greedy(text)
 
     def _apart(self, text: str) -> list[str]:
-        """Parts that no special token lies in."""
+        """Split the text so that no special token can match."""
         parts, begin = [], 0
         for found in self._special.finditer(text) if self._special else ():
             parts.append(text[begin : found.start() + 1])
@@ -105,7 +106,7 @@ class _TokenSource:
         return [*parts, text[begin:]]
 
     def _greedy(self, text: bytes) -> list[int]:
-        """The longest token first: for text that becomes tokens beyond the model's vocabulary."""
+        """Tokenize by longest match: for text whose tokens exceed the model's vocabulary."""
         ids, begin = [], 0
         while begin < len(text):
             for end in range(min(len(text), begin + self._longest), begin, -1):
@@ -117,8 +118,8 @@ class _TokenSource:
 
 
 def _content_of(decoder: Any) -> Any:
-    """The function piece -> bytes that a tokenizer's decoder, as in tokenizer.json, implies.
-    Raises SubspecError(UNSUPPORTED)."""
+    """Return the function piece -> bytes of a tokenizer's decoder (tokenizer.json). Raises
+    SubspecError(UNSUPPORTED)."""
     steps = (decoder or {}).get("decoders", [decoder]) if decoder else []
     kinds = {step["type"] for step in steps}
     if "ByteLevel" in kinds:
@@ -140,8 +141,8 @@ def _piece_bytes(piece: str) -> bytes:
 
 
 def _byte_level_table() -> dict[int, int]:
-    """Byte-level BPE's characters -> bytes: printable ones stand for themselves, the others follow
-    U+0100."""
+    """Byte-level BPE's characters -> bytes: printable ones map to themselves, the others to U+0100
+    and up."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
     return {256 + index: byte for index, byte in enumerate(others)}
@@ -155,7 +156,7 @@ def _latin(piece: str) -> bytes:
 
 
 def _without_prefix(tokenizer: Tokenizer, value: Any) -> Tokenizer:
-    """The tokenizer, or a copy that puts no space before a text. value: its tokenizer.json."""
+    """Return the tokenizer, or a copy that adds no leading space. value: its tokenizer.json."""
     steps = {key: _no_prefix(value[key]) for key in ("normalizer", "pre_tokenizer")}
     if all(step == value[key] for key, step in steps.items()):
         return tokenizer
@@ -163,7 +164,7 @@ def _without_prefix(tokenizer: Tokenizer, value: Any) -> Tokenizer:
 
 
 def _no_prefix(step: Any) -> Any:
-    """A normalizer or pre-tokenizer of tokenizer.json."""
+    """Return a normalizer or pre-tokenizer of tokenizer.json without a prefix space."""
     if step is None or step["type"] == "Prepend":
         return None
     if step["type"] == "Sequence":

@@ -1,4 +1,4 @@
-"""The server's log on stderr: one line an event, as text or JSON. It has no keys, no prompts and no
+"""The server's log on stderr: one line per event, as text or JSON, without keys, prompts or
 answers."""
 
 import json
@@ -26,7 +26,7 @@ SENTENCES = {
 
 
 class LineFormatter(logging.Formatter):
-    """A line of a record; one of an exception is followed by its traceback."""
+    """Formats a record as one line, followed by the traceback of an exception."""
 
     def __init__(self, form: LogFormat) -> None:
         super().__init__()
@@ -43,13 +43,13 @@ class LineFormatter(logging.Formatter):
             return json.dumps(found | ({"traceback": trace} if trace else {}))
         said = SENTENCES[record.msg].format(**fields) if record.msg in SENTENCES else message
         line = printable(f"{when:%Y-%m-%dT%H:%M:%SZ} {said}")
-        if rewrites_lines():  # the line may have begun with progress, or with the ^C of a key
+        if rewrites_lines():  # the line may hold progress, or ^C
             line = f"\r\033[K{line}"
         return f"{line}\n{trace}" if trace else line
 
 
 def start_log(form: LogFormat) -> logging.Logger:
-    """The server's logger; errors of uvicorn and asyncio go the same way."""
+    """Return the server's logger. Errors of uvicorn and asyncio are logged the same way."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(LineFormatter(form))
     levels = {NAME: logging.INFO, "uvicorn": logging.ERROR, "asyncio": logging.ERROR}
@@ -61,8 +61,8 @@ def start_log(form: LogFormat) -> logging.Logger:
 
 
 def request_log(logger: logging.Logger) -> Callable[[str, str, str, int, float], None]:
-    """Logs a line for each request, but not for a supervisor's that succeed, nor for the two dozen
-    files of the chat page."""
+    """Log a line per request, except successful health checks and the chat page's two dozen
+    files."""
 
     def log(request_id: str, method: str, path: str, status: int, seconds: float) -> None:
         is_asked_often = path.startswith("/health") and status < 500

@@ -42,8 +42,8 @@ STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_
 
 
 class MessageWriter:
-    """Writes one answer: `begin`, then `take` for each event. Each yields the events of the stream
-    that follow from it; `message` is the body of an answer that is not streamed."""
+    """Writes one answer: `begin`, then `take` for each event, each yielding events of the stream;
+    `message` is the body of an answer that is not streamed."""
 
     def __init__(self, asked: AskedMessage, model_id: str) -> None:
         self.message: JSON = {
@@ -57,8 +57,8 @@ class MessageWriter:
             "usage": usage(0, 0, 0),
         }
         self._shows_thinking = asked.shows_thinking
-        self._block: JSON | None = None  # the open one, but for what grows
-        self._text = ""  # of the open one
+        self._block: JSON | None = None  # the open block, without its deltas
+        self._text = ""  # of the open block
 
     def begin(self, input_tokens: int) -> Iterator[JSON]:
         start = self.message | {"content": [], "usage": usage(input_tokens, 0, 0)}
@@ -69,7 +69,7 @@ class MessageWriter:
             yield from self._open_text("thinking", {"thinking": "", "signature": ""})
             yield from self._grow(event.text)
         elif isinstance(event, TextDelta):
-            if event.text:  # one may bring logprobs alone
+            if event.text:  # a delta may have only logprobs
                 yield from self._open_text("text", {"text": ""})
                 yield from self._grow(event.text)
         elif isinstance(event, ToolCallStart):
@@ -136,7 +136,7 @@ class MessageWriter:
 
 
 def usage(prompt_tokens: int, cached_tokens: int, output_tokens: int) -> JSON:
-    """Anthropic's input_tokens are those that no cache held."""
+    """Anthropic's usage: input_tokens excludes cached tokens."""
     return {
         "input_tokens": prompt_tokens - cached_tokens,
         "cache_creation_input_tokens": 0,
@@ -146,8 +146,8 @@ def usage(prompt_tokens: int, cached_tokens: int, output_tokens: int) -> JSON:
 
 
 def signature(thinking: str) -> str:
-    """Nothing is signed here: a digest of the text, in a field that clients expect and pass back,
-    and which nothing checks."""
+    """Return a digest of the text as its signature: clients expect the field and send it back. It
+    is not checked."""
     return "sha256:" + hashlib.sha256(thinking.encode()).hexdigest()
 
 
@@ -159,7 +159,7 @@ async def create_message(service: Service, request: Request) -> Response:
     asked = read_message(body, service.sampling, secrets.randbits(63))
     writer = MessageWriter(asked, service.model.id)
     if body.stream:
-        # A stream begins with the prompt's length, which the answer knows at its end.
+        # A stream begins with the prompt's length, known to the answer only at its end.
         input_tokens = await service.count_tokens(asked.chat)
         answer = await answer_to(asked.chat, service)
         return event_stream(events_of(answer, writer, input_tokens), answer, error_event, ping=PING)
@@ -169,8 +169,8 @@ async def create_message(service: Service, request: Request) -> Response:
 
 
 async def answer_to(request: ChatRequest, service: Service) -> ChatAnswer:
-    """A prompt that is too long is counted and refused in Anthropic's words: Claude Code looks for
-    them, and how much of the conversation it leaves out then depends on the two numbers."""
+    """Submit the request. A prompt that is too long is refused in Anthropic's wording with its
+    length: Claude Code parses both numbers to decide how much of the conversation to drop."""
     try:
         return await service.chat(request)
     except PromptTooLong as error:
@@ -188,8 +188,8 @@ async def count_tokens(service: Service, request: Request) -> Response:
 
 
 def check_name(name: str, service: Service) -> None:
-    """Programs that know no models but Anthropic's name one of those: it is taken as ours. Another
-    name is somebody's mistake."""
+    """Accept names of Anthropic's models, which some programs hard-code, as ours. Other unknown
+    names are errors."""
     if not name.startswith("claude"):
         check_model(service.model, name)
 

@@ -1,4 +1,4 @@
-"""Anthropic's /v1/messages: what a client sends -> ChatRequest."""
+"""Requests of Anthropic's /v1/messages -> ChatRequest."""
 
 import json
 from dataclasses import dataclass, replace
@@ -36,14 +36,14 @@ from subspec.runtime.server.request_fields import (
     with_asked,
 )
 
-# Blocks that say something to this model. What a provider's own tools left in a conversation
-# (server_tool_use, web_search_tool_result, redacted_thinking, ...) is skipped.
+# Blocks shown to the model. Those of a provider's own tools
+# (server_tool_use, web_search_tool_result, redacted_thinking, ...) are skipped.
 BLOCK_TYPES = {"text", "thinking", "tool_use", "tool_result", "image", "document", "search_result"}
 BILLING = "x-anthropic-billing-header:"
 
 
 def only_known(block: Any) -> Any:
-    """Of a block that is skipped, nothing but the type is looked at."""
+    """Validate only the type of blocks that are skipped."""
     if isinstance(block, dict) and isinstance(block.get("type"), str):
         if block["type"] not in BLOCK_TYPES:
             return {"type": block["type"]}
@@ -60,7 +60,7 @@ class ContentBlock(Fields):
     tool_use_id: Name | None = None
     is_error: bool | None = None
     source: JSONValue = None
-    # Of a tool_result or a search_result
+    # Content of a tool_result or a search_result
     content: Annotated[
         list[Annotated["ContentBlock", BeforeValidator(only_known)]],
         Field(max_length=MAX_ITEMS),
@@ -81,7 +81,7 @@ class Turn(Fields):
 
 
 class AnthropicTool(Fields):
-    type: Label | None = None  # None or custom: a client's own
+    type: Label | None = None  # None or custom: a client's own tool
     name: Name
     description: str | None = None
     input_schema: JSONObject | None = None
@@ -110,8 +110,8 @@ class OutputConfig(Fields):
     format: JSONFormat | None = None
 
 
-# Known fields that are not honoured, with the values beside null that ask for nothing: this server
-# runs no tools itself.
+# Known unsupported fields, with the values besides null that have no effect: this server runs no
+# tools itself.
 REFUSED: dict[str, tuple[Any, ...]] = {"mcp_servers": ([],), "container": ()}
 
 
@@ -155,7 +155,7 @@ class AskedMessage:
 
 
 def read_message(body: CreateMessage, defaults: SamplingParams, fresh_seed: int) -> AskedMessage:
-    """defaults: where the request is silent. Raises ApiError."""
+    """Convert a request. defaults: for absent fields. Raises ApiError."""
     asked = {"temperature": body.temperature, "top_p": body.top_p, "top_k": body.top_k}
     sampling = replace(with_asked(defaults, asked), seed=fresh_seed)
     chat = read_conversation(body, sampling)
@@ -164,7 +164,7 @@ def read_message(body: CreateMessage, defaults: SamplingParams, fresh_seed: int)
 
 
 def read_conversation(body: CountTokens, sampling: SamplingParams) -> ChatRequest:
-    """What the prompt is made of. Raises ApiError."""
+    """Collect the prompt's messages. Raises ApiError."""
     conversation = Conversation()
     system = [without_billing(block) for block in body.system]
     conversation.add_system(text_of(system, "system", separator="\n\n"))
@@ -173,7 +173,7 @@ def read_conversation(body: CountTokens, sampling: SamplingParams) -> ChatReques
     if not conversation.has_turns:
         raise invalid("messages has no text", "messages")
     if conversation.messages[-1]["role"] == "assistant":
-        last = "messages ends with the assistant's turn, but this server continues no text"
+        last = "messages ends with an assistant's turn, but this server does not support prefill"
         raise unsupported(last, "messages")
     tools = usable_tools(body.tools or [])
     config = body.output_config or OutputConfig()
@@ -186,14 +186,14 @@ def read_conversation(body: CountTokens, sampling: SamplingParams) -> ChatReques
         parallel_tool_calls=not (body.tool_choice and body.tool_choice.disable_parallel_tool_use),
         output_format=OutputFormat("json_schema", schema.schema_) if schema else None,
         reasoning_effort=EFFORTS.get(config.effort or ""),
-        # As with Anthropic, who does not ask for thinking gets none.
+        # As with Anthropic, thinking is off unless requested.
         enable_thinking=body.thinking is not None and body.thinking.type != "disabled",
     )
 
 
 def without_billing(block: ContentBlock) -> ContentBlock:
-    """Claude Code begins its system prompt with a line for Anthropic's billing that is another one
-    each time: no prompt after it would be found in a cache."""
+    """Drop the billing line in Claude Code's system prompt: it changes with every request, so
+    nothing after it would be found in a cache."""
     if block.text is None or not block.text.startswith(BILLING):
         return block
     return block.model_copy(update={"text": block.text.partition("\n")[2]})
@@ -217,7 +217,7 @@ def add_message(conversation: Conversation, message: Turn, where: str) -> None:
 def add_result(conversation: Conversation, block: ContentBlock, where: str) -> None:
     text = text_of(block.content, f"{where}.content", separator="\n")
     if block.is_error:
-        text = f"Error: {text}"  # the chat form has no other place for it
+        text = f"Error: {text}"  # the chat form has no other field for it
     conversation.add_result(required(block.tool_use_id, f"{where}.tool_use_id"), text)
 
 
@@ -233,11 +233,11 @@ def add_assistant_block(conversation: Conversation, block: ContentBlock, where: 
         call_id, name = required(block.id, f"{where}.id"), required(block.name, f"{where}.name")
         conversation.add_call(call_id, name, arguments)
     elif block.type in BLOCK_TYPES:
-        raise unsupported(f"{where} is no part of an assistant's turn", f"{where}.type")
+        raise unsupported(f"{where} is not allowed in an assistant's turn", f"{where}.type")
 
 
 def text_of(blocks: list[ContentBlock], where: str, separator: str) -> str:
-    """Raises ApiError for what is no text, as an image."""
+    """Return the block's text. Raises ApiError for other content, such as an image."""
     texts = []
     for index, block in enumerate(blocks):
         path = f"{where}[{index}]"
@@ -261,7 +261,8 @@ def is_text(source: JSONValue) -> bool:
 
 
 def usable_tools(asked: list[AnthropicTool]) -> dict[str, dict[str, JSONValue]]:
-    """By name, in order. Those that the provider runs (web_search_20250305, ...) are skipped."""
+    """Tools by name, in order. Those that the provider runs (web_search_20250305, ...) are
+    skipped."""
     found: dict[str, dict[str, JSONValue]] = {}
     for tool in asked:
         if tool.type in (None, "custom"):
@@ -287,6 +288,6 @@ def tool_choice(asked: Choice | None, names: set[str]) -> ToolChoice:
         raise invalid(message, "tool_choice.type")
     name = required(asked.name, "tool_choice.name")
     if name not in names:
-        message = f"tool_choice.name is {name[:100]!r}, which is no name of a usable tool"
+        message = f"tool_choice.name is {name[:100]!r}, which is not the name of a usable tool"
         raise invalid(message, "tool_choice.name")
     return NamedTool(name)

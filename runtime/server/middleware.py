@@ -1,5 +1,5 @@
-"""ASGI middleware in front of every endpoint: request id, origin, host, key, size and time of the
-body. Everything is refused unless it is allowed here."""
+"""ASGI middleware in front of every endpoint: checks of request id, origin, host, key, and size and
+time of the body. Requests that are not explicitly allowed are refused."""
 
 import asyncio
 import hashlib
@@ -17,11 +17,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from subspec.runtime.server.errors import FINAL, ApiError, error_response
 
 MAX_BODY = 8 << 20  # bytes; a prompt of a million token ids has 7 MB, and no images are read
-MAX_HELD = 128 << 20  # bytes of all bodies that are being read
-MAX_REQUESTS = 256  # that are being answered, or refused
+MAX_HELD = 128 << 20  # bytes of all bodies being read
+MAX_REQUESTS = 256  # being answered or refused
 BODY_SECONDS = 30.0  # for a whole body
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-# Answered without a key: what a supervisor asks.
+# Health checks, which need no key.
 OPEN_PATHS = ("/health", "/health/ready")
 
 Log = Callable[[str, str, str, int, float], None]  # request id, method, path, status, seconds
@@ -29,8 +29,8 @@ Log = Callable[[str, str, str, int, float], None]  # request id, method, path, s
 
 @dataclass(frozen=True)
 class GuardSettings:
-    """keys: of which each is accepted; none: no key is needed. hosts: names that a request may be
-    for; none: any. open_paths: answered without a key."""
+    """keys: accepted API keys; empty: no key is needed. hosts: accepted Host names; empty: any.
+    open_paths: paths that need no key."""
 
     keys: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
@@ -42,7 +42,7 @@ class GuardSettings:
 
 
 def guarded(app: ASGIApp, settings: GuardSettings) -> ASGIApp:
-    """`app` behind the checks of host, key, number and body, in this order."""
+    """Wrap `app` in the checks of host, key, number of requests and body, in this order."""
     app = NumberGuard(BodyGuard(app, settings), settings)
     if settings.keys:
         app = KeyGuard(app, settings.keys, settings.open_paths)
@@ -50,8 +50,8 @@ def guarded(app: ASGIApp, settings: GuardSettings) -> ASGIApp:
 
 
 class RequestLog:
-    """The outermost: gives every response an X-Request-Id, the client's if it is a sane one, and
-    the headers `also`."""
+    """Outermost: adds an X-Request-Id to every response, the client's if it is valid, and the
+    headers `also`."""
 
     def __init__(self, app: ASGIApp, log: Log, also: Mapping[str, str]) -> None:
         self._app = app
@@ -83,8 +83,8 @@ class RequestLog:
 
 
 class HostGuard:
-    """Refuses a request for another name than the server's: a web page whose name was pointed to
-    this machine (DNS rebinding) would otherwise be let in by the browser."""
+    """Refuses requests with a Host other than the server's. Otherwise a web page whose name
+    resolves to this machine (DNS rebinding) would have access."""
 
     def __init__(self, app: ASGIApp, hosts: Sequence[str]) -> None:
         self._app = app
@@ -94,7 +94,7 @@ class HostGuard:
         if scope["type"] == "http":
             given = Headers(scope=scope).getlist("host")
             if len(given) != 1 or host_of(given[0]) not in self._hosts:
-                message = "this server is not the host that was asked for"
+                message = "the Host header is not a name of this server"
                 refusal = ApiError(403, message, code="host_not_allowed", headers=FINAL)
                 await error_response(refusal, scope["path"])(scope, receive, send)
                 return
@@ -109,7 +109,7 @@ def host_of(header: str) -> str:
 
 
 def without_brackets(host: str) -> str:
-    """An IPv6 address may be given as it stands in a URL: [::1]."""
+    """Remove the brackets of an IPv6 address in a URL: [::1]."""
     return host[1:-1] if host.startswith("[") and host.endswith("]") else host
 
 
@@ -123,8 +123,8 @@ def is_loopback(host: str) -> bool:
 
 
 class KeyGuard:
-    """Every path but the open ones needs one of the keys: Authorization: Bearer KEY, or
-    Anthropic's x-api-key."""
+    """Requires one of the keys on all but open paths: Authorization: Bearer KEY, or Anthropic's
+    x-api-key."""
 
     def __init__(self, app: ASGIApp, keys: Sequence[str], open_paths: Sequence[str]) -> None:
         self._app = app
@@ -149,7 +149,7 @@ class KeyGuard:
         scheme, _, bearer = headers.get("authorization", "").partition(" ")
         given = [bearer.strip()] if scheme.lower() == "bearer" else []
         given += headers.getlist("x-api-key")[:1]
-        # Digests of one length, all of them compared: the time says nothing about a key.
+        # Constant time: digests of equal length, all of them compared.
         found = [
             hmac.compare_digest(digest(one), known) for one in given for known in self._digests
         ]
@@ -161,7 +161,7 @@ def digest(key: str) -> bytes:
 
 
 class NumberGuard:
-    """Refuses a request while `most_requests` are being answered, but never a supervisor's."""
+    """Refuses requests beyond `most_requests` at once, except health checks."""
 
     def __init__(self, app: ASGIApp, settings: GuardSettings) -> None:
         self._app = app
@@ -173,7 +173,7 @@ class NumberGuard:
             await self._app(scope, receive, send)
             return
         if self._num >= self._settings.most_requests:
-            message = f"{self._num} requests are being answered, and no more may"
+            message = f"{self._num} requests are being answered, the maximum"
             busy = {"retry-after": "1"}
             refusal = ApiError(503, message, "overloaded_error", "overloaded", headers=busy)
             await error_response(refusal, scope["path"])(scope, receive, send)
@@ -186,8 +186,8 @@ class NumberGuard:
 
 
 class BodyGuard:
-    """Reads the body before the endpoint runs: not more than `largest_body` bytes, not longer than
-    `body_seconds`, and of all requests together not more than `most_held` bytes."""
+    """Reads the body before the endpoint runs. Limits: `largest_body` bytes, `body_seconds`, and
+    `most_held` bytes of all requests together."""
 
     def __init__(self, app: ASGIApp, settings: GuardSettings) -> None:
         self._app = app
@@ -209,7 +209,7 @@ class BodyGuard:
                 async with asyncio.timeout(self._settings.body_seconds):
                     await self._read(receive, body)
             except TimeoutError:
-                message = f"the body did not come within {self._settings.body_seconds:g} s"
+                message = f"the body was not received within {self._settings.body_seconds:g} s"
                 raise ApiError(408, message, code="request_timeout") from None
         except ApiError as error:
             self._held -= len(body)
@@ -236,14 +236,14 @@ class BodyGuard:
             self._held -= held
 
     def _check(self, headers: Headers) -> None:
-        """Of what is announced. Raises ApiError."""
+        """Check the announced length. Raises ApiError."""
         encoding = headers.get("content-encoding", "identity")
         if encoding != "identity":
-            message = "a compressed body is not read"
+            message = "compressed bodies are not supported"
             raise ApiError(415, message, code="unsupported_media_type", headers=FINAL)
         if "content-length" in headers and "transfer-encoding" in headers:
             message = "a request has a Content-Length or a Transfer-Encoding, not both"
-            raise ApiError(400, message, headers=FINAL)  # a proxy may have read another body
+            raise ApiError(400, message, headers=FINAL)  # a proxy may have parsed another body
         length = headers.get("content-length", "0")
         if not length.isascii() or not length.isdigit() or len(length) > 18:
             raise ApiError(400, "Content-Length is not a number", headers=FINAL)
@@ -259,7 +259,7 @@ class BodyGuard:
         while True:
             message = await receive()
             if message["type"] != "http.request":
-                raise ApiError(400, "the client went before its body had come")
+                raise ApiError(400, "the client disconnected before sending its body")
             piece = message.get("body", b"")
             self._check_size(len(body) + len(piece))
             if self._held + len(piece) > self._settings.most_held:

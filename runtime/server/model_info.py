@@ -1,4 +1,4 @@
-"""The model as clients see it."""
+"""The model's description for clients."""
 
 from dataclasses import dataclass
 
@@ -9,8 +9,7 @@ from subspec.runtime.server.errors import FINAL, ApiError
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """names: others by which it may be asked for. width, depth: of the
-    draft; 0 without one."""
+    """names: accepted aliases. width, depth: of the draft; 0 without one."""
 
     id: str
     created: int  # Unix time
@@ -21,16 +20,16 @@ class ModelInfo:
     width: int
     depth: int
     num_sequences: int
-    max_positions: int  # that the model was trained for
+    max_positions: int  # maximum in training
     weight_bytes: int
     budget_bytes: int  # of fast memory
     predicted_tokens_per_second: float | None = None
     names: frozenset[str] = frozenset()
-    lossy: Lossy | None = None  # the rule by which its answers are verified; None: exactly
+    lossy: Lossy | None = None  # verification rule of its answers; None: exact
 
 
 def check_model(model: ModelInfo, asked: str | None) -> None:
-    """Raises ApiError(404) for another model than ours; None asks for the one there is."""
+    """Raise ApiError(404) for another model than ours; None is accepted."""
     if asked is None or asked == model.id or asked in model.names:
         return
     shown = asked[:100]

@@ -53,7 +53,7 @@ async def chat_completions(service: Service, request: Request) -> Response:
 
 
 def chat_request(asked: ChatFields, service: Service) -> ChatRequest:
-    """Raises ApiError for what does not go together."""
+    """Convert the request. Raises ApiError for conflicting fields."""
     if asked.top_logprobs and not asked.logprobs:
         raise invalid("top_logprobs needs logprobs to be true", "top_logprobs")
     effort, thinking = thinking_of(asked)
@@ -76,7 +76,7 @@ def chat_request(asked: ChatFields, service: Service) -> ChatRequest:
 
 @dataclass(frozen=True)
 class Head:
-    """What every chunk of an answer begins with."""
+    """Fields that every chunk of an answer begins with."""
 
     id: str
     created: int

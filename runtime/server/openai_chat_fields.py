@@ -1,4 +1,4 @@
-"""The fields of /v1/chat/completions -> what a ChatRequest has. docs/server.md lists them."""
+"""The fields of /v1/chat/completions -> parts of a ChatRequest. docs/server.md lists them."""
 
 from typing import Annotated, Any, Literal
 
@@ -92,7 +92,7 @@ class SchemaFormat(Fields):
 
 
 class ResponseFormat(Fields):
-    """schema: llama.cpp's place for it, beside json_object."""
+    """schema: llama.cpp's field for it, with json_object."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: SchemaFormat | None = None
@@ -133,12 +133,12 @@ def thinking_of(asked: ChatFields) -> tuple[str | None, bool | None]:
 
 
 def messages_of(asked: ChatFields) -> tuple[dict[str, JSONValue], ...]:
-    """In the form of templates. Raises ApiError."""
+    """Convert messages to the chat template's form. Raises ApiError."""
     conversation = Conversation()
     for index, message in enumerate(asked.messages):
         add_message(conversation, message, f"messages[{index}].content")
     if not conversation.has_turns and asked.messages[-1].role == "user":
-        conversation.messages.append({"role": "user", "content": ""})  # an empty question is one
+        conversation.messages.append({"role": "user", "content": ""})  # an empty question is valid
     return tuple(conversation.messages)
 
 
@@ -186,7 +186,7 @@ def tool_choice_of(asked: ChatFields) -> ToolChoice:
     names = [tool.function.name for tool in asked.tools or ()]
     if isinstance(choice, ToolByName):
         if choice.function.name not in names:
-            message = f"tool_choice names {choice.function.name!r}, which is none of the tools"
+            message = f"tool_choice names {choice.function.name!r}, which is not one of the tools"
             raise invalid(message, "tool_choice")
         return NamedTool(choice.function.name)
     if choice == "required" and not names:
@@ -195,7 +195,7 @@ def tool_choice_of(asked: ChatFields) -> ToolChoice:
 
 
 def format_of(asked: ChatFields) -> OutputFormat | None:
-    """Of response_format or structured_outputs. Raises ApiError."""
+    """Return the output format of response_format or structured_outputs. Raises ApiError."""
     given = asked.response_format
     if given is None or given.type == "text":
         return structured_output(asked.structured_outputs)
@@ -212,7 +212,7 @@ def format_of(asked: ChatFields) -> OutputFormat | None:
 
 
 def structured_output(asked: StructuredOutputs | None) -> OutputFormat | None:
-    """Raises ApiError unless exactly one form is given."""
+    """Return the only form that is given. Raises ApiError for none or several."""
     if asked is None:
         return None
     given = []

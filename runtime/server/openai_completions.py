@@ -1,4 +1,4 @@
-"""POST /v1/completions: prompts as they are, without a chat template, one or several at once."""
+"""POST /v1/completions: one or several raw prompts, without a chat template."""
 
 import asyncio
 import time
@@ -36,7 +36,7 @@ from subspec.runtime.server.service import Service
 from subspec.runtime.server.streaming import DONE, Event, event_stream, gone, whole
 from subspec.runtime.server.token_text import completion_logprobs
 
-RETRY_SECONDS = 0.05  # of later prompts of a request, while the queue is full
+RETRY_SECONDS = 0.05  # between tries to submit later prompts while the queue is full
 
 
 async def completions(service: Service, request: Request) -> Response:
@@ -61,15 +61,15 @@ async def completions(service: Service, request: Request) -> Response:
 
 @dataclass(frozen=True)
 class Wanted:
-    """One prompt of a request, and what of its answer is shown."""
+    """One prompt of a request, and which parts of its answer are returned."""
 
     request: GenerationRequest
-    echo: str | None  # the prompt's text, if it is repeated
+    echo: str | None  # the prompt's text, if echoed
     hide_answer: bool  # max_tokens is 0
 
 
 async def wanted_of(asked: CompletionFields, service: Service) -> list[Wanted]:
-    """Raises ApiError."""
+    """Convert the request. Raises ApiError."""
     if asked.structured_outputs is not None:
         raise unsupported(
             "structured_outputs works with /v1/chat/completions", "structured_outputs"
@@ -89,7 +89,7 @@ async def wanted_of(asked: CompletionFields, service: Service) -> list[Wanted]:
         found = []
         for ids, text in prompts_of(asked.prompt, service):
             echo = text if asked.echo else None
-            # Without a seed each prompt's answer has another: some ask for samples by a list.
+            # Without a seed each prompt gets its own: some clients request samples by a list.
             own = sampling_of(asked, service.sampling, service.model)
             request = GenerationRequest(tuple(ids), replace(params, sampling=own), asked.stop_texts)
             found.append(Wanted(request, echo, asked.max_tokens == 0))
@@ -99,8 +99,8 @@ async def wanted_of(asked: CompletionFields, service: Service) -> list[Wanted]:
 
 
 def prompts_of(prompt: Any, service: Service) -> list[tuple[list[int], str]]:
-    """Ids and text of every prompt. Raises ApiError and PromptTooLong for any of them, before one
-    is answered."""
+    """Return ids and text of every prompt. Raises ApiError and PromptTooLong before any prompt is
+    answered."""
     text = service.tokenizer
     if isinstance(prompt, str) or isinstance(prompt[0], int):
         prompt = [prompt]
@@ -118,8 +118,8 @@ def prompts_of(prompt: Any, service: Service) -> list[tuple[list[int], str]]:
 
 
 class Answers:
-    """The answers to several prompts: as many at once as there are sequences, the first of them
-    submitted already. Raises QueueFull and ApiError as Generator.submit does."""
+    """The answers to several prompts, as many at once as there are sequences. The first one is
+    already submitted. Raises QueueFull and ApiError as Generator.submit does."""
 
     def __init__(
         self, engine: Generator, requests: list[GenerationRequest], num_at_once: int
@@ -140,7 +140,7 @@ class Answers:
             generation.cancel()
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Piece | Outcome]]:
-        """Pieces with the index of their prompt, as they come; each ends with its Outcome."""
+        """Yield (index of the prompt, piece) as they come; each prompt ends with its Outcome."""
         coming = asyncio.Queue[tuple[int, Piece | Outcome] | Exception](maxsize=64)
         turns = asyncio.Semaphore(self._num_at_once)
 
@@ -175,7 +175,7 @@ class Answers:
         while index not in self._begun and not self._over:
             try:
                 self._begun[index] = self._engine.submit(self._requests[index])
-            except QueueFull:  # the request was taken as a whole
+            except QueueFull:  # the request was accepted as a whole
                 await asyncio.sleep(RETRY_SECONDS)
         return self._begun[index]
 
@@ -184,7 +184,7 @@ FINISH_REASONS = {"eos": "stop", "stop": "stop", "length": "length", "context": 
 
 
 def finish_reason(wanted: Wanted, outcome: Outcome) -> str:
-    """Of an answer that is not shown nothing says how it would have ended."""
+    """The finish reason; "length" for an answer that is not returned."""
     return "length" if wanted.hide_answer else FINISH_REASONS[outcome.reason]
 
 
@@ -201,7 +201,7 @@ def logprobs_of(
 
 
 def prompt_logprobs(wanted: Wanted, outcome: Outcome) -> list[TokenLogprobs | int]:
-    """Of an echoed prompt's tokens; of the first one nothing is known."""
+    """Log probabilities of an echoed prompt; none for its first token."""
     if wanted.echo is None:
         return []
     return [wanted.request.prompt_ids[0], *outcome.prompt_logprobs]
@@ -235,7 +235,8 @@ async def completion(
         }
 
     def response() -> JSONResponse:
-        """Log probabilities of a long prompt take seconds; the event loop must not wait."""
+        """Build the body. Log probabilities of a long prompt take seconds: not for the event
+        loop."""
         body = {
             **head.of("text_completion"),
             "choices": [choice(index, one) for index, one in enumerate(wanted)],
@@ -247,7 +248,7 @@ async def completion(
 
 
 def summary(wanted: list[Wanted], outcomes: list[Outcome], service: Service) -> JSON:
-    """usage, and of a single prompt metrics and timings."""
+    """usage, and for a single prompt also metrics and timings."""
     stats = [outcome.stats for outcome in outcomes]
     hidden = wanted[0].hide_answer
     found: JSON = {
@@ -270,8 +271,8 @@ def summary(wanted: list[Wanted], outcomes: list[Outcome], service: Service) -> 
 async def chunks(
     answers: Answers, wanted: list[Wanted], head: Head, service: Service, with_usage: bool
 ) -> AsyncIterator[Event]:
-    """An echoed prompt comes first; its log probabilities are known only after the first piece, so
-    they are not streamed."""
+    """Yield the stream's chunks, beginning with echoed prompts. Their log probabilities are known
+    only after the first piece, so they are not streamed."""
     lengths = [0 for _ in wanted]
     begun = set[int]()
     outcomes = list[Outcome]()

@@ -1,4 +1,4 @@
-"""The fields of OpenAI's requests, and of vLLM's and llama.cpp's beyond them: honoured, refused,
+"""The fields of OpenAI's requests and vLLM's and llama.cpp's extensions: supported, refused,
 ignored. docs/server.md lists them."""
 
 import secrets
@@ -22,7 +22,7 @@ MAX_SCHEMA_TEXT = 1 << 16  # characters of a regular expression or a grammar
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Seed = Annotated[int, Field(ge=-(1 << 63), lt=1 << 64)]
 
-# Known fields that cannot be honoured, with the values beside null that ask for nothing.
+# Known unsupported fields, with the values besides null that have no effect.
 REFUSED: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (1,),
@@ -53,7 +53,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 REFUSED_IN_COMPLETIONS: dict[str, tuple[Any, ...]] = {**REFUSED, "suffix": ("",)}
 
 
-# What templates know, by what clients say. Other values leave it to the template.
+# Clients' value -> template's value. Other values use the template's default.
 EFFORTS = {
     "minimal": "low",
     "low": "low",
@@ -70,7 +70,7 @@ class StreamOptions(Fields):
 
 
 class StructuredOutputs(Fields):
-    """vLLM's; one of them."""
+    """vLLM's structured_outputs; exactly one is given."""
 
     json_schema: dict[str, JSONValue] | None = Field(None, alias="json")
     regex: Annotated[str, Field(max_length=MAX_SCHEMA_TEXT)] | None = None
@@ -78,7 +78,7 @@ class StructuredOutputs(Fields):
 
 
 class SamplingFields(Fields):
-    """What both kinds of completions have."""
+    """Fields of both chat and text completions."""
 
     model: str | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
@@ -121,7 +121,8 @@ class SamplingFields(Fields):
 
 
 def sampling_of(asked: SamplingFields, usual: SamplingParams, model: ModelInfo) -> SamplingParams:
-    """usual: of requests that do not say. Without a seed, or with -1, each answer has another."""
+    """Return the sampling parameters. usual: server defaults. Without a seed, or with -1, each
+    answer gets its own."""
     given = {
         "temperature": asked.temperature,
         "top_p": asked.top_p,

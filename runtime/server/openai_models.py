@@ -1,4 +1,4 @@
-"""GET /v1/models and /props, POST /tokenize and /detokenize: what the model is, and its tokens."""
+"""GET /v1/models and /props, POST /tokenize and /detokenize: model description and tokenizer."""
 
 import asyncio
 from importlib.metadata import version
@@ -18,7 +18,7 @@ from subspec.runtime.server.token_text import token_text
 from subspec.runtime.text.tokenizer import MAX_COUNTED
 
 JSON = dict[str, Any]
-MAX_TEXTS = 1 << 16  # tokens whose texts are told one by one
+MAX_TEXTS = 1 << 16  # most tokens returned with their texts
 
 
 async def list_models(service: Service, request: Request) -> Response:
@@ -41,7 +41,7 @@ async def one_model(service: Service, request: Request) -> Response:
 
 
 def model_card(model: ModelInfo) -> JSON:
-    """The context in every spelling that clients read."""
+    """One model's entry, with the context in every spelling that clients read."""
     return {
         "id": model.id,
         "object": "model",
@@ -60,7 +60,7 @@ def model_card(model: ModelInfo) -> JSON:
 
 
 async def props(service: Service, request: Request) -> Response:
-    """llama.cpp's, as far as clients read it."""
+    """llama.cpp's /props, reduced to the fields that clients read."""
     model, text, sampling = service.model, service.tokenizer, service.sampling
     params = {
         "temperature": sampling.temperature,
@@ -101,7 +101,8 @@ async def props(service: Service, request: Request) -> Response:
 
 
 async def tokenize(service: Service, request: Request) -> Response:
-    """llama.cpp's `content` adds special tokens if asked to, vLLM's `prompt` unless told not to."""
+    """Tokenize. llama.cpp's `content` adds special tokens on request, vLLM's `prompt` by
+    default."""
     refused = {"messages": (), "parse_special": (True,)}
     asked = await read_body(request, TokenizeFields, refused, service.refuse_unknown)
     check_model(service.model, asked.model)
@@ -123,7 +124,7 @@ async def tokenize(service: Service, request: Request) -> Response:
 
 
 def token_list(ids: list[int], asked: TokenizeFields, service: Service) -> JSON:
-    """The body of an answer. Raises ApiError for the texts of very many tokens."""
+    """The response's body. Raises ApiError for the texts of too many tokens."""
     tokenizer = service.tokenizer.tokenizer
     body: JSON = {"tokens": ids, "count": len(ids), "max_model_len": service.model.context}
     texts = "with_pieces" if asked.with_pieces else "return_token_strs"
@@ -151,6 +152,6 @@ async def detokenize(service: Service, request: Request) -> Response:
 
 
 def text_of(tokenizer: Tokenizer, ids: list[int]) -> str:
-    """In a batch: then other threads of Python run meanwhile, and there may be a million tokens."""
+    """Decode in one batch, which releases the GIL: there may be a million tokens."""
     (text,) = tokenizer.decode_batch([ids], skip_special_tokens=False)
     return str(text)

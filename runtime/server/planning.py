@@ -1,5 +1,5 @@
-"""The server before it has a plan: /health says so, the chat page waits, and every other request is
-refused as while weights load."""
+"""The server while its plan is made: /health reports it, the chat page waits, and other requests
+are refused as while weights load."""
 
 import asyncio
 import time
@@ -22,15 +22,15 @@ from subspec.runtime.server.serving import Server, close_idle, server_of
 
 @contextmanager
 def answering_meanwhile(listening: socket, guards: GuardSettings) -> Iterator[None]:
-    """Answers in a thread until the end of the block; `listening` stays open."""
+    """Serve in a thread until the end of the block; `listening` stays open."""
     server, own = server_of(planning_app(guards)), listening.dup()
-    # The coroutine is made where it runs: the process may end before the thread begins.
+    # Create the coroutine in the thread: the process may end before the thread starts.
     thread = Thread(target=lambda: asyncio.run(served(server, own)), daemon=True)
     thread.start()
     try:
         yield
     finally:
-        while not server.started and thread.is_alive():  # else what it has accepted would be lost
+        while not server.started and thread.is_alive():  # else accepted connections would be lost
             time.sleep(0.01)
         server.should_exit = True
         thread.join()

@@ -1,6 +1,5 @@
-"""What idle conversations left in their caches, kept in host memory: a next turn that comes back
-need not read it again. What comes back has the same bits.
-"""
+"""KV cache prefixes of idle conversations in host memory, so that a returning conversation is not
+prefilled again. Restored bits are identical."""
 
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -15,18 +14,18 @@ from subspec.runtime.model.net_state import States
 from subspec.runtime.model.windows import windows_reach
 from subspec.runtime.sequence import Sequence
 
-WORTH_KEEPING = 32  # tokens; fewer are read again quickly
+WORTH_KEEPING = 32  # tokens; fewer are quick to prefill
 
 
 @dataclass(frozen=True)
 class Prefix:
     tokens: tuple[int, ...]
-    # Keys and values [B, T, D] of each attention, on the host; in layers with windows of the last
+    # Keys and values [B, T, D] of each attention, on the host; with sliding windows of the last
     # tokens only, if the cache has no more
     kept: tuple[Tensor, ...]
-    # Of delta nets: the last one is behind all tokens
+    # States of delta nets; the last one is after all tokens
     checkpoints: tuple[Checkpoint, ...] = ()
-    window_start: int = 0  # the first token that layers with windows have
+    window_start: int = 0  # first token in layers with sliding windows
     window: int = 0  # the widest
 
     @property
@@ -35,7 +34,7 @@ class Prefix:
         return sum(one.nbytes for one in self.kept) + sum(states) + 8 * len(self.tokens)
 
     def reachable(self, count: int) -> int:
-        """How many tokens, no more than `count`, can be restored."""
+        """Number of tokens, at most `count`, that can be restored."""
         if self.checkpoints:
             before = (one.length for one in self.checkpoints if one.length <= count)
             count = max(before, default=0)
@@ -43,7 +42,7 @@ class Prefix:
 
 
 class PrefixCache:
-    """Prefixes in at most `most_bytes` of host memory; the least recently used go first."""
+    """Prefixes in at most `most_bytes` of host memory, with LRU eviction."""
 
     def __init__(self, most_bytes: int) -> None:
         self.num_bytes = 0
@@ -51,9 +50,9 @@ class PrefixCache:
         self._prefixes = OrderedDict[tuple[int, ...], Prefix]()  # the least recently used first
 
     def keep(self, sequence: Sequence, num_shared: int) -> None:
-        """Copies what the sequence's cache holds, unless no more than its first `num_shared` tokens
-        would be lost without that, or it is too little or too large. Prefixes that it begins with
-        go; the states that they had of delta nets are also this one's."""
+        """Copy the sequence's cache, unless that would save no more than its first `num_shared`
+        tokens or its size is out of bounds. Replaces prefixes that it extends and takes over their
+        delta net states."""
         count = sequence.num_cacheable
         tokens = tuple(sequence.cache.tokens[:count])
         if count - num_shared < WORTH_KEEPING or self.longest(tokens)[1] == count:
@@ -84,7 +83,7 @@ class PrefixCache:
         self.num_bytes += self._prefixes[tokens].num_bytes
 
     def longest(self, prompt: tuple[int, ...]) -> tuple[Prefix | None, int]:
-        """The prefix that has most tokens of the prompt's beginning, and how many."""
+        """Return the prefix with the most tokens in common with the prompt, and their number."""
         best, most = None, 0
         for tokens, prefix in self._prefixes.items():
             if (count := prefix.reachable(num_shared(tokens, prompt))) > most:
@@ -92,9 +91,9 @@ class PrefixCache:
         return best, most
 
     def restore(self, prefix: Prefix, count: int, sequence: Sequence) -> None:
-        """The first `count` tokens of the prefix into the sequence's cache, which is empty after an
-        error."""
-        if prefix.tokens in self._prefixes:  # else it has just made room for what the cache had
+        """Restore the first `count` tokens of the prefix into the sequence's cache; after an error
+        it is empty."""
+        if prefix.tokens in self._prefixes:  # else it was just evicted
             self._prefixes.move_to_end(prefix.tokens)
         sequence.restore([])
         states = [one for one in prefix.checkpoints if one.length <= count]
@@ -110,7 +109,7 @@ class PrefixCache:
 
 
 def held_until(cache: Cache, count: int) -> list[Tensor]:
-    """Views of what the cache has of the first `count` tokens, keys before values."""
+    """Views of the cached keys and values of the first `count` tokens, keys before values."""
     start = 0 if cache.windows is None else cache.windows.start
     indices = 2 * [*range(len(cache.keys))]
     tensors, firsts = (*cache.keys, *cache.values), first_tokens(cache, start)
@@ -121,15 +120,14 @@ def held_until(cache: Cache, count: int) -> list[Tensor]:
 
 
 def first_tokens(cache: Cache, window_start: int) -> list[int]:
-    """The first token that each attention has, of keys and then of values, if those with windows
-    have the tokens from `window_start` on."""
+    """Index of the first cached token of each attention's keys, then values, where sliding windows
+    keep the tokens from `window_start` on."""
     windowed = frozenset[int]() if cache.windows is None else cache.windows.attentions
     return 2 * [window_start if index in windowed else 0 for index in range(len(cache.keys))]
 
 
 def states_until(cache: Cache, count: int) -> list[Checkpoint]:
-    """Of delta nets: those in the first `count` tokens, which the cache can go back to; the last
-    one is behind all of them."""
+    """States of delta nets within the first `count` tokens; the last one is after all of them."""
     found = [one for one in cache.checkpoints if one.length <= count]
     if cache.nets and count == cache.length:
         live = Checkpoint(count, tuple(net.committed for net in cache.nets))
@@ -140,9 +138,9 @@ def states_until(cache: Cache, count: int) -> list[Checkpoint]:
 def few_states(
     found: Mapping[int, Checkpoint], ends: list[int], room: int, free: int
 ) -> list[Checkpoint]:
-    """Of those found, by their lengths, the last one and those at `ends`, where the next turn may
-    differ, as far as they fit `room` bytes; and others, for which no other prefix has to go, as far
-    as they fit `free` bytes. No more than a cache has room for."""
+    """Choose states to keep: first the last one and those at `ends`, where the next turn may
+    diverge, within `room` bytes; then others within `free` bytes, which evict no other prefix. At
+    most as many as a cache can hold."""
     if not found:
         return []
     of_each = bytes_of_states(found[max(found)].states)
@@ -151,7 +149,7 @@ def few_states(
 
 
 def on_host(states: States) -> States:
-    """A copy."""
+    """Copy the states to host memory."""
     return tuple(
         DeltaState(one.conv.to("cpu", copy=True), one.memory.to("cpu", copy=True)) for one in states
     )

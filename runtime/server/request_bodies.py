@@ -1,5 +1,5 @@
-"""A request's JSON body -> a checked object. Hostile: what is wrong with it is a 400 that names the
-field, and never an exception of another kind."""
+"""Parse and validate JSON request bodies from untrusted clients: any error is a 400 that names the
+field."""
 
 import asyncio
 import re
@@ -14,8 +14,8 @@ from subspec.artifacts.format.codec import parse_json
 from subspec.runtime.server.errors import ApiError, invalid, unsupported
 from subspec.runtime.server.tools.json_text import is_deeper
 
-MAX_DEPTH = 500  # objects and lists within each other
-QUICK_BYTES = 16 << 10  # a smaller body is parsed at once, without a thread
+MAX_DEPTH = 500  # nested objects and lists
+QUICK_BYTES = 16 << 10  # bytes; smaller bodies are parsed without a thread
 MAX_SHOWN = 80  # characters of a value in a message
 SHOULD_BE = re.compile(r"Input should be (.*)", re.DOTALL)
 SHOULD_HAVE = re.compile(
@@ -26,8 +26,8 @@ Body = TypeVar("Body", bound="Fields")
 
 
 class Fields(BaseModel):
-    """Fields of a request. Strict: true is no number, and "1" is none. null is the same as leaving
-    a field out. Unknown fields are ignored, unless the server is told to refuse them."""
+    """Fields of a request. Strict: true is not a number, nor is "1". null means absent. Unknown
+    fields are ignored, or refused if the server is strict."""
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, frozen=True)
 
@@ -45,8 +45,8 @@ async def read_body(
     refused: Mapping[str, tuple[Any, ...]],
     refuse_unknown: bool = False,
 ) -> Body:
-    """The request's body as `kind`. refused: fields that are known and not honoured, with the
-    values beside null that ask for nothing. Raises ApiError."""
+    """Read the request's body as `kind`. refused: known unsupported fields, with the values besides
+    null that have no effect. Raises ApiError."""
     check_content_type(request)
     raw = await request.body()
 
@@ -64,7 +64,7 @@ async def read_body(
 
 
 def check_content_type(request: Request) -> None:
-    """JSON alone: a page of another origin may send other types without asking first."""
+    """Allow JSON only: browsers send some other types cross-origin without a preflight request."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json" and not (kind.startswith("application/") and "+json" in kind):
         raise ApiError(
@@ -82,13 +82,13 @@ def parse_body(raw: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise invalid("the body is not a JSON object", code="invalid_json")
     if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and is_deeper(value, MAX_DEPTH):
-        # Responses repeat parts of it, and are written where the stack has less room.
+        # Responses repeat parts of it and are serialized with less stack left.
         raise invalid("the body is not valid JSON: nested too deep", code="invalid_json")
     return value
 
 
 def refuse_fields(value: dict[str, Any], refused: Mapping[str, tuple[Any, ...]]) -> None:
-    """Raises ApiError for the first field that asks for something that is not done."""
+    """Raise ApiError for the first unsupported field with an effect."""
     for name, neutral in refused.items():
         got = value.get(name)
         if got is not None and not any(got == one and type(got) is type(one) for one in neutral):
@@ -111,7 +111,7 @@ def validated(kind: type[Body], value: dict[str, Any]) -> Body:
 
 
 def wanted(message: str) -> str:
-    """What pydantic says of a value, as the sentence that names the field goes on."""
+    """pydantic's message, as the end of a sentence that begins with the field's name."""
     message = message.removeprefix("Value error, ")
     found = SHOULD_BE.fullmatch(message) or SHOULD_HAVE.fullmatch(message)
     if not found:
@@ -124,8 +124,8 @@ def wanted(message: str) -> str:
 
 
 def field_name(place: tuple[int | str, ...], value: object, missing: bool) -> tuple[str, bool]:
-    """("messages", 0, "content") -> messages[0].content. Names of forms, which pydantic adds where
-    a field may have several, are left out; also returned is whether the last part was one."""
+    """("messages", 0, "content") -> messages[0].content. Variant names that pydantic adds for
+    unions are left out; also returns whether the last part was one."""
     name, is_form = "", False
     for index, part in enumerate(place):
         is_form = False
@@ -141,7 +141,7 @@ def field_name(place: tuple[int | str, ...], value: object, missing: bool) -> tu
 
 
 def shown(value: object) -> str:
-    """A value in a message, without control characters, cut off."""
+    """A value for a message: control characters removed, shortened."""
     if isinstance(value, list | dict):
         return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
     text = repr(value[:MAX_SHOWN] if isinstance(value, str) else value)

@@ -1,5 +1,4 @@
-"""What the endpoints of the other dialects, Responses and Messages, share: the bounds and forms of
-what clients send."""
+"""Limits and field types shared by the Responses and Messages endpoints."""
 
 import secrets
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from subspec.runtime.model.sampling import SamplingParams
 from subspec.runtime.server.chat_events import JSONValue
 from subspec.runtime.server.errors import ApiError, invalid, unsupported
 
-# Of one request. How large its body may be is limited before it is read (guards.py).
+# Per request. The size of its body is limited before it is read (middleware.py).
 MAX_ITEMS = 20_000  # messages, parts of one message
 MAX_TOOLS = 1024
 MAX_STOPS = 16
@@ -38,20 +37,20 @@ def random_id(prefix: str) -> str:
 
 
 def as_parts(value: Any) -> Any:
-    """A content may be a string: then it is the same as a list of one text."""
+    """Convert a string content to a list of one text part."""
     if isinstance(value, str):
         return [{"type": "text", "text": value}]
     return [] if value is None else value
 
 
 def with_asked(defaults: SamplingParams, asked: Mapping[str, float | None]) -> SamplingParams:
-    """asked: values by field; None where the request does not say."""
+    """Return `defaults` with the request's values. asked: values by field; None if absent."""
     given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     return replace(defaults, **given)
 
 
 def required(value: str | None, where: str) -> str:
-    """Raises ApiError if there is none."""
+    """Return the value. Raises ApiError if it is absent."""
     if value is None:
         raise missing(where)
     return value
@@ -62,6 +61,6 @@ def missing(where: str) -> ApiError:
 
 
 def not_text(kind: str, where: str) -> ApiError:
-    """Of an image, a file, a sound."""
+    """The error for an image, a file or audio."""
     message = f"{where} is of the type {kind[:40]!r}; this model reads text"
     return unsupported(message, f"{where}.type")

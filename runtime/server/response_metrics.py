@@ -1,5 +1,4 @@
-"""What an answer took, in the forms that clients read: OpenAI's usage, vLLM's metrics, llama.cpp's
-timings."""
+"""Statistics of an answer as OpenAI's usage, vLLM's metrics and llama.cpp's timings."""
 
 from typing import Any
 
@@ -15,7 +14,7 @@ def usage(
     accepted_tokens: int,
     reasoning_tokens: int | None = None,
 ) -> dict[str, Any]:
-    """OpenAI's. accepted_tokens: of the completion, that were drafted."""
+    """OpenAI's usage. accepted_tokens: accepted draft tokens in the completion."""
     details = {"accepted_prediction_tokens": accepted_tokens}
     if reasoning_tokens is not None:
         details = {"reasoning_tokens": reasoning_tokens, **details}
@@ -29,7 +28,7 @@ def usage(
 
 
 def metrics(outcome: Outcome, model: ModelInfo) -> dict[str, Any]:
-    """vLLM's per-request metrics, with our own figures under "subspec"."""
+    """vLLM's per-request metrics, with our own under "subspec"."""
     stats = outcome.stats
     num_after_first = stats.generated_tokens - 1
     mean = 1000 * stats.decode_seconds / num_after_first if num_after_first > 0 else None
@@ -56,8 +55,9 @@ def metrics(outcome: Outcome, model: ModelInfo) -> dict[str, Any]:
 
 
 def speculative_decoding(outcome: Outcome, model: ModelInfo) -> dict[str, Any] | None:
-    """What AIPerf checks: integers, sum(histogram) == steps, sum(j * histogram[j]) == accepted.
-    None for plain decoding. As in vLLM, rounds that drafted nothing do not count."""
+    """vLLM's speculative decoding metrics; None for plain decoding. AIPerf requires integers,
+    sum(histogram) == steps, sum(j * histogram[j]) == accepted. As in vLLM, rounds without a draft
+    do not count."""
     if outcome.stats.method == "plain":
         return None
     rounds = draft_rounds(outcome)
@@ -81,13 +81,13 @@ def speculative_decoding(outcome: Outcome, model: ModelInfo) -> dict[str, Any] |
 
 
 def draft_rounds(outcome: Outcome) -> list[tuple[int, int]]:
-    """Of each round that drafted: its levels, and how many of them were accepted."""
+    """(drafted levels, accepted levels) of each round with a draft."""
     stats = outcome.stats
     return [pair for pair in zip(stats.drafted, stats.accepted, strict=True) if pair[0]]
 
 
 def timings(outcome: Outcome, model: ModelInfo) -> dict[str, Any]:
-    """llama.cpp's."""
+    """llama.cpp's timings."""
     stats = outcome.stats
     read = stats.prompt_tokens - stats.cached_tokens
     prompt_seconds, seconds = stats.time_to_first_token_seconds, stats.decode_seconds

@@ -35,7 +35,7 @@ async def create_response(service: Service, request: Request) -> Response:
 
 
 class NoAnswer:
-    """To an empty input: the model is not asked."""
+    """The answer to an empty input, without running the model."""
 
     queue_position = 0
 

@@ -1,4 +1,4 @@
-"""ChatEvents -> the answer of /v1/responses: its events, the last of which holds the whole body."""
+"""ChatEvents -> the events of /v1/responses; the last one holds the whole body."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -27,16 +27,16 @@ JSON = dict[str, JSONValue]
 
 @dataclass
 class OpenItem:
-    """The output item that is being written."""
+    """The output item being written."""
 
     kind: Literal["message", "reasoning", "summary", "function", "custom"]
-    value: JSON  # as it is sent, but for what grows
+    value: JSON  # as sent, without its deltas
     text: str = ""
 
 
 class ResponseWriter:
-    """Writes one answer: `begin`, `take` for each event, and `fail` if it breaks off. Each yields
-    the events of the stream that follow from it."""
+    """Writes one answer: `begin`, `take` for each event, and `fail` on an error. Each yields events
+    of the stream."""
 
     def __init__(self, asked: Asked, service: Service, created_at: int) -> None:
         self.body = response_body(asked, service, created_at)
@@ -45,7 +45,7 @@ class ResponseWriter:
         self._number = 0
         self._item: OpenItem | None = None
         self._logprobs: list[JSONValue] = []  # of the open message
-        self._early: list[JSONValue] = []  # of tokens whose text has not become certain yet
+        self._early: list[JSONValue] = []  # of tokens whose text is not complete yet
 
     def begin(self) -> Iterator[Event]:
         yield self._event("response.created", response=self.body | {"output": []})
@@ -71,12 +71,12 @@ class ResponseWriter:
             yield from self._end(event)
 
     def answer_nothing(self) -> Iterator[Event]:
-        """The rest of an answer to an empty input."""
+        """Complete the answer to an empty input."""
         self.body |= {"status": "completed", "usage": usage(0, 0, 0, 0)}
         yield self._event("response.completed", response=self.body)
 
     def failed(self, error: ApiError) -> Event:
-        """The end of an answer that breaks off: what there is of it, and why there is no more."""
+        """Write the end of a failed answer: the partial output and the error."""
         number = self._number
         exhaust(self._close("incomplete"))
         self._number = number
@@ -158,7 +158,7 @@ class ResponseWriter:
             yield self._of_item(kind, summary_index=0, delta=text)
         elif item.kind == "function":
             yield self._of_item("response.function_call_arguments.delta", delta=text)
-        # A custom tool's text stands in a JSON string, which is read when it is whole.
+        # A custom tool's text is in a JSON string, parsed once complete.
 
     def _close(self, status: str) -> Iterator[Event]:
         item = self._item
@@ -213,7 +213,7 @@ class ResponseWriter:
 
 
 def exhaust(events: Iterable[Event]) -> None:
-    """What is written is for a stream; what it leaves in the body is not."""
+    """Consume stream events for their effect on the body."""
     for _ in events:
         pass
 
@@ -235,7 +235,7 @@ def usage(input_tokens: int, cached_tokens: int, output_tokens: int, reasoning_t
 
 
 def response_body(request: Asked, service: Service, created_at: int) -> JSON:
-    """The body as it is before anything is answered."""
+    """The body before anything is generated."""
     asked, reasoning = request.body, request.body.reasoning
     sampling = request.chat.sampling if request.chat else None
     return {
@@ -271,7 +271,7 @@ def response_body(request: Asked, service: Service, created_at: int) -> JSON:
 
 
 def sent_tool(tool: PlainTool) -> JSON:
-    """A function as it was sent; tools of other types are not repeated."""
+    """A function tool as sent by the client; other types are dropped."""
     return {
         "type": "function",
         "name": tool.name,

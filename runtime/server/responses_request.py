@@ -1,4 +1,4 @@
-"""OpenAI's /v1/responses: what a client sends -> ChatRequest."""
+"""Requests of OpenAI's /v1/responses -> ChatRequest."""
 
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
@@ -42,8 +42,8 @@ from subspec.runtime.server.responses_tools import (
     usable_tools,
 )
 
-# What a client that keeps the whole conversation sends. Items of other types are a provider's own
-# (a web search, a compaction): they are skipped.
+# Items that stateless clients send. Other types are a provider's own (a web search, a compaction)
+# and are skipped.
 ITEM_TYPES = {
     "message",
     "function_call",
@@ -67,7 +67,8 @@ Parts = Annotated[list[InputPart], Field(max_length=MAX_ITEMS), BeforeValidator(
 
 
 def only_known(item: Any) -> Any:
-    """An item without a type is a message. Of one that is skipped, nothing else is looked at."""
+    """Treat an item without a type as a message. Validate only the type of items that are
+    skipped."""
     if isinstance(item, dict):
         kind = item.get("type") or "message"
         if isinstance(kind, str):
@@ -111,8 +112,8 @@ def as_items(value: Any) -> Any:
     return [] if value is None else value
 
 
-# Known fields that are not honoured, with the values beside null that ask for nothing: this server
-# keeps no responses.
+# Known unsupported fields, with the values besides null that have no effect: this server stores no
+# responses.
 REFUSED: dict[str, tuple[Any, ...]] = {
     "previous_response_id": ("",),
     "conversation": (),
@@ -143,7 +144,7 @@ class CreateResponse(Fields):
     metadata: Annotated[dict[str, str] | None, Field(max_length=64)] = None
     truncation: Literal["auto", "disabled"] | None = None
     user: str | None = None
-    # Ignored: nothing is stored, and the prompt's beginning is cached without being asked
+    # Ignored: nothing is stored, and prefix caching is always on
     store: JSONValue = None
     service_tier: JSONValue = None
     safety_identifier: JSONValue = None
@@ -164,8 +165,8 @@ class CreateResponse(Fields):
 
 @dataclass(frozen=True)
 class Asked:
-    """A request as it was sent, and as the model gets it. chat is None if nothing is said that
-    could be answered: some clients look whether the endpoint is there with an empty input."""
+    """A request as sent, and as a ChatRequest. chat is None for an empty input, with which some
+    clients probe the endpoint."""
 
     body: CreateResponse
     tools: UsableTools
@@ -173,7 +174,8 @@ class Asked:
 
 
 def read_request(body: CreateResponse, defaults: SamplingParams, fresh_seed: int) -> Asked:
-    """defaults: where the request is silent. fresh_seed: if it names none. Raises ApiError."""
+    """Convert a request. defaults: for absent fields. fresh_seed: used if it has no seed. Raises
+    ApiError."""
     late = [tool for item in body.input for tool in item.tools]  # of additional_tools
     tools = usable_tools([*(body.tools or []), *late])
     choice, tools = tool_choice(body.tool_choice, tools)
@@ -237,8 +239,8 @@ def add_item(conversation: Conversation, item: InputItem, where: str) -> None:
         else:
             conversation.add_system(text)
     elif item.type == "reasoning":
-        # Of what was thought, the text if it is there, else its summary; what another provider has
-        # encrypted says nothing to this model.
+        # The reasoning's text, else its summary; content that another provider has
+        # encrypted cannot be read.
         text = joined(item.content, f"{where}.content")
         conversation.add_reasoning(text or joined(item.summary, f"{where}.summary"))
     elif item.type in ("function_call", "custom_tool_call"):
@@ -252,12 +254,12 @@ def add_item(conversation: Conversation, item: InputItem, where: str) -> None:
         text = joined(item.output, f"{where}.output")
         conversation.add_result(required(item.call_id, f"{where}.call_id"), text)
     elif item.type == "item_reference":
-        message = f"{where} is an item_reference, but this server keeps no items: send the item"
+        message = f"{where} is an item_reference, but this server stores no items: send the item"
         raise unsupported(message, where)
 
 
 def joined(parts: list[InputPart], where: str) -> str:
-    """Their text. Raises ApiError for an image, a file or a sound."""
+    """Return the parts' joined text. Raises ApiError for an image, a file or audio."""
     texts = []
     for index, part in enumerate(parts):
         if part.type == "refusal":
@@ -280,7 +282,8 @@ def output_format(asked: TextFormat | None) -> OutputFormat | None:
 
 
 def tool_choice(asked: JSONValue, tools: UsableTools) -> tuple[ToolChoice, UsableTools]:
-    """The choice, and the tools that may be called. Raises ApiError for what cannot be kept."""
+    """Return the tool choice and the tools that may be called. Raises ApiError for an unsupported
+    choice."""
     if isinstance(asked, dict) and asked.get("type") == "allowed_tools":
         listed = asked.get("tools")
         allowed = listed if isinstance(listed, list) else []
@@ -291,7 +294,9 @@ def tool_choice(asked: JSONValue, tools: UsableTools) -> tuple[ToolChoice, Usabl
         kind, name = asked.get("type"), asked.get("name")
         found = tools.find(name) if isinstance(name, str) else None
         if kind not in ("function", "custom") or found is None:
-            raise invalid("tool_choice names no function or custom tool of tools", "tool_choice")
+            raise invalid(
+                "tool_choice does not name a function or custom tool in tools", "tool_choice"
+            )
         return NamedTool(found), tools
     if asked == "required" and not tools.by_shown_name:
         message = 'tool_choice is "required", but tools holds none that this server can offer'

@@ -1,8 +1,8 @@
-"""Tools of /v1/responses as functions that a chat template can show, and back.
+"""Convert tools of /v1/responses to functions that a chat template can show, and back.
 
-A namespace (how Codex sends an MCP server) holds functions: its name is put before theirs. A custom
-tool takes free text: it is shown as a function of one text. What a provider runs itself
-(web_search, file_search, ...) is skipped.
+A namespace (Codex sends an MCP server as one) holds functions: its name becomes their prefix. A
+custom tool takes free text: it becomes a function with one string parameter. Tools that the
+provider runs (web_search, file_search, ...) are skipped.
 """
 
 import json
@@ -21,7 +21,7 @@ INPUT = "input"  # the one parameter of a custom tool
 
 
 def only_usable(tool: Any) -> Any:
-    """Of a tool that is skipped, nothing but the type is looked at."""
+    """Validate only the type of tools that are skipped."""
     if isinstance(tool, dict) and isinstance(tool.get("type"), str):
         if tool["type"] not in TOOL_TYPES:
             return {"type": tool["type"], "name": "skipped"}
@@ -61,7 +61,7 @@ class UsableTool:
 
 @dataclass(frozen=True)
 class UsableTools:
-    """By the name that the model sees, in the request's order."""
+    """Tools by the name shown to the model, in the request's order."""
 
     by_shown_name: dict[str, UsableTool]
 
@@ -84,14 +84,14 @@ class UsableTools:
         return UsableTools({s: t for s, t in self.by_shown_name.items() if s in kept})
 
     def find(self, name: str) -> str | None:
-        """The shown name of a tool that a request calls by either name."""
+        """Return the shown name of a tool that a request refers to by either name."""
         if name in self.by_shown_name:
             return name
         return next((s for s, tool in self.by_shown_name.items() if tool.name == name), None)
 
 
 def usable_tools(asked: list[PlainTool]) -> UsableTools:
-    """The first one of a name wins: a second one could not be told from it."""
+    """Collect usable tools. Of several with one name, the first is used."""
     found: dict[str, UsableTool] = {}
     for namespace, tool in flattened(asked, None):
         shown = in_namespace(tool.name, namespace)
@@ -108,7 +108,7 @@ def usable_tools(asked: list[PlainTool]) -> UsableTools:
 
 
 def flattened(tools: list[PlainTool], namespace: str | None) -> list[tuple[str | None, PlainTool]]:
-    """Namespaces do not nest: what is no function or custom tool inside one is skipped."""
+    """Flatten a namespace. Only functions and custom tools inside one are kept."""
     found: list[tuple[str | None, PlainTool]] = []
     for tool in tools:
         if tool.type in ("function", "custom"):
@@ -145,7 +145,8 @@ def custom_arguments(text: str) -> str:
 
 
 def custom_input(arguments: str) -> str:
-    """The other way. A model may write something else: that is the input then."""
+    """Extract a custom tool's input from a call's arguments; if they have another form, return
+    them."""
     try:
         value = strict_json(arguments)
     except ValueError:

@@ -1,7 +1,7 @@
 """The engine's thread: requests wait in a queue, get a sequence each, and decode together.
 
-The event loop submits and cancels; the thread loads the model, steps the engine and sends back what
-comes. They share a lock, a queue and nothing else.
+The event loop submits and cancels; the thread loads the model, steps the engine and sends back
+results. They share only a lock and a queue.
 """
 
 import asyncio
@@ -38,12 +38,12 @@ from subspec.runtime.text.detokenizer import StreamingDetokenizer
 from subspec.runtime.text.streaming import AnswerText
 from subspec.runtime.text.tokenizer import ChatTokenizer
 
-USUAL_SECONDS = 20.0  # that an answer takes, until one has ended
-RECENT_SHARE = 0.2  # of the last answer in what one is said to take
+USUAL_SECONDS = 20.0  # assumed duration of an answer until one has ended
+RECENT_SHARE = 0.2  # weight of the last answer in the estimated duration
 
 
 class Job:
-    """A Generation. The thread puts pieces, and then an outcome, an error, or None if it was
+    """A `Generation`. The thread puts pieces, then an outcome, an error, or None if it was
     cancelled."""
 
     def __init__(self, scheduler: "Scheduler", request: GenerationRequest) -> None:
@@ -81,33 +81,33 @@ class Job:
             self._scheduler.cancel(self)
 
     def put(self, item: Piece | Outcome | SubspecError | None) -> None:
-        """Called in the engine's thread. After `cancel` no pieces come."""
+        """Called in the engine's thread. Drops pieces after `cancel`."""
         if self.cancelled and isinstance(item, Piece):
             return
         try:
             self._loop.call_soon_threadsafe(self._items.put_nowait, item)
-        except RuntimeError:  # the loop was closed: nobody waits
+        except RuntimeError:  # the loop is closed
             self.cancelled = True
 
 
 @dataclass
 class Answer:
-    """A job that has a sequence."""
+    """A job with a sequence."""
 
     job: Job
     sequence: Sequence
     text: AnswerText
     began: float
     num_sent: int = 0  # of its tokens
-    alone: bool = True  # no other answer was decoded meanwhile
+    alone: bool = True  # no other answer decoded meanwhile
 
 
 class Scheduler:
-    """An engine in a thread of its own, as `generation.ServedEngine` says.
+    """An engine in a thread of its own (`generation.ServedEngine`).
 
-    open_engine: called in the thread; it may take minutes. queue_limit: requests that may wait.
-    record: whether answers that decoded alone are added to the artifact's run records. lossy: how
-    drafts of all answers are verified; None: exactly, as under a constraint.
+    open_engine: called in the thread; may take minutes. queue_limit: maximum waiting requests.
+        record: add answers that decoded alone to the artifact's run records. lossy: verification
+        rule of all answers; None: exact, as always under a constraint.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class Scheduler:
             self._changed.notify()
 
     def position_of(self, job: Job) -> int:
-        """Its place among those that wait, from 1; 0: it does not."""
+        """Position in the queue from 1; 0 if it does not wait."""
         with self._changed:
             return self._waiting.index(job) + 1 if job in self._waiting else 0
 
@@ -176,8 +176,8 @@ class Scheduler:
         return len(self._waiting)
 
     async def close(self, timeout_seconds: float) -> None:
-        """Waits for running answers up to `timeout_seconds`, ends the others with an error, and
-        gives the memory back."""
+        """Wait up to `timeout_seconds` for running answers, end the others with an error, and free
+        all memory."""
         until = time.monotonic() + timeout_seconds
         while (self._answers or self._waiting) and time.monotonic() < until:
             await asyncio.sleep(0.02)
@@ -200,7 +200,7 @@ class Scheduler:
         except BaseException as error:
             self._fail(error)
             if not isinstance(error, SubspecError):
-                raise  # a bug of ours: its traceback is for the log
+                raise  # a bug: log its traceback
 
     def _loading(self, stage: str, share: float) -> None:
         self.status = Status("loading", stage, share)
@@ -223,7 +223,7 @@ class Scheduler:
             job.put(None if job.cancelled else error)
 
     def _serve(self, engine: Engine) -> None:
-        """Until it is closed."""
+        """Run rounds until closed."""
         self._free = [engine.new_sequence() for _ in range(self._num_sequences)]
         while True:
             with self._changed:
@@ -234,7 +234,8 @@ class Scheduler:
             self._round(engine)
 
     def _round(self, engine: Engine) -> None:
-        """A function of its own: its variables would keep the last answer while nobody asks."""
+        """Run one round. A separate function so that its locals do not keep the last answer
+        alive."""
         self._drop_cancelled()
         self._admit()
         if not self._answers:
@@ -256,7 +257,7 @@ class Scheduler:
             answer.job.put(None)
 
     def _admit(self) -> None:
-        """Sequences to those who wait, first come, first served."""
+        """Assign free sequences to waiting requests in FIFO order."""
         while self._free:
             with self._changed:
                 if not self._waiting:
@@ -287,9 +288,9 @@ class Scheduler:
                 answer.alone = False
 
     def _sequence_for(self, prompt: tuple[int, ...]) -> Sequence:
-        """A free sequence that shares the longest prefix with the prompt, or else the one that was
-        used least recently. What others may come back for is kept."""
-        prompt = prompt[:-1]  # the last token is read for its logits
+        """Return the free sequence that shares the longest prefix with the prompt, else the least
+        recently used one. Its cache is saved for returning conversations."""
+        prompt = prompt[:-1]  # the last token is needed for its logits
 
         def shared(sequence: Sequence) -> int:
             same = num_shared(tuple(sequence.cache.tokens), prompt)
@@ -306,7 +307,7 @@ class Scheduler:
         return sequence
 
     def _send(self, engine: Engine, answer: Answer) -> None:
-        """What a step gave of the answer."""
+        """Send an answer's new tokens to its client."""
         job, sequence = answer.job, answer.sequence
         ids, text, first = (
             sequence.take_new_tokens(),
@@ -338,13 +339,12 @@ class Scheduler:
             recorded = self._record and answer.alone and engine.is_predicted_by_plan(sequence)
             if recorded and sequence.stats.accepted:
                 append_run(engine.artifact.path, run_of(engine, sequence))
-        finally:  # the answer is whole, whatever becomes of its record
+        finally:  # the answer is complete even if recording it fails
             job.put(outcome)
 
     def _end_failed(self, engine: Engine, error: Exception) -> None:
-        """After a step that failed: by the fault of an answer, which has left, or because the
-        machine is short of something; then all end, but the engine may do the next step. Raises
-        any other error."""
+        """Handle a failed step: end the answer that caused it, or, if the machine lacks resources,
+        all answers; the engine may then continue. Re-raises any other error."""
         of_answers = [
             one
             for one in self._answers
@@ -363,15 +363,15 @@ class Scheduler:
             answer.job.put(error)
 
     def _release(self, answer: Answer) -> None:
-        """Its sequence is free."""
+        """Free the answer's sequence."""
         answer.sequence.reset()
         self._answers.remove(answer)
         self._free.append(answer.sequence)
 
 
 def fault_of_a_request(error: Exception) -> SubspecError:
-    """What its client is told of an error that ends one request alone. The log has the traceback of
-    one that is a bug."""
+    """The error reported to the client of a single failed request. Tracebacks of bugs go to the
+    log."""
     known = error if isinstance(error, SubspecError) else shortage(error)
     if known is None or known.exit_code == Exit.UNEXPECTED:
         logging.getLogger(NAME).error("a request failed", exc_info=error)

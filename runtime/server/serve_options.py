@@ -1,4 +1,4 @@
-"""The command line of subspec-serve as it is parsed, and what of it goes together."""
+"""The parsed command line of subspec-serve, and checks of option combinations."""
 
 import re
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from subspec.runtime.app.opening_options import (
 )
 
 MAX_KEY_FILE = 64 << 10  # bytes
-KEY = re.compile(r"[\x21-\x7e]{1,512}")  # what a header can have
+KEY = re.compile(r"[\x21-\x7e]{1,512}")  # valid in a header
 ORIGIN = re.compile(r"\*|https?://[^\s/@?#]+|[a-z][a-z0-9+.-]*://[^\s/@?#]*", re.ASCII)
 MODEL_NAME = re.compile(r"[A-Za-z0-9._:/@-]{1,128}")
 KEY_VARIABLE = "SUBSPEC_API_KEY"
@@ -27,7 +27,7 @@ RULES = replace(OPENING, excludes=(*OPENING.excludes, ("artifact", "model")))
 
 @dataclass(frozen=True)
 class Options(OpeningOptions):
-    """The command line, as click parsed it."""
+    """Options as parsed by click."""
 
     artifact: Path | None = None
     host: str = "127.0.0.1"
@@ -52,7 +52,7 @@ option = option_with_default_of(Options)
 def matching(
     pattern: re.Pattern[str], expected: str
 ) -> Callable[[click.Context, click.Parameter, Any], Any]:
-    """A callback that refuses text which the pattern does not match."""
+    """Return a callback that refuses text not matching the pattern."""
 
     def check(context: click.Context, parameter: click.Parameter, value: Any) -> Any:
         given = value if isinstance(value, tuple) else (value,) if value is not None else ()
@@ -69,7 +69,7 @@ def no_size_or_size(context: click.Context, parameter: click.Parameter, value: A
 
 
 def check_options(options: Options, keys: tuple[str, ...]) -> None:
-    """Raises SubspecError(USAGE) for what click cannot see."""
+    """Raise SubspecError(USAGE) for combinations that click cannot check."""
     if options.artifact is None and options.model is None:
         message = "neither an ARTIFACT nor --model REF was given"
         raise SubspecError(Exit.USAGE, message, "such as subspec-serve --model demo --vram 9MB")
@@ -82,14 +82,14 @@ def check_options(options: Options, keys: tuple[str, ...]) -> None:
     if not keys and not options.insecure_no_auth and not is_loopback(options.host):
         raise SubspecError(
             Exit.USAGE,
-            f"--host {options.host} lets other machines in, and there is no API key",
-            f"give --api-key-file FILE or {KEY_VARIABLE}; --insecure-no-auth serves everybody",
+            f"--host {options.host} accepts other machines, but there is no API key",
+            f"give --api-key-file FILE or {KEY_VARIABLE}; or allow access with --insecure-no-auth",
         )
 
 
 def api_keys(file: Path | None, variable: str | None) -> tuple[str, ...]:
-    """Keys of the environment and of the file, one a line. Raises SubspecError(USAGE), also for a
-    place without a key: nobody may be let in because a file is empty."""
+    """Read keys from the environment and from the file, one per line. Raises SubspecError(USAGE),
+    also if either is given but empty, since the server would be open to all."""
     places = []
     if variable is not None:
         places.append((KEY_VARIABLE, [variable]))
@@ -100,7 +100,7 @@ def api_keys(file: Path | None, variable: str | None) -> tuple[str, ...]:
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
             message = f"--api-key-file {file} cannot be read: {reason}"
-            raise SubspecError(Exit.USAGE, message, "give a file with one key a line") from None
+            raise SubspecError(Exit.USAGE, message, "give a file with one key per line") from None
         places.append((f"--api-key-file {file}", lines))
     keys = []
     for place, lines in places:

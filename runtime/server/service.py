@@ -1,4 +1,4 @@
-"""What the endpoints work with: one model, its tokenizer, its engine, and how it is asked."""
+"""The endpoints' dependencies: model, tokenizer, engine and defaults."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,8 +17,8 @@ class Service:
     tokenizer: ChatTokenizer
     engine: Admission
     chat: Chat
-    count_tokens: CountTokens  # of the prompt that `chat` would make of a request
+    count_tokens: CountTokens  # number of tokens of a request's prompt
     metrics: Metrics
-    sampling: SamplingParams = SamplingParams()  # of requests that do not say
+    sampling: SamplingParams = SamplingParams()  # defaults for requests
     refuse_unknown: bool = False  # fields of requests
     template_caps: Mapping[str, bool] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""The life of a server process: it listens, loads, answers, drains and ends."""
+"""Life cycle of a server process: listen, load, answer, drain, exit."""
 
 import asyncio
 import ctypes
@@ -26,22 +26,22 @@ from subspec.runtime.server.generation import Status
 from subspec.runtime.server.log_format import NAME
 from subspec.runtime.server.middleware import without_brackets
 
-MAX_CONNECTIONS = 512  # with more, those that send no request are closed at once
-MAX_FILES = 4096  # asked for at the start, if the hard limit allows: a burst must not take all
-OTHER_FILES = 64  # that are no connections: of the engine, of requests that open some
-IDLE_SECONDS = 15.0  # of a connection that has sent no whole request
-STALLED_SECONDS = 60.0  # of a client that reads nothing of what it asked for
-FINISH_SECONDS = 1  # for the last bytes of responses, once their answers have ended
-CLOSE_SECONDS = 2.0  # for the engine to give its memory back
+MAX_CONNECTIONS = 512  # above this, idle connections are closed at once
+MAX_FILES = 4096  # raised to this at the start if the hard limit allows, as reserve for bursts
+OTHER_FILES = 64  # reserved for the engine and for files opened by requests
+IDLE_SECONDS = 15.0  # without a complete request
+STALLED_SECONDS = 60.0  # without the client reading its response
+FINISH_SECONDS = 1  # for sending the rest of responses after their answers end
+CLOSE_SECONDS = 2.0  # for the engine to free its memory
 WATCH_SECONDS = 0.2
 SWEEP_SECONDS = 1.0
 TRIM_SECONDS = 5.0
 ARENA_MAX, MAX_HEAPS = -8, 2  # glibc's M_ARENA_MAX
-FAILED_SECONDS = 4.0  # from the engine's failure to the end of the process, at most
+FAILED_SECONDS = 4.0  # maximum from the engine's failure to exit
 
 
 class Server(uvicorn.Server):
-    """uvicorn, which leaves the signals to `run`."""
+    """A uvicorn server that leaves signals to `run`."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -66,8 +66,8 @@ def server_of(app: ASGIApp) -> Server:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0: a free one. On a name with addresses of both kinds it listens
-    with IPv4, on :: with both. Raises SubspecError(RESOURCES)."""
+    """Return a listening socket; port 0: a free one. A name with IPv4 and IPv6 addresses listens on
+    IPv4, :: on both. Raises SubspecError(RESOURCES)."""
     address = without_brackets(host)
     try:
         listening = socket.create_server(
@@ -91,7 +91,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def family_of(host: str) -> socket.AddressFamily:
-    """Raises OSError for a name without an address."""
+    """Return the address family. Raises OSError for a name without an address."""
     found = socket.getaddrinfo(host or None, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     families = {family for family, *_ in found}
     return socket.AF_INET if socket.AF_INET in families else socket.AF_INET6
@@ -109,11 +109,11 @@ def serve(
     shutdown_seconds: float,
     told: Callable[[Status], None],
 ) -> Exit:
-    """Answers until a signal comes or the engine fails. told: the engine's status, now and then.
-    A second signal ends the process at once.
+    """Serve until a signal arrives or the engine fails. told: called with the engine's status at
+    intervals. A second signal ends the process at once.
 
-    Returns OK after a clean drain; HANGUP, INTERRUPTED or TERMINATED if answers were cut. Raises
-    SubspecError: UNEXPECTED if the engine failed, and if it could not load its own.
+    Returns OK after a clean drain; HANGUP, INTERRUPTED or TERMINATED if answers were aborted.
+    Raises SubspecError: UNEXPECTED if the engine failed, or its own error if it could not load.
     """
     return asyncio.run(run(app, admission, listening, shutdown_seconds, told))
 
@@ -151,10 +151,10 @@ async def run(
 async def ended(
     admission: Admission, signalled: "asyncio.Future[int]", shutdown_seconds: float
 ) -> Exit:
-    """Every answer has ended, by itself or with an error."""
+    """Drain: wait until every answer has ended, by itself or with an error."""
     if admission.engine.status.phase == "failed" or not signalled.done():
         last = Timer(FAILED_SECONDS, os._exit, (int(Exit.UNEXPECTED),))
-        last.daemon = True  # whatever an engine in an unknown state may wait for
+        last.daemon = True  # an engine in an unknown state may block
         last.start()
         admission.closing = True
         admission.cut(engine_failed())
@@ -173,8 +173,8 @@ async def ended(
 
 
 async def closed(admission: Admission, code: Exit) -> None:
-    """The engine has given its memory back. If it cannot, because it computes or has died, the
-    process ends here."""
+    """Close the engine. If it does not respond, because it computes or has died, exit the
+    process."""
     try:
         async with asyncio.timeout(CLOSE_SECONDS):
             await admission.engine.close(0)
@@ -184,7 +184,7 @@ async def closed(admission: Admission, code: Exit) -> None:
 
 @contextmanager
 def first_signal() -> Iterator["asyncio.Future[int]"]:
-    """A future with the number of the first signal. A second one ends the process at once."""
+    """Return a future of the first signal's number. A second signal ends the process at once."""
     loop = asyncio.get_running_loop()
     signalled: asyncio.Future[int] = loop.create_future()
     arrived = False
@@ -209,7 +209,7 @@ def first_signal() -> Iterator["asyncio.Future[int]"]:
 
 
 async def until_failed(admission: Admission, told: Callable[[Status], None]) -> bool:
-    """Ends when the engine has failed; returns whether it had been ready."""
+    """Wait until the engine has failed; returns whether it had been ready."""
     was_ready = False
     while (status := admission.engine.status).phase != "failed":
         if status.phase == "ready" and not was_ready:
@@ -221,16 +221,16 @@ async def until_failed(admission: Admission, told: Callable[[Status], None]) -> 
 
 
 def keep_what_is_loaded() -> None:
-    """Leaves what lives as long as the process out of garbage collection. A large request causes a
-    collection of everything, and going through some 200,000 objects of libraries takes 0.1 s and
-    more, in which neither the event loop nor the engine goes on."""
+    """Exclude long-lived objects from garbage collection. A large request triggers a full
+    collection, which would take 0.1 s or more for some 200,000 objects of libraries and block the
+    event loop and the engine."""
     gc.collect()
     gc.freeze()
 
 
 def most_connections() -> int:
-    """Connections at once: MAX_CONNECTIONS, or as many as the limit of open files leaves, which is
-    raised first as far as this process may (systemd and shells set it low for select's sake)."""
+    """Return the connection limit: MAX_CONNECTIONS, or what the limit of open files allows, which
+    is first raised as far as permitted (systemd and shells set it low for select's sake)."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     unlimited = resource.RLIM_INFINITY
     if unlimited != soft < MAX_FILES:
@@ -241,9 +241,9 @@ def most_connections() -> int:
 
 
 async def close_idle(server: uvicorn.Server) -> None:
-    """Closes connections on which no request is being answered, IDLE_SECONDS after the first look
-    that found them so, or at once if there are too many: uvicorn waits for a request's head for
-    ever. Also those whose client has read nothing for STALLED_SECONDS."""
+    """Close connections that stay idle for IDLE_SECONDS, or at once if there are too many: uvicorn
+    waits for a request's head without a timeout. Also close those whose client reads nothing for
+    STALLED_SECONDS."""
     most, since = most_connections(), dict[H11Protocol, float]()
     stalled: dict[H11Protocol, tuple[int, float]] = {}  # bytes that wait to be read, since when
     while True:
@@ -268,9 +268,8 @@ async def close_idle(server: uvicorn.Server) -> None:
 
 
 async def give_back_memory() -> None:
-    """What large requests took of the C heap goes back to the system now and then: by itself glibc
-    keeps it, in a heap for each thread, and a server's memory would grow with every kind of
-    request."""
+    """Return free C heap memory to the system at intervals: glibc keeps it in a heap per thread,
+    and a server's memory would grow with every kind of request."""
     libc = ctypes.CDLL(None)
     trim = getattr(libc, "malloc_trim", None)  # of glibc alone
     if trim is not None:
@@ -281,8 +280,8 @@ async def give_back_memory() -> None:
 
 
 def waits(connection: H11Protocol) -> bool:
-    """Whether a connection has never had a whole head of a request, or has a part of another one.
-    Between two requests uvicorn's own, longer timeout counts."""
+    """Return True if a connection has sent no complete request head, or part of the next one.
+    Between requests uvicorn's own, longer timeout applies."""
     if connection.cycle is None:
         return True
     return connection.cycle.response_complete and connection.timeout_keep_alive_task is None

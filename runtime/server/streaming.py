@@ -1,4 +1,5 @@
-"""Answers that end when their client goes, streamed as server-sent events or whole."""
+"""Responses, streamed as server-sent events or whole, whose generation stops when the client
+disconnects."""
 
 import asyncio
 import json
@@ -16,7 +17,7 @@ from subspec.runtime.server.errors import ApiError, as_api_error
 PING_SECONDS = 10.0
 DONE = b"data: [DONE]\n\n"
 PING = b": ping\n\n"
-HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # nginx would gather events
+HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # prevents buffering by nginx
 
 T = TypeVar("T")
 
@@ -32,7 +33,7 @@ class Cancellable(Protocol):
 
 @dataclass(frozen=True)
 class Event:
-    """One event of a stream. name: None for OpenAI's chat events, which have none."""
+    """One event of a stream. name: None for OpenAI's chat events."""
 
     data: dict[str, Any]
     name: str | None = None
@@ -50,9 +51,8 @@ def event_stream(
     last: bytes = b"",
     ping: bytes = PING,
 ) -> StreamingResponse:
-    """A response with `events`, then `last`; an error is one more event, and the end. While there
-    is none for a while `ping` is sent, or a comment that tells the place in the queue. However it
-    ends, `answer` is cancelled."""
+    """Return a response with `events`, then `last`; an error becomes a final event. During pauses
+    it sends `ping`, or a comment with the queue position. `answer` is cancelled in all cases."""
 
     async def stream() -> AsyncIterator[bytes]:
         coming: asyncio.Future[Event] | None = None
@@ -86,7 +86,8 @@ def event_stream(
 
 
 class EventStream(StreamingResponse):
-    """Cancels its answer also if the client goes while an event is sent."""
+    """A streaming response that also cancels its answer if the client disconnects during a
+    write."""
 
     def __init__(self, answer: Cancellable, events: AsyncIterator[bytes]) -> None:
         super().__init__(events, media_type="text/event-stream", headers=HEADERS)
@@ -104,7 +105,8 @@ def waiting(position: int) -> bytes:
 
 
 async def whole(request: Request, answer: Cancellable, body: Awaitable[T]) -> T | None:
-    """What `body` gives; None if the client goes before. However it ends, `answer` is cancelled."""
+    """Return the result of `body`; None if the client disconnects first. `answer` is cancelled in
+    all cases."""
     work = asyncio.ensure_future(body)
     gone = asyncio.ensure_future(disconnected(request))
     try:
@@ -122,18 +124,18 @@ async def disconnected(request: Request) -> None:
 
 
 async def dropped(task: "asyncio.Future[Any]") -> None:
-    """Cancels a task and waits for its end; what it raises is of no interest any more, but must be
-    asked for, or asyncio writes it to the log."""
+    """Cancel a task and wait for it. Its exception is retrieved, since asyncio would log it
+    otherwise."""
     task.cancel()
     with suppress(asyncio.CancelledError, Exception):
         await task
 
 
 def is_expected(error: Exception) -> bool:
-    """Whether a client was told all of it; else it is a bug, which the log should have."""
+    """Return True if the client got the full error; otherwise it is a bug that must be logged."""
     return as_api_error(error).code != "internal_error"
 
 
 def gone() -> JSONResponse:
-    """The response to a client that has gone: nobody reads it."""
+    """The response to a disconnected client, which is never read."""
     return JSONResponse(None, 499)

@@ -1,4 +1,4 @@
-"""Messages in OpenAI's chat form -> messages as a chat template takes them."""
+"""Convert messages in OpenAI's chat form to the form a chat template accepts."""
 
 import hashlib
 import json
@@ -16,9 +16,9 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 def template_messages(
     messages: Sequence[dict[str, Any]], caps: TemplateCaps, short_ids: bool
 ) -> list[dict[str, Any]]:
-    """In an order that the template takes, with contents that are texts, arguments of calls that
-    are objects if it takes them, and results with the names of their calls. short_ids: of calls,
-    for Mistral's templates. Raises SubspecError(USAGE) for what the template would drop."""
+    """Return messages in an order the template accepts, with text contents, calls' arguments as
+    objects if supported, and results with their tools' names. short_ids: shorten call ids for
+    Mistral's templates. Raises SubspecError(USAGE) for content that the template would drop."""
     for index, message in enumerate(messages):
         _check(message, f"messages[{index}]", caps)
     if not caps.supports_parallel_tool_calls:
@@ -40,8 +40,8 @@ def _check(message: dict[str, Any], where: str, caps: TemplateCaps) -> None:
 
 
 def _one_by_one(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Several calls of a turn as a turn for each, with its result: Llama's templates refuse them
-    together."""
+    """Split a turn with several calls into one turn per call and result: Llama's templates reject
+    several."""
     found, at = list[dict[str, Any]](), 0
     while at < len(messages):
         message, at = messages[at], at + 1
@@ -63,8 +63,8 @@ def _one_by_one(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _said_in_results(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What a user says after a call's result as the end of that: Mistral's templates want an
-    assistant's turn in between."""
+    """Append a user's text that follows a call's result to that result: Mistral's templates require
+    an assistant's turn in between."""
     found = list[dict[str, Any]]()
     for message in messages:
         if message["role"] == "user" and found and found[-1]["role"] == "tool":
@@ -76,7 +76,7 @@ def _said_in_results(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]
 
 
 def _named(messages: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Results with the names of their tools, without which FunctionGemma's template fails."""
+    """Add their tools' names to results: FunctionGemma's template fails without."""
     names = dict[str, str]()
     for message in messages:
         calls = message.get("tool_calls") or []
@@ -107,7 +107,7 @@ def _call(call: dict[str, Any], caps: TemplateCaps, short_ids: bool) -> dict[str
 
 
 def _short(identifier: str) -> str:
-    """Nine letters or digits: the same ones if there are no others."""
+    """Return a call id of nine letters or digits; ids of that form are kept."""
     if len(identifier) == 9 and identifier.isascii() and identifier.isalnum():
         return identifier
     return hashlib.sha256(identifier.encode(errors="replace")).hexdigest()[:9]

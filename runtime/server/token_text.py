@@ -1,5 +1,5 @@
-"""A token as a text of its own, for log probabilities. What it adds to an answer depends on its
-neighbours: runtime/text decodes answers."""
+"""Text of a single token, for log probabilities. Answers are decoded by runtime/text, since a
+token's text depends on its neighbours."""
 
 from functools import lru_cache
 from typing import Any
@@ -11,8 +11,8 @@ from subspec.runtime.text.detokenizer import BYTE_TOKEN, INCOMPLETE
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
-    """Part of a character is U+FFFD, as in vLLM. Behind another token: decoders of SentencePiece's
-    tokens drop a space where a text begins."""
+    """Return a token's text, U+FFFD for part of a character, as in vLLM. It is decoded after
+    another token: SentencePiece decoders drop a leading space."""
     before, text = anchor(tokenizer)
     whole: str = tokenizer.decode([*before, token], skip_special_tokens=False)
     return whole.removeprefix(text)
@@ -20,19 +20,19 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
 
 @lru_cache(maxsize=1)
 def anchor(tokenizer: Tokenizer) -> tuple[list[int], str]:
-    """A token that others can stand behind, and its text."""
+    """Return a token to put before others, and its text."""
     before = tokenizer.encode("a", add_special_tokens=False).ids[-1:]
     return before, tokenizer.decode(before, skip_special_tokens=False)
 
 
 def first_text(tokenizer: Tokenizer, token: int) -> str:
-    """Of a token that a text begins with."""
+    """Text of a token at the beginning of a text."""
     text: str = tokenizer.decode([token], skip_special_tokens=False)
     return text
 
 
 def token_bytes(tokenizer: Tokenizer, token: int) -> list[int]:
-    """Of a part of a character its own bytes, where the tokenizer tells them."""
+    """UTF-8 bytes of a token; for part of a character its own bytes, where known."""
     text = token_text(tokenizer, token)
     if INCOMPLETE not in text:
         return list(text.encode())
@@ -45,8 +45,8 @@ def token_bytes(tokenizer: Tokenizer, token: int) -> list[int]:
 
 
 def byte_characters() -> dict[str, int]:
-    """The characters that byte-level tokenizers write bytes as (GPT-2's): printable ones stand for
-    themselves, the others for 256 and up, in order."""
+    """Characters that byte-level tokenizers (GPT-2's) represent bytes as: printable ones map to
+    themselves, the others to 256 and up, in order."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [one for one in range(256) if one not in plain]
     found = {chr(one): one for one in plain}
@@ -57,7 +57,7 @@ BYTE_OF = byte_characters()
 
 
 def chat_logprobs(tokenizer: Tokenizer, found: TokenLogprobs) -> dict[str, Any]:
-    """In the form of /v1/chat/completions."""
+    """One token's log probabilities in the form of /v1/chat/completions."""
 
     def one(token: int, logprob: float) -> dict[str, Any]:
         return {
@@ -76,8 +76,8 @@ MIN_LOGPROB = -9999.0  # JSON has no infinity; vLLM's value
 def completion_logprobs(
     tokenizer: Tokenizer, found: list[TokenLogprobs | int], begin: int
 ) -> dict[str, Any]:
-    """In the form of /v1/completions. An int is a token of which nothing is known, as the first of
-    a prompt. begin: characters before the first token."""
+    """Log probabilities in the form of /v1/completions. An int is a token without log
+    probabilities, such as a prompt's first. begin: text offset of the first token."""
     tokens, logprobs, tops, offsets = list[str](), list[float | None](), list[Any](), list[int]()
     for one in found:
         if isinstance(one, int):

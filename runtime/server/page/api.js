@@ -135,7 +135,7 @@ export async function* streamAnswer(body, signal) {
     }
   } catch (error) {
     if (error instanceof ServerError || error.name === "AbortError" || signal.aborted) throw error;
-    throw new ServerError("cut", "The connection to the server broke off.");
+    throw new ServerError("cut", "The connection to the server was lost.");
   }
   if (end.finish === null) {
     throw new ServerError("cut", "The server ended the stream before the answer was complete.");

@@ -119,7 +119,7 @@ function keep(conversation) {
   else
     showBanner(
       "storage",
-      "The browser’s storage is full: this conversation is not kept. Export or delete some.",
+      "The browser’s storage is full: this conversation is not saved. Export or delete some.",
       "Export",
       () => exportFile(state.conversations),
     );
@@ -313,7 +313,7 @@ async function importChosen() {
     if (failed)
       showBanner(
         "storage",
-        `The browser’s storage is full: ${failed} of them are not kept.`,
+        `The browser’s storage is full: ${failed} of them are not saved.`,
         "Close",
         () => hideBanner("storage"),
       );
@@ -414,7 +414,7 @@ prompt.focus();
 if (keepsNothing)
   showBanner(
     "blocked",
-    "This browser keeps nothing: conversations end with this tab. Export what you need.",
+    "This browser blocks storage: conversations are lost when this tab is closed. Export what you need.",
     "Close",
     () => hideBanner("blocked"),
   );

@@ -54,7 +54,7 @@ function waited(pause, error) {
     gone: "The server does not answer.",
     loading: "The model is loading…",
     overloaded: "The server has too many requests.",
-    failed: "The engine has failed: the server must be started again.",
+    failed: "The engine has failed: restart the server.",
   };
   return new Promise((resolve) => {
     if (error.kind !== "failed") setTimeout(resolve, pause);

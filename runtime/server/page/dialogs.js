@@ -66,7 +66,7 @@ export async function askedKey(isWrong) {
   for (let refused = isWrong; ; refused = true) {
     byId("key-text").textContent = refused
       ? "The server does not accept this key."
-      : "This server asks for an API key. It is kept until this tab is closed.";
+      : "This server asks for an API key. It is stored until this tab is closed.";
     if (!(await opened(dialog))) return false;
     const key = field.value.trim();
     if (!isKey(key)) continue;

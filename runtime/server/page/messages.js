@@ -142,7 +142,7 @@ function notesOf(message, actions) {
   const notes = [];
   if (message.finish === "length") {
     notes.push(
-      element("p", { className: "note", textContent: "The answer reached its limit of tokens." }),
+      element("p", { className: "note", textContent: "The answer reached its token limit." }),
     );
   }
   if (message.finish === "stopped")

@@ -20,7 +20,7 @@ export const FIELDS = [
     min: 0.01,
     max: 1,
     step: 0.01,
-    hint: "Smallest set of tokens with this probability",
+    hint: "Smallest set of tokens with this cumulative probability",
   },
   {
     name: "top_k",
@@ -28,7 +28,7 @@ export const FIELDS = [
     min: 0,
     max: 1000,
     step: 1,
-    hint: "This many of the likeliest tokens; 0: all",
+    hint: "Number of likeliest tokens to sample from; 0: all",
   },
   {
     name: "min_p",
@@ -36,7 +36,7 @@ export const FIELDS = [
     min: 0,
     max: 1,
     step: 0.01,
-    hint: "Share of the likeliest token's probability",
+    hint: "Minimum probability relative to the likeliest token's",
   },
   {
     name: "max_tokens",
@@ -44,7 +44,7 @@ export const FIELDS = [
     min: 1,
     max: 1000000,
     step: 1,
-    hint: "Empty: what the context has room for",
+    hint: "Empty: the rest of the context",
   },
   {
     name: "seed",

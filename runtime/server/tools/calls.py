@@ -1,4 +1,4 @@
-"""What parsers of tool calls tell: a call's name, then its arguments in pieces."""
+"""Events of tool call parsers: a call's name, then its arguments in pieces."""
 
 import re
 import secrets
@@ -12,7 +12,7 @@ NAME = re.compile(r"[\w.\-:/]{1,128}")
 
 
 class Calls:
-    """The calls of one answer. parameters: by name of a tool, the JSON schema of what it takes."""
+    """The calls of one answer. parameters: JSON schema of the arguments by tool name."""
 
     def __init__(self, tools: tuple[dict[str, Any], ...]) -> None:
         self.parameters = {name_of(tool): parameters_of(tool) for tool in tools}
@@ -21,7 +21,7 @@ class Calls:
         self._events: list[ChatEvent] = []
 
     def start(self, name: str) -> None:
-        """Raises Malformed if that is no name."""
+        """Begin a call. Raises Malformed for an invalid name."""
         check_name(name)
         identifier = f"call_{secrets.token_hex(12)}"
         self._events.append(ToolCallStart(self.count, identifier, name))
@@ -29,7 +29,7 @@ class Calls:
         self.is_open = True
 
     def arguments(self, text: str) -> None:
-        """More of the last call's arguments."""
+        """Append to the last call's arguments."""
         self._events.append(ToolCallDelta(self.count - 1, text))
 
     def end(self) -> None:
@@ -52,6 +52,6 @@ def name_of(tool: Mapping[str, Any]) -> str:
 
 
 def parameters_of(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """A JSON schema: an object without properties if the tool has none."""
+    """The tool's parameters as a JSON schema; an object without properties if it has none."""
     found = tool["function"].get("parameters")
     return found if isinstance(found, dict) else {"type": "object", "properties": {}}

@@ -1,6 +1,6 @@
-"""Model text as it comes, read by parsers that are generators: they yield whenever they need more.
+"""Streamed model text, read by parsers that are generators: they yield whenever they need more.
 
-What a parser finds depends on the text alone, not on the pieces in which it came.
+A parser's result depends only on the text, not on how it was split.
 """
 
 from collections.abc import Callable, Generator
@@ -11,7 +11,7 @@ SPACE = " \t\r\n"
 
 
 class Malformed(Exception):
-    """The text is not what the parser reads."""
+    """Raised for text that the parser does not accept."""
 
 
 class TextFeed:
@@ -27,7 +27,7 @@ class TextFeed:
         self._text += text
 
     def keep(self) -> None:
-        """From here on text that has been taken can be put back."""
+        """Keep text taken from here on, so that it can be put back."""
         self._kept_from = self._at
 
     def forget(self) -> None:
@@ -35,17 +35,17 @@ class TextFeed:
 
     @property
     def kept(self) -> str:
-        """What has been taken since `keep`."""
+        """Text taken since `keep`."""
         return self._text[self._kept_from : self._at]
 
     def put_back(self, count: int) -> None:
-        """What has been taken since `keep`, except its first `count` characters, comes again."""
+        """Put back the text taken since `keep`, except its first `count` characters."""
         assert self._kept_from is not None
         self._at = self._kept_from + count
         self._kept_from = None
 
     def seen(self, most: int) -> str:
-        """What has come and is not taken, or the beginning of it."""
+        """Received text that is not taken yet, or its beginning."""
         return self._text[self._at : self._at + most]
 
     def take(self, count: int) -> str:
@@ -54,13 +54,14 @@ class TextFeed:
         return taken
 
     def peek(self, count: int, beyond: int = 0) -> Generator[None, None, str]:
-        """The next characters, fewer only at the end. beyond: as many are skipped."""
+        """Return the next characters, fewer only at the end. beyond: number of characters to
+        skip."""
         while len(self._text) - self._at < beyond + count and not self.ended:
             yield
         return self._text[self._at + beyond : self._at + beyond + count]
 
     def begins(self, *wanted: str, beyond: int = 0) -> Generator[None, None, str | None]:
-        """Which of the wanted texts comes next, the longest of them, if one does."""
+        """Return the longest of the wanted texts that comes next; None if none does."""
         longest = max(map(len, wanted))
         while True:
             seen = self._text[self._at + beyond : self._at + beyond + longest]
@@ -70,14 +71,14 @@ class TextFeed:
             yield
 
     def expect(self, *wanted: str) -> Generator[None, None, str]:
-        """Takes one of the wanted texts. Raises Malformed if none comes next."""
+        """Take one of the wanted texts. Raises Malformed if none comes next."""
         found = yield from self.begins(*wanted)
         if found is None:
             raise Malformed
         return self.take(len(found))
 
     def length_of(self, characters: str, most: int = 1 << 62) -> Generator[None, None, int]:
-        """How many of these characters come next, up to `most`."""
+        """Return how many of these characters come next, up to `most`."""
         count = 0
         while count < most:
             one = yield from self.peek(1, count)
@@ -87,19 +88,19 @@ class TextFeed:
         return count
 
     def skip_space(self) -> Generator[None, None, str]:
-        """Takes white space, and returns it."""
+        """Take white space and return it."""
         count = yield from self.length_of(SPACE)
         return self.take(count)
 
     def until(self, wanted: tuple[str, ...], emit: Emit) -> Generator[None, None, str | None]:
-        """Takes and emits what comes before the first of the wanted texts, and returns that, which
-        is not taken; None: the text has ended, and all of it is emitted."""
+        """Take and emit the text before the first of the wanted texts, and return that one without
+        taking it; None: the text has ended, and all of it is emitted."""
         while True:
             places = [(at, one) for one in wanted if (at := self._text.find(one, self._at)) >= 0]
             safe = len(self._text) - (0 if self.ended else self._overlap(wanted))
             if places:
                 at, found = min(places, key=lambda place: (place[0], -len(place[1])))
-                if at < safe:  # else one that is not complete yet may begin before it
+                if at < safe:  # else an incomplete one may begin before it
                     if at > self._at:
                         emit(self.take(at - self._at))
                     return found
@@ -110,7 +111,7 @@ class TextFeed:
             yield
 
     def _overlap(self, wanted: tuple[str, ...]) -> int:
-        """Length of the longest end of what has come that a wanted text begins with."""
+        """Length of the longest suffix of the text that a wanted text begins with."""
         longest = min(max(map(len, wanted), default=1) - 1, len(self._text) - self._at)
         for count in range(longest, 0, -1):
             end = self._text[-count:]
@@ -119,8 +120,8 @@ class TextFeed:
         return 0
 
     def word(self, ends: str, most: int) -> Generator[None, None, str]:
-        """Takes what comes before one of these characters, which is not taken. Raises Malformed
-        if none comes within `most` characters."""
+        """Take the text before one of these characters, which is not taken. Raises Malformed if
+        none comes within `most` characters."""
         for count in range(most + 1):
             one = yield from self.peek(1, count)
             if not one:

@@ -1,7 +1,8 @@
-"""In which form a model writes tool calls. Which one is seen in its chat template's text.
+"""Tool call formats, detected from the chat template's text.
 
 Sources: the models' chat templates (Qwen3, Qwen3-Coder, Llama 3.1 and 3.2, Mistral Nemo, Ministral
-3, FunctionGemma, Gemma 4), Hermes' function calling format, llama.cpp's docs/function-calling.md.
+    3, FunctionGemma, Gemma 4), Hermes' function calling format, llama.cpp's
+    docs/function-calling.md.
 """
 
 from dataclasses import dataclass
@@ -19,10 +20,10 @@ Kind = Literal["hermes", "xml", "llama", "mistral list", "mistral args", "gemma"
 
 @dataclass(frozen=True)
 class ToolFormat:
-    """begins: any of them begins a call, the first one usually does. follows: one of these does so
-    after that, perhaps behind white space, else it is no call. end: the mark after a call, if
-    there is one. bare: a call may stand without marks where the answer begins. in_reasoning: calls
-    count there too. quote: of gemma's strings."""
+    """begins: marks that begin a call, the usual one first. follows: texts of which one must come
+    next, possibly after white space, for it to be a call. end: closing mark, if any. bare: a call
+    may begin the answer without marks. in_reasoning: calls count in reasoning too. quote: Gemma's
+    string quote."""
 
     kind: Kind
     begins: tuple[str, ...]
@@ -34,7 +35,7 @@ class ToolFormat:
 
     @property
     def marks(self) -> tuple[str, ...]:
-        """All texts that must be seen, of which some are special tokens of some tokenizers."""
+        """All marks to detect, some of which are special tokens in some tokenizers."""
         more = ("[ARGS]", "[CALL_ID]") if self.kind.startswith("mistral") else ()
         return (*self.begins, *(one for one in (self.end, self.quote) if one), *more)
 
@@ -56,7 +57,7 @@ FUNCTION_GEMMA = ToolFormat(
 
 
 def choose_tool_format(template: str) -> ToolFormat | None:
-    """None: the template does not say, or in a form that is not known here."""
+    """Return the template's format; None if it has none or it is unknown."""
     if "<tool_call>" in template:
         if "<arg_key>" in template:  # GLM 4.5's
             return None
@@ -73,7 +74,7 @@ def choose_tool_format(template: str) -> ToolFormat | None:
 
 
 def read_call(form: ToolFormat, begin: str, feed: TextFeed, calls: Calls) -> Wait:
-    """Takes one call, or a list of calls, whose begin mark comes next; "": a bare call. Raises
+    """Take one call or a list of calls whose begin mark comes next; "": a bare call. Raises
     Malformed."""
     if begin != FUNCTION:
         feed.take(len(begin))
@@ -97,7 +98,7 @@ def read_call(form: ToolFormat, begin: str, feed: TextFeed, calls: Calls) -> Wai
 
 
 def take_end(feed: TextFeed, end: str) -> Wait:
-    """Takes the end mark, and a bracket too many before it, if it comes."""
+    """Take the end mark, and a superfluous bracket before it, if present."""
     count = yield from feed.length_of(SPACE + "}]", MAX_CLOSING)
     if (yield from feed.begins(end, beyond=count)) is not None:
         feed.take(count + len(end))

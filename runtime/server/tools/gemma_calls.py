@@ -1,6 +1,5 @@
-"""Calls as call:name{key:value}, where a string stands between quotes that are one special token:
-<|"|> (Gemma 4) or <escape> (FunctionGemma).
-"""
+"""Calls of the form call:name{key:value}, with strings between quotes that are one special token:
+<|"|> (Gemma 4) or <escape> (FunctionGemma)."""
 
 from collections.abc import Callable, Generator
 
@@ -13,7 +12,7 @@ MAX_WORD = 4096  # of a number, true, false, null or a string without quotes
 
 
 def gemma_call(feed: TextFeed, calls: Calls, quote: str) -> Wait:
-    """Raises Malformed."""
+    """Read one call. Raises Malformed."""
     yield from feed.expect("call:")
     name = yield from feed.word("{\n", MAX_NAME)
     yield from feed.begins("{")
@@ -23,7 +22,7 @@ def gemma_call(feed: TextFeed, calls: Calls, quote: str) -> Wait:
 
 
 def members(feed: TextFeed, emit: Emit, quote: str, depth: int) -> Wait:
-    """{key:value,...} as a JSON object."""
+    """Read {key:value,...} and return it as a JSON object."""
 
     def member() -> Wait:
         key = yield from member_name(feed, quote)
@@ -34,12 +33,12 @@ def members(feed: TextFeed, emit: Emit, quote: str, depth: int) -> Wait:
 
 
 def items(feed: TextFeed, emit: Emit, quote: str, depth: int) -> Wait:
-    """[value,...] as a JSON array."""
+    """Read [value,...] and return it as a JSON array."""
     yield from separated(feed, emit, "[", "]", lambda: value(feed, emit, quote, depth))
 
 
 def separated(feed: TextFeed, emit: Emit, begin: str, end: str, one: Callable[[], Wait]) -> Wait:
-    """From `begin` to `end`: what `one` reads, any number of times with commas between."""
+    """Read a comma-separated list of `one` between `begin` and `end`."""
     yield from feed.expect(begin)
     emit(begin)
     separator = ""
@@ -60,7 +59,7 @@ def separated(feed: TextFeed, emit: Emit, begin: str, end: str, one: Callable[[]
 
 
 def member_name(feed: TextFeed, quote: str) -> Generator[None, None, str]:
-    """A key: bare, or in either kind of quotes. Its colon is taken."""
+    """Read a key, bare or in either kind of quotes, and its colon."""
     mark = yield from feed.begins(quote, '"')
     if mark is None:
         key = (yield from feed.word(":{},", MAX_NAME)).strip()
@@ -100,7 +99,7 @@ def value(feed: TextFeed, emit: Emit, quote: str, depth: int) -> Wait:
 
 
 def json_of_word(word: str) -> str:
-    """A number, true, false or null; anything else is a string."""
+    """JSON of a number, true, false or null; anything else becomes a string."""
     if word == "None":
         return "null"
     try:

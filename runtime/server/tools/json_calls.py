@@ -14,7 +14,8 @@ MAX_KEY = 256
 
 
 def json_calls(feed: TextFeed, calls: Calls, must_be_offered: bool = False) -> Wait:
-    """One call or a list of them. must_be_offered: else it is no call. Raises Malformed."""
+    """Read one call or a list of them. must_be_offered: only offered tools count. Raises
+    Malformed."""
     if (yield from feed.begins("[")) is None:
         yield from json_call(feed, calls, must_be_offered)
         return
@@ -30,7 +31,7 @@ def json_calls(feed: TextFeed, calls: Calls, must_be_offered: bool = False) -> W
 
 
 def json_call(feed: TextFeed, calls: Calls, must_be_offered: bool) -> Wait:
-    """The arguments are given out as they come if the name stands before them."""
+    """Read a call. Its arguments are streamed if the name comes first."""
     found: dict[str, Any] = {}
     started = False
     yield from feed.expect("{")
@@ -73,7 +74,8 @@ def check_call(name: object, calls: Calls, must_be_offered: bool) -> None:
 
 
 def start_whole(found: dict[str, Any], calls: Calls, must_be_offered: bool) -> None:
-    """A call whose arguments came before its name, as a text, within "function", or not at all."""
+    """Emit a call whose arguments came before its name, as a string, within "function", or not at
+    all."""
     if isinstance(found.get("function"), dict):
         found = found["function"]
     name = found.get("name")
@@ -89,7 +91,7 @@ def start_whole(found: dict[str, Any], calls: Calls, must_be_offered: bool) -> N
 
 
 def value_of(text: str) -> Any:
-    """Raises Malformed if that is no JSON."""
+    """Parse JSON. Raises Malformed if it is invalid."""
     try:
         return strict_json(text)
     except ValueError:
@@ -97,8 +99,8 @@ def value_of(text: str) -> Any:
 
 
 def mistral_calls(feed: TextFeed, calls: Calls) -> Wait:
-    """After [TOOL_CALLS]: a list of JSON calls, or a name, perhaps [CALL_ID] and an id, perhaps
-    [ARGS], and the arguments."""
+    """Read calls after [TOOL_CALLS]: a list of JSON calls, or a name, optionally [CALL_ID] and an
+    id, optionally [ARGS], and the arguments."""
     yield from feed.skip_space()
     if (yield from feed.begins("[", "{")) is not None:
         yield from json_calls(feed, calls)
@@ -118,8 +120,8 @@ def mistral_calls(feed: TextFeed, calls: Calls) -> Wait:
 
 
 def bare_calls(feed: TextFeed, calls: Calls) -> Wait:
-    """JSON calls of offered tools without marks, perhaps in a fence; several are separated by white
-    space, ";" or ","."""
+    """Read JSON calls of offered tools without marks, optionally in a code fence and separated by
+    white space, ";" or ","."""
     fence = yield from feed.begins(*FENCES)
     if fence is not None:
         feed.take(len(fence))

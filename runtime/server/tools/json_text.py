@@ -1,4 +1,4 @@
-"""Follows one JSON value in text that is not complete yet."""
+"""Incremental scanner for one JSON value."""
 
 import json
 import math
@@ -8,20 +8,20 @@ from typing import Any
 
 from subspec.runtime.server.tools.feed import Emit, Malformed, TextFeed, Wait
 
-MAX_DEPTH = 100  # objects and arrays within each other
-CHUNK = 4096  # characters that are looked at together
+MAX_DEPTH = 100  # nested objects and arrays
+CHUNK = 4096  # characters scanned together
 MAX_WORD = 64  # characters of a number
 NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 WORDS = ("true", "false", "null")
-# Escapes in JSON: those of half a UTF-16 pair, which no text can have, are in the second group.
+# Escapes in JSON; the second group matches unpaired surrogates, which are invalid in text.
 HIGH, LOW = r"\\u[dD][89abAB][0-9a-fA-F]{2}", r"\\u[dD][c-fC-F][0-9a-fA-F]{2}"
 HIGH_AT_END = re.compile(HIGH + "$")
 ESCAPE = re.compile(rf"(\\[^u]|{HIGH}{LOW})|({HIGH}|{LOW})")
 
 
 class JsonScanner:
-    """Reads a value character by character until it is `done` or `failed`. A control character in a
-    string, which models write and JSON forbids, is escaped; half a UTF-16 pair becomes U+FFFD."""
+    """Scans a value character by character until it is `done` or `failed`. Control characters in
+    strings, which models write and JSON forbids, are escaped; unpaired surrogates become U+FFFD."""
 
     def __init__(self) -> None:
         self.done = False
@@ -29,16 +29,16 @@ class JsonScanner:
         self._open: list[str] = []  # brackets
         self._state = "value"
         self._word = ""
-        self._digits = 0  # of a \u escape that are still to come
-        self._held = ""  # the first half of a pair, an escape that is not complete, or both
+        self._digits = 0  # remaining digits of a \u escape
+        self._held = ""  # a high surrogate, an incomplete escape, or both
 
     def scan(self, text: str) -> tuple[int, str]:
-        """How many characters belong to the value, and the same as JSON."""
+        """Return how many characters belong to the value, and their JSON."""
         out = list[str]()
         for at, one in enumerate(text):
             if self._state == "word" and not (one.isalnum() or one in "+-."):
                 self._end_word()
-                if self.done:  # only a value by itself ends so
+                if self.done:  # only a top-level value ends so
                     return at, "".join(out)
             if not self.failed:
                 self._step(one)
@@ -52,12 +52,12 @@ class JsonScanner:
         return len(text), "".join(out)
 
     def take_held(self) -> str:
-        """What of the text before a failure, or the end, is not given out yet."""
+        """Return the withheld text before a failure or the end."""
         held, self._held = self._held, ""
         return without_halves(held)
 
     def _with_held(self, one: str) -> str:
-        """What can be given out once `one` has come."""
+        """Return the text that is complete after `one`."""
         begins_escape = self._state.endswith(" escape")
         if not (self._held or begins_escape):
             return one
@@ -93,7 +93,7 @@ class JsonScanner:
             self._step_between(one)
 
     def _step_between(self, one: str) -> None:
-        """A character that is in no string, number or name."""
+        """Handle a character outside strings, numbers and names."""
         state = self._state
         if one in "}]" and self._open and one == {"{": "}", "[": "]"}[self._open[-1]]:
             self.failed = state not in ("comma", "first key" if one == "}" else "first value")
@@ -130,8 +130,8 @@ class JsonScanner:
 
 
 def json_value(feed: TextFeed, emit: Emit) -> Wait:
-    """Takes one JSON value and emits its text. Raises Malformed at the first character that cannot
-    be part of it, which is not taken."""
+    """Take one JSON value and emit its text. Raises Malformed at the first invalid character, which
+    is not taken."""
     scanner = JsonScanner()
     while not scanner.done:
         text = feed.seen(CHUNK)
@@ -148,16 +148,15 @@ def json_value(feed: TextFeed, emit: Emit) -> Wait:
 
 
 def json_text(feed: TextFeed) -> Generator[None, None, str]:
-    """The same, as one text."""
+    """As `json_value`, but return the text."""
     pieces: list[str] = []
     yield from json_value(feed, pieces.append)
     return "".join(pieces)
 
 
 def strict_json(text: str) -> Any:
-    """The value of a whole JSON text, which any JSON can hold again: of two members of one name the
-    last one counts. Raises ValueError, also for numbers that are not finite and for what is too
-    deep."""
+    """Parse a complete JSON text; of duplicate keys the last counts. Raises ValueError, also for
+    numbers that are not finite and for excessive nesting."""
     try:
         found = json.loads(without_halves(text), parse_float=_finite, parse_constant=_finite)
     except RecursionError:
@@ -168,8 +167,8 @@ def strict_json(text: str) -> Any:
 
 
 def arguments_object(arguments: str) -> dict[str, Any]:
-    """What a call's arguments say. Those that a limit has cut off are no JSON: they are given as
-    they are, under a name of their own."""
+    """Parse a call's arguments. Truncated ones, which are invalid JSON, are returned as text under
+    a key of their own."""
     try:
         value = strict_json(arguments or "{}")
     except ValueError:
@@ -178,7 +177,7 @@ def arguments_object(arguments: str) -> dict[str, Any]:
 
 
 def is_deeper(value: Any, most: int) -> bool:
-    """Whether a value of JSON has more than `most` objects and arrays within each other."""
+    """Return True if a JSON value nests more than `most` objects and arrays."""
     level = [value]
     for _ in range(most + 1):
         level = [one for some in level for one in _members(some)]
@@ -186,12 +185,12 @@ def is_deeper(value: Any, most: int) -> bool:
 
 
 def as_json(value: Any) -> str:
-    """The JSON of a value that `strict_json` gave, or of a text."""
+    """Serialize a value of `strict_json`, or a text."""
     return json.dumps(value, ensure_ascii=False)
 
 
 def without_halves(text: str) -> str:
-    """JSON with U+FFFD for each escape of half a UTF-16 pair."""
+    """Replace escapes of unpaired surrogates by U+FFFD."""
     return ESCAPE.sub(lambda found: found[1] or "\\ufffd", text)
 
 

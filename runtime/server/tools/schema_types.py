@@ -1,35 +1,35 @@
-"""Of which types a tool's JSON schema lets a value be: models may write it without quotes."""
+"""Types that a tool's JSON schema allows for a value, which models may write without quotes."""
 
 from typing import Any
 
 JSONValue = Any
-Alternative = dict[str, JSONValue]  # `type` and `enum`, as far as a schema says them
-MAX_ALTERNATIVES = 1000  # of a value; of one with more nothing is known
-MAX_DEPTH = 32  # references and alternatives within each other
+Alternative = dict[str, JSONValue]  # the schema's `type` and `enum`, if present
+MAX_ALTERNATIVES = 1000  # alternatives; with more, any value is allowed
+MAX_DEPTH = 32  # nested references and alternatives
 
 
 def alternatives(schema: JSONValue, whole: JSONValue) -> list[Alternative]:
-    """Of which a value fits one, with what $ref, allOf, anyOf and oneOf lead to. {}: it may be
-    anything. whole: the schema in which references are looked up."""
+    """Resolve $ref, allOf, anyOf and oneOf to alternatives, one of which a value must fit. {}: any
+    value. whole: the schema that references refer to."""
     return _alternatives(schema, whole, {}, MAX_DEPTH)
 
 
 def types_in(one: Alternative) -> frozenset[str]:
-    """None: it does not say."""
+    """Types that the alternative allows; empty if it does not restrict them."""
     if "enum" in one:
         return frozenset(kind for value in values_in(one) for kind in kinds_of(value))
     return _types(one.get("type"))
 
 
 def values_in(one: Alternative) -> list[JSONValue]:
-    """Enumerated values that are of the type, if it says one."""
+    """Enumerated values of the allowed types."""
     types = _types(one.get("type"))
     values = one["enum"] if isinstance(one["enum"], list) else []
     return [value for value in values if not types or types & kinds_of(value)]
 
 
 def kinds_of(value: JSONValue) -> frozenset[str]:
-    """The types of JSON Schema that a value of JSON has."""
+    """JSON Schema types of a JSON value."""
     if value is None:
         return frozenset({"null"})
     if isinstance(value, bool):
@@ -39,7 +39,7 @@ def kinds_of(value: JSONValue) -> frozenset[str]:
 
 
 def referred(whole: JSONValue, ref: str) -> JSONValue:
-    """What a $ref into the same schema leads to; None: nothing."""
+    """Resolve a $ref into the same schema; None if it has no target."""
     value = whole
     for part in ref.removeprefix("#").split("/")[1:]:
         part = part.replace("~1", "/").replace("~0", "~")
@@ -55,7 +55,7 @@ def _types(kind: JSONValue) -> frozenset[str]:
 def _alternatives(
     schema: JSONValue, whole: JSONValue, known: dict[str, list[Alternative]], deepest: int
 ) -> list[Alternative]:
-    """known: those of each $ref. Of one that refers to itself nothing is known meanwhile."""
+    """known: results by $ref; a recursive one is unrestricted meanwhile."""
     if not isinstance(schema, dict) or deepest == 0:
         return [{}]
 

@@ -1,6 +1,7 @@
-"""Calls as <function=name><parameter=key>value</parameter></function> (Qwen3-Coder, Qwen3.5).
+"""Calls of the form <function=name><parameter=key>value</parameter></function> (Qwen3-Coder,
+Qwen3.5).
 
-A value is written as it is, without quotes: what type it has is in the tool's JSON schema.
+Values are written without quotes; the tool's JSON schema gives their types.
 """
 
 from collections.abc import Generator
@@ -17,8 +18,8 @@ MAX_SPACE = 64  # after a value, before the next tag
 
 
 def xml_call(feed: TextFeed, calls: Calls, must_be_offered: bool) -> Wait:
-    """From <function= to </function>. must_be_offered: else it is no call. Raises Malformed before
-    the name is certain; what fits no parameter after that ends the call."""
+    """Read a call from <function= to </function>. must_be_offered: only offered tools count. Raises
+    Malformed before the name is complete; after that, text that fits no parameter ends the call."""
     yield from feed.expect(FUNCTION)
     name = (yield from feed.word(">\n", MAX_NAME)).strip().strip("\"'")
     yield from feed.expect(">")
@@ -57,7 +58,7 @@ def parameter_name(feed: TextFeed) -> Generator[None, None, str]:
 
 
 def value(feed: TextFeed, calls: Calls, types: frozenset[str]) -> Generator[None, None, bool]:
-    """Gives out a value as JSON, a string as it comes. False: the text ends within it."""
+    """Emit a value as JSON, streaming strings. Returns False if the text ends within it."""
     for newline in ("\r\n", "\n"):
         if (yield from feed.begins(newline)) is not None:
             feed.take(len(newline))
@@ -76,7 +77,7 @@ def value(feed: TextFeed, calls: Calls, types: frozenset[str]) -> Generator[None
 
 
 class StringPieces:
-    """A JSON string in pieces, without the newline that stands before the closing tag."""
+    """Emits a JSON string in pieces, without the newline before the closing tag."""
 
     def __init__(self, calls: Calls) -> None:
         self._calls = calls
@@ -95,8 +96,8 @@ class StringPieces:
 
 
 def raw_value(feed: TextFeed, emit: Emit) -> Generator[None, None, bool]:
-    """Takes a value and its closing tag, which is one only if a tag follows: a value may speak of
-    </parameter>. False: the text ends first."""
+    """Take a value and its closing tag, which counts only if a tag follows, since a value may
+    contain </parameter>. Returns False if the text ends first."""
     while (yield from feed.until((END_PARAMETER,), emit)) is not None:
         after = len(END_PARAMETER)
         space = 0
@@ -116,12 +117,12 @@ def raw_value(feed: TextFeed, emit: Emit) -> Generator[None, None, bool]:
 
 
 def types_of(schema: object, whole: object) -> frozenset[str]:
-    """JSON types that a schema allows; none: it does not say. whole: what it is a part of."""
+    """JSON types that a schema allows; empty: unrestricted. whole: the schema it is part of."""
     return frozenset[str]().union(*map(types_in, alternatives(schema, whole)))
 
 
 def typed(text: str, types: frozenset[str]) -> str:
-    """The JSON of a value of one of these types, a string if it is of none of them."""
+    """JSON of a value as one of these types, else as a string."""
     word = text.strip()
     if not types and word[:1] not in ("{", "["):
         return as_json(text)

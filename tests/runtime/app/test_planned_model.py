@@ -286,7 +286,7 @@ def test_a_folder_that_is_no_artifact_is_not_overwritten(artifacts: Path, planne
     request = ModelRequest("demo", NINE)
     path = planned_model(request)
     (path / "manifest.json").unlink()
-    with pytest.raises(SubspecError, match="is no whole artifact") as caught:
+    with pytest.raises(SubspecError, match="is an incomplete artifact") as caught:
         planned_model(request)
     assert caught.value.hint == f"remove it: rm -r {path}"
 

@@ -389,7 +389,7 @@ def test_answers_to_other_questions_or_of_another_length_are_not_put_together(
         words = ("--tasks", "gsm8k", *changed, "--out", out)
         done = run(capsys, "tasks", artifact, *HERE, *words)
         assert done.exit_code == Exit.USAGE and out.read_bytes() == before
-        assert "the --data and --max-tokens that it was begun with" in done.err
+        assert "the --data and --max-tokens of that run" in done.err
     older = [row.replace(b', "asked": "' + row.partition(b'"asked": "')[2].strip()[:-1], b"")
              for row in before.splitlines(keepends=True)]  # fmt: skip
     out.write_bytes(b"".join(older))

@@ -221,7 +221,7 @@ def test_a_report_replaces_nothing_but_an_older_page(
         with pytest.raises(SystemExit) as end:
             main.main(["report", str(file), "--out", str(kept)])
         assert end.value.code == Exit.USAGE and kept.read_bytes() == before
-        assert "exists already and is no page of subspec-bench report" in capsys.readouterr().err
+        assert "exists already and is not a page of subspec-bench report" in capsys.readouterr().err
     for content in (None, "", "cut off"):
         if content is not None:
             out.write_text(out.read_text()[:1000] if content else "")

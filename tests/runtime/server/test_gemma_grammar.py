@@ -246,17 +246,20 @@ def test_with_an_output_format_the_answer_has_it_or_is_a_call():
 @pytest.mark.parametrize(
     ("parameters", "words"),
     [
-        ({"properties": [1]}, "properties is no object"),
-        ({"type": "thing"}, '"thing" is none of string, integer'),
+        ({"properties": [1]}, "properties must be an object"),
+        ({"type": "thing"}, '"thing" is not one of string, integer'),
         ({"properties": {"a": {"not": {}}}}, "not cannot be enforced"),
-        ({"properties": {"a": {"enum": []}}}, "enum is no list with something in it"),
+        ({"properties": {"a": {"enum": []}}}, "enum is not a list, or empty"),
         ({"properties": {"a": {"enum": ['<|"|>']}}}, "in it"),
-        ({"properties": {"a": {"$ref": "#/$defs/b"}}}, "leads nowhere"),
+        ({"properties": {"a": {"$ref": "#/$defs/b"}}}, "has no target"),
         ({"properties": {"a": {"$ref": "http://x"}}}, "not within the schema"),
-        ({"properties": {"a": {"minLength": "1"}}, "required": "a"}, "required no list"),
+        ({"properties": {"a": {"minLength": "1"}}, "required": "a"}, "required a list"),
         ({"properties": {"a": {"type": "string", "minLength": "1"}}}, "minLength is .1"),
         ({"properties": {"a": {"type": "array", "minItems": 2, "maxItems": 1}}}, "is less than"),
-        ({"required": ["a"], "additionalProperties": False}, '"a" is required, but no property'),
+        (
+            {"required": ["a"], "additionalProperties": False},
+            '"a" is required, but not in properties',
+        ),
         ({"$ref": "#"}, "refers to itself"),
         ({"properties": {"a": {"$ref": "#", "minLength": 1}}}, "minLength beside a .ref"),
     ],
@@ -287,5 +290,5 @@ def test_deep_and_large_schemas_are_refused_or_quick():
 
 
 def test_a_model_without_the_quote_gets_no_grammar():
-    with pytest.raises(SubspecError, match="is no token of this model"):
+    with pytest.raises(SubspecError, match="is not a token of this model"):
         asking(qwen_tokens())

@@ -456,7 +456,7 @@ def test_a_full_queue_is_503_with_when_to_come_back() -> None:
     assert "x-should-retry" not in found.headers
     assert found.json == {
         "error": {
-            "message": "8 requests are waiting, and no more may",
+            "message": "8 requests are waiting: the queue is full",
             "type": "overloaded_error",
             "param": None,
             "code": "queue_full",

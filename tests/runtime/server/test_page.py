@@ -349,7 +349,7 @@ def test_a_browser_that_keeps_nothing_is_told_and_answered(
     names = ("localStorage", "sessionStorage")
     page = visit("".join(f"Object.defineProperty(window, '{name}', {denied});" for name in names))
     connected(page)
-    expect(page.get_by_role("alert")).to_contain_text("keeps nothing")
+    expect(page.get_by_role("alert")).to_contain_text("blocks storage")
     ask(page, "The first one")
     expect(body_text(page)).to_have_text("Hello.")
     page.get_by_role("button", name="New conversation").click()
@@ -361,7 +361,7 @@ def test_a_browser_that_keeps_nothing_is_told_and_answered(
     page.locator("#import-file").set_input_files(not_json)
     expect(page.get_by_role("alert")).to_contain_text("not JSON")
     page.get_by_role("alert").get_by_role("button", name="Close").click()
-    expect(page.get_by_role("alert")).to_contain_text("keeps nothing")
+    expect(page.get_by_role("alert")).to_contain_text("blocks storage")
     page.get_by_role("alert").get_by_role("button", name="Close").click()
     expect(page.locator("#banner")).to_be_hidden()
 
