@@ -209,9 +209,9 @@ def _missing(folder: Path) -> list[str]:
 
 
 def _away(repository: str, revision: str | None) -> str:
-    """Why the hub is not asked; "" if it is. Without a network each request would be repeated for
-    half a minute."""
-    from huggingface_hub import HfApi, is_offline_mode  # 0.3 s: who uses the hub pays
+    """Reason for not asking the hub; "" if it can be asked. Without a network each request would be
+    repeated for half a minute."""
+    from huggingface_hub import HfApi, is_offline_mode  # 0.3 s: only when the hub is used
     from huggingface_hub.errors import HfHubHTTPError
 
     if is_offline_mode():

@@ -40,7 +40,7 @@ METHODS: dict[Method, str] = {
     "substitute+draft-model": "speculative decoding, proposed by a draft model",
     "plain": "plain decoding",
 }
-DRAFTED_BY: dict[Method, str] = {  # behind a tree; the plain case is the substitutes'
+DRAFTED_BY: dict[Method, str] = {  # after a tree; "" for the substitutes
     "draft-model": " of the draft model",
     "substitute+draft-model": " that checks what the draft model proposes",
 }
@@ -83,7 +83,7 @@ def placement_of(plan: Plan) -> Placement:
 
 
 def needs_rows(plan: Plan) -> Rows:
-    """What a plan takes beside its budget; none if that is not known."""
+    """Disk and host memory that a plan takes besides its budget; empty if unknown."""
     rows: Rows = []
     if taken := host_line(plan):
         rows.append(("host memory", taken))
@@ -134,8 +134,8 @@ def speed_line(plan: Plan) -> str:
 
 
 def plain_speed(plan: Plan) -> float:
-    """Of the best plan that decodes plainly, which need not have this plan's weights and widths;
-    of this plan, if no other was considered."""
+    """tokens/s of the best plan with plain decoding, which may have other weights and widths than
+    this plan; of this plan, if no other was considered."""
     considered = (one.tokens_per_second for one in plan.options if one.label.startswith("plain"))
     return next(considered, plan.predicted["plain"].tokens_per_second)
 
@@ -155,8 +155,8 @@ def first_token_line(plan: Plan) -> str:
 
 
 def full_context_line(plan: Plan) -> str:
-    """What a text gives that fills the context; "" if the usual one does, or nothing was
-    predicted."""
+    """Predicted speed of a text that fills the context; "" if that is the usual usage, or if
+    nothing was predicted."""
     full, usage = plan.full_context, full_usage(plan.context)
     if full is None or usage == usual_usage(plan.context):
         return ""
@@ -167,8 +167,7 @@ def full_context_line(plan: Plan) -> str:
 
 
 def batch_size_rows(plan: Plan) -> Rows:
-    """Answers that decode at once, what each of them drafts, predicted tokens/s together; none
-    without a draft."""
+    """Batch size, predicted tokens/s in total, and draft tree; no rows without a draft."""
     if plan.method == "plain":
         return []
     return [
@@ -208,7 +207,7 @@ def context_rows(plan: Plan) -> Rows:
 
 
 def acceptance_line(plan: Plan) -> str:
-    """ "" without a draft."""
+    """Expected tokens per round and their source; "" without a draft."""
     acceptance, tree = plan.draft.acceptance, plan.draft.tree
     if not tree.depth:
         return ""
@@ -245,7 +244,7 @@ def tokens_expected(plan: Plan, kind: str = "") -> str:
 
 
 def margin_of(plan: Plan, kind: str = "") -> float | None:
-    """None if nothing was measured."""
+    """Half of the 95 % confidence interval of a round's tokens; None if it was not measured."""
     margin = plan.draft.acceptance.margin(plan.draft.tree, kind)
     return margin if math.isfinite(margin) else None
 
@@ -310,8 +309,8 @@ def draft_name(tree: Tree) -> str:
 
 
 def streamed_line(spec: ModelSpec, plan: Plan) -> str:
-    """What streams, and what of the exact weights is resident. A part is at most 64 MB of a
-    matrix."""
+    """Streamed bytes and parts, and resident parts of the exact weights. A part is at most 64 MB of
+    a matrix."""
     placement, streamed = placement_of(plan), plan.predicted[plan.method].streamed_bytes
     total, num_dequantized = len(spec.parts), len(placement.dequantized)
     out = f" ({num_dequantized} dequantized)" if num_dequantized else ""
@@ -324,7 +323,7 @@ def streamed_line(spec: ModelSpec, plan: Plan) -> str:
 
 
 def host_line(plan: Plan) -> str:
-    """ "" if the plan takes no host memory beside a GPU's."""
+    """Host memory that the plan takes beside a GPU's; "" if none."""
     taken = plan.host_ledger
     return f"{format_size(taken.total_bytes)}: {taken.parts}" if taken else ""
 
@@ -350,7 +349,7 @@ def decision_rows(plan: Plan) -> Rows:
 
 
 def cost_rows(profile: Profile) -> Rows:
-    """What was measured of link and memory, one fact a row."""
+    """Measured speeds of link and memory, one a row."""
     rows: Rows = [
         (f"link, blocks of {format_size(rate.block_bytes)}",
          f"{short_size(rate.bytes_per_second)}/s")
