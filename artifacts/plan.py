@@ -101,10 +101,10 @@ class HostLedger:
 
     @property
     def parts(self) -> str:
-        parts = [f"{short_size(self.streamed)} of weights that stream"] if self.streamed else []
+        parts = [f"{short_size(self.streamed)} of streamed weights"] if self.streamed else []
         parts.append(f"{short_size(self.embedding)} of embedding")
         if self.checkpoints:
-            parts.append(f"{short_size(self.checkpoints)} of states to go back to")
+            parts.append(f"{short_size(self.checkpoints)} of delta-net checkpoints")
         return ", ".join(parts)
 
     def how_to_take_less(self, num_sequences: int) -> str:

@@ -343,7 +343,7 @@ def measure_here(
     if "OMP_NUM_THREADS" in os.environ and profile.num_threads < usable_cpus():
         notify(
             f"note: OMP_NUM_THREADS bounds the plan's CPU threads: {profile.num_threads} on "
-            f"{counted(usable_cpus(), 'CPU')}; runs keep to that without the variable too"
+            f"{counted(usable_cpus(), 'CPU')}; runs use the same number even without the variable"
         )
     notify_if_under_load(profile, notify)
     return profile

@@ -119,7 +119,7 @@ def solve(inputs: PlanInputs) -> Plan:
     )  # fmt: skip
     if request.link_bandwidth is None:
         return plan
-    reason = f"planned as if the link gave {short_size(request.link_bandwidth)}/s at most"
+    reason = f"planned for a link limited to {short_size(request.link_bandwidth)}/s"
     return replace(plan, reasons=(f"{reason}: --link-bandwidth", *plan.reasons))
 
 
@@ -205,6 +205,6 @@ def notify_if_under_load(profile: Profile, notify: Notify) -> None:
     if profile.under_load:
         notify(
             f"note: other programs used {profile.background_cpu_share:.0%} of the CPUs while this "
-            "machine was measured: predictions are too slow, and another plan may be faster; when "
-            "they have ended, measure again (subspec-plan --from ARTIFACT --reprofile)"
+            "machine was measured: the predicted speed is too low and another plan may be faster; "
+            "when they have ended, measure again (subspec-plan --from ARTIFACT --reprofile)"
         )

@@ -241,7 +241,7 @@ def shortage(error: Exception) -> SubspecError | None:
     ]
     hint = "close other programs"
     hint += f", or raise what limits this process: {', '.join(limits)}" if limits else ""
-    return SubspecError(Exit.RESOURCES, f"the system gives no more: {what}", hint)
+    return SubspecError(Exit.RESOURCES, f"a system resource is exhausted: {what}", hint)
 
 
 def fail(error: SubspecError, as_json: bool) -> NoReturn:

@@ -132,7 +132,8 @@ def warn_of_unknown_variables(context: click.Context) -> None:
         if variable.startswith(f"{program.name}_".replace("-", "_").upper()):
             near = get_close_matches(variable, known, n=1)
             meant = f"; did you mean {near[0]}?" if near else ""
-            say(f"note: the environment's {variable} is no option of {program.name}{meant}")
+            what = f"is not an option of {program.name}{meant}"
+            say(f"note: the environment variable {variable} {what}")
 
 
 # ---- flags ----

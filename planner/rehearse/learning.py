@@ -234,6 +234,7 @@ def why_head(spec: ModelSpec, head: DraftHeadResult) -> str:
     assert spec.draft_head is not None
     name, tree = spec.draft_head.layout, head.tree
     return (
-        f"the draft head gave {head.tokens_per_second:.2f} tokens/s, {head.tokens_per_round:.2f} "
-        f"a round with a tree {tree.width} wide, {tree.depth} deep: --drafter {name}"
+        f"the draft head reached {head.tokens_per_second:.2f} tokens/s, "
+        f"{head.tokens_per_round:.2f} tokens per round, with a tree {tree.width} wide, "
+        f"{tree.depth} deep: --drafter {name}"
     )

@@ -88,7 +88,7 @@ def speeds_of(
     for turn, order in enumerate(turns):
         own = list(enumerate(prompts))[turn :: len(turns)]
         for opener in order:
-            progress(f"comparing what drafts, {opener}", turn / len(turns))
+            progress(f"comparing drafters, {opener}", turn / len(turns))
             how = OpenOptions(
                 drafter=opener, device=setting.device, link_bandwidth=setting.link_bandwidth
             )
@@ -139,7 +139,9 @@ def why_drafter(own: DrafterName, speeds: Speeds, best: Rival | None) -> str:
     usual = {name: math.exp(fmean(map(math.log, some.values()))) for name, some in speeds.items()}
     order = sorted(usual, key=lambda name: -usual[name])
     listed = ", ".join(f"{name} {usual[name]:.2f}" for name in order)
-    measured = f"tokens/s by what drafts, on the same {len(speeds.get(own, {}))} prompts: {listed}"
+    num_prompts = len(speeds.get(own, {}))
+    measured = f"measured tokens/s by drafter on the same {num_prompts} prompts: {listed}"
     if best is None:
-        return f"{measured}: {own} drafts, nothing else is clearly faster"
-    return f"{measured}: {best.drafter} drafts, {best.times_as_fast:.2f} times as fast as {own}"
+        return f"{measured}; the default is {own}, no other one is clearly faster"
+    ratio = f"{best.times_as_fast:.2f} times as fast as {own}"
+    return f"{measured}; the default is {best.drafter}, {ratio}"

@@ -89,7 +89,7 @@ def print_plan(spec: ModelSpec, plan: Plan, console: Console) -> None:
     if full := full_context_line(plan):
         costs.add_row("full context", full)
     for answers, speed, drafts in batch_size_rows(plan):
-        costs.add_row(answers, f"{speed}, with {drafts} each")
+        costs.add_row(answers, f"{speed}, with {drafts} per sequence")
     if accepted := acceptance_line(plan):
         kinds = ", ".join(f"{kind} {tokens}" for kind, _, tokens in acceptance_rows(plan)[:-1])
         costs.add_row("acceptance", Text(f"{accepted}; {kinds}" if kinds else accepted))

@@ -37,12 +37,12 @@ CACHE_OF_HYBRIDS = "KV cache, delta-net states"  # with their checkpoints, where
 METHODS: dict[Method, str] = {
     "substitute": "speculative decoding",
     "draft-model": "speculative decoding with a draft model",
-    "substitute+draft-model": "speculative decoding, proposed by a draft model",
+    "substitute+draft-model": "hierarchical speculative decoding with a draft model",
     "plain": "plain decoding",
 }
 DRAFTED_BY: dict[Method, str] = {  # after a tree; "" for the substitutes
     "draft-model": " of the draft model",
-    "substitute+draft-model": " that checks what the draft model proposes",
+    "substitute+draft-model": ", tokens proposed by the draft model",
 }
 NOTICED_SHARE = 0.05  # of the time to the first token
 MAX_KINDS = 8  # of text; a user's calibration may have many
@@ -102,7 +102,8 @@ def round_rows(plan: Plan) -> Rows:
     rows.append(("verify", *(duration(p.verify_seconds) for p in rounds)))
     rows.append(("compute, during verify", *(duration(p.compute_seconds) for p in rounds)))
     if plan.residuals:
-        rows.append(("of it, decoding residuals", *(duration(p.decode_seconds) for p in rounds)))
+        label = "residual decoding, part of compute"
+        rows.append((label, *(duration(p.decode_seconds) for p in rounds)))
     rows.append(("link, during draft and verify", *(duration(p.stream_seconds) for p in rounds)))
     rows.append(("bytes streamed", *(short_size(p.streamed_bytes) for p in rounds)))
     rows.append(("tokens expected", *(number(p.tokens_per_round) for p in rounds)))
@@ -130,7 +131,7 @@ def speed_line(plan: Plan) -> str:
     # What was measured of another drafter is among the plan's reasons.
     if plan.drafter in (None, plan.method, "substitute+lookup"):
         return line
-    return f"{line} if {plan.method} drafts"
+    return f"{line} with the drafter {plan.method}"
 
 
 def plain_speed(plan: Plan) -> float:
@@ -151,7 +152,7 @@ def first_token_line(plan: Plan) -> str:
     if predicted.digest_seconds < NOTICED_SHARE * first:
         return line
     whole = duration(first + predicted.digest_seconds)
-    return f"{line}; {whole} for the first one after a start, which checks digests"
+    return f"{line}; {whole} for the first prompt after a start, which checks digests"
 
 
 def full_context_line(plan: Plan) -> str:
@@ -171,7 +172,7 @@ def batch_size_rows(plan: Plan) -> Rows:
     if plan.method == "plain":
         return []
     return [
-        (f"{2 << index} answers at once", f"{number(one.tokens_per_second)} tokens/s together",
+        (f"batch size {2 << index}", f"{number(one.tokens_per_second)} tokens/s in total",
          draft_name(one.tree))
         for index, one in enumerate(plan.draft.by_batch_size)
     ]  # fmt: skip
@@ -294,9 +295,9 @@ def method_name(plan: Plan) -> str:
     if plan.method == "plain":
         return METHODS["plain"]
     if plan.drafter == "substitute+lookup":
-        return f"speculative decoding with {draft_name(plan.tree)}, and what the text repeats"
+        return f"speculative decoding with {draft_name(plan.tree)}, with prompt lookup"
     if plan.drafter not in (None, plan.method):
-        return f"speculative decoding, drafted by {plan.drafter}"
+        return f"speculative decoding with the drafter {plan.drafter}"
     return f"speculative decoding with {draft_name(plan.draft.tree)}" + DRAFTED_BY.get(
         plan.method, ""
     )
@@ -364,8 +365,8 @@ def cost_rows(profile: Profile) -> Rows:
     if profile.fp8_weights_per_second:
         decoding = profile.fp8_residual_weights_per_second
         what = weights_rate(decoding) if decoding else "not available"
-        rows.append(("decoding residuals of FP8 weights", what))
-        rows.append(("multiplying FP8 weights out", weights_rate(profile.fp8_weights_per_second)))
+        rows.append(("FP8 residual decoding", what))
+        rows.append(("FP8 dequantization", weights_rate(profile.fp8_weights_per_second)))
     digests = (
         f"{short_size(profile.digest_bytes_per_second)}/s"
         if profile.digest_bytes_per_second

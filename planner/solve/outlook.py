@@ -141,10 +141,9 @@ def what_more_memory_buys(plan: Plan) -> str:
     if point is None:
         return ""
     gain = point.tokens_per_second / speed_of(plan) - 1
-    said = f"{short_size(more)} more would buy "
-    said += (
-        f"{gain:.0%}: {number(point.tokens_per_second)} tokens/s" if gain >= 0.005 else "nothing"
-    )
+    said = f"{short_size(more)} more memory: "
+    faster = f"{gain:.0%} faster, {number(point.tokens_per_second)} tokens/s"
+    said += faster if gain >= 0.005 else "no speedup"
     return f"{said}; {begins}" if (begins := where_drafting_begins(plan)) else said
 
 

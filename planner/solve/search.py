@@ -183,7 +183,7 @@ def why_shorter(chosen: Solved, longer: Solved) -> str:
     if not longer.speed:
         return said + "does not fit the budget"
     ratio = f"{number(longer.speed)} tokens/s instead of {number(chosen.speed)}"
-    return said + f"would give {ratio}"
+    return said + f"would run at {ratio}"
 
 
 def placed_beside(solved: Solved, chosen: Scored) -> dict[Method, Scored]:
@@ -386,22 +386,22 @@ def decide(
     reasons = []
     if problem.prefill_chunk_tokens < problem.context and plainly.streamed_bytes:
         reasons.append(
-            f"a prompt streams the weights once per {problem.prefill_chunk_tokens} tokens: the "
-            "activations of more would take too much of the budget"
+            f"prefill streams the weights once per {problem.prefill_chunk_tokens} tokens: the "
+            "activations of larger chunks would take too much of the budget"
         )
     with_model = set(methods_that_draft(problem)) & set(WITH_DRAFT_MODEL)
     if with_model and not with_model & set(drafted):
         reasons.append("the draft model does not fit the budget")
     if problem.constraints.method == "plain":
-        return "plain", (*reasons, "plain decoding was asked for")
+        return "plain", (*reasons, "plain decoding: set by --method")
     if not drafted:
         return "plain", (*reasons, "the substitutes do not fit the budget: plain decoding")
     fastest = max(drafted, key=lambda method: drafted[method])
     ratio = f"{number(drafted[fastest])} against {number(plain)} tokens/s"
     if problem.constraints.method is not None:
-        return fastest, (*reasons, f"speculation was asked for: {ratio}")
+        return fastest, (*reasons, f"speculation: set by --method, {ratio}")
     if drafted[fastest] <= plain:
-        return "plain", (*reasons, f"speculation would not pay: {ratio}")
+        return "plain", (*reasons, f"speculation is not faster than plain decoding: {ratio}")
     return fastest, (*reasons, f"speculation beats plain decoding: {ratio}", *why_drafted(drafted))
 
 
@@ -411,12 +411,12 @@ def why_drafted(drafted: dict[Method, float]) -> list[str]:
         return []
     speeds = sorted(drafted.items(), key=lambda one: -one[1])
     listed = ", ".join(f"{name} {number(speed)}" for name, speed in speeds)
-    return [f"predicted tokens/s by what drafts: {listed}"]
+    return [f"predicted tokens/s by drafter: {listed}"]
 
 
 def why_early(tree: Tree) -> str:
     return (
-        f"a draft ends at the first level whose paths are together less probable than "
+        "drafting stops at the first level whose total path probability is below "
         f"{tree.min_path_probability:.3g}"
     )
 
@@ -444,7 +444,7 @@ def why_encoded(problem: Problem, chosen: Scored) -> str:
     link = profile.link_rate(ring.block_bytes if ring else 0) * num_weights / max(1, num_bytes)
     encoding: Encoding = "fp8-residual" if problem.spec.fp8 else "residual"
     decode = weights_rate(profile.weights_per_second(encoding))
-    rates = f"decoding gives {decode} here, the link {weights_rate(link)} raw"
+    rates = f"residuals are decoded at {decode}, raw weights stream at {weights_rate(link)}"
     what = "the exact weights are stored "
     if not num_coded:
         what += "raw"
@@ -454,7 +454,7 @@ def why_encoded(problem: Problem, chosen: Scored) -> str:
     if problem.constraints.encoding == "kept":
         return f"{what}: as in the existing artifact"
     if problem.constraints.encoding != "auto":
-        return f"{what}: that was asked for"
+        return f"{what}: set by --encoding"
     if not profile.weights_per_second(encoding):
         return f"{what}: there is no fast decoder for residuals here (a C++ compiler builds one)"
     if not chosen.prediction.streamed_bytes and not num_coded:

@@ -321,7 +321,9 @@ def test_what_the_user_fixes_is_in_the_plan(here: Path, capsys: pytest.CaptureFi
     tree, reasons = found["tree"], found["reasons"]
     assert isinstance(tree, dict) and (tree["width"], tree["depth"]) == (2, 5)
     assert tree["min_path_probability"] == 0.3
-    assert isinstance(reasons, list) and any("less probable than 0.3" in one for one in reasons)
+    assert isinstance(reasons, list) and any(
+        "path probability is below 0.3" in one for one in reasons
+    )
     assert dry(capsys, "--method", "plain")["method"] == "plain"
 
 
