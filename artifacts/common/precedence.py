@@ -43,7 +43,7 @@ def settle(context: click.Context, rules: Rules) -> dict[str, Overridden]:
     parameters = {one.name: one for one in context.command.params if one.name}
     named = {name for pair in (*rules.needs, *rules.excludes) for name in pair} & set(parameters)
     defaults = {name: default_of(context, parameters[name]) for name in named}
-    decided = {name: source_of(context, name) for name in named}  # who decided its present value
+    decided = {name: source_of(context, name) for name in named}  # the source of its present value
     sources = list(ORIGINS)
     overridden = dict[str, Overridden]()
 

@@ -63,8 +63,8 @@ def loaded(source: Path, declare: Declare) -> ctypes.CDLL:
 
 @contextmanager
 def build_ahead(sources: Iterable[Path]) -> Iterator[None]:
-    """Build missing libraries in threads, one each, during the block; whoever needs one waits for
-    it. What is not finished by the end of the block is stopped, and leaves nothing behind."""
+    """Build missing libraries in threads, one each, during the block; a thread that needs one waits
+    for it. What is not finished by the end of the block is stopped, and leaves nothing behind."""
     stopped = threading.Event()
     threads = [
         threading.Thread(target=_found, args=(source, stopped), name="subspec-build", daemon=True)

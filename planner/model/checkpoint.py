@@ -64,7 +64,7 @@ class Checkpoint:
     folder: Path
     spec: ModelSpec
     rows: dict[str, Rows]
-    notes: tuple[str, ...] = ()  # what a person should be told
+    notes: tuple[str, ...] = ()  # for the user
     # Of every matrix that is stored in FP8, by its name; those in `spec.fp8` stay so. Those of a
     # draft head have the names of its rows.
     scales: dict[str, StoredScales] = field(default_factory=dict)

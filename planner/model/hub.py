@@ -25,7 +25,7 @@ DEMO = Path(__file__).parents[1] / "demo-model"
 README = "README.md"
 DRY_RUN_FILES = (CONFIG, INDEX)
 SMALL_FILES = (*DRY_RUN_FILES, TOKENIZER, TOKENIZER_CONFIG)
-# What a model runs without, and a cache that others filled often lacks; a person is told.
+# Optional files, often missing from a cache that other programs filled; a note names them.
 EXTRA_FILES = (
     GENERATION_CONFIG,
     CHAT_TEMPLATE,
@@ -79,7 +79,7 @@ SHAPES_OF_REFERENCE = "give demo, a folder, org/name, hf://org/name@revision or 
 class Resolved:
     path: Path
     source: Source
-    notes: tuple[str, ...] = ()  # what a person should be told about how REF was read
+    notes: tuple[str, ...] = ()  # for the user, on how REF was read
 
 
 def resolve(

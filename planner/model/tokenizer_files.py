@@ -47,7 +47,7 @@ class TokenizerFiles:
     begins_with_bos: bool
     end_token: int | None  # the id of eos_token
     generation_config: dict[str, Any]  # see read_generation()
-    notes: tuple[str, ...] = ()  # what a person should be told
+    notes: tuple[str, ...] = ()  # for the user
 
 
 def read_tokenizer(folder: Path) -> TokenizerFiles:

@@ -21,7 +21,7 @@ from subspec.runtime.engine import Engine, OpenOptions
 # notice, and more than two measurements of the same differ by.
 CLEARLY = 1.05
 SURE = 2.0  # standard errors that it must be faster by
-MIN_PROMPTS = 3  # that an error can be told from
+MIN_PROMPTS = 3  # for an estimate of the error
 NUM_PROMPTS = 8  # that the time is meant for
 
 Speeds = dict[DrafterName, dict[int, float]]  # tokens a second, by the number of the prompt

@@ -23,8 +23,8 @@ from subspec.artifacts.plan import (
 from subspec.artifacts.profile import LIVE_TOKENS, MORE_TOKENS, Profile, Timing, seconds_at
 from subspec.planner.solve.storage import Storage
 
-# While threads that compute keep all CPUs busy, one that reads gets to run every few milliseconds
-# only. A ring that holds less of the link than that stands still in between (docs/LOG.md).
+# While compute threads keep all CPUs busy, the reading thread is scheduled only every few
+# milliseconds. A ring that holds less than the link transfers in between runs full (docs/LOG.md).
 READ_AHEAD_SECONDS = 0.006
 SHORT_RING_SHARE = 0.5
 

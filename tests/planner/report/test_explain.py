@@ -277,7 +277,7 @@ def test_the_table_says_which_lengths_its_figures_are_for_and_what_a_plan_takes_
     assert "predicted for a prompt of 128 tokens and an answer of 256 first token" in text
     assert (
         f"first token after {duration(first)} for a prompt of 128 tokens; "
-        f"{duration(first + digests)} for the first one after a start, which checks digests"
+        f"{duration(first + digests)} for the first prompt after a start, which checks digests"
     ) in text
     assert (
         f"full context {number(full.tokens_per_second)} tokens/s for a prompt of 3840 tokens and "

@@ -74,7 +74,7 @@ def test_the_predicted_speed_is_said_to_be_that_of_the_methods_own_drafter() -> 
     plan = search(make_spec(), make_profile(), 12_000_000, Constraints(context=256), ACCEPTANCE)
     assert plan.method == "substitute" and " if " not in speed_line(plan)
     other = replace(plan, drafter="eagle")
-    assert speed_line(other) == f"{speed_line(plan)} if substitute drafts"
+    assert speed_line(other) == f"{speed_line(plan)} with the drafter substitute"
     assert method_name(other).endswith("the drafter eagle")
 
 
