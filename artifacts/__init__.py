@@ -1,4 +1,4 @@
-"""What crosses from planner to runtime: frozen dataclasses and the folder format."""
+"""The interface from planner to runtime: frozen dataclasses and the folder format."""
 
 import os
 

@@ -44,8 +44,7 @@ class Tree:
 
 @dataclass(frozen=True)
 class Curve:
-    """Trees of one width that end by one threshold, on one kind of text; level by level, from the
-    first."""
+    """Acceptance counts by level, of trees of one width and one threshold on one kind of text."""
 
     width: TreeWidth
     min_path_probability: Probability  # as in Tree
@@ -60,10 +59,11 @@ class Curve:
 
 @dataclass(frozen=True)
 class HierarchicalCost:
-    """What a drafted level takes if one proposes tokens and another one checks them."""
+    """Passes per drafted level in hierarchical drafting: one drafter proposes, the substitutes
+    check."""
 
-    substitute_passes: Annotated[float, Between(0, 1)]  # of the one that checks
-    proposer_passes: Annotated[float, Between(0, MAX_LEVELS)]  # of the other one, a token each
+    substitute_passes: Annotated[float, Between(0, 1)]  # of the substitutes
+    proposer_passes: Annotated[float, Between(0, MAX_LEVELS)]  # of the proposer, one token each
 
 
 @dataclass(frozen=True)
@@ -128,10 +128,11 @@ class Acceptance:
         return curve.margin * self.acceptance_length(tree, kind) / whole
 
     def expected_round(self, tree: Tree) -> ExpectedRound:
-        """What a round with the tree gives."""
+        """Expected tokens, drafted levels and their distribution in a round with the tree."""
         curve = self.curve(tree.width, tree.min_path_probability)
         reached = shares_of(curve.accepted, curve.num_trees, tree.depth)
-        # Beyond what was counted trees go on as they did, and nothing is known to be accepted.
+        # Beyond the counted levels, drafting continues as at the last one, and acceptance is
+        # unknown: 0.
         last = (curve.num_trees, *curve.drafted)[-1]
         drafted = (1.0, *shares_of(curve.drafted, curve.num_trees, tree.depth, last))
         return ExpectedRound(
@@ -145,13 +146,13 @@ class Acceptance:
 def shares_of(
     counts: Sequence[int], num_trees: int, depth: int, beyond: int = 0
 ) -> tuple[float, ...]:
-    """Counts by level over the trees; beyond: the count of levels that were not counted."""
+    """Counts by level divided by the number of trees. beyond: the count for levels without one."""
     some = (*counts[:depth], *(beyond,) * (depth - len(counts)))
     return tuple(count / num_trees for count in some)
 
 
 def merged(curves: Sequence[Curve]) -> Curve:
-    """One curve of several kinds, which are independent samples, one at least."""
+    """Merge one or more curves of different kinds of text, as independent samples."""
     first, num_trees = curves[0], sum(curve.num_trees for curve in curves)
     if len(curves) == 1:
         return first

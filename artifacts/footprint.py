@@ -29,18 +29,20 @@ PRODUCT_ROWS = 256
 NET_ROWS = 128
 HEAD_ROWS = 128
 NET_SLOTS = 18  # states that live at once along a tree of up to 16 nodes a level
-# Of delta nets: states of a sequence in host memory that it can go back to: where the last prompt
-# began, which is where the answer before it ended; before its end by more tokens than chat
-# templates end their prompts with; and after every so many tokens, of a long text further apart.
+# Checkpoints: delta-net states of a sequence in host memory that it can be rolled back to. They are
+# taken at the start of the last prompt, where the previous answer ended; before its end, by more
+# tokens than chat templates end prompts with; and every CHECKPOINT_TOKENS, further apart in a long
+# text.
 CHECKPOINTS = 5
 CHECKPOINT_TOKENS = 2048
 TOKENS_BEHIND_CHECKPOINT = 16
-# That layers with windows keep before their widest window: a conversation can go back so far, and
-# nothing is read again.
+# Tokens kept before the widest window: a conversation can be cut back by so many without prefilling
+# again.
 TOKENS_BEHIND_WINDOW = 192
-# Tokens that a draft model reads in a pass, of texts that it has to catch up with.
+# Tokens per pass in which a draft model prefills texts that it has not seen yet.
 CATCH_UP_ROWS = 128
-# Of prompts, in a pass that also verifies: the answers of other sequences should not wait for long.
+# Prefill tokens in a pass that also verifies: few, so that other sequences' answers are not
+# delayed.
 MIXED_PREFILL_ROWS = 128
 
 DRAFT_BYTES = 2  # the draft computes in bf16
@@ -82,7 +84,7 @@ class Ring:
 
 @dataclass(frozen=True)
 class Shape:
-    """What a ledger depends on, besides resident exact weights."""
+    """Inputs of a ledger, besides the resident exact weights."""
 
     context: int
     num_sequences: int
@@ -108,7 +110,7 @@ class Shape:
         return cache_slots(self.context, self.verify_width)
 
     def window_slots(self, spec: ModelSpec) -> int | None:
-        """Of layers with windows; None: they have all slots too."""
+        """KV slots of layers with windows; None: as many as other layers."""
         if self.keeps_all_tokens:
             return None
         return window_slots(spec, self.context, self.verify_width)
@@ -116,7 +118,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Slots:
-    """Of one sequence: in attentions that have all, and in those with windows; None: all too."""
+    """KV slots of one sequence: in full attentions, and in those with windows (None: the same)."""
 
     every: int
     windowed: int | None
@@ -142,9 +144,9 @@ def tokens_in_windows(spec: ModelSpec) -> int:
 
 
 def window_slots(spec: ModelSpec, context: int, verify_width: int) -> int | None:
-    """Slots of one sequence in layers with windows: what they keep has room twice, so that a text
-    moves on seldom, and no copy overlaps what it copies. None: in these, too, every token of the
-    context has one, because there are no such layers or that takes no more."""
+    """KV slots of one sequence in layers with windows: room for twice the tokens that they keep, so
+    that entries are moved rarely and a copy never overlaps its source. None: a slot for every token
+    of the context, because there are no such layers or that takes no more memory."""
     if not spec.windows:
         return None
     slots = cache_slots(2 * tokens_in_windows(spec), verify_width)
@@ -152,7 +154,7 @@ def window_slots(spec: ModelSpec, context: int, verify_width: int) -> int | None
 
 
 def tokens_held(spec: ModelSpec, window: int | None, num_tokens: float) -> float:
-    """Of a text of so many tokens those that an attention has in its cache, at most."""
+    """Upper bound of the tokens of a text that an attention has in its cache."""
     return num_tokens if window is None else min(num_tokens, 2 * tokens_in_windows(spec))
 
 
@@ -262,7 +264,7 @@ def draft_copies_bytes(spec: ModelSpec) -> int:
 
 
 def all_tokens_kept(shape: Shape) -> Shape:
-    """Of a draft model, whose text goes back with every round."""
+    """Shape of a draft model, which keeps all tokens because each round cuts its text back."""
     return replace(shape, keeps_all_tokens=True)
 
 
@@ -295,7 +297,7 @@ def windows_bytes(spec: ModelSpec, shape: Shape) -> int:
 
 
 def text_bytes(spec: ModelSpec, num_tokens: int) -> int:
-    """Size of the keys and values of a text, whose last tokens layers with windows keep."""
+    """Size of the keys and values of a text; layers with windows keep only its last tokens."""
     kept = (tokens_held(spec, one.window, num_tokens) * one.kv_size for one in spec.attentions)
     return int(2 * sum(kept) * spec.item_bytes)
 
@@ -325,7 +327,8 @@ def net_state_bytes(spec: ModelSpec, net: DeltaNet, width: int) -> int:
 
 
 def checkpoints_bytes(spec: ModelSpec, num_sequences: int) -> int:
-    """Host memory of the states that sequences can go back to, which on CPUs is fast memory."""
+    """Host memory of the delta-net states that sequences can go back to; on CPUs it is fast
+    memory."""
     states = sum(memory_bytes(spec, net) for net in spec.delta_nets)
     return num_sequences * CHECKPOINTS * states
 
@@ -333,7 +336,7 @@ def checkpoints_bytes(spec: ModelSpec, num_sequences: int) -> int:
 def make_host_ledger(
     specs: Sequence[ModelSpec], streamed_bytes: int, num_sequences: int
 ) -> HostLedger:
-    """On a GPU. specs: the model's, and that of a draft model which is used."""
+    """Host memory of a plan for a GPU. specs: the model's, and that of a draft model in use."""
     return HostLedger(
         streamed_bytes,
         sum(spec.embedding_bytes for spec in specs),
@@ -370,7 +373,7 @@ def workspace_bytes(spec: ModelSpec, device: DeviceKind, shape: Shape) -> int:
     of_heads = logits_bytes(spec, sequences * width)
     trees = pass_bytes(spec, device, verifying, width, slots, of_heads, threads, width)
     exact = max(prompt, trees, moving_bytes(spec) if slots.windowed else 0)
-    if shape.drafts_with_head:  # reads what a pass has given, while that is there
+    if shape.drafts_with_head:  # it reads a pass's hidden states, which are still allocated
         exact += head_pass_bytes(spec, device, 1, max(HEAD_ROWS, width), slots)
         exact += 2 * sequences * width * spec.hidden_size * spec.item_bytes
         if spec.eagle3:  # the streams that it reads, of all rows, and those of what is kept
@@ -420,7 +423,7 @@ def draft_pass_bytes(
 
 
 def moving_bytes(spec: ModelSpec) -> int:
-    """Size of what a store of a layer with a window keeps, when it is moved."""
+    """Size of the temporary copy when entries of a layer with a window are moved."""
     sizes = (one.kv_size for one in spec.attentions if one.window is not None)
     return tokens_in_windows(spec) * max(sizes) * spec.item_bytes
 
@@ -578,7 +581,7 @@ def delta_net_scratch_bytes(
     num_threads: int, key_size: int, value_size: int, conv_kernel_size: int, num_slots: int
 ) -> int:
     """Scratch memory of delta_net.cpp: per thread, the inputs of some rows of a head in f32, and a
-    memory for each slot."""
+    state for each slot."""
     rows, piece = DELTA_NET_ROWS, DELTA_NET_PIECE
     keys, values = (-(-size // piece) * piece for size in (key_size, value_size))
     inputs = (conv_kernel_size + rows) * (2 * keys + values) + rows * (values + 2)
@@ -586,7 +589,7 @@ def delta_net_scratch_bytes(
 
 
 def delta_net_slots_bytes(num_slots: int, num_heads: int, key_size: int, value_size: int) -> int:
-    """Scratch memory of delta_net_triton.py: memories that several rows continue."""
+    """Scratch memory of delta_net_triton.py: states that several rows continue from."""
     return 4 * num_slots * num_heads * key_size * value_size
 
 
@@ -596,8 +599,8 @@ def attention_sections(num_slots: int) -> int:
 
 
 def attention_results(num_slots: int) -> int:
-    """Of the sections that attention_triton.py computes at a time and, where these are not all, of
-    those before."""
+    """Results of sections that attention_triton.py holds: those computed at a time and, where these
+    are not all sections, one accumulated over the sections before."""
     at_once = attention_sections(num_slots)
     return at_once + (at_once * ATTENTION_SECTION < num_slots)
 

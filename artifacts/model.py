@@ -216,9 +216,9 @@ class DraftHead:
 
 @dataclass(frozen=True)
 class Eagle3:
-    """What a draft head of that layout has besides: it reads the model's residual stream in several
-    places, its attention takes embedding and hidden state side by side, and it has logits of its
-    own, of some of the model's tokens."""
+    """Additional fields of an EAGLE-3 head: it reads the model's residual stream in several places,
+    its attention takes embedding and hidden state side by side, and it has logits of its own, of
+    some of the model's tokens."""
 
     # Layers before which the stream is read; the number of all layers: behind the last one.
     reads: Annotated[tuple[Annotated[int, Between(0, 10_000)], ...], Length(1, 16)]
@@ -228,7 +228,7 @@ class Eagle3:
 
 @dataclass(frozen=True)
 class Source:
-    """Where the checkpoint came from; `revision` is a commit, never a branch."""
+    """Origin of the checkpoint; `revision` is a commit, never a branch."""
 
     repository: str
     revision: str = ""
@@ -268,7 +268,7 @@ class ModelSpec:
     source: Source = field(default_factory=lambda: Source(""))
 
     def __hash__(self) -> int:
-        """Cheap, because cached results are looked up by model often."""
+        """A cheap hash, because cached results are looked up by model often."""
         return hash((self.family, self.hidden_size, self.vocab_size, len(self.layers)))
 
     @property
@@ -281,17 +281,17 @@ class ModelSpec:
 
     @cached_property
     def attentions(self) -> tuple[Attention, ...]:
-        """All of them in execution order: caches number them."""
+        """All attentions in execution order, as caches number them."""
         return tuple(one for layer in self.layers for one in layer.attentions)
 
     @cached_property
     def attentions_by_window(self) -> dict[int | None, int]:
-        """How many have which window; None: those that have none."""
+        """Window -> number of attentions; None: without a window."""
         return dict(Counter(one.window for one in self.attentions))
 
     @cached_property
     def windows(self) -> tuple[int, ...]:
-        """Distinct ones."""
+        """Distinct window sizes."""
         return tuple(one for one in self.attentions_by_window if one is not None)
 
     @cached_property
@@ -304,7 +304,7 @@ class ModelSpec:
 
     @cached_property
     def mixers_before(self) -> tuple[tuple[int, int], ...]:
-        """Of each layer, how many attentions and delta nets come before it: caches number them."""
+        """Numbers of attentions and delta nets before each layer: their first indices in caches."""
         found, attentions, nets = list[tuple[int, int]](), 0, 0
         for layer in self.layers:
             found.append((attentions, nets))
@@ -314,7 +314,7 @@ class ModelSpec:
 
     @cached_property
     def delta_nets(self) -> tuple[DeltaNet, ...]:
-        """Of all layers, in execution order."""
+        """Delta nets of all layers, in execution order."""
         return tuple(net for layer in self.layers for net in layer.delta_nets)
 
     @cached_property
@@ -374,7 +374,7 @@ class ModelSpec:
 
     @cached_property
     def scalar_names(self) -> tuple[str | None, ...]:
-        """Of each layer, the name of the tensor [1] that multiplies the stream behind it."""
+        """By layer, the name of the tensor [1] that multiplies its output; None: none does."""
         return tuple(
             f"{layer_name(index)}.{layer.scalar}" if layer.scalar else None
             for index, layer in enumerate(self.layers)
@@ -408,7 +408,7 @@ class ModelSpec:
         }
 
     def resident_dtype(self, name: str) -> DType:
-        """Of a tensor of `resident_shapes`."""
+        """Dtype of a tensor of `resident_shapes`."""
         return self.net_tensors[name][1] if name in self.net_tensors else self.dtype
 
     @property
@@ -421,7 +421,7 @@ class ModelSpec:
 
     @cached_property
     def draft_head_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Tensor name -> shape of what the draft head is made of."""
+        """Tensor name -> shape of the draft head's tensors."""
         if self.draft_head is None:
             return {}
         head, hidden = self.draft_head, self.hidden_size
@@ -474,13 +474,13 @@ class Linear:
     in_features: int
     has_bias: bool
     padding_rows: int = 0  # zero rows of a head, up to a multiple of PART_ROWS
-    # Of a model that is not quantized; or small, and its errors would add up along a text.
+    # True without quantization; also for small matrices whose errors would accumulate over a text.
     stays_exact: bool = False
     fp8: ScaleBlock | None = None  # None: the checkpoint has it in the model's dtype
 
     @property
     def scale_shape(self) -> tuple[int, int]:
-        """Of the f32 scales of an FP8 matrix."""
+        """Shape of the f32 scales of an FP8 matrix."""
         assert self.fp8 is not None
         rows, columns = self.fp8.rows, self.fp8.columns
         return -(-self.out_features // rows), -(-self.in_features // columns)
@@ -491,15 +491,15 @@ class Linear:
 
     @property
     def has_substitute(self) -> bool:
-        """Whether it has a 4-bit copy, which it does where format and kernels support its shape. If
-        not, the exact matrix is resident, and draft and verification share it."""
+        """True if there is a 4-bit copy, that is, if format and kernels support the shape.
+        Otherwise the exact matrix is resident, and draft and verification share it."""
         fits = self.in_features % GROUP_SIZE == 0 and self.out_features % 16 == 0
         return fits and not self.stays_exact
 
     @property
     def can_be_fp8(self) -> bool:
-        """Whether the two FP8 encodings support this shape. If not, what a checkpoint has in FP8 is
-        dequantized while an artifact is built."""
+        """True if the two FP8 encodings support this shape. Otherwise an FP8 matrix of a checkpoint
+        is dequantized while an artifact is built."""
         return self.has_substitute and self.out_features % PART_ROWS == 0 and not self.padding_rows
 
 
@@ -528,7 +528,7 @@ class Part:
 
     @property
     def plain_encoding(self) -> Encoding:
-        """The one that is not a residual."""
+        """The encoding of this part without a residual."""
         return "fp8" if self.linear.fp8 else "raw"
 
     @property

@@ -25,18 +25,18 @@ from subspec.artifacts.common.sizes import MAX_BYTES, format_size, short_size
 from subspec.artifacts.model import StoredPart
 
 DeviceKind = Literal["cpu", "cuda"]
-# Whose memory: of the substitutes, of plain decoding, of a draft model that drafts, or of one whose
-# tokens the substitutes check.
+# Decoding method, which decides what is in fast memory: the substitutes draft, plain decoding, a
+# draft model drafts, or a draft model proposes what the substitutes check.
 Method = Literal["substitute", "plain", "draft-model", "substitute+draft-model"]
-# Who proposes tokens. lookup: the text itself, beside the placement of plain decoding;
-# substitute+...: another one, as far as the substitutes agree, and they go on. mtp, eagle,
-# eagle3: the artifact's draft head, beside the substitutes.
+# Drafter. lookup: prompt lookup, with the placement of plain decoding. mtp, eagle, eagle3: the
+# artifact's draft head, beside the substitutes. substitute+...: the substitutes check what another
+# drafter proposes, and continue after it.
 DrafterName = Literal[
     "substitute", "lookup", "substitute+lookup", "mtp", "substitute+mtp", "eagle",
     "substitute+eagle", "eagle3", "substitute+eagle3", "draft-model", "substitute+draft-model",
 ]  # fmt: skip
 OF_HEADS: tuple[DrafterName, ...] = ("mtp", "eagle", "eagle3")
-# Who proposes what the substitutes check.
+# Proposer whose tokens the substitutes check.
 PROPOSER_OF: dict[DrafterName, DrafterName] = {
     "substitute+lookup": "lookup", "substitute+mtp": "mtp", "substitute+eagle": "eagle",
     "substitute+eagle3": "eagle3", "substitute+draft-model": "draft-model",
@@ -101,10 +101,10 @@ class HostLedger:
 
     @property
     def parts(self) -> str:
-        parts = [f"{short_size(self.streamed)} of weights that stream"] if self.streamed else []
+        parts = [f"{short_size(self.streamed)} of streamed weights"] if self.streamed else []
         parts.append(f"{short_size(self.embedding)} of embedding")
         if self.checkpoints:
-            parts.append(f"{short_size(self.checkpoints)} of states to go back to")
+            parts.append(f"{short_size(self.checkpoints)} of delta-net checkpoints")
         return ", ".join(parts)
 
     def how_to_take_less(self, num_sequences: int) -> str:
@@ -156,31 +156,30 @@ class Prediction:
 
 @dataclass(frozen=True)
 class BatchDraft:
-    """What is drafted for each of several answers that decode at once, one stream of the weights
-    verifying them all."""
+    """Draft tree per sequence at one batch size; one stream of the weights verifies all of them."""
 
     tree: Tree
-    tokens_per_second: float  # predicted, of all answers together
+    tokens_per_second: float  # predicted, in total
 
 
 @dataclass(frozen=True)
 class Draft:
-    """What a method drafts, how often that is accepted, and in a batch."""
+    """Draft of a method: its tree, its acceptance, and trees by batch size."""
 
     tree: Tree
     acceptance: Acceptance
     by_batch_size: Annotated[tuple[BatchDraft, ...], Length(0, 8)] = ()
-    hierarchical_cost: HierarchicalCost | None = None  # where another one proposes
+    hierarchical_cost: HierarchicalCost | None = None  # of hierarchical drafting
 
     @property
     def trees(self) -> tuple[Tree, ...]:
-        """What is drafted for each of 1, 2, 4, 8, ... answers at once; see `tree_for`."""
+        """Draft trees for batch sizes 1, 2, 4, 8, ...; see `tree_for`."""
         return (self.tree, *(one.tree for one in self.by_batch_size))
 
 
 @dataclass(frozen=True)
 class DraftHeadResult:
-    """What the draft head drafts, and what real rounds with it gave."""
+    """Tree of the draft head, and its speed in measured rounds."""
 
     tree: Tree
     tokens_per_second: Annotated[float, Between(0, 1e9)] | None  # None: under another plan
@@ -208,7 +207,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Constraints:
-    """What the user fixed, which is never overruled; None: the planner chooses."""
+    """Constraints set by the user, which are never overruled; None: the planner chooses."""
 
     context: Positive | None = None
     width: TreeWidth | None = None
@@ -222,7 +221,7 @@ class Constraints:
 
     @property
     def needs_draft(self) -> bool:
-        """Whether only a plan with a draft satisfies the constraints."""
+        """True if only a plan with a draft satisfies the constraints."""
         fixed_tree = self.width is not None or self.depth is not None
         return self.method not in (None, "plain") or (self.method is None and fixed_tree)
 
@@ -256,13 +255,13 @@ class Plan:
     full_context: Prediction | None = None  # of the method, for a text that fills the context
     by_budget: tuple[Point, ...] = ()  # budgets ascending, for the report
     by_context: tuple[Point, ...] = ()  # contexts ascending
-    # Of 2, 4, 8, ... answers at once; fewer take the one before
+    # For batch sizes 2, 4, 8, ...; sizes in between take the next smaller one's
     by_batch_size: Annotated[tuple[BatchDraft, ...], Length(0, 8)] = ()
     # Of methods whose drafters have weights of their own. `tree`, `acceptance` and
     # `by_batch_size` are the substitutes'.
     drafts: dict[Method, Draft] = field(default_factory=dict)
     draft_head_result: DraftHeadResult | None = None  # None: the draft head was not run
-    # Who drafts in the method's memory, unless something else is asked for; None: the method's own.
+    # Default drafter in the method's memory; None: the method's own.
     drafter: DrafterName | None = None
     host_ledger: HostLedger | None = None  # of the method, on a GPU; None: not known
 
@@ -272,12 +271,12 @@ class Plan:
         return self.verify_widths[-1]
 
     def draft_of(self, method: Method) -> Draft:
-        """Of plain decoding: what the substitutes would draft."""
+        """Draft of a method; for plain decoding the substitutes' draft."""
         return self.drafts.get(method) or Draft(self.tree, self.acceptance, self.by_batch_size)
 
     @property
     def draft(self) -> Draft:
-        """Of the plan's own method."""
+        """Draft of the plan's own method."""
         return self.draft_of(self.method)
 
     def placement(self, method: Method) -> Placement:
@@ -293,7 +292,7 @@ class Plan:
 
 
 def method_of(drafter: DrafterName) -> Method:
-    """Whose memory a drafter runs in."""
+    """The method whose memory layout a drafter runs in."""
     if drafter == "draft-model" or drafter == "substitute+draft-model":
         return drafter
     return "plain" if drafter == "lookup" else "substitute"
@@ -306,8 +305,8 @@ def head_of(drafter: DrafterName | None) -> DrafterName | None:
 
 
 def tree_for(trees: Sequence[Tree], num_answers: int) -> Tree:
-    """What is drafted for each of so many answers, 1 or more. trees: of 1, 2, 4, 8, ... of them;
-    numbers in between take the one before."""
+    """Draft tree per sequence for a batch of `num_answers`, 1 or more. trees: for batch sizes 1, 2,
+    4, 8, ...; sizes in between take the next smaller one's."""
     return trees[min(num_answers.bit_length(), len(trees)) - 1]
 
 

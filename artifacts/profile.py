@@ -108,7 +108,7 @@ class Profile:
     draft_model_layer: SomeTimings = ()
     draft_model_attention: SomeTimings = ()
     draft_model_head: SomeTimings = ()
-    # Share of the CPUs' time that was other programs' meanwhile, or a host's other guests'.
+    # Share of CPU time that other programs, or the host's other guests, used meanwhile.
     background_cpu_share: Annotated[float, Between(0, 1)] = 0.0
     # Of slower 4-bit kernels that take less memory.
     other_kernels: Annotated[tuple[KernelCosts, ...], Length(0, 2)] = ()
@@ -128,7 +128,7 @@ class Profile:
 
     @property
     def under_load(self) -> bool:
-        """Whether other programs made the figures too slow. A GPU's hardly depend on the CPUs."""
+        """True if other programs made the timings too slow; a GPU's hardly depend on the CPUs."""
         return self.device == "cpu" and self.background_cpu_share > UNDER_LOAD
 
     @property
@@ -136,7 +136,7 @@ class Profile:
         return bool(self.draft_model_layer)
 
     def weights_per_second(self, encoding: Encoding) -> float:
-        """Weights per second from an encoding to what is multiplied."""
+        """Weights per second decoded from an encoding for the matrix products."""
         if encoding == "raw":
             return math.inf
         return {

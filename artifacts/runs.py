@@ -86,17 +86,17 @@ class Run:
 
     @property
     def drafted_levels(self) -> int:
-        """Of all rounds."""
+        """Drafted levels of all rounds."""
         return sum(self.drafted)
 
     @property
     def accepted_by_level(self) -> tuple[int, ...]:
-        """By level: how many of the rounds accepted it."""
+        """Number of rounds that accepted each level."""
         return tuple(sum(self.accepted[level:]) for level in range(1, len(self.drafted) + 1))
 
 
 def recorded_by(plan: Plan, path: str) -> str:
-    """The command whose answers are recorded for the plan: its predictions are for its method's own
+    """The command whose answers are recorded for the plan. Predictions are for the method's own
     drafter, which need not be the default."""
     options = "" if plan.drafter in (None, plan.method) else f" --drafter {plan.method}"
     return f'subspec-run {shlex.quote(path)}{options} "your prompt"'
@@ -162,7 +162,7 @@ def load_run(line: bytes) -> Run | None:
 
 
 def is_sound(run: Run) -> bool:
-    """Whether the numbers of a record are consistent."""
+    """Return True if the numbers of a record are consistent."""
     return (
         len(run.accepted) <= len(run.drafted) + 1
         and all(a <= d for a, d in zip(run.accepted_by_level, run.drafted, strict=True))

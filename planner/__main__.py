@@ -1,4 +1,4 @@
-"""subspec-plan from its first moment: signals are handled before anything is imported."""
+"""Entry point of subspec-plan; signals are handled before anything else is imported."""
 
 from subspec.artifacts.common.signals import end_at_once
 

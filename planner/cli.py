@@ -241,8 +241,8 @@ class Checkpoints:
 
 
 def fetch(options: Options, weights: bool) -> Checkpoints:
-    """Without `weights` only what is small of model and draft model: whether they go together is
-    checked, and that we run them. A draft head is fetched whole."""
+    """Fetch the checkpoints, and check that we run them and that they go together. Without
+    `weights`: only the small files of model and draft model; a draft head is fetched whole."""
     from subspec.planner.model.hub import resolve
 
     assert options.model is not None, "check_options asks for it"
@@ -257,15 +257,15 @@ def fetch(options: Options, weights: bool) -> Checkpoints:
         draft_model = DraftModelRef(small, options.draft_model_weights == "4bit")
     head = None
     if options.draft_head is not None and options.draft_head != OWN_HEAD:
-        head = resolve(options.draft_head, tokenizer=False)  # it speaks the model's vocabulary
+        head = resolve(options.draft_head, tokenizer=False)  # it has the model's vocabulary
     return Checkpoints(model, draft_model, head)
 
 
 def build_planned(
     options: Options, request: PlanRequest, configs: Checkpoints, out: Path
 ) -> Planned:
-    """The artifact `out`. A download may take an hour: whether there is a plan at all, and room for
-    it on the disk, is asked before it."""
+    """Plan and build the artifact `out`. Feasibility and disk space are checked before the weights
+    are downloaded, which may take an hour."""
     from subspec.planner.build.artifact import check_space
 
     with progress() as show:
@@ -282,8 +282,8 @@ def build_planned(
 
 
 def check_model(model: "Resolved") -> str:
-    """Its tokenizer.json. Raises SubspecError for a model that we do not run, before its weights
-    are fetched."""
+    """Return the model's tokenizer.json. Raises SubspecError for a model that we do not run, before
+    its weights are fetched."""
     from subspec.planner.model.config import read_config
     from subspec.planner.model.tokenizer_files import read_tokenizer
 
@@ -302,7 +302,7 @@ def check_draft_model(vocabulary: str, draft_model: "Resolved", reference: str) 
 
 
 def report(options: Options, planned: Planned, out: Path) -> None:
-    """The table on stderr; on stdout the folder, or the JSON object."""
+    """Print the table on stderr, and on stdout the folder or the JSON object."""
     from rich.console import Console
 
     from subspec.planner.report.explain import plan_json, print_plan
@@ -318,7 +318,7 @@ def report(options: Options, planned: Planned, out: Path) -> None:
 
 
 def check_options(options: Options) -> None:
-    """Raises SubspecError(USAGE) for what click cannot see."""
+    """Raise SubspecError(USAGE) for combinations of options that click cannot check."""
     number = sum(given is not None for given in (options.model, options.source, options.calibrate))
     if number != 1:
         raise SubspecError(
@@ -373,8 +373,7 @@ def check_options(options: Options) -> None:
 
 
 def plan_artifact(options: Options, source: Path) -> None:
-    """--from and --calibrate: another plan over the weights of an artifact, in its folder or in one
-    beside it."""
+    """Run --from or --calibrate: re-plan an artifact, in its folder or in one beside it."""
     from subspec.artifacts.format.codec import dump_json
     from subspec.artifacts.format.store import open_artifact
     from subspec.planner.build.artifact import rebuild
@@ -406,7 +405,7 @@ def plan_artifact(options: Options, source: Path) -> None:
 
 
 def asked_before(options: Options, constraints: "Constraints") -> Options:
-    """What is not asked for now stays as the artifact's plan was asked for."""
+    """The options, with the constraints of the artifact's plan where none are given."""
     stop = options.min_path_probability
     return replace(
         options,
@@ -422,7 +421,7 @@ def asked_before(options: Options, constraints: "Constraints") -> Options:
 
 
 def request_of(options: Options) -> PlanRequest:
-    """What the options ask of planning.py; files that they name are read."""
+    """The PlanRequest of the options; reads the files that they name."""
     from subspec.artifacts.plan import Constraints
 
     samples = own_samples(options)
@@ -480,7 +479,7 @@ def own_samples(options: Options) -> "tuple[Sample, ...] | None":
 
 
 def check_out(out: Path, overwrite: bool) -> None:
-    """What new_folder() would refuse in the end, before any work."""
+    """Raise early what new_folder() would raise after the work."""
     from subspec.artifacts.format.folder import check_target, place_of
 
     try:

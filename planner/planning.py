@@ -1,7 +1,7 @@
-"""From a request to a plan and an artifact: measure, solve, build, rehearse, solve again.
+"""Plan and build an artifact for a request: measure, solve, build, rehearse, solve again.
 
-Nothing here prints: a caller passes `notify`, which is given what a person should know, and
-`progress`. Heavy imports wait until they are needed.
+Nothing here prints: a caller passes `notify`, for messages to the user, and `progress`. Heavy
+imports wait until they are needed.
 """
 
 import os
@@ -63,9 +63,9 @@ def foresee(
     draft_model: DraftModelRef | None = None,
     draft_head: "Resolved | None" = None,
 ) -> tuple[PlanInputs, Plan]:
-    """What config.json says of a model, and headers where they are there, the machine measured for
-    it, and the plan that follows: whether it can be planned, before its weights are fetched. out:
-    on whose disk the artifact would lie. Raises SubspecError."""
+    """Plan a model before its weights are fetched, from config.json and from headers if there are
+    any; measures the machine. out: the artifact's folder, whose disk is timed. Raises
+    SubspecError."""
     from subspec.planner.model.checkpoint import Checkpoint, read_spec
     from subspec.planner.model.draft_head import with_draft_head
 
@@ -96,8 +96,8 @@ def plan_model(
     draft_head: "Resolved | None" = None,
     measured: Profile | None = None,
 ) -> Planned:
-    """A checkpoint becomes the artifact `out`, with a draft head of its own or another one.
-    measured: by `foresee`; it is measured again if the weights are not what config.json says."""
+    """Plan a checkpoint, with its own draft head or another one, and build the artifact `out`.
+    measured: inputs by `foresee`; measured again if the weights are not what config.json says."""
     from subspec.planner.build.artifact import build
     from subspec.planner.build.quantize import QUANTIZERS
     from subspec.planner.machine.profiles import measured_for
@@ -131,8 +131,8 @@ def plan_model(
     found = Planned(spec, first, profile)
 
     def improve(artifact: "Artifact") -> tuple[Plan, Profile]:
-        """Residuals are as long as they turned out by now: a plan for what they were thought to be
-        need not fit. Raw weights are as long as they were."""
+        """Plan again with the sizes that residuals have turned out to have: a plan for estimated
+        sizes may not fit. Sizes of raw weights are exact from the start."""
         nonlocal found
         # Another machine's plan cannot be run here.
         if request.known_profile is not None or request.rehearse == 0:
@@ -162,7 +162,7 @@ def plan_dry(
     draft_model: DraftModelRef | None = None,
     draft_head: "Resolved | None" = None,
 ) -> Planned:
-    """From config and headers alone."""
+    """Plan from config and headers alone."""
     from subspec.planner.model.config import config_notes
     from subspec.planner.model.generation import generation_notes, read_generation
 
@@ -173,7 +173,7 @@ def plan_dry(
 
 
 def read_draft_model(given: DraftModelRef) -> "Checkpoint":
-    """A checkpoint of what an artifact has of a draft model. Raises SubspecError."""
+    """Read the checkpoint of a draft model, as an artifact stores it. Raises SubspecError."""
     from subspec.planner.model.checkpoint import read_checkpoint
 
     with errors_of(f"draft model {given.model.source.repository}"):
@@ -182,7 +182,7 @@ def read_draft_model(given: DraftModelRef) -> "Checkpoint":
 
 
 def as_draft_model(spec: "ModelSpec", given: DraftModelRef) -> "ModelSpec":
-    """What it has in FP8 is dequantized."""
+    """The spec as a draft model's: matrices in FP8 are dequantized."""
     return replace(spec, fp8={}, draft_head=None, quantized=given.quantized)
 
 
@@ -195,11 +195,11 @@ def plan_again(
     progress: Progress = unseen,
     notify: Notify = no_notify,
 ) -> Planned:
-    """Another plan over the weights of an artifact, which stay as they are; nothing is written.
+    """Re-plan an artifact, whose weights stay as they are; nothing is written.
 
-    measure_again: this machine is measured and the artifact rehearsed, even where its own profile
-    would do; the request's samples alone have it rehearsed too. sweeps: with what other budgets and
-    contexts would give; without them nothing is rehearsed for measure_again.
+    measure_again: measure this machine and rehearse the artifact, even if its own profile could be
+    used; samples in the request alone also cause a rehearsal. sweeps: predict other budgets and
+    contexts; without them nothing is rehearsed for measure_again.
     """
     request = as_stored(within_memory(request, notify))
     profile = request.known_profile
@@ -222,7 +222,7 @@ def plan_from_runs(
     progress: Progress = unseen,
     notify: Notify = no_notify,
 ) -> Planned:
-    """Another plan over the weights of an artifact, with what its recorded runs taught."""
+    """Re-plan an artifact with acceptance and correction factors from its recorded runs."""
     from subspec.planner.rehearse.corrections import with_runs
 
     request = as_stored(within_memory(request, notify))
@@ -244,7 +244,8 @@ def plan_from_runs(
 
 
 def within_memory(request: PlanRequest, notify: Notify) -> PlanRequest:
-    """The request with a budget that this machine has; another machine's is not known."""
+    """The request, with its budget reduced to this machine's memory; another machine's is
+    unknown."""
     if request.known_profile is not None:
         return request
     from subspec.planner.machine.timing import fast_memory_bytes, pick_device
@@ -283,7 +284,7 @@ def recorded_runs(artifact: "Artifact", profile: Profile) -> "list[Run]":
 
 
 def corrections_from(inputs: PlanInputs, plan: Plan, runs: "list[Run]") -> Profile:
-    """Folds the times of the plan's runs into the profile; phases without a run stay as they
+    """Fold the times of the plan's runs into the profile; phases without a run stay as they
     were."""
     from subspec.planner.rehearse.corrections import corrections, rounds_of_runs, updated
 
@@ -342,7 +343,7 @@ def measure_here(
     if "OMP_NUM_THREADS" in os.environ and profile.num_threads < usable_cpus():
         notify(
             f"note: OMP_NUM_THREADS bounds the plan's CPU threads: {profile.num_threads} on "
-            f"{counted(usable_cpus(), 'CPU')}; runs keep to that without the variable too"
+            f"{counted(usable_cpus(), 'CPU')}; runs use the same number even without the variable"
         )
     notify_if_under_load(profile, notify)
     return profile

@@ -1,4 +1,4 @@
-"""What a plan is asked for, what it is solved from, and the plan that follows.
+"""Plan requests, the inputs of the solver, and solving.
 
 Heavy imports wait until they are needed.
 """
@@ -30,7 +30,7 @@ def no_notify(line: str) -> None:
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What a plan is for; the model, or the artifact that is re-planned, stands beside it."""
+    """The user's request for a plan, without the model or artifact that it is for."""
 
     budget_bytes: int
     constraints: Constraints = Constraints()
@@ -43,7 +43,7 @@ class PlanRequest:
 
 @dataclass(frozen=True)
 class PlanInputs:
-    """What is asked for, and all that is known when a plan is solved."""
+    """Inputs of the solver."""
 
     request: PlanRequest
     spec: "ModelSpec"
@@ -67,7 +67,8 @@ class PlanInputs:
         return replace(self, request=replace(self.request, constraints=constraints))
 
     def with_acceptance(self, method: Method, acceptance: "Acceptance") -> "PlanInputs":
-        """With the acceptance of the method's trees: the substitutes' or the draft model's."""
+        """The inputs with the acceptance of a method's trees: the substitutes' or the draft
+        model's."""
         if method == "substitute":
             return replace(self, acceptance=acceptance)
         assert self.proposer is not None
@@ -77,8 +78,8 @@ class PlanInputs:
 def inputs_from_model(
     request: PlanRequest, spec: "ModelSpec", profile: Profile, draft_model: "ModelSpec | None"
 ) -> PlanInputs:
-    """Of a model without an artifact: nothing is measured yet. Raises SubspecError(USAGE) for a
-    profile of another model."""
+    """Inputs for a model without an artifact: nothing is measured yet. Raises SubspecError(USAGE)
+    for a profile of another model."""
     from subspec.planner.machine.profiles import check_shapes
     from subspec.planner.solve.search import PRIOR, unknown_proposer
 
@@ -89,7 +90,7 @@ def inputs_from_model(
 def inputs_from_artifact(
     request: PlanRequest, artifact: "Artifact", profile: Profile
 ) -> PlanInputs:
-    """Of an artifact, with what its plan has measured; its weights stay as they are. Raises
+    """Inputs for an artifact, with its plan's measurements; its weights stay as they are. Raises
     SubspecError(USAGE) for a profile of another model."""
     from subspec.planner.machine.profiles import check_shapes
     from subspec.planner.solve.search import unknown_proposer
@@ -107,8 +108,8 @@ def inputs_from_artifact(
 
 
 def solve(inputs: PlanInputs) -> Plan:
-    """Raises SubspecError(INFEASIBLE) if nothing fits, UNSUPPORTED for what this machine cannot
-    do."""
+    """Solve for the fastest plan. Raises SubspecError: INFEASIBLE if nothing fits, UNSUPPORTED for
+    what this machine cannot do."""
     from subspec.planner.solve.fastest import fastest_plan
 
     request = inputs.request
@@ -118,12 +119,12 @@ def solve(inputs: PlanInputs) -> Plan:
     )  # fmt: skip
     if request.link_bandwidth is None:
         return plan
-    reason = f"planned as if the link gave {short_size(request.link_bandwidth)}/s at most"
+    reason = f"planned for a link limited to {short_size(request.link_bandwidth)}/s"
     return replace(plan, reasons=(f"{reason}: --link-bandwidth", *plan.reasons))
 
 
 def solve_if_feasible(inputs: PlanInputs) -> Plan | None:
-    """None: nothing fits."""
+    """Solve for the fastest plan; None if nothing fits."""
     try:
         return solve(inputs)
     except SubspecError as error:
@@ -133,7 +134,7 @@ def solve_if_feasible(inputs: PlanInputs) -> Plan | None:
 
 
 def with_sweeps(inputs: PlanInputs, plan: Plan) -> Plan:
-    """The plan with what other budgets and contexts would give."""
+    """The plan with predictions for other budgets and contexts."""
     from subspec.planner.solve.fastest import fastest_plan
     from subspec.planner.solve.feasible import drafting_from
     from subspec.planner.solve.outlook import with_outlook
@@ -157,9 +158,9 @@ def with_sweeps(inputs: PlanInputs, plan: Plan) -> Plan:
 
 
 def with_known_drafter(plan: Plan, before: Plan) -> Plan:
-    """A plan that was not rehearsed, with what a rehearsal on its machine had found of who drafts
-    in its method's memory, as far as nothing else is asked for. What a head gave is not known of
-    another budget or context."""
+    """Carry the default drafter that a rehearsal on this machine has chosen over to a plan that was
+    not rehearsed, unless its constraints exclude that. The speed of a draft head is not carried
+    over to another budget or context."""
     head, own, drafter = before.draft_head_result, plan.placements.get("substitute"), before.drafter
     has_head = own is not None and own.ledger.drafter > 0
     if plan.machine != before.machine:
@@ -177,8 +178,8 @@ def with_known_drafter(plan: Plan, before: Plan) -> Plan:
 
 
 def predictor_for(inputs: PlanInputs, plan: Plan) -> "PredictFor":
-    """What the plan predicts for a usage, by the profile's own terms. A check of what streams first
-    is left out: it happens once."""
+    """Predictor of the plan for a usage, without corrections and without the one-time check of
+    digests."""
     from subspec.planner.rehearse.corrections import without_corrections
     from subspec.planner.solve.outlook import predict_for
 
@@ -192,7 +193,7 @@ def predictor_for(inputs: PlanInputs, plan: Plan) -> "PredictFor":
 
 
 def with_load(profile: Profile, others: float, notify: Notify) -> Profile:
-    """The profile after a rehearsal beside which other programs used this share of the CPUs; told
+    """The profile with the share of the CPUs that other programs used during a rehearsal; notifies
     unless it was under load before."""
     busier = replace(profile, background_cpu_share=max(profile.background_cpu_share, others))
     if not profile.under_load:
@@ -204,6 +205,6 @@ def notify_if_under_load(profile: Profile, notify: Notify) -> None:
     if profile.under_load:
         notify(
             f"note: other programs used {profile.background_cpu_share:.0%} of the CPUs while this "
-            "machine was measured: predictions are too slow, and another plan may be faster; when "
-            "they have ended, measure again (subspec-plan --from ARTIFACT --reprofile)"
+            "machine was measured: the predicted speed is too low and another plan may be faster; "
+            "when they have ended, measure again (subspec-plan --from ARTIFACT --reprofile)"
         )

@@ -14,7 +14,7 @@ class Axis:
     ticks: tuple[tuple[float, str], ...]  # value, label
 
     def percent(self, value: float) -> float:
-        """How far along the axis `value` lies."""
+        """Position of `value` along the axis, in percent."""
         return 100 * (value - self.low) / (self.high - self.low)
 
 

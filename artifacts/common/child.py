@@ -1,4 +1,4 @@
-"""Child processes that end with whoever waits for them."""
+"""Child processes that end with the process that waits for them."""
 
 import os
 import signal
@@ -27,8 +27,8 @@ def child_process(
 def start_child(
     command: Sequence[str], shown: bool = False, environment: Mapping[str, str] | None = None
 ) -> "subprocess.Popen[bytes]":
-    """The same for a child that outlives a block: the caller ends it, with `end_group` if it may
-    not end by itself. environment: None: this process's."""
+    """Like `child_process`, but the child outlives the block: the caller ends it, with `end_group`
+    if it may not end by itself. environment: None: this process's."""
     pipe = subprocess.PIPE
     story = None if shown else pipe
     return subprocess.Popen(
@@ -57,7 +57,7 @@ def run_child(
 
 
 def end_group(child: "subprocess.Popen[bytes]") -> None:
-    """The child has time to end; whoever of its group is left then has none."""
+    """Send SIGTERM to the child's process group, and SIGKILL after PATIENCE_SECONDS."""
     if child.poll() is None:
         with suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGTERM)
@@ -67,7 +67,7 @@ def end_group(child: "subprocess.Popen[bytes]") -> None:
 
 
 def kill_group(child: "subprocess.Popen[bytes]") -> None:
-    """Also what is left of the group of a child that has ended."""
+    """Kill the child's process group, also if the child itself has ended."""
     with suppress(ProcessLookupError, PermissionError):  # none is left, or none of this user's
         os.killpg(child.pid, signal.SIGKILL)
     with suppress(subprocess.TimeoutExpired):

@@ -1,4 +1,4 @@
-"""What both command lines share: sizes as options, errors as sentences and exit codes."""
+"""Shared by all command lines: sizes as options, errors as sentences and exit codes."""
 
 import errno
 import functools
@@ -51,8 +51,8 @@ def say(line: str) -> None:
 
 
 def rewrites_lines() -> bool:
-    """Whether stderr is a terminal that can write over a line: one of TERM=dumb (an editor's shell)
-    shows the control characters."""
+    """Return True if stderr is a terminal that can overwrite a line; with TERM=dumb (an editor's
+    shell) control characters would be shown."""
     return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
@@ -78,7 +78,7 @@ def finite_option(
 
 
 class Program(click.Command):
-    """A command of which everything, usage errors and --help included, ends as `reported` says."""
+    """A command whose usage errors and --help, too, end as `reported` says."""
 
     def main(self, args: Sequence[str] | None = None, *_: Any, **__: Any) -> Any:
         given = list(sys.argv[1:] if args is None else args)
@@ -147,7 +147,8 @@ def check_platform(platform: str) -> None:
 
 @contextmanager
 def signals_raised() -> Iterator[None]:
-    """`raised_as_exceptions`, in the thread that may."""
+    """`raised_as_exceptions` in the main thread, the only one that may set handlers; else
+    nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -160,7 +161,7 @@ class OutputError(OSError):
 
 
 class Output(io.FileIO):
-    """stdout, whose errors can be told from those of other files."""
+    """stdout, whose errors are distinguishable from those of other files."""
 
     def write(self, data: Any, /) -> int:
         try:
@@ -172,7 +173,7 @@ class Output(io.FileIO):
 
 
 class Story(io.FileIO):
-    """stderr, which never decides how a command ends: what cannot be written is lost."""
+    """stderr, whose write errors are ignored, so that they never decide how a command ends."""
 
     def write(self, data: Any, /) -> int:
         try:
@@ -216,9 +217,8 @@ def discard(stream: TextIO) -> None:
 
 
 def shortage(error: Exception) -> SubspecError | None:
-    """What an error says if the system has no more of something, or its disk failed; None: it says
-    something else.
-    Libraries have no type of their own for that."""
+    """Return the error for an exhausted system resource or a failed disk; None for other errors.
+    Recognized by message where libraries have no error type for it."""
     code = error.errno if isinstance(error, OSError) else None
     if code in DISK_IS_FULL:
         return SubspecError(Exit.RESOURCES, f"cannot write: {os.strerror(code)}")
@@ -241,7 +241,7 @@ def shortage(error: Exception) -> SubspecError | None:
     ]
     hint = "close other programs"
     hint += f", or raise what limits this process: {', '.join(limits)}" if limits else ""
-    return SubspecError(Exit.RESOURCES, f"the system gives no more: {what}", hint)
+    return SubspecError(Exit.RESOURCES, f"a system resource is exhausted: {what}", hint)
 
 
 def fail(error: SubspecError, as_json: bool) -> NoReturn:

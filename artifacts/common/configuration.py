@@ -1,5 +1,4 @@
-"""Where the value of an option comes from: default < configuration file < environment < command
-line."""
+"""Sources of an option's value: default < configuration file < environment < command line."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -29,7 +28,7 @@ class Configured(Program):
     def __init__(
         self, name: str, program: str = "", rules: Rules | None = None, **settings: Any
     ) -> None:
-        """program: of which it is a command, if it is one."""
+        """program: the program that this is a subcommand of; "": none."""
         super().__init__(name, **settings)
         self.rules = rules or Rules()
         self.params += [
@@ -54,7 +53,7 @@ class Configured(Program):
             self.epilog = "Each flag has an opposite: --no-X for --X, and --X for --no-X."
 
     def make_parser(self, ctx: click.Context) -> Any:
-        """With the flags' opposites, which --help does not list."""
+        """The parser, with the flags' opposites, which --help does not list."""
         parser = super().make_parser(ctx)
         for name, option in flags_of(self).items():
             parser.add_option(
@@ -84,7 +83,7 @@ class Configured(Program):
         try:
             return super().invoke(ctx)
         except SubspecError as error:
-            if ctx.params.get("as_json"):  # which need not be said on the command line
+            if ctx.params.get("as_json"):  # the file or the environment may set it
                 fail(error, as_json=True)
             raise
 
@@ -114,7 +113,7 @@ def read_configuration(
 
 
 def from_where(error: click.BadParameter) -> click.BadParameter:
-    """The same error, of a value that is not on the command line, with its variable."""
+    """Name the environment variable in the error of a value that comes from it."""
     option, context = error.param, error.ctx
     if option is None or context is None or option.name is None:
         return error
@@ -124,7 +123,7 @@ def from_where(error: click.BadParameter) -> click.BadParameter:
 
 
 def warn_of_unknown_variables(context: click.Context) -> None:
-    """A variable that is meant for this program and sets nothing is a misspelt one."""
+    """Print a note for each variable with the program's prefix that is none of its options."""
     program = context.find_root().command
     commands = program.commands.values() if isinstance(program, click.Group) else [program]
     options = [one for command in commands for one in command.params]
@@ -133,7 +132,8 @@ def warn_of_unknown_variables(context: click.Context) -> None:
         if variable.startswith(f"{program.name}_".replace("-", "_").upper()):
             near = get_close_matches(variable, known, n=1)
             meant = f"; did you mean {near[0]}?" if near else ""
-            say(f"note: the environment's {variable} is no option of {program.name}{meant}")
+            what = f"is not an option of {program.name}{meant}"
+            say(f"note: the environment variable {variable} {what}")
 
 
 # ---- flags ----
@@ -149,7 +149,7 @@ def opposite(flag: str) -> str:
 
 
 def with_opposite(error: click.BadOptionUsage, command: click.Command) -> click.BadOptionUsage:
-    """The same error, of --flag=false, with the option that says so."""
+    """Add the flag's opposite as a hint to the error of --flag=false."""
     flags = [f"--{name}" for name in flags_of(command)]
     if error.option_name not in (*flags, *map(opposite, flags)):
         return error
@@ -161,7 +161,7 @@ def with_opposite(error: click.BadOptionUsage, command: click.Command) -> click.
 
 
 def with_nothing_required(command: click.Command) -> click.Command:
-    """The same command, whose configuration can be printed without an ARTIFACT."""
+    """A copy of the command without required parameters, for --print-config."""
     changed = copy(command)
     changed.params = [copy(one) for one in command.params]
     for one in changed.params:
@@ -172,8 +172,8 @@ def with_nothing_required(command: click.Command) -> click.Command:
 def print_configuration(
     context: click.Context, on_line: Mapping[str, Any], overridden: Mapping[str, Overridden]
 ) -> None:
-    """All options on stdout, as a file for --config: those without a value, and those that do not
-    count, are comments. on_line: what the command line says."""
+    """Print all options as a file for --config; those without a value and those that are overridden
+    are comments. on_line: parameters given on the command line."""
     rows = []
     for key, option in configured(context.command).items():
         assert option.name is not None
@@ -202,7 +202,7 @@ def written_value(
     source: ParameterSource,
     on_line: Mapping[str, Any],
 ) -> Any:
-    """As a person wrote it, or the default: 24GB, not 24000000000."""
+    """Text of an option's value as the user wrote it, or its default: 24GB, not 24000000000."""
     name = option.name or ""
     if source == ParameterSource.COMMANDLINE:
         value = on_line[name]

@@ -19,8 +19,8 @@ NULLS = ("null", "Null", "NULL", "~")  # without quotes: the file does not set t
 def values_of(
     context: click.Context, file: Path, known: Mapping[str, click.Option]
 ) -> dict[str, str | list[str]]:
-    """By parameter: text as it is written, a list of texts for an option that may be repeated.
-    known: by key. Raises SubspecError(USAGE)."""
+    """Parameter name -> text as written, or a list of texts for an option that may be repeated.
+    known: options by key. Raises SubspecError(USAGE)."""
     found = dict[str, str | list[str]]()
     seen = set[str]()
     for key_node, node in yaml_root(file).value:
@@ -49,7 +49,7 @@ def is_null(node: yaml.Node) -> bool:
 
 @dataclass(frozen=True)
 class Got:
-    """What is there instead of a value."""
+    """Description of a YAML node that is not a value, for errors."""
 
     what: str
 
@@ -69,7 +69,7 @@ def texts_of(node: yaml.Node, multiple: bool) -> str | list[str] | Got:
 
 
 def yaml_root(file: Path) -> yaml.MappingNode:
-    """The file's one mapping, as nodes: nothing of it becomes an object. Raises
+    """Parse the file's one mapping into YAML nodes; no objects are constructed. Raises
     SubspecError(USAGE)."""
     try:
         with open(file, "rb") as opened:

@@ -35,8 +35,8 @@ def own_groups(controller: str) -> list[Path]:
 
 
 def _upwards(place: Path, root: str, path: str) -> list[Path]:
-    """The group `path` and those above it, of which `root` is mounted at `place`. A container may
-    be shown a path from outside of what it has mounted: `place` is all that it can see then."""
+    """The group `path` and those above it, of which `root` is mounted at `place`. In a container,
+    `path` may be outside of what is mounted; then only `place` is visible."""
     inside = Path(path).is_relative_to(root) and ".." not in path.split("/")
     own = place / Path(path).relative_to(root) if inside else place
     return [own, *(above for above in own.parents if above.is_relative_to(place))]

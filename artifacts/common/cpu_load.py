@@ -1,5 +1,5 @@
-"""The processors: how many this process may use, and how much of them other programs do, beside
-whom what is timed is too slow."""
+"""CPUs that this process may use, and the share that other programs use, which makes timings too
+slow."""
 
 import math
 import os
@@ -16,19 +16,19 @@ STAT = Path("/proc/stat")
 
 @dataclass(frozen=True)
 class CpuTimes:
-    """A moment; two of them say what happened in between. All in seconds."""
+    """CPU time counters at one moment, in seconds; two of them give the usage in between."""
 
     wall: float
-    busy: float  # of the CPUs that this process may use, whoever used them
+    busy: float  # of the CPUs that this process may use, by all processes
     own: float  # used by this process, and by its children that have ended
-    num_cpus: int  # that `busy` is of; 0: the system does not tell
+    num_cpus: int  # counted in `busy`; 0: unknown
 
 
 def usable_cpus() -> int:
     """CPUs that this process may keep busy: those that it may run on, or the share of their time
     that its control groups grant. Threads beyond a quota spend it early, and all of them then wait
     for the next period."""
-    if sys.platform != "linux":  # elsewhere a process has no set of its own
+    if sys.platform != "linux":  # no CPU affinity elsewhere
         return os.cpu_count() or 1
     quotas = (cpu_quota(folder) for folder in own_groups("cpu"))
     granted = [max(1, math.ceil(quota)) for quota in quotas if quota is not None]
@@ -59,8 +59,8 @@ def cpu_times() -> CpuTimes:
 
 
 def background_cpu_share(start: CpuTimes, end: CpuTimes) -> float:
-    """Share of the CPUs' time, 0 to 1, that was not this process's own and not idle: of other
-    programs, and on a virtual machine of its host's other guests. 0 if it is not known."""
+    """Share of CPU time, 0 to 1, used by other programs and, on a virtual machine, by the host's
+    other guests; 0 if unknown."""
     available = (end.wall - start.wall) * end.num_cpus
     if available <= 0 or start.num_cpus != end.num_cpus:
         return 0.0

@@ -52,8 +52,8 @@ class SubspecError(Exception):
 
 
 def not_read(name: str, error: OSError) -> Exception:
-    """What to raise where reading the file `name` failed, which says nothing of its content. A
-    shortage of the system stays what it is: whoever is asked again may succeed."""
+    """Return the exception for a failed read of the file `name`, which does not prove that its
+    content is damaged. An exhausted system resource stays one: a retry may succeed."""
     if error.errno in SHORTAGES:
         return error
     return SubspecError(Exit.RESOURCES, f"{name}: reading failed: {error.strerror}", ASK_THE_KERNEL)
@@ -61,8 +61,8 @@ def not_read(name: str, error: OSError) -> Exception:
 
 @contextmanager
 def errors_of(what: str) -> Iterator[None]:
-    """Prefixes the messages of SubspecErrors that the block raises with `what` they are about: each
-    of several checkpoints has a config.json."""
+    """Prefix the messages of SubspecErrors raised in the block with `what`, since each of several
+    checkpoints has a config.json."""
     try:
         yield
     except SubspecError as error:

@@ -37,13 +37,13 @@ class Overridden:
 
 
 def settle(context: click.Context, rules: Rules) -> dict[str, Overridden]:
-    """Reset to its default, in `context.params`, what excludes something that a higher source says,
-    and what needs something that a higher source has unset. What one source says is left as it is,
-    also if it contradicts itself."""
+    """Reset parameters in `context.params` to their defaults: those that exclude one from a higher
+    source, and those that need one that a higher source has unset. Contradictions within one source
+    are left as they are."""
     parameters = {one.name: one for one in context.command.params if one.name}
     named = {name for pair in (*rules.needs, *rules.excludes) for name in pair} & set(parameters)
     defaults = {name: default_of(context, parameters[name]) for name in named}
-    decided = {name: source_of(context, name) for name in named}  # who decided its present value
+    decided = {name: source_of(context, name) for name in named}  # the source of its present value
     sources = list(ORIGINS)
     overridden = dict[str, Overridden]()
 
@@ -67,7 +67,7 @@ def settle(context: click.Context, rules: Rules) -> dict[str, Overridden]:
 
 
 def contradictions(rules: Rules, given: set[str], values: Mapping[str, Any]) -> Iterator[Pair]:
-    """Who must go, and because of whom."""
+    """Pairs of (parameter to reset, parameter that contradicts it)."""
     for first, second in rules.excludes:
         if {first, second} <= given and rules.hold((first, second), values):
             yield first, second
@@ -78,7 +78,7 @@ def contradictions(rules: Rules, given: set[str], values: Mapping[str, Any]) -> 
 
 
 def default_of(context: click.Context, parameter: click.Parameter) -> Any:
-    """As the command gets it, whatever a file says."""
+    """The parameter's default as the command would get it, without the configuration file."""
     return parameter.process_value(context, parameter.to_info_dict().get("default"))
 
 

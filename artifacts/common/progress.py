@@ -1,4 +1,4 @@
-"""How far something has come: the name of its stage, and the share of it that is done."""
+"""Progress of a task: the name of its stage, and the share of the stage that is done."""
 
 from collections.abc import Callable
 

@@ -33,7 +33,7 @@ class Terminated(BaseException):
 
 
 def end_at_once() -> None:
-    """From now on a signal ends the process with 128 + its number."""
+    """Install handlers that end the process with 128 + the signal's number."""
 
     def end(number: int, frame: FrameType | None) -> None:
         os._exit(128 + number)
@@ -70,7 +70,7 @@ def raised_as_exceptions() -> Iterator[None]:
     told = sys.unraisablehook
 
     def tell(dropped: "sys.UnraisableHookArgs") -> None:
-        if not is_ending(dropped.exc_value):  # one of ours is raised again: nobody need read of it
+        if not is_ending(dropped.exc_value):  # one of ours is raised again: not reported
             told(dropped)
 
     sys.unraisablehook = tell
@@ -92,14 +92,14 @@ def exception_of(number: int) -> BaseException:
 
 
 def take(handler: Handler) -> dict[signal.Signals, Any]:
-    """`handler` takes the signals, but those that are ignored: by nohup, or in a shell script's
-    background job. Returns the handlers before it."""
+    """Install `handler` for the signals, except those that are ignored: by nohup, or in a shell
+    script's background job. Returns the previous handlers."""
     taken = [one for one in ENDING if signal.getsignal(one) != signal.SIG_IGN]
     return {one: signal.signal(one, handler) for one in taken}
 
 
 def is_delicate(frame: FrameType | None) -> bool:
-    """Whether the code that a signal met is part of an import, or one of WHOLE."""
+    """Return True if a signal interrupted an import or one of the functions WHOLE."""
     while frame is not None:
         code = frame.f_code
         if code.co_filename == IMPORTER or code.co_qualname in WHOLE:
@@ -109,7 +109,7 @@ def is_delicate(frame: FrameType | None) -> bool:
 
 
 def is_ending(error: BaseException | None) -> bool:
-    """Whether a signal's exception is being handled: `error`, or what it came out of."""
+    """Return True if `error`, or an exception in its context chain, comes from a signal."""
     while error is not None and not isinstance(error, KeyboardInterrupt | Terminated):
         error = error.__context__
     return error is not None

@@ -43,7 +43,7 @@ def short_size(num_bytes: int | float) -> str:
 
 
 def size_argument(num_bytes: int) -> str:
-    """The least size of four digits that is enough, as it is written behind an option:
+    """The smallest size of four digits that is at least `num_bytes`, as an option's value:
     20_971_520_001 -> "20.98GB"."""
     unit = next((one for one in ("TB", "GB", "MB", "KB") if num_bytes >= UNITS[one]), "B")
     whole = len(str(num_bytes // UNITS[unit]))

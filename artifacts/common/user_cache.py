@@ -17,14 +17,14 @@ def user_cache_dir(kind: str) -> Path | None:
 
 
 def cache_problem(kind: str) -> str | None:
-    """Why nothing of one kind can be kept, to follow a colon; None: it can."""
+    """Reason why no file of one kind can be stored, to follow a colon; None if it can."""
     found = _writable(kind)
     return found if isinstance(found, str) else None
 
 
 def readable_cache_dir(kind: str) -> Path | None:
-    """The same folder for reading alone: it need not be writable. None: there is none, or others
-    could have written what it holds."""
+    """Folder of one kind for reading, which need not be writable; None if there is none, or if
+    other users could have written its files."""
     try:
         folder = _base() / kind
         private = all(_not_private(one) is None for one in (folder.parent, folder))
@@ -46,8 +46,8 @@ def find_on_disk(name: str) -> Path | None:
 
 
 def store_file(name: str, content: bytes) -> bool:
-    """Write the file `KIND/NAME`. False: the cache takes nothing (or its disk is full), and the
-    file lasts as long as this process, if the system has memory for it."""
+    """Write the file `KIND/NAME`. Returns False if the cache is not writable or its disk is full;
+    the file is then kept in memory until the process ends, if there is enough."""
     kind, _, rest = name.partition("/")
     with suppress(OSError):
         if (folder := user_cache_dir(kind)) is not None:
@@ -92,7 +92,7 @@ def put(target: Path, write: Callable[[Path], object]) -> None:
 
 
 def _base() -> Path:
-    """Raises RuntimeError if there is no home."""
+    """Base folder of the cache. Raises RuntimeError if there is no home directory."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "subspec"
 
 
@@ -114,7 +114,7 @@ def _writable(kind: str) -> Path | str:
 
 
 def _not_private(folder: Path) -> str | None:
-    """Why others could have written what is in `folder`; None: they could not. Raises OSError."""
+    """Reason why other users could have written files in `folder`; None if not. Raises OSError."""
     status = folder.stat()
     if status.st_uid != os.getuid():
         return f"{folder} belongs to another user (id {status.st_uid}, expected {os.getuid()})"

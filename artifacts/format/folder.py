@@ -73,7 +73,7 @@ def place_of(path: Path) -> Path:
 
 
 def _contents(path: Path) -> list[Path]:
-    """What a folder holds, the manifest last: with it an artifact is complete."""
+    """Entries of a folder, the manifest last: with it an artifact is complete."""
     found = [one for one in path.iterdir() if one.name not in (*OWN_NAMES, LOST_AND_FOUND)]
     return sorted(found, key=lambda one: one.name == MANIFEST)
 
@@ -209,8 +209,8 @@ def _sync_tree(folder: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Files must reach the disk; a file system that has no such call for folders (exFAT, some in
-    user space) has its own way with names."""
+    """Flush a file or folder to disk. Ignores file systems that cannot flush folders (exFAT, some
+    in user space)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,7 +1,7 @@
 """Exact weights that a checkpoint has in 8 bits: FP8 e4m3 (arXiv 2209.05433), with scales.
 
 What such a weight is: bf16(f32(code) * f32(scale)), each rounded once to nearest even, as
-transformers multiplies it out. The scale is that of a block of rows and columns.
+transformers dequantizes it. The scale is that of a block of rows and columns.
 
 R = rows of one part of a matrix, K = its columns, G = K / 64 groups
 """
@@ -32,7 +32,7 @@ class Scales(NamedTuple):
         return self._replace(first_row=self.first_row + first_row)
 
     def by_group(self, num_rows: int, num_groups: int) -> Tensor:
-        """Of every row and group of the part, f32 [R, G]."""
+        """Scale of every row and group of the part, f32 [R, G]."""
         device = self.values.device
         row = (torch.arange(num_rows, device=device) + self.first_row) // self.rows
         column = torch.arange(num_groups, device=device) * GROUP_SIZE // self.columns

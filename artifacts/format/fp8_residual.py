@@ -220,6 +220,6 @@ def _bit_words(bits: Tensor) -> Tensor:
 
 
 def _escape_slots(first_word: Tensor, escaped: Tensor) -> Tensor:
-    """Where the escapes of each tile begin [t], escaped [t, 2048] -> positions of the escaped codes
-    in the payload, in bytes."""
+    """first word of each tile's escapes [t], escaped [t, 2048] -> positions of the escaped codes in
+    the payload, in bytes."""
     return (4 * first_word[:, None] + torch.cumsum(escaped.long(), 1) - 1)[escaped]

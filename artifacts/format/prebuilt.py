@@ -28,14 +28,14 @@ def pack_prebuilt(folder: Path, programs: Iterable[str]) -> None:
 
 
 def find_prebuilt(artifact: Artifact, program: str) -> FileEntry | None:
-    """None: the artifact has no such program."""
+    """The manifest entry of a program; None if the artifact has none."""
     return next((entry for entry in artifact.manifest.files if entry.path == program), None)
 
 
 def install_prebuilt(artifact: Artifact, programs: Iterable[str]) -> list[str]:
-    """Keep the artifact's programs in the user's cache, to be loaded from now on, or by this
-    process alone if nothing can be kept: the caller trusts them. Returns those that are missing.
-    Raises SubspecError(CORRUPT) for one that does not match its digest."""
+    """Copy the artifact's programs, which the caller trusts, to the user's cache, or keep them for
+    this process alone if it is not writable. Returns those that are missing. Raises
+    SubspecError(CORRUPT) for one that does not match its digest."""
     missing = []
     for program in programs:
         entry = find_prebuilt(artifact, program)

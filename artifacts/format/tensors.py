@@ -161,8 +161,8 @@ def open_regular(path: Path) -> io.BufferedReader:
 
 
 def read_ahead(path: Path, num_bytes: int) -> None:
-    """Read the first bytes of a file into the page cache. Ignores errors: whoever reads the file
-    later reports them."""
+    """Read the first bytes of a file into the page cache. Ignores errors: the next
+    reader reports them."""
     buffer = bytearray(AHEAD_BYTES)
     with suppress(SubspecError, OSError), open_regular(path) as file:
         # (posix_fadvise reads at most the device's read-ahead window, often 128 KB.)

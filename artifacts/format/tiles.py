@@ -1,4 +1,4 @@
-"""What the two residual formats share: tiles of a matrix, numbers of known widths packed into bits.
+"""Shared by the two residual formats: tiles of a matrix, numbers of known widths packed into bits.
 
     part     index int32 [tiles + 1] | tiles | 3 zero words
              index: first word of each tile; last, the words of all. Little-endian u32 words.
@@ -63,8 +63,8 @@ def check_part(weight: Tensor, codes: Tensor, qparams: Tensor) -> None:
 
 
 def room_for_words(num_weights: int, most_words: int) -> tuple[Tensor, Tensor]:
-    """Where an encoder writes so many weights: index int32 [tiles + 1], and a payload int32 for
-    tiles of at most so many words."""
+    """Allocate an encoder's output: index int32 [tiles + 1], and a payload int32 for tiles of at
+    most `most_words` words."""
     num_tiles = num_weights // TILE_WEIGHTS
     assert num_tiles * most_words < 1 << 31, "the index is int32"
     index = torch.empty(num_tiles + 1, dtype=torch.int32)
@@ -97,7 +97,7 @@ def split(value: Tensor, sizes: Tensor) -> Tensor:
 
 
 def bit_length(value: Tensor) -> Tensor:
-    """Of integers 0 <= value < 2^53."""
+    """Bit length of integers 0 <= value < 2^53."""
     return torch.frexp(value.double())[1].long()
 
 

@@ -27,8 +27,9 @@ from subspec.artifacts.common.user_cache import (
 )
 
 # No fast-math: windows and rounding rely on IEEE arithmetic. No contraction: results must not
-# depend on which multiplications and additions a compiler fuses. Nobody reads the flags of
-# floating-point exceptions: could somebody, loops that divide or compare would stay scalar on AVX2.
+# depend on which multiplications and additions a compiler fuses. No trapping math: nothing reads
+# the floating-point exception flags, and keeping them exact would leave loops that divide or
+# compare scalar on AVX2.
 FLAGS = (
     "-O3", "-march=native", "-std=c++17", "-ffp-contract=off", "-fno-trapping-math",
     "-fopenmp", "-shared", "-fPIC",
@@ -47,7 +48,7 @@ class NoCompiler(Exception):
 
 
 def unavailable(source: Path, declare: Declare) -> str | None:
-    """None if the library of `source` can be used, which builds it if needed; else the reason, one
+    """Build the library of `source` if needed. Returns None if it can be used, else the reason, one
     sentence."""
     found = library(source, declare)
     return found if isinstance(found, str) else None
@@ -62,8 +63,8 @@ def loaded(source: Path, declare: Declare) -> ctypes.CDLL:
 
 @contextmanager
 def build_ahead(sources: Iterable[Path]) -> Iterator[None]:
-    """Build missing libraries in threads, one each, during the block; whoever needs one waits for
-    it. What is not finished by the end of the block is stopped, and leaves nothing behind."""
+    """Build missing libraries in threads, one each, during the block; a thread that needs one waits
+    for it. What is not finished by the end of the block is stopped, and leaves nothing behind."""
     stopped = threading.Event()
     threads = [
         threading.Thread(target=_found, args=(source, stopped), name="subspec-build", daemon=True)
@@ -125,7 +126,7 @@ def library_name(source: Path) -> str:
 
 
 def program(source: Path) -> str:
-    """Where the library of `source` lies in the user's cache and in artifacts."""
+    """Path of the library of `source`, relative to the user's cache or an artifact."""
     return f"{FOLDER}/{library_name(source)}"
 
 

@@ -25,7 +25,7 @@ MAX_TILE_WORDS = 1920  # MOST_WORDS of residual.cpp
 
 
 def unavailable() -> str | None:
-    """None if the library can be used, which builds it if needed; else the reason."""
+    """Build the library if needed. Returns None if it can be used, else the reason."""
     return cpp.unavailable(SOURCE, _declare)
 
 

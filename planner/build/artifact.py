@@ -37,7 +37,7 @@ PRODUCER = f"subspec {version('subspec')}"
 
 # exFAT and some file systems in user space; a file of another user; a file with very many links.
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
-DISK_MARGIN = 1.02  # residuals are as long as they turn out
+DISK_MARGIN = 1.02  # sizes of residuals are estimates
 COPIED_BYTES = 16 << 20  # at a time
 
 Improve = Callable[[Artifact], tuple[Plan, Profile]]

@@ -75,8 +75,8 @@ def quantize(weight: Tensor, device: torch.device | str) -> Substitute:
 
 @torch.no_grad()
 def quantize_with_hqq(weight: Tensor, device: torch.device | str) -> Substitute:
-    """The same as `quantize` by the hqq package, the reference. Its early stop depends on blocks of
-    HQQ_WEIGHTS_PER_CALL weights. Raises SubspecError(USAGE) without the package."""
+    """Quantize like `quantize`, with the hqq package, the reference. Its early stop depends on
+    blocks of HQQ_WEIGHTS_PER_CALL weights. Raises SubspecError(USAGE) without the package."""
     try:
         from hqq.core.quantize import Quantizer  # 3 s and torch._dynamo: only when asked for
     except ImportError as error:

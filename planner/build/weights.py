@@ -215,7 +215,7 @@ def write_draft_head(file: "HashedFile", checkpoint: Checkpoint) -> None:
         stored = f"{DRAFT_HEAD}.{name}"
         if name == TOKEN_IDS:
             file.write(raw_bytes(token_ids(checkpoint.rows[stored].tensor, spec.vocab_size)))
-        else:  # another dtype is rounded: a draft's bits are nobody's promise
+        else:  # rounded to another dtype: a draft need not be bit-exact
             write_exactly(file, checkpoint, stored, getattr(torch, spec.dtype))
 
 
@@ -306,8 +306,8 @@ def prove_part(
 def write_substitute(
     file: "HashedFile", linear: Linear, exact: Exact, quantizer: Quantizer, device: str
 ) -> Substitute:
-    """Quantize a matrix and write its substitute. Of an FP8 matrix the codes are then chosen by
-    their windows, in which its residual has its weights."""
+    """Quantize a matrix and write its substitute. The codes of an FP8 matrix are then chosen by the
+    windows that contain its weights, for its residual."""
     weight = fp8.dequantize(exact.weight, exact.scales) if exact.scales else exact.weight
     try:
         substitute = quantizer(weight, device)

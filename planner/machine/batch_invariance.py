@@ -1,8 +1,9 @@
-"""Whether exact passes on this machine are batch-invariant: a row has the same bits wherever it
-stands among the rows, and whatever other sequences are in the pass.
+"""Test whether exact passes on this machine are batch-invariant: a row's bits depend neither on its
+position among the rows nor on other sequences in the pass.
 
-Kernels treat whole blocks, tails and each thread's share of a tensor differently, so this is tried
+Kernels treat whole blocks, tails and each thread's share of a tensor differently, so this is tested
 with the runtime's own pass, at the number of threads that a plan will have.
+
 W = rows of a sequence, H = hidden size
 """
 
@@ -40,13 +41,13 @@ Step = Callable[[Tensor, list[Rows]], Seen]
 def rows_at_any_place(
     weights: SharedWeights, products: Iterable[Product], cache: Cache, width: int
 ) -> list[Tensor] | None:
-    """What each step of each distinct layer, and of the head, computes for the first few of `width`
-    rows, which are the same for every width. None if a row's bits depend on its place: each is
-    compared in two passes, alone, and twice as two sequences of one pass, the second in another
+    """Return the results of each step of each distinct layer, and of the head, for the first few of
+    `width` rows, which are the same for every width. None if a row's bits depend on its place: each
+    is compared in two passes, alone, and twice as two sequences of one pass, the second in another
     order.
 
-    One shuffle is enough: it moves every row, and kernels differ between blocks and tails. All that
-    goes through a product or the attention is compared, because the next step may hide a
+    One shuffle is enough: it moves every row, and kernels differ between blocks and tails. All
+    inputs and results of products and attention are compared, because the next step may hide a
     difference. products: of all layers and the head. Overwrites all of the cache but its tokens.
     """
     for kept in (*cache.keys, *cache.values):
@@ -68,7 +69,7 @@ def rows_at_any_place(
 
 
 def distinct_steps(weights: SharedWeights, products: Iterable[Product]) -> Iterable[Step]:
-    """Each layer that is unlike those before it, and the head."""
+    """Steps for each distinct layer, and for the head."""
     layers = weights.spec.layers
     for index, product in enumerate(products):
         if index == len(layers):
@@ -145,8 +146,8 @@ def calls_for(batch: list[Rows]) -> GemmRanges:
 
 
 def watch(product: Product, attend: Attend, seen: Seen) -> tuple[Product, Attend]:
-    """Both as they are, but what goes into them and what they return is added to `seen`, and what
-    the product makes of rows that show in which order it adds."""
+    """Wrap both functions so that their inputs and results are added to `seen`, together with
+    products of rows that reveal the order of summation."""
     latest = ""  # product; an attention is named by the one before it
 
     def see(what: str, rows: Tensor) -> None:

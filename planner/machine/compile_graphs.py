@@ -33,7 +33,8 @@ CONFIGURATION = {"cpp.threads": 1}
 
 
 def compile_graphs(spec: ModelSpec) -> str | None:
-    """Compile what is missing of the model's pieces; returns why that is not possible."""
+    """Compile the missing pieces of the model's draft. Returns the reason if that is not
+    possible."""
     folder = user_cache_dir(FOLDER)
     if folder is None:
         return f"nothing can be kept: {cache_problem(FOLDER)}"

@@ -36,7 +36,7 @@ def excerpt(spec: ModelSpec) -> ModelSpec:
 
 
 def num_layers_of_every_kind(spec: ModelSpec) -> int:
-    """Of the fewest first layers among which is one of every kind."""
+    """Smallest number of first layers that include every kind of layer."""
     return 1 + max(spec.layers.index(layer) for layer in dict.fromkeys(spec.layers))
 
 
@@ -47,7 +47,7 @@ class RandomWeights:
         self._dtype = dtype
 
     def read_tensor(self, name: str, target: Tensor) -> None:
-        if name.endswith(".bias"):  # would hide what sums of products differ by
+        if name.endswith(".bias"):  # would hide differences of sums
             target.zero_()
         else:
             fill_with_noise(target, target.shape[-1] ** -0.5)
@@ -68,7 +68,7 @@ class RandomWeights:
         self.read_exact(stored, target[: stored.num_bytes].view(self._dtype))
 
     def finish(self) -> None:
-        """Nothing to wait for."""
+        """Do nothing: there is nothing to wait for."""
 
 
 def random_rows(spec: ModelSpec, device: torch.device) -> Callable[[Tensor], Tensor]:
@@ -92,17 +92,17 @@ def fill_with_noise(target: Tensor, scale: float) -> None:
 
 
 def cancel_columns(matrix: Tensor) -> None:
-    """Half of the columns of [N, K] become the others' opposites, in no order."""
+    """Replace half of the columns of [N, K], at random, by the negatives of the other half."""
     ours, theirs = (some.to(matrix.device) for some in paired(matrix.shape[1]))
     for rows in matrix.split(max(1, CANCELLED_AT_ONCE // matrix.shape[1])):
         rows[:, theirs] = -rows[:, ours]
 
 
 def cancelling(x: Tensor) -> Tensor:
-    """The rows x [T, K], half of each replaced by the other half: products with a matrix whose
-    columns cancel are sums of terms that add up to 0. What is computed for them is nothing but
-    rounding, so it tells in which order they were added, which the rounding of another sum to 16
-    bits hides in all but one of ten thousand cases."""
+    """The rows x [T, K] with half of each replaced by the other half, so that their products with a
+    matrix of cancelling columns are sums of terms that add up to 0. The results are rounding
+    errors, which reveal the order of summation; rounding any other sum to 16 bits hides it in all
+    but one of ten thousand cases."""
     ours, theirs = (some.to(x.device) for some in paired(x.shape[1]))
     x = x.clone()
     x[:, theirs] = x[:, ours]
@@ -111,7 +111,8 @@ def cancelling(x: Tensor) -> Tensor:
 
 @lru_cache(maxsize=64)
 def paired(num_columns: int) -> tuple[Tensor, Tensor]:
-    """On the host, as they outlive a measurement: a GPU's memory is the engines' afterwards."""
+    """Random pairs of columns, on the host because they are cached and a GPU's memory is the
+    engines' afterwards."""
     order = torch.randperm(num_columns, generator=torch.Generator().manual_seed(num_columns))
     half = num_columns // 2
     return order[:half], order[half : 2 * half]

@@ -114,7 +114,7 @@ def measure(
 
 
 def most_pinned(spec: ModelSpec, draft_model: ModelSpec | None) -> int:
-    """Bytes of host memory that a plan takes at most: all weights stream, embeddings lie there."""
+    """Upper bound of a plan's host memory in bytes: all weights stream, and the embeddings."""
     embeddings = sum(one.embedding_bytes for one in (spec, draft_model) if one is not None)
     return raw_storage(spec).num_bytes + embeddings
 
@@ -122,7 +122,7 @@ def most_pinned(spec: ModelSpec, draft_model: ModelSpec | None) -> int:
 def kernel_costs(
     bench: Bench, kernel: Int4Kernel, draft: DraftTimings, of_model: DraftTimings
 ) -> KernelCosts:
-    """Of a kernel that is not the fastest: its draft was timed once."""
+    """Costs of a kernel that is not the fastest; its draft was timed once."""
     spec, device, effort = bench.full_spec, bench.device, bench.effort
     return KernelCosts(
         kernel,
@@ -136,7 +136,7 @@ def kernel_costs(
 
 
 def timings_of_draft_model(bench: Bench, kernel: Int4Kernel) -> DraftTimings:
-    """Medians of several passes."""
+    """Timings of the excerpt as a draft model: medians of several passes."""
     passes = [bench.draft_model_timings(kernel) for _ in range(bench.effort.passes)]
     layer, attention, head = (
         tuple(middle_timing(some) for some in zip(*several, strict=True))

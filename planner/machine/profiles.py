@@ -1,4 +1,4 @@
-"""Profiles from a file, from several measurements, with a limited link, and whose they are."""
+"""Profiles: reading, medians of several, limiting the link, and checking the model they are for."""
 
 import hashlib
 from collections.abc import Sequence
@@ -38,8 +38,8 @@ def read_profile(path: Path) -> Profile:
 
 
 def shapes_of(spec: ModelSpec | None) -> str:
-    """What the timings of a profile depend on, in words and a digest; "" without a model. Models of
-    one architecture and size have the same."""
+    """Description of the model shapes that timings depend on, with a digest; "" without a model.
+    Models of one architecture and size have the same."""
     if spec is None:
         return ""
     heads = [
@@ -61,8 +61,7 @@ def measured_for(profile: Profile, spec: ModelSpec, draft_model: ModelSpec | Non
 
 
 def check_shapes(profile: Profile, spec: ModelSpec, draft_model: ModelSpec | None) -> None:
-    """Raises SubspecError(USAGE) for a profile that another model was measured for, as far as it
-    says which."""
+    """Raise SubspecError(USAGE) if the profile names another model that it was measured for."""
     pairs = [("model", profile.shapes, shapes_of(spec))]
     if profile.has_draft_model:  # if it has none, that is said where one is wanted
         pairs.append(("draft model", profile.draft_model_shapes, shapes_of(draft_model)))
@@ -98,7 +97,7 @@ def middle_of(some: Sequence[Timing] | Sequence[LinkRate]) -> Timing | LinkRate:
 
 
 def middle_timing(some: Sequence[Timing]) -> Timing:
-    """Of timings at one width."""
+    """Median of timings at one width."""
     seconds, slowest = median(t.seconds for t in some), max(t.slowest for t in some)
     return Timing(some[0].width, seconds, slowest)
 

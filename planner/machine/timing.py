@@ -32,7 +32,7 @@ PIECE_BYTES = 16 << 20  # of a test file, written at a time
 
 @dataclass(frozen=True)
 class Effort:
-    """How long a machine is measured; 15 to 20 s on two cores with the defaults."""
+    """Duration of the measurements of a machine; 15 to 20 s on two cores with the defaults."""
 
     passes: int = 3  # over everything, as the speed of a shared machine varies
     fewest_samples: int = 3  # of an action

@@ -64,16 +64,15 @@ class Checkpoint:
     folder: Path
     spec: ModelSpec
     rows: dict[str, Rows]
-    notes: tuple[str, ...] = ()  # what a person should be told
+    notes: tuple[str, ...] = ()  # for the user
     # Of every matrix that is stored in FP8, by its name; those in `spec.fp8` stay so. Those of a
     # draft head have the names of its rows.
     scales: dict[str, StoredScales] = field(default_factory=dict)
 
 
 def read_checkpoint(folder: Path, source: Source) -> Checkpoint:
-    """The whole checkpoint but its weights; the dtype is the tensors', whatever config.json says.
-
-    Raises SubspecError: UNSUPPORTED for what we do not run, CORRUPT for what makes no sense."""
+    """Read the whole checkpoint but its weights. The dtype is the tensors', whatever config.json
+    says. Raises SubspecError: UNSUPPORTED for what we do not run, CORRUPT for invalid content."""
     spec = read_config(folder, source)
     stored = stored_tensors(folder)
     names = _Names(spec, stored)
@@ -122,7 +121,7 @@ def _scales(
     stored: StoredTensors,
     quantization: Quantization | None,
 ) -> dict[str, StoredScales]:
-    """Of the matrices that are stored in FP8, by name."""
+    """Scales of the matrices that are stored in FP8, by name."""
     found = {}
     for linear in spec.linears:
         own = rows.get(f"{linear.name}.weight")
@@ -132,7 +131,7 @@ def _scales(
 
 
 class _OwnHead(NamedTuple):
-    """What a checkpoint has of a draft head, by the names of a Checkpoint."""
+    """Rows and scales of a checkpoint's own draft head, by the names of a Checkpoint."""
 
     rows: dict[str, Rows]  # none: there is no head, or it is set aside
     scales: dict[str, StoredScales]
@@ -169,7 +168,8 @@ def _without_head(reason: str) -> _OwnHead:
 
 
 def read_spec(folder: Path, source: Source) -> ModelSpec:
-    """For a dry run: from config.json alone where the weights have not been downloaded."""
+    """Read the ModelSpec for a dry run: from config.json alone if the weights are not
+    downloaded."""
     indexed = (folder / INDEX).exists() or (folder / WEIGHTS).exists()
     if indexed and all((folder / name).exists() for name in shard_names(folder)):
         return read_checkpoint(folder, source).spec
@@ -185,7 +185,7 @@ def _not_beside_fp8(where: str, dtype: DType) -> SubspecError:
 
 
 def _same_weights(one: Rows, other: Rows) -> bool:
-    import torch  # who only reads headers does without
+    import torch  # not needed for headers
 
     if one == other:
         return True
@@ -210,7 +210,7 @@ def _shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
 
 
 class _Names:
-    """Canonical names -> rows of what a checkpoint stores."""
+    """Finds the stored rows of canonical names in a checkpoint."""
 
     def __init__(self, spec: ModelSpec, stored: StoredTensors) -> None:
         self._stored = stored
@@ -225,8 +225,8 @@ class _Names:
                     self._fused[full] = (f"{place}.{kind}", first, total)
 
     def find(self, name: str) -> StoredTensor | None:
-        """The stored tensor of a canonical name. Raises SubspecError(CORRUPT) if there are two:
-        nobody says which of them the model was trained with."""
+        """The stored tensor of a canonical name. Raises SubspecError(CORRUPT) if there are two,
+        since it is unknown which one the model was trained with."""
         tensors, misplaced = self._stored.tensors, self._stored.misplaced
         names = stored_names(name)
         found = [tensors[one] for one in names if one in tensors and one not in misplaced]
@@ -238,8 +238,8 @@ class _Names:
         return found[0] if found else None
 
     def rows(self, name: str, shape: tuple[int, ...]) -> Rows:
-        """Raises SubspecError: CORRUPT for what is not stored, or not in this shape, UNSUPPORTED
-        for packed weights."""
+        """Rows of a canonical tensor of this shape. Raises SubspecError: CORRUPT if it is not
+        stored, or not in this shape, UNSUPPORTED for packed weights."""
         tensor, first, stored_shape = self.find(name), 0, shape
         if tensor is None and name in self._fused:
             fused, first, total = self._fused[name]

@@ -117,10 +117,11 @@ LAYER_VALUES = {"head_dim", "num_key_value_heads"}  # that per_layer_config may 
 
 
 def read_config(folder: Path, source: Source) -> ModelSpec:
-    """The decoder that config.json describes; its dtype is only the config's word (where it says
-    nothing float32, which is transformers' own default, or bfloat16 beside weights in FP8).
+    """The decoder that config.json describes. Its dtype is only that of the config (if missing,
+    float32, which is transformers' own default, or bfloat16 beside weights in FP8).
 
-    Raises SubspecError: UNSUPPORTED for what we do not run, CORRUPT for what makes no sense."""
+    Raises SubspecError: UNSUPPORTED for what we do not run, CORRUPT for invalid content.
+    """
     return described(read_fields(folder / CONFIG), folder, source)
 
 
@@ -163,12 +164,12 @@ def described(written: Fields, folder: Path, source: Source) -> ModelSpec:
 
 
 def quantization_of(folder: Path) -> Quantization | None:
-    """What config.json says about FP8 weights; None: there are none."""
+    """FP8 quantization settings of config.json; None without FP8 weights."""
     return read_quantization(_decoder(read_fields(folder / CONFIG))[1])
 
 
 def config_notes(folder: Path) -> tuple[str, ...]:
-    """What a person should be told about what config.json asks for and is not done."""
+    """Notes for the user on settings of config.json that are ignored."""
     _, decoder = _decoder(read_fields(folder / CONFIG))
     return (*rope_notes(decoder), *mtp_notes(decoder))
 
@@ -197,7 +198,7 @@ def load_config(written: Fields) -> Any:
 
 
 def _copy(value: Any) -> Any:
-    """For transformers to write in. Inside an object, too, null counts as left out."""
+    """Copy of a value, for transformers to modify. null counts as missing inside an object, too."""
     if isinstance(value, dict):
         return {name: _copy(item) for name, item in value.items() if item is not None}
     return value
@@ -238,7 +239,7 @@ def _known_classes() -> str:
 
 
 def _text_part(written: Fields, whole: Whole) -> tuple[str, Fields]:
-    """Its model_type and its fields."""
+    """The model_type and the fields of a multimodal model's text part."""
     values = written.values.get(TEXT)
     if not isinstance(values, dict):
         raise written.wrong(TEXT, values, "an object")
@@ -253,7 +254,7 @@ def _text_part(written: Fields, whole: Whole) -> tuple[str, Fields]:
 
 
 def _check_per_layer(written: Fields) -> None:
-    """Raises SubspecError unless it gives layers nothing but other heads."""
+    """Raise SubspecError if per_layer_config changes anything but the heads of layers."""
     values = written.values[PER_LAYER]
     expected = "an object from the indices of layers to objects"
     if not isinstance(values, dict) or len(values) > MAX_LAYERS:
@@ -280,7 +281,7 @@ def _dtype(written: Fields, usual: DType) -> DType:
 
 
 def _end_tokens(folder: Path, config: Fields) -> tuple[int, ...]:
-    """generation_config.json decides where it has end tokens, else the config."""
+    """End token ids of generation_config.json if it has any, else of the config."""
     fields = config
     if (folder / GENERATION_CONFIG).exists():
         generation = read_fields(folder / GENERATION_CONFIG)

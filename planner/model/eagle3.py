@@ -27,12 +27,12 @@ MAX_DIFFERENCE = 2.0**-6  # between a model's embedding and a head's copy, of th
 
 
 def is_eagle3(tensors: dict[str, StoredTensor]) -> bool:
-    """By their names as they are stored."""
+    """Return True if the stored names are those of an EAGLE-3 head."""
     return f"{HIDDEN_NORM}.weight" in tensors or any(n.split(".")[0] in MARKS for n in tensors)
 
 
 def decoder_fields(written: Fields) -> Fields:
-    """Those of a model of its layer, by the names that config.json has for models."""
+    """The fields of the head's layer as those of a one-layer model."""
     inner = written.values[INNER] if written.has(INNER) else written.values
     if not isinstance(inner, dict):
         raise written.wrong(INNER, inner, "an object")
@@ -42,8 +42,8 @@ def decoder_fields(written: Fields) -> Fields:
 
 
 def eagle3_of(written: Fields, model: ModelSpec) -> Eagle3:
-    """Raises SubspecError: UNSUPPORTED for what we do not compute, CORRUPT for what makes no
-    sense."""
+    """Eagle3 of a head's config. Raises SubspecError: UNSUPPORTED for what we do not compute,
+    CORRUPT for invalid content."""
     eagle_config = written.values.get("eagle_config") or {}
     if not isinstance(eagle_config, dict):
         raise written.wrong("eagle_config", eagle_config, "an object")
@@ -62,7 +62,7 @@ def eagle3_of(written: Fields, model: ModelSpec) -> Eagle3:
 
 
 def layers_read(written: Fields, nested: Fields, num_layers: int) -> tuple[int, ...]:
-    """The layers before which it reads; the number of all layers: behind the last."""
+    """Layers before which the head reads; num_layers: after the last one."""
     if written.has(READS):
         fields, first = written, 0
     elif nested.has(READS):
@@ -87,7 +87,7 @@ def layers_read(written: Fields, nested: Fields, num_layers: int) -> tuple[int, 
 
 
 def renamed(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """By the names that an artifact has for them."""
+    """The tensors by their names in an artifact."""
     found = {}
     for name, tensor in tensors.items():
         first, dot, rest = name.partition(".")
@@ -99,7 +99,7 @@ def renamed(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
 def token_ids(tensor: StoredTensor, vocab_size: int) -> "Tensor":
     """The model's tokens that the head has logits of, int64 [tokens]. Raises SubspecError(CORRUPT)
     unless they are different tokens of the vocabulary."""
-    import torch  # who only reads headers does without
+    import torch  # not needed for headers
 
     offsets = read_small(tensor).to(torch.int64)
     found = offsets + torch.arange(len(offsets))

@@ -1,4 +1,4 @@
-"""What the decoder of each model_type computes, where it differs from Llama's; after transformers'
+"""Decoders by model_type, where they differ from Llama's, after transformers'
 models/*/modeling_*.py. A family is one function here and one case in tests/families.py."""
 
 from collections.abc import Callable
@@ -184,7 +184,7 @@ def _gemma(config: Fields) -> Style:
 
 
 def _gemma3(config: Fields) -> Style:
-    """Its attn_logit_softcapping has no effect in transformers either."""
+    """Gemma 3. attn_logit_softcapping has no effect in transformers either."""
     if config.flag("use_bidirectional_attention", False):
         raise config.unsupported("use_bidirectional_attention", "false")
     scale = config.integer("query_pre_attn_scalar", 1, MAX_WIDTH) ** -0.5
@@ -192,7 +192,7 @@ def _gemma3(config: Fields) -> Style:
 
 
 def _gemma4(config: Fields) -> Style:
-    """The dense models without embeddings per layer."""
+    """Gemma 4: the dense models without embeddings per layer."""
     for name, of in (
         ("hidden_size_per_layer_input", "the embeddings per layer of Gemma 4 E2B and E4B"),
         ("num_kv_shared_layers", "the keys that layers of Gemma 4 E2B and E4B share"),
@@ -217,7 +217,8 @@ def _gemma4(config: Fields) -> Style:
 
 
 def _qwen3_5(config: Fields) -> Style:
-    """Its multimodal rotary embedding has one position for all three axes in a text."""
+    """Qwen3.5. For text all three axes of its multimodal rotary embedding have the same
+    position."""
     for name, computed in (
         ("attn_output_gate", (True,)),
         ("output_gate_type", ("swish", "silu")),  # two names of one function
@@ -252,7 +253,7 @@ def _mtp_layers(config: Fields) -> int:
 
 
 def mtp_notes(config: Fields) -> tuple[str, ...]:
-    """What a person should be told about a head for multi-token prediction that is not run."""
+    """Notes for the user on a head for multi-token prediction that is not run."""
     if not (_mtp_layers(config) and config.flag(MTP_EMBEDDINGS, False)):
         return ()
     return (

@@ -50,7 +50,7 @@ MODELOPT = "hf_quant_config.json"  # where NVIDIA's ModelOpt writes how it quant
 
 @dataclass(frozen=True)
 class Quantization:
-    """What config.json says about FP8 weights."""
+    """FP8 settings of config.json."""
 
     block: tuple[int, int] | None  # rows and columns of a block, if scales belong to blocks
     per_channel: bool  # of matrices without blocks: a scale for each row, else one for all
@@ -69,8 +69,8 @@ class StoredScales:
 
 
 def read_quantization(written: Fields) -> Quantization | None:
-    """None: the config is not one of a quantised checkpoint. Raises SubspecError(UNSUPPORTED) for
-    other kinds than FP8."""
+    """FP8 settings of a config; None if the checkpoint is not quantised. Raises
+    SubspecError(UNSUPPORTED) for quantisations other than FP8."""
     if not written.has(QUANTIZATION):
         return None
     values = written.values[QUANTIZATION]
@@ -163,7 +163,8 @@ def _block(fields: Fields, name: str) -> tuple[int, int]:
 
 
 def expected_fp8(spec: ModelSpec, quantization: Quantization | None) -> dict[str, ScaleBlock]:
-    """The FP8 matrices by config.json alone: what it names, but the head and what is kept."""
+    """The FP8 matrices by config.json alone: those that it names, except the head and excluded
+    ones."""
     if quantization is None:
         return {}
     is_kept, is_target = _chosen(quantization.kept), _chosen(quantization.targets)
@@ -175,8 +176,8 @@ def expected_fp8(spec: ModelSpec, quantization: Quantization | None) -> dict[str
 
 
 def _chosen(names: Sequence[str]) -> Callable[[str], bool]:
-    """Whether a list in a config chooses a linear, by any of the names that checkpoints have for
-    it: the list may also have what a name begins or ends with, patterns, and LINEAR."""
+    """Predicate: a list in a config matches a linear by any of its names in checkpoints. An entry
+    may also be the beginning or end of a name, a pattern, or LINEAR."""
     whole = {one for one in names if not one.startswith(PATTERN)}
     written = [one.removeprefix(PATTERN) for one in names if one.startswith(PATTERN)]
     patterns = [one for one in map(_pattern, written[:MAX_PATTERNS]) if one is not None]
@@ -193,15 +194,15 @@ def _chosen(names: Sequence[str]) -> Callable[[str], bool]:
 
 
 def _ends(name: str) -> set[str]:
-    """What a name begins or ends with, in whole parts."""
+    """Prefixes and suffixes of a name, in whole parts."""
     parts = name.split(".")
     begins = {".".join(parts[: count + 1]) for count in range(len(parts))}
     return begins | {".".join(parts[first:]) for first in range(len(parts))}
 
 
 def _pattern(text: str) -> re.Pattern[str] | None:
-    """None for one that makes no sense, or might be matched for very long: as if it were not there,
-    since only a dry run asks."""
+    """Compiled pattern; None if it is invalid or might take very long to match. It is then ignored,
+    since only a dry run needs it."""
     repeats = len(re.findall(r"[*+{]", text))
     choices = len(re.findall(r"\||(?<!\()\?", text))
     if len(text) > MAX_PATTERN or repeats > MAX_REPEATS or choices > MAX_CHOICES:

@@ -1,4 +1,4 @@
-"""generation_config.json: what transformers' generate() would do to the logits, and we do not."""
+"""generation_config.json: changes to the logits by transformers' generate() that we do not make."""
 
 from pathlib import Path
 from typing import Any

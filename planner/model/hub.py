@@ -25,7 +25,7 @@ DEMO = Path(__file__).parents[1] / "demo-model"
 README = "README.md"
 DRY_RUN_FILES = (CONFIG, INDEX)
 SMALL_FILES = (*DRY_RUN_FILES, TOKENIZER, TOKENIZER_CONFIG)
-# What a model runs without, and a cache that others filled often lacks; a person is told.
+# Optional files, often missing from a cache that other programs filled; a note names them.
 EXTRA_FILES = (
     GENERATION_CONFIG,
     CHAT_TEMPLATE,
@@ -79,7 +79,7 @@ SHAPES_OF_REFERENCE = "give demo, a folder, org/name, hf://org/name@revision or 
 class Resolved:
     path: Path
     source: Source
-    notes: tuple[str, ...] = ()  # what a person should be told about how REF was read
+    notes: tuple[str, ...] = ()  # for the user, on how REF was read
 
 
 def resolve(
@@ -209,9 +209,9 @@ def _missing(folder: Path) -> list[str]:
 
 
 def _away(repository: str, revision: str | None) -> str:
-    """Why the hub is not asked; "" if it is. Without a network each request would be repeated for
-    half a minute."""
-    from huggingface_hub import HfApi, is_offline_mode  # 0.3 s: who uses the hub pays
+    """Reason for not asking the hub; "" if it can be asked. Without a network each request would be
+    repeated for half a minute."""
+    from huggingface_hub import HfApi, is_offline_mode  # 0.3 s: only when the hub is used
     from huggingface_hub.errors import HfHubHTTPError
 
     if is_offline_mode():

@@ -13,7 +13,7 @@ PER_LAYER = "per_layer_config"  # in transformers' config object by the layer's 
 
 
 def read_layers(config: Fields, style: Style, max_positions: int) -> tuple[LayerSpec, ...]:
-    """config: transformers' object."""
+    """Layers of a ModelSpec. config: transformers' object."""
     types = _layer_types(config, style)
     attentions = {
         kind: _attention(config, style, kind, _own_values(config, types, kind), max_positions)
@@ -42,7 +42,7 @@ def read_layers(config: Fields, style: Style, max_positions: int) -> tuple[Layer
 def _attention(
     config: Fields, style: Style, kind: str, own: Fields, max_positions: int
 ) -> Attention:
-    """Of the layers of one type. own: the config with what these layers have for themselves."""
+    """Attention of the layers of one type. own: the config with these layers' own values."""
     heads = config.integer("num_attention_heads", 1, MAX_WIDTH)
     kv_heads = own.integer("num_key_value_heads", 1, MAX_WIDTH)
     if heads % kv_heads:
@@ -69,8 +69,8 @@ def _attention(
 
 
 def _own_values(config: Fields, types: list[str], kind: str) -> Fields:
-    """The config, and over it what per_layer_config says of the layers of one type: of all of them
-    the same, as their rotary embedding is."""
+    """The config, with the values of per_layer_config for the layers of one type, which must be the
+    same for all of them, as their rotary embedding is."""
     own = config.values.get(PER_LAYER, {})
     found = [own.get(index, {}) for index, one in enumerate(types) if one == kind]
     if any(one != found[0] for one in found):
@@ -97,8 +97,8 @@ def _layer_types(config: Fields, style: Style) -> list[str]:
 
 
 def _window(config: Fields, layer_type: str, max_positions: int) -> int | None:
-    """A query at p sees the positions above p - window. A window that no position can leave is
-    none."""
+    """Sliding window of a layer type: a query at p sees the positions above p - window. None if it
+    covers all positions."""
     if layer_type == FULL:
         return None
     if not config.has("sliding_window"):

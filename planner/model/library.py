@@ -11,9 +11,9 @@ MAX_REASON = 160  # characters
 
 @contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Inside the block transformers says nothing on stderr, and whatever it raises becomes
-    SubspecError(CORRUPT) with one sentence that begins with `what`, the file."""
-    from transformers import logging as voice  # 1 s, and torch's: only who plans pays it
+    """Silence transformers on stderr in the block, and turn whatever it raises into
+    SubspecError(CORRUPT), one sentence that begins with `what`, the file."""
+    from transformers import logging as voice  # 1 s, and torch's: only for planning
 
     before = voice.get_verbosity()
     voice.set_verbosity(logging.CRITICAL)

@@ -1,4 +1,4 @@
-"""What checkpoints call the tensors of a decoder."""
+"""Names of a decoder's tensors in checkpoints."""
 
 from subspec.artifacts.model import HEAD
 
@@ -10,8 +10,8 @@ HEAD_WEIGHT = HEADS[0]
 
 
 def stored_names(name: str) -> tuple[str, ...]:
-    """What a checkpoint may call a canonical tensor. Each is looked up on its own, as transformers
-    does: merged checkpoints mix prefixes."""
+    """Names that a checkpoint may have for a canonical tensor. Each tensor is looked up on its own,
+    as in transformers: merged checkpoints mix prefixes."""
     if name == HEAD_WEIGHT:
         return HEADS
     return tuple(prefix + name.removeprefix(PREFIXES[0]) for prefix in PREFIXES)

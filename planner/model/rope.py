@@ -30,8 +30,8 @@ MAX_SHOWN = 4
 
 
 def check_rope(config: Fields) -> None:
-    """Raises SubspecError for a number in config.json that no rotary embedding has: transformers
-    divides by some and compares others before it looks at them."""
+    """Raise SubspecError for numbers of config.json that are invalid in a rotary embedding:
+    transformers divides by some and compares others before it checks them."""
     for fields in (config, *_objects(config)):
         for name, (low, high) in BOUNDS.items():
             if fields.has(name):
@@ -44,8 +44,8 @@ def check_rope(config: Fields) -> None:
 
 
 def rope_notes(config: Fields) -> tuple[str, ...]:
-    """What config.json says of a rotary embedding and transformers' models do not compute with,
-    which it calls unrecognized in a warning; such as attn_factor, which vLLM multiplies in."""
+    """Notes for the user on rotary-embedding fields of config.json that transformers ignores (it
+    warns that they are unrecognized), such as attn_factor, which vLLM applies."""
     notes = []
     for fields in _objects(config):
         values = {name: one for name, one in fields.values.items() if not isinstance(one, dict)}
@@ -115,7 +115,7 @@ def reach(config: Fields) -> int:
 
 
 def rope_values(config: Fields, layer_type: str) -> Fields:
-    """rope_parameters, or what they hold for layers of this type."""
+    """rope_parameters, or their entry for this type of layers."""
     name = "rope_parameters"
     values = config.values.get(name)
     if isinstance(values, dict) and isinstance(values.get(layer_type), dict):
@@ -126,7 +126,8 @@ def rope_values(config: Fields, layer_type: str) -> Fields:
 
 
 def _objects(config: Fields) -> Iterator[Fields]:
-    """What describes a rotary embedding: an object, or the objects for layer types in it."""
+    """The objects that describe rotary embeddings: rope_parameters, or its entries for layer
+    types."""
     for name in ("rope_parameters", "rope_scaling"):
         values = config.values.get(name) or {}
         if not isinstance(values, dict):

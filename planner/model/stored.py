@@ -55,7 +55,8 @@ class StoredTensors:
 
 
 def stored_tensors(folder: Path) -> StoredTensors:
-    """As transformers does, the index is asked for the files, and the files for their tensors."""
+    """Tensors of a checkpoint. As in transformers, the index names the files, and the files their
+    tensors."""
     shards = shard_names(folder)
     if shards == [WEIGHTS]:
         return StoredTensors(_read_header(folder / WEIGHTS), {})
@@ -73,7 +74,8 @@ def stored_tensors(folder: Path) -> StoredTensors:
 
 
 def shard_names(folder: Path) -> list[str]:
-    """The files that hold the weights. Raises SubspecError where there are none that we read."""
+    """Names of the files that hold the weights. Raises SubspecError if there are none that we
+    read."""
     if (folder / WEIGHTS).exists():  # it wins over an index, as in transformers
         return [WEIGHTS]
     if (folder / INDEX).exists():
@@ -139,7 +141,7 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
 
 @contextmanager
 def _opened(path: Path) -> "Iterator[Any]":
-    """safetensors' reader of a file; whatever is wrong with it is SubspecError(CORRUPT)."""
+    """Open a file with safetensors' reader. Raises SubspecError(CORRUPT) for any of its errors."""
     try:
         with safe_open(path, framework="pt") as file:
             yield file

@@ -47,12 +47,12 @@ class TokenizerFiles:
     begins_with_bos: bool
     end_token: int | None  # the id of eos_token
     generation_config: dict[str, Any]  # see read_generation()
-    notes: tuple[str, ...] = ()  # what a person should be told
+    notes: tuple[str, ...] = ()  # for the user
 
 
 def read_tokenizer(folder: Path) -> TokenizerFiles:
-    """Raises SubspecError: UNSUPPORTED for a tokenizer that cannot be converted here, CORRUPT for
-    what makes no sense."""
+    """Read a checkpoint's tokenizer through transformers. Raises SubspecError: UNSUPPORTED for one
+    that cannot be converted here, CORRUPT for invalid content."""
     _check_files(folder)
     generation = read_generation(folder)
     config = load_config(read_fields(folder / CONFIG))
@@ -96,8 +96,8 @@ def read_tokenizer(folder: Path) -> TokenizerFiles:
 
 
 def with_end_of_turn(checkpoint: Checkpoint, tokenizer: TokenizerFiles) -> Checkpoint:
-    """The tokenizer's eos_token ends the answers of a model for conversations, too: some configs
-    name only the end of a document, and their answers would go on into the next turn."""
+    """Add the tokenizer's eos_token to the end tokens of a model for conversations: some configs
+    name only the end of a document, and answers would go on into the next turn."""
     spec, end = checkpoint.spec, tokenizer.end_token
     if end is None or tokenizer.chat_template is None:
         return checkpoint
@@ -113,13 +113,13 @@ def with_end_of_turn(checkpoint: Checkpoint, tokenizer: TokenizerFiles) -> Check
 
 
 def _pre_tokenizer(tokenizer: Any) -> dict[str, Any]:
-    """How it splits text, before the merges."""
+    """The pre-tokenizer, which splits text before the merges."""
     return json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] or {}
 
 
 def _splits_bytes(tokenizer: Any) -> bool:
-    """Whether it can be Tekken: transformers would mend any vocabulary of a Mistral that is large,
-    one of SentencePiece too, which that breaks."""
+    """Return True if it can be Tekken. transformers would change any large vocabulary of a Mistral,
+    also one of SentencePiece, which breaks it."""
     if OF_TEKKEN not in tokenizer.get_vocab():
         return False
     parts = _pre_tokenizer(tokenizer).get("pretokenizers", ())
@@ -127,7 +127,8 @@ def _splits_bytes(tokenizer: Any) -> bool:
 
 
 def _one_template(templates: dict[str, str]) -> str | None:
-    """The default, or the one for tools where there are any, as transformers chooses."""
+    """The default template, combined with the one for tools if there is one, as transformers
+    chooses."""
     default, with_tools = templates.get("default"), templates.get("tool_use")
     if not default or not with_tools:
         return default
@@ -152,8 +153,8 @@ def _tokens_beyond(vocabulary: dict[str, int], num_rows: int) -> tuple[str, ...]
 
 
 def _check_files(folder: Path) -> None:
-    """Bounds everything that transformers will read; the fields that a person may have written by
-    hand are named if they make no sense."""
+    """Check the sizes of all files that transformers will read, and the fields that may have been
+    written by hand, so that errors name them."""
     if not (folder / TOKENIZER).exists():
         _check_sentencepiece(folder)
     limits = {TOKENIZER: MAX_TOKENIZER, SENTENCEPIECE: MAX_TOKENIZER}

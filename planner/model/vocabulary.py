@@ -1,7 +1,7 @@
-"""Whether a draft model speaks the vocabulary of a model: the same ids for the same strings.
+"""Check that a draft model has the vocabulary of a model: the same ids for the same strings.
 
-Rows of an embedding beyond the tokenizer's tokens are padding, of which two models of a family may
-have different numbers: nobody says them.
+Rows of an embedding beyond the tokenizer's tokens are padding, which may differ in number within a
+family: no text contains them.
 """
 
 import json
@@ -13,9 +13,9 @@ MAX_SHARE_MISSING = 0.01  # of the model's tokens; chosen: added ones that a bas
 
 
 def check_vocabulary(of_model: str, of_draft_model: str, draft_model: str) -> None:
-    """Raises SubspecError(USAGE) unless each token of the model is the draft model's token of this
-    id as well, or its own has none. of_model, of_draft_model: the tokenizer.json of both;
-    draft_model: what a person calls it."""
+    """Raise SubspecError(USAGE) unless each token of the model has the same id in the draft model,
+    or the draft model has no token of this id. of_model, of_draft_model: the tokenizer.json of
+    both; draft_model: its name for the user."""
     ours, theirs = tokens_by_id(of_model), tokens_by_id(of_draft_model)
     hint = "choose a smaller model of the same family, or leave out --draft-model"
     for token in sorted(ours.keys() & theirs.keys()):
@@ -37,7 +37,7 @@ def check_vocabulary(of_model: str, of_draft_model: str, draft_model: str) -> No
 
 
 def tokens_by_id(tokenizer_json: str) -> dict[int, str]:
-    """Of a tokenizer.json that `tokenizers` has written."""
+    """Token id -> string, of a tokenizer.json that `tokenizers` has written."""
     found: dict[str, Any] = json.loads(tokenizer_json)
     vocabulary = found["model"]["vocab"]
     if isinstance(vocabulary, dict):

@@ -104,8 +104,8 @@ def read_sample(line: str, where: str) -> Sample:
 def known_ids(
     text: Tokenizer, samples: Iterable[Sample], vocab_size: int
 ) -> list[tuple[str, list[int]]]:
-    """Kind and token ids of each sample, all kinds in turns. One that a chat template makes nothing
-    of, or tokens that the model has no rows for, is plain text, or left out. Raises
+    """Kind and token ids of each sample, alternating between kinds. A sample is used as plain text,
+    or skipped, if a chat template renders nothing or the model has no rows for its tokens. Raises
     SubspecError(USAGE) if none is left."""
     found = list[tuple[str, list[int]]]()
     for sample in in_turns(samples):
@@ -138,8 +138,8 @@ def sample_ids(text: Tokenizer, sample: Sample) -> list[int]:
 
 
 def in_turns(samples: Iterable[Sample]) -> list[Sample]:
-    """The first of each kind, then the second of each, ..., so that any prefix has all kinds
-    alike."""
+    """The first sample of each kind, then the second of each, ..., so that any prefix has all kinds
+    equally."""
     by_kind: dict[str, list[Sample]] = {}
     for sample in samples:
         by_kind.setdefault(sample.kind, []).append(sample)

@@ -110,8 +110,8 @@ def without_corrections(profile: Profile) -> Profile:
 
 
 def rounds_of_runs(runs: Iterable[Run], predict_for: PredictFor) -> Rounds:
-    """Rounds of recorded runs. Of a run only sums are known, so each of its rounds counts as the
-    mean. `predict_for` predicts without corrections."""
+    """Rounds of recorded runs. Only the sums of a run are known, so each of its rounds counts as
+    the mean. `predict_for` predicts without corrections."""
     found = Rounds()
     for run in runs:
         usage = Usage(run.prompt_tokens, max(2, run.generated_tokens))
@@ -137,9 +137,9 @@ def repeated(seconds: float, rounds: int, predicted: float) -> tuple[Timed, ...]
 def with_runs(
     acceptance: Acceptance, plan: Plan, runs: Iterable[Run], method: Method = "substitute"
 ) -> Acceptance:
-    """Acceptance with the trees of a method's runs as a kind of its own. What they would have done
-    with another width than the plan's is not known: as much more or less as other text did, by what
-    was known before. With another threshold they count alike."""
+    """Acceptance with the trees of a method's runs as an additional kind of text. For widths other
+    than the plan's, they are scaled by the ratio that other text had; all thresholds get the same
+    counts."""
     drafted = [run for run in runs if run.method == method and any(run.drafted)]
     if not drafted:
         return acceptance
@@ -154,8 +154,8 @@ def with_runs(
 
 
 def as_if(own: Curve, before: Acceptance, width: int, threshold: float) -> Curve:
-    """The curve as it would be for trees of another width, level by level, among those that end by
-    a threshold."""
+    """The curve scaled to trees of another width, level by level, for those that end by a
+    threshold."""
     levels, accepted, last = len(own.accepted), list[int](), own.num_trees
     here, there = (
         before.acceptance_rates(Tree(one, levels, min_path_probability=threshold))

@@ -1,4 +1,4 @@
-"""A rehearsal in its order: learn acceptance, solve, time the plan's own rounds, solve again."""
+"""A rehearsal: measure acceptance, solve, time rounds of the plan, solve again."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -49,7 +49,7 @@ SETTLED_MARGIN = 0.12  # of a round's tokens, to be known within
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """An artifact that is run on samples."""
+    """Everything needed to run an artifact on samples."""
 
     artifact: Artifact
     samples: tuple[Sample, ...]
@@ -61,9 +61,9 @@ class Rehearsal:
 def rehearse(
     inputs: PlanInputs, artifact: Artifact, progress: Progress, notify: Notify
 ) -> tuple[Plan, Profile]:
-    """The plan and the profile after a rehearsal in as much of the budget as is free now. The plan
-    is for all of it. If nothing can be run in what is free, nothing is learnt, and that is told:
-    the weights that were packed for the plan are not lost."""
+    """Rehearse in as much of the budget as is free now. Returns the plan for the whole budget, and
+    the profile. If nothing fits what is free, nothing is measured, with a note, so that the built
+    artifact is not lost."""
     request, profile = inputs.request, inputs.profile
     free = free_memory_bytes(request.device or profile.device) + profile.overhead_bytes
     room = int(free * FREE_SHARE)
@@ -93,8 +93,8 @@ def rehearse(
 def rehearse_within(
     inputs: PlanInputs, artifact: Artifact, progress: Progress, notify: Notify
 ) -> tuple[Plan, Profile]:
-    """Runs the artifact to learn acceptance, then the plan that is best by it, for corrections, and
-    plans again with both."""
+    """Measure acceptance, time rounds of the plan that is best by it for corrections, and plan
+    again with both."""
     request, started = inputs.request, cpu_times()
     inputs = replace(inputs, profile=without_corrections(inputs.profile))
     effort = effort_of(inputs)
@@ -130,7 +130,8 @@ def effort_of(inputs: PlanInputs) -> Effort:
 
 
 def with_substitutes(inputs: PlanInputs, run: Rehearsal) -> PlanInputs:
-    """With the acceptance of the substitutes' trees, unless what is asked for has none."""
+    """The inputs with the acceptance of the substitutes' trees, unless the constraints exclude
+    them."""
     asked = inputs.request.constraints
     if asked.method in ("plain", "draft-model"):
         return inputs
@@ -141,7 +142,7 @@ def with_substitutes(inputs: PlanInputs, run: Rehearsal) -> PlanInputs:
 
 
 def with_draft_model(inputs: PlanInputs, run: Rehearsal) -> PlanInputs:
-    """With the acceptance of the draft model's own trees."""
+    """The inputs with the acceptance of the draft model's own trees."""
     if inputs.proposer is None or inputs.request.constraints.method not in (None, "draft-model"):
         return inputs
     found = acceptance_of("draft-model", inputs, run)
@@ -149,7 +150,7 @@ def with_draft_model(inputs: PlanInputs, run: Rehearsal) -> PlanInputs:
 
 
 def acceptance_of(method: Method, inputs: PlanInputs, run: Rehearsal) -> Acceptance | None:
-    """Of its trees; None: the budget has no room for a deep draft."""
+    """Measured acceptance of a method's trees; None: the budget has no room for a deep draft."""
     calibration = calibration_plan(inputs, method)
     if calibration is None:
         return None
@@ -160,7 +161,7 @@ def acceptance_of(method: Method, inputs: PlanInputs, run: Rehearsal) -> Accepta
 
 
 def with_hierarchical_cost(inputs: PlanInputs, run: Rehearsal) -> PlanInputs:
-    """With how often the substitutes agree with what the draft model proposes."""
+    """The inputs with the measured cost of hierarchical drafting."""
     both: Method = "substitute+draft-model"
     proposer = inputs.proposer
     if proposer is None or inputs.request.constraints.method not in (None, both):
@@ -177,8 +178,8 @@ def with_hierarchical_cost(inputs: PlanInputs, run: Rehearsal) -> PlanInputs:
 
 
 def calibration_plan(inputs: PlanInputs, method: Method = "substitute") -> Plan | None:
-    """A plan within the budget for as many short answers at once as it has room for, and then for
-    as wide trees. None: it has none for a deep draft of the method."""
+    """A plan within the budget for as many concurrent short answers as fit, and then for as wide
+    trees as fit. None: no deep draft of the method fits."""
     asked = replace(
         inputs.request.constraints,
         context=min(CONTEXT, inputs.spec.max_positions),
@@ -197,9 +198,9 @@ def calibration_plan(inputs: PlanInputs, method: Method = "substitute") -> Plan 
 
 
 def settles(inputs: PlanInputs, method: Method = "substitute") -> Callable[[Acceptance], bool]:
-    """Tells whether more answers would hardly change the plan: the one that was chosen with fewer
-    is still as good as the best, and what a round gives is known well. Another method is settled if
-    it was the best before too. method: the one whose acceptance it is told of."""
+    """Predicate on acceptance: more answers would hardly change the plan. The plan chosen with
+    fewer answers is still as good as the best, and the tokens of a round are known well. For other
+    methods, it was the best before too. method: the one whose acceptance is passed."""
     before: Plan | None = None
     assert inputs.stored is not None
     stored = inputs.stored
@@ -229,10 +230,11 @@ def settles(inputs: PlanInputs, method: Method = "substitute") -> Callable[[Acce
 
 
 def why_head(spec: ModelSpec, head: DraftHeadResult) -> str:
-    """A reason for --drafter, or against it."""
+    """Reason for using --drafter with the draft head, or against it."""
     assert spec.draft_head is not None
     name, tree = spec.draft_head.layout, head.tree
     return (
-        f"the draft head gave {head.tokens_per_second:.2f} tokens/s, {head.tokens_per_round:.2f} "
-        f"a round with a tree {tree.width} wide, {tree.depth} deep: --drafter {name}"
+        f"the draft head reached {head.tokens_per_second:.2f} tokens/s, "
+        f"{head.tokens_per_round:.2f} tokens per round, with a tree {tree.width} wide, "
+        f"{tree.depth} deep: --drafter {name}"
     )

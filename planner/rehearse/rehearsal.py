@@ -54,14 +54,14 @@ MAX_PERIOD = 24  # tokens
 
 @dataclass(frozen=True)
 class Effort:
-    """How long a plan is rehearsed."""
+    """Time limits of a rehearsal."""
 
     acceptance_seconds: float = 45.0  # for acceptance; less once the choice is settled
     time_seconds: float = 8.0  # for rounds of the plan that was chosen
     plain_seconds: float = 4.0  # for plain decoding
 
     def divided(self, num_methods: int) -> "Effort":
-        """For each of several methods that draft."""
+        """The limits for each of several methods that draft."""
         return Effort(
             self.acceptance_seconds / num_methods,
             self.time_seconds / num_methods,
@@ -80,7 +80,7 @@ USUAL_EFFORT = Effort()
 
 @dataclass(frozen=True)
 class Setting:
-    """How the artifact is run."""
+    """Settings with which an artifact is run."""
 
     link_bandwidth: float | None = None
     device: str | None = None
@@ -123,7 +123,7 @@ def measure_acceptance(
 
 @torch.inference_mode()
 def add_answers(engine: Engine, turns: Several[tuple[str, list[int]]], trees: Trees) -> None:
-    """Decodes an answer to each prompt, all together, and adds the trees along them."""
+    """Decode an answer to each prompt, in one batch, and add the trees along them."""
     engine.prepare()
     drafter = engine.model.drafter
     assert isinstance(drafter, SubstituteDrafter | DraftModelDrafter)
@@ -144,7 +144,7 @@ def add_answers(engine: Engine, turns: Several[tuple[str, list[int]]], trees: Tr
 def decode_together(
     engine: Engine, trails: Several[Trail], prompts: Several[list[int]]
 ) -> list[Answer]:
-    """A greedy answer to each prompt, up to where it begins to repeat itself."""
+    """Greedy answers to the prompts, in one batch, up to where they begin to repeat themselves."""
     model, ends = engine.model, frozenset(engine.artifact.spec.eos_token_ids)
     room = min(ANSWER_TOKENS, engine.plan.context // 2)
     prompts = [prompt[: engine.plan.context - room] for prompt in prompts]
@@ -173,7 +173,7 @@ def decode_together(
 
 
 def read_together(engine: Engine, caches: Several[Cache], prompts: Several[list[int]]) -> list[int]:
-    """Keys and values of the prompts into the caches -> the first token of each answer."""
+    """Prefill the prompts into the caches. Returns the first token of each answer."""
     model, plan, first_tokens = engine.model, engine.plan, dict[int, int]()
     while len(first_tokens) < len(prompts):
         room, chunks = plan.prefill_chunk_tokens, dict[int, PrefillChunk]()
@@ -192,8 +192,8 @@ def read_together(engine: Engine, caches: Several[Cache], prompts: Several[list[
 
 
 def before_loop(tokens: Several[int]) -> int:
-    """How many tokens come before the text repeats itself for the second time: at least
-    LOOP_TOKENS, with a period of MAX_PERIOD at most."""
+    """Number of tokens before the text repeats itself for the second time: at least LOOP_TOKENS
+    tokens, with a period of at most MAX_PERIOD."""
     for first in range(len(tokens)):
         for period in range(1, MAX_PERIOD + 1):
             repeated = max(LOOP_TOKENS, 2 * period)
@@ -204,7 +204,7 @@ def before_loop(tokens: Several[int]) -> int:
 
 
 def acceptance_of(trees: Trees) -> Acceptance | None:
-    """None: there are no trees."""
+    """Acceptance of the trees; None if there are none."""
     curves = [
         curve for (width, kind), some in trees.items() for curve in curves_of(some, width, kind)
     ]
@@ -280,8 +280,8 @@ def measure_hierarchical_cost(
     progress: Progress,
     seconds: float,
 ) -> HierarchicalCost | None:
-    """What a level takes where the draft model proposes and the substitutes check, on answers to
-    the samples, one after another. None: no level was drafted."""
+    """Measure the passes per level of hierarchical drafting on answers to the samples, one after
+    another. None: no level was drafted."""
     method: Method = "substitute+draft-model"
     tree = plan.draft_of(method).tree
     usual = make_tree(min(2, tree.width), tree.depth, 0.1)
@@ -328,8 +328,8 @@ def time_head(
     progress: Progress,
     seconds: float,
 ) -> DraftHeadResult | None:
-    """Real rounds of the draft head with each of a few trees, on answers to the samples: the best
-    tree. None: the plan has no memory for a head, or no tree of them fits."""
+    """Time real rounds of the draft head with each of a few trees, on answers to the samples.
+    Returns the best tree's result; None: the plan has no memory for a head, or no tree fits."""
     head, placement = artifact.spec.draft_head, plan.placements.get("substitute")
     if head is None or placement is None or not placement.ledger.drafter:
         return None
@@ -354,7 +354,7 @@ def time_head(
 def speed_of_answers(
     engine: Engine, prompts: Several[list[int]], seconds: float
 ) -> tuple[float, float]:
-    """Tokens a second and a round, after the first token, of about so many seconds of answers."""
+    """Tokens per second and per round, after the first token, of about `seconds` of answers."""
     tokens, rounds, spent, until = 0, 0, 0.0, time.perf_counter() + seconds
     params = GenerationParams(
         ANSWER_TOKENS, stop_token_ids=frozenset(engine.artifact.spec.eos_token_ids)

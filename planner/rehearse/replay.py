@@ -46,7 +46,7 @@ class Answer:
 
 
 class Drafting(Protocol):
-    """What grows trees anywhere along a text."""
+    """A drafter that grows trees at any position of a text."""
 
     def passes_after(
         self, caches: Sequence[Cache], lengths: Sequence[int], num_rows: int

@@ -1,7 +1,7 @@
-"""Who drafts unless something else is asked for: all that a plan has memory for answer the same
-prompts in turns, and the plan takes another one than its own only where that is clearly faster.
+"""Choose the default drafter: all that a plan has memory for answer the same prompts in turns, and
+one other than the plan's own is chosen only if it is clearly faster.
 
-Tokens are the same whoever drafts, so answers to a prompt differ in their seconds alone.
+Tokens do not depend on the drafter, so answers to a prompt differ in their time alone.
 """
 
 import math
@@ -21,7 +21,7 @@ from subspec.runtime.engine import Engine, OpenOptions
 # notice, and more than two measurements of the same differ by.
 CLEARLY = 1.05
 SURE = 2.0  # standard errors that it must be faster by
-MIN_PROMPTS = 3  # that an error can be told from
+MIN_PROMPTS = 3  # for an estimate of the error
 NUM_PROMPTS = 8  # that the time is meant for
 
 Speeds = dict[DrafterName, dict[int, float]]  # tokens a second, by the number of the prompt
@@ -44,9 +44,9 @@ def with_fastest_drafter(
     progress: Progress,
     seconds: float,
 ) -> Plan:
-    """The plan, with what drafts fastest on answers to the samples as its default, and a reason.
-    seconds: for each drafter. A plan that drafts nothing, or has memory for nothing but its
-    substitutes, stays as it is."""
+    """The plan with the fastest drafter on answers to the samples as its default, and a reason.
+    seconds: for each drafter. A plan without a draft, or with memory for its substitutes only, is
+    returned unchanged."""
     openers = memories(artifact, plan)
     if plan.method == "plain" or openers == ["substitute"]:
         return plan
@@ -61,8 +61,8 @@ def with_fastest_drafter(
 
 
 def memories(artifact: Artifact, plan: Plan) -> list[DrafterName]:
-    """What an engine is opened for, so that it has all that can draft in a method's memory; of
-    every method that drafts."""
+    """Drafter to open an engine with, for each method that drafts, so that the engine has all
+    drafters that fit the method's memory."""
     found, head = list[DrafterName](), artifact.spec.draft_head
     for method, placement in plan.placements.items():
         if method == "substitute" and head is not None and placement.ledger.drafter:
@@ -81,14 +81,14 @@ def speeds_of(
     progress: Progress,
     seconds: float,
 ) -> Speeds:
-    """Each drafter's, prompt after prompt in turns. Memories, which exclude each other, take turns
-    too: forwards for every other prompt, and backwards for the rest."""
+    """Speeds of each drafter, alternating prompt by prompt. Engines, which exclude each other,
+    alternate too: forwards for every other prompt, backwards for the rest."""
     staged, found = replace(artifact, plan=plan), Speeds()
     turns = [openers] if len(openers) == 1 else [openers, openers[::-1]]
     for turn, order in enumerate(turns):
         own = list(enumerate(prompts))[turn :: len(turns)]
         for opener in order:
-            progress(f"comparing what drafts, {opener}", turn / len(turns))
+            progress(f"comparing drafters, {opener}", turn / len(turns))
             how = OpenOptions(
                 drafter=opener, device=setting.device, link_bandwidth=setting.link_bandwidth
             )
@@ -100,7 +100,7 @@ def speeds_of(
 def add_speeds(
     engine: Engine, prompts: Several[tuple[int, list[int]]], seconds: float, found: Speeds
 ) -> None:
-    """seconds: for each drafter of the engine."""
+    """Add the speeds of each drafter of the engine to `found`. seconds: for each drafter."""
     drafters, share = list(engine.drafters), seconds / NUM_PROMPTS
     for drafter in drafters:  # temporaries are measured in it, and weights are checked
         engine.set_drafter(drafter)
@@ -124,7 +124,8 @@ def fastest(own: DrafterName, speeds: Speeds) -> Rival | None:
 
 
 def against(own: DrafterName, other: DrafterName, speeds: Speeds) -> Rival | None:
-    """None: it is the same one, or there are too few prompts that both have answered."""
+    """Compare a drafter with the plan's own. None: it is the same, or too few prompts were answered
+    by both."""
     mine, others = speeds.get(own, {}), speeds[other]
     shared = [number for number in others if number in mine]
     if other == own or len(shared) < MIN_PROMPTS:
@@ -138,7 +139,9 @@ def why_drafter(own: DrafterName, speeds: Speeds, best: Rival | None) -> str:
     usual = {name: math.exp(fmean(map(math.log, some.values()))) for name, some in speeds.items()}
     order = sorted(usual, key=lambda name: -usual[name])
     listed = ", ".join(f"{name} {usual[name]:.2f}" for name in order)
-    measured = f"tokens/s by what drafts, on the same {len(speeds.get(own, {}))} prompts: {listed}"
+    num_prompts = len(speeds.get(own, {}))
+    measured = f"measured tokens/s by drafter on the same {num_prompts} prompts: {listed}"
     if best is None:
-        return f"{measured}: {own} drafts, nothing else is clearly faster"
-    return f"{measured}: {best.drafter} drafts, {best.times_as_fast:.2f} times as fast as {own}"
+        return f"{measured}; the default is {own}, no other one is clearly faster"
+    ratio = f"{best.times_as_fast:.2f} times as fast as {own}"
+    return f"{measured}; the default is {best.drafter}, {ratio}"

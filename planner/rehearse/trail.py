@@ -1,5 +1,5 @@
-"""The states of delta nets anywhere along an answer: a state has no slots that a shorter text could
-be read from, so what went into it is kept, and replayed as far as it is wanted."""
+"""States of delta nets at any position of an answer. A state cannot be cut back like a KV cache, so
+its inputs are kept and replayed up to the wanted position."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from subspec.runtime.model.paths import chain_paths
 
 @dataclass
 class Trail:
-    """Of one answer in a cache; without delta nets there is nothing to keep."""
+    """States and inputs of one answer in a cache; empty without delta nets."""
 
     cache: Cache
     first: int = 0  # tokens before it
@@ -24,20 +24,20 @@ class Trail:
     reached: int = 0  # tokens that the cache's states are behind
 
     def begin(self) -> None:
-        """The cache holds the prompt and nothing else."""
+        """Start at the end of the prompt, which is all that the cache holds."""
         self.first = self.reached = self.cache.length
         self.states = copied_states(self.cache.nets)
         self.inputs = [[] for _ in self.cache.nets]
 
     def add(self, path: Tensor) -> None:
-        """The nodes `path` of the last tree have been committed."""
+        """Add the inputs of `path`, the nodes of the last tree that have been committed."""
         self.reached += len(path)
         for pieces, net in zip(self.inputs, self.cache.nets, strict=True):
             kept = (one[path].to("cpu", copy=True) for one in tensors_of(net.nodes))
             pieces.append(DeltaInputs(*kept))
 
     def cut(self, length: int) -> None:
-        """Forgets the tokens beyond `length`, which is within the answer."""
+        """Drop the tokens beyond `length`, which is within the answer."""
         if not self.cache.nets:
             self.cache.roll_back(length)
             return
@@ -45,7 +45,7 @@ class Trail:
         del self.cache.tokens[length:]
 
     def go_to(self, length: int) -> None:
-        """Puts the states behind so many tokens; the cache's tokens stay."""
+        """Set the states to those after `length` tokens; the cache's tokens stay."""
         if self.reached > length:
             for net, state in zip(self.cache.nets, self.states, strict=True):
                 copy_state(net.committed, state)

@@ -89,7 +89,7 @@ def print_plan(spec: ModelSpec, plan: Plan, console: Console) -> None:
     if full := full_context_line(plan):
         costs.add_row("full context", full)
     for answers, speed, drafts in batch_size_rows(plan):
-        costs.add_row(answers, f"{speed}, with {drafts} each")
+        costs.add_row(answers, f"{speed}, with {drafts} per sequence")
     if accepted := acceptance_line(plan):
         kinds = ", ".join(f"{kind} {tokens}" for kind, _, tokens in acceptance_rows(plan)[:-1])
         costs.add_row("acceptance", Text(f"{accepted}; {kinds}" if kinds else accepted))
@@ -103,7 +103,7 @@ def print_plan(spec: ModelSpec, plan: Plan, console: Console) -> None:
 
 
 def plan_json(spec: ModelSpec, plan: Plan, artifact: Path | None) -> dict[str, Any]:
-    """docs/commands.md describes every key."""
+    """The JSON object of a plan; docs/commands.md describes every key."""
     placement, predicted = placement_of(plan), plan.predicted[plan.method]
     ledger, draft = asdict(placement.ledger), plan.draft
     acceptance, tree = draft.acceptance, draft.tree
@@ -162,7 +162,7 @@ def plan_json(spec: ModelSpec, plan: Plan, artifact: Path | None) -> dict[str, A
 
 
 def render_readme(spec: ModelSpec, plan: Plan) -> str:
-    """README.md of the artifact, which is its model card on a hub."""
+    """README.md of the artifact, which is its model card on the hub."""
     name = in_markdown(spec.source.repository)
     return load("artifact.md").render(
         page(spec, plan),
@@ -215,7 +215,7 @@ def render_report(spec: ModelSpec, plan: Plan, profile: Profile, runs: Sequence[
 
 
 def page(spec: ModelSpec, plan: Plan) -> dict[str, Any]:
-    """What README and report both say."""
+    """Template values that README and report share."""
     return {
         "spec": spec,
         "weights_dtype": weights_dtype,

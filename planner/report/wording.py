@@ -37,12 +37,12 @@ CACHE_OF_HYBRIDS = "KV cache, delta-net states"  # with their checkpoints, where
 METHODS: dict[Method, str] = {
     "substitute": "speculative decoding",
     "draft-model": "speculative decoding with a draft model",
-    "substitute+draft-model": "speculative decoding, proposed by a draft model",
+    "substitute+draft-model": "hierarchical speculative decoding with a draft model",
     "plain": "plain decoding",
 }
-DRAFTED_BY: dict[Method, str] = {  # behind a tree; the plain case is the substitutes'
+DRAFTED_BY: dict[Method, str] = {  # after a tree; "" for the substitutes
     "draft-model": " of the draft model",
-    "substitute+draft-model": " that checks what the draft model proposes",
+    "substitute+draft-model": ", tokens proposed by the draft model",
 }
 NOTICED_SHARE = 0.05  # of the time to the first token
 MAX_KINDS = 8  # of text; a user's calibration may have many
@@ -83,7 +83,7 @@ def placement_of(plan: Plan) -> Placement:
 
 
 def needs_rows(plan: Plan) -> Rows:
-    """What a plan takes beside its budget; none if that is not known."""
+    """Disk and host memory that a plan takes besides its budget; empty if unknown."""
     rows: Rows = []
     if taken := host_line(plan):
         rows.append(("host memory", taken))
@@ -102,7 +102,8 @@ def round_rows(plan: Plan) -> Rows:
     rows.append(("verify", *(duration(p.verify_seconds) for p in rounds)))
     rows.append(("compute, during verify", *(duration(p.compute_seconds) for p in rounds)))
     if plan.residuals:
-        rows.append(("of it, decoding residuals", *(duration(p.decode_seconds) for p in rounds)))
+        label = "residual decoding, part of compute"
+        rows.append((label, *(duration(p.decode_seconds) for p in rounds)))
     rows.append(("link, during draft and verify", *(duration(p.stream_seconds) for p in rounds)))
     rows.append(("bytes streamed", *(short_size(p.streamed_bytes) for p in rounds)))
     rows.append(("tokens expected", *(number(p.tokens_per_round) for p in rounds)))
@@ -130,12 +131,12 @@ def speed_line(plan: Plan) -> str:
     # What was measured of another drafter is among the plan's reasons.
     if plan.drafter in (None, plan.method, "substitute+lookup"):
         return line
-    return f"{line} if {plan.method} drafts"
+    return f"{line} with the drafter {plan.method}"
 
 
 def plain_speed(plan: Plan) -> float:
-    """Of the best plan that decodes plainly, which need not have this plan's weights and widths;
-    of this plan, if no other was considered."""
+    """tokens/s of the best plan with plain decoding, which may have other weights and widths than
+    this plan; of this plan, if no other was considered."""
     considered = (one.tokens_per_second for one in plan.options if one.label.startswith("plain"))
     return next(considered, plan.predicted["plain"].tokens_per_second)
 
@@ -151,12 +152,12 @@ def first_token_line(plan: Plan) -> str:
     if predicted.digest_seconds < NOTICED_SHARE * first:
         return line
     whole = duration(first + predicted.digest_seconds)
-    return f"{line}; {whole} for the first one after a start, which checks digests"
+    return f"{line}; {whole} for the first prompt after a start, which checks digests"
 
 
 def full_context_line(plan: Plan) -> str:
-    """What a text gives that fills the context; "" if the usual one does, or nothing was
-    predicted."""
+    """Predicted speed of a text that fills the context; "" if that is the usual usage, or if
+    nothing was predicted."""
     full, usage = plan.full_context, full_usage(plan.context)
     if full is None or usage == usual_usage(plan.context):
         return ""
@@ -167,12 +168,11 @@ def full_context_line(plan: Plan) -> str:
 
 
 def batch_size_rows(plan: Plan) -> Rows:
-    """Answers that decode at once, what each of them drafts, predicted tokens/s together; none
-    without a draft."""
+    """Batch size, predicted tokens/s in total, and draft tree; no rows without a draft."""
     if plan.method == "plain":
         return []
     return [
-        (f"{2 << index} answers at once", f"{number(one.tokens_per_second)} tokens/s together",
+        (f"batch size {2 << index}", f"{number(one.tokens_per_second)} tokens/s in total",
          draft_name(one.tree))
         for index, one in enumerate(plan.draft.by_batch_size)
     ]  # fmt: skip
@@ -208,7 +208,7 @@ def context_rows(plan: Plan) -> Rows:
 
 
 def acceptance_line(plan: Plan) -> str:
-    """ "" without a draft."""
+    """Expected tokens per round and their source; "" without a draft."""
     acceptance, tree = plan.draft.acceptance, plan.draft.tree
     if not tree.depth:
         return ""
@@ -245,7 +245,7 @@ def tokens_expected(plan: Plan, kind: str = "") -> str:
 
 
 def margin_of(plan: Plan, kind: str = "") -> float | None:
-    """None if nothing was measured."""
+    """Half of the 95 % confidence interval of a round's tokens; None if it was not measured."""
     margin = plan.draft.acceptance.margin(plan.draft.tree, kind)
     return margin if math.isfinite(margin) else None
 
@@ -295,9 +295,9 @@ def method_name(plan: Plan) -> str:
     if plan.method == "plain":
         return METHODS["plain"]
     if plan.drafter == "substitute+lookup":
-        return f"speculative decoding with {draft_name(plan.tree)}, and what the text repeats"
+        return f"speculative decoding with {draft_name(plan.tree)}, with prompt lookup"
     if plan.drafter not in (None, plan.method):
-        return f"speculative decoding, drafted by {plan.drafter}"
+        return f"speculative decoding with the drafter {plan.drafter}"
     return f"speculative decoding with {draft_name(plan.draft.tree)}" + DRAFTED_BY.get(
         plan.method, ""
     )
@@ -310,8 +310,8 @@ def draft_name(tree: Tree) -> str:
 
 
 def streamed_line(spec: ModelSpec, plan: Plan) -> str:
-    """What streams, and what of the exact weights is resident. A part is at most 64 MB of a
-    matrix."""
+    """Streamed bytes and parts, and resident parts of the exact weights. A part is at most 64 MB of
+    a matrix."""
     placement, streamed = placement_of(plan), plan.predicted[plan.method].streamed_bytes
     total, num_dequantized = len(spec.parts), len(placement.dequantized)
     out = f" ({num_dequantized} dequantized)" if num_dequantized else ""
@@ -324,7 +324,7 @@ def streamed_line(spec: ModelSpec, plan: Plan) -> str:
 
 
 def host_line(plan: Plan) -> str:
-    """ "" if the plan takes no host memory beside a GPU's."""
+    """Host memory that the plan takes beside a GPU's; "" if none."""
     taken = plan.host_ledger
     return f"{format_size(taken.total_bytes)}: {taken.parts}" if taken else ""
 
@@ -350,7 +350,7 @@ def decision_rows(plan: Plan) -> Rows:
 
 
 def cost_rows(profile: Profile) -> Rows:
-    """What was measured of link and memory, one fact a row."""
+    """Measured speeds of link and memory, one a row."""
     rows: Rows = [
         (f"link, blocks of {format_size(rate.block_bytes)}",
          f"{short_size(rate.bytes_per_second)}/s")
@@ -365,8 +365,8 @@ def cost_rows(profile: Profile) -> Rows:
     if profile.fp8_weights_per_second:
         decoding = profile.fp8_residual_weights_per_second
         what = weights_rate(decoding) if decoding else "not available"
-        rows.append(("decoding residuals of FP8 weights", what))
-        rows.append(("multiplying FP8 weights out", weights_rate(profile.fp8_weights_per_second)))
+        rows.append(("FP8 residual decoding", what))
+        rows.append(("FP8 dequantization", weights_rate(profile.fp8_weights_per_second)))
     digests = (
         f"{short_size(profile.digest_bytes_per_second)}/s"
         if profile.digest_bytes_per_second

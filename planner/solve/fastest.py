@@ -1,5 +1,5 @@
-"""The fastest plan over the 4-bit kernels of a profile, and what it takes and gives beside what the
-search compares: disk, speed in a full context."""
+"""The fastest plan over the 4-bit kernels of a profile, with its disk size and its speed in a full
+context."""
 
 from dataclasses import replace
 
@@ -26,8 +26,8 @@ def fastest_plan(
     stored: Storage | None = None,
     proposer: Proposer | None = None,
 ) -> Plan:
-    """As `search`, with the 4-bit kernel whose plan is the fastest. A slower one may leave memory
-    for weights that then need not stream."""
+    """Run `search` for each 4-bit kernel and return the fastest plan. A slower kernel may leave
+    memory for weights that then need not stream."""
     found, refused = list[Plan](), list[SubspecError]()
     for one in profile.by_kernel:
         try:
@@ -66,7 +66,7 @@ def why_kernel(spec: ModelSpec, fastest: Plan, plans: list[Plan]) -> str:
 def with_disk_and_full_context(
     spec: ModelSpec, profile: Profile, plan: Plan, stored: Storage | None, proposer: Proposer | None
 ) -> Plan:
-    """The plan with the disk that it takes and its speed in a full context."""
+    """The plan with its disk size and its speed in a full context."""
     other = proposer.spec if proposer else None
     if stored is None:
         stored = storage_with(spec, plan.residuals)

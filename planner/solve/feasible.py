@@ -1,4 +1,4 @@
-"""What fits at all: the smallest budget with a plan, or with a draft; the error where none fits."""
+"""Feasibility: the smallest budget with a plan, or with a draft; the error if nothing fits."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,7 +25,7 @@ from subspec.planner.solve.storage import Storage
 
 
 def nothing_fits(problem: Problem) -> SubspecError:
-    """The error of a problem that has no plan, with what would do."""
+    """The error of a problem without a plan, with the budget that has one."""
     budget, free = problem.budget_bytes, unlimited(problem)
     needed, kept = smallest_budget(problem), problem.storages[-1].residuals
     hint = f"--vram {size_argument(needed)}" if needed else ""
@@ -39,8 +39,8 @@ def nothing_fits(problem: Problem) -> SubspecError:
 
 
 def host_too_small(problem: Problem, least: HostLedger, hint: str) -> SubspecError:
-    """The error where the host of a GPU has too little memory. least: what it would need beside the
-    budget; hint: the budget that would do, "" if none would."""
+    """The error if a GPU's host has too little memory. least: the smallest host memory that a plan
+    needs; hint: the budget to use, "" if none would do."""
     ram, takes = problem.constraints.ram_bytes, short_size(least.total_bytes)
     beside = f"beside {short_size(problem.budget_bytes)} of GPU memory"
     ways = [hint] if hint else []
@@ -69,7 +69,7 @@ def unlimited(problem: Problem) -> Problem:
 
 
 def least_host(problem: Problem) -> HostLedger:
-    """What a plan takes of a GPU's host memory at least. The problem has a plan."""
+    """The smallest host memory that a plan for a GPU needs. The problem must have a plan."""
     needs_draft = problem.constraints.needs_draft
     some = smallest_drafts(problem) if needs_draft else smallest_plains(problem)
     found = list[HostLedger]()

@@ -26,7 +26,7 @@ BUDGET_STEPS = (0.4, 0.5, 0.625, 0.75, 0.875, 1.125, 1.25, 1.5, 1.75, 2.0)  # of
 CONTEXTS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 NEXT_BYTES = 10**9  # more memory, for which the gain is reported
 NEXT_SHARE = 0.1  # of the budget, if that is less
-# Of a method that checks nothing
+# Of methods without a hierarchical draft
 NO_HIERARCHICAL_COST = HierarchicalCost(substitute_passes=1.0, proposer_passes=0.0)
 
 Solve = Callable[[int, int], Plan]  # budget, context -> best plan
@@ -141,10 +141,9 @@ def what_more_memory_buys(plan: Plan) -> str:
     if point is None:
         return ""
     gain = point.tokens_per_second / speed_of(plan) - 1
-    said = f"{short_size(more)} more would buy "
-    said += (
-        f"{gain:.0%}: {number(point.tokens_per_second)} tokens/s" if gain >= 0.005 else "nothing"
-    )
+    said = f"{short_size(more)} more memory: "
+    faster = f"{gain:.0%} faster, {number(point.tokens_per_second)} tokens/s"
+    said += faster if gain >= 0.005 else "no speedup"
     return f"{said}; {begins}" if (begins := where_drafting_begins(plan)) else said
 
 

@@ -23,8 +23,8 @@ from subspec.artifacts.plan import (
 from subspec.artifacts.profile import LIVE_TOKENS, MORE_TOKENS, Profile, Timing, seconds_at
 from subspec.planner.solve.storage import Storage
 
-# While threads that compute keep all CPUs busy, one that reads gets to run every few milliseconds
-# only. A ring that holds less of the link than that stands still in between (docs/LOG.md).
+# While compute threads keep all CPUs busy, the reading thread is scheduled only every few
+# milliseconds. A ring that holds less than the link transfers in between runs full (docs/LOG.md).
 READ_AHEAD_SECONDS = 0.006
 SHORT_RING_SHARE = 0.5
 
@@ -165,8 +165,9 @@ def shares_by_width(
 def batched_call_counts(
     tree: Tree, widths: tuple[int, ...], expected: ExpectedRound, num_answers: int
 ) -> dict[int, float]:
-    """How many calls of each width a round has on average. The rows of independent drafts add up,
-    and their variances do: half of the rounds count as one deviation above the mean, half below."""
+    """Average number of calls of each width in a round. For independent drafts, rows add up, and so
+    do their variances: half of the rounds count as one standard deviation above the mean, half
+    below."""
     squares = sum(share * levels**2 for levels, share in enumerate(expected.shares))
     deviation = sqrt(max(0.0, squares - expected.levels**2) * num_answers)
     found = dict[int, float]()
@@ -338,7 +339,7 @@ def overlapped_seconds(contended_shares: tuple[float, float], link: float, compu
 
 
 def usual_usage(context: int) -> Usage:
-    """What a plan's own predictions are for: the usual one, reduced to fit `context` tokens."""
+    """The usage of a plan's own predictions: the usual one, reduced to fit `context` tokens."""
     prompt = min(USUAL.prompt_tokens, context // 2)
     return Usage(prompt, min(USUAL.answer_tokens, context - prompt))
 

@@ -72,7 +72,7 @@ class Problem:
 
     @cached_property
     def usage(self) -> Usage:
-        """Of the predictions."""
+        """The usage that predictions are for."""
         return usual_usage(self.context)
 
 
@@ -118,7 +118,7 @@ def make_problem(
 
 
 def at_context(problem: Problem, context: int) -> Problem:
-    """The same with another context, and what that leaves for prompts."""
+    """The problem with another context, and the memory that this leaves for prompts."""
     return with_prompt_share(without_prompt_share(replace(problem, context=context)))
 
 
@@ -127,7 +127,7 @@ def without_prompt_share(problem: Problem) -> Problem:
 
 
 def check_context(context: int | None, spec: ModelSpec) -> None:
-    """Raises SubspecError(USAGE) for one beyond the model's positions."""
+    """Raise SubspecError(USAGE) for a context beyond the model's positions."""
     if context is not None and context > spec.max_positions:
         raise SubspecError(
             Exit.USAGE,
@@ -137,7 +137,7 @@ def check_context(context: int | None, spec: ModelSpec) -> None:
 
 
 def check_drafters(constraints: Constraints, spec: ModelSpec, has_draft_model: bool) -> None:
-    """Raises SubspecError(USAGE) if a draft model or a head is asked for that is not there."""
+    """Raise SubspecError(USAGE) if the constraints need a draft model or head that is missing."""
     check_method(constraints.method, has_draft_model)
     if constraints.method == "plain" and (constraints.width or constraints.depth):
         raise SubspecError(
@@ -151,7 +151,7 @@ def check_drafters(constraints: Constraints, spec: ModelSpec, has_draft_model: b
 
 
 def check_method(method: str | None, has_draft_model: bool) -> None:
-    """Raises SubspecError(USAGE) for a method whose draft model is not there."""
+    """Raise SubspecError(USAGE) for a method whose draft model is missing."""
     if method in WITH_DRAFT_MODEL and not has_draft_model:
         raise SubspecError(
             Exit.USAGE,
@@ -161,7 +161,7 @@ def check_method(method: str | None, has_draft_model: bool) -> None:
 
 
 def check_draft_model(profile: Profile, proposer: Proposer | None) -> None:
-    """Raises SubspecError(USAGE) for one that is not timed."""
+    """Raise SubspecError(USAGE) for a draft model without timings in the profile."""
     if proposer is not None and not profile.has_draft_model:
         raise SubspecError(
             Exit.USAGE,
@@ -171,7 +171,7 @@ def check_draft_model(profile: Profile, proposer: Proposer | None) -> None:
 
 
 def check_tree(constraints: Constraints, profile: Profile) -> None:
-    """Raises SubspecError(INFEASIBLE) for a tree that no exact pass has room for."""
+    """Raise SubspecError(INFEASIBLE) for a tree that no exact pass has room for."""
     width, depth = constraints.width or 1, constraints.depth or 1
     num_nodes, widest = 1 + width * depth, max(every_width(profile))
     if num_nodes <= widest:
@@ -186,7 +186,8 @@ def check_tree(constraints: Constraints, profile: Profile) -> None:
 
 
 def methods_that_draft(problem: Problem) -> tuple[Method, ...]:
-    """To choose from. A draft model whose states cannot go back, delta nets, proposes nothing."""
+    """Methods to choose from that draft. A draft model with delta nets cannot propose for the
+    substitutes: its states cannot be rolled back."""
     asked, proposer = problem.constraints.method, problem.proposer
     if asked is not None:
         return () if asked == "plain" else (asked,)
@@ -197,7 +198,8 @@ def methods_that_draft(problem: Problem) -> tuple[Method, ...]:
 
 
 def acceptance_of(problem: Problem, method: Method) -> Acceptance:
-    """Checked trees are nearly those that the substitutes grow alone."""
+    """Acceptance of a method's trees. Trees of hierarchical drafting are nearly the substitutes'
+    own."""
     if method == "draft-model":
         assert problem.proposer is not None
         return problem.proposer.acceptance
@@ -205,8 +207,8 @@ def acceptance_of(problem: Problem, method: Method) -> Acceptance:
 
 
 def default_contexts(spec: ModelSpec) -> list[int]:
-    """To choose from, ascending: halves of the default one, and its doubles as far as the model has
-    positions."""
+    """Default contexts to choose from, ascending: halves of DEFAULT_CONTEXT, and its doubles up to
+    the model's positions."""
     usual = min(DEFAULT_CONTEXT, spec.max_positions)
     shorter = range(1, max(1, (usual // MIN_CONTEXT).bit_length()))
     longer = range(1, (spec.max_positions // usual).bit_length())
@@ -240,8 +242,8 @@ def with_prompt_share(problem: Problem) -> Problem:
 
 
 def slack_bytes(problem: Problem) -> int:
-    """What the smallest plan leaves of the budget: of the methods that draft and fit, the one that
-    leaves least, as prompts should displace none of them."""
+    """Bytes of the budget that the smallest plan leaves: the minimum over the methods that draft
+    and fit, since prompts should displace none of them."""
     by_method = groupby(smallest_drafts(problem), key=lambda one: one.method)
     found = [roomiest(problem, some) for _, some in by_method]
     fitting = [one for one in found if one] or [one for one in [smallest_plain(problem)] if one]
@@ -249,8 +251,8 @@ def slack_bytes(problem: Problem) -> int:
 
 
 def prompt_tokens_within(problem: Problem, candidates: Iterable[Candidate]) -> int:
-    """Most tokens of a prompt that fit the memory that all of the candidates have for activations
-    anyway: verification and drafts may need more than a short prompt."""
+    """Most tokens of a prompt that fit the memory that every candidate has for activations anyway:
+    verification and drafts may need more than a short prompt."""
     most = max(problem.context, MIN_PREFILL)
     for candidate in candidates:
         ledger, shape = base_ledger(problem, candidate), shape_of_candidate(problem, candidate)
@@ -426,7 +428,7 @@ def host_excess(problem: Problem, method: Method, streamed: int) -> int:
 
 
 def host_ledger(problem: Problem, method: Method, streamed: int) -> HostLedger | None:
-    """None: the fast memory is the host's."""
+    """Host memory of a plan; None: the fast memory is the host's."""
     if problem.profile.device != "cuda":
         return None
     specs = [problem.spec]

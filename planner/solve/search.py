@@ -67,7 +67,7 @@ SAME_SPEED = 0.999  # at least this share: a longer context than the usual one c
 
 
 def constant_rate(width: int, rate: float) -> Curve:
-    """Trees of which each level is accepted as often as any other."""
+    """A curve with the same acceptance rate at every level."""
     num_trees, levels = 10_000, range(1, PRIOR_LEVELS + 1)
     accepted = tuple(round(num_trees * rate**level) for level in levels)
     return Curve(width, 0.0, "", 1, num_trees, (num_trees,) * PRIOR_LEVELS, accepted)
@@ -183,7 +183,7 @@ def why_shorter(chosen: Solved, longer: Solved) -> str:
     if not longer.speed:
         return said + "does not fit the budget"
     ratio = f"{number(longer.speed)} tokens/s instead of {number(chosen.speed)}"
-    return said + f"would give {ratio}"
+    return said + f"would run at {ratio}"
 
 
 def placed_beside(solved: Solved, chosen: Scored) -> dict[Method, Scored]:
@@ -257,7 +257,7 @@ def score(problem: Problem, candidate: Candidate) -> Scored:
 def prediction_of(
     problem: Problem, candidate: Candidate, streamed: int, peak: int = 0, num_answers: int = 1
 ) -> Prediction:
-    """num_answers: that decode at once; the tokens/s are those of one."""
+    """Prediction of a candidate. num_answers: the batch size; tokens/s are those of one answer."""
     expected = expected_round_for(problem, candidate.tree, candidate.method)
     passes = passes_for(
         problem, candidate.tree, candidate.verify_widths, num_answers, candidate.method
@@ -266,9 +266,9 @@ def prediction_of(
 
 
 def drafts_by_batch_size(problem: Problem, chosen: Scored) -> Iterator[BatchDraft]:
-    """The best tree of each of 2, 4, 8, ... answers at once, as far as the chosen candidate's
-    memory has room for it. Their rows share every call of a verification, whose time grows with
-    them: the more answers, the fewer nodes pay."""
+    """The best tree for each of the batch sizes 2, 4, 8, ... within the chosen candidate's memory.
+    All rows share the calls of a verification, whose time grows with them, so larger batches have
+    smaller trees."""
     candidate, streamed = chosen.candidate, chosen.prediction.streamed_bytes
     room = [
         tree
@@ -289,8 +289,8 @@ def drafts_by_batch_size(problem: Problem, chosen: Scored) -> Iterator[BatchDraf
 
 
 def assemble(solved: Solved, placed: dict[Method, Scored], reasons: tuple[str, ...]) -> Plan:
-    """The plan of the methods that were placed beside each other. reasons: for the context. What is
-    said of the others' speeds is what they would reach without the chosen one."""
+    """The plan of the methods that were placed beside each other. reasons: for the context. Speeds
+    in the reasons are those that each method reaches without the others."""
     room = prompt_tokens_within(solved.problem, (one.candidate for one in placed.values()))
     problem = replace(solved.problem, prefill_chunk_tokens=room)
     found = {method: with_prompts_of(problem, one) for method, one in placed.items()}
@@ -335,14 +335,14 @@ def assemble(solved: Solved, placed: dict[Method, Scored], reasons: tuple[str, .
 
 
 def with_prompts_of(problem: Problem, scored: Scored) -> Scored:
-    """With the prediction for prompts as the problem has them."""
+    """The candidate, with its prediction for the problem's prompts."""
     before = scored.prediction
     after = prediction_of(problem, scored.candidate, before.streamed_bytes, before.fast_peak_bytes)
     return replace(scored, prediction=after)
 
 
 def draft_of(problem: Problem, scored: Scored) -> Draft:
-    """What the plan says of a candidate's draft."""
+    """The plan's Draft of a candidate."""
     candidate = scored.candidate
     assert candidate.tree is not None
     cost = None
@@ -380,27 +380,28 @@ def place(problem: Problem, candidate: Candidate) -> Placement:
 def decide(
     problem: Problem, plainly: Prediction, plain: float, drafted: dict[Method, float]
 ) -> tuple[Method, tuple[str, ...]]:
-    """The method and the reasons, one sentence each. plainly: what plain decoding does beside the
-    chosen draft; plain, drafted: tokens/s of the methods, each as if the others were not there."""
+    """Return the method and the reasons, one sentence each. plainly: prediction of plain decoding
+    beside the chosen draft; plain, drafted: tokens/s of the methods, each as if the others were not
+    there."""
     reasons = []
     if problem.prefill_chunk_tokens < problem.context and plainly.streamed_bytes:
         reasons.append(
-            f"a prompt streams the weights once per {problem.prefill_chunk_tokens} tokens: the "
-            "activations of more would take too much of the budget"
+            f"prefill streams the weights once per {problem.prefill_chunk_tokens} tokens: the "
+            "activations of larger chunks would take too much of the budget"
         )
     with_model = set(methods_that_draft(problem)) & set(WITH_DRAFT_MODEL)
     if with_model and not with_model & set(drafted):
         reasons.append("the draft model does not fit the budget")
     if problem.constraints.method == "plain":
-        return "plain", (*reasons, "plain decoding was asked for")
+        return "plain", (*reasons, "plain decoding: set by --method")
     if not drafted:
         return "plain", (*reasons, "the substitutes do not fit the budget: plain decoding")
     fastest = max(drafted, key=lambda method: drafted[method])
     ratio = f"{number(drafted[fastest])} against {number(plain)} tokens/s"
     if problem.constraints.method is not None:
-        return fastest, (*reasons, f"speculation was asked for: {ratio}")
+        return fastest, (*reasons, f"speculation: set by --method, {ratio}")
     if drafted[fastest] <= plain:
-        return "plain", (*reasons, f"speculation would not pay: {ratio}")
+        return "plain", (*reasons, f"speculation is not faster than plain decoding: {ratio}")
     return fastest, (*reasons, f"speculation beats plain decoding: {ratio}", *why_drafted(drafted))
 
 
@@ -410,12 +411,12 @@ def why_drafted(drafted: dict[Method, float]) -> list[str]:
         return []
     speeds = sorted(drafted.items(), key=lambda one: -one[1])
     listed = ", ".join(f"{name} {number(speed)}" for name, speed in speeds)
-    return [f"predicted tokens/s by what drafts: {listed}"]
+    return [f"predicted tokens/s by drafter: {listed}"]
 
 
 def why_early(tree: Tree) -> str:
     return (
-        f"a draft ends at the first level whose paths are together less probable than "
+        "drafting stops at the first level whose total path probability is below "
         f"{tree.min_path_probability:.3g}"
     )
 
@@ -443,7 +444,7 @@ def why_encoded(problem: Problem, chosen: Scored) -> str:
     link = profile.link_rate(ring.block_bytes if ring else 0) * num_weights / max(1, num_bytes)
     encoding: Encoding = "fp8-residual" if problem.spec.fp8 else "residual"
     decode = weights_rate(profile.weights_per_second(encoding))
-    rates = f"decoding gives {decode} here, the link {weights_rate(link)} raw"
+    rates = f"residuals are decoded at {decode}, raw weights stream at {weights_rate(link)}"
     what = "the exact weights are stored "
     if not num_coded:
         what += "raw"
@@ -453,7 +454,7 @@ def why_encoded(problem: Problem, chosen: Scored) -> str:
     if problem.constraints.encoding == "kept":
         return f"{what}: as in the existing artifact"
     if problem.constraints.encoding != "auto":
-        return f"{what}: that was asked for"
+        return f"{what}: set by --encoding"
     if not profile.weights_per_second(encoding):
         return f"{what}: there is no fast decoder for residuals here (a C++ compiler builds one)"
     if not chosen.prediction.streamed_bytes and not num_coded:

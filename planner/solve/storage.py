@@ -102,7 +102,7 @@ class Storage:
 
     @cached_property
     def used_as(self) -> dict[Encoding, int]:
-        """What the weights are at every use, and how many."""
+        """Number of weights by the encoding that they have at every use."""
         decoded, dequantized = set(self.decoded), set(self.dequantized)
         found = dict[Encoding, int]()
         for one in self.parts:
@@ -279,5 +279,5 @@ def raw_storage(spec: ModelSpec) -> Storage:
 
 
 def plainly(part: Part) -> StoredPart:
-    """As the checkpoint has it."""
+    """The part stored as in the checkpoint."""
     return StoredPart(part, part.plain_encoding, part.plain_bytes)

@@ -130,10 +130,10 @@ def sequence(spec: ModelSpec, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> Se
         artifact=SimpleNamespace(spec=spec),
         method="plain",
         padded=True,
-        num_reads=0,
+        num_prefill_chunks=0,
         check_open=lambda: None,
-        join=lambda sequence: None,
-        leave=lambda sequence: None,
+        add=lambda sequence: None,
+        remove=lambda sequence: None,
     )
     return Sequence(engine, caches.make_cache(spec, slots, take, nets))
 

@@ -65,7 +65,7 @@ def test_states_for_which_the_host_has_no_room_are_told_before_anything_is_loade
     needed = make_host_ledger([chosen.spec], streamed, 3)
     monkeypatch.setattr(memory, "free_host_bytes", lambda: needed.total_bytes - 1)
     monkeypatch.setattr(open_model, "load_weights", None)
-    with simulated(), pytest.raises(SubspecError, match="of states to go back to") as caught:
+    with simulated(), pytest.raises(SubspecError, match="of delta-net checkpoints") as caught:
         Engine.open(chosen, OpenOptions("plain"))
     assert caught.value.exit_code == Exit.RESOURCES
     assert caught.value.hint.endswith("a larger --vram, or fewer --sequences")

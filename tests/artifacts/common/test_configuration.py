@@ -126,7 +126,8 @@ def test_a_misspelt_variable_is_named_with_the_one_that_is_meant(
     meant = "did you mean SUBSPEC_RUN_MAX_TOKENS?"
     assert code == 0
     assert err == (
-        f"note: the environment's SUBSPEC_RUN_MAX_TOKEN is no option of subspec-run; {meant}\n"
+        "note: the environment variable SUBSPEC_RUN_MAX_TOKEN is not an option of subspec-run; "
+        f"{meant}\n"
     )
     assert printed(capsys, serve, "--print-config")[2] == ""
 

@@ -87,11 +87,11 @@ def test_the_reason_names_every_speed_and_who_drafts() -> None:
     found = speeds(substitute=[10, 10, 10], head=[12, 12, 12])
     told = why_drafter("substitute", found, fastest("substitute", found))
     assert told == (
-        "tokens/s by what drafts, on the same 3 prompts: eagle 12.00, substitute 10.00: eagle "
-        "drafts, 1.20 times as fast as substitute"
+        "measured tokens/s by drafter on the same 3 prompts: eagle 12.00, substitute 10.00; the "
+        "default is eagle, 1.20 times as fast as substitute"
     )
     assert why_drafter("substitute", found, None).endswith(
-        "substitute drafts, nothing else is clearly faster"
+        "the default is substitute, no other one is clearly faster"
     )
 
 
@@ -144,7 +144,9 @@ def test_what_is_fastest_in_the_substitutes_memory_drafts_by_default(
     found = chosen(with_head)
     assert set(asked) == {"substitute", "substitute+lookup", "eagle", "substitute+eagle"}
     assert (found.plan.method, found.plan.drafter) == ("substitute", drafter)
-    assert found.plan.reasons[-1].endswith(f"{drafter} drafts, 1.20 times as fast as substitute")
+    assert found.plan.reasons[-1].endswith(
+        f"the default is {drafter}, 1.20 times as fast as substitute"
+    )
     for options, name in ((OpenOptions(), drafter), (OpenOptions("substitute"), "substitute")):
         with Engine.open(found, options) as engine:
             assert engine.drafter == name
@@ -156,7 +158,9 @@ def test_the_substitutes_draft_on_where_nothing_else_is_clearly_faster(
     faked(monkeypatch, eagle=10.4, substitute__lookup=8.0)
     found = chosen(with_head)
     assert found.plan.drafter is None
-    assert found.plan.reasons[-1].endswith("substitute drafts, nothing else is clearly faster")
+    assert found.plan.reasons[-1].endswith(
+        "the default is substitute, no other one is clearly faster"
+    )
 
 
 def test_rivals_are_compared_with_what_drafts_in_the_plan(

@@ -149,7 +149,7 @@ def test_the_report_draws_other_budgets_and_lists_other_contexts() -> None:
     for circle in circles:
         assert all(0 <= float(circle.get(at, "").rstrip("%")) <= 100 for at in ("cx", "cy"))
     found = words(page)
-    assert "1.20 MB more would buy" in found
+    assert "1.20 MB more memory:" in found
     assert "256 tokens (this plan)speculative decoding" in found
     assert all(f"{point.context} tokens" in found for point in plan.by_context)
 
@@ -277,7 +277,7 @@ def test_the_table_says_which_lengths_its_figures_are_for_and_what_a_plan_takes_
     assert "predicted for a prompt of 128 tokens and an answer of 256 first token" in text
     assert (
         f"first token after {duration(first)} for a prompt of 128 tokens; "
-        f"{duration(first + digests)} for the first one after a start, which checks digests"
+        f"{duration(first + digests)} for the first prompt after a start, which checks digests"
     ) in text
     assert (
         f"full context {number(full.tokens_per_second)} tokens/s for a prompt of 3840 tokens and "
@@ -293,7 +293,7 @@ def test_the_table_says_which_lengths_its_figures_are_for_and_what_a_plan_takes_
 
 
 def test_the_table_says_what_more_memory_would_buy() -> None:
-    assert "more memory  1.20 MB more would buy" in printed(SPEC, explored(make_plan()))
+    assert "more memory  1.20 MB more memory:" in printed(SPEC, explored(make_plan()))
     assert "more memory" not in printed(SPEC, make_plan())
 
 
@@ -306,7 +306,7 @@ def test_the_table_survives_foreign_names() -> None:
 def test_the_table_says_what_a_gpus_plan_takes_of_host_memory() -> None:
     plan = replace(make_plan(), host_ledger=HostLedger(21_000_000, 3_000_000, 500_000))
     text = " ".join(printed(SPEC, plan).split())
-    assert " host memory 24.50 MB (23.37 MiB): 21.00 MB of weights" in text
+    assert " host memory 24.50 MB (23.37 MiB): 21.00 MB of streamed" in text
     assert plan_json(SPEC, plan, None)["host_ledger"] == {
         "streamed": 21_000_000, "embedding": 3_000_000, "checkpoints": 500_000
     }  # fmt: skip

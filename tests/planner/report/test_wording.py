@@ -47,8 +47,8 @@ def test_what_a_gpus_plan_takes_of_host_memory_is_told_part_by_part() -> None:
     assert "host memory" not in dict(decision_rows(plan))
     plan = replace(plan, host_ledger=HostLedger(21_000_000, 3_000_000, 500_000))
     assert dict(decision_rows(plan))["host memory"] == (
-        "24.50 MB (23.37 MiB): 21.00 MB of weights that stream, 3.00 MB of embedding, 500.00 KB of "
-        "states to go back to"
+        "24.50 MB (23.37 MiB): 21.00 MB of streamed weights, 3.00 MB of embedding, 500.00 KB of "
+        "delta-net checkpoints"
     )
     plan = replace(plan, host_ledger=HostLedger(0, 3_000_000, 0))
     assert dict(decision_rows(plan))["host memory"].endswith(": 3.00 MB of embedding")
@@ -74,14 +74,14 @@ def test_the_predicted_speed_is_said_to_be_that_of_the_methods_own_drafter() -> 
     plan = search(make_spec(), make_profile(), 12_000_000, Constraints(context=256), ACCEPTANCE)
     assert plan.method == "substitute" and " if " not in speed_line(plan)
     other = replace(plan, drafter="eagle")
-    assert speed_line(other) == f"{speed_line(plan)} if substitute drafts"
-    assert method_name(other).endswith("drafted by eagle")
+    assert speed_line(other) == f"{speed_line(plan)} with the drafter substitute"
+    assert method_name(other).endswith("the drafter eagle")
 
 
 def test_what_the_text_repeats_is_said_to_be_drafted_too() -> None:
     alone = search(make_spec(), make_profile(), 12_000_000, Constraints(context=256), ACCEPTANCE)
     plan = replace(alone, drafter="substitute+lookup")
-    assert method_name(plan) == f"{method_name(alone)}, and what the text repeats"
+    assert method_name(plan) == f"{method_name(alone)}, with prompt lookup"
     assert speed_line(plan) == speed_line(alone)
 
 

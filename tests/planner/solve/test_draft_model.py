@@ -53,7 +53,7 @@ def test_a_quick_draft_model_that_is_accepted_as_often_is_chosen() -> None:
     plan = planned(one=proposer(0.9))
     assert plan.method == "draft-model" and set(plan.drafts) == set(WITH_DRAFT_MODEL)
     check_plan(MODEL, list(raw_storage(MODEL).parts), plan, has_draft_model=True)
-    assert any("what drafts" in reason for reason in plan.reasons)
+    assert any("by drafter" in reason for reason in plan.reasons)
     assert plan.draft.acceptance.measured and plan.draft.hierarchical_cost is None
 
 

@@ -77,7 +77,7 @@ def test_memory_that_is_left_holds_fp8_weights_multiplied_out(stored: Storage | 
             )
 
 
-def test_where_multiplying_out_costs_little_memory_holds_residuals_as_fp8_codes_first() -> None:
+def test_where_dequantizing_costs_little_memory_holds_residuals_as_fp8_codes_first() -> None:
     cheap = replace(FAST_LINK, fp8_weights_per_second=3e9)
     plan = plan_for(34_000_000, CODED, cheap)
     placement = plan.placement(plan.method)

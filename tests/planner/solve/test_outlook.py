@@ -200,10 +200,10 @@ def test_the_next_gb_is_a_tenth_of_a_small_budget(budget_bytes: int, more: int) 
 @pytest.mark.parametrize(
     ("speed", "sentence"),
     [
-        (1.31, "1.20 MB more would buy 31%: 13.1 tokens/s"),
-        (1.006, "1.20 MB more would buy 1%: 10.1 tokens/s"),
-        (1.004, "1.20 MB more would buy nothing"),
-        (1.0, "1.20 MB more would buy nothing"),
+        (1.31, "1.20 MB more memory: 31% faster, 13.1 tokens/s"),
+        (1.006, "1.20 MB more memory: 1% faster, 10.1 tokens/s"),
+        (1.004, "1.20 MB more memory: no speedup"),
+        (1.0, "1.20 MB more memory: no speedup"),
     ],
 )
 def test_what_the_next_gb_buys_is_one_sentence(speed: float, sentence: str) -> None:
@@ -227,4 +227,4 @@ def test_a_budget_that_was_not_looked_into_is_not_spoken_of() -> None:
 
 def test_the_next_gb_is_among_the_budgets_that_are_tried() -> None:
     plan = with_outlook(plan_for(12_000_000), best, most_positions=4096)
-    assert what_more_memory_buys(plan).startswith("1.20 MB more would buy ")
+    assert what_more_memory_buys(plan).startswith("1.20 MB more memory: ")

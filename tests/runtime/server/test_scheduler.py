@@ -453,7 +453,7 @@ def test_a_prefix_that_cannot_be_brought_back_leaves_no_wrong_cache(
 @pytest.mark.parametrize(
     "error",
     [
-        SubspecError(Exit.RESOURCES, "the system gives no more: Input/output error"),
+        SubspecError(Exit.RESOURCES, "a system resource is exhausted: Input/output error"),
         MemoryError(),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
     ],

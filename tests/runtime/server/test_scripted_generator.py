@@ -41,7 +41,7 @@ def test_the_pieces_are_the_text_whatever_the_rounds(tokenizer: ChatTokenizer) -
     end = tokenizer.tokenizer.token_to_id("<|im_end|>")
     cuts = set()
     for seed in range(5):
-        pieces, outcome = played(tokenizer, TEXT, seed=seed, end_tokens=frozenset({end}))
+        pieces, outcome = played(tokenizer, TEXT, seed=seed, stop_token_ids=frozenset({end}))
         assert "".join(piece.text for piece in pieces) == TEXT and outcome.reason == "eos"
         ids = [token for piece in pieces for token in piece.token_ids]
         assert ids[-1] == end and tokenizer.tokenizer.decode(ids) == TEXT
