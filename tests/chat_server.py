@@ -52,6 +52,7 @@ class ChatServer:
     fails_with: str | None = None  # "error" or "cut": after the text, instead of an end
     key: str | None = None
     model: str = "Qwen3-32B"
+    verify: str = "exact"
     loads: bool = False  # what it says of itself; an answer is refused by `refusals`
     refusals: list[tuple[int, dict[str, Any], dict[str, str]]] = field(default_factory=list)
     requests: list[dict[str, Any]] = field(default_factory=list)
@@ -100,7 +101,8 @@ def chat_app(server: ChatServer) -> FastAPI:
     async def props(request: Request) -> Response:
         memory = {"budget_bytes": 8_000_000_000, "peak_bytes": 7_912_000_000}
         caps = {"supports_enable_thinking": True, "supports_reasoning_effort": True}
-        return refusal(request) or JSONResponse({"chat_template_caps": caps, "memory": memory})
+        found = {"chat_template_caps": caps, "memory": memory, "subspec": {"verify": server.verify}}
+        return refusal(request) or JSONResponse(found)
 
     async def chat(request: Request) -> Response:
         if refused := refusal(request):

@@ -169,6 +169,9 @@ const connect = connection((server) => {
   state.server = server;
   byId("model").textContent = server.model;
   byId("model").title = server.model;
+  byId("claim").textContent = server.lossy
+    ? "Answers may differ from the full model’s."
+    : "Every answer is exactly the full model’s.";
   showResources();
 });
 

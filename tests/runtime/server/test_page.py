@@ -118,6 +118,18 @@ def connected(page: Page) -> Page:
     return page
 
 
+def test_the_page_claims_exactness_of_an_exact_server_only(
+    visit: Callable[..., Page], server: ChatServer
+) -> None:
+    expect(connected(visit()).locator("#claim")).to_have_text(
+        "Every answer is exactly the full model’s."
+    )
+    server.verify = "lossy"
+    page = connected(visit())
+    expect(page.locator("#claim")).to_have_text("Answers may differ from the full model’s.")
+    expect(page.locator("#resources")).to_contain_text("Lossy")
+
+
 def test_an_answer_comes_piece_by_piece_and_ends_with_its_figures(
     visit: Callable[..., Page], server: ChatServer
 ) -> None:
