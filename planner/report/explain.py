@@ -50,7 +50,7 @@ from subspec.planner.report.wording import (
     usage_line,
     weights_dtype,
 )
-from subspec.planner.solve.outlook import what_more_memory_buys
+from subspec.planner.solve.outlook import memory_gain_line
 from subspec.planner.solve.predict import usual_usage
 from subspec.templates import load
 
@@ -93,7 +93,7 @@ def print_plan(spec: ModelSpec, plan: Plan, console: Console) -> None:
     if accepted := acceptance_line(plan):
         kinds = ", ".join(f"{kind} {tokens}" for kind, _, tokens in acceptance_rows(plan)[:-1])
         costs.add_row("acceptance", Text(f"{accepted}; {kinds}" if kinds else accepted))
-    if more := what_more_memory_buys(plan):
+    if more := memory_gain_line(plan):
         costs.add_row("more memory", more)
     for index, (label, speed) in enumerate(option_rows(plan)[:NUM_OPTIONS]):
         costs.add_row("" if index else "options", Text(f"{speed} tokens/s: {label}"))
@@ -195,7 +195,7 @@ def render_report(spec: ModelSpec, plan: Plan, profile: Profile, runs: Sequence[
         round_rows=round_rows(plan),
         options=option_rows(plan),
         by_budget=budget_chart(plan),
-        more_memory=what_more_memory_buys(plan) if predicts else "",
+        more_memory=memory_gain_line(plan) if predicts else "",
         contexts=context_rows(plan),
         first_token=first_token_line(plan) if predicts else "",
         full_context=full_context_line(plan) if predicts else "",

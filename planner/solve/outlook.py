@@ -133,7 +133,7 @@ def next_bytes(budget_bytes: int) -> int:
     return min(NEXT_BYTES, int(budget_bytes * NEXT_SHARE))
 
 
-def what_more_memory_buys(plan: Plan) -> str:
+def memory_gain_line(plan: Plan) -> str:
     """Gain of more memory, in one sentence; "" if it was not computed."""
     more = next_bytes(plan.budget_bytes)
     wanted = plan.budget_bytes + more

@@ -15,9 +15,9 @@ from subspec.planner.solve.feasible import drafting_from
 from subspec.planner.solve.outlook import (
     BUDGET_STEPS,
     CONTEXTS,
+    memory_gain_line,
     next_bytes,
     predict_for,
-    what_more_memory_buys,
     with_outlook,
 )
 from subspec.planner.solve.predict import usual_usage
@@ -172,11 +172,11 @@ def test_a_plan_without_room_for_a_draft_says_where_drafting_begins() -> None:
     assert (
         first.method == "substitute" and "substitute" not in best(begins - 20_000, 256).placements
     )
-    told = what_more_memory_buys(with_outlook(plan, best, 4096, begins))
+    told = memory_gain_line(with_outlook(plan, best, 4096, begins))
     size, speed = size_argument(begins), number(first.predicted["substitute"].tokens_per_second)
     assert told.endswith(f"; drafting begins at {size}: {speed} tokens/s")
     drafts = plan_for(12_000_000)
-    assert "drafting" not in what_more_memory_buys(with_outlook(drafts, best, 4096))
+    assert "drafting" not in memory_gain_line(with_outlook(drafts, best, 4096))
 
 
 def test_an_error_other_than_too_little_memory_is_not_passed_over() -> None:
@@ -218,13 +218,13 @@ def test_what_the_next_gb_buys_is_one_sentence(speed: float, sentence: str) -> N
             Point(15_000_000, 256, "plain", 50.0),
         ),
     )
-    assert what_more_memory_buys(plan) == sentence
+    assert memory_gain_line(plan) == sentence
 
 
 def test_a_budget_that_was_not_looked_into_is_not_spoken_of() -> None:
-    assert what_more_memory_buys(plan_for(12_000_000)) == ""
+    assert memory_gain_line(plan_for(12_000_000)) == ""
 
 
 def test_the_next_gb_is_among_the_budgets_that_are_tried() -> None:
     plan = with_outlook(plan_for(12_000_000), best, most_positions=4096)
-    assert what_more_memory_buys(plan).startswith("1.20 MB more memory: ")
+    assert memory_gain_line(plan).startswith("1.20 MB more memory: ")
