@@ -1,6 +1,7 @@
 """Kernels that torch has only for CUDA, and Triton's, on the tensors behind the simulated ones."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -163,6 +164,26 @@ class DecodeTile:
         return self._pairs[key]
 
 
+@contextmanager
+def triton_restored() -> Iterator[None]:
+    """Undo what Triton's interpreter leaves behind: it restores the modules that a kernel names,
+    but not triton.language.core, which functions of its library name. After a kernel that calls
+    tl.sum nothing could be compiled in this process."""
+    from triton.language import core
+
+    places: list[Any] = [core, core.tensor, core.tensor_descriptor_base]
+    before = [dict(vars(place)) for place in places]
+    try:
+        yield
+    finally:
+        for place, names in zip(places, before, strict=True):
+            for name, value in list(vars(place).items()):
+                if name not in names:
+                    delattr(place, name)
+                elif value is not names[name]:
+                    setattr(place, name, names[name])
+
+
 def launched(kernel: Any, args: Any, grid: Any, settings: Any) -> None:
     """Any other kernel, by Triton's interpreter. What it writes is not known: all is counted as
     written."""
@@ -176,7 +197,8 @@ def launched(kernel: Any, args: Any, grid: Any, settings: Any) -> None:
 
     def call(*inner: Any) -> None:
         if simulation.back.type == "cpu":
-            InterpretedFunction(function).run(*inner, grid=grid, warmup=False, **settings)
+            with triton_restored():
+                InterpretedFunction(function).run(*inner, grid=grid, warmup=False, **settings)
 
     if simulation.capturing is None:
         call(*map(raw, args))

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import pytest
 import torch
 from builders import build_artifact, converted, random_checkpoint, replan
-from families import FAMILIES
+from families import config_of
 from interpreter import needs_interpreter
 from simcuda.answering import PROMPT, USUAL
 from simcuda.device import simulated
@@ -36,19 +36,20 @@ Given = TypeVar("Given", DeltaWeights, DeltaState, DeltaInputs)
 
 @pytest.fixture
 def gpus() -> Iterator[Simulation]:
+    from triton.language import core
+
+    before = dict(vars(core)), dict(vars(core.tensor))
     with simulated() as simulation, torch.inference_mode():
         yield simulation
     assert not simulation.races
+    assert before == (vars(core), vars(core.tensor)), "else later tests cannot compile kernels"
 
 
 @pytest.fixture(scope="module", params=[2, 6], ids=["one net", "three nets"])
 def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """Of every two layers one is a delta net."""
-    from transformers import AutoConfig
-
     folder = tmp_path_factory.mktemp("nets")
-    sizes = {"num_hidden_layers": request.param, "full_attention_interval": 2}
-    config = AutoConfig.for_model(**{**FAMILIES["qwen3_5_text"], **sizes})
+    config = config_of("qwen3_5_text", num_hidden_layers=request.param, full_attention_interval=2)
     source = random_checkpoint(folder / "f32", config)
     source = converted(source, folder / "bf16", torch.bfloat16)
     return build_artifact(source, folder / "artifact", device="cuda")
