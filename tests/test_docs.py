@@ -10,7 +10,7 @@ import click
 import pytest
 from toys import ACCEPTANCE, make_profile, make_spec
 
-from subspec.artifacts.acceptance import Acceptance, Curve
+from subspec.artifacts.acceptance import Acceptance, Curve, HierarchicalCost
 from subspec.artifacts.common.errors import Exit
 from subspec.artifacts.format.store import (
     FORMAT_VERSION,
@@ -23,6 +23,7 @@ from subspec.artifacts.format.store import (
 from subspec.artifacts.model import (
     Attention,
     Block,
+    DeltaNet,
     Dense,
     DraftHead,
     Eagle3,
@@ -31,10 +32,15 @@ from subspec.artifacts.model import (
     NormStyle,
     QueryGrowth,
     Rope,
+    ScaleBlock,
     Source,
 )
 from subspec.artifacts.plan import (
+    BatchDraft,
     Constraints,
+    Draft,
+    DraftHeadResult,
+    HostLedger,
     Ledger,
     Option,
     Placement,
@@ -149,7 +155,8 @@ def test_the_runs_json_object_is_explained_key_by_key() -> None:
     "kind",
     [ModelSpec, DraftHead, Eagle3, LayerSpec, Block, Attention, QueryGrowth, Dense, NormStyle, Rope,
      Source, Plan, Tree, Placement, Ledger, Prediction, Acceptance, Curve, Option, Point,
-     Constraints, Profile, KernelCosts, Timing, LinkRate, Corrections, Manifest, FileEntry,
+     Constraints, BatchDraft, Draft, DraftHeadResult, HierarchicalCost, HostLedger, DeltaNet,
+     ScaleBlock, Profile, KernelCosts, Timing, LinkRate, Corrections, Manifest, FileEntry,
      PartEntry, SubstituteEntry, Run],
 )  # fmt: skip
 def test_every_field_of_the_format_is_named(kind: type) -> None:

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from toys import make_spec
 
 from subspec.artifacts.common.errors import Exit, SubspecError
-from subspec.artifacts.common.sizes import parse_size
+from subspec.artifacts.common.sizes import parse_size, size_argument
 from subspec.artifacts.footprint import draft_head_bytes
 from subspec.artifacts.format.codec import dump_json
 from subspec.artifacts.format.prebuilt import find_prebuilt
@@ -669,7 +669,7 @@ def test_a_cap_below_the_floor_names_the_smallest_that_works(
     assert error["code"] == "infeasible" and error["exit"] == 3
     found = re.fullmatch(r"--vram ([\d.]+MB)", error["hint"])
     assert found is not None
-    assert parse_size(found[1]) >= error["smallest_budget_bytes"] > 0.98 * parse_size(found[1])
+    assert found[1] == size_argument(error["smallest_budget_bytes"])
     assert list(here.iterdir()) == []
     again = plan(capsys, "--vram", found[1], "--out", "floor")
     assert again.exit_code == 0, again.err

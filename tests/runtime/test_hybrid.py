@@ -349,6 +349,19 @@ def test_the_fastest_plain_decoding_moves_the_states_on(artifact: Artifact) -> N
         torch.testing.assert_close(mine.float(), theirs.float(), rtol=0.1, atol=0.05)
 
 
+def check_restored(engine: Engine, store: PrefixCache, prompt: list[int], usable: int) -> None:
+    """A sequence continues from `usable` restored tokens with the bits of one that reads all."""
+    prefix, count = store.longest(tuple(prompt[:-1]))
+    assert prefix is not None and count == usable
+    with engine.new_sequence() as other, engine.new_sequence() as fresh:
+        generated(other, OTHER, GenerationParams(9))
+        store.restore(prefix, count, other)
+        got = generated(other, prompt, GenerationParams(20))
+        assert other.stats.cached_tokens == usable
+        assert generated(fresh, prompt, GenerationParams(20)) == got
+        assert equal(bits(other.cache), bits(fresh.cache))
+
+
 def test_the_server_brings_states_back_from_host_memory(artifact: Artifact) -> None:
     """All of a conversation, or without the thinking of its answer, or as far as it is shared."""
     with Engine.open(planned(artifact)) as engine:
@@ -363,15 +376,7 @@ def test_the_server_brings_states_back_from_host_memory(artifact: Artifact) -> N
             ([*PROMPT[:-2], *OTHER], end),
             (PROMPT, end),
         ):
-            prefix, count = store.longest(tuple(prompt[:-1]))
-            assert prefix is not None and count == usable
-            with engine.new_sequence() as other, engine.new_sequence() as fresh:
-                generated(other, OTHER, GenerationParams(9))
-                store.restore(prefix, count, other)
-                got = generated(other, prompt, GenerationParams(20))
-                assert other.stats.cached_tokens == usable
-                assert generated(fresh, prompt, GenerationParams(20)) == got
-                assert equal(bits(other.cache), bits(fresh.cache))
+            check_restored(engine, store, prompt, usable)
         assert store.longest(tuple(OTHER)) == (None, 0)
 
 
@@ -405,15 +410,7 @@ def test_the_server_keeps_where_a_long_answers_prompt_ended_and_the_turns_before
             (second, kept[1]),
             ([*first[:-1], *PROMPT[40:]], kept[0]),
         ):
-            found, count = store.longest(tuple(prompt[:-1]))
-            assert found is not None and count == usable
-            with engine.new_sequence() as other, engine.new_sequence() as fresh:
-                generated(other, OTHER, GenerationParams(9))
-                store.restore(found, count, other)
-                got = generated(other, prompt, GenerationParams(20))
-                assert other.stats.cached_tokens == usable
-                assert generated(fresh, prompt, GenerationParams(20)) == got
-                assert equal(bits(other.cache), bits(fresh.cache))
+            check_restored(engine, store, prompt, usable)
 
 
 def test_no_other_conversation_goes_for_the_more_checkpoints_of_one(artifact: Artifact) -> None:

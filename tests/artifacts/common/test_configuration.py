@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 import pytest
+from commands import printed
 
 from subspec.artifacts.common import configuration
 from subspec.artifacts.common.configuration import (
@@ -28,16 +29,6 @@ COMMANDS: tuple[click.Command, ...] = (plan, run, serve)
 EVERY = [*COMMANDS, *bench.commands.values()]
 METHODS = Path(__file__).parents[3] / "examples" / "methods"
 Capture = pytest.CaptureFixture[str]
-
-
-def printed(capsys: Capture, command: click.Command, *words: object) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr."""
-    try:
-        code = command.main([str(word) for word in words]) or 0
-    except SystemExit as end:
-        code = int(end.code or 0)
-    said = capsys.readouterr()
-    return code, said.out, said.err
 
 
 def origins(out: str) -> dict[str, tuple[str, str]]:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 import pytest
+from commands import printed
 
 from subspec.artifacts.common.configuration import Configured
 from subspec.artifacts.common.errors import Exit
@@ -16,16 +17,6 @@ from subspec.runtime.server.cli import main as serve
 
 Capture = pytest.CaptureFixture[str]
 CLASSIC = "model: demo\nvram: 9MB\ndraft-model: demo\ndraft-model-weights: exact\nencoding: raw\n"
-
-
-def ended(capsys: Capture, command: click.Command, *words: object) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr."""
-    try:
-        code = command.main([str(word) for word in words]) or 0
-    except SystemExit as end:
-        code = int(end.code or 0)
-    said = capsys.readouterr()
-    return code, said.out, said.err
 
 
 def lost(out: str) -> dict[str, str]:
@@ -99,7 +90,7 @@ def test_what_the_command_line_excludes_of_a_file_does_not_count(
 ) -> None:
     file = tmp_path / "some.yaml"
     file.write_text(text)
-    code, out, err = ended(capsys, command, "--config", file, *line.split(), "--print-config")
+    code, out, err = printed(capsys, command, "--config", file, *line.split(), "--print-config")
     assert code == 0, err
     assert lost(out) == {key: f"{by} of the command line" for key, by in expected.items()}
 
@@ -119,7 +110,7 @@ def test_the_commands_of_subspec_bench_have_rules_too(
 ) -> None:
     file = tmp_path / "bench.yaml"
     file.write_text(text)
-    code, out, err = ended(capsys, bench, *line.split(), "--config", file, "--print-config")
+    code, out, err = printed(capsys, bench, *line.split(), "--config", file, "--print-config")
     assert code == 0, err
     assert lost(out) == {key: f"{by} of the command line" for key, by in expected.items()}
 
@@ -130,9 +121,9 @@ def test_what_is_overridden_overrides_nothing(
     file = tmp_path / "run.yaml"
     file.write_text("verify: lossy\n")
     monkeypatch.setenv("SUBSPEC_RUN_NO_SPECULATION", "1")
-    _, out, _ = ended(capsys, run, "--config", file, "--print-config")
+    _, out, _ = printed(capsys, run, "--config", file, "--print-config")
     assert lost(out) == {"verify": "no-speculation of the environment"}
-    _, out, _ = ended(capsys, run, "--config", file, "--drafter", "lookup", "--print-config")
+    _, out, _ = printed(capsys, run, "--config", file, "--drafter", "lookup", "--print-config")
     assert lost(out) == {"no-speculation": "drafter of the command line"}
 
 
@@ -165,7 +156,7 @@ def test_what_one_source_contradicts_itself_in_stays_an_error(
 ) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(text)
-    code, _, err = ended(capsys, run, "--config", file, *line.split())
+    code, _, err = printed(capsys, run, "--config", file, *line.split())
     assert code == Exit.USAGE and expected in err
 
 
@@ -193,7 +184,6 @@ def test_every_rule_of_subspec_plan_is_one_that_it_has_a_sentence_for(
     if not {"model", "source", "calibrate"} & set(given):
         given.append("source" if pair[1] == "model" else "model")
     words = " ".join(said[one] for one in given).split()
-    code, _, err = ended(capsys, plan, *words, "--vram", "9MB", "--device", "cpu")
+    code, _, err = printed(capsys, plan, *words, "--vram", "9MB", "--device", "cpu")
     assert code == Exit.USAGE
-    sentences = ("given without", "expected one", "do not apply", "does not apply", "needs a")
-    assert any(one in err for one in (*sentences, "--profile plans for another machine")), err
+    assert all(said[one].split()[0] in err for one in pair), err

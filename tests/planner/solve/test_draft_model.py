@@ -101,7 +101,7 @@ def test_a_draft_model_fits_where_substitutes_do_not() -> None:
         planned(2_000_000, method="draft-model")
 
 
-def test_a_draft_model_never_costs_speed_where_the_context_is_ours() -> None:
+def test_a_draft_model_costs_a_tenth_of_the_speed_at_most_and_for_a_longer_context() -> None:
     """It fits beside a longer context than the substitutes do."""
     slow = proposer(0.3, HierarchicalCost(1.0, 1.0))
     for budget in range(7_500_000, 13_000_000, 500_000):
@@ -109,6 +109,7 @@ def test_a_draft_model_never_costs_speed_where_the_context_is_ours() -> None:
         alone, beside = search(*given), search(*given, proposer=slow)
         speeds = [plan.predicted[plan.method].tokens_per_second for plan in (alone, beside)]
         assert speeds[1] >= 0.9 * speeds[0]
+        assert speeds[1] >= speeds[0] or beside.context > alone.context
 
 
 def test_a_draft_model_that_does_not_fit_is_said() -> None:

@@ -196,12 +196,12 @@ def test_a_grammar_that_gets_slower_and_slower_is_given_up(monkeypatch):
     one = constraint(model, OutputFormat("lark", 'start: s\ns: s s s | s s | "a" | "aa" | '))
     a = next(token for token in allowed_ids(one) if model.contents[token] == b"a")
     answer = ConstraintFollower(one, model.ends)
-    begin = time.thread_time()
+    begin = time.process_time()
     with pytest.raises(SubspecError, match="takes too long to follow"):
         for _ in range(3000):
             answer.allowed(len(model.contents))
             answer.push(a)
-    assert time.thread_time() - begin < 5
+    assert time.process_time() - begin < 5
 
 
 def nested(depth: int) -> dict:
@@ -259,10 +259,10 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_honoured_is_refused_quickly_in_a_sentence(name):
     output_format, words = REFUSED[name]
-    tokens, begin = demo_tokens(), time.thread_time()
+    tokens, begin = demo_tokens(), time.process_time()
     with pytest.raises(SubspecError, match=words) as caught:
         constraint_for(tokens, output_format)
-    assert time.thread_time() - begin < 3 * COMPILE_SECONDS  # on a slow machine
+    assert time.process_time() - begin < 3 * COMPILE_SECONDS  # on a slow machine
     assert caught.value.exit_code == Exit.USAGE
     assert "\n" not in caught.value.message
     assert len(caught.value.message) < 500
@@ -283,13 +283,13 @@ def test_what_cannot_be_honoured_is_refused_quickly_in_a_sentence(name):
     ],
 )
 def test_what_looks_hostile_and_is_not_is_quick(output_format):
-    begin = time.thread_time()
+    begin = time.process_time()
     one = constraint(demo_tokens(), output_format)
     chance = random.Random(0)
     for _ in range(60):
         if others := [token for token in allowed_ids(one) if token != END]:
             one.push(chance.choice(others))
-    assert time.thread_time() - begin < 3
+    assert time.process_time() - begin < 3
 
 
 def test_a_schema_cannot_change_how_it_is_read():

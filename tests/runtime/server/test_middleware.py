@@ -196,7 +196,7 @@ def test_bodies_together_have_a_limit_which_is_given_back() -> None:
 
 
 def test_a_client_that_goes_before_its_body_has_come_leaves_nothing() -> None:
-    served = serve()
+    served = serve(guards=GuardSettings(body_seconds=300))
 
     async def leave() -> None:
         client = Client("POST", CHAT, [b"{"], {"content-length": "100"})
