@@ -97,7 +97,7 @@ def plan_model(
     measured: Profile | None = None,
 ) -> Planned:
     """Plan a checkpoint, with its own draft head or another one, and build the artifact `out`.
-    measured: inputs by `foresee`; measured again if the weights are not what config.json says."""
+    measured: the profile by `foresee`; measured again if the weights differ from config.json."""
     from subspec.planner.build.artifact import build
     from subspec.planner.build.quantize import QUANTIZERS
     from subspec.planner.machine.profiles import measured_for

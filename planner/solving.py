@@ -135,24 +135,21 @@ def solve_if_feasible(inputs: PlanInputs) -> Plan | None:
 
 def with_sweeps(inputs: PlanInputs, plan: Plan) -> Plan:
     """The plan with predictions for other budgets and contexts."""
-    from subspec.planner.solve.fastest import fastest_plan
     from subspec.planner.solve.feasible import drafting_from
     from subspec.planner.solve.outlook import with_outlook
 
-    slow, constraints = inputs.slowed, inputs.request.constraints
+    request = inputs.request
 
     def best(budget: int, context: int) -> Plan:
-        fixed = replace(constraints, context=context)
-        return fastest_plan(
-            inputs.spec, slow, budget, fixed, inputs.acceptance, inputs.stored,
-            inputs.proposer,
-        )  # fmt: skip
+        fixed = replace(request.constraints, context=context)
+        asked = replace(request, budget_bytes=budget, constraints=fixed)
+        return solve(replace(inputs, request=asked))
 
     most = inputs.spec.max_positions
     if set(plan.placements) != {"plain"}:
         return with_outlook(plan, best, most)
     begins = drafting_from(
-        inputs.spec, slow, plan, inputs.acceptance, inputs.stored, inputs.proposer
+        inputs.spec, inputs.slowed, plan, inputs.acceptance, inputs.stored, inputs.proposer
     )
     return with_outlook(plan, best, most, begins)
 

@@ -2,7 +2,7 @@
 `microbench.py` the terms of a pass, by `residual_rate.py` the decoding of residuals.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -84,8 +84,7 @@ def measure(
         drafting = dict.fromkeys(kernels, DraftTimings((), (), ()))
         if draft_model is not None:
             progress("measuring the draft model", (effort.passes + 1) / (effort.passes + 2))
-            of_model = Bench(draft_model, target, effort)
-            drafting = {one: timings_of_draft_model(of_model, one) for one in kernels}
+            drafting = timings_of_draft_model(Bench(draft_model, target, effort), kernels)
         progress("measuring batch invariance", (effort.passes + 1) / (effort.passes + 2))
         profile = replace(
             typical_of(passes),
@@ -135,18 +134,25 @@ def kernel_costs(
     )
 
 
-def timings_of_draft_model(bench: Bench, kernel: Int4Kernel) -> DraftTimings:
-    """Timings of the excerpt as a draft model: medians of several passes."""
-    passes = [bench.draft_model_timings(kernel) for _ in range(bench.effort.passes)]
-    layer, attention, head = (
-        tuple(middle_timing(some) for some in zip(*several, strict=True))
-        for several in (
-            [one.layer for one in passes],
-            [one.attention for one in passes],
-            [one.head for one in passes],
+def timings_of_draft_model(
+    bench: Bench, kernels: Iterable[Int4Kernel]
+) -> dict[Int4Kernel, DraftTimings]:
+    """Timings of the excerpt as a draft model, whose kernels are launched one by one, and which
+    also reads texts: medians of several passes."""
+    found = dict[Int4Kernel, DraftTimings]()
+    for kernel in kernels:
+        packed = bench.random_substitutes(kernel)
+        passes = [bench.draft_timings(packed, None, True) for _ in range(bench.effort.passes)]
+        layer, attention, head = (
+            tuple(middle_timing(some) for some in zip(*several, strict=True))
+            for several in (
+                [one.layer for one in passes],
+                [one.attention for one in passes],
+                [one.head for one in passes],
+            )
         )
-    )
-    return DraftTimings(layer, attention, head)
+        found[kernel] = DraftTimings(layer, attention, head)
+    return found
 
 
 def machine_name(device: str) -> str:

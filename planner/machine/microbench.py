@@ -203,7 +203,7 @@ class Bench:
             visible = torch.ones(width, live, dtype=torch.bool, device=self.device)
             return lambda: attention(query, keys, values, visible, body.scale)
 
-        body = next(one for layer in self.spec.layers for one in layer.attentions)
+        body = self.spec.attentions[0]
         near, far = (
             time_widths(
                 {w: action(w, live) for w in ATTENTION_WIDTHS}, self.device, 1.0, self.effort
@@ -229,7 +229,7 @@ class Bench:
             kernels += ["w4a8"] if int4.unavailable() is None else []
         elif gemlite_kernel.unavailable(self.device, columns) is None:
             kernels.append("gemlite")
-        packed = {kernel: self._random_substitutes(kernel) for kernel in kernels}
+        packed = {kernel: self.random_substitutes(kernel) for kernel in kernels}
         timed = {kernel: self.draft_timings(packed[kernel]) for kernel in kernels}
         kernels.sort(key=lambda kernel: seconds_at(timed[kernel].layer, 4))
         sizes = [substitutes_bytes(self.spec, kernel) for kernel in kernels]
@@ -260,11 +260,6 @@ class Bench:
         ]
         (compiled, _), (plain, _) = time_each(actions, self.device, self.effort)
         return graphs if compiled < plain else None
-
-    def draft_model_timings(self, kernel: Int4Kernel) -> DraftTimings:
-        """Timings of the excerpt as a draft model, whose kernels are launched one by one, and which
-        also reads texts."""
-        return self.draft_timings(self._random_substitutes(kernel), None, True)
 
     def draft_timings(
         self,
@@ -419,7 +414,7 @@ class Bench:
         target = self.memory.take_tensor("tables", tuple(tensor.shape), tensor.dtype)
         return target.copy_(tensor)
 
-    def _random_substitutes(self, kernel: Int4Kernel) -> Substitutes:
+    def random_substitutes(self, kernel: Int4Kernel) -> Substitutes:
         room = Ledger(substitutes=substitutes_bytes(self.spec, kernel))
         memory = FastMemory(self.device, room)
         packed = place_substitutes(self.spec, kernel, memory, self.files)

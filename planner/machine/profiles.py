@@ -49,6 +49,7 @@ def shapes_of(spec: ModelSpec | None) -> str:
     matrices = [(one.name, one.out_features, one.in_features) for one in spec.linears]
     digest = hashlib.sha256(repr((heads, nets, matrices)).encode()).hexdigest()[:12]
     dtype = f"FP8 and {spec.dtype}" if spec.fp8 else spec.dtype
+    dtype += "" if spec.quantized else " without 4-bit copies"
     return (
         f"{spec.num_layers} layers of {spec.hidden_size}, vocabulary {spec.vocab_size}, {dtype} "
         f"({digest})"

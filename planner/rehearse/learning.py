@@ -69,7 +69,7 @@ def rehearse(
     room = int(free * FREE_SHARE)
     within = replace(request, budget_bytes=min(request.budget_bytes, room))
     try:
-        plan, profile = rehearse_within(replace(inputs, request=within), artifact, progress, notify)
+        now, plan = rehearse_within(replace(inputs, request=within), artifact, progress, notify)
     except SubspecError as error:
         if error.exit_code not in (Exit.INFEASIBLE, Exit.RESOURCES):
             raise
@@ -81,18 +81,18 @@ def rehearse(
         )
         return plan, profile
     if within == request:
-        return plan, profile
+        return with_sweeps(now, plan), now.profile
     notify(
         f"note: rehearsed within {short_size(room)}, which are free now; the plan is for "
         f"{short_size(request.budget_bytes)}"
     )
-    learnt = inputs_from_artifact(request, replace(artifact, plan=plan), profile)
-    return with_sweeps(learnt, with_known_drafter(solve(learnt), plan)), profile
+    whole = inputs_from_artifact(request, replace(artifact, plan=plan), now.profile)
+    return with_sweeps(whole, with_known_drafter(solve(whole), plan)), now.profile
 
 
 def rehearse_within(
     inputs: PlanInputs, artifact: Artifact, progress: Progress, notify: Notify
-) -> tuple[Plan, Profile]:
+) -> tuple[PlanInputs, Plan]:
     """Measure acceptance, time rounds of the plan that is best by it for corrections, and plan
     again with both."""
     request, started = inputs.request, cpu_times()
@@ -120,7 +120,7 @@ def rehearse_within(
     asked = request.constraints
     if asked.method is None and asked.width is None and asked.depth is None:
         plan = with_fastest_drafter(artifact, plan, samples, setting, progress, effort.time_seconds)
-    return with_sweeps(inputs, plan), profile
+    return inputs, plan
 
 
 def effort_of(inputs: PlanInputs) -> Effort:

@@ -28,9 +28,9 @@ def nothing_fits(problem: Problem) -> SubspecError:
     """The error of a problem without a plan, with the budget that has one."""
     budget, free = problem.budget_bytes, unlimited(problem)
     needed, kept = smallest_budget(problem), problem.storages[-1].residuals
-    hint = f"--vram {size_argument(needed)}" if needed else ""
     if smallest_of(problem) is None and smallest_of(free) is not None:
-        return host_too_small(problem, least_host(free), hint)
+        return host_too_small(problem, least_host(free), needed)
+    hint = f"--vram {size_argument(needed)}" if needed else ""
     fits = f"needs {format_size(needed)}" if needed else "does not exist on this machine"
     if needed and kept and not problem.profile.residual_weights_per_second:
         hint += ", or install a C++ compiler (g++): else residuals are decoded only while loading"
@@ -38,12 +38,12 @@ def nothing_fits(problem: Problem) -> SubspecError:
     return SubspecError(Exit.INFEASIBLE, message, hint, smallest_budget_bytes=needed or None)
 
 
-def host_too_small(problem: Problem, least: HostLedger, hint: str) -> SubspecError:
+def host_too_small(problem: Problem, least: HostLedger, needed: int) -> SubspecError:
     """The error if a GPU's host has too little memory. least: the smallest host memory that a plan
-    needs; hint: the budget to use, "" if none would do."""
+    needs; needed: the smallest budget that has a plan in this host's memory, 0 if none has."""
     ram, takes = problem.constraints.ram_bytes, short_size(least.total_bytes)
     beside = f"beside {short_size(problem.budget_bytes)} of GPU memory"
-    ways = [hint] if hint else []
+    ways = [f"--vram {size_argument(needed)}"] if needed else []
     if ram is not None and least.total_bytes > ram:
         if least.checkpoints and problem.constraints.num_sequences > 1:
             ways.append("fewer --sequences")
@@ -52,12 +52,14 @@ def host_too_small(problem: Problem, least: HostLedger, hint: str) -> SubspecErr
             f"{beside} a plan takes {takes} of host memory ({least.parts}), "
             f"--ram is {short_size(ram)}",
             ", or ".join([f"--ram {size_argument(least.total_bytes)}", *ways]),
+            smallest_budget_bytes=needed or None,
         )
     return SubspecError(
         Exit.INFEASIBLE,
         f"{beside} streamed weights and the embedding take {short_size(least.pinned_bytes)} of "
         f"pinned host memory, this process can pin {short_size(problem.profile.pinnable_bytes)}",
         ", or ".join(["a higher `ulimit -l`", "more memory for this container", *ways]),
+        smallest_budget_bytes=needed or None,
     )
 
 

@@ -52,12 +52,11 @@ from subspec.planner.solve.problem import (
 )
 from subspec.planner.solve.storage import Storage, choose_resident, group_bytes
 
-# Until acceptance is measured: rates published for 8B models, of a chain and 6 wide; between them
-# by the logarithm of the width, and 8 wide as 6 wide.
+# Until acceptance is measured: rates of SubSpec's published logs for 8B models (arXiv 2509.18344),
+# of a chain and 6 wide; between them by the logarithm of the width, and 8 wide as 6 wide.
 PRIOR_RATES = {1: 0.968, 2: 0.975, 4: 0.981, 8: 0.985}
 PRIOR_LEVELS = 64
-# Of a draft model: what is published of models a tenth as large, and a guess at how often the
-# substitutes agree.
+# Of a draft model, and how often the substitutes agree with it. Chosen, not measured.
 PRIOR_MODEL_RATES = {1: 0.75, 2: 0.82, 4: 0.87, 8: 0.9}
 PRIOR_HIERARCHICAL_COST = HierarchicalCost(substitute_passes=0.4, proposer_passes=1.0)
 
@@ -155,8 +154,10 @@ def solve_context(problem: Problem) -> tuple[Solved, tuple[str, ...]]:
     is longer than usual leaves every method that drafts its memory."""
     if problem.constraints.context is not None:
         return solve(problem), ()
-    shortest, *contexts = default_contexts(problem.spec)
-    fastest = solve(at_context(problem, shortest))
+    _, *contexts = default_contexts(problem.spec)
+    fastest = solve(problem)  # of the shortest
+    if fastest.chosen is None:
+        return fastest, ()
     chosen, longer = fastest, None
     for context in (one for one in reversed(contexts) if one <= DEFAULT_CONTEXT):
         one = solve(at_context(problem, context))
@@ -295,10 +296,15 @@ def assemble(solved: Solved, placed: dict[Method, Scored], reasons: tuple[str, .
     problem = replace(solved.problem, prefill_chunk_tokens=room)
     found = {method: with_prompts_of(problem, one) for method, one in placed.items()}
     plain, predicted = found["plain"], {name: one.prediction for name, one in found.items()}
-    speeds = {method: some[0].speed for method, some in solved.drafted.items() if some}
-    assert solved.plain is not None, "something fits"
-    method, why = decide(problem, predicted["plain"], solved.plain.speed, speeds)
-    reasons += why
+    assert solved.plain is not None and solved.chosen is not None, "something fits"
+    method = solved.chosen.candidate.method
+    if problem.prefill_chunk_tokens < problem.context and predicted["plain"].streamed_bytes:
+        reasons += (
+            f"prefill streams the weights once per {problem.prefill_chunk_tokens} tokens: the "
+            "activations of larger chunks would take too much of the budget",
+        )
+    speeds = {name: some[0].speed for name, some in solved.drafted.items() if some}
+    reasons += why_method(problem, method, solved.plain.speed, speeds)
     profile = problem.profile
     drafts: dict[Method, Draft] = {
         name: draft_of(problem, scored) for name, scored in found.items() if name != "plain"
@@ -377,32 +383,25 @@ def place(problem: Problem, candidate: Candidate) -> Placement:
     )
 
 
-def decide(
-    problem: Problem, plainly: Prediction, plain: float, drafted: dict[Method, float]
-) -> tuple[Method, tuple[str, ...]]:
-    """Return the method and the reasons, one sentence each. plainly: prediction of plain decoding
-    beside the chosen draft; plain, drafted: tokens/s of the methods, each as if the others were not
-    there."""
-    reasons = []
-    if problem.prefill_chunk_tokens < problem.context and plainly.streamed_bytes:
-        reasons.append(
-            f"prefill streams the weights once per {problem.prefill_chunk_tokens} tokens: the "
-            "activations of larger chunks would take too much of the budget"
-        )
+def why_method(
+    problem: Problem, method: Method, plain: float, drafted: dict[Method, float]
+) -> tuple[str, ...]:
+    """Return the reasons for the method, one sentence each. plain, drafted: tokens/s of the
+    methods, each as if the others were not there."""
+    reasons: tuple[str, ...] = ()
     with_model = set(methods_that_draft(problem)) & set(WITH_DRAFT_MODEL)
     if with_model and not with_model & set(drafted):
-        reasons.append("the draft model does not fit the budget")
+        reasons = ("the draft model does not fit the budget",)
     if problem.constraints.method == "plain":
-        return "plain", (*reasons, "plain decoding: set by --method")
+        return (*reasons, "plain decoding: set by --method")
     if not drafted:
-        return "plain", (*reasons, "the substitutes do not fit the budget: plain decoding")
-    fastest = max(drafted, key=lambda method: drafted[method])
-    ratio = f"{number(drafted[fastest])} against {number(plain)} tokens/s"
+        return (*reasons, "the substitutes do not fit the budget: plain decoding")
+    ratio = f"{number(max(drafted.values()))} against {number(plain)} tokens/s"
     if problem.constraints.method is not None:
-        return fastest, (*reasons, f"speculation: set by --method, {ratio}")
-    if drafted[fastest] <= plain:
-        return "plain", (*reasons, f"speculation is not faster than plain decoding: {ratio}")
-    return fastest, (*reasons, f"speculation beats plain decoding: {ratio}", *why_drafted(drafted))
+        return (*reasons, f"speculation: set by --method, {ratio}")
+    if method == "plain":
+        return (*reasons, f"speculation is not faster than plain decoding: {ratio}")
+    return (*reasons, f"speculation beats plain decoding: {ratio}", *why_drafted(drafted))
 
 
 def why_drafted(drafted: dict[Method, float]) -> list[str]:

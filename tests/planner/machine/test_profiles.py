@@ -110,6 +110,8 @@ def test_a_profile_is_of_the_shapes_that_were_measured_and_no_others() -> None:
     check_shapes(profile, tuned, tuned)
     check_shapes(profile, tuned, None)
     check_shapes(make_profile(), spec, spec)  # it does not say whose it is
+    with pytest.raises(SubspecError, match="draft model"):
+        check_shapes(profile, tuned, replace(tuned, quantized=False))
     others = (
         make_spec(num_layers=9), make_spec(intermediate_size=1024),
         make_spec(num_heads=2, head_size=128), make_spec(dtype="float16"),

@@ -16,7 +16,7 @@ from toys import ACCEPTANCE, make_curve, make_hybrid_spec, make_profile, make_sp
 from subspec.artifacts.acceptance import ONE_TOKEN, Acceptance, Curve
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.formatting import number
-from subspec.artifacts.common.sizes import parse_size
+from subspec.artifacts.common.sizes import parse_size, size_argument
 from subspec.artifacts.footprint import (
     ALLOCATOR_BYTES,
     Ring,
@@ -658,6 +658,8 @@ def test_what_streams_must_fit_the_host_memory_of_a_gpu() -> None:
     match = re.fullmatch(r"--ram ([\d.]+MB), or --vram ([\d.]+MB)", caught.value.hint)
     assert match is not None
     ram, vram = map(parse_size, match.groups())
+    assert caught.value.smallest_budget_bytes is not None
+    assert match[2] == size_argument(caught.value.smallest_budget_bytes)
     assert plan_for(8_000_000 + ONLY_GPUS, replace(constraints, ram_bytes=ram), profile=gpu)
     assert plan_for(vram, constraints, profile=gpu)
     with pytest.raises(SubspecError):
