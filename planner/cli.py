@@ -355,12 +355,6 @@ def check_options(options: Options) -> None:
             "--profile and --rehearse do not apply",
             "leave them out, or use --from",
         )
-    if options.calibration is not None and options.profile is not None:
-        raise SubspecError(
-            Exit.USAGE,
-            "--profile plans for another machine, --calibration runs the model on this one",
-            "drop one of the two",
-        )
     if options.rehearse and options.profile is not None:
         raise SubspecError(
             Exit.USAGE,
@@ -472,7 +466,16 @@ def own_samples(options: Options) -> "tuple[Sample, ...] | None":
     """The prompts of --calibration."""
     from subspec.planner.rehearse.calibration import read_samples
 
-    return read_samples(options.calibration) if options.calibration else None
+    if options.calibration is None:
+        return None
+    samples = read_samples(options.calibration)
+    if options.profile is not None:
+        raise SubspecError(
+            Exit.USAGE,
+            "--profile plans for another machine, --calibration runs the model on this one",
+            "drop one of the two",
+        )
+    return samples
 
 
 def check_out(out: Path, overwrite: bool) -> None:
