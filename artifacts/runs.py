@@ -12,7 +12,6 @@ import os
 import shlex
 import shutil
 import stat
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -29,6 +28,7 @@ from subspec.artifacts.common.bounds import (
     Seconds,
 )
 from subspec.artifacts.common.errors import SubspecError
+from subspec.artifacts.common.replace_file import replace_file
 from subspec.artifacts.common.user_cache import user_cache_dir
 from subspec.artifacts.format.codec import dump_json, load_dataclass, parse_json
 from subspec.artifacts.format.folder import MANIFEST
@@ -192,7 +192,8 @@ def append_line(path: Path, line: bytes) -> None:
         os.write(descriptor, b"\n" + line if torn else line)
     lines = last_lines(path)
     if len(lines) > 2 * MAX_RUNS or size > MAX_FILE:
-        replace_lines(path, lines[-MAX_RUNS:])
+        # A record that another process adds meanwhile is lost.
+        replace_file(path, b"".join(one + b"\n" for one in lines[-MAX_RUNS:]))
 
 
 def last_lines(path: Path) -> list[bytes]:
@@ -205,20 +206,6 @@ def last_lines(path: Path) -> list[bytes]:
         return []
     lines = data.split(b"\n")
     return [line for line in (lines[1:] if first else lines) if line]
-
-
-def replace_lines(path: Path, lines: list[bytes]) -> None:
-    """Replace the file atomically. A record that another process adds meanwhile is lost."""
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with open(descriptor, "wb") as file:
-            os.fchmod(descriptor, stat.S_IMODE(path.stat().st_mode))
-            file.write(b"".join(line + b"\n" for line in lines))
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(temporary)
-        raise
 
 
 @contextmanager

@@ -81,20 +81,28 @@ def post(server: Server, body: dict[str, Any]) -> dict[str, Any]:
         json.dumps(body).encode(),
         {"Content-Type": "application/json", "Authorization": f"Bearer {server.key}"},
     )
-    try:
-        with urllib.request.urlopen(request, timeout=3600) as response:
-            found: dict[str, Any] = json.load(response)
-    except urllib.error.HTTPError as error:
-        raise Refused(json.load(error)["error"]["message"]) from None
-    return found
+    return fetched(request, 3600)
 
 
 def model_of(base_url: str, key: str) -> str:
     request = urllib.request.Request(
         f"{base_url}/models", headers={"Authorization": f"Bearer {key}"}
     )
-    with urllib.request.urlopen(request, timeout=60) as response:
-        return str(json.load(response)["data"][0]["id"])
+    return str(fetched(request, 60)["data"][0]["id"])
+
+
+def fetched(request: urllib.request.Request, timeout: float) -> dict[str, Any]:
+    """The server's answer. Raises Refused; URLError without a server."""
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as response:
+            found: dict[str, Any] = json.load(response)
+    except urllib.error.HTTPError as error:
+        try:
+            message = json.load(error)["error"]["message"]
+        except (ValueError, LookupError, TypeError):  # of another program, such as a proxy
+            message = f"{request.full_url}: {error}"
+        raise Refused(message) from None
+    return found
 
 
 # ---- one step ----

@@ -149,12 +149,25 @@ def out_option(help: str) -> Callable[[Command], Command]:
     )
 
 
+# What `speed` and `sweep` plan for.
+plan_axes = all_of(
+    click.option("--budgets", default="", callback=sizes, metavar="SIZE,SIZE",
+                 help="Plan for each value.  [default: the plan's]"),
+    click.option("--contexts", default="", callback=positive_numbers, metavar="N,N",
+                 help="Plan for each value.  [default: the plan's]"),
+    click.option("--widths", default="", callback=positive_numbers, metavar="N,N",
+                 help="Widths of the draft tree.  [default: the plan's]"),
+    click.option("--depths", default="", callback=positive_numbers, metavar="N,N",
+                 help="Depths of the draft tree.  [default: the plan's]"),
+)  # fmt: skip
+seed_option = click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0,
+                           show_default=True,
+                           help="Seed for item selection and sampling.")  # fmt: skip
 # How one answer is sampled.
 sampling_options = all_of(
     click.option("--temperature", type=click.FloatRange(0, 100), default=0.0, show_default=True,
                  callback=finite_option, help="Sampling temperature; 0 is greedy."),
-    click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True,
-                 help="Seed for item selection and sampling."),
+    seed_option,
 )  # fmt: skip
 
 

@@ -29,11 +29,11 @@ from subspec.runtime.bench.bench_options import (
     form_option,
     names,
     out_option,
-    positive_numbers,
+    plan_axes,
     rules_of,
     sampling_options,
+    seed_option,
     shares,
-    sizes,
     temperatures,
     whole_numbers,
     writable_file,
@@ -75,14 +75,7 @@ def main() -> None:
               help="Measurements of each row.")  # fmt: skip
 @click.option("--methods", metavar="NAMES",
               help=f"Any of {', '.join(METHODS)}.  [default: the plan's and plain]")  # fmt: skip
-@click.option("--budgets", default="", callback=sizes, metavar="SIZE,SIZE",
-              help="Plan for each value.  [default: the plan's]")  # fmt: skip
-@click.option("--contexts", default="", callback=positive_numbers, metavar="N,N",
-              help="Plan for each value.  [default: the plan's]")  # fmt: skip
-@click.option("--widths", default="", callback=positive_numbers, metavar="N,N",
-              help="Widths of the draft tree.  [default: the plan's]")  # fmt: skip
-@click.option("--depths", default="", callback=positive_numbers, metavar="N,N",
-              help="Depths of the draft tree.  [default: the plan's]")  # fmt: skip
+@plan_axes
 @form_option
 @out_option("Append each row; rows already in FILE are skipped.")
 @plan_options
@@ -166,10 +159,7 @@ def tasks(artifact: Path, form: "Form", out: Path | None, **given: Any) -> None:
 
 @main.command("sweep", cls=Configured, program=NAME, rules=SWEEPING, context_settings=HELP)
 @artifact_argument
-@click.option("--widths", default="", callback=positive_numbers, metavar="N,N",
-              help="Widths of the draft tree.  [default: the plan's]")  # fmt: skip
-@click.option("--depths", default="", callback=positive_numbers, metavar="N,N",
-              help="Depths of the draft tree.  [default: the plan's]")  # fmt: skip
+@plan_axes
 @click.option("--temperatures", default="0", show_default=True, callback=temperatures,
               metavar="T,T", help="Sampling temperatures; 0 is greedy.")  # fmt: skip
 @click.option("--draft-temperatures", default="", callback=draft_temperatures, metavar="T,T",
@@ -179,10 +169,6 @@ def tasks(artifact: Path, form: "Form", out: Path | None, **given: Any) -> None:
               help=f"With --verify lossy: thresholds.  [default: {Lossy.threshold}]")  # fmt: skip
 @click.option("--windows", default="", callback=whole_numbers, metavar="N,N",
               help=f"With --verify lossy: windows.  [default: {Lossy.window}]")  # fmt: skip
-@click.option("--budgets", default="", callback=sizes, metavar="SIZE,SIZE",
-              help="Plan for each value.  [default: the plan's]")  # fmt: skip
-@click.option("--contexts", default="", callback=positive_numbers, metavar="N,N",
-              help="Plan for each value.  [default: the plan's]")  # fmt: skip
 @click.option(
     "--method", type=click.Choice(METHODS), help="Decoding method.  [default: each plan's own]"
 )
@@ -194,8 +180,7 @@ def tasks(artifact: Path, form: "Form", out: Path | None, **given: Any) -> None:
               help="Maximum items per task.")  # fmt: skip
 @click.option("--max-tokens", type=click.IntRange(min=2), default=64, show_default=True,
               help="Maximum answer length.")  # fmt: skip
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True,
-              help="Seed for item selection and sampling.")  # fmt: skip
+@seed_option
 @form_option
 @out_option("Append each row; rows already in FILE are skipped.")
 @plan_options
@@ -272,6 +257,7 @@ def compare(a: Path, b: Path, as_json: bool, expect_identical: bool) -> None:
 @plan_options
 def trace(artifact: Path, prompt: str, out: Path, max_tokens: int, **given: Any) -> None:
     """Trace one answer: a timeline and every drafted token's probability."""
+    from subspec.runtime.bench.records import writing
     from subspec.runtime.bench.tasks import Asking
     from subspec.runtime.bench.tracing import traced, write_trace
     from subspec.runtime.bench.variants import Variant, planned
@@ -282,12 +268,9 @@ def trace(artifact: Path, prompt: str, out: Path, max_tokens: int, **given: Any)
     ids = load_tokenizer(found.path / "tokenizer").chat_ids([{"role": "user", "content": prompt}])
     how = Asking(given["temperature"], given["seed"], max_tokens, lossy=source.how.lossy)
     setting, spans, steps = traced(found, source, ids, how)
-    try:
+    with writing(out):
         out.mkdir(exist_ok=True)
         write_trace(out, setting, spans, steps)
-    except OSError as error:
-        message = f"--out {out} cannot be written: {error.strerror}"
-        raise SubspecError(Exit.RESOURCES, message, "name another folder") from None
     say(f"{len(steps)} rounds, {len(spans)} spans: {out}/")
     print(out)
 
@@ -303,17 +286,14 @@ def report(files: tuple[Path, ...], out: Path) -> None:
     FILES were written with --out or -o jsonl.
     """
     from subspec.runtime.bench.page import is_replaceable, page
-    from subspec.runtime.bench.records import read_rows
+    from subspec.runtime.bench.records import read_rows, writing
 
     if not is_replaceable(out):
         message = f"{out} exists already and is not a page of {NAME} report"
         raise SubspecError(Exit.USAGE, message, "choose another --out")
     rendered = page([(file.name, read_rows(file)) for file in files])
-    try:
+    with writing(out):
         out.write_text(rendered, "utf-8")
-    except OSError as error:
-        message = f"--out {out} cannot be written: {error.strerror}"
-        raise SubspecError(Exit.USAGE, message, "name another file") from None
     print(out)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import sqrt
-from statistics import NormalDist, mean
+from statistics import NormalDist, mean, stdev
 
 import numpy as np
 
@@ -41,7 +41,7 @@ class Figures:
     """Figures over all answers. Rates are sums over sums, so that long answers weigh more.
 
     Answers without tokens, whose prompt did not fit, have no costs: only `answers` counts them.
-        Without any token all other figures are 0.
+    Without any token all other figures are 0.
     """
 
     answers: int  # total
@@ -91,6 +91,11 @@ def ratio(a: float, b: float) -> float:
 
 def average(values: Sequence[float]) -> float:
     return mean(values) if values else 0.0
+
+
+def deviation(values: Sequence[float]) -> float | None:
+    """Standard deviation; None for a single value."""
+    return stdev(values) if len(values) > 1 else None
 
 
 def interval_of_ratio(above: Sequence[float], below: Sequence[float]) -> Interval:

@@ -4,22 +4,14 @@ import csv
 import io
 from collections.abc import Sequence
 from dataclasses import asdict, fields
-from statistics import mean, stdev
+from statistics import mean
 
-from subspec.runtime.bench.counting import Figures, Interval, figures, interval_of_score
-from subspec.runtime.bench.records import AnswerRow, Costs, Setting, SpeedRow, SweepRow
+from subspec.runtime.bench.counting import Figures, Interval, deviation, figures, interval_of_score
+from subspec.runtime.bench.records import AnswerRow, Costs, Setting, SpeedRow, SweepRow, by_task
 from subspec.runtime.lossy import Lossy
 
 Cell = str | int | float | None  # None: empty
 Columns = list[dict[str, Cell]]  # by row
-
-
-def by_task(rows: Sequence[AnswerRow]) -> dict[tuple[Setting, str], list[AnswerRow]]:
-    """Group rows by task, in order of appearance."""
-    found = dict[tuple[Setting, str], list[AnswerRow]]()
-    for row in rows:
-        found.setdefault((row.setting, row.task), []).append(row)
-    return found
 
 
 def of_setting(one: Setting) -> dict[str, Cell]:
@@ -46,9 +38,7 @@ def speed_columns(rows: Sequence[SpeedRow]) -> Columns:
             "test": row.test,
             "repeats": len(row.tokens_per_second),
             "tokens_per_second": mean(row.tokens_per_second),
-            "tokens_per_second_stdev": (
-                stdev(row.tokens_per_second) if len(row.tokens_per_second) > 1 else None
-            ),
+            "tokens_per_second_stdev": deviation(row.tokens_per_second),
             "accepted_per_round": row.accepted_per_round,
             "streamed_bytes_per_token": row.streamed_bytes_per_token,
             "peak_bytes": row.peak_bytes,

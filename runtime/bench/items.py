@@ -33,7 +33,7 @@ class Item:
     max_tokens: int = 512
     entry_point: str = ""  # of the requested function
     given: str = ""  # code that the answer completes
-    classes: tuple[str, ...] = ()  # options of a multiple-choice question
+    classes: tuple[str, ...] = ()  # trec's class names
     first_line: bool = False
     cut_middle: bool = False
 

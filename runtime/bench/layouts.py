@@ -7,7 +7,7 @@ from typing import Literal
 # How an answer is scored; `scoring.py` has one function for each.
 Judge = Literal[
     "none", "number", "math", "letter", "code", "stdin", "calls", "f1", "rouge", "class", "count",
-    "paragraph", "edit",
+    "edit",
 ]  # fmt: skip
 
 
@@ -17,7 +17,9 @@ class Layout:
     braces. turns: field with the user's messages, in place of a prompt. reference: field that
     answers are judged by. choices: fields, or one list field, with options; the first one, or the
     one that the reference names, is correct. starter: prompt for items with starter code, whose
-    method is called with each test's arguments."""
+    method is called with each test's arguments. spread: field whose values are taken in equal
+    numbers. first_line: only the answer's first line is judged. cut_middle: prompts too long for
+    the context lose their middle."""
 
     hub: tuple[str, str | None, str]
     max_tokens: int
@@ -126,7 +128,7 @@ LAYOUTS: dict[str, Layout] = {
         "passage_retrieval_en",
         "Which paragraph does the summary belong to? Answer such as: Paragraph 3\n\n{context}"
         "\n\nSummary: {input}",
-        "paragraph", 32,
+        "count", 32,
     ),
     "lcc": longbench("lcc", "Write the next line of this code, and nothing else.\n\n{context}",
                      "edit", 64),

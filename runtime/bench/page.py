@@ -3,13 +3,13 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 from subspec.artifacts.common.axes import Axis, axis
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.common.formatting import number
 from subspec.artifacts.common.sizes import short_size
-from subspec.runtime.bench.counting import Interval, figures
+from subspec.runtime.bench.counting import Interval, deviation, figures
 from subspec.runtime.bench.paired import compare, pairs_of
 from subspec.runtime.bench.records import (
     AnswerRow,
@@ -17,17 +17,18 @@ from subspec.runtime.bench.records import (
     Setting,
     SpeedRow,
     SweepRow,
+    by_task,
     of_kind,
 )
 from subspec.runtime.bench.tables import (
     Table,
     compared_table,
     link_limit,
+    mean_and_deviation,
     names_of,
     score_cell,
     score_of,
     speed_table,
-    spread,
     sweep_table,
     task_table,
 )
@@ -130,11 +131,11 @@ def speed_part(rows: Sequence[SpeedRow]) -> Part:
     groups, names = dict[str, list[Bar]](), names_of([row.setting for row in rows])
     for row in rows:
         value = mean(row.tokens_per_second)
-        off = stdev(row.tokens_per_second) if len(row.tokens_per_second) > 1 else 0.0
+        off = deviation(row.tokens_per_second) or 0.0
         groups.setdefault(row.test, []).append(
             Bar(
                 names[row.setting],
-                spread(row.tokens_per_second),
+                mean_and_deviation(row.tokens_per_second),
                 value,
                 value - off,
                 value + off,
@@ -150,9 +151,11 @@ def speed_part(rows: Sequence[SpeedRow]) -> Part:
 
 
 def task_part(rows: Sequence[AnswerRow]) -> Part:
-    groups = dict[str, dict[Setting, list[AnswerRow]]]()
-    for row in rows:
-        groups.setdefault(row.task, {}).setdefault(row.setting, []).append(row)
+    every = by_task(rows)
+    groups = {
+        task: {setting: some for (setting, other), some in every.items() if other == task}
+        for _, task in every
+    }
     names = names_of([row.setting for row in rows])
     charts = []
     for task, by_setting in groups.items():

@@ -45,14 +45,11 @@ def compare(a: Sequence[AnswerRow], b: Sequence[AnswerRow]) -> Compared:
     """Compare two runs. Raises SubspecError(USAGE) if they have no turn in common."""
     pairs, left_out = pairs_of(a, b)
     if not pairs:
-        same = (
-            "asked in the same words for the same number of tokens"
-            if left_out
-            else ("of the same item")
-        )
         raise SubspecError(
             Exit.USAGE,
-            f"of {len(a)} and {len(b)} turns none is {same}",
+            f"all {left_out} common turns differ in prompt, reference or --max-tokens"
+            if left_out
+            else f"the files have no turn in common ({len(a)} and {len(b)} turns)",
             "compare two files of subspec-bench tasks with the same --tasks, --data, --seed and "
             "--max-tokens",
         )

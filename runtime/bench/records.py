@@ -4,18 +4,17 @@ next one, so that an interrupted run can resume."""
 import json
 import os
 import platform
-import stat
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import BinaryIO, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import torch
 
 from subspec.artifacts.common.errors import Exit, SubspecError
+from subspec.artifacts.common.replace_file import replace_file
 from subspec.artifacts.format.codec import load_dataclass, parse_json
 from subspec.artifacts.plan import DrafterName, Method
 from subspec.artifacts.runs import plan_digest
@@ -231,7 +230,9 @@ def line_of(row: SpeedRow | AnswerRow | SweepRow) -> bytes:
 def append_row(file: Path, row: SpeedRow | AnswerRow | SweepRow) -> None:
     """Append a row and flush it to disk. Raises SubspecError(RESOURCES)."""
     with writing(file), open(file, "ab") as opened:
-        put(opened, line_of(row))
+        opened.write(line_of(row))
+        opened.flush()
+        os.fsync(opened.fileno())
 
 
 def replace_answers(file: Path, answers: Mapping[Key, AnswerRow]) -> None:
@@ -240,22 +241,8 @@ def replace_answers(file: Path, answers: Mapping[Key, AnswerRow]) -> None:
     rows = (
         answers.get(row.key, row) if isinstance(row, AnswerRow) else row for row in read_rows(file)
     )
-    target = file.resolve()  # keeps a symbolic link
     with writing(file):
-        descriptor, unfinished = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:99]}.")
-        try:
-            with open(descriptor, "wb") as opened:
-                os.fchmod(descriptor, stat.S_IMODE(target.stat().st_mode))
-                put(opened, b"".join(map(line_of, rows)))
-            os.replace(unfinished, target)
-        finally:
-            Path(unfinished).unlink(missing_ok=True)
-
-
-def put(opened: BinaryIO, data: bytes) -> None:
-    opened.write(data)
-    opened.flush()
-    os.fsync(opened.fileno())
+        replace_file(file.resolve(), b"".join(map(line_of, rows)))  # keeps a symbolic link
 
 
 @contextmanager
@@ -265,7 +252,7 @@ def writing(file: Path) -> Iterator[None]:
         yield
     except OSError as error:
         message = f"{file} cannot be written: {error.strerror}"
-        raise SubspecError(Exit.RESOURCES, message) from None
+        raise SubspecError(Exit.RESOURCES, message, "give another --out") from None
 
 
 def read_rows(file: Path) -> list[SpeedRow | AnswerRow | SweepRow]:
@@ -337,3 +324,11 @@ def rows_to_resume(
 
 def of_kind(rows: Sequence[object], kind: type[Row]) -> Iterator[Row]:
     return (row for row in rows if isinstance(row, kind))
+
+
+def by_task(rows: Sequence[AnswerRow]) -> dict[tuple[Setting, str], list[AnswerRow]]:
+    """Group rows by setting and task, in order of appearance."""
+    found = dict[tuple[Setting, str], list[AnswerRow]]()
+    for row in rows:
+        found.setdefault((row.setting, row.task), []).append(row)
+    return found

@@ -1,5 +1,5 @@
-"""Run generated code (--execute-code): in a child process with limits, in an empty folder, and
-without network or other processes where the system supports that.
+"""Run generated code (--execute-code): in a child process with limits, in a folder of its own,
+and without network or other processes where the system supports that.
 
 It guards against accidents, not attacks: the child can read the user's files.
 """
@@ -14,6 +14,7 @@ import tempfile
 import textwrap
 from contextlib import suppress
 from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
 from functools import cache
 from pathlib import Path
 
@@ -39,7 +40,7 @@ NAMESPACES = (
     "unshare", "--user", "--map-root-user", "--net", "--ipc", "--mount", "--pid", "--fork",
     "--kill-child", "sh", "-c", MOUNTED, "sh",
 )  # fmt: skip
-NOT_ALONE = (
+NOT_ISOLATED = (
     "note: this system does not let this user make namespaces (unshare), so generated code has the "
     "network, can end this user's processes, leave some behind and fill the disk: run the whole "
     "command in a container, or only models that you trust"
@@ -87,7 +88,7 @@ class Ran:
 
 
 @cache
-def alone() -> tuple[str, ...]:
+def isolation() -> tuple[str, ...]:
     """Command prefix, followed by a folder and a command, that runs it without network, unable to
     end other processes, and ending with its children; empty if unsupported."""
     with suppress(OSError), tempfile.TemporaryDirectory(prefix="subspec-code-") as folder:
@@ -121,22 +122,22 @@ def run_in(folder: Path, program: str, given: str, seconds: float, name: str) ->
     # Not a pipe: an orphaned process would keep it open.
     (folder / "stdin").write_text(given, "utf-8", "replace")
     inside = [sys.executable, "-I", "-B", "-c", HARNESS, str(folder), name]
-    before = [*alone(), str(work)] if alone() else []
+    before = [*isolation(), str(work)] if isolation() else []
     environment = ENVIRONMENT | {"HOME": str(work), "TMPDIR": str(work)}
     with child_process([*before, *inside], environment=environment) as child:
         try:
-            _, notify = child.communicate(token, seconds)
+            _, errors = child.communicate(token, seconds)
         except subprocess.TimeoutExpired:
             return Ran(False, "", f"it ran for more than {seconds:g} s")
         finally:
             kill_group(child)
     if not (folder / "finished").exists():
-        why = last_line(notify.decode("utf-8", "replace"))
+        why = last_line(errors.decode("utf-8", "replace"))
         raise SubspecError(Exit.RESOURCES, f"generated code cannot be run: {why}")
-    out, story, finished = (end_of(folder / one) for one in ("stdout", "stderr", "finished"))
-    text, code = out.decode("utf-8", "replace"), child.returncode
+    stdout, stderr, finished = (end_of(folder / one) for one in ("stdout", "stderr", "finished"))
+    text, code = stdout.decode("utf-8", "replace"), child.returncode
     if code:
-        said = last_line(story.decode("utf-8", "replace")) or f"it ended with {code}"
+        said = last_line(stderr.decode("utf-8", "replace")) or f"it ended with {code}"
         return Ran(False, text, said)
     return Ran(True, text, "", finished == token)
 
@@ -188,10 +189,26 @@ def score_stdin(text: str, item: Item) -> tuple[float, str]:
     """Return 1.0 if the answer's program prints the expected output of each test."""
     for number, (given, expected) in enumerate(pairs_of(item), 1):
         ran = run_program(code_of(text), given)
-        if not ran.ok or ran.out.split() != expected.split():
+        if not ran.ok or not same_output(ran.out, expected):
             why = ran.said or "it writes something else"
             return 0.0, f"test {number}: {why}"
     return 1.0, ""
+
+
+def same_output(found: str, expected: str) -> bool:
+    """Compare word by word; words that differ may be the same number, as in LiveCodeBench."""
+    a, b = found.split(), expected.split()
+    return len(a) == len(b) and all(map(same_word, a, b))
+
+
+def same_word(a: str, b: str) -> bool:
+    if a == b:
+        return True
+    try:
+        x, y = Decimal(a), Decimal(b)
+    except InvalidOperation:
+        return False
+    return x.is_finite() and y.is_finite() and x == y
 
 
 def score_calls(text: str, item: Item) -> tuple[float, str]:

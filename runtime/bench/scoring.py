@@ -155,10 +155,6 @@ def score_count(text: str, references: Sequence[str]) -> float:
     return sum(one == wanted[-1] for one in said) / len(said) if said and wanted else 0.0
 
 
-def score_paragraph(text: str, references: Sequence[str]) -> float:
-    return score_count(text, references)
-
-
 def score_edit(text: str, references: Sequence[str]) -> float:
     """Similarity of the reference and the answer's first line, ignoring comment marks and
     fences."""
@@ -186,6 +182,5 @@ SCORES: dict[Judge, Callable[[str, Sequence[str]], float]] = {
     "f1": score_f1,
     "rouge": score_rouge,
     "count": score_count,
-    "paragraph": score_paragraph,
     "edit": score_edit,
 }

@@ -3,15 +3,15 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
-from statistics import mean, stdev
+from statistics import mean
 from typing import Literal, TypeVar
 
 from subspec.artifacts.common.formatting import big_number, number
 from subspec.artifacts.common.sizes import short_size
-from subspec.runtime.bench.counting import Figures, Interval, figures, interval_of_score
-from subspec.runtime.bench.csv_columns import Columns, as_csv, by_task
+from subspec.runtime.bench.counting import Figures, Interval, deviation, figures, interval_of_score
+from subspec.runtime.bench.csv_columns import Columns, as_csv
 from subspec.runtime.bench.paired import Compared
-from subspec.runtime.bench.records import AnswerRow, Setting, SpeedRow, SweepRow
+from subspec.runtime.bench.records import AnswerRow, Setting, SpeedRow, SweepRow, by_task
 
 Form = Literal["md", "csv", "json", "jsonl"]
 Row = TypeVar("Row", SpeedRow, AnswerRow, SweepRow)
@@ -34,10 +34,10 @@ class Table:
     num_names: int = 1
 
 
-def spread(values: Sequence[float]) -> str:
-    """Mean and deviation as "12.3 ± 0.4"; a single value as "12.3"."""
-    off = f" ± {number(stdev(values))}" if len(values) > 1 else ""
-    return f"{number(mean(values))}{off}"
+def mean_and_deviation(values: Sequence[float]) -> str:
+    """Format as "12.3 ± 0.4"; a single value as "12.3"."""
+    off = deviation(values)
+    return number(mean(values)) + ("" if off is None else f" ± {number(off)}")
 
 
 def names_of(settings: Sequence[Setting], besides: Sequence[str] = ()) -> dict[Setting, str]:
@@ -107,7 +107,7 @@ def speed_table(rows: Sequence[SpeedRow]) -> Table:
             (
                 *setting,
                 row.test,
-                spread(row.tokens_per_second),
+                mean_and_deviation(row.tokens_per_second),
                 number(row.accepted_per_round) if row.test.startswith("tg") else "",
                 short_size(row.streamed_bytes_per_token) if row.test.startswith("tg") else "",
                 short_size(row.peak_bytes),
@@ -189,13 +189,16 @@ def sweep_table(rows: Sequence[SweepRow]) -> Table:
     )
 
 
+LEFT_OUT = "left out (other prompt, reference or length)"
+
+
 def compared_table(found: Compared) -> Table:
     first = found.divergences[0] if found.divergences else None
     where = f"{first.task} {first.item}, token {first.position}" if first else "-"
     return Table(
         ("figure", "value [95 %]"),
         (
-            *([("left out, asked otherwise", str(found.left_out))] if found.left_out else []),
+            *([(LEFT_OUT, str(found.left_out))] if found.left_out else []),
             ("A", found.a_method),
             ("B", found.b_method),
             ("identical turns", f"{found.identical}/{found.turns}"),

@@ -23,7 +23,13 @@ from subspec.runtime.bench.records import (
     rows_to_resume,
     setting_of,
 )
-from subspec.runtime.bench.sandbox import NOT_ALONE, alone, score_calls, score_code, score_stdin
+from subspec.runtime.bench.sandbox import (
+    NOT_ISOLATED,
+    isolation,
+    score_calls,
+    score_code,
+    score_stdin,
+)
 from subspec.runtime.bench.scoring import score_text
 from subspec.runtime.bench.throughput import warm_up
 from subspec.runtime.engine import Engine
@@ -72,8 +78,8 @@ def answered_items(
     setting = setting_of(engine, how.temperature, how.seed, how.lossy, how.enable_thinking)
     done = rows_to_resume(out, AnswerRow, setting) if out else []
     rows = {row.key: row for row in done}
-    if how.execute and any(item.judge in RUN for item in items) and not alone():
-        notify(NOT_ALONE)
+    if how.execute and any(item.judge in RUN for item in items) and not isolation():
+        notify(NOT_ISOLATED)
     if out is not None and done:
         notify(f"{len(done)} turns are in {out} already")
         check_asked(rows, items, how, out)

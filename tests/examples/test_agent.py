@@ -38,6 +38,7 @@ class Script:
     calls: Sequence[tuple[str, dict[str, str]]]
     with_tools: bool = True
     cut: bool = False  # the last call, by max_tokens
+    models: tuple[int, Any] = (200, {"data": [{"id": "tiny"}]})  # status and body of /models
     requests: list[dict[str, Any]] = field(default_factory=list)
     base_url: str = ""
 
@@ -69,13 +70,13 @@ class Script:
 def serving(script: Script) -> Iterator[Script]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.give(200, {"data": [{"id": "tiny"}]})
+            self.give(*script.models)
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             self.give(*script.answer(body))
 
-        def give(self, status: int, value: dict[str, Any]) -> None:
+        def give(self, status: int, value: Any) -> None:
             raw = json.dumps(value).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(raw)))
@@ -162,6 +163,20 @@ def test_a_server_that_refuses_or_is_not_there_is_one_sentence(agent: ModuleType
         script.answer = lambda body: (503, {"error": {"message": "full"}})  # type: ignore[method-assign]
         with pytest.raises(SystemExit, match="error: full"):
             agent.main(["task", "--base-url", script.base_url])
+
+
+@pytest.mark.parametrize(
+    ("models", "said"),
+    [
+        ((401, {"error": {"message": "wrong API key"}}), "^error: wrong API key$"),
+        ((404, "not here"), "^error: http://.*/v1/models: HTTP Error 404"),  # of another program
+    ],
+)
+def test_a_server_that_refuses_a_key_is_not_said_to_be_absent(
+    agent: ModuleType, models: tuple[int, Any], said: str
+) -> None:
+    with serving(Script([], models=models)) as script, pytest.raises(SystemExit, match=said):
+        agent.main(["task", "--base-url", script.base_url, "--key", "wrong"])
 
 
 @pytest.mark.parametrize("with_tools", [True, False])

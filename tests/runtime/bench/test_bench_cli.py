@@ -482,7 +482,7 @@ def test_an_answer_is_kept_if_its_code_could_not_be_run_and_is_run_later(
     unjudged.unlink()
     words = ("tasks", artifact, *HERE, "--tasks", "human-eval", "--data", unjudged.parent)
     words += ("--max-tokens", 4, "--out", unjudged, "--execute-code")
-    monkeypatch.setattr(tasks, "alone", tuple)
+    monkeypatch.setattr(tasks, "isolation", tuple)
     monkeypatch.setattr(tasks, "score_code", failing)
     done = run(capsys, *words)
     assert done.err.count("this system does not let this user make namespaces") == 1
@@ -855,7 +855,7 @@ def test_pairs_tell_where_tokens_part_and_by_how_much_they_differ(
     assert parted is not None and (parted.position, parted.b) == (2, 9999)
     shorter = divergence(rows[0], replace(rows[0], token_ids=rows[0].token_ids[:1]))
     assert shorter is not None and (shorter.position, shorter.b) == (1, None)
-    with pytest.raises(SubspecError, match="none is of the same item"):
+    with pytest.raises(SubspecError, match=r"no turn in common \(3 and 3 turns\)"):
         compare(rows, [replace(row, item="other") for row in rows])
 
 

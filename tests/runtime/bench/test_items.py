@@ -53,16 +53,16 @@ ROWS: dict[str, tuple[dict[str, Any], str]] = {
 }  # fmt: skip
 RIGHT = {
     "f1": "Anna.", "rouge": "anna", "class": "Anna\n", "edit": "```\n# no\nAnna\n```",
-    "count": "3", "paragraph": "Paragraph 3",
 }  # fmt: skip
 
 
 def row_for(task: str, layout: Layout) -> tuple[dict[str, Any], str]:
     if task in ROWS:
         return ROWS[task]
-    answers = ["3"] if layout.judge == "count" else ["Paragraph 3"]
-    row = LONGBENCH | ({"answers": answers} if layout.judge in ("count", "paragraph") else {})
-    return row, RIGHT[layout.judge]
+    if layout.judge == "count":
+        answer = "3" if task == "passage_count" else "Paragraph 3"
+        return LONGBENCH | {"answers": [answer]}, answer
+    return LONGBENCH, RIGHT[layout.judge]
 
 
 def write(folder: Path, task: str, *rows: object) -> Path:

@@ -1,7 +1,9 @@
 """What is made of rows: tables, CSV, pairs, the page. These rows are made by hand."""
 
 import csv
+import errno
 import io
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -67,6 +69,24 @@ def point(setting: Setting = SETTING) -> SweepRow:
     return SweepRow("subspec.bench.sweep/1", setting, None, (COSTS, COSTS))
 
 
+# Files
+
+
+def test_a_page_that_cannot_be_written_is_a_lack_of_resources(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    append_row(tmp_path / "a.jsonl", speed())
+
+    def no_space(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", no_space)
+    with pytest.raises(SystemExit) as ended:
+        main.main(["report", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "b.html")])
+    assert ended.value.code == Exit.RESOURCES
+    assert "b.html cannot be written: No space left on device" in capsys.readouterr().err
+
+
 # Pairs
 
 
@@ -83,7 +103,7 @@ def test_turns_that_were_asked_otherwise_are_left_out_and_counted(
     main.main(["compare", *map(str, files)])
     said = capsys.readouterr()
     assert "1 of 4 turns of the same items are left out" in said.err
-    assert "left out, asked otherwise" in said.out and "3/3" in said.out
+    assert "left out (other prompt, reference or length)" in said.out and "3/3" in said.out
     older = [replace(row, asked="") for row in b]
     assert compare(a, older).left_out == 0  # whose rows say nothing of it are believed
 
@@ -91,7 +111,7 @@ def test_turns_that_were_asked_otherwise_are_left_out_and_counted(
 def test_files_that_were_asked_otherwise_are_not_compared() -> None:
     a = [answer(name) for name in "1234"]
     b = [replace(row, asked="of another length", setting=replace(SETTING, seed=1)) for row in a]
-    with pytest.raises(SubspecError, match="none is asked in the same words") as error:
+    with pytest.raises(SubspecError, match="all 4 common turns differ in prompt") as error:
         compare(a, b)
     assert error.value.exit_code == Exit.USAGE and "--max-tokens" in error.value.hint
     assert "identical turns" not in page([("a", a), ("b", b)])

@@ -1,5 +1,6 @@
 """Generated programs run within limits, and what they may not do ends them."""
 
+import json
 import os
 import time
 from pathlib import Path
@@ -41,7 +42,7 @@ def test_a_program_reads_stdin_writes_stdout_and_sees_little() -> None:
     ],
 )
 def test_what_a_program_may_not_do_ends_it(program: str, expected: str) -> None:
-    if "setrlimit" in program and os.getuid() == 0 and not sandbox.alone():
+    if "setrlimit" in program and os.getuid() == 0 and not sandbox.isolation():
         pytest.skip("root may raise its limits where there is no namespace")
     ran = run_program(program)
     assert not ran.ok and expected in ran.said
@@ -53,7 +54,7 @@ def test_a_program_that_does_not_end_is_ended_with_its_children() -> None:
 
 
 def test_a_program_has_no_network_where_that_can_be_taken_away() -> None:
-    if not sandbox.alone():
+    if not sandbox.isolation():
         pytest.skip("this user may make no namespaces")
     ran = run_program("import socket; socket.create_connection(('127.0.0.1', 9), 1)")
     assert not ran.ok and "unreachable" in ran.said
@@ -88,7 +89,7 @@ def check_nothing_is_left(start: str) -> None:
 
 @pytest.mark.parametrize("start", ["Popen({})", "Popen({}, start_new_session=True)"])
 def test_processes_that_a_program_leaves_end_with_it(start: str) -> None:
-    if not sandbox.alone():
+    if not sandbox.isolation():
         pytest.skip("this user may make no namespaces")
     check_nothing_is_left(start)
 
@@ -96,14 +97,14 @@ def test_processes_that_a_program_leaves_end_with_it(start: str) -> None:
 def test_without_namespaces_its_process_group_ends_with_a_program(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(sandbox, "alone", tuple)
+    monkeypatch.setattr(sandbox, "isolation", tuple)
     check_nothing_is_left("Popen({})")
 
 
 def test_a_process_that_goes_on_writing_into_the_folder_costs_no_traceback(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(sandbox, "alone", tuple)
+    monkeypatch.setattr(sandbox, "isolation", tuple)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # what it leaves is pytest's to remove
     code = (
         "import os, time\nif os.fork() == 0:\n    os.setsid()\n    end = time.time() + 2\n"
@@ -114,7 +115,7 @@ def test_a_process_that_goes_on_writing_into_the_folder_costs_no_traceback(
 
 
 def test_a_program_sees_no_other_process_and_has_a_small_disk_where_it_has_namespaces() -> None:
-    if not sandbox.alone():
+    if not sandbox.isolation():
         pytest.skip("this user may make no namespaces")
     ran = run_program(f"import os; os.kill({os.getpid()}, 0)")
     assert not ran.ok and "No such process" in ran.said
@@ -126,7 +127,7 @@ def test_a_program_that_cannot_be_started_is_no_wrong_answer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for words in (("false",), ("no-such-command",)):
-        monkeypatch.setattr(sandbox, "alone", lambda words=words: words)
+        monkeypatch.setattr(sandbox, "isolation", lambda words=words: words)
         with pytest.raises(SubspecError, match="generated code cannot be run") as error:
             score_code("```python\ndef add(a, b):\n    return a + b\n```", ITEM)
         assert error.value.exit_code == Exit.RESOURCES
@@ -213,6 +214,22 @@ def test_a_program_is_judged_by_what_it_writes() -> None:
     assert score_stdin("print(5)", SUMS) == (0.0, "test 2: it writes something else")
     with pytest.raises(SubspecError, match="no tests with input and output"):
         pairs_of(Item("livecodebench", "q", ("ask",), "stdin", ("{}",)))
+
+
+@pytest.mark.parametrize(
+    ("found", "expected", "same"),
+    [
+        ("2.50 yes", "2.5\nyes", True), ("1e3", "1000", True), ("-0", "0", True),
+        ("nan", "nan", True), ("nan", "NaN", False), ("inf", "Infinity", False),
+        ("sNaN", "1", False), ("2.5", "2.51", False), ("2.5 1", "2.5", False), ("a", "b", False),
+    ],
+)  # fmt: skip
+def test_words_of_an_output_are_equal_as_text_or_as_finite_numbers(
+    found: str, expected: str, same: bool
+) -> None:
+    tests = json.dumps([{"input": "", "output": expected}])
+    item = Item("livecodebench", "q", ("ask",), "stdin", (tests,))
+    assert score_stdin(f"print({found!r})", item)[0] == same
 
 
 CALLED = (
