@@ -13,6 +13,7 @@ the tokens before it, not on who computed it, in which chunk or in which batch.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 
 import torch
 from torch import Tensor
@@ -177,8 +178,9 @@ def verify_lossily(tree: TokenTree, logits: Tensor, state: DecodeState, rule: Lo
     if sampler.is_argmax:
         choices = logits.argmax(-1).tolist()
     else:
+        tokens, ancestors = tree.tokens.tolist(), tree.ancestors.tolist()  # one wait for a GPU
         for node in range(tree.num_nodes):
-            above = tree.tokens[tree.ancestors[node]].tolist()[1:]  # without the root
+            above = list(compress(tokens, ancestors[node]))[1:]  # without the root
             with sampler.ahead():
                 for token in above:
                     sampler.push(token)

@@ -21,7 +21,7 @@ from subspec.artifacts.footprint import MIXED_PREFILL_ROWS
 from subspec.artifacts.format.prebuilt import find_prebuilt
 from subspec.artifacts.format.store import Artifact, open_artifact
 from subspec.artifacts.native import cpp
-from subspec.artifacts.plan import OF_HEADS, DrafterName, Method, Placement, Plan, split_rows
+from subspec.artifacts.plan import DrafterName, Method, Placement, Plan, split_rows
 from subspec.runtime.decode import (
     PrefillResult,
     Round,
@@ -40,6 +40,7 @@ from subspec.runtime.memory import PeakMeter
 from subspec.runtime.model.cache import Cache
 from subspec.runtime.open_model import OpenedModel, open_model
 from subspec.runtime.open_model import OpenOptions as OpenOptions  # programs import it from here
+from subspec.runtime.prediction import is_planned, predicted_speed
 from subspec.runtime.programs import graph_programs, needed_kernels
 from subspec.runtime.sequence import Sequence
 
@@ -57,11 +58,12 @@ class Engine:
         self.memory = opened.memory
         self.peak = PeakMeter(opened.memory)
         self.model: Model = opened.model
-        # Padding makes plain decoding the draft's exact twin: a plan without a draft needs none.
-        plain, options = opened.drafter is None, opened.options
-        self.padded = not plain or (options.padded and self.plan.method != "plain")
+        options = opened.options
+        self.padded = options.pads(self.plan)
         self.link_bandwidth = options.link_bandwidth
-        self.draft_temperature = options.draft_temperature  # None: that of the plan's trees
+        # None: that of the plan's trees, or nothing ranks its tokens
+        ranks = opened.drafter not in (None, "lookup")
+        self.draft_temperature = options.draft_temperature if ranks else None
         self.num_prefill_chunks = 0  # the first chunk also waits for digests
         self._caches = opened.caches  # not in use by a sequence
         self._prefilling: list[Sequence] = []  # in order of arrival
@@ -227,9 +229,7 @@ class Engine:
     @property
     def uses_planned_drafter(self) -> bool:
         """Return True if the plan's predictions hold for the drafter in use, lookup aside."""
-        if self.drafter is not None and self.draft_temperature is not None:
-            return False
-        return self.drafter in (None, self.method, "substitute+lookup")
+        return is_planned(self.method, self.drafter, self.draft_temperature)
 
     def is_predicted_by_plan(self, sequence: Sequence) -> bool:
         """Return True if the plan's predictions hold for the sequence's last answer."""
@@ -242,15 +242,13 @@ class Engine:
 
     @property
     def predicted_tokens_per_second(self) -> float | None:
-        """The plan's prediction for this method, or the measured speed of a draft head. None for
-        the padded twin and for other drafters and draft temperatures, which have no prediction."""
-        of_head = self.plan.draft_head_result if self.draft_temperature is None else None
-        if self.drafter in OF_HEADS and of_head is not None:
-            return of_head.tokens_per_second
-        unknown = self.method == "plain" and self.padded or not self.uses_planned_drafter
-        if unknown or self.method not in self.plan.predicted:
-            return None
-        return self.plan.predicted[self.method].tokens_per_second
+        """Of exact answers; see `predicted_speed`."""
+        how = self.method, self.drafter, self.draft_temperature, self.padded
+        return predicted_speed(self.plan, *how)
+
+    def predicted_speed_of(self, sequence: Sequence) -> float | None:
+        """Predicted tokens/s of the sequence's last answer; None for a lossy one."""
+        return None if sequence.params.lossy is not None else self.predicted_tokens_per_second
 
     @property
     def missing_kernels_reason(self) -> str | None:

@@ -171,7 +171,7 @@ def padded_rows(plan: Plan, chunk: PrefillChunk) -> Rows:
     """Rows of a chunk and its padding: copies of its last row that write to an unread slot."""
     tokens = torch.tensor(list(chunk.tokens), device=chunk.cache.device)
     rows = causal_rows(chunk.cache, tokens, attend_batch_invariant)
-    rows = replace(rows, checkpoints_at=chunk.cache.stops(chunk.checkpoints_at))
+    rows = replace(rows, stops=chunk.cache.stops(chunk.checkpoints_at))
     num_rows = sum(split_rows(plan.prompt_widths, len(chunk.tokens)))
     return repeated_last(rows, num_rows - len(chunk.tokens))
 

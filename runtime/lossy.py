@@ -13,6 +13,7 @@ W = rows of the tree, V = vocabulary
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from subspec.artifacts.common.errors import Exit, SubspecError
@@ -98,15 +99,22 @@ def gate(
     tokens: Sequence[int], logits: "Tensor", rule: Lossy
 ) -> Callable[[int, int], float | None]:
     """Return a function: node, child -> the child's probability by the exact model, before
-    temperature and filters, or None if it does not pass. Only rows that are needed are computed."""
+    temperature and filters, or None if it does not pass. Only rows that are needed are computed,
+    each once."""
+
+    @cache
+    def probabilities(node: int) -> "Tensor":
+        return logits[node].double().log_softmax(-1).exp()
+
+    @cache
+    def unsure(node: int) -> float:
+        every = probabilities(node)
+        return -float(every.xlogy(every).sum()) / math.log(len(every))
 
     def passes(node: int, child: int) -> float | None:
-        log_probabilities = logits[node].double().log_softmax(-1)
-        probability = float(log_probabilities[tokens[child]].exp())
+        probability = float(probabilities(node)[tokens[child]])
         if rule.threshold_method == "prob":
             return probability if probability >= rule.threshold else None
-        every = log_probabilities.exp()
-        unsure = -float(every.xlogy(every).sum()) / math.log(len(every))
-        return probability if unsure < rule.threshold else None
+        return probability if unsure(node) < rule.threshold else None
 
     return passes

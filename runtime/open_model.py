@@ -105,6 +105,11 @@ class OpenOptions:
         method = self.method or plan.method
         return method, None if method == "plain" else method
 
+    def pads(self, plan: Plan) -> bool:
+        """Padding makes plain decoding the draft's exact twin, which only plans of a draft need."""
+        _, drafter = self.chosen(plan)
+        return drafter is not None or (self.padded and plan.method != "plain")
+
 
 @dataclass(frozen=True)
 class OpenedModel:

@@ -129,6 +129,8 @@ class Sequence:
 
     def begin(self, prompt: list[int], params: GenerationParams) -> None:
         """Begin an answer: Engine.step prefills the prompt, then decodes."""
+        if params.constraint is not None:
+            params = replace(params, lossy=None)
         max_answer_tokens = self._max_answer_tokens(prompt, params)
         self._engine.remove(self)
         cache = self.cache
@@ -147,9 +149,8 @@ class Sequence:
         ends = params.stop_token_ids.union(self._engine.artifact.spec.eos_token_ids)
         sampler = Sampler(params.sampling, prompt, ends, params.constraint)
         max_tokens = min(params.max_tokens, max_answer_tokens)
-        lossy = params.lossy if params.constraint is None else None
         self.state = DecodeState(
-            cache, 0, max_tokens, sampler, params.logprobs, lossy, params.stop_token_ids
+            cache, 0, max_tokens, sampler, params.logprobs, params.lossy, params.stop_token_ids
         )
         self._engine.add(self)
 

@@ -52,7 +52,7 @@ class ChatServer:
     fails_with: str | None = None  # "error" or "cut": after the text, instead of an end
     key: str | None = None
     model: str = "Qwen3-32B"
-    verify: str = "exact"
+    verify: str | None = "exact"
     loads: bool = False  # what it says of itself; an answer is refused by `refusals`
     refusals: list[tuple[int, dict[str, Any], dict[str, str]]] = field(default_factory=list)
     requests: list[dict[str, Any]] = field(default_factory=list)

@@ -39,14 +39,16 @@ ON_TERMINAL = (
 )
 
 
+PREDICTED = Prediction(50.0, 0.1, 9_000_000, 2.0, 3.0, 0.01, 0.01, 0.01, 0.01, 0.0, 4_000_000)
+
+
 def demo_artifact(folder: Path) -> Path:
     """The demo model under a plan made by hand, once per `folder`: half of it streams."""
     out = folder / "demo-artifact"
     if not out.exists():
         torch.set_num_threads(1)  # two that wait for each other on a busy machine take minutes
         artifact = build_artifact(DEMO, out, width=2, depth=3)
-        said = Prediction(50.0, 0.1, 9_000_000, 2.0, 3.0, 0.01, 0.01, 0.01, 0.01, 0.0, 4_000_000)
-        plan = replace(artifact.plan, predicted={"substitute": said, "plain": said})
+        plan = replace(artifact.plan, predicted={"substitute": PREDICTED, "plain": PREDICTED})
         write_json(out, "plan.json", plan)
         listed = artifact.manifest
         write_manifest(out, listed.producer, listed.parts, listed.substitutes, {})

@@ -144,7 +144,7 @@ def test_the_runs_json_object_is_explained_key_by_key() -> None:
         draft_temperature=None,
         plan=SimpleNamespace(budget_bytes=1),
         peak=SimpleNamespace(peak_bytes=1),
-        predicted_tokens_per_second=None,
+        predicted_speed_of=lambda sequence: None,
     )
     sequence: Any = SimpleNamespace(stats=Stats("plain"), params=GenerationParams(lossy=Lossy()))
     printed = Answer("text", [5], [1], "eos").as_json(engine, sequence)

@@ -175,7 +175,7 @@ def run_of(engine: Engine, sequence: Sequence) -> Run:
         first_token_seconds=stats.time_to_first_token_seconds,
         streamed_bytes=stats.streamed_bytes,
         fast_peak_bytes=engine.peak.peak_bytes,
-        predicted_tokens_per_second=engine.predicted_tokens_per_second,
+        predicted_tokens_per_second=engine.predicted_speed_of(sequence),
         predicted_first_token_seconds=said.time_to_first_token_seconds if said else None,
         predicted_peak_bytes=said.fast_peak_bytes if said else None,
     )
@@ -212,7 +212,7 @@ def stats_json(engine: Engine, sequence: Sequence) -> dict[str, Any]:
         "fast_peak_bytes": engine.peak.peak_bytes,
         "budget_bytes": engine.plan.budget_bytes,
         "process_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "predicted_tokens_per_second": engine.predicted_tokens_per_second,
+        "predicted_tokens_per_second": engine.predicted_speed_of(sequence),
     }
 
 
@@ -238,9 +238,9 @@ def stats_line(engine: Engine, sequence: Sequence) -> str:
     """Format a line of statistics: prompt, speed and memory against the prediction."""
     stats, found = sequence.stats, stats_json(engine, sequence)
     rounds, predicted = found["rounds"], found["predicted_tokens_per_second"]
-    reused = f" ({stats.cached_tokens} reused)" if stats.cached_tokens else ""
+    cached = f" ({stats.cached_tokens} cached)" if stats.cached_tokens else ""
     said = [
-        f"prompt {counted(stats.prompt_tokens, 'token')}{reused}, "
+        f"prompt {counted(stats.prompt_tokens, 'token')}{cached}, "
         f"first token after {duration(stats.time_to_first_token_seconds)}",
     ]
     speed = counted(stats.generated_tokens, "token")

@@ -183,6 +183,8 @@ def check_opening(options: OpeningOptions, rules: Rules = OPENING) -> None:
         if is_given(options, flag) and not is_given(options, other):
             message = f"{spelled(flag)} was given without {spelled(other)}"
             raise SubspecError(Exit.USAGE, message, f"add {spelled(other)}")
+    # The pair is also in `rules.excludes`, by which a command line's option unsets a file's: its
+    # message would not say that only this drafter has no use for a temperature.
     if options.drafter == "lookup" and options.draft_temperature is not None:
         message = "--draft-temperature was given, and --drafter lookup has no probabilities"
         raise SubspecError(Exit.USAGE, message, "leave one out")

@@ -115,6 +115,11 @@ class Cache:
         return self.nets[0].weights.conv.shape[-1]
 
     @property
+    def committed_states(self) -> States:
+        """Of delta nets; not copies."""
+        return tuple(net.committed for net in self.nets)
+
+    @property
     def device(self) -> torch.device:
         return self.keys[0].device
 
@@ -231,8 +236,7 @@ class Cache:
     def save(self) -> None:
         """Make a checkpoint of the committed state."""
         [stop] = self.stops([0])
-        for net, state in zip(self.nets, stop.states, strict=True):
-            copy_state(state, net.committed)
+        copy_states(stop.states, self.committed_states)
         self.checkpoints.append(Checkpoint(self.length, stop.states))
         self.pending.clear()
 
@@ -275,7 +279,7 @@ class Cache:
         while self.checkpoints and self.checkpoints[-1].length > length:
             self.unused.append(self.checkpoints.pop().states)
         if self.nets and 0 < length < self.length:
-            self.set_states(self.checkpoints[-1].states)
+            copy_states(self.committed_states, self.checkpoints[-1].states)
         elif not length:  # also of an empty cache: a commit may have failed half way
             for net in self.nets:
                 clear_state(net.committed)
@@ -293,18 +297,13 @@ class Cache:
         assert not tokens or not self.nets or checkpoints[-1].length == len(tokens)
         for one in checkpoints[-CHECKPOINTS:]:
             self.checkpoints.append(Checkpoint(one.length, self.unused.pop()))
-            for mine, theirs in zip(self.checkpoints[-1].states, one.states, strict=True):
-                copy_state(mine, theirs)
+            copy_states(self.checkpoints[-1].states, one.states)
         if self.checkpoints:
-            self.set_states(self.checkpoints[-1].states)
+            copy_states(self.committed_states, self.checkpoints[-1].states)
         self.ends = [one.length for one in self.checkpoints[-2:]]
         if self.windows is not None:
             self.windows.begin_at(window_start)
         self.tokens = list(tokens)
-
-    def set_states(self, states: States) -> None:
-        for net, state in zip(self.nets, states, strict=True):
-            copy_state(net.committed, state)
 
     def common_prefix(self, tokens: list[int]) -> int:
         """Number of leading `tokens` that are committed."""
@@ -343,6 +342,11 @@ def make_cache(
         widest, kept = max(spec.windows), tokens_in_windows(spec)
         windows = WindowSlots(frozenset(moving), windowed[0], num_slots, widest, kept)
     return Cache(tuple(keys), tuple(values), nets, unused=unused, windows=windows)
+
+
+def copy_states(targets: States, sources: States) -> None:
+    for target, source in zip(targets, sources, strict=True):
+        copy_state(target, source)
 
 
 def host_states(spec: ModelSpec, take: Take) -> States:

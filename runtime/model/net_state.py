@@ -91,10 +91,10 @@ def cuts_of(
     return found
 
 
-def run_piece(
+def run_chunk(
     state: NetState, index: int, inputs: DeltaInputs, z: Tensor, cuts: Sequence[Cut]
 ) -> None:
-    """Run rows of a text. The outputs replace z [T, J F]. index: the net's in stops."""
+    """Run rows of a chunk. The outputs replace z [T, J F]. index: the net's in stops."""
     before = state.committed
     for cut in cuts:
         some, last = cut.rows, len(cut.paths) - 1

@@ -38,7 +38,7 @@ from subspec.runtime.model.net_state import (
     Stop,
     TreeNodes,
     cuts_of,
-    run_piece,
+    run_chunk,
     run_tree,
 )
 from subspec.runtime.model.positions import grown, rotate
@@ -104,7 +104,7 @@ class Rows:
     tree: TreeNodes | None = None
     run_nodes: RunNodes = run_tree
     num_padding: int = 0  # of a chunk's rows, the last ones
-    checkpoints_at: Sequence[Stop] = ()  # of a chunk
+    stops: Sequence[Stop] = ()  # of a chunk
     windowed: KVLocations | None = None  # in layers with windows; None: as in all others
 
     def places(self, window: int | None) -> KVLocations:
@@ -129,7 +129,7 @@ class Pass:
         return [
             cuts_of(
                 len(rows.tokens) - rows.num_padding,
-                rows.checkpoints_at,
+                rows.stops,
                 rows.cache.conv_kernel_size,
                 rows.cache.device,
             )
@@ -348,7 +348,7 @@ def recur_rows(now: Pass, index: int, body: DeltaNet, product: Product, x: Tenso
         else:
             some = slice(span.start, span.stop - rows.num_padding)
             inputs = DeltaInputs(qkv[some], b[some], a[some])
-            run_piece(state, index, inputs, z[some], cuts)
+            run_chunk(state, index, inputs, z[some], cuts)
     del qkv
     return product(f"{body.name}.out_proj", z, now.calls)
 

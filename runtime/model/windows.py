@@ -66,15 +66,15 @@ class WindowSlots:
     def last_places(self, end: int) -> slice:
         """Places for the last tokens before `end` of a chunk that does not fit: in the second half,
         where nothing has to be kept then."""
-        return slice(self.kept, end - self._base_of_piece(end))
+        return slice(self.kept, end - self._base_of_chunk(end))
 
     def jump(self, end: int) -> None:
         """Move the stretch to the tokens in `last_places`. No window shows the first half any
         more."""
-        self.base = self._base_of_piece(end)
+        self.base = self._base_of_chunk(end)
         self.start = self.base + self.kept
 
-    def _base_of_piece(self, end: int) -> int:
+    def _base_of_chunk(self, end: int) -> int:
         return aligned_slots(end - 2 * self.kept)
 
 

@@ -10,9 +10,11 @@ from functools import partial
 from subspec.artifacts.common.errors import Exit
 from subspec.artifacts.common.progress import Progress
 from subspec.artifacts.format.store import Artifact
-from subspec.artifacts.plan import Method
-from subspec.runtime.lossy import Lossy, verification_json
+from subspec.runtime.app.opening_options import OpeningOptions
+from subspec.runtime.lossy import verification_json
 from subspec.runtime.model.sampling import SamplingParams
+from subspec.runtime.open_model import OpenOptions
+from subspec.runtime.prediction import predicted_speed
 from subspec.runtime.server import chat_page
 from subspec.runtime.server.admission import Admission
 from subspec.runtime.server.app import make_app
@@ -47,14 +49,12 @@ class Settings:
     refuse_unknown: bool = False
 
 
-def model_info(
-    artifact: Artifact, method: Method | None, name: str | None, lossy: Lossy | None = None
-) -> ModelInfo:
+def model_info(artifact: Artifact, options: OpeningOptions, name: str | None) -> ModelInfo:
     """Return the model's description for clients. name: its id; None: that of its checkpoint."""
-    plan, spec = artifact.plan, artifact.spec
-    chosen: Method = method or plan.method
-    draft = None if chosen == "plain" else plan.draft_of(chosen)
-    predicted = plan.predicted.get(chosen)
+    plan, spec, how = artifact.plan, artifact.spec, OpenOptions(options.method, options.drafter)
+    method, drafter = how.chosen(plan)
+    draft = None if method == "plain" else plan.draft_of(method)
+    speed = predicted_speed(plan, method, drafter, options.draft_temperature, how.pads(plan))
     source = spec.source.repository.rstrip("/")
     folder = artifact.path.resolve().name
     model_id = name or source or folder
@@ -64,16 +64,16 @@ def model_info(
         context=plan.context,
         vocab_size=spec.vocab_size,
         end_tokens=frozenset(spec.eos_token_ids),
-        method=chosen,
+        method=method,
         width=draft.tree.width if draft else 0,
         depth=max(tree.depth for tree in draft.trees) if draft else 0,
         num_sequences=plan.num_sequences,
         max_positions=spec.max_positions,
         weight_bytes=sum(part.num_bytes for part in artifact.stored_parts()),
         budget_bytes=plan.budget_bytes,
-        predicted_tokens_per_second=predicted.tokens_per_second if predicted else None,
+        predicted_tokens_per_second=speed if options.lossy is None else None,
         names=frozenset({source.rpartition("/")[2], source, folder} - {"", model_id}),
-        lossy=lossy,
+        lossy=options.lossy,
     )
 
 

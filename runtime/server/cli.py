@@ -199,7 +199,7 @@ def serve_artifact(
     from subspec.runtime.text.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(artifact.path / "tokenizer")
-    model = model_info(artifact, options.method, options.model_name, options.lossy)
+    model = model_info(artifact, options, options.model_name)
     if options.sequences is not None:
         model = replace(model, num_sequences=options.sequences)
     engine = Scheduler(

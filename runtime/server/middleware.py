@@ -35,10 +35,10 @@ class GuardSettings:
     keys: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
     open_paths: tuple[str, ...] = OPEN_PATHS
-    largest_body: int = MAX_BODY
+    max_body: int = MAX_BODY
     body_seconds: float = BODY_SECONDS
-    most_held: int = MAX_HELD
-    most_requests: int = MAX_REQUESTS
+    max_held: int = MAX_HELD
+    max_requests: int = MAX_REQUESTS
 
 
 def guarded(app: ASGIApp, settings: GuardSettings) -> ASGIApp:
@@ -161,7 +161,7 @@ def digest(key: str) -> bytes:
 
 
 class NumberGuard:
-    """Refuses requests beyond `most_requests` at once, except health checks."""
+    """Refuses requests beyond `max_requests` at once, except health checks."""
 
     def __init__(self, app: ASGIApp, settings: GuardSettings) -> None:
         self._app = app
@@ -172,7 +172,7 @@ class NumberGuard:
         if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
             await self._app(scope, receive, send)
             return
-        if self._num >= self._settings.most_requests:
+        if self._num >= self._settings.max_requests:
             message = f"{self._num} requests are being answered, the maximum"
             busy = {"retry-after": "1"}
             refusal = ApiError(503, message, "overloaded_error", "overloaded", headers=busy)
@@ -186,8 +186,8 @@ class NumberGuard:
 
 
 class BodyGuard:
-    """Reads the body before the endpoint runs. Limits: `largest_body` bytes, `body_seconds`, and
-    `most_held` bytes of all requests together."""
+    """Reads the body before the endpoint runs. Limits: `max_body` bytes, `body_seconds`, and
+    `max_held` bytes of all requests together."""
 
     def __init__(self, app: ASGIApp, settings: GuardSettings) -> None:
         self._app = app
@@ -250,7 +250,7 @@ class BodyGuard:
         self._check_size(int(length))
 
     def _check_size(self, num_bytes: int) -> None:
-        most = self._settings.largest_body
+        most = self._settings.max_body
         if num_bytes > most:
             message = f"the body has more than {most} bytes"
             raise ApiError(413, message, code="body_too_large", headers=FINAL)
@@ -262,7 +262,7 @@ class BodyGuard:
                 raise ApiError(400, "the client disconnected before sending its body")
             piece = message.get("body", b"")
             self._check_size(len(body) + len(piece))
-            if self._held + len(piece) > self._settings.most_held:
+            if self._held + len(piece) > self._settings.max_held:
                 busy = {"retry-after": "1"}
                 text = "too many large requests are being read"
                 raise ApiError(503, text, "overloaded_error", "overloaded", headers=busy)

@@ -23,7 +23,7 @@ class ModelInfo:
     max_positions: int  # maximum in training
     weight_bytes: int
     budget_bytes: int  # of fast memory
-    predicted_tokens_per_second: float | None = None
+    predicted_tokens_per_second: float | None = None  # None: the plan predicts no such answers
     names: frozenset[str] = frozenset()
     lossy: Lossy | None = None  # verification rule of its answers; None: exact
 

@@ -130,7 +130,7 @@ def states_until(cache: Cache, count: int) -> list[Checkpoint]:
     """States of delta nets within the first `count` tokens; the last one is after all of them."""
     found = [one for one in cache.checkpoints if one.length <= count]
     if cache.nets and count == cache.length:
-        live = Checkpoint(count, tuple(net.committed for net in cache.nets))
+        live = Checkpoint(count, cache.committed_states)
         return [*(one for one in found if one.length < count), live]
     return found
 
@@ -144,7 +144,8 @@ def few_states(
     if not found:
         return []
     of_each = bytes_of_states(found[max(found)].states)
-    most = min(CHECKPOINTS, room // of_each, max(free // of_each, 1 + len(ends)))
+    wanted = len({max(found), *ends} & found.keys())
+    most = min(CHECKPOINTS, room // of_each, max(free // of_each, wanted))
     return [found[one] for one in thinned(sorted(found), ends, max(1, most))]
 
 

@@ -311,7 +311,7 @@ class Scheduler:
         job, sequence = answer.job, answer.sequence
         ids, text, first = (
             sequence.take_new_tokens(),
-            answer.text.take_new_tokens(),
+            answer.text.take_new_text(),
             answer.num_sent,
         )
         answer.num_sent += len(ids)
@@ -330,9 +330,9 @@ class Scheduler:
             sequence.stats,
             queue_seconds=answer.began - job.arrived,
             generation_seconds=seconds,
-            predicted_tokens_per_second=engine.predicted_tokens_per_second,
+            predicted_tokens_per_second=engine.predicted_speed_of(sequence),
             prompt_logprobs=tuple(sequence.prompt_logprobs),
-            lossy=sequence.state.lossy,
+            lossy=sequence.params.lossy,
         )
         self._release(answer)
         try:

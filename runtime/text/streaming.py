@@ -15,18 +15,18 @@ class AnswerText:
 
     def __init__(self, detokenizer: StreamingDetokenizer) -> None:
         self.detokenizer = detokenizer
-        self._fresh = ""
+        self._new_text = ""
 
     def cut(self, tokens: Tokens[int]) -> int | None:
         """Return the number of tokens to keep if a stop text ends the answer, else None."""
         before = self.detokenizer.num_tokens
-        self._fresh += self.detokenizer.feed(list(tokens))
+        self._new_text += self.detokenizer.feed(list(tokens))
         return self.detokenizer.num_tokens - before if self.detokenizer.stopped else None
 
-    def take_new_tokens(self) -> str:
+    def take_new_text(self) -> str:
         """Return the text that has become certain since the last call."""
-        fresh, self._fresh = self._fresh, ""
-        return fresh
+        new_text, self._new_text = self._new_text, ""
+        return new_text
 
     def finish(self) -> str:
         """Return the text that was withheld because a stop text could have begun with it."""
@@ -67,7 +67,7 @@ class TextStream:
         try:
             for tokens in self._sequence.generate(self.prompt_ids, self._params):
                 self.token_ids += tokens
-                yield self._answer.take_new_tokens()
+                yield self._answer.take_new_text()
         finally:
             rest = self._answer.finish()
         if rest:

@@ -579,3 +579,16 @@ def test_plans_predict_drafts_at_their_own_temperature(
         drafter=drafter, method="substitute", draft_temperature=temperature
     )
     assert Engine.uses_planned_drafter.fget(engine) == predicted  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("drafter", "method", "used"),
+    [("substitute", None, 0.5), ("substitute+lookup", None, 0.5), ("lookup", None, None),
+     (None, "plain", None)],
+)  # fmt: skip
+def test_an_engine_has_no_draft_temperature_if_nothing_ranks_its_tokens(
+    artifact: Artifact, drafter: DrafterName | None, method: Method | None, used: float | None
+) -> None:
+    options = OpenOptions(method, drafter, draft_temperature=0.5)
+    with Engine.open(artifact, options) as engine:
+        assert engine.draft_temperature == used

@@ -93,7 +93,7 @@ export async function describeServer() {
     context: numberOf(model.meta?.n_ctx, model.max_model_len, model.context_length),
     thinking: caps.supports_enable_thinking === true,
     efforts: caps.supports_reasoning_effort === true ? EFFORTS : [],
-    lossy: props.subspec?.verify === "lossy",
+    verify: props.subspec?.verify ?? null, // "exact" or "lossy"; null: it does not say
     memory: memoryOf(props),
   };
 }

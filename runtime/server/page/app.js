@@ -33,10 +33,14 @@ const scroller = byId("scroller");
 const SAVE_EVERY_MS = 2000;
 const SPEAK_EVERY_MS = 4000;
 const NEAR_END = 80; // pixels
+const CLAIMS = new Map([
+  ["exact", "Every answer is exactly the full model’s."],
+  ["lossy", "Answers may differ from the full model’s."],
+]);
 
 const state = {
   settings: loadSettings(),
-  server: { model: "", context: null, thinking: false, efforts: [], lossy: false, memory: null },
+  server: { model: "", context: null, thinking: false, efforts: [], verify: null, memory: null },
   conversations: loadConversations(),
   current: null,
   running: null, // {conversation, message, abort, notice}
@@ -143,8 +147,8 @@ function growPrompt() {
 function showResources() {
   const parts = [];
   const used = branchOf(state.current).findLast((message) => message.contextTokens)?.contextTokens;
-  const { context, lossy, memory } = state.server;
-  if (lossy) parts.push("Lossy: answers may differ from the exact model’s");
+  const { context, verify, memory } = state.server;
+  if (verify === "lossy") parts.push("Lossy: answers may differ from the exact model’s");
   if (used && context) parts.push(`Context ${formatCount(used)} of ${formatCount(context)}`);
   else if (context) parts.push(`Context ${formatCount(context)}`);
   if (memory) {
@@ -169,9 +173,7 @@ const connect = connection((server) => {
   state.server = server;
   byId("model").textContent = server.model;
   byId("model").title = server.model;
-  byId("claim").textContent = server.lossy
-    ? "Answers may differ from the full model’s."
-    : "Every answer is exactly the full model’s.";
+  byId("claim").textContent = CLAIMS.get(server.verify) ?? "";
   showResources();
 });
 

@@ -98,7 +98,9 @@ def test_lossy_acceptance_is_labelled_and_not_recorded(artifact: Path, capsys: C
     assert lossy["lossy"] == {"threshold_method": "prob", "threshold": 0.0, "window": 0}
     line = run(capsys, *words, *everything, "--window", 0).err
     number = counted(lossy["stats"]["lossy_tokens"], "token")
-    assert f"LOSSY: {number} not the model's own" in line
+    assert f"LOSSY: {number} not the model's own" in line and "predicted" not in line
+    assert lossy["stats"]["predicted_tokens_per_second"] is None
+    assert exact["stats"]["predicted_tokens_per_second"] is not None
     nothing = ("--verify", "lossy", "--threshold", 0)
     strict = json.loads(run(capsys, *words, *nothing, "--json").out)
     assert strict["verify"] == "lossy" and strict["token_ids"] == exact["token_ids"]
@@ -258,7 +260,7 @@ def recorded(stats: Stats) -> tuple[Any, Any]:
         padded=True,
         device=torch.device("cpu"),
         peak=SimpleNamespace(peak_bytes=1),
-        predicted_tokens_per_second=None,
+        predicted_speed_of=lambda sequence: None,
     )
     return engine, SimpleNamespace(stats=stats, params=PARAMS)
 
@@ -288,7 +290,7 @@ def fakes(ids: list[int], after: Any = lambda: None) -> tuple[Any, Any]:
         drafter=None,
         draft_temperature=None,
         is_predicted_by_plan=lambda sequence: True,
-        predicted_tokens_per_second=None,
+        predicted_speed_of=lambda sequence: None,
     )
     return engine, sequence
 

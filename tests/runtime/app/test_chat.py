@@ -62,10 +62,10 @@ def test_the_second_turn_reads_only_what_is_new(chatting: Chatting) -> None:
     assert ended.exit_code == 0
     assert ended.out.startswith("def ") and ended.out.count("\n") >= 2
     first, second = (line for line in ended.err.splitlines() if line.startswith("prompt "))
-    assert "reused" not in first
+    assert "cached" not in first
     prompt = int(second.split()[1])
-    reused = int(second.partition("(")[2].split()[0])
-    assert 24 <= reused < prompt
+    cached, word = second.partition("(")[2].partition(")")[0].split()
+    assert 24 <= int(cached) < prompt and word == "cached"
 
 
 def test_a_turn_sees_those_before_it(chatting: Chatting, asked: Any) -> None:
@@ -167,7 +167,7 @@ def test_a_turn_that_does_not_fit_leaves_the_conversation_as_it_was(chatting: Ch
     ended = chatting(f"{QUESTION}\n{long}\nand for floats\n/stats\n")
     assert ended.exit_code == 0
     assert "error: the prompt has " in ended.err and "hint: /clear, or " in ended.err
-    assert "reused)" in ended.err.splitlines()[-1]
+    assert "cached)" in ended.err.splitlines()[-1]
 
 
 def test_what_the_template_refuses_leaves_the_conversation_as_it_was(

@@ -9,7 +9,7 @@ from toys import make_spec
 from subspec.artifacts.footprint import Shape, cache_bytes, cache_slots
 from subspec.artifacts.model import Block, LayerSpec, ModelSpec
 from subspec.runtime.model import cache as cache_module
-from subspec.runtime.model.cache import Cache
+from subspec.runtime.model.cache import Cache, thinned
 
 
 def make_cache() -> Cache:
@@ -141,3 +141,20 @@ def test_a_tree_may_follow_fewer_tokens_than_are_committed_and_still_lies_behind
     assert (int(slots.length), int(slots.first), slots.live_slots) == (20, 60, 128)
     behind = wide.tree_slots(5)
     assert (int(behind.length), int(behind.first), behind.live_slots) == (60, 60, 128)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "kept", "most", "left"),
+    [
+        ([16, 32, 48], [], 3, [16, 32, 48]),  # enough room
+        ([16, 20, 48], [], 2, [20, 48]),  # 20 is near too, but only to 16
+        ([16, 40, 48], [], 2, [16, 48]),  # the last one stays, however near
+        ([16, 40, 48], [40], 2, [40, 48]),  # the nearest is kept
+        ([16, 32, 48], [16], 1, [48]),  # a kept one goes when only kept ones are left
+        ([16, 32, 48], [16, 32, 48], 2, [32, 48]),  # of kept ones the first goes
+    ],
+)
+def test_thinned_lengths_lose_the_nearest_first_kept_ones_last_and_the_last_never(
+    lengths: list[int], kept: list[int], most: int, left: list[int]
+) -> None:
+    assert thinned(lengths, kept, most) == left

@@ -355,12 +355,15 @@ test("only what may pass is asked again", async () => {
   }
 });
 
-test("a lossy server is known by its props", async () => {
+test("how a server verifies is known by its props only", async () => {
   for (const verify of ["exact", "lossy", undefined]) {
     globalThis.fetch = async (path) =>
       new Response(JSON.stringify(path === "/props" ? { subspec: { verify } } : { data: [] }));
-    assert.equal((await describeServer()).lossy, verify === "lossy");
+    assert.equal((await describeServer()).verify, verify ?? null);
   }
+  globalThis.fetch = async (path) =>
+    path === "/props" ? new Response("", { status: 500 }) : new Response('{"data": []}');
+  assert.equal((await describeServer()).verify, null);
   delete globalThis.fetch;
 });
 

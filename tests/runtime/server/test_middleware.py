@@ -152,7 +152,7 @@ def test_a_body_must_say_that_it_is_json() -> None:
 
 
 def test_a_body_that_is_too_large_is_refused_before_it_is_read() -> None:
-    app = serve(guards=GuardSettings(largest_body=1000)).app
+    app = serve(guards=GuardSettings(max_body=1000)).app
     found = ask(app, CHAT, b"x" * 1001)
     assert found.status == 413 and found.headers["connection"] == "close"
     assert found.error["code"] == "body_too_large"
@@ -169,7 +169,7 @@ def post(pieces: list[bytes], pause_seconds: float, guards: GuardSettings) -> Re
 
 
 def test_a_body_without_a_length_has_the_same_limits() -> None:
-    found = post([b"x" * 600, b"x" * 600], 0, GuardSettings(largest_body=1000))
+    found = post([b"x" * 600, b"x" * 600], 0, GuardSettings(max_body=1000))
     assert found.status == 413
     found = post([b"x"] * 100, 0.01, GuardSettings(body_seconds=0.1))
     assert found.status == 408 and found.error["code"] == "request_timeout"
@@ -180,7 +180,7 @@ def test_a_body_without_a_length_has_the_same_limits() -> None:
 
 
 def test_bodies_together_have_a_limit_which_is_given_back() -> None:
-    served = serve(guards=GuardSettings(most_held=60))
+    served = serve(guards=GuardSettings(max_held=60))
     raw = json.dumps(BODY).encode()
     assert len(raw) < 60 < 2 * len(raw)
 
@@ -279,7 +279,7 @@ def test_metrics_have_vllms_names(tmp_path: Path) -> None:
 
 
 def test_with_too_many_requests_a_supervisor_is_still_answered() -> None:
-    app = serve(guards=GuardSettings(most_requests=0)).app
+    app = serve(guards=GuardSettings(max_requests=0)).app
     found = ask(app, CHAT, BODY)
     assert found.status == 503 and found.error["code"] == "overloaded"
     assert found.headers["retry-after"] == "1"
@@ -287,6 +287,6 @@ def test_with_too_many_requests_a_supervisor_is_still_answered() -> None:
 
 
 def test_a_request_counts_until_it_is_answered() -> None:
-    app = serve(guards=GuardSettings(most_requests=1)).app
+    app = serve(guards=GuardSettings(max_requests=1)).app
     for _ in range(3):
         assert ask(app, CHAT, BODY).status == 200

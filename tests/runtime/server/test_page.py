@@ -128,6 +128,11 @@ def test_the_page_claims_exactness_of_an_exact_server_only(
     page = connected(visit())
     expect(page.locator("#claim")).to_have_text("Answers may differ from the full model’s.")
     expect(page.locator("#resources")).to_contain_text("Lossy")
+    server.verify = None  # it does not say
+    page = connected(visit())
+    expect(page.locator("#resources")).to_contain_text("Context")
+    expect(page.locator("#claim")).to_have_text("")
+    expect(page.locator("#resources")).not_to_contain_text("Lossy")
 
 
 def test_an_answer_comes_piece_by_piece_and_ends_with_its_figures(

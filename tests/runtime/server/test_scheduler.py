@@ -13,7 +13,7 @@ import pytest
 import torch
 from builders import build_artifact, replan
 from counted import Counted
-from running import generated
+from running import PREDICTED, generated
 
 from subspec.artifacts.common.errors import Exit, SubspecError
 from subspec.artifacts.format.store import Artifact
@@ -298,19 +298,24 @@ def test_log_probabilities_come_with_their_tokens(
 def test_a_lossy_scheduler_says_of_each_answer_by_which_rule_it_was_verified(
     artifact: Artifact, tokenizer: ChatTokenizer, alone: list[list[int]]
 ) -> None:
-    """Under a constraint there is none. Neither answer is recorded."""
+    """Under a constraint there is none: that answer is exact, so it is predicted and recorded as an
+    exact server's are. The lossy one is neither."""
     everything, before = Lossy("prob", 0, 0), len(read_runs(artifact.path))
+    predicted = replace(artifact, plan=replace(artifact.plan, predicted={"substitute": PREDICTED}))
 
     async def check(scheduler: Scheduler) -> None:
         free = scheduler.submit(asked(PROMPTS[0]))
         assert await tokens_of(free) != alone[0]
         assert free.outcome.lossy == everything and free.outcome.stats.lossy_tokens > 0
+        assert free.outcome.predicted_tokens_per_second is None
+        assert len(read_runs(artifact.path)) == before
         held = scheduler.submit(asked(PROMPTS[0], replace(PARAMS, constraint=Counted(2048))))
         await tokens_of(held)
         assert held.outcome.lossy is None and held.outcome.stats.lossy_tokens == 0
+        assert held.outcome.predicted_tokens_per_second == PREDICTED.tokens_per_second
 
-    use(artifact, tokenizer, check, record=True, lossy=everything)
-    assert len(read_runs(artifact.path)) == before
+    use(predicted, tokenizer, check, record=True, lossy=everything)
+    assert len(read_runs(artifact.path)) == before + 1
 
 
 def test_only_answers_without_company_are_recorded(
@@ -374,7 +379,7 @@ def test_a_bug_that_one_request_meets_is_told_to_it_and_to_the_log_and_ends_no_o
     owner, name = {
         "its beginning": (scheduler, "StreamingDetokenizer"),
         "its text": (AnswerText, "cut"),
-        "what is sent": (AnswerText, "take_new_tokens"),
+        "what is sent": (AnswerText, "take_new_text"),
         "its record": (scheduler, "run_of"),
     }[place]
     work, is_broken = getattr(owner, name), True
